@@ -1,0 +1,1 @@
+"""The Spectral Robustness Mixer model."""

@@ -1,0 +1,226 @@
+"""Every constant of the system in one frozen object, carried by checkpoints, reports and the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+LANDMARK_METHODS = ("leverage", "leverage_sample", "uniform", "kmeans++", "pivoted_cholesky")
+SOLVERS = ("cholesky", "lu", "svd", "auto", "neumann")
+QK_NORMS = (None, "keys", "both")
+STAGES = (1, 2, 3, 4)
+
+
+@dataclass(frozen=True)
+class SRMConfig:
+    """Constants of the neck, the training protocol and the attacks.
+
+    Symbols and sections in the comments are those of the article; `(c)` marks a number the article's text
+    lost and this project chose. `SRMConfig.paper()` is the article's own reading where it differs.
+    Unknown keys, wrong types and values out of range are a `ValueError` or `TypeError` in one sentence.
+    """
+
+    # Neck, section 3.2
+    channels: int = 256  # C (c), aligned width of every stage
+    heads: int = 8  # H (c); head width d = C / H
+    links: tuple[tuple[int, int], ...] = ((4, 3), (4, 2), (4, 1))  # (source, target); 1 is shallowest
+    beta_init: float = 1.0  # β_t (c), learned residual weight at start
+    qk_norm: str | None = "keys"  # (c) RMS normalisation per head and token: None, "keys", "both"
+    kv_pool_prob: float = 0.0  # p, chance that a source map is 2×2 mean-pooled; training only
+    kv_pool_eval: bool = False  # pool at evaluation too: stochastic, so attacks need EOT
+
+    # Nyström attention, section 3.3
+    rank: int = 64  # r (c), landmarks; clamped to the number of keys
+    landmarks: str = "leverage"  # one of LANDMARK_METHODS
+    gamma: float = 1e-3  # γ, ridge of the leverage scores
+
+    # Conditioning, section 3.4
+    solver: str = "cholesky"  # one of SOLVERS; the article's is "auto"
+    ridge: float = 1e-3  # λ₀, relative to tr(W)/r
+    equilibrate: bool = False  # diagonal scaling before the ridge (ablation)
+    kappa_max: float = 1e6  # κ_max (c), "auto" takes LU below it
+    neumann_order: int = 3  # m
+    neumann_gate: bool = True  # use the series only where it is shown to converge
+    solve_dtype: str = "fp32"  # "model": blocks formed in the model's dtype (ablation)
+
+    # Scale, section 3.5
+    dyt: bool = True  # DyT on the tokens of both sides of every link
+    dyt_alpha: float = 0.5  # α at start
+    tau: bool = True  # per-link, per-head rescaler τ (ablation: False)
+    tau_range: float = 16.0  # (c) τ stays in [1/16, 16]
+    ema: float = 0.99  # (c) decay of σ̄ and M₀
+    calibration_range: float = 16.0  # (c) each calibration factor stays in [1/16, 16]
+
+    # Gate, section 3.6
+    fused_stages: tuple[int, ...] = (1, 2, 3)
+    pool_size: int = 8  # P (c)
+    gate_temperature: float = 1.0  # T
+    gate_dyt: bool = False  # DyT before each gate convolution
+    gain_cap: float | None = 1.2  # (c) times M₀·√(C·P·P) is the cap c; None switches it off
+    entropy_floor: float = 0.7  # (c) H_min as a share of ln S
+
+    # Loss weights, section 3.8.3
+    weight_tau: float = 0.01  # (c)
+    weight_entropy: float = 0.1  # (c)
+    weight_balance: float = 0.1  # (c)
+
+    # Training, section 3.8.3
+    image_size: int = 512
+    batch_size: int = 8  # (c)
+    epochs: int = 120
+    warmup_epochs: int = 5
+    lr_backbone: float = 2e-5  # (c)
+    lr_neck: float = 2e-4  # (c) neck and head
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.05  # (c) none on norms, biases and scalars
+    clip_norm: float = 1.0
+    precision: str = "auto"  # "auto", "fp32", "bf16", "fp16"
+    deterministic: bool = True
+    seed: int = 0
+
+    # Attacks, section 3.8.4
+    attack_steps: int = 40
+    attack_restarts: int = 5
+    attack_batch_size: int = 8
+    attack_step_linf: float = 2.5  # step = this · ε / steps
+    attack_step_l2: float = 4.0  # (c)
+    eot_samples: int = 20  # K, for stochastic models
+    pair_margin: float = 0.05  # (c) pairs with a larger difference of normalised MOS count
+    pair_temperature: float = 0.1  # T of the pair-inversion objective
+    eps_linf: tuple[float, ...] = (0.25 / 255, 0.5 / 255, 1 / 255, 2 / 255, 4 / 255, 8 / 255)  # (c)
+    eps_l2: tuple[float, ...] = (0.6, 1.25, 2.5, 5.0, 10.0, 20.0)  # (c) at 512², scaled by √(HW)/512
+    eps_linf_tables: tuple[float, ...] = (1 / 255, 4 / 255)
+    eps_l2_tables: tuple[float, ...] = (2.5, 10.0)
+
+    backend: str | None = None  # kernels: None picks the fastest that can run; a name is never overruled
+
+    @classmethod
+    def paper(cls, **changes: Any) -> SRMConfig:
+        """The article's own reading: SVD with an LU fast path, and keys as they are.
+
+        Without key normalisation no bound on the condition number or on the output's size holds.
+        """
+        return cls(**{"solver": "auto", "qk_norm": None, **changes})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SRMConfig:
+        """The inverse of `to_dict`; lists become tuples, an unknown key is a ValueError that names it."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(
+                f"unknown config key {', '.join(unknown)}; known keys are {', '.join(sorted(known))}"
+            )
+        return cls(**{key: _tuples(value) for key, value in values.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain JSON values."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def replace(self, **changes: Any) -> SRMConfig:
+        """A copy with some fields changed, checked like any other; an unknown name is a ValueError."""
+        return self.from_dict({**self.to_dict(), **changes})
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check_values(self)
+
+    @property
+    def head_dim(self) -> int:
+        """d = C / H."""
+        return self.channels // self.heads
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+_OPTIONAL = {"qk_norm": str, "gain_cap": float, "backend": str}
+_PAIRS = {"links"}
+_INT_TUPLES = {"fused_stages"}
+
+
+def _check_types(config: SRMConfig) -> None:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value is None and field.name in _OPTIONAL:
+            continue
+        expected: type = _OPTIONAL.get(field.name) or type(field.default)
+        accepted = (float, int) if expected is float else (expected,)
+        if not isinstance(value, accepted) or (isinstance(value, bool) and expected is not bool):
+            raise TypeError(f"config {field.name}={value!r}: expected {expected.__name__}")
+        if expected is tuple:
+            _check_items(field.name, value)
+        if expected is float and not math.isfinite(value):
+            raise ValueError(f"config {field.name}={value!r}: expected a finite number")
+
+
+def _check_items(name: str, items: tuple[Any, ...]) -> None:
+    def number(item: Any, integral: bool) -> bool:
+        kinds = int if integral else (int, float)
+        return isinstance(item, kinds) and not isinstance(item, bool)
+
+    if name in _PAIRS:
+        good = all(isinstance(p, tuple) and len(p) == 2 and all(number(i, True) for i in p) for p in items)
+        shape = "pairs of integers"
+    else:
+        good = all(number(item, name in _INT_TUPLES) for item in items)
+        shape = "integers" if name in _INT_TUPLES else "numbers"
+    if not good:
+        raise TypeError(f"config {name}={items!r}: expected {shape}")
+
+
+def _check_values(config: SRMConfig) -> None:
+    def require(condition: bool, name: str, accepted: str) -> None:
+        if not condition:
+            raise ValueError(f"config {name}={getattr(config, name)!r}: expected {accepted}")
+
+    def one_of(name: str, choices: tuple[str | None, ...]) -> None:
+        require(getattr(config, name) in choices, name, "one of " + ", ".join(map(repr, choices)))
+
+    one_of("qk_norm", QK_NORMS)
+    one_of("landmarks", LANDMARK_METHODS)
+    one_of("solver", SOLVERS)
+    one_of("solve_dtype", ("fp32", "model"))
+    one_of("precision", ("auto", "fp32", "bf16", "fp16"))
+    for name in (
+        "channels heads rank neumann_order pool_size image_size batch_size epochs attack_steps attack_restarts "
+        "attack_batch_size eot_samples"
+    ).split():
+        require(getattr(config, name) >= 1, name, "at least 1")
+    for (
+        name
+    ) in "warmup_epochs weight_tau weight_entropy weight_balance weight_decay pair_margin ridge".split():
+        require(getattr(config, name) >= 0, name, "zero or more")
+    for name in (
+        "gamma kappa_max gate_temperature lr_backbone lr_neck clip_norm pair_temperature attack_step_linf "
+        "attack_step_l2"
+    ).split():
+        require(getattr(config, name) > 0, name, "a positive number")
+    require(config.channels % config.heads == 0, "channels", f"a multiple of heads={config.heads}")
+    require(config.ridge > 0 or config.solver != "cholesky", "ridge", "above 0 with solver='cholesky'")
+    require(0 <= config.kv_pool_prob <= 1, "kv_pool_prob", "a probability")
+    require(0 <= config.ema < 1, "ema", "a decay in [0, 1)")
+    require(0 <= config.entropy_floor <= 1, "entropy_floor", "a share of ln S in [0, 1]")
+    require(config.tau_range >= 1, "tau_range", "at least 1")
+    require(config.calibration_range >= 1, "calibration_range", "at least 1")
+    require(config.gain_cap is None or config.gain_cap > 0, "gain_cap", "a positive number or None")
+    require(
+        len(config.betas) == 2 and all(0 <= b < 1 for b in config.betas), "betas", "two numbers in [0, 1)"
+    )
+    require(config.seed >= 0, "seed", "zero or more")
+    for name in "eps_linf eps_l2 eps_linf_tables eps_l2_tables".split():
+        require(all(eps >= 0 for eps in getattr(config, name)), name, "budgets of zero or more")
+    stages = config.fused_stages
+    require(
+        len(stages) > 0 and len(set(stages)) == len(stages) and set(stages) <= set(STAGES),
+        "fused_stages",
+        f"distinct stages out of {STAGES}",
+    )
+    require(len(set(config.links)) == len(config.links), "links", "each link once")
+    for source, target in config.links:
+        require(source in STAGES and target in STAGES, "links", f"stages out of {STAGES}")
+        require(source > target, "links", "links from a deeper stage to a shallower one")

@@ -1,1 +1,31 @@
-"""Operators of the Spectral Robustness Mixer."""
+"""Operators of the Spectral Robustness Mixer: landmarks, conditioning, attention, scale, gate.
+
+Every operator takes CPU or CUDA tensors and `backend=None`; `backends()` says which implementations can run.
+Importing needs neither a GPU, nor Triton, nor a compiler.
+"""
+
+from .attention import full_attention, nystrom_attention
+from .conditioning import LandmarkSolution, Solver, landmark_solve
+from .gate import GatedFusion, GateLosses, gate_losses, gated_fusion
+from .landmarks import ridge_leverage_scores, select_landmarks
+from .runtime import BackendStatus, backends
+from .scale import RMSScale, dyt, rms_scale
+
+__all__ = [
+    "BackendStatus",
+    "GateLosses",
+    "GatedFusion",
+    "LandmarkSolution",
+    "RMSScale",
+    "Solver",
+    "backends",
+    "dyt",
+    "full_attention",
+    "gate_losses",
+    "gated_fusion",
+    "landmark_solve",
+    "nystrom_attention",
+    "ridge_leverage_scores",
+    "rms_scale",
+    "select_landmarks",
+]

@@ -1,0 +1,95 @@
+"""Nyström cross-attention in plain PyTorch (SPEC 2, article 3.3).
+
+    K̃ = K[I]   L = softmax(Q K̃ᵀ s)   R = softmax(K̃ Kᵀ s)   X = (W + λI)⁻¹ (R V)   Y = L X
+    N_q×r      r×N_k                  W = softmax(K̃ K̃ᵀ s), r×r
+
+Q (B, H, N_q, d); K, V (B, H, N_k, d); I (B, H, r).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..checks import wide_dtype
+from ..conditioning import reference as conditioning
+
+NORM_FLOOR = 1e-6
+
+
+def nystrom_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    landmarks: Tensor,
+    scale: float,
+    qk_norm: str | None,
+    solve_dtype: str,
+    ridge: float,
+    solver: str,
+    equilibrate: bool,
+    kappa_max: float,
+    neumann_order: int,
+    neumann_gate: bool,
+) -> Tensor:
+    """Y (B, H, N_q, d) in the query's dtype; everything in between is fp32 (fp64 for fp64)."""
+    Q = normalised_query(query, qk_norm)
+    block_dtype = query.dtype if solve_dtype == "model" else Q.dtype
+    keys, logits, rhs = key_side(key, value, landmarks, scale, qk_norm, block_dtype)
+    X, _ = conditioning.landmark_solve(
+        logits, rhs, ridge, solver, equilibrate, kappa_max, neumann_order, neumann_gate
+    )
+    L = _block(Q, keys, scale, block_dtype)
+    return (L @ X).to(query.dtype)
+
+
+def key_side(
+    key: Tensor,
+    value: Tensor,
+    landmarks: Tensor,
+    scale: float,
+    qk_norm: str | None,
+    block_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """K̃ (B, H, r, d), the logits K̃K̃ᵀs of W (B, H, r, r) and R V (B, H, r, d)."""
+    K = normalised_key(key, qk_norm)
+    block_dtype = block_dtype or K.dtype
+    keys = K.gather(-2, landmarks[..., None].expand(*landmarks.shape, K.shape[-1]))
+    R = _block(keys, K, scale, block_dtype)
+    logits = keys @ keys.mT * scale
+    if block_dtype != K.dtype:
+        # W as the model's dtype holds it; its rows' logsumexp brings back the symmetry of the logits.
+        rounded = logits.to(block_dtype)
+        W = rounded.softmax(-1).to(K.dtype)
+        tiny = torch.finfo(block_dtype).smallest_normal
+        logits = W.clamp(min=tiny).log() + rounded.to(K.dtype).logsumexp(-1, keepdim=True)
+    return keys, logits, R @ value.to(K.dtype)
+
+
+def normalised_query(query: Tensor, qk_norm: str | None) -> Tensor:
+    """Queries in the wide dtype, RMS-normalised per head and token where "both" asks for it."""
+    wide = query.to(wide_dtype(query.dtype))
+    return rms_normalise(wide) if qk_norm == "both" else wide
+
+
+def normalised_key(key: Tensor, qk_norm: str | None) -> Tensor:
+    """Keys in the wide dtype, RMS-normalised per head and token where "keys" or "both" asks for it."""
+    wide = key.to(wide_dtype(key.dtype))
+    return wide if qk_norm is None else rms_normalise(wide)
+
+
+def rms_normalise(x: Tensor) -> Tensor:
+    """x·√d / (‖x‖ + 1e-6) along the last axis."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x * (x.shape[-1] ** 0.5 / (norm + NORM_FLOOR))
+
+
+def _block(rows: Tensor, columns: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """softmax(rows columnsᵀ s), formed in `dtype` and returned in the dtype of `rows`."""
+    logits = rows @ columns.mT * scale
+    return logits.to(dtype).softmax(-1).to(rows.dtype)
+
+
+def full_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """softmax(Q Kᵀ s) V."""
+    return (query @ key.mT * scale).softmax(-1) @ value

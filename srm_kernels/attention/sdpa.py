@@ -1,0 +1,38 @@
+"""The same attention through two calls of scaled_dot_product_attention.
+
+R V = SDPA(K̃, K, V) and Y = SDPA(Q, K̃, X): torch's fused kernels then hold no N×r block at all.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from ..conditioning import reference as conditioning
+from .reference import normalised_key, normalised_query
+
+
+def nystrom_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    landmarks: Tensor,
+    scale: float,
+    qk_norm: str | None,
+    solve_dtype: str,
+    ridge: float,
+    solver: str,
+    equilibrate: bool,
+    kappa_max: float,
+    neumann_order: int,
+    neumann_gate: bool,
+) -> Tensor:
+    """Y (B, H, N_q, d) in the query's dtype; everything in between is fp32 (fp64 for fp64)."""
+    Q, K = normalised_query(query, qk_norm), normalised_key(key, qk_norm)
+    keys = K.gather(-2, landmarks[..., None].expand(*landmarks.shape, K.shape[-1]))
+    rhs = scaled_dot_product_attention(keys, K, value.to(K.dtype), scale=scale)
+    X, _ = conditioning.landmark_solve(
+        keys @ keys.mT * scale, rhs, ridge, solver, equilibrate, kappa_max, neumann_order, neumann_gate
+    )
+    # A solve returns column-major matrices, on which the attention is four times slower.
+    return scaled_dot_product_attention(Q, keys, X.contiguous(), scale=scale).to(query.dtype)

@@ -1,0 +1,118 @@
+"""The small landmark solve and its diagnostics (SPEC 2.1, article 3.4)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checks import check_choice, check_number, check_tensors, wide_dtype
+from ..registration import register_operator
+from ..runtime import choose_backend
+from . import reference
+from .reference import Solver
+
+SOLVERS = ("cholesky", "lu", "svd", "auto", "neumann")
+_IMPLEMENTATIONS = ("reference", "sdpa")
+
+
+class LandmarkSolution(NamedTuple):
+    """X and, with `diagnostics=True`, what is known about each system; None otherwise."""
+
+    x: Tensor  # (…, r, d)
+    kappa: Tensor | None  # (…,) σ_max/σ_min of W_λ, or of W̃ + λI where equilibrated
+    residual: Tensor | None  # (…,) ‖A Z − G‖_F / (‖G‖_F + 1e-12) of the system that was solved
+    gain: Tensor | None  # (…,) ‖X‖_F / ‖RV‖_F
+    solver: Tensor | None  # (…,) int64, the `Solver` that served the matrix
+
+
+_solve = register_operator(
+    "landmark_solve",
+    "Tensor logits, Tensor rhs, float ridge, str solver, bool equilibrate, float kappa_max, int neumann_order, "
+    "bool neumann_gate",
+    "(Tensor, Tensor)",
+    dict.fromkeys(_IMPLEMENTATIONS, reference.landmark_solve),
+    fake=lambda logits, rhs, *_: (
+        rhs.new_empty(rhs.shape, dtype=wide_dtype(rhs.dtype)),
+        rhs.new_empty(rhs.shape[:-2], dtype=torch.int64),
+    ),
+    differentiable=("logits", "rhs"),
+)
+
+_diagnose = register_operator(
+    "landmark_diagnostics",
+    "Tensor logits, Tensor rhs, Tensor x, Tensor used, float ridge, bool equilibrate",
+    "(Tensor, Tensor, Tensor)",
+    dict.fromkeys(_IMPLEMENTATIONS, reference.landmark_diagnostics),
+    fake=lambda logits, rhs, x, *_: tuple(x.new_empty(x.shape[:-2]) for _ in range(3)),
+)
+
+
+def landmark_solve(
+    logits: Tensor,
+    rhs: Tensor,
+    *,
+    ridge: float = 1e-3,
+    solver: str = "cholesky",
+    equilibrate: bool = False,
+    kappa_max: float = 1e6,
+    neumann_order: int = 3,
+    neumann_gate: bool = True,
+    diagnostics: bool = False,
+    backend: str | None = None,
+) -> LandmarkSolution:
+    """X = (W + λI)⁻¹ G for W = softmax(logits), λ = ridge · tr(W)/r, every matrix for itself (SPEC 2.1).
+
+    logits: (…, r, r), l = K̃K̃ᵀs. rhs: (…, r, d), G = R V, of the same leading axes, dtype and device;
+    float64, float32, bfloat16 or float16. X is fp32 (fp64 for fp64). Solvers:
+
+    - "cholesky": the similar symmetric system, κ₂ ≤ (1 + λ)/λ always. Acts on the symmetric part of the
+      logits and needs ridge > 0. A matrix that breaks down, or whose logits are not symmetric within
+      1e-3·(1 + max|l|), goes to "lu", that matrix alone.
+    - "lu": partial pivoting. With ridge 0 a singular matrix gives NaN, never a plausible number.
+    - "svd": pseudo-inverse; with ridge 0, singular values up to r·eps·σ_max are dropped (minimum norm) and
+      the derivative is not defined where any was. The article's default; the least accurate in fp32 at
+      high κ, offered for parity. Waits for the device.
+    - "auto": "lu" where κ(W_λ) < kappa_max, else "svd", per matrix, κ by exact singular values. Waits too.
+    - "neumann": α Σ_{k≤m} (I − αW_λ)^k G, α = 1/(1 + λ), m = `neumann_order`, per matrix where a power
+      iteration puts the spectral radius below 0.95 and the residual is below 1e-2, else the default solve
+      ("lu" where ridge is 0); `neumann_gate=False` applies it always.
+
+    equilibrate: solve D_r W D_c + λI with D_r, D_c = (row or column norm + 1e-12)^-½ instead; same X up to λ.
+    diagnostics: fill κ, residual, gain and solver; κ takes exact singular values and waits for the device.
+    A non-finite logit makes its own matrix's X NaN and no other's. Gradients are exact, by the implicit
+    formula (through the polynomial for "neumann"); diagnostics carry none.
+    Raises ValueError for shapes, an unknown solver, ridge < 0, or "cholesky" with ridge 0; TypeError for dtypes.
+    """
+    check_tensors(logits=logits, rhs=rhs)
+    if logits.dim() < 2 or logits.shape[-1] != logits.shape[-2]:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}; expected (…, r, r)")
+    if rhs.shape[:-1] != logits.shape[:-1]:
+        raise ValueError(
+            f"rhs has shape {tuple(rhs.shape)}; expected {tuple(logits.shape[:-1])} and one more axis"
+        )
+    check_solver(ridge, solver, kappa_max, neumann_order)
+    chosen = choose_backend(backend, _IMPLEMENTATIONS, "landmark_solve")
+    ridge = float(ridge)
+    x, used = _solve(
+        logits, rhs, ridge, solver, equilibrate, float(kappa_max), neumann_order, neumann_gate, chosen
+    )
+    if not diagnostics:
+        return LandmarkSolution(x, None, None, None, None)
+    with torch.no_grad():
+        kappa, residual, gain = _diagnose(logits, rhs, x, used, ridge, equilibrate, chosen)
+    return LandmarkSolution(x, kappa, residual, gain, used)
+
+
+def check_solver(ridge: float, solver: str, kappa_max: float, neumann_order: int) -> None:
+    """The solver's own arguments; ValueError or TypeError."""
+    check_choice("solver", solver, SOLVERS)
+    check_number("ridge", ridge, at_least=0)
+    check_number("kappa_max", kappa_max, above=0)
+    check_number("neumann_order", neumann_order, at_least=0)
+    if solver == "cholesky" and ridge == 0:
+        raise ValueError("ridge=0 with solver='cholesky': expected a ridge above 0, or solver='lu' or 'svd'")
+
+
+__all__ = ["SOLVERS", "LandmarkSolution", "Solver", "landmark_solve"]

@@ -1,0 +1,281 @@
+"""The landmark solve in plain PyTorch (SPEC 2.1, article 3.4).
+
+From logits l = K̃K̃ᵀs (…, r, r) and G = RV (…, r, d):
+
+    W = softmax(l)    A = W + λI,  λ = λ₀ tr(W)/r    X = A⁻¹ G
+
+W is similar to the symmetric S_ij = exp(l_ij − (ℓ_i + ℓ_j)/2), ℓ the rows' logsumexp:
+S = E W E⁻¹ with E = diag(e^{ℓ/2}), so Cholesky solves (S + λI) (E X) = E G. Equilibration replaces W by
+W̃ = D_r W D_c, G by D_r G and X by D_c⁻¹ X; with E = (D_c/D_r)^½ diag(e^{ℓ/2}) all of this stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checks import wide_dtype
+
+EQUILIBRATION_FLOOR = 1e-12
+SYMMETRY_TOLERANCE = 1e-3
+POWER_ITERATIONS = 20
+RADIUS_LIMIT = 0.95
+RESIDUAL_LIMIT = 1e-2
+
+
+class Solver(IntEnum):
+    """Which solver served a matrix."""
+
+    CHOLESKY = 0
+    LU = 1
+    SVD = 2
+    NEUMANN = 3
+
+
+class System(NamedTuple):
+    """A Z = right-hand side, X = D_c Z; `left` and `right` are the diagonals of D_r and D_c, or None."""
+
+    matrix: Tensor  # A, (…, r, r)
+    rhs: Tensor  # (…, r, d)
+    ridge: Tensor  # λ, (…,)
+    left: Tensor | None
+    right: Tensor | None
+
+
+def landmark_solve(
+    logits: Tensor,
+    rhs: Tensor,
+    ridge: float,
+    solver: str,
+    equilibrate: bool,
+    kappa_max: float,
+    neumann_order: int,
+    neumann_gate: bool,
+) -> tuple[Tensor, Tensor]:
+    """X (…, r, d) and the `Solver` (…,) that served each matrix."""
+    logits, rhs = logits.to(wide_dtype(logits.dtype)), rhs.to(wide_dtype(rhs.dtype))
+    finite = logits.isfinite().all(-1).all(-1)
+    logits = torch.where(finite[..., None, None], logits, 0)
+    default = "cholesky" if ridge > 0 else "lu"
+    factors, used = _factorise(
+        logits, default if solver == "neumann" else solver, ridge, equilibrate, kappa_max
+    )
+    system = _system(_acted_on(logits, used), rhs, ridge, equilibrate)
+    Z = _ImplicitSolve.apply(system.matrix, system.rhs, factors, False)
+    if solver == "neumann":
+        series_system = _system(logits, rhs, ridge, equilibrate)
+        series = _neumann(series_system, neumann_order)
+        accepted = _neumann_accepts(series_system, series) if neumann_gate else torch.ones_like(finite)
+        Z = torch.where(accepted[..., None, None], series, Z)
+        used = torch.where(accepted, int(Solver.NEUMANN), used)
+    X = Z if system.right is None else system.right[..., None] * Z
+    return torch.where(finite[..., None, None], X, torch.nan), used
+
+
+def landmark_diagnostics(
+    logits: Tensor, rhs: Tensor, x: Tensor, used: Tensor, ridge: float, equilibrate: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per matrix: κ = σ_max/σ_min of A, ‖A Z − G‖/(‖G‖ + 1e-12) and ‖X‖/‖RV‖, all Frobenius."""
+    logits, rhs = logits.to(x.dtype), rhs.to(x.dtype)
+    finite = logits.isfinite().all(-1).all(-1)
+    logits = torch.where(finite[..., None, None], logits, 0)
+    system = _system(_acted_on(logits, used), rhs, ridge, equilibrate)
+    sigma = torch.linalg.svdvals(system.matrix)
+    kappa = torch.where(finite, sigma[..., 0] / sigma[..., -1], torch.nan)
+    Z = x if system.right is None else x / system.right[..., None]
+    return kappa, _residual(system, Z), _norm(x) / _norm(rhs)
+
+
+def _acted_on(logits: Tensor, used: Tensor) -> Tensor:
+    """Cholesky acts on the symmetric part of the logits, everything else on the logits."""
+    symmetric = (used == Solver.CHOLESKY)[..., None, None]
+    return torch.where(symmetric, (logits + logits.mT) / 2, logits)
+
+
+def _system(logits: Tensor, rhs: Tensor, ridge: float, equilibrate: bool) -> System:
+    W = logits.softmax(-1)
+    left = right = None
+    if equilibrate:
+        left = (W.square().sum(-1).sqrt() + EQUILIBRATION_FLOOR).rsqrt()
+        right = (W.square().sum(-2).sqrt() + EQUILIBRATION_FLOOR).rsqrt()
+        W = left[..., None] * W * right[..., None, :]
+        rhs = left[..., None] * rhs
+    r = W.shape[-1]
+    lam = ridge * W.diagonal(dim1=-2, dim2=-1).sum(-1) / r
+    A = W + lam[..., None, None] * torch.eye(r, dtype=W.dtype, device=W.device)
+    return System(A, rhs, lam, left, right)
+
+
+Solve = Callable[[Tensor, bool], Tensor]  # (right-hand side, transposed) → solution
+
+
+class _Factors:
+    """Factorised matrices of a batch, each solved by its own method. Masks (…,) say which; None is all."""
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[Tensor | None, Solve]] = []
+
+    def solve(self, rhs: Tensor, transposed: bool) -> Tensor:
+        result = torch.zeros_like(rhs)
+        for mask, solve in self.parts:
+            part = solve(rhs, transposed)
+            result = part if mask is None else torch.where(mask[..., None, None], part, result)
+        return result
+
+
+class _ImplicitSolve(torch.autograd.Function):
+    """Z = A⁻¹ G, or A⁻ᵀ G, by factors made beforehand; derivative by the implicit formula, to any order."""
+
+    @staticmethod
+    def forward(ctx: Any, A: Tensor, G: Tensor, factors: _Factors, transposed: bool) -> Tensor:
+        Z = factors.solve(G, transposed)
+        ctx.save_for_backward(A, Z)
+        ctx.factors, ctx.transposed = factors, transposed
+        return Z
+
+    @staticmethod
+    def backward(ctx: Any, dZ: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        A, Z = ctx.saved_tensors
+        dG = _ImplicitSolve.apply(A, dZ, ctx.factors, not ctx.transposed)
+        dA = -(Z @ dG.mT) if ctx.transposed else -(dG @ Z.mT)
+        return dA, dG, None, None
+
+
+@torch.no_grad()
+def _factorise(
+    logits: Tensor, solver: str, ridge: float, equilibrate: bool, kappa_max: float
+) -> tuple[_Factors, Tensor]:
+    batch = logits.shape[:-2]
+    factors = _Factors()
+    used = torch.full(batch, int(Solver.LU), dtype=torch.int64, device=logits.device)
+    rest: Tensor | None = None  # the matrices that partial pivoting serves; None is all
+    if solver == "cholesky":
+        good, solve = _cholesky(logits, ridge, equilibrate)
+        factors.parts.append((good, solve))
+        used = torch.where(good, int(Solver.CHOLESKY), used)
+        rest = ~good
+    elif solver in ("svd", "auto"):
+        A = _system(logits, logits, ridge, equilibrate).matrix
+        if solver == "svd":
+            mask = None
+            used = torch.full_like(used, int(Solver.SVD))
+        else:
+            sigma = torch.linalg.svdvals(A)
+            mask = ~(sigma[..., 0] < kappa_max * sigma[..., -1])
+            used = torch.where(mask, int(Solver.SVD), used)
+        if _any(mask):
+            factors.parts.append((mask, _svd(A, ridge)))
+        if solver == "svd":
+            return factors, used
+        rest = None if mask is None else ~mask
+    if _any(rest):
+        A = _system(logits, logits, ridge, equilibrate).matrix
+        factors.parts.append((rest, _lu(A, ridge)))
+    return factors, used
+
+
+def _any(mask: Tensor | None) -> bool:
+    """Whether a part has work to do; off the CPU asking would wait for the device, so it is assumed to."""
+    return mask is None or mask.device.type != "cpu" or bool(mask.any())
+
+
+def _cholesky(logits: Tensor, ridge: float, equilibrate: bool) -> tuple[Tensor, Solve]:
+    symmetric = (logits + logits.mT) / 2
+    largest = logits.abs().amax((-2, -1))
+    good = (logits - logits.mT).abs().amax((-2, -1)) <= SYMMETRY_TOLERANCE * (1 + largest)
+    lse = symmetric.logsumexp(-1)
+    system = _system(symmetric, symmetric, ridge, equilibrate)
+    half = (lse - (lse.amax(-1, keepdim=True) + lse.amin(-1, keepdim=True)) / 2) / 2  # log E, centred
+    S = (symmetric - (lse[..., :, None] + lse[..., None, :]) / 2).exp()
+    if system.left is not None and system.right is not None:
+        both = (system.left * system.right).sqrt()
+        S = both[..., :, None] * S * both[..., None, :]
+        half = half + (system.right / system.left).log() / 2
+    eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
+    factor, info = torch.linalg.cholesky_ex(S + system.ridge[..., None, None] * eye)
+    E = half.exp()[..., None]
+    good = (
+        good
+        & (info == 0)
+        & factor.isfinite().all(-1).all(-1)
+        & E.isfinite().all(-1).all(-1)
+        & (E > 0).all(-2)[..., 0]
+    )
+
+    def solve(rhs: Tensor, transposed: bool) -> Tensor:
+        return (
+            torch.cholesky_solve(rhs / E, factor) * E
+            if transposed
+            else torch.cholesky_solve(rhs * E, factor) / E
+        )
+
+    return good, solve
+
+
+def _lu(A: Tensor, ridge: float) -> Solve:
+    factor, pivots, _ = torch.linalg.lu_factor_ex(A)
+    poison = torch.zeros_like(A[..., :1, :1])
+    if ridge == 0:
+        # A singular matrix leaves a last pivot of rounding size, and a solution that looks like one.
+        pivot = factor.diagonal(dim1=-2, dim2=-1).abs()
+        limit = A.shape[-1] * torch.finfo(A.dtype).eps * pivot.amax(-1)
+        poison = torch.where(pivot.amin(-1) > limit, 0.0, torch.nan).to(A.dtype)[..., None, None]
+
+    def solve(rhs: Tensor, transposed: bool) -> Tensor:
+        return torch.linalg.lu_solve(factor, pivots, rhs, adjoint=transposed) + poison
+
+    return solve
+
+
+def _svd(A: Tensor, ridge: float) -> Solve:
+    U, sigma, Vh = torch.linalg.svd(A)
+    inverse = 1 / sigma
+    if ridge == 0:
+        limit = A.shape[-1] * torch.finfo(A.dtype).eps * sigma[..., :1]
+        inverse = torch.where(sigma > limit, inverse, 0)
+
+    def solve(rhs: Tensor, transposed: bool) -> Tensor:
+        if transposed:
+            return U @ (inverse[..., None] * (Vh @ rhs))
+        return Vh.mT @ (inverse[..., None] * (U.mT @ rhs))
+
+    return solve
+
+
+def _neumann(system: System, order: int) -> Tensor:
+    """α Σ_{k=0..m} (I − αA)^k G, α = 1/(1 + λ), by Horner's rule."""
+    alpha = (1 / (1 + system.ridge))[..., None, None]
+    first = alpha * system.rhs
+    Z = first
+    for _ in range(order):
+        Z = Z - alpha * (system.matrix @ Z) + first
+    return Z
+
+
+@torch.no_grad()
+def _neumann_accepts(system: System, series: Tensor) -> Tensor:
+    """Power iterations on I − αA from seeded signs less their mean (constants are annihilated by it)."""
+    A = system.matrix
+    r = A.shape[-1]
+    alpha = (1 / (1 + system.ridge))[..., None, None]
+    hashed = (torch.arange(1, r + 1, device=A.device) * 2654435761) % 2**32
+    signs = 1 - 2 * ((hashed >> 15) & 1).to(A.dtype)
+    v = (signs - signs.mean())[:, None].expand(*A.shape[:-1], 1)
+    radius = torch.zeros_like(system.ridge)
+    for _ in range(POWER_ITERATIONS):
+        v = v / _norm(v).clamp(min=torch.finfo(A.dtype).tiny)[..., None, None]
+        v = v - alpha * (A @ v)
+        radius = _norm(v)
+    return (radius < RADIUS_LIMIT) & (_residual(system, series) < RESIDUAL_LIMIT)
+
+
+def _norm(matrix: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(matrix, dim=(-2, -1))
+
+
+def _residual(system: System, Z: Tensor) -> Tensor:
+    return _norm(system.matrix @ Z - system.rhs) / (_norm(system.rhs) + 1e-12)

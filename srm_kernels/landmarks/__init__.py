@@ -1,0 +1,96 @@
+"""Choosing the landmark keys (SPEC 2, article 3.3)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..checks import check_choice, check_count, check_number, check_tokens, wide_dtype
+from ..registration import register_operator
+from ..runtime import choose_backend
+from . import reference
+
+METHODS = ("leverage", "leverage_sample", "uniform", "kmeans++", "pivoted_cholesky")
+_IMPLEMENTATIONS = ("reference", "sdpa")
+
+_leverage = register_operator(
+    "ridge_leverage_scores",
+    "Tensor key, float gamma",
+    "Tensor",
+    dict.fromkeys(_IMPLEMENTATIONS, reference.ridge_leverage_scores),
+    fake=lambda key, gamma: key.new_empty(key.shape[:3], dtype=wide_dtype(key.dtype)),
+    differentiable=("key",),
+)
+
+_select = register_operator(
+    "select_landmarks",
+    "Tensor key, Tensor? random, int rank, str method, float gamma, float scale",
+    "Tensor",
+    dict.fromkeys(_IMPLEMENTATIONS, reference.select_landmarks),
+    fake=lambda key, random, rank, *_: key.new_empty((*key.shape[:2], rank), dtype=torch.int64),
+)
+
+
+def ridge_leverage_scores(key: Tensor, *, gamma: float = 1e-3, backend: str | None = None) -> Tensor:
+    """Ridge leverage scores τ_i = k_iᵀ (KᵀK + γI)⁻¹ k_i of every key (SPEC 2, article 3.3).
+
+    key: (B, H, N_k, d), float64, float32, bfloat16 or float16, any strides. gamma: γ > 0.
+    Returns (B, H, N_k) in fp32 (fp64 for fp64), values in [0, 1). Differentiable, twice through the reference.
+    A Gram matrix whose Cholesky breaks down by rounding is given a ridge of rounding size, that matrix alone.
+    Raises TypeError for other dtypes, ValueError for other shapes or γ ≤ 0.
+    """
+    check_tokens("key", key)
+    check_number("gamma", gamma, above=0)
+    return _leverage(key, float(gamma), choose_backend(backend, _IMPLEMENTATIONS, "ridge_leverage_scores"))
+
+
+def select_landmarks(
+    key: Tensor,
+    rank: int,
+    *,
+    method: str = "leverage",
+    gamma: float = 1e-3,
+    scale: float | None = None,
+    generator: torch.Generator | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Indices of the r landmark keys of every (b, h), each independent of the rest of the batch (SPEC 2).
+
+    key: (B, H, N_k, d). rank: r ≥ 1, clamped to N_k. Methods:
+
+    - "leverage": the r largest ridge leverage scores, descending, ties to the lower index.
+    - "leverage_sample": r without replacement, probability ∝ score. Random; for training.
+    - "uniform": floor((i + 0.5) N_k / r).
+    - "kmeans++": k-means++ seeding and five Lloyd steps on the top-2r leverage candidates, then for each
+      centre in turn the nearest key not yet taken. Random.
+    - "pivoted_cholesky": r times the key with the largest residual diagonal of exp(K Kᵀ s), ties to the lower
+      index; O(N_k r²). `scale` is s, 1/√d by default; no other method reads it.
+
+    generator: source of the random methods' numbers, the same for every (b, h); None means seed 0.
+    Returns (B, H, r) int64, distinct along the last axis. Not differentiable.
+    Raises TypeError for dtypes, ValueError for shapes, rank < 1, γ ≤ 0 or an unknown method.
+    """
+    check_tokens("key", key)
+    check_count("rank", rank)
+    check_choice("method", method, METHODS)
+    check_number("gamma", gamma, above=0)
+    if scale is not None:
+        check_number("scale", scale)
+    rank = min(rank, key.shape[2])
+    random = draw_random(key, rank, method, generator)
+    chosen = choose_backend(backend, _IMPLEMENTATIONS, "select_landmarks")
+    s = 1 / math.sqrt(key.shape[-1]) if scale is None else float(scale)
+    return _select(key.detach(), random, rank, method, float(gamma), s, chosen)
+
+
+def draw_random(key: Tensor, rank: int, method: str, generator: torch.Generator | None) -> Tensor | None:
+    """The uniform numbers in (0, 1) a random method needs, on the key's device; None for the others."""
+    count = {"leverage_sample": key.shape[2], "kmeans++": rank}.get(method)
+    if count is None:
+        return None
+    if generator is None:
+        generator = torch.Generator().manual_seed(0)
+    numbers = torch.rand(count, generator=generator, device=generator.device, dtype=torch.float64)
+    return numbers.clamp(min=1e-12).to(key.device)

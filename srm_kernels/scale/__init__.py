@@ -1,0 +1,79 @@
+"""The scale statistic of an attention output, and DyT (SPEC 3, article 3.5)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..checks import DTYPES, check_tensors, check_tokens, wide_dtype
+from ..registration import register_operator
+from ..runtime import choose_backend
+from . import reference
+
+_IMPLEMENTATIONS = ("reference", "sdpa")
+
+
+class RMSScale(NamedTuple):
+    """Per head: the mean vector (H, d) and the root mean square distance from it (H,)."""
+
+    mean: Tensor
+    rms: Tensor
+
+
+_rms_scale = register_operator(
+    "rms_scale",
+    "Tensor y",
+    "(Tensor, Tensor)",
+    dict.fromkeys(_IMPLEMENTATIONS, reference.rms_scale),
+    fake=lambda y: (
+        y.new_empty((y.shape[1], y.shape[3]), dtype=wide_dtype(y.dtype)),
+        y.new_empty((y.shape[1],), dtype=wide_dtype(y.dtype)),
+    ),
+    differentiable=("y",),
+)
+
+_dyt = register_operator(
+    "dyt",
+    "Tensor x, Tensor alpha, Tensor weight, Tensor bias",
+    "Tensor",
+    dict.fromkeys(_IMPLEMENTATIONS, reference.dyt),
+    fake=lambda x, *_: x.new_empty(x.shape),
+    differentiable=("x", "alpha", "weight", "bias"),
+)
+
+
+def rms_scale(y: Tensor, *, backend: str | None = None) -> RMSScale:
+    """The scale statistic σ of one link's output, over batch and tokens (SPEC 3.1, article 3.5).
+
+    y: (B, H, N, d), float64, float32, bfloat16 or float16. Returns (mean (H, d), rms (H,)) in fp32 (fp64 for
+    fp64): μ_h = mean(Y_h), σ_h = sqrt(mean ‖Y_h − μ_h‖²), by two passes, so that a large mean cancels nothing.
+    Differentiable where σ > 0. Raises TypeError for other dtypes, ValueError for other shapes.
+    """
+    check_tokens("y", y)
+    return RMSScale(*_rms_scale(y, choose_backend(backend, _IMPLEMENTATIONS, "rms_scale")))
+
+
+def dyt(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor, *, backend: str | None = None) -> Tensor:
+    """Dynamic tanh w ⊙ tanh(αx) + b along the last axis (SPEC 3.4, article 3.5).
+
+    x: (…, C). alpha: one element. weight, bias: (C,). The three parameters share a dtype, x's or a wider one
+    (fp32 parameters under autocast). Returns x's shape and dtype; tanh is taken in fp32 (fp64 for fp64).
+    Raises TypeError for dtypes, ValueError for shapes or devices.
+    """
+    check_tensors(x=x)
+    check_tensors(alpha=alpha, weight=weight, bias=bias)
+    if DTYPES.index(alpha.dtype) > DTYPES.index(x.dtype):
+        raise TypeError(
+            f"alpha, weight and bias are {alpha.dtype} and x is {x.dtype}; expected them no narrower"
+        )
+    if alpha.device != x.device:
+        raise ValueError(f"alpha is on {alpha.device} and x on {x.device}; expected one device")
+    if x.dim() < 1 or weight.shape != x.shape[-1:] or bias.shape != x.shape[-1:]:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, weight {tuple(weight.shape)}, bias {tuple(bias.shape)}; "
+            "expected (…, C), (C,) and (C,)"
+        )
+    if alpha.numel() != 1:
+        raise ValueError(f"alpha has shape {tuple(alpha.shape)}; expected one element")
+    return _dyt(x, alpha, weight, bias, choose_backend(backend, _IMPLEMENTATIONS, "dyt"))

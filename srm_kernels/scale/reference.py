@@ -1,0 +1,22 @@
+"""Scale statistics and DyT in plain PyTorch (SPEC 3, article 3.5)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..checks import wide_dtype
+
+
+def rms_scale(y: Tensor) -> tuple[Tensor, Tensor]:
+    """μ_h (H, d) and σ_h = sqrt(mean ‖Y_h − μ_h‖²) (H,) over batch and tokens of Y (B, H, N, d)."""
+    Y = y.to(wide_dtype(y.dtype))
+    mean = Y.mean((0, 2))
+    centred = Y - mean[None, :, None, :]
+    return mean, centred.square().sum(-1).mean((0, 2)).sqrt()
+
+
+def dyt(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """w ⊙ tanh(αx) + b along the last axis, in the dtype of x."""
+    wide = wide_dtype(x.dtype)
+    bounded = (alpha.to(wide) * x.to(wide)).tanh()
+    return (weight.to(wide) * bounded + bias.to(wide)).to(x.dtype)

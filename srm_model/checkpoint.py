@@ -1,0 +1,167 @@
+"""Checkpoints: a folder of `model.safetensors` (weights) and `config.json` (everything else), no pickle.
+
+`config.json` is `{"format": "srm-iqa/1", "backbone", "neck", "config", "sha256", "card"}`: `config` is
+`SRMConfig.to_dict()`, `sha256` the digest of the weights file that belongs to it, `card` what is known about
+the training (data set, epoch, validation figures, logistic map).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from srm_model.config import SRMConfig
+from srm_model.files import atomic_path, read_json, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from srm_model.model import IQAModel
+
+FORMAT = "srm-iqa/1"
+NECKS = ("srm", "quadratic", "none")
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+# The weights are complete under this name before config.json turns to them, and renamed afterwards.
+_PENDING = "model.next.safetensors"
+_KEYS = {"format": str, "backbone": str, "neck": str, "config": dict, "sha256": str, "card": dict}
+
+
+def save_model(model: nn.Module, folder: str | Path, *, card: dict[str, Any]) -> None:
+    """Write `model` to `folder`, so that a kill at any moment leaves the old checkpoint or the new one.
+
+    `model` has `backbone_name`, `neck_name` and `config`, as `IQAModel` does. Tensors are stored contiguous
+    and in their own dtype; tied ones are stored once per name. `card` holds plain JSON values.
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    with atomic_path(folder / _PENDING) as temporary:
+        save_file(plain_tensors(model.state_dict()), temporary)
+        digest = _sha256(temporary)
+    document = {
+        "format": FORMAT,
+        "backbone": model.backbone_name,
+        "neck": model.neck_name,
+        "config": model.config.to_dict(),  # type: ignore[operator, union-attr]
+        "sha256": digest,
+        "card": card,
+    }
+    write_json(folder / CONFIG, document)
+    (folder / _PENDING).replace(folder / WEIGHTS)
+
+
+def load_model(folder: str | Path) -> tuple[IQAModel, dict[str, Any]]:
+    """The model stored in `folder`, on the CPU and in eval mode, and its card.
+
+    A folder that is not a checkpoint, or not a whole one, is a ValueError of one sentence.
+    """
+    document = read_card(folder)
+    from srm_model.model import build_model  # the model reads its weights through this module
+
+    model = build_model(
+        document["backbone"], neck=document["neck"], config=SRMConfig.from_dict(document["config"])
+    )
+    load_weights(model, folder)
+    return model.eval(), document["card"]
+
+
+def read_card(folder: str | Path) -> dict[str, Any]:
+    """The checked contents of `folder/config.json`, all of it; the training's own card is its key `card`.
+
+    A missing, broken or foreign file, another format version, an unknown key or an invalid config is a
+    ValueError.
+    """
+    path = Path(folder) / CONFIG
+    document = read_json(path)
+    if not isinstance(document, dict) or not str(document.get("format", "")).startswith("srm-iqa/"):
+        raise ValueError(
+            f'{path}: not a checkpoint of this program, whose config.json has "format": "{FORMAT}"'
+        )
+    if document["format"] != FORMAT:
+        raise ValueError(
+            f"{path}: checkpoint format {document['format']!r} is not {FORMAT!r}, the one accepted"
+        )
+    unknown, missing = sorted(document.keys() - _KEYS.keys()), sorted(_KEYS.keys() - document.keys())
+    if unknown or missing:
+        what = f"unknown key {', '.join(unknown)}" if unknown else f"no key {', '.join(missing)}"
+        raise ValueError(f"{path}: {what}; a checkpoint has {', '.join(_KEYS)}")
+    for key, kind in _KEYS.items():
+        if not isinstance(document[key], kind):
+            raise ValueError(f"{path}: {key} is {document[key]!r}, expected {kind.__name__}")
+    if not re.fullmatch(r"[\w.]+", document["backbone"]):
+        # timm resolves names such as "hf-hub:…" over the network: reading a file must not.
+        raise ValueError(f"{path}: backbone {document['backbone']!r} is not the name of a timm model")
+    if document["neck"] not in NECKS:
+        raise ValueError(f"{path}: neck {document['neck']!r} is not one of {', '.join(NECKS)}")
+    try:
+        SRMConfig.from_dict(document["config"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    return document
+
+
+def load_weights(model: nn.Module, folder: str | Path) -> None:
+    """Copy the weights in `folder` into `model`, which must have exactly the tensors stored there.
+
+    Damaged files, and tensors that are missing, unexpected or of another shape, are a ValueError; `model` is
+    then unchanged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = _weights_path(Path(folder), read_card(folder)["sha256"])
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not readable as safetensors ({error})") from None
+    copy_tensors(model, tensors, path)
+
+
+def plain_tensors(tensors: dict[str, Any]) -> dict[str, Tensor]:
+    """Copies that safetensors accepts: on the CPU, contiguous, no two sharing memory."""
+    import torch
+
+    return {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
+        for name, tensor in tensors.items()
+    }
+
+
+def copy_tensors(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
+    """Strict `load_state_dict` whose complaint is one sentence."""
+    own = model.state_dict()
+    problems = {
+        "missing": sorted(own.keys() - tensors.keys()),
+        "unexpected": sorted(tensors.keys() - own.keys()),
+        "of another shape": [
+            f"{name} {tuple(tensors[name].shape)} instead of {tuple(own[name].shape)}"
+            for name in sorted(own.keys() & tensors.keys())
+            if own[name].shape != tensors[name].shape
+        ],
+    }
+    found = [f"{len(names)} {kind} ({names[0]})" for kind, names in problems.items() if names]
+    if found:
+        raise ValueError(f"{source}: its tensors do not fit the model: {', '.join(found)}")
+    model.load_state_dict(tensors)
+
+
+def _weights_path(folder: Path, digest: str) -> Path:
+    # A save that was cut off after config.json leaves the weights that belong to it under the pending name.
+    path = folder / WEIGHTS
+    candidates = [path, folder / _PENDING]
+    for candidate in candidates:
+        if candidate.is_file() and _sha256(candidate) == digest:
+            return candidate
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; a checkpoint holds {WEIGHTS} and {CONFIG}")
+    raise ValueError(
+        f"{path}: damaged, or not the file that {CONFIG} beside it was written with (sha256 differs)"
+    )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import srm_model.checkpoint as checkpoint
+from srm_model.checkpoint import load_model, load_weights, read_card, save_model
+from srm_model.config import SRMConfig
+
+
+class Small(nn.Module):
+    backbone_name, neck_name = "test_convnext", "srm"
+
+    def __init__(self, value: float = 0.0, width: int = 4) -> None:
+        super().__init__()
+        self.config = SRMConfig(channels=32, heads=4)
+        self.conv = nn.Conv2d(3, width, 3)
+        self.tied = self.conv
+        self.brief = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+        self.register_buffer("count", torch.tensor(7))
+        with torch.no_grad():
+            self.conv.weight.add_(value)
+        self.to(memory_format=torch.channels_last)
+
+
+def equal(a: nn.Module, b: nn.Module) -> bool:
+    x, y = a.state_dict(), b.state_dict()
+    return x.keys() == y.keys() and all(torch.equal(x[k], y[k]) and x[k].dtype == y[k].dtype for k in x)
+
+
+CARD: dict[str, Any] = {"dataset": {"name": "toy"}, "epoch": 3, "val": {"srocc": 0.5, "plcc": None}}
+
+
+def test_round_trip_of_shared_channels_last_and_half_precision_tensors(tmp_path: Path):
+    model = Small()
+    save_model(model, tmp_path / "run", card=CARD)
+    other = Small(1.0)
+    assert not equal(model, other)
+    load_weights(other, tmp_path / "run")
+    assert equal(model, other)
+    assert other.conv.weight.is_contiguous(memory_format=torch.channels_last)
+    document = read_card(tmp_path / "run")
+    assert document["card"] == CARD
+    assert SRMConfig.from_dict(document["config"]) == model.config
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("step", ["save_file", "write_json", "replace"])
+def test_a_kill_while_saving_leaves_the_old_checkpoint_or_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+):
+    old, new = Small(1.0), Small(2.0)
+    save_model(old, tmp_path, card={"epoch": 1})
+
+    def kill(*arguments: Any, **keywords: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if step == "save_file":
+            patch.setattr("safetensors.torch.save_file", kill)
+        elif step == "write_json":
+            patch.setattr(checkpoint, "write_json", kill)
+        else:
+            replace = Path.replace
+            patch.setattr(
+                Path,
+                "replace",
+                lambda self, to: (kill if self.name == checkpoint._PENDING else replace)(self, to),
+            )
+        with pytest.raises(KeyboardInterrupt):
+            save_model(new, tmp_path, card={"epoch": 2})
+    expected, epoch = (new, 2) if step == "replace" else (old, 1)
+    found = Small(3.0)
+    load_weights(found, tmp_path)
+    assert equal(found, expected)
+    assert read_card(tmp_path)["card"] == {"epoch": epoch}
+
+    save_model(new, tmp_path, card={"epoch": 2})
+    load_weights(found, tmp_path)
+    assert equal(found, new)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_damaged_weights_file_is_told(tmp_path: Path):
+    save_model(Small(), tmp_path, card=CARD)
+    path = tmp_path / "model.safetensors"
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[-3] ^= 1
+    for broken in (whole[:-5], b"", bytes(flipped)):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match=r"model\.safetensors: damaged, or not the file"):
+            load_weights(Small(), tmp_path)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"model\.safetensors: no such file"):
+        load_weights(Small(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"format": "other/1"}, "not a checkpoint of this program"),
+        ({"format": "srm-iqa/2"}, "checkpoint format 'srm-iqa/2' is not 'srm-iqa/1'"),
+        ({"optimizer": 1}, "unknown key optimizer"),
+        ({"sha256": None}, "sha256 is None, expected str"),
+        ({"neck": "mlp"}, "neck 'mlp' is not one of srm, quadratic, none"),
+        ({"backbone": "hf-hub:some/model"}, "backbone 'hf-hub:some/model' is not the name of a timm model"),
+        ({"config": {"rnak": 4}}, "unknown config key rnak"),
+        ({"config": {"rank": 0}}, "config rank=0: expected at least 1"),
+        ({"config": {"rank": "64"}}, "config rank='64': expected int"),
+    ],
+)
+def test_a_foreign_or_invalid_config_is_a_sentence_naming_the_file(
+    tmp_path: Path, change: dict[str, Any], sentence: str
+):
+    save_model(Small(), tmp_path, card=CARD)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    for read in (read_card, load_model, lambda folder: load_weights(Small(), folder)):
+        with pytest.raises(ValueError, match=r"config\.json: ") as caught:
+            read(tmp_path)
+        assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("[1]", "not a checkpoint"),
+        ("{", "not readable as JSON"),
+        ("{}", "not a checkpoint"),
+        (None, "no such file"),
+    ],
+)
+def test_what_is_no_config_at_all(tmp_path: Path, text: str | None, sentence: str):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=sentence):
+        read_card(tmp_path)
+
+
+def test_a_missing_key_is_named(tmp_path: Path):
+    save_model(Small(), tmp_path, card=CARD)
+    path = tmp_path / "config.json"
+    document = json.loads(path.read_text())
+    del document["sha256"]
+    path.write_text(json.dumps(document))
+    with pytest.raises(
+        ValueError, match="no key sha256; a checkpoint has format, backbone, neck, config, sha256, card"
+    ):
+        read_card(tmp_path)
+
+
+def test_tensors_that_do_not_fit_are_named_and_nothing_is_changed(tmp_path: Path):
+    model = Small(width=8)
+    model.extra = nn.Parameter(torch.zeros(1))
+    del model.brief
+    save_model(model, tmp_path, card=CARD)
+    other = Small()
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    with pytest.raises(ValueError, match="do not fit the model") as caught:
+        load_weights(other, tmp_path)
+    assert (
+        "1 missing (brief), 1 unexpected (extra), 4 of another shape (conv.bias (8,) instead of (4,))"
+        in str(caught.value)
+    )
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+
+
+def test_weights_that_are_no_safetensors_are_refused_though_their_digest_fits(tmp_path: Path):
+    save_model(Small(), tmp_path, card=CARD)
+    path, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    path.write_bytes(b"\x80\x04K\x01.")
+    document = json.loads(config.read_text())
+    config.write_text(json.dumps({**document, "sha256": checkpoint._sha256(path)}))
+    with pytest.raises(ValueError, match="not readable as safetensors"):
+        load_weights(Small(), tmp_path)
+
+
+def test_a_stored_file_is_plain_safetensors(tmp_path: Path):
+    model = Small()
+    save_model(model, tmp_path, card=CARD)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert tensors.keys() == model.state_dict().keys()
+    assert tensors["conv.weight"].is_contiguous()
+    save_file(tensors, tmp_path / "again.safetensors")

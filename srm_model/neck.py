@@ -1,0 +1,500 @@
+"""The Spectral Robustness Mixer: a neck between a backbone's pyramid and a regression head (SPEC 1, article 3.2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from srm_kernels import (
+    dyt,
+    full_attention,
+    gate_losses,
+    gated_fusion,
+    nystrom_attention,
+    rms_scale,
+    select_landmarks,
+)
+from srm_kernels.attention.reference import normalised_key, normalised_query
+
+from .config import STAGES, SRMConfig
+
+ATTENTIONS = ("nystrom", "full")
+TAU_FLOOR = 1e-6
+
+
+class NeckOutput(NamedTuple):
+    """What a neck hands to the head, and what it knows about itself."""
+
+    fused: Tensor  # (B, C, P, P)
+    weights: Tensor | None  # (B, S) gate weights; None without a gate
+    gain: Tensor | None  # (B,) γ
+    norm: Tensor | None  # (B,) ‖M‖_F before the cap
+    losses: dict[str, Tensor]  # unweighted scalars "tau", "entropy", "balance"
+    pyramid: list[Tensor] | None  # four updated maps (B, C, h_s, w_s), on request
+
+
+class DyT(nn.Module):
+    """Dynamic tanh w ⊙ tanh(αx) + b over channels (SPEC 3.4)."""
+
+    def __init__(self, channels: int, alpha: float, backend: str | None) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.full((1,), alpha))
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.backend = backend
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, C) → (…, C)."""
+        return dyt(x, self.alpha, self.weight, self.bias, backend=self.backend)
+
+
+class Link(nn.Module):
+    """Cross-attention from a source stage's keys to a target stage's queries (SPEC 1.2, 1.3 and 3)."""
+
+    sigma: Tensor
+    sigma_started: Tensor
+
+    def __init__(self, config: SRMConfig, attention: str) -> None:
+        super().__init__()
+        self.config, self.attention = config, attention
+        C = config.channels
+        if config.dyt:
+            self.dyt_query = DyT(C, config.dyt_alpha, config.backend)
+            self.dyt_key = DyT(C, config.dyt_alpha, config.backend)
+        self.query, self.key, self.value, self.output = (nn.Linear(C, C, bias=False) for _ in range(4))
+        if config.tau:
+            self.theta = nn.Parameter(torch.zeros(config.heads))
+        self.register_buffer("sigma", torch.zeros(config.heads))  # σ̄, the EMA of σ
+        self.register_buffer("sigma_started", torch.zeros((), dtype=torch.bool))
+
+    @property
+    def reference_scale(self) -> float:
+        """σ_ref = √d."""
+        return math.sqrt(self.config.head_dim)
+
+    def project(self, target: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Maps (B, C, h, w) → Q (B, H, N_q, d) and K, V (B, H, N_k, d)."""
+        tokens_t, tokens_s = target.flatten(2).mT, source.flatten(2).mT  # (B, N, C)
+        if self.config.dyt:
+            tokens_t, tokens_s = self.dyt_query(tokens_t), self.dyt_key(tokens_s)
+        return (
+            self._heads(self.query(tokens_t)),
+            self._heads(self.key(tokens_s)),
+            self._heads(self.value(tokens_s)),
+        )
+
+    def _heads(self, tokens: Tensor) -> Tensor:
+        return tokens.unflatten(-1, (self.config.heads, self.config.head_dim)).transpose(1, 2)
+
+    def forward(self, target: Tensor, source: Tensor) -> Tensor:
+        """Ŷ = τY (B, H, N_q, d); updates σ̄ in training."""
+        q, k, v = self.project(target, source)
+        y = self.attend(q, k, v)
+        if self.training:
+            self._track(y.detach())
+        return y if not self.config.tau else (y * self.tau()[:, None, None]).to(y.dtype)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, diagnostics: bool = False) -> Any:
+        """Y, or (Y, solution) with `diagnostics` on the Nyström form."""
+        c = self.config
+        if self.attention == "full":
+            return full_attention(q, k, v, qk_norm=c.qk_norm)
+        return nystrom_attention(
+            q,
+            k,
+            v,
+            c.rank,
+            method=self.landmark_method,
+            gamma=c.gamma,
+            ridge=c.ridge,
+            solver=c.solver,
+            equilibrate=c.equilibrate,
+            kappa_max=c.kappa_max,
+            neumann_order=c.neumann_order,
+            neumann_gate=c.neumann_gate,
+            qk_norm=c.qk_norm,
+            solve_dtype=c.solve_dtype,
+            generator=self._generator(),
+            diagnostics=diagnostics,
+            backend=c.backend,
+        )
+
+    @property
+    def landmark_method(self) -> str:
+        """Sampling is for training; evaluation takes the largest scores."""
+        sampled = self.config.landmarks == "leverage_sample"
+        return "leverage" if sampled and not self.training else self.config.landmarks
+
+    def _generator(self) -> torch.Generator | None:
+        if self.landmark_method != "leverage_sample":
+            return None
+        return torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+
+    def merge(self, y: Tensor) -> Tensor:
+        """Ŷ (B, H, N, d) → U (B, N, C): heads merged, times W_O."""
+        return self.output(y.transpose(1, 2).flatten(2))
+
+    def tau(self) -> Tensor:
+        """τ_h = exp(θ_h), (H,); ones where the rescaler is off."""
+        return self.theta.exp() if self.config.tau else torch.ones_like(self.sigma)
+
+    def tau_loss(self) -> Tensor:
+        """mean_h (log((τ σ̄ + 1e-6) / σ_ref))²; only θ receives its gradient."""
+        if not self.config.tau:
+            return self.sigma.new_zeros(())
+        return (((self.tau() * self.sigma + TAU_FLOOR) / self.reference_scale).log().square()).mean()
+
+    @torch.no_grad()
+    def _track(self, y: Tensor) -> None:
+        sigma = rms_scale(y, backend=self.config.backend).rms.to(self.sigma.dtype)
+        decayed = self.config.ema * self.sigma + (1 - self.config.ema) * sigma
+        self.sigma.copy_(torch.where(self.sigma_started, decayed, sigma))
+        self.sigma_started.fill_(True)
+
+    @torch.no_grad()
+    def calibrate(self, target: Tensor, source: Tensor) -> None:
+        """Scale W_Q until logits over the landmarks have standard deviation 1, W_V until σ = σ_ref, per head."""
+        c = self.config
+        q, k, v = self.project(target, source)
+        if c.qk_norm != "both":  # else the scale of W_Q does not reach the logits
+            spread = self._logits(q, k).std(-1, correction=0).mean((0, 2))
+            self._scale_heads(self.query.weight, spread.reciprocal())
+            q = self.project(target, source)[0]
+        sigma = rms_scale(self.attend(q, k, v)).rms
+        self._scale_heads(self.value.weight, self.reference_scale / sigma)
+
+    def _logits(self, q: Tensor, k: Tensor) -> Tensor:
+        """Q K̃ᵀ s over the landmarks, or over all keys in exact attention: (B, H, N_q, r)."""
+        Q, K = normalised_query(q, self.config.qk_norm), normalised_key(k, self.config.qk_norm)
+        if self.attention == "nystrom":
+            index = select_landmarks(
+                K,
+                self.config.rank,
+                method=self.landmark_method,
+                gamma=self.config.gamma,
+                generator=self._generator(),
+            )
+            K = K.gather(-2, index[..., None].expand(*index.shape, K.shape[-1]))
+        return Q @ K.mT / math.sqrt(Q.shape[-1])
+
+    def _scale_heads(self, weight: Tensor, factor: Tensor) -> None:
+        limit = self.config.calibration_range
+        factor = factor.nan_to_num(nan=1.0).clamp(1 / limit, limit).to(weight.dtype)
+        weight.mul_(factor.repeat_interleave(self.config.head_dim)[:, None])
+
+    @torch.no_grad()
+    def diagnose(self, target: Tensor, source: Tensor) -> dict[str, Any]:
+        """Median and 90th percentile over batch and heads of what Tables 1 and 2 report, plus per-head scales."""
+        q, k, v = self.project(target, source)
+        logits = self._logits(q, k)
+        count = logits.shape[-1]
+        probability = logits.softmax(-1)
+        entropy = torch.special.entr(probability).sum(-1).mean(-1) / max(math.log(count), 1e-12)
+        sigma = self.sigma / self.reference_scale
+        result = {
+            "logit_std": _quantiles(logits.std(-1, correction=0).mean(-1)),
+            "attention_entropy": _quantiles(entropy),
+            "tau": self.tau().tolist(),
+            "sigma_before_tau": sigma.tolist(),
+            "sigma_after_tau": (sigma * self.tau()).tolist(),
+        }
+        if self.attention == "nystrom":
+            _, solution = cast(Any, self.attend(q, k, v, diagnostics=True))
+            for name in ("kappa", "residual", "gain"):
+                result[name] = _quantiles(getattr(solution, name))
+        return result
+
+
+class Gate(nn.Module):
+    """One logit per stage and image: linear(GAP(φ_s(P_s))) (SPEC 4)."""
+
+    def __init__(self, config: SRMConfig) -> None:
+        super().__init__()
+        C, hidden = config.channels, max(config.channels // 4, 1)
+        self.stages = nn.ModuleList()
+        for _ in config.fused_stages:
+            layers: list[nn.Module] = []
+            for width in (C, hidden):
+                if config.gate_dyt:
+                    layers += [_ChannelDyT(width, config.dyt_alpha, config.backend)]
+                layers += [nn.Conv2d(width, hidden, 3, padding=1), nn.GELU()]
+            self.stages.append(nn.Sequential(*layers))
+        self.readouts = nn.ModuleList(nn.Linear(hidden, 1) for _ in config.fused_stages)
+        for readout in self.readouts:  # the gate starts uniform
+            for parameter in readout.parameters():
+                nn.init.zeros_(parameter)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Pooled maps, each (B, C, P, P) → logits (B, S)."""
+        logits = [
+            readout(stage(m).mean((2, 3)))
+            for m, stage, readout in zip(maps, self.stages, self.readouts, strict=True)
+        ]
+        return torch.cat(logits, -1)
+
+
+class _ChannelDyT(DyT):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class SRMNeck(nn.Module):
+    """Deep-to-shallow Nyström mixing, scale control and the gain-capped gate (SPEC 1 to 4, article 3.2 to 3.6).
+
+    in_channels: channels of the four maps, shallowest first. config: every switch and constant.
+    attention: "nystrom", or "full" for the quadratic baseline with the same schedule.
+    Raises ValueError for anything else, or a config whose links name a stage that is not there.
+    """
+
+    median_rms: Tensor
+
+    def __init__(self, in_channels: Sequence[int], config: SRMConfig, *, attention: str = "nystrom") -> None:
+        super().__init__()
+        if len(in_channels) != len(STAGES):
+            raise ValueError(
+                f"in_channels has {len(in_channels)} entries; expected one for each of stages {STAGES}"
+            )
+        if attention not in ATTENTIONS:
+            raise ValueError(f"attention={attention!r}: expected one of {', '.join(map(repr, ATTENTIONS))}")
+        self.config = config
+        C = config.channels
+        self.align = nn.ModuleList(nn.Conv2d(width, C, 1) for width in in_channels)
+        for conv in self.align:
+            nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+        self.links = nn.ModuleDict({_link_name(*pair): Link(config, attention) for pair in config.links})
+        targets = sorted({target for _, target in config.links})
+        self.beta = nn.ParameterDict(
+            {str(t): nn.Parameter(torch.full((), config.beta_init)) for t in targets}
+        )
+        self.gate = Gate(config)
+        # M₀, the EMA of the batch median of M's root mean square; infinity, no cap, until it is started.
+        self.register_buffer("median_rms", torch.full((), math.inf))
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether two evaluations of one image may differ."""
+        return self.config.kv_pool_eval and self.config.kv_pool_prob > 0
+
+    def forward(self, pyramid: Sequence[Tensor], *, return_pyramid: bool = False) -> NeckOutput:
+        """Four maps (B, C_s, h_s, w_s), shallowest first → `NeckOutput`.
+
+        Unless the full-resolution pyramid is asked for, updates are pooled before W_O: pooling is linear.
+        """
+        self._check(pyramid)
+        aligned = self._align(pyramid, every=return_pyramid)
+        updated = self._mix(aligned, self._pool_sources(aligned), pooled=not return_pyramid)
+        maps = [self._pooled(updated[stage]) for stage in self.config.fused_stages]
+        return self._fuse(maps, [updated[stage] for stage in STAGES] if return_pyramid else None)
+
+    def _link(self, source: int, target: int) -> Link:
+        return cast(Link, self.links[_link_name(source, target)])
+
+    def _check(self, pyramid: Sequence[Tensor]) -> None:
+        if len(pyramid) != len(STAGES):
+            raise ValueError(f"pyramid has {len(pyramid)} maps; expected {len(STAGES)}")
+        for stage, (m, conv) in enumerate(zip(pyramid, self.align, strict=True), 1):
+            if m.dim() != 4 or m.shape[1] != conv.in_channels or m.numel() == 0:
+                raise ValueError(
+                    f"stage {stage} has shape {tuple(m.shape)}; expected (B, {conv.in_channels}, h, w)"
+                )
+            if m.shape[0] != pyramid[0].shape[0]:
+                raise ValueError(f"stage {stage} has {m.shape[0]} images and stage 1 {pyramid[0].shape[0]}")
+            # Elsewhere asking would wait for the device; a NaN there reaches its own image's score and no other.
+            if m.device.type == "cpu" and not torch.compiler.is_compiling() and not m.isfinite().all():
+                raise ValueError(f"stage {stage} holds NaN or infinite values; expected finite maps")
+
+    def _align(self, pyramid: Sequence[Tensor], *, every: bool) -> dict[int, Tensor]:
+        used = (
+            set(STAGES)
+            if every
+            else {*self.config.fused_stages, *(s for link in self.config.links for s in link)}
+        )
+        return {stage: self.align[stage - 1](pyramid[stage - 1]) for stage in sorted(used)}
+
+    def _pool_sources(self, aligned: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Sources of the links, each 2×2 mean-pooled with probability p where that is on."""
+        sources = {source: aligned[source] for source, _ in self.config.links}
+        if self.config.kv_pool_prob > 0 and (self.training or self.config.kv_pool_eval):
+            for stage in sorted(sources):
+                if float(torch.rand(())) < self.config.kv_pool_prob:
+                    sources[stage] = F.avg_pool2d(sources[stage], 2, ceil_mode=True, count_include_pad=False)
+        return sources
+
+    def _mix(
+        self, aligned: dict[int, Tensor], sources: dict[int, Tensor], *, pooled: bool
+    ) -> dict[int, Tensor]:
+        """F_t + β_t fold(Σ U), at full resolution or pooled to P×P before W_O; other stages unchanged."""
+        updates: dict[int, Tensor] = {}
+        for source, target in self.config.links:
+            link = self._link(source, target)
+            y = link(aligned[target], sources[source])  # (B, H, N_q, d)
+            height, width = aligned[target].shape[-2:]
+            if pooled:
+                y = self._pool_tokens(y, height, width)
+                height = width = self.config.pool_size
+            update = link.merge(y).mT.unflatten(-1, (height, width))
+            updates[target] = updates[target] + update if target in updates else update
+        updated = dict(aligned)
+        for target, update in updates.items():
+            base = self._pooled(aligned[target]) if pooled else aligned[target]
+            updated[target] = base + self.beta[str(target)] * update
+        return updated
+
+    def _pool_tokens(self, y: Tensor, height: int, width: int) -> Tensor:
+        """(B, H, h·w, d) → (B, H, P·P, d)."""
+        B, H, _, d = y.shape
+        folded = y.transpose(2, 3).reshape(B, H * d, height, width)
+        return self._pooled(folded).reshape(B, H, d, -1).transpose(2, 3)
+
+    def _pooled(self, m: Tensor) -> Tensor:
+        P = self.config.pool_size
+        return m if m.shape[-2:] == (P, P) else F.adaptive_avg_pool2d(m, P)
+
+    def _fuse(self, maps: list[Tensor], pyramid: list[Tensor] | None) -> NeckOutput:
+        c = self.config
+        fusion = gated_fusion(
+            torch.stack(maps, 1),
+            self.gate(maps),
+            cap=self._cap(maps[0]) if c.gain_cap is not None else None,
+            temperature=c.gate_temperature,
+            backend=c.backend,
+        )
+        if self.training:
+            self._track(fusion.norm.detach(), maps[0])
+        entropy, balance = gate_losses(
+            fusion.weights, entropy_floor=c.entropy_floor * math.log(len(c.fused_stages)), backend=c.backend
+        )
+        taus = [self._link(*pair).tau_loss() for pair in c.links]
+        tau = torch.stack(taus).mean() if taus else entropy.new_zeros(())
+        losses = {"tau": tau, "entropy": entropy, "balance": balance}
+        return NeckOutput(fusion.fused, fusion.weights, fusion.gain, fusion.norm, losses, pyramid)
+
+    def _cap(self, m: Tensor) -> Tensor:
+        """c = gain_cap · M₀ · √(C·P·P)."""
+        assert self.config.gain_cap is not None
+        return self.config.gain_cap * self.median_rms * math.sqrt(m[0].numel())
+
+    @torch.no_grad()
+    def _track(self, norm: Tensor, m: Tensor) -> None:
+        median = (norm.median() / math.sqrt(m[0].numel())).to(self.median_rms.dtype)
+        decayed = self.config.ema * self.median_rms + (1 - self.config.ema) * median
+        self.median_rms.copy_(torch.where(self.median_rms.isinf(), median, decayed))
+
+    @torch.no_grad()
+    def calibrate(self, pyramid: Sequence[Tensor]) -> None:
+        """Once, on the first training batch, LSUV-style (SPEC 1.6): the constants then mean the same everywhere.
+
+        Scales each align weight until its map has RMS 1, W_Q until logits over the landmarks have standard
+        deviation 1, W_V until σ = σ_ref, each factor within the configured range; starts M₀. The mode is kept.
+        """
+        self._check(pyramid)
+        with evaluating(self):
+            limit = self.config.calibration_range
+            for conv, m in zip(self.align, pyramid, strict=True):
+                _scale_to_unit(cast(nn.Conv2d, conv), m, limit)
+            aligned = self._align(pyramid, every=True)
+            for source, target in self.config.links:
+                self._link(source, target).calibrate(aligned[target], aligned[source])
+            updated = self._mix(aligned, aligned, pooled=True)
+            maps = [self._pooled(updated[stage]) for stage in self.config.fused_stages]
+            self.median_rms.fill_(math.inf)
+            self._track(gated_fusion(torch.stack(maps, 1), self.gate(maps), cap=None).norm, maps[0])
+
+    @torch.no_grad()
+    def clamp_(self) -> None:
+        """Keep τ within [1/range, range]; call after every optimiser step."""
+        limit = math.log(self.config.tau_range)
+        for pair in self.config.links if self.config.tau else ():
+            self._link(*pair).theta.clamp_(-limit, limit)
+
+    @torch.no_grad()
+    def diagnose(self, pyramid: Sequence[Tensor]) -> dict[str, Any]:
+        """Figures of Tables 1 and 2 and Figures 3 and 4 on one batch, as plain JSON values."""
+        with evaluating(self):
+            aligned = self._align(pyramid, every=False)
+            links = {
+                _link_name(source, target): self._link(source, target).diagnose(
+                    aligned[target], aligned[source]
+                )
+                for source, target in self.config.links
+            }
+            before = {target: self._pooled(aligned[target]) for _, target in self.config.links}
+            after = self._mix(aligned, {s: aligned[s] for s, _ in self.config.links}, pooled=True)
+            out = self._fuse([self._pooled(after[stage]) for stage in self.config.fused_stages], None)
+        ratios = {t: float((after[t] - before[t]).norm() / before[t].norm()) for t in before}
+        assert out.weights is not None
+        assert out.gain is not None
+        assert out.norm is not None
+        entropy = torch.special.entr(out.weights.float()).sum(-1) / math.log(
+            max(len(self.config.fused_stages), 2)
+        )
+        return {
+            "gate_weights": out.weights.mean(0).tolist(),
+            "gate_entropy": float(entropy.mean()),
+            "gain": _quantiles(out.gain),
+            "gain_active": float((out.gain < 1).float().mean()),
+            "norm": _quantiles(out.norm),
+            "update_ratio": {str(t): ratio for t, ratio in ratios.items()},
+            "links": links,
+        }
+
+
+class PlainNeck(nn.Module):
+    """No neck: the deepest stage, aligned and pooled, goes to the head. The baseline `none`."""
+
+    stochastic = False
+
+    def __init__(self, in_channels: Sequence[int], config: SRMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.align = nn.Conv2d(in_channels[-1], config.channels, 1)
+        nn.init.zeros_(self.align.bias)  # type: ignore[arg-type]
+
+    def forward(self, pyramid: Sequence[Tensor]) -> NeckOutput:
+        """Four maps → the last one as `fused` (B, C, P, P)."""
+        fused = F.adaptive_avg_pool2d(self.align(pyramid[-1]), self.config.pool_size)
+        return NeckOutput(fused, None, None, None, {}, None)
+
+    @torch.no_grad()
+    def calibrate(self, pyramid: Sequence[Tensor]) -> None:
+        """Scale the align weight until its map has RMS 1, as in `SRMNeck`."""
+        _scale_to_unit(self.align, pyramid[-1], self.config.calibration_range)
+
+    def clamp_(self) -> None:
+        """Nothing to keep in range."""
+
+    def diagnose(self, pyramid: Sequence[Tensor]) -> dict[str, Any]:
+        """Nothing to report."""
+        return {}
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, the mode found outside."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
+
+
+def _scale_to_unit(conv: nn.Conv2d, m: Tensor, limit: float) -> None:
+    """Scale the weight until the convolution of this map has RMS 1, within [1/limit, limit]."""
+    rms = conv(m).square().mean().sqrt()
+    conv.weight.mul_((1 / rms).clamp(1 / limit, limit))
+
+
+def _link_name(source: int, target: int) -> str:
+    return f"{source}to{target}"
+
+
+def _quantiles(values: Tensor) -> dict[str, float]:
+    quantiles = values.float().flatten().quantile(torch.tensor([0.5, 0.9], device=values.device))
+    return {"median": float(quantiles[0]), "p90": float(quantiles[1])}

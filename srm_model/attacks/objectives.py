@@ -1,0 +1,79 @@
+"""What an attack maximises: callables `(scores, mos, clean_scores)` on one batch, SPEC section 6.
+
+`scores` (B,) are the model's on the attacked images and carry the gradient; `mos` (B,) is the normalised human
+score; `clean_scores` (B,) are the model's on the images as they were, without gradient. A result of shape (B,)
+is a loss per image, and the attack keeps each image's best iterate; a 0-d result is a loss of the whole batch,
+and the attack keeps the batch's best iterate. Any such callable serves as an objective. Two optional attributes
+are read: `flat_at_clean` (zero gradient at the images themselves, so no FGSM) and `uses_clean_scores` (False
+saves a forward pass; `clean_scores` is then NaN).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from srm_model.config import SRMConfig
+
+_DEFAULTS = SRMConfig()
+
+
+class Objective(Protocol):
+    def __call__(self, scores: Tensor, mos: Tensor, clean_scores: Tensor, /) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class MSE:
+    """(f(x') − y)² per image: push the score away from the human one."""
+
+    name: ClassVar[str] = "mse"
+    batch_defined: ClassVar[bool] = False
+    uses_clean_scores: ClassVar[bool] = False
+
+    def __call__(self, scores: Tensor, mos: Tensor, clean_scores: Tensor) -> Tensor:
+        return (scores - mos.to(scores.dtype)).square()
+
+
+@dataclass(frozen=True)
+class Drift:
+    """(f(x') − f(x))² per image: move the score, whatever the human one.
+
+    Its gradient is zero at x itself, so `fgsm` refuses it; `pgd` starts elsewhere.
+    """
+
+    name: ClassVar[str] = "drift"
+    batch_defined: ClassVar[bool] = False
+    flat_at_clean: ClassVar[bool] = True
+
+    def __call__(self, scores: Tensor, mos: Tensor, clean_scores: Tensor) -> Tensor:
+        return (scores - clean_scores).square()
+
+
+@dataclass(frozen=True)
+class PairInversion:
+    """Mean over pairs with y_a − y_b > margin of log(1 + exp(−(f(x'_a) − f(x'_b)) / T)): reverse the ranking.
+
+    One loss for the batch, article equation (32); 0 if no pair differs by more than the margin.
+    """
+
+    margin: float = _DEFAULTS.pair_margin
+    temperature: float = _DEFAULTS.pair_temperature
+
+    name: ClassVar[str] = "pair_inversion"
+    batch_defined: ClassVar[bool] = True
+    uses_clean_scores: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not self.margin >= 0:
+            raise ValueError(f"margin={self.margin!r}: expected zero or more")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature!r}: expected a positive number")
+
+    def __call__(self, scores: Tensor, mos: Tensor, clean_scores: Tensor) -> Tensor:
+        ordered = mos[:, None] - mos[None, :] > self.margin  # [a, b]: a is the better image
+        losses = F.softplus((scores[None, :] - scores[:, None]) / self.temperature)
+        return torch.where(ordered, losses, 0).sum() / ordered.sum().clamp_min(1)

@@ -1,0 +1,524 @@
+"""A fixed set of attacks on a whole data set, and the correlations that are left (SPEC section 6)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, is_dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Subset
+
+from srm_model.attacks.gradient import PGDTrace, check_budget, default_step_size, pgd_trace
+from srm_model.attacks.guard import check_images, check_model, predict
+from srm_model.attacks.objectives import MSE, Drift, Objective, PairInversion
+from srm_model.config import SRMConfig
+from srm_model.files import read_json, write_json
+from srm_model.metrics import LogisticMap, plcc, srocc
+
+REFERENCE_SIDE = 512  # L2 budgets are stated for 512×512 images
+_RESUME_FORMAT = "srm-iqa-attacks/1"
+
+
+class Dataset(Protocol):
+    """`dataset[i]` is (image (3, H, W) float in [0, 1], normalised MOS); `.names` is used where it exists."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> tuple[Tensor, float]: ...
+
+
+@dataclass(frozen=True)
+class Attack:
+    """A PGD attack of the suite; with `transfer` it is crafted on the surrogate and scored on the target."""
+
+    name: str
+    objective: Objective
+    transfer: bool = False
+
+
+class Example(NamedTuple):
+    """One attacked image, to be looked at."""
+
+    position: int  # in `SuiteResult.names`
+    clean: Tensor  # (3, H, W) in [0, 1], on the CPU
+    attacked: Tensor
+    clean_score: float
+    attacked_score: float
+    attack: str
+
+
+@dataclass(frozen=True)
+class SuiteResult:
+    """Scores and correlations of one model, clean and under each attack, at one norm and budget."""
+
+    norm: str
+    eps: float  # as asked for; "l2" budgets are stated at 512×512
+    radius: float  # what each image got: eps, scaled by √(HW)/512 for "l2"
+    steps: int
+    step_size: float
+    restarts: int
+    eot: int  # passes averaged per step and per score; above 1 for a stochastic model
+    batch_size: int
+    seed: int
+    names: list[str]
+    mos: list[float]
+    logistic: dict[str, Any] | None  # the frozen map PLCC is taken after; None: plain Pearson
+    clean: dict[str, Any]  # srocc, plcc, scores
+    attacks: dict[str, dict[str, Any]]  # the same and diagnostics, by attack
+    worst: dict[str, Any]  # srocc, plcc, which attacks they come from, and the drops from clean
+    incomplete: list[str]  # attacks of the suite that were left out for want of a surrogate
+    examples: list[Example] = field(default_factory=list, repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the images, as plain JSON values (undefined correlations are NaN)."""
+        values = {name: value for name, value in vars(self).items() if name != "examples"}
+        return {**values, "plcc": "plain Pearson" if self.logistic is None else "after the frozen logistic"}
+
+
+class Suite:
+    """A fixed list of attacks with the settings of one `SRMConfig`; `Suite.paper()` is the article's."""
+
+    def __init__(self, attacks: Sequence[Attack], config: SRMConfig | None = None) -> None:
+        self.attacks = tuple(attacks)
+        self.config = SRMConfig() if config is None else config
+        names = [attack.name for attack in self.attacks]
+        if not names or len(set(names)) < len(names) or "clean" in names:
+            raise ValueError(
+                f"attacks named {', '.join(names) or 'nothing'}: expected one or more distinct names"
+            )
+
+    @classmethod
+    def paper(cls, config: SRMConfig | None = None) -> Suite:
+        """PGD with MSE, drift and pair inversion, and PGD-MSE transferred from a surrogate."""
+        config = SRMConfig() if config is None else config
+        pairs = PairInversion(margin=config.pair_margin, temperature=config.pair_temperature)
+        return cls(
+            [
+                Attack("pgd_mse", MSE()),
+                Attack("pgd_drift", Drift()),
+                Attack("pgd_pair_inversion", pairs),
+                Attack("transfer", MSE(), transfer=True),
+            ],
+            config,
+        )
+
+    @classmethod
+    def extended(cls, config: SRMConfig | None = None) -> Suite:
+        """The stronger suite with adaptive and black-box attacks; not built yet."""
+        raise NotImplementedError("the extended suite is not built yet: Suite.paper() is what can run")
+
+    def run(
+        self,
+        model: nn.Module,
+        dataset: Dataset,
+        *,
+        norm: str,
+        eps: float,
+        surrogate: nn.Module | None = None,
+        logistic: LogisticMap | None = None,
+        batch_size: int | None = None,
+        seed: int = 0,
+        progress: bool = False,
+        keep: int = 0,
+        limit: int | None = None,
+        resume: str | Path | None = None,
+    ) -> SuiteResult:
+        """Attack every image of `dataset` with every attack of the suite and correlate what is left with MOS.
+
+        model, surrogate: any modules that `pgd` accepts. Without a surrogate the transfer attacks are left out,
+            `incomplete` names them, and the worst case is over those that ran.
+        eps: for "l2" the budget at 512×512, scaled by √(HW)/512 to the images at hand.
+        logistic: map fitted on clean validation scores (`LogisticMap`), applied as it is to clean and attacked
+            scores before PLCC; None gives plain Pearson.
+        batch_size: images attacked together, in the data set's order; it matters to the pair-inversion
+            objective. None is the config's (8). The last batch may be smaller.
+        seed: of the random starts and of a stochastic model's draws, by batch and attack; the starts are the
+            same for every model.
+        progress: a bar on stderr, one tick a PGD step. keep: how many `examples` to return, evenly spaced over
+            the set, each under the attack that moved its score most.
+        limit: attack only so many images, evenly spaced over the set.
+        resume: a JSON file that holds what is finished, rewritten after each batch and attack; a later call
+            with the same arguments goes on from it. A file made by other settings, weights or images is a
+            ValueError.
+
+        A model with a true `stochastic` attribute is attacked with EOT over `config.eot_samples` passes, and its
+        scores, clean and attacked alike, are means of as many. Scores are taken on the float images, not on
+        images rounded to 8 bits.
+
+        A correlation is NaN where a model's scores are constant or not finite, and NaN is worse than any number
+        in the worst case: what cannot be measured is not counted as robust. Drops are clean minus worst.
+        """
+        config = self.config
+        if logistic is not None and not isinstance(logistic, LogisticMap):
+            raise TypeError(f"logistic of type {type(logistic).__name__}: expected a LogisticMap or None")
+        job = _Job(
+            config=config,
+            model=model,
+            surrogate=surrogate,
+            attacks=tuple(attack for attack in self.attacks if surrogate is not None or not attack.transfer),
+            numbers={attack.name: number for number, attack in enumerate(self.attacks, start=1)},
+            dataset=dataset,
+            norm=norm,
+            eps=eps,
+            batch_size=config.attack_batch_size if batch_size is None else batch_size,
+            seed=seed,
+            limit=limit,
+        )
+        _check_int("keep", keep, 0)
+        records = _Records(resume, job)
+        gallery = _Gallery(job, keep)
+        per_attack = config.attack_restarts * config.attack_steps
+        with _bar(
+            progress, per_attack * len(job.attacks) * len(job.batches), per_attack * records.done
+        ) as tick:
+            for number in range(len(job.batches)):
+                _attack_batch(job, number, records, gallery, tick)
+        return _result(job, records, logistic, gallery.examples(records), self.attacks)
+
+
+@dataclass
+class _Job:
+    """The checked arguments of one run, and how a batch of it is loaded, scored and attacked."""
+
+    config: SRMConfig
+    model: nn.Module
+    surrogate: nn.Module | None
+    attacks: tuple[Attack, ...]  # those that can run
+    numbers: dict[str, int]  # place of each attack in the suite, for its seed
+    dataset: Dataset
+    norm: str
+    eps: float
+    batch_size: int
+    seed: int
+    limit: int | None
+
+    def __post_init__(self) -> None:
+        check_budget(self.norm, self.eps)
+        check_model(self.model)
+        if self.surrogate is not None:
+            check_model(self.surrogate)
+        if not self.attacks:
+            raise ValueError("every attack of the suite is a transfer attack: expected a surrogate, got None")
+        _check_int("batch_size", self.batch_size, 1)
+        _check_int("seed", self.seed, 0)
+        count = len(self.dataset)
+        if self.limit is not None:
+            _check_int("limit", self.limit, 2)
+        if count < 2:
+            raise ValueError(f"a data set of {count} images: a correlation needs at least 2")
+        self.indices = _spread(count, count if self.limit is None else self.limit)
+        self.batches = [
+            self.indices[start : start + self.batch_size]
+            for start in range(0, len(self.indices), self.batch_size)
+        ]
+        names = _names(self.dataset)
+        self.names = [names[index] for index in self.indices]
+        self.first = torch.as_tensor(self.dataset[self.indices[0]][0])
+        check_images(self.first[None])
+        self.radius = self.eps
+        if self.norm == "l2":
+            self.radius = self.eps * math.sqrt(self.first[0].numel()) / REFERENCE_SIDE
+        self.step_size = default_step_size(self.norm, self.radius, self.config.attack_steps, self.config)
+
+    def samples(self, model: nn.Module) -> int:
+        return self.config.eot_samples if getattr(model, "stochastic", False) else 1
+
+    def load(self, number: int) -> tuple[Tensor, Tensor]:
+        items = [self.dataset[index] for index in self.batches[number]]
+        images = [torch.as_tensor(image) for image, _ in items]
+        for name, image in zip(self.names[number * self.batch_size :], images, strict=False):
+            if image.shape != self.first.shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(image.shape)} and {self.names[0]} {tuple(self.first.shape)}: "
+                    "a suite needs images of one size"
+                )
+        return torch.stack(images), torch.tensor([float(mos) for _, mos in items], dtype=torch.float64)
+
+    def score(self, number: int, images: Tensor) -> list[float]:
+        seed = self._seed(
+            number, 0
+        )  # one for clean and attacked, so that they share a stochastic model's draws
+        return predict(self.model, images, samples=self.samples(self.model), seed=seed).tolist()
+
+    def craft(
+        self,
+        number: int,
+        attack: Attack,
+        images: Tensor,
+        mos: Tensor,
+        tick: Callable[[], object] | None = None,
+    ) -> PGDTrace:
+        model = self.model
+        if attack.transfer:
+            assert self.surrogate is not None
+            model = self.surrogate
+        return pgd_trace(
+            model,
+            images,
+            mos,
+            attack.objective,
+            norm=self.norm,
+            eps=self.radius,
+            steps=self.config.attack_steps,
+            step_size=self.step_size or None,
+            restarts=self.config.attack_restarts,
+            eot=self.samples(model),
+            generator=torch.Generator().manual_seed(self._seed(number, self.numbers[attack.name])),
+            on_step=tick,
+        )
+
+    def _seed(self, number: int, purpose: int) -> int:
+        sequence = np.random.SeedSequence([self.seed, number, purpose])
+        return int(sequence.generate_state(1, np.uint64)[0] >> 1)
+
+
+def _attack_batch(
+    job: _Job, number: int, records: _Records, gallery: _Gallery, tick: Callable[[], object] | None
+) -> None:
+    record = records[number]
+    waiting = [attack for attack in job.attacks if attack.name not in record["attacks"]]
+    if not waiting:
+        return
+    images, mos = job.load(number)
+    if "clean" not in record:
+        record.update(mos=mos.tolist(), clean=job.score(number, images))
+    for attack in waiting:
+        trace = job.craft(number, attack, images, mos, tick)
+        scores = job.score(number, trace.images)
+        gallery.offer(number, attack, trace.images, scores, record["clean"])
+        record["attacks"][attack.name] = {
+            "scores": scores,
+            "zero_gradients": trace.zero_gradients,
+            "nonfinite_gradients": trace.nonfinite_gradients,
+        }
+        records.save()
+
+
+class _Records:
+    """What is finished, by batch and attack, kept in a file where one is named."""
+
+    def __init__(self, path: str | Path | None, job: _Job) -> None:
+        self._path = None if path is None else Path(path)
+        self._settings = {} if path is None else _settings(job)
+        self._batches: list[dict[str, Any]] = [{"attacks": {}} for _ in job.batches]
+        if self._path is not None and self._path.exists():
+            self._read(self._path)
+        wanted = {attack.name for attack in job.attacks}
+        self.done = sum(len(wanted & set(record["attacks"])) for record in self._batches)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return self._batches[number]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self._batches)
+
+    def save(self) -> None:
+        if self._path is not None:
+            write_json(self._path, {"settings": self._settings, "batches": self._batches})
+
+    def _read(self, path: Path) -> None:
+        found = read_json(path)
+        settings = found.get("settings") if isinstance(found, dict) else None
+        if not isinstance(settings, dict) or settings.get("format") != _RESUME_FORMAT:
+            raise ValueError(f"{path}: not a record of attacks that could be resumed")
+        for name, value in self._settings.items():
+            if settings.get(name) != value:
+                raise ValueError(
+                    f"{path}: made with {name} {settings.get(name)!r}, this run has {value!r}; "
+                    "name another file or remove this one"
+                )
+        self._batches = _nan(found["batches"])
+
+
+class _Gallery:
+    """Evenly spaced images, each under the attack that moved its score most.
+
+    Only the best so far is held; one that an earlier, interrupted run had found is crafted again at the end.
+    """
+
+    def __init__(self, job: _Job, keep: int) -> None:
+        self._job = job
+        self._held: dict[int, tuple[str, Tensor]] = {}
+        self._positions = _spread(len(job.indices), keep)
+        self._moved: dict[int, float] = {}
+
+    def offer(
+        self, number: int, attack: Attack, attacked: Tensor, scores: list[float], clean: list[float]
+    ) -> None:
+        for position in self._positions:
+            batch, row = divmod(position, self._job.batch_size)
+            if batch == number:
+                move = _move(scores[row], clean[row])
+                if move > self._moved.get(position, -1.0):
+                    self._moved[position] = move
+                    self._held[position] = attack.name, attacked[row].cpu().clone()
+
+    def examples(self, records: _Records) -> list[Example]:
+        return [self._example(position, records) for position in self._positions]
+
+    def _example(self, position: int, records: _Records) -> Example:
+        job = self._job
+        number, row = divmod(position, job.batch_size)
+        record = records[number]
+        clean = record["clean"][row]
+        scores = {attack.name: record["attacks"][attack.name]["scores"][row] for attack in job.attacks}
+        attack = max(job.attacks, key=lambda attack: _move(scores[attack.name], clean))
+        name, attacked = self._held.get(position, ("", None))
+        if attacked is None or name != attack.name:
+            images, mos = job.load(number)
+            attacked = job.craft(number, attack, images, mos).images[row].cpu()
+        image = torch.as_tensor(job.dataset[job.indices[position]][0]).cpu()
+        return Example(position, image, attacked, clean, scores[attack.name], attack.name)
+
+
+def _move(score: float, clean: float) -> float:
+    move = abs(score - clean)
+    return math.inf if math.isnan(move) else move
+
+
+def _result(
+    job: _Job,
+    records: _Records,
+    logistic: LogisticMap | None,
+    examples: list[Example],
+    attacks: tuple[Attack, ...],
+) -> SuiteResult:
+    mos = [value for record in records for value in record["mos"]]
+
+    def correlations(scores: list[float]) -> dict[str, Any]:
+        mapped = scores if logistic is None else logistic(scores)
+        return {"srocc": srocc(scores, mos), "plcc": plcc(mapped, mos), "scores": scores}
+
+    clean = correlations([score for record in records for score in record["clean"]])
+    attacked: dict[str, dict[str, Any]] = {}
+    for attack in job.attacks:
+        parts = [record["attacks"][attack.name] for record in records]
+        weights = [len(part["scores"]) for part in parts]
+        attacked[attack.name] = {
+            **correlations([score for part in parts for score in part["scores"]]),
+            "crafted_on": "surrogate" if attack.transfer else "model",
+            **{
+                share: float(np.average([part[share] for part in parts], weights=weights))
+                for share in ("zero_gradients", "nonfinite_gradients")
+            },
+        }
+    worst: dict[str, Any] = {}
+    for metric in ("srocc", "plcc"):
+        name = min(attacked, key=lambda name: _nan_first(attacked[name][metric]))
+        worst |= {metric: attacked[name][metric], f"{metric}_attack": name}
+        worst[f"{metric}_drop"] = clean[metric] - attacked[name][metric]
+    return SuiteResult(
+        norm=job.norm,
+        eps=job.eps,
+        radius=job.radius,
+        steps=job.config.attack_steps,
+        step_size=job.step_size,
+        restarts=job.config.attack_restarts,
+        eot=job.samples(job.model),
+        batch_size=job.batch_size,
+        seed=job.seed,
+        names=job.names,
+        mos=mos,
+        logistic=None if logistic is None else logistic.to_dict(),
+        clean=clean,
+        attacks=attacked,
+        worst=worst,
+        incomplete=[attack.name for attack in attacks if attack not in job.attacks],
+        examples=examples,
+    )
+
+
+def _nan_first(value: float) -> float:
+    return -math.inf if math.isnan(value) else value
+
+
+def _names(dataset: Any) -> list[str]:
+    """The data set's own names, through a `Subset` too; else the indices."""
+    if isinstance(dataset, Subset):
+        names = _names(dataset.dataset)
+        return [names[index] for index in dataset.indices]
+    return [str(name) for name in getattr(dataset, "names", range(len(dataset)))]
+
+
+def _spread(count: int, wanted: int) -> list[int]:
+    """At most `wanted` of `count` positions, evenly spaced and in order."""
+    wanted = min(wanted, count)
+    return [(2 * i + 1) * count // (2 * wanted) for i in range(wanted)]
+
+
+def _check_int(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r}: expected an integer")
+    if value < least:
+        raise ValueError(f"{name}={value!r}: expected at least {least}")
+
+
+@contextmanager
+def _bar(shown: bool, total: int, done: int) -> Iterator[Callable[[], object] | None]:
+    if not shown:
+        yield None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total, initial=done, unit="step", desc="attacks") as bar:
+        yield bar.update
+
+
+def _settings(job: _Job) -> dict[str, Any]:
+    """What a finished batch depends on, as JSON values."""
+    images = hashlib.sha256(json.dumps(job.names).encode())
+    images.update(str(getattr(job.dataset, "fingerprint", "")).encode())
+    images.update(repr(tuple(job.first.shape)).encode() + _bytes(job.first))
+    return {
+        "format": _RESUME_FORMAT,
+        "norm": job.norm,
+        "eps": job.eps,
+        "steps": job.config.attack_steps,
+        "step_size": job.step_size,
+        "restarts": job.config.attack_restarts,
+        "eot_samples": job.config.eot_samples,
+        "batch_size": job.batch_size,
+        "seed": job.seed,
+        "attacks": {attack.name: _describe(attack.objective) for attack in job.attacks},
+        "images": images.hexdigest(),
+        "model": _fingerprint(job.model),
+        "surrogate": None if job.surrogate is None else _fingerprint(job.surrogate),
+    }
+
+
+def _describe(objective: Objective) -> str:
+    if is_dataclass(objective):
+        return repr(objective)
+    return getattr(objective, "__qualname__", type(objective).__qualname__)
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """A hash of the class, the config where there is one, and the weights and buffers."""
+    digest = hashlib.sha256(type(model).__qualname__.encode())
+    config = getattr(model, "config", None)
+    if isinstance(config, SRMConfig):
+        digest.update(json.dumps(config.to_dict(), sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        if isinstance(tensor, Tensor):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + _bytes(tensor))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _nan(value: Any) -> Any:
+    """JSON has no NaN: a score that was not finite was written as null."""
+    if isinstance(value, dict):
+        return {key: _nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_nan(item) for item in value]
+    return math.nan if value is None else value

@@ -1,0 +1,186 @@
+"""Agreement between predicted and human scores: SROCC, PLCC and the five-parameter logistic before PLCC."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+FloatArray = NDArray[np.float64]
+Values = ArrayLike | torch.Tensor
+
+
+def srocc(scores: Values, mos: Values) -> float:
+    """Spearman's rank-order correlation of two 1-D sequences of equal length, ties averaged.
+
+    Tensors (any device and dtype), arrays and lists are accepted. The result is NaN where it is undefined:
+    one side constant, or a score that is not finite, so that a model that breaks down is seen to have broken
+    down. Fewer than two items, unequal lengths and a MOS that is not finite are a ValueError.
+    """
+    x, y = _pair(scores, mos)
+    return _pearson(_ranks(x), _ranks(y)) if np.isfinite(x).all() else math.nan
+
+
+def plcc(scores: Values, mos: Values) -> float:
+    """Pearson's linear correlation of two 1-D sequences as they are; NaN and errors as in `srocc`.
+
+    The field reports it after a logistic map: `plcc(LogisticMap.fit(val_scores, val_mos)(scores), mos)`.
+    """
+    x, y = _pair(scores, mos)
+    return _pearson(x, y) if np.isfinite(x).all() else math.nan
+
+
+@dataclass(frozen=True)
+class LogisticMap:
+    """f(q) = β1(½ − 1/(1 + exp(β2(q − β3)))) + β4 q + β5, with q = (score − center) / scale.
+
+    Section 5 of SPEC, equation (31) of the article. Fit it once per model on clean validation predictions and
+    keep it for the test set, clean and attacked: refitting on attacked scores would repair part of the damage.
+
+    Nothing makes f monotone, here as elsewhere in the field: where β4 opposes β1β2, f turns round, and outside
+    the range of the fitted scores it is the line β4 q + β5 ± β1/2. So PLCC may rank attacked scores otherwise
+    than SROCC does.
+    """
+
+    beta: tuple[float, float, float, float, float]
+    center: float
+    scale: float
+    converged: bool = True
+    reason: str = ""  # why the fit fell back to a straight line; empty if it converged
+
+    @classmethod
+    def fit(cls, scores: Values, mos: Values) -> LogisticMap:
+        """Least squares (Levenberg-Marquardt) from β = (range of MOS, 1, 0, 0, mean of MOS).
+
+        A fit that does not converge, or that ends above the error of a straight line (which is within the
+        family), becomes the least-squares line, `converged` False and `reason` saying why. Inputs as in
+        `srocc`; scores that are not finite are a ValueError.
+        """
+        x, y = _pair(scores, mos)
+        bad = np.count_nonzero(~np.isfinite(x))
+        if bad:
+            raise ValueError(f"{bad} of {x.size} scores are not finite; a logistic map needs finite scores")
+        center, scale = float(x.mean()), float(x.std())
+        if x.min() == x.max() or scale == 0:
+            return cls((0, 0, 0, 0, float(y.mean())), center, 1.0, False, "the scores are constant")
+        q = (x - center) / scale
+        slope = float(q @ (y - y.mean()) / (q @ q))
+        line = (0.0, 0.0, 0.0, slope, float(y.mean()))
+        beta, reason = _fit_logistic(q, y, error_of_line=float(np.sum((_logistic(q, line) - y) ** 2)))
+        return cls(line if beta is None else beta, center, scale, beta is not None, reason)
+
+    def __call__(self, scores: Values) -> FloatArray:
+        """Map scores of any shape to the scale of the MOS, in float64; NaN stays NaN."""
+        return _logistic((_array("scores", scores) - self.center) / self.scale, self.beta)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "beta": list(self.beta),
+            "center": self.center,
+            "scale": self.scale,
+            "converged": self.converged,
+            "reason": self.reason,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LogisticMap:
+        """The inverse of `to_dict`; missing, unknown or unusable entries are a ValueError."""
+        expected = {"beta", "center", "scale", "converged", "reason"}
+        if set(values) != expected:
+            raise ValueError(
+                f"a logistic map has the keys {', '.join(sorted(expected))}; got {', '.join(sorted(values)) or 'none'}"
+            )
+        try:
+            numbers = [float(value) for value in (*values["beta"], values["center"], values["scale"])]
+        except (TypeError, ValueError):
+            numbers = []
+        if len(numbers) != 7 or not all(map(math.isfinite, numbers)) or numbers[-1] <= 0:
+            raise ValueError(
+                "a logistic map needs five finite numbers in 'beta', a finite 'center' and a positive 'scale'; "
+                f"got beta={values['beta']!r}, center={values['center']!r}, scale={values['scale']!r}"
+            )
+        b1, b2, b3, b4, b5, center, scale = numbers
+        return cls((b1, b2, b3, b4, b5), center, scale, bool(values["converged"]), str(values["reason"]))
+
+
+Beta = tuple[float, float, float, float, float]
+
+
+def _fit_logistic(q: FloatArray, y: FloatArray, *, error_of_line: float) -> tuple[Beta | None, str]:
+    if q.size < 5:
+        return None, f"five parameters need at least 5 items, got {q.size}"
+    from scipy.optimize import least_squares  # half a second to import, and only needed here
+
+    def jacobian(beta: FloatArray) -> FloatArray:
+        b1, b2, b3, _, _ = beta
+        half = 0.5 * np.tanh(0.5 * b2 * (q - b3))
+        slope = b1 * (0.25 - half**2)  # of the sigmoid in its argument β2(q − β3)
+        return np.stack([half, slope * (q - b3), -slope * b2, q, np.ones_like(q)], axis=1)
+
+    start = np.array([np.ptp(y), 1.0, 0.0, 0.0, y.mean()])
+    with np.errstate(all="ignore"):
+        found = least_squares(
+            lambda beta: _logistic(q, tuple(beta)) - y,
+            start,
+            jac=jacobian,
+            method="lm",
+            max_nfev=20_000,  # nearly straight data lead down a long flat valley; a tenth of a second on average
+        )
+    if not found.success or not np.isfinite(found.x).all():
+        return None, f"the logistic fit did not converge ({found.message.strip()})"
+    # A line is in the family, so ending above its error means a local minimum; 1e-9 allows for rounding.
+    if 2 * found.cost > error_of_line * (1 + 1e-9) + 1e-18 * float(y @ y):
+        return None, "the logistic fit ended in a local minimum worse than a straight line"
+    b1, b2, b3, b4, b5 = (float(value) for value in found.x)
+    return (b1, b2, b3, b4, b5), ""
+
+
+def _logistic(q: FloatArray, beta: tuple[float, ...]) -> FloatArray:
+    b1, b2, b3, b4, b5 = beta
+    # ½ − 1/(1 + exp(z)) is ½ tanh(z/2), which cannot overflow.
+    return b1 * 0.5 * np.tanh(0.5 * b2 * (q - b3)) + b4 * q + b5
+
+
+def _pearson(x: FloatArray, y: FloatArray) -> float:
+    if x.min() == x.max() or y.min() == y.max():
+        return math.nan
+    x, y = x / np.abs(x).max(), y / np.abs(y).max()  # keeps huge values from overflowing below
+    x, y = x - x.mean(), y - y.mean()
+    norms = np.linalg.norm(x) * np.linalg.norm(y)
+    return float(np.clip(x @ y / norms, -1.0, 1.0)) if norms > 0 else math.nan
+
+
+def _ranks(values: FloatArray) -> FloatArray:
+    """Ranks from 1, ties sharing the mean of theirs."""
+    _, group, count = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count - 1) / 2)[group]
+
+
+def _pair(scores: Values, mos: Values) -> tuple[FloatArray, FloatArray]:
+    x, y = _array("scores", scores), _array("mos", mos)
+    if x.ndim != 1 or x.shape != y.shape:
+        raise ValueError(
+            f"scores of shape {x.shape} and mos of shape {y.shape}: expected two 1-D sequences of one length"
+        )
+    if x.size < 2:
+        raise ValueError(f"a correlation needs at least 2 items, got {x.size}")
+    if not np.isfinite(y).all():
+        raise ValueError(f"{np.count_nonzero(~np.isfinite(y))} of {y.size} mos values are not finite")
+    return x, y
+
+
+def _array(name: str, values: Values) -> FloatArray:
+    if isinstance(values, torch.Tensor):
+        values = values.detach().to("cpu", torch.float64).numpy()
+    try:
+        return np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{name} of type {type(values).__name__}: expected real numbers in a tensor, array or list"
+        ) from None

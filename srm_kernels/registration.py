@@ -23,13 +23,15 @@ def register_operator(
     *,
     fake: Callable[..., Any],
     differentiable: Sequence[str] = (),
+    layout: Callable[[Tensor], Tensor] = Tensor.contiguous,
 ) -> CustomOpDef:
     """Register `srm::name(arguments, str backend) -> returns` with its fake and its derivative.
 
     `implementations` maps a backend to a plain function of `arguments`; "reference" must be among them. The
     derivative is the vector-Jacobian product of the implementation, recomputed from the saved inputs inside
     `srm::name_backward`. A second derivative (`create_graph=True`) always goes through the reference, whose
-    steps autograd knows. Only floating-point results carry gradients.
+    steps autograd knows. Only floating-point results carry gradients. `layout` gives a result the strides that
+    `fake` promises, whatever the implementation; gradients are contiguous.
     """
     schema = f"({arguments}, str backend) -> {returns}"
     names = [argument.split()[-1].split("=")[0] for argument in f"{arguments}, str backend".split(",")]
@@ -39,7 +41,7 @@ def register_operator(
         *inputs, backend = args
         with _no_autocast(inputs):
             result = implementations[backend](*inputs)
-        return tuple(t.contiguous() for t in result) if isinstance(result, tuple) else result.contiguous()
+        return tuple(layout(t) for t in result) if isinstance(result, tuple) else layout(result)
 
     operator = custom_op(f"srm::{name}", forward, mutates_args=(), schema=schema)
     operator.register_fake(lambda *args: fake(*args[:-1]))

@@ -93,12 +93,11 @@ class Link(nn.Module):
         return tokens.unflatten(-1, (self.config.heads, self.config.head_dim)).transpose(1, 2)
 
     def forward(self, target: Tensor, source: Tensor) -> Tensor:
-        """Ŷ = τY (B, H, N_q, d); updates σ̄ in training."""
-        q, k, v = self.project(target, source)
-        y = self.attend(q, k, v)
+        """Y (B, H, N_q, d); updates σ̄ in training."""
+        y = self.attend(*self.project(target, source))
         if self.training:
             self._track(y.detach())
-        return y if not self.config.tau else (y * self.tau()[:, None, None]).to(y.dtype)
+        return y
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, diagnostics: bool = False) -> Any:
         """Y, or (Y, solution) with `diagnostics` on the Nyström form."""
@@ -137,7 +136,9 @@ class Link(nn.Module):
         return torch.Generator().manual_seed(int(torch.randint(2**62, ())))
 
     def merge(self, y: Tensor) -> Tensor:
-        """Ŷ (B, H, N, d) → U (B, N, C): heads merged, times W_O."""
+        """Y, pooled or not, (B, H, N, d) → U (B, N, C): Ŷ = τY, heads merged, times W_O."""
+        if self.config.tau:
+            y = (y * self.tau()[:, None, None]).to(y.dtype)
         return self.output(y.transpose(1, 2).flatten(2))
 
     def tau(self) -> Tensor:
@@ -284,7 +285,7 @@ class SRMNeck(nn.Module):
     def forward(self, pyramid: Sequence[Tensor], *, return_pyramid: bool = False) -> NeckOutput:
         """Four maps (B, C_s, h_s, w_s), shallowest first → `NeckOutput`.
 
-        Unless the full-resolution pyramid is asked for, updates are pooled before W_O: pooling is linear.
+        Unless the full-resolution pyramid is asked for, updates are pooled before τ and W_O: pooling is linear.
         """
         self._check(pyramid)
         aligned = self._align(pyramid, every=return_pyramid)
@@ -329,7 +330,7 @@ class SRMNeck(nn.Module):
     def _mix(
         self, aligned: dict[int, Tensor], sources: dict[int, Tensor], *, pooled: bool
     ) -> dict[int, Tensor]:
-        """F_t + β_t fold(Σ U), at full resolution or pooled to P×P before W_O; other stages unchanged."""
+        """F_t + β_t fold(Σ U), at full resolution or pooled to P×P before τ and W_O; other stages unchanged."""
         updates: dict[int, Tensor] = {}
         for source, target in self.config.links:
             link = self._link(source, target)
@@ -348,9 +349,9 @@ class SRMNeck(nn.Module):
 
     def _pool_tokens(self, y: Tensor, height: int, width: int) -> Tensor:
         """(B, H, h·w, d) → (B, H, P·P, d)."""
-        B, H, _, d = y.shape
-        folded = y.transpose(2, 3).reshape(B, H * d, height, width)
-        return self._pooled(folded).reshape(B, H, d, -1).transpose(2, 3)
+        H, d = y.shape[1], y.shape[3]
+        folded = y.transpose(1, 2).flatten(2).mT.unflatten(-1, (height, width))  # (B, C, h, w), channels last
+        return self._pooled(folded).flatten(2).mT.unflatten(-1, (H, d)).transpose(1, 2)
 
     def _pooled(self, m: Tensor) -> Tensor:
         P = self.config.pool_size
@@ -476,13 +477,14 @@ class PlainNeck(nn.Module):
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, the mode found outside."""
-    training = module.training
+    """Evaluation mode inside; afterwards every submodule has the mode it was found in."""
+    modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
         yield
     finally:
-        module.train(training)
+        for part, training in modes:
+            part.training = training
 
 
 def _scale_to_unit(conv: nn.Conv2d, m: Tensor, limit: float) -> None:

@@ -1,0 +1,24 @@
+"""One self-contained HTML page about a run: results, pictures, curves and settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from srm_model.files import write_text
+from srm_model.reports.page import render
+from srm_model.reports.run import read_run
+
+__all__ = ["write_report"]
+
+
+def write_report(run: str | Path, out: str | Path | None = None) -> Path:
+    """Write the report of the run folder `run` to `out`, by default `report.html` in the folder; returns its path.
+
+    The page holds everything it shows: pictures as data URIs, charts as inline SVG, no scripts. Parts that the
+    run lacks are said to be missing. A folder that is absent or no run, or a file in it that is broken, is a
+    ValueError that names it.
+    """
+    run = Path(run)
+    path = Path(out) if out is not None else run / "report.html"
+    write_text(path, render(read_run(run)))
+    return path

@@ -1,0 +1,80 @@
+"""The page's building blocks: sections, tables, neck names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from srm_model.reports.charts import swatch
+from srm_model.reports.markup import Child, Markup, element
+from srm_model.reports.text import setting
+
+LOOKS = {"srm": 0, "none": 1, "quadratic": 2}
+
+
+def look(neck: str) -> int:
+    """The neck's colour, dash and marker, the same in every chart."""
+    return LOOKS[neck]
+
+
+def section(title: str, *content: Child) -> Markup:
+    return element("section", element("h2", title), *content)
+
+
+def missing(text: str) -> Markup:
+    """What the run has not got."""
+    return element("p", text, class_="missing")
+
+
+def caption(text: str) -> Markup:
+    return element("p", text, class_="caption")
+
+
+def neck_heading(neck: str) -> Markup:
+    return element("h3", swatch(look(neck)), neck)
+
+
+def table(
+    columns: Sequence[str], rows: Sequence[Markup], *, words: Iterable[int] = (0,), title: str | None = None
+) -> Markup:
+    """A table in a box that scrolls; columns are numbers, set right, but for those in `words`."""
+    left = set(words)
+    head = [
+        element("th", name, class_=None if i in left else "n", scope="col") for i, name in enumerate(columns)
+    ]
+    body = element(
+        "table",
+        element("caption", title) if title else None,
+        element("thead", element("tr", head)),
+        element("tbody", rows),
+    )
+    return element("div", body, class_="scroll", tabindex=0)
+
+
+def row(head: Child, *cells: Child, words: Iterable[int] = (), class_: str | None = None) -> Markup:
+    """A table row: its heading, then cells of numbers but for those (from 1) in `words`."""
+    left = set(words)
+    data = [element("td", cell, class_=None if i in left else "n") for i, cell in enumerate(cells, start=1)]
+    return element("tr", element("th", head, scope="row"), data, class_=class_)
+
+
+def neck_row(neck: str, *cells: Child) -> Markup:
+    return row([swatch(look(neck)), neck], *cells)
+
+
+def group(title: str, columns: int) -> Markup:
+    """A heading across the table."""
+    return element("tr", element("th", title, colspan=columns, scope="rowgroup"), class_="group")
+
+
+def pairs(values: Mapping[str, Any]) -> Markup:
+    """Names and values, one pair a line; an object within is written as its own pairs, `outer.inner`."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= (
+            {f"{key}.{inner}": item for inner, item in value.items()}
+            if isinstance(value, dict)
+            else {key: value}
+        )
+    rows = [row(key, element("code", setting(value)), words=(1,)) for key, value in flat.items()]
+    return element("div", element("table", element("tbody", rows)), class_="scroll", tabindex=0)

@@ -1,0 +1,45 @@
+"""HTML and SVG built from elements, so that text from files is escaped unless it is markup already."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from typing import TypeAlias
+
+VOID = {"br", "circle", "img", "line", "meta", "path", "rect"}
+
+
+class Markup(str):
+    """Text that is HTML already and is not escaped again."""
+
+    __slots__ = ()
+
+
+Child: TypeAlias = "str | int | Sequence[Child] | None"
+
+
+def join(*children: Child) -> Markup:
+    """Children one after another: text escaped, markup as it is, None left out, lists flattened."""
+    return Markup("".join(_render(child) for child in children))
+
+
+def element(tag: str, /, *children: Child, **attributes: str | float | bool | None) -> Markup:
+    """One element. `class_` and `stroke_width` become class and stroke-width; None and False are left out."""
+    written = "".join(
+        f" {key.rstrip('_').replace('_', '-')}" + ("" if value is True else f'="{escape(str(value))}"')
+        for key, value in attributes.items()
+        if value is not None and value is not False
+    )
+    if tag in VOID and not children:
+        return Markup(f"<{tag}{written}/>")
+    return Markup(f"<{tag}{written}>{join(*children)}</{tag}>")
+
+
+def _render(child: Child) -> str:
+    if child is None:
+        return ""
+    if isinstance(child, Markup):
+        return child
+    if isinstance(child, list | tuple):
+        return join(*child)
+    return escape(str(child))

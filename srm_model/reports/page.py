@@ -1,0 +1,168 @@
+"""The page: what was run, then its results, limits, pictures, training and settings."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+
+from srm_model.config import SRMConfig
+from srm_model.reports.blocks import caption, missing, pairs, row, section, table
+from srm_model.reports.markup import Child, Markup, element, join
+from srm_model.reports.results import estimates, limits, results
+from srm_model.reports.run import Run
+from srm_model.reports.scores import pictures, scatters
+from srm_model.reports.style import STYLE
+from srm_model.reports.text import budget_text, clock, count, listing, setting
+from srm_model.reports.training import mechanism, training
+
+PACKAGES = ("srm-iqa", "torch", "timm", "numpy", "scipy")
+
+
+def render(run: Run) -> Markup:
+    """The whole document."""
+    title = run.title or f"Run {run.folder.resolve().name}"
+    found = estimates(run)
+    main = element(
+        "main",
+        _header(run, title),
+        _notice(run),
+        section("Clean and attacked", results(run, found)),
+        section("What these numbers can and cannot say", limits(run, found)),
+        section("Prediction against label", scatters(run)),
+        section("What the attacks look like", pictures(run)),
+        section("Training", training(run)),
+        section("Inside the neck", mechanism(run)),
+        section("Settings and reproduction", _settings(run)),
+        element("footer", f"Written by srm-iqa {_version('srm-iqa')}."),
+    )
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("title", title),
+        element("style", Markup(STYLE)),
+    )
+    return join(Markup("<!doctype html>\n"), element("html", head, element("body", main), lang="en"), "\n")
+
+
+def _header(run: Run, title: str) -> Markup:
+    took = f"took {clock(run.seconds)}" if run.seconds is not None else None
+    meta = " · ".join(item for item in (_moment(run.created), took) if item)
+    return element(
+        "header",
+        element("h1", title),
+        element("p", meta, class_="meta") if meta else None,
+        element("p", f"{_trained(run)} {_tested(run)}", class_="lede"),
+    )
+
+
+def _moment(created: str | None) -> str | None:
+    """A time stamp as people read it; what is none stays as it is."""
+    try:
+        return f"{datetime.fromisoformat(created):%d %B %Y, %H:%M %Z}".strip(", ") if created else None
+    except ValueError:
+        return created
+
+
+def _trained(run: Run) -> str:
+    if not run.necks:
+        return "No trained neck was found in this run."
+    names = [neck.name for neck in run.necks]
+    said = f"The neck{'s' * (len(names) > 1)} {listing(names)} {'were' if len(names) > 1 else 'was'} trained"
+    if backbones := sorted({neck.backbone for neck in run.necks if neck.backbone}):
+        said += f" on the backbone{'s' * (len(backbones) > 1)} {listing(backbones)}"
+    if epochs := sorted({len(neck.history) for neck in run.necks if neck.history}):
+        said += f" for {listing(epochs)} epoch{'s' * (epochs != [1])}"
+    name, metric = run.dataset.get("name"), (run.labels or "").startswith("metric:")
+    if isinstance(name, str):
+        said += f", with a set of synthesised distortions ({name})" if metric else f", with {name}"
+    return said + "."
+
+
+def _tested(run: Run) -> str:
+    sizes = sorted({len(neck.evaluation.mos) for neck in run.necks if neck.evaluation})
+    said = f"{'Each' if len(run.necks) > 1 else 'It'} was tested on {listing(sizes)} images"
+    if not sizes:
+        said = "No test scores were found"
+    if not run.budgets:
+        return f"{said}; no attack was run."
+    attacked = sorted({len(item.mos) for neck in run.necks for item in neck.attacks})
+    which = f"{listing(attacked)} of them" if sizes else f"{listing(attacked)} images"
+    budgets = count(len(run.budgets), "budget")
+    return f"{said}, and attacked on {which} at {budgets}: {listing(map(budget_text, run.budgets))}."
+
+
+def _notice(run: Run) -> Markup | None:
+    if run.labels is None or not run.labels.startswith("metric:"):
+        return None
+    metric = run.labels.removeprefix("metric:").upper()
+    return element(
+        "p",
+        element("strong", f"The labels are not people's opinions: they are values of {metric}."),
+        f" {metric} is a full-reference metric, which compares each distorted picture with its original. Every "
+        f"correlation on this page is agreement with {metric}, not with human judgement.",
+        class_="notice",
+        role="note",
+    )
+
+
+def _settings(run: Run) -> Child:
+    data = pairs(run.dataset) if run.dataset else missing("The run does not describe its data set.")
+    again = missing("The run does not say which command made it.")
+    if run.command:
+        again = element("pre", element("code", "\n".join(run.command)))
+    return [
+        element(
+            "div",
+            element("div", element("h3", "Data"), data),
+            element("div", element("h3", "Versions"), _versions(run)),
+            class_="pair",
+        ),
+        element("h3", "Settings that differ from the defaults"),
+        _configuration(run),
+        caption(
+            "As each neck was trained. The attacks' settings are stated with their results, as they were run."
+        ),
+        element("h3", "To run it again"),
+        again,
+        caption("To write this page again from the run's files:"),
+        element("pre", element("code", shlex.join(["srm-iqa", "report", str(run.folder)]))),
+    ]
+
+
+def _configuration(run: Run) -> Child:
+    necks = [neck for neck in run.necks if neck.config]
+    if not necks:
+        return missing("No configuration was found.")
+    defaults = {key: setting(value) for key, value in SRMConfig().to_dict().items()}
+    rows = {}
+    for key, default in defaults.items():
+        values = [setting(neck.config[key]) if key in neck.config else default for neck in necks]
+        cells = [element("code", value) for value in (*values, default)]
+        marked = "changed" if set(values) != {default} else None
+        rows[key] = row(element("code", key), *cells, words=range(1, len(cells) + 1), class_=marked)
+    columns = ["Setting", *(neck.name for neck in necks), "default"]
+    changed = [line for line in rows.values() if 'class="changed"' in line]
+    words = range(len(columns))
+    return [
+        table(columns, changed, words=words) if changed else element("p", "None."),
+        element(
+            "details", element("summary", "All settings"), table(columns, list(rows.values()), words=words)
+        ),
+    ]
+
+
+def _versions(run: Run) -> Child:
+    if run.versions:
+        return pairs(run.versions)
+    found = {"Python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+    return [pairs(found), caption("Of this page's writing: the run did not record its own.")]
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

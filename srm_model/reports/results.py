@@ -1,0 +1,230 @@
+"""Correlations clean and attacked, and how far they can be trusted."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from srm_model.config import SRMConfig
+from srm_model.reports import bootstrap
+from srm_model.reports.blocks import group, look, missing, neck_row, row, table
+from srm_model.reports.charts import Fall, fall_chart
+from srm_model.reports.markup import Child, Markup, element
+from srm_model.reports.run import Budget, Correlations, Run
+from srm_model.reports.text import attack_text, budget_text, count, drop, fixed, listing, signed
+
+UNKNOWN = Correlations(math.nan, math.nan)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A SROCC, its bootstrap replicates, and the images both belong to."""
+
+    srocc: float
+    replicates: np.ndarray
+    names: tuple[str, ...]
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        return bootstrap.interval(self.replicates)
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """Per neck: SROCC on the clean test set, and clean and worst at each budget on the attacked images."""
+
+    test: dict[str, Estimate]
+    clean: dict[tuple[str, Budget], Estimate]
+    worst: dict[tuple[str, Budget], Estimate]
+
+
+def estimates(run: Run) -> Estimates:
+    """All of a run's SROCCs with replicates; the worst attack is chosen anew in each."""
+    found = Estimates({}, {}, {})
+    for neck in run.necks:
+        if (tested := neck.evaluation) is not None:
+            replicates = bootstrap.resampled_srocc(tested.mos, [tested.scores.values])[0]
+            found.test[neck.name] = Estimate(tested.scores.srocc, replicates, tested.names)
+        for item in neck.attacks:
+            key = neck.name, item.budget
+            scores = [item.clean.values, *(attack.values for attack in item.attacks.values())]
+            clean, *attacked = bootstrap.resampled_srocc(item.mos, scores)
+            found.clean[key] = Estimate(item.clean.srocc, clean, item.names)
+            found.worst[key] = Estimate(item.worst.srocc, np.min(attacked, axis=0), item.names)
+    return found
+
+
+def results(run: Run, found: Estimates) -> Child:
+    """Summary, fall chart and a table of every attack."""
+    if not found.test and not found.worst:
+        return missing("No test scores and no attacks were found.")
+    definitions = element(
+        "p",
+        "SROCC is the rank correlation of scores and labels; PLCC the linear correlation after a logistic map "
+        "that was fitted on clean validation images and then frozen. 1 is perfect, 0 is chance, below 0 the order "
+        "is reversed. “Worst” is the lowest value over all attacks at one budget.",
+    )
+    summary = element("div", element("div", _summary(run)), _falls(run, found), class_="pair")
+    if not run.budgets:
+        return [
+            definitions,
+            summary,
+            missing("No attack was run, so this page says nothing about robustness."),
+        ]
+    return [definitions, summary, element("h3", "Every attack"), _attack_table(run)]
+
+
+def limits(run: Run, found: Estimates) -> Child:
+    """What was small about the run, and whether the necks can be told apart."""
+    notes = [*_attack_notes(run)]
+    if run.necks:
+        seeds = sorted({neck.config["seed"] for neck in run.necks if "seed" in neck.config})
+        seed = f" (seed {listing(seeds)})" if seeds else ""
+        notes.append(
+            f"Each neck was trained once{seed}. How far the figures move with another seed was not measured, and no "
+            "interval on this page includes it."
+        )
+    differences = _differences(run, found)
+    if found.test or found.worst:
+        notes.append(
+            f"Intervals are percentile bootstraps over images: {bootstrap.REPLICATES:,} resamples (seed "
+            f"{bootstrap.SEED}), the same for every neck and attack, with the worst attack chosen anew in each. "
+            "Images made from one photograph resemble each other, which resampling them one by one ignores: the "
+            "true uncertainty is larger."
+        )
+    return [element("ul", [element("li", note) for note in notes], class_="notes"), differences]
+
+
+def _summary(run: Run) -> Markup:
+    rows = []
+    tested = [(neck, neck.evaluation) for neck in run.necks if neck.evaluation is not None]
+    if tested:
+        rows.append(group(f"Clean, {listing(sorted({len(e.mos) for _, e in tested}))} test images", 5))
+        rows += [neck_row(n.name, fixed(e.scores.srocc), fixed(e.scores.plcc), "", "") for n, e in tested]
+    for budget in run.budgets:
+        attacked = run.attacked(budget)
+        sizes = listing(sorted({len(item.mos) for _, item in attacked}))
+        rows.append(group(f"Worst at {budget_text(budget)}, {sizes} of them", 5))
+        rows += [
+            neck_row(
+                neck.name,
+                fixed(item.worst.srocc),
+                fixed(item.worst.plcc),
+                drop(item.clean.srocc, item.worst.srocc),
+                drop(item.clean.plcc, item.worst.plcc),
+            )
+            for neck, item in attacked
+        ]
+    return table(
+        ["Neck", "SROCC", "PLCC", "SROCC drop", "PLCC drop"],
+        rows,
+        title="Drops: from the same images, clean.",
+    )
+
+
+def _falls(run: Run, found: Estimates) -> Markup | None:
+    groups = []
+    for budget in run.budgets:
+        rows = []
+        for neck, _ in run.attacked(budget):
+            clean, worst = found.clean[neck.name, budget], found.worst[neck.name, budget]
+            rows.append(
+                Fall(neck.name, clean.srocc, worst.srocc, clean.interval, worst.interval, look(neck.name))
+            )
+        groups.append((budget_text(budget), rows))
+    if not groups:
+        return None
+    note = "filled: clean; hollow: worst attack; bars: 95 % bootstrap intervals"
+    return fall_chart(groups, title="SROCC, clean and attacked", note=note, x_label="SROCC")
+
+
+def _attack_table(run: Run) -> Markup:
+    """Every attack: a group of rows per budget, two columns per neck."""
+    necks = [neck.name for neck in run.necks if neck.attacks]
+    rows, left_out = [], set()
+    for budget in run.budgets:
+        items = {neck.name: item for neck, item in run.attacked(budget)}
+        sizes = listing(sorted({len(item.mos) for item in items.values()}))
+        rows.append(group(f"{budget_text(budget)}, {sizes} images", 1 + 2 * len(necks)))
+        found = {
+            neck: {"clean": item.clean, **item.attacks, "worst": item.worst} for neck, item in items.items()
+        }
+        for name in [
+            *dict.fromkeys(name for item in items.values() for name in ("clean", *item.attacks)),
+            "worst",
+        ]:
+            cells = [found.get(neck, {}).get(name, UNKNOWN) for neck in necks]
+            values = [fixed(value) for cell in cells for value in (cell.srocc, cell.plcc)]
+            rows.append(row(attack_text(name), *values, class_="total" if name == "worst" else None))
+        left_out |= {attack_text(name) for item in items.values() for name in item.incomplete}
+    columns = ["Attack", *(f"{name} {what}" for name in necks for what in ("SROCC", "PLCC"))]
+    note = f" Left out for want of a surrogate: {listing(sorted(left_out))}." if left_out else ""
+    return table(columns, rows, title=f"Clean: the same images without an attack.{note}")
+
+
+def _attack_notes(run: Run) -> list[str]:
+    items = [item for neck in run.necks for item in neck.attacks]
+    if not items:
+        return ["No attack was run: this page says nothing about robustness."]
+    strengths = sorted({(item.steps, item.restarts) for item in items})
+    said = listing(
+        f"{count(steps, 'step')} with {count(restarts, 'random start')}" for steps, restarts in strengths
+    )
+    sizes, seeds = (
+        listing(sorted(set(values))) for values in ([len(i.mos) for i in items], [i.seed for i in items])
+    )
+    note = f"The attacks took {said} on {sizes} images (seed {seeds})."
+    protocol = SRMConfig()
+    full = protocol.attack_steps, protocol.attack_restarts
+    if any(steps < full[0] or restarts < full[1] for steps, restarts in strengths):
+        note += (
+            f" The protocol asks for {full[0]} steps with {full[1]} random starts: these attacks are weaker, so the "
+            "attacked figures flatter the models."
+        )
+    shares = [share for item in items for share in item.zero_gradients.values()]
+    if not shares:
+        return [note]
+    zero = (
+        f"Of the gradients that the attacks followed, at most {100 * max(shares):.2g} % were zero in any attack; many "
+        "would be a sign that the attacks, not the models, had failed."
+    )
+    return [note, zero]
+
+
+def _differences(run: Run, found: Estimates) -> Markup | None:
+    """SROCC of the first neck less that of each other one."""
+    if len(run.necks) < 2:
+        return None
+    first = run.necks[0].name
+    rows = []
+    for other in (neck.name for neck in run.necks[1:]):
+        compared = [("clean, whole test set", found.test.get(first), found.test.get(other))]
+        for budget in run.budgets:
+            a, b = found.worst.get((first, budget)), found.worst.get((other, budget))
+            compared.append((f"worst at {budget_text(budget)}", a, b))
+        rows += [
+            _difference(f"{first} {chr(0x2212)} {other}, {what}", a, b) for what, a, b in compared if a and b
+        ]
+    if not rows:
+        return None
+    columns = ["Difference in SROCC", "value", "95 % interval", "reading"]
+    return table(columns, rows, words=(0, 3), title="Between the necks, on the same images.")
+
+
+def _difference(what: str, a: Estimate, b: Estimate) -> Markup:
+    same = a.names == b.names
+    interval = bootstrap.interval(a.replicates - b.replicates) if same else None
+    if interval is None:
+        between, reading = (
+            "—",
+            "no interval: " + ("undefined correlations" if same else "not the same images"),
+        )
+    else:
+        low, high = interval
+        between = f"{signed(low)} to {signed(high)}"
+        reading = "within noise: contains 0"
+        if low > 0 or high < 0:
+            reading = "excludes 0, for these images and trainings"
+    return row(what, signed(a.srocc - b.srocc), between, reading, words=(3,))

@@ -1,0 +1,326 @@
+"""Reading a run folder: what is there is checked, what is missing is None or empty."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar
+
+import numpy as np
+
+from srm_model.checkpoint import CONFIG, NECKS, read_card
+from srm_model.files import read_json
+from srm_model.metrics import LogisticMap
+
+T = TypeVar("T")
+Budget: TypeAlias = tuple[str, float]  # norm and ε: what the attacks on two necks have in common
+
+
+@dataclass(frozen=True)
+class Correlations:
+    """NaN where undefined."""
+
+    srocc: float
+    plcc: float
+
+
+@dataclass(frozen=True)
+class Scores(Correlations):
+    """One model's scores of a set of images, in the images' order."""
+
+    values: np.ndarray  # (n,)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`evaluation.json`: the clean test set."""
+
+    scores: Scores
+    mos: np.ndarray  # (n,)
+    names: tuple[str, ...]
+    labels: str
+    logistic: LogisticMap | None
+
+
+@dataclass(frozen=True)
+class Example:
+    """One attacked image kept for the eye; the three paths are None where the file is not there."""
+
+    name: str
+    mos: float
+    clean_score: float
+    adversarial_score: float
+    attack: str
+    magnification: float
+    clean: Path | None
+    attacked: Path | None
+    difference: Path | None
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """`attacks/<norm>-<eps>.json`: one suite at one budget."""
+
+    norm: str
+    eps: float
+    steps: int
+    restarts: int
+    seed: int
+    mos: np.ndarray  # (n,)
+    names: tuple[str, ...]
+    clean: Scores
+    attacks: dict[str, Scores]
+    zero_gradients: dict[str, float]  # share of them, by attack, where it was recorded
+    worst: Correlations  # each over all attacks
+    worst_attack: str  # by SROCC
+    incomplete: tuple[str, ...]  # attacks left out for want of a surrogate
+    examples: tuple[Example, ...]
+
+    @property
+    def budget(self) -> Budget:
+        return self.norm, self.eps
+
+
+@dataclass(frozen=True)
+class Neck:
+    """One trained neck's folder."""
+
+    name: str
+    backbone: str | None
+    config: dict[str, Any]
+    card: dict[str, Any]
+    history: tuple[dict[str, Any], ...]
+    evaluation: Evaluation | None
+    attacks: tuple[Attacked, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder: `run.json` and one folder per trained neck."""
+
+    folder: Path
+    title: str | None
+    command: tuple[str, ...]  # one or more command lines
+    dataset: dict[str, Any]
+    created: str | None
+    seconds: float | None
+    versions: dict[str, str]
+    necks: tuple[Neck, ...]
+
+    @property
+    def budgets(self) -> list[Budget]:
+        """Every budget that any neck was attacked at, Linf first, small ones first."""
+        return sorted({item.budget for neck in self.necks for item in neck.attacks}, key=_budget_order)
+
+    def attacked(self, budget: Budget) -> list[tuple[Neck, Attacked]]:
+        """The necks that were attacked at this budget, and how."""
+        return [(neck, item) for neck in self.necks for item in neck.attacks if item.budget == budget]
+
+    @property
+    def labels(self) -> str | None:
+        """Where the labels come from: "mos", "metric:<name>", or None where nothing says so."""
+        said = [self.dataset.get("labels")]
+        for neck in self.necks:
+            said.append(neck.evaluation.labels if neck.evaluation else None)
+            said.append(_mapping(neck.card.get("dataset")).get("labels"))
+        stated = [label for label in said if isinstance(label, str)]
+        metric = [label for label in stated if label.startswith("metric:")]
+        return next(iter(metric + stated), None)
+
+
+def read_run(folder: str | Path) -> Run:
+    """Everything a report shows of a run folder; ValueError in one sentence where it is absent or broken."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such run folder")
+    found = [name for name in NECKS if (folder / name).is_dir()]
+    if not found and not (folder / "run.json").is_file():
+        raise ValueError(
+            f"{folder}: not a run folder; expected run.json or a folder of a trained neck ({', '.join(NECKS)})"
+        )
+    about = _optional(folder / "run.json", _object) or {}
+    command = about.get("command")
+    commands = command if isinstance(command, list) else [command]
+    return Run(
+        folder=folder,
+        title=_text(about.get("title")),
+        command=tuple(text for text in map(_text, commands) if text),
+        dataset=_mapping(about.get("dataset")),
+        created=_text(about.get("created")),
+        seconds=_number_or_none(about.get("seconds")),
+        versions={str(key): str(value) for key, value in _mapping(about.get("versions")).items()},
+        necks=tuple(_read_neck(folder / name) for name in found),
+    )
+
+
+def numbers(value: Any) -> list[float]:
+    """Every finite number in a JSON value, in order, however nested."""
+    if isinstance(value, bool) or value is None:
+        return []
+    if isinstance(value, int | float):
+        return [float(value)] if np.isfinite(value) else []
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [number for item in value for number in numbers(item)] if isinstance(value, list) else []
+
+
+def _read_neck(folder: Path) -> Neck:
+    model = read_card(folder) if (folder / CONFIG).is_file() else {}
+    attacks = [_read_attacked(path) for path in folder.glob("attacks/*.json")]
+    return Neck(
+        name=folder.name,
+        backbone=model.get("backbone"),
+        config=model.get("config", {}),
+        card=model.get("card", {}),
+        history=_read_history(folder / "history.jsonl"),
+        evaluation=_optional(folder / "evaluation.json", _evaluation),
+        attacks=tuple(sorted(attacks, key=lambda item: _budget_order(item.budget))),
+    )
+
+
+def _budget_order(budget: Budget) -> tuple[bool, str, float]:
+    return budget[0] != "linf", *budget
+
+
+def _read_attacked(path: Path) -> Attacked:
+    folder = path.parent / path.stem
+    examples = _optional(folder / "examples.json", partial(_examples, folder))
+    return replace(_read(path, _attacked), examples=examples or ())
+
+
+def _read_history(path: Path) -> tuple[dict[str, Any], ...]:
+    if not path.is_file():
+        return ()
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(_object(json.loads(line)))
+        except ValueError:
+            raise ValueError(f"{path}: line {number} is not a JSON object") from None
+    return tuple(rows)
+
+
+def _optional(path: Path, parse: Callable[[Any], T]) -> T | None:
+    return _read(path, parse) if path.is_file() else None
+
+
+def _read(path: Path, parse: Callable[[Any], T]) -> T:
+    value = read_json(path)
+    try:
+        return parse(value)
+    except KeyError as error:
+        raise ValueError(f"{path}: no {error}") from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _evaluation(value: Any) -> Evaluation:
+    value = _object(value)
+    mos, logistic = _array(value["mos"]), value.get("logistic")
+    return Evaluation(
+        scores=_scores(value, len(mos)),
+        mos=mos,
+        names=_names(value["names"], len(mos)),
+        labels=str(value.get("labels", "mos")),
+        logistic=LogisticMap.from_dict(_object(logistic)) if logistic is not None else None,
+    )
+
+
+def _attacked(value: Any) -> Attacked:
+    value = _object(value)
+    mos, worst, attacks = _array(value["mos"]), _object(value["worst"]), _object(value["attacks"])
+    if not attacks:
+        raise ValueError("expected at least one attack")
+    return Attacked(
+        norm=str(value["norm"]),
+        eps=float(value["eps"]),
+        steps=int(value["steps"]),
+        restarts=int(value["restarts"]),
+        seed=int(value["seed"]),
+        mos=mos,
+        names=_names(value["names"], len(mos)),
+        clean=_scores(_object(value["clean"]), len(mos)),
+        attacks={name: _scores(_object(scores), len(mos)) for name, scores in attacks.items()},
+        zero_gradients={
+            name: float(scores["zero_gradients"])
+            for name, scores in attacks.items()
+            if scores.get("zero_gradients") is not None
+        },
+        worst=Correlations(_number(worst["srocc"]), _number(worst["plcc"])),
+        worst_attack=str(worst["srocc_attack"]),
+        incomplete=tuple(map(str, value.get("incomplete", ()))),
+        examples=(),
+    )
+
+
+def _examples(folder: Path, rows: Any) -> tuple[Example, ...]:
+    if not isinstance(rows, list):
+        raise ValueError("expected a list of examples")
+
+    def image(row: dict[str, Any], key: str) -> Path | None:
+        name = row.get(key)
+        # Only files of the run itself are shown, whatever a file says.
+        path = folder / Path(name).name if isinstance(name, str) else None
+        return path if path is not None and path.is_file() else None
+
+    return tuple(
+        Example(
+            name=str(row["name"]),
+            mos=_number(row["mos"]),
+            clean_score=_number(row["clean_score"]),
+            adversarial_score=_number(row["adversarial_score"]),
+            attack=str(row["attack"]),
+            magnification=_number(row.get("magnification", 1)),
+            clean=image(row, "clean"),
+            attacked=image(row, "attacked"),
+            difference=image(row, "difference"),
+        )
+        for row in map(_object, rows)
+    )
+
+
+def _scores(value: dict[str, Any], count: int) -> Scores:
+    values = _array(value["scores"])
+    if len(values) != count:
+        raise ValueError(f"{len(values)} scores for {count} labels")
+    return Scores(_number(value["srocc"]), _number(value["plcc"]), values)
+
+
+def _names(value: Any, count: int) -> tuple[str, ...]:
+    if not isinstance(value, list) or len(value) != count:
+        raise ValueError(f"expected {count} names, one per label")
+    return tuple(map(str, value))
+
+
+def _array(value: Any) -> np.ndarray:
+    if not isinstance(value, list):
+        raise ValueError("expected a list of numbers")
+    return np.array([_number(item) for item in value], dtype=np.float64)
+
+
+def _number(value: Any) -> float:
+    """JSON's null stands for NaN and the infinities."""
+    return float("nan") if value is None else float(value)
+
+
+def _number_or_none(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"expected an object, got {type(value).__name__}")
+    return value
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) and value.strip() else None

@@ -1,0 +1,195 @@
+"""Training curves and what the neck's mechanism did meanwhile."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from srm_model.reports.blocks import look, missing, neck_heading, neck_row, row, table
+from srm_model.reports.charts import Series, line_chart, sparkline
+from srm_model.reports.markup import Child, Markup, element
+from srm_model.reports.run import Neck, Run, numbers
+from srm_model.reports.text import DASH, clock, fixed, spread
+
+# Looks 4 and up are the style sheet's ordered ramp: parts and stages must not wear the necks' colours.
+RAMP = 4
+LOSS_PARTS = {"mse": "squared error", "tau": "τ loss", "entropy": "gate entropy", "balance": "gate balance"}
+# What the model logs, in words and in this order; anything else follows under its own name.
+DIAGNOSTICS = {
+    "links.logit_std": "standard deviation of the attention logits",
+    "links.attention_entropy": "entropy of the landmark attention, as a share of uniform",
+    "links.kappa": "κ, condition number of the regularised landmark matrix",
+    "links.residual": "ρ, relative residual of the landmark solve",
+    "links.gain": "‖X‖ / ‖RV‖, gain of the landmark solve",
+    "links.sigma_before_tau": "σ̄ / √d, scale of the attention output over its target",
+    "links.tau": "τ, learned rescaler of the attention output",
+    "links.sigma_after_tau": "τ σ̄ / √d, the same scale after τ",
+    "update_ratio": "size of the neck's update relative to the map it is added to",
+    "gate_entropy": "entropy of the gate's weights, as a share of uniform",
+    "norm": "‖M‖, norm of the fused map before the cap",
+    "gain": "γ, factor of the gain cap",
+}
+
+
+def training(run: Run) -> Child:
+    """Best epochs, validation SROCC, total loss and its parts."""
+    trained = [neck for neck in run.necks if neck.history]
+    if not trained:
+        return missing("No training history was found.")
+    columns = ["Neck", "epochs", "best epoch", "its validation SROCC", "images/s", "time"]
+    rows = [neck_row(neck.name, *_summary(neck)) for neck in trained]
+    charts = [
+        _curves(trained, "val_srocc", "Validation SROCC", "SROCC"),
+        _curves(trained, "loss", "Training loss, total", "loss"),
+        *map(_loss_parts, trained),
+    ]
+    return [
+        table(
+            columns, rows, title="The best epoch by validation SROCC is the one that was tested and attacked."
+        ),
+        element("div", charts, class_="panels"),
+    ]
+
+
+def mechanism(run: Run) -> Child:
+    """Gate weights, activity of the gain cap, and every other logged diagnostic."""
+    logged = [neck for neck in run.necks if any(map(_diagnostics, neck.history))]
+    if not logged:
+        return missing("No diagnostics of a neck were logged.")
+    return [
+        [
+            neck_heading(neck.name),
+            element("div", _gate(neck), _cap(neck), class_="panels"),
+            _diagnostics_table(neck),
+        ]
+        for neck in logged
+    ]
+
+
+def _summary(neck: Neck) -> list[str]:
+    values = _column(neck, "val_srocc")
+    best = int(np.nanargmax(values)) if np.isfinite(values).any() else None
+    speeds, seconds = _column(neck, "images_per_second"), _column(neck, "seconds")
+    return [
+        str(len(neck.history)),
+        DASH if best is None else f"{_epochs(neck)[best]:g}",
+        DASH if best is None else fixed(values[best]),
+        f"{np.nanmean(speeds):.1f}" if np.isfinite(speeds).any() else DASH,
+        clock(np.nansum(seconds)) if np.isfinite(seconds).any() else DASH,
+    ]
+
+
+def _curves(necks: Sequence[Neck], key: str, title: str, y_label: str) -> Markup | None:
+    found = [(neck, _column(neck, key)) for neck in necks]
+    series = [
+        Series(neck.name, _epochs(neck), values, look(neck.name))
+        for neck, values in found
+        if np.isfinite(values).any()
+    ]
+    if not series:
+        return None
+    limits = None
+    if key == "val_srocc":
+        lowest = min(float(np.nanmin(line.y)) for line in series)
+        limits = (min(0.0, math.floor(5 * lowest) / 5), 1.0)
+    return line_chart(series, title=title, x_label="epoch", y_label=y_label, y_limits=limits)
+
+
+def _loss_parts(neck: Neck) -> Markup | None:
+    """The parts as they enter the total, each times its weight."""
+    series = []
+    for i, (part, label) in enumerate(LOSS_PARTS.items()):
+        weight = 1 if part == "mse" else neck.config.get(f"weight_{part}")
+        values = _column(neck, f"loss_{part}")
+        if weight is not None and np.isfinite(values).any():
+            name = label if part == "mse" else f"{weight:g} × {label}"
+            series.append(Series(name, _epochs(neck), weight * values, RAMP + i))
+    if len(series) < 2:
+        return None
+    return line_chart(series, title=f"Parts of the loss, {neck.name}", x_label="epoch", y_label="loss")
+
+
+def _gate(neck: Neck) -> Markup | None:
+    rows = [numbers(_diagnostics(entry).get("gate_weights")) for entry in neck.history]
+    width = max(map(len, rows))
+    if width == 0:
+        return None
+    stages = neck.config.get("fused_stages", [])
+    names = [f"stage {stage}" for stage in (stages if len(stages) == width else range(1, width + 1))]
+    series = [
+        Series(name, _epochs(neck), [entry[i] if i < len(entry) else math.nan for entry in rows], RAMP + i)
+        for i, name in enumerate(names)
+    ]
+    note = f"mean over images; uniform is {1 / width:.2f}"
+    return line_chart(
+        series, title="Gate weights", note=note, x_label="epoch", y_label="weight", y_limits=(0.0, 1.0)
+    )
+
+
+def _cap(neck: Neck) -> Markup | None:
+    shares = [numbers(_diagnostics(entry).get("gain_active")) for entry in neck.history]
+    values = [float(np.mean(share)) if share else math.nan for share in shares]
+    if not np.isfinite(values).any():
+        return None
+    note = "share of images on which it binds (γ < 1)"
+    series = [Series("share", _epochs(neck), values, look(neck.name))]
+    return line_chart(
+        series, title="Gain cap", note=note, x_label="epoch", y_label="share of images", y_limits=(0.0, 1.0)
+    )
+
+
+def _diagnostics_table(neck: Neck) -> Markup | None:
+    logged = [_quantities(_diagnostics(entry)) for entry in neck.history]
+    keys = dict.fromkeys([*DIAGNOSTICS, *(key for entry in logged for key in entry)])
+    rows = []
+    for key in keys:
+        values = [entry.get(key, []) for entry in logged]
+        present = [value for value in values if value]
+        if present and key not in ("gate_weights", "gain_active"):
+            name = DIAGNOSTICS.get(key) or element("code", key)
+            trend = sparkline([float(np.median(value)) if value else math.nan for value in values])
+            rows.append(row(name, spread(present[0]), spread(present[-1]), trend, words=(3,)))
+    if not rows:
+        return None
+    return table(
+        ["Quantity", "first epoch", "last epoch", "over the epochs"],
+        rows,
+        words=(0, 3),
+        title="Medians over a batch of validation images; in brackets the range over links, stages or heads.",
+    )
+
+
+def _quantities(diagnostics: dict[str, Any]) -> dict[str, list[float]]:
+    """Each quantity's values: over links and heads where it has them, the median where quantiles were logged."""
+    found: dict[str, list[float]] = {}
+    for key, value in diagnostics.items():
+        if key != "links" or not isinstance(value, dict):
+            found[key] = _values(value)
+            continue
+        for link in value.values():
+            for name, entry in link.items() if isinstance(link, dict) else ():
+                found.setdefault(f"links.{name}", []).extend(_values(entry))
+    return found
+
+
+def _values(value: Any) -> list[float]:
+    return numbers(value.get("median")) if isinstance(value, dict) and "median" in value else numbers(value)
+
+
+def _epochs(neck: Neck) -> list[float]:
+    """Counted from 1, as people do; the files count from 0."""
+    return [float(i) for i in range(1, len(neck.history) + 1)]
+
+
+def _column(neck: Neck, key: str) -> np.ndarray:
+    """A logged quantity, one value an epoch, NaN where it is missing."""
+    found = [numbers(entry.get(key)) for entry in neck.history]
+    return np.array([values[0] if values else math.nan for values in found])
+
+
+def _diagnostics(entry: dict[str, Any]) -> dict[str, Any]:
+    logged = entry.get("diagnostics")
+    return logged if isinstance(logged, dict) else {}

@@ -4,6 +4,7 @@ Every operator takes CPU or CUDA tensors and `backend=None`; `backends()` says w
 Importing needs neither a GPU, nor Triton, nor a compiler.
 """
 
+from . import flops
 from .attention import full_attention, nystrom_attention
 from .conditioning import LandmarkSolution, Solver, landmark_solve
 from .gate import GatedFusion, GateLosses, gate_losses, gated_fusion
@@ -20,6 +21,7 @@ __all__ = [
     "Solver",
     "backends",
     "dyt",
+    "flops",
     "full_attention",
     "gate_losses",
     "gated_fusion",

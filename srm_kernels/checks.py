@@ -52,17 +52,23 @@ def check_number(
     """A real Python number, greater than `above` or at least `at_least`; TypeError or ValueError."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} is a {type(value).__name__}; expected a number")
+    if value != value or value in (float("inf"), float("-inf")):
+        raise ValueError(f"{name}={value}: expected a finite number")
     if above is not None and not value > above:
         raise ValueError(f"{name}={value}: expected more than {above}")
     if at_least is not None and not value >= at_least:
         raise ValueError(f"{name}={value}: expected at least {at_least}")
-    if value in (float("inf"), float("-inf")):
-        raise ValueError(f"{name}={value}: expected a finite number")
 
 
-def check_count(name: str, value: int) -> None:
-    """A Python integer of at least 1; TypeError or ValueError."""
+def check_count(name: str, value: int, *, at_least: int = 1) -> None:
+    """A Python integer of at least `at_least`; TypeError or ValueError."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} is a {type(value).__name__}; expected an integer")
-    if value < 1:
-        raise ValueError(f"{name}={value}: expected at least 1")
+    if value < at_least:
+        raise ValueError(f"{name}={value}: expected at least {at_least}")
+
+
+def check_flag(name: str, value: bool) -> None:
+    """True or False; TypeError."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is a {type(value).__name__}; expected True or False")

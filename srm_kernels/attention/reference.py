@@ -54,7 +54,7 @@ def key_side(
     """K̃ (B, H, r, d), the logits K̃K̃ᵀs of W (B, H, r, r) and R V (B, H, r, d)."""
     K = normalised_key(key, qk_norm)
     block_dtype = block_dtype or K.dtype
-    keys = K.gather(-2, landmarks[..., None].expand(*landmarks.shape, K.shape[-1]))
+    keys = take_landmarks(K, landmarks)
     R = _block(keys, K, scale, block_dtype)
     logits = keys @ keys.mT * scale
     if block_dtype != K.dtype:
@@ -64,6 +64,15 @@ def key_side(
         tiny = torch.finfo(block_dtype).smallest_normal
         logits = W.clamp(min=tiny).log() + rounded.to(K.dtype).logsumexp(-1, keepdim=True)
     return keys, logits, R @ value.to(K.dtype)
+
+
+def take_landmarks(K: Tensor, landmarks: Tensor) -> Tensor:
+    """K̃ = K[I], (B, H, r, d); an index out of range is a ValueError on the CPU, elsewhere asking would wait."""
+    if K.device.type == "cpu":
+        low, high = int(landmarks.min()), int(landmarks.max())
+        if low < 0 or high >= K.shape[-2]:
+            raise ValueError(f"landmarks holds indices {low}..{high}; expected 0..{K.shape[-2] - 1}")
+    return K.gather(-2, landmarks[..., None].expand(*landmarks.shape, K.shape[-1]))
 
 
 def normalised_query(query: Tensor, qk_norm: str | None) -> Tensor:
@@ -91,5 +100,6 @@ def _block(rows: Tensor, columns: Tensor, scale: float, dtype: torch.dtype) -> T
 
 
 def full_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """softmax(Q Kᵀ s) V."""
-    return (query @ key.mT * scale).softmax(-1) @ value
+    """softmax(Q Kᵀ s) V in the query's dtype, fp32 (fp64 for fp64) in between."""
+    Q, K, V = (tokens.to(wide_dtype(tokens.dtype)) for tokens in (query, key, value))
+    return ((Q @ K.mT * scale).softmax(-1) @ V).to(query.dtype)

@@ -9,7 +9,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..conditioning import reference as conditioning
-from .reference import normalised_key, normalised_query
+from . import reference
+from .reference import normalised_key, normalised_query, take_landmarks
+
+FEWEST_KEYS = 16  # with fewer, torch's CPU kernel turns a NaN query into a row of zeros
 
 
 def nystrom_attention(
@@ -28,8 +31,24 @@ def nystrom_attention(
     neumann_gate: bool,
 ) -> Tensor:
     """Y (B, H, N_q, d) in the query's dtype; everything in between is fp32 (fp64 for fp64)."""
+    if landmarks.shape[-1] < FEWEST_KEYS:
+        return reference.nystrom_attention(
+            query,
+            key,
+            value,
+            landmarks,
+            scale,
+            qk_norm,
+            solve_dtype,
+            ridge,
+            solver,
+            equilibrate,
+            kappa_max,
+            neumann_order,
+            neumann_gate,
+        )
     Q, K = normalised_query(query, qk_norm), normalised_key(key, qk_norm)
-    keys = K.gather(-2, landmarks[..., None].expand(*landmarks.shape, K.shape[-1]))
+    keys = take_landmarks(K, landmarks)
     rhs = scaled_dot_product_attention(keys, K, value.to(K.dtype), scale=scale)
     X, _ = conditioning.landmark_solve(
         keys @ keys.mT * scale, rhs, ridge, solver, equilibrate, kappa_max, neumann_order, neumann_gate

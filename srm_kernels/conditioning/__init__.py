@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_number, check_tensors, wide_dtype
+from ..checks import check_choice, check_count, check_flag, check_number, check_tensors, wide_dtype
 from ..registration import register_operator
 from ..runtime import choose_backend
 from . import reference
@@ -92,7 +92,7 @@ def landmark_solve(
         raise ValueError(
             f"rhs has shape {tuple(rhs.shape)}; expected {tuple(logits.shape[:-1])} and one more axis"
         )
-    check_solver(ridge, solver, kappa_max, neumann_order)
+    check_solver(ridge, solver, equilibrate, kappa_max, neumann_order, neumann_gate)
     chosen = choose_backend(backend, _IMPLEMENTATIONS, "landmark_solve")
     ridge = float(ridge)
     x, used = _solve(
@@ -105,12 +105,16 @@ def landmark_solve(
     return LandmarkSolution(x, kappa, residual, gain, used)
 
 
-def check_solver(ridge: float, solver: str, kappa_max: float, neumann_order: int) -> None:
+def check_solver(
+    ridge: float, solver: str, equilibrate: bool, kappa_max: float, neumann_order: int, neumann_gate: bool
+) -> None:
     """The solver's own arguments; ValueError or TypeError."""
     check_choice("solver", solver, SOLVERS)
     check_number("ridge", ridge, at_least=0)
     check_number("kappa_max", kappa_max, above=0)
-    check_number("neumann_order", neumann_order, at_least=0)
+    check_count("neumann_order", neumann_order, at_least=0)
+    check_flag("equilibrate", equilibrate)
+    check_flag("neumann_gate", neumann_gate)
     if solver == "cholesky" and ridge == 0:
         raise ValueError("ridge=0 with solver='cholesky': expected a ridge above 0, or solver='lu' or 'svd'")
 

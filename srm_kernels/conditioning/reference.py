@@ -4,7 +4,7 @@ From logits l = K̃K̃ᵀs (…, r, r) and G = RV (…, r, d):
 
     W = softmax(l)    A = W + λI,  λ = λ₀ tr(W)/r    X = A⁻¹ G
 
-W is similar to the symmetric S_ij = exp(l_ij − (ℓ_i + ℓ_j)/2), ℓ the rows' logsumexp:
+W is similar to the symmetric S_ij = exp(l_ij − (ℓ_i + ℓ_j)/2) = (W_ij W_ji)^½, ℓ the rows' logsumexp:
 S = E W E⁻¹ with E = diag(e^{ℓ/2}), so Cholesky solves (S + λI) (E X) = E G. Equilibration replaces W by
 W̃ = D_r W D_c, G by D_r G and X by D_c⁻¹ X; with E = (D_c/D_r)^½ diag(e^{ℓ/2}) all of this stands.
 """
@@ -190,7 +190,8 @@ def _cholesky(logits: Tensor, ridge: float, equilibrate: bool) -> tuple[Tensor, 
     lse = symmetric.logsumexp(-1)
     system = _system(symmetric, symmetric, ridge, equilibrate)
     half = (lse - (lse.amax(-1, keepdim=True) + lse.amin(-1, keepdim=True)) / 2) / 2  # log E, centred
-    S = (symmetric - (lse[..., :, None] + lse[..., None, :]) / 2).exp()
+    root = symmetric.softmax(-1).sqrt()
+    S = root * root.mT
     if system.left is not None and system.right is not None:
         both = (system.left * system.right).sqrt()
         S = both[..., :, None] * S * both[..., None, :]

@@ -22,7 +22,7 @@ def gated_fusion(
     M = torch.einsum("bs,bschw->bchw", weights, maps.to(wide))
     norm = torch.linalg.vector_norm(M, dim=(1, 2, 3))
     if cap is None:
-        gain = torch.ones_like(norm) + norm * 0  # NaN stays NaN
+        gain = torch.where(norm.isnan(), norm, 1)
     else:
         limit = cap.to(wide) * (1 - 2 * unit_roundoff(maps.dtype))
         gain = (limit / (norm + eps)).clamp(max=1)

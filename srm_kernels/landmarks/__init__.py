@@ -79,18 +79,12 @@ def select_landmarks(
     if scale is not None:
         check_number("scale", scale)
     rank = min(rank, key.shape[2])
-    random = draw_random(key, rank, method, generator)
+    random = None
+    count = reference.numbers_needed(method, rank, key.shape[2])
+    if generator is not None:
+        if not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator is a {type(generator).__name__}; expected a torch.Generator or None")
+        random = reference.uniform_numbers(count, generator).to(key.device) if count else None
     chosen = choose_backend(backend, _IMPLEMENTATIONS, "select_landmarks")
     s = 1 / math.sqrt(key.shape[-1]) if scale is None else float(scale)
     return _select(key.detach(), random, rank, method, float(gamma), s, chosen)
-
-
-def draw_random(key: Tensor, rank: int, method: str, generator: torch.Generator | None) -> Tensor | None:
-    """The uniform numbers in (0, 1) a random method needs, on the key's device; None for the others."""
-    count = {"leverage_sample": key.shape[2], "kmeans++": rank}.get(method)
-    if count is None:
-        return None
-    if generator is None:
-        generator = torch.Generator().manual_seed(0)
-    numbers = torch.rand(count, generator=generator, device=generator.device, dtype=torch.float64)
-    return numbers.clamp(min=1e-12).to(key.device)

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..checks import wide_dtype
 
 LLOYD_STEPS = 5
+TIE_TOLERANCE = 1e-5
 
 
 def ridge_leverage_scores(key: Tensor, gamma: float) -> Tensor:
@@ -32,7 +33,10 @@ def ridge_leverage_scores(key: Tensor, gamma: float) -> Tensor:
 def select_landmarks(
     key: Tensor, random: Tensor | None, rank: int, method: str, gamma: float, scale: float
 ) -> Tensor:
-    """Indices (B, H, r) of the landmark keys. `random`: uniform numbers in (0, 1) shared by every (b, h)."""
+    """Indices (B, H, r) of the landmark keys.
+
+    `random`: the uniform numbers of a random method, shared by every (b, h); None draws them with seed 0.
+    """
     B, H, N, _ = key.shape
     if method == "uniform":
         index = ((torch.arange(rank, device=key.device) * 2 + 1) * N) // (2 * rank)
@@ -42,13 +46,25 @@ def select_landmarks(
     scores = ridge_leverage_scores(key, gamma)
     if method == "leverage":
         return _largest(scores, rank)
-    assert random is not None
-    random = random.to(scores.dtype)
+    if random is None:
+        random = uniform_numbers(numbers_needed(method, rank, N), torch.Generator().manual_seed(0))
+    random = random.to(scores)
     if method == "leverage_sample":
         # The r smallest of E_i / τ_i, E_i exponential: r draws without replacement, probability ∝ τ_i.
         return _largest(scores / -random.log(), rank)
     candidates = _largest(scores, min(2 * rank, N))
     return _kmeans(key.to(scores.dtype), candidates, random, rank)
+
+
+def numbers_needed(method: str, rank: int, keys: int) -> int:
+    """How many uniform numbers a landmark method draws."""
+    return {"leverage_sample": keys, "kmeans++": rank}.get(method, 0)
+
+
+def uniform_numbers(count: int, generator: torch.Generator) -> Tensor:
+    """Uniform numbers in (0, 1), fp64, on the generator's device."""
+    numbers = torch.rand(count, generator=generator, device=generator.device, dtype=torch.float64)
+    return numbers.clamp(min=1e-12)
 
 
 def _largest(scores: Tensor, count: int) -> Tensor:
@@ -70,10 +86,11 @@ def _kmeans(keys: Tensor, candidates: Tensor, random: Tensor, rank: int) -> Tens
     points = _take(keys, candidates)  # (B, H, m, d)
     m = points.shape[-2]
     first = (random[0] * m).long().clamp(max=m - 1).expand(*points.shape[:2], 1)
+    ones = torch.ones(m, m, dtype=points.dtype, device=points.device).triu()
     chosen = [first]
     nearest = _squared_distance(points, _take(points, first)).squeeze(-1)
     for draw in random[1:rank]:
-        cumulative = nearest.cumsum(-1)
+        cumulative = nearest @ ones  # cumsum has no deterministic form on CUDA
         target = draw * cumulative[..., -1:]
         pick = (cumulative <= target).sum(-1, keepdim=True).clamp(max=m - 1)
         chosen.append(pick)
@@ -90,7 +107,9 @@ def _kmeans(keys: Tensor, candidates: Tensor, random: Tensor, rank: int) -> Tens
     for row in distance.unbind(-2):
         taken = torch.cat(picked, -1) if picked else None
         free = row if taken is None else row.scatter(-1, taken, math.inf)
-        picked.append(free.argmin(-1, keepdim=True))
+        # A centre midway between two keys must not leave the choice to rounding.
+        nearest_free = free <= free.amin(-1, keepdim=True) * (1 + TIE_TOLERANCE)
+        picked.append(nearest_free.to(torch.uint8).argmax(-1, keepdim=True))
     return torch.cat(picked, -1)
 
 

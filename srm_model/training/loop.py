@@ -69,16 +69,6 @@ def train(
         return run.fit(resume=resume, identity={"freeze_backbone": freeze_backbone})
 
 
-def describe(dataset: Any) -> dict[str, Any]:
-    """What card and run.json say of a data set: name, root as given, fingerprint, source of the labels."""
-    return {
-        "name": type(dataset).__name__,
-        "root": str(getattr(dataset, "root", "")),
-        "fingerprint": dataset.fingerprint,
-        "labels": dataset.labels,
-    }
-
-
 def epoch_batches(count: int, batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:
     """The indices of an epoch's batches, shuffled by (seed, epoch); a single left-over image is dropped."""
     order = np.random.default_rng((seed, epoch)).permutation(count).tolist()
@@ -112,8 +102,8 @@ class _Run:
             "backbone": self.model.backbone_name,
             "neck": self.model.neck_name,
             "config": self.config.to_dict(),
-            "training set": self.train_set.fingerprint,
-            "validation set": self.val_set.fingerprint,
+            "training set": _identify(self.train_set),
+            "validation set": _identify(self.val_set),
             **identity,
         }
         identity = json.loads(json.dumps(identity))  # tuples compare as the lists they are stored as
@@ -175,15 +165,19 @@ class _Run:
             pin_memory=self.device.type == "cuda",
         )
         self.model.train()
+        capped: list[Tensor] = []
         sums: dict[str, Tensor] = {}
         seen, start = 0, time.perf_counter()
-        with tqdm(
-            total=sum(map(len, batches)),
-            desc=f"epoch {epoch + 1}/{config.epochs}",
-            unit="img",
-            leave=False,
-            disable=None if self.progress else True,
-        ) as bar:
+        with (
+            self.model.neck.register_forward_hook(lambda _, __, output: capped.extend(_capped(output))),
+            tqdm(
+                total=sum(map(len, batches)),
+                desc=f"epoch {epoch + 1}/{config.epochs}",
+                unit="img",
+                leave=False,
+                disable=None if self.progress else True,
+            ) as bar,
+        ):
             for index, (images, mos) in enumerate(loader):
                 images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
                 mos = mos.to(self.device, torch.float32, non_blocking=True)
@@ -213,6 +207,7 @@ class _Run:
                 if not group["name"].endswith("_no_decay")
             },
             **{name: float(value) / seen for name, value in sums.items()},
+            **({"gain_active": float(torch.cat(capped).mean())} if capped else {}),
             "seconds": seconds,
             "images_per_second": seen / seconds,
         }
@@ -278,6 +273,16 @@ def _device(device: torch.device | str | None) -> torch.device:
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(device)
+
+
+def _capped(output: Any) -> list[Tensor]:
+    """Which images of a batch the gain cap acted on; nothing from a neck without a cap."""
+    gain = getattr(output, "gain", None)
+    return [] if gain is None else [(gain.detach() < 1).float()]
+
+
+def _identify(dataset: Any) -> str:
+    return f"{len(dataset)} images of {dataset.fingerprint[:12]}"
 
 
 def _exceeds(value: float | None, best: float | None) -> bool:

@@ -151,8 +151,8 @@ def test_a_finished_training_is_not_repeated(tmp_path: Path):
     ("changes", "difference"),
     [
         ({"config": CONFIG.replace(epochs=5)}, "epochs 3 there, 5 here"),
-        ({"train_set": ToySet(20)}, "training set '18-0' there, '20-0' here"),
-        ({"val_set": ToySet(7, seed=1)}, "validation set '9-1' there, '7-1' here"),
+        ({"train_set": ToySet(20)}, "training set '18 images of 18-0' there, '20 images of 20-0' here"),
+        ({"val_set": ToySet(7, seed=1)}, "validation set '9 images of 9-1' there, '7 images of 7-1' here"),
         ({"freeze_backbone": True}, "freeze_backbone False there, True here"),
     ],
 )

@@ -1,0 +1,243 @@
+"""The command line `srm-iqa`. Each subcommand imports what it needs when it runs, so that help is immediate."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NoReturn
+
+from srm_model.cli.options import (
+    add_config,
+    add_device,
+    budget,
+    positive,
+)
+
+LATER = {
+    "audit": "check a robustness result for masked gradients",
+    "ablate": "train and attack the article's ablations",
+    "diagnose": "conditioning, scale and gate statistics of a checkpoint",
+    "profile": "time and memory of the neck and its operators",
+    "export": "write a checkpoint in a deployable format",
+}
+# What a caller can mend, told in one sentence; anything else is a fault of the program and keeps its traceback.
+_EXPECTED = (ValueError, TypeError, NotImplementedError, OSError, ModuleNotFoundError)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `srm-iqa` with `arguments` (default: the process's own); returns the exit code.
+
+    0 where all went well, 2 with one sentence on stderr for bad input, 130 after Ctrl-C.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    parser = _parser()
+    try:
+        parsed = parser.parse_args(arguments)
+    except SystemExit as stop:  # help, version, or a wrong argument
+        return int(stop.code or 0)
+    if parsed.command in LATER:
+        return _fail(f"srm-iqa {parsed.command}: not available yet")
+    parsed.arguments = arguments
+    try:
+        module, _, function = parsed.run.partition(":")
+        return int(getattr(import_module(f"srm_model.cli.{module}"), function)(parsed) or 0)
+    except KeyboardInterrupt:
+        print("srm-iqa: interrupted; what was finished is kept", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of a pipe has gone; nothing more can be said there, not even by the interpreter at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if parsed.traceback or not _expected(error):
+            raise
+        return _fail(f"srm-iqa {parsed.command}: {' '.join(str(error).split())}")
+
+
+def _expected(error: Exception) -> bool:
+    if isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError):
+        from srm_model.training import DivergenceError
+
+        return isinstance(error, DivergenceError)
+    return isinstance(error, _EXPECTED)
+
+
+def _fail(sentence: str) -> int:
+    print(sentence, file=sys.stderr)
+    return 2
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="srm-iqa",
+        description="No-reference image quality that is hard to fool: train, attack and report.",
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    common = _Parser(add_help=False)
+    common.add_argument("--traceback", action="store_true", help="on an error, show where it arose")
+    common.add_argument("--no-progress", action="store_true", help="no progress on stderr")
+
+    def command(name: str, run: str, summary: str, details: str = "") -> argparse.ArgumentParser:
+        description = f"{summary[0].upper()}{summary[1:]}. {details}".strip()
+        made = commands.add_parser(name, help=summary, description=description, parents=[common])
+        made.set_defaults(run=run)
+        return made
+
+    _add_demo(command("demo", "demo:run", "the whole road on photographs that installed packages carry"))
+    _add_data(commands, common)
+    _add_train(
+        command("train", "train:run", "train necks on a data set, then evaluate them on its test split")
+    )
+    _add_evaluate(command("evaluate", "train:evaluate", "clean SROCC and PLCC of a checkpoint"))
+    _add_attack(
+        command("attack", "attack:run", "attack checkpoints and correlate what is left with the labels")
+    )
+    for name, summary in LATER.items():
+        command(name, "", summary, "Not available yet.").add_argument("arguments", nargs="*")
+    _add_score(
+        command(
+            "score",
+            "score:run",
+            "quality of image files",
+            "Each image is resized so that its shorter side is the checkpoint's image size, and the centre square is "
+            "scored: one line per file, the score (normalised quality, about 0 to 1, higher is better), a tab, and "
+            "the path. Files that cannot be read are told on stderr, and the exit code is then 2.",
+        )
+    )
+    _add_report(command("report", "report:run", "write a run's report, one self-contained HTML page"))
+    return parser
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        print(version("srm-iqa"))
+        parser.exit()
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", default="runs/demo", metavar="DIR", help="run folder (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="a minute's worth, only to see that it runs")
+    parser.add_argument("--seed", type=int, default=0, help="of splits, training and attacks (default: 0)")
+    add_device(parser)
+
+
+def _add_data(commands: argparse._SubParsersAction[_Parser], common: _Parser) -> None:
+    summary = "make or check a data set"
+    parser = commands.add_parser("data", help=summary, description=f"{summary.capitalize()}.")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    summary = "distort photographs into a set in TID2013's layout, labelled by a full-reference metric"
+    made = actions.add_parser(
+        "synthesize", help=summary, description=f"{summary.capitalize()}.", parents=[common]
+    )
+    made.set_defaults(run="data:synthesize")
+    made.add_argument("out", metavar="OUT", help="folder to write; an unfinished set there is completed")
+    made.add_argument(
+        "--photographs", metavar="DIR", help="folder of photographs (default: those installed packages carry)"
+    )
+    made.add_argument("--image-size", type=positive, help="shorter side in pixels (default: as they are)")
+    made.add_argument(
+        "--types", type=positive, nargs="+", metavar="T", help="distortion types, 1 to 24 (default: all)"
+    )
+    made.add_argument("--levels", type=positive, nargs="+", metavar="L", help="levels, 1 to 5 (default: all)")
+    made.add_argument("--metric", default="vsi", help="of piq, gives the labels (default: %(default)s)")
+    made.add_argument("--seed", type=int, default=0)
+
+    summary = "open every split of a data set, which checks all of its files, and say what is there"
+    made = actions.add_parser("check", help=summary, description=f"{summary.capitalize()}.", parents=[common])
+    made.set_defaults(run="data:check")
+    made.add_argument("root", metavar="ROOT")
+    made.add_argument("--seed", type=int, default=0, help="of the split by reference (default: 0)")
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data", required=True, metavar="ROOT", help="a TID2013, KonIQ-10k or synthesised set"
+    )
+    parser.add_argument(
+        "--out", required=True, metavar="RUN", help="run folder; an unfinished run is continued"
+    )
+    parser.add_argument("--backbone", default="pvt_v2_b2", help="a timm model (default: %(default)s)")
+    parser.add_argument(
+        "--neck",
+        nargs="+",
+        default=["srm"],
+        choices=("srm", "quadratic", "none"),
+        help="each is trained into RUN/<neck> (default: srm)",
+    )
+    parser.add_argument("--pretrained", action="store_true", help="start the backbone from ImageNet weights")
+    parser.add_argument("--freeze-backbone", action="store_true", help="train neck and head only")
+    parser.add_argument("--restart", action="store_true", help="begin anew over an earlier training in RUN")
+    parser.add_argument("--title", help="heading of the report")
+    add_config(parser, "epochs", "batch_size", "image_size", "seed", "precision", "lr_backbone", "lr_neck")
+    add_device(parser, workers=True)
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    _add_checkpoint(parser)
+    _add_data_choice(parser)
+    parser.add_argument("--batch-size", type=positive, default=8)
+    add_device(parser, workers=True)
+
+
+def _add_attack(parser: argparse.ArgumentParser) -> None:
+    _add_checkpoint(parser)
+    _add_data_choice(parser)
+    parser.add_argument("--norm", nargs="+", default=["linf", "l2"], choices=("linf", "l2"))
+    parser.add_argument(
+        "--eps",
+        nargs="+",
+        type=budget,
+        metavar="E",
+        help='budgets, such as 4/255, of the one norm given (default: the tables\'); "l2" is stated at 512×512',
+    )
+    parser.add_argument(
+        "--images", type=positive, metavar="N", help="only N images, evenly spaced over the split"
+    )
+    parser.add_argument(
+        "--keep", type=int, default=4, metavar="N", help="attacked images to keep (default: 4)"
+    )
+    parser.add_argument(
+        "--surrogate",
+        metavar="FOLDER",
+        help="checkpoint the transfer attack is crafted on (default: the none neck beside, for none the srm neck)",
+    )
+    add_config(parser, "attack_steps", "attack_restarts", "attack_batch_size", "seed")
+    add_device(parser)
+
+
+def _add_score(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a checkpoint folder, or a run that holds one"
+    )
+    parser.add_argument("images", nargs="+", metavar="IMAGE")
+    parser.add_argument(
+        "--json", action="store_true", help='a line {"path", "score"} or {"path", "error"} per file'
+    )
+    parser.add_argument("--batch-size", type=positive, default=8)
+    add_device(parser)
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="RUN", help="a run folder")
+    parser.add_argument("--out", metavar="FILE", help="the page (default: RUN/report.html)")
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="RUN", help="a run folder, or one checkpoint of it")
+
+
+def _add_data_choice(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", metavar="ROOT", help="data set (default: the one of training)")
+    parser.add_argument("--split", default="test", choices=("train", "val", "test"), help="default: test")

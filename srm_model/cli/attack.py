@@ -1,0 +1,141 @@
+"""`srm-iqa attack`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from srm_model.attacks import Suite, save_examples
+from srm_model.checkpoint import read_card
+from srm_model.cli import runs
+from srm_model.cli.options import config_from
+from srm_model.cli.train import logistic_of
+from srm_model.config import SRMConfig
+from srm_model.files import read_json, write_json
+
+HEADER = (
+    "neck",
+    "norm",
+    "eps",
+    "clean SROCC",
+    "worst SROCC",
+    "clean PLCC",
+    "worst PLCC",
+    "worst attack",
+    "images",
+)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Attack each checkpoint at each budget, print clean and worst correlations."""
+    if args.eps is not None and len(args.norm) > 1:
+        raise ValueError("--eps needs one --norm: a budget means nothing without its norm")
+    device = runs.device_from(args.device)
+    rows = []
+    for folder in runs.checkpoints(args.folder):
+        document = read_card(folder)
+        trained = SRMConfig.from_dict(document["config"])
+        config = config_from(args, trained)
+        dataset = runs.dataset_for(document["card"], trained, root=args.data, split=args.split)
+        surrogate = Path(args.surrogate) if args.surrogate else runs.surrogate_of(folder)
+        if surrogate is None:
+            runs.say(f"{folder}: no surrogate beside it, so the suite runs without the transfer attack")
+        for norm in args.norm:
+            for eps in args.eps or (config.eps_linf_tables if norm == "linf" else config.eps_l2_tables):
+                result = attack_checkpoint(
+                    folder,
+                    dataset,
+                    norm=norm,
+                    eps=eps,
+                    config=config,
+                    device=device,
+                    surrogate=surrogate,
+                    limit=args.images,
+                    keep=args.keep,
+                    progress=not args.no_progress,
+                )
+                rows.append(row(folder, result))
+    print(runs.table(HEADER, rows))
+
+
+def attack_checkpoint(
+    folder: Path,
+    dataset: Any,
+    *,
+    norm: str,
+    eps: float,
+    config: SRMConfig,
+    device: torch.device,
+    surrogate: Path | None,
+    limit: int | None = None,
+    keep: int = 0,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Run `Suite.paper(config)` into `folder/attacks/`; returns what the JSON file there holds.
+
+    A result there that these very arguments gave is taken as it is; one that was cut off is continued.
+    """
+    path = folder / "attacks" / f"{norm}-{eps:.6g}.json"
+    pictures = path.with_suffix("")
+    settings = {
+        "checkpoint": read_card(folder)["sha256"],
+        "surrogate": None if surrogate is None else read_card(surrogate)["sha256"],
+        "dataset": dataset.fingerprint,
+        "split": dataset.split,
+        "limit": limit,
+        "keep": keep,
+        "seed": config.seed,
+        "attack": {k: v for k, v in config.to_dict().items() if k.startswith(("attack_", "eot_", "pair_"))},
+    }
+    if path.is_file():
+        found = read_json(path)
+        if isinstance(found, dict) and found.get("settings") == settings:
+            return found
+    if progress:
+        runs.say(f"attacking {folder} with {norm} {_budget(norm, eps)}")
+    if device.type == "cpu":
+        runs.keep_memory()
+    model, card = runs.open_checkpoint(folder, device)
+    unfinished = pictures / "unfinished.json"
+    result = Suite.paper(config).run(
+        model,
+        dataset,
+        norm=norm,
+        eps=eps,
+        surrogate=None if surrogate is None else runs.open_checkpoint(surrogate, device)[0],
+        logistic=logistic_of(card),
+        batch_size=config.attack_batch_size,
+        seed=config.seed,
+        progress=progress,
+        keep=keep,
+        limit=limit,
+        resume=unfinished,
+    )
+    save_examples(result, pictures)
+    found = {**result.to_dict(), "settings": settings}
+    write_json(path, found)
+    unfinished.unlink(missing_ok=True)
+    return found
+
+
+def row(folder: Path, result: dict[str, Any]) -> list[Any]:
+    """A line under `HEADER`."""
+    clean, worst = result["clean"], result["worst"]
+    return [
+        folder.name,
+        result["norm"],
+        _budget(result["norm"], result["eps"]),
+        clean["srocc"],
+        worst["srocc"],
+        clean["plcc"],
+        worst["plcc"],
+        worst["srocc_attack"],
+        len(result["mos"]),
+    ]
+
+
+def _budget(norm: str, eps: float) -> str:
+    return f"{eps * 255:.4g}/255" if norm == "linf" else f"{eps:.4g}"

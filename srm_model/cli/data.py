@@ -1,0 +1,39 @@
+"""`srm-iqa data synthesize` and `srm-iqa data check`."""
+
+from __future__ import annotations
+
+import argparse
+
+from srm_model.data import describe
+from srm_model.data.synthesize import synthesize as synthesize_set
+
+
+def synthesize(args: argparse.Namespace) -> None:
+    """Make a set and say what it is."""
+    choices = {key: getattr(args, key) for key in ("types", "levels") if getattr(args, key) is not None}
+    synthesize_set(
+        args.out,
+        photographs=args.photographs,
+        image_size=args.image_size,
+        seed=args.seed,
+        metric=args.metric,
+        progress=not args.no_progress,
+        **choices,
+    )
+    _print(args.out, args.seed)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Check every file of a set and say what it is."""
+    _print(args.root, args.seed)
+
+
+def _print(root: str, seed: int) -> None:
+    for key, value in describe(root, seed=seed).items():
+        if isinstance(value, dict):
+            value = ", ".join(
+                f"{name} {' '.join(item) if isinstance(item, list) else item}" for name, item in value.items()
+            )
+        elif isinstance(value, list):
+            value = " to ".join(f"{item:g}" for item in value)
+        print(f"{key.replace('_', ' ')}: {value}")

@@ -1,0 +1,109 @@
+"""Arguments that several subcommands share, and the config they amount to."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from fractions import Fraction
+from typing import Any
+
+from srm_model.config import SRMConfig
+from srm_model.files import read_json
+
+_HELP = {
+    "attack_steps": "PGD steps",
+    "attack_restarts": "PGD restarts, each from a random start",
+    "attack_batch_size": "images attacked together",
+    "image_size": "side of the square that is trained on and scored, in pixels",
+    "lr_backbone": "learning rate of the backbone",
+    "lr_neck": "learning rate of neck and head",
+    "seed": "of the split, the initial weights, the order of images and the attacks",
+}
+
+
+def add_config(parser: argparse.ArgumentParser, *fields: str) -> None:
+    """Flags for some fields of `SRMConfig`, and `--config` and `--set` for all."""
+    group = parser.add_argument_group(
+        "config", "Every constant is a field of SRMConfig. --set overrules flags, flags overrule --config."
+    )
+    defaults = SRMConfig().to_dict()
+    for field in fields:
+        group.add_argument(
+            f"--{field.removeprefix('attack_').replace('_', '-')}"
+            if field != "attack_batch_size"
+            else "--batch-size",
+            dest=f"config_{field}",
+            type=type(defaults[field]),
+            metavar=field.rpartition("_")[2].upper(),
+            help=_HELP.get(field),
+        )
+    group.add_argument(
+        "--config", metavar="FILE", help="JSON with some fields, or a checkpoint's config.json"
+    )
+    group.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="one field; VALUE is JSON, none, or plain text, such as --set links=[[4,3],[3,2]] (repeatable)",
+    )
+
+
+def config_from(args: argparse.Namespace, base: SRMConfig | None = None) -> SRMConfig:
+    """`base` (default: SRMConfig()) with what the arguments of `add_config` change."""
+    changes: dict[str, Any] = {}
+    if args.config is not None:
+        changes |= _read(args.config)
+    changes |= {
+        name.removeprefix("config_"): value
+        for name, value in vars(args).items()
+        if name.startswith("config_") and value is not None
+    }
+    for pair in args.set:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--set {pair}: expected KEY=VALUE")
+        changes[key.strip()] = _value(value.strip())
+    return (base or SRMConfig()).replace(**changes)
+
+
+def add_device(parser: argparse.ArgumentParser, *, workers: bool = False) -> None:
+    parser.add_argument("--device", help="such as cpu or cuda:0 (default: cuda where there is one)")
+    if workers:
+        parser.add_argument("--workers", type=int, default=0, help="processes that load images (default: 0)")
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
+
+
+def budget(text: str) -> float:
+    """A decimal number or a fraction such as 4/255, for argparse."""
+    try:
+        return float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a number nor a fraction such as 4/255"
+        ) from None
+
+
+def _read(path: str) -> dict[str, Any]:
+    values = read_json(path)
+    if isinstance(values, dict) and "format" in values:
+        values = values.get("config")
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected an object of config fields")
+    return values
+
+
+def _value(text: str) -> Any:
+    if text.lower() == "none":
+        return None
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

@@ -1,0 +1,182 @@
+"""Run folders, checkpoints and data sets as the subcommands share them."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from srm_model.checkpoint import CONFIG, NECKS, load_model, read_card
+from srm_model.config import SRMConfig
+from srm_model.data import SPLITS, open_dataset
+from srm_model.files import read_json, write_json
+
+RUN = "run.json"
+
+
+def device_from(name: str | None) -> torch.device:
+    """The device asked for, by default CUDA where there is one; ValueError where it cannot be used."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name}: not a device that can be used here ({reason})") from None
+    return device
+
+
+def keep_memory() -> None:
+    """Have glibc keep freed memory: handing each large activation back costs most of a small model's time.
+
+    Does nothing where the C library is another one.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    mallopt = ctypes.CDLL(None).mallopt
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # <malloc.h>
+    for parameter, value in ((mmap_threshold, 1 << 30), (trim_threshold, 2**31 - 1), (top_pad, 1 << 28)):
+        mallopt(parameter, value)
+
+
+@contextmanager
+def recorded(folder: Path, arguments: Sequence[str], **about: Any) -> Iterator[dict[str, Any]]:
+    """Keep `folder/run.json`: what was said first stays, commands are listed, seconds add up.
+
+    Yields what the file will hold, to be added to.
+    """
+    path = folder / RUN
+    known = read_json(path) if path.is_file() else {}
+    if not isinstance(known, dict):
+        raise ValueError(f"{path}: expected an object")
+    command = shlex.join(["srm-iqa", *arguments])
+    earlier = known.get("command", [])
+    commands = [earlier] if isinstance(earlier, str) else list(earlier)
+    record = {
+        **about,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        **known,
+        "command": commands if command in commands else [*commands, command],
+        "versions": _versions(),
+    }
+    write_json(path, record)
+    start = time.perf_counter()
+    try:
+        yield record
+    finally:
+        record["seconds"] = round(float(known.get("seconds", 0)) + time.perf_counter() - start, 1)
+        write_json(path, record)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("srm-iqa", "torch", "timm", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def checkpoints(folder: str) -> list[Path]:
+    """The checkpoint that `folder` is, or those of a run's necks; ValueError where there is none."""
+    path = Path(folder)
+    if (path / CONFIG).is_file():
+        return [path]
+    found = [path / neck for neck in NECKS if (path / neck / CONFIG).is_file()]
+    if not found:
+        reason = "no such folder" if not path.is_dir() else "no checkpoint here"
+        raise ValueError(
+            f"{folder}: {reason}; expected {CONFIG} with model.safetensors, in it or in {', '.join(NECKS)}"
+        )
+    return found
+
+
+def open_checkpoint(folder: Path, device: torch.device) -> tuple[Any, dict[str, Any]]:
+    """Model on `device` in channels-last, and card."""
+    model, card = load_model(folder)
+    model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model, card
+
+
+def open_splits(root: str | Path, config: SRMConfig) -> dict[str, Any]:
+    """Every split; the first one opened has checked the files of all."""
+    return {
+        split: open_dataset(
+            root,
+            split,
+            seed=config.seed,
+            image_size=config.image_size,
+            verify="full" if split == SPLITS[0] else "fast",
+        )
+        for split in SPLITS
+    }
+
+
+def dataset_card(dataset: Any) -> dict[str, Any]:
+    """What cards and run.json say about a data set, by any of its splits."""
+    return {
+        "name": dataset.name,
+        "root": str(dataset.root),
+        "labels": dataset.labels,
+        "splits": dict(dataset.counts),
+        "seed": dataset.seed,
+        "fingerprint": dataset.fingerprint,
+    }
+
+
+def dataset_for(card: dict[str, Any], config: SRMConfig, *, root: str | None, split: str) -> Any:
+    """A split of `root`, by default of the set the checkpoint was trained on, which must not have changed."""
+    trained = card.get("dataset") or {}
+    if root is None and not trained.get("root"):
+        raise ValueError("the checkpoint does not say which data set it was trained on; name one with --data")
+    dataset = open_dataset(
+        root or trained["root"], split, seed=config.seed, image_size=config.image_size, train=False
+    )
+    if root is None and trained.get("fingerprint") != dataset.fingerprint:
+        raise ValueError(
+            f"{trained['root']}: not the data set of training any more (images, labels or split differ); "
+            "give --data to use it all the same"
+        )
+    return dataset
+
+
+def surrogate_of(folder: Path) -> Path | None:
+    """Where the transfer attack is crafted: the none neck beside a checkpoint, for `none` the srm neck."""
+    other = folder.parent / ("srm" if read_card(folder)["neck"] == "none" else "none")
+    return other if (other / CONFIG).is_file() and other.resolve() != folder.resolve() else None
+
+
+def say(text: str) -> None:
+    """Progress of a command, on stderr; stdout is for results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Plain text, first column to the left, figures to the right."""
+    cells = [list(header), *([_cell(value) for value in row] for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            text.ljust(width) if column == 0 else text.rjust(width)
+            for column, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    )
+
+
+def _cell(value: Any) -> str:
+    if value is None or value != value:
+        return "undefined"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,129 @@
+"""`srm-iqa train` and `srm-iqa evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from srm_model.checkpoint import read_card
+from srm_model.cli import runs
+from srm_model.cli.options import config_from
+from srm_model.config import SRMConfig
+from srm_model.files import read_json, write_json
+from srm_model.metrics import LogisticMap
+from srm_model.model import build_model
+from srm_model.training import evaluate as evaluate_model
+from srm_model.training import train as train_model
+from srm_model.training.seeding import seeded
+
+EVALUATION = "evaluation.json"
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train each neck into its folder, evaluate it on the test split, print clean correlations."""
+    config, device = config_from(args), runs.device_from(args.device)
+    splits = runs.open_splits(args.data, config)
+    out = Path(args.out)
+    title = args.title or f"{args.backbone} · {splits['train'].name}"
+    with runs.recorded(out, args.arguments, title=title, dataset=runs.dataset_card(splits["train"])):
+        for neck in dict.fromkeys(args.neck):
+            train_neck(
+                out / neck,
+                splits,
+                backbone=args.backbone,
+                neck=neck,
+                config=config,
+                device=device,
+                pretrained=args.pretrained,
+                freeze_backbone=args.freeze_backbone,
+                resume=not args.restart,
+                workers=args.workers,
+                progress=not args.no_progress,
+            )
+    print(clean_table([out / neck for neck in dict.fromkeys(args.neck)]))
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Evaluate checkpoints; the default data set's test split goes into evaluation.json."""
+    device = runs.device_from(args.device)
+    rows = []
+    for folder in runs.checkpoints(args.folder):
+        model, card = runs.open_checkpoint(folder, device)
+        dataset = runs.dataset_for(card, model.config, root=args.data, split=args.split)
+        found = evaluate_model(
+            model,
+            dataset,
+            batch_size=args.batch_size,
+            logistic=logistic_of(card),
+            workers=args.workers,
+            progress=not args.no_progress,
+        )
+        if args.data is None and args.split == "test":
+            write_json(folder / EVALUATION, found)
+        rows.append([folder.name, found["srocc"], found["plcc"], found["n"]])
+    print(runs.table(["checkpoint", "SROCC", "PLCC", "images"], rows))
+
+
+def train_neck(
+    folder: Path,
+    splits: dict[str, Any],
+    *,
+    backbone: str,
+    neck: str,
+    config: SRMConfig,
+    device: torch.device,
+    pretrained: bool,
+    freeze_backbone: bool = False,
+    resume: bool = True,
+    workers: int = 0,
+    progress: bool = True,
+) -> None:
+    """Train into `folder` and write `evaluation.json` from the best epoch; what is finished is not repeated."""
+    if device.type == "cpu":
+        runs.keep_memory()
+    with seeded(config.seed):
+        model = build_model(backbone, neck=neck, pretrained=pretrained, config=config)
+    if progress:
+        runs.say(f"training {neck} on {len(splits['train'])} images, {device}")
+    train_model(
+        model,
+        splits["train"],
+        splits["val"],
+        folder,
+        workers=workers,
+        resume=resume,
+        progress=progress,
+        device=device,
+        freeze_backbone=freeze_backbone,
+        card={"dataset": runs.dataset_card(splits["train"]), "pretrained": pretrained},
+    )
+    digest = read_card(folder)["sha256"]
+    path = folder / EVALUATION
+    if path.is_file() and read_json(path).get("sha256") == digest:
+        return
+    model, card = runs.open_checkpoint(folder, device)
+    found = evaluate_model(
+        model,
+        splits["test"],
+        batch_size=config.batch_size,
+        logistic=logistic_of(card),
+        workers=workers,
+        progress=progress,
+    )
+    write_json(path, {**found, "sha256": digest})
+
+
+def logistic_of(card: dict[str, Any]) -> LogisticMap | None:
+    """The map fitted on validation, frozen in a checkpoint's card."""
+    values = card.get("logistic")
+    return None if values is None else LogisticMap.from_dict(values)
+
+
+def clean_table(folders: list[Path]) -> str:
+    """Clean correlations of trained checkpoints, as text."""
+    found = [(folder.name, read_json(folder / EVALUATION)) for folder in folders]
+    rows = [[name, values["srocc"], values["plcc"], values["n"]] for name, values in found]
+    return runs.table(["neck", "SROCC", "PLCC", "test images"], rows)

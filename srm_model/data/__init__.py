@@ -1,0 +1,83 @@
+"""Data sets of images with their quality: TID2013, KonIQ-10k, and synthesised ones in TID2013's layout."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from ..config import SRMConfig
+from .base import SPLITS, ImageQualityDataset
+from .koniq10k import KonIQ10k, find_lists
+from .tid2013 import LABELS, LIST, TID2013
+from .transforms import load_image
+
+__all__ = ["SPLITS", "TID2013", "ImageQualityDataset", "KonIQ10k", "describe", "load_image", "open_dataset"]
+
+
+def open_dataset(
+    root: str | Path,
+    split: str,
+    *,
+    seed: int = SRMConfig.seed,
+    image_size: int = SRMConfig.image_size,
+    train: bool | None = None,
+    cache: bool = False,
+    verify: str = "full",
+) -> TID2013 | KonIQ10k:
+    """The data set that lies at `root`, found out by its files; arguments as in `TID2013` and `KonIQ10k`.
+
+    A folder with `mos_with_names.txt` (or a set in that layout that is still being synthesised) is TID2013's, one
+    with tables of KonIQ-10k's columns is KonIQ-10k; none or both is a ValueError.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise ValueError(f"{root}: no such folder")
+    layout = (root / LIST).exists() or (root / LABELS).exists()
+    tables_fault: ValueError | None = None
+    try:
+        find_lists(root)
+        tables = True
+    except ValueError as error:
+        tables, tables_fault = False, error
+    if layout and tables:
+        raise ValueError(f"{root}: holds both {LIST} and KonIQ-10k's table; expected one data set per folder")
+    options: dict[str, Any] = {
+        "seed": seed,
+        "image_size": image_size,
+        "train": train,
+        "cache": cache,
+        "verify": verify,
+    }
+    if layout:
+        return TID2013(root, split, **options)
+    if tables:
+        return KonIQ10k(root, split, **options)
+    raise ValueError(f"{root}: neither TID2013 (no {LIST}) nor KonIQ-10k ({tables_fault})")
+
+
+def describe(root: str | Path, *, seed: int = SRMConfig.seed, verify: str = "full") -> dict[str, Any]:
+    """What data set lies at `root`, all its files checked: plain values for a person or a JSON file.
+
+    name, root, labels ("mos" or "metric:<name>"), label_range (low, high), images, splits (images in each),
+    fingerprint, and for TID2013's layout references (ids in each split) under this seed, for KonIQ-10k the folder of
+    images. A faulty set is a ValueError as in `TID2013` and `KonIQ10k`.
+    """
+    sets = {"train": open_dataset(root, "train", seed=seed, verify=verify)}
+    sets |= {split: open_dataset(root, split, seed=seed, verify="fast") for split in SPLITS[1:]}
+    first = sets["train"]
+    description: dict[str, Any] = {
+        "name": first.name,
+        "root": str(root),
+        "labels": first.labels,
+        "label_range": list(first.label_range),
+        "images": sum(map(len, sets.values())),
+        "splits": {split: len(part) for split, part in sets.items()},
+        "seed": seed,
+        "fingerprint": first.fingerprint,
+    }
+    if isinstance(first, KonIQ10k):
+        description["image_folder"] = first.image_folder
+    else:
+        description["references"] = {split: sorted(Counter(part.groups)) for split, part in sets.items()}
+    return description

@@ -1,0 +1,234 @@
+"""What the image quality data sets have in common."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .images import Pixels, find_faults
+from .transforms import centre_crop, load_resized, random_crop_and_flip, to_tensor
+
+SPLITS = ("train", "val", "test")
+
+
+class Row(NamedTuple):
+    """One row of a set's list that was understood."""
+
+    number: int
+    name: str
+    mos: float  # on the set's own scale
+    group: str  # what the split goes by
+
+
+class Entry(NamedTuple):
+    """One image of a set."""
+
+    name: str
+    path: Path
+    mos: float
+    group: str
+
+
+class Faults:
+    """Everything that is wrong with a list and its images, so that one error can tell of all of it."""
+
+    def __init__(self, source: Path) -> None:
+        self.source = source
+        self.rows = 0
+        self._faults: list[tuple[int, str, str]] = []  # row, kind, sentence
+
+    def add(self, row: int, kind: str, sentence: str) -> None:
+        """`kind` is a word to count by, `sentence` what is wrong with this row, beginning with its name."""
+        self._faults.append((row, kind, sentence))
+
+    def raise_if_any(self) -> None:
+        """ValueError with the first faulty row, and the count of all of them by kind."""
+        if not self._faults:
+            return
+        row, _, sentence = min(self._faults)
+        kinds = Counter(kind for _, kind, _ in self._faults)
+        counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        faulty = len({row for row, _, _ in self._faults})
+        verb = "is" if faulty == 1 else "are"
+        raise ValueError(
+            f"{self.source}, row {row}: {sentence} (of {self.rows} rows, {faulty} {verb} faulty: {counts})"
+        )
+
+
+def find_images(rows: Sequence[Row], folder: Path, faults: Faults, *, verify: str) -> list[Entry]:
+    """The files of a list's rows, looked up in `folder` whatever the case of their names.
+
+    Names listed twice, files that are absent or whose names differ only in case, and images that cannot be read are
+    added to `faults`, and all of `faults` is then raised as one ValueError.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; {faults.source} lists the images that should be there")
+    on_disk: dict[str, list[Path]] = {}
+    for path in folder.iterdir():
+        on_disk.setdefault(path.name.casefold(), []).append(path)
+    first: dict[str, int] = {}
+    found: list[tuple[Row, Path]] = []
+    for row in rows:
+        key = row.name.casefold()
+        files = on_disk.get(key, [])
+        if key in first:
+            faults.add(row.number, "listed twice", f"{row.name} is listed in row {first[key]} already")
+        elif not files:
+            faults.add(row.number, "missing", f"{row.name} is not in {folder}")
+        elif len(files) > 1:
+            names = " and ".join(sorted(path.name for path in files))
+            faults.add(row.number, "ambiguous", f"{row.name} could be {names} in {folder}")
+        else:
+            found.append((row, files[0]))
+        first.setdefault(key, row.number)
+    unreadable = find_faults([path for _, path in found], verify=verify)
+    for i, reason in unreadable.items():
+        row, path = found[i]
+        faults.add(row.number, "unreadable", f"{row.name} cannot be read as an image ({path}: {reason})")
+    faults.raise_if_any()
+    if not found:
+        raise ValueError(f"{faults.source}: no images are listed")
+    return [Entry(row.name, path, row.mos, row.group) for row, path in found]
+
+
+def parse_mos(text: str, low: float, high: float) -> float:
+    """A number of the documented range; anything else is a ValueError that says so."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise ValueError(f"the score {text!r} is not a number") from None
+    if not (math.isfinite(value) and low <= value <= high):
+        raise ValueError(f"the score {text} is outside {low:g} to {high:g}")
+    return value
+
+
+class ImageQualityDataset(Dataset[tuple[Tensor, float]]):
+    """Images of one split with their normalised labels; TID2013 and KonIQ10k are its constructors.
+
+    An item is `(image, mos)`: (3, S, S) float32 in [0, 1] and a float in [0, 1], higher is better; `DataLoader`
+    collates the latter to float64. Under the train transform (the default for the train split) it is a random crop,
+    mirrored half the time, and depends on (seed, epoch, index) only; otherwise the centre crop.
+
+    name: of the data set. root: its folder. split: "train", "val" or "test".
+    labels: "mos" where people gave them, else "metric:<name>".
+    mos: (n,) float64, normalised. names: as listed, in the list's order.
+    fingerprint: sha256, hex, of all names, labels and splits of the whole set; the same for its three splits.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        root: Path,
+        split: str,
+        entries: Sequence[Entry],
+        split_of: Mapping[str, str],
+        *,
+        labels: str,
+        label_range: tuple[float, float],
+        seed: int,
+        image_size: int,
+        train: bool | None,
+        cache: bool,
+    ) -> None:
+        low, high = label_range
+        chosen = [entry for entry in entries if split_of[entry.group] == split]
+        if not chosen:
+            raise ValueError(f"{root}: the {split} split of {name} has no images")
+        self.name = name
+        self.root = root
+        self.split = split
+        self.labels = labels
+        self.label_range = label_range
+        self.seed = seed
+        self.image_size = image_size
+        self.train = split == "train" if train is None else train
+        self.names = [entry.name for entry in chosen]
+        self.groups = [entry.group for entry in chosen]
+        self.mos: npt.NDArray[np.float64] = (np.array([entry.mos for entry in chosen]) - low) / (high - low)
+        self.fingerprint = _fingerprint(entries, split_of)
+        self.counts = dict(Counter(split_of[entry.group] for entry in entries))
+        self._paths = [entry.path for entry in chosen]
+        self._cache: dict[int, Pixels] | None = {} if cache else None
+        self._epoch = _shared_counter()
+
+    @property
+    def epoch(self) -> int:
+        """Which epoch's crops the train transform draws; workers see a change at once, persistent ones too."""
+        return int(self._epoch)
+
+    @epoch.setter
+    def epoch(self, value: int) -> None:
+        if value < 0:
+            raise ValueError(f"epoch {value}: expected zero or more")
+        self._epoch.fill_(value)
+
+    def path(self, index: int) -> Path:
+        """The file of an item."""
+        return self._paths[index]
+
+    def subset(self, indices: Sequence[int]) -> Self:
+        """The same data set with only these items, in this order; the fingerprint stays the whole set's."""
+        part = copy.copy(self)
+        part.names = [self.names[i] for i in indices]
+        part.groups = [self.groups[i] for i in indices]
+        part.mos = self.mos[list(indices)]
+        part._paths = [self._paths[i] for i in indices]
+        part._cache = None if self._cache is None else {}
+        part._epoch = _shared_counter(self.epoch)
+        return part
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, float]:
+        index = range(len(self))[index]
+        pixels = self._resized(index)
+        if self.train:
+            rng = np.random.default_rng([self.seed, self.epoch, index])
+            pixels = random_crop_and_flip(pixels, self.image_size, rng)
+        else:
+            pixels = centre_crop(pixels, self.image_size)
+        return to_tensor(pixels), float(self.mos[index])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy sent to a spawned worker starts with an empty cache rather than megabytes of pixels.
+        return {**self.__dict__, "_cache": None if self._cache is None else {}}
+
+    def _resized(self, index: int) -> Pixels:
+        if self._cache is None:
+            return load_resized(self._paths[index], self.image_size)
+        if index not in self._cache:
+            self._cache[index] = load_resized(self._paths[index], self.image_size)
+        return self._cache[index]
+
+
+def check_arguments(split: str, seed: int, image_size: int) -> None:
+    """ValueError for what no data set accepts."""
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r}: expected one of {', '.join(map(repr, SPLITS))}")
+    if seed < 0:
+        raise ValueError(f"seed {seed}: expected zero or more")
+    if image_size < 1:
+        raise ValueError(f"image_size {image_size}: expected at least 1")
+
+
+def _fingerprint(entries: Sequence[Entry], split_of: Mapping[str, str]) -> str:
+    digest = hashlib.sha256()
+    for entry in entries:
+        digest.update(f"{entry.name}\t{entry.mos!r}\t{split_of[entry.group]}\n".encode())
+    return digest.hexdigest()
+
+
+def _shared_counter(value: int = 0) -> Tensor:
+    return torch.tensor(value, dtype=torch.int64).share_memory_()

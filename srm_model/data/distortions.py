@@ -1,0 +1,471 @@
+"""TID2013's 24 types of distortion at 5 levels, for any photograph.
+
+Each type is a family of images of growing strength; a level is the member whose PSNR against the photograph is
+33, 30, 27, 24 or 21 dB, the ladder TID2013 was built on. Where a photograph does not let a type reach a rung (a grey
+one has no colour to lose), the five levels are spread evenly, in dB, over what it does reach; a type that cannot
+change a photograph at all returns it as it is. The types follow the descriptions of TID2013's paper (Ponomarenko
+et al., 2015); its own programs are not public, so these are approximations, each described in its docstring.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import scipy.fft
+from PIL import Image
+from scipy import ndimage
+from skimage.restoration import denoise_tv_chambolle
+
+Pixels = npt.NDArray[np.uint8]
+Planes = npt.NDArray[np.float32]
+Apply = Callable[[Planes, int, np.random.Generator], Pixels]
+Render = Callable[[float], npt.NDArray]
+
+LEVEL_PSNR = (33.0, 30.0, 27.0, 24.0, 21.0)
+"""dB for levels 1 to 5, TID2013's own ladder."""
+
+MIN_SIDE = 64
+"""Smallest side of a photograph, in pixels; blocks and patches have no meaning below it."""
+
+_TOLERANCE = 0.1  # dB
+_LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+_YCBCR_TO_RGB = np.array([[1, 0, 1.402], [1, -0.344136, -0.714136], [1, 1.772, 0]], np.float32)
+
+
+class Distortion(NamedTuple):
+    """One of the 24 types; calling it distorts a photograph."""
+
+    name: str
+    apply: Apply
+
+    def __call__(self, image: Pixels, level: int, rng: np.random.Generator) -> Pixels:
+        """Distort `image`, (H, W, 3) uint8 RGB, at level 1 to 5; the same generator state gives the same result."""
+        if (
+            image.dtype != np.uint8
+            or image.ndim != 3
+            or image.shape[2] != 3
+            or min(image.shape[:2]) < MIN_SIDE
+        ):
+            raise ValueError(
+                f"a photograph of {image.dtype} with shape {image.shape}: expected uint8 of shape (H, W, 3) "
+                f"with sides of at least {MIN_SIDE}"
+            )
+        if level not in range(1, 6):
+            raise ValueError(f"distortion level {level!r}: expected 1 to 5")
+        return self.apply(image.astype(np.float32), level, rng)
+
+
+def psnr(reference: npt.NDArray, distorted: npt.NDArray) -> float:
+    """Peak signal-to-noise ratio in dB over all pixels and channels, on the 0..255 scale; infinity where equal."""
+    error = np.mean(np.square(np.subtract(reference, distorted, dtype=np.float32)), dtype=np.float64)
+    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+
+
+def _family(prepare: Callable[[Planes, int, np.random.Generator], Render]) -> Apply:
+    """A type whose `prepare` draws all that is random and gives the images of strength 0 to 1."""
+
+    @functools.wraps(prepare)
+    def apply(image: Planes, level: int, rng: np.random.Generator) -> Pixels:
+        return _at_level(image, prepare(image, level, rng), level)
+
+    return apply
+
+
+def _at_level(reference: Planes, render: Render, level: int) -> Pixels:
+    """The member of a family whose PSNR is the level's, by false position."""
+
+    def member(strength: float) -> tuple[float, Pixels]:
+        pixels = _pixels(render(strength))
+        return psnr(reference, pixels), pixels
+
+    low, high = 0.0, 1.0
+    (low_psnr, weakest), (high_psnr, strongest) = member(low), member(high)
+    target = _target(level, low_psnr, high_psnr)
+    best = min(((low_psnr, weakest), (high_psnr, strongest)), key=lambda m: abs(m[0] - target))
+    for _ in range(8):
+        if abs(best[0] - target) <= _TOLERANCE or low_psnr <= target or high_psnr >= target:
+            break
+        share = 0.5 if math.isinf(low_psnr) else (low_psnr - target) / (low_psnr - high_psnr)
+        middle = low + (high - low) * min(max(share, 0.15), 0.85)
+        now = member(middle)
+        best = min(best, now, key=lambda m: abs(m[0] - target))
+        if now[0] > target:
+            low, low_psnr = middle, now[0]
+        else:
+            high, high_psnr = middle, now[0]
+    return best[1]
+
+
+def _target(level: int, weakest: float, strongest: float) -> float:
+    first, last = LEVEL_PSNR[0], LEVEL_PSNR[-1]
+    if math.isinf(strongest):
+        return strongest
+    bottom = max(last, strongest)
+    top = first if bottom == last else max(first, bottom + 6)  # keeps the five levels apart
+    top = min(top, weakest)
+    return top + (bottom - top) * (level - 1) / (len(LEVEL_PSNR) - 1)
+
+
+def _pixels(image: npt.NDArray) -> Pixels:
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+
+
+def _between(weakest: float, strongest: float, strength: float) -> float:
+    """Geometric, so that PSNR is about linear in the strength."""
+    return weakest * (strongest / weakest) ** strength
+
+
+def _normal(shape: tuple[int, ...], rng: np.random.Generator) -> Planes:
+    return rng.standard_normal(shape, dtype=np.float32)
+
+
+def _unit(noise: npt.NDArray) -> npt.NDArray:
+    return noise / noise.std()
+
+
+def _smooth(image: npt.NDArray, sigma: float) -> npt.NDArray:
+    return ndimage.gaussian_filter(image, sigma, axes=(0, 1), mode="nearest", truncate=3)
+
+
+def _additive(image: Planes, noise: npt.NDArray) -> Render:
+    return lambda strength: image + np.float32(_between(0.5, 160, strength)) * noise
+
+
+@_family
+def _gaussian_noise(image: Planes, level: int, rng: np.random.Generator) -> Render:
+    """White Gaussian noise, independent in R, G and B."""
+    return _additive(image, _normal(image.shape, rng))
+
+
+@_family
+def _colour_noise(image: Planes, level: int, rng: np.random.Generator) -> Render:
+    """White Gaussian noise in YCbCr, four times stronger in the colour components than in luminance."""
+    noise = _normal(image.shape, rng) * np.array([1, 4, 4], np.float32)
+    return _additive(image, _unit(noise @ _YCBCR_TO_RGB.T))
+
+
+@_family
+def _correlated_noise(image: Planes, level: int, rng: np.random.Generator) -> Render:
+    """Gaussian noise smoothed over about three pixels."""
+    return _additive(image, _unit(_smooth(_normal(image.shape, rng), 1.0)))
+
+
+@_family
+def _masked_noise(image: Planes, level: int, rng: np.random.Generator) -> Render:
+    """White Gaussian noise in proportion to the local contrast of luminance, where texture hides it."""
+    luma = image @ _LUMA
+    variance = _smooth(luma**2, 2.0) - _smooth(luma, 2.0) ** 2
+    contrast = np.sqrt(np.maximum(variance, 0))
+    contrast = np.clip(contrast, 0.25 * contrast.mean() + 1, 2 * contrast.mean() + 1)  # no sparks along edges
+    return _additive(image, _unit(_normal(image.shape, rng) * contrast[..., None]))
+
+
+@_family
+def _high_frequency_noise(image: Planes, level: int, rng: np.random.Generator) -> Render:
+    """Gaussian noise with its low frequencies taken out, the same in R, G and B."""
+    noise = _normal((*image.shape[:2], 1), rng)
+    return _additive(image, _unit(noise - _smooth(noise, 0.8)))
+
+
+@_family
+def _impulse_noise(image: Planes, level: int, rng: np.random.Generator) -> Render:
+    """Samples of R, G and B replaced by 0 or 255 at random places."""
+    places = rng.random(image.shape, dtype=np.float32)
+    impulses = 255 * rng.integers(0, 2, image.shape).astype(np.float32)
+    return lambda strength: np.where(places < _between(1e-4, 0.5, strength), impulses, image)
+
+
+@_family
+def _quantisation_noise(image: Planes, level: int, rng: np.random.Generator) -> Render:
+    """Uniform quantisation of R, G and B with one step."""
+
+    def render(strength: float) -> npt.NDArray:
+        step = _between(2, 160, strength)
+        return (np.floor(image / step) + 0.5) * step
+
+    return render
+
+
+@_family
+def _gaussian_blur(image: Planes, level: int, rng: np.random.Generator) -> Render:
+    """Gaussian blur."""
+    side = min(image.shape[:2])
+    return lambda strength: _smooth(image, _between(0.2, side / 8, strength))
+
+
+@_family
+def _denoising(image: Planes, level: int, rng: np.random.Generator) -> Render:
+    """White Gaussian noise taken out again by total-variation denoising, with the texture that looks like it."""
+    noise = _normal(image.shape, rng)
+
+    def render(strength: float) -> npt.NDArray:
+        noisy = (image + np.float32(_between(0.5, 25, strength)) * noise) / 255
+        return 255 * denoise_tv_chambolle(
+            noisy, weight=_between(0.003, 2, strength), max_num_iter=40, channel_axis=-1
+        )
+
+    return render
+
+
+@_family
+def _jpeg(image: Planes, level: int, rng: np.random.Generator) -> Render:
+    """Baseline JPEG, 4:2:0, down to quality 1."""
+    pixels = _pixels(image)
+    return lambda strength: _decode(_jpeg_bytes(pixels, round(_between(95, 1, strength))))
+
+
+@_family
+def _jpeg2000(image: Planes, level: int, rng: np.random.Generator) -> Render:
+    """JPEG2000 with the irreversible wavelet."""
+    pixels = _pixels(image)
+    return lambda strength: _decode(_jpeg2000_bytes(pixels, 48 - 36 * strength))
+
+
+def _jpeg_transmission(image: Planes, level: int, rng: np.random.Generator) -> Pixels:
+    """A good JPEG file with altered bytes in its entropy-coded data, as a decoder shows it; restart markers after
+    every four blocks keep a fault local."""
+    data = _jpeg_bytes(_pixels(image), 92, subsampling=0, restart_marker_blocks=4)
+    start = data.rfind(b"\xff\xda") + 14  # past the header of the one scan
+    stream = np.frombuffer(data, np.uint8)
+    marker = (stream == 0xFF) | (np.roll(stream, 1) == 0xFF)  # markers and stuffing stay as they are
+    return _damaged(image, data, start + np.flatnonzero(~marker[start:-2]), level, rng)
+
+
+def _jpeg2000_transmission(image: Planes, level: int, rng: np.random.Generator) -> Pixels:
+    """A good JPEG2000 codestream with altered bytes in its packets, as a decoder shows it."""
+    data = _jpeg2000_bytes(_pixels(image), 40, codeblock_size=(16, 16))
+    start = data.find(b"\xff\x93") + 2  # start of data
+    return _damaged(image, data, np.arange(start, len(data) - 2), level, rng)
+
+
+@_family
+def _pattern_noise(image: Planes, level: int, rng: np.random.Generator) -> Render:
+    """Small patches replaced by a neighbouring patch a few pixels away: hard to see, since the pattern stays."""
+    height, width = image.shape[:2]
+    side = max(5, round(min(height, width) / 25))
+    reach = max(2, side // 3)
+    count = 3 * height * width // side**2
+    tops = rng.integers(reach, height - side - reach, count)
+    lefts = rng.integers(reach, width - side - reach, count)
+    moves = rng.integers(-reach, reach + 1, (count, 2))
+
+    def render(strength: float) -> npt.NDArray:
+        result = image.copy()
+        for top, left, (down, right) in zip(
+            tops, lefts, moves[: round(_between(1, count, strength))], strict=False
+        ):
+            source = image[top + down : top + down + side, left + right : left + right + side]
+            result[top : top + side, left : left + side] = source
+        return result
+
+    return render
+
+
+@_family
+def _block_distortions(image: Planes, level: int, rng: np.random.Generator) -> Render:
+    """Square blocks shifted in colour, each its own way: two more of them with every level, and stronger."""
+    height, width = image.shape[:2]
+    side = round(min(height, width) / 12)
+    offsets = np.zeros_like(image)
+    for _ in range(2 * level):
+        top, left = rng.integers(0, height - side), rng.integers(0, width - side)
+        colour = rng.uniform(0.5, 1, 3) * rng.choice([-1, 1], 3)
+        offsets[top : top + side, left : left + side] = colour
+    return lambda strength: image + np.float32(_between(1, 600, strength)) * offsets
+
+
+@_family
+def _mean_shift(image: Planes, level: int, rng: np.random.Generator) -> Render:
+    """Every sample brighter or every sample darker by one amount."""
+    sign = rng.choice([-1, 1])
+    return lambda strength: image + np.float32(sign * _between(0.5, 128, strength))
+
+
+@_family
+def _contrast(image: Planes, level: int, rng: np.random.Generator) -> Render:
+    """Contrast about the mean luminance: lower at levels 1, 3 and 5, higher at 2 and 4, as in TID2013."""
+    mean = np.float32((image @ _LUMA).mean())
+
+    def render(strength: float) -> npt.NDArray:
+        change = -_between(0.01, 1, strength) if level % 2 else _between(0.01, 8, strength)
+        return mean + np.float32(1 + change) * (image - mean)
+
+    return render
+
+
+@_family
+def _saturation(image: Planes, level: int, rng: np.random.Generator) -> Render:
+    """Colours drawn towards grey of the same luminance."""
+    grey = (image @ _LUMA)[..., None]
+    return lambda strength: grey + np.float32(1 - _between(0.01, 1, strength)) * (image - grey)
+
+
+@_family
+def _multiplicative_noise(image: Planes, level: int, rng: np.random.Generator) -> Render:
+    """White Gaussian noise in proportion to each sample."""
+    return _additive(image, _normal(image.shape, rng) * image / 128)
+
+
+@_family
+def _comfort_noise(image: Planes, level: int, rng: np.random.Generator) -> Render:
+    """JPEG2000, then noise of the local strength of what the coder took away, so that flat regions are not bare."""
+    pixels = _pixels(image)
+    noise = _normal((*image.shape[:2], 1), rng)
+
+    def render(strength: float) -> npt.NDArray:
+        coded = _decode(_jpeg2000_bytes(pixels, 48 - 36 * strength)).astype(np.float32)
+        lost = np.sqrt(_smooth(np.square(image - coded).mean(-1, keepdims=True), 2.0))
+        return coded + 0.7 * lost * noise
+
+    return render
+
+
+@_family
+def _compressed_noise(image: Planes, level: int, rng: np.random.Generator) -> Render:
+    """White Gaussian noise, then JPEG; both grow."""
+    noise = _normal(image.shape, rng)
+
+    def render(strength: float) -> npt.NDArray:
+        noisy = _pixels(image + np.float32(_between(0.5, 100, strength)) * noise)
+        return _decode(_jpeg_bytes(noisy, round(_between(95, 3, strength))))
+
+    return render
+
+
+@_family
+def _colour_quantisation(image: Planes, level: int, rng: np.random.Generator) -> Render:
+    """A palette of the photograph's own colours by median cut, with Floyd-Steinberg dither."""
+    picture = Image.fromarray(_pixels(image))
+
+    @functools.cache
+    def quantised(colours: int) -> Pixels:
+        palette = picture.quantize(colours, method=Image.Quantize.MEDIANCUT)
+        dithered = picture.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
+        return np.asarray(dithered.convert("RGB"))
+
+    return lambda strength: quantised(round(_between(256, 2, strength)))
+
+
+@_family
+def _chromatic_aberration(image: Planes, level: int, rng: np.random.Generator) -> Render:
+    """Red and blue moved apart from green in opposite directions, and blurred."""
+    angle = rng.uniform(0, 2 * math.pi)
+    direction = np.array([math.sin(angle), math.cos(angle)])
+    side = min(image.shape[:2])
+
+    def render(strength: float) -> npt.NDArray:
+        distance = _between(0.05, side / 12, strength)
+        result = image.copy()
+        for channel, sign in ((0, 1), (2, -1)):
+            moved = ndimage.shift(image[..., channel], sign * distance * direction, order=1, mode="nearest")
+            result[..., channel] = _smooth(moved, 0.3 * distance)
+        return result
+
+    return render
+
+
+@_family
+def _sparse_sampling(image: Planes, level: int, rng: np.random.Generator) -> Render:
+    """A random share of the pixels, the rest recovered by iterated soft thresholding of the cosine transform."""
+    order = rng.random((*image.shape[:2], 1), dtype=np.float32)
+    thresholds = np.geomspace(300, 3, 10, dtype=np.float32)
+
+    def render(strength: float) -> npt.NDArray:
+        lost = order < _between(0.01, 0.99, strength)
+        estimate = np.where(lost, image.mean((0, 1)), image)
+        for threshold in thresholds:
+            spectrum = scipy.fft.dctn(estimate, axes=(0, 1), norm="ortho")
+            spectrum = np.sign(spectrum) * np.maximum(np.abs(spectrum) - threshold, 0)
+            recovered = scipy.fft.idctn(spectrum, axes=(0, 1), norm="ortho")
+            estimate = np.where(lost, recovered, image)
+        return recovered
+
+    return render
+
+
+def _jpeg_bytes(pixels: Pixels, quality: int, **options: int) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "JPEG", quality=quality, **options)
+    return stream.getvalue()
+
+
+def _jpeg2000_bytes(pixels: Pixels, decibels: float, **options: tuple[int, int]) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(
+        stream,
+        "JPEG2000",
+        quality_mode="dB",
+        quality_layers=[decibels],
+        irreversible=True,
+        no_jp2=True,
+        **options,
+    )
+    return stream.getvalue()
+
+
+def _decode(data: bytes) -> Pixels:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def _damaged(image: Planes, data: bytes, places: npt.NDArray, level: int, rng: np.random.Generator) -> Pixels:
+    """Alter bytes of `data` at random `places`, a few at a time, until its decoding falls to the level's PSNR.
+
+    A step that falls more than half a rung below, or that no longer decodes, is taken back and tried with fewer.
+    """
+    target = LEVEL_PSNR[level - 1]
+    stream = np.frombuffer(data, np.uint8).copy()
+    best, pixels = math.inf, _decode(data)
+    step = 4
+    for _ in range(60):
+        if best <= target + 0.5:
+            break
+        chosen = rng.choice(places, step)
+        before = stream[chosen]
+        stream[chosen] = rng.integers(0, 0xFF, step)
+        try:
+            now = _decode(stream.tobytes())
+            quality = psnr(image, now)
+        except OSError:
+            quality = -math.inf
+        if quality >= target - 1.5:
+            best, pixels = quality, now
+            step *= 2
+        else:
+            stream[chosen] = before
+            step = max(1, step // 4)
+    return pixels
+
+
+DISTORTIONS: dict[int, Distortion] = {
+    1: Distortion("additive Gaussian noise", _gaussian_noise),
+    2: Distortion("additive noise, stronger in colour than in luminance", _colour_noise),
+    3: Distortion("spatially correlated noise", _correlated_noise),
+    4: Distortion("masked noise", _masked_noise),
+    5: Distortion("high-frequency noise", _high_frequency_noise),
+    6: Distortion("impulse noise", _impulse_noise),
+    7: Distortion("quantisation noise", _quantisation_noise),
+    8: Distortion("Gaussian blur", _gaussian_blur),
+    9: Distortion("image denoising", _denoising),
+    10: Distortion("JPEG compression", _jpeg),
+    11: Distortion("JPEG2000 compression", _jpeg2000),
+    12: Distortion("JPEG transmission errors", _jpeg_transmission),
+    13: Distortion("JPEG2000 transmission errors", _jpeg2000_transmission),
+    14: Distortion("non-eccentricity pattern noise", _pattern_noise),
+    15: Distortion("local block-wise distortions of different intensity", _block_distortions),
+    16: Distortion("mean shift", _mean_shift),
+    17: Distortion("contrast change", _contrast),
+    18: Distortion("change of colour saturation", _saturation),
+    19: Distortion("multiplicative Gaussian noise", _multiplicative_noise),
+    20: Distortion("comfort noise", _comfort_noise),
+    21: Distortion("lossy compression of noisy images", _compressed_noise),
+    22: Distortion("image colour quantisation with dither", _colour_quantisation),
+    23: Distortion("chromatic aberrations", _chromatic_aberration),
+    24: Distortion("sparse sampling and reconstruction", _sparse_sampling),
+}
+"""TID2013's types by number."""

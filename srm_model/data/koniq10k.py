@@ -1,0 +1,160 @@
+"""KonIQ-10k with its official split (SPEC section 5)."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+from ..config import SRMConfig
+from .base import SPLITS, Faults, ImageQualityDataset, Row, check_arguments, find_images, parse_mos
+
+SETS_FILE = "koniq10k_distributions_sets.csv"
+SCORES_FILE = "koniq10k_scores_and_distributions.csv"
+IMAGE_FOLDERS = ("1024x768", "512x384")  # the larger one where both are there
+MOS_RANGE = (0.0, 100.0)
+
+_SET_WORDS = {"training": "train", "validation": "val", "test": "test"}
+_SETS_COLUMNS = {"image_name", "MOS", "set"}
+_SCORES_COLUMNS = {"image_name", "MOS", "MOS_zscore"}
+_AGREEMENT = 0.1  # on 0 to 100; well above what rounding does
+
+
+class KonIQ10k(ImageQualityDataset):
+    """KonIQ-10k: 10,073 photographs with the scores of people, 7058/1000/2015 of them for train, val and test.
+
+    root: holds `koniq10k_distributions_sets.csv` (MOS on 0 to 100, and the split) and the images in `1024x768/` or
+    `512x384/`. `koniq10k_scores_and_distributions.csv` (MOS on 1 to 5, MOS_zscore on 0 to 100, no split) may lie
+    there too: its MOS_zscore must then agree with the labels, and it is not used otherwise. The two are told apart by
+    their columns, whatever their names; no scale is ever guessed.
+
+    images: the folder of the images under root; None: `1024x768` where it is, else `512x384`.
+    seed: of the train transform. image_size, train, cache, verify: as in `TID2013`.
+
+    A missing or undecodable image anywhere in the set, a malformed row, a score out of range or a name listed twice
+    is a ValueError with the first such row and the count of all.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        *,
+        seed: int = SRMConfig.seed,
+        image_size: int = SRMConfig.image_size,
+        train: bool | None = None,
+        images: str | None = None,
+        cache: bool = False,
+        verify: str = "full",
+    ) -> None:
+        check_arguments(split, seed, image_size)
+        root = Path(root)
+        sets, scores = find_lists(root)
+        folder = _image_folder(root, images)
+        faults = Faults(sets)
+        rows = _read_sets(sets, faults)
+        if scores is not None:
+            _compare(rows, faults, scores)
+        entries = find_images(rows, folder, faults, verify=verify)
+        super().__init__(
+            "KonIQ-10k",
+            root,
+            split,
+            entries,
+            {name: name for name in SPLITS},
+            labels="mos",
+            label_range=MOS_RANGE,
+            seed=seed,
+            image_size=image_size,
+            train=train,
+            cache=cache,
+        )
+        self.image_folder = folder.name
+
+
+def find_lists(root: Path) -> tuple[Path, Path | None]:
+    """The file with the split and, where it is there, the one with the scores on both scales, by their columns.
+
+    ValueError where there is no file with the split, or where two could be the same.
+    """
+    sets, scores = [], []
+    for path in sorted(root.glob("*.csv")):
+        columns = set(_columns(path))  # any other table may lie there
+        if columns >= _SETS_COLUMNS and columns >= _SCORES_COLUMNS:
+            raise ValueError(
+                f"{path}: has the columns set and MOS_zscore, so the scale of its MOS is not known"
+            )
+        if columns >= _SETS_COLUMNS:
+            sets.append(path)
+        elif columns >= _SCORES_COLUMNS:
+            scores.append(path)
+    for found, what in ((sets, SETS_FILE), (scores, SCORES_FILE)):
+        if len(found) > 1:
+            names = " and ".join(path.name for path in found)
+            raise ValueError(f"{root}: {names} both have the columns of {what}; expected one")
+    if not sets:
+        instead = f"; {scores[0].name} has the columns of {SCORES_FILE}, which has no split" if scores else ""
+        raise ValueError(f"{root}: no {SETS_FILE}, with the columns image_name, MOS and set{instead}")
+    return sets[0], scores[0] if scores else None
+
+
+def _image_folder(root: Path, images: str | None) -> Path:
+    if images is not None:
+        return root / images
+    for name in IMAGE_FOLDERS:
+        if (root / name).is_dir():
+            return root / name
+    raise ValueError(f"{root}: no folder {' or '.join(IMAGE_FOLDERS)} with the images")
+
+
+def _read_sets(path: Path, faults: Faults) -> list[Row]:
+    rows = []
+    for number, fields in _records(path):
+        faults.rows += 1
+        name, mos, word = fields.get("image_name"), fields.get("MOS"), fields.get("set")
+        if not name or mos is None or word not in _SET_WORDS:
+            words = ", ".join(_SET_WORDS)
+            faults.add(
+                number,
+                "malformed",
+                f"{name or 'no name'}: expected an image_name, a MOS and a set of {words}",
+            )
+            continue
+        try:
+            rows.append(Row(number, name, parse_mos(mos, *MOS_RANGE), _SET_WORDS[word]))
+        except ValueError as error:
+            faults.add(number, "with no valid score", f"{name}: {error}")
+    return rows
+
+
+def _compare(rows: list[Row], faults: Faults, scores: Path) -> None:
+    """Faults where the file of scores, on its 0 to 100 scale, says otherwise of an image."""
+    on_both_scales = {fields["image_name"]: fields["MOS_zscore"] for _, fields in _records(scores)}
+    for row in rows:
+        text = on_both_scales.get(row.name)
+        if text is None:
+            continue
+        try:
+            agrees = abs(float(text) - row.mos) <= _AGREEMENT
+        except ValueError:
+            agrees = False
+        if not agrees:
+            sentence = f"{row.name} has MOS {row.mos:g} here and MOS_zscore {text} in {scores.name}"
+            faults.add(row.number, "contradicted", sentence)
+
+
+def _records(path: Path) -> list[tuple[int, dict[str, str]]]:
+    reader = csv.DictReader(io.StringIO(_text(path), newline=""))
+    return [(reader.line_num, record) for record in reader]
+
+
+def _columns(path: Path) -> list[str]:
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        return next(csv.reader(file), [])
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not readable as text ({error})") from None

@@ -1,0 +1,102 @@
+"""Where the references of a synthesised set come from: a folder of photographs, or those in installed packages."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from .images import Pixels, open_rgb
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+
+
+class Photograph(NamedTuple):
+    """A photograph to be distorted; `pixels` are (H, W, 3) uint8."""
+
+    file: str
+    source: str
+    licence: str
+    pixels: Pixels
+
+
+class _Packaged(NamedTuple):
+    package: str
+    distribution: str
+    file: str
+    licence: str
+
+
+_CC_BY = "CC BY 2.0, https://creativecommons.org/licenses/by/2.0/"
+_PACKAGED = (
+    _Packaged("skimage", "scikit-image", "data/astronaut.png", "NASA, public domain"),
+    _Packaged("skimage", "scikit-image", "data/chelsea.png", "CC0, Stefan van der Walt"),
+    _Packaged("skimage", "scikit-image", "data/coffee.png", "CC0, Rachel Michetti"),
+    _Packaged("skimage", "scikit-image", "data/motorcycle_left.png", "Middlebury 2014 stereo benchmark"),
+    _Packaged("skimage", "scikit-image", "data/rocket.jpg", "SpaceX, public domain"),
+    _Packaged("sklearn", "scikit-learn", "datasets/images/china.jpg", f"danielbuechele, {_CC_BY}"),
+    _Packaged("sklearn", "scikit-learn", "datasets/images/flower.jpg", f"vultilion, {_CC_BY}"),
+)
+"""Each another scene; scikit-image's motorcycle_right shows the same one as motorcycle_left."""
+
+
+def from_packages(image_size: int | None) -> list[Photograph]:
+    """The seven photographs that scikit-image and scikit-learn carry, found without importing them or a network.
+
+    A package that is not installed, or that has not got its file, is a ValueError that names it.
+    """
+    found = []
+    for package, distribution, file, licence in _PACKAGED:
+        spec = importlib.util.find_spec(package)
+        path = Path(spec.origin).parent / file if spec is not None and spec.origin else None
+        if path is None or not path.exists():
+            raise ValueError(
+                f"the photographs of the package {distribution} are not here ({file}); pip install 'srm-iqa[demo]', "
+                "or give a folder of photographs"
+            )
+        source = f"{distribution} {importlib.metadata.version(distribution)}"
+        found.append(Photograph(path.name, source, licence, _prepare(path, image_size)))
+    return found
+
+
+def from_folder(folder: Path, image_size: int | None) -> list[Photograph]:
+    """The photographs that lie directly in `folder`, in the order of their names; folders within are not entered.
+
+    Files are taken by suffix (PNG, JPEG, BMP, TIFF, WebP; others and hidden files are passed over). One that cannot
+    be read, or that is smaller than `image_size`, is a ValueError with the first such file and the count of all.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder of photographs")
+    paths = sorted(
+        (p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file() and p.name[0] != "."),
+        key=lambda path: (path.name.casefold(), path.name),
+    )
+    found, faults = [], []
+    for path in paths:
+        try:
+            found.append(Photograph(path.name, folder.name, "not stated", _prepare(path, image_size)))
+        except ValueError as error:
+            faults.append(str(error))
+    if faults:
+        raise ValueError(f"{faults[0]} ({len(faults)} of {len(paths)} photographs cannot be used)")
+    return found
+
+
+def _prepare(path: Path, image_size: int | None) -> Pixels:
+    """The whole photograph, or its centre square brought down to `image_size`."""
+    image = open_rgb(path)
+    if image_size is None:
+        return np.asarray(image)
+    side = min(image.size)
+    if side < image_size:
+        raise ValueError(
+            f"{path}: {image.width}×{image.height} is smaller than image_size {image_size}; "
+            "enlarging a reference would blur it"
+        )
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = (left, top, left + side, top + side)
+    return np.asarray(image.resize((image_size, image_size), Image.Resampling.BICUBIC, box=square))

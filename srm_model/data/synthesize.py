@@ -1,0 +1,284 @@
+"""Sets in TID2013's layout from any photographs, labelled by a full-reference metric."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import re
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from ..config import SRMConfig
+from ..files import atomic_path, read_json, write_json, write_text
+from .images import Pixels, open_rgb
+from .labels import LABEL_RANGE, METRICS, import_piq, metric_labels
+from .photographs import SUFFIXES, Photograph, from_folder, from_packages
+from .tid2013 import HIGHER_IS_BETTER, IMAGES, LABELS, LABELS_FORMAT, LIST, REFERENCES
+
+MAX_REFERENCES = 99  # two digits in TID2013's names
+MIN_REFERENCES = 3  # one each for train, val and test
+_JOURNAL = f"{LIST}.partial"
+_LINE = re.compile(r"(\d\.\d{5}) (i\d\d_\d\d_\d\.bmp)\n")
+_LIBRARIES = ("numpy", "pillow", "scipy", "scikit-image", "piq", "torch")
+
+
+class _Task(NamedTuple):
+    """One reference under one type of distortion."""
+
+    reference: int
+    kind: int
+
+    def name(self, level: int) -> str:
+        return f"i{self.reference:02}_{self.kind:02}_{level}.bmp"
+
+
+def synthesize(
+    out: str | Path,
+    *,
+    photographs: str | Path | None = None,
+    image_size: int | None = None,
+    types: Iterable[int] = range(1, 25),
+    levels: Iterable[int] = range(1, 6),
+    seed: int = SRMConfig.seed,
+    metric: str = "vsi",
+    progress: bool = True,
+) -> Path:
+    """Make a set in TID2013's own layout in the folder `out`; returns `out`, which `TID2013(out, split)` opens.
+
+    photographs: a folder; the images directly in it (PNG, JPEG, BMP, TIFF, WebP), 3 to 99 of them, each a reference
+        of its own scene, since the split is by reference: two shots of one scene leak between the splits. None: the
+        seven photographs that scikit-image and scikit-learn carry.
+    image_size: the photographs' centre squares brought down to this side; None keeps them as they are.
+    types, levels: which of TID2013's 24 types and 5 levels (`srm_model.data.distortions`).
+    seed: every image depends on (seed, reference, type, level) only.
+    metric: "vsi", "fsim", "ssim" or "haarpsi" of piq against the reference, brought to 0 to 9 by the map in
+        `labels.json` (`labels.Scale`). The labels are the metric's and not people's: the set opens with `labels`
+        "metric:vsi".
+    progress: a bar on stderr.
+
+    Files: `reference_images/IRR.BMP`, `distorted_images/iRR_TT_L.bmp`, `mos_with_names.txt`, `labels.json` (what the
+    labels are, settings, versions) and `references.json` (where the photographs are from). Each appears whole or not
+    at all, the list last. After an interruption the same call goes on where it stopped. A call with other settings,
+    or one that goes on with other versions of the libraries, is refused with a ValueError that tells the difference.
+    """
+    out = Path(out)
+    types, levels = _choice("types", types, 24), _choice("levels", levels, 5)
+    if metric not in METRICS:
+        raise ValueError(f"metric {metric!r}: expected one of {', '.join(map(repr, METRICS))}")
+    if seed < 0:
+        raise ValueError(f"seed {seed}: expected zero or more")
+    distortions = _import_distortions()
+    import_piq()
+    references = _references(photographs, image_size, distortions.MIN_SIDE)
+    settings = {
+        "seed": seed,
+        "image_size": image_size,
+        "types": types,
+        "levels": levels,
+        "metric": metric,
+        "photographs": [f"{photo.file} {_digest(photo.pixels)[:12]}" for photo in references],
+    }
+    other_versions = _claim(out, settings, metric)
+    tasks = [_Task(reference, kind) for reference in range(1, len(references) + 1) for kind in types]
+    labels = _read_labels(out)
+    on_disk = {path.name for path in (out / IMAGES).glob("*.bmp")}
+    done = labels.keys() & on_disk
+    todo = [task for task in tasks if not {task.name(level) for level in levels} <= done]
+    if todo or not (out / LIST).exists():
+        if other_versions:
+            raise ValueError(f"{out}: begun with {other_versions}; go on with those, or give another folder")
+        _lay_out(out, references, labels)
+        total = len(tasks) * len(levels)
+        bar = tqdm(
+            desc="distorting",
+            unit="image",
+            total=total,
+            initial=total - len(todo) * len(levels),
+            disable=not progress,
+        )
+        with bar:
+            for task, values in _run(out, todo, references, levels, seed, metric):
+                lines = {task.name(level): value for level, value in zip(levels, values, strict=True)}
+                _append(out, lines)
+                labels |= lines
+                bar.update(len(levels))
+        names = [task.name(level) for task in tasks for level in levels]
+        write_text(out / LIST, _lines({name: labels[name] for name in names}))
+        (out / _JOURNAL).unlink(missing_ok=True)
+    return out
+
+
+def _choice(name: str, values: Iterable[int], count: int) -> list[int]:
+    chosen = sorted(values)
+    if not chosen or not set(chosen) <= set(range(1, count + 1)) or len(set(chosen)) < len(chosen):
+        raise ValueError(f"{name} {chosen}: expected different numbers of 1 to {count}")
+    return chosen
+
+
+def _import_distortions() -> ModuleType:
+    try:
+        from . import distortions
+    except ImportError as error:
+        raise ValueError(
+            f"distortions need scipy and scikit-image ({error}); pip install 'srm-iqa[demo]'"
+        ) from None
+    return distortions
+
+
+def _references(folder: str | Path | None, image_size: int | None, min_side: int) -> list[Photograph]:
+    """The photographs, checked: number, size, and no two alike."""
+    if image_size is not None and image_size < min_side:
+        raise ValueError(f"image_size {image_size}: expected at least {min_side}, or None")
+    photographs = from_packages(image_size) if folder is None else from_folder(Path(folder), image_size)
+    if not MIN_REFERENCES <= len(photographs) <= MAX_REFERENCES:
+        raise ValueError(
+            f"{folder}: {len(photographs)} photographs ({', '.join(SUFFIXES)}) directly in this folder; expected "
+            f"{MIN_REFERENCES} to {MAX_REFERENCES}"
+        )
+    seen: dict[str, str] = {}
+    for photo in photographs:
+        height, width = photo.pixels.shape[:2]
+        if min(height, width) < min_side:
+            raise ValueError(f"{photo.file}: {width}×{height}: expected sides of at least {min_side}")
+        other = seen.setdefault(_digest(photo.pixels), photo.file)
+        if other != photo.file:
+            raise ValueError(
+                f"{photo.file} and {other} are the same picture; as two references they could fall into two splits"
+            )
+    return photographs
+
+
+def _claim(out: Path, settings: dict[str, Any], metric: str) -> str:
+    """Mark `out` as the place of a set with these settings; a difference of library versions is returned in words.
+
+    A folder with anything else in it, or with a set of other settings, is a ValueError.
+    """
+    versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
+    if not (out / LABELS).exists():
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ValueError(f"{out}: not an empty folder, nor one with a synthesised set; give another")
+        description = {
+            "format": LABELS_FORMAT,
+            "metric": metric,
+            "range": list(LABEL_RANGE),
+            "direction": HIGHER_IS_BETTER,
+            "map": METRICS[metric].formula(metric),
+            "note": f"Computed by the full-reference metric {metric} of piq against the undistorted photograph. "
+            "These are not the opinions of people.",
+            "settings": settings,
+            "versions": versions,
+        }
+        write_json(out / LABELS, description)
+        return ""
+    there = read_json(out / LABELS)
+    if not isinstance(there, dict) or not isinstance(there.get("settings"), dict):
+        raise ValueError(f"{out / LABELS}: not written by this program; give another folder")
+    differences = _differences(there["settings"], settings)
+    if differences:
+        raise ValueError(f"{out} holds a set with {differences}; give another folder, or the same settings")
+    return _differences(there.get("versions", {}), versions)
+
+
+def _differences(there: dict[str, Any], here: dict[str, Any]) -> str:
+    return ", ".join(
+        f"other {key}" if key == "photographs" else f"{key} {there.get(key)} instead of {value}"
+        for key, value in here.items()
+        if there.get(key) != value
+    )
+
+
+def _read_labels(out: Path) -> dict[str, float]:
+    """Labels of finished images, from the list or the journal; a line that a kill cut short is passed over."""
+    labels = {}
+    for path in (out / LIST, out / _JOURNAL):
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        for line in text.splitlines(keepends=True):
+            match = _LINE.fullmatch(line)
+            if match:
+                labels[match[2]] = float(match[1])
+    return labels
+
+
+def _lay_out(out: Path, references: list[Photograph], labels: dict[str, float]) -> None:
+    """References, their origin and a clean journal; what is there already stays as it is."""
+    (out / IMAGES).mkdir(parents=True, exist_ok=True)
+    for leftover in out.glob("*/.*.partial.*"):  # of a process that was killed
+        leftover.unlink()
+    origin = []
+    for number, photo in enumerate(references, 1):
+        path = out / "reference_images" / f"I{number:02}.BMP"
+        if not path.exists():
+            _write_bmp(path, photo.pixels)
+        origin.append(
+            {
+                "reference": path.name,
+                "file": photo.file,
+                "source": photo.source,
+                "licence": photo.licence,
+                "pixels": f"sha256 {_digest(photo.pixels)}",
+            }
+        )
+    write_json(out / REFERENCES, origin)
+    write_text(out / _JOURNAL, _lines(labels))
+
+
+def _run(
+    out: Path, tasks: list[_Task], references: list[Photograph], levels: list[int], seed: int, metric: str
+) -> Iterator[tuple[_Task, list[float]]]:
+    """Do the tasks on all cores and give each with its labels, as they are finished."""
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        futures = {
+            pool.submit(
+                _distort, out, task, references[task.reference - 1].pixels, levels, seed, metric
+            ): task
+            for task in tasks
+        }
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _distort(
+    out: Path, task: _Task, reference: Pixels, levels: list[int], seed: int, metric: str
+) -> list[float]:
+    """Write the images of one task, but for those that are there, and give their labels."""
+    from .distortions import DISTORTIONS
+
+    images = []
+    for level in levels:
+        path = out / IMAGES / task.name(level)
+        if path.exists():
+            images.append(np.asarray(open_rgb(path)))
+            continue
+        rng = np.random.default_rng([seed, task.reference, task.kind, level])
+        images.append(DISTORTIONS[task.kind](reference, level, rng))
+        _write_bmp(path, images[-1])
+    return metric_labels(metric, images, reference)
+
+
+def _append(out: Path, labels: dict[str, float]) -> None:
+    with (out / _JOURNAL).open("a", encoding="utf-8", newline="\n") as journal:
+        journal.write(_lines(labels))
+
+
+def _lines(labels: dict[str, float]) -> str:
+    return "".join(f"{label:.5f} {name}\n" for name, label in labels.items())
+
+
+def _write_bmp(path: Path, pixels: Pixels) -> None:
+    with atomic_path(path) as temporary:
+        Image.fromarray(pixels).save(temporary, "BMP")
+
+
+def _digest(pixels: Pixels) -> str:
+    return hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()

@@ -1,0 +1,158 @@
+"""TID2013, and sets in its layout whose labels are a metric's (SPEC section 5)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ..config import SRMConfig
+from ..files import read_json
+from .base import SPLITS, Faults, ImageQualityDataset, Row, check_arguments, find_images, parse_mos
+
+LIST = "mos_with_names.txt"
+LABELS = "labels.json"
+REFERENCES = "references.json"
+IMAGES = "distorted_images"
+LABELS_FORMAT = "srm-iqa-labels/1"
+HIGHER_IS_BETTER = "higher is better"
+MOS_RANGE = (0.0, 9.0)  # nominal; the published scores lie in 0.24 to 7.21
+
+_NAME = re.compile(r"i(\d+)_(\d+)_(\d+)\.bmp", re.IGNORECASE)
+
+
+class Labels(NamedTuple):
+    """What the numbers of a list are: "mos" or "metric:<name>", and the range they are normalised from."""
+
+    kind: str
+    range: tuple[float, float]
+
+
+class TID2013(ImageQualityDataset):
+    """TID2013: 25 references × 24 types × 5 levels of distortion, split by reference.
+
+    root: holds `mos_with_names.txt` and `distorted_images/`; names are looked up whatever their case. The references
+    themselves carry no label and are not needed. Splits are 60/20/20 % of the references, by
+    `numpy.random.default_rng(seed).permutation` of their sorted ids, so that no content is in two of them.
+    Sets made by `srm_model.data.synthesize` have the same layout and a `labels.json`, by which `labels` is
+    "metric:<name>" and the labels are normalised; without one the labels are people's, on 0 to 9.
+
+    seed: of the split and of the train transform. image_size: S of the (3, S, S) items.
+    train: whether items are randomly cropped; None: in the train split only.
+    cache: keep the resized images in memory, uint8, per process: for sets that fit.
+    verify: "full" decodes every image of the whole set first, "fast" reads the headers only (see `find_faults`).
+
+    A missing, ambiguous or undecodable image anywhere in the set, a malformed row, a score out of range or a name
+    listed twice is a ValueError with the first such row and the count of all.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        *,
+        seed: int = SRMConfig.seed,
+        image_size: int = SRMConfig.image_size,
+        train: bool | None = None,
+        cache: bool = False,
+        verify: str = "full",
+    ) -> None:
+        check_arguments(split, seed, image_size)
+        root = Path(root)
+        labels = read_labels(root)
+        faults = Faults(root / LIST)
+        rows = _read_list(root, labels.range, faults)
+        entries = find_images(rows, root / IMAGES, faults, verify=verify)
+        super().__init__(
+            "TID2013" if labels.kind == "mos" else "synthesised in TID2013's layout",
+            root,
+            split,
+            entries,
+            split_by_reference((entry.group for entry in entries), seed),
+            labels=labels.kind,
+            label_range=labels.range,
+            seed=seed,
+            image_size=image_size,
+            train=train,
+            cache=cache,
+        )
+
+
+def split_by_reference(references: Iterable[str], seed: int) -> dict[str, str]:
+    """Reference id → "train", "val" or "test": 60/20/20 % of the ids, rounded, at least one each.
+
+    The sorted distinct ids are permuted by `numpy.random.default_rng(seed)`; the first go to train, then val, and
+    the rest to test: 15/5/5 of TID2013's 25. Fewer than three references are a ValueError.
+    """
+    ids = sorted(set(references), key=int)
+    if len(ids) < len(SPLITS):
+        raise ValueError(f"{len(ids)} references: expected at least 3, one each for train, val and test")
+    val = max(1, round(0.2 * len(ids)))
+    train = min(max(1, round(0.6 * len(ids))), len(ids) - val - 1)
+    order = np.random.default_rng(seed).permutation(len(ids))
+    return {
+        ids[index]: SPLITS[0] if place < train else SPLITS[1] if place < train + val else SPLITS[2]
+        for place, index in enumerate(order)
+    }
+
+
+def read_labels(root: Path) -> Labels:
+    """What `labels.json` says of a set's labels; people's, on 0 to 9, where there is none."""
+    path = root / LABELS
+    if not path.exists():
+        if (root / REFERENCES).exists():
+            raise ValueError(
+                f"{root}: a synthesised set without its {LABELS}, so whose labels it has is not known"
+            )
+        return Labels("mos", MOS_RANGE)
+    value = read_json(path)
+    known = isinstance(value, dict) and value.get("format") == LABELS_FORMAT
+    if not known or value.get("direction") != HIGHER_IS_BETTER or not isinstance(value.get("metric"), str):
+        raise ValueError(
+            f"{path}: expected format {LABELS_FORMAT!r}, the name of a metric and direction {HIGHER_IS_BETTER!r}"
+        )
+    limits = value.get("range")
+    if (
+        not isinstance(limits, list)
+        or len(limits) != 2
+        or not all(isinstance(limit, int | float) for limit in limits)
+        or not limits[0] < limits[1]
+    ):
+        raise ValueError(f"{path}: range {limits!r}: expected two numbers, the lower first")
+    return Labels(f"metric:{value['metric']}", (float(limits[0]), float(limits[1])))
+
+
+def _read_list(root: Path, label_range: tuple[float, float], faults: Faults) -> list[Row]:
+    path = root / LIST
+    if not path.exists():
+        if (root / LABELS).exists():
+            raise ValueError(
+                f"{root}: the set is not finished; the command that began it goes on where it stopped"
+            )
+        raise ValueError(f"{path}: no such file; a set in TID2013's layout has one")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text file ({error})") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        faults.rows += 1
+        fields = line.split()
+        match = _NAME.fullmatch(fields[-1])
+        if len(fields) != 2 or match is None:
+            faults.add(
+                number, "malformed", f"{line.strip()[:80]!r} is not a score and a name like i01_02_3.bmp"
+            )
+            continue
+        try:
+            mos = parse_mos(fields[0], *label_range)
+        except ValueError as error:
+            faults.add(number, "with no valid score", f"{fields[1]}: {error}")
+            continue
+        rows.append(Row(number, fields[1], mos, match[1].zfill(2)))
+    return rows

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from srm_model.data.distortions import DISTORTIONS, LEVEL_PSNR, _target, psnr
+from srm_model.data.labels import metric_labels
+from srm_model.data.photographs import from_packages
+
+KINDS = list(DISTORTIONS)
+LEVELS = range(1, 6)
+RANDOM = {1, 2, 3, 4, 5, 6, 9, 12, 13, 14, 15, 16, 19, 20, 21, 23, 24}
+
+
+def distort(image, kind, level, seed=0):
+    return DISTORTIONS[kind](image, level, np.random.default_rng([seed, kind, level]))
+
+
+@pytest.fixture(scope="module")
+def photographs():
+    chosen = ("astronaut.png", "coffee.png")
+    return [photo.pixels for photo in from_packages(96) if photo.file in chosen]
+
+
+@pytest.fixture(scope="module")
+def distorted(photographs):
+    """(photograph, kind) → images of levels 1 to 5."""
+    return {
+        (i, kind): [distort(photo, kind, level) for level in LEVELS]
+        for i, photo in enumerate(photographs)
+        for kind in KINDS
+    }
+
+
+def test_all_types_are_there_in_order():
+    assert set(range(1, 25)) == set(KINDS)
+    assert sorted(KINDS) == KINDS
+    assert len({distortion.name for distortion in DISTORTIONS.values()}) == 24
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_levels_are_those_of_the_ladder(photographs, distorted, kind):
+    for i, photo in enumerate(photographs):
+        images = distorted[i, kind]
+        assert all(image.dtype == np.uint8 and image.shape == photo.shape for image in images)
+        found = [psnr(photo, image) for image in images]
+        assert all(a > b + 0.8 for a, b in pairwise(found)), found
+        # Damage comes in lumps and palettes in whole colours; dither alone costs level 1 a few dB.
+        tolerance = {12: 1.6, 13: 1.6, 14: 0.6, 16: 0.5, 22: 3.5}.get(kind, 0.35)
+        if found[-1] <= LEVEL_PSNR[-1] + tolerance:
+            assert found == pytest.approx(LEVEL_PSNR, abs=tolerance)
+        else:  # the photograph's own limit: evenly spread down to it
+            assert kind in {9, 14}
+            assert np.diff(found) == pytest.approx(np.diff(found).mean(), abs=0.5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_quality_falls_with_the_level(photographs, distorted, kind):
+    """By the default metric, averaged over the photographs; levels of one sign of contrast for type 17."""
+    labels = [metric_labels("vsi", distorted[i, kind][::2], photo) for i, photo in enumerate(photographs)]
+    first, middle, last = np.mean(labels, axis=0)
+    assert 8.95 > first > middle > last > 1
+    assert first - last > 0.3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_generator_decides_everything(photographs, distorted, kind):
+    state = np.random.get_state()[1].copy()  # noqa: NPY002
+    again = distort(photographs[0], kind, 3)
+    np.testing.assert_array_equal(again, distorted[0, kind][2])
+    others = (distort(photographs[0], kind, 3, seed=seed) for seed in range(1, 9))  # one sign in eight: 1/256
+    changed = not all(np.array_equal(again, other) for other in others)
+    assert changed == (kind in RANDOM)
+    np.testing.assert_array_equal(state, np.random.get_state()[1])  # noqa: NPY002
+
+
+@pytest.mark.parametrize("value", [0, 128, 255])
+def test_flat_photographs_do_not_break(value):
+    flat = np.full((64, 80, 3), value, np.uint8)
+    with np.errstate(all="raise"):
+        for kind in KINDS:
+            image = distort(flat, kind, 3)
+            assert image.shape == flat.shape
+            assert image.dtype == np.uint8
+    for kind in (8, 14, 17, 18, 23):  # nothing there that they could change
+        np.testing.assert_array_equal(distort(flat, kind, 5), flat)
+
+
+def test_a_grey_photograph_has_no_colour_to_lose(photographs):
+    grey = np.repeat(photographs[0][..., :1], 3, -1)
+    np.testing.assert_array_equal(distort(grey, 18, 5), grey)
+
+
+def test_what_each_type_does(photographs, distorted):
+    photo = photographs[0].astype(float)
+
+    def change(kind, level=5):
+        return distorted[0, kind][level - 1].astype(float) - photo
+
+    def luma(x):
+        return x @ [0.299, 0.587, 0.114]
+
+    def roughness(x):
+        return np.mean(np.diff(x, axis=1) ** 2) / np.var(x)  # 2 for white noise
+
+    assert luma(change(2)).std() < 0.5 * luma(change(1)).std()
+    assert roughness(change(3, 1)) < 1 < 1.9 < roughness(change(1, 1)) < 2.1 < 2.3 < roughness(change(5, 1))
+    extremes = distorted[0, 6][4][np.abs(change(6)) > 0]
+    assert set(np.unique(extremes)) == {0, 255}
+    assert len(np.unique(distorted[0, 7][4])) <= 5
+    gradient = np.abs(np.diff(photo, axis=1)).mean()
+    for kind in (8, 9, 11):
+        assert np.abs(np.diff(distorted[0, kind][4].astype(float), axis=1)).mean() < 0.8 * gradient
+    assert (
+        np.abs(change(12, 3)).max(-1).astype(bool).mean() > 0.9 > np.mean(np.abs(change(12, 3)).max(-1) > 30)
+    )
+    assert 0.3 > np.mean(np.abs(change(15)).max(-1) > 0) > 0.02
+    inner = (photo > 40).all(-1) & (photo < 215).all(-1)
+    assert np.ptp(change(16)[inner]) == 0
+    assert [np.sign(distorted[0, 17][level].std() - photo.std()) for level in range(5)] == [-1, 1, -1, 1, -1]
+    colour = [np.ptp(image.astype(float), axis=-1).mean() for image in (photo, *distorted[0, 18])]
+    assert colour == sorted(colour, reverse=True)
+    assert np.abs(luma(change(18))).max() < 1.01  # rounding
+    dark, bright = luma(photo) < 40, luma(photo) > 150
+    assert change(19, 1)[dark].std() < 0.4 * change(19, 1)[bright].std()
+    assert len(np.unique(distorted[0, 22][4].reshape(-1, 3), axis=0)) < 16
+    assert np.abs(change(23)[..., 1]).max() == 0 < np.abs(change(23)[..., ::2]).max()
+
+
+def test_rungs_are_spread_over_what_can_be_reached():
+    assert [_target(level, math.inf, 10) for level in LEVELS] == [33, 30, 27, 24, 21]
+    assert [_target(level, 29, 10) for level in LEVELS] == [29, 27, 25, 23, 21]
+    assert [_target(level, math.inf, 25) for level in LEVELS] == [33, 31, 29, 27, 25]
+    assert [_target(level, math.inf, 40) for level in LEVELS] == [46, 44.5, 43, 41.5, 40]
+    assert _target(1, math.inf, math.inf) == math.inf
+
+
+@pytest.mark.parametrize("shape", [(63, 80, 3), (80, 80), (80, 80, 4)])
+def test_bad_photographs_are_refused(shape):
+    with pytest.raises(ValueError, match=r"expected uint8 of shape \(H, W, 3\) with sides of at least 64"):
+        distort(np.zeros(shape, np.uint8), 1, 1)
+
+
+def test_other_bad_input_is_refused(photographs):
+    with pytest.raises(ValueError, match="photograph of float64"):
+        distort(photographs[0] / 255, 1, 1)
+    with pytest.raises(ValueError, match="level 6: expected 1 to 5"):
+        distort(photographs[0], 1, 6)

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import io
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from srm_model.data import images
+from srm_model.data.images import fault, find_faults, open_rgb, to_rgb
+
+
+def encoded(pixels: np.ndarray, suffix: str) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, {"jpg": "JPEG"}.get(suffix, suffix.upper()))
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "webp", "tiff"])
+def test_a_whole_file_has_no_fault_and_a_cut_one_has(tmp_path, photograph, suffix):
+    data = encoded(photograph(), suffix)
+    path = tmp_path / f"a.{suffix}"
+    path.write_bytes(data)
+    assert fault(path, full=True) is None
+    assert fault(path, full=False) is None
+    for share in (0.0, 0.3, 0.7, 0.99):
+        path.write_bytes(data[: int(len(data) * share)])
+        assert fault(path, full=True), share
+
+
+def test_a_jpeg_whose_tail_is_zeros_is_a_fault(tmp_path, photograph):
+    data = encoded(photograph(), "jpg")
+    path = tmp_path / "a.jpg"
+    path.write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
+    assert fault(path, full=True) == "its data end before the image does"
+
+
+def test_a_jpeg_with_a_tail_after_its_end_is_whole(tmp_path, photograph):
+    path = tmp_path / "a.jpg"
+    path.write_bytes(encoded(photograph(), "jpg") + b"\0" * 100 + b"tail")
+    assert fault(path, full=True) is None
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_what_is_no_image_is_a_fault(tmp_path, full):
+    (tmp_path / "text.jpg").write_text("not an image")
+    (tmp_path / "folder.jpg").mkdir()
+    for name in ("text.jpg", "folder.jpg", "absent.jpg"):
+        assert fault(tmp_path / name, full=full), name
+
+
+def test_faults_are_found_at_their_positions(tmp_path, photograph):
+    paths = [tmp_path / f"{i}.jpg" for i in range(6)]
+    for i, path in enumerate(paths):
+        data = encoded(photograph(seed=i), "jpg")
+        path.write_bytes(data[:300] if i in (1, 4) else data)
+    assert list(find_faults(paths, verify="full")) == [1, 4]
+
+
+def test_fast_reads_headers_only(tmp_path, photograph):
+    path = tmp_path / "a.bmp"
+    path.write_bytes(encoded(photograph(), "bmp")[:5000])
+    assert find_faults([path], verify="fast") == {}
+    assert list(find_faults([path], verify="full")) == [0]
+    with pytest.raises(ValueError, match="verify='quick': expected one of 'full', 'fast'"):
+        find_faults([path], verify="quick")
+
+
+def test_a_large_set_is_decoded_once_until_a_file_changes(tmp_path, photograph, monkeypatch):
+    monkeypatch.setattr(images, "_REMEMBERED_FROM", 2)
+    read = []
+    monkeypatch.setattr(images, "fault", lambda path, full: read.append(path) or fault(path, full=full))
+    paths = [tmp_path / "a.png", tmp_path / "b.png"]
+    for path in paths:
+        path.write_bytes(encoded(photograph(), "png"))
+    assert find_faults(paths, verify="full") == {}
+    assert find_faults(paths, verify="full") == {}
+    assert len(read) == 2
+    paths[1].write_bytes(encoded(photograph(seed=1), "png")[:-50])
+    assert list(find_faults(paths, verify="full")) == [1]
+    assert list(find_faults(paths, verify="full")) == [1]  # a faulty set is never taken for whole
+    assert len(read) == 6
+
+
+def test_a_cache_folder_that_cannot_be_written_does_not_matter(tmp_path, photograph, monkeypatch):
+    monkeypatch.setattr(images, "_REMEMBERED_FROM", 1)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded(photograph(), "png"))
+    assert find_faults([path], verify="full") == {}
+
+
+def test_every_mode_becomes_rgb():
+    grey = np.arange(0, 256, 16, dtype=np.uint8).reshape(4, 4)
+    rgb = np.stack([grey, grey // 2, 255 - grey], -1)
+    three = np.repeat(grey[..., None], 3, -1)
+
+    def read(image: Image.Image, **options) -> np.ndarray:
+        stream = io.BytesIO()
+        image.save(stream, "PNG", **options)
+        return np.asarray(to_rgb(Image.open(stream)))
+
+    np.testing.assert_array_equal(read(Image.fromarray(rgb)), rgb)
+    np.testing.assert_array_equal(read(Image.fromarray(grey)), three)
+    np.testing.assert_array_equal(read(Image.fromarray(grey.astype(np.uint16) * 257)), three)
+    palette = Image.fromarray(three).quantize(256)
+    np.testing.assert_array_equal(read(palette), np.asarray(palette.convert("RGB")))
+
+
+def test_transparency_lies_over_white():
+    colour = np.full((2, 2, 4), (200, 0, 100, 255), np.uint8)
+    colour[0, 0, 3] = 0
+    colour[0, 1, 3] = 51  # one fifth
+    result = np.asarray(to_rgb(Image.fromarray(colour)))
+    assert result[0, 0].tolist() == [255, 255, 255]
+    assert result[0, 1].tolist() == [244, 204, 224]
+    assert result[1, 1].tolist() == [200, 0, 100]
+    palette = Image.fromarray(colour[..., :3]).quantize(2)
+    palette.info["transparency"] = int(np.asarray(palette)[0, 0])
+    assert np.asarray(to_rgb(palette))[0, 0].tolist() == [255, 255, 255]
+
+
+def test_orientation_in_exif_is_left_alone(tmp_path):
+    image = Image.fromarray(np.zeros((4, 9, 3), np.uint8))
+    exif = image.getexif()
+    exif[0x0112] = 6  # turn by 90°
+    image.save(tmp_path / "a.jpg", exif=exif)
+    assert open_rgb(tmp_path / "a.jpg").size == (9, 4)
+
+
+def test_pixels_without_a_known_range_are_refused(tmp_path):
+    path = tmp_path / "a.tiff"
+    Image.fromarray(np.zeros((4, 4), np.float32)).save(path)
+    with pytest.raises(ValueError, match=r"a.tiff.*mode 'F'"):
+        open_rgb(path)
+    assert "mode 'F'" in fault(path, full=True)
+
+
+def test_errors_name_the_file(tmp_path):
+    with pytest.raises(ValueError, match=r"absent\.png: no such image"):
+        open_rgb(tmp_path / "absent.png")
+    (tmp_path / "bad.png").write_bytes(b"bad")
+    with pytest.raises(ValueError, match=r"bad\.png: not readable as an image"):
+        open_rgb(os.fspath(tmp_path / "bad.png"))

@@ -201,6 +201,9 @@ def test_a_weaker_attack_than_the_protocols_is_said_to_be(run_folder, page):
     folder = run_folder(necks=("srm",))
     said = "these attacks are weaker"
     assert said in page(write_report(folder)).text
+    for weaker in ({"steps": 10, "restarts": 5}, {"steps": 40, "restarts": 1}):
+        edit(folder / "srm" / "attacks" / f"{LINF}.json", **weaker)
+        assert said in page(write_report(folder)).text
     edit(folder / "srm" / "attacks" / f"{LINF}.json", steps=40, restarts=5)
     found = page(write_report(folder))
     assert said not in found.text

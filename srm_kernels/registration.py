@@ -6,6 +6,7 @@ Eager mode, torch.compile, export, FLOP counters and CUDA graphs all see these t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def register_operator(
 
     def forward(*args: Any) -> Any:
         *inputs, backend = args
-        with _no_autocast(inputs):
+        with no_autocast(inputs):
             result = implementations[backend](*inputs)
         return tuple(layout(t) for t in result) if isinstance(result, tuple) else layout(result)
 
@@ -52,7 +53,7 @@ def register_operator(
         *inputs, backend = args
         # The dispatcher leaves autograd out below an operator; this one is made of it.
         autograd = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
-        with autograd, torch.enable_grad(), _no_autocast(inputs):
+        with autograd, torch.enable_grad(), no_autocast(inputs):
             for index in wanted:
                 inputs[index] = inputs[index].detach().requires_grad_()
             return _product(implementations[backend], inputs, wanted, grads, create_graph=False)
@@ -83,7 +84,7 @@ def register_operator(
         grads = [grad_outputs[index] for index in ctx.floating]
         if torch.is_grad_enabled():
             *plain, _ = inputs
-            with _no_autocast(plain):
+            with no_autocast(plain):
                 for index in wanted:  # an alias each: inputs may depend on one another
                     alias = plain[index].view_as(plain[index])
                     plain[index] = alias if alias.requires_grad else alias.requires_grad_()
@@ -123,6 +124,7 @@ def _product(
     return [product.contiguous() for product in products]
 
 
-def _no_autocast(inputs: Sequence[Any]) -> torch.autocast:
+def no_autocast(inputs: Sequence[Any]) -> AbstractContextManager[Any]:
+    """Autocast off on the device of the first tensor: the operators choose their own precision."""
     device = next(value.device.type for value in inputs if isinstance(value, Tensor))
-    return torch.autocast(device, enabled=False)
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)

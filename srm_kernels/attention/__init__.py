@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..checks import check_choice, check_count, check_number, check_tensors, check_tokens
+from ..checks import check_choice, check_count, check_number, check_tensors, check_tokens, wide_dtype
 from ..conditioning import LandmarkSolution, check_solver, landmark_solve
 from ..landmarks import METHODS, select_landmarks
-from ..registration import register_operator
+from ..registration import no_autocast, register_operator
 from ..runtime import choose_backend
 from . import reference, sdpa
 
@@ -33,6 +33,18 @@ _attention = register_operator(
     fake=lambda query, *_: _token_major(query.new_empty(query.shape)),
     differentiable=("query", "key", "value"),
     layout=_token_major,
+)
+
+_system = register_operator(
+    "landmark_system",
+    "Tensor key, Tensor value, Tensor landmarks, float scale, str? qk_norm, str solve_dtype",
+    "(Tensor, Tensor)",
+    {"reference": reference.landmark_system},
+    fake=lambda key, value, landmarks, *_: (
+        key.new_empty((*landmarks.shape, landmarks.shape[-1]), dtype=wide_dtype(key.dtype)),
+        key.new_empty((*landmarks.shape, key.shape[-1]), dtype=wide_dtype(key.dtype)),
+    ),
+    differentiable=("key", "value"),
 )
 
 
@@ -113,10 +125,8 @@ def nystrom_attention(
     )
     if not diagnostics:
         return y
-    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-        _, logits, rhs = reference.key_side(
-            key, value, landmarks, s, qk_norm, query.dtype if narrow else None
-        )
+    with torch.no_grad():
+        logits, rhs = _system(key, value, landmarks, s, qk_norm, solve_dtype, "reference")
         solution = landmark_solve(
             logits,
             rhs,
@@ -150,7 +160,7 @@ def full_attention(
     d = _check_attention(query, key, value, qk_norm, scale)
     chosen = choose_backend(backend, ("sdpa", "reference"), "full_attention")
     s = 1 / math.sqrt(d) if scale is None else float(scale)
-    with torch.autocast(query.device.type, enabled=False):
+    with no_autocast((query,)):
         if qk_norm is not None:
             key = reference.normalised_key(key, qk_norm).to(key.dtype)
             query = reference.normalised_query(query, qk_norm).to(query.dtype)

@@ -35,7 +35,7 @@ def nystrom_attention(
     """Y (B, H, N_q, d) in the query's dtype; everything in between is fp32 (fp64 for fp64)."""
     Q = normalised_query(query, qk_norm)
     block_dtype = query.dtype if solve_dtype == "model" else Q.dtype
-    keys, logits, rhs = key_side(key, value, landmarks, scale, qk_norm, block_dtype)
+    keys, logits, rhs = _key_side(key, value, landmarks, scale, qk_norm, block_dtype)
     X, _ = conditioning.landmark_solve(
         logits, rhs, ridge, solver, equilibrate, kappa_max, neumann_order, neumann_gate
     )
@@ -43,17 +43,20 @@ def nystrom_attention(
     return (L @ X).to(query.dtype)
 
 
-def key_side(
-    key: Tensor,
-    value: Tensor,
-    landmarks: Tensor,
-    scale: float,
-    qk_norm: str | None,
-    block_dtype: torch.dtype | None = None,
+def landmark_system(
+    key: Tensor, value: Tensor, landmarks: Tensor, scale: float, qk_norm: str | None, solve_dtype: str
+) -> tuple[Tensor, Tensor]:
+    """What `landmark_solve` is given: the logits K̃K̃ᵀs of W (B, H, r, r) and R V (B, H, r, d)."""
+    block_dtype = key.dtype if solve_dtype == "model" else wide_dtype(key.dtype)
+    _, logits, rhs = _key_side(key, value, landmarks, scale, qk_norm, block_dtype)
+    return logits, rhs
+
+
+def _key_side(
+    key: Tensor, value: Tensor, landmarks: Tensor, scale: float, qk_norm: str | None, block_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """K̃ (B, H, r, d), the logits K̃K̃ᵀs of W (B, H, r, r) and R V (B, H, r, d)."""
+    """K̃ (B, H, r, d), logits (B, H, r, r) and R V (B, H, r, d)."""
     K = normalised_key(key, qk_norm)
-    block_dtype = block_dtype or K.dtype
     keys = take_landmarks(K, landmarks)
     R = _block(keys, K, scale, block_dtype)
     logits = keys @ keys.mT * scale

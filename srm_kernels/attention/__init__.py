@@ -44,7 +44,6 @@ _system = register_operator(
         key.new_empty((*landmarks.shape, landmarks.shape[-1]), dtype=wide_dtype(key.dtype)),
         key.new_empty((*landmarks.shape, key.shape[-1]), dtype=wide_dtype(key.dtype)),
     ),
-    differentiable=("key", "value"),
 )
 
 

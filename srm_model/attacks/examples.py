@@ -55,7 +55,8 @@ def save_examples(result: SuiteResult, folder: str | Path) -> list[dict[str, Any
 def _magnification(change: np.ndarray) -> int:
     """The largest whole factor that keeps 99.9 % of the changes within half the range; 1 if nothing changed."""
     largest = float(np.quantile(np.abs(change), 0.999))
-    return max(1, min(_MAX_MAGNIFICATION, int(0.5 / largest + 1e-6))) if largest > 0 else 1
+    # 1e-4: images are fp32, so a change of exactly 0.01 comes out a little above it.
+    return max(1, min(_MAX_MAGNIFICATION, int(0.5001 / largest))) if largest > 0 else 1
 
 
 def _pixels(image: Tensor) -> np.ndarray:

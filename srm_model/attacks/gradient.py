@@ -301,7 +301,7 @@ class _Attack:
             if loss.requires_grad:
                 (sample,) = torch.autograd.grad(loss.sum(), x, allow_unused=True)
                 if sample is not None:
-                    gradient = sample if self.eot == 1 else gradient.add_(sample, alpha=1 / self.eot)
+                    gradient += sample  # a sum serves as well as a mean: only its direction is used
             losses.append(loss.detach())
         return torch.stack(losses).mean(0), self._direction(gradient)
 

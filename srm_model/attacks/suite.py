@@ -361,21 +361,24 @@ class _Gallery:
                     self._held[position] = attack.name, attacked[row].cpu().clone()
 
     def examples(self, records: _Records) -> list[Example]:
-        return [self._example(position, records) for position in self._positions]
-
-    def _example(self, position: int, records: _Records) -> Example:
         job = self._job
-        number, row = divmod(position, job.batch_size)
-        record = records[number]
-        clean = record["clean"][row]
-        scores = {attack.name: record["attacks"][attack.name]["scores"][row] for attack in job.attacks}
-        attack = max(job.attacks, key=lambda attack: _move(scores[attack.name], clean))
-        name, attacked = self._held.get(position, ("", None))
-        if attacked is None or name != attack.name:
-            images, mos = job.load(number)
-            attacked = job.craft(number, attack, images, mos).images[row].cpu()
-        image = torch.as_tensor(job.dataset[job.indices[position]][0]).cpu()
-        return Example(position, image, attacked, clean, scores[attack.name], attack.name)
+        crafted: dict[tuple[int, str], Tensor] = {}
+        found = []
+        for position in self._positions:
+            number, row = divmod(position, job.batch_size)
+            clean = records[number]["clean"][row]
+            scores = {
+                attack.name: records[number]["attacks"][attack.name]["scores"][row] for attack in job.attacks
+            }
+            attack = max(job.attacks, key=lambda attack: _move(scores[attack.name], clean))
+            name, attacked = self._held.get(position, ("", None))
+            if attacked is None or name != attack.name:
+                if (number, attack.name) not in crafted:
+                    crafted[number, attack.name] = job.craft(number, attack, *job.load(number)).images.cpu()
+                attacked = crafted[number, attack.name][row]
+            image = torch.as_tensor(job.dataset[job.indices[position]][0]).cpu()
+            found.append(Example(position, image, attacked, clean, scores[attack.name], attack.name))
+        return found
 
 
 def _move(score: float, clean: float) -> float:

@@ -61,6 +61,7 @@ def test_constant_or_broken_scores_are_nan(metric):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert math.isnan(metric([0.3, 0.3, 0.3], [0.1, 0.2, 0.3]))
+        assert math.isnan(metric([0, 0, 0], [0.1, 0.2, 0.3]))
         assert math.isnan(metric([0.1, 0.2, 0.3], [0.5, 0.5, 0.5]))
         assert math.isnan(metric([0.1, math.nan, 0.3], [0.1, 0.2, 0.3]))
         assert math.isnan(metric([0.1, math.inf, 0.3], [0.1, 0.2, 0.3]))
@@ -128,6 +129,17 @@ def test_the_fit_never_loses_correlation_on_its_own_data(seed, n, noise, sign):
     fitted = LogisticMap.fit(scores, mos)
     assert plcc(fitted(scores), mos) >= abs(plcc(scores, mos)) - 1e-6
     assert fitted.converged == (fitted.reason == "")
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_slightly_curved_data_converge_too(seed):
+    # Its minimum lies at the end of a long flat valley, where β1 is large and β2 small.
+    rng = np.random.default_rng(seed)
+    scores = rng.uniform(0, 1, 600)
+    mos = scores**2 + 0.02 * rng.normal(size=600)
+    fitted = LogisticMap.fit(scores, mos)
+    assert fitted.converged
+    assert plcc(fitted(scores), mos) > plcc(scores, mos) + 0.02
 
 
 def test_constant_predictions_fall_back_to_the_mean():

@@ -59,7 +59,8 @@ def row(head: Child, *cells: Child, words: Iterable[int] = (), class_: str | Non
 
 
 def neck_row(neck: str, *cells: Child) -> Markup:
-    return row([swatch(look(neck)), neck], *cells)
+    name = element("th", swatch(look(neck)), neck, class_="neck", scope="row")
+    return element("tr", name, [element("td", cell, class_="n") for cell in cells])
 
 
 def group(title: str, columns: int) -> Markup:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.stats import rankdata
 
 REPLICATES = 2000
 SEED = 0
@@ -15,13 +14,15 @@ def resampled_srocc(mos: np.ndarray, scores: Sequence[np.ndarray]) -> np.ndarray
     """SROCC of every score vector on the same 2,000 resamples of the images.
 
     `mos` and each of `scores` are (n,); the result is (len(scores), 2000), NaN where a resample has constant
-    labels or scores. Images are drawn with replacement, independently: images that share a photograph are
-    not independent in truth, so that intervals from this are, if anything, too narrow.
+    labels or scores, or any score is not finite. Images are drawn with replacement, independently: images that
+    share a photograph are not independent in truth, so intervals from this are, if anything, too narrow.
     """
     n = len(mos)
-    draws = np.random.default_rng(SEED).integers(n, size=(REPLICATES, n))
-    labels = _ranks(mos[draws])
-    return np.stack([_rowwise_correlation(_ranks(values[draws]), labels) for values in scores])
+    draws = np.random.default_rng(SEED).integers(n, size=(n, REPLICATES))
+    counts = np.bincount((draws * REPLICATES + np.arange(REPLICATES)).ravel(), minlength=n * REPLICATES)
+    counts = counts.reshape(n, REPLICATES)
+    labels = _centred_ranks(mos, counts)
+    return np.stack([_correlation(_centred_ranks(values, counts), labels, counts) for values in scores])
 
 
 def interval(replicates: np.ndarray) -> tuple[float, float] | None:
@@ -33,12 +34,20 @@ def interval(replicates: np.ndarray) -> tuple[float, float] | None:
     return float(low), float(high)
 
 
-def _ranks(values: np.ndarray) -> np.ndarray:
-    return rankdata(values, axis=1)
+def _centred_ranks(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Each image's rank, ties averaged, less the mean rank, in resamples that hold it `counts` (n, R) times."""
+    if not np.isfinite(values).all():
+        return np.full(counts.shape, np.nan)
+    order = np.argsort(values, kind="stable")
+    starts = np.flatnonzero(np.diff(values[order], prepend=np.nan) != 0)
+    tied = np.add.reduceat(counts[order], starts)
+    ranks = np.cumsum(tied, axis=0) - (tied - 1) / 2
+    place = np.searchsorted(values[order][starts], values)
+    return ranks[place] - (len(values) + 1) / 2
 
 
-def _rowwise_correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    a = a - a.mean(axis=1, keepdims=True)
-    b = b - b.mean(axis=1, keepdims=True)
+def _correlation(a: np.ndarray, b: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    weighted = counts * a
     with np.errstate(invalid="ignore", divide="ignore"):
-        return (a * b).sum(axis=1) / np.sqrt((a * a).sum(axis=1) * (b * b).sum(axis=1))
+        spread = np.sqrt((weighted * a).sum(axis=0) * (counts * b * b).sum(axis=0))
+        return (weighted * b).sum(axis=0) / spread

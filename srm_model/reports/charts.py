@@ -44,12 +44,14 @@ class Fall:
 class Frame:
     """Axes of one panel: data limits, pixel mapping, grid, tick labels."""
 
-    def __init__(self, x: tuple[float, float], y: tuple[float, float], height: float = HEIGHT) -> None:
-        self.x_limits, self.y_limits, self.height = x, y, height
+    def __init__(
+        self, x: tuple[float, float], y: tuple[float, float], *, height: float = HEIGHT, left: float = LEFT
+    ) -> None:
+        self.x_limits, self.y_limits, self.height, self.left = x, y, height, left
 
     def px(self, x: float) -> float:
         low, high = self.x_limits
-        return LEFT + (x - low) / (high - low) * (WIDTH - LEFT - RIGHT)
+        return self.left + (x - low) / (high - low) * (WIDTH - self.left - RIGHT)
 
     def py(self, y: float) -> float:
         low, high = self.y_limits
@@ -183,7 +185,7 @@ def fall_chart(
         if math.isfinite(value)
     ]
     lowest = max(-1.0, math.floor(5 * min([0.0, *values])) / 5)
-    frame = Frame((lowest, 1.0), (0, 1), height=height)
+    frame = Frame((lowest, 1.0), (0, 1), height=height, left=64)  # room for the longest name, quadratic
     parts: list[Markup] = []
     for tick in ticks(*frame.x_limits):
         x = frame.px(tick)
@@ -199,11 +201,13 @@ def fall_chart(
         parts.append(element("text", name, class_="group", x=2, y=_n(y + 16)))
         y += head
         for fall in falls:
-            parts.append(element("text", fall.name, class_="end", x=LEFT - 4, y=_n(y + row / 2 + 4)))
+            parts.append(
+                element("text", fall.name, class_="end", x=_n(frame.left - 6), y=_n(y + row / 2 + 4))
+            )
             parts.append(_fall_row(frame, fall, y + row / 2))
             said.append(f"{name}, {fall.name}: clean {fall.clean:.2f}, attacked {fall.attacked:.2f}")
             y += row
-    middle = (LEFT + WIDTH - RIGHT) / 2
+    middle = (frame.left + WIDTH - RIGHT) / 2
     parts.append(element("text", x_label, class_="mid label", x=_n(middle), y=height - 5))
     return figure(title, _svg(join(parts), f"{title}. {'; '.join(said)}.", height=height), note=note)
 

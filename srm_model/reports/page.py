@@ -90,6 +90,8 @@ def _tested(run: Run) -> str:
         return f"{said}; no attack was run."
     attacked = sorted({len(item.mos) for neck in run.necks for item in neck.attacks})
     which = f"{listing(attacked)} of them" if sizes else f"{listing(attacked)} images"
+    if attacked == sizes:
+        which = "all of them"
     budgets = count(len(run.budgets), "budget")
     return f"{said}, and attacked on {which} at {budgets}: {listing(map(budget_text, run.budgets))}."
 

@@ -66,7 +66,7 @@ def results(run: Run, found: Estimates) -> Child:
         "that was fitted on clean validation images and then frozen. 1 is perfect, 0 is chance, below 0 the order "
         "is reversed. “Worst” is the lowest value over all attacks at one budget.",
     )
-    summary = element("div", element("div", _summary(run)), _falls(run, found), class_="pair")
+    summary = element("div", element("div", _summary(run)), _falls(run, found), class_="results")
     if not run.budgets:
         return [
             definitions,
@@ -81,13 +81,13 @@ def limits(run: Run, found: Estimates) -> Child:
     notes = [*_attack_notes(run)]
     if run.necks:
         seeds = sorted({neck.config["seed"] for neck in run.necks if "seed" in neck.config})
-        seed = f" (seed {listing(seeds)})" if seeds else ""
+        each = "Each neck" if len(run.necks) > 1 else "The neck"
         notes.append(
-            f"Each neck was trained once{seed}. How far the figures move with another seed was not measured, and no "
-            "interval on this page includes it."
+            f"{each} was trained once{f' (seed {listing(seeds)})' if seeds else ''}. How far the figures move with "
+            "another seed was not measured, and no interval on this page includes it."
         )
     differences = _differences(run, found)
-    if found.test or found.worst:
+    if differences is not None or found.worst:
         notes.append(
             f"Intervals are percentile bootstraps over images: {bootstrap.REPLICATES:,} resamples (seed "
             f"{bootstrap.SEED}), the same for every neck and attack, with the worst attack chosen anew in each. "
@@ -99,14 +99,20 @@ def limits(run: Run, found: Estimates) -> Child:
 
 def _summary(run: Run) -> Markup:
     rows = []
+    drops = ["SROCC drop", "PLCC drop"] if run.budgets else []
     tested = [(neck, neck.evaluation) for neck in run.necks if neck.evaluation is not None]
     if tested:
-        rows.append(group(f"Clean, {listing(sorted({len(e.mos) for _, e in tested}))} test images", 5))
-        rows += [neck_row(n.name, fixed(e.scores.srocc), fixed(e.scores.plcc), "", "") for n, e in tested]
+        rows.append(
+            group(f"Clean, {listing(sorted({len(e.mos) for _, e in tested}))} test images", 3 + len(drops))
+        )
+        rows += [
+            neck_row(n.name, fixed(e.scores.srocc), fixed(e.scores.plcc), *[""] * len(drops))
+            for n, e in tested
+        ]
     for budget in run.budgets:
         attacked = run.attacked(budget)
         sizes = listing(sorted({len(item.mos) for _, item in attacked}))
-        rows.append(group(f"Worst at {budget_text(budget)}, {sizes} of them", 5))
+        rows.append(group(f"Worst at {budget_text(budget)}, {sizes} of them", 3 + len(drops)))
         rows += [
             neck_row(
                 neck.name,
@@ -117,11 +123,8 @@ def _summary(run: Run) -> Markup:
             )
             for neck, item in attacked
         ]
-    return table(
-        ["Neck", "SROCC", "PLCC", "SROCC drop", "PLCC drop"],
-        rows,
-        title="Drops: from the same images, clean.",
-    )
+    title = "Drops: from the same images, clean." if drops else None
+    return table(["Neck", "SROCC", "PLCC", *drops], rows, title=title)
 
 
 def _falls(run: Run, found: Estimates) -> Markup | None:

@@ -38,12 +38,16 @@ caption { text-align: left; color: var(--soft); font-size: .88rem; padding-botto
 th, td { padding: .32rem .8rem .32rem 0; text-align: left; vertical-align: baseline;
   border-bottom: 1px solid var(--rule); }
 thead th { font-weight: 600; color: var(--soft); font-size: .84rem; vertical-align: bottom; }
-tbody th { font-weight: 500; min-width: 7rem; } tbody td:last-child:not(.n) { min-width: 9rem; }
+tbody th { font-weight: 500; min-width: 7rem; }
+tbody th.neck { white-space: nowrap; min-width: 0; }
+tbody td:last-child:not(.n) { min-width: 9rem; }
 td.n, th.n { text-align: right; white-space: nowrap; padding-left: .5rem; }
 tr.group th { padding-top: 1rem; font-weight: 650; }
 tr.total > * { font-weight: 650; border-bottom-width: 2px; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: .5rem 2rem;
   align-items: start; }
+.results { display: grid; gap: .5rem 2.5rem; align-items: start; }
+@media (min-width: 62rem) { .results { grid-template-columns: auto minmax(20rem, 1fr); } }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr));
   gap: .8rem 1.4rem; margin: .4rem 0; align-items: end; }
 figure { margin: .4rem 0; min-width: 0; }

@@ -25,7 +25,7 @@ def scored():
 def test_bootstrap_is_srocc_of_shared_resamples(scored):
     mos, scores = scored
     found = bootstrap.resampled_srocc(mos, scores)
-    draws = np.random.default_rng(bootstrap.SEED).integers(40, size=(bootstrap.REPLICATES, 40))
+    draws = np.random.default_rng(bootstrap.SEED).integers(40, size=(40, bootstrap.REPLICATES)).T
     for i in (0, 7, 1999):
         for values, replicates in zip(scores, found, strict=True):
             expected = spearmanr(values[draws[i]], mos[draws[i]]).statistic

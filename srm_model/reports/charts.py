@@ -14,7 +14,7 @@ import numpy as np
 from srm_model.reports.markup import Markup, element, join
 
 WIDTH, HEIGHT = 320, 220
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 40
+LEFT, RIGHT, TOP, BOTTOM = 54, 10, 10, 40
 SCATTER_HEIGHT = 260
 DASHES = (None, "6 3", "2 3", "8 3 2 3")
 

@@ -17,6 +17,7 @@ from srm_model.reports.style import STYLE
 from srm_model.reports.text import budget_text, clock, count, listing, setting
 from srm_model.reports.training import mechanism, training
 
+NO_BREAK = "\N{NO-BREAK SPACE}"
 PACKAGES = ("srm-iqa", "torch", "timm", "numpy", "scipy")
 
 
@@ -75,9 +76,12 @@ def _trained(run: Run) -> str:
         said += f" on the backbone{'s' * (len(backbones) > 1)} {listing(backbones)}"
     if epochs := sorted({len(neck.history) for neck in run.necks if neck.history}):
         said += f" for {listing(epochs)} epoch{'s' * (epochs != [1])}"
-    name, metric = run.dataset.get("name"), (run.labels or "").startswith("metric:")
+    name, splits = run.dataset.get("name"), run.dataset.get("splits")
+    images = splits.get("train") if isinstance(splits, dict) else None
+    if isinstance(images, int):
+        said += f" on {count(images, 'image')}"
     if isinstance(name, str):
-        said += f", with a set of synthesised distortions ({name})" if metric else f", with {name}"
+        said += f" (data: {name})"
     return said + "."
 
 
@@ -92,8 +96,8 @@ def _tested(run: Run) -> str:
     which = f"{listing(attacked)} of them" if sizes else f"{listing(attacked)} images"
     if attacked == sizes:
         which = "all of them"
-    budgets = count(len(run.budgets), "budget")
-    return f"{said}, and attacked on {which} at {budgets}: {listing(map(budget_text, run.budgets))}."
+    budgets = listing(budget_text(budget).replace(" ", NO_BREAK) for budget in run.budgets)
+    return f"{said}, and attacked on {which} at {budgets}."
 
 
 def _notice(run: Run) -> Markup | None:

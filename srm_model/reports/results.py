@@ -189,11 +189,9 @@ def _attack_notes(run: Run) -> list[str]:
     shares = [share for item in items for share in item.zero_gradients.values()]
     if not shares:
         return [note]
-    zero = (
-        f"Of the gradients that the attacks followed, at most {100 * max(shares):.2g} % were zero in any attack; many "
-        "would be a sign that the attacks, not the models, had failed."
-    )
-    return [note, zero]
+    found = f"at most {100 * max(shares):.2g} % in any attack were" if max(shares) > 0 else "none was"
+    zero = "A model whose gradients vanish can look robust without being so. Of those that the attacks followed, "
+    return [note, f"{zero}{found} zero."]
 
 
 def _differences(run: Run, found: Estimates) -> Markup | None:

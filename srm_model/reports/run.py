@@ -85,6 +85,15 @@ class Attacked:
 
 
 @dataclass(frozen=True)
+class Photograph:
+    """What the pictures of a synthesised set were made from."""
+
+    file: str
+    source: str
+    licence: str
+
+
+@dataclass(frozen=True)
 class Neck:
     """One trained neck's folder."""
 
@@ -108,6 +117,7 @@ class Run:
     created: str | None
     seconds: float | None
     versions: dict[str, str]
+    photographs: tuple[Photograph, ...]
     necks: tuple[Neck, ...]
 
     @property
@@ -152,6 +162,7 @@ def read_run(folder: str | Path) -> Run:
         created=_text(about.get("created")),
         seconds=_number_or_none(about.get("seconds")),
         versions={str(key): str(value) for key, value in _mapping(about.get("versions")).items()},
+        photographs=_photographs(_mapping(about.get("dataset")).get("root")),
         necks=tuple(_read_neck(folder / name) for name in found),
     )
 
@@ -178,6 +189,15 @@ def _read_neck(folder: Path) -> Neck:
         history=_read_history(folder / "history.jsonl"),
         evaluation=_optional(folder / "evaluation.json", _evaluation),
         attacks=tuple(sorted(attacks, key=lambda item: _budget_order(item.budget))),
+    )
+
+
+def _photographs(root: Any) -> tuple[Photograph, ...]:
+    """From `references.json` of a synthesised set, where that is still to be found."""
+    rows = _optional(Path(root) / "references.json", _list) if isinstance(root, str) else None
+    return tuple(
+        Photograph(*(str(row.get(key) or "unknown") for key in ("file", "source", "licence")))
+        for row in map(_mapping, rows or ())
     )
 
 
@@ -259,9 +279,6 @@ def _attacked(value: Any) -> Attacked:
 
 
 def _examples(folder: Path, rows: Any) -> tuple[Example, ...]:
-    if not isinstance(rows, list):
-        raise ValueError("expected a list of examples")
-
     def image(row: dict[str, Any], key: str) -> Path | None:
         name = row.get(key)
         # Only files of the run itself are shown, whatever a file says.
@@ -280,7 +297,7 @@ def _examples(folder: Path, rows: Any) -> tuple[Example, ...]:
             attacked=image(row, "attacked"),
             difference=image(row, "difference"),
         )
-        for row in map(_object, rows)
+        for row in map(_object, _list(rows))
     )
 
 
@@ -298,9 +315,13 @@ def _names(value: Any, count: int) -> tuple[str, ...]:
 
 
 def _array(value: Any) -> np.ndarray:
+    return np.array([_number(item) for item in _list(value)], dtype=np.float64)
+
+
+def _list(value: Any) -> list[Any]:
     if not isinstance(value, list):
-        raise ValueError("expected a list of numbers")
-    return np.array([_number(item) for item in value], dtype=np.float64)
+        raise ValueError(f"expected a list, got {type(value).__name__}")
+    return value
 
 
 def _number(value: Any) -> float:

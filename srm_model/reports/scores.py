@@ -74,6 +74,8 @@ def scatters(run: Run) -> Child:
             parts.append(missing("No logistic map was found for this neck."))
         elif logistic is not None and not logistic.converged:
             parts.append(caption(f"The map is a straight line for this neck: {logistic.reason}."))
+        elif logistic is not None and panels and _turns(logistic(np.linspace(*x_limits, 200))):
+            parts.append(caption("This neck's map turns round, so that its PLCC can contradict its SROCC."))
     return parts
 
 
@@ -95,7 +97,15 @@ def pictures(run: Run) -> Child:
         "neck's score of the clean image to that of the attacked one. Scores belong to the images as attacked, in "
         "floating point; the pictures are rounded to 8 bits."
     )
-    return [element("p", intro), strips]
+    return [element("p", intro), strips, _credits(run)]
+
+
+def _credits(run: Run) -> Markup | None:
+    """Whose photographs they are."""
+    if not run.photographs:
+        return None
+    said = "; ".join(f"{p.file} of {p.source} ({p.licence})" for p in run.photographs)
+    return caption(f"Photographs of the data set: {said}.")
 
 
 def _views(neck: Neck) -> list[_View]:
@@ -125,6 +135,11 @@ def _range(parts: list[np.ndarray]) -> tuple[float, float]:
     values = np.concatenate(parts)
     finite = values[np.isfinite(values)]
     return (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
+
+
+def _turns(values: np.ndarray) -> bool:
+    steps = np.diff(values)
+    return bool((steps > 0).any() and (steps < 0).any())
 
 
 def _strip(budget: Budget, name: str, examples: dict[str, Example]) -> Markup:

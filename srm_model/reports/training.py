@@ -130,12 +130,20 @@ def _gate(neck: Neck) -> Markup | None:
 
 
 def _cap(neck: Neck) -> Markup | None:
-    shares = [numbers(_diagnostics(entry).get("gain_active")) for entry in neck.history]
-    values = [float(np.mean(share)) if share else math.nan for share in shares]
-    if not np.isfinite(values).any():
+    """Share of images with γ < 1: over the epoch's training images, and over the diagnosed validation images."""
+    diagnosed = [numbers(_diagnostics(entry).get("gain_active")) for entry in neck.history]
+    found = {
+        "training": _column(neck, "gain_active"),
+        "validation": np.array([float(np.mean(share)) if share else math.nan for share in diagnosed]),
+    }
+    series = [
+        Series(name, _epochs(neck), values, RAMP + 2 * i)
+        for i, (name, values) in enumerate(found.items())
+        if np.isfinite(values).any()
+    ]
+    if not series:
         return None
     note = "share of images on which it binds (γ < 1)"
-    series = [Series("share", _epochs(neck), values, look(neck.name))]
     return line_chart(
         series, title="Gain cap", note=note, x_label="epoch", y_label="share of images", y_limits=(0.0, 1.0)
     )
@@ -151,11 +159,15 @@ def _diagnostics_table(neck: Neck) -> Markup | None:
         if present and key not in ("gate_weights", "gain_active"):
             name = DIAGNOSTICS.get(key) or element("code", key)
             trend = sparkline([float(np.median(value)) if value else math.nan for value in values])
-            rows.append(row(name, spread(present[0]), spread(present[-1]), trend, words=(3,)))
+            ends = (
+                [spread(present[0]), spread(present[-1]), trend] if len(logged) > 1 else [spread(present[0])]
+            )
+            rows.append(row(name, *ends, words=(3,)))
     if not rows:
         return None
+    columns = ["first epoch", "last epoch", "over the epochs"] if len(logged) > 1 else ["value"]
     return table(
-        ["Quantity", "first epoch", "last epoch", "over the epochs"],
+        ["Quantity", *columns],
         rows,
         words=(0, 3),
         title="Medians over a batch of validation images; in brackets the range over links, stages or heads.",
@@ -180,7 +192,7 @@ def _values(value: Any) -> list[float]:
 
 
 def _epochs(neck: Neck) -> list[float]:
-    """Counted from 1, as people do; the files count from 0."""
+    """Counted from 1."""
     return [float(i) for i in range(1, len(neck.history) + 1)]
 
 

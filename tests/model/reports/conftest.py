@@ -33,8 +33,13 @@ def make_run(
 ) -> Path:
     """Write a plausible run of `count` test images; attacks push scores away from labels, more at larger budgets."""
     rng = np.random.default_rng(seed)
-    dataset = {"name": "TID2013", "root": "runs/demo/data", "fingerprint": "5f1c" * 8, "labels": labels}
-    dataset["fingerprints"] = {"train": "5f1c" * 8, "test": "70aa" * 8}
+    dataset = {
+        "name": "synthesised in TID2013's layout",
+        "root": "absent",
+        "fingerprint": "5f1c" * 8,
+        "labels": labels,
+    }
+    dataset["splits"] = {"train": 360, "val": 120, "test": count}
     names = [f"i{1 + i // 24:02d}_{1 + i % 24:02d}_{1 + i % 5}.bmp" for i in range(count)]
     mos = rng.beta(3, 2, count)
     _json(
@@ -148,7 +153,7 @@ def _neck(folder: Path, neck: str, dataset: dict, logistic: LogisticMap, rng: np
     rows = []
     for epoch in range(1, 5):
         row = {
-            "epoch": epoch - 1,
+            "epoch": epoch,
             "lr": {"backbone": 2e-4, "neck": 1e-3},
             "loss": 0.09 / epoch + (0.02 / epoch if neck == "srm" else 0),
             "loss_mse": 0.09 / epoch,
@@ -160,7 +165,12 @@ def _neck(folder: Path, neck: str, dataset: dict, logistic: LogisticMap, rng: np
         }
         if neck == "srm":
             gate = np.array([1 / 3 + 0.02 * epoch, 1 / 3, 1 / 3 - 0.02 * epoch])
-            row |= {"loss_tau": 0.9 / epoch, "loss_entropy": 0.0, "loss_balance": 0.001 * epoch}
+            row |= {
+                "gain_active": 0.04 * epoch,
+                "loss_tau": 0.9 / epoch,
+                "loss_entropy": 0.0,
+                "loss_balance": 0.001 * epoch,
+            }
             row["diagnostics"] = {
                 "gate_weights": gate.tolist(),
                 "gate_entropy": float(-(gate * np.log(gate)).sum() / np.log(3)),

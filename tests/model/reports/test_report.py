@@ -254,6 +254,37 @@ def test_diagnostics_are_gathered_over_links(run_folder, page):
     assert (low, high) == (f"{tau[0]:.3g}", f"{tau[-1]:.3g}")
 
 
+def test_photographs_are_credited(run_folder, page):
+    folder = run_folder(necks=("srm",))
+    edit(
+        folder / "run.json",
+        dataset={"name": "synthesised", "root": str(folder / "data"), "labels": "metric:vsi"},
+    )
+    assert "Photographs of" not in page(write_report(folder)).text
+    rows = [{"file": "china.jpg", "source": "scikit-learn 1.9", "licence": "A. Person, CC BY 2.0"}]
+    write_json(folder / "data" / "references.json", rows)
+    credit = "Photographs of the data set: china.jpg of scikit-learn 1.9 (A. Person, CC BY 2.0)."
+    assert credit in page(write_report(folder)).text
+
+
+def test_a_map_that_turns_round_is_said_to(run_folder, page):
+    folder = run_folder(budgets=(), necks=("srm",))
+    assert "turns round" not in page(write_report(folder)).text
+    path = folder / "srm" / "evaluation.json"
+    logistic = read_json(path)["logistic"]
+    edit(path, logistic=logistic | {"beta": [2.0, 5.0, 0.0, -0.5, 0.5]})
+    assert "turns round" in page(write_report(folder)).text
+
+
+def test_one_epoch_is_enough(run_folder, page):
+    folder = run_folder(budgets=(), necks=("srm",))
+    history = folder / "srm" / "history.jsonl"
+    history.write_text(history.read_text().splitlines()[0] + "\n")
+    found = page(write_report(folder))
+    assert "for 1 epoch on" in found.text
+    assert ["γ, factor of the gain cap", "1"] in found.rows("Quantity")
+
+
 def test_loss_parts_are_named_with_their_weights(run_folder, page):
     found = page(write_report(run_folder(budgets=(), necks=("srm",))))
     assert "0.01 × τ loss" in found.text
@@ -293,7 +324,7 @@ def test_folders_that_are_no_run(tmp_path):
             '{"srocc": 1, "plcc": 1, "mos": [1, 2], "names": ["a"], "scores": [1, 2]}',
             "expected 2 names",
         ),
-        ("srm/evaluation.json", '{"mos": "high"}', "expected a list of numbers"),
+        ("srm/evaluation.json", '{"mos": "high"}', "expected a list, got str"),
         (f"srm/attacks/{LINF}.json", '{"mos": []}', f"{LINF}.json: no 'worst'"),
         (f"srm/attacks/{LINF}/examples.json", "[1]", "examples.json: expected an object, got int"),
         (f"srm/attacks/{LINF}/00-pgd_mse-clean.png", "not a picture", "clean.png: not readable as an image"),

@@ -63,7 +63,7 @@ svg .grid { stroke: var(--grid); } svg .axis { stroke: var(--soft); } svg .zero 
 .curve { stroke: var(--ink); stroke-width: 1.5; stroke-dasharray: 5 3; }
 .spark { stroke: var(--soft); stroke-width: 1.4; }
 .whisker { stroke-width: 1.2; } .link { stroke-width: 5; opacity: .22; }
-.dots { fill: none; stroke: currentColor; stroke-linecap: round; opacity: .62; }
+.dots { fill: none; stroke: currentColor; stroke-linecap: round; opacity: .72; }
 .beyond { fill: currentColor; }
 .mark { fill: currentColor; stroke: var(--ground); stroke-width: .8; }
 .hollow { fill: var(--ground); stroke: currentColor; stroke-width: 1.8; }

@@ -24,15 +24,15 @@ def register_operator(
     *,
     fake: Callable[..., Any],
     differentiable: Sequence[str] = (),
-    layout: Callable[[Tensor], Tensor] = Tensor.contiguous,
+    like: str | None = None,
 ) -> CustomOpDef:
     """Register `srm::name(arguments, str backend) -> returns` with its fake and its derivative.
 
     `implementations` maps a backend to a plain function of `arguments`; "reference" must be among them. The
     derivative is the vector-Jacobian product of the implementation, recomputed from the saved inputs inside
     `srm::name_backward`. A second derivative (`create_graph=True`) always goes through the reference, whose
-    steps autograd knows. Only floating-point results carry gradients. `layout` gives a result the strides that
-    `fake` promises, whatever the implementation; gradients are contiguous.
+    steps autograd knows. Only floating-point results carry gradients. Results are contiguous, or laid out as
+    `torch.empty_like` of the argument `like`, whatever the implementation; gradients are contiguous.
     """
     schema = f"({arguments}, str backend) -> {returns}"
     names = [argument.split()[-1].split("=")[0] for argument in f"{arguments}, str backend".split(",")]
@@ -42,7 +42,9 @@ def register_operator(
         *inputs, backend = args
         with no_autocast(inputs):
             result = implementations[backend](*inputs)
-        return tuple(layout(t) for t in result) if isinstance(result, tuple) else layout(result)
+        if like is not None:
+            return _laid_out(result, inputs[names.index(like)])
+        return tuple(t.contiguous() for t in result) if isinstance(result, tuple) else result.contiguous()
 
     operator = custom_op(f"srm::{name}", forward, mutates_args=(), schema=schema)
     operator.register_fake(lambda *args: fake(*args[:-1]))
@@ -122,6 +124,11 @@ def _product(
         materialize_grads=True,
     )
     return [product.contiguous() for product in products]
+
+
+def _laid_out(result: Tensor, model: Tensor) -> Tensor:
+    promised = torch.empty_like(model, dtype=result.dtype)
+    return result if result.stride() == promised.stride() else promised.copy_(result)
 
 
 def no_autocast(inputs: Sequence[Any]) -> AbstractContextManager[Any]:

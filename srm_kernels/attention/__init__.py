@@ -19,20 +19,15 @@ QK_NORMS = (None, "keys", "both")
 SOLVE_DTYPES = ("fp32", "model")
 
 
-def _token_major(y: Tensor) -> Tensor:
-    """(B, H, N, d) laid out as (B, N, H, d), so that merging the heads is a view."""
-    return y.transpose(1, 2).contiguous().transpose(1, 2)
-
-
 _attention = register_operator(
     "nystrom_attention",
     "Tensor query, Tensor key, Tensor value, Tensor landmarks, float scale, str? qk_norm, str solve_dtype, "
     "float ridge, str solver, bool equilibrate, float kappa_max, int neumann_order, bool neumann_gate",
     "Tensor",
     {"reference": reference.nystrom_attention, "sdpa": sdpa.nystrom_attention},
-    fake=lambda query, *_: _token_major(query.new_empty(query.shape)),
+    fake=lambda query, *_: torch.empty_like(query),
     differentiable=("query", "key", "value"),
-    layout=_token_major,
+    like="query",
 )
 
 _system = register_operator(
@@ -83,7 +78,7 @@ def nystrom_attention(
     scale: s, 1/√d by default. solve_dtype: "model" forms L, W and R in the inputs' dtype before W is cast and
     solved (the article's reading, an ablation); "fp32" keeps them wide.
 
-    Returns Y (B, H, N_q, d) in the query's dtype, laid out as (B, N_q, H, d); with `diagnostics=True`,
+    Returns Y (B, H, N_q, d) in the query's dtype, laid out as the query is; with `diagnostics=True`,
     (Y, `LandmarkSolution`), whose fields carry no gradient. Differentiable in query, key and value, landmarks
     being constants; twice through the reference. A sample's output and gradient do not depend on the rest of
     the batch.

@@ -26,8 +26,8 @@ def ridge_leverage_scores(key: Tensor, gamma: float) -> Tensor:
         rounding = d * torch.finfo(K.dtype).eps * gram.diagonal(dim1=-2, dim2=-1).sum(-1)
         ridge = torch.where(failed, gamma + rounding, gamma)[..., None, None]
     factor, _ = torch.linalg.cholesky_ex(gram + ridge * eye)
-    whitened = torch.linalg.solve_triangular(factor, K.mT, upper=False)  # (B, H, d, N)
-    return whitened.square().sum(-2)
+    whitened = torch.linalg.solve_triangular(factor.mT, K, upper=True, left=False)  # K C⁻ᵀ, (B, H, N, d)
+    return whitened.square().sum(-1)
 
 
 def select_landmarks(

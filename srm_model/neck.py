@@ -293,6 +293,13 @@ class SRMNeck(nn.Module):
         maps = [self._pooled(updated[stage]) for stage in self.config.fused_stages]
         return self._fuse(maps, [updated[stage] for stage in STAGES] if return_pyramid else None)
 
+    @property
+    def _acting(self) -> list[tuple[int, int]]:
+        """Links into a stage that is fused; the others reach nothing but the pyramid."""
+        return [
+            (source, target) for source, target in self.config.links if target in self.config.fused_stages
+        ]
+
     def _link(self, source: int, target: int) -> Link:
         return cast(Link, self.links[_link_name(source, target)])
 
@@ -320,7 +327,7 @@ class SRMNeck(nn.Module):
 
     def _pool_sources(self, aligned: dict[int, Tensor]) -> dict[int, Tensor]:
         """Sources of the links, each 2×2 mean-pooled with probability p where that is on."""
-        sources = {source: aligned[source] for source, _ in self.config.links}
+        sources = {source: aligned[source] for source, _ in self.config.links if source in aligned}
         if self.config.kv_pool_prob > 0 and (self.training or self.config.kv_pool_eval):
             for stage in sorted(sources):
                 if float(torch.rand(())) < self.config.kv_pool_prob:
@@ -332,7 +339,7 @@ class SRMNeck(nn.Module):
     ) -> dict[int, Tensor]:
         """F_t + β_t fold(Σ U), at full resolution or pooled to P×P before τ and W_O; other stages unchanged."""
         updates: dict[int, Tensor] = {}
-        for source, target in self.config.links:
+        for source, target in self._acting if pooled else self.config.links:
             link = self._link(source, target)
             y = link(aligned[target], sources[source])  # (B, H, N_q, d)
             height, width = aligned[target].shape[-2:]
@@ -371,7 +378,7 @@ class SRMNeck(nn.Module):
         entropy, balance = gate_losses(
             fusion.weights, entropy_floor=c.entropy_floor * math.log(len(c.fused_stages)), backend=c.backend
         )
-        taus = [self._link(*pair).tau_loss() for pair in c.links]
+        taus = [self._link(*pair).tau_loss() for pair in self._acting]
         tau = torch.stack(taus).mean() if taus else entropy.new_zeros(())
         losses = {"tau": tau, "entropy": entropy, "balance": balance}
         return NeckOutput(fusion.fused, fusion.weights, fusion.gain, fusion.norm, losses, pyramid)
@@ -423,10 +430,10 @@ class SRMNeck(nn.Module):
                 _link_name(source, target): self._link(source, target).diagnose(
                     aligned[target], aligned[source]
                 )
-                for source, target in self.config.links
+                for source, target in self._acting
             }
-            before = {target: self._pooled(aligned[target]) for _, target in self.config.links}
-            after = self._mix(aligned, {s: aligned[s] for s, _ in self.config.links}, pooled=True)
+            before = {target: self._pooled(aligned[target]) for _, target in self._acting}
+            after = self._mix(aligned, aligned, pooled=True)
             out = self._fuse([self._pooled(after[stage]) for stage in self.config.fused_stages], None)
         ratios = {t: float((after[t] - before[t]).norm() / before[t].norm()) for t in before}
         assert out.weights is not None

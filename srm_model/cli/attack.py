@@ -109,7 +109,7 @@ def attack_checkpoint(
         logistic=logistic_of(card),
         batch_size=config.attack_batch_size,
         seed=config.seed,
-        progress=progress,
+        progress=runs.bars(progress),
         keep=keep,
         limit=limit,
         resume=unfinished,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from srm_model.cli import runs
 from srm_model.data import describe
 from srm_model.data.synthesize import synthesize as synthesize_set
 
@@ -17,7 +18,7 @@ def synthesize(args: argparse.Namespace) -> None:
         image_size=args.image_size,
         seed=args.seed,
         metric=args.metric,
-        progress=not args.no_progress,
+        progress=runs.bars(not args.no_progress),
         **choices,
     )
     _print(args.out, args.seed)

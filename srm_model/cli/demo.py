@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from srm_model.cli import attack, runs
-from srm_model.cli.train import clean_table, train_neck
+from srm_model.cli.train import clean_table, new_model, train_neck
 from srm_model.config import SRMConfig
 from srm_model.data.synthesize import synthesize
 from srm_model.reports import write_report
@@ -44,22 +44,20 @@ def run(args: argparse.Namespace) -> None:
 
     out.mkdir(parents=True, exist_ok=True)
     with runs.recorded(out, args.arguments, title=TITLE) as record:
+        if progress:
+            runs.say(f"distorting photographs into {out / 'data'}")
         root = synthesize(
-            out / "data", image_size=config.image_size, seed=args.seed, progress=progress, **data
+            out / "data",
+            image_size=config.image_size,
+            seed=args.seed,
+            progress=runs.bars(progress),
+            **data,
         )
         splits = runs.open_splits(root, config)
         record["dataset"] = runs.dataset_card(splits["train"])
         for neck in NECKS:
-            train_neck(
-                out / neck,
-                splits,
-                backbone=BACKBONE,
-                neck=neck,
-                config=config,
-                device=device,
-                pretrained=True,
-                progress=progress,
-            )
+            model = new_model(BACKBONE, neck, config, pretrained=True)
+            train_neck(model, out / neck, splits, device=device, progress=progress)
         rows = []
         for neck, other in zip(NECKS, reversed(NECKS), strict=True):
             result = attack.attack_checkpoint(

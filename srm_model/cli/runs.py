@@ -163,6 +163,11 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def bars(wanted: bool) -> bool:
+    """Whether libraries are to draw their bars: where they are wanted, and only on a terminal."""
+    return wanted and sys.stderr.isatty()
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Plain text, first column to the left, figures to the right."""
     cells = [list(header), *([_cell(value) for value in row] for row in rows)]

@@ -14,7 +14,7 @@ from srm_model.cli.options import config_from
 from srm_model.config import SRMConfig
 from srm_model.files import read_json, write_json
 from srm_model.metrics import LogisticMap
-from srm_model.model import build_model
+from srm_model.model import IQAModel, build_model
 from srm_model.training import evaluate as evaluate_model
 from srm_model.training import train as train_model
 from srm_model.training.seeding import seeded
@@ -26,24 +26,26 @@ def run(args: argparse.Namespace) -> None:
     """Train each neck into its folder, evaluate it on the test split, print clean correlations."""
     config, device = config_from(args), runs.device_from(args.device)
     splits = runs.open_splits(args.data, config)
+    # Before anything is written, since a backbone that does not exist is found out here.
+    models = {
+        neck: new_model(args.backbone, neck, config, pretrained=args.pretrained)
+        for neck in dict.fromkeys(args.neck)
+    }
     out = Path(args.out)
     title = args.title or f"{args.backbone} · {splits['train'].name}"
     with runs.recorded(out, args.arguments, title=title, dataset=runs.dataset_card(splits["train"])):
-        for neck in dict.fromkeys(args.neck):
+        for neck, model in models.items():
             train_neck(
+                model,
                 out / neck,
                 splits,
-                backbone=args.backbone,
-                neck=neck,
-                config=config,
                 device=device,
-                pretrained=args.pretrained,
                 freeze_backbone=args.freeze_backbone,
                 resume=not args.restart,
                 workers=args.workers,
                 progress=not args.no_progress,
             )
-    print(clean_table([out / neck for neck in dict.fromkeys(args.neck)]))
+    print(clean_table([out / neck for neck in models]))
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -67,15 +69,18 @@ def evaluate(args: argparse.Namespace) -> None:
     print(runs.table(["checkpoint", "SROCC", "PLCC", "images"], rows))
 
 
+def new_model(backbone: str, neck: str, config: SRMConfig, *, pretrained: bool) -> IQAModel:
+    """A model whose initial weights are a function of the config's seed."""
+    with seeded(config.seed):
+        return build_model(backbone, neck=neck, pretrained=pretrained, config=config)
+
+
 def train_neck(
+    model: IQAModel,
     folder: Path,
     splits: dict[str, Any],
     *,
-    backbone: str,
-    neck: str,
-    config: SRMConfig,
     device: torch.device,
-    pretrained: bool,
     freeze_backbone: bool = False,
     resume: bool = True,
     workers: int = 0,
@@ -84,10 +89,8 @@ def train_neck(
     """Train into `folder` and write `evaluation.json` from the best epoch; what is finished is not repeated."""
     if device.type == "cpu":
         runs.keep_memory()
-    with seeded(config.seed):
-        model = build_model(backbone, neck=neck, pretrained=pretrained, config=config)
     if progress:
-        runs.say(f"training {neck} on {len(splits['train'])} images, {device}")
+        runs.say(f"training {model.neck_name} on {len(splits['train'])} images, {device}")
     train_model(
         model,
         splits["train"],
@@ -98,7 +101,7 @@ def train_neck(
         progress=progress,
         device=device,
         freeze_backbone=freeze_backbone,
-        card={"dataset": runs.dataset_card(splits["train"]), "pretrained": pretrained},
+        card={"dataset": runs.dataset_card(splits["train"])},
     )
     digest = read_card(folder)["sha256"]
     path = folder / EVALUATION
@@ -108,7 +111,7 @@ def train_neck(
     found = evaluate_model(
         model,
         splits["test"],
-        batch_size=config.batch_size,
+        batch_size=model.config.batch_size,
         logistic=logistic_of(card),
         workers=workers,
         progress=progress,

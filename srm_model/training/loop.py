@@ -147,11 +147,10 @@ class _Run:
         return self.history
 
     def _publish(self) -> None:
-        # Everything here follows from the state, so a kill between the two is mended on resuming.
-        rows = "".join(json.dumps(row) + "\n" for row in self.history)
-        write_text(self.folder / HISTORY, rows)
+        # All of this follows from the state, so a kill in between is mended on resuming.
         if self.best is not None and self.best["epoch"] == self.history[-1]["epoch"]:
             save_model(self.model, self.folder, card={**self.card, **self.best})
+        write_text(self.folder / HISTORY, "".join(json.dumps(row) + "\n" for row in self.history))
 
     def _train_epoch(self, epoch: int) -> dict[str, Any]:
         config = self.config

@@ -248,6 +248,31 @@ def test_lower_precisions_train_too(tmp_path: Path, precision: str):
     assert history[-1]["loss_mse"] < history[0]["loss_mse"]
 
 
+def test_every_epoch_draws_its_own_numbers(tmp_path: Path):
+    seeds: list[int] = []
+
+    class Watching(ToyModel):
+        def clamp_(self) -> None:
+            seeds.append(torch.initial_seed())
+
+    fit(tmp_path, Watching())
+    assert len(seeds) == 15
+    assert len(set(seeds)) == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_training_on_a_gpu_in_its_own_precision_resumes(tmp_path: Path):
+    config = CONFIG.replace(precision="auto")
+    model = ToyModel(config)
+    model.clamp_ = _raise_after(8)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path, model, config=config, device="cuda")
+    history = fit(tmp_path, config=config, device="cuda")
+    assert [row["epoch"] for row in history] == [1, 2, 3]
+    assert history[-1]["loss_mse"] < history[0]["loss_mse"]
+
+
 def test_the_data_set_learns_the_epoch_before_it_is_read(tmp_path: Path):
     seen = []
 

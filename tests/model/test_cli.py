@@ -1,0 +1,396 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from srm_model import SRMConfig, build_model
+from srm_model.checkpoint import read_card, save_model
+from srm_model.cli import main
+from srm_model.data import load_image, open_dataset
+from srm_model.data.synthesize import synthesize
+from srm_model.files import read_json
+from srm_model.metrics import LogisticMap, plcc, srocc
+
+SMALL = {
+    "channels": 16,
+    "heads": 2,
+    "rank": 4,
+    "pool_size": 2,
+    "image_size": 32,
+    "batch_size": 8,
+    "epochs": 2,
+}
+SETTINGS = [f"--set={key}={value}" for key, value in SMALL.items()]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five photographs of noise and gradients, distorted in two ways."""
+    folder = tmp_path_factory.mktemp("photographs")
+    rng = np.random.default_rng(0)
+    ramp = np.linspace(0, 200, 64)
+    for number in range(5):
+        pixels = ramp[:, None, None] * rng.uniform(size=3) + ramp[None, :, None] * rng.uniform(size=3)
+        Image.fromarray((pixels / 2 + rng.uniform(0, 50, (64, 64, 3))).astype(np.uint8)).save(
+            folder / f"{number}.png"
+        )
+    out = tmp_path_factory.mktemp("data") / "set"
+    return synthesize(out, photographs=folder, types=(1, 8), levels=(1, 3, 5), metric="ssim", progress=False)
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two necks, trained and evaluated."""
+    out = tmp_path_factory.mktemp("run") / "run"
+    arguments = ["train", "--data", str(data), "--out", str(out), "--neck", "srm", "none", *SETTINGS]
+    assert main([*arguments, "--backbone", "test_convnext", "--no-progress", "--device", "cpu"]) == 0
+    return out
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    model = build_model("test_convnext", config=SRMConfig(**{**SMALL, "image_size": 64}))
+    save_model(model, tmp_path / "checkpoint", card={})
+    return tmp_path / "checkpoint"
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
+    """The one sentence of a command that ends with exit code 2."""
+    assert main([str(argument) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1, captured.err
+    return captured.err
+
+
+def test_train_writes_what_reports_and_attacks_read(run: Path, data: Path):
+    for neck in ("srm", "none"):
+        names = {path.name for path in (run / neck).iterdir()}
+        assert {
+            "model.safetensors",
+            "config.json",
+            "history.jsonl",
+            "evaluation.json",
+            "tensorboard",
+        } <= names
+        document = read_card(run / neck)
+        assert (document["backbone"], document["neck"]) == ("test_convnext", neck)
+        assert {key: document["config"][key] for key in SMALL} == SMALL
+        dataset = document["card"]["dataset"]
+        assert (dataset["root"], dataset["labels"]) == (str(data), "metric:ssim")
+        assert dataset["fingerprint"] == open_dataset(data, "test", image_size=32).fingerprint
+    rows = [json.loads(line) for line in (run / "srm" / "history.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert {"loss_tau", "loss_entropy", "loss_balance", "val_srocc", "images_per_second"} <= rows[0].keys()
+    assert 0 <= rows[0]["gain_active"] <= 1
+    assert len(rows[0]["diagnostics"]["gate_weights"]) == 3
+    about = read_json(run / "run.json")
+    assert about["command"][0].startswith(f"srm-iqa train --data {data} --out {run}")
+    assert about["seconds"] > 0
+    assert about["dataset"]["fingerprint"] == dataset["fingerprint"]
+
+
+def test_the_evaluation_is_of_the_best_checkpoint_on_the_test_split(run: Path, data: Path):
+    from srm_model.checkpoint import load_model
+
+    found = read_json(run / "srm" / "evaluation.json")
+    test = open_dataset(data, "test", image_size=32)
+    model, card = load_model(run / "srm")
+    with torch.no_grad():
+        scores = model(torch.stack([test[i][0] for i in range(len(test))])).numpy()
+    np.testing.assert_allclose(found["scores"], scores, atol=1e-5)
+    assert (found["split"], found["n"], found["labels"], found["names"]) == (
+        "test",
+        6,
+        "metric:ssim",
+        test.names,
+    )
+    assert found["srocc"] == pytest.approx(srocc(found["scores"], test.mos))
+    logistic = LogisticMap.from_dict(card["logistic"])
+    assert found["plcc"] == pytest.approx(plcc(logistic(found["scores"]), test.mos))
+
+
+def test_training_again_repeats_nothing_and_another_config_is_refused(
+    run: Path, data: Path, capsys: pytest.CaptureFixture[str]
+):
+    arguments = [
+        "train",
+        "--data",
+        data,
+        "--out",
+        run,
+        "--neck",
+        "srm",
+        *SETTINGS,
+        "--backbone",
+        "test_convnext",
+    ]
+    before = (run / "srm" / "state.safetensors").stat().st_mtime_ns
+    assert main([*map(str, arguments), "--no-progress", "--device", "cpu"]) == 0
+    assert (run / "srm" / "state.safetensors").stat().st_mtime_ns == before
+    assert "srm " in capsys.readouterr().out
+    message = fails(capsys, *arguments, "--epochs", "3", "--set=epochs=5", "--no-progress", "--device", "cpu")
+    assert "epochs 2 there, 5 here" in message
+
+
+def test_evaluate_agrees_with_training(run: Path, capsys: pytest.CaptureFixture[str]):
+    before = read_json(run / "none" / "evaluation.json")
+    assert main(["evaluate", str(run), "--batch-size", "4", "--device", "cpu", "--no-progress"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["checkpoint", "srm", "none"]
+    assert lines[2].split()[1:] == [f"{before['srocc']:.3f}", f"{before['plcc']:.3f}", "6"]
+    after = read_json(run / "none" / "evaluation.json")
+    np.testing.assert_allclose(after["scores"], before["scores"], atol=1e-5)
+    assert main(["evaluate", str(run / "none"), "--split", "val", "--device", "cpu", "--no-progress"]) == 0
+    assert read_json(run / "none" / "evaluation.json") == after
+
+
+def test_attack_writes_results_and_pictures_and_goes_on_where_it_stopped(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    arguments = ["attack", str(run), "--norm", "linf", "--eps", "4/255", "--steps", "2", "--restarts", "1"]
+    arguments += ["--keep", "2", "--images", "5", "--device", "cpu", "--no-progress"]
+    assert main(arguments) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert len(table) == 3
+    for neck, other in (("srm", "none"), ("none", "srm")):
+        path = run / neck / "attacks" / "linf-0.0156863.json"
+        found = read_json(path)
+        assert list(found["attacks"]) == ["pgd_mse", "pgd_drift", "pgd_pair_inversion", "transfer"]
+        assert (found["steps"], found["restarts"], len(found["names"])) == (2, 1, 5)
+        assert found["settings"]["surrogate"] == read_card(run / other)["sha256"]
+        assert found["logistic"] == read_card(run / neck)["card"]["logistic"]
+        entries = read_json(path.with_suffix("") / "examples.json")
+        assert len(entries) == 2
+        assert all(
+            (path.with_suffix("") / entry[k]).is_file() for entry in entries for k in ("clean", "attacked")
+        )
+        assert not (path.with_suffix("") / "unfinished.json").exists()
+
+    def not_again(*arguments: Any, **keywords: Any) -> None:
+        raise AssertionError("attacked again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("srm_model.attacks.suite._attack_batch", not_again)
+        assert main(arguments) == 0
+        assert capsys.readouterr().out.splitlines() == table
+        with pytest.raises(AssertionError, match="attacked again"):
+            main([*arguments, "--steps", "3"])
+
+
+def test_report_of_the_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "page.html"
+    assert main(["report", str(run), "--out", str(out)]) == 0
+    assert capsys.readouterr().out.strip() == str(out)
+    page = out.read_text()
+    assert "metric" in page
+    assert "none" in page
+
+
+def test_a_data_set_that_changed_since_training_is_told(
+    run: Path, data: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    import shutil
+
+    copy, moved = tmp_path / "run", tmp_path / "set"
+    shutil.copytree(run / "none", copy)
+    shutil.copytree(data, moved)
+    config = copy / "config.json"
+    config.write_text(config.read_text().replace(str(data), str(moved)))
+    assert main(["evaluate", str(copy), "--device", "cpu", "--no-progress"]) == 0
+    capsys.readouterr()
+    lines = (moved / "mos_with_names.txt").read_text().splitlines()
+    (moved / "mos_with_names.txt").write_text("\n".join(lines[:-1]) + "\n")
+    message = fails(capsys, "evaluate", copy, "--device", "cpu", "--no-progress")
+    assert "not the data set of training any more" in message
+    assert main(["evaluate", str(copy), "--data", str(moved), "--device", "cpu", "--no-progress"]) == 0
+
+
+def test_score_prints_a_line_per_photograph(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    skimage = pytest.importorskip("skimage")
+    folder = Path(skimage.__file__).parent / "data"
+    paths = [folder / "astronaut.png", folder / "chelsea.png", folder / "rocket.jpg"]
+    images = torch.stack([load_image(path, 64) for path in paths])
+    model = build_model("test_convnext", weights=checkpoint)
+    with torch.no_grad():
+        expected = model(images)
+    assert main(["score", str(checkpoint), *map(str, paths), "--batch-size", "2", "--device", "cpu"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    rows = [line.split("\t") for line in captured.out.splitlines()]
+    assert [row[1] for row in rows] == [str(path) for path in paths]
+    # four decimals are printed
+    np.testing.assert_allclose([float(row[0]) for row in rows], expected, atol=6e-5)
+
+    assert main(["score", str(checkpoint), *map(str, paths), "--json", "--device", "cpu"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["path"] for row in found] == [str(path) for path in paths]
+    np.testing.assert_allclose([row["score"] for row in found], expected, atol=1e-5)
+
+
+def test_score_tells_of_bad_files_and_scores_the_good_ones(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    good, text, absent = tmp_path / "good.png", tmp_path / "text.png", tmp_path / "absent.png"
+    Image.new("L", (30, 90), 100).save(good)
+    text.write_text("no image")
+    arguments = ["score", str(checkpoint), str(text), str(good), str(absent), "--device", "cpu"]
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert [line.split("\t")[1] for line in captured.out.splitlines()] == [str(good)]
+    errors = captured.err.splitlines()
+    assert len(errors) == 2
+    assert str(text) in errors[0]
+    assert f"{absent}: no such image" in errors[1]
+    assert main([*arguments, "--json"]) == 2
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [sorted(row) for row in rows] == [["error", "path"], ["path", "score"], ["error", "path"]]
+
+
+def test_bad_arguments_are_one_sentence(
+    checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], run: Path
+):
+    train = [
+        "train",
+        "--data",
+        data,
+        "--out",
+        tmp_path / "new",
+        "--backbone",
+        "test_convnext",
+        "--device",
+        "cpu",
+    ]
+    for arguments, sentence in [
+        (["train"], "the following arguments are required: --data, --out"),
+        (["fly"], "invalid choice: 'fly'"),
+        ([*train, "--epochs", "many"], "invalid int value: 'many'"),
+        ([*train, "--set", "rank"], "--set rank: expected KEY=VALUE"),
+        ([*train, "--set", "rnak=3"], "unknown config key rnak"),
+        ([*train, "--set", "rank=0"], "config rank=0: expected at least 1"),
+        ([*train, "--set", "epochs=2.5"], "config epochs=2.5: expected int"),
+        ([*train, "--config", tmp_path / "none.json"], "none.json: no such file"),
+        ([*train, "--device", "abacus"], "--device abacus: not a device that can be used here"),
+        ([*train[:1], "--data", tmp_path, *train[3:]], "neither TID2013"),
+        (
+            [*train[:5], "--backbone", "test_convent"],
+            "backbone 'test_convent': expected the name of a timm model",
+        ),
+        (["evaluate", tmp_path / "nowhere"], "nowhere: no such folder"),
+        (["evaluate", tmp_path], "no checkpoint here"),
+        (["evaluate", checkpoint], "does not say which data set it was trained on"),
+        (["attack", run, "--eps", "1/255"], "--eps needs one --norm"),
+        (["attack", run, "--norm", "l2", "--eps", "x"], "'x' is neither a number nor a fraction"),
+        (["score", run, "a.png"], "holds several checkpoints"),
+        (["score", tmp_path, "a.png"], "no checkpoint here"),
+        (["report", tmp_path / "nowhere"], "no such run folder"),
+        (["data", "check", tmp_path / "nowhere"], "no such folder"),
+        (["data", "synthesize", tmp_path / "out", "--types", "25"], "types [25]"),
+    ]:
+        assert sentence in fails(capsys, *arguments), arguments
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("command", ["audit", "ablate", "diagnose", "profile", "export"])
+def test_commands_to_come_say_so(command: str, capsys: pytest.CaptureFixture[str]):
+    assert fails(capsys, command) == f"srm-iqa {command}: not available yet\n"
+    assert main([command, "--help"]) == 0
+    assert "Not available yet" in capsys.readouterr().out
+
+
+def test_every_config_field_can_be_set_and_order_of_precedence(tmp_path: Path):
+    import argparse
+
+    from srm_model.cli.options import add_config, config_from
+
+    parser = argparse.ArgumentParser()
+    add_config(parser, "epochs", "seed")
+    other = SRMConfig(
+        qk_norm=None,
+        gain_cap=None,
+        links=((4, 3), (3, 2)),
+        landmarks="uniform",
+        solver="lu",
+        dyt=False,
+        ridge=0.5,
+    )
+    pairs = []
+    for key, value in other.to_dict().items():
+        text = value if isinstance(value, str) else "none" if value is None else json.dumps(value)
+        pairs += ["--set", f"{key}={text}"]
+    assert config_from(parser.parse_args(pairs)) == other
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"epochs": 7, "seed": 7, "rank": 7}))
+    args = parser.parse_args(["--config", str(file), "--epochs", "8", "--seed", "8", "--set", "seed=9"])
+    config = config_from(args)
+    assert (config.rank, config.epochs, config.seed) == (7, 8, 9)
+    file.write_text(json.dumps({"format": "srm-iqa/1", "config": {"rank": 5}}))
+    assert config_from(parser.parse_args(["--config", str(file)])).rank == 5
+
+
+def test_data_check_says_what_is_there(data: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["data", "check", str(data)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "labels: metric:ssim" in lines
+    assert "splits: train 18, val 6, test 6" in lines
+
+
+def test_an_unexpected_error_keeps_its_traceback(checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
+    def fault(*arguments: Any) -> None:
+        raise RuntimeError("a fault of the program")
+
+    monkeypatch.setattr("srm_model.cli.runs.open_checkpoint", fault)
+    with pytest.raises(RuntimeError, match="a fault of the program"):
+        main(["score", str(checkpoint), "x.png"])
+
+
+def test_a_bad_input_shows_where_it_arose_if_asked(tmp_path: Path):
+    with pytest.raises(ValueError, match="no such run folder"):
+        main(["report", str(tmp_path / "nowhere"), "--traceback"])
+
+
+def test_ctrl_c_ends_with_130_and_leaves_the_last_epoch_whole(data: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "srm_model", "train", "--data", str(data), "--out", str(out), *SETTINGS]
+    command += ["--backbone", "test_convnext", "--device", "cpu", "--set=epochs=10000"]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    limit = time.monotonic() + 100
+    while not (out / "srm" / "history.jsonl").exists() and time.monotonic() < limit:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert errors.splitlines()[-1] == "srm-iqa: interrupted; what was finished is kept"
+    assert not list(out.rglob(".*"))
+    finished = len((out / "srm" / "history.jsonl").read_text().splitlines())
+    assert 1 <= finished < 10000
+    assert build_model("test_convnext", weights=out / "srm").config.epochs == 10000
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys, srm_model.cli; srm_model.cli.main(['--help']); "
+        "print(sorted({'torch', 'numpy', 'timm'} & sys.modules.keys()))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.splitlines()[-1] == "[]"
+    for name in "demo data train evaluate attack audit ablate diagnose profile score report export".split():
+        assert f"\n    {name} " in found.stdout

@@ -6,11 +6,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ..config import SRMConfig
-from .base import SPLITS, ImageQualityDataset
-from .koniq10k import KonIQ10k, find_lists
-from .tid2013 import LABELS, LIST, TID2013
-from .transforms import load_image
+from srm_model.config import SRMConfig
+from srm_model.data.base import SPLITS, ImageQualityDataset
+from srm_model.data.koniq10k import KonIQ10k, find_lists
+from srm_model.data.tid2013 import LABELS, LIST, TID2013
+from srm_model.data.transforms import load_image
 
 __all__ = ["SPLITS", "TID2013", "ImageQualityDataset", "KonIQ10k", "describe", "load_image", "open_dataset"]
 

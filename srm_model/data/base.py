@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .images import Pixels, find_faults
-from .transforms import centre_crop, load_resized, random_crop_and_flip, to_tensor
+from srm_model.data.images import Pixels, find_faults
+from srm_model.data.transforms import centre_crop, load_resized, random_crop_and_flip, to_tensor
 
 SPLITS = ("train", "val", "test")
 

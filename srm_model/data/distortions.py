@@ -196,7 +196,7 @@ def _quantisation_noise(image: Planes, level: int, rng: np.random.Generator) -> 
 def _gaussian_blur(image: Planes, level: int, rng: np.random.Generator) -> Render:
     """Gaussian blur."""
     side = min(image.shape[:2])
-    return lambda strength: _smooth(image, _between(0.2, side / 8, strength))
+    return lambda strength: _smooth(image, _between(0.2, side / 20, strength))
 
 
 @_family
@@ -238,10 +238,12 @@ def _jpeg_transmission(image: Planes, level: int, rng: np.random.Generator) -> P
 
 
 def _jpeg2000_transmission(image: Planes, level: int, rng: np.random.Generator) -> Pixels:
-    """A good JPEG2000 codestream with altered bytes in its packets, as a decoder shows it."""
+    """A good JPEG2000 codestream with altered bytes in its packets, as a decoder shows it; the coarsest scales, which
+    come first, are spared, since one fault there is already worse than level 5."""
     data = _jpeg2000_bytes(_pixels(image), 40, codeblock_size=(16, 16))
     start = data.find(b"\xff\x93") + 2  # start of data
-    return _damaged(image, data, np.arange(start, len(data) - 2), level, rng)
+    first = start + (len(data) - start) // 16
+    return _damaged(image, data, np.arange(first, len(data) - 2), level, rng)
 
 
 @_family

@@ -6,8 +6,16 @@ import csv
 import io
 from pathlib import Path
 
-from ..config import SRMConfig
-from .base import SPLITS, Faults, ImageQualityDataset, Row, check_arguments, find_images, parse_mos
+from srm_model.config import SRMConfig
+from srm_model.data.base import (
+    SPLITS,
+    Faults,
+    ImageQualityDataset,
+    Row,
+    check_arguments,
+    find_images,
+    parse_mos,
+)
 
 SETS_FILE = "koniq10k_distributions_sets.csv"
 SCORES_FILE = "koniq10k_scores_and_distributions.csv"

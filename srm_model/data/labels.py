@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .images import Pixels
+from srm_model.data.images import Pixels
 
 LABEL_RANGE = (0.0, 9.0)  # TID2013's
 

@@ -16,12 +16,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ..config import SRMConfig
-from ..files import atomic_path, read_json, write_json, write_text
-from .images import Pixels, open_rgb
-from .labels import LABEL_RANGE, METRICS, import_piq, metric_labels
-from .photographs import SUFFIXES, Photograph, from_folder, from_packages
-from .tid2013 import HIGHER_IS_BETTER, IMAGES, LABELS, LABELS_FORMAT, LIST, REFERENCES
+from srm_model.config import SRMConfig
+from srm_model.data.images import Pixels, open_rgb
+from srm_model.data.labels import LABEL_RANGE, METRICS, import_piq, metric_labels
+from srm_model.data.photographs import SUFFIXES, Photograph, from_folder, from_packages
+from srm_model.data.tid2013 import HIGHER_IS_BETTER, IMAGES, LABELS, LABELS_FORMAT, LIST, REFERENCES
+from srm_model.files import atomic_path, read_json, write_json, write_text
 
 MAX_REFERENCES = 99  # two digits in TID2013's names
 MIN_REFERENCES = 3  # one each for train, val and test
@@ -125,7 +125,7 @@ def _choice(name: str, values: Iterable[int], count: int) -> list[int]:
 
 def _import_distortions() -> ModuleType:
     try:
-        from . import distortions
+        from srm_model.data import distortions
     except ImportError as error:
         raise ValueError(
             f"distortions need scipy and scikit-image ({error}); pip install 'srm-iqa[demo]'"
@@ -252,7 +252,7 @@ def _distort(
     out: Path, task: _Task, reference: Pixels, levels: list[int], seed: int, metric: str
 ) -> list[float]:
     """Write the images of one task, but for those that are there, and give their labels."""
-    from .distortions import DISTORTIONS
+    from srm_model.data.distortions import DISTORTIONS
 
     images = []
     for level in levels:

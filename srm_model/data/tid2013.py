@@ -9,9 +9,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..config import SRMConfig
-from ..files import read_json
-from .base import SPLITS, Faults, ImageQualityDataset, Row, check_arguments, find_images, parse_mos
+from srm_model.config import SRMConfig
+from srm_model.data.base import (
+    SPLITS,
+    Faults,
+    ImageQualityDataset,
+    Row,
+    check_arguments,
+    find_images,
+    parse_mos,
+)
+from srm_model.files import read_json
 
 LIST = "mos_with_names.txt"
 LABELS = "labels.json"

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..config import SRMConfig
-from .images import Pixels, open_rgb
+from srm_model.config import SRMConfig
+from srm_model.data.images import Pixels, open_rgb
 
 
 def load_image(path: str | Path, image_size: int = SRMConfig.image_size) -> Tensor:

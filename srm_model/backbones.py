@@ -50,8 +50,16 @@ class Backbone(nn.Module):
         self.std: tuple[float, ...] = tuple(pretrained_cfg.std)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Normalised images (B, 3, H, W) → four maps (B, C_i, H/s_i, W/s_i)."""
-        maps = self.features(images)
+        """Normalised images (B, 3, H, W) → four maps (B, C_i, H/s_i, W/s_i).
+
+        A size that the model was not built for (Swin) is a ValueError.
+        """
+        try:
+            maps = self.features(images)
+        except AssertionError as error:
+            raise ValueError(
+                f"images are {images.shape[-2]}×{images.shape[-1]}, which the backbone refuses: {error}"
+            ) from None
         chosen = [maps[level] for level in self.levels]
         return [m.permute(0, 3, 1, 2) for m in chosen] if self.channels_last else chosen
 

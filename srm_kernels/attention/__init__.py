@@ -81,7 +81,7 @@ def nystrom_attention(
     Returns Y (B, H, N_q, d) in the query's dtype, laid out as the query is; with `diagnostics=True`,
     (Y, `LandmarkSolution`), whose fields carry no gradient. Differentiable in query, key and value, landmarks
     being constants; twice through the reference. A sample's output and gradient do not depend on the rest of
-    the batch.
+    the batch; a NaN stays in its own (b, h).
     Raises TypeError for dtypes, ValueError for shapes and values.
     """
     d = _check_attention(query, key, value, qk_norm, scale)

@@ -41,6 +41,12 @@ def test_a_model_without_the_pyramid_is_one_sentence(name, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_size_the_backbone_was_not_built_for_is_one_sentence():
+    backbone = Backbone("swin_tiny_patch4_window7_224", image_size=64).eval()
+    with pytest.raises(ValueError, match="images are 96×96, which the backbone refuses"):
+        backbone(torch.zeros(1, 3, 96, 96))
+
+
 def test_batch_statistics_stay_frozen_in_training():
     backbone = Backbone("mobilenetv3_small_050", image_size=64).train()
     before = {name: value.clone() for name, value in backbone.named_buffers()}

@@ -1,0 +1,33 @@
+"""What every test relies on: one thread, reproducible hypothesis examples, and the optional shared data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)
+settings.register_profile("srm", deadline=None, derandomize=True)
+settings.load_profile("srm")
+
+
+@pytest.fixture
+def shared() -> Callable[[str], Path]:
+    """A function from a name under the shared folder to its path; the test is skipped where it is not there.
+
+    The folder is named by SRM_SHARED, or is called `shared` and lies beside the checkout.
+    """
+    checkout = Path(__file__).resolve().parent.parent
+    folder = Path(os.environ.get("SRM_SHARED") or checkout.parent / "shared")
+
+    def locate(name: str) -> Path:
+        path = folder / name
+        if not path.exists():
+            pytest.skip(f"no {name} in the shared folder")
+        return path
+
+    return locate

@@ -1,0 +1,36 @@
+"""One process that imports srm_kernels afresh, for the tests that ask what an import alone does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+CODE = """
+import json, sys
+sys.modules["triton"] = None
+import torch
+before = set(sys.modules)
+import srm_kernels
+one = torch.ones(3)
+srm_kernels.dyt(torch.ones(2, 3), torch.tensor(1.0), one, one)
+operators = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("srm::")]
+loaded = sorted({name.split(".")[0] for name in set(sys.modules) - before})
+print(json.dumps({"operators": operators, "loaded": loaded, "backends": sorted(srm_kernels.backends())}))
+"""
+
+
+@pytest.fixture(scope="session")
+def fresh_import() -> dict[str, Any]:
+    """What importing srm_kernels registers, loads and writes, with Triton blocked, no PATH and warnings as errors."""
+    hidden = ("SRM_KERNELS_BACKEND", "PYTHONWARNINGS")
+    env = {key: value for key, value in os.environ.items() if key not in hidden} | {"PATH": ""}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", CODE], capture_output=True, text=True, env=env, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout) | {"stderr": done.stderr}

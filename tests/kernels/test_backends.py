@@ -1,0 +1,111 @@
+"""Which implementation runs, and what happens when the one asked for cannot."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle import tokens
+
+import srm_kernels
+from srm_kernels import backends, nystrom_attention
+
+NAMES = ("reference", "sdpa", "triton", "cuda")
+REFUSED = (NotImplementedError, RuntimeError, ValueError)
+
+
+CALLS = {
+    "ridge_leverage_scores": lambda b: srm_kernels.ridge_leverage_scores(tokens(0, 1, 1, 4, 3), backend=b),
+    "select_landmarks": lambda b: srm_kernels.select_landmarks(tokens(0, 1, 1, 4, 3), 2, backend=b),
+    "landmark_solve": lambda b: srm_kernels.landmark_solve(torch.eye(3), torch.ones(3, 2), backend=b),
+    "nystrom_attention": lambda b: nystrom_attention(
+        *[tokens(i, 1, 1, 4, 3) for i in range(3)], 2, backend=b
+    ),
+    "full_attention": lambda b: srm_kernels.full_attention(
+        *[tokens(i, 1, 1, 4, 3) for i in range(3)], backend=b
+    ),
+    "rms_scale": lambda b: srm_kernels.rms_scale(tokens(0, 1, 1, 4, 3), backend=b),
+    "dyt": lambda b: srm_kernels.dyt(
+        torch.ones(2, 3), torch.tensor(1.0), torch.ones(3), torch.ones(3), backend=b
+    ),
+    "gated_fusion": lambda b: srm_kernels.gated_fusion(
+        torch.ones(1, 2, 3, 2, 2), torch.zeros(1, 2), cap=1.0, backend=b
+    ),
+    "gate_losses": lambda b: srm_kernels.gate_losses(torch.ones(1, 2) / 2, entropy_floor=0.5, backend=b),
+}
+
+
+def test_every_public_name_is_there():
+    assert set(CALLS) | {"backends"} <= set(srm_kernels.__all__)
+    for name in srm_kernels.__all__:
+        assert hasattr(srm_kernels, name)
+
+
+def test_backends_says_what_can_run_and_why_the_rest_cannot():
+    found = backends()
+    assert set(found) == set(NAMES)
+    text = str(found)
+    assert "reference" in text
+    if not torch.cuda.is_available():
+        for name in ("triton", "cuda"):
+            assert len(str(found[name])) > 10, "a reason is expected"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may run these")
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("name", CALLS)
+def test_asking_for_what_cannot_run_is_an_error_that_says_why(name, backend):
+    with pytest.raises(REFUSED, match=backend) as caught:
+        CALLS[name](backend)
+    assert len(str(caught.value)) > len(backend) + 15
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+@pytest.mark.parametrize("name", CALLS)
+def test_the_reference_runs_everything(name, backend):
+    assert CALLS[name](backend) is not None
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_an_unknown_backend_names_the_known_ones(name):
+    with pytest.raises(ValueError, match="pytorch") as caught:
+        CALLS[name]("pytorch")
+    assert "reference" in str(caught.value)
+
+
+def test_sdpa_and_reference_agree_where_both_run():
+    q, k, v = (tokens(i, 2, 2, 9, 8) for i in range(3))
+    a = srm_kernels.full_attention(q, k, v, backend="sdpa")
+    b = srm_kernels.full_attention(q, k, v, backend="reference")
+    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_the_environment_variable_asks_for_a_backend(monkeypatch):
+    monkeypatch.setenv("SRM_KERNELS_BACKEND", "reference")
+    assert CALLS["nystrom_attention"](None) is not None
+    monkeypatch.setenv("SRM_KERNELS_BACKEND", "fast")
+    with pytest.raises(ValueError, match=r"SRM_KERNELS_BACKEND.*fast"):
+        CALLS["dyt"](None)
+    monkeypatch.setenv("SRM_KERNELS_BACKEND", "")
+    assert CALLS["dyt"](None) is not None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may run this")
+@pytest.mark.parametrize("name", CALLS)
+def test_the_environment_variable_never_falls_back(name, monkeypatch):
+    monkeypatch.setenv("SRM_KERNELS_BACKEND", "cuda")
+    with pytest.raises(REFUSED, match="cuda"):
+        CALLS[name](None)
+
+
+def test_an_argument_overrules_the_environment_variable(monkeypatch):
+    monkeypatch.setenv("SRM_KERNELS_BACKEND", "cuda")
+    assert CALLS["dyt"]("reference") is not None
+
+
+def test_imports_without_triton_compiler_or_warnings(fresh_import):
+    """Triton blocked, no PATH, warnings turned into errors: nothing written, no heavier package pulled in."""
+    assert fresh_import["stderr"] == ""
+    assert fresh_import["backends"] == sorted(NAMES)
+    heavy = {"timm", "scipy", "matplotlib", "srm_model", "torchvision", "hypothesis"}
+    assert not heavy & set(fresh_import["loaded"])

@@ -16,6 +16,7 @@ import srm_model.training.state as state
 from srm_model.checkpoint import load_weights, read_card
 from srm_model.metrics import LogisticMap, srocc
 from srm_model.training import DivergenceError, predict, train
+from srm_model.training.optimisation import lr_factor
 
 
 def fit(folder: Path, model: ToyModel | None = None, **changes: Any) -> list[dict[str, Any]]:
@@ -40,10 +41,11 @@ def test_the_history_and_the_files_of_a_run(tmp_path: Path):
             "gate_weights": [0.5, 0.5],
             "nothing": None,
         }
+        last_step = lr_factor(5 * row["epoch"] - 1, steps=15, warmup=3)  # 18 images by 4
+        assert row["lr"] == pytest.approx({"backbone": 1e-2 * last_step, "neck": 1e-2 * last_step})
     assert history[-1]["loss_mse"] < history[0]["loss_mse"]
     assert [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()] == history
-    steps = 5 * CONFIG.epochs  # 18 images by 4
-    assert model.calls == ["calibrate 4"] + ["clamp"] * steps
+    assert model.calls == ["calibrate 4"] + ["clamp"] * 15
     assert list((tmp_path / "tensorboard").iterdir())
     assert read_card(tmp_path)["card"]["dataset"] == {"name": "toy"}
     assert not list(tmp_path.glob(".*"))
@@ -108,7 +110,7 @@ def test_a_cut_off_training_ends_as_if_it_had_not_been(
         if moment == "before the state":
             patch.setattr(loop, "save_state", _raise_after(2, save))
         if moment == "after the state":
-            patch.setattr(loop._Run, "_publish", _raise_after(2, publish))
+            patch.setattr(loop._Run, "_publish", _raise_after(3, publish))  # the last epoch, and the best
         if moment == "in the state":
             patch.setattr(state, "save_file", _raise_after(2, state.save_file))
         with pytest.raises(KeyboardInterrupt):

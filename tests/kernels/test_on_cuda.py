@@ -1,0 +1,102 @@
+"""The operators on a CUDA device against the fp64 reference on the CPU; skipped where there is no such device.
+
+Rule: error at most twice that of the same operator in the same dtype on the CPU, plus 32 units of rounding of the
+largest entry of the result.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from srm_kernels import (
+    dyt,
+    full_attention,
+    gated_fusion,
+    landmark_solve,
+    nystrom_attention,
+    rms_scale,
+    select_landmarks,
+)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+SPREAD = torch.arange(0, 40, 5).expand(2, 2, 8).contiguous()  # landmarks, the same on both devices
+
+
+def tokens(count, seed, dtype=torch.float64):
+    return torch.randn(
+        2, 2, count, 24, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
+
+
+def agree(found, same_on_cpu, exact, dtype):
+    floor = 32 * torch.finfo(dtype).eps * exact.abs().max()
+    error = (found.double().cpu() - exact).abs().max()
+    return bool(error <= 2 * (same_on_cpu.double() - exact).abs().max() + floor)
+
+
+OPERATORS = {
+    "nystrom": lambda q, k, v, index: nystrom_attention(q, k, v, 8, landmarks=index, qk_norm="keys"),
+    "nystrom reference": lambda q, k, v, index: nystrom_attention(
+        q, k, v, 8, landmarks=index, qk_norm="keys", backend="reference"
+    ),
+    "full": lambda q, k, v, index: full_attention(q, k, v),
+    "rms_scale": lambda q, k, v, index: rms_scale(q).rms,
+    "dyt": lambda q, k, v, index: dyt(q, q[0, 0, 0, :1], q[0, 0, 1], q[0, 0, 2]),
+    "gated_fusion": lambda q, k, v, index: (
+        gated_fusion(torch.stack([k, v], 1), k[:, 0, :2, 0], cap=3.0).fused
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_values_and_gradients(name, dtype):
+    operator = OPERATORS[name]
+    wide = [tokens(n, seed).to(dtype).double() for seed, n in enumerate((37, 40, 40))]
+
+    def run(device, kind):
+        inputs = [t.to(device, kind).requires_grad_() for t in wide]
+        result = operator(*inputs, SPREAD.to(device))
+        weight = torch.linspace(-1, 1, result.numel(), device=device).view_as(result).to(result.dtype)
+        gradients = torch.autograd.grad((result * weight).sum(), inputs, allow_unused=True)
+        return [result, *(g for g in gradients if g is not None)]
+
+    for found, plain, exact in zip(
+        run("cuda", dtype), run("cpu", dtype), run("cpu", torch.float64), strict=True
+    ):
+        assert found.is_cuda
+        assert agree(found.detach(), plain.detach(), exact.detach(), dtype)
+
+
+@pytest.mark.parametrize("solver", ["cholesky", "lu", "svd", "auto", "neumann"])
+def test_every_solver(solver):
+    key = torch.nn.functional.normalize(tokens(32, 5), dim=-1) * 24**0.5
+    logits, rhs = key @ key.mT / 24**0.5, tokens(32, 6)
+    exact = landmark_solve(logits, rhs, solver=solver).x
+    found = landmark_solve(logits.cuda(), rhs.cuda(), solver=solver, diagnostics=True)
+    assert torch.allclose(found.x.cpu(), exact, rtol=1e-8, atol=1e-8)
+    assert found.residual.max() < 1e-10
+
+
+@pytest.mark.parametrize("method", ["leverage", "leverage_sample", "uniform", "kmeans++", "pivoted_cholesky"])
+def test_landmarks_are_the_same_on_both_devices(method):
+    key = tokens(64, 7)
+    assert torch.equal(
+        select_landmarks(key.cuda(), 9, method=method).cpu(), select_landmarks(key, 9, method=method)
+    )
+
+
+def test_runs_on_a_side_stream():
+    q, k, v = (tokens(n, seed, torch.float32).cuda() for seed, n in enumerate((37, 40, 40)))
+    expected = nystrom_attention(q, k, v, 16, qk_norm="keys")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        found = nystrom_attention(q, k, v, 16, qk_norm="keys")
+    torch.cuda.current_stream().wait_stream(stream)
+    assert torch.equal(found, expected)

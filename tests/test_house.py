@@ -1,0 +1,77 @@
+"""Arrows point down: who may import whom, as docs/ARCHITECTURE.md draws it."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# Each part of srm_model stands on the floors below its own, and on parts of its own floor only where named here.
+FLOORS = (
+    {"cli", "__main__"},
+    {"reports", "training", "attacks"},
+    {"data"},
+    {"checkpoint", "model"},
+    {"neck", "backbones", "metrics"},
+    {"config", "files"},
+)
+NEIGHBOURS = {("checkpoint", "model"), ("model", "checkpoint"), ("__main__", "cli")}
+
+
+def modules(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Absolute names of everything a file imports, wherever in it."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            base = ".".join((*above, *filter(None, [node.module])))
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def floor(part: str) -> int:
+    return next(number for number, parts in enumerate(FLOORS) if part in parts)
+
+
+def test_kernels_know_nothing_of_models():
+    assert len(modules("srm_kernels")) > 10
+    for path in modules("srm_kernels"):
+        assert not [
+            name for name in imported(path) if name.split(".")[0] in ("srm_model", "bench", "tests")
+        ], path
+
+
+@pytest.mark.parametrize(("one", "other"), [("reference", "kernels"), ("kernels", "reference")])
+def test_mathematics_and_kernels_do_not_meet(one, other):
+    for path in modules("srm_kernels"):
+        if path.stem == one:
+            assert not [name for name in imported(path) if name.split(".")[-1] == other], path
+
+
+def test_parts_of_the_model_import_downwards():
+    known = set().union(*FLOORS)
+    for path in modules("srm_model"):
+        here = path.relative_to(ROOT / "srm_model").parts[0].removesuffix(".py")
+        if here == "__init__":
+            continue
+        assert here in known, f"{path}: on which floor is it?"
+        for name in imported(path):
+            package, _, rest = name.partition(".")
+            part = rest.split(".")[0]
+            if package != "srm_model" or part not in known or part == here:
+                continue
+            assert floor(part) > floor(here) or (here, part) in NEIGHBOURS, f"{path} imports {name}"
+
+
+def test_packages_read_nothing_beside_the_checkout():
+    for path in [*modules("srm_kernels"), *modules("srm_model"), *modules("bench")]:
+        assert "SRM_SHARED" not in path.read_text(encoding="utf-8"), path

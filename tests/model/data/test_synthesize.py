@@ -127,6 +127,12 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, folder, monkeypat
     (root / "distorted_images" / ".i04_17_5.abc.partial.bmp").write_bytes(b"half")
     with (root / "mos_with_names.txt.partial").open("a") as journal:
         journal.write("4.123")
+    calls[:] = calls[:3]
+    with pytest.raises(KeyboardInterrupt):
+        synthesize(root, photographs=folder, **SMALL)
+    journal = (root / "mos_with_names.txt.partial").read_text()
+    assert "4.123\n" not in journal
+    assert all(len(line.split()) == 2 and len(line.split()[0]) == 7 for line in journal.splitlines()), journal
     done = {path: path.stat().st_mtime_ns for path in (root / "distorted_images").glob("i*.bmp")}
     assert 2 <= len(done) < len(NAMES)
 

@@ -106,8 +106,8 @@ def _notice(run: Run) -> Markup | None:
     metric = run.labels.removeprefix("metric:").upper()
     return element(
         "p",
-        element("strong", f"The labels are not people's opinions: they are values of {metric}."),
-        f" {metric} is a full-reference metric, which compares each distorted picture with its original. Every "
+        element("strong", f"The labels are not people's opinions: they come from the metric {metric}."),
+        f" {metric} is a full-reference metric: it compares each distorted picture with its original. Every "
         f"correlation on this page is agreement with {metric}, not with human judgement.",
         class_="notice",
         role="note",

@@ -38,7 +38,7 @@ caption { text-align: left; color: var(--soft); font-size: .88rem; padding-botto
 th, td { padding: .32rem .8rem .32rem 0; text-align: left; vertical-align: baseline;
   border-bottom: 1px solid var(--rule); }
 thead th { font-weight: 600; color: var(--soft); font-size: .84rem; vertical-align: bottom; }
-tbody th { font-weight: 500; min-width: 7rem; }
+tbody th { font-weight: 500; min-width: 8.5rem; }
 tbody th.neck { white-space: nowrap; min-width: 0; }
 tbody td:last-child:not(.n) { min-width: 9rem; }
 td.n, th.n { text-align: right; white-space: nowrap; padding-left: .5rem; }
@@ -46,7 +46,7 @@ tr.group th { padding-top: 1rem; font-weight: 650; }
 tr.total > * { font-weight: 650; border-bottom-width: 2px; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: .5rem 2rem;
   align-items: start; }
-.results { display: grid; gap: .5rem 2.5rem; align-items: start; }
+.results { display: grid; grid-template-columns: minmax(0, 1fr); gap: .5rem 2.5rem; align-items: start; }
 @media (min-width: 62rem) { .results { grid-template-columns: auto minmax(20rem, 1fr); } }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr));
   gap: .8rem 1.4rem; margin: .4rem 0; align-items: end; }
@@ -94,6 +94,7 @@ footer { margin-top: 3rem; color: var(--soft); font-size: .84rem; }
   :root { --ground: #fff; --panel: #f4f4f4; --ink: #000; --soft: #444; --rule: #bbb; --grid: #ddd;
     --warn: #6b3a00; --warn-ground: #fff; --s0: #0072b2; --s1: #c8540a; --s2: #00805f; --s3: #9a4f80;
     --s4: #23104f; --s5: #5f45a8; --s6: #8c78cc; --s7: #b09adf; }
+  .scroll { overflow: visible; } table { font-size: .84rem; }
   body { font-size: 10.5pt; } main { max-width: none; padding: 0; }
   figure, .example, tr, .notice { break-inside: avoid; } h2, h3 { break-after: avoid; }
 }

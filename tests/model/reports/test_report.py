@@ -69,7 +69,7 @@ def test_budgets_are_told_apart_and_in_order(run_folder, page):
 
 def test_metric_labels_are_said_to_be_no_peoples(run_folder, page):
     found = page(write_report(run_folder(labels="metric:vsi")))
-    assert f"{NOTICE}: they are values of VSI." in found.text
+    assert f"{NOTICE}: they come from the metric VSI." in found.text
     assert "agreement with VSI, not with human judgement" in found.text
     assert "label (VSI)" in found.text
 
@@ -90,7 +90,7 @@ def test_one_file_that_names_a_metric_is_enough(run_folder, page, said_in):
         edit(folder / "srm" / "evaluation.json", labels="metric:fsim")
     else:
         edit(folder / "srm" / "config.json", card={"dataset": {"labels": "metric:fsim"}})
-    assert f"{NOTICE}: they are values of FSIM." in page(write_report(folder)).text
+    assert f"{NOTICE}: they come from the metric FSIM." in page(write_report(folder)).text
 
 
 def test_page_loads_nothing(run_folder, page):

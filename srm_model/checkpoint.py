@@ -12,16 +12,13 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from srm_model.config import SRMConfig
+from srm_model.config import NECKS, SRMConfig
 from srm_model.files import atomic_path, read_json, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from srm_model.model import IQAModel
-
 FORMAT = "srm-iqa/1"
-NECKS = ("srm", "quadratic", "none")
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 # The weights are complete under this name before config.json turns to them, and renamed afterwards.
@@ -51,21 +48,6 @@ def save_model(model: nn.Module, folder: str | Path, *, card: dict[str, Any]) ->
     }
     write_json(folder / CONFIG, document)
     (folder / _PENDING).replace(folder / WEIGHTS)
-
-
-def load_model(folder: str | Path) -> tuple[IQAModel, dict[str, Any]]:
-    """The model stored in `folder`, on the CPU and in eval mode, and its card.
-
-    A folder that is not a checkpoint, or not a whole one, is a ValueError of one sentence.
-    """
-    document = read_card(folder)
-    from srm_model.model import build_model  # the model reads its weights through this module
-
-    model = build_model(
-        document["backbone"], neck=document["neck"], config=SRMConfig.from_dict(document["config"])
-    )
-    load_weights(model, folder)
-    return model.eval(), document["card"]
 
 
 def read_card(folder: str | Path) -> dict[str, Any]:

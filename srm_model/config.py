@@ -12,6 +12,7 @@ LANDMARK_METHODS = ("leverage", "leverage_sample", "uniform", "kmeans++", "pivot
 SOLVERS = ("cholesky", "lu", "svd", "auto", "neumann")
 QK_NORMS = (None, "keys", "both")
 STAGES = (1, 2, 3, 4)
+NECKS = ("srm", "quadratic", "none")
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,8 @@ def _check_types(config: SRMConfig) -> None:
             continue
         expected: type = _OPTIONAL.get(field.name) or type(field.default)
         accepted = (float, int) if expected is float else (expected,)
-        if not isinstance(value, accepted) or (isinstance(value, bool) and expected is not bool):
+        typed = isinstance(value, accepted) and (expected is bool or not isinstance(value, bool))
+        if not typed:
             raise TypeError(f"config {field.name}={value!r}: expected {expected.__name__}")
         if expected is tuple:
             _check_items(field.name, value)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from .backbones import Backbone
-from .config import SRMConfig
-from .neck import NeckOutput, PlainNeck, SRMNeck, evaluating
+from .checkpoint import load_weights, read_card
+from .config import NECKS, SRMConfig
+from .modules import evaluating
+from .neck import NeckOutput, PlainNeck, SRMNeck
 
-NECKS = ("srm", "quadratic", "none")
 RANGE_TOLERANCE = 1e-2  # room for a finite-difference step at the edge of [0, 1]
 VARIANCE_FLOOR = 1e-6
 
@@ -135,8 +136,6 @@ def build_model(
     """
     if weights is None:
         return IQAModel(backbone, neck, config or SRMConfig(), pretrained=pretrained).eval()
-    from .checkpoint import load_model
-
     model, _ = load_model(weights)
     for name, wanted, found in (("backbone", backbone, model.backbone_name), ("neck", neck, model.neck_name)):
         if wanted != found:
@@ -145,3 +144,14 @@ def build_model(
         differing = [key for key, value in config.to_dict().items() if model.config.to_dict()[key] != value]
         raise ValueError(f"{weights} was made with another config; these differ: {', '.join(differing)}")
     return model.eval()
+
+
+def load_model(folder: str | Path) -> tuple[IQAModel, dict[str, Any]]:
+    """The model stored in a checkpoint folder, on the CPU and in evaluation mode, and its card.
+
+    A folder that is not a checkpoint, or not a whole one, is a ValueError of one sentence.
+    """
+    document = read_card(folder)
+    model = IQAModel(document["backbone"], document["neck"], SRMConfig.from_dict(document["config"]))
+    load_weights(model, folder)
+    return model.eval(), document["card"]

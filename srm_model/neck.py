@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -23,6 +22,7 @@ from srm_kernels import (
 from srm_kernels.attention.reference import normalised_key, normalised_query
 
 from .config import STAGES, SRMConfig
+from .modules import evaluating
 
 ATTENTIONS = ("nystrom", "full")
 TAU_FLOOR = 1e-6
@@ -480,18 +480,6 @@ class PlainNeck(nn.Module):
     def diagnose(self, pyramid: Sequence[Tensor]) -> dict[str, Any]:
         """Nothing to report."""
         return {}
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every submodule has the mode it was found in."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
 
 
 def _scale_to_unit(conv: nn.Conv2d, m: Tensor, limit: float) -> None:

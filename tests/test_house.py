@@ -14,11 +14,11 @@ FLOORS = (
     {"cli", "__main__"},
     {"reports", "training", "attacks"},
     {"data"},
-    {"checkpoint", "model"},
-    {"neck", "backbones", "metrics"},
-    {"config", "files"},
+    {"model"},
+    {"neck", "backbones", "metrics", "checkpoint"},
+    {"config", "files", "modules"},
 )
-NEIGHBOURS = {("checkpoint", "model"), ("model", "checkpoint"), ("__main__", "cli")}
+NEIGHBOURS = {("__main__", "cli")}
 
 
 def modules(package: str) -> list[Path]:

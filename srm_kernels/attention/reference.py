@@ -8,6 +8,8 @@ Q (B, H, N_q, d); K, V (B, H, N_k, d); I (B, H, r).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,20 +27,16 @@ def nystrom_attention(
     scale: float,
     qk_norm: str | None,
     solve_dtype: str,
-    ridge: float,
-    solver: str,
-    equilibrate: bool,
-    kappa_max: float,
-    neumann_order: int,
-    neumann_gate: bool,
+    *solve: Any,
 ) -> Tensor:
-    """Y (B, H, N_q, d) in the query's dtype; everything in between is fp32 (fp64 for fp64)."""
+    """Y (B, H, N_q, d) in the query's dtype; everything in between is fp32 (fp64 for fp64).
+
+    `solve`: ridge, solver and the rest, as `conditioning.landmark_solve` takes them.
+    """
     Q = normalised_query(query, qk_norm)
     block_dtype = query.dtype if solve_dtype == "model" else Q.dtype
     keys, logits, rhs = _key_side(key, value, landmarks, scale, qk_norm, block_dtype)
-    X, _ = conditioning.landmark_solve(
-        logits, rhs, ridge, solver, equilibrate, kappa_max, neumann_order, neumann_gate
-    )
+    X, _ = conditioning.landmark_solve(logits, rhs, *solve)
     L = _block(Q, keys, scale, block_dtype)
     return (L @ X).to(query.dtype)
 

@@ -5,6 +5,8 @@ R V = SDPA(K̃, K, V) and Y = SDPA(Q, K̃, X): torch's fused kernels then hold n
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -23,35 +25,17 @@ def nystrom_attention(
     scale: float,
     qk_norm: str | None,
     solve_dtype: str,
-    ridge: float,
-    solver: str,
-    equilibrate: bool,
-    kappa_max: float,
-    neumann_order: int,
-    neumann_gate: bool,
+    *solve: Any,
 ) -> Tensor:
-    """Y (B, H, N_q, d) in the query's dtype; everything in between is fp32 (fp64 for fp64)."""
+    """Y (B, H, N_q, d) in the query's dtype; everything in between is fp32 (fp64 for fp64).
+
+    `solve`: ridge, solver and the rest, as `conditioning.landmark_solve` takes them.
+    """
     if landmarks.shape[-1] < FEWEST_KEYS:
-        return reference.nystrom_attention(
-            query,
-            key,
-            value,
-            landmarks,
-            scale,
-            qk_norm,
-            solve_dtype,
-            ridge,
-            solver,
-            equilibrate,
-            kappa_max,
-            neumann_order,
-            neumann_gate,
-        )
+        return reference.nystrom_attention(query, key, value, landmarks, scale, qk_norm, solve_dtype, *solve)
     Q, K = normalised_query(query, qk_norm), normalised_key(key, qk_norm)
     keys = take_landmarks(K, landmarks)
     rhs = scaled_dot_product_attention(keys, K, value.to(K.dtype), scale=scale)
-    X, _ = conditioning.landmark_solve(
-        keys @ keys.mT * scale, rhs, ridge, solver, equilibrate, kappa_max, neumann_order, neumann_gate
-    )
+    X, _ = conditioning.landmark_solve(keys @ keys.mT * scale, rhs, *solve)
     # A solve returns column-major matrices, on which the attention is four times slower.
     return scaled_dot_product_attention(Q, keys, X.contiguous(), scale=scale).to(query.dtype)

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
-from srm_model.checkpoint import CONFIG, NECKS, load_model, read_card
-from srm_model.config import SRMConfig
+from srm_model.checkpoint import CONFIG, read_card
+from srm_model.config import NECKS, SRMConfig
 from srm_model.data import SPLITS, open_dataset
 from srm_model.files import read_json, write_json
+from srm_model.model import load_model
 
 RUN = "run.json"
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from functools import cache
 from types import ModuleType
 from typing import NamedTuple
 
@@ -12,10 +10,9 @@ import numpy.typing as npt
 import torch
 
 from srm_model.data.images import Pixels
+from srm_model.modules import make_torchvision_importable
 
 LABEL_RANGE = (0.0, 9.0)  # TID2013's
-
-_schemas: list[torch.library.Library] = []  # a schema lives as long as its library
 
 
 class Scale(NamedTuple):
@@ -54,27 +51,9 @@ def _batch(images: list[Pixels]) -> torch.Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().div_(255)
 
 
-@cache
 def import_piq() -> ModuleType:
-    """piq, which imports torchvision; where it is not installed a ValueError says how to get it.
-
-    A torchvision built for CUDA cannot register its operators on CPU torch and does not import. Two schemas are all
-    that it asks for; no operator of it is used here.
-    """
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError as error:
-        if "torchvision::" not in str(error):
-            raise
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for name in ("nms", "qnms"):
-            if not hasattr(torch.ops.torchvision, name):
-                library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _schemas.append(library)
-        for module in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[module]
-    except ImportError:
-        pass
+    """piq; where it is not installed a ValueError says how to get it."""
+    make_torchvision_importable()
     try:
         import piq
     except ImportError as error:

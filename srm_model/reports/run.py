@@ -11,7 +11,8 @@ from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
-from srm_model.checkpoint import CONFIG, NECKS, read_card
+from srm_model.checkpoint import CONFIG, read_card
+from srm_model.config import NECKS
 from srm_model.files import read_json
 from srm_model.metrics import LogisticMap
 

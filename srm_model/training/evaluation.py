@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,6 +11,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from srm_model.metrics import LogisticMap, plcc, srocc
+from srm_model.modules import evaluating
 from srm_model.training.seeding import seeded
 
 
@@ -77,15 +76,3 @@ def evaluate(
         "logistic": None if logistic is None else logistic.to_dict(),
         "labels": dataset.labels,
     }
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for the length of a block; every submodule's own mode afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

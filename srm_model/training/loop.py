@@ -19,7 +19,8 @@ from srm_model.checkpoint import save_model
 from srm_model.config import SRMConfig
 from srm_model.files import write_text
 from srm_model.metrics import LogisticMap, plcc, srocc
-from srm_model.training.evaluation import evaluating, predict
+from srm_model.modules import evaluating
+from srm_model.training.evaluation import predict
 from srm_model.training.optimisation import autocast_dtype, lr_factor, parameter_groups, warmup_steps
 from srm_model.training.seeding import deterministic, seeded
 from srm_model.training.state import load_tensors, read_values, save_state

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import srm_model.checkpoint as checkpoint
-from srm_model.checkpoint import load_model, load_weights, read_card, save_model
+from srm_model import load_model
+from srm_model.checkpoint import load_weights, read_card, save_model
 from srm_model.config import SRMConfig
 
 

@@ -103,7 +103,7 @@ def test_train_writes_what_reports_and_attacks_read(run: Path, data: Path):
 
 
 def test_the_evaluation_is_of_the_best_checkpoint_on_the_test_split(run: Path, data: Path):
-    from srm_model.checkpoint import load_model
+    from srm_model import load_model
 
     found = read_json(run / "srm" / "evaluation.json")
     test = open_dataset(data, "test", image_size=32)

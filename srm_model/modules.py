@@ -1,0 +1,48 @@
+"""Two things that several parts ask of modules, of torch's kind and of Python's."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+from torch import nn
+
+_schemas: list[torch.library.Library] = []  # a schema lives as long as its library
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the length of a block; afterwards every submodule has the mode it was found in."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+@cache
+def make_torchvision_importable() -> None:
+    """Call before importing a library that imports torchvision (timm, piq).
+
+    A torchvision built for CUDA cannot register its operators on CPU torch and does not import. Two schemas are all
+    that it asks for; no operator of it is used here.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for name in ("nms", "qnms"):
+            if not hasattr(torch.ops.torchvision, name):
+                library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _schemas.append(library)
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+    except ImportError:
+        pass

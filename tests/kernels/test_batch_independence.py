@@ -30,7 +30,7 @@ Case = tuple[Callable[..., Tensor], Callable[[int, torch.dtype], list[Tensor]]]
 
 
 def attention_tokens(seed: int, dtype: torch.dtype) -> list[Tensor]:
-    return [tokens(seed + i, 5, 2, n, 24, dtype=dtype) for i, n in enumerate((33, 20, 20))]
+    return [tokens(seed + i, 5, 2, n, 24, dtype=dtype) for i, n in enumerate((33, 24, 24))]
 
 
 def solve_tensors(seed: int, dtype: torch.dtype) -> list[Tensor]:
@@ -46,7 +46,7 @@ CASES: dict[str, Case] = {
     **{
         f"nystrom-{solver}-{method}": (
             lambda q, k, v, s=solver, m=method: nystrom_attention(
-                q, k, v, 8, qk_norm="keys", solver=s, method=m
+                q, k, v, 16, qk_norm="keys", solver=s, method=m
             ),
             attention_tokens,
         )

@@ -120,9 +120,19 @@ def test_nystrom_attention_with_one_landmark_every_landmark_and_a_scale():
         assert gradcheck(lambda q, k, v: nystrom_attention(q, k, v, rank, ridge=0.1, scale=0.3), tensors)  # noqa: B023
 
 
+@pytest.mark.parametrize(("solver", "qk_norm"), [("cholesky", "keys"), ("lu", None), ("svd", "both")])
+def test_nystrom_attention_through_fused_attention(solver, qk_norm):
+    """From 16 landmarks on torch's own attention serves the blocks."""
+    tensors, _ = attention_inputs(nq=3, nk=18, d=2)
+    assert gradcheck(
+        lambda q, k, v: nystrom_attention(q, k, v, 16, ridge=0.1, solver=solver, qk_norm=qk_norm), tensors
+    )
+
+
+@pytest.mark.parametrize("nk", [6, 16])
 @pytest.mark.parametrize("qk_norm", QK_NORMS)
-def test_full_attention(qk_norm):
-    tensors, _ = attention_inputs()
+def test_full_attention(qk_norm, nk):
+    tensors, _ = attention_inputs(nk=nk)
     assert gradcheck(lambda q, k, v: full_attention(q, k, v, qk_norm=qk_norm, scale=0.4), tensors)
 
 
@@ -167,14 +177,14 @@ def test_attention_gradients_in_lower_dtypes(solver, dtype):
     """Rule `agree`, against autograd through plain PyTorch in the same dtype with fp32 inside."""
     tensors = [tokens(seed, 2, 2, n, 16, dtype=dtype) for seed, n in ((20, 40), (21, 30), (22, 30))]
     weight = tokens(23, 2, 2, 40, 16, dtype=dtype)
-    landmarks = select_landmarks(oracle.normalise(tensors[1].float()), 8)
+    landmarks = select_landmarks(oracle.normalise(tensors[1].float()), 16)
 
     def gradients(f: Callable[..., Tensor], upcast: bool) -> tuple[Tensor, ...]:
         inputs = leaves(*(x.double() if upcast else x for x in tensors))
         return torch.autograd.grad(f(*inputs), inputs, weight.double() if upcast else weight)
 
     found = gradients(
-        lambda q, k, v: nystrom_attention(q, k, v, 8, landmarks=landmarks, qk_norm="keys", solver=solver),
+        lambda q, k, v: nystrom_attention(q, k, v, 16, landmarks=landmarks, qk_norm="keys", solver=solver),
         False,
     )
     plain = gradients(

@@ -121,16 +121,28 @@ def test_pivoted_cholesky_takes_each_duplicate_only_after_every_other_key():
     assert sorted((picks % 6).flatten().tolist()) == list(range(6))
 
 
-def test_kmeans_finds_every_cluster_where_uniform_misses_half():
-    """Sixteen keys, all of them candidates at r = 8: eight distant pairs, the twins eight places apart."""
+@pytest.mark.parametrize("seed", range(6))
+def test_kmeans_finds_every_cluster(seed):
+    """Sixteen keys, all candidates at r = 8: two clusters of five, six lone keys, all far from each other."""
     centres = 20 * torch.eye(8, 12, dtype=torch.float64)
-    key = (centres + 0.1 * tokens(8, 2, 8, 12)).reshape(1, 1, 16, 12)
+    cluster = torch.tensor([0] * 5 + [1] * 5 + [2, 3, 4, 5, 6, 7])
+    key = (centres[cluster] + 0.1 * tokens(seed, 16, 12))[None, None]
 
-    def clusters(method: str) -> int:
-        return len(set((select_landmarks(key, 8, method=method) % 8).flatten().tolist()))
+    def found(method: str) -> int:
+        return len(set(cluster[select_landmarks(key, 8, method=method).flatten()].tolist()))
 
-    assert clusters("kmeans++") == 8
-    assert clusters("uniform") == 4
+    assert found("kmeans++") == 8
+    assert found("uniform") < 8
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_kmeans_moves_its_centres_to_the_middle_of_their_cluster(seed):
+    """Three keys in a line and a lone one: whichever of the three was drawn, the middle one is the landmark."""
+    key = torch.tensor(
+        [[9.0, 0.0, 1.0], [9.0, 0.0, 0.0], [9.0, 0.0, -1.1], [0.0, 30.0, 0.0]], dtype=torch.float64
+    )
+    picks = select_landmarks(key[None, None], 2, method="kmeans++", generator=seeded(seed))
+    assert sorted(picks.flatten().tolist()) == [1, 3]
 
 
 @pytest.mark.parametrize("rank", [1, 5, 12])

@@ -23,8 +23,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        temporary.chmod(0o666 & ~_umask())
         yield temporary
+        temporary.chmod(0o666 & ~_umask())  # a temporary file is its owner's alone
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

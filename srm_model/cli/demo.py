@@ -21,7 +21,7 @@ TITLE = "Demo: two necks trained and attacked on distorted photographs"
 FULL: dict[str, Any] = {
     "image_size": 160,
     "batch_size": 16,
-    "epochs": 4,
+    "epochs": 3,
     "warmup_epochs": 1,
     "lr_backbone": 2e-4,
     "lr_neck": 1e-3,

@@ -149,6 +149,7 @@ def full_attention(
 
     query: (B, H, N_q, d); key, value: (B, H, N_k, d), as in `nystrom_attention`, with its `qk_norm` and `scale`.
     backend None or "sdpa" is torch's scaled_dot_product_attention; "reference" writes the softmax out.
+    A second derivative needs "reference": torch's own kernel has none on the CPU.
     Returns (B, H, N_q, d) in the query's dtype. Raises TypeError for dtypes, ValueError for shapes and values.
     """
     d = _check_attention(query, key, value, qk_norm, scale)

@@ -65,8 +65,8 @@ def select_landmarks(
     - "uniform": floor((i + 0.5) N_k / r).
     - "kmeans++": k-means++ seeding and five Lloyd steps on the top-2r leverage candidates, then for each
       centre in turn the nearest key not yet taken. Random.
-    - "pivoted_cholesky": r times the key with the largest residual diagonal of exp(K Kᵀ s), ties to the lower
-      index; O(N_k r²). `scale` is s, 1/√d by default; no other method reads it.
+    - "pivoted_cholesky": r times the key with the largest residual diagonal of exp(K Kᵀ s), ties (within one
+      part in 100,000) to the lower index; O(N_k r²). `scale` is s, 1/√d by default; no other method reads it.
 
     generator: source of the random methods' numbers, the same for every (b, h); None means seed 0.
     Returns (B, H, r) int64, distinct along the last axis. Not differentiable.

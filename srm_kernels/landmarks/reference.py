@@ -123,8 +123,12 @@ def _pivoted_cholesky(key: Tensor, rank: int, scale: float) -> Tensor:
     factor = K.new_zeros(*residual.shape, rank)
     picked: list[Tensor] = []
     for step in range(rank):
-        free = residual.scatter(-1, torch.cat(picked, -1), -math.inf) if picked else residual
-        pivot = free.argmax(-1, keepdim=True)
+        free = residual.nan_to_num(nan=math.inf)
+        if picked:
+            free = free.scatter(-1, torch.cat(picked, -1), -math.inf)
+        # Normalised keys start with equal diagonals: rounding must not choose among them.
+        largest = free >= free.amax(-1, keepdim=True) * (1 - TIE_TOLERANCE)
+        pivot = largest.to(torch.uint8).argmax(-1, keepdim=True)
         picked.append(pivot)
         column = ((_take(K, pivot) @ K.mT).squeeze(-2) * scale - shift).exp()
         column = column - (_take(factor, pivot) @ factor.mT).squeeze(-2)

@@ -123,7 +123,7 @@ def _pivoted_cholesky(key: Tensor, rank: int, scale: float) -> Tensor:
     factor = K.new_zeros(*residual.shape, rank)
     picked: list[Tensor] = []
     for step in range(rank):
-        free = residual.nan_to_num(nan=math.inf)
+        free = residual.clamp(min=0).nan_to_num(nan=math.inf)
         if picked:
             free = free.scatter(-1, torch.cat(picked, -1), -math.inf)
         # Normalised keys start with equal diagonals: rounding must not choose among them.

@@ -31,7 +31,7 @@ FULL: dict[str, Any] = {
 QUICK: dict[str, Any] = {**FULL, "image_size": 96, "epochs": 1, "attack_steps": 3}
 FULL_DATA: dict[str, Any] = {}
 QUICK_DATA: dict[str, Any] = {"types": (1, 8, 10, 17), "levels": (1, 3, 5)}
-FULL_IMAGES, QUICK_IMAGES = 64, 16
+FULL_IMAGES, QUICK_IMAGES = 48, 16
 
 
 def run(args: argparse.Namespace) -> None:

@@ -467,7 +467,8 @@ class PlainNeck(nn.Module):
     def forward(self, pyramid: Sequence[Tensor]) -> NeckOutput:
         """Four maps → the last one as `fused` (B, C, P, P)."""
         fused = F.adaptive_avg_pool2d(self.align(pyramid[-1]), self.config.pool_size)
-        return NeckOutput(fused, None, None, None, {}, None)
+        losses = {name: fused.new_zeros(()) for name in ("tau", "entropy", "balance")}
+        return NeckOutput(fused, None, None, None, losses, None)
 
     @torch.no_grad()
     def calibrate(self, pyramid: Sequence[Tensor]) -> None:

@@ -2,7 +2,7 @@
 
 from srm_model.attacks.examples import save_examples
 from srm_model.attacks.gradient import PGDTrace, fgsm, pgd, pgd_trace
-from srm_model.attacks.objectives import MSE, Drift, Objective, PairInversion
+from srm_model.attacks.objectives import MSE, Drift, Objective, PairInversion, Signed, SoftSpearman
 from srm_model.attacks.suite import Attack, Example, Suite, SuiteResult
 
 __all__ = [
@@ -13,6 +13,8 @@ __all__ = [
     "Objective",
     "PGDTrace",
     "PairInversion",
+    "Signed",
+    "SoftSpearman",
     "Suite",
     "SuiteResult",
     "fgsm",

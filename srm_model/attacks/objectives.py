@@ -54,6 +54,56 @@ class Drift:
 
 
 @dataclass(frozen=True)
+class Signed:
+    """sign · f(x') per image: raise the score (+1) or lower it (−1), whatever the human one.
+
+    What a cheat or a saboteur wants; `MSE` and `Drift` take whichever side is the easier for each image.
+    """
+
+    sign: int
+
+    batch_defined: ClassVar[bool] = False
+    uses_clean_scores: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.sign not in (-1, 1):
+            raise ValueError(f"sign={self.sign!r}: expected 1 or -1")
+
+    @property
+    def name(self) -> str:
+        return "raise" if self.sign > 0 else "lower"
+
+    def __call__(self, scores: Tensor, mos: Tensor, clean_scores: Tensor) -> Tensor:
+        return self.sign * scores
+
+
+@dataclass(frozen=True)
+class SoftSpearman:
+    """Minus the correlation of soft ranks with the ranks of MOS: a list-wise attack on SROCC itself.
+
+    The soft rank of image a is Σ_b sigmoid((f(x'_a) − f(x'_b)) / T), which tends to its rank for T → 0. One loss
+    for the batch, between −1 and 1; 0 where all MOS of the batch are equal.
+    """
+
+    temperature: float = _DEFAULTS.pair_temperature
+
+    name: ClassVar[str] = "soft_spearman"
+    batch_defined: ClassVar[bool] = True
+    uses_clean_scores: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature!r}: expected a positive number")
+
+    def __call__(self, scores: Tensor, mos: Tensor, clean_scores: Tensor) -> Tensor:
+        soft = torch.sigmoid((scores[:, None] - scores[None, :]) / self.temperature).sum(1)
+        ranks = (torch.sign(mos[:, None] - mos[None, :]).sum(1)).to(scores.dtype)  # ties share their mean
+        soft, ranks = soft - soft.mean(), ranks - ranks.mean()
+        floor = torch.finfo(scores.dtype).eps
+        return -(soft * ranks).sum() / (soft.square().sum() * ranks.square().sum() + floor).sqrt()
+
+
+@dataclass(frozen=True)
 class PairInversion:
     """Mean over pairs with y_a − y_b > margin of log(1 + exp(−(f(x'_a) − f(x'_b)) / T)): reverse the ranking.
 

@@ -18,12 +18,13 @@ from torch.utils.data import Subset
 
 from srm_model.attacks.gradient import PGDTrace, check_budget, default_step_size, pgd_trace
 from srm_model.attacks.guard import check_images, check_model, predict
-from srm_model.attacks.objectives import MSE, Drift, Objective, PairInversion
+from srm_model.attacks.objectives import MSE, Drift, Objective, PairInversion, Signed, SoftSpearman
 from srm_model.config import SRMConfig
 from srm_model.files import read_json, write_json
 from srm_model.metrics import LogisticMap, plcc, srocc
 
 REFERENCE_SIDE = 512  # L2 budgets are stated for 512×512 images
+_DEFAULTS = SRMConfig()
 _RESUME_FORMAT = "srm-iqa-attacks/1"
 
 
@@ -111,8 +112,18 @@ class Suite:
 
     @classmethod
     def extended(cls, config: SRMConfig | None = None) -> Suite:
-        """The stronger suite with adaptive and black-box attacks; not built yet."""
-        raise NotImplementedError("the extended suite is not built yet: Suite.paper() is what can run")
+        """The article's suite, and beyond it PGD that raises every score, lowers every score, and a list-wise one.
+
+        All are first-order attacks with PGD's fixed steps; none adapts its step or goes without gradients.
+        """
+        paper = cls.paper(config)
+        listwise = SoftSpearman(temperature=paper.config.pair_temperature)
+        beyond = [
+            Attack("pgd_raise", Signed(1)),
+            Attack("pgd_lower", Signed(-1)),
+            Attack("pgd_soft_spearman", listwise),
+        ]
+        return cls([*paper.attacks, *beyond], paper.config)
 
     def run(
         self,
@@ -123,7 +134,7 @@ class Suite:
         eps: float,
         surrogate: nn.Module | None = None,
         logistic: LogisticMap | None = None,
-        batch_size: int | None = None,
+        batch_size: int = _DEFAULTS.attack_batch_size,
         seed: int = 0,
         progress: bool = False,
         keep: int = 0,
@@ -138,7 +149,7 @@ class Suite:
         logistic: map fitted on clean validation scores (`LogisticMap`), applied as it is to clean and attacked
             scores before PLCC; None gives plain Pearson.
         batch_size: images attacked together, in the data set's order; it matters to the pair-inversion
-            objective. None is the config's (8). The last batch may be smaller.
+            objective. The last batch may be smaller.
         seed: of the random starts and of a stochastic model's draws, by batch and attack; the starts are the
             same for every model.
         progress: a bar on stderr, one tick a PGD step. keep: how many `examples` to return, evenly spaced over
@@ -167,7 +178,7 @@ class Suite:
             dataset=dataset,
             norm=norm,
             eps=eps,
-            batch_size=config.attack_batch_size if batch_size is None else batch_size,
+            batch_size=batch_size,
             seed=seed,
             limit=limit,
         )

@@ -21,7 +21,6 @@ LATER = {
     "ablate": "train and attack the article's ablations",
     "diagnose": "conditioning, scale and gate statistics of a checkpoint",
     "profile": "time and memory of the neck and its operators",
-    "export": "write a checkpoint in a deployable format",
 }
 # What a caller can mend, told in one sentence; anything else is a fault of the program and keeps its traceback.
 _EXPECTED = (ValueError, TypeError, NotImplementedError, OSError, ModuleNotFoundError)
@@ -126,6 +125,13 @@ def _parser() -> argparse.ArgumentParser:
             "the path. Files that cannot be read are told on stderr, and the exit code is then 2.",
         )
     )
+    exported = command(
+        "export", "export:run", "a checkpoint to publish: weights, an exported program, a card"
+    )
+    exported.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a checkpoint folder, or a run that holds one"
+    )
+    exported.add_argument("out", metavar="OUT", help="folder to write")
     _add_report(command("report", "report:run", "write a run's report, one self-contained HTML page"))
     return parser
 

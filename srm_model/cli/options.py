@@ -34,7 +34,7 @@ def add_config(parser: argparse.ArgumentParser, *fields: str) -> None:
             else "--batch-size",
             dest=f"config_{field}",
             type=type(defaults[field]),
-            metavar=field.rpartition("_")[2].upper(),
+            metavar="RATE" if field.startswith("lr_") else field.rpartition("_")[2].upper(),
             help=_HELP.get(field),
         )
     group.add_argument(

@@ -104,6 +104,14 @@ def checkpoints(folder: str) -> list[Path]:
     return found
 
 
+def one_checkpoint(folder: str) -> Path:
+    """The checkpoint at `folder`, or the only one in it."""
+    found = checkpoints(folder)
+    if len(found) > 1:
+        raise ValueError(f"{folder}: holds several checkpoints; name one of {', '.join(map(str, found))}")
+    return found[0]
+
+
 def open_checkpoint(folder: Path, device: torch.device) -> tuple[Any, dict[str, Any]]:
     """Model on `device` in channels-last, and card."""
     model, card = load_model(folder)

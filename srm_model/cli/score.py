@@ -15,13 +15,9 @@ from srm_model.data import load_image
 
 def run(args: argparse.Namespace) -> int:
     """Print a line per readable file; 2 where a file could not be read."""
-    folders = runs.checkpoints(args.checkpoint)
-    if len(folders) > 1:
-        raise ValueError(
-            f"{args.checkpoint}: holds several checkpoints; name one of {', '.join(map(str, folders))}"
-        )
+    folder = runs.one_checkpoint(args.checkpoint)
     device = runs.device_from(args.device)
-    model, _ = runs.open_checkpoint(folders[0], device)
+    model, _ = runs.open_checkpoint(folder, device)
     failed = False
     for batch in _batches(args.images, args.batch_size):
         loaded = [(path, _load(path, model.config.image_size)) for path in batch]

@@ -22,6 +22,11 @@ from srm_model.data.transforms import centre_crop, load_resized, random_crop_and
 SPLITS = ("train", "val", "test")
 
 
+def published_name(name: str, images: int, published: int) -> str:
+    """The set's name, with the count where the list at hand is not the whole published one (cut short, a subset)."""
+    return name if images == published else f"{name} ({images} of its {published} images)"
+
+
 class Row(NamedTuple):
     """One row of a set's list that was understood."""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 Pixels = npt.NDArray[np.uint8]
@@ -69,6 +69,8 @@ def fault(path: Path, *, full: bool) -> str | None:
             to_rgb(image)
         if image.format == "PNG":
             Image.open(io.BytesIO(data)).verify()  # checksums, which loading does not look at to the end
+    except UnidentifiedImageError:
+        return "it is in no known image format"
     except Exception as error:  # decoders raise whatever they like on broken files
         return _first_line(error)
     return None

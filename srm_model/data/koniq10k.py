@@ -15,6 +15,7 @@ from srm_model.data.base import (
     check_arguments,
     find_images,
     parse_mos,
+    published_name,
 )
 
 SETS_FILE = "koniq10k_distributions_sets.csv"
@@ -23,6 +24,7 @@ IMAGE_FOLDERS = ("1024x768", "512x384")  # the larger one where both are there
 MOS_RANGE = (0.0, 100.0)
 
 _SET_WORDS = {"training": "train", "validation": "val", "test": "test"}
+PUBLISHED_IMAGES = 10_073
 _SETS_COLUMNS = {"image_name", "MOS", "set"}
 _SCORES_COLUMNS = {"image_name", "MOS", "MOS_zscore"}
 _AGREEMENT = 0.1  # on 0 to 100; well above what rounding does
@@ -65,7 +67,7 @@ class KonIQ10k(ImageQualityDataset):
             _compare(rows, faults, scores)
         entries = find_images(rows, folder, faults, verify=verify)
         super().__init__(
-            "KonIQ-10k",
+            published_name("KonIQ-10k", len(entries), PUBLISHED_IMAGES),
             root,
             split,
             entries,

@@ -18,10 +18,12 @@ from srm_model.data.base import (
     check_arguments,
     find_images,
     parse_mos,
+    published_name,
 )
 from srm_model.files import read_json
 
 LIST = "mos_with_names.txt"
+PUBLISHED_IMAGES = 3_000
 LABELS = "labels.json"
 REFERENCES = "references.json"
 IMAGES = "distorted_images"
@@ -75,7 +77,9 @@ class TID2013(ImageQualityDataset):
         rows = _read_list(root, labels.range, faults)
         entries = find_images(rows, root / IMAGES, faults, verify=verify)
         super().__init__(
-            "TID2013" if labels.kind == "mos" else "synthesised in TID2013's layout",
+            published_name("TID2013", len(entries), PUBLISHED_IMAGES)
+            if labels.kind == "mos"
+            else "synthesised in TID2013's layout",
             root,
             split,
             entries,

@@ -45,8 +45,7 @@ def test_gradient_reaches_the_pixels_of_its_own_image_only(model):
 def test_losses_on_request(model):
     scores, losses = model(images(2), return_losses=True)
     assert torch.equal(scores, model(images(2)))
-    expected = set() if model.neck_name == "none" else {"tau", "entropy", "balance"}
-    assert set(losses) == expected
+    assert set(losses) == {"tau", "entropy", "balance"}
     assert all(loss.shape == () for loss in losses.values())
 
 

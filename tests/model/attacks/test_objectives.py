@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from srm_model.attacks import MSE, Drift, PairInversion
+from srm_model.attacks import MSE, Drift, PairInversion, Signed, SoftSpearman
 from srm_model.config import SRMConfig
+from srm_model.metrics import srocc
 
 SCORES = torch.tensor([0.2, 0.5, 0.4])
 MOS = torch.tensor([0.9, 0.6, 0.58], dtype=torch.float64)
@@ -73,3 +74,22 @@ def test_defaults_are_the_configs():
 def test_bad_constants_are_refused(values):
     with pytest.raises(ValueError, match=next(iter(values))):
         PairInversion(**values)
+
+
+def test_signed_objectives_are_the_score_and_its_negative():
+    assert Signed(1)(SCORES, MOS, CLEAN).tolist() == SCORES.tolist()
+    assert Signed(-1)(SCORES, MOS, CLEAN).tolist() == (-SCORES).tolist()
+    assert (Signed(1).name, Signed(-1).name) == ("raise", "lower")
+    with pytest.raises(ValueError, match="sign=0: expected 1 or -1"):
+        Signed(0)
+
+
+def test_soft_spearman_tends_to_minus_the_rank_correlation():
+    scores = torch.tensor([0.1, 0.9, 0.4, 0.7, 0.2], dtype=torch.float64)
+    mos = torch.tensor([0.3, 0.8, 0.5, 0.4, 0.5], dtype=torch.float64)
+    sharp = SoftSpearman(temperature=1e-4)(scores, mos, scores)
+    assert sharp.item() == pytest.approx(-srocc(scores, mos), abs=1e-6)
+    assert SoftSpearman()(scores, torch.full_like(mos, 0.5), scores).item() == 0
+    assert gradcheck(lambda x: SoftSpearman()(x, mos, x), scores.clone().requires_grad_())
+    with pytest.raises(ValueError, match="temperature=0: expected a positive number"):
+        SoftSpearman(temperature=0)

@@ -63,9 +63,19 @@ def test_the_paper_suite():
     assert Suite.paper(config).attacks[2].objective == PairInversion(margin=0.2, temperature=0.3)
 
 
-def test_the_extended_suite_says_that_it_is_not_there():
-    with pytest.raises(NotImplementedError, match=r"Suite.paper\(\)"):
-        Suite.extended()
+def test_the_extended_suite_holds_the_papers_and_is_at_least_as_strong():
+    suite = Suite.extended(CONFIG)
+    assert [attack.name for attack in suite.attacks[:4]] == ATTACKS
+    beyond = ["pgd_raise", "pgd_lower", "pgd_soft_spearman"]
+    assert [attack.name for attack in suite.attacks[4:]] == beyond
+    paper, extended = run(), run(suite=suite)
+    for name in ATTACKS[:3]:
+        assert extended.attacks[name] == paper.attacks[name]
+    assert extended.worst["srocc"] <= paper.worst["srocc"]
+    clean = np.array(extended.clean["scores"])
+    assert (np.array(extended.attacks["pgd_raise"]["scores"]) > clean).all()
+    assert (np.array(extended.attacks["pgd_lower"]["scores"]) < clean).all()
+    assert extended.attacks["pgd_soft_spearman"]["srocc"] < extended.clean["srocc"]
 
 
 def test_scores_and_correlations_are_those_of_the_attacked_images():
@@ -151,7 +161,7 @@ def test_eps_zero_leaves_every_score():
         assert result.worst["srocc_drop"] == 0
 
 
-def test_settings_come_from_the_config_and_batches_from_the_order(monkeypatch):
+def test_settings_come_from_the_config_and_batches_of_eight_from_the_order(monkeypatch):
     seen = []
     genuine = suite_module.pgd_trace
 
@@ -160,7 +170,7 @@ def test_settings_come_from_the_config_and_batches_from_the_order(monkeypatch):
         return genuine(model, images, mos, objective, **arguments)
 
     monkeypatch.setattr(suite_module, "pgd_trace", spy)
-    result = run(batch_size=None)
+    result = Suite.paper(CONFIG).run(linear(), Images(), norm="linf", eps=4 / 255)
     assert seen == [(8, 4, 2, 1)] * 3 + [(3, 4, 2, 1)] * 3
     assert (result.steps, result.restarts, result.batch_size, result.eot) == (4, 2, 8, 1)
 

@@ -153,5 +153,7 @@ def test_the_folder_of_images(koniq, copies):
 def test_an_empty_split(koniq):
     write_sets(koniq / SETS_FILE, ROWS[:2])
     assert np.isclose(KonIQ10k(koniq, "val").mos, 0.035).all()
-    with pytest.raises(ValueError, match="the test split of KonIQ-10k has no images"):
+    with pytest.raises(
+        ValueError, match=r"the test split of KonIQ-10k \(2 of its 10073 images\) has no images"
+    ):
         KonIQ10k(koniq, "test")

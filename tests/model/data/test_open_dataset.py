@@ -46,7 +46,7 @@ def test_an_unfinished_set_is_named_as_such(tid):
 def test_describe(tid, koniq):
     root = tid(references=7)
     found = describe(root, seed=1)
-    assert found["name"] == "TID2013"
+    assert found["name"] == "TID2013 (14 of its 3000 images)"
     assert found["images"] == 14
     assert found["splits"] == {"train": 8, "val": 2, "test": 4}
     assert {split: len(ids) for split, ids in found["references"].items()} == {

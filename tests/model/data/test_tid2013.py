@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import pickle
 import random
+import re
 
 import numpy as np
 import pytest
@@ -33,6 +34,7 @@ def test_the_true_list_with_its_mixed_case(tmp_path, shared, copies):
         assert part.mos.dtype == np.float64
         assert sorted(part.names, key=order.__getitem__) == part.names
         assert all(part.path(i).name.lower() == name.lower() for i, name in enumerate(part.names))
+    assert {part.name for part in sets.values()} == {"TID2013"}
     assert len(set().union(*(part.names for part in sets.values()))) == 3000
 
 
@@ -184,9 +186,10 @@ def test_labels_of_a_metric(tid):
     }
     (root / "labels.json").write_text(json.dumps(labels))
     part = TID2013(root, "test")
-    assert (plain.labels, plain.name) == ("mos", "TID2013")
+    assert plain.labels == "mos"
+    assert re.fullmatch(r"TID2013 \(\d+ of its 3000 images\)", plain.name)
     assert part.labels == "metric:vsi"
-    assert part.name != "TID2013"
+    assert "TID2013 (" not in part.name
     np.testing.assert_allclose(part.mos, (plain.mos * 9 + 1) / 10, atol=1e-15)
 
 

@@ -127,8 +127,10 @@ def _product(
 
 
 def _laid_out(result: Tensor, model: Tensor) -> Tensor:
-    promised = torch.empty_like(model, dtype=result.dtype)
-    return result if result.stride() == promised.stride() else promised.copy_(result)
+    promised = torch.empty_like(model, dtype=result.dtype, device="meta")  # strides without memory
+    if result.stride() == promised.stride():
+        return result
+    return torch.empty_like(model, dtype=result.dtype).copy_(result)
 
 
 def no_autocast(inputs: Sequence[Any]) -> AbstractContextManager[Any]:

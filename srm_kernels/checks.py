@@ -13,6 +13,11 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def nowhere(mask: Tensor) -> bool:
+    """Whether no element holds, so that its case needs no work; off the CPU asking would wait: False there."""
+    return mask.device.type == "cpu" and not bool(mask.any())
+
+
 def check_tensors(**tensors: Tensor) -> None:
     """Floating-point tensors of one dtype on one device, none of them empty; TypeError or ValueError."""
     first_name, first = next(iter(tensors.items()))

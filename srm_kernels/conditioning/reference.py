@@ -11,6 +11,7 @@ W̃ = D_r W D_c, G by D_r G and X by D_c⁻¹ X; with E = (D_c/D_r)^½ diag(e^{�
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import wide_dtype
+from ..checks import nowhere, wide_dtype
 
 EQUILIBRATION_FLOOR = 1e-12
 SYMMETRY_TOLERANCE = 1e-3
@@ -58,13 +59,14 @@ def landmark_solve(
 ) -> tuple[Tensor, Tensor]:
     """X (…, r, d) and the `Solver` (…,) that served each matrix."""
     logits, rhs = logits.to(wide_dtype(logits.dtype)), rhs.to(wide_dtype(rhs.dtype))
-    finite = logits.isfinite().all(-1).all(-1)
-    logits = torch.where(finite[..., None, None], logits, 0)
+    finite = logits.abs().amax((-2, -1)).isfinite()
+    spoiled = not nowhere(~finite)
+    if spoiled:
+        logits = torch.where(finite[..., None, None], logits, 0)
     default = "cholesky" if ridge > 0 else "lu"
-    factors, used = _factorise(
-        logits, default if solver == "neumann" else solver, ridge, equilibrate, kappa_max
+    system, factors, used = _factorise(
+        logits, rhs, default if solver == "neumann" else solver, ridge, equilibrate, kappa_max
     )
-    system = _system(_acted_on(logits, used), rhs, ridge, equilibrate)
     Z = _ImplicitSolve.apply(system.matrix, system.rhs, factors, False)
     if solver == "neumann":
         series_system = _system(logits, rhs, ridge, equilibrate)
@@ -73,7 +75,7 @@ def landmark_solve(
         Z = torch.where(accepted[..., None, None], series, Z)
         used = torch.where(accepted, int(Solver.NEUMANN), used)
     X = Z if system.right is None else system.right[..., None] * Z
-    return torch.where(finite[..., None, None], X, torch.nan), used
+    return torch.where(finite[..., None, None], X, torch.nan) if spoiled else X, used
 
 
 def landmark_diagnostics(
@@ -145,67 +147,56 @@ class _ImplicitSolve(torch.autograd.Function):
         return dA, dG, None, None
 
 
-@torch.no_grad()
 def _factorise(
-    logits: Tensor, solver: str, ridge: float, equilibrate: bool, kappa_max: float
-) -> tuple[_Factors, Tensor]:
-    batch = logits.shape[:-2]
+    logits: Tensor, rhs: Tensor, solver: str, ridge: float, equilibrate: bool, kappa_max: float
+) -> tuple[System, _Factors, Tensor]:
+    """The system that is solved, its factors, and the `Solver` of each matrix."""
     factors = _Factors()
-    used = torch.full(batch, int(Solver.LU), dtype=torch.int64, device=logits.device)
+    used = torch.full(logits.shape[:-2], int(Solver.LU), dtype=torch.int64, device=logits.device)
     rest: Tensor | None = None  # the matrices that partial pivoting serves; None is all
     if solver == "cholesky":
-        good, solve = _cholesky(logits, ridge, equilibrate)
+        symmetric = (logits + logits.mT) / 2
+        system = _system(symmetric, rhs, ridge, equilibrate)
+        good, solve = _cholesky(logits.detach(), symmetric.detach(), system)
         factors.parts.append((good, solve))
         used = torch.where(good, int(Solver.CHOLESKY), used)
         rest = ~good
-    elif solver in ("svd", "auto"):
-        A = _system(logits, logits, ridge, equilibrate).matrix
+        if not nowhere(rest):
+            system = _system(_acted_on(logits, used), rhs, ridge, equilibrate)
+    else:
+        system = _system(logits, rhs, ridge, equilibrate)
+    A = system.matrix.detach()
+    if solver in ("svd", "auto"):
+        mask: Tensor | None = None
         if solver == "svd":
-            mask = None
             used = torch.full_like(used, int(Solver.SVD))
         else:
             sigma = torch.linalg.svdvals(A)
             mask = ~(sigma[..., 0] < kappa_max * sigma[..., -1])
             used = torch.where(mask, int(Solver.SVD), used)
-        if _any(mask):
+        if mask is None or not nowhere(mask):
             factors.parts.append((mask, _svd(A, ridge)))
         if solver == "svd":
-            return factors, used
+            return system, factors, used
         rest = None if mask is None else ~mask
-    if _any(rest):
-        A = _system(logits, logits, ridge, equilibrate).matrix
+    if rest is None or not nowhere(rest):
         factors.parts.append((rest, _lu(A, ridge)))
-    return factors, used
+    return system, factors, used
 
 
-def _any(mask: Tensor | None) -> bool:
-    """Whether a part has work to do; off the CPU asking would wait for the device, so it is assumed to."""
-    return mask is None or mask.device.type != "cpu" or bool(mask.any())
-
-
-def _cholesky(logits: Tensor, ridge: float, equilibrate: bool) -> tuple[Tensor, Solve]:
-    symmetric = (logits + logits.mT) / 2
+@torch.no_grad()
+def _cholesky(logits: Tensor, symmetric: Tensor, system: System) -> tuple[Tensor, Solve]:
     largest = logits.abs().amax((-2, -1))
-    good = (logits - logits.mT).abs().amax((-2, -1)) <= SYMMETRY_TOLERANCE * (1 + largest)
+    good = (logits - symmetric).abs().amax((-2, -1)) <= SYMMETRY_TOLERANCE / 2 * (1 + largest)
     lse = symmetric.logsumexp(-1)
-    system = _system(symmetric, symmetric, ridge, equilibrate)
     half = (lse - (lse.amax(-1, keepdim=True) + lse.amin(-1, keepdim=True)) / 2) / 2  # log E, centred
-    root = symmetric.softmax(-1).sqrt()
-    S = root * root.mT
     if system.left is not None and system.right is not None:
-        both = (system.left * system.right).sqrt()
-        S = both[..., :, None] * S * both[..., None, :]
         half = half + (system.right / system.left).log() / 2
-    eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
-    factor, info = torch.linalg.cholesky_ex(S + system.ridge[..., None, None] * eye)
+    A = system.matrix.detach()
+    # S + λI = (A ∘ Aᵀ)^½; a product that underflows is an element of 1e-19 at most, far below λ.
+    factor, info = torch.linalg.cholesky_ex((A * A.mT).sqrt())
+    good = good & (info == 0) & (half.abs().amax(-1) < math.log(torch.finfo(half.dtype).max))
     E = half.exp()[..., None]
-    good = (
-        good
-        & (info == 0)
-        & factor.isfinite().all(-1).all(-1)
-        & E.isfinite().all(-1).all(-1)
-        & (E > 0).all(-2)[..., 0]
-    )
 
     def solve(rhs: Tensor, transposed: bool) -> Tensor:
         return (

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..checks import wide_dtype
+from ..checks import nowhere, wide_dtype
 
 LLOYD_STEPS = 5
 TIE_TOLERANCE = 1e-5
@@ -19,13 +19,14 @@ def ridge_leverage_scores(key: Tensor, gamma: float) -> Tensor:
     d = K.shape[-1]
     gram = K.mT @ K
     eye = torch.eye(d, dtype=K.dtype, device=K.device)
-    # Keys that span fewer than d directions leave pivots of rounding size, which a γ below them cannot lift:
-    # only a Gram matrix that breaks down gets the ridge its own rounding asks for.
-    with torch.no_grad():
-        failed = torch.linalg.cholesky_ex(gram + gamma * eye).info > 0
-        rounding = d * torch.finfo(K.dtype).eps * gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    factor, info = torch.linalg.cholesky_ex(gram + gamma * eye)
+    failed = info > 0
+    if not nowhere(failed):
+        # Keys that span fewer than d directions leave pivots of rounding size, which a γ below them cannot
+        # lift: only a Gram matrix that breaks down gets the ridge its own rounding asks for.
+        rounding = d * torch.finfo(K.dtype).eps * gram.detach().diagonal(dim1=-2, dim2=-1).sum(-1)
         ridge = torch.where(failed, gamma + rounding, gamma)[..., None, None]
-    factor, _ = torch.linalg.cholesky_ex(gram + ridge * eye)
+        factor, _ = torch.linalg.cholesky_ex(gram + ridge * eye)
     whitened = torch.linalg.solve_triangular(factor.mT, K, upper=True, left=False)  # K C⁻ᵀ, (B, H, N, d)
     return whitened.square().sum(-1)
 

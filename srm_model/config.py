@@ -85,9 +85,12 @@ class SRMConfig:
     # Attacks, section 3.8.4
     attack_steps: int = 40
     attack_restarts: int = 5
+    attack_restart_batch: int = 1  # restarts run at once; same starts, more memory
     attack_batch_size: int = 8
     attack_step_linf: float = 2.5  # step = this · ε / steps
     attack_step_l2: float = 4.0  # (c)
+    attack_queries: int = 1000  # (c) scores per image that the black-box square attack may ask for
+    attack_square_area: float = 0.3  # (c) of its first squares, as a share of the image
     eot_samples: int = 20  # K, for stochastic models
     pair_margin: float = 0.05  # (c) pairs with a larger difference of normalised MOS count
     pair_temperature: float = 0.1  # T of the pair-inversion objective
@@ -190,7 +193,7 @@ def _check_values(config: SRMConfig) -> None:
     one_of("precision", ("auto", "fp32", "bf16", "fp16"))
     for name in (
         "channels heads rank neumann_order pool_size image_size batch_size epochs attack_steps attack_restarts "
-        "attack_batch_size eot_samples"
+        "attack_restart_batch attack_batch_size attack_queries eot_samples"
     ).split():
         require(getattr(config, name) >= 1, name, "at least 1")
     for (
@@ -205,6 +208,7 @@ def _check_values(config: SRMConfig) -> None:
     require(config.channels % config.heads == 0, "channels", f"a multiple of heads={config.heads}")
     require(config.ridge > 0 or config.solver != "cholesky", "ridge", "above 0 with solver='cholesky'")
     require(0 <= config.kv_pool_prob <= 1, "kv_pool_prob", "a probability")
+    require(0 < config.attack_square_area <= 1, "attack_square_area", "a share of the image in (0, 1]")
     require(0 <= config.ema < 1, "ema", "a decay in [0, 1)")
     require(0 <= config.entropy_floor <= 1, "entropy_floor", "a share of ln S in [0, 1]")
     require(config.tau_range >= 1, "tau_range", "at least 1")

@@ -1,8 +1,10 @@
-"""Attacks on models of image quality: objectives, FGSM, PGD and fixed suites of them (SPEC section 6)."""
+"""Attacks on models of image quality: objectives, attacks with and without gradients, suites, audits (SPEC 6)."""
 
+from srm_model.attacks.auto import apgd, apgd_trace
 from srm_model.attacks.examples import save_examples
 from srm_model.attacks.gradient import PGDTrace, fgsm, pgd, pgd_trace
 from srm_model.attacks.objectives import MSE, Drift, Objective, PairInversion, Signed, SoftSpearman
+from srm_model.attacks.square import square, square_trace
 from srm_model.attacks.suite import Attack, Example, Suite, SuiteResult
 
 __all__ = [
@@ -17,8 +19,12 @@ __all__ = [
     "SoftSpearman",
     "Suite",
     "SuiteResult",
+    "apgd",
+    "apgd_trace",
     "fgsm",
     "pgd",
     "pgd_trace",
     "save_examples",
+    "square",
+    "square_trace",
 ]

@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from srm_model.attacks.guard import as_found, check_images, check_model, scores_of, to_model
 from srm_model.attacks.objectives import Objective
+from srm_model.attacks.problem import Best, Problem, attacking, check_count, like
 from srm_model.config import SRMConfig
 
-NORMS = ("linf", "l2")
 _DEFAULTS = SRMConfig()
 
 
 class PGDTrace(NamedTuple):
-    """What `pgd_trace` found, and what happened on the way."""
+    """What `pgd_trace`, `apgd_trace` or `square_trace` found, and what happened on the way."""
 
     images: Tensor  # (B, 3, H, W), the kept iterates
     loss: Tensor  # their losses: (B,), or 0-d for an objective defined on the batch
     losses: Tensor  # of every iterate, random start first: (restarts, steps + 1, B) or (restarts, steps + 1)
-    zero_gradients: (
-        float  # share of the gradients (one per image, step and restart) that were zero everywhere
-    )
-    nonfinite_gradients: float  # share of them with a NaN or infinite element; such elements count as zero
+    # Shares of the gradients (one per image, step and restart) that were zero everywhere, and that had a NaN or
+    # infinite element, which counts as zero.
+    zero_gradients: float
+    nonfinite_gradients: float
 
 
 def fgsm(
@@ -51,10 +49,10 @@ def fgsm(
             f"{type(objective).__name__} has zero gradient at the clean images, where FGSM takes its step: "
             "use pgd, which starts elsewhere"
         )
-    with _attacking(model, images, mos, objective, norm, eps, eot, generator) as attack:
-        _, direction = attack.ascend(attack.images)
-        adversarial = attack.project(attack.images.add(direction, alpha=eps))
-    return _like(images, adversarial)
+    with attacking(model, images, mos, objective, norm, eps, eot, generator) as problem:
+        _, direction = problem.ascend(problem.images)
+        adversarial = problem.project(problem.images.add(direction, alpha=eps))
+    return like(images, adversarial)
 
 
 def pgd(
@@ -68,6 +66,7 @@ def pgd(
     steps: int = _DEFAULTS.attack_steps,
     step_size: float | None = None,
     restarts: int = _DEFAULTS.attack_restarts,
+    restart_batch: int | None = 1,
     eot: int = 1,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -83,6 +82,9 @@ def pgd(
     step_size: None is 2.5·eps/steps along the sign ("linf") or 4·eps/steps along each image's normalised
         gradient ("l2").
     restarts: each from its own start, uniform in the ball.
+    restart_batch: so many of them run at once, as one large batch, from the same starts as one after another: the
+        same attack for a model whose score of an image does not depend on its batch, but for rounding. None runs
+        all, and half as many wherever a GPU's memory does not suffice.
     eot: forward passes whose gradients and losses each step averages; above 1 for stochastic models.
     generator: for the starts and the model's own randomness; None is seed 0.
 
@@ -102,6 +104,7 @@ def pgd(
         steps=steps,
         step_size=step_size,
         restarts=restarts,
+        restart_batch=restart_batch,
         eot=eot,
         generator=generator,
     ).images
@@ -118,227 +121,82 @@ def pgd_trace(
     steps: int = _DEFAULTS.attack_steps,
     step_size: float | None = None,
     restarts: int = _DEFAULTS.attack_restarts,
+    restart_batch: int | None = 1,
     eot: int = 1,
     generator: torch.Generator | None = None,
     on_step: Callable[[], object] | None = None,
 ) -> PGDTrace:
     """`pgd` with the losses of every iterate and counts of bad gradients; `on_step` is called after each step."""
-    _check_count("steps", steps)
-    _check_count("restarts", restarts)
-    with _attacking(model, images, mos, objective, norm, eps, eot, generator) as attack:
+    check_count("steps", steps)
+    check_count("restarts", restarts)
+    with attacking(model, images, mos, objective, norm, eps, eot, generator) as problem:
         if step_size is None:
             step_size = default_step_size(norm, eps, steps)
         elif not (math.isfinite(step_size) and step_size > 0):
             raise ValueError(f"step_size={step_size!r}: expected a positive number or None")
-        kept = _Best()
-        losses = []
-        for _ in range(restarts):
-            x = attack.random_start()
+
+        def climb(copies: int, best: Best) -> Tensor:
+            x = problem.random_starts(copies)
+            losses = []
             for _ in range(steps):
-                loss, direction = attack.ascend(x)
-                kept.offer(x, loss)
+                loss, direction = problem.ascend(x)
+                best.offer(x, loss)
                 losses.append(loss)
-                x = attack.project(x.add(direction, alpha=step_size))
+                x = problem.project(x.add(direction, alpha=step_size))
                 if on_step is not None:
-                    on_step()
-            loss = attack.loss(x)
-            kept.offer(x, loss)
-            losses.append(loss)
-    gradients = restarts * steps * len(images)
+                    for _ in range(copies):
+                        on_step()
+            loss = problem.loss(x)
+            best.offer(x, loss)
+            return torch.stack([*losses, loss], 1)
+
+        kept, losses = run_restarts(problem, climb, restarts, restart_batch)
+    return trace_of(images, problem, kept, losses, gradients=restarts * steps * len(images))
+
+
+def run_restarts(
+    problem: Problem, climb: Callable[[int, Best], Tensor], restarts: int, restart_batch: int | None
+) -> tuple[Best, Tensor]:
+    """The best points over all restarts, and the losses of all, (restarts, iterates, …).
+
+    `climb(copies, best)` runs so many restarts at once, offers its points to `best`, and returns the losses
+    (copies, iterates, …).
+    """
+    if restart_batch is not None:
+        check_count("restart_batch", restart_batch)
+    at_once = restarts if restart_batch is None else min(restart_batch, restarts)
+    kept = Best(problem)
+    losses: list[Tensor] = []
+    done = 0
+    while done < restarts:
+        copies = min(at_once, restarts - done)
+        found = Best(problem)
+        before = problem.generator.get_state(), problem.zero_gradients, problem.nonfinite_gradients
+        try:
+            losses.append(climb(copies, found))
+        except torch.OutOfMemoryError:
+            if restart_batch is not None or copies == 1:
+                raise
+            state, problem.zero_gradients, problem.nonfinite_gradients = before
+            problem.generator.set_state(state)
+            at_once = copies // 2
+            continue
+        kept.offer_copies(found)
+        done += copies
+    return kept, torch.cat(losses)
+
+
+def trace_of(images: Tensor, problem: Problem, kept: Best, losses: Tensor, *, gradients: int) -> PGDTrace:
+    """What was kept, as the caller's images are, with shares of the gradients that were taken (NaN of none)."""
     return PGDTrace(
-        _like(images, kept.images),
-        kept.loss,
-        torch.stack(losses).unflatten(0, (restarts, steps + 1)),
-        float(attack.zero_gradients) / gradients,
-        float(attack.nonfinite_gradients) / gradients,
+        like(images, kept.points),
+        kept.loss[0],
+        losses,
+        float(problem.zero_gradients) / gradients if gradients else math.nan,
+        float(problem.nonfinite_gradients) / gradients if gradients else math.nan,
     )
 
 
 def default_step_size(norm: str, eps: float, steps: int, config: SRMConfig = _DEFAULTS) -> float:
     """2.5·eps/steps for "linf" and 4·eps/steps for "l2", SPEC section 6."""
     return (config.attack_step_linf if norm == "linf" else config.attack_step_l2) * eps / steps
-
-
-def check_budget(norm: str, eps: float) -> None:
-    if norm not in NORMS:
-        raise ValueError(f"norm={norm!r}: expected one of {', '.join(map(repr, NORMS))}")
-    if isinstance(eps, bool) or not isinstance(eps, int | float):
-        raise TypeError(f"eps={eps!r}: expected a number")
-    if not (math.isfinite(eps) and eps >= 0):
-        raise ValueError(f"eps={eps!r}: expected a finite number, zero or more")
-    if norm == "linf" and eps > 1:
-        raise ValueError(
-            f"eps={eps!r} for norm 'linf': expected at most 1, as pixels lie in [0, 1] (4/255, say)"
-        )
-
-
-def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r}: expected an integer")
-    if value < 1:
-        raise ValueError(f"{name}={value!r}: expected at least 1")
-
-
-def _like(images: Tensor, adversarial: Tensor) -> Tensor:
-    return adversarial.to(images.device).contiguous()
-
-
-@contextmanager
-def _attacking(
-    model: nn.Module,
-    images: Tensor,
-    mos: Tensor | Sequence[float],
-    objective: Objective,
-    norm: str,
-    eps: float,
-    eot: int,
-    generator: torch.Generator | None,
-) -> Iterator[_Attack]:
-    """Check the arguments and open the attack on them, with the model as `as_found` has it."""
-    check_model(model)
-    check_images(images)
-    check_budget(norm, eps)
-    _check_count("eot", eot)
-    mos = torch.as_tensor(mos)
-    if mos.shape != (len(images),):
-        raise ValueError(
-            f"mos of shape {tuple(mos.shape)} for {len(images)} images: expected one value per image"
-        )
-    if not mos.isfinite().all():
-        raise ValueError("mos holds a value that is not finite: expected one finite value per image")
-    if generator is None:
-        generator = torch.Generator().manual_seed(0)
-    seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
-    images = to_model(model, images)
-    with as_found(model, images, seed=seed):
-        # Clones, because tensors made under an outer inference_mode could not be saved for backward.
-        yield _Attack(
-            model, images.clone(), mos.to(images.device).clone(), objective, norm, eps, eot, generator
-        )
-
-
-class _Best:
-    """The iterates of the highest loss so far, per image or per batch as the loss is."""
-
-    images: Tensor
-    loss: Tensor
-
-    def __init__(self) -> None:
-        self._empty = True
-
-    def offer(self, images: Tensor, loss: Tensor) -> None:
-        if self._empty:
-            self.images, self.loss, self._empty = images, loss, False
-            return
-        better = (loss > self.loss) | (loss.isnan() & ~self.loss.isnan())
-        self.images = torch.where(better.view(-1, 1, 1, 1), images, self.images)
-        self.loss = torch.where(better, loss, self.loss)
-
-
-class _Attack:
-    """One batch under attack: the ball around it, the loss on it and the direction in which the loss grows."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        images: Tensor,
-        mos: Tensor,
-        objective: Objective,
-        norm: str,
-        eps: float,
-        eot: int,
-        generator: torch.Generator,
-    ) -> None:
-        self.model, self.images, self.mos, self.objective = model, images, mos, objective
-        self.norm, self.eps, self.eot, self.generator = norm, eps, eot, generator
-        self.zero_gradients: int | Tensor = 0
-        self.nonfinite_gradients: int | Tensor = 0
-        if norm == "linf":
-            self._lower, self._upper = _bounds(images, eps)
-        else:
-            # Room for rounding: each pixel of x + δ is off by eps_machine / 4 at most.
-            precision, size = torch.finfo(images.dtype).eps, images[0].numel()
-            self._radius = max(0.0, eps * (1 - 4 * precision) - math.sqrt(size) * precision / 4)
-        if getattr(objective, "uses_clean_scores", True):
-            with torch.no_grad():
-                self.clean_scores = torch.stack([scores_of(model, images) for _ in range(eot)]).mean(0)
-        else:
-            self.clean_scores = images.new_full((len(images),), math.nan)
-
-    def random_start(self) -> Tensor:
-        """A point drawn uniformly from the ball, then clipped to [0, 1]."""
-        shape, dtype = self.images.shape, self.images.dtype
-        source: Any = {"generator": self.generator, "device": self.generator.device, "dtype": dtype}
-        if self.norm == "linf":
-            noise = (torch.rand(shape, **source) * 2 - 1) * self.eps
-        else:
-            noise = _unit(torch.randn(shape, **source))
-            size = self.images[0].numel()
-            noise *= self.eps * torch.rand((len(noise), 1, 1, 1), **source) ** (1 / size)
-        return self.project(self.images + noise.to(self.images.device))
-
-    def project(self, x: Tensor) -> Tensor:
-        """The nearest point of the ball, clipped to [0, 1], which leads no further from the images."""
-        if self.norm == "linf":
-            return x.clamp(self._lower, self._upper)
-        delta = x - self.images
-        length = torch.linalg.vector_norm(delta, dim=(1, 2, 3), keepdim=True, dtype=torch.float64)
-        shrink = (self._radius / length.clamp_min(torch.finfo(torch.float64).tiny)).clamp_max(1)
-        return (self.images + delta * shrink.to(delta.dtype)).clamp_(0, 1)
-
-    def loss(self, x: Tensor) -> Tensor:
-        """The objective at x, averaged over `eot` passes: (B,) or 0-d."""
-        with torch.no_grad():
-            return torch.stack([self._one_loss(x) for _ in range(self.eot)]).mean(0)
-
-    def ascend(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The objective at x and, from the same passes, the direction of steepest ascent in the norm."""
-        x = x.detach().requires_grad_()
-        losses: list[Tensor] = []
-        gradient = torch.zeros_like(x)
-        for _ in range(self.eot):
-            loss = self._one_loss(x)
-            if loss.requires_grad:
-                (sample,) = torch.autograd.grad(loss.sum(), x, allow_unused=True)
-                if sample is not None:
-                    gradient += sample  # a sum serves as well as a mean: only its direction is used
-            losses.append(loss.detach())
-        return torch.stack(losses).mean(0), self._direction(gradient)
-
-    def _one_loss(self, x: Tensor) -> Tensor:
-        scores = scores_of(self.model, x)
-        if x.requires_grad and not scores.requires_grad:
-            raise ValueError(
-                "the model's scores carry no gradient to the images: a gradient attack needs a differentiable model"
-            )
-        loss = self.objective(scores, self.mos, self.clean_scores)
-        if not isinstance(loss, Tensor) or loss.shape not in ((len(x),), ()):
-            given = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-            raise ValueError(
-                f"the objective returned {given}: expected losses of shape ({len(x)},) or one 0-d loss"
-            )
-        return loss
-
-    def _direction(self, gradient: Tensor) -> Tensor:
-        largest = gradient.abs().amax((1, 2, 3))
-        self.zero_gradients += (largest == 0).sum()
-        self.nonfinite_gradients += (~largest.isfinite()).sum()
-        gradient = gradient.nan_to_num(nan=0, posinf=0, neginf=0)
-        return gradient.sign_() if self.norm == "linf" else _unit(gradient)
-
-
-def _bounds(images: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The interval of each pixel, rounded inwards, so that the distance is at most eps exactly."""
-    exact = images.double()
-    low, high = (exact - eps).clamp_min(0), (exact + eps).clamp_max(1)
-    lower, upper = low.to(images.dtype), high.to(images.dtype)
-    lower = torch.where(lower < low, lower.nextafter(torch.ones_like(lower)), lower)
-    upper = torch.where(upper > high, upper.nextafter(torch.zeros_like(upper)), upper)
-    return lower, upper
-
-
-def _unit(vectors: Tensor) -> Tensor:
-    """Each image's tensor divided by its Euclidean norm; zero stays zero, and nothing over- or underflows."""
-    largest = vectors.abs().amax((1, 2, 3), keepdim=True)
-    vectors = vectors / torch.where(largest > 0, largest, 1)
-    return vectors / torch.linalg.vector_norm(vectors, dim=(1, 2, 3), keepdim=True).clamp_min(1)

@@ -16,16 +16,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from srm_model.attacks.gradient import PGDTrace, check_budget, default_step_size, pgd_trace
+from srm_model.attacks import ranks
+from srm_model.attacks.auto import apgd_trace
+from srm_model.attacks.gradient import PGDTrace, default_step_size, pgd_trace
 from srm_model.attacks.guard import check_images, check_model, predict
 from srm_model.attacks.objectives import MSE, Drift, Objective, PairInversion, Signed, SoftSpearman
+from srm_model.attacks.problem import check_budget, check_count, radius_of
+from srm_model.attacks.square import square_trace
 from srm_model.config import SRMConfig
 from srm_model.files import read_json, write_json
 from srm_model.metrics import LogisticMap, plcc, srocc
 
-REFERENCE_SIDE = 512  # L2 budgets are stated for 512×512 images
 _DEFAULTS = SRMConfig()
-_RESUME_FORMAT = "srm-iqa-attacks/1"
+METHODS = ("pgd", "apgd", "square")
+_RESUME_FORMAT = "srm-iqa-attacks/2"
 
 
 class Dataset(Protocol):
@@ -37,11 +41,19 @@ class Dataset(Protocol):
 
 @dataclass(frozen=True)
 class Attack:
-    """A PGD attack of the suite; with `transfer` it is crafted on the surrogate and scored on the target."""
+    """An attack of the suite; with `transfer` it is crafted on the surrogate and scored on the target.
+
+    method: "pgd", "apgd" (step sizes by progress) or "square" (queries only).
+    """
 
     name: str
     objective: Objective
     transfer: bool = False
+    method: str = "pgd"
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method={self.method!r}: expected one of {', '.join(map(repr, METHODS))}")
 
 
 class Example(NamedTuple):
@@ -112,16 +124,21 @@ class Suite:
 
     @classmethod
     def extended(cls, config: SRMConfig | None = None) -> Suite:
-        """The article's suite, and beyond it PGD that raises every score, lowers every score, and a list-wise one.
+        """The article's suite, and beyond it what it leaves open.
 
-        All are first-order attacks with PGD's fixed steps; none adapts its step or goes without gradients.
+        PGD that raises every score, that lowers every score, and on a list-wise objective; PGD that sets its own
+        step sizes, per image and per batch; and a search that only asks for scores.
         """
         paper = cls.paper(config)
         listwise = SoftSpearman(temperature=paper.config.pair_temperature)
+        pairs = PairInversion(margin=paper.config.pair_margin, temperature=paper.config.pair_temperature)
         beyond = [
             Attack("pgd_raise", Signed(1)),
             Attack("pgd_lower", Signed(-1)),
             Attack("pgd_soft_spearman", listwise),
+            Attack("apgd_mse", MSE(), method="apgd"),
+            Attack("apgd_pair_inversion", pairs, method="apgd"),
+            Attack("square_mse", MSE(), method="square"),
         ]
         return cls([*paper.attacks, *beyond], paper.config)
 
@@ -152,12 +169,15 @@ class Suite:
             objective. The last batch may be smaller.
         seed: of the random starts and of a stochastic model's draws, by batch and attack; the starts are the
             same for every model.
-        progress: a bar on stderr, one tick a PGD step. keep: how many `examples` to return, evenly spaced over
+        progress: a bar on stderr, one tick a step or query. keep: how many `examples` to return, evenly spaced over
             the set, each under the attack that moved its score most.
         limit: attack only so many images, evenly spaced over the set.
         resume: a JSON file that holds what is finished, rewritten after each batch and attack; a later call
             with the same arguments goes on from it. A file made by other settings, weights or images is a
             ValueError.
+
+        In a torch.distributed process group (`torchrun`) the batches are dealt to the ranks, every rank returns the
+        whole result, the same to the bit as one process's, and rank 0 alone writes and shows progress.
 
         A model with a true `stochastic` attribute is attacked with EOT over `config.eot_samples` passes, and its
         scores, clean and attacked alike, are means of as many. Scores are taken on the float images, not on
@@ -182,15 +202,21 @@ class Suite:
             seed=seed,
             limit=limit,
         )
-        _check_int("keep", keep, 0)
+        check_count("keep", keep, 0)
         records = _Records(resume, job)
         gallery = _Gallery(job, keep)
-        per_attack = config.attack_restarts * config.attack_steps
-        with _bar(
-            progress, per_attack * len(job.attacks) * len(job.batches), per_attack * records.done
-        ) as tick:
-            for number in range(len(job.batches)):
-                _attack_batch(job, number, records, gallery, tick)
+        rank, world = ranks.place()
+        waiting = records.unfinished()
+        own = waiting[rank::world]
+        total = sum(map(job.work, job.attacks)) * (len(own) + len(job.batches) - len(waiting))
+        done = total - sum(job.work(attack) for number in own for attack in records.waiting(number))
+        with _bar(progress and rank == 0, total, done) as tick:
+            for turn in range(0, len(waiting), world):
+                dealt = waiting[turn : turn + world]
+                if rank < len(dealt):
+                    _attack_batch(job, dealt[rank], records, gallery, tick)
+                records.exchange(dealt)
+        gallery.exchange()
         return _result(job, records, logistic, gallery.examples(records), self.attacks)
 
 
@@ -217,11 +243,11 @@ class _Job:
             check_model(self.surrogate)
         if not self.attacks:
             raise ValueError("every attack of the suite is a transfer attack: expected a surrogate, got None")
-        _check_int("batch_size", self.batch_size, 1)
-        _check_int("seed", self.seed, 0)
+        check_count("batch_size", self.batch_size, 1)
+        check_count("seed", self.seed, 0)
         count = len(self.dataset)
         if self.limit is not None:
-            _check_int("limit", self.limit, 2)
+            check_count("limit", self.limit, 2)
         if count < 2:
             raise ValueError(f"a data set of {count} images: a correlation needs at least 2")
         self.indices = _spread(count, count if self.limit is None else self.limit)
@@ -233,10 +259,15 @@ class _Job:
         self.names = [names[index] for index in self.indices]
         self.first = torch.as_tensor(self.dataset[self.indices[0]][0])
         check_images(self.first[None])
-        self.radius = self.eps
-        if self.norm == "l2":
-            self.radius = self.eps * math.sqrt(self.first[0].numel()) / REFERENCE_SIDE
+        self.radius = radius_of(self.norm, self.eps, self.first)
         self.step_size = default_step_size(self.norm, self.radius, self.config.attack_steps, self.config)
+
+    def work(self, attack: Attack) -> int:
+        """How many steps or rounds of queries an attack on a batch takes."""
+        if attack.method == "square":
+            asked = self.config.attack_queries // self.samples(self.model)
+            return asked - bool(getattr(attack.objective, "uses_clean_scores", True))
+        return self.config.attack_restarts * self.config.attack_steps
 
     def samples(self, model: nn.Module) -> int:
         return self.config.eot_samples if getattr(model, "stochastic", False) else 1
@@ -270,20 +301,24 @@ class _Job:
         if attack.transfer:
             assert self.surrogate is not None
             model = self.surrogate
-        return pgd_trace(
-            model,
-            images,
-            mos,
-            attack.objective,
-            norm=self.norm,
-            eps=self.radius,
-            steps=self.config.attack_steps,
-            step_size=self.step_size or None,
-            restarts=self.config.attack_restarts,
-            eot=self.samples(model),
-            generator=torch.Generator().manual_seed(self._seed(number, self.numbers[attack.name])),
-            on_step=tick,
-        )
+        common: dict[str, Any] = {
+            "norm": self.norm,
+            "eps": self.radius,
+            "eot": self.samples(model),
+            "generator": torch.Generator().manual_seed(self._seed(number, self.numbers[attack.name])),
+            "on_step": tick,
+        }
+        if attack.method == "square":
+            queries, area = self.config.attack_queries, self.config.attack_square_area
+            return square_trace(model, images, mos, attack.objective, queries=queries, area=area, **common)
+        common |= {
+            "steps": self.config.attack_steps,
+            "restarts": self.config.attack_restarts,
+            "restart_batch": self.config.attack_restart_batch,
+        }
+        if attack.method == "apgd":
+            return apgd_trace(model, images, mos, attack.objective, **common)
+        return pgd_trace(model, images, mos, attack.objective, step_size=self.step_size or None, **common)
 
     def _seed(self, number: int, purpose: int) -> int:
         sequence = np.random.SeedSequence([self.seed, number, purpose])
@@ -294,18 +329,16 @@ def _attack_batch(
     job: _Job, number: int, records: _Records, gallery: _Gallery, tick: Callable[[], object] | None
 ) -> None:
     record = records[number]
-    waiting = [attack for attack in job.attacks if attack.name not in record["attacks"]]
-    if not waiting:
-        return
     images, mos = job.load(number)
     if "clean" not in record:
         record.update(mos=mos.tolist(), clean=job.score(number, images))
-    for attack in waiting:
+    for attack in records.waiting(number):
         trace = job.craft(number, attack, images, mos, tick)
         scores = job.score(number, trace.images)
         gallery.offer(number, attack, trace.images, scores, record["clean"])
         record["attacks"][attack.name] = {
             "scores": scores,
+            "loss": float(trace.loss.double().mean()),
             "zero_gradients": trace.zero_gradients,
             "nonfinite_gradients": trace.nonfinite_gradients,
         }
@@ -319,10 +352,9 @@ class _Records:
         self._path = None if path is None else Path(path)
         self._settings = {} if path is None else _settings(job)
         self._batches: list[dict[str, Any]] = [{"attacks": {}} for _ in job.batches]
-        if self._path is not None and self._path.exists():
+        self._attacks = job.attacks
+        if self._path is not None:
             self._read(self._path)
-        wanted = {attack.name for attack in job.attacks}
-        self.done = sum(len(wanted & set(record["attacks"])) for record in self._batches)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         return self._batches[number]
@@ -330,12 +362,31 @@ class _Records:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return iter(self._batches)
 
+    def waiting(self, number: int) -> list[Attack]:
+        """The attacks that a batch still lacks."""
+        return [attack for attack in self._attacks if attack.name not in self[number]["attacks"]]
+
+    def unfinished(self) -> list[int]:
+        return [number for number in range(len(self._batches)) if self.waiting(number)]
+
+    def exchange(self, dealt: list[int]) -> None:
+        """Take from each rank the record of the batch that it was dealt."""
+        rank, world = ranks.place()
+        if world == 1:
+            return
+        own = self[dealt[rank]] if rank < len(dealt) else {}
+        for number, record in zip(dealt, ranks.gather(own), strict=False):
+            self._batches[number] = record
+        self.save()
+
     def save(self) -> None:
-        if self._path is not None:
+        if self._path is not None and ranks.place()[0] == 0:
             write_json(self._path, {"settings": self._settings, "batches": self._batches})
 
     def _read(self, path: Path) -> None:
-        found = read_json(path)
+        found = ranks.from_first(lambda: read_json(path) if path.exists() else None)
+        if found is None:
+            return
         settings = found.get("settings") if isinstance(found, dict) else None
         if not isinstance(settings, dict) or settings.get("format") != _RESUME_FORMAT:
             raise ValueError(f"{path}: not a record of attacks that could be resumed")
@@ -370,6 +421,11 @@ class _Gallery:
                 if move > self._moved.get(position, -1.0):
                     self._moved[position] = move
                     self._held[position] = attack.name, attacked[row].cpu().clone()
+
+    def exchange(self) -> None:
+        """Take what the other ranks hold; no two hold the same position."""
+        for held in ranks.gather(self._held):
+            self._held |= held
 
     def examples(self, records: _Records) -> list[Example]:
         job = self._job
@@ -418,9 +474,11 @@ def _result(
         attacked[attack.name] = {
             **correlations([score for part in parts for score in part["scores"]]),
             "crafted_on": "surrogate" if attack.transfer else "model",
+            "method": attack.method,
+            # Of the kept iterates, on the model they were crafted on; of no gradients the shares are NaN.
             **{
-                share: float(np.average([part[share] for part in parts], weights=weights))
-                for share in ("zero_gradients", "nonfinite_gradients")
+                mean: float(np.average([part[mean] for part in parts], weights=weights))
+                for mean in ("loss", "zero_gradients", "nonfinite_gradients")
             },
         }
     worst: dict[str, Any] = {}
@@ -467,13 +525,6 @@ def _spread(count: int, wanted: int) -> list[int]:
     return [(2 * i + 1) * count // (2 * wanted) for i in range(wanted)]
 
 
-def _check_int(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r}: expected an integer")
-    if value < least:
-        raise ValueError(f"{name}={value!r}: expected at least {least}")
-
-
 @contextmanager
 def _bar(shown: bool, total: int, done: int) -> Iterator[Callable[[], object] | None]:
     if not shown:
@@ -497,20 +548,26 @@ def _settings(job: _Job) -> dict[str, Any]:
         "steps": job.config.attack_steps,
         "step_size": job.step_size,
         "restarts": job.config.attack_restarts,
+        "restart_batch": job.config.attack_restart_batch,
+        "queries": job.config.attack_queries,
+        "square_area": job.config.attack_square_area,
         "eot_samples": job.config.eot_samples,
         "batch_size": job.batch_size,
         "seed": job.seed,
-        "attacks": {attack.name: _describe(attack.objective) for attack in job.attacks},
+        "attacks": {attack.name: _describe(attack) for attack in job.attacks},
         "images": images.hexdigest(),
         "model": _fingerprint(job.model),
         "surrogate": None if job.surrogate is None else _fingerprint(job.surrogate),
     }
 
 
-def _describe(objective: Objective) -> str:
+def _describe(attack: Attack) -> str:
+    objective = attack.objective
     if is_dataclass(objective):
-        return repr(objective)
-    return getattr(objective, "__qualname__", type(objective).__qualname__)
+        described = repr(objective)
+    else:
+        described = getattr(objective, "__qualname__", type(objective).__qualname__)
+    return described if attack.method == "pgd" else f"{attack.method} {described}"
 
 
 def _fingerprint(model: nn.Module) -> str:

@@ -232,6 +232,12 @@ def _add_attack(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="checkpoint the transfer attack is crafted on (default: the none neck beside, for none the srm neck)",
     )
+    parser.add_argument(
+        "--suite",
+        default="paper",
+        choices=("paper", "extended"),
+        help="the article's four attacks, or six more: signed, list-wise, self-tuning, query-only (default: paper)",
+    )
     add_config(parser, "attack_steps", "attack_restarts", "attack_batch_size", "seed")
     add_device(parser)
 

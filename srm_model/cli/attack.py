@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from srm_model.attacks import Suite, save_examples
+from srm_model.attacks import Suite, ranks, save_examples
 from srm_model.checkpoint import read_card
 from srm_model.cli import runs
 from srm_model.cli.options import config_from
@@ -16,6 +16,7 @@ from srm_model.cli.train import logistic_of
 from srm_model.config import SRMConfig
 from srm_model.files import read_json, write_json
 
+SUITES = {"paper": Suite.paper, "extended": Suite.extended}
 HEADER = (
     "neck",
     "norm",
@@ -33,6 +34,13 @@ def run(args: argparse.Namespace) -> None:
     """Attack each checkpoint at each budget, print clean and worst correlations."""
     if args.eps is not None and len(args.norm) > 1:
         raise ValueError("--eps needs one --norm: a budget means nothing without its norm")
+    with runs.process_group() as writes:
+        rows = _attack_all(args, writes)
+    if writes:
+        print(runs.table(HEADER, rows))
+
+
+def _attack_all(args: argparse.Namespace, writes: bool) -> list[list[Any]]:
     device = runs.device_from(args.device)
     rows = []
     for folder in runs.checkpoints(args.folder):
@@ -55,10 +63,12 @@ def run(args: argparse.Namespace) -> None:
                     surrogate=surrogate,
                     limit=args.images,
                     keep=args.keep,
-                    progress=not args.no_progress,
+                    suite=args.suite,
+                    progress=writes and not args.no_progress,
+                    writes=writes,
                 )
                 rows.append(row(folder, result))
-    print(runs.table(HEADER, rows))
+    return rows
 
 
 def attack_checkpoint(
@@ -72,11 +82,14 @@ def attack_checkpoint(
     surrogate: Path | None,
     limit: int | None = None,
     keep: int = 0,
+    suite: str = "paper",
     progress: bool = True,
+    writes: bool = True,
 ) -> dict[str, Any]:
-    """Run `Suite.paper(config)` into `folder/attacks/`; returns what the JSON file there holds.
+    """Run a suite into `folder/attacks/`; returns what the JSON file there holds.
 
-    A result there that these very arguments gave is taken as it is; one that was cut off is continued.
+    A result there that these very arguments gave is taken as it is; one that was cut off is continued. In a process
+    group every rank calls this, and the one that `writes` writes.
     """
     path = folder / "attacks" / f"{norm}-{eps:.6g}.json"
     pictures = path.with_suffix("")
@@ -87,20 +100,20 @@ def attack_checkpoint(
         "split": dataset.split,
         "limit": limit,
         "keep": keep,
+        "suite": suite,
         "seed": config.seed,
         "attack": {k: v for k, v in config.to_dict().items() if k.startswith(("attack_", "eot_", "pair_"))},
     }
-    if path.is_file():
-        found = read_json(path)
-        if isinstance(found, dict) and found.get("settings") == settings:
-            return found
+    found = ranks.from_first(lambda: read_json(path) if path.is_file() else None)
+    if isinstance(found, dict) and found.get("settings") == settings:
+        return found
     if progress:
         runs.say(f"attacking {folder} with {norm} {_budget(norm, eps)}")
     if device.type == "cpu":
         runs.keep_memory()
     model, card = runs.open_checkpoint(folder, device)
     unfinished = pictures / "unfinished.json"
-    result = Suite.paper(config).run(
+    result = SUITES[suite](config).run(
         model,
         dataset,
         norm=norm,
@@ -114,10 +127,11 @@ def attack_checkpoint(
         limit=limit,
         resume=unfinished,
     )
-    save_examples(result, pictures)
     found = {**result.to_dict(), "settings": settings}
-    write_json(path, found)
-    unfinished.unlink(missing_ok=True)
+    if writes:
+        save_examples(result, pictures)
+        write_json(path, found)
+        unfinished.unlink(missing_ok=True)
     return found
 
 

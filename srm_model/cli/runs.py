@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import shlex
 import sys
@@ -26,9 +27,13 @@ RUN = "run.json"
 
 
 def device_from(name: str | None) -> torch.device:
-    """The device asked for, by default CUDA where there is one; ValueError where it cannot be used."""
+    """The device asked for, by default CUDA where there is one; ValueError where it cannot be used.
+
+    Under torchrun the default is the GPU of the local rank.
+    """
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        gpu = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
+        return torch.device(gpu if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -36,6 +41,25 @@ def device_from(name: str | None) -> torch.device:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {name}: not a device that can be used here ({reason})") from None
     return device
+
+
+@contextmanager
+def process_group() -> Iterator[bool]:
+    """The ranks that torchrun started, joined for the block; yields whether this process is the one that writes.
+
+    One process alone is rank 0 of 1 and joins nothing.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        yield True
+        return
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")  # records travel, not gradients
+    try:
+        yield dist.get_rank() == 0
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
 
 
 def keep_memory() -> None:

@@ -13,6 +13,12 @@ ATTACKS = {
     "pgd_mse": "PGD, squared error",
     "pgd_drift": "PGD, score drift",
     "pgd_pair_inversion": "PGD, pair inversion",
+    "pgd_raise": "PGD, raise the score",
+    "pgd_lower": "PGD, lower the score",
+    "pgd_soft_spearman": "PGD, soft Spearman",
+    "apgd_mse": "APGD, squared error",
+    "apgd_pair_inversion": "APGD, pair inversion",
+    "square_mse": "square search, squared error",
     "transfer": "PGD, transferred",
 }
 

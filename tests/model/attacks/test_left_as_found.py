@@ -8,7 +8,7 @@ import torch
 from attack_models import Convolutional, batch
 from torch import nn
 
-from srm_model.attacks import MSE, Drift, fgsm, pgd
+from srm_model.attacks import MSE, Drift, apgd, fgsm, pgd, square
 from srm_model.attacks.guard import as_found, predict
 
 
@@ -23,6 +23,14 @@ def global_state():
 
 def run_pgd(model):
     pgd(model, batch(), [0.5] * 4, Drift(), eps=0.1, steps=3, restarts=2)
+
+
+def run_apgd(model):
+    apgd(model, batch(), [0.5] * 4, Drift(), eps=0.1, steps=5, restarts=3, restart_batch=2)
+
+
+def run_square(model):
+    square(model, batch(), [0.5] * 4, Drift(), norm="l2", eps=0.1, queries=6)
 
 
 def run_fgsm(model):
@@ -41,7 +49,7 @@ def run_predict(model):
     predict(model, batch(), samples=2)
 
 
-@pytest.mark.parametrize("run", [run_pgd, run_fgsm, run_failing, run_predict])
+@pytest.mark.parametrize("run", [run_pgd, run_apgd, run_square, run_fgsm, run_failing, run_predict])
 def test_nothing_is_left_on_the_model_or_the_process(run):
     model = Convolutional().train()
     model.norm.eval()  # frozen statistics in a training model

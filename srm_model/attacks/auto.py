@@ -1,0 +1,133 @@
+"""PGD that sets its own step sizes by the progress of the loss: APGD (Croce and Hein, 2020) for any objective."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from srm_model.attacks.gradient import PGDTrace, run_restarts, trace_of
+from srm_model.attacks.objectives import Objective
+from srm_model.attacks.problem import Best, attacking, check_count, exceeds
+from srm_model.config import SRMConfig
+
+_DEFAULTS = SRMConfig()
+# The constants of APGD's paper: share of successful steps that keeps the step size, momentum, checkpoints.
+_SUCCESS = 0.75
+_MOMENTUM = 0.75
+_FIRST_WINDOW, _WINDOW_SHRINKS, _LEAST_WINDOW = 0.22, 0.03, 0.06
+
+
+def apgd(
+    model: nn.Module,
+    images: Tensor,
+    mos: Tensor | Sequence[float],
+    objective: Objective,
+    *,
+    norm: str = "linf",
+    eps: float,
+    steps: int = _DEFAULTS.attack_steps,
+    restarts: int = _DEFAULTS.attack_restarts,
+    restart_batch: int | None = 1,
+    eot: int = 1,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """`pgd` without a step size to choose: it starts at 2·eps and halves where the loss stops making progress.
+
+    Each step goes along z = P(x + η·direction) with momentum, x ← P(x + 0.75 (z − x) + 0.25 (x − x_before)). At
+    checkpoints, 22 % of the steps in and then in windows that shrink by 3 % of the steps down to 6 %, η is halved
+    and x put back to the best point so far where fewer than three quarters of the window's steps raised the loss,
+    or where neither η nor the best loss has changed since the checkpoint before. Loss, η and best point are each
+    image's own, or the batch's for an objective that is defined on the batch.
+
+    Arguments, result, errors and promises are those of `pgd`.
+    """
+    return apgd_trace(
+        model,
+        images,
+        mos,
+        objective,
+        norm=norm,
+        eps=eps,
+        steps=steps,
+        restarts=restarts,
+        restart_batch=restart_batch,
+        eot=eot,
+        generator=generator,
+    ).images
+
+
+def apgd_trace(
+    model: nn.Module,
+    images: Tensor,
+    mos: Tensor | Sequence[float],
+    objective: Objective,
+    *,
+    norm: str = "linf",
+    eps: float,
+    steps: int = _DEFAULTS.attack_steps,
+    restarts: int = _DEFAULTS.attack_restarts,
+    restart_batch: int | None = 1,
+    eot: int = 1,
+    generator: torch.Generator | None = None,
+    on_step: Callable[[], object] | None = None,
+) -> PGDTrace:
+    """`apgd` with the losses of every iterate and counts of bad gradients; `on_step` is called after each step."""
+    check_count("steps", steps)
+    check_count("restarts", restarts)
+    checks = checkpoints(steps)
+    with attacking(model, images, mos, objective, norm, eps, eot, generator) as problem:
+
+        def climb(copies: int, best: Best) -> Tensor:
+            x = problem.random_starts(copies)
+            before = x
+            loss, direction = problem.ascend(x)
+            best.offer(x, loss)
+            losses = [loss]
+            start, best_direction = 0, direction
+            size = torch.full_like(loss, 2 * eps)
+            successes = torch.zeros_like(loss)
+            halved = torch.ones_like(
+                loss, dtype=torch.bool
+            )  # so that the first checkpoint looks at successes only
+            best_then = loss
+            for step in range(1, steps + 1):
+                ahead = problem.project(x + problem.per_image(size) * direction)
+                if step > 1:
+                    ahead = problem.project(x + _MOMENTUM * (ahead - x) + (1 - _MOMENTUM) * (x - before))
+                before, x = x, ahead
+                if step < steps:
+                    loss, direction = problem.ascend(x)
+                else:
+                    loss = problem.loss(x)
+                better = problem.per_image(best.offer(x, loss))
+                best_direction = torch.where(better, direction, best_direction)
+                successes = successes + exceeds(loss, losses[-1])
+                losses.append(loss)
+                if on_step is not None:
+                    for _ in range(copies):
+                        on_step()
+                if step in checks:
+                    stalled = ~halved & ~exceeds(best.loss, best_then)
+                    halved = (successes < _SUCCESS * (step - start)) | stalled
+                    size = torch.where(halved, size / 2, size)
+                    back = problem.per_image(halved)
+                    x, before = torch.where(back, best.points, x), torch.where(back, best.points, before)
+                    direction = torch.where(back, best_direction, direction)
+                    start, best_then, successes = step, best.loss, torch.zeros_like(successes)
+            return torch.stack(losses, 1)
+
+        kept, losses = run_restarts(problem, climb, restarts, restart_batch)
+    return trace_of(images, problem, kept, losses, gradients=restarts * steps * len(images))
+
+
+def checkpoints(steps: int) -> frozenset[int]:
+    """The steps after which APGD looks at its progress, counted from 1."""
+    found, share, window = set(), _FIRST_WINDOW, _FIRST_WINDOW
+    while share < 1:
+        found.add(math.ceil(share * steps - 1e-9))  # sums of shares are rounded
+        window = max(window - _WINDOW_SHRINKS, _LEAST_WINDOW)
+        share += window
+    return frozenset(found)

@@ -1,0 +1,284 @@
+"""What every attack stands on: one batch, the ball around it, and the loss that is to grow inside."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from srm_model.attacks.guard import as_found, check_images, check_model, scores_of, to_model
+from srm_model.attacks.objectives import Objective
+
+NORMS = ("linf", "l2")
+REFERENCE_SIDE = 512  # L2 budgets are stated for 512×512 images
+_PROJECTION_ROUNDS = 3
+_BACKWARD_EXPONENT = 8  # of the loss's gradient in the scores: room for models that run in fp16 inside
+
+
+def radius_of(norm: str, eps: float, image: Tensor) -> float:
+    """The radius a stated budget means for an image (3, H, W): eps, scaled by √(HW)/512 for "l2"."""
+    return eps if norm == "linf" else eps * math.sqrt(image[0].numel()) / REFERENCE_SIDE
+
+
+def check_budget(norm: str, eps: float) -> None:
+    if norm not in NORMS:
+        raise ValueError(f"norm={norm!r}: expected one of {', '.join(map(repr, NORMS))}")
+    if isinstance(eps, bool) or not isinstance(eps, int | float):
+        raise TypeError(f"eps={eps!r}: expected a number")
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"eps={eps!r}: expected a finite number, zero or more")
+    if norm == "linf" and eps > 1:
+        raise ValueError(
+            f"eps={eps!r} for norm 'linf': expected at most 1, as pixels lie in [0, 1] (4/255, say)"
+        )
+
+
+def check_count(name: str, value: int, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r}: expected an integer")
+    if value < least:
+        raise ValueError(f"{name}={value!r}: expected at least {least}")
+
+
+@contextmanager
+def attacking(
+    model: nn.Module,
+    images: Tensor,
+    mos: Tensor | Sequence[float],
+    objective: Objective,
+    norm: str,
+    eps: float,
+    eot: int,
+    generator: torch.Generator | None,
+) -> Iterator[Problem]:
+    """Check the arguments and pose the problem, with the model as `as_found` has it."""
+    check_model(model)
+    check_images(images)
+    check_budget(norm, eps)
+    check_count("eot", eot)
+    mos = torch.as_tensor(mos)
+    if mos.shape != (len(images),):
+        raise ValueError(
+            f"mos of shape {tuple(mos.shape)} for {len(images)} images: expected one value per image"
+        )
+    if not mos.isfinite().all():
+        raise ValueError("mos holds a value that is not finite: expected one finite value per image")
+    if generator is None:
+        generator = torch.Generator().manual_seed(0)
+    seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
+    images = to_model(model, images)
+    with as_found(model, images, seed=seed):
+        # Clones, because tensors made under an outer inference_mode could not be saved for backward.
+        yield Problem(
+            model, images.clone(), mos.to(images.device).clone(), objective, norm, eps, eot, generator
+        )
+
+
+class Problem:
+    """One batch under attack: the ball around it, the loss on it and the direction in which the loss grows.
+
+    Points are `n` copies of the batch, (n·B, 3, H, W), one copy per restart that is run at once; losses are
+    (n, B), or (n,) for an objective that is defined on the batch: it then sees each copy as a batch of its own.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        mos: Tensor,
+        objective: Objective,
+        norm: str,
+        eps: float,
+        eot: int,
+        generator: torch.Generator,
+    ) -> None:
+        self.model, self.images, self.mos, self.objective = model, images, mos, objective
+        self.norm, self.eps, self.eot, self.generator = norm, eps, eot, generator
+        self.zero_gradients: int | Tensor = 0
+        self.nonfinite_gradients: int | Tensor = 0
+        if norm == "linf":
+            self._lower, self._upper = _bounds(images, eps)
+        else:
+            # Room for rounding: each pixel of x + δ is off by eps_machine / 4 at most, when measured and in the end.
+            precision, size = torch.finfo(images.dtype).eps, images[0].numel()
+            self._radius = max(0.0, eps * (1 - 4 * precision) - math.sqrt(size) * precision / 2)
+        if getattr(objective, "uses_clean_scores", True):
+            with torch.no_grad():
+                self.clean_scores = torch.stack([scores_of(model, images) for _ in range(eot)]).mean(0)
+        else:
+            self.clean_scores = images.new_full((len(images),), math.nan)
+
+    def random_starts(self, copies: int = 1) -> Tensor:
+        """Points drawn uniformly from the ball, then clipped to [0, 1]; drawn copy by copy."""
+        starts = [self._random_start() for _ in range(copies)]
+        return starts[0] if copies == 1 else torch.cat(starts)
+
+    def _random_start(self) -> Tensor:
+        shape, dtype = self.images.shape, self.images.dtype
+        source: Any = {"generator": self.generator, "device": self.generator.device, "dtype": dtype}
+        if self.norm == "linf":
+            noise = (torch.rand(shape, **source) * 2 - 1) * self.eps
+        else:
+            noise = unit(torch.randn(shape, **source))
+            size = self.images[0].numel()
+            noise *= self.eps * torch.rand((len(noise), 1, 1, 1), **source) ** (1 / size)
+        return self.project(self.images + noise.to(self.images.device))
+
+    def project(self, x: Tensor) -> Tensor:
+        """The nearest point of the ball that lies in [0, 1]; for "l2" all but the nearest.
+
+        That point is clip(s·δ) with the factor s ≤ 1 that spends the budget. Clipping shortens δ, so scaling δ to the
+        radius first leaves some of the budget unspent; each round takes s closer, and never past the radius.
+        """
+        copies = x.unflatten(0, (-1, len(self.images)))
+        if self.norm == "linf":
+            return copies.clamp(self._lower, self._upper).flatten(0, 1)
+        delta = copies - self.images
+        shrink = self._share(delta).clamp_max(1)
+        for _ in range(_PROJECTION_ROUNDS):
+            clipped = (self.images + delta * shrink.to(delta.dtype)).clamp_(0, 1).sub_(self.images)
+            shrink = (shrink * self._share(clipped)).clamp_max(1)
+        return (self.images + delta * shrink.to(delta.dtype)).clamp_(0, 1).flatten(0, 1)
+
+    def _share(self, delta: Tensor) -> Tensor:
+        """The radius over each perturbation's length."""
+        length = torch.linalg.vector_norm(delta, dim=(2, 3, 4), keepdim=True, dtype=torch.float64)
+        return self._radius / length.clamp_min(torch.finfo(torch.float64).tiny)
+
+    def per_image(self, values: Tensor) -> Tensor:
+        """Values as losses have them, (n, B) or (n,), as factors of points: (n·B, 1, 1, 1)."""
+        spread = values.reshape(len(values), -1).expand(-1, len(self.images))
+        return spread.reshape(-1, 1, 1, 1)
+
+    def loss(self, x: Tensor) -> Tensor:
+        """The objective at x, averaged over `eot` passes: (n, B) or (n,)."""
+        return self.loss_of(self.scores(x))
+
+    def scores(self, x: Tensor) -> Tensor:
+        """The model's scores at x in `eot` passes, without gradient: (eot, n·B)."""
+        with torch.no_grad():
+            return torch.stack([scores_of(self.model, x) for _ in range(self.eot)])
+
+    def loss_of(self, scores: Tensor) -> Tensor:
+        """The objective at scores (eot, n·B), averaged over the passes: (n, B) or (n,)."""
+        return torch.stack([self._judge(sample) for sample in scores]).mean(0)
+
+    def ascend(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The objective at x and, from the same passes, the direction of steepest ascent in the norm."""
+        x = x.detach().requires_grad_()
+        losses: list[Tensor] = []
+        gradient = torch.zeros_like(x)
+        scale = None
+        for _ in range(self.eot):
+            scores = scores_of(self.model, x)
+            if not scores.requires_grad:
+                raise ValueError(
+                    "the model's scores carry no gradient to the images: a gradient attack needs a differentiable "
+                    "model"
+                )
+            loss = self._judge(scores)
+            losses.append(loss.detach())
+            pull = _gradient(loss, scores)
+            if pull is None:
+                continue
+            # A power of two, the same for every pass, changes no direction and keeps fp16 from underflowing.
+            scale = _power_of_two(pull) if scale is None else scale
+            (sample,) = torch.autograd.grad(scores, x, pull * scale, allow_unused=True)
+            if sample is not None:
+                gradient += sample  # a sum serves as well as a mean: only its direction is used
+        return torch.stack(losses).mean(0), self._direction(gradient)
+
+    def _judge(self, scores: Tensor) -> Tensor:
+        size = len(self.images)
+        losses = []
+        for copy in scores.unflatten(0, (-1, size)):
+            loss = self.objective(copy, self.mos, self.clean_scores)
+            if not isinstance(loss, Tensor) or loss.shape not in ((size,), ()):
+                shape = (
+                    f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+                )
+                raise ValueError(
+                    f"the objective returned {shape}: expected losses of shape ({size},) or one 0-d loss"
+                )
+            losses.append(loss)
+        return torch.stack(losses)
+
+    def _direction(self, gradient: Tensor) -> Tensor:
+        largest = gradient.abs().amax((1, 2, 3))
+        self.zero_gradients += (largest == 0).sum()
+        self.nonfinite_gradients += (~largest.isfinite()).sum()
+        gradient = gradient.nan_to_num(nan=0, posinf=0, neginf=0)
+        return gradient.sign_() if self.norm == "linf" else unit(gradient)
+
+
+class Best:
+    """The points of the highest loss so far, per image or per batch as the loss is, for each copy."""
+
+    points: Tensor
+    loss: Tensor
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        self._empty = True
+
+    def offer(self, points: Tensor, loss: Tensor) -> Tensor:
+        """Take what is better, NaN being the best there is; returns where, shaped as the loss."""
+        if self._empty:
+            self.points, self.loss, self._empty = points, loss, False
+            return torch.ones_like(loss, dtype=torch.bool)
+        better = exceeds(loss, self.loss)
+        self.points = torch.where(self._problem.per_image(better), points, self.points)
+        self.loss = torch.where(better, loss, self.loss)
+        return better
+
+    def offer_copies(self, other: Best) -> None:
+        """Take the other's copies one by one, as if they had been run one after another."""
+        copies = other.points.unflatten(0, (len(other.loss), -1))
+        for points, loss in zip(copies, other.loss, strict=True):
+            self.offer(points, loss[None])
+
+
+def exceeds(loss: Tensor, before: Tensor) -> Tensor:
+    """Where a loss is higher; a NaN is higher than any number, and no higher than a NaN."""
+    return (loss > before) | (loss.isnan() & ~before.isnan())
+
+
+def unit(vectors: Tensor) -> Tensor:
+    """Each image's tensor divided by its Euclidean norm; zero stays zero, and nothing over- or underflows."""
+    largest = vectors.abs().amax((1, 2, 3), keepdim=True)
+    vectors = vectors / torch.where(largest > 0, largest, 1)
+    return vectors / torch.linalg.vector_norm(vectors, dim=(1, 2, 3), keepdim=True).clamp_min(1)
+
+
+def like(images: Tensor, adversarial: Tensor) -> Tensor:
+    """The result as the caller's images are: their device, contiguous."""
+    return adversarial.to(images.device).contiguous()
+
+
+def _gradient(loss: Tensor, scores: Tensor) -> Tensor | None:
+    if not loss.requires_grad:
+        return None
+    # The graph below the scores is walked only once, afterwards.
+    return torch.autograd.grad(loss.sum(), scores, retain_graph=True, allow_unused=True)[0]
+
+
+def _power_of_two(pull: Tensor) -> Tensor:
+    """What brings the largest finite element to about 2⁸, without waiting for the device."""
+    largest = pull.abs().nan_to_num(nan=0, posinf=0, neginf=0).max()
+    return torch.ldexp(
+        torch.ones_like(largest), (_BACKWARD_EXPONENT - largest.frexp().exponent).clamp_max(100)
+    )
+
+
+def _bounds(images: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The interval of each pixel, rounded inwards, so that the distance is at most eps exactly."""
+    exact = images.double()
+    low, high = (exact - eps).clamp_min(0), (exact + eps).clamp_max(1)
+    lower, upper = low.to(images.dtype), high.to(images.dtype)
+    lower = torch.where(lower < low, lower.nextafter(torch.ones_like(lower)), lower)
+    upper = torch.where(upper > high, upper.nextafter(torch.zeros_like(upper)), upper)
+    return lower, upper

@@ -1,0 +1,205 @@
+"""An attack that only asks for scores: random search in squares (Andriushchenko et al., 2020) for any objective."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from srm_model.attacks.gradient import PGDTrace, trace_of
+from srm_model.attacks.objectives import Objective
+from srm_model.attacks.problem import Best, Problem, attacking, check_count, exceeds
+from srm_model.config import SRMConfig
+
+_DEFAULTS = SRMConfig()
+# Shares of the query budget after which the squares' area is halved, as in the paper for its 10,000 queries.
+_HALVINGS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
+
+
+def square(
+    model: nn.Module,
+    images: Tensor,
+    mos: Tensor | Sequence[float],
+    objective: Objective,
+    *,
+    norm: str = "linf",
+    eps: float,
+    queries: int = _DEFAULTS.attack_queries,
+    area: float = _DEFAULTS.attack_square_area,
+    eot: int = 1,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Raise the objective by asking the model for at most `queries` scores per image, and for no gradient.
+
+    A proposal changes one square of each image: for "linf" each channel of it to ±eps; for "l2" it is given a bump
+    of either sign and all the norm that is to be had, taken from another square and from what is unused of the
+    budget. What raises the loss is kept, image by image. For an objective defined on the batch the images are
+    decided one after another, each against those decided before, which costs no further query.
+
+    queries: per image, the clean score included where the objective uses it; each of `eot` passes is one.
+    area: of the first squares, as a share of the image's; halved as the budget is spent.
+    The model need not be differentiable. Other arguments, result, errors and promises are those of `pgd`.
+    """
+    return square_trace(
+        model,
+        images,
+        mos,
+        objective,
+        norm=norm,
+        eps=eps,
+        queries=queries,
+        area=area,
+        eot=eot,
+        generator=generator,
+    ).images
+
+
+def square_trace(
+    model: nn.Module,
+    images: Tensor,
+    mos: Tensor | Sequence[float],
+    objective: Objective,
+    *,
+    norm: str = "linf",
+    eps: float,
+    queries: int = _DEFAULTS.attack_queries,
+    area: float = _DEFAULTS.attack_square_area,
+    eot: int = 1,
+    generator: torch.Generator | None = None,
+    on_step: Callable[[], object] | None = None,
+) -> PGDTrace:
+    """`square` with the loss of what was kept after each round of queries, (1, rounds, …); no share of gradients."""
+    check_count("queries", queries)
+    if isinstance(area, bool) or not isinstance(area, int | float):
+        raise TypeError(f"area={area!r}: expected a number")
+    if not 0 < area <= 1:
+        raise ValueError(f"area={area!r}: expected a share of the image in (0, 1]")
+    with attacking(model, images, mos, objective, norm, eps, eot, generator) as problem:
+        rounds = queries // eot - bool(getattr(objective, "uses_clean_scores", True))
+        if rounds < 1:
+            raise ValueError(
+                f"queries={queries}: expected at least {eot * (1 + queries // eot - rounds)} with eot={eot} "
+                "and this objective"
+            )
+        walk = _Squares(problem, area)
+        x = walk.start()
+        scores = problem.scores(x)
+        loss = problem.loss_of(scores)
+        losses = [loss]
+        for number in range(1, rounds):
+            if on_step is not None:
+                on_step()
+            proposal = walk.propose(x, number / rounds)
+            asked = problem.scores(proposal)
+            if loss.ndim > 1:
+                raised = problem.loss_of(asked)
+                better = exceeds(raised, loss)
+                loss = torch.where(better, raised, loss)
+                scores = torch.where(better, asked, scores)
+                x = torch.where(problem.per_image(better), proposal, x)
+            else:
+                accepted, loss, scores = _decide(problem, scores, asked, loss)
+                x = torch.where(accepted[:, None, None, None], proposal, x)
+            losses.append(loss)
+        if on_step is not None:
+            on_step()
+        best = Best(problem)
+        best.offer(x, loss)
+    return trace_of(images, problem, best, torch.stack(losses, 1), gradients=0)
+
+
+def _decide(problem: Problem, scores: Tensor, asked: Tensor, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which images of a batch take their proposals, decided one by one; the loss and scores that come of it."""
+    accepted = torch.zeros(asked.shape[1], dtype=torch.bool, device=asked.device)
+    for position in range(len(accepted)):
+        tried = scores.clone()
+        tried[:, position] = asked[:, position]
+        raised = problem.loss_of(tried)
+        better = exceeds(raised, loss)
+        accepted[position] = better[0]
+        loss = torch.where(better, raised, loss)
+        scores = torch.where(better, tried, scores)
+    return accepted, loss, scores
+
+
+class _Squares:
+    """Proposals inside the ball: random squares of shrinking area."""
+
+    def __init__(self, problem: Problem, area: float) -> None:
+        self.problem, self.area = problem, area
+        self.batch, self.channels, self.height, self.width = problem.images.shape
+        self._on: dict[str, Any] = {"generator": problem.generator, "device": problem.generator.device}
+
+    def start(self) -> Tensor:
+        """Vertical stripes of ±eps for "linf"; for "l2" a board of bumps that fills the ball."""
+        images = self.problem.images
+        if self.problem.norm == "linf":
+            delta = self._signs(self.batch, self.channels, 1, self.width) * self.problem.eps
+            return self.problem.project(images + delta)
+        side = max(1, min(self.height, self.width) // 5)
+        signs = self._signs(self.batch, self.channels, -(-self.height // side), -(-self.width // side))
+        tiles = signs.repeat_interleave(side, 2).repeat_interleave(side, 3)
+        rows, columns = (-(-extent // side) for extent in (self.height, self.width))
+        delta = tiles * self._bump(side).repeat(rows, columns)
+        delta = delta[..., : self.height, : self.width]
+        length = torch.linalg.vector_norm(delta, dim=(1, 2, 3), keepdim=True)
+        return self.problem.project(images + delta * (self.problem.eps / length))
+
+    def propose(self, x: Tensor, spent: float) -> Tensor:
+        """One changed square per image; `spent` is the share of the budget that is gone."""
+        halvings = sum(spent > share for share in _HALVINGS)
+        shorter = min(self.height, self.width)
+        side = round(math.sqrt(self.area * 0.5**halvings * self.height * self.width))
+        side = max(1, min(side, shorter))
+        images = self.problem.images
+        if self.problem.norm == "linf":
+            proposal = x.clone()
+            window = self._window(side)
+            values = self._signs(self.batch, 1, 1, self.channels) * self.problem.eps
+            proposal[window] = images[window] + values
+            return self.problem.project(proposal)
+        return self.problem.project(images + self._moved(x - images, max(side, min(3, shorter))))
+
+    def _moved(self, delta: Tensor, side: int) -> Tensor:
+        """The perturbation with a square's norm moved into another, where it becomes a bump of either sign."""
+        target, source = self._window(side), self._window(side)
+        old = delta[target]  # [B, side, side, C]
+        spare = (self.problem.eps**2 - delta.square().sum((1, 2, 3))).clamp_min(0) / self.channels  # [B]
+        emptied = delta.clone()
+        emptied[target] = 0
+        emptied[source] = 0
+        freed = delta.square().sum((2, 3)) - emptied.square().sum((2, 3))  # [B, C]
+        length = (freed.clamp_min(0) + spare[:, None]).sqrt()[:, None, None, :]
+        bump = self._bump(side)[None, :, :, None] * self._signs(self.batch, 1, 1, self.channels)
+        own = torch.linalg.vector_norm(old, dim=(1, 2), keepdim=True)
+        shape = bump + torch.where(own > 0, old / own.clamp_min(1e-12), 0)
+        norm = torch.linalg.vector_norm(shape, dim=(1, 2), keepdim=True).clamp_min(1e-12)
+        emptied[target] = shape / norm * length
+        return emptied
+
+    def _window(self, side: int) -> tuple[Any, ...]:
+        """An index to a square per image, at random places: takes (B, C, H, W) to (B, side, side, C)."""
+        device = self.problem.images.device
+        top, left = (
+            torch.randint(extent - side + 1, (self.batch, 1, 1), **self._on).to(device)
+            for extent in (self.height, self.width)
+        )
+        reach = torch.arange(side, device=device)
+        place = torch.arange(self.batch, device=device)[:, None, None]
+        return place, slice(None), top + reach[:, None], left + reach[None, :]
+
+    def _bump(self, side: int) -> Tensor:
+        """Concentric squares that rise towards the middle, of Euclidean norm 1."""
+        images = self.problem.images
+        middle = (side - 1) / 2
+        ramp = torch.arange(side, device=images.device, dtype=images.dtype).sub_(middle).abs_()
+        ring = torch.maximum(ramp[:, None], ramp[None, :])
+        bump = 1 / (1 + ring).square()
+        return bump / torch.linalg.vector_norm(bump)
+
+    def _signs(self, *shape: int) -> Tensor:
+        draw = torch.randint(2, shape, **self._on)
+        return (2 * draw - 1).to(self.problem.images.device, self.problem.images.dtype)

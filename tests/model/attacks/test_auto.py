@@ -1,0 +1,110 @@
+"""APGD: PGD that sets its own step sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attack_models import Convolutional, Linear, OfFirstPixel, batch, weight
+
+from srm_model.attacks import MSE, Drift, PairInversion, Signed, apgd, apgd_trace, pgd_trace
+from srm_model.attacks.auto import checkpoints
+
+
+def test_checkpoints_are_those_of_the_paper():
+    # p = 0.22, 0.41, 0.57, 0.70, 0.80, 0.87, 0.93, 0.99 of 100 steps
+    assert sorted(checkpoints(100)) == [22, 41, 57, 70, 80, 87, 93, 99]
+    assert max(checkpoints(1)) == 1
+
+
+def widths(trace, images):
+    return (trace - images)[:, 0, 0, 0]
+
+
+def step_sizes(monkeypatch, model, images, **arguments):
+    """How far each step would go: what `per_image` is asked to spread, when it is a step size."""
+    from srm_model.attacks.problem import Problem
+
+    seen = []
+    genuine = Problem.per_image
+
+    def spy(self, values):
+        if values.dtype.is_floating_point:
+            seen.append(values.clone())
+        return genuine(self, values)
+
+    monkeypatch.setattr(Problem, "per_image", spy)
+    apgd(model, images, [0.5] * len(images), **arguments)
+    return torch.stack(seen)
+
+
+def test_the_step_starts_at_twice_eps_and_is_kept_while_the_loss_rises(monkeypatch):
+    # A long way up: every step raises the loss as long as steps are small against the ball.
+    images = batch(2)
+    sizes = step_sizes(
+        monkeypatch, Linear(weight()), images, objective=Signed(1), eps=0.1, steps=20, restarts=1
+    )
+    assert torch.equal(sizes[0], torch.full((1, 2), 0.2))
+    # A linear score is at its maximum after one or two steps: nothing more to win, so η halves at every checkpoint.
+    halvings = [step for step in range(1, 20) if (sizes[step] < sizes[step - 1]).all()]
+    assert halvings == [step for step in sorted(checkpoints(20)) if step < 20]
+    assert torch.equal(sizes[-1], sizes[0] / 2 ** len(halvings))
+
+
+def test_each_image_has_its_own_step_and_a_batch_objective_one(monkeypatch):
+    def two_ways(p):  # images below 0.5 see a slope, others a flat top
+        return torch.where(p < 0.5, p, 0.5 + 0 * p)
+
+    images = torch.stack([torch.full((3, 2, 2), value) for value in (0.2, 0.7)])
+    model = OfFirstPixel(two_ways)
+    sizes = step_sizes(monkeypatch, model, images, objective=Signed(1), eps=0.1, steps=40, restarts=1)
+    assert sizes.shape[1:] == (1, 2)
+    assert (sizes[-1] < sizes[0]).all()
+    monkeypatch.undo()
+    sizes = step_sizes(
+        monkeypatch,
+        model,
+        images,
+        objective=lambda scores, mos, clean: scores.sum(),
+        eps=0.1,
+        steps=40,
+        restarts=1,
+    )
+    assert sizes.shape[1:] == (1,)
+
+
+def test_a_halved_step_starts_again_from_the_best_point():
+    # Peaks so narrow that steps of 2 ε jump over them: only smaller and smaller steps climb one.
+    # Within 0.196 of 0.5 there are three, and both ends lead back inside.
+    model = OfFirstPixel(lambda p: torch.cos(40 * p))
+    images = torch.full((32, 3, 1, 1), 0.5)
+    mos = [-2.0] * 32  # the loss is (cos + 2)², at most 9
+    arguments = {"eps": 0.196, "steps": 60, "restarts": 1}
+    best = apgd_trace(model, images, mos, MSE(), **arguments)
+    assert best.loss.min() > 0.995 * 9  # the last steps are 0.4 / 2⁷ = 0.003, and half of one costs 0.1 %
+    coarse = pgd_trace(model, images, mos, MSE(), step_size=0.3, **arguments)
+    assert coarse.loss.min() < best.loss.min()
+
+
+@pytest.mark.parametrize("objective", [MSE(), Drift(), PairInversion()])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_it_finds_what_pgd_finds_without_being_told_a_step(objective, norm):
+    model, images, mos = Convolutional(), batch(6), torch.linspace(0, 1, 6)
+    arguments = {"norm": norm, "eps": 0.05 if norm == "linf" else 0.5, "steps": 20, "restarts": 2}
+    ours = apgd_trace(model, images, mos, objective, **arguments)
+    theirs = pgd_trace(model, images, mos, objective, **arguments)
+    assert ours.loss.shape == theirs.loss.shape
+    assert (ours.loss >= 0.98 * theirs.loss).all()
+    assert ours.losses.shape == theirs.losses.shape == (2, 21, *theirs.loss.shape)
+    assert torch.equal(ours.loss, ours.losses.flatten(0, 1).amax(0))
+
+
+def test_no_forward_pass_is_wasted():
+    calls = []
+
+    class Counting(Linear):
+        def forward(self, x):
+            calls.append(torch.is_grad_enabled())
+            return super().forward(x)
+
+    apgd(Counting(weight()), batch(), [0.5] * 4, MSE(), eps=0.1, steps=5, restarts=2)
+    assert calls == 2 * ([True] * 5 + [False])

@@ -85,6 +85,7 @@ class SRMConfig:
     # Attacks, section 3.8.4
     attack_steps: int = 40
     attack_restarts: int = 5
+    attack_sweep_steps: tuple[int, ...] = (1, 2, 5, 10, 20, 40, 80)  # of the steps sweep, figure 5
     attack_restart_batch: int = 1  # restarts run at once; same starts, more memory
     attack_batch_size: int = 8
     attack_step_linf: float = 2.5  # step = this · ε / steps
@@ -144,7 +145,7 @@ def _tuples(value: Any) -> Any:
 
 _OPTIONAL = {"qk_norm": str, "gain_cap": float, "backend": str}
 _PAIRS = {"links"}
-_INT_TUPLES = {"fused_stages"}
+_INT_TUPLES = {"fused_stages", "attack_sweep_steps"}
 
 
 def _check_types(config: SRMConfig) -> None:
@@ -220,6 +221,9 @@ def _check_values(config: SRMConfig) -> None:
     require(config.seed >= 0, "seed", "zero or more")
     for name in "eps_linf eps_l2 eps_linf_tables eps_l2_tables".split():
         require(all(eps >= 0 for eps in getattr(config, name)), name, "budgets of zero or more")
+    require(
+        all(steps >= 1 for steps in config.attack_sweep_steps), "attack_sweep_steps", "steps of at least 1"
+    )
     stages = config.fused_stages
     require(
         len(stages) > 0 and len(set(stages)) == len(stages) and set(stages) <= set(STAGES),

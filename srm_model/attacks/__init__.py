@@ -5,6 +5,7 @@ from srm_model.attacks.examples import save_examples
 from srm_model.attacks.gradient import PGDTrace, fgsm, pgd, pgd_trace
 from srm_model.attacks.objectives import MSE, Drift, Objective, PairInversion, Signed, SoftSpearman
 from srm_model.attacks.square import square, square_trace
+from srm_model.attacks.studies import sweep_eps, sweep_steps, transfer
 from srm_model.attacks.suite import Attack, Example, Suite, SuiteResult
 
 __all__ = [
@@ -27,4 +28,7 @@ __all__ = [
     "save_examples",
     "square",
     "square_trace",
+    "sweep_eps",
+    "sweep_steps",
+    "transfer",
 ]

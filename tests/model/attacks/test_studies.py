@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from attack_models import Convolutional, Linear, weight
+from test_suite import CONFIG, Images, linear, run
+
+from srm_model.attacks import MSE, Attack, Suite, sweep_eps, sweep_steps, transfer
+from srm_model.metrics import LogisticMap, plcc
+
+
+def test_transfer_has_every_direction_and_the_suites_white_box_attack():
+    models = {"a": linear(), "b": linear(3), "c": Convolutional()}
+    dataset = Images()
+    logistic = LogisticMap.fit(linear()(dataset.images).detach(), dataset.mos)
+    found = transfer(
+        models, dataset, norm="linf", eps=4 / 255, config=CONFIG, batch_size=4, logistics={"a": logistic}
+    )
+    pairs = {(pair["source"], pair["target"]): pair for pair in found["pairs"]}
+    assert len(pairs) == 9
+    suite = run(linear(), dataset, surrogate=linear(3))
+    assert found["clean"]["a"]["scores"] == suite.clean["scores"]
+    assert pairs["a", "a"]["scores"] == suite.attacks["pgd_mse"]["scores"]
+    assert pairs["a", "a"]["plcc"] == plcc(logistic(pairs["a", "a"]["scores"]), dataset.mos)
+    errors = {
+        source: (torch.tensor(pairs[source, "a"]["scores"]) - torch.tensor(dataset.mos)).square().mean()
+        for source in "abc"
+    }
+    assert errors["a"] > max(errors["b"], errors["c"])
+    # Crafted on b, an image moves a's score by ε⟨sign w_b, w_a⟩ at most.
+    moved = torch.tensor(pairs["b", "a"]["scores"]) - torch.tensor(found["clean"]["a"]["scores"])
+    reach = 4 / 255 * (models["a"].weight * models["b"].weight.sign()).sum().abs()
+    assert moved.abs().max() <= reach + 1e-5
+    with pytest.raises(ValueError, match="1 model: a transfer needs at least two"):
+        transfer({"a": linear()}, dataset, norm="linf", eps=0.1)
+
+
+def test_sweeps_are_suites_at_other_settings():
+    suite = Suite([Attack("pgd_mse", MSE())], CONFIG)
+    rows = sweep_steps(suite, linear(), Images(), norm="linf", eps=4 / 255, steps=(1, 4), batch_size=4)
+    assert [row["steps"] for row in rows] == [1, 4]
+    whole = run(suite=suite)
+    assert rows[1]["attacks"]["pgd_mse"]["srocc"] == whole.attacks["pgd_mse"]["srocc"]
+    assert rows[1]["worst"] == whole.worst
+    assert rows[0]["attacks"]["pgd_mse"]["loss"] <= rows[1]["attacks"]["pgd_mse"]["loss"]
+    rows = sweep_eps(suite, linear(), Images(), norm="l2", batch_size=4)
+    assert [row["eps"] for row in rows] == list(CONFIG.eps_l2)
+    losses = [row["attacks"]["pgd_mse"]["loss"] for row in rows]
+    assert losses == sorted(losses)
+    assert sweep_steps(suite, linear(), Images(), norm="linf", eps=0.01, batch_size=4)[-1]["steps"] == 80
+
+
+def test_the_loss_of_a_result_is_the_mean_over_its_images():
+    dataset, model = Images(), Linear(weight() * 0.1)
+    result = run(model, dataset)
+    errors = (torch.tensor(result.attacks["pgd_mse"]["scores"]) - torch.tensor(dataset.mos)).square()
+    assert result.attacks["pgd_mse"]["loss"] == pytest.approx(errors.mean().item(), rel=1e-5)

@@ -100,6 +100,12 @@ class SRMConfig:
     eps_linf_tables: tuple[float, ...] = (1 / 255, 4 / 255)
     eps_l2_tables: tuple[float, ...] = (2.5, 10.0)
 
+    # Median smoothing, this project's own: what `srm-iqa audit --certify` proves
+    smoothing_sigma: float = 0.25  # (c) σ of the Gaussian noise, per pixel value
+    smoothing_samples: int = 1000  # (c) noisy copies of each image
+    smoothing_confidence: float = 0.999  # (c) of each image's interval
+    eps_smoothing: tuple[float, ...] = (0.15, 0.3, 0.6)  # (c) L2 budgets at 512², scaled by √(HW)/512
+
     backend: str | None = None  # kernels: None picks the fastest that can run; a name is never overruled
 
     @classmethod
@@ -194,7 +200,8 @@ def _check_values(config: SRMConfig) -> None:
     one_of("precision", ("auto", "fp32", "bf16", "fp16"))
     for name in (
         "channels heads rank neumann_order pool_size image_size batch_size epochs attack_steps attack_restarts "
-        "attack_restart_batch attack_batch_size attack_queries eot_samples"
+        "attack_restart_batch attack_batch_size attack_queries eot_samples "
+        "smoothing_samples"
     ).split():
         require(getattr(config, name) >= 1, name, "at least 1")
     for (
@@ -203,12 +210,13 @@ def _check_values(config: SRMConfig) -> None:
         require(getattr(config, name) >= 0, name, "zero or more")
     for name in (
         "gamma kappa_max gate_temperature lr_backbone lr_neck clip_norm pair_temperature attack_step_linf "
-        "attack_step_l2"
+        "attack_step_l2 smoothing_sigma"
     ).split():
         require(getattr(config, name) > 0, name, "a positive number")
     require(config.channels % config.heads == 0, "channels", f"a multiple of heads={config.heads}")
     require(config.ridge > 0 or config.solver != "cholesky", "ridge", "above 0 with solver='cholesky'")
     require(0 <= config.kv_pool_prob <= 1, "kv_pool_prob", "a probability")
+    require(0 < config.smoothing_confidence < 1, "smoothing_confidence", "a probability below 1")
     require(0 < config.attack_square_area <= 1, "attack_square_area", "a share of the image in (0, 1]")
     require(0 <= config.ema < 1, "ema", "a decay in [0, 1)")
     require(0 <= config.entropy_floor <= 1, "entropy_floor", "a share of ln S in [0, 1]")
@@ -219,7 +227,7 @@ def _check_values(config: SRMConfig) -> None:
         len(config.betas) == 2 and all(0 <= b < 1 for b in config.betas), "betas", "two numbers in [0, 1)"
     )
     require(config.seed >= 0, "seed", "zero or more")
-    for name in "eps_linf eps_l2 eps_linf_tables eps_l2_tables".split():
+    for name in "eps_linf eps_l2 eps_linf_tables eps_l2_tables eps_smoothing".split():
         require(all(eps >= 0 for eps in getattr(config, name)), name, "budgets of zero or more")
     require(
         all(steps >= 1 for steps in config.attack_sweep_steps), "attack_sweep_steps", "steps of at least 1"

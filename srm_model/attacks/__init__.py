@@ -1,6 +1,7 @@
 """Attacks on models of image quality: objectives, attacks with and without gradients, suites, audits (SPEC 6)."""
 
 from srm_model.attacks.auto import apgd, apgd_trace
+from srm_model.attacks.certify import Certificate, certify
 from srm_model.attacks.examples import save_examples
 from srm_model.attacks.gradient import PGDTrace, fgsm, pgd, pgd_trace
 from srm_model.attacks.objectives import MSE, Drift, Objective, PairInversion, Signed, SoftSpearman
@@ -11,6 +12,7 @@ from srm_model.attacks.suite import Attack, Example, Suite, SuiteResult
 __all__ = [
     "MSE",
     "Attack",
+    "Certificate",
     "Drift",
     "Example",
     "Objective",
@@ -22,6 +24,7 @@ __all__ = [
     "SuiteResult",
     "apgd",
     "apgd_trace",
+    "certify",
     "fgsm",
     "pgd",
     "pgd_trace",

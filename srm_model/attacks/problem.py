@@ -19,6 +19,10 @@ _PROJECTION_ROUNDS = 3
 _BACKWARD_EXPONENT = 8  # of the loss's gradient in the scores: room for models that run in fp16 inside
 
 
+class NoGradientError(ValueError):
+    """The scores do not depend on the images as far as autograd can see."""
+
+
 def radius_of(norm: str, eps: float, image: Tensor) -> float:
     """The radius a stated budget means for an image (3, H, W): eps, scaled by √(HW)/512 for "l2"."""
     return eps if norm == "linf" else eps * math.sqrt(image[0].numel()) / REFERENCE_SIDE
@@ -176,7 +180,7 @@ class Problem:
         for _ in range(self.eot):
             scores = scores_of(self.model, x)
             if not scores.requires_grad:
-                raise ValueError(
+                raise NoGradientError(
                     "the model's scores carry no gradient to the images: a gradient attack needs a differentiable "
                     "model"
                 )

@@ -21,7 +21,7 @@ class LandmarkSolution(NamedTuple):
     """X and, with `diagnostics=True`, what is known about each system; None otherwise."""
 
     x: Tensor  # (…, r, d)
-    kappa: Tensor | None  # (…,) σ_max/σ_min of W_λ, or of W̃ + λI where equilibrated
+    kappa: Tensor | None  # (…,) σ_max/σ_min of W_λ, or of W̃ + λI where equilibrated; or its estimate
     residual: Tensor | None  # (…,) ‖A Z − G‖_F / (‖G‖_F + 1e-12) of the system that was solved
     gain: Tensor | None  # (…,) ‖X‖_F / ‖RV‖_F
     solver: Tensor | None  # (…,) int64, the `Solver` that served the matrix
@@ -42,7 +42,7 @@ _solve = register_operator(
 
 _diagnose = register_operator(
     "landmark_diagnostics",
-    "Tensor logits, Tensor rhs, Tensor x, Tensor used, float ridge, bool equilibrate",
+    "Tensor logits, Tensor rhs, Tensor x, Tensor used, float ridge, bool equilibrate, bool estimate",
     "(Tensor, Tensor, Tensor)",
     dict.fromkeys(_IMPLEMENTATIONS, reference.landmark_diagnostics),
     fake=lambda logits, rhs, x, *_: tuple(x.new_empty(x.shape[:-2]) for _ in range(3)),
@@ -59,7 +59,7 @@ def landmark_solve(
     kappa_max: float = 1e6,
     neumann_order: int = 3,
     neumann_gate: bool = True,
-    diagnostics: bool = False,
+    diagnostics: bool | str = False,
     backend: str | None = None,
 ) -> LandmarkSolution:
     """X = (W + λI)⁻¹ G for W = softmax(logits), λ = ridge · tr(W)/r, every matrix for itself (SPEC 2.1).
@@ -73,14 +73,18 @@ def landmark_solve(
     - "lu": partial pivoting. With ridge 0 a singular matrix gives NaN, never a plausible number.
     - "svd": pseudo-inverse; with ridge 0, singular values up to r·eps·σ_max are dropped (minimum norm) and
       the derivative is not defined where any was. The article's default; the least accurate in fp32 at
-      high κ, offered for parity. Waits for the device.
-    - "auto": "lu" where κ(W_λ) < kappa_max, else "svd", per matrix, κ by exact singular values. Waits too.
+      high κ, offered for parity. Waits for the device (torch.linalg.svd).
+    - "auto": "lu" where κ(W_λ) < kappa_max, else "svd", per matrix; κ is estimated from the LU factors by
+      `estimate_condition`: never above κ₂ but for rounding, measured never below 0.5 of it. Waits for the
+      device once, to learn which matrices need an SVD, and for those.
     - "neumann": α Σ_{k≤m} (I − αW_λ)^k G, α = 1/(1 + λ), m = `neumann_order`, per matrix where a power
       iteration puts the spectral radius below 0.95 and the residual is below 1e-2, else the default solve
       ("lu" where ridge is 0); `neumann_gate=False` applies it always.
 
     equilibrate: solve D_r W D_c + λI with D_r, D_c = (row or column norm + 1e-12)^-½ instead; same X up to λ.
-    diagnostics: fill κ, residual, gain and solver; κ takes exact singular values and waits for the device.
+    "cholesky", "lu" and "neumann" never wait for the device.
+    diagnostics: True fills κ, residual, gain and solver; κ takes exact singular values and waits for the
+    device. "estimate" fills the same with κ estimated as in "auto", and does not wait.
     A non-finite logit makes its own matrix's X NaN and no other's. Gradients are exact, by the implicit
     formula (through the polynomial for "neumann"); diagnostics carry none.
     Raises ValueError for shapes, an unknown solver, ridge < 0, or "cholesky" with ridge 0; TypeError for dtypes.
@@ -93,6 +97,8 @@ def landmark_solve(
             f"rhs has shape {tuple(rhs.shape)}; expected {tuple(logits.shape[:-1])} and one more axis"
         )
     check_solver(ridge, solver, equilibrate, kappa_max, neumann_order, neumann_gate)
+    if diagnostics not in (True, False, "estimate"):
+        raise ValueError(f"diagnostics={diagnostics!r}: expected True, False or 'estimate'")
     chosen = choose_backend(backend, _IMPLEMENTATIONS, "landmark_solve")
     ridge = float(ridge)
     x, used = _solve(
@@ -101,7 +107,9 @@ def landmark_solve(
     if not diagnostics:
         return LandmarkSolution(x, None, None, None, None)
     with torch.no_grad():
-        kappa, residual, gain = _diagnose(logits, rhs, x, used, ridge, equilibrate, chosen)
+        kappa, residual, gain = _diagnose(
+            logits, rhs, x, used, ridge, equilibrate, diagnostics == "estimate", chosen
+        )
     return LandmarkSolution(x, kappa, residual, gain, used)
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..checks import nowhere, wide_dtype
+from .estimate import estimate_condition
 
 EQUILIBRATION_FLOOR = 1e-12
 SYMMETRY_TOLERANCE = 1e-3
@@ -79,15 +80,22 @@ def landmark_solve(
 
 
 def landmark_diagnostics(
-    logits: Tensor, rhs: Tensor, x: Tensor, used: Tensor, ridge: float, equilibrate: bool
+    logits: Tensor, rhs: Tensor, x: Tensor, used: Tensor, ridge: float, equilibrate: bool, estimate: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Per matrix: κ = σ_max/σ_min of A, ‖A Z − G‖/(‖G‖ + 1e-12) and ‖X‖/‖RV‖, all Frobenius."""
+    """Per matrix: κ = σ_max/σ_min of A, ‖A Z − G‖/(‖G‖ + 1e-12) and ‖X‖/‖RV‖, all Frobenius.
+
+    `estimate`: κ by `estimate_condition` instead of singular values.
+    """
     logits, rhs = logits.to(x.dtype), rhs.to(x.dtype)
     finite = logits.isfinite().all(-1).all(-1)
     logits = torch.where(finite[..., None, None], logits, 0)
     system = _system(_acted_on(logits, used), rhs, ridge, equilibrate)
-    sigma = torch.linalg.svdvals(system.matrix)
-    kappa = torch.where(finite, sigma[..., 0] / sigma[..., -1], torch.nan)
+    if estimate:
+        kappa = estimate_condition(system.matrix, _lu(system.matrix, ridge)).nan_to_num(nan=torch.inf)
+    else:
+        sigma = torch.linalg.svdvals(system.matrix)
+        kappa = sigma[..., 0] / sigma[..., -1]
+    kappa = torch.where(finite, kappa, torch.nan)
     Z = x if system.right is None else x / system.right[..., None]
     return kappa, _residual(system, Z), _norm(x) / _norm(rhs)
 
@@ -166,19 +174,16 @@ def _factorise(
     else:
         system = _system(logits, rhs, ridge, equilibrate)
     A = system.matrix.detach()
-    if solver in ("svd", "auto"):
-        mask: Tensor | None = None
-        if solver == "svd":
-            used = torch.full_like(used, int(Solver.SVD))
-        else:
-            sigma = torch.linalg.svdvals(A)
-            mask = ~(sigma[..., 0] < kappa_max * sigma[..., -1])
-            used = torch.where(mask, int(Solver.SVD), used)
-        if mask is None or not nowhere(mask):
-            factors.parts.append((mask, _svd(A, ridge)))
-        if solver == "svd":
-            return system, factors, used
-        rest = None if mask is None else ~mask
+    if solver == "svd":
+        factors.parts.append((None, _svd(A, ridge)))
+        return system, factors, torch.full_like(used, int(Solver.SVD))
+    if solver == "auto":
+        lu = _lu(A, ridge)
+        factors.parts.append((None, lu))
+        high = ~(estimate_condition(A, lu) < kappa_max)
+        if high.any():  # an SVD waits for the device in any case, and costs far more than this question
+            factors.parts.append((high, _within(high, _svd(A[high], ridge))))
+        return system, factors, torch.where(high, int(Solver.SVD), used)
     if rest is None or not nowhere(rest):
         factors.parts.append((rest, _lu(A, ridge)))
     return system, factors, used
@@ -236,6 +241,17 @@ def _svd(A: Tensor, ridge: float) -> Solve:
         return Vh.mT @ (inverse[..., None] * (U.mT @ rhs))
 
     return solve
+
+
+def _within(mask: Tensor, solve: Solve) -> Solve:
+    """The solve of the matrices in the mask, as one of the whole batch."""
+
+    def scattered(rhs: Tensor, transposed: bool) -> Tensor:
+        result = torch.zeros_like(rhs)
+        result[mask] = solve(rhs[mask], transposed)
+        return result
+
+    return scattered
 
 
 def _neumann(system: System, order: int) -> Tensor:

@@ -244,11 +244,25 @@ def test_auto_takes_lu_below_kappa_max_and_svd_above():
 
 
 def test_auto_and_equilibration_judge_the_equilibrated_matrix():
-    logits, rhs = problem("random", r=8)
-    kappa = oracle.condition(oracle.system(logits, rhs, 1e-3, True).matrix)
-    limit = float(kappa.flatten().sort().values[2:4].mean())
+    """The estimate lies in [0.5, 1] of κ; one matrix lies on either side of κ_max with W̃ and with W."""
+    keys = (
+        oracle.normalise(tokens(7, 1, 2, 8, 24))
+        * torch.tensor([1.0, 0.2], dtype=torch.float64)[:, None, None]
+    )
+    keys[0, 0, 0] *= 6
+    logits, rhs = keys @ keys.mT / math.sqrt(24), tokens(8, 1, 2, 8, 24)
+    kappa, raw = (oracle.condition(oracle.system(logits, rhs, 1e-3, e).matrix)[0] for e in (True, False))
+    limit = math.sqrt(kappa[0] * kappa[1])
+    assert kappa[0] < limit < 0.5 * kappa[1]
     result = landmark_solve(logits, rhs, solver="auto", equilibrate=True, kappa_max=limit, diagnostics=True)
-    assert ((result.solver == Solver.LU) == (kappa < limit)).all()
+    assert result.solver.tolist() == [[Solver.LU, Solver.SVD]]
+    between = math.sqrt(kappa[0] * raw[0])
+    assert kappa[0] < between < 0.5 * raw[0]
+    for equilibrate, expected in ((True, Solver.LU), (False, Solver.SVD)):
+        result = landmark_solve(
+            logits, rhs, solver="auto", equilibrate=equilibrate, kappa_max=between, diagnostics=True
+        )
+        assert result.solver[0, 0] == expected
 
 
 @pytest.mark.parametrize("equilibrate", [False, True])

@@ -83,6 +83,18 @@ def test_every_solver(solver):
     assert found.residual.max() < (1e-2 if solver == "neumann" else 1e-10)  # the series is truncated
 
 
+@pytest.mark.parametrize("solver", ["cholesky", "lu", "neumann"])
+def test_solvers_that_do_not_wait_for_the_device(solver):
+    key = torch.nn.functional.normalize(tokens(32, 5), dim=-1).cuda() * 24**0.5
+    logits, rhs = key @ key.mT / 24**0.5, tokens(32, 6).cuda()
+    landmark_solve(logits, rhs, solver=solver, diagnostics="estimate")  # libraries set themselves up
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        landmark_solve(logits, rhs, solver=solver, diagnostics="estimate")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("method", ["leverage", "leverage_sample", "uniform", "kmeans++", "pivoted_cholesky"])
 def test_landmarks_are_the_same_on_both_devices(method):
     key = tokens(64, 7)

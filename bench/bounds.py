@@ -1,0 +1,152 @@
+"""A search for keys that break the bounds of docs/CONDITIONING.md, and for the worst without normalised keys.
+
+Every set of keys K̃ (r, d) gives W = softmax(K̃K̃ᵀ/√d), λ = λ₀ tr(W)/r, and, in fp64,
+
+- `symmetric`: κ₂(S + λI) over its bound (1 + λ)/λ;
+- `certificate`: κ₂(W_λ) over ϱ(1 + λ)/λ, ϱ the largest over the smallest row sum of exp(K̃K̃ᵀ/√d);
+- `landmark`: κ₂(W_λ) over its bound r (1 + λ)/λ, which is for keys of one norm;
+- `kappa`: κ₂(W_λ) itself;
+- `gain`: max|Y| / max|V| for queries K and random V, N_k = 2r keys of which the first r are landmarks. Exact
+  attention averages the values, so its gain is at most 1.
+
+Half of the sets are drawn from families (random, duplicated, collinear, graded, outlying, smooth, vanishing),
+half are the end of a gradient ascent from such a draw: on log κ₂(W_λ), on its ratio to the bound, or on the gain.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+FAMILIES = ("random", "duplicated", "collinear", "graded", "outlier", "smooth", "vanishing")
+OBJECTIVES = ("kappa", "landmark", "gain")
+SIZES = ((4, 3), (8, 4), (12, 16), (16, 32))  # r, d
+RIDGES = (1e-5, 1e-3, 1e-1)
+NORM_FLOOR = 1e-6
+
+
+class Case(NamedTuple):
+    """What a batch of key sets is made of."""
+
+    rank: int
+    width: int
+    ridge: float
+    family: str
+    optimised: str | None  # the objective of the ascent
+
+
+class Figures(NamedTuple):
+    """One value per key set, (n,) each; see the module's docstring."""
+
+    symmetric: Tensor
+    certificate: Tensor
+    landmark: Tensor
+    kappa: Tensor
+    gain: Tensor
+
+
+def draw_keys(case: Case, count: int, generator: torch.Generator) -> Tensor:
+    """Keys (count, 2r, d) of a family, of a random common scale; the first r are the landmarks."""
+    r, d = case.rank, case.width
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    keys = normal(count, 2 * r, d)
+    place = torch.linspace(0, 1, 2 * r, dtype=torch.float64)[:, None]
+    if case.family == "duplicated":
+        keys[:, 1:r:2] = (
+            keys[:, 0 : r - 1 : 2] + 10 ** (-8 * place[1:r:2]) * (place[1:r:2] > 0.3) * keys[:, 1:r:2]
+        )
+    elif case.family == "collinear":
+        keys = normal(count, 2 * r, 1) * normal(count, 1, d)
+    elif case.family == "graded":
+        keys = keys * 10 ** (3 * place - 2)
+    elif case.family == "outlier":
+        keys[:, 0] *= 10 ** (2 * torch.rand(count, 1, generator=generator, dtype=torch.float64))
+    elif case.family == "smooth":
+        keys = torch.cos(3 * place * normal(count, 1, d) + normal(count, 1, d))
+    elif case.family == "vanishing":
+        keys[:, : max(1, r // 4)] *= 10 ** (
+            -8 * torch.rand(count, 1, 1, generator=generator, dtype=torch.float64)
+        )
+    return keys * 2 ** (4 * torch.rand(count, 1, 1, generator=generator, dtype=torch.float64) - 2)
+
+
+def normalise(keys: Tensor) -> Tensor:
+    """k √d / (‖k‖ + 1e-6), SPEC 1.2."""
+    return keys * math.sqrt(keys.shape[-1]) / (keys.norm(dim=-1, keepdim=True) + NORM_FLOOR)
+
+
+def evaluate(keys: Tensor, ridge: float, generator: torch.Generator) -> Figures:
+    """The figures of keys (n, 2r, d), differentiable."""
+    count, both, d = keys.shape
+    r = both // 2
+    landmarks = keys[:, :r]
+    logits = landmarks @ landmarks.mT / math.sqrt(d)
+    W = logits.softmax(-1)
+    lam = (ridge * W.diagonal(dim1=-2, dim2=-1).sum(-1) / r)[..., None, None]
+    eye = torch.eye(r, dtype=keys.dtype)
+    A = W + lam * eye
+    rows = logits.logsumexp(-1)
+    half = rows / 2
+    S = (logits - half[..., :, None] - half[..., None, :]).exp()
+    sigma, spectrum = torch.linalg.svdvals(A), torch.linalg.eigvalsh(S + lam * eye)
+    lam = lam[..., 0, 0]
+    bound = (1 + lam) / lam
+    kappa = sigma[..., 0] / sigma[..., -1]
+    values = torch.randn(count, both, 4, generator=generator, dtype=keys.dtype)
+    R = (landmarks @ keys.mT / math.sqrt(d)).softmax(-1)
+    L = (keys @ landmarks.mT / math.sqrt(d)).softmax(-1)
+    Y = L @ torch.linalg.solve(A, R @ values)
+    gain = Y.abs().amax((-2, -1)) / values.abs().amax((-2, -1))
+    spread = (rows.amax(-1) - rows.amin(-1)).exp()
+    symmetric = spectrum[..., -1] / spectrum[..., 0] / bound
+    return Figures(symmetric, kappa / (spread * bound), kappa / (r * bound), kappa, gain)
+
+
+def ascend(keys: Tensor, case: Case, normalised: bool, steps: int, seed: int) -> Tensor:
+    """Keys after Adam's ascent on the logarithm of the objective; a set that turns non-finite stops where it was."""
+    variable = keys.clone().requires_grad_()
+    optimiser = torch.optim.Adam([variable], lr=0.1)
+    best = keys.clone()
+    for _ in range(steps):
+        used = normalise(variable) if normalised else variable
+        figures = evaluate(used, case.ridge, torch.Generator().manual_seed(seed))
+        objective = getattr(figures, str(case.optimised)).clamp(min=1e-300).log()
+        (gradient,) = torch.autograd.grad(-objective.sum(), variable)
+        finite = gradient.isfinite().all(-1).all(-1)[:, None, None]
+        best = torch.where(finite, variable.detach(), best)
+        variable.grad = torch.where(finite, gradient, 0)
+        optimiser.step()
+        with torch.no_grad():  # a product of logits past exp's range is no finding
+            variable.clamp_(-60, 60)
+    return best
+
+
+def cases(count: int) -> Iterator[tuple[Case, int]]:
+    """Cases and how many key sets of each, `count` in all; half of them optimised."""
+    combined = [Case(r, d, ridge, family, None) for r, d in SIZES for ridge in RIDGES for family in FAMILIES]
+    combined += [
+        case._replace(optimised=OBJECTIVES[index % len(OBJECTIVES)]) for index, case in enumerate(combined)
+    ]
+    for index, case in enumerate(combined):
+        share = count // len(combined) + (index < count % len(combined))
+        if share:
+            yield case, share
+
+
+def search(count: int, *, normalised: bool, steps: int = 25, seed: int = 0) -> Iterator[tuple[Case, Figures]]:
+    """Figures of `count` key sets, case by case, without gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    for case, share in cases(count):
+        keys = draw_keys(case, share, generator)
+        if case.optimised:
+            keys = ascend(keys, case, normalised, steps, seed)
+        with torch.no_grad():
+            used = normalise(keys) if normalised else keys
+            yield case, evaluate(used, case.ridge, torch.Generator().manual_seed(seed))

@@ -68,14 +68,13 @@ def landmark_solve(
     system, factors, used = _factorise(
         logits, rhs, default if solver == "neumann" else solver, ridge, equilibrate, kappa_max
     )
-    Z = _ImplicitSolve.apply(system.matrix, system.rhs, factors, False)
+    X = _unscaled(system, _ImplicitSolve.apply(system.matrix, system.rhs, factors, False))
     if solver == "neumann":
         series_system = _system(logits, rhs, ridge, equilibrate)
         series = _neumann(series_system, neumann_order)
         accepted = _neumann_accepts(series_system, series) if neumann_gate else torch.ones_like(finite)
-        Z = torch.where(accepted[..., None, None], series, Z)
+        X = torch.where(accepted[..., None, None], _unscaled(series_system, series), X)
         used = torch.where(accepted, int(Solver.NEUMANN), used)
-    X = Z if system.right is None else system.right[..., None] * Z
     return torch.where(finite[..., None, None], X, torch.nan) if spoiled else X, used
 
 
@@ -118,6 +117,11 @@ def _system(logits: Tensor, rhs: Tensor, ridge: float, equilibrate: bool) -> Sys
     lam = ridge * W.diagonal(dim1=-2, dim2=-1).sum(-1) / r
     A = W + lam[..., None, None] * torch.eye(r, dtype=W.dtype, device=W.device)
     return System(A, rhs, lam, left, right)
+
+
+def _unscaled(system: System, Z: Tensor) -> Tensor:
+    """X = D_c Z."""
+    return Z if system.right is None else system.right[..., None] * Z
 
 
 Solve = Callable[[Tensor, bool], Tensor]  # (right-hand side, transposed) → solution

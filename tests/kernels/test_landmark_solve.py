@@ -282,6 +282,15 @@ def test_neumann_without_its_gate_is_the_polynomial(order, equilibrate):
     assert (result.solver == Solver.NEUMANN).all()
 
 
+def test_the_series_is_that_of_the_logits_as_they_are():
+    """Within the tolerance of symmetry `cholesky` takes the symmetric part; the series, D_c included, does not."""
+    logits, rhs = problem("random")
+    logits = 6 * torch.eye(16) + 1e-4 * tokens(10, 2, 3, 16, 16)
+    result = landmark_solve(logits, rhs, solver="neumann", equilibrate=True, diagnostics=True)
+    assert (result.solver == Solver.NEUMANN).all()
+    oracle.agree(result.x, oracle.neumann(logits, rhs, equilibrate=True))
+
+
 def test_the_neumann_gate_judges_each_matrix():
     """Spectral radii 0.002, 0.2, 0.8 (residual 0.4) and 0.98 (over 0.95): only the first two may use the series."""
     r = 8

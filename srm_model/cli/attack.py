@@ -102,7 +102,11 @@ def attack_checkpoint(
         "keep": keep,
         "suite": suite,
         "seed": config.seed,
-        "attack": {k: v for k, v in config.to_dict().items() if k.startswith(("attack_", "eot_", "pair_"))},
+        "attack": {
+            key: list(value) if isinstance(value, tuple) else value  # as JSON gives it back
+            for key, value in config.to_dict().items()
+            if key.startswith(("attack_", "eot_", "pair_"))
+        },
     }
     found = ranks.from_first(lambda: read_json(path) if path.is_file() else None)
     if isinstance(found, dict) and found.get("settings") == settings:

@@ -85,7 +85,7 @@ def _register() -> None:
             return 2 * macs(*args)
 
         def backward(
-            grads: Any, *args: Any, macs: Callable[..., int] = macs, out_shape: Any = None, **_: Any
+            grads: Any, results: Any, *args: Any, macs: Callable[..., int] = macs, out_shape: Any = None, **_: Any
         ) -> int:
             return 2 * BACKWARD_FACTOR * macs(*args)
 

@@ -1,12 +1,14 @@
 """One operator, one boundary: torch sees `srm::<name>` and `srm::<name>_backward`, whatever runs behind them.
 
-Eager mode, torch.compile, export, FLOP counters and CUDA graphs all see these two.
+Eager mode, torch.compile, export, FLOP counters and CUDA graphs all see these two. Kernels are opaque to autograd: a
+backend made of them brings a derivative of its own, or takes the reference's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -14,6 +16,16 @@ from torch import Tensor
 from torch.library import CustomOpDef, custom_op
 
 Implementation = Callable[..., Any]
+KERNELS = ("triton", "cuda")
+
+
+def later(module: str, name: str) -> Implementation:
+    """The function `name` of a module that is imported at its first call: importing kernels imports Triton."""
+
+    def call(*args: Any) -> Any:
+        return getattr(import_module(module), name)(*args)
+
+    return call
 
 
 def register_operator(
@@ -25,74 +37,109 @@ def register_operator(
     fake: Callable[..., Any],
     differentiable: Sequence[str] = (),
     like: str | None = None,
+    derivatives: Mapping[str, Implementation] | None = None,
+    constant: Sequence[int] = (),
+    recalled: Mapping[str, int] | None = None,
 ) -> CustomOpDef:
     """Register `srm::name(arguments, str backend) -> returns` with its fake and its derivative.
 
     `implementations` maps a backend to a plain function of `arguments`; "reference" must be among them. The
     derivative is the vector-Jacobian product of the implementation, recomputed from the saved inputs inside
     `srm::name_backward`. A second derivative (`create_graph=True`) always goes through the reference, whose
-    steps autograd knows. Only floating-point results carry gradients. Results are contiguous, or laid out as
-    `torch.empty_like` of the argument `like`, whatever the implementation; gradients are contiguous.
+    steps autograd knows. Only floating-point results carry gradients, and not those numbered in `constant`. Results
+    are contiguous, or the first laid out as `torch.empty_like` of the argument `like`, whatever the implementation;
+    gradients are contiguous.
+
+    `derivatives` maps a backend to a function `(grads, results, *arguments)` that gives the gradients of the
+    `differentiable` arguments (of those that are not None) in their order; results are then kept for it. A backend of
+    kernels that has none takes the reference's derivative. `recalled` names arguments that the reference's derivative
+    finds replaced by the result of that number: what the forward pass chose is not chosen again.
     """
     schema = f"({arguments}, str backend) -> {returns}"
     names = [argument.split()[-1].split("=")[0] for argument in f"{arguments}, str backend".split(",")]
-    wanted = [names.index(argument) for argument in differentiable]
+    differentiables = [names.index(argument) for argument in differentiable]
+    own = derivatives or {}
+    known = {names.index(argument): number for argument, number in (recalled or {}).items()}
 
     def forward(*args: Any) -> Any:
         *inputs, backend = args
         with no_autocast(inputs):
             result = implementations[backend](*inputs)
-        if like is not None:
-            return _laid_out(result, inputs[names.index(like)])
-        return tuple(t.contiguous() for t in result) if isinstance(result, tuple) else result.contiguous()
+        first, *rest = result if isinstance(result, tuple) else (result,)
+        first = first.contiguous() if like is None else _laid_out(first, inputs[names.index(like)])
+        return (first, *(t.contiguous() for t in rest)) if isinstance(result, tuple) else first
 
     operator = custom_op(f"srm::{name}", forward, mutates_args=(), schema=schema)
     operator.register_fake(lambda *args: fake(*args[:-1]))
-    if not wanted:
+    if not differentiables:
         return operator
 
-    def derivative(grads: Sequence[Tensor], *args: Any) -> list[Tensor]:
+    def present(inputs: Sequence[Any]) -> list[int]:
+        return [index for index in differentiables if inputs[index] is not None]
+
+    def carriers(outputs: Sequence[Tensor]) -> list[int]:
+        return [i for i, value in enumerate(outputs) if value.is_floating_point() and i not in constant]
+
+    def recall(inputs: list[Any], results: Sequence[Tensor]) -> list[Any]:
+        return [results[known[index]] if index in known else value for index, value in enumerate(inputs)]
+
+    def derivative(grads: Sequence[Tensor], results: Sequence[Tensor], *args: Any) -> list[Tensor]:
         *inputs, backend = args
+        if backend in own:
+            with no_autocast(inputs):
+                return [product.contiguous() for product in own[backend](grads, results, *inputs)]
+        wanted = present(inputs)
+        inputs = recall(inputs, results)
+        function = implementations["reference" if backend in KERNELS else backend]
         # The dispatcher leaves autograd out below an operator; this one is made of it.
         autograd = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
         with autograd, torch.enable_grad(), no_autocast(inputs):
             for index in wanted:
                 inputs[index] = inputs[index].detach().requires_grad_()
-            return _product(implementations[backend], inputs, wanted, grads, create_graph=False)
+            return _product(function, inputs, wanted, carriers, grads, create_graph=False)
 
     backward_operator = custom_op(
         f"srm::{name}_backward",
         derivative,
         mutates_args=(),
-        schema=f"(Tensor[] grads, {arguments}, str backend) -> Tensor[]",
+        schema=f"(Tensor[] grads, Tensor[] results, {arguments}, str backend) -> Tensor[]",
     )
     backward_operator.register_fake(
-        lambda grads, *args: [
-            torch.empty(args[i].shape, dtype=args[i].dtype, device=args[i].device) for i in wanted
+        lambda grads, results, *args: [
+            torch.empty(args[i].shape, dtype=args[i].dtype, device=args[i].device) for i in present(args)
         ]
     )
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.tensors = [index for index, value in enumerate(inputs) if isinstance(value, Tensor)]
-        ctx.save_for_backward(*(inputs[index] for index in ctx.tensors))
-        ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
         outputs = output if isinstance(output, tuple) else (output,)
-        ctx.floating = [index for index, value in enumerate(outputs) if value.is_floating_point()]
+        ctx.mark_non_differentiable(
+            *(outputs[i] for i in constant), *(value for value in outputs if not value.is_floating_point())
+        )
+        kept = outputs if own or known else ()
+        ctx.save_for_backward(*(inputs[index] for index in ctx.tensors), *kept)
+        ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
+        ctx.carriers = carriers(outputs)
 
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         inputs = list(ctx.others)
-        for index, tensor in zip(ctx.tensors, ctx.saved_tensors, strict=True):
+        saved = list(ctx.saved_tensors)
+        results = saved[len(ctx.tensors) :]
+        for index, tensor in zip(ctx.tensors, saved, strict=False):
             inputs[index] = tensor
-        grads = [grad_outputs[index] for index in ctx.floating]
+        wanted = present(inputs)
+        grads = [grad_outputs[index] for index in ctx.carriers]
         if torch.is_grad_enabled():
-            *plain, _ = inputs
+            plain = recall(inputs[:-1], results)
             with no_autocast(plain):
                 for index in wanted:  # an alias each: inputs may depend on one another
                     alias = plain[index].view_as(plain[index])
                     plain[index] = alias if alias.requires_grad else alias.requires_grad_()
-                products = _product(implementations["reference"], plain, wanted, grads, create_graph=True)
+                products = _product(
+                    implementations["reference"], plain, wanted, carriers, grads, create_graph=True
+                )
         else:
-            products = backward_operator(grads, *inputs)
+            products = backward_operator(grads, results, *inputs)
         result: list[Tensor | None] = [None] * len(inputs)
         for index, product in zip(wanted, products, strict=True):
             result[index] = product if ctx.needs_input_grad[index] else None
@@ -106,15 +153,16 @@ def _product(
     function: Implementation,
     inputs: list[Any],
     wanted: list[int],
+    carriers: Callable[[Sequence[Tensor]], list[int]],
     grads: Sequence[Tensor],
     *,
     create_graph: bool,
 ) -> list[Tensor]:
     outputs = function(*inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    floating = [output for output in outputs if output.is_floating_point()]
+    carrying = [outputs[index] for index in carriers(outputs)]
     variables = [inputs[index] for index in wanted]
-    pairs = [(output, grad) for output, grad in zip(floating, grads, strict=True) if output.requires_grad]
+    pairs = [(output, grad) for output, grad in zip(carrying, grads, strict=True) if output.requires_grad]
     products = torch.autograd.grad(
         [output for output, _ in pairs],
         variables,

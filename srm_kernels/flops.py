@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from .attention import _attention
+from .attention import _attention, _blocks, _context, _query_side
 from .conditioning import _solve
 from .landmarks import _leverage, _select
 
@@ -22,7 +22,17 @@ Shape = tuple[int, ...]
 
 def attention_macs(queries: int, keys: int, rank: int, d: int) -> int:
     """Everything of one head but the choice of landmarks: L, L X, R, R V, W and the solve."""
-    return 2 * queries * rank * d + 2 * rank * keys * d + rank**2 * d + solve_macs(rank, d)
+    return query_side_macs(queries, rank, d) + key_side_macs(keys, rank, d) + solve_macs(rank, d)
+
+
+def query_side_macs(queries: int, rank: int, d: int) -> int:
+    """L and L X."""
+    return 2 * queries * rank * d
+
+
+def key_side_macs(keys: int, rank: int, d: int) -> int:
+    """R, R V and the logits of W."""
+    return 2 * rank * keys * d + rank**2 * d
 
 
 def solve_macs(rank: int, d: int) -> int:
@@ -48,6 +58,23 @@ def _attention_op(query: Shape, key: Shape, value: Shape, landmarks: Shape, *_: 
     return _heads(query) * attention_macs(query[2], key[2], landmarks[2], query[3])
 
 
+def _query_side_op(query: Shape, keys: Shape, *_: Any) -> int:
+    return _heads(query) * query_side_macs(query[2], keys[2], query[3])
+
+
+def _blocks_op(
+    key: Shape, value: Shape, landmarks: Shape | None, rank: int, method: str = "leverage", *_: Any
+) -> int:
+    chosen = _select_op(key, None, rank, method) if landmarks is None else 0
+    return _heads(key) * key_side_macs(key[2], rank, key[3]) + chosen
+
+
+def _context_op(
+    key: Shape, value: Shape, landmarks: Shape | None, rank: int, method: str = "leverage", *_: Any
+) -> int:
+    return _blocks_op(key, value, landmarks, rank, method) + _heads(key) * solve_macs(rank, key[3])
+
+
 def _solve_op(logits: Shape, rhs: Shape, *_: Any) -> int:
     batch = 1
     for size in logits[:-2]:
@@ -69,6 +96,9 @@ def _select_op(key: Shape, random: Shape | None, rank: int, method: str = "lever
 
 MACS: dict[Any, Callable[..., int]] = {
     _attention: _attention_op,
+    _context: _context_op,
+    _blocks: _blocks_op,
+    _query_side: _query_side_op,
     _solve: _solve_op,
     _leverage: _leverage_op,
     _select: _select_op,
@@ -85,7 +115,12 @@ def _register() -> None:
             return 2 * macs(*args)
 
         def backward(
-            grads: Any, results: Any, *args: Any, macs: Callable[..., int] = macs, out_shape: Any = None, **_: Any
+            grads: Any,
+            results: Any,
+            *args: Any,
+            macs: Callable[..., int] = macs,
+            out_shape: Any = None,
+            **_: Any,
         ) -> int:
             return 2 * BACKWARD_FACTOR * macs(*args)
 

@@ -6,19 +6,21 @@ The one place that asks the hardware and the environment.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from functools import cache
+from importlib.util import find_spec
 from typing import NamedTuple
+
+import torch
 
 ENVIRONMENT_VARIABLE = "SRM_KERNELS_BACKEND"
 BACKENDS = {
     "reference": "the mathematics in plain PyTorch",
     "sdpa": "attention through scaled_dot_product_attention; the other operators have one plain-PyTorch form",
-    "triton": "fused Triton kernels",
+    "triton": "fused Triton kernels for landmarks and attention",
     "cuda": "CUDA kernels of csrc",
 }
-_MISSING = {
-    "triton": "its Triton kernels are not written yet",
-    "cuda": "its CUDA kernels are not written yet",
-}
+LEAST_CAPABILITY = (8, 0)
 
 
 class BackendStatus(NamedTuple):
@@ -33,25 +35,74 @@ def backends() -> dict[str, BackendStatus]:
 
     An operator without kernels of its own for an available backend says so when that backend is asked for.
     """
+    missing = _missing()
     return {
-        name: BackendStatus(name not in _MISSING, _MISSING.get(name, description))
+        name: BackendStatus(name not in missing, missing.get(name, description))
         for name, description in BACKENDS.items()
     }
 
 
-def choose_backend(requested: str | None, implementations: tuple[str, ...], operator: str) -> str:
-    """The implementation to run: the one asked for, or the first (fastest) of `implementations`.
+def _missing() -> dict[str, str]:
+    missing = {"cuda": "its CUDA kernels are not written yet"}
+    if not _has_triton():
+        missing["triton"] = "Triton is not installed: pip install triton"
+    elif not torch.cuda.is_available() and not interpreting():
+        missing["triton"] = (
+            "there is no CUDA device, and TRITON_INTERPRET=1, which runs kernels on the CPU, is not set"
+        )
+    return missing
 
-    `requested` None reads SRM_KERNELS_BACKEND. A name outside `backends()` is a ValueError, a known one that
-    this operator cannot run is a NotImplementedError with the reason: a request never falls back.
+
+@cache
+def _has_triton() -> bool:
+    try:
+        return find_spec("triton") is not None
+    except ValueError:  # a module that was blocked has no specification
+        return False
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on CPU tensors: slow, and only for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def triton_refusal(tensor: torch.Tensor) -> str | None:
+    """Why no Triton kernel can run on a tensor, or None: what is common to all of them."""
+    reason = _missing().get("triton")
+    if reason is not None:
+        return reason
+    if tensor.dtype == torch.float64:
+        return "its kernels compute in float32, and the tensors are float64"
+    if tensor.device.type not in ("cuda", "cpu", "meta"):
+        return f"its kernels run on CUDA devices, and the tensors are on {tensor.device}"
+    if tensor.device.type == "cpu" and not interpreting():
+        return "the tensors are on the CPU, where only TRITON_INTERPRET=1 runs its kernels"
+    if tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) < LEAST_CAPABILITY:
+        return f"its kernels need compute capability {'.'.join(map(str, LEAST_CAPABILITY))}"
+    return None
+
+
+def choose_backend(
+    requested: str | None,
+    implementations: tuple[str, ...],
+    operator: str,
+    refused: Mapping[str, str] | None = None,
+) -> str:
+    """The implementation to run: the one asked for, or the first (fastest) of `implementations` that is not refused.
+
+    `requested` None reads SRM_KERNELS_BACKEND. `refused` maps an implementation to why it cannot serve these
+    arguments. A name outside `backends()` is a ValueError, a known one that this operator cannot run is a
+    NotImplementedError with the reason: a request never falls back.
     """
+    refused = refused or {}
     name = requested or os.environ.get(ENVIRONMENT_VARIABLE) or None
     if name is None:
-        return implementations[0]
+        return next(name for name in implementations if name not in refused)
     if name not in BACKENDS:
         origin = "backend" if requested else ENVIRONMENT_VARIABLE
         raise ValueError(f"{origin}={name!r}: expected None or one of {', '.join(BACKENDS)}")
-    if name not in implementations:
-        reason = _MISSING.get(name, f"it has no form for these arguments, only {', '.join(implementations)}")
+    if name not in implementations or name in refused:
+        only = f"it has no form for these arguments, only {', '.join(implementations)}"
+        reason = _missing().get(name) or refused.get(name) or only
         raise NotImplementedError(f"backend {name!r} cannot run {operator}: {reason}")
     return name

@@ -1,4 +1,5 @@
-"""What every test relies on: one thread, reproducible hypothesis examples, and the optional shared data."""
+"""What every test relies on: one thread, reproducible hypothesis examples, the optional shared data, and Triton's
+interpreter, which runs kernels on CPU tensors, where there is no GPU. It is asked for before Triton is imported."""
 
 from __future__ import annotations
 
@@ -11,6 +12,8 @@ import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 settings.register_profile("srm", deadline=None, derandomize=True)
 settings.load_profile("srm")
 

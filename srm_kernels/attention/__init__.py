@@ -8,11 +8,20 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..checks import check_choice, check_count, check_number, check_tensors, check_tokens, wide_dtype
+from ..checks import (
+    check_choice,
+    check_count,
+    check_flag,
+    check_number,
+    check_tensors,
+    check_tokens,
+    wide_dtype,
+)
 from ..conditioning import LandmarkSolution, check_solver, landmark_solve
-from ..landmarks import METHODS, select_landmarks
-from ..registration import no_autocast, register_operator
-from ..runtime import choose_backend
+from ..landmarks import METHODS, METHODS_OF_KERNELS, kernel_limits, select_landmarks
+from ..registration import later, no_autocast, register_operator
+from ..runtime import choose_backend, triton_refusal
+from ..scale import RMSScale, rms_scale
 from . import reference, sdpa
 
 QK_NORMS = (None, "keys", "both")
@@ -41,6 +50,83 @@ _system = register_operator(
     ),
 )
 
+_KEY_KERNELS, _KERNELS = f"{__name__}.key_kernels", f"{__name__}.kernels"
+
+
+def _fake_key_side(
+    key: Tensor, value: Tensor, landmarks: Tensor | None, rank: int, *_: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """K̃, (X or R V), logsumexp, I."""
+    wide = wide_dtype(key.dtype)
+    index = (*key.shape[:2], rank)
+    return (
+        key.new_empty((*index, key.shape[-1]), dtype=wide),
+        key.new_empty((*index, key.shape[-1]), dtype=wide),
+        key.new_empty(index, dtype=wide),
+        key.new_empty(index, dtype=torch.int64),
+    )
+
+
+def _fake_blocks(
+    key: Tensor, value: Tensor, landmarks: Tensor | None, rank: int, *_: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    keys, rhs, lse, index = _fake_key_side(key, value, landmarks, rank)
+    return keys, rhs.new_empty((*index.shape, rank)), rhs, lse, index
+
+
+def _fake_query_side(
+    query: Tensor,
+    keys: Tensor,
+    x: Tensor,
+    tau: Tensor | None,
+    scale: float,
+    qk_norm: str | None,
+    statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, H, _, d = query.shape
+    shapes = ((B, H, d), (B, H)) if statistics else ((0,), (0,))
+    mean, spread = (x.new_empty(shape) for shape in shapes)
+    return torch.empty_like(query), mean, spread
+
+
+# The road of the kernels: key side, then query side.
+_context = register_operator(
+    "landmark_context",
+    "Tensor key, Tensor value, Tensor? landmarks, int rank, str method, float gamma, float scale, str? qk_norm, "
+    "float ridge",
+    "(Tensor, Tensor, Tensor, Tensor)",
+    {"reference": reference.landmark_context, "triton": later(_KEY_KERNELS, "landmark_context")},
+    fake=_fake_key_side,
+    differentiable=("key", "value"),
+    derivatives={"triton": later(_KEY_KERNELS, "landmark_context_backward")},
+    constant=(2,),
+    recalled={"landmarks": 3},
+)
+
+_blocks = register_operator(
+    "landmark_blocks",
+    "Tensor key, Tensor value, Tensor? landmarks, int rank, str method, float gamma, float scale, str? qk_norm",
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    {"reference": reference.landmark_blocks, "triton": later(_KEY_KERNELS, "landmark_blocks")},
+    fake=_fake_blocks,
+    differentiable=("key", "value"),
+    derivatives={"triton": later(_KEY_KERNELS, "landmark_blocks_backward")},
+    constant=(3,),
+    recalled={"landmarks": 4},
+)
+
+_query_side = register_operator(
+    "landmark_attention",
+    "Tensor query, Tensor keys, Tensor x, Tensor? tau, float scale, str? qk_norm, bool statistics",
+    "(Tensor, Tensor, Tensor)",
+    {"reference": reference.landmark_attention, "triton": later(_KERNELS, "landmark_attention")},
+    fake=_fake_query_side,
+    differentiable=("query", "keys", "x", "tau"),
+    like="query",
+    derivatives={"triton": later(_KERNELS, "landmark_attention_backward")},
+    constant=(1, 2),
+)
+
 
 def nystrom_attention(
     query: Tensor,
@@ -61,9 +147,11 @@ def nystrom_attention(
     scale: float | None = None,
     solve_dtype: str = "fp32",
     generator: torch.Generator | None = None,
+    tau: Tensor | None = None,
+    statistics: bool = False,
     diagnostics: bool = False,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, LandmarkSolution]:
+) -> Tensor | tuple[Tensor | LandmarkSolution | RMSScale, ...]:
     """Nyström cross-attention on r landmark keys, linear in N_q and in N_k (SPEC 2, article 3.3).
 
     query: (B, H, N_q, d); key, value: (B, H, N_k, d); one dtype (float64, float32, bfloat16, float16) and one
@@ -77,12 +165,18 @@ def nystrom_attention(
     many orders larger than exact attention's.
     scale: s, 1/√d by default. solve_dtype: "model" forms L, W and R in the inputs' dtype before W is cast and
     solved (the article's reading, an ablation); "fp32" keeps them wide.
+    tau: (H,), a factor of Y per head (SPEC 3.3), floating point. statistics: also give what `rms_scale` gives for Y
+    before τ, without gradient; kernels take it from the same pass.
 
-    Returns Y (B, H, N_q, d) in the query's dtype, laid out as the query is; with `diagnostics=True`,
-    (Y, `LandmarkSolution`), whose fields carry no gradient. Differentiable in query, key and value, landmarks
-    being constants; twice through the reference. A sample's output and gradient do not depend on the rest of
-    the batch; a NaN stays in its own (b, h).
-    Raises TypeError for dtypes, ValueError for shapes and values.
+    Returns Y (B, H, N_q, d) in the query's dtype, laid out as the query is; or a tuple of Y, the `LandmarkSolution`
+    with `diagnostics=True`, whose fields carry no gradient, and the `RMSScale` with `statistics=True`. Differentiable
+    in query, key, value and tau, landmarks being constants; twice through the reference. A sample's output and
+    gradient do not depend on the rest of the batch; a NaN stays in its own (b, h).
+
+    backend: "triton" takes fp32, bf16 and fp16, d from 8 to 128, r up to 128 and solve_dtype "fp32"; solvers but
+    "cholesky" and equilibration then run between its kernels as `landmark_solve` does. None takes it for CUDA tensors
+    wherever the default solver is asked for.
+    Raises TypeError for dtypes, ValueError for shapes and values, NotImplementedError for a backend that cannot run.
     """
     d = _check_attention(query, key, value, qk_norm, scale)
     check_count("rank", rank)
@@ -90,35 +184,59 @@ def nystrom_attention(
     check_number("gamma", gamma, above=0)
     check_choice("solve_dtype", solve_dtype, SOLVE_DTYPES)
     check_solver(ridge, solver, equilibrate, kappa_max, neumann_order, neumann_gate)
-    narrow = solve_dtype == "model" and query.dtype in (torch.bfloat16, torch.float16)
-    implementations = ("reference",) if narrow else ("sdpa", "reference")
-    chosen = choose_backend(backend, implementations, "nystrom_attention")
+    check_flag("statistics", statistics)
+    if tau is not None:
+        _check_tau(tau, query)
+    fused = solver == "cholesky" and not equilibrate
+    chosen = _choose_backend(backend, query, min(rank, key.shape[2]), solve_dtype, fused)
     s = 1 / math.sqrt(d) if scale is None else float(scale)
-    if landmarks is None:
+    if landmarks is not None:
+        _check_landmarks(landmarks, key, rank)
+    elif chosen == "triton" and method in METHODS_OF_KERNELS:
+        rank = min(rank, key.shape[2])  # chosen by the kernels of the key side
+    else:
         keys = reference.normalised_key(key.detach(), qk_norm)
         landmarks = select_landmarks(
-            keys, rank, method=method, gamma=gamma, scale=s, generator=generator, backend=chosen
+            keys,
+            rank,
+            method=method,
+            gamma=gamma,
+            scale=s,
+            generator=generator,
+            backend="reference" if chosen == "triton" else chosen,
         )
+        rank = landmarks.shape[-1]
+    solve = (float(ridge), solver, equilibrate, float(kappa_max), neumann_order, neumann_gate)
+    scales: RMSScale | None = None
+    if chosen == "triton":
+        side = (key, value, landmarks, rank, method, float(gamma), s, qk_norm)
+        if fused:
+            keys, x, _, landmarks = _context(*side, float(ridge), chosen)
+        else:
+            keys, logits, rhs, _, landmarks = _blocks(*side, chosen)
+            x = landmark_solve(
+                logits,
+                rhs,
+                ridge=ridge,
+                solver=solver,
+                equilibrate=equilibrate,
+                kappa_max=kappa_max,
+                neumann_order=neumann_order,
+                neumann_gate=neumann_gate,
+                backend="reference",
+            ).x
+        y, mean, spread = _query_side(query, keys, x, tau, s, qk_norm, statistics, chosen)
+        if statistics:
+            scales = _over_batch(mean, spread, query.shape[2])
     else:
-        _check_landmarks(landmarks, key, rank)
-    y = _attention(
-        query,
-        key,
-        value,
-        landmarks,
-        s,
-        qk_norm,
-        solve_dtype,
-        float(ridge),
-        solver,
-        equilibrate,
-        float(kappa_max),
-        neumann_order,
-        neumann_gate,
-        chosen,
-    )
+        y = _attention(query, key, value, landmarks, s, qk_norm, solve_dtype, *solve, chosen)
+        if statistics:
+            scales = rms_scale(y.detach(), backend="reference")
+        if tau is not None:
+            y = (y * tau[:, None, None]).to(y.dtype)
+    extras = [] if scales is None else [scales]
     if not diagnostics:
-        return y
+        return (y, *extras) if extras else y
     with torch.no_grad():
         logits, rhs = _system(key, value, landmarks, s, qk_norm, solve_dtype, "reference")
         solution = landmark_solve(
@@ -131,9 +249,9 @@ def nystrom_attention(
             neumann_order=neumann_order,
             neumann_gate=neumann_gate,
             diagnostics=True,
-            backend=chosen,
+            backend="reference" if chosen == "triton" else chosen,
         )
-    return y, solution
+    return (y, solution, *extras)
 
 
 def full_attention(
@@ -182,6 +300,34 @@ def _check_attention(
     if scale is not None:
         check_number("scale", scale)
     return query.shape[-1]
+
+
+def _choose_backend(requested: str | None, query: Tensor, rank: int, solve_dtype: str, fused: bool) -> str:
+    """The kernels come first on a CUDA device where they solve for X as well; elsewhere only by name."""
+    narrow = solve_dtype == "model" and query.dtype in (torch.bfloat16, torch.float16)
+    plain = ("reference",) if narrow else ("sdpa", "reference")
+    refusal = triton_refusal(query) or kernel_limits(query.shape[-1], rank)
+    if refusal is None and narrow:
+        refusal = 'its kernels keep the softmax blocks in float32, and solve_dtype is "model"'
+    worthwhile = query.is_cuda and fused
+    implementations = ("triton", *plain) if worthwhile else (*plain, "triton")
+    refused = {"triton": refusal} if refusal else {}
+    return choose_backend(requested, implementations, "nystrom_attention", refused)
+
+
+def _over_batch(mean: Tensor, spread: Tensor, tokens: int) -> RMSScale:
+    """Mean (H, d) and RMS (H,) over batch and tokens from the means (B, H, d) and M₂ (B, H) of the samples."""
+    overall = mean.mean(0)
+    total = spread.sum(0) + tokens * (mean - overall).square().sum((0, -1))
+    return RMSScale(overall, (total / (mean.shape[0] * tokens)).sqrt())
+
+
+def _check_tau(tau: Tensor, query: Tensor) -> None:
+    check_tensors(tau=tau)
+    if tau.shape != query.shape[1:2]:
+        raise ValueError(f"tau has shape {tuple(tau.shape)}; expected (H,) = {tuple(query.shape[1:2])}")
+    if tau.device != query.device:
+        raise ValueError(f"tau is on {tau.device} and query on {query.device}; expected one device")
 
 
 def _check_landmarks(landmarks: Tensor, key: Tensor, rank: int) -> None:

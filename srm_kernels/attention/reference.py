@@ -8,6 +8,7 @@ Q (B, H, N_q, d); K, V (B, H, N_k, d); I (B, H, r).
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ..checks import wide_dtype
 from ..conditioning import reference as conditioning
+from ..landmarks import reference as landmark_choice
 
 NORM_FLOOR = 1e-6
 
@@ -48,6 +50,74 @@ def landmark_system(
     block_dtype = key.dtype if solve_dtype == "model" else wide_dtype(key.dtype)
     _, logits, rhs = _key_side(key, value, landmarks, scale, qk_norm, block_dtype)
     return logits, rhs
+
+
+def landmark_context(
+    key: Tensor,
+    value: Tensor,
+    landmarks: Tensor | None,
+    rank: int,
+    method: str,
+    gamma: float,
+    scale: float,
+    qk_norm: str | None,
+    ridge: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The key side: K̃ as it was stored, X by the default solver, the logsumexp of R's rows over log 2 (B, H, r), and I.
+
+    Landmarks are chosen where `landmarks` is None. The first three are in the wide dtype.
+    """
+    keys, logits, rhs, lse, landmarks = landmark_blocks(
+        key, value, landmarks, rank, method, gamma, scale, qk_norm
+    )
+    X, _ = conditioning.landmark_solve(logits, rhs, ridge, "cholesky", False, 1.0, 0, False)
+    return keys, X, lse, landmarks
+
+
+def landmark_blocks(
+    key: Tensor,
+    value: Tensor,
+    landmarks: Tensor | None,
+    rank: int,
+    method: str,
+    gamma: float,
+    scale: float,
+    qk_norm: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The key side up to the solve: K̃ as it was stored, the logits of W, R V, the logsumexp of R's rows, and I."""
+    K = normalised_key(key, qk_norm)
+    if landmarks is None:
+        landmarks = landmark_choice.select_landmarks(K.detach(), None, rank, method, gamma, scale)
+    normalised = take_landmarks(K, landmarks)
+    scores = normalised @ K.mT * scale
+    rhs = scores.softmax(-1) @ value.to(K.dtype)
+    lse = scores.detach().logsumexp(-1) / math.log(2)
+    logits = normalised @ normalised.mT * scale
+    return take_landmarks(key.to(K.dtype), landmarks), logits, rhs, lse, landmarks.clone()
+
+
+def landmark_attention(
+    query: Tensor,
+    keys: Tensor,
+    x: Tensor,
+    tau: Tensor | None,
+    scale: float,
+    qk_norm: str | None,
+    statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The query side: τ softmax(Q K̃ᵀ s) X in the query's dtype, K̃ as it was stored, τ (H,) or None.
+
+    With `statistics`, the mean (B, H, d) over tokens of what τ multiplies and Σ‖y − mean‖² (B, H); else two empty ones.
+    """
+    Q, K = normalised_query(query, qk_norm), normalised_key(keys, qk_norm)
+    Y = _block(Q, K, scale, Q.dtype) @ x
+    mean, spread = Y.new_empty(0), Y.new_empty(0)
+    if statistics:
+        mean = Y.detach().mean(-2)
+        spread = (Y.detach() - mean[..., None, :]).square().sum((-1, -2))
+    if tau is not None:
+        Y = Y * tau.to(Y.dtype)[:, None, None]
+    return Y.to(query.dtype), mean, spread
 
 
 def _key_side(

@@ -8,18 +8,21 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_count, check_number, check_tokens, wide_dtype
-from ..registration import register_operator
-from ..runtime import choose_backend
+from ..registration import later, register_operator
+from ..runtime import choose_backend, triton_refusal
 from . import reference
 
 METHODS = ("leverage", "leverage_sample", "uniform", "kmeans++", "pivoted_cholesky")
-_IMPLEMENTATIONS = ("reference", "sdpa")
+METHODS_OF_KERNELS = ("leverage", "pivoted_cholesky")
+_IMPLEMENTATIONS = ("reference", "sdpa", "triton")
+_KERNELS = f"{__name__}.kernels"
 
 _leverage = register_operator(
     "ridge_leverage_scores",
     "Tensor key, float gamma",
     "Tensor",
-    dict.fromkeys(_IMPLEMENTATIONS, reference.ridge_leverage_scores),
+    dict.fromkeys(("reference", "sdpa"), reference.ridge_leverage_scores)
+    | {"triton": later(_KERNELS, "ridge_leverage_scores")},
     fake=lambda key, gamma: key.new_empty(key.shape[:3], dtype=wide_dtype(key.dtype)),
     differentiable=("key",),
 )
@@ -28,7 +31,8 @@ _select = register_operator(
     "select_landmarks",
     "Tensor key, Tensor? random, int rank, str method, float gamma, float scale",
     "Tensor",
-    dict.fromkeys(_IMPLEMENTATIONS, reference.select_landmarks),
+    dict.fromkeys(("reference", "sdpa"), reference.select_landmarks)
+    | {"triton": later(_KERNELS, "select_landmarks")},
     fake=lambda key, random, rank, *_: key.new_empty((*key.shape[:2], rank), dtype=torch.int64),
 )
 
@@ -43,7 +47,8 @@ def ridge_leverage_scores(key: Tensor, *, gamma: float = 1e-3, backend: str | No
     """
     check_tokens("key", key)
     check_number("gamma", gamma, above=0)
-    return _leverage(key, float(gamma), choose_backend(backend, _IMPLEMENTATIONS, "ridge_leverage_scores"))
+    chosen = choose_backend(backend, _IMPLEMENTATIONS, "ridge_leverage_scores", _refused(key))
+    return _leverage(key, float(gamma), chosen)
 
 
 def select_landmarks(
@@ -85,6 +90,22 @@ def select_landmarks(
         if not isinstance(generator, torch.Generator):
             raise TypeError(f"generator is a {type(generator).__name__}; expected a torch.Generator or None")
         random = reference.uniform_numbers(count, generator).to(key.device) if count else None
-    chosen = choose_backend(backend, _IMPLEMENTATIONS, "select_landmarks")
+    chosen = choose_backend(backend, _IMPLEMENTATIONS, "select_landmarks", _refused(key, rank, method))
     s = 1 / math.sqrt(key.shape[-1]) if scale is None else float(scale)
     return _select(key.detach(), random, rank, method, float(gamma), s, chosen)
+
+
+def kernel_limits(d: int, rank: int = 1) -> str | None:
+    """Why a kernel cannot hold tiles of this size, or None."""
+    if not 8 <= d <= 128:
+        return f"its kernels take a head width from 8 to 128, and d is {d}"
+    if rank > 128:
+        return f"its kernels take up to 128 landmarks, and r is {rank}"
+    return None
+
+
+def _refused(key: Tensor, rank: int = 1, method: str = "leverage") -> dict[str, str]:
+    reason = triton_refusal(key) or kernel_limits(key.shape[-1], rank)
+    if reason is None and method not in METHODS_OF_KERNELS:
+        reason = f"it has kernels for {' and '.join(METHODS_OF_KERNELS)}, not for {method}"
+    return {"triton": reason} if reason else {}

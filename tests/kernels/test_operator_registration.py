@@ -28,6 +28,8 @@ from srm_kernels import (
     select_landmarks,
 )
 
+# Reached by backend="triton" alone, and checked in test_triton_attention.py.
+KERNELS_ROAD = {"srm::landmark_context", "srm::landmark_blocks", "srm::landmark_attention"}
 METHODS = ("leverage", "leverage_sample", "uniform", "kmeans++", "pivoted_cholesky")
 
 
@@ -135,7 +137,8 @@ def test_every_registered_operator_is_reached_by_the_public_functions_and_passes
     themselves, a second derivative goes through the reference; nor is what only diagnostics call."""
     recorder = record(torch.float64)
     reached = {op.name().split(".")[0] for op in recorder.calls}
-    assert reached == {name.split(".")[0] for name in fresh_import["operators"]}
+    registered = {name.split(".")[0] for name in fresh_import["operators"]}
+    assert reached == {name for name in registered if name.removesuffix("_backward") not in KERNELS_ROAD}
     for op, calls in recorder.calls.items():
         args, kwargs = calls[0]
         name = op.name().split(".")[0]

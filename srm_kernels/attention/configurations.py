@@ -1,0 +1,78 @@
+"""How the Triton kernels of Nyström attention are launched: one readable rule on shape and device, no tuning.
+
+How tokens are divided among programs depends on N_q or N_k alone, never on the batch: sums are then taken in the same
+order whatever stands beside a sample. `python -m bench.tune_attention` measures the alternatives on a GPU and prints
+the table that the numbers below should be taken from; they were chosen by registers and shared memory so far, as
+`python -m bench.resources` prints them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+RANKS = (1, 128)
+WIDTHS = (8, 128)
+MOST_KEYS_OF_ONE_PROGRAM = 1024  # above, the key side is divided among programs
+LEAST_KEYS_OF_A_PART = 512
+LEAST_QUERIES_OF_A_PART = 512
+MOST_PARTS = 32  # of one (b, h), so that partial sums take O(r (r + d)) and not O(N r)
+
+
+class Configuration(NamedTuple):
+    """Tokens of a tile, warps of a program, and depth of the software pipeline."""
+
+    block: int
+    warps: int
+    stages: int
+
+
+class Division(NamedTuple):
+    """Tokens of each of `parts` programs that share one (b, h); the last may have fewer."""
+
+    tokens: int
+    parts: int
+
+
+def query_forward(rank: int, d: int, itemsize: int, capability: tuple[int, int]) -> Configuration:
+    """Y: a tile of [block, r] probabilities and [block, d] tokens."""
+    large = _padded(rank) * _padded(d) > 64 * 64
+    if large:
+        return Configuration(64, 8, 2)
+    roomy = capability[0] in (8, 9, 10) and capability[1] == 0  # data-centre cards
+    return Configuration(128 if roomy and itemsize == 2 else 64, 4, 3 if roomy else 2)
+
+
+def query_backward(rank: int, d: int, itemsize: int, capability: tuple[int, int]) -> Configuration:
+    """dQ, and the sums dX and dK̃, [r, d] each, that stay in registers."""
+    return Configuration(64 if _padded(rank) * _padded(d) <= 64 * 32 else 32, 8, 1)
+
+
+def key_side(rank: int, d: int, itemsize: int, capability: tuple[int, int]) -> Configuration:
+    """Everything that holds an r×r matrix, forward and backward."""
+    small = _padded(rank) * (_padded(rank) + _padded(d)) <= 32 * 64
+    return Configuration(64 if _padded(d) <= 64 else 32, 4 if small else 8, 1)
+
+
+def key_tokens(rank: int, d: int, itemsize: int, capability: tuple[int, int]) -> Configuration:
+    """dK and dV of a tile of keys."""
+    return Configuration(64 if _padded(rank) * _padded(d) <= 64 * 64 else 32, 8, 1)
+
+
+def divide(tokens: int, block: int, least: int) -> Division:
+    """Programs for `tokens`, `least` or more to each, a whole number of tiles, at most `MOST_PARTS` of them."""
+    share = max(least, -(-tokens // MOST_PARTS))
+    share = -(-share // block) * block
+    return Division(share, -(-tokens // share))
+
+
+def capability(tensor: Tensor) -> tuple[int, int]:
+    """Compute capability of the tensor's device; in the interpreter that of a common card."""
+    return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (8, 9)
+
+
+def _padded(size: int) -> int:
+    """The tile that holds `size` entries: a power of two, 16 or more."""
+    return max(16, 1 << (size - 1).bit_length())

@@ -1,0 +1,268 @@
+"""The query side of Nyström attention: Y = softmax(Q K̃ᵀ s) X, its statistic and its gradients, in tiles of queries.
+
+A program keeps K̃ and X of one (b, h) and walks over a share of its queries: Q is read once and Y written once, and
+the N_q×r block of probabilities never leaves the registers. X stays fp32, as do the probabilities it is multiplied by.
+
+The factor τ of a head multiplies Y before it is rounded. The statistic is that of L X before τ and before rounding:
+the mean and M₂ = Σ‖y − mean‖² of every tile, merged by Chan's formula,
+
+    mean = (n₁ mean₁ + n₂ mean₂)/n      M₂ = M₂₁ + M₂₂ + ‖mean₂ − mean₁‖² n₁n₂/n,
+
+tile by tile and then program by program, so that a large mean cancels nothing. The backward pass forms the
+probabilities again; every program writes its own sums for dX and dK̃, and a second launch adds them in their order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..parts import (
+    INFINITY,
+    LOG2E,
+    empty,
+    empty_like,
+    load_tokens,
+    on_device,
+    padded,
+    precision,
+    readable,
+    rms_factor,
+    rms_factor_product,
+    token_offsets,
+    wide_dot,
+)
+from . import configurations
+from .key_kernels import load_keys, load_matrix, store_matrix
+
+
+@triton.jit
+def probabilities(
+    query, keys, column_scale, rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr, NORMALISE: tl.constexpr
+):
+    """L [BLOCK, R] of one tile of queries; zeros in padding."""
+    logits = tl.dot(query, tl.trans(keys), input_precision="ieee") * column_scale[None, :]
+    logits = logits * rms_factor(query, d, NORMALISE)[:, None]
+    logits = tl.where((tl.arange(0, R) < rank)[None, :], logits, -INFINITY)
+    weights = tl.exp2(logits - tl.max(logits, 1)[:, None])
+    return weights / tl.sum(weights, 1)[:, None]
+
+
+@triton.jit(do_not_specialize=["N", "share"])
+def _forward_kernel(
+    query_ptr, keys_ptr, x_ptr, tau_ptr, y_ptr, mean_ptr, spread_ptr, N, share, parts, heads, query_stride_b,
+    query_stride_h, query_stride_n, query_stride_d, y_stride_b, y_stride_h, y_stride_n, y_stride_d, scale,
+    rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr, D: tl.constexpr, NORMALISE_QUERY: tl.constexpr,
+    NORMALISE_KEYS: tl.constexpr, TAU: tl.constexpr, STATISTICS: tl.constexpr, BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Y of one share of the queries of a (b, h), and the mean [d] and M₂ of L X over them."""
+    program = tl.program_id(0).to(tl.int64)
+    head, part = program // parts, (program % parts).to(tl.int32)
+    b, h = head // heads, head % heads
+    query_ptr += b * query_stride_b + h * query_stride_h
+    y_ptr += b * y_stride_b + h * y_stride_h
+    keys = load_keys(keys_ptr + head * rank * d, query_ptr, rank, R, d, D)
+    x = load_matrix(x_ptr + head * rank * d, rank, R, d, D)
+    column_scale = rms_factor(keys, d, NORMALISE_KEYS) * (scale * LOG2E)
+    columns = tl.arange(0, D)
+    tau = 1.0
+    if TAU:
+        tau = tl.load(tau_ptr + h)
+    count = 0.0
+    mean = tl.zeros([D], tl.float32)
+    spread = 0.0
+    stop = tl.minimum((part + 1) * share, N)
+    for first in range(part * share, stop, BLOCK):
+        rows = first + tl.arange(0, BLOCK)
+        inside = rows < stop
+        query = load_tokens(query_ptr, rows, inside, query_stride_n, query_stride_d, d, D)
+        weights = probabilities(query, keys, column_scale, rank, R, d, NORMALISE_QUERY)
+        y = wide_dot(weights, x, PRECISION)  # [BLOCK, D]
+        offsets = token_offsets(rows, columns, y_stride_n, y_stride_d)
+        mask = inside[:, None] & (columns < d)[None, :]
+        tl.store(y_ptr + offsets, (y * tau).to(y_ptr.dtype.element_ty), mask=mask)
+        if STATISTICS:
+            tile_count = tl.minimum(stop - first, BLOCK).to(tl.float32)
+            tile_mean = tl.sum(tl.where(mask, y, 0.0), 0) / tile_count
+            centred = tl.where(mask, y - tile_mean[None, :], 0.0)
+            tile_spread = tl.sum(tl.sum(centred * centred, 1), 0)
+            together = count + tile_count
+            between = tile_mean - mean
+            spread += tile_spread + tl.sum(between * between, 0) * (count * tile_count / together)
+            mean += between * (tile_count / together)
+            count = together
+    if STATISTICS:
+        tl.store(mean_ptr + program * d + columns, mean, mask=columns < d)
+        tl.store(spread_ptr + program, spread)
+
+
+@triton.jit(do_not_specialize=["N", "share"])
+def _statistics_kernel(
+    part_mean_ptr, part_spread_ptr, mean_ptr, spread_ptr, N, share, parts, d: tl.constexpr, D: tl.constexpr
+):
+    """Mean [d] and M₂ of one (b, h) from its parts, in their order."""
+    head = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, D)
+    count = 0.0
+    mean = tl.zeros([D], tl.float32)
+    spread = 0.0
+    for part in range(parts):
+        part_count = tl.minimum(N - part * share, share).to(tl.float32)
+        index = head * parts + part
+        between = tl.load(part_mean_ptr + index * d + columns, mask=columns < d, other=0.0) - mean
+        together = count + part_count
+        added = tl.sum(between * between, 0) * (count * part_count / together)
+        spread += tl.load(part_spread_ptr + index) + added
+        mean += between * (part_count / together)
+        count = together
+    tl.store(mean_ptr + head * d + columns, mean, mask=columns < d)
+    tl.store(spread_ptr + head, spread)
+
+
+@triton.jit(do_not_specialize=["N", "share"])
+def _backward_kernel(
+    query_ptr, keys_ptr, x_ptr, tau_ptr, dy_ptr, dquery_ptr, dx_ptr, dkeys_ptr, N, share, parts, heads,
+    query_stride_b, query_stride_h, query_stride_n, query_stride_d, dy_stride_b, dy_stride_h, dy_stride_n,
+    dy_stride_d, scale, rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr, D: tl.constexpr,
+    NORMALISE_QUERY: tl.constexpr, NORMALISE_KEYS: tl.constexpr, TAU: tl.constexpr, BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dQ of one share of the queries, and what they add to Lᵀ dY and to the gradient of the normalised landmarks."""
+    program = tl.program_id(0).to(tl.int64)
+    head, part = program // parts, (program % parts).to(tl.int32)
+    b, h = head // heads, head % heads
+    query_ptr += b * query_stride_b + h * query_stride_h
+    dy_ptr += b * dy_stride_b + h * dy_stride_h
+    keys = load_keys(keys_ptr + head * rank * d, query_ptr, rank, R, d, D)
+    x = load_matrix(x_ptr + head * rank * d, rank, R, d, D)
+    factor = rms_factor(keys, d, NORMALISE_KEYS)
+    if TAU:
+        x *= tl.load(tau_ptr + h)
+    columns = tl.arange(0, D)
+    i = tl.arange(0, R)
+    dx = tl.zeros([R, D], tl.float32)
+    dkeys = tl.zeros([R, D], tl.float32)
+    stop = tl.minimum((part + 1) * share, N)
+    for first in range(part * share, stop, BLOCK):
+        rows = first + tl.arange(0, BLOCK)
+        inside = rows < stop
+        query = load_tokens(query_ptr, rows, inside, query_stride_n, query_stride_d, d, D)
+        dy = load_tokens(dy_ptr, rows, inside, dy_stride_n, dy_stride_d, d, D)
+        weights = probabilities(query, keys, factor * (scale * LOG2E), rank, R, d, NORMALISE_QUERY)
+        dweights = wide_dot(dy, tl.trans(x), PRECISION)
+        dlogits = weights * (dweights - tl.sum(weights * dweights, 1)[:, None])  # [BLOCK, R]
+        dx += wide_dot(tl.trans(weights), dy, PRECISION)
+        row_factor = rms_factor(query, d, NORMALISE_QUERY)
+        dkeys += wide_dot(tl.trans(dlogits * (row_factor * scale)[:, None]), query, PRECISION)
+        dquery = wide_dot(dlogits * (factor * scale)[None, :], keys, PRECISION)
+        dquery = rms_factor_product(dquery, query, d, NORMALISE_QUERY)
+        offsets = head * N * d + token_offsets(rows, columns, d, 1)
+        mask = inside[:, None] & (columns < d)[None, :]
+        tl.store(dquery_ptr + offsets, dquery.to(dquery_ptr.dtype.element_ty), mask=mask)
+    store_matrix(dx_ptr + program * rank * d, dx, i, rank, R, d, D)
+    store_matrix(dkeys_ptr + program * rank * d, dkeys, i, rank, R, d, D)
+
+
+@triton.jit
+def _sum_kernel(
+    part_dx_ptr, part_dkeys_ptr, keys_ptr, x_ptr, tau_ptr, dx_ptr, dkeys_ptr, dtau_ptr, parts, heads,
+    rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr, D: tl.constexpr, NORMALISE_KEYS: tl.constexpr,
+    TAU: tl.constexpr,
+):  # fmt: skip
+    """dX, dK̃ and the share of dτ of one (b, h), parts added in their order."""
+    head = tl.program_id(0).to(tl.int64)
+    small = head * rank * d
+    i = tl.arange(0, R)
+    dx = tl.zeros([R, D], tl.float32)
+    dkeys = tl.zeros([R, D], tl.float32)
+    for part in range(parts):
+        index = (head * parts + part) * rank * d
+        dx += load_matrix(part_dx_ptr + index, rank, R, d, D)
+        dkeys += load_matrix(part_dkeys_ptr + index, rank, R, d, D)
+    if TAU:
+        product = dx * load_matrix(x_ptr + small, rank, R, d, D)
+        tl.store(dtau_ptr + head, tl.sum(tl.sum(product, 1), 0))
+        dx *= tl.load(tau_ptr + head % heads)
+    store_matrix(dx_ptr + small, dx, i, rank, R, d, D)
+    dkeys = rms_factor_product(dkeys, load_matrix(keys_ptr + small, rank, R, d, D), d, NORMALISE_KEYS)
+    store_matrix(dkeys_ptr + small, dkeys, i, rank, R, d, D)
+
+
+def landmark_attention(
+    query: Tensor,
+    keys: Tensor,
+    x: Tensor,
+    tau: Tensor | None,
+    scale: float,
+    qk_norm: str | None,
+    statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(Y, mean, M₂) as `reference.landmark_attention` gives them."""
+    dtype, query = query.dtype, readable(query)
+    B, H, N, d = query.shape
+    rank = keys.shape[-2]
+    y = empty_like(query)
+    tile = configurations.query_forward(rank, d, query.element_size(), configurations.capability(query))
+    share, parts = configurations.divide(N, tile.block, configurations.LEAST_QUERIES_OF_A_PART)
+    mean, spread, part_mean, part_spread = (
+        empty(size if statistics else (0,), query, torch.float32)
+        for size in ((B, H, d), (B, H), (B, H, parts, d), (B, H, parts))
+    )
+    with on_device(query):
+        _forward_kernel[(B * H * parts,)](
+            query, keys.contiguous(), x.contiguous(), x if tau is None else tau.float().contiguous(), y,
+            part_mean, part_spread, N, share, parts, H, *query.stride(), *y.stride(), scale, rank=rank,
+            R=padded(rank), d=d, D=padded(d), NORMALISE_QUERY=qk_norm == "both",
+            NORMALISE_KEYS=qk_norm is not None, TAU=tau is not None, STATISTICS=statistics, BLOCK=tile.block,
+            PRECISION=precision(query.dtype), num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        if statistics:
+            _statistics_kernel[(B * H,)](
+                part_mean, part_spread, mean, spread, N, share, parts, d=d, D=padded(d), num_warps=1
+            )
+    return y.to(dtype), mean, spread
+
+
+def landmark_attention_backward(
+    grads: Sequence[Tensor],
+    results: Sequence[Tensor],
+    query: Tensor,
+    keys: Tensor,
+    x: Tensor,
+    tau: Tensor | None,
+    scale: float,
+    qk_norm: str | None,
+    statistics: bool,
+) -> list[Tensor]:
+    """[dQ, dK̃, dX] and dτ where there is a τ."""
+    (dy,) = grads
+    dtype, query, dy = query.dtype, readable(query), readable(dy)
+    B, H, N, d = query.shape
+    rank = keys.shape[-2]
+    keys, x = keys.contiguous(), x.contiguous()
+    tile = configurations.query_backward(rank, d, query.element_size(), configurations.capability(query))
+    share, parts = configurations.divide(N, tile.block, configurations.LEAST_QUERIES_OF_A_PART)
+    dquery = empty((B, H, N, d), query, query.dtype)
+    dkeys, dx = (empty((B, H, rank, d), query, torch.float32) for _ in range(2))
+    part_dkeys, part_dx = (empty((B, H, parts, rank, d), query, torch.float32) for _ in range(2))
+    wide_tau = x if tau is None else tau.float().contiguous()
+    dtau = x if tau is None else empty((B, H), query, torch.float32)
+    shape = {"rank": rank, "R": padded(rank), "d": d, "D": padded(d), "NORMALISE_KEYS": qk_norm is not None}
+    launch = {"num_warps": tile.warps, "num_stages": tile.stages}
+    with on_device(query):
+        _backward_kernel[(B * H * parts,)](
+            query, keys, x, wide_tau, dy, dquery, part_dx, part_dkeys, N, share, parts, H, *query.stride(),
+            *dy.stride(), scale, **shape, NORMALISE_QUERY=qk_norm == "both", TAU=tau is not None,
+            BLOCK=tile.block, PRECISION=precision(query.dtype), **launch,
+        )  # fmt: skip
+        _sum_kernel[(B * H,)](
+            part_dx, part_dkeys, keys, x, wide_tau, dx, dkeys, dtau, parts, H, **shape, TAU=tau is not None,
+            **launch,
+        )  # fmt: skip
+    gradients = [dquery.to(dtype), dkeys, dx]
+    return gradients if tau is None else [*gradients, dtau.sum(0).to(tau.dtype)]

@@ -1,0 +1,760 @@
+"""The key side of Nyström attention: from K and V of a (b, h) to K̃ and X, and back.
+
+Forward, up to 1,024 keys, one launch: choose the landmarks, gather K̃, form W, R V (by the online softmax) and solve
+(W + λI) X = R V. Above that the scores, the choice and R V are divided among programs, and the solve is a launch of
+its own. Backward: the transposed solve and everything r×r first, then dK and dV of every tile of keys.
+
+The solve is Gauss–Jordan elimination of W + λI without pivoting. W is similar to a symmetric positive semidefinite
+matrix by a diagonal, so its pivots are Cholesky's (SPEC 2.1) and positive but for rounding; the transposed matrix has
+the same ones. Where one is not, rounding has eaten λ: that matrix alone is formed again and eliminated with partial
+pivoting, as the reference does it. A non-finite logit makes its own matrix's X NaN.
+
+K̃ is handed on as it was stored, unnormalised: its entries are then exact in the tokens' dtype, the product Q K̃ᵀ
+can be taken in it, and the normalisation is a factor for every column. Logits are in units of log 2.
+Symbols: U = R V, dU = A⁻ᵀ dX, and so the gradients dA = −dU Xᵀ, dR = dU Vᵀ. Sums over keys are taken in a fixed
+order; nothing is accumulated by atomics, so results are the same to the bit from run to run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..landmarks.kernels import (
+    add_gram,
+    choose,
+    selected,
+    store_largest,
+    store_scores,
+    whitener,
+    workspace,
+)
+from ..parts import (
+    INFINITY,
+    LN2,
+    LOG2E,
+    empty,
+    load_tokens,
+    on_device,
+    padded,
+    precision,
+    readable,
+    rms_factor,
+    rms_factor_product,
+    token_offsets,
+    wide_dot,
+)
+from . import configurations
+
+NAN = tl.constexpr(float("nan"))
+
+
+@triton.jit
+def gather(
+    key_ptr, landmarks_ptr, N, n_stride, d_stride, rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr,
+    D: tl.constexpr,
+):  # fmt: skip
+    """K̃ [R, D] in the stored dtype; an index out of range, which nothing checks on a device, gives a row of NaN."""
+    i = tl.arange(0, R)
+    index = tl.load(landmarks_ptr + i, mask=i < rank, other=0)
+    inside = (index >= 0) & (index < N)
+    keys = load_tokens(key_ptr, tl.where(inside, index, 0), i < rank, n_stride, d_stride, d, D)
+    return tl.where(inside[:, None], keys, NAN).to(keys.dtype)
+
+
+@triton.jit
+def load_matrix(ptr, rows: tl.constexpr, R: tl.constexpr, columns: tl.constexpr, D: tl.constexpr):
+    """A contiguous rows×columns matrix as [R, D], zeros around it."""
+    i, j = tl.arange(0, R), tl.arange(0, D)
+    inside = (i < rows)[:, None] & (j < columns)[None, :]
+    return tl.load(ptr + i[:, None] * columns + j[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def load_columns(ptr, first, rows: tl.constexpr, R: tl.constexpr, columns: tl.constexpr, CHUNK: tl.constexpr):
+    """Columns first..first + CHUNK of a contiguous rows×columns matrix, [R, CHUNK].
+
+    A product over a long axis is taken in such chunks, read from memory, where its factors would not fit in registers.
+    """
+    i, j = tl.arange(0, R), first + tl.arange(0, CHUNK)
+    inside = (i < rows)[:, None] & (j < columns)[None, :]
+    return tl.load(ptr + i[:, None] * columns + j[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def load_rows(ptr, first, rows: tl.constexpr, CHUNK: tl.constexpr, columns: tl.constexpr, D: tl.constexpr):
+    """Rows first..first + CHUNK of a contiguous rows×columns matrix, [CHUNK, D]."""
+    i, j = first + tl.arange(0, CHUNK), tl.arange(0, D)
+    inside = (i < rows)[:, None] & (j < columns)[None, :]
+    return tl.load(ptr + i[:, None] * columns + j[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def store_matrix(
+    ptr, matrix, place, rows: tl.constexpr, R: tl.constexpr, columns: tl.constexpr, D: tl.constexpr
+):
+    """[R, D] to a contiguous rows×columns matrix; its row i goes to row place[i]."""
+    j = tl.arange(0, D)
+    inside = (place < rows)[:, None] & (j < columns)[None, :]
+    tl.store(ptr + place[:, None] * columns + j[None, :], matrix, mask=inside)
+
+
+@triton.jit
+def landmark_logits(keys, factor, scale):
+    """K̃K̃ᵀ s [R, R], in units of log 2."""
+    product = tl.dot(keys, tl.trans(keys), input_precision="ieee")
+    return product * (factor * (scale * LOG2E))[:, None] * factor[None, :]
+
+
+@triton.jit
+def landmark_softmax(logits, rank: tl.constexpr, R: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """W, or its transpose by the symmetry of the logits; zeros in padding. [R, R]"""
+    i = tl.arange(0, R)
+    inside = (i < rank)[:, None] & (i < rank)[None, :]
+    logits = tl.where(inside, logits, -INFINITY)
+    if TRANSPOSED:
+        weights = tl.exp2(logits - tl.max(logits, 0)[None, :])
+        weights = weights / tl.sum(weights, 0)[None, :]
+    else:
+        weights = tl.exp2(logits - tl.max(logits, 1)[:, None])
+        weights = weights / tl.sum(weights, 1)[:, None]
+    return tl.where(inside, weights, 0.0)
+
+
+@triton.jit
+def add_ridge(weights, ridge, rank: tl.constexpr, R: tl.constexpr):
+    """A = W + λI with λ = ridge · tr(W)/r; ones on the diagonal of the padding."""
+    i = tl.arange(0, R)
+    diagonal = i[:, None] == i[None, :]
+    lam = ridge * tl.sum(tl.sum(tl.where(diagonal, weights, 0.0), 1), 0) / rank
+    return tl.where(diagonal, tl.where((i < rank)[:, None], weights + lam, 1.0), weights)
+
+
+@triton.jit
+def eliminate(matrix, rhs, rank: tl.constexpr, R: tl.constexpr):
+    """matrix⁻¹ rhs without pivoting, and whether every pivot was positive and finite."""
+    i = tl.arange(0, R)
+    good = 1
+    for step in range(rank):
+        here = i == step
+        column = tl.sum(tl.where(here[None, :], matrix, 0.0), 1)  # [R]
+        pivot = tl.sum(tl.where(here, column, 0.0), 0)
+        good = tl.where((pivot > 0) & (pivot < INFINITY), good, 0)
+        row = tl.sum(tl.where(here[:, None], matrix, 0.0), 0) / pivot  # [R]
+        row_rhs = tl.sum(tl.where(here[:, None], rhs, 0.0), 0) / pivot  # [D]
+        matrix = tl.where(here[:, None], row[None, :], matrix - column[:, None] * row[None, :])
+        rhs = tl.where(here[:, None], row_rhs[None, :], rhs - column[:, None] * row_rhs[None, :])
+    return rhs, good
+
+
+@triton.jit
+def eliminate_pivoting(matrix, rhs, rank: tl.constexpr, R: tl.constexpr):
+    """matrix⁻¹ rhs with partial pivoting, its row place[i] in row i. NaN counts as the largest: rows stay distinct."""
+    i = tl.arange(0, R)
+    place = tl.where(i < rank, -1, i)
+    for step in range(rank):
+        column = tl.sum(tl.where((i == step)[None, :], matrix, 0.0), 1)
+        size = tl.where(column == column, tl.abs(column), INFINITY)
+        here = i == tl.argmax(tl.where(place < 0, size, -1.0), 0)
+        pivot = tl.sum(tl.where(here, column, 0.0), 0)
+        row = tl.sum(tl.where(here[:, None], matrix, 0.0), 0) / pivot
+        row_rhs = tl.sum(tl.where(here[:, None], rhs, 0.0), 0) / pivot
+        matrix = tl.where(here[:, None], row[None, :], matrix - column[:, None] * row[None, :])
+        rhs = tl.where(here[:, None], row_rhs[None, :], rhs - column[:, None] * row_rhs[None, :])
+        place = tl.where(here, step, place)
+    return rhs, place
+
+
+@triton.jit
+def solve(
+    solution_ptr, rhs_ptr, keys, factor, scale, ridge, rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr,
+    D: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """Writes A⁻¹ rhs, or A⁻ᵀ rhs, [r, d] each; the two may be the same memory. NaN where a logit is not finite."""
+    i = tl.arange(0, R)
+    logits = landmark_logits(keys, factor, scale)
+    broken = tl.sum(tl.sum(tl.where(tl.abs(logits) < INFINITY, 0, 1), 1), 0) > 0
+    matrix = add_ridge(landmark_softmax(logits, rank, R, TRANSPOSED), ridge, rank, R)
+    solution, good = eliminate(matrix, load_matrix(rhs_ptr, rank, R, d, D), rank, R)
+    place = i
+    if good == 0:
+        logits = landmark_logits(keys, factor, scale)
+        matrix = add_ridge(landmark_softmax(logits, rank, R, TRANSPOSED), ridge, rank, R)
+        solution, place = eliminate_pivoting(matrix, load_matrix(rhs_ptr, rank, R, d, D), rank, R)
+    tl.debug_barrier()
+    store_matrix(solution_ptr, tl.where(broken, NAN, solution), place, rank, R, d, D)
+
+
+@triton.jit
+def mix_values(
+    keys, row_scale, key_ptr, value_ptr, start, stop, key_stride_n, key_stride_d, value_stride_n,
+    value_stride_d, R: tl.constexpr, d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr,
+    BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Σ exp2(logit − top) v [R, D], top and Σ exp2(logit − top), [R] each, over keys start..stop."""
+    mixed = tl.zeros([R, D], tl.float32)
+    top = tl.full([R], -INFINITY, tl.float32)
+    total = tl.zeros([R], tl.float32)
+    for first in range(start, stop, BLOCK):
+        rows = first + tl.arange(0, BLOCK)
+        key = load_tokens(key_ptr, rows, rows < stop, key_stride_n, key_stride_d, d, D)
+        value = load_tokens(value_ptr, rows, rows < stop, value_stride_n, value_stride_d, d, D)
+        logits = tl.dot(keys, tl.trans(key), input_precision="ieee") * row_scale[:, None]
+        logits = logits * rms_factor(key, d, NORMALISE)[None, :]
+        logits = tl.where((rows < stop)[None, :], logits, -INFINITY)  # [R, BLOCK]
+        new_top = tl.maximum(top, tl.max(logits, 1))
+        finite_top = tl.where(new_top == -INFINITY, 0.0, new_top)
+        weights = tl.exp2(logits - finite_top[:, None])
+        kept = tl.exp2(top - finite_top)
+        total = total * kept + tl.sum(weights, 1)
+        mixed = mixed * kept[:, None] + wide_dot(weights, value, PRECISION)
+        top = new_top
+    return mixed, top, total
+
+
+@triton.jit
+def finish(
+    x_ptr, lse_ptr, logits_ptr, mixed, top, total, keys, factor, scale, ridge, rank: tl.constexpr,
+    R: tl.constexpr, d: tl.constexpr, D: tl.constexpr, SOLVE: tl.constexpr,
+):  # fmt: skip
+    """From the sums over all keys to X, or to R V and the logits for another solver."""
+    i = tl.arange(0, R)
+    tl.store(lse_ptr + i, top + tl.log2(total), mask=i < rank)
+    store_matrix(x_ptr, mixed / total[:, None], i, rank, R, d, D)
+    if SOLVE:
+        tl.debug_barrier()
+        solve(x_ptr, x_ptr, keys, factor, scale, ridge, rank, R, d, D, False)
+    else:
+        logits = landmark_logits(keys, factor, scale) * LN2
+        store_matrix(logits_ptr, logits, i, rank, R, rank, R)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _context_kernel(
+    key_ptr, value_ptr, landmarks_ptr, residual_ptr, pivot_factor_ptr, keys_ptr, x_ptr, lse_ptr, logits_ptr,
+    N, heads, key_stride_b, key_stride_h, key_stride_n, key_stride_d, value_stride_b, value_stride_h,
+    value_stride_n, value_stride_d, gamma, scale, ridge, rank: tl.constexpr, R: tl.constexpr,
+    d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr, CHOOSE: tl.constexpr, PIVOTED: tl.constexpr,
+    SOLVE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The whole key side of one (b, h)."""
+    head = tl.program_id(0).to(tl.int64)
+    b, h = head // heads, head % heads
+    key_ptr += b * key_stride_b + h * key_stride_h
+    value_ptr += b * value_stride_b + h * value_stride_h
+    landmarks_ptr += head * rank
+    if CHOOSE:
+        choose(
+            key_ptr, landmarks_ptr, residual_ptr + head * N, pivot_factor_ptr + head * rank * N, N,
+            key_stride_n, key_stride_d, gamma, scale, rank, R, d, D, NORMALISE, PIVOTED, BLOCK, PRECISION,
+        )  # fmt: skip
+        tl.debug_barrier()
+    i = tl.arange(0, R)
+    keys = gather(key_ptr, landmarks_ptr, N, key_stride_n, key_stride_d, rank, R, d, D)
+    store_matrix(keys_ptr + head * rank * d, keys.to(tl.float32), i, rank, R, d, D)
+    factor = rms_factor(keys, d, NORMALISE)
+    mixed, top, total = mix_values(
+        keys, factor * (scale * LOG2E), key_ptr, value_ptr, 0, N, key_stride_n, key_stride_d, value_stride_n,
+        value_stride_d, R, d, D, NORMALISE, BLOCK, PRECISION,
+    )  # fmt: skip
+    finish(
+        x_ptr + head * rank * d, lse_ptr + head * rank, logits_ptr + head * rank * rank, mixed, top, total,
+        keys, factor, scale, ridge, rank, R, d, D, SOLVE,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["N", "span"])
+def _gram_kernel(
+    key_ptr, gram_ptr, N, span, parts, heads, key_stride_b, key_stride_h, key_stride_n, key_stride_d,
+    d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """KᵀK [d, d] of one part of the keys."""
+    program = tl.program_id(0).to(tl.int64)
+    head, part = program // parts, (program % parts).to(tl.int32)
+    key_ptr += head // heads * key_stride_b + head % heads * key_stride_h
+    stop = tl.minimum((part + 1) * span, N)
+    gram = tl.zeros([D, D], tl.float32)
+    for first in range(part * span, stop, BLOCK):
+        rows = first + tl.arange(0, BLOCK)
+        gram = add_gram(
+            gram, key_ptr, rows, rows < stop, key_stride_n, key_stride_d, d, D, NORMALISE, PRECISION
+        )
+    store_matrix(gram_ptr + program * d * d, gram, tl.arange(0, D), d, D, d, D)
+
+
+@triton.jit(do_not_specialize=["N", "span"])
+def _scores_kernel(
+    key_ptr, gram_ptr, scores_ptr, N, span, parts, heads, key_stride_b, key_stride_h, key_stride_n,
+    key_stride_d, gamma, d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr, BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Leverage of one part of the keys; every part sums the Gram matrices in the same order."""
+    program = tl.program_id(0).to(tl.int64)
+    head, part = program // parts, (program % parts).to(tl.int32)
+    key_ptr += head // heads * key_stride_b + head % heads * key_stride_h
+    gram = tl.zeros([D, D], tl.float32)
+    for other in range(parts):
+        gram += load_matrix(gram_ptr + (head * parts + other) * d * d, d, D, d, D)
+    inverse = whitener(gram, gamma, d, D)
+    stop = tl.minimum((part + 1) * span, N)
+    for first in range(part * span, stop, BLOCK):
+        rows = first + tl.arange(0, BLOCK)
+        store_scores(
+            scores_ptr + head * N, inverse, key_ptr, rows, rows < stop, key_stride_n, key_stride_d, d, D,
+            NORMALISE, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["N", "tiles"])
+def _largest_kernel(scores_ptr, landmarks_ptr, N, tiles, rank: tl.constexpr, BLOCK: tl.constexpr):
+    """The landmarks among one tile of keys."""
+    program = tl.program_id(0).to(tl.int64)
+    head, tile = program // tiles, (program % tiles).to(tl.int32)
+    store_largest(landmarks_ptr + head * rank, scores_ptr + head * N, tile * BLOCK, N, rank, BLOCK)
+
+
+@triton.jit(do_not_specialize=["N", "span"])
+def _mix_kernel(
+    key_ptr, value_ptr, landmarks_ptr, mixed_ptr, top_ptr, total_ptr, N, span, parts, heads, key_stride_b,
+    key_stride_h, key_stride_n, key_stride_d, value_stride_b, value_stride_h, value_stride_n, value_stride_d,
+    scale, rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr,
+    BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What one part of the keys adds to R V, unnormalised."""
+    program = tl.program_id(0).to(tl.int64)
+    head, part = program // parts, (program % parts).to(tl.int32)
+    b, h = head // heads, head % heads
+    key_ptr += b * key_stride_b + h * key_stride_h
+    value_ptr += b * value_stride_b + h * value_stride_h
+    i = tl.arange(0, R)
+    keys = gather(key_ptr, landmarks_ptr + head * rank, N, key_stride_n, key_stride_d, rank, R, d, D)
+    row_scale = rms_factor(keys, d, NORMALISE) * (scale * LOG2E)
+    mixed, top, total = mix_values(
+        keys, row_scale, key_ptr, value_ptr, part * span, tl.minimum((part + 1) * span, N), key_stride_n,
+        key_stride_d, value_stride_n, value_stride_d, R, d, D, NORMALISE, BLOCK, PRECISION,
+    )  # fmt: skip
+    store_matrix(mixed_ptr + program * rank * d, mixed, i, rank, R, d, D)
+    tl.store(top_ptr + program * rank + i, top, mask=i < rank)
+    tl.store(total_ptr + program * rank + i, total, mask=i < rank)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _solve_kernel(
+    key_ptr, landmarks_ptr, mixed_ptr, top_ptr, total_ptr, keys_ptr, x_ptr, lse_ptr, logits_ptr, N, parts,
+    heads, key_stride_b, key_stride_h, key_stride_n, key_stride_d, scale, ridge, rank: tl.constexpr,
+    R: tl.constexpr, d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr, SOLVE: tl.constexpr,
+):  # fmt: skip
+    """R V of one (b, h) from its parts, in their order, then as `_context_kernel`."""
+    head = tl.program_id(0).to(tl.int64)
+    key_ptr += head // heads * key_stride_b + head % heads * key_stride_h
+    i = tl.arange(0, R)
+    mixed = tl.zeros([R, D], tl.float32)
+    top = tl.full([R], -INFINITY, tl.float32)
+    total = tl.zeros([R], tl.float32)
+    for part in range(parts):
+        index = head * parts + part
+        part_top = tl.load(top_ptr + index * rank + i, mask=i < rank, other=0.0)
+        new_top = tl.maximum(top, part_top)
+        finite_top = tl.where(new_top == -INFINITY, 0.0, new_top)
+        kept, added = tl.exp2(top - finite_top), tl.exp2(part_top - finite_top)
+        total = total * kept + tl.load(total_ptr + index * rank + i, mask=i < rank, other=1.0) * added
+        part_mixed = load_matrix(mixed_ptr + index * rank * d, rank, R, d, D)
+        mixed = mixed * kept[:, None] + part_mixed * added[:, None]
+        top = new_top
+    keys = gather(key_ptr, landmarks_ptr + head * rank, N, key_stride_n, key_stride_d, rank, R, d, D)
+    store_matrix(keys_ptr + head * rank * d, keys.to(tl.float32), i, rank, R, d, D)
+    finish(
+        x_ptr + head * rank * d, lse_ptr + head * rank, logits_ptr + head * rank * rank, mixed, top, total,
+        keys, rms_factor(keys, d, NORMALISE), scale, ridge, rank, R, d, D, SOLVE,
+    )  # fmt: skip
+
+
+@triton.jit
+def load_keys(keys_ptr, key_ptr, rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr, D: tl.constexpr):
+    """K̃ [R, D] from its fp32 copy, back in the stored dtype, which is exact."""
+    return load_matrix(keys_ptr, rank, R, d, D).to(key_ptr.dtype.element_ty)
+
+
+@triton.jit
+def softmax_gradient(
+    keys, row_scale, lse, du, delta, key, value, inside, d: tl.constexpr, NORMALISE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """R of one tile of keys and the gradient of its logits, [R, BLOCK] each, and the tile's factors, [BLOCK]."""
+    columns = rms_factor(key, d, NORMALISE)
+    logits = tl.dot(keys, tl.trans(key), input_precision="ieee") * row_scale[:, None] * columns[None, :]
+    weights = tl.where(inside[None, :], tl.exp2(logits - lse[:, None]), 0.0)
+    gradient = weights * (wide_dot(du, tl.trans(value), PRECISION) - delta[:, None])
+    return weights, gradient, columns
+
+
+@triton.jit
+def landmark_gradient(
+    gradient, keys, row_scale, lse, du, delta, key_ptr, value_ptr, start, stop, key_stride_n, key_stride_d,
+    value_stride_n, value_stride_d, scale, d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr,
+    BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """gradient [R, D] of the normalised landmarks plus what keys start..stop add through R."""
+    for first in range(start, stop, BLOCK):
+        rows = first + tl.arange(0, BLOCK)
+        key = load_tokens(key_ptr, rows, rows < stop, key_stride_n, key_stride_d, d, D)
+        value = load_tokens(value_ptr, rows, rows < stop, value_stride_n, value_stride_d, d, D)
+        _, dlogits, columns = softmax_gradient(
+            keys, row_scale, lse, du, delta, key, value, rows < stop, d, NORMALISE, PRECISION
+        )
+        gradient += wide_dot(dlogits * (columns * scale)[None, :], key, PRECISION)
+    return gradient
+
+
+@triton.jit(do_not_specialize=["N"])
+def _system_backward_kernel(
+    key_ptr, value_ptr, keys_ptr, x_ptr, lse_ptr, dkeys_ptr, dx_ptr, dlogits_ptr, du_ptr, delta_ptr,
+    gathered_ptr, N, heads, key_stride_b, key_stride_h, key_stride_n, key_stride_d, value_stride_b,
+    value_stride_h, value_stride_n, value_stride_d, scale, ridge, rank: tl.constexpr, R: tl.constexpr,
+    d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr, SOLVE: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dU, δ_i = Σ_e dU_ie U_ie, and the gradient of the gathered keys, of one (b, h).
+
+    With WHOLE that gradient is final; else it lacks what the keys add through R and is that of normalised landmarks.
+    """
+    head = tl.program_id(0).to(tl.int64)
+    b, h = head // heads, head % heads
+    key_ptr += b * key_stride_b + h * key_stride_h
+    value_ptr += b * value_stride_b + h * value_stride_h
+    small = head * rank * d
+    i = tl.arange(0, R)
+    keys = load_keys(keys_ptr + small, key_ptr, rank, R, d, D)
+    factor = rms_factor(keys, d, NORMALISE)
+    du_ptr += small
+    dlogits_ptr += head * rank * rank
+    if SOLVE:
+        solve(du_ptr, dx_ptr + small, keys, factor, scale, ridge, rank, R, d, D, True)
+        tl.debug_barrier()
+        dmatrix = tl.zeros([R, R], tl.float32)
+        for first in range(0, d, CHUNK):
+            du = load_columns(du_ptr, first, rank, R, d, CHUNK)
+            dmatrix -= wide_dot(
+                du, tl.trans(load_columns(x_ptr + small, first, rank, R, d, CHUNK)), PRECISION
+            )
+        weights = landmark_softmax(landmark_logits(keys, factor, scale), rank, R, False)
+        delta = -tl.sum(add_ridge(weights, ridge, rank, R) * dmatrix, 1)  # U = A X
+        trace = tl.sum(tl.sum(tl.where(i[:, None] == i[None, :], dmatrix, 0.0), 1), 0)
+        dmatrix = tl.where(i[:, None] == i[None, :], dmatrix + ridge / rank * trace, dmatrix)
+        dlogits = weights * (dmatrix - tl.sum(weights * dmatrix, 1)[:, None])
+        store_matrix(dlogits_ptr, dlogits, i, rank, R, rank, R)
+    else:
+        du = load_matrix(dx_ptr + small, rank, R, d, D)
+        store_matrix(du_ptr, du, i, rank, R, d, D)
+        delta = tl.sum(du * load_matrix(x_ptr + small, rank, R, d, D), 1)
+    tl.store(delta_ptr + head * rank + i, delta, mask=i < rank)
+    tl.debug_barrier()
+    gradient = tl.zeros([R, D], tl.float32)
+    for first in range(0, rank, CHUNK):
+        both = load_columns(dlogits_ptr, first, rank, R, rank, CHUNK)
+        both += tl.trans(load_rows(dlogits_ptr, first, rank, CHUNK, rank, R))
+        chunk = load_rows(keys_ptr + small, first, rank, CHUNK, d, D)  # [CHUNK, D]
+        normalised = chunk * (rms_factor(chunk, d, NORMALISE) * scale)[:, None]
+        gradient += wide_dot(both, normalised, PRECISION)
+    if WHOLE:
+        du = load_matrix(du_ptr, rank, R, d, D)
+        lse = tl.load(lse_ptr + head * rank + i, mask=i < rank, other=0.0)
+        gradient = landmark_gradient(
+            gradient, keys, factor * (scale * LOG2E), lse, du, delta, key_ptr, value_ptr, 0, N, key_stride_n,
+            key_stride_d, value_stride_n, value_stride_d, scale, d, D, NORMALISE, BLOCK, PRECISION,
+        )  # fmt: skip
+        gradient = rms_factor_product(gradient, keys, d, NORMALISE)
+        gradient += load_matrix(dkeys_ptr + small, rank, R, d, D)
+    store_matrix(gathered_ptr + small, gradient, i, rank, R, d, D)
+
+
+@triton.jit(do_not_specialize=["N", "span"])
+def _landmarks_backward_kernel(
+    key_ptr, value_ptr, keys_ptr, lse_ptr, du_ptr, delta_ptr, partial_ptr, N, span, parts, heads,
+    key_stride_b, key_stride_h, key_stride_n, key_stride_d, value_stride_b, value_stride_h, value_stride_n,
+    value_stride_d, scale, rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr, D: tl.constexpr,
+    NORMALISE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What one part of the keys adds to the gradient of the normalised landmarks through R."""
+    program = tl.program_id(0).to(tl.int64)
+    head, part = program // parts, (program % parts).to(tl.int32)
+    b, h = head // heads, head % heads
+    key_ptr += b * key_stride_b + h * key_stride_h
+    value_ptr += b * value_stride_b + h * value_stride_h
+    small = head * rank * d
+    i = tl.arange(0, R)
+    keys = load_keys(keys_ptr + small, key_ptr, rank, R, d, D)
+    lse = tl.load(lse_ptr + head * rank + i, mask=i < rank, other=0.0)
+    delta = tl.load(delta_ptr + head * rank + i, mask=i < rank, other=0.0)
+    row_scale = rms_factor(keys, d, NORMALISE) * (scale * LOG2E)
+    gradient = landmark_gradient(
+        tl.zeros([R, D], tl.float32), keys, row_scale, lse, load_matrix(du_ptr + small, rank, R, d, D), delta,
+        key_ptr, value_ptr, part * span, tl.minimum((part + 1) * span, N), key_stride_n, key_stride_d,
+        value_stride_n, value_stride_d, scale, d, D, NORMALISE, BLOCK, PRECISION,
+    )  # fmt: skip
+    store_matrix(partial_ptr + program * rank * d, gradient, i, rank, R, d, D)
+
+
+@triton.jit
+def _gathered_kernel(
+    keys_ptr, dkeys_ptr, partial_ptr, gathered_ptr, parts, rank: tl.constexpr, R: tl.constexpr,
+    d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the gathered keys of one (b, h): all parts, in their order, and what came from the queries."""
+    head = tl.program_id(0).to(tl.int64)
+    small = head * rank * d
+    gradient = load_matrix(gathered_ptr + small, rank, R, d, D)
+    for part in range(parts):
+        gradient += load_matrix(partial_ptr + (head * parts + part) * rank * d, rank, R, d, D)
+    gradient = rms_factor_product(gradient, load_matrix(keys_ptr + small, rank, R, d, D), d, NORMALISE)
+    gradient += load_matrix(dkeys_ptr + small, rank, R, d, D)
+    tl.debug_barrier()
+    store_matrix(gathered_ptr + small, gradient, tl.arange(0, R), rank, R, d, D)
+
+
+@triton.jit(do_not_specialize=["N", "tiles"])
+def _tokens_backward_kernel(
+    key_ptr, value_ptr, landmarks_ptr, keys_ptr, lse_ptr, du_ptr, delta_ptr, gathered_ptr, dkey_ptr,
+    dvalue_ptr, N, tiles, heads, key_stride_b, key_stride_h, key_stride_n, key_stride_d, value_stride_b,
+    value_stride_h, value_stride_n, value_stride_d, scale, rank: tl.constexpr, R: tl.constexpr,
+    d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of one tile of keys; the landmarks among them also receive the gradient of the gathered keys."""
+    program = tl.program_id(0).to(tl.int64)
+    head, tile = program // tiles, program % tiles
+    b, h = head // heads, head % heads
+    small = head * rank * d
+    i = tl.arange(0, R)
+    rows = (tile * BLOCK + tl.arange(0, BLOCK)).to(tl.int32)
+    inside = rows < N
+    keys = load_keys(keys_ptr + small, key_ptr, rank, R, d, D)
+    factor = rms_factor(keys, d, NORMALISE)
+    lse = tl.load(lse_ptr + head * rank + i, mask=i < rank, other=0.0)
+    delta = tl.load(delta_ptr + head * rank + i, mask=i < rank, other=0.0)
+    du = load_matrix(du_ptr + small, rank, R, d, D)
+    key_ptr += b * key_stride_b + h * key_stride_h
+    value_ptr += b * value_stride_b + h * value_stride_h
+    key = load_tokens(key_ptr, rows, inside, key_stride_n, key_stride_d, d, D)
+    value = load_tokens(value_ptr, rows, inside, value_stride_n, value_stride_d, d, D)
+    weights, dlogits, _ = softmax_gradient(
+        keys, factor * (scale * LOG2E), lse, du, delta, key, value, inside, d, NORMALISE, PRECISION
+    )
+    columns = tl.arange(0, D)
+    offsets = head * N * d + token_offsets(rows, columns, d, 1)
+    mask = inside[:, None] & (columns < d)[None, :]
+    dvalue = wide_dot(tl.trans(weights), du, PRECISION)  # [BLOCK, D]
+    tl.store(dvalue_ptr + offsets, dvalue.to(dvalue_ptr.dtype.element_ty), mask=mask)
+    dkey = wide_dot(tl.trans(dlogits * (factor * scale)[:, None]), keys, PRECISION)
+    dkey = rms_factor_product(dkey, key, d, NORMALISE)
+    index = tl.load(landmarks_ptr + head * rank + i, mask=i < rank, other=-1)
+    chosen = (rows[:, None] == index[None, :]).to(tl.float32)  # [BLOCK, R]
+    dkey += wide_dot(chosen, load_matrix(gathered_ptr + small, rank, R, d, D), PRECISION)
+    tl.store(dkey_ptr + offsets, dkey.to(dkey_ptr.dtype.element_ty), mask=mask)
+
+
+def landmark_context(
+    key: Tensor,
+    value: Tensor,
+    landmarks: Tensor | None,
+    rank: int,
+    method: str,
+    gamma: float,
+    scale: float,
+    qk_norm: str | None,
+    ridge: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(K̃, X, logsumexp of R's rows, I) as `reference.landmark_context` gives them."""
+    keys, x, lse, landmarks, _ = _context(
+        key, value, landmarks, rank, method, gamma, scale, qk_norm, ridge, solve=True
+    )
+    return keys, x, lse, landmarks
+
+
+def landmark_blocks(
+    key: Tensor,
+    value: Tensor,
+    landmarks: Tensor | None,
+    rank: int,
+    method: str,
+    gamma: float,
+    scale: float,
+    qk_norm: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(K̃, logits of W, R V, logsumexp of R's rows, I) as `reference.landmark_blocks` gives them."""
+    keys, rhs, lse, landmarks, logits = _context(
+        key, value, landmarks, rank, method, gamma, scale, qk_norm, 0.0, solve=False
+    )
+    return keys, logits, rhs, lse, landmarks
+
+
+def _context(
+    key: Tensor,
+    value: Tensor,
+    landmarks: Tensor | None,
+    rank: int,
+    method: str,
+    gamma: float,
+    scale: float,
+    qk_norm: str | None,
+    ridge: float,
+    *,
+    solve: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(K̃, X or R V, logsumexp, I, logits of W or empty)."""
+    B, H, N, d = key.shape
+    key, value = readable(key), readable(value)
+    chosen_here = landmarks is None
+    landmarks = empty((B, H, rank), key, torch.int64) if landmarks is None else landmarks.contiguous().clone()
+    keys, x = (empty((B, H, rank, d), key, torch.float32) for _ in range(2))
+    lse = empty((B, H, rank), key, torch.float32)
+    logits = empty((B, H, rank, rank) if not solve else (0,), key, torch.float32)
+    strides = (*key.stride(), *value.stride())
+    shape = {"rank": rank, "R": padded(rank), "d": d, "D": padded(d), "NORMALISE": qk_norm is not None}
+    tile = configurations.key_side(rank, d, key.element_size(), configurations.capability(key))
+    run = {"BLOCK": tile.block, "PRECISION": precision(key.dtype)}
+    launch = {"num_warps": tile.warps, "num_stages": tile.stages}
+    with on_device(key):
+        if N <= configurations.MOST_KEYS_OF_ONE_PROGRAM:
+            residual, factor = workspace(key, rank, method) if chosen_here else (x, x)
+            _context_kernel[(B * H,)](
+                key, value, landmarks, residual, factor, keys, x, lse, logits, N, H, *strides, gamma, scale,
+                ridge, **shape, CHOOSE=chosen_here, PIVOTED=method == "pivoted_cholesky", SOLVE=solve, **run,
+                **launch,
+            )  # fmt: skip
+            return keys, x, lse, landmarks, logits
+        span, parts = configurations.divide(N, tile.block, configurations.LEAST_KEYS_OF_A_PART)
+        if chosen_here and method == "pivoted_cholesky":
+            landmarks = selected(key, rank, method, gamma, scale, normalise=qk_norm is not None)
+        elif chosen_here:
+            _choose_by_leverage(key, landmarks, gamma, span, parts, shape, run, launch)
+        mixed = empty((B, H, parts, rank, d), key, torch.float32)
+        top, total = (empty((B, H, parts, rank), key, torch.float32) for _ in range(2))
+        _mix_kernel[(B * H * parts,)](
+            key, value, landmarks, mixed, top, total, N, span, parts, H, *strides, scale, **shape, **run,
+            **launch,
+        )  # fmt: skip
+        _solve_kernel[(B * H,)](
+            key, landmarks, mixed, top, total, keys, x, lse, logits, N, parts, H, *key.stride(), scale, ridge,
+            **shape, SOLVE=solve, **launch,
+        )  # fmt: skip
+    return keys, x, lse, landmarks, logits
+
+
+def _choose_by_leverage(
+    key: Tensor,
+    landmarks: Tensor,
+    gamma: float,
+    span: int,
+    parts: int,
+    shape: dict[str, Any],
+    run: dict[str, Any],
+    launch: dict[str, Any],
+) -> None:
+    B, H, N, d = key.shape
+    gram = empty((B, H, parts, d, d), key, torch.float32)
+    scores = empty((B, H, N), key, torch.float32)
+    shape = {name: value for name, value in shape.items() if name not in ("rank", "R")}
+    _gram_kernel[(B * H * parts,)](key, gram, N, span, parts, H, *key.stride(), **shape, **run, **launch)
+    _scores_kernel[(B * H * parts,)](
+        key, gram, scores, N, span, parts, H, *key.stride(), gamma, **shape, **run, **launch
+    )
+    tiles = -(-N // run["BLOCK"])
+    _largest_kernel[(B * H * tiles,)](
+        scores, landmarks, N, tiles, rank=landmarks.shape[-1], BLOCK=run["BLOCK"], **launch
+    )
+
+
+def landmark_context_backward(
+    grads: Sequence[Tensor],
+    results: Sequence[Tensor],
+    key: Tensor,
+    value: Tensor,
+    given: Tensor | None,
+    rank: int,
+    method: str,
+    gamma: float,
+    scale: float,
+    qk_norm: str | None,
+    ridge: float,
+) -> list[Tensor]:
+    """[dK, dV] from the gradients of K̃ and X."""
+    keys, x, lse, landmarks = results
+    dkeys, dx = grads
+    return _context_backward(key, value, landmarks, keys, x, lse, dkeys, dx, None, scale, qk_norm, ridge)
+
+
+def landmark_blocks_backward(
+    grads: Sequence[Tensor],
+    results: Sequence[Tensor],
+    key: Tensor,
+    value: Tensor,
+    given: Tensor | None,
+    rank: int,
+    method: str,
+    gamma: float,
+    scale: float,
+    qk_norm: str | None,
+) -> list[Tensor]:
+    """[dK, dV] from the gradients of K̃, the logits and R V."""
+    keys, _, rhs, lse, landmarks = results
+    dkeys, dlogits, drhs = grads
+    return _context_backward(key, value, landmarks, keys, rhs, lse, dkeys, drhs, dlogits, scale, qk_norm, 0.0)
+
+
+def _context_backward(
+    key: Tensor,
+    value: Tensor,
+    landmarks: Tensor,
+    keys: Tensor,
+    x: Tensor,
+    lse: Tensor,
+    dkeys: Tensor,
+    dx: Tensor,
+    dlogits: Tensor | None,
+    scale: float,
+    qk_norm: str | None,
+    ridge: float,
+) -> list[Tensor]:
+    dtype = key.dtype
+    key, value = readable(key), readable(value)
+    B, H, N, d = key.shape
+    rank = landmarks.shape[-1]
+    dkeys, dx = dkeys.contiguous(), dx.contiguous()
+    du, gathered = (empty((B, H, rank, d), key, torch.float32) for _ in range(2))
+    delta = empty((B, H, rank), key, torch.float32)
+    dkey, dvalue = (empty((B, H, N, d), key, key.dtype) for _ in range(2))
+    strides = (*key.stride(), *value.stride())
+    shape = {"rank": rank, "R": padded(rank), "d": d, "D": padded(d), "NORMALISE": qk_norm is not None}
+    target = configurations.capability(key)
+    tile = configurations.key_side(rank, d, key.element_size(), target)
+    run = {"BLOCK": tile.block, "PRECISION": precision(key.dtype)}
+    launch = {"num_warps": tile.warps, "num_stages": tile.stages}
+    whole = N <= configurations.MOST_KEYS_OF_ONE_PROGRAM
+    solved = dlogits is None
+    dlogits = empty((B, H, rank, rank), key, torch.float32) if dlogits is None else dlogits.contiguous()
+    with on_device(key):
+        _system_backward_kernel[(B * H,)](
+            key, value, keys, x, lse, dkeys, dx, dlogits, du, delta, gathered, N, H, *strides, scale, ridge,
+            **shape, SOLVE=solved, WHOLE=whole, CHUNK=16, **run, **launch,
+        )  # fmt: skip
+        if not whole:
+            span, parts = configurations.divide(N, tile.block, configurations.LEAST_KEYS_OF_A_PART)
+            partial = empty((B, H, parts, rank, d), key, torch.float32)
+            _landmarks_backward_kernel[(B * H * parts,)](
+                key, value, keys, lse, du, delta, partial, N, span, parts, H, *strides, scale, **shape, **run,
+                **launch,
+            )  # fmt: skip
+            _gathered_kernel[(B * H,)](keys, dkeys, partial, gathered, parts, **shape, **launch)
+        tile = configurations.key_tokens(rank, d, key.element_size(), target)
+        tiles = -(-N // tile.block)
+        _tokens_backward_kernel[(B * H * tiles,)](
+            key, value, landmarks, keys, lse, du, delta, gathered, dkey, dvalue, N, tiles, H, *strides, scale,
+            **shape, BLOCK=tile.block, PRECISION=precision(key.dtype), num_warps=tile.warps,
+            num_stages=tile.stages,
+        )  # fmt: skip
+    return [dkey.to(dtype), dvalue.to(dtype)]

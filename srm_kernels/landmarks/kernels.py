@@ -1,0 +1,298 @@
+"""Landmark keys on the device: leverage scores, the largest of them, and pivoted Cholesky.
+
+A program serves one (b, h) and walks over its keys in chunks, so that no sample depends on another and results do not
+depend on the batch. Three choices differ from the textbook for the device's sake:
+
+- Scores are ‖C⁻¹k‖² with KᵀK + γI = C Cᵀ, C⁻¹ by elimination in place: never negative, as accurate as a triangular
+  solve, and one d×d tile instead of two.
+- The r largest are found by counting, for every score, the larger ones and the equal ones before it: the count is the
+  place in the list. No sort, and ties go to the lower index by construction. NaN counts as infinity, as in torch, so
+  that indices are distinct and in range whatever the keys hold.
+- Pivoted Cholesky keeps its factor in memory, r rows of N, and marks a taken key by a residual of −∞.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..parts import (
+    INFINITY,
+    empty,
+    load_tokens,
+    on_device,
+    padded,
+    precision,
+    readable,
+    rms_factor,
+    wide_dot,
+)
+
+TIE_TOLERANCE = tl.constexpr(1e-5)
+EPSILON = tl.constexpr(2.0**-23)
+BLOCK = 64  # keys in a chunk
+METHODS = ("leverage", "pivoted_cholesky")
+
+
+@triton.jit
+def add_gram(
+    gram, key_ptr, rows, valid, n_stride, d_stride, d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """gram [D, D] + KᵀK of one chunk of keys."""
+    key = load_tokens(key_ptr, rows, valid, n_stride, d_stride, d, D)
+    key = key.to(tl.float32) * rms_factor(key, d, NORMALISE)[:, None]
+    return gram + wide_dot(tl.trans(key), key, PRECISION)
+
+
+@triton.jit
+def eliminate_below(matrix, d: tl.constexpr, D: tl.constexpr):
+    """C⁻¹ [D, D] of a symmetric matrix C Cᵀ, and whether every pivot was positive and finite.
+
+    Forward elimination in place: the unit triangular inverse grows in the zeros that it makes.
+    """
+    i = tl.arange(0, D)
+    good = 1
+    for step in range(d):
+        row = tl.sum(tl.where(i[:, None] == step, matrix, 0.0), 0)  # [D]
+        column = tl.sum(tl.where(i[None, :] == step, matrix, 0.0), 1)  # [D]
+        pivot = tl.sum(tl.where(i == step, row, 0.0), 0)
+        good = tl.where((pivot > 0) & (pivot < INFINITY), good, 0)
+        factor = tl.where(i > step, column / pivot, 0.0)
+        reduced = matrix - factor[:, None] * row[None, :]
+        matrix = tl.where((i[None, :] == step) & (i[:, None] > step), -factor[:, None], reduced)
+    diagonal = i[:, None] == i[None, :]
+    pivots = tl.sum(tl.where(diagonal, matrix, 0.0), 1)
+    unit = tl.where(i[:, None] > i[None, :], matrix, tl.where(diagonal, 1.0, 0.0))
+    return unit * (1.0 / tl.sqrt(pivots))[:, None], good
+
+
+@triton.jit
+def whitener(gram, gamma, d: tl.constexpr, D: tl.constexpr):
+    """C⁻¹ [D, D] with gram + γI = C Cᵀ.
+
+    Keys that span fewer than d directions leave pivots of rounding size: a matrix that breaks down, that one alone,
+    gets the ridge its own rounding asks for.
+    """
+    i = tl.arange(0, D)
+    diagonal = i[:, None] == i[None, :]
+    inverse, good = eliminate_below(tl.where(diagonal, gram + gamma, gram), d, D)
+    if good == 0:
+        trace = tl.sum(tl.sum(tl.where(diagonal, gram, 0.0), 1), 0)
+        inverse, _ = eliminate_below(tl.where(diagonal, gram + (gamma + d * EPSILON * trace), gram), d, D)
+    return inverse
+
+
+@triton.jit
+def store_scores(
+    scores_ptr, inverse, key_ptr, rows, valid, n_stride, d_stride, d: tl.constexpr, D: tl.constexpr,
+    NORMALISE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """‖C⁻¹k‖² of one chunk of keys."""
+    key = load_tokens(key_ptr, rows, valid, n_stride, d_stride, d, D)
+    key = key.to(tl.float32) * rms_factor(key, d, NORMALISE)[:, None]
+    whitened = wide_dot(key, tl.trans(inverse), PRECISION)  # [BLOCK, D]
+    tl.store(scores_ptr + rows, tl.sum(whitened * whitened, 1), mask=valid)
+
+
+@triton.jit
+def store_leverage(
+    scores_ptr, key_ptr, N, n_stride, d_stride, gamma, d: tl.constexpr, D: tl.constexpr,
+    NORMALISE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scores of all keys of one (b, h)."""
+    gram = tl.zeros([D, D], tl.float32)
+    for start in range(0, N, BLOCK):
+        rows = start + tl.arange(0, BLOCK)
+        gram = add_gram(gram, key_ptr, rows, rows < N, n_stride, d_stride, d, D, NORMALISE, PRECISION)
+    inverse = whitener(gram, gamma, d, D)
+    for start in range(0, N, BLOCK):
+        rows = start + tl.arange(0, BLOCK)
+        store_scores(
+            scores_ptr, inverse, key_ptr, rows, rows < N, n_stride, d_stride, d, D, NORMALISE, PRECISION
+        )
+
+
+@triton.jit
+def load_scores(scores_ptr, rows, N):
+    score = tl.load(scores_ptr + rows, mask=rows < N, other=-INFINITY)
+    return tl.where(score == score, score, INFINITY)
+
+
+@triton.jit
+def store_largest(landmarks_ptr, scores_ptr, start, N, rank: tl.constexpr, BLOCK: tl.constexpr):
+    """Those of one chunk's keys that are among the `rank` largest, each at its place in descending order."""
+    rows = start + tl.arange(0, BLOCK)
+    score = load_scores(scores_ptr, rows, N)
+    place = tl.zeros([BLOCK], tl.int32)
+    for other_start in range(0, N, BLOCK):
+        others = other_start + tl.arange(0, BLOCK)
+        other = load_scores(scores_ptr, others, N)[None, :]
+        earlier = (other == score[:, None]) & (others[None, :] < rows[:, None])
+        place += tl.sum(((other > score[:, None]) | earlier).to(tl.int32), 1)
+    tl.store(landmarks_ptr + place, rows.to(tl.int64), mask=(rows < N) & (place < rank))
+
+
+@triton.jit
+def store_pivots(
+    landmarks_ptr, residual_ptr, factor_ptr, key_ptr, N, n_stride, d_stride, scale, rank: tl.constexpr,
+    R: tl.constexpr, d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Greedy pivots of exp(K Kᵀ s) for one (b, h). residual: [N], factor: [rank, N], fp32."""
+    columns = tl.arange(0, D)
+    steps = tl.arange(0, R)
+    shift = -INFINITY
+    for start in range(0, N, BLOCK):
+        rows = start + tl.arange(0, BLOCK)
+        key = load_tokens(key_ptr, rows, rows < N, n_stride, d_stride, d, D).to(tl.float32)
+        norm = tl.sum(key * key, 1) * scale
+        factor = rms_factor(key, d, NORMALISE)
+        norm = tl.where(rows < N, norm * factor * factor, -INFINITY)
+        shift = tl.maximum(shift, tl.max(norm, 0))
+        tl.store(residual_ptr + rows, norm, mask=rows < N)
+    tl.debug_barrier()
+    # One factor for the whole kernel keeps exp in range and changes no comparison.
+    largest = -INFINITY
+    for start in range(0, N, BLOCK):
+        rows = start + tl.arange(0, BLOCK)
+        residual = tl.exp(tl.load(residual_ptr + rows, mask=rows < N, other=-INFINITY) - shift)
+        tl.store(residual_ptr + rows, residual, mask=rows < N)
+        largest = tl.maximum(largest, tl.max(tl.where(rows < N, _free(residual), -INFINITY), 0))
+    for step in range(rank):
+        tl.debug_barrier()
+        # Normalised keys start with equal diagonals: rounding must not choose among them.
+        least = largest * (1.0 - TIE_TOLERANCE)
+        pivot = N
+        for start in range(0, N, BLOCK):
+            rows = start + tl.arange(0, BLOCK)
+            free = _free(tl.load(residual_ptr + rows, mask=rows < N, other=-INFINITY))
+            pivot = tl.minimum(pivot, tl.min(tl.where(free >= least, rows, N), 0))
+        pivot = tl.minimum(pivot, N - 1)
+        tl.store(landmarks_ptr + step, pivot.to(tl.int64))
+        value = tl.load(residual_ptr + pivot)
+        pivot_offsets = pivot.to(tl.int64) * n_stride + columns.to(tl.int64) * d_stride
+        chosen = tl.load(key_ptr + pivot_offsets, mask=columns < d, other=0.0).to(tl.float32)  # [D]
+        chosen = chosen * rms_factor(chosen[None, :], d, NORMALISE)
+        done = tl.load(factor_ptr + steps.to(tl.int64) * N + pivot, mask=steps < step, other=0.0)  # [R]
+        tl.debug_barrier()
+        largest = -INFINITY
+        for start in range(0, N, BLOCK):
+            rows = start + tl.arange(0, BLOCK)
+            key = load_tokens(key_ptr, rows, rows < N, n_stride, d_stride, d, D).to(tl.float32)
+            product = tl.sum(key * chosen[None, :], 1) * rms_factor(key, d, NORMALISE)
+            before = tl.load(
+                factor_ptr + steps.to(tl.int64)[:, None] * N + rows[None, :],
+                mask=(steps < step)[:, None] & (rows < N)[None, :],
+                other=0.0,
+            )  # [R, BLOCK]
+            column = tl.exp(product * scale - shift) - tl.sum(before * done[:, None], 0)
+            column = tl.where(value > 0, column / tl.sqrt(value), 0.0)
+            tl.store(factor_ptr + tl.cast(step, tl.int64) * N + rows, column, mask=rows < N)
+            residual = tl.load(residual_ptr + rows, mask=rows < N, other=-INFINITY)
+            taken = (residual == -INFINITY) | (rows == pivot)
+            residual = tl.where(taken, -INFINITY, residual - column * column)
+            tl.store(residual_ptr + rows, residual, mask=rows < N)
+            largest = tl.maximum(largest, tl.max(_free(residual), 0))
+
+
+@triton.jit
+def _free(residual):
+    """A residual as it is compared: not below 0, NaN before everything, a taken key after everything."""
+    known = tl.where(residual == residual, tl.maximum(residual, 0.0), INFINITY)
+    return tl.where(residual == -INFINITY, -INFINITY, known)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _leverage_kernel(
+    key_ptr, scores_ptr, N, heads, key_stride_b, key_stride_h, key_stride_n, key_stride_d, gamma,
+    d: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0).to(tl.int64)
+    key_ptr += head // heads * key_stride_b + head % heads * key_stride_h
+    store_leverage(
+        scores_ptr + head * N, key_ptr, N, key_stride_n, key_stride_d, gamma, d, D, False, BLOCK, PRECISION
+    )
+
+
+@triton.jit(do_not_specialize=["N"])
+def _select_kernel(
+    key_ptr, landmarks_ptr, residual_ptr, factor_ptr, N, heads, key_stride_b, key_stride_h, key_stride_n,
+    key_stride_d, gamma, scale, rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr, D: tl.constexpr,
+    NORMALISE: tl.constexpr, PIVOTED: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Landmarks of one (b, h); the residual's memory holds the scores where leverage chooses."""
+    head = tl.program_id(0).to(tl.int64)
+    key_ptr += head // heads * key_stride_b + head % heads * key_stride_h
+    choose(
+        key_ptr, landmarks_ptr + head * rank, residual_ptr + head * N, factor_ptr + head * rank * N, N,
+        key_stride_n, key_stride_d, gamma, scale, rank, R, d, D, NORMALISE, PIVOTED, BLOCK, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit
+def choose(
+    key_ptr, landmarks_ptr, residual_ptr, factor_ptr, N, n_stride, d_stride, gamma, scale, rank: tl.constexpr,
+    R: tl.constexpr, d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr, PIVOTED: tl.constexpr,
+    BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Landmarks of one (b, h), written to memory; the caller waits before it reads them."""
+    if PIVOTED:
+        store_pivots(
+            landmarks_ptr, residual_ptr, factor_ptr, key_ptr, N, n_stride, d_stride, scale, rank, R, d, D,
+            NORMALISE, BLOCK,
+        )  # fmt: skip
+    else:
+        store_leverage(residual_ptr, key_ptr, N, n_stride, d_stride, gamma, d, D, NORMALISE, BLOCK, PRECISION)
+        tl.debug_barrier()
+        for start in range(0, N, BLOCK):
+            store_largest(landmarks_ptr, residual_ptr, start, N, rank, BLOCK)
+
+
+def ridge_leverage_scores(key: Tensor, gamma: float) -> Tensor:
+    """Scores (B, H, N), fp32, of keys (B, H, N, d) of any strides."""
+    B, H, N, d = key.shape
+    keys = readable(key)
+    scores = empty((B, H, N), key, torch.float32)
+    with on_device(key):
+        _leverage_kernel[(B * H,)](
+            keys, scores, N, H, *keys.stride(), gamma, d=d, D=padded(d), BLOCK=BLOCK,
+            PRECISION=precision(keys.dtype), num_warps=warps(d),
+        )  # fmt: skip
+    return scores
+
+
+def select_landmarks(
+    key: Tensor, random: Tensor | None, rank: int, method: str, gamma: float, scale: float
+) -> Tensor:
+    """Indices (B, H, r) by "leverage" or "pivoted_cholesky"."""
+    return selected(key, rank, method, gamma, scale, normalise=False)
+
+
+def selected(key: Tensor, rank: int, method: str, gamma: float, scale: float, *, normalise: bool) -> Tensor:
+    """The same, of keys that are RMS-normalised first where `normalise` asks for it."""
+    B, H, N, d = key.shape
+    keys = readable(key)
+    landmarks = empty((B, H, rank), key, torch.int64)
+    residual, factor = workspace(key, rank, method)
+    with on_device(key):
+        _select_kernel[(B * H,)](
+            keys, landmarks, residual, factor, N, H, *keys.stride(), gamma, scale, rank=rank, R=padded(rank),
+            d=d, D=padded(d), NORMALISE=normalise, PIVOTED=method == "pivoted_cholesky", BLOCK=BLOCK,
+            PRECISION=precision(keys.dtype), num_warps=warps(d),
+        )  # fmt: skip
+    return landmarks
+
+
+def workspace(key: Tensor, rank: int, method: str) -> tuple[Tensor, Tensor]:
+    """Memory for scores or residuals (B, H, N), and for the factor of pivoted Cholesky (B, H, r, N)."""
+    B, H, N, _ = key.shape
+    residual = empty((B, H, N), key, torch.float32)
+    factor = empty((B, H, rank, N), key, torch.float32) if method == "pivoted_cholesky" else residual
+    return residual, factor
+
+
+def warps(d: int) -> int:
+    """Warps of a program that holds a d×d tile."""
+    return 4 if d <= 64 else 8

@@ -1,0 +1,100 @@
+"""Pieces that the Triton kernels of several operators are made of, and what every launch asks.
+
+Importing this module imports Triton; nothing but a `kernels` module does.
+
+Precision. Products of two stored tensors (queries, keys, values) are taken in their dtype and accumulate in fp32:
+every product of two bf16 or fp16 numbers is exact there. What is computed, softmax blocks, X and their gradients,
+stays fp32, and a product with it is taken by `wide_dot`: "ieee" for fp32 tensors, else "tf32x3", three passes that
+keep about 21 bits of both factors. One pass would keep 8 (bf16) or 11 (tf32): X may be many times larger than Y, so
+that what is lost there comes back magnified.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+NORM_FLOOR = tl.constexpr(1e-6)
+INFINITY = tl.constexpr(float("inf"))
+
+
+def empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
+    """An output or a workspace that kernels fill; a function of its own, so that tests can fill it with NaN first."""
+    return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+def empty_like(tensor: Tensor) -> Tensor:
+    """The same for an output that is laid out as a tensor is."""
+    return torch.empty_like(tensor)
+
+
+def readable(tensor: Tensor) -> Tensor:
+    """What a kernel is given to read: Triton's interpreter computes wrongly in bf16, so there it gets fp32."""
+    return tensor.float() if INTERPRETED and tensor.dtype == torch.bfloat16 else tensor
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How `wide_dot` multiplies for tensors of this dtype; the interpreter multiplies in fp32 whatever it is told."""
+    return "ieee" if INTERPRETED or dtype == torch.float32 else "tf32x3"
+
+
+def padded(size: int) -> int:
+    """The power of two, 16 or more, that a tile needs to hold `size` entries."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device: make it the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+@triton.jit
+def token_offsets(rows, columns, n_stride, d_stride):
+    """[ROWS, COLUMNS] offsets in 64 bits: a tensor may pass 2³¹ elements."""
+    return rows.to(tl.int64)[:, None] * n_stride + columns.to(tl.int64)[None, :] * d_stride
+
+
+@triton.jit
+def load_tokens(ptr, rows, valid, n_stride, d_stride, d: tl.constexpr, D: tl.constexpr):
+    """Rows of a token matrix, [ROWS, D]; zeros where a row is not valid and beyond d."""
+    columns = tl.arange(0, D)
+    offsets = token_offsets(rows, columns, n_stride, d_stride)
+    return tl.load(ptr + offsets, mask=valid[:, None] & (columns < d)[None, :], other=0.0)
+
+
+@triton.jit
+def rms_factor(tokens, d: tl.constexpr, NORMALISE: tl.constexpr):
+    """√d / (‖x‖ + 1e-6) of every row, [ROWS], or ones.
+
+    Rows are multiplied by it after a product, never before: the stored numbers enter the product unrounded.
+    """
+    wide = tokens.to(tl.float32)
+    norm = tl.sqrt(tl.sum(wide * wide, 1))
+    return d**0.5 / (norm + NORM_FLOOR) if NORMALISE else norm * 0.0 + 1.0
+
+
+@triton.jit
+def rms_factor_product(gradient, tokens, d: tl.constexpr, NORMALISE: tl.constexpr):
+    """The gradient of x from that of x·√d/(‖x‖ + 1e-6), both [ROWS, D]."""
+    if NORMALISE:
+        wide = tokens.to(tl.float32)
+        norm = tl.sqrt(tl.sum(wide * wide, 1))
+        along = tl.sum(wide * gradient, 1)
+        # The norm's derivative at 0 is taken as 0, as torch does.
+        along = tl.where(norm > 0, along / (norm * (norm + NORM_FLOOR)), tl.where(norm == 0, 0.0, norm))
+        gradient = (d**0.5 / (norm + NORM_FLOOR))[:, None] * (gradient - wide * along[:, None])
+    return gradient
+
+
+@triton.jit
+def wide_dot(a, b, PRECISION: tl.constexpr):
+    """a b in fp32, of which one at least was computed; see the module's docstring."""
+    return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=PRECISION)

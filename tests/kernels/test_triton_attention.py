@@ -1,0 +1,498 @@
+"""Nyström attention by Triton kernels: in Triton's interpreter on the CPU where there is no GPU, else on the GPU.
+
+The rule for values and gradients, for the largest and for the mean absolute error against the fp64 definition: at most
+twice that of plain PyTorch in the same dtype with fp32 inside, plus half a unit of the dtype, plus 8 units of fp32
+rounding: elimination sums one term at a time where LAPACK sums in blocks. Units are of the exact result's largest
+(mean) entry, those of fp32 of the largest among Y and its gradients: a gradient may be the small rest of a difference.
+Every output and workspace is filled with NaN, or an index out of range, before a kernel sees it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from hypothesis import Phase, example, given, settings
+from hypothesis import strategies as st
+from oracle import tokens
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+pytest.importorskip("triton")
+from srm_kernels import nystrom_attention, rms_scale, select_landmarks
+from srm_kernels.attention import configurations, kernels, key_kernels
+from srm_kernels.landmarks import kernels as landmark_kernels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.float16) if DEVICE == "cpu" else (torch.float32, torch.float16, torch.bfloat16)
+QK_NORMS = (None, "keys", "both")
+attend = functools.partial(nystrom_attention, backend="triton")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def poisoned():
+    """Memory that a kernel has yet to fill holds NaN, or indices that lead nowhere."""
+
+    def poison(tensor: Tensor) -> Tensor:
+        return tensor.fill_(math.nan if tensor.is_floating_point() else 2**40)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for module in (kernels, key_kernels, landmark_kernels):
+            plain = module.empty
+            monkeypatch.setattr(module, "empty", lambda *a, plain=plain: poison(plain(*a)))
+        monkeypatch.setattr(kernels, "empty_like", lambda tensor: poison(torch.empty_like(tensor)))
+        yield
+
+
+@pytest.fixture
+def divided(monkeypatch):
+    """Work of one (b, h) is shared among programs from a few tokens on."""
+    divide(monkeypatch)
+
+
+def divide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configurations, "MOST_KEYS_OF_ONE_PROGRAM", 16)
+    monkeypatch.setattr(configurations, "LEAST_KEYS_OF_A_PART", 32)
+    monkeypatch.setattr(configurations, "LEAST_QUERIES_OF_A_PART", 32)
+
+
+def inputs(
+    seed: int = 0,
+    b: int = 2,
+    h: int = 2,
+    nq: int = 37,
+    nk: int = 40,
+    d: int = 24,
+    dtype: torch.dtype = DTYPES[0],
+) -> list[Tensor]:
+    return [tokens(seed + i, b, h, n, d, dtype=dtype).to(DEVICE) for i, n in enumerate((nq, nk, nk))]
+
+
+def within(found: Tensor, plain: Tensor, exact: Tensor, together: list[Tensor] | None = None) -> None:
+    """The rule of this module; `together` are the exact results whose size is that of the fp32 rounding."""
+    assert found.shape == exact.shape
+    found, plain, exact = (x.detach().cpu() for x in (found, plain, exact))
+    for measure in (torch.amax, torch.mean):
+        size = float(measure(exact.abs()))
+        error, reference = (float(measure((x.double() - exact).abs())) for x in (found, plain))
+        unit = torch.finfo(found.dtype).eps / 2
+        largest = max(float(measure(x.detach().cpu().abs())) for x in together or [exact])
+        bound = 2 * reference + unit * size + 8 * torch.finfo(torch.float32).eps * largest
+        assert error <= bound, f"{measure.__name__}: error {error:.3e} over {bound:.3e} (size {size:.3e})"
+
+
+def value_and_gradients(
+    function: Callable[..., Tensor], tensors: list[Tensor], weight: Tensor
+) -> list[Tensor]:
+    leaves = [x.detach().clone().requires_grad_() for x in tensors]
+    y = function(*leaves)
+    return [y, *torch.autograd.grad(y, leaves, weight.to(y.dtype))]
+
+
+def check(
+    tensors: list[Tensor], landmarks: Tensor, found: list[Tensor], weight: Tensor, **options: Any
+) -> None:
+    """Y, dQ, dK and dV by the rule, for the landmarks that were used."""
+    tensors, landmarks, weight = [x.cpu() for x in tensors], landmarks.cpu(), weight.cpu()
+    plain = value_and_gradients(lambda *x: oracle.plain_nystrom(*x, landmarks, **options), tensors, weight)
+    exact = value_and_gradients(
+        lambda *x: oracle.nystrom(*x, landmarks, **options), [x.double() for x in tensors], weight
+    )
+    for f, p, e in zip(found, plain, exact, strict=True):
+        within(f, p, e, exact)
+
+
+shapes = st.fixed_dictionaries(
+    {
+        "b": st.integers(1, 2),
+        "h": st.integers(1, 2),
+        "nq": st.integers(1, 70),
+        "nk": st.integers(1, 70),
+        "d": st.sampled_from((8, 24, 40, 59)),
+    }
+)
+
+
+@settings(max_examples=10, phases=(Phase.explicit, Phase.generate))  # shrinking would take minutes
+@given(
+    shape=shapes,
+    rank=st.integers(1, 40),
+    dtype=st.sampled_from(DTYPES),
+    qk_norm=st.sampled_from(QK_NORMS),
+    method=st.sampled_from(("leverage", "pivoted_cholesky", "uniform")),
+    split=st.booleans(),
+)
+@example({"b": 1, "h": 1, "nq": 1, "nk": 1, "d": 8}, 1, torch.float32, "both", "leverage", False)
+@example({"b": 1, "h": 1, "nq": 70, "nk": 70, "d": 59}, 33, torch.float16, "both", "leverage", True)
+@example({"b": 1, "h": 2, "nq": 17, "nk": 65, "d": 40}, 20, torch.float32, "keys", "pivoted_cholesky", True)
+@example({"b": 1, "h": 1, "nq": 5, "nk": 130, "d": 128}, 128, torch.float16, "keys", "uniform", False)
+def test_values_and_gradients(shape, rank, dtype, qk_norm, method, split):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if split:
+            divide(monkeypatch)
+        q, k, v = inputs(rank, dtype=dtype, **shape)
+        weight = tokens(7, *q.shape).to(DEVICE)
+        r, s = min(rank, k.shape[2]), k.shape[-1] ** -0.5
+        given_indices = select_landmarks(k, r, method=method) if method == "uniform" else None
+        used = key_kernels.landmark_context(k, v, given_indices, r, method, 1e-3, s, qk_norm, 1e-3)[3]
+        found = value_and_gradients(
+            lambda *x: attend(*x, rank, method=method, qk_norm=qk_norm), [q, k, v], weight
+        )
+        assert found[0].dtype == dtype
+        check([q, k, v], used, found, weight, qk_norm=qk_norm)
+
+
+@pytest.mark.parametrize("equilibrate", [False, True])
+@pytest.mark.parametrize("solver", ["cholesky", "lu", "svd"])
+def test_other_solvers_run_between_the_kernels(solver, equilibrate, divided):
+    tensors = inputs(1, nk=50)
+    landmarks = select_landmarks(tensors[1], 12, method="uniform")
+    weight = tokens(8, *tensors[0].shape).to(DEVICE)
+    options = {"qk_norm": "keys", "equilibrate": equilibrate}
+    found = value_and_gradients(
+        lambda *x: attend(*x, 12, landmarks=landmarks, solver=solver, **options), tensors, weight
+    )
+    check(tensors, landmarks, found, weight, **options)
+
+
+EXTREMES: dict[str, Callable[[Tensor, Tensor, Tensor], None]] = {
+    "logits of 1e4": lambda q, k, v: (q.mul_(1e4 / 24), k.mul_(1.0)),
+    "equal keys": lambda q, k, v: (k.copy_(k[:, :, :1].expand_as(k).clone()),),
+    "one huge key": lambda q, k, v: (k[:, :, 3].mul_(1e4),),
+    "duplicated keys": lambda q, k, v: (k[:, :, 1::2].copy_(k[:, :, ::2].clone()),),
+    "a zero key": lambda q, k, v: (k[:, :, 5].zero_(),),
+    "keys of 1e15": lambda q, k, v: (k[0, 1].mul_(1e15),),
+    "an infinite key": lambda q, k, v: (k[0, 1, 4].fill_(math.inf),),
+    "an infinite value": lambda q, k, v: (v[0, 1, 4, 2].fill_(math.inf),),
+    "a NaN in a key": lambda q, k, v: (k[0, 1, 4, 2].fill_(math.nan),),
+    "a NaN in a query": lambda q, k, v: (q[1, 0, 5, 0].fill_(math.nan),),
+}
+
+
+@pytest.mark.parametrize("qk_norm", [None, "keys"])
+@pytest.mark.parametrize("name", EXTREMES)
+def test_extremes_are_finite_where_the_reference_is_and_right_there(name, qk_norm):
+    """N_k = r: every key is a landmark, whatever it holds. Where rounding decides, as with equal keys that are not
+    normalised, the reference in fp32 is no better than the rule allows."""
+    tensors = inputs(2, nk=24)
+    EXTREMES[name](*tensors)
+    landmarks = torch.arange(24, device=DEVICE).expand(2, 2, 24).contiguous()
+    found = attend(*tensors, 24, landmarks=landmarks, qk_norm=qk_norm)
+    options = {"landmarks": landmarks.cpu(), "qk_norm": qk_norm, "backend": "reference"}
+    plain = nystrom_attention(*(x.cpu() for x in tensors), 24, **options)
+    assert torch.equal(found.isfinite().cpu(), plain.isfinite())
+    exact = nystrom_attention(*(x.cpu().double() for x in tensors), 24, **options)
+    keep = plain.isfinite()
+    within(found.cpu()[keep], plain[keep], exact[keep])
+
+
+def test_a_matrix_that_breaks_down_is_eliminated_with_pivoting(monkeypatch):
+    """Keys so near to one another, and a ridge so far below rounding, that pivots are noise of either sign: the
+    residual is then that of partial pivoting, r units of rounding. The other matrices are solved as ever."""
+    _, k, v = inputs(3, nk=24, d=8)
+    k[0, 1] *= 0.01
+    landmarks = torch.arange(24, device=DEVICE).expand(2, 2, 24).contiguous()
+    calls = []
+    if DEVICE == "cpu":
+        pivoting = key_kernels.eliminate_pivoting
+        monkeypatch.setattr(key_kernels, "eliminate_pivoting", lambda *a: calls.append(1) or pivoting(*a))
+    side = (24, "leverage", 1e-3, 1.0, None)
+    x = key_kernels.landmark_context(k, v, landmarks, *side, 1e-12)[1]
+    assert len(calls) == (DEVICE == "cpu")
+    logits = (k @ k.mT).double().cpu()
+    system = oracle.system(logits, oracle.softmax(logits) @ v.double().cpu(), 1e-12)
+    x = x.double().cpu()
+    residual = oracle.frobenius(system.matrix @ x - system.right)
+    assert (residual / oracle.frobenius(x)).max() <= 24 * torch.finfo(torch.float32).eps
+    healthy = key_kernels.landmark_context(k[1:], v[1:], landmarks[1:], *side, 1e-12)[1]
+    assert torch.equal(x[1:].float(), healthy.cpu())
+
+
+def test_a_gradient_through_a_matrix_that_breaks_down_is_that_of_the_transposed_solve():
+    """As above; dU with A⁻ᵀ, by its residual."""
+    _, k, v = inputs(3, nk=24, d=8)
+    k[0, 1] *= 0.01
+    landmarks = torch.arange(24, device=DEVICE).expand(2, 2, 24).contiguous()
+    arguments = (k, v, landmarks, 24, "leverage", 1e-3, 1.0, None, 1e-12)
+    results = key_kernels.landmark_context(*arguments)
+    dx = tokens(4, *results[1].shape, dtype=torch.float32).to(DEVICE)
+    _, dvalue = key_kernels.landmark_context_backward([torch.zeros_like(dx), dx], results, *arguments)
+    logits = (k @ k.mT).double().cpu()
+    matrix = oracle.system(logits, dx, 1e-12).matrix
+    # dV = Rᵀ A⁻ᵀ dX, and here R = W: (W + λI)ᵀ is nearly Wᵀ, so dV is dX but for what rounding makes of A⁻ᵀ.
+    solution = torch.linalg.solve(oracle.softmax(logits).mT, dvalue.double().cpu())
+    residual = oracle.frobenius(matrix.mT @ solution - dx.double().cpu())
+    assert (residual / oracle.frobenius(solution)).max() <= 1e-4
+
+
+def test_nan_stays_in_its_head_and_sample_and_in_its_query():
+    tensors = inputs(5)
+    expected = attend(*tensors, 16)
+    tensors[1][0, 1, 4, 2] = math.nan
+    tensors[0][1, 0, 5, 0] = math.nan
+    y = attend(*tensors, 16)
+    assert y[0, 1].isnan().all()
+    assert y[1, 0, 5].isnan().all()
+    keep = torch.ones(y.shape[:3], dtype=torch.bool)
+    keep[0, 1], keep[1, 0, 5] = False, False
+    assert torch.equal(y[keep], expected[keep])
+
+
+def test_an_index_out_of_range_gives_nan_in_its_head_alone():
+    tensors = inputs(6)
+    landmarks = select_landmarks(tensors[1], 8)
+    expected = attend(*tensors, 8, landmarks=landmarks)
+    landmarks[0, 0, 3] = 10**12
+    y = attend(*tensors, 8, landmarks=landmarks)
+    assert y[0, 0].isnan().all()
+    assert torch.equal(y[1], expected[1])
+    assert torch.equal(y[0, 1], expected[0, 1])
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_alone_and_in_any_batch_bit_for_bit(dtype, split, monkeypatch):
+    if split:
+        divide(monkeypatch)
+    tensors = inputs(7, b=3, nq=70, nk=70, dtype=dtype)
+    weight = tokens(8, *tensors[0].shape).to(DEVICE)
+
+    def run(*x: Tensor) -> Tensor:
+        return attend(*x, 20, qk_norm="both")
+
+    together = value_and_gradients(run, tensors, weight)
+    for i in range(3):
+        alone = value_and_gradients(run, [x[i : i + 1] for x in tensors], weight[i : i + 1])
+        for t, a in zip(together, alone, strict=True):
+            assert torch.equal(t[i], a[0])
+
+
+def test_the_same_to_the_bit_every_time(divided):
+    tensors = inputs(9, nq=70, nk=70)
+    weight = tokens(10, *tensors[0].shape).to(DEVICE)
+    first = value_and_gradients(lambda *x: attend(*x, 20), tensors, weight)
+    for _ in range(100 if DEVICE == "cuda" else 2):
+        again = value_and_gradients(lambda *x: attend(*x, 20), tensors, weight)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_strides_do_not_matter():
+    plain = inputs(11)
+    expected = attend(*plain, 16)
+    heads_last = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in plain]
+    channels_first = [x.mT.contiguous().mT for x in plain]
+    every_second = [torch.stack([x, torch.full_like(x, math.nan)], -1).flatten(-2)[..., ::2] for x in plain]
+    for variant in (heads_last, channels_first, every_second):
+        y = attend(*variant, 16)
+        assert torch.equal(y, expected)
+        assert y.stride() == torch.empty_like(variant[0]).stride()
+    shared = [x[:1, :1].expand_as(x) for x in plain]
+    assert torch.equal(attend(*shared, 16), attend(*(x.contiguous() for x in shared), 16))
+
+
+def test_offsets_pass_2_to_the_31():
+    """Two rows 2³¹ elements apart, in memory that is reserved and never touched in between."""
+    memory = torch.empty(2**31 + 64, dtype=torch.float16, device=DEVICE)
+    q, k, v = inputs(12, b=1, h=1, nq=2, nk=2, d=8, dtype=torch.float16)
+    expected = attend(q, k, v, 2)
+    far = memory.as_strided((1, 1, 2, 8), (1, 1, 2**31, 1))
+    for i, tensor in enumerate((q, k, v)):
+        far.copy_(tensor)
+        given = [far if j == i else x for j, x in enumerate((q, k, v))]
+        assert torch.equal(attend(*given, 2), expected)
+
+
+@pytest.mark.parametrize("nq", [1, 70])
+def test_a_large_mean_cancels_nothing_in_the_statistic(nq, divided):
+    """X a thousand and a little: a difference of sums of squares would leave nothing of the spread in fp32. Rule: 1e-3
+    of the spread, what rounding 1000 to fp32 makes of each of its terms."""
+    q, k, _ = inputs(13, nq=nq)
+    x = 1000 + tokens(14, 2, 2, 16, 24, dtype=torch.float32).to(DEVICE)
+    arguments = (q, k[:, :, :16].contiguous(), x, None, 0.2, None, True)
+    y, mean, spread = torch.ops.srm.landmark_attention(*arguments, "triton")
+    wide = torch.ops.srm.landmark_attention(*(z.double() for z in arguments[:3]), *arguments[3:], "reference")
+    torch.testing.assert_close(y.double(), wide[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(mean.double(), wide[1], rtol=1e-6, atol=0)
+    torch.testing.assert_close(spread.double(), wide[2], rtol=1e-3, atol=1e-5)
+
+
+def test_tau_and_statistics_compose_as_in_the_other_backends(divided):
+    tensors = inputs(13, nq=70)
+    tau = torch.tensor([0.5, 3.0], device=DEVICE, requires_grad=True)
+    options = {"tau": tau, "statistics": True, "diagnostics": True}
+    y, solution, scale = attend(*tensors, 16, **options)
+    plain, _, plain_scale = nystrom_attention(*tensors, 16, backend="reference", **options)
+    torch.testing.assert_close(y, plain, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(scale.mean, plain_scale.mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(scale.rms, plain_scale.rms, rtol=1e-4, atol=0)
+    assert y.requires_grad
+    assert not scale.rms.requires_grad
+    assert solution.x.shape == (2, 2, 16, 24)
+
+
+def test_statistics_of_centred_output_are_the_references(divided):
+    tensors = inputs(14, nq=70)
+    y, scale = attend(*tensors, 16, statistics=True)
+    expected = rms_scale(y.double())
+    torch.testing.assert_close(scale.rms.double(), expected.rms, rtol=1e-6, atol=0)
+    torch.testing.assert_close(scale.mean.double(), expected.mean, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_gradient_of_tau(dtype):
+    tensors = inputs(15, dtype=dtype)
+    tau = torch.tensor([0.5, 3.0], device=DEVICE, requires_grad=True)
+    weight = tokens(16, *tensors[0].shape).to(DEVICE)
+
+    def run(backend: str, wide: bool) -> list[Tensor]:
+        leaves = [x.double() if wide else x.clone() for x in tensors]
+        leaves = [
+            *(x.requires_grad_() for x in leaves),
+            (tau.detach().double() if wide else tau.detach()).requires_grad_(),
+        ]
+        y = nystrom_attention(*leaves[:3], 16, landmarks=index, tau=leaves[3], backend=backend)
+        return [y, *torch.autograd.grad(y, leaves, weight.to(y.dtype))]
+
+    index = select_landmarks(tensors[1], 16)
+    exact = run("reference", True)
+    for found, plain, e in zip(run("triton", False), run("reference", False), exact, strict=True):
+        within(found, plain, e, exact)
+
+
+def test_a_second_derivative_goes_through_the_reference_with_the_same_landmarks():
+    def twice(backend: str) -> tuple[Tensor, ...]:
+        leaves = [x.requires_grad_() for x in inputs(17, b=1, h=1, nq=5, nk=12, d=8)]
+        y = nystrom_attention(*leaves, 4, qk_norm="keys", backend=backend)
+        first = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+    for found, expected in zip(twice("triton"), twice("reference"), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_of_some_inputs_are_those_of_all():
+    tensors = inputs(18)
+    weight = tokens(19, *tensors[0].shape).to(DEVICE)
+    expected = value_and_gradients(lambda *x: attend(*x, 16), tensors, weight)[1:]
+    for i in range(3):
+        leaf = tensors[i].clone().requires_grad_()
+        y = attend(*(leaf if j == i else x for j, x in enumerate(tensors)), 16)
+        assert torch.equal(torch.autograd.grad(y, leaf, weight.to(y.dtype))[0], expected[i])
+
+
+def test_diagnostics_are_the_references():
+    tensors = inputs(20)
+    options = {"landmarks": select_landmarks(tensors[1], 16), "qk_norm": "keys", "diagnostics": True}
+    _, found = attend(*tensors, 16, **options)
+    _, expected = nystrom_attention(*tensors, 16, backend="reference", **options)
+    for name in ("x", "kappa", "residual", "gain"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("solver", ["cholesky", "lu"])
+@pytest.mark.parametrize("method", ["leverage", "uniform"])
+def test_the_flop_counter_sees_what_it_sees_of_the_other_backends(method, solver):
+    tensors = inputs(21, nq=50, nk=20)
+    counts = []
+    for backend in ("triton", "reference"):
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        with FlopCounterMode(display=False) as counter:
+            y = nystrom_attention(*leaves, 8, method=method, solver=solver, backend=backend)
+            forward = counter.get_total_flops()
+            y.sum().backward()
+        counts.append((forward, counter.get_total_flops() - forward))
+    assert counts[0][0] == counts[1][0]
+    assert counts[0][1] >= counts[1][1]
+
+
+REFUSED = {
+    "float64": (lambda: (inputs(dtype=torch.float64), {})),
+    "head width": (lambda: (inputs(d=4), {})),
+    "128 landmarks": (lambda: (inputs(nk=140), {"rank": 129})),
+    "solve_dtype": (lambda: (inputs(dtype=torch.float16), {"solve_dtype": "model"})),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_the_kernels_cannot_take_is_refused_with_the_reason_and_served_otherwise(reason):
+    tensors, options = REFUSED[reason]()
+    rank = options.pop("rank", 16)
+    with pytest.raises(NotImplementedError, match=f"triton.*{reason}"):
+        attend(*tensors, rank, **options)
+    assert nystrom_attention(*tensors, rank, **options).isfinite().all()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there the kernels are the choice")
+def test_the_interpreter_runs_only_by_name(monkeypatch):
+    monkeypatch.setattr(kernels, "landmark_attention", None)
+    assert nystrom_attention(*inputs(), 16) is not None
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="only the CPU needs the interpreter")
+def test_without_the_interpreter_the_reason_names_it(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(NotImplementedError, match="TRITON_INTERPRET"):
+        attend(*inputs(), 16)
+
+
+# As torch sees the operators
+
+
+def test_opcheck_of_the_kernels_road():
+    q, k, v = (x.requires_grad_() for x in inputs(22, b=1, h=2, nq=5, nk=9, d=8))
+    tau = torch.tensor([0.5, 2.0], device=DEVICE, requires_grad=True)
+    side = (k, v, None, 4, "leverage", 1e-3, 0.3, "keys")
+    opcheck = functools.partial(torch.library.opcheck, rtol=1e-4, atol=1e-5)
+    opcheck(torch.ops.srm.landmark_context.default, (*side, 1e-3, "triton"))
+    opcheck(torch.ops.srm.landmark_blocks.default, (*side, "triton"))
+    keys, x = (tokens(i, 1, 2, 4, 8, dtype=torch.float32).to(DEVICE).requires_grad_() for i in range(2))
+    opcheck(torch.ops.srm.landmark_attention.default, (q, keys, x, tau, 0.3, "keys", True, "triton"))
+
+
+@pytest.mark.parametrize("solver", ["cholesky", "lu"])
+def test_compiles_without_graph_breaks(solver):
+    torch.compiler.reset()
+    tensors = inputs(23, b=1, nq=9, nk=9, d=8)
+    weight = tokens(24, *tensors[0].shape).to(DEVICE)
+    call = functools.partial(attend, rank=4, solver=solver)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for found, expected in zip(
+        value_and_gradients(lambda *x: compiled(*x), tensors, weight),
+        value_and_gradients(lambda *x: call(*x), tensors, weight),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected)
+
+
+def test_exports_with_a_dynamic_batch():
+    class Layer(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return attend(q, k, v, 4, qk_norm="keys")
+
+    tensors = tuple(inputs(25, b=2, nq=5, nk=9, d=8))
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(Layer(), tensors, dynamic_shapes=({0: batch},) * 3)
+    names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert {"srm.landmark_context.default", "srm.landmark_attention.default"} <= names
+    larger = [x.repeat(2, 1, 1, 1) for x in tensors]
+    assert torch.equal(program.module()(*larger), Layer()(*larger))
+
+
+def test_vmap_is_the_loop():
+    tensors = [torch.stack([x, 0.5 * x]) for x in inputs(26, b=1, nq=5, nk=9, d=8)]
+    found = torch.func.vmap(lambda *x: attend(*x, 4))(*tensors)
+    for i in range(2):
+        assert torch.equal(found[i], attend(*(x[i] for x in tensors), 4))
+
+
+def test_fake_and_meta_tensors_have_the_shapes_of_real_ones():
+    tensors = inputs(27, b=1, nq=5, nk=9, d=8)
+    real = attend(*tensors, 4, tau=torch.ones(2, device=DEVICE), statistics=True)
+    meta = attend(*(x.to("meta") for x in tensors), 4, tau=torch.ones(2, device="meta"), statistics=True)
+    for r, m in zip((real[0], *real[1]), (meta[0], *meta[1]), strict=True):
+        assert (r.shape, r.dtype, r.stride()) == (m.shape, m.dtype, m.stride())

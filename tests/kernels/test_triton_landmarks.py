@@ -1,0 +1,115 @@
+"""Landmarks chosen by Triton kernels, in the interpreter on the CPU where there is no GPU.
+
+Rule for scores: the largest error is at most twice that of the reference in the same dtype, plus 64 units of fp32
+rounding of 1, which no score exceeds: the Gram matrix of fewer keys than directions has a condition of 10⁶.
+Rule for choices: what is chosen is within 1e-4 of the best there was.
+"""
+
+from __future__ import annotations
+
+import math
+
+import oracle
+import pytest
+import torch
+from oracle import tokens
+from torch import Tensor
+
+pytest.importorskip("triton")
+from srm_kernels import ridge_leverage_scores, select_landmarks
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.float16) if DEVICE == "cpu" else (torch.float32, torch.float16, torch.bfloat16)
+CLOSE = 1e-4
+
+
+def keys(seed: int, n: int, d: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return tokens(seed, 2, 2, n, d, dtype=dtype).to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "d"), [(1, 8), (7, 24), (70, 40), (130, 59), (20, 64)])
+def test_leverage_scores(n, d, dtype):
+    """Fewer keys than directions too, where only γ holds the Gram matrix up."""
+    key = keys(n, n, d, dtype)
+    found = ridge_leverage_scores(key, backend="triton").cpu()
+    exact = oracle.leverage(key.cpu())
+    plain = (ridge_leverage_scores(key.cpu(), backend="reference") - exact).abs().max()
+    assert (found - exact).abs().max() <= 2 * plain + 64 * torch.finfo(torch.float32).eps
+    assert found.min() >= 0
+
+
+def test_a_gram_matrix_that_breaks_down_gets_the_ridge_of_its_rounding():
+    key = keys(1, 4, 32) * 1e4
+    score = ridge_leverage_scores(key, gamma=1e-6, backend="triton")
+    assert score.isfinite().all()
+    assert score.max() <= 1 + 1e-3
+
+
+def test_the_gradient_of_the_scores_is_the_references():
+    key = keys(2, 20, 8).requires_grad_()
+    found, expected = (
+        torch.autograd.grad(ridge_leverage_scores(key, gamma=0.1, backend=b).square().sum(), key)[0]
+        for b in ("triton", "reference")
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "d", "r"), [(70, 24, 20), (150, 40, 33), (5, 8, 5)])
+def test_the_largest_scores_in_descending_order(n, d, r, dtype):
+    key = keys(3, n, d, dtype)
+    found = select_landmarks(key, r, backend="triton").cpu()
+    scores = oracle.leverage(key.cpu())
+    best = scores.sort(-1, descending=True).values[..., :r]
+    torch.testing.assert_close(scores.gather(-1, found), best, rtol=0, atol=CLOSE)
+    assert all(len(set(row)) == r for row in found.flatten(0, 1).tolist())
+
+
+def test_ties_go_to_the_lower_index():
+    """Every key twice: equal scores are equal to the bit, since each is computed as the other is."""
+    key = keys(4, 20, 8).repeat(1, 1, 2, 1)
+    found = select_landmarks(key, 40, backend="triton").cpu()
+    assert torch.equal(found[..., 1::2], found[..., ::2] + 20)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "d", "r"), [(30, 24, 30), (130, 8, 20)])
+def test_pivoted_cholesky_is_greedy(n, d, r, dtype):
+    """Every pick has the largest residual diagonal there is, followed in fp64."""
+    key = keys(5, n, d, dtype)
+    found = select_landmarks(key, r, method="pivoted_cholesky", backend="triton").cpu()
+    for row, tensor in zip(found.flatten(0, 1).tolist(), key.cpu().double().flatten(0, 1), strict=True):
+        logits = tensor @ tensor.T / math.sqrt(d)
+        residual = torch.exp(logits - logits.max())
+        assert len(set(row)) == r
+        for pick in row:
+            diagonal = residual.diagonal()
+            assert diagonal[pick] >= diagonal.max() * (1 - CLOSE) - CLOSE * 1e-2
+            column = residual[:, pick].clone()
+            residual = residual - torch.outer(column, column) / max(float(diagonal[pick]), 1e-300)
+
+
+@pytest.mark.parametrize("method", ["leverage", "pivoted_cholesky"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_indices_are_distinct_and_in_range_whatever_the_keys_hold(method, bad):
+    key = keys(6, 20, 8)
+    expected = select_landmarks(key, 12, method=method, backend="triton")
+    key[0, 1, 4, 2] = bad
+    found = select_landmarks(key, 12, method=method, backend="triton")
+    assert all(
+        len(set(row)) == 12 and min(row) >= 0 and max(row) < 20 for row in found.flatten(0, 1).tolist()
+    )
+    assert torch.equal(found[1], expected[1])
+
+
+def test_duplicated_keys_stay_distinct_landmarks_when_every_residual_is_spent():
+    key = keys(7, 6, 8).repeat(1, 1, 2, 1)
+    found = select_landmarks(key, 12, method="pivoted_cholesky", backend="triton")
+    assert all(len(set(row)) == 12 for row in found.flatten(0, 1).tolist())
+
+
+@pytest.mark.parametrize("method", ["leverage_sample", "uniform", "kmeans++"])
+def test_methods_without_a_kernel_are_refused_with_the_reason(method):
+    with pytest.raises(NotImplementedError, match=r"triton.*leverage and pivoted_cholesky"):
+        select_landmarks(keys(8, 9, 8), 4, method=method, backend="triton")

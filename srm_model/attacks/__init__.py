@@ -1,5 +1,6 @@
 """Attacks on models of image quality: objectives, attacks with and without gradients, suites, audits (SPEC 6)."""
 
+from srm_model.attacks.audit import Audit, Check, audit
 from srm_model.attacks.auto import apgd, apgd_trace
 from srm_model.attacks.certify import Certificate, certify
 from srm_model.attacks.examples import save_examples
@@ -12,7 +13,9 @@ from srm_model.attacks.suite import Attack, Example, Suite, SuiteResult
 __all__ = [
     "MSE",
     "Attack",
+    "Audit",
     "Certificate",
+    "Check",
     "Drift",
     "Example",
     "Objective",
@@ -24,6 +27,7 @@ __all__ = [
     "SuiteResult",
     "apgd",
     "apgd_trace",
+    "audit",
     "certify",
     "fgsm",
     "pgd",

@@ -250,7 +250,7 @@ class _Job:
             check_count("limit", self.limit, 2)
         if count < 2:
             raise ValueError(f"a data set of {count} images: a correlation needs at least 2")
-        self.indices = _spread(count, count if self.limit is None else self.limit)
+        self.indices = spread(count, count if self.limit is None else self.limit)
         self.batches = [
             self.indices[start : start + self.batch_size]
             for start in range(0, len(self.indices), self.batch_size)
@@ -408,7 +408,7 @@ class _Gallery:
     def __init__(self, job: _Job, keep: int) -> None:
         self._job = job
         self._held: dict[int, tuple[str, Tensor]] = {}
-        self._positions = _spread(len(job.indices), keep)
+        self._positions = spread(len(job.indices), keep)
         self._moved: dict[int, float] = {}
 
     def offer(
@@ -519,7 +519,7 @@ def _names(dataset: Any) -> list[str]:
     return [str(name) for name in getattr(dataset, "names", range(len(dataset)))]
 
 
-def _spread(count: int, wanted: int) -> list[int]:
+def spread(count: int, wanted: int) -> list[int]:
     """At most `wanted` of `count` positions, evenly spaced and in order."""
     wanted = min(wanted, count)
     return [(2 * i + 1) * count // (2 * wanted) for i in range(wanted)]

@@ -17,7 +17,6 @@ from srm_model.cli.options import (
 )
 
 LATER = {
-    "audit": "check a robustness result for masked gradients",
     "ablate": "train and attack the article's ablations",
     "diagnose": "conditioning, scale and gate statistics of a checkpoint",
     "profile": "time and memory of the neck and its operators",
@@ -112,6 +111,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(command("evaluate", "train:evaluate", "clean SROCC and PLCC of a checkpoint"))
     _add_attack(
         command("attack", "attack:run", "attack checkpoints and correlate what is left with the labels")
+    )
+    _add_audit(
+        command(
+            "audit",
+            "audit:run",
+            "ten checks that tell a hard model from a masked one",
+            "Writes audit.json and audit.html into the checkpoint's folder. The exit code is 1 where a check failed.",
+        )
     )
     for name, summary in LATER.items():
         command(name, "", summary, "Not available yet.").add_argument("arguments", nargs="*")
@@ -239,6 +246,33 @@ def _add_attack(parser: argparse.ArgumentParser) -> None:
         help="the article's four attacks, or six more: signed, list-wise, self-tuning, query-only (default: paper)",
     )
     add_config(parser, "attack_steps", "attack_restarts", "attack_batch_size", "seed")
+    add_device(parser)
+
+
+def _add_audit(parser: argparse.ArgumentParser) -> None:
+    _add_checkpoint(parser)
+    _add_data_choice(parser)
+    parser.add_argument("--norm", default="linf", choices=("linf", "l2"), help="default: linf")
+    parser.add_argument(
+        "--eps",
+        type=budget,
+        metavar="E",
+        help='such as 4/255; "l2" is stated at 512×512 (default: 4/255, or 10)',
+    )
+    parser.add_argument(
+        "--images", type=positive, default=16, metavar="N", help="of the split, evenly spaced (default: 16)"
+    )
+    parser.add_argument(
+        "--surrogate",
+        metavar="FOLDER",
+        help="checkpoint of the transfer check (default: the none neck beside, for none the srm neck)",
+    )
+    parser.add_argument(
+        "--certify",
+        action="store_true",
+        help="also bound, by median smoothing, where each score can go within an L2 budget",
+    )
+    add_config(parser, "attack_steps", "attack_restarts", "attack_batch_size", "attack_queries", "seed")
     add_device(parser)
 
 

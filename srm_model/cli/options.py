@@ -14,6 +14,7 @@ _HELP = {
     "attack_steps": "PGD steps",
     "attack_restarts": "PGD restarts, each from a random start",
     "attack_batch_size": "images attacked together",
+    "attack_queries": "scores per image that the black-box attack may ask for",
     "image_size": "side of the square that is trained on and scored, in pixels",
     "lr_backbone": "learning rate of the backbone",
     "lr_neck": "learning rate of neck and head",

@@ -1,14 +1,15 @@
-"""One self-contained HTML page about a run: results, pictures, curves and settings."""
+"""Self-contained HTML pages: about a run, its results, pictures, curves and settings; and about an audit."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from srm_model.files import write_text
+from srm_model.reports.audit import write_audit
 from srm_model.reports.page import render
 from srm_model.reports.run import read_run
 
-__all__ = ["write_report"]
+__all__ = ["write_audit", "write_report"]
 
 
 def write_report(run: str | Path, out: str | Path | None = None) -> Path:

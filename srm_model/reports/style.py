@@ -28,6 +28,7 @@ p, ul.notes { max-width: 46rem; margin: .4rem 0 .9rem; }
 ul.notes { padding-left: 1.2rem; } ul.notes li { margin: .3rem 0; }
 .meta, .caption, figcaption small { color: var(--soft); font-size: .88rem; }
 .lede { font-size: 1.1rem; line-height: 1.5; }
+.fail { color: var(--warn); font-weight: 600; }
 .missing { color: var(--soft); font-style: italic; }
 .notice { background: var(--warn-ground); color: var(--ink); border: 1px solid var(--warn-rule);
   border-left-width: 6px; border-radius: 4px; padding: .8rem 1rem; margin: 1.2rem 0; max-width: 46rem; }

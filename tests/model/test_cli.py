@@ -305,7 +305,7 @@ def test_bad_arguments_are_one_sentence(
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("command", ["audit", "ablate", "diagnose", "profile"])
+@pytest.mark.parametrize("command", ["ablate", "diagnose", "profile"])
 def test_commands_to_come_say_so(command: str, capsys: pytest.CaptureFixture[str]):
     assert fails(capsys, command) == f"srm-iqa {command}: not available yet\n"
     assert main([command, "--help"]) == 0
@@ -394,3 +394,30 @@ def test_help_imports_nothing_heavy():
     assert found.stdout.splitlines()[-1] == "[]"
     for name in "demo data train evaluate attack audit ablate diagnose profile score report export".split():
         assert f"\n    {name} " in found.stdout
+
+
+def test_audit_writes_a_page_and_says_what_failed(run: Path, capsys: pytest.CaptureFixture[str]):
+    arguments = ["audit", str(run / "none"), "--images", "4", "--steps", "3", "--restarts", "2"]
+    arguments += [
+        "--queries",
+        "10",
+        "--certify",
+        "--set",
+        "smoothing_samples=40",
+        "--set",
+        "eps_smoothing=[0.1]",
+    ]
+    code = main([*arguments, "--device", "cpu", "--no-progress"])
+    found = read_json(run / "none" / "audit.json")
+    assert code == int(not found["passed"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + 10 + 1
+    assert (found["images"], found["steps"], found["queries"]) == (4, 3, 10)
+    assert found["eps"] == 4 / 255
+    assert {check["name"]: check["passed"] for check in found["checks"]}["transfer"] is not None
+    (certificate,) = found["certificates"]
+    assert certificate["eps"] == pytest.approx(0.1 * 32 / 512)
+    assert len(certificate["median"]) == 4
+    page = (run / "none" / "audit.html").read_text()
+    assert "Bounds by median smoothing" in page
+    assert "test split" in page

@@ -1,0 +1,160 @@
+"""An audit as one self-contained page: the verdict, every check in plain words, and its curves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from srm_model.files import write_text
+from srm_model.reports.blocks import caption, missing, row, section, table
+from srm_model.reports.charts import Series, line_chart
+from srm_model.reports.markup import Child, Markup, element, join
+from srm_model.reports.style import STYLE
+from srm_model.reports.text import budget_text, count, fixed, listing, significant
+
+
+def write_audit(document: Mapping[str, Any], path: str | Path) -> Path:
+    """Write the page of `document`, what `srm-iqa audit` keeps as JSON, to `path`; returns the path.
+
+    `document` is `Audit.to_dict()`, optionally with `title`, `dataset` (text) and `certificates`.
+    """
+    path = Path(path)
+    write_text(path, _render(document))
+    return path
+
+
+def _render(document: Mapping[str, Any]) -> Markup:
+    title = str(document.get("title") or f"Audit of {document['model']}")
+    main = element(
+        "main",
+        element("header", element("h1", title), element("p", _settings(document), class_="meta")),
+        _verdict(document),
+        section("Checks", _checks(document)),
+        section("Curves", _curves(document)),
+        _certificates(document),
+        section("What this page can and cannot say", *map(_paragraph, _LIMITS)),
+    )
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("title", title),
+        element("style", Markup(STYLE)),
+    )
+    return join(Markup("<!doctype html>\n"), element("html", head, element("body", main), lang="en"), "\n")
+
+
+_LIMITS = (
+    "The checks find attacks that do not work, not models that are strong. A model that passes all of them can "
+    "still be broken by an attack that nobody has tried; a model that fails one has robust figures that mean nothing "
+    "yet.",
+    "Reach is how far an attack moves a score, in units of the score: the mean of raising and lowering it, over "
+    "the images. It is measured on a few images, and a check that passes narrowly deserves more of them.",
+)
+
+
+def _paragraph(text: str) -> Markup:
+    return element("p", text)
+
+
+def _settings(document: Mapping[str, Any]) -> str:
+    parts = [
+        budget_text((document["norm"], document["eps"])),
+        count(document["images"], "image"),
+        f"PGD with {count(document['steps'], 'step')} and {count(document['restarts'], 'restart')}",
+        f"{document['queries']:,} queries",
+        f"seed {document['seed']}",
+    ]
+    if document.get("dataset"):
+        parts.insert(0, str(document["dataset"]))
+    return " · ".join(parts)
+
+
+def _verdict(document: Mapping[str, Any]) -> Markup:
+    failed = [check["title"].lower() for check in document["checks"] if check["passed"] is False]
+    open_ = [check["title"].lower() for check in document["checks"] if check["passed"] is None]
+    if failed:
+        said = element("strong", f"{count(len(failed), 'check')} failed.")
+        rest = (
+            f" Not so: {listing(failed)}. Until that is understood, figures of this model under gradient attacks "
+            "do not measure its robustness."
+        )
+        return element("p", said, rest, class_="notice", role="note")
+    asked = len(document["checks"]) - len(open_)
+    rest = f" All {asked} that could be asked passed: the attacks do to this model what attacks should."
+    if open_:
+        rest += f" Left open: {listing(open_)}."
+    return element("p", element("b", "No check failed."), rest, class_="lede")
+
+
+def _checks(document: Mapping[str, Any]) -> Markup:
+    rows = [
+        row(
+            check["title"],
+            _mark(check["passed"]),
+            check["figure"],
+            check["meaning"],
+            words=(1, 2, 3),
+            class_=None if check["passed"] is not False else "changed",
+        )
+        for check in document["checks"]
+    ]
+    return table(["Check", "verdict", "measured", "what failing means"], rows, words=range(4))
+
+
+def _mark(passed: bool | None) -> Markup:
+    if passed is None:
+        return element("span", "left open", class_="missing")
+    return element("span", "passed" if passed else "failed", class_=None if passed else "fail")
+
+
+def _curves(document: Mapping[str, Any]) -> Child:
+    checks = {check["name"]: check for check in document["checks"]}
+    charts = []
+    for name, title, label in (
+        ("steps", "Reach over the steps of PGD, fixed step size and start", "step"),
+        ("eps", "Reach over the budget", "multiple of ε"),
+    ):
+        data = checks.get(name, {}).get("data") or {}
+        values = [math.nan if y is None else y for y in data.get("y", [])]
+        if any(map(math.isfinite, values)):
+            series = Series("reach", data["x"], values, 0)
+            charts.append(line_chart([series], title=title, x_label=label, y_label="reach"))
+    if not charts:
+        return missing("No gradient attack could be run, so there is no curve.")
+    return element("div", charts, class_="panels")
+
+
+def _certificates(document: Mapping[str, Any]) -> Markup | None:
+    found = document.get("certificates")
+    if not found:
+        return None
+    rows = []
+    for entry in found:
+        widths = [
+            high - low
+            for low, high in zip(entry["lower"], entry["upper"], strict=True)
+            if low is not None and high is not None and math.isfinite(high - low)
+        ]
+        middle = sorted(widths)[len(widths) // 2] if widths else math.nan
+        rows.append(
+            row(
+                f"L2 ε = {entry['stated']:g} at 512² ({significant(entry['eps'])} here)",
+                f"{len(widths)} of {len(entry['lower'])}",
+                fixed(middle),
+                f"{100 * entry['ordered']:.0f} %",
+            )
+        )
+    first = found[0]
+    return section(
+        "Bounds by median smoothing",
+        table(["Budget", "images bounded", "median width", "pairs whose order is certain"], rows),
+        caption(
+            f"Noise σ = {first['sigma']:g} per pixel value, {first['samples']:,} noisy copies of each image, "
+            f"confidence {first['confidence']:g} per interval. The interval bounds the median-smoothed score, "
+            "which is another, slower model than the one that was attacked above; nothing is proven about that "
+            "one. A pair is certain where the two intervals do not meet."
+        ),
+    )

@@ -1,0 +1,248 @@
+"""The audit passes an honest model and flags models that only hide their gradients."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from attack_models import batch
+from torch import Tensor, nn
+
+from srm_model.attacks import audit
+from srm_model.config import SRMConfig
+
+CONFIG = SRMConfig(attack_steps=10, attack_restarts=3, attack_queries=150)
+CHECKS = [
+    "steps",
+    "eps",
+    "gradients",
+    "restarts",
+    "derivative",
+    "transfer",
+    "black_box",
+    "unbounded",
+    "randomness",
+    "batch",
+]
+
+
+class Honest(nn.Module):
+    """A small smooth network."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.features = nn.Sequential(
+                nn.Conv2d(3, 8, 3, padding=1), nn.GELU(), nn.Conv2d(8, 8, 3, stride=2, padding=1), nn.GELU()
+            )
+            self.head = nn.Linear(8 * 64, 1)
+
+    def raw(self, images: Tensor) -> Tensor:
+        return self.head(self.features(images - 0.5).flatten(1))[:, 0]
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.raw(images)
+
+
+class Quantising(Honest):
+    """A front end that rounds pixels to 16 levels: no gradient, and the same weakness."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.raw((images * 15).round() / 15)
+
+
+class Saturated(Honest):
+    """A sigmoid so steep that it is 0 or 1 to the last bit."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.sigmoid(3e4 * self.raw(images))
+
+
+class Detached(Honest):
+    """Most of the score is cut off from autograd, and a decoy left in its place."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.raw(images.detach()) + 0.01 * images[:, :, ::2].mean((1, 2, 3))
+
+
+class Blind(Honest):
+    """All of it is cut off."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.raw(images.detach())
+
+
+class RandomCrop(Honest):
+    """Sees the image through a crop of its own choice, and does not say so."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        top, left = torch.randint(0, 5, (2,)).tolist()
+        return self.raw(F.pad(images, (2, 2, 2, 2))[..., top : top + 16, left : left + 16])
+
+
+class OwnDice(Honest):
+    """Random through a generator of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.raw(images) + 0.1 * torch.rand((), generator=self.generator)
+
+
+class Relative(Honest):
+    """Scores an image against the others of its batch."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        scores = self.raw(images)
+        return scores - scores.mean()
+
+
+class Rugged(Honest):
+    """Ripples on the way up, each with a false top."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        score = self.raw(images)
+        return score + 0.3 * torch.sin(150 * images.mean((1, 2, 3)) * 16)
+
+
+class Images:
+    """Noise of 16×16, whose labels the honest model nearly knows."""
+
+    def __init__(self, count: int = 12) -> None:
+        self.images = batch(count, side=16)
+        with torch.no_grad():
+            scores = Honest()(self.images)
+        noise = torch.randn(count, generator=torch.Generator().manual_seed(2))
+        self.mos = (0.5 + scores - scores.mean() + 0.01 * noise).tolist()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int):
+        return self.images[index], self.mos[index]
+
+
+def run(model, **changes):
+    return audit(model, Images(), **{"eps": 4 / 255, "config": CONFIG, "surrogate": Honest(1), **changes})
+
+
+def plain(result):
+    return json.dumps(result.to_dict())
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_an_honest_model_passes(norm):
+    result = run(Honest(), norm=norm, eps=4 / 255 if norm == "linf" else 10.0)
+    assert [check.name for check in result.checks] == CHECKS
+    assert result.failed == []
+    assert result.passed
+    assert all(check.passed for check in result.checks)
+    curves = {check.name: check.data for check in result.checks}
+    assert len(curves["steps"]["y"]) == 11
+    assert curves["eps"]["x"] == [0.25, 0.5, 1.0, 2.0, 4.0]
+    assert curves["unbounded"]["srocc"] < -0.5
+    assert plain(run(Honest(), norm=norm, eps=result.eps)) == plain(result)
+
+
+@pytest.mark.parametrize(
+    ("model", "flags"),
+    [
+        (Quantising(), {"steps", "gradients", "derivative", "black_box"}),
+        (Saturated(), {"steps", "eps", "gradients", "derivative", "unbounded"}),
+        (Detached(), {"derivative", "black_box"}),
+        (
+            Blind(),
+            {"steps", "eps", "gradients", "restarts", "derivative", "transfer", "black_box", "unbounded"},
+        ),
+        (RandomCrop(), {"randomness"}),
+        (OwnDice(), {"randomness"}),
+        (Relative(), {"batch"}),
+        (Rugged(), {"steps", "eps", "restarts"}),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_masked_models_are_flagged(model, flags):
+    result = run(model)
+    assert flags <= set(result.failed)
+    assert not result.passed
+    for check in result.checks:
+        assert check.figure
+        assert check.meaning.count(".") >= 1
+    if type(model) is Blind:
+        (figure,) = {check.figure for check in result.checks if check.name in flags}
+        assert "carry no gradient" in figure
+
+
+def test_declared_randomness_is_no_fault():
+    class Declared(Honest):
+        stochastic = True
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.raw(images) + 1e-3 * torch.rand(())
+
+    result = run(Declared(), config=CONFIG.replace(eot_samples=2, attack_queries=60))
+    found = {check.name: check for check in result.checks}
+    assert found["randomness"].passed
+    assert "EOT" in found["randomness"].figure
+    assert found["batch"].passed is None
+
+
+def test_what_cannot_be_asked_is_left_open():
+    result = run(Honest(), surrogate=None, config=CONFIG.replace(attack_restarts=1))
+    found = {check.name: check.passed for check in result.checks}
+    assert found["transfer"] is None
+    assert found["restarts"] is None
+    assert result.passed
+
+
+def test_few_images_and_progress():
+    seen = []
+    result = run(Honest(), images=4, progress=seen.append)
+    assert result.images == 4
+    assert seen == [name.replace("_", " ") for name in CHECKS]
+
+
+def test_the_model_is_left_as_found():
+    model = Honest().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    run(model)
+    assert model.training
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"eps": 0.0}, ValueError, "eps=0: an audit needs a budget"),
+        ({"norm": "l1"}, ValueError, "norm='l1'"),
+        ({"images": 1}, ValueError, "limit=1"),
+        ({"model": 3}, TypeError, "torch.nn.Module"),
+        ({"surrogate": 3}, TypeError, "torch.nn.Module"),
+    ],
+)
+def test_bad_input_is_one_sentence(changes, error, words):
+    arguments = {"model": Honest(), **changes}
+    with pytest.raises(error, match=words):
+        run(arguments.pop("model"), **arguments)
+
+
+def test_a_score_that_becomes_nan_is_no_pass():
+    class Fragile(Honest):
+        def forward(self, images: Tensor) -> Tensor:
+            scores = self.raw(images)
+            return torch.where(scores > self.limit, math.nan, scores)
+
+    model = Fragile()
+    model.limit = float(Honest()(Images().images).max()) + 1e-3
+    result = run(model)
+    assert not result.passed
+    assert next(check for check in result.checks if check.name == "unbounded").passed

@@ -82,6 +82,14 @@ class SRMConfig:
     deterministic: bool = True
     seed: int = 0
 
+    # Defences to compare with, for any neck; both off
+    weight_gradient: float = 0.0  # λ of the gradient-norm penalty; the published one is 1e-3
+    gradient_step: float = 0.01  # h of its finite difference
+    gradient_norm: str = "l1"  # of ∇f: "l1" along its sign, "l2" along itself
+    adversarial_eps: float = 0.0  # ε of PGD adversarial training; 0 is off; "l2" at 512², scaled by √(HW)/512
+    adversarial_norm: str = "linf"  # "linf" or "l2"
+    adversarial_steps: int = 3  # (c) of 2.5 ε/steps or 4 ε/steps each
+
     # Attacks, section 3.8.4
     attack_steps: int = 40
     attack_restarts: int = 5
@@ -197,16 +205,18 @@ def _check_values(config: SRMConfig) -> None:
     one_of("landmarks", LANDMARK_METHODS)
     one_of("solver", SOLVERS)
     one_of("solve_dtype", ("fp32", "model"))
+    one_of("gradient_norm", ("l1", "l2"))
+    one_of("adversarial_norm", ("linf", "l2"))
     one_of("precision", ("auto", "fp32", "bf16", "fp16"))
     for name in (
         "channels heads rank neumann_order pool_size image_size batch_size epochs attack_steps attack_restarts "
         "attack_restart_batch attack_batch_size attack_queries eot_samples "
-        "smoothing_samples"
+        "smoothing_samples adversarial_steps"
     ).split():
         require(getattr(config, name) >= 1, name, "at least 1")
-    for (
-        name
-    ) in "warmup_epochs weight_tau weight_entropy weight_balance weight_decay pair_margin ridge".split():
+    for name in (
+        "warmup_epochs weight_tau weight_entropy weight_balance weight_gradient weight_decay pair_margin ridge"
+    ).split():
         require(getattr(config, name) >= 0, name, "zero or more")
     for name in (
         "gamma kappa_max gate_temperature lr_backbone lr_neck clip_norm pair_temperature attack_step_linf "
@@ -216,6 +226,11 @@ def _check_values(config: SRMConfig) -> None:
     require(config.channels % config.heads == 0, "channels", f"a multiple of heads={config.heads}")
     require(config.ridge > 0 or config.solver != "cholesky", "ridge", "above 0 with solver='cholesky'")
     require(0 <= config.kv_pool_prob <= 1, "kv_pool_prob", "a probability")
+    require(0 < config.gradient_step <= 0.01, "gradient_step", "above 0, at most 0.01: room beyond [0, 1]")
+    reach = 1.0 if config.adversarial_norm == "linf" else math.inf
+    require(
+        0 <= config.adversarial_eps <= reach, "adversarial_eps", "zero or more, at most 1 for norm 'linf'"
+    )
     require(0 < config.smoothing_confidence < 1, "smoothing_confidence", "a probability below 1")
     require(0 < config.attack_square_area <= 1, "attack_square_area", "a share of the image in (0, 1]")
     require(0 <= config.ema < 1, "ema", "a decay in [0, 1)")

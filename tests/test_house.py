@@ -18,7 +18,7 @@ FLOORS = (
     {"neck", "backbones", "metrics", "checkpoint"},
     {"config", "files", "modules"},
 )
-NEIGHBOURS = {("__main__", "cli")}
+NEIGHBOURS = {("__main__", "cli"), ("training", "attacks")}
 
 
 def modules(package: str) -> list[Path]:

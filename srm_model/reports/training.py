@@ -16,7 +16,13 @@ from srm_model.reports.text import DASH, clock, fixed, spread
 
 # Looks 4 and up are the style sheet's ordered ramp: parts and stages must not wear the necks' colours.
 RAMP = 4
-LOSS_PARTS = {"mse": "squared error", "tau": "τ loss", "entropy": "gate entropy", "balance": "gate balance"}
+LOSS_PARTS = {
+    "mse": "squared error",
+    "tau": "τ loss",
+    "entropy": "gate entropy",
+    "balance": "gate balance",
+    "gradient": "gradient norm",
+}
 # What the model logs, in words and in this order; anything else follows under its own name.
 DIAGNOSTICS = {
     "links.logit_std": "standard deviation of the attention logits",

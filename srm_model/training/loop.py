@@ -20,6 +20,7 @@ from srm_model.config import SRMConfig
 from srm_model.files import write_text
 from srm_model.metrics import LogisticMap, plcc, srocc
 from srm_model.modules import evaluating
+from srm_model.training.defences import Randomness, adversarial, gradient_norm
 from srm_model.training.evaluation import predict
 from srm_model.training.optimisation import autocast_dtype, lr_factor, parameter_groups, warmup_steps
 from srm_model.training.seeding import deterministic, seeded
@@ -186,6 +187,8 @@ class _Run:
                 factor = lr_factor(epoch * len(batches) + index, steps=total, warmup=warmup)
                 for group in self.optimizer.param_groups:
                     group["lr"] = factor * group["base_lr"]
+                if config.adversarial_eps > 0:
+                    images = adversarial(self.model, images, mos, config, config.seed, epoch, index)
                 losses, finite = self._step(images, mos)
                 if not finite:
                     names = ", ".join(self.train_set.names[i] for i in batches[index])
@@ -214,8 +217,14 @@ class _Run:
 
     def _step(self, images: Tensor, mos: Tensor) -> tuple[dict[str, Tensor], bool]:
         config = self.config
+        regularised = config.weight_gradient > 0
+        randomness = Randomness(self.device) if regularised else None
+        images.requires_grad_(regularised)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
             scores, auxiliary = self.model(images, return_losses=True)
+            if randomness is not None:
+                penalty = gradient_norm(self.model, images, scores, config, randomness)
+                auxiliary = {**auxiliary, "gradient": penalty}
         mse = F.mse_loss(scores.float(), mos)
         loss = mse
         for name, value in auxiliary.items():
@@ -290,8 +299,11 @@ def _exceeds(value: float | None, best: float | None) -> bool:
 
 
 def _check_same(folder: Path, stored: dict[str, Any], now: dict[str, Any]) -> None:
+    # A field that came later than the training was at its default then.
+    defaults = json.loads(json.dumps(SRMConfig().to_dict()))
+
     def flat(identity: dict[str, Any]) -> dict[str, Any]:
-        return {**{k: v for k, v in identity.items() if k != "config"}, **identity["config"]}
+        return {**{k: v for k, v in identity.items() if k != "config"}, **defaults, **identity["config"]}
 
     before, after = flat(stored), flat(now)
     differences = [

@@ -55,6 +55,15 @@ def test_it_is_frozen_and_replace_checks():
         ({"gain_cap": -1.0}, ValueError, "a positive number or None"),
         ({"betas": (0.9,)}, ValueError, "two numbers"),
         ({"backend": 3}, TypeError, "backend=3: expected str"),
+        ({"attack_sweep_steps": (0,)}, ValueError, "attack_sweep_steps=(0,): expected steps of at least 1"),
+        ({"attack_sweep_steps": (0.5,)}, TypeError, "expected integers"),
+        ({"attack_square_area": 0.0}, ValueError, "a share of the image in (0, 1]"),
+        ({"attack_restart_batch": 0}, ValueError, "attack_restart_batch=0"),
+        ({"gradient_norm": "l3"}, ValueError, "gradient_norm='l3': expected one of 'l1', 'l2'"),
+        ({"gradient_step": 0.02}, ValueError, "at most 0.01"),
+        ({"weight_gradient": -1.0}, ValueError, "weight_gradient=-1.0: expected zero or more"),
+        ({"adversarial_eps": 4.0}, ValueError, "at most 1 for norm 'linf'"),
+        ({"smoothing_confidence": 1.0}, ValueError, "a probability below 1"),
     ],
 )
 def test_bad_values_are_one_sentence(changes, error, message):

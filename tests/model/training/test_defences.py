@@ -1,0 +1,190 @@
+"""Gradient-norm regularisation and adversarial training: what they add, and that a cut-off run ends the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from toy import CONFIG, ToyModel, ToySet
+
+import srm_model.training.loop as loop
+from srm_model import SRMConfig, build_model
+from srm_model.attacks import MSE, pgd
+from srm_model.training import train
+from srm_model.training.defences import Randomness, adversarial, gradient_norm
+
+DEFENCES = {
+    "gradient l1": {"weight_gradient": 0.1},
+    "gradient l2": {"weight_gradient": 0.1, "gradient_norm": "l2"},
+    "adversarial": {"adversarial_eps": 0.05, "adversarial_steps": 2},
+    "adversarial l2": {"adversarial_eps": 10.0, "adversarial_norm": "l2"},
+    "both": {"weight_gradient": 0.1, "adversarial_eps": 0.05, "adversarial_steps": 1},
+}
+
+
+def fit(folder: Path, config: SRMConfig, **changes: Any) -> list[dict[str, Any]]:
+    return train(
+        ToyModel(config), ToySet(), ToySet(9, seed=1), folder, progress=False, device="cpu", **changes
+    )
+
+
+def without_times(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in history]
+
+
+class Linear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images * self.weight).flatten(1).sum(1)
+
+
+@pytest.mark.parametrize(("norm", "order"), [("l1", 1), ("l2", 2)])
+def test_of_a_linear_score_the_penalty_is_its_weights_norm(norm: str, order: int):
+    model = Linear()
+    images = torch.rand(5, 3, 4, 4, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    randomness = Randomness(torch.device("cpu"))
+    config = SRMConfig(gradient_norm=norm)
+    penalty = gradient_norm(model, images, model(images), config, randomness)
+    expected = torch.linalg.vector_norm(model.weight, order)
+    # A difference of two sums near 5 over 0.01: fp32 leaves five digits.
+    assert penalty.item() == pytest.approx(expected.item(), rel=1e-4)
+    (gradient,) = torch.autograd.grad(penalty, model.weight)
+    (exact,) = torch.autograd.grad(expected, model.weight)
+    assert torch.allclose(gradient, exact, rtol=1e-3, atol=1e-4)
+
+
+def test_the_second_pass_repeats_the_first_s_draws_and_moves_no_buffer():
+    class Drawing(Linear):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("ema", torch.zeros(()))
+            self.dropout = nn.Dropout(0.5)
+
+        def forward(self, images: Tensor) -> Tensor:
+            self.ema = 0.5 * self.ema + images.detach().mean()
+            return super().forward(self.dropout(images))
+
+    model = Drawing().train()
+    images = torch.rand(2, 3, 4, 4).requires_grad_()
+    randomness = Randomness(torch.device("cpu"))
+    scores = model(images)
+    ema, state = model.ema.clone(), torch.get_rng_state()
+    assert torch.equal(randomness.replay(model, images), scores)
+    assert torch.equal(model.ema, ema)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("name", DEFENCES)
+def test_a_cut_off_training_ends_as_if_it_had_not_been(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    config = CONFIG.replace(**DEFENCES[name])
+    whole = fit(tmp_path / "whole", config)
+    assert without_times(whole) != without_times(fit(tmp_path / "plain", CONFIG))
+    save, calls = loop.save_state, []
+
+    def stop(*arguments: Any) -> None:
+        save(*arguments)
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save_state", stop)
+        with pytest.raises(KeyboardInterrupt):
+            fit(tmp_path / "cut", config)
+    assert without_times(fit(tmp_path / "cut", config)) == without_times(whole)
+    for file in ("model.safetensors", "state.safetensors"):
+        a, b = load_file(tmp_path / "whole" / file), load_file(tmp_path / "cut" / file)
+        assert all(torch.equal(a[key], b[key]) for key in a), file
+
+
+def test_the_penalty_is_logged_and_flattens_the_score(tmp_path: Path):
+    def steepness(folder: Path) -> float:
+        model = ToyModel()
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+        images = ToySet(9, seed=1).images.requires_grad_()
+        (gradient,) = torch.autograd.grad(model.eval()(images).sum(), images)
+        return float(gradient.abs().flatten(1).sum(1).mean())
+
+    config = CONFIG.replace(weight_gradient=10.0)
+    history = fit(tmp_path / "regularised", config)
+    for row in history:
+        expected = row["loss_mse"] + config.weight_tau * row["loss_tau"] + 10 * row["loss_gradient"]
+        assert row["loss"] == pytest.approx(expected, rel=1e-5)
+    assert "loss_gradient" not in fit(tmp_path / "plain", CONFIG)[0]
+    assert steepness(tmp_path / "regularised") < 0.5 * steepness(tmp_path / "plain")
+
+
+def test_adversarial_batches_are_pgd_s_of_their_seed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    config = CONFIG.replace(adversarial_eps=0.05, adversarial_steps=2, epochs=1)
+    seen: list[tuple[Tensor, Tensor]] = []
+    genuine = loop.adversarial
+
+    def spy(model: Any, images: Tensor, *rest: Any) -> Tensor:
+        attacked = genuine(model, images, *rest)
+        seen.append((images.clone(), attacked.clone()))
+        return attacked
+
+    monkeypatch.setattr(loop, "adversarial", spy)
+    fit(tmp_path, config)
+    assert len(seen) == 5
+    for images, attacked in seen:
+        assert 0.04 < (attacked - images).abs().max() <= 0.05
+        assert attacked.is_contiguous(memory_format=torch.channels_last)
+    model, (images, _) = ToyModel(config), seen[0]
+    mos = torch.zeros(len(images))
+    seed = int(np.random.SeedSequence([0, 0, 0]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    expected = pgd(
+        model,
+        images,
+        mos,
+        MSE(),
+        eps=0.05,
+        steps=2,
+        restarts=1,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    assert torch.equal(adversarial(model, images, mos, config, 0, 0, 0), expected)
+    assert not torch.equal(adversarial(model, images, mos, config, 0, 0, 1), expected)
+    far = CONFIG.replace(adversarial_eps=64.0, adversarial_norm="l2")
+    moved = (adversarial(model, images, mos, far, 0) - images).flatten(1).norm(dim=1)
+    assert (moved <= 64 * 8 / 512).all()  # stated at 512²
+
+
+@pytest.mark.parametrize("neck", ["srm", "quadratic", "none"])
+def test_both_defences_work_with_every_neck(neck: str, tmp_path: Path):
+    config = SRMConfig(
+        channels=16,
+        heads=2,
+        rank=4,
+        pool_size=2,
+        image_size=32,
+        batch_size=4,
+        epochs=1,
+        weight_gradient=1e-3,
+        adversarial_eps=1 / 255,
+        adversarial_steps=1,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = build_model("test_convnext", neck=neck, config=config)
+    images = ToySet(8)
+    images.images = images.images.repeat(1, 1, 4, 4)
+    (row,) = train(model, images, images, tmp_path, progress=False, device="cpu")
+    assert row["loss_gradient"] > 0
+    model.train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    Randomness(torch.device("cpu")).replay(model, images.images[:4])
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    model(images.images[:4])
+    moved = {name for name, buffer in model.named_buffers() if not torch.equal(buffer, before[name])}
+    assert bool(moved) == (neck != "none")  # so that the lines above show something

@@ -70,7 +70,8 @@ class SRMConfig:
 
     # Training, section 3.8.3
     image_size: int = 512
-    batch_size: int = 8  # (c)
+    batch_size: int = 8  # (c) images of one optimiser step, over all processes and micro-batches
+    accumulate: int = 1  # micro-batches that a batch is cut into: less memory, the same result
     epochs: int = 120
     warmup_epochs: int = 5
     lr_backbone: float = 2e-5  # (c)
@@ -78,6 +79,7 @@ class SRMConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.05  # (c) none on norms, biases and scalars
     clip_norm: float = 1.0
+    weights_ema: float = 0.0  # decay of an average of the weights, which is then judged and kept; 0 is off
     precision: str = "auto"  # "auto", "fp32", "bf16", "fp16"
     deterministic: bool = True
     seed: int = 0
@@ -209,9 +211,9 @@ def _check_values(config: SRMConfig) -> None:
     one_of("adversarial_norm", ("linf", "l2"))
     one_of("precision", ("auto", "fp32", "bf16", "fp16"))
     for name in (
-        "channels heads rank neumann_order pool_size image_size batch_size epochs attack_steps attack_restarts "
-        "attack_restart_batch attack_batch_size attack_queries eot_samples "
-        "smoothing_samples adversarial_steps"
+        "channels heads rank neumann_order pool_size image_size batch_size accumulate epochs attack_steps "
+        "attack_restarts attack_restart_batch attack_batch_size attack_queries eot_samples smoothing_samples "
+        "adversarial_steps"
     ).split():
         require(getattr(config, name) >= 1, name, "at least 1")
     for name in (
@@ -234,6 +236,7 @@ def _check_values(config: SRMConfig) -> None:
     require(0 < config.smoothing_confidence < 1, "smoothing_confidence", "a probability below 1")
     require(0 < config.attack_square_area <= 1, "attack_square_area", "a share of the image in (0, 1]")
     require(0 <= config.ema < 1, "ema", "a decay in [0, 1)")
+    require(0 <= config.weights_ema < 1, "weights_ema", "a decay in [0, 1)")
     require(0 <= config.entropy_floor <= 1, "entropy_floor", "a share of ln S in [0, 1]")
     require(config.tau_range >= 1, "tau_range", "at least 1")
     require(config.calibration_range >= 1, "calibration_range", "at least 1")

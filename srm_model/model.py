@@ -13,6 +13,7 @@ from .checkpoint import load_weights, read_card
 from .config import NECKS, SRMConfig
 from .modules import evaluating
 from .neck import NeckOutput, PlainNeck, SRMNeck
+from .statistics import BatchStatistics
 
 RANGE_TOLERANCE = 1e-2  # room for a finite-difference step at the edge of [0, 1]
 VARIANCE_FLOOR = 1e-6
@@ -72,13 +73,16 @@ class IQAModel(nn.Module):
         """Whether two evaluations of one image may differ; attacks then need EOT."""
         return self.neck.stochastic
 
-    def forward(self, images: Tensor, *, return_losses: bool = False) -> Any:
+    def forward(
+        self, images: Tensor, *, return_losses: bool = False, statistics: BatchStatistics | None = None
+    ) -> Any:
         """Scores (B,) of images (B, 3, H, W), floats in [0, 1]: normalised MOS, higher is better.
 
         With `return_losses`, (scores, losses): the unweighted scalars "tau", "entropy", "balance" of the neck.
+        `statistics` are for a batch cut into micro-batches, as in `SRMNeck.forward`.
         On the CPU, images outside [0, 1] or not finite are a ValueError; elsewhere asking would wait for the device.
         """
-        output = self.neck(self.pyramid(images))
+        output = self.neck(self.pyramid(images), statistics=statistics)
         scores = self.head(output.fused)
         return (scores, output.losses) if return_losses else scores
 

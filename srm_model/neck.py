@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from srm_kernels import (
     dyt,
     full_attention,
-    gate_losses,
     gated_fusion,
     nystrom_attention,
     rms_scale,
@@ -23,6 +22,7 @@ from srm_kernels.attention.reference import normalised_key, normalised_query
 
 from .config import STAGES, SRMConfig
 from .modules import evaluating
+from .statistics import BatchStatistics
 
 ATTENTIONS = ("nystrom", "full")
 TAU_FLOOR = 1e-6
@@ -93,10 +93,8 @@ class Link(nn.Module):
         return tokens.unflatten(-1, (self.config.heads, self.config.head_dim)).transpose(1, 2)
 
     def forward(self, target: Tensor, source: Tensor) -> Tensor:
-        """Y (B, H, N_q, d); updates σ̄ in training."""
-        y = self.attend(*self.project(target, source))
-        if self.training:
-            self._track(y.detach())
+        """Y (B, H, N_q, d)."""
+        y: Tensor = self.attend(*self.project(target, source))
         return y
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, diagnostics: bool = False) -> Any:
@@ -145,18 +143,25 @@ class Link(nn.Module):
         """τ_h = exp(θ_h), (H,); ones where the rescaler is off."""
         return self.theta.exp() if self.config.tau else torch.ones_like(self.sigma)
 
-    def tau_loss(self) -> Tensor:
-        """mean_h (log((τ σ̄ + 1e-6) / σ_ref))²; only θ receives its gradient."""
+    def tau_loss(self, sigma: Tensor | None = None) -> Tensor:
+        """mean_h (log((τ σ̄ + 1e-6) / σ_ref))² at σ̄, or at `sigma` (H,); only θ receives its gradient."""
         if not self.config.tau:
             return self.sigma.new_zeros(())
-        return (((self.tau() * self.sigma + TAU_FLOOR) / self.reference_scale).log().square()).mean()
+        sigma = self.sigma if sigma is None else sigma
+        return (((self.tau() * sigma + TAU_FLOOR) / self.reference_scale).log().square()).mean()
 
     @torch.no_grad()
-    def _track(self, y: Tensor) -> None:
-        sigma = rms_scale(y, backend=self.config.backend).rms.to(self.sigma.dtype)
+    def tracked(self, sigma: Tensor) -> Tensor:
+        """σ̄ after a batch of statistic `sigma` (H,): the first starts it, and what is not finite is left out."""
+        sigma = sigma.to(self.sigma.dtype)
         decayed = self.config.ema * self.sigma + (1 - self.config.ema) * sigma
-        self.sigma.copy_(torch.where(self.sigma_started, decayed, sigma))
-        self.sigma_started.fill_(True)
+        return torch.where(sigma.isfinite(), torch.where(self.sigma_started, decayed, sigma), self.sigma)
+
+    @torch.no_grad()
+    def track(self, sigma: Tensor) -> None:
+        """Take a batch's statistic into σ̄."""
+        self.sigma.copy_(self.tracked(sigma))
+        self.sigma_started.logical_or_(sigma.isfinite().all())
 
     @torch.no_grad()
     def calibrate(self, target: Tensor, source: Tensor) -> None:
@@ -282,16 +287,45 @@ class SRMNeck(nn.Module):
         """Whether two evaluations of one image may differ."""
         return self.config.kv_pool_eval and self.config.kv_pool_prob > 0
 
-    def forward(self, pyramid: Sequence[Tensor], *, return_pyramid: bool = False) -> NeckOutput:
+    def forward(
+        self,
+        pyramid: Sequence[Tensor],
+        *,
+        return_pyramid: bool = False,
+        statistics: BatchStatistics | None = None,
+    ) -> NeckOutput:
         """Four maps (B, C_s, h_s, w_s), shallowest first → `NeckOutput`.
 
         Unless the full-resolution pyramid is asked for, updates are pooled before τ and W_O: pooling is linear.
+
+        In training σ̄ and M₀ take in the batch, over all ranks of a process group, and the losses are those of the
+        whole batch: their gradients, averaged over ranks as `DistributedDataParallel` does, are its gradients. Every
+        rank must then call this. `statistics` is for a batch cut into micro-batches: an unfinished one is added to
+        and its losses mean nothing, with a finished one the losses are the whole batch's, averaged over micro-batches
+        too; σ̄ and M₀ change by `track` alone.
         """
         self._check(pyramid)
+        given = statistics is not None
+        if statistics is None and self.training:
+            statistics = BatchStatistics()
         aligned = self._align(pyramid, every=return_pyramid)
-        updated = self._mix(aligned, self._pool_sources(aligned), pooled=not return_pyramid)
+        updated = self._mix(
+            aligned, self._pool_sources(aligned), pooled=not return_pyramid, statistics=statistics
+        )
         maps = [self._pooled(updated[stage]) for stage in self.config.fused_stages]
-        return self._fuse(maps, [updated[stage] for stage in STAGES] if return_pyramid else None)
+        whole = [updated[stage] for stage in STAGES] if return_pyramid else None
+        output = self._fuse(maps, whole, statistics, finish=not given)
+        if statistics is not None and not given:
+            self.track(statistics)
+        return output
+
+    @torch.no_grad()
+    def track(self, statistics: BatchStatistics) -> None:
+        """Take the finished statistics of a whole batch into σ̄ and M₀."""
+        for name, sigma in statistics.sigma.items():
+            cast(Link, self.links[name]).track(sigma)
+        assert statistics.norms is not None
+        self._track_norms(statistics.norms)
 
     @property
     def _acting(self) -> list[tuple[int, int]]:
@@ -335,13 +369,20 @@ class SRMNeck(nn.Module):
         return sources
 
     def _mix(
-        self, aligned: dict[int, Tensor], sources: dict[int, Tensor], *, pooled: bool
+        self,
+        aligned: dict[int, Tensor],
+        sources: dict[int, Tensor],
+        *,
+        pooled: bool,
+        statistics: BatchStatistics | None = None,
     ) -> dict[int, Tensor]:
         """F_t + β_t fold(Σ U), at full resolution or pooled to P×P before τ and W_O; other stages unchanged."""
         updates: dict[int, Tensor] = {}
         for source, target in self._acting if pooled else self.config.links:
             link = self._link(source, target)
             y = link(aligned[target], sources[source])  # (B, H, N_q, d)
+            if statistics is not None and not statistics.finished:
+                statistics.add_link(_link_name(source, target), y.detach(), backend=self.config.backend)
             height, width = aligned[target].shape[-2:]
             if pooled:
                 y = self._pool_tokens(y, height, width)
@@ -364,7 +405,14 @@ class SRMNeck(nn.Module):
         P = self.config.pool_size
         return m if m.shape[-2:] == (P, P) else F.adaptive_avg_pool2d(m, P)
 
-    def _fuse(self, maps: list[Tensor], pyramid: list[Tensor] | None) -> NeckOutput:
+    def _fuse(
+        self,
+        maps: list[Tensor],
+        pyramid: list[Tensor] | None,
+        statistics: BatchStatistics | None = None,
+        *,
+        finish: bool = True,
+    ) -> NeckOutput:
         c = self.config
         fusion = gated_fusion(
             torch.stack(maps, 1),
@@ -373,12 +421,21 @@ class SRMNeck(nn.Module):
             temperature=c.gate_temperature,
             backend=c.backend,
         )
-        if self.training:
-            self._track(fusion.norm.detach(), maps[0])
-        entropy, balance = gate_losses(
+        if statistics is None:
+            sigma, gate = {}, BatchStatistics()
+        else:
+            if not statistics.finished:
+                statistics.add_gate(fusion.weights.detach(), self._rms(fusion.norm.detach(), maps[0]))
+                if finish:
+                    statistics.finish()
+            sigma, gate = statistics.sigma, statistics
+        entropy, balance = gate.gate_losses(
             fusion.weights, entropy_floor=c.entropy_floor * math.log(len(c.fused_stages)), backend=c.backend
         )
-        taus = [self._link(*pair).tau_loss() for pair in self._acting]
+        taus = []
+        for pair in self._acting:
+            link, seen = self._link(*pair), sigma.get(_link_name(*pair))
+            taus.append(link.tau_loss(None if seen is None else link.tracked(seen)))
         tau = torch.stack(taus).mean() if taus else entropy.new_zeros(())
         losses = {"tau": tau, "entropy": entropy, "balance": balance}
         return NeckOutput(fusion.fused, fusion.weights, fusion.gain, fusion.norm, losses, pyramid)
@@ -388,11 +445,15 @@ class SRMNeck(nn.Module):
         assert self.config.gain_cap is not None
         return self.config.gain_cap * self.median_rms * math.sqrt(m[0].numel())
 
+    def _rms(self, norm: Tensor, m: Tensor) -> Tensor:
+        return norm / math.sqrt(m[0].numel())
+
     @torch.no_grad()
-    def _track(self, norm: Tensor, m: Tensor) -> None:
-        median = (norm.median() / math.sqrt(m[0].numel())).to(self.median_rms.dtype)
+    def _track_norms(self, rms: Tensor) -> None:
+        median = rms.median().to(self.median_rms.dtype)
         decayed = self.config.ema * self.median_rms + (1 - self.config.ema) * median
-        self.median_rms.copy_(torch.where(self.median_rms.isinf(), median, decayed))
+        taken = torch.where(self.median_rms.isinf(), median, decayed)
+        self.median_rms.copy_(torch.where(median.isfinite(), taken, self.median_rms))
 
     @torch.no_grad()
     def calibrate(self, pyramid: Sequence[Tensor]) -> None:
@@ -412,7 +473,8 @@ class SRMNeck(nn.Module):
             updated = self._mix(aligned, aligned, pooled=True)
             maps = [self._pooled(updated[stage]) for stage in self.config.fused_stages]
             self.median_rms.fill_(math.inf)
-            self._track(gated_fusion(torch.stack(maps, 1), self.gate(maps), cap=None).norm, maps[0])
+            norm = gated_fusion(torch.stack(maps, 1), self.gate(maps), cap=None).norm
+            self._track_norms(self._rms(norm, maps[0]))
 
     @torch.no_grad()
     def clamp_(self) -> None:
@@ -464,8 +526,8 @@ class PlainNeck(nn.Module):
         self.align = nn.Conv2d(in_channels[-1], config.channels, 1)
         nn.init.zeros_(self.align.bias)  # type: ignore[arg-type]
 
-    def forward(self, pyramid: Sequence[Tensor]) -> NeckOutput:
-        """Four maps → the last one as `fused` (B, C, P, P)."""
+    def forward(self, pyramid: Sequence[Tensor], *, statistics: BatchStatistics | None = None) -> NeckOutput:
+        """Four maps → the last one as `fused` (B, C, P, P); there are no statistics to keep."""
         fused = F.adaptive_avg_pool2d(self.align(pyramid[-1]), self.config.pool_size)
         losses = {name: fused.new_zeros(()) for name in ("tau", "entropy", "balance")}
         return NeckOutput(fused, None, None, None, losses, None)

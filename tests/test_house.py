@@ -16,7 +16,8 @@ FLOORS = (
     {"data"},
     {"model"},
     {"neck", "backbones", "metrics", "checkpoint"},
-    {"config", "files", "modules"},
+    {"statistics"},
+    {"config", "files", "modules", "ranks"},
 )
 NEIGHBOURS = {("__main__", "cli"), ("training", "attacks")}
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from srm_model.attacks import ranks
+from srm_model import ranks
 from srm_model.attacks.objectives import MSE
 from srm_model.attacks.suite import Attack, Dataset, Suite, _Job
 from srm_model.config import SRMConfig

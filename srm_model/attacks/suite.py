@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from srm_model.attacks import ranks
+from srm_model import ranks
 from srm_model.attacks.auto import apgd_trace
 from srm_model.attacks.gradient import PGDTrace, default_step_size, pgd_trace
 from srm_model.attacks.guard import check_images, check_model, predict

@@ -28,7 +28,8 @@ _EXPECTED = (ValueError, TypeError, NotImplementedError, OSError, ModuleNotFound
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `srm-iqa` with `arguments` (default: the process's own); returns the exit code.
 
-    0 where all went well, 2 with one sentence on stderr for bad input, 130 after Ctrl-C.
+    0 where all went well, 2 with one sentence on stderr for bad input, 130 after Ctrl-C, 143 where SIGTERM stopped a
+    training, which is then saved.
     """
     if arguments is None:
         _set_environment()
@@ -56,6 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if parsed.traceback or not _expected(error):
             raise
         return _fail(f"srm-iqa {parsed.command}: {' '.join(str(error).split())}")
+    except BaseException as error:
+        if not _preempted(error):
+            raise
+        print(f"srm-iqa {parsed.command}: stopped by SIGTERM, saved at {error}", file=sys.stderr)
+        return 143  # 128 and the signal's number, as shells say it
 
 
 def _set_environment() -> None:
@@ -70,10 +76,16 @@ def _set_environment() -> None:
 
 def _expected(error: Exception) -> bool:
     if isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError):
-        from srm_model.training import DivergenceError
+        from srm_model.training import DivergenceError, WorkerError
 
-        return isinstance(error, DivergenceError)
+        return isinstance(error, DivergenceError | WorkerError)
     return isinstance(error, _EXPECTED)
+
+
+def _preempted(error: BaseException) -> bool:
+    from srm_model.training import Preempted
+
+    return isinstance(error, Preempted)
 
 
 def _fail(sentence: str) -> int:
@@ -206,7 +218,27 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--freeze-backbone", action="store_true", help="train neck and head only")
     parser.add_argument("--restart", action="store_true", help="begin anew over an earlier training in RUN")
     parser.add_argument("--title", help="heading of the report")
-    add_config(parser, "epochs", "batch_size", "image_size", "seed", "precision", "lr_backbone", "lr_neck")
+    parser.add_argument(
+        "--save-every", type=positive, metavar="N", help="save after every N steps too, not only after epochs"
+    )
+    parser.add_argument(
+        "--compile",
+        nargs="?",
+        const="inductor",
+        metavar="BACKEND",
+        help="backbone and head through torch.compile (default backend: %(const)s, which needs a compiler)",
+    )
+    add_config(
+        parser,
+        "epochs",
+        "batch_size",
+        "accumulate",
+        "image_size",
+        "seed",
+        "precision",
+        "lr_backbone",
+        "lr_neck",
+    )
     add_device(parser, workers=True)
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from srm_model.attacks import Suite, ranks, save_examples
+from srm_model import ranks
+from srm_model.attacks import Suite, save_examples
 from srm_model.checkpoint import read_card
 from srm_model.cli import runs
 from srm_model.cli.options import config_from

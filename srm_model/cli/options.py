@@ -11,6 +11,8 @@ from srm_model.config import SRMConfig
 from srm_model.files import read_json
 
 _HELP = {
+    "batch_size": "images of one optimiser step, over all processes",
+    "accumulate": "micro-batches that a batch is cut into, to need less memory",
     "attack_steps": "PGD steps",
     "attack_restarts": "PGD restarts, each from a random start",
     "attack_batch_size": "images attacked together",

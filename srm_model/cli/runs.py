@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from srm_model import ranks
 from srm_model.checkpoint import CONFIG, read_card
 from srm_model.config import NECKS, SRMConfig
 from srm_model.data import SPLITS, open_dataset
@@ -47,14 +48,16 @@ def device_from(name: str | None) -> torch.device:
 def process_group() -> Iterator[bool]:
     """The ranks that torchrun started, joined for the block; yields whether this process is the one that writes.
 
-    One process alone is rank 0 of 1 and joins nothing.
+    One process alone is rank 0 of 1 and joins nothing. Gloo serves CPU tensors and what is pickled, NCCL the GPUs'.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield True
         return
     import torch.distributed as dist
 
-    dist.init_process_group("gloo")  # records travel, not gradients
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield dist.get_rank() == 0
         dist.barrier()
@@ -144,14 +147,14 @@ def open_checkpoint(folder: Path, device: torch.device) -> tuple[Any, dict[str, 
 
 
 def open_splits(root: str | Path, config: SRMConfig) -> dict[str, Any]:
-    """Every split; the first one opened has checked the files of all."""
+    """Every split; the first one opened has checked the files of all, on the first rank."""
     return {
         split: open_dataset(
             root,
             split,
             seed=config.seed,
             image_size=config.image_size,
-            verify="full" if split == SPLITS[0] else "fast",
+            verify="full" if split == SPLITS[0] and ranks.place()[0] == 0 else "fast",
         )
         for split in SPLITS
     }

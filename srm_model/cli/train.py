@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from srm_model import ranks
 from srm_model.checkpoint import read_card
 from srm_model.cli import runs
 from srm_model.cli.options import config_from
@@ -24,6 +26,13 @@ EVALUATION = "evaluation.json"
 
 def run(args: argparse.Namespace) -> None:
     """Train each neck into its folder, evaluate it on the test split, print clean correlations."""
+    with runs.process_group() as writes:
+        folders = _train_all(args, writes)
+    if writes:
+        print(clean_table(folders))
+
+
+def _train_all(args: argparse.Namespace, writes: bool) -> list[Path]:
     config, device = config_from(args), runs.device_from(args.device)
     splits = runs.open_splits(args.data, config)
     # Before anything is written, since a backbone that does not exist is found out here.
@@ -33,7 +42,8 @@ def run(args: argparse.Namespace) -> None:
     }
     out = Path(args.out)
     title = args.title or f"{args.backbone} · {splits['train'].name}"
-    with runs.recorded(out, args.arguments, title=title, dataset=runs.dataset_card(splits["train"])):
+    dataset = runs.dataset_card(splits["train"])
+    with runs.recorded(out, args.arguments, title=title, dataset=dataset) if writes else nullcontext():
         for neck, model in models.items():
             train_neck(
                 model,
@@ -43,13 +53,22 @@ def run(args: argparse.Namespace) -> None:
                 freeze_backbone=args.freeze_backbone,
                 resume=not args.restart,
                 workers=args.workers,
-                progress=not args.no_progress,
+                progress=writes and not args.no_progress,
+                save_every=args.save_every,
+                compile=args.compile,
             )
-    print(clean_table([out / neck for neck in models]))
+    return [out / neck for neck in models]
 
 
 def evaluate(args: argparse.Namespace) -> None:
     """Evaluate checkpoints; the default data set's test split goes into evaluation.json."""
+    with runs.process_group() as writes:
+        rows = _evaluate_all(args, writes)
+    if writes:
+        print(runs.table(["checkpoint", "SROCC", "PLCC", "images"], rows))
+
+
+def _evaluate_all(args: argparse.Namespace, writes: bool) -> list[list[Any]]:
     device = runs.device_from(args.device)
     rows = []
     for folder in runs.checkpoints(args.folder):
@@ -61,12 +80,12 @@ def evaluate(args: argparse.Namespace) -> None:
             batch_size=args.batch_size,
             logistic=logistic_of(card),
             workers=args.workers,
-            progress=not args.no_progress,
+            progress=writes and not args.no_progress,
         )
-        if args.data is None and args.split == "test":
+        if writes and args.data is None and args.split == "test":
             write_json(folder / EVALUATION, found)
         rows.append([folder.name, found["srocc"], found["plcc"], found["n"]])
-    print(runs.table(["checkpoint", "SROCC", "PLCC", "images"], rows))
+    return rows
 
 
 def new_model(backbone: str, neck: str, config: SRMConfig, *, pretrained: bool) -> IQAModel:
@@ -85,8 +104,12 @@ def train_neck(
     resume: bool = True,
     workers: int = 0,
     progress: bool = True,
+    **options: Any,
 ) -> None:
-    """Train into `folder` and write `evaluation.json` from the best epoch; what is finished is not repeated."""
+    """Train into `folder` and write `evaluation.json` from the best epoch; what is finished is not repeated.
+
+    `options` are more of `train`'s. In a process group every rank calls this, and the first one writes.
+    """
     if device.type == "cpu":
         runs.keep_memory()
     if progress:
@@ -102,10 +125,11 @@ def train_neck(
         device=device,
         freeze_backbone=freeze_backbone,
         card={"dataset": runs.dataset_card(splits["train"])},
+        **options,
     )
-    digest = read_card(folder)["sha256"]
     path = folder / EVALUATION
-    if path.is_file() and read_json(path).get("sha256") == digest:
+    digest = ranks.from_first(lambda: read_card(folder)["sha256"])
+    if ranks.from_first(lambda: path.is_file() and read_json(path).get("sha256") == digest):
         return
     model, card = runs.open_checkpoint(folder, device)
     found = evaluate_model(
@@ -116,7 +140,8 @@ def train_neck(
         workers=workers,
         progress=progress,
     )
-    write_json(path, {**found, "sha256": digest})
+    if ranks.place()[0] == 0:
+        write_json(path, {**found, "sha256": digest})
 
 
 def logistic_of(card: dict[str, Any]) -> LogisticMap | None:

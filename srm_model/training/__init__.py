@@ -1,6 +1,7 @@
-"""Training and evaluation on one device (SPEC section 5; article section 3.8.3)."""
+"""Training and evaluation, in one process or many (SPEC section 5; article section 3.8.3)."""
 
 from srm_model.training.evaluation import evaluate, predict
-from srm_model.training.loop import DivergenceError, train
+from srm_model.training.faults import DivergenceError, Preempted, WorkerError
+from srm_model.training.loop import train
 
-__all__ = ["DivergenceError", "evaluate", "predict", "train"]
+__all__ = ["DivergenceError", "Preempted", "WorkerError", "evaluate", "predict", "train"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from srm_model import ranks
 from srm_model.metrics import LogisticMap, plcc, srocc
 from srm_model.modules import evaluating
 from srm_model.training.seeding import seeded
@@ -28,25 +30,41 @@ def predict(
 
     In eval mode and fp32, whatever the precision of training; the mode of every submodule is put back.
     The scores do not depend on `batch_size`, except where the model is stochastic: it draws once a batch,
-    seeded.
-    `device` defaults to where the model is.
+    seeded. `device` defaults to where the model is.
+    In a process group every rank calls this; the batches are dealt to the ranks, and each gets all scores, those of
+    one process.
     """
     device = torch.device(device) if device is not None else next(model.parameters()).device
-    loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers, pin_memory=device.type == "cuda")
-    scores = []
+    rank, world = ranks.place()
+    starts = range(0, len(dataset), batch_size)[rank::world]
+    loader = DataLoader(
+        dataset,
+        batch_sampler=[list(range(i, min(i + batch_size, len(dataset)))) for i in starts],
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+    )
+    stochastic = getattr(model, "stochastic", False)
+    found: dict[int, np.ndarray] = {}
     with (
         evaluating(model),
         torch.inference_mode(),
         seeded(0),
         tqdm(
-            total=len(dataset), unit="img", desc="scoring", leave=False, disable=None if progress else True
+            total=len(dataset),
+            unit="img",
+            desc="scoring",
+            leave=False,
+            disable=None if progress and rank == 0 else True,
         ) as bar,
     ):
-        for images, _ in loader:
+        for start, (images, _) in zip(starts, loader, strict=True):
             batch = images.to(device, non_blocking=True, memory_format=torch.channels_last)
-            scores.append(model(batch).double().cpu().numpy())
-            bar.update(len(images))
-    return np.concatenate(scores)
+            # What a batch draws must not depend on which rank scores it.
+            with seeded(0, start) if stochastic else nullcontext():
+                found[start] = model(batch).double().cpu().numpy()
+            bar.update(world * len(images))
+    whole = {start: part for share in ranks.gather(found) for start, part in share.items()}
+    return np.concatenate([whole[start] for start in sorted(whole)])
 
 
 def evaluate(

@@ -1,36 +1,58 @@
-"""The training loop: one device, resumable after every epoch, best epoch by validation SROCC."""
+"""The training loop: one process or many, resumable at any step, best epoch by validation SROCC."""
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
+from srm_model import ranks
 from srm_model.checkpoint import save_model
 from srm_model.config import SRMConfig
 from srm_model.files import write_text
 from srm_model.metrics import LogisticMap, plcc, srocc
 from srm_model.modules import evaluating
+from srm_model.neck import SRMNeck
+from srm_model.statistics import BatchStatistics
+from srm_model.training.batches import deal, epoch_batches
 from srm_model.training.defences import Randomness, adversarial, gradient_norm
 from srm_model.training.evaluation import predict
-from srm_model.training.optimisation import autocast_dtype, lr_factor, parameter_groups, warmup_steps
+from srm_model.training.faults import (
+    DivergenceError,
+    Preempted,
+    Termination,
+    is_worker_death,
+    reading_fault,
+)
+from srm_model.training.optimisation import (
+    autocast_dtype,
+    average_weights,
+    lr_factor,
+    parameter_groups,
+    warmup_steps,
+)
+from srm_model.training.progress import Progress
 from srm_model.training.seeding import deterministic, seeded
-from srm_model.training.state import load_tensors, read_values, save_state
+from srm_model.training.state import Stored, load_tensors, read_state, save_state
 
 HISTORY = "history.jsonl"
-
-
-class DivergenceError(RuntimeError):
-    """The loss or a gradient stopped being finite; the message names the images of that batch."""
+SKIPS = 3  # losses in a row that are not finite, at which even a training with a loss scaler ends
+STEPPED, SKIPPED, FAILED = "stepped", "skipped", "failed"  # what became of a step
 
 
 def train(
@@ -45,37 +67,43 @@ def train(
     progress: bool = True,
     device: torch.device | str | None = None,
     freeze_backbone: bool = False,
+    save_every: int | None = None,
+    compile: str | None = None,
     card: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Train `model` by the protocol of SPEC section 5; returns the history, one dict per epoch (from 1).
 
     `folder` then holds the best epoch by validation SROCC (`model.safetensors`, `config.json`; of equals the
-    earlier), the last one (`state.safetensors`), `history.jsonl` and `tensorboard/`. `model` itself ends with
-    the weights of the last epoch, on `device` (default: CUDA where there is one).
+    earlier), the last state and the one before (`state.safetensors`, `state.previous.safetensors`), `history.jsonl`
+    and `tensorboard/`. `model` itself ends with the weights of the last epoch, on `device` (default: CUDA where
+    there is one). With `config.weights_ema` the average of the weights is what is validated and kept.
 
-    A state in `folder` is continued from its last finished epoch, with the same result as if never cut off;
-    ValueError where it belongs to another config, model or data set. `resume=False` starts anew over it.
+    A state in `folder` is continued from its last step, with the same result as if never cut off;
+    ValueError where it belongs to another config, model or data set. `resume=False` starts anew over it. States are
+    written after every epoch and, with `save_every`, after that many steps; SIGTERM writes one and raises Preempted.
     Random numbers, shuffling included, are a function of (config.seed, epoch). An epoch's last batch may be
     short, but a single left-over image is skipped. `card` is stored in the checkpoint beside the epoch, the
     validation figures and the logistic map fitted on the best epoch's clean validation scores.
-    A loss or gradient that is not finite is a DivergenceError naming the files of its batch.
+
+    In a process group (torchrun) every rank calls this with the same arguments: a batch is dealt to the ranks, its
+    statistics and losses are those of one process, and rank 0 alone writes. `folder` must be one that all see.
+    compile: a backend of torch.compile for backbone and head ("inductor", "aot_eager", …).
+
+    A loss or gradient that is not finite is a DivergenceError naming the files of its batch, with a loss scaler
+    (fp16) after three such losses in a row. An image that cannot be read is a ValueError, a worker that was killed a
+    WorkerError, a full disk an OSError: what was trained until then is kept, and the same call goes on from there.
     """
     config = config or model.config  # type: ignore[assignment]
     assert config is not None
     run = _Run(
         model, train_set, val_set, Path(folder), config, workers, progress, _device(device), card or {}
     )
+    run.save_every = save_every
     if freeze_backbone:
         model.backbone.requires_grad_(False)  # type: ignore[union-attr]
-    with deterministic(config.deterministic):
-        return run.fit(resume=resume, identity={"freeze_backbone": freeze_backbone})
-
-
-def epoch_batches(count: int, batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:
-    """The indices of an epoch's batches, shuffled by (seed, epoch); a single left-over image is dropped."""
-    order = np.random.default_rng((seed, epoch)).permutation(count).tolist()
-    batches = [order[i : i + batch_size] for i in range(0, count, batch_size)]
-    return batches[:-1] if len(batches) > 1 and len(batches[-1]) == 1 < batch_size else batches
+    identity = {"freeze_backbone": freeze_backbone, "compile": compile}
+    with deterministic(config.deterministic), _compiled(model, compile), run.termination:
+        return run.fit(resume=resume, identity=identity)
 
 
 class _Run:
@@ -94,10 +122,16 @@ class _Run:
         self.model: Any = model
         self.train_set, self.val_set = train_set, val_set
         self.folder, self.config, self.card = folder, config, card
-        self.workers, self.progress, self.device = workers, progress, device
+        self.workers, self.device = workers, device
         self.dtype = autocast_dtype(config.precision, device)
+        self.rank, self.world = ranks.place()
+        self.progress = progress and self.rank == 0
+        self.save_every: int | None = None
+        self.termination = Termination()
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None
+        self.average: Any = None
+        self.identity: dict[str, Any] = {}
 
     def fit(self, *, resume: bool, identity: dict[str, Any]) -> list[dict[str, Any]]:
         identity = {
@@ -108,11 +142,12 @@ class _Run:
             "validation set": _identify(self.val_set),
             **identity,
         }
-        identity = json.loads(json.dumps(identity))  # tuples compare as the lists they are stored as
-        stored = read_values(self.folder) if resume else None
-        if stored is not None:
-            _check_same(self.folder, stored["identity"], identity)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.identity = json.loads(json.dumps(identity))  # tuples compare as the lists they are stored as
+        stored = ranks.from_first(lambda: self._stored() if resume else None)
+        if self.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for leftover in self.folder.glob(".*.partial*"):  # of a save that was killed
+                leftover.unlink(missing_ok=True)
         self.model.to(device=self.device, memory_format=torch.channels_last)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, self.config),
@@ -120,135 +155,332 @@ class _Run:
             fused=self.device.type in ("cpu", "cuda"),
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        if self.config.weights_ema > 0:
+            self.average = copy.deepcopy(self.model).requires_grad_(False)
+        begun: dict[str, Any] | None = None
         if stored is not None:
-            load_tensors(self.folder, self.model, self.optimizer)
-            self.scaler.load_state_dict(stored["scaler"])
-            self.history, self.best = stored["history"], stored["best"]
-            self._publish()
+            load_tensors(stored.path, self.model, self.optimizer, self.average)
+            self.scaler.load_state_dict(stored.values["scaler"])
+            self.history, self.best = stored.values["history"], stored.values["best"]
+            begun = stored.values["progress"]
+            self._publish(whole=begun is None)
+        self.forward: nn.Module = self.model
+        if self.world > 1:
+            self.forward = DistributedDataParallel(
+                self.model, broadcast_buffers=False, find_unused_parameters=True
+            )
         finished = len(self.history)
         if finished == self.config.epochs:
             return self.history
-        from torch.utils.tensorboard import SummaryWriter  # seconds to import
-
-        with SummaryWriter(str(self.folder / "tensorboard"), purge_step=finished + 1) as writer:
+        with self._writer(finished) as writer:
             for epoch in range(finished, self.config.epochs):
-                with seeded(self.config.seed, epoch):
-                    row = self._train_epoch(epoch)
-                self.history.append(self._validate(row))
-                values = {
-                    "identity": identity,
-                    "scaler": self.scaler.state_dict(),
-                    "history": self.history,
-                    "best": self.best,
-                }
-                save_state(self.folder, self.model, self.optimizer, values)
+                with seeded(self.config.seed, epoch, rank=self.rank):
+                    row, done = self._train_epoch(epoch, begun)
+                begun = None
+                self.history.append(self._validate(row, done))
+                self._save(None)
                 self._publish()
-                _log(writer, self.history[-1])
+                if writer is not None:
+                    _log(writer, self.history[-1])
                 if self.progress:
                     tqdm.write(_summary(self.history[-1], self.config.epochs), file=sys.stderr)
         return self.history
 
-    def _publish(self) -> None:
-        # All of this follows from the state, so a kill in between is mended on resuming.
-        if self.best is not None and self.best["epoch"] == self.history[-1]["epoch"]:
-            save_model(self.model, self.folder, card={**self.card, **self.best})
-        write_text(self.folder / HISTORY, "".join(json.dumps(row) + "\n" for row in self.history))
+    def _stored(self) -> Stored | None:
+        stored = read_state(self.folder)
+        if stored is not None:
+            _check_same(self.folder, stored.values["identity"], self.identity)
+        return stored
 
-    def _train_epoch(self, epoch: int) -> dict[str, Any]:
+    def _writer(self, finished: int) -> AbstractContextManager[Any]:
+        if self.rank > 0:
+            return nullcontext()
+        from torch.utils.tensorboard import SummaryWriter  # seconds to import
+
+        return SummaryWriter(str(self.folder / "tensorboard"), purge_step=finished + 1)
+
+    def _save(self, progress: dict[str, Any] | None) -> None:
+        """Write the state: after an epoch, or within one with how far it has come."""
+        values = {
+            "identity": self.identity,
+            "scaler": self.scaler.state_dict(),
+            "history": self.history,
+            "best": self.best,
+            "progress": progress,
+        }
+        if self.rank == 0:
+            with self._told():
+                save_state(self.folder, self.model, self.optimizer, values, self.average)
+
+    def _publish(self, *, whole: bool = True) -> None:
+        """Write the best epoch and the history; the former only where the weights are those of a `whole` epoch."""
+        # All of this follows from the state, so a kill in between is mended on resuming.
+        if self.rank > 0:
+            return
+        with self._told():
+            if whole and self.best is not None and self.best["epoch"] == self.history[-1]["epoch"]:
+                save_model(self._judged, self.folder, card={**self.card, **self.best})
+            write_text(self.folder / HISTORY, "".join(json.dumps(row) + "\n" for row in self.history))
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            raise OSError(
+                f"{self.folder}: cannot be written to ({reason}); the files in it are whole, those saved last: "
+                "make room there, and the same command goes on from them"
+            ) from None
+
+    @property
+    def _judged(self) -> Any:
+        return self.model if self.average is None else self.average
+
+    def _train_epoch(self, epoch: int, begun: dict[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The epoch's row of the history, and the progress to save until it is validated."""
         config = self.config
-        batches = epoch_batches(len(self.train_set), config.batch_size, seed=config.seed, epoch=epoch)
+        batches = epoch_batches(
+            len(self.train_set), config.batch_size, seed=config.seed, epoch=epoch, processes=self.world
+        )
+        shares = [
+            deal(batch, accumulate=config.accumulate, rank=self.rank, processes=self.world)
+            for batch in batches
+        ]
         total, warmup = config.epochs * len(batches), warmup_steps(config, len(batches))
+        at = Progress(epoch, len(batches), self.device)
+        if begun is not None:
+            at.resume(begun)
         self.train_set.epoch = epoch
         loader = DataLoader(
             self.train_set,
-            batch_sampler=batches,
+            batch_sampler=[*chain.from_iterable(shares[at.step :])],
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
         )
         self.model.train()
-        capped: list[Tensor] = []
-        sums: dict[str, Tensor] = {}
-        seen, start = 0, time.perf_counter()
+        start = time.perf_counter() - at.seconds
         with (
-            self.model.neck.register_forward_hook(lambda _, __, output: capped.extend(_capped(output))),
+            self.model.neck.register_forward_hook(lambda _, __, output: at.count_capped(output)),
             tqdm(
                 total=sum(map(len, batches)),
+                initial=at.seen,
                 desc=f"epoch {epoch + 1}/{config.epochs}",
                 unit="img",
                 leave=False,
                 disable=None if self.progress else True,
             ) as bar,
+            self._kept_if_a_worker_dies(at),
         ):
-            for index, (images, mos) in enumerate(loader):
-                images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
-                mos = mos.to(self.device, torch.float32, non_blocking=True)
+            items = iter(loader)
+            for index in range(at.step, len(batches)):
+                batch = batches[index]
+                parts = self._fetch(items, len(shares[index]), at)
+                at.whole = False
+                parts = [
+                    (
+                        images.to(self.device, non_blocking=True, memory_format=torch.channels_last),
+                        mos.to(self.device, torch.float32, non_blocking=True),
+                    )
+                    for images, mos in parts
+                ]
                 if epoch == 0 and index == 0:
-                    self.model.calibrate(images)
-                factor = lr_factor(epoch * len(batches) + index, steps=total, warmup=warmup)
+                    self._calibrate(batch, parts)
+                step = epoch * len(batches) + index
+                factor = lr_factor(step, steps=total, warmup=warmup)
                 for group in self.optimizer.param_groups:
                     group["lr"] = factor * group["base_lr"]
                 if config.adversarial_eps > 0:
-                    images = adversarial(self.model, images, mos, config, config.seed, epoch, index)
-                losses, finite = self._step(images, mos)
-                if not finite:
-                    names = ", ".join(self.train_set.names[i] for i in batches[index])
-                    raise DivergenceError(
-                        f"the loss or its gradient is not finite in epoch {epoch + 1}, batch {index + 1} of "
-                        f"{len(batches)}: {names}; try a lower learning rate or precision fp32"
-                    )
-                for name, value in losses.items():
-                    sums[name] = sums.get(name, torch.zeros_like(value)) + value * len(images)
-                seen += len(images)
-                bar.update(len(images))
+                    seed = (config.seed, epoch, index, ranks.place()[0])
+                    parts = [
+                        (adversarial(self.model, images, mos, config, *seed, number), mos)
+                        for number, (images, mos) in enumerate(parts)
+                    ]
+                losses, outcome = self._step(parts, len(batch))
+                self._check(outcome, at, batch)
+                if outcome == STEPPED and self.average is not None:
+                    average_weights(self.average, self.model, config.weights_ema, step)
+                at.add(losses, len(batch), skipped=outcome != STEPPED)
+                at.seconds = time.perf_counter() - start
+                at.whole = True
+                bar.update(len(batch))
                 bar.set_postfix(loss=f"{float(losses['loss']):.4f}", refresh=False)
-        seconds = time.perf_counter() - start
-        return {
-            "epoch": epoch + 1,
-            "lr": {
-                group["name"]: group["lr"]
-                for group in self.optimizer.param_groups
-                if not group["name"].endswith("_no_decay")
-            },
-            **{name: float(value) / seen for name, value in sums.items()},
-            **({"gain_active": float(torch.cat(capped).mean())} if capped else {}),
-            "seconds": seconds,
-            "images_per_second": seen / seconds,
+                if self.save_every and at.step % self.save_every == 0 and not at.done:
+                    self._save(at.to_dict())
+            self._stop_if_asked(at)
+        rates = {
+            group["name"]: group["lr"]
+            for group in self.optimizer.param_groups
+            if not group["name"].endswith("_no_decay")
         }
+        skipped = {"skipped_steps": at.skipped} if self.scaler.is_enabled() else {}
+        return {"epoch": epoch + 1, "lr": rates, **at.row(), **skipped}, at.to_dict()
 
-    def _step(self, images: Tensor, mos: Tensor) -> tuple[dict[str, Tensor], bool]:
+    def _fetch(self, items: Iterator[Any], count: int, at: Progress) -> list[Any]:
+        """The micro-batches of a step; every rank raises if one cannot read its own, or if SIGTERM has come to one."""
+        start = time.perf_counter()
+        found, fault = [], None
+        try:
+            found = [next(items) for _ in range(count)]
+        except Exception as error:
+            fault = reading_fault(error)
+        at.waited += time.perf_counter() - start
+        self._stop_if_asked(at)  # also where a worker died of the same signal
+        faults = [error for error in ranks.gather(fault) if error is not None] if self._any(fault) else []
+        if faults:
+            self._save(at.to_dict())
+            raise faults[0]
+        return found
+
+    def _stop_if_asked(self, at: Progress) -> None:
+        if self._any(self.termination.received):
+            self._save(at.to_dict())
+            raise Preempted(str(at))
+
+    def _any(self, condition: object) -> bool:
+        """Whether it holds on any rank."""
+        held = bool(condition)
+        if self.world > 1:
+            held = bool(ranks.total(torch.tensor(float(held), device=self.device)))
+        return held
+
+    @contextmanager
+    def _kept_if_a_worker_dies(self, at: Progress) -> Iterator[None]:
+        """torch raises for a dead worker wherever the program stands: what can be saved there is saved."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_worker_death(error):
+                raise
+            if at.whole and self.world == 1:
+                self._save(at.to_dict())
+            raise reading_fault(error) from None
+
+    def _calibrate(self, batch: list[int], parts: list[tuple[Tensor, Tensor]]) -> None:
+        images = parts[0][0]
+        if len(images) < len(batch):  # every rank looks at the whole batch
+            whole = default_collate([self.train_set[i][0] for i in batch])
+            images = whole.to(self.device, memory_format=torch.channels_last)
+        self.model.calibrate(images)
+        ranks.take_from_first(self.model.state_dict().values())
+        if self.average is not None:
+            self.average.load_state_dict(self.model.state_dict())
+
+    def _step(self, parts: list[tuple[Tensor, Tensor]], count: int) -> tuple[dict[str, Tensor], str]:
+        """An optimiser step on this rank's share of a batch of `count` images: the batch's losses, the outcome."""
+        statistics = self._survey(parts) if len(parts) > 1 else None
+        self.optimizer.zero_grad(set_to_none=True)
+        found = []
+        for number, (images, mos) in enumerate(parts):
+            if statistics is not None:
+                statistics.current = number
+            with self._communicating(number + 1 == len(parts)):
+                losses = self._losses(images, mos, statistics, len(parts) * self.world * len(images) / count)
+                self.scaler.scale(losses["loss"] / len(parts)).backward()
+            found.append({name: value.detach().float() for name, value in losses.items()})
+        if statistics is not None:
+            self.model.neck.track(statistics)
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+        whole = self._mean(found)
+        return whole, self._update(whole["loss"], norm)
+
+    def _losses(
+        self, images: Tensor, mos: Tensor, statistics: BatchStatistics | None, share: float
+    ) -> dict[str, Tensor]:
+        """Losses whose means over micro-batches and ranks are the batch's; `share` is 1 where all are as large."""
         config = self.config
         regularised = config.weight_gradient > 0
         randomness = Randomness(self.device) if regularised else None
         images.requires_grad_(regularised)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            scores, auxiliary = self.model(images, return_losses=True)
+            options = {} if statistics is None else {"statistics": statistics}
+            scores, auxiliary = self.forward(images, return_losses=True, **options)
             if randomness is not None:
                 penalty = gradient_norm(self.model, images, scores, config, randomness)
-                auxiliary = {**auxiliary, "gradient": penalty}
+                auxiliary = {**auxiliary, "gradient": share * penalty}
         mse = F.mse_loss(scores.float(), mos)
+        if share != 1:
+            mse = share * mse
         loss = mse
         for name, value in auxiliary.items():
             loss = loss + getattr(config, f"weight_{name}") * value.float()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
-        self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
-        # The loss scaler skips steps whose gradients overflow, and lowers its scale: those are no divergence.
-        finite = bool(torch.isfinite(loss.detach() if self.scaler.is_enabled() else loss.detach() + norm))
-        if finite:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            self.model.clamp_()
-        losses = {
+        return {
             "loss": loss,
             "loss_mse": mse,
             **{f"loss_{name}": value for name, value in auxiliary.items()},
         }
-        return {name: value.detach().float() for name, value in losses.items()}, finite
 
-    def _validate(self, row: dict[str, Any]) -> dict[str, Any]:
+    @torch.no_grad()
+    def _survey(self, parts: list[tuple[Tensor, Tensor]]) -> BatchStatistics | None:
+        """What the whole batch says together, by a first pass without gradients that draws what the second will."""
+        if not isinstance(self.model.neck, SRMNeck):
+            return None
+        statistics = BatchStatistics()
+        with (
+            torch.random.fork_rng([self.device] if self.device.type == "cuda" else []),
+            torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None),
+        ):
+            for images, _ in parts:
+                self.model(images, return_losses=True, statistics=statistics)
+        statistics.finish()
+        return statistics
+
+    def _communicating(self, last: bool) -> AbstractContextManager[Any]:
+        """Gradients travel between ranks with the last micro-batch."""
+        if last or not isinstance(self.forward, DistributedDataParallel):
+            return nullcontext()
+        return self.forward.no_sync()
+
+    def _mean(self, found: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Losses of the whole batch, on every rank."""
+        if len(found) * self.world == 1:
+            return found[0]
+        own = torch.stack([torch.stack([*losses.values()]) for losses in found]).mean(0)
+        return dict(zip(found[0], ranks.total(own) / self.world, strict=True))
+
+    def _update(self, loss: Tensor, norm: Tensor) -> str:
+        """Let the optimiser step if it can."""
+        scaled = self.scaler.is_enabled()
+        loss_finite, norm_finite = torch.isfinite(torch.stack([loss, norm.float()])).tolist()
+        if loss_finite and norm_finite:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.model.clamp_()
+            return STEPPED
+        if not scaled:
+            return FAILED
+        # Gradients that overflow at a scale above 1 are no divergence: the scaler skips the step and lowers its scale.
+        outcome = FAILED if not loss_finite or self.scaler.get_scale() <= 1 else SKIPPED
+        self.scaler.update()
+        return outcome
+
+    def _check(self, outcome: str, at: Progress, batch: list[int]) -> None:
+        at.failures = at.failures + 1 if outcome == FAILED else 0
+        if outcome != FAILED or (self.scaler.is_enabled() and at.failures < SKIPS):
+            return
+        names = ", ".join(self.train_set.names[i] for i in batch)
+        before = f" and the {SKIPS - 1} before it" if self.scaler.is_enabled() else ""
+        raise DivergenceError(
+            f"the loss or its gradient is not finite in epoch {at.epoch + 1}, batch {at.step + 1} of "
+            f"{at.steps}{before}: {names}; try a lower learning rate or precision fp32"
+        )
+
+    def _validate(self, row: dict[str, Any], done: dict[str, Any]) -> dict[str, Any]:
+        """Judge the epoch; whatever stops that, the training of the epoch is saved."""
+        try:
+            with self.termination.at_once():
+                return self._judge(row)
+        except Preempted:
+            self._save(done)
+            raise Preempted(f"epoch {row['epoch']}, before its validation") from None
+        except Exception as error:
+            self._save(done)
+            raise reading_fault(error) from None
+
+    def _judge(self, row: dict[str, Any]) -> dict[str, Any]:
         scores = predict(
-            self.model,
+            self._judged,
             self.val_set,
             batch_size=self.config.batch_size,
             workers=self.workers,
@@ -274,8 +506,8 @@ class _Run:
         count = min(self.config.batch_size, len(self.val_set))
         chosen = np.linspace(0, len(self.val_set) - 1, count).round().astype(int)
         images = torch.stack([self.val_set[int(i)][0] for i in chosen]).to(self.device)
-        with evaluating(self.model), torch.no_grad(), seeded(self.config.seed):
-            return dict(self.model.diagnose(images))
+        with evaluating(self._judged), torch.no_grad(), seeded(self.config.seed):
+            return dict(self._judged.diagnose(images))
 
 
 def _device(device: torch.device | str | None) -> torch.device:
@@ -284,10 +516,23 @@ def _device(device: torch.device | str | None) -> torch.device:
     return torch.device(device)
 
 
-def _capped(output: Any) -> list[Tensor]:
-    """Which images of a batch the gain cap acted on; nothing from a neck without a cap."""
-    gain = getattr(output, "gain", None)
-    return [] if gain is None else [(gain.detach() < 1).float()]
+@contextmanager
+def _compiled(model: Any, backend: str | None) -> Iterator[None]:
+    """Backbone and head through torch.compile for the length of a block; the neck's operators stay as they are."""
+    if backend is None:
+        yield
+        return
+    known = torch._dynamo.list_backends(exclude_tags=())
+    if backend not in known:
+        raise ValueError(f"compile={backend!r}: expected one of {', '.join(map(repr, known))}")
+    parts = (model.backbone, model.head)
+    for part in parts:
+        part.compile(backend=backend)
+    try:
+        yield
+    finally:
+        for part in parts:
+            part._compiled_call_impl = None
 
 
 def _identify(dataset: Any) -> str:
@@ -341,5 +586,5 @@ def _summary(row: dict[str, Any], epochs: int) -> str:
     return (
         f"epoch {row['epoch']}/{epochs}: loss {row['loss']:.4f}, "
         f"validation SROCC {figure(row['val_srocc'])}, PLCC {figure(row['val_plcc'])}, "
-        f"{row['images_per_second']:.1f} images/s, {row['seconds']:.0f} s"
+        f"{row['images_per_second']:.1f} images/s, {row['seconds']:.0f} s, {row['data_share']:.0%} waiting for data"
     )

@@ -55,6 +55,18 @@ def warmup_steps(config: SRMConfig, steps_per_epoch: int) -> int:
     return min(config.warmup_epochs * steps_per_epoch, config.epochs * steps_per_epoch // 4)
 
 
+@torch.no_grad()
+def average_weights(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """Let the average follow after step `step` (from 0), closely at first: min(decay, (1 + t) / (10 + t)).
+
+    Buffers are the model's own: they are averages already, or constant.
+    """
+    weight = 1 - min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_([*average.parameters()], [*model.parameters()], weight)
+    for own, other in zip(average.buffers(), model.buffers(), strict=True):
+        own.copy_(other)
+
+
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """The dtype to autocast to, None for fp32; `auto`: bf16 on a GPU that has it, fp16 on others, fp32 on CPU."""
     if precision == "auto":

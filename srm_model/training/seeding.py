@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +14,11 @@ import torch.utils.deterministic
 
 
 @contextmanager
-def seeded(*entropy: int) -> Iterator[None]:
-    """Seed Python, NumPy and PyTorch from non-negative integers, and restore all three at the end."""
+def seeded(*entropy: int, rank: int = 0) -> Iterator[None]:
+    """Seed Python, NumPy and PyTorch from non-negative integers, and restore all three at the end.
+
+    Ranks share all generators but the GPU's: what is drawn for a whole batch is drawn on the CPU.
+    """
     seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 — the global state is what is kept
     # Only a GPU that is in use has a state worth keeping; asking for the others' would start them.
@@ -23,11 +27,44 @@ def seeded(*entropy: int) -> Iterator[None]:
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002 — libraries that draw from the global state
         torch.manual_seed(seed)
+        if rank > 0 and torch.cuda.is_initialized():
+            torch.cuda.manual_seed(int(np.random.SeedSequence((*entropy, rank)).generate_state(1)[0]))
         try:
             yield
         finally:
             random.setstate(python)
             np.random.set_state(numpy)  # noqa: NPY002
+
+
+def random_state() -> dict[str, Any]:
+    """The state of Python's, NumPy's and PyTorch's generators, the GPU's in use included, as plain JSON values."""
+    version, python, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
+    return {
+        "python": [version, list(python), gauss],
+        "numpy": [kind, np.asarray(keys).tolist(), position, has_gauss, cached],
+        "torch": _encoded(torch.get_rng_state()),
+        "cuda": _encoded(torch.cuda.get_rng_state()) if torch.cuda.is_initialized() else None,
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put back what `random_state` gave; inside `seeded`, which restores the caller's."""
+    version, python, gauss = state["python"]
+    random.setstate((version, tuple(python), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, np.array(keys, np.uint32), position, has_gauss, cached))  # noqa: NPY002
+    torch.set_rng_state(_decoded(state["torch"]))
+    if state["cuda"] is not None and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(_decoded(state["cuda"]))
+
+
+def _encoded(state: torch.Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode()
+
+
+def _decoded(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
 
 
 @contextmanager

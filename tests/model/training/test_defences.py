@@ -34,7 +34,8 @@ def fit(folder: Path, config: SRMConfig, **changes: Any) -> list[dict[str, Any]]
 
 
 def without_times(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in history]
+    times = ("seconds", "images_per_second", "data_share")
+    return [{k: v for k, v in row.items() if k not in times} for row in history]
 
 
 class Linear(nn.Module):

@@ -27,7 +27,10 @@ def fit(folder: Path, model: ToyModel | None = None, **changes: Any) -> list[dic
 
 
 def without_times(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in history]
+    return [
+        {k: v for k, v in row.items() if k not in ("seconds", "images_per_second", "data_share")}
+        for row in history
+    ]
 
 
 def test_the_history_and_the_files_of_a_run(tmp_path: Path):
@@ -167,10 +170,16 @@ def test_resuming_something_else_is_refused(tmp_path: Path, changes: dict[str, A
     assert len(fit(tmp_path, resume=False, **changes)) == changes.get("config", CONFIG).epochs
 
 
-def test_a_damaged_state_is_a_sentence(tmp_path: Path):
-    fit(tmp_path)
-    path = tmp_path / "state.safetensors"
-    path.write_bytes(path.read_bytes()[:-9])
+def test_a_damaged_state_is_a_warning_while_the_one_before_it_is_whole(tmp_path: Path):
+    history = fit(tmp_path)
+    path, before = tmp_path / "state.safetensors", tmp_path / "state.previous.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
+    with pytest.warns(UserWarning, match=r"state\.safetensors: not readable .* from state\.previous\.saf"):
+        assert without_times(fit(tmp_path)) == without_times(history)
+    assert load_file(path).keys() == load_file(before).keys()
+    for damaged in (path, before):
+        damaged.write_bytes(whole[:-9])
     with pytest.raises(ValueError, match=r"state\.safetensors: not readable as safetensors"):
         fit(tmp_path)
 

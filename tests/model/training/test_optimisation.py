@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from toy import CONFIG, ToyModel
 
-from srm_model.training.loop import epoch_batches
+from srm_model.training.batches import epoch_batches
 from srm_model.training.optimisation import autocast_dtype, lr_factor, parameter_groups, warmup_steps
 
 

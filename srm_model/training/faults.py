@@ -1,0 +1,80 @@
+"""What can end a training early, and the sentence for each."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, Self
+
+
+class DivergenceError(RuntimeError):
+    """The loss or a gradient stopped being finite; the message names the images of that batch."""
+
+
+class WorkerError(RuntimeError):
+    """A process that loads images died."""
+
+
+class Preempted(BaseException):
+    """SIGTERM came, and the training is saved; like KeyboardInterrupt no `Exception`, which others might swallow."""
+
+
+class Termination:
+    """SIGTERM noted instead of obeyed for the length of a block, then as it was before.
+
+    received: whether it came. Only the main thread can do this; in others SIGTERM keeps its meaning.
+    """
+
+    def __init__(self) -> None:
+        self.received = False
+        self._at_once = False
+        self._before: Any = None
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """A block in which SIGTERM raises Preempted where the program stands, and at the start if it came before."""
+        self._at_once = True
+        try:
+            if self.received:
+                raise Preempted
+            yield
+        finally:
+            self._at_once = False
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+        if self._at_once:
+            raise Preempted
+
+
+def is_worker_death(error: BaseException) -> bool:
+    """Whether torch's DataLoader raised this for a worker that was killed."""
+    return isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
+
+
+def reading_fault(error: Exception) -> Exception:
+    """What went wrong in reading images, in one sentence; an error that is none of those known is returned as it is.
+
+    A worker's error arrives as its whole traceback, whose last line is the sentence.
+    """
+    if is_worker_death(error):
+        return WorkerError(
+            f"a process that loads images was killed ({str(error).splitlines()[0]}); too little memory, shared memory "
+            "included, is the usual cause: try fewer --workers"
+        )
+    if not isinstance(error, ValueError | OSError):
+        return error
+    last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    return ValueError(last.removeprefix(f"{type(error).__name__}: "))

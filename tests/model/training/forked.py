@@ -1,0 +1,57 @@
+"""Tests that need processes of their own: forked, so that none has to import torch again."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_FORK = multiprocessing.get_context("fork")
+
+
+def start(function: Callable[..., Any], *arguments: Any) -> Any:
+    """A process that runs `function` and exits with what it returns, an exit code (None: 0), or with 99."""
+
+    def run() -> None:
+        torch.set_num_threads(1)
+        try:
+            code = function(*arguments) or 0
+        except BaseException:
+            traceback.print_exc()
+            code = 99
+        os._exit(code)  # none of pytest's own affairs at exit
+
+    process = _FORK.Process(target=run)
+    process.start()
+    return process
+
+
+def on_ranks(world: int, function: Callable[..., Any], *arguments: Any, join: bool = True) -> None:
+    """Run `function(*arguments)` on every rank; fails unless all succeed.
+
+    The environment is torchrun's. With `join` the ranks are in a Gloo group before, else `function` sees to it.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def one(rank: int) -> Any:
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
+        os.environ |= {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
+        if not join:
+            return function(*arguments)
+        dist.init_process_group("gloo")
+        function(*arguments)
+        dist.destroy_process_group()
+        return 0
+
+    processes = [start(one, rank) for rank in range(world)]
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * world

@@ -17,7 +17,6 @@ from srm_model.cli.options import (
 )
 
 LATER = {
-    "ablate": "train and attack the article's ablations",
     "diagnose": "conditioning, scale and gate statistics of a checkpoint",
     "profile": "time and memory of the neck and its operators",
 }
@@ -130,6 +129,14 @@ def _parser() -> argparse.ArgumentParser:
             "audit:run",
             "ten checks that tell a hard model from a masked one",
             "Writes audit.json and audit.html into the checkpoint's folder. The exit code is 1 where a check failed.",
+        )
+    )
+    _add_ablate(
+        command(
+            "ablate",
+            "ablate:run",
+            "train, attack and measure what a study file declares",
+            "Results are lines of OUT/results.jsonl; what is there is not repeated. The README describes the file.",
         )
     )
     for name, summary in LATER.items():
@@ -308,6 +315,13 @@ def _add_audit(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
 
 
+def _add_ablate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("study", metavar="STUDY", help="a .toml or .json file")
+    parser.add_argument("--out", required=True, metavar="OUT", help="folder of runs and results")
+    parser.add_argument("--dry-run", action="store_true", help="only list what is missing")
+    add_device(parser, workers=True)
+
+
 def _add_score(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint", metavar="CHECKPOINT", help="a checkpoint folder, or a run that holds one"
@@ -321,8 +335,18 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="RUN", help="a run folder")
+    parser.add_argument("folder", metavar="RUN", help="a run folder, or the folder of a study")
     parser.add_argument("--out", metavar="FILE", help="the page (default: RUN/report.html)")
+    parser.add_argument(
+        "--table",
+        type=positive,
+        nargs="+",
+        metavar="N",
+        help="of a study: only these of the article's tables, 1 to 11, printed as Markdown too",
+    )
+    parser.add_argument(
+        "--figure", type=positive, nargs="+", metavar="N", help="of a study: only these, 3 to 5"
+    )
 
 
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:

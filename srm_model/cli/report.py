@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-from srm_model.reports import write_report
+from srm_model.reports import write_report, write_study
+from srm_model.reports.records import STUDY
+from srm_model.reports.tables import markdown
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the page and print its path."""
+    """Write the page of a run or a study, or some of a study's tables and figures, and print the paths."""
+    if (Path(args.folder) / STUDY).is_file():
+        found, written = write_study(
+            args.folder, table_numbers=args.table, figure_numbers=args.figure, out=args.out
+        )
+        for table in found if args.table is not None else []:
+            print(markdown(table))
+        print("\n".join(map(str, written)))
+        return
+    if args.table is not None or args.figure is not None:
+        raise ValueError(f"{args.folder}: holds no {STUDY}; tables and figures by number are a study's")
     print(write_report(args.folder, args.out))

@@ -96,7 +96,7 @@ def recorded(folder: Path, arguments: Sequence[str], **about: Any) -> Iterator[d
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         **known,
         "command": commands if command in commands else [*commands, command],
-        "versions": _versions(),
+        "versions": versions(),
     }
     write_json(path, record)
     start = time.perf_counter()
@@ -107,7 +107,8 @@ def recorded(folder: Path, arguments: Sequence[str], **about: Any) -> Iterator[d
         write_json(path, record)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of what results depend on."""
     found = {"python": platform.python_version()}
     for package in ("srm-iqa", "torch", "timm", "numpy"):
         try:

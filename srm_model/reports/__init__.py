@@ -8,8 +8,9 @@ from srm_model.files import write_text
 from srm_model.reports.audit import write_audit
 from srm_model.reports.page import render
 from srm_model.reports.run import read_run
+from srm_model.reports.study import write_study
 
-__all__ = ["write_audit", "write_report"]
+__all__ = ["write_audit", "write_report", "write_study"]
 
 
 def write_report(run: str | Path, out: str | Path | None = None) -> Path:

@@ -1,0 +1,406 @@
+"""`srm-iqa ablate`: train, evaluate, attack and measure what a study file declares, and only what is missing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from srm_model.attacks import MSE, Attack, PairInversion, Suite, sweep_steps, transfer
+from srm_model.checkpoint import CONFIG, read_card
+from srm_model.cli import runs
+from srm_model.cli.attack import attack_checkpoint
+from srm_model.cli.study import FULL, Model, Study, read_study
+from srm_model.cli.train import EVALUATION, logistic_of, new_model, train_neck
+from srm_model.files import read_json, write_json
+from srm_model.model import build_model
+from srm_model.reports.records import STUDY, Records
+from srm_model.training.loop import HISTORY
+
+_TIMED_PASSES = 7
+
+
+class Job(NamedTuple):
+    """One line of results: what it is of, and how it is measured where it is missing."""
+
+    kind: str
+    identity: dict[str, Any]
+    label: str
+    measure: Callable[[], dict[str, Any]]
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do the jobs that `results.jsonl` lacks, one line for each, and say what there is."""
+    study = read_study(args.study)
+    out = Path(args.out)
+    device = runs.device_from(args.device)
+    records = Records(out)
+    jobs = list(_jobs(study, out, device, args))
+    missing = [job for job in jobs if records.find(job.kind, job.identity) is None]
+    if args.dry_run:
+        for job in missing:
+            print(job.label)
+        print(f"{len(missing)} of {len(jobs)} results are missing")
+        return
+    write_json(out / STUDY, study.to_dict())
+    if device.type == "cpu":
+        runs.keep_memory()
+    with runs.recorded(out, args.arguments, title=study.title):
+        for number, job in enumerate(missing, start=1):
+            if not args.no_progress:
+                runs.say(f"{number}/{len(missing)} {job.label}")
+            start = time.perf_counter()
+            values = job.measure()
+            records.add(
+                {
+                    "kind": job.kind,
+                    "identity": job.identity,
+                    "values": values,
+                    "seconds": round(time.perf_counter() - start, 1),
+                    "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                    "device": _device_name(device),
+                    "versions": runs.versions(),
+                    "commit": _commit(),
+                }
+            )
+    rows = [
+        [kind, sum(line["kind"] == kind for line in records.lines)]
+        for kind in dict.fromkeys(j.kind for j in jobs)
+    ]
+    print(runs.table(["results", "lines"], rows))
+    print(f"tables and figures: srm-iqa report {out}")
+
+
+def _jobs(study: Study, out: Path, device: torch.device, args: argparse.Namespace) -> Iterator[Job]:
+    opened: dict[Any, dict[str, Any]] = {}
+
+    def splits(model: Model) -> dict[str, Any]:
+        key = model.data, model.config.seed, model.config.image_size
+        if key not in opened:
+            opened[key] = runs.open_splits(study.data[model.data], model.config)
+        return opened[key]
+
+    progress = not args.no_progress
+    grid = list(study.models())
+    for model in grid:
+        yield Job(
+            "clean",
+            {**model.identity, "fingerprint": splits(model)["test"].fingerprint},
+            f"train {_label(model)}",
+            lambda model=model: _train(study, model, out, splits(model), device, args),  # type: ignore[misc]
+        )
+        if model.neck != "none":
+            yield Job(
+                "diagnostics",
+                model.identity,
+                f"diagnose {_label(model)}",
+                lambda model=model: _diagnose(out / model.folder, splits(model)["test"], device),  # type: ignore[misc]
+            )
+    for model in grid:
+        for norm, eps in study.budgets:
+            yield Job(
+                "attack",
+                {**model.identity, "norm": norm, "eps": eps, "images": study.images, "suite": study.suite},
+                f"attack {_label(model)}, {norm} {eps:.4g}",
+                lambda model=model, norm=norm, eps=eps: _attack(  # type: ignore[misc]
+                    study, model, out, splits(model)["test"], device, norm, eps, progress
+                ),
+            )
+    yield from _sweeps(study, grid, out, splits, device)
+    yield from _transfers(study, grid, out, splits, device)
+    if study.efficiency:
+        for backbone in study.backbones:
+            for neck in study.necks:
+                yield Job(
+                    "efficiency",
+                    {
+                        "backbone": backbone,
+                        "neck": neck,
+                        "config": study.config.to_dict(),
+                        "device": device.type,
+                    },
+                    f"measure {backbone}, {neck}",
+                    lambda backbone=backbone, neck=neck: _efficiency(backbone, neck, study, device),  # type: ignore[misc]
+                )
+
+
+def _train(
+    study: Study,
+    model: Model,
+    out: Path,
+    splits: dict[str, Any],
+    device: torch.device,
+    args: argparse.Namespace,
+) -> dict[str, Any]:
+    folder = out / model.folder
+    train_neck(
+        new_model(model.backbone, model.neck, model.config, pretrained=study.pretrained),
+        folder,
+        splits,
+        device=device,
+        freeze_backbone=study.freeze_backbone,
+        workers=args.workers,
+        progress=not args.no_progress,
+    )
+    found, document = read_json(folder / EVALUATION), read_card(folder)
+    return {
+        **{key: found[key] for key in ("srocc", "plcc", "n", "labels")},
+        "val": document["card"]["val"],
+        "epoch": document["card"]["epoch"],
+        "sha256": document["sha256"],
+        "folder": str(model.folder),
+    }
+
+
+def _attack(
+    study: Study,
+    model: Model,
+    out: Path,
+    dataset: Any,
+    device: torch.device,
+    norm: str,
+    eps: float,
+    progress: bool,
+) -> dict[str, Any]:
+    folder = out / model.folder
+    found = attack_checkpoint(
+        folder,
+        dataset,
+        norm=norm,
+        eps=eps,
+        config=model.config,
+        device=device,
+        surrogate=_surrogate(out, model),
+        limit=study.images,
+        suite=study.suite,
+        progress=progress,
+    )
+    return {
+        "clean": {key: found["clean"][key] for key in ("srocc", "plcc")},
+        "attacks": {
+            name: {key: entry[key] for key in ("srocc", "plcc", "loss", "zero_gradients")}
+            for name, entry in found["attacks"].items()
+        },
+        "worst": found["worst"],
+        "incomplete": found["incomplete"],
+        "images": len(found["mos"]),
+        "radius": found["radius"],
+    }
+
+
+def _surrogate(out: Path, model: Model) -> Path | None:
+    """The neck beside it; for an ablation, the one beside the full model."""
+    other = "srm" if model.neck == "none" else "none"
+    full = Model(model.data, model.backbone, other, FULL, model.seed, model.config)
+    path = out / full.folder
+    return path if (path / CONFIG).is_file() else None
+
+
+def _sweeps(
+    study: Study,
+    grid: list[Model],
+    out: Path,
+    splits: Callable[[Model], dict[str, Any]],
+    device: torch.device,
+) -> Iterator[Job]:
+    """Figure 5, on the first data set and backbone at the first budget."""
+    if not study.sweep or not study.budgets:
+        return
+    norm, eps = study.budgets[0]
+    for model in grid:
+        first = (next(iter(study.data)), study.backbones[0], FULL)
+        if (model.data, model.backbone, model.variant) != first:
+            continue
+        pairs = PairInversion(margin=model.config.pair_margin, temperature=model.config.pair_temperature)
+        suite = Suite([Attack("pgd_mse", MSE()), Attack("pgd_pair_inversion", pairs)], model.config)
+
+        def measure(model: Model = model, suite: Suite = suite) -> dict[str, Any]:
+            loaded, card = runs.open_checkpoint(out / model.folder, device)
+            rows = sweep_steps(
+                suite,
+                loaded,
+                splits(model)["test"],
+                norm=norm,
+                eps=eps,
+                logistic=logistic_of(card),
+                batch_size=model.config.attack_batch_size,
+                seed=model.config.seed,
+                limit=study.images,
+            )
+            return {"rows": rows}
+
+        identity = {**model.identity, "norm": norm, "eps": eps, "images": study.images}
+        yield Job("sweep", identity, f"sweep steps of {_label(model)}", measure)
+
+
+def _transfers(
+    study: Study,
+    grid: list[Model],
+    out: Path,
+    splits: Callable[[Model], dict[str, Any]],
+    device: torch.device,
+) -> Iterator[Job]:
+    """Table 10: between the necks of a backbone, and between backbones, in every direction."""
+    full = {(m.data, m.seed, m.backbone, m.neck): m for m in grid if m.variant == FULL}
+    for data in study.data:
+        for seed in study.seeds:
+            groups = [[(backbone, neck) for neck in study.necks] for backbone in study.backbones]
+            groups += [
+                [(backbone, neck) for backbone in pair] for pair in study.transfer for neck in study.necks
+            ]
+            for group in groups:
+                for norm, eps in study.budgets if len(group) > 1 else ():
+                    members = [full[data, seed, *entry] for entry in group]
+
+                    def measure(
+                        members: list[Model] = members, norm: str = norm, eps: float = eps
+                    ) -> dict[str, Any]:
+                        opened = {
+                            f"{m.backbone}/{m.neck}": runs.open_checkpoint(out / m.folder, device)
+                            for m in members
+                        }
+                        found = transfer(
+                            {name: model for name, (model, _) in opened.items()},
+                            splits(members[0])["test"],
+                            norm=norm,
+                            eps=eps,
+                            config=members[0].config,
+                            logistics={name: logistic_of(card) for name, (_, card) in opened.items()},
+                            batch_size=members[0].config.attack_batch_size,
+                            seed=members[0].config.seed,
+                            limit=study.images,
+                        )
+                        keys = ("source", "target", "srocc", "plcc")
+                        return {
+                            "clean": {
+                                name: {key: entry[key] for key in ("srocc", "plcc")}
+                                for name, entry in found["clean"].items()
+                            },
+                            "pairs": [{key: pair[key] for key in keys} for pair in found["pairs"]],
+                        }
+
+                    identity = {
+                        "data": data,
+                        "seed": seed,
+                        "models": [f"{m.backbone}/{m.neck}" for m in members],
+                        "config": members[0].config.to_dict(),
+                        "norm": norm,
+                        "eps": eps,
+                        "images": study.images,
+                    }
+                    names = ", ".join(f"{m.backbone}/{m.neck}" for m in members)
+                    yield Job("transfer", identity, f"transfer between {names}, {norm} {eps:.4g}", measure)
+
+
+def _diagnose(folder: Path, dataset: Any, device: torch.device) -> dict[str, Any]:
+    """Tables 1 and 2, figures 3 and 4: the model's own figures over the test set, and over the epochs."""
+    model, _ = runs.open_checkpoint(folder, device)
+    size = model.config.batch_size
+    links: dict[str, list[Any]] = {}
+    gate: dict[str, list[Any]] = {"entropy": [], "weights": [], "gain": [], "norm": []}
+    for start in range(0, len(dataset), size):
+        chosen = range(start, min(start + size, len(dataset)))
+        images = torch.stack([dataset[index][0] for index in chosen]).to(device)
+        for link in model.diagnose(images)["links"].values():
+            for name, value in link.items():
+                links.setdefault(name, []).append(value)
+        with torch.no_grad():
+            output = model.neck_output(images)
+        weights = output.weights.float()
+        gate["weights"] += weights.tolist()
+        gate["entropy"] += torch.special.entr(weights).sum(-1).tolist()
+        gate["gain"] += output.gain.tolist()
+        gate["norm"] += output.norm.tolist()
+    return {
+        "links": {name: _spread(values) for name, values in links.items()},
+        "gate": gate,
+        "trajectory": _trajectory(folder / HISTORY),
+    }
+
+
+def _spread(values: list[Any]) -> dict[str, float]:
+    """Median and 90th percentile over links, heads and batches; where a batch has those already, their medians."""
+    if isinstance(values[0], dict):
+        return {key: float(np.median([value[key] for value in values])) for key in ("median", "p90")}
+    flat = np.concatenate([np.atleast_1d(value) for value in values])
+    return {"median": float(np.median(flat)), "p90": float(np.quantile(flat, 0.9))}
+
+
+def _trajectory(path: Path) -> list[dict[str, Any]]:
+    """τ and the scale before and after it, medians over links and heads, by epoch."""
+    rows = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(text)
+        entry = {"epoch": row["epoch"]}
+        for name in ("tau", "sigma_before_tau", "sigma_after_tau"):
+            values = [np.atleast_1d(link[name]) for link in row["diagnostics"]["links"].values()]
+            entry[name] = float(np.median(np.concatenate(values)))
+        rows.append(entry)
+    return rows
+
+
+def _efficiency(backbone: str, neck: str, study: Study, device: torch.device) -> dict[str, Any]:
+    """Table 3: the neck alone on one image, in bf16 on a GPU and fp32 elsewhere."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model: Any = build_model(backbone, neck=neck, config=study.config).to(device)
+    side = study.config.image_size
+    image = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device)
+    gpu = device.type == "cuda"
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=gpu):
+        pyramid = model.pyramid(image)
+        with FlopCounterMode(display=False) as counted:
+            model.neck(pyramid)
+        if gpu:
+            torch.cuda.reset_peak_memory_stats(device)
+            held = torch.cuda.memory_allocated(device)
+        times = []
+        for repeat in range(-2, _TIMED_PASSES):
+            if gpu:
+                torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            model.neck(pyramid)
+            if gpu:
+                torch.cuda.synchronize(device)
+            if repeat >= 0:
+                times.append(1e3 * (time.perf_counter() - start))
+        peak = (torch.cuda.max_memory_allocated(device) - held) / 2**20 if gpu else None
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.neck.parameters()),
+        "macs": counted.get_total_flops() / 2,
+        "milliseconds": statistics.median(times),
+        "peak_mib": peak,
+        "precision": "bf16" if gpu else "fp32",
+        "image_size": side,
+        "channels": model.backbone.channels,
+    }
+
+
+def _label(model: Model) -> str:
+    variant = "" if model.variant == FULL else f", {model.variant}"
+    return f"{model.neck} on {model.backbone}, {model.data}{variant}, seed {model.seed}"
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _commit() -> str | None:
+    """The commit that runs, with a + where files differ from it; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        command = ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None

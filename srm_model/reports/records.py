@@ -1,0 +1,96 @@
+"""A study's results: JSON lines, one for each thing that was measured."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from srm_model.files import finite, read_json, write_text
+from srm_model.reports.text import fixed
+
+RESULTS, STUDY = "results.jsonl", "study.json"
+PLUS_MINUS = "±"
+
+
+class Records:
+    """The lines of `results.jsonl`, each {"kind", "identity", "values", …}; a line that a kill cut short is dropped."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.path = Path(folder) / RESULTS
+        self.lines: list[dict[str, Any]] = []
+        if self.path.is_file():
+            for text in self.path.read_text(encoding="utf-8").splitlines():
+                try:
+                    line = json.loads(text)
+                except json.JSONDecodeError:
+                    continue
+                if isinstance(line, dict) and {"kind", "identity", "values"} <= line.keys():
+                    self.lines.append(line)
+
+    def find(self, kind: str, identity: dict[str, Any]) -> dict[str, Any] | None:
+        """The line of that identity, None where it has yet to be measured."""
+        wanted = json.loads(json.dumps(identity))  # tuples are lists there
+        for line in self.lines:
+            if line["kind"] == kind and line["identity"] == wanted:
+                return line
+        return None
+
+    def add(self, line: dict[str, Any]) -> None:
+        self.lines.append(json.loads(json.dumps(finite(line))))
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines)
+        write_text(self.path, text)
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        return [line for line in self.lines if line["kind"] == kind]
+
+
+@dataclass(frozen=True)
+class StudyResults:
+    """What tables and figures are made of."""
+
+    title: str
+    study: dict[str, Any]
+    records: Records
+
+    @classmethod
+    def read(cls, folder: str | Path) -> StudyResults:
+        study = read_json(Path(folder) / STUDY)
+        if not isinstance(study, dict) or "config" not in study:
+            raise ValueError(f"{Path(folder) / STUDY}: not a study of this program")
+        return cls(str(study.get("title", "Study")), study, Records(folder))
+
+
+def grouped(lines: Sequence[dict[str, Any]], *keys: str) -> list[list[dict[str, Any]]]:
+    """Lines by what they have in common in their identity, in the order of the first of each."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        groups.setdefault(json.dumps([line["identity"].get(key) for key in keys]), []).append(line)
+    return list(groups.values())
+
+
+def over_seeds(lines: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], Any]) -> str:
+    """Mean ± standard deviation (n − 1) over lines that differ by seed; the value alone where there is one."""
+    numbers = [
+        math.nan if item is None else float(item) for item in map(value, (line["values"] for line in lines))
+    ]
+    if not numbers:
+        return fixed(math.nan)
+    mean = fixed(float(np.mean(numbers)))
+    if len(numbers) == 1:
+        return mean
+    return f"{mean} {PLUS_MINUS} {fixed(float(np.std(numbers, ddof=1)))}"
+
+
+def mean_of(lines: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], Any]) -> float:
+    numbers = [value(line["values"]) for line in lines]
+    return (
+        float(np.mean([math.nan if item is None else float(item) for item in numbers]))
+        if numbers
+        else math.nan
+    )

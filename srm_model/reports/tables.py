@@ -1,0 +1,412 @@
+"""Tables 1 to 11 of the article, from a study's results."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from srm_model.config import SRMConfig
+from srm_model.reports.blocks import caption, missing, row, table
+from srm_model.reports.markup import Markup, element, join
+from srm_model.reports.records import StudyResults, grouped, mean_of, over_seeds
+from srm_model.reports.text import DASH, attack_text, budget_text, fixed, setting, signed, significant
+
+FULL = "full"
+
+
+class Table(NamedTuple):
+    """One table, its cells as text; the first `words` columns are words, the others numbers."""
+
+    number: int
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    note: str
+    words: int = 1
+
+
+def tables(results: StudyResults, numbers: Sequence[int] | None = None) -> list[Table]:
+    """The tables asked for, by default all; one whose results are missing has no rows and says so in its note."""
+    for number in numbers or ():
+        if number not in _BUILDERS:
+            raise ValueError(f"table {number}: the article's tables are 1 to {max(_BUILDERS)}")
+    return [_BUILDERS[number](results) for number in numbers or _BUILDERS]
+
+
+def markdown(found: Table) -> str:
+    """The table as a heading, a Markdown table and its note."""
+    lines = [f"### Table {found.number}. {found.title}", ""]
+    if found.rows:
+        rules = [":---" if i < found.words else "---:" for i in range(len(found.columns))]
+        lines += ["| " + " | ".join(cells) + " |" for cells in (found.columns, rules, *found.rows)]
+        lines.append("")
+    lines += [found.note, ""]
+    return "\n".join(line.replace("\n", " ") for line in lines)
+
+
+def html(found: Table) -> Markup:
+    """The table as a page's block."""
+    title = f"Table {found.number}. {found.title}"
+    if not found.rows:
+        return join(element("h3", title), missing(found.note))
+    words = range(found.words)
+    rows = [row(cells[0], *cells[1:], words=words) for cells in found.rows]
+    return join(
+        table(found.columns, rows, words=words, title=title),
+        caption(found.note),
+    )
+
+
+def _made(
+    number: int,
+    title: str,
+    columns: list[str],
+    rows: list[list[str]],
+    note: str,
+    *,
+    needs: str,
+    words: int = 1,
+) -> Table:
+    if not rows:
+        note = f"No results yet: this table needs {needs}."
+    return Table(number, title, columns, rows, note, words)
+
+
+def _where(identity: dict[str, Any]) -> list[str]:
+    variant = identity["variant"]
+    neck = identity["neck"] if variant == FULL else f"{identity['neck']}, {variant}"
+    return [identity["data"], identity["backbone"], neck]
+
+
+def _seeds(lines: Sequence[dict[str, Any]]) -> str:
+    counts = sorted(
+        {len(group) for group in grouped(lines, "data", "backbone", "neck", "variant", "norm", "eps")}
+    )
+    if not counts or counts[-1] == 1:
+        return "One seed."
+    return f"Mean ± standard deviation over {' or '.join(map(str, counts))} seeds."
+
+
+def _conditioning(results: StudyResults) -> Table:
+    def link(name: str, which: str) -> Callable[[dict[str, Any]], Any]:
+        return lambda values: values["links"].get(name, {}).get(which)
+
+    rows = []
+    lines = [line for line in results.records.of("diagnostics") if "kappa" in line["values"]["links"]]
+    for group in grouped(lines, "data", "backbone", "neck", "variant"):
+        cells = [
+            significant(mean_of(group, link(name, which)))
+            for name in ("kappa", "residual", "gain")
+            for which in ("median", "p90")
+        ]
+        rows.append([*_where(group[0]["identity"]), *cells])
+    return _made(
+        1,
+        "Conditioning of the landmark systems",
+        ["Data", "backbone", "neck", "κ median", "κ p90", "ρ median", "ρ p90", "gain median", "gain p90"],
+        rows,
+        "Over all links, heads and test images, in fp32: medians over links and batches of each batch's median and "
+        "90th percentile; mean over seeds. κ = σ_max/σ_min of W_λ, ρ the residual of the solve, gain ‖X‖/‖RV‖.",
+        needs="a neck with Nyström attention",
+        words=3,
+    )
+
+
+def _scale(results: StudyResults) -> Table:
+    rows = []
+    for group in grouped(results.records.of("diagnostics"), "data", "backbone", "neck", "variant"):
+        cells = []
+        for name in ("sigma_before_tau", "sigma_after_tau", "tau"):
+            for which in ("median", "p90"):
+                cells.append(fixed(mean_of(group, lambda values, n=name, w=which: values["links"][n][w])))  # type: ignore[misc]
+        rows.append([*_where(group[0]["identity"]), *cells])
+    return _made(
+        2,
+        "Scale of the attention output before and after τ",
+        ["Data", "backbone", "neck", "σ̄/√d median", "p90", "τσ̄/√d median", "p90", "τ median", "p90"],
+        rows,
+        "Over links and heads, at the best epoch; mean over seeds.",
+        needs="a neck with attention",
+        words=3,
+    )
+
+
+def _efficiency(results: StudyResults) -> Table:
+    rows = []
+    for line in results.records.of("efficiency"):
+        identity, values = line["identity"], line["values"]
+        memory = values["peak_mib"]
+        rows.append(
+            [
+                identity["backbone"],
+                identity["neck"],
+                f"{values['parameters'] / 1e6:.3f}",
+                f"{values['macs'] / 1e9:.3f}",
+                f"{values['milliseconds']:.2f}",
+                DASH if memory is None else f"{memory:.0f}",
+                f"{line['device']}, {values['precision']}",
+            ]
+        )
+    size = results.study["config"]["image_size"]
+    return _made(
+        3,
+        "Cost of the neck alone",
+        ["Backbone", "neck", "parameters (M)", "MACs (G)", "time (ms)", "peak memory (MiB)", "measured on"],
+        rows,
+        f"One image of {size}×{size}, forward. MACs by torch's counter with the operators' formulas; memory on GPUs "
+        "only.",
+        needs="`efficiency = true` in the study",
+        words=2,
+    )
+
+
+def _pyramids(results: StudyResults) -> Table:
+    found = {
+        line["identity"]["backbone"]: line["values"]["channels"] for line in results.records.of("efficiency")
+    }
+    width = str(results.study["config"]["channels"])
+    return _made(
+        4,
+        "Pyramids that the necks read",
+        ["Backbone", "stride 4", "stride 8", "stride 16", "stride 32", "aligned to C"],
+        [[backbone, *map(str, channels), width] for backbone, channels in found.items()],
+        "Channels of the four levels, as the backbone itself says.",
+        needs="`efficiency = true` in the study",
+    )
+
+
+def _hyperparameters(results: StudyResults) -> Table:
+    config, defaults = results.study["config"], SRMConfig().to_dict()
+    rows = [
+        [key, setting(config[key]), setting(default)]
+        for key, default in defaults.items()
+        if key in config and not key.startswith(("attack_", "eps_", "eot_", "pair_", "smoothing_"))
+    ]
+    return _made(
+        5,
+        "Fixed hyperparameters",
+        ["Field of SRMConfig", "in this study", "default"],
+        rows,
+        "Unless ablated; the seed is each run's own.",
+        needs="a study",
+        words=3,
+    )
+
+
+def _clean(results: StudyResults) -> Table:
+    lines = [line for line in results.records.of("clean") if line["identity"]["variant"] == FULL]
+    rows = [
+        [
+            *_where(group[0]["identity"]),
+            over_seeds(group, lambda values: values["srocc"]),
+            over_seeds(group, lambda values: values["plcc"]),
+            str(len(group)),
+        ]
+        for group in grouped(lines, "data", "backbone", "neck")
+    ]
+    return _made(
+        6,
+        "Clean test set",
+        ["Data", "backbone", "neck", "SROCC", "PLCC", "seeds"],
+        rows,
+        f"{_seeds(lines)} SROCC of raw scores; PLCC after the logistic fitted on validation. {_labels(lines)}",
+        needs="trained models",
+        words=3,
+    )
+
+
+def _labels(lines: Sequence[dict[str, Any]]) -> str:
+    metrics = sorted(
+        {line["values"]["labels"] for line in lines if line["values"]["labels"].startswith("metric:")}
+    )
+    if not metrics:
+        return ""
+    names = ", ".join(metric.removeprefix("metric:").upper() for metric in metrics)
+    return f"Labels are values of the metric {names}, not people's opinion."
+
+
+def _attacks(results: StudyResults) -> list[dict[str, Any]]:
+    return [line for line in results.records.of("attack") if line["identity"]["variant"] == FULL]
+
+
+def _by_attack(results: StudyResults) -> Table:
+    lines = _attacks(results)
+    rows = []
+    for group in grouped(lines, "data", "backbone", "neck", "norm", "eps"):
+        identity = group[0]["identity"]
+        for name in group[0]["values"]["attacks"]:
+            same = [line for line in group if name in line["values"]["attacks"]]
+            rows.append(
+                [
+                    *_where(identity),
+                    budget_text((identity["norm"], identity["eps"])),
+                    attack_text(name),
+                    over_seeds(same, lambda values, n=name: values["attacks"][n]["srocc"]),  # type: ignore[misc]
+                    over_seeds(same, lambda values, n=name: values["attacks"][n]["plcc"]),  # type: ignore[misc]
+                ]
+            )
+    return _made(
+        7,
+        "Robust correlations under each attack",
+        ["Data", "backbone", "neck", "budget", "attack", "SROCC", "PLCC"],
+        rows,
+        f"{_seeds(lines)} {_attacked(lines)}",
+        needs="attacks",
+        words=5,
+    )
+
+
+def _worst(results: StudyResults) -> Table:
+    lines = _attacks(results)
+    rows = []
+    for group in grouped(lines, "data", "backbone", "neck", "norm", "eps"):
+        identity = group[0]["identity"]
+        rows.append(
+            [
+                *_where(identity),
+                budget_text((identity["norm"], identity["eps"])),
+                over_seeds(group, lambda values: values["clean"]["srocc"]),
+                over_seeds(group, lambda values: values["worst"]["srocc"]),
+                over_seeds(group, lambda values: values["worst"]["srocc_drop"]),
+                over_seeds(group, lambda values: values["worst"]["plcc"]),
+            ]
+        )
+    return _made(
+        8,
+        "Worst case over the suite",
+        ["Data", "backbone", "neck", "budget", "clean SROCC", "worst SROCC", "drop", "worst PLCC"],
+        rows,
+        f"{_seeds(lines)} The lowest correlation over the attacks of the suite, each run by itself. {_attacked(lines)}",
+        needs="attacks",
+        words=4,
+    )
+
+
+def _attacked(lines: Sequence[dict[str, Any]]) -> str:
+    counts = sorted({line["values"]["images"] for line in lines})
+    without = sorted({name for line in lines for name in line["values"]["incomplete"]})
+    said = f"On {' or '.join(map(str, counts))} test images, clean figures included." if counts else ""
+    if without:
+        said += f" Some without {', '.join(map(attack_text, without))}, for want of a surrogate."
+    return said
+
+
+def _settings(results: StudyResults) -> Table:
+    config = SRMConfig.from_dict(results.study["config"])
+    budgets = [budget_text((norm, eps)) for norm, eps in results.study.get("budgets", [])]
+    rows = [
+        ["Budgets", ", ".join(budgets) or DASH],
+        ["Suite", str(results.study.get("suite", "paper"))],
+        ["PGD steps", str(config.attack_steps)],
+        ["PGD restarts, all from random starts", str(config.attack_restarts)],
+        ["Step, L∞", f"{config.attack_step_linf:g} ε / steps, along the sign"],
+        ["Step, L2", f"{config.attack_step_l2:g} ε / steps, along the normalised gradient"],
+        ["Images attacked together", str(config.attack_batch_size)],
+        ["Pair inversion", f"margin {config.pair_margin:g}, temperature {config.pair_temperature:g}"],
+        ["EOT samples, stochastic models only", str(config.eot_samples)],
+        ["Queries of the square search", f"{config.attack_queries:,}"],
+        ["Kept", "the best iterate over all steps and restarts, per image or per batch"],
+    ]
+    return _made(
+        9, "Attack configuration", ["Setting", "value"], rows, "The same for every model.", needs="", words=2
+    )
+
+
+def _transfers(results: StudyResults) -> Table:
+    rows = []
+    for group in grouped(results.records.of("transfer"), "data", "models", "norm", "eps"):
+        identity = group[0]["identity"]
+        for number, pair in enumerate(group[0]["values"]["pairs"]):
+            if pair["source"] == pair["target"]:
+                continue
+            rows.append(
+                [
+                    identity["data"],
+                    pair["source"],
+                    pair["target"],
+                    budget_text((identity["norm"], identity["eps"])),
+                    over_seeds(group, lambda values, t=pair["target"]: values["clean"][t]["srocc"]),  # type: ignore[misc]
+                    over_seeds(group, lambda values, n=number: values["pairs"][n]["srocc"]),  # type: ignore[misc]
+                    over_seeds(group, lambda values, n=number: values["pairs"][n]["plcc"]),  # type: ignore[misc]
+                ]
+            )
+    return _made(
+        10,
+        "Transfer: crafted on one model, scored by another",
+        ["Data", "crafted on", "scored by", "budget", "its clean SROCC", "SROCC", "PLCC"],
+        rows,
+        "PGD on the squared error.",
+        needs="two models or more, and budgets",
+        words=4,
+    )
+
+
+def _ablations(results: StudyResults) -> Table:
+    study = results.study
+    if not study.get("ablations"):
+        return _made(11, "One-out ablations", [], [], "", needs="ablations in the study")
+    place = {"data": next(iter(study["data"])), "backbone": study["backbones"][0]}
+
+    def lines(kind: str, variant: str, neck: str, **more: Any) -> list[dict[str, Any]]:
+        wanted = {**place, "variant": variant, "neck": neck, **more}
+        return [
+            line
+            for line in results.records.of(kind)
+            if all(line["identity"].get(key) == value for key, value in wanted.items())
+        ]
+
+    budgets = [(str(norm), float(eps)) for norm, eps in study.get("budgets", [])]
+    variants = {FULL: {}, **study["ablations"]}
+    reference: dict[Any, float] = {}
+    rows = []
+    for variant, overrides in variants.items():
+        neck = overrides.get("neck", "srm")
+        clean = lines("clean", variant, neck)
+        if not clean:
+            continue
+        cells = [
+            variant if variant != FULL else "full SRM",
+            over_seeds(clean, lambda values: values["srocc"]),
+        ]
+        cells.append(_delta(reference, "clean", mean_of(clean, lambda values: values["srocc"])))
+        for norm, eps in budgets:
+            attacked = lines("attack", variant, neck, norm=norm, eps=eps)
+            cells.append(over_seeds(attacked, lambda values: values["worst"]["srocc"]) if attacked else DASH)
+            mean = mean_of(attacked, lambda values: values["worst"]["srocc"])
+            cells.append(_delta(reference, (norm, eps), mean))
+        rows.append(cells)
+    columns = ["Variant", "clean SROCC", "Δ"]
+    for budget in budgets:
+        columns += [f"worst SROCC, {budget_text(budget)}", "Δ"]
+    return _made(
+        11,
+        f"One-out ablations on {place['data']}, {place['backbone']}",
+        columns,
+        rows,
+        "Δ is against full SRM. Mean ± standard deviation over seeds where there are several.",
+        needs="trained ablations",
+    )
+
+
+def _delta(reference: dict[Any, float], key: Any, value: float) -> str:
+    """The difference from the first row's, which it becomes where there is none."""
+    if key not in reference:
+        reference[key] = value
+        return DASH
+    return signed(value - reference[key]) if math.isfinite(value - reference[key]) else DASH
+
+
+_BUILDERS: dict[int, Callable[[StudyResults], Table]] = {
+    1: _conditioning,
+    2: _scale,
+    3: _efficiency,
+    4: _pyramids,
+    5: _hyperparameters,
+    6: _clean,
+    7: _by_attack,
+    8: _worst,
+    9: _settings,
+    10: _transfers,
+    11: _ablations,
+}

@@ -1,0 +1,279 @@
+"""A study from its file to tables and figures, and that a second call only does what is missing."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from srm_model import SRMConfig
+from srm_model.cli import main
+from srm_model.cli.study import ABLATIONS, DEFENCES, read_study, slug
+from srm_model.data.synthesize import synthesize
+from srm_model.files import read_json
+from srm_model.reports import write_study
+from srm_model.reports.records import Records, over_seeds
+
+STUDY = """
+title = "A small study"
+backbones = ["test_convnext"]
+necks = ["none", "srm"]
+seeds = [0, 1]
+sweep = true
+efficiency = true
+
+[data]
+noise = "set"
+
+[config]
+channels = 16
+heads = 2
+rank = 4
+pool_size = 2
+image_size = 32
+batch_size = 8
+epochs = 1
+attack_steps = 2
+attack_restarts = 1
+attack_sweep_steps = [1, 2]
+
+[attacks]
+linf = ["4/255"]
+images = 4
+
+[ablations]
+rows = ["uniform landmarks", "baseline, gradient-norm training"]
+
+[ablations.overrides]
+"no key norm" = { qk_norm = "both" }
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a data set and a study file."""
+    folder = tmp_path_factory.mktemp("study")
+    photographs = folder / "photographs"
+    photographs.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(5):
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(photographs / f"{number}.png")
+    synthesize(
+        folder / "set", photographs=photographs, types=(1, 8), levels=(1, 3, 5), metric="ssim", progress=False
+    )
+    (folder / "study.toml").write_text(STUDY)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def out(place: Path) -> Path:
+    """The study, done: once cut short on the way, then finished."""
+    out = place / "out"
+    arguments = ["ablate", str(place / "study.toml"), "--out", str(out), "--device", "cpu", "--no-progress"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("srm_model.cli.ablate._sweeps", _interrupt)
+        assert main(arguments) == 130  # before anything is measured: the list of jobs is not whole
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("srm_model.cli.ablate._diagnose", _interrupt)
+        assert main(arguments) == 130
+    assert [line["kind"] for line in Records(out).lines] == ["clean"] * 2
+    assert main(arguments) == 0
+    return out
+
+
+def _interrupt(*_: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+def test_every_result_is_a_line_with_all_that_it_depends_on(out: Path):
+    lines = [json.loads(text) for text in (out / "results.jsonl").read_text().splitlines()]
+    counts: dict[str, int] = {}
+    for line in lines:
+        counts[line["kind"]] = counts.get(line["kind"], 0) + 1
+    # Two necks, three variants, two seeds; one budget; both necks are swept; one pair per seed; two necks measured.
+    assert counts == {"clean": 10, "diagnostics": 6, "attack": 10, "sweep": 4, "transfer": 2, "efficiency": 2}
+    for line in lines:
+        assert {"identity", "values", "seconds", "created", "device", "versions", "commit"} <= line.keys()
+        assert line["versions"]["torch"]
+        assert SRMConfig.from_dict(line["identity"]["config"]).rank == 4
+    attack = next(line for line in lines if line["kind"] == "attack")
+    assert (attack["identity"]["norm"], attack["identity"]["eps"], attack["values"]["images"]) == (
+        "linf",
+        4 / 255,
+        4,
+    )
+    assert set(attack["values"]["attacks"]) == {"pgd_mse", "pgd_drift", "pgd_pair_inversion", "transfer"}
+    seeds = {
+        (line["identity"]["seed"], line["identity"]["config"]["seed"])
+        for line in lines
+        if line["kind"] == "clean"
+    }
+    assert seeds == {(0, 0), (1, 1)}
+
+
+def test_overrides_reach_the_trained_models(out: Path):
+    variants = {
+        line["identity"]["variant"]: read_json(out / line["values"]["folder"] / "config.json")
+        for line in Records(out).of("clean")
+    }
+    assert variants["uniform landmarks"]["config"]["landmarks"] == "uniform"
+    assert variants["no key norm"]["config"]["qk_norm"] == "both"
+    regularised = variants["baseline, gradient-norm training"]
+    assert (regularised["neck"], regularised["config"]["weight_gradient"]) == ("none", 1e-3)
+    assert variants["full"]["config"]["landmarks"] == "leverage"
+
+
+def test_a_second_call_repeats_nothing_and_a_lost_line_is_measured_again(
+    place: Path, out: Path, capsys: pytest.CaptureFixture[str]
+):
+    arguments = ["ablate", str(place / "study.toml"), "--out", str(out), "--device", "cpu", "--no-progress"]
+    path = out / "results.jsonl"
+    before = path.read_text()
+    assert main([*arguments, "--dry-run"]) == 0
+    assert capsys.readouterr().out == "0 of 34 results are missing\n"
+    lines = before.splitlines()
+    lost = next(i for i, text in enumerate(lines) if json.loads(text)["kind"] == "sweep")
+    path.write_text("\n".join([*lines[:lost], *lines[lost + 1 :], lines[0][:50]]) + "\n")  # and one cut short
+    assert main([*arguments, "--dry-run"]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert len(listed) == 2
+    assert listed[0].startswith("sweep steps of none on test_convnext, noise, seed 0")
+    assert main(arguments) == 0
+    again = {
+        json.dumps([line["identity"], line["values"]], sort_keys=True)
+        for line in map(json.loads, path.read_text().splitlines())
+    }
+    first = {
+        json.dumps([line["identity"], line["values"]], sort_keys=True) for line in map(json.loads, lines)
+    }
+    assert again == first
+
+
+def test_all_tables_are_made_and_their_figures_are_the_lines(out: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["report", str(out)]) == 0
+    capsys.readouterr()
+    page = (out / "report.html").read_text()
+    for number in range(1, 12):
+        text = (out / "tables" / f"table-{number:02d}.md").read_text()
+        assert text.startswith(f"### Table {number}. ")
+        assert "No results yet" not in text
+        assert f"Table {number}. " in page
+        rows = [line for line in text.splitlines() if line.startswith("|")]
+        assert len({row.count("|") for row in rows}) == 1
+        assert len(rows) >= 3
+    clean = [line["values"] for line in Records(out).of("clean") if line["identity"]["variant"] == "full"]
+    mine = [line for line in (out / "tables" / "table-06.md").read_text().splitlines() if "| srm |" in line]
+    values = [
+        line["values"]["srocc"]
+        for line in Records(out).of("clean")
+        if (line["identity"]["neck"], line["identity"]["variant"]) == ("srm", "full")
+    ]
+    mean, spread = np.mean(values), np.std(values, ddof=1)
+    expected = f"{mean:.3f} ± {spread:.3f}".replace("-", "−")
+    assert f"| {expected} |" in mine[0]
+    assert len(clean) == 4
+    ablations = (out / "tables" / "table-11.md").read_text()
+    assert [
+        name for name in ("full SRM", "uniform landmarks", "no key norm") if f"| {name} |" not in ablations
+    ] == []
+    assert main(["report", str(out), "--table", "8"]) == 0
+    assert "| noise | test_convnext | srm | L∞ ε = 4/255 |" in capsys.readouterr().out
+
+
+def test_a_table_without_results_says_what_it_needs(tmp_path: Path, place: Path):
+    study = read_study(place / "study.toml")
+    (tmp_path / "study.json").write_text(json.dumps({**study.to_dict(), "ablations": {}}))
+    made, written = write_study(tmp_path, table_numbers=range(1, 12))
+    empty = {table.number for table in made if not table.rows}
+    assert empty == {1, 2, 3, 4, 6, 7, 8, 10, 11}
+    assert all("No results yet: this table needs" in table.note for table in made if table.number in empty)
+    assert len(written) == 22
+
+
+def test_figures_are_drawn_as_vectors_and_pixels(out: Path, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("matplotlib")
+    assert main(["report", str(out), "--figure", "3", "4", "5"]) == 0
+    names = [Path(line).name for line in capsys.readouterr().out.split()]
+    assert names == [f"figure-{number}.{suffix}" for number in (3, 4, 5) for suffix in ("svg", "png")]
+    for number in (3, 4, 5):
+        with Image.open(out / "figures" / f"figure-{number}.png") as picture:
+            assert picture.width > 1000
+        drawing = (out / "figures" / f"figure-{number}.svg").read_text()
+        assert "test_convnext" in drawing
+    assert "PGD steps" in drawing
+    before = (out / "figures" / "figure-5.svg").read_bytes()
+    assert main(["report", str(out), "--figure", "5"]) == 0
+    assert (out / "figures" / "figure-5.svg").read_bytes() == before
+
+
+def test_what_is_not_there_is_a_sentence(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for arguments, words in (
+        (["--table", "12"], "table 12: the article's tables are 1 to 11"),
+        (["--figure", "2"], "figure 2: the ones drawn from results are 3, 4, 5"),
+    ):
+        assert main(["report", str(out), *arguments]) == 2
+        assert words in capsys.readouterr().err
+    assert main(["report", str(tmp_path), "--table", "1"]) == 2
+    assert "holds no study.json" in capsys.readouterr().err
+
+
+def test_mean_and_deviation_over_seeds():
+    lines = [{"values": {"x": value}} for value in (0.1, 0.2, 0.6)]
+    assert over_seeds(lines, lambda values: values["x"]) == "0.300 ± 0.265"
+    assert over_seeds(lines[:1], lambda values: values["x"]) == "0.100"
+    assert over_seeds([*lines, {"values": {"x": None}}], lambda values: values["x"]) == "— ± —"
+
+
+def test_all_ablations_of_the_article_are_named_and_valid(tmp_path: Path):
+    path = tmp_path / "study.json"
+    values = {"data": {"a": "x"}, "backbones": ["b"], "ablations": {"rows": "all"}, "config": {"rank": 16}}
+    path.write_text(json.dumps(values))
+    study = read_study(path)
+    assert list(study.ablations) == list(ABLATIONS)
+    assert study.ablations["a quarter of the landmarks"] == {"rank": 4}
+    assert {study.config.replace(**changes) for changes in study.ablations.values()}
+    assert len({slug(name) for name in [*ABLATIONS, *DEFENCES]}) == len(ABLATIONS) + len(DEFENCES)
+    assert all(re.fullmatch(r"[a-z0-9-]+", slug(name)) for name in ABLATIONS)
+    assert study.data == {"a": str(tmp_path / "x")}
+    assert study.budgets == (("linf", 1 / 255), ("linf", 4 / 255), ("l2", 2.5), ("l2", 10.0))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"date": 1}, "unknown key date"),
+        ({"data": {}}, "data is missing or empty"),
+        ({"backbones": "b"}, "backbones is 'b': expected list"),
+        ({"necks": ["other"]}, "necks is"),
+        ({"seeds": [-1]}, "seeds is"),
+        ({"config": {"ranks": 1}}, "unknown config key ranks"),
+        ({"attacks": {"linf": ["a"]}}, "budget 'a': expected a number or a fraction"),
+        ({"attacks": {"l3": [1]}}, "unknown key of attacks l3"),
+        ({"attacks": {"suite": "all"}}, "suite is 'all'"),
+        ({"ablations": {"rows": ["no neck"]}}, "ablation 'no neck': expected 'all' or some of"),
+        ({"ablations": {"overrides": {"full": {}}}}, "expected a name other than 'full'"),
+        ({"ablations": {"overrides": {"a": {"rank": 0}}}}, "rank=0"),
+        ({"ablations": {"overrides": {"a": {"neck": "x"}}}}, "neck 'x' is not one of"),
+        ({"transfer": [["b", "c"]]}, "expected two of the study's backbones"),
+    ],
+)
+def test_a_study_that_does_not_fit_is_one_sentence(tmp_path: Path, change: dict[str, Any], words: str):
+    path = tmp_path / "study.json"
+    path.write_text(json.dumps({"data": {"a": "x"}, "backbones": ["b"], **change}))
+    with pytest.raises((ValueError, TypeError), match=re.escape(words)) as caught:
+        read_study(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_broken_files_are_one_sentence(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"a\.toml: no such file"):
+        read_study(tmp_path / "a.toml")
+    (tmp_path / "a.toml").write_text("a = [")
+    with pytest.raises(ValueError, match=r"a\.toml: not readable as TOML"):
+        read_study(tmp_path / "a.toml")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -101,12 +102,27 @@ def to_model(model: nn.Module, images: Tensor) -> Tensor:
 def check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model of type {type(model).__name__}: expected a torch.nn.Module")
+    needed = _needed(model)
+    if len(needed) > 1:
+        raise TypeError(
+            f"the model's forward needs {', '.join(needed)}: expected a module that takes images alone, so wrap it"
+        )
     half = {p.dtype for p in model.parameters()} & {torch.float16, torch.bfloat16}
     if half:
         raise TypeError(
             f"the model has {', '.join(sorted(map(str, half)))} parameters: attacks run in fp32, "
             "so pass model.float()"
         )
+
+
+def _needed(model: nn.Module) -> list[str]:
+    """Names of the arguments without which forward cannot be called."""
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):  # compiled and scripted modules need not say
+        return []
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in variadic]
 
 
 def check_images(images: Tensor) -> None:

@@ -22,6 +22,7 @@ _STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.color": "#e6e8e5",
     "legend.frameon": False,
     "svg.fonttype": "none",
@@ -169,7 +170,7 @@ def _steps(results: StudyResults, figure: Any) -> bool:
         axis.set_xscale("log")
         axis.set_xticks(steps, list(map(str, steps)))
         axis.minorticks_off()
-        axis.set(xlabel="PGD steps", title=attack_text(attack))
+        axis.set(xlabel="PGD steps", title=attack_text(attack), ylim=(-1.05, 1.05))
     identity = groups[0][0]["identity"]
     axes[0].set_ylabel(f"SROCC at {budget_text((identity['norm'], identity['eps']))}")
     axes[0].legend(fontsize=7)

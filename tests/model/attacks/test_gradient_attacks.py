@@ -380,6 +380,11 @@ def test_default_step_sizes(norm, factor):
         ({"step_size": -1.0}, ValueError, r"step_size=-1.0"),
         ({"model": lambda x: x.flatten(1).sum(1)}, TypeError, "expected a torch.nn.Module"),
         ({"model": torch.nn.Identity()}, ValueError, r"shape \(4, 3, 8, 8\) for 4 images"),
+        (
+            {"model": torch.nn.Bilinear(3, 3, 1)},
+            TypeError,
+            "forward needs input1, input2: expected a module that",
+        ),
         ({"model": Linear(weight()).half()}, TypeError, "torch.float16 parameters"),
         ({"model": OfFirstPixel(lambda p: (p, {}))}, TypeError, "returned a tuple"),
         ({"model": OfFirstPixel(lambda p: p.detach())}, ValueError, "carry no gradient"),

@@ -2,7 +2,8 @@
 
 `python -m bench.attacks --necks srm quadratic`. Each attack is timed between two runs of the bare passes that it
 needs (model and gradient in the images, the same batch, no weight gradients), and the overhead is its time over their
-mean. Medians over the repeats. On a CPU the times are wall clock; on a GPU the device is waited for at both ends.
+mean. Medians over the repeats. Rates are by the wall clock, the device's work included. The overhead is by the wall
+clock on a GPU, and on a CPU by the processor time of the process, which other processes do not disturb.
 """
 
 from __future__ import annotations
@@ -22,15 +23,16 @@ from srm_model.attacks import MSE, PairInversion, apgd, fgsm, pgd, square
 LIMITS = {"cpu": 0.10, "cuda": 0.05}  # of PGD's overhead
 
 
-def seconds(function: Callable[[], object], device: torch.device) -> float:
-    """One call, the device's work included."""
+def seconds(function: Callable[[], object], device: torch.device) -> tuple[float, float]:
+    """One call by the wall clock, the device's work included, and by the clock that overheads are taken from."""
     if device.type == "cuda":
         torch.cuda.synchronize()
-    begin = time.perf_counter()
+    begin, worked = time.perf_counter(), time.process_time()
     function()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - begin
+    wall, worked = time.perf_counter() - begin, time.process_time() - worked
+    return wall, wall if device.type == "cuda" else worked
 
 
 def bare(model: nn.Module, images: Tensor, *, forward: int, backward: int) -> Callable[[], None]:
@@ -109,8 +111,8 @@ def main() -> None:
                 taken = seconds(lambda call=attack, on=model: call(on), device)  # type: ignore[misc]
                 after = seconds(passes, device)
                 if repeat >= 0:
-                    times.append((taken, (before + after) / 2))
-                    ratios.append(2 * taken / (before + after) - 1)
+                    times.append((taken[0], (before[0] + after[0]) / 2))
+                    ratios.append(2 * taken[1] / (before[1] + after[1]) - 1)
             rate, plain = (
                 options.batch * units / statistics.median(column) for column in zip(*times, strict=True)
             )

@@ -38,9 +38,9 @@ def apgd(
 
     Each step goes along z = P(x + η·direction) with momentum, x ← P(x + 0.75 (z − x) + 0.25 (x − x_before)). At
     checkpoints, 22 % of the steps in and then in windows that shrink by 3 % of the steps down to 6 %, η is halved
-    and x put back to the best point so far where fewer than three quarters of the window's steps raised the loss,
-    or where neither η nor the best loss has changed since the checkpoint before. Loss, η and best point are each
-    image's own, or the batch's for an objective that is defined on the batch.
+    and x put back, at rest, to the best point so far where fewer than three quarters of the window's steps raised
+    the loss, or where neither η nor the best loss has changed since the checkpoint before. Loss, η and best point
+    are each image's own, or the batch's for an objective that is defined on the batch.
 
     Arguments, result, errors and promises are those of `pgd`.
     """

@@ -108,3 +108,77 @@ def test_no_forward_pass_is_wasted():
 
     apgd(Counting(weight()), batch(), [0.5] * 4, MSE(), eps=0.1, steps=5, restarts=2)
     assert calls == 2 * ([True] * 5 + [False])
+
+
+class Rippled(torch.nn.Module):
+    """Steep ripples of many widths: steps succeed, fail and stall."""
+
+    def forward(self, x):
+        widths = torch.linspace(50, 400, x[0].numel(), dtype=x.dtype).view(x[0].shape)
+        return (torch.sin(widths * x) / widths.sqrt()).sum((1, 2, 3))
+
+
+def one_image(model, image, start, eps, steps, checks):
+    """The losses of APGD's iterates, written from the paper for one image, L∞, without tensors of images."""
+
+    def value_and_sign(x):
+        x = x.clone().requires_grad_()
+        score = model(x[None])[0]
+        return score.item(), torch.autograd.grad(score, x)[0].sign()
+
+    def inside(x):
+        return torch.minimum(torch.maximum(x, image - eps), image + eps).clamp(0, 1)
+
+    x, before = start, None
+    loss, sign = value_and_sign(x)
+    losses, best = [loss], (loss, x, sign)
+    size, risen, since = 2 * eps, 0, 0
+    size_then, best_then = None, loss
+    reasons = set()
+    for step in range(1, steps + 1):
+        z = inside(x + size * sign)
+        after = z if before is None else inside(x + 0.75 * (z - x) + 0.25 * (x - before))
+        before, x = x, after
+        loss, sign = value_and_sign(x)
+        risen += loss > losses[-1]
+        losses.append(loss)
+        if loss > best[0]:
+            best = (loss, x, sign)
+        if step in checks:
+            few = risen < 0.75 * (step - since)
+            stalled = size == size_then and best[0] == best_then
+            if few or stalled:
+                reasons.add("few" if few else "stalled")
+            size_then, best_then = size, best[0]
+            if few or stalled:
+                size /= 2
+                x = before = best[1]
+                sign = best[2]
+            since, risen = step, 0
+    return losses, reasons
+
+
+def test_every_iterate_is_that_of_the_algorithm_written_out():
+    model, reasons = Rippled(), set()
+    for seed in (0, 1, 24):  # in the last one steps succeed without coming to a new best
+        image = batch(1, seed=seed, side=3).double()[0]
+        eps, steps = 0.25, 50
+        trace = apgd_trace(
+            model,
+            image[None],
+            [0.5],
+            Signed(1),
+            eps=eps,
+            steps=steps,
+            restarts=1,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        generator = torch.Generator().manual_seed(seed)
+        torch.randint(2**63 - 1, (), generator=generator)
+        noise = (torch.rand(1, 3, 3, 3, generator=generator, dtype=torch.float64) * 2 - 1) * eps
+        losses, why = one_image(
+            model, image, (image + noise[0]).clamp(0, 1), eps, steps, {11, 21, 29, 35, 40, 44, 47, 50}
+        )
+        reasons |= why
+        assert trace.losses[0, :, 0].tolist() == pytest.approx(losses, rel=1e-9)
+    assert reasons == {"few", "stalled"}  # else the images show only one rule

@@ -52,7 +52,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def finite(value: Any) -> Any:
-    """The value with NaN and infinities as None, as JSON has neither."""
+    """A JSON value with None for every number that is not finite, and text for every key."""
     if isinstance(value, float):
         return value if value - value == 0 else None
     if isinstance(value, dict):

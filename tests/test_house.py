@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Each part of srm_model stands on the floors below its own, and on parts of its own floor only where named here.
 FLOORS = (
     {"cli", "__main__"},
+    {"profiling"},
     {"reports", "training", "attacks"},
     {"data"},
     {"model"},

@@ -7,18 +7,18 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from srm_model.cli.options import (
     add_config,
     add_device,
     budget,
+    not_negative,
     positive,
 )
 
 LATER = {
     "diagnose": "conditioning, scale and gate statistics of a checkpoint",
-    "profile": "time and memory of the neck and its operators",
 }
 # What a caller can mend, told in one sentence; anything else is a fault of the program and keeps its traceback.
 _EXPECTED = (ValueError, TypeError, NotImplementedError, OSError, ModuleNotFoundError)
@@ -68,6 +68,7 @@ def _set_environment() -> None:
     # Threads that wait spinning take the cores from the others: beside one busy process training was 4 to 10
     # times slower for it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of every start and stop
     os.environ.setdefault(
         "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
     )  # cuBLAS is deterministic only with a fixed workspace
@@ -141,6 +142,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     for name, summary in LATER.items():
         command(name, "", summary, "Not available yet.").add_argument("arguments", nargs="*")
+    _add_profile(
+        command(
+            "profile",
+            "profile:run",
+            "what necks cost in parameters, multiply-accumulates, time and memory",
+            "The product of all options is measured, one after the other, and written line by line to "
+            "DIR/<device>/neck.jsonl: what cannot run is a line that says why, and Ctrl-C keeps what there is.",
+        )
+    )
     _add_score(
         command(
             "score",
@@ -320,6 +330,69 @@ def _add_ablate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="OUT", help="folder of runs and results")
     parser.add_argument("--dry-run", action="store_true", help="only list what is missing")
     add_device(parser, workers=True)
+
+
+def _add_profile(parser: argparse.ArgumentParser) -> None:
+    def several(option: str, of: str, **more: Any) -> None:
+        parser.add_argument(f"--{option}", nargs="+", help=of, **more)
+
+    several(
+        "part",
+        "the neck alone, on noise of the backbone's shapes (default), or the whole model",
+        choices=("neck", "model"),
+    )
+    several("backbone", "timm models (default: pvt_v2_b2)", metavar="NAME")
+    several("neck", "default: all three", choices=("srm", "quadratic", "none"))
+    several("backend", "of the operators in srm (default: each that can run here)", metavar="NAME")
+    several("resolution", "sides of the square image (default: 512)", type=positive, metavar="PX")
+    several("batch", "images at once (default: 1)", type=positive, metavar="B")
+    several("dtype", "fp32 (default), or what autocast computes in", choices=("fp32", "bf16", "fp16"))
+    several(
+        "direction",
+        "forward (default), forward and backward, or a training step with optimiser",
+        choices=("forward", "backward", "step"),
+    )
+    parser.add_argument(
+        "--article",
+        action="store_true",
+        help="the article's Table 3 (necks, 512 px, bf16, B=1) and training throughput (model, B=4, step); other "
+        "options take their place",
+    )
+    parser.add_argument(
+        "--trace",
+        action="store_true",
+        help="a torch.profiler trace and the ten dearest kernels of every case",
+    )
+    parser.add_argument("--memory", action="store_true", help="memory over time of every case")
+    parser.add_argument(
+        "--warmup",
+        type=not_negative,
+        metavar="N",
+        help="unmeasured calls first (default: 50 on a GPU, 2 on a CPU)",
+    )
+    parser.add_argument(
+        "--repeats",
+        type=positive,
+        metavar="N",
+        help="measured calls at most (default: 100 on a GPU, 10 on a CPU)",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=10.0,
+        metavar="S",
+        help="of measured calls a case, about (default: 10)",
+    )
+    parser.add_argument(
+        "--small-ceilings",
+        action="store_true",
+        help="quick ceilings by small buffers, only to see that it runs",
+    )
+    parser.add_argument(
+        "--out", default="runs/profile", metavar="DIR", help="folder to write (default: %(default)s)"
+    )
+    add_config(parser)
+    add_device(parser)
 
 
 def _add_score(parser: argparse.ArgumentParser) -> None:

@@ -84,6 +84,14 @@ def positive(text: str) -> int:
     return number
 
 
+def not_negative(text: str) -> int:
+    """A whole number of at least 0, for argparse."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is less than 0")
+    return number
+
+
 def budget(text: str) -> float:
     """A decimal number or a fraction such as 4/255, for argparse."""
     try:

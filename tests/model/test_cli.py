@@ -305,7 +305,7 @@ def test_bad_arguments_are_one_sentence(
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("command", ["diagnose", "profile"])
+@pytest.mark.parametrize("command", ["diagnose"])
 def test_commands_to_come_say_so(command: str, capsys: pytest.CaptureFixture[str]):
     assert fails(capsys, command) == f"srm-iqa {command}: not available yet\n"
     assert main([command, "--help"]) == 0

@@ -1,0 +1,39 @@
+"""What a device can do at most, measured in the same run as what is held against it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from srm_model.profiling.timing import Effort, measure
+
+COPY_BYTES = {"cuda": 1 << 28, "cpu": 1 << 26}  # far beyond the caches
+MATRIX_SIDE = {"cuda": 8192, "cpu": 768}
+
+
+class Ceilings(NamedTuple):
+    """The best of several tries."""
+
+    bandwidth: float  # bytes a second, read and written, of a large copy
+    matrix_rate: float  # multiply-accumulates a second, of a large square product in the dtype
+
+
+def ceilings(device: torch.device, dtype: torch.dtype, *, small: bool = False) -> Ceilings:
+    """Bandwidth by a copy and matrix rate by a product; `small` shrinks both, for a look rather than a figure."""
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    size, side = COPY_BYTES[kind] >> (4 if small else 0), MATRIX_SIDE[kind] >> (2 if small else 0)
+    effort = Effort.for_device(device, warmup=3, repeats=10, seconds=1.0)
+    copy, product = _copy(size, device, effort), _product(side, dtype, device, effort)
+    return Ceilings(2 * size / (copy * 1e-3), side**3 / (product * 1e-3))
+
+
+def _copy(size: int, device: torch.device, effort: Effort) -> float:
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return measure(lambda: target.copy_(source), device, effort).least
+
+
+def _product(side: int, dtype: torch.dtype, device: torch.device, effort: Effort) -> float:
+    left, right = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
+    return measure(lambda: left @ right, device, effort).least

@@ -1,0 +1,131 @@
+"""Parameters and multiply-accumulates, the latter in three ways that have to agree.
+
+One multiply-add is one MAC, and only matrix products and convolutions are counted: element-wise work, normalisations
+and pooling are not, in any of the three. A count is for one image, forward, unless it says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from srm_kernels import flops
+from srm_model.backbones import STRIDES
+from srm_model.config import STAGES, SRMConfig
+
+CONVENTION = (
+    "MAC = 1 multiply-add (2 FLOPs), of matrix products and convolutions only, one image, forward; "
+    "normalisations, pooling and element-wise work are not counted"
+)
+# What fvcore counts beyond products; its own count of them is one per element or so.
+_NOT_PRODUCTS = (
+    "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d batch_norm group_norm instance_norm layer_norm "
+    "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d "
+    "upsample_bicubic2d upsample_trilinear3d grid_sampler"
+).split()
+
+
+def parameters(module: nn.Module) -> int:
+    """Number of trainable and frozen parameters; buffers are not counted."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def map_sizes(height: int, width: int) -> list[tuple[int, int]]:
+    """Height and width of the four maps of an image, rounded up."""
+    return [(-(-height // stride), -(-width // stride)) for stride in STRIDES]
+
+
+def neck_macs(
+    config: SRMConfig, neck: str, channels: Sequence[int], sizes: Sequence[tuple[int, int]]
+) -> dict[str, int]:
+    """Closed form: multiply-accumulates of a neck by part, for maps of these channels and sizes.
+
+    "links" is the article's equation 30 times heads, summed over the links (for `quadratic` 2 N_q N_k d in its
+    place); "projections" are W_Q, W_K, W_V and W_O, the last on the P×P grid; "align" and "gate" are convolutions.
+    """
+    C, P2 = config.channels, config.pool_size**2
+    tokens = dict(zip(STAGES, (height * width for height, width in sizes), strict=True))
+    if neck == "none":
+        return {"align": tokens[STAGES[-1]] * channels[-1] * C, "projections": 0, "links": 0, "gate": 0}
+    acting = [(s, t) for s, t in config.links if t in config.fused_stages]
+    used = {*config.fused_stages, *(stage for link in config.links for stage in link)}
+    hidden = max(C // 4, 1)
+    return {
+        "align": sum(tokens[stage] * channels[stage - 1] * C for stage in used),
+        "projections": sum((tokens[t] + 2 * tokens[s] + P2) * C * C for s, t in acting),
+        "links": sum(link_macs(config, neck, tokens[t], tokens[s]) for s, t in acting),
+        "gate": len(config.fused_stages) * (9 * P2 * hidden * (C + hidden) + hidden),
+    }
+
+
+def link_macs(config: SRMConfig, neck: str, queries: int, keys: int) -> int:
+    """Attention of one link over all heads, without its projections."""
+    d, H = config.head_dim, config.heads
+    if neck == "quadratic":
+        return H * 2 * queries * keys * d
+    rank = min(config.rank, keys)
+    choice = {
+        "uniform": 0,
+        "pivoted_cholesky": rank * keys * (d + rank // 2),
+    }.get(config.landmarks, flops.leverage_macs(keys, d))
+    return H * (flops.attention_macs(queries, keys, rank, d) + choice)
+
+
+def head_macs(config: SRMConfig) -> int:
+    """The regression head on the P×P map."""
+    half = max(config.channels // 2, 1)
+    return 9 * config.channels * half * config.pool_size**2 + 2 * half * half + half
+
+
+def torch_macs(module: nn.Module, inputs: Sequence[Any], *, backward: bool = False) -> int:
+    """By torch's FlopCounterMode; `module` and `inputs` on the meta device, so that nothing is computed.
+
+    With `backward`, forward and backward of every floating-point result.
+    """
+    with FlopCounterMode(display=False) as counter:
+        result = module(*inputs)
+        if backward:
+            _total(result).backward()
+    return counter.get_total_flops() // 2
+
+
+def fvcore_macs(module: nn.Module, inputs: Sequence[Any]) -> int | None:
+    """By fvcore, the article's tool, which runs the module once to trace it; None where it is not installed."""
+    try:
+        from fvcore.nn import FlopCountAnalysis
+    except ImportError:
+        return None
+    analysis = FlopCountAnalysis(module, tuple(inputs))
+    for name, handle in flops.fvcore_handles().items():
+        analysis.set_op_handle(name, handle)
+    for name in _NOT_PRODUCTS:
+        analysis.set_op_handle(f"aten::{name}", lambda inputs, outputs: 0)
+    analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_handle)
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+    with torch.no_grad():
+        return int(analysis.total())
+
+
+def _attention_handle(inputs: list[Any], outputs: list[Any]) -> int:
+    *lead, queries, d = inputs[0].type().sizes()
+    keys, width = inputs[2].type().sizes()[-2:]
+    heads = 1
+    for size in lead:
+        heads *= size
+    return heads * queries * keys * (d + width)
+
+
+def _total(result: Any) -> Tensor:
+    """The sum of everything in a result that carries a gradient."""
+    if isinstance(result, Tensor):
+        return result.float().sum() if result.requires_grad else result.new_zeros(())
+    values = result.values() if isinstance(result, dict) else result or ()
+    total: Any = 0
+    for value in values:
+        if value is not None:
+            total = total + _total(value)
+    return total

@@ -1,0 +1,113 @@
+"""Named parts of a model: ranges for a trace, and the time that each takes."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import record_function
+
+from srm_model.model import IQAModel
+from srm_model.neck import SRMNeck
+from srm_model.profiling.timing import Effort
+
+REST = "rest"  # what lies between the named parts: pooling, folding, fusion
+
+
+def stages(module: nn.Module) -> dict[str, list[nn.Module]]:
+    """Parts of a model or a neck that add up to it, but for `REST`: backbone, align, each link, gate, head.
+
+    A link is its projections, its attention and W_O.
+    """
+    if isinstance(module, IQAModel):
+        return {"backbone": [module.backbone], **stages(module.neck), "head": [module.head]}
+    if not isinstance(module, SRMNeck):
+        return {"align": [module.align]}  # type: ignore[list-item]
+    found: dict[str, list[nn.Module]] = {"align": list(module.align)}
+    for (source, target), link in zip(module.config.links, module.links.values(), strict=True):
+        found[f"link {source}→{target}"] = [link, link.output]  # type: ignore[list-item]
+    found["gate"] = [module.gate]
+    return found
+
+
+def stage_times(
+    module: nn.Module, call: Callable[[], object], device: torch.device, effort: Effort
+) -> dict[str, float]:
+    """Median milliseconds of every stage and of `REST` in a `call` of `module`, forward."""
+    parts = stages(module)
+    marks: list[tuple[str, Any, Any]] = []
+    open_: list[Any] = []
+
+    def mark() -> Any:
+        if device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def entered(*_: Any) -> None:
+        open_.append(mark())
+
+    rounds: dict[str, list[float]] = {name: [] for name in (*parts, REST)}
+    handles = []
+    for name, modules in parts.items():
+        for part in modules:
+            handles.append(part.register_forward_pre_hook(entered))
+            handles.append(
+                part.register_forward_hook(lambda *_, name=name: marks.append((name, open_.pop(), mark())))
+            )
+    try:
+        for _ in range(max(min(effort.repeats, 20), 1)):
+            marks.clear()
+            begin = mark()
+            call()
+            end = mark()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            taken = dict.fromkeys(parts, 0.0)
+            for name, start, stop in marks:
+                taken[name] += _between(start, stop)
+            for name, value in taken.items():
+                rounds[name].append(value)
+            rounds[REST].append(max(_between(begin, end) - sum(taken.values()), 0.0))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: statistics.median(values) for name, values in rounds.items()}
+
+
+@contextmanager
+def named_ranges(module: nn.Module) -> Iterator[None]:
+    """Ranges in a profile, forward, for every part of the neck and the head, and each child of the backbone."""
+    open_: list[Any] = []
+
+    def enter(name: str) -> Callable[..., None]:
+        def begin(*_: Any) -> None:
+            range_ = record_function(name)
+            range_.__enter__()
+            open_.append(range_)
+
+        return begin
+
+    def leave(*_: Any) -> None:
+        open_.pop().__exit__(None, None, None)
+
+    handles = []
+    for name, part in module.named_modules():
+        if name and (not name.startswith("backbone.") or name.count(".") <= 2):
+            handles.append(part.register_forward_pre_hook(enter(name)))
+            handles.append(part.register_forward_hook(leave))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _between(start: Any, end: Any) -> float:
+    return start.elapsed_time(end) if hasattr(start, "elapsed_time") else (end - start) * 1e3

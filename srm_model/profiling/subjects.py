@@ -1,0 +1,203 @@
+"""What is measured: one neck or whole model at one size, in one direction, ready to be called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from srm_kernels import landmark_solve
+from srm_model.backbones import Backbone
+from srm_model.config import STAGES, SRMConfig
+from srm_model.model import IQAModel, build_model
+from srm_model.neck import PlainNeck, SRMNeck
+from srm_model.profiling.counting import map_sizes
+from srm_model.profiling.memory import bytes_of
+from srm_model.training.optimisation import parameter_groups
+from srm_model.training.seeding import seeded
+
+PARTS = ("neck", "model")
+DIRECTIONS = ("forward", "backward", "step")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: a neck alone, on maps as the backbone's, or the whole model.
+
+    neck: "srm", "quadratic" or "none"; backend: of the operators, None for the fastest. resolution: side of the
+    square image. dtype: "fp32", or what autocast computes in, as in training. direction: "forward" without
+    gradients; "backward", which is forward and backward; "step", which adds gradient clipping and AdamW.
+    """
+
+    part: str
+    backbone: str
+    neck: str
+    backend: str | None
+    resolution: int
+    batch: int
+    dtype: str
+    direction: str
+
+    @property
+    def label(self) -> str:
+        """The neck with its backend, as tables name it."""
+        return f"{self.neck} [{self.backend or 'default'}]" if self.neck == "srm" else self.neck
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Subject:
+    """A case built on a device: `call` runs it once."""
+
+    def __init__(self, case: Case, config: SRMConfig, device: torch.device) -> None:
+        if min(case.resolution, case.batch) < 1:
+            raise ValueError(
+                f"resolution={case.resolution} and batch={case.batch}: expected at least 1 of each"
+            )
+        self.case, self.device = case, device
+        self.config = config.replace(backend=case.backend, image_size=case.resolution)
+        self.dtype = DTYPES[case.dtype]
+        with seeded(0):
+            self.module = make_module(case, self.config).to(device)
+            self.inputs = make_inputs(case, device, self.dtype)
+            self._calibrate()
+        self.module.train(case.direction != "forward")
+        self._optimizer: torch.optim.Optimizer | None = None
+        if case.direction == "step":
+            groups = parameter_groups(self.module, self.config)
+            self._optimizer = torch.optim.AdamW(groups, betas=self.config.betas)
+        self._scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
+        self.call: Callable[[], object] = self._forward if case.direction == "forward" else self._train
+
+    @property
+    def held(self) -> int:
+        """Bytes of parameters, buffers, optimiser state and inputs."""
+        state = [dict(values) for values in self._optimizer.state.values()] if self._optimizer else []
+        return bytes_of(*self.module.parameters(), *self.module.buffers(), *state, self.inputs)
+
+    @property
+    def compulsory(self) -> int:
+        """Bytes that have to cross the memory bus at least once, however well everything is fused.
+
+        Forward: inputs, parameters and the result. Backward doubles all three: each is read again and has a
+        gradient. A step reads gradient, weight and both moments and writes three of them: seven more passes.
+        """
+        weights = bytes_of(*self.module.parameters())
+        result = self.case.batch * self.config.channels * self.config.pool_size**2 * self.dtype.itemsize
+        through = bytes_of(self.inputs) + weights + (result if self.case.part == "neck" else 0)
+        if self.case.direction == "forward":
+            return through
+        return 2 * through + (7 * weights if self.case.direction == "step" else 0)
+
+    def solve(self) -> Callable[[], object] | None:
+        """The landmark solves of this case alone, in its direction; None for a neck without any."""
+        if self.case.neck != "srm":
+            return None
+        systems = list(self._systems())
+        trained = self.case.direction != "forward"
+
+        def call() -> None:
+            for logits, rhs in systems:
+                solution = landmark_solve(
+                    logits, rhs, ridge=self.config.ridge, solver=self.config.solver, backend=self.case.backend
+                )
+                if trained:
+                    solution.x.sum().backward()
+
+        return call
+
+    def _systems(self) -> Any:
+        """Logits and right-hand sides of every link's solve, of unit keys as the neck's own are."""
+        sizes = map_sizes(self.case.resolution, self.case.resolution)
+        tokens = dict(zip(STAGES, (h * w for h, w in sizes), strict=True))
+        make = torch.Generator(self.device).manual_seed(1)
+        d, trained = self.config.head_dim, self.case.direction != "forward"
+        for source, target in self.config.links:
+            if target in self.config.fused_stages:
+                rank = min(self.config.rank, tokens[source])
+                shape = (self.case.batch, self.config.heads, rank, d)
+                keys, rhs = (torch.randn(shape, generator=make, device=self.device) for _ in range(2))
+                keys = F.normalize(keys, dim=-1) * d**0.5
+                logits = keys @ keys.mT / d**0.5
+                yield logits.requires_grad_(trained), rhs.requires_grad_(trained)
+
+    def _forward(self) -> object:
+        with torch.no_grad(), self._autocast():
+            return self.module(*self.inputs)
+
+    def _train(self) -> None:
+        for tensor in (*self.module.parameters(), *self.inputs[0]):
+            tensor.grad = None
+        with self._autocast():
+            if isinstance(self.module, IQAModel):
+                scores, losses = self.module(*self.inputs, return_losses=True)
+                loss = (scores.float() - 0.5).square().mean()
+            else:
+                output = self.module(*self.inputs)
+                losses, loss = output.losses, output.fused.float().square().mean()
+        for name in ("tau", "entropy", "balance"):
+            loss = loss + getattr(self.config, f"weight_{name}") * losses[name]
+        self._scaler.scale(loss).backward()
+        if self._optimizer is not None:
+            self._scaler.unscale_(self._optimizer)
+            nn.utils.clip_grad_norm_(self.module.parameters(), self.config.clip_norm)
+            self._scaler.step(self._optimizer)
+            self._scaler.update()
+            self.module.clamp_()  # type: ignore[operator]
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32)
+
+    @torch.no_grad()
+    def _calibrate(self) -> None:
+        """As before training: without it attention is nearly uniform, and its systems unlike a real neck's."""
+        with self._autocast():
+            self.module.calibrate(*self.inputs)  # type: ignore[operator]
+        for tensor in self.inputs[0] if self.case.part == "neck" else ():
+            tensor.requires_grad_(self.case.direction != "forward")
+
+
+def make_module(case: Case, config: SRMConfig) -> nn.Module:
+    """The neck or the model of a case, on the CPU, in evaluation mode."""
+    if case.part == "model":
+        return build_model(case.backbone, neck=case.neck, config=config)
+    channels = backbone_channels(case.backbone, case.resolution)
+    if case.neck == "none":
+        return PlainNeck(channels, config).eval()
+    return SRMNeck(channels, config, attention="full" if case.neck == "quadratic" else "nystrom").eval()
+
+
+def make_inputs(case: Case, device: torch.device | str, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Images, or a pyramid of noise of the backbone's shapes in the dtype that it would compute in."""
+    if case.part == "model":
+        return (torch.rand(case.batch, 3, case.resolution, case.resolution).to(device),)
+    channels = backbone_channels(case.backbone, case.resolution)
+    sizes = map_sizes(case.resolution, case.resolution)
+    return (
+        [
+            torch.randn(case.batch, c, *size).to(device, dtype)
+            for c, size in zip(channels, sizes, strict=True)
+        ],
+    )
+
+
+@cache
+def backbone_channels(name: str, resolution: int) -> tuple[int, ...]:
+    """Channels of a backbone's four maps."""
+    return tuple(Backbone(name, image_size=resolution).channels)
+
+
+def meta_copy(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[nn.Module, tuple[Any, ...]]:
+    """A module and inputs without memory, for counting; the module itself is moved."""
+
+    def moved(value: Any) -> Any:
+        return [moved(v) for v in value] if isinstance(value, list) else value.detach().to("meta")
+
+    return module.to("meta"), tuple(moved(value) for value in inputs)

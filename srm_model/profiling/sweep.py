@@ -1,0 +1,202 @@
+"""One row per case, and sweeps over cases that outlast a case which cannot run."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from srm_kernels import backends
+from srm_model.config import SRMConfig
+from srm_model.profiling import counting
+from srm_model.profiling.ceilings import Ceilings, ceilings
+from srm_model.profiling.machine import clocks, machine
+from srm_model.profiling.memory import is_out_of_memory, peak
+from srm_model.profiling.stages import stage_times
+from srm_model.profiling.subjects import (
+    DTYPES,
+    Case,
+    Subject,
+    backbone_channels,
+    make_inputs,
+    make_module,
+    meta_copy,
+)
+from srm_model.profiling.timing import Effort, measure_together
+from srm_model.training.seeding import seeded
+
+
+def cases(
+    *,
+    parts: Iterable[str] = ("neck",),
+    backbones: Iterable[str] = ("pvt_v2_b2",),
+    necks: Iterable[str] = ("srm", "quadratic", "none"),
+    backend_names: Iterable[str] | None = None,
+    resolutions: Iterable[int] = (512,),
+    batches: Iterable[int] = (1,),
+    dtypes: Iterable[str] = ("fp32",),
+    directions: Iterable[str] = ("forward",),
+) -> list[Case]:
+    """The product of everything; `srm` once for each of `backend_names`, by default all that can run here."""
+    names = list(backend_names or (name for name, status in backends().items() if status.available))
+    with_backend = [(neck, backend) for neck in necks for backend in (names if neck == "srm" else [None])]
+    return [
+        Case(part, backbone, neck, backend, resolution, batch, dtype, direction)
+        for part, backbone, resolution, batch, dtype, direction, (neck, backend) in itertools.product(
+            parts, backbones, resolutions, batches, dtypes, directions, with_backend
+        )
+    ]
+
+
+@dataclass
+class Sweep:
+    """Measures cases on one device in one run: what they share, ceilings and counts, is found once."""
+
+    device: torch.device
+    config: SRMConfig = field(default_factory=SRMConfig)
+    effort: Effort | None = None
+    small: bool = False  # ceilings by small buffers
+
+    def __post_init__(self) -> None:
+        self.effort = self.effort or Effort.for_device(self.device)
+        self.machine = machine(self.device)
+        self._ceilings: dict[str, Ceilings] = {}
+        self._counts: dict[Any, dict[str, int | None]] = {}
+
+    def rows(
+        self, wanted: Iterable[Case], *, also: Callable[[Subject], None] | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """A row for every case, in order; one that cannot run has `error`, a sentence, and no figures.
+
+        `also` is called with each subject after it was measured. Ctrl-C passes through, between rows or in one.
+        """
+        for case in wanted:
+            yield self.row(case, also)
+
+    def row(self, case: Case, also: Callable[[Subject], None] | None = None) -> dict[str, Any]:
+        """The figures of one case as plain JSON values: times in milliseconds, memory in bytes."""
+        usual = SRMConfig().to_dict()
+        row: dict[str, Any] = {**case.to_dict(), "label": case.label, "error": None}
+        row["when"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        try:
+            row |= self._figures(case, also)
+        except Exception as error:  # whatever one case does, the next ones are to be measured
+            row["error"] = describe(error)
+        if row["error"]:
+            gc.collect()  # outside the handler, whose traceback keeps the case's tensors
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        row["config"] = {name: value for name, value in self.config.to_dict().items() if value != usual[name]}
+        row["machine"] = {**self.machine, "clocks": clocks(self.device)}
+        return row
+
+    def _figures(self, case: Case, also: Callable[[Subject], None] | None) -> dict[str, Any]:
+        assert self.effort is not None
+        subject = Subject(case, self.config, self.device)
+        counts = self._count(case)
+        solve = subject.solve()
+        together = {"all": subject.call} | ({"solve": solve} if solve else {})
+        times = measure_together(together, self.device, self.effort)
+        del solve, together
+        middle = times["all"].p50 * 1e-3
+        roof = self._roof(case.dtype)
+        work = counts["work"]
+        figures: dict[str, Any] = {
+            "parameters": counts["parameters"],
+            "macs": {name: counts[name] for name in ("formula", "fvcore", "torch")},
+            "parts": counts["parts"],
+            "milliseconds": times["all"].to_dict(),
+            "solve_milliseconds": times["solve"].to_dict() if "solve" in times else None,
+            "solve_share": times["solve"].p50 / times["all"].p50 if "solve" in times else None,
+            "ceilings": roof._asdict(),
+            "compulsory_bytes": subject.compulsory,
+            "bandwidth_share": subject.compulsory / middle / roof.bandwidth,
+            "work_macs": work * case.batch if work is not None else None,
+            "matrix_share": work * case.batch / middle / roof.matrix_rate if work is not None else None,
+            "launches": launches(subject.call, self.device),
+            "memory": peak(subject.call, self.device, held=subject.held)._asdict(),
+            "stages": None,
+        }
+        if case.direction == "forward":
+            figures["stages"] = stage_times(subject.module, subject.call, self.device, self.effort)
+        if also is not None:
+            also(subject)
+        return figures
+
+    def _roof(self, dtype: str) -> Ceilings:
+        if dtype not in self._ceilings:
+            self._ceilings[dtype] = ceilings(self.device, DTYPES[dtype], small=self.small)
+        return self._ceilings[dtype]
+
+    def _count(self, case: Case) -> dict[str, Any]:
+        """Counts of a case, the same for every backend, batch and dtype: of the reference, one image, fp32."""
+        trained = case.direction != "forward"
+        key = (case.part, case.backbone, case.neck, case.resolution, trained)
+        if key not in self._counts:
+            config = self.config.replace(backend="reference", image_size=case.resolution)
+            one = Case(
+                case.part, case.backbone, case.neck, "reference", case.resolution, 1, "fp32", "forward"
+            )
+            with seeded(0):
+                module, inputs = make_module(one, config), make_inputs(one, "cpu", torch.float32)
+            channels = backbone_channels(case.backbone, case.resolution)
+            sizes = counting.map_sizes(case.resolution, case.resolution)
+            parts = counting.neck_macs(config, case.neck, channels, sizes)
+            found: dict[str, Any] = {"parameters": counting.parameters(module), "parts": parts}
+            # The backbone is timm's, and no formula here speaks of it.
+            found["formula"] = sum(parts.values()) if case.part == "neck" else None
+            found["fvcore"] = counting.fvcore_macs(module, inputs)
+            module, inputs = meta_copy(module, inputs)
+            found["torch"] = found["work"] = counting.torch_macs(module, inputs)
+            if trained:
+                for tensor in inputs[0] if case.part == "neck" else ():
+                    tensor.requires_grad_()
+                found["work"] = counting.torch_macs(module.train(), inputs, backward=True)
+            self._counts[key] = found
+        return self._counts[key]
+
+
+def launches(call: Callable[[], object], device: torch.device) -> int | None:
+    """Kernels that one call starts, by the profiler; None on a CPU, which starts none."""
+    if device.type != "cuda":
+        return None
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        call()
+        torch.cuda.synchronize(device)
+    return len(kernels(profiled))
+
+
+def kernels(profiled: Any) -> list[Any]:
+    """The device's events of a profile that are kernels: no copies, no fills, no ranges."""
+    return [
+        event
+        for event in profiled.profiler.kineto_results.events()
+        if event.device_type() == torch.autograd.DeviceType.CUDA
+        and not event.is_user_annotation()
+        and not event.name().startswith(("Memcpy", "Memset", "[memory]"))
+    ]
+
+
+def article_cases(**narrowed: Iterable[Any]) -> list[Case]:
+    """The article's Table 3 (necks at 512², bf16, B = 1) and its training throughput (model, B = 4, with optimiser).
+
+    What is given takes the article's place in both.
+    """
+    table: dict[str, Iterable[Any]] = {"parts": ["neck"], "batches": [1], "directions": ["forward"]}
+    throughput: dict[str, Iterable[Any]] = {"parts": ["model"], "batches": [4], "directions": ["step"]}
+    shared: dict[str, Iterable[Any]] = {"resolutions": [512], "dtypes": ["bf16"]}
+    return [case for rows in (table, throughput) for case in cases(**{**shared, **rows, **narrowed})]
+
+
+def describe(error: BaseException) -> str:
+    """One sentence of an error for a row."""
+    words = " ".join(str(error).split())
+    if is_out_of_memory(error):
+        return f"out of memory: {words[:200]}"
+    return words[:300] if isinstance(error, ValueError) else f"{type(error).__name__}: {words[:300]}"

@@ -1,0 +1,96 @@
+"""A sweep's rows as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+MEBI = 2**20
+Table = tuple[list[str], list[list[str]]]
+
+
+def cost_table(rows: Iterable[dict[str, Any]]) -> Table:
+    """What does not depend on the machine: parameters and multiply-accumulates in three ways."""
+    seen: dict[tuple[Any, ...], list[str]] = {}
+    for row in rows:
+        if row["error"]:
+            continue
+        macs = row["macs"]
+        seen.setdefault(
+            (row["part"], row["backbone"], row["neck"], row["resolution"]),
+            [
+                row["part"],
+                row["backbone"],
+                row["neck"],
+                str(row["resolution"]),
+                number(row["parameters"] / 1e6, 3),
+                *(number(macs[name] / 1e9 if macs[name] is not None else None, 3) for name in macs),
+            ],
+        )
+    header = ["part", "backbone", "neck", "px", "parameters, M", "GMAC formula", "GMAC fvcore", "GMAC torch"]
+    return header, list(seen.values())
+
+
+def measured_table(rows: Iterable[dict[str, Any]]) -> Table:
+    """Times in ms, memory in MiB, shares in per cent; a case that could not run says why in its row."""
+    header = (
+        "part,backbone,neck,px,B,dtype,direction,p20,p50,p80,above inputs,peak,reserved,resident,launches,"
+        "bandwidth %,matrix %,solve %"
+    ).split(",")
+    lines = []
+    for row in rows:
+        line = [row["part"], row["backbone"], row["label"], str(row["resolution"]), str(row["batch"])]
+        line += [row["dtype"], row["direction"]]
+        if row["error"]:
+            lines.append([*line, row["error"], *[""] * (len(header) - len(line) - 1)])
+            continue
+        times, memory = row["milliseconds"], row["memory"]
+        line += [number(times[name]) for name in ("p20", "p50", "p80")]
+        line += [mebibytes(memory[name]) for name in ("above", "allocated", "reserved", "resident")]
+        line.append("–" if row["launches"] is None else str(row["launches"]))
+        line += [percent(row[name]) for name in ("bandwidth_share", "matrix_share", "solve_share")]
+        lines.append(line)
+    return header, lines
+
+
+def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """How to read the tables, and what this device could not tell."""
+    good = [row for row in rows if not row["error"]]
+    found = [
+        "times in ms (20th, 50th and 80th percentile), memory in MiB; `above inputs` is the peak less what is held "
+        "before the call (parameters, inputs, optimiser state)",
+        "backward is forward and backward; step adds clipping and AdamW; loading of data is in neither",
+        "bandwidth %: bytes that have to move at least once, over time, against a large copy; matrix %: "
+        "multiply-accumulates over time, backward's included, against a large product; both ceilings of this run. A "
+        "share of bandwidth above 100 is the cache's",
+        "solve %: the landmark solves timed alone, on systems of these shapes, as a share; a fused kernel hides them",
+    ]
+    for dtype in dict.fromkeys(row["dtype"] for row in good):
+        roof = next(row["ceilings"] for row in good if row["dtype"] == dtype)
+        found.append(
+            f"ceilings, {dtype}: {roof['bandwidth'] / 1e9:.1f} GB/s, {roof['matrix_rate'] / 1e12:.3g} TMAC/s"
+        )
+    if any(row["machine"]["kind"] != "cuda" for row in rows):
+        found.append(
+            "on a CPU times are wall clock, memory is what torch's allocator was asked for, and `resident` the "
+            "process's peak, libraries included, on Linux only; reserved memory and launches do not exist and are "
+            "not measured; libraries' own scratch is in `resident` alone"
+        )
+    if good and all(row["macs"]["fvcore"] is None for row in good):
+        found.append("fvcore is not installed, so its count is missing")
+    return found
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Three significant digits, or more before the point; – for what was not measured."""
+    if value is None or value != value:
+        return "–"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.{digits}g}".rstrip(".")
+
+
+def mebibytes(value: float | None) -> str:
+    return number(None if value is None else value / MEBI)
+
+
+def percent(value: float | None) -> str:
+    return number(None if value is None else 100 * value, 2)

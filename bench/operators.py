@@ -1,0 +1,219 @@
+"""Every operator at every family of shapes, with a check of its numbers on the very inputs that are timed.
+
+Needs torch and `srm_kernels` alone, of whichever checkout is imported: `bench.worker` times other checkouts with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import srm_kernels as ops
+
+DIRECTIONS = ("forward", "backward")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Family(NamedTuple):
+    """Sizes of one link: B, H, N_q, N_k, r, d."""
+
+    batch: int
+    heads: int
+    queries: int
+    keys: int
+    rank: int
+    d: int
+
+
+FAMILIES = {
+    "tiny": Family(1, 2, 64, 16, 4, 8),  # only to see that everything runs
+    "stage 3": Family(1, 8, 1_024, 256, 64, 32),  # the links of a 512² image
+    "stage 2": Family(1, 8, 4_096, 256, 64, 32),
+    "stage 1": Family(1, 8, 16_384, 256, 64, 32),
+    "stage 1, batch 8": Family(8, 8, 16_384, 256, 64, 32),
+    "many keys": Family(1, 8, 16_384, 4_096, 64, 32),
+    "wide heads": Family(1, 4, 4_096, 1_024, 64, 64),
+    "few landmarks": Family(1, 8, 16_384, 256, 16, 32),
+}
+SETS = {
+    "tiny": ("tiny",),
+    "some": ("stage 3", "stage 2", "wide heads"),
+    "all": tuple(name for name in FAMILIES if name != "tiny"),
+}
+
+
+class NumericsError(AssertionError):
+    """An implementation's result is further from the truth than its dtype explains: it is not timed."""
+
+
+class Operator(NamedTuple):
+    """inputs: makes them in float64 on the CPU. run: (inputs, backend, family) → floating-point results.
+
+    gradients: indices of the inputs that are differentiated; none where the operator has no derivative.
+    """
+
+    inputs: Callable[[Family, torch.Generator], list[Tensor]]
+    run: Callable[[Sequence[Tensor], str, Family], Sequence[Tensor]]
+    gradients: tuple[int, ...]
+
+
+def _tokens(family: Family, make: torch.Generator, *counts: int) -> list[Tensor]:
+    shape = family.batch, family.heads
+    return [torch.randn(*shape, count, family.d, generator=make, dtype=torch.float64) for count in counts]
+
+
+def _attention_inputs(family: Family, make: torch.Generator) -> list[Tensor]:
+    return _tokens(family, make, family.queries, family.keys, family.keys)
+
+
+def _unit(key: Tensor) -> Tensor:
+    return key * key.shape[-1] ** 0.5 / (key.norm(dim=-1, keepdim=True) + 1e-6)
+
+
+def _systems(family: Family, make: torch.Generator) -> list[Tensor]:
+    keys, rhs = _tokens(family, make, family.rank, family.rank)
+    keys = _unit(keys)
+    return [keys @ keys.mT / family.d**0.5, rhs]
+
+
+def _maps(family: Family, make: torch.Generator) -> list[Tensor]:
+    C, P = family.heads * family.d, 8
+    return [
+        torch.randn(family.batch, 3, C, P, P, generator=make, dtype=torch.float64),
+        torch.randn(family.batch, 3, generator=make, dtype=torch.float64),
+    ]
+
+
+def _dyt_inputs(family: Family, make: torch.Generator) -> list[Tensor]:
+    C = family.heads * family.d
+    shapes = ((family.batch, family.queries, C), (1,), (C,), (C,))
+    return [torch.randn(shape, generator=make, dtype=torch.float64) for shape in shapes]
+
+
+OPERATORS = {
+    "nystrom_attention": Operator(
+        _attention_inputs,
+        lambda x, backend, family: [
+            ops.nystrom_attention(*x, family.rank, qk_norm="keys", backend=backend)  # type: ignore[list-item]
+        ],
+        (0, 1, 2),
+    ),
+    "full_attention": Operator(
+        _attention_inputs,
+        lambda x, backend, family: [ops.full_attention(*x, qk_norm="keys", backend=backend)],
+        (0, 1, 2),
+    ),
+    "select_landmarks": Operator(
+        lambda family, make: [_unit(_tokens(family, make, family.keys)[0])],
+        lambda x, backend, family: [ops.select_landmarks(x[0], family.rank, backend=backend)],
+        (),
+    ),
+    "ridge_leverage_scores": Operator(
+        lambda family, make: _tokens(family, make, family.keys),
+        lambda x, backend, family: [ops.ridge_leverage_scores(x[0], backend=backend)],
+        (0,),
+    ),
+    "landmark_solve": Operator(
+        _systems,
+        lambda x, backend, family: [ops.landmark_solve(*x, backend=backend).x],
+        (0, 1),
+    ),
+    "rms_scale": Operator(
+        lambda family, make: _tokens(family, make, family.queries),
+        lambda x, backend, family: list(ops.rms_scale(x[0], backend=backend)),
+        (0,),
+    ),
+    "dyt": Operator(
+        _dyt_inputs,
+        lambda x, backend, family: [ops.dyt(x[0], x[1], x[2], x[3], backend=backend)],
+        (0, 1, 2, 3),
+    ),
+    "gated_fusion": Operator(
+        _maps,
+        lambda x, backend, family: list(ops.gated_fusion(*x, cap=10.0, backend=backend)),
+        (0, 1),
+    ),
+    "gate_losses": Operator(
+        lambda family, make: [_maps(family, make)[1].softmax(-1)],
+        lambda x, backend, family: list(ops.gate_losses(x[0], entropy_floor=1.0, backend=backend)),
+        (0,),
+    ),
+}
+
+
+class Timed:
+    """One operator by one implementation, ready to be called and verified."""
+
+    def __init__(
+        self, operator: str, family: Family, backend: str, direction: str, dtype: str, device: str
+    ) -> None:
+        self.name, self.operator, self.family = operator, OPERATORS[operator], family
+        self.backend, self.direction = backend, direction
+        made = self.operator.inputs(family, torch.Generator().manual_seed(0))
+        self.inputs = [x.to(device, DTYPES[dtype]) for x in made]
+        self.call: Callable[[], Any] = self._forward if direction == "forward" else self._backward
+        if direction != "forward" and not self.operator.gradients:
+            raise NotImplementedError(f"{operator} has no derivative")
+
+    def _forward(self) -> Sequence[Tensor]:
+        with torch.no_grad():
+            return self.operator.run(self.inputs, self.backend, self.family)
+
+    def _backward(self) -> Sequence[Tensor]:
+        return self._gradients(self.inputs, self.backend)
+
+    def _gradients(self, inputs: Sequence[Tensor], backend: str) -> Sequence[Tensor]:
+        wanted = self.operator.gradients
+        leaves = [x.detach().requires_grad_(i in wanted) for i, x in enumerate(inputs)]
+        results = self.operator.run(leaves, backend, self.family)
+        total = sum((r.double() if r.dtype == torch.float64 else r.float()).square().sum() for r in results)
+        assert isinstance(total, Tensor)
+        return torch.autograd.grad(total, [leaves[i] for i in wanted])
+
+    def verify(self) -> float:
+        """The largest error of any result relative to its size, or `NumericsError`.
+
+        Accepted is twice the error of the reference in the same dtype against the reference in float64, and besides
+        eight units of rounding of the result's dtype, where the reference happens to hit the truth.
+        """
+        found = self.call()
+        if self.name == "select_landmarks":
+            return self._verify_landmarks(found[0])
+        plain = self._by("reference", self.inputs)
+        truth = self._by("reference", [x.double() for x in self.inputs])
+        worst = 0.0
+        for index, (one, two, true) in enumerate(zip(found, plain, truth, strict=True)):
+            size = float(true.norm()) + 1e-300
+            error, usual = (float((x.double() - true).norm()) / size for x in (one, two))
+            allowed = 2 * usual + 8 * torch.finfo(one.dtype).eps
+            if not error <= allowed:
+                raise NumericsError(
+                    f"{self.name} by {self.backend}, {self.direction}, result {index}: relative error {error:.2g} "
+                    f"where {allowed:.2g} is accepted; it is not timed"
+                )
+            worst = max(worst, error)
+        return worst
+
+    def _by(self, backend: str, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        if self.direction != "forward":
+            return self._gradients(inputs, backend)
+        with torch.no_grad():
+            return self.operator.run(inputs, backend, self.family)
+
+    def _verify_landmarks(self, chosen: Tensor) -> float:
+        """Distinct keys, none of which scores less than the r-th best by more than the scores' own rounding."""
+        key = self.inputs[0]
+        truth = ops.ridge_leverage_scores(key.double(), backend="reference")
+        rounding = (ops.ridge_leverage_scores(key, backend="reference").double() - truth).abs().max()
+        least = truth.topk(chosen.shape[-1]).values[..., -1:]
+        short = float((least - truth.gather(-1, chosen)).max())
+        distinct = bool((chosen.sort(-1).values.diff(dim=-1) > 0).all())
+        if not distinct or not short <= 2 * float(rounding):
+            raise NumericsError(
+                f"{self.name} by {self.backend}: a landmark is {short:.2g} short of the r-th best score where "
+                f"{2 * float(rounding):.2g} is accepted, or chosen twice; it is not timed"
+            )
+        return max(short, 0.0)

@@ -1,0 +1,117 @@
+"""The regression script flags a planted slowdown, and nothing else."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench.compare import Verdict, compare, main
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+class Machine:
+    """Operators of known cost on a busy machine: each time is off by a few per cent, one in twenty is three times as
+    long, and the machine itself slows down to half its speed in the course of a run."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = np.random.default_rng(seed)
+        self.measured = 0
+
+    def operator(self, milliseconds: float):
+        def measure() -> float:
+            self.measured += 1
+            drift = 1 + self.measured / 120
+            spike = 3 if self.random.random() < 0.05 else 1
+            return milliseconds * drift * spike * float(np.exp(self.random.normal(0, 0.08)))
+
+        return measure
+
+
+def judged(slowdown: float, seed: int) -> Verdict:
+    machine = Machine(seed)
+    times = (1.0, 1.0, slowdown)
+    return compare(*(machine.operator(time) for time in times), seed=seed)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_slowdown_of_a_fifth_is_flagged(seed: int):
+    verdict = judged(1.2, seed)
+    assert verdict.slower
+    assert verdict.low < 1.2 < verdict.high
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_no_slowdown_is_no_alarm(seed: int):
+    assert not judged(1.0, seed).slower
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_faster_is_no_alarm_and_less_than_the_tolerance_neither(seed: int):
+    assert not judged(0.8, seed).slower
+    assert not judged(1.02, seed).slower
+
+
+def test_a_noisy_run_says_so_and_is_not_trusted():
+    machine = Machine(0)
+    quiet = judged(1.0, 0).noise
+
+    def jumping():  # the second copy of the base is as far off as the candidate
+        return machine.operator(1.3)()
+
+    verdict = compare(machine.operator(1.0), jumping, machine.operator(1.3))
+    assert verdict.noise > 1.2 > quiet
+    assert not verdict.slower
+
+
+def test_too_few_rounds_are_refused():
+    with pytest.raises(ValueError, match="rounds=4"):
+        compare(float, float, float, rounds=4)
+
+
+TINY = ["--families", "tiny", "--rounds", "5", "--device", "cpu"]
+
+
+def test_two_backends(capsys: pytest.CaptureFixture[str]):
+    arguments = [
+        "--backends",
+        "reference",
+        "sdpa",
+        "--operators",
+        "dyt",
+        "select_landmarks",
+        "--tolerance",
+        "99",
+    ]
+    assert main([*arguments, *TINY]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == [
+        "dyt",
+        "dyt",
+        "select_landmarks",
+        "select_landmarks",
+        "3",
+    ]
+    assert "not compared: select_landmarks has no derivative" in lines[-2]
+    assert lines[-1].startswith("3 compared, 0 slower")
+
+
+def test_what_cannot_run_is_not_compared(capsys: pytest.CaptureFixture[str]):
+    assert main(["--backends", "reference", "cuda", "--operators", "dyt", *TINY]) == 2
+    assert capsys.readouterr().out.count("not compared: backend 'cuda' cannot run") == 2
+
+
+def test_two_checkouts(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """This one against itself, in processes of their own."""
+    monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
+    arguments = ["--checkouts", str(ROOT), str(ROOT), "--operators", "dyt", "--directions", "forward"]
+    assert main([*arguments, "--tolerance", "99", *TINY]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("1 compared, 0 slower")
+
+
+def test_a_folder_without_the_package_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match="no checkout with srm_kernels in it"):
+        main(["--checkouts", str(tmp_path), str(tmp_path)])

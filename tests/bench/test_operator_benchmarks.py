@@ -1,0 +1,94 @@
+"""The operator benchmarks: all run, and one with wrong numbers is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import srm_kernels
+from bench.operators import DIRECTIONS, FAMILIES, OPERATORS, NumericsError, Timed
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_every_operator_passes_its_own_check(operator: str, backend: str, dtype: str):
+    for direction in DIRECTIONS:
+        if direction == "forward" or OPERATORS[operator].gradients:
+            timed = Timed(operator, FAMILIES["tiny"], backend, direction, dtype, "cpu")
+            # a few units of rounding, and far from nothing in common with the truth
+            assert timed.verify() < {"fp32": 1e-3, "bf16": 0.1}[dtype]
+
+
+def test_every_public_operator_is_there():
+    public = {
+        name for name in srm_kernels.__all__ if callable(getattr(srm_kernels, name)) and name.islower()
+    } - {"backends"}
+    assert public == set(OPERATORS)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_wrong_numbers_are_refused(direction: str, monkeypatch: pytest.MonkeyPatch):
+    honest = srm_kernels.dyt
+
+    def wrong(*args, backend):
+        return honest(*args, backend=backend) * (1.001 if backend == "sdpa" else 1)
+
+    monkeypatch.setattr(srm_kernels, "dyt", wrong)
+    assert Timed("dyt", FAMILIES["tiny"], "reference", direction, "fp32", "cpu").verify() < 1e-5
+    with pytest.raises(NumericsError, match=r"dyt by sdpa, .*it is not timed$"):
+        Timed("dyt", FAMILIES["tiny"], "sdpa", direction, "fp32", "cpu").verify()
+
+
+def test_a_result_that_is_not_a_number_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(srm_kernels, "full_attention", lambda q, *_, **__: torch.full_like(q, float("nan")))
+    with pytest.raises(NumericsError):
+        Timed("full_attention", FAMILIES["tiny"], "sdpa", "forward", "fp32", "cpu").verify()
+
+
+def test_worse_or_repeated_landmarks_are_refused(monkeypatch: pytest.MonkeyPatch):
+    honest = srm_kernels.select_landmarks
+    timed = Timed("select_landmarks", FAMILIES["tiny"], "sdpa", "forward", "fp32", "cpu")
+    timed.verify()
+    for spoil in (
+        lambda chosen: (chosen + 1) % FAMILIES["tiny"].keys,
+        lambda chosen: chosen[..., :1].expand_as(chosen),
+    ):
+        monkeypatch.setattr(srm_kernels, "select_landmarks", lambda *a, f=spoil, **k: f(honest(*a, **k)))
+        with pytest.raises(NumericsError):
+            timed.verify()
+
+
+def test_they_run_under_pytest_benchmark(tmp_path: Path):
+    pytest.importorskip("pytest_benchmark")
+    saved = tmp_path / "times.json"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "bench",
+        "--benchmark-only",
+        "--shapes",
+        "tiny",
+        "-p",
+        "no:xdist",
+    ]
+    command += ["--benchmark-max-time=0.001", "--benchmark-min-rounds=1", "--benchmark-warmup=off"]
+    command += [f"--benchmark-json={saved}", "-p", "no:cacheprovider", "-k", "dyt or select"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(saved.read_text())["benchmarks"]
+    assert {case["params"]["operator"] for case in found} == {"dyt", "select_landmarks"}
+    assert {case["params"]["implementation"] for case in found} >= {"reference", "sdpa"}
+    assert "dyt, tiny, backward, fp32" in {case["group"] for case in found}
+    assert found[0]["extra_info"]["machine"]["torch"] == torch.__version__
+    assert all(case["extra_info"]["relative_error"] < 1e-3 for case in found)

@@ -1,0 +1,385 @@
+"""How the cost of attention grows, and where Nyström overtakes exact attention: `python -m bench.growth`.
+
+Sweeps over N_q, N_k, N (both at once), r, d, H and B, one at a time, each fitted to time = c·x^p; then the surface
+N_k × B of Nyström's time as a share of exact attention's. Implementations take turns within a point.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from bench import harness
+from bench.harness import DTYPES, Call, Recorder
+from srm_kernels import flops, full_attention, nystrom_attention
+from srm_model.profiling.sweep import describe
+from srm_model.profiling.tables import number
+
+EXACT = "exact"
+DIRECTIONS = ("forward", "backward")
+
+
+class Sizes(NamedTuple):
+    """One call's shape; the names are those of the sweeps."""
+
+    B: int
+    H: int
+    N_q: int
+    N_k: int
+    r: int
+    d: int
+
+
+class Scale(NamedTuple):
+    """Where the sweeps start from, and what they go over; N sets N_q and N_k alike."""
+
+    base: Sizes
+    values: dict[str, tuple[int, ...]]
+    keys: tuple[int, ...]  # of the crossover surface
+    batches: tuple[int, ...]
+
+
+SCALES = {
+    "tiny": Scale(
+        Sizes(1, 2, 64, 32, 8, 8),
+        {"N_q": (32, 64, 128), "N_k": (16, 32, 64), "N": (32, 64, 128), "B": (1, 2, 4)},
+        (16, 64),
+        (1, 2),
+    ),
+    "cpu": Scale(
+        Sizes(1, 8, 4_096, 1_024, 64, 32),
+        {
+            "N_q": (1_024, 2_048, 4_096, 8_192, 16_384),
+            "N_k": (256, 512, 1_024, 2_048, 4_096),
+            "N": (512, 1_024, 2_048, 4_096),
+            "r": (8, 16, 32, 64, 128),
+            "d": (16, 32, 64, 128),
+            "H": (1, 2, 4, 8, 16),
+            "B": (1, 2, 4, 8),
+        },
+        (64, 128, 256, 512, 1_024, 2_048),
+        (1, 2, 4, 8),
+    ),
+    "gpu": Scale(
+        Sizes(4, 8, 16_384, 1_024, 64, 32),
+        {
+            "N_q": (4_096, 8_192, 16_384, 32_768, 65_536, 131_072, 262_144),
+            "N_k": (256, 512, 1_024, 2_048, 4_096, 8_192, 16_384),
+            "N": (1_024, 2_048, 4_096, 8_192, 16_384, 32_768),
+            "r": (16, 32, 64, 128),
+            "d": (16, 32, 64, 128),
+            "H": (1, 2, 4, 8, 16, 32),
+            "B": (1, 2, 4, 8, 16, 32),
+        },
+        (64, 128, 256, 512, 1_024, 2_048, 4_096, 8_192),
+        (1, 2, 4, 8, 16, 32),
+    ),
+}
+
+
+class Fit(NamedTuple):
+    """y = c·x^exponent by least squares of the logarithms."""
+
+    exponent: float
+    error: float  # standard error of the exponent; NaN with two points, which say nothing of it
+    points: int
+
+    def __str__(self) -> str:
+        return f"{self.exponent:.2f} ± {self.error:.2f}"
+
+
+def power_law(x: Sequence[float], y: Sequence[float]) -> Fit:
+    """Exponent and its standard error. ValueError for fewer than two points or values that are not positive."""
+    if len(x) < 2 or len(x) != len(y) or min(*x, *y) <= 0:
+        raise ValueError(f"x={list(x)}, y={list(y)}: expected at least two pairs of positive numbers")
+    a, b = np.log(np.asarray(x, float)), np.log(np.asarray(y, float))
+    spread = float(((a - a.mean()) ** 2).sum())
+    exponent = float(((a - a.mean()) * b).sum()) / spread
+    rest = b - b.mean() - exponent * (a - a.mean())
+    error = math.sqrt(float((rest**2).sum()) / (len(x) - 2) / spread) if len(x) > 2 else math.nan
+    return Fit(exponent, error, len(x))
+
+
+def macs(sizes: Sizes, implementation: str) -> int:
+    """Multiply-accumulates of one call, forward, by the article's equation 30 or of exact attention."""
+    heads = sizes.B * sizes.H
+    if implementation == EXACT:
+        return heads * 2 * sizes.N_q * sizes.N_k * sizes.d
+    return heads * flops.link_macs(sizes.N_q, sizes.N_k, min(sizes.r, sizes.N_k), sizes.d)
+
+
+def calls(
+    sizes: Sizes, backends: Sequence[str], dtype: torch.dtype, device: torch.device, direction: str
+) -> dict[str, Call]:
+    """Exact attention and Nyström's by each backend, on the same tensors."""
+    make = torch.Generator(device).manual_seed(0)
+    query, key, value = (
+        torch.randn(sizes.B, sizes.H, tokens, sizes.d, generator=make, device=device)
+        .to(dtype)
+        .requires_grad_(direction == "backward")
+        for tokens in (sizes.N_q, sizes.N_k, sizes.N_k)
+    )
+
+    def nystrom(backend: str) -> torch.Tensor:
+        y = nystrom_attention(query, key, value, sizes.r, qk_norm="keys", backend=backend)
+        assert isinstance(y, torch.Tensor)
+        return y
+
+    attend = {EXACT: lambda: full_attention(query, key, value, qk_norm="keys")} | {
+        f"nystrom [{backend}]": lambda backend=backend: nystrom(backend) for backend in backends
+    }
+    if direction == "forward":
+        return {name: _without_gradients(attention) for name, attention in attend.items()}
+    return {
+        name: lambda attention=attention: torch.autograd.grad(attention().float().sum(), (query, key, value))
+        for name, attention in attend.items()
+    }
+
+
+def _without_gradients(attention: Call) -> Call:
+    def call() -> object:
+        with torch.no_grad():
+            return attention()
+
+    return call
+
+
+def point(sizes: Sizes, backends: Sequence[str], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for every implementation at one shape; one that cannot run says so in `error`."""
+    device, effort = torch.device(options.device), harness.effort_of(options)
+    shared = {**sizes._asdict(), "dtype": options.dtype, "direction": options.direction}
+    rows: dict[str, dict[str, Any]] = {}
+    able: dict[str, Call] = {}
+    try:
+        for name, call in calls(sizes, backends, DTYPES[options.dtype], device, options.direction).items():
+            rows[name] = {**shared, "implementation": name, "macs": macs(sizes, name), "error": None}
+            try:
+                call()
+                able[name] = call
+            except Exception as error:  # a sweep outlasts a point that cannot run
+                rows[name]["error"] = describe(error)
+        for name, times in harness.measure_together(able, device, effort).items():
+            rows[name] |= {
+                "milliseconds": times.to_dict(),
+                "memory": harness.peak(able[name], device)._asdict(),
+            }
+    except Exception as error:
+        rows = rows or {EXACT: {**shared, "implementation": EXACT, "macs": macs(sizes, EXACT)}}
+        for row in rows.values():
+            row["error"] = row.get("error") or describe(error)
+    able.clear()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return list(rows.values())
+
+
+def at(base: Sizes, variable: str, value: int) -> Sizes:
+    """The base with one of its sizes changed; "N" is both numbers of tokens."""
+    return base._replace(**({"N_q": value, "N_k": value} if variable == "N" else {variable: value}))
+
+
+def fits(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Exponents of time, memory and multiply-accumulates for every sweep and implementation."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        if not row["error"]:
+            groups.setdefault((row["variable"], row["implementation"]), []).append(row)
+    found = []
+    for (variable, implementation), group in groups.items():
+        x = [row["value"] for row in group]
+        if len(x) < 2:
+            continue
+        found.append(
+            {
+                "variable": variable,
+                "implementation": implementation,
+                "from": min(x),
+                "to": max(x),
+                "time": power_law(x, [row["milliseconds"]["p50"] for row in group]),
+                "memory": power_law(x, [max(row["memory"]["above"], 1) for row in group]),
+                "macs": power_law(x, [row["macs"] for row in group]),
+            }
+        )
+    return found
+
+
+def growth_table(rows: Iterable[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """The exponents as text."""
+    header = ["variable", "range", "implementation", "time ∝ x^p, p", "memory, p", "MACs, p"]
+    return header, [
+        [
+            fit["variable"],
+            f"{fit['from']:,} to {fit['to']:,}",
+            fit["implementation"],
+            str(fit["time"]),
+            str(fit["memory"]),
+            f"{fit['macs'].exponent:.2f}",
+        ]
+        for fit in fits(rows)
+    ]
+
+
+class Surface(NamedTuple):
+    """Nyström's time as a share of exact attention's; None where one of them could not run."""
+
+    keys: list[int]
+    batches: list[int]
+    share: dict[tuple[int, int], float | None]  # (N_k, B)
+    implementation: str
+
+
+def surfaces(rows: Iterable[dict[str, Any]]) -> list[Surface]:
+    """One for each implementation of Nyström attention."""
+    rows = list(rows)
+    times = {
+        (row["N_k"], row["B"], row["implementation"]): None if row["error"] else row["milliseconds"]["p50"]
+        for row in rows
+    }
+    keys, batches = sorted({row["N_k"] for row in rows}), sorted({row["B"] for row in rows})
+    found = []
+    for name in dict.fromkeys(row["implementation"] for row in rows if row["implementation"] != EXACT):
+        share: dict[tuple[int, int], float | None] = {}
+        for k in keys:
+            for b in batches:
+                ours, exact = times.get((k, b, name)), times.get((k, b, EXACT))
+                share[k, b] = ours / exact if ours and exact else None
+        found.append(Surface(keys, batches, share, name))
+    return found
+
+
+def crossing(surface: Surface, batch: int) -> float | None:
+    """N_k from which on Nyström is faster at a batch size: interpolated between the last loss and the first win of
+    the row's end that is won throughout; the smallest N_k where no loss was seen, None where the largest is lost."""
+    row = [(k, surface.share[k, batch]) for k in surface.keys]
+    known = [(k, share) for k, share in row if share is not None]
+    if not known or known[-1][1] >= 1:
+        return None
+    lost = [index for index, (_, share) in enumerate(known) if share >= 1]
+    if not lost:
+        return float(known[0][0])
+    (k0, s0), (k1, s1) = known[lost[-1]], known[lost[-1] + 1]
+    weight = math.log(s0) / (math.log(s0) - math.log(s1))
+    return float(k0 * (k1 / k0) ** weight)
+
+
+def guide(surface: Surface) -> str:
+    """What to use when, in a sentence that claims no more than was measured."""
+    found = [crossing(surface, batch) for batch in surface.batches]
+    name = surface.implementation
+    if all(value is None for value in found):
+        return f"{name}: exact attention was faster up to N_k = {surface.keys[-1]:,} at every batch size measured."
+    reached = [value for value in found if value is not None]
+    losses = any(share is not None and share >= 1 for share in surface.share.values())
+    if not losses:
+        return (
+            f"{name}: faster than exact attention at every point measured, N_k = {surface.keys[0]:,} and up."
+        )
+    low, high = min(reached), max(reached)
+    span = f"{low:,.0f}" if high / low < 1.1 else f"{low:,.0f} to {high:,.0f}, by batch size"
+    rest = "" if len(reached) == len(found) else "; at some batch sizes exact attention was faster throughout"
+    return f"{name}: below N_k ≈ {span}, use exact attention{rest}."
+
+
+def crossover_table(surface: Surface) -> tuple[list[str], list[list[str]]]:
+    """Shares by N_k and B; a share of 1 or more is a loss and says so."""
+    header = ["N_k", *(f"B = {batch}" for batch in surface.batches)]
+    lines = []
+    for k in surface.keys:
+        cells = [surface.share[k, batch] for batch in surface.batches]
+        lines.append(
+            [
+                f"{k:,}",
+                *("–" if s is None else f"{number(s)}{' (slower)' if s >= 1 else ''}" for s in cells),
+            ]
+        )
+    return header, lines
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, write rows and print both tables; Ctrl-C keeps what was measured."""
+    options = _parser().parse_args(arguments)
+    device = torch.device(options.device)
+    scale = SCALES[options.scale or ("gpu" if device.type == "cuda" else "cpu")]
+    backends = options.backends or harness.available_backends()
+    unknown = set(options.variables or ()) - set(scale.values)
+    if unknown:
+        raise SystemExit(
+            f"--variables {', '.join(sorted(unknown))}: expected some of {', '.join(scale.values)}"
+        )
+    grown: list[dict[str, Any]] = []
+    crossed: list[dict[str, Any]] = []
+    try:
+        if "growth" in options.what:
+            recorder = Recorder(options.out, "growth", device)
+            for variable in options.variables or scale.values:
+                for value in scale.values[variable]:
+                    for row in point(at(scale.base, variable, value), backends, options):
+                        grown.append(recorder.write({"variable": variable, "value": value, **row}))
+                    _tell(f"{variable} = {value}", grown)
+        if "crossover" in options.what:
+            recorder = Recorder(options.out, "crossover", device)
+            for keys in scale.keys:
+                for batch in scale.batches:
+                    for row in point(scale.base._replace(N_k=keys, B=batch), backends, options):
+                        crossed.append(recorder.write(row))
+                    _tell(f"N_k = {keys}, B = {batch}", crossed)
+    except KeyboardInterrupt:
+        print("interrupted; what was measured is kept", file=sys.stderr)
+        return 130
+    finally:
+        _print(grown, crossed)
+    return 0
+
+
+def _tell(where: str, rows: Sequence[dict[str, Any]]) -> None:
+    last = [
+        row
+        for row in rows
+        if tuple(row[n] for n in Sizes._fields) == tuple(rows[-1][n] for n in Sizes._fields)
+    ]
+    told = ", ".join(
+        f"{row['implementation']} {row['error'] or number(row['milliseconds']['p50']) + ' ms'}"
+        for row in last
+    )
+    print(f"{where}: {told}", file=sys.stderr, flush=True)
+
+
+def _print(grown: Sequence[dict[str, Any]], crossed: Sequence[dict[str, Any]]) -> None:
+    from srm_model.cli.runs import table
+
+    for rows in (grown, crossed):
+        if rows:
+            print(harness.sentence(rows[0]["machine"]))
+            print(", ".join(f"{name}={rows[0][name]}" for name in ("dtype", "direction")))
+            break
+    if grown:
+        print(f"\n{table(*growth_table(grown))}")
+        print("fixed costs pull an exponent below the work's own, which the last column has")
+    for surface in surfaces(crossed):
+        print(
+            f"\n{surface.implementation}: time as a share of exact attention's, N_q = {crossed[0]['N_q']:,}"
+        )
+        print(table(*crossover_table(surface)))
+        print(guide(surface))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = harness.parser(__doc__)
+    parser.add_argument("--what", nargs="+", default=["growth", "crossover"], choices=("growth", "crossover"))
+    parser.add_argument("--scale", choices=tuple(SCALES), help="sizes (default: by device)")
+    parser.add_argument("--variables", nargs="+", metavar="X", help="only these sweeps")
+    parser.add_argument("--backends", nargs="+", metavar="NAME", help="default: all that can run here")
+    parser.add_argument("--direction", default="forward", choices=DIRECTIONS)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

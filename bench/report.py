@@ -1,0 +1,308 @@
+"""Results as tables and pictures: `python -m bench.report bench/results/cpu` writes report.md and SVG files there.
+
+Every table and picture is of one machine, one set of versions and one commit; rows of several are refused, unless
+`--latest` takes those that were measured as the last one was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import growth, plots
+from bench.harness import latest, newest, one_machine, read, sentence
+from srm_model.files import write_text
+from srm_model.profiling.counting import CONVENTION
+from srm_model.profiling.stages import REST
+from srm_model.profiling.tables import MEBI, cost_table, measured_table, notes, number
+
+CASE = ("part", "backbone", "neck", "backend", "resolution", "batch", "dtype", "direction", "config")
+POINT = ("variable", "value", *growth.Sizes._fields, "dtype", "direction", "implementation")
+PAGE = "report.md"
+Rows = list[dict[str, Any]]
+Picture = tuple[str, str]  # file name, SVG
+
+
+def report(folder: Path, *, last: bool = False) -> list[Path]:
+    """Write the page and its pictures into `folder`; what was written. ValueError for mixed or missing rows."""
+    sections: list[str] = []
+    pictures: list[Picture] = []
+    found = 0
+    for name, keys, tell in SECTIONS:
+        path = folder / f"{name}.jsonl"
+        if not path.is_file():
+            continue
+        rows = read(path)
+        rows = newest(latest(rows) if last else rows, keys)
+        try:
+            about = one_machine(rows)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; --latest takes the last measurement's alone") from None
+        text, drawn = tell(rows)
+        sections.append(f"{text[0]}\n\n{sentence(about)}.\n\n{text[1]}")
+        pictures += drawn
+        found += 1
+    if not found:
+        raise ValueError(
+            f"{folder}: none of {', '.join(f'{name}.jsonl' for name, _, _ in SECTIONS)} is there"
+        )
+    title = (
+        f"# Measurements: {folder.name}\n\nWritten by `python -m bench.report`; the rows are beside it.\n\n"
+    )
+    written = [folder / PAGE, *(folder / name for name, _ in pictures)]
+    for name, svg in pictures:
+        write_text(folder / name, svg)
+    write_text(folder / PAGE, title + "\n".join(sections))
+    return written
+
+
+def neck_section(rows: Rows) -> tuple[tuple[str, str], list[Picture]]:
+    """Tables of cost and of measurements, stages, growth with resolution, and rooflines."""
+    good = [row for row in rows if not row["error"]]
+    pictures = [*_stages(good), *_against_resolution(good), *_rooflines(good)]
+    parts = [CONVENTION + ".", markdown(*cost_table(rows)), markdown(*measured_table(rows))]
+    parts += ["\n".join(f"- {note}" for note in notes(rows)) + "\n", _shown(pictures)]
+    return ("## What a neck costs", "\n".join(parts)), pictures
+
+
+def growth_section(rows: Rows) -> tuple[tuple[str, str], list[Picture]]:
+    """Exponents, and a picture for each sweep."""
+    pictures = []
+    good = [row for row in rows if not row["error"]]
+    for (dtype, direction), group in _grouped(good, "dtype", "direction"):
+        for variable, points in _grouped(group, "variable"):
+            fixed = {n: points[0][n] for n in growth.Sizes._fields if n not in _swept(variable[0])}
+            pictures.append(
+                (
+                    f"growth-{variable[0].replace('_', '').lower()}-{dtype}-{direction}.svg",
+                    plots.lines(
+                        [
+                            plots.Line(name[0], [(p["value"], p["milliseconds"]["p50"]) for p in line])
+                            for name, line in _grouped(points, "implementation")
+                        ],
+                        title=f"Time against {_swept_words(variable[0])}",
+                        note=f"{direction}, {dtype}, "
+                        + ", ".join(f"{name}={value:,}" for name, value in fixed.items()),
+                        x_label=_swept_words(variable[0]),
+                        y_label="milliseconds (median)",
+                        slopes=(1, 2) if variable[0] == "N" else (1,),
+                    ),
+                )
+            )
+    words = (
+        "A fit of time = c·x^p to the points of each sweep, p with its standard error; the last column is the work's "
+        "own growth. Fixed costs pull p below it.\n"
+    )
+    parts = [words, *_by_kind(good, lambda group: markdown(*growth.growth_table(group))), _failed(rows)]
+    return ("## Growth", "\n".join([*parts, _shown(pictures)])), pictures
+
+
+def crossover_section(rows: Rows) -> tuple[tuple[str, str], list[Picture]]:
+    """Where Nyström overtakes exact attention, losses included, and the sentence for a guide."""
+    pictures: list[Picture] = []
+
+    def tell(group: Rows) -> str:
+        texts = []
+        first = group[0]
+        for found in growth.surfaces(group):
+            name = found.implementation.removeprefix("nystrom ").strip("[]")
+            fixed = f"N_q={first['N_q']:,}, H={first['H']}, r={first['r']}, d={first['d']}"
+            pictures.append(
+                (
+                    f"crossover-{name}-{first['dtype']}-{first['direction']}.svg",
+                    plots.surface(
+                        [f"{k:,}" for k in found.keys],
+                        [f"{b}" for b in found.batches],
+                        [[found.share[k, b] for b in found.batches] for k in found.keys],
+                        title=f"Nyström [{name}]: time as a share of exact attention's",
+                        note=f"{fixed}, {first['dtype']}, {first['direction']}; below 1 Nyström is faster, the thick "
+                        "line is where both are equal",
+                        row_label="N_k, keys",
+                        column_label="B, batch size",
+                    ),
+                )
+            )
+            texts += [f"**{growth.guide(found)}** ({fixed}, {first['dtype']}, {first['direction']})\n"]
+            texts += [markdown(*growth.crossover_table(found))]
+        return "\n".join(texts)
+
+    parts = [*_by_kind(rows, tell), _failed(rows)]
+    return ("## Where Nyström overtakes exact attention", "\n".join([*parts, _shown(pictures)])), pictures
+
+
+SECTIONS: tuple[tuple[str, tuple[str, ...], Callable[[Rows], Any]], ...] = (
+    ("neck", CASE, neck_section),
+    ("growth", POINT, growth_section),
+    ("crossover", POINT, crossover_section),
+)
+
+
+def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, first column to the left."""
+    escaped = [[cell.replace("|", "\\|") for cell in line] for line in (header, *lines)]
+    rule = "|---|" + "---:|" * (len(header) - 1)
+    return "\n".join(
+        [f"| {' | '.join(escaped[0])} |", rule, *(f"| {' | '.join(line)} |" for line in escaped[1:]), ""]
+    )
+
+
+def _stages(rows: Rows) -> list[Picture]:
+    pictures = []
+    for key, group in _grouped(
+        [row for row in rows if row["stages"]], "part", "backbone", "resolution", "batch", "dtype"
+    ):
+        part, backbone, resolution, batch, dtype = key
+        names = list(dict.fromkeys(name for row in group for name in row["stages"] if name != REST))
+        pictures.append(
+            (
+                _file("stages", *key),
+                plots.stacked(
+                    [plots.Bar(row["label"], row["stages"]) for row in group],
+                    [*names, REST],
+                    title=f"Where the time goes: {part}, {backbone}",
+                    note=f"{resolution}×{resolution}, B={batch}, {dtype}, forward; medians of each stage",
+                    x_label="milliseconds",
+                ),
+            )
+        )
+    return pictures
+
+
+def _against_resolution(rows: Rows) -> list[Picture]:
+    pictures = []
+    for key, group in _grouped(rows, "part", "backbone", "batch", "dtype", "direction"):
+        part, backbone, batch, dtype, direction = key
+        if len({row["resolution"] for row in group}) < 2:
+            continue
+        for what, unit, value in (
+            ("time", "milliseconds (median)", lambda row: row["milliseconds"]["p50"]),
+            ("memory", "peak above inputs, MiB", lambda row: row["memory"]["above"] / MEBI),
+        ):
+            series = [
+                plots.Line(label[0], [(row["resolution"], value(row)) for row in line])
+                for label, line in _grouped(group, "label")
+            ]
+            pictures.append(
+                (
+                    _file(what, *key),
+                    plots.lines(
+                        series,
+                        title=f"{what.capitalize()} against resolution: {part}, {backbone}",
+                        note=f"B={batch}, {dtype}, {direction}",
+                        x_label="side of the image, pixels",
+                        y_label=unit,
+                        slopes=(2,),
+                    ),
+                )
+            )
+    return pictures
+
+
+def _rooflines(rows: Rows) -> list[Picture]:
+    pictures = []
+    known = [row for row in rows if row["work_macs"]]
+    for key, group in _grouped(known, "part", "backbone", "resolution", "batch", "dtype", "direction"):
+        part, backbone, resolution, batch, dtype, direction = key
+        roofs = [row["ceilings"] for row in group]
+        bandwidth, rate = (max(roof[name] for roof in roofs) for name in ("bandwidth", "matrix_rate"))
+        points = [
+            (
+                row["label"],
+                row["work_macs"] / row["compulsory_bytes"],
+                row["work_macs"] / (row["milliseconds"]["p50"] * 1e-3),
+            )
+            for row in group
+        ]
+        pictures.append(
+            (
+                _file("roofline", *key),
+                plots.roofline(
+                    points,
+                    bandwidth,
+                    rate,
+                    title=f"Roofline: {part}, {backbone}, {direction}",
+                    note=f"{resolution}×{resolution}, B={batch}, {dtype}; ceilings measured in the same run: "
+                    f"{bandwidth / 1e9:.3g} GB/s, {number(rate / 1e9)} GMAC/s",
+                ),
+            )
+        )
+    return pictures
+
+
+def _by_kind(rows: Rows, tell: Callable[[Rows], str]) -> list[str]:
+    return [
+        f"### {direction}, {dtype}\n\n{tell(group)}"
+        for (dtype, direction), group in _grouped(rows, "dtype", "direction")
+    ]
+
+
+def _failed(rows: Rows) -> str:
+    lines = [
+        f"- not measured: {row['implementation']}, "
+        + ", ".join(f"{name}={row[name]:,}" for name in growth.Sizes._fields)
+        + f": {row['error']}"
+        for row in rows
+        if row["error"]
+    ]
+    return "\n".join([*lines, ""]) if lines else ""
+
+
+def _grouped(rows: Iterable[dict[str, Any]], *keys: str) -> list[tuple[tuple[Any, ...], Rows]]:
+    found: dict[tuple[Any, ...], Rows] = {}
+    for row in rows:
+        found.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return list(found.items())
+
+
+def _swept(variable: str) -> tuple[str, ...]:
+    return ("N_q", "N_k") if variable == "N" else (variable,)
+
+
+def _swept_words(variable: str) -> str:
+    return {
+        "N_q": "N_q, queries",
+        "N_k": "N_k, keys",
+        "N": "N = N_q = N_k, queries and keys",
+        "r": "r, landmarks",
+        "d": "d, width of a head",
+        "H": "H, heads",
+        "B": "B, batch size",
+    }[variable]
+
+
+def _shown(pictures: Sequence[Picture]) -> str:
+    return "".join(f"\n![{name.removesuffix('.svg').replace('-', ' ')}]({name})\n" for name, _ in pictures)
+
+
+def _file(*parts: Any) -> str:
+    return "-".join(str(part).replace("_", "-") for part in itertools.chain(parts)) + ".svg"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write a folder's report; 2 with one sentence where it cannot be."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folders", nargs="+", type=Path, help="bench/results/<gpu or cpu>")
+    parser.add_argument(
+        "--latest", action="store_true", help="only rows measured as the last one of each file was"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        for folder in options.folders:
+            for path in report(folder, last=options.latest):
+                print(path)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -175,8 +175,8 @@ def point(sizes: Sizes, backends: Sequence[str], options: argparse.Namespace) ->
         for row in rows.values():
             row["error"] = row.get("error") or describe(error)
     able.clear()
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
     return list(rows.values())
 
@@ -321,16 +321,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             recorder = Recorder(options.out, "growth", device)
             for variable in options.variables or scale.values:
                 for value in scale.values[variable]:
-                    for row in point(at(scale.base, variable, value), backends, options):
+                    rows = point(at(scale.base, variable, value), backends, options)
+                    for row in rows:
                         grown.append(recorder.write({"variable": variable, "value": value, **row}))
-                    _tell(f"{variable} = {value}", grown)
+                    _tell(f"{variable} = {value}", rows)
         if "crossover" in options.what:
             recorder = Recorder(options.out, "crossover", device)
             for keys in scale.keys:
                 for batch in scale.batches:
-                    for row in point(scale.base._replace(N_k=keys, B=batch), backends, options):
-                        crossed.append(recorder.write(row))
-                    _tell(f"N_k = {keys}, B = {batch}", crossed)
+                    rows = point(scale.base._replace(N_k=keys, B=batch), backends, options)
+                    crossed += [recorder.write(row) for row in rows]
+                    _tell(f"N_k = {keys}, B = {batch}", rows)
     except KeyboardInterrupt:
         print("interrupted; what was measured is kept", file=sys.stderr)
         return 130
@@ -340,14 +341,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _tell(where: str, rows: Sequence[dict[str, Any]]) -> None:
-    last = [
-        row
-        for row in rows
-        if tuple(row[n] for n in Sizes._fields) == tuple(rows[-1][n] for n in Sizes._fields)
-    ]
     told = ", ".join(
         f"{row['implementation']} {row['error'] or number(row['milliseconds']['p50']) + ' ms'}"
-        for row in last
+        for row in rows
     )
     print(f"{where}: {told}", file=sys.stderr, flush=True)
 

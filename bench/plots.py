@@ -15,6 +15,7 @@ from srm_model.reports.markup import Markup, element, join
 WIDTH, HEIGHT = 760, 420
 LEFT, RIGHT, TOP, BOTTOM = 84, 230, 56, 58
 FAMILY = "system-ui, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
+SUPERSCRIPTS = {1: "", 2: "²"}
 SHADES = ("#0b3c5d", "#b04a00", "#3f8f6b", "#8a6fb0", "#7a7a7a", "#111111", "#c98f00", "#5b86b5")
 STYLE = f"""
 text {{ font: 12.5px {FAMILY}; fill: #1b1f24; }}
@@ -199,7 +200,7 @@ def surface(
         drawn.append(element("text", name, class_="end", x=left - 10, y=top + tall * i + 23))
         for j, value in enumerate(values[i]):
             share = 0.5 if not value else 0.5 + 0.5 * math.log(value) / most
-            grey = round(250 - 150 * share)
+            grey = round(250 - 115 * share)
             x, y = left + wide * j, top + tall * i
             fill = f"rgb({grey},{grey},{grey})" if value else "#fff"
             drawn.append(
@@ -236,7 +237,13 @@ def _guide(x: Axis, y: Axis, slope: float) -> Markup:
     end_y = start + slope * (end_x - x.low)
     a, b = (x.first, y(math.exp(start))), (x(math.exp(end_x)), y(math.exp(end_y)))
     path = element("path", class_="guide", d=f"M{a[0]:.1f} {a[1]:.1f}L{b[0]:.1f} {b[1]:.1f}")
-    name = element("text", f"x^{slope:g}", class_="note end", x=f"{b[0] - 6:.1f}", y=f"{b[1] + 16:.1f}")
+    name = element(
+        "text",
+        f"∝ x{SUPERSCRIPTS.get(slope, f'^{slope:g}')}",
+        class_="note end",
+        x=f"{b[0] - 6:.1f}",
+        y=f"{b[1] + 16:.1f}",
+    )
     return join(path, name)
 
 
@@ -260,14 +267,8 @@ def _axes(x: Axis, y: Axis, x_label: str, y_label: str) -> Markup:
 
 def _patterns(count: int) -> Markup:
     """Fills that differ by shade and by hatching."""
-    hatches = (
-        "",
-        "M-1 1l2-2M0 8l8-8M7 9l2-2",
-        "M0 4h8",
-        "M4 0v8",
-        "M-1 7l2 2M0 0l8 8M7-1l2 2",
-        "M0 4h8M4 0v8",
-    )
+    slash, back = "M-1 1l2-2M0 8l8-8M7 9l2-2", "M-1 7l2 2M0 0l8 8M7-1l2 2"
+    hatches = ("", slash, "M0 4h8", "M4 0v8", back, "M0 4h8M4 0v8", "M1 2h2M5 6h2", slash + back)
     greys = (
         "#f4f4f2",
         "#cfd3d6",
@@ -282,11 +283,11 @@ def _patterns(count: int) -> Markup:
     made = []
     for number in range(count):
         hatch = hatches[number % len(hatches)]
-        back = element("rect", width=8, height=8, fill=greys[number % len(greys)])
+        ground = element("rect", width=8, height=8, fill=greys[number % len(greys)])
         strokes = element("path", d=hatch, stroke="#3a4249", stroke_width=1, fill="none") if hatch else None
         made.append(
             element(
-                "pattern", back, strokes, id=f"p{number}", width=8, height=8, patternUnits="userSpaceOnUse"
+                "pattern", ground, strokes, id=f"p{number}", width=8, height=8, patternUnits="userSpaceOnUse"
             )
         )
     return element("defs", made)

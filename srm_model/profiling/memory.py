@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import gc
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,8 +38,8 @@ def peak(call: Callable[[], object], device: torch.device, *, held: int = 0) -> 
     On a CPU `above` sums what torch's allocator was asked for, exactly; what libraries take for themselves (oneDNN's
     scratch, BLAS's buffers) is seen by `resident` alone, and by that only on Linux.
     """
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -57,11 +58,22 @@ def peak(call: Callable[[], object], device: torch.device, *, held: int = 0) -> 
 
 def timeline(call: Callable[[], object]) -> list[tuple[float, int]]:
     """(microseconds, bytes above what was held before) at every allocation and release of torch's CPU allocator."""
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with undisturbed(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         kept = call()
     del kept
     return allocations(profiled)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """No garbage collection: it would release what earlier calls left behind, and lower a sum taken meanwhile."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def allocations(profiled: Any, kind: Any = torch.autograd.DeviceType.CPU) -> list[tuple[float, int]]:

@@ -88,10 +88,9 @@ class Sweep:
             row |= self._figures(case, also)
         except Exception as error:  # whatever one case does, the next ones are to be measured
             row["error"] = describe(error)
-        if row["error"]:
+        if row["error"] and self.device.type == "cuda":
             gc.collect()  # outside the handler, whose traceback keeps the case's tensors
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
         row["config"] = {name: value for name, value in self.config.to_dict().items() if value != usual[name]}
         row["machine"] = {**self.machine, "clocks": clocks(self.device)}
         return row

@@ -9,7 +9,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from srm_model.files import atomic_path, write_json, write_text
-from srm_model.profiling.memory import allocations
+from srm_model.profiling.memory import allocations, undisturbed
 from srm_model.profiling.stages import named_ranges
 from srm_model.profiling.subjects import Case, Subject
 
@@ -73,7 +73,8 @@ def write_memory(subject: Subject, folder: Path) -> list[Path]:
         written.append(path.with_suffix(".pickle"))
         _snapshot(subject, written[-1])
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with named_ranges(subject.module), profile(activities=activities, profile_memory=True) as profiled:
+    tracing = profile(activities=activities, profile_memory=True)
+    with undisturbed(), named_ranges(subject.module), tracing as profiled:
         kept = subject.call()
     del kept
     kind = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU

@@ -1,0 +1,237 @@
+"""Rows become one page with pictures; rows of different machines or versions never meet."""
+
+from __future__ import annotations
+
+import copy
+import math
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import plots
+from bench.growth import SCALES, Sizes
+from bench.report import main, markdown, report
+from srm_model.profiling.results import append
+
+MACHINE = {
+    "device": "Some CPU",
+    "kind": "cpu",
+    "driver": None,
+    "capability": None,
+    "threads": 1,
+    "torch": "2.13.0",
+    "cuda": None,
+    "triton": None,
+    "commit": "0123456789ab",
+}
+TIMES = {"p20": 1.0, "p50": 2.0, "p80": 3.0, "least": 1.0, "most": 3.0, "count": 3}
+MEMORY = {
+    "held": 1,
+    "above": 2**20,
+    "allocated": 2**20,
+    "reserved": None,
+    "resident": None,
+    "resident_above": None,
+}
+
+
+def neck_row(neck: str = "srm", resolution: int = 64, error: str | None = None) -> dict[str, Any]:
+    row = {
+        "part": "neck",
+        "backbone": "some_net",
+        "neck": neck,
+        "backend": "sdpa" if neck == "srm" else None,
+        "label": "srm [sdpa]" if neck == "srm" else neck,
+        "resolution": resolution,
+        "batch": 1,
+        "dtype": "fp32",
+        "direction": "forward",
+        "config": {},
+        "error": error,
+        "machine": MACHINE,
+    }
+    if error:
+        return row
+    return row | {
+        "parameters": 1000,
+        "macs": {"formula": 10**9, "fvcore": None, "torch": 10**9},
+        "milliseconds": {**TIMES, "p50": resolution / 32},
+        "memory": MEMORY,
+        "launches": None,
+        "bandwidth_share": 0.5,
+        "matrix_share": 0.25,
+        "solve_share": 0.1,
+        "ceilings": {"bandwidth": 1e10, "matrix_rate": 1e11},
+        "compulsory_bytes": 10**6,
+        "work_macs": 10**9,
+        "stages": {"align": 0.5, "link 4→3": 1.0, "gate": 0.1, "rest": 0.4},
+    }
+
+
+def point_row(implementation: str, keys: int, ms: float, **more: Any) -> dict[str, Any]:
+    sizes: Sizes = SCALES["tiny"].base._replace(N_k=keys)
+    return {
+        **sizes._asdict(),
+        "dtype": "fp32",
+        "direction": "forward",
+        "implementation": implementation,
+        "macs": keys,
+        "error": None,
+        "milliseconds": {**TIMES, "p50": ms},
+        "memory": MEMORY,
+        "machine": MACHINE,
+        **more,
+    }
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for row in (neck_row(), neck_row("none"), neck_row(resolution=128), neck_row("none", 128)):
+        append(tmp_path / "neck.jsonl", row)
+    append(tmp_path / "neck.jsonl", neck_row("quadratic", 128, "out of memory: tried 9 GiB"))
+    for keys in (16, 64, 256):
+        for name, ms in (("exact", keys), ("nystrom [sdpa]", 64 + keys / 8)):
+            append(tmp_path / "growth.jsonl", point_row(name, keys, ms, variable="N_k", value=keys))
+            append(tmp_path / "crossover.jsonl", point_row(name, keys, ms))
+    return tmp_path
+
+
+def test_every_table_and_picture_is_written(folder: Path):
+    written = report(folder)
+    page = (folder / "report.md").read_text()
+    assert "Some CPU, 1 thread, torch 2.13.0" in page
+    assert "MAC = 1 multiply-add" in page
+    assert "out of memory: tried 9 GiB" in page
+    assert "below N_k ≈ 70, use exact attention" in page or "below N_k ≈ 7" in page
+    assert "(slower)" in page
+    assert "1.00 ± 0.00" in page  # exact, in N_k
+    kinds = {path.name.split("-")[0] for path in written if path.suffix == ".svg"}
+    assert kinds == {"stages", "time", "memory", "roofline", "growth", "crossover"}
+    for path in written:
+        if path.suffix == ".svg":
+            assert f"]({path.name})" in page
+            ElementTree.parse(path)  # well formed
+    assert not list(folder.glob(".*"))
+
+
+@pytest.mark.parametrize("name", ["device", "torch", "driver", "commit", "triton", "threads"])
+@pytest.mark.parametrize("file", ["neck", "growth", "crossover"])
+def test_mixed_machines_and_versions_are_refused(
+    folder: Path, file: str, name: str, capsys: pytest.CaptureFixture[str]
+):
+    other = copy.deepcopy(
+        neck_row() if file == "neck" else point_row("exact", 512, 1.0, variable="N_k", value=512)
+    )
+    other["machine"][name] = "another"
+    append(folder / f"{file}.jsonl", other)
+    with pytest.raises(ValueError, match=f"cannot share a table: {name} "):
+        report(folder)
+    assert main([str(folder)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (folder / "report.md").exists()
+
+
+def test_the_latest_measurement_alone_can_be_told(folder: Path):
+    other = copy.deepcopy(neck_row("none"))
+    other["machine"]["commit"] = "newer"
+    append(folder / "neck.jsonl", other)
+    assert main([str(folder), "--latest"]) == 0
+    page = (folder / "report.md").read_text()
+    assert "commit newer" in page
+    assert "srm [sdpa]" not in page.split("## Growth")[0]
+
+
+def test_a_repeated_measurement_replaces_the_earlier_one(folder: Path):
+    slower = neck_row()
+    slower["milliseconds"]["p50"] = 77.7
+    append(folder / "neck.jsonl", slower)
+    report(folder)
+    page = (folder / "report.md").read_text()
+    assert page.count("| 77.7 |") == 1
+    rows = [line for line in page.splitlines() if "srm [sdpa]" in line and "| 64 |" in line]
+    assert len(rows) == 1
+
+
+def test_an_empty_folder_is_an_error(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"none of neck\.jsonl, growth\.jsonl, crossover\.jsonl"):
+        report(tmp_path)
+
+
+def test_markdown_escapes_its_own_marks():
+    assert markdown(["a", "b"], [["1|2", "3"]]) == "| a | b |\n|---|---:|\n| 1\\|2 | 3 |\n"
+
+
+def test_axes_are_logarithmic_and_inside_the_frame():
+    axis = plots.Axis([1, 1000], 100, 400, base=10)
+    assert 100 <= axis(1) < axis(10) < axis(1000) <= 400
+    assert axis(10) - axis(1) == pytest.approx(axis(100) - axis(10))
+    assert axis.ticks() == [1, 10, 100, 1000]
+    few = plots.Axis([3, 30], 0, 1, base=10).ticks()
+    assert len(few) >= 3
+    one = plots.Axis([64, 64], 0, 1, base=2)
+    assert 0 < one(64) < 1
+
+
+def test_a_line_of_slope_two_is_drawn_parallel_to_its_guide():
+    svg = plots.lines(
+        [plots.Line("a", [(1, 1), (2, 4), (4, 16)])],
+        title="t",
+        note="n",
+        x_label="x",
+        y_label="y",
+        slopes=(2,),
+    )
+    root = ElementTree.fromstring(svg)
+
+    def slope(kind: str) -> float:
+        path = next(
+            e for e in root.iter() if (e.get("class") or "").startswith(kind) and "L" in (e.get("d") or "")
+        )
+        ends = [part.split() for part in path.get("d", "")[1:].split("L")]
+        (x0, y0), (x1, y1) = ends[0], ends[-1]
+        return (float(y1) - float(y0)) / (float(x1) - float(x0))
+
+    # coordinates are written to a tenth of a pixel
+    assert slope("line s0") == pytest.approx(slope("guide"), rel=0.01)
+
+
+def test_series_and_bars_can_be_told_apart_in_grey():
+    many = [plots.Line(f"series {i}", [(1, i + 1), (2, i + 2)]) for i in range(8)]
+    root = ElementTree.fromstring(plots.lines(many, title="t", note="n", x_label="x", y_label="y"))
+    drawn = [
+        e for e in root.iter() if (e.get("class") or "").startswith("line s") and "L" in (e.get("d") or "")
+    ]
+    hollow = [i >= 4 for i in range(8)]
+    looks = {(e.get("class"), e.get("stroke-dasharray"), h) for e, h in zip(drawn, hollow, strict=True)}
+    assert len({(dash, h, index % 4) for index, ((_, dash, h)) in enumerate(sorted(looks, key=str))}) == len(
+        looks
+    )
+    greys = [sum(int(shade[i : i + 2], 16) for i in (1, 3, 5)) for shade in plots.SHADES]
+    assert len(set(greys)) == len(greys)
+    names = [f"stage {i}" for i in range(8)]
+    bar = plots.Bar("one", dict.fromkeys(names, 1.0))
+    svg = plots.stacked([bar], names, title="t", note="n", x_label="ms")
+    patterns = [
+        ElementTree.tostring(e).split(b'id="')[1][3:]
+        for e in ElementTree.fromstring(svg).iter()
+        if e.tag.endswith("pattern")
+    ]
+    assert len(set(patterns)) == len(names)
+
+
+def test_the_border_runs_between_wins_and_losses():
+    svg = plots.surface(
+        ["64", "256"],
+        ["1", "2"],
+        [[2.0, 1.5], [0.5, 1.2]],
+        title="t",
+        note="n",
+        row_label="r",
+        column_label="c",
+    )
+    path = next(e for e in ElementTree.fromstring(svg).iter() if e.get("class") == "border").get("d", "")
+    # one cell of four wins: an edge above it and one to its right
+    assert path.count("M") == 2
+    assert math.isfinite(float(path.split("h")[1].split("M")[0]))

@@ -100,10 +100,10 @@ def lines(
         drawn += [marker(look, a, b, hollow=hollow) for a, b in points]
         at = TOP + 12 + 24 * index
         swatch = element(
-            "path", class_=f"line s{look}", d=f"M{WIDTH - RIGHT + 18} {at}h34", stroke_dasharray=dash
+            "path", class_=f"line s{look}", d=f"M{WIDTH - RIGHT + 40} {at}h34", stroke_dasharray=dash
         )
-        legend += [swatch, marker(look, WIDTH - RIGHT + 35, at, hollow=hollow)]
-        legend.append(element("text", line.name, x=WIDTH - RIGHT + 60, y=at + 4))
+        legend += [swatch, marker(look, WIDTH - RIGHT + 57, at, hollow=hollow)]
+        legend.append(element("text", line.name, x=WIDTH - RIGHT + 82, y=at + 4))
     return _page(title, note, join(drawn, legend))
 
 
@@ -191,7 +191,7 @@ def surface(
             "text",
             row_label,
             class_="mid",
-            transform=f"translate(24 {top + tall * len(rows) / 2}) rotate(-90)",
+            transform=f"translate(58 {top + tall * len(rows) / 2}) rotate(-90)",
             x=0,
             y=0,
         )
@@ -237,13 +237,11 @@ def _guide(x: Axis, y: Axis, slope: float) -> Markup:
     end_y = start + slope * (end_x - x.low)
     a, b = (x.first, y(math.exp(start))), (x(math.exp(end_x)), y(math.exp(end_y)))
     path = element("path", class_="guide", d=f"M{a[0]:.1f} {a[1]:.1f}L{b[0]:.1f} {b[1]:.1f}")
-    name = element(
-        "text",
-        f"∝ x{SUPERSCRIPTS.get(slope, f'^{slope:g}')}",
-        class_="note end",
-        x=f"{b[0] - 6:.1f}",
-        y=f"{b[1] + 16:.1f}",
-    )
+    text = f"∝ x{SUPERSCRIPTS.get(slope, f'^{slope:g}')}"
+    if end_x < x.high:  # it leaves through the top
+        name = element("text", text, class_="note mid", x=f"{b[0]:.1f}", y=f"{b[1] - 5:.1f}")
+    else:
+        name = element("text", text, class_="note", x=f"{b[0] + 4:.1f}", y=f"{b[1] + 4:.1f}")
     return join(path, name)
 
 

@@ -16,7 +16,7 @@ import torch
 
 from srm_kernels import backends
 from srm_model.profiling import Effort, Times, machine, measure, measure_together
-from srm_model.profiling.machine import folder_name, sentence
+from srm_model.profiling.machines import folder_name, sentence
 from srm_model.profiling.memory import is_out_of_memory, peak
 from srm_model.profiling.results import append, latest, newest, one_machine, read
 

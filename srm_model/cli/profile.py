@@ -10,7 +10,7 @@ from srm_model.cli import runs
 from srm_model.cli.options import config_from
 from srm_model.profiling import Effort, Subject, Sweep, article_cases, cases, folder_name
 from srm_model.profiling.counting import CONVENTION
-from srm_model.profiling.machine import sentence
+from srm_model.profiling.machines import sentence
 from srm_model.profiling.results import append
 from srm_model.profiling.tables import cost_table, measured_table, notes
 from srm_model.profiling.traces import write_memory, write_trace

@@ -1,6 +1,6 @@
 """What a neck costs: parameters, multiply-accumulates, time, memory, and where they go (article 3.7 and 3.8.5)."""
 
-from srm_model.profiling.machine import folder_name, machine
+from srm_model.profiling.machines import folder_name, machine
 from srm_model.profiling.subjects import Case, Subject
 from srm_model.profiling.sweep import Sweep, article_cases, cases
 from srm_model.profiling.timing import Effort, Times, measure, measure_together

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from srm_model.files import finite
-from srm_model.profiling.machine import IDENTITY, sentence
+from srm_model.profiling.machines import IDENTITY, sentence
 
 
 def append(path: str | Path, row: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from srm_kernels import backends
 from srm_model.config import SRMConfig
 from srm_model.profiling import counting
 from srm_model.profiling.ceilings import Ceilings, ceilings
-from srm_model.profiling.machine import clocks, machine
+from srm_model.profiling.machines import clocks, machine
 from srm_model.profiling.memory import is_out_of_memory, peak
 from srm_model.profiling.stages import stage_times
 from srm_model.profiling.subjects import (

@@ -13,6 +13,7 @@ import torch
 WARMUP = {"cuda": 50, "cpu": 2}  # article 3.8.5: 50 on a GPU
 REPEATS = {"cuda": 100, "cpu": 10}
 FEWEST = 3
+WARMUP_SECONDS = 2  # times an effort's own are spent on warming up at most
 Now = Callable[[], float]
 
 
@@ -92,8 +93,8 @@ def measure_together(
             call()
         _wait(device)
         spent = now() - begin  # of the last round: the first ones pay for compilation and caches
-        if device.type != "cuda" and now() - begun > effort.seconds:
-            break
+        if now() - begun > WARMUP_SECONDS * effort.seconds:
+            break  # a call of seconds is warm sooner
     affordable = int(effort.seconds / spent) if spent > 0 else effort.repeats
     rounds = min(effort.repeats, max(affordable, FEWEST))
     if device.type == "cuda":

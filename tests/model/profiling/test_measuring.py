@@ -9,7 +9,7 @@ import torch
 
 from srm_model.profiling import Effort, Times, machine, measure, measure_together
 from srm_model.profiling.ceilings import ceilings
-from srm_model.profiling.machine import IDENTITY, folder_name, sentence
+from srm_model.profiling.machines import IDENTITY, folder_name, sentence
 from srm_model.profiling.memory import bytes_of, is_out_of_memory, peak, timeline
 
 CPU = torch.device("cpu")

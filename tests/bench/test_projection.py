@@ -32,6 +32,8 @@ from srm_model import SRMConfig
         (255, 0, 8, 90, 1, 8 / 64, "registers"),
         # 129 × 32 = 4128, rounded to 4352, 3 in a quarter: 12 warps, 3 blocks of 4
         (129, 0, 4, 89, 3, 12 / 48, "registers"),
+        # the same 12 warps, not the 15 that undivided registers would hold: two blocks of 5
+        (129, 0, 5, 89, 2, 10 / 48, "registers"),
         # 49 KiB and the KiB kept: two in 100 KiB; a byte more and there is one
         (32, 49 * 1024, 4, 89, 2, 8 / 48, "shared memory"),
         (32, 49 * 1024 + 1, 4, 120, 1, 4 / 48, "shared memory"),

@@ -114,6 +114,7 @@ class Sweep:
             "solve_milliseconds": times["solve"].to_dict() if "solve" in times else None,
             "solve_share": times["solve"].p50 / times["all"].p50 if "solve" in times else None,
             "ceilings": roof._asdict(),
+            "tf32": _tf32() if self.device.type == "cuda" else None,
             "compulsory_bytes": subject.compulsory,
             "bandwidth_share": subject.compulsory / middle / roof.bandwidth,
             "work_macs": work * case.batch if work is not None else None,
@@ -129,8 +130,10 @@ class Sweep:
         return figures
 
     def _roof(self, dtype: str) -> Ceilings:
-        if dtype not in self._ceilings:
-            self._ceilings[dtype] = ceilings(self.device, DTYPES[dtype], small=self.small)
+        """The best seen so far: on a busy machine one look may come at a bad moment."""
+        found = ceilings(self.device, DTYPES[dtype], small=self.small)
+        known = self._ceilings.get(dtype, found)
+        self._ceilings[dtype] = Ceilings(*(max(pair) for pair in zip(found, known, strict=True)))
         return self._ceilings[dtype]
 
     def _count(self, case: Case) -> dict[str, Any]:
@@ -159,6 +162,14 @@ class Sweep:
                 found["work"] = counting.torch_macs(module.train(), inputs, backward=True)
             self._counts[key] = found
         return self._counts[key]
+
+
+def _tf32() -> dict[str, bool]:
+    """Whether fp32 products may be taken in TF32: then a share of an fp32 ceiling means something else."""
+    return {
+        "matmul": torch.backends.cuda.matmul.allow_tf32,
+        "convolution": torch.backends.cudnn.allow_tf32,
+    }
 
 
 def launches(call: Callable[[], object], device: torch.device) -> int | None:

@@ -61,14 +61,23 @@ def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
         "before the call (parameters, inputs, optimiser state)",
         "backward is forward and backward; step adds clipping and AdamW; loading of data is in neither",
         "bandwidth %: bytes that have to move at least once, over time, against a large copy; matrix %: "
-        "multiply-accumulates over time, backward's included, against a large product; both ceilings of this run. A "
-        "share of bandwidth above 100 is the cache's",
+        "multiply-accumulates over time, backward's included, against a large product; both ceilings of this run, the "
+        "best seen so far. Bandwidth above 100 % is the cache's; a product above it had a quieter machine than its "
+        "ceiling had",
+        "cases are measured one after the other, so that on a busy machine only bench.growth and bench.compare, where "
+        "rivals take turns, tell which is faster",
         "solve %: the landmark solves timed alone, on systems of these shapes, as a share; a fused kernel hides them",
     ]
     for dtype in dict.fromkeys(row["dtype"] for row in good):
-        roof = next(row["ceilings"] for row in good if row["dtype"] == dtype)
+        roofs = [row["ceilings"] for row in good if row["dtype"] == dtype]
+        roof = {name: max(found[name] for found in roofs) for name in roofs[0]}
         found.append(
             f"ceilings, {dtype}: {roof['bandwidth'] / 1e9:.1f} GB/s, {roof['matrix_rate'] / 1e12:.3g} TMAC/s"
+        )
+    if any(row.get("tf32") and row["dtype"] == "fp32" for row in good):
+        allowed = next(row["tf32"] for row in good if row.get("tf32"))
+        found.append(
+            f"TF32 may serve fp32: in products {allowed['matmul']}, in convolutions {allowed['convolution']}"
         )
     if any(row["machine"]["kind"] != "cuda" for row in rows):
         found.append(

@@ -14,6 +14,7 @@ from srm_model import SRMConfig
 from srm_model.cli import main
 from srm_model.profiling import Case, Effort, Subject, Sweep, article_cases, cases
 from srm_model.profiling import sweep as sweep_module
+from srm_model.profiling.ceilings import Ceilings
 from srm_model.profiling.results import append, latest, newest, one_machine, read
 from srm_model.profiling.stages import REST
 
@@ -217,6 +218,13 @@ def test_counts_are_made_once_for_all_backends(monkeypatch: pytest.MonkeyPatch):
     rows = list(sweep.rows(wanted))
     assert [row["error"] for row in rows] == [None, None]
     assert len(made) == 1
+
+
+def test_a_ceiling_is_the_best_that_was_seen(monkeypatch: pytest.MonkeyPatch):
+    seen = iter([Ceilings(5.0, 1.0), Ceilings(3.0, 2.0), Ceilings(4.0, 1.5)])
+    monkeypatch.setattr(sweep_module, "ceilings", lambda *_, **__: next(seen))
+    sweep = Sweep(CPU, CONFIG)
+    assert [sweep._roof("fp32") for _ in range(3)] == [(5.0, 1.0), (5.0, 2.0), (5.0, 2.0)]
 
 
 def row_of(commit: str, **more: Any) -> dict[str, Any]:

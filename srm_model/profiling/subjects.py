@@ -68,6 +68,10 @@ class Subject:
             self.module = make_module(case, self.config).to(device)
             self.inputs = make_inputs(case, device, self.dtype)
             self._calibrate()
+        pyramid = self.inputs[0] if case.part == "neck" else []
+        for tensor in pyramid:
+            tensor.requires_grad_(case.direction != "forward")
+        self._leaves = [*self.module.parameters(), *pyramid]
         self.module.train(case.direction != "forward")
         self._optimizer: torch.optim.Optimizer | None = None
         if case.direction == "step":
@@ -133,7 +137,7 @@ class Subject:
             return self.module(*self.inputs)
 
     def _train(self) -> None:
-        for tensor in (*self.module.parameters(), *self.inputs[0]):
+        for tensor in self._leaves:
             tensor.grad = None
         with self._autocast():
             if isinstance(self.module, IQAModel):
@@ -160,8 +164,6 @@ class Subject:
         """As before training: without it attention is nearly uniform, and its systems unlike a real neck's."""
         with self._autocast():
             self.module.calibrate(*self.inputs)  # type: ignore[operator]
-        for tensor in self.inputs[0] if self.case.part == "neck" else ():
-            tensor.requires_grad_(self.case.direction != "forward")
 
 
 def make_module(case: Case, config: SRMConfig) -> nn.Module:

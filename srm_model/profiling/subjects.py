@@ -65,7 +65,9 @@ class Subject:
         self.config = config.replace(backend=case.backend, image_size=case.resolution)
         self.dtype = DTYPES[case.dtype]
         with seeded(0):
-            self.module = make_module(case, self.config).to(device)
+            self.module = make_module(case, self.config)
+            # In channels-last, as training and scoring have it.
+            self.module.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
             self.inputs = make_inputs(case, device, self.dtype)
             self._calibrate()
         pyramid = self.inputs[0] if case.part == "neck" else []
@@ -76,7 +78,8 @@ class Subject:
         self._optimizer: torch.optim.Optimizer | None = None
         if case.direction == "step":
             groups = parameter_groups(self.module, self.config)
-            self._optimizer = torch.optim.AdamW(groups, betas=self.config.betas)
+            fused = device.type in ("cpu", "cuda")
+            self._optimizer = torch.optim.AdamW(groups, betas=self.config.betas, fused=fused)
         self._scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
         self.call: Callable[[], object] = self._forward if case.direction == "forward" else self._train
 
@@ -178,16 +181,14 @@ def make_module(case: Case, config: SRMConfig) -> nn.Module:
 
 def make_inputs(case: Case, device: torch.device | str, dtype: torch.dtype) -> tuple[Any, ...]:
     """Images, or a pyramid of noise of the backbone's shapes in the dtype that it would compute in."""
+    layout = torch.channels_last
     if case.part == "model":
-        return (torch.rand(case.batch, 3, case.resolution, case.resolution).to(device),)
+        images = torch.rand(case.batch, 3, case.resolution, case.resolution)
+        return (images.to(device, memory_format=layout),)
     channels = backbone_channels(case.backbone, case.resolution)
     sizes = map_sizes(case.resolution, case.resolution)
-    return (
-        [
-            torch.randn(case.batch, c, *size).to(device, dtype)
-            for c, size in zip(channels, sizes, strict=True)
-        ],
-    )
+    shapes = [(case.batch, c, *size) for c, size in zip(channels, sizes, strict=True)]
+    return ([torch.randn(shape).to(device, dtype, memory_format=layout) for shape in shapes],)
 
 
 @cache

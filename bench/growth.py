@@ -1,12 +1,14 @@
 """How the cost of attention grows, and where Nyström overtakes exact attention: `python -m bench.growth`.
 
 Sweeps over N_q, N_k, N (both at once), r, d, H and B, one at a time, each fitted to time = c·x^p; then the surface
-N_k × B of Nyström's time as a share of exact attention's. Implementations take turns within a point.
+N_k × B of Nyström's time as a share of exact attention's. All points of a sweep
+and all implementations take turns.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import math
 import sys
@@ -133,7 +135,7 @@ def calls(
         return y
 
     attend = {EXACT: lambda: full_attention(query, key, value, qk_norm="keys")} | {
-        f"nystrom [{backend}]": lambda backend=backend: nystrom(backend) for backend in backends
+        _named(backend): lambda backend=backend: nystrom(backend) for backend in backends
     }
     if direction == "forward":
         return {name: _without_gradients(attention) for name, attention in attend.items()}
@@ -151,34 +153,61 @@ def _without_gradients(attention: Call) -> Call:
     return call
 
 
-def point(sizes: Sizes, backends: Sequence[str], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for every implementation at one shape; one that cannot run says so in `error`."""
+def measured(
+    points: Sequence[Sizes], backends: Sequence[str], options: argparse.Namespace
+) -> list[list[dict[str, Any]]]:
+    """For every point a row for each implementation; one that cannot run says so in `error`.
+
+    Points and implementations take turns, so that neither a ratio nor an exponent is the machine's drift.
+    """
     device, effort = torch.device(options.device), harness.effort_of(options)
-    shared = {**sizes._asdict(), "dtype": options.dtype, "direction": options.direction}
-    rows: dict[str, dict[str, Any]] = {}
+    rows: list[dict[str, dict[str, Any]]] = []
     able: dict[str, Call] = {}
-    try:
-        for name, call in calls(sizes, backends, DTYPES[options.dtype], device, options.direction).items():
-            rows[name] = {**shared, "implementation": name, "macs": macs(sizes, name), "error": None}
+    for index, sizes in enumerate(points):
+        rows.append(
+            {
+                name: {
+                    **sizes._asdict(),
+                    "dtype": options.dtype,
+                    "direction": options.direction,
+                    "implementation": name,
+                    "macs": macs(sizes, name),
+                    "error": None,
+                }
+                for name in (EXACT, *map(_named, backends))
+            }
+        )
+        try:
+            made = calls(sizes, backends, DTYPES[options.dtype], device, options.direction)
+        except Exception as error:  # a sweep outlasts a point that cannot be made
+            made = {}
+            for row in rows[-1].values():
+                row["error"] = describe(error)
+        for name, call in made.items():
             try:
                 call()
-                able[name] = call
-            except Exception as error:  # a sweep outlasts a point that cannot run
-                rows[name]["error"] = describe(error)
-        for name, times in harness.measure_together(able, device, effort).items():
-            rows[name] |= {
-                "milliseconds": times.to_dict(),
-                "memory": harness.peak(able[name], device)._asdict(),
-            }
-    except Exception as error:
-        rows = rows or {EXACT: {**shared, "implementation": EXACT, "macs": macs(sizes, EXACT)}}
-        for row in rows.values():
-            row["error"] = row.get("error") or describe(error)
+                able[f"{index} {name}"] = call
+            except Exception as error:
+                rows[-1][name]["error"] = describe(error)
+        made.clear()
+    times = harness.measure_together(
+        able, device, dataclasses.replace(effort, seconds=effort.seconds * len(points))
+    )
+    for key, found in times.items():
+        index, _, name = key.partition(" ")
+        rows[int(index)][name] |= {
+            "milliseconds": found.to_dict(),
+            "memory": harness.peak(able[key], device)._asdict(),
+        }
     able.clear()
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
-    return list(rows.values())
+    return [list(row.values()) for row in rows]
+
+
+def _named(backend: str) -> str:
+    return f"nystrom [{backend}]"
 
 
 def at(base: Sizes, variable: str, value: int) -> Sizes:
@@ -320,8 +349,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "growth" in options.what:
             recorder = Recorder(options.out, "growth", device)
             for variable in options.variables or scale.values:
-                for value in scale.values[variable]:
-                    rows = point(at(scale.base, variable, value), backends, options)
+                values = scale.values[variable]
+                found = measured([at(scale.base, variable, value) for value in values], backends, options)
+                for value, rows in zip(values, found, strict=True):
                     for row in rows:
                         grown.append(recorder.write({"variable": variable, "value": value, **row}))
                     _tell(f"{variable} = {value}", rows)
@@ -329,7 +359,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             recorder = Recorder(options.out, "crossover", device)
             for keys in scale.keys:
                 for batch in scale.batches:
-                    rows = point(scale.base._replace(N_k=keys, B=batch), backends, options)
+                    (rows,) = measured([scale.base._replace(N_k=keys, B=batch)], backends, options)
                     crossed += [recorder.write(row) for row in rows]
                     _tell(f"N_k = {keys}, B = {batch}", rows)
     except KeyboardInterrupt:

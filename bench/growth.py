@@ -1,8 +1,7 @@
 """How the cost of attention grows, and where Nyström overtakes exact attention: `python -m bench.growth`.
 
 Sweeps over N_q, N_k, N (both at once), r, d, H and B, one at a time, each fitted to time = c·x^p; then the surface
-N_k × B of Nyström's time as a share of exact attention's. All points of a sweep
-and all implementations take turns.
+N_k × B of Nyström's time as a share of exact attention's. All points of a sweep and all implementations take turns.
 """
 
 from __future__ import annotations
@@ -163,7 +162,7 @@ def measured(
     device, effort = torch.device(options.device), harness.effort_of(options)
     rows: list[dict[str, dict[str, Any]]] = []
     able: dict[str, Call] = {}
-    for index, sizes in enumerate(points):
+    for place, sizes in enumerate(points):
         rows.append(
             {
                 name: {
@@ -186,19 +185,20 @@ def measured(
         for name, call in made.items():
             try:
                 call()
-                able[f"{index} {name}"] = call
+                able[f"{place} {name}"] = call
             except Exception as error:
                 rows[-1][name]["error"] = describe(error)
         made.clear()
-    times = harness.measure_together(
-        able, device, dataclasses.replace(effort, seconds=effort.seconds * len(points))
-    )
-    for key, found in times.items():
-        index, _, name = key.partition(" ")
-        rows[int(index)][name] |= {
-            "milliseconds": found.to_dict(),
-            "memory": harness.peak(able[key], device)._asdict(),
-        }
+    try:
+        longer = dataclasses.replace(effort, seconds=effort.seconds * len(points))
+        for key, times in harness.measure_together(able, device, longer).items():
+            index, _, name = key.partition(" ")
+            taken = harness.peak(able[key], device)
+            rows[int(index)][name] |= {"milliseconds": times.to_dict(), "memory": taken._asdict()}
+    except Exception as error:
+        for row in (row for point in rows for row in point.values()):
+            if "milliseconds" not in row:
+                row["error"] = row["error"] or describe(error)
     able.clear()
     if device.type == "cuda":
         gc.collect()

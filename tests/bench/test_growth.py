@@ -146,6 +146,22 @@ def test_what_cannot_run_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert all(share is None for found in surfaces(rows) for share in found.share.values())
 
 
+def test_what_fails_only_while_it_is_timed_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    honest, count = growth.harness.peak, itertools.count()
+
+    def failing(*args: Any) -> Any:
+        if next(count) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return honest(*args)
+
+    monkeypatch.setattr(growth.harness, "peak", failing)
+    arguments = [*QUICK, "--out", str(tmp_path), "--what", "growth", "--variables", "B", "--backends", "sdpa"]
+    assert main(arguments) == 0
+    errors = [row["error"] for row in read(tmp_path / "cpu" / "growth.jsonl")]
+    assert errors[0] is None
+    assert all(error.startswith("out of memory") for error in errors[1:])
+
+
 def test_ctrl_c_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     honest, count = growth.measured, itertools.count()
 

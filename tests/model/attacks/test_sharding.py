@@ -13,7 +13,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from attack_models import Convolutional, Linear, batch, weight
 
-from srm_model.attacks import MSE, Attack, Suite, ranks
+from srm_model import ranks
+from srm_model.attacks import MSE, Attack, Suite
 from srm_model.config import SRMConfig
 
 CONFIG = SRMConfig(attack_steps=3, attack_restarts=2, attack_queries=20)

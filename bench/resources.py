@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
 import re
 import subprocess
@@ -42,14 +43,18 @@ class Resources(NamedTuple):
     shared: int  # bytes
 
 
-# Every kernel at the largest and the usual sizes; both sides of every threshold of the rule.
+# The first two hold every kernel at the largest size that may not spill; the rest, the other sides of the rule.
 CASES = (
+    Case(64, 64, keys=4096),
+    Case(64, 64, dtype="float32", method="pivoted_cholesky"),
     Case(64, 32),
+    Case(64, 32, dtype="float32"),
+    Case(32, 32),
     Case(64, 64),
-    Case(32, 32, method="pivoted_cholesky", dtype="float32"),
-    Case(64, 64, keys=4096, dtype="float16"),
-    Case(64, 64, keys=4096, dtype="float32", method="pivoted_cholesky"),
-    Case(64, 64, solver="lu", dtype="float32"),
+    Case(64, 64, dtype="float16"),
+    Case(64, 64, keys=4096, dtype="float32"),
+    Case(64, 64, keys=4096, dtype="float16", solver="lu"),
+    Case(16, 24, dtype="float32", qk_norm=None),
     Case(128, 128),
     Case(128, 128, keys=4096, dtype="float32"),
 )
@@ -150,31 +155,38 @@ def compile_launch(launch: tuple[Any, tuple[Any, ...], dict[str, Any]], architec
 
 
 def main() -> None:
-    """One line per kernel, case and architecture."""
+    """One line per kernel, case and architecture, or all of them as JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--architectures", type=int, nargs="*", default=ARCHITECTURES)
     parser.add_argument(
-        "--cases", type=int, nargs="*", default=range(len(CASES)), help="indices, all by default"
+        "--cases", type=int, nargs="*", default=range(len(CASES)), help="numbers, all by default"
     )
+    parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if os.environ.pop("TRITON_INTERPRET", None):  # kernels decorated under it cannot be compiled
         raise SystemExit(subprocess.call([sys.executable, "-m", "bench.resources", *sys.argv[1:]]))
-    print(
-        f"{'kernel':24} {'sm':>4} {'r':>4} {'d':>4} {'N_k':>5} {'dtype':>9} {'warps':>6} {'registers':>10} "
-        f"{'spilled':>8} {'shared KiB':>11}"
-    )
-    for index in options.cases:
-        case = CASES[index]
+    rows = []
+    if not options.json:
+        print(
+            f"{'kernel':24} {'sm':>4} {'r':>4} {'d':>4} {'N_k':>5} {'dtype':>9} {'warps':>6} {'registers':>10} "
+            f"{'spilled':>8} {'shared KiB':>11}"
+        )
+    for case in (CASES[number] for number in options.cases):
         for architecture in options.architectures:
             for launch in launches_of(case, architecture):
                 found = compile_launch(launch, architecture)
-                print(
-                    f"{found.kernel:24} {architecture:4} {case.rank:4} {case.d:4} {case.keys:5} {case.dtype:>9} "
-                    f"{found.warps:6} {found.registers:10} {found.spilled:8} {found.shared / 1024:11.1f}",
-                    flush=True,
-                )
+                rows.append(found._asdict() | case._asdict() | {"architecture": architecture})
+                if not options.json:
+                    print(
+                        f"{found.kernel:24} {architecture:4} {case.rank:4} {case.d:4} {case.keys:5} "
+                        f"{case.dtype:>9} {found.warps:6} {found.registers:10} {found.spilled:8} "
+                        f"{found.shared / 1024:11.1f}",
+                        flush=True,
+                    )
+    if options.json:
+        print(json.dumps(rows))
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@ Importing this module imports Triton; nothing but a `kernels` module does.
 
 Precision. Products of two stored tensors (queries, keys, values) are taken in their dtype and accumulate in fp32:
 every product of two bf16 or fp16 numbers is exact there. What is computed, softmax blocks, X and their gradients,
-stays fp32, and a product with it is taken by `wide_dot`: "ieee" for fp32 tensors, else "tf32x3", three passes that
-keep about 21 bits of both factors. One pass would keep 8 (bf16) or 11 (tf32): X may be many times larger than Y, so
-that what is lost there comes back magnified.
+stays fp32, and a product with it is taken by `wide_dot` in three passes of the tensor cores: "tf32x3", which keeps 22
+bits of both factors, or "bf16x3", which keeps 16 and is used where tokens are bf16. One pass would keep 11 or 8: X may
+be many times larger than Y, so that what is lost there comes back magnified. Tensors of fp32 are multiplied with one
+another by "tf32x3" too. The choice of landmarks always is: a score decides by its last bits.
 """
 
 from __future__ import annotations
@@ -42,8 +43,15 @@ def readable(tensor: Tensor) -> Tensor:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How `wide_dot` multiplies for tensors of this dtype; the interpreter multiplies in fp32 whatever it is told."""
-    return "ieee" if INTERPRETED or dtype == torch.float32 else "tf32x3"
+    """How products are taken for tensors of this dtype; the interpreter multiplies in fp32 whatever it is told."""
+    if INTERPRETED:
+        return "ieee"
+    return "bf16x3" if dtype == torch.bfloat16 else "tf32x3"
+
+
+def finest_precision() -> str:
+    """How products are taken where landmarks are chosen."""
+    return "ieee" if INTERPRETED else "tf32x3"
 
 
 def padded(size: int) -> int:

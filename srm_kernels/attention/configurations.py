@@ -21,6 +21,9 @@ LEAST_QUERIES_OF_A_PART = 512
 MOST_PARTS = 32  # of one (b, h), so that partial sums take O(r (r + d)) and not O(N r)
 
 
+ROOMY = ((8, 0), (9, 0), (10, 0))  # data-centre cards: more shared memory a block
+
+
 class Configuration(NamedTuple):
     """Tokens of a tile, warps of a program, and depth of the software pipeline."""
 
@@ -36,29 +39,48 @@ class Division(NamedTuple):
     parts: int
 
 
-def query_forward(rank: int, d: int, itemsize: int, capability: tuple[int, int]) -> Configuration:
+def query_forward(rank: int, d: int, dtype: torch.dtype, capability: tuple[int, int]) -> Configuration:
     """Y: a tile of [block, r] probabilities and [block, d] tokens."""
-    large = _padded(rank) * _padded(d) > 64 * 64
-    if large:
-        return Configuration(64, 8, 2)
-    roomy = capability[0] in (8, 9, 10) and capability[1] == 0  # data-centre cards
-    return Configuration(128 if roomy and itemsize == 2 else 64, 4, 3 if roomy else 2)
+    if _large(rank, d):
+        return Configuration(32, 8, 1)
+    stages = 2 if capability in ROOMY else 1
+    return Configuration(32, 8, 1) if _heavy(rank, d, dtype) else Configuration(64, 4, stages)
 
 
-def query_backward(rank: int, d: int, itemsize: int, capability: tuple[int, int]) -> Configuration:
+def query_backward(rank: int, d: int, dtype: torch.dtype, capability: tuple[int, int]) -> Configuration:
     """dQ, and the sums dX and dK̃, [r, d] each, that stay in registers."""
-    return Configuration(64 if _padded(rank) * _padded(d) <= 64 * 32 else 32, 8, 1)
+    light = dtype == torch.bfloat16 and _padded(rank) * _padded(d) <= 64 * 32
+    return Configuration(64 if light else 16 if _large(rank, d) else 32, 8, 1)
 
 
-def key_side(rank: int, d: int, itemsize: int, capability: tuple[int, int]) -> Configuration:
+def key_side(rank: int, d: int, dtype: torch.dtype, capability: tuple[int, int]) -> Configuration:
     """Everything that holds an r×r matrix, forward and backward."""
-    small = _padded(rank) * (_padded(rank) + _padded(d)) <= 32 * 64
-    return Configuration(64 if _padded(d) <= 64 else 32, 4 if small else 8, 1)
+    return Configuration(16 if _large(rank, d) or _heavy(rank, d, dtype) else 32, 8, 1)
 
 
-def key_tokens(rank: int, d: int, itemsize: int, capability: tuple[int, int]) -> Configuration:
+def key_tokens(rank: int, d: int, dtype: torch.dtype, capability: tuple[int, int]) -> Configuration:
     """dK and dV of a tile of keys."""
-    return Configuration(64 if _padded(rank) * _padded(d) <= 64 * 64 else 32, 8, 1)
+    return Configuration(16 if _large(rank, d) else 32, 8, 1)
+
+
+def one_launch(keys: int) -> bool:
+    """Whether one program walks over all keys of a (b, h) in the forward pass."""
+    return keys <= MOST_KEYS_OF_ONE_PROGRAM
+
+
+def one_launch_backward(keys: int, rank: int, d: int, dtype: torch.dtype) -> bool:
+    """The same in the backward pass, whose r×r part leaves fewer registers for the walk."""
+    return one_launch(keys) and not _large(rank, d) and not _heavy(rank, d, dtype)
+
+
+def _large(rank: int, d: int) -> bool:
+    """Tiles beyond those that must not spill."""
+    return _padded(rank) > 64 or _padded(d) > 64
+
+
+def _heavy(rank: int, d: int, dtype: torch.dtype) -> bool:
+    """Products in tf32, whose factors are held in two parts of 32 bits each, over the largest tiles."""
+    return dtype != torch.bfloat16 and _padded(rank) * _padded(d) > 64 * 32
 
 
 def divide(tokens: int, block: int, least: int) -> Division:

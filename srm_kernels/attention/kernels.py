@@ -42,10 +42,17 @@ from .key_kernels import load_keys, load_matrix, store_matrix
 
 @triton.jit
 def probabilities(
-    query, keys, column_scale, rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr, NORMALISE: tl.constexpr
+    query,
+    keys,
+    column_scale,
+    rank: tl.constexpr,
+    R: tl.constexpr,
+    d: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """L [BLOCK, R] of one tile of queries; zeros in padding."""
-    logits = tl.dot(query, tl.trans(keys), input_precision="ieee") * column_scale[None, :]
+    logits = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * column_scale[None, :]
     logits = logits * rms_factor(query, d, NORMALISE)[:, None]
     logits = tl.where((tl.arange(0, R) < rank)[None, :], logits, -INFINITY)
     weights = tl.exp2(logits - tl.max(logits, 1)[:, None])
@@ -81,7 +88,7 @@ def _forward_kernel(
         rows = first + tl.arange(0, BLOCK)
         inside = rows < stop
         query = load_tokens(query_ptr, rows, inside, query_stride_n, query_stride_d, d, D)
-        weights = probabilities(query, keys, column_scale, rank, R, d, NORMALISE_QUERY)
+        weights = probabilities(query, keys, column_scale, rank, R, d, NORMALISE_QUERY, PRECISION)
         y = wide_dot(weights, x, PRECISION)  # [BLOCK, D]
         offsets = token_offsets(rows, columns, y_stride_n, y_stride_d)
         mask = inside[:, None] & (columns < d)[None, :]
@@ -153,7 +160,7 @@ def _backward_kernel(
         inside = rows < stop
         query = load_tokens(query_ptr, rows, inside, query_stride_n, query_stride_d, d, D)
         dy = load_tokens(dy_ptr, rows, inside, dy_stride_n, dy_stride_d, d, D)
-        weights = probabilities(query, keys, factor * (scale * LOG2E), rank, R, d, NORMALISE_QUERY)
+        weights = probabilities(query, keys, factor * (scale * LOG2E), rank, R, d, NORMALISE_QUERY, PRECISION)
         dweights = wide_dot(dy, tl.trans(x), PRECISION)
         dlogits = weights * (dweights - tl.sum(weights * dweights, 1)[:, None])  # [BLOCK, R]
         dx += wide_dot(tl.trans(weights), dy, PRECISION)
@@ -207,7 +214,7 @@ def landmark_attention(
     B, H, N, d = query.shape
     rank = keys.shape[-2]
     y = empty_like(query)
-    tile = configurations.query_forward(rank, d, query.element_size(), configurations.capability(query))
+    tile = configurations.query_forward(rank, d, query.dtype, configurations.capability(query))
     share, parts = configurations.divide(N, tile.block, configurations.LEAST_QUERIES_OF_A_PART)
     mean, spread, part_mean, part_spread = (
         empty(size if statistics else (0,), query, torch.float32)
@@ -245,7 +252,7 @@ def landmark_attention_backward(
     B, H, N, d = query.shape
     rank = keys.shape[-2]
     keys, x = keys.contiguous(), x.contiguous()
-    tile = configurations.query_backward(rank, d, query.element_size(), configurations.capability(query))
+    tile = configurations.query_backward(rank, d, query.dtype, configurations.capability(query))
     share, parts = configurations.divide(N, tile.block, configurations.LEAST_QUERIES_OF_A_PART)
     dquery = empty((B, H, N, d), query, query.dtype)
     dkeys, dx = (empty((B, H, rank, d), query, torch.float32) for _ in range(2))

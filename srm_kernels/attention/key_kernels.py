@@ -39,6 +39,7 @@ from ..parts import (
     LN2,
     LOG2E,
     empty,
+    finest_precision,
     load_tokens,
     on_device,
     padded,
@@ -52,6 +53,7 @@ from ..parts import (
 from . import configurations
 
 NAN = tl.constexpr(float("nan"))
+CHUNK = 16  # of an axis that a product is taken over in pieces
 
 
 @triton.jit
@@ -105,9 +107,15 @@ def store_matrix(
 
 
 @triton.jit
-def landmark_logits(keys, factor, scale):
-    """K̃K̃ᵀ s [R, R], in units of log 2."""
-    product = tl.dot(keys, tl.trans(keys), input_precision="ieee")
+def landmark_logits(
+    keys_ptr, key_ptr, factor, scale, rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr,
+    CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """K̃K̃ᵀ s [R, R], in units of log 2, from the fp32 copy of K̃ in memory; the product is taken as stored."""
+    product = tl.zeros([R, R], tl.float32)
+    for first in range(0, d, CHUNK):
+        keys = load_columns(keys_ptr, first, rank, R, d, CHUNK).to(key_ptr.dtype.element_ty)
+        product += tl.dot(keys, tl.trans(keys), input_precision=PRECISION)
     return product * (factor * (scale * LOG2E))[:, None] * factor[None, :]
 
 
@@ -172,18 +180,18 @@ def eliminate_pivoting(matrix, rhs, rank: tl.constexpr, R: tl.constexpr):
 
 @triton.jit
 def solve(
-    solution_ptr, rhs_ptr, keys, factor, scale, ridge, rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr,
-    D: tl.constexpr, TRANSPOSED: tl.constexpr,
+    solution_ptr, rhs_ptr, keys_ptr, key_ptr, factor, scale, ridge, rank: tl.constexpr, R: tl.constexpr,
+    d: tl.constexpr, D: tl.constexpr, TRANSPOSED: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Writes A⁻¹ rhs, or A⁻ᵀ rhs, [r, d] each; the two may be the same memory. NaN where a logit is not finite."""
     i = tl.arange(0, R)
-    logits = landmark_logits(keys, factor, scale)
+    logits = landmark_logits(keys_ptr, key_ptr, factor, scale, rank, R, d, CHUNK, PRECISION)
     broken = tl.sum(tl.sum(tl.where(tl.abs(logits) < INFINITY, 0, 1), 1), 0) > 0
     matrix = add_ridge(landmark_softmax(logits, rank, R, TRANSPOSED), ridge, rank, R)
     solution, good = eliminate(matrix, load_matrix(rhs_ptr, rank, R, d, D), rank, R)
     place = i
     if good == 0:
-        logits = landmark_logits(keys, factor, scale)
+        logits = landmark_logits(keys_ptr, key_ptr, factor, scale, rank, R, d, CHUNK, PRECISION)
         matrix = add_ridge(landmark_softmax(logits, rank, R, TRANSPOSED), ridge, rank, R)
         solution, place = eliminate_pivoting(matrix, load_matrix(rhs_ptr, rank, R, d, D), rank, R)
     tl.debug_barrier()
@@ -204,7 +212,7 @@ def mix_values(
         rows = first + tl.arange(0, BLOCK)
         key = load_tokens(key_ptr, rows, rows < stop, key_stride_n, key_stride_d, d, D)
         value = load_tokens(value_ptr, rows, rows < stop, value_stride_n, value_stride_d, d, D)
-        logits = tl.dot(keys, tl.trans(key), input_precision="ieee") * row_scale[:, None]
+        logits = tl.dot(keys, tl.trans(key), input_precision=PRECISION) * row_scale[:, None]
         logits = logits * rms_factor(key, d, NORMALISE)[None, :]
         logits = tl.where((rows < stop)[None, :], logits, -INFINITY)  # [R, BLOCK]
         new_top = tl.maximum(top, tl.max(logits, 1))
@@ -219,18 +227,19 @@ def mix_values(
 
 @triton.jit
 def finish(
-    x_ptr, lse_ptr, logits_ptr, mixed, top, total, keys, factor, scale, ridge, rank: tl.constexpr,
-    R: tl.constexpr, d: tl.constexpr, D: tl.constexpr, SOLVE: tl.constexpr,
+    x_ptr, lse_ptr, logits_ptr, mixed, top, total, keys_ptr, key_ptr, factor, scale, ridge,
+    rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr, D: tl.constexpr, SOLVE: tl.constexpr,
+    CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """From the sums over all keys to X, or to R V and the logits for another solver."""
     i = tl.arange(0, R)
     tl.store(lse_ptr + i, top + tl.log2(total), mask=i < rank)
     store_matrix(x_ptr, mixed / total[:, None], i, rank, R, d, D)
+    tl.debug_barrier()
     if SOLVE:
-        tl.debug_barrier()
-        solve(x_ptr, x_ptr, keys, factor, scale, ridge, rank, R, d, D, False)
+        solve(x_ptr, x_ptr, keys_ptr, key_ptr, factor, scale, ridge, rank, R, d, D, False, CHUNK, PRECISION)
     else:
-        logits = landmark_logits(keys, factor, scale) * LN2
+        logits = landmark_logits(keys_ptr, key_ptr, factor, scale, rank, R, d, CHUNK, PRECISION) * LN2
         store_matrix(logits_ptr, logits, i, rank, R, rank, R)
 
 
@@ -240,7 +249,8 @@ def _context_kernel(
     N, heads, key_stride_b, key_stride_h, key_stride_n, key_stride_d, value_stride_b, value_stride_h,
     value_stride_n, value_stride_d, gamma, scale, ridge, rank: tl.constexpr, R: tl.constexpr,
     d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr, CHOOSE: tl.constexpr, PIVOTED: tl.constexpr,
-    SOLVE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    SOLVE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    CHOICE: tl.constexpr,
 ):  # fmt: skip
     """The whole key side of one (b, h)."""
     head = tl.program_id(0).to(tl.int64)
@@ -251,7 +261,7 @@ def _context_kernel(
     if CHOOSE:
         choose(
             key_ptr, landmarks_ptr, residual_ptr + head * N, pivot_factor_ptr + head * rank * N, N,
-            key_stride_n, key_stride_d, gamma, scale, rank, R, d, D, NORMALISE, PIVOTED, BLOCK, PRECISION,
+            key_stride_n, key_stride_d, gamma, scale, rank, R, d, D, NORMALISE, PIVOTED, BLOCK, CHOICE,
         )  # fmt: skip
         tl.debug_barrier()
     i = tl.arange(0, R)
@@ -264,7 +274,7 @@ def _context_kernel(
     )  # fmt: skip
     finish(
         x_ptr + head * rank * d, lse_ptr + head * rank, logits_ptr + head * rank * rank, mixed, top, total,
-        keys, factor, scale, ridge, rank, R, d, D, SOLVE,
+        keys_ptr + head * rank * d, key_ptr, factor, scale, ridge, rank, R, d, D, SOLVE, CHUNK, PRECISION,
     )  # fmt: skip
 
 
@@ -348,6 +358,7 @@ def _solve_kernel(
     key_ptr, landmarks_ptr, mixed_ptr, top_ptr, total_ptr, keys_ptr, x_ptr, lse_ptr, logits_ptr, N, parts,
     heads, key_stride_b, key_stride_h, key_stride_n, key_stride_d, scale, ridge, rank: tl.constexpr,
     R: tl.constexpr, d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr, SOLVE: tl.constexpr,
+    CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """R V of one (b, h) from its parts, in their order, then as `_context_kernel`."""
     head = tl.program_id(0).to(tl.int64)
@@ -370,7 +381,8 @@ def _solve_kernel(
     store_matrix(keys_ptr + head * rank * d, keys.to(tl.float32), i, rank, R, d, D)
     finish(
         x_ptr + head * rank * d, lse_ptr + head * rank, logits_ptr + head * rank * rank, mixed, top, total,
-        keys, rms_factor(keys, d, NORMALISE), scale, ridge, rank, R, d, D, SOLVE,
+        keys_ptr + head * rank * d, key_ptr, rms_factor(keys, d, NORMALISE), scale, ridge, rank, R, d, D,
+        SOLVE, CHUNK, PRECISION,
     )  # fmt: skip
 
 
@@ -387,7 +399,7 @@ def softmax_gradient(
 ):  # fmt: skip
     """R of one tile of keys and the gradient of its logits, [R, BLOCK] each, and the tile's factors, [BLOCK]."""
     columns = rms_factor(key, d, NORMALISE)
-    logits = tl.dot(keys, tl.trans(key), input_precision="ieee") * row_scale[:, None] * columns[None, :]
+    logits = tl.dot(keys, tl.trans(key), input_precision=PRECISION) * row_scale[:, None] * columns[None, :]
     weights = tl.where(inside[None, :], tl.exp2(logits - lse[:, None]), 0.0)
     gradient = weights * (wide_dot(du, tl.trans(value), PRECISION) - delta[:, None])
     return weights, gradient, columns
@@ -429,12 +441,28 @@ def _system_backward_kernel(
     value_ptr += b * value_stride_b + h * value_stride_h
     small = head * rank * d
     i = tl.arange(0, R)
-    keys = load_keys(keys_ptr + small, key_ptr, rank, R, d, D)
+    keys_ptr += small
+    keys = load_keys(keys_ptr, key_ptr, rank, R, d, D)
     factor = rms_factor(keys, d, NORMALISE)
     du_ptr += small
     dlogits_ptr += head * rank * rank
     if SOLVE:
-        solve(du_ptr, dx_ptr + small, keys, factor, scale, ridge, rank, R, d, D, True)
+        solve(
+            du_ptr,
+            dx_ptr + small,
+            keys_ptr,
+            key_ptr,
+            factor,
+            scale,
+            ridge,
+            rank,
+            R,
+            d,
+            D,
+            True,
+            CHUNK,
+            PRECISION,
+        )
         tl.debug_barrier()
         dmatrix = tl.zeros([R, R], tl.float32)
         for first in range(0, d, CHUNK):
@@ -442,7 +470,9 @@ def _system_backward_kernel(
             dmatrix -= wide_dot(
                 du, tl.trans(load_columns(x_ptr + small, first, rank, R, d, CHUNK)), PRECISION
             )
-        weights = landmark_softmax(landmark_logits(keys, factor, scale), rank, R, False)
+        weights = landmark_softmax(
+            landmark_logits(keys_ptr, key_ptr, factor, scale, rank, R, d, CHUNK, PRECISION), rank, R, False
+        )
         delta = -tl.sum(add_ridge(weights, ridge, rank, R) * dmatrix, 1)  # U = A X
         trace = tl.sum(tl.sum(tl.where(i[:, None] == i[None, :], dmatrix, 0.0), 1), 0)
         dmatrix = tl.where(i[:, None] == i[None, :], dmatrix + ridge / rank * trace, dmatrix)
@@ -458,7 +488,7 @@ def _system_backward_kernel(
     for first in range(0, rank, CHUNK):
         both = load_columns(dlogits_ptr, first, rank, R, rank, CHUNK)
         both += tl.trans(load_rows(dlogits_ptr, first, rank, CHUNK, rank, R))
-        chunk = load_rows(keys_ptr + small, first, rank, CHUNK, d, D)  # [CHUNK, D]
+        chunk = load_rows(keys_ptr, first, rank, CHUNK, d, D)  # [CHUNK, D]
         normalised = chunk * (rms_factor(chunk, d, NORMALISE) * scale)[:, None]
         gradient += wide_dot(both, normalised, PRECISION)
     if WHOLE:
@@ -521,39 +551,44 @@ def _gathered_kernel(
 def _tokens_backward_kernel(
     key_ptr, value_ptr, landmarks_ptr, keys_ptr, lse_ptr, du_ptr, delta_ptr, gathered_ptr, dkey_ptr,
     dvalue_ptr, N, tiles, heads, key_stride_b, key_stride_h, key_stride_n, key_stride_d, value_stride_b,
-    value_stride_h, value_stride_n, value_stride_d, scale, rank: tl.constexpr, R: tl.constexpr,
-    d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    value_stride_h, value_stride_n, value_stride_d, scale, rank: tl.constexpr,
+    d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of keys; the landmarks among them also receive the gradient of the gathered keys."""
     program = tl.program_id(0).to(tl.int64)
     head, tile = program // tiles, program % tiles
     b, h = head // heads, head % heads
     small = head * rank * d
-    i = tl.arange(0, R)
     rows = (tile * BLOCK + tl.arange(0, BLOCK)).to(tl.int32)
     inside = rows < N
-    keys = load_keys(keys_ptr + small, key_ptr, rank, R, d, D)
-    factor = rms_factor(keys, d, NORMALISE)
-    lse = tl.load(lse_ptr + head * rank + i, mask=i < rank, other=0.0)
-    delta = tl.load(delta_ptr + head * rank + i, mask=i < rank, other=0.0)
-    du = load_matrix(du_ptr + small, rank, R, d, D)
     key_ptr += b * key_stride_b + h * key_stride_h
     value_ptr += b * value_stride_b + h * value_stride_h
     key = load_tokens(key_ptr, rows, inside, key_stride_n, key_stride_d, d, D)
     value = load_tokens(value_ptr, rows, inside, value_stride_n, value_stride_d, d, D)
-    weights, dlogits, _ = softmax_gradient(
-        keys, factor * (scale * LOG2E), lse, du, delta, key, value, inside, d, NORMALISE, PRECISION
-    )
+    dvalue = tl.zeros([BLOCK, D], tl.float32)
+    dkey = tl.zeros([BLOCK, D], tl.float32)  # of the normalised keys, through R
+    gathered = tl.zeros([BLOCK, D], tl.float32)
+    for first in range(0, rank, CHUNK):
+        i = first + tl.arange(0, CHUNK)
+        keys = load_rows(keys_ptr + small, first, rank, CHUNK, d, D).to(key_ptr.dtype.element_ty)
+        du = load_rows(du_ptr + small, first, rank, CHUNK, d, D)
+        lse = tl.load(lse_ptr + head * rank + i, mask=i < rank, other=0.0)
+        delta = tl.load(delta_ptr + head * rank + i, mask=i < rank, other=0.0)
+        factor = rms_factor(keys, d, NORMALISE)
+        weights, dlogits, _ = softmax_gradient(
+            keys, factor * (scale * LOG2E), lse, du, delta, key, value, inside, d, NORMALISE, PRECISION
+        )  # [CHUNK, BLOCK]
+        dvalue += wide_dot(tl.trans(weights), du, PRECISION)
+        dkey += wide_dot(tl.trans(dlogits * (factor * scale)[:, None]), keys, PRECISION)
+        index = tl.load(landmarks_ptr + head * rank + i, mask=i < rank, other=-1)
+        chosen = (rows[:, None] == index[None, :]).to(tl.float32)  # [BLOCK, CHUNK]
+        gathered += wide_dot(chosen, load_rows(gathered_ptr + small, first, rank, CHUNK, d, D), PRECISION)
     columns = tl.arange(0, D)
     offsets = head * N * d + token_offsets(rows, columns, d, 1)
     mask = inside[:, None] & (columns < d)[None, :]
-    dvalue = wide_dot(tl.trans(weights), du, PRECISION)  # [BLOCK, D]
     tl.store(dvalue_ptr + offsets, dvalue.to(dvalue_ptr.dtype.element_ty), mask=mask)
-    dkey = wide_dot(tl.trans(dlogits * (factor * scale)[:, None]), keys, PRECISION)
-    dkey = rms_factor_product(dkey, key, d, NORMALISE)
-    index = tl.load(landmarks_ptr + head * rank + i, mask=i < rank, other=-1)
-    chosen = (rows[:, None] == index[None, :]).to(tl.float32)  # [BLOCK, R]
-    dkey += wide_dot(chosen, load_matrix(gathered_ptr + small, rank, R, d, D), PRECISION)
+    dkey = rms_factor_product(dkey, key, d, NORMALISE) + gathered
     tl.store(dkey_ptr + offsets, dkey.to(dkey_ptr.dtype.element_ty), mask=mask)
 
 
@@ -615,16 +650,16 @@ def _context(
     logits = empty((B, H, rank, rank) if not solve else (0,), key, torch.float32)
     strides = (*key.stride(), *value.stride())
     shape = {"rank": rank, "R": padded(rank), "d": d, "D": padded(d), "NORMALISE": qk_norm is not None}
-    tile = configurations.key_side(rank, d, key.element_size(), configurations.capability(key))
+    tile = configurations.key_side(rank, d, key.dtype, configurations.capability(key))
     run = {"BLOCK": tile.block, "PRECISION": precision(key.dtype)}
     launch = {"num_warps": tile.warps, "num_stages": tile.stages}
     with on_device(key):
-        if N <= configurations.MOST_KEYS_OF_ONE_PROGRAM:
+        if configurations.one_launch(N):
             residual, factor = workspace(key, rank, method) if chosen_here else (x, x)
             _context_kernel[(B * H,)](
                 key, value, landmarks, residual, factor, keys, x, lse, logits, N, H, *strides, gamma, scale,
                 ridge, **shape, CHOOSE=chosen_here, PIVOTED=method == "pivoted_cholesky", SOLVE=solve, **run,
-                **launch,
+                CHUNK=CHUNK, CHOICE=finest_precision(), **launch,
             )  # fmt: skip
             return keys, x, lse, landmarks, logits
         span, parts = configurations.divide(N, tile.block, configurations.LEAST_KEYS_OF_A_PART)
@@ -640,7 +675,7 @@ def _context(
         )  # fmt: skip
         _solve_kernel[(B * H,)](
             key, landmarks, mixed, top, total, keys, x, lse, logits, N, parts, H, *key.stride(), scale, ridge,
-            **shape, SOLVE=solve, **launch,
+            **shape, SOLVE=solve, CHUNK=CHUNK, PRECISION=run["PRECISION"], **launch,
         )  # fmt: skip
     return keys, x, lse, landmarks, logits
 
@@ -659,6 +694,7 @@ def _choose_by_leverage(
     gram = empty((B, H, parts, d, d), key, torch.float32)
     scores = empty((B, H, N), key, torch.float32)
     shape = {name: value for name, value in shape.items() if name not in ("rank", "R")}
+    run = run | {"PRECISION": finest_precision()}
     _gram_kernel[(B * H * parts,)](key, gram, N, span, parts, H, *key.stride(), **shape, **run, **launch)
     _scores_kernel[(B * H * parts,)](
         key, gram, scores, N, span, parts, H, *key.stride(), gamma, **shape, **run, **launch
@@ -731,16 +767,16 @@ def _context_backward(
     strides = (*key.stride(), *value.stride())
     shape = {"rank": rank, "R": padded(rank), "d": d, "D": padded(d), "NORMALISE": qk_norm is not None}
     target = configurations.capability(key)
-    tile = configurations.key_side(rank, d, key.element_size(), target)
+    tile = configurations.key_side(rank, d, key.dtype, target)
     run = {"BLOCK": tile.block, "PRECISION": precision(key.dtype)}
     launch = {"num_warps": tile.warps, "num_stages": tile.stages}
-    whole = N <= configurations.MOST_KEYS_OF_ONE_PROGRAM
+    whole = configurations.one_launch_backward(N, rank, d, key.dtype)
     solved = dlogits is None
     dlogits = empty((B, H, rank, rank), key, torch.float32) if dlogits is None else dlogits.contiguous()
     with on_device(key):
         _system_backward_kernel[(B * H,)](
             key, value, keys, x, lse, dkeys, dx, dlogits, du, delta, gathered, N, H, *strides, scale, ridge,
-            **shape, SOLVE=solved, WHOLE=whole, CHUNK=16, **run, **launch,
+            **shape, SOLVE=solved, WHOLE=whole, CHUNK=CHUNK, **run, **launch,
         )  # fmt: skip
         if not whole:
             span, parts = configurations.divide(N, tile.block, configurations.LEAST_KEYS_OF_A_PART)
@@ -750,11 +786,12 @@ def _context_backward(
                 **launch,
             )  # fmt: skip
             _gathered_kernel[(B * H,)](keys, dkeys, partial, gathered, parts, **shape, **launch)
-        tile = configurations.key_tokens(rank, d, key.element_size(), target)
+        tile = configurations.key_tokens(rank, d, key.dtype, target)
         tiles = -(-N // tile.block)
         _tokens_backward_kernel[(B * H * tiles,)](
             key, value, landmarks, keys, lse, du, delta, gathered, dkey, dvalue, N, tiles, H, *strides, scale,
-            **shape, BLOCK=tile.block, PRECISION=precision(key.dtype), num_warps=tile.warps,
+            rank=rank, d=d, D=padded(d), NORMALISE=qk_norm is not None, BLOCK=tile.block,
+            CHUNK=min(32, padded(rank)), PRECISION=precision(key.dtype), num_warps=tile.warps,
             num_stages=tile.stages,
         )  # fmt: skip
     return [dkey.to(dtype), dvalue.to(dtype)]

@@ -1,7 +1,10 @@
-"""Nyström attention against exact attention, forward, as ratios in one run: `python -m bench.attention`.
+"""Nyström attention against its rivals, as ratios of medians in one run: `python -m bench.attention`.
 
-Interleaved calls of both, medians. On a CPU the times are wall clock and only their ratio means something; on a
-GPU they are CUDA events.
+Rivals: exact attention (torch's fused kernel), the same algorithm in eager PyTorch with Cholesky (`reference`) and with
+`torch.linalg.svd` (`svd`), the identity Y = SDPA(Q, K̃, X), R V = SDPA(K̃, K, V) with torch's Cholesky (`sdpa`), and
+some under `torch.compile` with --compile. Calls are interleaved. On a CPU the times are wall clock and only their ratio
+means something; on a GPU they are CUDA events.
+`--crossover` gives a table of Nyström against exact attention over N_k and B instead, losses included.
 """
 
 from __future__ import annotations
@@ -13,14 +16,18 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
-from srm_kernels import full_attention, nystrom_attention
+from srm_kernels import backends, full_attention, nystrom_attention
 
 SHAPES = (
     (16_384, 256, 1 / 3),
     (65_536, 1_024, 1 / 6),
     (65_536, 4_096, 1 / 20),
 )  # N_q, N_k, most of exact's time
+CROSSOVER_KEYS = (49, 64, 100, 144, 196, 256, 400, 576, 784, 1_024, 2_048, 4_096)
+CROSSOVER_BATCHES = (1, 2, 4, 8, 16, 32)
+Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def milliseconds(function: Callable[[], object], device: torch.device) -> float:
@@ -37,31 +44,141 @@ def milliseconds(function: Callable[[], object], device: torch.device) -> float:
     return (time.perf_counter() - begin) * 1e3
 
 
-def compare(queries: int, keys: int, options: argparse.Namespace) -> dict[str, float]:
-    """Median milliseconds of each implementation at one shape."""
+def medians(
+    calls: dict[str, Callable[[], object]], device: torch.device, repeats: int, warmup: int
+) -> dict[str, float]:
+    """Median milliseconds of each call, all of them interleaved."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for repeat in range(-warmup, repeats):
+        for name, call in calls.items():
+            elapsed = milliseconds(call, device)
+            if repeat >= 0:
+                times[name].append(elapsed)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def tokens(queries: int, keys: int, batch: int, options: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
+    """Q, K and V, standard normal; they ask for gradients where the backward pass is timed too."""
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     make = torch.Generator(device).manual_seed(0)
-    shape = (options.batch, options.heads, queries, options.width)
-    query = torch.randn(shape, generator=make, device=device).to(dtype)
-    key, value = (
-        torch.randn((*shape[:2], keys, options.width), generator=make, device=device).to(dtype)
-        for _ in range(2)
+    query, key, value = (
+        torch.randn((batch, options.heads, n, options.width), generator=make, device=device)
+        .to(dtype)
+        .requires_grad_(options.backward)
+        for n in (queries, keys, keys)
     )
-    calls: dict[str, Callable[[], object]] = {
-        "exact": lambda: full_attention(query, key, value, qk_norm="keys"),
-        "nystrom": lambda: nystrom_attention(query, key, value, options.rank, qk_norm="keys"),
-        "reference": lambda: nystrom_attention(
-            query, key, value, options.rank, qk_norm="keys", backend="reference"
-        ),
-    }
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    with torch.no_grad():
-        for repeat in range(-options.warmup, options.repeats):
-            for name, call in calls.items():
-                elapsed = milliseconds(call, device)
-                if repeat >= 0:
-                    times[name].append(elapsed)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return query, key, value
+
+
+def rivals(options: argparse.Namespace) -> dict[str, Call]:
+    """What is compared, by name; `exact` is the measure."""
+
+    def nystrom(backend: str | None, **more: object) -> Call:
+        def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            y = nystrom_attention(
+                query,
+                key,
+                value,
+                options.rank,
+                qk_norm="keys",
+                backend=backend,
+                **more,  # type: ignore[arg-type]
+            )
+            assert isinstance(y, Tensor)
+            return y
+
+        return call
+
+    def exact(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return full_attention(query, key, value, qk_norm="keys")
+
+    calls: dict[str, Call] = {"exact": exact, "default": nystrom(None)}
+    if options.device == "cuda":
+        calls["triton"] = nystrom("triton")
+    calls["reference"] = nystrom("reference")
+    calls["svd"] = nystrom("reference", solver="svd")
+    calls["sdpa"] = nystrom("sdpa")
+    if options.compile:
+        # torch's operators are compiled through; an operator of this project is one node in either form.
+        calls |= {
+            f"{name} compiled": torch.compile(calls[name], dynamic=False) for name in ("exact", "default")
+        }
+    return calls
+
+
+def compare(
+    queries: int, keys: int, batch: int, options: argparse.Namespace, names: set[str] | None = None
+) -> dict[str, float]:
+    """Median milliseconds of each rival at one shape, forward, or forward and backward."""
+    device = torch.device(options.device)
+    inputs = tokens(queries, keys, batch, options)
+    weight = torch.ones_like(inputs[0])
+
+    def timed(call: Call) -> Callable[[], object]:
+        if not options.backward:
+            return lambda: call(*inputs)
+        return lambda: torch.autograd.grad(call(*inputs), inputs, weight)
+
+    calls = {name: timed(call) for name, call in rivals(options).items() if names is None or name in names}
+    return medians(calls, device, options.repeats, options.warmup)
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second of a copy within the device's memory, read and written."""
+    source = torch.empty(2**28 if device.type == "cuda" else 2**24, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    time_ms = medians({"copy": lambda: target.copy_(source)}, device, 20, 5)["copy"]
+    return 2 * source.numel() / (time_ms / 1e3)
+
+
+def query_side(options: argparse.Namespace) -> str:
+    """The query side alone at N_q = 16,384: the share of the copy bandwidth at which Q is read and Y written."""
+    from srm_kernels.attention import _query_side
+
+    device = torch.device(options.device)
+    query = tokens(16_384, 1, options.batch, options)[0].detach()
+    keys, x = (torch.randn((*query.shape[:2], options.rank, options.width), device=device) for _ in range(2))
+    backend = "triton" if options.device == "cuda" else "reference"
+    time_ms = medians(
+        {"query side": lambda: _query_side(query, keys, x, None, 0.2, "keys", False, backend)},
+        device,
+        options.repeats,
+        options.warmup,
+    )["query side"]
+    rate = 2 * query.numel() * query.element_size() / (time_ms / 1e3)
+    share = rate / copy_bandwidth(device)
+    return (
+        f"query side ({backend}), N_q={query.shape[2]}, B={options.batch}: {time_ms:.3f} ms, "
+        f"{100 * share:.0f} % of copy bandwidth"
+    )
+
+
+def peak_memory(queries: int, keys: int, options: argparse.Namespace) -> str:
+    """Bytes at the peak of a forward pass beyond inputs and output, of each implementation, on a GPU."""
+    inputs = [x.detach() for x in tokens(queries, keys, options.batch, options)]
+    found = []
+    for name, call in rivals(options).items():
+        call(*inputs)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        y = call(*inputs)
+        extra = torch.cuda.max_memory_allocated() - before - y.numel() * y.element_size()
+        found.append(f"{name} {extra / 2**20:.1f}")
+    return f"peak MiB beyond Y at {queries} × {keys}: " + ", ".join(found)
+
+
+def crossover(options: argparse.Namespace) -> None:
+    """Exact attention's time over Nyström's at N_q = 16,384: above 1 Nyström wins."""
+    print(
+        f"exact / nystrom at N_q={options.queries}, {'forward and backward' if options.backward else 'forward'}"
+    )
+    print(f"{'N_k':>6} " + " ".join(f"{f'B={batch}':>7}" for batch in CROSSOVER_BATCHES))
+    for keys in CROSSOVER_KEYS:
+        ratios = []
+        for batch in CROSSOVER_BATCHES:
+            times = compare(options.queries, keys, batch, options, {"exact", "default"})
+            ratios.append(times["exact"] / times["default"])
+        print(f"{keys:6} " + " ".join(f"{ratio:7.2f}" for ratio in ratios), flush=True)
 
 
 def main() -> None:
@@ -77,19 +194,36 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--backward", action="store_true", help="time forward and backward")
+    parser.add_argument("--compile", action="store_true", help="rivals under torch.compile too")
+    parser.add_argument("--crossover", action="store_true", help="the table over N_k and B instead")
+    parser.add_argument("--queries", type=int, default=16_384, help="N_q of the crossover table")
+    parser.add_argument("--shapes", type=int, nargs="*", help="N_q N_k N_q N_k …, instead of the usual ones")
     options = parser.parse_args()
     processor = torch.cuda.get_device_name() if options.device == "cuda" else platform.machine()
     print(
         f"torch {torch.__version__}, {processor}, {torch.get_num_threads()} threads, {options.dtype}, "
-        f"B={options.batch} H={options.heads} d={options.width} r={options.rank}, forward, solver cholesky"
+        f"B={options.batch} H={options.heads} d={options.width} r={options.rank}, "
+        f"{'forward and backward' if options.backward else 'forward'}, solver cholesky; "
+        f"triton: {backends()['triton'].reason}"
     )
-    print(f"{'N_q':>8} {'N_k':>6} {'nystrom/exact':>14} {'limit':>8} {'reference/exact':>16}")
-    for queries, keys, limit in SHAPES:
-        times = compare(queries, keys, options)
-        ratio, plain = times["nystrom"] / times["exact"], times["reference"] / times["exact"]
-        verdict = "" if ratio <= limit else "  over the limit"
-        shares = [f"1/{1 / share:.1f}" for share in (ratio, limit, plain)]
-        print(f"{queries:8} {keys:6} {shares[0]:>14} {shares[1]:>8} {shares[2]:>16}{verdict}")
+    if options.crossover:
+        crossover(options)
+        return
+    given = options.shapes or ()
+    shapes = [(*pair, None) for pair in zip(given[::2], given[1::2], strict=True)] or SHAPES
+    for queries, keys, limit in shapes:
+        times = compare(queries, keys, options.batch, options)
+        measure = times.pop("exact")
+        shares = [f"{name} 1/{measure / each:.2f}" for name, each in times.items()]
+        over = "" if limit is None or times["default"] <= limit * measure else "  default over its limit of "
+        if over:
+            over += f"1/{1 / limit:.0f}"
+        print(f"{queries:8} × {keys:<6} exact {measure:.3f} ms; of it: {', '.join(shares)}{over}", flush=True)
+        if options.device == "cuda" and not options.backward:
+            print("         " + peak_memory(queries, keys, options))
+    if not options.backward:
+        print(query_side(options), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, inside ten minutes: the GPU tests, then the benchmarks.
+# Everything that only a GPU can show, inside ten minutes: the GPU tests, compute-sanitizer, then the benchmarks.
+# `python -m bench.tune_attention` and `python -m bench.resources` are for hours with more time.
 # Results go to the folder given as the first argument (default bench/results), one folder a device, with the
 # device, driver, versions and commit beside them.
 set -euo pipefail
@@ -14,12 +15,23 @@ mkdir -p "$out"
   git rev-parse HEAD 2>/dev/null || true
 } >"$out/machine.txt"
 status=0
-"$PYTHON" -m pytest -m gpu tests >"$out/tests.txt" 2>&1 || status=$?
-for dtype in float32 bfloat16; do
-  for batch in 1 8; do
-    "$PYTHON" -m bench.attention --device cuda --dtype "$dtype" --batch "$batch" --warmup 10 --repeats 50
+timeout 200 "$PYTHON" -m pytest -m gpu tests >"$out/tests.txt" 2>&1 || status=$?
+for tool in memcheck racecheck; do
+  timeout 50 compute-sanitizer --error-exitcode 1 --tool "$tool" "$PYTHON" -m bench.small_run || status=$?
+done >"$out/sanitizer.txt" 2>&1
+attention() { # seconds, arguments
+  timeout "$1" "$PYTHON" -m bench.attention --device cuda "${@:2}" || status=$?
+}
+{
+  for batch in 1 8 32; do
+    for direction in "" --backward; do
+      attention 25 --dtype bfloat16 --batch "$batch" --warmup 5 --repeats 30 --shapes 16384 256 $direction
+    done
   done
-done >"$out/attention.txt" 2>&1 || status=$?
+  attention 50 --dtype bfloat16 --warmup 3 --repeats 20 --compile --shapes 16384 256 65536 1024 262144 4096
+  attention 50 --dtype bfloat16 --crossover --warmup 2 --repeats 10
+  attention 25 --dtype float32
+} >"$out/attention.txt" 2>&1
 tail -n 3 "$out/tests.txt"
 cat "$out/attention.txt"
 exit "$status"

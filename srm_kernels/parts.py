@@ -7,7 +7,8 @@ every product of two bf16 or fp16 numbers is exact there. What is computed, soft
 stays fp32, and a product with it is taken by `wide_dot` in three passes of the tensor cores: "tf32x3", which keeps 22
 bits of both factors, or "bf16x3", which keeps 16 and is used where tokens are bf16. One pass would keep 11 or 8: X may
 be many times larger than Y, so that what is lost there comes back magnified. Tensors of fp32 are multiplied with one
-another by "tf32x3" too. The choice of landmarks always is: a score decides by its last bits.
+another by "tf32x3" too. Where landmarks are chosen nothing coarser than that is used, and plain fp32 for fp32 tokens:
+a score decides by its last bits.
 """
 
 from __future__ import annotations
@@ -49,9 +50,9 @@ def precision(dtype: torch.dtype) -> str:
     return "bf16x3" if dtype == torch.bfloat16 else "tf32x3"
 
 
-def finest_precision() -> str:
+def finest_precision(dtype: torch.dtype) -> str:
     """How products are taken where landmarks are chosen."""
-    return "ieee" if INTERPRETED else "tf32x3"
+    return "ieee" if INTERPRETED or dtype == torch.float32 else "tf32x3"
 
 
 def padded(size: int) -> int:

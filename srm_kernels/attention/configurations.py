@@ -49,8 +49,14 @@ def query_forward(rank: int, d: int, dtype: torch.dtype, capability: tuple[int, 
 
 def query_backward(rank: int, d: int, dtype: torch.dtype, capability: tuple[int, int]) -> Configuration:
     """dQ, and the sums dX and dK̃, [r, d] each, that stay in registers."""
-    light = dtype == torch.bfloat16 and _padded(rank) * _padded(d) <= 64 * 32
-    return Configuration(64 if light else 16 if _large(rank, d) else 32, 8, 1)
+    if _padded(d) <= 32:
+        return Configuration(16, 4, 1)
+    return Configuration(16 if _large(rank, d) else 32, 8, 1)
+
+
+def query_backward_exact(rank: int, d: int, dtype: torch.dtype, capability: tuple[int, int]) -> bool:
+    """Whether its products are taken without tensor cores: three passes would not fit in 99 KiB."""
+    return _heavy(rank, d, dtype) and capability not in ROOMY
 
 
 def key_side(rank: int, d: int, dtype: torch.dtype, capability: tuple[int, int]) -> Configuration:
@@ -58,9 +64,14 @@ def key_side(rank: int, d: int, dtype: torch.dtype, capability: tuple[int, int])
     return Configuration(16 if _large(rank, d) or _heavy(rank, d, dtype) else 32, 8, 1)
 
 
+def key_parts(rank: int, d: int, dtype: torch.dtype, capability: tuple[int, int]) -> Configuration:
+    """The gradient of the landmarks where parts of the keys are summed apart."""
+    return Configuration(16, 4, 1) if _heavy(rank, d, dtype) else key_side(rank, d, dtype, capability)
+
+
 def key_tokens(rank: int, d: int, dtype: torch.dtype, capability: tuple[int, int]) -> Configuration:
     """dK and dV of a tile of keys."""
-    return Configuration(16 if _large(rank, d) else 32, 8, 1)
+    return Configuration(16 if _large(rank, d) or _heavy(rank, d, dtype) else 32, 8, 1)
 
 
 def one_launch(keys: int) -> bool:

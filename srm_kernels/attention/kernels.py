@@ -261,11 +261,12 @@ def landmark_attention_backward(
     dtau = x if tau is None else empty((B, H), query, torch.float32)
     shape = {"rank": rank, "R": padded(rank), "d": d, "D": padded(d), "NORMALISE_KEYS": qk_norm is not None}
     launch = {"num_warps": tile.warps, "num_stages": tile.stages}
+    exact = configurations.query_backward_exact(rank, d, query.dtype, configurations.capability(query))
     with on_device(query):
         _backward_kernel[(B * H * parts,)](
             query, keys, x, wide_tau, dy, dquery, part_dx, part_dkeys, N, share, parts, H, *query.stride(),
             *dy.stride(), scale, **shape, NORMALISE_QUERY=qk_norm == "both", TAU=tau is not None,
-            BLOCK=tile.block, PRECISION=precision(query.dtype), **launch,
+            BLOCK=tile.block, PRECISION="ieee" if exact else precision(query.dtype), **launch,
         )  # fmt: skip
         _sum_kernel[(B * H,)](
             part_dx, part_dkeys, keys, x, wide_tau, dx, dkeys, dtau, parts, H, **shape, TAU=tau is not None,

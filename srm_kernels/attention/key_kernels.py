@@ -659,7 +659,7 @@ def _context(
             _context_kernel[(B * H,)](
                 key, value, landmarks, residual, factor, keys, x, lse, logits, N, H, *strides, gamma, scale,
                 ridge, **shape, CHOOSE=chosen_here, PIVOTED=method == "pivoted_cholesky", SOLVE=solve, **run,
-                CHUNK=CHUNK, CHOICE=finest_precision(), **launch,
+                CHUNK=CHUNK, CHOICE=finest_precision(key.dtype), **launch,
             )  # fmt: skip
             return keys, x, lse, landmarks, logits
         span, parts = configurations.divide(N, tile.block, configurations.LEAST_KEYS_OF_A_PART)
@@ -694,7 +694,7 @@ def _choose_by_leverage(
     gram = empty((B, H, parts, d, d), key, torch.float32)
     scores = empty((B, H, N), key, torch.float32)
     shape = {name: value for name, value in shape.items() if name not in ("rank", "R")}
-    run = run | {"PRECISION": finest_precision()}
+    run = run | {"PRECISION": finest_precision(key.dtype)}
     _gram_kernel[(B * H * parts,)](key, gram, N, span, parts, H, *key.stride(), **shape, **run, **launch)
     _scores_kernel[(B * H * parts,)](
         key, gram, scores, N, span, parts, H, *key.stride(), gamma, **shape, **run, **launch
@@ -779,11 +779,12 @@ def _context_backward(
             **shape, SOLVE=solved, WHOLE=whole, CHUNK=CHUNK, **run, **launch,
         )  # fmt: skip
         if not whole:
-            span, parts = configurations.divide(N, tile.block, configurations.LEAST_KEYS_OF_A_PART)
+            walk = configurations.key_parts(rank, d, key.dtype, target)
+            span, parts = configurations.divide(N, walk.block, configurations.LEAST_KEYS_OF_A_PART)
             partial = empty((B, H, parts, rank, d), key, torch.float32)
             _landmarks_backward_kernel[(B * H * parts,)](
-                key, value, keys, lse, du, delta, partial, N, span, parts, H, *strides, scale, **shape, **run,
-                **launch,
+                key, value, keys, lse, du, delta, partial, N, span, parts, H, *strides, scale, **shape,
+                BLOCK=walk.block, PRECISION=run["PRECISION"], num_warps=walk.warps, num_stages=walk.stages,
             )  # fmt: skip
             _gathered_kernel[(B * H,)](keys, dkeys, partial, gathered, parts, **shape, **launch)
         tile = configurations.key_tokens(rank, d, key.dtype, target)
@@ -791,7 +792,7 @@ def _context_backward(
         _tokens_backward_kernel[(B * H * tiles,)](
             key, value, landmarks, keys, lse, du, delta, gathered, dkey, dvalue, N, tiles, H, *strides, scale,
             rank=rank, d=d, D=padded(d), NORMALISE=qk_norm is not None, BLOCK=tile.block,
-            CHUNK=min(32, padded(rank)), PRECISION=precision(key.dtype), num_warps=tile.warps,
+            CHUNK=CHUNK, PRECISION=precision(key.dtype), num_warps=tile.warps,
             num_stages=tile.stages,
         )  # fmt: skip
     return [dkey.to(dtype), dvalue.to(dtype)]

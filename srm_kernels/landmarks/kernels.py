@@ -258,7 +258,7 @@ def ridge_leverage_scores(key: Tensor, gamma: float) -> Tensor:
     with on_device(key):
         _leverage_kernel[(B * H,)](
             keys, scores, N, H, *keys.stride(), gamma, d=d, D=padded(d), BLOCK=BLOCK,
-            PRECISION=finest_precision(), num_warps=warps(d),
+            PRECISION=finest_precision(keys.dtype), num_warps=warps(d),
         )  # fmt: skip
     return scores
 
@@ -280,7 +280,7 @@ def selected(key: Tensor, rank: int, method: str, gamma: float, scale: float, *,
         _select_kernel[(B * H,)](
             keys, landmarks, residual, factor, N, H, *keys.stride(), gamma, scale, rank=rank, R=padded(rank),
             d=d, D=padded(d), NORMALISE=normalise, PIVOTED=method == "pivoted_cholesky", BLOCK=BLOCK,
-            PRECISION=finest_precision(), num_warps=warps(d),
+            PRECISION=finest_precision(keys.dtype), num_warps=warps(d),
         )  # fmt: skip
     return landmarks
 

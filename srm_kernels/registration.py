@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.library import CustomOpDef, custom_op
 
 Implementation = Callable[..., Any]
-KERNELS = ("triton", "cuda")
+OPAQUE = ("triton",)  # whose implementations autograd cannot see through
 
 
 def later(module: str, name: str) -> Implementation:
@@ -90,7 +90,7 @@ def register_operator(
                 return [product.contiguous() for product in own[backend](grads, results, *inputs)]
         wanted = present(inputs)
         inputs = recall(inputs, results)
-        function = implementations["reference" if backend in KERNELS else backend]
+        function = implementations["reference" if backend in OPAQUE else backend]
         # The dispatcher leaves autograd out below an operator; this one is made of it.
         autograd = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
         with autograd, torch.enable_grad(), no_autocast(inputs):

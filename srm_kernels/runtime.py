@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 
+from . import native
+
 ENVIRONMENT_VARIABLE = "SRM_KERNELS_BACKEND"
 BACKENDS = {
     "reference": "the mathematics in plain PyTorch",
@@ -43,7 +45,10 @@ def backends() -> dict[str, BackendStatus]:
 
 
 def _missing() -> dict[str, str]:
-    missing = {"cuda": "its CUDA kernels are not written yet"}
+    missing = {}
+    unbuilt = native.missing()
+    if unbuilt is not None:
+        missing["cuda"] = unbuilt
     if not _has_triton():
         missing["triton"] = "Triton is not installed: pip install triton"
     elif not torch.cuda.is_available() and not interpreting():
@@ -80,6 +85,16 @@ def triton_refusal(tensor: torch.Tensor) -> str | None:
     if tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) < LEAST_CAPABILITY:
         return f"its kernels need compute capability {'.'.join(map(str, LEAST_CAPABILITY))}"
     return None
+
+
+def cuda_refusal(tensor: torch.Tensor) -> str | None:
+    """Why no kernel of csrc can run on a tensor, or None."""
+    reason = _missing().get("cuda")
+    if reason is None and tensor.device.type != "cuda":
+        reason = f"its tensors are on {tensor.device}, not on CUDA"
+    if reason is None and tensor.dtype == torch.float64:
+        reason = "its kernels compute in float32, and the tensors are float64"
+    return reason
 
 
 def choose_backend(

@@ -8,13 +8,16 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_count, check_flag, check_number, check_tensors, wide_dtype
-from ..registration import register_operator
-from ..runtime import choose_backend
-from . import reference
+from ..registration import later, register_operator
+from ..runtime import choose_backend, cuda_refusal, triton_refusal
+from . import cuda, reference
 from .reference import Solver
 
 SOLVERS = ("cholesky", "lu", "svd", "auto", "neumann")
-_IMPLEMENTATIONS = ("reference", "sdpa")
+# The kernels are not in front before they were measured.
+_IMPLEMENTATIONS = ("reference", "sdpa", "triton", "cuda")
+_LARGEST = 128  # r and d of the kernels
+_KERNELS = f"{__name__}.kernels"
 
 
 class LandmarkSolution(NamedTuple):
@@ -32,12 +35,17 @@ _solve = register_operator(
     "Tensor logits, Tensor rhs, float ridge, str solver, bool equilibrate, float kappa_max, int neumann_order, "
     "bool neumann_gate",
     "(Tensor, Tensor)",
-    dict.fromkeys(_IMPLEMENTATIONS, reference.landmark_solve),
+    {
+        **dict.fromkeys(_IMPLEMENTATIONS, reference.landmark_solve),
+        "triton": later(_KERNELS, "landmark_solve"),
+        "cuda": cuda.landmark_solve,
+    },
     fake=lambda logits, rhs, *_: (
         rhs.new_empty(rhs.shape, dtype=wide_dtype(rhs.dtype)),
         rhs.new_empty(rhs.shape[:-2], dtype=torch.int64),
     ),
     differentiable=("logits", "rhs"),
+    derivatives={"triton": later(_KERNELS, "landmark_solve_backward")},
 )
 
 _diagnose = register_operator(
@@ -87,6 +95,10 @@ def landmark_solve(
     device. "estimate" fills the same with κ estimated as in "auto", and does not wait.
     A non-finite logit makes its own matrix's X NaN and no other's. Gradients are exact, by the implicit
     formula (through the polynomial for "neumann"); diagnostics carry none.
+    backend="triton" is one launch for r, d ≤ 128 and anything but float64, every solver, forward and backward,
+    and asks the host nothing: it can be captured in a CUDA graph. There "svd" and "auto" are differentiable only
+    with ridge > 0; a singular matrix has NaN gradients. backend="cuda" is csrc's one-sided Jacobi for "svd" and
+    "auto", as small, and does not wait for the device either.
     Raises ValueError for shapes, an unknown solver, ridge < 0, or "cholesky" with ridge 0; TypeError for dtypes.
     """
     check_tensors(logits=logits, rhs=rhs)
@@ -99,7 +111,7 @@ def landmark_solve(
     check_solver(ridge, solver, equilibrate, kappa_max, neumann_order, neumann_gate)
     if diagnostics not in (True, False, "estimate"):
         raise ValueError(f"diagnostics={diagnostics!r}: expected True, False or 'estimate'")
-    chosen = choose_backend(backend, _IMPLEMENTATIONS, "landmark_solve")
+    chosen = choose_backend(backend, _IMPLEMENTATIONS, "landmark_solve", _refused(rhs, solver))
     ridge = float(ridge)
     x, used = _solve(
         logits, rhs, ridge, solver, equilibrate, float(kappa_max), neumann_order, neumann_gate, chosen
@@ -111,6 +123,18 @@ def landmark_solve(
             logits, rhs, x, used, ridge, equilibrate, diagnostics == "estimate", chosen
         )
     return LandmarkSolution(x, kappa, residual, gain, used)
+
+
+def _refused(rhs: Tensor, solver: str) -> dict[str, str]:
+    r, d = rhs.shape[-2:]
+    size = f"its kernels take r and d up to {_LARGEST}, and they are {r} and {d}"
+    reasons = {
+        "triton": triton_refusal(rhs) or (size if max(r, d) > _LARGEST else None),
+        "cuda": cuda_refusal(rhs) or (size if max(r, d) > _LARGEST else None),
+    }
+    if reasons["cuda"] is None and solver not in cuda.SOLVERS:
+        reasons["cuda"] = f"it has kernels for {' and '.join(cuda.SOLVERS)}, not for {solver}"
+    return {name: reason for name, reason in reasons.items() if reason}
 
 
 def check_solver(

@@ -57,8 +57,9 @@ def landmark_solve(
     kappa_max: float,
     neumann_order: int,
     neumann_gate: bool,
+    svd: SVD | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """X (…, r, d) and the `Solver` (…,) that served each matrix."""
+    """X (…, r, d) and the `Solver` (…,) that served each matrix; `svd` may stand in for torch's own."""
     logits, rhs = logits.to(wide_dtype(logits.dtype)), rhs.to(wide_dtype(rhs.dtype))
     finite = logits.abs().amax((-2, -1)).isfinite()
     spoiled = not nowhere(~finite)
@@ -66,7 +67,7 @@ def landmark_solve(
         logits = torch.where(finite[..., None, None], logits, 0)
     default = "cholesky" if ridge > 0 else "lu"
     system, factors, used = _factorise(
-        logits, rhs, default if solver == "neumann" else solver, ridge, equilibrate, kappa_max
+        logits, rhs, default if solver == "neumann" else solver, ridge, equilibrate, kappa_max, svd or _svd
     )
     X = _unscaled(system, _ImplicitSolve.apply(system.matrix, system.rhs, factors, False))
     if solver == "neumann":
@@ -125,6 +126,7 @@ def _unscaled(system: System, Z: Tensor) -> Tensor:
 
 
 Solve = Callable[[Tensor, bool], Tensor]  # (right-hand side, transposed) → solution
+SVD = Callable[[Tensor, float, Tensor | None], Solve]  # (A, λ₀, the matrices wanted; None is all)
 
 
 class _Factors:
@@ -160,7 +162,7 @@ class _ImplicitSolve(torch.autograd.Function):
 
 
 def _factorise(
-    logits: Tensor, rhs: Tensor, solver: str, ridge: float, equilibrate: bool, kappa_max: float
+    logits: Tensor, rhs: Tensor, solver: str, ridge: float, equilibrate: bool, kappa_max: float, svd: SVD
 ) -> tuple[System, _Factors, Tensor]:
     """The system that is solved, its factors, and the `Solver` of each matrix."""
     factors = _Factors()
@@ -179,14 +181,13 @@ def _factorise(
         system = _system(logits, rhs, ridge, equilibrate)
     A = system.matrix.detach()
     if solver == "svd":
-        factors.parts.append((None, _svd(A, ridge)))
+        factors.parts.append((None, svd(A, ridge, None)))
         return system, factors, torch.full_like(used, int(Solver.SVD))
     if solver == "auto":
         lu = _lu(A, ridge)
         factors.parts.append((None, lu))
         high = ~(estimate_condition(A, lu) < kappa_max)
-        if high.any():  # an SVD waits for the device in any case, and costs far more than this question
-            factors.parts.append((high, _within(high, _svd(A[high], ridge))))
+        factors.parts.append((high, svd(A, ridge, high)))
         return system, factors, torch.where(high, int(Solver.SVD), used)
     if rest is None or not nowhere(rest):
         factors.parts.append((rest, _lu(A, ridge)))
@@ -232,7 +233,13 @@ def _lu(A: Tensor, ridge: float) -> Solve:
     return solve
 
 
-def _svd(A: Tensor, ridge: float) -> Solve:
+def _svd(A: Tensor, ridge: float, mask: Tensor | None) -> Solve:
+    """Of the matrices in the mask alone; the solution of the others is zero."""
+    if mask is not None:
+        # An SVD waits for the device in any case, and costs far more than this question.
+        return (
+            _within(mask, _svd(A[mask], ridge, None)) if mask.any() else lambda rhs, _: torch.zeros_like(rhs)
+        )
     U, sigma, Vh = torch.linalg.svd(A)
     inverse = 1 / sigma
     if ridge == 0:

@@ -1,0 +1,224 @@
+"""The Triton solve against the reference: forward, backward, decisions; on a GPU, else in the interpreter in fp32.
+
+Values: L·X by `oracle.agree` against plain `torch.linalg` in fp32; gradients likewise against the reference's own
+in fp32. Sizes are small because the interpreter takes about a second a matrix.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from oracle import tokens
+from torch import Tensor
+
+from srm_kernels import Solver, backends, landmark_solve
+
+pytest.importorskip("triton")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, of the interpreter: 1/0 behind a where
+    pytest.mark.skipif(not backends()["triton"].available, reason="neither a GPU nor the interpreter"),
+]
+ROOT = Path(__file__).parents[2]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SOLVERS = ("cholesky", "lu", "svd", "auto", "neumann")
+
+
+def problem(r: int, d: int, *, count: int = 2, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Random landmarks; two of the last matrix's are the same."""
+    keys = oracle.normalise(tokens(r + d, count, r, d)) * scale
+    if r > 1:
+        keys[-1, 1] = keys[-1, 0]
+    return (keys @ keys.mT / math.sqrt(d)).float(), tokens(r + d + 1, count, r, d, dtype=torch.float32)
+
+
+def run(
+    logits: Tensor, rhs: Tensor, backend: str, grad: Tensor | None = None, **options: Any
+) -> list[Tensor]:
+    """X, the solver and, where `grad` is given, both gradients."""
+    device = DEVICE if backend == "triton" else "cpu"
+    inputs = [t.detach().clone().to(device).requires_grad_(grad is not None) for t in (logits, rhs)]
+    found = landmark_solve(*inputs, backend=backend, diagnostics=True, **options)
+    gradients = torch.autograd.grad(found.x, inputs, grad.to(found.x)) if grad is not None else ()
+    return [t.detach().cpu() for t in (found.x, found.solver, *gradients)]
+
+
+def check(logits: Tensor, rhs: Tensor, **options: Any) -> Tensor:
+    """The kernel against the reference, in values and gradients; returns who served."""
+    grad = tokens(99, *rhs.shape, dtype=torch.float32)
+    x, used, *gradients = run(logits, rhs, "triton", grad, **options)
+    wide = [t.double() for t in (logits, rhs, grad)]
+    exact_x, exact_used, *exact = run(*wide[:2], "reference", wide[2], **options)
+    plain_x, _, *plain = run(logits, rhs, "reference", grad, **options)
+    assert torch.equal(used, exact_used)
+    assert x.dtype == torch.float32
+    L = oracle.softmax(2 * tokens(5, *rhs.shape[:-2], 40, rhs.shape[-2]))
+    floor = 4 * rhs.shape[-2] * torch.finfo(torch.float32).eps * exact_x.abs().max()
+    lowered = (L @ x.double() - L @ exact_x).abs().max()
+    assert lowered <= 4 * (L @ plain_x.double() - L @ exact_x).abs().max() + floor
+    for found, other, truth in zip(gradients, plain, exact, strict=True):
+        floor = 4 * rhs.shape[-2] * torch.finfo(torch.float32).eps * truth.abs().max()
+        assert (found.double() - truth).abs().max() <= 4 * (other.double() - truth).abs().max() + floor
+    return used
+
+
+@pytest.mark.parametrize("equilibrate", [False, True])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_values_and_gradients(solver, equilibrate):
+    """Sizes that are no power of two."""
+    logits, rhs = problem(11, 7)
+    check(logits, rhs, solver=solver, equilibrate=equilibrate, ridge=1e-2)
+
+
+@pytest.mark.parametrize(("r", "d"), [(1, 3), (2, 1), (17, 18)])
+@pytest.mark.parametrize("solver", ["cholesky", "lu"])
+def test_sizes(solver, r, d):
+    logits, rhs = problem(r, d)
+    check(logits, rhs, solver=solver, ridge=1e-2)
+
+
+def test_the_largest_size():
+    logits, rhs = problem(128, 128, count=1)
+    found = run(logits, rhs, "triton")[0]
+    exact = oracle.solve(logits, rhs)
+    plain = oracle.plain_solve(logits, rhs, 1e-3)
+    L = oracle.softmax(tokens(3, 1, 20, 128))
+    oracle.agree((L @ found.double()).float(), L @ exact, L @ plain.double())
+
+
+@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize("equilibrate", [False, True])
+def test_the_neumann_series(gate, equilibrate):
+    """With the gate the first matrix, nearly the identity, is let through, and the second is not."""
+    logits = torch.stack([5.0 * torch.eye(6), problem(6, 5)[0][0]])
+    logits[0] += 1e-4 * tokens(4, 6, 6).float()
+    used = check(logits, problem(6, 5)[1], solver="neumann", neumann_gate=gate, equilibrate=equilibrate)
+    assert used.tolist() == [Solver.NEUMANN, Solver.CHOLESKY if gate else Solver.NEUMANN]
+
+
+@pytest.mark.parametrize("solver", ["cholesky", "neumann"])
+def test_asymmetry_and_breakdown_go_to_lu_alone(solver):
+    logits, rhs = problem(5, 4, count=4)
+    untouched = run(logits, rhs, "triton", solver="cholesky")[0]
+    logits[1, 0, 3] += 0.4
+    logits[2] = 0
+    logits[2, 0, 1] = logits[2, 1, 0] = 3.0  # symmetric, indefinite
+    used = check(logits, rhs, solver=solver)
+    assert used.tolist() == [Solver.CHOLESKY, Solver.LU, Solver.LU, Solver.CHOLESKY]
+    found = run(logits, rhs, "triton", solver="cholesky")[0]
+    assert torch.equal(found[[0, 3]], untouched[[0, 3]])
+
+
+def test_pivoting_finds_the_pivot():
+    """The leading entry of W_λ is smaller by far than those below it."""
+    logits = torch.full((1, 4, 4), 0.0)
+    logits[0, 0, 0] = -14.0
+    logits[0, 0, 2] = 3.0
+    logits[0, 1, 3] = 5.0
+    logits[0, 3, 1] = 2.0
+    rhs = tokens(1, 1, 4, 3, dtype=torch.float32)
+    found = run(logits, rhs, "triton", solver="lu", ridge=1e-7)[0]
+    oracle.agree(found, oracle.solve(logits, rhs, 1e-7), oracle.plain_solve(logits, rhs, 1e-7))
+
+
+def test_auto_estimates_kappa_in_the_kernel():
+    """The duplicated pair's κ is far above the limit, the other's below half of it."""
+    logits, rhs = problem(12, 9)
+    kappa = oracle.condition(oracle.system(logits, rhs, 1e-3).matrix)
+    limit = math.sqrt(kappa[0] * kappa[1])
+    assert kappa[1] > 4 * limit > 8 * kappa[0]
+    used = check(logits, rhs, solver="auto", kappa_max=limit)
+    assert used.tolist() == [Solver.LU, Solver.SVD]
+    for factor, expected in ((1.01, Solver.LU), (0.49, Solver.SVD)):
+        options = {"solver": "auto", "kappa_max": float(kappa[0]) * factor}
+        assert run(logits[:1], rhs[:1], "triton", **options)[1].item() == expected
+
+
+@pytest.mark.parametrize(("solver", "equilibrate"), [("svd", False), ("auto", True)])
+def test_no_ridge_and_duplicates_give_the_minimum_norm_solution(solver, equilibrate):
+    logits, rhs = problem(7, 12)
+    found, used = run(logits, rhs, "triton", solver=solver, ridge=0.0, equilibrate=equilibrate)
+    exact = oracle.pseudo_inverse_solve(logits, rhs, 0.0, torch.finfo(torch.float32).eps, equilibrate)
+    assert used[-1] == Solver.SVD
+    assert ((found.double() - exact).abs().amax((-2, -1)) <= 1e-4 * exact.abs().amax((-2, -1))).all()
+
+
+@pytest.mark.parametrize("solver", ["lu", "neumann"])
+def test_no_ridge_and_duplicates_are_nan_elsewhere(solver):
+    logits, rhs = problem(7, 12)
+    grad = torch.ones_like(rhs)
+    x, _, d_logits, d_rhs = run(logits, rhs, "triton", grad, solver=solver, ridge=0.0)
+    for found in (x, d_logits, d_rhs):
+        assert found[1].isnan().any()
+        assert found[0].isfinite().all()
+    assert x[1].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("solver", "bad"),
+    [("cholesky", math.nan), ("lu", math.inf), ("svd", math.nan), ("auto", -math.inf), ("neumann", math.nan)],
+)
+def test_a_non_finite_logit_is_its_own_matrix_alone(solver, bad):
+    logits, rhs = problem(3, 2, count=3)
+    grad = torch.ones_like(rhs)
+    untouched = run(logits, rhs, "triton", grad, solver=solver)
+    logits[1, 2, 0] = bad
+    found = run(logits, rhs, "triton", grad, solver=solver)
+    assert found[0][1].isnan().all()
+    for a, b in zip(found, untouched, strict=True):
+        assert torch.equal(a[[0, 2]], b[[0, 2]])
+    assert found[2][1].abs().max() == found[3][1].abs().max() == 0
+
+
+def test_strides_leading_axes_and_half_precision():
+    logits, rhs = problem(6, 5, count=4)
+    expected = run(logits, rhs, "triton")[0]
+    strided = run(logits.mT.contiguous().mT.view(2, 2, 6, 6), rhs.view(2, 2, 6, 5).transpose(0, 1), "triton")[
+        0
+    ]
+    assert torch.equal(strided[0, 0], expected[0])
+    assert strided.shape == (2, 2, 6, 5)
+    half = [t.half() for t in (logits, rhs)]
+    x, _, d_logits, d_rhs = run(*half, "triton", torch.ones_like(rhs))
+    assert (x.dtype, d_logits.dtype, d_rhs.dtype) == (torch.float32, torch.float16, torch.float16)
+    assert torch.equal(x, run(*(t.float() for t in half), "triton")[0])
+
+
+def test_what_it_has_no_form_for_is_refused():
+    for r, dtype in ((129, torch.float32), (4, torch.float64)):
+        logits = torch.eye(r, dtype=dtype, device=DEVICE)
+        with pytest.raises(NotImplementedError, match="triton"):
+            landmark_solve(logits, torch.ones(r, 2, dtype=dtype, device=DEVICE), backend="triton")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's state is for CPU tensors")
+def test_it_compiles_without_spills():
+    """For the oldest and the newest GPU; `python -m bench.compiled` does all.
+
+    In a process of its own, without the interpreter.
+    """
+    code = (
+        "from bench.compiled import compile_solve\n"
+        "for sm in (80, 120):\n"
+        "    row = compile_solve('forward', 'cholesky', 32, 32, sm)\n"
+        "    assert row['spilled'] == 0 and row['shared'] <= 99 * 1024, row\n"
+    )
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_it_is_a_registered_operator():
+    """opcheck with the kernel behind it: schema, fake tensors, autograd registration."""
+    logits, rhs = (t.to(DEVICE).requires_grad_() for t in problem(3, 2))
+    arguments = (logits, rhs, 1e-3, "cholesky", False, 1e6, 3, True, "triton")
+    torch.library.opcheck(torch.ops.srm.landmark_solve.default, arguments)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
     {"cli", "__main__"},
     {"profiling"},
-    {"reports", "training", "attacks"},
+    {"reports", "training", "attacks", "diagnosis"},
     {"data"},
     {"model"},
     {"neck", "backbones", "metrics", "checkpoint"},

@@ -21,10 +21,10 @@ DASHES = (None, "6 3", "2 3", "8 3 2 3")
 
 @dataclass(frozen=True)
 class Series:
-    """A line over epochs; `look` picks colour (class s0, s1, …), dash and marker."""
+    """A line, over epochs or anything else; `look` picks colour (class s0, s1, …), dash and marker."""
 
     name: str
-    x: Sequence[float]
+    x: Sequence[float] | np.ndarray
     y: Sequence[float] | np.ndarray
     look: int
 
@@ -112,6 +112,39 @@ def line_chart(
     return figure(
         title,
         _svg(join(frame.axes(x_label, y_label, x_ticks), drawn), f"{title}. {text}"),
+        note=note,
+        legend=[(line.name, line.look) for line in series] if len(series) > 1 else [],
+    )
+
+
+def curve_chart(
+    series: Sequence[Series],
+    *,
+    title: str,
+    note: str | None = None,
+    x_label: str,
+    y_label: str,
+    y_limits: tuple[float, float] | None = None,
+) -> Markup:
+    """Lines without markers over real numbers, with a legend; missing values leave a gap."""
+    xs = [float(x) for line in series for x in line.x]
+    ys = [float(y) for line in series for y in line.y if math.isfinite(y)] or [0.0]
+    span = (min(xs), max(xs)) if max(xs) > min(xs) else (min(xs) - 0.5, min(xs) + 0.5)
+    frame = Frame(span, y_limits or padded(min(ys), max(ys)))
+    drawn = [
+        _polyline(
+            [
+                (frame.px(x), frame.py(y)) if math.isfinite(y) else None
+                for x, y in zip(line.x, line.y, strict=True)
+            ],
+            line.look,
+        )
+        for line in series
+    ]
+    text = "; ".join(f"{line.name}: {_ends(line.y)}" for line in series)
+    return figure(
+        title,
+        _svg(join(frame.axes(x_label, y_label), drawn), f"{title}. {text}"),
         note=note,
         legend=[(line.name, line.look) for line in series] if len(series) > 1 else [],
     )

@@ -22,6 +22,11 @@ def data_uri(path: Path) -> str:
             data = path.read_bytes() if image.format == "PNG" and max(image.size) <= SIDE else _reduced(image)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's word for a broken PNG
         raise ValueError(f"{path}: not readable as an image ({error})") from None
+    return png_uri(data)
+
+
+def png_uri(data: bytes) -> str:
+    """The bytes of a PNG as a data URI."""
     return "data:image/png;base64," + base64.b64encode(data).decode("ascii")
 
 

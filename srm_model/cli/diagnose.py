@@ -1,0 +1,62 @@
+"""`srm-iqa diagnose`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from srm_model.cli import runs
+from srm_model.diagnosis import diagnose
+from srm_model.files import write_json, write_text
+from srm_model.reports.conditioning import markdown, render
+
+PICTURED = 2
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write `diagnosis.json`, `.md` and `.html` beside each checkpoint, or into --out, and print the tables."""
+    folders = [folder for folder in runs.checkpoints(args.folder) if folder.name not in ("none", "quadratic")]
+    if not folders:
+        raise ValueError(f"{args.folder}: no checkpoint with landmark systems; expected one of the neck srm")
+    device = runs.device_from(args.device)
+    for folder in folders:
+        model, card = runs.open_checkpoint(folder, device)
+        dataset = runs.dataset_for(card, model.config, root=args.data, split=args.split)
+        indices = _spaced(len(dataset), args.images)
+        if not args.no_progress:
+            runs.say(f"diagnosing {folder} on {len(indices)} images, {device}")
+        found = diagnose(model, _batches(dataset, indices, args.batch_size), pictured=PICTURED)
+        about = {
+            "checkpoint": str(folder),
+            "data": f"{dataset.name}, {dataset.split} split",
+            "images": len(indices),
+        }
+        out = Path(args.out) if args.out else folder
+        write_json(out / "diagnosis.json", {**about, "config": model.config.to_dict(), **found})
+        write_text(out / "diagnosis.md", markdown(found))
+        pictures = [_picture(dataset[index][0]) for index in indices[:PICTURED]]
+        write_text(out / "diagnosis.html", render(found, about, pictures))
+        print(markdown(found))
+        print(out / "diagnosis.html")
+
+
+def _spaced(count: int, wanted: int) -> list[int]:
+    """`wanted` indices evenly spaced over `count`, or all."""
+    wanted = min(wanted, count)
+    return [(2 * place + 1) * count // (2 * wanted) for place in range(wanted)]
+
+
+def _batches(dataset: Any, indices: list[int], size: int) -> Iterator[Tensor]:
+    for start in range(0, len(indices), size):
+        yield torch.stack([dataset[index][0] for index in indices[start : start + size]])
+
+
+def _picture(image: Tensor) -> Image.Image:
+    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())

@@ -1,0 +1,224 @@
+"""How well the landmark systems of a trained neck are conditioned, and what that buys (article 3.4, Table 1).
+
+Everything is measured on the queries, keys and values that each link sees, head by head and batch by batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from srm_kernels import LandmarkSolution, Solver, full_attention, nystrom_attention, select_landmarks
+from srm_kernels.attention.reference import landmark_system, normalised_key
+from srm_model.config import SRMConfig
+from srm_model.model import IQAModel
+from srm_model.modules import evaluating
+from srm_model.neck import Link, SRMNeck
+
+METHODS = ("leverage", "uniform", "pivoted_cholesky", "kmeans++")
+QUERIES = 1024  # at most, evenly spaced: the error of the attention is a mean over them
+QUANTILES = {"median": 0.5, "p90": 0.9, "max": 1.0}
+
+
+def table_rows(config: SRMConfig) -> dict[str, dict[str, Any]]:
+    """Table 1: its rows, and what each changes in the checkpoint's own settings.
+
+    Without a ridge the default solver is not defined; LU stands in for it where κ allows, else the SVD.
+    """
+    rows: dict[str, dict[str, Any]] = {
+        "full": {},
+        "uniform landmarks": {"method": "uniform"},
+        "pivoted Cholesky": {"method": "pivoted_cholesky"},
+        "no ridge": {"ridge": 0.0, "solver": "auto"},
+        "no fp32": {"solve_dtype": "model"},
+        "equilibrated": {"equilibrate": True},
+        "k-means++": {"method": "kmeans++"},
+    }
+    if config.qk_norm is not None:
+        rows["keys as they are"] = {"qk_norm": None}
+    return rows
+
+
+@torch.no_grad()
+def diagnose(model: IQAModel, batches: Iterable[Tensor], *, pictured: int = 2) -> dict[str, Any]:
+    """Figures of every link of an `srm` model over batches of images (B, 3, H, W) in [0, 1], as plain JSON values.
+
+    "table": κ, ρ, gain and the attention's error by row; "links": the same for the checkpoint's own settings by
+    link, head and batch, with the share of matrices that each solver served, κ itself and spectra; "errors": the
+    attention's error against exact attention by landmark method and r; "landmarks": where the landmarks of the
+    first `pictured` images lie. Raises ValueError for a model without Nyström attention.
+    """
+    neck = model.neck
+    if not isinstance(neck, SRMNeck) or model.neck_name != "srm":
+        raise ValueError(
+            f"the neck {model.neck_name!r} has no landmark system; expected a checkpoint of 'srm'"
+        )
+    config = model.config
+    device = next(model.parameters()).device
+    tables: dict[str, list[dict[str, Tensor]]] = {name: [] for name in table_rows(config)}
+    links: dict[str, list[dict[str, Tensor]]] = {}
+    errors: dict[tuple[str, int], list[Tensor]] = {}
+    landmarks: list[dict[str, Any]] = []
+    with evaluating(model):
+        for number, images in enumerate(batches):
+            aligned = neck._align(model.pyramid(images.to(device)), every=False)
+            for source, target in neck._acting:
+                name, link = f"{source}→{target}", neck._link(source, target)
+                q, k, v = link.project(aligned[target], aligned[source])
+                q = q[:, :, :: max(1, math.ceil(q.shape[2] / QUERIES))]
+                exact = full_attention(q, k, v, qk_norm=config.qk_norm)
+                for row, changes in table_rows(config).items():
+                    measured = _measured(link, q, k, v, exact, **changes)
+                    tables[row].append(measured)
+                    if row == "full":
+                        spectrum = _spectrum(link, k, v)
+                        links.setdefault(name, []).append({**measured, "spectrum": spectrum})
+                for method, rank in _sizes(config, k.shape[2]):
+                    y, _ = _attend(link, q, k, v, method=method, rank=rank)
+                    errors.setdefault((method, rank), []).append(_error(y, exact).flatten())
+                if number == 0:
+                    landmarks += _positions(link, name, k, aligned[source].shape[-2:], pictured)
+    if not links:
+        raise ValueError("no image and no link to diagnose; expected at least one batch and one acting link")
+    return {
+        "rank": config.rank,
+        "table": {row: _summary(_joined(measured)) for row, measured in tables.items()},
+        "links": {name: _by_link(measured) for name, measured in links.items()},
+        "errors": [
+            {"method": method, "rank": rank, **_quantiles(torch.cat(found))}
+            for (method, rank), found in sorted(errors.items())
+        ],
+        "landmarks": landmarks,
+    }
+
+
+def _attend(link: Link, q: Tensor, k: Tensor, v: Tensor, **changes: Any) -> tuple[Tensor, LandmarkSolution]:
+    c = link.config
+    settings: dict[str, Any] = {
+        "rank": c.rank,
+        "method": "leverage" if c.landmarks == "leverage_sample" else c.landmarks,
+        "gamma": c.gamma,
+        "ridge": c.ridge,
+        "solver": c.solver,
+        "equilibrate": c.equilibrate,
+        "kappa_max": c.kappa_max,
+        "neumann_order": c.neumann_order,
+        "neumann_gate": c.neumann_gate,
+        "qk_norm": c.qk_norm,
+        "solve_dtype": c.solve_dtype,
+        **changes,
+    }
+    if settings["solve_dtype"] == "model" and q.dtype == torch.float32:
+        q, k, v = (t.to(torch.bfloat16) for t in (q, k, v))
+    return cast(Any, nystrom_attention(q, k, v, diagnostics=True, backend=c.backend, **settings))
+
+
+def _measured(
+    link: Link, q: Tensor, k: Tensor, v: Tensor, exact: Tensor, **changes: Any
+) -> dict[str, Tensor]:
+    """κ, ρ, gain, the solver and the attention's error, (B, H) each."""
+    y, solution = _attend(link, q, k, v, **changes)
+    if changes.get("qk_norm", link.config.qk_norm) != link.config.qk_norm:
+        exact = full_attention(q, k, v, qk_norm=changes["qk_norm"])
+    found = {name: getattr(solution, name) for name in ("kappa", "residual", "gain", "solver")}
+    return {**{name: value.cpu() for name, value in found.items()}, "error": _error(y, exact)}
+
+
+def _error(y: Tensor, exact: Tensor) -> Tensor:
+    """‖Y − Y*‖_F / ‖Y*‖_F per (b, h)."""
+    y, exact = y.double(), exact.double()
+    norm = torch.linalg.vector_norm(exact, dim=(-2, -1))
+    return (torch.linalg.vector_norm(y - exact, dim=(-2, -1)) / norm).cpu()
+
+
+def _spectrum(link: Link, k: Tensor, v: Tensor) -> Tensor:
+    """Singular values of W_λ (B, H, r), not equilibrated, falling."""
+    c = link.config
+    keys = normalised_key(k, c.qk_norm)
+    index = select_landmarks(keys, c.rank, method=link.landmark_method, gamma=c.gamma)
+    logits, _ = landmark_system(k, v, index, 1 / math.sqrt(k.shape[-1]), c.qk_norm, "fp32")
+    W = logits.double().softmax(-1)
+    r = W.shape[-1]
+    lam = c.ridge * W.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    return torch.linalg.svdvals(W + lam * torch.eye(r, dtype=W.dtype, device=W.device)).cpu()
+
+
+def _sizes(config: SRMConfig, keys: int) -> list[tuple[str, int]]:
+    """Every landmark method at a quarter, a half, once and twice the rank, as far as there are keys."""
+    ranks = {max(1, config.rank * factor // 4) for factor in (1, 2, 4, 8)}
+    return [(method, rank) for method in METHODS for rank in sorted(ranks) if rank <= keys]
+
+
+def _positions(
+    link: Link, name: str, k: Tensor, grid: tuple[int, ...], pictured: int
+) -> list[dict[str, Any]]:
+    """How many heads choose each position of the source map, per image, for the methods."""
+    height, width = grid
+    keys = normalised_key(k, link.config.qk_norm)
+    found = []
+    for method in ("leverage", "uniform", "pivoted_cholesky"):
+        index = select_landmarks(keys, link.config.rank, method=method, gamma=link.config.gamma).cpu()
+        for image in range(min(pictured, len(index))):
+            counts = torch.bincount(index[image].flatten(), minlength=height * width)
+            found.append(
+                {
+                    "image": image,
+                    "link": name,
+                    "method": method,
+                    "heads": index.shape[1],
+                    "counts": counts.view(height, width).tolist(),
+                }
+            )
+    return found
+
+
+def _joined(measured: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {
+        name: torch.cat([batch[name].flatten() for batch in measured])
+        for name in ("kappa", "residual", "gain", "error", "solver")
+    }
+
+
+def _summary(values: dict[str, Tensor]) -> dict[str, Any]:
+    """Quantiles of each figure, how many matrices, and the share that each solver served."""
+    served = values["solver"].flatten()
+    return {
+        **{name: _quantiles(values[name].flatten()) for name in ("kappa", "residual", "gain", "error")},
+        "matrices": len(served),
+        "solvers": {
+            solver.name.lower(): float((served == solver).double().mean())
+            for solver in Solver
+            if (served == solver).any()
+        },
+    }
+
+
+def _by_link(measured: list[dict[str, Tensor]]) -> dict[str, Any]:
+    figures = ("kappa", "residual", "gain", "error", "solver")
+    heads = measured[0]["kappa"].shape[1]
+    joined = _joined(measured)
+    spectra = torch.cat([batch["spectrum"].flatten(0, 1) for batch in measured])
+    return {
+        "all": _summary(joined),
+        "heads": [
+            _summary({name: torch.cat([batch[name][:, head] for batch in measured]) for name in figures})
+            for head in range(heads)
+        ],
+        "batches": [_summary({name: batch[name] for name in figures}) for batch in measured],
+        "kappas": sorted(joined["kappa"].tolist()),
+        "spectrum": {
+            name: spectra.quantile(share, dim=0).tolist()
+            for name, share in (("low", 0.1), ("median", 0.5), ("high", 0.9))
+        },
+    }
+
+
+def _quantiles(values: Tensor) -> dict[str, float]:
+    """Median, 90th percentile and largest; NaN, which a singular matrix gives, counts as infinite."""
+    ordered = values.double().nan_to_num(nan=math.inf, posinf=math.inf).sort().values
+    last = len(ordered) - 1
+    return {name: float(ordered[math.ceil(share * last)]) for name, share in QUANTILES.items()}

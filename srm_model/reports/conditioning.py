@@ -1,0 +1,223 @@
+"""The page of `srm-iqa diagnose`: conditioning by table, and as pictures."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from srm_model.reports.blocks import caption, row, section, table
+from srm_model.reports.charts import Series, curve_chart
+from srm_model.reports.markup import Child, Markup, element, join
+from srm_model.reports.pictures import png_uri
+from srm_model.reports.style import STYLE
+from srm_model.reports.text import count, listing, significant
+
+METHODS = {
+    "leverage": "leverage",
+    "uniform": "uniform",
+    "pivoted_cholesky": "pivoted Cholesky",
+    "kmeans++": "k-means++",
+}
+QUANTILES = ("median", "p90", "max")
+COLUMNS = ("κ median", "p90", "max", "ρ median", "p90", "max", "error median", "p90", "max", "solved by")
+
+
+def render(found: Mapping[str, Any], about: Mapping[str, Any], images: Sequence[Image.Image]) -> Markup:
+    """The whole document. `found`: what `diagnose` returns; `about`: "checkpoint", "data", "images"."""
+    main = element(
+        "main",
+        element(
+            "header",
+            element("h1", "Conditioning of the landmark systems"),
+            element(
+                "p",
+                f"Checkpoint {about['checkpoint']}, {count(int(about['images']), 'image')} of {about['data']}, "
+                f"r = {found['rank']}; every link, head and image has a system of its own.",
+                class_="lede",
+            ),
+        ),
+        section("By setting (the article's Table 1)", _table(found)),
+        section("By link and head", _links(found)),
+        section("Condition numbers and spectra", _curves(found)),
+        section("Error of the attention by landmarks", _errors(found)),
+        section("Where the landmarks lie", _landmarks(found, images)),
+    )
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("title", "Conditioning"),
+        element("style", Markup(STYLE)),
+    )
+    return join(Markup("<!doctype html>\n"), element("html", head, element("body", main), lang="en"), "\n")
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """Table 1, the links and the errors by landmarks, for a terminal or a document."""
+    lines = ["| setting | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    lines += [f"| {name} | " + " | ".join(_cells(value)) + " |" for name, value in found["table"].items()]
+    lines += ["", "| link | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    lines += [
+        f"| {name} | " + " | ".join(_cells(value["all"])) + " |" for name, value in found["links"].items()
+    ]
+    ranks = sorted({entry["rank"] for entry in found["errors"]})
+    lines += ["", "| median error, landmarks | " + " | ".join(f"r = {rank}" for rank in ranks) + " |"]
+    lines += ["|---" * (len(ranks) + 1) + "|"]
+    for method, name in METHODS.items():
+        lines.append(f"| {name} | " + " | ".join(_by_rank(found, method, ranks)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cells(summary: Mapping[str, Any]) -> list[str]:
+    figures = [
+        _figure(summary[name][quantile]) for name in ("kappa", "residual", "error") for quantile in QUANTILES
+    ]
+    solvers = summary["solvers"]
+    return [*figures, listing(_share(name, share) for name, share in solvers.items())]
+
+
+def _share(name: str, share: float) -> str:
+    return name if share == 1 else f"{name} {100 * share:.3g} %"
+
+
+def _figure(value: float | None) -> str:
+    return "∞" if value is None or not math.isfinite(value) else significant(value)
+
+
+def _by_rank(found: Mapping[str, Any], method: str, ranks: Sequence[int]) -> list[str]:
+    values = {entry["rank"]: entry["median"] for entry in found["errors"] if entry["method"] == method}
+    return [_figure(values[rank]) if rank in values else "" for rank in ranks]
+
+
+def _table(found: Mapping[str, Any]) -> Child:
+    last = (len(COLUMNS),)
+    rows = [
+        row(name, *_cells(value), words=last, class_="total" if name == "full" else None)
+        for name, value in found["table"].items()
+    ]
+    return [
+        table(["Setting", *COLUMNS], rows, words=(0, *last)),
+        caption(
+            "full: the checkpoint's own settings, which each other row changes in one thing. no fp32: the softmax "
+            "blocks in bf16. κ = σ_max/σ_min of W + λI (of the equilibrated system where there is one); ρ the "
+            "relative residual of the solve; error ‖Y − Y*‖/‖Y*‖ of the attention against exact attention with the "
+            "same keys. ∞ stands for systems that are singular or whose answer is not finite."
+        ),
+    ]
+
+
+def _links(found: Mapping[str, Any]) -> Child:
+    last = (len(COLUMNS),)
+    rows = []
+    for name, link in found["links"].items():
+        rows.append(row(name, *_cells(link["all"]), words=last, class_="total"))
+        rows += [
+            row(f"{name}, head {number}", *_cells(head), words=last)
+            for number, head in enumerate(link["heads"], 1)
+        ]
+    return table(["Link", *COLUMNS], rows, words=(0, *last))
+
+
+def _curves(found: Mapping[str, Any]) -> Child:
+    kappas, spectra = [], []
+    for look, (name, link) in enumerate(found["links"].items()):
+        values = np.log10([value for value in link["kappas"] if value is not None and value > 0])
+        values = values[np.isfinite(values)]
+        if len(values):
+            kappas.append(Series(name, values, np.arange(1, len(values) + 1) / len(link["kappas"]), look % 4))
+        median = np.array(link["spectrum"]["median"])
+        spectra.append(Series(name, np.arange(1, len(median) + 1), np.log10(median), look % 4))
+    charts = []
+    if kappas:
+        charts.append(
+            curve_chart(
+                kappas,
+                title="Distribution of κ",
+                note="share of systems with a condition number below",
+                x_label="log₁₀ κ",
+                y_label="share",
+                y_limits=(0.0, 1.0),
+            )
+        )
+    charts.append(
+        curve_chart(
+            spectra,
+            title="Singular values of W + λI",
+            note="median over systems, largest first",
+            x_label="index",
+            y_label="log₁₀ σ",
+        )
+    )
+    return element("div", charts, class_="panels")
+
+
+def _errors(found: Mapping[str, Any]) -> Child:
+    ranks = sorted({entry["rank"] for entry in found["errors"]})
+    rows = [row(name, *_by_rank(found, method, ranks)) for method, name in METHODS.items()]
+    series = []
+    for look, (method, name) in enumerate(METHODS.items()):
+        known = [
+            (math.log2(entry["rank"]), math.log10(entry["median"]))
+            for entry in found["errors"]
+            if entry["method"] == method and entry["median"] and math.isfinite(entry["median"])
+        ]
+        if len(known) > 1:
+            series.append(Series(name, [x for x, _ in known], [y for _, y in known], look))
+    chart = None
+    if series:
+        chart = curve_chart(
+            series,
+            title="Median error of the attention",
+            note=None,
+            x_label="log₂ r",
+            y_label="log₁₀ error",
+        )
+    title = "Median of ‖Y − Y*‖/‖Y*‖ over links, heads and images, the solver as in the checkpoint."
+    numbers = table(["Landmarks", *(f"r = {rank}" for rank in ranks)], rows, title=title)
+    return element("div", numbers, chart, class_="pair")
+
+
+def _landmarks(found: Mapping[str, Any], images: Sequence[Image.Image]) -> Child:
+    blocks: list[Child] = []
+    for number, image in enumerate(images):
+        for name in found["links"]:
+            maps = [e for e in found["landmarks"] if e["image"] == number and e["link"] == name]
+            if maps:
+                figures = [_map(image, entry) for entry in maps]
+                blocks.append(element("h3", f"Image {number + 1}, {name}"))
+                blocks.append(element("div", figures, class_="strip", style=f"--columns: {len(figures)}"))
+    shown = caption("A disc for each key that some head chose, larger the more heads chose it.")
+    return [shown, *blocks] if blocks else element("p", "No picture was kept.", class_="missing")
+
+
+def _map(image: Image.Image, entry: Mapping[str, Any]) -> Markup:
+    counts = np.array(entry["counts"])
+    height, width = counts.shape
+    buffer = io.BytesIO()
+    image.convert("RGB").resize((240, 240)).save(buffer, format="PNG")
+    discs = []
+    for y, x in zip(*np.nonzero(counts), strict=True):
+        share = counts[y, x] / entry["heads"]
+        radius = 240 / max(height, width) * (0.12 + 0.3 * math.sqrt(min(share, 1.0)))
+        cx, cy = (x + 0.5) * 240 / width, (y + 0.5) * 240 / height
+        discs.append(
+            element(
+                "circle",
+                cx=f"{cx:.1f}",
+                cy=f"{cy:.1f}",
+                r=f"{radius:.1f}",
+                fill="#ffd23f",
+                fill_opacity="0.75",
+                stroke="#101820",
+                stroke_width="0.7",
+            )
+        )
+    picture = element("image", href=png_uri(buffer.getvalue()), width=240, height=240)
+    label = f"{METHODS[entry['method']]}: {count(int((counts > 0).sum()), 'key')} of {counts.size}"
+    svg = element("svg", picture, discs, viewBox="0 0 240 240", role="img", aria_label=label)
+    return element("figure", svg, element("figcaption", label))

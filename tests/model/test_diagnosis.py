@@ -1,0 +1,172 @@
+"""`diagnose` and its page: what it measures against the definitions, on a small model with random weights."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from srm_kernels import full_attention, nystrom_attention
+from srm_model import SRMConfig, build_model
+from srm_model.checkpoint import save_model
+from srm_model.cli import main
+from srm_model.data.synthesize import synthesize
+from srm_model.diagnosis import METHODS, diagnose, table_rows
+from srm_model.reports.conditioning import markdown, render
+
+SMALL = SRMConfig(channels=16, heads=2, rank=8, pool_size=2, image_size=128)
+FIGURES = ("kappa", "residual", "gain", "error")
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    torch.manual_seed(0)
+    made = build_model("test_convnext", config=SMALL)
+    made.calibrate(torch.rand(2, 3, 128, 128))
+    return made
+
+
+@pytest.fixture(scope="module")
+def batches() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.rand(count, 3, 128, 128, generator=generator) for count in (2, 1)]
+
+
+@pytest.fixture(scope="module")
+def found(model: Any, batches: list[torch.Tensor]) -> dict[str, Any]:
+    return diagnose(model, batches)
+
+
+def test_rows_and_matrices(found):
+    """Three links, two heads, three images: 18 systems in every row of Table 1."""
+    assert list(found["table"]) == list(table_rows(SMALL))
+    assert set(found["table"]) >= {
+        "full",
+        "uniform landmarks",
+        "pivoted Cholesky",
+        "no ridge",
+        "no fp32",
+        "equilibrated",
+        "k-means++",
+    }
+    for row in found["table"].values():
+        assert row["matrices"] == 18
+        assert sum(row["solvers"].values()) == pytest.approx(1)
+        for name in FIGURES:
+            assert row[name]["median"] <= row[name]["p90"] <= row[name]["max"]
+    assert found["table"]["full"]["solvers"] == {"cholesky": 1.0}
+    assert set(found["table"]["no ridge"]["solvers"]) <= {"lu", "svd"}
+    assert list(found["links"]) == ["4→3", "4→2", "4→1"]
+    for link in found["links"].values():
+        assert link["all"]["matrices"] == 6
+        assert [head["matrices"] for head in link["heads"]] == [3, 3]
+        assert [batch["matrices"] for batch in link["batches"]] == [4, 2]
+        assert len(link["kappas"]) == 6
+        assert len(link["spectrum"]["median"]) == 8
+
+
+def test_figures_are_those_of_the_operators(model, batches, found):
+    """κ, ρ and error of one link by its own words, for the settings as they are and for one changed row."""
+    expected: dict[str, list[torch.Tensor]] = {name: [] for name in ("kappa", "residual", "error", "uniform")}
+    neck = model.neck
+    with torch.no_grad():
+        for images in batches:
+            aligned = neck._align(model.pyramid(images), every=False)
+            q, k, v = neck._link(4, 3).project(aligned[3], aligned[4])
+            exact = full_attention(q, k, v, qk_norm="keys")
+            y, solution = nystrom_attention(q, k, v, 8, qk_norm="keys", diagnostics=True)
+            other = nystrom_attention(q, k, v, 8, qk_norm="keys", method="uniform")
+            for name, value in (("error", y), ("uniform", other)):
+                norm = exact.flatten(2).norm(dim=-1)
+                expected[name].append(((value - exact).flatten(2).norm(dim=-1) / norm).flatten())
+            expected["kappa"].append(solution.kappa.flatten())
+            expected["residual"].append(solution.residual.flatten())
+    link = found["links"]["4→3"]
+    for name in ("kappa", "residual", "error"):
+        values = torch.cat(expected[name])
+        assert link["all"][name]["max"] == pytest.approx(float(values.max()), rel=1e-3)
+        assert link["batches"][1][name]["max"] == pytest.approx(float(values[4:].max()), rel=1e-3)
+    assert link["kappas"] == pytest.approx(sorted(torch.cat(expected["kappa"]).tolist()), rel=1e-3)
+    spectrum = link["spectrum"]
+    ratio = [high / low for high, low in zip(spectrum["median"][:1], spectrum["median"][-1:], strict=True)]
+    assert min(link["kappas"]) * 0.5 < ratio[0] < max(link["kappas"]) * 2
+    assert (
+        found["table"]["uniform landmarks"]["error"]["max"]
+        >= float(torch.cat(expected["uniform"]).max()) * 0.999
+    )
+
+
+def test_errors_by_method_and_rank(found):
+    """16 keys at r = 8: a quarter, a half, once and twice the rank; every key as a landmark leaves the ridge alone."""
+    ranks = {entry["rank"] for entry in found["errors"]}
+    assert ranks == {2, 4, 8, 16}
+    assert {entry["method"] for entry in found["errors"]} == set(METHODS)
+    for method in METHODS:
+        by_rank = {e["rank"]: e["median"] for e in found["errors"] if e["method"] == method}
+        assert by_rank[16] < 0.05 < by_rank[2]
+
+
+def test_landmarks_are_counted_over_heads(found):
+    for entry in found["landmarks"]:
+        counts = np.array(entry["counts"])
+        assert counts.shape == (4, 4)
+        assert counts.sum() == 2 * 8
+        assert counts.max() <= entry["heads"] == 2
+        if entry["method"] == "uniform":
+            assert set(np.unique(counts)) <= {0, 2}
+    assert {entry["image"] for entry in found["landmarks"]} == {0, 1}
+
+
+def test_the_page_holds_what_was_found_and_nothing_from_outside(found):
+    about = {"checkpoint": "a <checkpoint>", "data": "a set", "images": 3}
+    page = render(found, about, [Image.new("RGB", (40, 40), "teal")] * 2)
+    assert "a &lt;checkpoint&gt;" in page
+    for name in found["table"]:
+        assert name in page
+    assert page.count("<figure") == 3 + 2 * 3 * 3  # three charts; two images, three links, three methods
+    assert "http" not in page
+    assert "<script" not in page
+
+
+def test_a_figure_that_is_not_finite_is_told_as_infinite(found):
+    broken = json.loads(json.dumps(found))
+    broken["table"]["no ridge"]["kappa"]["max"] = math.inf
+    broken["table"]["no ridge"]["residual"]["max"] = None
+    line = next(line for line in markdown(broken).splitlines() if line.startswith("| no ridge"))
+    assert line.count("∞") == 2
+
+
+@pytest.mark.parametrize("neck", ["quadratic", "none"])
+def test_a_neck_without_landmarks_is_refused(neck, batches):
+    other = build_model("test_convnext", neck=neck, config=SMALL)
+    with pytest.raises(ValueError, match="landmark"):
+        diagnose(other, batches)
+
+
+def test_the_command_writes_three_files(model, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(5):
+        Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    data = synthesize(
+        tmp_path / "set", photographs=folder, types=(1,), levels=(1, 3), metric="ssim", progress=False
+    )
+    save_model(model, tmp_path / "run" / "srm", card={})
+    arguments = ["diagnose", str(tmp_path / "run"), "--data", str(data), "--images", "2", "--no-progress"]
+    assert main([*arguments, "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "| pivoted Cholesky |" in printed
+    out = tmp_path / "run" / "srm"
+    document = json.loads((out / "diagnosis.json").read_text("utf-8"))
+    assert document["images"] == 2
+    assert document["config"]["rank"] == 8
+    assert (out / "diagnosis.md").read_text("utf-8") in printed
+    assert "<!doctype html>" in (out / "diagnosis.html").read_text("utf-8")
+    assert main(["diagnose", str(tmp_path / "nowhere")]) == 2

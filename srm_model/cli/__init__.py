@@ -17,9 +17,6 @@ from srm_model.cli.options import (
     positive,
 )
 
-LATER = {
-    "diagnose": "conditioning, scale and gate statistics of a checkpoint",
-}
 # What a caller can mend, told in one sentence; anything else is a fault of the program and keeps its traceback.
 _EXPECTED = (ValueError, TypeError, NotImplementedError, OSError, ModuleNotFoundError)
 
@@ -39,8 +36,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsed = parser.parse_args(arguments)
     except SystemExit as stop:  # help, version, or a wrong argument
         return int(stop.code or 0)
-    if parsed.command in LATER:
-        return _fail(f"srm-iqa {parsed.command}: not available yet")
     parsed.arguments = arguments
     try:
         module, _, function = parsed.run.partition(":")
@@ -140,8 +135,14 @@ def _parser() -> argparse.ArgumentParser:
             "Results are lines of OUT/results.jsonl; what is there is not repeated. The README describes the file.",
         )
     )
-    for name, summary in LATER.items():
-        command(name, "", summary, "Not available yet.").add_argument("arguments", nargs="*")
+    _add_diagnose(
+        command(
+            "diagnose",
+            "diagnose:run",
+            "condition numbers, solvers and landmarks of a checkpoint",
+            "Writes diagnosis.json, diagnosis.md and diagnosis.html, one self-contained page, beside the checkpoint.",
+        )
+    )
     _add_profile(
         command(
             "profile",
@@ -392,6 +393,17 @@ def _add_profile(parser: argparse.ArgumentParser) -> None:
         "--out", default="runs/profile", metavar="DIR", help="folder to write (default: %(default)s)"
     )
     add_config(parser)
+    add_device(parser)
+
+
+def _add_diagnose(parser: argparse.ArgumentParser) -> None:
+    _add_checkpoint(parser)
+    _add_data_choice(parser)
+    parser.add_argument(
+        "--images", type=positive, default=64, metavar="N", help="evenly spaced (default: 64)"
+    )
+    parser.add_argument("--batch-size", type=positive, default=8)
+    parser.add_argument("--out", metavar="DIR", help="folder to write (default: the checkpoint's)")
     add_device(parser)
 
 

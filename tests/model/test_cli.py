@@ -305,13 +305,6 @@ def test_bad_arguments_are_one_sentence(
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("command", ["diagnose"])
-def test_commands_to_come_say_so(command: str, capsys: pytest.CaptureFixture[str]):
-    assert fails(capsys, command) == f"srm-iqa {command}: not available yet\n"
-    assert main([command, "--help"]) == 0
-    assert "Not available yet" in capsys.readouterr().out
-
-
 def test_every_config_field_can_be_set_and_order_of_precedence(tmp_path: Path):
     import argparse
 

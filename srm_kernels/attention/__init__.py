@@ -174,8 +174,8 @@ def nystrom_attention(
     gradient do not depend on the rest of the batch; a NaN stays in its own (b, h).
 
     backend: "triton" takes fp32, bf16 and fp16, d from 8 to 128, r up to 128 and solve_dtype "fp32"; solvers but
-    "cholesky" and equilibration then run between its kernels as `landmark_solve` does. None takes it for CUDA tensors
-    wherever the default solver is asked for.
+    "cholesky" and equilibration then run between its kernels as `landmark_solve` does. None does not take it
+    before a GPU has shown it to be right and faster.
     Raises TypeError for dtypes, ValueError for shapes and values, NotImplementedError for a backend that cannot run.
     """
     d = _check_attention(query, key, value, qk_norm, scale)
@@ -188,7 +188,7 @@ def nystrom_attention(
     if tau is not None:
         _check_tau(tau, query)
     fused = solver == "cholesky" and not equilibrate
-    chosen = _choose_backend(backend, query, min(rank, key.shape[2]), solve_dtype, fused)
+    chosen = _choose_backend(backend, query, min(rank, key.shape[2]), solve_dtype)
     s = 1 / math.sqrt(d) if scale is None else float(scale)
     if landmarks is not None:
         _check_landmarks(landmarks, key, rank)
@@ -302,17 +302,15 @@ def _check_attention(
     return query.shape[-1]
 
 
-def _choose_backend(requested: str | None, query: Tensor, rank: int, solve_dtype: str, fused: bool) -> str:
-    """The kernels come first on a CUDA device where they solve for X as well; elsewhere only by name."""
+def _choose_backend(requested: str | None, query: Tensor, rank: int, solve_dtype: str) -> str:
+    """The kernels run by name only: they are put in front where a GPU has shown them to be right and faster."""
     narrow = solve_dtype == "model" and query.dtype in (torch.bfloat16, torch.float16)
     plain = ("reference",) if narrow else ("sdpa", "reference")
     refusal = triton_refusal(query) or kernel_limits(query.shape[-1], rank)
     if refusal is None and narrow:
         refusal = 'its kernels keep the softmax blocks in float32, and solve_dtype is "model"'
-    worthwhile = query.is_cuda and fused
-    implementations = ("triton", *plain) if worthwhile else (*plain, "triton")
     refused = {"triton": refusal} if refusal else {}
-    return choose_backend(requested, implementations, "nystrom_attention", refused)
+    return choose_backend(requested, (*plain, "triton"), "nystrom_attention", refused)
 
 
 def _over_batch(mean: Tensor, spread: Tensor, tokens: int) -> RMSScale:

@@ -104,9 +104,9 @@ def attack_checkpoint(
         "suite": suite,
         "seed": config.seed,
         "attack": {
-            key: list(value) if isinstance(value, tuple) else value  # as JSON gives it back
+            key: value
             for key, value in config.to_dict().items()
-            if key.startswith(("attack_", "eot_", "pair_"))
+            if key.startswith(("attack_", "eot_", "pair_")) and key != "attack_sweep_steps"
         },
     }
     found = ranks.from_first(lambda: read_json(path) if path.is_file() else None)

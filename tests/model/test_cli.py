@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing as mp
 from PIL import Image
 
 from srm_model import SRMConfig, build_model
@@ -414,3 +418,48 @@ def test_audit_writes_a_page_and_says_what_failed(run: Path, capsys: pytest.Capt
     page = (run / "none" / "audit.html").read_text()
     assert "Bounds by median smoothing" in page
     assert "test split" in page
+
+
+def _attack_as_rank(rank: int, port: int, arguments: list[str], folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    with (Path(folder) / f"rank{rank}.txt").open("w") as said, contextlib.redirect_stdout(said):
+        code = main(arguments)
+    (Path(folder) / f"rank{rank}.code").write_text(str(code))
+
+
+def test_under_torchrun_the_ranks_share_the_batches_and_one_writes(run: Path, tmp_path: Path):
+    folders = {name: tmp_path / name for name in ("one", "two")}
+    for folder in folders.values():
+        shutil.copytree(run, folder)
+        for neck in ("srm", "none"):
+            shutil.rmtree(folder / neck / "attacks", ignore_errors=True)
+
+    def arguments(name: str) -> list[str]:
+        settings = ["--norm", "linf", "--eps", "4/255", "--steps", "2", "--restarts", "1", "--keep", "2"]
+        settings += ["--batch-size", "2", "--suite", "extended", "--set", "attack_queries=10"]
+        return ["attack", str(folders[name] / "none"), *settings, "--device", "cpu", "--no-progress"]
+
+    assert main(arguments("one")) == 0
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.start_processes(
+        _attack_as_rank, args=(port, arguments("two"), str(tmp_path)), nprocs=2, start_method="fork"
+    )
+    assert [(tmp_path / f"rank{rank}.code").read_text() for rank in range(2)] == ["0", "0"]
+    assert (tmp_path / "rank0.txt").read_text().startswith("neck")
+    assert (tmp_path / "rank1.txt").read_text() == ""
+    one, two = (folder / "none" / "attacks" for folder in folders.values())
+    files = {path.relative_to(one) for path in one.rglob("*")}
+    assert files == {path.relative_to(two) for path in two.rglob("*")}
+    for file in files:
+        if (one / file).is_file():
+            assert (one / file).read_bytes() == (two / file).read_bytes()
+    assert len(read_json(two / "linf-0.0156863.json")["attacks"]) == 10

@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--backend", help="of the operators (default: the fastest that can run)")
     parser.add_argument("--image-size", type=int, default=256)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=NUMBER", help="a field of SRMConfig"

@@ -18,7 +18,7 @@ from srm_model.attacks.guard import as_found, check_model, predict, scores_of, t
 from srm_model.attacks.objectives import PairInversion, Signed
 from srm_model.attacks.problem import NoGradientError
 from srm_model.attacks.square import square_trace
-from srm_model.attacks.suite import Attack, Dataset, _Job
+from srm_model.attacks.suite import Attack, Dataset, Job
 from srm_model.config import SRMConfig
 from srm_model.metrics import srocc
 
@@ -151,7 +151,7 @@ class _Subject:
         seed: int,
     ) -> None:
         self.model, self.surrogate, self.norm, self.config, self.seed = model, surrogate, norm, config, seed
-        job = _Job(
+        job = Job(
             config=config,
             model=model,
             surrogate=surrogate,
@@ -172,6 +172,12 @@ class _Subject:
         self.declared = bool(getattr(model, "stochastic", False))
         self.clean = torch.cat([predict(model, x, samples=self.eot).double().cpu() for x, _ in self.batches])
         self.mos = torch.cat([mos for _, mos in self.batches])
+        broken = int((~self.clean.isfinite()).sum())
+        if broken:
+            raise ValueError(
+                f"{broken} of {len(self.clean)} scores of clean images are not finite: a model that is broken already "
+                "cannot be audited"
+            )
         spread = float(self.clean.std()) if len(self.clean) > 1 else 0.0
         self.tolerance = SCORE_TOLERANCE * (spread if spread > 0 else 1.0)
         self._cache: dict[str, Any] = {}

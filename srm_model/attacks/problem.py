@@ -175,7 +175,7 @@ class Problem:
         """The objective at x and, from the same passes, the direction of steepest ascent in the norm."""
         x = x.detach().requires_grad_()
         losses: list[Tensor] = []
-        gradient = torch.zeros_like(x)
+        gradient = None
         scale = None
         for _ in range(self.eot):
             scores = scores_of(self.model, x)
@@ -193,7 +193,10 @@ class Problem:
             scale = _power_of_two(pull) if scale is None else scale
             (sample,) = torch.autograd.grad(scores, x, pull * scale, allow_unused=True)
             if sample is not None:
-                gradient += sample  # a sum serves as well as a mean: only its direction is used
+                # A sum serves as well as a mean: only its direction is used.
+                gradient = sample if gradient is None else gradient + sample
+        if gradient is None:
+            gradient = torch.zeros_like(x, requires_grad=False)
         return torch.stack(losses).mean(0), self._direction(gradient)
 
     def _judge(self, scores: Tensor) -> Tensor:

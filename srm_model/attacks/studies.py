@@ -9,7 +9,7 @@ from torch import nn
 
 from srm_model import ranks
 from srm_model.attacks.objectives import MSE
-from srm_model.attacks.suite import Attack, Dataset, Suite, _Job
+from srm_model.attacks.suite import Attack, Dataset, Job, Suite
 from srm_model.config import SRMConfig
 from srm_model.metrics import LogisticMap, plcc, srocc
 
@@ -41,7 +41,7 @@ def transfer(
         raise ValueError(f"{len(models)} model: a transfer needs at least two")
     attack = Attack("pgd_mse", MSE())
     jobs = {
-        name: _Job(
+        name: Job(
             config=config or SRMConfig(),
             model=model,
             surrogate=None,

@@ -189,7 +189,7 @@ class Suite:
         config = self.config
         if logistic is not None and not isinstance(logistic, LogisticMap):
             raise TypeError(f"logistic of type {type(logistic).__name__}: expected a LogisticMap or None")
-        job = _Job(
+        job = Job(
             config=config,
             model=model,
             surrogate=surrogate,
@@ -221,7 +221,7 @@ class Suite:
 
 
 @dataclass
-class _Job:
+class Job:
     """The checked arguments of one run, and how a batch of it is loaded, scored and attacked."""
 
     config: SRMConfig
@@ -326,7 +326,7 @@ class _Job:
 
 
 def _attack_batch(
-    job: _Job, number: int, records: _Records, gallery: _Gallery, tick: Callable[[], object] | None
+    job: Job, number: int, records: _Records, gallery: _Gallery, tick: Callable[[], object] | None
 ) -> None:
     record = records[number]
     images, mos = job.load(number)
@@ -348,7 +348,7 @@ def _attack_batch(
 class _Records:
     """What is finished, by batch and attack, kept in a file where one is named."""
 
-    def __init__(self, path: str | Path | None, job: _Job) -> None:
+    def __init__(self, path: str | Path | None, job: Job) -> None:
         self._path = None if path is None else Path(path)
         self._settings = {} if path is None else _settings(job)
         self._batches: list[dict[str, Any]] = [{"attacks": {}} for _ in job.batches]
@@ -405,7 +405,7 @@ class _Gallery:
     Only the best so far is held; one that an earlier, interrupted run had found is crafted again at the end.
     """
 
-    def __init__(self, job: _Job, keep: int) -> None:
+    def __init__(self, job: Job, keep: int) -> None:
         self._job = job
         self._held: dict[int, tuple[str, Tensor]] = {}
         self._positions = spread(len(job.indices), keep)
@@ -454,7 +454,7 @@ def _move(score: float, clean: float) -> float:
 
 
 def _result(
-    job: _Job,
+    job: Job,
     records: _Records,
     logistic: LogisticMap | None,
     examples: list[Example],
@@ -536,7 +536,7 @@ def _bar(shown: bool, total: int, done: int) -> Iterator[Callable[[], object] | 
         yield bar.update
 
 
-def _settings(job: _Job) -> dict[str, Any]:
+def _settings(job: Job) -> dict[str, Any]:
     """What a finished batch depends on, as JSON values."""
     images = hashlib.sha256(json.dumps(job.names).encode())
     images.update(str(getattr(job.dataset, "fingerprint", "")).encode())

@@ -111,6 +111,11 @@ class Rugged(Honest):
         return score + 0.3 * torch.sin(150 * images.mean((1, 2, 3)) * 16)
 
 
+class Broken(Honest):
+    def forward(self, images: Tensor) -> Tensor:
+        return self.raw(images) * math.nan
+
+
 class Images:
     """Noise of 16×16, whose labels the honest model nearly knows."""
 
@@ -226,6 +231,7 @@ def test_the_model_is_left_as_found():
         ({"norm": "l1"}, ValueError, "norm='l1'"),
         ({"images": 1}, ValueError, "limit=1"),
         ({"model": 3}, TypeError, "torch.nn.Module"),
+        ({"model": Broken()}, ValueError, "12 of 12 scores of clean images are not finite"),
         ({"surrogate": 3}, TypeError, "torch.nn.Module"),
     ],
 )

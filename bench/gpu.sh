@@ -32,6 +32,8 @@ attention() { # seconds, arguments
   attention 50 --dtype bfloat16 --crossover --warmup 2 --repeats 10
   attention 25 --dtype float32
 } >"$out/attention.txt" 2>&1
+"$PYTHON" -m bench.attacks --device cuda --backbone pvt_v2_b2 --image-size 512 --necks srm quadratic none \
+  >"$out/attacks.txt" 2>&1 || status=$?
 tail -n 3 "$out/tests.txt"
-cat "$out/attention.txt"
+cat "$out/attention.txt" "$out/attacks.txt"
 exit "$status"

@@ -51,6 +51,13 @@ def test_too_few_samples_bound_nothing():
     assert (found.lower, found.upper) == ([-math.inf] * 2, [math.inf] * 2)
 
 
+def test_bounds_are_the_samples_at_those_places():
+    samples = torch.arange(1, 501, dtype=torch.float64)[:, None].expand(-1, 3)
+    found = certificate(samples, eps=0.3, sigma=1.0, confidence=0.99)
+    low, high = order_statistics(500, 0.3, 0.99)
+    assert (found.lower, found.upper, found.median) == ([low] * 3, [high] * 3, [250.5] * 3)
+
+
 def test_a_linear_score_s_interval_is_its_closed_form():
     # f(x + σz) is normal with deviation σ‖w‖, so its Φ(±ε/σ) quantiles lie exactly ±ε‖w‖ from the median.
     w, images, sigma, eps = weight(), torch.full((2, 3, 8, 8), 0.5), 0.05, 0.04

@@ -24,8 +24,8 @@ _EXPECTED = (ValueError, TypeError, NotImplementedError, OSError, ModuleNotFound
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `srm-iqa` with `arguments` (default: the process's own); returns the exit code.
 
-    0 where all went well, 2 with one sentence on stderr for bad input, 130 after Ctrl-C, 143 where SIGTERM stopped a
-    training, which is then saved.
+    0 where all went well, 1 where an audit's check failed, 2 with one sentence on stderr for bad input, 130 after
+    Ctrl-C, 143 where SIGTERM stopped a training, which is then saved.
     """
     if arguments is None:
         _set_environment()

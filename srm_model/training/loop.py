@@ -257,6 +257,8 @@ class _Run:
             batch_sampler=[*chain.from_iterable(shares[at.step :])],
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
+            # Its own: beginning to read would draw from the generator of training, once more after every resumption.
+            generator=torch.Generator().manual_seed(config.seed),
         )
         self.model.train()
         start = time.perf_counter() - at.seconds
@@ -308,8 +310,9 @@ class _Run:
                 if self.save_every and at.step % self.save_every == 0 and not at.done:
                     self._save(at.to_dict())
             self._stop_if_asked(at)
+        factor = lr_factor((epoch + 1) * len(batches) - 1, steps=total, warmup=warmup)
         rates = {
-            group["name"]: group["lr"]
+            group["name"]: factor * group["base_lr"]
             for group in self.optimizer.param_groups
             if not group["name"].endswith("_no_decay")
         }

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
+import time
 from pathlib import Path
 
 import torch
-from forked import on_ranks
+from forked import on_ranks, start
 from photographs import FLAGS, write_set
 from safetensors.torch import load_file
 
 from srm_model.cli import main
 from srm_model.files import read_json
+from srm_model.training.state import read_state
 
 
 def test_two_processes_train_evaluate_and_write_once(tmp_path: Path, capfd):
     data = write_set(tmp_path / "data")
     command = ["train", "--data", str(data), *FLAGS, "--accumulate", "2", "--save-every", "1"]
-    on_ranks(2, main, [*command, "--out", str(tmp_path / "two")], join=False)
+    assert main([*command, "--out", str(tmp_path / "one")]) == 0
     output = capfd.readouterr().out
     assert output.count("test images") == 1
-    assert main([*command, "--out", str(tmp_path / "one")]) == 0
+    on_ranks(2, main, [*command, "--out", str(tmp_path / "two")], join=False)
     assert capfd.readouterr().out == output
     one, two = (tmp_path / name / "srm" for name in ("one", "two"))
     assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
@@ -32,3 +37,40 @@ def test_two_processes_train_evaluate_and_write_once(tmp_path: Path, capfd):
             # rate is too: six steps of 1e-3, at most twice.
             torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1.2e-2, msg=name)
     assert read_json(two / "evaluation.json")["srocc"] == read_json(one / "evaluation.json")["srocc"]
+
+
+def test_sigterm_ends_a_command_with_143_and_the_same_command_goes_on(tmp_path: Path, capfd):
+    data = write_set(tmp_path / "data")
+    command = ["train", "--data", str(data), *FLAGS, "--epochs", "40", "--save-every", "1"]
+    process = start(main, [*command, "--out", str(tmp_path / "run")])
+    state = tmp_path / "run" / "srm" / "state.safetensors"
+    end = time.monotonic() + 60
+    while not state.exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(60)
+    assert process.exitcode == 143
+    assert re.search(
+        r"srm-iqa train: stopped by SIGTERM, saved at epoch \d+, step \d", capfd.readouterr().err
+    )
+    short = [*command, "--out", str(tmp_path / "run"), "--epochs", "3"]
+    assert main(short) == 2
+    assert "differs from this one (epochs 40 there, 3 here)" in capfd.readouterr().err
+    before = read_state(tmp_path / "run" / "srm")
+    assert before is not None
+    assert before.values["progress"] is not None
+
+
+def test_a_set_in_which_one_label_has_changed_is_another_set(tmp_path: Path, capfd):
+    data = write_set(tmp_path / "data")
+    command = ["train", "--data", str(data), *FLAGS, "--out", str(tmp_path / "run"), "--epochs", "1"]
+    assert main(command) == 0
+    path = data / "mos_with_names.txt"
+    first, rest = path.read_text().split("\n", 1)
+    path.write_text(first.replace(first.split()[0], "5.00001") + "\n" + rest)
+    capfd.readouterr()
+    assert main(command) == 2
+    found = capfd.readouterr().err
+    assert re.search(r"training set '18 images of \w{12}' there, '18 images of \w{12}' here", found)
+    path.write_text(first + "\n" + rest)
+    assert main(command) == 0

@@ -1,0 +1,379 @@
+"""Whatever ends a training early, the same call goes on from there and ends as if nothing had been."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import random
+import resource
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from forked import start
+from safetensors.torch import load_file
+from toy import CONFIG, ToyModel, ToySet
+
+import srm_model.training.loop as loop
+import srm_model.training.state as state
+from srm_model.checkpoint import read_card
+from srm_model.metrics import srocc
+from srm_model.training import DivergenceError, Preempted, WorkerError, predict, train
+from srm_model.training.seeding import random_state, set_random_state
+
+LONG = CONFIG.replace(epochs=6, weights_ema=0.9)
+TIMES = ("seconds", "images_per_second", "data_share")
+
+
+def fit(folder: Path, model: ToyModel | None = None, **changes: Any) -> list[dict[str, Any]]:
+    config = changes.pop("config", LONG)
+    arguments: dict[str, Any] = {"progress": False, "device": "cpu", "save_every": 1, **changes}
+    train_set, val_set = arguments.pop("train_set", ToySet()), arguments.pop("val_set", ToySet(9, seed=1))
+    return train(model or ToyModel(config), train_set, val_set, folder, config=config, **arguments)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    fit(folder)
+    return folder
+
+
+def check_same(folder: Path, whole: Path) -> None:
+    """All but the times is what an uninterrupted training wrote, weights to the bit."""
+    for name in ("model.safetensors", "state.safetensors"):
+        a, b = load_file(whole / name), load_file(folder / name)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) for key in a), name
+    assert read_card(folder) == read_card(whole)
+    histories = [
+        [{k: v for k, v in row.items() if k not in TIMES} for row in read_state_history(path)]
+        for path in (folder, whole)
+    ]
+    assert histories[0] == histories[1]
+    assert not list(folder.glob(".*"))
+
+
+def read_state_history(folder: Path) -> list[dict[str, Any]]:
+    stored = state.read_state(folder)
+    assert stored is not None
+    return stored.values["history"]
+
+
+def test_killed_at_five_random_moments(whole: Path, tmp_path: Path):
+    draw = random.Random(0)
+    for _ in range(5):
+        process = start(lambda: fit(tmp_path, train_set=SlowSet(delay=0.005)) and None)
+        for _ in range(draw.randint(1, 4)):  # of 30 steps, so that the training does not come to its end
+            wait_for_another(tmp_path / "state.safetensors")
+        time.sleep(draw.uniform(0, 0.02))  # a step takes about that
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    stored = state.read_state(tmp_path)
+    assert stored is not None
+    assert 0 < 5 * len(stored.values["history"]) + (stored.values["progress"] or {"step": 0})["step"] < 30
+    fit(tmp_path)
+    check_same(tmp_path, whole)
+
+
+@pytest.mark.parametrize("moment", range(5))
+def test_killed_inside_a_save(whole: Path, tmp_path: Path, moment: int):
+    """At each of the moments between which a save does something to the disk."""
+    names = [
+        (state, "plain_tensors"),
+        (state, "save_file"),
+        (state, "_flush"),
+        (state, "_rotate"),
+        (loop, "save_model"),
+    ]
+    module, name = names[moment]
+
+    def killed() -> None:
+        real, calls = getattr(module, name), itertools.count()
+
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            result = real(*arguments, **keywords)
+            if next(calls) == (0 if module is loop else 9):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        setattr(module, name, call)
+        fit(tmp_path)
+
+    process = start(killed)
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    fit(tmp_path)
+    check_same(tmp_path, whole)
+
+
+class SlowSet(ToySet):
+    """Seconds an image."""
+
+    def __init__(self, count: int = 18, seed: int = 0, delay: float = 0.02) -> None:
+        super().__init__(count, seed)
+        self.delay = delay
+
+    def __getitem__(self, index: int) -> Any:
+        time.sleep(self.delay)
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("phase", ["steps", "validation"])
+def test_sigterm_saves_and_ends(whole: Path, tmp_path: Path, phase: str):
+    def preempted() -> int:
+        sets = {"train_set": SlowSet()} if phase == "steps" else {"val_set": SlowSet(9, seed=1)}
+        try:
+            fit(tmp_path, save_every=None, **sets)
+        except Preempted as stop:
+            (tmp_path / "said").write_text(str(stop))
+            return 143
+        return 0
+
+    process = start(preempted)
+    wait_for((tmp_path / "history.jsonl").exists)
+    time.sleep(0.1)  # into the second epoch: its steps or its validation take at least 180 ms
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(60)
+    assert process.exitcode == 143
+    said = (tmp_path / "said").read_text()
+    assert said.startswith("epoch 2, step " if phase == "steps" else "epoch 2, before its validation")
+    stored = state.read_state(tmp_path)
+    assert stored is not None
+    assert stored.values["progress"] is not None
+    fit(tmp_path)
+    check_same(tmp_path, whole)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+def wait_for_another(path: Path) -> None:
+    """Until another file has taken the place of the one at `path`, or the first one has come."""
+    before = path.stat().st_mtime_ns if path.exists() else None
+    wait_for(lambda: path.exists() and path.stat().st_mtime_ns != before)
+
+
+def test_sigterm_means_what_it_did_before_and_after():
+    handler = signal.getsignal(signal.SIGTERM)
+    with loop.Termination() as termination:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert termination.received
+        with pytest.raises(Preempted), termination.at_once():
+            raise AssertionError("the block was entered")
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+@pytest.mark.parametrize("call", [1, 3, 7])
+def test_a_full_disk_loses_nothing(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int):
+    real, calls = state.save_file, itertools.count()
+
+    def full(tensors: Any, path: Path, metadata: Any) -> None:
+        if next(calls) == call:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(tensors, path, metadata)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "save_file", full)
+        with pytest.raises(OSError, match=r"cannot be written to \(No space left on device\).*make room"):
+            fit(tmp_path)
+    assert not list(tmp_path.glob(".*"))
+    fit(tmp_path)
+    check_same(tmp_path, whole)
+
+
+def test_a_write_that_fails_inside_safetensors_is_told_too(tmp_path: Path):
+    def limited() -> int:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
+        try:
+            fit(tmp_path)
+        except OSError as error:
+            return 7 if "cannot be written to" in str(error) and "make room" in str(error) else 1
+        return 0
+
+    process = start(limited)
+    process.join(60)
+    assert process.exitcode == 7
+    assert not list(tmp_path.glob(".*"))
+
+
+class Breaking(ToySet):
+    """An image that vanishes, or a worker that is killed, in the second epoch, until the file `mended` is there."""
+
+    def __init__(self, mended: Path, how: str) -> None:
+        super().__init__()
+        self.mended, self.how = mended, how
+        self.shared = torch.zeros(1).share_memory_()
+
+    @property
+    def epoch(self) -> int:
+        return int(self.shared)
+
+    @epoch.setter
+    def epoch(self, value: int) -> None:
+        if hasattr(self, "shared"):
+            self.shared.fill_(value)
+
+    def __getitem__(self, index: int) -> Any:
+        if self.epoch == 1 and index == 5 and not self.mended.exists():
+            if self.how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise ValueError("image5.png: no such image")
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_vanished_image_is_named(whole: Path, tmp_path: Path, workers: int):
+    images = Breaking(tmp_path / "mended", "vanished")
+    with pytest.raises(ValueError, match=r"^image5\.png: no such image$"):
+        fit(tmp_path, train_set=images, workers=workers, save_every=None)
+    stored = state.read_state(tmp_path)
+    assert stored is not None
+    assert len(stored.values["history"]) == 1
+    assert stored.values["progress"] is not None
+    images.mended.touch()
+    fit(tmp_path, train_set=images)
+    check_same(tmp_path, whole)
+
+
+def test_a_vanished_image_of_validation_is_named_and_the_epoch_s_training_kept(whole: Path, tmp_path: Path):
+    class Gone(ToySet):
+        def __getitem__(self, index: int) -> Any:
+            raise ValueError("image7.png: no such image")
+
+    with pytest.raises(ValueError, match=r"^image7\.png: no such image$"):
+        fit(tmp_path, val_set=Gone(9, seed=1), save_every=None)
+    stored = state.read_state(tmp_path)
+    assert stored is not None
+    assert stored.values["progress"]["step"] == 5
+    fit(tmp_path)
+    check_same(tmp_path, whole)
+
+
+def test_a_killed_worker_is_told(whole: Path, tmp_path: Path):
+    images = Breaking(tmp_path / "mended", "killed")
+
+    def train_until_killed() -> int:
+        try:
+            fit(tmp_path, train_set=images, workers=1)
+        except WorkerError as error:
+            return 7 if "a process that loads images was killed" in str(error) else 1
+        return 0
+
+    process = start(
+        train_until_killed
+    )  # torch's handler of dead workers stays with the process that has had one
+    process.join(60)
+    assert process.exitcode == 7
+    images.mended.touch()
+    fit(tmp_path, train_set=images)
+    check_same(tmp_path, whole)
+
+
+def half(**changes: Any) -> Any:
+    return CONFIG.replace(precision="fp16", **changes)
+
+
+class Spoiling(ToyModel):
+    """The loss of some training steps is NaN."""
+
+    def __init__(self, config: Any, steps: set[int]) -> None:
+        super().__init__(config)
+        self.steps, self.passes = steps, itertools.count()
+
+    def forward(self, images: torch.Tensor, return_losses: bool = False) -> Any:
+        output = super().forward(images, return_losses)
+        if return_losses and next(self.passes) in self.steps:
+            return output[0] * float("nan"), output[1]
+        return output
+
+
+def test_a_loss_scaler_skips_two_bad_losses_in_a_row(tmp_path: Path):
+    model = Spoiling(half(), {1, 2, 5, 6})
+    history = fit(tmp_path, model, config=half())
+    skipped = [row["skipped_steps"] for row in history]
+    assert skipped[0] >= 2  # the scaler's first scale may be too large as well
+    assert skipped[1:] == [2, 0]
+    assert model.calls.count("clamp") == 15 - sum(skipped)
+    assert all(torch.isfinite(value).all() for value in model.state_dict().values())
+
+
+def test_three_bad_losses_in_a_row_end_the_training_with_the_files_names(tmp_path: Path):
+    model = Spoiling(half(), {7, 8, 9})
+    with pytest.raises(DivergenceError, match=r"epoch 2, batch 5 of 5 and the 2 before it: image\d+\.png, "):
+        fit(tmp_path, model, config=half())
+    stored = state.read_state(tmp_path)
+    assert stored is not None
+    assert (stored.values["progress"]["step"], stored.values["progress"]["failures"]) == (4, 2)
+    assert all(torch.isfinite(value).all() for value in model.state_dict().values())
+
+
+def test_gradients_that_overflow_in_fp16_lower_the_scale_until_they_do_not(tmp_path: Path):
+    class Steep(ToyModel):
+        """A finite loss whose scaled gradient is beyond fp16's 65504 until the scale has come down 16-fold."""
+
+        def forward(self, images: torch.Tensor, return_losses: bool = False) -> Any:
+            output = super().forward(images, return_losses)
+            if not return_losses:
+                return output
+            steep = (output[0].half() * 0.0 + 1.0) * self.tau.half()  # its gradient passes through fp16
+            return output[0], {"tau": 1600 * steep.sum().float() / len(images)}
+
+    model = Steep(half())
+    scales = []
+    step = torch.amp.GradScaler.update
+
+    def record(self: Any, *arguments: Any) -> None:
+        step(self, *arguments)
+        scales.append(self.get_scale())
+
+    torch.amp.GradScaler.update = record  # type: ignore[method-assign]
+    try:
+        history = fit(tmp_path, model, config=half())
+    finally:
+        torch.amp.GradScaler.update = step  # type: ignore[method-assign]
+    skipped = history[0]["skipped_steps"]
+    assert skipped >= 1
+    assert scales[:skipped] == [2.0 ** (15 - i) for i in range(skipped)]
+    assert set(scales[skipped:]) == {scales[skipped - 1]}
+    assert model.calls.count("clamp") == 15 - skipped
+    assert read_state_history(tmp_path)[0]["skipped_steps"] == skipped
+
+
+def test_generators_are_restored_to_the_state_that_was_stored():
+    def draw() -> list[float]:
+        return [random.random(), float(np.random.rand()), float(torch.rand(()))]  # noqa: NPY002
+
+    before = random_state()
+    try:
+        np.random.standard_normal()  # noqa: NPY002 — leaves half of a pair behind
+        kept = random_state()
+        first = draw()
+        set_random_state(kept)
+        assert draw() == first
+    finally:
+        set_random_state(before)
+
+
+def test_the_average_is_what_is_judged_and_kept(tmp_path: Path):
+    fit(tmp_path, config=LONG.replace(epochs=1))
+    kept, end = load_file(tmp_path / "model.safetensors"), load_file(tmp_path / "state.safetensors")
+    assert all(torch.equal(end[f"average.{name}"], value) for name, value in kept.items())
+    assert not any(torch.equal(end[f"model.{name}"], value) for name, value in kept.items())
+    average = ToyModel()
+    average.load_state_dict(kept)
+    assert read_card(tmp_path)["card"]["val"]["srocc"] == srocc(
+        predict(average, ToySet(9, seed=1)), ToySet(9, seed=1).mos
+    )

@@ -1,0 +1,58 @@
+"""Backbone and head through torch.compile, around operators that stay as they are.
+
+By the backend `aot_eager`: it traces forward and backward as `inductor` does, but needs no C++ compiler, which a
+machine that runs these tests may lack. What inductor makes of the graphs is not tested here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_distributed import CONFIG, Images
+
+from srm_model import build_model
+from srm_model.checkpoint import load_weights
+from srm_model.training import train
+
+SMALL = CONFIG.replace(epochs=1, weights_ema=0.0, accumulate=1)
+
+
+def fit(folder: Path, **options):
+    torch.manual_seed(0)
+    model = build_model("test_convnext", config=SMALL)
+    history = train(model, Images(16), Images(8, seed=1), folder, progress=False, device="cpu", **options)
+    return model, history[-1]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory):
+    return fit(tmp_path_factory.mktemp("plain"))
+
+
+def test_a_compiled_training_is_the_same_training(plain, tmp_path: Path):
+    torch._dynamo.reset()
+    frames = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    model, row = fit(tmp_path, compile="aot_eager")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > frames
+    assert not torch._dynamo.utils.counters["graph_break"]
+    # fp32 and other kernels for the same sums: a few units of rounding in a loss, and two steps of Adam on gradients
+    # that may be all rounding, each of at most the learning rate
+    assert row["loss"] == pytest.approx(plain[1]["loss"], rel=1e-4)
+    for one, other in zip(model.parameters(), plain[0].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=2 * 2 * SMALL.lr_neck)
+    assert model.backbone._compiled_call_impl is None
+    loaded = build_model("test_convnext", config=SMALL)
+    load_weights(loaded, tmp_path)  # names are those of the model that was not compiled
+
+
+def test_what_cannot_be_asked_for_is_a_sentence(plain, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"compile='triton': expected one of .*'inductor'"):
+        fit(tmp_path, compile="triton")
+
+
+def test_a_training_begun_without_is_not_continued_with(tmp_path: Path):
+    fit(tmp_path)
+    with pytest.raises(ValueError, match="compile None there, 'eager' here"):
+        fit(tmp_path, compile="eager")

@@ -13,6 +13,7 @@ from srm_model.cli.options import (
     add_config,
     add_device,
     budget,
+    byte_count,
     not_negative,
     positive,
 )
@@ -245,6 +246,18 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         const="inductor",
         metavar="BACKEND",
         help="backbone and head through torch.compile (default backend: %(const)s, which needs a compiler)",
+    )
+    parser.add_argument(
+        "--cache",
+        metavar="DIR",
+        help="keep decoded and resized images here, such as under /dev/shm; deleted by you (default: decode anew)",
+    )
+    parser.add_argument(
+        "--cache-size",
+        type=byte_count,
+        default=byte_count("20GB"),
+        metavar="SIZE",
+        help="most of what --cache keeps, such as 500MB (default: 20GB)",
     )
     add_config(
         parser,

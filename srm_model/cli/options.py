@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from fractions import Fraction
 from typing import Any
 
@@ -90,6 +91,15 @@ def not_negative(text: str) -> int:
     if number < 0:
         raise argparse.ArgumentTypeError(f"{text} is less than 0")
     return number
+
+
+def byte_count(text: str) -> int:
+    """A size such as 500MB or 20GB, decimal, for argparse."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT]?B?)", text)
+    size = int(float(match[1]) * 1000 ** " kMGT".index(match[2].rstrip("B") or " ")) if match else 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500MB or 20GB")
+    return size
 
 
 def budget(text: str) -> float:

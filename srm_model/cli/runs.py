@@ -20,7 +20,7 @@ import torch
 from srm_model import ranks
 from srm_model.checkpoint import CONFIG, read_card
 from srm_model.config import NECKS, SRMConfig
-from srm_model.data import SPLITS, open_dataset
+from srm_model.data import SPLITS, ImageCache, open_dataset
 from srm_model.files import read_json, write_json
 from srm_model.model import load_model
 
@@ -147,7 +147,7 @@ def open_checkpoint(folder: Path, device: torch.device) -> tuple[Any, dict[str, 
     return model, card
 
 
-def open_splits(root: str | Path, config: SRMConfig) -> dict[str, Any]:
+def open_splits(root: str | Path, config: SRMConfig, cache: ImageCache | None = None) -> dict[str, Any]:
     """Every split; the first one opened has checked the files of all, on the first rank."""
     return {
         split: open_dataset(
@@ -155,6 +155,7 @@ def open_splits(root: str | Path, config: SRMConfig) -> dict[str, Any]:
             split,
             seed=config.seed,
             image_size=config.image_size,
+            cache=cache or False,
             verify="full" if split == SPLITS[0] and ranks.place()[0] == 0 else "fast",
         )
         for split in SPLITS

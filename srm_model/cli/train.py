@@ -14,6 +14,7 @@ from srm_model.checkpoint import read_card
 from srm_model.cli import runs
 from srm_model.cli.options import config_from
 from srm_model.config import SRMConfig
+from srm_model.data import ImageCache
 from srm_model.files import read_json, write_json
 from srm_model.metrics import LogisticMap
 from srm_model.model import IQAModel, build_model
@@ -34,7 +35,8 @@ def run(args: argparse.Namespace) -> None:
 
 def _train_all(args: argparse.Namespace, writes: bool) -> list[Path]:
     config, device = config_from(args), runs.device_from(args.device)
-    splits = runs.open_splits(args.data, config)
+    cache = None if args.cache is None else ImageCache(args.cache, args.cache_size)
+    splits = runs.open_splits(args.data, config, cache)
     # Before anything is written, since a backbone that does not exist is found out here.
     models = {
         neck: new_model(args.backbone, neck, config, pretrained=args.pretrained)

@@ -8,11 +8,21 @@ from typing import Any
 
 from srm_model.config import SRMConfig
 from srm_model.data.base import SPLITS, ImageQualityDataset
+from srm_model.data.cache import ImageCache
 from srm_model.data.koniq10k import KonIQ10k, find_lists
 from srm_model.data.tid2013 import LABELS, LIST, TID2013
 from srm_model.data.transforms import load_image
 
-__all__ = ["SPLITS", "TID2013", "ImageQualityDataset", "KonIQ10k", "describe", "load_image", "open_dataset"]
+__all__ = [
+    "SPLITS",
+    "TID2013",
+    "ImageCache",
+    "ImageQualityDataset",
+    "KonIQ10k",
+    "describe",
+    "load_image",
+    "open_dataset",
+]
 
 
 def open_dataset(
@@ -22,7 +32,7 @@ def open_dataset(
     seed: int = SRMConfig.seed,
     image_size: int = SRMConfig.image_size,
     train: bool | None = None,
-    cache: bool = False,
+    cache: bool | ImageCache = False,
     verify: str = "full",
 ) -> TID2013 | KonIQ10k:
     """The data set that lies at `root`, found out by its files; arguments as in `TID2013` and `KonIQ10k`.

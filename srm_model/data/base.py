@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from srm_model.data.cache import ImageCache
 from srm_model.data.images import Pixels, find_faults
 from srm_model.data.transforms import centre_crop, load_resized, random_crop_and_flip, to_tensor
 
@@ -144,7 +145,7 @@ class ImageQualityDataset(Dataset[tuple[Tensor, float]]):
         seed: int,
         image_size: int,
         train: bool | None,
-        cache: bool,
+        cache: bool | ImageCache,
     ) -> None:
         low, high = label_range
         chosen = [entry for entry in entries if split_of[entry.group] == split]
@@ -164,7 +165,8 @@ class ImageQualityDataset(Dataset[tuple[Tensor, float]]):
         self.fingerprint = _fingerprint(entries, split_of)
         self.counts = dict(Counter(split_of[entry.group] for entry in entries))
         self._paths = [entry.path for entry in chosen]
-        self._cache: dict[int, Pixels] | None = {} if cache else None
+        self._shared = cache if isinstance(cache, ImageCache) else None
+        self._cache: dict[int, Pixels] | None = {} if cache is True else None
         self._epoch = _shared_counter()
 
     @property
@@ -211,6 +213,8 @@ class ImageQualityDataset(Dataset[tuple[Tensor, float]]):
         return {**self.__dict__, "_cache": None if self._cache is None else {}}
 
     def _resized(self, index: int) -> Pixels:
+        if self._shared is not None:
+            return self._shared.get(self._paths[index], self.image_size)
         if self._cache is None:
             return load_resized(self._paths[index], self.image_size)
         if index not in self._cache:

@@ -17,6 +17,7 @@ from srm_model.data.base import (
     parse_mos,
     published_name,
 )
+from srm_model.data.cache import ImageCache
 
 SETS_FILE = "koniq10k_distributions_sets.csv"
 SCORES_FILE = "koniq10k_scores_and_distributions.csv"
@@ -54,7 +55,7 @@ class KonIQ10k(ImageQualityDataset):
         image_size: int = SRMConfig.image_size,
         train: bool | None = None,
         images: str | None = None,
-        cache: bool = False,
+        cache: bool | ImageCache = False,
         verify: str = "full",
     ) -> None:
         check_arguments(split, seed, image_size)

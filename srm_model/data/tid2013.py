@@ -20,6 +20,7 @@ from srm_model.data.base import (
     parse_mos,
     published_name,
 )
+from srm_model.data.cache import ImageCache
 from srm_model.files import read_json
 
 LIST = "mos_with_names.txt"
@@ -52,7 +53,7 @@ class TID2013(ImageQualityDataset):
 
     seed: of the split and of the train transform. image_size: S of the (3, S, S) items.
     train: whether items are randomly cropped; None: in the train split only.
-    cache: keep the resized images in memory, uint8, per process: for sets that fit.
+    cache: keep resized images, uint8: True in memory, per process, for sets that fit; an `ImageCache` in its folder.
     verify: "full" decodes every image of the whole set first, "fast" reads the headers only (see `find_faults`).
 
     A missing, ambiguous or undecodable image anywhere in the set, a malformed row, a score out of range or a name
@@ -67,7 +68,7 @@ class TID2013(ImageQualityDataset):
         seed: int = SRMConfig.seed,
         image_size: int = SRMConfig.image_size,
         train: bool | None = None,
-        cache: bool = False,
+        cache: bool | ImageCache = False,
         verify: str = "full",
     ) -> None:
         check_arguments(split, seed, image_size)

@@ -45,7 +45,7 @@ def training(run: Run) -> Child:
     trained = [neck for neck in run.necks if neck.history]
     if not trained:
         return missing("No training history was found.")
-    columns = ["Neck", "epochs", "best epoch", "its validation SROCC", "images/s", "time"]
+    columns = ["Neck", "epochs", "best epoch", "its validation SROCC", "images/s", "waiting for data", "time"]
     rows = [neck_row(neck.name, *_summary(neck)) for neck in trained]
     charts = [
         _curves(trained, "val_srocc", "Validation SROCC", "SROCC"),
@@ -79,11 +79,15 @@ def _summary(neck: Neck) -> list[str]:
     values = _column(neck, "val_srocc")
     best = int(np.nanargmax(values)) if np.isfinite(values).any() else None
     speeds, seconds = _column(neck, "images_per_second"), _column(neck, "seconds")
+    waiting = _column(neck, "data_share")
+    known = np.isfinite(waiting) & np.isfinite(seconds)
+    share = (waiting * seconds)[known].sum() / seconds[known].sum() if known.any() else math.nan
     return [
         str(len(neck.history)),
         DASH if best is None else f"{_epochs(neck)[best]:g}",
         DASH if best is None else fixed(values[best]),
         f"{np.nanmean(speeds):.1f}" if np.isfinite(speeds).any() else DASH,
+        DASH if math.isnan(share) else f"{share:.0%}",
         clock(np.nansum(seconds)) if np.isfinite(seconds).any() else DASH,
     ]
 

@@ -161,6 +161,7 @@ def _neck(folder: Path, neck: str, dataset: dict, logistic: LogisticMap, rng: np
             "val_plcc": 0.85 - 0.5 / epoch,
             "seconds": 24.0,
             "images_per_second": 44.0 + rng.normal(),
+            "data_share": 0.25,
             "diagnostics": {},
         }
         if neck == "srm":

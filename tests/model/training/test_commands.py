@@ -21,11 +21,14 @@ from srm_model.training.state import read_state
 def test_two_processes_train_evaluate_and_write_once(tmp_path: Path, capfd):
     data = write_set(tmp_path / "data")
     command = ["train", "--data", str(data), *FLAGS, "--accumulate", "2", "--save-every", "1"]
+    command += ["--cache", str(tmp_path / "cache"), "--cache-size", "20kB"]
     assert main([*command, "--out", str(tmp_path / "one")]) == 0
     output = capfd.readouterr().out
     assert output.count("test images") == 1
     on_ranks(2, main, [*command, "--out", str(tmp_path / "two")], join=False)
     assert capfd.readouterr().out == output
+    kept = [path.stat().st_size for path in (tmp_path / "cache").glob("*.npy")]
+    assert kept == [32 * 32 * 3 + 128] * 6  # what fits into 20,000 bytes
     one, two = (tmp_path / name / "srm" for name in ("one", "two"))
     assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
     assert len(list((two / "tensorboard").iterdir())) == 1

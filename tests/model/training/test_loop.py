@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +283,17 @@ def test_training_on_a_gpu_in_its_own_precision_resumes(tmp_path: Path):
     history = fit(tmp_path, config=config, device="cuda")
     assert [row["epoch"] for row in history] == [1, 2, 3]
     assert history[-1]["loss_mse"] < history[0]["loss_mse"]
+
+
+def test_the_history_says_what_share_of_the_time_was_spent_waiting_for_data(tmp_path: Path):
+    class Slow(ToySet):
+        def __getitem__(self, index: int) -> Any:
+            time.sleep(0.02)
+            return super().__getitem__(index)
+
+    fast, slow = (fit(tmp_path / name, train_set=kind(8))[-1] for name, kind in (("f", ToySet), ("s", Slow)))
+    assert 0 < fast["data_share"] < slow["data_share"] < 1
+    assert slow["data_share"] * slow["seconds"] >= 8 * 0.02
 
 
 def test_the_data_set_learns_the_epoch_before_it_is_read(tmp_path: Path):

@@ -113,7 +113,7 @@ def attack_checkpoint(
     if isinstance(found, dict) and found.get("settings") == settings:
         return found
     if progress:
-        runs.say(f"attacking {folder} with {norm} {_budget(norm, eps)}")
+        runs.say(f"attacking {folder} with {norm} {budget_text(norm, eps)}")
     if device.type == "cpu":
         runs.keep_memory()
     model, card = runs.open_checkpoint(folder, device)
@@ -146,7 +146,7 @@ def row(folder: Path, result: dict[str, Any]) -> list[Any]:
     return [
         folder.name,
         result["norm"],
-        _budget(result["norm"], result["eps"]),
+        budget_text(result["norm"], result["eps"]),
         clean["srocc"],
         worst["srocc"],
         clean["plcc"],
@@ -156,5 +156,6 @@ def row(folder: Path, result: dict[str, Any]) -> list[Any]:
     ]
 
 
-def _budget(norm: str, eps: float) -> str:
+def budget_text(norm: str, eps: float) -> str:
+    """A budget as people write it."""
     return f"{eps * 255:.4g}/255" if norm == "linf" else f"{eps:.4g}"

@@ -1,4 +1,4 @@
-"""`srm-iqa export`."""
+"""`srm-iqa export`: weights and config, a program of the reference path, and a card of what was measured."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 
-from srm_model.checkpoint import load_weights, save_model
-from srm_model.cli import runs
+from srm_model.checkpoint import load_weights, read_card, save_model
+from srm_model.cli import attack, runs
+from srm_model.cli.train import EVALUATION
 from srm_model.files import atomic_path, read_json, write_text
 from srm_model.model import IQAModel, load_model
 
 PROGRAM = "program.pt2"
 CARD = "MODEL_CARD.md"
+AUDIT = "audit.json"
 
 
 def run(args: argparse.Namespace) -> None:
@@ -25,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
     model, card = load_model(folder)
     save_model(model, out, card=card)
     difference = _export_program(model, folder, out / PROGRAM)
-    write_text(out / CARD, _model_card(model, card, _test_figures(folder)))
+    write_text(out / CARD, _model_card(model, card, folder))
     print(f"{out}: config.json, model.safetensors, {PROGRAM} and {CARD}")
     print(f"the exported program and the model differ by at most {difference:.1e} on two random images")
 
@@ -49,12 +51,7 @@ def _export_program(model: IQAModel, folder: Path, path: Path) -> float:
         return float((program.module()(images) - model(images)).abs().max())
 
 
-def _test_figures(folder: Path) -> dict[str, Any] | None:
-    path = folder / "evaluation.json"
-    return read_json(path) if path.is_file() else None
-
-
-def _model_card(model: IQAModel, card: dict[str, Any], test: dict[str, Any] | None) -> str:
+def _model_card(model: IQAModel, card: dict[str, Any], folder: Path) -> str:
     dataset, validation = card.get("dataset") or {}, card.get("val") or {}
     labels = str(dataset.get("labels", "unknown"))
     lines = [
@@ -70,13 +67,18 @@ def _model_card(model: IQAModel, card: dict[str, Any], test: dict[str, Any] | No
     if labels.startswith("metric:"):
         metric = labels.partition(":")[2].upper()
         lines.append(f"- the labels are values of the metric {metric}, not people's opinion")
-    if test is None:
-        lines.append("- test: not evaluated")
-    else:
-        figures = f"SROCC {_figure(test['srocc'])}, PLCC {_figure(test['plcc'])}"
-        lines.append(f"- {test['split']} split, clean, {test['n']} images: {figures}")
+    digest = read_card(folder)["sha256"]
     lines += [
-        "- robustness: nothing is claimed here; attack the model before relying on it",
+        "",
+        "## Measured",
+        "",
+        *_measured(folder, digest),
+        "",
+        "## Audit",
+        "",
+        _verdict(folder, digest),
+        "",
+        "## Use",
         "",
         "```python",
         "from srm_model import load_model",
@@ -89,6 +91,41 @@ def _model_card(model: IQAModel, card: dict[str, Any], test: dict[str, Any] | No
         "",
     ]
     return "\n".join(lines)
+
+
+def _measured(folder: Path, digest: str) -> list[str]:
+    """A table of the clean test and of every attack on these very weights; results of others are left out."""
+    rows = []
+    clean = read_json(folder / EVALUATION) if (folder / EVALUATION).is_file() else None
+    if clean is not None and clean.get("sha256", digest) == digest:
+        rows.append(["none", clean["n"], _figure(clean["srocc"]), _figure(clean["plcc"]), ""])
+    for path in sorted((folder / "attacks").glob("*.json")):
+        found = read_json(path)
+        if (found.get("settings") or {}).get("checkpoint") == digest:
+            budget = f"{found['norm']} {attack.budget_text(found['norm'], found['eps'])}"
+            worst = found["worst"]
+            figures = [_figure(worst["srocc"]), _figure(worst["plcc"])]
+            rows.append([budget, len(found["mos"]), *figures, worst["srocc_attack"]])
+    if not rows:
+        return ["Neither evaluated nor attacked: nothing is claimed."]
+    table = [["attack", "test images", "SROCC", "PLCC", "worst attack"], ["---"] * 5, *rows]
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in table]
+    if len(rows) == 1 and rows[0][0] == "none":
+        lines += ["", "It has not been attacked: nothing is claimed about its robustness."]
+    return lines
+
+
+def _verdict(folder: Path, digest: str) -> str:
+    """What `srm-iqa audit` found of these weights: whether the attacks above can be believed."""
+    path = folder / AUDIT
+    found = read_json(path) if path.is_file() else {}
+    if found.get("sha256") != digest:
+        return "Not audited: whether attacks measure its robustness or only fail to find its weakness is not known."
+    failed = [check["title"] for check in found["checks"] if check["passed"] is False]
+    asked = sum(check["passed"] is not None for check in found["checks"])
+    if failed:
+        return f"**Failed**: {len(failed)} of {asked} checks ({', '.join(failed)}). Do not trust its robust figures."
+    return f"Passed: none of {asked} checks found a sign that the attacks are held up by masked gradients."
 
 
 def _figure(value: float | None) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,13 @@ import torch
 from forked import on_ranks
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
-from toy import ToySet
+from toy import ToyModel, ToySet
 
 from srm_model import SRMConfig, build_model, ranks
 from srm_model.statistics import BatchStatistics
-from srm_model.training import predict, train
+from srm_model.training import Preempted, predict, train
 from srm_model.training.batches import deal, epoch_batches
+from srm_model.training.state import read_state
 
 # Two epochs of batches of 8, 8 and 5 images: slices of unequal sizes too.
 CONFIG = SRMConfig(
@@ -148,6 +151,35 @@ def test_a_cut_off_training_goes_on_with_another_number_of_processes(whole: Path
     on_ranks(2, cut, tmp_path)
     fit(tmp_path)
     check_equal(whole, tmp_path)
+
+
+@pytest.mark.parametrize("what", ["sigterm", "vanished"])
+def test_what_meets_one_process_stops_all_at_one_step(tmp_path: Path, what: str):
+    class Trouble(ToySet):
+        def __getitem__(self, index: int) -> Any:
+            if index == 11 and not (tmp_path / "mended").exists():
+                if what == "vanished":
+                    raise ValueError("image11.png: no such image")
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().__getitem__(index)
+
+    def on_rank() -> None:
+        with pytest.raises(Preempted if what == "sigterm" else ValueError) as caught:
+            train_toy(Trouble())
+        (tmp_path / f"{ranks.place()[0]}").write_text(str(caught.value))
+
+    def train_toy(images: ToySet) -> None:
+        train(ToyModel(), images, ToySet(9, seed=1), tmp_path / "run", progress=False, device="cpu")
+
+    on_ranks(2, on_rank)
+    said = {(tmp_path / str(rank)).read_text() for rank in range(2)}
+    stored = read_state(tmp_path / "run")
+    assert stored is not None
+    step = stored.values["progress"]["step"]
+    assert said == {f"epoch 1, step {step} of 5" if what == "sigterm" else "image11.png: no such image"}
+    (tmp_path / "mended").touch()
+    on_ranks(2, train_toy, Trouble())
+    assert len((tmp_path / "run" / "history.jsonl").read_text().splitlines()) == 3
 
 
 def test_a_plain_loop_under_ddp_gets_the_whole_batch_too(tmp_path: Path):

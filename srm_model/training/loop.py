@@ -167,7 +167,7 @@ class _Run:
         self.forward: nn.Module = self.model
         if self.world > 1:
             self.forward = DistributedDataParallel(
-                self.model, broadcast_buffers=False, find_unused_parameters=True
+                self.model, broadcast_buffers=False, find_unused_parameters=self._has_idle_parameters()
             )
         finished = len(self.history)
         if finished == self.config.epochs:
@@ -185,6 +185,15 @@ class _Run:
                 if self.progress:
                     tqdm.write(_summary(self.history[-1], self.config.epochs), file=sys.stderr)
         return self.history
+
+    def _has_idle_parameters(self) -> bool:
+        """Whether a score leaves some parameters out, such as those of links into a stage that is not fused."""
+        side = self.config.image_size
+        image = torch.full((1, 3, side, side), 0.5, device=self.device)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        with evaluating(self.model), seeded(self.config.seed):
+            gradients = torch.autograd.grad(self.model(image).sum(), trained, allow_unused=True)
+        return any(gradient is None for gradient in gradients)
 
     def _stored(self) -> Stored | None:
         stored = read_state(self.folder)

@@ -107,11 +107,14 @@ def test_accumulation_is_the_same_training(whole: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_two_processes_are_the_same_training(whole: Path, tmp_path: Path, accumulate: int):
+def test_two_processes_are_the_same_training(
+    whole: Path, tmp_path: Path, accumulate: int, capfd: pytest.CaptureFixture[str]
+):
     config = CONFIG.replace(accumulate=accumulate)
     on_ranks(2, fit, tmp_path / "two", config)
     check_equal(whole, tmp_path / "two")
     assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".")]
+    assert "find_unused_parameters" not in capfd.readouterr().err
 
 
 def test_statistics_move_on_and_losses_act(whole: Path):
@@ -151,6 +154,13 @@ def test_a_cut_off_training_goes_on_with_another_number_of_processes(whole: Path
     on_ranks(2, cut, tmp_path)
     fit(tmp_path)
     check_equal(whole, tmp_path)
+
+
+def test_parameters_that_reach_no_score_do_not_stop_several_processes(tmp_path: Path):
+    config = CONFIG.replace(fused_stages=(1, 2), epochs=1)  # the link into stage 3 then acts on nothing
+    fit(tmp_path / "one", config)
+    on_ranks(2, fit, tmp_path / "two", config)
+    check_equal(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.parametrize("what", ["sigterm", "vanished"])

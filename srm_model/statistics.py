@@ -31,21 +31,18 @@ class BatchStatistics:
         self._starts: list[int] = []
         self._parts = 1
 
-    @torch.no_grad()
     def add_link(self, name: str, y: Tensor, *, backend: str | None) -> None:
-        """One micro-batch's Y (B, H, N, d) of a link."""
+        """One micro-batch's Y (B, H, N, d) of a link, detached."""
         mean, rms = rms_scale(y, backend=backend)
         self._single[name] = rms
         count = rms.new_full((len(rms), 1), y.shape[0] * y.shape[2])
         packed = torch.cat([count, mean, count * rms[:, None].square()], 1)  # (H, 1 + d + 1)
         self._moments.setdefault(name, []).append(packed)
 
-    @torch.no_grad()
     def add_gate(self, weights: Tensor, norm: Tensor) -> None:
-        """One micro-batch's gate weights (B, S) and norms (B,)."""
+        """One micro-batch's gate weights (B, S) and norms (B,), detached."""
         self._gates.append(torch.cat([weights, norm[:, None]], 1))
 
-    @torch.no_grad()
     def finish(self) -> None:
         """Combine what was added, on all ranks."""
         self._parts = max(len(self._gates), 1) * ranks.place()[1]

@@ -6,6 +6,7 @@ machine that runs these tests may lack. What inductor makes of the graphs is not
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from test_distributed import CONFIG, Images
 
 from srm_model import build_model
 from srm_model.checkpoint import load_weights
+from srm_model.neck import SRMNeck
 from srm_model.training import train
 
 SMALL = CONFIG.replace(epochs=1, weights_ema=0.0, accumulate=1)
@@ -56,3 +58,15 @@ def test_a_training_begun_without_is_not_continued_with(tmp_path: Path):
     fit(tmp_path)
     with pytest.raises(ValueError, match="compile None there, 'eager' here"):
         fit(tmp_path, compile="eager")
+
+
+def test_a_training_neck_and_its_statistics_are_one_graph():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    neck = SRMNeck([8] * 4, SMALL)
+    pyramid = [torch.randn(2, 8, 16 // 2**i, 16 // 2**i) for i in range(4)]
+    neck.calibrate(pyramid)
+    twin = copy.deepcopy(neck).train()
+    fused = torch.compile(neck.train(), backend="eager", fullgraph=True)(pyramid).fused
+    assert torch.equal(fused, twin(pyramid).fused)
+    assert all(torch.equal(a, b) for a, b in zip(neck.buffers(), twin.buffers(), strict=True))

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from srm_model.profiling.tables import number
 from srm_model.reports.charts import DASHES, marker
 from srm_model.reports.markup import Markup, element, join
 
@@ -129,12 +130,15 @@ def roofline(
 
 
 def stacked(bars: Sequence[Bar], segments: Sequence[str], *, title: str, note: str, x_label: str) -> str:
-    """Horizontal stacks on a linear axis: shares are compared, not growth."""
+    """Horizontal stacks on a linear axis: shares are compared, not growth.
+
+    A segment looks alike in every picture that is given the same `segments`; those that no bar has are left out.
+    """
     row = 34
     left = 190
     height = TOP + BOTTOM + row * len(bars) + 22
     most = max(sum(bar.parts.values()) for bar in bars)
-    width = WIDTH - RIGHT - left + 50
+    width = WIDTH - RIGHT - left
 
     def px(value: float) -> float:
         return left + value / most * width
@@ -142,28 +146,27 @@ def stacked(bars: Sequence[Bar], segments: Sequence[str], *, title: str, note: s
     bottom = height - BOTTOM
     drawn: list[Markup] = [_patterns(len(segments))]
     step = _round(most / 5)
-    for number in range(int(most / step + 1e-9) + 1):
-        at = px(number * step)
+    for count in range(int(most / step + 1e-9) + 1):
+        at = px(count * step)
         drawn.append(element("line", class_="grid", x1=f"{at:.1f}", x2=f"{at:.1f}", y1=TOP, y2=bottom))
-        drawn.append(element("text", _plain(number * step), class_="mid", x=f"{at:.1f}", y=bottom + 18))
+        drawn.append(element("text", _plain(count * step), class_="mid", x=f"{at:.1f}", y=bottom + 18))
     for index, bar in enumerate(bars):
         y, reached = TOP + 8 + row * index, 0.0
         drawn.append(element("text", bar.name, class_="end", x=left - 8, y=y + 16))
-        for number, segment in enumerate(segments):
+        for look, segment in enumerate(segments):
             value = bar.parts.get(segment, 0.0)
             if value > 0:
                 start, reached = px(reached), reached + value
                 box = {"x": f"{start:.1f}", "y": y, "width": f"{px(reached) - start:.1f}", "height": 22}
-                drawn.append(element("rect", class_="bar", fill=f"url(#p{number})", **box))
-        drawn.append(element("text", f"{_plain(reached)}", x=f"{px(reached) + 6:.1f}", y=y + 16))
+                drawn.append(element("rect", class_="bar", fill=f"url(#p{look})", **box))
+        drawn.append(element("text", number(reached), x=f"{px(reached) + 6:.1f}", y=y + 16))
     drawn.append(element("text", x_label, class_="mid", x=f"{left + width / 2:.1f}", y=height - 16))
-    for number, segment in enumerate(segments):
-        at = TOP + 8 + 22 * number
-        drawn.append(
-            element("rect", class_="bar", fill=f"url(#p{number})", x=WIDTH - 130, y=at, width=22, height=14)
-        )
+    used = [segment for segment in segments if any(bar.parts.get(segment) for bar in bars)]
+    for place, segment in enumerate(used):
+        at, fill = TOP + 8 + 22 * place, f"url(#p{segments.index(segment)})"
+        drawn.append(element("rect", class_="bar", fill=fill, x=WIDTH - 130, y=at, width=22, height=14))
         drawn.append(element("text", segment, x=WIDTH - 102, y=at + 12))
-    return _page(title, note, join(drawn), height=max(height, TOP + 22 * len(segments) + 40))
+    return _page(title, note, join(drawn), height=max(height, TOP + 22 * len(used) + 40))
 
 
 def surface(
@@ -183,8 +186,8 @@ def surface(
     known = [abs(math.log(v)) for line in values for v in line if v]
     most = max([*known, math.log(2)])
     drawn: list[Markup] = []
-    for number, name in enumerate(columns):
-        drawn.append(element("text", name, class_="mid", x=left + wide * (number + 0.5), y=top - 8))
+    for j, name in enumerate(columns):
+        drawn.append(element("text", name, class_="mid", x=left + wide * (j + 0.5), y=top - 8))
     drawn.append(element("text", column_label, class_="mid", x=left + wide * len(columns) / 2, y=top - 26))
     drawn.append(
         element(
@@ -279,13 +282,13 @@ def _patterns(count: int) -> Markup:
         "#dcd3e6",
     )
     made = []
-    for number in range(count):
-        hatch = hatches[number % len(hatches)]
-        ground = element("rect", width=8, height=8, fill=greys[number % len(greys)])
+    for look in range(count):
+        hatch = hatches[look % len(hatches)]
+        ground = element("rect", width=8, height=8, fill=greys[look % len(greys)])
         strokes = element("path", d=hatch, stroke="#3a4249", stroke_width=1, fill="none") if hatch else None
         made.append(
             element(
-                "pattern", ground, strokes, id=f"p{number}", width=8, height=8, patternUnits="userSpaceOnUse"
+                "pattern", ground, strokes, id=f"p{look}", width=8, height=8, patternUnits="userSpaceOnUse"
             )
         )
     return element("defs", made)

@@ -156,7 +156,8 @@ def _stages(rows: Rows) -> list[Picture]:
         [row for row in rows if row["stages"]], "part", "backbone", "resolution", "batch", "dtype"
     ):
         part, backbone, resolution, batch, dtype = key
-        names = list(dict.fromkeys(name for row in group for name in row["stages"] if name != REST))
+        between = [n for row in group for n in row["stages"] if n not in ("backbone", "head", REST)]
+        names = ["backbone", *dict.fromkeys(between), "head"]
         pictures.append(
             (
                 _file("stages", *key),

@@ -221,6 +221,23 @@ def test_series_and_bars_can_be_told_apart_in_grey():
     assert len(set(patterns)) == len(names)
 
 
+def test_stacks_look_alike_in_every_picture_and_say_their_sum():
+    names = ["backbone", "align", "gate"]
+    whole, part = (
+        plots.stacked([plots.Bar("one", parts)], names, title="t", note="n", x_label="ms")
+        for parts in (dict.fromkeys(names, 400 / 3), {"align": 2 / 3})
+    )
+    assert ">400</text>" in whole
+    assert ">0.667</text>" in part
+    assert "backbone" not in part
+    fills = {
+        svg: [e.get("fill") for e in ElementTree.fromstring(svg).iter() if e.get("class") == "bar"]
+        for svg in (whole, part)
+    }
+    assert fills[part] == ["url(#p1)", "url(#p1)"]  # the bar and its legend
+    assert fills[whole][1] == "url(#p1)"
+
+
 def test_the_border_runs_between_wins_and_losses():
     svg = plots.surface(
         ["64", "256"],

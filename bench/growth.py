@@ -347,7 +347,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     crossed: list[dict[str, Any]] = []
     try:
         if "growth" in options.what:
-            recorder = Recorder(options.out, "growth", device)
+            recorder = Recorder(options.out, "growth", device, options.note)
             for variable in options.variables or scale.values:
                 values = scale.values[variable]
                 found = measured([at(scale.base, variable, value) for value in values], backends, options)
@@ -356,7 +356,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         grown.append(recorder.write({"variable": variable, "value": value, **row}))
                     _tell(f"{variable} = {value}", rows)
         if "crossover" in options.what:
-            recorder = Recorder(options.out, "crossover", device)
+            recorder = Recorder(options.out, "crossover", device, options.note)
             for keys in scale.keys:
                 for batch in scale.batches:
                     (rows,) = measured([scale.base._replace(N_k=keys, B=batch)], backends, options)

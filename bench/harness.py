@@ -27,13 +27,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Recorder:
     """Appends rows to `<out>/<gpu or cpu>/<name>.jsonl`, each with the machine beside its figures."""
 
-    def __init__(self, out: str | Path, name: str, device: torch.device) -> None:
-        self.machine = machine(device)
+    def __init__(self, out: str | Path, name: str, device: torch.device, note: str | None = None) -> None:
+        self.machine, self.note = machine(device), note
         self.path = Path(out) / folder_name(self.machine) / f"{name}.jsonl"
 
     def write(self, row: dict[str, Any]) -> dict[str, Any]:
         """The row as it was written."""
-        row = {**row, "machine": self.machine}
+        row = {**row, "note": self.note, "machine": self.machine}
         append(self.path, row)
         return row
 
@@ -48,6 +48,9 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--warmup", type=int, help="default: 50 on a GPU, 2 on a CPU")
     made.add_argument("--repeats", type=int, help="default: 100 on a GPU, 10 on a CPU")
     made.add_argument("--seconds", type=float, default=5.0, help="of measured calls a point, about")
+    made.add_argument(
+        "--note", help="kept in every row, and told by the report: what a reader must know of this run"
+    )
     made.add_argument("--out", default=str(RESULTS), help="folder of results (default: bench/results)")
     return made
 

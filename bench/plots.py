@@ -209,7 +209,7 @@ def surface(
             drawn.append(
                 element("rect", x=x, y=y, width=wide, height=tall, fill=fill, stroke="#fff", stroke_width=1)
             )
-            text = "–" if value is None else f"{value:.2g}" if value < 10 else f"{value:.0f}"
+            text = "–" if value is None else number(value, 2)
             drawn.append(element("text", text, class_="mid", x=x + wide / 2, y=y + 23))
     drawn.append(_border(values, left, top, wide, tall))
     return _page(title, note, join(drawn), height=height)

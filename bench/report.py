@@ -43,7 +43,8 @@ def report(folder: Path, *, last: bool = False) -> list[Path]:
         except ValueError as error:
             raise ValueError(f"{path}: {error}; --latest takes the last measurement's alone") from None
         text, drawn = tell(rows)
-        sections.append(f"{text[0]}\n\n{sentence(about)}.\n\n{text[1]}")
+        told = [f"{sentence(about)}.", *dict.fromkeys(row["note"] for row in rows if row.get("note"))]
+        sections.append("\n\n".join([text[0], *told, text[1]]))
         pictures += drawn
         found += 1
     if not found:

@@ -143,6 +143,13 @@ def test_the_latest_measurement_alone_can_be_told(folder: Path):
     assert "srm [sdpa]" not in page.split("## Growth")[0]
 
 
+def test_what_a_reader_must_know_of_a_run_is_told_once(folder: Path):
+    for keys in (512, 1024):
+        append(folder / "crossover.jsonl", point_row("exact", keys, 1.0, note="The machine was busy."))
+    report(folder)
+    assert (folder / "report.md").read_text().count("The machine was busy.") == 1
+
+
 def test_a_repeated_measurement_replaces_the_earlier_one(folder: Path):
     slower = neck_row()
     slower["milliseconds"]["p50"] = 77.7

@@ -10,7 +10,10 @@ Table = tuple[list[str], list[list[str]]]
 
 
 def cost_table(rows: Iterable[dict[str, Any]]) -> Table:
-    """What does not depend on the machine: parameters and multiply-accumulates in three ways."""
+    """What does not depend on the machine: parameters, and multiply-accumulates in three ways.
+
+    "of it links" is the article's equation 30 over all heads and links, or exact attention's in its place.
+    """
     seen: dict[tuple[Any, ...], list[str]] = {}
     for row in rows:
         if row["error"]:
@@ -25,9 +28,11 @@ def cost_table(rows: Iterable[dict[str, Any]]) -> Table:
                 str(row["resolution"]),
                 number(row["parameters"] / 1e6, 3),
                 *(number(macs[name] / 1e9 if macs[name] is not None else None, 3) for name in macs),
+                number(row["parts"]["links"] / 1e9),
             ],
         )
     header = ["part", "backbone", "neck", "px", "parameters, M", "GMAC formula", "GMAC fvcore", "GMAC torch"]
+    header.append("of it links")
     return header, list(seen.values())
 
 

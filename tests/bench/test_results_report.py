@@ -57,6 +57,7 @@ def neck_row(neck: str = "srm", resolution: int = 64, error: str | None = None) 
     return row | {
         "parameters": 1000,
         "macs": {"formula": 10**9, "fvcore": None, "torch": 10**9},
+        "parts": {"align": 1, "projections": 2, "links": 3 * 10**8, "gate": 4},
         "milliseconds": {**TIMES, "p50": resolution / 32},
         "memory": MEMORY,
         "launches": None,
@@ -104,6 +105,7 @@ def test_every_table_and_picture_is_written(folder: Path):
     assert "Some CPU, 1 thread, torch 2.13.0" in page
     assert "MAC = 1 multiply-add" in page
     assert "out of memory: tried 9 GiB" in page
+    assert "| 1.00 | – | 1.00 | 0.300 |" in page  # GMAC by formula, fvcore, torch, and the links' part
     assert "below N_k ≈ 70, use exact attention" in page or "below N_k ≈ 7" in page
     assert "(slower)" in page
     assert "1.00 ± 0.00" in page  # exact, in N_k

@@ -66,12 +66,16 @@ def key_side(rank: int, d: int, dtype: torch.dtype, capability: tuple[int, int])
 
 def key_parts(rank: int, d: int, dtype: torch.dtype, capability: tuple[int, int]) -> Configuration:
     """The gradient of the landmarks where parts of the keys are summed apart."""
-    return Configuration(16, 4, 1) if _heavy(rank, d, dtype) else key_side(rank, d, dtype, capability)
+    if _heavy(rank, d, dtype) and capability >= (12, 0):
+        return Configuration(16, 4, 1)  # by 8 warps a few registers are spilled there, and by 4 elsewhere
+    return key_side(rank, d, dtype, capability)
 
 
 def key_tokens(rank: int, d: int, dtype: torch.dtype, capability: tuple[int, int]) -> Configuration:
     """dK and dV of a tile of keys."""
-    return Configuration(16 if _large(rank, d) or _heavy(rank, d, dtype) else 32, 8, 1)
+    if dtype == torch.bfloat16 and not _large(rank, d):
+        return Configuration(32, 8, 1)
+    return Configuration(16, 4 if _padded(d) <= 32 else 8, 1)
 
 
 def one_launch(keys: int) -> bool:

@@ -76,8 +76,9 @@ def landmark_solve(
     float64, float32, bfloat16 or float16. X is fp32 (fp64 for fp64). Solvers:
 
     - "cholesky": the similar symmetric system, κ₂ ≤ (1 + λ)/λ always. Acts on the symmetric part of the
-      logits and needs ridge > 0. A matrix that breaks down, or whose logits are not symmetric within
-      1e-3·(1 + max|l|), goes to "lu", that matrix alone.
+      logits and needs ridge > 0. A matrix that breaks down, whose logits are not symmetric within
+      1e-3·(1 + max|l|), or whose rows' logsumexp lie so far apart (64 in fp32) that the symmetric form
+      underflows, goes to "lu", that matrix alone.
     - "lu": partial pivoting. With ridge 0 a singular matrix gives NaN, never a plausible number.
     - "svd": pseudo-inverse; with ridge 0, singular values up to r·eps·σ_max are dropped (minimum norm) and
       the derivative is not defined where any was. The article's default; the least accurate in fp32 at

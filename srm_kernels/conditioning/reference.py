@@ -203,9 +203,11 @@ def _cholesky(logits: Tensor, symmetric: Tensor, system: System) -> tuple[Tensor
     if system.left is not None and system.right is not None:
         half = half + (system.right / system.left).log() / 2
     A = system.matrix.detach()
-    # S + λI = (A ∘ Aᵀ)^½; a product that underflows is an element of 1e-19 at most, far below λ.
-    factor, info = torch.linalg.cholesky_ex((A * A.mT).sqrt())
-    good = good & (info == 0) & (half.abs().amax(-1) < math.log(torch.finfo(half.dtype).max))
+    factor, info = torch.linalg.cholesky_ex((A * A.mT).sqrt())  # S + λI = (A ∘ Aᵀ)^½
+    # Past this spread W_ij W_ji, which is W_ij² e^(ℓ_i − ℓ_j), underflows while W_ij still counts.
+    numbers = torch.finfo(A.dtype)
+    in_range = lse.amax(-1) - lse.amin(-1) <= math.log((1e-3 * numbers.eps) ** 2 / numbers.tiny)
+    good = good & in_range & (info == 0) & half.isfinite().all(-1)
     E = half.exp()[..., None]
 
     def solve(rhs: Tensor, transposed: bool) -> Tensor:

@@ -1,0 +1,171 @@
+"""Every solver against fp64 over sizes, kinds of landmarks, temperatures and ridges, in fp32.
+
+Judged for each matrix: the normwise backward error ‖A X − G‖ / (‖A‖‖X‖ + ‖G‖) of the system A = W_λ, by 8 eps
+whatever κ (1.5 was the worst of `cholesky` and `lu`, 4.6 of `svd`); X itself only where κ < 1e3, by the 2·8·κ·eps
+that this implies. L·X for each kind of normalised landmarks: its worst error over temperatures by 8 times that of
+plain `torch.linalg` in fp32 (`lu`, and `svd` for the SVD) plus 32 eps of its largest value. Keys as they are leave
+L·X without a bound that rounding would keep, whoever solves.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import oracle
+import pytest
+import torch
+from oracle import tokens
+from torch import Tensor
+
+from srm_kernels import Solver, landmark_solve
+
+EPS = torch.finfo(torch.float32).eps
+BACKWARD = 8 * EPS
+WIDTH = 16
+KINDS = ("random", "smooth", "duplicated", "near duplicated", "collinear", "graded", "outlier")
+TEMPERATURES = (0.02, 0.3, 1.0, 4.0)
+SIZES = (1, 2, 3, 16, 31, 32, 48, 64, 100, 128)
+
+
+def keys_of(kind: str, r: int, seed: int) -> Tensor:
+    keys = tokens(seed, r, WIDTH)
+    if kind == "smooth":
+        place = torch.linspace(0, 3, r, dtype=torch.float64)[:, None]
+        keys = torch.cos(place * tokens(seed + 1, 1, WIDTH) + tokens(seed + 2, 1, WIDTH))
+    elif kind == "duplicated":
+        keys[1::2] = keys[0 : r - r % 2 : 2]
+    elif kind == "near duplicated":
+        keys[1::2] = keys[0 : r - r % 2 : 2] * (1 + 1e-5 * tokens(seed + 3, r // 2, WIDTH))
+    elif kind == "collinear":
+        keys = tokens(seed, r, 1) * tokens(seed + 1, 1, WIDTH)
+    elif kind == "graded":
+        keys = keys * torch.logspace(-2, 1, r, dtype=torch.float64)[:, None]
+    elif kind == "outlier":
+        keys[0] *= 100
+    return keys
+
+
+class Grid(NamedTuple):
+    """A batch of systems as attention makes them: kinds × (keys as they are, normalised) × temperatures."""
+
+    logits: Tensor  # (7, 8, r, r)
+    rhs: Tensor
+    L: Tensor
+
+
+def grid_of(r: int) -> Grid:
+    rows = []
+    for number, kind in enumerate(KINDS):
+        keys = keys_of(kind, r, 100 * r + number)
+        rows.append(
+            torch.stack([k * math.sqrt(t) for k in (keys, oracle.normalise(keys)) for t in TEMPERATURES])
+        )
+    landmarks = torch.stack(rows)  # (7, 8, r, WIDTH)
+    n = landmarks.shape[:2]
+    keys = torch.cat([landmarks, tokens(7, *n, 2 * r, WIDTH)], 2)
+    R = oracle.softmax(landmarks @ keys.mT / math.sqrt(WIDTH))
+    return Grid(
+        (landmarks @ landmarks.mT / math.sqrt(WIDTH)).float(),
+        (R @ tokens(8, *n, 3 * r, 6)).float(),
+        oracle.softmax(tokens(9, *n, 40, WIDTH) @ landmarks.mT / math.sqrt(WIDTH)),
+    )
+
+
+def backward_error(logits: Tensor, rhs: Tensor, ridge: float, x: Tensor) -> Tensor:
+    s = oracle.system(logits, rhs, ridge)
+    size = oracle.frobenius(s.matrix) * oracle.frobenius(x) + oracle.frobenius(s.right)
+    return oracle.frobenius(s.matrix @ x.double() - s.right) / size
+
+
+@pytest.mark.parametrize("r", SIZES)
+@pytest.mark.parametrize("ridge", [1e-5, 1e-3, 1e-1])
+def test_every_solver_on_every_kind(r, ridge):
+    logits, rhs, L = grid_of(r)
+    exact = oracle.solve(logits, rhs, ridge)
+    kappa = oracle.condition(oracle.system(logits, rhs, ridge).matrix)
+    plain = {name: oracle.plain_solve(logits, rhs, ridge, solver=name).double() for name in ("lu", "svd")}
+    for solver in ("cholesky", "lu", "auto", "svd"):
+        found = landmark_solve(logits, rhs, ridge=ridge, solver=solver, diagnostics="estimate")
+        x = found.x.double()
+        assert (backward_error(logits, rhs, ridge, x) <= BACKWARD).all(), solver
+        relative = oracle.frobenius(x - exact) / oracle.frobenius(exact)
+        well = kappa < 1e3
+        assert (relative <= 2 * BACKWARD * kappa)[well].all(), solver
+        served = found.solver == Solver.SVD
+        for kind in range(len(KINDS)):
+            at = (kind, slice(len(TEMPERATURES), None))
+            size = (L[at] @ exact[at]).abs().amax()
+            error = (L[at] @ (x - exact)[at]).abs().amax()
+            other = max(
+                float((L[at] @ (p - exact)[at]).abs().amax())
+                for name, p in plain.items()
+                if name == "lu" or served[kind].any()
+            )
+            assert error <= 8 * other + 32 * EPS * size, (solver, KINDS[kind])
+
+
+@pytest.mark.parametrize("r", [2, 16, 31, 64])
+def test_no_ridge_where_there_is_an_inverse(r):
+    """λ0 = 0, temperature 4: random landmarks are far enough apart."""
+    keys = oracle.normalise(tokens(r, 3, r, 32)) * 2
+    logits, rhs = (keys @ keys.mT / math.sqrt(32)).float(), tokens(1, 3, r, 5, dtype=torch.float32)
+    assert (oracle.condition(oracle.softmax(logits)) < 1e3).all()
+    for solver in ("lu", "auto", "svd", "neumann"):
+        result = landmark_solve(logits, rhs, ridge=0.0, solver=solver, diagnostics="estimate")
+        if solver == "neumann" and (result.solver == Solver.NEUMANN).any():
+            continue
+        assert (backward_error(logits, rhs, 0.0, result.x) <= BACKWARD).all(), solver
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("r", [2, 3, 16, 32, 64, 128])
+@pytest.mark.parametrize("solver", ["lu", "neumann"])
+def test_no_ridge_and_duplicates_are_told_and_stay_alone(solver, r, dtype):
+    """Half duplicated in two matrices of five: NaN there, and to the last bit what it was elsewhere."""
+    keys = oracle.normalise(tokens(r, 5, r, 150)) * 2
+    rhs = tokens(1, 5, r, 5, dtype=dtype)
+    untouched = landmark_solve((keys @ keys.mT / math.sqrt(150)).to(dtype), rhs, ridge=0.0, solver=solver).x
+    keys[1::2, 1::2] = keys[1::2, 0 : r - r % 2 : 2]
+    found = landmark_solve((keys @ keys.mT / math.sqrt(150)).to(dtype), rhs, ridge=0.0, solver=solver).x
+    assert found[1::2].isnan().all()
+    assert untouched.isfinite().all()
+    assert torch.equal(found[0::2], untouched[0::2])
+
+
+@pytest.mark.parametrize("kind", ["graded", "outlier"])
+@pytest.mark.parametrize("temperature", [0.02, 0.3, 1.0])
+def test_row_sums_beyond_the_range_of_the_symmetric_form(kind, temperature):
+    """S_ij is the root of W_ij W_ji: where one underflows and the other counts, `cholesky` hands over to LU.
+
+    Unguarded, X was off by more than its own size at κ below 10, with no sign of it.
+    """
+    for r in (2, 3, 16, 32):
+        keys = keys_of(kind, r, 100 * r + KINDS.index(kind)) * math.sqrt(temperature)
+        logits, rhs = (keys @ keys.mT / math.sqrt(WIDTH)).float(), tokens(1, r, 5, dtype=torch.float32)
+        rows = logits.logsumexp(-1)
+        found = landmark_solve(logits, rhs, diagnostics=True)
+        wide = bool(rows.amax() - rows.amin() > 88)
+        assert (backward_error(logits, rhs, 1e-3, found.x) <= BACKWARD).all()
+        assert not (wide and found.solver == Solver.CHOLESKY)
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_how_often_the_series_may_be_used(qk_norm):
+    """Neumann serves exactly where both gates hold, and its share is what `solver` reports."""
+    logits, rhs, _ = grid_of(16)
+    logits, rhs = (t[:, 4:] if qk_norm else t[:, :4] for t in (logits, rhs))
+    found = landmark_solve(logits, rhs, solver="neumann", diagnostics=True)
+    s = oracle.system(logits, rhs, 1e-3)
+    alpha = 1 / (1 + s.ridge)
+    step = torch.eye(16, dtype=torch.float64) - alpha[..., None, None] * s.matrix
+    radius = torch.linalg.eigvals(step).abs().amax(-1)
+    z = oracle.neumann(logits, rhs)
+    residual = oracle.frobenius(s.matrix @ z - s.right) / (oracle.frobenius(s.right) + 1e-12)
+    served = found.solver == Solver.NEUMANN
+    assert (residual[served] < 1e-2 * 1.001).all()
+    # Twenty iterations estimate the radius from a vector that no matrix was chosen against.
+    assert (radius[served] < 1).all()
+    clear = (residual > 1.01e-2) | (radius > 1 + 1e-6)
+    assert not served[clear].any()
+    assert 0 <= served.double().mean() < 0.5

@@ -34,6 +34,7 @@ attention() { # seconds, arguments
 } >"$out/attention.txt" 2>&1
 "$PYTHON" -m bench.attacks --device cuda --backbone pvt_v2_b2 --image-size 512 --necks srm quadratic none \
   >"$out/attacks.txt" 2>&1 || status=$?
+"$PYTHON" -m bench.conditioning --device cuda --out "$out/conditioning.jsonl" >"$out/conditioning.txt" 2>&1 || status=$?
 tail -n 3 "$out/tests.txt"
 cat "$out/attention.txt" "$out/attacks.txt"
 exit "$status"

@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, inside ten minutes: the GPU tests, compute-sanitizer, then the benchmarks.
+# Everything that only a GPU can show, inside ten minutes: the GPU tests, the benchmarks, compute-sanitizer.
+# A step ends at its own limit or when the ten minutes do, whichever comes first; what it wrote until then stays.
 # `python -m bench.tune_attention` and `python -m bench.resources` are for hours with more time.
 # Results go to the folder given as the first argument (default bench/results), one folder a device, with the
 # device, driver, versions and commit beside them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
+SECONDS=0
 device=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr 'A-Z ' 'a-z-')
-out=${1:-bench/results}/$device
+root=${1:-bench/results}
+out=$root/$device
 mkdir -p "$out"
 {
   nvidia-smi --query-gpu=name,driver_version,compute_cap,memory.total --format=csv,noheader
@@ -15,26 +18,40 @@ mkdir -p "$out"
   git rev-parse HEAD 2>/dev/null || true
 } >"$out/machine.txt"
 status=0
-timeout 200 "$PYTHON" -m pytest -m gpu tests >"$out/tests.txt" 2>&1 || status=$?
-for tool in memcheck racecheck; do
-  timeout 50 compute-sanitizer --error-exitcode 1 --tool "$tool" "$PYTHON" -m bench.small_run || status=$?
-done >"$out/sanitizer.txt" 2>&1
-attention() { # seconds, arguments
-  timeout "$1" "$PYTHON" -m bench.attention --device cuda "${@:2}" || status=$?
+
+step() { # most seconds, file of its output, command
+  local limit=$1 file=$2 left=$((590 - SECONDS))
+  shift 2
+  if ((left < 5)); then
+    echo "no time left: $*" >>"$out/$file"
+    status=1
+    return
+  fi
+  echo "\$ $*" >>"$out/$file"
+  timeout --kill-after=5 $((limit < left ? limit : left)) "$@" >>"$out/$file" 2>&1 || status=$?
 }
-{
-  for batch in 1 8 32; do
-    for direction in "" --backward; do
-      attention 25 --dtype bfloat16 --batch "$batch" --warmup 5 --repeats 30 --shapes 16384 256 $direction
-    done
-  done
-  attention 50 --dtype bfloat16 --warmup 3 --repeats 20 --compile --shapes 16384 256 65536 1024 262144 4096
-  attention 50 --dtype bfloat16 --crossover --warmup 2 --repeats 10
-  attention 25 --dtype float32
-} >"$out/attention.txt" 2>&1
-"$PYTHON" -m bench.attacks --device cuda --backbone pvt_v2_b2 --image-size 512 --necks srm quadratic none \
-  >"$out/attacks.txt" 2>&1 || status=$?
-"$PYTHON" -m bench.conditioning --device cuda --out "$out/conditioning.jsonl" >"$out/conditioning.txt" 2>&1 || status=$?
+
+attention() {
+  step 30 attention.txt "$PYTHON" -m bench.attention --device cuda "$@"
+}
+
+rm -f "$out"/{tests,attention,conditioning,neck,training,attacks,growth,sanitizer}.txt
+step 180 tests.txt "$PYTHON" -m pytest -m gpu tests
+for batch in 1 8 32; do
+  attention --dtype bfloat16 --batch "$batch" --warmup 5 --repeats 30 --shapes 16384 256
+  attention --dtype bfloat16 --batch "$batch" --warmup 5 --repeats 30 --shapes 16384 256 --backward
+done
+attention --dtype bfloat16 --warmup 3 --repeats 20 --compile --shapes 16384 256 65536 1024 262144 4096
+attention --dtype bfloat16 --crossover --warmup 2 --repeats 10
+step 60 conditioning.txt "$PYTHON" -m bench.conditioning --device cuda --out "$out/conditioning.jsonl"
+step 60 neck.txt "$PYTHON" -m bench.neck --device cuda --article --out "$root"
+step 40 training.txt "$PYTHON" -m bench.training --device cuda
+step 40 attacks.txt "$PYTHON" -m bench.attacks --device cuda --backbone pvt_v2_b2 --image-size 512 \
+  --necks srm quadratic none
+step 50 growth.txt "$PYTHON" -m bench.growth --device cuda --dtype bf16 --seconds 1 --out "$root"
+for tool in memcheck racecheck; do
+  step 40 sanitizer.txt compute-sanitizer --error-exitcode 1 --tool "$tool" "$PYTHON" -m bench.small_run
+done
 tail -n 3 "$out/tests.txt"
-cat "$out/attention.txt" "$out/attacks.txt"
+cat "$out/attention.txt"
 exit "$status"

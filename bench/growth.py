@@ -11,7 +11,8 @@ import dataclasses
 import gc
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -133,15 +134,17 @@ def calls(
         assert isinstance(y, torch.Tensor)
         return y
 
-    attend = {EXACT: lambda: full_attention(query, key, value, qk_norm="keys")} | {
-        _named(backend): lambda backend=backend: nystrom(backend) for backend in backends
+    attend: dict[str, Callable[[], torch.Tensor]] = {
+        EXACT: partial(full_attention, query, key, value, qk_norm="keys"),
+        **{_named(backend): partial(nystrom, backend) for backend in backends},
     }
     if direction == "forward":
         return {name: _without_gradients(attention) for name, attention in attend.items()}
-    return {
-        name: lambda attention=attention: torch.autograd.grad(attention().float().sum(), (query, key, value))
-        for name, attention in attend.items()
-    }
+
+    def backward(attention: Callable[[], torch.Tensor]) -> object:
+        return torch.autograd.grad(attention().float().sum(), (query, key, value))
+
+    return {name: partial(backward, attention) for name, attention in attend.items()}
 
 
 def _without_gradients(attention: Call) -> Call:

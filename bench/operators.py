@@ -97,7 +97,7 @@ OPERATORS = {
     "nystrom_attention": Operator(
         _attention_inputs,
         lambda x, backend, family: [
-            ops.nystrom_attention(*x, family.rank, qk_norm="keys", backend=backend)  # type: ignore[list-item]
+            ops.nystrom_attention(x[0], x[1], x[2], family.rank, qk_norm="keys", backend=backend)  # type: ignore[list-item]
         ],
         (0, 1, 2),
     ),

@@ -16,7 +16,7 @@ from srm_model.reports.markup import Markup, element, join
 WIDTH, HEIGHT = 760, 420
 LEFT, RIGHT, TOP, BOTTOM = 84, 230, 56, 58
 FAMILY = "system-ui, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
-SUPERSCRIPTS = {1: "", 2: "²"}
+SUPERSCRIPTS: dict[float, str] = {1: "", 2: "²"}
 SHADES = ("#0b3c5d", "#b04a00", "#3f8f6b", "#8a6fb0", "#7a7a7a", "#111111", "#c98f00", "#5b86b5")
 STYLE = f"""
 text {{ font: 12.5px {FAMILY}; fill: #1b1f24; }}
@@ -157,8 +157,10 @@ def stacked(bars: Sequence[Bar], segments: Sequence[str], *, title: str, note: s
             value = bar.parts.get(segment, 0.0)
             if value > 0:
                 start, reached = px(reached), reached + value
-                box = {"x": f"{start:.1f}", "y": y, "width": f"{px(reached) - start:.1f}", "height": 22}
-                drawn.append(element("rect", class_="bar", fill=f"url(#p{look})", **box))
+                x, width_ = f"{start:.1f}", f"{px(reached) - start:.1f}"
+                drawn.append(
+                    element("rect", class_="bar", fill=f"url(#p{look})", x=x, y=y, width=width_, height=22)
+                )
         drawn.append(element("text", number(reached), x=f"{px(reached) + 6:.1f}", y=y + 16))
     drawn.append(element("text", x_label, class_="mid", x=f"{left + width / 2:.1f}", y=height - 16))
     used = [segment for segment in segments if any(bar.parts.get(segment) for bar in bars)]
@@ -211,8 +213,8 @@ def surface(
             )
             text = "–" if value is None else number(value, 2)
             drawn.append(element("text", text, class_="mid", x=x + wide / 2, y=y + 23))
-    drawn.append(_border(values, left, top, wide, tall))
-    return _page(title, note, join(drawn), height=height)
+    border = _border(values, left, top, wide, tall)
+    return _page(title, note, join(drawn, border), height=height)
 
 
 def _border(

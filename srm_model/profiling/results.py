@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from srm_model.files import finite
-from srm_model.profiling.machines import IDENTITY, sentence
+from srm_model.profiling.machines import IDENTITY
 
 
 def append(path: str | Path, row: dict[str, Any]) -> None:
@@ -82,6 +82,3 @@ def newest(rows: Iterable[dict[str, Any]], keys: Sequence[str]) -> list[dict[str
     for row in rows:
         found[tuple(json.dumps(row.get(key)) for key in keys)] = row
     return list(found.values())
-
-
-__all__ = ["append", "latest", "newest", "one_machine", "read", "sentence"]

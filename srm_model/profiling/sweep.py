@@ -82,7 +82,10 @@ class Sweep:
     def row(self, case: Case, also: Callable[[Subject], None] | None = None) -> dict[str, Any]:
         """The figures of one case as plain JSON values: times in milliseconds, memory in bytes."""
         usual = SRMConfig().to_dict()
-        row: dict[str, Any] = {**case.to_dict(), "label": case.label, "error": None}
+        changed = {name: value for name, value in self.config.to_dict().items() if value != usual[name]}
+        settings = ", ".join(f"{name}={value}" for name, value in changed.items())
+        label = f"{case.label} ({settings})" if settings else case.label
+        row: dict[str, Any] = {**case.to_dict(), "label": label, "settings": settings, "error": None}
         row["when"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         try:
             row |= self._figures(case, also)
@@ -91,7 +94,7 @@ class Sweep:
         if row["error"] and self.device.type == "cuda":
             gc.collect()  # outside the handler, whose traceback keeps the case's tensors
             torch.cuda.empty_cache()
-        row["config"] = {name: value for name, value in self.config.to_dict().items() if value != usual[name]}
+        row["config"] = changed
         row["machine"] = {**self.machine, "clocks": clocks(self.device)}
         return row
 

@@ -20,11 +20,11 @@ def cost_table(rows: Iterable[dict[str, Any]]) -> Table:
             continue
         macs = row["macs"]
         seen.setdefault(
-            (row["part"], row["backbone"], row["neck"], row["resolution"]),
+            (row["part"], row["backbone"], row["neck"], row["settings"], row["resolution"]),
             [
                 row["part"],
                 row["backbone"],
-                row["neck"],
+                f"{row['neck']} ({row['settings']})" if row["settings"] else row["neck"],
                 str(row["resolution"]),
                 number(row["parameters"] / 1e6, 3),
                 *(number(macs[name] / 1e9 if macs[name] is not None else None, 3) for name in macs),

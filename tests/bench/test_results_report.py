@@ -49,6 +49,7 @@ def neck_row(neck: str = "srm", resolution: int = 64, error: str | None = None) 
         "dtype": "fp32",
         "direction": "forward",
         "config": {},
+        "settings": "",
         "error": error,
         "machine": MACHINE,
     }
@@ -143,6 +144,16 @@ def test_the_latest_measurement_alone_can_be_told(folder: Path):
     page = (folder / "report.md").read_text()
     assert "commit newer" in page
     assert "srm [sdpa]" not in page.split("## Growth")[0]
+
+
+def test_another_config_is_another_line_everywhere(folder: Path):
+    other = neck_row() | {"config": {"rank": 8}, "settings": "rank=8", "label": "srm [sdpa] (rank=8)"}
+    append(folder / "neck.jsonl", other | {"parameters": 777_000})
+    report(folder)
+    page = (folder / "report.md").read_text()
+    assert "| srm (rank=8) | 64 | 0.777 |" in page
+    assert "| srm | 64 | 0.00100 |" in page
+    assert page.count("| srm [sdpa] (rank=8) | 64 |") == 1
 
 
 def test_what_a_reader_must_know_of_a_run_is_told_once(folder: Path):

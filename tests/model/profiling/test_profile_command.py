@@ -51,6 +51,8 @@ def test_every_direction_and_neck(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert row["memory"]["allocated"] == row["memory"]["above"] + row["memory"]["held"]
         assert row["bandwidth_share"] > 0
         assert row["launches"] is None
+        assert row["config"] == {"channels": 16, "heads": 2, "rank": 4, "pool_size": 2}
+        assert row["label"].endswith("(channels=16, heads=2, rank=4, pool_size=2)")
         assert (row["solve_share"] is None) == (row["neck"] != "srm")
         assert (row["stages"] is None) == (row["direction"] != "forward")
     by = {(row["direction"], row["neck"]): row for row in rows}

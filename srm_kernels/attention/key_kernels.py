@@ -10,7 +10,8 @@ the same ones. Where one is not, rounding has eaten λ: that matrix alone is for
 pivoting, as the reference does it. A non-finite logit makes its own matrix's X NaN.
 
 K̃ is handed on as it was stored, unnormalised: its entries are then exact in the tokens' dtype, the product Q K̃ᵀ
-can be taken in it, and the normalisation is a factor for every column. Logits are in units of log 2.
+can be taken in it, and the normalisation is a factor for every column. Its price: tokens beyond about 10¹⁸ overflow in
+the product, and give NaN where the reference, which normalises first, does not. Logits are in units of log 2.
 Symbols: U = R V, dU = A⁻ᵀ dX, and so the gradients dA = −dU Xᵀ, dR = dU Vᵀ. Sums over keys are taken in a fixed
 order; nothing is accumulated by atomics, so results are the same to the bit from run to run.
 """

@@ -297,15 +297,14 @@ def test_strides_do_not_matter():
 
 
 def test_offsets_pass_2_to_the_31():
-    """Two rows 2³¹ elements apart, in memory that is reserved and never touched in between."""
+    """Rows 2³⁰ elements apart, so that the third begins past 2³¹, in memory that is never touched in between."""
     memory = torch.empty(2**31 + 64, dtype=torch.float16, device=DEVICE)
-    q, k, v = inputs(12, b=1, h=1, nq=2, nk=2, d=8, dtype=torch.float16)
-    expected = attend(q, k, v, 2)
-    far = memory.as_strided((1, 1, 2, 8), (1, 1, 2**31, 1))
-    for i, tensor in enumerate((q, k, v)):
+    tensors = inputs(12, b=1, h=1, nq=3, nk=3, d=8, dtype=torch.float16)
+    expected = attend(*tensors, 3)
+    far = memory.as_strided((1, 1, 3, 8), (1, 1, 2**30, 1))
+    for i, tensor in enumerate(tensors):
         far.copy_(tensor)
-        given = [far if j == i else x for j, x in enumerate((q, k, v))]
-        assert torch.equal(attend(*given, 2), expected)
+        assert torch.equal(attend(*(far if j == i else x for j, x in enumerate(tensors)), 3), expected)
 
 
 @pytest.mark.parametrize("nq", [1, 70])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Iterable
@@ -15,13 +16,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Processor, threads, versions and commit ("+" where the checkout differs from it)."""
+    """Processor, threads, versions, commit ("+" where the checkout differs from it), and how busy the machine is."""
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": _commit(),
+        "load": round(os.getloadavg()[0], 1),
     }
 
 

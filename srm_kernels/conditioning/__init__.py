@@ -77,7 +77,7 @@ def landmark_solve(
 
     - "cholesky": the similar symmetric system, κ₂ ≤ (1 + λ)/λ always. Acts on the symmetric part of the
       logits and needs ridge > 0. A matrix that breaks down, whose logits are not symmetric within
-      1e-3·(1 + max|l|), or whose rows' logsumexp lie so far apart (64 in fp32) that the symmetric form
+      1e-3·(1 + max|l|), or whose rows' logsumexp lie so far apart (41 in fp32) that the symmetric form
       underflows, goes to "lu", that matrix alone.
     - "lu": partial pivoting. With ridge 0 a singular matrix gives NaN, never a plausible number.
     - "svd": pseudo-inverse; with ridge 0, singular values up to r·eps·σ_max are dropped (minimum norm) and

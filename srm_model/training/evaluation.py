@@ -14,6 +14,7 @@ from tqdm import tqdm
 from srm_model import ranks
 from srm_model.metrics import LogisticMap, plcc, srocc
 from srm_model.modules import evaluating
+from srm_model.training.faults import outlive_sigterm
 from srm_model.training.seeding import seeded
 
 
@@ -42,6 +43,7 @@ def predict(
         batch_sampler=[list(range(i, min(i + batch_size, len(dataset)))) for i in starts],
         num_workers=workers,
         pin_memory=device.type == "cuda",
+        worker_init_fn=outlive_sigterm,
     )
     stochastic = getattr(model, "stochastic", False)
     found: dict[int, np.ndarray] = {}

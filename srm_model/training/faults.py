@@ -59,9 +59,15 @@ class Termination:
             raise Preempted
 
 
+def outlive_sigterm(worker: int) -> None:
+    """For workers: schedulers send SIGTERM to every process, and the one that trains ends its workers itself."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def is_worker_death(error: BaseException) -> bool:
     """Whether torch's DataLoader raised this for a worker that was killed."""
-    return isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
+    known = isinstance(error, RuntimeError) and not isinstance(error, WorkerError)
+    return known and "DataLoader worker (pid" in str(error)
 
 
 def reading_fault(error: Exception) -> Exception:

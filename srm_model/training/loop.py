@@ -37,6 +37,7 @@ from srm_model.training.faults import (
     Preempted,
     Termination,
     is_worker_death,
+    outlive_sigterm,
     reading_fault,
 )
 from srm_model.training.optimisation import (
@@ -266,6 +267,7 @@ class _Run:
             batch_sampler=[*chain.from_iterable(shares[at.step :])],
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
+            worker_init_fn=outlive_sigterm,
             # Its own: beginning to read would draw from the generator of training, once more after every resumption.
             generator=torch.Generator().manual_seed(config.seed),
         )
@@ -311,7 +313,7 @@ class _Run:
                 self._check(outcome, at, batch)
                 if outcome == STEPPED and self.average is not None:
                     average_weights(self.average, self.model, config.weights_ema, step)
-                at.add(losses, len(batch), skipped=outcome != STEPPED)
+                at.add(losses if outcome != FAILED else None, len(batch), skipped=outcome != STEPPED)
                 at.seconds = time.perf_counter() - start
                 at.whole = True
                 bar.update(len(batch))

@@ -10,7 +10,7 @@ from torch import Tensor
 from srm_model import ranks
 from srm_model.training.seeding import random_state, set_random_state
 
-_KEPT = ("step", "seen", "seconds", "waited", "skipped", "failures")
+_KEPT = ("step", "seen", "counted", "seconds", "waited", "skipped", "failures")
 
 
 class Progress:
@@ -20,6 +20,7 @@ class Progress:
         self.epoch, self.steps, self.device = epoch, steps, device
         self.step = 0  # optimiser steps taken
         self.seen = 0  # images
+        self.counted = 0  # images whose losses are in `sums`: those of steps that failed are not
         self.seconds = 0.0
         self.waited = 0.0  # seconds of those in which the next batch was not there yet
         self.skipped = 0  # steps that the loss scaler skipped
@@ -38,10 +39,12 @@ class Progress:
     def __str__(self) -> str:
         return f"epoch {self.epoch + 1}, step {self.step} of {self.steps}"
 
-    def add(self, losses: dict[str, Tensor], images: int, *, skipped: bool) -> None:
-        """A step, with its whole batch's mean losses and size."""
-        for name, value in losses.items():
-            self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value * images
+    def add(self, losses: dict[str, Tensor] | None, images: int, *, skipped: bool) -> None:
+        """A step, with its whole batch's mean losses, None where they are not finite, and size."""
+        if losses is not None:
+            for name, value in losses.items():
+                self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value * images
+            self.counted += images
         self.seen += images
         self.skipped += skipped
         self.step += 1
@@ -57,7 +60,7 @@ class Progress:
         """Mean losses, share of capped images, speed and share of the time that was spent waiting for data."""
         capped, images = ranks.total(self._capped).tolist()
         return {
-            **{name: float(value) / self.seen for name, value in self.sums.items()},
+            **{name: float(value) / self.counted for name, value in self.sums.items()},
             **({"gain_active": capped / images} if images else {}),
             "seconds": self.seconds,
             "images_per_second": self.seen / self.seconds,

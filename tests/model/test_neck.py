@@ -12,6 +12,7 @@ import torch
 
 from srm_model import SRMConfig, SRMNeck
 from srm_model.neck import PlainNeck
+from srm_model.statistics import BatchStatistics
 
 CHANNELS = (6, 8, 10, 12)
 SMALL = SRMConfig(channels=32, heads=2, rank=5, pool_size=4, image_size=64)
@@ -227,6 +228,23 @@ def test_statistics_move_in_training_only_by_the_stated_average():
     frozen = {name: value.clone() for name, value in neck.named_buffers()}
     neck.eval()(make_pyramid(3, seed=3, scale=9.0))
     assert all(torch.equal(value, frozen[name]) for name, value in neck.named_buffers())
+
+
+def test_statistics_that_are_not_finite_are_left_out():
+    neck = make_neck().train()
+    neck(make_pyramid(3, seed=1))
+    link = neck.links["4to2"]
+    before, m0 = link.sigma.clone(), neck.median_rms.clone()
+    statistics = BatchStatistics()
+    statistics.sigma = {"4to2": torch.tensor([math.nan, 1.0])}
+    statistics.norms = torch.full((3,), math.inf)
+    neck.track(statistics)
+    assert link.sigma[0] == before[0]
+    assert link.sigma[1] == pytest.approx(0.99 * float(before[1]) + 0.01)
+    assert neck.median_rms == m0
+    link.sigma_started.fill_(False)
+    neck.track(statistics)
+    assert not link.sigma_started
 
 
 def test_the_cap_leaves_typical_images_alone_and_binds_on_grown_ones():

@@ -8,12 +8,14 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from forked import on_ranks, start
 from photographs import FLAGS, write_set
 from safetensors.torch import load_file
 
 from srm_model.cli import main
+from srm_model.cli.options import byte_count
 from srm_model.files import read_json
 from srm_model.training.state import read_state
 
@@ -77,3 +79,16 @@ def test_a_set_in_which_one_label_has_changed_is_another_set(tmp_path: Path, cap
     assert re.search(r"training set '18 images of \w{12}' there, '18 images of \w{12}' here", found)
     path.write_text(first + "\n" + rest)
     assert main(command) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("500MB", 5 * 10**8), ("1.5 GB", 15 * 10**8), ("20kB", 20_000), ("7", 7)]
+)
+def test_sizes_are_read_as_people_write_them(text: str, size: int):
+    assert byte_count(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "1.2.3GB", "5 bytes"])
+def test_what_is_no_size_is_refused(text: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["train", "--data", "D", "--out", "O", "--cache", "C", f"--cache-size={text}"]) == 2
+    assert "is not a size such as 500MB or 20GB" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import errno
 import multiprocessing
 import os
 import pickle
+import time
 from pathlib import Path
 
 import numpy as np
@@ -45,13 +46,16 @@ def test_what_is_kept_is_what_would_be_read_and_is_not_decoded_again(tmp_path, p
 def test_the_bound_is_kept_by_processes_that_store_at_once(tmp_path, pictures):
     folder = tmp_path / "cache"
 
-    def read() -> None:
+    def read(first: int) -> None:
+        save = np.save
+        np.save = lambda *arguments: (time.sleep(0.05), save(*arguments))  # time for the others to interfere
         cache = ImageCache(folder, 3 * BYTES + 5)
-        for path in pictures:
+        for path in pictures[first:] + pictures[:first]:
             assert np.array_equal(cache.get(path, 24), load_resized(path, 24))
         os._exit(0)
 
-    processes = [multiprocessing.get_context("fork").Process(target=read) for _ in range(3)]
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=read, args=(2 * number,)) for number in range(3)]
     for process in processes:
         process.start()
     for process in processes:

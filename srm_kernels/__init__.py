@@ -1,4 +1,4 @@
-"""Operators of the Spectral Robustness Mixer: landmarks, conditioning, attention, scale, gate.
+"""Operators of the Spectral Robustness Mixer: landmarks, conditioning, attention, scale, pooling, gate.
 
 Every operator takes CPU or CUDA tensors and `backend=None`; `backends()` says which implementations can run.
 Importing needs neither a GPU, nor Triton, nor a compiler.
@@ -9,6 +9,7 @@ from .attention import full_attention, nystrom_attention
 from .conditioning import LandmarkSolution, Solver, landmark_solve
 from .gate import GatedFusion, GateLosses, gate_losses, gated_fusion
 from .landmarks import ridge_leverage_scores, select_landmarks
+from .pool import adaptive_pool
 from .runtime import BackendStatus, backends
 from .scale import RMSScale, dyt, rms_scale
 
@@ -19,6 +20,7 @@ __all__ = [
     "LandmarkSolution",
     "RMSScale",
     "Solver",
+    "adaptive_pool",
     "backends",
     "dyt",
     "flops",

@@ -19,7 +19,7 @@ ENVIRONMENT_VARIABLE = "SRM_KERNELS_BACKEND"
 BACKENDS = {
     "reference": "the mathematics in plain PyTorch",
     "sdpa": "attention through scaled_dot_product_attention; the other operators have one plain-PyTorch form",
-    "triton": "fused Triton kernels for landmarks and attention",
+    "triton": "fused Triton kernels for landmarks, attention, scale, gate and pooling",
     "cuda": "CUDA kernels of csrc",
 }
 LEAST_CAPABILITY = (8, 0)
@@ -121,3 +121,11 @@ def choose_backend(
         reason = _missing().get(name) or refused.get(name) or only
         raise NotImplementedError(f"backend {name!r} cannot run {operator}: {reason}")
     return name
+
+
+def kernels_first(requested: str | None, tensor: torch.Tensor, operator: str) -> str:
+    """The choice for an operator with kernels for every size: they come first on a CUDA device, elsewhere by name."""
+    plain = ("reference", "sdpa")
+    refusal = triton_refusal(tensor)
+    implementations = ("triton", *plain) if tensor.is_cuda else (*plain, "triton")
+    return choose_backend(requested, implementations, operator, {"triton": refusal} if refusal else None)

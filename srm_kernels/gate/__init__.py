@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from ..checks import check_number, check_tensors, wide_dtype
-from ..registration import register_operator
-from ..runtime import choose_backend
+from ..registration import later, register_operator
+from ..runtime import kernels_first
 from . import reference
 
-_IMPLEMENTATIONS = ("reference", "sdpa")
+_PLAIN, _KERNELS = ("reference", "sdpa"), f"{__name__}.kernels"
 
 
 class GatedFusion(NamedTuple):
@@ -42,18 +42,20 @@ _fusion = register_operator(
     "gated_fusion",
     "Tensor maps, Tensor logits, Tensor? cap, float temperature, float eps",
     "(Tensor, Tensor, Tensor, Tensor)",
-    dict.fromkeys(_IMPLEMENTATIONS, reference.gated_fusion),
+    dict.fromkeys(_PLAIN, reference.gated_fusion) | {"triton": later(_KERNELS, "gated_fusion")},
     fake=_fake_fusion,
     differentiable=("maps", "logits"),
+    derivatives={"triton": later(_KERNELS, "gated_fusion_backward")},
 )
 
 _losses = register_operator(
     "gate_losses",
     "Tensor weights, float entropy_floor",
     "(Tensor, Tensor)",
-    dict.fromkeys(_IMPLEMENTATIONS, reference.gate_losses),
+    dict.fromkeys(_PLAIN, reference.gate_losses) | {"triton": later(_KERNELS, "gate_losses")},
     fake=lambda weights, _: tuple(weights.new_empty((), dtype=wide_dtype(weights.dtype)) for _ in range(2)),
     differentiable=("weights",),
+    derivatives={"triton": later(_KERNELS, "gate_losses_backward")},
 )
 
 
@@ -94,7 +96,7 @@ def gated_fusion(
     elif cap is not None:
         check_number("cap", cap, above=0)
         cap = torch.full((), float(cap), dtype=wide_dtype(maps.dtype), device=maps.device)
-    chosen = choose_backend(backend, _IMPLEMENTATIONS, "gated_fusion")
+    chosen = kernels_first(backend, maps, "gated_fusion")
     return GatedFusion(*_fusion(maps, logits, cap, float(temperature), float(eps), chosen))
 
 
@@ -109,5 +111,5 @@ def gate_losses(weights: Tensor, *, entropy_floor: float, backend: str | None = 
     if weights.dim() != 2:
         raise ValueError(f"weights has shape {tuple(weights.shape)}; expected (B, S)")
     check_number("entropy_floor", entropy_floor, at_least=0)
-    chosen = choose_backend(backend, _IMPLEMENTATIONS, "gate_losses")
+    chosen = kernels_first(backend, weights, "gate_losses")
     return GateLosses(*_losses(weights, float(entropy_floor), chosen))

@@ -7,11 +7,11 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..checks import DTYPES, check_tensors, check_tokens, wide_dtype
-from ..registration import register_operator
-from ..runtime import choose_backend
+from ..registration import later, register_operator
+from ..runtime import kernels_first
 from . import reference
 
-_IMPLEMENTATIONS = ("reference", "sdpa")
+_PLAIN, _KERNELS = ("reference", "sdpa"), f"{__name__}.kernels"
 
 
 class RMSScale(NamedTuple):
@@ -25,21 +25,23 @@ _rms_scale = register_operator(
     "rms_scale",
     "Tensor y",
     "(Tensor, Tensor)",
-    dict.fromkeys(_IMPLEMENTATIONS, reference.rms_scale),
+    dict.fromkeys(_PLAIN, reference.rms_scale) | {"triton": later(_KERNELS, "rms_scale")},
     fake=lambda y: (
         y.new_empty((y.shape[1], y.shape[3]), dtype=wide_dtype(y.dtype)),
         y.new_empty((y.shape[1],), dtype=wide_dtype(y.dtype)),
     ),
     differentiable=("y",),
+    derivatives={"triton": later(_KERNELS, "rms_scale_backward")},
 )
 
 _dyt = register_operator(
     "dyt",
     "Tensor x, Tensor alpha, Tensor weight, Tensor bias",
     "Tensor",
-    dict.fromkeys(_IMPLEMENTATIONS, reference.dyt),
+    dict.fromkeys(_PLAIN, reference.dyt) | {"triton": later(_KERNELS, "dyt")},
     fake=lambda x, *_: x.new_empty(x.shape),
     differentiable=("x", "alpha", "weight", "bias"),
+    derivatives={"triton": later(_KERNELS, "dyt_backward")},
 )
 
 
@@ -51,7 +53,7 @@ def rms_scale(y: Tensor, *, backend: str | None = None) -> RMSScale:
     Differentiable where σ > 0. Raises TypeError for other dtypes, ValueError for other shapes.
     """
     check_tokens("y", y)
-    return RMSScale(*_rms_scale(y, choose_backend(backend, _IMPLEMENTATIONS, "rms_scale")))
+    return RMSScale(*_rms_scale(y, kernels_first(backend, y, "rms_scale")))
 
 
 def dyt(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor, *, backend: str | None = None) -> Tensor:
@@ -76,4 +78,4 @@ def dyt(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor, *, backend: str 
         )
     if alpha.numel() != 1:
         raise ValueError(f"alpha has shape {tuple(alpha.shape)}; expected one element")
-    return _dyt(x, alpha, weight, bias, choose_backend(backend, _IMPLEMENTATIONS, "dyt"))
+    return _dyt(x, alpha, weight, bias, kernels_first(backend, x, "dyt"))

@@ -25,12 +25,13 @@ CALLS = {
     ),
     "rms_scale": lambda b: srm_kernels.rms_scale(tokens(0, 1, 1, 4, 3), backend=b),
     "dyt": lambda b: srm_kernels.dyt(
-        torch.ones(2, 3), torch.tensor(1.0), torch.ones(3), torch.ones(3), backend=b
+        *(torch.ones(shape, dtype=torch.float64) for shape in ((2, 3), (), (3,), (3,))), backend=b
     ),
     "gated_fusion": lambda b: srm_kernels.gated_fusion(
-        torch.ones(1, 2, 3, 2, 2), torch.zeros(1, 2), cap=1.0, backend=b
+        tokens(0, 1, 2, 3, 2, 2), tokens(1, 1, 2), cap=1.0, backend=b
     ),
-    "gate_losses": lambda b: srm_kernels.gate_losses(torch.ones(1, 2) / 2, entropy_floor=0.5, backend=b),
+    "gate_losses": lambda b: srm_kernels.gate_losses(tokens(0, 1, 2) ** 2, entropy_floor=0.5, backend=b),
+    "adaptive_pool": lambda b: srm_kernels.adaptive_pool(tokens(0, 1, 2, 3, 4), 2, backend=b),
 }
 
 

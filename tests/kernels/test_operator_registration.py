@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from srm_kernels import (
+    adaptive_pool,
     dyt,
     full_attention,
     gate_losses,
@@ -90,6 +91,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[..., tuple[Tensor, ...]]]] =
         lambda a: gate_losses(a, entropy_floor=1.0),
         lambda dtype=torch.float32: (torch.softmax(fusion(dtype)[1], -1),),
     ),
+    "adaptive_pool": (lambda x: adaptive_pool(x, 2), lambda *a: (fusion(*a)[0][0],)),
     **{
         f"select_landmarks {m}": (
             lambda k, m=m: select_landmarks(k, 3, method=m),

@@ -1,0 +1,313 @@
+"""Gain-capped fusion and the gate's losses on the device, forward and backward.
+
+Fusion takes two launches: partial sums of ‖M‖² of every image, then γ from all of them and γM, M formed again from the
+stage maps, which are small and in the cache. Its backward likewise: the inner products that γ and the weights need,
+then every gradient. An image's parts depend on its shape alone, and are added in their order. The losses take one
+program, whatever the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..parts import INFINITY, empty, on_device, readable
+
+BLOCK = 1024  # elements of an image that a program holds
+IMAGES = 32  # of a tile of the losses
+TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
+
+
+@triton.jit
+def softmax_weights(logits_ptr, stride, temperature, S: tl.constexpr, STAGES: tl.constexpr):
+    """a = softmax(g / T) [STAGES], zeros in padding."""
+    s = tl.arange(0, STAGES)
+    logits = tl.load(logits_ptr + s * stride, mask=s < S, other=-INFINITY).to(tl.float32) / temperature
+    weights = tl.exp(logits - tl.max(logits, 0))
+    return weights / tl.sum(weights, 0)
+
+
+@triton.jit
+def pick(vector, index, STAGES: tl.constexpr):
+    return tl.sum(tl.where(tl.arange(0, STAGES) == index, vector, 0.0), 0)
+
+
+@triton.jit
+def element_offsets(element, h, w, stride_c, stride_h, stride_w):
+    """64-bit offsets of elements numbered through (C, h, w)."""
+    c, y, x = element // (h * w), element // w % h, element % w
+    return c.to(tl.int64) * stride_c + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
+
+
+@triton.jit
+def mixture(
+    maps_ptr, offsets, inside, weights, stride_s, S: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr
+):
+    """M = Σ_s a_s P_s of some elements, [BLOCK]."""
+    mixed = tl.zeros([BLOCK], tl.float32)
+    for s in range(S):
+        stage = tl.load(maps_ptr + s * stride_s + offsets, mask=inside, other=0.0).to(tl.float32)
+        mixed += pick(weights, s, STAGES) * stage
+    return mixed
+
+
+@triton.jit
+def _norm_kernel(
+    maps_ptr, logits_ptr, parts_ptr, elements, h, w, parts, stride_b, stride_s, stride_c, stride_h, stride_w,
+    logits_stride_b, logits_stride_s, temperature, S: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Σ M² of one part of an image."""
+    program = tl.program_id(0).to(tl.int64)
+    b, part = program // parts, (program % parts).to(tl.int32)
+    weights = softmax_weights(logits_ptr + b * logits_stride_b, logits_stride_s, temperature, S, STAGES)
+    element = part * BLOCK + tl.arange(0, BLOCK)
+    offsets = element_offsets(element, h, w, stride_c, stride_h, stride_w)
+    mixed = mixture(maps_ptr + b * stride_b, offsets, element < elements, weights, stride_s, S, STAGES, BLOCK)
+    tl.store(parts_ptr + program, tl.sum(mixed * mixed, 0))
+
+
+@triton.jit
+def _fuse_kernel(
+    maps_ptr, logits_ptr, parts_ptr, cap_ptr, fused_ptr, weights_ptr, gain_ptr, norm_ptr, elements, h, w,
+    parts, stride_b, stride_s, stride_c, stride_h, stride_w, logits_stride_b, logits_stride_s, temperature,
+    eps, margin, CAPPED: tl.constexpr, S: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """γM of one part of an image; the first part also writes a, γ and ‖M‖."""
+    program = tl.program_id(0).to(tl.int64)
+    b, part = program // parts, (program % parts).to(tl.int32)
+    weights = softmax_weights(logits_ptr + b * logits_stride_b, logits_stride_s, temperature, S, STAGES)
+    others = tl.arange(0, PARTS)
+    norm = tl.sqrt(tl.sum(tl.load(parts_ptr + b * parts + others, mask=others < parts, other=0.0), 0))
+    if CAPPED:
+        ratio = tl.load(cap_ptr).to(tl.float32) * margin / (norm + eps)
+        gain = tl.where(ratio >= 1.0, 1.0, ratio)  # NaN stays NaN
+    else:
+        gain = tl.where(norm == norm, 1.0, norm)
+    element = part * BLOCK + tl.arange(0, BLOCK)
+    offsets = element_offsets(element, h, w, stride_c, stride_h, stride_w)
+    mixed = mixture(maps_ptr + b * stride_b, offsets, element < elements, weights, stride_s, S, STAGES, BLOCK)
+    fused = (gain * mixed).to(fused_ptr.dtype.element_ty)
+    tl.store(fused_ptr + b * elements + element, fused, mask=element < elements)
+    if part == 0:
+        s = tl.arange(0, STAGES)
+        tl.store(weights_ptr + b * S + s, weights, mask=s < S)
+        tl.store(gain_ptr + b, gain)
+        tl.store(norm_ptr + b, norm)
+
+
+@triton.jit
+def _products_kernel(
+    maps_ptr, weights_ptr, dfused_ptr, parts_ptr, elements, h, w, parts, stride_b, stride_s, stride_c,
+    stride_h, stride_w, dfused_stride_b, dfused_stride_c, dfused_stride_h, dfused_stride_w, S: tl.constexpr,
+    STAGES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """⟨dF, P_s⟩ and ⟨M, P_s⟩ over one part of an image: parts [2, S]."""
+    program = tl.program_id(0).to(tl.int64)
+    b, part = program // parts, (program % parts).to(tl.int32)
+    s = tl.arange(0, STAGES)
+    weights = tl.load(weights_ptr + b * S + s, mask=s < S, other=0.0)
+    element = part * BLOCK + tl.arange(0, BLOCK)
+    inside = element < elements
+    offsets = element_offsets(element, h, w, stride_c, stride_h, stride_w)
+    upstream = element_offsets(element, h, w, dfused_stride_c, dfused_stride_h, dfused_stride_w)
+    dfused = tl.load(dfused_ptr + b * dfused_stride_b + upstream, mask=inside, other=0.0).to(tl.float32)
+    maps_ptr += b * stride_b
+    mixed = mixture(maps_ptr, offsets, inside, weights, stride_s, S, STAGES, BLOCK)
+    for stage in range(S):
+        values = tl.load(maps_ptr + stage * stride_s + offsets, mask=inside, other=0.0).to(tl.float32)
+        tl.store(parts_ptr + (program * 2) * S + stage, tl.sum(dfused * values, 0))
+        tl.store(parts_ptr + (program * 2 + 1) * S + stage, tl.sum(mixed * values, 0))
+
+
+@triton.jit
+def _fusion_backward_kernel(
+    maps_ptr, weights_ptr, gain_ptr, norm_ptr, cap_ptr, dfused_ptr, dweights_ptr, dgain_ptr, dnorm_ptr,
+    parts_ptr, dmaps_ptr, dlogits_ptr, elements, h, w, parts, stride_b, stride_s, stride_c, stride_h,
+    stride_w, dfused_stride_b, dfused_stride_c, dfused_stride_h, dfused_stride_w, temperature, eps, margin,
+    CAPPED: tl.constexpr, S: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dP of one part of an image, dM = γ dF + (d‖M‖/‖M‖) M; the first part also writes the gradient of the logits."""
+    program = tl.program_id(0).to(tl.int64)
+    b, part = program // parts, (program % parts).to(tl.int32)
+    s = tl.arange(0, STAGES)
+    others = tl.arange(0, PARTS)
+    known = (others < parts)[:, None] & (s < S)[None, :]
+    base = parts_ptr + (b * parts + others[:, None]) * 2 * S + s[None, :]
+    upstream_products = tl.sum(tl.load(base, mask=known, other=0.0), 0)  # ⟨dF, P_s⟩ [STAGES]
+    own_products = tl.sum(tl.load(base + S, mask=known, other=0.0), 0)  # ⟨M, P_s⟩
+    weights = tl.load(weights_ptr + b * S + s, mask=s < S, other=0.0)
+    gain, norm = tl.load(gain_ptr + b), tl.load(norm_ptr + b)
+    dgain = tl.load(dgain_ptr + b) + tl.sum(weights * upstream_products, 0)
+    dnorm = tl.load(dnorm_ptr + b)
+    if CAPPED:
+        ratio = tl.load(cap_ptr).to(tl.float32) * margin / (norm + eps)
+        dnorm -= tl.where(ratio > 1.0, 0.0, dgain * ratio / (norm + eps))
+    # The norm's derivative at 0 is taken as 0, as torch does.
+    along = tl.where(norm == 0.0, 0.0, dnorm / norm)
+    if part == 0:
+        dweights = tl.load(dweights_ptr + b * S + s, mask=s < S, other=0.0)
+        dweights += gain * upstream_products + along * own_products
+        dlogits = weights * (dweights - tl.sum(weights * dweights, 0)) / temperature
+        tl.store(dlogits_ptr + b * S + s, dlogits.to(dlogits_ptr.dtype.element_ty), mask=s < S)
+    element = part * BLOCK + tl.arange(0, BLOCK)
+    inside = element < elements
+    offsets = element_offsets(element, h, w, stride_c, stride_h, stride_w)
+    upstream = element_offsets(element, h, w, dfused_stride_c, dfused_stride_h, dfused_stride_w)
+    dfused = tl.load(dfused_ptr + b * dfused_stride_b + upstream, mask=inside, other=0.0).to(tl.float32)
+    mixed = mixture(maps_ptr + b * stride_b, offsets, inside, weights, stride_s, S, STAGES, BLOCK)
+    dmixed = gain * dfused + along * mixed
+    for stage in range(S):
+        dmap = (pick(weights, stage, STAGES) * dmixed).to(dmaps_ptr.dtype.element_ty)
+        tl.store(dmaps_ptr + (b * S + stage) * elements + element, dmap, mask=inside)
+
+
+@triton.jit
+def load_images(
+    weights_ptr, first, batch, stride_b, stride_s, S: tl.constexpr, STAGES: tl.constexpr, IMAGES: tl.constexpr
+):
+    """a of a tile of images [IMAGES, STAGES], zeros in padding."""
+    b, s = first + tl.arange(0, IMAGES), tl.arange(0, STAGES)
+    inside = (b < batch)[:, None] & (s < S)[None, :]
+    offsets = b.to(tl.int64)[:, None] * stride_b + s[None, :] * stride_s
+    return tl.load(weights_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def shortfall(weights, floor, inside):
+    """H_min − H(a_b) [IMAGES], and log a with 0·log 0 = 0."""
+    logs = tl.log(tl.maximum(weights, TINY, propagate_nan=tl.PropagateNan.ALL))
+    return tl.where(inside, floor + tl.sum(weights * logs, 1), 0.0), logs
+
+
+@triton.jit(do_not_specialize=["batch"])
+def _losses_kernel(
+    weights_ptr, entropy_ptr, balance_ptr, batch, stride_b, stride_s, floor, S: tl.constexpr,
+    STAGES: tl.constexpr, IMAGES: tl.constexpr,
+):  # fmt: skip
+    s = tl.arange(0, STAGES)
+    total = tl.zeros([STAGES], tl.float32)
+    entropy = 0.0
+    for first in range(0, batch, IMAGES):
+        weights = load_images(weights_ptr, first, batch, stride_b, stride_s, S, STAGES, IMAGES)
+        below, _ = shortfall(weights, floor, first + tl.arange(0, IMAGES) < batch)
+        entropy += tl.sum(tl.where(below < 0.0, 0.0, below), 0)  # NaN stays NaN
+        total += tl.sum(weights, 0)
+    count = batch.to(tl.float32)
+    excess = tl.where(s < S, total / count - 1.0 / S, 0.0)
+    tl.store(entropy_ptr, entropy / count)
+    tl.store(balance_ptr, tl.sum(excess * excess, 0))
+
+
+@triton.jit(do_not_specialize=["batch"])
+def _losses_backward_kernel(
+    weights_ptr, dentropy_ptr, dbalance_ptr, dweights_ptr, batch, stride_b, stride_s, floor, S: tl.constexpr,
+    STAGES: tl.constexpr, IMAGES: tl.constexpr,
+):  # fmt: skip
+    s = tl.arange(0, STAGES)
+    total = tl.zeros([STAGES], tl.float32)
+    for first in range(0, batch, IMAGES):
+        total += tl.sum(load_images(weights_ptr, first, batch, stride_b, stride_s, S, STAGES, IMAGES), 0)
+    count = batch.to(tl.float32)
+    dentropy = tl.load(dentropy_ptr) / count
+    dbalance = tl.load(dbalance_ptr) * 2.0 / count * (total / count - 1.0 / S)  # [STAGES]
+    for first in range(0, batch, IMAGES):
+        b = first + tl.arange(0, IMAGES)
+        weights = load_images(weights_ptr, first, batch, stride_b, stride_s, S, STAGES, IMAGES)
+        below, logs = shortfall(weights, floor, b < batch)
+        slope = logs + tl.where(weights >= TINY, 1.0, 0.0)
+        dweights = tl.where((below < 0.0)[:, None], 0.0, dentropy * slope) + dbalance[None, :]
+        inside = (b < batch)[:, None] & (s < S)[None, :]
+        offsets = b.to(tl.int64)[:, None] * S + s[None, :]
+        tl.store(dweights_ptr + offsets, dweights.to(dweights_ptr.dtype.element_ty), mask=inside)
+
+
+def gated_fusion(
+    maps: Tensor, logits: Tensor, cap: Tensor | None, temperature: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(γM, a, γ, ‖M‖) as `reference.gated_fusion` gives them."""
+    dtype, maps, logits = maps.dtype, readable(maps), readable(logits)
+    B, S, C, h, w = maps.shape
+    parts = -(-C * h * w // BLOCK)
+    squares = empty((B, parts), maps, torch.float32)
+    fused = empty((B, C, h, w), maps, maps.dtype)
+    weights, gain, norm = (empty(size, maps, torch.float32) for size in ((B, S), (B,), (B,)))
+    shape = (C * h * w, h, w, parts, *maps.stride(), *logits.stride(), temperature)
+    tile = {"S": S, "STAGES": _power(S), "BLOCK": BLOCK, "num_warps": 4}
+    with on_device(maps):
+        _norm_kernel[(B * parts,)](maps, logits, squares, *shape, **tile)
+        _fuse_kernel[(B * parts,)](
+            maps, logits, squares, squares if cap is None else cap, fused, weights, gain, norm, *shape, eps,
+            _margin(dtype), CAPPED=cap is not None, PARTS=_power(parts), **tile,
+        )  # fmt: skip
+    return fused.to(dtype), weights, gain, norm
+
+
+def gated_fusion_backward(
+    grads: Sequence[Tensor],
+    results: Sequence[Tensor],
+    maps: Tensor,
+    logits: Tensor,
+    cap: Tensor | None,
+    temperature: float,
+    eps: float,
+) -> list[Tensor]:
+    """[dP, dg] from the gradients of all four results."""
+    _, weights, gain, norm = results
+    dtype, maps = maps.dtype, readable(maps)
+    dfused, *small = readable(grads[0]), *(grad.contiguous() for grad in grads[1:])
+    B, S, C, h, w = maps.shape
+    parts = -(-C * h * w // BLOCK)
+    products = empty((B, parts, 2, S), maps, torch.float32)
+    dmaps = empty(tuple(maps.shape), maps, maps.dtype)
+    dlogits = empty((B, S), maps, torch.float32)
+    shape = (C * h * w, h, w, parts, *maps.stride(), *dfused.stride())
+    tile = {"S": S, "STAGES": _power(S), "BLOCK": BLOCK, "num_warps": 4}
+    with on_device(maps):
+        _products_kernel[(B * parts,)](maps, weights, dfused, products, *shape, **tile)
+        _fusion_backward_kernel[(B * parts,)](
+            maps, weights, gain, norm, norm if cap is None else cap, dfused, *small, products, dmaps, dlogits,
+            *shape, temperature, eps, _margin(dtype), CAPPED=cap is not None, PARTS=_power(parts), **tile,
+        )  # fmt: skip
+    return [dmaps.to(dtype), dlogits.to(logits.dtype)]
+
+
+def gate_losses(weights: Tensor, entropy_floor: float) -> tuple[Tensor, Tensor]:
+    """(entropy, balance) as `reference.gate_losses` gives them."""
+    weights = readable(weights)
+    B, S = weights.shape
+    entropy, balance = empty((), weights, torch.float32), empty((), weights, torch.float32)
+    with on_device(weights):
+        _losses_kernel[(1,)](
+            weights, entropy, balance, B, *weights.stride(), entropy_floor, S=S, STAGES=_power(S),
+            IMAGES=IMAGES, num_warps=1,
+        )  # fmt: skip
+    return entropy, balance
+
+
+def gate_losses_backward(
+    grads: Sequence[Tensor], results: Sequence[Tensor], weights: Tensor, entropy_floor: float
+) -> list[Tensor]:
+    """[da]."""
+    dtype, weights = weights.dtype, readable(weights)
+    B, S = weights.shape
+    dweights = empty((B, S), weights, weights.dtype)
+    with on_device(weights):
+        _losses_backward_kernel[(1,)](
+            weights, *(grad.contiguous() for grad in grads), dweights, B, *weights.stride(), entropy_floor,
+            S=S, STAGES=_power(S), IMAGES=IMAGES, num_warps=1,
+        )  # fmt: skip
+    return [dweights.to(dtype)]
+
+
+def _margin(dtype: torch.dtype) -> float:
+    """1 − 2u: what rounding γM to half precision may add to its norm."""
+    return 1 - torch.finfo(dtype).eps if dtype in (torch.bfloat16, torch.float16) else 1.0
+
+
+def _power(size: int) -> int:
+    return 1 << (size - 1).bit_length()

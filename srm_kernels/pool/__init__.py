@@ -1,0 +1,37 @@
+"""Adaptive average pooling of feature maps to a square grid (SPEC 1.5, article 3.6)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..checks import check_count, check_tensors
+from ..registration import later, register_operator
+from ..runtime import kernels_first
+from . import reference
+
+_KERNELS = f"{__name__}.kernels"
+
+_pool = register_operator(
+    "adaptive_pool",
+    "Tensor x, int size",
+    "Tensor",
+    dict.fromkeys(("reference", "sdpa"), reference.adaptive_pool)
+    | {"triton": later(_KERNELS, "adaptive_pool")},
+    fake=lambda x, size: x.new_empty((*x.shape[:2], size, size)),
+    differentiable=("x",),
+    derivatives={"triton": later(_KERNELS, "adaptive_pool_backward")},
+)
+
+
+def adaptive_pool(x: Tensor, size: int, *, backend: str | None = None) -> Tensor:
+    """Mean over the cells of a P×P grid, as `torch.nn.functional.adaptive_avg_pool2d` divides it.
+
+    x: (B, C, h, w), float64, float32, bfloat16 or float16, any strides; h and w need be no multiples of P, nor
+    larger. size: P ≥ 1. Sums are fp32 (fp64 for fp64). Returns (B, C, P, P) in x's dtype, contiguous. Twice
+    differentiable through the reference. Raises TypeError for dtypes, ValueError for shapes or size < 1.
+    """
+    check_tensors(x=x)
+    if x.dim() != 4:
+        raise ValueError(f"x has shape {tuple(x.shape)}; expected (B, C, h, w)")
+    check_count("size", size)
+    return _pool(x, size, kernels_first(backend, x, "adaptive_pool"))

@@ -1,14 +1,15 @@
-"""Operators of the Spectral Robustness Mixer: landmarks, conditioning, attention, scale, pooling, gate.
+"""Operators of the Spectral Robustness Mixer: landmarks, conditioning, attention, scale, pooling, gate, neck.
 
 Every operator takes CPU or CUDA tensors and `backend=None`; `backends()` says which implementations can run.
 Importing needs neither a GPU, nor Triton, nor a compiler.
 """
 
 from . import flops
-from .attention import full_attention, nystrom_attention
+from .attention import full_attention, landmark_side, nystrom_attention
 from .conditioning import LandmarkSolution, Solver, landmark_solve
 from .gate import GatedFusion, GateLosses, gate_losses, gated_fusion
 from .landmarks import ridge_leverage_scores, select_landmarks
+from .neck import PooledLink, fuses, pooled_link
 from .pool import adaptive_pool
 from .runtime import BackendStatus, backends
 from .scale import RMSScale, dyt, rms_scale
@@ -18,6 +19,7 @@ __all__ = [
     "GateLosses",
     "GatedFusion",
     "LandmarkSolution",
+    "PooledLink",
     "RMSScale",
     "Solver",
     "adaptive_pool",
@@ -25,10 +27,13 @@ __all__ = [
     "dyt",
     "flops",
     "full_attention",
+    "fuses",
     "gate_losses",
     "gated_fusion",
+    "landmark_side",
     "landmark_solve",
     "nystrom_attention",
+    "pooled_link",
     "ridge_leverage_scores",
     "rms_scale",
     "select_landmarks",

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 from .attention import _attention, _blocks, _context, _query_side
 from .conditioning import _solve
 from .landmarks import _leverage, _select
+from .neck import _pooled
 
 Shape = tuple[int, ...]
 
@@ -62,6 +63,24 @@ def _query_side_op(query: Shape, keys: Shape, *_: Any) -> int:
     return _heads(query) * query_side_macs(query[2], keys[2], query[3])
 
 
+def _pooled_op(
+    features: Shape,
+    align_weight: Shape,
+    align_bias: Shape,
+    alpha: Shape | None,
+    weight: Shape | None,
+    bias: Shape | None,
+    query_weight: Shape,
+    keys: Shape,
+    *_: Any,
+) -> int:
+    """T, Q and the logits at every position, as the formula has them, whether or not a backend absorbs them."""
+    B, channels, height, width = features
+    H, rank, d = keys[1:]
+    C = query_weight[0]
+    return B * height * width * (channels * C + C * C + H * rank * d)
+
+
 def _blocks_op(
     key: Shape, value: Shape, landmarks: Shape | None, rank: int, method: str = "leverage", *_: Any
 ) -> int:
@@ -99,6 +118,7 @@ MACS: dict[Any, Callable[..., int]] = {
     _context: _context_op,
     _blocks: _blocks_op,
     _query_side: _query_side_op,
+    _pooled: _pooled_op,
     _solve: _solve_op,
     _leverage: _leverage_op,
     _select: _select_op,

@@ -190,45 +190,20 @@ def nystrom_attention(
     fused = solver == "cholesky" and not equilibrate
     chosen = _choose_backend(backend, query, min(rank, key.shape[2]), solve_dtype)
     s = 1 / math.sqrt(d) if scale is None else float(scale)
-    if landmarks is not None:
-        _check_landmarks(landmarks, key, rank)
-    elif chosen == "triton" and method in METHODS_OF_KERNELS:
-        rank = min(rank, key.shape[2])  # chosen by the kernels of the key side
-    else:
-        keys = reference.normalised_key(key.detach(), qk_norm)
-        landmarks = select_landmarks(
-            keys,
-            rank,
-            method=method,
-            gamma=gamma,
-            scale=s,
-            generator=generator,
-            backend="reference" if chosen == "triton" else chosen,
-        )
-        rank = landmarks.shape[-1]
     solve = (float(ridge), solver, equilibrate, float(kappa_max), neumann_order, neumann_gate)
     scales: RMSScale | None = None
     if chosen == "triton":
-        side = (key, value, landmarks, rank, method, float(gamma), s, qk_norm)
-        if fused:
-            keys, x, _, landmarks = _context(*side, float(ridge), chosen)
-        else:
-            keys, logits, rhs, _, landmarks = _blocks(*side, chosen)
-            x = landmark_solve(
-                logits,
-                rhs,
-                ridge=ridge,
-                solver=solver,
-                equilibrate=equilibrate,
-                kappa_max=kappa_max,
-                neumann_order=neumann_order,
-                neumann_gate=neumann_gate,
-                backend="reference",
-            ).x
+        keys, x, landmarks = _landmark_side(
+            key, value, landmarks, rank, method, float(gamma), s, qk_norm, generator, solve, chosen
+        )
         y, mean, spread = _query_side(query, keys, x, tau, s, qk_norm, statistics, chosen)
         if statistics:
             scales = _over_batch(mean, spread, query.shape[2])
     else:
+        if landmarks is None:
+            landmarks = _select(key, rank, method, float(gamma), s, qk_norm, generator, chosen)
+        else:
+            _check_landmarks(landmarks, key, rank)
         y = _attention(query, key, value, landmarks, s, qk_norm, solve_dtype, *solve, chosen)
         if statistics:
             scales = rms_scale(y.detach(), backend="reference")
@@ -252,6 +227,110 @@ def nystrom_attention(
             backend="reference" if chosen == "triton" else chosen,
         )
     return (y, solution, *extras)
+
+
+def landmark_side(
+    key: Tensor,
+    value: Tensor,
+    rank: int,
+    *,
+    landmarks: Tensor | None = None,
+    method: str = "leverage",
+    gamma: float = 1e-3,
+    ridge: float = 1e-3,
+    solver: str = "cholesky",
+    equilibrate: bool = False,
+    kappa_max: float = 1e6,
+    neumann_order: int = 3,
+    neumann_gate: bool = True,
+    qk_norm: str | None = None,
+    scale: float | None = None,
+    generator: torch.Generator | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The key side of Nyström attention alone: landmark keys K̃ as they were stored, and X (SPEC 2, article 3.3).
+
+    Arguments as in `nystrom_attention`. Returns (K̃, X), (B, H, r, d) each in fp32 (fp64 for fp64): K̃ = key[I], not
+    normalised, exact in the key's dtype; X = (W + λI)⁻¹ (R V). Y is softmax(Q K̃ᵀ s) X, K̃ normalised there as
+    `qk_norm` asks. Differentiable in key and value; twice through the reference.
+    backend: "triton" as for `nystrom_attention`, else "reference"; None takes it for CUDA tensors.
+    Raises TypeError for dtypes, ValueError for shapes and values, NotImplementedError for a backend that cannot run.
+    """
+    d = _check_attention(key, key, value, qk_norm, scale)
+    check_count("rank", rank)
+    check_choice("method", method, METHODS)
+    check_number("gamma", gamma, above=0)
+    check_solver(ridge, solver, equilibrate, kappa_max, neumann_order, neumann_gate)
+    refusal = triton_refusal(key) or kernel_limits(d, min(rank, key.shape[2]))
+    plain = ("reference", "sdpa")
+    implementations = ("triton", *plain) if key.is_cuda else (*plain, "triton")
+    chosen = choose_backend(
+        backend, implementations, "landmark_side", {"triton": refusal} if refusal else None
+    )
+    s = 1 / math.sqrt(d) if scale is None else float(scale)
+    solve = (float(ridge), solver, equilibrate, float(kappa_max), neumann_order, neumann_gate)
+    keys, x, _ = _landmark_side(
+        key, value, landmarks, rank, method, float(gamma), s, qk_norm, generator, solve, chosen
+    )
+    return keys, x
+
+
+def _landmark_side(
+    key: Tensor,
+    value: Tensor,
+    landmarks: Tensor | None,
+    rank: int,
+    method: str,
+    gamma: float,
+    scale: float,
+    qk_norm: str | None,
+    generator: torch.Generator | None,
+    solve: tuple[float, str, bool, float, int, bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(K̃, X, I); kernels choose the landmarks themselves where they can, and solve where the solver is the default."""
+    backend = "triton" if backend == "triton" else "reference"
+    if landmarks is not None:
+        _check_landmarks(landmarks, key, rank)
+    elif backend == "triton" and method in METHODS_OF_KERNELS:
+        rank = min(rank, key.shape[2])
+    else:
+        landmarks = _select(key, rank, method, gamma, scale, qk_norm, generator, "reference")
+        rank = landmarks.shape[-1]
+    side = (key, value, landmarks, rank, method, gamma, scale, qk_norm)
+    ridge, solver, equilibrate, kappa_max, neumann_order, neumann_gate = solve
+    if solver == "cholesky" and not equilibrate:
+        keys, x, _, landmarks = _context(*side, ridge, backend)
+        return keys, x, landmarks
+    keys, logits, rhs, _, landmarks = _blocks(*side, backend)
+    x = landmark_solve(
+        logits,
+        rhs,
+        ridge=ridge,
+        solver=solver,
+        equilibrate=equilibrate,
+        kappa_max=kappa_max,
+        neumann_order=neumann_order,
+        neumann_gate=neumann_gate,
+        backend="reference",
+    ).x
+    return keys, x, landmarks
+
+
+def _select(
+    key: Tensor,
+    rank: int,
+    method: str,
+    gamma: float,
+    scale: float,
+    qk_norm: str | None,
+    generator: torch.Generator | None,
+    backend: str,
+) -> Tensor:
+    keys = reference.normalised_key(key.detach(), qk_norm)
+    return select_landmarks(
+        keys, rank, method=method, gamma=gamma, scale=scale, generator=generator, backend=backend
+    )
 
 
 def full_attention(

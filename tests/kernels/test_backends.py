@@ -31,6 +31,14 @@ CALLS = {
         tokens(0, 1, 2, 3, 2, 2), tokens(1, 1, 2), cap=1.0, backend=b
     ),
     "gate_losses": lambda b: srm_kernels.gate_losses(tokens(0, 1, 2) ** 2, entropy_floor=0.5, backend=b),
+    "landmark_side": lambda b: srm_kernels.landmark_side(
+        *[tokens(i, 1, 1, 4, 3) for i in range(2)], 2, backend=b
+    ),
+    "pooled_link": lambda b: srm_kernels.pooled_link(
+        *[tokens(i, *s) for i, s in enumerate(((1, 2, 3, 3), (3, 2), (3,), (3, 3), (1, 1, 2, 3)))],
+        size=2,
+        backend=b,
+    ),
     "adaptive_pool": lambda b: srm_kernels.adaptive_pool(tokens(0, 1, 2, 3, 4), 2, backend=b),
 }
 

@@ -22,15 +22,17 @@ from srm_kernels import (
     full_attention,
     gate_losses,
     gated_fusion,
+    landmark_side,
     landmark_solve,
     nystrom_attention,
+    pooled_link,
     ridge_leverage_scores,
     rms_scale,
     select_landmarks,
 )
 
 # Reached by backend="triton" alone, and checked in test_triton_attention.py.
-KERNELS_ROAD = {"srm::landmark_context", "srm::landmark_blocks", "srm::landmark_attention"}
+KERNELS_ROAD = {"srm::landmark_attention"}
 METHODS = ("leverage", "leverage_sample", "uniform", "kmeans++", "pivoted_cholesky")
 
 
@@ -54,6 +56,12 @@ def dyt_inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
         tokens(8, 4, dtype=dtype),
         tokens(9, 4, dtype=dtype),
     )
+
+
+def pooled(dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    shapes = (2, 3, 5, 4), (8, 3), (8,), (8, 8), (2, 2, 3, 4), (1,), (8,), (8,)
+    return tuple(tokens(30 + i, *s, dtype=wide if i == 4 else dtype) for i, s in enumerate(shapes))
 
 
 def given(like: Tensor) -> Tensor:
@@ -90,6 +98,16 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[..., tuple[Tensor, ...]]]] =
     "gate_losses": (
         lambda a: gate_losses(a, entropy_floor=1.0),
         lambda dtype=torch.float32: (torch.softmax(fusion(dtype)[1], -1),),
+    ),
+    "landmark_side": (lambda k, v: landmark_side(k, v, 4, qk_norm="keys"), lambda *a: attention(*a)[1:]),
+    "landmark_side by another solver": (
+        lambda k, v: landmark_side(k, v, 4, solver="lu"),
+        lambda *a: attention(*a)[1:],
+    ),
+    "pooled_link": (lambda *x: pooled_link(*x[:5], size=2, dyt=x[5:], x=x[4]), pooled),
+    "pooled_link without DyT": (
+        lambda *x: pooled_link(*x[:5], size=2).probabilities,
+        lambda *a: pooled(*a)[:5],
     ),
     "adaptive_pool": (lambda x: adaptive_pool(x, 2), lambda *a: (fusion(*a)[0][0],)),
     **{

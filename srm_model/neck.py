@@ -11,10 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srm_kernels import (
+    RMSScale,
+    adaptive_pool,
     dyt,
     full_attention,
+    fuses,
     gated_fusion,
+    landmark_side,
     nystrom_attention,
+    pooled_link,
     rms_scale,
     select_landmarks,
 )
@@ -121,6 +126,50 @@ class Link(nn.Module):
             diagnostics=diagnostics,
             backend=c.backend,
         )
+
+    def pooled(
+        self, features: Tensor, align: nn.Conv2d, source: Tensor, *, statistics: bool
+    ) -> tuple[Tensor, RMSScale | None]:
+        """The update U pooled, (B, C, P, P), from the target's map before it is aligned, and the statistic of Y."""
+        c = self.config
+        tokens = source.flatten(2).mT
+        tokens = self.dyt_key(tokens) if c.dyt else tokens
+        k, v = self._heads(self.key(tokens)), self._heads(self.value(tokens))
+        keys, x = landmark_side(
+            k,
+            v,
+            c.rank,
+            method=self.landmark_method,
+            gamma=c.gamma,
+            ridge=c.ridge,
+            solver=c.solver,
+            equilibrate=c.equilibrate,
+            kappa_max=c.kappa_max,
+            neumann_order=c.neumann_order,
+            neumann_gate=c.neumann_gate,
+            qk_norm=c.qk_norm,
+            generator=self._generator(),
+            backend=c.backend,
+        )
+        assert align.bias is not None
+        weights = (align.weight.flatten(1), align.bias, self.query.weight)
+        align_weight, align_bias, query_weight = (weight.to(k.dtype) for weight in weights)
+        query = self.dyt_query if c.dyt else None
+        link = pooled_link(
+            features.to(k.dtype),
+            align_weight,
+            align_bias,
+            query_weight,
+            keys,
+            size=c.pool_size,
+            dyt=None if query is None else (query.alpha, query.weight, query.bias),
+            x=x if statistics else None,
+            qk_norm=c.qk_norm,
+            backend=c.backend,
+        )
+        with torch.autocast(k.device.type, enabled=False):
+            y = (link.probabilities @ x).to(k.dtype)  # X may be far larger than Y: the product is fp32
+        return self.merge(y).mT.unflatten(-1, (c.pool_size, c.pool_size)), link.scale
 
     @property
     def landmark_method(self) -> str:
@@ -268,7 +317,7 @@ class SRMNeck(nn.Module):
             )
         if attention not in ATTENTIONS:
             raise ValueError(f"attention={attention!r}: expected one of {', '.join(map(repr, ATTENTIONS))}")
-        self.config = config
+        self.config, self.attention = config, attention
         C = config.channels
         self.align = nn.ModuleList(nn.Conv2d(width, C, 1) for width in in_channels)
         for conv in self.align:
@@ -296,7 +345,8 @@ class SRMNeck(nn.Module):
     ) -> NeckOutput:
         """Four maps (B, C_s, h_s, w_s), shallowest first → `NeckOutput`.
 
-        Unless the full-resolution pyramid is asked for, updates are pooled before τ and W_O: pooling is linear.
+        Unless the full-resolution pyramid is asked for, updates are pooled before τ and W_O: pooling is linear; and
+        where kernels serve, already the landmark probabilities are, so that nothing is written at full resolution.
 
         In training σ̄ and M₀ take in the batch, over all ranks of a process group, and the losses are those of the
         whole batch: their gradients, averaged over ranks as `DistributedDataParallel` does, are its gradients. Every
@@ -308,12 +358,16 @@ class SRMNeck(nn.Module):
         given = statistics is not None
         if statistics is None and self.training:
             statistics = BatchStatistics()
-        aligned = self._align(pyramid, every=return_pyramid)
-        updated = self._mix(
-            aligned, self._pool_sources(aligned), pooled=not return_pyramid, statistics=statistics
-        )
-        maps = [self._pooled(updated[stage]) for stage in self.config.fused_stages]
-        whole = [updated[stage] for stage in STAGES] if return_pyramid else None
+        whole = None
+        if not return_pyramid and self._fuses(pyramid):
+            maps = self._mix_fused(pyramid, statistics)
+        else:
+            aligned = self._align(pyramid, every=return_pyramid)
+            updated = self._mix(
+                aligned, self._pool_sources(aligned), pooled=not return_pyramid, statistics=statistics
+            )
+            maps = [self._pooled(updated[stage]) for stage in self.config.fused_stages]
+            whole = [updated[stage] for stage in STAGES] if return_pyramid else None
         output = self._fuse(maps, whole, statistics, finish=not given)
         if statistics is not None and not given:
             self.track(statistics)
@@ -394,6 +448,36 @@ class SRMNeck(nn.Module):
             base = self._pooled(aligned[target]) if pooled else aligned[target]
             updated[target] = base + self.beta[str(target)] * update
         return updated
+
+    def _fuses(self, pyramid: Sequence[Tensor]) -> bool:
+        """Whether links run as `pooled_link`: exact attention and blocks in the model's dtype have no such form."""
+        c = self.config
+        if self.attention != "nystrom" or c.solve_dtype != "fp32" or not self._acting:
+            return False
+        return fuses(pyramid[0], c.head_dim, c.rank, c.pool_size, backend=c.backend)
+
+    def _mix_fused(self, pyramid: Sequence[Tensor], statistics: BatchStatistics | None) -> list[Tensor]:
+        """The fused stages' maps (B, C, P, P): sources aligned whole, targets read where they are and pooled first."""
+        c = self.config
+        stages = sorted({source for source, _ in c.links})
+        sources = self._pool_sources({stage: self.align[stage - 1](pyramid[stage - 1]) for stage in stages})
+        track = statistics is not None and not statistics.finished
+        updates: dict[int, Tensor] = {}
+        for source, target in self._acting:
+            features = pyramid[target - 1]
+            update, scale = self._link(source, target).pooled(
+                features, cast(nn.Conv2d, self.align[target - 1]), sources[source], statistics=track
+            )
+            if statistics is not None and scale is not None:
+                tokens = features.shape[0] * features.shape[2] * features.shape[3]
+                statistics.add_scale(_link_name(source, target), scale, tokens)
+            updates[target] = updates[target] + update if target in updates else update
+        maps = []
+        for stage in c.fused_stages:
+            m = adaptive_pool(pyramid[stage - 1], c.pool_size, backend=c.backend)
+            m = self.align[stage - 1](m)
+            maps.append(m + self.beta[str(stage)] * updates[stage] if stage in updates else m)
+        return maps
 
     def _pool_tokens(self, y: Tensor, height: int, width: int) -> Tensor:
         """(B, H, h·w, d) → (B, H, P·P, d)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from srm_kernels import gate_losses, rms_scale
+from srm_kernels import RMSScale, gate_losses, rms_scale
 
 from . import ranks
 
@@ -33,9 +33,13 @@ class BatchStatistics:
 
     def add_link(self, name: str, y: Tensor, *, backend: str | None) -> None:
         """One micro-batch's Y (B, H, N, d) of a link, detached."""
-        mean, rms = rms_scale(y, backend=backend)
+        self.add_scale(name, rms_scale(y, backend=backend), y.shape[0] * y.shape[2])
+
+    def add_scale(self, name: str, scale: RMSScale, tokens: int) -> None:
+        """The same from the statistic of a link's Y over `tokens` tokens."""
+        mean, rms = (value.detach() for value in scale)
         self._single[name] = rms
-        count = rms.new_full((len(rms), 1), y.shape[0] * y.shape[2])
+        count = rms.new_full((len(rms), 1), tokens)
         packed = torch.cat([count, mean, count * rms[:, None].square()], 1)  # (H, 1 + d + 1)
         self._moments.setdefault(name, []).append(packed)
 

@@ -1,0 +1,213 @@
+"""The neck by kernels, in Triton's interpreter where there is no GPU, against the neck in plain PyTorch.
+
+Rule, for the fused map, every loss, gradient and statistic: the largest error against the reference neck in fp64 is at
+most twice that of the reference neck in the same precision, plus 64 units of fp32 (2 of the reduced precision) of the
+largest entry. What cancels, such as the gradient of a bias before a softmax, is measured by the largest of its kind.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+from srm_kernels.neck import kernels
+from srm_model import SRMConfig, SRMNeck, build_model
+from srm_model.attacks import MSE, fgsm
+from srm_model.statistics import BatchStatistics
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TINY = SRMConfig(channels=16, heads=1, rank=4, pool_size=2, image_size=32, entropy_floor=1.0)
+CHANNELS = (3, 4, 5, 6)
+
+
+@pytest.fixture(autouse=True)
+def larger_tiles(monkeypatch):
+    """The interpreter takes its time for every tile."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(kernels, "forward_positions", lambda *a: 64)
+        monkeypatch.setattr(kernels, "BACKWARD_POSITIONS", 64)
+
+
+def make_pyramid(batch: int, grids: list[tuple[int, int]], channels=CHANNELS, seed: int = 0) -> list[Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(batch, c, *grid, generator=g).to(DEVICE) for c, grid in zip(channels, grids, strict=True)
+    ]
+
+
+SQUARE = [(8, 8), (4, 4), (2, 2), (2, 2)]
+
+
+def make_neck(config: SRMConfig, grids=SQUARE, channels=CHANNELS, seed: int = 0) -> SRMNeck:
+    """Calibrated in plain PyTorch, with a gate that is not uniform and β, τ away from 1."""
+    torch.manual_seed(seed)
+    neck = SRMNeck(channels, config.replace(backend="reference")).to(DEVICE)
+    neck.calibrate(make_pyramid(3, grids, channels, seed=9))
+    with torch.no_grad():
+        for name, parameter in neck.named_parameters():
+            if name.startswith(("beta", "gate.readouts")) or name.endswith(("theta", "bias", "alpha")):
+                parameter += 0.3 * torch.rand_like(parameter)
+    return neck.train()
+
+
+def by_kernels(neck: SRMNeck) -> SRMNeck:
+    """The same weights and buffers in a neck that runs as kernels: switching is one argument."""
+    other = SRMNeck([conv.in_channels for conv in neck.align], neck.config.replace(backend="triton")).to(
+        DEVICE
+    )
+    other.load_state_dict(neck.state_dict())
+    return other.train(neck.training)
+
+
+def step(neck: SRMNeck, pyramid: list[Tensor]) -> dict[str, Tensor]:
+    """One forward and backward pass: everything that a training loop could see of it."""
+    torch.manual_seed(1)
+    maps = [m.detach().clone().requires_grad_() for m in pyramid]
+    out = neck(maps)
+    weight = torch.linspace(-1, 1, out.fused.numel(), device=DEVICE, dtype=torch.float64).view_as(out.fused)
+    loss = (out.fused * weight).sum() + sum(out.losses.values())
+    neck.zero_grad()
+    loss.backward()
+    seen = {"fused": out.fused, "weights": out.weights, "gain": out.gain, "norm": out.norm, **out.losses}
+    seen |= {f"buffer {name}": b for name, b in neck.named_buffers() if b.is_floating_point()}
+    seen |= {f"gradient {name}": p.grad for name, p in neck.named_parameters() if p.grad is not None}
+    seen |= {f"gradient map {i}": m.grad for i, m in enumerate(maps) if m.grad is not None}
+    return {name: value.detach().cpu() for name, value in seen.items()}
+
+
+def check(neck: SRMNeck, pyramid: list[Tensor], unit: float = 64 * torch.finfo(torch.float32).eps) -> None:
+    fused = by_kernels(neck)
+    assert fused._fuses(pyramid)
+    assert not neck._fuses(pyramid)
+    exact = step(copy.deepcopy(neck).double(), [m.double() for m in pyramid])
+    plain, found = step(neck, pyramid), step(fused, pyramid)
+    assert found.keys() == plain.keys() == exact.keys()
+    gradients = max(value.abs().max().item() for name, value in exact.items() if name.startswith("gradient"))
+    for name, value in exact.items():
+        size = gradients if name.endswith("bias") else value.abs().max().item()
+        error, reference = ((x[name].double() - value).abs().max().item() for x in (found, plain))
+        assert error <= 2 * reference + unit * size, (
+            f"{name}: error {error:.3e}, plain {reference:.3e}, size {size:.3e}"
+        )
+
+
+CASES = {
+    "square": (TINY, SQUARE, CHANNELS, 2),
+    "three to two, one image, no DyT": (
+        TINY.replace(dyt=False), [(12, 8), (6, 4), (3, 2), (2, 2)], CHANNELS, 1,
+    ),
+    "odd, three images, heads of width 24": (
+        TINY.replace(channels=48, heads=2, pool_size=3, links=((4, 2),), gate_dyt=True),
+        [(7, 5), (5, 3), (3, 2), (3, 5)], CHANNELS, 3,
+    ),
+    "links beyond the default, pooled keys, no τ, normalised queries": (
+        TINY.replace(links=((4, 1), (3, 1), (3, 2)), kv_pool_prob=1.0, tau=False, qk_norm="both"),
+        [(6, 6), (5, 5), (4, 4), (4, 3)], CHANNELS, 2,
+    ),
+    "channels of mobilenetv3, another solver, no normalisation": (
+        TINY.replace(solver="lu", qk_norm=None, landmarks="uniform", links=((4, 3),), dyt=False),
+        [(3, 3), (3, 2), (2, 2), (2, 2)], (16, 40, 112, 960), 1,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_training_step_is_that_of_the_reference(name):
+    config, grids, channels, batch = CASES[name]
+    check(make_neck(config, grids, channels), make_pyramid(batch, grids, channels))
+
+
+def test_channels_last_maps():
+    config = TINY.replace(links=((4, 1),), dyt=False)
+    pyramid = [m.contiguous(memory_format=torch.channels_last) for m in make_pyramid(2, SQUARE)]
+    check(make_neck(config), pyramid)
+
+
+def test_under_autocast():
+    """bf16; the exact neck is that without autocast, in fp64."""
+    neck = make_neck(TINY.replace(links=((4, 1),))).eval()
+    pyramid = make_pyramid(2, SQUARE)
+    with torch.no_grad():
+        exact = copy.deepcopy(neck).double()([m.double() for m in pyramid]).fused
+        with torch.autocast(DEVICE, torch.bfloat16):
+            plain, found = (n(pyramid).fused for n in (neck, by_kernels(neck)))
+    assert found.dtype == plain.dtype
+    errors = [(x.double() - exact).abs().max() for x in (found, plain)]
+    assert errors[0] <= 2 * errors[1] + 2 * torch.finfo(torch.bfloat16).eps * exact.abs().max()
+
+
+def test_the_pyramid_on_request_agrees_with_the_fused_path():
+    neck = by_kernels(make_neck(TINY.replace(links=((4, 1),))).eval())
+    pyramid = make_pyramid(2, SQUARE)
+    with torch.no_grad():
+        fast, slow = neck(pyramid).fused, neck(pyramid, return_pyramid=True).fused
+    assert (fast - slow).abs().max() <= 64 * torch.finfo(torch.float32).eps * slow.abs().max()
+
+
+def test_three_steps_of_training_follow_the_reference():
+    """Rule: losses within 1e-4 of one another, relatively; AdamW divides by gradients, and small ones are rounding."""
+    config = TINY.replace(links=((4, 1),))
+    losses = []
+    neck = make_neck(config)
+    for one in (neck, by_kernels(neck)):
+        optimiser = torch.optim.AdamW(one.parameters(), lr=1e-3)
+        for seed in range(3):
+            out = one(make_pyramid(2, SQUARE, seed=seed))
+            loss = out.fused.square().mean() + sum(out.losses.values())
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            one.clamp_()
+            losses.append(loss.item())
+    assert losses[3:] == pytest.approx(losses[:3], rel=1e-4)
+
+
+def test_micro_batches_give_the_statistic_of_the_whole_batch():
+    """σ̄ and M₀ from two halves are those of the batch in one, by kernels as by the reference."""
+    config = TINY.replace(links=((4, 1),), dyt=False)
+    neck, pyramid = make_neck(config), make_pyramid(4, SQUARE)
+    with torch.no_grad():
+        neck(pyramid)
+        fused = by_kernels(make_neck(config))
+        statistics = BatchStatistics()
+        for half in (slice(0, 2), slice(2, 4)):
+            fused([m[half] for m in pyramid], statistics=statistics)
+        statistics.finish()
+        fused.track(statistics)
+    for (name, found), (_, expected) in zip(fused.named_buffers(), neck.named_buffers(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=0, msg=name)
+
+
+def test_neither_queries_nor_outputs_are_kept_at_full_resolution():
+    """Of stage 1 (32×24 positions, 16 channels once aligned) only the map of three channels is kept."""
+    neck = by_kernels(make_neck(TINY.replace(links=((4, 1),))))
+    pyramid = make_pyramid(1, [(32, 24), (2, 2), (2, 2), (2, 2)])
+    kept: dict[int, Tensor] = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+        neck([m.requires_grad_() for m in pyramid])
+    large = [t for t in kept.values() if t.numel() >= 32 * 24]
+    assert [t.shape for t in large] == [pyramid[0].shape]
+
+
+def test_a_model_of_kernels_trains_and_is_attacked():
+    """Scores, gradients of every parameter and an FGSM step, whose direction is the reference's."""
+    config = TINY.replace(links=((4, 1),))
+    torch.manual_seed(0)
+    plain = build_model("test_convnext", config=config.replace(backend="reference")).to(DEVICE)
+    images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    model = build_model("test_convnext", config=config.replace(backend="triton")).to(DEVICE)
+    model.load_state_dict(plain.state_dict())
+    steps = []
+    for one in (plain, model):
+        scores, losses = one.train()(images, return_losses=True)
+        (scores.square().sum() + sum(losses.values())).backward()
+        adversarial = fgsm(one, images, torch.tensor([0.5], device=DEVICE), MSE(), eps=1 / 255)
+        trained = {name for name, p in one.named_parameters() if p.grad is not None}
+        steps.append((scores.detach(), adversarial - images, trained))
+    torch.testing.assert_close(steps[1][0], steps[0][0], rtol=1e-4, atol=1e-5)
+    assert steps[1][2] == steps[0][2]
+    assert (steps[1][1].sign() == steps[0][1].sign()).float().mean() > 0.999

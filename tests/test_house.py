@@ -18,7 +18,7 @@ FLOORS = (
     {"model"},
     {"neck", "backbones", "metrics", "checkpoint"},
     {"statistics"},
-    {"config", "files", "modules", "ranks"},
+    {"config", "files", "graphs", "modules", "ranks"},
 )
 NEIGHBOURS = {("__main__", "cli"), ("training", "attacks")}
 

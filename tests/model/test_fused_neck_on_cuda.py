@@ -1,0 +1,136 @@
+"""What only a CUDA device shows of the fused neck; skipped where there is none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+pytest.importorskip("triton")
+from srm_model import SRMConfig, SRMNeck
+from srm_model.graphs import Graphed
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+CHANNELS = (64, 128, 320, 512)
+
+
+def pyramid(
+    batch: int = 2, side: int = 64, dtype: torch.dtype = torch.bfloat16, seed: int = 0
+) -> list[Tensor]:
+    draw = torch.Generator("cuda").manual_seed(seed)
+    shapes = [(batch, c, side // 2**i, side // 2**i) for i, c in enumerate(CHANNELS)]
+    return [torch.randn(shape, generator=draw, device="cuda").to(dtype) for shape in shapes]
+
+
+def neck(dtype: torch.dtype = torch.bfloat16, backend: str | None = "triton", **options: object) -> SRMNeck:
+    torch.manual_seed(0)
+    made = SRMNeck(CHANNELS, SRMConfig(**options)).cuda()
+    made.calibrate(pyramid(4, dtype=torch.float32))
+    other = SRMNeck(CHANNELS, SRMConfig(backend=backend, **options)).to("cuda", dtype)
+    other.load_state_dict(made.state_dict())
+    return other.eval()
+
+
+@pytest.mark.parametrize("dyt", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_by_the_rule(dtype, dyt):
+    """Error against the reference in fp64 at most twice that of the reference in the same dtype, plus half a unit."""
+    maps = pyramid(dtype=dtype)
+    with torch.no_grad():
+        found, plain = (neck(dtype, backend, dyt=dyt)(maps).fused for backend in ("triton", "reference"))
+        exact = neck(torch.float64, "reference", dyt=dyt)([m.double() for m in maps]).fused
+    errors = [(x.double() - exact).abs().max() for x in (found, plain)]
+    assert errors[0] <= 2 * errors[1] + torch.finfo(dtype).eps / 2 * exact.abs().max()
+
+
+def test_none_takes_the_fused_path():
+    assert neck(backend=None)._fuses(pyramid())
+
+
+@pytest.mark.parametrize("dyt", [True, False])
+def test_one_graph_gives_what_the_neck_gives(dyt):
+    module = neck(dyt=dyt)
+    graphed = Graphed(module, pyramid())
+    for seed in (1, 2):
+        maps = pyramid(seed=seed)
+        with torch.no_grad():
+            expected = module(maps)
+        found = graphed(maps)
+        assert torch.equal(found.fused, expected.fused)
+        assert torch.equal(found.weights, expected.weights)
+    with pytest.raises(ValueError, match="was made for"):
+        graphed(pyramid(batch=1))
+
+
+def test_a_graph_under_autocast_outlives_it():
+    module = neck(torch.float32)
+    with torch.autocast("cuda", torch.bfloat16):
+        graphed = Graphed(module, pyramid())
+    torch.cuda.empty_cache()
+    junk = [torch.full((2**20,), float("nan"), device="cuda") for _ in range(64)]
+    assert graphed(pyramid(seed=3)).fused.isfinite().all()
+    assert len(junk) == 64
+
+
+def test_nothing_waits_for_the_device():
+    module = neck().train()
+    maps = [m.requires_grad_() for m in pyramid()]
+
+    def step() -> None:
+        out = module(maps)
+        (out.fused.float().square().mean() + sum(out.losses.values())).backward()
+
+    step()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_forward_takes_no_memory_of_full_resolution_without_dyt():
+    """Above its inputs less than a fifth of what stage 1 has once aligned."""
+    module, maps = neck(dyt=False), pyramid(4, side=128)
+    with torch.no_grad():
+        module(maps)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        module(maps)
+    assert torch.cuda.max_memory_allocated() - before < 4 * 128 * 128 * 256 * 2 / 5
+
+
+def test_two_hundred_steps_follow_the_reference():
+    """Rule: the mean loss of the last twenty steps of both within 2 % of one another; fp32, the same seed."""
+    last = []
+    for backend in ("triton", "reference"):
+        module = neck(torch.float32, backend).train()
+        optimiser = torch.optim.AdamW(module.parameters(), lr=2e-4)
+        losses = []
+        for seed in range(200):
+            out = module(pyramid(2, 32, torch.float32, seed % 8))
+            loss = (out.fused.mean((1, 2, 3)) - seed % 2).square().mean() + 0.1 * sum(out.losses.values())
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            module.clamp_()
+            losses.append(loss.detach())
+        last.append(float(torch.stack(losses[-20:]).mean()))
+    assert last[0] == pytest.approx(last[1], rel=0.02)
+
+
+def test_launches_of_a_forward_pass_are_counted():
+    """Fewer with kernels than in plain PyTorch."""
+    counts = []
+    for backend in ("triton", "reference"):
+        module, maps = neck(backend=backend), pyramid()
+        with torch.no_grad():
+            module(maps)
+            with profile(activities=[ProfilerActivity.CUDA]) as seen:
+                module(maps)
+                torch.cuda.synchronize()
+        counts.append(sum(event.count for event in seen.key_averages()))
+    assert counts[0] < counts[1]

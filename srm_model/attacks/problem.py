@@ -15,7 +15,7 @@ from srm_model.attacks.objectives import Objective
 
 NORMS = ("linf", "l2")
 REFERENCE_SIDE = 512  # L2 budgets are stated for 512×512 images
-_PROJECTION_ROUNDS = 3
+_PROJECTION_ROUNDS = 2
 _BACKWARD_EXPONENT = 8  # of the loss's gradient in the scores: room for models that run in fp16 inside
 
 

@@ -126,18 +126,20 @@ def test_the_penalty_is_logged_and_flattens_the_score(tmp_path: Path):
 
 
 def test_adversarial_batches_are_pgd_s_of_their_seed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    config = CONFIG.replace(adversarial_eps=0.05, adversarial_steps=2, epochs=1)
+    config = CONFIG.replace(adversarial_eps=0.05, adversarial_steps=2, epochs=2)
     seen: list[tuple[Tensor, Tensor]] = []
+    seeds: list[tuple[int, ...]] = []
     genuine = loop.adversarial
 
     def spy(model: Any, images: Tensor, *rest: Any) -> Tensor:
         attacked = genuine(model, images, *rest)
         seen.append((images.clone(), attacked.clone()))
+        seeds.append(rest[2:])
         return attacked
 
     monkeypatch.setattr(loop, "adversarial", spy)
     fit(tmp_path, config)
-    assert len(seen) == 5
+    assert seeds == [(0, epoch, index) for epoch in range(2) for index in range(5)]
     for images, attacked in seen:
         assert 0.04 < (attacked - images).abs().max() <= 0.05
         assert attacked.is_contiguous(memory_format=torch.channels_last)

@@ -187,7 +187,6 @@ def nystrom_attention(
     check_flag("statistics", statistics)
     if tau is not None:
         _check_tau(tau, query)
-    fused = solver == "cholesky" and not equilibrate
     chosen = _choose_backend(backend, query, min(rank, key.shape[2]), solve_dtype)
     s = 1 / math.sqrt(d) if scale is None else float(scale)
     solve = (float(ridge), solver, equilibrate, float(kappa_max), neumann_order, neumann_gate)

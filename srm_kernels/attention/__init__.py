@@ -173,9 +173,9 @@ def nystrom_attention(
     in query, key, value and tau, landmarks being constants; twice through the reference. A sample's output and
     gradient do not depend on the rest of the batch; a NaN stays in its own (b, h).
 
-    backend: "triton" takes fp32, bf16 and fp16, d from 8 to 128, r up to 128 and solve_dtype "fp32"; solvers but
-    "cholesky" and equilibration then run between its kernels as `landmark_solve` does. None does not take it
-    before a GPU has shown it to be right and faster.
+    backend: "triton" takes fp32, bf16 and fp16, d from 8 to 128 and r up to 128 (both up to 64 on devices of less than
+    160 KiB of shared memory a block) and solve_dtype "fp32"; solvers but "cholesky" and equilibration then run between
+    its kernels as `landmark_solve` does. None does not take it before a GPU has shown it to be right and faster.
     Raises TypeError for dtypes, ValueError for shapes and values, NotImplementedError for a backend that cannot run.
     """
     d = _check_attention(query, key, value, qk_norm, scale)
@@ -384,7 +384,7 @@ def _choose_backend(requested: str | None, query: Tensor, rank: int, solve_dtype
     """The kernels run by name only: they are put in front where a GPU has shown them to be right and faster."""
     narrow = solve_dtype == "model" and query.dtype in (torch.bfloat16, torch.float16)
     plain = ("reference",) if narrow else ("sdpa", "reference")
-    refusal = triton_refusal(query) or kernel_limits(query.shape[-1], rank)
+    refusal = triton_refusal(query) or kernel_limits(query, rank)
     if refusal is None and narrow:
         refusal = 'its kernels keep the softmax blocks in float32, and solve_dtype is "model"'
     refused = {"triton": refusal} if refusal else {}

@@ -97,12 +97,12 @@ def cuda_refusal(tensor: torch.Tensor) -> str | None:
     return reason
 
 
-def roomy(tensor: torch.Tensor) -> bool:
-    """Whether blocks may ask for 160 KiB of shared memory, as on data-centre cards and not on others."""
+def roomy(tensor: torch.Tensor, kibibytes: int = 160) -> bool:
+    """Whether blocks may ask for so much shared memory; 160 KiB they may on data-centre cards and not on others."""
     if not tensor.is_cuda:
         return True
     properties = torch.cuda.get_device_properties(tensor.device)
-    return int(getattr(properties, "shared_memory_per_block_optin", 0)) >= 160 * 1024
+    return int(getattr(properties, "shared_memory_per_block_optin", 0)) >= kibibytes * 1024
 
 
 def choose_backend(

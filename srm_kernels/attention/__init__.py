@@ -173,9 +173,10 @@ def nystrom_attention(
     in query, key, value and tau, landmarks being constants; twice through the reference. A sample's output and
     gradient do not depend on the rest of the batch; a NaN stays in its own (b, h).
 
-    backend: "triton" takes fp32, bf16 and fp16, d from 8 to 128 and r up to 128 (both up to 64 on devices of less than
-    160 KiB of shared memory a block) and solve_dtype "fp32"; solvers but "cholesky" and equilibration then run between
-    its kernels as `landmark_solve` does. None does not take it before a GPU has shown it to be right and faster.
+    backend: "triton" takes fp32, bf16 and fp16, d from 8 to 128 and r up to 128 (up to 64 on devices of less than 160
+    KiB of shared memory a block; both above 64 only in bf16 and 200 KiB) and solve_dtype "fp32"; solvers but "cholesky"
+    and equilibration then run between its kernels as `landmark_solve` does. None does not take it before a GPU has
+    shown it to be right and faster.
     Raises TypeError for dtypes, ValueError for shapes and values, NotImplementedError for a backend that cannot run.
     """
     d = _check_attention(query, key, value, qk_norm, scale)

@@ -104,6 +104,8 @@ def kernel_limits(key: Tensor, rank: int = 1) -> str | None:
         return f"its kernels take up to 128 landmarks, and r is {rank}"
     if max(d, rank) > 64 and not roomy(key):
         return f"its kernels take d and r up to 64 in this device's shared memory, and d is {d}, r {rank}"
+    if min(d, rank) > 64 and key.is_cuda and not (key.dtype == torch.bfloat16 and roomy(key, 200)):
+        return f"its kernels take d and r both above 64 only in bfloat16 and 200 KiB, and d is {d}, r {rank}"
     return None
 
 

@@ -131,7 +131,7 @@ shapes = st.fixed_dictionaries(
 @example({"b": 1, "h": 1, "nq": 1, "nk": 1, "d": 8}, 1, torch.float32, "both", "leverage", False)
 @example({"b": 1, "h": 1, "nq": 70, "nk": 70, "d": 59}, 33, torch.float16, "both", "leverage", True)
 @example({"b": 1, "h": 2, "nq": 17, "nk": 65, "d": 40}, 20, torch.float32, "keys", "pivoted_cholesky", True)
-@example({"b": 1, "h": 1, "nq": 5, "nk": 130, "d": 128}, 128, torch.float16, "keys", "uniform", False)
+@example({"b": 1, "h": 1, "nq": 5, "nk": 130, "d": 128}, 64, torch.float16, "keys", "uniform", False)
 def test_values_and_gradients(shape, rank, dtype, qk_norm, method, split):
     with pytest.MonkeyPatch.context() as monkeypatch:
         if split:

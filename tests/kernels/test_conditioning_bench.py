@@ -1,0 +1,39 @@
+"""The benchmark of the solvers times what it says: equal systems, every size, and a committed table that is whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import oracle
+import pytest
+import torch
+
+from bench import conditioning
+
+COMMITTED = Path(__file__).parents[2] / "bench/results/cpu/conditioning.jsonl"
+
+
+@pytest.mark.parametrize("name", ["svd", "lu_factor_ex", "cholesky_ex"])
+def test_what_it_compares_with_solves_the_same_system(name):
+    logits, rhs = conditioning.system(3, 16, 8, torch.device("cpu"))
+    found = conditioning.plain(name, logits, rhs)
+    oracle.agree(found, oracle.solve(logits, rhs), oracle.plain_solve(logits, rhs, 1e-3, solver="svd"))
+
+
+def test_every_solver_is_among_its_calls():
+    calls = conditioning.calls(*conditioning.system(2, 4, 3, torch.device("cpu")))
+    assert set(conditioning.SOLVERS) < set(calls)
+    for call in calls.values():
+        assert call().shape == (2, 4, 3)
+
+
+def test_the_committed_table_holds_every_solver_at_every_size():
+    header, *rows = [json.loads(line) for line in COMMITTED.read_text("utf-8").splitlines()]
+    assert {"device", "torch", "commit", "threads"} <= set(header)
+    timed = {(row["batch"], row["r"], row["d"], row["solver"]) for row in rows if "ms" in row}
+    for batch in conditioning.BATCHES:
+        for r in conditioning.RANKS:
+            for d in conditioning.WIDTHS:
+                for solver in conditioning.SOLVERS:
+                    assert (batch, r, d, solver) in timed

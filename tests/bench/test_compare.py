@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.compare import Verdict, compare, main
+from bench.compare import Verdict, Worker, compare, main
+from bench.operators import NumericsError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -104,12 +105,45 @@ def test_what_cannot_run_is_not_compared(capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().out.count("not compared: backend 'cuda' cannot run") == 2
 
 
-def test_two_checkouts(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    """This one against itself, in processes of their own."""
+def test_a_checkout_is_timed_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    """One process and not the three of a comparison: each takes seconds to start."""
     monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
-    arguments = ["--checkouts", str(ROOT), str(ROOT), "--operators", "dyt", "--directions", "forward"]
-    assert main([*arguments, "--tolerance", "99", *TINY]) == 0
-    assert capsys.readouterr().out.splitlines()[-1].startswith("1 compared, 0 slower")
+    request = {"operator": "dyt", "family": "tiny", "direction": "forward", "dtype": "fp32", "device": "cpu"}
+    worker = Worker(ROOT)
+    try:
+        assert worker.prepare({**request, "backend": "reference"})() > 0
+        with pytest.raises(NumericsError, match="backend 'cuda' cannot run"):
+            worker.prepare({**request, "backend": "cuda"})
+        assert worker.prepare({**request, "backend": "sdpa"})() > 0
+    finally:
+        worker.close()
+    assert worker.process.returncode == 0
+
+
+def test_two_checkouts_are_three_processes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    machine, started, closed = Machine(0), [], []
+
+    class Stub:
+        def __init__(self, checkout: Path) -> None:
+            self.cost = {"old": 1.0, "new": 1.5}[checkout.name]
+            started.append(checkout.name)
+
+        def prepare(self, request: dict[str, str]):
+            assert request["operator"] == "dyt"
+            return machine.operator(self.cost)
+
+        def close(self) -> None:
+            closed.append(self)
+
+    monkeypatch.setattr("bench.compare.Worker", Stub)
+    arguments = ["--operators", "dyt", "--directions", "forward", "--families", "tiny"]
+    assert main(["--checkouts", "old", "new", *arguments]) == 1
+    assert started == ["old", "old", "new"]
+    assert len(closed) == 3
+    assert "SLOWER" in capsys.readouterr().out
+    assert main(["--checkouts", "new", "old", *arguments]) == 0
 
 
 def test_a_folder_without_the_package_is_refused(tmp_path: Path):

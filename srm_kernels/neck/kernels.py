@@ -64,7 +64,7 @@ def forward_positions(rank: int, d: int, dtype: torch.dtype, statistics: bool) -
     """What fits in registers beside [r, d] tiles, as `python -m bench.neck_resources` shows it."""
     if not statistics:
         return 64
-    return 32 if dtype == torch.bfloat16 and padded(rank) * padded(d) <= 64 * 64 else 16
+    return 32 if dtype == torch.bfloat16 and padded(rank) * padded(d) <= 64 * 32 else 16
 
 
 BACKWARD_POSITIONS = 16
@@ -335,7 +335,7 @@ def pooled_probabilities(
         _forward_kernel[(programs,)](
             tokens, matrix, shift, keys if x is None else x.contiguous(), part, part_mean, part_spread, H, h,
             w, tile.blocks, *strides, scale, **shape, **grid, CHANNELS=channels,
-            CHUNK=16 if channels <= 16 else 32, ABSORBED=absorbed, PAIR=tokens.dtype != torch.float32,
+            CHUNK=16 if channels <= 16 or rank > 64 else 32, ABSORBED=absorbed, PAIR=tokens.dtype != torch.float32,
             NORMALISE_QUERY=qk_norm == "both", NORMALISE_KEYS=qk_norm is not None, BLOCK=tile.positions,
             PRECISION=precision(tokens.dtype), num_warps=warps(rank, d), num_stages=2,
         )  # fmt: skip

@@ -340,7 +340,7 @@ def test_bad_arguments_of_the_neck_itself():
     with pytest.raises(ValueError, match=r"attention='linear'"):
         SRMNeck(CHANNELS, SMALL, attention="linear")
     with pytest.raises(NotImplementedError, match=r"'triton' cannot run"):
-        SRMNeck(CHANNELS, SMALL.replace(backend="triton")).eval()(make_pyramid())
+        SRMNeck(CHANNELS, SMALL.replace(backend="triton")).double()([m.double() for m in make_pyramid()])
 
 
 def test_plain_neck_passes_the_deepest_stage_on():

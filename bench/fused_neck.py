@@ -1,7 +1,8 @@
 """The fused neck against the quadratic one and against its own parts unfused, as ratios: `python -m bench.fused_neck`.
 
 Necks alone, fed with maps of the sizes that a backbone gives: measured in turn within one run, forward in evaluation
-mode, or forward and backward in training mode. Memory is the peak above the maps; launches are the profiler's. The
+mode, or forward and backward in training mode. `plain` is the Nyström neck in plain PyTorch, `unfused` the same of
+kernels one by one, `fused` that of `pooled_link`. Memory is the peak above the maps; launches are the profiler's. The
 floor is the larger of the maps' bytes read once and the neck's products at the card's rates, where both are given by
 `--bandwidth` and `--rate`. On a CPU the necks run in plain PyTorch, where fused and unfused are the same.
 """
@@ -99,12 +100,15 @@ def contestants(
     backbone: str, maps: list[Tensor], options: argparse.Namespace
 ) -> dict[str, Callable[[], object]]:
     """By name; what has no compiler or no kernels here is left out."""
-    fused = neck_of(backbone, options, backend=None)
-    unfused = neck_of(backbone, options, backend=None)
+    backend = "triton" if options.device == "cuda" else None
+    fused = neck_of(backbone, options, backend=backend)
+    unfused = neck_of(backbone, options, backend=backend)
     unfused._fuses = lambda pyramid: False  # type: ignore[method-assign]
+    plain = neck_of(backbone, options, backend=None)
     quadratic = neck_of(backbone, options, backend=None, attention="full")
     calls = {
         "quadratic": call_of(quadratic, maps, options.direction),
+        "plain": call_of(plain, maps, options.direction),
         "unfused": call_of(unfused, maps, options.direction),
         "fused": call_of(fused, maps, options.direction),
     }

@@ -131,9 +131,13 @@ def choose_backend(
     return name
 
 
-def kernels_first(requested: str | None, tensor: torch.Tensor, operator: str) -> str:
-    """The choice for an operator with kernels for every size: they come first on a CUDA device, elsewhere by name."""
-    plain = ("reference", "sdpa")
-    refusal = triton_refusal(tensor)
-    implementations = ("triton", *plain) if tensor.is_cuda else (*plain, "triton")
-    return choose_backend(requested, implementations, operator, {"triton": refusal} if refusal else None)
+def kernels_by_name(
+    requested: str | None, tensor: torch.Tensor, operator: str, refusal: str | None = None
+) -> str:
+    """The choice for an operator whose kernels no GPU has shown to be right and faster: they run by name only.
+
+    `refusal` is why its kernels cannot serve these arguments, where what is common to all of them can.
+    """
+    refusal = triton_refusal(tensor) or refusal
+    refused = {"triton": refusal} if refusal else {}
+    return choose_backend(requested, ("reference", "sdpa", "triton"), operator, refused)

@@ -20,7 +20,7 @@ from ..checks import (
 from ..conditioning import LandmarkSolution, check_solver, landmark_solve
 from ..landmarks import METHODS, METHODS_OF_KERNELS, kernel_limits, select_landmarks
 from ..registration import later, no_autocast, register_operator
-from ..runtime import choose_backend, triton_refusal
+from ..runtime import choose_backend, kernels_by_name, triton_refusal
 from ..scale import RMSScale, rms_scale
 from . import reference, sdpa
 
@@ -253,7 +253,7 @@ def landmark_side(
     Arguments as in `nystrom_attention`. Returns (K̃, X), (B, H, r, d) each in fp32 (fp64 for fp64): K̃ = key[I], not
     normalised, exact in the key's dtype; X = (W + λI)⁻¹ (R V). Y is softmax(Q K̃ᵀ s) X, K̃ normalised there as
     `qk_norm` asks. Differentiable in key and value; twice through the reference.
-    backend: "triton" as for `nystrom_attention`, else "reference"; None takes it for CUDA tensors.
+    backend: "triton" as for `nystrom_attention`, else "reference"; kernels are taken by name only.
     Raises TypeError for dtypes, ValueError for shapes and values, NotImplementedError for a backend that cannot run.
     """
     d = _check_attention(key, key, value, qk_norm, scale)
@@ -261,12 +261,7 @@ def landmark_side(
     check_choice("method", method, METHODS)
     check_number("gamma", gamma, above=0)
     check_solver(ridge, solver, equilibrate, kappa_max, neumann_order, neumann_gate)
-    refusal = triton_refusal(key) or kernel_limits(d, min(rank, key.shape[2]))
-    plain = ("reference", "sdpa")
-    implementations = ("triton", *plain) if key.is_cuda else (*plain, "triton")
-    chosen = choose_backend(
-        backend, implementations, "landmark_side", {"triton": refusal} if refusal else None
-    )
+    chosen = kernels_by_name(backend, key, "landmark_side", kernel_limits(d, min(rank, key.shape[2])))
     s = 1 / math.sqrt(d) if scale is None else float(scale)
     solve = (float(ridge), solver, equilibrate, float(kappa_max), neumann_order, neumann_gate)
     keys, x, _ = _landmark_side(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..checks import check_number, check_tensors, wide_dtype
 from ..registration import later, register_operator
-from ..runtime import kernels_first
+from ..runtime import kernels_by_name
 from . import reference
 
 _PLAIN, _KERNELS = ("reference", "sdpa"), f"{__name__}.kernels"
@@ -96,7 +96,7 @@ def gated_fusion(
     elif cap is not None:
         check_number("cap", cap, above=0)
         cap = torch.full((), float(cap), dtype=wide_dtype(maps.dtype), device=maps.device)
-    chosen = kernels_first(backend, maps, "gated_fusion")
+    chosen = kernels_by_name(backend, maps, "gated_fusion")
     return GatedFusion(*_fusion(maps, logits, cap, float(temperature), float(eps), chosen))
 
 
@@ -111,5 +111,5 @@ def gate_losses(weights: Tensor, *, entropy_floor: float, backend: str | None = 
     if weights.dim() != 2:
         raise ValueError(f"weights has shape {tuple(weights.shape)}; expected (B, S)")
     check_number("entropy_floor", entropy_floor, at_least=0)
-    chosen = kernels_first(backend, weights, "gate_losses")
+    chosen = kernels_by_name(backend, weights, "gate_losses")
     return GateLosses(*_losses(weights, float(entropy_floor), chosen))

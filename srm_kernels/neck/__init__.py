@@ -11,7 +11,7 @@ from ..attention import QK_NORMS, _over_batch
 from ..checks import DTYPES, check_choice, check_count, check_number, check_tensors, wide_dtype
 from ..landmarks import kernel_limits
 from ..registration import later, register_operator
-from ..runtime import choose_backend, triton_refusal
+from ..runtime import kernels_by_name
 from ..scale import RMSScale
 from . import reference
 
@@ -100,7 +100,7 @@ def pooled_link(
     normalised, else T and Q for the time of the call; for the backward pass F, K̃, weights and P̄ are kept.
     A NaN stays in its image and head.
     backend: "triton" takes fp32, bf16 and fp16, d from 8 to 128, r up to 128, r·d up to
-    8,192, P up to 32. None takes it for CUDA tensors.
+    8,192, P up to 32. They are taken by name only.
     Raises TypeError for dtypes, ValueError for shapes and values, NotImplementedError for a backend that cannot run.
     """
     check_tensors(
@@ -158,14 +158,12 @@ def fuses(features: Tensor, d: int, rank: int, size: int, *, backend: str | None
 
 
 def _choose_backend(requested: str | None, features: Tensor, rank: int, d: int, size: int) -> str:
-    refusal = triton_refusal(features) or kernel_limits(d, rank)
+    refusal = kernel_limits(d, rank)
     if refusal is None and size > LARGEST_GRID:
         refusal = f"its kernels take a grid of up to {LARGEST_GRID}, and P is {size}"
     if refusal is None and rank * d > LARGEST_TILE:
         refusal = f"its kernels take r·d of up to {LARGEST_TILE}, and r is {rank} and d {d}"
-    plain = ("reference", "sdpa")
-    implementations = ("triton", *plain) if features.is_cuda else (*plain, "triton")
-    return choose_backend(requested, implementations, "pooled_link", {"triton": refusal} if refusal else None)
+    return kernels_by_name(requested, features, "pooled_link", refusal)
 
 
 def _check_dyt(dyt: tuple[Tensor, Tensor, Tensor], features: Tensor, C: int) -> None:

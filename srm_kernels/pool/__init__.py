@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..checks import check_count, check_tensors
 from ..registration import later, register_operator
-from ..runtime import kernels_first
+from ..runtime import kernels_by_name
 from . import reference
 
 _KERNELS = f"{__name__}.kernels"
@@ -34,4 +34,4 @@ def adaptive_pool(x: Tensor, size: int, *, backend: str | None = None) -> Tensor
     if x.dim() != 4:
         raise ValueError(f"x has shape {tuple(x.shape)}; expected (B, C, h, w)")
     check_count("size", size)
-    return _pool(x, size, kernels_first(backend, x, "adaptive_pool"))
+    return _pool(x, size, kernels_by_name(backend, x, "adaptive_pool"))

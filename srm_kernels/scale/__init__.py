@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..checks import DTYPES, check_tensors, check_tokens, wide_dtype
 from ..registration import later, register_operator
-from ..runtime import kernels_first
+from ..runtime import kernels_by_name
 from . import reference
 
 _PLAIN, _KERNELS = ("reference", "sdpa"), f"{__name__}.kernels"
@@ -53,7 +53,7 @@ def rms_scale(y: Tensor, *, backend: str | None = None) -> RMSScale:
     Differentiable where σ > 0. Raises TypeError for other dtypes, ValueError for other shapes.
     """
     check_tokens("y", y)
-    return RMSScale(*_rms_scale(y, kernels_first(backend, y, "rms_scale")))
+    return RMSScale(*_rms_scale(y, kernels_by_name(backend, y, "rms_scale")))
 
 
 def dyt(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor, *, backend: str | None = None) -> Tensor:
@@ -78,4 +78,4 @@ def dyt(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor, *, backend: str 
         )
     if alpha.numel() != 1:
         raise ValueError(f"alpha has shape {tuple(alpha.shape)}; expected one element")
-    return _dyt(x, alpha, weight, bias, kernels_first(backend, x, "dyt"))
+    return _dyt(x, alpha, weight, bias, kernels_by_name(backend, x, "dyt"))

@@ -19,14 +19,14 @@ def test_every_neck_has_a_row_with_its_ratios(direction, tmp_path, monkeypatch, 
     fused_neck.main()
     (written,) = tmp_path.rglob("fused_neck.jsonl")
     rows = [json.loads(line) for line in written.read_text("utf-8").splitlines()]
-    assert [row["neck"] for row in rows] == ["quadratic", "unfused", "fused"]
+    assert [row["neck"] for row in rows] == ["quadratic", "plain", "unfused", "fused"]
     quadratic = rows[0]
     assert quadratic["faster_than_quadratic"] == quadratic["memory_of_quadratic"] == 1
     for row in rows:
         assert row["faster_than_quadratic"] == pytest.approx(quadratic["ms"]["p50"] / row["ms"]["p50"])
         assert row["memory_above"] > 0
         assert row["machine"]
-    assert capsys.readouterr().out.count("pvt_v2_b2") == 3
+    assert capsys.readouterr().out.count("pvt_v2_b2") == 4
 
 
 def test_a_fused_neck_that_misses_what_is_asked_is_marked():

@@ -47,8 +47,9 @@ def test_by_the_rule(dtype, dyt):
     assert errors[0] <= 2 * errors[1] + torch.finfo(dtype).eps / 2 * exact.abs().max()
 
 
-def test_none_takes_the_fused_path():
-    assert neck(backend=None)._fuses(pyramid())
+def test_kernels_are_taken_by_name_only():
+    assert neck()._fuses(pyramid())
+    assert not neck(backend=None)._fuses(pyramid())
 
 
 @pytest.mark.parametrize("dyt", [True, False])

@@ -261,7 +261,7 @@ def landmark_side(
     check_choice("method", method, METHODS)
     check_number("gamma", gamma, above=0)
     check_solver(ridge, solver, equilibrate, kappa_max, neumann_order, neumann_gate)
-    chosen = kernels_by_name(backend, key, "landmark_side", kernel_limits(d, min(rank, key.shape[2])))
+    chosen = kernels_by_name(backend, key, "landmark_side", kernel_limits(key, d, min(rank, key.shape[2])))
     s = 1 / math.sqrt(d) if scale is None else float(scale)
     solve = (float(ridge), solver, equilibrate, float(kappa_max), neumann_order, neumann_gate)
     keys, x, _ = _landmark_side(
@@ -380,7 +380,7 @@ def _choose_backend(requested: str | None, query: Tensor, rank: int, solve_dtype
     """The kernels run by name only: they are put in front where a GPU has shown them to be right and faster."""
     narrow = solve_dtype == "model" and query.dtype in (torch.bfloat16, torch.float16)
     plain = ("reference",) if narrow else ("sdpa", "reference")
-    refusal = triton_refusal(query) or kernel_limits(query, rank)
+    refusal = triton_refusal(query) or kernel_limits(query, query.shape[-1], rank)
     if refusal is None and narrow:
         refusal = 'its kernels keep the softmax blocks in float32, and solve_dtype is "model"'
     refused = {"triton": refusal} if refusal else {}

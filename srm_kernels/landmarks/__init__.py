@@ -95,22 +95,21 @@ def select_landmarks(
     return _select(key.detach(), random, rank, method, float(gamma), s, chosen)
 
 
-def kernel_limits(key: Tensor, rank: int = 1) -> str | None:
-    """Why a kernel cannot hold tiles of this size on the device of `key`, or None."""
-    d = key.shape[-1]
+def kernel_limits(tensor: Tensor, d: int, rank: int = 1) -> str | None:
+    """Why a kernel cannot hold tiles of d and r in the tensor's dtype on its device, or None."""
     if not 8 <= d <= 128:
         return f"its kernels take a head width from 8 to 128, and d is {d}"
     if rank > 128:
         return f"its kernels take up to 128 landmarks, and r is {rank}"
-    if max(d, rank) > 64 and not roomy(key):
+    if max(d, rank) > 64 and not roomy(tensor):
         return f"its kernels take d and r up to 64 in this device's shared memory, and d is {d}, r {rank}"
-    if min(d, rank) > 64 and key.is_cuda and not (key.dtype == torch.bfloat16 and roomy(key, 200)):
+    if min(d, rank) > 64 and tensor.is_cuda and not (tensor.dtype == torch.bfloat16 and roomy(tensor, 200)):
         return f"its kernels take d and r both above 64 only in bfloat16 and 200 KiB, and d is {d}, r {rank}"
     return None
 
 
 def _refused(key: Tensor, rank: int = 1, method: str = "leverage") -> dict[str, str]:
-    reason = triton_refusal(key) or kernel_limits(key, rank)
+    reason = triton_refusal(key) or kernel_limits(key, key.shape[-1], rank)
     if reason is None and method not in METHODS_OF_KERNELS:
         reason = f"it has kernels for {' and '.join(METHODS_OF_KERNELS)}, not for {method}"
     return {"triton": reason} if reason else {}

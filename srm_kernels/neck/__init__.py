@@ -158,7 +158,7 @@ def fuses(features: Tensor, d: int, rank: int, size: int, *, backend: str | None
 
 
 def _choose_backend(requested: str | None, features: Tensor, rank: int, d: int, size: int) -> str:
-    refusal = kernel_limits(d, rank)
+    refusal = kernel_limits(features, d, rank)
     if refusal is None and size > LARGEST_GRID:
         refusal = f"its kernels take a grid of up to {LARGEST_GRID}, and P is {size}"
     if refusal is None and rank * d > LARGEST_TILE:

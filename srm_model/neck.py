@@ -454,7 +454,9 @@ class SRMNeck(nn.Module):
         c = self.config
         if self.attention != "nystrom" or c.solve_dtype != "fp32" or not self._acting:
             return False
-        return fuses(pyramid[0], c.head_dim, c.rank, c.pool_size, backend=c.backend)
+        grids = [pyramid[source - 1].shape[-2:] for source, _ in self._acting]
+        rank = max(min(c.rank, grid.numel()) for grid in grids)  # never more landmarks than keys
+        return fuses(pyramid[0], c.head_dim, rank, c.pool_size, backend=c.backend)
 
     def _mix_fused(self, pyramid: Sequence[Tensor], statistics: BatchStatistics | None) -> list[Tensor]:
         """The fused stages' maps (B, C, P, P): sources aligned whole, targets read where they are and pooled first."""

@@ -131,6 +131,17 @@ def test_a_training_step_is_that_of_the_reference(name):
     check(make_neck(config, grids, channels), make_pyramid(batch, grids, channels))
 
 
+def test_a_rank_beyond_the_kernels_is_that_of_the_keys_there_are():
+    """200 landmarks asked for, 4 keys: the kernels hold those, and the reference takes no more."""
+    check(make_neck(TINY.replace(rank=200, links=((4, 1),), dyt=False)), make_pyramid(1, SQUARE))
+
+
+def test_a_grid_beyond_the_fused_kernels_takes_the_unfused_ones():
+    """P = 33: what attention's kernels can serve is not refused for the pooled form's sake."""
+    neck = by_kernels(make_neck(TINY.replace(links=((4, 1),), pool_size=33)).eval())
+    assert not neck._fuses(make_pyramid(1, SQUARE))
+
+
 def test_channels_last_maps():
     config = TINY.replace(links=((4, 1),), dyt=False)
     pyramid = [m.contiguous(memory_format=torch.channels_last) for m in make_pyramid(2, SQUARE)]

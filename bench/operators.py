@@ -93,6 +93,25 @@ def _dyt_inputs(family: Family, make: torch.Generator) -> list[Tensor]:
     return [torch.randn(shape, generator=make, dtype=torch.float64) for shape in shapes]
 
 
+def _first_keys(key: Tensor, rank: int) -> Tensor:
+    """Landmarks that no rounding can order otherwise."""
+    rank = min(rank, key.shape[2])
+    return torch.arange(rank, device=key.device).expand(*key.shape[:2], rank)
+
+
+def _link_inputs(family: Family, make: torch.Generator) -> list[Tensor]:
+    C, width, side = family.heads * family.d, 64, round(family.queries**0.5)
+    shapes = ((family.batch, width, side, side), (C, width), (C,), (C, C))
+    made = [torch.randn(shape, generator=make, dtype=torch.float64) for shape in shapes]
+    made[1] /= width**0.5
+    made[3] /= C**0.5
+    return [*made, _unit(_tokens(family, make, family.rank)[0])]
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
 OPERATORS = {
     "nystrom_attention": Operator(
         _attention_inputs,
@@ -120,6 +139,34 @@ OPERATORS = {
         _systems,
         lambda x, backend, family: [ops.landmark_solve(*x, backend=backend).x],
         (0, 1),
+    ),
+    "landmark_side": Operator(
+        lambda family, make: _tokens(family, make, family.keys, family.keys),
+        lambda x, backend, family: list(
+            ops.landmark_side(
+                x[0],
+                x[1],
+                min(family.rank, family.keys),
+                landmarks=_first_keys(x[0], family.rank),
+                qk_norm="keys",
+                backend=backend,
+            )
+        ),
+        (0, 1),
+    ),
+    "pooled_link": Operator(
+        _link_inputs,
+        lambda x, backend, family: [
+            ops.pooled_link(
+                x[0], x[1], x[2], x[3], _wide(x[4]), size=8, qk_norm="keys", backend=backend
+            ).probabilities
+        ],
+        (0, 1, 2, 3, 4),
+    ),
+    "adaptive_pool": Operator(
+        lambda family, make: [_link_inputs(family, make)[0]],
+        lambda x, backend, family: [ops.adaptive_pool(x[0], 8, backend=backend)],
+        (0,),
     ),
     "rms_scale": Operator(
         lambda family, make: _tokens(family, make, family.queries),

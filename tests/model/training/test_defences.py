@@ -139,7 +139,7 @@ def test_adversarial_batches_are_pgd_s_of_their_seed(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(loop, "adversarial", spy)
     fit(tmp_path, config)
-    assert seeds == [(0, epoch, index) for epoch in range(2) for index in range(5)]
+    assert seeds == [(0, epoch, index, 0, 0) for epoch in range(2) for index in range(5)]  # rank, micro-batch
     for images, attacked in seen:
         assert 0.04 < (attacked - images).abs().max() <= 0.05
         assert attacked.is_contiguous(memory_format=torch.channels_last)

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from .backbones import Backbone
 from .checkpoint import load_weights, read_card
 from .config import NECKS, SRMConfig
-from .modules import evaluating
+from .modules import check_like, evaluating
 from .neck import NeckOutput, PlainNeck, SRMNeck
 from .statistics import BatchStatistics
 
 RANGE_TOLERANCE = 1e-2  # room for a finite-difference step at the edge of [0, 1]
 VARIANCE_FLOOR = 1e-6
+DEEPEST_STRIDE = 32
 
 
 class Head(nn.Module):
@@ -88,7 +89,7 @@ class IQAModel(nn.Module):
 
     def pyramid(self, images: Tensor) -> list[Tensor]:
         """The backbone's four maps for images in [0, 1]."""
-        _check_images(images)
+        _check_images(images, self.mean)
         return self.backbone((images - self.mean) / self.std)
 
     def neck_output(self, images: Tensor) -> NeckOutput:
@@ -111,12 +112,19 @@ class IQAModel(nn.Module):
             return self.neck.diagnose(self.pyramid(images))
 
 
-def _check_images(images: Tensor) -> None:
+def _check_images(images: Tensor, like: Tensor) -> None:
+    """Images that the model of which `like` is a buffer can take."""
     if not isinstance(images, Tensor) or not images.is_floating_point():
         kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
         raise TypeError(f"images is {kind}; expected a floating-point tensor")
     if images.dim() != 4 or images.shape[1] != 3 or images.numel() == 0:
         raise ValueError(f"images has shape {tuple(images.shape)}; expected (B, 3, H, W)")
+    if min(images.shape[2:]) < DEEPEST_STRIDE:
+        raise ValueError(
+            f"images has shape {tuple(images.shape)}; expected sides of at least {DEEPEST_STRIDE}, "
+            "the stride of the deepest map"
+        )
+    check_like("images", images, like)
     if images.device.type == "cpu" and not torch.compiler.is_compiling():
         low, high = (float(v) for v in images.detach().aminmax())
         if not (low >= -RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):
@@ -138,6 +146,8 @@ def build_model(
     be those asked for, and its config is used where none is given. The model comes in evaluation mode.
     Raises ValueError for unknown names, a backbone without those strides, or a checkpoint that does not fit.
     """
+    if config is not None and not isinstance(config, SRMConfig):
+        raise TypeError(f"config is a {type(config).__name__}; expected an SRMConfig or None")
     if weights is None:
         return IQAModel(backbone, neck, config or SRMConfig(), pretrained=pretrained).eval()
     model, _ = load_model(weights)

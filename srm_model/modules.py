@@ -1,4 +1,4 @@
-"""Two things that several parts ask of modules, of torch's kind and of Python's."""
+"""What several parts ask of modules, of torch's kind and of Python's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import cache
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 _schemas: list[torch.library.Library] = []  # a schema lives as long as its library
 
@@ -23,6 +23,14 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes:
             part.training = training
+
+
+def check_like(name: str, given: Tensor, own: Tensor) -> None:
+    """`given` is on the device of a module's `own` tensor and of its dtype, which autocast may differ from."""
+    if given.device != own.device:
+        raise ValueError(f"{name} is on {given.device} and the model on {own.device}; expected one device")
+    if given.dtype != own.dtype and not torch.is_autocast_enabled(given.device.type):
+        raise TypeError(f"{name} is {given.dtype} and the model {own.dtype}; expected one dtype, or autocast")
 
 
 @cache

@@ -26,7 +26,7 @@ from srm_kernels import (
 from srm_kernels.attention.reference import normalised_key, normalised_query
 
 from .config import STAGES, SRMConfig
-from .modules import evaluating
+from .modules import check_like, evaluating
 from .statistics import BatchStatistics
 
 ATTENTIONS = ("nystrom", "full")
@@ -401,6 +401,7 @@ class SRMNeck(nn.Module):
                 )
             if m.shape[0] != pyramid[0].shape[0]:
                 raise ValueError(f"stage {stage} has {m.shape[0]} images and stage 1 {pyramid[0].shape[0]}")
+            check_like(f"stage {stage}", m, cast(nn.Conv2d, conv).weight)
             # Elsewhere asking would wait for the device; a NaN there reaches its own image's score and no other.
             if m.device.type == "cpu" and not torch.compiler.is_compiling() and not m.isfinite().all():
                 raise ValueError(f"stage {stage} holds NaN or infinite values; expected finite maps")

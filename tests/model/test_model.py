@@ -106,3 +106,22 @@ def test_weights_by_folder_and_refusals(tmp_path):
         build_model("test_convnext", neck="none", weights=tmp_path / "m")
     with pytest.raises(ValueError, match="these differ: rank"):
         build_model("test_convnext", weights=tmp_path / "m", config=CONFIG.replace(rank=3))
+
+
+def test_images_it_cannot_take_are_one_sentence(model):
+    with pytest.raises(TypeError, match=r"^images is torch.float64 and the model torch.float32; expected"):
+        model(images(2).double())
+    with pytest.raises(ValueError, match=r"^images is on meta and the model on cpu; expected one device$"):
+        model(images(2).to("meta"))
+    with pytest.raises(ValueError, match=r"expected sides of at least 32"):
+        model(images(2, side=24))
+    with pytest.raises(TypeError, match=r"^config is a dict; expected an SRMConfig or None$"):
+        build_model("test_convnext", config={"rank": 8})
+
+
+def test_a_neck_names_the_stage_whose_dtype_is_not_its_own(model):
+    if model.neck_name == "none":
+        pytest.skip("it has no maps of its own to check")
+    pyramid = model.pyramid(images(1))
+    with pytest.raises(TypeError, match=r"^stage 2 is torch.float64 and the model torch.float32"):
+        model.neck([pyramid[0], pyramid[1].double(), *pyramid[2:]])

@@ -124,7 +124,7 @@ def _check_images(images: Tensor, like: Tensor) -> None:
             f"images has shape {tuple(images.shape)}; expected sides of at least {DEEPEST_STRIDE}, "
             "the stride of the deepest map"
         )
-    check_like("images", images, like)
+    check_like("images", images, like, promoted=True)
     if images.device.type == "cpu" and not torch.compiler.is_compiling():
         low, high = (float(v) for v in images.detach().aminmax())
         if not (low >= -RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):

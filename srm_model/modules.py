@@ -25,11 +25,15 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             part.training = training
 
 
-def check_like(name: str, given: Tensor, own: Tensor) -> None:
-    """`given` is on the device of a module's `own` tensor and of its dtype, which autocast may differ from."""
+def check_like(name: str, given: Tensor, own: Tensor, *, promoted: bool = False) -> None:
+    """`given` is on the device of a module's `own` tensor and of its dtype, unless autocast is on.
+
+    `promoted`: it may be of a narrower dtype, since arithmetic with `own` comes first.
+    """
     if given.device != own.device:
         raise ValueError(f"{name} is on {given.device} and the model on {own.device}; expected one device")
-    if given.dtype != own.dtype and not torch.is_autocast_enabled(given.device.type):
+    met = torch.promote_types(given.dtype, own.dtype) if promoted else given.dtype
+    if met != own.dtype and not torch.is_autocast_enabled(given.device.type):
         raise TypeError(f"{name} is {given.dtype} and the model {own.dtype}; expected one dtype, or autocast")
 
 

@@ -97,9 +97,7 @@ def main() -> None:
     sizes = [(int(r), int(d)) for r, d in (size.split("x") for size in options.sizes)]
     rows = list(table(sizes, options.sm))
     if options.out:
-        import triton
-
-        header = {"benchmark": "compiled", "triton": triton.__version__, **record.machine("cpu")}
+        header = {"benchmark": "compiled", **record.machine("cpu")}
         record.write_lines(options.out, [header, *rows])
 
 

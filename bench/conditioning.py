@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bench import bounds, record
+from bench.attention import milliseconds
 from srm_kernels import backends, landmark_solve, nystrom_attention
 from srm_kernels.conditioning import SOLVERS
 
@@ -91,20 +91,6 @@ def best(functions: dict[str, Callable[[], object]], device: torch.device, repea
             if repeat >= 0:
                 times[name].append(elapsed)
     return {name: min(values) for name, values in times.items()}
-
-
-def milliseconds(function: Callable[[], object], device: torch.device) -> float:
-    """One call, by CUDA events on a GPU, else by the wall clock."""
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        function()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end)
-    begin = time.perf_counter()
-    function()
-    return (time.perf_counter() - begin) * 1e3
 
 
 @torch.no_grad()

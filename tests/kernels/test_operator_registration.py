@@ -12,6 +12,7 @@ import torch
 from oracle import tokens
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
@@ -171,7 +172,7 @@ def test_every_registered_operator_is_reached_by_the_public_functions_and_passes
             ),
             args,
         )
-        torch.library.opcheck(op, copies, kwargs)
+        opcheck(op, copies, kwargs)
 
 
 @pytest.mark.parametrize("name", [n for n in CALLS if n != "full_attention"])

@@ -17,6 +17,7 @@ from kernel_rule import DEVICE, DTYPES, follow_the_rule, poisoned, results_and_g
 from oracle import tokens
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
+from torch.library import opcheck
 
 from srm_kernels import landmark_side, nystrom_attention, pooled_link, select_landmarks
 
@@ -252,7 +253,7 @@ def test_opcheck():
     operator = torch.ops.srm.pooled_probabilities.default
     for dyt in (of_dyt, (None,) * 3):
         arguments = (f, a, bias, *dyt, w, k, x.detach(), 2, 0.3, "keys", "triton")
-        torch.library.opcheck(operator, arguments, rtol=1e-4, atol=1e-5)
+        opcheck(operator, arguments, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["leverage", "uniform"])

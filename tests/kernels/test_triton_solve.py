@@ -19,6 +19,7 @@ import pytest
 import torch
 from oracle import tokens
 from torch import Tensor
+from torch.library import opcheck
 
 from srm_kernels import Solver, backends, landmark_solve
 
@@ -236,7 +237,7 @@ def test_it_is_a_registered_operator():
     """opcheck with the kernel behind it: schema, fake tensors, autograd registration."""
     logits, rhs = (t.to(DEVICE).requires_grad_() for t in problem(3, 2))
     arguments = (logits, rhs, 1e-3, "cholesky", False, 1e6, 3, True, "triton")
-    torch.library.opcheck(torch.ops.srm.landmark_solve.default, arguments)
+    opcheck(torch.ops.srm.landmark_solve.default, arguments)
 
 
 @pytest.mark.parametrize("kind", ["graded", "outlier"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
 import os
 import tempfile
@@ -39,6 +41,35 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Write a JSON file atomically; NaN and infinities are written as null, which every reader accepts."""
     write_text(path, json.dumps(finite(value), indent=1, ensure_ascii=False) + "\n")
+
+
+def append_line(path: str | Path, text: str) -> None:
+    """Add a line to a file that several processes may add to; one that a kill cut short stays a line of its own."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with Path(path).open("ab+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        whole = file.seek(0, os.SEEK_END) == 0
+        if not whole:
+            file.seek(-1, os.SEEK_END)
+            whole = file.read(1) == b"\n"
+        file.write(("" if whole else "\n").encode() + text.encode() + b"\n")
+
+
+@contextmanager
+def claimed(path: str | Path, name: str) -> Iterator[bool]:
+    """Whether this process holds `name` for the block; one that ends, however it does, has let go of all.
+
+    path: a file for the locks of everybody; it stays empty.
+    """
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    offset = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
+    with Path(path).open("ab") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, offset)
+        except OSError:
+            yield False
+            return
+        yield True
 
 
 def read_json(path: str | Path) -> Any:

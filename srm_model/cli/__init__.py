@@ -133,7 +133,8 @@ def _parser() -> argparse.ArgumentParser:
             "ablate",
             "ablate:run",
             "train, attack and measure what a study file declares",
-            "Results are lines of OUT/results.jsonl; what is there is not repeated. The README describes the file.",
+            "Results are lines of OUT/results.jsonl; what is there is not repeated, and the same command started again "
+            "elsewhere takes its share of the work. docs/RECIPES.md describes the file.",
         )
     )
     _add_diagnose(
@@ -202,6 +203,9 @@ def _add_data(commands: argparse._SubParsersAction[_Parser], common: _Parser) ->
     made.add_argument("out", metavar="OUT", help="folder to write; an unfinished set there is completed")
     made.add_argument(
         "--photographs", metavar="DIR", help="folder of photographs (default: those installed packages carry)"
+    )
+    made.add_argument(
+        "--packaged", action="store_true", help="those installed packages carry too, after the folder's"
     )
     made.add_argument("--image-size", type=positive, help="shorter side in pixels (default: as they are)")
     made.add_argument(
@@ -342,6 +346,12 @@ def _add_audit(parser: argparse.ArgumentParser) -> None:
 def _add_ablate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("study", metavar="STUDY", help="a .toml or .json file")
     parser.add_argument("--out", required=True, metavar="OUT", help="folder of runs and results")
+    parser.add_argument(
+        "--data",
+        action="append",
+        metavar="NAME=FOLDER",
+        help="a data set in place of the file's (repeatable); the file may have a protocol for that name",
+    )
     parser.add_argument("--dry-run", action="store_true", help="only list what is missing")
     add_device(parser, workers=True)
 

@@ -16,18 +16,24 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from srm_model.attacks import MSE, Attack, PairInversion, Suite, sweep_steps, transfer
+from srm_model.attacks import MSE, Attack, PairInversion, Suite, audit, sweep_steps, transfer
 from srm_model.checkpoint import CONFIG, read_card
 from srm_model.cli import runs
 from srm_model.cli.attack import attack_checkpoint
 from srm_model.cli.study import FULL, Model, Study, read_study
 from srm_model.cli.train import EVALUATION, logistic_of, new_model, train_neck
-from srm_model.files import read_json, write_json
+from srm_model.files import claimed, read_json, write_json
 from srm_model.model import build_model
 from srm_model.reports.records import STUDY, Records
+from srm_model.training import evaluate as evaluate_model
 from srm_model.training.loop import HISTORY
 
+_CLEAN = "clean"  # the kind of a training's line, which all others of that model need
+CLAIMS = "claims.lock"
 _TIMED_PASSES = 7
+
+
+_WAIT = 2.0  # seconds between looks at what other processes have done
 
 
 class Job(NamedTuple):
@@ -37,16 +43,17 @@ class Job(NamedTuple):
     identity: dict[str, Any]
     label: str
     measure: Callable[[], dict[str, Any]]
+    needs: tuple[Model, ...] = ()  # to be trained before
 
 
 def run(args: argparse.Namespace) -> None:
     """Do the jobs that `results.jsonl` lacks, one line for each, and say what there is."""
-    study = read_study(args.study)
+    study = read_study(args.study, runs.named_folders(args.data or ()))
     out = Path(args.out)
     device = runs.device_from(args.device)
     records = Records(out)
     jobs = list(_jobs(study, out, device, args))
-    missing = [job for job in jobs if records.find(job.kind, job.identity) is None]
+    missing = _missing(jobs, records, out)
     if args.dry_run:
         for job in missing:
             print(job.label)
@@ -56,29 +63,68 @@ def run(args: argparse.Namespace) -> None:
     if device.type == "cpu":
         runs.keep_memory()
     with runs.recorded(out, args.arguments, title=study.title):
-        for number, job in enumerate(missing, start=1):
-            if not args.no_progress:
-                runs.say(f"{number}/{len(missing)} {job.label}")
-            start = time.perf_counter()
-            values = job.measure()
-            records.add(
-                {
-                    "kind": job.kind,
-                    "identity": job.identity,
-                    "values": values,
-                    "seconds": round(time.perf_counter() - start, 1),
-                    "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                    "device": _device_name(device),
-                    "versions": runs.versions(),
-                    "commit": _commit(),
-                }
-            )
+        _share(jobs, out, device, progress=not args.no_progress)
+    lines = Records(out).lines
     rows = [
-        [kind, sum(line["kind"] == kind for line in records.lines)]
-        for kind in dict.fromkeys(j.kind for j in jobs)
+        [kind, sum(line["kind"] == kind for line in lines)] for kind in dict.fromkeys(j.kind for j in jobs)
     ]
     print(runs.table(["results", "lines"], rows))
     print(f"tables and figures: srm-iqa report {out}")
+
+
+def _share(jobs: list[Job], out: Path, device: torch.device, *, progress: bool) -> None:
+    """Do what is missing and no other process that shares the folder has at hand; ends when nothing is missing."""
+    while missing := _missing(jobs, Records(out), out):
+        untrained = {str(job.needs[0].folder) for job in missing if job.kind == _CLEAN}
+        idle = True
+        for job in missing:
+            if job.kind != _CLEAN and any(str(model.folder) in untrained for model in job.needs):
+                continue
+            with claimed(out / CLAIMS, f"{job.kind} {json.dumps(job.identity)}") as mine:
+                # Somebody may have done it, and let go, since the last look.
+                if not mine or job not in _missing(jobs, records := Records(out), out):
+                    continue
+                if progress:
+                    runs.say(f"{len(missing)} to do: {job.label}")
+                _do(job, records, device)
+                idle = False
+                if job.kind == _CLEAN:
+                    untrained.discard(str(job.needs[0].folder))
+        if idle:
+            time.sleep(_WAIT)
+
+
+def _missing(jobs: list[Job], records: Records, out: Path) -> list[Job]:
+    """Jobs without a line, and trainings whose weights are gone while a job needs them."""
+    without = [job for job in jobs if records.find(job.kind, job.identity) is None]
+    lost = {
+        str(model.folder)
+        for job in without
+        for model in job.needs
+        if job.kind != _CLEAN and not (out / model.folder / CONFIG).is_file()
+    }
+    return [
+        job for job in jobs if job in without or (job.kind == _CLEAN and str(job.needs[0].folder) in lost)
+    ]
+
+
+def _do(job: Job, records: Records, device: torch.device) -> None:
+    start = time.perf_counter()
+    values = job.measure()
+    if records.find(job.kind, job.identity) is not None:
+        return  # weights that were lost, trained again
+    records.add(
+        {
+            "kind": job.kind,
+            "identity": job.identity,
+            "values": values,
+            "seconds": round(time.perf_counter() - start, 1),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "device": _device_name(device),
+            "versions": runs.versions(),
+            "commit": _commit(),
+        }
+    )
 
 
 def _jobs(study: Study, out: Path, device: torch.device, args: argparse.Namespace) -> Iterator[Job]:
@@ -90,34 +136,14 @@ def _jobs(study: Study, out: Path, device: torch.device, args: argparse.Namespac
             opened[key] = runs.open_splits(study.data[model.data], model.config)
         return opened[key]
 
-    progress = not args.no_progress
     grid = list(study.models())
-    for model in grid:
-        yield Job(
-            "clean",
-            {**model.identity, "fingerprint": splits(model)["test"].fingerprint},
-            f"train {_label(model)}",
-            lambda model=model: _train(study, model, out, splits(model), device, args),  # type: ignore[misc]
-        )
-        if model.neck != "none":
-            yield Job(
-                "diagnostics",
-                model.identity,
-                f"diagnose {_label(model)}",
-                lambda model=model: _diagnose(out / model.folder, splits(model)["test"], device),  # type: ignore[misc]
-            )
-    for model in grid:
-        for norm, eps in study.budgets:
-            yield Job(
-                "attack",
-                {**model.identity, "norm": norm, "eps": eps, "images": study.images, "suite": study.suite},
-                f"attack {_label(model)}, {norm} {eps:.4g}",
-                lambda model=model, norm=norm, eps=eps: _attack(  # type: ignore[misc]
-                    study, model, out, splits(model)["test"], device, norm, eps, progress
-                ),
-            )
-    yield from _sweeps(study, grid, out, splits, device)
-    yield from _transfers(study, grid, out, splits, device)
+    full = [model for model in grid if model.variant == FULL]
+    yield from _models(study, full, out, splits, device, args)
+    yield from _swaps(study, full, out, splits, device)
+    yield from _audits(study, full, out, splits, device)
+    yield from _models(study, [model for model in grid if model.variant != FULL], out, splits, device, args)
+    yield from _sweeps(study, full, out, splits, device)
+    yield from _transfers(study, full, out, splits, device)
     if study.efficiency:
         for backbone in study.backbones:
             for neck in study.necks:
@@ -132,6 +158,45 @@ def _jobs(study: Study, out: Path, device: torch.device, args: argparse.Namespac
                     f"measure {backbone}, {neck}",
                     lambda backbone=backbone, neck=neck: _efficiency(backbone, neck, study, device),  # type: ignore[misc]
                 )
+
+
+def _models(
+    study: Study,
+    models: list[Model],
+    out: Path,
+    splits: Callable[[Model], dict[str, Any]],
+    device: torch.device,
+    args: argparse.Namespace,
+) -> Iterator[Job]:
+    """Trained, diagnosed and attacked."""
+    progress = not args.no_progress
+    for model in models:
+        yield Job(
+            _CLEAN,
+            {**model.identity, "fingerprint": splits(model)["test"].fingerprint},
+            f"train {_label(model)}",
+            lambda model=model: _train(study, model, out, splits(model), device, args),  # type: ignore[misc]
+            (model,),
+        )
+        if model.neck != "none":
+            yield Job(
+                "diagnostics",
+                model.identity,
+                f"diagnose {_label(model)}",
+                lambda model=model: _diagnose(out / model.folder, splits(model)["test"], device),  # type: ignore[misc]
+                (model,),
+            )
+    for model in models:
+        for norm, eps in study.budgets_of(model):
+            yield Job(
+                "attack",
+                {**model.identity, "norm": norm, "eps": eps, "images": study.images, "suite": study.suite},
+                f"attack {_label(model)}, {norm} {eps:.4g}",
+                lambda model=model, norm=norm, eps=eps: _attack(  # type: ignore[misc]
+                    study, model, out, splits(model)["test"], device, norm, eps, progress
+                ),
+                (model, _beside(model)),
+            )
 
 
 def _train(
@@ -198,12 +263,102 @@ def _attack(
     }
 
 
-def _surrogate(out: Path, model: Model) -> Path | None:
-    """The neck beside it; for an ablation, the one beside the full model."""
+def _beside(model: Model) -> Model:
+    """The surrogate of its transfer attack: the neck beside it; for an ablation, the one beside the full model."""
     other = "srm" if model.neck == "none" else "none"
-    full = Model(model.data, model.backbone, other, FULL, model.seed, model.config)
-    path = out / full.folder
+    return Model(model.data, model.backbone, other, FULL, model.seed, model.config)
+
+
+def _surrogate(out: Path, model: Model) -> Path | None:
+    path = out / _beside(model).folder
     return path if (path / CONFIG).is_file() else None
+
+
+def _swaps(
+    study: Study,
+    grid: list[Model],
+    out: Path,
+    splits: Callable[[Model], dict[str, Any]],
+    device: torch.device,
+) -> Iterator[Job]:
+    """What trained weights do under another attention, rank or link weight, with no training: clean scores."""
+    for model in grid:
+        if model.neck != "srm":
+            continue
+        for name, changes in study.swaps.items():
+
+            def measure(model: Model = model, changes: dict[str, Any] = changes) -> dict[str, Any]:
+                trained, card = runs.open_checkpoint(out / model.folder, device)
+                dataset, size = splits(model)["test"], model.config.batch_size
+                logistic = logistic_of(card)
+                own = evaluate_model(trained, dataset, batch_size=size, logistic=logistic)
+                other = evaluate_model(swapped(trained, changes), dataset, batch_size=size, logistic=logistic)
+                moved = np.abs(np.subtract(other["scores"], own["scores"]))
+                return {
+                    "srocc": other["srocc"],
+                    "plcc": other["plcc"],
+                    "trained_srocc": own["srocc"],
+                    "moved": {
+                        "median": float(np.median(moved)),
+                        "maximum": float(moved.max()),
+                        "spread": float(np.std(own["scores"])),
+                    },
+                }
+
+            yield Job(
+                "swap",
+                {**model.identity, "swap": name, "changes": changes},
+                f"swap {name} into {_label(model)}",
+                measure,
+                (model,),
+            )
+
+
+def swapped(model: Any, changes: dict[str, Any]) -> Any:
+    """The trained weights in a model with other config fields, `neck`, or every link weighted by `beta`."""
+    fields = {key: value for key, value in changes.items() if key not in ("neck", "beta")}
+    other: Any = build_model(
+        model.backbone_name, neck=changes.get("neck", model.neck_name), config=model.config.replace(**fields)
+    )
+    other.load_state_dict(model.state_dict())
+    if "beta" in changes:
+        with torch.no_grad():
+            for beta in other.neck.beta.values():
+                beta.fill_(changes["beta"])
+    device = next(model.parameters()).device
+    return other.to(device).to(memory_format=torch.channels_last)
+
+
+def _audits(
+    study: Study,
+    grid: list[Model],
+    out: Path,
+    splits: Callable[[Model], dict[str, Any]],
+    device: torch.device,
+) -> Iterator[Job]:
+    """Every unablated model of the first seed, at the article's larger budget."""
+    for model in grid if study.audit else ():
+        if model.seed != study.seeds[0]:
+            continue
+        eps = model.config.eps_linf_tables[-1]
+
+        def measure(model: Model = model, eps: float = eps) -> dict[str, Any]:
+            loaded, _ = runs.open_checkpoint(out / model.folder, device)
+            surrogate = _surrogate(out, model)
+            found = audit(
+                loaded,
+                splits(model)["test"],
+                norm="linf",
+                eps=eps,
+                surrogate=None if surrogate is None else runs.open_checkpoint(surrogate, device)[0],
+                config=model.config,
+                images=study.audit,
+                seed=model.seed,
+            )
+            return {"passed": found.passed, "failed": list(found.failed), **found.to_dict()}
+
+        identity = {**model.identity, "norm": "linf", "eps": eps, "images": study.audit}
+        yield Job("audit", identity, f"audit {_label(model)}", measure, (model, _beside(model)))
 
 
 def _sweeps(
@@ -218,8 +373,7 @@ def _sweeps(
         return
     norm, eps = study.budgets[0]
     for model in grid:
-        first = (next(iter(study.data)), study.backbones[0], FULL)
-        if (model.data, model.backbone, model.variant) != first:
+        if (model.data, model.backbone) != (next(iter(study.data)), study.backbones[0]):
             continue
         pairs = PairInversion(margin=model.config.pair_margin, temperature=model.config.pair_temperature)
         suite = Suite([Attack("pgd_mse", MSE()), Attack("pgd_pair_inversion", pairs)], model.config)
@@ -240,7 +394,7 @@ def _sweeps(
             return {"rows": rows}
 
         identity = {**model.identity, "norm": norm, "eps": eps, "images": study.images}
-        yield Job("sweep", identity, f"sweep steps of {_label(model)}", measure)
+        yield Job("sweep", identity, f"sweep steps of {_label(model)}", measure, (model,))
 
 
 def _transfers(
@@ -251,7 +405,7 @@ def _transfers(
     device: torch.device,
 ) -> Iterator[Job]:
     """Table 10: between the necks of a backbone, and between backbones, in every direction."""
-    full = {(m.data, m.seed, m.backbone, m.neck): m for m in grid if m.variant == FULL}
+    full = {(m.data, m.seed, m.backbone, m.neck): m for m in grid}
     for data in study.data:
         for seed in study.seeds:
             groups = [[(backbone, neck) for neck in study.necks] for backbone in study.backbones]
@@ -299,7 +453,13 @@ def _transfers(
                         "images": study.images,
                     }
                     names = ", ".join(f"{m.backbone}/{m.neck}" for m in members)
-                    yield Job("transfer", identity, f"transfer between {names}, {norm} {eps:.4g}", measure)
+                    yield Job(
+                        "transfer",
+                        identity,
+                        f"transfer between {names}, {norm} {eps:.4g}",
+                        measure,
+                        tuple(members),
+                    )
 
 
 def _diagnose(folder: Path, dataset: Any, device: torch.device) -> dict[str, Any]:

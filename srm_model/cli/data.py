@@ -15,6 +15,7 @@ def synthesize(args: argparse.Namespace) -> None:
     synthesize_set(
         args.out,
         photographs=args.photographs,
+        packaged=args.packaged or None,
         image_size=args.image_size,
         seed=args.seed,
         metric=args.metric,

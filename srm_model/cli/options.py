@@ -103,9 +103,10 @@ def byte_count(text: str) -> int:
 
 
 def budget(text: str) -> float:
-    """A decimal number or a fraction such as 4/255, for argparse."""
+    """A decimal number or a fraction such as 4/255 or 0.5/255, for argparse."""
+    above, slash, below = text.partition("/")
     try:
-        return float(Fraction(text))
+        return float(Fraction(above) / Fraction(below if slash else 1))
     except (ValueError, ZeroDivisionError):
         raise argparse.ArgumentTypeError(
             f"{text!r} is neither a number nor a fraction such as 4/255"

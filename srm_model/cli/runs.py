@@ -162,6 +162,17 @@ def open_splits(root: str | Path, config: SRMConfig, cache: ImageCache | None = 
     }
 
 
+def named_folders(pairs: Sequence[str]) -> dict[str, str]:
+    """Folders by name from NAME=FOLDER."""
+    found = {}
+    for pair in pairs:
+        name, equals, folder = pair.partition("=")
+        if not (name and equals and folder):
+            raise ValueError(f"--data {pair}: expected NAME=FOLDER")
+        found[name] = folder
+    return found
+
+
 def dataset_card(dataset: Any) -> dict[str, Any]:
     """What cards and run.json say about a data set, by any of its splits."""
     return {

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from srm_model.cli.options import budget
 from srm_model.config import NECKS, SRMConfig
 
 FULL = "full"  # the variant without overrides
@@ -26,6 +27,7 @@ ABLATIONS: dict[str, Any] = {
     "equilibration": {"equilibrate": True},
     "half the landmarks": lambda config: {"rank": max(1, config.rank // 2)},
     "a quarter of the landmarks": lambda config: {"rank": max(1, config.rank // 4)},
+    "keys not normalised": {"qk_norm": None},
     "Neumann m = 3": {"solver": "neumann", "neumann_order": 3},
     "solver cholesky": {"solver": "cholesky"},
     "solver lu": {"solver": "lu"},
@@ -83,6 +85,12 @@ class Study:
     ablations: dict[str, dict[str, Any]] = field(
         default_factory=dict
     )  # overrides by variant, on the first of each
+    ablation_seeds: dict[str, tuple[int, ...]] = field(default_factory=dict)  # by variant
+    ablation_budgets: dict[str, tuple[tuple[str, float], ...]] = field(default_factory=dict)  # by variant
+    swaps: dict[str, dict[str, Any]] = field(
+        default_factory=dict
+    )  # changes to trained weights' model, by name
+    audit: int = 0  # images of each audit; 0: none
     transfer: tuple[tuple[str, str], ...] = ()  # pairs of backbones, beside the necks of one
     sweep: bool = False
     efficiency: bool = False
@@ -94,8 +102,8 @@ class Study:
                 for seed in self.seeds:
                     for neck in self.necks:
                         yield Model(data, backbone, neck, FULL, seed, self.config.replace(seed=seed))
-        for seed in self.seeds:
-            for variant, overrides in self.ablations.items():
+        for variant, overrides in self.ablations.items():
+            for seed in self.ablation_seeds[variant]:
                 changes = {key: value for key, value in overrides.items() if key != "neck"}
                 yield Model(
                     next(iter(self.data)),
@@ -106,12 +114,15 @@ class Study:
                     self.config.replace(seed=seed, **changes),
                 )
 
+    def budgets_of(self, model: Model) -> tuple[tuple[str, float], ...]:
+        return self.budgets if model.variant == FULL else self.ablation_budgets[model.variant]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {**vars(self), "config": self.config.to_dict()}
 
 
-_KEYS = {
+_KEYS: dict[str, Any] = {
     "title": str,
     "data": dict,
     "backbones": list,
@@ -121,16 +132,23 @@ _KEYS = {
     "pretrained": bool,
     "freeze_backbone": bool,
     "attacks": dict,
-    "ablations": dict,
+    "ablations": (dict, list),
+    "swaps": dict,
+    "audit": int,
     "transfer": list,
     "sweep": bool,
     "efficiency": bool,
+    "protocols": dict,
 }
 _ATTACK_KEYS = {"linf", "l2", "images", "suite"}
 
 
-def read_study(path: str | Path) -> Study:
-    """A study from a TOML or JSON file; whatever does not fit is a ValueError or TypeError of one sentence."""
+def read_study(path: str | Path, roots: Mapping[str, str] | None = None) -> Study:
+    """A study from a TOML or JSON file; whatever does not fit is a ValueError or TypeError of one sentence.
+
+    roots: folders of data sets by name, in place of the file's `data`. Where a protocol of the file is for a set so
+    named, its keys take the place of the file's own.
+    """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -142,7 +160,7 @@ def read_study(path: str | Path) -> Study:
             f"{path}: not readable as {'JSON' if path.suffix == '.json' else 'TOML'} ({error})"
         ) from None
     try:
-        return _study(values, path.parent)
+        return _study(values, path.parent, roots or {})
     except (ValueError, TypeError) as error:
         raise type(error)(f"{path}: {error}") from None
 
@@ -153,13 +171,44 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
 
 
-def _study(values: Any, here: Path) -> Study:
+def _checked(values: Any) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError("expected an object of keys")
     _known(values, set(_KEYS), "key")
     for key, value in values.items():
-        if not isinstance(value, _KEYS[key]):
-            raise TypeError(f"{key} is {value!r}: expected {_KEYS[key].__name__}")
+        if not isinstance(value, _KEYS[key]) or (_KEYS[key] is int and isinstance(value, bool)):
+            kinds = _KEYS[key] if isinstance(_KEYS[key], tuple) else (_KEYS[key],)
+            raise TypeError(f"{key} is {value!r}: expected {' or '.join(kind.__name__ for kind in kinds)}")
+    return values
+
+
+def _under_protocol(values: dict[str, Any], roots: Mapping[str, str]) -> dict[str, Any]:
+    """The file's keys for the data sets of `roots`: those of the protocol that is for them, if there is one."""
+    chosen = set()
+    for name, protocol in values.get("protocols", {}).items():
+        if not isinstance(protocol, dict) or not isinstance(protocol.get("for"), list):
+            raise ValueError(
+                f"protocol {name!r}: expected a table of keys whose `for` lists names of data sets"
+            )
+        _checked({key: value for key, value in protocol.items() if key != "for"})
+    for root in roots:
+        named = [name for name, protocol in values.get("protocols", {}).items() if root in protocol["for"]]
+        chosen.add(named[0] if named else None)
+    if len(chosen) > 1:
+        raise ValueError(
+            f"the data sets {', '.join(roots)} are under different protocols: run them one after another, "
+            "each with its own --out"
+        )
+    changes = dict(values["protocols"][name]) if (name := next(iter(chosen))) else {}
+    changes.pop("for", None)
+    return {**values, **changes, "data": dict(roots)}
+
+
+def _study(values: Any, here: Path, roots: Mapping[str, str]) -> Study:
+    values = _checked(values)
+    if roots:
+        values = _under_protocol(values, roots)
+        here = Path()
     for key in ("data", "backbones"):
         if not values.get(key):
             raise ValueError(f"{key} is missing or empty: a study needs it")
@@ -167,9 +216,7 @@ def _study(values: Any, here: Path) -> Study:
     necks = tuple(values.get("necks", ("none", "srm")))
     if not necks or not set(necks) <= set(NECKS):
         raise ValueError(f"necks is {list(necks)}: expected some of {', '.join(NECKS)}")
-    seeds = tuple(values.get("seeds", (0, 1, 2)))
-    if not seeds or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
-        raise ValueError(f"seeds is {list(seeds)}: expected whole numbers of zero or more")
+    seeds = _seeds(values.get("seeds", (0, 1, 2)))
     attacks = values.get("attacks", {})
     _known(attacks, _ATTACK_KEYS, "key of attacks")
     if attacks.get("suite", "paper") not in ("paper", "extended"):
@@ -179,6 +226,17 @@ def _study(values: Any, here: Path) -> Study:
     for pair in pairs:
         if len(pair) != 2 or not set(pair) <= set(backbones):
             raise ValueError(f"transfer has {list(pair)}: expected two of the study's backbones")
+    budgets = _budgets(attacks, config)
+    groups = values.get("ablations", [])
+    ablations: dict[str, dict[str, Any]] = {}
+    ablation_seeds: dict[str, tuple[int, ...]] = {}
+    ablation_budgets: dict[str, tuple[tuple[str, float], ...]] = {}
+    for group in groups if isinstance(groups, list) else [groups]:
+        found = _ablations(group, config)
+        ablations |= found
+        ablation_seeds |= dict.fromkeys(found, _seeds(group.get("seeds", seeds)))
+        own = _budgets(group, config) if group.keys() & {"linf", "l2"} else budgets
+        ablation_budgets |= dict.fromkeys(found, own)
     return Study(
         title=values.get("title", "Study"),
         data={name: str(here / Path(root).expanduser()) for name, root in values["data"].items()},
@@ -188,14 +246,14 @@ def _study(values: Any, here: Path) -> Study:
         config=config,
         pretrained=values.get("pretrained", False),
         freeze_backbone=values.get("freeze_backbone", False),
-        budgets=tuple(
-            (norm, _budget(eps))
-            for norm, default in (("linf", config.eps_linf_tables), ("l2", config.eps_l2_tables))
-            for eps in attacks.get(norm, default if not attacks.keys() & {"linf", "l2"} else ())
-        ),
+        budgets=budgets,
         images=attacks.get("images"),
         suite=attacks.get("suite", "paper"),
-        ablations=_ablations(values.get("ablations", {}), config),
+        ablations=ablations,
+        ablation_seeds=ablation_seeds,
+        ablation_budgets=ablation_budgets,
+        swaps=_swaps(values.get("swaps", {}), config),
+        audit=values.get("audit", 0),
         transfer=pairs,
         sweep=values.get("sweep", False),
         efficiency=values.get("efficiency", False),
@@ -204,7 +262,9 @@ def _study(values: Any, here: Path) -> Study:
 
 def _ablations(values: Mapping[str, Any], config: SRMConfig) -> dict[str, dict[str, Any]]:
     """`rows`, a list of names or "all", and `overrides`, a table of one's own rows."""
-    _known(values, {"rows", "overrides"}, "key of ablations")
+    if not isinstance(values, dict):
+        raise TypeError(f"ablations has {values!r}: expected a table")
+    _known(values, {"rows", "overrides", "seeds", "linf", "l2"}, "key of ablations")
     rows = values.get("rows", [])
     named = {**ABLATIONS, **DEFENCES}
     found = {}
@@ -227,6 +287,35 @@ def _ablations(values: Mapping[str, Any], config: SRMConfig) -> dict[str, dict[s
     return found
 
 
+def _swaps(values: Mapping[str, Any], config: SRMConfig) -> dict[str, dict[str, Any]]:
+    """Tables of config fields, `neck`, and `beta`, the weight of every link."""
+    for name, overrides in values.items():
+        if not isinstance(overrides, dict):
+            raise ValueError(f"swap {name!r}: expected a table of config fields, neck or beta")
+        if overrides.get("neck", "srm") not in ("srm", "quadratic"):
+            raise ValueError(f"swap {name!r}: neck {overrides['neck']!r} is not one of srm, quadratic")
+        if not isinstance(overrides.get("beta", 0.0), int | float):
+            raise ValueError(f"swap {name!r}: beta {overrides['beta']!r}: expected a number")
+        config.replace(**{key: value for key, value in overrides.items() if key not in ("neck", "beta")})
+    return dict(values)
+
+
+def _seeds(values: Any) -> tuple[int, ...]:
+    seeds = tuple(values)
+    if not seeds or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
+        raise ValueError(f"seeds is {list(seeds)}: expected whole numbers of zero or more")
+    return seeds
+
+
+def _budgets(values: Mapping[str, Any], config: SRMConfig) -> tuple[tuple[str, float], ...]:
+    """Norm and ε; the config's for the tables where neither norm is named."""
+    return tuple(
+        (norm, _budget(eps))
+        for norm, default in (("linf", config.eps_linf_tables), ("l2", config.eps_l2_tables))
+        for eps in values.get(norm, default if not values.keys() & {"linf", "l2"} else ())
+    )
+
+
 def _known(values: Mapping[str, Any], keys: set[str], what: str) -> None:
     unknown = sorted(set(values) - keys)
     if unknown:
@@ -235,6 +324,6 @@ def _known(values: Mapping[str, Any], keys: set[str], what: str) -> None:
 
 def _budget(value: Any) -> float:
     try:
-        return float(Fraction(str(value)))
-    except (ValueError, ZeroDivisionError):
+        return budget(str(value))
+    except argparse.ArgumentTypeError:
         raise ValueError(f"budget {value!r}: expected a number or a fraction such as 4/255") from None

@@ -44,6 +44,7 @@ def synthesize(
     out: str | Path,
     *,
     photographs: str | Path | None = None,
+    packaged: bool | None = None,
     image_size: int | None = None,
     types: Iterable[int] = range(1, 25),
     levels: Iterable[int] = range(1, 6),
@@ -54,8 +55,9 @@ def synthesize(
     """Make a set in TID2013's own layout in the folder `out`; returns `out`, which `TID2013(out, split)` opens.
 
     photographs: a folder; the images directly in it (PNG, JPEG, BMP, TIFF, WebP), 3 to 99 of them, each a reference
-        of its own scene, since the split is by reference: two shots of one scene leak between the splits. None: the
-        seven photographs that scikit-image and scikit-learn carry.
+        of its own scene, since the split is by reference: two shots of one scene leak between the splits.
+    packaged: whether the seven photographs that scikit-image and scikit-learn carry are references too, after those
+        of the folder; None: where there is no folder.
     image_size: the photographs' centre squares brought down to this side; None keeps them as they are.
     types, levels: which of TID2013's 24 types and 5 levels (`srm_model.data.distortions`).
     seed: every image depends on (seed, reference, type, level) only.
@@ -77,7 +79,9 @@ def synthesize(
         raise ValueError(f"seed {seed}: expected zero or more")
     distortions = _import_distortions()
     import_piq()
-    references = _references(photographs, image_size, distortions.MIN_SIDE)
+    references = _references(
+        photographs, photographs is None if packaged is None else packaged, image_size, distortions.MIN_SIDE
+    )
     settings = {
         "seed": seed,
         "image_size": image_size,
@@ -133,15 +137,21 @@ def _import_distortions() -> ModuleType:
     return distortions
 
 
-def _references(folder: str | Path | None, image_size: int | None, min_side: int) -> list[Photograph]:
+def _references(
+    folder: str | Path | None, packaged: bool, image_size: int | None, min_side: int
+) -> list[Photograph]:
     """The photographs, checked: number, size, and no two alike."""
     if image_size is not None and image_size < min_side:
         raise ValueError(f"image_size {image_size}: expected at least {min_side}, or None")
-    photographs = from_packages(image_size) if folder is None else from_folder(Path(folder), image_size)
+    if folder is None and not packaged:
+        raise ValueError("no photographs: expected a folder of them, or those that packages carry")
+    photographs = [] if folder is None else from_folder(Path(folder), image_size)
+    if packaged:
+        photographs += from_packages(image_size)
     if not MIN_REFERENCES <= len(photographs) <= MAX_REFERENCES:
         raise ValueError(
-            f"{folder}: {len(photographs)} photographs ({', '.join(SUFFIXES)}) directly in this folder; expected "
-            f"{MIN_REFERENCES} to {MAX_REFERENCES}"
+            f"{folder}: {len(photographs)} photographs ({', '.join(SUFFIXES)}) directly in this folder"
+            f"{' and from packages' if packaged else ''}; expected {MIN_REFERENCES} to {MAX_REFERENCES}"
         )
     seen: dict[str, str] = {}
     for photo in photographs:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from srm_model.files import finite, read_json, write_text
+from srm_model.files import append_line, finite, read_json
 from srm_model.reports.text import fixed
 
 RESULTS, STUDY = "results.jsonl", "study.json"
@@ -42,9 +42,9 @@ class Records:
         return None
 
     def add(self, line: dict[str, Any]) -> None:
-        self.lines.append(json.loads(json.dumps(finite(line))))
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines)
-        write_text(self.path, text)
+        text = json.dumps(finite(line), ensure_ascii=False)
+        append_line(self.path, text)
+        self.lines.append(json.loads(text))
 
     def of(self, kind: str) -> list[dict[str, Any]]:
         return [line for line in self.lines if line["kind"] == kind]

@@ -144,10 +144,7 @@ def test_a_second_call_repeats_nothing_and_a_lost_line_is_measured_again(
     assert len(listed) == 2
     assert listed[0].startswith("sweep steps of none on test_convnext, noise, seed 0")
     assert main(arguments) == 0
-    again = {
-        json.dumps([line["identity"], line["values"]], sort_keys=True)
-        for line in map(json.loads, path.read_text().splitlines())
-    }
+    again = {json.dumps([line["identity"], line["values"]], sort_keys=True) for line in Records(out).lines}
     first = {
         json.dumps([line["identity"], line["values"]], sort_keys=True) for line in map(json.loads, lines)
     }

@@ -179,6 +179,12 @@ def _checked(values: Any) -> dict[str, Any]:
         if not isinstance(value, _KEYS[key]) or (_KEYS[key] is int and isinstance(value, bool)):
             kinds = _KEYS[key] if isinstance(_KEYS[key], tuple) else (_KEYS[key],)
             raise TypeError(f"{key} is {value!r}: expected {' or '.join(kind.__name__ for kind in kinds)}")
+    for name, protocol in values.get("protocols", {}).items():
+        if not isinstance(protocol, dict) or not isinstance(protocol.get("for"), list):
+            raise ValueError(
+                f"protocol {name!r}: expected a table of keys whose `for` lists names of data sets"
+            )
+        _checked({key: value for key, value in protocol.items() if key != "for"})
     return values
 
 

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import re
+import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from srm_model import SRMConfig
+from srm_model import SRMConfig, load_model
 from srm_model.cli import main
-from srm_model.cli.study import ABLATIONS, DEFENCES, read_study, slug
+from srm_model.cli.ablate import Job, _share, swapped
+from srm_model.cli.runs import named_folders
+from srm_model.cli.study import ABLATIONS, DEFENCES, FULL, Model, read_study, slug
 from srm_model.data.synthesize import synthesize
-from srm_model.files import read_json
+from srm_model.files import claimed, read_json
 from srm_model.reports import write_study
 from srm_model.reports.records import Records, over_seeds
 
@@ -26,6 +33,7 @@ necks = ["none", "srm"]
 seeds = [0, 1]
 sweep = true
 efficiency = true
+audit = 2
 
 [data]
 noise = "set"
@@ -46,8 +54,16 @@ attack_sweep_steps = [1, 2]
 linf = ["4/255"]
 images = 4
 
-[ablations]
+[swaps]
+"as trained" = {}
+"no links" = { beta = 0 }
+
+[[ablations]]
 rows = ["uniform landmarks", "baseline, gradient-norm training"]
+
+[[ablations]]
+seeds = [1]
+l2 = [10]
 
 [ablations.overrides]
 "no key norm" = { qk_norm = "both" }
@@ -95,8 +111,17 @@ def test_every_result_is_a_line_with_all_that_it_depends_on(out: Path):
     counts: dict[str, int] = {}
     for line in lines:
         counts[line["kind"]] = counts.get(line["kind"], 0) + 1
-    # Two necks, three variants, two seeds; one budget; both necks are swept; one pair per seed; two necks measured.
-    assert counts == {"clean": 10, "diagnostics": 6, "attack": 10, "sweep": 4, "transfer": 2, "efficiency": 2}
+    # Two necks and two variants on two seeds, one variant on one; a budget each; both necks are swept; a pair per seed.
+    assert counts == {
+        "clean": 9,
+        "diagnostics": 5,
+        "attack": 9,
+        "swap": 4,
+        "audit": 2,
+        "sweep": 4,
+        "transfer": 2,
+        "efficiency": 2,
+    }
     for line in lines:
         assert {"identity", "values", "seconds", "created", "device", "versions", "commit"} <= line.keys()
         assert line["versions"]["torch"]
@@ -128,6 +153,171 @@ def test_overrides_reach_the_trained_models(out: Path):
     assert variants["full"]["config"]["landmarks"] == "leverage"
 
 
+def test_a_group_of_ablations_has_its_own_seeds_and_budgets(out: Path):
+    found = [
+        (line["identity"]["seed"], line["identity"]["norm"], line["identity"]["eps"])
+        for line in Records(out).of("attack")
+        if line["identity"]["variant"] == "no key norm"
+    ]
+    assert found == [(1, "l2", 10.0)]
+
+
+def test_swaps_change_trained_weights_model_and_nothing_else(out: Path):
+    lines = Records(out).of("swap")
+    same = [line["values"] for line in lines if line["identity"]["swap"] == "as trained"]
+    without = [line["values"] for line in lines if line["identity"]["swap"] == "no links"]
+    assert [values["moved"]["maximum"] for values in same] == [0.0, 0.0]
+    assert all(values["moved"]["maximum"] > 1e-4 for values in without)
+    assert all(values["srocc"] == values["trained_srocc"] for values in same)
+    model, _ = load_model(_srm(out, 0))
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    bare = swapped(model, {"beta": 0})
+    with torch.no_grad():
+        pyramid = bare.neck(bare.pyramid(images), return_pyramid=True).pyramid
+        aligned = swapped(model, {"beta": 0, "neck": "quadratic"}).neck(
+            model.pyramid(images), return_pyramid=True
+        )
+    for ours, theirs in zip(pyramid, aligned.pyramid, strict=True):
+        assert torch.equal(ours, theirs)  # whatever the attention was, nothing of it arrives
+
+
+def _srm(out: Path, seed: int) -> Path:
+    return out / "runs" / "noise" / "test_convnext" / f"seed{seed}" / "srm"
+
+
+def test_audits_are_of_the_first_seed(out: Path):
+    lines = Records(out).of("audit")
+    assert [(line["identity"]["neck"], line["identity"]["seed"]) for line in lines] == [
+        ("none", 0),
+        ("srm", 0),
+    ]
+    for line in lines:
+        assert len(line["values"]["checks"]) == 10
+        assert line["values"]["passed"] == (not line["values"]["failed"])
+
+
+def test_weights_that_are_gone_are_trained_again_where_something_needs_them(
+    place: Path, out: Path, capsys: pytest.CaptureFixture[str]
+):
+    arguments = ["ablate", str(place / "study.toml"), "--out", str(out), "--device", "cpu", "--no-progress"]
+    path = out / "results.jsonl"
+    lines = path.read_text().splitlines()
+    digest = read_json(_srm(out, 0) / "config.json")["sha256"]
+    shutil.rmtree(_srm(out, 0))
+    assert main([*arguments, "--dry-run"]) == 0
+    assert capsys.readouterr().out == "0 of 37 results are missing\n"
+    lost = next(
+        text
+        for text in lines
+        if json.loads(text)["kind"] == "diagnostics" and json.loads(text)["identity"]["seed"] == 0
+    )
+    path.write_text("\n".join(text for text in lines if text != lost) + "\n")
+    assert main([*arguments, "--dry-run"]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert [text.split()[0] for text in listed] == ["train", "diagnose", "2"]
+    assert main(arguments) == 0
+    assert read_json(_srm(out, 0) / "config.json")["sha256"] == digest
+    again = path.read_text().splitlines()
+    assert len(again) == len(lines)
+    measured = json.loads(again[-1])
+    assert (measured["kind"], measured["values"]) == ("diagnostics", json.loads(lost)["values"])
+
+
+def test_processes_share_the_jobs_and_do_each_once(tmp_path: Path):
+    models = [Model("d", "b", "srm", FULL, seed, SRMConfig(seed=seed)) for seed in range(3)]
+
+    def job(kind: str, model: Model, *needs: Model) -> Job:
+        def measure() -> dict[str, Any]:
+            time.sleep(0.1)
+            (tmp_path / model.folder).mkdir(parents=True, exist_ok=True)
+            (tmp_path / model.folder / "config.json").touch()
+            return {"process": os.getpid()}
+
+        return Job(kind, {"kind": kind, "seed": model.seed}, kind, measure, (model, *needs))
+
+    jobs = [job("clean", model) for model in models]
+    jobs += [job(kind, model, models[0]) for kind in ("a", "b", "c") for model in models]
+    context = multiprocessing.get_context("fork")
+    workers = [
+        context.Process(target=_share, args=(jobs, tmp_path, torch.device("cpu")), kwargs={"progress": False})
+        for _ in range(2)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+        assert worker.exitcode == 0
+    lines = Records(tmp_path).lines
+    assert sorted((line["kind"], line["identity"]["seed"]) for line in lines) == sorted(
+        (job.kind, job.identity["seed"]) for job in jobs
+    )
+    assert len({line["values"]["process"] for line in lines}) == 2
+    kinds = [(line["kind"], line["identity"]["seed"]) for line in lines]
+    for kind, seed in kinds:
+        if kind != "clean":
+            assert kinds.index(("clean", seed)) < kinds.index((kind, seed))
+            assert kinds.index(("clean", 0)) < kinds.index((kind, seed))
+
+
+def test_a_claim_ends_with_its_process(tmp_path: Path):
+    context = multiprocessing.get_context("fork")
+    holding = context.Event()
+
+    def hold() -> None:
+        with claimed(tmp_path / "lock", "job") as mine:
+            assert mine
+            holding.set()
+            time.sleep(60)
+
+    worker = context.Process(target=hold)
+    worker.start()
+    assert holding.wait(30)
+    with claimed(tmp_path / "lock", "job") as mine:
+        assert not mine
+    with claimed(tmp_path / "lock", "another") as mine:
+        assert mine
+    worker.kill()
+    worker.join()
+    with claimed(tmp_path / "lock", "job") as mine:
+        assert mine
+
+
+def test_a_protocol_takes_the_place_of_the_files_keys_for_its_sets(tmp_path: Path):
+    path = tmp_path / "study.json"
+    values = {
+        "data": {"a": "x"},
+        "backbones": ["b"],
+        "config": {"rank": 8},
+        "audit": 3,
+        "protocols": {"article": {"for": ["c", "d"], "backbones": ["e", "f"], "config": {}}},
+    }
+    path.write_text(json.dumps(values))
+    own = read_study(path)
+    assert (own.data, own.backbones, own.config.rank) == ({"a": str(tmp_path / "x")}, ("b",), 8)
+    article = read_study(path, {"c": "here/c", "d": "/there/d"})
+    assert article.data == {"c": "here/c", "d": "/there/d"}  # from where the command runs
+    assert (article.backbones, article.config.rank, article.audit) == (("e", "f"), SRMConfig().rank, 3)
+    other = read_study(path, {"z": "z"})
+    assert (other.data, other.backbones, other.config.rank) == ({"z": "z"}, ("b",), 8)
+    with pytest.raises(ValueError, match="the data sets c, z are under different protocols"):
+        read_study(path, {"c": "c", "z": "z"})
+    with pytest.raises(ValueError, match="--data c: expected NAME=FOLDER"):
+        named_folders(["c"])
+
+
+def test_the_robustness_study_is_valid_under_both_protocols():
+    path = Path(__file__).parents[2] / "experiments" / "robustness.toml"
+    own = read_study(path)
+    assert own.necks == ("none", "quadratic", "srm")
+    assert own.budgets == tuple(
+        [("linf", n / 255) for n in (0.5, 1.0, 2.0, 4.0)] + [("l2", eps) for eps in (1.25, 2.5, 5.0, 10.0)]
+    )
+    article = read_study(path, {"tid2013": "t", "koniq10k": "k"})
+    assert article.config == SRMConfig()
+    assert article.suite == "paper"
+    assert list(article.ablations) == list(ABLATIONS)
+
+
 def test_a_second_call_repeats_nothing_and_a_lost_line_is_measured_again(
     place: Path, out: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -135,7 +325,7 @@ def test_a_second_call_repeats_nothing_and_a_lost_line_is_measured_again(
     path = out / "results.jsonl"
     before = path.read_text()
     assert main([*arguments, "--dry-run"]) == 0
-    assert capsys.readouterr().out == "0 of 34 results are missing\n"
+    assert capsys.readouterr().out == "0 of 37 results are missing\n"
     lines = before.splitlines()
     lost = next(i for i, text in enumerate(lines) if json.loads(text)["kind"] == "sweep")
     path.write_text("\n".join([*lines[:lost], *lines[lost + 1 :], lines[0][:50]]) + "\n")  # and one cut short
@@ -252,6 +442,18 @@ def test_all_ablations_of_the_article_are_named_and_valid(tmp_path: Path):
         ({"attacks": {"linf": ["a"]}}, "budget 'a': expected a number or a fraction"),
         ({"attacks": {"l3": [1]}}, "unknown key of attacks l3"),
         ({"attacks": {"suite": "all"}}, "suite is 'all'"),
+        ({"audit": True}, "audit is True: expected int"),
+        ({"swaps": {"s": {"neck": "none"}}}, "swap 's': neck 'none' is not one of srm, quadratic"),
+        ({"swaps": {"s": {"beta": "x"}}}, "beta 'x': expected a number"),
+        ({"swaps": {"s": {"rank": 0}}}, "rank=0"),
+        (
+            {
+                "protocols": {"p": {"backbones": ["b"]}},
+            },
+            "protocol 'p': expected a table of keys whose `for`",
+        ),
+        ({"protocols": {"p": {"for": ["c"], "date": 1}}}, "unknown key date"),
+        ({"ablations": [1]}, "ablations has 1: expected a table"),
         ({"ablations": {"rows": ["no neck"]}}, "ablation 'no neck': expected 'all' or some of"),
         ({"ablations": {"overrides": {"full": {}}}}, "expected a name other than 'full'"),
         ({"ablations": {"overrides": {"a": {"rank": 0}}}}, "rank=0"),

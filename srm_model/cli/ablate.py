@@ -467,11 +467,14 @@ def _diagnose(folder: Path, dataset: Any, device: torch.device) -> dict[str, Any
     model, _ = runs.open_checkpoint(folder, device)
     size = model.config.batch_size
     links: dict[str, list[Any]] = {}
+    ratios: list[float] = []
     gate: dict[str, list[Any]] = {"entropy": [], "weights": [], "gain": [], "norm": []}
     for start in range(0, len(dataset), size):
         chosen = range(start, min(start + size, len(dataset)))
         images = torch.stack([dataset[index][0] for index in chosen]).to(device)
-        for link in model.diagnose(images)["links"].values():
+        found = model.diagnose(images)
+        ratios += found["update_ratio"].values()
+        for link in found["links"].values():
             for name, value in link.items():
                 links.setdefault(name, []).append(value)
         with torch.no_grad():
@@ -483,6 +486,7 @@ def _diagnose(folder: Path, dataset: Any, device: torch.device) -> dict[str, Any
         gate["norm"] += output.norm.tolist()
     return {
         "links": {name: _spread(values) for name, values in links.items()},
+        "update_ratio": _spread(ratios),
         "gate": gate,
         "trajectory": _trajectory(folder / HISTORY),
     }
@@ -497,11 +501,11 @@ def _spread(values: list[Any]) -> dict[str, float]:
 
 
 def _trajectory(path: Path) -> list[dict[str, Any]]:
-    """τ and the scale before and after it, medians over links and heads, by epoch."""
+    """τ and the scale before and after it, medians over links and heads, and what the cap did, by epoch."""
     rows = []
     for text in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(text)
-        entry = {"epoch": row["epoch"]}
+        entry = {"epoch": row["epoch"], "gain_active": row["diagnostics"]["gain_active"]}
         for name in ("tau", "sigma_before_tau", "sigma_after_tau"):
             values = [np.atleast_1d(link[name]) for link in row["diagnostics"]["links"].values()]
             entry[name] = float(np.median(np.concatenate(values)))

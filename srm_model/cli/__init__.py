@@ -450,10 +450,10 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
         type=positive,
         nargs="+",
         metavar="N",
-        help="of a study: only these of the article's tables, 1 to 11, printed as Markdown too",
+        help="of a study: only these tables, 1 to 14, printed as Markdown too",
     )
     parser.add_argument(
-        "--figure", type=positive, nargs="+", metavar="N", help="of a study: only these, 3 to 5"
+        "--figure", type=positive, nargs="+", metavar="N", help="of a study: only these, 3 to 6"
     )
 
 

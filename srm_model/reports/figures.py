@@ -1,7 +1,8 @@
-"""Figures 3 to 5 of the article, from a study's results, as SVG and PNG; they need matplotlib."""
+"""Figures 3 to 5 of the article and one of our own, from a study's results, as SVG and PNG; they need matplotlib."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -177,4 +178,67 @@ def _steps(results: StudyResults, figure: Any) -> bool:
     return True
 
 
-_BUILDERS: dict[int, Callable[[StudyResults, Any], bool]] = {3: _scale, 4: _gate, 5: _steps}
+def _budgets(results: StudyResults, figure: Any) -> bool:
+    """Figure 6: the worst SROCC of the suite against the budget, mean and standard deviation over seeds."""
+    lines = [line for line in results.records.of("attack") if len(_budgets_of(results, line)) > 1]
+    norms = list(dict.fromkeys(line["identity"]["norm"] for line in lines))
+    if not norms:
+        return False
+    figure.set_size_inches(7.2, 3.6)
+    axes = figure.subplots(1, len(norms), sharey=True, squeeze=False)[0]
+    for axis, norm in zip(axes, norms, strict=True):
+        of_norm = [line for line in lines if line["identity"]["norm"] == norm]
+        ticks: set[float] = set()
+        for number, group in enumerate(grouped(of_norm, "data", "backbone", "neck", "variant")):
+            worst = {
+                same[0]["identity"]["eps"]: [
+                    math.nan if (found := line["values"]["worst"]["srocc"]) is None else found
+                    for line in same
+                ]
+                for same in grouped(group, "eps")
+            }
+            budgets = sorted(worst)
+            values = [worst[eps] for eps in budgets]
+            shown = [eps * 255 if norm == "linf" else eps for eps in budgets]
+            ticks |= set(shown)
+            axis.errorbar(
+                shown,
+                [np.mean(v) for v in values],
+                yerr=[np.std(v, ddof=1) for v in values] if min(map(len, values)) > 1 else None,
+                capsize=2,
+                **_look(number),
+                label=_variant(group[0]["identity"], of_norm),
+            )
+        axis.axhline(0, color="#5a626b", linewidth=0.8)
+        axis.set_xscale("log")
+        axis.set_xticks(sorted(ticks), [f"{tick:g}" for tick in sorted(ticks)])
+        axis.minorticks_off()
+        axis.set(
+            xlabel="ε, in 1/255" if norm == "linf" else "ε, as stated at 512×512",
+            title="L∞" if norm == "linf" else "L2",
+            ylim=(-1.05, 1.05),
+        )
+    axes[0].set_ylabel("worst SROCC over the suite")
+    axes[0].legend(fontsize=7)
+    return True
+
+
+def _budgets_of(results: StudyResults, line: dict[str, Any]) -> set[float]:
+    """The budgets at which this line's model was attacked in its norm."""
+    keys = ("data", "backbone", "neck", "variant", "norm")
+    return {
+        other["identity"]["eps"]
+        for other in results.records.of("attack")
+        if all(other["identity"][key] == line["identity"][key] for key in keys)
+    }
+
+
+def _variant(identity: dict[str, Any], among: Sequence[dict[str, Any]]) -> str:
+    """Neck and variant, and where it stands if the figure has several places."""
+    places = {(line["identity"]["data"], line["identity"]["backbone"]) for line in among}
+    place = f", {identity['backbone']}, {identity['data']}" if len(places) > 1 else ""
+    variant = "" if identity["variant"] == FULL else f", {identity['variant'].removeprefix('baseline, ')}"
+    return f"{identity['neck']}{variant}{place}"
+
+
+_BUILDERS: dict[int, Callable[[StudyResults, Any], bool]] = {3: _scale, 4: _gate, 5: _steps, 6: _budgets}

@@ -18,7 +18,7 @@ from bench.harness import latest, newest, one_machine, read, sentence
 from srm_model.files import write_text
 from srm_model.profiling.counting import CONVENTION
 from srm_model.profiling.stages import REST
-from srm_model.profiling.tables import MEBI, cost_table, measured_table, notes, number
+from srm_model.profiling.tables import MEBI, cost_table, measured_table, notes, number, shares_table
 
 CASE = ("part", "backbone", "neck", "backend", "resolution", "batch", "dtype", "direction", "config")
 POINT = ("variable", "value", *growth.Sizes._fields, "dtype", "direction", "implementation")
@@ -66,6 +66,7 @@ def neck_section(rows: Rows) -> tuple[tuple[str, str], list[Picture]]:
     good = [row for row in rows if not row["error"]]
     pictures = [*_stages(good), *_against_resolution(good), *_rooflines(good)]
     parts = [CONVENTION + ".", markdown(*cost_table(rows)), markdown(*measured_table(rows))]
+    parts += [markdown(*shares_table(rows))] if shares_table(rows)[1] else []
     parts += ["\n".join(f"- {note}" for note in notes(rows)) + "\n", _shown(pictures)]
     return ("## What a neck costs", "\n".join(parts)), pictures
 

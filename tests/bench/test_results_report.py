@@ -26,7 +26,7 @@ MACHINE = {
     "triton": None,
     "commit": "0123456789ab",
 }
-TIMES = {"p20": 1.0, "p50": 2.0, "p80": 3.0, "least": 1.0, "most": 3.0, "count": 3}
+TIMES = {"p20": 1.0, "p50": 2.0, "p80": 3.0, "least": 1.0, "most": 3.0, "count": 3, "processor": None}
 MEMORY = {
     "held": 1,
     "above": 2**20,
@@ -144,6 +144,24 @@ def test_the_latest_measurement_alone_can_be_told(folder: Path):
     page = (folder / "report.md").read_text()
     assert "commit newer" in page
     assert "srm [sdpa]" not in page.split("## Growth")[0]
+
+
+def test_a_neck_is_told_as_a_share_of_its_model_and_a_multiple_of_its_rival(folder: Path):
+    """By the processor's time where there is one: the wall clock counts what other processes were given."""
+    for part, neck, wall, processor in (
+        ("neck", "quadratic", 90.0, 8.0),
+        ("neck", "srm", 2.0, None),
+        ("model", "quadratic", 90.0, 16.0),
+        ("model", "srm", 90.0, 10.0),
+    ):
+        row = neck_row(neck) | {"part": part, "milliseconds": {**TIMES, "p50": wall, "processor": processor}}
+        append(folder / "neck.jsonl", row)
+    report(folder)
+    page = (folder / "report.md").read_text()
+    start = "| some_net | 64 | 1 | fp32 | forward |"
+    assert f"{start} srm [sdpa] | 2.00 | 0.250 | 10.0 | 0.625 | 20 |" in page
+    assert f"{start} quadratic | 8.00 | 1.00 | 16.0 | 1.00 | 50 |" in page
+    assert f"{start} none | 2.00 | 0.250 | – | – | – |" in page
 
 
 def test_another_config_is_another_line_everywhere(folder: Path):

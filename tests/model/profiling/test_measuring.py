@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import pytest
@@ -11,6 +12,7 @@ from srm_model.profiling import Effort, Times, machine, measure, measure_togethe
 from srm_model.profiling.ceilings import ceilings
 from srm_model.profiling.machines import IDENTITY, folder_name, sentence
 from srm_model.profiling.memory import bytes_of, is_out_of_memory, peak, timeline
+from srm_model.profiling.stages import stage_times
 
 CPU = torch.device("cpu")
 MEBI = 2**20
@@ -49,6 +51,36 @@ def test_a_call_that_sleeps_takes_at_least_so_long():
     times = measure(lambda: time.sleep(0.004), CPU, Effort(1, 5))
     assert times.least >= 4  # a sleep is never shorter; a busy machine makes it longer
     assert times.count == 5
+
+
+def test_the_processors_time_leaves_out_what_others_had():
+    def call() -> None:
+        time.sleep(0.05)
+        end = time.process_time() + 0.02
+        while time.process_time() < end:
+            pass
+
+    times = measure(call, CPU, Effort(1, 3))
+    assert times.least >= 70
+    assert times.processor is not None
+    assert (
+        20 <= times.processor < 50
+    )  # the sleep is none of it; three calls, so that one stray does not count
+
+
+def test_stages_are_timed_within_the_efforts_seconds():
+    calls = itertools.count()
+    slow = torch.nn.Module()
+    slow.align = torch.nn.Identity()
+
+    def call() -> None:
+        next(calls)
+        time.sleep(0.01)
+
+    stage_times(slow, call, CPU, Effort(1, 20, 0.015))
+    assert next(calls) == 3
+    stage_times(slow, call, CPU, Effort(1, 5, 60.0))
+    assert next(calls) == 3 + 1 + 5
 
 
 def test_calls_measured_together_take_turns():
@@ -144,4 +176,6 @@ def test_times_are_plain_numbers():
         "least": 1.0,
         "most": 3.0,
         "count": 3,
+        "processor": None,
     }
+    assert Times.of([3.0], [5.0, 2.0, 1.0]).processor == 2.0

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import growth, plots
+from bench import growth, plots, projection
 from bench.harness import latest, newest, one_machine, read, sentence
+from srm_model.config import SRMConfig
 from srm_model.files import write_text
 from srm_model.profiling.counting import CONVENTION
 from srm_model.profiling.stages import REST
@@ -22,6 +23,8 @@ from srm_model.profiling.tables import MEBI, cost_table, measured_table, notes, 
 
 CASE = ("part", "backbone", "neck", "backend", "resolution", "batch", "dtype", "direction", "config")
 POINT = ("variable", "value", *growth.Sizes._fields, "dtype", "direction", "implementation")
+KERNEL = ("operator", "kernel", "architecture", "case", "launch")
+RTX = (86, 89, 120)
 PAGE = "report.md"
 Rows = list[dict[str, Any]]
 Picture = tuple[str, str]  # file name, SVG
@@ -136,10 +139,33 @@ def crossover_section(rows: Rows) -> tuple[tuple[str, str], list[Picture]]:
     return ("## Where Nyström overtakes exact attention", "\n".join([*parts, _shown(pictures)])), pictures
 
 
+def resources_section(rows: Rows) -> tuple[tuple[str, str], list[Picture]]:
+    """Every kernel as it was compiled for the RTX classes, and projected times of the neck on such cards."""
+    parts = [
+        "Compiled without a GPU; none has run any of this. Occupancy is theoretical: the warps that registers, "
+        "shared memory and blocks leave room for, as a share of those that a multiprocessor can hold. Registers and "
+        "spills are a thread's, warps and shared memory a block's.\n"
+    ]
+    for architecture in RTX:
+        cards = ", ".join(card.name for card in projection.CARDS if card.capability == architecture)
+        chosen = [row for row in rows if row["architecture"] == architecture]
+        if chosen:
+            header, lines = projection.kernel_table(chosen)
+            spilled = sum(line[header.index("spilled B")] != "0" for line in lines)
+            parts.append(f"### sm_{architecture}: {cards}\n")
+            parts.append(f"{spilled} of {len(lines)} kernels spill.\n")
+            parts.append(markdown(header, lines))
+    shape = (projection.CHANNELS, 512, 1, "bf16")
+    parts.append(f"### Projected times\n\n{projection.assumptions(*shape)}\n")
+    parts.append(markdown(*projection.projection_table(SRMConfig(), *shape)))
+    return ("## Kernels on RTX cards", "\n".join(parts)), []
+
+
 SECTIONS: tuple[tuple[str, tuple[str, ...], Callable[[Rows], Any]], ...] = (
     ("neck", CASE, neck_section),
     ("growth", POINT, growth_section),
     ("crossover", POINT, crossover_section),
+    ("resources", KERNEL, resources_section),
 )
 
 

@@ -192,10 +192,11 @@ def rows(family: str, cases: Sequence[Any], architectures: Sequence[int]) -> Ite
     """One for each kernel, shape and architecture."""
     for case in cases:
         for architecture in architectures:
-            for launch in FAMILIES[family].launches(case, architecture):
+            for number, launch in enumerate(FAMILIES[family].launches(case, architecture)):
                 yield {
                     "family": family,
                     "operator": operator(launch[0]),
+                    "launch": number,
                     "architecture": architecture,
                     **compile_launch(launch, architecture)._asdict(),
                     "case": {name: value for name, value in case._asdict().items() if value is not None},

@@ -208,7 +208,7 @@ def _against_resolution(rows: Rows) -> list[Picture]:
         if len({row["resolution"] for row in group}) < 2:
             continue
         for what, unit, value in (
-            ("time", "milliseconds (median)", lambda row: row["milliseconds"]["p50"]),
+            ("time", "milliseconds (median)", lambda row: row["typical"]),
             ("memory", "peak above inputs, MiB", lambda row: row["memory"]["above"] / MEBI),
         ):
             series = [
@@ -242,7 +242,7 @@ def _rooflines(rows: Rows) -> list[Picture]:
             (
                 row["label"],
                 row["work_macs"] / row["compulsory_bytes"],
-                row["work_macs"] / (row["milliseconds"]["p50"] * 1e-3),
+                row["work_macs"] / (row["typical"] * 1e-3),
             )
             for row in group
         ]

@@ -14,7 +14,7 @@ from torch.profiler import record_function
 
 from srm_model.model import IQAModel
 from srm_model.neck import SRMNeck
-from srm_model.profiling.timing import FEWEST, Effort
+from srm_model.profiling.timing import FEWEST, Effort, cpu_clock
 
 REST = "rest"  # what lies between the named parts: pooling, folding, fusion
 
@@ -45,7 +45,7 @@ def stage_times(
 
     def mark() -> Any:
         if device.type != "cuda":
-            return time.perf_counter()
+            return cpu_clock()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event

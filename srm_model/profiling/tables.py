@@ -61,16 +61,15 @@ def measured_table(rows: Iterable[dict[str, Any]]) -> Table:
 def shares_table(rows: Iterable[dict[str, Any]]) -> Table:
     """A neck's time as a multiple of the quadratic neck's, and as a share of the whole model's, of the same rows.
 
-    Times are medians, on a CPU of the processor's. Only what has a rival or a model beside it is told; a "none" is the
+    Times are `Times.typical`. Only what has a rival or a model beside it is told; a "none" is the
     alignment of the last map alone.
     """
     keys = ("backbone", "settings", "resolution", "batch", "dtype", "direction")
     groups: dict[tuple[Any, ...], dict[tuple[str, str], float]] = {}
     for row in rows:
         if not row["error"]:
-            times = row["milliseconds"]
             taken = groups.setdefault(tuple(row[key] for key in keys), {})
-            taken[row["part"], row["label"]] = times["processor"] or times["p50"]
+            taken[row["part"], row["label"]] = row["typical"]
     header = ["backbone", "px", "B", "dtype", "direction", "neck", "neck, ms", "of quadratic"]
     header += ["model, ms", "of quadratic", "neck's share %"]
     lines = []
@@ -117,9 +116,10 @@ def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
     if any(row["machine"]["kind"] != "cuda" for row in rows):
         found.append(
             "on a CPU times are wall clock, and `processor` is what this process had of it, over all threads: where "
-            "that is far less, others had the machine; shares and ratios of necks are of it. Memory is what torch's "
-            "allocator was asked for, and `resident` the process's peak, libraries included, on Linux only; reserved "
-            "memory and launches do not exist and are not measured; libraries' own scratch is in `resident` alone"
+            "that is far less, others had the machine. With one thread, pictures, shares and ratios are of the latter. "
+            "Memory is what torch's allocator was asked for, and `resident` the process's peak, libraries included, on "
+            "Linux only; reserved memory and launches do not exist and are not measured; libraries' own scratch is in "
+            "`resident` alone"
         )
     if good and all(row["macs"]["fvcore"] is None for row in good):
         found.append("fvcore is not installed, so its count is missing")

@@ -70,8 +70,18 @@ class Times:
             statistics.median(processor) if processor else None,
         )
 
+    @property
+    def typical(self) -> float:
+        """The processor's median where one thread of a CPU does all, which others cannot lengthen; else the clock's."""
+        return self.processor if self.processor is not None and torch.get_num_threads() == 1 else self.p50
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def cpu_clock() -> float:
+    """Seconds by the clock that `Times.typical` is of on a CPU."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def measure(

@@ -53,7 +53,7 @@ def test_a_call_that_sleeps_takes_at_least_so_long():
     assert times.count == 5
 
 
-def test_the_processors_time_leaves_out_what_others_had():
+def test_the_processors_time_leaves_out_what_others_had(monkeypatch: pytest.MonkeyPatch):
     def call() -> None:
         time.sleep(0.05)
         end = time.process_time() + 0.02
@@ -63,9 +63,13 @@ def test_the_processors_time_leaves_out_what_others_had():
     times = measure(call, CPU, Effort(1, 3))
     assert times.least >= 70
     assert times.processor is not None
-    assert (
-        20 <= times.processor < 50
-    )  # the sleep is none of it; three calls, so that one stray does not count
+    # The sleep is none of it; the median of three calls, so that one stray does not count.
+    assert 20 <= times.processor < 50
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert times.typical == times.processor
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert times.typical == times.p50  # of several threads, processor time is a sum
+    assert Times.of([3.0]).typical == 3.0
 
 
 def test_stages_are_timed_within_the_efforts_seconds():

@@ -206,16 +206,11 @@ def test_it_compiles_without_spills(tmp_path):
 
 
 def test_the_committed_table_has_few_spills_and_fits_consumer_cards():
-    """r = d = 64 on every architecture: shared memory ≤ 99 KiB; nothing spilled by the forward of `cholesky`, `lu`
-    and `svd` and the backward of `lu`, at most 24 bytes a thread elsewhere but in the backward of `neumann`."""
+    """r = d = 64 on every architecture: shared memory ≤ 99 KiB, at most 40 bytes a thread spilled."""
     rows = [row for row in read(COMPILED) if row["family"] == "solve" and row["case"]["d"] == 64]
     assert {row["architecture"] for row in rows} == {80, 86, 89, 90, 120}
     assert {(row["kernel"], row["case"]["solver"]) for row in rows} >= {("forward", s) for s in SOLVERS}
-    clean = {("forward", "cholesky"), ("forward", "lu"), ("forward", "svd"), ("backward", "lu")}
-    for row in rows:
-        kernel = row["kernel"], row["case"]["solver"]
-        assert row["shared"] <= 99 * 1024
-        assert row["spilled"] <= (0 if kernel in clean else 24 if kernel != ("backward", "neumann") else 216)
+    assert [row for row in rows if row["shared"] > 99 * 1024 or row["spilled"] > 40] == []
 
 
 def test_it_is_a_registered_operator():

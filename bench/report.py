@@ -234,13 +234,13 @@ def _against_resolution(rows: Rows) -> list[Picture]:
 def _rooflines(rows: Rows) -> list[Picture]:
     pictures = []
     known = [row for row in rows if row["work_macs"]]
-    for key, group in _grouped(known, "part", "backbone", "resolution", "batch", "dtype", "direction"):
-        part, backbone, resolution, batch, dtype, direction = key
+    for key, group in _grouped(known, "part", "backbone", "batch", "dtype", "direction"):
+        part, backbone, batch, dtype, direction = key
         roofs = [row["ceilings"] for row in group]
         bandwidth, rate = (max(roof[name] for roof in roofs) for name in ("bandwidth", "matrix_rate"))
         points = [
             (
-                row["label"],
+                f"{row['label']}, {row['resolution']}²",
                 row["work_macs"] / row["compulsory_bytes"],
                 row["work_macs"] / (row["typical"] * 1e-3),
             )
@@ -254,7 +254,7 @@ def _rooflines(rows: Rows) -> list[Picture]:
                     bandwidth,
                     rate,
                     title=f"Roofline: {part}, {backbone}, {direction}",
-                    note=f"{resolution}×{resolution}, B={batch}, {dtype}; ceilings measured in the same run: "
+                    note=f"B={batch}, {dtype}; ceilings measured in the same run: "
                     f"{bandwidth / 1e9:.3g} GB/s, {number(rate / 1e9)} GMAC/s",
                 ),
             )

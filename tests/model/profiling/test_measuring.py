@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from srm_model.profiling import Effort, Times, machine, measure, measure_together
-from srm_model.profiling.ceilings import ceilings
+from srm_model.profiling.ceilings import _best, ceilings
 from srm_model.profiling.machines import IDENTITY, folder_name, sentence
 from srm_model.profiling.memory import bytes_of, is_out_of_memory, peak, timeline
 from srm_model.profiling.stages import stage_times
@@ -160,6 +160,11 @@ def test_ceilings_are_those_of_a_machine():
     roof = ceilings(CPU, torch.float32, small=True)
     assert 1e7 < roof.bandwidth < 1e13
     assert 1e6 < roof.matrix_rate < 1e15
+
+
+def test_a_busy_machine_has_no_lower_ceiling():
+    assert _best(Times.of([4.0, 5.0], [3.0, 3.5])) == (3.25 if torch.get_num_threads() == 1 else 4.0)
+    assert _best(Times.of([4.0, 5.0])) == 4.0
 
 
 def test_a_machine_says_what_results_are_compared_by():

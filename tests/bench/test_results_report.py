@@ -236,6 +236,7 @@ def test_axes_are_logarithmic_and_inside_the_frame():
     assert axis.ticks() == [1, 10, 100, 1000]
     few = plots.Axis([3, 30], 0, 1, base=10).ticks()
     assert len(few) >= 3
+    assert plots.Axis([2.2e10, 4.7e10], 0, 1, base=10).ticks() == [3e10, 4e10]
     one = plots.Axis([64, 64], 0, 1, base=2)
     assert 0 < one(64) < 1
 

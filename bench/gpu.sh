@@ -18,6 +18,7 @@ mkdir -p "$out"
   git rev-parse HEAD 2>/dev/null || true
 } >"$out/machine.txt"
 status=0
+child=
 
 step() { # most seconds, file of its output, command
   local limit=$1 file=$2 left=$((590 - SECONDS))
@@ -28,14 +29,18 @@ step() { # most seconds, file of its output, command
     return
   fi
   echo "\$ $*" >>"$out/$file"
-  timeout --kill-after=5 $((limit < left ? limit : left)) "$@" >>"$out/$file" 2>&1 || status=$?
+  timeout --kill-after=5 $((limit < left ? limit : left)) "$@" >>"$out/$file" 2>&1 &
+  child=$!
+  wait "$child" || status=$?
 }
+# The step is in a process group of its own, which Ctrl-C does not reach.
+trap 'trap - INT TERM; kill "$child" 2>/dev/null; wait; exit 130' INT TERM
 
 attention() {
   step 30 attention.txt "$PYTHON" -m bench.attention --device cuda "$@"
 }
 
-rm -f "$out"/{tests,attention,conditioning,neck,training,attacks,growth,sanitizer}.txt
+rm -f "$out"/{tests,attention,conditioning,operators,neck,training,attacks,growth,sanitizer}.txt
 step 180 tests.txt "$PYTHON" -m pytest -m gpu tests
 for batch in 1 8 32; do
   attention --dtype bfloat16 --batch "$batch" --warmup 5 --repeats 30 --shapes 16384 256
@@ -44,6 +49,8 @@ done
 attention --dtype bfloat16 --warmup 3 --repeats 20 --compile --shapes 16384 256 65536 1024 262144 4096
 attention --dtype bfloat16 --crossover --warmup 2 --repeats 10
 step 60 conditioning.txt "$PYTHON" -m bench.conditioning --device cuda --out "$out/conditioning.jsonl"
+step 60 operators.txt "$PYTHON" -m pytest bench --benchmark-only --on cuda --kind bf16 --shapes one \
+  --benchmark-max-time 0.1 --benchmark-min-rounds 3 --benchmark-json "$out/operators.json"
 step 60 neck.txt "$PYTHON" -m bench.neck --device cuda --article --out "$root"
 step 40 training.txt "$PYTHON" -m bench.training --device cuda
 step 40 attacks.txt "$PYTHON" -m bench.attacks --device cuda --backbone pvt_v2_b2 --image-size 512 \

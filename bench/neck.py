@@ -7,6 +7,11 @@ import sys
 from bench.harness import RESULTS
 from srm_model.cli import main
 
+
+def run() -> int:
+    """`srm-iqa profile` with what the command line has; a folder given there is the one that counts."""
+    return main(["profile", "--out", str(RESULTS), *sys.argv[1:]])
+
+
 if __name__ == "__main__":
-    sys.argv[1:1] = ["profile", "--out", str(RESULTS)]
-    sys.exit(main())
+    sys.exit(run())

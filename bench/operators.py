@@ -40,6 +40,7 @@ FAMILIES = {
 }
 SETS = {
     "tiny": ("tiny",),
+    "one": ("stage 1",),
     "some": ("stage 3", "stage 2", "wide heads"),
     "all": tuple(name for name in FAMILIES if name != "tiny"),
 }

@@ -60,13 +60,17 @@ class Axis:
         return self.first + (math.log(value) - self.low) / (self.high - self.low) * (self.last - self.first)
 
     def ticks(self) -> list[float]:
-        """Powers of the base, with 2 and 5 between powers of ten where there would be few, or every other power."""
+        """Powers of the base, with more between powers of ten where there would be few, or every other power."""
         step = math.log(self.base)
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
         powers = list(range(first, last + 1))
         if self.base == 10 and len(powers) < 3:
-            found = [m * 10.0**p for p in range(first - 1, last + 1) for m in (1, 2, 5)]
-            return [v for v in found if self.low <= math.log(v) <= self.high]
+            for between in ((1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8)):
+                found = [m * 10.0**p for p in range(first - 1, last + 1) for m in between]
+                found = [v for v in found if self.low <= math.log(v) <= self.high]
+                if len(found) > 1:
+                    break
+            return found
         every = max(1, math.ceil(len(powers) / 8))
         return [float(self.base) ** p for p in powers[::every]]
 

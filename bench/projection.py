@@ -9,12 +9,13 @@ would do at the assumed shares; no card was run for it. Two amounts of bytes are
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench.harness import latest, read
+from bench.resources import case_words
 from srm_model.config import NECKS, STAGES, SRMConfig
 from srm_model.profiling.counting import map_sizes, neck_macs
 from srm_model.profiling.tables import number
@@ -26,6 +27,7 @@ STEPS = 12  # of a link: DyT twice, three projections, norm, choice, system, sol
 ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # Multiply-accumulates of dense tensor cores a multiprocessor and clock, accumulated in fp32; TF32 serves fp32.
 TENSOR_RATE = {"fp32": 128, "bf16": 256, "fp16": 256}
+CHANNELS = (64, 128, 320, 512)  # of pvt_v2_b2's stages
 PROJECTION = "PROJECTION, not measured"
 
 
@@ -181,31 +183,47 @@ def project(
     )
 
 
-def occupancy_table(rows: Iterable[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Rows with kernel, architecture, warps, registers, shared and spilled, as offline compilation gives them."""
-    header = "kernel,sm,warps,registers,spilled B,shared KiB,blocks,occupancy %,limited by".split(",")
-    lines = []
+def kernel_table(rows: Iterable[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Rows of `bench.resources` with theoretical occupancy; shapes at which a kernel is the same are one line."""
+    header = (
+        "operator,kernel,sm,warps,registers,spilled B,shared KiB,blocks,occupancy %,limited by,shape".split(
+            ","
+        )
+    )
+    lines: dict[tuple[str, ...], str] = {}
     for row in rows:
         try:
             found = occupancy(row["registers"], row["shared"], row["warps"], row["architecture"])
-        except KeyError as missing:
-            raise ValueError(
-                f"a row of resources lacks {missing}; expected kernel, architecture, warps, registers, shared"
-            ) from None
-        lines.append(
-            [
-                str(row["kernel"]),
+            line = (
+                row["operator"],
+                row["kernel"],
                 str(row["architecture"]),
                 str(row["warps"]),
                 str(row["registers"]),
-                str(row.get("spilled", "–")),
+                str(row["spilled"]),
                 f"{row['shared'] / _KI:.1f}",
                 str(found.blocks),
                 f"{100 * found.share:.0f}",
                 found.limit,
-            ]
-        )
-    return header, lines
+            )
+            lines.setdefault(line, case_words(row["case"]))
+        except KeyError as missing:
+            raise ValueError(
+                f"a row of resources lacks {missing}; expected those of bench.resources"
+            ) from None
+    return header, [[*line, shape] for line, shape in lines.items()]
+
+
+def assumptions(channels: Sequence[int], resolution: int, batch: int, dtype: str, **assumed: float) -> str:
+    """What a projection stands on, in two sentences."""
+    bandwidth = assumed.get("bandwidth_share", BANDWIDTH_SHARE)
+    matrix, launch = assumed.get("matrix_share", MATRIX_SHARE), assumed.get("launch", LAUNCH_SECONDS)
+    return (
+        f"{PROJECTION}. Neck forward, {resolution}×{resolution}, B={batch}, {dtype}, stage channels "
+        f"{', '.join(map(str, channels))}. Assumed: {bandwidth:.0%} of published bandwidth, {matrix:.0%} of published "
+        f"dense tensor rate (TF32 for fp32, fp32 accumulation), {launch * 1e6:g} µs a launch, {STEPS} launches a link "
+        "where apart, nothing found in a cache, boost clock throughout."
+    )
 
 
 def projection_table(
@@ -230,26 +248,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         if options.resources:
-            lines = options.resources.read_text("utf-8").splitlines()
             print("theoretical occupancy, from offline compilation; no card was run")
-            print(table(*occupancy_table(json.loads(line) for line in lines if line.strip())) + "\n")
+            print(table(*kernel_table(latest(read(options.resources)))) + "\n")
         assumed = {
             "bandwidth_share": options.bandwidth_share,
             "matrix_share": options.matrix_share,
             "launch": options.launch_microseconds * 1e-6,
         }
         shape = (options.channels, options.resolution, options.batch, options.dtype)
-        print(
-            f"{PROJECTION}. Neck forward, {options.resolution}×{options.resolution}, B={options.batch}, "
-            f"{options.dtype}, stage channels {', '.join(map(str, options.channels))}."
-        )
-        print(
-            f"Assumed: {options.bandwidth_share:.0%} of published bandwidth, {options.matrix_share:.0%} of published "
-            f"dense tensor rate (TF32 for fp32, fp32 accumulation), {options.launch_microseconds:g} µs a "
-            f"launch, {STEPS} launches a link where apart, nothing found in a cache, boost clock throughout."
-        )
+        print(assumptions(*shape, **assumed))
         print(table(*projection_table(SRMConfig(), *shape, **assumed)))
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         print(error, file=sys.stderr)
         return 2
     return 0
@@ -261,16 +270,14 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--channels", type=int, nargs=len(STAGES), default=[64, 128, 320, 512], help="pvt_v2_b2's"
-    )
+    parser.add_argument("--channels", type=int, nargs=len(STAGES), default=list(CHANNELS), help="pvt_v2_b2's")
     parser.add_argument("--resolution", type=int, default=512)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--dtype", default="bf16", choices=tuple(ITEM_BYTES))
     parser.add_argument("--bandwidth-share", type=float, default=BANDWIDTH_SHARE)
     parser.add_argument("--matrix-share", type=float, default=MATRIX_SHARE)
     parser.add_argument("--launch-microseconds", type=float, default=LAUNCH_SECONDS * 1e6)
-    parser.add_argument("--resources", type=Path, metavar="FILE", help="JSON lines of offline compilation")
+    parser.add_argument("--resources", type=Path, metavar="FILE", help="rows of bench.resources")
     return parser
 
 

@@ -13,15 +13,18 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import growth, plots
+from bench import growth, plots, projection
 from bench.harness import latest, newest, one_machine, read, sentence
+from srm_model.config import SRMConfig
 from srm_model.files import write_text
 from srm_model.profiling.counting import CONVENTION
 from srm_model.profiling.stages import REST
-from srm_model.profiling.tables import MEBI, cost_table, measured_table, notes, number
+from srm_model.profiling.tables import MEBI, cost_table, measured_table, notes, number, shares_table
 
 CASE = ("part", "backbone", "neck", "backend", "resolution", "batch", "dtype", "direction", "config")
 POINT = ("variable", "value", *growth.Sizes._fields, "dtype", "direction", "implementation")
+KERNEL = ("operator", "kernel", "architecture", "case", "launch")
+RTX = (86, 89, 120)
 PAGE = "report.md"
 Rows = list[dict[str, Any]]
 Picture = tuple[str, str]  # file name, SVG
@@ -66,6 +69,7 @@ def neck_section(rows: Rows) -> tuple[tuple[str, str], list[Picture]]:
     good = [row for row in rows if not row["error"]]
     pictures = [*_stages(good), *_against_resolution(good), *_rooflines(good)]
     parts = [CONVENTION + ".", markdown(*cost_table(rows)), markdown(*measured_table(rows))]
+    parts += [markdown(*shares_table(rows))] if shares_table(rows)[1] else []
     parts += ["\n".join(f"- {note}" for note in notes(rows)) + "\n", _shown(pictures)]
     return ("## What a neck costs", "\n".join(parts)), pictures
 
@@ -135,10 +139,33 @@ def crossover_section(rows: Rows) -> tuple[tuple[str, str], list[Picture]]:
     return ("## Where Nyström overtakes exact attention", "\n".join([*parts, _shown(pictures)])), pictures
 
 
+def resources_section(rows: Rows) -> tuple[tuple[str, str], list[Picture]]:
+    """Every kernel as it was compiled for the RTX classes, and projected times of the neck on such cards."""
+    parts = [
+        "Compiled without a GPU; none has run any of this. Occupancy is theoretical: the warps that registers, "
+        "shared memory and blocks leave room for, as a share of those that a multiprocessor can hold. Registers and "
+        "spills are a thread's, warps and shared memory a block's.\n"
+    ]
+    for architecture in RTX:
+        cards = ", ".join(card.name for card in projection.CARDS if card.capability == architecture)
+        chosen = [row for row in rows if row["architecture"] == architecture]
+        if chosen:
+            header, lines = projection.kernel_table(chosen)
+            spilled = sum(line[header.index("spilled B")] != "0" for line in lines)
+            parts.append(f"### sm_{architecture}: {cards}\n")
+            parts.append(f"{spilled} of {len(lines)} kernels spill.\n")
+            parts.append(markdown(header, lines))
+    shape = (projection.CHANNELS, 512, 1, "bf16")
+    parts.append(f"### Projected times\n\n{projection.assumptions(*shape)}\n")
+    parts.append(markdown(*projection.projection_table(SRMConfig(), *shape)))
+    return ("## Kernels on RTX cards", "\n".join(parts)), []
+
+
 SECTIONS: tuple[tuple[str, tuple[str, ...], Callable[[Rows], Any]], ...] = (
     ("neck", CASE, neck_section),
     ("growth", POINT, growth_section),
     ("crossover", POINT, crossover_section),
+    ("resources", KERNEL, resources_section),
 )
 
 
@@ -181,7 +208,7 @@ def _against_resolution(rows: Rows) -> list[Picture]:
         if len({row["resolution"] for row in group}) < 2:
             continue
         for what, unit, value in (
-            ("time", "milliseconds (median)", lambda row: row["milliseconds"]["p50"]),
+            ("time", "milliseconds (median)", lambda row: row["typical"]),
             ("memory", "peak above inputs, MiB", lambda row: row["memory"]["above"] / MEBI),
         ):
             series = [
@@ -207,15 +234,15 @@ def _against_resolution(rows: Rows) -> list[Picture]:
 def _rooflines(rows: Rows) -> list[Picture]:
     pictures = []
     known = [row for row in rows if row["work_macs"]]
-    for key, group in _grouped(known, "part", "backbone", "resolution", "batch", "dtype", "direction"):
-        part, backbone, resolution, batch, dtype, direction = key
+    for key, group in _grouped(known, "part", "backbone", "batch", "dtype", "direction"):
+        part, backbone, batch, dtype, direction = key
         roofs = [row["ceilings"] for row in group]
         bandwidth, rate = (max(roof[name] for roof in roofs) for name in ("bandwidth", "matrix_rate"))
         points = [
             (
-                row["label"],
+                f"{row['label']}, {row['resolution']}²",
                 row["work_macs"] / row["compulsory_bytes"],
-                row["work_macs"] / (row["milliseconds"]["p50"] * 1e-3),
+                row["work_macs"] / (row["typical"] * 1e-3),
             )
             for row in group
         ]
@@ -227,7 +254,7 @@ def _rooflines(rows: Rows) -> list[Picture]:
                     bandwidth,
                     rate,
                     title=f"Roofline: {part}, {backbone}, {direction}",
-                    note=f"{resolution}×{resolution}, B={batch}, {dtype}; ceilings measured in the same run: "
+                    note=f"B={batch}, {dtype}; ceilings measured in the same run: "
                     f"{bandwidth / 1e9:.3g} GB/s, {number(rate / 1e9)} GMAC/s",
                 ),
             )

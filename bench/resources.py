@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench import launches
+from bench.harness import append, machine
+
+Launches = list[tuple[Any, tuple[Any, ...], dict[str, Any]]]
 ARCHITECTURES = (80, 86, 89, 90, 120)
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}  # KiB a block may ask for
 
@@ -154,40 +158,99 @@ def compile_launch(launch: tuple[Any, tuple[Any, ...], dict[str, Any]], architec
     )
 
 
-def main() -> None:
-    """One line per kernel, case and architecture, or all of them as JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--architectures", type=int, nargs="*", default=ARCHITECTURES)
-    parser.add_argument(
-        "--cases", type=int, nargs="*", default=range(len(CASES)), help="numbers, all by default"
-    )
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
+class Family(NamedTuple):
+    """Kernels that are launched together: all shapes looked at, the article's, and their launches by architecture."""
+
+    cases: Sequence[Any]
+    article: Sequence[Any]
+    launches: Callable[[Any, int], Launches]
+
+
+def _recording(call: Callable[[Any], None]) -> Callable[[Any, int], Launches]:
+    def found(case: Any, architecture: int) -> Launches:
+        with recorded(divmod(architecture, 10)) as launches:
+            call(case)
+        return launches
+
+    return found
+
+
+FAMILIES = {
+    "attention": Family(CASES, (Case(64, 32), Case(64, 32, keys=4096)), launches_of),
+    "neck": Family(launches.LINKS, launches.LINKS[:2], _recording(launches.neck)),
+    "solve": Family(launches.SYSTEMS, launches.SYSTEMS[:10], _recording(launches.solve)),
+    "landmarks": Family(launches.CHOICES, launches.CHOICES[:2], _recording(launches.choose)),
+}
+
+
+def operator(kernel: Any) -> str:
+    """The folder of `srm_kernels` that a kernel is in."""
+    return str(kernel.fn.__module__.split(".")[1])
+
+
+def rows(family: str, cases: Sequence[Any], architectures: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """One for each kernel, shape and architecture."""
+    for case in cases:
+        for architecture in architectures:
+            for number, launch in enumerate(FAMILIES[family].launches(case, architecture)):
+                yield {
+                    "family": family,
+                    "operator": operator(launch[0]),
+                    "launch": number,
+                    "architecture": architecture,
+                    **compile_launch(launch, architecture)._asdict(),
+                    "case": {name: value for name, value in case._asdict().items() if value is not None},
+                }
+
+
+def case_words(case: dict[str, Any]) -> str:
+    """A shape as a table names it."""
+    return ", ".join(f"{name}={value}" for name, value in case.items())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """One line per kernel, shape and architecture, marked where it spills or cannot be launched."""
+    options = _parser().parse_args(arguments)
     if os.environ.pop("TRITON_INTERPRET", None):  # kernels decorated under it cannot be compiled
-        raise SystemExit(subprocess.call([sys.executable, "-m", "bench.resources", *sys.argv[1:]]))
-    rows = []
-    if not options.json:
-        print(
-            f"{'kernel':24} {'sm':>4} {'r':>4} {'d':>4} {'N_k':>5} {'dtype':>9} {'warps':>6} {'registers':>10} "
-            f"{'spilled':>8} {'shared KiB':>11}"
-        )
-    for case in (CASES[number] for number in options.cases):
-        for architecture in options.architectures:
-            for launch in launches_of(case, architecture):
-                found = compile_launch(launch, architecture)
-                rows.append(found._asdict() | case._asdict() | {"architecture": architecture})
-                if not options.json:
-                    print(
-                        f"{found.kernel:24} {architecture:4} {case.rank:4} {case.d:4} {case.keys:5} "
-                        f"{case.dtype:>9} {found.warps:6} {found.registers:10} {found.spilled:8} "
-                        f"{found.shared / 1024:11.1f}",
-                        flush=True,
-                    )
-    if options.json:
-        print(json.dumps(rows))
+        given = sys.argv[1:] if arguments is None else arguments
+        return subprocess.call([sys.executable, "-m", "bench.resources", *given])
+    about = machine("cpu")
+    print(
+        f"{'operator':12} {'kernel':26} {'sm':>4} {'warps':>6} {'registers':>10} {'spilled B':>10} {'shared KiB':>11}"
+    )
+    for name in options.families:
+        family = FAMILIES[name]
+        cases = family.article if options.article else family.cases
+        if options.cases is not None:
+            cases = [cases[number] for number in options.cases if number < len(cases)]
+        for row in rows(name, cases, options.architectures):
+            if options.out:
+                append(options.out, row | {"machine": about})
+            mark = "spills" if row["spilled"] else ""
+            if row["shared"] > SHARED_LIMIT[row["architecture"]] * 1024:
+                mark = "cannot be launched"
+            print(
+                f"{row['operator']:12} {row['kernel']:26} {row['architecture']:4} {row['warps']:6} "
+                f"{row['registers']:10} {row['spilled']:10} {row['shared'] / 1024:11.1f}  "
+                f"{case_words(row['case'])}  {mark}",
+                flush=True,
+            )
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.resources",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=tuple(FAMILIES))
+    parser.add_argument("--architectures", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
+    parser.add_argument("--article", action="store_true", help="only the article's shapes: r = 64, d = 32")
+    parser.add_argument("--cases", type=int, nargs="+", help="numbers of a family's shapes, all by default")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON lines, each appended as soon as known")
+    return parser
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -61,7 +61,7 @@ def tile_of(width: int, positions: int) -> Tile:
 
 
 def forward_positions(rank: int, d: int, dtype: torch.dtype, statistics: bool) -> int:
-    """What fits in registers beside [r, d] tiles, as `python -m bench.neck_resources` shows it."""
+    """What fits in registers beside [r, d] tiles, as `python -m bench.resources` shows it."""
     if not statistics:
         return 64
     return 32 if dtype == torch.bfloat16 and padded(rank) * padded(d) <= 64 * 32 else 16

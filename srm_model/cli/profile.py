@@ -12,7 +12,7 @@ from srm_model.profiling import Effort, Subject, Sweep, article_cases, cases, fo
 from srm_model.profiling.counting import CONVENTION
 from srm_model.profiling.machines import sentence
 from srm_model.profiling.results import append
-from srm_model.profiling.tables import cost_table, measured_table, notes
+from srm_model.profiling.tables import cost_table, measured_table, notes, shares_table
 from srm_model.profiling.traces import write_memory, write_trace
 
 ROWS = "neck.jsonl"
@@ -70,6 +70,9 @@ def _print(rows: list[dict[str, Any]]) -> None:
     if not all(row["error"] for row in rows):
         print(f"\n{runs.table(*cost_table(rows))}")
     print(f"\n{runs.table(*measured_table([row for row in rows if not row['error']]))}\n")
+    shares = shares_table(rows)
+    if shares[1]:
+        print(f"{runs.table(*shares)}\n")
     for row in rows:
         if row["error"]:
             print(f"not measured: {_outcome(row)}")

@@ -14,7 +14,7 @@ from torch.profiler import record_function
 
 from srm_model.model import IQAModel
 from srm_model.neck import SRMNeck
-from srm_model.profiling.timing import Effort
+from srm_model.profiling.timing import FEWEST, Effort, cpu_clock
 
 REST = "rest"  # what lies between the named parts: pooling, folding, fusion
 
@@ -38,14 +38,14 @@ def stages(module: nn.Module) -> dict[str, list[nn.Module]]:
 def stage_times(
     module: nn.Module, call: Callable[[], object], device: torch.device, effort: Effort
 ) -> dict[str, float]:
-    """Median milliseconds of every stage and of `REST` in a `call` of `module`, forward."""
+    """Median milliseconds of every stage and of `REST` in a `call` of `module`, forward, within an effort's seconds."""
     parts = stages(module)
     marks: list[tuple[str, Any, Any]] = []
     open_: list[Any] = []
 
     def mark() -> Any:
         if device.type != "cuda":
-            return time.perf_counter()
+            return cpu_clock()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
@@ -62,7 +62,10 @@ def stage_times(
                 part.register_forward_hook(lambda *_, name=name: marks.append((name, open_.pop(), mark())))
             )
     try:
-        for _ in range(max(min(effort.repeats, 20), 1)):
+        begun = time.perf_counter()
+        for count in range(max(min(effort.repeats, 20), 1)):
+            if count >= FEWEST and time.perf_counter() - begun > effort.seconds:
+                break
             marks.clear()
             begin = mark()
             call()

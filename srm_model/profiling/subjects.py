@@ -140,8 +140,7 @@ class Subject:
             return self.module(*self.inputs)
 
     def _train(self) -> None:
-        for tensor in self._leaves:
-            tensor.grad = None
+        """Gradients are gone afterwards, so that they are a part of every call's peak and of none's beginning."""
         with self._autocast():
             if isinstance(self.module, IQAModel):
                 scores, losses = self.module(*self.inputs, return_losses=True)
@@ -158,6 +157,8 @@ class Subject:
             self._scaler.step(self._optimizer)
             self._scaler.update()
             self.module.clamp_()  # type: ignore[operator]
+        for tensor in self._leaves:
+            tensor.grad = None
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32)

@@ -106,7 +106,7 @@ class Sweep:
         together = {"all": subject.call} | ({"solve": solve} if solve else {})
         times = measure_together(together, self.device, self.effort)
         del solve, together
-        middle = times["all"].p50 * 1e-3
+        middle = times["all"].typical * 1e-3
         roof = self._roof(case.dtype)
         work = counts["work"]
         figures: dict[str, Any] = {
@@ -114,8 +114,9 @@ class Sweep:
             "macs": {name: counts[name] for name in ("formula", "fvcore", "torch")},
             "parts": counts["parts"],
             "milliseconds": times["all"].to_dict(),
+            "typical": times["all"].typical,
             "solve_milliseconds": times["solve"].to_dict() if "solve" in times else None,
-            "solve_share": times["solve"].p50 / times["all"].p50 if "solve" in times else None,
+            "solve_share": times["solve"].typical / times["all"].typical if "solve" in times else None,
             "ceilings": roof._asdict(),
             "tf32": _tf32() if self.device.type == "cuda" else None,
             "compulsory_bytes": subject.compulsory,

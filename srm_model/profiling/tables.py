@@ -39,7 +39,7 @@ def cost_table(rows: Iterable[dict[str, Any]]) -> Table:
 def measured_table(rows: Iterable[dict[str, Any]]) -> Table:
     """Times in ms, memory in MiB, shares in per cent; a case that could not run says why in its row."""
     header = (
-        "part,backbone,neck,px,B,dtype,direction,p20,p50,p80,above inputs,peak,reserved,resident,launches,"
+        "part,backbone,neck,px,B,dtype,direction,p20,p50,p80,processor,above inputs,peak,reserved,resident,launches,"
         "bandwidth %,matrix %,solve %"
     ).split(",")
     lines = []
@@ -50,11 +50,40 @@ def measured_table(rows: Iterable[dict[str, Any]]) -> Table:
             lines.append([*line, row["error"], *[""] * (len(header) - len(line) - 1)])
             continue
         times, memory = row["milliseconds"], row["memory"]
-        line += [number(times[name]) for name in ("p20", "p50", "p80")]
+        line += [number(times[name]) for name in ("p20", "p50", "p80", "processor")]
         line += [mebibytes(memory[name]) for name in ("above", "allocated", "reserved", "resident")]
         line.append("–" if row["launches"] is None else str(row["launches"]))
         line += [percent(row[name]) for name in ("bandwidth_share", "matrix_share", "solve_share")]
         lines.append(line)
+    return header, lines
+
+
+def shares_table(rows: Iterable[dict[str, Any]]) -> Table:
+    """A neck's time as a multiple of the quadratic neck's, and as a share of the whole model's, of the same rows.
+
+    Times are `Times.typical`. Only what has a rival or a model beside it is told; a "none" is the
+    alignment of the last map alone.
+    """
+    keys = ("backbone", "settings", "resolution", "batch", "dtype", "direction")
+    groups: dict[tuple[Any, ...], dict[tuple[str, str], float]] = {}
+    for row in rows:
+        if not row["error"]:
+            taken = groups.setdefault(tuple(row[key] for key in keys), {})
+            taken[row["part"], row["label"]] = row["typical"]
+    header = ["backbone", "px", "B", "dtype", "direction", "neck", "neck, ms", "of quadratic"]
+    header += ["model, ms", "of quadratic", "neck's share %"]
+    lines = []
+    for (backbone, settings, *shape), taken in groups.items():
+        rival = f"quadratic ({settings})" if settings else "quadratic"
+        for label in dict.fromkeys(label for _, label in taken):
+            cells: list[str] = []
+            for part in ("neck", "model"):
+                own, other = taken.get((part, label)), taken.get((part, rival))
+                cells += [number(own), number(own / other if own and other else None)]
+            neck, model = taken.get(("neck", label)), taken.get(("model", label))
+            cells.append(percent(neck / model if neck and model else None))
+            if (label != rival and cells[1::2] != ["–", "–"]) or cells[-1] != "–":
+                lines.append([backbone, *map(str, shape), label, *cells])
     return header, lines
 
 
@@ -69,8 +98,8 @@ def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
         "multiply-accumulates over time, backward's included, against a large product; both ceilings of this run, the "
         "best seen so far. Bandwidth above 100 % is the cache's; a product above it had a quieter machine than its "
         "ceiling had",
-        "cases are measured one after the other, so that on a busy machine only bench.growth and bench.compare, where "
-        "rivals take turns, tell which is faster",
+        "cases are measured one after the other; where two are close, bench.growth and bench.compare, where rivals "
+        "take turns, tell which is faster",
         "solve %: the landmark solves timed alone, on systems of these shapes, as a share; a fused kernel hides them",
     ]
     for dtype in dict.fromkeys(row["dtype"] for row in good):
@@ -86,9 +115,11 @@ def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
         )
     if any(row["machine"]["kind"] != "cuda" for row in rows):
         found.append(
-            "on a CPU times are wall clock, memory is what torch's allocator was asked for, and `resident` the "
-            "process's peak, libraries included, on Linux only; reserved memory and launches do not exist and are "
-            "not measured; libraries' own scratch is in `resident` alone"
+            "on a CPU times are wall clock, and `processor` is what this process had of it, over all threads: where "
+            "that is far less, others had the machine. With one thread, pictures, shares and ratios are of the latter. "
+            "Memory is what torch's allocator was asked for, and `resident` the process's peak, libraries included, on "
+            "Linux only; reserved memory and launches do not exist and are not measured; libraries' own scratch is in "
+            "`resident` alone"
         )
     if good and all(row["macs"]["fvcore"] is None for row in good):
         found.append("fvcore is not installed, so its count is missing")

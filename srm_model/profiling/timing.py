@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -42,7 +43,11 @@ class Effort:
 
 @dataclass(frozen=True)
 class Times:
-    """Percentiles of one call's time in milliseconds."""
+    """Percentiles of one call's time in milliseconds.
+
+    `processor` is the median of the time that this process's threads had a processor, on a CPU: on a busy machine the
+    wall clock also counts what others were given meanwhile.
+    """
 
     p20: float
     p50: float
@@ -50,16 +55,33 @@ class Times:
     least: float
     most: float
     count: int
+    processor: float | None = None
 
     @classmethod
-    def of(cls, milliseconds: Sequence[float]) -> Times:
+    def of(cls, milliseconds: Sequence[float], processor: Sequence[float] = ()) -> Times:
         low, middle, high = np.percentile(milliseconds, [20, 50, 80])
         return cls(
-            float(low), float(middle), float(high), min(milliseconds), max(milliseconds), len(milliseconds)
+            float(low),
+            float(middle),
+            float(high),
+            min(milliseconds),
+            max(milliseconds),
+            len(milliseconds),
+            statistics.median(processor) if processor else None,
         )
+
+    @property
+    def typical(self) -> float:
+        """The processor's median where one thread of a CPU does all, which others cannot lengthen; else the clock's."""
+        return self.processor if self.processor is not None and torch.get_num_threads() == 1 else self.p50
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def cpu_clock() -> float:
+    """Seconds by the clock that `Times.typical` is of on a CPU."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def measure(
@@ -98,15 +120,16 @@ def measure_together(
     affordable = int(effort.seconds / spent) if spent > 0 else effort.repeats
     rounds = min(effort.repeats, max(affordable, FEWEST))
     if device.type == "cuda":
-        found = _events(calls, rounds)
-    else:
-        found = {name: [] for name in calls}
-        for _ in range(rounds):
-            for name, call in calls.items():
-                begin = now()
-                call()
-                found[name].append((now() - begin) * 1e3)
-    return {name: Times.of(values) for name, values in found.items()}
+        return {name: Times.of(values) for name, values in _events(calls, rounds).items()}
+    wall: dict[str, list[float]] = {name: [] for name in calls}
+    processor: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            begin, busy = now(), time.process_time()
+            call()
+            wall[name].append((now() - begin) * 1e3)
+            processor[name].append((time.process_time() - busy) * 1e3)
+    return {name: Times.of(wall[name], processor[name]) for name in calls}
 
 
 def _events(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from bench.compare import Verdict, Worker, compare, main
 from bench.operators import NumericsError
+from bench.worker import stopwatch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -66,6 +69,43 @@ def test_a_noisy_run_says_so_and_is_not_trusted():
     verdict = compare(machine.operator(1.0), jumping, machine.operator(1.3))
     assert verdict.noise > 1.2 > quiet
     assert not verdict.slower
+
+
+def burning(milliseconds: float):
+    """An operator of known cost, whatever else the machine does: it ends when the process had the processor so long."""
+
+    def call() -> None:
+        end = time.process_time() + milliseconds * 1e-3
+        while time.process_time() < end:
+            pass
+
+    return call
+
+
+@pytest.mark.parametrize("slowdown", [1.0, 1.2])
+def test_ten_repeats_on_this_machine(slowdown: float, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr("bench.worker.LEAST_MILLISECONDS", 0.5)
+    times = (0.5, 0.5, 0.5 * slowdown)
+    verdicts = [
+        compare(*(stopwatch(burning(one), "cpu") for one in times), rounds=10, seed=seed)
+        for seed in range(10)
+    ]
+    assert [verdict.slower for verdict in verdicts] == [slowdown > 1] * 10
+
+
+def test_one_thread_is_timed_without_what_others_had(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("bench.worker.LEAST_MILLISECONDS", 0.5)
+    work = burning(1.0)
+
+    def waiting() -> None:
+        time.sleep(0.02)
+        work()
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert 1 <= stopwatch(waiting, "cpu")() < 10
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert stopwatch(waiting, "cpu")() >= 21
 
 
 def test_too_few_rounds_are_refused():

@@ -12,10 +12,10 @@ from bench.projection import (
     PROJECTION,
     Card,
     Work,
+    kernel_table,
     main,
     neck_work,
     occupancy,
-    occupancy_table,
     project,
 )
 from srm_model import SRMConfig
@@ -103,28 +103,41 @@ def test_the_work_of_a_neck():
     assert 2 * srm.fused_bytes < twice.fused_bytes < 4 * srm.fused_bytes
 
 
+ROW = {
+    "operator": "neck",
+    "kernel": "query_side",
+    "architecture": 120,
+    "warps": 4,
+    "registers": 128,
+    "spilled": 0,
+    "shared": 51_200,
+    "case": {"rank": 64, "dtype": "bfloat16"},
+}
+
+
 def test_every_row_says_what_it_is(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     resources = tmp_path / "resources.jsonl"
-    row = {
-        "kernel": "query_side",
-        "architecture": 120,
-        "warps": 4,
-        "registers": 128,
-        "spilled": 0,
-        "shared": 51_200,
-    }
-    resources.write_text(json.dumps(row) + "\n")
+    resources.write_text(json.dumps(ROW) + "\n")
     assert main(["--resources", str(resources), "--matrix-share", "0.3"]) == 0
     printed = capsys.readouterr().out
     lines = [line for line in printed.splitlines() if line.startswith("RTX")]
     assert len(lines) == 3 * len(CARDS)
     assert all(line.endswith(PROJECTION) for line in lines)
     assert "30% of published dense tensor rate" in printed
-    assert "query_side  120      4        128" in printed
+    (line,) = (line for line in printed.splitlines() if "query_side" in line)
+    # 128 registers leave room for 4 blocks, 50 KiB and the one that the driver keeps for one
+    expected = "neck query_side 120 4 128 0 50.0 1 8 shared memory rank=64, dtype=bfloat16"
+    assert line.split() == expected.split()
+
+
+def test_shapes_at_which_a_kernel_is_the_same_are_one_line():
+    other = ROW | {"case": {"rank": 32, "dtype": "float16"}}
+    assert len(kernel_table([ROW, other])[1]) == 1
+    assert len(kernel_table([ROW, other | {"registers": 129}])[1]) == 2
 
 
 def test_rows_of_resources_that_lack_something_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(ValueError, match="lacks 'shared'"):
-        occupancy_table([{"kernel": "k", "registers": 1, "warps": 1, "architecture": 80}])
+        kernel_table([{"kernel": "k", "registers": 1, "warps": 1, "architecture": 80}])
     assert main(["--resources", str(tmp_path / "absent")]) == 2
     assert "absent" in capsys.readouterr().err

@@ -26,7 +26,7 @@ MACHINE = {
     "triton": None,
     "commit": "0123456789ab",
 }
-TIMES = {"p20": 1.0, "p50": 2.0, "p80": 3.0, "least": 1.0, "most": 3.0, "count": 3}
+TIMES = {"p20": 1.0, "p50": 2.0, "p80": 3.0, "least": 1.0, "most": 3.0, "count": 3, "processor": None}
 MEMORY = {
     "held": 1,
     "above": 2**20,
@@ -59,7 +59,8 @@ def neck_row(neck: str = "srm", resolution: int = 64, error: str | None = None) 
         "parameters": 1000,
         "macs": {"formula": 10**9, "fvcore": None, "torch": 10**9},
         "parts": {"align": 1, "projections": 2, "links": 3 * 10**8, "gate": 4},
-        "milliseconds": {**TIMES, "p50": resolution / 32},
+        "milliseconds": TIMES,
+        "typical": resolution / 32,
         "memory": MEMORY,
         "launches": None,
         "bandwidth_share": 0.5,
@@ -146,6 +147,23 @@ def test_the_latest_measurement_alone_can_be_told(folder: Path):
     assert "srm [sdpa]" not in page.split("## Growth")[0]
 
 
+def test_a_neck_is_told_as_a_share_of_its_model_and_a_multiple_of_its_rival(folder: Path):
+    for part, neck, milliseconds in (
+        ("neck", "quadratic", 8.0),
+        ("neck", "srm", 2.0),
+        ("model", "quadratic", 16.0),
+        ("model", "srm", 10.0),
+    ):
+        row = neck_row(neck) | {"part": part, "typical": milliseconds}
+        append(folder / "neck.jsonl", row)
+    report(folder)
+    page = (folder / "report.md").read_text()
+    start = "| some_net | 64 | 1 | fp32 | forward |"
+    assert f"{start} srm [sdpa] | 2.00 | 0.250 | 10.0 | 0.625 | 20 |" in page
+    assert f"{start} quadratic | 8.00 | 1.00 | 16.0 | 1.00 | 50 |" in page
+    assert f"{start} none | 2.00 | 0.250 | – | – | – |" in page
+
+
 def test_another_config_is_another_line_everywhere(folder: Path):
     other = neck_row() | {"config": {"rank": 8}, "settings": "rank=8", "label": "srm [sdpa] (rank=8)"}
     append(folder / "neck.jsonl", other | {"parameters": 777_000})
@@ -174,8 +192,36 @@ def test_a_repeated_measurement_replaces_the_earlier_one(folder: Path):
     assert len(rows) == 1
 
 
+def test_compiled_kernels_are_told_by_architecture_beside_a_projection(tmp_path: Path):
+    for architecture, registers, spilled in ((86, 128, 0), (89, 255, 16), (90, 77, 0), (120, 64, 0)):
+        row = {"family": "neck", "operator": "neck", "kernel": "forward_kernel", "launch": 0, "warps": 4}
+        row |= {"architecture": architecture, "registers": registers, "spilled": spilled, "shared": 1024}
+        append(tmp_path / "resources.jsonl", row | {"case": {"rank": 64}, "machine": MACHINE})
+    report(tmp_path)
+    page = (tmp_path / "report.md").read_text()
+    parts = page.split("### ")
+    assert [part.splitlines()[0] for part in parts[1:]] == [
+        "sm_86: RTX 3060, RTX 3090",
+        "sm_89: RTX 4070, RTX 4090",
+        "sm_120: RTX 5090",
+        "Projected times",
+    ]
+    assert "| neck | forward_kernel | 86 | 4 | 128 | 0 | 1.0 | 4 | 33 | registers | rank=64 |" in parts[1]
+    assert "1 of 1 kernels spill" in parts[2]
+    assert "| 77 |" not in page
+    rows = [line for line in parts[4].splitlines() if line.startswith("| RTX")]
+    assert len(rows) == 15
+    assert all("PROJECTION, not measured" in line for line in rows)
+    assert "75% of published bandwidth" in parts[4]
+    append(tmp_path / "resources.jsonl", row | {"case": {}, "machine": {**MACHINE, "triton": "3.6.0"}})
+    with pytest.raises(ValueError, match="cannot share a table: triton"):
+        report(tmp_path)
+
+
 def test_an_empty_folder_is_an_error(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"none of neck\.jsonl, growth\.jsonl, crossover\.jsonl"):
+    with pytest.raises(
+        ValueError, match=r"none of neck\.jsonl, growth\.jsonl, crossover\.jsonl, resources\.jsonl"
+    ):
         report(tmp_path)
 
 
@@ -190,6 +236,7 @@ def test_axes_are_logarithmic_and_inside_the_frame():
     assert axis.ticks() == [1, 10, 100, 1000]
     few = plots.Axis([3, 30], 0, 1, base=10).ticks()
     assert len(few) >= 3
+    assert plots.Axis([2.2e10, 4.7e10], 0, 1, base=10).ticks() == [3e10, 4e10]
     one = plots.Axis([64, 64], 0, 1, base=2)
     assert 0 < one(64) < 1
 

@@ -5,17 +5,12 @@ No spills up to r = d = 64, shared memory within what a block may ask for. `pyth
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
+import re
 
 import pytest
+from offline import ROOT, compiled, misfits, run
 
 pytest.importorskip("triton")
-ROOT = Path(__file__).resolve().parent.parent.parent
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}
 KERNELS = {
     "context_kernel",
@@ -35,28 +30,27 @@ KERNELS = {
 }
 
 
-def compiled(architecture: int, cases: tuple[int, ...]) -> list[dict[str, Any]]:
-    """In a process of its own: kernels that were imported under TRITON_INTERPRET cannot be compiled."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = ["-m", "bench.resources", "--json", "--architectures", str(architecture), "--cases"]
-    done = subprocess.run(
-        [sys.executable, *command, *map(str, cases)],
-        capture_output=True,
-        text=True,
-        env=env | {"PYTHONPATH": str(ROOT)},
-        cwd=ROOT,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
-
-
 @pytest.mark.parametrize("architecture", SHARED_KIB)
-def test_every_kernel_compiles_without_spills_and_within_shared_memory(architecture):
-    rows = compiled(architecture, (0, 1))
+def test_every_kernel_compiles_without_spills_and_within_shared_memory(architecture, tmp_path):
+    rows = compiled(tmp_path, "attention", (0, 1), (architecture,))
     assert {row["kernel"] for row in rows} == KERNELS
-    assert all(row["rank"] == row["d"] == 64 for row in rows)
-    spilled = [(row["kernel"], row["dtype"], row["spilled"]) for row in rows if row["spilled"]]
-    assert spilled == []
-    limit = SHARED_KIB[architecture] * 1024
-    assert [(row["kernel"], row["dtype"], row["shared"]) for row in rows if row["shared"] > limit] == []
+    assert all(row["case"]["rank"] == row["case"]["d"] == 64 for row in rows)
+    assert misfits(rows, SHARED_KIB[architecture]) == []
+
+
+def test_no_kernel_of_the_package_is_left_out():
+    """Whatever a source file launches is among the launches of the article's shapes, which the committed table has."""
+    launched = {
+        (path.parent.name, name.strip("_"))
+        for path in (ROOT / "srm_kernels").glob("*/*kernels.py")
+        for name in re.findall(r"^ +(\w+)\[\(.*\)\]\(", path.read_text("utf-8"), flags=re.MULTILINE)
+    }
+    assert len(launched) > 30
+    code = (
+        "from bench.resources import FAMILIES, operator\n"
+        "for family in FAMILIES.values():\n"
+        "    for case in family.article:\n"
+        "        for launch in family.launches(case, 89):\n"
+        "            print(operator(launch[0]), launch[0].__name__.strip('_'))\n"
+    )
+    assert {tuple(line.split()) for line in run("-c", code).splitlines()} == launched

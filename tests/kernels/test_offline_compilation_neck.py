@@ -1,16 +1,13 @@
-"""The neck's kernels compile for every architecture, without a GPU, and fit: what `bench.neck_resources` exits by."""
+"""The neck's kernels compile for every architecture, without a GPU, and fit: as `bench.resources` tells."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from offline import compiled, misfits
+
+from bench.resources import SHARED_LIMIT
 
 pytest.importorskip("triton")
-ROOT = Path(__file__).resolve().parent.parent.parent
 CASES = {80: 1, 86: 0, 89: 1, 90: 0, 120: 5}  # by architecture: the road without DyT and that with it
 KERNELS = {
     "forward_kernel",
@@ -33,18 +30,8 @@ DYT = {"dyt_kernel", "dyt_backward_kernel", "dyt_sum_kernel"}
 
 
 @pytest.mark.parametrize("architecture", CASES)
-def test_no_kernel_of_the_neck_spills_or_asks_for_too_much_shared_memory(architecture):
+def test_no_kernel_of_the_neck_spills_or_asks_for_too_much_shared_memory(architecture, tmp_path):
     case = CASES[architecture]
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = ["-m", "bench.neck_resources", "--architectures", str(architecture), "--cases", str(case)]
-    done = subprocess.run(
-        [sys.executable, *command],
-        capture_output=True,
-        text=True,
-        env=env | {"PYTHONPATH": str(ROOT)},
-        cwd=ROOT,
-        check=False,
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
-    found = {line.split()[0] for line in done.stdout.splitlines()[1:]}
-    assert found == KERNELS | (DYT if case else set())
+    rows = compiled(tmp_path, "neck", (case,), (architecture,))
+    assert misfits(rows, SHARED_LIMIT[architecture]) == []
+    assert {row["kernel"] for row in rows} == KERNELS | (DYT if case else set())

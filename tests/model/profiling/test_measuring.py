@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import pytest
 import torch
 
 from srm_model.profiling import Effort, Times, machine, measure, measure_together
-from srm_model.profiling.ceilings import ceilings
+from srm_model.profiling.ceilings import _best, ceilings
 from srm_model.profiling.machines import IDENTITY, folder_name, sentence
 from srm_model.profiling.memory import bytes_of, is_out_of_memory, peak, timeline
+from srm_model.profiling.stages import stage_times
 
 CPU = torch.device("cpu")
 MEBI = 2**20
@@ -49,6 +51,40 @@ def test_a_call_that_sleeps_takes_at_least_so_long():
     times = measure(lambda: time.sleep(0.004), CPU, Effort(1, 5))
     assert times.least >= 4  # a sleep is never shorter; a busy machine makes it longer
     assert times.count == 5
+
+
+def test_the_processors_time_leaves_out_what_others_had(monkeypatch: pytest.MonkeyPatch):
+    def call() -> None:
+        time.sleep(0.05)
+        end = time.process_time() + 0.02
+        while time.process_time() < end:
+            pass
+
+    times = measure(call, CPU, Effort(1, 3))
+    assert times.least >= 70
+    assert times.processor is not None
+    # The sleep is none of it; the median of three calls, so that one stray does not count.
+    assert 20 <= times.processor < 50
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert times.typical == times.processor
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert times.typical == times.p50  # of several threads, processor time is a sum
+    assert Times.of([3.0]).typical == 3.0
+
+
+def test_stages_are_timed_within_the_efforts_seconds():
+    calls = itertools.count()
+    slow = torch.nn.Module()
+    slow.align = torch.nn.Identity()
+
+    def call() -> None:
+        next(calls)
+        time.sleep(0.01)
+
+    stage_times(slow, call, CPU, Effort(1, 20, 0.015))
+    assert next(calls) == 3
+    stage_times(slow, call, CPU, Effort(1, 5, 60.0))
+    assert next(calls) == 3 + 1 + 5
 
 
 def test_calls_measured_together_take_turns():
@@ -126,6 +162,11 @@ def test_ceilings_are_those_of_a_machine():
     assert 1e6 < roof.matrix_rate < 1e15
 
 
+def test_a_busy_machine_has_no_lower_ceiling():
+    assert _best(Times.of([4.0, 5.0], [3.0, 3.5])) == (3.25 if torch.get_num_threads() == 1 else 4.0)
+    assert _best(Times.of([4.0, 5.0])) == 4.0
+
+
 def test_a_machine_says_what_results_are_compared_by():
     about = machine("cpu")
     assert set(IDENTITY) <= set(about)
@@ -144,4 +185,6 @@ def test_times_are_plain_numbers():
         "least": 1.0,
         "most": 3.0,
         "count": 3,
+        "processor": None,
     }
+    assert Times.of([3.0], [5.0, 2.0, 1.0]).processor == 2.0

@@ -15,6 +15,7 @@ from srm_model.cli import main
 from srm_model.profiling import Case, Effort, Subject, Sweep, article_cases, cases
 from srm_model.profiling import sweep as sweep_module
 from srm_model.profiling.ceilings import Ceilings
+from srm_model.profiling.memory import timeline
 from srm_model.profiling.results import append, latest, newest, one_machine, read
 from srm_model.profiling.stages import REST
 
@@ -200,13 +201,27 @@ def test_bad_arguments_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_a_training_step_moves_the_parameters():
-    """What is timed is a step that trains."""
+    """What is timed is a step that trains, down to the pyramid."""
     subject = Subject(Case("neck", "test_convnext", "srm", "sdpa", 32, 2, "fp32", "step"), CONFIG, CPU)
     before = [parameter.detach().clone() for parameter in subject.module.parameters()]
+    reached = set()
+    for index, features in enumerate(subject.inputs[0]):
+        features.register_post_accumulate_grad_hook(lambda _, index=index: reached.add(index))
     subject.call()
     moved = [bool((a != b).any()) for a, b in zip(before, subject.module.parameters(), strict=True)]
     assert sum(moved) > len(moved) / 2
-    assert all(m.grad is not None for m in subject.inputs[0][2:])
+    assert reached >= {2, 3}
+
+
+@pytest.mark.parametrize("direction", ["backward", "step"])
+def test_gradients_are_a_part_of_every_peak(direction: str):
+    """Of the fourth call's as of the first one's: what a call leaves behind would be taken from the next one's."""
+    subject = Subject(Case("neck", "test_convnext", "none", None, 32, 1, "fp32", direction), CONFIG, CPU)
+    gradients = 4 * sum(parameter.numel() for parameter in subject.module.parameters())
+    subject.call()  # a step's first call makes the optimiser's state
+    peaks = [max(total for _, total in timeline(subject.call)) for _ in range(3)]
+    assert min(peaks) >= gradients
+    assert len(set(peaks)) == 1
 
 
 def test_counts_are_made_once_for_all_backends(monkeypatch: pytest.MonkeyPatch):

@@ -1,0 +1,71 @@
+"""`bench/gpu.sh` against stand-ins for the tools: every step runs, and Ctrl-C ends it and keeps what was written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+pytestmark = pytest.mark.skipif(shutil.which("timeout") is None, reason="coreutils' timeout is not here")
+
+
+def started(tmp_path: Path, python: str) -> subprocess.Popen[bytes]:
+    """The script with a `python3` of these shell commands; its results go to `out`."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name, body in (
+        ("nvidia-smi", "echo A Card"),
+        ("compute-sanitizer", 'echo "$@"'),
+        ("python3", f'echo "$@"; {python}'),
+    ):
+        (tools / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tools / name).chmod(0o755)
+    env = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "PYTHON": str(tools / "python3")}
+    # A test runner started in the background ignores SIGINT, and what it starts would too.
+    return subprocess.Popen(
+        ["bash", str(ROOT / "bench/gpu.sh"), str(tmp_path / "out")],
+        env=env,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def test_every_step_writes_its_file(tmp_path: Path):
+    assert started(tmp_path, "true").wait(60) == 0
+    out = tmp_path / "out/a-card"
+    for name, command in {
+        "tests": "-m pytest -m gpu tests",
+        "operators": "-m pytest bench --benchmark-only",
+        "neck": "-m bench.neck --device cuda --article",
+        "growth": "-m bench.growth",
+        "attention": "-m bench.attention",
+    }.items():
+        assert command in (out / f"{name}.txt").read_text()
+
+
+def test_a_failed_step_fails_the_whole_and_the_rest_goes_on(tmp_path: Path):
+    assert started(tmp_path, 'case "$*" in *gpu*) exit 3;; esac').wait(60) == 3
+    assert "bench.growth" in (tmp_path / "out/a-card/growth.txt").read_text()
+
+
+def test_ctrl_c_ends_the_step_and_keeps_what_was_written(tmp_path: Path):
+    pid = tmp_path / "pid"
+    sleeping = f'case "$*" in *conditioning*) echo $$ > {pid}; exec sleep 60;; esac'
+    script = started(tmp_path, sleeping)
+    end = time.monotonic() + 60
+    while not (pid.exists() and pid.read_text()) and time.monotonic() < end:
+        time.sleep(0.05)
+    os.killpg(script.pid, signal.SIGINT)
+    assert script.wait(30) == 130
+    out = tmp_path / "out/a-card"
+    assert "-m pytest -m gpu tests" in (out / "tests.txt").read_text()
+    assert not (out / "neck.txt").exists()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)

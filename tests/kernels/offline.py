@@ -1,0 +1,47 @@
+"""Compiling without a GPU, in a process of its own: kernels that were imported under TRITON_INTERPRET cannot be."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench.harness import read
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def compiled(
+    folder: Path, family: str, cases: tuple[int, ...], architectures: tuple[int, ...]
+) -> list[dict[str, Any]]:
+    """The rows that `bench.resources` writes for some shapes of a family."""
+    out = folder / "resources.jsonl"
+    numbers = ["--cases", *map(str, cases), "--architectures", *map(str, architectures)]
+    run("-m", "bench.resources", "--families", family, *numbers, "--out", str(out))
+    return read(out)
+
+
+def run(*arguments: str) -> str:
+    """What Python prints, without the interpreter of Triton."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        env=env | {"PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+        check=False,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
+    return done.stdout
+
+
+def misfits(rows: list[dict[str, Any]], shared_kib: int) -> list[tuple[Any, ...]]:
+    """Kernels that spill, or ask for more shared memory than a block may have."""
+    return [
+        (row["operator"], row["kernel"], row["case"], row["spilled"], row["shared"])
+        for row in rows
+        if row["spilled"] or row["shared"] > shared_kib * 1024
+    ]

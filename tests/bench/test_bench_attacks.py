@@ -1,0 +1,62 @@
+"""The benchmark of the attacks times every one of them, and its committed rows keep the limit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import attacks
+
+COMMITTED = Path(__file__).parents[2] / "bench/results/cpu/attacks.jsonl"
+PGD = {
+    f"pgd {objective} {norm}" for objective in ("mse", "drift", "pair_inversion") for norm in ("linf", "l2")
+}
+
+
+class Counted(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.passes = []
+
+    def forward(self, images):
+        self.passes.append(torch.is_grad_enabled() and images.requires_grad)
+        return images.mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("name", sorted(attacks.plans(torch.rand(2, 3, 4, 4), torch.rand(2), 3)))
+def test_bare_passes_are_those_of_the_attack(name):
+    images = torch.rand(2, 3, 4, 4)
+    plan = attacks.plans(images, torch.tensor([0.0, 1.0]), 3)[name]
+    attacked, plain = Counted(), Counted()
+    plan.attack(attacked)
+    attacks.bare(plain, images, forward=plan.forward, backward=plan.backward)()
+    assert sorted(attacked.passes) == sorted(plain.passes)
+
+
+def test_it_writes_rows_with_the_machine(tmp_path, capsys):
+    chosen = ["--image-size", "32", "--batch", "2", "--steps", "2", "--repeats", "2", "--device", "cpu"]
+    chosen += ["--necks", "srm", "none", "--attacks", "pgd", "--backends", "sdpa", "reference"]
+    attacks.main([*chosen, "--out", str(tmp_path / "rows.jsonl")])
+    header, *rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text("utf-8").splitlines()]
+    assert {"device", "torch", "commit", "threads", "steps"} <= set(header)
+    assert {row["attack"] for row in rows} >= PGD
+    assert {(row["neck"], row["backend"]) for row in rows} == {
+        ("srm", "sdpa"),
+        ("srm", "reference"),
+        ("none", None),
+    }
+    assert all(row["images_steps_per_second"] > 0 for row in rows)
+    assert len(capsys.readouterr().out.splitlines()) == 2 + len(rows)
+
+
+def test_the_committed_rows_keep_the_limit():
+    header, *rows = [json.loads(line) for line in COMMITTED.read_text("utf-8").splitlines()]
+    assert not header["commit"].endswith("+")
+    subjects = {(row["backbone"], row["image_size"], row["neck"]) for row in rows}
+    for subject in subjects:
+        own = {r["attack"]: r for r in rows if (r["backbone"], r["image_size"], r["neck"]) == subject}
+        assert set(own) >= PGD
+        assert all(own[name]["overhead"] <= attacks.LIMITS["cpu"] for name in PGD), subject

@@ -31,9 +31,17 @@ def test_bare_passes_are_those_of_the_attack(name):
     images = torch.rand(2, 3, 4, 4)
     plan = attacks.plans(images, torch.tensor([0.0, 1.0]), 3)[name]
     attacked, plain = Counted(), Counted()
-    plan.attack(attacked)
-    attacks.bare(plain, images, forward=plan.forward, backward=plan.backward)()
+    plan.attack(attacked, lambda: None)
+    attacks.bare(plain, images, forward=plan.forward, backward=plan.backward)(lambda: None)
     assert sorted(attacked.passes) == sorted(plain.passes)
+
+
+def test_the_least_time_is_that_of_each_part():
+    calls = [attacks.Timed(9.0, [1.0, 4.0, 2.0]), attacks.Timed(9.0, [3.0, 1.0, 2.5])]
+    assert attacks.least(calls) == 1 + 1 + 2
+    parts = attacks.timed(lambda tick: [tick(), sum(range(10**6)), tick()], torch.device("cpu")).parts
+    assert len(parts) == 3
+    assert parts[1] > max(parts[0], parts[2])
 
 
 def test_it_writes_rows_with_the_machine(tmp_path, capsys):

@@ -15,7 +15,7 @@ from srm_model.attacks.objectives import Objective
 
 NORMS = ("linf", "l2")
 REFERENCE_SIDE = 512  # L2 budgets are stated for 512×512 images
-_COARSE_MARGIN = 1e-3  # of the radius; lengths summed in fp32, row by row, are truer than that
+_PROJECTION_ROUNDS = 2
 _BACKWARD_EXPONENT = 8  # of the loss's gradient in the scores: room for models that run in fp16 inside
 
 
@@ -125,7 +125,9 @@ class Problem:
         else:
             # Room for rounding: each pixel of x + δ is off by eps_machine / 4 at most, when measured and in the end.
             precision, size = torch.finfo(images.dtype).eps, images[0].numel()
-            self._radius = max(0.0, eps * (1 - 4 * precision) - math.sqrt(size) * precision / 2)
+            # And for lengths: n squares of a row are summed to n · eps_machine / 2 of theirs, the root to half that.
+            row = images[0, :, 0].numel() * precision / 4
+            self._radius = max(0.0, (1 - row) * (eps * (1 - 4 * precision) - math.sqrt(size) * precision / 2))
             self._lower, self._upper = -images, 1 - images  # of δ, so that x + δ is in [0, 1]
         if getattr(objective, "uses_clean_scores", True):
             with torch.no_grad():
@@ -162,24 +164,26 @@ class Problem:
         """The nearest point of the ball that lies in [0, 1]; for "l2" all but the nearest.
 
         That point is clip(s·δ) with the factor s ≤ 1 that spends the budget. Clipping shortens δ, so scaling δ to the
-        radius first leaves some of the budget unspent; each round takes s closer, and never past the radius. Only the
-        last round's length need be exact: those before stay a margin below the radius.
+        radius first leaves some of the budget unspent; each round takes s closer, and never past the radius.
         """
         copies = x.unflatten(0, (-1, len(self.images)))
         if self.norm == "linf":
             return copies.clamp(self._lower, self._upper).flatten(0, 1)
         delta = copies - self.images
-        near = (1 - _COARSE_MARGIN) * self._radius
-        shrink = (near / _rough_length(delta)).clamp_max(1)
-        clipped = self._clipped(delta, shrink)
-        shrink = (shrink * (near / _rough_length(clipped))).clamp_max(1)
-        clipped = self._clipped(delta, shrink, out=clipped)
-        shrink = (shrink * (self._radius / _length(clipped))).clamp_max(1)
-        scaled = torch.mul(delta, shrink.to(delta.dtype), out=clipped)
+        shrink = self._share(delta).clamp_max(1)
+        buffer = torch.empty_like(delta)
+        for _ in range(_PROJECTION_ROUNDS):
+            clipped = torch.mul(delta, shrink.to(delta.dtype), out=buffer).clamp_(self._lower, self._upper)
+            shrink = (shrink * self._share(clipped)).clamp_max(1)
+        scaled = torch.mul(delta, shrink.to(delta.dtype), out=buffer)
         return scaled.add_(self.images).clamp_(0, 1).flatten(0, 1)
 
-    def _clipped(self, delta: Tensor, shrink: Tensor, out: Tensor | None = None) -> Tensor:
-        return torch.mul(delta, shrink.to(delta.dtype), out=out).clamp_(self._lower, self._upper)
+    def _share(self, delta: Tensor) -> Tensor:
+        """The radius over each perturbation's length: summed by rows in its own dtype, which is fast, then in fp64."""
+        row = (2, 4) if delta.stride(2) == 1 else 4  # what lies together in memory
+        rows = torch.linalg.vector_norm(delta, dim=row, keepdim=True)
+        length = torch.linalg.vector_norm(rows, dim=(2, 3, 4), keepdim=True, dtype=torch.float64)
+        return self._radius / length.clamp_min(torch.finfo(torch.float64).tiny)
 
     def per_image(self, values: Tensor) -> Tensor:
         """Values as losses have them, (n, B) or (n,), as factors of points: (n·B, 1, 1, 1)."""
@@ -291,18 +295,6 @@ def unit(vectors: Tensor) -> Tensor:
     largest = vectors.abs().amax((1, 2, 3), keepdim=True)
     vectors = vectors / torch.where(largest > 0, largest, 1)
     return vectors.div_(torch.linalg.vector_norm(vectors, dim=(1, 2, 3), keepdim=True).clamp_min(1))
-
-
-def _length(delta: Tensor) -> Tensor:
-    """Each perturbation's length, of (n, B, 3, H, W), in fp64: exact for the purpose, and never 0."""
-    length = torch.linalg.vector_norm(delta, dim=(2, 3, 4), keepdim=True, dtype=torch.float64)
-    return length.clamp_min(torch.finfo(torch.float64).tiny)
-
-
-def _rough_length(delta: Tensor) -> Tensor:
-    """`_length` within `_COARSE_MARGIN`, in a quarter of its time: sums in fp32, of one row of pixels each."""
-    row = (2, 4) if delta.stride(2) == 1 else 4  # what lies together in memory
-    return _length(torch.linalg.vector_norm(delta, dim=row, keepdim=True))
 
 
 def like(images: Tensor, adversarial: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 
 from bench import attacks
 
-COMMITTED = Path(__file__).parents[2] / "bench/results/cpu/attacks.jsonl"
+COMMITTED = sorted((Path(__file__).parents[2] / "bench/results/cpu").glob("attacks-*.jsonl"))
 PGD = {
     f"pgd {objective} {norm}" for objective in ("mse", "drift", "pair_inversion") for norm in ("linf", "l2")
 }
@@ -60,8 +60,13 @@ def test_it_writes_rows_with_the_machine(tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 2 + len(rows)
 
 
-def test_the_committed_rows_keep_the_limit():
-    header, *rows = [json.loads(line) for line in COMMITTED.read_text("utf-8").splitlines()]
+def test_several_models_were_measured():
+    assert len(COMMITTED) > 1
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_the_committed_rows_keep_the_limit(path):
+    header, *rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     assert not header["commit"].endswith("+")
     subjects = {(row["backbone"], row["image_size"], row["neck"]) for row in rows}
     for subject in subjects:

@@ -1,135 +1,213 @@
 """Images × steps per second of each attack, and its overhead over bare forward and backward passes.
 
-`python -m bench.attacks --necks srm quadratic`. Each attack is timed between two runs of the bare passes that it
-needs (model and gradient in the images, the same batch, no weight gradients), and the overhead is its least time over
-their least. Rates are medians by the wall clock, the device's work included. The overhead is by the wall clock on a
-GPU, and on a CPU by the processor time of the process, which other processes disturb less. What an attack does once,
-such as drawing its start, is a share of all its steps: the default is half the article's 40 steps, and one restart
-of 5. On a CPU memory is kept, as `srm-iqa attack` keeps it.
+`python -m bench.attacks --necks srm quadratic --backends triton reference`. Each attack is timed in turn with the bare
+passes that it needs (model and gradient in the images, the same batch, no weight gradients). Rates are medians by the
+wall clock, the device's work included. The overhead is the attack's least time over that of the bare passes: on a GPU
+by the wall clock; on a CPU by the processor time of the process, step by step, the least of each step over the repeats
+summed, because a whole attack is never left alone by other processes. What an attack does once, such as drawing its
+start, is in it, as a share of all its steps: the default is half the article's 40 steps, and one restart of 5. On a
+CPU memory is kept, as `srm-iqa attack` keeps it.
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from bench import record
 from srm_model import SRMConfig, build_model
-from srm_model.attacks import MSE, PairInversion, apgd, fgsm, pgd, square
+from srm_model.attacks import MSE, Drift, PairInversion, apgd, fgsm, pgd, square
 from srm_model.cli.runs import keep_memory
 
 LIMITS = {"cpu": 0.10, "cuda": 0.05}  # of PGD's overhead
+OBJECTIVES = (MSE(), Drift(), PairInversion())
+EPS = {"linf": 1 / 255, "l2": 1.0}
 
 
-def seconds(function: Callable[[], object], device: torch.device) -> tuple[float, float]:
-    """One call by the wall clock, the device's work included, and by the clock that overheads are taken from."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    begin, worked = time.perf_counter(), time.process_time()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    wall, worked = time.perf_counter() - begin, time.process_time() - worked
-    return wall, wall if device.type == "cuda" else worked
+Tick = Callable[[], object]
 
 
-def bare(model: nn.Module, images: Tensor, *, forward: int, backward: int) -> Callable[[], None]:
+class Plan(NamedTuple):
+    """An attack, and the passes that it cannot do without."""
+
+    attack: Callable[[nn.Module, Tick], object]
+    forward: int
+    backward: int
+    units: int  # steps or queries
+
+
+def plans(images: Tensor, mos: Tensor, steps: int) -> dict[str, Plan]:
+    """Every attack by name: method, objective, norm."""
+    linf = {"eps": EPS["linf"]}
+    found = {
+        "fgsm mse linf": Plan(lambda model, _: fgsm(model, images, mos, MSE(), **linf), 0, 1, 1),
+        "square mse linf": Plan(
+            lambda model, tick: square(model, images, mos, MSE(), queries=steps, on_step=tick, **linf),
+            steps,
+            0,
+            steps,
+        ),
+    }
+    settings = {"steps": steps, "restarts": 1}
+    for method in (pgd, apgd):
+        for norm, eps in EPS.items():
+            for objective in OBJECTIVES if method is pgd else OBJECTIVES[:1]:
+                call = partial(method, norm=norm, eps=eps, **settings)
+
+                def attack(model: nn.Module, tick: Tick, call: Any = call, on: Any = objective) -> object:
+                    return call(model, images, mos, on, on_step=tick)
+
+                forward = 1 + getattr(objective, "uses_clean_scores", True)  # the last iterate; the images
+                found[f"{method.__name__} {objective.name} {norm}"] = Plan(attack, forward, steps, steps)
+    return found
+
+
+def bare(model: nn.Module, images: Tensor, *, forward: int, backward: int) -> Callable[[Tick], None]:
     """So many forward passes, and so many with a gradient in the images."""
 
-    def run() -> None:
+    def run(tick: Tick) -> None:
         for _ in range(backward):
             x = images.detach().requires_grad_()
             torch.autograd.grad(model(x).sum(), x)
+            tick()
         with torch.no_grad():
             for _ in range(forward):
                 model(images)
+                tick()
 
     return run
 
 
-def main() -> None:
-    """Print a line per neck and attack; PGD over its limit is marked."""
+class Timed(NamedTuple):
+    """One call: seconds by the wall clock, and by the clock that overheads are taken from, from tick to tick."""
+
+    wall: float
+    parts: list[float]
+
+
+def timed(call: Callable[[Tick], object], device: torch.device) -> Timed:
+    """A GPU is not asked at every tick, which would make it wait: its call has one part."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        call(lambda: None)
+        torch.cuda.synchronize()
+        wall = time.perf_counter() - begin
+        return Timed(wall, [wall])
+    begin, ticks = time.perf_counter(), [time.process_time()]
+    call(lambda: ticks.append(time.process_time()))
+    ticks.append(time.process_time())
+    return Timed(time.perf_counter() - begin, [after - before for before, after in pairwise(ticks)])
+
+
+def least(calls: list[Timed]) -> float:
+    """The sum over parts of each one's least time."""
+    return sum(map(min, zip(*(call.parts for call in calls), strict=True)))
+
+
+def measure(plan: Plan, model: nn.Module, images: Tensor, repeats: int) -> dict[str, float]:
+    """Bare passes and attack in turn, each once before it counts."""
+    passes = bare(model, images, forward=plan.forward, backward=plan.backward)
+    plain, taken = [], []
+    for _ in range(1 + repeats):
+        plain.append(timed(passes, images.device))
+        taken.append(timed(partial(plan.attack, model), images.device))
+    work = len(images) * plan.units
+    return {
+        "images_steps_per_second": round(work / statistics.median(call.wall for call in taken[1:]), 2),
+        "bare": round(work / statistics.median(call.wall for call in plain[1:]), 2),
+        "overhead": round(least(taken[1:]) / least(plain[1:]) - 1, 4),
+    }
+
+
+def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A row per backbone, size, neck, backend and attack."""
+    device = torch.device(options.device)
+    changes = {key: int(value) for key, value in (pair.split("=") for pair in options.set)}
+    for side in options.image_size:
+        draw = torch.Generator().manual_seed(0)
+        images = torch.rand(options.batch, 3, side, side, generator=draw).to(device)
+        images = images.contiguous(memory_format=torch.channels_last)
+        chosen = plans(images, torch.linspace(0, 1, options.batch), options.steps)
+        for backbone in options.backbones:
+            for neck in options.necks:
+                for backend in options.backends if neck == "srm" else [None]:
+                    config = SRMConfig(image_size=side, backend=backend, **changes)
+                    torch.manual_seed(0)
+                    model = build_model(backbone, neck=neck, config=config).to(device)
+                    model.to(memory_format=torch.channels_last).requires_grad_(False)  # type: ignore[call-overload]
+                    model.calibrate(images)
+                    subject = {"backbone": backbone, "image_size": side, "neck": neck, "backend": backend}
+                    for name, plan in chosen.items():
+                        if not options.attacks or any(word in name for word in options.attacks):
+                            found = measure(plan, model, images, options.repeats)
+                            yield {**subject, "attack": name, **found}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print a line per row; PGD over its limit is marked."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--backbone", default="test_convnext")
+    parser.add_argument("--backbones", nargs="+", default=["test_convnext"])
     parser.add_argument(
         "--necks", nargs="+", default=["srm", "quadratic"], choices=("srm", "quadratic", "none")
     )
     parser.add_argument("--attacks", nargs="+", metavar="WORD", help="only those whose name has one of these")
-    parser.add_argument("--backend", help="of the operators (default: the fastest that can run)")
-    parser.add_argument("--image-size", type=int, default=256)
+    parser.add_argument(
+        "--backends", nargs="+", default=[None], help="of the srm neck's operators (default: the fastest)"
+    )
+    parser.add_argument("--image-size", type=int, nargs="+", default=[256])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=NUMBER", help="a field of SRMConfig"
     )
-    options = parser.parse_args()
-    device, steps = torch.device(options.device), options.steps
-    if device.type == "cpu":
-        keep_memory()
-    changes = {key: int(value) for key, value in (pair.split("=") for pair in options.set)}
-    config = SRMConfig(image_size=options.image_size, backend=options.backend, **changes)
-    draw = torch.Generator().manual_seed(0)
-    images = torch.rand(options.batch, 3, config.image_size, config.image_size, generator=draw).to(device)
-    images = images.contiguous(memory_format=torch.channels_last)
-    mos = torch.linspace(0, 1, options.batch)
-    once = {"eps": 1 / 255, "steps": steps, "restarts": 1}
-    plans: dict[
-        str, tuple[Callable[[nn.Module], object], int, int, int]
-    ] = {  # call, forward, backward, steps
-        "fgsm mse": (lambda model: fgsm(model, images, mos, MSE(), eps=1 / 255), 0, 1, 1),
-        "pgd mse linf": (lambda model: pgd(model, images, mos, MSE(), **once), 1, steps, steps),
-        "pgd mse l2": (lambda model: pgd(model, images, mos, MSE(), norm="l2", **once), 1, steps, steps),
-        "pgd pairs linf": (lambda model: pgd(model, images, mos, PairInversion(), **once), 1, steps, steps),
-        "apgd mse linf": (lambda model: apgd(model, images, mos, MSE(), **once), 1, steps, steps),
-        "apgd mse l2": (lambda model: apgd(model, images, mos, MSE(), norm="l2", **once), 1, steps, steps),
-        "square mse linf": (
-            lambda model: square(model, images, mos, MSE(), eps=1 / 255, queries=3 * steps),
-            3 * steps,
-            0,
-            3 * steps,
-        ),
-    }
-    processor = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
-    print(
-        f"torch {torch.__version__}, {processor}, {torch.get_num_threads()} threads, {options.backbone}, "
-        f"{config.image_size}², batch {options.batch}, {steps} steps, fp32, backend {options.backend or 'default'}"
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="JSON lines to write, the machine in the first"
     )
-    print(f"{'neck':10} {'attack':16} {'images×steps/s':>15} {'bare':>9} {'overhead':>9}")
-    for neck in options.necks:
-        torch.manual_seed(0)
-        model = build_model(options.backbone, neck=neck, config=config).to(device)
-        model.to(memory_format=torch.channels_last).requires_grad_(False)  # type: ignore[call-overload]
-        model.calibrate(images)
-        for name, (attack, forward, backward, units) in plans.items():
-            if options.attacks and not any(word in name for word in options.attacks):
-                continue
-            passes = bare(model, images, forward=forward, backward=backward)
-            times: list[tuple[float, float]] = []
-            worked: dict[str, list[float]] = {"attack": [], "bare": []}
-            for repeat in range(-1, options.repeats):
-                before = seconds(passes, device)
-                taken = seconds(lambda call=attack, on=model: call(on), device)  # type: ignore[misc]
-                after = seconds(passes, device)
-                if repeat >= 0:
-                    times.append((taken[0], (before[0] + after[0]) / 2))
-                    worked["attack"].append(taken[1])
-                    worked["bare"] += [before[1], after[1]]
-            rate, plain = (
-                options.batch * units / statistics.median(column) for column in zip(*times, strict=True)
-            )
-            overhead = min(worked["attack"]) / min(worked["bare"]) - 1
-            over = name.startswith("pgd") and overhead > LIMITS[device.type]
-            mark = "  over the limit" if over else ""
-            print(f"{neck:10} {name:16} {rate:15.1f} {plain:9.1f} {overhead:9.1%}{mark}", flush=True)
+    options = parser.parse_args(arguments)
+    kind = torch.device(options.device).type
+    if kind == "cpu":
+        keep_memory()
+    header = {
+        **record.machine(options.device),
+        "benchmark": "attacks",
+        "dtype": "float32",
+        "batch": options.batch,
+        "steps": options.steps,
+        "repeats": options.repeats,
+    }
+    print(
+        f"torch {header['torch']}, {header['device']}, {header['threads']} threads, batch {options.batch}, "
+        f"{options.steps} steps, fp32"
+    )
+    print(
+        f"{'backbone':24} {'side':>4} {'neck':10} {'backend':10} {'attack':24} {'images×steps/s':>15} {'overhead':>9}"
+    )
+    lines = []
+    for row in rows(options):
+        over = row["attack"].startswith("pgd") and row["overhead"] > LIMITS[kind]
+        print(
+            f"{row['backbone']:24} {row['image_size']:4} {row['neck']:10} {row['backend'] or 'fastest':10} "
+            f"{row['attack']:24} {row['images_steps_per_second']:15.1f} {row['overhead']:9.1%}"
+            f"{'  over the limit' if over else ''}",
+            flush=True,
+        )
+        lines.append(row)
+    if options.out:
+        record.write_lines(options.out, [header, *lines])
 
 
 if __name__ == "__main__":

@@ -171,7 +171,13 @@ def _product(
         allow_unused=True,
         materialize_grads=True,
     )
-    return [product.contiguous() for product in products]
+    return [_apart(product, grads) for product in products]
+
+
+def _apart(product: Tensor, grads: Sequence[Tensor]) -> Tensor:
+    """Contiguous, and a copy where it is a gradient that came in: an operator may not return what it was given."""
+    given = {grad.untyped_storage().data_ptr() for grad in grads}
+    return product.clone() if product.untyped_storage().data_ptr() in given else product.contiguous()
 
 
 def _laid_out(result: Tensor, model: Tensor) -> Tensor:

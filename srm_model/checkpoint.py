@@ -53,10 +53,14 @@ def save_model(model: nn.Module, folder: str | Path, *, card: dict[str, Any]) ->
 def read_card(folder: str | Path) -> dict[str, Any]:
     """The checked contents of `folder/config.json`, all of it; the training's own card is its key `card`.
 
-    A missing, broken or foreign file, another format version, an unknown key or an invalid config is a
-    ValueError.
+    A file in place of the folder; a missing, broken or foreign file in it; another format version, an unknown key or
+    an invalid config is a ValueError.
     """
     path = Path(folder) / CONFIG
+    if Path(folder).is_file():
+        raise ValueError(
+            f"{folder}: a file; expected the folder of a checkpoint, with {WEIGHTS} and {CONFIG}"
+        )
     document = read_json(path)
     if not isinstance(document, dict) or not str(document.get("format", "")).startswith("srm-iqa/"):
         raise ValueError(

@@ -12,6 +12,7 @@ LANDMARK_METHODS = ("leverage", "leverage_sample", "uniform", "kmeans++", "pivot
 SOLVERS = ("cholesky", "lu", "svd", "auto", "neumann")
 QK_NORMS = (None, "keys", "both")
 STAGES = (1, 2, 3, 4)
+BACKENDS = ("reference", "sdpa", "triton", "cuda")
 NECKS = ("srm", "quadratic", "none")
 
 
@@ -209,6 +210,7 @@ def _check_values(config: SRMConfig) -> None:
     one_of("solve_dtype", ("fp32", "model"))
     one_of("gradient_norm", ("l1", "l2"))
     one_of("adversarial_norm", ("linf", "l2"))
+    one_of("backend", (None, *BACKENDS))
     one_of("precision", ("auto", "fp32", "bf16", "fp16"))
     for name in (
         "channels heads rank neumann_order pool_size image_size batch_size accumulate epochs attack_steps "

@@ -48,9 +48,10 @@ def diagnose(model: IQAModel, batches: Iterable[Tensor], *, pictured: int = 2) -
     """Figures of every link of an `srm` model over batches of images (B, 3, H, W) in [0, 1], as plain JSON values.
 
     "table": κ, ρ, gain and the attention's error by row; "links": the same for the checkpoint's own settings by
-    link, head and batch, with the share of matrices that each solver served, κ itself and spectra; "errors": the
-    attention's error against exact attention by landmark method and r; "landmarks": where the landmarks of the
-    first `pictured` images lie. Raises ValueError for a model without Nyström attention.
+    link, head and batch, with the share of matrices that each solver served, κ itself, spectra, and "rank", how many
+    landmarks there are, at most the keys; "errors": the attention's error against exact attention by landmark method
+    and r; "landmarks": where the landmarks of the first `pictured` images lie. Raises ValueError for a model without
+    Nyström attention.
     """
     neck = model.neck
     if not isinstance(neck, SRMNeck) or model.neck_name != "srm":
@@ -61,6 +62,7 @@ def diagnose(model: IQAModel, batches: Iterable[Tensor], *, pictured: int = 2) -
     device = next(model.parameters()).device
     tables: dict[str, list[dict[str, Tensor]]] = {name: [] for name in table_rows(config)}
     links: dict[str, list[dict[str, Tensor]]] = {}
+    used: dict[str, int] = {}
     errors: dict[tuple[str, int], list[Tensor]] = {}
     landmarks: list[dict[str, Any]] = []
     with evaluating(model):
@@ -69,6 +71,7 @@ def diagnose(model: IQAModel, batches: Iterable[Tensor], *, pictured: int = 2) -
             for source, target in neck._acting:
                 name, link = f"{source}→{target}", neck._link(source, target)
                 q, k, v = link.project(aligned[target], aligned[source])
+                used[name] = min(config.rank, k.shape[2])
                 q = q[:, :, :: max(1, math.ceil(q.shape[2] / QUERIES))]
                 exact = full_attention(q, k, v, qk_norm=config.qk_norm)
                 for row, changes in table_rows(config).items():
@@ -87,7 +90,7 @@ def diagnose(model: IQAModel, batches: Iterable[Tensor], *, pictured: int = 2) -
     return {
         "rank": config.rank,
         "table": {row: _summary(_joined(measured)) for row, measured in tables.items()},
-        "links": {name: _by_link(measured) for name, measured in links.items()},
+        "links": {name: {"rank": used[name], **_by_link(measured)} for name, measured in links.items()},
         "errors": [
             {"method": method, "rank": rank, **_quantiles(torch.cat(found))}
             for (method, rank), found in sorted(errors.items())

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from srm_model.attacks.gradient import PGDTrace, run_restarts, trace_of
+from srm_model.attacks.gradient import PGDTrace, images_of, run_restarts, trace_of
 from srm_model.attacks.objectives import Objective
 from srm_model.attacks.problem import Best, attacking, check_count, exceeds
 from srm_model.config import SRMConfig
@@ -18,45 +18,6 @@ _DEFAULTS = SRMConfig()
 _SUCCESS = 0.75
 _MOMENTUM = 0.75
 _FIRST_WINDOW, _WINDOW_SHRINKS, _LEAST_WINDOW = 0.22, 0.03, 0.06
-
-
-def apgd(
-    model: nn.Module,
-    images: Tensor,
-    mos: Tensor | Sequence[float],
-    objective: Objective,
-    *,
-    norm: str = "linf",
-    eps: float,
-    steps: int = _DEFAULTS.attack_steps,
-    restarts: int = _DEFAULTS.attack_restarts,
-    restart_batch: int | None = 1,
-    eot: int = 1,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """`pgd` without a step size to choose: it starts at 2·eps and halves where the loss stops making progress.
-
-    Each step goes along z = P(x + η·direction) with momentum, x ← P(x + 0.75 (z − x) + 0.25 (x − x_before)). At
-    checkpoints, 22 % of the steps in and then in windows that shrink by 3 % of the steps down to 6 %, η is halved
-    and x put back, at rest, to the best point so far where fewer than three quarters of the window's steps raised
-    the loss, or where neither η nor the best loss has changed since the checkpoint before. Loss, η and best point
-    are each image's own, or the batch's for an objective that is defined on the batch.
-
-    Arguments, result, errors and promises are those of `pgd`.
-    """
-    return apgd_trace(
-        model,
-        images,
-        mos,
-        objective,
-        norm=norm,
-        eps=eps,
-        steps=steps,
-        restarts=restarts,
-        restart_batch=restart_batch,
-        eot=eot,
-        generator=generator,
-    ).images
 
 
 def apgd_trace(
@@ -74,7 +35,16 @@ def apgd_trace(
     generator: torch.Generator | None = None,
     on_step: Callable[[], object] | None = None,
 ) -> PGDTrace:
-    """`apgd` with the losses of every iterate and counts of bad gradients; `on_step` is called after each step."""
+    """`pgd` without a step size to choose: it starts at 2·eps and halves where the loss stops making progress.
+
+    Each step goes along z = P(x + η·direction) with momentum, x ← P(x + 0.75 (z − x) + 0.25 (x − x_before)). At
+    checkpoints, 22 % of the steps in and then in windows that shrink by 3 % of the steps down to 6 %, η is halved
+    and x put back, at rest, to the best point so far where fewer than three quarters of the window's steps raised
+    the loss, or where neither η nor the best loss has changed since the checkpoint before. Loss, η and best point
+    are each image's own, or the batch's for an objective that is defined on the batch.
+
+    Arguments, result, errors and promises are those of `pgd`.
+    """
     check_count("steps", steps)
     check_count("restarts", restarts)
     checks = checkpoints(steps)
@@ -94,16 +64,17 @@ def apgd_trace(
             )  # so that the first checkpoint looks at successes only
             best_then = loss
             for step in range(1, steps + 1):
-                ahead = problem.project(x + problem.per_image(size) * direction)
+                ahead = problem.project(torch.addcmul(x, direction, problem.per_image(size)))
                 if step > 1:
-                    ahead = problem.project(x + _MOMENTUM * (ahead - x) + (1 - _MOMENTUM) * (x - before))
+                    rest = x - before
+                    ahead = problem.project(x.lerp(ahead, _MOMENTUM).add_(rest, alpha=1 - _MOMENTUM))
                 before, x = x, ahead
                 if step < steps:
                     loss, direction = problem.ascend(x)
                 else:
                     loss = problem.loss(x)
-                better = problem.per_image(best.offer(x, loss))
-                best_direction = torch.where(better, direction, best_direction)
+                better = best.offer(x, loss)
+                best_direction = problem.choose(better, direction, best_direction)
                 successes = successes + exceeds(loss, losses[-1])
                 losses.append(loss)
                 if on_step is not None:
@@ -113,14 +84,16 @@ def apgd_trace(
                     stalled = ~halved & ~exceeds(best.loss, best_then)
                     halved = (successes < _SUCCESS * (step - start)) | stalled
                     size = torch.where(halved, size / 2, size)
-                    back = problem.per_image(halved)
-                    x, before = torch.where(back, best.points, x), torch.where(back, best.points, before)
-                    direction = torch.where(back, best_direction, direction)
+                    x, before = (problem.choose(halved, best.points, points) for points in (x, before))
+                    direction = problem.choose(halved, best_direction, direction)
                     start, best_then, successes = step, best.loss, torch.zeros_like(successes)
             return torch.stack(losses, 1)
 
         kept, losses = run_restarts(problem, climb, restarts, restart_batch)
-    return trace_of(images, problem, kept, losses, gradients=restarts * steps * len(images))
+        return trace_of(images, problem, kept, losses, gradients=restarts * steps * len(images))
+
+
+apgd = images_of(apgd_trace)
 
 
 def checkpoints(steps: int) -> frozenset[int]:

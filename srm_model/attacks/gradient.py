@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, ParamSpec
 
 import torch
 from torch import Tensor, nn
 
 from srm_model.attacks.objectives import Objective
-from srm_model.attacks.problem import Best, Problem, attacking, check_count, like
+from srm_model.attacks.problem import (
+    Best,
+    Problem,
+    attacking,
+    check_count,
+    check_number,
+    check_objective,
+    like,
+)
 from srm_model.config import SRMConfig
 
 _DEFAULTS = SRMConfig()
+_P = ParamSpec("_P")
 
 
 class PGDTrace(NamedTuple):
@@ -26,6 +37,19 @@ class PGDTrace(NamedTuple):
     # infinite element, which counts as zero.
     zero_gradients: float
     nonfinite_gradients: float
+
+
+def images_of(trace: Callable[_P, PGDTrace]) -> Callable[_P, Tensor]:
+    """The attack that returns the attacked images alone, of one that tells what happened: one signature for both."""
+
+    @functools.wraps(trace)
+    def attack(*args: _P.args, **kwargs: _P.kwargs) -> Tensor:
+        return trace(*args, **kwargs).images
+
+    attack.__name__ = attack.__qualname__ = trace.__name__.removesuffix("_trace")
+    signature = inspect.signature(trace).replace(return_annotation="Tensor")
+    attack.__signature__ = signature  # type: ignore[attr-defined]
+    return attack
 
 
 def fgsm(
@@ -44,70 +68,17 @@ def fgsm(
     Arguments, result, errors and promises are those of `pgd`. An objective whose gradient is zero at the
     images themselves (`Drift`) is a ValueError.
     """
+    check_objective(objective)
     if getattr(objective, "flat_at_clean", False):
         raise ValueError(
             f"{type(objective).__name__} has zero gradient at the clean images, where FGSM takes its step: "
             "use pgd, which starts elsewhere"
         )
     with attacking(model, images, mos, objective, norm, eps, eot, generator) as problem:
-        _, direction = problem.ascend(problem.images)
+        loss, direction = problem.ascend(problem.images)
+        problem.check_losses(loss[None])
         adversarial = problem.project(problem.images.add(direction, alpha=eps))
     return like(images, adversarial)
-
-
-def pgd(
-    model: nn.Module,
-    images: Tensor,
-    mos: Tensor | Sequence[float],
-    objective: Objective,
-    *,
-    norm: str = "linf",
-    eps: float,
-    steps: int = _DEFAULTS.attack_steps,
-    step_size: float | None = None,
-    restarts: int = _DEFAULTS.attack_restarts,
-    restart_batch: int | None = 1,
-    eot: int = 1,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Projected gradient ascent on `objective` within ‖x' − x‖ ≤ eps and [0, 1], from random starts.
-
-    model: any module from (B, 3, H, W) in [0, 1] to scores (B,) or (B, 1). It runs on its own device, in
-        evaluation mode and fp32, and is left exactly as found; so are all global random generators.
-    images: (B, 3, H, W) float32 in [0, 1] (float64 for a float64 model). mos: (B,), finite.
-    objective: `(scores, mos, clean_scores)` → losses (B,) or one 0-d loss of the batch, maximised.
-    eps: radius, per image: largest change of a pixel value ("linf", at most 1) or Euclidean norm on the whole
-        3×H×W tensor ("l2"). It is the actual radius here; `Suite` scales its L2 budgets by the image's size.
-        Rounding never takes an image out of the ball or out of [0, 1].
-    step_size: None is 2.5·eps/steps along the sign ("linf") or 4·eps/steps along each image's normalised
-        gradient ("l2").
-    restarts: each from its own start, uniform in the ball.
-    restart_batch: so many of them run at once, as one large batch, from the same starts as one after another: the
-        same attack for a model whose score of an image does not depend on its batch, but for rounding. None runs
-        all, and half as many wherever a GPU's memory does not suffice.
-    eot: forward passes whose gradients and losses each step averages; above 1 for stochastic models.
-    generator: for the starts and the model's own randomness; None is seed 0.
-
-    Returns the best iterate over all steps and restarts, starts included, per image or, where the objective is
-    defined on the batch, per batch; same shape, dtype and device as `images`. A NaN loss counts as the best there is:
-    a model that can be driven to NaN is broken, and its correlations become NaN rather than flattering.
-
-    Raises ValueError or TypeError, in one sentence, for arguments that are none of the above.
-    """
-    return pgd_trace(
-        model,
-        images,
-        mos,
-        objective,
-        norm=norm,
-        eps=eps,
-        steps=steps,
-        step_size=step_size,
-        restarts=restarts,
-        restart_batch=restart_batch,
-        eot=eot,
-        generator=generator,
-    ).images
 
 
 def pgd_trace(
@@ -126,14 +97,42 @@ def pgd_trace(
     generator: torch.Generator | None = None,
     on_step: Callable[[], object] | None = None,
 ) -> PGDTrace:
-    """`pgd` with the losses of every iterate and counts of bad gradients; `on_step` is called after each step."""
+    """Projected gradient ascent on `objective` within ‖x' − x‖ ≤ eps and [0, 1], from random starts.
+
+    model: any module from (B, 3, H, W) in [0, 1] to scores (B,) or (B, 1). It runs on its own device, in
+        evaluation mode and fp32, and is left exactly as found; so are all global random generators.
+    images: (B, 3, H, W) float32 in [0, 1] (float64 for a float64 model). mos: (B,), finite.
+    objective: `(scores, mos, clean_scores)` → losses (B,) or one 0-d loss of the batch, maximised.
+    eps: radius, per image: largest change of a pixel value ("linf", at most 1) or Euclidean norm on the whole
+        3×H×W tensor ("l2"). It is the actual radius here; `Suite` scales its L2 budgets by the image's size.
+        Rounding never takes an image out of the ball or out of [0, 1].
+    step_size: None is 2.5·eps/steps along the sign ("linf") or 4·eps/steps along each image's normalised
+        gradient ("l2").
+    restarts: each from its own start, uniform in the ball.
+    restart_batch: so many of them run at once, as one large batch, from the same starts as one after another: the
+        same attack for a model whose score of an image does not depend on its batch, but for rounding. None runs
+        all, and half as many wherever a GPU's memory does not suffice.
+    eot: forward passes whose gradients and losses each step averages; above 1 for stochastic models.
+    generator: for the starts and the model's own randomness; None is seed 0.
+    on_step: called after each step of each restart.
+
+    Returns the best iterate over all steps and restarts, starts included, per image or, where the objective is
+    defined on the batch, per batch; same shape, dtype and device as `images`. `pgd_trace` takes the same arguments
+    and returns a `PGDTrace`: these images, and what happened on the way. A NaN loss counts as the best there is: a
+    model that can be driven to NaN is broken, and its correlations become NaN rather than flattering.
+
+    Raises ValueError or TypeError, in one sentence, for arguments that are none of the above, and for a model whose
+    scores of the images as they are are not finite.
+    """
     check_count("steps", steps)
     check_count("restarts", restarts)
     with attacking(model, images, mos, objective, norm, eps, eot, generator) as problem:
         if step_size is None:
             step_size = default_step_size(norm, eps, steps)
-        elif not (math.isfinite(step_size) and step_size > 0):
-            raise ValueError(f"step_size={step_size!r}: expected a positive number or None")
+        else:
+            check_number("step_size", step_size)
+            if not (math.isfinite(step_size) and step_size > 0):
+                raise ValueError(f"step_size={step_size!r}: expected a positive number or None")
 
         def climb(copies: int, best: Best) -> Tensor:
             x = problem.random_starts(copies)
@@ -151,7 +150,10 @@ def pgd_trace(
             return torch.stack([*losses, loss], 1)
 
         kept, losses = run_restarts(problem, climb, restarts, restart_batch)
-    return trace_of(images, problem, kept, losses, gradients=restarts * steps * len(images))
+        return trace_of(images, problem, kept, losses, gradients=restarts * steps * len(images))
+
+
+pgd = images_of(pgd_trace)
 
 
 def run_restarts(
@@ -188,6 +190,7 @@ def run_restarts(
 
 def trace_of(images: Tensor, problem: Problem, kept: Best, losses: Tensor, *, gradients: int) -> PGDTrace:
     """What was kept, as the caller's images are, with shares of the gradients that were taken (NaN of none)."""
+    problem.check_losses(losses)
     return PGDTrace(
         like(images, kept.points),
         kept.loss[0],

@@ -125,6 +125,16 @@ def _needed(model: nn.Module) -> list[str]:
     return [p.name for p in parameters if p.default is p.empty and p.kind not in variadic]
 
 
+def check_finite(scores: Tensor) -> None:
+    """Of the images as they are, before any attack."""
+    broken = int((~scores.isfinite()).sum())
+    if broken:
+        raise ValueError(
+            f"{broken} of {len(scores)} scores of clean images are not finite: a model that is broken already cannot "
+            "be attacked"
+        )
+
+
 def check_images(images: Tensor) -> None:
     if not isinstance(images, Tensor) or images.dtype not in (torch.float32, torch.float64):
         given = images.dtype if isinstance(images, Tensor) else type(images).__name__

@@ -9,52 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from srm_model.attacks.gradient import PGDTrace, trace_of
+from srm_model.attacks.gradient import PGDTrace, images_of, trace_of
 from srm_model.attacks.objectives import Objective
-from srm_model.attacks.problem import Best, Problem, attacking, check_count, exceeds
+from srm_model.attacks.problem import Best, Problem, attacking, check_count, check_number, exceeds
 from srm_model.config import SRMConfig
 
 _DEFAULTS = SRMConfig()
 # Shares of the query budget after which the squares' area is halved, as in the paper for its 10,000 queries.
 _HALVINGS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
-
-
-def square(
-    model: nn.Module,
-    images: Tensor,
-    mos: Tensor | Sequence[float],
-    objective: Objective,
-    *,
-    norm: str = "linf",
-    eps: float,
-    queries: int = _DEFAULTS.attack_queries,
-    area: float = _DEFAULTS.attack_square_area,
-    eot: int = 1,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Raise the objective by asking the model for at most `queries` scores per image, and for no gradient.
-
-    A proposal changes one square of each image: for "linf" each channel of it to ±eps; for "l2" it is given a bump
-    of either sign and all the norm that is to be had, taken from another square and from what is unused of the
-    budget. What raises the loss is kept, image by image. For an objective defined on the batch the images are
-    decided one after another, each against those decided before, which costs no further query.
-
-    queries: per image, the clean score included where the objective uses it; each of `eot` passes is one.
-    area: of the first squares, as a share of the image's; halved as the budget is spent.
-    The model need not be differentiable. Other arguments, result, errors and promises are those of `pgd`.
-    """
-    return square_trace(
-        model,
-        images,
-        mos,
-        objective,
-        norm=norm,
-        eps=eps,
-        queries=queries,
-        area=area,
-        eot=eot,
-        generator=generator,
-    ).images
 
 
 def square_trace(
@@ -71,10 +33,21 @@ def square_trace(
     generator: torch.Generator | None = None,
     on_step: Callable[[], object] | None = None,
 ) -> PGDTrace:
-    """`square` with the loss of what was kept after each round of queries, (1, rounds, …); no share of gradients."""
+    """Raise the objective by asking the model for at most `queries` scores per image, and for no gradient.
+
+    A proposal changes one square of each image: for "linf" each channel of it to ±eps; for "l2" it is given a bump
+    of either sign and all the norm that is to be had, taken from another square and from what is unused of the
+    budget. What raises the loss is kept, image by image. For an objective defined on the batch the images are
+    decided one after another, each against those decided before, which costs no further query.
+
+    queries: per image, the clean score included where the objective uses it; each of `eot` passes is one.
+    area: of the first squares, as a share of the image's; halved as the budget is spent.
+    on_step: called after each round of queries.
+    The model need not be differentiable. Other arguments, result, errors and promises are those of `pgd`; the losses
+    of `square_trace` are those of what was kept after each round, (1, rounds, …), and it has no share of gradients.
+    """
     check_count("queries", queries)
-    if isinstance(area, bool) or not isinstance(area, int | float):
-        raise TypeError(f"area={area!r}: expected a number")
+    check_number("area", area)
     if not 0 < area <= 1:
         raise ValueError(f"area={area!r}: expected a share of the image in (0, 1]")
     with attacking(model, images, mos, objective, norm, eps, eot, generator) as problem:
@@ -99,7 +72,7 @@ def square_trace(
                 better = exceeds(raised, loss)
                 loss = torch.where(better, raised, loss)
                 scores = torch.where(better, asked, scores)
-                x = torch.where(problem.per_image(better), proposal, x)
+                x = problem.choose(better, proposal, x)
             else:
                 accepted, loss, scores = _decide(problem, scores, asked, loss)
                 x = torch.where(accepted[:, None, None, None], proposal, x)
@@ -108,7 +81,10 @@ def square_trace(
             on_step()
         best = Best(problem)
         best.offer(x, loss)
-    return trace_of(images, problem, best, torch.stack(losses, 1), gradients=0)
+        return trace_of(images, problem, best, torch.stack(losses, 1), gradients=0)
+
+
+square = images_of(square_trace)
 
 
 def _decide(problem: Problem, scores: Tensor, asked: Tensor, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -62,7 +62,7 @@ def transfer(
     for number in range(rank, len(first.batches), world):
         images, mos = first.load(number)
         scores: dict[Any, list[float]] = {("mos",): mos.tolist()} | {
-            (name,): job.score(number, images) for name, job in jobs.items()
+            (name,): job.clean(number, images) for name, job in jobs.items()
         }
         for source, job in jobs.items():
             attacked = job.craft(number, attack, images, mos).images

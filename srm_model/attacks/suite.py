@@ -183,8 +183,9 @@ class Suite:
         scores, clean and attacked alike, are means of as many. Scores are taken on the float images, not on
         images rounded to 8 bits.
 
-        A correlation is NaN where a model's scores are constant or not finite, and NaN is worse than any number
-        in the worst case: what cannot be measured is not counted as robust. Drops are clean minus worst.
+        A clean score that is not finite is a ValueError. A correlation is NaN where a model's scores are constant, or
+        no longer finite under attack, and NaN is worse than any number in the worst case: what cannot be measured
+        is not counted as robust. Drops are clean minus worst.
         """
         config = self.config
         if logistic is not None and not isinstance(logistic, LogisticMap):
@@ -289,6 +290,21 @@ class Job:
         )  # one for clean and attacked, so that they share a stochastic model's draws
         return predict(self.model, images, samples=self.samples(self.model), seed=seed).tolist()
 
+    def clean(self, number: int, images: Tensor) -> list[float]:
+        """Scores of a batch as it is; one that is not finite is a ValueError."""
+        scores = self.score(number, images)
+        broken = [
+            name
+            for name, score in zip(self.names[number * self.batch_size :], scores, strict=False)
+            if not math.isfinite(score)
+        ]
+        if broken:
+            raise ValueError(
+                f"the clean scores of {len(broken)} of {len(scores)} images of a batch are not finite, that of "
+                f"{broken[0]} first: a model that is broken already cannot be attacked"
+            )
+        return scores
+
     def craft(
         self,
         number: int,
@@ -331,7 +347,7 @@ def _attack_batch(
     record = records[number]
     images, mos = job.load(number)
     if "clean" not in record:
-        record.update(mos=mos.tolist(), clean=job.score(number, images))
+        record.update(mos=mos.tolist(), clean=job.clean(number, images))
     for attack in records.waiting(number):
         trace = job.craft(number, attack, images, mos, tick)
         scores = job.score(number, trace.images)

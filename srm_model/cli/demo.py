@@ -10,6 +10,7 @@ from srm_model.cli import attack, runs
 from srm_model.cli.train import clean_table, new_model, train_neck
 from srm_model.config import SRMConfig
 from srm_model.data.synthesize import synthesize
+from srm_model.files import make_folder
 from srm_model.reports import write_report
 
 BACKBONE = "tf_efficientnet_lite0"  # its ImageNet weights come as a package
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     out, progress = Path(args.out), not args.no_progress
     device = runs.device_from(args.device)
 
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     with runs.recorded(out, args.arguments, title=TITLE) as record:
         if progress:
             runs.say(f"distorting photographs into {out / 'data'}")

@@ -9,7 +9,7 @@ import numpy as np
 
 from srm_model.data.images import Pixels
 from srm_model.data.transforms import load_resized
-from srm_model.files import atomic_path
+from srm_model.files import atomic_path, make_folder
 
 try:
     import fcntl
@@ -31,7 +31,7 @@ class ImageCache:
         if limit < 1:
             raise ValueError(f"cache limit {limit}: expected at least one byte")
         self.folder, self.limit = Path(folder), limit
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         self._full = False
 
     def get(self, path: Path, image_size: int) -> Pixels:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import Counter
 from pathlib import Path
 
 from srm_model.config import SRMConfig
 from srm_model.data.base import (
     SPLITS,
+    Entry,
     Faults,
     ImageQualityDataset,
     Row,
@@ -25,7 +27,7 @@ IMAGE_FOLDERS = ("1024x768", "512x384")  # the larger one where both are there
 MOS_RANGE = (0.0, 100.0)
 
 _SET_WORDS = {"training": "train", "validation": "val", "test": "test"}
-PUBLISHED_IMAGES = 10_073
+PUBLISHED_SPLIT = {"train": 7058, "val": 1000, "test": 2015}
 _SETS_COLUMNS = {"image_name", "MOS", "set"}
 _SCORES_COLUMNS = {"image_name", "MOS", "MOS_zscore"}
 _AGREEMENT = 0.1  # on 0 to 100; well above what rounding does
@@ -37,7 +39,8 @@ class KonIQ10k(ImageQualityDataset):
     root: holds `koniq10k_distributions_sets.csv` (MOS on 0 to 100, and the split) and the images in `1024x768/` or
     `512x384/`. `koniq10k_scores_and_distributions.csv` (MOS on 1 to 5, MOS_zscore on 0 to 100, no split) may lie
     there too: its MOS_zscore must then agree with the labels, and it is not used otherwise. The two are told apart by
-    their columns, whatever their names; no scale is ever guessed.
+    their columns, whatever their names; no scale is ever guessed. A list under the published name must hold the
+    published split, so that one cut short is not taken for the set; a part of the set lies under another name.
 
     images: the folder of the images under root; None: `1024x768` where it is, else `512x384`.
     seed: of the train transform. image_size, train, cache, verify: as in `TID2013`.
@@ -67,8 +70,10 @@ class KonIQ10k(ImageQualityDataset):
         if scores is not None:
             _compare(rows, faults, scores)
         entries = find_images(rows, folder, faults, verify=verify)
+        if sets.name == SETS_FILE:
+            _check_whole(entries, sets)
         super().__init__(
-            published_name("KonIQ-10k", len(entries), PUBLISHED_IMAGES),
+            published_name("KonIQ-10k", len(entries), sum(PUBLISHED_SPLIT.values())),
             root,
             split,
             entries,
@@ -81,6 +86,21 @@ class KonIQ10k(ImageQualityDataset):
             cache=cache,
         )
         self.image_folder = folder.name
+
+
+def _check_whole(entries: list[Entry], sets: Path) -> None:
+    """A list under the published name holds the published split, or it is cut short: ValueError."""
+    counts = Counter(entry.group for entry in entries)
+    if counts == PUBLISHED_SPLIT:
+        return
+    here, published = (
+        ", ".join(f"{split} {numbers.get(split, 0)}" for split in SPLITS)
+        for numbers in (counts, PUBLISHED_SPLIT)
+    )
+    raise ValueError(
+        f"{sets}: its images are {here}, those of the published split {published}: expected that split, or a part of "
+        "the set in a list of another name"
+    )
 
 
 def find_lists(root: Path) -> tuple[Path, Path | None]:

@@ -21,7 +21,7 @@ from srm_model.data.images import Pixels, open_rgb
 from srm_model.data.labels import LABEL_RANGE, METRICS, import_piq, metric_labels
 from srm_model.data.photographs import SUFFIXES, Photograph, from_folder, from_packages
 from srm_model.data.tid2013 import HIGHER_IS_BETTER, IMAGES, LABELS, LABELS_FORMAT, LIST, REFERENCES
-from srm_model.files import atomic_path, read_json, write_json, write_text
+from srm_model.files import atomic_path, make_folder, read_json, write_json, write_text
 
 MAX_REFERENCES = 99  # two digits in TID2013's names
 MIN_REFERENCES = 3  # one each for train, val and test
@@ -219,7 +219,7 @@ def _read_labels(out: Path) -> dict[str, float]:
 
 def _lay_out(out: Path, references: list[Photograph], labels: dict[str, float]) -> None:
     """References, their origin and a clean journal; what is there already stays as it is."""
-    (out / IMAGES).mkdir(parents=True, exist_ok=True)
+    make_folder(out / IMAGES)
     for leftover in out.glob("*/.*.partial.*"):  # of a process that was killed
         leftover.unlink()
     origin = []

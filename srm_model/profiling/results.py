@@ -8,14 +8,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from srm_model.files import finite
+from srm_model.files import finite, make_folder
 from srm_model.profiling.machines import IDENTITY
 
 
 def append(path: str | Path, row: dict[str, Any]) -> None:
     """Add one row by a single write, so that an interruption leaves the earlier rows and never half of this one."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     line = (json.dumps(finite(row), ensure_ascii=False) + "\n").encode()
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:

@@ -37,7 +37,7 @@ def render(found: Mapping[str, Any], about: Mapping[str, Any], images: Sequence[
             element(
                 "p",
                 f"Checkpoint {about['checkpoint']}, {count(int(about['images']), 'image')} of {about['data']}, "
-                f"r = {found['rank']}; every link, head and image has a system of its own.",
+                f"{_landmark_count(found)}; every link, head and image has a system of its own.",
                 class_="lede",
             ),
         ),
@@ -55,6 +55,17 @@ def render(found: Mapping[str, Any], about: Mapping[str, Any], images: Sequence[
         element("style", Markup(STYLE)),
     )
     return join(Markup("<!doctype html>\n"), element("html", head, element("body", main), lang="en"), "\n")
+
+
+def _landmark_count(found: Mapping[str, Any]) -> str:
+    """The landmarks that there are: a map with fewer keys than were asked for gives all of its keys."""
+    counts = sorted({link["rank"] for link in found["links"].values()})
+    used = f"r = {' or '.join(map(str, counts))}"
+    return (
+        used
+        if counts == [found["rank"]]
+        else f"{used} of the {found['rank']} asked for, as there are no more keys"
+    )
 
 
 def markdown(found: Mapping[str, Any]) -> str:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from srm_model import ranks
 from srm_model.checkpoint import save_model
 from srm_model.config import SRMConfig
-from srm_model.files import write_text
+from srm_model.files import make_folder, write_text
 from srm_model.metrics import LogisticMap, plcc, srocc
 from srm_model.modules import evaluating
 from srm_model.neck import SRMNeck
@@ -146,7 +146,7 @@ class _Run:
         self.identity = json.loads(json.dumps(identity))  # tuples compare as the lists they are stored as
         stored = ranks.from_first(lambda: self._stored() if resume else None)
         if self.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             for leftover in self.folder.glob(".*.partial*"):  # of a save that was killed
                 leftover.unlink(missing_ok=True)
         self.model.to(device=self.device, memory_format=torch.channels_last)
@@ -205,7 +205,12 @@ class _Run:
     def _writer(self, finished: int) -> AbstractContextManager[Any]:
         if self.rank > 0:
             return nullcontext()
-        from torch.utils.tensorboard import SummaryWriter  # seconds to import
+        try:
+            from torch.utils.tensorboard import SummaryWriter  # seconds to import
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"training writes its curves with tensorboard ({error}): pip install 'srm-iqa[model]'"
+            ) from None
 
         return SummaryWriter(str(self.folder / "tensorboard"), purge_step=finished + 1)
 

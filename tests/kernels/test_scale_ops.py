@@ -125,6 +125,16 @@ def test_dyt_strides_do_not_matter():
     )
 
 
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_dyt_of_one_vector_has_a_gradient(backend):
+    """Nothing is summed for the bias then: its gradient is the one that came in."""
+    inputs = [
+        tokens(seed, *shape).requires_grad_()
+        for seed, shape in ((17, (6,)), (18, (1,)), (19, (6,)), (20, (6,)))
+    ]
+    assert torch.autograd.gradcheck(lambda *given: dyt(*given, backend=backend).square(), inputs)
+
+
 def test_dyt_saturates_and_keeps_nan():
     one = torch.ones(3, dtype=torch.float32)
     x = torch.tensor([[1e30, -1e30, math.nan]])

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import srm_model.checkpoint as checkpoint
-from srm_model import load_model
+from srm_model import build_model, load_model
 from srm_model.checkpoint import load_weights, read_card, save_model
 from srm_model.config import SRMConfig
 
@@ -99,6 +99,9 @@ def test_a_damaged_weights_file_is_told(tmp_path: Path):
         with pytest.raises(ValueError, match=r"model\.safetensors: damaged, or not the file"):
             load_weights(Small(), tmp_path)
     path.unlink()
+    for read in (read_card, load_model, lambda file: build_model("test_convnext", weights=file)):
+        with pytest.raises(ValueError, match=r"config\.json: a file; expected the folder of a checkpoint"):
+            read(tmp_path / "config.json")
     with pytest.raises(ValueError, match=r"model\.safetensors: no such file"):
         load_weights(Small(), tmp_path)
 

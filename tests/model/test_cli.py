@@ -79,6 +79,29 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
     return captured.err
 
 
+def test_a_file_in_the_place_of_a_folder_is_named(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "taken").write_text("")
+    for command in (
+        [
+            "train",
+            "--data",
+            data,
+            "--out",
+            tmp_path / "taken" / "run",
+            "--backbone",
+            "test_convnext",
+            *SETTINGS,
+        ],
+        ["demo", "--quick", "--out", tmp_path / "taken"],
+        ["data", "synthesize", tmp_path / "taken" / "set"],
+    ):
+        told = fails(capsys, *command, *(["--no-progress"] if command[0] == "train" else []))
+        assert f"{tmp_path / 'taken'} is a file; expected a folder" in told
+        assert "Errno" not in told
+
+
 def test_train_writes_what_reports_and_attacks_read(run: Path, data: Path):
     for neck in ("srm", "none"):
         names = {path.name for path in (run / neck).iterdir()}

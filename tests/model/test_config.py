@@ -8,7 +8,9 @@ import re
 
 import pytest
 
+from srm_kernels import backends
 from srm_model import SRMConfig
+from srm_model.config import BACKENDS
 
 
 def test_round_trip_through_json_keeps_every_field():
@@ -30,6 +32,11 @@ def test_it_is_frozen_and_replace_checks():
     assert config.replace(rank=3).rank == 3
     with pytest.raises(ValueError, match="unknown config key ranks"):
         config.replace(ranks=3)
+
+
+def test_its_backends_are_those_of_the_operators():
+    assert set(BACKENDS) == set(backends())
+    assert [SRMConfig(backend=name).backend for name in backends()] == list(backends())
 
 
 @pytest.mark.parametrize(
@@ -55,6 +62,12 @@ def test_it_is_frozen_and_replace_checks():
         ({"gain_cap": -1.0}, ValueError, "a positive number or None"),
         ({"betas": (0.9,)}, ValueError, "two numbers"),
         ({"backend": 3}, TypeError, "backend=3: expected str"),
+        (
+            {"backend": "nope"},
+            ValueError,
+            "backend='nope': expected one of None, 'reference', 'sdpa', 'triton', 'cuda'",
+        ),
+        ({"nokey": 1}, TypeError, "unexpected keyword argument 'nokey'"),
         ({"attack_sweep_steps": (0,)}, ValueError, "attack_sweep_steps=(0,): expected steps of at least 1"),
         ({"attack_sweep_steps": (0.5,)}, TypeError, "expected integers"),
         ({"attack_square_area": 0.0}, ValueError, "a share of the image in (0, 1]"),

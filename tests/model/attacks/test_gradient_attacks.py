@@ -167,8 +167,14 @@ def test_restarts_help_on_a_function_with_many_peaks():
 def test_a_score_of_nan_is_the_best_an_attacker_can_do():
     model = OfFirstPixel(lambda p: torch.where(p > 0.55, math.nan, p))
     images = torch.full((3, 3, 2, 2), 0.5)
+    for objective in (MSE(), PairInversion()):
+        attacked = pgd(model, images, [0.0, 0.5, 1.0], objective, eps=0.1, steps=5, restarts=1)
+        assert model(attacked).isnan().any()
     attacked = pgd(model, images, [0.0] * 3, MSE(), eps=0.1, steps=5, restarts=1)
     assert model(attacked).isnan().all()
+    # Already at the start: still the attack's doing, as the score of the image itself is finite.
+    broken_near = OfFirstPixel(lambda p: torch.where(p == 0.5, p, math.nan))
+    assert broken_near(pgd(broken_near, images, [0.0] * 3, MSE(), eps=0.1, steps=2)).isnan().all()
 
 
 def test_starts_are_uniform_in_the_ball():
@@ -371,13 +377,26 @@ def test_default_step_sizes(norm, factor):
         ({"images": torch.full((4, 3, 8, 8), math.nan)}, ValueError, "contain NaN"),
         ({"images": torch.rand(4, 3, 8, 8).half()}, TypeError, "torch.float16: expected a float32"),
         ({"images": [[0.5]]}, TypeError, "list"),
+        (
+            {"images": torch.zeros(4, 3, 8, 8, dtype=torch.uint8)},
+            TypeError,
+            "torch.uint8: expected a float32",
+        ),
         ({"mos": [0.5] * 3}, ValueError, r"mos of shape \(3,\) for 4 images"),
         ({"mos": [0.5, 0.5, 0.5, math.nan]}, ValueError, "not finite"),
+        ({"mos": None}, TypeError, "mos of type NoneType: expected a tensor or a sequence of numbers"),
+        ({"mos": ["0.5"] * 4}, TypeError, "mos of type list"),
+        ({"mos": [1j] * 4}, TypeError, "mos of type list"),
         ({"steps": 0}, ValueError, "steps=0"),
         ({"steps": 2.5}, TypeError, "steps=2.5"),
         ({"restarts": 0}, ValueError, "restarts=0"),
         ({"eot": 0}, ValueError, "eot=0"),
         ({"step_size": -1.0}, ValueError, r"step_size=-1.0"),
+        ({"step_size": "fast"}, TypeError, r"step_size='fast'"),
+        ({"generator": 3}, TypeError, "generator of type int"),
+        ({"objective": "mse"}, TypeError, r"objective is 'mse': expected a callable .* such as MSE\(\)"),
+        ({"objective": Drift}, TypeError, r"objective is the class Drift: expected a callable"),
+        ({"objective": None}, TypeError, "objective is None"),
         ({"model": lambda x: x.flatten(1).sum(1)}, TypeError, "expected a torch.nn.Module"),
         ({"model": torch.nn.Identity()}, ValueError, r"shape \(4, 3, 8, 8\) for 4 images"),
         (
@@ -388,6 +407,20 @@ def test_default_step_sizes(norm, factor):
         ({"model": Linear(weight()).half()}, TypeError, "torch.float16 parameters"),
         ({"model": OfFirstPixel(lambda p: (p, {}))}, TypeError, "returned a tuple"),
         ({"model": OfFirstPixel(lambda p: p.detach())}, ValueError, "carry no gradient"),
+        (
+            {"model": OfFirstPixel(lambda p: p / 0)},
+            ValueError,
+            "4 of 4 scores of clean images are not finite",
+        ),
+        (
+            {
+                "model": OfFirstPixel(lambda p: p * math.nan),
+                "objective": PairInversion(),
+                "mos": [0.0, 0.3, 0.6, 0.9],
+            },
+            ValueError,
+            "4 of 4 scores of clean images are not finite",
+        ),
         ({"objective": lambda s, y, c: s[:, None]}, ValueError, r"objective returned shape \(4, 1\)"),
         ({"objective": lambda s, y, c: 1.0}, ValueError, "objective returned a float"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from attack_models import Convolutional, Linear, batch, weight
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from srm_model.attacks import (
     MSE,
@@ -26,6 +28,7 @@ from srm_model.attacks import (
     square,
     square_trace,
 )
+from srm_model.attacks.gradient import default_step_size
 
 
 def best_rise(w, images, norm, eps):
@@ -202,7 +205,7 @@ def test_a_model_that_computes_in_fp16_inside_keeps_its_gradient():
 
 
 class TwoLogits(nn.Module):
-    """A scalar score as a classifier's logits: [z, −z]."""
+    """A scalar score as a classifier's logits: [z, −z], of which toolkits for classifiers know how to attack one."""
 
     def __init__(self, model):
         super().__init__()
@@ -213,33 +216,43 @@ class TwoLogits(nn.Module):
         return torch.stack([score, -score], 1)
 
 
-def classifier_pgd(model, images, labels, *, eps, step_size, steps):
-    """PGD on the cross-entropy, as toolkits for classifiers write it; after Madry et al., 2018."""
-    generator = torch.Generator().manual_seed(11)
-    noise = torch.rand(images.shape, generator=generator) * 2 * eps - eps
-    attacked = (images + noise).clamp(0, 1)
-    for _ in range(steps):
-        attacked.requires_grad_(True)
-        F.cross_entropy(model(attacked), labels).backward()
-        moved = attacked.detach() + step_size * attacked.grad.sign()
-        attacked = (images + (moved - images).clamp(-eps, eps)).clamp(0, 1)
-    return attacked
+def of_secmlt(two, images, labels, norm, eps, steps):
+    from secmlt.adv.evasion.pgd import PGD
+
+    attack = PGD(
+        perturbation_model=norm,
+        epsilon=eps,
+        num_steps=steps,
+        step_size=default_step_size(norm, eps, steps),
+        random_start=True,
+        backend="native",
+    )
+    attacked = attack(two, DataLoader(TensorDataset(images, labels), batch_size=len(images)))
+    return next(iter(attacked))[0]
 
 
-@pytest.mark.parametrize("theirs", ["written here", "torchattacks"])
+def of_torchattacks(two, images, labels, norm, eps, steps):
+    import torchattacks
+
+    step = {"eps": eps, "steps": steps, "alpha": default_step_size(norm, eps, steps)}
+    return {"linf": torchattacks.PGD, "l2": torchattacks.PGDL2}[norm](two, **step)(images, labels)
+
+
+# torchattacks' own pins exclude the versions that are tested here, so that it can be installed only beside them.
+OTHERS = [of_secmlt, *([of_torchattacks] if find_spec("torchattacks") else [])]
+
+
+@pytest.mark.parametrize("theirs", OTHERS)
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 8 / 255), ("l2", 0.5)])
 @pytest.mark.parametrize("sign", [1, -1])
-def test_pgd_agrees_with_an_independent_one_in_final_loss(theirs, sign):
-    model, images, eps, steps = Convolutional().eval(), batch(8), 8 / 255, 20
+def test_pgd_agrees_with_an_independent_one_in_final_loss(theirs, norm, eps, sign):
+    model, images, steps = Convolutional().eval(), batch(8), 20
     two = TwoLogits(model).eval()
     labels = torch.full((8,), int(sign > 0))  # its cross-entropy grows with sign · score
-    step_size = 2.5 * eps / steps
-    if theirs == "torchattacks":
-        torchattacks = pytest.importorskip("torchattacks")
+    with torch.random.fork_rng():
         torch.manual_seed(11)
-        other = torchattacks.PGD(two, eps=eps, alpha=step_size, steps=steps)(images, labels)
-    else:
-        other = classifier_pgd(two, images, labels, eps=eps, step_size=step_size, steps=steps)
-    ours = pgd(model, images, [0.0] * 8, Signed(sign), eps=eps, steps=steps, restarts=1)
+        other = theirs(two, images, labels, norm, eps, steps)
+    ours = pgd(model, images, [0.0] * 8, Signed(sign), norm=norm, eps=eps, steps=steps, restarts=1)
 
     def loss(attacked):
         return F.cross_entropy(two(attacked), labels, reduction="none").detach()

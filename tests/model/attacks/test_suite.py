@@ -378,14 +378,23 @@ def test_a_stop_within_a_batch_keeps_its_finished_attacks(tmp_path, monkeypatch)
         assert linear()(example.attacked[None]).item() == pytest.approx(example.attacked_score, rel=1e-5)
 
 
-def test_a_broken_score_survives_the_resume_file(tmp_path):
-    class Broken(Linear):
-        def forward(self, x):
-            return super().forward(x) * torch.where(x[:, 0, 0, 0] > 0.5, math.nan, 1.0)
+class Breaking(Linear):
+    """NaN for an image that has a pixel above `most`: 0.75 is what none of `Images` exceeds before an attack."""
 
-    first = run(Broken(weight()), resume=tmp_path / "attacks.json")
-    again = run(Broken(weight()), resume=tmp_path / "attacks.json")
-    assert any(map(math.isnan, first.clean["scores"]))
+    def __init__(self, most: float) -> None:
+        super().__init__(weight())
+        self.most = most
+
+    def forward(self, x):
+        return super().forward(x) * torch.where(x.amax((1, 2, 3)) > self.most, math.nan, 1.0)
+
+
+def test_a_broken_score_survives_the_resume_file(tmp_path):
+    first = run(Breaking(0.75), resume=tmp_path / "attacks.json")
+    again = run(Breaking(0.75), resume=tmp_path / "attacks.json")
+    assert all(map(math.isfinite, first.clean["scores"]))
+    assert any(map(math.isnan, first.attacks["pgd_mse"]["scores"]))
+    assert math.isnan(first.worst["srocc"])
     assert plain(again) == plain(first)
 
 
@@ -453,6 +462,7 @@ class Uneven(Images):
         ({"dataset": Images(1)}, ValueError, "1 images"),
         ({"dataset": Uneven()}, ValueError, r"image-02.png has shape \(3, 4, 8\)"),
         ({"model": 3}, TypeError, "torch.nn.Module"),
+        ({"model": Breaking(0.7)}, ValueError, r"4 of 4 images .* not finite, that of image-00.png first"),
         ({"surrogate": 3}, TypeError, "torch.nn.Module"),
         ({"logistic": 3}, TypeError, "LogisticMap"),
         ({"suite": Suite([Attack("t", MSE(), transfer=True)])}, ValueError, "surrogate"),

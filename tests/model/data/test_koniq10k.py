@@ -8,6 +8,7 @@ import pytest
 from srm_model.data import SPLITS, KonIQ10k
 from srm_model.data.koniq10k import SCORES_FILE, SETS_FILE
 
+FEW = "few.csv"  # a part of the set may not bear the published name
 ROWS = [
     ("1.jpg", 80.0, "training"),
     ("2.jpg", 3.5, "validation"),
@@ -32,7 +33,7 @@ def write_scores(path, rows=ROWS, shift=0.0):
 
 @pytest.fixture
 def koniq(tmp_path, copies):
-    write_sets(tmp_path / SETS_FILE)
+    write_sets(tmp_path / FEW)
     copies(tmp_path / "1024x768", [name for name, _, _ in ROWS])
     return tmp_path
 
@@ -55,6 +56,20 @@ def test_the_true_table(tmp_path, shared, copies):
         sizes[split] = len(part)
     assert sizes == {"train": 7058, "val": 1000, "test": 2015}
     assert part[0][0].shape == (3, 4, 4)
+    with (tmp_path / SETS_FILE).open("w") as file:
+        file.writelines(published.read_text().splitlines(keepends=True)[:-1])
+    message = (
+        r"koniq10k_distributions_sets.csv: its images are train 7057, val 1000, test 2015, .* "
+        r"split train 7058, val 1000, test 2015: expected"
+    )
+    with pytest.raises(ValueError, match=message):
+        KonIQ10k(tmp_path, "train", image_size=4)
+
+
+def test_a_few_under_the_published_name_are_not_the_set(koniq):
+    (koniq / FEW).rename(koniq / SETS_FILE)
+    with pytest.raises(ValueError, match=r"its images are train 2, val 1, test 1, .*a list of another name"):
+        KonIQ10k(koniq, "train")
 
 
 def test_the_scale_is_that_of_the_table_with_the_split(koniq):
@@ -63,8 +78,7 @@ def test_the_scale_is_that_of_the_table_with_the_split(koniq):
     assert alone == {"train": [0.8, 0.04], "val": [0.035], "test": [0.555]}
     write_scores(koniq / SCORES_FILE)
     assert {split: KonIQ10k(koniq, split).mos.tolist() for split in SPLITS} == alone
-    write_sets(koniq / "z.csv")
-    write_scores(koniq / SETS_FILE)  # the names swapped: columns decide
+    write_scores(koniq / SETS_FILE)  # under the other's name: columns decide
     (koniq / SCORES_FILE).unlink()
     assert {split: KonIQ10k(koniq, split).mos.tolist() for split in SPLITS} == alone
 
@@ -81,6 +95,7 @@ def test_scores_that_contradict_the_labels(koniq):
 
 
 def test_the_scores_alone_have_no_split(koniq):
+    (koniq / FEW).unlink()
     write_scores(koniq / SETS_FILE)
     with pytest.raises(ValueError, match=r"no koniq10k_distributions_sets.csv.*has no split"):
         KonIQ10k(koniq, "train")
@@ -88,9 +103,7 @@ def test_the_scores_alone_have_no_split(koniq):
 
 def test_tables_that_cannot_be_told_apart(koniq):
     write_sets(koniq / "other.csv")
-    with pytest.raises(
-        ValueError, match=r"koniq10k_distributions_sets.csv and other.csv both have the columns"
-    ):
+    with pytest.raises(ValueError, match=r"few.csv and other.csv both have the columns"):
         KonIQ10k(koniq, "train")
     (koniq / "other.csv").write_text("image_name,MOS,MOS_zscore,set\n1.jpg,3,50,training\n")
     with pytest.raises(ValueError, match=r"other.csv: has the columns set and MOS_zscore"):
@@ -115,13 +128,13 @@ def test_tables_that_cannot_be_told_apart(koniq):
     ],
 )
 def test_a_faulty_row(koniq, row, message):
-    write_sets(koniq / SETS_FILE, [*ROWS, row])
+    write_sets(koniq / FEW, [*ROWS, row])
     with pytest.raises(ValueError, match=message):
         KonIQ10k(koniq, "train")
 
 
 def test_a_row_cut_short(koniq):
-    with (koniq / SETS_FILE).open("a") as file:
+    with (koniq / FEW).open("a") as file:
         file.write("5.jpg,0.0,0.0")
     with pytest.raises(ValueError, match=r"row 6: 5.jpg: expected an image_name, a MOS and a set"):
         KonIQ10k(koniq, "val")
@@ -151,7 +164,7 @@ def test_the_folder_of_images(koniq, copies):
 
 
 def test_an_empty_split(koniq):
-    write_sets(koniq / SETS_FILE, ROWS[:2])
+    write_sets(koniq / FEW, ROWS[:2])
     assert np.isclose(KonIQ10k(koniq, "val").mos, 0.035).all()
     with pytest.raises(
         ValueError, match=r"the test split of KonIQ-10k \(2 of its 10073 images\) has no images"

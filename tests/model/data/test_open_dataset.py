@@ -11,7 +11,7 @@ TABLE = "image_name,MOS,set\n1.jpg,50,training\n2.jpg,60,validation\n3.jpg,70,te
 def koniq(tmp_path, copies):
     root = tmp_path / "koniq"
     copies(root / "512x384", [f"{i}.jpg" for i in range(1, 5)])
-    (root / "koniq10k_distributions_sets.csv").write_text(TABLE)
+    (root / "few.csv").write_text(TABLE)
     return root
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,12 @@ def test_the_history_and_the_files_of_a_run(tmp_path: Path):
     assert list((tmp_path / "tensorboard").iterdir())
     assert read_card(tmp_path)["card"]["dataset"] == {"name": "toy"}
     assert not list(tmp_path.glob(".*"))
+
+
+def test_without_tensorboard_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ModuleNotFoundError, match=r"tensorboard .*pip install 'srm-iqa\[model\]'"):
+        fit(tmp_path)
 
 
 def test_the_checkpoint_is_the_best_epoch_by_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -30,8 +30,11 @@ def compile_solve(direction: str, solver: str, r: int, d: int, architecture: int
 
     function = {"forward": kernels._forward, "backward": kernels._backward}[direction]
     options = kernels.launch_options(r, d)
-    constants: dict[str, Any] = {
+    given: dict[str, Any] = {
         "SOLVER": kernels._code(solver),
+        "SYMMETRIC": solver == "cholesky",
+        "SERIES": solver == "neumann",
+        "REST": False,
         "RIDGED": True,
         "EQUILIBRATE": False,
         "ORDER": 3,
@@ -39,6 +42,7 @@ def compile_solve(direction: str, solver: str, r: int, d: int, architecture: int
         "R": options["R"],
         "D": options["D"],
     }
+    constants = {name: value for name, value in given.items() if name in function.arg_names}
     types = {"used_ptr": "*i64", "ridge": "fp32", "kappa_max": "fp32"}
     signature = {
         name: "constexpr"

@@ -28,7 +28,9 @@ def compile_solve(direction: str, solver: str, r: int, d: int, architecture: int
 
     from srm_kernels.conditioning import kernels
 
-    function = {"forward": kernels._forward, "backward": kernels._backward}[direction]
+    function = {"forward": kernels._solve_forward_kernel, "backward": kernels._solve_backward_kernel}[
+        direction
+    ]
     options = kernels.launch_options(r, d)
     given: dict[str, Any] = {
         "SOLVER": kernels._code(solver),

@@ -60,7 +60,7 @@ def landmark_solve(
     second = {"neumann": default if neumann_gate else None, "auto": "svd"}.get(solver)
     for stage in (solver, second) if count else ():
         if stage is not None:
-            _forward[(count,)](
+            _solve_forward_kernel[(count,)](
                 a,
                 g,
                 x,
@@ -106,7 +106,7 @@ def landmark_solve_backward(
     d_rhs = torch.empty(rhs.shape, dtype=rhs.dtype, device=rhs.device)
     forms = {"neumann": (True, False) if neumann_gate else (True,)}.get(solver, (False,))
     for series in forms if count else ():
-        _backward[(count,)](
+        _solve_backward_kernel[(count,)](
             a,
             g,
             x,
@@ -529,7 +529,7 @@ def _factored(
 
 
 @triton.jit
-def _forward(
+def _solve_forward_kernel(
     logits_ptr,
     rhs_ptr,
     x_ptr,
@@ -558,7 +558,7 @@ def _forward(
     `neumann` leaves open what its gate rejects, `auto` what is not well enough conditioned.
     """
     matrix = tl.program_id(0).to(tl.int64)
-    if REST:
+    if REST:  # noqa: SIM102
         if tl.load(used_ptr + matrix) != OPEN:
             return
     logits_ptr += matrix * stride_logits
@@ -631,7 +631,7 @@ def _series_backward(A, g, dz, alpha, R: tl.constexpr, D: tl.constexpr, ORDER: t
 
 
 @triton.jit
-def _backward(
+def _solve_backward_kernel(
     logits_ptr,
     rhs_ptr,
     x_ptr,
@@ -672,7 +672,7 @@ def _backward(
     if (used == NEUMANN) != SERIES:
         return
     half = used == CHOLESKY
-    A, lam, left, right, finite, symmetric = _system(
+    A, lam, left, right, finite, _symmetric = _system(
         logits_ptr, r, stride_logits_row, stride_logits_col, ridge, R, EQUILIBRATE, SYMMETRIC, half
     )
     dz = right[:, None] * _load(dx_ptr, r, d, stride_dx_row, stride_dx_col, R, D)
@@ -683,16 +683,16 @@ def _backward(
     else:
         d_g = tl.zeros([R, D], tl.float32)
         smallest = -1.0
-        if SYMMETRIC:
+        if SYMMETRIC:  # noqa: SIM102
             if half:
-                lu, b, order, smallest, largest = _eliminate(tl.trans(A), dz, r, R, False)
+                lu, b, _order, smallest, largest = _eliminate(tl.trans(A), dz, r, R, False)
                 d_g = _back_substitute(lu, b, R)
         if not smallest > 0:
-            A, lam, left, right, finite, symmetric = _system(
+            A, lam, left, right, finite, _symmetric = _system(
                 logits_ptr, r, stride_logits_row, stride_logits_col, ridge, R, EQUILIBRATE, SYMMETRIC, half
             )
             dz = right[:, None] * _load(dx_ptr, r, d, stride_dx_row, stride_dx_col, R, D)
-            lu, b, order, smallest, largest = _eliminate(tl.trans(A), dz, r, R, True)
+            lu, b, _order, smallest, largest = _eliminate(tl.trans(A), dz, r, R, True)
             d_g = _back_substitute(lu, b, R)
             if not RIDGED:
                 d_g = tl.where(smallest > r * EPS * largest, d_g, float("nan"))

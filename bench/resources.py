@@ -43,20 +43,26 @@ class Resources(NamedTuple):
     shared: int  # bytes
 
 
-# The first two hold every kernel at the largest size that may not spill; the rest, the other sides of the rule.
+# Every kernel at the largest size that may not spill, by the roads that lead there; then smaller ones, the other sides
+# of the rule; then what is larger and may.
 CASES = (
     Case(64, 64, keys=4096),
     Case(64, 64, dtype="float32", method="pivoted_cholesky"),
+    Case(64, 64, dtype="float16", solver="lu"),
+    Case(64, 64),
+    Case(64, 64, keys=4096, dtype="float16"),
+    Case(64, 64, keys=4096, dtype="float32", solver="neumann"),
     Case(64, 32),
     Case(64, 32, dtype="float32"),
-    Case(32, 32),
-    Case(64, 64),
-    Case(64, 64, dtype="float16"),
-    Case(64, 64, keys=4096, dtype="float32"),
-    Case(64, 64, keys=4096, dtype="float16", solver="lu"),
+    Case(32, 32, solver="auto"),
     Case(16, 24, dtype="float32", qk_norm=None),
-    Case(128, 128),
-    Case(128, 128, keys=4096, dtype="float32"),
+    Case(128, 128, dtype="float32"),
+    Case(128, 128, dtype="float16", method="pivoted_cholesky"),
+    Case(128, 128, solver="lu"),
+    Case(64, 128, dtype="float32"),
+    Case(128, 64),
+    Case(32, 128, dtype="float16"),
+    Case(128, 32, dtype="float32"),
 )
 
 
@@ -81,10 +87,15 @@ def recorded(capability: tuple[int, int]) -> Iterator[list[tuple[Any, tuple[Any,
 
 
 def launches_of(case: Case, architecture: int) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
-    """What forward and backward launch for a case; the tensors have no memory."""
+    """What forward and backward launch for a case; the tensors have no memory.
+
+    Leverage and landmarks asked for by themselves are launched with "pivoted_cholesky".
+    """
     import torch
 
     from srm_kernels.attention import kernels, key_kernels
+    from srm_kernels.conditioning import kernels as conditioning
+    from srm_kernels.landmarks import kernels as landmarks
 
     def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -99,13 +110,27 @@ def launches_of(case: Case, architecture: int) -> list[tuple[Any, tuple[Any, ...
             key_kernels.landmark_context_backward(results[:2], results, *side, 1e-3)
         else:
             results = key_kernels.landmark_blocks(*side)
+            system = (*results[1:3], 1e-3, case.solver, False, 1e6, 3, True)
+            solved = conditioning.landmark_solve(*system)
+            conditioning.landmark_solve_backward(solved[:1], solved, *system)
             key_kernels.landmark_blocks_backward(results[:3], results, *side)
+        if case.method == "pivoted_cholesky":
+            landmarks.ridge_leverage_scores(key, 1e-3)
+            for method in landmarks.METHODS:
+                landmarks.select_landmarks(key, None, case.rank, method, 1e-3, scale)
         keys = results[0]
         outputs = kernels.landmark_attention(query, keys, keys, tau, scale, case.qk_norm, True)
         kernels.landmark_attention_backward(
             outputs[:1], outputs, query, keys, keys, tau, scale, case.qk_norm, True
         )
     return launches
+
+
+def identity(launch: tuple[Any, tuple[Any, ...], dict[str, Any]]) -> tuple[object, ...]:
+    """What a compiled kernel depends on, so that none is compiled twice."""
+    kernel, args, options = launch
+    kinds = [str(x.dtype) if hasattr(x, "dtype") else x if type(x) is int else type(x) for x in args]
+    return (kernel.__name__, *kinds, *sorted(options.items()))
 
 
 def compile_launch(launch: tuple[Any, tuple[Any, ...], dict[str, Any]], architecture: int) -> Resources:
@@ -117,7 +142,9 @@ def compile_launch(launch: tuple[Any, tuple[Any, ...], dict[str, Any]], architec
 
     kernel, args, options = launch
     options = dict(options)
-    launch_options = {name: options.pop(name) for name in ("num_warps", "num_stages") if name in options}
+    launch_options = {
+        name: options.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in options
+    }
     signature: dict[str, str] = {}
     constants: dict[Any, Any] = {}
     attributes: dict[Any, Any] = {}
@@ -163,6 +190,7 @@ def main() -> None:
     parser.add_argument(
         "--cases", type=int, nargs="*", default=range(len(CASES)), help="numbers, all by default"
     )
+    parser.add_argument("--kernels", nargs="*", metavar="NAME", help="all by default")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if os.environ.pop("TRITON_INTERPRET", None):  # kernels decorated under it cannot be compiled
@@ -175,7 +203,9 @@ def main() -> None:
         )
     for case in (CASES[number] for number in options.cases):
         for architecture in options.architectures:
-            for launch in launches_of(case, architecture):
+            for launch in {identity(launch): launch for launch in launches_of(case, architecture)}.values():
+                if options.kernels and launch[0].__name__.strip("_") not in options.kernels:
+                    continue
                 found = compile_launch(launch, architecture)
                 rows.append(found._asdict() | case._asdict() | {"architecture": architecture})
                 if not options.json:

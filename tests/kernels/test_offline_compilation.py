@@ -26,6 +26,8 @@ KERNELS = {
     "solve_kernel",
     "system_backward_kernel",
     "landmarks_backward_kernel",
+    "leverage_kernel",
+    "select_kernel",
     "gathered_kernel",
     "tokens_backward_kernel",
     "forward_kernel",
@@ -35,12 +37,33 @@ KERNELS = {
 }
 
 
-def compiled(architecture: int, cases: tuple[int, ...]) -> list[dict[str, Any]]:
+# Cases of `bench.resources`, and what is compiled of each for one architecture: other roads to the same sizes, whose
+# kernels spilled once, and tiles above 64, whose kernels did not fit.
+SMALL = {
+    86: (2, "backward_kernel", "system_backward_kernel"),
+    120: (5, "landmarks_backward_kernel", "mix_kernel"),
+}
+LARGE = {
+    86: (
+        10,
+        "forward_kernel",
+        "queries_backward_kernel",
+        "pieces_backward_kernel",
+        "landmarks_backward_kernel",
+    ),
+    89: (11, "leverage_kernel", "mix_kernel"),
+    120: (12, "system_backward_kernel", "scores_kernel", "forward_kernel"),
+}
+
+
+def compiled(
+    architecture: int, cases: tuple[int, ...], kernels: tuple[str, ...] = ()
+) -> list[dict[str, Any]]:
     """In a process of its own: kernels that were imported under TRITON_INTERPRET cannot be compiled."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = ["-m", "bench.resources", "--json", "--architectures", str(architecture), "--cases"]
     done = subprocess.run(
-        [sys.executable, *command, *map(str, cases)],
+        [sys.executable, *command, *map(str, cases), *(("--kernels", *kernels) if kernels else ())],
         capture_output=True,
         text=True,
         env=env | {"PYTHONPATH": str(ROOT)},
@@ -56,7 +79,31 @@ def test_every_kernel_compiles_without_spills_and_within_shared_memory(architect
     rows = compiled(architecture, (0, 1))
     assert {row["kernel"] for row in rows} == KERNELS
     assert all(row["rank"] == row["d"] == 64 for row in rows)
-    spilled = [(row["kernel"], row["dtype"], row["spilled"]) for row in rows if row["spilled"]]
-    assert spilled == []
+    assert spilled(rows) == []
+    assert oversized(rows, architecture) == []
+
+
+@pytest.mark.parametrize("architecture", SMALL)
+def test_other_roads_spill_nothing_either(architecture):
+    case, *kernels = SMALL[architecture]
+    rows = compiled(architecture, (case,), tuple(kernels))
+    assert {row["kernel"] for row in rows} == set(kernels)
+    assert spilled(rows) == []
+    assert oversized(rows, architecture) == []
+
+
+@pytest.mark.parametrize("architecture", LARGE)
+def test_larger_tiles_fit_where_a_block_has_least(architecture):
+    case, *kernels = LARGE[architecture]
+    rows = compiled(architecture, (case,), tuple(kernels))
+    assert {row["kernel"] for row in rows} == set(kernels)
+    assert oversized(rows, architecture) == []
+
+
+def spilled(rows: list[dict[str, Any]]) -> list[tuple[str, str, int]]:
+    return [(row["kernel"], row["dtype"], row["spilled"]) for row in rows if row["spilled"]]
+
+
+def oversized(rows: list[dict[str, Any]], architecture: int) -> list[tuple[str, str, int]]:
     limit = SHARED_KIB[architecture] * 1024
-    assert [(row["kernel"], row["dtype"], row["shared"]) for row in rows if row["shared"] > limit] == []
+    return [(row["kernel"], row["dtype"], row["shared"]) for row in rows if row["shared"] > limit]

@@ -21,7 +21,6 @@ RULES = {
     "query_forward": False,
     "query_backward": True,
     "key_side": True,
-    "key_parts": True,
     "key_tokens": True,
 }  # times the backward?
 SIZES = ((32, 32), (64, 32), (64, 64), (128, 64))  # r, d

@@ -64,7 +64,11 @@ def query_backward(rank: int, d: int, dtype: torch.dtype, capability: tuple[int,
     """dQ, and the sums dX and dK̃, [r, d] each or a piece of them, that stay in registers."""
     if _padded(d) <= 32:
         return Configuration(16, 4, 1)
-    return Configuration(16 if _large(rank, d) else 32, 8, 1, MOST_REGISTERS)
+    if _large(rank, d):
+        return Configuration(16, 8, 1, MOST_REGISTERS)
+    # Given more, the compiler spills in bf16 on 12.0; given no limit, exact products on 8.6.
+    limit = MOST_REGISTERS if query_backward_exact(rank, d, dtype, capability) else None
+    return Configuration(32, 8, 1, limit)
 
 
 def query_backward_exact(rank: int, d: int, dtype: torch.dtype, capability: tuple[int, int]) -> bool:
@@ -75,13 +79,6 @@ def query_backward_exact(rank: int, d: int, dtype: torch.dtype, capability: tupl
 def key_side(rank: int, d: int, dtype: torch.dtype, capability: tuple[int, int]) -> Configuration:
     """Everything that holds an r×r matrix, forward and backward."""
     return Configuration(16 if _large(rank, d) or _heavy(rank, d, dtype) else 32, 8, 1, MOST_REGISTERS)
-
-
-def key_parts(rank: int, d: int, dtype: torch.dtype, capability: tuple[int, int]) -> Configuration:
-    """The gradient of the landmarks where parts of the keys are summed apart."""
-    if _heavy(rank, d, dtype) and capability >= (12, 0):
-        return Configuration(16, 4, 1)  # by 8 warps a few registers are spilled there, and by 4 elsewhere
-    return key_side(rank, d, dtype, capability)
 
 
 def key_tokens(rank: int, d: int, dtype: torch.dtype, capability: tuple[int, int]) -> Configuration:
@@ -99,6 +96,12 @@ def held(rank: int, d: int) -> bool:
 def landmarks_of_a_program(rank: int, d: int) -> int:
     """Rows of K̃ and X that a program holds at once: all of them, or a piece."""
     return _padded(rank) if held(rank, d) else PIECE
+
+
+def landmarks_of_a_gradient(rank: int, d: int, dtype: torch.dtype) -> int:
+    """The same where the gradient of the landmarks is summed over parts of the keys, in registers."""
+    rows = landmarks_of_a_program(rank, d)
+    return min(PIECE, rows) if _heavy(rank, d, dtype) else rows
 
 
 def one_launch(keys: int, rank: int, d: int) -> bool:

@@ -795,14 +795,13 @@ def _context_backward(
             **shape, SOLVE=solved, WHOLE=whole, CHUNK=CHUNK, **run, **launch,
         )  # fmt: skip
         if not whole:
-            walk = configurations.key_parts(rank, d, key.dtype, target)
-            span, parts = configurations.divide(N, walk.block, configurations.LEAST_KEYS_OF_A_PART)
+            span, parts = configurations.divide(N, tile.block, configurations.LEAST_KEYS_OF_A_PART)
             partial = empty((B, H, parts, rank, d), key, torch.float32)
-            piece = configurations.landmarks_of_a_program(rank, d)
+            piece = configurations.landmarks_of_a_gradient(rank, d, key.dtype)
             pieces = -(-rank // piece)
             _landmarks_backward_kernel[(B * H * parts * pieces,)](
                 key, value, keys, lse, du, delta, partial, N, span, parts, pieces, H, *strides, scale,
-                **shape | {"R": piece}, BLOCK=walk.block, PRECISION=run["PRECISION"], **walk.options(),
+                **shape | {"R": piece}, **run, **launch,
             )  # fmt: skip
             _gathered_kernel[(B * H,)](keys, dkeys, partial, gathered, parts, **shape, **launch)
         tile = configurations.key_tokens(rank, d, key.dtype, target)

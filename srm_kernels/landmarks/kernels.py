@@ -32,6 +32,7 @@ from ..parts import (
 
 TIE_TOLERANCE = tl.constexpr(1e-5)
 EPSILON = tl.constexpr(2.0**-23)
+BLOCK = 32  # keys in a chunk
 METHODS = ("leverage", "pivoted_cholesky")
 
 
@@ -256,7 +257,7 @@ def ridge_leverage_scores(key: Tensor, gamma: float) -> Tensor:
     scores = empty((B, H, N), key, torch.float32)
     with on_device(key):
         _leverage_kernel[(B * H,)](
-            keys, scores, N, H, *keys.stride(), gamma, d=d, D=padded(d), BLOCK=block(d),
+            keys, scores, N, H, *keys.stride(), gamma, d=d, D=padded(d), BLOCK=BLOCK,
             PRECISION=finest_precision(keys.dtype, d), **launch(d),
         )  # fmt: skip
     return scores
@@ -278,7 +279,7 @@ def selected(key: Tensor, rank: int, method: str, gamma: float, scale: float, *,
     with on_device(key):
         _select_kernel[(B * H,)](
             keys, landmarks, residual, factor, N, H, *keys.stride(), gamma, scale, rank=rank, R=padded(rank),
-            d=d, D=padded(d), NORMALISE=normalise, PIVOTED=method == "pivoted_cholesky", BLOCK=block(d),
+            d=d, D=padded(d), NORMALISE=normalise, PIVOTED=method == "pivoted_cholesky", BLOCK=BLOCK,
             PRECISION=finest_precision(keys.dtype, d), **launch(d),
         )  # fmt: skip
     return landmarks
@@ -290,11 +291,6 @@ def workspace(key: Tensor, rank: int, method: str) -> tuple[Tensor, Tensor]:
     residual = empty((B, H, N), key, torch.float32)
     factor = empty((B, H, rank, N), key, torch.float32) if method == "pivoted_cholesky" else residual
     return residual, factor
-
-
-def block(d: int) -> int:
-    """Keys in a chunk."""
-    return 64 if d <= 64 else 32
 
 
 def launch(d: int) -> dict[str, int]:

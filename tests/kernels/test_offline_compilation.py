@@ -26,8 +26,6 @@ KERNELS = {
     "solve_kernel",
     "system_backward_kernel",
     "landmarks_backward_kernel",
-    "leverage_kernel",
-    "select_kernel",
     "gathered_kernel",
     "tokens_backward_kernel",
     "forward_kernel",
@@ -37,22 +35,13 @@ KERNELS = {
 }
 
 
-# Cases of `bench.resources`, and what is compiled of each for one architecture: other roads to the same sizes, whose
-# kernels spilled once, and tiles above 64, whose kernels did not fit.
-SMALL = {
-    86: (2, "backward_kernel", "system_backward_kernel"),
-    120: (5, "landmarks_backward_kernel", "mix_kernel"),
-}
+# A case of `bench.resources`, and what is compiled of it for one architecture: kernels that spilled once, by other
+# roads to the same sizes, and kernels over tiles above 64 that did not fit.
+SMALL = {86: (2, "backward_kernel"), 120: (6, "landmarks_backward_kernel")}
 LARGE = {
-    86: (
-        10,
-        "forward_kernel",
-        "queries_backward_kernel",
-        "pieces_backward_kernel",
-        "landmarks_backward_kernel",
-    ),
-    89: (11, "leverage_kernel", "mix_kernel"),
-    120: (12, "system_backward_kernel", "scores_kernel", "forward_kernel"),
+    86: (11, "forward_kernel", "pieces_backward_kernel", "landmarks_backward_kernel"),
+    89: (12, "leverage_kernel"),
+    120: (13, "queries_backward_kernel", "scores_kernel"),
 }
 
 

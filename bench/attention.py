@@ -2,9 +2,9 @@
 
 Rivals: exact attention (torch's fused kernel), the same algorithm in eager PyTorch with Cholesky (`reference`) and with
 `torch.linalg.svd` (`svd`), the identity Y = SDPA(Q, K̃, X), R V = SDPA(K̃, K, V) with torch's Cholesky (`sdpa`), and
-some under `torch.compile` with --compile. Calls are interleaved. On a CPU the times are wall clock and only their ratio
-means something; on a GPU they are CUDA events.
-`--crossover` gives a table of Nyström against exact attention over N_k and B instead, losses included.
+all of them under `torch.compile` with --compile. Calls are interleaved. On a CPU the times are wall clock and only
+their ratio means something; on a GPU they are CUDA events.
+`--crossover` gives tables of Nyström against exact attention over N_k and B instead, losses marked.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
@@ -100,9 +101,7 @@ def rivals(options: argparse.Namespace) -> dict[str, Call]:
     calls["sdpa"] = nystrom("sdpa")
     if options.compile:
         # torch's operators are compiled through; an operator of this project is one node in either form.
-        calls |= {
-            f"{name} compiled": torch.compile(calls[name], dynamic=False) for name in ("exact", "default")
-        }
+        calls |= {f"{name} compiled": torch.compile(call, dynamic=False) for name, call in calls.items()}
     return calls
 
 
@@ -168,17 +167,24 @@ def peak_memory(queries: int, keys: int, options: argparse.Namespace) -> str:
 
 
 def crossover(options: argparse.Namespace) -> None:
-    """Exact attention's time over Nyström's at N_q = 16,384: above 1 Nyström wins."""
-    print(
-        f"exact / nystrom at N_q={options.queries}, {'forward and backward' if options.backward else 'forward'}"
-    )
-    print(f"{'N_k':>6} " + " ".join(f"{f'B={batch}':>7}" for batch in CROSSOVER_BATCHES))
+    """Exact attention's time over Nyström's, by the kernels too on a GPU; below 1 it is a loss, and marked."""
+    names = ("default", "triton") if options.device == "cuda" else ("default",)
+    rows: dict[str, list[str]] = {name: [] for name in names}
     for keys in CROSSOVER_KEYS:
-        ratios = []
+        ratios: dict[str, list[float]] = {name: [] for name in names}
         for batch in CROSSOVER_BATCHES:
-            times = compare(options.queries, keys, batch, options, {"exact", "default"})
-            ratios.append(times["exact"] / times["default"])
-        print(f"{keys:6} " + " ".join(f"{ratio:7.2f}" for ratio in ratios), flush=True)
+            times = compare(options.queries, keys, batch, options, {"exact", *names})
+            for name in names:
+                ratios[name].append(times["exact"] / times[name])
+        for name in names:
+            cells = (f"{ratio:7.2f}{'-' if ratio < 1 else ' '}" for ratio in ratios[name])
+            rows[name].append(f"{keys:6} {' '.join(cells)}")
+            print(f"{name:8} {rows[name][-1]}", file=sys.stderr, flush=True)
+    direction = "forward and backward" if options.backward else "forward"
+    for name in names:
+        print(f"exact / {name} at N_q={options.queries}, {direction}; - marks a loss")
+        print(f"{'N_k':>6} " + " ".join(f"{f'B={batch}':>7} " for batch in CROSSOVER_BATCHES))
+        print("\n".join(rows[name]), flush=True)
 
 
 def main() -> None:

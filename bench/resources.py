@@ -47,20 +47,27 @@ class Resources(NamedTuple):
     shared: int  # bytes
 
 
-# The first two hold every kernel at the largest size that may not spill; the rest, the other sides of the rule.
+# Every kernel at the largest size that may not spill, by the roads that lead there; then smaller ones, the other sides
+# of the rule; then what is larger and may.
 CASES = (
     Case(64, 64, keys=4096),
     Case(64, 64, dtype="float32", method="pivoted_cholesky"),
+    Case(64, 64, dtype="float16", solver="lu"),
+    Case(64, 64, method="pivoted_cholesky"),
+    Case(64, 64),
+    Case(64, 64, keys=4096, dtype="float16"),
+    Case(64, 64, keys=4096, dtype="float32", solver="neumann"),
     Case(64, 32),
     Case(64, 32, dtype="float32"),
-    Case(32, 32),
-    Case(64, 64),
-    Case(64, 64, dtype="float16"),
-    Case(64, 64, keys=4096, dtype="float32"),
-    Case(64, 64, keys=4096, dtype="float16", solver="lu"),
+    Case(32, 32, solver="auto"),
     Case(16, 24, dtype="float32", qk_norm=None),
-    Case(128, 128),
-    Case(128, 128, keys=4096, dtype="float32"),
+    Case(128, 128, dtype="float32"),
+    Case(128, 128, dtype="float16", method="pivoted_cholesky"),
+    Case(128, 128, solver="lu"),
+    Case(64, 128, dtype="float32"),
+    Case(128, 64),
+    Case(32, 128, dtype="float16"),
+    Case(128, 32, dtype="float32"),
 )
 
 
@@ -85,10 +92,15 @@ def recorded(capability: tuple[int, int]) -> Iterator[list[tuple[Any, tuple[Any,
 
 
 def launches_of(case: Case, architecture: int) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
-    """What forward and backward launch for a case; the tensors have no memory."""
+    """What forward and backward launch for a case; the tensors have no memory.
+
+    Leverage and landmarks asked for by themselves are launched with "pivoted_cholesky" in half precision.
+    """
     import torch
 
     from srm_kernels.attention import kernels, key_kernels
+    from srm_kernels.conditioning import kernels as conditioning
+    from srm_kernels.landmarks import kernels as landmarks
 
     def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -103,13 +115,27 @@ def launches_of(case: Case, architecture: int) -> list[tuple[Any, tuple[Any, ...
             key_kernels.landmark_context_backward(results[:2], results, *side, 1e-3)
         else:
             results = key_kernels.landmark_blocks(*side)
+            system = (*results[1:3], 1e-3, case.solver, False, 1e6, 3, True)
+            solved = conditioning.landmark_solve(*system)
+            conditioning.landmark_solve_backward(solved[:1], solved, *system)
             key_kernels.landmark_blocks_backward(results[:3], results, *side)
+        if case.method == "pivoted_cholesky" and case.dtype != "float32":
+            landmarks.ridge_leverage_scores(key, 1e-3)
+            for method in landmarks.METHODS:
+                landmarks.select_landmarks(key, None, case.rank, method, 1e-3, scale)
         keys = results[0]
         outputs = kernels.landmark_attention(query, keys, keys, tau, scale, case.qk_norm, True)
         kernels.landmark_attention_backward(
             outputs[:1], outputs, query, keys, keys, tau, scale, case.qk_norm, True
         )
     return launches
+
+
+def identity(launch: tuple[Any, tuple[Any, ...], dict[str, Any]]) -> tuple[object, ...]:
+    """What a compiled kernel depends on, so that none is compiled twice."""
+    kernel, args, options = launch
+    kinds = [str(x.dtype) if hasattr(x, "dtype") else x if type(x) is int else type(x) for x in args]
+    return (kernel.__name__, *kinds, *sorted(options.items()))
 
 
 def compile_launch(launch: tuple[Any, tuple[Any, ...], dict[str, Any]], architecture: int) -> Resources:
@@ -121,7 +147,9 @@ def compile_launch(launch: tuple[Any, tuple[Any, ...], dict[str, Any]], architec
 
     kernel, args, options = launch
     options = dict(options)
-    launch_options = {name: options.pop(name) for name in ("num_warps", "num_stages") if name in options}
+    launch_options = {
+        name: options.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in options
+    }
     signature: dict[str, str] = {}
     constants: dict[Any, Any] = {}
     attributes: dict[Any, Any] = {}
@@ -188,11 +216,16 @@ def operator(kernel: Any) -> str:
     return str(kernel.fn.__module__.split(".")[1])
 
 
-def rows(family: str, cases: Sequence[Any], architectures: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """One for each kernel, shape and architecture."""
+def rows(
+    family: str, cases: Sequence[Any], architectures: Sequence[int], kernels: Sequence[str] | None = None
+) -> Iterator[dict[str, Any]]:
+    """One for each kernel, by name those asked for, shape and architecture; launches of the same code are one."""
     for case in cases:
         for architecture in architectures:
-            for number, launch in enumerate(FAMILIES[family].launches(case, architecture)):
+            launches = {identity(launch): launch for launch in FAMILIES[family].launches(case, architecture)}
+            for number, launch in enumerate(launches.values()):
+                if kernels and launch[0].__name__.strip("_") not in kernels:
+                    continue
                 yield {
                     "family": family,
                     "operator": operator(launch[0]),
@@ -223,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cases = family.article if options.article else family.cases
         if options.cases is not None:
             cases = [cases[number] for number in options.cases if number < len(cases)]
-        for row in rows(name, cases, options.architectures):
+        for row in rows(name, cases, options.architectures, options.kernels):
             if options.out:
                 append(options.out, row | {"machine": about})
             mark = "spills" if row["spilled"] else ""
@@ -248,6 +281,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--architectures", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
     parser.add_argument("--article", action="store_true", help="only the article's shapes: r = 64, d = 32")
     parser.add_argument("--cases", type=int, nargs="+", help="numbers of a family's shapes, all by default")
+    parser.add_argument("--kernels", nargs="+", metavar="NAME", help="only these, all by default")
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON lines, each appended as soon as known")
     return parser
 

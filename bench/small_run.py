@@ -15,14 +15,17 @@ def main() -> None:
     """Run on the GPU, or say why not."""
     if not torch.cuda.is_available():
         raise SystemExit("bench.small_run needs a CUDA device: " + backends()["triton"].reason)
-    for most_keys in (1024, 16):  # one launch, and divided among programs
-        configurations.MOST_KEYS_OF_ONE_PROGRAM = most_keys
+    # one launch; divided among programs; and with K̃ and X a piece at a time
+    for most_keys, most_held in ((1024, 64 * 64), (16, 64 * 64), (16, 0)):
+        configurations.MOST_KEYS_OF_ONE_PROGRAM, configurations.MOST_HELD = most_keys, most_held
         configurations.LEAST_KEYS_OF_A_PART = configurations.LEAST_QUERIES_OF_A_PART = 32
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             for method, solver in (
                 ("leverage", "cholesky"),
                 ("pivoted_cholesky", "cholesky"),
                 ("leverage", "lu"),
+                ("leverage", "auto"),
+                ("leverage", "neumann"),
             ):
                 query, key, value = (
                     torch.randn(1, 2, n, 40, device="cuda", dtype=dtype, requires_grad=True)

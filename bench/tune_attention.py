@@ -16,7 +16,6 @@ import torch
 
 from srm_kernels import backends, nystrom_attention
 from srm_kernels.attention import configurations
-from srm_kernels.attention.configurations import Configuration
 
 RULES = {
     "query_forward": False,
@@ -79,7 +78,7 @@ def main() -> None:
                 return torch.autograd.grad(y, inputs, weight, retain_graph=True)
 
             for block, warps, stages in product((16, 32, 64, 128), (4, 8), (1, 2)):
-                candidate = Configuration(block, warps, stages)
+                candidate = choice._replace(block=block, warps=warps, stages=stages)
                 setattr(configurations, name, lambda *_, candidate=candidate: candidate)
                 try:
                     time = f"{median_ms(backwards if backward else forward, options.repeats):9.3f} ms"

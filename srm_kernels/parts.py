@@ -50,9 +50,9 @@ def precision(dtype: torch.dtype) -> str:
     return "bf16x3" if dtype == torch.bfloat16 else "tf32x3"
 
 
-def finest_precision(dtype: torch.dtype) -> str:
-    """How products are taken where landmarks are chosen."""
-    return "ieee" if INTERPRETED or dtype == torch.float32 else "tf32x3"
+def finest_precision(dtype: torch.dtype, d: int) -> str:
+    """How products are taken where landmarks are chosen; three passes over a d×d matrix need 128 KiB above d = 64."""
+    return "ieee" if INTERPRETED or dtype == torch.float32 or d > 64 else "tf32x3"
 
 
 def padded(size: int) -> int:

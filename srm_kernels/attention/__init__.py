@@ -149,7 +149,7 @@ def nystrom_attention(
     generator: torch.Generator | None = None,
     tau: Tensor | None = None,
     statistics: bool = False,
-    diagnostics: bool = False,
+    diagnostics: bool | str = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor | LandmarkSolution | RMSScale, ...]:
     """Nyström cross-attention on r landmark keys, linear in N_q and in N_k (SPEC 2, article 3.3).
@@ -169,14 +169,13 @@ def nystrom_attention(
     before τ, without gradient; kernels take it from the same pass.
 
     Returns Y (B, H, N_q, d) in the query's dtype, laid out as the query is; or a tuple of Y, the `LandmarkSolution`
-    with `diagnostics=True`, whose fields carry no gradient, and the `RMSScale` with `statistics=True`. Differentiable
-    in query, key, value and tau, landmarks being constants; twice through the reference. A sample's output and
-    gradient do not depend on the rest of the batch; a NaN stays in its own (b, h).
+    with `diagnostics` True or "estimate" (see `landmark_solve`), whose fields carry no gradient, and the `RMSScale`
+    with `statistics=True`. Differentiable in query, key, value and tau, landmarks being constants; twice through the
+    reference. A sample's output and gradient do not depend on the rest of the batch; a NaN stays in its own (b, h).
 
-    backend: "triton" takes fp32, bf16 and fp16, d from 8 to 128 and r up to 128 (up to 64 on devices of less than 160
-    KiB of shared memory a block; both above 64 only in bf16 and 200 KiB) and solve_dtype "fp32"; solvers but "cholesky"
-    and equilibration then run between its kernels as `landmark_solve` does. None does not take it before a GPU has
-    shown it to be right and faster.
+    backend: "triton" takes fp32, bf16 and fp16, d from 8 to 128, r up to 128 and solve_dtype "fp32"; solvers but
+    "cholesky" and equilibration are then `landmark_solve`'s kernels, and nothing waits for the device but the exact κ
+    of `diagnostics=True`. None does not take it before a GPU has shown it to be right and faster.
     Raises TypeError for dtypes, ValueError for shapes and values, NotImplementedError for a backend that cannot run.
     """
     d = _check_attention(query, key, value, qk_norm, scale)
@@ -213,7 +212,12 @@ def nystrom_attention(
     if not diagnostics:
         return (y, *extras) if extras else y
     with torch.no_grad():
-        logits, rhs = _system(key, value, landmarks, s, qk_norm, solve_dtype, "reference")
+        if chosen == "triton":
+            _, logits, rhs, _, _ = _blocks(
+                key, value, landmarks, landmarks.shape[-1], method, float(gamma), s, qk_norm, chosen
+            )
+        else:
+            logits, rhs = _system(key, value, landmarks, s, qk_norm, solve_dtype, "reference")
         solution = landmark_solve(
             logits,
             rhs,
@@ -223,8 +227,8 @@ def nystrom_attention(
             kappa_max=kappa_max,
             neumann_order=neumann_order,
             neumann_gate=neumann_gate,
-            diagnostics=True,
-            backend="reference" if chosen == "triton" else chosen,
+            diagnostics=diagnostics,
+            backend=chosen,
         )
     return (y, solution, *extras)
 
@@ -261,7 +265,7 @@ def landmark_side(
     check_choice("method", method, METHODS)
     check_number("gamma", gamma, above=0)
     check_solver(ridge, solver, equilibrate, kappa_max, neumann_order, neumann_gate)
-    chosen = kernels_by_name(backend, key, "landmark_side", kernel_limits(key, d, min(rank, key.shape[2])))
+    chosen = kernels_by_name(backend, key, "landmark_side", kernel_limits(d, min(rank, key.shape[2])))
     s = 1 / math.sqrt(d) if scale is None else float(scale)
     solve = (float(ridge), solver, equilibrate, float(kappa_max), neumann_order, neumann_gate)
     keys, x, _ = _landmark_side(
@@ -307,7 +311,7 @@ def _landmark_side(
         kappa_max=kappa_max,
         neumann_order=neumann_order,
         neumann_gate=neumann_gate,
-        backend="reference",
+        backend=backend,
     ).x
     return keys, x, landmarks
 
@@ -380,7 +384,7 @@ def _choose_backend(requested: str | None, query: Tensor, rank: int, solve_dtype
     """The kernels run by name only: they are put in front where a GPU has shown them to be right and faster."""
     narrow = solve_dtype == "model" and query.dtype in (torch.bfloat16, torch.float16)
     plain = ("reference",) if narrow else ("sdpa", "reference")
-    refusal = triton_refusal(query) or kernel_limits(query, query.shape[-1], rank)
+    refusal = triton_refusal(query) or kernel_limits(query.shape[-1], rank)
     if refusal is None and narrow:
         refusal = 'its kernels keep the softmax blocks in float32, and solve_dtype is "model"'
     refused = {"triton": refusal} if refusal else {}

@@ -18,6 +18,9 @@ WIDTHS = (8, 128)
 MOST_KEYS_OF_ONE_PROGRAM = 1024  # above, the key side is divided among programs
 LEAST_KEYS_OF_A_PART = 512
 LEAST_QUERIES_OF_A_PART = 512
+MOST_HELD = 64 * 64  # numbers of an [r, d] tile that fit in 99 KiB in parts of 32 bits, beside a second one
+PIECE = 32  # landmarks of a larger tile that are read at once
+MOST_REGISTERS = 255
 MOST_PARTS = 32  # of one (b, h), so that partial sums take O(r (r + d)) and not O(N r)
 
 
@@ -25,11 +28,21 @@ ROOMY = ((8, 0), (9, 0), (10, 0))  # data-centre cards: more shared memory a blo
 
 
 class Configuration(NamedTuple):
-    """Tokens of a tile, warps of a program, and depth of the software pipeline."""
+    """Tokens of a tile, warps of a program, depth of the software pipeline, and registers a thread may have.
+
+    Where the compiler is left to choose among 8 warps' registers, it may spill some to let two programs share a
+    multiprocessor.
+    """
 
     block: int
     warps: int
     stages: int
+    registers: int | None = None
+
+    def options(self) -> dict[str, int]:
+        """As a launch takes them."""
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
 
 
 class Division(NamedTuple):
@@ -48,27 +61,24 @@ def query_forward(rank: int, d: int, dtype: torch.dtype, capability: tuple[int, 
 
 
 def query_backward(rank: int, d: int, dtype: torch.dtype, capability: tuple[int, int]) -> Configuration:
-    """dQ, and the sums dX and dK̃, [r, d] each, that stay in registers."""
+    """dQ, and the sums dX and dK̃, [r, d] each or a piece of them, that stay in registers."""
     if _padded(d) <= 32:
         return Configuration(16, 4, 1)
-    return Configuration(16 if _large(rank, d) else 32, 8, 1)
+    if _large(rank, d):
+        return Configuration(16, 8, 1, MOST_REGISTERS)
+    # Given more, the compiler spills in bf16 on 12.0; given no limit, exact products on 8.6.
+    limit = MOST_REGISTERS if query_backward_exact(rank, d, dtype, capability) else None
+    return Configuration(32, 8, 1, limit)
 
 
 def query_backward_exact(rank: int, d: int, dtype: torch.dtype, capability: tuple[int, int]) -> bool:
     """Whether its products are taken without tensor cores: three passes would not fit in 99 KiB."""
-    return _heavy(rank, d, dtype) and capability not in ROOMY
+    return held(rank, d) and _heavy(rank, d, dtype) and capability not in ROOMY
 
 
 def key_side(rank: int, d: int, dtype: torch.dtype, capability: tuple[int, int]) -> Configuration:
     """Everything that holds an r×r matrix, forward and backward."""
-    return Configuration(16 if _large(rank, d) or _heavy(rank, d, dtype) else 32, 8, 1)
-
-
-def key_parts(rank: int, d: int, dtype: torch.dtype, capability: tuple[int, int]) -> Configuration:
-    """The gradient of the landmarks where parts of the keys are summed apart."""
-    if _heavy(rank, d, dtype) and capability >= (12, 0):
-        return Configuration(16, 4, 1)  # by 8 warps a few registers are spilled there, and by 4 elsewhere
-    return key_side(rank, d, dtype, capability)
+    return Configuration(16 if _large(rank, d) or _heavy(rank, d, dtype) else 32, 8, 1, MOST_REGISTERS)
 
 
 def key_tokens(rank: int, d: int, dtype: torch.dtype, capability: tuple[int, int]) -> Configuration:
@@ -78,14 +88,30 @@ def key_tokens(rank: int, d: int, dtype: torch.dtype, capability: tuple[int, int
     return Configuration(16, 4 if _padded(d) <= 32 else 8, 1)
 
 
-def one_launch(keys: int) -> bool:
+def held(rank: int, d: int) -> bool:
+    """Whether a program holds K̃ and X of a (b, h) whole; larger ones are read, or divided, a piece at a time."""
+    return _padded(rank) * _padded(d) <= MOST_HELD
+
+
+def landmarks_of_a_program(rank: int, d: int) -> int:
+    """Rows of K̃ and X that a program holds at once: all of them, or a piece."""
+    return _padded(rank) if held(rank, d) else PIECE
+
+
+def landmarks_of_a_gradient(rank: int, d: int, dtype: torch.dtype) -> int:
+    """The same where the gradient of the landmarks is summed over parts of the keys, in registers."""
+    rows = landmarks_of_a_program(rank, d)
+    return min(PIECE, rows) if _heavy(rank, d, dtype) else rows
+
+
+def one_launch(keys: int, rank: int, d: int) -> bool:
     """Whether one program walks over all keys of a (b, h) in the forward pass."""
-    return keys <= MOST_KEYS_OF_ONE_PROGRAM
+    return keys <= MOST_KEYS_OF_ONE_PROGRAM and not _large(rank, d)
 
 
 def one_launch_backward(keys: int, rank: int, d: int, dtype: torch.dtype) -> bool:
     """The same in the backward pass, whose r×r part leaves fewer registers for the walk."""
-    return one_launch(keys) and not _large(rank, d) and not _heavy(rank, d, dtype)
+    return one_launch(keys, rank, d) and not _heavy(rank, d, dtype)
 
 
 def _large(rank: int, d: int) -> bool:

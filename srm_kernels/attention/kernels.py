@@ -3,6 +3,10 @@
 A program keeps K̃ and X of one (b, h) and walks over a share of its queries: Q is read once and Y written once, and
 the N_q×r block of probabilities never leaves the registers. X stays fp32, as do the probabilities it is multiplied by.
 
+Where K̃ and X are too large for that, as `configurations.held` says, a program reads them a piece at a time for every
+tile of queries, with an online softmax: Y is attention over K̃ and X, and its backward pass that of `key_kernels` with
+the roles exchanged. dQ is then one launch, which leaves two numbers a query for another that sums dX and dK̃.
+
 The factor τ of a head multiplies Y before it is rounded. The statistic is that of L X before τ and before rounding:
 the mean and M₂ = Σ‖y − mean‖² of every tile, merged by Chan's formula,
 
@@ -37,7 +41,15 @@ from ..parts import (
     wide_dot,
 )
 from . import configurations
-from .key_kernels import load_keys, load_matrix, store_matrix
+from .key_kernels import (
+    landmark_gradient,
+    load_keys,
+    load_matrix,
+    load_rows,
+    mix_values,
+    softmax_gradient,
+    store_matrix,
+)
 
 
 @triton.jit
@@ -59,23 +71,41 @@ def probabilities(
     return weights / tl.sum(weights, 1)[:, None]
 
 
+@triton.jit
+def streamed(
+    query, row_scale, keys_ptr, x_ptr, rank: tl.constexpr, d: tl.constexpr, D: tl.constexpr,
+    NORMALISE_KEYS: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """L X [BLOCK, D] of one tile of queries and the logsumexp [BLOCK], K̃ and X read a piece at a time."""
+    mixed, top, total = mix_values(
+        query, row_scale, keys_ptr, x_ptr, 0, rank, d, 1, d, 1, BLOCK, d, D, NORMALISE_KEYS, PIECE, PRECISION
+    )
+    return mixed / total[:, None], top + tl.log2(total)
+
+
 @triton.jit(do_not_specialize=["N", "share"])
 def _forward_kernel(
     query_ptr, keys_ptr, x_ptr, tau_ptr, y_ptr, mean_ptr, spread_ptr, N, share, parts, heads, query_stride_b,
     query_stride_h, query_stride_n, query_stride_d, y_stride_b, y_stride_h, y_stride_n, y_stride_d, scale,
     rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr, D: tl.constexpr, NORMALISE_QUERY: tl.constexpr,
     NORMALISE_KEYS: tl.constexpr, TAU: tl.constexpr, STATISTICS: tl.constexpr, BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PIECE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Y of one share of the queries of a (b, h), and the mean [d] and M₂ of L X over them."""
+    """Y of one share of the queries of a (b, h), and the mean [d] and M₂ of L X over them.
+
+    K̃ and X are held in registers where a piece is all R rows of them.
+    """
     program = tl.program_id(0).to(tl.int64)
     head, part = program // parts, (program % parts).to(tl.int32)
     b, h = head // heads, head % heads
     query_ptr += b * query_stride_b + h * query_stride_h
     y_ptr += b * y_stride_b + h * y_stride_h
-    keys = load_keys(keys_ptr + head * rank * d, query_ptr, rank, R, d, D)
-    x = load_matrix(x_ptr + head * rank * d, rank, R, d, D)
-    column_scale = rms_factor(keys, d, NORMALISE_KEYS) * (scale * LOG2E)
+    keys_ptr += head * rank * d
+    x_ptr += head * rank * d
+    if PIECE == R:
+        keys = load_keys(keys_ptr, query_ptr, rank, R, d, D)
+        x = load_matrix(x_ptr, rank, R, d, D)
+        column_scale = rms_factor(keys, d, NORMALISE_KEYS) * (scale * LOG2E)
     columns = tl.arange(0, D)
     tau = 1.0
     if TAU:
@@ -88,8 +118,14 @@ def _forward_kernel(
         rows = first + tl.arange(0, BLOCK)
         inside = rows < stop
         query = load_tokens(query_ptr, rows, inside, query_stride_n, query_stride_d, d, D)
-        weights = probabilities(query, keys, column_scale, rank, R, d, NORMALISE_QUERY, PRECISION)
-        y = wide_dot(weights, x, PRECISION)  # [BLOCK, D]
+        if PIECE == R:
+            weights = probabilities(query, keys, column_scale, rank, R, d, NORMALISE_QUERY, PRECISION)
+            y = wide_dot(weights, x, PRECISION)  # [BLOCK, D]
+        else:
+            row_scale = rms_factor(query, d, NORMALISE_QUERY) * (scale * LOG2E)
+            y, _ = streamed(
+                query, row_scale, keys_ptr, x_ptr, rank, d, D, NORMALISE_KEYS, BLOCK, PIECE, PRECISION
+            )
         offsets = token_offsets(rows, columns, y_stride_n, y_stride_d)
         mask = inside[:, None] & (columns < d)[None, :]
         tl.store(y_ptr + offsets, (y * tau).to(y_ptr.dtype.element_ty), mask=mask)
@@ -175,6 +211,87 @@ def _backward_kernel(
     store_matrix(dkeys_ptr + program * rank * d, dkeys, i, rank, R, d, D)
 
 
+@triton.jit(do_not_specialize=["N", "tiles"])
+def _queries_backward_kernel(
+    query_ptr, keys_ptr, x_ptr, tau_ptr, dy_ptr, dquery_ptr, lse_ptr, delta_ptr, N, tiles, heads,
+    query_stride_b, query_stride_h, query_stride_n, query_stride_d, dy_stride_b, dy_stride_h, dy_stride_n,
+    dy_stride_d, scale, rank: tl.constexpr, d: tl.constexpr, D: tl.constexpr, NORMALISE_QUERY: tl.constexpr,
+    NORMALISE_KEYS: tl.constexpr, TAU: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dQ of one tile of queries, their logsumexp and δ_n = Σ_e τ dY_ne (L X)_ne, K̃ and X read a piece at a time."""
+    program = tl.program_id(0).to(tl.int64)
+    head, tile = program // tiles, program % tiles
+    b, h = head // heads, head % heads
+    keys_ptr += head * rank * d
+    x_ptr += head * rank * d
+    rows = (tile * BLOCK + tl.arange(0, BLOCK)).to(tl.int32)
+    inside = rows < N
+    query_ptr += b * query_stride_b + h * query_stride_h
+    dy_ptr += b * dy_stride_b + h * dy_stride_h
+    query = load_tokens(query_ptr, rows, inside, query_stride_n, query_stride_d, d, D)
+    dy = load_tokens(dy_ptr, rows, inside, dy_stride_n, dy_stride_d, d, D).to(tl.float32)
+    if TAU:
+        dy *= tl.load(tau_ptr + h)
+    row_scale = rms_factor(query, d, NORMALISE_QUERY) * (scale * LOG2E)
+    y, lse = streamed(query, row_scale, keys_ptr, x_ptr, rank, d, D, NORMALISE_KEYS, BLOCK, PIECE, PRECISION)
+    delta = tl.sum(dy * y, 1)
+    tl.store(lse_ptr + head * N + rows, lse, mask=inside)
+    tl.store(delta_ptr + head * N + rows, delta, mask=inside)
+    dquery = landmark_gradient(
+        tl.zeros([BLOCK, D], tl.float32), query, row_scale, lse, dy, delta, keys_ptr, x_ptr, 0, rank, d, 1, d,
+        1, scale, d, D, NORMALISE_KEYS, PIECE, PRECISION,
+    )  # fmt: skip
+    dquery = rms_factor_product(dquery, query, d, NORMALISE_QUERY)
+    columns = tl.arange(0, D)
+    offsets = head * N * d + token_offsets(rows, columns, d, 1)
+    mask = inside[:, None] & (columns < d)[None, :]
+    tl.store(dquery_ptr + offsets, dquery.to(dquery_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["N", "share"])
+def _pieces_backward_kernel(
+    query_ptr, keys_ptr, x_ptr, tau_ptr, dy_ptr, lse_ptr, delta_ptr, dx_ptr, dkeys_ptr, N, share, parts,
+    pieces, heads, query_stride_b, query_stride_h, query_stride_n, query_stride_d, dy_stride_b, dy_stride_h,
+    dy_stride_n, dy_stride_d, scale, rank: tl.constexpr, d: tl.constexpr, D: tl.constexpr,
+    NORMALISE_QUERY: tl.constexpr, NORMALISE_KEYS: tl.constexpr, TAU: tl.constexpr, BLOCK: tl.constexpr,
+    PIECE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What one share of the queries adds to a piece of Lᵀ dY and of the gradient of the normalised landmarks."""
+    program = tl.program_id(0).to(tl.int64)
+    first_landmark = (program % pieces).to(tl.int32) * PIECE
+    program = program // pieces
+    head, part = program // parts, (program % parts).to(tl.int32)
+    b, h = head // heads, head % heads
+    query_ptr += b * query_stride_b + h * query_stride_h
+    dy_ptr += b * dy_stride_b + h * dy_stride_h
+    i = first_landmark + tl.arange(0, PIECE)
+    keys = load_rows(keys_ptr + head * rank * d, first_landmark, rank, PIECE, d, D)
+    keys = keys.to(query_ptr.dtype.element_ty)
+    x = load_rows(x_ptr + head * rank * d, first_landmark, rank, PIECE, d, D)
+    if TAU:
+        x *= tl.load(tau_ptr + h)
+    dx = tl.zeros([PIECE, D], tl.float32)
+    dkeys = tl.zeros([PIECE, D], tl.float32)
+    stop = tl.minimum((part + 1) * share, N)
+    for first in range(part * share, stop, BLOCK):
+        rows = first + tl.arange(0, BLOCK)
+        inside = rows < stop
+        query = load_tokens(query_ptr, rows, inside, query_stride_n, query_stride_d, d, D)
+        dy = load_tokens(dy_ptr, rows, inside, dy_stride_n, dy_stride_d, d, D)
+        lse = tl.load(lse_ptr + head * N + rows, mask=inside, other=0.0)
+        delta = tl.load(delta_ptr + head * N + rows, mask=inside, other=0.0)
+        row_factor = rms_factor(query, d, NORMALISE_QUERY)
+        weights, dlogits, _ = softmax_gradient(
+            query, row_factor * (scale * LOG2E), lse, dy, delta, keys, x, i < rank, d, NORMALISE_KEYS,
+            PRECISION,
+        )  # [BLOCK, PIECE]  # fmt: skip
+        dx += wide_dot(tl.trans(weights), dy, PRECISION)
+        dkeys += wide_dot(tl.trans(dlogits * (row_factor * scale)[:, None]), query, PRECISION)
+    store_matrix(dx_ptr + program * rank * d, dx, i, rank, PIECE, d, D)
+    store_matrix(dkeys_ptr + program * rank * d, dkeys, i, rank, PIECE, d, D)
+
+
 @triton.jit
 def _sum_kernel(
     part_dx_ptr, part_dkeys_ptr, keys_ptr, x_ptr, tau_ptr, dx_ptr, dkeys_ptr, dtau_ptr, parts, heads,
@@ -226,7 +343,8 @@ def landmark_attention(
             part_mean, part_spread, N, share, parts, H, *query.stride(), *y.stride(), scale, rank=rank,
             R=padded(rank), d=d, D=padded(d), NORMALISE_QUERY=qk_norm == "both",
             NORMALISE_KEYS=qk_norm is not None, TAU=tau is not None, STATISTICS=statistics, BLOCK=tile.block,
-            PRECISION=precision(query.dtype), num_warps=tile.warps, num_stages=tile.stages,
+            PIECE=configurations.landmarks_of_a_program(rank, d), PRECISION=precision(query.dtype),
+            **tile.options(),
         )  # fmt: skip
         if statistics:
             _statistics_kernel[(B * H,)](
@@ -252,25 +370,45 @@ def landmark_attention_backward(
     B, H, N, d = query.shape
     rank = keys.shape[-2]
     keys, x = keys.contiguous(), x.contiguous()
-    tile = configurations.query_backward(rank, d, query.dtype, configurations.capability(query))
+    target = configurations.capability(query)
+    tile = configurations.query_backward(rank, d, query.dtype, target)
     share, parts = configurations.divide(N, tile.block, configurations.LEAST_QUERIES_OF_A_PART)
     dquery = empty((B, H, N, d), query, query.dtype)
     dkeys, dx = (empty((B, H, rank, d), query, torch.float32) for _ in range(2))
     part_dkeys, part_dx = (empty((B, H, parts, rank, d), query, torch.float32) for _ in range(2))
     wide_tau = x if tau is None else tau.float().contiguous()
     dtau = x if tau is None else empty((B, H), query, torch.float32)
-    shape = {"rank": rank, "R": padded(rank), "d": d, "D": padded(d), "NORMALISE_KEYS": qk_norm is not None}
-    launch = {"num_warps": tile.warps, "num_stages": tile.stages}
-    exact = configurations.query_backward_exact(rank, d, query.dtype, configurations.capability(query))
+    size = {"rank": rank, "d": d, "D": padded(d)}
+    form = {"NORMALISE_KEYS": qk_norm is not None, "TAU": tau is not None}
+    exact = configurations.query_backward_exact(rank, d, query.dtype, target)
+    walk = form | {
+        "NORMALISE_QUERY": qk_norm == "both",
+        "BLOCK": tile.block,
+        "PRECISION": "ieee" if exact else precision(query.dtype),
+        **tile.options(),
+    }
+    strides = (*query.stride(), *dy.stride())
     with on_device(query):
-        _backward_kernel[(B * H * parts,)](
-            query, keys, x, wide_tau, dy, dquery, part_dx, part_dkeys, N, share, parts, H, *query.stride(),
-            *dy.stride(), scale, **shape, NORMALISE_QUERY=qk_norm == "both", TAU=tau is not None,
-            BLOCK=tile.block, PRECISION="ieee" if exact else precision(query.dtype), **launch,
-        )  # fmt: skip
+        if configurations.held(rank, d):
+            _backward_kernel[(B * H * parts,)](
+                query, keys, x, wide_tau, dy, dquery, part_dx, part_dkeys, N, share, parts, H, *strides,
+                scale, **size, R=padded(rank), **walk,
+            )  # fmt: skip
+        else:
+            lse, delta = (empty((B, H, N), query, torch.float32) for _ in range(2))
+            piece = configurations.landmarks_of_a_program(rank, d)
+            tiles, pieces = -(-N // tile.block), -(-rank // piece)
+            walk["PIECE"] = piece
+            _queries_backward_kernel[(B * H * tiles,)](
+                query, keys, x, wide_tau, dy, dquery, lse, delta, N, tiles, H, *strides, scale, **size, **walk
+            )
+            _pieces_backward_kernel[(B * H * parts * pieces,)](
+                query, keys, x, wide_tau, dy, lse, delta, part_dx, part_dkeys, N, share, parts, pieces, H,
+                *strides, scale, **size, **walk,
+            )  # fmt: skip
         _sum_kernel[(B * H,)](
-            part_dx, part_dkeys, keys, x, wide_tau, dx, dkeys, dtau, parts, H, **shape, TAU=tau is not None,
-            **launch,
+            part_dx, part_dkeys, keys, x, wide_tau, dx, dkeys, dtau, parts, H, **size, R=padded(rank), **form,
+            **tile.options(),
         )  # fmt: skip
     gradients = [dquery.to(dtype), dkeys, dx]
     return gradients if tau is None else [*gradients, dtau.sum(0).to(tau.dtype)]

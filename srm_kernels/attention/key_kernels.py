@@ -1,8 +1,9 @@
 """The key side of Nyström attention: from K and V of a (b, h) to K̃ and X, and back.
 
-Forward, up to 1,024 keys, one launch: choose the landmarks, gather K̃, form W, R V (by the online softmax) and solve
-(W + λI) X = R V. Above that the scores, the choice and R V are divided among programs, and the solve is a launch of
-its own. Backward: the transposed solve and everything r×r first, then dK and dV of every tile of keys.
+Forward, up to 1,024 keys at r, d ≤ 64, one launch: choose the landmarks, gather K̃, form W, R V (by the online softmax)
+and solve (W + λI) X = R V. Above that the scores, the choice and R V are divided among programs, R V by pieces of the
+landmarks too where they are many and wide, and the solve is a launch of its own.
+Backward: the transposed solve and everything r×r first, then dK and dV of every tile of keys.
 
 The solve is Gauss–Jordan elimination of W + λI without pivoting. W is similar to a symmetric positive semidefinite
 matrix by a diagonal, so its pivots are Cholesky's (SPEC 2.1) and positive but for rounding; the transposed matrix has
@@ -59,11 +60,14 @@ CHUNK = 16  # of an axis that a product is taken over in pieces
 
 @triton.jit
 def gather(
-    key_ptr, landmarks_ptr, N, n_stride, d_stride, rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr,
-    D: tl.constexpr,
+    key_ptr, landmarks_ptr, first, N, n_stride, d_stride, rank: tl.constexpr, R: tl.constexpr,
+    d: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """K̃ [R, D] in the stored dtype; an index out of range, which nothing checks on a device, gives a row of NaN."""
-    i = tl.arange(0, R)
+    """K̃ [R, D] in the stored dtype, its rows from `first` on.
+
+    An index out of range, which nothing checks on a device, gives a row of NaN.
+    """
+    i = first + tl.arange(0, R)
     index = tl.load(landmarks_ptr + i, mask=i < rank, other=0)
     inside = (index >= 0) & (index < N)
     keys = load_tokens(key_ptr, tl.where(inside, index, 0), i < rank, n_stride, d_stride, d, D)
@@ -205,7 +209,10 @@ def mix_values(
     value_stride_d, R: tl.constexpr, d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr,
     BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Σ exp2(logit − top) v [R, D], top and Σ exp2(logit − top), [R] each, over keys start..stop."""
+    """Σ exp2(logit − top) v [R, D], top and Σ exp2(logit − top), [R] each, over keys start..stop.
+
+    The rows are landmarks over all keys, or queries over the landmarks, which are stored wider than the queries are.
+    """
     mixed = tl.zeros([R, D], tl.float32)
     top = tl.full([R], -INFINITY, tl.float32)
     total = tl.zeros([R], tl.float32)
@@ -213,6 +220,7 @@ def mix_values(
         rows = first + tl.arange(0, BLOCK)
         key = load_tokens(key_ptr, rows, rows < stop, key_stride_n, key_stride_d, d, D)
         value = load_tokens(value_ptr, rows, rows < stop, value_stride_n, value_stride_d, d, D)
+        key = key.to(keys.dtype)
         logits = tl.dot(keys, tl.trans(key), input_precision=PRECISION) * row_scale[:, None]
         logits = logits * rms_factor(key, d, NORMALISE)[None, :]
         logits = tl.where((rows < stop)[None, :], logits, -INFINITY)  # [R, BLOCK]
@@ -266,7 +274,7 @@ def _context_kernel(
         )  # fmt: skip
         tl.debug_barrier()
     i = tl.arange(0, R)
-    keys = gather(key_ptr, landmarks_ptr, N, key_stride_n, key_stride_d, rank, R, d, D)
+    keys = gather(key_ptr, landmarks_ptr, 0, N, key_stride_n, key_stride_d, rank, R, d, D)
     store_matrix(keys_ptr + head * rank * d, keys.to(tl.float32), i, rank, R, d, D)
     factor = rms_factor(keys, d, NORMALISE)
     mixed, top, total = mix_values(
@@ -331,19 +339,21 @@ def _largest_kernel(scores_ptr, landmarks_ptr, N, tiles, rank: tl.constexpr, BLO
 
 @triton.jit(do_not_specialize=["N", "span"])
 def _mix_kernel(
-    key_ptr, value_ptr, landmarks_ptr, mixed_ptr, top_ptr, total_ptr, N, span, parts, heads, key_stride_b,
-    key_stride_h, key_stride_n, key_stride_d, value_stride_b, value_stride_h, value_stride_n, value_stride_d,
-    scale, rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr,
-    BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    key_ptr, value_ptr, landmarks_ptr, mixed_ptr, top_ptr, total_ptr, N, span, parts, pieces, heads,
+    key_stride_b, key_stride_h, key_stride_n, key_stride_d, value_stride_b, value_stride_h, value_stride_n,
+    value_stride_d, scale, rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr, D: tl.constexpr,
+    NORMALISE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What one part of the keys adds to R V, unnormalised."""
+    """What one part of the keys adds to R of the rows of R V, unnormalised."""
     program = tl.program_id(0).to(tl.int64)
+    first = (program % pieces).to(tl.int32) * R
+    program = program // pieces
     head, part = program // parts, (program % parts).to(tl.int32)
     b, h = head // heads, head % heads
     key_ptr += b * key_stride_b + h * key_stride_h
     value_ptr += b * value_stride_b + h * value_stride_h
-    i = tl.arange(0, R)
-    keys = gather(key_ptr, landmarks_ptr + head * rank, N, key_stride_n, key_stride_d, rank, R, d, D)
+    i = first + tl.arange(0, R)
+    keys = gather(key_ptr, landmarks_ptr + head * rank, first, N, key_stride_n, key_stride_d, rank, R, d, D)
     row_scale = rms_factor(keys, d, NORMALISE) * (scale * LOG2E)
     mixed, top, total = mix_values(
         keys, row_scale, key_ptr, value_ptr, part * span, tl.minimum((part + 1) * span, N), key_stride_n,
@@ -378,7 +388,7 @@ def _solve_kernel(
         part_mixed = load_matrix(mixed_ptr + index * rank * d, rank, R, d, D)
         mixed = mixed * kept[:, None] + part_mixed * added[:, None]
         top = new_top
-    keys = gather(key_ptr, landmarks_ptr + head * rank, N, key_stride_n, key_stride_d, rank, R, d, D)
+    keys = gather(key_ptr, landmarks_ptr + head * rank, 0, N, key_stride_n, key_stride_d, rank, R, d, D)
     store_matrix(keys_ptr + head * rank * d, keys.to(tl.float32), i, rank, R, d, D)
     finish(
         x_ptr + head * rank * d, lse_ptr + head * rank, logits_ptr + head * rank * rank, mixed, top, total,
@@ -415,7 +425,7 @@ def landmark_gradient(
     """gradient [R, D] of the normalised landmarks plus what keys start..stop add through R."""
     for first in range(start, stop, BLOCK):
         rows = first + tl.arange(0, BLOCK)
-        key = load_tokens(key_ptr, rows, rows < stop, key_stride_n, key_stride_d, d, D)
+        key = load_tokens(key_ptr, rows, rows < stop, key_stride_n, key_stride_d, d, D).to(keys.dtype)
         value = load_tokens(value_ptr, rows, rows < stop, value_stride_n, value_stride_d, d, D)
         _, dlogits, columns = softmax_gradient(
             keys, row_scale, lse, du, delta, key, value, rows < stop, d, NORMALISE, PRECISION
@@ -506,26 +516,29 @@ def _system_backward_kernel(
 
 @triton.jit(do_not_specialize=["N", "span"])
 def _landmarks_backward_kernel(
-    key_ptr, value_ptr, keys_ptr, lse_ptr, du_ptr, delta_ptr, partial_ptr, N, span, parts, heads,
+    key_ptr, value_ptr, keys_ptr, lse_ptr, du_ptr, delta_ptr, partial_ptr, N, span, parts, pieces, heads,
     key_stride_b, key_stride_h, key_stride_n, key_stride_d, value_stride_b, value_stride_h, value_stride_n,
     value_stride_d, scale, rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr, D: tl.constexpr,
     NORMALISE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What one part of the keys adds to the gradient of the normalised landmarks through R."""
+    """What one part of the keys adds to the gradient of R of the normalised landmarks through R."""
     program = tl.program_id(0).to(tl.int64)
+    first = (program % pieces).to(tl.int32) * R
+    program = program // pieces
     head, part = program // parts, (program % parts).to(tl.int32)
     b, h = head // heads, head % heads
     key_ptr += b * key_stride_b + h * key_stride_h
     value_ptr += b * value_stride_b + h * value_stride_h
     small = head * rank * d
-    i = tl.arange(0, R)
-    keys = load_keys(keys_ptr + small, key_ptr, rank, R, d, D)
+    i = first + tl.arange(0, R)
+    keys = load_rows(keys_ptr + small, first, rank, R, d, D).to(key_ptr.dtype.element_ty)
+    du = load_rows(du_ptr + small, first, rank, R, d, D)
     lse = tl.load(lse_ptr + head * rank + i, mask=i < rank, other=0.0)
     delta = tl.load(delta_ptr + head * rank + i, mask=i < rank, other=0.0)
     row_scale = rms_factor(keys, d, NORMALISE) * (scale * LOG2E)
     gradient = landmark_gradient(
-        tl.zeros([R, D], tl.float32), keys, row_scale, lse, load_matrix(du_ptr + small, rank, R, d, D), delta,
-        key_ptr, value_ptr, part * span, tl.minimum((part + 1) * span, N), key_stride_n, key_stride_d,
+        tl.zeros([R, D], tl.float32), keys, row_scale, lse, du, delta, key_ptr, value_ptr, part * span,
+        tl.minimum((part + 1) * span, N), key_stride_n, key_stride_d,
         value_stride_n, value_stride_d, scale, d, D, NORMALISE, BLOCK, PRECISION,
     )  # fmt: skip
     store_matrix(partial_ptr + program * rank * d, gradient, i, rank, R, d, D)
@@ -653,14 +666,14 @@ def _context(
     shape = {"rank": rank, "R": padded(rank), "d": d, "D": padded(d), "NORMALISE": qk_norm is not None}
     tile = configurations.key_side(rank, d, key.dtype, configurations.capability(key))
     run = {"BLOCK": tile.block, "PRECISION": precision(key.dtype)}
-    launch = {"num_warps": tile.warps, "num_stages": tile.stages}
+    launch = tile.options()
     with on_device(key):
-        if configurations.one_launch(N):
+        if configurations.one_launch(N, rank, d):
             residual, factor = workspace(key, rank, method) if chosen_here else (x, x)
             _context_kernel[(B * H,)](
                 key, value, landmarks, residual, factor, keys, x, lse, logits, N, H, *strides, gamma, scale,
                 ridge, **shape, CHOOSE=chosen_here, PIVOTED=method == "pivoted_cholesky", SOLVE=solve, **run,
-                CHUNK=CHUNK, CHOICE=finest_precision(key.dtype), **launch,
+                CHUNK=CHUNK, CHOICE=finest_precision(key.dtype, d), **launch,
             )  # fmt: skip
             return keys, x, lse, landmarks, logits
         span, parts = configurations.divide(N, tile.block, configurations.LEAST_KEYS_OF_A_PART)
@@ -670,9 +683,11 @@ def _context(
             _choose_by_leverage(key, landmarks, gamma, span, parts, shape, run, launch)
         mixed = empty((B, H, parts, rank, d), key, torch.float32)
         top, total = (empty((B, H, parts, rank), key, torch.float32) for _ in range(2))
-        _mix_kernel[(B * H * parts,)](
-            key, value, landmarks, mixed, top, total, N, span, parts, H, *strides, scale, **shape, **run,
-            **launch,
+        piece = configurations.landmarks_of_a_program(rank, d)
+        pieces = -(-rank // piece)
+        _mix_kernel[(B * H * parts * pieces,)](
+            key, value, landmarks, mixed, top, total, N, span, parts, pieces, H, *strides, scale,
+            **shape | {"R": piece}, **run, **launch,
         )  # fmt: skip
         _solve_kernel[(B * H,)](
             key, landmarks, mixed, top, total, keys, x, lse, logits, N, parts, H, *key.stride(), scale, ridge,
@@ -695,7 +710,7 @@ def _choose_by_leverage(
     gram = empty((B, H, parts, d, d), key, torch.float32)
     scores = empty((B, H, N), key, torch.float32)
     shape = {name: value for name, value in shape.items() if name not in ("rank", "R")}
-    run = run | {"PRECISION": finest_precision(key.dtype)}
+    run = run | {"PRECISION": finest_precision(key.dtype, d)}
     _gram_kernel[(B * H * parts,)](key, gram, N, span, parts, H, *key.stride(), **shape, **run, **launch)
     _scores_kernel[(B * H * parts,)](
         key, gram, scores, N, span, parts, H, *key.stride(), gamma, **shape, **run, **launch
@@ -770,7 +785,7 @@ def _context_backward(
     target = configurations.capability(key)
     tile = configurations.key_side(rank, d, key.dtype, target)
     run = {"BLOCK": tile.block, "PRECISION": precision(key.dtype)}
-    launch = {"num_warps": tile.warps, "num_stages": tile.stages}
+    launch = tile.options()
     whole = configurations.one_launch_backward(N, rank, d, key.dtype)
     solved = dlogits is None
     dlogits = empty((B, H, rank, rank), key, torch.float32) if dlogits is None else dlogits.contiguous()
@@ -780,20 +795,20 @@ def _context_backward(
             **shape, SOLVE=solved, WHOLE=whole, CHUNK=CHUNK, **run, **launch,
         )  # fmt: skip
         if not whole:
-            walk = configurations.key_parts(rank, d, key.dtype, target)
-            span, parts = configurations.divide(N, walk.block, configurations.LEAST_KEYS_OF_A_PART)
+            span, parts = configurations.divide(N, tile.block, configurations.LEAST_KEYS_OF_A_PART)
             partial = empty((B, H, parts, rank, d), key, torch.float32)
-            _landmarks_backward_kernel[(B * H * parts,)](
-                key, value, keys, lse, du, delta, partial, N, span, parts, H, *strides, scale, **shape,
-                BLOCK=walk.block, PRECISION=run["PRECISION"], num_warps=walk.warps, num_stages=walk.stages,
+            piece = configurations.landmarks_of_a_gradient(rank, d, key.dtype)
+            pieces = -(-rank // piece)
+            _landmarks_backward_kernel[(B * H * parts * pieces,)](
+                key, value, keys, lse, du, delta, partial, N, span, parts, pieces, H, *strides, scale,
+                **shape | {"R": piece}, **run, **launch,
             )  # fmt: skip
             _gathered_kernel[(B * H,)](keys, dkeys, partial, gathered, parts, **shape, **launch)
         tile = configurations.key_tokens(rank, d, key.dtype, target)
         tiles = -(-N // tile.block)
         _tokens_backward_kernel[(B * H * tiles,)](
             key, value, landmarks, keys, lse, du, delta, gathered, dkey, dvalue, N, tiles, H, *strides, scale,
-            rank=rank, d=d, D=padded(d), NORMALISE=qk_norm is not None, BLOCK=tile.block,
-            CHUNK=CHUNK, PRECISION=precision(key.dtype), num_warps=tile.warps,
-            num_stages=tile.stages,
+            rank=rank, d=d, D=padded(d), NORMALISE=qk_norm is not None, BLOCK=tile.block, CHUNK=CHUNK,
+            PRECISION=precision(key.dtype), **tile.options(),
         )  # fmt: skip
     return [dkey.to(dtype), dvalue.to(dtype)]

@@ -96,10 +96,10 @@ def landmark_solve(
     device. "estimate" fills the same with κ estimated as in "auto", and does not wait.
     A non-finite logit makes its own matrix's X NaN and no other's. Gradients are exact, by the implicit
     formula (through the polynomial for "neumann"); diagnostics carry none.
-    backend="triton" is one launch for r, d ≤ 128 and anything but float64, every solver, forward and backward,
-    and asks the host nothing: it can be captured in a CUDA graph. There "svd" and "auto" are differentiable only
-    with ridge > 0; a singular matrix has NaN gradients. backend="cuda" is csrc's one-sided Jacobi for "svd" and
-    "auto", as small, and does not wait for the device either.
+    backend="triton" is one launch ("auto" and a gated "neumann" take two) for r, d ≤ 128 and anything but float64,
+    every solver, forward and backward, and asks the host nothing: it can be captured in a CUDA graph. There "svd" and
+    "auto" are differentiable only with ridge > 0; a singular matrix has NaN gradients. backend="cuda" is csrc's
+    one-sided Jacobi for "svd" and "auto", as small, and does not wait for the device either.
     Raises ValueError for shapes, an unknown solver, ridge < 0, or "cholesky" with ridge 0; TypeError for dtypes.
     """
     check_tensors(logits=logits, rhs=rhs)

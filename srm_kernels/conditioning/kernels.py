@@ -1,8 +1,11 @@
-"""The landmark solve in one launch, one program per matrix, forward and backward (SPEC 2.1).
+"""The landmark solve, one program per matrix, forward and backward (SPEC 2.1).
 
-A program holds A (R×R) and its right-hand side (R×D) in registers, R and D being r and d rounded up to powers of
-two; what lies beyond r and d is the identity and zero. Everything is decided inside: breakdown and asymmetry of
-`cholesky`, both gates of `neumann`, the condition estimate of `auto` and the rotations of `svd`. Arithmetic is fp32.
+A program holds A (R×R) and its right-hand side (R×D) in registers, R and D being r and d rounded up to powers of two;
+what lies beyond r and d is the identity and zero. Everything is decided inside: breakdown and asymmetry of `cholesky`,
+both gates of `neumann`, the condition estimate of `auto` and the rotations of `svd`. Arithmetic is fp32.
+
+What the gate of `neumann` rejects, and what `auto` finds too ill-conditioned, is solved by a second launch, whose other
+programs return at once: one kernel of two solvers would spill registers.
 
 Without pivoting, elimination on A = W + λI has the pivots of the Cholesky factorisation of the similar symmetric
 S + λI squared, so that form is `cholesky`.
@@ -25,6 +28,7 @@ LU: tl.constexpr = tl.constexpr(1)
 SVD: tl.constexpr = tl.constexpr(2)
 NEUMANN: tl.constexpr = tl.constexpr(3)
 AUTO: tl.constexpr = tl.constexpr(4)
+OPEN: tl.constexpr = tl.constexpr(-1)  # a matrix for the next launch to solve
 
 EPS: tl.constexpr = tl.constexpr(1.1920929e-07)
 EQUILIBRATION_FLOOR: tl.constexpr = tl.constexpr(1e-12)
@@ -52,25 +56,29 @@ def landmark_solve(
     count, r, d = g.shape
     x = torch.empty(rhs.shape, dtype=torch.float32, device=rhs.device)
     used = torch.empty(rhs.shape[:-2], dtype=torch.int64, device=rhs.device)
-    if count:
-        _forward[(count,)](
-            a,
-            g,
-            x,
-            used,
-            r,
-            d,
-            float(ridge),
-            float(kappa_max),
-            *a.stride(),
-            *g.stride(),
-            SOLVER=_code(solver),
-            RIDGED=ridge > 0,
-            EQUILIBRATE=equilibrate,
-            ORDER=neumann_order,
-            GATE=neumann_gate,
-            **launch_options(r, d),
-        )
+    default = "cholesky" if ridge > 0 else "lu"
+    second = {"neumann": default if neumann_gate else None, "auto": "svd"}.get(solver)
+    for stage in (solver, second) if count else ():
+        if stage is not None:
+            _solve_forward_kernel[(count,)](
+                a,
+                g,
+                x,
+                used,
+                r,
+                d,
+                float(ridge),
+                float(kappa_max),
+                *a.stride(),
+                *g.stride(),
+                SOLVER=_code(stage),
+                REST=stage != solver,
+                RIDGED=ridge > 0,
+                EQUILIBRATE=equilibrate,
+                ORDER=neumann_order,
+                GATE=neumann_gate,
+                **launch_options(r, d),
+            )
     return x, used
 
 
@@ -86,18 +94,23 @@ def landmark_solve_backward(
     neumann_order: int,
     neumann_gate: bool,
 ) -> list[Tensor]:
-    """Gradients of logits and rhs by the implicit formula, through the polynomial for `neumann`."""
+    """Gradients of logits and rhs by the implicit formula, through the polynomial where `neumann` served.
+
+    X and who served each matrix are the forward pass's: nothing is decided again.
+    """
     (grad,) = grads
+    x, used = results
     a, g, dx = _matrices(logits), _matrices(rhs), _matrices(grad)
     count, r, d = g.shape
     d_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     d_rhs = torch.empty(rhs.shape, dtype=rhs.dtype, device=rhs.device)
-    # With a ridge A has an inverse, and its transpose is as well solved by elimination as by an SVD.
-    code = _code("lu" if solver in ("svd", "auto") else solver)
-    if count:
-        _backward[(count,)](
+    forms = {"neumann": (True, False) if neumann_gate else (True,)}.get(solver, (False,))
+    for series in forms if count else ():
+        _solve_backward_kernel[(count,)](
             a,
             g,
+            x,
+            used,
             dx,
             d_logits,
             d_rhs,
@@ -107,11 +120,11 @@ def landmark_solve_backward(
             *a.stride(),
             *g.stride(),
             *dx.stride(),
-            SOLVER=code,
+            SERIES=series,
+            SYMMETRIC=not series and solver in ("cholesky", "neumann") and ridge > 0,
             RIDGED=ridge > 0,
             EQUILIBRATE=equilibrate,
             ORDER=neumann_order,
-            GATE=neumann_gate,
             **launch_options(r, d),
         )
     return [d_logits, d_rhs]
@@ -176,9 +189,10 @@ def _entry(vector, k, R: tl.constexpr):
 
 
 @triton.jit
-def _softmax(logits_ptr, r, stride_row, stride_col, R: tl.constexpr, SYMMETRIC: tl.constexpr):
+def _softmax(logits_ptr, r, stride_row, stride_col, R: tl.constexpr, SYMMETRIC: tl.constexpr, half=True):
     """W and whether its logits are finite, as zero where they are not; whether they are symmetric.
 
+    With SYMMETRIC, W is that of their symmetric part, where `half` holds.
     Logits are read anew wherever W is needed again: registers are dearer. A volatile read keeps the compiler
     from keeping it all the same.
     """
@@ -195,7 +209,7 @@ def _softmax(logits_ptr, r, stride_row, stride_col, R: tl.constexpr, SYMMETRIC: 
         t = tl.where(finite, t, 0.0)
         skew = tl.max(tl.max(tl.abs(logit - t), 1), 0)
         symmetric = skew <= (1.0 + tl.max(tl.max(tl.abs(logit), 1), 0)) * SYMMETRY_TOLERANCE
-        logit = 0.5 * (logit + t)
+        logit = tl.where(half, 0.5 * (logit + t), logit)
     e = tl.where(
         inside, tl.exp(logit - tl.max(tl.where(i[None, :] < r, logit, float("-inf")), 1)[:, None]), 0.0
     )
@@ -224,9 +238,10 @@ def _system(
     R: tl.constexpr,
     EQUILIBRATE: tl.constexpr,
     SYMMETRIC: tl.constexpr,
+    half=True,
 ):
     """A = W̃ + λI, the identity beyond r; λ; the diagonals of D_r and D_c as columns; finite; symmetric."""
-    W, finite, symmetric = _softmax(logits_ptr, r, stride_row, stride_col, R, SYMMETRIC)
+    W, finite, symmetric = _softmax(logits_ptr, r, stride_row, stride_col, R, SYMMETRIC, half)
     left, right = _scales(W, R, EQUILIBRATE)
     A = left[:, None] * W * right[None, :]
     i = tl.arange(0, R)
@@ -514,7 +529,7 @@ def _factored(
 
 
 @triton.jit
-def _forward(
+def _solve_forward_kernel(
     logits_ptr,
     rhs_ptr,
     x_ptr,
@@ -530,6 +545,7 @@ def _forward(
     stride_rhs_row,
     stride_rhs_col,
     SOLVER: tl.constexpr,
+    REST: tl.constexpr,
     RIDGED: tl.constexpr,
     EQUILIBRATE: tl.constexpr,
     ORDER: tl.constexpr,
@@ -537,63 +553,58 @@ def _forward(
     R: tl.constexpr,
     D: tl.constexpr,
 ):
-    """X of one matrix; x and used are contiguous."""
+    """X of one matrix, where REST of one that was left open; x and used are contiguous.
+
+    `neumann` leaves open what its gate rejects, `auto` what is not well enough conditioned.
+    """
     matrix = tl.program_id(0).to(tl.int64)
+    if REST:  # noqa: SIM102
+        if tl.load(used_ptr + matrix) != OPEN:
+            return
     logits_ptr += matrix * stride_logits
     rhs_ptr += matrix * stride_rhs
     x_ptr += matrix * r * d
     _, finite, _ = _softmax(logits_ptr, r, stride_logits_row, stride_logits_col, R, False)
-    used = tl.full((), SVD, tl.int64)
-    spectral = True  # whether the pseudo-inverse is to serve
-    if SOLVER != SVD:
-        spectral = False
-        solve = True
-        if SOLVER == NEUMANN:
-            A, lam, left, right, _, _ = _system(
-                logits_ptr, r, stride_logits_row, stride_logits_col, ridge, R, EQUILIBRATE, False
-            )
-            g = left[:, None] * _load(rhs_ptr, r, d, stride_rhs_row, stride_rhs_col, R, D)
-            z = _series(A, g, 1.0 / (1.0 + lam), ORDER, R)
-            solve = False
+    if (SOLVER == NEUMANN) or (SOLVER == SVD):  # noqa: SIM109
+        A, lam, left, right, _, _ = _system(
+            logits_ptr, r, stride_logits_row, stride_logits_col, ridge, R, EQUILIBRATE, False
+        )
+        g = left[:, None] * _load(rhs_ptr, r, d, stride_rhs_row, stride_rhs_col, R, D)
+        used = tl.full((), SOLVER, tl.int64)
+        if SOLVER == SVD:
+            z = _pseudo_inverse(A, g, r, R, D, RIDGED)
+        else:
+            alpha = 1.0 / (1.0 + lam)
+            z = _series(A, g, alpha, ORDER, R)
             if GATE:
-                solve = not _series_accepted(A, g, z, 1.0 / (1.0 + lam), r, R)
-            _store(x_ptr, right[:, None] * z, finite, r, d, R, D)
-            used = tl.full((), NEUMANN, tl.int64)
-        if solve:
-            lu, b, order, right, used, regular = _factored(
-                logits_ptr,
-                rhs_ptr,
-                r,
-                d,
-                stride_logits_row,
-                stride_logits_col,
-                stride_rhs_row,
-                stride_rhs_col,
-                ridge,
-                R,
-                D,
-                RIDGED,
-                EQUILIBRATE,
-                (SOLVER == LU) or (SOLVER == AUTO),  # noqa: SIM109
-            )
-            z = _back_substitute(lu, b, R)
-            _store(x_ptr, right[:, None] * z, finite & regular, r, d, R, D)
-            if SOLVER == AUTO:
-                kappa = _inverse_growth(lu, order, r, R)
-                A, _, _, _, _, _ = _system(
-                    logits_ptr, r, stride_logits_row, stride_logits_col, ridge, R, EQUILIBRATE, False
-                )
-                kappa *= _growth(A, r, R)
-                spectral = not ((kappa < kappa_max) & regular)
-                used = tl.where(spectral, SVD, used)
-    if (SOLVER == SVD) or (SOLVER == AUTO):  # noqa: SIM102, SIM109
-        if spectral:
-            A, _, left, right, _, _ = _system(
+                used = tl.where(_series_accepted(A, g, z, alpha, r, R), used, OPEN)
+        _store(x_ptr, right[:, None] * z, finite, r, d, R, D)
+    else:
+        lu, b, order, right, used, regular = _factored(
+            logits_ptr,
+            rhs_ptr,
+            r,
+            d,
+            stride_logits_row,
+            stride_logits_col,
+            stride_rhs_row,
+            stride_rhs_col,
+            ridge,
+            R,
+            D,
+            RIDGED,
+            EQUILIBRATE,
+            SOLVER != CHOLESKY,
+        )
+        z = _back_substitute(lu, b, R)
+        _store(x_ptr, right[:, None] * z, finite & regular, r, d, R, D)
+        if SOLVER == AUTO:
+            kappa = _inverse_growth(lu, order, r, R)
+            A, _, _, _, _, _ = _system(
                 logits_ptr, r, stride_logits_row, stride_logits_col, ridge, R, EQUILIBRATE, False
             )
-            g = _load(rhs_ptr, r, d, stride_rhs_row, stride_rhs_col, R, D)
-            z = _pseudo_inverse(A, left[:, None] * g, r, R, D, RIDGED)
-            _store(x_ptr, right[:, None] * z, finite, r, d, R, D)
+            kappa *= _growth(A, r, R)
+            used = tl.where((kappa < kappa_max) & regular, used, OPEN)
     tl.store(used_ptr + matrix, used)
 
 
@@ -606,9 +617,25 @@ def _store(x_ptr, x, good, r, d, R: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def _backward(
+def _series_backward(A, g, dz, alpha, R: tl.constexpr, D: tl.constexpr, ORDER: tl.constexpr):
+    """dG, dA and dλ of Z = α Σ_{k≤m} (I − αA)^k G, α = 1/(1 + λ), of which dZ/dα is (m + 1) (I − αA)^m G."""
+    d_A = tl.zeros([R, R], tl.float32)
+    step = dz
+    for back in range(ORDER):
+        # z_{k+1} = z_k + α (g − A z_k), k = m − 1 − back; earlier terms are made anew.
+        earlier = _series(A, g, alpha, ORDER - 1 - back, R)
+        d_A -= alpha * _product(step, earlier, D, B_MT=True)
+        step = step - alpha * _product(A, step, R, A_MT=True)
+    d_alpha = (ORDER + 1) * tl.sum(tl.sum(step * g, 1), 0)
+    return _series(A, dz, alpha, ORDER, R, A_MT=True), d_A, -alpha * alpha * d_alpha
+
+
+@triton.jit
+def _solve_backward_kernel(
     logits_ptr,
     rhs_ptr,
+    x_ptr,
+    used_ptr,
     dx_ptr,
     d_logits_ptr,
     d_rhs_ptr,
@@ -624,135 +651,92 @@ def _backward(
     stride_dx,
     stride_dx_row,
     stride_dx_col,
-    SOLVER: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    SERIES: tl.constexpr,
     RIDGED: tl.constexpr,
     EQUILIBRATE: tl.constexpr,
     ORDER: tl.constexpr,
-    GATE: tl.constexpr,
     R: tl.constexpr,
     D: tl.constexpr,
 ):
-    """Gradients of one matrix, contiguous; zero where its logits are not finite."""
+    """Gradients of one matrix that the series served, or of one that it did not; zero where logits are not finite.
+
+    The system is that of the solver that served: `cholesky` had the symmetric part of the logits. Its transpose is
+    eliminated without pivoting there, and with it elsewhere, for an SVD's matrix too: with a ridge it has an inverse.
+    """
     matrix = tl.program_id(0).to(tl.int64)
     logits_ptr += matrix * stride_logits
     rhs_ptr += matrix * stride_rhs
     dx_ptr += matrix * stride_dx
-    solve = True
-    used = tl.full((), NEUMANN, tl.int64)
-    z = tl.zeros([R, D], tl.float32)
-    d_g = tl.zeros([R, D], tl.float32)
-    d_A = tl.zeros([R, R], tl.float32)
+    used = tl.load(used_ptr + matrix)
+    if (used == NEUMANN) != SERIES:
+        return
+    half = used == CHOLESKY
+    A, lam, left, right, finite, _symmetric = _system(
+        logits_ptr, r, stride_logits_row, stride_logits_col, ridge, R, EQUILIBRATE, SYMMETRIC, half
+    )
+    dz = right[:, None] * _load(dx_ptr, r, d, stride_dx_row, stride_dx_col, R, D)
     d_lam = 0.0
-    if SOLVER == NEUMANN:
-        A, lam, left, right, _, _ = _system(
-            logits_ptr, r, stride_logits_row, stride_logits_col, ridge, R, EQUILIBRATE, False
-        )
-        alpha = 1.0 / (1.0 + lam)
-        solve = False
-        if GATE:
-            g = left[:, None] * _load(rhs_ptr, r, d, stride_rhs_row, stride_rhs_col, R, D)
-            solve = not _series_accepted(A, g, _series(A, g, alpha, ORDER, R), alpha, r, R)
-        if not solve:
-            g = left[:, None] * _load(rhs_ptr, r, d, stride_rhs_row, stride_rhs_col, R, D)
-            d_alpha = 0.0
-            step = right[:, None] * _load(dx_ptr, r, d, stride_dx_row, stride_dx_col, R, D)
-            for back in range(ORDER):
-                # z_{k+1} = z_k + α (g − A z_k), k = ORDER − 1 − back; earlier terms are made anew.
-                earlier = _series(A, g, alpha, ORDER - 1 - back, R)
-                misfit = g - _product(A, earlier, R)
-                d_alpha += tl.sum(tl.sum(step * misfit, 1), 0)
-                d_A -= alpha * _product(step, earlier, D, B_MT=True)
-                step = step - alpha * _product(A, step, R, A_MT=True)
-            d_alpha += tl.sum(tl.sum(step * g, 1), 0)
-            z = _series(A, g, alpha, ORDER, R)
-            dx = _load(dx_ptr, r, d, stride_dx_row, stride_dx_col, R, D)
-            d_g = _series(A, right[:, None] * dx, alpha, ORDER, R, A_MT=True)
-            d_lam = -alpha * alpha * d_alpha
-    if solve:
-        lu, b, order, right, used, regular = _factored(
-            logits_ptr,
-            rhs_ptr,
-            r,
-            d,
-            stride_logits_row,
-            stride_logits_col,
-            stride_rhs_row,
-            stride_rhs_col,
-            ridge,
-            R,
-            D,
-            RIDGED,
-            EQUILIBRATE,
-            SOLVER == LU,
-        )
-        z = _back_substitute(lu, b, R)
-        dx = _load(dx_ptr, r, d, stride_dx_row, stride_dx_col, R, D)
-        d_g = _solve_transposed(lu, order, right[:, None] * dx, R)
-        d_g = tl.where(regular, d_g, float("nan"))
-        d_A = -_product(d_g, z, D, B_MT=True)
-    if used == CHOLESKY:
-        _finish(
-            logits_ptr,
-            rhs_ptr,
-            dx_ptr,
-            d_logits_ptr + matrix * r * r,
-            d_rhs_ptr + matrix * r * d,
-            z,
-            d_g,
-            d_A,
-            d_lam,
-            r,
-            d,
-            ridge,
-            stride_logits_row,
-            stride_logits_col,
-            stride_rhs_row,
-            stride_rhs_col,
-            stride_dx_row,
-            stride_dx_col,
-            R,
-            D,
-            EQUILIBRATE,
-            True,
-        )
+    if SERIES:
+        g = left[:, None] * _load(rhs_ptr, r, d, stride_rhs_row, stride_rhs_col, R, D)
+        d_g, d_A, d_lam = _series_backward(A, g, dz, 1.0 / (1.0 + lam), R, D, ORDER)
     else:
-        _finish(
-            logits_ptr,
-            rhs_ptr,
-            dx_ptr,
-            d_logits_ptr + matrix * r * r,
-            d_rhs_ptr + matrix * r * d,
-            z,
-            d_g,
-            d_A,
-            d_lam,
-            r,
-            d,
-            ridge,
-            stride_logits_row,
-            stride_logits_col,
-            stride_rhs_row,
-            stride_rhs_col,
-            stride_dx_row,
-            stride_dx_col,
-            R,
-            D,
-            EQUILIBRATE,
-            False,
-        )
+        d_g = tl.zeros([R, D], tl.float32)
+        smallest = -1.0
+        if SYMMETRIC:  # noqa: SIM102
+            if half:
+                lu, b, _order, smallest, largest = _eliminate(tl.trans(A), dz, r, R, False)
+                d_g = _back_substitute(lu, b, R)
+        if not smallest > 0:
+            A, lam, left, right, finite, _symmetric = _system(
+                logits_ptr, r, stride_logits_row, stride_logits_col, ridge, R, EQUILIBRATE, SYMMETRIC, half
+            )
+            dz = right[:, None] * _load(dx_ptr, r, d, stride_dx_row, stride_dx_col, R, D)
+            lu, b, _order, smallest, largest = _eliminate(tl.trans(A), dz, r, R, True)
+            d_g = _back_substitute(lu, b, R)
+            if not RIDGED:
+                d_g = tl.where(smallest > r * EPS * largest, d_g, float("nan"))
+        z = _load(x_ptr + matrix * r * d, r, d, d, 1, R, D) / right[:, None]
+        d_A = -_product(d_g, tl.where(finite, z, 0.0), D, B_MT=True)
+    _store_gradients(
+        logits_ptr,
+        rhs_ptr,
+        x_ptr + matrix * r * d,
+        dx_ptr,
+        d_logits_ptr + matrix * r * r,
+        d_rhs_ptr + matrix * r * d,
+        d_g,
+        d_A,
+        d_lam,
+        half,
+        r,
+        d,
+        ridge,
+        stride_logits_row,
+        stride_logits_col,
+        stride_rhs_row,
+        stride_rhs_col,
+        stride_dx_row,
+        stride_dx_col,
+        R,
+        D,
+        EQUILIBRATE,
+        SYMMETRIC,
+    )
 
 
 @triton.jit
-def _finish(
+def _store_gradients(
     logits_ptr,
     rhs_ptr,
+    x_ptr,
     dx_ptr,
     d_logits_ptr,
     d_rhs_ptr,
-    z,
     d_g,
     d_A,
     d_lam,
+    half,
     r,
     d,
     ridge,
@@ -767,11 +751,11 @@ def _finish(
     EQUILIBRATE: tl.constexpr,
     SYMMETRIC: tl.constexpr,
 ):
-    """From the gradients of the system A Z = D_r G to those of the logits and of G, and store them."""
+    """From the gradients of the system A Z = D_r G to those of the logits and of G."""
     i, c = tl.arange(0, R), tl.arange(0, D)
     square = (i[:, None] < r) & (i[None, :] < r)
     diagonal = i[:, None] == i[None, :]
-    W, finite, _ = _softmax(logits_ptr, r, stride_logits_row, stride_logits_col, R, SYMMETRIC)
+    W, finite, _ = _softmax(logits_ptr, r, stride_logits_row, stride_logits_col, R, SYMMETRIC, half)
     left, right = _scales(W, R, EQUILIBRATE)
     trace = tl.sum(tl.sum(tl.where(diagonal & square, d_A, 0.0), 1), 0) + d_lam
     d_W = d_A + tl.where(diagonal, ridge / r * trace, 0.0)
@@ -780,7 +764,8 @@ def _finish(
         dx = _load(dx_ptr, r, d, stride_dx_row, stride_dx_col, R, D)
         d_left = tl.sum(d_g * g, 1) + tl.sum(tl.where(square, d_W * W * right[None, :], 0.0), 1)
         d_right = tl.sum(tl.where(square, d_W * left[:, None] * W, 0.0), 0)
-        d_right += tl.sum(tl.where(diagonal, tl.sum(dx * z, 1)[:, None], 0.0), 0)
+        x = _load(x_ptr, r, d, d, 1, R, D)  # D_c Z
+        d_right += tl.sum(tl.where(diagonal, tl.sum(dx * x, 1)[:, None], 0.0), 0) / right
         row_norm, column_norm = tl.sqrt(tl.sum(W * W, 1)), tl.sqrt(tl.sum(W * W, 0))
         row_part = -0.5 * left * left * left * d_left / tl.where(row_norm > 0, row_norm, 1.0)
         column_part = -0.5 * right * right * right * d_right / tl.where(column_norm > 0, column_norm, 1.0)
@@ -788,7 +773,7 @@ def _finish(
     d_W = tl.where(square, d_W, 0.0)
     d_l = W * (d_W - tl.sum(d_W * W, 1)[:, None])
     if SYMMETRIC:
-        d_l = 0.5 * (d_l + tl.trans(d_l))
+        d_l = tl.where(half, 0.5 * (d_l + tl.trans(d_l)), d_l)
     d_l = tl.where(finite, d_l, 0.0)
     d_rhs = tl.where(finite, left[:, None] * d_g, 0.0)
     tl.store(d_logits_ptr + i[:, None] * r + i[None, :], d_l.to(d_logits_ptr.dtype.element_ty), mask=square)

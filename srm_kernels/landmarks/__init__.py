@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..checks import check_choice, check_count, check_number, check_tokens, wide_dtype
 from ..registration import later, register_operator
-from ..runtime import choose_backend, roomy, triton_refusal
+from ..runtime import choose_backend, triton_refusal
 from . import reference
 
 METHODS = ("leverage", "leverage_sample", "uniform", "kmeans++", "pivoted_cholesky")
@@ -95,21 +95,17 @@ def select_landmarks(
     return _select(key.detach(), random, rank, method, float(gamma), s, chosen)
 
 
-def kernel_limits(tensor: Tensor, d: int, rank: int = 1) -> str | None:
-    """Why a kernel cannot hold tiles of d and r in the tensor's dtype on its device, or None."""
+def kernel_limits(d: int, rank: int = 1) -> str | None:
+    """Why no kernel takes a head width of d and r landmarks, or None: within these limits all fit in 99 KiB."""
     if not 8 <= d <= 128:
         return f"its kernels take a head width from 8 to 128, and d is {d}"
     if rank > 128:
         return f"its kernels take up to 128 landmarks, and r is {rank}"
-    if max(d, rank) > 64 and not roomy(tensor):
-        return f"its kernels take d and r up to 64 in this device's shared memory, and d is {d}, r {rank}"
-    if min(d, rank) > 64 and tensor.is_cuda and not (tensor.dtype == torch.bfloat16 and roomy(tensor, 200)):
-        return f"its kernels take d and r both above 64 only in bfloat16 and 200 KiB, and d is {d}, r {rank}"
     return None
 
 
 def _refused(key: Tensor, rank: int = 1, method: str = "leverage") -> dict[str, str]:
-    reason = triton_refusal(key) or kernel_limits(key, key.shape[-1], rank)
+    reason = triton_refusal(key) or kernel_limits(key.shape[-1], rank)
     if reason is None and method not in METHODS_OF_KERNELS:
         reason = f"it has kernels for {' and '.join(METHODS_OF_KERNELS)}, not for {method}"
     return {"triton": reason} if reason else {}

@@ -32,7 +32,7 @@ from ..parts import (
 
 TIE_TOLERANCE = tl.constexpr(1e-5)
 EPSILON = tl.constexpr(2.0**-23)
-BLOCK = 64  # keys in a chunk
+BLOCK = 32  # keys in a chunk
 METHODS = ("leverage", "pivoted_cholesky")
 
 
@@ -258,7 +258,7 @@ def ridge_leverage_scores(key: Tensor, gamma: float) -> Tensor:
     with on_device(key):
         _leverage_kernel[(B * H,)](
             keys, scores, N, H, *keys.stride(), gamma, d=d, D=padded(d), BLOCK=BLOCK,
-            PRECISION=finest_precision(keys.dtype), num_warps=warps(d),
+            PRECISION=finest_precision(keys.dtype, d), **launch(d),
         )  # fmt: skip
     return scores
 
@@ -280,7 +280,7 @@ def selected(key: Tensor, rank: int, method: str, gamma: float, scale: float, *,
         _select_kernel[(B * H,)](
             keys, landmarks, residual, factor, N, H, *keys.stride(), gamma, scale, rank=rank, R=padded(rank),
             d=d, D=padded(d), NORMALISE=normalise, PIVOTED=method == "pivoted_cholesky", BLOCK=BLOCK,
-            PRECISION=finest_precision(keys.dtype), num_warps=warps(d),
+            PRECISION=finest_precision(keys.dtype, d), **launch(d),
         )  # fmt: skip
     return landmarks
 
@@ -293,6 +293,6 @@ def workspace(key: Tensor, rank: int, method: str) -> tuple[Tensor, Tensor]:
     return residual, factor
 
 
-def warps(d: int) -> int:
-    """Warps of a program that holds a d×d tile."""
-    return 4 if d <= 64 else 8
+def launch(d: int) -> dict[str, int]:
+    """Warps of a program that holds a d×d tile, and the registers that a thread may have."""
+    return {"num_warps": 4 if d <= 64 else 8, "maxnreg": 255}

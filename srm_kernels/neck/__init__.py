@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..attention import QK_NORMS, _over_batch
 from ..checks import DTYPES, check_choice, check_count, check_number, check_tensors, wide_dtype
 from ..landmarks import kernel_limits
 from ..registration import later, register_operator
-from ..runtime import kernels_by_name
+from ..runtime import kernels_by_name, roomy
 from ..scale import RMSScale
 from . import reference
 
@@ -158,7 +159,14 @@ def fuses(features: Tensor, d: int, rank: int, size: int, *, backend: str | None
 
 
 def _choose_backend(requested: str | None, features: Tensor, rank: int, d: int, size: int) -> str:
-    refusal = kernel_limits(features, d, rank)
+    refusal = kernel_limits(d, rank)
+    if refusal is None and max(d, rank) > 64 and not roomy(features):
+        refusal = f"its kernels take d and r up to 64 in this device's shared memory, and d is {d}, r {rank}"
+    narrow = features.dtype == torch.bfloat16 and roomy(features, 200)
+    if refusal is None and min(d, rank) > 64 and features.is_cuda and not narrow:
+        refusal = (
+            f"its kernels take d and r both above 64 only in bfloat16 and 200 KiB, and d is {d}, r {rank}"
+        )
     if refusal is None and size > LARGEST_GRID:
         refusal = f"its kernels take a grid of up to {LARGEST_GRID}, and P is {size}"
     if refusal is None and rank * d > LARGEST_TILE:

@@ -14,11 +14,17 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def compiled(
-    folder: Path, family: str, cases: tuple[int, ...], architectures: tuple[int, ...]
+    folder: Path,
+    family: str,
+    cases: tuple[int, ...],
+    architectures: tuple[int, ...],
+    kernels: tuple[str, ...] = (),
 ) -> list[dict[str, Any]]:
-    """The rows that `bench.resources` writes for some shapes of a family."""
+    """The rows that `bench.resources` writes for some shapes of a family; of these kernels, where any are named."""
     out = folder / "resources.jsonl"
     numbers = ["--cases", *map(str, cases), "--architectures", *map(str, architectures)]
+    if kernels:
+        numbers += ["--kernels", *kernels]
     run("-m", "bench.resources", "--families", family, *numbers, "--out", str(out))
     return read(out)
 

@@ -30,6 +30,16 @@ KERNELS = {
 }
 
 
+# A case of `bench.resources`, and what is compiled of it for one architecture: kernels that spilled once, by other
+# roads to the same sizes, and kernels over tiles above 64 that did not fit.
+SMALL = {86: (2, "backward_kernel"), 120: (6, "landmarks_backward_kernel")}
+LARGE = {
+    86: (11, "forward_kernel", "pieces_backward_kernel", "landmarks_backward_kernel"),
+    89: (12, "leverage_kernel"),
+    120: (13, "queries_backward_kernel", "scores_kernel"),
+}
+
+
 @pytest.mark.parametrize("architecture", SHARED_KIB)
 def test_every_kernel_compiles_without_spills_and_within_shared_memory(architecture, tmp_path):
     rows = compiled(tmp_path, "attention", (0, 1), (architecture,))
@@ -54,3 +64,20 @@ def test_no_kernel_of_the_package_is_left_out():
         "            print(operator(launch[0]), launch[0].__name__.strip('_'))\n"
     )
     assert {tuple(line.split()) for line in run("-c", code).splitlines()} == launched
+
+
+@pytest.mark.parametrize("architecture", SMALL)
+def test_other_roads_spill_nothing_either(architecture, tmp_path):
+    case, *kernels = SMALL[architecture]
+    rows = compiled(tmp_path, "attention", (case,), (architecture,), tuple(kernels))
+    assert {row["kernel"] for row in rows} == set(kernels)
+    assert misfits(rows, SHARED_KIB[architecture]) == []
+
+
+@pytest.mark.parametrize("architecture", LARGE)
+def test_larger_tiles_fit_where_a_block_has_least(architecture, tmp_path):
+    case, *kernels = LARGE[architecture]
+    rows = compiled(tmp_path, "attention", (case,), (architecture,), tuple(kernels))
+    assert {row["kernel"] for row in rows} == set(kernels)
+    limit = SHARED_KIB[architecture] * 1024
+    assert [(row["kernel"], row["case"], row["shared"]) for row in rows if row["shared"] > limit] == []

@@ -25,20 +25,50 @@ def inputs(
     return [torch.randn(b, h, n, 32, generator=draw, device="cuda").to(dtype) for n in (nq, nk, nk)]
 
 
-def forward_and_backward(tensors: list[Tensor], method: str = "leverage") -> list[Tensor]:
-    y = nystrom_attention(*tensors, 32, method=method, qk_norm="keys", backend="triton")
+def forward_and_backward(
+    tensors: list[Tensor], method: str = "leverage", solver: str = "cholesky", equilibrate: bool = False
+) -> list[Tensor]:
+    y = nystrom_attention(
+        *tensors, 32, method=method, solver=solver, equilibrate=equilibrate, qk_norm="keys", backend="triton"
+    )
     return [y, *torch.autograd.grad(y.float().square().sum(), tensors)]
 
 
+@pytest.mark.parametrize("equilibrate", [False, True])
+@pytest.mark.parametrize("solver", ["cholesky", "lu", "svd", "auto", "neumann"])
 @pytest.mark.parametrize("method", METHODS)
-def test_nothing_waits_for_the_device(method):
+def test_nothing_waits_for_the_device(method, solver, equilibrate):
     tensors = [x.requires_grad_() for x in inputs()]
-    forward_and_backward(tensors, method)  # compiles
+
+    def run() -> None:
+        forward_and_backward(tensors, method, solver, equilibrate)
+        nystrom_attention(*tensors, 32, solver=solver, diagnostics="estimate", backend="triton")
+
+    run()  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        forward_and_backward(tensors, method)
+        run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rank", "d"), [(128, 128), (65, 64), (32, 128), (128, 8)])
+def test_the_largest_tiles_run_and_are_the_references(rank, d, dtype):
+    """Rule: twice the reference's error in the same dtype plus 32 units of rounding of the largest entry."""
+    draw = torch.Generator("cuda").manual_seed(0)
+    tensors = [torch.randn(1, 2, n, d, generator=draw, device="cuda").to(dtype) for n in (300, 200, 200)]
+    index = select_landmarks(tensors[1], rank, method="uniform")
+
+    def run(backend: str, kind: torch.dtype) -> list[Tensor]:
+        leaves = [x.to(kind).requires_grad_() for x in tensors]
+        y = nystrom_attention(*leaves, rank, landmarks=index, qk_norm="both", backend=backend)
+        return [y, *torch.autograd.grad(y.square().sum(), leaves)]
+
+    exact = run("reference", torch.float64)
+    for found, plain, e in zip(run("triton", dtype), run("reference", dtype), exact, strict=True):
+        floor = 32 * torch.finfo(dtype).eps * e.abs().max()
+        assert (found.double() - e).abs().max() <= 2 * (plain.double() - e).abs().max() + floor
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -89,14 +119,18 @@ def test_more_heads_than_a_grid_axis_holds():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_none_takes_the_kernels(dtype):
+def test_kernels_are_taken_by_name_and_by_none_not_yet(dtype):
     tensors = inputs(dtype=dtype)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        y = nystrom_attention(*tensors, 32)
-    assert torch.equal(y, nystrom_attention(*tensors, 32, backend="triton"))
-    names = " ".join(event.key for event in profile.key_averages())
-    assert "_context_kernel" in names
-    assert "_forward_kernel" in names
+    names = {}
+    for backend in ("triton", None):
+        nystrom_attention(*tensors, 32, backend=backend)  # compiles
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            nystrom_attention(*tensors, 32, backend=backend)
+            torch.cuda.synchronize()
+        names[backend] = " ".join(event.key for event in profile.key_averages())
+    assert "_context_kernel" in names["triton"]
+    assert "_forward_kernel" in names["triton"]
+    assert "_context_kernel" not in names[None]
 
 
 def test_landmarks_agree_with_the_reference_where_scores_do_not_tie():

@@ -143,8 +143,13 @@ def _code(solver: str) -> int:
 
 
 def _matrices(tensor: Tensor) -> Tensor:
-    """(…, m, n) as (batch, m, n). The interpreter has no bf16 and no fp16 arithmetic to rely on."""
+    """(…, m, n) as (batch, m, n), each within reach of 32 bits, else copied.
+
+    The interpreter has no bf16 and no fp16 arithmetic to rely on.
+    """
     flat = tensor.reshape(-1, *tensor.shape[-2:])
+    if sum((n - 1) * stride for n, stride in zip(flat.shape[1:], flat.stride()[1:], strict=True)) >= 2**31:
+        flat = flat.contiguous()
     return flat if flat.is_cuda else flat.float()
 
 

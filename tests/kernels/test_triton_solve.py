@@ -223,6 +223,16 @@ def test_the_committed_table_has_no_spills_and_fits_consumer_cards():
     assert misfits(rows, 99) == []
 
 
+@pytest.mark.parametrize(
+    ("stride", "kept"), [((1 << 30, 1), False), ((1, 1 << 30), False), ((1 << 29, 7), True)]
+)
+def test_a_matrix_that_32_bits_do_not_span_is_copied(stride, kept):
+    from srm_kernels.conditioning.kernels import _matrices
+
+    found = _matrices(torch.empty_strided((5, 3, 3), (1 << 33, *stride), device="meta"))
+    assert found.stride() == ((1 << 33, *stride) if kept else (9, 3, 1))
+
+
 def test_it_is_a_registered_operator():
     """opcheck with the kernel behind it: schema, fake tensors, autograd registration."""
     logits, rhs = (t.to(DEVICE).requires_grad_() for t in problem(3, 2))

@@ -1,6 +1,6 @@
 """Registers, shared memory and spills of the neck's kernels, compiled without a GPU: `python -m bench.neck_resources`.
 
-What `bench.resources` does for Nyström attention, for the pooled probabilities of a link, RMS statistic, DyT, gate and
+What `bench.resources` does for Nyström attention, for the links of a schedule, RMS statistic, DyT, gate and
 pooling: the launches that the package makes for a shape, compiled for an architecture instead of run.
 """
 
@@ -16,42 +16,50 @@ from .resources import ARCHITECTURES, SHARED_LIMIT, compile_launch, recorded
 
 
 class Case(NamedTuple):
-    """One link: C_i, h = w, H, d and r of its queries, the dtype's name, and which road they take."""
+    """A schedule: (C_i, h = w) of the maps its links read, H, d and r, the dtype's name, and which road they take."""
 
-    channels: int
-    side: int
+    maps: tuple[tuple[int, int], ...]
     heads: int
     d: int
     rank: int
     dtype: str
     dyt: bool
     statistics: bool = True
+    qk_norm: str | None = "keys"
 
 
-# The widest and narrowest stages of the four backbones, both roads, other heads, and grids that P = 8 does not divide.
+# The default schedule of pvt_v2_b2 at 512² and the widest and narrowest stages of the four backbones, both roads, other
+# heads, and grids that P = 8 does not divide.
+PVT = ((64, 128), (128, 64), (320, 32))
 CASES = (
-    Case(64, 128, 8, 32, 64, "bfloat16", dyt=False),
-    Case(64, 128, 8, 32, 64, "bfloat16", dyt=True),
-    Case(24, 37, 8, 32, 64, "float16", dyt=False, statistics=False),
-    Case(384, 32, 8, 32, 64, "bfloat16", dyt=False),
-    Case(960, 16, 8, 32, 64, "float32", dyt=False),
-    Case(96, 50, 4, 24, 40, "float32", dyt=True),
-    Case(128, 64, 4, 64, 128, "bfloat16", dyt=False),
-    Case(128, 64, 2, 128, 64, "float16", dyt=True),
+    Case(PVT, 8, 32, 64, "bfloat16", dyt=False),
+    Case(PVT, 8, 32, 64, "bfloat16", dyt=True),
+    Case(((24, 37),), 8, 32, 64, "float16", dyt=False, statistics=False),
+    Case(PVT, 8, 32, 64, "bfloat16", dyt=True, statistics=False),
+    Case(((960, 16), (16, 128)), 8, 32, 64, "float32", dyt=False),
+    Case(((96, 50),), 4, 24, 40, "float32", dyt=True, qk_norm="both"),
+    Case(((128, 64),), 4, 64, 128, "bfloat16", dyt=False),
+    Case(((128, 64),), 2, 128, 64, "float16", dyt=True),
+    Case(((960, 32),), 8, 32, 64, "float32", dyt=True),
+    Case(((128, 64),), 4, 64, 64, "float32", dyt=True),
+    Case(PVT, 8, 32, 64, "bfloat16", dyt=False, statistics=False),
+    Case(PVT, 8, 32, 64, "float16", dyt=True),
 )
 
 
 def launches_of(case: Case, architecture: int) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
-    """What forward and backward of a link and of everything behind it launch; the tensors have no memory."""
+    """What forward and backward of a schedule and of everything behind it launch; the tensors have no memory."""
     import torch
 
     from srm_kernels.gate import kernels as gate
+    from srm_kernels.neck import backward_kernels as backward
+    from srm_kernels.neck import end_kernels as ends
     from srm_kernels.neck import kernels as neck
     from srm_kernels.pool import kernels as pool
     from srm_kernels.scale import kernels as scale
 
     kind = getattr(torch, case.dtype)
-    C, B, P = case.heads * case.d, 2, 8
+    C, B, P, L = case.heads * case.d, 2, 8, len(case.maps)
 
     def tensor(*shape: int, dtype: torch.dtype = kind) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -59,26 +67,32 @@ def launches_of(case: Case, architecture: int) -> list[tuple[Any, tuple[Any, ...
     def wide(*shape: int) -> torch.Tensor:
         return tensor(*shape, dtype=torch.float32)
 
-    features = tensor(B, case.channels, case.side, case.side)
-    keys = wide(B, case.heads, case.rank, case.d)
-    dyt = [tensor(1), tensor(C), tensor(C)] if case.dyt else [None] * 3
+    features = [tensor(B, channels, side, side) for channels, side in case.maps]
+    keys = [wide(B, case.heads, case.rank, case.d) for _ in case.maps]
+    align = [tensor(C, channels) for channels, _ in case.maps], [tensor(C)] * L
+    square, targets = [tensor(C, C)] * L, list(range(L))
+    dyt = [[tensor(1)] * L, [tensor(C)] * L, [tensor(C)] * L] if case.dyt else [[]] * 3
     arguments = (
-        features, tensor(C, case.channels), tensor(C), *dyt, tensor(C, C), keys,
-        keys if case.statistics else None, P, case.d**-0.5, "keys",
+        features, *align, *dyt, square, keys, keys if case.statistics else [], targets, P, case.d**-0.5,
+        case.qk_norm,
     )  # fmt: skip
     maps, logits, cap = tensor(B, 3, C, P, P), tensor(B, 3), wide(1)
-    y = tensor(B, case.heads, case.side**2, case.d)
+    y = tensor(B, case.heads, case.maps[0][1] ** 2, case.d)
+    theta = [wide(case.heads)] * L
     with recorded(divmod(architecture, 10)) as launches:
-        results = neck.pooled_probabilities(*arguments)
-        neck.pooled_probabilities_backward(results[:1], results, *arguments)
+        ends.project_sources(tensor(B, 256, C), square, square, *dyt)
+        results = neck.pooled_links(*arguments)
+        backward.pooled_links_backward(results[:2], results, *arguments)
+        ends.merge_links(results[1], results[0], keys, *align, square, theta, [wide()] * L, targets)
+        scale.tau_loss(theta, theta, 1.0, 1e-6)
         moments = scale.rms_scale(y)
         scale.rms_scale_backward(moments, moments, y)
         fusion = gate.gated_fusion(maps, logits, cap, 1.0, 1e-6)
         gate.gated_fusion_backward(fusion, fusion, maps, logits, cap, 1.0, 1e-6)
         losses = gate.gate_losses(fusion[1], 0.7)
         gate.gate_losses_backward(losses, losses, fusion[1], 0.7)
-        pooled = pool.adaptive_pool(features, P)
-        pool.adaptive_pool_backward([pooled], [], features, P)
+        pooled = pool.adaptive_pool(features[0], P)
+        pool.adaptive_pool_backward([pooled], [], features[0], P)
     return launches
 
 
@@ -95,7 +109,7 @@ def main() -> int:
     if os.environ.pop("TRITON_INTERPRET", None):  # kernels decorated under it cannot be compiled
         return subprocess.call([sys.executable, "-m", "bench.neck_resources", *sys.argv[1:]])
     print(
-        f"{'kernel':18} {'sm':>4} {'C_i':>4} {'side':>5} {'d':>4} {'r':>4} {'dtype':>9} {'warps':>6} {'registers':>10} "
+        f"{'kernel':24} {'sm':>4} {'case':>4} {'d':>4} {'r':>4} {'dtype':>9} {'warps':>6} {'registers':>10} "
         f"{'spilled':>8} {'shared KiB':>11}"
     )
     worst = 0
@@ -107,7 +121,7 @@ def main() -> int:
                 bad = found.spilled > 0 or found.shared > SHARED_LIMIT[architecture] * 1024
                 worst = max(worst, int(bad))
                 print(
-                    f"{found.kernel:18} {architecture:4} {case.channels:4} {case.side:5} {case.d:4} {case.rank:4} "
+                    f"{found.kernel:24} {architecture:4} {index:4} {case.d:4} {case.rank:4} "
                     f"{case.dtype:>9} {found.warps:6} {found.registers:10} {found.spilled:8} "
                     f"{found.shared / 1024:11.1f}{'  !' if bad else ''}",
                     flush=True,

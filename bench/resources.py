@@ -122,23 +122,30 @@ def compile_launch(launch: tuple[Any, tuple[Any, ...], dict[str, Any]], architec
     constants: dict[Any, Any] = {}
     attributes: dict[Any, Any] = {}
     names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64"}
+
+    def kind_of(place: tuple[int, ...], value: Any, specialised: bool) -> Any:
+        """The type of an argument, or of every part of a tuple; what is known of it at compile time is noted."""
+        if isinstance(value, tuple):
+            return tuple(kind_of((*place, i), part, specialised) for i, part in enumerate(value))
+        if specialised and type(value) is int and value == 1:
+            constants[place] = value
+            return "constexpr"
+        if isinstance(value, torch.Tensor):
+            attributes[place] = [["tt.divisibility", 16]]
+            return f"*{names[value.dtype]}"
+        if isinstance(value, float):
+            return "fp32"
+        if specialised and value % 16 == 0:
+            attributes[place] = [["tt.divisibility", 16]]
+        return "i32" if abs(value) < 2**31 else "i64"
+
     values = dict(zip(kernel.arg_names, args, strict=False)) | options
     for index, parameter in enumerate(kernel.params):
         value = values[parameter.name]
-        aligned = False
-        if parameter.is_constexpr or (type(value) is int and value == 1 and not parameter.do_not_specialize):
-            signature[parameter.name] = "constexpr"
-            constants[(index,)] = value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = f"*{names[value.dtype]}"
-            aligned = True
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[(index,)] = "constexpr", value
         else:
-            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
-            aligned = value % 16 == 0 and not parameter.do_not_specialize
-        if aligned:
-            attributes[(index,)] = [["tt.divisibility", 16]]
+            signature[parameter.name] = kind_of((index,), value, not parameter.do_not_specialize)
     source = ASTSource(kernel, signature, constants, attributes)
     log = io.StringIO()
     with triton.knobs.compilation.scope(), triton.knobs.nvidia.scope(), redirect_stdout(log):

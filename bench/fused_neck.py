@@ -2,7 +2,7 @@
 
 Necks alone, fed with maps of the sizes that a backbone gives: measured in turn within one run, forward in evaluation
 mode, or forward and backward in training mode. `plain` is the Nyström neck in plain PyTorch, `unfused` the same of
-kernels one by one, `fused` that of `pooled_link`. Memory is the peak above the maps; launches are the profiler's. The
+kernels one by one, `fused` that of `pooled_links`. Memory is the peak above the maps; launches are the profiler's. The
 floor is the larger of the maps' bytes read once and the neck's products at the card's rates, where both are given by
 `--bandwidth` and `--rate`. On a CPU the necks run in plain PyTorch, where fused and unfused are the same.
 """
@@ -10,7 +10,10 @@ floor is the larger of the maps' bytes read once and the neck's products at the 
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -28,7 +31,6 @@ from bench.harness import (
     peak,
     sentence,
 )
-from srm_kernels import backends
 from srm_model import SRMConfig, SRMNeck
 from srm_model.graphs import Graphed
 from srm_model.profiling.sweep import launches
@@ -155,6 +157,16 @@ def compare(backbone: str, side: int, batch: int, options: argparse.Namespace) -
     return rows
 
 
+def launches_by_interpreter() -> str:
+    """What `bench.launches` says, in a process of its own, or why it cannot."""
+    if find_spec("triton") is None:
+        return "an unknown number of launches: Triton is not installed\n"
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.launches"], capture_output=True, text=True, check=False
+    )
+    return done.stdout if done.returncode == 0 else f"an unknown number of launches: {done.stderr[-500:]}\n"
+
+
 def main() -> None:
     """A line for each neck at each shape; what is asked of the fused one stands beside it."""
     made = parser(__doc__)
@@ -172,8 +184,11 @@ def main() -> None:
     options = made.parse_args()
     recorder = Recorder(options.out, "fused_neck", torch.device(options.device))
     print(sentence(machine(torch.device(options.device))))
-    if not backends()["triton"].available:
-        print("no kernels here: fused and unfused are the same neck in plain PyTorch")
+    if options.device == "cpu":
+        print(
+            "on a CPU fused and unfused are the same neck in plain PyTorch; by kernels a forward pass takes"
+        )
+        print(launches_by_interpreter(), end="", flush=True)
     titles = ("ms", 9), ("faster", 7), ("memory", 7), ("launches", 8), ("floors", 6)
     print(f"{'backbone':22} {'side':>5} {'batch':>5} {'neck':20}", *(f"{t:>{width}}" for t, width in titles))
     for backbone in options.backbones:

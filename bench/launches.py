@@ -1,127 +1,184 @@
-"""Which Triton kernels the package launches for a shape, beside Nyström attention's: what `bench.resources` compiles.
+"""What a forward pass of the fused neck launches, counted without a GPU: `python -m bench.launches`.
 
-Each function calls forward and backward as the operators do, on tensors without memory; the launches are recorded.
+Our own kernels are counted where Triton's interpreter starts them, a launch each. Everything else is what torch's
+profiler sees on the CPU: library products and convolutions, and what is neither, elementwise operations and reductions
+among them; views and allocations launch nothing. On a GPU the profiler counts the same in `bench.fused_neck`. What the
+gate's logits take, its convolutions, their GELUs and its readouts, is counted apart.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
-SOLVERS = ("cholesky", "lu", "svd", "auto", "neumann")
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, record_function
 
+from srm_model import SRMConfig, SRMNeck
 
-class Link(NamedTuple):
-    """One link: C_i, h = w, H, d and r of its queries, the dtype's name, and which road they take."""
-
-    channels: int
-    side: int
-    heads: int
-    d: int
-    rank: int
-    dtype: str
-    dyt: bool
-    statistics: bool = True
-
-
-class System(NamedTuple):
-    """One landmark system: r, d and the solver."""
-
-    rank: int
-    d: int
-    solver: str
-    dtype: str = "float32"
-
-
-class Choice(NamedTuple):
-    """Landmarks alone: r of N_k keys of width d, the dtype's name and the method."""
-
-    rank: int
-    d: int
-    keys: int
-    dtype: str
-    method: str
-
-
-# The first two are the article's widest stage by both roads, the rest the widest and narrowest stages of the four
-# backbones, other heads, and grids that P = 8 does not divide.
-LINKS = (
-    Link(64, 128, 8, 32, 64, "bfloat16", dyt=False),
-    Link(64, 128, 8, 32, 64, "bfloat16", dyt=True),
-    Link(24, 37, 8, 32, 64, "float16", dyt=False, statistics=False),
-    Link(384, 32, 8, 32, 64, "bfloat16", dyt=False),
-    Link(960, 16, 8, 32, 64, "float32", dyt=False),
-    Link(96, 50, 4, 24, 40, "float32", dyt=True),
-    Link(128, 64, 4, 64, 128, "bfloat16", dyt=False),
-    Link(128, 64, 2, 128, 64, "float16", dyt=True),
-)
-SYSTEMS = tuple(System(rank, d, solver) for rank, d in ((64, 32), (64, 64), (32, 32)) for solver in SOLVERS)
-CHOICES = (
-    Choice(64, 32, 256, "bfloat16", "leverage"),
-    Choice(64, 32, 256, "bfloat16", "pivoted_cholesky"),
-    Choice(64, 64, 4096, "float32", "leverage"),
-)
+PRODUCTS = {
+    "addmm",
+    "mm",
+    "bmm",
+    "baddbmm",
+    "addmv",
+    "mv",
+    "mkldnn_convolution",
+    "thnn_conv2d",
+    "_slow_conv2d_forward",
+}
+NOTHING = {  # views, allocations and questions
+    "alias", "as_strided", "chunk", "contiguous", "detach", "empty", "empty_like", "empty_strided", "expand", "flatten",
+    "lift_fresh", "narrow", "new_empty", "new_empty_strided", "permute", "reshape", "resolve_conj", "resolve_neg",
+    "result_type", "select", "set_", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind",
+    "unflatten", "unsafe_split", "unsqueeze", "view", "view_as", "_reshape_alias", "_unsafe_view", "numpy_T", "mT",
+    "item", "to", "_nnpack_available", "_local_scalar_dense", "is_nonzero", "resize_",
+}  # fmt: skip
+WHOLE = {
+    "add",
+    "div",
+    "mean",
+    "mul",
+    "rsub",
+    "sub",
+    "sum",
+}  # one kernel each on a GPU, whatever they call on a CPU
+OWN, GATE = "own kernel ", "gate"
 
 
-def neck(case: Link) -> None:
-    """A link's query side, and everything behind it: statistics, gate, pooling."""
-    import torch
+class Launches(NamedTuple):
+    """Of one call, by name: our own kernels, library products, all else, and all of the gate's logits."""
 
-    from srm_kernels.gate import kernels as gate
-    from srm_kernels.neck import kernels
-    from srm_kernels.pool import kernels as pool
-    from srm_kernels.scale import kernels as scale
+    kernels: Counter[str]
+    products: Counter[str]
+    others: Counter[str]
+    gate: Counter[str]
 
-    kind = getattr(torch, case.dtype)
-    C, B, P = case.heads * case.d, 2, 8
+    @property
+    def total(self) -> int:
+        """All but the gate's logits."""
+        return self.kernels.total() + self.products.total() + self.others.total()
 
-    def tensor(*shape: int, dtype: torch.dtype = kind) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    def wide(*shape: int) -> torch.Tensor:
-        return tensor(*shape, dtype=torch.float32)
-
-    features = tensor(B, case.channels, case.side, case.side)
-    keys = wide(B, case.heads, case.rank, case.d)
-    dyt = [tensor(1), tensor(C), tensor(C)] if case.dyt else [None] * 3
-    arguments = (
-        features, tensor(C, case.channels), tensor(C), *dyt, tensor(C, C), keys,
-        keys if case.statistics else None, P, case.d**-0.5, "keys",
-    )  # fmt: skip
-    maps, logits, cap = tensor(B, 3, C, P, P), tensor(B, 3), wide(1)
-    y = tensor(B, case.heads, case.side**2, case.d)
-    results = kernels.pooled_probabilities(*arguments)
-    kernels.pooled_probabilities_backward(results[:1], results, *arguments)
-    moments = scale.rms_scale(y)
-    scale.rms_scale_backward(moments, moments, y)
-    fusion = gate.gated_fusion(maps, logits, cap, 1.0, 1e-6)
-    gate.gated_fusion_backward(fusion, fusion, maps, logits, cap, 1.0, 1e-6)
-    losses = gate.gate_losses(fusion[1], 0.7)
-    gate.gate_losses_backward(losses, losses, fusion[1], 0.7)
-    pooled = pool.adaptive_pool(features, P)
-    pool.adaptive_pool_backward([pooled], [], features, P)
+    def __str__(self) -> str:
+        parts = (
+            f"{counter.total()} {name} ({', '.join(f'{count} {of}' for of, count in sorted(counter.items()))})"
+            for name, counter in (
+                ("own kernels", self.kernels), ("library products", self.products), ("others", self.others),
+                ("of the gate's logits, not counted", self.gate),
+            )
+            if counter
+        )  # fmt: skip
+        return f"{self.total} launches: " + "; ".join(parts)
 
 
-def solve(case: System) -> None:
-    """The landmark solve alone; `svd` and `auto` go backward as `lu`."""
-    import torch
+@contextmanager
+def _marked() -> Iterator[None]:
+    """Every start of an interpreted kernel carries its name in the profile."""
+    from triton.runtime.interpreter import InterpretedFunction
 
-    from srm_kernels.conditioning import kernels
+    plain = InterpretedFunction.run
 
-    logits = torch.empty(4, case.rank, case.rank, device="meta")
-    rhs = torch.empty(4, case.rank, case.d, device="meta")
-    arguments = (logits, rhs, 1e-3, case.solver, False, 1e6, 3, True)
-    results = kernels.landmark_solve(*arguments)
-    if case.solver not in ("svd", "auto"):
-        kernels.landmark_solve_backward(results[:1], results, *arguments)
+    def run(self: Any, *args: Any, **options: Any) -> Any:
+        with record_function(OWN + self.fn.__name__.strip("_")):
+            return plain(self, *args, **options)
+
+    InterpretedFunction.run = run
+    try:
+        yield
+    finally:
+        InterpretedFunction.run = plain
 
 
-def choose(case: Choice) -> None:
-    """Leverage scores alone, and landmarks."""
-    import torch
+def count_launches(call: Callable[[], object], gate: torch.nn.Module | None = None) -> Launches:
+    """What one call launches, Triton being interpreted; `gate` is a module whose share is counted apart."""
+    hooks = []
+    if gate is not None:
+        range_ = record_function(GATE)
+        hooks = [
+            gate.register_forward_pre_hook(lambda *_: range_.__enter__() and None),
+            gate.register_forward_hook(lambda *_: range_.__exit__(None, None, None)),
+        ]
+    with _marked(), profile(activities=[ProfilerActivity.CPU]) as profiled:
+        call()
+    for hook in hooks:
+        hook.remove()
+    found = Launches(Counter(), Counter(), Counter(), Counter())
+    for event in profiled.events():
+        if event.cpu_parent is None:
+            _add(event, found, found.gate if event.name == GATE else None)
+    return found
 
-    from srm_kernels.landmarks import kernels
 
-    key = torch.empty(2, 4, case.keys, case.d, dtype=getattr(torch, case.dtype), device="meta")
-    kernels.select_landmarks(key, None, case.rank, case.method, 1e-3, case.d**-0.5)
-    if case.method == "leverage":
-        kernels.ridge_leverage_scores(key, 1e-3)
+def _add(event: Any, found: Launches, gate: Counter[str] | None) -> bool:
+    """Count an event or, where others inside it launch something, those; whether anything was counted."""
+    name = event.name
+    if name.startswith(OWN):
+        (found.kernels if gate is None else gate)[name.removeprefix(OWN)] += 1
+        return True
+    if name == GATE:
+        gate = found.gate
+    plain = name.removeprefix("aten::").rstrip("_")
+    if plain in PRODUCTS:
+        (found.products if gate is None else gate)[plain] += 1
+        return True
+    if plain in WHOLE:
+        (found.others if gate is None else gate)[plain] += 1
+        return True
+    inside = [_add(child, found, gate) for child in event.cpu_children]
+    if any(inside):
+        return True
+    if not name.startswith("aten::") or plain in NOTHING:
+        return False
+    (found.others if gate is None else gate)[plain] += 1
+    return True
+
+
+def forward_of(
+    *,
+    dyt: bool,
+    side: int = 512,
+    channels: int = 16,
+    heads: int = 1,
+    rank: int = 4,
+    size: int = 2,
+    **options: Any,
+) -> tuple[SRMNeck, list[Tensor]]:
+    """A neck of kernels in evaluation mode and one image's maps, as wide as those of a picture of `side` pixels.
+
+    Few channels and rows, for the interpreter's sake: the number of launches depends on the schedule and the maps'
+    widths alone, and on the keys that a source has, up to 1,024 of which take one launch.
+    """
+    torch.manual_seed(0)
+    config = SRMConfig(
+        channels=channels, heads=heads, rank=rank, pool_size=size, dyt=dyt, backend="triton", **options
+    )
+    neck = SRMNeck((3, 4, 5, 6), config).eval()
+    neck.median_rms.fill_(1.0)
+    neck._check = lambda pyramid: None  # type: ignore[method-assign]  # asks on a CPU what it asks of no GPU
+    maps = [
+        torch.randn(1, c, max(side // (16 * s), 1), side // s)
+        for c, s in zip((3, 4, 5, 6), (4, 8, 16, 32), strict=True)
+    ]
+    return neck, maps
+
+
+def main() -> None:
+    """A line for the default schedule with DyT and one without."""
+    if os.environ.get("TRITON_INTERPRET") != "1":  # asked before Triton is imported
+        environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+        raise SystemExit(subprocess.call([sys.executable, "-m", "bench.launches"], env=environment))
+    for dyt in (True, False):
+        neck, maps = forward_of(dyt=dyt)
+        with torch.no_grad():
+            found = count_launches(lambda neck=neck, maps=maps: neck(maps), neck.gate)
+        print(f"512², evaluation, DyT {'on' if dyt else 'off'}: {found}")
+
+
+if __name__ == "__main__":
+    main()

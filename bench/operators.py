@@ -109,6 +109,27 @@ def _link_inputs(family: Family, make: torch.Generator) -> list[Tensor]:
     return [*made, _unit(_tokens(family, make, family.rank)[0])]
 
 
+def _source_inputs(family: Family, make: torch.Generator) -> list[Tensor]:
+    """T of a source, then W_K and W_V of two links."""
+    C = family.heads * family.d
+    tokens = torch.randn((family.batch, family.keys, C), generator=make, dtype=torch.float64)
+    return [tokens, *(torch.randn((C, C), generator=make, dtype=torch.float64) / C**0.5 for _ in range(4))]
+
+
+def _merge_inputs(family: Family, make: torch.Generator) -> list[Tensor]:
+    """P̄, pool(F), X, A, a, W_O, β and θ of one link."""
+    C, width, cells = family.heads * family.d, 64, 64
+    shapes: list[tuple[int, ...]] = [
+        (1, family.batch, family.heads, cells, family.rank), (family.batch, cells, width),
+        (family.batch, family.heads, family.rank, family.d), (C, width), (C,), (C, C), (1,), (family.heads,),
+    ]  # fmt: skip
+    made = [torch.randn(shape, generator=make, dtype=torch.float64) for shape in shapes]
+    made[0] = made[0].softmax(-1)
+    made[3] /= width**0.5
+    made[5] /= C**0.5
+    return made
+
+
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
@@ -155,14 +176,42 @@ OPERATORS = {
         ),
         (0, 1),
     ),
-    "pooled_link": Operator(
-        _link_inputs,
-        lambda x, backend, family: [
-            ops.pooled_link(
-                x[0], x[1], x[2], x[3], _wide(x[4]), size=8, qk_norm="keys", backend=backend
-            ).probabilities
-        ],
+    "project_sources": Operator(
+        _source_inputs,
+        lambda x, backend, family: list(ops.project_sources(x[0], x[1:3], x[3:5], backend=backend)),
         (0, 1, 2, 3, 4),
+    ),
+    "pooled_links": Operator(
+        _link_inputs,
+        lambda x, backend, family: list(
+            ops.pooled_links(
+                [x[0]], [(x[1], x[2])], [x[3]], [_wide(x[4])], [0], size=8, qk_norm="keys", backend=backend
+            )[:2]
+        ),
+        (0, 1, 2, 3, 4),
+    ),
+    "merge_links": Operator(
+        _merge_inputs,
+        lambda x, backend, family: [
+            ops.merge_links(
+                ops.PooledLinks(_wide(x[0]), x[1], None),
+                [_wide(x[2])],
+                [(x[3], x[4])],
+                [x[5]],
+                [0],
+                [x[6]],
+                thetas=[x[7]],
+                backend=backend,
+            )
+        ],
+        (0, 1, 2, 3, 4, 5, 6, 7),
+    ),
+    "tau_loss": Operator(
+        lambda family, make: [
+            torch.rand(family.heads, generator=make, dtype=torch.float64) + 0.5 for _ in range(2)
+        ],
+        lambda x, backend, family: [ops.tau_loss([x[0]], [x[1]], reference=family.d**0.5, backend=backend)],
+        (0,),
     ),
     "adaptive_pool": Operator(
         lambda family, make: [_link_inputs(family, make)[0]],

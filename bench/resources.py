@@ -17,7 +17,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench import launches
+from bench import shapes
 from bench.harness import append, machine
 
 Launches = list[tuple[Any, tuple[Any, ...], dict[str, Any]]]
@@ -134,8 +134,13 @@ def launches_of(case: Case, architecture: int) -> list[tuple[Any, tuple[Any, ...
 def identity(launch: tuple[Any, tuple[Any, ...], dict[str, Any]]) -> tuple[object, ...]:
     """What a compiled kernel depends on, so that none is compiled twice."""
     kernel, args, options = launch
-    kinds = [str(x.dtype) if hasattr(x, "dtype") else x if type(x) is int else type(x) for x in args]
-    return (kernel.__name__, *kinds, *sorted(options.items()))
+
+    def kind(x: Any) -> object:
+        if isinstance(x, tuple):
+            return tuple(map(kind, x))
+        return str(x.dtype) if hasattr(x, "dtype") else x if type(x) is int else type(x)
+
+    return (kernel.__name__, *map(kind, args), *((name, kind(x)) for name, x in sorted(options.items())))
 
 
 def compile_launch(launch: tuple[Any, tuple[Any, ...], dict[str, Any]], architecture: int) -> Resources:
@@ -154,23 +159,30 @@ def compile_launch(launch: tuple[Any, tuple[Any, ...], dict[str, Any]], architec
     constants: dict[Any, Any] = {}
     attributes: dict[Any, Any] = {}
     names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64"}
+
+    def kind_of(place: tuple[int, ...], value: Any, specialised: bool) -> Any:
+        """The type of an argument, or of every part of a tuple; what is known of it at compile time is noted."""
+        if isinstance(value, tuple):
+            return tuple(kind_of((*place, i), part, specialised) for i, part in enumerate(value))
+        if specialised and type(value) is int and value == 1:
+            constants[place] = value
+            return "constexpr"
+        if isinstance(value, torch.Tensor):
+            attributes[place] = [["tt.divisibility", 16]]
+            return f"*{names[value.dtype]}"
+        if isinstance(value, float):
+            return "fp32"
+        if specialised and value % 16 == 0:
+            attributes[place] = [["tt.divisibility", 16]]
+        return "i32" if abs(value) < 2**31 else "i64"
+
     values = dict(zip(kernel.arg_names, args, strict=False)) | options
     for index, parameter in enumerate(kernel.params):
         value = values[parameter.name]
-        aligned = False
-        if parameter.is_constexpr or (type(value) is int and value == 1 and not parameter.do_not_specialize):
-            signature[parameter.name] = "constexpr"
-            constants[(index,)] = value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = f"*{names[value.dtype]}"
-            aligned = True
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[(index,)] = "constexpr", value
         else:
-            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
-            aligned = value % 16 == 0 and not parameter.do_not_specialize
-        if aligned:
-            attributes[(index,)] = [["tt.divisibility", 16]]
+            signature[parameter.name] = kind_of((index,), value, not parameter.do_not_specialize)
     source = ASTSource(kernel, signature, constants, attributes)
     log = io.StringIO()
     with triton.knobs.compilation.scope(), triton.knobs.nvidia.scope(), redirect_stdout(log):
@@ -204,10 +216,10 @@ def _recording(call: Callable[[Any], None]) -> Callable[[Any, int], Launches]:
 
 
 FAMILIES = {
-    "attention": Family(CASES, (Case(64, 32), Case(64, 32, keys=4096)), launches_of),
-    "neck": Family(launches.LINKS, launches.LINKS[:2], _recording(launches.neck)),
-    "solve": Family(launches.SYSTEMS, launches.SYSTEMS[:10], _recording(launches.solve)),
-    "landmarks": Family(launches.CHOICES, launches.CHOICES[:2], _recording(launches.choose)),
+    "attention": Family(CASES, (Case(64, 32), Case(64, 32, keys=4096), Case(128, 64)), launches_of),
+    "neck": Family(shapes.SCHEDULES, shapes.SCHEDULES[:2], _recording(shapes.neck)),
+    "solve": Family(shapes.SYSTEMS, shapes.SYSTEMS[:10], _recording(shapes.solve)),
+    "landmarks": Family(shapes.CHOICES, shapes.CHOICES[:2], _recording(shapes.choose)),
 }
 
 
@@ -279,7 +291,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=tuple(FAMILIES))
     parser.add_argument("--architectures", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
-    parser.add_argument("--article", action="store_true", help="only the article's shapes: r = 64, d = 32")
+    parser.add_argument(
+        "--article",
+        action="store_true",
+        help="only r = 64, d = 32, and one shape taken in pieces",
+    )
     parser.add_argument("--cases", type=int, nargs="+", help="numbers of a family's shapes, all by default")
     parser.add_argument("--kernels", nargs="+", metavar="NAME", help="only these, all by default")
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON lines, each appended as soon as known")

@@ -9,17 +9,17 @@ from .attention import full_attention, landmark_side, nystrom_attention
 from .conditioning import LandmarkSolution, Solver, landmark_solve
 from .gate import GatedFusion, GateLosses, gate_losses, gated_fusion
 from .landmarks import ridge_leverage_scores, select_landmarks
-from .neck import PooledLink, fuses, pooled_link
+from .neck import PooledLinks, fuses, merge_links, pooled_links, project_sources
 from .pool import adaptive_pool
 from .runtime import BackendStatus, backends
-from .scale import RMSScale, dyt, rms_scale
+from .scale import RMSScale, dyt, rms_scale, tau_loss
 
 __all__ = [
     "BackendStatus",
     "GateLosses",
     "GatedFusion",
     "LandmarkSolution",
-    "PooledLink",
+    "PooledLinks",
     "RMSScale",
     "Solver",
     "adaptive_pool",
@@ -32,9 +32,12 @@ __all__ = [
     "gated_fusion",
     "landmark_side",
     "landmark_solve",
+    "merge_links",
     "nystrom_attention",
-    "pooled_link",
+    "pooled_links",
+    "project_sources",
     "ridge_leverage_scores",
     "rms_scale",
     "select_landmarks",
+    "tau_loss",
 ]

@@ -7,7 +7,7 @@ when `srm_kernels` is imported; `fvcore_handles()` serves `FlopCountAnalysis.set
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 from .attention import _attention, _blocks, _context, _query_side
 from .conditioning import _solve
 from .landmarks import _leverage, _select
-from .neck import _pooled
+from .neck import _merge, _pooled, _project
 
 Shape = tuple[int, ...]
 
@@ -63,22 +63,41 @@ def _query_side_op(query: Shape, keys: Shape, *_: Any) -> int:
     return _heads(query) * query_side_macs(query[2], keys[2], query[3])
 
 
+def _project_op(tokens: Shape, key_weights: Sequence[Shape], *_: Any) -> int:
+    """K and V."""
+    B, N, C = tokens
+    return 2 * len(key_weights) * B * N * C * C
+
+
 def _pooled_op(
-    features: Shape,
-    align_weight: Shape,
-    align_bias: Shape,
-    alpha: Shape | None,
-    weight: Shape | None,
-    bias: Shape | None,
-    query_weight: Shape,
-    keys: Shape,
+    maps: Sequence[Shape],
+    align_weights: Sequence[Shape],
+    align_biases: Sequence[Shape],
+    alphas: Sequence[Shape],
+    weights: Sequence[Shape],
+    biases: Sequence[Shape],
+    query_weights: Sequence[Shape],
+    keys: Sequence[Shape],
+    xs: Sequence[Shape],
+    targets: Sequence[int],
     *_: Any,
 ) -> int:
     """T, Q and the logits at every position, as the formula has them, whether or not a backend absorbs them."""
-    B, channels, height, width = features
-    H, rank, d = keys[1:]
-    C = query_weight[0]
-    return B * height * width * (channels * C + C * C + H * rank * d)
+    total = 0
+    for target, align, key in zip(targets, align_weights, keys, strict=True):
+        (C, channels), (B, H, rank, d) = align, key
+        total += B * maps[target][2] * maps[target][3] * (channels * C + C * C + H * rank * d)
+    return total
+
+
+def _merge_op(
+    pooled: Shape, probabilities: Shape, xs: Sequence[Shape], align_weights: Sequence[Shape], *_: Any
+) -> int:
+    """The aligned pooled maps, and P̄ X and W_O of every link."""
+    B, cells, channels = pooled
+    C = align_weights[0][0]
+    links = sum(heads * cells * rank * d + cells * C * C for _, heads, rank, d in xs)
+    return B * (cells * channels * C + links)
 
 
 def _blocks_op(
@@ -118,7 +137,9 @@ MACS: dict[Any, Callable[..., int]] = {
     _context: _context_op,
     _blocks: _blocks_op,
     _query_side: _query_side_op,
+    _project: _project_op,
     _pooled: _pooled_op,
+    _merge: _merge_op,
     _solve: _solve_op,
     _leverage: _leverage_op,
     _select: _select_op,
@@ -163,8 +184,10 @@ def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
 
 
 def _shape_or_value(value: Any) -> Any:
-    """A traced value's shape if it is a tensor, else the constant it holds."""
+    """A traced value's shape if it is a tensor, the shapes of a list of them, else the constant it holds."""
     kind = value.type()
+    if value.node().kind() == "prim::ListConstruct":
+        return [_shape_or_value(item) for item in value.node().inputs()]
     sizes = kind.sizes() if kind.kind() == "TensorType" else None
     return tuple(sizes) if sizes is not None else value.toIValue()
 

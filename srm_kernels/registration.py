@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.library import CustomOpDef, custom_op
 
 Implementation = Callable[..., Any]
+Place = tuple[int, int | None]  # of a tensor among arguments: which, and where in it if that is a list
 OPAQUE = ("triton",)  # whose implementations autograd cannot see through
 
 
@@ -43,7 +44,8 @@ def register_operator(
 ) -> CustomOpDef:
     """Register `srm::name(arguments, str backend) -> returns` with its fake and its derivative.
 
-    `implementations` maps a backend to a plain function of `arguments`; "reference" must be among them. The
+    Arguments may be lists of tensors. `implementations` maps a backend to a plain function of `arguments`; "reference"
+    must be among them. The
     derivative is the vector-Jacobian product of the implementation, recomputed from the saved inputs inside
     `srm::name_backward`. A second derivative (`create_graph=True`) always goes through the reference, whose
     steps autograd knows. Only floating-point results carry gradients, and not those numbered in `constant`. Results
@@ -71,17 +73,31 @@ def register_operator(
 
     operator = custom_op(f"srm::{name}", forward, mutates_args=(), schema=schema)
     operator.register_fake(lambda *args: fake(*args[:-1]))
+    if "[]" in arguments:  # for others torch has a fallback
+
+        def one_by_one(info: Any, dims: Sequence[Any], *args: Any) -> Any:
+            results = [operator(*_entry(list(args), list(dims), i)) for i in range(info.batch_size)]
+            if isinstance(results[0], Tensor):
+                return torch.stack(results), 0
+            return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
+
+        operator.register_vmap(one_by_one)
     if not differentiables:
         return operator
 
-    def present(inputs: Sequence[Any]) -> list[int]:
-        return [index for index in differentiables if inputs[index] is not None]
+    def present(inputs: Sequence[Any]) -> list[Place]:
+        return [place for place in _places(inputs) if place[0] in differentiables]
 
     def carriers(outputs: Sequence[Tensor]) -> list[int]:
         return [i for i, value in enumerate(outputs) if value.is_floating_point() and i not in constant]
 
-    def recall(inputs: list[Any], results: Sequence[Tensor]) -> list[Any]:
-        return [results[known[index]] if index in known else value for index, value in enumerate(inputs)]
+    def recall(inputs: Sequence[Any], results: Sequence[Tensor]) -> list[Any]:
+        return [
+            results[known[index]] if index in known else value for index, value in enumerate(copied(inputs))
+        ]
+
+    def copied(inputs: Sequence[Any]) -> list[Any]:
+        return [list(value) if isinstance(value, list) else value for value in inputs]
 
     def derivative(grads: Sequence[Tensor], results: Sequence[Tensor], *args: Any) -> list[Tensor]:
         *inputs, backend = args
@@ -94,8 +110,8 @@ def register_operator(
         # The dispatcher leaves autograd out below an operator; this one is made of it.
         autograd = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
         with autograd, torch.enable_grad(), no_autocast(inputs):
-            for index in wanted:
-                inputs[index] = inputs[index].detach().requires_grad_()
+            for place in wanted:
+                _put(inputs, place, _at(inputs, place).detach().requires_grad_())
             return _product(function, inputs, wanted, carriers, grads, create_graph=False)
 
     backward_operator = custom_op(
@@ -106,53 +122,95 @@ def register_operator(
     )
     backward_operator.register_fake(
         lambda grads, results, *args: [
-            torch.empty(args[i].shape, dtype=args[i].dtype, device=args[i].device) for i in present(args)
+            torch.empty(t.shape, dtype=t.dtype, device=t.device)
+            for t in (_at(args, place) for place in present(args))
         ]
     )
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.tensors = [index for index, value in enumerate(inputs) if isinstance(value, Tensor)]
+        ctx.places = _places(inputs)
         outputs = output if isinstance(output, tuple) else (output,)
         ctx.mark_non_differentiable(
             *(outputs[i] for i in constant), *(value for value in outputs if not value.is_floating_point())
         )
         kept = outputs if own or known else ()
-        ctx.save_for_backward(*(inputs[index] for index in ctx.tensors), *kept)
-        ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
+        ctx.save_for_backward(*(_at(inputs, place) for place in ctx.places), *kept)
+        ctx.others = [
+            None if isinstance(value, Tensor) else [None] * len(value) if _is_tensors(value) else value
+            for value in inputs
+        ]
         ctx.carriers = carriers(outputs)
 
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = list(ctx.others)
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
+        inputs = copied(ctx.others)
         saved = list(ctx.saved_tensors)
-        results = saved[len(ctx.tensors) :]
-        for index, tensor in zip(ctx.tensors, saved, strict=False):
-            inputs[index] = tensor
+        results = saved[len(ctx.places) :]
+        for place, tensor in zip(ctx.places, saved, strict=False):
+            _put(inputs, place, tensor)
         wanted = present(inputs)
         grads = [grad_outputs[index] for index in ctx.carriers]
         if torch.is_grad_enabled():
             plain = recall(inputs[:-1], results)
             with no_autocast(plain):
-                for index in wanted:  # an alias each: inputs may depend on one another
-                    alias = plain[index].view_as(plain[index])
-                    plain[index] = alias if alias.requires_grad else alias.requires_grad_()
+                for place in wanted:  # an alias each: inputs may depend on one another
+                    tensor = _at(plain, place)
+                    alias = tensor.view_as(tensor)
+                    _put(plain, place, alias if alias.requires_grad else alias.requires_grad_())
                 products = _product(
                     implementations["reference"], plain, wanted, carriers, grads, create_graph=True
                 )
         else:
             products = backward_operator(grads, results, *inputs)
-        result: list[Tensor | None] = [None] * len(inputs)
-        for index, product in zip(wanted, products, strict=True):
-            result[index] = product if ctx.needs_input_grad[index] else None
+        result: list[Any] = [[None] * len(value) if _is_tensors(value) else None for value in inputs]
+        for place, product in zip(wanted, products, strict=True):
+            _put(result, place, product if _at(ctx.needs_input_grad, place) else None)
         return tuple(result)
 
     operator.register_autograd(backward, setup_context=setup_context)
     return operator
 
 
+def _is_tensors(value: Any) -> bool:
+    """Whether an argument is a list of tensors; an empty list counts as one, as torch counts it."""
+    return isinstance(value, list) and all(isinstance(t, Tensor) or t is None for t in value)
+
+
+def _places(inputs: Sequence[Any]) -> list[Place]:
+    """Where tensors are among the arguments: (argument, position in its list, or None for a tensor itself)."""
+    places: list[Place] = []
+    for index, value in enumerate(inputs):
+        if isinstance(value, Tensor):
+            places.append((index, None))
+        elif _is_tensors(value):
+            places += [(index, position) for position in range(len(value))]
+    return places
+
+
+def _entry(value: Any, dim: Any, i: int) -> Any:
+    """Entry i of what is batched along `dim`, in lists too."""
+    if isinstance(value, list):
+        dims = dim if isinstance(dim, list | tuple) else [dim] * len(value)
+        return [_entry(part, d, i) for part, d in zip(value, dims, strict=True)]
+    return value.select(dim, i) if isinstance(value, Tensor) and dim is not None else value
+
+
+def _at(inputs: Sequence[Any], place: Place) -> Any:
+    index, position = place
+    return inputs[index] if position is None else inputs[index][position]
+
+
+def _put(inputs: list[Any], place: Place, value: Any) -> None:
+    index, position = place
+    if position is None:
+        inputs[index] = value
+    else:
+        inputs[index][position] = value
+
+
 def _product(
     function: Implementation,
     inputs: list[Any],
-    wanted: list[int],
+    wanted: list[Place],
     carriers: Callable[[Sequence[Tensor]], list[int]],
     grads: Sequence[Tensor],
     *,
@@ -161,7 +219,7 @@ def _product(
     outputs = function(*inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     carrying = [outputs[index] for index in carriers(outputs)]
-    variables = [inputs[index] for index in wanted]
+    variables = [_at(inputs, place) for place in wanted]
     pairs = [(output, grad) for output, grad in zip(carrying, grads, strict=True) if output.requires_grad]
     products = torch.autograd.grad(
         [output for output, _ in pairs],
@@ -171,13 +229,16 @@ def _product(
         allow_unused=True,
         materialize_grads=True,
     )
-    return [_apart(product, grads) for product in products]
-
-
-def _apart(product: Tensor, grads: Sequence[Tensor]) -> Tensor:
-    """Contiguous, and a copy where it is a gradient that came in: an operator may not return what it was given."""
     given = {grad.untyped_storage().data_ptr() for grad in grads}
-    return product.clone() if product.untyped_storage().data_ptr() in given else product.contiguous()
+    return [_apart(product, given) for product in products]
+
+
+def _apart(product: Tensor, given: set[int]) -> Tensor:
+    """Contiguous, in memory of its own: an operator may not return what it was given, nor parts of one tensor."""
+    product = product.contiguous()
+    memory = product.untyped_storage()
+    alone = memory.nbytes() == product.numel() * product.element_size() and memory.data_ptr() not in given
+    return product if alone else product.clone()
 
 
 def _laid_out(result: Tensor, model: Tensor) -> Tensor:
@@ -189,5 +250,5 @@ def _laid_out(result: Tensor, model: Tensor) -> Tensor:
 
 def no_autocast(inputs: Sequence[Any]) -> AbstractContextManager[Any]:
     """Autocast off on the device of the first tensor: the operators choose their own precision."""
-    device = next(value.device.type for value in inputs if isinstance(value, Tensor))
+    device = _at(inputs, _places(inputs)[0]).device.type
     return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)

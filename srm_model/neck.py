@@ -11,17 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srm_kernels import (
-    RMSScale,
-    adaptive_pool,
     dyt,
     full_attention,
     fuses,
     gated_fusion,
     landmark_side,
+    merge_links,
     nystrom_attention,
-    pooled_link,
+    pooled_links,
+    project_sources,
     rms_scale,
     select_landmarks,
+    tau_loss,
 )
 from srm_kernels.attention.reference import normalised_key, normalised_query
 
@@ -53,6 +54,11 @@ class DyT(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.backend = backend
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """α, w and b."""
+        return self.alpha, self.weight, self.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, C) → (…, C)."""
@@ -122,54 +128,10 @@ class Link(nn.Module):
             neumann_gate=c.neumann_gate,
             qk_norm=c.qk_norm,
             solve_dtype=c.solve_dtype,
-            generator=self._generator(),
+            generator=self.generator(),
             diagnostics=diagnostics,
             backend=c.backend,
         )
-
-    def pooled(
-        self, features: Tensor, align: nn.Conv2d, source: Tensor, *, statistics: bool
-    ) -> tuple[Tensor, RMSScale | None]:
-        """The update U pooled, (B, C, P, P), from the target's map before it is aligned, and the statistic of Y."""
-        c = self.config
-        tokens = source.flatten(2).mT
-        tokens = self.dyt_key(tokens) if c.dyt else tokens
-        k, v = self._heads(self.key(tokens)), self._heads(self.value(tokens))
-        keys, x = landmark_side(
-            k,
-            v,
-            c.rank,
-            method=self.landmark_method,
-            gamma=c.gamma,
-            ridge=c.ridge,
-            solver=c.solver,
-            equilibrate=c.equilibrate,
-            kappa_max=c.kappa_max,
-            neumann_order=c.neumann_order,
-            neumann_gate=c.neumann_gate,
-            qk_norm=c.qk_norm,
-            generator=self._generator(),
-            backend=c.backend,
-        )
-        assert align.bias is not None
-        weights = (align.weight.flatten(1), align.bias, self.query.weight)
-        align_weight, align_bias, query_weight = (weight.to(k.dtype) for weight in weights)
-        query = self.dyt_query if c.dyt else None
-        link = pooled_link(
-            features.to(k.dtype),
-            align_weight,
-            align_bias,
-            query_weight,
-            keys,
-            size=c.pool_size,
-            dyt=None if query is None else (query.alpha, query.weight, query.bias),
-            x=x if statistics else None,
-            qk_norm=c.qk_norm,
-            backend=c.backend,
-        )
-        with torch.autocast(k.device.type, enabled=False):
-            y = (link.probabilities @ x).to(k.dtype)  # X may be far larger than Y: the product is fp32
-        return self.merge(y).mT.unflatten(-1, (c.pool_size, c.pool_size)), link.scale
 
     @property
     def landmark_method(self) -> str:
@@ -177,7 +139,8 @@ class Link(nn.Module):
         sampled = self.config.landmarks == "leverage_sample"
         return "leverage" if sampled and not self.training else self.config.landmarks
 
-    def _generator(self) -> torch.Generator | None:
+    def generator(self) -> torch.Generator | None:
+        """Where landmarks are sampled, one of a fresh seed."""
         if self.landmark_method != "leverage_sample":
             return None
         return torch.Generator().manual_seed(int(torch.randint(2**62, ())))
@@ -191,13 +154,6 @@ class Link(nn.Module):
     def tau(self) -> Tensor:
         """τ_h = exp(θ_h), (H,); ones where the rescaler is off."""
         return self.theta.exp() if self.config.tau else torch.ones_like(self.sigma)
-
-    def tau_loss(self, sigma: Tensor | None = None) -> Tensor:
-        """mean_h (log((τ σ̄ + 1e-6) / σ_ref))² at σ̄, or at `sigma` (H,); only θ receives its gradient."""
-        if not self.config.tau:
-            return self.sigma.new_zeros(())
-        sigma = self.sigma if sigma is None else sigma
-        return (((self.tau() * sigma + TAU_FLOOR) / self.reference_scale).log().square()).mean()
 
     @torch.no_grad()
     def tracked(self, sigma: Tensor) -> Tensor:
@@ -233,7 +189,7 @@ class Link(nn.Module):
                 self.config.rank,
                 method=self.landmark_method,
                 gamma=self.config.gamma,
-                generator=self._generator(),
+                generator=self.generator(),
             )
             K = K.gather(-2, index[..., None].expand(*index.shape, K.shape[-1]))
         return Q @ K.mT / math.sqrt(Q.shape[-1])
@@ -366,7 +322,7 @@ class SRMNeck(nn.Module):
             updated = self._mix(
                 aligned, self._pool_sources(aligned), pooled=not return_pyramid, statistics=statistics
             )
-            maps = [self._pooled(updated[stage]) for stage in self.config.fused_stages]
+            maps = self._fused_stages(updated)
             whole = [updated[stage] for stage in STAGES] if return_pyramid else None
         output = self._fuse(maps, whole, statistics, finish=not given)
         if statistics is not None and not given:
@@ -451,36 +407,101 @@ class SRMNeck(nn.Module):
         return updated
 
     def _fuses(self, pyramid: Sequence[Tensor]) -> bool:
-        """Whether links run as `pooled_link`: exact attention and blocks in the model's dtype have no such form."""
+        """Whether links run as `pooled_links`: exact attention and blocks in the model's dtype have no such form."""
         c = self.config
         if self.attention != "nystrom" or c.solve_dtype != "fp32" or not self._acting:
             return False
         grids = [pyramid[source - 1].shape[-2:] for source, _ in self._acting]
         rank = max(min(c.rank, grid.numel()) for grid in grids)  # never more landmarks than keys
-        return fuses(pyramid[0], c.head_dim, rank, c.pool_size, backend=c.backend)
+        held = c.channels if c.dyt or c.qk_norm == "both" else 0
+        return fuses(pyramid[0], c.head_dim, rank, c.pool_size, held, backend=c.backend)
 
-    def _mix_fused(self, pyramid: Sequence[Tensor], statistics: BatchStatistics | None) -> list[Tensor]:
-        """The fused stages' maps (B, C, P, P): sources aligned whole, targets read where they are and pooled first."""
+    def _mix_fused(self, pyramid: Sequence[Tensor], statistics: BatchStatistics | None) -> Tensor:
+        """The fused stages' maps (B, S, C, P, P): sources are aligned whole, targets read where they are."""
         c = self.config
+        device = pyramid[0].device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else pyramid[0].dtype
         stages = sorted({source for source, _ in c.links})
         sources = self._pool_sources({stage: self.align[stage - 1](pyramid[stage - 1]) for stage in stages})
-        track = statistics is not None and not statistics.finished
-        updates: dict[int, Tensor] = {}
-        for source, target in self._acting:
-            features = pyramid[target - 1]
-            update, scale = self._link(source, target).pooled(
-                features, cast(nn.Conv2d, self.align[target - 1]), sources[source], statistics=track
+        links = [self._link(*pair) for pair in self._acting]
+        with torch.autocast(device, enabled=False):  # operators choose their own precision
+            keys, xs = self._key_sides({stage: m.to(dtype) for stage, m in sources.items()})
+            align = {stage: self._align_of(stage) for stage in c.fused_stages}
+            targets = [c.fused_stages.index(target) for _, target in self._acting]
+            track = statistics is not None and not statistics.finished
+            pooled = pooled_links(
+                [pyramid[stage - 1].to(dtype) for stage in c.fused_stages],
+                [align[target] for _, target in self._acting],
+                [link.query.weight for link in links],
+                keys,
+                targets,
+                size=c.pool_size,
+                dyt=[link.dyt_query.tensors for link in links] if c.dyt else None,
+                xs=xs if track else None,
+                qk_norm=c.qk_norm,
+                backend=c.backend,
             )
-            if statistics is not None and scale is not None:
-                tokens = features.shape[0] * features.shape[2] * features.shape[3]
-                statistics.add_scale(_link_name(source, target), scale, tokens)
-            updates[target] = updates[target] + update if target in updates else update
-        maps = []
-        for stage in c.fused_stages:
-            m = adaptive_pool(pyramid[stage - 1], c.pool_size, backend=c.backend)
-            m = self.align[stage - 1](m)
-            maps.append(m + self.beta[str(stage)] * updates[stage] if stage in updates else m)
-        return maps
+            if statistics is not None and pooled.scales is not None:
+                for (source, target), scale in zip(self._acting, pooled.scales, strict=True):
+                    positions = pyramid[0].shape[0] * pyramid[target - 1].shape[2:].numel()
+                    statistics.add_scale(_link_name(source, target), scale, positions)
+            return merge_links(
+                pooled,
+                xs,
+                [align[stage] for stage in c.fused_stages],
+                [link.output.weight for link in links],
+                targets,
+                [self.beta[str(target)] for _, target in self._acting],
+                thetas=[link.theta for link in links] if c.tau else None,
+                backend=c.backend,
+            )
+
+    def _key_sides(self, sources: dict[int, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """K̃ and X (B, H, r, d) of every acting link; those of one source take one launch together.
+
+        Where landmarks are sampled, every link draws its own.
+        """
+        c = self.config
+        sides: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        groups = [[pair for pair in self._acting if pair[0] == source] for source in sources]
+        if c.landmarks == "leverage_sample":
+            groups = [[pair] for pair in self._acting]
+        for pairs in filter(None, groups):
+            links = [self._link(*pair) for pair in pairs]
+            m = sources[pairs[0][0]]
+            k, v = project_sources(
+                m.flatten(2).mT,
+                [link.key.weight for link in links],
+                [link.value.weight for link in links],
+                dyt=[link.dyt_key.tensors for link in links] if c.dyt else None,
+                backend=c.backend,
+            )
+            k, v = (t.unflatten(-1, (c.heads, c.head_dim)).transpose(-2, -3).flatten(0, 1) for t in (k, v))
+            keys, x = landmark_side(
+                k,
+                v,
+                c.rank,
+                method=links[0].landmark_method,
+                gamma=c.gamma,
+                ridge=c.ridge,
+                solver=c.solver,
+                equilibrate=c.equilibrate,
+                kappa_max=c.kappa_max,
+                neumann_order=c.neumann_order,
+                neumann_gate=c.neumann_gate,
+                qk_norm=c.qk_norm,
+                generator=links[0].generator(),
+                backend=c.backend,
+            )
+            parts = (t.unflatten(0, (len(links), -1)).unbind() for t in (keys, x))
+            sides |= dict(zip(pairs, zip(*parts, strict=True), strict=True))
+        return [sides[pair][0] for pair in self._acting], [sides[pair][1] for pair in self._acting]
+
+    def _align_of(self, stage: int) -> tuple[Tensor, Tensor]:
+        conv = cast(nn.Conv2d, self.align[stage - 1])
+        assert conv.bias is not None
+        return conv.weight.flatten(1), conv.bias
 
     def _pool_tokens(self, y: Tensor, height: int, width: int) -> Tensor:
         """(B, H, h·w, d) → (B, H, P·P, d)."""
@@ -492,9 +513,12 @@ class SRMNeck(nn.Module):
         P = self.config.pool_size
         return m if m.shape[-2:] == (P, P) else F.adaptive_avg_pool2d(m, P)
 
+    def _fused_stages(self, maps: dict[int, Tensor]) -> Tensor:
+        return torch.stack([self._pooled(maps[stage]) for stage in self.config.fused_stages], 1)
+
     def _fuse(
         self,
-        maps: list[Tensor],
+        maps: Tensor,
         pyramid: list[Tensor] | None,
         statistics: BatchStatistics | None = None,
         *,
@@ -502,9 +526,9 @@ class SRMNeck(nn.Module):
     ) -> NeckOutput:
         c = self.config
         fusion = gated_fusion(
-            torch.stack(maps, 1),
-            self.gate(maps),
-            cap=self._cap(maps[0]) if c.gain_cap is not None else None,
+            maps,
+            self.gate(maps.unbind(1)),
+            cap=self._cap(maps) if c.gain_cap is not None else None,
             temperature=c.gate_temperature,
             backend=c.backend,
         )
@@ -512,28 +536,34 @@ class SRMNeck(nn.Module):
             sigma, gate = {}, BatchStatistics()
         else:
             if not statistics.finished:
-                statistics.add_gate(fusion.weights.detach(), self._rms(fusion.norm.detach(), maps[0]))
+                statistics.add_gate(fusion.weights.detach(), self._rms(fusion.norm.detach(), maps))
                 if finish:
                     statistics.finish()
             sigma, gate = statistics.sigma, statistics
         entropy, balance = gate.gate_losses(
             fusion.weights, entropy_floor=c.entropy_floor * math.log(len(c.fused_stages)), backend=c.backend
         )
-        taus = []
-        for pair in self._acting:
-            link, seen = self._link(*pair), sigma.get(_link_name(*pair))
-            taus.append(link.tau_loss(None if seen is None else link.tracked(seen)))
-        tau = torch.stack(taus).mean() if taus else entropy.new_zeros(())
+        tau = self._tau_loss(sigma) if self._acting and c.tau else entropy.new_zeros(())
         losses = {"tau": tau, "entropy": entropy, "balance": balance}
         return NeckOutput(fusion.fused, fusion.weights, fusion.gain, fusion.norm, losses, pyramid)
 
-    def _cap(self, m: Tensor) -> Tensor:
+    def _tau_loss(self, sigma: dict[str, Tensor]) -> Tensor:
+        """L_τ at σ̄ as it is, or as it will be after a batch of statistic `sigma`; only θ receives its gradient."""
+        thetas, sigmas = [], []
+        for pair in self._acting:
+            link, seen = self._link(*pair), sigma.get(_link_name(*pair))
+            thetas.append(link.theta)
+            sigmas.append(link.sigma if seen is None else link.tracked(seen))
+        c = self.config
+        return tau_loss(thetas, sigmas, reference=math.sqrt(c.head_dim), floor=TAU_FLOOR, backend=c.backend)
+
+    def _cap(self, maps: Tensor) -> Tensor:
         """c = gain_cap · M₀ · √(C·P·P)."""
         assert self.config.gain_cap is not None
-        return self.config.gain_cap * self.median_rms * math.sqrt(m[0].numel())
+        return self.median_rms * (self.config.gain_cap * math.sqrt(maps[0, 0].numel()))
 
-    def _rms(self, norm: Tensor, m: Tensor) -> Tensor:
-        return norm / math.sqrt(m[0].numel())
+    def _rms(self, norm: Tensor, maps: Tensor) -> Tensor:
+        return norm / math.sqrt(maps[0, 0].numel())
 
     @torch.no_grad()
     def _track_norms(self, rms: Tensor) -> None:
@@ -558,10 +588,10 @@ class SRMNeck(nn.Module):
             for source, target in self.config.links:
                 self._link(source, target).calibrate(aligned[target], aligned[source])
             updated = self._mix(aligned, aligned, pooled=True)
-            maps = [self._pooled(updated[stage]) for stage in self.config.fused_stages]
+            maps = self._fused_stages(updated)
             self.median_rms.fill_(math.inf)
-            norm = gated_fusion(torch.stack(maps, 1), self.gate(maps), cap=None).norm
-            self._track_norms(self._rms(norm, maps[0]))
+            norm = gated_fusion(maps, self.gate(maps.unbind(1)), cap=None).norm
+            self._track_norms(self._rms(norm, maps))
 
     @torch.no_grad()
     def clamp_(self) -> None:
@@ -583,7 +613,7 @@ class SRMNeck(nn.Module):
             }
             before = {target: self._pooled(aligned[target]) for _, target in self._acting}
             after = self._mix(aligned, aligned, pooled=True)
-            out = self._fuse([self._pooled(after[stage]) for stage in self.config.fused_stages], None)
+            out = self._fuse(self._fused_stages(after), None)
         ratios = {t: float((after[t] - before[t]).norm() / before[t].norm()) for t in before}
         assert out.weights is not None
         assert out.gain is not None

@@ -1,8 +1,12 @@
-"""The fused neck: a link from a map of the backbone, pooled before anything is written (SPEC 1, article 3.2)."""
+"""The fused neck: all links of a schedule from the backbone's maps to what the gate reads (SPEC 1 and 3, article 3.2).
+
+`project_sources` and `landmark_side` make the key side, `pooled_links` the query side, `merge_links` the updated maps.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,149 +20,310 @@ from ..runtime import kernels_by_name, roomy
 from ..scale import RMSScale
 from . import reference
 
-_KERNELS = f"{__name__}.kernels"
+_KERNELS, _BACKWARD, _ENDS = (
+    f"{__name__}.{module}" for module in ("kernels", "backward_kernels", "end_kernels")
+)
 LARGEST_GRID = 32
 LARGEST_TILE = 64 * 128  # r·d
+MOST_CHANNELS = 256  # of tokens that are held at once
+DyTParameters = tuple[Tensor, Tensor, Tensor]
 
 
-class PooledLink(NamedTuple):
-    """P̄ (B, H, P², r) in fp32 (fp64 for fp64), and the statistic of Y = L X where X was given."""
+class PooledLinks(NamedTuple):
+    """P̄ (L, B, H, P², r) in fp32 (fp64 for fp64), zeros beyond a link's own r; pool(F) (B, P², ΣC_i), the maps beside
+    one another; and the statistic of every link's Y = L X where X was given."""
 
     probabilities: Tensor
-    scale: RMSScale | None
+    maps: Tensor
+    scales: list[RMSScale] | None
 
 
-def _fake(
-    features: Tensor,
-    align_weight: Tensor,
-    align_bias: Tensor,
-    alpha: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    query_weight: Tensor,
-    keys: Tensor,
-    x: Tensor | None,
+_project = register_operator(
+    "project_sources",
+    "Tensor tokens, Tensor[] key_weights, Tensor[] value_weights, Tensor[] alphas, Tensor[] weights, "
+    "Tensor[] biases",
+    "(Tensor, Tensor)",
+    dict.fromkeys(("reference", "sdpa"), reference.project_sources)
+    | {"triton": later(_ENDS, "project_sources")},
+    fake=lambda tokens, key_weights, *_: (
+        tokens.new_empty((len(key_weights), *tokens.shape)),
+        tokens.new_empty((len(key_weights), *tokens.shape)),
+    ),
+    differentiable=("tokens", "key_weights", "value_weights", "alphas", "weights", "biases"),
+)
+
+
+def _fake_links(
+    maps: list[Tensor],
+    align_weights: list[Tensor],
+    align_biases: list[Tensor],
+    alphas: list[Tensor],
+    weights: list[Tensor],
+    biases: list[Tensor],
+    query_weights: list[Tensor],
+    keys: list[Tensor],
+    xs: list[Tensor],
+    targets: list[int],
     size: int,
-    *_: object,
-) -> tuple[Tensor, Tensor, Tensor]:
-    B, H, rank, d = keys.shape
-    shapes = ((0,), (0,)) if x is None else ((B, H, d), (B, H))
+    *others: object,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    B, H, _, d = keys[0].shape
+    L, most = len(keys), max(k.shape[2] for k in keys)
+    shapes = ((L, B, H, d), (L, B, H)) if xs else ((0,), (0,))
     return (
-        keys.new_empty((B, H, size * size, rank)),
-        keys.new_empty(shapes[0]),
-        keys.new_empty(shapes[1]),
+        keys[0].new_empty((L, B, H, size * size, most)),
+        maps[0].new_empty((B, size * size, sum(m.shape[1] for m in maps))),
+        keys[0].new_empty(shapes[0]),
+        keys[0].new_empty(shapes[1]),
     )
 
 
 _pooled = register_operator(
-    "pooled_probabilities",
-    "Tensor features, Tensor align_weight, Tensor align_bias, Tensor? alpha, Tensor? weight, Tensor? bias, "
-    "Tensor query_weight, Tensor keys, Tensor? x, int size, float scale, str? qk_norm",
-    "(Tensor, Tensor, Tensor)",
-    dict.fromkeys(("reference", "sdpa"), reference.pooled_probabilities)
-    | {"triton": later(_KERNELS, "pooled_probabilities")},
-    fake=_fake,
+    "pooled_links",
+    "Tensor[] maps, Tensor[] align_weights, Tensor[] align_biases, Tensor[] alphas, Tensor[] weights, "
+    "Tensor[] biases, Tensor[] query_weights, Tensor[] keys, Tensor[] xs, int[] targets, int size, float scale, "
+    "str? qk_norm",
+    "(Tensor, Tensor, Tensor, Tensor)",
+    dict.fromkeys(("reference", "sdpa"), reference.pooled_links)
+    | {"triton": later(_KERNELS, "pooled_links")},
+    fake=_fake_links,
     differentiable=(
-        "features",
-        "align_weight",
-        "align_bias",
-        "alpha",
-        "weight",
-        "bias",
-        "query_weight",
+        "maps",
+        "align_weights",
+        "align_biases",
+        "alphas",
+        "weights",
+        "biases",
+        "query_weights",
         "keys",
     ),
-    derivatives={"triton": later(_KERNELS, "pooled_probabilities_backward")},
-    constant=(1, 2),
+    derivatives={"triton": later(_BACKWARD, "pooled_links_backward")},
+    constant=(2, 3),
 )
 
 
-def pooled_link(
-    features: Tensor,
-    align_weight: Tensor,
-    align_bias: Tensor,
-    query_weight: Tensor,
-    keys: Tensor,
+def _fake_merged(
+    pooled: Tensor,
+    probabilities: Tensor,
+    xs: list[Tensor],
+    align_weights: list[Tensor],
+    align_biases: list[Tensor],
+    *_: object,
+) -> Tensor:
+    size = math.isqrt(pooled.shape[1])
+    return pooled.new_empty((pooled.shape[0], len(align_weights), align_biases[0].shape[0], size, size))
+
+
+_merge = register_operator(
+    "merge_links",
+    "Tensor pooled, Tensor probabilities, Tensor[] xs, Tensor[] align_weights, Tensor[] align_biases, "
+    "Tensor[] output_weights, Tensor[] thetas, Tensor[] betas, int[] targets",
+    "Tensor",
+    dict.fromkeys(("reference", "sdpa"), reference.merge_links) | {"triton": later(_ENDS, "merge_links")},
+    fake=_fake_merged,
+    differentiable=(
+        "pooled",
+        "probabilities",
+        "xs",
+        "align_weights",
+        "align_biases",
+        "output_weights",
+        "thetas",
+        "betas",
+    ),
+)
+
+
+def project_sources(
+    tokens: Tensor,
+    key_weights: Sequence[Tensor],
+    value_weights: Sequence[Tensor],
+    *,
+    dyt: Sequence[DyTParameters] | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """K = W_K DyT(T) and V = W_V DyT(T) of all links that share a source, in one launch (SPEC 1.2).
+
+    tokens: T (B, N, C), float64, float32, bfloat16 or float16, any strides. key_weights, value_weights: (C, C) for
+    every link, in T's dtype or a wider one, from which they are rounded. dyt: (α, w, b) for every link, no narrower
+    than T, or None. Returns K and V (L, B, N, C) in T's dtype. Differentiable in everything, twice.
+    backend: as in `pooled_links`. Raises TypeError for dtypes, ValueError for shapes.
+    """
+    check_tensors(tokens=tokens)
+    if tokens.dim() != 3:
+        raise ValueError(f"tokens has shape {tuple(tokens.shape)}; expected (B, N, C)")
+    C, L = tokens.shape[2], len(key_weights)
+    _check_counts("key_weights", L, value_weights=value_weights, dyt=dyt)
+    for name, group in (("key_weights", key_weights), ("value_weights", value_weights)):
+        for weight in group:
+            _check_weight(name, weight, (C, C), tokens)
+    alphas, weights, biases = _dyt_lists(dyt, tokens, C)
+    chosen = kernels_by_name(backend, tokens, "project_sources")
+    keys, values = _project(tokens, list(key_weights), list(value_weights), alphas, weights, biases, chosen)
+    return keys, values
+
+
+def pooled_links(
+    maps: Sequence[Tensor],
+    align: Sequence[tuple[Tensor, Tensor]],
+    query_weights: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    targets: Sequence[int],
     *,
     size: int,
-    dyt: tuple[Tensor, Tensor, Tensor] | None = None,
-    x: Tensor | None = None,
+    dyt: Sequence[DyTParameters] | None = None,
+    xs: Sequence[Tensor] | None = None,
     qk_norm: str | None = None,
     scale: float | None = None,
     backend: str | None = None,
-) -> PooledLink:
-    """P̄ = pool(softmax(Q K̃ᵀ s)) with Q = W_Q DyT(A F + a): the query side of a link, pooled (SPEC 1, article 3.2).
+) -> PooledLinks:
+    """P̄ = pool(softmax(Q K̃ᵀ s)), Q = W_Q DyT(A F + a), of all links of a schedule, and pool(F) of the maps they read.
 
-    features: F (B, C_i, h, w), a map of the backbone, float64, float32, bfloat16 or float16, contiguous or
-    channels-last. align_weight: A (C, C_i); align_bias: a (C,); query_weight: W_Q (C, C), in F's dtype.
-    keys: K̃ (B, H, r, d) with C = H·d, landmark keys as `landmark_side` gives them, fp32 (fp64 for fp64).
-    size: P of the P×P grid, whose cells are those of adaptive average pooling. dyt: (α, w, b), no narrower than F,
-    or None for T itself. x: X (B, H, r, d) in the keys' dtype, for the statistic of Y = L X over batch and positions
-    alone; it receives no gradient. qk_norm, scale: as in `nystrom_attention`.
+    maps: F (B, C_i, h, w) each, maps of the backbone, float64, float32, bfloat16 or float16, contiguous or
+    channels-last, of one dtype. targets: for every link the number of the map that it reads; a map may have no link.
+    align: (A (C, C_i), a (C,)) for every link; query_weights: W_Q (C, C) likewise, in F's dtype or a wider one, from
+    which they are rounded. keys: K̃ (B, H, r, d) for every link with C = H·d, landmark keys as `landmark_side` gives
+    them, fp32 (fp64 for fp64); r may differ. size: P of the P×P grid, whose cells are those of adaptive average
+    pooling. dyt: (α, w, b) for every link, no narrower than F, or None for T itself. xs: X (B, H, r, d) for every link
+    in the keys' dtype, for the statistic of Y = L X over batch and positions alone; it receives no gradient.
+    qk_norm, scale: as in `nystrom_attention`.
 
     Then pool(L X) = P̄ X, and the gradient of X is P̄ᵀ times that of the pooled Y. Differentiable in all but X; twice
-    through the reference. Kernels write nothing at full resolution in forward where `dyt` is None and queries are not
-    normalised, else T and Q for the time of the call; for the backward pass F, K̃, weights and P̄ are kept.
-    A NaN stays in its image and head.
-    backend: "triton" takes fp32, bf16 and fp16, d from 8 to 128, r up to 128, r·d up to
-    8,192, P up to 32. They are taken by name only.
+    through the reference. Kernels write nothing at full resolution in forward, neither tokens nor queries, with DyT or
+    without; in backward T, DyT(T), Q and dQ of the links exist for the time of the call. For the backward pass F, K̃,
+    weights and P̄ are kept. A NaN stays in its image and head.
+    backend: "triton" takes fp32, bf16 and fp16, d from 8 to 128, r up to 128, r·d up to 8,192, P up to 32, and C up to
+    256 where `dyt` is given or queries are normalised. They are taken by name only.
     Raises TypeError for dtypes, ValueError for shapes and values, NotImplementedError for a backend that cannot run.
     """
-    check_tensors(
-        features=features, align_weight=align_weight, align_bias=align_bias, query_weight=query_weight
-    )
-    check_tensors(keys=keys, **({} if x is None else {"x": x}))
-    if keys.dtype != wide_dtype(features.dtype):
+    if not maps or not keys:
+        raise ValueError(f"there are {len(maps)} maps and {len(keys)} keys; expected one at least of each")
+    check_tensors(**{f"maps[{i}]": m for i, m in enumerate(maps)})
+    check_tensors(**{f"keys[{i}]": k for i, k in enumerate(keys)})
+    features, first = maps[0], keys[0]
+    if first.dtype != wide_dtype(features.dtype):
         raise TypeError(
-            f"keys is {keys.dtype} and features {features.dtype}; expected keys in fp32 (fp64 for fp64)"
+            f"keys are {first.dtype} and maps {features.dtype}; expected keys in fp32 (fp64 for fp64)"
         )
-    if keys.device != features.device:
-        raise ValueError(f"keys is on {keys.device} and features on {features.device}; expected one device")
-    if features.dim() != 4 or keys.dim() != 4 or keys.shape[0] != features.shape[0]:
-        raise ValueError(
-            f"features has shape {tuple(features.shape)} and keys {tuple(keys.shape)}; "
-            "expected (B, C_i, h, w) and (B, H, r, d)"
-        )
-    C = keys.shape[1] * keys.shape[3]
-    shapes = {"align_weight": (C, features.shape[1]), "align_bias": (C,), "query_weight": (C, C)}
-    for name, tensor in (
-        ("align_weight", align_weight),
-        ("align_bias", align_bias),
-        ("query_weight", query_weight),
-    ):
-        if tensor.shape != shapes[name]:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {shapes[name]}")
-    if x is not None and x.shape != keys.shape:
-        raise ValueError(f"x has shape {tuple(x.shape)} and keys {tuple(keys.shape)}; expected the same")
+    if first.device != features.device:
+        raise ValueError(f"keys are on {first.device} and maps on {features.device}; expected one device")
+    _check_counts(
+        "keys", len(keys), align=align, query_weights=query_weights, targets=targets, dyt=dyt, xs=xs
+    )
+    for m in maps:
+        if m.dim() != 4 or m.shape[0] != features.shape[0]:
+            raise ValueError(
+                f"maps have shapes {[tuple(m.shape) for m in maps]}; expected (B, C_i, h, w), one B"
+            )
+    for k in keys:
+        if k.dim() != 4 or (k.shape[0], k.shape[1], k.shape[3]) != (
+            features.shape[0],
+            first.shape[1],
+            first.shape[3],
+        ):
+            raise ValueError(
+                f"keys have shapes {[tuple(k.shape) for k in keys]}; expected (B, H, r, d), one B, H and d"
+            )
+    C = first.shape[1] * first.shape[3]
+    _check_targets(targets, len(maps))
+    for (weight, bias), query, target in zip(align, query_weights, targets, strict=True):
+        _check_weight("align", weight, (C, maps[target].shape[1]), features)
+        _check_weight("align", bias, (C,), features)
+        _check_weight("query_weights", query, (C, C), features)
+    for k, x in zip(keys, xs or (), strict=False):
+        check_tensors(keys=k, xs=x)
+        if x.shape != k.shape:
+            raise ValueError(f"xs has shape {tuple(x.shape)} and keys {tuple(k.shape)}; expected the same")
     check_count("size", size)
     check_choice("qk_norm", qk_norm, QK_NORMS)
     if scale is not None:
         check_number("scale", scale)
-    if dyt is not None:
-        _check_dyt(dyt, features, C)
-    s = 1 / math.sqrt(keys.shape[-1]) if scale is None else float(scale)
-    chosen = _choose_backend(backend, features, keys.shape[2], keys.shape[3], size)
-    constant = None if x is None else x.detach()
-    pooled, mean, spread = _pooled(
-        features, align_weight, align_bias, *(dyt or (None, None, None)), query_weight, keys, constant, size, s,
-        qk_norm, chosen,
+    alphas, weights, biases = _dyt_lists(dyt, features, C)
+    s = 1 / math.sqrt(first.shape[-1]) if scale is None else float(scale)
+    whole = dyt is not None or qk_norm == "both"
+    chosen = _choose_backend(
+        backend, features, max(k.shape[2] for k in keys), first.shape[3], size, C if whole else 0
+    )
+    pooled, means, mean, spread = _pooled(
+        list(maps), [weight for weight, _ in align], [bias for _, bias in align], alphas, weights, biases,
+        list(query_weights), list(keys), [x.detach() for x in xs or ()], list(targets), size, s, qk_norm, chosen,
     )  # fmt: skip
-    statistic = None if x is None else _over_batch(mean, spread, features.shape[2] * features.shape[3])
-    return PooledLink(pooled, statistic)
+    if xs is None:
+        return PooledLinks(pooled, means, None)
+    positions = [maps[t].shape[2] * maps[t].shape[3] for t in targets]
+    return PooledLinks(
+        pooled, means, [_over_batch(*one) for one in zip(mean, spread, positions, strict=True)]
+    )
 
 
-def fuses(features: Tensor, d: int, rank: int, size: int, *, backend: str | None = None) -> bool:
-    """Whether `pooled_link` would run as kernels for maps like these: what a neck decides its path by.
+def merge_links(
+    pooled: PooledLinks,
+    xs: Sequence[Tensor],
+    align: Sequence[tuple[Tensor, Tensor]],
+    output_weights: Sequence[Tensor],
+    targets: Sequence[int],
+    betas: Sequence[Tensor],
+    *,
+    thetas: Sequence[Tensor] | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """pool(F_t + β_t Σ τ L X W_O) of every map from P̄ and pool(F), as pooling is linear (SPEC 1.3 to 1.5).
 
-    features: a map, of which dtype and device count; d, rank, size: as in `pooled_link`. False where kernels serve
-    attention but not this form of it. Raises NotImplementedError where `backend` names what cannot run at all.
+    pooled: as `pooled_links` gives it. xs: X (B, H, r, d) for every link, as `landmark_side` gives it. align: (A
+    (C, C_i), a (C,)) for every map; output_weights: W_O (C, C) for every link; all in the maps' dtype or a wider one.
+    targets: for every link the number of its map; betas: β of that map, one element. thetas: θ (H,) for every link,
+    τ = exp(θ), or None for τ = 1. Returns (B, S, C, P, P) in the maps' dtype. P̄ X is taken in fp32: X may be far
+    larger than Y. Differentiable in everything, twice.
+    backend: as in `pooled_links`. Raises TypeError for dtypes, ValueError for shapes.
     """
-    if rank * d > LARGEST_TILE or size > LARGEST_GRID:
+    maps, probabilities = pooled.maps, pooled.probabilities
+    check_tensors(maps=maps)
+    check_tensors(probabilities=probabilities, **{f"xs[{i}]": x for i, x in enumerate(xs)})
+    L, B, H, _, most = probabilities.shape
+    _check_counts(
+        "probabilities", L, xs=xs, output_weights=output_weights, targets=targets, betas=betas, thetas=thetas
+    )
+    _check_targets(targets, len(align))
+    for x in xs:
+        if x.dim() != 4 or x.shape[:2] != (B, H) or x.shape[2] > most:
+            raise ValueError(f"xs has shape {tuple(x.shape)}; expected ({B}, {H}, up to {most}, d)")
+    C = H * xs[0].shape[3]
+    for weight, bias in align:
+        _check_weight("align", weight, (C, weight.shape[-1]), maps)
+        _check_weight("align", bias, (C,), maps)
+    if sum(weight.shape[1] for weight, _ in align) != maps.shape[2]:
+        raise ValueError(
+            f"align reads {sum(w.shape[1] for w, _ in align)} channels; expected {maps.shape[2]}"
+        )
+    for name, group, shape in (("output_weights", output_weights, (C, C)), ("thetas", thetas or (), (H,))):
+        for weight in group:
+            _check_weight(name, weight, shape, maps)
+    for beta in betas:
+        _check_weight("betas", beta.reshape(-1), (1,), maps)
+    chosen = kernels_by_name(backend, maps, "merge_links")
+    return _merge(
+        maps, probabilities, list(xs), [weight for weight, _ in align], [bias for _, bias in align],
+        list(output_weights), list(thetas or ()), list(betas), list(targets), chosen,
+    )  # fmt: skip
+
+
+def fuses(
+    features: Tensor, d: int, rank: int, size: int, channels: int = 0, *, backend: str | None = None
+) -> bool:
+    """Whether `pooled_links` would run as kernels for maps like these: what a neck decides its path by.
+
+    features: a map, of which dtype and device count; d, rank, size: as in `pooled_links`; channels: C where DyT is on
+    or queries are normalised, else 0. False where kernels serve attention but not this form of it. Raises
+    NotImplementedError where `backend` names what cannot run at all.
+    """
+    if rank * d > LARGEST_TILE or size > LARGEST_GRID or channels > MOST_CHANNELS:
         return False
-    return _choose_backend(backend, features, rank, d, size) == "triton"
+    return _choose_backend(backend, features, rank, d, size, channels) == "triton"
 
 
-def _choose_backend(requested: str | None, features: Tensor, rank: int, d: int, size: int) -> str:
+def _choose_backend(
+    requested: str | None, features: Tensor, rank: int, d: int, size: int, channels: int
+) -> str:
     refusal = kernel_limits(d, rank)
     if refusal is None and max(d, rank) > 64 and not roomy(features):
         refusal = f"its kernels take d and r up to 64 in this device's shared memory, and d is {d}, r {rank}"
@@ -171,18 +336,40 @@ def _choose_backend(requested: str | None, features: Tensor, rank: int, d: int, 
         refusal = f"its kernels take a grid of up to {LARGEST_GRID}, and P is {size}"
     if refusal is None and rank * d > LARGEST_TILE:
         refusal = f"its kernels take r·d of up to {LARGEST_TILE}, and r is {rank} and d {d}"
-    return kernels_by_name(requested, features, "pooled_link", refusal)
+    if refusal is None and channels > MOST_CHANNELS:
+        refusal = f"its kernels hold tokens of up to {MOST_CHANNELS} channels at once, and C is {channels}"
+    return kernels_by_name(requested, features, "pooled_links", refusal)
 
 
-def _check_dyt(dyt: tuple[Tensor, Tensor, Tensor], features: Tensor, C: int) -> None:
-    alpha, weight, bias = dyt
-    check_tensors(alpha=alpha, weight=weight, bias=bias)
-    if DTYPES.index(alpha.dtype) > DTYPES.index(features.dtype):
-        raise TypeError(f"dyt is {alpha.dtype} and features {features.dtype}; expected dyt no narrower")
-    if alpha.device != features.device:
-        raise ValueError(f"dyt is on {alpha.device} and features on {features.device}; expected one device")
-    if alpha.numel() != 1 or weight.shape != (C,) or bias.shape != (C,):
-        raise ValueError(
-            f"dyt has shapes {tuple(alpha.shape)}, {tuple(weight.shape)} and {tuple(bias.shape)}; "
-            f"expected one element, ({C},) and ({C},)"
-        )
+def _check_counts(name: str, count: int, **groups: Sequence[object] | None) -> None:
+    for other, group in groups.items():
+        if group is not None and len(group) != count:
+            raise ValueError(
+                f"{other} has {len(group)} entries and {name} {count}; expected one for every link"
+            )
+
+
+def _check_targets(targets: Sequence[int], maps: int) -> None:
+    if not all(isinstance(t, int) and 0 <= t < maps for t in targets):
+        raise ValueError(f"targets is {list(targets)}; expected numbers of maps, 0 to {maps - 1}")
+
+
+def _check_weight(name: str, weight: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    """A parameter of this shape on the device of `like`, in its dtype or a wider one."""
+    check_tensors(**{name: weight})
+    if DTYPES.index(weight.dtype) > DTYPES.index(like.dtype):
+        raise TypeError(f"{name} is {weight.dtype} and the maps are {like.dtype}; expected it no narrower")
+    if weight.device != like.device:
+        raise ValueError(f"{name} is on {weight.device} and the maps on {like.device}; expected one device")
+    if weight.shape != torch.Size(shape):
+        raise ValueError(f"{name} has shape {tuple(weight.shape)}; expected {shape}")
+
+
+def _dyt_lists(
+    dyt: Sequence[DyTParameters] | None, like: Tensor, C: int
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    for alpha, weight, bias in dyt or ():
+        for parameter, shape in ((alpha.reshape(-1), (1,)), (weight, (C,)), (bias, (C,))):
+            _check_weight("dyt", parameter, shape, like)
+    alphas, weights, biases = ([group[i] for group in dyt or ()] for i in range(3))
+    return alphas, weights, biases

@@ -1,49 +1,52 @@
-"""Pooled landmark probabilities on the device: from a map of the backbone to P̄, and back.
+"""The pooled links on the device: from the backbone's maps to P̄ and pool(F), all links in one launch.
 
-Forward. A program takes one row of cells, some columns and one (b, h), adds up the probabilities of its positions and
-sums them cell by cell at the end; L and Y are never written. Two roads lead to the logits:
+Two roads lead to the logits, and on neither are T, Q, L or Y written:
 
-- absorbed, without DyT and query normalisation: Q K̃ᵀ s = F·G + g with G = (W_Q A)ᵀ K̃ᵀ s (C_i×r per head), so that
-  neither T nor Q exists. G is fp32; in half precision it enters as a pair, high + low, in two products: one rounding
-  of G would cost 4e-3 of the result, which pooling cannot average.
-- otherwise T and Q are library products, alive during this call alone.
+- absorbed, without DyT and query normalisation: Q K̃ᵀ s = F·G + g with G = (W_Q A)ᵀ K̃ᵀ s (C_i×r per head), which a
+  launch of its own makes for all links. G is fp32; in half precision it enters as a pair, high + low, in two products:
+  one rounding of G would cost 4e-3 of the result, which pooling cannot average. A program takes one row of cells, some
+  columns and one (b, h), adds up the probabilities of its positions and sums them cell by cell at the end.
+- by tokens otherwise: a program takes one cell of an image. It makes T = A F + a of some positions, all channels of it,
+  squashes them, and takes Q, logits and probabilities of one head after the other from them; A and W_Q stream through
+  it. What it keeps from tile to tile is the sums of all heads, [H, r]. A position that several cells hold, where the
+  grid does not divide the map, is made once for each.
+
+The other programs of the same launch pool the maps themselves.
 
 The statistic is that of y = L X, tile by tile by Chan's formula, not tr Xᵀ(LᵀL)X from second moments of L: X may be
 many times larger than Y, what cancels in L X would have to cancel in squares, and r×r moments cost more products than
 r×d. X is then needed at the start, where the launch that makes K̃ has left it; evaluation asks for no statistic.
 
-Backward. Everything between F and L is formed again, Q by library products on either road, so that what a training
-step keeps of a link is F, K̃ and P̄. Every position gathers its gradient from the cells that hold it. Positions belong to
-one program each; its sums for dK̃ are written and added in their order. Nothing is accumulated by atomics.
+Numbers of programs, of an image, are compile-time constants, so that a link's place in a launch is its number times the
+batch, and how an image is divided does not depend on the batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..attention import configurations
 from ..attention.kernels import probabilities
 from ..attention.key_kernels import load_keys, load_matrix, store_matrix
 from ..parts import (
     INFINITY,
     LOG2E,
-    NORM_FLOOR,
     empty,
     on_device,
     padded,
     precision,
     readable,
     rms_factor,
-    rms_factor_product,
     wide_dot,
 )
-from ..pool.kernels import cell_start, cell_stop, first_cell, last_cell, most_cells
-from ..scale.kernels import add_tile, dyt, dyt_backward
+from ..pool.kernels import cell_start, cell_stop
+from ..scale.kernels import add_tile, tanh
 
 
 class Tile(NamedTuple):
@@ -60,19 +63,55 @@ def tile_of(width: int, positions: int) -> Tile:
     return Tile(positions, columns, -(-width // columns))
 
 
-def forward_positions(rank: int, d: int, dtype: torch.dtype, statistics: bool) -> int:
+def forward_positions(
+    rank: int, d: int, dtype: torch.dtype, statistics: bool, capability: tuple[int, int]
+) -> int:
     """What fits in registers beside [r, d] tiles, as `python -m bench.resources` shows it."""
     if not statistics:
-        return 64
-    return 32 if dtype == torch.bfloat16 and padded(rank) * padded(d) <= 64 * 32 else 16
+        return 32 if capability >= (12, 0) else 64
+    return 32 if dtype == torch.bfloat16 and not heavy(rank, d) else 16
 
 
-BACKWARD_POSITIONS = 16
+def token_tile(
+    rank: int, d: int, dtype: torch.dtype, statistics: bool, capability: tuple[int, int]
+) -> tuple[int, int]:
+    """Positions of a tile whose queries are held for all heads, and the channels of T that are made at once."""
+    wide = dtype == torch.float32 or (statistics and dtype != torch.bfloat16)
+    if wide or padded(rank) * padded(d) > 64 * 64:
+        return 16, 32
+    return (32, 32) if heavy(rank, d) or statistics or capability >= (12, 0) else (64, 64)
+
+
+def heavy(rank: int, d: int) -> bool:
+    """Whether [r, d] tiles are larger than those of the default neck."""
+    return padded(rank) * padded(d) > 64 * 32
+
+
+POOLED_ELEMENTS = 2048  # of a tile of channels and columns that is pooled
 
 
 def warps(rank: int, d: int) -> int:
     """Warps of a program that holds [positions, r] and [r, d] tiles."""
-    return 4 if padded(rank) * padded(d) <= 64 * 32 else 8
+    return 8 if heavy(rank, d) else 4
+
+
+@triton.jit
+def pick(values: tl.constexpr, index, COUNT: tl.constexpr):
+    """values[index] of compile-time numbers by a number known at run time."""
+    chosen = index * 0 + values[0]
+    for i in tl.static_range(1, COUNT):
+        chosen = tl.where(index == i, values[i], chosen)
+    return chosen
+
+
+@triton.jit
+def pick_pointer(pointers, index, COUNT: tl.constexpr):
+    """pointers[index] of tensors of one dtype."""
+    chosen = pointers[0]
+    for i in tl.static_range(1, COUNT):
+        if index == i:
+            chosen = pointers[i]
+    return chosen
 
 
 @triton.jit
@@ -94,6 +133,56 @@ def load_positions(ptr, offsets, inside, stride, d: tl.constexpr, D: tl.constexp
 
 
 @triton.jit
+def load_block(ptr, rows, row_limit, columns, column_limit, stride):
+    """[ROWS, COLUMNS] of a matrix whose rows are `stride` apart; zeros outside."""
+    inside = (rows < row_limit)[:, None] & (columns < column_limit)[None, :]
+    return tl.load(ptr + rows[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def softmax(logits, rank: tl.constexpr, R: tl.constexpr):
+    """Rows of logits in units of log 2; zeros in padding. [BLOCK, R]"""
+    logits = tl.where((tl.arange(0, R) < rank)[None, :], logits, -INFINITY)
+    weights = tl.exp2(logits - tl.max(logits, 1)[:, None])
+    return weights / tl.sum(weights, 1)[:, None]
+
+
+@triton.jit
+def mixed_values(x, weights, PRECISION: tl.constexpr):
+    """y = L X of a tile, [BLOCK, D], from X [R, D] and L [BLOCK, R]."""
+    return tl.trans(wide_dot(tl.trans(x), tl.trans(weights), PRECISION))
+
+
+@triton.jit
+def pool_rows(
+    program, map_ptr, pooled_ptr, stride_b, stride_c, stride_h, stride_w, channels: tl.constexpr,
+    h: tl.constexpr, w: tl.constexpr, offset: tl.constexpr, total_channels: tl.constexpr, SIZE: tl.constexpr,
+    GROUP: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """pool(F) of one row of cells and GROUP channels of an image, into columns offset… of (B, P², ΣC)."""
+    groups: tl.constexpr = (channels + GROUP - 1) // GROUP
+    b, i = program // (groups * SIZE), (program // groups % SIZE).to(tl.int32)
+    c, columns = (program % groups).to(tl.int32) * GROUP + tl.arange(0, GROUP), tl.arange(0, WIDTH)
+    inside = (c < channels)[:, None] & (columns < w)[None, :]
+    offsets = c.to(tl.int64)[:, None] * stride_c + columns.to(tl.int64)[None, :] * stride_w
+    start, stop = cell_start(i, h, SIZE), cell_stop(i, h, SIZE)
+    total = tl.zeros([GROUP, WIDTH], tl.float32)
+    for y in range(start, stop):
+        row_ptr = map_ptr + b * stride_b + tl.cast(y, tl.int64) * stride_h
+        total += tl.load(row_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    for j in range(SIZE):
+        left, right = cell_start(j, w, SIZE), cell_stop(j, w, SIZE)
+        held = (columns >= left) & (columns < right)
+        mean = tl.sum(tl.where(held[None, :], total, 0.0), 1) / ((stop - start) * (right - left))
+        cell = (b * SIZE + i) * SIZE + j
+        tl.store(
+            pooled_ptr + cell * total_channels + offset + c,
+            mean.to(pooled_ptr.dtype.element_ty),
+            mask=c < channels,
+        )
+
+
+@triton.jit
 def absorbed_probabilities(
     map_ptr, offsets, inside, stride, matrix_ptr, shift, channels: tl.constexpr, CHUNK: tl.constexpr,
     rank: tl.constexpr, R: tl.constexpr, PAIR: tl.constexpr, PRECISION: tl.constexpr,
@@ -105,43 +194,32 @@ def absorbed_probabilities(
         c = first + tl.arange(0, CHUNK)
         mask = inside[:, None] & (c < channels)[None, :]
         values = tl.load(map_ptr + offsets[:, None] + c.to(tl.int64)[None, :] * stride, mask=mask, other=0.0)
-        known = (i < rank)[:, None] & (c < channels)[None, :]
-        matrix = tl.load(matrix_ptr + i[:, None] * channels + c[None, :], mask=known, other=0.0)
+        matrix = load_block(matrix_ptr, i, rank, c, channels, channels)
         high = matrix.to(values.dtype)
         logits = tl.dot(values, tl.trans(high), logits, input_precision=PRECISION)
         if PAIR:
             low = (matrix - high.to(tl.float32)).to(values.dtype)
             logits = tl.dot(values, tl.trans(low), logits, input_precision=PRECISION)
-    logits = tl.where((i < rank)[None, :], logits, -INFINITY)
-    weights = tl.exp2(logits - tl.max(logits, 1)[:, None])
-    return weights / tl.sum(weights, 1)[:, None]
+    return softmax(logits, rank, R)
 
 
 @triton.jit
-def _forward_kernel(
-    token_ptr, keys_ptr, shift_ptr, x_ptr, out_ptr, mean_ptr, spread_ptr, heads, h, w, blocks, stride_b,
-    stride_head, stride_h, stride_w, stride_c, scale, rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr,
-    D: tl.constexpr, CHANNELS: tl.constexpr, CHUNK: tl.constexpr, ABSORBED: tl.constexpr, PAIR: tl.constexpr,
-    NORMALISE_QUERY: tl.constexpr, NORMALISE_KEYS: tl.constexpr, STATISTICS: tl.constexpr,
-    SIZE: tl.constexpr, CELLS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
+def strip(
+    program, index, map_ptr, matrix_ptr, shift_ptr, x_ptr, part_ptr, mean_ptr, spread_ptr, stride_b, stride_c,
+    stride_h, stride_w, channels: tl.constexpr, h: tl.constexpr, w: tl.constexpr, blocks: tl.constexpr,
+    COLUMNS: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr, rank: tl.constexpr, most: tl.constexpr,
+    R: tl.constexpr, d: tl.constexpr, D: tl.constexpr, PAIR: tl.constexpr, STATISTICS: tl.constexpr,
+    SIZE: tl.constexpr, CELLS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What one block of columns adds to one row of cells of a (b, h), [SIZE, r], and the mean and M₂ of its own y.
 
     Where the grid does not divide the map, neighbouring rows of cells share positions: each takes them for itself,
     and the statistic counts them in the later one.
     """
-    program = tl.program_id(0).to(tl.int64)
     head, i, down, column = place(program, blocks, SIZE, COLUMNS, BLOCK)
-    token_ptr += head // heads * stride_b + head % heads * stride_head
-    shift = tl.zeros([R], tl.float32)
-    keys = shift
-    column_scale = shift
-    if ABSORBED:
-        shift += tl.load(shift_ptr + head * rank + tl.arange(0, R), mask=tl.arange(0, R) < rank, other=0.0)
-    else:
-        keys = load_keys(keys_ptr + head * rank * d, token_ptr, rank, R, d, D)
-        column_scale = rms_factor(keys, d, NORMALISE_KEYS) * (scale * LOG2E)
+    map_ptr += head // HEADS * stride_b
+    ranks = tl.arange(0, R)
+    shift = tl.load(shift_ptr + head * rank + ranks, mask=ranks < rank, other=0.0)
     if STATISTICS:
         x = load_matrix(x_ptr + head * rank * d, rank, R, d, D)
     count = 0.0
@@ -153,310 +231,529 @@ def _forward_kernel(
         row = top + down
         inside = (row < stop) & (column < w)
         offsets = row.to(tl.int64) * stride_h + column.to(tl.int64) * stride_w
-        if ABSORBED:
-            weights = absorbed_probabilities(
-                token_ptr, offsets, inside, stride_c, keys_ptr + head * rank * CHANNELS, shift, CHANNELS,
-                CHUNK, rank, R, PAIR, PRECISION,
-            )  # fmt: skip
-        else:
-            query = load_positions(token_ptr, offsets, inside, stride_c, d, D)
-            weights = probabilities(query, keys, column_scale, rank, R, d, NORMALISE_QUERY, PRECISION)
+        weights = absorbed_probabilities(
+            map_ptr, offsets, inside, stride_c, matrix_ptr + head * rank * channels, shift, channels, CHUNK,
+            rank, R, PAIR, PRECISION,
+        )  # fmt: skip
         total += tl.where(inside[:, None], weights, 0.0)
         if STATISTICS:
             own = inside & (row < cell_start(i + 1, h, SIZE))
-            count, mean, spread = add_tile(
-                count, mean, spread, tl.trans(wide_dot(tl.trans(x), tl.trans(weights), PRECISION)), own
-            )
+            count, mean, spread = add_tile(count, mean, spread, mixed_values(x, weights, PRECISION), own)
     j = tl.arange(0, CELLS)
     left, right = cell_start(j, w, SIZE), cell_stop(j, w, SIZE)
     held = (column[None, :] >= left[:, None]) & (column[None, :] < right[:, None]) & (j < SIZE)[:, None]
     pooled = wide_dot(held.to(tl.float32), total, PRECISION) / ((stop - start) * (right - left))[:, None]
-    store_matrix(out_ptr + program * SIZE * rank, pooled, j, SIZE, CELLS, rank, R)
+    store_matrix(part_ptr + index * SIZE * most, pooled, j, SIZE, CELLS, most, R)
     if STATISTICS:
         columns = tl.arange(0, D)
-        tl.store(mean_ptr + program * d + columns, mean, mask=columns < d)
-        tl.store(spread_ptr + program, spread)
+        tl.store(mean_ptr + index * d + columns, mean, mask=columns < d)
+        tl.store(spread_ptr + index, spread)
+
+
+@triton.jit(do_not_specialize=["batch"])
+def _absorbed_kernel(
+    map_ptrs, matrix_ptrs, shift_ptrs, x_ptrs, part_ptr, mean_ptr, spread_ptr, pooled_ptr, batch, strides_b,
+    strides_c, strides_h, strides_w, LINKS: tl.constexpr, MAPS: tl.constexpr, TARGETS: tl.constexpr,
+    FIRSTS: tl.constexpr, POOLS: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr,
+    CHUNKS: tl.constexpr, GROUPS: tl.constexpr, POOL_WIDTHS: tl.constexpr, CHANNELS: tl.constexpr,
+    OFFSETS: tl.constexpr, HEIGHTS: tl.constexpr, WIDTHS: tl.constexpr, RANKS: tl.constexpr,
+    HEADS: tl.constexpr, most: tl.constexpr, R: tl.constexpr, d: tl.constexpr, D: tl.constexpr,
+    PAIR: tl.constexpr, STATISTICS: tl.constexpr, SIZE: tl.constexpr, CELLS: tl.constexpr,
+    BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Strips of every link, then pool(F) of every map."""
+    program = tl.program_id(0).to(tl.int64)
+    for link in tl.static_range(LINKS):
+        if (program >= batch * FIRSTS[link]) & (program < batch * FIRSTS[link + 1]):
+            strip(
+                program - batch * FIRSTS[link], program, map_ptrs[TARGETS[link]], matrix_ptrs[link],
+                shift_ptrs[link], x_ptrs[link], part_ptr, mean_ptr, spread_ptr, strides_b[TARGETS[link]],
+                strides_c[TARGETS[link]], strides_h[TARGETS[link]], strides_w[TARGETS[link]],
+                CHANNELS[TARGETS[link]], HEIGHTS[TARGETS[link]], WIDTHS[TARGETS[link]], BLOCKS[link],
+                COLUMNS[link], CHUNKS[link], HEADS, RANKS[link], most, R, d, D, PAIR, STATISTICS, SIZE,
+                CELLS, BLOCK, PRECISION,
+            )  # fmt: skip
+    for m in tl.static_range(MAPS):
+        if (program >= batch * POOLS[m]) & (program < batch * POOLS[m + 1]):
+            pool_rows(
+                program - batch * POOLS[m], map_ptrs[m], pooled_ptr, strides_b[m], strides_c[m], strides_h[m],
+                strides_w[m], CHANNELS[m], HEIGHTS[m], WIDTHS[m], OFFSETS[m], OFFSETS[MAPS], SIZE, GROUPS[m],
+                POOL_WIDTHS[m],
+            )  # fmt: skip
 
 
 @triton.jit
-def _gather_kernel(
-    part_ptr, part_mean_ptr, part_spread_ptr, out_ptr, mean_ptr, spread_ptr, h, w, blocks,
-    rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr,
-    CELLS: tl.constexpr, COLUMNS: tl.constexpr, STATISTICS: tl.constexpr,
+def queries_of(
+    map_ptr, offsets, inside, stride, align_ptr, bias_ptr, alpha_ptr, dyt_weight_ptr, dyt_bias_ptr, query_ptr,
+    channels: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
+    HP: tl.constexpr, d: tl.constexpr, D: tl.constexpr, DYT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """P̄ of one (b, h) from the blocks of columns, and the statistic from all programs about their common mean."""
-    head = tl.program_id(0).to(tl.int64)
-    for i in range(SIZE):
-        total = tl.zeros([CELLS, R], tl.float32)
-        for block in range(blocks):
-            index = (head * SIZE + i) * blocks + block
-            total += load_matrix(part_ptr + index * SIZE * rank, SIZE, CELLS, rank, R)
-        store_matrix(
-            out_ptr + (head * SIZE + i) * SIZE * rank, total, tl.arange(0, CELLS), SIZE, CELLS, rank, R
-        )
+    """Q of one tile in the map's dtype, [BLOCK, HP·D], from TOKENS channels of DyT(A F + a) after others.
+
+    Heads are padded to HP and each to D, with zeros. Numbers are rounded where modules round.
+    """
+    dtype = map_ptr.dtype.element_ty
+    n = tl.arange(0, HP * D)
+    real = (n // D < HEADS) & (n % D < d)
+    queries = tl.zeros([offsets.shape[0], HP * D], tl.float32)
+    for start in range(0, C, TOKENS):
+        t = start + tl.arange(0, TOKENS)
+        aligned = tl.zeros([offsets.shape[0], TOKENS], tl.float32)
+        for first in range(0, channels, CHUNK):
+            c = first + tl.arange(0, CHUNK)
+            mask = inside[:, None] & (c < channels)[None, :]
+            place_of = map_ptr + offsets[:, None] + c.to(tl.int64)[None, :] * stride
+            align = load_block(align_ptr, t, C, c, channels, channels).to(dtype)
+            values = tl.load(place_of, mask=mask, other=0.0)
+            aligned = tl.dot(values, tl.trans(align), aligned, input_precision=PRECISION)
+        bias = tl.load(bias_ptr + t, mask=t < C, other=0.0).to(dtype).to(tl.float32)
+        tokens = (aligned + bias[None, :]).to(dtype)
+        if DYT:
+            alpha = tl.load(alpha_ptr).to(tl.float32)
+            weight = tl.load(dyt_weight_ptr + t, mask=t < C, other=0.0).to(tl.float32)
+            bias = tl.load(dyt_bias_ptr + t, mask=t < C, other=0.0).to(tl.float32)
+            tokens = (weight[None, :] * tanh(alpha * tokens.to(tl.float32)) + bias[None, :]).to(dtype)
+        place_of = query_ptr + (n // D * d + n % D)[:, None] * C + t[None, :]
+        weight = tl.load(place_of, mask=real[:, None] & (t < C)[None, :], other=0.0).to(dtype)
+        queries = tl.dot(tokens, tl.trans(weight), queries, input_precision=PRECISION)
+    return queries.to(dtype)
+
+
+@triton.jit
+def cell_probabilities(
+    program, batch_index, map_ptr, align_ptr, bias_ptr, alpha_ptr, dyt_weight_ptr, dyt_bias_ptr, query_ptr,
+    keys_ptr, x_ptr, out_ptr, mean_ptr, spread_ptr, stride_b, stride_c, stride_h, stride_w, scale,
+    channels: tl.constexpr, h: tl.constexpr, w: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr,
+    HP: tl.constexpr, C: tl.constexpr, TOKENS: tl.constexpr, rank: tl.constexpr, most: tl.constexpr,
+    R: tl.constexpr, d: tl.constexpr, D: tl.constexpr, DYT: tl.constexpr,
+    NORMALISE_QUERY: tl.constexpr, NORMALISE_KEYS: tl.constexpr, STATISTICS: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """P̄ of one cell of an image for every head, and the mean and M₂ of its own y.
+
+    `batch_index` is the image's number among those of all links. The statistic counts a position that several cells
+    hold in the last of them.
+    """
+    b, cell = program // (SIZE * SIZE), (program % (SIZE * SIZE)).to(tl.int32)
+    i, j = cell // SIZE, cell % SIZE
+    top, left = cell_start(i, h, SIZE), cell_start(j, w, SIZE)
+    rows = cell_stop(i, h, SIZE) - top
+    width = w // SIZE if w % SIZE == 0 else cell_stop(j, w, SIZE) - left
+    count = rows * width
+    map_ptr += b * stride_b
+    heads, r, e = tl.arange(0, HP), tl.arange(0, R), tl.arange(0, D)
+    total = tl.zeros([HP, R], tl.float32)
+    seen = 0.0
+    means = tl.zeros([HP, D], tl.float32)
+    spreads = tl.zeros([HP], tl.float32)
+    for first in range(0, count, BLOCK):
+        position = first + tl.arange(0, BLOCK)
+        inside = position < count
+        row, column = top + position // width, left + position % width
+        offsets = row.to(tl.int64) * stride_h + column.to(tl.int64) * stride_w
+        queries = queries_of(
+            map_ptr, offsets, inside, stride_c, align_ptr, bias_ptr, alpha_ptr, dyt_weight_ptr, dyt_bias_ptr,
+            query_ptr, channels, C, CHUNK, TOKENS, HEADS, HP, d, D, DYT, PRECISION,
+        )  # fmt: skip
+        queries = tl.reshape(queries, [BLOCK, HP, D])
+        own = inside & (row < cell_start(i + 1, h, SIZE)) & (column < cell_start(j + 1, w, SIZE))
+        for head in range(HEADS):
+            here = heads == head
+            small = (b * HEADS + head) * rank * d
+            query = tl.sum(tl.where(here[None, :, None], queries, 0.0), 1).to(queries.dtype)
+            keys = load_keys(keys_ptr + small, map_ptr, rank, R, d, D)
+            factor = rms_factor(keys, d, NORMALISE_KEYS) * (scale * LOG2E)
+            weights = probabilities(query, keys, factor, rank, R, d, NORMALISE_QUERY, PRECISION)
+            sums = tl.sum(tl.where(inside[:, None], weights, 0.0), 0)
+            total = tl.where(here[:, None], total + sums[None, :], total)
+            if STATISTICS:
+                y = mixed_values(load_matrix(x_ptr + small, rank, R, d, D), weights, PRECISION)
+                mean = tl.sum(tl.where(here[:, None], means, 0.0), 0)
+                spread = tl.sum(tl.where(here, spreads, 0.0), 0)
+                _, mean, spread = add_tile(seen, mean, spread, y, own)
+                means = tl.where(here[:, None], mean[None, :], means)
+                spreads = tl.where(here, spread, spreads)
+        seen += tl.sum(own.to(tl.float32), 0)
+    index = ((batch_index * HEADS + heads) * SIZE + i) * SIZE + j  # [HP]
+    real = heads < HEADS
+    tl.store(
+        out_ptr + index[:, None] * most + r[None, :], total / count, mask=real[:, None] & (r < most)[None, :]
+    )
+    if STATISTICS:
+        tl.store(mean_ptr + index[:, None] * d + e[None, :], means, mask=real[:, None] & (e < d)[None, :])
+        tl.store(spread_ptr + index, spreads, mask=real)
+
+
+@triton.jit(do_not_specialize=["batch"])
+def _tokens_kernel(
+    map_ptrs, align_ptrs, bias_ptrs, alpha_ptrs, dyt_weight_ptrs, dyt_bias_ptrs, query_ptrs, keys_ptrs,
+    x_ptrs, out_ptr, mean_ptr, spread_ptr, pooled_ptr, batch, strides_b, strides_c, strides_h, strides_w,
+    scale, LINKS: tl.constexpr, MAPS: tl.constexpr, TARGETS: tl.constexpr, POOLS: tl.constexpr,
+    CHUNK: tl.constexpr, GROUPS: tl.constexpr, POOL_WIDTHS: tl.constexpr, CHANNELS: tl.constexpr,
+    OFFSETS: tl.constexpr, HEIGHTS: tl.constexpr, WIDTHS: tl.constexpr, RANKS: tl.constexpr,
+    HEADS: tl.constexpr, HP: tl.constexpr, C: tl.constexpr, TOKENS: tl.constexpr, most: tl.constexpr,
+    R: tl.constexpr, d: tl.constexpr, D: tl.constexpr, DYT: tl.constexpr,
+    NORMALISE_QUERY: tl.constexpr, NORMALISE_KEYS: tl.constexpr, STATISTICS: tl.constexpr,
+    SIZE: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Cells of every link, then pool(F) of every map."""
+    program = tl.program_id(0).to(tl.int64)
+    for link in tl.static_range(LINKS):
+        if (program >= batch * (link * SIZE * SIZE)) & (program < batch * ((link + 1) * SIZE * SIZE)):
+            within = program - batch * (link * SIZE * SIZE)
+            cell_probabilities(
+                within, link * batch + within // (SIZE * SIZE), map_ptrs[TARGETS[link]], align_ptrs[link],
+                bias_ptrs[link], alpha_ptrs[link], dyt_weight_ptrs[link], dyt_bias_ptrs[link],
+                query_ptrs[link], keys_ptrs[link], x_ptrs[link], out_ptr, mean_ptr, spread_ptr,
+                strides_b[TARGETS[link]], strides_c[TARGETS[link]], strides_h[TARGETS[link]],
+                strides_w[TARGETS[link]], scale, CHANNELS[TARGETS[link]], HEIGHTS[TARGETS[link]],
+                WIDTHS[TARGETS[link]], CHUNK, HEADS, HP, C, TOKENS, RANKS[link], most, R, d, D, DYT,
+                NORMALISE_QUERY, NORMALISE_KEYS, STATISTICS, SIZE, BLOCKS[link], PRECISION,
+            )  # fmt: skip
+    for m in tl.static_range(MAPS):
+        if (program >= batch * POOLS[m]) & (program < batch * POOLS[m + 1]):
+            pool_rows(
+                program - batch * POOLS[m], map_ptrs[m], pooled_ptr, strides_b[m], strides_c[m], strides_h[m],
+                strides_w[m], CHANNELS[m], HEIGHTS[m], WIDTHS[m], OFFSETS[m], OFFSETS[MAPS], SIZE, GROUPS[m],
+                POOL_WIDTHS[m],
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["batch"])
+def _gather_kernel(
+    part_ptr, part_mean_ptr, part_spread_ptr, out_ptr, mean_ptr, spread_ptr, batch, LINKS: tl.constexpr,
+    FIRSTS: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, HEIGHTS: tl.constexpr,
+    WIDTHS: tl.constexpr, HEADS: tl.constexpr, most: tl.constexpr, R: tl.constexpr, d: tl.constexpr,
+    D: tl.constexpr, SIZE: tl.constexpr, CELLS: tl.constexpr, STRIPS: tl.constexpr, STATISTICS: tl.constexpr,
+):  # fmt: skip
+    """P̄ of one (b, h) of a link from its blocks of columns, and the statistic from all parts about their common mean.
+
+    Parts are strips, of which a row of cells has BLOCKS, or the cells themselves, whose P̄ is whole already.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    link = (program // (batch * HEADS)).to(tl.int32)
+    head = program % (batch * HEADS)
+    h, w = pick(HEIGHTS, link, LINKS), pick(WIDTHS, link, LINKS)
+    blocks, width = pick(BLOCKS, link, LINKS), pick(COLUMNS, link, LINKS)
+    first = batch * pick(FIRSTS, link, LINKS).to(tl.int64) + head * SIZE * blocks
+    if STRIPS:
+        for i in range(SIZE):
+            total = tl.zeros([CELLS, R], tl.float32)
+            for block in range(blocks):
+                index = first + i * blocks + block
+                total += load_matrix(part_ptr + index * SIZE * most, SIZE, CELLS, most, R)
+            place = (program * SIZE + i) * SIZE * most
+            store_matrix(out_ptr + place, total, tl.arange(0, CELLS), SIZE, CELLS, most, R)
     if STATISTICS:
         columns = tl.arange(0, D)
         positions = (h * w).to(tl.float32)
         mean = tl.zeros([D], tl.float32)
         for part in range(SIZE * blocks):
-            rows = cell_start(part // blocks + 1, h, SIZE) - cell_start(part // blocks, h, SIZE)
-            count = (rows * tl.minimum(w - part % blocks * COLUMNS, COLUMNS)).to(tl.float32)
-            means = tl.load(
-                part_mean_ptr + (head * SIZE * blocks + part) * d + columns, mask=columns < d, other=0.0
-            )
+            count = own_positions(part, blocks, width, h, w, SIZE, STRIPS)
+            means = tl.load(part_mean_ptr + (first + part) * d + columns, mask=columns < d, other=0.0)
             mean += means * (count / positions)
         spread = 0.0
         for part in range(SIZE * blocks):
-            rows = cell_start(part // blocks + 1, h, SIZE) - cell_start(part // blocks, h, SIZE)
-            count = (rows * tl.minimum(w - part % blocks * COLUMNS, COLUMNS)).to(tl.float32)
-            index = head * SIZE * blocks + part
-            between = tl.load(part_mean_ptr + index * d + columns, mask=columns < d, other=0.0) - mean
-            spread += tl.load(part_spread_ptr + index) + count * tl.sum(between * between, 0)
-        tl.store(mean_ptr + head * d + columns, mean, mask=columns < d)
-        tl.store(spread_ptr + head, spread)
+            count = own_positions(part, blocks, width, h, w, SIZE, STRIPS)
+            between = (
+                tl.load(part_mean_ptr + (first + part) * d + columns, mask=columns < d, other=0.0) - mean
+            )
+            spread += tl.load(part_spread_ptr + first + part) + count * tl.sum(between * between, 0)
+        tl.store(mean_ptr + program * d + columns, mean, mask=columns < d)
+        tl.store(spread_ptr + program, spread)
 
 
 @triton.jit
-def _backward_kernel(
-    query_ptr, keys_ptr, dout_ptr, dquery_ptr, dkeys_ptr, heads, h, w, blocks, stride_b, stride_head,
-    stride_h, stride_w, stride_c, scale, rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr,
-    D: tl.constexpr, NORMALISE_QUERY: tl.constexpr, NORMALISE_KEYS: tl.constexpr, SIZE: tl.constexpr,
-    MOST_ROWS: tl.constexpr, MOST_COLUMNS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
+def own_positions(part, blocks, width, h, w, SIZE: tl.constexpr, STRIPS: tl.constexpr):
+    """How many positions the statistic counts in a strip or a cell."""
+    i, j = part // blocks, part % blocks
+    rows = cell_start(i + 1, h, SIZE) - cell_start(i, h, SIZE)
+    of_cell = cell_start(j + 1, w, SIZE) - cell_start(j, w, SIZE)
+    columns = tl.minimum(w - j * width, width) if STRIPS else of_cell
+    return (rows * columns).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["batch"])
+def _absorb_kernel(
+    align_ptrs, bias_ptrs, query_ptrs, keys_ptrs, matrix_ptrs, shift_ptrs, kind_ptr, batch, scale,
+    LINKS: tl.constexpr, FIRSTS: tl.constexpr, CHANNELS: tl.constexpr, RANKS: tl.constexpr,
+    HEADS: tl.constexpr, C: tl.constexpr, R: tl.constexpr, d: tl.constexpr, D: tl.constexpr,
+    NORMALISE_KEYS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dQ (B, h, w, H, d) of the positions of one row of cells and block of columns, and what they add to dK̃."""
+    """G [r, C_i] and g [r] of one (b, h) of a link, COLUMNS channels to a program, in units of log 2.
+
+    W_Q A and W_Q a are formed for every image again: they are small, and a launch more costs what they do.
+    """
     program = tl.program_id(0).to(tl.int64)
-    head, i, down, column = place(program, blocks, SIZE, COLUMNS, BLOCK)
-    b, head_of_image = head // heads, head % heads
-    query_ptr += b * stride_b + head_of_image * stride_head
-    keys = load_keys(keys_ptr + head * rank * d, query_ptr, rank, R, d, D)
-    factor = rms_factor(keys, d, NORMALISE_KEYS)
-    dkeys = tl.zeros([R, D], tl.float32)
-    channels, r = tl.arange(0, D), tl.arange(0, R)
-    stop = cell_start(i + 1, h, SIZE)
-    for top in range(cell_start(i, h, SIZE), stop, BLOCK // COLUMNS):
-        row = top + down
-        inside = (row < stop) & (column < w)
-        offsets = row.to(tl.int64) * stride_h + column.to(tl.int64) * stride_w
-        query = load_positions(query_ptr, offsets, inside, stride_c, d, D)
-        weights = probabilities(query, keys, factor * (scale * LOG2E), rank, R, d, NORMALISE_QUERY, PRECISION)
-        dweights = tl.zeros([BLOCK, R], tl.float32)
-        for below in tl.static_range(MOST_ROWS):
-            cell = first_cell(row, h, SIZE) + below
-            rows = cell_stop(cell, h, SIZE) - cell_start(cell, h, SIZE)
-            for beside in tl.static_range(MOST_COLUMNS):
-                other = first_cell(column, w, SIZE) + beside
-                area = rows * (cell_stop(other, w, SIZE) - cell_start(other, w, SIZE))
-                held = inside & (cell <= last_cell(row, h, SIZE)) & (other <= last_cell(column, w, SIZE))
-                cells = (head * SIZE + cell) * SIZE + other
-                dpooled = tl.load(
-                    dout_ptr + cells[:, None] * rank + r[None, :],
-                    mask=held[:, None] & (r < rank)[None, :],
-                    other=0.0,
-                )
-                dweights += dpooled / area[:, None]
-        dlogits = weights * (dweights - tl.sum(weights * dweights, 1)[:, None])
-        row_factor = rms_factor(query, d, NORMALISE_QUERY)
-        dkeys += wide_dot(tl.trans(dlogits * (row_factor * scale)[:, None]), query, PRECISION)
-        dquery = wide_dot(dlogits * (factor * scale)[None, :], keys, PRECISION)
-        dquery = rms_factor_product(dquery, query, d, NORMALISE_QUERY)
-        token = (b * h + row) * w + column
-        mask = inside[:, None] & (channels < d)[None, :]
-        tl.store(
-            dquery_ptr + (token * heads + head_of_image)[:, None] * d + channels[None, :],
-            dquery.to(dquery_ptr.dtype.element_ty),
-            mask=mask,
-        )
-    store_matrix(dkeys_ptr + program * rank * d, dkeys, r, rank, R, d, D)
+    for link in tl.static_range(LINKS):
+        if (program >= batch * FIRSTS[link]) & (program < batch * FIRSTS[link + 1]):
+            absorb(
+                program - batch * FIRSTS[link], align_ptrs[link], bias_ptrs[link], query_ptrs[link],
+                keys_ptrs[link], matrix_ptrs[link], shift_ptrs[link], kind_ptr, scale, CHANNELS[link], HEADS,
+                C, RANKS[link], R, d, D, NORMALISE_KEYS, COLUMNS, CHUNK, PRECISION,
+            )  # fmt: skip
 
 
 @triton.jit
-def _keys_kernel(
-    part_ptr, keys_ptr, dkeys_ptr, parts, rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr,
-    D: tl.constexpr, NORMALISE_KEYS: tl.constexpr,
+def absorb(
+    program, align_ptr, bias_ptr, query_ptr, keys_ptr, matrix_ptr, shift_ptr, kind_ptr, scale,
+    channels: tl.constexpr, HEADS: tl.constexpr, C: tl.constexpr, rank: tl.constexpr, R: tl.constexpr,
+    d: tl.constexpr, D: tl.constexpr, NORMALISE_KEYS: tl.constexpr, COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dK̃ of one (b, h), parts added in their order."""
-    head = tl.program_id(0).to(tl.int64)
-    dkeys = tl.zeros([R, D], tl.float32)
-    for part in range(parts):
-        dkeys += load_matrix(part_ptr + (head * parts + part) * rank * d, rank, R, d, D)
+    """Weights are taken in the maps' dtype, that of `kind_ptr`, as the road by tokens takes them."""
+    dtype = kind_ptr.dtype.element_ty
+    groups: tl.constexpr = (channels + COLUMNS - 1) // COLUMNS
+    head, group = program // groups, (program % groups).to(tl.int32)
+    query_ptr += head % HEADS * d * C
+    e, i = tl.arange(0, D), tl.arange(0, R)
+    columns = group * COLUMNS + tl.arange(0, COLUMNS)
+    composed = tl.zeros([D, COLUMNS], tl.float32)
+    shift = tl.zeros([D], tl.float32)
+    for first in range(0, C, CHUNK):
+        c = first + tl.arange(0, CHUNK)
+        query = load_block(query_ptr, e, d, c, C, C).to(dtype)
+        align = load_block(align_ptr, c, C, columns, channels, channels).to(dtype)
+        composed = tl.dot(query, align, composed, input_precision=PRECISION)
+        bias = tl.load(bias_ptr + c, mask=c < C, other=0.0).to(dtype).to(tl.float32)
+        shift += tl.sum(query.to(tl.float32) * bias[None, :], 1)
     keys = load_matrix(keys_ptr + head * rank * d, rank, R, d, D)
-    dkeys = rms_factor_product(dkeys, keys, d, NORMALISE_KEYS)
-    store_matrix(dkeys_ptr + head * rank * d, dkeys, tl.arange(0, R), rank, R, d, D)
+    keys *= (rms_factor(keys, d, NORMALISE_KEYS) * (scale * LOG2E))[:, None]
+    matrix = wide_dot(keys, composed, PRECISION)
+    inside = (i < rank)[:, None] & (columns < channels)[None, :]
+    tl.store(matrix_ptr + (head * rank + i[:, None]) * channels + columns[None, :], matrix, mask=inside)
+    if group == 0:
+        tl.store(shift_ptr + head * rank + i, tl.sum(keys * shift[None, :], 1), mask=i < rank)
 
 
-def pooled_probabilities(
-    features: Tensor,
-    align_weight: Tensor,
-    align_bias: Tensor,
-    alpha: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    query_weight: Tensor,
-    keys: Tensor,
-    x: Tensor | None,
+class Sizes:
+    """What the launches for one set of shapes are told at compile time."""
+
+    def __init__(
+        self, maps: Sequence[Tensor], keys: Sequence[Tensor], targets: Sequence[int], size: int
+    ) -> None:
+        self.batch, self.heads, _, self.d = keys[0].shape
+        self.size, self.targets = size, tuple(targets)
+        self.channels, self.heights, self.widths = (tuple(m.shape[axis] for m in maps) for axis in (1, 2, 3))
+        self.ranks = tuple(k.shape[2] for k in keys)
+        self.most = max(self.ranks)
+        self.offsets = firsts_of(self.channels)
+
+    def of_heads(self) -> dict[str, Any]:
+        return {
+            "RANKS": self.ranks,
+            "HEADS": self.heads, "most": self.most, "R": padded(self.most), "d": self.d, "D": padded(self.d),
+            "SIZE": self.size,
+        }  # fmt: skip
+
+    def of_links(self) -> dict[str, Any]:
+        return {
+            name: tuple(values[t] for t in self.targets)
+            for name, values in (("HEIGHTS", self.heights), ("WIDTHS", self.widths))
+        }
+
+    def of_maps(self) -> dict[str, Any]:
+        return {
+            "MAPS": len(self.channels), "CHANNELS": self.channels, "OFFSETS": self.offsets,
+            "HEIGHTS": self.heights, "WIDTHS": self.widths,
+        }  # fmt: skip
+
+    def of_pooling(self) -> dict[str, Any]:
+        widths = tuple(map(triton.next_power_of_2, self.widths))
+        return self.of_maps() | {"POOL_WIDTHS": widths, "GROUPS": self._groups()}
+
+    def _groups(self) -> tuple[int, ...]:
+        return tuple(
+            max(1, min(POOLED_ELEMENTS // triton.next_power_of_2(w), triton.next_power_of_2(c)))
+            for w, c in zip(self.widths, self.channels, strict=True)
+        )
+
+    def pool_firsts(self, before: int) -> tuple[int, ...]:
+        """First programs of an image that pool each map, `before` of others before them, and one past the last."""
+        counts = (self.size * -(-c // g) for c, g in zip(self.channels, self._groups(), strict=True))
+        return tuple(before + first for first in firsts_of(counts))
+
+    def chunks(self) -> tuple[int, ...]:
+        """Channels of a product with G."""
+        return tuple(16 if self.channels[t] <= 16 or self.most > 64 else 32 for t in self.targets)
+
+    def cell_blocks(self, most: int) -> tuple[int, ...]:
+        """Positions of a tile of a cell: no more than a cell has."""
+        areas = (
+            (-(-self.heights[t] // self.size) + 1) * (-(-self.widths[t] // self.size) + 1)
+            for t in self.targets
+        )
+        return tuple(max(16, min(most, triton.next_power_of_2(area))) for area in areas)
+
+
+def firsts_of(counts: Any) -> tuple[int, ...]:
+    """Where each of several ranges of these lengths starts, and where the last one ends."""
+    firsts = [0]
+    for count in counts:
+        firsts.append(firsts[-1] + count)
+    return tuple(firsts)
+
+
+def contiguous(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(readable(t).contiguous() for t in tensors)
+
+
+def strides_of(maps: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
+    """Of all maps by image, channel, row and column."""
+    return tuple(tuple(m.stride(axis) for m in maps) for axis in range(4))
+
+
+def pooled_links(
+    maps: Sequence[Tensor],
+    align_weights: Sequence[Tensor],
+    align_biases: Sequence[Tensor],
+    alphas: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    query_weights: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    targets: Sequence[int],
     size: int,
     scale: float,
     qk_norm: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(P̄, pool(F), mean, M₂) as `reference.pooled_links` gives them."""
+    sizes = Sizes(maps, keys, targets, size)
+    dtype, maps, keys = maps[0].dtype, [readable(m) for m in maps], [k.contiguous() for k in keys]
+    statistics = bool(xs)
+    xs = [x.contiguous() for x in xs] or keys
+    pooled = empty((sizes.batch, size * size, sizes.offsets[-1]), maps[0], maps[0].dtype)
+    parameters = contiguous(align_weights), contiguous(align_biases), contiguous(query_weights)
+    with on_device(maps[0]):
+        if not alphas and qk_norm != "both":
+            found = _by_strips(sizes, maps, parameters, keys, xs, pooled, scale, qk_norm, statistics)
+        else:
+            squashing = [contiguous(group) for group in (alphas, weights, biases)] if alphas else []
+            found = _by_cells(
+                sizes, maps, parameters, squashing, keys, xs, pooled, scale, qk_norm, statistics
+            )
+    probabilities, mean, spread = found
+    return probabilities, pooled.to(dtype), mean, spread
+
+
+Parameters = tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]  # A, a and W_Q of every link
+
+
+def _by_strips(
+    sizes: Sizes,
+    maps: Sequence[Tensor],
+    parameters: Parameters,
+    keys: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    pooled: Tensor,
+    scale: float,
+    qk_norm: str | None,
+    statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(P̄, mean, M₂) as `reference.pooled_probabilities` gives them."""
-    B, channels, h, w = features.shape
-    _, H, rank, d = keys.shape
-    keys = keys.contiguous()
-    absorbed = alpha is None and qk_norm != "both"
-    if absorbed:
-        tokens = readable(features)
-        strides = (tokens.stride(0), 0, *tokens.stride()[2:], tokens.stride(1))
-        composed, shift = _composed(align_weight, align_bias, query_weight)
-        landmarks = keys * (scale * LOG2E.value)
-        if qk_norm is not None:
-            norm = torch.linalg.vector_norm(keys, dim=-1, keepdim=True)
-            landmarks = landmarks * (d**0.5 / (norm + NORM_FLOOR.value))
-        matrix = landmarks @ composed.view(H, d, channels)  # G (B, H, r, C_i)
-        shift = (landmarks @ shift.view(H, d, 1)).contiguous()  # g (B, H, r)
-    else:
-        _, _, queries = _queries(features, align_weight, align_bias, alpha, weight, bias, query_weight)
-        tokens = readable(queries)
-        strides = _strides(h, w, H, d)
-        matrix = shift = keys
-    tile = tile_of(w, forward_positions(rank, d, tokens.dtype, x is not None))
-    programs = B * H * size * tile.blocks
-    statistics = x is not None
-    gathered = statistics or tile.blocks > 1
-    part = empty((B, H, size, tile.blocks, size, rank), keys, torch.float32)
-    pooled = empty((B, H, size * size, rank), keys, torch.float32) if gathered else part.view(B, H, -1, rank)
-    mean, spread, part_mean, part_spread = (
-        empty(shape if statistics else (0,), keys, torch.float32)
-        for shape in ((B, H, d), (B, H), (programs, d), (programs,))
-    )
-    shape = {"rank": rank, "R": padded(rank), "d": d, "D": padded(d), "STATISTICS": statistics}
-    grid = {"SIZE": size, "CELLS": padded(size), "COLUMNS": tile.columns}
-    with on_device(features):
-        _forward_kernel[(programs,)](
-            tokens, matrix, shift, keys if x is None else x.contiguous(), part, part_mean, part_spread, H, h,
-            w, tile.blocks, *strides, scale, **shape, **grid, CHANNELS=channels,
-            CHUNK=16 if channels <= 16 or rank > 64 else 32, ABSORBED=absorbed, PAIR=tokens.dtype != torch.float32,
-            NORMALISE_QUERY=qk_norm == "both", NORMALISE_KEYS=qk_norm is not None, BLOCK=tile.positions,
-            PRECISION=precision(tokens.dtype), num_warps=warps(rank, d), num_stages=2,
-        )  # fmt: skip
-        if gathered:
-            _gather_kernel[(B * H,)](
-                part, part_mean, part_spread, pooled, mean, spread, h, w, tile.blocks, **shape, **grid,
-                num_warps=4,
-            )  # fmt: skip
-    return pooled, mean, spread
+    """(P̄, mean, M₂) with the queries absorbed, and pool(F) into `pooled`."""
+    B, H, d, size, dtype = sizes.batch, sizes.heads, sizes.d, sizes.size, maps[0].dtype
+    positions = forward_positions(sizes.most, d, dtype, statistics, configurations.capability(maps[0]))
+    tiles = [tile_of(sizes.widths[t], positions) for t in sizes.targets]
+    blocks, columns = tuple(tile.blocks for tile in tiles), tuple(tile.columns for tile in tiles)
+    firsts = firsts_of(H * size * count for count in blocks)
+    gathered = statistics or max(blocks) > 1
+    probabilities, mean, spread, part_mean, part_spread = _outputs(sizes, keys[0], B * firsts[-1], statistics)
+    part = empty((B * firsts[-1], size, sizes.most), keys[0], torch.float32) if gathered else probabilities
+    matrices, shifts = _absorbed(sizes, maps[0], parameters, keys, scale, qk_norm)
+    pools = sizes.pool_firsts(firsts[-1])
+    _absorbed_kernel[(B * pools[-1],)](
+        tuple(maps), matrices, shifts, tuple(xs), part, part_mean, part_spread, pooled, B, *strides_of(maps),
+        **sizes.of_pooling(), **sizes.of_heads(), LINKS=len(keys), TARGETS=sizes.targets, FIRSTS=firsts,
+        POOLS=pools, BLOCKS=blocks, COLUMNS=columns, CHUNKS=sizes.chunks(), PAIR=dtype != torch.float32,
+        STATISTICS=statistics, CELLS=padded(size), BLOCK=positions, PRECISION=precision(dtype),
+        num_warps=warps(sizes.most, d), num_stages=2,
+    )  # fmt: skip
+    if gathered:
+        _gather(sizes, (part, part_mean, part_spread), (probabilities, mean, spread), firsts, blocks, columns)
+    return probabilities, mean, spread
 
 
-def pooled_probabilities_backward(
-    grads: Sequence[Tensor],
-    results: Sequence[Tensor],
-    features: Tensor,
-    align_weight: Tensor,
-    align_bias: Tensor,
-    alpha: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    query_weight: Tensor,
-    keys: Tensor,
-    x: Tensor | None,
-    size: int,
+def _by_cells(
+    sizes: Sizes,
+    maps: Sequence[Tensor],
+    parameters: Parameters,
+    squashing: Sequence[tuple[Tensor, ...]],
+    keys: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    pooled: Tensor,
     scale: float,
     qk_norm: str | None,
-) -> list[Tensor]:
-    """[dF, dA, da, the three of DyT where there is one, dW_Q, dK̃]."""
-    B, _, h, w = features.shape
-    if alpha is None and qk_norm != "both":
-        composed, shift = (t.to(features.dtype) for t in _composed(align_weight, align_bias, query_weight))
-        rows = _rows(features)
-        queries = torch.addmm(shift, rows, composed.mT)
-        dquery, dkeys = _attention_backward(grads[0], queries, keys, h, w, size, scale, qk_norm)
-        dcomposed, dshift = (dquery.mT @ rows).float(), dquery.sum(0, dtype=torch.float32)
-        wide = query_weight.float()
-        products = [
-            _image(dquery @ composed, B, h, w),
-            wide.mT @ dcomposed,
-            wide.mT @ dshift,
-            dcomposed @ align_weight.float().mT + torch.outer(dshift, align_bias.float()),
-        ]
-        kinds = (features, align_weight, align_bias, query_weight)
-        return [*(t.to(kind.dtype) for t, kind in zip(products, kinds, strict=True)), dkeys]
-    aligned, bounded, queries = _queries(
-        features, align_weight, align_bias, alpha, weight, bias, query_weight
-    )
-    dquery, dkeys = _attention_backward(grads[0], queries, keys, h, w, size, scale, qk_norm)
-    dquery_weight = dquery.mT @ bounded
-    dtokens = dquery @ query_weight
-    of_dyt: list[Tensor] = []
-    if alpha is not None and weight is not None and bias is not None:
-        dtokens, *of_dyt = dyt_backward([dtokens], [], aligned, alpha, weight, bias)
-    dalign, dshift = dtokens.mT @ _rows(features), dtokens.sum(0, dtype=torch.float32).to(align_bias.dtype)
-    return [_image(dtokens @ align_weight, B, h, w), dalign, dshift, *of_dyt, dquery_weight, dkeys]
-
-
-def _attention_backward(
-    dpooled: Tensor,
-    queries: Tensor,
-    keys: Tensor,
-    h: int,
-    w: int,
-    size: int,
-    scale: float,
-    qk_norm: str | None,
-) -> tuple[Tensor, Tensor]:
-    """(dQ (B·N, C) in the queries' dtype, dK̃) from the gradient of P̄ and Q (B·N, C)."""
-    B, H, rank, d = keys.shape
-    dtype, keys = queries.dtype, keys.contiguous()
-    queries = readable(queries)
-    tile = tile_of(w, BACKWARD_POSITIONS)
-    parts = size * tile.blocks
-    dquery = empty((B * h * w, H * d), queries, queries.dtype)
-    part = empty((B * H * parts, rank, d), keys, torch.float32)
-    dkeys = empty((B, H, rank, d), keys, torch.float32)
-    shape = {"rank": rank, "R": padded(rank), "d": d, "D": padded(d), "NORMALISE_KEYS": qk_norm is not None}
-    launch = {"num_warps": warps(rank, d), "num_stages": 1}
-    with on_device(queries):
-        _backward_kernel[(B * H * parts,)](
-            queries, keys, dpooled.contiguous(), dquery, part, H, h, w, tile.blocks, *_strides(h, w, H, d),
-            scale, **shape, NORMALISE_QUERY=qk_norm == "both", SIZE=size, MOST_ROWS=most_cells(h, size),
-            MOST_COLUMNS=most_cells(w, size), COLUMNS=tile.columns, BLOCK=tile.positions,
-            PRECISION=precision(queries.dtype), **launch,
-        )  # fmt: skip
-        _keys_kernel[(B * H,)](part, keys, dkeys, parts, **shape, **launch)
-    return dquery.to(dtype), dkeys
-
-
-def _queries(
-    features: Tensor,
-    align_weight: Tensor,
-    align_bias: Tensor,
-    alpha: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    query_weight: Tensor,
+    statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(T, DyT(T), Q), (B·N, C) each, by library products."""
-    aligned = torch.addmm(align_bias, _rows(features), align_weight.mT)
-    bounded = aligned
-    if alpha is not None and weight is not None and bias is not None:
-        bounded = dyt(aligned, alpha, weight, bias)
-    return aligned, bounded, bounded @ query_weight.mT
+    """The same by tokens."""
+    B, H, L, size, dtype = sizes.batch, sizes.heads, len(keys), sizes.size, maps[0].dtype
+    firsts = firsts_of([H * size * size] * L)
+    probabilities, mean, spread, part_mean, part_spread = _outputs(sizes, keys[0], B * firsts[-1], statistics)
+    align, bias, query = parameters
+    pools = sizes.pool_firsts(L * size * size)
+    positions, tokens = token_tile(sizes.most, sizes.d, dtype, statistics, configurations.capability(maps[0]))
+    _tokens_kernel[(B * pools[-1],)](
+        tuple(maps), align, bias, *(squashing or [bias] * 3), query, tuple(keys), tuple(xs), probabilities,
+        part_mean, part_spread, pooled, B, *strides_of(maps), scale, **sizes.of_pooling(), **sizes.of_heads(),
+        LINKS=L, TARGETS=sizes.targets, POOLS=pools, CHUNK=16 if dtype == torch.float32 else 32,
+        HP=triton.next_power_of_2(H), C=H * sizes.d, TOKENS=tokens, DYT=bool(squashing),
+        NORMALISE_QUERY=qk_norm == "both", NORMALISE_KEYS=qk_norm is not None, STATISTICS=statistics,
+        BLOCKS=sizes.cell_blocks(positions), PRECISION=precision(dtype), num_warps=8, num_stages=1,
+    )  # fmt: skip
+    if statistics:
+        parts = (probabilities, part_mean, part_spread)
+        _gather(sizes, parts, (probabilities, mean, spread), firsts, (size,) * L, None)
+    return probabilities, mean, spread
 
 
-def _composed(align_weight: Tensor, align_bias: Tensor, query_weight: Tensor) -> tuple[Tensor, Tensor]:
-    """W_Q A (C, C_i) and W_Q a (C,), fp32."""
-    wide = query_weight.float()
-    return wide @ align_weight.float(), wide @ align_bias.float()
+def _outputs(sizes: Sizes, kind: Tensor, parts: int, statistics: bool) -> tuple[Tensor, ...]:
+    """Memory for P̄, mean and M₂, and for the two of every part."""
+    B, H, L, d = sizes.batch, sizes.heads, len(sizes.ranks), sizes.d
+    shapes = ((L, B, H, d), (L, B, H), (parts, d), (parts,))
+    probabilities = empty((L, B, H, sizes.size**2, sizes.most), kind, torch.float32)
+    return probabilities, *(empty(shape if statistics else (0,), kind, torch.float32) for shape in shapes)
 
 
-def _rows(features: Tensor) -> Tensor:
-    """A map as tokens (B·N, C_i): a view of a channels-last map, a copy of another."""
-    return features.permute(0, 2, 3, 1).reshape(-1, features.shape[1])
+def _gather(
+    sizes: Sizes,
+    parts: tuple[Tensor, Tensor, Tensor],
+    wholes: tuple[Tensor, Tensor, Tensor],
+    firsts: tuple[int, ...],
+    blocks: tuple[int, ...],
+    columns: tuple[int, ...] | None,
+) -> None:
+    """P̄ and the statistic from parts; `columns` of a block where these are strips."""
+    heads = sizes.of_heads()
+    del heads["RANKS"]
+    _gather_kernel[(len(blocks) * sizes.batch * sizes.heads,)](
+        *parts, *wholes, sizes.batch, **heads, LINKS=len(blocks), FIRSTS=firsts, BLOCKS=blocks,
+        COLUMNS=columns or blocks, **sizes.of_links(), CELLS=padded(sizes.size), STRIPS=columns is not None,
+        STATISTICS=wholes[1].numel() > 0, num_warps=4,
+    )  # fmt: skip
 
 
-def _image(rows: Tensor, B: int, h: int, w: int) -> Tensor:
-    return rows.view(B, h, w, -1).permute(0, 3, 1, 2)
-
-
-def _strides(h: int, w: int, H: int, d: int) -> tuple[int, int, int, int, int]:
-    """Strides of Q (B, h, w, H, d) in the order in which kernels ask: image, head, row, column, channel."""
-    return h * w * H * d, d, w * H * d, H * d, 1
+def _absorbed(
+    sizes: Sizes,
+    kind: Tensor,
+    parameters: Parameters,
+    keys: Sequence[Tensor],
+    scale: float,
+    qk_norm: str | None,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """G (B, H, r, C_i) and g (B, H, r) of every link."""
+    B, H = sizes.batch, sizes.heads
+    channels = tuple(sizes.channels[t] for t in sizes.targets)
+    shapes = [(B, H, rank, c) for rank, c in zip(sizes.ranks, channels, strict=True)]
+    matrices = tuple(empty(shape, kind, torch.float32) for shape in shapes)
+    shifts = tuple(empty(shape[:3], kind, torch.float32) for shape in shapes)
+    columns = 32 if heavy(sizes.most, sizes.d) else 64  # channels of a program
+    firsts = firsts_of(H * -(-c // columns) for c in channels)
+    heads = sizes.of_heads()
+    del heads["most"], heads["SIZE"]
+    _absorb_kernel[(B * firsts[-1],)](
+        *parameters, tuple(keys), matrices, shifts, kind, B, scale, **heads, LINKS=len(keys), FIRSTS=firsts,
+        CHANNELS=channels, C=H * sizes.d, NORMALISE_KEYS=qk_norm is not None, COLUMNS=columns,
+        CHUNK=32, PRECISION=precision(torch.float32), num_warps=warps(sizes.most, sizes.d), num_stages=2,
+    )  # fmt: skip
+    return matrices, shifts

@@ -1,50 +1,114 @@
-"""The query side of a link with its probabilities pooled, in plain PyTorch (SPEC 1, article 3.2).
+"""The fused neck in plain PyTorch, all links of a schedule at once (SPEC 1 and 3, article 3.2).
 
     T = A F + a   Q = W_Q DyT(T)   L = softmax(Q K̃ᵀ s)   P̄ = pool(L)
 
 F (B, C_i, h, w) is a map of the backbone, T its tokens (B, N, C), Q and L are (B, H, N, d) and (B, H, N, r), and P̄
-(B, H, P², r) holds the mean of L over every cell of a P×P grid. Pooling is linear: pool(L X) = P̄ X.
+(B, H, P², r) holds the mean of L over every cell of a P×P grid. Pooling is linear, so that with a target's links ℓ
+
+    pool(F_t + β_t Σ_ℓ τ_ℓ L_ℓ X_ℓ W_O,ℓ) = A_t pool(F_t) + a_t + β_t Σ_ℓ τ_ℓ P̄_ℓ X_ℓ W_O,ℓ.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention.reference import normalised_key, normalised_query
+from ..checks import wide_dtype
+from ..pool.reference import adaptive_pool
 from ..scale import reference as scaling
 
 
-def pooled_probabilities(
-    features: Tensor,
-    align_weight: Tensor,
-    align_bias: Tensor,
-    alpha: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    query_weight: Tensor,
-    keys: Tensor,
-    x: Tensor | None,
+def project_sources(
+    tokens: Tensor,
+    key_weights: Sequence[Tensor],
+    value_weights: Sequence[Tensor],
+    alphas: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """K and V (L, B, N, C) of every link from the tokens (B, N, C) of the source they share."""
+    keys, values = [], []
+    for link, (key_weight, value_weight) in enumerate(zip(key_weights, value_weights, strict=True)):
+        T = scaling.dyt(tokens, alphas[link], weights[link], biases[link]) if alphas else tokens
+        keys.append(F.linear(T, key_weight.to(T.dtype)))
+        values.append(F.linear(T, value_weight.to(T.dtype)))
+    return torch.stack(keys), torch.stack(values)
+
+
+def pooled_links(
+    maps: Sequence[Tensor],
+    align_weights: Sequence[Tensor],
+    align_biases: Sequence[Tensor],
+    alphas: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    query_weights: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    targets: Sequence[int],
     size: int,
     scale: float,
     qk_norm: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """P̄ in the wide dtype; with X the mean (B, H, d) over all N of Y = L X and Σ‖y − mean‖² (B, H), else empty.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """P̄ (L, B, H, P², r) in the wide dtype, zeros beyond a link's own r; pool(F) (B, P², ΣC_i); with X the mean
+    (L, B, H, d) over all N of Y = L X and Σ‖y − mean‖² (L, B, H), else empty.
 
     T, DyT(T) and Q are in the dtype of F, as the modules of the unfused neck make them.
     """
-    height, width = features.shape[2:]
-    T = F.linear(features.flatten(2).mT, align_weight, align_bias)
-    if alpha is not None and weight is not None and bias is not None:
-        T = scaling.dyt(T, alpha, weight, bias)
-    Q = F.linear(T, query_weight).unflatten(-1, (keys.shape[1], keys.shape[3])).transpose(1, 2)
-    logits = normalised_query(Q, qk_norm) @ normalised_key(keys, qk_norm).mT * scale
-    L = logits.softmax(-1)
-    folded = L.mT.flatten(0, 1).unflatten(-1, (height, width))  # (B·H, r, h, w)
-    P = F.adaptive_avg_pool2d(folded, size).flatten(2).mT.unflatten(0, keys.shape[:2])
-    mean, spread = P.new_empty(0), P.new_empty(0)
-    if x is not None:
-        Y = L.detach() @ x
-        mean = Y.mean(-2)
-        spread = (Y - mean[..., None, :]).square().sum((-1, -2))
-    return P.contiguous(), mean, spread
+    most = max(k.shape[2] for k in keys)
+    probabilities, means, spreads = [], [], []
+    for link, (target, K) in enumerate(zip(targets, keys, strict=True)):
+        features = maps[target]
+        align_weight, align_bias, query_weight = (
+            group[link].to(features.dtype) for group in (align_weights, align_biases, query_weights)
+        )
+        T = F.linear(features.flatten(2).mT, align_weight, align_bias)
+        if alphas:
+            T = scaling.dyt(T, alphas[link], weights[link], biases[link])
+        Q = F.linear(T, query_weight).unflatten(-1, (K.shape[1], K.shape[3])).transpose(1, 2)
+        L = (normalised_query(Q, qk_norm) @ normalised_key(K, qk_norm).mT * scale).softmax(-1)
+        folded = L.mT.flatten(0, 1).unflatten(-1, features.shape[2:])  # (B·H, r, h, w)
+        P = F.adaptive_avg_pool2d(folded, size).flatten(2).mT.unflatten(0, K.shape[:2])
+        probabilities.append(F.pad(P, (0, most - K.shape[2])))
+        if xs:
+            Y = L.detach() @ xs[link]
+            means.append(Y.mean(-2))
+            spreads.append((Y - means[-1][..., None, :]).square().sum((-1, -2)))
+    pooled = torch.cat([adaptive_pool(m, size).flatten(2).mT for m in maps], -1)
+    wide = wide_dtype(pooled.dtype)
+    mean, spread = (
+        torch.stack(parts) if parts else pooled.new_empty(0, dtype=wide) for parts in (means, spreads)
+    )
+    return torch.stack(probabilities), pooled, mean, spread
+
+
+def merge_links(
+    pooled: Tensor,
+    probabilities: Tensor,
+    xs: Sequence[Tensor],
+    align_weights: Sequence[Tensor],
+    align_biases: Sequence[Tensor],
+    output_weights: Sequence[Tensor],
+    thetas: Sequence[Tensor],
+    betas: Sequence[Tensor],
+    targets: Sequence[int],
+) -> Tensor:
+    """The updated maps pooled, (B, S, C, P, P), in the dtype of pool(F); betas are those of the links' targets."""
+    dtype = pooled.dtype
+    bases = pooled.split([weight.shape[1] for weight in align_weights], -1)
+    maps = [
+        F.linear(base, weight.to(dtype), bias.to(dtype))
+        for base, weight, bias in zip(bases, align_weights, align_biases, strict=True)
+    ]
+    for link, (target, X) in enumerate(zip(targets, xs, strict=True)):
+        y = (probabilities[link, ..., : X.shape[2]] @ X).to(dtype)  # X may be far larger than Y: fp32
+        if thetas:
+            y = (y * thetas[link].exp()[:, None, None]).to(dtype)
+        update = F.linear(y.transpose(1, 2).flatten(2), output_weights[link].to(dtype))
+        maps[target] = maps[target] + (betas[link] * update).to(dtype)
+    size = round(pooled.shape[1] ** 0.5)
+    return torch.stack(maps, 1).mT.unflatten(-1, (size, size))

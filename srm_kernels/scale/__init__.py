@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
-from ..checks import DTYPES, check_tensors, check_tokens, wide_dtype
+from ..checks import DTYPES, check_number, check_tensors, check_tokens, wide_dtype
 from ..registration import later, register_operator
 from ..runtime import kernels_by_name
 from . import reference
@@ -44,6 +45,15 @@ _dyt = register_operator(
     derivatives={"triton": later(_KERNELS, "dyt_backward")},
 )
 
+_tau_loss = register_operator(
+    "tau_loss",
+    "Tensor[] thetas, Tensor[] sigmas, float reference, float floor",
+    "Tensor",
+    dict.fromkeys(_PLAIN, reference.tau_loss) | {"triton": later(_KERNELS, "tau_loss")},
+    fake=lambda thetas, *_: thetas[0].new_empty((), dtype=wide_dtype(thetas[0].dtype)),
+    differentiable=("thetas",),
+)
+
 
 def rms_scale(y: Tensor, *, backend: str | None = None) -> RMSScale:
     """The scale statistic σ of one link's output, over batch and tokens (SPEC 3.1, article 3.5).
@@ -79,3 +89,39 @@ def dyt(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor, *, backend: str 
     if alpha.numel() != 1:
         raise ValueError(f"alpha has shape {tuple(alpha.shape)}; expected one element")
     return _dyt(x, alpha, weight, bias, kernels_by_name(backend, x, "dyt"))
+
+
+def tau_loss(
+    thetas: Sequence[Tensor],
+    sigmas: Sequence[Tensor],
+    *,
+    reference: float,
+    floor: float = 1e-6,
+    backend: str | None = None,
+) -> Tensor:
+    """L_τ = mean over links and heads of (log((τ σ̄ + floor)/σ_ref))², τ = exp(θ), in one launch (SPEC 3.3).
+
+    thetas: θ (H,) for every link; sigmas: σ̄ (H,) likewise, which receives no gradient; one dtype (float64, float32,
+    bfloat16, float16) and device. reference: σ_ref > 0. Returns a scalar in fp32 (fp64 for fp64). Differentiable in
+    θ, twice. Raises TypeError for dtypes, ValueError for shapes, counts or σ_ref.
+    """
+    if not thetas or len(thetas) != len(sigmas):
+        raise ValueError(
+            f"there are {len(thetas)} thetas and {len(sigmas)} sigmas; expected one of each for every link"
+        )
+    check_tensors(
+        **{f"thetas[{i}]": t for i, t in enumerate(thetas)},
+        **{f"sigmas[{i}]": t for i, t in enumerate(sigmas)},
+    )
+    for tensor in (*thetas, *sigmas):
+        if tensor.dim() != 1 or tensor.shape != thetas[0].shape:
+            raise ValueError(
+                f"thetas and sigmas have shapes {[tuple(t.shape) for t in (*thetas, *sigmas)]}; expected (H,) each"
+            )
+    check_number("reference", reference, above=0)
+    check_number("floor", floor, at_least=0)
+    chosen = kernels_by_name(backend, thetas[0], "tau_loss")
+    loss: Tensor = _tau_loss(
+        list(thetas), [s.detach() for s in sigmas], float(reference), float(floor), chosen
+    )
+    return loss

@@ -113,6 +113,21 @@ def _rms_backward_kernel(
     tl.store(dy_ptr + offsets, dy.to(dy_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _tau_loss_kernel(
+    theta_ptrs, sigma_ptrs, out_ptr, reference, floor, LINKS: tl.constexpr, H: tl.constexpr,
+    HEADS: tl.constexpr,
+):  # fmt: skip
+    h = tl.arange(0, HEADS)
+    total = 0.0
+    for link in tl.static_range(LINKS):
+        tau = tl.exp(tl.load(theta_ptrs[link] + h, mask=h < H, other=0.0).to(tl.float32))
+        sigma = tl.load(sigma_ptrs[link] + h, mask=h < H, other=0.0).to(tl.float32)
+        logs = tl.log((tau * sigma + floor) / reference)
+        total += tl.sum(tl.where(h < H, logs * logs, 0.0), 0)
+    tl.store(out_ptr, total / (LINKS * H))
+
+
 def rms_scale(y: Tensor) -> tuple[Tensor, Tensor]:
     """(mean (H, d), rms (H,)) as `reference.rms_scale` gives them."""
     y = readable(y)
@@ -244,6 +259,19 @@ def _dyt_sum_kernel(
         tl.store(dweight_ptr + columns, weights.to(dweight_ptr.dtype.element_ty), mask=columns < C)
         tl.store(dbias_ptr + columns, biases.to(dbias_ptr.dtype.element_ty), mask=columns < C)
     tl.store(dalpha_ptr, dalpha)
+
+
+def tau_loss(thetas: Sequence[Tensor], sigmas: Sequence[Tensor], reference: float, floor: float) -> Tensor:
+    """As `reference.tau_loss` gives it."""
+    thetas, sigmas = ([readable(t).contiguous() for t in group] for group in (thetas, sigmas))
+    H = thetas[0].shape[0]
+    out = empty((), thetas[0], torch.float32)
+    with on_device(out):
+        _tau_loss_kernel[(1,)](
+            tuple(thetas), tuple(sigmas), out, reference, floor, LINKS=len(thetas), H=H,
+            HEADS=triton.next_power_of_2(H), num_warps=1,
+        )  # fmt: skip
+    return out
 
 
 def dyt(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

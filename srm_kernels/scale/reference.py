@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from ..checks import wide_dtype
@@ -20,3 +23,10 @@ def dyt(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     wide = wide_dtype(x.dtype)
     bounded = (alpha.to(wide) * x.to(wide)).tanh()
     return (weight.to(wide) * bounded + bias.to(wide)).to(x.dtype)
+
+
+def tau_loss(thetas: Sequence[Tensor], sigmas: Sequence[Tensor], reference: float, floor: float) -> Tensor:
+    """mean over links and heads of (log((τ σ̄ + floor)/σ_ref))², τ = exp(θ)."""
+    wide = wide_dtype(thetas[0].dtype)
+    tau, sigma = torch.stack(list(thetas)).to(wide).exp(), torch.stack(list(sigmas)).to(wide)
+    return ((tau * sigma + floor) / reference).log().square().mean()

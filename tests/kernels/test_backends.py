@@ -34,11 +34,28 @@ CALLS = {
     "landmark_side": lambda b: srm_kernels.landmark_side(
         *[tokens(i, 1, 1, 4, 3) for i in range(2)], 2, backend=b
     ),
-    "pooled_link": lambda b: srm_kernels.pooled_link(
-        *[tokens(i, *s) for i, s in enumerate(((1, 2, 3, 3), (3, 2), (3,), (3, 3), (1, 1, 2, 3)))],
+    "project_sources": lambda b: srm_kernels.project_sources(
+        tokens(0, 1, 4, 3), [tokens(1, 3, 3)], [tokens(2, 3, 3)], backend=b
+    ),
+    "pooled_links": lambda b: srm_kernels.pooled_links(
+        [tokens(0, 1, 2, 3, 3)],
+        [(tokens(1, 3, 2), tokens(2, 3))],
+        [tokens(3, 3, 3)],
+        [tokens(4, 1, 1, 2, 3)],
+        [0],
         size=2,
         backend=b,
     ),
+    "merge_links": lambda b: srm_kernels.merge_links(
+        srm_kernels.PooledLinks(tokens(0, 1, 1, 1, 4, 2), tokens(1, 1, 4, 2), None),
+        [tokens(2, 1, 1, 2, 3)],
+        [(tokens(3, 3, 2), tokens(4, 3))],
+        [tokens(5, 3, 3)],
+        [0],
+        [tokens(6, 1)],
+        backend=b,
+    ),
+    "tau_loss": lambda b: srm_kernels.tau_loss([tokens(0, 2)], [tokens(1, 2) ** 2], reference=1.0, backend=b),
     "adaptive_pool": lambda b: srm_kernels.adaptive_pool(tokens(0, 1, 2, 3, 4), 2, backend=b),
 }
 

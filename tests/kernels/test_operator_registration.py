@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from srm_kernels import (
+    PooledLinks,
     adaptive_pool,
     dyt,
     full_attention,
@@ -25,11 +26,14 @@ from srm_kernels import (
     gated_fusion,
     landmark_side,
     landmark_solve,
+    merge_links,
     nystrom_attention,
-    pooled_link,
+    pooled_links,
+    project_sources,
     ridge_leverage_scores,
     rms_scale,
     select_landmarks,
+    tau_loss,
 )
 
 # Reached by backend="triton" alone, and checked in test_triton_attention.py.
@@ -105,10 +109,35 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[..., tuple[Tensor, ...]]]] =
         lambda k, v: landmark_side(k, v, 4, solver="lu"),
         lambda *a: attention(*a)[1:],
     ),
-    "pooled_link": (lambda *x: pooled_link(*x[:5], size=2, dyt=x[5:], x=x[4]), pooled),
-    "pooled_link without DyT": (
-        lambda *x: pooled_link(*x[:5], size=2).probabilities,
+    "project_sources": (
+        lambda t, k, v, *dyt: project_sources(t, [k, v], [v, k], dyt=[dyt, dyt]),
+        lambda *a: (attention(*a)[0][0], pooled(*a)[3], pooled(*a)[3], *pooled(*a)[5:]),
+    ),
+    "pooled_links": (
+        lambda f, a, b, w, k, *dyt: pooled_links(
+            [f, f], [(a, b)] * 2, [w] * 2, [k] * 2, [1, 0], size=2, dyt=[dyt] * 2, xs=[k] * 2
+        ),
+        pooled,
+    ),
+    "pooled_links without DyT": (
+        lambda *x: pooled_links([x[0]], [x[1:3]], [x[3]], [x[4]], [0], size=2)[:2],
         lambda *a: pooled(*a)[:5],
+    ),
+    "merge_links": (
+        lambda f, a, b, w, x: merge_links(
+            PooledLinks(x.new_ones(1, 2, 2, 4, 3), f.flatten(2).mT[:, :4], None),
+            [x],
+            [(a, b)],
+            [w],
+            [0],
+            [b[0]],
+            thetas=[b[:2]],
+        ),
+        lambda *a: pooled(*a)[:5],
+    ),
+    "tau_loss": (
+        lambda a, b: tau_loss([a], [b.abs()], reference=2.0) + 0 * b.sum(),
+        lambda *a: pooled(*a)[6:],
     ),
     "adaptive_pool": (lambda x: adaptive_pool(x, 2), lambda *a: (fusion(*a)[0][0],)),
     **{

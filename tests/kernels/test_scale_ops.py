@@ -10,7 +10,7 @@ import torch
 from oracle import tokens
 from torch import Tensor
 
-from srm_kernels import dyt, rms_scale
+from srm_kernels import dyt, rms_scale, tau_loss
 
 LOW = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -141,3 +141,25 @@ def test_dyt_saturates_and_keeps_nan():
     out = dyt(x, torch.tensor(0.5), 2 * one, one)
     assert out[0, :2].tolist() == [3.0, -1.0]
     assert out[0, 2].isnan()
+
+
+def test_tau_loss_by_hand():
+    """One link and head at σ_ref: nothing; another at e times it after τ = e: 2 nats, squared, over four heads."""
+    e = math.e
+    thetas = [torch.tensor([0.0, 1.0]), torch.tensor([0.0, 0.0])]
+    sigmas = [torch.tensor([3.0, 3.0 * e]), torch.tensor([3.0, 3.0])]
+    assert tau_loss(thetas, sigmas, reference=3.0, floor=0.0).item() == pytest.approx(1.0, rel=1e-5)
+    assert tau_loss(thetas[:1], sigmas[:1], reference=3.0, floor=0.0).item() == pytest.approx(2.0, rel=1e-5)
+
+
+def test_only_theta_has_a_gradient_and_bad_input_is_said():
+    theta, sigma = torch.zeros(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    tau_loss([theta], [sigma], reference=2.0).backward()
+    assert theta.grad is not None
+    assert sigma.grad is None
+    with pytest.raises(ValueError, match="one of each for every link"):
+        tau_loss([theta], [], reference=2.0)
+    with pytest.raises(ValueError, match=r"expected \(H,\) each"):
+        tau_loss([theta], [torch.ones(3)], reference=2.0)
+    with pytest.raises(ValueError, match="reference=0"):
+        tau_loss([theta], [sigma], reference=0)

@@ -15,7 +15,7 @@ from oracle import tokens
 from torch.library import opcheck
 
 pytest.importorskip("triton")
-from srm_kernels import adaptive_pool, dyt, gate_losses, gated_fusion, rms_scale
+from srm_kernels import adaptive_pool, dyt, gate_losses, gated_fusion, rms_scale, tau_loss
 from srm_kernels.gate import kernels as gate_kernels
 from srm_kernels.pool import kernels as pool_kernels
 from srm_kernels.scale import kernels as scale_kernels
@@ -101,6 +101,17 @@ def test_dyt_of_fp16_with_wide_parameters():
     x = made(4, 2, 9, 24, dtype=torch.float16)
     parameters = [made(5, 1), made(6, 24), made(7, 24)]
     follow_the_rule(dyt, [x, *parameters])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("links", "heads"), [(1, 8), (3, 5)])
+def test_tau_loss(links, heads, dtype):
+    thetas, sigmas = ([made(seed + i, heads, dtype=dtype) for i in range(links)] for seed in (30, 40))
+
+    def loss(*tensors, backend):
+        return tau_loss(tensors, [s.to(tensors[0]).abs() for s in sigmas], reference=1.7, backend=backend)
+
+    follow_the_rule(loss, thetas)
 
 
 def test_strides_do_not_matter():

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from bench.harness import read
-from bench.launches import SOLVERS, SYSTEMS
+from bench.shapes import SOLVERS, SYSTEMS
 from srm_kernels import Solver, backends, landmark_solve
 
 pytest.importorskip("triton")

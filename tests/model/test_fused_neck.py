@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
-from srm_kernels.neck import kernels
+from bench.launches import count_launches, forward_of
+from srm_kernels.neck import backward_kernels, kernels
 from srm_model import SRMConfig, SRMNeck, build_model
 from srm_model.attacks import MSE, fgsm
 from srm_model.statistics import BatchStatistics
@@ -32,7 +33,8 @@ def larger_tiles(monkeypatch):
     """The interpreter takes its time for every tile."""
     if DEVICE == "cpu":
         monkeypatch.setattr(kernels, "forward_positions", lambda *a: 64)
-        monkeypatch.setattr(kernels, "BACKWARD_POSITIONS", 64)
+        monkeypatch.setattr(kernels, "token_tile", lambda *a: (64, 64))
+        monkeypatch.setattr(backward_kernels, "BACKWARD_POSITIONS", 64)
 
 
 def make_pyramid(batch: int, grids: list[tuple[int, int]], channels=CHANNELS, seed: int = 0) -> list[Tensor]:
@@ -142,6 +144,45 @@ def test_a_grid_beyond_the_fused_kernels_takes_the_unfused_ones():
     assert not neck._fuses(make_pyramid(1, SQUARE))
 
 
+def test_tokens_beyond_the_fused_kernels_take_the_unfused_ones():
+    """C = 264 with DyT; without it nothing is held, and any C goes."""
+    for dyt in (True, False):
+        config = TINY.replace(channels=264, heads=11, links=((4, 1),), dyt=dyt, backend="triton")
+        assert SRMNeck(CHANNELS, config)._fuses(make_pyramid(1, SQUARE)) is not dyt
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_the_cap_holds_for_maps_of_any_scale(scale, dtype):
+    """‖fused‖_F ≤ c after rounding, c being half of what maps of scale 1 have; with 1e-4 biases are what is left."""
+    neck = by_kernels(make_neck(TINY.replace(links=((4, 1),), gain_cap=0.5))).eval()
+    with torch.no_grad(), torch.autocast(DEVICE, dtype, enabled=dtype is not None):
+        out = neck([scale * m for m in make_pyramid(2, SQUARE)])
+    cap = float(neck.median_rms) * 0.5 * out.fused[0].numel() ** 0.5
+    assert scale < 1 or (out.gain < 1).all()
+    assert out.fused.isfinite().all()
+    assert out.fused.double().flatten(1).norm(dim=1).max() <= cap * (1 + 2**-20)  # the cap's own rounding
+
+
+def test_backends_change_between_training_and_evaluation():
+    """A step by kernels, evaluated by the reference, and the other way: what both say agrees to the step's rule."""
+    config, pyramid = TINY.replace(links=((4, 1),)), make_pyramid(2, SQUARE)
+    neck = make_neck(config)
+    scores = []
+    for trained in (by_kernels(neck), copy.deepcopy(neck)):
+        optimiser = torch.optim.SGD(trained.parameters(), lr=1e-2)
+        out = trained(pyramid)
+        (out.fused.square().mean() + sum(out.losses.values())).backward()
+        optimiser.step()
+        judge = SRMNeck(CHANNELS, config.replace(backend="reference")).to(DEVICE)
+        judge.load_state_dict(trained.state_dict())
+        for one in (judge.eval(), by_kernels(judge)):
+            with torch.no_grad():
+                scores.append(one(pyramid).fused)
+    for other in scores[1:]:
+        assert (other - scores[0]).abs().max() <= 1e-4 * scores[0].abs().max()
+
+
 def test_channels_last_maps():
     config = TINY.replace(links=((4, 1),), dyt=False)
     pyramid = [m.contiguous(memory_format=torch.channels_last) for m in make_pyramid(2, SQUARE)]
@@ -153,6 +194,19 @@ def test_channels_last_maps():
 def test_under_autocast(dtype, dyt):
     """The exact neck is that without autocast, in fp64."""
     check(make_neck(TINY.replace(links=((4, 1),), dyt=dyt)), make_pyramid(2, SQUARE), dtype)
+
+
+@pytest.mark.parametrize("dyt", [True, False])
+def test_the_default_schedule_takes_twelve_launches(dyt):
+    """Links, key sides, pooling, merging, gate and losses of a forward pass, the gate's convolutions not counted."""
+    neck, maps = forward_of(dyt=dyt)
+    assert neck.config.links == SRMConfig().links
+    with torch.no_grad():
+        found = count_launches(lambda: neck(maps), neck.gate)
+    assert found.total <= 12, str(found)
+    assert found.kernels.total() >= 8  # what is counted is this path
+    assert found.products.total() == 1, str(found)  # the source's alignment
+    assert found.gate["thnn_conv2d"] + found.gate["mkldnn_convolution"] == 6, str(found)
 
 
 def test_compiled_and_checkpointed_it_is_the_same():

@@ -191,12 +191,12 @@ def test_theta_receives_only_the_tau_loss_from_tau_and_the_statistic_none():
         for link in neck.links.values():
             link.sigma.mul_(2)
     neck.zero_grad()
-    neck.links["4to1"].tau_loss().backward()
+    neck._tau_loss({}).backward()
     with_gradient = [name for name, p in neck.named_parameters() if p.grad is not None]
-    assert with_gradient == ["links.4to1.theta"]
-    # mean over heads of (log(τσ̄/σ_ref))², τ = 1: derivative 2·log(σ̄/σ_ref) / H each
+    assert with_gradient == [f"links.{name}.theta" for name in neck.links]
+    # mean over links and heads of (log(τσ̄/σ_ref))², τ = 1: derivative 2·log(σ̄/σ_ref) / (L H) each
     link = neck.links["4to1"]
-    expected = 2 * (link.sigma / math.sqrt(SMALL.head_dim)).log() / SMALL.heads
+    expected = 2 * (link.sigma / math.sqrt(SMALL.head_dim)).log() / (SMALL.heads * len(neck.links))
     assert link.theta.grad.tolist() == pytest.approx(expected.tolist(), rel=1e-4)
     assert expected.abs().min() > 0.1
     assert set(out.losses) == {"tau", "entropy", "balance"}

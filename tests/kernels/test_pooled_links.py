@@ -1,0 +1,589 @@
+"""The fused neck's operators, all links at once, and the key side alone: definition, kernels, what is kept.
+
+Kernels follow the rule of `kernel_rule`. The forward pass is made of our own kernels alone: an image alone and in a
+batch is the same to the bit. Queries in the backward pass are library products, which may round differently beside
+other images: gradients then agree to 16 units of fp32 of the largest value.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from kernel_rule import DEVICE, DTYPES, follow_the_rule, poisoned, results_and_gradients, within
+from oracle import tokens
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from srm_kernels import (
+    adaptive_pool,
+    landmark_side,
+    merge_links,
+    nystrom_attention,
+    pooled_links,
+    project_sources,
+    select_landmarks,
+)
+from srm_kernels.neck import PooledLinks
+
+pytest.importorskip("triton")
+from srm_kernels.neck import backward_kernels, end_kernels, kernels
+from srm_kernels.scale import kernels as scale_kernels
+
+
+@pytest.fixture(autouse=True, scope="module")
+def poison():
+    with poisoned(kernels, backward_kernels, end_kernels, scale_kernels):
+        yield
+
+
+def inputs(
+    seed: int = 0,
+    *,
+    b: int = 2,
+    heads: int = 2,
+    d: int = 8,
+    channels: int = 6,
+    grid: tuple[int, int] = (9, 13),
+    rank: int = 5,
+    dtype: torch.dtype = torch.float32,
+    dyt: bool = False,
+) -> list[Tensor]:
+    """F, A, a, W_Q, K̃, X and DyT's three, of sizes that keep logits of order 1."""
+    C = heads * d
+    shapes = [(b, channels, *grid), (C, channels), (C,), (C, C), (b, heads, rank, d), (b, heads, rank, d)]
+    scales = [1, channels**-0.5, 0.1, 2 * C**-0.5, 1, 1]
+    made = [
+        tokens(seed + i, *shape, dtype=dtype, scale=s).to(DEVICE)
+        for i, (shape, s) in enumerate(zip(shapes, scales, strict=True))
+    ]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    made[4], made[5] = made[4].to(wide), made[5].to(wide)
+    if dyt:
+        made += [tokens(seed + 6 + i, n, dtype=dtype, scale=0.7).to(DEVICE) for i, n in enumerate((1, C, C))]
+    return made
+
+
+def pooled(
+    f: Tensor, a: Tensor, bias: Tensor, w: Tensor, k: Tensor, *dyt: Tensor, **options: Any
+) -> PooledLinks:
+    """One link alone."""
+    xs = options.pop("x", None)
+    return pooled_links(
+        [f],
+        [(a, bias)],
+        [w],
+        [k],
+        [0],
+        dyt=[dyt] if dyt else None,
+        xs=None if xs is None else [xs],
+        **options,
+    )
+
+
+def results(size: int, **options: Any):
+    """P̄ and pool(F) as a function of everything but X, for the rule."""
+
+    def call(*tensors: Tensor, backend: str | None = None) -> tuple[Tensor, Tensor]:
+        return pooled(*tensors, size=size, backend=backend, **options)[:2]
+
+    return call
+
+
+# The definition, in fp64
+
+
+@pytest.mark.parametrize("dyt", [False, True])
+@pytest.mark.parametrize("qk_norm", [None, "keys", "both"])
+def test_by_definition(qk_norm, dyt):
+    f, a, bias, w, k, x, *of_dyt = inputs(1, dtype=torch.float64, dyt=dyt)
+    found = pooled(f, a, bias, w, k, *of_dyt, size=4, x=x, qk_norm=qk_norm, backend="reference")
+    t = F.conv2d(f, a[:, :, None, None], bias).flatten(2).mT
+    if dyt:
+        t = of_dyt[1] * torch.tanh(of_dyt[0] * t) + of_dyt[2]
+    q = (t @ w.mT).unflatten(-1, (2, 8)).transpose(1, 2)
+    q = oracle.normalise(q) if qk_norm == "both" else q
+    k = oracle.normalise(k) if qk_norm else k
+    y = oracle.softmax(q @ k.mT / math.sqrt(8)) @ x
+    exact = F.adaptive_avg_pool2d(y.mT.flatten(1, 2).unflatten(-1, (9, 13)), 4)
+    oracle.agree((found.probabilities[0] @ x).mT.flatten(1, 2), exact.flatten(2))
+    for part, of_y in zip(found.scales[0], oracle.rms(y), strict=True):
+        oracle.agree(part, of_y)
+    oracle.agree(found.maps.mT, F.adaptive_avg_pool2d(f, 4).flatten(2))
+
+
+@pytest.mark.parametrize("dyt", [False, True])
+def test_gradients_in_fp64(dyt):
+    f, a, bias, w, k, _, *of_dyt = inputs(
+        2, b=1, d=2, channels=2, grid=(3, 2), rank=2, dtype=torch.float64, dyt=dyt
+    )
+    leaves = tuple(t.requires_grad_() for t in (f, a, bias, w, k, *of_dyt))
+    call = results(2, qk_norm="keys")
+    assert gradcheck(call, leaves)
+    if not dyt:
+        assert gradgradcheck(call, leaves)
+
+
+@pytest.mark.parametrize("solver", ["cholesky", "lu"])
+def test_both_sides_together_are_nystrom_attention_pooled(solver):
+    f, a, bias, w, *_ = inputs(3, dtype=torch.float64)
+    key, value = (tokens(seed, 2, 2, 20, 8) for seed in (10, 11))
+    options: dict[str, Any] = {"solver": solver, "qk_norm": "keys", "method": "uniform"}
+    k, x = landmark_side(key, value, 7, **options)
+    found = pooled(f, a, bias, w, k, size=3, qk_norm="keys").probabilities[0] @ x
+    q = (F.conv2d(f, a[:, :, None, None], bias).flatten(2).mT @ w.mT).unflatten(-1, (2, 8)).transpose(1, 2)
+    y = nystrom_attention(q, key, value, 7, **options)
+    exact = F.adaptive_avg_pool2d(y.mT.flatten(1, 2).unflatten(-1, (9, 13)), 3)
+    oracle.agree(found.mT.flatten(1, 2), exact.flatten(2))
+
+
+# Kernels
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "square that the grid divides": {"grid": (8, 8), "channels": 16},
+    "three to two, one image": {"grid": (12, 8), "b": 1, "d": 24, "channels": 20},
+    "odd": {"grid": (7, 13), "b": 3, "heads": 1},
+    "several blocks of columns": {"grid": (3, 70), "b": 1, "heads": 1},
+    "smaller than the grid": {"grid": (2, 3), "rank": 1},
+    "many channels, many landmarks": {"grid": (4, 5), "b": 1, "channels": 100, "rank": 20},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("qk_norm", "dyt"), [("keys", False), (None, True)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values_and_gradients(shape, qk_norm, dyt, dtype):
+    f, a, bias, w, k, _, *of_dyt = inputs(4, dtype=dtype, dyt=dyt, **SHAPES[shape])
+    follow_the_rule(results(4, qk_norm=qk_norm), [f, a, bias, w, k, *of_dyt])
+
+
+def test_normalised_queries():
+    f, a, bias, w, k, _, *of_dyt = inputs(5, dtype=DTYPES[1], dyt=True)
+    follow_the_rule(results(4, qk_norm="both"), [f, a, bias, w, k])
+    follow_the_rule(results(4, qk_norm="both"), [f, a, bias, w, k, *of_dyt])
+
+
+@pytest.mark.parametrize("dyt", [False, True])
+def test_960_channels(dyt):
+    f, a, bias, w, k, _, *of_dyt = inputs(
+        6, b=1, heads=1, channels=960, grid=(2, 4), dtype=torch.float16, dyt=dyt
+    )
+    found, exact = (
+        results(2)(
+            *(t.to(kind) for t in (f, a, bias, w)), k.to(wide), *(t.to(kind) for t in of_dyt), backend=backend
+        )
+        for backend, kind, wide in (
+            ("triton", torch.float16, torch.float32),
+            ("reference", torch.float64, torch.float64),
+        )
+    )
+    plain = results(2)(f, a, bias, w, k, *of_dyt, backend="reference")
+    for part in range(2):
+        within(found[part], plain[part], exact[part])
+
+
+def schedule(dtype: torch.dtype = torch.float32, *, b: int = 2, dyt: bool = True) -> list[Tensor]:
+    """Three maps of which the last has no link, two links into the first and one into the second, ranks 5, 3 and 5."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    maps = [
+        tokens(40 + i, b, c, *grid, dtype=dtype)
+        for i, (c, grid) in enumerate(((6, (9, 7)), (20, (4, 5)), (3, (2, 2))))
+    ]
+    links = [
+        inputs(50 + 10 * i, b=b, channels=c, rank=r, dtype=dtype, dyt=True)
+        for i, (c, r) in enumerate(((6, 5), (6, 3), (20, 5)))
+    ]
+    flat = [m.to(DEVICE) for m in maps]
+    for position in (1, 2, 3, 4, 6, 7, 8) if dyt else (1, 2, 3, 4):
+        flat += [link[position].to(wide if position == 4 else dtype) for link in links]
+    return flat
+
+
+def several(*t: Tensor, backend: str | None = None, **options: Any) -> PooledLinks:
+    groups = [t[3 + 3 * i : 6 + 3 * i] for i in range((len(t) - 3) // 3)]
+    return pooled_links(
+        t[:3], list(zip(groups[0], groups[1], strict=True)), groups[2], groups[3], [0, 0, 1], size=3,
+        dyt=list(zip(*groups[4:], strict=True)) or None, qk_norm="keys", backend=backend, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dyt", [False, True])
+def test_links_that_share_maps_and_differ_in_rank(dyt, dtype):
+    follow_the_rule(lambda *t, backend: several(*t, backend=backend)[:2], schedule(dtype, dyt=dyt))
+
+
+@pytest.mark.parametrize("dyt", [False, True])
+def test_all_links_at_once_are_each_alone(dyt):
+    """P̄, zeros beyond a link's own r, pool(F) and the statistics, to the bit."""
+    t = schedule(dyt=dyt)
+    xs = [torch.randn_like(k) for k in t[12:15]]
+    found = several(*t, backend="triton", xs=xs)
+    for link, target in enumerate((0, 0, 1)):
+        own = [group[link] for group in (t[3 + 3 * i : 6 + 3 * i] for i in range((len(t) - 3) // 3))]
+        alone = pooled(t[target], *own, size=3, qk_norm="keys", x=xs[link], backend="triton")
+        rank = own[3].shape[2]
+        assert torch.equal(found.probabilities[link, ..., :rank], alone.probabilities[0])
+        assert not found.probabilities[link, ..., rank:].any()
+        for one, other in zip(found.scales[link], alone.scales[0], strict=True):
+            assert torch.equal(one, other)
+    assert torch.equal(
+        found.maps, torch.cat([adaptive_pool(m, 3, backend="triton").flatten(2).mT for m in t[:3]], -1)
+    )
+
+
+def test_parameters_may_be_wider_than_the_maps():
+    """fp32 parameters and fp16 maps, as under autocast: rounded first, and gradients in the parameters' dtype."""
+    f, a, bias, w, k, _, *of_dyt = inputs(18, dtype=torch.float16, dyt=True)
+    narrow = results_and_gradients(lambda *t: results(4)(*t, backend="triton"), [f, a, bias, w, k, *of_dyt])
+    wide = results_and_gradients(
+        lambda *t: results(4)(*t, backend="triton"),
+        [f, *(t.float() for t in (a, bias, w)), k, *(t.float() for t in of_dyt)],
+    )
+    for one, other in zip(narrow, wide, strict=True):
+        assert other.dtype in (one.dtype, torch.float32)
+        torch.testing.assert_close(other.to(one.dtype), one, rtol=0, atol=float(one.abs().max()) * 2**-10)
+
+
+@pytest.mark.parametrize("grid", [(9, 13), (3, 70), (2, 3)])
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+@pytest.mark.parametrize("dyt", [False, True])
+def test_the_statistic(dyt, offset, grid):
+    """With X of mean 1000, what a difference of sums of squares would leave in fp32 is nothing; the rule there is
+    1e-3 of the spread, what rounding 1000 to fp32 makes of each of its terms."""
+    f, a, bias, w, k, x, *of_dyt = inputs(7, grid=grid, dyt=dyt)
+    x += offset
+    arguments = [f, a, bias, w, k, *of_dyt]
+    found = pooled(*arguments, size=4, x=x, backend="triton").scales[0]
+    exact = pooled(*(t.double() for t in arguments), size=4, x=x.double(), backend="reference").scales[0]
+    plain = pooled(*arguments, size=4, x=x, backend="reference").scales[0]
+    if offset:
+        torch.testing.assert_close(found.mean.double(), exact.mean, rtol=1e-6, atol=0)
+        torch.testing.assert_close(found.rms.double(), exact.rms, rtol=1e-3, atol=0)
+    else:
+        for part in range(2):
+            within(found[part], plain[part], exact[part])
+    assert not found.rms.requires_grad
+
+
+@pytest.mark.parametrize("dyt", [False, True])
+def test_channels_last_and_expanded_maps(dyt):
+    f, a, bias, w, k, _, *of_dyt = inputs(8, dyt=dyt)
+    call = results(4)
+    last = f.contiguous(memory_format=torch.channels_last)
+    found, expected = (
+        results_and_gradients(lambda *t: call(*t, backend="triton"), [m, a, bias, w, k, *of_dyt])
+        for m in (last, f)
+    )
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    for one, other in zip(found[2:], expected[2:], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    same = f[:1].expand_as(f)
+    one, other = (call(m, a, bias, w, k, *of_dyt, backend="triton") for m in (same, same.contiguous()))
+    assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("dyt", [False, True])
+def test_an_image_alone_and_in_a_batch(dyt):
+    f, a, bias, w, k, _, *of_dyt = inputs(9, b=3, dyt=dyt)
+
+    upstream = tokens(90, 1, 3, 2, 16, 5).float().to(DEVICE), tokens(91, 3, 16, 6).float().to(DEVICE)
+
+    def run(f: Tensor, k: Tensor) -> list[Tensor]:
+        leaves = [t.detach().requires_grad_() for t in (f, k)]
+        found = results(4)(leaves[0], a, bias, w, leaves[1], *of_dyt, backend="triton")
+        given = [upstream[0][:, : len(f)], upstream[1][: len(f)]]
+        return [*found, *torch.autograd.grad(found, leaves, given)]
+
+    together = run(f, k)
+    other = run(torch.cat([f[:1], 2 * f[1:]]), torch.cat([k[:1], -k[1:]]))
+    of_first = [lambda t: t[0, 0], *[lambda t: t[0]] * 3]  # P̄ has links in front
+    for one, two, first in zip(together, other, of_first, strict=True):
+        assert torch.equal(first(one), first(two))  # nor on what it holds
+    alone = run(f[:1], k[:1])
+    for number, (whole, one, first) in enumerate(zip(together, alone, of_first, strict=True)):
+        if number < 2:
+            assert torch.equal(first(whole), first(one))
+        limit = 16 * torch.finfo(torch.float32).eps * first(whole).abs().max()
+        assert (first(whole) - first(one)).abs().max() <= limit
+
+
+@pytest.mark.parametrize("dyt", [False, True])
+def test_nan_stays_in_its_image_and_head(dyt):
+    f, a, bias, w, k, _, *of_dyt = inputs(10, dyt=dyt)
+    expected = pooled(f, a, bias, w, k, *of_dyt, size=4, backend="triton").probabilities[0]
+    f[0, 1, 2, 3] = math.nan
+    k[1, 1, 2] = math.nan
+    found = pooled(f, a, bias, w, k, *of_dyt, size=4, backend="triton").probabilities[0]
+    assert found[0].isnan().any(-1).any(-1).all()
+    assert found[1, 1].isnan().all()
+    assert torch.equal(found[1, 0], expected[1, 0])
+
+
+@pytest.mark.parametrize("dyt", [False, True])
+def test_the_same_to_the_bit_every_time(dyt):
+    f, a, bias, w, k, _, *of_dyt = inputs(11, grid=(3, 70), dyt=dyt)
+    runs = [
+        results_and_gradients(lambda *t: results(4)(*t, backend="triton"), [f, a, bias, w, k, *of_dyt])
+        for _ in range(50 if DEVICE == "cuda" else 2)
+    ]
+    assert all(torch.equal(x, y) for run in runs for x, y in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.parametrize("dyt", [False, True])
+def test_what_is_kept_for_the_backward_pass_is_the_map_and_small_things(dyt):
+    """Neither tokens, nor queries, nor probabilities of every position: F itself, and less than it altogether."""
+    f, a, bias, w, k, x, *of_dyt = inputs(12, b=1, grid=(24, 32), channels=8, dyt=dyt)
+    leaves = [t.requires_grad_() for t in (f, a, bias, w, k, *of_dyt)]
+    kept: dict[int, Tensor] = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+        results(2, x=x)(*leaves, backend="triton")
+    assert f.data_ptr() in kept
+    assert sum(t.numel() for t in kept.values()) <= 1.5 * f.numel()
+
+
+def test_nothing_of_full_resolution_is_written_in_the_forward_pass(monkeypatch):
+    """Every output and workspace, of both roads: far less than the map, where T and Q would each be twice as large."""
+    sizes: list[int] = []
+    plain = kernels.empty
+
+    def counted(*arguments: Any) -> Tensor:
+        made = plain(*arguments)
+        sizes.append(made.numel())
+        return made
+
+    monkeypatch.setattr(kernels, "empty", counted)
+    for dyt in (False, True):
+        f, a, bias, w, k, x, *of_dyt = inputs(
+            19, b=1, channels=8, heads=2, d=8, grid=(40, 48), rank=4, dyt=dyt
+        )
+        with torch.no_grad(), Allocations() as seen:
+            pooled(f, a, bias, w, k, *of_dyt, size=2, x=x, backend="triton")
+        assert sum(sizes) < f.numel() / 4
+        assert seen.largest < f.numel()
+        sizes.clear()
+
+
+class Allocations(TorchDispatchMode):
+    """The most elements of what torch itself makes: a library product of tokens or queries would be seen."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for t in made if isinstance(made, tuple) else (made,):
+            if isinstance(t, Tensor):
+                self.largest = max(self.largest, t.numel())
+        return made
+
+
+def test_opcheck():
+    f, a, bias, w, k, x, *of_dyt = (
+        [t.requires_grad_()] for t in inputs(13, b=1, heads=1, grid=(5, 4), dyt=True)
+    )
+    operator = torch.ops.srm.pooled_links.default
+    for dyt in (of_dyt, ([],) * 3):
+        arguments = (f, a, bias, *dyt, w, k, [x[0].detach()], [0], 2, 0.3, "keys", "triton")
+        opcheck(operator, arguments, rtol=1e-4, atol=1e-5)
+
+
+# The two ends
+
+
+def sources(seed: int, dtype: torch.dtype = torch.float32, *, links: int = 2, b: int = 2) -> list[Tensor]:
+    """T, then for every link W_K, W_V and DyT's three."""
+    C = 24
+    shapes = [(C, C), (C, C), (1,), (C,), (C,)]
+    made = [tokens(seed, b, 70, C, dtype=dtype)]
+    for i, shape in enumerate(shape for shape in shapes for _ in range(links)):
+        made.append(tokens(seed + 1 + i, *shape, dtype=dtype, scale=C**-0.5 if len(shape) == 2 else 0.7))
+    return [t.to(DEVICE) for t in made]
+
+
+def projected(*t: Tensor, backend: str | None = None) -> tuple[Tensor, Tensor]:
+    L = 2
+    groups = [t[1 + L * i : 1 + L * (i + 1)] for i in range((len(t) - 1) // L)]
+    return project_sources(
+        t[0], groups[0], groups[1], dyt=list(zip(*groups[2:], strict=True)) or None, backend=backend
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dyt", [False, True])
+def test_keys_and_values_of_all_links_of_a_source(dyt, dtype):
+    made = sources(60, dtype)
+    follow_the_rule(projected, made if dyt else made[:5])
+
+
+def test_keys_and_values_by_definition():
+    t, k0, k1, v0, v1, a0, a1, w0, w1, b0, b1 = sources(61, torch.float64)
+    keys, values = projected(t, k0, k1, v0, v1, a0, a1, w0, w1, b0, b1, backend="reference")
+    for link, (k, v, a, w, b) in enumerate(((k0, v0, a0, w0, b0), (k1, v1, a1, w1, b1))):
+        squashed = w * torch.tanh(a * t) + b
+        oracle.agree(keys[link], squashed @ k.mT)
+        oracle.agree(values[link], squashed @ v.mT)
+
+
+def test_a_source_may_have_any_strides_and_any_batch():
+    made = sources(62, b=3)
+    strided = made[0].mT.contiguous().mT
+    whole, other = projected(*made, backend="triton"), projected(strided, *made[1:], backend="triton")
+    alone = projected(made[0][:1], *made[1:], backend="triton")
+    for x, y, z in zip(whole, other, alone, strict=True):
+        assert torch.equal(x, y)
+        assert torch.equal(x[:, :1], z)
+
+
+def merged(*t: Tensor, tau: bool = True, backend: str | None = None) -> Tensor:
+    """Two links into the second of two maps, of ranks 5 and 3."""
+    pooled, probabilities, x0, x1, a0, a1, b0, b1, w0, w1, beta0, beta1, *thetas = t
+    return merge_links(
+        PooledLinks(probabilities, pooled, None), [x0, x1], [(a0, b0), (a1, b1)], [w0, w1], [1, 1],
+        [beta0, beta1], thetas=thetas if tau else None, backend=backend,
+    )  # fmt: skip
+
+
+def ends(
+    seed: int, dtype: torch.dtype = torch.float32, *, b: int = 2, size: int = 3, tau: bool = True
+) -> list[Tensor]:
+    H, d, wide = 2, 12, torch.float64 if dtype == torch.float64 else torch.float32
+    C, P = H * d, size * size
+    shapes = [
+        (b, P, 9),
+        (2, b, H, P, 5),
+        (b, H, 5, d),
+        (b, H, 3, d),
+        (C, 4),
+        (C, 5),
+        (C,),
+        (C,),
+        (C, C),
+        (C, C),
+        (1,),
+        (1,),
+        (H,),
+        (H,),
+    ]
+    made = [
+        tokens(
+            seed + i,
+            *shape,
+            dtype=wide if 1 <= i <= 3 else dtype,
+            scale=shape[-1] ** -0.5 if len(shape) == 2 else 1,
+        )
+        for i, shape in enumerate(shapes)
+    ]
+    return [t.to(DEVICE) for t in (made if tau else made[:12])]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tau", [False, True])
+def test_the_merged_maps(tau, dtype):
+    follow_the_rule(lambda *t, backend: merged(*t, tau=tau, backend=backend), ends(70, dtype, tau=tau))
+
+
+def test_the_merged_maps_by_definition():
+    p, probabilities, x0, x1, a0, a1, b0, b1, w0, w1, beta0, beta1, t0, t1 = made = ends(71, torch.float64)
+    found = merged(*made, backend="reference").flatten(3).mT
+    oracle.agree(found[:, 0], p[..., :4] @ a0.mT + b0)
+    update = 0
+    for link, (x, w, theta, beta) in enumerate(((x0, w0, t0, beta0), (x1, w1, t1, beta1))):
+        y = theta.exp()[:, None, None] * (probabilities[link, ..., : x.shape[2]] @ x)
+        update = update + beta * (y.transpose(1, 2).flatten(2) @ w.mT)
+    oracle.agree(found[:, 1], p[..., 4:] @ a1.mT + b1 + update)
+
+
+def test_merged_maps_of_an_image_alone_and_in_a_batch():
+    made = ends(72, b=3, size=8)
+    whole = merged(*made, backend="triton")
+    made[0], made[1] = made[0][:1], made[1][:, :1]
+    made[2:4] = [x[:1] for x in made[2:4]]
+    assert torch.equal(merged(*made, backend="triton"), whole[:1])
+
+
+@pytest.mark.parametrize("method", ["leverage", "uniform"])
+def test_the_key_side_alone(method):
+    """K̃ is exact, X that of the attention with the same landmarks."""
+    key, value = (tokens(seed, 2, 2, 20, 8, dtype=torch.float32).to(DEVICE) for seed in (14, 15))
+    options: dict[str, Any] = {"method": method, "qk_norm": "keys"}
+    k, x = landmark_side(key, value, 7, backend="triton", **options)
+    index = select_landmarks(oracle.normalise(key), 7, method=method)
+    assert torch.equal(k.cpu(), oracle.gather(key.cpu(), index.cpu()))
+    exact = landmark_side(
+        key.double(), value.double(), 7, landmarks=index, qk_norm="keys", backend="reference"
+    )[1]
+    plain = landmark_side(key, value, 7, landmarks=index, qk_norm="keys", backend="reference")[1]
+    within(x, plain, exact)
+
+
+def wrong(**changed: Any) -> Any:
+    f, a, bias, w, k, x = (t.cpu() for t in inputs(16))
+    given = {
+        "maps": [f], "align": [(a, bias)], "query_weights": [w], "keys": [k], "targets": [0], "size": 4, "xs": [x],
+    } | changed  # fmt: skip
+    first = [given.pop(name) for name in ("maps", "align", "query_weights", "keys", "targets")]
+    return pooled_links(*first, **given)
+
+
+ONE, SIXTEEN = torch.ones(1), torch.ones(16)
+WRONG: dict[str, tuple[type[Exception], dict[str, Any]]] = {
+    "one at least of each": (ValueError, {"maps": []}),
+    "expected one for every link": (ValueError, {"targets": [0, 0]}),
+    "expected numbers of maps": (ValueError, {"targets": [1]}),
+    "align is torch.float16.*no narrower": (TypeError, {"align": [(torch.ones(16, 6).half(), SIXTEEN)]}),
+    "expected keys in fp32": (TypeError, {"keys": [torch.ones(2, 2, 5, 8, dtype=torch.float64)], "xs": None}),
+    r"expected \(16, 6\)": (ValueError, {"align": [(torch.ones(16, 7), SIXTEEN)]}),
+    r"expected \(16, 16\)": (ValueError, {"query_weights": [torch.ones(16, 8)]}),
+    r"expected \(B, C_i": (ValueError, {"maps": [torch.ones(2, 6, 4)]}),
+    r"expected \(B, H, r, d\)": (ValueError, {"keys": [torch.ones(3, 2, 5, 8)]}),
+    "expected the same": (ValueError, {"xs": [torch.ones(2, 2, 5, 4)]}),
+    "at least 1": (ValueError, {"size": 0}),
+    "qk_norm": (ValueError, {"qk_norm": "queries"}),
+    "dyt is torch.float16.*no narrower": (TypeError, {"dyt": [(ONE.half(), SIXTEEN.half(), SIXTEEN.half())]}),
+    r"dyt has shape \(8,\); expected \(16,\)": (ValueError, {"dyt": [(ONE, torch.ones(8), SIXTEEN)]}),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_bad_input_is_said_at_the_door(message):
+    kind, changed = WRONG[message]
+    with pytest.raises(kind, match=message):
+        wrong(**changed)
+
+
+def test_bad_input_of_the_two_ends():
+    made = [t.cpu() for t in sources(63)]
+    with pytest.raises(ValueError, match=r"expected \(B, N, C\)"):
+        projected(made[0][0], *made[1:])
+    with pytest.raises(ValueError, match="expected one for every link"):
+        project_sources(made[0], made[1:3], made[3:4])
+    with pytest.raises(ValueError, match=r"key_weights has shape .*expected \(24, 24\)"):
+        projected(made[0], torch.ones(24, 8), *made[2:])
+    given = [t.cpu() for t in ends(73)]
+    with pytest.raises(ValueError, match=r"expected \(2, 2, up to 5, d\)"):
+        merged(*given[:2], given[2][:1], *given[3:])
+    with pytest.raises(ValueError, match="align reads 8 channels; expected 9"):
+        merged(*given[:4], torch.ones(24, 3), *given[5:])
+    with pytest.raises(TypeError, match=r"output_weights is torch\.float16"):
+        merged(*given[:8], given[8].half(), *given[9:])
+
+
+def test_what_the_kernels_cannot_take_is_refused_with_the_reason():
+    f, a, bias, w, k, _ = inputs(17)
+    with pytest.raises(NotImplementedError, match=r"triton.*grid of up to 32"):
+        pooled(f, a, bias, w, k, size=33, backend="triton")
+    wide = [t.double() for t in (f, a, bias, w, k)]
+    with pytest.raises(NotImplementedError, match=r"triton.*float64"):
+        pooled(*wide, size=4, backend="triton")
+    with pytest.raises(NotImplementedError, match=r"triton.*float64"):
+        landmark_side(wide[-1], wide[-1], 3, backend="triton")
+    f, a, bias, w, k, _ = inputs(17, heads=3, d=100, rank=4, b=1, grid=(2, 2))
+    with pytest.raises(NotImplementedError, match=r"triton.*up to 256 channels at once, and C is 300"):
+        pooled(f, a, bias, w, k, size=2, qk_norm="both", backend="triton")

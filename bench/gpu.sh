@@ -53,8 +53,9 @@ step 60 operators.txt "$PYTHON" -m pytest bench --benchmark-only --on cuda --kin
   --benchmark-max-time 0.1 --benchmark-min-rounds 3 --benchmark-json "$out/operators.json"
 step 60 neck.txt "$PYTHON" -m bench.neck --device cuda --article --out "$root"
 step 40 training.txt "$PYTHON" -m bench.training --device cuda
-step 40 attacks.txt "$PYTHON" -m bench.attacks --device cuda --backbone pvt_v2_b2 --image-size 512 \
-  --necks srm quadratic none
+step 50 attacks.txt "$PYTHON" -m bench.attacks --device cuda --backbones pvt_v2_b2 --image-size 512 \
+  --necks srm quadratic none --backends triton reference --attacks "pgd mse linf" --steps 10 --repeats 2 \
+  --out "$out/attacks.jsonl"
 step 50 growth.txt "$PYTHON" -m bench.growth --device cuda --dtype bf16 --seconds 1 --out "$root"
 for tool in memcheck racecheck; do
   step 40 sanitizer.txt compute-sanitizer --error-exitcode 1 --tool "$tool" "$PYTHON" -m bench.small_run

@@ -5,7 +5,15 @@ from srm_model.attacks.auto import apgd, apgd_trace
 from srm_model.attacks.certify import Certificate, certify
 from srm_model.attacks.examples import save_examples
 from srm_model.attacks.gradient import PGDTrace, fgsm, pgd, pgd_trace
-from srm_model.attacks.objectives import MSE, Drift, Objective, PairInversion, Signed, SoftSpearman
+from srm_model.attacks.objectives import (
+    MSE,
+    Drift,
+    Objective,
+    PairInversion,
+    Signed,
+    SignedPairInversion,
+    SoftSpearman,
+)
 from srm_model.attacks.square import square, square_trace
 from srm_model.attacks.studies import sweep_eps, sweep_steps, transfer
 from srm_model.attacks.suite import Attack, Example, Suite, SuiteResult
@@ -22,6 +30,7 @@ __all__ = [
     "PGDTrace",
     "PairInversion",
     "Signed",
+    "SignedPairInversion",
     "SoftSpearman",
     "Suite",
     "SuiteResult",

@@ -76,7 +76,7 @@ def _share(jobs: list[Job], out: Path, device: torch.device, *, progress: bool) 
     """Do what is missing and no other process that shares the folder has at hand; ends when nothing is missing."""
     while missing := _missing(jobs, Records(out), out):
         untrained = {str(job.needs[0].folder) for job in missing if job.kind == _CLEAN}
-        idle = True
+        idle, left = True, len(missing)
         for job in missing:
             if job.kind != _CLEAN and any(str(model.folder) in untrained for model in job.needs):
                 continue
@@ -85,9 +85,9 @@ def _share(jobs: list[Job], out: Path, device: torch.device, *, progress: bool) 
                 if not mine or job not in _missing(jobs, records := Records(out), out):
                     continue
                 if progress:
-                    runs.say(f"{len(missing)} to do: {job.label}")
+                    runs.say(f"{left} to do: {job.label}")
                 _do(job, records, device)
-                idle = False
+                idle, left = False, left - 1
                 if job.kind == _CLEAN:
                     untrained.discard(str(job.needs[0].folder))
         if idle:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from srm_model.attacks.problem import check_budget
 from srm_model.cli.options import budget
 from srm_model.config import NECKS, SRMConfig
 
@@ -219,6 +220,7 @@ def _study(values: Any, here: Path, roots: Mapping[str, str]) -> Study:
         if not values.get(key):
             raise ValueError(f"{key} is missing or empty: a study needs it")
     config = SRMConfig().replace(**values.get("config", {}))
+    _texts(values, "backbones", "necks")
     necks = tuple(values.get("necks", ("none", "srm")))
     if not necks or not set(necks) <= set(NECKS):
         raise ValueError(f"necks is {list(necks)}: expected some of {', '.join(NECKS)}")
@@ -227,6 +229,14 @@ def _study(values: Any, here: Path, roots: Mapping[str, str]) -> Study:
     _known(attacks, _ATTACK_KEYS, "key of attacks")
     if attacks.get("suite", "paper") not in ("paper", "extended"):
         raise ValueError(f"suite is {attacks['suite']!r}: expected 'paper' or 'extended'")
+    images = attacks.get("images")
+    if images is not None and (isinstance(images, bool) or not isinstance(images, int) or images < 2):
+        raise ValueError(f"images is {images!r}: expected a whole number of 2 or more")
+    if values.get("audit", 0) < 0 or values.get("audit") == 1:
+        raise ValueError(f"audit is {values['audit']}: expected a whole number of 2 or more, or 0 for none")
+    for name, root in values["data"].items():
+        if not isinstance(root, str) or not slug(name):
+            raise ValueError(f"data has {name} = {root!r}: expected a name and a folder")
     backbones = tuple(values["backbones"])
     pairs = tuple(tuple(pair) for pair in values.get("transfer", ()))
     for pair in pairs:
@@ -243,6 +253,13 @@ def _study(values: Any, here: Path, roots: Mapping[str, str]) -> Study:
         ablation_seeds |= dict.fromkeys(found, _seeds(group.get("seeds", seeds)))
         own = _budgets(group, config) if group.keys() & {"linf", "l2"} else budgets
         ablation_budgets |= dict.fromkeys(found, own)
+    folders: dict[tuple[str, str], str] = {}
+    for name, overrides in ablations.items():
+        other = folders.setdefault((slug(name), overrides.get("neck", "srm")), name)
+        if other != name:
+            raise ValueError(
+                f"ablations {other!r} and {name!r} would share the folder {slug(name)}: rename one"
+            )
     return Study(
         title=values.get("title", "Study"),
         data={name: str(here / Path(root).expanduser()) for name, root in values["data"].items()},
@@ -253,7 +270,7 @@ def _study(values: Any, here: Path, roots: Mapping[str, str]) -> Study:
         pretrained=values.get("pretrained", False),
         freeze_backbone=values.get("freeze_backbone", False),
         budgets=budgets,
-        images=attacks.get("images"),
+        images=images,
         suite=attacks.get("suite", "paper"),
         ablations=ablations,
         ablation_seeds=ablation_seeds,
@@ -307,16 +324,25 @@ def _swaps(values: Mapping[str, Any], config: SRMConfig) -> dict[str, dict[str, 
 
 
 def _seeds(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, list | tuple):
+        raise TypeError(f"seeds is {values!r}: expected list")
     seeds = tuple(values)
-    if not seeds or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
-        raise ValueError(f"seeds is {list(seeds)}: expected whole numbers of zero or more")
+    if (
+        not seeds
+        or not all(type(seed) is int and seed >= 0 for seed in seeds)
+        or len(set(seeds)) < len(seeds)
+    ):
+        raise ValueError(f"seeds is {list(seeds)}: expected different whole numbers of zero or more")
     return seeds
 
 
 def _budgets(values: Mapping[str, Any], config: SRMConfig) -> tuple[tuple[str, float], ...]:
     """Norm and ε; the config's for the tables where neither norm is named."""
+    for norm in ("linf", "l2"):
+        if not isinstance(values.get(norm, []), list):
+            raise TypeError(f"{norm} is {values[norm]!r}: expected list")
     return tuple(
-        (norm, _budget(eps))
+        (norm, _budget(norm, eps))
         for norm, default in (("linf", config.eps_linf_tables), ("l2", config.eps_l2_tables))
         for eps in values.get(norm, default if not values.keys() & {"linf", "l2"} else ())
     )
@@ -328,8 +354,18 @@ def _known(values: Mapping[str, Any], keys: set[str], what: str) -> None:
         raise ValueError(f"unknown {what} {', '.join(unknown)}; known are {', '.join(sorted(keys))}")
 
 
-def _budget(value: Any) -> float:
+def _budget(norm: str, value: Any) -> float:
     try:
-        return budget(str(value))
+        eps = budget(str(value))
     except argparse.ArgumentTypeError:
         raise ValueError(f"budget {value!r}: expected a number or a fraction such as 4/255") from None
+    check_budget(norm, eps)
+    return eps
+
+
+def _texts(values: Mapping[str, Any], *keys: str) -> None:
+    """Lists of different texts."""
+    for key in keys:
+        found = values.get(key, [])
+        if not all(isinstance(text, str) for text in found) or len(set(found)) < len(found):
+            raise ValueError(f"{key} is {found}: expected different texts")

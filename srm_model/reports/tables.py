@@ -360,7 +360,6 @@ def _ablations(results: StudyResults) -> Table:
 
     budgets = [(str(norm), float(eps)) for norm, eps in study.get("budgets", [])]
     variants = {FULL: {}, **study["ablations"]}
-    reference: dict[Any, float] = {}
     rows = []
     for variant, overrides in variants.items():
         neck = overrides.get("neck", "srm")
@@ -371,12 +370,13 @@ def _ablations(results: StudyResults) -> Table:
             variant if variant != FULL else "full SRM",
             over_seeds(clean, lambda values: values["srocc"]),
         ]
-        cells.append(_delta(reference, "clean", mean_of(clean, lambda values: values["srocc"])))
+        full = [] if variant == FULL else lines("clean", FULL, "srm")
+        cells.append(_delta(full, clean, lambda values: values["srocc"]))
         for norm, eps in budgets:
             attacked = lines("attack", variant, neck, norm=norm, eps=eps)
             cells.append(over_seeds(attacked, lambda values: values["worst"]["srocc"]) if attacked else DASH)
-            mean = mean_of(attacked, lambda values: values["worst"]["srocc"])
-            cells.append(_delta(reference, (norm, eps), mean))
+            full = [] if variant == FULL else lines("attack", FULL, "srm", norm=norm, eps=eps)
+            cells.append(_delta(full, attacked, lambda values: values["worst"]["srocc"]))
         rows.append(cells)
     columns = ["Variant", "clean SROCC", "Δ"]
     for budget in budgets:
@@ -386,17 +386,19 @@ def _ablations(results: StudyResults) -> Table:
         f"One-out ablations on {place['data']}, {place['backbone']}",
         columns,
         rows,
-        "Δ is against full SRM. Mean ± standard deviation over seeds where there are several.",
+        "Δ is against full SRM over the same seeds. Mean ± standard deviation over seeds where there are several.",
         needs="trained ablations",
     )
 
 
-def _delta(reference: dict[Any, float], key: Any, value: float) -> str:
-    """The difference from the first row's, which it becomes where there is none."""
-    if key not in reference:
-        reference[key] = value
-        return DASH
-    return signed(value - reference[key]) if math.isfinite(value - reference[key]) else DASH
+def _delta(
+    full: list[dict[str, Any]], lines: list[dict[str, Any]], value: Callable[[dict[str, Any]], Any]
+) -> str:
+    """How much higher a variant's mean is than the full neck's over the same seeds."""
+    by_seed = [{line["identity"]["seed"]: line for line in found} for found in (full, lines)]
+    seeds = by_seed[0].keys() & by_seed[1].keys()
+    before, after = (mean_of([found[seed] for seed in seeds], value) for found in by_seed)
+    return signed(after - before) if math.isfinite(after - before) else DASH
 
 
 def _mechanism(results: StudyResults) -> Table:

@@ -25,6 +25,7 @@ from srm_model.data.synthesize import synthesize
 from srm_model.files import claimed, read_json
 from srm_model.reports import write_study
 from srm_model.reports.records import Records, over_seeds
+from srm_model.reports.text import signed
 
 STUDY = """
 title = "A small study"
@@ -368,6 +369,15 @@ def test_all_tables_are_made_and_their_figures_are_the_lines(out: Path, capsys: 
     assert [
         name for name in ("full SRM", "uniform landmarks", "no key norm") if f"| {name} |" not in ablations
     ] == []
+    # Of one variant there is one seed: the difference is from that seed's full neck.
+    srocc = {
+        (line["identity"]["variant"], line["identity"]["seed"]): line["values"]["srocc"]
+        for line in Records(out).of("clean")
+        if line["identity"]["neck"] == "srm"
+    }
+    assert srocc["full", 0] != srocc["full", 1]
+    (row,) = (line for line in ablations.splitlines() if line.startswith("| no key norm |"))
+    assert row.split(" | ")[2] == signed(srocc["no key norm", 1] - srocc["full", 1])
     assert main(["report", str(out), "--table", "8"]) == 0
     assert "| noise | test_convnext | srm | L∞ ε = 4/255 |" in capsys.readouterr().out
 
@@ -470,6 +480,23 @@ def test_all_ablations_of_the_article_are_named_and_valid(tmp_path: Path):
         ({"ablations": {"overrides": {"a": {"rank": 0}}}}, "rank=0"),
         ({"ablations": {"overrides": {"a": {"neck": "x"}}}}, "neck 'x' is not one of"),
         ({"transfer": [["b", "c"]]}, "expected two of the study's backbones"),
+        # What would else be found after the trainings.
+        ({"backbones": ["b", "b"]}, "backbones is ['b', 'b']: expected different texts"),
+        ({"backbones": [1]}, "backbones is [1]: expected different texts"),
+        ({"data": {"a": 3}}, "data has a = 3: expected a name and a folder"),
+        ({"seeds": [0, 0]}, "seeds is [0, 0]: expected different whole numbers"),
+        ({"seeds": [True]}, "seeds is [True]: expected different whole numbers"),
+        ({"ablations": {"seeds": 1}}, "seeds is 1: expected list"),
+        ({"attacks": {"linf": [4]}}, "eps=4.0 for norm 'linf': expected at most 1"),
+        ({"attacks": {"l2": [-1]}}, "eps=-1.0: expected a finite number, zero or more"),
+        ({"attacks": {"linf": "4/255"}}, "linf is '4/255': expected list"),
+        ({"attacks": {"images": "all"}}, "images is 'all': expected a whole number of 2 or more"),
+        ({"attacks": {"images": 1}}, "images is 1: expected a whole number of 2 or more"),
+        ({"audit": -3}, "audit is -3: expected a whole number of 2 or more, or 0"),
+        (
+            {"ablations": {"overrides": {"r 2": {"rank": 2}, "r-2": {"rank": 3}}}},
+            "ablations 'r 2' and 'r-2' would share the folder r-2: rename one",
+        ),
     ],
 )
 def test_a_study_that_does_not_fit_is_one_sentence(tmp_path: Path, change: dict[str, Any], words: str):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from srm_model.attacks import audit
 from srm_model.config import SRMConfig
 
 CONFIG = SRMConfig(attack_steps=10, attack_restarts=3, attack_queries=150)
+QUICK = CONFIG.replace(attack_steps=2, attack_restarts=1, attack_queries=10)
 CHECKS = [
     "steps",
     "eps",
@@ -196,6 +198,30 @@ def test_declared_randomness_is_no_fault():
     assert found["randomness"].passed
     assert "EOT" in found["randomness"].figure
     assert found["batch"].passed is None
+
+
+def test_randomness_between_few_things_is_found():
+    class TwoFaces(Honest):
+        def forward(self, images: Tensor) -> Tensor:
+            return self.raw(images.flip(3) if random.random() < 0.5 else images)
+
+    draws = random.Random(0)
+    assert draws.random() > 0.5  # no flip
+    assert draws.random() > 0.5  # nor in a second pass
+    assert "randomness" in run(TwoFaces(), config=QUICK).failed
+
+
+def test_the_gradient_of_a_random_model_is_compared_within_one_draw():
+    class Declared(RandomCrop):
+        stochastic = True
+
+    class DeclaredAndDetached(Declared):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images.detach()) + 0.01 * images.mean((1, 2, 3))
+
+    config = QUICK.replace(eot_samples=2)
+    assert "derivative" not in run(Declared(), config=config).failed
+    assert "derivative" in run(DeclaredAndDetached(), config=config).failed
 
 
 def test_what_cannot_be_asked_is_left_open():

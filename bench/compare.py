@@ -1,8 +1,10 @@
 """Is one checkout, or one backend, slower than another? `python -m bench.compare`; exit code 1 where it is.
 
 Both are measured in turn, round by round in a random order, beside a second copy of the first one: what the two copies
-differ by is this run's noise. A slowdown is told where the median of paired ratios, less its own uncertainty, exceeds
-both that noise and the tolerance. Nothing is compared with a time of another run.
+differ by is this run's noise. Where inputs happen to lie in memory makes an operator faster or slower for as long as it
+is called on them: in the course of a run all are prepared anew twenty times, and whole preparations are resampled.
+A slowdown is told where the median of paired ratios, less its own uncertainty, exceeds both that noise and the
+tolerance. Nothing is compared with a time of another run.
 
     python -m bench.compare --checkouts OLD NEW
     python -m bench.compare --backends reference sdpa
@@ -26,7 +28,8 @@ from bench.operators import DIRECTIONS, DTYPES, FAMILIES, OPERATORS, NumericsErr
 from bench.worker import prepared
 
 ROOT = Path(__file__).resolve().parent.parent
-ROUNDS = 40
+ROUNDS = 80
+PREPARATIONS = 20
 TOLERANCE = 0.05  # a slowdown by less is nobody's concern
 CONFIDENCE = 0.99
 RESAMPLES = 1000
@@ -35,6 +38,7 @@ _WORKER = (
     "from bench.worker import serve; serve(sys.argv[1])"
 )
 Measure = Callable[[], float]
+Three = tuple[Measure, Measure, Measure]  # base, a second copy of it, candidate
 
 
 class Verdict(NamedTuple):
@@ -48,33 +52,34 @@ class Verdict(NamedTuple):
 
 
 def compare(
-    base: Measure,
-    again: Measure,
-    candidate: Measure,
+    prepare: Callable[[], Three],
     *,
     rounds: int = ROUNDS,
     tolerance: float = TOLERANCE,
     seed: int = 0,
 ) -> Verdict:
-    """Whether `candidate` is slower than `base`, of which `again` is a second copy; each returns one time."""
+    """Whether the candidate of `prepare` is slower than its base; each of its three returns one time."""
     if rounds < 5:
         raise ValueError(f"rounds={rounds}: expected at least 5")
     random = np.random.default_rng(seed)
-    contestants = (base, again, candidate)
-    logs = np.empty((rounds, len(contestants)))
-    for row in logs:
-        for index in random.permutation(len(contestants)):
-            row[index] = math.log(contestants[index]())
-    change = logs[:, 2] - logs[:, :2].mean(1)
+    each = math.ceil(rounds / PREPARATIONS)
+    logs = np.empty((math.ceil(rounds / each), each, 3))
+    for part in logs:
+        contestants = prepare()
+        for row in part:
+            for index in random.permutation(len(contestants)):
+                row[index] = math.log(contestants[index]())
+    change = logs[..., 2] - logs[..., :2].mean(-1)
     low, high = _interval(change, random)
-    noise = max(abs(end) for end in _interval(logs[:, 1] - logs[:, 0], random))
+    noise = max(abs(end) for end in _interval(logs[..., 1] - logs[..., 0], random))
     slower = bool(low > max(noise, math.log1p(tolerance)))
     return Verdict(math.exp(float(np.median(change))), math.exp(low), math.exp(high), math.exp(noise), slower)
 
 
 def _interval(values: np.ndarray, random: np.random.Generator) -> tuple[float, float]:
-    """Where the median lies, by resampling."""
-    medians = np.median(random.choice(values, (RESAMPLES, len(values))), axis=1)
+    """Where the median lies, by resampling of whole preparations, the rows of `values`."""
+    drawn = values[random.integers(len(values), size=(RESAMPLES, len(values)))]
+    medians = np.median(drawn.reshape(RESAMPLES, -1), axis=1)
     low, high = np.quantile(medians, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
 
@@ -119,8 +124,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.checkouts:
             old, new = (Path(path) for path in options.checkouts)
-            workers += [Worker(path) for path in (old, old, new)]
+            for path in (old, old, new):
+                workers.append(Worker(path))
         return _run(options, workers)
+    except ValueError as error:  # not 1, which says that something is slower
+        print(f"python -m bench.compare: {error}", file=sys.stderr)
+        return 2
     finally:
         for worker in workers:
             worker.close()
@@ -145,15 +154,18 @@ def _run(options: argparse.Namespace, workers: list[Worker]) -> int:
                     for backend in (backends[0], backends[0], backends[1])
                 ]
                 line = f"{operator:22} {family:17} {direction:9} "
+                makers = [worker.prepare for worker in workers] or [prepared] * len(requests)
+
+                def prepare(makers=makers, requests=requests) -> Three:
+                    base, again, candidate = (m(r) for m, r in zip(makers, requests, strict=True))
+                    return base, again, candidate
+
                 try:
-                    if workers:
-                        made = [w.prepare(r) for w, r in zip(workers, requests, strict=True)]
-                    else:
-                        made = [prepared(request) for request in requests]
+                    prepare()  # whatever cannot run says so here
                 except (NotImplementedError, NumericsError, ValueError) as reason:
                     print(f"{line}not compared: {reason}")
                     continue
-                found = compare(*made, rounds=options.rounds, tolerance=options.tolerance)
+                found = compare(prepare, rounds=options.rounds, tolerance=options.tolerance)
                 interval = f"{found.low:.3f} to {found.high:.3f}"
                 verdict = "  SLOWER" if found.slower else ""
                 print(f"{line}{found.ratio:7.3f} {interval:>16} {found.noise:7.3f}{verdict}", flush=True)

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can show, inside ten minutes: the GPU tests, the benchmarks, compute-sanitizer.
-# A step ends at its own limit or when the ten minutes do, whichever comes first; what it wrote until then stays.
+# A step ends at its own limit or when the ten minutes do, whichever comes first, by the signal that Ctrl-C sends: what
+# it measured until then is written.
 # `python -m bench.tune_attention` and `python -m bench.resources` are for hours with more time.
 # Results go to the folder given as the first argument (default bench/results), one folder a device, with the
 # device, driver, versions and commit beside them.
@@ -29,12 +30,12 @@ step() { # most seconds, file of its output, command
     return
   fi
   echo "\$ $*" >>"$out/$file"
-  timeout --kill-after=5 $((limit < left ? limit : left)) "$@" >>"$out/$file" 2>&1 &
+  timeout --signal=INT --kill-after=5 $((limit < left ? limit : left)) "$@" >>"$out/$file" 2>&1 &
   child=$!
   wait "$child" || status=$?
 }
 # The step is in a process group of its own, which Ctrl-C does not reach.
-trap 'trap - INT TERM; kill "$child" 2>/dev/null; wait; exit 130' INT TERM
+trap 'trap - INT TERM; kill -INT "$child" 2>/dev/null; wait; exit 130' INT TERM
 
 attention() {
   step 30 attention.txt "$PYTHON" -m bench.attention --device cuda "$@"

@@ -15,6 +15,7 @@ from bench.operators import FAMILIES, NumericsError, Timed
 
 LEAST_MILLISECONDS = 2.0  # of one measurement; shorter calls are repeated within it
 MOST_CALLS = 1000
+_verified: set[tuple[tuple[str, Any], ...]] = set()
 
 
 def stopwatch(call: Callable[[], object], device: str) -> Callable[[], float]:
@@ -54,7 +55,9 @@ def prepared(request: dict[str, Any]) -> Callable[[], float]:
         request["dtype"],
         request["device"],
     )
-    timed.verify()
+    if tuple(request.items()) not in _verified:  # inputs of a later preparation are the same numbers
+        timed.verify()
+        _verified.add(tuple(request.items()))
     return stopwatch(timed.call, request["device"])
 
 

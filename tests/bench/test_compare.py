@@ -25,6 +25,13 @@ class Machine:
         self.random = np.random.default_rng(seed)
         self.measured = 0
 
+    def prepare(self, *milliseconds: float, placement: float = 0.0):
+        """`placement`: how much faster or slower a preparation is than the next, as a standard deviation."""
+        base, again, candidate = (
+            self.operator(one * float(np.exp(self.random.normal(0, placement)))) for one in milliseconds
+        )
+        return base, again, candidate
+
     def operator(self, milliseconds: float):
         def measure() -> float:
             self.measured += 1
@@ -37,8 +44,7 @@ class Machine:
 
 def judged(slowdown: float, seed: int) -> Verdict:
     machine = Machine(seed)
-    times = (1.0, 1.0, slowdown)
-    return compare(*(machine.operator(time) for time in times), seed=seed)
+    return compare(lambda: machine.prepare(1.0, 1.0, slowdown), seed=seed)
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -59,6 +65,14 @@ def test_faster_is_no_alarm_and_less_than_the_tolerance_neither(seed: int):
     assert not judged(1.02, seed).slower
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_where_inputs_happen_to_lie_is_no_slowdown(seed: int):
+    """As measured on two equal checkouts: one preparation differed from the next by a sixth."""
+    machine = Machine(seed)
+    assert not compare(lambda: machine.prepare(1.0, 1.0, 1.0, placement=0.16), seed=seed).slower
+    assert compare(lambda: machine.prepare(1.0, 1.0, 2.0, placement=0.16), seed=seed).slower
+
+
 def test_a_noisy_run_says_so_and_is_not_trusted():
     machine = Machine(0)
     quiet = judged(1.0, 0).noise
@@ -66,7 +80,7 @@ def test_a_noisy_run_says_so_and_is_not_trusted():
     def jumping():  # the second copy of the base is as far off as the candidate
         return machine.operator(1.3)()
 
-    verdict = compare(machine.operator(1.0), jumping, machine.operator(1.3))
+    verdict = compare(lambda: (machine.operator(1.0), jumping, machine.operator(1.3)))
     assert verdict.noise > 1.2 > quiet
     assert not verdict.slower
 
@@ -87,10 +101,12 @@ def test_ten_repeats_on_this_machine(slowdown: float, monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     monkeypatch.setattr("bench.worker.LEAST_MILLISECONDS", 0.5)
     times = (0.5, 0.5, 0.5 * slowdown)
-    verdicts = [
-        compare(*(stopwatch(burning(one), "cpu") for one in times), rounds=10, seed=seed)
-        for seed in range(10)
-    ]
+
+    def prepare():
+        base, again, candidate = (stopwatch(burning(one), "cpu") for one in times)
+        return base, again, candidate
+
+    verdicts = [compare(prepare, rounds=10, seed=seed) for seed in range(10)]
     assert [verdict.slower for verdict in verdicts] == [slowdown > 1] * 10
 
 
@@ -110,7 +126,7 @@ def test_one_thread_is_timed_without_what_others_had(monkeypatch: pytest.MonkeyP
 
 def test_too_few_rounds_are_refused():
     with pytest.raises(ValueError, match="rounds=4"):
-        compare(float, float, float, rounds=4)
+        compare(lambda: (float, float, float), rounds=4)
 
 
 TINY = ["--families", "tiny", "--rounds", "5", "--device", "cpu"]
@@ -186,6 +202,9 @@ def test_two_checkouts_are_three_processes(
     assert main(["--checkouts", "new", "old", *arguments]) == 0
 
 
-def test_a_folder_without_the_package_is_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match="no checkout with srm_kernels in it"):
-        main(["--checkouts", str(tmp_path), str(tmp_path)])
+def test_a_folder_without_the_package_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """With another code than that of a slowdown."""
+    assert main(["--checkouts", str(tmp_path), str(tmp_path)]) == 2
+    assert "no checkout with srm_kernels in it" in capsys.readouterr().err
+    assert main(["--backends", "reference", "sdpa", "--operators", "dyt", *TINY, "--rounds", "4"]) == 2
+    assert "rounds=4" in capsys.readouterr().err

@@ -74,11 +74,19 @@ class Backbone(nn.Module):
         return self
 
 
-def _create_features(timm: ModuleType, name: str, pretrained: bool, image_size: int) -> Any:
+def check_backbone(name: Any) -> None:
+    """A ValueError with similar names where timm has no such model; nothing is built."""
+    make_torchvision_importable()
+    import timm
+
     if not isinstance(name, str) or not timm.is_model(name.split(".")[0]):
         close = timm.list_models(f"*{name}*")[:5] if isinstance(name, str) else []
         hint = f"; similar: {', '.join(close)}" if close else ""
         raise ValueError(f"backbone {name!r}: expected the name of a timm model{hint}")
+
+
+def _create_features(timm: ModuleType, name: str, pretrained: bool, image_size: int) -> Any:
+    check_backbone(name)
     # Only some models (Swin) are built for an image size, and the others refuse the argument.
     for size in ({"img_size": image_size}, {}):
         try:

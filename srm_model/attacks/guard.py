@@ -64,7 +64,15 @@ def as_found(model: nn.Module, images: Tensor, *, seed: int) -> Iterator[None]:
 
 def scores_of(model: nn.Module, images: Tensor) -> Tensor:
     """The model's scores (B,), in fp32 at least; (B, 1) is flattened, anything else is an error."""
-    scores = model(images)
+    try:
+        scores = model(images)
+    except (torch.OutOfMemoryError, NotImplementedError):
+        raise
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"the model fails on {images.dtype} images of shape {tuple(images.shape)}: {reason}"
+        ) from error
     batch = len(images)
     if not isinstance(scores, Tensor):
         raise TypeError(

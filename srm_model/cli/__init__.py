@@ -278,7 +278,9 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
-    _add_checkpoint(parser)
+    parser.add_argument(
+        "folder", metavar="RUN", help="a run folder, one checkpoint of it, or a study's folder"
+    )
     _add_data_choice(parser)
     parser.add_argument("--batch-size", type=positive, default=8)
     add_device(parser, workers=True)

@@ -17,6 +17,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from srm_model.attacks import MSE, Attack, PairInversion, Suite, audit, sweep_steps, transfer
+from srm_model.backbones import check_backbone
 from srm_model.checkpoint import CONFIG, read_card
 from srm_model.cli import runs
 from srm_model.cli.attack import attack_checkpoint
@@ -49,6 +50,8 @@ class Job(NamedTuple):
 def run(args: argparse.Namespace) -> None:
     """Do the jobs that `results.jsonl` lacks, one line for each, and say what there is."""
     study = read_study(args.study, runs.named_folders(args.data or ()))
+    for backbone in study.backbones:
+        check_backbone(backbone)
     out = Path(args.out)
     device = runs.device_from(args.device)
     records = Records(out)

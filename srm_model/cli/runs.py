@@ -23,6 +23,7 @@ from srm_model.config import NECKS, SRMConfig
 from srm_model.data import SPLITS, ImageCache, open_dataset
 from srm_model.files import read_json, write_json
 from srm_model.model import load_model
+from srm_model.reports.records import STUDY
 
 RUN = "run.json"
 
@@ -130,6 +131,17 @@ def checkpoints(folder: str) -> list[Path]:
             f"{folder}: {reason}; expected {CONFIG} with model.safetensors, in it or in {', '.join(NECKS)}"
         )
     return found
+
+
+def checkpoints_of_study(folder: str) -> dict[str, Path]:
+    """By the name a table shows: every checkpoint of a study's folder, else those of a run."""
+    root = Path(folder)
+    if (root / STUDY).is_file():
+        found = sorted(path.parent for path in (root / "runs").rglob(CONFIG))
+        if not found:
+            raise ValueError(f"{folder}: a study of which nothing has been trained yet")
+        return {str(path.relative_to(root / "runs")): path for path in found}
+    return {path.name: path for path in checkpoints(folder)}
 
 
 def one_checkpoint(folder: str) -> Path:

@@ -73,7 +73,7 @@ def evaluate(args: argparse.Namespace) -> None:
 def _evaluate_all(args: argparse.Namespace, writes: bool) -> list[list[Any]]:
     device = runs.device_from(args.device)
     rows = []
-    for folder in runs.checkpoints(args.folder):
+    for name, folder in runs.checkpoints_of_study(args.folder).items():
         model, card = runs.open_checkpoint(folder, device)
         dataset = runs.dataset_for(card, model.config, root=args.data, split=args.split)
         found = evaluate_model(
@@ -86,7 +86,7 @@ def _evaluate_all(args: argparse.Namespace, writes: bool) -> list[list[Any]]:
         )
         if writes and args.data is None and args.split == "test":
             write_json(folder / EVALUATION, found)
-        rows.append([folder.name, found["srocc"], found["plcc"], found["n"]])
+        rows.append([name, found["srocc"], found["plcc"], found["n"]])
     return rows
 
 

@@ -182,6 +182,16 @@ def test_swaps_change_trained_weights_model_and_nothing_else(out: Path):
         assert torch.equal(ours, theirs)  # whatever the attention was, nothing of it arrives
 
 
+def test_a_studys_folder_is_evaluated_whole(out: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["evaluate", str(out), "--device", "cpu", "--no-progress"]) == 0
+    shown = {line.split()[0]: line.split()[1] for line in capsys.readouterr().out.splitlines()[1:] if line}
+    recorded = {
+        line["values"]["folder"].removeprefix("runs/"): f"{line['values']['srocc']:.3f}".replace("-", "−")
+        for line in Records(out).of("clean")
+    }
+    assert {name: value.replace("-", "−") for name, value in shown.items() if "/" in name} == recorded
+
+
 def _srm(out: Path, seed: int) -> Path:
     return out / "runs" / "noise" / "test_convnext" / f"seed{seed}" / "srm"
 
@@ -506,6 +516,15 @@ def test_a_study_that_does_not_fit_is_one_sentence(tmp_path: Path, change: dict[
         read_study(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_backbone_that_is_not_there_is_told_before_training(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    text = (place / "study.toml").read_text().replace('"test_convnext"', '"test_convnxt"')
+    (tmp_path / "study.toml").write_text(text)
+    assert main(["ablate", str(tmp_path / "study.toml"), "--out", str(tmp_path / "out"), "--dry-run"]) == 2
+    assert "backbone 'test_convnxt': expected the name of a timm model" in capsys.readouterr().err
 
 
 def test_broken_files_are_one_sentence(tmp_path: Path):

@@ -404,6 +404,16 @@ def test_default_step_sizes(norm, factor):
             TypeError,
             "forward needs input1, input2: expected a module that",
         ),
+        (
+            {"model": torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 1))},
+            ValueError,
+            r"the model fails on torch.float32 images of shape \(4, 3, 8, 8\): mat1 and mat2 shapes",
+        ),
+        (
+            {"model": torch.nn.Sequential(torch.nn.Embedding(4, 1), torch.nn.Flatten())},
+            ValueError,
+            r"the model fails on torch.float32 images .* scalar types",
+        ),
         ({"model": Linear(weight()).half()}, TypeError, "torch.float16 parameters"),
         ({"model": OfFirstPixel(lambda p: (p, {}))}, TypeError, "returned a tuple"),
         ({"model": OfFirstPixel(lambda p: p.detach())}, ValueError, "carry no gradient"),

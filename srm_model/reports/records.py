@@ -63,7 +63,24 @@ class StudyResults:
         study = read_json(Path(folder) / STUDY)
         if not isinstance(study, dict) or "config" not in study:
             raise ValueError(f"{Path(folder) / STUDY}: not a study of this program")
-        return cls(str(study.get("title", "Study")), study, Records(folder))
+        records = Records(folder)
+        records.lines.sort(key=lambda line: _place(line["identity"], study))
+        return cls(str(study.get("title", "Study")), study, records)
+
+
+def _place(identity: dict[str, Any], study: dict[str, Any]) -> list[int | float]:
+    """Where a line stands: as the study lists things, whatever order several processes did them in."""
+    listed = (
+        ("data", list(study.get("data", ()))),
+        ("backbone", study.get("backbones", ())),
+        ("variant", ["full", *study.get("ablations", ())]),
+        ("neck", study.get("necks", ())),
+        ("norm", ("linf", "l2")),
+    )
+    place: list[int | float] = [
+        list(names).index(identity[key]) if identity.get(key) in names else -1 for key, names in listed
+    ]
+    return [*place, identity.get("eps", 0.0), identity.get("seed", 0)]
 
 
 def grouped(lines: Sequence[dict[str, Any]], *keys: str) -> list[list[dict[str, Any]]]:

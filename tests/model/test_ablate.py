@@ -392,6 +392,16 @@ def test_all_tables_are_made_and_their_figures_are_the_lines(out: Path, capsys: 
     assert "| noise | test_convnext | srm | L∞ ε = 4/255 |" in capsys.readouterr().out
 
 
+def test_tables_are_in_the_studys_order_whatever_was_done_first(out: Path, tmp_path: Path):
+    shutil.copy(out / "study.json", tmp_path)
+    lines = (out / "results.jsonl").read_text().splitlines()
+    made = []
+    for order in (lines, lines[::-1]):
+        (tmp_path / "results.jsonl").write_text("\n".join(order) + "\n")
+        made.append([table.rows for table in write_study(tmp_path, table_numbers=(1, 6, 7, 8, 11, 12))[0]])
+    assert made[0] == made[1]
+
+
 def test_a_table_without_results_says_what_it_needs(tmp_path: Path, place: Path):
     study = read_study(place / "study.toml")
     (tmp_path / "study.json").write_text(json.dumps({**study.to_dict(), "ablations": {}}))

@@ -131,7 +131,7 @@ def landmark_solve_backward(
 
 
 def launch_options(r: int, d: int) -> dict[str, int]:
-    """Tile sizes and warps: 16 to 64 numbers of each tile a thread; ptxas would else stop at 128 registers and spill."""
+    """Tile sizes and warps: 16 to 64 numbers of each tile a thread; else ptxas stops at 128 registers and spills."""
     R, D = (max(16, triton.next_power_of_2(n)) for n in (r, d))
     warps = min(16, max(2, R * max(R, D) // 512))
     return {"R": R, "D": D, "num_warps": warps, "maxnreg": 255 if warps <= 8 else 128}

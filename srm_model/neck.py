@@ -32,6 +32,7 @@ from .statistics import BatchStatistics
 
 ATTENTIONS = ("nystrom", "full")
 TAU_FLOOR = 1e-6
+CALIBRATION_LOGITS = 2**28  # at once: 1 GiB in fp32, a batch of 8 at 512×512 by exact attention
 
 
 class NeckOutput(NamedTuple):
@@ -174,15 +175,19 @@ class Link(nn.Module):
         c = self.config
         q, k, v = self.project(target, source)
         if c.qk_norm != "both":  # else the scale of W_Q does not reach the logits
-            spread = self._logits(q, k).std(-1, correction=0).mean((0, 2))
+            Q, K = normalised_query(q, c.qk_norm), self._attended(k)
+            # In pieces: all logits at once would be quadratic in the resolution, as neither attention is.
+            some = max(1, CALIBRATION_LOGITS // (Q.shape[0] * Q.shape[1] * K.shape[2]))
+            spreads = [_logits(piece, K).std(-1, correction=0) for piece in Q.split(some, 2)]
+            spread = torch.cat(spreads, 2).mean((0, 2))
             self._scale_heads(self.query.weight, spread.reciprocal())
             q = self.project(target, source)[0]
         sigma = rms_scale(self.attend(q, k, v)).rms
         self._scale_heads(self.value.weight, self.reference_scale / sigma)
 
-    def _logits(self, q: Tensor, k: Tensor) -> Tensor:
-        """Q K̃ᵀ s over the landmarks, or over all keys in exact attention: (B, H, N_q, r)."""
-        Q, K = normalised_query(q, self.config.qk_norm), normalised_key(k, self.config.qk_norm)
+    def _attended(self, k: Tensor) -> Tensor:
+        """K̃, normalised keys: the landmarks, or all of them in exact attention."""
+        K = normalised_key(k, self.config.qk_norm)
         if self.attention == "nystrom":
             index = select_landmarks(
                 K,
@@ -192,7 +197,7 @@ class Link(nn.Module):
                 generator=self.generator(),
             )
             K = K.gather(-2, index[..., None].expand(*index.shape, K.shape[-1]))
-        return Q @ K.mT / math.sqrt(Q.shape[-1])
+        return K
 
     def _scale_heads(self, weight: Tensor, factor: Tensor) -> None:
         limit = self.config.calibration_range
@@ -203,7 +208,7 @@ class Link(nn.Module):
     def diagnose(self, target: Tensor, source: Tensor) -> dict[str, Any]:
         """Median and 90th percentile over batch and heads of what Tables 1 and 2 report, plus per-head scales."""
         q, k, v = self.project(target, source)
-        logits = self._logits(q, k)
+        logits = _logits(normalised_query(q, self.config.qk_norm), self._attended(k))
         count = logits.shape[-1]
         probability = logits.softmax(-1)
         entropy = torch.special.entr(probability).sum(-1).mean(-1) / max(math.log(count), 1e-12)
@@ -660,6 +665,11 @@ class PlainNeck(nn.Module):
     def diagnose(self, pyramid: Sequence[Tensor]) -> dict[str, Any]:
         """Nothing to report."""
         return {}
+
+
+def _logits(Q: Tensor, K: Tensor) -> Tensor:
+    """Q K̃ᵀ s of normalised queries and keys: (B, H, N_q, r or N_k)."""
+    return Q @ K.mT / math.sqrt(Q.shape[-1])
 
 
 def _scale_to_unit(conv: nn.Conv2d, m: Tensor, limit: float) -> None:

@@ -16,6 +16,7 @@ from srm_model.cli.options import (
     byte_count,
     not_negative,
     positive,
+    seconds,
 )
 
 # What a caller can mend, told in one sentence; anything else is a fault of the program and keeps its traceback.
@@ -404,7 +405,7 @@ def _add_profile(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--seconds",
-        type=float,
+        type=seconds,
         default=10.0,
         metavar="S",
         help="of measured calls a case, about (default: 10)",

@@ -85,6 +85,14 @@ def positive(text: str) -> int:
     return number
 
 
+def seconds(text: str) -> float:
+    """A span of time above 0, for argparse."""
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a span above 0")
+    return number
+
+
 def not_negative(text: str) -> int:
     """A whole number of at least 0, for argparse."""
     number = int(text)

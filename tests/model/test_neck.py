@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from srm_model import SRMConfig, SRMNeck
+from srm_model import neck as neck_module
 from srm_model.neck import PlainNeck
 from srm_model.statistics import BatchStatistics
 
@@ -55,6 +56,24 @@ def test_calibration_makes_the_mechanism_act_whatever_the_backbones_scale(scale)
     for stage, conv in enumerate(neck.align):
         assert conv(pyramid[stage]).square().mean().sqrt().item() == pytest.approx(1, rel=1e-4)
     assert neck.median_rms.isfinite()
+
+
+@pytest.mark.parametrize("attention", ["nystrom", "full"])
+def test_calibration_in_pieces_is_the_same(attention, monkeypatch):
+    whole = make_neck(attention=attention)
+    monkeypatch.setattr("srm_model.neck.CALIBRATION_LOGITS", 500)
+    largest = []
+
+    def logits(Q, K, made=neck_module._logits):
+        largest.append(made(Q, K).numel())
+        return made(Q, K)
+
+    monkeypatch.setattr("srm_model.neck._logits", logits)
+    pieces = make_neck(attention=attention)
+    assert len(largest) > len(SMALL.links)
+    assert max(largest) <= 500
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(pieces.state_dict()[name], value)
 
 
 def test_calibration_sets_sigma_to_its_reference():

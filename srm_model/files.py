@@ -57,7 +57,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def append_line(path: str | Path, text: str) -> None:
     """Add a line to a file that several processes may add to; one that a kill cut short stays a line of its own."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    make_folder(Path(path).parent)
     with Path(path).open("ab+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         whole = file.seek(0, os.SEEK_END) == 0
@@ -73,7 +73,7 @@ def claimed(path: str | Path, name: str) -> Iterator[bool]:
 
     path: a file for the locks of everybody; it stays empty.
     """
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    make_folder(Path(path).parent)
     offset = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
     with Path(path).open("ab") as file:
         try:

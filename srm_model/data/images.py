@@ -14,8 +14,6 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from srm_model.files import make_folder
-
 Pixels = npt.NDArray[np.uint8]
 
 VERIFY = ("full", "fast")
@@ -100,7 +98,7 @@ def find_faults(paths: Sequence[Path], *, verify: str) -> dict[int, str]:
         pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the rest
     if seal is not None and not faults:
         try:
-            make_folder(seal.parent)
+            seal.parent.mkdir(parents=True, exist_ok=True)
             seal.touch()
         except OSError:  # no place to remember it: the next run checks again
             pass

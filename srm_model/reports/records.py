@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from srm_model.config import SRMConfig
 from srm_model.files import append_line, finite, read_json
 from srm_model.reports.text import fixed
 
 RESULTS, STUDY = "results.jsonl", "study.json"
+_DEFAULTS = json.loads(json.dumps(SRMConfig().to_dict()))
 PLUS_MINUS = "±"
 
 
@@ -34,10 +36,13 @@ class Records:
                     self.lines.append(line)
 
     def find(self, kind: str, identity: dict[str, Any]) -> dict[str, Any] | None:
-        """The line of that identity, None where it has yet to be measured."""
+        """The line of that identity, None where it has yet to be measured.
+
+        A field that SRMConfig got since a line was written counts as its default there.
+        """
         wanted = json.loads(json.dumps(identity))  # tuples are lists there
         for line in self.lines:
-            if line["kind"] == kind and line["identity"] == wanted:
+            if line["kind"] == kind and _with_defaults(line["identity"]) == wanted:
                 return line
         return None
 
@@ -48,6 +53,12 @@ class Records:
 
     def of(self, kind: str) -> list[dict[str, Any]]:
         return [line for line in self.lines if line["kind"] == kind]
+
+
+def _with_defaults(identity: dict[str, Any]) -> dict[str, Any]:
+    if "config" not in identity:
+        return identity
+    return {**identity, "config": {**_DEFAULTS, **identity["config"]}}
 
 
 @dataclass(frozen=True)

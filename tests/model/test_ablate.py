@@ -392,6 +392,16 @@ def test_all_tables_are_made_and_their_figures_are_the_lines(out: Path, capsys: 
     assert "| noise | test_convnext | srm | L∞ ε = 4/255 |" in capsys.readouterr().out
 
 
+def test_a_line_from_before_a_config_field_existed_is_still_found(tmp_path: Path):
+    records = Records(tmp_path)
+    config = SRMConfig(rank=5).to_dict()
+    older = {key: value for key, value in config.items() if key != "smoothing_sigma"}
+    records.add({"kind": "clean", "identity": {"seed": 0, "config": older}, "values": {}})
+    assert Records(tmp_path).find("clean", {"seed": 0, "config": config}) is not None
+    assert Records(tmp_path).find("clean", {"seed": 0, "config": {**config, "smoothing_sigma": 0.5}}) is None
+    assert Records(tmp_path).find("clean", {"seed": 0, "config": {**config, "rank": 6}}) is None
+
+
 def test_tables_are_in_the_studys_order_whatever_was_done_first(out: Path, tmp_path: Path):
     shutil.copy(out / "study.json", tmp_path)
     lines = (out / "results.jsonl").read_text().splitlines()

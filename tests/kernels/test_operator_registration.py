@@ -10,9 +10,8 @@ import oracle
 import pytest
 import torch
 from oracle import tokens
-from torch import Tensor
+from torch import Tensor, library
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
@@ -201,7 +200,7 @@ def test_every_registered_operator_is_reached_by_the_public_functions_and_passes
             ),
             args,
         )
-        opcheck(op, copies, kwargs)
+        library.opcheck(op, copies, kwargs)
 
 
 @pytest.mark.parametrize("name", [n for n in CALLS if n != "full_attention"])

@@ -16,9 +16,8 @@ import torch
 import torch.nn.functional as F
 from kernel_rule import DEVICE, DTYPES, follow_the_rule, poisoned, results_and_gradients, within
 from oracle import tokens
-from torch import Tensor
+from torch import Tensor, library
 from torch.autograd import gradcheck, gradgradcheck
-from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from srm_kernels import (
@@ -391,7 +390,7 @@ def test_opcheck():
     operator = torch.ops.srm.pooled_links.default
     for dyt in (of_dyt, ([],) * 3):
         arguments = (f, a, bias, *dyt, w, k, [x[0].detach()], [0], 2, 0.3, "keys", "triton")
-        opcheck(operator, arguments, rtol=1e-4, atol=1e-5)
+        library.opcheck(operator, arguments, rtol=1e-4, atol=1e-5)
 
 
 # The two ends

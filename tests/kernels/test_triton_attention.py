@@ -21,7 +21,6 @@ from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from oracle import tokens
 from torch import Tensor
-from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton")
@@ -579,7 +578,7 @@ def test_opcheck_of_the_kernels_road():
     q, k, v = (x.requires_grad_() for x in inputs(22, b=1, h=2, nq=5, nk=9, d=8))
     tau = torch.tensor([0.5, 2.0], device=DEVICE, requires_grad=True)
     side = (k, v, None, 4, "leverage", 1e-3, 0.3, "keys")
-    check = functools.partial(opcheck, rtol=1e-4, atol=1e-5)
+    check = functools.partial(library.opcheck, rtol=1e-4, atol=1e-5)
     check(torch.ops.srm.landmark_context.default, (*side, 1e-3, "triton"))
     check(torch.ops.srm.landmark_blocks.default, (*side, "triton"))
     keys, x = (tokens(i, 1, 2, 4, 8, dtype=torch.float32).to(DEVICE).requires_grad_() for i in range(2))

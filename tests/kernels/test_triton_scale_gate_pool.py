@@ -12,7 +12,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from kernel_rule import DEVICE, DTYPES, follow_the_rule, poisoned, results_and_gradients, within
 from oracle import tokens
-from torch.library import opcheck
+from torch import library
 
 pytest.importorskip("triton")
 from srm_kernels import adaptive_pool, dyt, gate_losses, gated_fusion, rms_scale, tau_loss
@@ -294,7 +294,7 @@ def test_opcheck():
         srm.adaptive_pool.default: (leaf(42, 2, 3, 9, 7), 4),
     }  # fmt: skip
     for operator, arguments in cases.items():
-        opcheck(operator, (*arguments, "triton"), rtol=1e-4, atol=1e-5)
+        library.opcheck(operator, (*arguments, "triton"), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("bad", [{"size": 0}, {"x": torch.ones(2, 3, 4)}])

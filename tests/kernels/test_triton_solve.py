@@ -14,8 +14,7 @@ import pytest
 import torch
 from offline import ROOT, compiled, misfits
 from oracle import tokens
-from torch import Tensor
-from torch.library import opcheck
+from torch import Tensor, library
 
 from bench.harness import read
 from bench.shapes import SOLVERS, SYSTEMS
@@ -237,7 +236,7 @@ def test_it_is_a_registered_operator():
     """opcheck with the kernel behind it: schema, fake tensors, autograd registration."""
     logits, rhs = (t.to(DEVICE).requires_grad_() for t in problem(3, 2))
     arguments = (logits, rhs, 1e-3, "cholesky", False, 1e6, 3, True, "triton")
-    opcheck(torch.ops.srm.landmark_solve.default, arguments)
+    library.opcheck(torch.ops.srm.landmark_solve.default, arguments)
 
 
 @pytest.mark.parametrize("kind", ["graded", "outlier"])

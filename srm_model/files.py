@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -57,6 +56,8 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def append_line(path: str | Path, text: str) -> None:
     """Add a line to a file that several processes may add to; one that a kill cut short stays a line of its own."""
+    import fcntl  # where there is none, all but studies works
+
     make_folder(Path(path).parent)
     with Path(path).open("ab+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -73,6 +74,8 @@ def claimed(path: str | Path, name: str) -> Iterator[bool]:
 
     path: a file for the locks of everybody; it stays empty.
     """
+    import fcntl
+
     make_folder(Path(path).parent)
     offset = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
     with Path(path).open("ab") as file:

@@ -119,20 +119,27 @@ class Link(nn.Module):
             k,
             v,
             c.rank,
-            method=self.landmark_method,
-            gamma=c.gamma,
-            ridge=c.ridge,
-            solver=c.solver,
-            equilibrate=c.equilibrate,
-            kappa_max=c.kappa_max,
-            neumann_order=c.neumann_order,
-            neumann_gate=c.neumann_gate,
-            qk_norm=c.qk_norm,
             solve_dtype=c.solve_dtype,
-            generator=self.generator(),
             diagnostics=diagnostics,
-            backend=c.backend,
+            **self.key_options(),
         )
+
+    def key_options(self) -> dict[str, Any]:
+        """How landmarks are chosen and their system solved, as the operators take it."""
+        c = self.config
+        return {
+            "method": self.landmark_method,
+            "gamma": c.gamma,
+            "ridge": c.ridge,
+            "solver": c.solver,
+            "equilibrate": c.equilibrate,
+            "kappa_max": c.kappa_max,
+            "neumann_order": c.neumann_order,
+            "neumann_gate": c.neumann_gate,
+            "qk_norm": c.qk_norm,
+            "generator": self.generator(),
+            "backend": c.backend,
+        }
 
     @property
     def landmark_method(self) -> str:
@@ -483,22 +490,7 @@ class SRMNeck(nn.Module):
                 backend=c.backend,
             )
             k, v = (t.unflatten(-1, (c.heads, c.head_dim)).transpose(-2, -3).flatten(0, 1) for t in (k, v))
-            keys, x = landmark_side(
-                k,
-                v,
-                c.rank,
-                method=links[0].landmark_method,
-                gamma=c.gamma,
-                ridge=c.ridge,
-                solver=c.solver,
-                equilibrate=c.equilibrate,
-                kappa_max=c.kappa_max,
-                neumann_order=c.neumann_order,
-                neumann_gate=c.neumann_gate,
-                qk_norm=c.qk_norm,
-                generator=links[0].generator(),
-                backend=c.backend,
-            )
+            keys, x = landmark_side(k, v, c.rank, **links[0].key_options())
             parts = (t.unflatten(0, (len(links), -1)).unbind() for t in (keys, x))
             sides |= dict(zip(pairs, zip(*parts, strict=True), strict=True))
         return [sides[pair][0] for pair in self._acting], [sides[pair][1] for pair in self._acting]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from bench import attention, conditioning, neck
+from bench import attention, conditioning, loading, neck
 from bench.harness import read
 
 ATTENTION = [
@@ -88,3 +91,35 @@ def test_the_necks_rows_are_kept_beside_the_benchmarks(tmp_path: Path, monkeypat
     given(monkeypatch, *size, "--device", "cpu", "--repeats", "1", "--warmup", "0", "--no-progress")
     assert neck.run() == 0
     assert [row["neck"] for row in read(tmp_path / "cpu" / "neck.jsonl")] == ["none"]
+
+
+def test_loading_by_its_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for seed in range(3):
+        pixels = np.random.default_rng(seed).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{seed}.png")
+    out = tmp_path / "rows.jsonl"
+    flags = ["--image-size", "16", "32", "--most", "2", "--repeats", "2", "--out", str(out)]
+    loading.main([str(tmp_path), *flags])
+    machine, *rows = map(json.loads, out.read_text().splitlines())
+    assert machine["benchmark"] == "loading"
+    assert machine["images"] == 2
+    times = {(row["image_size"], row["part"]): row["ms"] for row in rows}
+    assert len(times) == 10
+    assert min(times.values()) >= 0
+    assert times[32, "crop and mirror"] < times[32, "decode and resize"]
+    assert len(capsys.readouterr().out.splitlines()) == len(rows)
+
+
+def test_loading_takes_the_least_processor_time_of_one_image():
+    def busy() -> None:
+        end = time.process_time() + 0.02
+        while time.process_time() < end:
+            pass
+
+    assert 4.9 <= loading.milliseconds(busy, images=4, repeats=2) < 10
+
+
+def test_loading_without_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        loading.main([str(tmp_path)])
+    assert "no image is in it" in capsys.readouterr().err

@@ -1,7 +1,8 @@
-"""Where the time of loading an image goes: decoding, resizing, augmentation, conversion: `python -m bench.loading IMAGES`.
+"""Where the time of loading an image goes: decoding, resizing, augmentation, conversion.
 
-IMAGES is a folder; its first images are read as training reads them. Times are processor milliseconds an image on one
-worker, the least of several passes, so that other work on the machine does not lengthen them.
+`python -m bench.loading IMAGES` reads the first images of a folder as training reads them. Times are processor
+milliseconds an image on one worker, the least of several passes, so that other work on the machine does not lengthen
+them.
 """
 
 from __future__ import annotations

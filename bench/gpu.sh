@@ -38,17 +38,22 @@ step() { # most seconds, file of its output, command
 trap 'trap - INT TERM; kill -INT "$child" 2>/dev/null; wait; exit 130' INT TERM
 
 attention() {
-  step 30 attention.txt "$PYTHON" -m bench.attention --device cuda "$@"
+  step 30 attention.txt "$PYTHON" -m bench.attention --device cuda --dtype bfloat16 --seconds 3 "$@"
 }
 
 rm -f "$out"/{tests,attention,conditioning,operators,neck,training,attacks,growth,sanitizer}.txt
 step 180 tests.txt "$PYTHON" -m pytest -m gpu tests
-for batch in 1 8 32; do
-  attention --dtype bfloat16 --batch "$batch" --warmup 5 --repeats 30 --shapes 16384 256
-  attention --dtype bfloat16 --batch "$batch" --warmup 5 --repeats 30 --shapes 16384 256 --backward
+for direction in "" --backward; do
+  for rank in 64 32; do
+    attention --rank "$rank" --batch 8 --warmup 5 --repeats 30 --shapes 16384 256 $direction
+    attention --rank "$rank" --warmup 3 --repeats 20 --shapes 65536 1024 262144 4096 $direction
+  done
+  for batch in 1 32; do
+    attention --batch "$batch" --warmup 5 --repeats 30 --shapes 16384 256 $direction
+  done
 done
-attention --dtype bfloat16 --warmup 3 --repeats 20 --compile --shapes 16384 256 65536 1024 262144 4096
-attention --dtype bfloat16 --crossover --warmup 2 --repeats 10
+attention --crossover --warmup 2 --repeats 10
+attention --warmup 3 --repeats 20 --compile --shapes 16384 256 65536 1024 262144 4096
 step 60 conditioning.txt "$PYTHON" -m bench.conditioning --device cuda --out "$out/conditioning.jsonl"
 step 60 operators.txt "$PYTHON" -m pytest bench --benchmark-only --on cuda --kind bf16 --shapes one \
   --benchmark-max-time 0.1 --benchmark-min-rounds 3 --benchmark-json "$out/operators.json"

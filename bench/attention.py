@@ -2,16 +2,16 @@
 
 Rivals: exact attention (torch's fused kernel), the same algorithm in eager PyTorch with Cholesky (`reference`) and with
 `torch.linalg.svd` (`svd`), the identity Y = SDPA(Q, K̃, X), R V = SDPA(K̃, K, V) with torch's Cholesky (`sdpa`), and
-all of them under `torch.compile` with --compile. Calls are interleaved. On a CPU the times are wall clock and only
-their ratio means something; on a GPU they are CUDA events.
+all of them under `torch.compile` with --compile. Calls are interleaved and queued. On a CPU the times are wall clock
+and only their ratio means something; on a GPU they are CUDA events.
 `--crossover` gives tables of Nyström against exact attention over N_k and B instead, losses marked.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import platform
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -19,7 +19,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from bench.harness import Effort, measure_together
 from srm_kernels import backends, full_attention, nystrom_attention
+from srm_kernels.attention import reference, sdpa
+from srm_kernels.landmarks import reference as landmarks
 
 SHAPES = (
     (16_384, 256, 1 / 3),
@@ -46,16 +49,12 @@ def milliseconds(function: Callable[[], object], device: torch.device) -> float:
 
 
 def medians(
-    calls: dict[str, Callable[[], object]], device: torch.device, repeats: int, warmup: int
+    calls: dict[str, Callable[[], object]], options: argparse.Namespace, repeats: int | None = None
 ) -> dict[str, float]:
     """Median milliseconds of each call, all of them interleaved."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for repeat in range(-warmup, repeats):
-        for name, call in calls.items():
-            elapsed = milliseconds(call, device)
-            if repeat >= 0:
-                times[name].append(elapsed)
-    return {name: statistics.median(values) for name, values in times.items()}
+    effort = Effort(options.warmup, repeats or options.repeats, options.seconds)
+    times = measure_together(calls, torch.device(options.device), effort)
+    return {name: each.p50 for name, each in times.items()}
 
 
 def tokens(queries: int, keys: int, batch: int, options: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,16 +99,35 @@ def rivals(options: argparse.Namespace) -> dict[str, Call]:
     calls["svd"] = nystrom("reference", solver="svd")
     calls["sdpa"] = nystrom("sdpa")
     if options.compile:
-        # torch's operators are compiled through; an operator of this project is one node in either form.
-        calls |= {f"{name} compiled": torch.compile(call, dynamic=False) for name, call in calls.items()}
+        visible = {
+            "reference": plain(reference.nystrom_attention, options.rank),
+            "svd": plain(reference.nystrom_attention, options.rank, "svd"),
+            "sdpa": plain(sdpa.nystrom_attention, options.rank),
+        }
+        calls |= {
+            f"{name} compiled": torch.compile(call, dynamic=False) for name, call in (calls | visible).items()
+        }
     return calls
+
+
+def plain(function: Callable[..., Tensor], rank: int, solver: str = "cholesky") -> Call:
+    """The body of an operator of plain PyTorch, landmarks included: as an operator torch.compile would not look in."""
+
+    def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        scale = 1 / math.sqrt(key.shape[-1])
+        normalised = reference.normalised_key(key.detach(), "keys")
+        chosen = landmarks.select_landmarks(
+            normalised, None, min(rank, key.shape[2]), "leverage", 1e-3, scale
+        )
+        return function(query, key, value, chosen, scale, "keys", "fp32", 1e-3, solver, False, 1e6, 3, True)
+
+    return call
 
 
 def compare(
     queries: int, keys: int, batch: int, options: argparse.Namespace, names: set[str] | None = None
 ) -> dict[str, float]:
     """Median milliseconds of each rival at one shape, forward, or forward and backward."""
-    device = torch.device(options.device)
     inputs = tokens(queries, keys, batch, options)
     weight = torch.ones_like(inputs[0])
 
@@ -119,36 +137,35 @@ def compare(
         return lambda: torch.autograd.grad(call(*inputs), inputs, weight)
 
     calls = {name: timed(call) for name, call in rivals(options).items() if names is None or name in names}
-    return medians(calls, device, options.repeats, options.warmup)
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second of a copy within the device's memory, read and written."""
-    source = torch.empty(2**28 if device.type == "cuda" else 2**24, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    time_ms = medians({"copy": lambda: target.copy_(source)}, device, 20, 5)["copy"]
-    return 2 * source.numel() / (time_ms / 1e3)
+    return medians(calls, options)
 
 
 def query_side(options: argparse.Namespace) -> str:
-    """The query side alone at N_q = 16,384: the share of the copy bandwidth at which Q is read and Y written."""
+    """The query side alone at N_q = 16,384: the share of the copy bandwidth at which Q is read and Y written.
+
+    The two are timed in turn: while a device copies, the next launch is queued, and its caches forget Q.
+    """
     from srm_kernels.attention import _query_side
 
     device = torch.device(options.device)
     query = tokens(16_384, 1, options.batch, options)[0].detach()
     keys, x = (torch.randn((*query.shape[:2], options.rank, options.width), device=device) for _ in range(2))
     backend = "triton" if options.device == "cuda" else "reference"
-    time_ms = medians(
-        {"query side": lambda: _query_side(query, keys, x, None, 0.2, "keys", False, backend)},
-        device,
-        options.repeats,
-        options.warmup,
-    )["query side"]
-    rate = 2 * query.numel() * query.element_size() / (time_ms / 1e3)
-    share = rate / copy_bandwidth(device)
+    source = torch.empty(2**29 if device.type == "cuda" else 2**24, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    times = medians(
+        {
+            "copy": lambda: target.copy_(source),
+            "query side": lambda: _query_side(query, keys, x, None, 0.2, "keys", False, backend),
+        },
+        options,
+        max(options.repeats, 20),
+    )
+    moved = {"copy": 2 * source.numel(), "query side": 2 * query.numel() * query.element_size()}
+    rate = {name: moved[name] / times[name] for name in moved}
     return (
-        f"query side ({backend}), N_q={query.shape[2]}, B={options.batch}: {time_ms:.3f} ms, "
-        f"{100 * share:.0f} % of copy bandwidth"
+        f"query side ({backend}), N_q={query.shape[2]}, B={options.batch}: {times['query side']:.3f} ms, "
+        f"{100 * rate['query side'] / rate['copy']:.0f} % of copy bandwidth"
     )
 
 
@@ -200,6 +217,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=60.0, help="of measured calls a shape, about")
     parser.add_argument("--backward", action="store_true", help="time forward and backward")
     parser.add_argument("--compile", action="store_true", help="rivals under torch.compile too")
     parser.add_argument("--crossover", action="store_true", help="the table over N_k and B instead")

@@ -38,17 +38,21 @@ step() { # most seconds, file of its output, command
 trap 'trap - INT TERM; kill -INT "$child" 2>/dev/null; wait; exit 130' INT TERM
 
 attention() {
-  step 30 attention.txt "$PYTHON" -m bench.attention --device cuda "$@"
+  step 30 attention.txt "$PYTHON" -m bench.attention --device cuda --dtype bfloat16 --seconds 1 "$@"
 }
 
 rm -f "$out"/{tests,attention,conditioning,operators,neck,training,attacks,growth,sanitizer}.txt
 step 180 tests.txt "$PYTHON" -m pytest -m gpu tests
-for batch in 1 8 32; do
-  attention --dtype bfloat16 --batch "$batch" --warmup 5 --repeats 30 --shapes 16384 256
-  attention --dtype bfloat16 --batch "$batch" --warmup 5 --repeats 30 --shapes 16384 256 --backward
+for direction in "" --backward; do
+  for rank in 64 32; do
+    attention --rank "$rank" --batch 8 --warmup 5 --repeats 30 --shapes 16384 256 $direction
+    attention --rank "$rank" --warmup 3 --repeats 20 --shapes 65536 1024 262144 4096 $direction
+  done
+  for batch in 1 32; do
+    attention --batch "$batch" --warmup 5 --repeats 30 --shapes 16384 256 $direction
+  done
 done
-attention --dtype bfloat16 --warmup 3 --repeats 20 --compile --shapes 16384 256 65536 1024 262144 4096
-attention --dtype bfloat16 --crossover --warmup 2 --repeats 10
+attention --crossover --warmup 2 --repeats 10
 step 60 conditioning.txt "$PYTHON" -m bench.conditioning --device cuda --out "$out/conditioning.jsonl"
 step 60 operators.txt "$PYTHON" -m pytest bench --benchmark-only --on cuda --kind bf16 --shapes one \
   --benchmark-max-time 0.1 --benchmark-min-rounds 3 --benchmark-json "$out/operators.json"
@@ -58,6 +62,8 @@ step 50 attacks.txt "$PYTHON" -m bench.attacks --device cuda --backbones pvt_v2_
   --necks srm quadratic none --backends triton reference --attacks "pgd mse linf" --steps 10 --repeats 2 \
   --out "$out/attacks.jsonl"
 step 50 growth.txt "$PYTHON" -m bench.growth --device cuda --dtype bf16 --seconds 1 --out "$root"
+# Compiling takes longer than all that it is compared with.
+attention --warmup 3 --repeats 20 --compile --shapes 16384 256 65536 1024 262144 4096
 for tool in memcheck racecheck; do
   step 40 sanitizer.txt compute-sanitizer --error-exitcode 1 --tool "$tool" "$PYTHON" -m bench.small_run
 done

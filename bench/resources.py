@@ -68,6 +68,7 @@ CASES = (
     Case(128, 64),
     Case(32, 128, dtype="float16"),
     Case(128, 32, dtype="float32"),
+    Case(128, 128),
 )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import functools
 import json
 import time
 from pathlib import Path
@@ -49,6 +51,27 @@ def test_attention_as_ratios(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         *(f"{name} compiled" for name in ("exact", "default", "reference", "svd", "sdpa")),
     ]
     assert "% of copy bandwidth" in printed
+
+
+def test_a_compiled_rival_is_seen_through_and_computes_the_same(monkeypatch: pytest.MonkeyPatch):
+    """An operator of this project would be one node, and nothing of it compiled."""
+    sizes = {"device": "cpu", "dtype": "float32", "heads": 2, "width": 8, "rank": 16, "backward": False}
+    compiling = argparse.Namespace(**sizes, compile=True)
+    seen: list[str] = []
+
+    def backend(module: torch.fx.GraphModule, _: object) -> object:
+        seen.extend(str(node.target) for node in module.graph.nodes)
+        return module.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    torch.compiler.reset()
+    calls = attention.rivals(compiling)
+    inputs = attention.tokens(32, 24, 1, compiling)
+    for name in ("reference", "svd", "sdpa"):
+        seen.clear()
+        torch.testing.assert_close(calls[f"{name} compiled"](*inputs), calls[name](*inputs))
+        assert len(seen) > 20
+        assert not [target for target in seen if "srm" in target or "nystrom" in target]
 
 
 def test_attention_backward_and_its_crossover(

@@ -50,6 +50,21 @@ def test_every_step_writes_its_file(tmp_path: Path):
         assert command in (out / f"{name}.txt").read_text()
 
 
+def test_attention_is_timed_at_every_shape_that_has_an_aim(tmp_path: Path):
+    """Forward and backward, at both ranks of the article; beside torch.compile too."""
+    assert started(tmp_path, "true").wait(60) == 0
+    ran = (tmp_path / "out/a-card/attention.txt").read_text().splitlines()
+    for direction in ("", " --backward"):
+        for shape in ("--rank 64 --batch 8", "--rank 32 --batch 8", "--batch 1 ", "--batch 32 "):
+            assert [x for x in ran if shape in x and x.endswith(f"--shapes 16384 256{direction}")], shape
+        for rank in (64, 32):
+            large = f"--shapes 65536 1024 262144 4096{direction}"
+            assert [x for x in ran if f"--rank {rank} " in x and x.endswith(large) and "--compile" not in x]
+    assert [x for x in ran if "--compile" in x]
+    assert [x for x in ran if "--crossover" in x]
+    assert all("--dtype bfloat16" in x for x in ran)
+
+
 def test_a_failed_step_fails_the_whole_and_the_rest_goes_on(tmp_path: Path):
     assert started(tmp_path, 'case "$*" in *gpu*) exit 3;; esac').wait(60) == 3
     assert "bench.growth" in (tmp_path / "out/a-card/growth.txt").read_text()

@@ -46,7 +46,8 @@ def report(folder: Path, *, last: bool = False) -> list[Path]:
         except ValueError as error:
             raise ValueError(f"{path}: {error}; --latest takes the last measurement's alone") from None
         text, drawn = tell(rows)
-        told = [f"{sentence(about)}.", *dict.fromkeys(row["note"] for row in rows if row.get("note"))]
+        measured = sentence(about) if "device" in about else f"Triton {about['triton']}"
+        told = [f"{measured}.", *dict.fromkeys(row["note"] for row in rows if row.get("note"))]
         sections.append("\n\n".join([text[0], *told, text[1]]))
         pictures += drawn
         found += 1

@@ -2,12 +2,18 @@
 
 The launches are those that the package makes for a shape and a device, recorded instead of run; each is compiled for
 the device's architecture, and what ptxas says of it is read. What it says about speed is only whether a kernel fits.
+
+`--out FILE` keeps a row of each, with a digest of everything it was compiled from: the kernel's source and that of what
+it calls, its constants and options, the architecture and Triton's version. What FILE has by that digest is not compiled
+again, and rows of what is no longer launched are dropped, so that FILE always tells of the kernels as they are.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
+import json
 import os
 import re
 import subprocess
@@ -18,7 +24,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench import shapes
-from bench.harness import append, machine
+from bench.harness import append, machine, read
+from srm_model.files import write_text
 
 Launches = list[tuple[Any, tuple[Any, ...], dict[str, Any]]]
 ARCHITECTURES = (80, 86, 89, 90, 120)
@@ -58,6 +65,7 @@ CASES = (
     Case(64, 64, keys=4096, dtype="float16"),
     Case(64, 64, keys=4096, dtype="float32", solver="neumann"),
     Case(64, 32),
+    Case(64, 32, keys=4096),
     Case(64, 32, dtype="float32"),
     Case(32, 32, solver="auto"),
     Case(16, 24, dtype="float32", qk_norm=None),
@@ -132,33 +140,25 @@ def launches_of(case: Case, architecture: int) -> list[tuple[Any, tuple[Any, ...
     return launches
 
 
-def identity(launch: tuple[Any, tuple[Any, ...], dict[str, Any]]) -> tuple[object, ...]:
-    """What a compiled kernel depends on, so that none is compiled twice."""
-    kernel, args, options = launch
+class Source(NamedTuple):
+    """What Triton compiles of a launch: by argument its type, its value where that is constant, what else is known."""
 
-    def kind(x: Any) -> object:
-        if isinstance(x, tuple):
-            return tuple(map(kind, x))
-        return str(x.dtype) if hasattr(x, "dtype") else x if type(x) is int else type(x)
-
-    return (kernel.__name__, *map(kind, args), *((name, kind(x)) for name, x in sorted(options.items())))
+    signature: dict[str, Any]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: dict[str, int]
 
 
-def compile_launch(launch: tuple[Any, tuple[Any, ...], dict[str, Any]], architecture: int) -> Resources:
-    """Compile one recorded launch as Triton would, specialising integers and aligned pointers."""
+def source_of(launch: tuple[Any, tuple[Any, ...], dict[str, Any]]) -> Source:
+    """As Triton would, specialising integers and aligned pointers."""
     import torch
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     kernel, args, options = launch
     options = dict(options)
     launch_options = {
         name: options.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in options
     }
-    signature: dict[str, str] = {}
-    constants: dict[Any, Any] = {}
-    attributes: dict[Any, Any] = {}
+    source = Source({}, {}, {}, launch_options)
     names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64"}
 
     def kind_of(place: tuple[int, ...], value: Any, specialised: bool) -> Any:
@@ -166,30 +166,67 @@ def compile_launch(launch: tuple[Any, tuple[Any, ...], dict[str, Any]], architec
         if isinstance(value, tuple):
             return tuple(kind_of((*place, i), part, specialised) for i, part in enumerate(value))
         if specialised and type(value) is int and value == 1:
-            constants[place] = value
+            source.constants[place] = value
             return "constexpr"
         if isinstance(value, torch.Tensor):
-            attributes[place] = [["tt.divisibility", 16]]
+            source.attributes[place] = [["tt.divisibility", 16]]
             return f"*{names[value.dtype]}"
         if isinstance(value, float):
             return "fp32"
         if specialised and value % 16 == 0:
-            attributes[place] = [["tt.divisibility", 16]]
+            source.attributes[place] = [["tt.divisibility", 16]]
         return "i32" if abs(value) < 2**31 else "i64"
 
     values = dict(zip(kernel.arg_names, args, strict=False)) | options
     for index, parameter in enumerate(kernel.params):
         value = values[parameter.name]
         if parameter.is_constexpr:
-            signature[parameter.name], constants[(index,)] = "constexpr", value
+            source.signature[parameter.name], source.constants[(index,)] = "constexpr", value
         else:
-            signature[parameter.name] = kind_of((index,), value, not parameter.do_not_specialize)
-    source = ASTSource(kernel, signature, constants, attributes)
+            source.signature[parameter.name] = kind_of((index,), value, not parameter.do_not_specialize)
+    return source
+
+
+def sources(kernel: Any, found: dict[str, str] | None = None) -> dict[str, str]:
+    """Source texts of a kernel and of all that it calls, and the constants they read, by qualified name."""
+    from triton.language import constexpr
+    from triton.runtime.jit import JITCallable
+
+    found = {} if found is None else found
+    name = f"{kernel.fn.__module__}.{kernel.fn.__qualname__}"
+    if name in found:
+        return found
+    found[name] = kernel.src
+    for used in kernel.fn.__code__.co_names:
+        value = kernel.fn.__globals__.get(used)
+        if isinstance(value, JITCallable):
+            sources(value, found)
+        elif isinstance(value, constexpr):
+            found[f"{kernel.fn.__module__}.{used}"] = repr(value.value)
+    return found
+
+
+def digest(launch: tuple[Any, tuple[Any, ...], dict[str, Any]], architecture: int) -> str:
+    """Of all that decides what a launch is compiled to."""
+    import triton
+
+    parts = (triton.__version__, architecture, source_of(launch), sorted(sources(launch[0]).items()))
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def compile_launch(launch: tuple[Any, tuple[Any, ...], dict[str, Any]], architecture: int) -> Resources:
+    """Compile one recorded launch as Triton would."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, found = launch[0], source_of(launch)
+    source = ASTSource(kernel, found.signature, found.constants, found.attributes)
     log = io.StringIO()
     with triton.knobs.compilation.scope(), triton.knobs.nvidia.scope(), redirect_stdout(log):
         triton.knobs.compilation.always_compile = True  # a cached binary has no log
         triton.knobs.nvidia.dump_ptxas_log = True
-        compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch_options)
+        compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=found.options)
     spilled, registers = (
         sum(map(int, re.findall(pattern, log.getvalue())))
         for pattern in (r"(\d+) bytes spill stores", r"Used (\d+) registers")
@@ -230,23 +267,70 @@ def operator(kernel: Any) -> str:
 
 
 def rows(
-    family: str, cases: Sequence[Any], architectures: Sequence[int], kernels: Sequence[str] | None = None
+    family: str,
+    cases: Sequence[Any],
+    architectures: Sequence[int],
+    kernels: Sequence[str] | None = None,
+    known: dict[str, Resources] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """One for each kernel, by name those asked for, shape and architecture; launches of the same code are one."""
+    """One for each kernel, by name those asked for, shape and architecture; launches of the same code are one.
+
+    known: what was compiled before, by `digest`; it grows.
+    """
+    known = {} if known is None else known
     for case in cases:
         for architecture in architectures:
-            launches = {identity(launch): launch for launch in FAMILIES[family].launches(case, architecture)}
-            for number, launch in enumerate(launches.values()):
+            launches = {
+                digest(launch, architecture): launch
+                for launch in FAMILIES[family].launches(case, architecture)
+            }
+            for number, (code, launch) in enumerate(launches.items()):
                 if kernels and launch[0].__name__.strip("_") not in kernels:
                     continue
+                if code not in known:
+                    known[code] = compile_launch(launch, architecture)
                 yield {
                     "family": family,
                     "operator": operator(launch[0]),
                     "launch": number,
                     "architecture": architecture,
-                    **compile_launch(launch, architecture)._asdict(),
-                    "case": {name: value for name, value in case._asdict().items() if value is not None},
+                    **known[code]._asdict(),
+                    "case": shape(case),
+                    "code": code,
                 }
+
+
+class Table:
+    """The rows of a file: what was compiled before is taken from it, what is new is in it at once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.before = read(path) if path.is_file() else []
+        self.known = {
+            row["code"]: Resources(**{name: row[name] for name in Resources._fields}) for row in self.before
+        }
+        self.after: list[dict[str, Any]] = []
+        about = machine("cpu")
+        self.about = {name: about[name] for name in ("triton", "python")}
+        self._compiled = set(self.known)
+
+    def add(self, row: dict[str, Any]) -> None:
+        row = row | {"machine": self.about}
+        self.after.append(row)
+        if row["code"] not in self._compiled:
+            self._compiled.add(row["code"])
+            append(self.path, row)
+
+    def close(self, replaced: Callable[[dict[str, Any]], bool]) -> None:
+        """Write what was added behind the earlier rows that it does not replace."""
+        told = [row for row in self.before if not replaced(row)] + self.after
+        write_text(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in told))
+
+
+def shape(case: Any) -> dict[str, Any]:
+    """A case as a row has it, and as JSON gives it back."""
+    found: dict[str, Any] = json.loads(json.dumps(case._asdict()))
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def case_words(case: dict[str, Any]) -> str:
@@ -260,18 +344,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if os.environ.pop("TRITON_INTERPRET", None):  # kernels decorated under it cannot be compiled
         given = sys.argv[1:] if arguments is None else arguments
         return subprocess.call([sys.executable, "-m", "bench.resources", *given])
-    about = machine("cpu")
+    table = Table(options.out) if options.out else None
     print(
         f"{'operator':12} {'kernel':26} {'sm':>4} {'warps':>6} {'registers':>10} {'spilled B':>10} {'shared KiB':>11}"
     )
+    known = table.known if table else {}
     for name in options.families:
-        family = FAMILIES[name]
-        cases = family.article if options.article else family.cases
-        if options.cases is not None:
-            cases = [cases[number] for number in options.cases if number < len(cases)]
-        for row in rows(name, cases, options.architectures, options.kernels):
-            if options.out:
-                append(options.out, row | {"machine": about})
+        for row in rows(name, _cases(name, options), options.architectures, options.kernels, known):
+            if table:
+                table.add(row)
             mark = "spills" if row["spilled"] else ""
             if row["shared"] > SHARED_LIMIT[row["architecture"]] * 1024:
                 mark = "cannot be launched"
@@ -281,7 +362,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{case_words(row['case'])}  {mark}",
                 flush=True,
             )
+    if table:
+        table.close(lambda row: _asked_for(row, options))
     return 0
+
+
+def _cases(family: str, options: argparse.Namespace) -> Sequence[Any]:
+    """The shapes asked for."""
+    cases = FAMILIES[family].article if options.article else FAMILIES[family].cases
+    if options.cases is None:
+        return cases
+    return [cases[number] for number in options.cases if number < len(cases)]
+
+
+def _asked_for(row: dict[str, Any], options: argparse.Namespace) -> bool:
+    """Whether a row is of a kernel, shape and architecture asked for; of all shapes, those that are gone too."""
+    if row["family"] not in options.families or row["architecture"] not in options.architectures:
+        return False
+    if options.kernels and row["kernel"] not in options.kernels:
+        return False
+    if options.cases is None and not options.article:
+        return True
+    return row["case"] in [shape(case) for case in _cases(row["family"], options)]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -299,7 +401,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--cases", type=int, nargs="+", help="numbers of a family's shapes, all by default")
     parser.add_argument("--kernels", nargs="+", metavar="NAME", help="only these, all by default")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON lines, each appended as soon as known")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="rows; what it has already is not compiled again"
+    )
     return parser
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from bench.harness import read
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+COMPILED = ROOT / "bench/results/compiled/resources.jsonl"
 
 
 def compiled(

@@ -12,12 +12,10 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from offline import ROOT, compiled, misfits
 from oracle import tokens
 from torch import Tensor, library
 
-from bench.harness import read
-from bench.shapes import SOLVERS, SYSTEMS
+from bench.shapes import SOLVERS
 from srm_kernels import Solver, backends, landmark_solve
 
 pytest.importorskip("triton")
@@ -25,17 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, of the interpreter: 1/0 behind a where
     pytest.mark.skipif(not backends()["triton"].available, reason="neither a GPU nor the interpreter"),
 ]
-COMPILED = ROOT / "bench/results/compiled/resources.jsonl"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FORMS = {("solve_forward_kernel", solver) for solver in SOLVERS} | {
-    ("solve_backward_kernel", solver) for solver in ("cholesky", "lu", "neumann")
-}
-SPILLED_ONCE = (
-    ("solve_forward_kernel", "auto", 120),
-    ("solve_forward_kernel", "neumann", 80),
-    ("solve_backward_kernel", "cholesky", 90),
-    ("solve_backward_kernel", "neumann", 80),
-)
 
 
 def problem(r: int, d: int, *, count: int = 2, scale: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -203,23 +191,6 @@ def test_what_it_has_no_form_for_is_refused():
         logits = torch.eye(r, dtype=dtype, device=DEVICE)
         with pytest.raises(NotImplementedError, match="triton"):
             landmark_solve(logits, torch.ones(r, 2, dtype=dtype, device=DEVICE), backend="triton")
-
-
-@pytest.mark.parametrize(("kernel", "solver", "architecture"), SPILLED_ONCE)
-def test_it_compiles_without_spills(tmp_path, kernel, solver, architecture):
-    """At r = d = 64 where it spilled once; `python -m bench.resources` does all, and its table is committed."""
-    case = next(i for i, case in enumerate(SYSTEMS) if case[:3] == (64, 64, solver))
-    rows = compiled(tmp_path, "solve", (case,), (architecture,), (kernel,))
-    assert {row["kernel"] for row in rows} == {kernel}
-    assert misfits(rows, 99) == []
-
-
-def test_the_committed_table_has_no_spills_and_fits_consumer_cards():
-    """r = d = 64 on every architecture: shared memory ≤ 99 KiB, nothing spilled."""
-    rows = [row for row in read(COMPILED) if row["family"] == "solve" and row["case"]["d"] == 64]
-    assert {row["architecture"] for row in rows} == {80, 86, 89, 90, 120}
-    assert {(row["kernel"], row["case"]["solver"]) for row in rows} == FORMS
-    assert misfits(rows, 99) == []
 
 
 @pytest.mark.parametrize(

@@ -54,18 +54,20 @@ class Division(NamedTuple):
 
 def query_forward(rank: int, d: int, dtype: torch.dtype, capability: tuple[int, int]) -> Configuration:
     """Y: a tile of [block, r] probabilities and [block, d] tokens."""
-    if _large(rank, d):
+    if _large(rank, d) or _heavy(rank, d, dtype):
         return Configuration(32, 8, 1)
-    stages = 2 if capability in ROOMY else 1
-    return Configuration(32, 8, 1) if _heavy(rank, d, dtype) else Configuration(64, 4, stages)
+    limit = None if dtype == torch.bfloat16 else MOST_REGISTERS  # the compiler stops at 128 or 168, and spills
+    return Configuration(64, 4, 2 if capability in ROOMY else 1, limit)
 
 
 def query_backward(rank: int, d: int, dtype: torch.dtype, capability: tuple[int, int]) -> Configuration:
     """dQ, and the sums dX and dK̃, [r, d] each or a piece of them, that stay in registers."""
     if _padded(d) <= 32:
-        return Configuration(16, 4, 1)
+        return Configuration(16, 8 if dtype == torch.float32 and _padded(rank) > 32 else 4, 1)
     if _large(rank, d):
         return Configuration(16, 8, 1, MOST_REGISTERS)
+    if dtype == torch.float32 and not _heavy(rank, d, dtype):
+        return Configuration(16, 8, 1)
     # Given more, the compiler spills in bf16 on 12.0; given no limit, exact products on 8.6.
     limit = MOST_REGISTERS if query_backward_exact(rank, d, dtype, capability) else None
     return Configuration(32, 8, 1, limit)

@@ -2,8 +2,8 @@
 
 Rivals: exact attention (torch's fused kernel), the same algorithm in eager PyTorch with Cholesky (`reference`) and with
 `torch.linalg.svd` (`svd`), the identity Y = SDPA(Q, K̃, X), R V = SDPA(K̃, K, V) with torch's Cholesky (`sdpa`), and
-all of them under `torch.compile` with --compile. Calls are interleaved. On a CPU the times are wall clock and only
-their ratio means something; on a GPU they are CUDA events.
+all of them under `torch.compile` with --compile. Calls are interleaved. On a GPU the times are CUDA events; on a CPU
+wall clock, or with one thread the time that it had a processor, and only their ratio means something.
 `--crossover` gives tables of Nyström against exact attention over N_k and B instead, losses marked.
 """
 
@@ -13,13 +13,14 @@ import argparse
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from bench.harness import DTYPES, Recorder
 from srm_kernels import backends, full_attention, nystrom_attention
+from srm_model.profiling.timing import cpu_clock
 
 SHAPES = (
     (16_384, 256, 1 / 3),
@@ -32,7 +33,7 @@ Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def milliseconds(function: Callable[[], object], device: torch.device) -> float:
-    """One call, by CUDA events on a GPU, else by the wall clock."""
+    """One call, by CUDA events on a GPU, else by `cpu_clock`."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -40,9 +41,9 @@ def milliseconds(function: Callable[[], object], device: torch.device) -> float:
         end.record()
         torch.cuda.synchronize()
         return start.elapsed_time(end)
-    begin = time.perf_counter()
+    begin = cpu_clock()
     function()
-    return (time.perf_counter() - begin) * 1e3
+    return (cpu_clock() - begin) * 1e3
 
 
 def medians(
@@ -120,6 +121,25 @@ def compare(
 
     calls = {name: timed(call) for name, call in rivals(options).items() if names is None or name in names}
     return medians(calls, device, options.repeats, options.warmup)
+
+
+def row_of(
+    queries: int, keys: int, times: dict[str, float], options: argparse.Namespace
+) -> dict[str, object]:
+    """One shape as JSON values; `typical` is each rival's median in milliseconds."""
+    return {
+        "B": options.batch,
+        "H": options.heads,
+        "N_q": queries,
+        "N_k": keys,
+        "r": options.rank,
+        "d": options.width,
+        "dtype": next(name for name, kind in DTYPES.items() if kind == getattr(torch, options.dtype)),
+        "direction": "backward" if options.backward else "forward",
+        "repeats": options.repeats,
+        "typical": times,
+        "error": None,
+    }
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -205,7 +225,10 @@ def main() -> None:
     parser.add_argument("--crossover", action="store_true", help="the table over N_k and B instead")
     parser.add_argument("--queries", type=int, default=16_384, help="N_q of the crossover table")
     parser.add_argument("--shapes", type=int, nargs="*", help="N_q N_k N_q N_k …, instead of the usual ones")
+    parser.add_argument("--out", help="also keep rows, in OUT/<gpu or cpu>/attention.jsonl")
+    parser.add_argument("--note", help="kept in every row, and told by the report")
     options = parser.parse_args()
+    recorder = options.out and Recorder(options.out, "attention", torch.device(options.device), options.note)
     processor = torch.cuda.get_device_name() if options.device == "cuda" else platform.machine()
     print(
         f"torch {torch.__version__}, {processor}, {torch.get_num_threads()} threads, {options.dtype}, "
@@ -220,6 +243,8 @@ def main() -> None:
     shapes = [(*pair, None) for pair in zip(given[::2], given[1::2], strict=True)] or SHAPES
     for queries, keys, limit in shapes:
         times = compare(queries, keys, options.batch, options)
+        if recorder:
+            recorder.write(row_of(queries, keys, times, options))
         measure = times.pop("exact")
         shares = [f"{name} 1/{measure / each:.2f}" for name, each in times.items()]
         over = "" if limit is None or times["default"] <= limit * measure else "  default over its limit of "

@@ -86,7 +86,7 @@ def growth_section(rows: Rows) -> tuple[tuple[str, str], list[Picture]]:
                     f"growth-{variable[0].replace('_', '').lower()}-{dtype}-{direction}.svg",
                     plots.lines(
                         [
-                            plots.Line(name[0], [(p["value"], p["milliseconds"]["p50"]) for p in line])
+                            plots.Line(name[0], [(p["value"], p["typical"]) for p in line])
                             for name, line in _grouped(points, "implementation")
                         ],
                         title=f"Time against {_swept_words(variable[0])}",

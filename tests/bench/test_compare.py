@@ -277,6 +277,7 @@ def test_every_set_is_four_new_processes(monkeypatch: pytest.MonkeyPatch, capsys
 
         def prepare(self, request: dict[str, bool]) -> Callable[[], float]:
             verified.append(request["verify"])
+            assert request["backend"] == "reference"
             return machine.operator(self.cost)
 
         def close(self) -> None:
@@ -284,6 +285,7 @@ def test_every_set_is_four_new_processes(monkeypatch: pytest.MonkeyPatch, capsys
 
     monkeypatch.setattr(compare, "Worker", Stub)
     arguments = ["--operators", "dyt", "--directions", "forward", "--families", "tiny", "--sets", "12"]
+    arguments += ["--backend", "reference"]
     assert main(["--checkouts", "old", "new", *arguments]) == 1
     sets = [tuple(started[i : i + 4]) for i in range(0, len(started), 4)]
     assert len(sets) == 12

@@ -24,6 +24,7 @@ compared with a time of another run.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
@@ -196,6 +197,17 @@ def _run(options: argparse.Namespace) -> int:
     product = itertools.product(options.operators, options.families, options.directions)
     lines = [Line(*names, options) for names in product]
     judge([(0.0, 0.0)] * options.sets, lines=len(lines))  # too few sets are refused before they are measured
+    try:
+        _measure(lines, base, candidate, options)
+    except KeyboardInterrupt:
+        print("interrupted; what is told is of the sets that were finished", file=sys.stderr)
+        with contextlib.suppress(ValueError):  # too few to tell anything
+            _tell(lines, options.tolerance)
+        return 130
+    return _tell(lines, options.tolerance)
+
+
+def _measure(lines: Sequence[Line], base: Path, candidate: Path, options: argparse.Namespace) -> None:
     random = np.random.default_rng(options.seed)
     for number in range(1, options.sets + 1):
         workers: dict[str, Worker] = {}
@@ -211,7 +223,6 @@ def _run(options: argparse.Namespace) -> int:
         if all(line.refusal for line in lines):
             break
         print(f"set {number} of {options.sets}", file=sys.stderr, flush=True)
-    return _tell(lines, options.tolerance)
 
 
 def _tell(lines: Sequence[Line], tolerance: float) -> int:

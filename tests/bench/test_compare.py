@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -295,6 +296,26 @@ def test_every_set_is_four_new_processes(monkeypatch: pytest.MonkeyPatch, capsys
     assert verified == [True] * 4 + [False] * 44
     assert "SLOWER" in capsys.readouterr().out
     assert main(["--checkouts", "new", "old", *arguments]) == 0
+
+
+@pytest.mark.parametrize(("sets", "told"), [(9, True), (3, False)])
+def test_ctrl_c_tells_what_the_finished_sets_say(
+    sets: int, told: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    honest, done = compare.one_set, itertools.count()
+
+    def interrupted(*args: Any) -> tuple[float, float]:
+        if next(done) == sets:
+            raise KeyboardInterrupt
+        return honest(*args)
+
+    monkeypatch.setattr(compare, "Worker", Here)
+    monkeypatch.setattr(compare, "one_set", interrupted)
+    arguments = ["--backends", "reference", "sdpa", "--operators", "dyt", "--directions", "forward"]
+    assert main([*arguments, *TINY]) == 130
+    captured = capsys.readouterr()
+    assert ("1 compared" in captured.out) == told
+    assert "interrupted" in captured.err
 
 
 def test_the_rule_is_in_the_help(capsys: pytest.CaptureFixture[str]):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import platform
-import statistics
 import sys
 from collections.abc import Callable
 
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from bench.harness import DTYPES, Recorder
 from srm_kernels import backends, full_attention, nystrom_attention
-from srm_model.profiling.timing import cpu_clock
+from srm_model.profiling.timing import Effort, Times, measure_together
 
 SHAPES = (
     (16_384, 256, 1 / 3),
@@ -32,31 +31,11 @@ CROSSOVER_BATCHES = (1, 2, 4, 8, 16, 32)
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def milliseconds(function: Callable[[], object], device: torch.device) -> float:
-    """One call, by CUDA events on a GPU, else by `cpu_clock`."""
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        function()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end)
-    begin = cpu_clock()
-    function()
-    return (cpu_clock() - begin) * 1e3
-
-
-def medians(
+def times_of(
     calls: dict[str, Callable[[], object]], device: torch.device, repeats: int, warmup: int
-) -> dict[str, float]:
-    """Median milliseconds of each call, all of them interleaved."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for repeat in range(-warmup, repeats):
-        for name, call in calls.items():
-            elapsed = milliseconds(call, device)
-            if repeat >= 0:
-                times[name].append(elapsed)
-    return {name: statistics.median(values) for name, values in times.items()}
+) -> dict[str, Times]:
+    """Times of each call, all of them interleaved and repeated as often as is said, however long it takes."""
+    return measure_together(calls, device, Effort(warmup, repeats, seconds=86_400))
 
 
 def tokens(queries: int, keys: int, batch: int, options: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,8 +87,8 @@ def rivals(options: argparse.Namespace) -> dict[str, Call]:
 
 def compare(
     queries: int, keys: int, batch: int, options: argparse.Namespace, names: set[str] | None = None
-) -> dict[str, float]:
-    """Median milliseconds of each rival at one shape, forward, or forward and backward."""
+) -> dict[str, Times]:
+    """Times of each rival at one shape, forward, or forward and backward."""
     device = torch.device(options.device)
     inputs = tokens(queries, keys, batch, options)
     weight = torch.ones_like(inputs[0])
@@ -120,13 +99,13 @@ def compare(
         return lambda: torch.autograd.grad(call(*inputs), inputs, weight)
 
     calls = {name: timed(call) for name, call in rivals(options).items() if names is None or name in names}
-    return medians(calls, device, options.repeats, options.warmup)
+    return times_of(calls, device, options.repeats, options.warmup)
 
 
 def row_of(
     queries: int, keys: int, times: dict[str, float], options: argparse.Namespace
 ) -> dict[str, object]:
-    """One shape as JSON values; `typical` is each rival's median in milliseconds."""
+    """One shape as JSON values; `typical` is what is told of each rival, in milliseconds."""
     return {
         "B": options.batch,
         "H": options.heads,
@@ -137,7 +116,8 @@ def row_of(
         "dtype": next(name for name, kind in DTYPES.items() if kind == getattr(torch, options.dtype)),
         "direction": "backward" if options.backward else "forward",
         "repeats": options.repeats,
-        "typical": times,
+        "milliseconds": {name: each.to_dict() for name, each in times.items()},
+        "typical": {name: each.typical for name, each in times.items()},
         "error": None,
     }
 
@@ -146,7 +126,7 @@ def copy_bandwidth(device: torch.device) -> float:
     """Bytes a second of a copy within the device's memory, read and written."""
     source = torch.empty(2**28 if device.type == "cuda" else 2**24, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    time_ms = medians({"copy": lambda: target.copy_(source)}, device, 20, 5)["copy"]
+    time_ms = times_of({"copy": lambda: target.copy_(source)}, device, 20, 5)["copy"].typical
     return 2 * source.numel() / (time_ms / 1e3)
 
 
@@ -158,12 +138,12 @@ def query_side(options: argparse.Namespace) -> str:
     query = tokens(16_384, 1, options.batch, options)[0].detach()
     keys, x = (torch.randn((*query.shape[:2], options.rank, options.width), device=device) for _ in range(2))
     backend = "triton" if options.device == "cuda" else "reference"
-    time_ms = medians(
+    time_ms = times_of(
         {"query side": lambda: _query_side(query, keys, x, None, 0.2, "keys", False, backend)},
         device,
         options.repeats,
         options.warmup,
-    )["query side"]
+    )["query side"].typical
     rate = 2 * query.numel() * query.element_size() / (time_ms / 1e3)
     share = rate / copy_bandwidth(device)
     return (
@@ -195,7 +175,7 @@ def crossover(options: argparse.Namespace) -> None:
         for batch in CROSSOVER_BATCHES:
             times = compare(options.queries, keys, batch, options, {"exact", *names})
             for name in names:
-                ratios[name].append(times["exact"] / times[name])
+                ratios[name].append(times["exact"].typical / times[name].typical)
         for name in names:
             cells = (f"{ratio:7.2f}{'-' if ratio < 1 else ' '}" for ratio in ratios[name])
             rows[name].append(f"{keys:6} {' '.join(cells)}")
@@ -242,9 +222,10 @@ def main() -> None:
     given = options.shapes or ()
     shapes = [(*pair, None) for pair in zip(given[::2], given[1::2], strict=True)] or SHAPES
     for queries, keys, limit in shapes:
-        times = compare(queries, keys, options.batch, options)
+        measured = compare(queries, keys, options.batch, options)
         if recorder:
-            recorder.write(row_of(queries, keys, times, options))
+            recorder.write(row_of(queries, keys, measured, options))
+        times = {name: each.typical for name, each in measured.items()}
         measure = times.pop("exact")
         shares = [f"{name} 1/{measure / each:.2f}" for name, each in times.items()]
         over = "" if limit is None or times["default"] <= limit * measure else "  default over its limit of "

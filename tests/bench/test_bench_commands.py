@@ -58,6 +58,7 @@ def test_attention_as_ratios(
         "bf16",
         "a look",
     ]
+    assert all(row["milliseconds"][name]["count"] == 2 for name in row["typical"])
     assert f"default 1/{row['typical']['exact'] / row['typical']['default']:.2f}" in line
 
 

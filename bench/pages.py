@@ -180,7 +180,10 @@ def crossover(folder: Path) -> str:
             cells.append(f"{number(low, 2)} to {number(high, 2)}{mark}")
         lines.append([f"{keys:,}", *cells])
     header = ["N_k", *(_plain(surface.implementation) for surface in surfaces)]
-    guides = [f"{growth.guide(surface)}" for surface in surfaces]
+    guides = [
+        f"- {growth.guide(surface).replace(surface.implementation, _plain(surface.implementation))}"
+        for surface in surfaces
+    ]
     return "\n".join([markdown(header, lines, words=0), *guides])
 
 

@@ -229,7 +229,7 @@ def _guide(x: Axis, y: Axis, slope: float) -> Markup:
     path = element("path", class_="guide", d=f"M{a[0]:.1f} {a[1]:.1f}L{b[0]:.1f} {b[1]:.1f}")
     text = f"∝ x{SUPERSCRIPTS.get(slope, f'^{slope:g}')}"
     if end_x < x.high:  # it leaves through the top
-        name = element("text", text, class_="note mid", x=f"{b[0]:.1f}", y=f"{b[1] - 5:.1f}")
+        name = element("text", text, class_="note end", x=f"{b[0] - 20:.1f}", y=f"{b[1] + 14:.1f}")
     else:
         name = element("text", text, class_="note", x=f"{b[0] + 4:.1f}", y=f"{b[1] + 4:.1f}")
     return join(path, name)

@@ -2,8 +2,8 @@
 
 Rivals: exact attention (torch's fused kernel), the same algorithm in eager PyTorch with Cholesky (`reference`) and with
 `torch.linalg.svd` (`svd`), the identity Y = SDPA(Q, K̃, X), R V = SDPA(K̃, K, V) with torch's Cholesky (`sdpa`), and
-all of them under `torch.compile` with --compile. Calls are interleaved and queued. On a CPU the times are wall clock
-and only their ratio means something; on a GPU they are CUDA events.
+all of them under `torch.compile` with --compile. Calls are interleaved and queued. On a GPU the times are CUDA events;
+on a CPU wall clock, or with one thread the time that it had a processor, and only their ratio means something.
 `--crossover` gives tables of Nyström against exact attention over N_k and B instead, losses marked.
 """
 
@@ -13,16 +13,16 @@ import argparse
 import math
 import platform
 import sys
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from bench.harness import Effort, measure_together
+from bench.harness import DTYPES, Recorder
 from srm_kernels import backends, full_attention, nystrom_attention
 from srm_kernels.attention import reference, sdpa
 from srm_kernels.landmarks import reference as landmarks
+from srm_model.profiling.timing import Effort, Times, measure_together
 
 SHAPES = (
     (16_384, 256, 1 / 3),
@@ -34,27 +34,12 @@ CROSSOVER_BATCHES = (1, 2, 4, 8, 16, 32)
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def milliseconds(function: Callable[[], object], device: torch.device) -> float:
-    """One call, by CUDA events on a GPU, else by the wall clock."""
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        function()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end)
-    begin = time.perf_counter()
-    function()
-    return (time.perf_counter() - begin) * 1e3
-
-
-def medians(
+def times_of(
     calls: dict[str, Callable[[], object]], options: argparse.Namespace, repeats: int | None = None
-) -> dict[str, float]:
-    """Median milliseconds of each call, all of them interleaved."""
+) -> dict[str, Times]:
+    """Times of each call, all of them interleaved."""
     effort = Effort(options.warmup, repeats or options.repeats, options.seconds)
-    times = measure_together(calls, torch.device(options.device), effort)
-    return {name: each.p50 for name, each in times.items()}
+    return measure_together(calls, torch.device(options.device), effort)
 
 
 def tokens(queries: int, keys: int, batch: int, options: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,8 +111,8 @@ def plain(function: Callable[..., Tensor], rank: int, solver: str = "cholesky") 
 
 def compare(
     queries: int, keys: int, batch: int, options: argparse.Namespace, names: set[str] | None = None
-) -> dict[str, float]:
-    """Median milliseconds of each rival at one shape, forward, or forward and backward."""
+) -> dict[str, Times]:
+    """Times of each rival at one shape, forward, or forward and backward."""
     inputs = tokens(queries, keys, batch, options)
     weight = torch.ones_like(inputs[0])
 
@@ -137,7 +122,27 @@ def compare(
         return lambda: torch.autograd.grad(call(*inputs), inputs, weight)
 
     calls = {name: timed(call) for name, call in rivals(options).items() if names is None or name in names}
-    return medians(calls, options)
+    return times_of(calls, options)
+
+
+def row_of(
+    queries: int, keys: int, times: dict[str, Times], options: argparse.Namespace
+) -> dict[str, object]:
+    """One shape as JSON values; `typical` is what is told of each rival, in milliseconds."""
+    return {
+        "B": options.batch,
+        "H": options.heads,
+        "N_q": queries,
+        "N_k": keys,
+        "r": options.rank,
+        "d": options.width,
+        "dtype": next(name for name, kind in DTYPES.items() if kind == getattr(torch, options.dtype)),
+        "direction": "backward" if options.backward else "forward",
+        "repeats": options.repeats,
+        "milliseconds": {name: each.to_dict() for name, each in times.items()},
+        "typical": {name: each.typical for name, each in times.items()},
+        "error": None,
+    }
 
 
 def query_side(options: argparse.Namespace) -> str:
@@ -153,7 +158,7 @@ def query_side(options: argparse.Namespace) -> str:
     backend = "triton" if options.device == "cuda" else "reference"
     source = torch.empty(2**29 if device.type == "cuda" else 2**24, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    times = medians(
+    measured = times_of(
         {
             "copy": lambda: target.copy_(source),
             "query side": lambda: _query_side(query, keys, x, None, 0.2, "keys", False, backend),
@@ -161,6 +166,7 @@ def query_side(options: argparse.Namespace) -> str:
         options,
         max(options.repeats, 20),
     )
+    times = {name: each.typical for name, each in measured.items()}
     moved = {"copy": 2 * source.numel(), "query side": 2 * query.numel() * query.element_size()}
     rate = {name: moved[name] / times[name] for name in moved}
     return (
@@ -192,7 +198,7 @@ def crossover(options: argparse.Namespace) -> None:
         for batch in CROSSOVER_BATCHES:
             times = compare(options.queries, keys, batch, options, {"exact", *names})
             for name in names:
-                ratios[name].append(times["exact"] / times[name])
+                ratios[name].append(times["exact"].typical / times[name].typical)
         for name in names:
             cells = (f"{ratio:7.2f}{'-' if ratio < 1 else ' '}" for ratio in ratios[name])
             rows[name].append(f"{keys:6} {' '.join(cells)}")
@@ -223,7 +229,10 @@ def main() -> None:
     parser.add_argument("--crossover", action="store_true", help="the table over N_k and B instead")
     parser.add_argument("--queries", type=int, default=16_384, help="N_q of the crossover table")
     parser.add_argument("--shapes", type=int, nargs="*", help="N_q N_k N_q N_k …, instead of the usual ones")
+    parser.add_argument("--out", help="also keep rows, in OUT/<gpu or cpu>/attention.jsonl")
+    parser.add_argument("--note", help="kept in every row, and told by the report")
     options = parser.parse_args()
+    recorder = options.out and Recorder(options.out, "attention", torch.device(options.device), options.note)
     processor = torch.cuda.get_device_name() if options.device == "cuda" else platform.machine()
     print(
         f"torch {torch.__version__}, {processor}, {torch.get_num_threads()} threads, {options.dtype}, "
@@ -237,7 +246,10 @@ def main() -> None:
     given = options.shapes or ()
     shapes = [(*pair, None) for pair in zip(given[::2], given[1::2], strict=True)] or SHAPES
     for queries, keys, limit in shapes:
-        times = compare(queries, keys, options.batch, options)
+        measured = compare(queries, keys, options.batch, options)
+        if recorder:
+            recorder.write(row_of(queries, keys, measured, options))
+        times = {name: each.typical for name, each in measured.items()}
         measure = times.pop("exact")
         shares = [f"{name} 1/{measure / each:.2f}" for name, each in times.items()]
         over = "" if limit is None or times["default"] <= limit * measure else "  default over its limit of "

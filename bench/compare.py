@@ -1,10 +1,21 @@
 """Is one checkout, or one backend, slower than another? `python -m bench.compare`; exit code 1 where it is.
 
-Both are measured in turn, round by round in a random order, beside a second copy of the first one: what the two copies
-differ by is this run's noise. Where inputs happen to lie in memory makes an operator faster or slower for as long as it
-is called on them: in the course of a run all are prepared anew twenty times, and whole preparations are resampled.
-A slowdown is told where the median of paired ratios, less its own uncertainty, exceeds both that noise and the
-tolerance. Nothing is compared with a time of another run.
+The rule. Base and candidate are two copies each, A1, A2, B1 and B2: four processes, started anew for each of the
+`--sets` in random order, on inputs that each prepares anew, since a process and the place of its inputs make an
+operator faster or slower for as long as it lives. In a round each copy is timed once, in the order ABBA or BAAB by the
+toss of a coin, so that a drift of the machine cancels. A CPU is timed by the processor's clock, one thread (unless
+OMP_NUM_THREADS says more), which stands still while others have it. In logarithms, a set says the median over its
+rounds of
+
+    change = (B1 + B2 - A1 - A2) / 2        null = (A1 + B1 - A2 - B2) / 2
+
+Nothing but chance moves the null. Where B costs what A does, swapping them turns the sign of the change, so that
+Wilcoxon's signed-rank test is exact for it. `ratio` is the Hodges-Lehmann estimate of the change over all sets, with
+its signed-rank interval; `noise` is the further end of the null's own interval, the band that this run cannot see into.
+All lines of a run hold together with 99 % (each has its share of the 1 %, after Bonferroni).
+
+SLOWER is told where the lower end of the interval exceeds the tolerance and the ratio exceeds the noise. Nothing is
+compared with a time of another run.
 
     python -m bench.compare --checkouts OLD NEW
     python -m bench.compare --backends reference sdpa
@@ -13,8 +24,12 @@ tolerance. Nothing is compared with a time of another run.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
 import math
+import os
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -25,74 +40,89 @@ import numpy as np
 import torch
 
 from bench.operators import DIRECTIONS, DTYPES, FAMILIES, OPERATORS, NumericsError
-from bench.worker import prepared
 
 ROOT = Path(__file__).resolve().parent.parent
-ROUNDS = 80
-PREPARATIONS = 20
+SETS = 20
+ROUNDS = 4
 TOLERANCE = 0.05  # a slowdown by less is nobody's concern
-CONFIDENCE = 0.99
-RESAMPLES = 1000
+ALPHA = 0.01  # of a false statement anywhere in a run
+COPIES = ("A1", "B1", "B2", "A2")
 _WORKER = (
     "import sys; sys.path.insert(0, sys.argv[1]); import srm_kernels; sys.path.insert(0, sys.argv[2]); "
     "from bench.worker import serve; serve(sys.argv[1])"
 )
 Measure = Callable[[], float]
-Three = tuple[Measure, Measure, Measure]  # base, a second copy of it, candidate
+Pair = tuple[float, float]  # change and null of one set
 
 
 class Verdict(NamedTuple):
-    """Ratios of time, candidate to base: the median with its interval, and the noise of this run."""
+    """Ratios of time, candidate to base, with their interval, and the noise of this run."""
 
     ratio: float
     low: float
     high: float
-    noise: float  # 1.04: two copies of the same differ by up to 4 %
+    noise: float  # 1.04: two copies of the same may seem to differ by 4 %
     slower: bool
 
 
-def compare(
-    prepare: Callable[[], Three],
-    *,
-    rounds: int = ROUNDS,
-    tolerance: float = TOLERANCE,
-    seed: int = 0,
-) -> Verdict:
-    """Whether the candidate of `prepare` is slower than its base; each of its three returns one time."""
-    if rounds < 5:
-        raise ValueError(f"rounds={rounds}: expected at least 5")
-    random = np.random.default_rng(seed)
-    each = math.ceil(rounds / PREPARATIONS)
-    logs = np.empty((math.ceil(rounds / each), each, 3))
-    for part in logs:
-        contestants = prepare()
-        for row in part:
-            for index in random.permutation(len(contestants)):
-                row[index] = math.log(contestants[index]())
-    change = logs[..., 2] - logs[..., :2].mean(-1)
-    low, high = _interval(change, random)
-    noise = max(abs(end) for end in _interval(logs[..., 1] - logs[..., 0], random))
-    slower = bool(low > max(noise, math.log1p(tolerance)))
-    return Verdict(math.exp(float(np.median(change))), math.exp(low), math.exp(high), math.exp(noise), slower)
+def one_set(copies: dict[str, Measure], rounds: int, random: np.random.Generator) -> Pair:
+    """Change and null of one set: the four `copies`, by name, timed in turn `rounds` times."""
+    changes, nulls = [], []
+    for _ in range(rounds):
+        first, second = ("A", "B") if random.random() < 0.5 else ("B", "A")
+        ones, twos = (random.permutation((1, 2)) for _ in range(2))
+        order = (f"{first}{ones[0]}", f"{second}{twos[0]}", f"{second}{twos[1]}", f"{first}{ones[1]}")
+        logs = {name: math.log(copies[name]()) for name in order}
+        changes.append((logs["B1"] + logs["B2"] - logs["A1"] - logs["A2"]) / 2)
+        nulls.append((logs["A1"] + logs["B1"] - logs["A2"] - logs["B2"]) / 2)
+    return statistics.median(changes), statistics.median(nulls)
 
 
-def _interval(values: np.ndarray, random: np.random.Generator) -> tuple[float, float]:
-    """Where the median lies, by resampling of whole preparations, the rows of `values`."""
-    drawn = values[random.integers(len(values), size=(RESAMPLES, len(values)))]
-    medians = np.median(drawn.reshape(RESAMPLES, -1), axis=1)
-    low, high = np.quantile(medians, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return float(low), float(high)
+def judge(sets: Sequence[Pair], *, tolerance: float = TOLERANCE, lines: int = 1) -> Verdict:
+    """The rule above, of one of `lines` lines. ValueError where so few sets could not tell any slowdown."""
+    level = ALPHA / 2 / lines
+    fewest = math.ceil(-math.log2(level))
+    if len(sets) < fewest:
+        raise ValueError(
+            f"{len(sets)} sets cannot tell a slowdown among {lines} lines: expected at least {fewest}"
+        )
+    changes, nulls = zip(*sets, strict=True)
+    ratio, low, high = signed_rank(changes, level)
+    noise = max(abs(end) for end in signed_rank(nulls, level)[1:])
+    slower = low > math.log1p(tolerance) and ratio > noise
+    return Verdict(*(math.exp(value) for value in (ratio, low, high, noise)), slower)
+
+
+def signed_rank(values: Sequence[float], level: float) -> tuple[float, float, float]:
+    """Hodges-Lehmann estimate of the centre of symmetry, and its interval that errs at each end with at most `level`.
+
+    The interval is Wilcoxon's test turned round: the centres that it does not reject, by its exact distribution.
+    """
+    means = sorted((a + b) / 2 for a, b in itertools.combinations_with_replacement(values, 2))
+    ways = np.zeros(len(means) + 1)  # of the signs, by the sum of the positive ranks
+    ways[0] = 1
+    for rank in range(1, len(values) + 1):
+        ways[rank:] += ways[:-rank].copy()
+    cut = int(np.searchsorted(np.cumsum(ways) / 2 ** len(values), level, side="right"))
+    if cut == 0:
+        return statistics.median(means), -math.inf, math.inf
+    return statistics.median(means), means[cut - 1], means[-cut]
 
 
 class Worker:
-    """A process that times the operators of another checkout."""
+    """A process that times the operators of a checkout."""
 
     def __init__(self, checkout: Path) -> None:
         if not (checkout / "srm_kernels" / "__init__.py").is_file():
             raise ValueError(f"{checkout}: no checkout with srm_kernels in it")
         command = [sys.executable, "-c", _WORKER, str(checkout.resolve()), str(ROOT)]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=checkout
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=checkout,
+            env={"OMP_NUM_THREADS": "1", **os.environ},
         )
 
     def prepare(self, request: dict[str, Any]) -> Measure:
@@ -117,61 +147,99 @@ class Worker:
         return json.loads(answer)
 
 
+class Line:
+    """One operator, family and direction, and what the sets said of it."""
+
+    def __init__(self, operator: str, family: str, direction: str, options: argparse.Namespace) -> None:
+        self.name = f"{operator:22} {family:17} {direction:9} "
+        base, candidate = options.backends or [options.backend] * 2
+        self.requests = {
+            copy: {
+                "operator": operator,
+                "family": family,
+                "direction": direction,
+                "backend": base if copy[0] == "A" else candidate,
+                "dtype": options.dtype,
+                "device": options.device,
+            }
+            for copy in COPIES
+        }
+        self.sets: list[Pair] = []
+        self.refusal = ""
+
+    def measure(self, workers: dict[str, Worker], rounds: int, random: np.random.Generator) -> None:
+        """One set more; numbers are verified in the first one, since inputs are the same in all."""
+        try:
+            copies = {
+                copy: workers[copy].prepare({**request, "verify": not self.sets})
+                for copy, request in self.requests.items()
+            }
+        except NumericsError as reason:
+            self.refusal = str(reason)
+        else:
+            self.sets.append(one_set(copies, rounds, random))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """One line per operator, family and direction; 1 if any is slower, 2 if none could be compared."""
     options = _parser().parse_args(arguments)
-    workers: list[Worker] = []
     try:
-        if options.checkouts:
-            old, new = (Path(path) for path in options.checkouts)
-            for path in (old, old, new):
-                workers.append(Worker(path))
-        return _run(options, workers)
+        return _run(options)
     except ValueError as error:  # not 1, which says that something is slower
         print(f"python -m bench.compare: {error}", file=sys.stderr)
         return 2
-    finally:
-        for worker in workers:
-            worker.close()
 
 
-def _run(options: argparse.Namespace, workers: list[Worker]) -> int:
-    backends = options.backends or [options.backend] * 2
-    compared = slower = 0
-    print(f"{'operator':22} {'family':17} {'direction':9} {'ratio':>7} {'99 % interval':>16} {'noise':>7}")
-    for operator in options.operators:
-        for family in options.families:
-            for direction in options.directions:
-                requests = [
-                    {
-                        "operator": operator,
-                        "family": family,
-                        "direction": direction,
-                        "backend": backend,
-                        "dtype": options.dtype,
-                        "device": options.device,
-                    }
-                    for backend in (backends[0], backends[0], backends[1])
-                ]
-                line = f"{operator:22} {family:17} {direction:9} "
-                makers = [worker.prepare for worker in workers] or [prepared] * len(requests)
+def _run(options: argparse.Namespace) -> int:
+    if options.rounds < 1:
+        raise ValueError(f"rounds={options.rounds}: expected at least 1")
+    base, candidate = (Path(path) for path in options.checkouts or (ROOT, ROOT))
+    product = itertools.product(options.operators, options.families, options.directions)
+    lines = [Line(*names, options) for names in product]
+    judge([(0.0, 0.0)] * options.sets, lines=len(lines))  # too few sets are refused before they are measured
+    try:
+        _measure(lines, base, candidate, options)
+    except KeyboardInterrupt:
+        print("interrupted; what is told is of the sets that were finished", file=sys.stderr)
+        with contextlib.suppress(ValueError):  # too few to tell anything
+            _tell(lines, options.tolerance)
+        return 130
+    return _tell(lines, options.tolerance)
 
-                def prepare(makers=makers, requests=requests) -> Three:
-                    base, again, candidate = (m(r) for m, r in zip(makers, requests, strict=True))
-                    return base, again, candidate
 
-                try:
-                    prepare()  # whatever cannot run says so here
-                except (NotImplementedError, NumericsError, ValueError) as reason:
-                    print(f"{line}not compared: {reason}")
-                    continue
-                found = compare(prepare, rounds=options.rounds, tolerance=options.tolerance)
-                interval = f"{found.low:.3f} to {found.high:.3f}"
-                verdict = "  SLOWER" if found.slower else ""
-                print(f"{line}{found.ratio:7.3f} {interval:>16} {found.noise:7.3f}{verdict}", flush=True)
-                compared += 1
-                slower += found.slower
-    print(f"{compared} compared, {slower} slower than the noise and {options.tolerance:.0%}")
+def _measure(lines: Sequence[Line], base: Path, candidate: Path, options: argparse.Namespace) -> None:
+    random = np.random.default_rng(options.seed)
+    for number in range(1, options.sets + 1):
+        workers: dict[str, Worker] = {}
+        try:
+            for copy in random.permutation(COPIES):
+                workers[str(copy)] = Worker(base if copy[0] == "A" else candidate)
+            for line in lines:
+                if not line.refusal:
+                    line.measure(workers, options.rounds, random)
+        finally:
+            for worker in workers.values():
+                worker.close()
+        if all(line.refusal for line in lines):
+            break
+        print(f"set {number} of {options.sets}", file=sys.stderr, flush=True)
+
+
+def _tell(lines: Sequence[Line], tolerance: float) -> int:
+    compared = sum(not line.refusal for line in lines)
+    slower = 0
+    print(f"{'operator':22} {'family':17} {'direction':9} {'ratio':>7} {'interval':>16} {'noise':>7}")
+    for line in lines:
+        if line.refusal:
+            print(f"{line.name}not compared: {line.refusal}")
+            continue
+        found = judge(line.sets, tolerance=tolerance, lines=compared)
+        interval = f"{found.low:.3f} to {found.high:.3f}"
+        print(
+            f"{line.name}{found.ratio:7.3f} {interval:>16} {found.noise:7.3f}{'  SLOWER' if found.slower else ''}"
+        )
+        slower += found.slower
+    print(f"{compared} compared, {slower} slower than the noise and {tolerance:.0%}")
     return 2 if not compared else int(slower > 0)
 
 
@@ -190,8 +258,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--directions", nargs="+", default=list(DIRECTIONS), choices=DIRECTIONS)
     parser.add_argument("--dtype", default="fp32", choices=tuple(DTYPES))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="default: %(default)s")
+    parser.add_argument("--sets", type=int, default=SETS, help="of four processes (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="in each set (default: %(default)s)")
     parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of the order (default: %(default)s)")
     return parser
 
 

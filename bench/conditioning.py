@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from bench import bounds, record
-from bench.attention import milliseconds
 from srm_kernels import backends, landmark_solve, nystrom_attention
 from srm_kernels.conditioning import SOLVERS
+from srm_model.profiling.timing import cpu_clock
+from srm_model.profiling.timing import cpu_clock
 
 BATCHES = (8, 64, 512)
 RANKS = (16, 32, 64, 128)
@@ -29,6 +30,20 @@ LIMIT = 1 / 5  # of the SVD's time, on a CPU, at the ranks below
 LIMITED = (32, 64)
 ROUNDING = 1e-6  # by which a computed ratio to a bound may exceed 1
 TRUSTED = 1e12  # κ up to which an fp64 solve says something about the gain
+
+
+def milliseconds(function: Callable[[], object], device: torch.device) -> float:
+    """One call, by CUDA events on a GPU, else by `cpu_clock`."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end)
+    begin = cpu_clock()
+    function()
+    return (cpu_clock() - begin) * 1e3
 
 
 def system(batch: int, r: int, d: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -75,6 +90,20 @@ def calls(logits: Tensor, rhs: Tensor) -> dict[str, Callable[[], object]]:
     for name in ("svd", "lu_factor_ex", "cholesky_ex"):
         found[f"torch.linalg.{name}"] = lambda name=name: plain(name, logits, rhs)
     return found
+
+
+def milliseconds(function: Callable[[], object], device: torch.device) -> float:
+    """One call, by CUDA events on a GPU; on a CPU by the wall clock, or one thread's time on the processor."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end)
+    begin = cpu_clock()
+    function()
+    return (cpu_clock() - begin) * 1e3
 
 
 def best(functions: dict[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, float]:

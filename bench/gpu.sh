@@ -38,7 +38,7 @@ step() { # most seconds, file of its output, command
 trap 'trap - INT TERM; kill -INT "$child" 2>/dev/null; wait; exit 130' INT TERM
 
 attention() {
-  step 30 attention.txt "$PYTHON" -m bench.attention --device cuda --dtype bfloat16 --seconds 1 "$@"
+  step 30 attention.txt "$PYTHON" -m bench.attention --device cuda --dtype bfloat16 --seconds 1 --out "$root" "$@"
 }
 
 rm -f "$out"/{tests,attention,conditioning,operators,neck,training,attacks,growth,sanitizer}.txt

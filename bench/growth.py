@@ -197,7 +197,8 @@ def measured(
         for key, times in harness.measure_together(able, device, longer).items():
             index, _, name = key.partition(" ")
             taken = harness.peak(able[key], device)
-            rows[int(index)][name] |= {"milliseconds": times.to_dict(), "memory": taken._asdict()}
+            figures = {"milliseconds": times.to_dict(), "typical": times.typical, "memory": taken._asdict()}
+            rows[int(index)][name] |= figures
     except Exception as error:
         for row in (row for point in rows for row in point.values()):
             if "milliseconds" not in row:
@@ -235,7 +236,7 @@ def fits(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
                 "implementation": implementation,
                 "from": min(x),
                 "to": max(x),
-                "time": power_law(x, [row["milliseconds"]["p50"] for row in group]),
+                "time": power_law(x, [row["typical"] for row in group]),
                 "memory": power_law(x, [max(row["memory"]["above"], 1) for row in group]),
                 "macs": power_law(x, [row["macs"] for row in group]),
             }
@@ -272,7 +273,7 @@ def surfaces(rows: Iterable[dict[str, Any]]) -> list[Surface]:
     """One for each implementation of Nyström attention."""
     rows = list(rows)
     times = {
-        (row["N_k"], row["B"], row["implementation"]): None if row["error"] else row["milliseconds"]["p50"]
+        (row["N_k"], row["B"], row["implementation"]): None if row["error"] else row["typical"]
         for row in rows
     }
     keys, batches = sorted({row["N_k"] for row in rows}), sorted({row["B"] for row in rows})
@@ -375,8 +376,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _tell(where: str, rows: Sequence[dict[str, Any]]) -> None:
     told = ", ".join(
-        f"{row['implementation']} {row['error'] or number(row['milliseconds']['p50']) + ' ms'}"
-        for row in rows
+        f"{row['implementation']} {row['error'] or number(row['typical']) + ' ms'}" for row in rows
     )
     print(f"{where}: {told}", file=sys.stderr, flush=True)
 

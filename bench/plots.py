@@ -14,6 +14,7 @@ from srm_model.reports.charts import DASHES, marker
 from srm_model.reports.markup import Markup, element, join
 
 WIDTH, HEIGHT = 760, 420
+MOST_TICKS = 8
 LEFT, RIGHT, TOP, BOTTOM = 84, 230, 56, 58
 FAMILY = "system-ui, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 SUPERSCRIPTS: dict[float, str] = {1: "", 2: "²"}
@@ -33,7 +34,7 @@ text {{ font: 12.5px {FAMILY}; fill: #1b1f24; }}
 
 
 class Line(NamedTuple):
-    """A series; points need not be sorted."""
+    """A series; points need not be sorted. A name may have several lines."""
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -71,7 +72,7 @@ class Axis:
                 if len(found) > 1:
                     break
             return found
-        every = max(1, math.ceil(len(powers) / 8))
+        every = max(1, math.ceil(len(powers) / MOST_TICKS))
         return [float(self.base) ** p for p in powers[::every]]
 
 
@@ -82,7 +83,6 @@ def lines(
     note: str,
     x_label: str,
     y_label: str,
-    x_base: int = 2,
     slopes: Sequence[float] = (),
 ) -> str:
     """Lines with markers on two logarithmic axes; `slopes` draws faint guides of these exponents."""
@@ -90,47 +90,28 @@ def lines(
     ys = [y for line in series for _, y in line.points]
     if not xs:
         raise ValueError(f"{title}: nothing to draw")
-    x, y = Axis(xs, LEFT, WIDTH - RIGHT, base=x_base), Axis(ys, HEIGHT - BOTTOM, TOP, base=10)
-    drawn: list[Markup] = [_axes(x, y, x_label, y_label)]
+    x, y = Axis(xs, LEFT, WIDTH - RIGHT, base=2), Axis(ys, HEIGHT - BOTTOM, TOP, base=10)
+    drawn: list[Markup] = [_axes(x, y, x_label, y_label, sorted(set(xs)))]
     for slope in slopes:
         drawn.append(_guide(x, y, slope))
-    legend = []
-    for index, line in enumerate(series):
-        look = index % len(SHADES)
-        points = [(x(a), y(b)) for a, b in sorted(line.points)]
-        path = "".join(f"{'L' if i else 'M'}{a:.1f} {b:.1f}" for i, (a, b) in enumerate(points))
-        hollow = index >= 4  # markers repeat after four
-        dash = DASHES[(index + index // 4) % 4]
-        drawn.append(element("path", class_=f"line s{look}", d=path, stroke_dasharray=dash))
-        drawn += [marker(look, a, b, hollow=hollow) for a, b in points]
-        at = TOP + 12 + 24 * index
-        swatch = element(
-            "path", class_=f"line s{look}", d=f"M{WIDTH - RIGHT + 40} {at}h34", stroke_dasharray=dash
-        )
-        legend += [swatch, marker(look, WIDTH - RIGHT + 57, at, hollow=hollow)]
-        legend.append(element("text", line.name, x=WIDTH - RIGHT + 82, y=at + 4))
-    return _page(title, note, join(drawn, legend))
+    placed = [[(x(a), y(b)) for a, b in sorted(line.points)] for line in series]
+    return _page(title, note, join(drawn, _drawn(series, placed)))
 
 
-def roofline(
-    points: Sequence[tuple[str, float, float]], bandwidth: float, rate: float, *, title: str, note: str
-) -> str:
-    """Named points of (MACs a byte, MACs a second) under the measured ceilings."""
+def roofline(series: Sequence[Line], bandwidth: float, rate: float, *, title: str, note: str) -> str:
+    """Lines of (MACs a byte, MACs a second), in the order of their points, under the measured ceilings."""
     ridge = rate / bandwidth
-    xs = [*(x for _, x, _ in points), ridge]
+    xs = [*(x for line in series for x, _ in line.points), ridge]
     span = (min(xs) / 2, max(xs) * 2)
-    ys = [*(y for _, _, y in points), rate, span[0] * bandwidth]
-    x, y = Axis([*xs, *span], LEFT, WIDTH - RIGHT, base=10), Axis(ys, HEIGHT - BOTTOM, TOP, base=10)
-    drawn = [_axes(x, y, "MACs per byte that has to move", "MACs per second")]
-    roof = f"M{x(span[0]):.1f} {y(span[0] * bandwidth):.1f}L{x(ridge):.1f} {y(rate):.1f}H{x(span[1]):.1f}"
-    drawn.append(element("path", class_="roof", d=roof))
-    for index, (name, a, b) in enumerate(points):
-        look = index % len(SHADES)
-        drawn.append(marker(look, x(a), y(b), hollow=index >= 4))
-        at = TOP + 12 + 24 * index
-        drawn.append(marker(look, WIDTH - RIGHT + 30, at, hollow=index >= 4))
-        drawn.append(element("text", name, x=WIDTH - RIGHT + 46, y=at + 4))
-    return _page(title, note, join(drawn))
+    ys = [*(y for line in series for _, y in line.points), rate, span[0] * bandwidth]
+    x = Axis([*xs, *span], LEFT, WIDTH - RIGHT, base=10)
+    y = Axis([value / 1e9 for value in ys], HEIGHT - BOTTOM, TOP, base=10)
+    drawn = [_axes(x, y, "MACs per byte that has to move", "GMAC per second")]
+    points = [(span[0], span[0] * bandwidth), (ridge, rate), (span[1], rate)]
+    roof = "L".join(f"{x(a):.1f} {y(b / 1e9):.1f}" for a, b in points)
+    drawn.append(element("path", class_="roof", d=f"M{roof}"))
+    placed = [[(x(a), y(b / 1e9)) for a, b in line.points] for line in series]
+    return _page(title, note, join(drawn, _drawn(series, placed)))
 
 
 def stacked(bars: Sequence[Bar], segments: Sequence[str], *, title: str, note: str, x_label: str) -> str:
@@ -248,20 +229,42 @@ def _guide(x: Axis, y: Axis, slope: float) -> Markup:
     path = element("path", class_="guide", d=f"M{a[0]:.1f} {a[1]:.1f}L{b[0]:.1f} {b[1]:.1f}")
     text = f"∝ x{SUPERSCRIPTS.get(slope, f'^{slope:g}')}"
     if end_x < x.high:  # it leaves through the top
-        name = element("text", text, class_="note mid", x=f"{b[0]:.1f}", y=f"{b[1] - 5:.1f}")
+        name = element("text", text, class_="note end", x=f"{b[0] - 20:.1f}", y=f"{b[1] + 14:.1f}")
     else:
         name = element("text", text, class_="note", x=f"{b[0] + 4:.1f}", y=f"{b[1] + 4:.1f}")
     return join(path, name)
 
 
-def _axes(x: Axis, y: Axis, x_label: str, y_label: str) -> Markup:
+def _drawn(series: Sequence[Line], placed: Sequence[Sequence[tuple[float, float]]]) -> Markup:
+    """Series at their pixels, and the legend to the right."""
+    drawn: list[Markup] = []
+    at = TOP + 12
+    for index, (line, points) in enumerate(zip(series, placed, strict=True)):
+        look = index % len(SHADES)
+        path = "".join(f"{'L' if i else 'M'}{a:.1f} {b:.1f}" for i, (a, b) in enumerate(points))
+        hollow = index >= 4  # markers repeat after four
+        dash = DASHES[(index + index // 4) % 4]
+        drawn.append(element("path", class_=f"line s{look}", d=path, stroke_dasharray=dash))
+        drawn += [marker(look, a, b, hollow=hollow) for a, b in points]
+        swatch = f"M{WIDTH - RIGHT + 40} {at}h34"
+        drawn.append(element("path", class_=f"line s{look}", d=swatch, stroke_dasharray=dash))
+        drawn.append(marker(look, WIDTH - RIGHT + 57, at, hollow=hollow))
+        for name in line.name.split("\n"):
+            drawn.append(element("text", name, x=WIDTH - RIGHT + 82, y=at + 4))
+            at += 18
+        at += 6
+    return join(drawn)
+
+
+def _axes(x: Axis, y: Axis, x_label: str, y_label: str, x_ticks: Sequence[float] = ()) -> Markup:
+    """Frame, grid and labels; `x_ticks` are what was measured, where those are few."""
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
     drawn: list[Markup] = []
     for tick in y.ticks():
         at = f"{y(tick):.1f}"
         drawn.append(element("line", class_="grid", x1=LEFT, x2=right, y1=at, y2=at))
         drawn.append(element("text", _plain(tick), class_="end", x=LEFT - 8, y=f"{y(tick) + 4:.1f}"))
-    for tick in x.ticks():
+    for tick in x_ticks if 0 < len(x_ticks) <= MOST_TICKS else x.ticks():
         at = f"{x(tick):.1f}"
         drawn.append(element("line", class_="grid", x1=at, x2=at, y1=TOP, y2=bottom))
         drawn.append(element("text", _plain(tick), class_="mid", x=at, y=bottom + 19))

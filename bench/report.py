@@ -13,16 +13,15 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import growth, plots, projection
+from bench import growth, pages, plots, projection
 from bench.harness import latest, newest, one_machine, read, sentence
+from bench.pages import markdown
 from srm_model.config import SRMConfig
 from srm_model.files import write_text
 from srm_model.profiling.counting import CONVENTION
 from srm_model.profiling.stages import REST
 from srm_model.profiling.tables import MEBI, cost_table, measured_table, notes, number, shares_table
 
-CASE = ("part", "backbone", "neck", "backend", "resolution", "batch", "dtype", "direction", "config")
-POINT = ("variable", "value", *growth.Sizes._fields, "dtype", "direction", "implementation")
 KERNEL = ("operator", "kernel", "architecture", "case", "launch")
 RTX = (86, 89, 120)
 PAGE = "report.md"
@@ -87,7 +86,7 @@ def growth_section(rows: Rows) -> tuple[tuple[str, str], list[Picture]]:
                     f"growth-{variable[0].replace('_', '').lower()}-{dtype}-{direction}.svg",
                     plots.lines(
                         [
-                            plots.Line(name[0], [(p["value"], p["milliseconds"]["p50"]) for p in line])
+                            plots.Line(name[0], [(p["value"], p["typical"]) for p in line])
                             for name, line in _grouped(points, "implementation")
                         ],
                         title=f"Time against {_swept_words(variable[0])}",
@@ -163,33 +162,26 @@ def resources_section(rows: Rows) -> tuple[tuple[str, str], list[Picture]]:
 
 
 SECTIONS: tuple[tuple[str, tuple[str, ...], Callable[[Rows], Any]], ...] = (
-    ("neck", CASE, neck_section),
-    ("growth", POINT, growth_section),
-    ("crossover", POINT, crossover_section),
+    ("neck", pages.NECK, neck_section),
+    ("growth", pages.POINT, growth_section),
+    ("crossover", pages.POINT, crossover_section),
     ("resources", KERNEL, resources_section),
 )
 
 
-def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, first column to the left."""
-    escaped = [[cell.replace("|", "\\|") for cell in line] for line in (header, *lines)]
-    rule = "|---|" + "---:|" * (len(header) - 1)
-    return "\n".join(
-        [f"| {' | '.join(escaped[0])} |", rule, *(f"| {' | '.join(line)} |" for line in escaped[1:]), ""]
-    )
-
-
 def _stages(rows: Rows) -> list[Picture]:
+    """Of each part and backbone at its largest resolution; the tables have the others."""
     pictures = []
-    for key, group in _grouped(
-        [row for row in rows if row["stages"]], "part", "backbone", "resolution", "batch", "dtype"
-    ):
-        part, backbone, resolution, batch, dtype = key
+    staged = [row for row in rows if row["stages"]]
+    for key, group in _grouped(staged, "part", "backbone", "batch", "dtype"):
+        part, backbone, batch, dtype = key
+        resolution = max(row["resolution"] for row in group)
+        group = [row for row in group if row["resolution"] == resolution]
         between = [n for row in group for n in row["stages"] if n not in ("backbone", "head", REST)]
         names = ["backbone", *dict.fromkeys(between), "head"]
         pictures.append(
             (
-                _file("stages", *key),
+                _file("stages", part, backbone, resolution, batch, dtype),
                 plots.stacked(
                     [plots.Bar(row["label"], row["stages"]) for row in group],
                     [*names, REST],
@@ -213,16 +205,20 @@ def _against_resolution(rows: Rows) -> list[Picture]:
             ("memory", "peak above inputs, MiB", lambda row: row["memory"]["above"] / MEBI),
         ):
             series = [
-                plots.Line(label[0], [(row["resolution"], value(row)) for row in line])
+                plots.Line(label[0], sorted((row["resolution"], value(row)) for row in line))
                 for label, line in _grouped(group, "label")
             ]
+            series, left_out = _of_like_size(series)
+            note = f"B={batch}, {dtype}, {direction}"
+            if left_out:
+                note += f"; less than a tenth of these, and in the table alone: {', '.join(left_out)}"
             pictures.append(
                 (
                     _file(what, *key),
                     plots.lines(
-                        series,
+                        _merged(series),
                         title=f"{what.capitalize()} against resolution: {part}, {backbone}",
-                        note=f"B={batch}, {dtype}, {direction}",
+                        note=note,
                         x_label="side of the image, pixels",
                         y_label=unit,
                         slopes=(2,),
@@ -232,6 +228,27 @@ def _against_resolution(rows: Rows) -> list[Picture]:
     return pictures
 
 
+def _of_like_size(series: list[plots.Line]) -> tuple[list[plots.Line], list[str]]:
+    """Without lines that stay under a tenth of the largest, which would press the others together; and their names."""
+    tops = {line.name: max(value for _, value in line.points) for line in series}
+    small = [name for name, top in tops.items() if top < max(tops.values()) / 10]
+    return [line for line in series if line.name not in small], small
+
+
+def _merged(series: list[plots.Line]) -> list[plots.Line]:
+    """Lines that lie on each other, to 1 %, as one that has all of their names: of two only the upper one is seen."""
+    found: list[plots.Line] = []
+    for line in series:
+        for place, other in enumerate(found):
+            pairs = list(itertools.zip_longest(line.points, other.points, fillvalue=(0, 0)))
+            if all(a[0] == b[0] and abs(a[1] - b[1]) <= 0.01 * b[1] for a, b in pairs):
+                found[place] = plots.Line(f"{other.name}\n{line.name}", other.points)
+                break
+        else:
+            found.append(line)
+    return found
+
+
 def _rooflines(rows: Rows) -> list[Picture]:
     pictures = []
     known = [row for row in rows if row["work_macs"]]
@@ -239,24 +256,27 @@ def _rooflines(rows: Rows) -> list[Picture]:
         part, backbone, batch, dtype, direction = key
         roofs = [row["ceilings"] for row in group]
         bandwidth, rate = (max(roof[name] for roof in roofs) for name in ("bandwidth", "matrix_rate"))
-        points = [
-            (
-                f"{row['label']}, {row['resolution']}²",
-                row["work_macs"] / row["compulsory_bytes"],
-                row["work_macs"] / (row["typical"] * 1e-3),
+        series = [
+            plots.Line(
+                label[0],
+                [
+                    (row["work_macs"] / row["compulsory_bytes"], row["work_macs"] / (row["typical"] * 1e-3))
+                    for row in sorted(line, key=lambda row: row["resolution"])
+                ],
             )
-            for row in group
+            for label, line in _grouped(group, "label")
         ]
+        sides = sorted({row["resolution"] for row in group})
         pictures.append(
             (
                 _file("roofline", *key),
                 plots.roofline(
-                    points,
+                    series,
                     bandwidth,
                     rate,
                     title=f"Roofline: {part}, {backbone}, {direction}",
-                    note=f"B={batch}, {dtype}; ceilings measured in the same run: "
-                    f"{bandwidth / 1e9:.3g} GB/s, {number(rate / 1e9)} GMAC/s",
+                    note=f"B={batch}, {dtype}, {', '.join(map(str, sides))} px, larger ones to the right; ceilings "
+                    f"of the same run: {bandwidth / 1e9:.3g} GB/s, {number(rate / 1e9)} GMAC/s",
                 ),
             )
         )
@@ -323,11 +343,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--latest", action="store_true", help="only rows measured as the last one of each file was"
     )
+    parser.add_argument(
+        "--pages",
+        nargs="+",
+        type=Path,
+        default=[],
+        help="also fill these files' `<!-- rows: -->` parts (one folder)",
+    )
     options = parser.parse_args(arguments)
     try:
+        if options.pages and len(options.folders) > 1:
+            raise ValueError("--pages are filled from one folder")
         for folder in options.folders:
             for path in report(folder, last=options.latest):
                 print(path)
+        for page in options.pages:
+            write_text(page, pages.filled(page.read_text("utf-8"), folder))
+            print(page)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

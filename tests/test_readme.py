@@ -8,15 +8,13 @@ from pathlib import Path
 import pytest
 
 import srm_kernels
+from bench import pages
 from srm_model.cli import main
 from srm_model.cli.study import read_study
-from srm_model.profiling.results import one_machine, read
-from srm_model.profiling.tables import MEBI, number, shares_table
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RECIPES = (ROOT / "docs" / "RECIPES.md").read_text(encoding="utf-8")
-WIDEST = ["512", "1", "fp32", "forward", "srm [sdpa]"]
 EXAMPLES = re.findall(r"```python\n(.*?)```", README + RECIPES, flags=re.DOTALL)
 
 
@@ -61,22 +59,14 @@ def test_every_command_is_listed_as_it_is(capsys):
     assert [name for name in commands if f"srm-iqa {name}" not in README and f"`{name}`" not in README] == []
 
 
-def test_what_a_neck_costs_is_what_was_committed():
-    rows = read(ROOT / "bench/results/cpu/neck.jsonl")
-    one_machine(rows)
-    _, shares = shares_table(rows)
-    told = [line[0:1] + line[6:8] + line[8:] for line in shares if line[1:6] == WIDEST]
-    assert len(told) == 4
-    for backbone, *figures in told:
-        assert f"| `{backbone}` | {' | '.join(figures)} |" in README
-    for row in rows:
-        if (row["backbone"], row["resolution"], row["direction"], row["part"]) == (
-            "pvt_v2_b2",
-            512,
-            "forward",
-            "neck",
-        ):
-            million, giga = row["parameters"] / 1e6, row["macs"]["formula"] / 1e9
-            assert f"| `{row['neck']}` | {million:.2f} M | {number(giga, 2 if giga < 1 else 3)} |" in README
-            if row["label"] in ("srm [sdpa]", "quadratic"):
-                assert f"above the inputs was {row['memory']['above'] / MEBI:.0f} MiB" in README
+@pytest.mark.parametrize("page", ["README.md", "docs/TRAINING.md"])
+def test_measured_figures_are_those_of_the_rows(page: str):
+    """`python -m bench.report bench/results/cpu --pages README.md docs/TRAINING.md` writes them anew."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert "<!-- rows: " in text
+    assert pages.filled(text, ROOT / "bench/results/cpu") == text
+
+
+def test_every_measured_table_is_told():
+    text = README + (ROOT / "docs/TRAINING.md").read_text(encoding="utf-8")
+    assert [name for name in pages.BLOCKS if f"<!-- rows: {name} -->" not in text] == []

@@ -130,7 +130,7 @@ def number(value: float | None, digits: int = 3) -> str:
     """Three significant digits, or more before the point; – for what was not measured."""
     if value is None or value != value:
         return "–"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.{digits}g}".rstrip(".")
+    return f"{value:,.0f}" if round(abs(value)) >= 10**digits else f"{value:#.{digits}g}".rstrip(".")
 
 
 def mebibytes(value: float | None) -> str:

@@ -36,9 +36,12 @@ def given(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr("sys.argv", ["bench", *arguments])
 
 
-def test_attention_as_ratios(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_attention_as_ratios(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     monkeypatch.setattr(torch, "compile", lambda call, dynamic: call)  # takes a compiler and half a minute
-    given(monkeypatch, *ATTENTION, "--shapes", "64", "16", "--batch", "2", "--dtype", "bfloat16", "--compile")
+    more = ["--dtype", "bfloat16", "--compile", "--out", str(tmp_path), "--note", "a look"]
+    given(monkeypatch, *ATTENTION, "--shapes", "64", "16", "--batch", "2", *more)
     attention.main()
     printed = capsys.readouterr().out
     assert "bfloat16, B=2 H=2 d=8 r=4, forward, solver cholesky" in printed
@@ -51,6 +54,17 @@ def test_attention_as_ratios(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         *(f"{name} compiled" for name in ("exact", "default", "reference", "svd", "sdpa")),
     ]
     assert "% of copy bandwidth" in printed
+    (row,) = read(tmp_path / "cpu" / "attention.jsonl")
+    assert [row[name] for name in ("N_q", "N_k", "B", "r", "dtype", "note")] == [
+        64,
+        16,
+        2,
+        4,
+        "bf16",
+        "a look",
+    ]
+    assert all(row["milliseconds"][name]["count"] == 2 for name in row["typical"])
+    assert f"default 1/{row['typical']['exact'] / row['typical']['default']:.2f}" in line
 
 
 def test_a_compiled_rival_is_seen_through_and_computes_the_same(monkeypatch: pytest.MonkeyPatch):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from bench import plots
+from bench import pages, plots
 from bench.growth import SCALES, Sizes
 from bench.report import main, markdown, report
 from srm_model.profiling.results import append
@@ -82,7 +82,8 @@ def point_row(implementation: str, keys: int, ms: float, **more: Any) -> dict[st
         "implementation": implementation,
         "macs": keys,
         "error": None,
-        "milliseconds": {**TIMES, "p50": ms},
+        "milliseconds": TIMES,
+        "typical": ms,
         "memory": MEMORY,
         "machine": MACHINE,
         **more,
@@ -319,3 +320,72 @@ def test_the_border_runs_between_wins_and_losses():
     # one cell of four wins: an edge above it and one to its right
     assert path.count("M") == 2
     assert math.isfinite(float(path.split("h")[1].split("M")[0]))
+
+
+def texts(svg: str) -> list[str]:
+    return [e.text or "" for e in ElementTree.fromstring(svg).iter() if e.tag.endswith("}text")]
+
+
+def test_what_was_measured_is_on_the_axis():
+    series = [plots.Line("a", [(side, side**2) for side in (224, 256, 384, 512)])]
+    assert {"224", "256", "384", "512"} <= set(
+        texts(plots.lines(series, title="t", note="n", x_label="x", y_label="y"))
+    )
+
+
+def test_lines_that_lie_on_each_other_are_one_with_both_names(tmp_path: Path):
+    """Of two such lines only the upper one would be seen; one that is far below would press the others together."""
+    for side in (64, 128):
+        for neck, milliseconds in (("srm", 100), ("quadratic", 100.5), ("none", 1)):
+            append(tmp_path / "neck.jsonl", neck_row(neck, side) | {"typical": milliseconds * side})
+    report(tmp_path)
+    names = texts((tmp_path / "time-neck-some-net-1-fp32-forward.svg").read_text())
+    assert [name for name in names if name in ("srm [sdpa]", "quadratic", "none")] == [
+        "srm [sdpa]",
+        "quadratic",
+    ]
+    assert any(name.endswith("in the table alone: none") for name in names)
+    svg = (tmp_path / "time-neck-some-net-1-fp32-forward.svg").read_text()
+    marks = [e for e in ElementTree.fromstring(svg).iter() if (e.get("class") or "").startswith("line s")]
+    assert len(marks) == 2  # one line and its swatch
+
+
+def test_stages_are_drawn_at_the_largest_resolution_alone(folder: Path):
+    written = {path.name for path in report(folder)}
+    assert {name for name in written if name.startswith("stages")} == {"stages-neck-some-net-128-1-fp32.svg"}
+
+
+def test_a_roofline_joins_the_resolutions_of_a_neck():
+    series = [plots.Line("a", [(1.0, 2e9), (2.0, 3e9)]), plots.Line("b", [(1.0, 1e9), (3.0, 4e9)])]
+    root = ElementTree.fromstring(plots.roofline(series, 1e10, 5e10, title="t", note="n"))
+    drawn = [e.get("d", "") for e in root.iter() if (e.get("class") or "").startswith("line s")]
+    assert [path.count("L") for path in drawn if "L" in path] == [1, 1]
+    assert "GMAC per second" in texts(plots.roofline(series, 1e10, 5e10, title="t", note="n"))
+
+
+BLOCK = "before\n<!-- rows: crossover -->\nold figures\n<!-- end -->\nafter\n"
+
+
+def test_pages_are_filled_from_rows(folder: Path, capsys: pytest.CaptureFixture[str]):
+    page = folder / "page.md"
+    page.write_text(BLOCK)
+    assert main([str(folder), "--pages", str(page)]) == 0
+    text = page.read_text()
+    assert text.startswith("before\n<!-- rows: crossover -->\n| N_k | Nyström, `sdpa` |")
+    assert "| 16 | 4.1 to 4.1 (slower) |" in text
+    assert "below N_k ≈ 7" in text
+    assert "old figures" not in text
+    assert text.endswith("<!-- end -->\nafter\n")
+    page.write_text(BLOCK.replace("crossover", "horoscope"))
+    assert main([str(folder), "--pages", str(page)]) == 2
+    assert "rows: horoscope: expected one of attention" in capsys.readouterr().err
+    append(folder / "crossover.jsonl", point_row("exact", 512, 1.0, machine={**MACHINE, "commit": "another"}))
+    with pytest.raises(ValueError, match="cannot share a table: commit"):
+        pages.filled(BLOCK, folder)
+
+
+def test_a_step_is_told_as_a_share_of_the_quadratic_necks(tmp_path: Path):
+    for neck, milliseconds in (("srm", 15.0), ("quadratic", 20.0), ("none", 5.0)):
+        row = neck_row(neck) | {"part": "model", "direction": "step", "typical": milliseconds}
+        append(tmp_path / "neck.jsonl", row)
+    assert "| `some_net` | 64 | 1 | 20.0 | 0.750 | 0.250 |" in pages.step(tmp_path)

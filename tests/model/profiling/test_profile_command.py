@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,27 @@ def test_other_dtypes_batches_and_backends(tmp_path: Path):
     one, two = (next(row for row in rows if row["batch"] == batch) for batch in (1, 2))
     assert one["macs"] == two["macs"]
     assert two["work_macs"] == 2 * one["work_macs"]
+
+
+def test_every_flag_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """A flag that is added is added here too: all that the help knows are given."""
+    (tmp_path / "config.json").write_text(json.dumps({"rank": 8, "gain_cap": 2.0}))
+    sizes = ["--resolution", "32", "--batch", "2", "--dtype", "fp16", "--direction", "step"]
+    which = ["--article", "--part", "model", "--neck", "srm", "--backend", "sdpa", *sizes]
+    more = ["--traceback", "--trace", "--memory", "--config", str(tmp_path / "config.json")]
+    given = [*which, *more]
+    (row,) = {row["part"]: row for row in profile(tmp_path, *given)}.values()
+    assert row["error"] is None
+    found = (row["part"], row["neck"], row["backend"], row["resolution"], row["batch"], row["dtype"])
+    assert (*found, row["direction"]) == ("model", "srm", "sdpa", 32, 2, "fp16", "step")
+    assert row["config"] == {"channels": 16, "heads": 2, "rank": 4, "pool_size": 2, "gain_cap": 2.0}
+    name = "model-test_convnext-srm-sdpa-32-2-fp16-step.json"
+    assert all((tmp_path / "cpu" / f"{kind}-{name}").is_file() for kind in ("trace", "memory"))
+    capsys.readouterr()
+    main(["profile", "--help"])
+    known = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", capsys.readouterr().out)) - {"--help"}
+    used = {word.split("=")[0] for word in [*QUICK, *TINY, "--no-progress", "--out", *given]}
+    assert known == {word for word in used if word.startswith("--")}
 
 
 def test_the_articles_rows_and_traces(tmp_path: Path):

@@ -336,7 +336,8 @@ class SRMNeck(nn.Module):
         whole batch: their gradients, averaged over ranks as `DistributedDataParallel` does, are its gradients. Every
         rank must then call this. `statistics` is for a batch cut into micro-batches: an unfinished one is added to
         and its losses mean nothing, with a finished one the losses are the whole batch's, averaged over micro-batches
-        too; σ̄ and M₀ change by `track` alone.
+        too; σ̄ and M₀ change by `track` alone. So does a neck inside gradient checkpointing need a finished one: its
+        second pass would find the M₀ and σ̄ of after the batch. A checkpointed backbone before it needs nothing.
         """
         self._check(pyramid)
         given = statistics is not None

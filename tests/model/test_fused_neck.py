@@ -232,6 +232,31 @@ def test_compiled_and_checkpointed_it_is_the_same():
             torch.testing.assert_close(found, e, rtol=1e-5, atol=1e-6)
 
 
+def test_a_checkpointed_training_step_with_finished_statistics_is_the_same():
+    """To the bit, the cap binding: σ̄ and M₀ wait for `track`."""
+    neck = by_kernels(make_neck(TINY.replace(links=((4, 1),), dyt=False, gain_cap=0.5)))
+    pyramid = make_pyramid(2, SQUARE)
+    statistics = BatchStatistics()
+    with torch.no_grad():
+        assert (neck(pyramid, statistics=statistics).gain < 1).all()
+    statistics.finish()
+
+    def run(*maps: Tensor) -> Tensor:
+        out = neck(maps, statistics=statistics)
+        return (out.fused * out.fused.detach().cos()).sum() + sum(out.losses.values())
+
+    found = []
+    for call in (run, lambda *maps: checkpoint(run, *maps, use_reentrant=False)):
+        maps = [m.clone().requires_grad_() for m in pyramid]
+        neck.zero_grad()
+        call(*maps).backward()
+        found.append([m.grad for m in maps] + [p.grad for p in neck.parameters()])
+    assert all(one is other is None or torch.equal(one, other) for one, other in zip(*found, strict=True))
+    before = neck.median_rms.clone()
+    neck.track(statistics)
+    assert neck.median_rms != before
+
+
 def test_the_pyramid_on_request_agrees_with_the_fused_path():
     neck = by_kernels(make_neck(TINY.replace(links=((4, 1),))).eval())
     pyramid = make_pyramid(2, SQUARE)

@@ -2,8 +2,8 @@
 
 Our own kernels are counted where Triton's interpreter starts them, a launch each. Everything else is what torch's
 profiler sees on the CPU: library products and convolutions, and what is neither, elementwise operations and reductions
-among them; views and allocations launch nothing. On a GPU the profiler counts the same in `bench.fused_neck`. What the
-gate's logits take, its convolutions, their GELUs and its readouts, is counted apart.
+among them; views and allocations launch nothing. On a GPU the profiler counts the same in `bench.fused_neck`. The
+gate's convolutions are counted apart.
 """
 
 from __future__ import annotations
@@ -22,17 +22,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from srm_model import SRMConfig, SRMNeck
 
-PRODUCTS = {
-    "addmm",
-    "mm",
-    "bmm",
-    "baddbmm",
-    "addmv",
-    "mv",
-    "mkldnn_convolution",
-    "thnn_conv2d",
-    "_slow_conv2d_forward",
-}
+CONVOLUTIONS = {"mkldnn_convolution", "thnn_conv2d", "_slow_conv2d_forward"}
+PRODUCTS = {"addmm", "mm", "bmm", "baddbmm", "addmv", "mv", *CONVOLUTIONS}
 NOTHING = {  # views, allocations and questions
     "alias", "as_strided", "chunk", "contiguous", "detach", "empty", "empty_like", "empty_strided", "expand", "flatten",
     "lift_fresh", "narrow", "new_empty", "new_empty_strided", "permute", "reshape", "resolve_conj", "resolve_neg",
@@ -53,7 +44,7 @@ OWN, GATE = "own kernel ", "gate"
 
 
 class Launches(NamedTuple):
-    """Of one call, by name: our own kernels, library products, all else, and all of the gate's logits."""
+    """Of one call, by name: our own kernels, library products, all else, and the gate's convolutions."""
 
     kernels: Counter[str]
     products: Counter[str]
@@ -62,7 +53,7 @@ class Launches(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All but the gate's logits."""
+        """All but the gate's convolutions."""
         return self.kernels.total() + self.products.total() + self.others.total()
 
     def __str__(self) -> str:
@@ -70,7 +61,7 @@ class Launches(NamedTuple):
             f"{counter.total()} {name} ({', '.join(f'{count} {of}' for of, count in sorted(counter.items()))})"
             for name, counter in (
                 ("own kernels", self.kernels), ("library products", self.products), ("others", self.others),
-                ("of the gate's logits, not counted", self.gate),
+                ("of the gate's convolutions, not counted", self.gate),
             )
             if counter
         )  # fmt: skip
@@ -96,7 +87,7 @@ def _marked() -> Iterator[None]:
 
 
 def count_launches(call: Callable[[], object], gate: torch.nn.Module | None = None) -> Launches:
-    """What one call launches, Triton being interpreted; `gate` is a module whose share is counted apart."""
+    """What one call launches, Triton being interpreted; `gate` is a module whose convolutions are counted apart."""
     hooks = []
     if gate is not None:
         range_ = record_function(GATE)
@@ -111,31 +102,30 @@ def count_launches(call: Callable[[], object], gate: torch.nn.Module | None = No
     found = Launches(Counter(), Counter(), Counter(), Counter())
     for event in profiled.events():
         if event.cpu_parent is None:
-            _add(event, found, found.gate if event.name == GATE else None)
+            _add(event, found, event.name == GATE)
     return found
 
 
-def _add(event: Any, found: Launches, gate: Counter[str] | None) -> bool:
+def _add(event: Any, found: Launches, gate: bool) -> bool:
     """Count an event or, where others inside it launch something, those; whether anything was counted."""
     name = event.name
     if name.startswith(OWN):
-        (found.kernels if gate is None else gate)[name.removeprefix(OWN)] += 1
+        found.kernels[name.removeprefix(OWN)] += 1
         return True
-    if name == GATE:
-        gate = found.gate
+    gate = gate or name == GATE
     plain = name.removeprefix("aten::").rstrip("_")
     if plain in PRODUCTS:
-        (found.products if gate is None else gate)[plain] += 1
+        (found.gate if gate and plain in CONVOLUTIONS else found.products)[plain] += 1
         return True
     if plain in WHOLE:
-        (found.others if gate is None else gate)[plain] += 1
+        found.others[plain] += 1
         return True
     inside = [_add(child, found, gate) for child in event.cpu_children]
     if any(inside):
         return True
     if not name.startswith("aten::") or plain in NOTHING:
         return False
-    (found.others if gate is None else gate)[plain] += 1
+    found.others[plain] += 1
     return True
 
 
@@ -143,13 +133,14 @@ def forward_of(
     *,
     dyt: bool,
     side: int = 512,
+    batch: int = 2,
     channels: int = 16,
     heads: int = 1,
     rank: int = 4,
     size: int = 2,
     **options: Any,
 ) -> tuple[SRMNeck, list[Tensor]]:
-    """A neck of kernels in evaluation mode and one image's maps, as wide as those of a picture of `side` pixels.
+    """A neck of kernels in evaluation mode and some images' maps, as wide as those of pictures of `side` pixels.
 
     Few channels and rows, for the interpreter's sake: the number of launches depends on the schedule and the maps'
     widths alone, and on the keys that a source has, up to 1,024 of which take one launch.
@@ -162,7 +153,7 @@ def forward_of(
     neck.median_rms.fill_(1.0)
     neck._check = lambda pyramid: None  # type: ignore[method-assign]  # asks on a CPU what it asks of no GPU
     maps = [
-        torch.randn(1, c, max(side // (16 * s), 1), side // s)
+        torch.randn(batch, c, max(side // (16 * s), 1), side // s)
         for c, s in zip((3, 4, 5, 6), (4, 8, 16, 32), strict=True)
     ]
     return neck, maps

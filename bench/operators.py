@@ -88,6 +88,13 @@ def _maps(family: Family, make: torch.Generator) -> list[Tensor]:
     ]
 
 
+def _gate_inputs(family: Family, make: torch.Generator) -> list[Tensor]:
+    """What a convolution of the gate gives, its bias, and a readout."""
+    C, P = max(family.heads * family.d // 4, 1), 8
+    shapes = ((family.batch, C, P, P), (C,), (1, C), (1,))
+    return [torch.randn(shape, generator=make, dtype=torch.float64) for shape in shapes]
+
+
 def _dyt_inputs(family: Family, make: torch.Generator) -> list[Tensor]:
     C = family.heads * family.d
     shapes = ((family.batch, family.queries, C), (1,), (C,), (C,))
@@ -226,6 +233,18 @@ OPERATORS = {
     "dyt": Operator(
         _dyt_inputs,
         lambda x, backend, family: [ops.dyt(x[0], x[1], x[2], x[3], backend=backend)],
+        (0, 1, 2, 3),
+    ),
+    "biased_gelu": Operator(
+        _gate_inputs,
+        lambda x, backend, family: [ops.biased_gelu([x[0]] * 3, [x[1]] * 3, backend=backend)],
+        (0, 1),
+    ),
+    "gate_logits": Operator(
+        _gate_inputs,
+        lambda x, backend, family: [
+            ops.gate_logits([x[0]] * 3, [x[1]] * 3, [(x[2], x[3])] * 3, backend=backend)
+        ],
         (0, 1, 2, 3),
     ),
     "gated_fusion": Operator(

@@ -7,7 +7,7 @@ Importing needs neither a GPU, nor Triton, nor a compiler.
 from . import flops
 from .attention import full_attention, landmark_side, nystrom_attention
 from .conditioning import LandmarkSolution, Solver, landmark_solve
-from .gate import GatedFusion, GateLosses, gate_losses, gated_fusion
+from .gate import GatedFusion, GateLosses, biased_gelu, gate_logits, gate_losses, gated_fusion
 from .landmarks import ridge_leverage_scores, select_landmarks
 from .neck import PooledLinks, fuses, merge_links, pooled_links, project_sources
 from .pool import adaptive_pool
@@ -24,10 +24,12 @@ __all__ = [
     "Solver",
     "adaptive_pool",
     "backends",
+    "biased_gelu",
     "dyt",
     "flops",
     "full_attention",
     "fuses",
+    "gate_logits",
     "gate_losses",
     "gated_fusion",
     "landmark_side",

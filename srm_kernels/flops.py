@@ -15,6 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .attention import _attention, _blocks, _context, _query_side
 from .conditioning import _solve
+from .gate import _logits
 from .landmarks import _leverage, _select
 from .neck import _merge, _pooled, _project
 
@@ -100,6 +101,11 @@ def _merge_op(
     return B * (cells * channels * C + links)
 
 
+def _logits_op(maps: Sequence[Shape], *_: Any) -> int:
+    """The readouts; GELUs and means count nothing, as everywhere."""
+    return len(maps) * maps[0][0] * maps[0][1]
+
+
 def _blocks_op(
     key: Shape, value: Shape, landmarks: Shape | None, rank: int, method: str = "leverage", *_: Any
 ) -> int:
@@ -140,6 +146,7 @@ MACS: dict[Any, Callable[..., int]] = {
     _project: _project_op,
     _pooled: _pooled_op,
     _merge: _merge_op,
+    _logits: _logits_op,
     _solve: _solve_op,
     _leverage: _leverage_op,
     _select: _select_op,

@@ -13,6 +13,7 @@ a score decides by its last bits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -41,6 +42,16 @@ def empty_like(tensor: Tensor) -> Tensor:
 def readable(tensor: Tensor) -> Tensor:
     """What a kernel is given to read: Triton's interpreter computes wrongly in bf16, so there it gets fp32."""
     return tensor.float() if INTERPRETED and tensor.dtype == torch.bfloat16 else tensor
+
+
+def contiguous(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """What a kernel is given to read of several small tensors."""
+    return tuple(readable(t).contiguous() for t in tensors)
+
+
+def strides_of(maps: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
+    """Of all maps by image, channel, row and column."""
+    return tuple(tuple(m.stride(axis) for m in maps) for axis in range(4))
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srm_kernels import (
+    biased_gelu,
     dyt,
     full_attention,
     fuses,
+    gate_logits,
     gated_fusion,
     landmark_side,
     merge_links,
@@ -239,6 +241,7 @@ class Gate(nn.Module):
 
     def __init__(self, config: SRMConfig) -> None:
         super().__init__()
+        self.config = config
         C, hidden = config.channels, max(config.channels // 4, 1)
         self.stages = nn.ModuleList()
         for _ in config.fused_stages:
@@ -255,11 +258,24 @@ class Gate(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Pooled maps, each (B, C, P, P) → logits (B, S)."""
-        logits = [
-            readout(stage(m).mean((2, 3)))
-            for m, stage, readout in zip(maps, self.stages, self.readouts, strict=True)
-        ]
-        return torch.cat(logits, -1)
+        backend = self.config.backend
+        hidden = biased_gelu(*self.convolved(maps, 0), backend=backend)
+        readouts = [(readout.weight, readout.bias) for readout in cast(Iterable[nn.Linear], self.readouts)]
+        return gate_logits(*self.convolved(hidden.unbind(), 1), readouts, backend=backend)
+
+    def convolved(self, maps: Sequence[Tensor], number: int) -> tuple[list[Tensor], list[Tensor]]:
+        """What the first or second convolution of every stage gives without its bias, and the biases."""
+        results, biases = [], []
+        for m, stage in zip(maps, cast(Iterable[nn.Sequential], self.stages), strict=True):
+            half = len(stage) // 2
+            *before, conv, _ = list(stage)[half * number : half * (number + 1)]
+            for layer in before:
+                m = layer(m)
+            assert isinstance(conv, nn.Conv2d)
+            assert conv.bias is not None
+            results.append(F.conv2d(m, conv.weight, padding=1))
+            biases.append(conv.bias)
+        return results, biases
 
 
 class _ChannelDyT(DyT):
@@ -320,7 +336,8 @@ class SRMNeck(nn.Module):
         whole batch: their gradients, averaged over ranks as `DistributedDataParallel` does, are its gradients. Every
         rank must then call this. `statistics` is for a batch cut into micro-batches: an unfinished one is added to
         and its losses mean nothing, with a finished one the losses are the whole batch's, averaged over micro-batches
-        too; σ̄ and M₀ change by `track` alone.
+        too; σ̄ and M₀ change by `track` alone. So does a neck inside gradient checkpointing need a finished one: its
+        second pass would find the M₀ and σ̄ of after the batch. A checkpointed backbone before it needs nothing.
         """
         self._check(pyramid)
         given = statistics is not None
@@ -435,10 +452,10 @@ class SRMNeck(nn.Module):
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else pyramid[0].dtype
         stages = sorted({source for source, _ in c.links})
-        sources = self._pool_sources({stage: self.align[stage - 1](pyramid[stage - 1]) for stage in stages})
         links = [self._link(*pair) for pair in self._acting]
         with torch.autocast(device, enabled=False):  # operators choose their own precision
-            keys, xs = self._key_sides({stage: m.to(dtype) for stage, m in sources.items()})
+            shiftless = {stage: self._shiftless(stage, pyramid[stage - 1].to(dtype)) for stage in stages}
+            keys, xs = self._key_sides(self._pool_sources(shiftless))
             align = {stage: self._align_of(stage) for stage in c.fused_stages}
             targets = [c.fused_stages.index(target) for _, target in self._acting]
             track = statistics is not None and not statistics.finished
@@ -470,7 +487,7 @@ class SRMNeck(nn.Module):
             )
 
     def _key_sides(self, sources: dict[int, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """K̃ and X (B, H, r, d) of every acting link; those of one source take one launch together.
+        """K̃ and X (B, H, r, d) of every acting link from A F; those of one source take one launch together.
 
         Where landmarks are sampled, every link draws its own.
         """
@@ -486,6 +503,7 @@ class SRMNeck(nn.Module):
                 m.flatten(2).mT,
                 [link.key.weight for link in links],
                 [link.value.weight for link in links],
+                shift=self._align_of(pairs[0][0])[1],
                 dyt=[link.dyt_key.tensors for link in links] if c.dyt else None,
                 backend=c.backend,
             )
@@ -494,6 +512,11 @@ class SRMNeck(nn.Module):
             parts = (t.unflatten(0, (len(links), -1)).unbind() for t in (keys, x))
             sides |= dict(zip(pairs, zip(*parts, strict=True), strict=True))
         return [sides[pair][0] for pair in self._acting], [sides[pair][1] for pair in self._acting]
+
+    def _shiftless(self, stage: int, m: Tensor) -> Tensor:
+        """A F of a source (B, C, h, w), its bias left to `project_sources`: one product, however F is laid out."""
+        weight = self._align_of(stage)[0].to(m.dtype).expand(m.shape[0], -1, -1)
+        return torch.bmm(weight, m.flatten(2)).unflatten(-1, m.shape[2:])
 
     def _align_of(self, stage: int) -> tuple[Tensor, Tensor]:
         conv = cast(nn.Conv2d, self.align[stage - 1])
@@ -525,7 +548,8 @@ class SRMNeck(nn.Module):
         fusion = gated_fusion(
             maps,
             self.gate(maps.unbind(1)),
-            cap=self._cap(maps) if c.gain_cap is not None else None,
+            cap=self._cap(changing=statistics is not None),
+            cap_factor=(c.gain_cap or 1.0) * self._root(maps),
             temperature=c.gate_temperature,
             backend=c.backend,
         )
@@ -533,7 +557,7 @@ class SRMNeck(nn.Module):
             sigma, gate = {}, BatchStatistics()
         else:
             if not statistics.finished:
-                statistics.add_gate(fusion.weights.detach(), self._rms(fusion.norm.detach(), maps))
+                statistics.add_gate(fusion.weights.detach(), fusion.norm.detach() / self._root(maps))
                 if finish:
                     statistics.finish()
             sigma, gate = statistics.sigma, statistics
@@ -554,13 +578,15 @@ class SRMNeck(nn.Module):
         c = self.config
         return tau_loss(thetas, sigmas, reference=math.sqrt(c.head_dim), floor=TAU_FLOOR, backend=c.backend)
 
-    def _cap(self, maps: Tensor) -> Tensor:
-        """c = gain_cap · M₀ · √(C·P·P)."""
-        assert self.config.gain_cap is not None
-        return self.median_rms * (self.config.gain_cap * math.sqrt(maps[0, 0].numel()))
+    def _cap(self, *, changing: bool) -> Tensor | None:
+        """M₀, as it is now where `track` may change it before the backward pass."""
+        if self.config.gain_cap is None:
+            return None
+        return self.median_rms.clone() if changing else self.median_rms
 
-    def _rms(self, norm: Tensor, maps: Tensor) -> Tensor:
-        return norm / math.sqrt(maps[0, 0].numel())
+    def _root(self, maps: Tensor) -> float:
+        """√(C·P·P), by which a root mean square is a norm: c = gain_cap · M₀ · √(C·P·P)."""
+        return math.sqrt(maps[0, 0].numel())
 
     @torch.no_grad()
     def _track_norms(self, rms: Tensor) -> None:
@@ -588,7 +614,7 @@ class SRMNeck(nn.Module):
             maps = self._fused_stages(updated)
             self.median_rms.fill_(math.inf)
             norm = gated_fusion(maps, self.gate(maps.unbind(1)), cap=None).norm
-            self._track_norms(self._rms(norm, maps))
+            self._track_norms(norm / self._root(maps))
 
     @torch.no_grad()
     def clamp_(self) -> None:

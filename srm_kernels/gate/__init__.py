@@ -1,13 +1,14 @@
-"""Gain-capped fusion of stages and its losses (SPEC 4, article 3.6)."""
+"""The gate's logits, gain-capped fusion of stages and its losses (SPEC 4, article 3.6)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..checks import check_number, check_tensors, wide_dtype
+from ..checks import DTYPES, check_number, check_tensors, wide_dtype
 from ..registration import later, register_operator
 from ..runtime import kernels_by_name
 from . import reference
@@ -38,9 +39,27 @@ def _fake_fusion(maps: Tensor, logits: Tensor, *_: object) -> tuple[Tensor, Tens
     return maps.new_empty((B, *grid)), rows[0], rows[1], rows[2]
 
 
+_gelu = register_operator(
+    "biased_gelu",
+    "Tensor[] maps, Tensor[] biases",
+    "Tensor",
+    dict.fromkeys(_PLAIN, reference.biased_gelu) | {"triton": later(_KERNELS, "biased_gelu")},
+    fake=lambda maps, _: maps[0].new_empty((len(maps), *maps[0].shape)),
+    differentiable=("maps", "biases"),
+)
+
+_logits = register_operator(
+    "gate_logits",
+    "Tensor[] maps, Tensor[] biases, Tensor[] weights, Tensor[] offsets",
+    "Tensor",
+    dict.fromkeys(_PLAIN, reference.gate_logits) | {"triton": later(_KERNELS, "gate_logits")},
+    fake=lambda maps, *_: maps[0].new_empty((maps[0].shape[0], len(maps)), dtype=wide_dtype(maps[0].dtype)),
+    differentiable=("maps", "biases", "weights", "offsets"),
+)
+
 _fusion = register_operator(
     "gated_fusion",
-    "Tensor maps, Tensor logits, Tensor? cap, float temperature, float eps",
+    "Tensor maps, Tensor logits, Tensor? cap, float cap_factor, float temperature, float eps",
     "(Tensor, Tensor, Tensor, Tensor)",
     dict.fromkeys(_PLAIN, reference.gated_fusion) | {"triton": later(_KERNELS, "gated_fusion")},
     fake=_fake_fusion,
@@ -59,11 +78,72 @@ _losses = register_operator(
 )
 
 
+def biased_gelu(maps: Sequence[Tensor], biases: Sequence[Tensor], *, backend: str | None = None) -> Tensor:
+    """GELU(m + b) of the maps of all stages, what follows a convolution without its bias (SPEC 4).
+
+    maps: (B, C, h, w) for every stage, of one shape, float64, float32, bfloat16 or float16, any strides. biases: (C,)
+    likewise, in the maps' dtype or a wider one, from which they are rounded. Returns (S, B, C, h, w) in the maps'
+    dtype; by kernels in one launch. Differentiable in everything, twice.
+    Raises TypeError for dtypes, ValueError for shapes.
+    """
+    _check_stages(maps, biases=biases)
+    return _gelu(list(maps), list(biases), kernels_by_name(backend, maps[0], "biased_gelu"))
+
+
+def gate_logits(
+    maps: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    readouts: Sequence[tuple[Tensor, Tensor]],
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """g_s = w_s · GAP(GELU(m_s + b_s)) + v_s of every stage: the end of the gate (SPEC 4).
+
+    maps, biases: as in `biased_gelu`. readouts: w (1, C) and v (1,) for every stage, in the maps' dtype or a wider one.
+    Returns (B, S) in fp32 (fp64 for fp64), in which the mean over positions and all after it are taken; by kernels in
+    one launch. Differentiable in everything, twice. Raises TypeError for dtypes, ValueError for shapes.
+    """
+    weights, offsets = [w for w, _ in readouts], [v for _, v in readouts]
+    _check_stages(maps, biases=biases, weights=weights, offsets=offsets)
+    chosen = kernels_by_name(backend, maps[0], "gate_logits")
+    return _logits(list(maps), list(biases), weights, offsets, chosen)
+
+
+def _check_stages(maps: Sequence[Tensor], **parameters: Sequence[Tensor]) -> None:
+    """One map for every stage, alike, and of each parameter one that fits."""
+    if not maps:
+        raise ValueError("there are no maps; expected one for every stage")
+    check_tensors(**{f"maps[{i}]": m for i, m in enumerate(maps)})
+    first = maps[0]
+    if first.dim() != 4 or any(m.shape != first.shape for m in maps):
+        raise ValueError(
+            f"maps have shapes {[tuple(m.shape) for m in maps]}; expected (B, C, h, w), one shape"
+        )
+    C = first.shape[1]
+    shapes = {"biases": (C,), "weights": (1, C), "offsets": (1,)}
+    for name, group in parameters.items():
+        if len(group) != len(maps):
+            raise ValueError(f"{name} has {len(group)} entries and maps {len(maps)}; expected as many")
+        for parameter in group:
+            check_tensors(**{name: parameter})
+            if DTYPES.index(parameter.dtype) > DTYPES.index(first.dtype):
+                raise TypeError(
+                    f"{name} is {parameter.dtype} and maps {first.dtype}; expected it no narrower"
+                )
+            if parameter.device != first.device:
+                raise ValueError(
+                    f"{name} is on {parameter.device} and maps on {first.device}; expected one device"
+                )
+            if parameter.shape != torch.Size(shapes[name]):
+                raise ValueError(f"{name} has shape {tuple(parameter.shape)}; expected {shapes[name]}")
+
+
 def gated_fusion(
     maps: Tensor,
     logits: Tensor,
     *,
     cap: float | Tensor | None,
+    cap_factor: float = 1.0,
     temperature: float = 1.0,
     eps: float = 1e-6,
     backend: str | None = None,
@@ -72,10 +152,11 @@ def gated_fusion(
 
     maps: (B, S, C, h, w); logits: (B, S), of the maps' dtype or a wider one. cap: c, the bound on ‖fused‖_F,
     a number, a one-element tensor (which need not leave its device) or None for no bound; a constant to the
-    derivative. a = softmax(logits / temperature), M = Σ_s a_s P_s, γ = min(1, c(1 − 2u)/(‖M‖_F + eps)) with u
-    the unit roundoff of a half-precision output, so that ‖fused‖_F ≤ c after rounding too. NaN stays NaN.
+    derivative. cap_factor: c is `cap` times this, so that it may follow a buffer without a launch of its own.
+    a = softmax(logits / temperature), M = Σ_s a_s P_s, γ = min(1, c(1 − 2u)/(‖M‖_F + eps)) with u the unit
+    roundoff of a half-precision output, so that ‖fused‖_F ≤ c after rounding too. NaN stays NaN.
     Returns (fused, weights, gain, norm); all but `fused` in fp32 (fp64 for fp64).
-    Raises TypeError for dtypes, ValueError for shapes, cap ≤ 0, temperature ≤ 0 or eps < 0.
+    Raises TypeError for dtypes, ValueError for shapes, cap or its factor ≤ 0, temperature ≤ 0 or eps < 0.
     """
     check_tensors(maps=maps)
     check_tensors(logits=logits)
@@ -87,6 +168,7 @@ def gated_fusion(
         raise ValueError(
             f"maps has shape {tuple(maps.shape)} and logits {tuple(logits.shape)}; expected (B, S, C, h, w) and (B, S)"
         )
+    check_number("cap_factor", cap_factor, above=0)
     check_number("temperature", temperature, above=0)
     check_number("eps", eps, at_least=0)
     if isinstance(cap, Tensor):
@@ -97,7 +179,8 @@ def gated_fusion(
         check_number("cap", cap, above=0)
         cap = torch.full((), float(cap), dtype=wide_dtype(maps.dtype), device=maps.device)
     chosen = kernels_by_name(backend, maps, "gated_fusion")
-    return GatedFusion(*_fusion(maps, logits, cap, float(temperature), float(eps), chosen))
+    factors = float(cap_factor), float(temperature), float(eps)
+    return GatedFusion(*_fusion(maps, logits, cap, *factors, chosen))
 
 
 def gate_losses(weights: Tensor, *, entropy_floor: float, backend: str | None = None) -> GateLosses:

@@ -1,5 +1,7 @@
-"""Gain-capped fusion and the gate's losses on the device, forward and backward.
+"""The gate's logits, gain-capped fusion and the gate's losses on the device, forward and backward.
 
+What is between the gate's convolutions and behind them takes a launch each for all stages, bias, GELU, mean and readout
+together; the derivatives are the reference's, by library products, for the maps are small.
 Fusion takes two launches: partial sums of ‖M‖² of every image, then γ from all of them and γM, M formed again from the
 stage maps, which are small and in the cache. Its backward likewise: the inner products that γ and the weights need,
 then every gradient. An image's parts depend on its shape alone, and are added in their order. The losses take one
@@ -15,11 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..parts import INFINITY, empty, on_device, readable
+from ..parts import INFINITY, contiguous, empty, on_device, readable, strides_of
 
 BLOCK = 1024  # elements of an image that a program holds
 IMAGES = 32  # of a tile of the losses
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
+SQRT_HALF = tl.constexpr(0.5**0.5)
 
 
 @triton.jit
@@ -41,6 +44,60 @@ def element_offsets(element, h, w, stride_c, stride_h, stride_w):
     """64-bit offsets of elements numbered through (C, h, w)."""
     c, y, x = element // (h * w), element // w % h, element % w
     return c.to(tl.int64) * stride_c + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
+
+
+@triton.jit
+def activated(
+    map_ptr, bias_ptr, element, inside, h, w, stride_c, stride_h, stride_w
+):  # fmt: skip
+    """GELU(m + b) of some elements of an image, [BLOCK]; b is rounded as modules round it."""
+    offsets = element_offsets(element, h, w, stride_c, stride_h, stride_w)
+    bias = tl.load(bias_ptr + element // (h * w), mask=inside, other=0.0).to(map_ptr.dtype.element_ty)
+    x = tl.load(map_ptr + offsets, mask=inside, other=0.0).to(tl.float32) + bias.to(tl.float32)
+    return 0.5 * x * (1.0 + tl.erf(x * SQRT_HALF))
+
+
+@triton.jit(do_not_specialize=["batch"])
+def _gelu_kernel(
+    map_ptrs, bias_ptrs, out_ptr, batch, elements, h, w, parts, strides_b, strides_c, strides_h, strides_w,
+    S: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """GELU(m + b) of one part of a stage's map of one image, out (S, B, C, h, w)."""
+    program = tl.program_id(0).to(tl.int64)
+    image, part = program // parts, (program % parts).to(tl.int32)
+    stage, b = image // batch, image % batch
+    element = part * BLOCK + tl.arange(0, BLOCK)
+    inside = element < elements
+    for s in tl.static_range(S):
+        if stage == s:
+            out = activated(
+                map_ptrs[s] + b * strides_b[s], bias_ptrs[s], element, inside, h, w, strides_c[s],
+                strides_h[s], strides_w[s],
+            )  # fmt: skip
+            tl.store(out_ptr + image * elements + element, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _logits_kernel(
+    map_ptrs, bias_ptrs, weight_ptrs, offset_ptrs, out_ptr, elements, h, w, strides_b, strides_c, strides_h,
+    strides_w, S: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """g_s of one image and stage."""
+    b, stage = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    total = tl.zeros([BLOCK], tl.float32)
+    for s in tl.static_range(S):
+        if stage == s:
+            for first in range(0, elements, BLOCK):
+                element = first + tl.arange(0, BLOCK)
+                inside = element < elements
+                values = activated(
+                    map_ptrs[s] + b * strides_b[s], bias_ptrs[s], element, inside, h, w, strides_c[s],
+                    strides_h[s], strides_w[s],
+                )  # fmt: skip
+                weight = tl.load(weight_ptrs[s] + element // (h * w), mask=inside, other=0.0)
+                total += tl.where(inside, values * weight.to(tl.float32), 0.0)
+            offset = tl.load(offset_ptrs[s]).to(tl.float32)
+            tl.store(out_ptr + b * S + s, tl.sum(total, 0) / (h * w) + offset)
 
 
 @triton.jit
@@ -226,8 +283,40 @@ def _losses_backward_kernel(
         tl.store(dweights_ptr + offsets, dweights.to(dweights_ptr.dtype.element_ty), mask=inside)
 
 
+def biased_gelu(maps: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    """As `reference.biased_gelu` gives it."""
+    dtype, maps = maps[0].dtype, [readable(m) for m in maps]
+    S, (B, C, h, w) = len(maps), maps[0].shape
+    out = empty((S, B, C, h, w), maps[0], maps[0].dtype)
+    parts = -(-C * h * w // BLOCK)
+    with on_device(out):
+        _gelu_kernel[(S * B * parts,)](
+            tuple(maps), contiguous(biases), out, B, C * h * w, h, w, parts, *strides_of(maps), S=S,
+            BLOCK=BLOCK, num_warps=4,
+        )  # fmt: skip
+    return out.to(dtype)
+
+
+def gate_logits(
+    maps: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+) -> Tensor:
+    """As `reference.gate_logits` gives it."""
+    maps = [readable(m) for m in maps]
+    S, (B, C, h, w) = len(maps), maps[0].shape
+    out = empty((B, S), maps[0], torch.float32)
+    with on_device(out):
+        _logits_kernel[(B, S)](
+            tuple(maps), contiguous(biases), contiguous(weights), contiguous(offsets), out, C * h * w, h, w,
+            *strides_of(maps), S=S, BLOCK=BLOCK, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
 def gated_fusion(
-    maps: Tensor, logits: Tensor, cap: Tensor | None, temperature: float, eps: float
+    maps: Tensor, logits: Tensor, cap: Tensor | None, cap_factor: float, temperature: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(γM, a, γ, ‖M‖) as `reference.gated_fusion` gives them."""
     dtype, maps, logits = maps.dtype, readable(maps), readable(logits)
@@ -242,7 +331,7 @@ def gated_fusion(
         _norm_kernel[(B * parts,)](maps, logits, squares, *shape, **tile)
         _fuse_kernel[(B * parts,)](
             maps, logits, squares, squares if cap is None else cap, fused, weights, gain, norm, *shape, eps,
-            _margin(dtype), CAPPED=cap is not None, PARTS=_power(parts), **tile,
+            cap_factor * _margin(dtype), CAPPED=cap is not None, PARTS=_power(parts), **tile,
         )  # fmt: skip
     return fused.to(dtype), weights, gain, norm
 
@@ -253,6 +342,7 @@ def gated_fusion_backward(
     maps: Tensor,
     logits: Tensor,
     cap: Tensor | None,
+    cap_factor: float,
     temperature: float,
     eps: float,
 ) -> list[Tensor]:
@@ -271,7 +361,8 @@ def gated_fusion_backward(
         _products_kernel[(B * parts,)](maps, weights, dfused, products, *shape, **tile)
         _fusion_backward_kernel[(B * parts,)](
             maps, weights, gain, norm, norm if cap is None else cap, dfused, *small, products, dmaps, dlogits,
-            *shape, temperature, eps, _margin(dtype), CAPPED=cap is not None, PARTS=_power(parts), **tile,
+            *shape, temperature, eps, cap_factor * _margin(dtype), CAPPED=cap is not None, PARTS=_power(parts),
+            **tile,
         )  # fmt: skip
     return [dmaps.to(dtype), dlogits.to(logits.dtype)]
 

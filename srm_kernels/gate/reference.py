@@ -1,8 +1,11 @@
-"""Gain-capped fusion and its losses in plain PyTorch (SPEC 4, article 3.6)."""
+"""The gate, gain-capped fusion and its losses in plain PyTorch (SPEC 4, article 3.6)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import wide_dtype
@@ -13,8 +16,32 @@ def unit_roundoff(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2 if dtype in (torch.bfloat16, torch.float16) else 0.0
 
 
+def biased_gelu(maps: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    """GELU(m + b) of every stage's map, (S, B, C, h, w), in the maps' dtype."""
+    return torch.stack(_activated(maps, biases))
+
+
+def gate_logits(
+    maps: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+) -> Tensor:
+    """g (B, S), g_s = w_s · mean(GELU(m_s + b_s)) + v_s, the mean over positions and everything after it wide."""
+    wide = wide_dtype(maps[0].dtype)
+    logits = [
+        F.linear(m.mean((2, 3), dtype=wide), weight.to(wide), offset.to(wide))
+        for m, weight, offset in zip(_activated(maps, biases), weights, offsets, strict=True)
+    ]
+    return torch.cat(logits, -1)
+
+
+def _activated(maps: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:
+    return [F.gelu(m + b.to(m.dtype)[:, None, None]) for m, b in zip(maps, biases, strict=True)]
+
+
 def gated_fusion(
-    maps: Tensor, logits: Tensor, cap: Tensor | None, temperature: float, eps: float
+    maps: Tensor, logits: Tensor, cap: Tensor | None, cap_factor: float, temperature: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """γM (B, C, h, w), a (B, S), γ (B,) and ‖M‖_F (B,), for M = Σ_s a_s P_s, a = softmax(g / T)."""
     wide = wide_dtype(maps.dtype)
@@ -24,7 +51,7 @@ def gated_fusion(
     if cap is None:
         gain = torch.where(norm.isnan(), norm, 1)
     else:
-        limit = cap.to(wide) * (1 - 2 * unit_roundoff(maps.dtype))
+        limit = cap.to(wide) * (cap_factor * (1 - 2 * unit_roundoff(maps.dtype)))
         gain = (limit / (norm + eps)).clamp(max=1)
     return (gain[:, None, None, None] * M).to(maps.dtype), weights, gain, norm
 

@@ -41,7 +41,7 @@ class PooledLinks(NamedTuple):
 _project = register_operator(
     "project_sources",
     "Tensor tokens, Tensor[] key_weights, Tensor[] value_weights, Tensor[] alphas, Tensor[] weights, "
-    "Tensor[] biases",
+    "Tensor[] biases, Tensor? shift",
     "(Tensor, Tensor)",
     dict.fromkeys(("reference", "sdpa"), reference.project_sources)
     | {"triton": later(_ENDS, "project_sources")},
@@ -49,7 +49,7 @@ _project = register_operator(
         tokens.new_empty((len(key_weights), *tokens.shape)),
         tokens.new_empty((len(key_weights), *tokens.shape)),
     ),
-    differentiable=("tokens", "key_weights", "value_weights", "alphas", "weights", "biases"),
+    differentiable=("tokens", "key_weights", "value_weights", "alphas", "weights", "biases", "shift"),
 )
 
 
@@ -111,7 +111,7 @@ def _fake_merged(
     *_: object,
 ) -> Tensor:
     size = math.isqrt(pooled.shape[1])
-    return pooled.new_empty((pooled.shape[0], len(align_weights), align_biases[0].shape[0], size, size))
+    return pooled.new_empty((len(align_weights), pooled.shape[0], align_biases[0].shape[0], size, size))
 
 
 _merge = register_operator(
@@ -139,14 +139,16 @@ def project_sources(
     key_weights: Sequence[Tensor],
     value_weights: Sequence[Tensor],
     *,
+    shift: Tensor | None = None,
     dyt: Sequence[DyTParameters] | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """K = W_K DyT(T) and V = W_V DyT(T) of all links that share a source, in one launch (SPEC 1.2).
 
-    tokens: T (B, N, C), float64, float32, bfloat16 or float16, any strides. key_weights, value_weights: (C, C) for
-    every link, in T's dtype or a wider one, from which they are rounded. dyt: (α, w, b) for every link, no narrower
-    than T, or None. Returns K and V (L, B, N, C) in T's dtype. Differentiable in everything, twice.
+    tokens: T (B, N, C), or A F where `shift` is a (C,) and T = A F + a; float64, float32, bfloat16 or float16, any
+    strides. key_weights, value_weights: (C, C) for every link, in T's dtype or a wider one, as `shift` is, from which
+    they are rounded. dyt: (α, w, b) for every link, no narrower than T, or None. Returns K and V (L, B, N, C) in T's
+    dtype. Differentiable in everything, twice.
     backend: as in `pooled_links`. Raises TypeError for dtypes, ValueError for shapes.
     """
     check_tensors(tokens=tokens)
@@ -157,9 +159,11 @@ def project_sources(
     for name, group in (("key_weights", key_weights), ("value_weights", value_weights)):
         for weight in group:
             _check_weight(name, weight, (C, C), tokens)
-    alphas, weights, biases = _dyt_lists(dyt, tokens, C)
+    if shift is not None:
+        _check_weight("shift", shift, (C,), tokens)
+    squashing = _dyt_lists(dyt, tokens, C)
     chosen = kernels_by_name(backend, tokens, "project_sources")
-    keys, values = _project(tokens, list(key_weights), list(value_weights), alphas, weights, biases, chosen)
+    keys, values = _project(tokens, list(key_weights), list(value_weights), *squashing, shift, chosen)
     return keys, values
 
 
@@ -272,8 +276,8 @@ def merge_links(
     pooled: as `pooled_links` gives it. xs: X (B, H, r, d) for every link, as `landmark_side` gives it. align: (A
     (C, C_i), a (C,)) for every map; output_weights: W_O (C, C) for every link; all in the maps' dtype or a wider one.
     targets: for every link the number of its map; betas: β of that map, one element. thetas: θ (H,) for every link,
-    τ = exp(θ), or None for τ = 1. Returns (B, S, C, P, P) in the maps' dtype. P̄ X is taken in fp32: X may be far
-    larger than Y. Differentiable in everything, twice.
+    τ = exp(θ), or None for τ = 1. Returns (B, S, C, P, P) in the maps' dtype, every stage contiguous. P̄ X is
+    taken in fp32: X may be far larger than Y. Differentiable in everything, twice.
     backend: as in `pooled_links`. Raises TypeError for dtypes, ValueError for shapes.
     """
     maps, probabilities = pooled.maps, pooled.probabilities
@@ -301,10 +305,11 @@ def merge_links(
     for beta in betas:
         _check_weight("betas", beta.reshape(-1), (1,), maps)
     chosen = kernels_by_name(backend, maps, "merge_links")
-    return _merge(
+    merged = _merge(
         maps, probabilities, list(xs), [weight for weight, _ in align], [bias for _, bias in align],
         list(output_weights), list(thetas or ()), list(betas), list(targets), chosen,
     )  # fmt: skip
+    return merged.transpose(0, 1)
 
 
 def fuses(

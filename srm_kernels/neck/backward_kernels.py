@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..attention import configurations
 from ..attention.kernels import probabilities
 from ..attention.key_kernels import load_keys, load_matrix, store_matrix
 from ..parts import (
@@ -31,7 +32,7 @@ from ..parts import (
 )
 from ..pool.kernels import cell_start, cell_stop, first_cell, last_cell, most_cells
 from ..scale.kernels import dyt, dyt_backward
-from .kernels import Sizes, firsts_of, load_positions, place, tile_of
+from .kernels import Sizes, firsts_of, heavy, load_positions, place, tile_of
 
 BACKWARD_POSITIONS = 16
 GRADIENT_TILE = 32  # positions, and channels, of a tile of dF
@@ -255,6 +256,8 @@ def _attention_backward(
     dkeys = [empty(tuple(k.shape), k, torch.float32) for k in keys]
     heads = sizes.of_heads()
     launch = {"num_warps": backward_warps(sizes.most, d), "num_stages": 1}
+    # Left to choose, the compiler spills some registers to let two programs share a multiprocessor.
+    limit = {"maxnreg": configurations.MOST_REGISTERS} if heavy(sizes.most, d) else {}
     normalise = {"NORMALISE_KEYS": qk_norm is not None}
     most = {
         name: tuple(most_cells(lengths[t], sizes.size) for t in sizes.targets)
@@ -266,7 +269,7 @@ def _attention_backward(
             LINKS=L, FIRSTS=firsts, BLOCKS=tuple(tile.blocks for tile in tiles),
             COLUMNS=tuple(tile.columns for tile in tiles), **sizes.of_links(), **most, **heads, **normalise,
             NORMALISE_QUERY=qk_norm == "both", BLOCK=BACKWARD_POSITIONS, PRECISION=precision(queries[0].dtype),
-            **launch,
+            **launch, **limit,
         )  # fmt: skip
         del heads["SIZE"]
         _keys_kernel[(sizes.batch * H * L,)](

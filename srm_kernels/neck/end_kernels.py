@@ -13,19 +13,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..attention.key_kernels import load_matrix
-from ..parts import empty, on_device, padded, precision, readable, wide_dot
+from ..parts import contiguous, empty, on_device, padded, precision, readable, wide_dot
 from ..scale.kernels import row_offsets, tanh
-from .kernels import contiguous, firsts_of, heavy, load_block, pick_pointer, warps
+from .kernels import firsts_of, heavy, load_block, pick_pointer, warps
 
 ROWS, COLUMNS, CHUNK = 32, 64, 32  # of a tile of a product
 
 
 @triton.jit(do_not_specialize=["M", "N"])
 def _project_kernel(
-    tokens_ptr, alpha_ptrs, dyt_weight_ptrs, dyt_bias_ptrs, key_ptrs, value_ptrs, keys_ptr, values_ptr, M, N, stride_b,
-    stride_n, stride_c, LINKS: tl.constexpr, C: tl.constexpr, DYT: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    tokens_ptr, shift_ptr, alpha_ptrs, dyt_weight_ptrs, dyt_bias_ptrs, key_ptrs, value_ptrs, keys_ptr, values_ptr, M,
+    N, stride_b, stride_n, stride_c, LINKS: tl.constexpr, C: tl.constexpr, SHIFT: tl.constexpr, DYT: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of K or V of one link, [ROWS, COLUMNS] of (L, M, C)."""
     tiles: tl.constexpr = (C + COLUMNS - 1) // COLUMNS
@@ -48,6 +47,9 @@ def _project_kernel(
         inside = (rows < M)[:, None] & (c < C)[None, :]
         offsets = starts[:, None] + c.to(tl.int64)[None, :] * stride_c
         tokens = tl.load(tokens_ptr + offsets, mask=inside, other=0.0)
+        if SHIFT:
+            shift = tl.load(shift_ptr + c, mask=c < C, other=0.0).to(dtype)
+            tokens = (tokens.to(tl.float32) + shift.to(tl.float32)[None, :]).to(dtype)
         if DYT:
             alpha = tl.load(alpha_ptr).to(tl.float32)
             weight = tl.load(dyt_weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
@@ -82,16 +84,19 @@ def aligned(
 @triton.jit
 def update(
     probabilities_ptr, x_ptr, output_ptr, theta_ptr, kind_ptr, cells, n, heads: tl.constexpr,
-    rank: tl.constexpr, most: tl.constexpr, R: tl.constexpr, d: tl.constexpr, D: tl.constexpr,
+    rank: tl.constexpr, most: tl.constexpr, PIECE: tl.constexpr, d: tl.constexpr, D: tl.constexpr,
     SQUARE: tl.constexpr, C: tl.constexpr, TAU: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """τ P̄ X W_O of one link and image, some cells and channels, [ROWS, COLUMNS]."""
+    """τ P̄ X W_O of one link and image, some cells and channels, [ROWS, COLUMNS]; PIECE landmarks at a time."""
     dtype = kind_ptr.dtype.element_ty
-    r, e = tl.arange(0, R), tl.arange(0, D)
+    e = tl.arange(0, D)
     total = tl.zeros([cells.shape[0], n.shape[0]], tl.float32)
     for head in range(heads):
-        probabilities = load_block(probabilities_ptr + head * SQUARE * most, cells, SQUARE, r, rank, most)
-        y = wide_dot(probabilities, load_matrix(x_ptr + head * rank * d, rank, R, d, D), PRECISION)
+        y = tl.zeros([cells.shape[0], D], tl.float32)
+        for first in range(0, rank, PIECE):
+            r = first + tl.arange(0, PIECE)
+            probabilities = load_block(probabilities_ptr + head * SQUARE * most, cells, SQUARE, r, rank, most)
+            y += wide_dot(probabilities, load_block(x_ptr + head * rank * d, r, rank, e, d, d), PRECISION)
         if TAU:
             y *= tl.exp(tl.load(theta_ptr + head).to(tl.float32))
         output = load_block(output_ptr + head * d, n, C, e, d, C).to(dtype)
@@ -103,11 +108,11 @@ def update(
 def _merge_links_kernel(
     pooled_ptr, probabilities_ptr, x_ptrs, align_ptrs, bias_ptrs, output_ptrs, theta_ptrs, beta_ptrs, out_ptr,
     batch, LINKS: tl.constexpr, MAPS: tl.constexpr, TARGETS: tl.constexpr, RANKS: tl.constexpr,
-    OFFSETS: tl.constexpr, HEADS: tl.constexpr, most: tl.constexpr, R: tl.constexpr, d: tl.constexpr,
+    OFFSETS: tl.constexpr, HEADS: tl.constexpr, most: tl.constexpr, PIECE: tl.constexpr, d: tl.constexpr,
     D: tl.constexpr, SQUARE: tl.constexpr, C: tl.constexpr, TAU: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of a stage's map of one image, out (B, S, C, P²)."""
+    """One tile of a stage's map of one image, out (S, B, C, P²)."""
     b, stage = (tl.program_id(0) // MAPS).to(tl.int64), tl.program_id(0) % MAPS
     cells = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     n = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
@@ -125,10 +130,10 @@ def _merge_links_kernel(
             beta = tl.load(beta_ptrs[link]).to(tl.float32)
             total += beta * update(
                 probabilities_ptr + image * SQUARE * most, x_ptrs[link] + b * HEADS * RANKS[link] * d,
-                output_ptrs[link], theta_ptrs[link], out_ptr, cells, n, HEADS, RANKS[link], most, R, d, D,
-                SQUARE, C, TAU, PRECISION,
+                output_ptrs[link], theta_ptrs[link], out_ptr, cells, n, HEADS, RANKS[link], most, PIECE, d,
+                D, SQUARE, C, TAU, PRECISION,
             )  # fmt: skip
-    out = ((b * MAPS + stage) * C + n)[None, :] * SQUARE + cells[:, None]
+    out = ((stage.to(tl.int64) * batch + b) * C + n)[None, :] * SQUARE + cells[:, None]
     mask = (cells < SQUARE)[:, None] & (n < C)[None, :]
     tl.store(out_ptr + out, total.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -140,6 +145,7 @@ def project_sources(
     alphas: Sequence[Tensor],
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
+    shift: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(K, V) as `reference.project_sources` gives them."""
     dtype, tokens = tokens.dtype, readable(tokens)
@@ -149,8 +155,9 @@ def project_sources(
     squashing = [tuple(group) or tuple(key_weights) for group in (alphas, weights, biases)]
     with on_device(tokens):
         _project_kernel[(-(-B * N // ROWS), 2 * -(-C // COLUMNS), L)](
-            tokens, *map(contiguous, squashing), contiguous(key_weights), contiguous(value_weights), keys, values,
-            B * N, N, *tokens.stride(), LINKS=L, C=C, DYT=bool(alphas), ROWS=ROWS, COLUMNS=COLUMNS, CHUNK=CHUNK,
+            tokens, *contiguous([tokens if shift is None else shift]), *map(contiguous, squashing),
+            contiguous(key_weights), contiguous(value_weights), keys, values, B * N, N, *tokens.stride(), LINKS=L,
+            C=C, SHIFT=shift is not None, DYT=bool(alphas), ROWS=ROWS, COLUMNS=COLUMNS, CHUNK=CHUNK,
             PRECISION=precision(tokens.dtype), num_warps=4, num_stages=2,
         )  # fmt: skip
     return keys.to(dtype), values.to(dtype)
@@ -172,15 +179,17 @@ def merge_links(
     L, B, H, square, most = probabilities.shape
     C, d, S = output_weights[0].shape[0], xs[0].shape[3], len(align_weights)
     size = round(square**0.5)
-    out = empty((B, S, C, size, size), pooled, pooled.dtype)
+    out = empty((S, B, C, size, size), pooled, pooled.dtype)
     rows, columns = min(ROWS, padded(square)), 32 if heavy(most, d) else COLUMNS
+    piece = 32 if heavy(most, d) else 64  # landmarks that are read at once
     with on_device(pooled):
         _merge_links_kernel[(B * S, -(-square // rows), -(-C // columns))](
             pooled, probabilities.contiguous(), contiguous(xs), contiguous(align_weights),
             contiguous(align_biases), contiguous(output_weights), contiguous(thetas or betas),
             contiguous(betas), out, B, LINKS=L, MAPS=S, TARGETS=tuple(targets),
             RANKS=tuple(x.shape[2] for x in xs), OFFSETS=firsts_of(w.shape[1] for w in align_weights), HEADS=H,
-            most=most, R=padded(most), d=d, D=padded(d), SQUARE=square, C=C, TAU=bool(thetas), ROWS=ROWS,
-            COLUMNS=columns, CHUNK=CHUNK, PRECISION=precision(pooled.dtype), num_warps=warps(most, d), num_stages=2,
+            most=most, PIECE=min(piece, padded(most)), d=d, D=padded(d), SQUARE=square, C=C, TAU=bool(thetas),
+            ROWS=ROWS, COLUMNS=columns, CHUNK=CHUNK, PRECISION=precision(pooled.dtype),
+            num_warps=warps(most, d), num_stages=2,
         )  # fmt: skip
     return out.to(dtype)

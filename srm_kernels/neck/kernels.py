@@ -4,8 +4,8 @@ Two roads lead to the logits, and on neither are T, Q, L or Y written:
 
 - absorbed, without DyT and query normalisation: Q K̃ᵀ s = F·G + g with G = (W_Q A)ᵀ K̃ᵀ s (C_i×r per head), which a
   launch of its own makes for all links. G is fp32; in half precision it enters as a pair, high + low, in two products:
-  one rounding of G would cost 4e-3 of the result, which pooling cannot average. A program takes one row of cells, some
-  columns and one (b, h), adds up the probabilities of its positions and sums them cell by cell at the end.
+  one rounding of G would cost 4e-3 of the result, which pooling cannot average. A program takes some cells of one row
+  and one (b, h), adds up the probabilities of its positions and sums them cell by cell at the end.
 - by tokens otherwise: a program takes one cell of an image. It makes T = A F + a of some positions, all channels of it,
   squashes them, and takes Q, logits and probabilities of one head after the other from them; A and W_Q stream through
   it. What it keeps from tile to tile is the sums of all heads, [H, r]. A position that several cells hold, where the
@@ -33,16 +33,18 @@ from torch import Tensor
 
 from ..attention import configurations
 from ..attention.kernels import probabilities
-from ..attention.key_kernels import load_keys, load_matrix, store_matrix
+from ..attention.key_kernels import load_keys, load_matrix
 from ..parts import (
     INFINITY,
     LOG2E,
+    contiguous,
     empty,
     on_device,
     padded,
     precision,
     readable,
     rms_factor,
+    strides_of,
     wide_dot,
 )
 from ..pool.kernels import cell_start, cell_stop
@@ -50,9 +52,8 @@ from ..scale.kernels import add_tile, tanh
 
 
 class Tile(NamedTuple):
-    """Positions of a tile, columns among them, and how many blocks of columns a map has."""
+    """Columns of a tile, and how many blocks of columns a map has."""
 
-    positions: int
     columns: int
     blocks: int
 
@@ -60,7 +61,33 @@ class Tile(NamedTuple):
 def tile_of(width: int, positions: int) -> Tile:
     """A tile is as wide as the map, up to `positions` columns, and as high as that leaves."""
     columns = min(positions, triton.next_power_of_2(width))
-    return Tile(positions, columns, -(-width // columns))
+    return Tile(columns, -(-width // columns))
+
+
+class Strips(NamedTuple):
+    """How a row of cells is divided: cells of a strip, strips, columns of a tile, and tiles across a strip.
+
+    A strip is as many cells as a tile is wide, or one that takes several tiles: P̄ of a cell is one strip's alone.
+    """
+
+    cells: int
+    strips: int
+    columns: int
+    across: int
+
+
+def strips_of(width: int, size: int, positions: int) -> Strips:
+    """The fewest strips of a map of this width, cells shared among them evenly, for tiles of up to `positions`."""
+
+    def widest(cells: int) -> int:
+        starts = range(0, size, cells)
+        return max(-(-min(j + cells, size) * width // size) - j * width // size for j in starts)
+
+    fitting = [cells for cells in range(1, size + 1) if widest(cells) <= positions] or [1]
+    strips = -(-size // fitting[-1])
+    cells = next(cells for cells in fitting if -(-size // cells) == strips)
+    columns = min(positions, triton.next_power_of_2(widest(cells)))
+    return Strips(cells, strips, columns, -(-widest(cells) // columns))
 
 
 def forward_positions(
@@ -205,18 +232,23 @@ def absorbed_probabilities(
 
 @triton.jit
 def strip(
-    program, index, map_ptr, matrix_ptr, shift_ptr, x_ptr, part_ptr, mean_ptr, spread_ptr, stride_b, stride_c,
-    stride_h, stride_w, channels: tl.constexpr, h: tl.constexpr, w: tl.constexpr, blocks: tl.constexpr,
-    COLUMNS: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr, rank: tl.constexpr, most: tl.constexpr,
-    R: tl.constexpr, d: tl.constexpr, D: tl.constexpr, PAIR: tl.constexpr, STATISTICS: tl.constexpr,
-    SIZE: tl.constexpr, CELLS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    program, index, heads_before, map_ptr, matrix_ptr, shift_ptr, x_ptr, out_ptr, mean_ptr, spread_ptr,
+    stride_b, stride_c, stride_h, stride_w, channels: tl.constexpr, h: tl.constexpr, w: tl.constexpr,
+    cells: tl.constexpr, strips: tl.constexpr, COLUMNS: tl.constexpr, ACROSS: tl.constexpr,
+    CHUNK: tl.constexpr, HEADS: tl.constexpr, rank: tl.constexpr, most: tl.constexpr, R: tl.constexpr,
+    d: tl.constexpr, D: tl.constexpr, PAIR: tl.constexpr, STATISTICS: tl.constexpr, SIZE: tl.constexpr,
+    CELLS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What one block of columns adds to one row of cells of a (b, h), [SIZE, r], and the mean and M₂ of its own y.
+    """P̄ of some cells of one row of a (b, h), and the mean and M₂ of its own y.
 
-    Where the grid does not divide the map, neighbouring rows of cells share positions: each takes them for itself,
-    and the statistic counts them in the later one.
+    Where the grid does not divide the map, neighbouring cells share positions: each strip takes them for itself, and
+    the statistic counts them in the last one.
     """
-    head, i, down, column = place(program, blocks, SIZE, COLUMNS, BLOCK)
+    head = program // (SIZE * strips)
+    i = (program // strips % SIZE).to(tl.int32)
+    first = (program % strips).to(tl.int32) * cells
+    last = tl.minimum(first + cells, SIZE)
+    m = tl.arange(0, BLOCK)
     map_ptr += head // HEADS * stride_b
     ranks = tl.arange(0, R)
     shift = tl.load(shift_ptr + head * rank + ranks, mask=ranks < rank, other=0.0)
@@ -226,24 +258,32 @@ def strip(
     mean = tl.zeros([D], tl.float32)
     spread = 0.0
     total = tl.zeros([BLOCK, R], tl.float32)
-    start, stop = cell_start(i, h, SIZE), cell_stop(i, h, SIZE)
-    for top in range(start, stop, BLOCK // COLUMNS):
-        row = top + down
-        inside = (row < stop) & (column < w)
-        offsets = row.to(tl.int64) * stride_h + column.to(tl.int64) * stride_w
+    top, bottom = cell_start(i, h, SIZE), cell_stop(i, h, SIZE)
+    left, right = cell_start(first, w, SIZE), cell_stop(last - 1, w, SIZE)
+    column = left + m % COLUMNS
+    for tile in range(tl.cdiv(bottom - top, BLOCK // COLUMNS) * ACROSS):
+        row = top + tile // ACROSS * (BLOCK // COLUMNS) + m // COLUMNS
+        along = column + tile % ACROSS * COLUMNS
+        inside = (row < bottom) & (along < right)
+        offsets = row.to(tl.int64) * stride_h + along.to(tl.int64) * stride_w
         weights = absorbed_probabilities(
             map_ptr, offsets, inside, stride_c, matrix_ptr + head * rank * channels, shift, channels, CHUNK,
             rank, R, PAIR, PRECISION,
         )  # fmt: skip
         total += tl.where(inside[:, None], weights, 0.0)
         if STATISTICS:
-            own = inside & (row < cell_start(i + 1, h, SIZE))
+            own = inside & (row < cell_start(i + 1, h, SIZE)) & (along < cell_start(last, w, SIZE))
             count, mean, spread = add_tile(count, mean, spread, mixed_values(x, weights, PRECISION), own)
     j = tl.arange(0, CELLS)
-    left, right = cell_start(j, w, SIZE), cell_stop(j, w, SIZE)
-    held = (column[None, :] >= left[:, None]) & (column[None, :] < right[:, None]) & (j < SIZE)[:, None]
-    pooled = wide_dot(held.to(tl.float32), total, PRECISION) / ((stop - start) * (right - left))[:, None]
-    store_matrix(part_ptr + index * SIZE * most, pooled, j, SIZE, CELLS, most, R)
+    start, stop = cell_start(j, w, SIZE), cell_stop(j, w, SIZE)
+    real = (j >= first) & (j < last)
+    held = real[:, None] & (column >= left)[None, :]
+    if ACROSS == 1:  # else all belongs to one cell
+        held = held & (column[None, :] >= start[:, None]) & (column[None, :] < stop[:, None])
+    pooled = wide_dot(held.to(tl.float32), total, PRECISION) / ((bottom - top) * (stop - start))[:, None]
+    place = ((heads_before + head) * SIZE + i) * SIZE + j
+    mask = real[:, None] & (ranks < most)[None, :]
+    tl.store(out_ptr + place[:, None] * most + ranks[None, :], pooled, mask=mask)
     if STATISTICS:
         columns = tl.arange(0, D)
         tl.store(mean_ptr + index * d + columns, mean, mask=columns < d)
@@ -252,25 +292,26 @@ def strip(
 
 @triton.jit(do_not_specialize=["batch"])
 def _absorbed_kernel(
-    map_ptrs, matrix_ptrs, shift_ptrs, x_ptrs, part_ptr, mean_ptr, spread_ptr, pooled_ptr, batch, strides_b,
+    map_ptrs, matrix_ptrs, shift_ptrs, x_ptrs, out_ptr, mean_ptr, spread_ptr, pooled_ptr, batch, strides_b,
     strides_c, strides_h, strides_w, LINKS: tl.constexpr, MAPS: tl.constexpr, TARGETS: tl.constexpr,
-    FIRSTS: tl.constexpr, POOLS: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr,
-    CHUNKS: tl.constexpr, GROUPS: tl.constexpr, POOL_WIDTHS: tl.constexpr, CHANNELS: tl.constexpr,
-    OFFSETS: tl.constexpr, HEIGHTS: tl.constexpr, WIDTHS: tl.constexpr, RANKS: tl.constexpr,
-    HEADS: tl.constexpr, most: tl.constexpr, R: tl.constexpr, d: tl.constexpr, D: tl.constexpr,
-    PAIR: tl.constexpr, STATISTICS: tl.constexpr, SIZE: tl.constexpr, CELLS: tl.constexpr,
-    BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    FIRSTS: tl.constexpr, POOLS: tl.constexpr, TOGETHER: tl.constexpr, STRIPS: tl.constexpr,
+    COLUMNS: tl.constexpr, ACROSS: tl.constexpr, CHUNKS: tl.constexpr, GROUPS: tl.constexpr,
+    POOL_WIDTHS: tl.constexpr, CHANNELS: tl.constexpr, OFFSETS: tl.constexpr, HEIGHTS: tl.constexpr,
+    WIDTHS: tl.constexpr, RANKS: tl.constexpr, HEADS: tl.constexpr, most: tl.constexpr, R: tl.constexpr,
+    d: tl.constexpr, D: tl.constexpr, PAIR: tl.constexpr, STATISTICS: tl.constexpr, SIZE: tl.constexpr,
+    CELLS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Strips of every link, then pool(F) of every map."""
     program = tl.program_id(0).to(tl.int64)
     for link in tl.static_range(LINKS):
         if (program >= batch * FIRSTS[link]) & (program < batch * FIRSTS[link + 1]):
             strip(
-                program - batch * FIRSTS[link], program, map_ptrs[TARGETS[link]], matrix_ptrs[link],
-                shift_ptrs[link], x_ptrs[link], part_ptr, mean_ptr, spread_ptr, strides_b[TARGETS[link]],
-                strides_c[TARGETS[link]], strides_h[TARGETS[link]], strides_w[TARGETS[link]],
-                CHANNELS[TARGETS[link]], HEIGHTS[TARGETS[link]], WIDTHS[TARGETS[link]], BLOCKS[link],
-                COLUMNS[link], CHUNKS[link], HEADS, RANKS[link], most, R, d, D, PAIR, STATISTICS, SIZE,
+                program - batch * FIRSTS[link], program, batch.to(tl.int64) * (link * HEADS),
+                map_ptrs[TARGETS[link]], matrix_ptrs[link], shift_ptrs[link], x_ptrs[link], out_ptr, mean_ptr,
+                spread_ptr, strides_b[TARGETS[link]], strides_c[TARGETS[link]], strides_h[TARGETS[link]],
+                strides_w[TARGETS[link]], CHANNELS[TARGETS[link]], HEIGHTS[TARGETS[link]],
+                WIDTHS[TARGETS[link]], TOGETHER[link], STRIPS[link], COLUMNS[link], ACROSS[link],
+                CHUNKS[link], HEADS, RANKS[link], most, R, d, D, PAIR, STATISTICS, SIZE,
                 CELLS, BLOCK, PRECISION,
             )  # fmt: skip
     for m in tl.static_range(MAPS):
@@ -421,55 +462,39 @@ def _tokens_kernel(
 
 @triton.jit(do_not_specialize=["batch"])
 def _gather_kernel(
-    part_ptr, part_mean_ptr, part_spread_ptr, out_ptr, mean_ptr, spread_ptr, batch, LINKS: tl.constexpr,
-    FIRSTS: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, HEIGHTS: tl.constexpr,
-    WIDTHS: tl.constexpr, HEADS: tl.constexpr, most: tl.constexpr, R: tl.constexpr, d: tl.constexpr,
-    D: tl.constexpr, SIZE: tl.constexpr, CELLS: tl.constexpr, STRIPS: tl.constexpr, STATISTICS: tl.constexpr,
+    part_mean_ptr, part_spread_ptr, mean_ptr, spread_ptr, batch, LINKS: tl.constexpr, FIRSTS: tl.constexpr,
+    TOGETHER: tl.constexpr, STRIPS: tl.constexpr, HEIGHTS: tl.constexpr, WIDTHS: tl.constexpr,
+    HEADS: tl.constexpr, d: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """P̄ of one (b, h) of a link from its blocks of columns, and the statistic from all parts about their common mean.
-
-    Parts are strips, of which a row of cells has BLOCKS, or the cells themselves, whose P̄ is whole already.
-    """
+    """The statistic of one (b, h) of a link from all its parts about their common mean: strips of cells, or cells."""
     program = tl.program_id(0).to(tl.int64)
     link = (program // (batch * HEADS)).to(tl.int32)
     head = program % (batch * HEADS)
     h, w = pick(HEIGHTS, link, LINKS), pick(WIDTHS, link, LINKS)
-    blocks, width = pick(BLOCKS, link, LINKS), pick(COLUMNS, link, LINKS)
-    first = batch * pick(FIRSTS, link, LINKS).to(tl.int64) + head * SIZE * blocks
-    if STRIPS:
-        for i in range(SIZE):
-            total = tl.zeros([CELLS, R], tl.float32)
-            for block in range(blocks):
-                index = first + i * blocks + block
-                total += load_matrix(part_ptr + index * SIZE * most, SIZE, CELLS, most, R)
-            place = (program * SIZE + i) * SIZE * most
-            store_matrix(out_ptr + place, total, tl.arange(0, CELLS), SIZE, CELLS, most, R)
-    if STATISTICS:
-        columns = tl.arange(0, D)
-        positions = (h * w).to(tl.float32)
-        mean = tl.zeros([D], tl.float32)
-        for part in range(SIZE * blocks):
-            count = own_positions(part, blocks, width, h, w, SIZE, STRIPS)
-            means = tl.load(part_mean_ptr + (first + part) * d + columns, mask=columns < d, other=0.0)
-            mean += means * (count / positions)
-        spread = 0.0
-        for part in range(SIZE * blocks):
-            count = own_positions(part, blocks, width, h, w, SIZE, STRIPS)
-            between = (
-                tl.load(part_mean_ptr + (first + part) * d + columns, mask=columns < d, other=0.0) - mean
-            )
-            spread += tl.load(part_spread_ptr + first + part) + count * tl.sum(between * between, 0)
-        tl.store(mean_ptr + program * d + columns, mean, mask=columns < d)
-        tl.store(spread_ptr + program, spread)
+    cells, strips = pick(TOGETHER, link, LINKS), pick(STRIPS, link, LINKS)
+    first = batch * pick(FIRSTS, link, LINKS).to(tl.int64) + head * SIZE * strips
+    columns = tl.arange(0, D)
+    positions = (h * w).to(tl.float32)
+    mean = tl.zeros([D], tl.float32)
+    for part in range(SIZE * strips):
+        count = own_positions(part, cells, strips, h, w, SIZE)
+        means = tl.load(part_mean_ptr + (first + part) * d + columns, mask=columns < d, other=0.0)
+        mean += means * (count / positions)
+    spread = 0.0
+    for part in range(SIZE * strips):
+        count = own_positions(part, cells, strips, h, w, SIZE)
+        between = tl.load(part_mean_ptr + (first + part) * d + columns, mask=columns < d, other=0.0) - mean
+        spread += tl.load(part_spread_ptr + first + part) + count * tl.sum(between * between, 0)
+    tl.store(mean_ptr + program * d + columns, mean, mask=columns < d)
+    tl.store(spread_ptr + program, spread)
 
 
 @triton.jit
-def own_positions(part, blocks, width, h, w, SIZE: tl.constexpr, STRIPS: tl.constexpr):
-    """How many positions the statistic counts in a strip or a cell."""
-    i, j = part // blocks, part % blocks
+def own_positions(part, cells, strips, h, w, SIZE: tl.constexpr):
+    """How many positions the statistic counts in a strip."""
+    i, j = part // strips, part % strips * cells
     rows = cell_start(i + 1, h, SIZE) - cell_start(i, h, SIZE)
-    of_cell = cell_start(j + 1, w, SIZE) - cell_start(j, w, SIZE)
-    columns = tl.minimum(w - j * width, width) if STRIPS else of_cell
+    columns = cell_start(tl.minimum(j + cells, SIZE), w, SIZE) - cell_start(j, w, SIZE)
     return (rows * columns).to(tl.float32)
 
 
@@ -594,15 +619,6 @@ def firsts_of(counts: Any) -> tuple[int, ...]:
     return tuple(firsts)
 
 
-def contiguous(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return tuple(readable(t).contiguous() for t in tensors)
-
-
-def strides_of(maps: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
-    """Of all maps by image, channel, row and column."""
-    return tuple(tuple(m.stride(axis) for m in maps) for axis in range(4))
-
-
 def pooled_links(
     maps: Sequence[Tensor],
     align_weights: Sequence[Tensor],
@@ -654,23 +670,21 @@ def _by_strips(
     """(P̄, mean, M₂) with the queries absorbed, and pool(F) into `pooled`."""
     B, H, d, size, dtype = sizes.batch, sizes.heads, sizes.d, sizes.size, maps[0].dtype
     positions = forward_positions(sizes.most, d, dtype, statistics, configurations.capability(maps[0]))
-    tiles = [tile_of(sizes.widths[t], positions) for t in sizes.targets]
-    blocks, columns = tuple(tile.blocks for tile in tiles), tuple(tile.columns for tile in tiles)
-    firsts = firsts_of(H * size * count for count in blocks)
-    gathered = statistics or max(blocks) > 1
+    divided = [strips_of(sizes.widths[t], size, positions) for t in sizes.targets]
+    together, strips, columns, across = zip(*divided, strict=True)
+    firsts = firsts_of(H * size * count for count in strips)
     probabilities, mean, spread, part_mean, part_spread = _outputs(sizes, keys[0], B * firsts[-1], statistics)
-    part = empty((B * firsts[-1], size, sizes.most), keys[0], torch.float32) if gathered else probabilities
     matrices, shifts = _absorbed(sizes, maps[0], parameters, keys, scale, qk_norm)
     pools = sizes.pool_firsts(firsts[-1])
     _absorbed_kernel[(B * pools[-1],)](
-        tuple(maps), matrices, shifts, tuple(xs), part, part_mean, part_spread, pooled, B, *strides_of(maps),
-        **sizes.of_pooling(), **sizes.of_heads(), LINKS=len(keys), TARGETS=sizes.targets, FIRSTS=firsts,
-        POOLS=pools, BLOCKS=blocks, COLUMNS=columns, CHUNKS=sizes.chunks(), PAIR=dtype != torch.float32,
-        STATISTICS=statistics, CELLS=padded(size), BLOCK=positions, PRECISION=precision(dtype),
-        num_warps=warps(sizes.most, d), num_stages=2,
+        tuple(maps), matrices, shifts, tuple(xs), probabilities, part_mean, part_spread, pooled, B,
+        *strides_of(maps), **sizes.of_pooling(), **sizes.of_heads(), LINKS=len(keys), TARGETS=sizes.targets,
+        FIRSTS=firsts, POOLS=pools, TOGETHER=together, STRIPS=strips, COLUMNS=columns, ACROSS=across,
+        CHUNKS=sizes.chunks(), PAIR=dtype != torch.float32, STATISTICS=statistics, CELLS=padded(size),
+        BLOCK=positions, PRECISION=precision(dtype), num_warps=warps(sizes.most, d), num_stages=2,
     )  # fmt: skip
-    if gathered:
-        _gather(sizes, (part, part_mean, part_spread), (probabilities, mean, spread), firsts, blocks, columns)
+    if statistics:
+        _gather(sizes, (part_mean, part_spread), (mean, spread), firsts, together, strips)
     return probabilities, mean, spread
 
 
@@ -702,8 +716,7 @@ def _by_cells(
         BLOCKS=sizes.cell_blocks(positions), PRECISION=precision(dtype), num_warps=8, num_stages=1,
     )  # fmt: skip
     if statistics:
-        parts = (probabilities, part_mean, part_spread)
-        _gather(sizes, parts, (probabilities, mean, spread), firsts, (size,) * L, None)
+        _gather(sizes, (part_mean, part_spread), (mean, spread), firsts, (1,) * L, (size,) * L)
     return probabilities, mean, spread
 
 
@@ -717,19 +730,18 @@ def _outputs(sizes: Sizes, kind: Tensor, parts: int, statistics: bool) -> tuple[
 
 def _gather(
     sizes: Sizes,
-    parts: tuple[Tensor, Tensor, Tensor],
-    wholes: tuple[Tensor, Tensor, Tensor],
+    parts: tuple[Tensor, Tensor],
+    wholes: tuple[Tensor, Tensor],
     firsts: tuple[int, ...],
-    blocks: tuple[int, ...],
-    columns: tuple[int, ...] | None,
+    together: tuple[int, ...],
+    strips: tuple[int, ...],
 ) -> None:
-    """P̄ and the statistic from parts; `columns` of a block where these are strips."""
+    """The statistic from that of strips of `together` cells each."""
     heads = sizes.of_heads()
-    del heads["RANKS"]
-    _gather_kernel[(len(blocks) * sizes.batch * sizes.heads,)](
-        *parts, *wholes, sizes.batch, **heads, LINKS=len(blocks), FIRSTS=firsts, BLOCKS=blocks,
-        COLUMNS=columns or blocks, **sizes.of_links(), CELLS=padded(sizes.size), STRIPS=columns is not None,
-        STATISTICS=wholes[1].numel() > 0, num_warps=4,
+    del heads["RANKS"], heads["most"], heads["R"]
+    _gather_kernel[(len(strips) * sizes.batch * sizes.heads,)](
+        *parts, *wholes, sizes.batch, **heads, LINKS=len(strips), FIRSTS=firsts, TOGETHER=together,
+        STRIPS=strips, **sizes.of_links(), num_warps=4,
     )  # fmt: skip
 
 

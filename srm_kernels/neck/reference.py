@@ -29,9 +29,12 @@ def project_sources(
     alphas: Sequence[Tensor],
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
+    shift: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """K and V (L, B, N, C) of every link from the tokens (B, N, C) of the source they share."""
+    """K and V (L, B, N, C) of every link from the tokens (B, N, C) of the source they share, a added where given."""
     keys, values = [], []
+    if shift is not None:
+        tokens = tokens + shift.to(tokens.dtype)
     for link, (key_weight, value_weight) in enumerate(zip(key_weights, value_weights, strict=True)):
         T = scaling.dyt(tokens, alphas[link], weights[link], biases[link]) if alphas else tokens
         keys.append(F.linear(T, key_weight.to(T.dtype)))
@@ -97,7 +100,7 @@ def merge_links(
     betas: Sequence[Tensor],
     targets: Sequence[int],
 ) -> Tensor:
-    """The updated maps pooled, (B, S, C, P, P), in the dtype of pool(F); betas are those of the links' targets."""
+    """The updated maps pooled, (S, B, C, P, P), in the dtype of pool(F); betas are those of the links' targets."""
     dtype = pooled.dtype
     bases = pooled.split([weight.shape[1] for weight in align_weights], -1)
     maps = [
@@ -111,4 +114,4 @@ def merge_links(
         update = F.linear(y.transpose(1, 2).flatten(2), output_weights[link].to(dtype))
         maps[target] = maps[target] + (betas[link] * update).to(dtype)
     size = round(pooled.shape[1] ** 0.5)
-    return torch.stack(maps, 1).mT.unflatten(-1, (size, size))
+    return torch.stack(maps).mT.unflatten(-1, (size, size))

@@ -30,6 +30,10 @@ CALLS = {
     "gated_fusion": lambda b: srm_kernels.gated_fusion(
         tokens(0, 1, 2, 3, 2, 2), tokens(1, 1, 2), cap=1.0, backend=b
     ),
+    "biased_gelu": lambda b: srm_kernels.biased_gelu([tokens(0, 1, 3, 2, 2)], [tokens(1, 3)], backend=b),
+    "gate_logits": lambda b: srm_kernels.gate_logits(
+        [tokens(0, 1, 3, 2, 2)], [tokens(1, 3)], [(tokens(2, 1, 3), tokens(3, 1))], backend=b
+    ),
     "gate_losses": lambda b: srm_kernels.gate_losses(tokens(0, 1, 2) ** 2, entropy_floor=0.5, backend=b),
     "landmark_side": lambda b: srm_kernels.landmark_side(
         *[tokens(i, 1, 1, 4, 3) for i in range(2)], 2, backend=b

@@ -18,8 +18,10 @@ from oracle import tokens
 from torch import Tensor
 
 from srm_kernels import (
+    biased_gelu,
     dyt,
     full_attention,
+    gate_logits,
     gated_fusion,
     landmark_solve,
     nystrom_attention,
@@ -69,6 +71,14 @@ CASES: dict[str, Case] = {
     },
     "leverage": (ridge_leverage_scores, lambda seed, dtype: [tokens(seed, 5, 2, 20, 8, dtype=dtype)]),
     "fusion": (lambda m, g: gated_fusion(m, g, cap=4.0).fused, fusion_tensors),
+    "gate": (
+        lambda x: gate_logits(
+            biased_gelu([x, -x], [x.new_ones(4)] * 2).unbind(),
+            [x.new_ones(4)] * 2,
+            [(x.new_ones(1, 4), x.new_ones(1))] * 2,
+        ),
+        lambda seed, dtype: [tokens(seed, 5, 4, 3, 3, dtype=dtype)],
+    ),
     "dyt": (
         lambda x: dyt(
             x, torch.tensor(0.5, dtype=x.dtype), torch.ones_like(x[0, 0]), torch.zeros_like(x[0, 0])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from oracle import tokens
 from torch import Tensor
 
-from srm_kernels import gate_losses, gated_fusion
+from srm_kernels import biased_gelu, gate_logits, gate_losses, gated_fusion
 
 LOW = (torch.float32, torch.bfloat16, torch.float16)
 UNIT = {torch.float64: 0.0, torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -25,6 +25,33 @@ def inputs(
         tokens(seed, b, s, c, 5, 4) * torch.logspace(-1, 1, b, dtype=torch.float64)[:, None, None, None, None]
     )
     return maps.to(dtype), tokens(seed + 1, b, s, dtype=dtype)
+
+
+def by_definition(m: Tensor, b: Tensor) -> Tensor:
+    """x Φ(x) of m + b."""
+    x = m + b[:, None, None]
+    return x * (1 + torch.special.erf(x / math.sqrt(2))) / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_gates_logits_by_definition(dtype):
+    """In half precision the mean and the readout round nothing: their error is that of the rounded activations."""
+    maps, biases = [3 * tokens(i, 2, 5, 3, 4) for i in range(3)], [tokens(i, 5) for i in range(3)]
+    weights, offsets = [tokens(10 + i, 1, 5) for i in range(3)], [tokens(20 + i, 1) for i in range(3)]
+    maps, biases, weights, offsets = ([t.to(dtype) for t in g] for g in (maps, biases, weights, offsets))
+    exact = torch.stack([by_definition(m.double(), b.double()) for m, b in zip(maps, biases, strict=True)])
+    plain = torch.stack(
+        [torch.nn.functional.gelu(m + b[:, None, None]) for m, b in zip(maps, biases, strict=True)]
+    )
+    found = biased_gelu(maps, biases)
+    assert found.dtype == dtype
+    narrow = dtype != torch.float64
+    oracle.agree(found, exact, plain if narrow else None)
+    w, v = torch.stack(weights)[:, 0].double(), torch.cat(offsets).double()
+    logits, of_plain = (torch.einsum("sbchw,sc->bs", a.double(), w) / 12 + v for a in (exact, plain))
+    found = gate_logits(maps, biases, list(zip(weights, offsets, strict=True)))
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    oracle.agree(found, logits, of_plain.to(found.dtype) if narrow else None)
 
 
 def plain_fusion(maps: Tensor, logits: Tensor, cap: float | None, unit: float) -> tuple[Tensor, ...]:

@@ -14,8 +14,10 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import srm_kernels
 from srm_kernels import (
+    biased_gelu,
     dyt,
     full_attention,
+    gate_logits,
     gate_losses,
     gated_fusion,
     landmark_solve,
@@ -270,6 +272,14 @@ TWICE: dict[str, tuple[Callable[..., object], Callable[[], tuple[Tensor, ...]]]]
         lambda: leaves(tokens(9, 2, 3), torch.tensor(0.6, dtype=torch.float64), tokens(10, 3), tokens(11, 3)),
     ),
     "gated_fusion": (lambda m, g, **kw: tuple(gated_fusion(m, g, cap=3.0, **kw)), fusion_inputs),
+    "biased_gelu": (
+        lambda x, y, b, **kw: biased_gelu([x, y], [b, 2 * b], **kw),
+        lambda: leaves(tokens(12, 1, 2, 2, 2), tokens(13, 1, 2, 2, 2), tokens(14, 2)),
+    ),
+    "gate_logits": (
+        lambda x, b, w, v, **kw: gate_logits([x, 2 * x], [b, b], [(w, v), (2 * w, v)], **kw),
+        lambda: leaves(tokens(15, 2, 2, 2, 2), tokens(16, 2), tokens(17, 1, 2), tokens(18, 1)),
+    ),
     "gate_losses": (
         lambda a, **kw: gate_losses(a, entropy_floor=0.7, **kw),
         lambda: leaves(torch.tensor([[0.9, 0.05, 0.05], [0.3, 0.3, 0.4]], dtype=torch.float64)),

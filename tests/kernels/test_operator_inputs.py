@@ -11,8 +11,10 @@ from oracle import tokens
 from torch import Tensor
 
 from srm_kernels import (
+    biased_gelu,
     dyt,
     full_attention,
+    gate_logits,
     gate_losses,
     gated_fusion,
     landmark_solve,
@@ -31,6 +33,7 @@ Q, K = t(2, 3, 5, 8), t(2, 3, 4, 8)
 LOGITS, RHS = torch.eye(4).expand(2, 4, 4), t(2, 4, 3)
 MAPS, GATE = t(2, 3, 4, 2, 2), t(2, 3)
 ONE, CH = torch.tensor(1.0), torch.ones(8)
+STAGES, READOUTS = ([MAPS[0]] * 2, [CH[:4]] * 2), [(t(1, 4), t(1))] * 2
 
 
 def nystrom(q: Any = Q, k: Any = K, v: Any = K, rank: Any = 2, **kw: Any) -> object:
@@ -137,6 +140,22 @@ BAD: dict[str, tuple[type[Exception], Callable[[], object]]] = {
     "dyt: weight for a width of one": (ValueError, lambda: dyt(Q, ONE, CH[:1], CH[:1])),
     "dyt: alpha per channel": (ValueError, lambda: dyt(Q, CH, CH, CH)),
     # gate
+    "gelu: no stage": (ValueError, lambda: biased_gelu([], [])),
+    "gelu: 3 dimensions": (ValueError, lambda: biased_gelu([MAPS[0, 0]], [CH[:4]])),
+    "gelu: maps of two shapes": (ValueError, lambda: biased_gelu([MAPS[0], MAPS[0, :1]], [CH[:4]] * 2)),
+    "gelu: a bias for two maps": (ValueError, lambda: biased_gelu([MAPS[0]] * 2, [CH[:4]])),
+    "gelu: bias of another width": (ValueError, lambda: biased_gelu([MAPS[0]], [CH[:1]])),
+    "gelu: a narrower bias": (TypeError, lambda: biased_gelu([MAPS[0]], [CH[:4].half()])),
+    "logits: a readout for two maps": (ValueError, lambda: gate_logits(*STAGES, READOUTS[:1])),
+    "logits: a readout of two rows": (
+        ValueError,
+        lambda: gate_logits(*STAGES, [(READOUTS[0][0].expand(2, -1), READOUTS[0][1])] * 2),
+    ),
+    "logits: two offsets": (
+        ValueError,
+        lambda: gate_logits(*STAGES, [(READOUTS[0][0], READOUTS[0][1].expand(2))] * 2),
+    ),
+    "fusion: cap factor 0": (ValueError, lambda: gated_fusion(MAPS, GATE, cap=1.0, cap_factor=0.0)),
     "fusion: 4 dimensions": (ValueError, lambda: gated_fusion(MAPS[0], GATE, cap=1.0)),
     "fusion: other stages": (ValueError, lambda: gated_fusion(MAPS, GATE[:, :2], cap=1.0)),
     "fusion: another batch": (ValueError, lambda: gated_fusion(MAPS, GATE[:1], cap=1.0)),

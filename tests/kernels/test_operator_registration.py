@@ -19,8 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from srm_kernels import (
     PooledLinks,
     adaptive_pool,
+    biased_gelu,
     dyt,
     full_attention,
+    gate_logits,
     gate_losses,
     gated_fusion,
     landmark_side,
@@ -98,6 +100,14 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[..., tuple[Tensor, ...]]]] =
     "ridge_leverage_scores": (ridge_leverage_scores, lambda *a: attention(*a)[1:2]),
     "rms_scale": (rms_scale, lambda *a: attention(*a)[:1]),
     "dyt": (dyt, dyt_inputs),
+    "biased_gelu": (
+        lambda x, c: biased_gelu([x, 2 * x], [c, -c]),
+        lambda *a: (fusion(*a)[0][0], dyt_inputs(*a)[2]),
+    ),
+    "gate_logits": (
+        lambda x, c, w: gate_logits([x, 2 * x], [c, -c], [(w[None], w[:1]), (c[None], c[:1])]),
+        lambda *a: (fusion(*a)[0][0], *dyt_inputs(*a)[2:]),
+    ),
     "gated_fusion": (lambda m, g: tuple(gated_fusion(m, g, cap=2.0)), fusion),
     "gate_losses": (
         lambda a: gate_losses(a, entropy_floor=1.0),
@@ -109,7 +119,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[..., tuple[Tensor, ...]]]] =
         lambda *a: attention(*a)[1:],
     ),
     "project_sources": (
-        lambda t, k, v, *dyt: project_sources(t, [k, v], [v, k], dyt=[dyt, dyt]),
+        lambda t, k, v, *dyt: project_sources(t, [k, v], [v, k], shift=dyt[1], dyt=[dyt, dyt]),
         lambda *a: (attention(*a)[0][0], pooled(*a)[3], pooled(*a)[3], *pooled(*a)[5:]),
     ),
     "pooled_links": (

@@ -148,7 +148,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "square that the grid divides": {"grid": (8, 8), "channels": 16},
     "three to two, one image": {"grid": (12, 8), "b": 1, "d": 24, "channels": 20},
     "odd": {"grid": (7, 13), "b": 3, "heads": 1},
-    "several blocks of columns": {"grid": (3, 70), "b": 1, "heads": 1},
+    "two strips of cells": {"grid": (3, 70), "b": 1, "heads": 1},
+    "cells wider than a tile": {"grid": (3, 300), "b": 1, "heads": 1, "channels": 2},
     "smaller than the grid": {"grid": (2, 3), "rank": 1},
     "many channels, many landmarks": {"grid": (4, 5), "b": 1, "channels": 100, "rank": 20},
 }
@@ -393,6 +394,26 @@ def test_opcheck():
         library.opcheck(operator, arguments, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("positions", [16, 32, 64])
+@pytest.mark.parametrize("size", [1, 3, 8, 32])
+def test_strips_are_whole_cells_that_fit_in_their_tiles(size, positions):
+    """Of one cell where a tile is narrower than a cell; no fewer strips would do."""
+    for width in (1, 2, 7, 16, 17, 31, 64, 70, 128, 300):
+        strips = kernels.strips_of(width, size, positions)
+
+        def widest(cells: int, width: int = width) -> int:
+            starts = range(0, size, cells)
+            stops = [-(-min(j + cells, size) * width // size) for j in starts]
+            return max(stop - j * width // size for j, stop in zip(starts, stops, strict=True))
+
+        assert (strips.strips - 1) * strips.cells < size <= strips.strips * strips.cells
+        assert widest(strips.cells) <= strips.across * strips.columns < 2 * widest(strips.cells) + positions
+        assert strips.columns <= positions
+        assert strips.across == 1 or strips.cells == 1
+        wider = [c for c in range(strips.cells + 1, size + 1) if -(-size // c) < strips.strips]
+        assert all(widest(c) > positions for c in wider)
+
+
 # The two ends
 
 
@@ -406,11 +427,16 @@ def sources(seed: int, dtype: torch.dtype = torch.float32, *, links: int = 2, b:
     return [t.to(DEVICE) for t in made]
 
 
-def projected(*t: Tensor, backend: str | None = None) -> tuple[Tensor, Tensor]:
+def projected(*t: Tensor, shift: Tensor | None = None, backend: str | None = None) -> tuple[Tensor, Tensor]:
     L = 2
     groups = [t[1 + L * i : 1 + L * (i + 1)] for i in range((len(t) - 1) // L)]
     return project_sources(
-        t[0], groups[0], groups[1], dyt=list(zip(*groups[2:], strict=True)) or None, backend=backend
+        t[0],
+        groups[0],
+        groups[1],
+        shift=shift,
+        dyt=list(zip(*groups[2:], strict=True)) or None,
+        backend=backend,
     )
 
 
@@ -419,6 +445,21 @@ def projected(*t: Tensor, backend: str | None = None) -> tuple[Tensor, Tensor]:
 def test_keys_and_values_of_all_links_of_a_source(dyt, dtype):
     made = sources(60, dtype)
     follow_the_rule(projected, made if dyt else made[:5])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dyt", [False, True])
+def test_a_shift_of_the_tokens_is_taken_in_on_the_way(dyt, dtype):
+    made = sources(64, dtype)
+    shift = tokens(65, 24, dtype=dtype).to(DEVICE)
+
+    def call(shift: Tensor, *t: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+        return projected(*t, shift=shift, backend=backend)
+
+    follow_the_rule(call, [shift, *(made if dyt else made[:5])])
+    shifted = projected(made[0] + shift, *made[1:], backend="triton")
+    for found, expected in zip(call(shift, *made, backend="triton"), shifted, strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_keys_and_values_by_definition():
@@ -450,14 +491,20 @@ def merged(*t: Tensor, tau: bool = True, backend: str | None = None) -> Tensor:
 
 
 def ends(
-    seed: int, dtype: torch.dtype = torch.float32, *, b: int = 2, size: int = 3, tau: bool = True
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    b: int = 2,
+    size: int = 3,
+    rank: int = 5,
+    tau: bool = True,
 ) -> list[Tensor]:
     H, d, wide = 2, 12, torch.float64 if dtype == torch.float64 else torch.float32
     C, P = H * d, size * size
     shapes = [
         (b, P, 9),
-        (2, b, H, P, 5),
-        (b, H, 5, d),
+        (2, b, H, P, rank),
+        (b, H, rank, d),
         (b, H, 3, d),
         (C, 4),
         (C, 5),
@@ -486,6 +533,10 @@ def ends(
 @pytest.mark.parametrize("tau", [False, True])
 def test_the_merged_maps(tau, dtype):
     follow_the_rule(lambda *t, backend: merged(*t, tau=tau, backend=backend), ends(70, dtype, tau=tau))
+
+
+def test_merged_maps_of_more_landmarks_than_are_read_at_once():
+    follow_the_rule(merged, ends(74, DTYPES[1], b=1, rank=70))
 
 
 def test_the_merged_maps_by_definition():
@@ -563,6 +614,8 @@ def test_bad_input_of_the_two_ends():
         projected(made[0][0], *made[1:])
     with pytest.raises(ValueError, match="expected one for every link"):
         project_sources(made[0], made[1:3], made[3:4])
+    with pytest.raises(ValueError, match=r"shift has shape \(8,\); expected \(24,\)"):
+        projected(*made, shift=torch.ones(8))
     with pytest.raises(ValueError, match=r"key_weights has shape .*expected \(24, 24\)"):
         projected(made[0], torch.ones(24, 8), *made[2:])
     given = [t.cpu() for t in ends(73)]

@@ -15,7 +15,16 @@ from oracle import tokens
 from torch import library
 
 pytest.importorskip("triton")
-from srm_kernels import adaptive_pool, dyt, gate_losses, gated_fusion, rms_scale, tau_loss
+from srm_kernels import (
+    adaptive_pool,
+    biased_gelu,
+    dyt,
+    gate_logits,
+    gate_losses,
+    gated_fusion,
+    rms_scale,
+    tau_loss,
+)
 from srm_kernels.gate import kernels as gate_kernels
 from srm_kernels.pool import kernels as pool_kernels
 from srm_kernels.scale import kernels as scale_kernels
@@ -146,6 +155,61 @@ def test_strides_do_not_matter():
     assert torch.equal(adaptive_pool(plain, 4, backend="triton"), adaptive_pool(last, 4, backend="triton"))
 
 
+# The gate's logits
+
+
+def of_gate(seed, *, b=2, stages=3, c=5, grid=(4, 7), dtype=torch.float32):
+    """Maps, biases, readouts' weights and offsets, one after the other."""
+    shapes = [(b, c, *grid), (c,), (1, c), (1,)]
+    return [
+        made(seed + stages * i + s, *shape, dtype=dtype)
+        for i, shape in enumerate(shapes)
+        for s in range(stages)
+    ]
+
+
+def activations(*tensors, backend="triton"):
+    half = len(tensors) // 2
+    return biased_gelu(tensors[:half], tensors[half:], backend=backend)
+
+
+def logits_of(*tensors, backend="triton"):
+    S = len(tensors) // 4
+    maps, biases, weights, offsets = (tensors[S * i : S * (i + 1)] for i in range(4))
+    return gate_logits(maps, biases, list(zip(weights, offsets, strict=True)), backend=backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stages", [1, 3])
+def test_the_gates_activations_and_logits(stages, dtype):
+    tensors = of_gate(50, stages=stages, dtype=dtype)
+    follow_the_rule(activations, tensors[: 2 * stages])
+    follow_the_rule(logits_of, tensors)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_the_gate_takes_wider_parameters(dtype):
+    maps, parameters = of_gate(51, dtype=dtype)[:3], of_gate(51)[3:]
+    follow_the_rule(activations, maps + parameters[:3])
+    follow_the_rule(logits_of, maps + parameters)
+
+
+def test_the_gate_reads_any_strides_and_an_image_alone_is_the_same_to_the_bit():
+    maps, parameters = of_gate(52, b=3)[:3], of_gate(52, b=3)[3:]
+    expected = activations(*maps, *parameters[:3]), logits_of(*maps, *parameters)
+    last = [m.contiguous(memory_format=torch.channels_last) for m in maps]
+    slices = torch.stack(maps, 1).unbind(1)
+    for strided in (last, slices, [last[0], maps[1], slices[2]]):
+        assert torch.equal(activations(*strided, *parameters[:3]), expected[0])
+        assert torch.equal(logits_of(*strided, *parameters), expected[1])
+    maps[1][2, 0, 1, 1] = math.nan
+    for i in range(2):
+        alone = [m[i : i + 1] for m in maps]
+        assert torch.equal(activations(*alone, *parameters[:3]), expected[0][:, i : i + 1])
+        assert torch.equal(logits_of(*alone, *parameters), expected[1][i : i + 1])
+    assert logits_of(*maps, *parameters).isnan().tolist() == [[False] * 3, [False] * 3, [False, True, False]]
+
+
 # Fusion
 
 
@@ -163,6 +227,22 @@ def test_gated_fusion(stages, cap, dtype):
         assert len(set((gated_fusion(maps, logits, cap=cap, backend="triton").gain < 1).tolist())) == 2
     follow_the_rule(
         lambda m, g, backend: tuple(gated_fusion(m, g, cap=cap, temperature=0.7, backend=backend)),
+        [maps, logits],
+    )
+
+
+def test_a_caps_factor_is_part_of_it():
+    maps, logits, m0 = made(53, 2, 3, 6, 5, 4), made(54, 2, 3), torch.tensor(2.0, device=DEVICE)
+
+    def run(**cap):
+        return results_and_gradients(
+            lambda m, g: tuple(gated_fusion(m, g, backend="triton", **cap)), [maps, logits]
+        )
+
+    for found, expected in zip(run(cap=m0, cap_factor=1.5), run(cap=3.0), strict=True):
+        assert torch.equal(found, expected)
+    follow_the_rule(
+        lambda m, g, backend: tuple(gated_fusion(m, g, cap=m0.to(m.device), cap_factor=1.5, backend=backend)),
         [maps, logits],
     )
 
@@ -288,7 +368,11 @@ def test_opcheck():
         srm.rms_scale.default: (leaf(34, 2, 2, 9, 8),),
         srm.dyt.default: (leaf(35, 2, 9, 8), leaf(36, 1), leaf(37, 8), leaf(38, 8)),
         srm.gated_fusion.default: (
-            leaf(39, 2, 3, 4, 2, 2), leaf(40, 2, 3), torch.tensor(2.0, device=DEVICE), 1.0, 1e-6,
+            leaf(39, 2, 3, 4, 2, 2), leaf(40, 2, 3), torch.tensor(2.0, device=DEVICE), 1.0, 1.0, 1e-6,
+        ),
+        srm.biased_gelu.default: ([leaf(55, 2, 3, 2, 2)] * 2, [leaf(56, 3)] * 2),
+        srm.gate_logits.default: (
+            [leaf(57, 2, 3, 2, 2)], [leaf(58, 3)], [leaf(59, 1, 3)], [leaf(60, 1)],
         ),
         srm.gate_losses.default: (leaf(41, 2, 3).detach().softmax(-1).requires_grad_(), 0.7),
         srm.adaptive_pool.default: (leaf(42, 2, 3, 9, 7), 4),

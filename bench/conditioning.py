@@ -21,7 +21,6 @@ from bench import bounds, record
 from srm_kernels import backends, landmark_solve, nystrom_attention
 from srm_kernels.conditioning import SOLVERS
 from srm_model.profiling.timing import cpu_clock
-from srm_model.profiling.timing import cpu_clock
 
 BATCHES = (8, 64, 512)
 RANKS = (16, 32, 64, 128)
@@ -90,20 +89,6 @@ def calls(logits: Tensor, rhs: Tensor) -> dict[str, Callable[[], object]]:
     for name in ("svd", "lu_factor_ex", "cholesky_ex"):
         found[f"torch.linalg.{name}"] = lambda name=name: plain(name, logits, rhs)
     return found
-
-
-def milliseconds(function: Callable[[], object], device: torch.device) -> float:
-    """One call, by CUDA events on a GPU; on a CPU by the wall clock, or one thread's time on the processor."""
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        function()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end)
-    begin = cpu_clock()
-    function()
-    return (cpu_clock() - begin) * 1e3
 
 
 def best(functions: dict[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, float]:

@@ -24,7 +24,8 @@ from srm_model.cli.study import ABLATIONS, DEFENCES, FULL, Model, read_study, sl
 from srm_model.data.synthesize import synthesize
 from srm_model.files import claimed, read_json
 from srm_model.reports import write_study
-from srm_model.reports.records import Records, over_seeds
+from srm_model.reports.figures import _BUILDERS
+from srm_model.reports.records import Records, StudyResults, over_seeds
 from srm_model.reports.text import signed
 
 STUDY = """
@@ -447,6 +448,36 @@ def test_figures_are_drawn_as_vectors_and_pixels(
     before = (out / "figures" / "figure-5.svg").read_bytes()
     assert main(["report", str(out), "--figure", "5"]) == 0
     assert (out / "figures" / "figure-5.svg").read_bytes() == before
+
+
+def test_twenty_series_are_told_apart_without_colour(out: Path, tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    shutil.copy(out / "study.json", tmp_path)
+    records = Records(tmp_path)
+    for line in Records(out).lines:
+        for number in range(20):
+            identity = {**line["identity"], "backbone": f"b{number}"}
+            if line["kind"] == "attack":  # at two budgets in one norm, and of the first few in the other
+                for norm, eps in (("linf", 0.1), ("linf", 0.2), ("l2", 1.0), ("l2", 2.0)):
+                    if identity["variant"] == FULL and (norm == "linf" or number > 17):
+                        records.add({**line, "identity": {**identity, "norm": norm, "eps": eps}})
+            elif line["kind"] in ("diagnostics", "sweep") and line["identity"]["neck"] == "srm":
+                records.add({**line, "identity": identity})
+    results = StudyResults.read(tmp_path)
+    for number, series in ((3, 20), (4, 20), (5, 20), (6, 40)):
+        figure = Figure()
+        assert _BUILDERS[number](results, figure)
+        looks: dict[str, set[Any]] = {}
+        for axis in figure.axes:
+            for shown, label in zip(*axis.get_legend_handles_labels(), strict=True):
+                line = getattr(shown, "lines", [shown])[0]
+                looks.setdefault(label, set()).add((line.get_linestyle(), line.get_marker()))
+        assert len(looks) == series == len(figure.legends[0].get_texts())
+        assert all(len(look) == 1 for look in looks.values())  # the same in every panel
+        # Of 36 looks, 40 series must share some.
+        assert len({look for found in looks.values() for look in found}) == min(series, 36)
 
 
 def test_what_is_not_there_is_a_sentence(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -238,7 +238,12 @@ def cropped(base: type[Honest]) -> type[Honest]:
 
 
 class DeclaredDice(OwnDice):
+    """Scores of random size; what is added to both ways of an attack alike would cancel."""
+
     stochastic = True
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.raw(images) * (0.5 + torch.rand((), generator=self.generator))
 
 
 EOT = CONFIG.replace(attack_steps=6, attack_restarts=2, eot_samples=8, attack_queries=16)

@@ -72,6 +72,9 @@ l2 = [10]
 """
 
 
+BASELINE = "baseline, gradient-norm training"
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a data set and a study file."""
@@ -113,11 +116,12 @@ def test_every_result_is_a_line_with_all_that_it_depends_on(out: Path):
     counts: dict[str, int] = {}
     for line in lines:
         counts[line["kind"]] = counts.get(line["kind"], 0) + 1
-    # Two necks and two variants on two seeds, one variant on one; a budget each; both necks are swept; a pair per seed.
+    # Two necks and two variants on two seeds, one variant on one; a budget each, and for the full neck that variant's
+    # too; both necks are swept; a pair per seed.
     assert counts == {
         "clean": 9,
         "diagnostics": 5,
-        "attack": 9,
+        "attack": 11,
         "swap": 4,
         "audit": 2,
         "sweep": 4,
@@ -217,7 +221,7 @@ def test_weights_that_are_gone_are_trained_again_where_something_needs_them(
     digest = read_json(_srm(out, 0) / "config.json")["sha256"]
     shutil.rmtree(_srm(out, 0))
     assert main([*arguments, "--dry-run"]) == 0
-    assert capsys.readouterr().out == "0 of 37 results are missing\n"
+    assert capsys.readouterr().out == "0 of 39 results are missing\n"
     lost = next(
         text
         for text in lines
@@ -337,7 +341,7 @@ def test_a_second_call_repeats_nothing_and_a_lost_line_is_measured_again(
     path = out / "results.jsonl"
     before = path.read_text()
     assert main([*arguments, "--dry-run"]) == 0
-    assert capsys.readouterr().out == "0 of 37 results are missing\n"
+    assert capsys.readouterr().out == "0 of 39 results are missing\n"
     lines = before.splitlines()
     lost = next(i for i, text in enumerate(lines) if json.loads(text)["kind"] == "sweep")
     path.write_text("\n".join([*lines[:lost], *lines[lost + 1 :], lines[0][:50]]) + "\n")  # and one cut short
@@ -377,9 +381,31 @@ def test_all_tables_are_made_and_their_figures_are_the_lines(out: Path, capsys: 
     assert f"| {expected} |" in mine[0]
     assert len(clean) == 4
     ablations = (out / "tables" / "table-11.md").read_text()
-    assert [
-        name for name in ("full SRM", "uniform landmarks", "no key norm") if f"| {name} |" not in ablations
-    ] == []
+    cells = {
+        row[1].strip("*"): row
+        for line in ablations.splitlines()
+        if len(row := [cell.strip() for cell in line.split("|")]) > 2
+    }
+    assert list(cells) == ["Variant", ":---", "full SRM", "uniform landmarks", BASELINE, "no key norm"]
+    # At the budget that one variant alone was attacked at, the full neck was too.
+    assert cells["Variant"][2:-1] == [
+        *("clean SROCC", "Δ", "worst SROCC, L∞ ε = 4/255", "Δ", "worst SROCC, L2 ε = 10 at 512²", "Δ")
+    ]
+    assert cells["no key norm"][4:6] == ["—", "—"]
+    assert cells["uniform landmarks"][6:8] == ["—", "—"]
+    assert "—" not in cells["no key norm"][6:8]
+    assert all(cell in ("—", f"**{cell.strip('*')}**") for cell in cells["full SRM"][1:-1])
+    for column in range(2, 8):
+        values = {
+            name: float(re.split(" ±", row[column].strip("*"))[0].replace("−", "-"))
+            for name, row in list(cells.items())[2:]
+            if row[column] != "—"
+        }
+        highest = {name for name, value in values.items() if value == max(values.values())}
+        marked = {name for name in values if cells[name][column].startswith("**")}
+        assert marked - {"full SRM"} <= highest
+        assert marked & highest
+    assert "<strong>full SRM</strong>" in page
     # Of one variant there is one seed: the difference is from that seed's full neck.
     srocc = {
         (line["identity"]["variant"], line["identity"]["seed"]): line["values"]["srocc"]
@@ -387,8 +413,7 @@ def test_all_tables_are_made_and_their_figures_are_the_lines(out: Path, capsys: 
         if line["identity"]["neck"] == "srm"
     }
     assert srocc["full", 0] != srocc["full", 1]
-    (row,) = (line for line in ablations.splitlines() if line.startswith("| no key norm |"))
-    assert row.split(" | ")[2] == signed(srocc["no key norm", 1] - srocc["full", 1])
+    assert cells["no key norm"][3].strip("*") == signed(srocc["no key norm", 1] - srocc["full", 1])
     assert main(["report", str(out), "--table", "8"]) == 0
     assert "| noise | test_convnext | srm | L∞ ε = 4/255 |" in capsys.readouterr().out
 

@@ -243,7 +243,7 @@ class DeclaredDice(OwnDice):
     stochastic = True
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.raw(images) * (0.5 + torch.rand((), generator=self.generator))
+        return self.raw(images) * (0.1 + 1.8 * torch.randint(2, (), generator=self.generator))
 
 
 EOT = CONFIG.replace(attack_steps=6, attack_restarts=2, eot_samples=8, attack_queries=16)

@@ -195,20 +195,32 @@ class _Subject:
         entropy = np.random.SeedSequence([self.seed, number]).generate_state(1, np.uint64)[0]
         return torch.Generator().manual_seed(int(entropy >> np.uint64(1)))
 
-    def pgd(self, batch: int, sign: int, *, model: nn.Module | None = None, **changes: Any) -> PGDTrace:
-        images, mos = self.batches[batch]
+    def attack(
+        self,
+        trace: Callable[..., PGDTrace],
+        batch: int,
+        sign: int,
+        *,
+        number: int = 0,
+        model: nn.Module | None = None,
+        **changes: Any,
+    ) -> PGDTrace:
+        """An attack on a batch that raises or lowers its scores; `number` sets its random numbers apart."""
+        settings: dict[str, Any] = {"norm": self.norm, "eps": self.radius, "eot": self.eot, **changes}
+        generator = self.generator(number + 2 * batch + (sign > 0))
+        subject = self.model if model is None else model
+        return trace(subject, *self.batches[batch], Signed(sign), generator=generator, **settings)
+
+    def pgd(self, batch: int, sign: int, **changes: Any) -> PGDTrace:
         settings: dict[str, Any] = {
-            "norm": self.norm,
             "eps": self.radius,
             "steps": self.config.attack_steps,
             "restarts": self.config.attack_restarts,
             "restart_batch": self.config.attack_restart_batch,
-            "eot": self.eot,
-            "generator": self.generator(2 * batch + (sign > 0)),
             **changes,
         }
-        settings["step_size"] = default_step_size(self.norm, settings["eps"], settings["steps"], self.config)
-        return pgd_trace(self.model if model is None else model, images, mos, Signed(sign), **settings)
+        step_size = default_step_size(self.norm, settings["eps"], settings["steps"], self.config)
+        return self.attack(pgd_trace, batch, sign, step_size=step_size, **settings)
 
     def both_ways(self, attack: Callable[[int, int], PGDTrace]) -> list[tuple[int, list[PGDTrace]]]:
         """`attack(batch, sign)` for both signs over all batches."""
@@ -249,19 +261,8 @@ class _Subject:
         if "best" not in self._cache:
 
             def tuned(batch: int, sign: int) -> PGDTrace:
-                images, mos = self.batches[batch]
-                return apgd_trace(
-                    self.model,
-                    images,
-                    mos,
-                    Signed(sign),
-                    norm=self.norm,
-                    eps=self.radius,
-                    steps=self.config.attack_steps,
-                    restarts=1,
-                    eot=self.eot,
-                    generator=self.generator(1000 + 2 * batch + (sign > 0)),
-                )
+                steps = self.config.attack_steps
+                return self.attack(apgd_trace, batch, sign, number=1000, steps=steps, restarts=1)
 
             self._cache["best"] = torch.maximum(
                 self.reach(self.white_box()), self.reach(self.both_ways(tuned))
@@ -447,19 +448,8 @@ def _transfer(subject: _Subject) -> Check:
 @_without_gradient
 def _black_box(subject: _Subject) -> Check:
     def search(batch: int, sign: int) -> PGDTrace:
-        images, mos = subject.batches[batch]
-        return square_trace(
-            subject.model,
-            images,
-            mos,
-            Signed(sign),
-            norm=subject.norm,
-            eps=subject.radius,
-            queries=subject.config.attack_queries,
-            area=subject.config.attack_square_area,
-            eot=subject.eot,
-            generator=subject.generator(3000 + 2 * batch + (sign > 0)),
-        )
+        queries, area = subject.config.attack_queries, subject.config.attack_square_area
+        return subject.attack(square_trace, batch, sign, number=3000, queries=queries, area=area)
 
     return _against_white_box("_black_box", subject, subject.reach(subject.both_ways(search)))
 

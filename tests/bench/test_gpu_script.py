@@ -45,6 +45,7 @@ def test_every_step_writes_its_file(tmp_path: Path):
         "operators": "-m pytest bench --benchmark-only",
         "neck": "-m bench.neck --device cuda --article",
         "growth": "-m bench.growth",
+        "attacks": "--necks srm quadratic none --backends triton reference",
         "attention": "-m bench.attention",
     }.items():
         assert command in (out / f"{name}.txt").read_text()

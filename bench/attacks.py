@@ -148,7 +148,7 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     model.calibrate(images)
                     subject = {"backbone": backbone, "image_size": side, "neck": neck, "backend": backend}
                     for name, plan in chosen.items():
-                        if not options.attacks or any(word in name for word in options.attacks):
+                        if not options.attacks or any(f" {word}" in f" {name}" for word in options.attacks):
                             found = measure(plan, model, images, options.repeats)
                             yield {**subject, "attack": name, **found}
 
@@ -163,7 +163,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--necks", nargs="+", default=["srm", "quadratic"], choices=("srm", "quadratic", "none")
     )
-    parser.add_argument("--attacks", nargs="+", metavar="WORD", help="only those whose name has one of these")
+    parser.add_argument(
+        "--attacks",
+        nargs="+",
+        metavar="WORD",
+        help="only those whose name has one of these, from the start of a word",
+    )
     parser.add_argument(
         "--backends", nargs="+", default=[None], help="of the srm neck's operators (default: the fastest)"
     )

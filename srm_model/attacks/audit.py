@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from srm_model.attacks.auto import apgd_trace
 from srm_model.attacks.gradient import PGDTrace, default_step_size, pgd_trace
-from srm_model.attacks.guard import as_found, check_model, predict, scores_of, to_model
+from srm_model.attacks.guard import as_found, check_model, predict, scores_of, seeded, to_model
 from srm_model.attacks.objectives import PairInversion, Signed
 from srm_model.attacks.problem import NoGradientError
 from srm_model.attacks.square import square_trace
@@ -99,10 +99,13 @@ def audit(
     units of the score, the mean of both over the images. Checks and where they pass:
 
     - steps: the reach at a fixed step size and start grows with the steps; it never falls back by more than 5 % of
-      its whole rise.
+      its whole rise. Of a random model the reach is an estimate that differs from step to step by its draws alone, so
+      there the attack runs with common random numbers: the passes of every step draw what those of the first drew.
+      Then the curve is a function's, with no noise of its own, and is held to the same 5 %.
     - eps: the reach grows from a quarter to four times the budget; it never falls by more than 1 % of the largest.
     - gradients: at most 1 % of the gradients are zero everywhere, and none has a NaN or infinite element.
-    - restarts: the best of all restarts reaches at most 25 % further than one does on average.
+    - restarts: the best of all restarts reaches at most 25 % further than one does on average; of a random model with
+      common random numbers too, as the best of many noisy figures is that of the luckiest draws.
     - derivative: along 8 random sign directions, gradients and central differences agree within 20 % (relative, over
       all images and directions) at one of the widths ε/4, ε/32, ε/256; a random model's within one draw.
     - transfer, black_box: an attack crafted on the surrogate, and one that only asks for scores, reach no further than
@@ -192,20 +195,32 @@ class _Subject:
         entropy = np.random.SeedSequence([self.seed, number]).generate_state(1, np.uint64)[0]
         return torch.Generator().manual_seed(int(entropy >> np.uint64(1)))
 
-    def pgd(self, batch: int, sign: int, *, model: nn.Module | None = None, **changes: Any) -> PGDTrace:
-        images, mos = self.batches[batch]
+    def attack(
+        self,
+        trace: Callable[..., PGDTrace],
+        batch: int,
+        sign: int,
+        *,
+        number: int = 0,
+        model: nn.Module | None = None,
+        **changes: Any,
+    ) -> PGDTrace:
+        """An attack on a batch that raises or lowers its scores; `number` sets its random numbers apart."""
+        settings: dict[str, Any] = {"norm": self.norm, "eps": self.radius, "eot": self.eot, **changes}
+        generator = self.generator(number + 2 * batch + (sign > 0))
+        subject = self.model if model is None else model
+        return trace(subject, *self.batches[batch], Signed(sign), generator=generator, **settings)
+
+    def pgd(self, batch: int, sign: int, **changes: Any) -> PGDTrace:
         settings: dict[str, Any] = {
-            "norm": self.norm,
             "eps": self.radius,
             "steps": self.config.attack_steps,
             "restarts": self.config.attack_restarts,
             "restart_batch": self.config.attack_restart_batch,
-            "eot": self.eot,
-            "generator": self.generator(2 * batch + (sign > 0)),
             **changes,
         }
-        settings["step_size"] = default_step_size(self.norm, settings["eps"], settings["steps"], self.config)
-        return pgd_trace(self.model if model is None else model, images, mos, Signed(sign), **settings)
+        step_size = default_step_size(self.norm, settings["eps"], settings["steps"], self.config)
+        return self.attack(pgd_trace, batch, sign, step_size=step_size, **settings)
 
     def both_ways(self, attack: Callable[[int, int], PGDTrace]) -> list[tuple[int, list[PGDTrace]]]:
         """`attack(batch, sign)` for both signs over all batches."""
@@ -227,37 +242,56 @@ class _Subject:
         return torch.stack(ways).mean(0)
 
     def iterates(self) -> Tensor:
-        """The white-box reach at every iterate, (restarts, steps + 1, images)."""
-        ways = [
-            torch.cat([trace.losses.double().cpu() for trace in traces], 2) - sign * self.clean
-            for sign, traces in self.white_box()
-        ]
-        return torch.stack(ways).mean(0)
+        """The white-box reach at every iterate, (restarts, steps + 1, images); of a random model with common draws."""
+        if "iterates" not in self._cache:
+            found = self.white_box()
+            if self.declared:
+                same = _SameDraws(self.model, self.eot)
+                found = self.both_ways(lambda batch, sign: self.pgd(batch, sign, model=same))
+            ways = [
+                torch.cat([trace.losses.double().cpu() for trace in traces], 2) - sign * self.clean
+                for sign, traces in found
+            ]
+            self._cache["iterates"] = torch.stack(ways).mean(0)
+        iterates: Tensor = self._cache["iterates"]
+        return iterates
 
     def best_white_box(self) -> Tensor:
         """The further of PGD and APGD, image by image."""
         if "best" not in self._cache:
 
             def tuned(batch: int, sign: int) -> PGDTrace:
-                images, mos = self.batches[batch]
-                return apgd_trace(
-                    self.model,
-                    images,
-                    mos,
-                    Signed(sign),
-                    norm=self.norm,
-                    eps=self.radius,
-                    steps=self.config.attack_steps,
-                    restarts=1,
-                    eot=self.eot,
-                    generator=self.generator(1000 + 2 * batch + (sign > 0)),
-                )
+                steps = self.config.attack_steps
+                return self.attack(apgd_trace, batch, sign, number=1000, steps=steps, restarts=1)
 
             self._cache["best"] = torch.maximum(
                 self.reach(self.white_box()), self.reach(self.both_ways(tuned))
             )
         best: Tensor = self._cache["best"]
         return best
+
+
+class _SameDraws(nn.Module):
+    """A random model that draws the same in every `passes`-th pass: the mean of so many is a plain function."""
+
+    def __init__(self, model: nn.Module, passes: int) -> None:
+        super().__init__()
+        self.model, self.passes, self.calls = model, passes, 0
+        self.generators = [
+            value
+            for module in model.modules()
+            for value in vars(module).values()
+            if isinstance(value, torch.Generator)
+        ]
+
+    def forward(self, images: Tensor) -> Tensor:
+        seed = self.calls % self.passes
+        self.calls += 1
+        for generator in self.generators:  # put back when the attack is over
+            generator.manual_seed(seed)
+        with seeded(images.device, seed):
+            scores: Tensor = self.model(images)
+        return scores
 
 
 def _without_gradient(check: Callable[[_Subject], Check]) -> Callable[[_Subject], Check]:
@@ -414,19 +448,8 @@ def _transfer(subject: _Subject) -> Check:
 @_without_gradient
 def _black_box(subject: _Subject) -> Check:
     def search(batch: int, sign: int) -> PGDTrace:
-        images, mos = subject.batches[batch]
-        return square_trace(
-            subject.model,
-            images,
-            mos,
-            Signed(sign),
-            norm=subject.norm,
-            eps=subject.radius,
-            queries=subject.config.attack_queries,
-            area=subject.config.attack_square_area,
-            eot=subject.eot,
-            generator=subject.generator(3000 + 2 * batch + (sign > 0)),
-        )
+        queries, area = subject.config.attack_queries, subject.config.attack_square_area
+        return subject.attack(square_trace, batch, sign, number=3000, queries=queries, area=area)
 
     return _against_white_box("_black_box", subject, subject.reach(subject.both_ways(search)))
 

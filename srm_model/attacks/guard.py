@@ -22,7 +22,7 @@ def as_found(model: nn.Module, images: Tensor, *, seed: int) -> Iterator[None]:
     gradients can be taken even under an outer `no_grad` or `inference_mode`.
     """
     with (
-        _seeded(images.device, seed),
+        seeded(images.device, seed),
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(images.device.type, enabled=False),
@@ -157,7 +157,8 @@ def check_images(images: Tensor) -> None:
 
 
 @contextmanager
-def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+def seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """The global generators of Python, NumPy and PyTorch at a seed, and afterwards as they were."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002, a model may draw from it
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from srm_model import ranks
 from srm_model.attacks.objectives import MSE
-from srm_model.attacks.suite import Attack, Dataset, Job, Suite
+from srm_model.attacks.records import Records
+from srm_model.attacks.suite import Attack, Dataset, Job, Suite, fingerprint, settings_of
 from srm_model.config import SRMConfig
 from srm_model.metrics import LogisticMap, plcc, srocc
 
@@ -27,12 +28,14 @@ def transfer(
     batch_size: int = _DEFAULTS.attack_batch_size,
     seed: int = 0,
     limit: int | None = None,
+    resume: str | Path | None = None,
 ) -> dict[str, Any]:
     """PGD-MSE crafted on each model and scored on every model: all directions, each attack crafted once.
 
     models: two or more, by name, any modules that `pgd` accepts; necks, backbones and strangers alike.
     logistics: the map of each model that its PLCC is taken after; none is plain Pearson.
-    Other arguments, the budget's meaning, seeds and the dealing to ranks are those of `Suite.run`.
+    Other arguments, the budget's meaning, seeds, the dealing to ranks and the going on from `resume` are those of
+    `Suite.run`.
 
     Returns `clean`, srocc, plcc and scores by model, and `pairs`, a list of source, target, srocc, plcc and scores,
     white-box pairs (source = target) included; beside them norm, eps, names and mos.
@@ -57,26 +60,25 @@ def transfer(
         for name, model in models.items()
     }
     first = next(iter(jobs.values()))
-    rank, world = ranks.place()
-    own: dict[int, dict[Any, list[float]]] = {}
-    for number in range(rank, len(first.batches), world):
+    settings = {} if resume is None else settings_of(first) | {"model": [*map(fingerprint, models.values())]}
+    records = Records(resume, settings, len(first.batches))
+    own = records.share(jobs)
+    for number in own:
+        batch = records.batches[number]
         images, mos = first.load(number)
-        scores: dict[Any, list[float]] = {("mos",): mos.tolist()} | {
-            (name,): job.clean(number, images) for name, job in jobs.items()
-        }
-        for source, job in jobs.items():
-            attacked = job.craft(number, attack, images, mos).images
-            scores |= {(source, name): target.score(number, attacked) for name, target in jobs.items()}
-        own[number] = scores
-    batches = {number: scores for part in ranks.gather(own) for number, scores in part.items()}
+        if batch.clean is None:
+            batch.mos, batch.clean = mos.tolist(), {n: job.clean(number, images) for n, job in jobs.items()}
+        for source in [name for name in jobs if name not in batch.attacks]:
+            attacked = jobs[source].craft(number, attack, images, mos).images
+            batch.attacks[source] = {n: target.score(number, attacked) for n, target in jobs.items()}
+            records.save(number)
+    records.exchange(own)
 
-    def joined(key: tuple[str, ...]) -> list[float]:
-        return [value for number in sorted(batches) for value in batches[number][key]]
+    batches = records.batches
+    labels = [value for batch in batches for value in batch.mos]
 
-    labels = joined(("mos",))
-
-    def correlations(target: str, key: tuple[str, ...]) -> dict[str, Any]:
-        scores = joined(key)
+    def correlations(target: str, parts: list[list[float]]) -> dict[str, Any]:
+        scores = [value for part in parts for value in part]
         logistic = (logistics or {}).get(target)
         mapped = scores if logistic is None else logistic(scores)
         return {"srocc": srocc(scores, labels), "plcc": plcc(mapped, labels), "scores": scores}
@@ -86,9 +88,13 @@ def transfer(
         "eps": eps,
         "names": first.names,
         "mos": labels,
-        "clean": {name: correlations(name, (name,)) for name in models},
+        "clean": {name: correlations(name, [batch.clean[name] for batch in batches]) for name in models},
         "pairs": [
-            {"source": source, "target": target, **correlations(target, (source, target))}
+            {
+                "source": source,
+                "target": target,
+                **correlations(target, [batch.attacks[source][target] for batch in batches]),
+            }
             for source in models
             for target in models
         ],
@@ -107,8 +113,8 @@ def sweep_steps(
 ) -> list[dict[str, Any]]:
     """`suite.run` at each number of steps, the step size following by its rule; a row for each.
 
-    steps: None is the config's `attack_sweep_steps`. `arguments` are further ones of `Suite.run`. A row has steps,
-    eps, clean, attacks (srocc, plcc, loss by attack) and worst.
+    steps: None is the config's `attack_sweep_steps`. `arguments` are further ones of `Suite.run`; under `resume` each
+    row has a folder of its own. A row has steps, eps, clean, attacks (srocc, plcc, loss by attack) and worst.
     """
     return [
         _row(
@@ -141,6 +147,9 @@ def sweep_eps(
 def _row(
     suite: Suite, model: nn.Module, dataset: Dataset, norm: str, eps: float, arguments: dict[str, Any]
 ) -> dict[str, Any]:
+    if arguments.get("resume") is not None:
+        place = Path(arguments["resume"], f"{suite.config.attack_steps}-{eps:.6g}")
+        arguments = {**arguments, "resume": place}
     result = suite.run(model, dataset, norm=norm, eps=eps, **arguments)
     return {
         "steps": suite.config.attack_steps,

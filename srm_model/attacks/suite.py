@@ -22,14 +22,13 @@ from srm_model.attacks.gradient import PGDTrace, default_step_size, pgd_trace
 from srm_model.attacks.guard import check_images, check_model, predict
 from srm_model.attacks.objectives import MSE, Drift, Objective, PairInversion, Signed, SoftSpearman
 from srm_model.attacks.problem import check_budget, check_count, radius_of
+from srm_model.attacks.records import Batch, Records
 from srm_model.attacks.square import square_trace
 from srm_model.config import SRMConfig
-from srm_model.files import read_json, write_json
 from srm_model.metrics import LogisticMap, plcc, srocc
 
 _DEFAULTS = SRMConfig()
 METHODS = ("pgd", "apgd", "square")
-_RESUME_FORMAT = "srm-iqa-attacks/2"
 
 
 class Dataset(Protocol):
@@ -172,12 +171,13 @@ class Suite:
         progress: a bar on stderr, one tick a step or query. keep: how many `examples` to return, evenly spaced over
             the set, each under the attack that moved its score most.
         limit: attack only so many images, evenly spaced over the set.
-        resume: a JSON file that holds what is finished, rewritten after each batch and attack; a later call
-            with the same arguments goes on from it. A file made by other settings, weights or images is a
-            ValueError.
+        resume: a folder that holds what is finished, a file for each batch, rewritten after each attack; a later
+            call with the same arguments, on however many ranks, goes on from it and repeats nothing. A file made
+            by other settings, weights or images is a ValueError.
 
-        In a torch.distributed process group (`torchrun`) the batches are dealt to the ranks, every rank returns the
-        whole result, the same to the bit as one process's, and rank 0 alone writes and shows progress.
+        In a torch.distributed process group (`torchrun`) the batches are dealt to the ranks, each writes its own to
+        `resume`, which they share, and every rank returns the whole result, the same to the bit as one process's.
+        Rank 0 shows its own progress.
 
         A model with a true `stochastic` attribute is attacked with EOT over `config.eot_samples` passes, and its
         scores, clean and attacked alike, are means of as many. Scores are taken on the float images, not on
@@ -202,23 +202,17 @@ class Suite:
             batch_size=batch_size,
             seed=seed,
             limit=limit,
+            keep=keep,
         )
-        check_count("keep", keep, 0)
-        records = _Records(resume, job)
-        gallery = _Gallery(job, keep)
-        rank, world = ranks.place()
-        waiting = records.unfinished()
-        own = waiting[rank::world]
-        total = sum(map(job.work, job.attacks)) * (len(own) + len(job.batches) - len(waiting))
-        done = total - sum(job.work(attack) for number in own for attack in records.waiting(number))
-        with _bar(progress and rank == 0, total, done) as tick:
-            for turn in range(0, len(waiting), world):
-                dealt = waiting[turn : turn + world]
-                if rank < len(dealt):
-                    _attack_batch(job, dealt[rank], records, gallery, tick)
-                records.exchange(dealt)
-        gallery.exchange()
-        return _result(job, records, logistic, gallery.examples(records), self.attacks)
+        records = Records(resume, {} if resume is None else settings_of(job), len(job.batches))
+        own = records.share(attack.name for attack in job.attacks)
+        left = [attack for number in own for attack in job.waiting(records.batches[number])]
+        total = len(own) * sum(map(job.work, job.attacks))
+        with _bar(progress and ranks.place()[0] == 0, total, total - sum(map(job.work, left))) as tick:
+            for number in own:
+                _attack_batch(job, number, records, tick)
+        records.exchange(own)
+        return _result(job, records, logistic, self.attacks)
 
 
 @dataclass
@@ -236,6 +230,7 @@ class Job:
     batch_size: int
     seed: int
     limit: int | None
+    keep: int = 0
 
     def __post_init__(self) -> None:
         check_budget(self.norm, self.eps)
@@ -246,6 +241,7 @@ class Job:
             raise ValueError("every attack of the suite is a transfer attack: expected a surrogate, got None")
         check_count("batch_size", self.batch_size, 1)
         check_count("seed", self.seed, 0)
+        check_count("keep", self.keep, 0)
         count = len(self.dataset)
         if self.limit is not None:
             check_count("limit", self.limit, 2)
@@ -272,6 +268,15 @@ class Job:
 
     def samples(self, model: nn.Module) -> int:
         return self.config.eot_samples if getattr(model, "stochastic", False) else 1
+
+    def waiting(self, batch: Batch) -> list[Attack]:
+        """The attacks that a batch still lacks."""
+        return [attack for attack in self.attacks if attack.name not in batch.attacks]
+
+    def shown(self, number: int) -> list[int]:
+        """The rows of a batch that are among the `keep` evenly spaced examples."""
+        places = (divmod(place, self.batch_size) for place in spread(len(self.indices), self.keep))
+        return [row for batch, row in places if batch == number]
 
     def load(self, number: int) -> tuple[Tensor, Tensor]:
         items = [self.dataset[index] for index in self.batches[number]]
@@ -341,127 +346,39 @@ class Job:
         return int(sequence.generate_state(1, np.uint64)[0] >> 1)
 
 
-def _attack_batch(
-    job: Job, number: int, records: _Records, gallery: _Gallery, tick: Callable[[], object] | None
-) -> None:
-    record = records[number]
+def _attack_batch(job: Job, number: int, records: Records, tick: Callable[[], object] | None) -> None:
+    batch = records.batches[number]
     images, mos = job.load(number)
-    if "clean" not in record:
-        record.update(mos=mos.tolist(), clean=job.clean(number, images))
-    for attack in records.waiting(number):
+    if batch.clean is None:
+        batch.mos, batch.clean = mos.tolist(), job.clean(number, images)
+    for attack in job.waiting(batch):
         trace = job.craft(number, attack, images, mos, tick)
-        scores = job.score(number, trace.images)
-        gallery.offer(number, attack, trace.images, scores, record["clean"])
-        record["attacks"][attack.name] = {
-            "scores": scores,
+        batch.attacks[attack.name] = {
+            "scores": job.score(number, trace.images),
             "loss": float(trace.loss.double().mean()),
             "zero_gradients": trace.zero_gradients,
             "nonfinite_gradients": trace.nonfinite_gradients,
         }
-        records.save()
+        for row in job.shown(number):
+            if _furthest(batch, row) == attack.name:
+                batch.examples[row] = trace.images[row].cpu().clone()
+        records.save(number)
 
 
-class _Records:
-    """What is finished, by batch and attack, kept in a file where one is named."""
-
-    def __init__(self, path: str | Path | None, job: Job) -> None:
-        self._path = None if path is None else Path(path)
-        self._settings = {} if path is None else _settings(job)
-        self._batches: list[dict[str, Any]] = [{"attacks": {}} for _ in job.batches]
-        self._attacks = job.attacks
-        if self._path is not None:
-            self._read(self._path)
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        return self._batches[number]
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return iter(self._batches)
-
-    def waiting(self, number: int) -> list[Attack]:
-        """The attacks that a batch still lacks."""
-        return [attack for attack in self._attacks if attack.name not in self[number]["attacks"]]
-
-    def unfinished(self) -> list[int]:
-        return [number for number in range(len(self._batches)) if self.waiting(number)]
-
-    def exchange(self, dealt: list[int]) -> None:
-        """Take from each rank the record of the batch that it was dealt."""
-        rank, world = ranks.place()
-        if world == 1:
-            return
-        own = self[dealt[rank]] if rank < len(dealt) else {}
-        for number, record in zip(dealt, ranks.gather(own), strict=False):
-            self._batches[number] = record
-        self.save()
-
-    def save(self) -> None:
-        if self._path is not None and ranks.place()[0] == 0:
-            write_json(self._path, {"settings": self._settings, "batches": self._batches})
-
-    def _read(self, path: Path) -> None:
-        found = ranks.from_first(lambda: read_json(path) if path.exists() else None)
-        if found is None:
-            return
-        settings = found.get("settings") if isinstance(found, dict) else None
-        if not isinstance(settings, dict) or settings.get("format") != _RESUME_FORMAT:
-            raise ValueError(f"{path}: not a record of attacks that could be resumed")
-        for name, value in self._settings.items():
-            if settings.get(name) != value:
-                raise ValueError(
-                    f"{path}: made with {name} {settings.get(name)!r}, this run has {value!r}; "
-                    "name another file or remove this one"
-                )
-        self._batches = _nan(found["batches"])
+def _furthest(batch: Batch, row: int) -> str:
+    """The attack, of those that are finished, that moved an image's score most."""
+    return max(batch.attacks, key=lambda name: _move(batch.attacks[name]["scores"][row], batch.clean[row]))
 
 
-class _Gallery:
-    """Evenly spaced images, each under the attack that moved its score most.
-
-    Only the best so far is held; one that an earlier, interrupted run had found is crafted again at the end.
-    """
-
-    def __init__(self, job: Job, keep: int) -> None:
-        self._job = job
-        self._held: dict[int, tuple[str, Tensor]] = {}
-        self._positions = spread(len(job.indices), keep)
-        self._moved: dict[int, float] = {}
-
-    def offer(
-        self, number: int, attack: Attack, attacked: Tensor, scores: list[float], clean: list[float]
-    ) -> None:
-        for position in self._positions:
-            batch, row = divmod(position, self._job.batch_size)
-            if batch == number:
-                move = _move(scores[row], clean[row])
-                if move > self._moved.get(position, -1.0):
-                    self._moved[position] = move
-                    self._held[position] = attack.name, attacked[row].cpu().clone()
-
-    def exchange(self) -> None:
-        """Take what the other ranks hold; no two hold the same position."""
-        for held in ranks.gather(self._held):
-            self._held |= held
-
-    def examples(self, records: _Records) -> list[Example]:
-        job = self._job
-        crafted: dict[tuple[int, str], Tensor] = {}
-        found = []
-        for position in self._positions:
-            number, row = divmod(position, job.batch_size)
-            clean = records[number]["clean"][row]
-            scores = {
-                attack.name: records[number]["attacks"][attack.name]["scores"][row] for attack in job.attacks
-            }
-            attack = max(job.attacks, key=lambda attack: _move(scores[attack.name], clean))
-            name, attacked = self._held.get(position, ("", None))
-            if attacked is None or name != attack.name:
-                if (number, attack.name) not in crafted:
-                    crafted[number, attack.name] = job.craft(number, attack, *job.load(number)).images.cpu()
-                attacked = crafted[number, attack.name][row]
+def _examples(job: Job, records: Records) -> list[Example]:
+    found = []
+    for number, batch in enumerate(records.batches):
+        for row in job.shown(number):
+            attack, position = _furthest(batch, row), number * job.batch_size + row
             image = torch.as_tensor(job.dataset[job.indices[position]][0]).cpu()
-            found.append(Example(position, image, attacked, clean, scores[attack.name], attack.name))
-        return found
+            score = batch.attacks[attack]["scores"][row]
+            found.append(Example(position, image, batch.examples[row], batch.clean[row], score, attack))
+    return found
 
 
 def _move(score: float, clean: float) -> float:
@@ -470,22 +387,19 @@ def _move(score: float, clean: float) -> float:
 
 
 def _result(
-    job: Job,
-    records: _Records,
-    logistic: LogisticMap | None,
-    examples: list[Example],
-    attacks: tuple[Attack, ...],
+    job: Job, records: Records, logistic: LogisticMap | None, attacks: tuple[Attack, ...]
 ) -> SuiteResult:
-    mos = [value for record in records for value in record["mos"]]
+    batches = records.batches
+    mos = [value for batch in batches for value in batch.mos]
 
     def correlations(scores: list[float]) -> dict[str, Any]:
         mapped = scores if logistic is None else logistic(scores)
         return {"srocc": srocc(scores, mos), "plcc": plcc(mapped, mos), "scores": scores}
 
-    clean = correlations([score for record in records for score in record["clean"]])
+    clean = correlations([score for batch in batches for score in batch.clean])
     attacked: dict[str, dict[str, Any]] = {}
     for attack in job.attacks:
-        parts = [record["attacks"][attack.name] for record in records]
+        parts = [batch.attacks[attack.name] for batch in batches]
         weights = [len(part["scores"]) for part in parts]
         attacked[attack.name] = {
             **correlations([score for part in parts for score in part["scores"]]),
@@ -519,7 +433,7 @@ def _result(
         attacks=attacked,
         worst=worst,
         incomplete=[attack.name for attack in attacks if attack not in job.attacks],
-        examples=examples,
+        examples=_examples(job, records),
     )
 
 
@@ -552,13 +466,12 @@ def _bar(shown: bool, total: int, done: int) -> Iterator[Callable[[], object] | 
         yield bar.update
 
 
-def _settings(job: Job) -> dict[str, Any]:
+def settings_of(job: Job) -> dict[str, Any]:
     """What a finished batch depends on, as JSON values."""
     images = hashlib.sha256(json.dumps(job.names).encode())
     images.update(str(getattr(job.dataset, "fingerprint", "")).encode())
     images.update(repr(tuple(job.first.shape)).encode() + _bytes(job.first))
     return {
-        "format": _RESUME_FORMAT,
         "norm": job.norm,
         "eps": job.eps,
         "steps": job.config.attack_steps,
@@ -570,10 +483,11 @@ def _settings(job: Job) -> dict[str, Any]:
         "eot_samples": job.config.eot_samples,
         "batch_size": job.batch_size,
         "seed": job.seed,
+        "keep": job.keep,
         "attacks": {attack.name: _describe(attack) for attack in job.attacks},
         "images": images.hexdigest(),
-        "model": _fingerprint(job.model),
-        "surrogate": None if job.surrogate is None else _fingerprint(job.surrogate),
+        "model": fingerprint(job.model),
+        "surrogate": None if job.surrogate is None else fingerprint(job.surrogate),
     }
 
 
@@ -586,7 +500,7 @@ def _describe(attack: Attack) -> str:
     return described if attack.method == "pgd" else f"{attack.method} {described}"
 
 
-def _fingerprint(model: nn.Module) -> str:
+def fingerprint(model: nn.Module) -> str:
     """A hash of the class, the config where there is one, and the weights and buffers."""
     digest = hashlib.sha256(type(model).__qualname__.encode())
     config = getattr(model, "config", None)
@@ -600,12 +514,3 @@ def _fingerprint(model: nn.Module) -> str:
 
 def _bytes(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def _nan(value: Any) -> Any:
-    """JSON has no NaN: a score that was not finite was written as null."""
-    if isinstance(value, dict):
-        return {key: _nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_nan(item) for item in value]
-    return math.nan if value is None else value

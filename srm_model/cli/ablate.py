@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +23,7 @@ from srm_model.backbones import check_backbone
 from srm_model.checkpoint import CONFIG, read_card
 from srm_model.cli import runs
 from srm_model.cli.attack import attack_checkpoint
-from srm_model.cli.study import FULL, Model, Study, read_study
+from srm_model.cli.study import FULL, Model, Study, read_study, slug
 from srm_model.cli.train import EVALUATION, logistic_of, new_model, train_neck
 from srm_model.files import claimed, read_json, write_json
 from srm_model.model import build_model
@@ -383,17 +385,19 @@ def _sweeps(
 
         def measure(model: Model = model, suite: Suite = suite) -> dict[str, Any]:
             loaded, card = runs.open_checkpoint(out / model.folder, device)
-            rows = sweep_steps(
-                suite,
-                loaded,
-                splits(model)["test"],
-                norm=norm,
-                eps=eps,
-                logistic=logistic_of(card),
-                batch_size=model.config.attack_batch_size,
-                seed=model.config.seed,
-                limit=study.images,
-            )
+            with _unfinished(out, f"sweep {_label(model)}") as resume:
+                rows = sweep_steps(
+                    suite,
+                    loaded,
+                    splits(model)["test"],
+                    norm=norm,
+                    eps=eps,
+                    logistic=logistic_of(card),
+                    batch_size=model.config.attack_batch_size,
+                    seed=model.config.seed,
+                    limit=study.images,
+                    resume=resume,
+                )
             return {"rows": rows}
 
         identity = {**model.identity, "norm": norm, "eps": eps, "images": study.images}
@@ -418,25 +422,29 @@ def _transfers(
             for group in groups:
                 for norm, eps in study.budgets if len(group) > 1 else ():
                     members = [full[data, seed, *entry] for entry in group]
+                    names = ", ".join(f"{m.backbone}/{m.neck}" for m in members)
+                    label = f"transfer between {names}, {data}, seed {seed}, {norm} {eps:.4g}"
 
                     def measure(
-                        members: list[Model] = members, norm: str = norm, eps: float = eps
+                        members: list[Model] = members, norm: str = norm, eps: float = eps, label: str = label
                     ) -> dict[str, Any]:
                         opened = {
                             f"{m.backbone}/{m.neck}": runs.open_checkpoint(out / m.folder, device)
                             for m in members
                         }
-                        found = transfer(
-                            {name: model for name, (model, _) in opened.items()},
-                            splits(members[0])["test"],
-                            norm=norm,
-                            eps=eps,
-                            config=members[0].config,
-                            logistics={name: logistic_of(card) for name, (_, card) in opened.items()},
-                            batch_size=members[0].config.attack_batch_size,
-                            seed=members[0].config.seed,
-                            limit=study.images,
-                        )
+                        with _unfinished(out, label) as resume:
+                            found = transfer(
+                                {name: model for name, (model, _) in opened.items()},
+                                splits(members[0])["test"],
+                                norm=norm,
+                                eps=eps,
+                                config=members[0].config,
+                                logistics={name: logistic_of(card) for name, (_, card) in opened.items()},
+                                batch_size=members[0].config.attack_batch_size,
+                                seed=members[0].config.seed,
+                                limit=study.images,
+                                resume=resume,
+                            )
                         keys = ("source", "target", "srocc", "plcc")
                         return {
                             "clean": {
@@ -455,14 +463,15 @@ def _transfers(
                         "eps": eps,
                         "images": study.images,
                     }
-                    names = ", ".join(f"{m.backbone}/{m.neck}" for m in members)
-                    yield Job(
-                        "transfer",
-                        identity,
-                        f"transfer between {names}, {norm} {eps:.4g}",
-                        measure,
-                        tuple(members),
-                    )
+                    yield Job("transfer", identity, label, measure, tuple(members))
+
+
+@contextmanager
+def _unfinished(out: Path, label: str) -> Iterator[Path]:
+    """A folder for what is finished of a job; it goes when the whole is."""
+    folder = out / "unfinished" / slug(label)
+    yield folder
+    shutil.rmtree(folder)
 
 
 def _diagnose(folder: Path, dataset: Any, device: torch.device) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def attack_checkpoint(
     if device.type == "cpu":
         runs.keep_memory()
     model, card = runs.open_checkpoint(folder, device)
-    unfinished = pictures / "unfinished.json"
+    unfinished = pictures / "unfinished"
     result = SUITES[suite](config).run(
         model,
         dataset,
@@ -136,7 +137,7 @@ def attack_checkpoint(
     if writes:
         save_examples(result, pictures)
         write_json(path, found)
-        unfinished.unlink(missing_ok=True)
+        shutil.rmtree(unfinished)
     return found
 
 

@@ -8,6 +8,7 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,12 @@ class Study:
                 )
 
     def budgets_of(self, model: Model) -> tuple[tuple[str, float], ...]:
-        return self.budgets if model.variant == FULL else self.ablation_budgets[model.variant]
+        """An ablation's own; and the full neck that it is compared with is attacked at those too."""
+        if model.variant != FULL:
+            return self.ablation_budgets[model.variant]
+        if (model.data, model.backbone, model.neck) != (next(iter(self.data)), self.backbones[0], "srm"):
+            return self.budgets
+        return tuple(dict.fromkeys(chain(self.budgets, *self.ablation_budgets.values())))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""

@@ -14,10 +14,13 @@ from srm_model.reports.records import StudyResults, grouped
 from srm_model.reports.text import attack_text, budget_text
 
 FULL = "full"
-# Okabe and Ito's, as on the report's page; each series has its own dash and marker too.
+# Okabe and Ito's, as on the report's page. Four dashes and nine markers have no common factor, so that 36 series are
+# told apart without colour too.
 _COLOURS = ("#0072b2", "#c8540a", "#00805f", "#9a4f80", "#5f45a8", "#56b4e9")
 _DASHES = ("-", "--", ":", "-.")
-_MARKERS = ("o", "s", "^", "D")
+_MARKERS = ("o", "s", "^", "D", "v", "X", "<", "P", "*")
+_SERIES = ("data", "backbone", "neck", "variant")
+_ROW = 0.17  # inches of a row of a legend
 _STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -73,6 +76,19 @@ def _look(number: int) -> dict[str, Any]:
     }
 
 
+def _legend(figure: Any) -> None:
+    """Of all its axes, below them; they keep their height however many series there are."""
+    known: dict[str, Any] = {}
+    for axis in figure.axes:
+        handles, labels = axis.get_legend_handles_labels()
+        known |= dict(zip(labels, handles, strict=True))
+    columns = 3 if max(map(len, known)) < 30 else 2
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + _ROW * math.ceil(len(known) / columns))
+    place = {"loc": "outside lower center", "ncols": columns, "fontsize": 7, "handlelength": 5}
+    figure.legend(known.values(), known.keys(), **place)
+
+
 def _name(identity: dict[str, Any]) -> str:
     return f"{identity['neck']}, {identity['backbone']}, {identity['data']}"
 
@@ -95,18 +111,21 @@ def _scale(results: StudyResults, figure: Any) -> bool:
 
         look = _look(number)
         name = _name(group[0]["identity"])
-        left.plot(epochs, over("sigma_before_tau"), **{**look, "linestyle": ":"}, label=f"{name}, before τ")
-        left.plot(epochs, over("sigma_after_tau"), **{**look, "linestyle": "-"}, label=f"{name}, after τ")
+        left.plot(epochs, over("sigma_before_tau"), **look, markerfacecolor="none")
+        left.plot(epochs, over("sigma_after_tau"), **look)
         right.plot(epochs, over("tau"), **look, label=name)
     left.axhline(1, color="#5a626b", linewidth=0.8)
-    left.set(xlabel="epoch", ylabel="σ̄ / √d, median", title="Scale of the attention output")
+    left.set(xlabel="epoch", ylabel="σ̄ / √d, median", title="Scale before τ (hollow) and after")
     right.set(xlabel="epoch", ylabel="τ, median", title="Learned rescaler")
-    left.legend(fontsize=7)
+    _legend(figure)
     return True
 
 
 def _gate(results: StudyResults, figure: Any) -> bool:
-    """Figure 4: entropy, mean weights, γ and ‖M‖ of the gate over the test images of all seeds."""
+    """Figure 4: entropy, mean weights, γ and ‖M‖ of the gate over the test images of all seeds.
+
+    Distributions are drawn cumulated: lines of many series stay apart where bars of them would cover each other.
+    """
     groups = grouped(_full(results, "diagnostics"), "data", "backbone", "neck")
     if not groups:
         return False
@@ -117,25 +136,28 @@ def _gate(results: StudyResults, figure: Any) -> bool:
             key: [value for line in group for value in line["values"]["gate"][key]]
             for key in ("entropy", "weights", "gain", "norm")
         }
-        look = {"color": _COLOURS[number % len(_COLOURS)], "label": _name(group[0]["identity"]), "alpha": 0.6}
-        stages = np.asarray(gate["weights"]).shape[1]
-        width = 0.8 / len(groups)
-        axes[0, 0].hist(gate["entropy"], bins=30, range=(0, np.log(max(stages, 2)) * 1.001), **look)
-        axes[0, 1].bar(np.arange(stages) + number * width, np.mean(gate["weights"], axis=0), width, **look)
-        axes[1, 0].hist(gate["gain"], bins=30, range=(0, 1.001), **look)
-        axes[1, 1].hist(gate["norm"], bins=30, **look)
+        look = {
+            **_look(number),
+            "markevery": (0.03 * (number % 6), 0.24),
+            "label": _name(group[0]["identity"]),
+        }
+        mass = np.mean(gate["weights"], axis=0)
+        place = np.arange(len(mass)) + 0.7 * ((number + 0.5) / len(groups) - 0.5)
+        axes[0, 1].plot(place, mass, **{**look, "linewidth": 0.8, "markevery": 1})
+        for axis, name in ((axes[0, 0], "entropy"), (axes[1, 0], "gain"), (axes[1, 1], "norm")):
+            values = np.sort(gate[name])
+            axis.plot(values, np.arange(1, len(values) + 1) / len(values), **look)
     fused = results.study["config"]["fused_stages"]
     axes[0, 0].axvline(
         results.study["config"]["entropy_floor"] * np.log(max(len(fused), 2)), color="#5a626b", linewidth=0.8
     )
-    axes[0, 0].set(xlabel="entropy H(a); the line is H_min", ylabel="images", title="Entropy of the weights")
+    share = "share of images up to x"
+    axes[0, 0].set(xlabel="entropy H(a); the line is H_min", ylabel=share, title="Entropy of the weights")
     axes[0, 1].set(ylabel="mean weight", title="Mean routing mass", ylim=(0, 1))
-    axes[0, 1].set_xticks(
-        np.arange(len(fused)) + 0.4 - 0.4 / len(groups), [f"stage {stage}" for stage in fused]
-    )
-    axes[1, 0].set(xlabel="γ", ylabel="images", title="Gain cap")
-    axes[1, 1].set(xlabel="‖M‖ before the cap", ylabel="images", title="Magnitude of the fused map")
-    axes[0, 1].legend(fontsize=7)
+    axes[0, 1].set_xticks(np.arange(len(fused)), [f"stage {stage}" for stage in fused])
+    axes[1, 0].set(xlabel="γ", ylabel=share, title="Gain cap")
+    axes[1, 1].set(xlabel="‖M‖ before the cap", ylabel=share, title="Magnitude of the fused map")
+    _legend(figure)
     return True
 
 
@@ -174,7 +196,7 @@ def _steps(results: StudyResults, figure: Any) -> bool:
         axis.set(xlabel="PGD steps", title=attack_text(attack), ylim=(-1.05, 1.05))
     identity = groups[0][0]["identity"]
     axes[0].set_ylabel(f"SROCC at {budget_text((identity['norm'], identity['eps']))}")
-    axes[0].legend(fontsize=7)
+    _legend(figure)
     return True
 
 
@@ -186,10 +208,12 @@ def _budgets(results: StudyResults, figure: Any) -> bool:
         return False
     figure.set_size_inches(7.2, 3.6)
     axes = figure.subplots(1, len(norms), sharey=True, squeeze=False)[0]
+    series = [_variant(group[0]["identity"], lines) for group in grouped(lines, *_SERIES)]
     for axis, norm in zip(axes, norms, strict=True):
         of_norm = [line for line in lines if line["identity"]["norm"] == norm]
         ticks: set[float] = set()
-        for number, group in enumerate(grouped(of_norm, "data", "backbone", "neck", "variant")):
+        for group in grouped(of_norm, *_SERIES):
+            label = _variant(group[0]["identity"], lines)
             worst = {
                 same[0]["identity"]["eps"]: [
                     math.nan if (found := line["values"]["worst"]["srocc"]) is None else found
@@ -206,8 +230,8 @@ def _budgets(results: StudyResults, figure: Any) -> bool:
                 [np.mean(v) for v in values],
                 yerr=[np.std(v, ddof=1) for v in values] if min(map(len, values)) > 1 else None,
                 capsize=2,
-                **_look(number),
-                label=_variant(group[0]["identity"], of_norm),
+                **_look(series.index(label)),
+                label=label,
             )
         axis.axhline(0, color="#5a626b", linewidth=0.8)
         axis.set_xscale("log")
@@ -219,13 +243,13 @@ def _budgets(results: StudyResults, figure: Any) -> bool:
             ylim=(-1.05, 1.05),
         )
     axes[0].set_ylabel("worst SROCC over the suite")
-    axes[0].legend(fontsize=7)
+    _legend(figure)
     return True
 
 
 def _budgets_of(results: StudyResults, line: dict[str, Any]) -> set[float]:
     """The budgets at which this line's model was attacked in its norm."""
-    keys = ("data", "backbone", "neck", "variant", "norm")
+    keys = (*_SERIES, "norm")
     return {
         other["identity"]["eps"]
         for other in results.records.of("attack")

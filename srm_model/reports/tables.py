@@ -12,7 +12,7 @@ from srm_model.config import SRMConfig
 from srm_model.reports.blocks import caption, missing, row, table
 from srm_model.reports.markup import Markup, element, join
 from srm_model.reports.records import StudyResults, grouped, mean_of, over_seeds
-from srm_model.reports.text import DASH, attack_text, budget_text, fixed, setting, signed, significant
+from srm_model.reports.text import DASH, attack_text, bold, budget_text, fixed, setting, signed, significant
 
 FULL = "full"
 
@@ -53,11 +53,16 @@ def html(found: Table) -> Markup:
     if not found.rows:
         return join(element("h3", title), missing(found.note))
     words = range(found.words)
-    rows = [row(cells[0], *cells[1:], words=words) for cells in found.rows]
+    rows = [row(*map(_strong, cells), words=words) for cells in found.rows]
     return join(
         table(found.columns, rows, words=words, title=title),
         caption(found.note),
     )
+
+
+def _strong(cell: str) -> str:
+    plain = cell.removeprefix("**").removesuffix("**")
+    return cell if plain == cell else element("strong", plain)
 
 
 def _made(
@@ -358,47 +363,55 @@ def _ablations(results: StudyResults) -> Table:
             if all(line["identity"].get(key) == value for key, value in wanted.items())
         ]
 
-    budgets = [(str(norm), float(eps)) for norm, eps in study.get("budgets", [])]
-    variants = {FULL: {}, **study["ablations"]}
-    rows = []
-    for variant, overrides in variants.items():
-        neck = overrides.get("neck", "srm")
-        clean = lines("clean", variant, neck)
-        if not clean:
-            continue
-        cells = [
-            variant if variant != FULL else "full SRM",
-            over_seeds(clean, lambda values: values["srocc"]),
-        ]
-        full = [] if variant == FULL else lines("clean", FULL, "srm")
-        cells.append(_delta(full, clean, lambda values: values["srocc"]))
-        for norm, eps in budgets:
-            attacked = lines("attack", variant, neck, norm=norm, eps=eps)
-            cells.append(over_seeds(attacked, lambda values: values["worst"]["srocc"]) if attacked else DASH)
-            full = [] if variant == FULL else lines("attack", FULL, "srm", norm=norm, eps=eps)
-            cells.append(_delta(full, attacked, lambda values: values["worst"]["srocc"]))
-        rows.append(cells)
+    declared = {(norm, eps) for found in study["ablation_budgets"].values() for norm, eps in found}
+    budgets = sorted(declared, key=lambda budget: (budget[0] != "linf", budget[1]))
     columns = ["Variant", "clean SROCC", "Δ"]
-    for budget in budgets:
-        columns += [f"worst SROCC, {budget_text(budget)}", "Δ"]
+    measured: list[tuple[str, str, dict[str, Any]]] = [("clean", "srocc", {})]
+    for norm, eps in budgets:
+        columns += [f"worst SROCC, {budget_text((norm, eps))}", "Δ"]
+        measured.append(("attack", "worst", {"norm": norm, "eps": eps}))
+    rows, means = [], []
+    for variant, overrides in {FULL: {}, **study["ablations"]}.items():
+        neck = overrides.get("neck", "srm")
+        if not lines("clean", variant, neck):
+            continue
+        rows.append([variant if variant != FULL else "full SRM"])
+        means.append([math.nan])
+        for kind, key, more in measured:
+
+            def value(values: dict[str, Any], key: str = key) -> Any:
+                return values[key]["srocc"] if key == "worst" else values[key]
+
+            found = lines(kind, variant, neck, **more)
+            delta = math.nan if variant == FULL else _delta(lines(kind, FULL, "srm", **more), found, value)
+            rows[-1] += [over_seeds(found, value), signed(delta)]
+            means[-1] += [mean_of(found, value), delta]
+    best = np.nanmax(np.vstack([means, np.full(len(columns), -math.inf)]), axis=0)
+    for cells, row_means in zip(rows, means, strict=True):
+        whole = cells[0] == "full SRM"
+        cells[:] = [
+            bold(cell) if cell != DASH and (whole or mean == top) else cell
+            for cell, mean, top in zip(cells, row_means, best, strict=True)
+        ]
     return _made(
         11,
         f"One-out ablations on {place['data']}, {place['backbone']}",
         columns,
         rows,
-        "Δ is against full SRM over the same seeds. Mean ± standard deviation over seeds where there are several.",
+        "Worst over the suite, at every budget of an ablation; Δ is against full SRM over the same seeds. Mean ± "
+        "standard deviation over seeds where there are several. Bold: full SRM, and the best of each column.",
         needs="trained ablations",
     )
 
 
 def _delta(
     full: list[dict[str, Any]], lines: list[dict[str, Any]], value: Callable[[dict[str, Any]], Any]
-) -> str:
-    """How much higher a variant's mean is than the full neck's over the same seeds."""
+) -> float:
+    """How much higher a variant's mean is than the full neck's over the same seeds; NaN where there are none."""
     by_seed = [{line["identity"]["seed"]: line for line in found} for found in (full, lines)]
     seeds = by_seed[0].keys() & by_seed[1].keys()
     before, after = (mean_of([found[seed] for seed in seeds], value) for found in by_seed)
-    return signed(after - before) if math.isfinite(after - before) else DASH
+    return after - before
 
 
 def _mechanism(results: StudyResults) -> Table:

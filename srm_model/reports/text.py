@@ -32,6 +32,11 @@ def signed(value: float) -> str:
     return f"{value:+.3f}".replace("-", MINUS) if math.isfinite(value) else DASH
 
 
+def bold(text: str) -> str:
+    """As Markdown has it; pages make it an element."""
+    return f"**{text}**"
+
+
 def significant(value: float) -> str:
     return f"{value:.3g}".replace("-", MINUS)
 

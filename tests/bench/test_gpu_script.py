@@ -45,7 +45,8 @@ def test_every_step_writes_its_file(tmp_path: Path):
         "operators": "-m pytest bench --benchmark-only",
         "neck": "-m bench.neck --device cuda --article",
         "growth": "-m bench.growth",
-        "attention": "-m bench.attention --device cuda --out ",
+        "attention": "-m bench.attention --device cuda --dtype bfloat16 --seconds 1 --out ",
+        "attacks": "--necks srm quadratic none --backends triton reference",
     }.items():
         assert command in (out / f"{name}.txt").read_text()
 

@@ -43,12 +43,3 @@ def run(*arguments: str) -> str:
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
     return done.stdout
-
-
-def misfits(rows: list[dict[str, Any]], shared_kib: int) -> list[tuple[Any, ...]]:
-    """Kernels that spill, or ask for more shared memory than a block may have."""
-    return [
-        (row["operator"], row["kernel"], row["case"], row["spilled"], row["shared"])
-        for row in rows
-        if row["spilled"] or row["shared"] > shared_kib * 1024
-    ]

@@ -24,7 +24,8 @@ from srm_model.cli.study import ABLATIONS, DEFENCES, FULL, Model, read_study, sl
 from srm_model.data.synthesize import synthesize
 from srm_model.files import claimed, read_json
 from srm_model.reports import write_study
-from srm_model.reports.records import Records, over_seeds
+from srm_model.reports.figures import _BUILDERS
+from srm_model.reports.records import Records, StudyResults, over_seeds
 from srm_model.reports.text import signed
 
 STUDY = """
@@ -71,6 +72,9 @@ l2 = [10]
 """
 
 
+BASELINE = "baseline, gradient-norm training"
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a data set and a study file."""
@@ -112,11 +116,12 @@ def test_every_result_is_a_line_with_all_that_it_depends_on(out: Path):
     counts: dict[str, int] = {}
     for line in lines:
         counts[line["kind"]] = counts.get(line["kind"], 0) + 1
-    # Two necks and two variants on two seeds, one variant on one; a budget each; both necks are swept; a pair per seed.
+    # Two necks and two variants on two seeds, one variant on one; a budget each, and for the full neck that variant's
+    # too; both necks are swept; a pair per seed.
     assert counts == {
         "clean": 9,
         "diagnostics": 5,
-        "attack": 9,
+        "attack": 11,
         "swap": 4,
         "audit": 2,
         "sweep": 4,
@@ -216,7 +221,7 @@ def test_weights_that_are_gone_are_trained_again_where_something_needs_them(
     digest = read_json(_srm(out, 0) / "config.json")["sha256"]
     shutil.rmtree(_srm(out, 0))
     assert main([*arguments, "--dry-run"]) == 0
-    assert capsys.readouterr().out == "0 of 37 results are missing\n"
+    assert capsys.readouterr().out == "0 of 39 results are missing\n"
     lost = next(
         text
         for text in lines
@@ -336,7 +341,7 @@ def test_a_second_call_repeats_nothing_and_a_lost_line_is_measured_again(
     path = out / "results.jsonl"
     before = path.read_text()
     assert main([*arguments, "--dry-run"]) == 0
-    assert capsys.readouterr().out == "0 of 37 results are missing\n"
+    assert capsys.readouterr().out == "0 of 39 results are missing\n"
     lines = before.splitlines()
     lost = next(i for i, text in enumerate(lines) if json.loads(text)["kind"] == "sweep")
     path.write_text("\n".join([*lines[:lost], *lines[lost + 1 :], lines[0][:50]]) + "\n")  # and one cut short
@@ -376,9 +381,31 @@ def test_all_tables_are_made_and_their_figures_are_the_lines(out: Path, capsys: 
     assert f"| {expected} |" in mine[0]
     assert len(clean) == 4
     ablations = (out / "tables" / "table-11.md").read_text()
-    assert [
-        name for name in ("full SRM", "uniform landmarks", "no key norm") if f"| {name} |" not in ablations
-    ] == []
+    cells = {
+        row[1].strip("*"): row
+        for line in ablations.splitlines()
+        if len(row := [cell.strip() for cell in line.split("|")]) > 2
+    }
+    assert list(cells) == ["Variant", ":---", "full SRM", "uniform landmarks", BASELINE, "no key norm"]
+    # At the budget that one variant alone was attacked at, the full neck was too.
+    assert cells["Variant"][2:-1] == [
+        *("clean SROCC", "Δ", "worst SROCC, L∞ ε = 4/255", "Δ", "worst SROCC, L2 ε = 10 at 512²", "Δ")
+    ]
+    assert cells["no key norm"][4:6] == ["—", "—"]
+    assert cells["uniform landmarks"][6:8] == ["—", "—"]
+    assert "—" not in cells["no key norm"][6:8]
+    assert all(cell in ("—", f"**{cell.strip('*')}**") for cell in cells["full SRM"][1:-1])
+    for column in range(2, 8):
+        values = {
+            name: float(re.split(" ±", row[column].strip("*"))[0].replace("−", "-"))
+            for name, row in list(cells.items())[2:]
+            if row[column] != "—"
+        }
+        highest = {name for name, value in values.items() if value == max(values.values())}
+        marked = {name for name in values if cells[name][column].startswith("**")}
+        assert marked - {"full SRM"} <= highest
+        assert marked & highest
+    assert "<strong>full SRM</strong>" in page
     # Of one variant there is one seed: the difference is from that seed's full neck.
     srocc = {
         (line["identity"]["variant"], line["identity"]["seed"]): line["values"]["srocc"]
@@ -386,8 +413,7 @@ def test_all_tables_are_made_and_their_figures_are_the_lines(out: Path, capsys: 
         if line["identity"]["neck"] == "srm"
     }
     assert srocc["full", 0] != srocc["full", 1]
-    (row,) = (line for line in ablations.splitlines() if line.startswith("| no key norm |"))
-    assert row.split(" | ")[2] == signed(srocc["no key norm", 1] - srocc["full", 1])
+    assert cells["no key norm"][3].strip("*") == signed(srocc["no key norm", 1] - srocc["full", 1])
     assert main(["report", str(out), "--table", "8"]) == 0
     assert "| noise | test_convnext | srm | L∞ ε = 4/255 |" in capsys.readouterr().out
 
@@ -447,6 +473,36 @@ def test_figures_are_drawn_as_vectors_and_pixels(
     before = (out / "figures" / "figure-5.svg").read_bytes()
     assert main(["report", str(out), "--figure", "5"]) == 0
     assert (out / "figures" / "figure-5.svg").read_bytes() == before
+
+
+def test_twenty_series_are_told_apart_without_colour(out: Path, tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    shutil.copy(out / "study.json", tmp_path)
+    records = Records(tmp_path)
+    for line in Records(out).lines:
+        for number in range(20):
+            identity = {**line["identity"], "backbone": f"b{number}"}
+            if line["kind"] == "attack":  # at two budgets in one norm, and of the first few in the other
+                for norm, eps in (("linf", 0.1), ("linf", 0.2), ("l2", 1.0), ("l2", 2.0)):
+                    if identity["variant"] == FULL and (norm == "linf" or number > 17):
+                        records.add({**line, "identity": {**identity, "norm": norm, "eps": eps}})
+            elif line["kind"] in ("diagnostics", "sweep") and line["identity"]["neck"] == "srm":
+                records.add({**line, "identity": identity})
+    results = StudyResults.read(tmp_path)
+    for number, series in ((3, 20), (4, 20), (5, 20), (6, 40)):
+        figure = Figure()
+        assert _BUILDERS[number](results, figure)
+        looks: dict[str, set[Any]] = {}
+        for axis in figure.axes:
+            for shown, label in zip(*axis.get_legend_handles_labels(), strict=True):
+                line = getattr(shown, "lines", [shown])[0]
+                looks.setdefault(label, set()).add((line.get_linestyle(), line.get_marker()))
+        assert len(looks) == series == len(figure.legends[0].get_texts())
+        assert all(len(look) == 1 for look in looks.values())  # the same in every panel
+        # Of 36 looks, 40 series must share some.
+        assert len({look for found in looks.values() for look in found}) == min(series, 36)
 
 
 def test_what_is_not_there_is_a_sentence(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -204,7 +204,7 @@ def test_attack_writes_results_and_pictures_and_goes_on_where_it_stopped(
         assert all(
             (path.with_suffix("") / entry[k]).is_file() for entry in entries for k in ("clean", "attacked")
         )
-        assert not (path.with_suffix("") / "unfinished.json").exists()
+        assert not (path.with_suffix("") / "unfinished").exists()
 
     def not_again(*arguments: Any, **keywords: Any) -> None:
         raise AssertionError("attacked again")

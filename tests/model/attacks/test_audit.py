@@ -224,6 +224,46 @@ def test_the_gradient_of_a_random_model_is_compared_within_one_draw():
     assert "derivative" in run(DeclaredAndDetached(), config=config).failed
 
 
+def cropped(base: type[Honest]) -> type[Honest]:
+    """The model behind a random crop, which it declares."""
+
+    class Cropped(base):
+        stochastic = True
+
+        def raw(self, images: Tensor) -> Tensor:
+            top, left = torch.randint(0, 5, (2,)).tolist()
+            return super().raw(F.pad(images, (2, 2, 2, 2))[..., top : top + 16, left : left + 16])
+
+    return Cropped
+
+
+class DeclaredDice(OwnDice):
+    """Scores of random size; what is added to both ways of an attack alike would cancel."""
+
+    stochastic = True
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.raw(images) * (0.1 + 1.8 * torch.randint(2, (), generator=self.generator))
+
+
+EOT = CONFIG.replace(attack_steps=6, attack_restarts=2, eot_samples=8, attack_queries=16)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("model", [cropped(Honest)(), DeclaredDice()], ids=["crop", "dice"])
+def test_the_noise_of_a_declared_random_model_is_not_taken_for_a_fall(model, norm):
+    # Eight draws at a time: what they differ by is more than all that the attack gains.
+    assert run(model, norm=norm, eps=4 / 255 if norm == "linf" else 10.0, config=EOT, images=6).failed == []
+
+
+@pytest.mark.parametrize(
+    ("base", "flags"),
+    [(Quantising, {"steps", "restarts", "gradients"}), (Rugged, {"steps"}), (Blind, {"steps", "restarts"})],
+)
+def test_a_masked_model_is_flagged_behind_declared_randomness_too(base, flags):
+    assert flags <= set(run(cropped(base)(), config=EOT, images=6).failed)
+
+
 def test_what_cannot_be_asked_is_left_open():
     result = run(Honest(), surrogate=None, config=CONFIG.replace(attack_restarts=1))
     found = {check.name: check.passed for check in result.checks}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import socket
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,10 @@ from attack_models import Convolutional, Linear, batch, weight
 
 from srm_model import ranks
 from srm_model.attacks import MSE, Attack, Suite
+from srm_model.attacks.suite import Job
 from srm_model.config import SRMConfig
 
+CRAFT = Job.craft
 CONFIG = SRMConfig(attack_steps=3, attack_restarts=2, attack_queries=20)
 
 
@@ -55,45 +59,88 @@ def plain(result):
     return json.dumps([result.to_dict(), examples])
 
 
-def _rank(rank: int, world: int, port: int, folder: str) -> None:
+def _rank(rank: int, world: int, port: int, job: Callable[[int], None]) -> None:
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=world)
-    place = Path(folder)
-    dataset = Images()
-    found = {"whole": plain(run(place / "whole.json", dataset)), "reads": dataset.reads}
-    dataset = Images()
-    found |= {"resumed": plain(run(place / "half.json", dataset)), "resumed_reads": dataset.reads}
-    try:
-        run(place / "foreign.json")
-    except ValueError as error:
-        found["foreign"] = str(error)
-    (place / f"rank{rank}.json").write_text(json.dumps(found))
+    job(rank)
     dist.destroy_process_group()
 
 
-def test_two_ranks_do_the_work_of_one_to_the_bit(tmp_path):
-    expected = run(tmp_path / "half.json")
-    finished = json.loads((tmp_path / "half.json").read_text())
-    del finished["batches"][1]["attacks"]["square_mse"]
-    finished["batches"][3] = {"attacks": {}}
-    (tmp_path / "half.json").write_text(json.dumps(finished))
-    (tmp_path / "foreign.json").write_text("[]")
+def start(world: int, job: Callable[[int], None]) -> mp.ProcessContext:
+    """`job(rank)` on so many ranks; forked, so that they need not import torch again."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    # Forked, so that the ranks need not import torch again.
-    mp.start_processes(_rank, args=(2, port, str(tmp_path)), nprocs=2, start_method="fork")
+    return mp.start_processes(_rank, args=(world, port, job), nprocs=world, start_method="fork", join=False)
+
+
+def test_two_ranks_do_the_work_of_one_to_the_bit(tmp_path):
+    expected = run(tmp_path / "one")
+    foreign = tmp_path / "foreign" / "batch-000000.safetensors"
+    foreign.parent.mkdir()
+    foreign.touch()
+
+    def job(rank: int) -> None:
+        dataset = Images()
+        found = {"whole": plain(run(tmp_path / "two", dataset)), "reads": dataset.reads}
+        with pytest.raises(ValueError, match="not a whole record") as caught:
+            run(foreign.parent)
+        (tmp_path / f"rank{rank}.json").write_text(json.dumps(found | {"foreign": str(caught.value)}))
+
+    start(2, job).join()
     found_by_rank = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     for found in found_by_rank:
         assert found["whole"] == plain(expected)
-        assert found["resumed"] == plain(expected)
-        assert "foreign.json: not a record of attacks" in found["foreign"]
+        assert str(foreign) in found["foreign"]
     # Each read the images of its own two batches, the first one for its shape, and the four examples' clean images.
     assert [found["reads"] for found in found_by_rank] == [6 + 1 + 4, 5 + 1 + 4]
-    whole, half = ((tmp_path / name).read_text() for name in ("whole.json", "half.json"))
-    assert json.loads(whole) == json.loads(half)
-    assert not list(tmp_path.glob(".*"))
+    one, two = (sorted((tmp_path / name).iterdir()) for name in ("one", "two"))
+    assert [path.name for path in one] == [path.name for path in two]
+    assert [path.read_bytes() for path in one] == [path.read_bytes() for path in two]
+
+
+def crafted(log: Path, wait: Callable[[int, str], bool] = lambda number, name: False):
+    """In place of `Job.craft`: logs what is crafted, and never goes on where `wait` says so."""
+
+    def craft(self: Job, number: int, attack: Attack, *arguments):
+        with log.open("a") as file:
+            file.write(f"{number} {attack.name}\n")
+        while wait(number, attack.name):
+            time.sleep(60)
+        return CRAFT(self, number, attack, *arguments)
+
+    return craft
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_killed_ranks_leave_all_that_each_had_finished(tmp_path, monkeypatch, world):
+    names = [attack.name for attack in Suite.extended(CONFIG).attacks]
+    # Of batches 0 and 2 rank 0 gets no further than one attack; rank 1 does batch 1, and of batch 3 all but the last.
+    stops = {(0, names[1]), (3, names[-1])}
+    log, folder = tmp_path / "log", tmp_path / "attacks"
+    monkeypatch.setattr(Job, "craft", crafted(log, lambda *where: where in stops))
+    killed = start(2, lambda rank: run(folder))
+    end = time.monotonic() + 120
+    while time.monotonic() < end and not (
+        log.exists() and {f"{number} {name}" for number, name in stops} <= set(log.read_text().splitlines())
+    ):
+        time.sleep(0.05)
+    for process in killed.processes:
+        process.kill()
+    for process in killed.processes:
+        process.join()
+    log.unlink()
+    monkeypatch.setattr(Job, "craft", crafted(log))
+
+    def job(rank: int) -> None:
+        (tmp_path / f"rank{rank}.json").write_text(plain(run(folder)))
+
+    start(world, job).join() if world > 1 else job(0)
+    left = [f"0 {name}" for name in names[1:]] + [f"2 {name}" for name in names] + [f"3 {names[-1]}"]
+    assert sorted(log.read_text().splitlines()) == sorted(left)
+    expected = plain(run())
+    assert [(tmp_path / f"rank{rank}.json").read_text() for rank in range(world)] == [expected] * world
 
 
 def test_one_process_is_rank_0_of_1():

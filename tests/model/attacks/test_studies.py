@@ -6,6 +6,7 @@ from attack_models import Convolutional, Linear, weight
 from test_suite import CONFIG, Images, linear, run
 
 from srm_model.attacks import MSE, Attack, Suite, sweep_eps, sweep_steps, transfer
+from srm_model.attacks.suite import Job
 from srm_model.metrics import LogisticMap, plcc
 
 
@@ -48,6 +49,45 @@ def test_sweeps_are_suites_at_other_settings():
     losses = [row["attacks"]["pgd_mse"]["loss"] for row in rows]
     assert losses == sorted(losses)
     assert sweep_steps(suite, linear(), Images(), norm="linf", eps=0.01, batch_size=4)[-1]["steps"] == 80
+
+
+class Stopping(Images):
+    """Ends the run when so many images have been read."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.left = after
+
+    def __getitem__(self, index: int):
+        if not self.left:
+            raise KeyboardInterrupt
+        self.left -= 1
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize(("study", "reads"), [("transfer", 2 + 8), ("sweep", 1 + 11 + 1 + 4)])
+def test_a_stopped_study_goes_on_without_repeating(tmp_path, monkeypatch, study, reads):
+    suite = Suite([Attack("pgd_mse", MSE())], CONFIG)
+    common = {"norm": "linf", "eps": 4 / 255, "batch_size": 4}
+
+    def done(dataset, **more):
+        if study == "sweep":
+            return sweep_steps(suite, linear(), dataset, steps=(1, 4), **common, **more)
+        models = {"a": linear(), "b": Linear(weight(3))}
+        return transfer(models, dataset, config=CONFIG, **common, **more)
+
+    whole = done(Images())
+    crafted = []
+    craft = Job.craft
+    monkeypatch.setattr(Job, "craft", lambda *arguments: crafted.append(arguments[1]) or craft(*arguments))
+    with pytest.raises(KeyboardInterrupt):
+        done(Stopping(reads), resume=tmp_path)
+    assert len(crafted) == 4  # of 6: two models or numbers of steps, three batches
+    assert done(Images(), resume=tmp_path) == whole
+    assert len(crafted) == 6
+    if study == "transfer":
+        with pytest.raises(ValueError, match=r"made with model .* this run has"):
+            transfer({"a": linear(), "b": linear(4)}, Images(), config=CONFIG, resume=tmp_path, **common)
 
 
 def test_the_loss_of_a_result_is_the_mean_over_its_images():

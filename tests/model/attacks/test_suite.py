@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from attack_models import Convolutional, Linear, Noisy, batch, weight
+from safetensors.torch import save
 from torch.utils.data import Subset
 
 from srm_model.attacks import MSE, Attack, Drift, PairInversion, Suite, pgd
@@ -332,8 +333,8 @@ def attacks_made(monkeypatch):
 
 
 def test_a_stopped_run_goes_on_without_repeating_and_ends_the_same(tmp_path, monkeypatch):
-    model, file = Convolutional(), tmp_path / "attacks.json"
-    resumed = partial(run, model, surrogate=linear(3), keep=3, resume=file)
+    model, folder = Convolutional(), tmp_path / "attacks"
+    resumed = partial(run, model, surrogate=linear(3), keep=3, resume=folder)
     whole = run(model, surrogate=linear(3), keep=3)
     made = attacks_made(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
@@ -341,22 +342,20 @@ def test_a_stopped_run_goes_on_without_repeating_and_ends_the_same(tmp_path, mon
     assert len(made) == 8
     made.clear()
     result = resumed()
-    # The last batch, and again one attack for each example of the finished batches.
-    assert [len(mos) for mos, _ in made[:4]] == [3] * 4
-    assert len(made) == 4 + 2
+    assert [len(mos) for mos, _ in made] == [
+        3
+    ] * 4  # the last batch, and nothing for the examples of the others
     assert plain(result) == plain(whole)
     for ours, theirs in zip(result.examples, whole.examples, strict=True):
         assert torch.equal(ours.attacked, theirs.attacked)
         assert ours.attack == theirs.attack
     made.clear()
-    assert plain(run(model, surrogate=linear(3), resume=file)) == plain(whole)
+    assert plain(resumed()) == plain(whole)
     assert made == []
-    assert [path.name for path in tmp_path.iterdir()] == ["attacks.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [f"batch-00000{n}.safetensors" for n in range(3)]
 
 
 def test_a_stop_within_a_batch_keeps_its_finished_attacks(tmp_path, monkeypatch):
-    file = tmp_path / "attacks.json"
-
     class Weak(MSE):  # a loss without gradient: its random starts move the scores less than PGD does
         stop = True
 
@@ -367,12 +366,12 @@ def test_a_stop_within_a_batch_keeps_its_finished_attacks(tmp_path, monkeypatch)
 
     suite = Suite([Attack("strong", MSE()), Attack("weak", Weak())], CONFIG)
     with pytest.raises(KeyboardInterrupt):
-        run(suite=suite, resume=file)
+        run(suite=suite, resume=tmp_path, keep=11)
     made = attacks_made(monkeypatch)
     Weak.stop = False
-    result = run(suite=suite, resume=file, keep=11)
-    # What was left of the first batch, the two others, and again the finished attack for the examples of the first.
-    assert [type(objective) for _, objective in made] == [Weak, MSE, Weak, MSE, Weak, MSE]
+    result = run(suite=suite, resume=tmp_path, keep=11)
+    # What was left of the first batch, and the two others.
+    assert [type(objective) for _, objective in made] == [Weak, MSE, Weak, MSE, Weak]
     assert {example.attack for example in result.examples} == {"strong"}
     for example in result.examples:
         assert linear()(example.attacked[None]).item() == pytest.approx(example.attacked_score, rel=1e-5)
@@ -389,9 +388,9 @@ class Breaking(Linear):
         return super().forward(x) * torch.where(x.amax((1, 2, 3)) > self.most, math.nan, 1.0)
 
 
-def test_a_broken_score_survives_the_resume_file(tmp_path):
-    first = run(Breaking(0.75), resume=tmp_path / "attacks.json")
-    again = run(Breaking(0.75), resume=tmp_path / "attacks.json")
+def test_a_broken_score_survives_the_resume_folder(tmp_path):
+    first = run(Breaking(0.75), resume=tmp_path)
+    again = run(Breaking(0.75), resume=tmp_path)
     assert all(map(math.isfinite, first.clean["scores"]))
     assert any(map(math.isnan, first.attacks["pgd_mse"]["scores"]))
     assert math.isnan(first.worst["srocc"])
@@ -411,24 +410,49 @@ def test_a_broken_score_survives_the_resume_file(tmp_path):
         ({"limit": 4}, "images"),
         ({"suite": Suite.paper(CONFIG.replace(attack_steps=5))}, "steps"),
         ({"suite": Suite.paper(CONFIG.replace(pair_margin=0.1))}, "attacks"),
+        ({"keep": 1}, "keep"),
     ],
 )
-def test_a_file_of_other_settings_is_refused(tmp_path, changes, words):
-    file = tmp_path / "attacks.json"
-    run(resume=file)
-    before = file.read_bytes()
-    with pytest.raises(ValueError, match=f"made with ({words})") as caught:
-        run(**{**changes, "resume": file})
+def test_a_folder_of_other_settings_is_refused(tmp_path, changes, words):
+    run(resume=tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=f"made with ({words}) .*; name another folder or remove") as caught:
+        run(**{**changes, "resume": tmp_path})
     assert "\n" not in str(caught.value)
-    assert file.read_bytes() == before
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"settings": {"format": "other"}}', '{"batches": []}'])
-def test_a_foreign_resume_file_is_refused(tmp_path, text):
-    file = tmp_path / "attacks.json"
-    file.write_text(text)
-    with pytest.raises(ValueError, match=r"attacks\.json"):
-        run(resume=file)
+def test_a_batch_whose_file_is_gone_is_attacked_again_and_one_that_is_not_whole_is_told(
+    tmp_path, monkeypatch
+):
+    whole = run(resume=tmp_path)
+    made = attacks_made(monkeypatch)
+    second = tmp_path / "batch-000001.safetensors"
+    kept = second.read_bytes()
+    second.unlink()
+    assert plain(run(resume=tmp_path)) == plain(whole)
+    assert [mos for mos, _ in made] == [Images().mos[4:8]] * 3
+    assert second.read_bytes() == kept
+    (tmp_path / "of-somebody-else.json").write_text("[]")
+    tensors = {"0": torch.zeros(1)}
+    for damaged in (
+        b"",
+        kept[: len(kept) // 2],
+        save(tensors),
+        save(tensors, {"record": '{"settings": {}}'}),
+    ):
+        second.write_bytes(damaged)
+        with pytest.raises(
+            ValueError, match=r"batch-000001.safetensors: not a whole record .* remove this file"
+        ) as caught:
+            run(resume=tmp_path)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_file_in_place_of_the_resume_folder_is_told(tmp_path):
+    (tmp_path / "attacks.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"attacks\.json is a file; expected a folder"):
+        run(resume=tmp_path / "attacks.json")
 
 
 def test_progress_counts_every_step_on_stderr(capsys):

@@ -1,0 +1,96 @@
+"""What is finished of a run of attacks: a file for each batch, written by the rank that attacks it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from srm_model import ranks
+from srm_model.files import atomic_path, make_folder
+
+_FORMAT = "srm-iqa-attacks/3"
+_PREFIX = "batch-"
+
+
+@dataclass
+class Batch:
+    """Scores of one batch, clean and by attack, and the attacked images that are to be shown, by row."""
+
+    mos: list[float] = field(default_factory=list)
+    clean: Any = None
+    attacks: dict[str, Any] = field(default_factory=dict)
+    examples: dict[int, Tensor] = field(default_factory=dict)
+
+
+class Records:
+    """The batches of one run, and the folder, if any, that they are kept in.
+
+    A file holds what its batch depends on beside what came out, so that each is good by itself: one that is missing
+    is a batch that is yet to be attacked. settings: JSON values; a file made with others is a ValueError.
+    """
+
+    def __init__(self, folder: str | Path | None, settings: dict[str, Any], count: int) -> None:
+        self._folder = None if folder is None else Path(folder)
+        self._settings = {"format": _FORMAT, **settings}
+        self.batches = [Batch() for _ in range(count)]
+        if self._folder is not None:
+            for number, batch in ranks.from_first(self._read).items():
+                self.batches[number] = batch
+
+    def save(self, number: int) -> None:
+        """Write a batch as it is now; a kill at any moment leaves this or what was there before."""
+        if self._folder is None:
+            return
+        from safetensors.torch import save_file
+
+        record = {**vars(self.batches[number]), "settings": self._settings}
+        tensors = {str(row): image.contiguous() for row, image in record.pop("examples").items()}
+        with atomic_path(self._folder / f"{_PREFIX}{number:06d}.safetensors") as path:
+            save_file(tensors, path, {"record": json.dumps(record)})
+
+    def share(self, attacks: Iterable[str]) -> list[int]:
+        """Of the batches that lack one of these attacks, those that are dealt to this rank."""
+        rank, world = ranks.place()
+        wanted = set(attacks)
+        unfinished = [number for number, batch in enumerate(self.batches) if wanted - batch.attacks.keys()]
+        return unfinished[rank::world]
+
+    def exchange(self, share: list[int]) -> None:
+        """Take from each rank the batches that it was dealt."""
+        for found in ranks.gather({number: self.batches[number] for number in share}):
+            for number, batch in found.items():
+                self.batches[number] = batch
+
+    def _read(self) -> dict[int, Batch]:
+        assert self._folder is not None
+        make_folder(self._folder)
+        return {
+            int(path.stem.removeprefix(_PREFIX)): self._batch(path)
+            for path in self._folder.glob(f"{_PREFIX}[0-9]*.safetensors")
+        }
+
+    def _batch(self, path: Path) -> Batch:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt") as file:
+                record = json.loads(file.metadata()["record"])
+                examples = {int(row): file.get_tensor(row) for row in file.keys()}  # noqa: SIM118, no mapping
+            settings = dict(record["settings"])
+            batch = Batch(record["mos"], record["clean"], record["attacks"], examples)
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+            raise ValueError(
+                f"{path}: not a whole record of an attacked batch; remove this file, and its batch is attacked again"
+            ) from None
+        for name, value in self._settings.items():
+            if settings.get(name) != value:
+                raise ValueError(
+                    f"{path}: made with {name} {settings.get(name)!r}, this run has {value!r}; "
+                    f"name another folder or remove {path.parent}"
+                )
+        return batch

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from ..attention import configurations
 from ..attention.kernels import probabilities
-from ..attention.key_kernels import load_keys, load_matrix
+from ..attention.key_kernels import load_columns, load_keys, load_matrix
 from ..parts import (
     INFINITY,
     LOG2E,
@@ -101,12 +101,14 @@ def forward_positions(
 
 def token_tile(
     rank: int, d: int, dtype: torch.dtype, statistics: bool, capability: tuple[int, int]
-) -> tuple[int, int]:
-    """Positions of a tile whose queries are held for all heads, and the channels of T that are made at once."""
+) -> tuple[int, int, int]:
+    """Positions of a tile whose queries are held for all heads, channels of T made at once, and of F read at once."""
+    large = heavy(rank, d)
+    chunk = 16 if dtype == torch.float32 and not (large and capability == (9, 0)) else 32
     wide = dtype == torch.float32 or (statistics and dtype != torch.bfloat16)
     if wide or padded(rank) * padded(d) > 64 * 64:
-        return 16, 32
-    return (32, 32) if heavy(rank, d) or statistics or capability >= (12, 0) else (64, 64)
+        return 16, 32, chunk
+    return (32, 32, chunk) if large or statistics or capability >= (12, 0) else (64, 64, chunk)
 
 
 def heavy(rank: int, d: int) -> bool:
@@ -383,6 +385,8 @@ def cell_probabilities(
     count = rows * width
     map_ptr += b * stride_b
     heads, r, e = tl.arange(0, HP), tl.arange(0, R), tl.arange(0, D)
+    # Exact products of large tiles: a part of the columns of y at a time leaves registers for the queries.
+    PARTS: tl.constexpr = 2 if R * D > 2048 and map_ptr.dtype.element_ty == tl.float32 else 1
     total = tl.zeros([HP, R], tl.float32)
     seen = 0.0
     means = tl.zeros([HP, D], tl.float32)
@@ -408,10 +412,21 @@ def cell_probabilities(
             sums = tl.sum(tl.where(inside[:, None], weights, 0.0), 0)
             total = tl.where(here[:, None], total + sums[None, :], total)
             if STATISTICS:
-                y = mixed_values(load_matrix(x_ptr + small, rank, R, d, D), weights, PRECISION)
                 mean = tl.sum(tl.where(here[:, None], means, 0.0), 0)
                 spread = tl.sum(tl.where(here, spreads, 0.0), 0)
-                _, mean, spread = add_tile(seen, mean, spread, y, own)
+                if PARTS == 1:
+                    y = mixed_values(load_matrix(x_ptr + small, rank, R, d, D), weights, PRECISION)
+                    _, mean, spread = add_tile(seen, mean, spread, y, own)
+                else:
+                    by_part = tl.reshape(mean, [PARTS, D // PARTS])
+                    for part in tl.static_range(PARTS):
+                        this = (tl.arange(0, PARTS) == part)[:, None]
+                        x = load_columns(x_ptr + small, part * (D // PARTS), rank, R, d, D // PARTS)
+                        y = mixed_values(x, weights, PRECISION)
+                        before = tl.sum(tl.where(this, by_part, 0.0), 0)
+                        _, after, spread = add_tile(seen, before, spread, y, own)
+                        by_part = tl.where(this, after[None, :], by_part)
+                    mean = tl.reshape(by_part, [D])
                 means = tl.where(here[:, None], mean[None, :], means)
                 spreads = tl.where(here, spread, spreads)
         seen += tl.sum(own.to(tl.float32), 0)
@@ -706,11 +721,13 @@ def _by_cells(
     probabilities, mean, spread, part_mean, part_spread = _outputs(sizes, keys[0], B * firsts[-1], statistics)
     align, bias, query = parameters
     pools = sizes.pool_firsts(L * size * size)
-    positions, tokens = token_tile(sizes.most, sizes.d, dtype, statistics, configurations.capability(maps[0]))
+    positions, tokens, chunk = token_tile(
+        sizes.most, sizes.d, dtype, statistics, configurations.capability(maps[0])
+    )
     _tokens_kernel[(B * pools[-1],)](
         tuple(maps), align, bias, *(squashing or [bias] * 3), query, tuple(keys), tuple(xs), probabilities,
         part_mean, part_spread, pooled, B, *strides_of(maps), scale, **sizes.of_pooling(), **sizes.of_heads(),
-        LINKS=L, TARGETS=sizes.targets, POOLS=pools, CHUNK=16 if dtype == torch.float32 else 32,
+        LINKS=L, TARGETS=sizes.targets, POOLS=pools, CHUNK=chunk,
         HP=triton.next_power_of_2(H), C=H * sizes.d, TOKENS=tokens, DYT=bool(squashing),
         NORMALISE_QUERY=qk_norm == "both", NORMALISE_KEYS=qk_norm is not None, STATISTICS=statistics,
         BLOCKS=sizes.cell_blocks(positions), PRECISION=precision(dtype), num_warps=8, num_stages=1,

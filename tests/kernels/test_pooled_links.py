@@ -149,7 +149,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "three to two, one image": {"grid": (12, 8), "b": 1, "d": 24, "channels": 20},
     "odd": {"grid": (7, 13), "b": 3, "heads": 1},
     "two strips of cells": {"grid": (3, 70), "b": 1, "heads": 1},
-    "cells wider than a tile": {"grid": (3, 300), "b": 1, "heads": 1, "channels": 2},
+    "cells wider than a tile": {"grid": (3, 300), "b": 1, "heads": 2, "channels": 2},
     "smaller than the grid": {"grid": (2, 3), "rank": 1},
     "many channels, many landmarks": {"grid": (4, 5), "b": 1, "channels": 100, "rank": 20},
 }

@@ -34,7 +34,7 @@ def larger_tiles(monkeypatch):
     """The interpreter takes its time for every tile."""
     if DEVICE == "cpu":
         monkeypatch.setattr(kernels, "forward_positions", lambda *a: 64)
-        monkeypatch.setattr(kernels, "token_tile", lambda *a: (64, 64))
+        monkeypatch.setattr(kernels, "token_tile", lambda *a: (64, 64, 32))
         monkeypatch.setattr(backward_kernels, "BACKWARD_POSITIONS", 64)
 
 

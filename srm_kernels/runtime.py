@@ -18,7 +18,9 @@ from . import native
 ENVIRONMENT_VARIABLE = "SRM_KERNELS_BACKEND"
 BACKENDS = {
     "reference": "the mathematics in plain PyTorch",
-    "sdpa": "attention through scaled_dot_product_attention; the other operators have one plain-PyTorch form",
+    "sdpa": "attention through scaled_dot_product_attention, and on the CPU the default landmark solve in C++ of csrc"
+    + ("" if "cpu" in native.BUILT else " (not built)")
+    + "; the other operators have one plain-PyTorch form",
     "triton": "fused Triton kernels for landmarks, attention, scale, gate and pooling",
     "cuda": "CUDA kernels of csrc",
 }

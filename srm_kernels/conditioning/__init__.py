@@ -10,12 +10,12 @@ from torch import Tensor
 from ..checks import check_choice, check_count, check_flag, check_number, check_tensors, wide_dtype
 from ..registration import later, register_operator
 from ..runtime import choose_backend, cuda_refusal, triton_refusal
-from . import cuda, reference
+from . import cpu, cuda, reference
 from .reference import Solver
 
 SOLVERS = ("cholesky", "lu", "svd", "auto", "neumann")
-# The kernels are not in front before they were measured.
-_IMPLEMENTATIONS = ("reference", "sdpa", "triton", "cuda")
+# Kernels of a GPU are not in front before they were measured.
+_IMPLEMENTATIONS = ("sdpa", "reference", "triton", "cuda")
 _LARGEST = 128  # r and d of the kernels
 _KERNELS = f"{__name__}.kernels"
 
@@ -36,7 +36,8 @@ _solve = register_operator(
     "bool neumann_gate",
     "(Tensor, Tensor)",
     {
-        **dict.fromkeys(_IMPLEMENTATIONS, reference.landmark_solve),
+        "reference": reference.landmark_solve,
+        "sdpa": cpu.landmark_solve,
         "triton": later(_KERNELS, "landmark_solve"),
         "cuda": cuda.landmark_solve,
     },
@@ -99,7 +100,8 @@ def landmark_solve(
     backend="triton" is one launch ("auto" and a gated "neumann" take two) for r, d ≤ 128 and anything but float64,
     every solver, forward and backward, and asks the host nothing: it can be captured in a CUDA graph. There "svd" and
     "auto" are differentiable only with ridge > 0; a singular matrix has NaN gradients. backend="cuda" is csrc's
-    one-sided Jacobi for "svd" and "auto", as small, and does not wait for the device either.
+    one-sided Jacobi for "svd" and "auto", as small, and does not wait for the device either. backend="sdpa", which None
+    takes, has csrc's C++ for "cholesky" on the CPU, r ≤ 128, not equilibrated, where it is built; else the reference's.
     Raises ValueError for shapes, an unknown solver, ridge < 0, or "cholesky" with ridge 0; TypeError for dtypes.
     """
     check_tensors(logits=logits, rhs=rhs)

@@ -2,8 +2,8 @@
 
 Rivals: exact attention (torch's fused kernel), the same algorithm in eager PyTorch with Cholesky (`reference`) and with
 `torch.linalg.svd` (`svd`), the identity Y = SDPA(Q, K̃, X), R V = SDPA(K̃, K, V) with torch's Cholesky (`sdpa`), and
-all of them under `torch.compile` with --compile. Calls are interleaved. On a CPU the times are wall clock and only
-their ratio means something; on a GPU they are CUDA events.
+all of them under `torch.compile` with --compile. Calls are interleaved. On a CPU the times are wall clock, or the
+processor's where there is one thread, which others do not lengthen, and only their ratio means something; on a GPU they are CUDA events.
 `--crossover` gives tables of Nyström against exact attention over N_k and B instead, losses marked.
 """
 
@@ -13,13 +13,13 @@ import argparse
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from srm_kernels import backends, full_attention, nystrom_attention
+from srm_model.profiling.timing import cpu_clock
 
 SHAPES = (
     (16_384, 256, 1 / 3),
@@ -32,7 +32,7 @@ Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def milliseconds(function: Callable[[], object], device: torch.device) -> float:
-    """One call, by CUDA events on a GPU, else by the wall clock."""
+    """One call, by CUDA events on a GPU; on a CPU by the wall clock, or one thread's time on the processor."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -40,9 +40,9 @@ def milliseconds(function: Callable[[], object], device: torch.device) -> float:
         end.record()
         torch.cuda.synchronize()
         return start.elapsed_time(end)
-    begin = time.perf_counter()
+    begin = cpu_clock()
     function()
-    return (time.perf_counter() - begin) * 1e3
+    return (cpu_clock() - begin) * 1e3
 
 
 def medians(

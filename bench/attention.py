@@ -3,7 +3,8 @@
 Rivals: exact attention (torch's fused kernel), the same algorithm in eager PyTorch with Cholesky (`reference`) and with
 `torch.linalg.svd` (`svd`), the identity Y = SDPA(Q, K̃, X), R V = SDPA(K̃, K, V) with torch's Cholesky (`sdpa`), and
 all of them under `torch.compile` with --compile. Calls are interleaved. On a CPU the times are wall clock, or the
-processor's where there is one thread, which others do not lengthen, and only their ratio means something; on a GPU they are CUDA events.
+processor's where there is one thread, which others do not lengthen, and only their ratio means something; on a GPU
+they are CUDA events.
 `--crossover` gives tables of Nyström against exact attention over N_k and B instead, losses marked.
 """
 

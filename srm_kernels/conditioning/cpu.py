@@ -24,11 +24,11 @@ def landmark_solve(
         return reference.landmark_solve(logits, rhs, ridge, solver, equilibrate, *rest)
     native.load("cpu")
     wide = wide_dtype(logits.dtype)
-    x = torch.empty(rhs.shape, dtype=wide).copy_(rhs)
+    x = rhs.to(wide, copy=True, memory_format=torch.contiguous_format)
     served = torch.empty(rhs.shape[:-2], dtype=torch.bool)
-    torch.ops.srm_cpu.symmetric_solve(logits.to(wide).contiguous(), x, served, ridge)
+    missed = torch.ops.srm_cpu.symmetric_solve(logits.to(wide).contiguous(), x, served, ridge)
     used = torch.full(served.shape, int(reference.Solver.CHOLESKY))
-    if not served.all():
+    if missed:
         left = ~served
         x[left], used[left] = reference.landmark_solve(
             logits[left], rhs[left], ridge, solver, equilibrate, *rest

@@ -40,7 +40,7 @@ SRM_INLINE bool landmark_matrix(const T* logits, T* a, int64_t r, T ridge) {
     for (int64_t j = 0; j <= i; ++j) {
       const T lower = logits[i * r + j], upper = logits[j * r + i], mean = (lower + upper) / 2;
       const T size = std::abs(lower) > std::abs(upper) ? std::abs(lower) : std::abs(upper);
-      if (!(size <= limits::max())) return false;
+      if (!(std::abs(mean) <= limits::max())) return false;  // nor where one of the two is not finite
       largest = size > largest ? size : largest;
       skew = std::abs(lower - mean) > skew ? std::abs(lower - mean) : skew;
       a[i * r + j] = a[j * r + i] = mean;
@@ -93,7 +93,7 @@ SRM_INLINE bool symmetric_solve(const T* logits, T* x, T* a, int64_t r, int64_t 
       for (int64_t q = 0; q < block; ++q) {
         T entry = row[k + q];
         for (int64_t p = 0; p < q; ++p) entry -= factor[p] * a[(k + p) * r + k + q];
-        factor[q] = entry / a[(k + q) * r + k + q];
+        factor[q] = entry * a[(k + q) * r + k + q];
       }
       if (block == 4) {
         subtract(row + k + 4, a + k * r + k + 4, r, factor, r - k - 4);
@@ -106,13 +106,14 @@ SRM_INLINE bool symmetric_solve(const T* logits, T* x, T* a, int64_t r, int64_t 
       }
     }
     if (!(row[i] > 0 && row[i] <= std::numeric_limits<T>::max())) return false;
+    row[i] = 1 / row[i];  // what it is used as
   }
   for (int64_t i = r - 1; i >= 0; --i) {
     const T* row = a + i * r;
     int64_t k = i + 1;
     for (; k + 4 <= r; k += 4) subtract(x + i * d, x + k * d, d, row + k, d);
     for (; k < r; ++k) subtract(x + i * d, x + k * d, row[k], d);
-    for (int64_t c = 0; c < d; ++c) x[i * d + c] /= row[i];
+    for (int64_t c = 0; c < d; ++c) x[i * d + c] *= row[i];
   }
   return true;
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -114,7 +115,7 @@ def landmark_solve(
     check_solver(ridge, solver, equilibrate, kappa_max, neumann_order, neumann_gate)
     if diagnostics not in (True, False, "estimate"):
         raise ValueError(f"diagnostics={diagnostics!r}: expected True, False or 'estimate'")
-    chosen = choose_backend(backend, _IMPLEMENTATIONS, "landmark_solve", _refused(rhs, solver))
+    chosen = choose_backend(backend, _IMPLEMENTATIONS, "landmark_solve", partial(_refusal, rhs, solver))
     ridge = float(ridge)
     x, used = _solve(
         logits, rhs, ridge, solver, equilibrate, float(kappa_max), neumann_order, neumann_gate, chosen
@@ -128,16 +129,16 @@ def landmark_solve(
     return LandmarkSolution(x, kappa, residual, gain, used)
 
 
-def _refused(rhs: Tensor, solver: str) -> dict[str, str]:
+def _refusal(rhs: Tensor, solver: str, name: str) -> str | None:
+    if name not in ("triton", "cuda"):
+        return None
+    reason = triton_refusal(rhs) if name == "triton" else cuda_refusal(rhs)
     r, d = rhs.shape[-2:]
-    size = f"its kernels take r and d up to {_LARGEST}, and they are {r} and {d}"
-    reasons = {
-        "triton": triton_refusal(rhs) or (size if max(r, d) > _LARGEST else None),
-        "cuda": cuda_refusal(rhs) or (size if max(r, d) > _LARGEST else None),
-    }
-    if reasons["cuda"] is None and solver not in cuda.SOLVERS:
-        reasons["cuda"] = f"it has kernels for {' and '.join(cuda.SOLVERS)}, not for {solver}"
-    return {name: reason for name, reason in reasons.items() if reason}
+    if reason is None and max(r, d) > _LARGEST:
+        return f"its kernels take r and d up to {_LARGEST}, and they are {r} and {d}"
+    if reason is None and name == "cuda" and solver not in cuda.SOLVERS:
+        return f"it has kernels for {' and '.join(cuda.SOLVERS)}, not for {solver}"
+    return reason
 
 
 def check_solver(

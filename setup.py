@@ -25,7 +25,7 @@ TORCH_TARGET = "0x020b000000000000ULL"  # 2.11: the oldest torch that the librar
 CXX = os.environ.get("CXX", "g++")
 TOOLS = {"cpu": CXX, "cuda": "nvcc"}  # library → what it cannot be built without
 NVCC = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC"]
-# Without the two before the last no loop with a choice or a reduction in it becomes one over vectors.
+# The compiler vectorises choices only where it may forget floating-point traps, reductions only where it is told to.
 HOST = ["-O3", "-std=c++20", "-fPIC", "-ffp-contract=fast", "-fno-trapping-math", "-fopenmp-simd"]
 HOST += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
 

@@ -11,7 +11,7 @@ from .. import native
 from ..checks import wide_dtype
 from . import reference
 
-LARGEST = 128  # r; above, LAPACK's blocks are faster than rank-one updates
+LARGEST = 128  # r, as of the kernels for GPUs
 
 
 def landmark_solve(

@@ -137,6 +137,16 @@ def test_it_ends_where_the_reference_ends(share, by, dtype):
         assert (backward <= BACKWARD / torch.finfo(torch.float32).eps).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_entries_that_underflow_are_zero(alone, dtype):
+    """Logits g·I, so that W is I but for e^−g: also where the exponential leaves the range of the dtype."""
+    gaps = torch.tensor([60, 86, 87, 88, 90, 104, 130, 400, 700, 708, 750, 2000], dtype=dtype)
+    logits, rhs = gaps[:, None, None] * torch.eye(8, dtype=dtype), problem(8, len(gaps), dtype)[1]
+    x, used = solve(logits, rhs)
+    assert (used == Solver.CHOLESKY).all()
+    assert (x - rhs / 1.001).abs().max() <= 4 * torch.finfo(dtype).eps * rhs.abs().max()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_is_solved_in_fp32(alone, dtype):
     logits, rhs = problem(12, 3, dtype)

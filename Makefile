@@ -32,9 +32,11 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-$(VENV)/.installed-%: pyproject.toml setup.py $(CONSTRAINTS)
+# torch comes first: the install compiles csrc/ against its headers.
+$(VENV)/.installed-%: pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "srm-iqa needs Python 3.11 or newer, which PYTHON=$(PYTHON) is not; name another: make PYTHON=python3.11" >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet torch $(addprefix --constraint ,$(CONSTRAINTS))
 	$(BIN)/python -m pip install --quiet --editable '.[$*]' $(addprefix --constraint ,$(CONSTRAINTS))
 	@touch $@

@@ -1,8 +1,9 @@
-"""The package is described in pyproject.toml; this file builds its optional CUDA library from `csrc/`.
+"""The package is described in pyproject.toml; this file builds its optional libraries from `csrc/`.
 
-It is built where nvcc is on PATH and torch's headers lie in this interpreter's site-packages, else skipped with one
-line; SRM_BUILD_EXT=0 switches it off, SRM_BUILD_EXT=1 makes a failure an error. No GPU is needed or looked for, and
-nothing of torch is imported: an isolated build has none, so its headers are taken from beside the interpreter.
+`_cpu.so` is built where a C++ compiler is (g++, or what CXX names), `_cuda.so` where nvcc is on PATH, both where the
+headers of torch lie in this interpreter's site-packages; else each is skipped with one line. SRM_BUILD_EXT=0 switches
+both off, SRM_BUILD_EXT=1 makes a failure of either an error. No GPU is needed or looked for, and nothing of torch is
+imported: an isolated build has none, so its headers are taken from beside the interpreter.
 """
 
 from __future__ import annotations
@@ -20,9 +21,13 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 ARCHITECTURES = (80, 86, 89, 90, 120)
-TORCH_TARGET = "0x020b000000000000ULL"  # 2.11: the oldest torch that the library is to serve
+TORCH_TARGET = "0x020b000000000000ULL"  # 2.11: the oldest torch that the libraries are to serve
+CXX = os.environ.get("CXX", "g++")
+TOOLS = {"cpu": CXX, "cuda": "nvcc"}  # library → what it cannot be built without
 NVCC = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC"]
-BINDING = ["-O2", "-std=c++20", "-fPIC", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+# The compiler vectorises choices only where it may forget floating-point traps, reductions only where it is told to.
+HOST = ["-O3", "-std=c++20", "-fPIC", "-ffp-contract=fast", "-fno-trapping-math", "-fopenmp-simd"]
+HOST += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
 
 
 def architecture_flags() -> list[str]:
@@ -40,28 +45,30 @@ def torch_folder() -> Path | None:
     return None
 
 
-def build_library(target: Path, torch: Path, nvcc: str) -> None:
-    """Compile `csrc/` and link it against torch's C interface and a static CUDA runtime."""
+def build_library(name: str, target: Path, torch: Path) -> None:
+    """Compile a library of `csrc/` and link it against torch's C interface; "cuda" has a static CUDA runtime in it."""
     with tempfile.TemporaryDirectory() as folder:
-        kernels, binding = Path(folder, "jacobi.o"), Path(folder, "binding.o")
-        _run([nvcc, *NVCC, *architecture_flags(), "-c", str(ROOT / "csrc/jacobi.cu"), "-o", str(kernels)])
-        compiler = os.environ.get("CXX", "g++")
-        include = f"-I{torch / 'include'}"
-        _run([compiler, *BINDING, include, "-c", str(ROOT / "csrc/binding.cpp"), "-o", str(binding)])
-        # nvcc knows where its static runtime lies; torch's libraries are found by name once torch is loaded.
-        libraries = ["-ltorch", "-ltorch_cpu", "-lc10"]
-        link = ["-shared", "-cudart=static", f"-L{torch / 'lib'}", "-Xlinker", "--no-as-needed", *libraries]
-        _run([nvcc, *link, str(kernels), str(binding), "-o", str(target)])
+        binding, kernels = (str(Path(folder, part)) for part in ("binding.o", "kernels.o"))
+        source = {"cpu": "csrc/cpu.cpp", "cuda": "csrc/binding.cpp"}[name]
+        _run([CXX, *HOST, f"-I{torch / 'include'}", "-c", str(ROOT / source), "-o", binding])
+        linker = [CXX, binding]
+        if name == "cuda":
+            _run(["nvcc", *NVCC, *architecture_flags(), "-c", str(ROOT / "csrc/jacobi.cu"), "-o", kernels])
+            linker = ["nvcc", "-cudart=static", binding, kernels]  # it knows where its static runtime lies
+        # torch's libraries are found by name once torch is loaded.
+        libraries = ["-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
+        _run([*linker, "-shared", f"-L{torch / 'lib'}", *libraries, "-o", str(target)])
 
 
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError((done.stderr or done.stdout).strip().splitlines()[-1])
+        told = (done.stderr or done.stdout).strip().splitlines()
+        raise RuntimeError(told[-1] if told else f"{command[0]} ended with {done.returncode}")
 
 
 class BuildLibrary(build_ext):
-    """`srm_kernels/_cuda.so`, a plain shared library: torch loads it, Python does not."""
+    """`srm_kernels/_<name>.so`, a plain shared library: torch loads it, Python does not."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", "/") + ".so"
@@ -69,16 +76,16 @@ class BuildLibrary(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        torch, nvcc = torch_folder(), shutil.which("nvcc")
+        torch = torch_folder()
         assert torch is not None
-        assert nvcc is not None
+        name = ext.name.rpartition("_")[2]
         try:
-            build_library(target, torch, nvcc)
+            build_library(name, target, torch)
         except (OSError, RuntimeError) as error:
             if os.environ.get("SRM_BUILD_EXT") == "1":
                 raise
             ext.optional = True
-            print(f"srm-iqa: the CUDA library was not built: {error}", file=sys.stderr)
+            print(f"srm-iqa: the {name} library was not built: {error}", file=sys.stderr)
 
     def copy_extensions_to_source(self) -> None:
         """In an editable install; nothing to copy where nothing was built."""
@@ -89,23 +96,26 @@ class BuildLibrary(build_ext):
 
 
 def extensions() -> list[Extension]:
-    """The library, or nothing and a line that says why."""
+    """The libraries that can be built here, and for each of the others a line that says why not."""
     wanted = os.environ.get("SRM_BUILD_EXT", "")
-    reason = None
-    if wanted == "0":
-        reason = "SRM_BUILD_EXT=0"
-    elif sys.platform != "linux":
-        reason = f"it is built on Linux only, not on {sys.platform}"
-    elif shutil.which("nvcc") is None:
-        reason = "there is no nvcc on PATH"
-    elif torch_folder() is None:
-        reason = f"torch is not installed in {sysconfig.get_path('purelib')}"
-    if reason is None:
-        return [Extension("srm_kernels._cuda", sources=[])]
-    if wanted == "1":
-        raise SystemExit(f"srm-iqa: SRM_BUILD_EXT=1, but the CUDA library cannot be built: {reason}")
-    print(f"srm-iqa: the CUDA library is not built: {reason}", file=sys.stderr)
-    return []
+    found = []
+    for name, tool in TOOLS.items():
+        reason = "SRM_BUILD_EXT=0" if wanted == "0" else _obstacle(tool)
+        if reason is None:
+            found.append(Extension(f"srm_kernels._{name}", sources=[]))
+        elif wanted == "1":
+            raise SystemExit(f"srm-iqa: SRM_BUILD_EXT=1, but the {name} library cannot be built: {reason}")
+        else:
+            print(f"srm-iqa: the {name} library is not built: {reason}", file=sys.stderr)
+    return found
+
+
+def _obstacle(tool: str) -> str | None:
+    if sys.platform != "linux":
+        return f"it is built on Linux only, not on {sys.platform}"
+    if shutil.which(tool) is None:
+        return f"there is no {tool} on PATH"
+    return None if torch_folder() else f"torch is not installed in {sysconfig.get_path('purelib')}"
 
 
 if __name__ == "__main__":

@@ -251,4 +251,5 @@ def _laid_out(result: Tensor, model: Tensor) -> Tensor:
 def no_autocast(inputs: Sequence[Any]) -> AbstractContextManager[Any]:
     """Autocast off on the device of the first tensor: the operators choose their own precision."""
     device = _at(inputs, _places(inputs)[0]).device.type
-    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
+    off = device == "meta" or not torch.is_autocast_enabled(device)
+    return nullcontext() if off else torch.autocast(device, enabled=False)

@@ -6,7 +6,7 @@ The one place that asks the hardware and the environment.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -18,7 +18,9 @@ from . import native
 ENVIRONMENT_VARIABLE = "SRM_KERNELS_BACKEND"
 BACKENDS = {
     "reference": "the mathematics in plain PyTorch",
-    "sdpa": "attention through scaled_dot_product_attention; the other operators have one plain-PyTorch form",
+    "sdpa": "attention through scaled_dot_product_attention, and on the CPU the default landmark solve in C++ of csrc"
+    + ("" if "cpu" in native.BUILT else " (not built)")
+    + "; the other operators have one plain-PyTorch form",
     "triton": "fused Triton kernels for landmarks, attention, scale, gate and pooling",
     "cuda": "CUDA kernels of csrc",
 }
@@ -109,25 +111,26 @@ def choose_backend(
     requested: str | None,
     implementations: tuple[str, ...],
     operator: str,
-    refused: Mapping[str, str] | None = None,
+    refusal: Callable[[str], str | None] = lambda name: None,
 ) -> str:
     """The implementation to run: the one asked for, or the first (fastest) of `implementations` that is not refused.
 
-    `requested` None reads SRM_KERNELS_BACKEND. `refused` maps an implementation to why it cannot serve these
-    arguments. A name outside `backends()` is a ValueError, a known one that this operator cannot run is a
-    NotImplementedError with the reason: a request never falls back.
+    `requested` None reads SRM_KERNELS_BACKEND. `refusal` says why an implementation cannot serve these arguments, or
+    None; only those in question are asked about. A name outside `backends()` is a ValueError, a known one that this
+    operator cannot run is a NotImplementedError with the reason: a request never falls back.
     """
-    refused = refused or {}
     name = requested or os.environ.get(ENVIRONMENT_VARIABLE) or None
     if name is None:
-        return next(name for name in implementations if name not in refused)
+        return next(name for name in implementations if refusal(name) is None)
     if name not in BACKENDS:
         origin = "backend" if requested else ENVIRONMENT_VARIABLE
         raise ValueError(f"{origin}={name!r}: expected None or one of {', '.join(BACKENDS)}")
-    if name not in implementations or name in refused:
+    reason = refusal(name)
+    if name not in implementations or reason is not None:
         only = f"it has no form for these arguments, only {', '.join(implementations)}"
-        reason = _missing().get(name) or refused.get(name) or only
-        raise NotImplementedError(f"backend {name!r} cannot run {operator}: {reason}")
+        raise NotImplementedError(
+            f"backend {name!r} cannot run {operator}: {_missing().get(name) or reason or only}"
+        )
     return name
 
 
@@ -138,6 +141,9 @@ def kernels_by_name(
 
     `refusal` is why its kernels cannot serve these arguments, where what is common to all of them can.
     """
-    refusal = triton_refusal(tensor) or refusal
-    refused = {"triton": refusal} if refusal else {}
-    return choose_backend(requested, ("reference", "sdpa", "triton"), operator, refused)
+    return choose_backend(
+        requested,
+        ("reference", "sdpa", "triton"),
+        operator,
+        lambda name: (triton_refusal(tensor) or refusal) if name == "triton" else None,
+    )

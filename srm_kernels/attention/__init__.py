@@ -384,11 +384,16 @@ def _choose_backend(requested: str | None, query: Tensor, rank: int, solve_dtype
     """The kernels run by name only: they are put in front where a GPU has shown them to be right and faster."""
     narrow = solve_dtype == "model" and query.dtype in (torch.bfloat16, torch.float16)
     plain = ("reference",) if narrow else ("sdpa", "reference")
-    refusal = triton_refusal(query) or kernel_limits(query.shape[-1], rank)
-    if refusal is None and narrow:
-        refusal = 'its kernels keep the softmax blocks in float32, and solve_dtype is "model"'
-    refused = {"triton": refusal} if refusal else {}
-    return choose_backend(requested, (*plain, "triton"), "nystrom_attention", refused)
+
+    def refusal(name: str) -> str | None:
+        if name != "triton":
+            return None
+        blocks = (
+            'its kernels keep the softmax blocks in float32, and solve_dtype is "model"' if narrow else None
+        )
+        return triton_refusal(query) or kernel_limits(query.shape[-1], rank) or blocks
+
+    return choose_backend(requested, (*plain, "triton"), "nystrom_attention", refusal)
 
 
 def _over_batch(mean: Tensor, spread: Tensor, tokens: int) -> RMSScale:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..conditioning import reference as conditioning
+from ..conditioning import cpu as conditioning
 from . import reference
 from .reference import normalised_key, normalised_query, take_landmarks
 
@@ -37,5 +37,5 @@ def nystrom_attention(
     keys = take_landmarks(K, landmarks)
     rhs = scaled_dot_product_attention(keys, K, value.to(K.dtype), scale=scale)
     X, _ = conditioning.landmark_solve(keys @ keys.mT * scale, rhs, *solve)
-    # A solve returns column-major matrices, on which the attention is four times slower.
+    # The reference's solve returns column-major matrices, on which the attention is four times slower.
     return scaled_dot_product_attention(Q, keys, X.contiguous(), scale=scale).to(query.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -10,12 +11,12 @@ from torch import Tensor
 from ..checks import check_choice, check_count, check_flag, check_number, check_tensors, wide_dtype
 from ..registration import later, register_operator
 from ..runtime import choose_backend, cuda_refusal, triton_refusal
-from . import cuda, reference
+from . import cpu, cuda, reference
 from .reference import Solver
 
 SOLVERS = ("cholesky", "lu", "svd", "auto", "neumann")
-# The kernels are not in front before they were measured.
-_IMPLEMENTATIONS = ("reference", "sdpa", "triton", "cuda")
+# Kernels of a GPU are not in front before they were measured.
+_IMPLEMENTATIONS = ("sdpa", "reference", "triton", "cuda")
 _LARGEST = 128  # r and d of the kernels
 _KERNELS = f"{__name__}.kernels"
 
@@ -36,7 +37,8 @@ _solve = register_operator(
     "bool neumann_gate",
     "(Tensor, Tensor)",
     {
-        **dict.fromkeys(_IMPLEMENTATIONS, reference.landmark_solve),
+        "reference": reference.landmark_solve,
+        "sdpa": cpu.landmark_solve,
         "triton": later(_KERNELS, "landmark_solve"),
         "cuda": cuda.landmark_solve,
     },
@@ -99,7 +101,8 @@ def landmark_solve(
     backend="triton" is one launch ("auto" and a gated "neumann" take two) for r, d ≤ 128 and anything but float64,
     every solver, forward and backward, and asks the host nothing: it can be captured in a CUDA graph. There "svd" and
     "auto" are differentiable only with ridge > 0; a singular matrix has NaN gradients. backend="cuda" is csrc's
-    one-sided Jacobi for "svd" and "auto", as small, and does not wait for the device either.
+    one-sided Jacobi for "svd" and "auto", as small, and does not wait for the device either. backend="sdpa", which None
+    takes, has csrc's C++ for "cholesky" on the CPU, r ≤ 128, not equilibrated, where it is built; else the reference's.
     Raises ValueError for shapes, an unknown solver, ridge < 0, or "cholesky" with ridge 0; TypeError for dtypes.
     """
     check_tensors(logits=logits, rhs=rhs)
@@ -112,7 +115,7 @@ def landmark_solve(
     check_solver(ridge, solver, equilibrate, kappa_max, neumann_order, neumann_gate)
     if diagnostics not in (True, False, "estimate"):
         raise ValueError(f"diagnostics={diagnostics!r}: expected True, False or 'estimate'")
-    chosen = choose_backend(backend, _IMPLEMENTATIONS, "landmark_solve", _refused(rhs, solver))
+    chosen = choose_backend(backend, _IMPLEMENTATIONS, "landmark_solve", partial(_refusal, rhs, solver))
     ridge = float(ridge)
     x, used = _solve(
         logits, rhs, ridge, solver, equilibrate, float(kappa_max), neumann_order, neumann_gate, chosen
@@ -126,16 +129,16 @@ def landmark_solve(
     return LandmarkSolution(x, kappa, residual, gain, used)
 
 
-def _refused(rhs: Tensor, solver: str) -> dict[str, str]:
+def _refusal(rhs: Tensor, solver: str, name: str) -> str | None:
+    if name not in ("triton", "cuda"):
+        return None
+    reason = triton_refusal(rhs) if name == "triton" else cuda_refusal(rhs)
     r, d = rhs.shape[-2:]
-    size = f"its kernels take r and d up to {_LARGEST}, and they are {r} and {d}"
-    reasons = {
-        "triton": triton_refusal(rhs) or (size if max(r, d) > _LARGEST else None),
-        "cuda": cuda_refusal(rhs) or (size if max(r, d) > _LARGEST else None),
-    }
-    if reasons["cuda"] is None and solver not in cuda.SOLVERS:
-        reasons["cuda"] = f"it has kernels for {' and '.join(cuda.SOLVERS)}, not for {solver}"
-    return {name: reason for name, reason in reasons.items() if reason}
+    if reason is None and max(r, d) > _LARGEST:
+        return f"its kernels take r and d up to {_LARGEST}, and they are {r} and {d}"
+    if reason is None and name == "cuda" and solver not in cuda.SOLVERS:
+        return f"it has kernels for {' and '.join(cuda.SOLVERS)}, not for {solver}"
+    return reason
 
 
 def check_solver(

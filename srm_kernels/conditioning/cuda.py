@@ -16,7 +16,7 @@ SOLVERS = ("svd", "auto")
 
 def landmark_solve(*arguments: Any) -> tuple[Tensor, Tensor]:
     """X (…, r, d) fp32 and the `Solver` (…,) that served each matrix, for `SOLVERS`, r ≤ 128, no fp64."""
-    native.load()
+    native.load("cuda")
     return partial(reference.landmark_solve, svd=_jacobi)(*arguments)
 
 

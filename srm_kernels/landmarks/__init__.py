@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -47,7 +48,9 @@ def ridge_leverage_scores(key: Tensor, *, gamma: float = 1e-3, backend: str | No
     """
     check_tokens("key", key)
     check_number("gamma", gamma, above=0)
-    chosen = choose_backend(backend, _IMPLEMENTATIONS, "ridge_leverage_scores", _refused(key))
+    chosen = choose_backend(
+        backend, _IMPLEMENTATIONS, "ridge_leverage_scores", partial(_refusal, key, 1, "leverage")
+    )
     return _leverage(key, float(gamma), chosen)
 
 
@@ -90,7 +93,9 @@ def select_landmarks(
         if not isinstance(generator, torch.Generator):
             raise TypeError(f"generator is a {type(generator).__name__}; expected a torch.Generator or None")
         random = reference.uniform_numbers(count, generator).to(key.device) if count else None
-    chosen = choose_backend(backend, _IMPLEMENTATIONS, "select_landmarks", _refused(key, rank, method))
+    chosen = choose_backend(
+        backend, _IMPLEMENTATIONS, "select_landmarks", partial(_refusal, key, rank, method)
+    )
     s = 1 / math.sqrt(key.shape[-1]) if scale is None else float(scale)
     return _select(key.detach(), random, rank, method, float(gamma), s, chosen)
 
@@ -104,8 +109,10 @@ def kernel_limits(d: int, rank: int = 1) -> str | None:
     return None
 
 
-def _refused(key: Tensor, rank: int = 1, method: str = "leverage") -> dict[str, str]:
+def _refusal(key: Tensor, rank: int, method: str, name: str) -> str | None:
+    if name != "triton":
+        return None
     reason = triton_refusal(key) or kernel_limits(key.shape[-1], rank)
     if reason is None and method not in METHODS_OF_KERNELS:
-        reason = f"it has kernels for {' and '.join(METHODS_OF_KERNELS)}, not for {method}"
-    return {"triton": reason} if reason else {}
+        return f"it has kernels for {' and '.join(METHODS_OF_KERNELS)}, not for {method}"
+    return reason

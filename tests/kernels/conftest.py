@@ -1,11 +1,14 @@
-"""One process that imports srm_kernels afresh, for the tests that ask what an import alone does."""
+"""One process that imports srm_kernels afresh, for the tests that ask what an import alone does; and setup.py."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -34,3 +37,15 @@ def fresh_import() -> dict[str, Any]:
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout) | {"stderr": done.stderr}
+
+
+@pytest.fixture(scope="session")
+def build() -> ModuleType:
+    """setup.py as a module."""
+    pytest.importorskip("setuptools")
+    spec = importlib.util.spec_from_file_location("srm_setup", Path(__file__).parents[2] / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

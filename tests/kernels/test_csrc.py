@@ -1,19 +1,17 @@
-"""The CUDA sources where no GPU is: their arithmetic on the host, their compilation, and their loading by torch.
+"""The CUDA sources where no GPU is: their arithmetic on the host and their compilation; how setup.py builds csrc.
 
-On a CUDA device with the library built, the same solves through `backend="cuda"`.
+On a CUDA device with the library built, the same solves through `backend="cuda"`. The CPU's core: test_cpu_core.py.
 """
 
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import math
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import oracle
 import pytest
@@ -40,18 +38,6 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     flags = ["-O2", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
     subprocess.run([compiler, *flags, str(ROOT / "csrc/host.cpp"), "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))
-
-
-@pytest.fixture(scope="module")
-def build() -> ModuleType:
-    """setup.py as a module."""
-    pytest.importorskip("setuptools")
-    spec = importlib.util.spec_from_file_location("srm_setup", ROOT / "setup.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def run(host: ctypes.CDLL, A: Tensor, G: Tensor, mask: Tensor | None, transposed: bool, keep: bool) -> Tensor:
@@ -157,41 +143,53 @@ def test_it_compiles_for_every_architecture_without_spills(build, tmp_path):
     assert set(spills) == {("0", "0", "0")}
 
 
-@needs_nvcc
-def test_the_library_builds_and_this_torch_loads_it(build, tmp_path):
-    """In a process of its own: the operator is there, and CPU tensors are refused by torch, not by a crash."""
-    if build.torch_folder() is None or shutil.which("g++") is None:
-        pytest.skip("torch's headers or a C++ compiler are missing")
-    library = tmp_path / "_cuda.so"
-    build.build_library(library, build.torch_folder(), shutil.which("nvcc"))
-    code = (
-        "import sys, torch\n"
-        "torch.ops.load_library(sys.argv[1])\n"
-        "ones = torch.ones(1, dtype=torch.uint8)\n"
-        "try:\n"
-        "    torch.ops.srm_cuda.jacobi_solve(torch.eye(3)[None], torch.ones(1, 3, 2), ones, False, True)\n"
-        "except NotImplementedError as error:\n"
-        "    assert 'CPU' in str(error), error\n"
-        "else:\n"
-        "    raise SystemExit('it ran')\n"
-    )
+LOADING = {
+    # CPU tensors are refused by torch, not by a crash.
+    "cuda": """
+ones = torch.ones(1, dtype=torch.uint8)
+try:
+    torch.ops.srm_cuda.jacobi_solve(torch.eye(3)[None], torch.ones(1, 3, 2), ones, False, True)
+except NotImplementedError as error:
+    assert "CPU" in str(error), error
+else:
+    raise SystemExit("it ran")
+""",
+    "cpu": """
+x, served = torch.ones(1, 3, 2), torch.zeros(1, dtype=torch.bool)
+torch.ops.srm_cpu.symmetric_solve(torch.zeros(1, 3, 3), x, served, 0.5)
+assert served and torch.allclose(x, torch.tensor(1 / (1 + 0.5 / 3)))
+""",
+}
+
+
+@pytest.mark.parametrize("name", LOADING)
+def test_the_library_builds_and_this_torch_loads_it(build, tmp_path, name):
+    """In a process of its own, the operator is there."""
+    missing = [tool for tool in {build.CXX, build.TOOLS[name]} if shutil.which(tool) is None]
+    if missing or build.torch_folder() is None:
+        pytest.skip(f"missing: {', '.join(missing) or 'the headers of torch'}")
+    library = tmp_path / "library.so"
+    build.build_library(name, library, build.torch_folder())
+    code = f"import sys, torch\ntorch.ops.load_library(sys.argv[1])\n{LOADING[name]}"
     done = subprocess.run(
         [sys.executable, "-c", code, str(library)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
 @pytest.mark.parametrize(
     ("environment", "path", "reason"),
     [
         ({"SRM_BUILD_EXT": "0"}, None, "SRM_BUILD_EXT=0"),
-        ({}, "/nowhere", "nvcc"),
-        ({"SRM_BUILD_EXT": "1"}, "/nowhere", "nvcc"),
+        ({}, "/nowhere", "on PATH"),
+        ({"SRM_BUILD_EXT": "1"}, "/nowhere", "on PATH"),
     ],
 )
 def test_an_install_without_a_compiler_says_so_in_one_line(
-    build, monkeypatch, capsys, environment, path, reason
+    build, monkeypatch, capsys, environment, path, reason, name
 ):
+    monkeypatch.setattr(build, "TOOLS", {name: build.TOOLS[name]})
     monkeypatch.delenv("SRM_BUILD_EXT", raising=False)
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
@@ -204,6 +202,7 @@ def test_an_install_without_a_compiler_says_so_in_one_line(
     assert build.extensions() == []
     told = capsys.readouterr().err
     assert reason in told
+    assert f"the {name} library is not built" in told
     assert told.count("\n") == 1
 
 

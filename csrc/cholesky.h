@@ -1,0 +1,121 @@
+// X = (W + λI)⁻¹ G of one matrix on one thread, W = softmax of the symmetric part of the logits, λ = ridge · tr(W)/r.
+//
+// W + λI = E⁻¹ (S + λI) E with S symmetric and E diagonal (docs/CONDITIONING.md), so that elimination without pivoting
+// has exactly the pivots of Cholesky on S + λI, and needs neither S nor E. Loops over columns are plain, for the compiler
+// to vectorise (-fopenmp-simd for the reductions).
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#define SRM_INLINE [[gnu::always_inline]] inline
+
+namespace srm {
+
+SRM_INLINE double exponential(double x) { return std::exp(x); }
+
+// Of x ≤ 0 to 2 units, for vectors, which no standard library has; 0 below e⁻⁸⁷. Cephes' polynomial.
+SRM_INLINE float exponential(float x) {
+  constexpr float kToInteger = 12582912.0f;  // 1.5 · 2²³: adding it rounds to an integer, in the lowest bits
+  const float shifted = x * 1.44269504f + kToInteger, n = shifted - kToInteger;
+  const float f = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f * f + 1.3981999507e-3f;
+  p = ((p * f + 8.3334519073e-3f) * f + 4.1665795894e-2f) * f + 1.6666665459e-1f;
+  p = (p * f + 5.0000001201e-1f) * f * f + f + 1.0f;
+  const float power = std::bit_cast<float>((std::bit_cast<uint32_t>(shifted) + 127) << 23);
+  return x > -87.0f ? p * power : 0.0f;
+}
+
+// a (r×r) takes softmax(l) + λI, l the symmetric part of the logits. False where these are not finite or not symmetric
+// within 1e-3·(1 + max|l|), or where their rows' logsumexp lie so far apart that S underflows: the reference then has no
+// Cholesky either.
+template <class T>
+SRM_INLINE bool landmark_matrix(const T* logits, T* a, int64_t r, T ridge) {
+  using limits = std::numeric_limits<T>;
+  T largest = 0, skew = 0;
+  for (int64_t i = 0; i < r; ++i) {
+    for (int64_t j = 0; j <= i; ++j) {
+      const T lower = logits[i * r + j], upper = logits[j * r + i], mean = (lower + upper) / 2;
+      const T size = std::abs(lower) > std::abs(upper) ? std::abs(lower) : std::abs(upper);
+      if (!(std::abs(mean) <= limits::max())) return false;  // nor where one of the two is not finite
+      largest = size > largest ? size : largest;
+      skew = std::abs(lower - mean) > skew ? std::abs(lower - mean) : skew;
+      a[i * r + j] = a[j * r + i] = mean;
+    }
+  }
+  if (!(skew <= T(1e-3) / 2 * (1 + largest))) return false;
+  T trace = 0, low = limits::infinity(), high = -limits::infinity();
+  for (int64_t i = 0; i < r; ++i) {
+    T* row = a + i * r;
+    T most = row[0], sum = 0;
+#pragma omp simd reduction(max : most)
+    for (int64_t j = 0; j < r; ++j) most = row[j] > most ? row[j] : most;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < r; ++j) sum += row[j] = exponential(row[j] - most);
+    for (int64_t j = 0; j < r; ++j) row[j] /= sum;
+    trace += row[i];
+    const T lse = most + std::log(sum);
+    low = std::min(low, lse);
+    high = std::max(high, lse);
+  }
+  const T rounding = T(1e-3) * limits::epsilon();
+  if (!(high - low <= 2 * std::log(rounding) - std::log(limits::min()))) return false;
+  for (int64_t i = 0; i < r; ++i) a[i * r + i] += ridge * trace / r;
+  return true;
+}
+
+template <class T>
+SRM_INLINE void subtract(T* __restrict from, const T* __restrict row, T factor, int64_t count) {
+  for (int64_t j = 0; j < count; ++j) from[j] -= factor * row[j];
+}
+
+// Four rows at once: fewer passes over `from`, and fewer roundings of it.
+template <class T>
+SRM_INLINE void subtract(T* __restrict from, const T* __restrict rows, int64_t stride, const T* factor, int64_t count) {
+  const T a = factor[0], b = factor[1], c = factor[2], d = factor[3];
+  for (int64_t j = 0; j < count; ++j)
+    from[j] -= (a * rows[j] + b * rows[stride + j]) + (c * rows[2 * stride + j] + d * rows[3 * stride + j]);
+}
+
+// x (r×d) holds G and takes X; a is r·r scratch. False, and x spoiled, where the reference would not serve the matrix by
+// Cholesky: see landmark_matrix, and a pivot that is not positive and finite.
+template <class T>
+SRM_INLINE bool symmetric_solve(const T* logits, T* x, T* a, int64_t r, int64_t d, T ridge) {
+  if (!landmark_matrix(logits, a, r, ridge)) return false;
+  for (int64_t i = 0; i < r; ++i) {
+    T* row = a + i * r;
+    for (int64_t k = 0; k < i; k += 4) {
+      const int64_t block = i - k < 4 ? i - k : 4;
+      T factor[4];
+      for (int64_t q = 0; q < block; ++q) {
+        T entry = row[k + q];
+        for (int64_t p = 0; p < q; ++p) entry -= factor[p] * a[(k + p) * r + k + q];
+        factor[q] = entry * a[(k + q) * r + k + q];
+      }
+      if (block == 4) {
+        subtract(row + k + 4, a + k * r + k + 4, r, factor, r - k - 4);
+        subtract(x + i * d, x + k * d, d, factor, d);
+        continue;
+      }
+      for (int64_t q = 0; q < block; ++q) {
+        subtract(row + i, a + (k + q) * r + i, factor[q], r - i);
+        subtract(x + i * d, x + (k + q) * d, factor[q], d);
+      }
+    }
+    if (!(row[i] > 0 && row[i] <= std::numeric_limits<T>::max())) return false;
+    row[i] = 1 / row[i];  // what it is used as
+  }
+  for (int64_t i = r - 1; i >= 0; --i) {
+    const T* row = a + i * r;
+    int64_t k = i + 1;
+    for (; k + 4 <= r; k += 4) subtract(x + i * d, x + k * d, d, row + k, d);
+    for (; k < r; ++k) subtract(x + i * d, x + k * d, row[k], d);
+    for (int64_t c = 0; c < d; ++c) x[i * d + c] *= row[i];
+  }
+  return true;
+}
+
+}  // namespace srm

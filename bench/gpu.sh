@@ -2,7 +2,8 @@
 # Everything that only a GPU can show, inside ten minutes: the GPU tests, the benchmarks, compute-sanitizer.
 # A step ends at its own limit or when the ten minutes do, whichever comes first, by the signal that Ctrl-C sends: what
 # it measured until then is written.
-# `python -m bench.tune_attention` and `python -m bench.resources` are for hours with more time.
+# `python -m bench.tune_attention`, `python -m bench.resources` and `python -m bench.fused_neck --dtype bf16` at every
+# batch are for hours with more time.
 # Results go to the folder given as the first argument (default bench/results), one folder a device, with the
 # device, driver, versions and commit beside them.
 set -euo pipefail
@@ -41,7 +42,7 @@ attention() {
   step 30 attention.txt "$PYTHON" -m bench.attention --device cuda --dtype bfloat16 --seconds 1 --out "$root" "$@"
 }
 
-rm -f "$out"/{tests,attention,conditioning,operators,neck,training,attacks,growth,sanitizer}.txt
+rm -f "$out"/{tests,attention,fused_neck,conditioning,operators,neck,training,attacks,growth,sanitizer}.txt
 step 180 tests.txt "$PYTHON" -m pytest -m gpu tests
 for direction in "" --backward; do
   for rank in 64 32; do
@@ -51,6 +52,10 @@ for direction in "" --backward; do
   for batch in 1 32; do
     attention --batch "$batch" --warmup 5 --repeats 30 --shapes 16384 256 $direction
   done
+done
+for options in "" --no-dyt "--direction both" "--direction both --no-dyt"; do
+  step 40 fused_neck.txt "$PYTHON" -m bench.fused_neck --device cuda --dtype bf16 --batches 8 --warmup 5 --repeats 20 \
+    --seconds 0.3 --out "$root" $options
 done
 attention --crossover --warmup 2 --repeats 10
 step 60 conditioning.txt "$PYTHON" -m bench.conditioning --device cuda --out "$out/conditioning.jsonl"

@@ -32,16 +32,30 @@ def test_every_neck_has_a_row_with_its_ratios(direction, tmp_path, monkeypatch, 
     printed = capsys.readouterr().out
     assert printed.count("pvt_v2_b2") == 4
     assert "counted\n" in printed
+    assert ("times_the_floor" in quadratic) == (direction == "forward")  # at rates that were measured
 
 
 def test_a_fused_neck_that_misses_what_is_asked_is_marked():
     row = {
-        "backbone": "pvt_v2_b2", "side": 512, "batch": 8, "neck": "fused", "direction": "forward",
-        "ms": {"p50": 1.0}, "faster_than_quadratic": 3.1, "memory_of_quadratic": 0.2, "launches": 9,
+        "backbone": "pvt_v2_b2", "side": 512, "batch": 8, "neck": "fused", "direction": "forward", "dyt": True,
+        "ms": {"p50": 1.0}, "faster_than_quadratic": 3.1, "faster_than_compiled": 2.1, "times_the_floor": 2.9,
+        "memory_of_quadratic": 0.2, "launches": 9,
     }  # fmt: skip
     assert not fused_neck.line_of(row).endswith("!")
-    assert fused_neck.line_of(row | {"faster_than_quadratic": 2.9}).endswith("!")
-    assert fused_neck.line_of(row | {"memory_of_quadratic": 0.3}).endswith("!")
+    for worse in (
+        {"faster_than_quadratic": 2.9},
+        {"faster_than_compiled": 1.9},
+        {"memory_of_quadratic": 0.3},
+        {"times_the_floor": 3.1},
+        {"neck": "fused, one graph", "faster_than_quadratic": 2.9},
+        {"dyt": False, "faster_than_compiled": 3.1},  # eager: 5 without DyT
+        {"dyt": False, "faster_than_quadratic": 5.1},  # compiled: 3
+        {"side": 1024, "faster_than_quadratic": 5.9},
+        {"direction": "both", "faster_than_quadratic": 1.9},
+    ):
+        assert fused_neck.line_of(row | worse).endswith("!"), worse
+    for other in ({"direction": "both", "memory_of_quadratic": 0.3}, {"batch": 1, "times_the_floor": 9.0}):
+        assert not fused_neck.line_of(row | other).endswith("!")
 
 
 def test_the_floor_is_the_larger_of_reading_and_multiplying(monkeypatch):

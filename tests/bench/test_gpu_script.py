@@ -66,6 +66,19 @@ def test_attention_is_timed_at_every_shape_that_has_an_aim(tmp_path: Path):
     assert all("--dtype bfloat16" in x for x in ran)
 
 
+def test_the_fused_neck_is_timed_in_both_directions_with_dyt_and_without(tmp_path: Path):
+    """In bf16 at B = 8, every backbone and side: where it has an aim."""
+    assert started(tmp_path, "true").wait(60) == 0
+    printed = (tmp_path / "out/a-card/fused_neck.txt").read_text().splitlines()
+    ran = [x for x in printed if x.startswith("-m bench.fused_neck --device cuda --dtype bf16 --batches 8 ")]
+    assert [x.partition("/out ")[2] for x in ran] == [
+        "",
+        "--no-dyt",
+        "--direction both",
+        "--direction both --no-dyt",
+    ]
+
+
 def test_a_failed_step_fails_the_whole_and_the_rest_goes_on(tmp_path: Path):
     assert started(tmp_path, 'case "$*" in *gpu*) exit 3;; esac').wait(60) == 3
     assert "bench.growth" in (tmp_path / "out/a-card/growth.txt").read_text()

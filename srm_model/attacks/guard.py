@@ -68,7 +68,7 @@ def scores_of(model: nn.Module, images: Tensor) -> Tensor:
         scores = model(images)
     except (torch.OutOfMemoryError, NotImplementedError):
         raise
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, AttributeError, LookupError, TypeError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
             f"the model fails on {images.dtype} images of shape {tuple(images.shape)}: {reason}"

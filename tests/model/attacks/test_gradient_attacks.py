@@ -362,6 +362,22 @@ def test_default_step_sizes(norm, factor):
 # Bad input.
 
 
+class TakingBatches(Linear):
+    def __init__(self):
+        super().__init__(weight())
+
+    def forward(self, x):
+        return super().forward(x.image)
+
+
+class WithMask(Linear):
+    def __init__(self):
+        super().__init__(weight())
+
+    def forward(self, x, mask=None):
+        return super().forward(x * mask)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
@@ -414,6 +430,13 @@ def test_default_step_sizes(norm, factor):
             ValueError,
             r"the model fails on torch.float32 images .* scalar types",
         ),
+        # Other inputs that the signature does not tell of.
+        (
+            {"model": TakingBatches()},
+            ValueError,
+            r"the model fails on .* \(4, 3, 8, 8\): 'Tensor' object has no",
+        ),
+        ({"model": WithMask()}, ValueError, r"the model fails on .* \(4, 3, 8, 8\): unsupported operand"),
         ({"model": Linear(weight()).half()}, TypeError, "torch.float16 parameters"),
         ({"model": OfFirstPixel(lambda p: (p, {}))}, TypeError, "returned a tuple"),
         ({"model": OfFirstPixel(lambda p: p.detach())}, ValueError, "carry no gradient"),

@@ -24,7 +24,6 @@ compared with a time of another run.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import math
@@ -123,6 +122,7 @@ class Worker:
             text=True,
             cwd=checkout,
             env={"OMP_NUM_THREADS": "1", **os.environ},
+            process_group=0,  # Ctrl-C is this process's to answer: theirs would be four tracebacks
         )
 
     def prepare(self, request: dict[str, Any]) -> Measure:
@@ -201,8 +201,10 @@ def _run(options: argparse.Namespace) -> int:
         _measure(lines, base, candidate, options)
     except KeyboardInterrupt:
         print("interrupted; what is told is of the sets that were finished", file=sys.stderr)
-        with contextlib.suppress(ValueError):  # too few to tell anything
+        try:
             _tell(lines, options.tolerance)
+        except ValueError as error:
+            print(error, file=sys.stderr)
         return 130
     return _tell(lines, options.tolerance)
 
@@ -227,13 +229,13 @@ def _measure(lines: Sequence[Line], base: Path, candidate: Path, options: argpar
 
 def _tell(lines: Sequence[Line], tolerance: float) -> int:
     compared = sum(not line.refusal for line in lines)
+    verdicts = [None if e.refusal else judge(e.sets, tolerance=tolerance, lines=compared) for e in lines]
     slower = 0
     print(f"{'operator':22} {'family':17} {'direction':9} {'ratio':>7} {'interval':>16} {'noise':>7}")
-    for line in lines:
-        if line.refusal:
+    for line, found in zip(lines, verdicts, strict=True):
+        if found is None:
             print(f"{line.name}not compared: {line.refusal}")
             continue
-        found = judge(line.sets, tolerance=tolerance, lines=compared)
         interval = f"{found.low:.3f} to {found.high:.3f}"
         print(
             f"{line.name}{found.ratio:7.3f} {interval:>16} {found.noise:7.3f}{'  SLOWER' if found.slower else ''}"

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srm_kernels import (
+    PooledLinks,
     biased_gelu,
     dyt,
     full_attention,
@@ -454,12 +455,11 @@ class SRMNeck(nn.Module):
         stages = sorted({source for source, _ in c.links})
         links = [self._link(*pair) for pair in self._acting]
         with torch.autocast(device, enabled=False):  # operators choose their own precision
-            shiftless = {stage: self._shiftless(stage, pyramid[stage - 1].to(dtype)) for stage in stages}
-            keys, xs = self._key_sides(self._pool_sources(shiftless))
+            keys, xs = self._key_sides(self._shiftless_sources({s: pyramid[s - 1].to(dtype) for s in stages}))
             align = {stage: self._align_of(stage) for stage in c.fused_stages}
             targets = [c.fused_stages.index(target) for _, target in self._acting]
             track = statistics is not None and not statistics.finished
-            pooled = pooled_links(
+            pooled = self._query_sides(
                 [pyramid[stage - 1].to(dtype) for stage in c.fused_stages],
                 [align[target] for _, target in self._acting],
                 [link.query.weight for link in links],
@@ -475,7 +475,7 @@ class SRMNeck(nn.Module):
                 for (source, target), scale in zip(self._acting, pooled.scales, strict=True):
                     positions = pyramid[0].shape[0] * pyramid[target - 1].shape[2:].numel()
                     statistics.add_scale(_link_name(source, target), scale, positions)
-            return merge_links(
+            return self._merged(
                 pooled,
                 xs,
                 [align[stage] for stage in c.fused_stages],
@@ -485,6 +485,12 @@ class SRMNeck(nn.Module):
                 thetas=[link.theta for link in links] if c.tau else None,
                 backend=c.backend,
             )
+
+    def _query_sides(self, *args: Any, **options: Any) -> PooledLinks:
+        return pooled_links(*args, **options)
+
+    def _merged(self, *args: Any, **options: Any) -> Tensor:
+        return merge_links(*args, **options)
 
     def _key_sides(self, sources: dict[int, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """K̃ and X (B, H, r, d) of every acting link from A F; those of one source take one launch together.
@@ -512,6 +518,9 @@ class SRMNeck(nn.Module):
             parts = (t.unflatten(0, (len(links), -1)).unbind() for t in (keys, x))
             sides |= dict(zip(pairs, zip(*parts, strict=True), strict=True))
         return [sides[pair][0] for pair in self._acting], [sides[pair][1] for pair in self._acting]
+
+    def _shiftless_sources(self, maps: dict[int, Tensor]) -> dict[int, Tensor]:
+        return self._pool_sources({stage: self._shiftless(stage, m) for stage, m in maps.items()})
 
     def _shiftless(self, stage: int, m: Tensor) -> Tensor:
         """A F of a source (B, C, h, w), its bias left to `project_sources`: one product, however F is laid out."""

@@ -13,12 +13,13 @@ import torch
 
 from srm_model import SRMConfig
 from srm_model.cli import main
+from srm_model.neck import SRMNeck
 from srm_model.profiling import Case, Effort, Subject, Sweep, article_cases, cases
 from srm_model.profiling import sweep as sweep_module
 from srm_model.profiling.ceilings import Ceilings
 from srm_model.profiling.memory import timeline
 from srm_model.profiling.results import append, latest, newest, one_machine, read
-from srm_model.profiling.stages import REST
+from srm_model.profiling.stages import FUSED, REST, stage_times
 
 TINY = ["--set=channels=16", "--set=heads=2", "--set=rank=4", "--set=pool_size=2", "--device", "cpu"]
 QUICK = [
@@ -77,9 +78,12 @@ def test_other_dtypes_batches_and_backends(tmp_path: Path):
         *["--part", "model", "--resolution", "32", "--batch", "1", "2", "--dtype", "bf16", "--neck", "srm"],
     )
     assert {row["backend"] for row in rows} >= {"reference", "sdpa"}
-    stages = ["backbone", "align", "link 4→3", "link 4→2", "link 4→1", "gate", "head", REST]
-    assert all(list(row["stages"]) == stages and min(row["stages"].values()) >= 0 for row in rows)
     assert all(row["error"] is None for row in rows)
+    links = ["align", "link 4→3", "link 4→2", "link 4→1"]
+    for row in rows:
+        between = FUSED if row["backend"] == "triton" else links
+        assert list(row["stages"]) == ["backbone", *between, "gate", "head", REST]
+        assert min(row["stages"].values()) >= 0
     one, two = (next(row for row in rows if row["batch"] == batch) for batch in (1, 2))
     assert one["macs"] == two["macs"]
     assert two["work_macs"] == 2 * one["work_macs"]
@@ -144,6 +148,23 @@ def test_the_articles_rows_and_traces(tmp_path: Path):
     whole = "trace-model-test_convnext-srm-sdpa-32-4-bf16-step.json"
     names = {e.get("name") for e in json.loads((tmp_path / "cpu" / whole).read_text())["traceEvents"]}
     assert {"backbone", "neck.links.4to1", "head"} <= names
+
+
+def test_a_neck_by_kernels_has_stages_and_ranges_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its links share launches and call no module; the kernels' road is taken here by the reference's operators."""
+    monkeypatch.setattr(SRMNeck, "_fuses", lambda _, pyramid: pyramid[0].device.type == "cpu")
+    (row,) = profile(tmp_path, "--resolution", "32", "--neck", "srm", "--backend", "reference", "--trace")
+    assert row["error"] is None
+    assert list(row["stages"]) == [*FUSED, "gate", REST]
+    assert min(row["stages"][name] for name in FUSED) > 0
+    (trace,) = (tmp_path / "cpu").glob("trace-*.json")
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert {e["name"] for e in events if e.get("cat") == "user_annotation"} >= {*FUSED, "gate"}
+    subject = Subject(
+        Case("neck", "test_convnext", "srm", "reference", 32, 1, "fp32", "forward"), CONFIG, CPU
+    )
+    stage_times(subject.module, subject.call, CPU, Effort(1, 1, 1.0))
+    assert not set(FUSED.values()) & set(vars(subject.module))  # nothing is left watching
 
 
 def test_without_narrowing_the_article_means_512_pixels():

@@ -17,7 +17,7 @@ import pytest
 import torch
 from oracle import tokens
 from test_solve_grid import BACKWARD, SIZES, backward_error, grid_of, product_error
-from torch import Tensor
+from torch import Tensor, library
 
 from srm_kernels import Solver, landmark_solve, native, nystrom_attention
 from srm_kernels.conditioning import cpu, reference
@@ -208,11 +208,11 @@ def test_gradients_are_the_references():
 def test_the_operators_pass_opcheck():
     logits, rhs = problem(5, 2, torch.float32)
     arguments = (logits.clone().requires_grad_(), rhs.clone().requires_grad_(), 1e-3, *OTHERS, "sdpa")
-    torch.library.opcheck(torch.ops.srm.landmark_solve, arguments)
+    library.opcheck(torch.ops.srm.landmark_solve, arguments)
     solve(logits, rhs)  # loads it
     served = torch.empty(2, dtype=torch.bool)
     core = torch.ops.srm_cpu.symmetric_solve.default
-    torch.library.opcheck(core, (logits, rhs.clone(), served, 1e-3), test_utils="test_schema")
+    library.opcheck(core, (logits, rhs.clone(), served, 1e-3), test_utils="test_schema")
     for bad in (rhs.double(), rhs.mT.contiguous().mT, rhs[:1]):
         with pytest.raises(ValueError, match="contiguous"):
             core(logits, bad, served, 1e-3)

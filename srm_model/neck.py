@@ -455,12 +455,13 @@ class SRMNeck(nn.Module):
         stages = sorted({source for source, _ in c.links})
         links = [self._link(*pair) for pair in self._acting]
         with torch.autocast(device, enabled=False):  # operators choose their own precision
-            keys, xs = self._key_sides(self._shiftless_sources({s: pyramid[s - 1].to(dtype) for s in stages}))
+            maps = {s: pyramid[s - 1].to(dtype) for s in {*stages, *c.fused_stages}}
+            keys, xs = self._key_sides(self._shiftless_sources({s: maps[s] for s in stages}))
             align = {stage: self._align_of(stage) for stage in c.fused_stages}
             targets = [c.fused_stages.index(target) for _, target in self._acting]
             track = statistics is not None and not statistics.finished
             pooled = self._query_sides(
-                [pyramid[stage - 1].to(dtype) for stage in c.fused_stages],
+                [maps[stage] for stage in c.fused_stages],
                 [align[target] for _, target in self._acting],
                 [link.query.weight for link in links],
                 keys,

@@ -56,9 +56,8 @@ def query_forward(rank: int, d: int, dtype: torch.dtype, capability: tuple[int, 
     """Y: a tile of [block, r] probabilities and [block, d] tokens."""
     if _large(rank, d) or _heavy(rank, d, dtype):
         return Configuration(32, 8, 1)
-    limit = (
-        None if dtype == torch.bfloat16 else MOST_REGISTERS
-    )  # the compiler stops at 128 or 168, and spills
+    # Without a limit the compiler stops at 128 or 168 registers, and spills.
+    limit = None if dtype == torch.bfloat16 else MOST_REGISTERS
     return Configuration(64, 4, 2 if capability in ROOMY else 1, limit)
 
 

@@ -47,9 +47,7 @@ def element_offsets(element, h, w, stride_c, stride_h, stride_w):
 
 
 @triton.jit
-def activated(
-    map_ptr, bias_ptr, element, inside, h, w, stride_c, stride_h, stride_w
-):  # fmt: skip
+def activated(map_ptr, bias_ptr, element, inside, h, w, stride_c, stride_h, stride_w):
     """GELU(m + b) of some elements of an image, [BLOCK]; b is rounded as modules round it."""
     offsets = element_offsets(element, h, w, stride_c, stride_h, stride_w)
     bias = tl.load(bias_ptr + element // (h * w), mask=inside, other=0.0).to(map_ptr.dtype.element_ty)

@@ -111,7 +111,8 @@ def audit(
     - transfer, black_box: an attack crafted on the surrogate, and one that only asks for scores, reach no further than
       the best white-box attack (PGD or APGD): the lower end of the 95 % bootstrap interval of the mean difference over
       the images is not above 0.
-    - unbounded: with a budget that allows any image, PGD on pair inversion turns the ranking round (SROCC below 0).
+    - unbounded: with a budget that allows any image, PGD on pair inversion turns the ranking round (SROCC below 0);
+      not asked of a model whose ranking is inverted before.
     - randomness: 16 passes over the same images give the same scores, but for 0.1 % of their spread; a model with a
       true `stochastic` attribute has declared its randomness, and is attacked with EOT.
     - batch: scores of images alone and in their batch agree as well; cannot be asked of a random model.
@@ -493,7 +494,8 @@ def _unbounded(subject: _Subject) -> Check:
         return _verdict("_unbounded", True, "the scores are no longer finite", srocc=None)
     before, after = srocc(subject.clean, subject.mos), srocc(scores, subject.mos)
     figure = f"SROCC {before:.2f} clean, {after:.2f} with any image allowed"
-    return _verdict("_unbounded", after < 0, figure, clean=before, srocc=after)
+    # A ranking that was inverted before the attack says nothing of it.
+    return _verdict("_unbounded", None if before < 0 else after < 0, figure, clean=before, srocc=after)
 
 
 def _randomness(subject: _Subject) -> Check:

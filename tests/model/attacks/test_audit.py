@@ -318,3 +318,13 @@ def test_a_score_that_becomes_nan_is_no_pass():
     result = run(model)
     assert not result.passed
     assert next(check for check in result.checks if check.name == "unbounded").passed
+
+
+def test_a_ranking_that_was_inverted_before_the_attack_is_not_taken_for_a_broken_one():
+    class Inverted(Honest):
+        def forward(self, images: Tensor) -> Tensor:
+            return -self.raw(images)
+
+    check = next(check for check in run(Inverted()).checks if check.name == "unbounded")
+    assert check.data["clean"] < 0
+    assert check.passed is None

@@ -388,7 +388,12 @@ def test_ctrl_c_ends_with_130_and_leaves_the_last_epoch_whole(data: Path, tmp_pa
     command = [sys.executable, "-m", "srm_model", "train", "--data", str(data), "--out", str(out), *SETTINGS]
     command += ["--backbone", "test_convnext", "--device", "cpu", "--set=epochs=10000"]
     process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # A shell starts what is in the background with SIGINT ignored, and its children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     limit = time.monotonic() + 100
     while not (out / "srm" / "history.jsonl").exists() and time.monotonic() < limit:

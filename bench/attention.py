@@ -17,12 +17,14 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from bench.harness import DTYPES, Recorder
 from srm_kernels import backends, full_attention, nystrom_attention
 from srm_kernels.attention import reference, sdpa
 from srm_kernels.landmarks import reference as landmarks
 from srm_model.profiling.timing import Effort, Times, measure_together
+from srm_model.profiling.traces import most_expensive
 
 SHAPES = (
     (16_384, 256, 1 / 3),
@@ -189,6 +191,25 @@ def peak_memory(queries: int, keys: int, options: argparse.Namespace) -> str:
     return f"peak MiB beyond Y at {queries} × {keys}: " + ", ".join(found)
 
 
+def kernels(queries: int, keys: int, options: argparse.Namespace) -> str:
+    """The ten most expensive kernels of one call of the fused form, by the profiler; on a CPU its operators."""
+    on_gpu = options.device == "cuda"
+    inputs = tokens(queries, keys, options.batch, options)
+    call = rivals(options)["triton" if on_gpu else "default"]
+
+    def once() -> None:
+        y = call(*inputs)
+        if options.backward:
+            torch.autograd.grad(y, inputs, torch.ones_like(y))
+        if on_gpu:
+            torch.cuda.synchronize()
+
+    once()
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiled:
+        once()
+    return most_expensive(profiled, cuda=on_gpu)
+
+
 def crossover(options: argparse.Namespace) -> None:
     """Exact attention's time over Nyström's, by the kernels too on a GPU; below 1 it is a loss, and marked."""
     names = ("default", "triton") if options.device == "cuda" else ("default",)
@@ -226,6 +247,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="of measured calls a shape, about")
     parser.add_argument("--backward", action="store_true", help="time forward and backward")
     parser.add_argument("--compile", action="store_true", help="rivals under torch.compile too")
+    parser.add_argument("--kernels", action="store_true", help="where the fused form's time goes, too")
     parser.add_argument("--crossover", action="store_true", help="the table over N_k and B instead")
     parser.add_argument("--queries", type=int, default=16_384, help="N_q of the crossover table")
     parser.add_argument("--shapes", type=int, nargs="*", help="N_q N_k N_q N_k …, instead of the usual ones")
@@ -258,6 +280,8 @@ def main() -> None:
         print(f"{queries:8} × {keys:<6} exact {measure:.3f} ms; of it: {', '.join(shares)}{over}", flush=True)
         if options.device == "cuda" and not options.backward:
             print("         " + peak_memory(queries, keys, options))
+        if options.kernels:
+            print(kernels(queries, keys, options), flush=True)
     if not options.backward:
         print(query_side(options), flush=True)
 

@@ -40,7 +40,7 @@ def test_attention_as_ratios(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr(torch, "compile", lambda call, dynamic: call)  # takes a compiler and half a minute
-    more = ["--dtype", "bfloat16", "--compile", "--out", str(tmp_path), "--note", "a look"]
+    more = ["--dtype", "bfloat16", "--compile", "--out", str(tmp_path), "--note", "a look", "--kernels"]
     given(monkeypatch, *ATTENTION, "--shapes", "64", "16", "--batch", "2", *more)
     attention.main()
     printed = capsys.readouterr().out
@@ -54,6 +54,7 @@ def test_attention_as_ratios(
         *(f"{name} compiled" for name in ("exact", "default", "reference", "svd", "sdpa")),
     ]
     assert "% of copy bandwidth" in printed
+    assert "srm::nystrom_attention" in printed
     (row,) = read(tmp_path / "cpu" / "attention.jsonl")
     assert [row[name] for name in ("N_q", "N_k", "B", "r", "dtype", "note")] == [
         64,

@@ -1,4 +1,5 @@
-"""`bench/gpu.sh` against stand-ins for the tools: every step runs, and Ctrl-C ends it and keeps what was written."""
+"""`bench/gpu.sh` against stand-ins for the tools: every step runs, first side by side and briefly, then by itself and in
+full, and Ctrl-C ends it and keeps what was written."""
 
 from __future__ import annotations
 
@@ -15,13 +16,13 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 pytestmark = pytest.mark.skipif(shutil.which("timeout") is None, reason="coreutils' timeout is not here")
 
 
-def started(tmp_path: Path, python: str) -> subprocess.Popen[bytes]:
+def started(tmp_path: Path, python: str, sanitizer: str = "true") -> subprocess.Popen[bytes]:
     """The script with a `python3` of these shell commands; its results go to `out`."""
     tools = tmp_path / "tools"
     tools.mkdir()
     for name, body in (
         ("nvidia-smi", "echo A Card"),
-        ("compute-sanitizer", 'echo "$@"'),
+        ("compute-sanitizer", f'echo "$@"; {sanitizer}'),
         ("python3", f'echo "$@"; {python}'),
     ):
         (tools / name).write_text(f"#!/bin/sh\n{body}\n")
@@ -47,57 +48,55 @@ def test_every_step_writes_its_file(tmp_path: Path):
         "growth": "-m bench.growth",
         "attention": "-m bench.attention --device cuda --dtype bfloat16 --seconds 1 --out ",
         "attacks": "--necks srm quadratic none --backends triton reference",
+        "sanitizer-memcheck": "--tool memcheck",
+        "sanitizer-racecheck": "--tool racecheck",
     }.items():
         assert command in (out / f"{name}.txt").read_text()
 
 
-def test_attention_is_timed_at_every_shape_that_has_an_aim(tmp_path: Path):
-    """Forward and backward, at both ranks of the article; beside torch.compile too."""
+def test_every_benchmark_is_rehearsed_where_its_results_do_not_count(tmp_path: Path):
+    """The same commands with options that make them brief, and that send results to a folder that is gone after."""
     assert started(tmp_path, "true").wait(60) == 0
-    ran = (tmp_path / "out/a-card/attention.txt").read_text().splitlines()
-    for direction in ("", " --backward"):
-        for shape in ("--rank 64 --batch 8", "--rank 32 --batch 8", "--batch 1 ", "--batch 32 "):
-            assert [x for x in ran if shape in x and x.endswith(f"--shapes 16384 256{direction}")], shape
-        for rank in (64, 32):
-            large = f"--shapes 65536 1024 262144 4096{direction}"
-            assert [x for x in ran if f"--rank {rank} " in x and x.endswith(large) and "--compile" not in x]
-    assert [x for x in ran if "--compile" in x]
-    assert [x for x in ran if "--crossover" in x]
-    assert all("--dtype bfloat16" in x for x in ran)
-
-
-def test_the_fused_neck_is_timed_in_both_directions_with_dyt_and_without(tmp_path: Path):
-    """In bf16 at B = 8, every backbone and side: where it has an aim."""
-    assert started(tmp_path, "true").wait(60) == 0
-    printed = (tmp_path / "out/a-card/fused_neck.txt").read_text().splitlines()
-    ran = [x for x in printed if x.startswith("-m bench.fused_neck --device cuda --dtype bf16 --batches 8 ")]
-    assert [x.partition("/out ")[2] for x in ran] == [
-        "",
-        "--no-dyt",
-        "--direction both",
-        "--direction both --no-dyt",
+    out = tmp_path / "out/a-card"
+    counted = [
+        line
+        for file in out.glob("*.txt")
+        if file.stem not in ("machine", "tests") and "sanitizer" not in file.stem
+        for line in file.read_text().splitlines()[1::2]
     ]
+    assert len(counted) > 20
+    rehearsed = []
+    for file in (out / "rehearsal").iterdir():
+        line = file.read_text().splitlines()[1]
+        rehearsed.append(max((full for full in counted if line.startswith(f"{full} --")), key=len))
+        folder = Path(line.split()[-1])
+        assert not folder.is_relative_to(tmp_path)
+        assert not folder.exists()
+    assert sorted(rehearsed) == sorted(counted)
 
 
-def test_a_failed_step_fails_the_whole_and_the_rest_goes_on(tmp_path: Path):
-    assert started(tmp_path, 'case "$*" in *gpu*) exit 3;; esac').wait(60) == 3
-    assert "bench.growth" in (tmp_path / "out/a-card/growth.txt").read_text()
+@pytest.mark.parametrize(("what", "code"), [("-m gpu", 3), ("growth", 3), ("small_run", 1)])
+def test_a_failed_step_fails_the_whole_and_the_rest_goes_on(tmp_path: Path, what: str, code: int):
+    failing = f'case "$*" in *"{what}"*) exit 3;; esac'
+    assert started(tmp_path, failing, sanitizer=failing).wait(60) == code
+    assert "--compile" in (tmp_path / "out/a-card/attention.txt").read_text()
 
 
-def test_ctrl_c_ends_the_step_and_keeps_what_was_written(tmp_path: Path):
+@pytest.mark.parametrize("command", ["*conditioning*--repeats*", "*a-card/conditioning.jsonl"])
+def test_ctrl_c_ends_the_step_and_keeps_what_was_written(tmp_path: Path, command: str):
+    """In the rehearsal, and in the step that counts, whose command ends with the file of its results."""
     pid = tmp_path / "pid"
     # Python ends at TERM without a word; at INT, benchmarks write what they have.
     ending = f"echo kept > {tmp_path}/kept; kill $!; exit 1"
-    sleeping = f'case "$*" in *conditioning*) trap "{ending}" INT; echo $$ > {pid}; sleep 60 & wait;; esac'
+    sleeping = f'case "$*" in {command}) trap "{ending}" INT; echo $$ > {pid}; sleep 60 & wait;; esac'
     script = started(tmp_path, sleeping)
     end = time.monotonic() + 60
     while not (pid.exists() and pid.read_text()) and time.monotonic() < end:
         time.sleep(0.05)
     os.killpg(script.pid, signal.SIGINT)
     assert script.wait(30) == 130
-    out = tmp_path / "out/a-card"
-    assert "-m pytest -m gpu tests" in (out / "tests.txt").read_text()
-    assert not (out / "neck.txt").exists()
+    assert "-m pytest -m gpu tests" in (tmp_path / "out/a-card/tests.txt").read_text()
+    assert not (tmp_path / "out/a-card/growth.txt").exists()
     assert (tmp_path / "kept").exists()
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)

@@ -1,4 +1,4 @@
-"""`bench/gpu.sh` against stand-ins for the tools: every step runs, first side by side and briefly, then by itself and in
+"""`bench/gpu.sh` against stand-ins for the tools: every step runs, first side by side and briefly, then alone and in
 full, and Ctrl-C ends it and keeps what was written."""
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def test_ctrl_c_ends_the_step_and_keeps_what_was_written(tmp_path: Path, command
     """In the rehearsal, and in the step that counts, whose command ends with the file of its results."""
     pid = tmp_path / "pid"
     # Python ends at TERM without a word; at INT, benchmarks write what they have.
-    ending = f"echo kept > {tmp_path}/kept; kill $!; exit 1"
+    ending = f"echo kept > {tmp_path}/kept; kill \\$!; exit 1"
     sleeping = f'case "$*" in {command}) trap "{ending}" INT; echo $$ > {pid}; sleep 60 & wait;; esac'
     script = started(tmp_path, sleeping)
     end = time.monotonic() + 60

@@ -337,7 +337,7 @@ def crossover_table(surface: Surface) -> tuple[list[str], list[list[str]]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, write rows and print both tables; Ctrl-C keeps what was measured."""
+    """Measure, write rows and print both tables; Ctrl-C keeps the sweeps that are finished."""
     options = _parser().parse_args(arguments)
     device = torch.device(options.device)
     scale = SCALES[options.scale or ("gpu" if device.type == "cuda" else "cpu")]
@@ -367,7 +367,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     crossed += [recorder.write(row) for row in rows]
                     _tell(f"N_k = {keys}, B = {batch}", rows)
     except KeyboardInterrupt:
-        print("interrupted; what was measured is kept", file=sys.stderr)
+        print("interrupted; finished sweeps are kept", file=sys.stderr)
         return 130
     finally:
         _print(grown, crossed)

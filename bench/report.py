@@ -183,15 +183,21 @@ def _stages(rows: Rows) -> list[Picture]:
             (
                 _file("stages", part, backbone, resolution, batch, dtype),
                 plots.stacked(
-                    [plots.Bar(row["label"], row["stages"]) for row in group],
+                    [plots.Bar(row["label"], _shared_out(row)) for row in group],
                     [*names, REST],
                     title=f"Where the time goes: {part}, {backbone}",
-                    note=f"{resolution}×{resolution}, B={batch}, {dtype}, forward; medians of each stage",
+                    note=f"{resolution}×{resolution}, B={batch}, {dtype}, forward; the median, shared out as stages share it",
                     x_label="milliseconds",
                 ),
             )
         )
     return pictures
+
+
+def _shared_out(row: dict[str, Any]) -> dict[str, float]:
+    """The row's time, divided as its stages divide the calls that were watched, which are others than were timed."""
+    all_ = sum(row["stages"].values())
+    return {name: taken / all_ * row["typical"] for name, taken in row["stages"].items()}
 
 
 def _against_resolution(rows: Rows) -> list[Picture]:

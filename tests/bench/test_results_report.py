@@ -355,6 +355,17 @@ def test_stages_are_drawn_at_the_largest_resolution_alone(folder: Path):
     assert {name for name in written if name.startswith("stages")} == {"stages-neck-some-net-128-1-fp32.svg"}
 
 
+def test_stages_as_drawn_add_up_to_the_time_in_the_table(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    drawn: list[plots.Bar] = []
+    stacked = plots.stacked
+    monkeypatch.setattr(plots, "stacked", lambda bars, *a, **k: drawn.extend(bars) or stacked(bars, *a, **k))
+    report(folder)
+    assert drawn
+    for bar in drawn:
+        assert sum(bar.parts.values()) == pytest.approx(128 / 32)
+        assert bar.parts["link 4→3"] == pytest.approx(2 * bar.parts["align"])
+
+
 def test_a_roofline_joins_the_resolutions_of_a_neck():
     series = [plots.Line("a", [(1.0, 2e9), (2.0, 3e9)]), plots.Line("b", [(1.0, 1e9), (3.0, 4e9)])]
     root = ElementTree.fromstring(plots.roofline(series, 1e10, 5e10, title="t", note="n"))

@@ -186,7 +186,7 @@ def _stages(rows: Rows) -> list[Picture]:
                     [plots.Bar(row["label"], _shared_out(row)) for row in group],
                     [*names, REST],
                     title=f"Where the time goes: {part}, {backbone}",
-                    note=f"{resolution}×{resolution}, B={batch}, {dtype}, forward; the median, shared out as stages share it",
+                    note=f"{resolution}×{resolution}, B={batch}, {dtype}, forward; the median, as stages share it out",
                     x_label="milliseconds",
                 ),
             )

@@ -341,29 +341,36 @@ def _audits(
     splits: Callable[[Model], dict[str, Any]],
     device: torch.device,
 ) -> Iterator[Job]:
-    """Every unablated model of the first seed, at the article's larger budget."""
+    """Every unablated model of the first seed, at the article's larger budget, as trained and with `audit_swaps`."""
     for model in grid if study.audit else ():
         if model.seed != study.seeds[0]:
             continue
         eps = model.config.eps_linf_tables[-1]
+        for swap in (None, *(study.audit_swaps if model.neck == "srm" else ())):
+            changes = {} if swap is None else study.swaps[swap]
 
-        def measure(model: Model = model, eps: float = eps) -> dict[str, Any]:
-            loaded, _ = runs.open_checkpoint(out / model.folder, device)
-            surrogate = _surrogate(out, model)
-            found = audit(
-                loaded,
-                splits(model)["test"],
-                norm="linf",
-                eps=eps,
-                surrogate=None if surrogate is None else runs.open_checkpoint(surrogate, device)[0],
-                config=model.config,
-                images=study.audit,
-                seed=model.seed,
-            )
-            return {"passed": found.passed, "failed": list(found.failed), **found.to_dict()}
+            def measure(
+                model: Model = model, eps: float = eps, changes: dict[str, Any] = changes
+            ) -> dict[str, Any]:
+                loaded, _ = runs.open_checkpoint(out / model.folder, device)
+                surrogate = _surrogate(out, model)
+                found = audit(
+                    swapped(loaded, changes) if changes else loaded,
+                    splits(model)["test"],
+                    norm="linf",
+                    eps=eps,
+                    surrogate=None if surrogate is None else runs.open_checkpoint(surrogate, device)[0],
+                    config=model.config,
+                    images=study.audit,
+                    seed=model.seed,
+                )
+                return {"passed": found.passed, "failed": list(found.failed), **found.to_dict()}
 
-        identity = {**model.identity, "norm": "linf", "eps": eps, "images": study.audit}
-        yield Job("audit", identity, f"audit {_label(model)}", measure, (model, _beside(model)))
+            identity = {**model.identity, "norm": "linf", "eps": eps, "images": study.audit}
+            label = f"audit {_label(model)}"
+            if swap is not None:
+                identity, label = {**identity, "swap": swap, "changes": changes}, f"{label}, {swap}"
+            yield Job("audit", identity, label, measure, (model, _beside(model)))
 
 
 def _sweeps(

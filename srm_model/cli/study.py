@@ -93,6 +93,7 @@ class Study:
         default_factory=dict
     )  # changes to trained weights' model, by name
     audit: int = 0  # images of each audit; 0: none
+    audit_swaps: tuple[str, ...] = ()  # of `swaps`, audited beside the weights as trained
     transfer: tuple[tuple[str, str], ...] = ()  # pairs of backbones, beside the necks of one
     sweep: bool = False
     efficiency: bool = False
@@ -142,6 +143,7 @@ _KEYS: dict[str, Any] = {
     "ablations": (dict, list),
     "swaps": dict,
     "audit": int,
+    "audit_swaps": list,
     "transfer": list,
     "sweep": bool,
     "efficiency": bool,
@@ -240,6 +242,10 @@ def _study(values: Any, here: Path, roots: Mapping[str, str]) -> Study:
         raise ValueError(f"images is {images!r}: expected a whole number of 2 or more")
     if values.get("audit", 0) < 0 or values.get("audit") == 1:
         raise ValueError(f"audit is {values['audit']}: expected a whole number of 2 or more, or 0 for none")
+    _texts(values, "audit_swaps")
+    unknown = [name for name in values.get("audit_swaps", ()) if name not in values.get("swaps", {})]
+    if unknown:
+        raise ValueError(f"audit_swaps has {', '.join(unknown)}: expected names of swaps")
     for name, root in values["data"].items():
         if not isinstance(root, str) or not slug(name):
             raise ValueError(f"data has {name} = {root!r}: expected a name and a folder")
@@ -283,6 +289,7 @@ def _study(values: Any, here: Path, roots: Mapping[str, str]) -> Study:
         ablation_budgets=ablation_budgets,
         swaps=_swaps(values.get("swaps", {}), config),
         audit=values.get("audit", 0),
+        audit_swaps=tuple(values.get("audit_swaps", ())),
         transfer=pairs,
         sweep=values.get("sweep", False),
         efficiency=values.get("efficiency", False),

@@ -36,6 +36,7 @@ seeds = [0, 1]
 sweep = true
 efficiency = true
 audit = 2
+audit_swaps = ["no links"]
 
 [data]
 noise = "set"
@@ -117,13 +118,13 @@ def test_every_result_is_a_line_with_all_that_it_depends_on(out: Path):
     for line in lines:
         counts[line["kind"]] = counts.get(line["kind"], 0) + 1
     # Two necks and two variants on two seeds, one variant on one; a budget each, and for the full neck that variant's
-    # too; both necks are swept; a pair per seed.
+    # too; one swap is audited; both necks are swept; a pair per seed.
     assert counts == {
         "clean": 9,
         "diagnostics": 5,
         "attack": 11,
         "swap": 4,
-        "audit": 2,
+        "audit": 3,
         "sweep": 4,
         "transfer": 2,
         "efficiency": 2,
@@ -201,12 +202,17 @@ def _srm(out: Path, seed: int) -> Path:
     return out / "runs" / "noise" / "test_convnext" / f"seed{seed}" / "srm"
 
 
-def test_audits_are_of_the_first_seed(out: Path):
+def test_audits_are_of_the_first_seed_as_trained_and_with_the_swaps_that_were_asked_for(out: Path):
     lines = Records(out).of("audit")
-    assert [(line["identity"]["neck"], line["identity"]["seed"]) for line in lines] == [
-        ("none", 0),
-        ("srm", 0),
+    audited = [line["identity"] for line in lines]
+    assert [(which["neck"], which["seed"], which.get("swap")) for which in audited] == [
+        ("none", 0, None),
+        ("srm", 0, None),
+        ("srm", 0, "no links"),
     ]
+    trained, without = (line["values"]["checks"] for line in lines[1:])
+    assert [c["name"] for c in trained] == [c["name"] for c in without]
+    assert [c["figure"] for c in trained] != [c["figure"] for c in without]
     for line in lines:
         assert len(line["values"]["checks"]) == 10
         assert line["values"]["passed"] == (not line["values"]["failed"])
@@ -221,7 +227,7 @@ def test_weights_that_are_gone_are_trained_again_where_something_needs_them(
     digest = read_json(_srm(out, 0) / "config.json")["sha256"]
     shutil.rmtree(_srm(out, 0))
     assert main([*arguments, "--dry-run"]) == 0
-    assert capsys.readouterr().out == "0 of 39 results are missing\n"
+    assert capsys.readouterr().out == "0 of 40 results are missing\n"
     lost = next(
         text
         for text in lines
@@ -341,7 +347,7 @@ def test_a_second_call_repeats_nothing_and_a_lost_line_is_measured_again(
     path = out / "results.jsonl"
     before = path.read_text()
     assert main([*arguments, "--dry-run"]) == 0
-    assert capsys.readouterr().out == "0 of 39 results are missing\n"
+    assert capsys.readouterr().out == "0 of 40 results are missing\n"
     lines = before.splitlines()
     lost = next(i for i, text in enumerate(lines) if json.loads(text)["kind"] == "sweep")
     path.write_text("\n".join([*lines[:lost], *lines[lost + 1 :], lines[0][:50]]) + "\n")  # and one cut short
@@ -550,6 +556,7 @@ def test_all_ablations_of_the_article_are_named_and_valid(tmp_path: Path):
         ({"attacks": {"l3": [1]}}, "unknown key of attacks l3"),
         ({"attacks": {"suite": "all"}}, "suite is 'all'"),
         ({"audit": True}, "audit is True: expected int"),
+        ({"audit_swaps": ["no links"]}, "audit_swaps has no links: expected names of swaps"),
         ({"swaps": {"s": {"neck": "none"}}}, "swap 's': neck 'none' is not one of srm, quadratic"),
         ({"swaps": {"s": {"beta": "x"}}}, "beta 'x': expected a number"),
         ({"swaps": {"s": {"rank": 0}}}, "rank=0"),

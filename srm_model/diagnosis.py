@@ -22,6 +22,7 @@ from srm_model.neck import Link, SRMNeck
 METHODS = ("leverage", "uniform", "pivoted_cholesky", "kmeans++")
 QUERIES = 1024  # at most, evenly spaced: the error of the attention is a mean over them
 QUANTILES = {"median": 0.5, "p90": 0.9, "max": 1.0}
+STEPS = (1.0, 0.1, 0.01)  # of 1/255, by which every pixel is moved up or down to see whether landmarks change
 
 
 def table_rows(config: SRMConfig) -> dict[str, dict[str, Any]]:
@@ -50,7 +51,9 @@ def diagnose(model: IQAModel, batches: Iterable[Tensor], *, pictured: int = 2) -
     "table": κ, ρ, gain and the attention's error by row; "links": the same for the checkpoint's own settings by
     link, head and batch, with the share of matrices that each solver served, κ itself, spectra, and "rank", how many
     landmarks there are, at most the keys; "errors": the attention's error against exact attention by landmark method
-    and r; "landmarks": where the landmarks of the first `pictured` images lie. Raises ValueError for a model without
+    and r; "changes": the share of landmark sets that are others once every pixel of the first batch is moved up or down
+    by a step, by method and step in units of 1/255; "landmarks": where the landmarks of the first `pictured` images
+    lie. Raises ValueError for a model without
     Nyström attention.
     """
     neck = model.neck
@@ -65,9 +68,13 @@ def diagnose(model: IQAModel, batches: Iterable[Tensor], *, pictured: int = 2) -
     used: dict[str, int] = {}
     errors: dict[tuple[str, int], list[Tensor]] = {}
     landmarks: list[dict[str, Any]] = []
+    changed: list[dict[str, Any]] = []
     with evaluating(model):
         for number, images in enumerate(batches):
-            aligned = neck._align(model.pyramid(images.to(device)), every=False)
+            images = images.to(device)
+            aligned = neck._align(model.pyramid(images), every=False)
+            if number == 0:
+                changed = _changes(model, images)
             for source, target in neck._acting:
                 name, link = f"{source}→{target}", neck._link(source, target)
                 q, k, v = link.project(aligned[target], aligned[source])
@@ -95,8 +102,37 @@ def diagnose(model: IQAModel, batches: Iterable[Tensor], *, pictured: int = 2) -
             {"method": method, "rank": rank, **_quantiles(torch.cat(found))}
             for (method, rank), found in sorted(errors.items())
         ],
+        "changes": changed,
         "landmarks": landmarks,
     }
+
+
+def _changes(model: IQAModel, images: Tensor) -> list[dict[str, Any]]:
+    """Whether a choice among keys jumps: shares of (link, image, head) whose set of landmarks a small step changes."""
+
+    def chosen(x: Tensor) -> dict[str, list[Tensor]]:
+        neck: Any = model.neck
+        aligned = neck._align(model.pyramid(x), every=False)
+        sets: dict[str, list[Tensor]] = {method: [] for method in METHODS}
+        for source, target in neck._acting:
+            link = neck._link(source, target)
+            _, k, _ = link.project(aligned[target], aligned[source])
+            keys, c = normalised_key(k, link.config.qk_norm), link.config
+            for method, found in sets.items():
+                index = select_landmarks(keys, c.rank, method=method, gamma=c.gamma)
+                found.append(index.sort(-1).values.flatten(0, 1))
+        return sets
+
+    signs = 2.0 * torch.randint(2, images.shape, generator=torch.Generator().manual_seed(0)) - 1
+    own = chosen(images)
+    found = []
+    for step in STEPS:
+        moved = chosen(images + step / 255 * signs.to(images))
+        for method in METHODS:
+            pairs = zip(own[method], moved[method], strict=True)
+            others = torch.cat([(a != b).any(-1) for a, b in pairs])
+            found.append({"method": method, "step": step, "share": float(others.double().mean())})
+    return found
 
 
 def _attend(link: Link, q: Tensor, k: Tensor, v: Tensor, **changes: Any) -> tuple[Tensor, LandmarkSolution]:

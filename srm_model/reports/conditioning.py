@@ -45,6 +45,7 @@ def render(found: Mapping[str, Any], about: Mapping[str, Any], images: Sequence[
         section("By link and head", _links(found)),
         section("Condition numbers and spectra", _curves(found)),
         section("Error of the attention by landmarks", _errors(found)),
+        section("Whether the choice of landmarks jumps", _changes(found)),
         section("Where the landmarks lie", _landmarks(found, images)),
     )
     head = element(
@@ -81,7 +82,25 @@ def markdown(found: Mapping[str, Any]) -> str:
     lines += ["|---" * (len(ranks) + 1) + "|"]
     for method, name in METHODS.items():
         lines.append(f"| {name} | " + " | ".join(_by_rank(found, method, ranks)) + " |")
+    steps = _steps(found)
+    lines += ["", "| sets of landmarks that change | " + " | ".join(_step(step) for step in steps) + " |"]
+    lines += ["|---" * (len(steps) + 1) + "|"]
+    for method, name in METHODS.items():
+        lines.append(f"| {name} | " + " | ".join(_by_step(found, method)) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _steps(found: Mapping[str, Any]) -> list[float]:
+    return list(dict.fromkeys(entry["step"] for entry in found["changes"]))
+
+
+def _step(step: float) -> str:
+    return f"{step:g}/255"
+
+
+def _by_step(found: Mapping[str, Any], method: str) -> list[str]:
+    shares = [entry["share"] for entry in found["changes"] if entry["method"] == method]
+    return [f"{100 * share:.3g} %" for share in shares]
 
 
 def _cells(summary: Mapping[str, Any]) -> list[str]:
@@ -191,6 +210,18 @@ def _errors(found: Mapping[str, Any]) -> Child:
     title = "Median of ‖Y − Y*‖/‖Y*‖ over links, heads and images, the solver as in the checkpoint."
     numbers = table(["Landmarks", *(f"r = {rank}" for rank in ranks)], rows, title=title)
     return element("div", numbers, chart, class_="pair")
+
+
+def _changes(found: Mapping[str, Any]) -> Child:
+    rows = [row(name, *_by_step(found, method)) for method, name in METHODS.items()]
+    return [
+        table(["Landmarks", *(_step(step) for step in _steps(found))], rows),
+        caption(
+            "Share of landmark sets, over the links, heads and images of one batch, that are others once every pixel "
+            "is moved up or down by so much. Where a set changes the score jumps, which no gradient tells: an attack "
+            "by gradient may then understate what an attacker can do."
+        ),
+    ]
 
 
 def _landmarks(found: Mapping[str, Any], images: Sequence[Image.Image]) -> Child:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from srm_kernels import full_attention, nystrom_attention
+from srm_kernels import full_attention, nystrom_attention, select_landmarks
 from srm_model import SRMConfig, build_model
 from srm_model.checkpoint import save_model
 from srm_model.cli import main
@@ -110,6 +110,27 @@ def test_errors_by_method_and_rank(found):
     for method in METHODS:
         by_rank = {e["rank"]: e["median"] for e in found["errors"] if e["method"] == method}
         assert by_rank[16] < 0.05 < by_rank[2]
+
+
+def test_landmark_sets_that_a_small_step_changes(model, batches, found):
+    """Of 12 sets, three links and two heads of the first batch's two images; counted here one by one."""
+    seen: list[torch.Tensor] = []
+    images = batches[0]
+    signs = 2.0 * torch.randint(2, images.shape, generator=torch.Generator().manual_seed(0)) - 1
+    neck = model.neck
+    with torch.no_grad():
+        for x in (images, images + signs / 255):
+            aligned = neck._align(model.pyramid(x), every=False)
+            for source, target in SMALL.links:
+                _, k, _ = neck._link(source, target).project(aligned[target], aligned[source])
+                keys = torch.nn.functional.normalize(k, dim=-1) * k.shape[-1] ** 0.5
+                seen += select_landmarks(keys, 8, gamma=SMALL.gamma).flatten(0, 1)
+    changed = [set(a.tolist()) != set(b.tolist()) for a, b in zip(seen[:12], seen[12:], strict=True)]
+    assert sum(changed) > 0
+    shares = {(entry["method"], entry["step"]): entry["share"] for entry in found["changes"]}
+    assert shares["leverage", 1.0] == pytest.approx(sum(changed) / 12)
+    assert {shares["uniform", step] for step in (1.0, 0.1, 0.01)} == {0.0}
+    assert "| uniform | 0 % | 0 % | 0 % |" in markdown(found)
 
 
 def test_landmarks_are_counted_over_heads(found):

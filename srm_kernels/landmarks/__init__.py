@@ -77,7 +77,9 @@ def select_landmarks(
       part in 100,000) to the lower index; O(N_k r²). `scale` is s, 1/√d by default; no other method reads it.
 
     generator: source of the random methods' numbers, the same for every (b, h); None means seed 0.
-    Returns (B, H, r) int64, distinct along the last axis. Not differentiable.
+    Returns (B, H, r) int64, distinct along the last axis. Not differentiable, and but for "uniform" not continuous
+    either: where keys change places in the order, what is computed from the landmarks jumps. Where N_k ≤ d all
+    scores are near 1 and γ alone tells them apart, so that the smallest change of the keys changes the choice.
     Raises TypeError for dtypes, ValueError for shapes, rank < 1, γ ≤ 0 or an unknown method.
     """
     check_tokens("key", key)

@@ -3,19 +3,28 @@
 For every rule of `srm_kernels/attention/configurations.py` and the usual sizes, the alternatives are put in the rule's
 place one at a time, and the medians of a forward or backward pass are printed with the rule's own choice marked. The
 numbers in the rule are then changed by hand: nothing is tuned while a program runs.
+
+All alternatives are compiled first, by several processes that share Triton's cache, and then timed by one.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-from collections.abc import Callable
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from itertools import product
+from typing import NamedTuple
 
 import torch
 
+from bench.harness import DTYPES, Effort, Recorder, measure, parser
 from srm_kernels import backends, nystrom_attention
 from srm_kernels.attention import configurations
+from srm_kernels.attention.configurations import Configuration
 
 RULES = {
     "query_forward": False,
@@ -24,72 +33,117 @@ RULES = {
     "key_tokens": True,
 }  # times the backward?
 SIZES = ((32, 32), (64, 32), (64, 64), (128, 64))  # r, d
+BLOCKS, WARPS, STAGES = (16, 32, 64, 128), (4, 8), (1, 2)
 
 
-def median_ms(call: Callable[[], object], repeats: int) -> float:
-    """Median of `repeats` calls by CUDA events, after three that warm up."""
-    times = []
-    for repeat in range(-3, repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        if repeat >= 0:
-            times.append(start.elapsed_time(end))
-    return statistics.median(times)
+class Trial(NamedTuple):
+    """A rule's alternative at one size."""
+
+    rule: str
+    rank: int
+    d: int
+    candidate: Configuration
+    chosen: bool  # what the rule says
 
 
-def main() -> None:
-    """Print the table, or one sentence where there is no GPU."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--queries", type=int, default=16_384)
-    parser.add_argument("--keys", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=20)
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit(f"bench.tune_attention needs a CUDA device: {backends()['triton'].reason}")
-    print(
-        f"{torch.cuda.get_device_name()}, {options.dtype}, B={options.batch}, {options.queries} × {options.keys}"
-    )
-    dtype, target = getattr(torch, options.dtype), torch.cuda.get_device_capability()
-    for rank, d in SIZES:
-        inputs = [
-            torch.randn(options.batch, 8, n, d, device="cuda", dtype=dtype, requires_grad=True)
-            for n in (options.queries, options.keys, options.keys)
+def trials(dtype: torch.dtype, device: torch.device) -> Iterator[Trial]:
+    """Every alternative, the rule's own choice among them or behind them."""
+    target = configurations.capability(torch.empty(0, device=device))
+    for (rank, d), name in product(SIZES, RULES):
+        choice = getattr(configurations, name)(rank, d, dtype, target)
+        candidates = [
+            choice._replace(block=block, warps=warps, stages=stages)
+            for block, warps, stages in product(BLOCKS, WARPS, STAGES)
         ]
-        weight = torch.ones_like(inputs[0])
+        for candidate in dict.fromkeys([*candidates, choice]):
+            yield Trial(name, rank, d, candidate, candidate == choice)
 
-        def forward(inputs: list[torch.Tensor] = inputs, rank: int = rank) -> torch.Tensor:
-            y = nystrom_attention(*inputs, rank, qk_norm="keys", backend="triton")
-            assert isinstance(y, torch.Tensor)
-            return y
 
-        for name, backward in RULES.items():
-            rule = getattr(configurations, name)
-            choice = rule(rank, d, dtype, target)
-            y = forward()
+@contextmanager
+def in_the_rules_place(trial: Trial) -> Iterator[None]:
+    """The alternative, whatever the shape."""
+    rule = getattr(configurations, trial.rule)
+    setattr(configurations, trial.rule, lambda *_: trial.candidate)
+    try:
+        yield
+    finally:
+        setattr(configurations, trial.rule, rule)
 
-            def backwards(y=y, inputs=inputs, weight=weight) -> object:  # type: ignore[no-untyped-def]
-                return torch.autograd.grad(y, inputs, weight, retain_graph=True)
 
-            for block, warps, stages in product((16, 32, 64, 128), (4, 8), (1, 2)):
-                candidate = choice._replace(block=block, warps=warps, stages=stages)
-                setattr(configurations, name, lambda *_, candidate=candidate: candidate)
-                try:
-                    time = f"{median_ms(backwards if backward else forward, options.repeats):9.3f} ms"
-                except Exception as error:  # too much shared memory is an answer too
-                    time = f"  refused: {type(error).__name__}"
-                finally:
-                    setattr(configurations, name, rule)
-                mark = "  <- the rule" if candidate == choice else ""
-                print(
-                    f"{name:15} r={rank:<3} d={d:<3} block={block:<3} warps={warps} stages={stages} {time}{mark}"
-                )
+def call_of(trial: Trial, options: argparse.Namespace) -> Callable[[], object]:
+    """A forward pass, or the backward pass of one that was made before."""
+    dtype, device = DTYPES[options.dtype], torch.device(options.device)
+    inputs = [
+        torch.randn(options.batch, 8, n, trial.d, device=device, dtype=dtype, requires_grad=True)
+        for n in (options.queries, options.keys, options.keys)
+    ]
+
+    def forward() -> torch.Tensor:
+        y = nystrom_attention(*inputs, trial.rank, qk_norm="keys", backend="triton")
+        assert isinstance(y, torch.Tensor)
+        return y
+
+    if not RULES[trial.rule]:
+        return forward
+    y = forward()
+    weight = torch.ones_like(y)
+    return lambda: torch.autograd.grad(y, inputs, weight, retain_graph=True)
+
+
+def compiled(trial: Trial, options: argparse.Namespace) -> str | None:
+    """Run once, and what was wrong; too much shared memory is an answer too."""
+    try:
+        with in_the_rules_place(trial):
+            call_of(trial, options)()
+            if options.device != "cpu":
+                torch.cuda.synchronize()
+    except Exception as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return None
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the table and keep its rows in OUT/<gpu>/tuning.jsonl, or say in one sentence that there is no GPU."""
+    made = parser(__doc__)
+    made.set_defaults(dtype="bf16", warmup=3, repeats=20, seconds=0.2)
+    made.add_argument("--batch", type=int, default=8)
+    made.add_argument("--queries", type=int, default=16_384)
+    made.add_argument("--keys", type=int, default=256)
+    made.add_argument("--processes", type=int, default=os.cpu_count(), help="that compile (default: all)")
+    options = made.parse_args(arguments)
+    if not backends()["triton"].available:
+        raise SystemExit(f"bench.tune_attention needs a CUDA device: {backends()['triton'].reason}")
+    device = torch.device(options.device)
+    effort = Effort(options.warmup, options.repeats, options.seconds)
+    recorder = Recorder(options.out, "tuning", device, options.note)
+    wanted = list(trials(DTYPES[options.dtype], device))
+    if options.processes > 1:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(options.processes, mp_context=context) as pool:
+            for count, _ in enumerate(pool.map(compiled, wanted, [options] * len(wanted)), 1):
+                print(f"\r{count} of {len(wanted)} compiled", end="", file=sys.stderr, flush=True)
+        print(file=sys.stderr)
+    for trial in wanted:
+        error, times = compiled(trial, options), None
+        if error is None:
+            with in_the_rules_place(trial):
+                times = measure(call_of(trial, options), device, effort)
+        block, warps, stages, registers = trial.candidate
+        recorder.write(
+            {
+                "rule": trial.rule, "r": trial.rank, "d": trial.d, "dtype": options.dtype, "B": options.batch,
+                "N_q": options.queries, "N_k": options.keys, "block": block, "warps": warps, "stages": stages,
+                "registers": registers, "chosen": trial.chosen, "error": error,
+                "milliseconds": times and times.to_dict(), "typical": times and times.typical,
+            }
+        )  # fmt: skip
+        told = f"  refused: {error}" if times is None else f"{times.typical:9.3f} ms"
+        mark = "  <- the rule" if trial.chosen else ""
+        print(
+            f"{trial.rule:15} r={trial.rank:<3} d={trial.d:<3} block={block:<3} warps={warps} stages={stages} "
+            f"{told}{mark}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,72 @@
+"""`bench.tune_attention` in Triton's interpreter: every alternative takes its rule's place and is timed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from bench import tune_attention
+from bench.harness import read
+from srm_kernels.attention import configurations
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for where no GPU is")
+TINY = [
+    "--batch",
+    "1",
+    "--queries",
+    "40",
+    "--keys",
+    "20",
+    "--repeats",
+    "1",
+    "--warmup",
+    "1",
+    "--seconds",
+    "0",
+]
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, values in (("SIZES", ((16, 16),)), ("BLOCKS", (16, 32)), ("WARPS", (4,)), ("STAGES", (1,))):
+        monkeypatch.setattr(tune_attention, name, values)
+
+
+def run(out: Path, *more: str) -> list[dict[str, object]]:
+    tune_attention.main([*TINY, "--device", "cpu", "--dtype", "fp32", "--out", str(out), *more])
+    return read(out / "cpu" / "tuning.jsonl")
+
+
+def test_each_alternative_is_timed_and_each_rules_own_choice_is_marked(
+    small, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    rules = {name: getattr(configurations, name) for name in tune_attention.RULES}
+    rows = run(tmp_path, "--processes", "1")
+    for name, rule in rules.items():
+        own = [row for row in rows if row["rule"] == name]
+        assert {row["block"] for row in own} >= {16, 32}
+        (chosen,) = (row for row in own if row["chosen"])
+        choice = rule(16, 16, tune_attention.DTYPES["fp32"], (8, 9))
+        assert [chosen[field] for field in choice._fields] == list(choice)
+        assert getattr(configurations, name) is rule  # as it was
+    assert all(row["error"] is None and row["typical"] > 0 for row in rows)
+    assert capsys.readouterr().out.count("<- the rule") == len(rules)
+
+
+def test_what_cannot_run_is_a_row_that_says_why(small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tune_attention, "BLOCKS", (16, 24))  # no power of two
+    rows = run(tmp_path, "--processes", "1")
+    refused = [row for row in rows if row["error"]]
+    assert {row["block"] for row in refused} == {24}
+    assert all(row["typical"] is None for row in refused)
+    assert any(row["error"] is None for row in rows)
+
+
+def test_processes_compile_before_one_of_them_measures(
+    small, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    rows = run(tmp_path, "--processes", "2")
+    assert f"{len(rows)} of {len(rows)} compiled" in capsys.readouterr().err

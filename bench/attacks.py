@@ -2,7 +2,8 @@
 
 `python -m bench.attacks --necks srm quadratic --backends triton reference`. Each attack is timed in turn with the bare
 passes that it needs (model and gradient in the images, the same batch, no weight gradients). Rates are medians by the
-wall clock, the device's work included. The overhead is the attack's least time over that of the bare passes: on a GPU
+wall clock, the device's work included, or with one thread on a CPU by the time that the process had a processor, which
+others do not lengthen. The overhead is the attack's least time over that of the bare passes: on a GPU
 by the wall clock; on a CPU by the processor time of the process, step by step, the least of each step over the repeats
 summed, because a whole attack is never left alone by other processes. What an attack does once, such as drawing its
 start, is in it, as a share of all its steps: the default is half the article's 40 steps, and one restart of 5. On a
@@ -88,9 +89,9 @@ def bare(model: nn.Module, images: Tensor, *, forward: int, backward: int) -> Ca
 
 
 class Timed(NamedTuple):
-    """One call: seconds by the wall clock, and by the clock that overheads are taken from, from tick to tick."""
+    """One call: the seconds of its rate, and those that overheads are taken from, from tick to tick."""
 
-    wall: float
+    whole: float
     parts: list[float]
 
 
@@ -106,7 +107,9 @@ def timed(call: Callable[[Tick], object], device: torch.device) -> Timed:
     begin, ticks = time.perf_counter(), [time.process_time()]
     call(lambda: ticks.append(time.process_time()))
     ticks.append(time.process_time())
-    return Timed(time.perf_counter() - begin, [after - before for before, after in pairwise(ticks)])
+    wall, busy = time.perf_counter() - begin, ticks[-1] - ticks[0]
+    parts = [after - before for before, after in pairwise(ticks)]
+    return Timed(busy if torch.get_num_threads() == 1 else wall, parts)
 
 
 def least(calls: list[Timed]) -> float:
@@ -123,8 +126,8 @@ def measure(plan: Plan, model: nn.Module, images: Tensor, repeats: int) -> dict[
         taken.append(timed(partial(plan.attack, model), images.device))
     work = len(images) * plan.units
     return {
-        "images_steps_per_second": round(work / statistics.median(call.wall for call in taken[1:]), 2),
-        "bare": round(work / statistics.median(call.wall for call in plain[1:]), 2),
+        "images_steps_per_second": round(work / statistics.median(call.whole for call in taken[1:]), 2),
+        "bare": round(work / statistics.median(call.whole for call in plain[1:]), 2),
         "overhead": round(least(taken[1:]) / least(plain[1:]) - 1, 4),
     }
 

@@ -7,6 +7,8 @@ in fp32. Sizes are small because the interpreter takes about a second a matrix.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import oracle
@@ -184,6 +186,33 @@ def test_strides_leading_axes_and_half_precision():
     x, _, d_logits, d_rhs = run(*half, "triton", torch.ones_like(rhs))
     assert (x.dtype, d_logits.dtype, d_rhs.dtype) == (torch.float32, torch.float16, torch.float16)
     assert torch.equal(x, run(*(t.float() for t in half), "triton")[0])
+
+
+def test_it_is_launched_on_the_device_of_its_tensors(monkeypatch):
+    """Triton launches on the current device; forward and backward each make it the tensors'."""
+    from srm_kernels.conditioning import kernels
+
+    entered = []
+
+    @contextmanager
+    def on_device(tensor: Tensor) -> Iterator[None]:
+        entered.append(tensor.device)
+        yield
+
+    monkeypatch.setattr(kernels, "on_device", on_device)
+    logits, rhs = problem(3, 2)
+    run(logits, rhs, "triton", torch.ones_like(rhs))
+    assert [device.type for device in entered] == [DEVICE, DEVICE]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_a_device_that_is_not_the_current_one(backend):
+    logits, rhs = (t.cuda() for t in problem(9, 5))
+    expected = landmark_solve(logits, rhs, solver="svd", backend=backend).x
+    found = landmark_solve(logits.to("cuda:1"), rhs.to("cuda:1"), solver="svd", backend=backend).x
+    assert torch.equal(found.to("cuda:0"), expected)
 
 
 def test_what_it_has_no_form_for_is_refused():

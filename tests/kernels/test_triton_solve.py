@@ -100,6 +100,12 @@ def test_the_neumann_series(gate, equilibrate):
     assert used.tolist() == [Solver.NEUMANN, Solver.CHOLESKY if gate else Solver.NEUMANN]
 
 
+def test_the_neumann_gate_does_not_start_from_the_vector_that_is_annihilated():
+    """W = 11ᵀ/4 annihilates the ones vector to the last bit: of G = 11ᵀ the residual passes, the radius does not."""
+    used = run(torch.zeros(1, 4, 4), torch.ones(1, 4, 3), "triton", solver="neumann", ridge=1 / 16)[1]
+    assert used.item() == Solver.CHOLESKY
+
+
 @pytest.mark.parametrize("solver", ["cholesky", "neumann"])
 def test_asymmetry_and_breakdown_go_to_lu_alone(solver):
     logits, rhs = problem(5, 4, count=4)
@@ -133,9 +139,16 @@ def test_auto_estimates_kappa_in_the_kernel():
     assert kappa[1] > 4 * limit > 8 * kappa[0]
     used = check(logits, rhs, solver="auto", kappa_max=limit)
     assert used.tolist() == [Solver.LU, Solver.SVD]
-    for factor, expected in ((1.01, Solver.LU), (0.49, Solver.SVD)):
-        options = {"solver": "auto", "kappa_max": float(kappa[0]) * factor}
-        assert run(logits[:1], rhs[:1], "triton", **options)[1].item() == expected
+    # All rows on one landmark, so that σ_max is about √r.
+    keys = 0.1 * tokens(3, 1, 12, 9) + torch.linspace(0.3, 1.3, 9, dtype=torch.float64)
+    keys[:, 0] *= 5
+    far = (keys @ keys.mT / 3).float()
+    assert torch.linalg.svdvals(oracle.softmax(far)).max() > 3
+    for case, ridge in ((logits[:1], 1e-3), (far, 1e-1)):
+        kappa = float(oracle.condition(oracle.system(case, rhs[:1], ridge).matrix))
+        for factor, expected in ((1.01, Solver.LU), (0.49, Solver.SVD)):
+            options = {"solver": "auto", "ridge": ridge, "kappa_max": kappa * factor}
+            assert run(case, rhs[:1], "triton", **options)[1].item() == expected
 
 
 @pytest.mark.parametrize(("solver", "equilibrate"), [("svd", False), ("auto", True)])
@@ -147,9 +160,14 @@ def test_no_ridge_and_duplicates_give_the_minimum_norm_solution(solver, equilibr
     assert ((found.double() - exact).abs().amax((-2, -1)) <= 1e-4 * exact.abs().amax((-2, -1))).all()
 
 
+@pytest.mark.parametrize("apart", [0, 1])
 @pytest.mark.parametrize("solver", ["lu", "neumann"])
-def test_no_ridge_and_duplicates_are_nan_elsewhere(solver):
+def test_no_ridge_and_duplicates_are_nan_elsewhere(solver, apart):
+    """Also where the two rows' logits are roundings apart, so that the last pivot is not zero but of rounding size."""
     logits, rhs = problem(7, 12)
+    logits[1, 0] += apart * 4e-6 * torch.linspace(-1, 1, 7)
+    plain = landmark_solve(logits, rhs, solver=solver, ridge=0.0, backend="reference").x
+    assert plain[1].isnan().all()
     grad = torch.ones_like(rhs)
     x, _, d_logits, d_rhs = run(logits, rhs, "triton", grad, solver=solver, ridge=0.0)
     for found in (x, d_logits, d_rhs):

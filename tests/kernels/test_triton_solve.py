@@ -21,11 +21,12 @@ from bench.shapes import SOLVERS
 from srm_kernels import Solver, backends, landmark_solve
 
 pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, of the interpreter: 1/0 behind a where
     pytest.mark.skipif(not backends()["triton"].available, reason="neither a GPU nor the interpreter"),
+    *([pytest.mark.gpu] if DEVICE == "cuda" else []),
 ]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def problem(r: int, d: int, *, count: int = 2, scale: float = 1.0) -> tuple[Tensor, Tensor]:

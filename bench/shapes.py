@@ -59,7 +59,9 @@ SCHEDULES = (
     Schedule(PVT, 8, 32, 64, "bfloat16", dyt=False, statistics=False),
     Schedule(PVT, 8, 32, 64, "float16", dyt=True),
 )
-SYSTEMS = tuple(System(rank, d, solver) for rank, d in ((64, 32), (64, 64), (32, 32)) for solver in SOLVERS)
+SYSTEMS = tuple(
+    System(rank, d, solver) for rank, d in ((64, 32), (64, 64), (32, 32), (128, 128)) for solver in SOLVERS
+)
 CHOICES = (
     Choice(64, 32, 256, "bfloat16", "leverage"),
     Choice(64, 32, 256, "bfloat16", "pivoted_cholesky"),

@@ -3,6 +3,7 @@
 #include <stdexcept>
 #include <string>
 
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -31,6 +32,7 @@ void jacobi_solve(const Tensor& a, const Tensor& x, const Tensor& wanted, bool t
   require(a.numel() == wanted.numel() * r * r && x.numel() == wanted.numel() * r * d,
           "srm_cuda::jacobi_solve: a is (batch, r, r), x (batch, r, d) and wanted (batch)");
   require(aoti_torch_get_current_cuda_stream != nullptr, "srm_cuda::jacobi_solve: this torch has no CUDA");
+  const torch::stable::accelerator::DeviceGuard guard(a.get_device());  // kernels are launched on the current device
   void* stream = nullptr;
   require(aoti_torch_get_current_cuda_stream(a.get_device(), &stream) == 0, "srm_cuda::jacobi_solve: no stream");
   const int error = srm_jacobi_solve(static_cast<const float*>(a.data_ptr()), static_cast<float*>(x.data_ptr()),

@@ -18,6 +18,13 @@ settings.register_profile("srm", deadline=None, derandomize=True)
 settings.load_profile("srm")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What runs kernels on a module's DEVICE is asked of a GPU, where there is one, as what only a GPU shows is."""
+    for item in items:
+        if getattr(getattr(item, "module", None), "DEVICE", None) == "cuda":
+            item.add_marker(pytest.mark.gpu)
+
+
 @pytest.fixture
 def shared() -> Callable[[str], Path]:
     """A function from a name under the shared folder to its path; the test is skipped where it is not there.

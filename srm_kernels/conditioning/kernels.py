@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..parts import on_device
+
 LARGEST = 128  # r and d
 
 # `Solver`, and the codes of the solver asked for
@@ -58,27 +60,28 @@ def landmark_solve(
     used = torch.empty(rhs.shape[:-2], dtype=torch.int64, device=rhs.device)
     default = "cholesky" if ridge > 0 else "lu"
     second = {"neumann": default if neumann_gate else None, "auto": "svd"}.get(solver)
-    for stage in (solver, second) if count else ():
-        if stage is not None:
-            _solve_forward_kernel[(count,)](
-                a,
-                g,
-                x,
-                used,
-                r,
-                d,
-                float(ridge),
-                float(kappa_max),
-                *a.stride(),
-                *g.stride(),
-                SOLVER=_code(stage),
-                REST=stage != solver,
-                RIDGED=ridge > 0,
-                EQUILIBRATE=equilibrate,
-                ORDER=neumann_order,
-                GATE=neumann_gate,
-                **launch_options(r, d),
-            )
+    with on_device(a):
+        for stage in (solver, second) if count else ():
+            if stage is not None:
+                _solve_forward_kernel[(count,)](
+                    a,
+                    g,
+                    x,
+                    used,
+                    r,
+                    d,
+                    float(ridge),
+                    float(kappa_max),
+                    *a.stride(),
+                    *g.stride(),
+                    SOLVER=_code(stage),
+                    REST=stage != solver,
+                    RIDGED=ridge > 0,
+                    EQUILIBRATE=equilibrate,
+                    ORDER=neumann_order,
+                    GATE=neumann_gate,
+                    **launch_options(r, d),
+                )
     return x, used
 
 
@@ -105,28 +108,29 @@ def landmark_solve_backward(
     d_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     d_rhs = torch.empty(rhs.shape, dtype=rhs.dtype, device=rhs.device)
     forms = {"neumann": (True, False) if neumann_gate else (True,)}.get(solver, (False,))
-    for series in forms if count else ():
-        _solve_backward_kernel[(count,)](
-            a,
-            g,
-            x,
-            used,
-            dx,
-            d_logits,
-            d_rhs,
-            r,
-            d,
-            float(ridge),
-            *a.stride(),
-            *g.stride(),
-            *dx.stride(),
-            SERIES=series,
-            SYMMETRIC=not series and solver in ("cholesky", "neumann") and ridge > 0,
-            RIDGED=ridge > 0,
-            EQUILIBRATE=equilibrate,
-            ORDER=neumann_order,
-            **launch_options(r, d),
-        )
+    with on_device(a):
+        for series in forms if count else ():
+            _solve_backward_kernel[(count,)](
+                a,
+                g,
+                x,
+                used,
+                dx,
+                d_logits,
+                d_rhs,
+                r,
+                d,
+                float(ridge),
+                *a.stride(),
+                *g.stride(),
+                *dx.stride(),
+                SERIES=series,
+                SYMMETRIC=not series and solver in ("cholesky", "neumann") and ridge > 0,
+                RIDGED=ridge > 0,
+                EQUILIBRATE=equilibrate,
+                ORDER=neumann_order,
+                **launch_options(r, d),
+            )
     return [d_logits, d_rhs]
 
 

@@ -109,18 +109,41 @@ def test_solvers_and_the_search_write_their_machine_first(
 ):
     for name, values in (("BATCHES", (2,)), ("RANKS", (4,)), ("WIDTHS", (8,))):
         monkeypatch.setattr(conditioning, name, values)
-    monkeypatch.setattr(conditioning, "share", lambda device, repeats: {"share_of_attention": 0.1})
+    monkeypatch.setattr(conditioning, "shares", lambda device, repeats: [{"share_of_attention": 0.1}])
     given(monkeypatch, "--device", "cpu", "--repeats", "1", "--out", str(tmp_path / "times.jsonl"))
     assert conditioning.main() == 0
     header, *rows = map(json.loads, (tmp_path / "times.jsonl").read_text().splitlines())
     assert header["torch"] == torch.__version__
-    assert {row["solver"] for row in rows[:-1]} >= set(conditioning.SOLVERS)
+    assert rows[0] == {"share_of_attention": 0.1}
+    assert {row["solver"] for row in rows[1:]} >= set(conditioning.SOLVERS)
     given(monkeypatch, "--search", "--cases", "20", "--out", str(tmp_path / "search.jsonl"))
     assert conditioning.main() == 0
     header, *rows = map(json.loads, (tmp_path / "search.jsonl").read_text().splitlines())
     assert (header["cases"], header["exceeded"]) == (20, 0)
     assert sum(row["cases"] for row in rows) >= 20
     assert "0 key sets exceeded a bound" in capsys.readouterr().out
+
+
+def test_a_run_that_is_cut_short_keeps_the_sizes_it_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """The signal meets the second size."""
+    for name, values in (("BATCHES", (2, 3)), ("RANKS", (4,)), ("WIDTHS", (8,))):
+        monkeypatch.setattr(conditioning, name, values)
+    monkeypatch.setattr(conditioning, "shares", lambda device, repeats: [])
+    plain = conditioning.system
+
+    def system(batch: int, *size: object) -> object:
+        if batch == 3:
+            raise KeyboardInterrupt
+        return plain(batch, *size)
+
+    monkeypatch.setattr(conditioning, "system", system)
+    given(monkeypatch, "--device", "cpu", "--repeats", "1", "--out", str(tmp_path / "times.jsonl"))
+    assert conditioning.main() == 130
+    _, *rows = map(json.loads, (tmp_path / "times.jsonl").read_text().splitlines())
+    assert {row["batch"] for row in rows} == {2}
+    assert "kept" in capsys.readouterr().err
 
 
 def test_the_necks_rows_are_kept_beside_the_benchmarks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -28,6 +28,33 @@ def test_every_solver_is_among_its_calls():
         assert call().shape == (2, 4, 3)
 
 
+def test_an_aim_that_is_missed_is_told():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert conditioning.missed({"svd": 10.0, "cholesky": 2.1}, cpu, 64)
+    assert not conditioning.missed({"svd": 10.0, "cholesky": 1.9}, cpu, 64)
+    assert not conditioning.missed({"svd": 10.0, "cholesky": 2.1}, cpu, 128)
+    times = {
+        "cholesky@triton": 1.0,
+        "torch.linalg.svd": 49.0,
+        "torch.linalg.lu_factor_ex": 1.9,
+        "torch.linalg.cholesky_ex": 2.1,
+    }
+    assert [words.split(",")[0].split()[-1] for words in conditioning.missed(times, cuda, 64)] == [
+        "torch.linalg.svd",
+        "torch.linalg.lu_factor_ex",
+    ]
+    assert len(conditioning.missed(times, cuda, 32)) == 1
+    del times["cholesky@triton"]
+    assert not conditioning.missed(times, cuda, 64)
+
+
+def test_the_solve_takes_less_than_its_share_of_the_attention():
+    """Of the committed run."""
+    rows = [json.loads(line) for line in COMMITTED.read_text("utf-8").splitlines()]
+    (part,) = (row["share_of_attention"] for row in rows if "share_of_attention" in row)
+    assert part <= conditioning.LARGEST_SHARE
+
+
 def test_the_committed_table_holds_every_solver_at_every_size():
     header, *rows = [json.loads(line) for line in COMMITTED.read_text("utf-8").splitlines()]
     assert {"device", "torch", "commit", "threads"} <= set(header)

@@ -56,7 +56,7 @@ def test_every_solver_is_in_the_table_forward_and_backward(table: list[dict[str,
     """`svd` and `auto` go backward as `lu`."""
     forms = {("solve_forward_kernel", solver) for solver in SOLVERS}
     forms |= {("solve_backward_kernel", solver) for solver in ("cholesky", "lu", "neumann")}
-    for d in (32, 64):
+    for d in (32, 64, 128):
         rows = [row for row in table if row["family"] == "solve" and row["case"]["d"] == d]
         assert {(row["kernel"], row["case"]["solver"]) for row in rows} == forms
 

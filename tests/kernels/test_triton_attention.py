@@ -30,7 +30,6 @@ from srm_kernels.landmarks import kernels as landmark_kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16) if DEVICE == "cpu" else (torch.float32, torch.float16, torch.bfloat16)
-pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 QK_NORMS = (None, "keys", "both")
 attend = functools.partial(nystrom_attention, backend="triton")
 

@@ -20,7 +20,6 @@ from srm_kernels import ridge_leverage_scores, select_landmarks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16) if DEVICE == "cpu" else (torch.float32, torch.float16, torch.bfloat16)
-pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 CLOSE = 1e-4
 
 

@@ -7,6 +7,8 @@ in fp32. Sizes are small because the interpreter takes about a second a matrix.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import oracle
@@ -19,11 +21,11 @@ from bench.shapes import SOLVERS
 from srm_kernels import Solver, backends, landmark_solve
 
 pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, of the interpreter: 1/0 behind a where
     pytest.mark.skipif(not backends()["triton"].available, reason="neither a GPU nor the interpreter"),
 ]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def problem(r: int, d: int, *, count: int = 2, scale: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -98,6 +100,12 @@ def test_the_neumann_series(gate, equilibrate):
     assert used.tolist() == [Solver.NEUMANN, Solver.CHOLESKY if gate else Solver.NEUMANN]
 
 
+def test_the_neumann_gate_does_not_start_from_the_vector_that_is_annihilated():
+    """W = 11ᵀ/4 annihilates the ones vector to the last bit: of G = 11ᵀ the residual passes, the radius does not."""
+    used = run(torch.zeros(1, 4, 4), torch.ones(1, 4, 3), "triton", solver="neumann", ridge=1 / 16)[1]
+    assert used.item() == Solver.CHOLESKY
+
+
 @pytest.mark.parametrize("solver", ["cholesky", "neumann"])
 def test_asymmetry_and_breakdown_go_to_lu_alone(solver):
     logits, rhs = problem(5, 4, count=4)
@@ -131,9 +139,16 @@ def test_auto_estimates_kappa_in_the_kernel():
     assert kappa[1] > 4 * limit > 8 * kappa[0]
     used = check(logits, rhs, solver="auto", kappa_max=limit)
     assert used.tolist() == [Solver.LU, Solver.SVD]
-    for factor, expected in ((1.01, Solver.LU), (0.49, Solver.SVD)):
-        options = {"solver": "auto", "kappa_max": float(kappa[0]) * factor}
-        assert run(logits[:1], rhs[:1], "triton", **options)[1].item() == expected
+    # All rows on one landmark, so that σ_max is about √r.
+    keys = 0.1 * tokens(3, 1, 12, 9) + torch.linspace(0.3, 1.3, 9, dtype=torch.float64)
+    keys[:, 0] *= 5
+    far = (keys @ keys.mT / 3).float()
+    assert torch.linalg.svdvals(oracle.softmax(far)).max() > 3
+    for case, ridge in ((logits[:1], 1e-3), (far, 1e-1)):
+        kappa = float(oracle.condition(oracle.system(case, rhs[:1], ridge).matrix))
+        for factor, expected in ((1.01, Solver.LU), (0.49, Solver.SVD)):
+            options = {"solver": "auto", "ridge": ridge, "kappa_max": kappa * factor}
+            assert run(case, rhs[:1], "triton", **options)[1].item() == expected
 
 
 @pytest.mark.parametrize(("solver", "equilibrate"), [("svd", False), ("auto", True)])
@@ -145,9 +160,14 @@ def test_no_ridge_and_duplicates_give_the_minimum_norm_solution(solver, equilibr
     assert ((found.double() - exact).abs().amax((-2, -1)) <= 1e-4 * exact.abs().amax((-2, -1))).all()
 
 
+@pytest.mark.parametrize("apart", [0, 1])
 @pytest.mark.parametrize("solver", ["lu", "neumann"])
-def test_no_ridge_and_duplicates_are_nan_elsewhere(solver):
+def test_no_ridge_and_duplicates_are_nan_elsewhere(solver, apart):
+    """Also where the two rows' logits are roundings apart, so that the last pivot is not zero but of rounding size."""
     logits, rhs = problem(7, 12)
+    logits[1, 0] += apart * 4e-6 * torch.linspace(-1, 1, 7)
+    plain = landmark_solve(logits, rhs, solver=solver, ridge=0.0, backend="reference").x
+    assert plain[1].isnan().all()
     grad = torch.ones_like(rhs)
     x, _, d_logits, d_rhs = run(logits, rhs, "triton", grad, solver=solver, ridge=0.0)
     for found in (x, d_logits, d_rhs):
@@ -184,6 +204,33 @@ def test_strides_leading_axes_and_half_precision():
     x, _, d_logits, d_rhs = run(*half, "triton", torch.ones_like(rhs))
     assert (x.dtype, d_logits.dtype, d_rhs.dtype) == (torch.float32, torch.float16, torch.float16)
     assert torch.equal(x, run(*(t.float() for t in half), "triton")[0])
+
+
+def test_it_is_launched_on_the_device_of_its_tensors(monkeypatch):
+    """Triton launches on the current device; forward and backward each make it the tensors'."""
+    from srm_kernels.conditioning import kernels
+
+    entered = []
+
+    @contextmanager
+    def on_device(tensor: Tensor) -> Iterator[None]:
+        entered.append(tensor.device)
+        yield
+
+    monkeypatch.setattr(kernels, "on_device", on_device)
+    logits, rhs = problem(3, 2)
+    run(logits, rhs, "triton", torch.ones_like(rhs))
+    assert [device.type for device in entered] == [DEVICE, DEVICE]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_a_device_that_is_not_the_current_one(backend):
+    logits, rhs = (t.cuda() for t in problem(9, 5))
+    expected = landmark_solve(logits, rhs, solver="svd", backend=backend).x
+    found = landmark_solve(logits.to("cuda:1"), rhs.to("cuda:1"), solver="svd", backend=backend).x
+    assert torch.equal(found.to("cuda:0"), expected)
 
 
 def test_what_it_has_no_form_for_is_refused():

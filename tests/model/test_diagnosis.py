@@ -92,6 +92,8 @@ def test_figures_are_those_of_the_operators(model, batches, found):
         values = torch.cat(expected[name])
         assert link["all"][name]["max"] == pytest.approx(float(values.max()), rel=1e-3)
         assert link["batches"][1][name]["max"] == pytest.approx(float(values[4:].max()), rel=1e-3)
+        for number, head in enumerate(link["heads"]):
+            assert head[name]["max"] == pytest.approx(float(values[number::2].max()), rel=1e-3)
     assert link["kappas"] == pytest.approx(sorted(torch.cat(expected["kappa"]).tolist()), rel=1e-3)
     spectrum = link["spectrum"]
     ratio = [high / low for high, low in zip(spectrum["median"][:1], spectrum["median"][-1:], strict=True)]
@@ -100,6 +102,43 @@ def test_figures_are_those_of_the_operators(model, batches, found):
         found["table"]["uniform landmarks"]["error"]["max"]
         >= float(torch.cat(expected["uniform"]).max()) * 0.999
     )
+
+
+ROWS = {
+    "full": {},
+    "uniform landmarks": {"method": "uniform"},
+    "pivoted Cholesky": {"method": "pivoted_cholesky"},
+    "no ridge": {"ridge": 0.0, "solver": "auto"},
+    "no fp32": {"solve_dtype": "model"},
+    "equilibrated": {"equilibrate": True},
+    "k-means++": {"method": "kmeans++"},
+    "keys as they are": {"qk_norm": None},
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_every_row_of_the_table_is_what_its_name_says(model, batches, found, row):
+    """κ and error of all links by the operator with that one setting changed; without fp32 the inputs are bf16."""
+    neck, settings = model.neck, {"qk_norm": "keys", **ROWS[row]}
+    kappas, errors = [], []
+    with torch.no_grad():
+        for images in batches:
+            aligned = neck._align(model.pyramid(images), every=False)
+            for source, target in neck._acting:
+                q, k, v = neck._link(source, target).project(aligned[target], aligned[source])
+                exact = full_attention(q, k, v, qk_norm=settings["qk_norm"])
+                if row == "no fp32":
+                    q, k, v = (t.bfloat16() for t in (q, k, v))
+                y, solution = nystrom_attention(q, k, v, 8, diagnostics=True, **settings)
+                norm = exact.flatten(2).norm(dim=-1)
+                kappas.append(solution.kappa.flatten().double())
+                errors.append(((y.float() - exact).flatten(2).norm(dim=-1) / norm).flatten())
+    for name, values in (("kappa", torch.cat(kappas)), ("error", torch.cat(errors))):
+        ordered = values.sort().values.tolist()  # 18 of them
+        told = found["table"][row][name]
+        assert [told[q] for q in ("median", "p90", "max")] == pytest.approx(
+            [ordered[n] for n in (9, 16, 17)], rel=1e-3
+        )
 
 
 def test_errors_by_method_and_rank(found):

@@ -214,6 +214,11 @@ def _add_data(commands: argparse._SubParsersAction[_Parser], common: _Parser) ->
     )
     made.add_argument("--levels", type=positive, nargs="+", metavar="L", help="levels, 1 to 5 (default: all)")
     made.add_argument("--metric", default="vsi", help="of piq, gives the labels (default: %(default)s)")
+    made.add_argument(
+        "--labels",
+        metavar="FILE",
+        help="mos_with_names.txt of the same set made on another processor, whose last digits may differ",
+    )
     made.add_argument("--seed", type=int, default=0)
 
     summary = "open every split of a data set, which checks all of its files, and say what is there"

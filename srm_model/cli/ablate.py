@@ -58,6 +58,7 @@ def run(args: argparse.Namespace) -> None:
     device = runs.device_from(args.device)
     records = Records(out)
     jobs = list(_jobs(study, out, device, args))
+    _check_sets(jobs, records, out)
     missing = _missing(jobs, records, out)
     if args.dry_run:
         for job in missing:
@@ -113,11 +114,30 @@ def _missing(jobs: list[Job], records: Records, out: Path) -> list[Job]:
     ]
 
 
+def _check_sets(jobs: list[Job], records: Records, out: Path) -> None:
+    """ValueError where a model's line is of another set than is here: its other lines would be taken for this one's."""
+    for job in (job for job in jobs if job.kind == _CLEAN):
+        line = records.elsewhere(_CLEAN, job.identity, "fingerprint")
+        if line is not None:
+            raise ValueError(
+                f"{out}: its results are of another {job.identity['data']} (fingerprint "
+                f"{line['identity']['fingerprint'][:12]}) than is here ({job.identity['fingerprint'][:12]}); expected "
+                "the same set, or another folder with --out"
+            )
+
+
 def _do(job: Job, records: Records, device: torch.device) -> None:
     start = time.perf_counter()
     values = job.measure()
-    if records.find(job.kind, job.identity) is not None:
-        return  # weights that were lost, trained again
+    known = records.find(job.kind, job.identity)
+    if known is not None:  # weights that were lost, trained again
+        if values["sha256"] != known["values"]["sha256"]:
+            raise ValueError(
+                f"{job.label}: its weights were lost, and trained again, on other hardware or with other versions, "
+                "they are others; what is missing of this model would not belong to what is there. Expected the folder "
+                f"{known['values']['folder']} as it was, or another --out"
+            )
+        return
     records.add(
         {
             "kind": job.kind,

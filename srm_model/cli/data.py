@@ -19,6 +19,7 @@ def synthesize(args: argparse.Namespace) -> None:
         image_size=args.image_size,
         seed=args.seed,
         metric=args.metric,
+        labels=args.labels,
         progress=runs.bars(not args.no_progress),
         **choices,
     )

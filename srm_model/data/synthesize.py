@@ -25,6 +25,7 @@ from srm_model.files import atomic_path, make_folder, read_json, write_json, wri
 
 MAX_REFERENCES = 99  # two digits in TID2013's names
 MIN_REFERENCES = 3  # one each for train, val and test
+LABEL_TOLERANCE = 1e-3  # of labels from 0 to 9; processors with and without AVX2 differ by up to 5e-5
 _JOURNAL = f"{LIST}.partial"
 _LINE = re.compile(r"(\d\.\d{5}) (i\d\d_\d\d_\d\.bmp)\n")
 _LIBRARIES = ("numpy", "pillow", "scipy", "scikit-image", "piq", "torch")
@@ -50,6 +51,7 @@ def synthesize(
     levels: Iterable[int] = range(1, 6),
     seed: int = SRMConfig.seed,
     metric: str = "vsi",
+    labels: str | Path | None = None,
     progress: bool = True,
 ) -> Path:
     """Make a set in TID2013's own layout in the folder `out`; returns `out`, which `TID2013(out, split)` opens.
@@ -64,6 +66,9 @@ def synthesize(
     metric: "vsi", "fsim", "ssim" or "haarpsi" of piq against the reference, brought to 0 to 9 by the map in
         `labels.json` (`labels.Scale`). The labels are the metric's and not people's: the set opens with `labels`
         "metric:vsi".
+    labels: a `mos_with_names.txt` of the same set made elsewhere, to have that very set: the metric's last digits
+        depend on the processor, and a set's fingerprint on every digit. A label further than `LABEL_TOLERANCE` from
+        what the metric gives here is refused.
     progress: a bar on stderr.
 
     Files: `reference_images/IRR.BMP`, `distorted_images/iRR_TT_L.bmp`, `mos_with_names.txt`, `labels.json` (what the
@@ -79,6 +84,7 @@ def synthesize(
         raise ValueError(f"seed {seed}: expected zero or more")
     distortions = _import_distortions()
     import_piq()
+    given = None if labels is None else _given_labels(Path(labels))
     references = _references(
         photographs, photographs is None if packaged is None else packaged, image_size, distortions.MIN_SIDE
     )
@@ -90,16 +96,24 @@ def synthesize(
         "metric": metric,
         "photographs": [f"{photo.file} {_digest(photo.pixels)[:12]}" for photo in references],
     }
-    other_versions = _claim(out, settings, metric)
+    if given is not None:
+        settings["labels"] = hashlib.sha256(_lines(given).encode()).hexdigest()
     tasks = [_Task(reference, kind) for reference in range(1, len(references) + 1) for kind in types]
-    labels = _read_labels(out)
+    names = [task.name(level) for task in tasks for level in levels]
+    if given is not None and given.keys() != set(names):
+        raise ValueError(
+            f"{labels}: labels of {len(given)} images, of which {len(given.keys() & set(names))} are among the "
+            f"{len(names)} of this set; expected a label for each of them and no other"
+        )
+    other_versions = _claim(out, settings, metric)
+    known = _read_labels(out)
     on_disk = {path.name for path in (out / IMAGES).glob("*.bmp")}
-    done = labels.keys() & on_disk
+    done = known.keys() & on_disk
     todo = [task for task in tasks if not {task.name(level) for level in levels} <= done]
     if todo or not (out / LIST).exists():
         if other_versions:
             raise ValueError(f"{out}: begun with {other_versions}; go on with those, or give another folder")
-        _lay_out(out, references, labels)
+        _lay_out(out, references, known)
         total = len(tasks) * len(levels)
         bar = tqdm(
             desc="distorting",
@@ -111,13 +125,38 @@ def synthesize(
         with bar:
             for task, values in _run(out, todo, references, levels, seed, metric):
                 lines = {task.name(level): value for level, value in zip(levels, values, strict=True)}
+                if given is not None:
+                    lines = _as_given(Path(str(labels)), given, lines)
                 _append(out, lines)
-                labels |= lines
+                known |= lines
                 bar.update(len(levels))
-        names = [task.name(level) for task in tasks for level in levels]
-        write_text(out / LIST, _lines({name: labels[name] for name in names}))
+        write_text(out / LIST, _lines({name: known[name] for name in names}))
         (out / _JOURNAL).unlink(missing_ok=True)
     return out
+
+
+def _given_labels(path: Path) -> dict[str, float]:
+    """The lines of a list of labels, ValueError where one is not a label and a name."""
+    given = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
+        match = _LINE.fullmatch(line)
+        if not match:
+            raise ValueError(
+                f"{path}, line {number}: {line.strip()!r}: expected a label and the name of an image"
+            )
+        given[match[2]] = float(match[1])
+    return given
+
+
+def _as_given(path: Path, given: dict[str, float], lines: dict[str, float]) -> dict[str, float]:
+    """The given labels of these images, once they are found to be the metric's but for its last digits."""
+    for name, label in lines.items():
+        if abs(given[name] - label) > LABEL_TOLERANCE:
+            raise ValueError(
+                f"{path}: {name} has the label {given[name]:.5f}, and the metric gives {label:.5f} here; expected "
+                "labels of the same photographs, settings and versions"
+            )
+    return {name: given[name] for name in lines}
 
 
 def _choice(name: str, values: Iterable[int], count: int) -> list[int]:

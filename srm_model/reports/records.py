@@ -51,6 +51,15 @@ class Records:
         append_line(self.path, text)
         self.lines.append(json.loads(text))
 
+    def elsewhere(self, kind: str, identity: dict[str, Any], field: str) -> dict[str, Any] | None:
+        """A line of that identity but for another value of one field, None where there is none."""
+        wanted = json.loads(json.dumps(identity))
+        for line in self.lines:
+            known = _with_defaults(line["identity"])
+            if line["kind"] == kind and {**known, field: wanted[field]} == wanted != known:
+                return line
+        return None
+
     def of(self, kind: str) -> list[dict[str, Any]]:
         return [line for line in self.lines if line["kind"] == kind]
 

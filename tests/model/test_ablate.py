@@ -245,6 +245,46 @@ def test_weights_that_are_gone_are_trained_again_where_something_needs_them(
     assert (measured["kind"], measured["values"]) == ("diagnostics", json.loads(lost)["values"])
 
 
+def test_weights_that_were_lost_and_come_out_otherwise_are_not_taken_for_the_old_ones(
+    place: Path, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    copy = tmp_path / "out"
+    shutil.copytree(out, copy)
+    path = copy / "results.jsonl"
+    lines = path.read_text().splitlines()
+    digest = read_json(_srm(copy, 0) / "config.json")["sha256"]
+    left = [text for text in lines if not (_srm_of_seed_0(text) and '"kind": "diagnostics"' in text)]
+    assert len(left) == len(lines) - 1
+    path.write_text("\n".join(text.replace(digest, "0" * 64) for text in left) + "\n")
+    shutil.rmtree(_srm(copy, 0))
+    arguments = ["ablate", str(place / "study.toml"), "--out", str(copy), "--device", "cpu", "--no-progress"]
+    assert main(arguments) == 2
+    assert "its weights were lost, and trained again" in capsys.readouterr().err
+    assert len(path.read_text().splitlines()) == len(left)
+
+
+def _srm_of_seed_0(text: str) -> bool:
+    identity = json.loads(text)["identity"]
+    return (identity.get("neck"), identity.get("variant"), identity.get("seed")) == ("srm", FULL, 0)
+
+
+def test_results_of_another_set_are_not_added_to(
+    place: Path, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    copy = tmp_path / "out"
+    copy.mkdir()
+    shutil.copy(out / "results.jsonl", copy)
+    shutil.copytree(place / "set", tmp_path / "set")
+    labels = tmp_path / "set" / "mos_with_names.txt"
+    first, *rest = labels.read_text().splitlines()
+    labels.write_text("\n".join([f"1.5 {first.split()[1]}", *rest]) + "\n")
+    study = shutil.copy(place / "study.toml", tmp_path)
+    assert main(["ablate", str(study), "--out", str(copy), "--device", "cpu", "--dry-run"]) == 2
+    told = capsys.readouterr().err
+    assert "its results are of another noise (fingerprint " in told
+    assert (copy / "results.jsonl").read_text() == (out / "results.jsonl").read_text()
+
+
 def test_processes_share_the_jobs_and_do_each_once(tmp_path: Path):
     models = [Model("d", "b", "srm", FULL, seed, SRMConfig(seed=seed)) for seed in range(3)]
 

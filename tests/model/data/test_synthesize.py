@@ -105,6 +105,44 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path, folder):
     assert all(part[name] == first[name] for name in part if "images" in name)  # no matter what else is made
 
 
+def test_given_labels_are_kept_to_the_last_digit(tmp_path, folder):
+    """Of a set made elsewhere, where the metric's last digits were others."""
+    first = synthesize(tmp_path / "a", photographs=folder, **SMALL)
+    lines = (first / "mos_with_names.txt").read_text().splitlines()
+    label, name = lines[0].split()
+    given = tmp_path / "given.txt"
+    given.write_text("\n".join([f"{float(label) - 4e-5:.5f} {name}", *lines[1:]]) + "\n")
+    again = synthesize(tmp_path / "b", photographs=folder, labels=given, **SMALL)
+    assert (again / "mos_with_names.txt").read_text() == given.read_text()
+    assert describe(again)["fingerprint"] != describe(first)["fingerprint"]
+    synthesize(tmp_path / "b", photographs=folder, labels=given, **SMALL)  # whole already
+    with pytest.raises(ValueError, match="holds a set with labels"):
+        synthesize(tmp_path / "b", photographs=folder, labels=first / "mos_with_names.txt", **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda lines: lines[1:],
+            f"labels of {len(NAMES) - 1} images, of which {len(NAMES) - 1} are among the",
+        ),
+        (
+            lambda lines: ["one i01_01_1.bmp", *lines[1:]],
+            "line 1: 'one i01_01_1.bmp': expected a label and the name",
+        ),
+        (lambda lines: [f"{float(lines[0][:7]) - 0.01:.5f}{lines[0][7:]}", *lines[1:]], "the metric gives"),
+    ],
+)
+def test_labels_of_another_set_are_refused(tmp_path, folder, change, message):
+    first = synthesize(tmp_path / "a", photographs=folder, **SMALL)
+    given = tmp_path / "given.txt"
+    given.write_text("\n".join(change((first / "mos_with_names.txt").read_text().splitlines())) + "\n")
+    with pytest.raises(ValueError, match=message):
+        synthesize(tmp_path / "b", photographs=folder, labels=given, **SMALL)
+    assert not (tmp_path / "b" / "mos_with_names.txt").exists()
+
+
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, folder, monkeypatch):
     expected = contents(synthesize(tmp_path / "whole", photographs=folder, **SMALL))
     calls = []

@@ -25,6 +25,11 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             part.training = training
 
 
+def in_backward() -> bool:
+    """Whether autograd is at work on this thread: gradient checkpointing then takes a forward pass again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def check_like(name: str, given: Tensor, own: Tensor, *, promoted: bool = False) -> None:
     """`given` is on the device of a module's `own` tensor and of its dtype, unless autocast is on.
 

@@ -11,6 +11,7 @@ tensor.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -22,7 +23,7 @@ from training_run import agree, training_run
 pytest.importorskip("triton")
 from bench.launches import count_launches, forward_of
 from srm_kernels.neck import backward_kernels, kernels
-from srm_model import SRMConfig, SRMNeck, build_model
+from srm_model import NeckOutput, SRMConfig, SRMNeck, build_model
 from srm_model.attacks import MSE, fgsm
 from srm_model.statistics import BatchStatistics
 
@@ -240,26 +241,113 @@ def test_compiled_and_checkpointed_it_is_the_same():
             torch.testing.assert_close(found, e, rtol=1e-5, atol=1e-6)
 
 
-def test_a_checkpointed_training_step_with_finished_statistics_is_the_same():
-    """To the bit, the cap binding: σ̄ and M₀ wait for `track`."""
-    neck = by_kernels(make_neck(TINY.replace(links=((4, 1),), dyt=False, gain_cap=0.5)))
+def summed(out: NeckOutput) -> Tensor:
+    """A loss whose backward pass keeps something of after the neck: no second pass ends within it."""
+    return (out.fused * out.fused.detach().cos()).sum() + sum(out.losses.values())
+
+
+def trained(neck: SRMNeck, passes: list[list[Tensor]], call: Callable[..., Tensor]) -> dict[str, Tensor]:
+    """Gradients and buffers after a training pass and a backward pass for each of `passes`."""
+    neck.zero_grad()
+    maps = [[m.clone().requires_grad_() for m in pyramid] for pyramid in passes]
+    for number, pyramid in enumerate(maps):
+        torch.manual_seed(number)
+        call(*pyramid).backward()
+    seen = dict(neck.named_buffers())
+    seen |= {name: p.grad for name, p in neck.named_parameters() if p.grad is not None}
+    return seen | {f"map {i}": m.grad for i, m in enumerate(m for pyramid in maps for m in pyramid)}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("kernels_serve", [False, True])
+@pytest.mark.parametrize("dyt", [False, True])
+def test_checkpointed_training_steps_are_the_same(kernels_serve, reentrant, dyt):
+    """To the bit, three steps, the cap binding, keys sampled and pooled or not, and maps that are made inside too: the
+    pass that is taken again draws the same, tracks nothing and finds σ̄ and M₀ as they were."""
+    config = TINY.replace(
+        links=((4, 1),), dyt=dyt, gain_cap=0.5, ema=0.5, landmarks="leverage_sample", kv_pool_prob=0.5
+    )
+    neck = make_neck(config)
+    passes = [make_pyramid(2, SQUARE, seed=seed) for seed in range(3)]
+    found = []
+    for repeated in (False, True):
+        one = by_kernels(neck) if kernels_serve else copy.deepcopy(neck)
+
+        def run(*maps: Tensor, one: SRMNeck = one) -> Tensor:
+            out = one([m.sin() for m in maps])
+            assert (out.gain < 1).all()
+            return summed(out)
+
+        def again(*maps: Tensor, run: Callable[..., Tensor] = run) -> Tensor:
+            return checkpoint(run, *maps, use_reentrant=reentrant)
+
+        found.append(trained(one, passes, again if repeated else run))
+    assert found[0].keys() == found[1].keys()
+    assert {name for name in found[0] if not torch.equal(found[0][name], found[1][name])} == set()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_another_pass_than_the_last_is_not_taken_again(reentrant):
+    """Two training passes before one backward pass: refused; with finished statistics each, to the bit the same."""
+    neck = make_neck(TINY.replace(links=((4, 1),), gain_cap=0.5))
+    batches = [make_pyramid(2, SQUARE, seed=seed) for seed in range(2)]
+
+    def gradients(given: list[BatchStatistics], call: Callable[..., Tensor]) -> list[Tensor | None]:
+        maps = [[m.clone().requires_grad_() for m in pyramid] for pyramid in batches]
+        losses = [
+            call(lambda *m, s=s: summed(neck(m, statistics=s)), *pyramid)
+            for s, pyramid in zip(given, maps, strict=True)
+        ]
+        neck.zero_grad()
+        sum(losses).backward()
+        return [m.grad for pyramid in maps for m in pyramid] + [p.grad for p in neck.parameters()]
+
+    def again(run: Callable[..., Tensor], *maps: Tensor) -> Tensor:
+        return checkpoint(run, *maps, use_reentrant=reentrant)
+
+    if DEVICE == "cpu":
+        with pytest.raises(RuntimeError, match="one training pass before each backward pass"):
+            gradients([None, None], again)
+    given = [BatchStatistics() for _ in batches]
+    with torch.no_grad():
+        for s, pyramid in zip(given, batches, strict=True):
+            neck(pyramid, statistics=s)
+            s.finish()
+    found = gradients(given, again), gradients(given, lambda run, *maps: run(*maps))
+    assert all(one is other is None or torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("kernels_serve", [False, True])
+def test_a_checkpointed_training_step_with_finished_statistics_is_the_same(kernels_serve):
+    """To the bit, the cap binding, compiled too: σ̄ and M₀ wait for `track`."""
+    neck = make_neck(TINY.replace(links=((4, 1),), dyt=False, gain_cap=0.5))
+    neck = by_kernels(neck) if kernels_serve else neck
     pyramid = make_pyramid(2, SQUARE)
     statistics = BatchStatistics()
     with torch.no_grad():
         assert (neck(pyramid, statistics=statistics).gain < 1).all()
     statistics.finish()
+    torch.compiler.reset()
+    compiled = torch.compile(neck, fullgraph=True, backend="aot_eager")
 
-    def run(*maps: Tensor) -> Tensor:
-        out = neck(maps, statistics=statistics)
-        return (out.fused * out.fused.detach().cos()).sum() + sum(out.losses.values())
+    def run(*maps: Tensor, one: Callable[..., NeckOutput] = neck) -> Tensor:
+        return summed(one(maps, statistics=statistics))
 
+    def again(*maps: Tensor) -> Tensor:
+        return checkpoint(run, *maps, use_reentrant=False)
+
+    inside = functools.partial(checkpoint, functools.partial(run, one=compiled), use_reentrant=False)
     found = []
-    for call in (run, lambda *maps: checkpoint(run, *maps, use_reentrant=False)):
+    for call in (run, again, inside, torch.compile(again, fullgraph=True, backend="aot_eager")):
         maps = [m.clone().requires_grad_() for m in pyramid]
         neck.zero_grad()
         call(*maps).backward()
         found.append([m.grad for m in maps] + [p.grad for p in neck.parameters()])
-    assert all(one is other is None or torch.equal(one, other) for one, other in zip(*found, strict=True))
+    for others in found[1:]:
+        assert all(
+            one is other is None or torch.equal(one, other)
+            for one, other in zip(found[0], others, strict=True)
+        )
     before = neck.median_rms.clone()
     neck.track(statistics)
     assert neck.median_rms != before

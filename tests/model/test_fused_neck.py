@@ -3,9 +3,15 @@
 Rule, for the fused map, every loss, gradient and statistic: the largest error against the reference neck in fp64 is at
 most twice that of the reference neck in the same precision, plus 64 units of fp32 (2 of the reduced precision) of the
 largest entry. What is the small rest of a difference is measured by the largest of its kind: a bias's gradient by all
-gradients, the gate's, whose logits' gradients sum to 0 over the stages, by all of the gate's. Under fp16 autocast the
-gradients of β, α and of a τ of one head, each a sum over everything whose own error may be anything down to 0, are one
-tensor.
+gradients, the gate's, whose logits' gradients sum to 0 over the stages, by all of the gate's.
+
+Of a gradient of a single number (β, α, θ of one head, a readout's bias) the reference's error in reduced precision is
+the largest of `DRAWS` losses of other signs. Such a gradient is a sum Σ tᵢ over channels and positions, which kernels
+take in fp32; its terms carry the roundings of the maps and gradients that they are made of, which both necks round
+where modules do: tᵢ (1 + δᵢ), δᵢ some units u of either sign. Its error Σ tᵢ δᵢ is of the order of u √Σ tᵢ², whatever
+Σ tᵢ is and whichever neck makes it: one draw of it may be anything down to 0, which is no measure for another draw.
+Losses of other signs draw it again with terms as large. (Over 30 necks in fp16, 222 such gradients, errors by kernels
+and in plain PyTorch had a root mean square of 1.00 and 0.99 times 2⁻⁹ √Σ tᵢ², the largest of 4.5 and 4.1.)
 """
 
 from __future__ import annotations
@@ -28,6 +34,7 @@ from srm_model.attacks import MSE, fgsm
 from srm_model.statistics import BatchStatistics
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DRAWS = 16
 TINY = SRMConfig(channels=16, heads=1, rank=4, pool_size=2, image_size=32, entropy_floor=1.0)
 CHANNELS = (3, 4, 5, 6)
 
@@ -72,12 +79,15 @@ def by_kernels(neck: SRMNeck) -> SRMNeck:
     return other.train(neck.training)
 
 
-def step(neck: SRMNeck, pyramid: list[Tensor]) -> dict[str, Tensor]:
-    """One forward and backward pass: everything that a training loop could see of it."""
+def step(neck: SRMNeck, pyramid: list[Tensor], draw: int = 0) -> dict[str, Tensor]:
+    """One forward and backward pass: everything that a training loop could see of it; `draw`: other signs of a loss."""
     torch.manual_seed(1)
     maps = [m.detach().clone().requires_grad_() for m in pyramid]
     out = neck(maps)
     weight = torch.linspace(-1, 1, out.fused.numel(), device=DEVICE, dtype=torch.float64).view_as(out.fused)
+    if draw:
+        signs = torch.randint(2, weight.shape, generator=torch.Generator().manual_seed(draw)) * 2 - 1
+        weight = weight * signs.to(DEVICE)
     loss = (out.fused * weight).sum() + sum(out.losses.values())
     neck.zero_grad()
     loss.backward()
@@ -93,24 +103,30 @@ def check(neck: SRMNeck, pyramid: list[Tensor], dtype: torch.dtype | None = None
     fused = by_kernels(neck)
     assert fused._fuses(pyramid)
     assert not neck._fuses(pyramid)
-    exact = step(copy.deepcopy(neck).double(), [m.double() for m in pyramid])
+    wide = [m.double() for m in pyramid]
+    draws: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []  # (fp64, this precision)
+    for draw in range(1 if dtype is None else DRAWS):
+        exact = step(copy.deepcopy(neck).double(), wide, draw)
+        with torch.autocast(DEVICE, dtype, enabled=dtype is not None):
+            draws.append((exact, step(copy.deepcopy(neck), pyramid, draw)))
     with torch.autocast(DEVICE, dtype, enabled=dtype is not None):
-        plain, found = step(neck, pyramid), step(fused, pyramid)
+        found = step(fused, pyramid)
+    exact, plain = draws[0]
     assert found.keys() == plain.keys() == exact.keys()
     unit = 64 * torch.finfo(torch.float32).eps if dtype is None else 2 * torch.finfo(dtype).eps
-
-    if dtype == torch.float16:
-        single = [name for name, x in exact.items() if name.startswith("gradient") and x.numel() == 1]
-        for seen in (found, plain, exact):
-            seen["gradient of single numbers"] = torch.stack([seen.pop(name).reshape(()) for name in single])
 
     def largest(start: str) -> float:
         return max(value.abs().max().item() for name, value in exact.items() if name.startswith(start))
 
+    def distance(one: dict[str, Tensor], other: dict[str, Tensor], name: str) -> float:
+        return (one[name].double() - other[name]).abs().max().item()
+
     for name, value in exact.items():
         kind = "gradient gate" if name.startswith("gradient gate") else name
         size = largest("gradient" if name.endswith("bias") else kind)
-        error, reference = ((x[name].double() - value).abs().max().item() for x in (found, plain))
+        single = name.startswith("gradient") and value.numel() == 1
+        error = distance(found, exact, name)
+        reference = max(distance(p, e, name) for e, p in (draws if single else draws[:1]))
         assert error <= 2 * reference + unit * size, (
             f"{name}: error {error:.3e}, plain {reference:.3e}, size {size:.3e}"
         )

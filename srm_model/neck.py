@@ -30,7 +30,7 @@ from srm_kernels import (
 from srm_kernels.attention.reference import normalised_key, normalised_query
 
 from .config import STAGES, SRMConfig
-from .modules import check_like, evaluating, in_backward
+from .modules import autocast_dtype, check_like, evaluating, in_backward, rounded
 from .statistics import BatchStatistics
 
 ATTENTIONS = ("nystrom", "full")
@@ -259,12 +259,14 @@ class Gate(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Pooled maps, each (B, C, P, P) → logits (B, S)."""
-        backend = self.config.backend
-        hidden = biased_gelu(*self.convolved(maps, 0), backend=backend)
+        backend, weights = self.config.backend, self._weights()
+        hidden = biased_gelu(*self.convolved(maps, 0, weights), backend=backend)
         readouts = [(readout.weight, readout.bias) for readout in cast(Iterable[nn.Linear], self.readouts)]
-        return gate_logits(*self.convolved(hidden.unbind(), 1), readouts, backend=backend)
+        return gate_logits(*self.convolved(hidden.unbind(), 1, weights), readouts, backend=backend)
 
-    def convolved(self, maps: Sequence[Tensor], number: int) -> tuple[list[Tensor], list[Tensor]]:
+    def convolved(
+        self, maps: Sequence[Tensor], number: int, weights: dict[nn.Conv2d, Tensor] | None = None
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """What the first or second convolution of every stage gives without its bias, and the biases."""
         results, biases = [], []
         for m, stage in zip(maps, cast(Iterable[nn.Sequential], self.stages), strict=True):
@@ -274,9 +276,15 @@ class Gate(nn.Module):
                 m = layer(m)
             assert isinstance(conv, nn.Conv2d)
             assert conv.bias is not None
-            results.append(F.conv2d(m, conv.weight, padding=1))
+            results.append(F.conv2d(m, weights[conv] if weights else conv.weight, padding=1))
             biases.append(conv.bias)
         return results, biases
+
+    def _weights(self) -> dict[nn.Conv2d, Tensor]:
+        """Of the convolutions, rounded by one launch; autocast would take one for each."""
+        convs = [layer for layer in self.stages.modules() if isinstance(layer, nn.Conv2d)]
+        weights = [conv.weight for conv in convs]
+        return dict(zip(convs, rounded(weights, autocast_dtype(weights[0])), strict=True))
 
 
 class _ChannelDyT(DyT):
@@ -456,14 +464,17 @@ class SRMNeck(nn.Module):
     def _mix_fused(self, pyramid: Sequence[Tensor], statistics: BatchStatistics | None) -> Tensor:
         """The fused stages' maps (B, S, C, P, P): sources are aligned whole, targets read where they are."""
         c = self.config
-        device = pyramid[0].device.type
-        autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else pyramid[0].dtype
-        stages = sorted({source for source, _ in c.links})
+        dtype = autocast_dtype(pyramid[0])
+        sources = sorted({source for source, _ in c.links})
         links = [self._link(*pair) for pair in self._acting]
-        with torch.autocast(device, enabled=False):  # operators choose their own precision
-            maps = {s: pyramid[s - 1].to(dtype) for s in {*stages, *c.fused_stages}}
-            keys, xs = self._key_sides(self._shiftless_sources({s: maps[s] for s in stages}))
+        with torch.autocast(pyramid[0].device.type, enabled=False):  # operators choose their own precision
+            read = sorted({*sources, *c.fused_stages})
+            weights = [self._align_of(stage)[0] for stage in sources]
+            taken = rounded([*(pyramid[stage - 1] for stage in read), *weights], dtype)
+            maps = dict(zip(read, taken, strict=False))
+            keys, xs = self._key_sides(
+                self._shiftless_sources(maps, dict(zip(sources, taken[len(read) :], strict=True)))
+            )
             align = {stage: self._align_of(stage) for stage in c.fused_stages}
             targets = [c.fused_stages.index(target) for _, target in self._acting]
             track = statistics is not None and not statistics.finished
@@ -527,13 +538,13 @@ class SRMNeck(nn.Module):
             sides |= dict(zip(pairs, zip(*parts, strict=True), strict=True))
         return [sides[pair][0] for pair in self._acting], [sides[pair][1] for pair in self._acting]
 
-    def _shiftless_sources(self, maps: dict[int, Tensor]) -> dict[int, Tensor]:
-        return self._pool_sources({stage: self._shiftless(stage, m) for stage, m in maps.items()})
-
-    def _shiftless(self, stage: int, m: Tensor) -> Tensor:
-        """A F of a source (B, C, h, w), its bias left to `project_sources`: one product, however F is laid out."""
-        weight = self._align_of(stage)[0].to(m.dtype).expand(m.shape[0], -1, -1)
-        return torch.bmm(weight, m.flatten(2)).unflatten(-1, m.shape[2:])
+    def _shiftless_sources(self, maps: dict[int, Tensor], weights: dict[int, Tensor]) -> dict[int, Tensor]:
+        """A F of every source (B, C, h, w), its bias left to `project_sources`: one product, however F is laid out."""
+        aligned = {}
+        for stage, weight in weights.items():
+            m = maps[stage]
+            aligned[stage] = torch.bmm(weight.expand(len(m), -1, -1), m.flatten(2)).unflatten(-1, m.shape[2:])
+        return self._pool_sources(aligned)
 
     def _align_of(self, stage: int) -> tuple[Tensor, Tensor]:
         conv = cast(nn.Conv2d, self.align[stage - 1])

@@ -8,6 +8,7 @@ gate's convolutions are counted apart.
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -39,6 +40,7 @@ WHOLE = {
     "rsub",
     "sub",
     "sum",
+    "_foreach_copy",
 }  # one kernel each on a GPU, whatever they call on a CPU
 OWN, GATE = "own kernel ", "gate"
 
@@ -160,15 +162,16 @@ def forward_of(
 
 
 def main() -> None:
-    """A line for the default schedule with DyT and one without."""
+    """A line for the default schedule with DyT and one without, then the same under autocast."""
     if os.environ.get("TRITON_INTERPRET") != "1":  # asked before Triton is imported
         environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
         raise SystemExit(subprocess.call([sys.executable, "-m", "bench.launches"], env=environment))
-    for dyt in (True, False):
+    for dtype, dyt in itertools.product((None, torch.float16), (True, False)):
         neck, maps = forward_of(dyt=dyt)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype is not None):
             found = count_launches(lambda neck=neck, maps=maps: neck(maps), neck.gate)
-        print(f"512², evaluation, DyT {'on' if dyt else 'off'}: {found}")
+        precision = "" if dtype is None else ", autocast over fp32 maps and weights"
+        print(f"512², evaluation, DyT {'on' if dyt else 'off'}{precision}: {found}")
 
 
 if __name__ == "__main__":

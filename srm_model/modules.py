@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,11 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             part.training = training
 
 
+def in_backward() -> bool:
+    """Whether autograd is at work on this thread: gradient checkpointing then takes a forward pass again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def check_like(name: str, given: Tensor, own: Tensor, *, promoted: bool = False) -> None:
     """`given` is on the device of a module's `own` tensor and of its dtype, unless autocast is on.
 
@@ -35,6 +41,41 @@ def check_like(name: str, given: Tensor, own: Tensor, *, promoted: bool = False)
     met = torch.promote_types(given.dtype, own.dtype) if promoted else given.dtype
     if met != own.dtype and not torch.is_autocast_enabled(given.device.type):
         raise TypeError(f"{name} is {given.dtype} and the model {own.dtype}; expected one dtype, or autocast")
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype that a product takes this tensor in: its own without autocast, which leaves fp64 and shapes alone."""
+    device = tensor.device.type
+    own = device == "meta" or tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device)
+    return tensor.dtype if own else torch.get_autocast_dtype(device)
+
+
+def rounded(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Every tensor as `tensor.to(dtype)` gives it, all that are not of it already by one launch.
+
+    Differentiable, any number of times; the gradients take one launch too.
+    """
+    others = [i for i, t in enumerate(tensors) if t.dtype != dtype]
+    results = list(tensors)
+    if others:
+        for i, result in zip(others, _Rounded.apply(dtype, *(tensors[i] for i in others)), strict=True):
+            results[i] = result
+    return results
+
+
+class _Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.dtype = tensors[0].dtype
+        ctx.set_materialize_grads(False)
+        results = [torch.empty_like(t, dtype=dtype) for t in tensors]
+        torch._foreach_copy_(results, tensors)
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        given = iter(rounded([grad for grad in grads if grad is not None], ctx.dtype))
+        return None, *(None if grad is None else next(given) for grad in grads)
 
 
 @cache

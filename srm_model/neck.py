@@ -30,7 +30,7 @@ from srm_kernels import (
 from srm_kernels.attention.reference import normalised_key, normalised_query
 
 from .config import STAGES, SRMConfig
-from .modules import check_like, evaluating
+from .modules import autocast_dtype, check_like, evaluating, in_backward, rounded
 from .statistics import BatchStatistics
 
 ATTENTIONS = ("nystrom", "full")
@@ -259,12 +259,14 @@ class Gate(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Pooled maps, each (B, C, P, P) → logits (B, S)."""
-        backend = self.config.backend
-        hidden = biased_gelu(*self.convolved(maps, 0), backend=backend)
+        backend, weights = self.config.backend, self._weights()
+        hidden = biased_gelu(*self.convolved(maps, 0, weights), backend=backend)
         readouts = [(readout.weight, readout.bias) for readout in cast(Iterable[nn.Linear], self.readouts)]
-        return gate_logits(*self.convolved(hidden.unbind(), 1), readouts, backend=backend)
+        return gate_logits(*self.convolved(hidden.unbind(), 1, weights), readouts, backend=backend)
 
-    def convolved(self, maps: Sequence[Tensor], number: int) -> tuple[list[Tensor], list[Tensor]]:
+    def convolved(
+        self, maps: Sequence[Tensor], number: int, weights: dict[nn.Conv2d, Tensor] | None = None
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """What the first or second convolution of every stage gives without its bias, and the biases."""
         results, biases = [], []
         for m, stage in zip(maps, cast(Iterable[nn.Sequential], self.stages), strict=True):
@@ -274,9 +276,15 @@ class Gate(nn.Module):
                 m = layer(m)
             assert isinstance(conv, nn.Conv2d)
             assert conv.bias is not None
-            results.append(F.conv2d(m, conv.weight, padding=1))
+            results.append(F.conv2d(m, weights[conv] if weights else conv.weight, padding=1))
             biases.append(conv.bias)
         return results, biases
+
+    def _weights(self) -> dict[nn.Conv2d, Tensor]:
+        """Of the convolutions, rounded by one launch; autocast would take one for each."""
+        convs = [layer for layer in self.stages.modules() if isinstance(layer, nn.Conv2d)]
+        weights = [conv.weight for conv in convs]
+        return dict(zip(convs, rounded(weights, autocast_dtype(weights[0])), strict=True))
 
 
 class _ChannelDyT(DyT):
@@ -315,6 +323,7 @@ class SRMNeck(nn.Module):
         self.gate = Gate(config)
         # M₀, the EMA of the batch median of M's root mean square; infinity, no cap, until it is started.
         self.register_buffer("median_rms", torch.full((), math.inf))
+        self._last: BatchStatistics | None = None  # of the last training pass, which autograd may take again
 
     @property
     def stochastic(self) -> bool:
@@ -337,13 +346,18 @@ class SRMNeck(nn.Module):
         whole batch: their gradients, averaged over ranks as `DistributedDataParallel` does, are its gradients. Every
         rank must then call this. `statistics` is for a batch cut into micro-batches: an unfinished one is added to
         and its losses mean nothing, with a finished one the losses are the whole batch's, averaged over micro-batches
-        too; σ̄ and M₀ change by `track` alone. So does a neck inside gradient checkpointing need a finished one: its
-        second pass would find the M₀ and σ̄ of after the batch. A checkpointed backbone before it needs nothing.
+        too; σ̄ and M₀ change by `track` alone.
+
+        Inside gradient checkpointing the pass that autograd takes again changes no buffer, and finds M₀ and σ̄ as the
+        last training pass found them. A finished `statistics` is therefore needed where several training passes come
+        before one backward pass (on a CPU a RuntimeError says so), and with `torch.compile` around the neck or
+        around both: what is compiled cannot tell its passes apart. A checkpointed backbone before it needs nothing.
         """
         self._check(pyramid)
-        given = statistics is not None
+        given, earlier = statistics is not None, None
         if statistics is None and self.training:
             statistics = BatchStatistics()
+            earlier = self._last if in_backward() else None
         whole = None
         if not return_pyramid and self._fuses(pyramid):
             maps = self._mix_fused(pyramid, statistics)
@@ -354,9 +368,10 @@ class SRMNeck(nn.Module):
             )
             maps = self._fused_stages(updated)
             whole = [updated[stage] for stage in STAGES] if return_pyramid else None
-        output = self._fuse(maps, whole, statistics, finish=not given)
-        if statistics is not None and not given:
+        output = self._fuse(maps, whole, statistics, finish=not given, earlier=earlier)
+        if statistics is not None and not given and earlier is None:
             self.track(statistics)
+            self._last = None if torch.compiler.is_compiling() else statistics
         return output
 
     @torch.no_grad()
@@ -449,14 +464,17 @@ class SRMNeck(nn.Module):
     def _mix_fused(self, pyramid: Sequence[Tensor], statistics: BatchStatistics | None) -> Tensor:
         """The fused stages' maps (B, S, C, P, P): sources are aligned whole, targets read where they are."""
         c = self.config
-        device = pyramid[0].device.type
-        autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else pyramid[0].dtype
-        stages = sorted({source for source, _ in c.links})
+        dtype = autocast_dtype(pyramid[0])
+        sources = sorted({source for source, _ in c.links})
         links = [self._link(*pair) for pair in self._acting]
-        with torch.autocast(device, enabled=False):  # operators choose their own precision
-            maps = {s: pyramid[s - 1].to(dtype) for s in {*stages, *c.fused_stages}}
-            keys, xs = self._key_sides(self._shiftless_sources({s: maps[s] for s in stages}))
+        with torch.autocast(pyramid[0].device.type, enabled=False):  # operators choose their own precision
+            read = sorted({*sources, *c.fused_stages})
+            weights = [self._align_of(stage)[0] for stage in sources]
+            taken = rounded([*(pyramid[stage - 1] for stage in read), *weights], dtype)
+            maps = dict(zip(read, taken, strict=False))
+            keys, xs = self._key_sides(
+                self._shiftless_sources(maps, dict(zip(sources, taken[len(read) :], strict=True)))
+            )
             align = {stage: self._align_of(stage) for stage in c.fused_stages}
             targets = [c.fused_stages.index(target) for _, target in self._acting]
             track = statistics is not None and not statistics.finished
@@ -520,13 +538,13 @@ class SRMNeck(nn.Module):
             sides |= dict(zip(pairs, zip(*parts, strict=True), strict=True))
         return [sides[pair][0] for pair in self._acting], [sides[pair][1] for pair in self._acting]
 
-    def _shiftless_sources(self, maps: dict[int, Tensor]) -> dict[int, Tensor]:
-        return self._pool_sources({stage: self._shiftless(stage, m) for stage, m in maps.items()})
-
-    def _shiftless(self, stage: int, m: Tensor) -> Tensor:
-        """A F of a source (B, C, h, w), its bias left to `project_sources`: one product, however F is laid out."""
-        weight = self._align_of(stage)[0].to(m.dtype).expand(m.shape[0], -1, -1)
-        return torch.bmm(weight, m.flatten(2)).unflatten(-1, m.shape[2:])
+    def _shiftless_sources(self, maps: dict[int, Tensor], weights: dict[int, Tensor]) -> dict[int, Tensor]:
+        """A F of every source (B, C, h, w), its bias left to `project_sources`: one product, however F is laid out."""
+        aligned = {}
+        for stage, weight in weights.items():
+            m = maps[stage]
+            aligned[stage] = torch.bmm(weight.expand(len(m), -1, -1), m.flatten(2)).unflatten(-1, m.shape[2:])
+        return self._pool_sources(aligned)
 
     def _align_of(self, stage: int) -> tuple[Tensor, Tensor]:
         conv = cast(nn.Conv2d, self.align[stage - 1])
@@ -553,46 +571,55 @@ class SRMNeck(nn.Module):
         statistics: BatchStatistics | None = None,
         *,
         finish: bool = True,
+        earlier: BatchStatistics | None = None,
     ) -> NeckOutput:
+        """`earlier`: what this pass found the first time, where it is taken again."""
         c = self.config
         fusion = gated_fusion(
             maps,
             self.gate(maps.unbind(1)),
-            cap=self._cap(changing=statistics is not None),
+            cap=self._cap(earlier or statistics),
             cap_factor=(c.gain_cap or 1.0) * self._root(maps),
             temperature=c.gate_temperature,
             backend=c.backend,
         )
         if statistics is None:
-            sigma, gate = {}, BatchStatistics()
-        else:
-            if not statistics.finished:
-                statistics.add_gate(fusion.weights.detach(), fusion.norm.detach() / self._root(maps))
-                if finish:
-                    statistics.finish()
-            sigma, gate = statistics.sigma, statistics
-        entropy, balance = gate.gate_losses(
+            statistics = BatchStatistics()
+        elif not statistics.finished:
+            statistics.add_gate(fusion.weights.detach(), fusion.norm.detach() / self._root(maps))
+            if earlier is not None:
+                earlier.check_again(statistics)
+            elif finish:
+                statistics.finish()
+        whole = earlier or statistics
+        entropy, balance = whole.gate_losses(
             fusion.weights, entropy_floor=c.entropy_floor * math.log(len(c.fused_stages)), backend=c.backend
         )
-        tau = self._tau_loss(sigma) if self._acting and c.tau else entropy.new_zeros(())
+        tau = self._tau_loss(whole) if self._acting and c.tau else entropy.new_zeros(())
         losses = {"tau": tau, "entropy": entropy, "balance": balance}
         return NeckOutput(fusion.fused, fusion.weights, fusion.gain, fusion.norm, losses, pyramid)
 
-    def _tau_loss(self, sigma: dict[str, Tensor]) -> Tensor:
-        """L_τ at σ̄ as it is, or as it will be after a batch of statistic `sigma`; only θ receives its gradient."""
+    def _tau_loss(self, statistics: BatchStatistics) -> Tensor:
+        """L_τ at σ̄ as it is, or as it will be after a finished batch; only θ receives its gradient."""
         thetas, sigmas = [], []
         for pair in self._acting:
-            link, seen = self._link(*pair), sigma.get(_link_name(*pair))
+            link, name = self._link(*pair), _link_name(*pair)
+            if name in statistics.sigma and name not in statistics.averages:
+                statistics.averages[name] = link.tracked(statistics.sigma[name])
             thetas.append(link.theta)
-            sigmas.append(link.sigma if seen is None else link.tracked(seen))
+            sigmas.append(statistics.averages.get(name, link.sigma))
         c = self.config
         return tau_loss(thetas, sigmas, reference=math.sqrt(c.head_dim), floor=TAU_FLOOR, backend=c.backend)
 
-    def _cap(self, *, changing: bool) -> Tensor | None:
-        """M₀, as it is now where `track` may change it before the backward pass."""
+    def _cap(self, statistics: BatchStatistics | None) -> Tensor | None:
+        """M₀: as the batch of `statistics` finds it, for `track` may change it before the backward pass."""
         if self.config.gain_cap is None:
             return None
-        return self.median_rms.clone() if changing else self.median_rms
+        if statistics is None:
+            return self.median_rms
+        if statistics.median_rms is None:
+            statistics.median_rms = self.median_rms.clone()
+        return statistics.median_rms
 
     def _root(self, maps: Tensor) -> float:
         """√(C·P·P), by which a root mean square is a norm: c = gain_cap · M₀ · √(C·P·P)."""

@@ -24,6 +24,8 @@ class BatchStatistics:
         self.finished = False
         self.sigma: dict[str, Tensor] = {}  # by link, (H,)
         self.norms: Tensor | None = None  # (N,)
+        self.median_rms: Tensor | None = None  # M₀ before the batch
+        self.averages: dict[str, Tensor] = {}  # σ̄ after it, by link
         self._moments: dict[str, list[Tensor]] = {}  # by link: rows of [count, mean, sum of squares]
         self._single: dict[str, Tensor] = {}
         self._gates: list[Tensor] = []  # rows of [weights, norm]
@@ -46,6 +48,17 @@ class BatchStatistics:
     def add_gate(self, weights: Tensor, norm: Tensor) -> None:
         """One micro-batch's gate weights (B, S) and norms (B,), detached."""
         self._gates.append(torch.cat([weights, norm[:, None]], 1))
+
+    def check_again(self, again: BatchStatistics) -> None:
+        """RuntimeError, on a CPU, where a pass that is taken again is not of these images."""
+        (one,), (other,) = self._gates, again._gates
+        if one.device.type == "cpu" and (
+            one.shape != other.shape or not one.allclose(other, 1e-3, equal_nan=True)
+        ):
+            raise RuntimeError(
+                "gradient checkpointing takes another pass of the neck again than its last one; expected one training "
+                "pass before each backward pass, or finished `statistics`"
+            )
 
     def finish(self) -> None:
         """Combine what was added, on all ranks."""

@@ -112,6 +112,7 @@ def merge_links(
         if thetas:
             y = (y * thetas[link].exp()[:, None, None]).to(dtype)
         update = F.linear(y.transpose(1, 2).flatten(2), output_weights[link].to(dtype))
-        maps[target] = maps[target] + (betas[link] * update).to(dtype)
+        # β with an axis: β U, whose terms add up to dβ, is then as wide as β.
+        maps[target] = (maps[target] + betas[link].reshape(1) * update).to(dtype)
     size = round(pooled.shape[1] ** 0.5)
     return torch.stack(maps).mT.unflatten(-1, (size, size))

@@ -210,7 +210,7 @@ def test_theta_receives_only_the_tau_loss_from_tau_and_the_statistic_none():
         for link in neck.links.values():
             link.sigma.mul_(2)
     neck.zero_grad()
-    neck._tau_loss({}).backward()
+    neck._tau_loss(BatchStatistics()).backward()
     with_gradient = [name for name, p in neck.named_parameters() if p.grad is not None]
     assert with_gradient == [f"links.{name}.theta" for name in neck.links]
     # mean over links and heads of (log(τσ̄/σ_ref))², τ = 1: derivative 2·log(σ̄/σ_ref) / (L H) each

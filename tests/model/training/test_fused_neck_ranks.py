@@ -7,15 +7,17 @@ summed in another order, so that gradients and statistics agree to 64 units of f
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from forked import on_ranks
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
-from srm_model import SRMConfig, SRMNeck
+from srm_model import NeckOutput, SRMConfig, SRMNeck
 from srm_model.statistics import BatchStatistics
 
 pytestmark = pytest.mark.skipif(
@@ -49,11 +51,27 @@ def make_neck() -> SRMNeck:
     return neck.train()
 
 
-def step(world: int = 1, rank: int = 0, parts: int = 1) -> dict[str, Tensor]:
+class Checkpointed(nn.Module):
+    """The neck is taken a second time in the backward pass, and what is kept of after it makes that pass whole."""
+
+    def __init__(self, neck: SRMNeck) -> None:
+        super().__init__()
+        self.neck = neck
+
+    def forward(self, maps: list[Tensor], **options: Any) -> NeckOutput:
+        def run(maps: list[Tensor]) -> NeckOutput:
+            out = self.neck(maps, **options)
+            return out._replace(fused=out.fused * torch.ones_like(out.fused))
+
+        return checkpoint(run, maps, use_reentrant=False)
+
+
+def step(world: int = 1, rank: int = 0, parts: int = 1, again: bool = False) -> dict[str, Tensor]:
     """Gradients and buffers after this rank's share of the batch, in micro-batches."""
     neck = make_neck()
     assert neck._fuses(pyramid())
-    forward = DistributedDataParallel(neck) if world > 1 else neck
+    one = Checkpointed(neck) if again else neck
+    forward = DistributedDataParallel(one) if world > 1 else one
     share = [m.chunk(world)[rank].chunk(parts) for m in pyramid()]
     micro = [[m[number] for m in share] for number in range(parts)]
     statistics = BatchStatistics() if parts > 1 else None
@@ -75,9 +93,9 @@ def step(world: int = 1, rank: int = 0, parts: int = 1) -> dict[str, Tensor]:
     }
 
 
-def write(folder: Path, parts: int) -> None:
+def write(folder: Path, parts: int, again: bool) -> None:
     world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
-    torch.save(step(world, rank, parts), folder / f"{rank}.pt")
+    torch.save(step(world, rank, parts, again), folder / f"{rank}.pt")
 
 
 def agree(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -107,8 +125,9 @@ def test_micro_batches_are_the_same_step(whole: dict[str, Tensor]):
     agree(step(parts=2), whole)
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-def test_two_processes_are_the_same_step(whole: dict[str, Tensor], tmp_path: Path, parts: int):
-    on_ranks(2, write, tmp_path, parts)
+@pytest.mark.parametrize(("parts", "again"), [(1, False), (2, False), (1, True)])
+def test_two_processes_are_the_same_step(whole: dict[str, Tensor], tmp_path: Path, parts: int, again: bool):
+    """In gradient checkpointing too (`again`), where the second pass asks no other process."""
+    on_ranks(2, write, tmp_path, parts, again)
     for rank in range(2):
         agree(torch.load(tmp_path / f"{rank}.pt"), whole)

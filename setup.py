@@ -88,11 +88,16 @@ class BuildLibrary(build_ext):
             print(f"srm-iqa: the {name} library was not built: {error}", file=sys.stderr)
 
     def copy_extensions_to_source(self) -> None:
-        """In an editable install; nothing to copy where nothing was built."""
+        """In an editable install; nothing to copy where nothing was built.
+
+        Moved into place: written over, a library that a running process has loaded would end that process.
+        """
         for ext in self.extensions:
             built = Path(self.build_lib, self.get_ext_filename(ext.name))
             if built.is_file():
-                shutil.copy2(built, ROOT / self.get_ext_filename(ext.name))
+                target = ROOT / self.get_ext_filename(ext.name)
+                shutil.copy2(built, temporary := target.with_name(f"{target.name}.partial"))
+                temporary.replace(target)
 
 
 def extensions() -> list[Extension]:

@@ -206,6 +206,25 @@ def test_an_install_without_a_compiler_says_so_in_one_line(
     assert told.count("\n") == 1
 
 
+def test_a_library_that_is_built_again_leaves_the_loaded_one_as_it_was(build, monkeypatch, tmp_path):
+    """A process maps the file that it loaded: another one takes its name."""
+    from setuptools import Distribution, Extension
+
+    target = tmp_path / "srm_kernels" / "_cpu.so"
+    built = tmp_path / "build" / "srm_kernels" / "_cpu.so"
+    for path, content in ((target, b"old"), (built, b"new")):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(content)
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    command = build.BuildLibrary(Distribution())
+    command.build_lib, command.extensions = str(tmp_path / "build"), [Extension("srm_kernels._cpu", [])]
+    with target.open("rb") as loaded:
+        command.copy_extensions_to_source()
+        assert loaded.read() == b"old"
+    assert target.read_bytes() == b"new"
+    assert list(target.parent.iterdir()) == [target]
+
+
 def test_asking_for_it_where_it_cannot_run_says_why():
     if backends()["cuda"].available:
         pytest.skip("it can run here")

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from srm_model import ranks
 from srm_model.metrics import LogisticMap, plcc, srocc
 from srm_model.modules import evaluating
-from srm_model.training.faults import outlive_sigterm
+from srm_model.training.faults import outlive_sigterm, reading
 from srm_model.training.seeding import seeded
 
 
@@ -51,6 +51,7 @@ def predict(
         evaluating(model),
         torch.inference_mode(),
         seeded(0),
+        reading(loader) as items,
         tqdm(
             total=len(dataset),
             unit="img",
@@ -59,7 +60,7 @@ def predict(
             disable=None if progress and rank == 0 else True,
         ) as bar,
     ):
-        for start, (images, _) in zip(starts, loader, strict=True):
+        for start, (images, _) in zip(starts, items, strict=True):
             batch = images.to(device, non_blocking=True, memory_format=torch.channels_last)
             # What a batch draws must not depend on which rank scores it.
             with seeded(0, start) if stochastic else nullcontext():

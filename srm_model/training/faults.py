@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self
 
+from torch.utils.data import DataLoader
+
 
 class DivergenceError(RuntimeError):
     """The loss or a gradient stopped being finite; the message names the images of that batch."""
@@ -62,6 +64,21 @@ class Termination:
 def outlive_sigterm(worker: int) -> None:
     """For workers: schedulers send SIGTERM to every process, and the one that trains ends its workers itself."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@contextmanager
+def reading(loader: DataLoader[Any]) -> Iterator[Iterator[Any]]:
+    """The loader's batches; its workers end with the block.
+
+    Python ends by SIGTERM, which they outlive, what is left of them at exit, and waits: an error whose traceback keeps
+    the iterator alive would keep the process alive too.
+    """
+    items: Any = iter(loader)
+    try:
+        yield items
+    finally:
+        if loader.num_workers > 0:
+            items._shutdown_workers()
 
 
 def is_worker_death(error: BaseException) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, Self
 
@@ -68,17 +69,24 @@ def outlive_sigterm(worker: int) -> None:
 
 @contextmanager
 def reading(loader: DataLoader[Any]) -> Iterator[Iterator[Any]]:
-    """The loader's batches; its workers end with the block.
+    """The loader's batches; its workers end with the block, those of a loader that failed to start too.
 
     Python ends by SIGTERM, which they outlive, what is left of them at exit, and waits: an error whose traceback keeps
     the iterator alive would keep the process alive too.
     """
-    items: Any = iter(loader)
+    others = set(multiprocessing.active_children())
+    items: Any = None
     try:
+        items = iter(loader)
         yield items
     finally:
         if loader.num_workers > 0:
-            items._shutdown_workers()
+            if items is not None:
+                items._shutdown_workers()
+            for worker in set(multiprocessing.active_children()) - others:
+                with suppress(RuntimeError):  # torch's word that one has died
+                    worker.kill()
+                    worker.join()
 
 
 def is_worker_death(error: BaseException) -> bool:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from srm_model import ranks
 from srm_model.metrics import LogisticMap, plcc, srocc
 from srm_model.modules import evaluating
-from srm_model.training.faults import outlive_sigterm
+from srm_model.training.faults import outlive_sigterm, reading, reading_fault
 from srm_model.training.seeding import seeded
 
 
@@ -33,7 +33,7 @@ def predict(
     The scores do not depend on `batch_size`, except where the model is stochastic: it draws once a batch,
     seeded. `device` defaults to where the model is.
     In a process group every rank calls this; the batches are dealt to the ranks, and each gets all scores, those of
-    one process.
+    one process. An image that cannot be read is a ValueError, a worker that was killed a WorkerError.
     """
     device = torch.device(device) if device is not None else next(model.parameters()).device
     rank, world = ranks.place()
@@ -47,24 +47,28 @@ def predict(
     )
     stochastic = getattr(model, "stochastic", False)
     found: dict[int, np.ndarray] = {}
-    with (
-        evaluating(model),
-        torch.inference_mode(),
-        seeded(0),
-        tqdm(
-            total=len(dataset),
-            unit="img",
-            desc="scoring",
-            leave=False,
-            disable=None if progress and rank == 0 else True,
-        ) as bar,
-    ):
-        for start, (images, _) in zip(starts, loader, strict=True):
-            batch = images.to(device, non_blocking=True, memory_format=torch.channels_last)
-            # What a batch draws must not depend on which rank scores it.
-            with seeded(0, start) if stochastic else nullcontext():
-                found[start] = model(batch).double().cpu().numpy()
-            bar.update(world * len(images))
+    try:
+        with (
+            evaluating(model),
+            torch.inference_mode(),
+            seeded(0),
+            reading(loader) as items,
+            tqdm(
+                total=len(dataset),
+                unit="img",
+                desc="scoring",
+                leave=False,
+                disable=None if progress and rank == 0 else True,
+            ) as bar,
+        ):
+            for start, (images, _) in zip(starts, items, strict=True):
+                batch = images.to(device, non_blocking=True, memory_format=torch.channels_last)
+                # What a batch draws must not depend on which rank scores it.
+                with seeded(0, start) if stochastic else nullcontext():
+                    found[start] = model(batch).double().cpu().numpy()
+                bar.update(world * len(images))
+    except Exception as error:
+        raise reading_fault(error) from None
     whole = {start: part for share in ranks.gather(found) for start, part in share.items()}
     return np.concatenate([whole[start] for start in sorted(whole)])
 

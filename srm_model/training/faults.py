@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, Self
+
+from torch.utils.data import DataLoader
 
 
 class DivergenceError(RuntimeError):
@@ -62,6 +65,28 @@ class Termination:
 def outlive_sigterm(worker: int) -> None:
     """For workers: schedulers send SIGTERM to every process, and the one that trains ends its workers itself."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@contextmanager
+def reading(loader: DataLoader[Any]) -> Iterator[Iterator[Any]]:
+    """The loader's batches; its workers end with the block, those of a loader that failed to start too.
+
+    Python ends by SIGTERM, which they outlive, what is left of them at exit, and waits: an error whose traceback keeps
+    the iterator alive would keep the process alive too.
+    """
+    others = set(multiprocessing.active_children())
+    items: Any = None
+    try:
+        items = iter(loader)
+        yield items
+    finally:
+        if loader.num_workers > 0:
+            if items is not None:
+                items._shutdown_workers()
+            for worker in set(multiprocessing.active_children()) - others:
+                with suppress(RuntimeError):  # torch's word that one has died
+                    worker.kill()
+                    worker.join()
 
 
 def is_worker_death(error: BaseException) -> bool:

@@ -38,6 +38,7 @@ from srm_model.training.faults import (
     Termination,
     is_worker_death,
     outlive_sigterm,
+    reading,
     reading_fault,
 )
 from srm_model.training.optimisation import (
@@ -289,8 +290,8 @@ class _Run:
                 disable=None if self.progress else True,
             ) as bar,
             self._kept_if_a_worker_dies(at),
+            reading(loader) as items,
         ):
-            items = iter(loader)
             for index in range(at.step, len(batches)):
                 batch = batches[index]
                 parts = self._fetch(items, len(shares[index]), at)

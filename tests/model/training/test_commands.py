@@ -77,6 +77,29 @@ def test_two_nodes_meet_by_torchrun_s_rendezvous(tmp_path: Path):
     assert read_json(two / "evaluation.json")["srocc"] == read_json(one / "evaluation.json")["srocc"]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus_are_the_same_training_over_nccl(tmp_path: Path):
+    data = write_set(tmp_path / "data")
+    command = [
+        "-m",
+        "srm_model",
+        "train",
+        "--data",
+        str(data),
+        *FLAGS,
+        "--precision",
+        "fp32",
+        "--no-progress",
+    ]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for name, launcher in (("one", []), ("two", torchrun)):
+        subprocess.run(
+            [sys.executable, *launcher, *command, "--out", str(tmp_path / name)], check=True, timeout=120
+        )
+    check_close(*(load_file(tmp_path / name / "srm" / "state.safetensors") for name in ("one", "two")))
+
+
 def test_sigterm_ends_a_command_with_143_and_the_same_command_goes_on(tmp_path: Path, capfd):
     data = write_set(tmp_path / "data")
     command = ["train", "--data", str(data), *FLAGS, "--epochs", "40", "--save-every", "1"]

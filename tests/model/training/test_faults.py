@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import multiprocessing
 import os
 import random
 import resource
@@ -18,6 +19,7 @@ import pytest
 import torch
 from forked import start
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 from toy import CONFIG, ToyModel, ToySet
 
 import srm_model.training.loop as loop
@@ -25,6 +27,7 @@ import srm_model.training.state as state
 from srm_model.checkpoint import read_card
 from srm_model.metrics import srocc
 from srm_model.training import DivergenceError, Preempted, WorkerError, predict, train
+from srm_model.training.faults import outlive_sigterm, reading
 from srm_model.training.seeding import random_state, set_random_state
 
 LONG = CONFIG.replace(epochs=6, weights_ema=0.9)
@@ -255,6 +258,9 @@ def test_a_vanished_image_is_named(whole: Path, tmp_path: Path, workers: int):
     images = Breaking(tmp_path / "mended", "vanished")
     with pytest.raises(ValueError, match=r"^image5\.png: no such image$"):
         fit(tmp_path, train_set=images, workers=workers, save_every=None)
+    assert (
+        not multiprocessing.active_children()
+    )  # the error is still held: what it keeps would stop Python's exit
     stored = state.read_state(tmp_path)
     assert stored is not None
     assert len(stored.values["history"]) == 1
@@ -264,13 +270,17 @@ def test_a_vanished_image_is_named(whole: Path, tmp_path: Path, workers: int):
     check_same(tmp_path, whole)
 
 
-def test_a_vanished_image_of_validation_is_named_and_the_epoch_s_training_kept(whole: Path, tmp_path: Path):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_vanished_image_of_validation_is_named_and_the_epoch_s_training_kept(
+    whole: Path, tmp_path: Path, workers: int
+):
     class Gone(ToySet):
         def __getitem__(self, index: int) -> Any:
             raise ValueError("image7.png: no such image")
 
     with pytest.raises(ValueError, match=r"^image7\.png: no such image$"):
-        fit(tmp_path, val_set=Gone(9, seed=1), save_every=None)
+        fit(tmp_path, val_set=Gone(9, seed=1), workers=workers, save_every=None)
+    assert not multiprocessing.active_children()
     stored = state.read_state(tmp_path)
     assert stored is not None
     assert stored.values["progress"]["step"] == 5
@@ -296,6 +306,36 @@ def test_a_killed_worker_is_told(whole: Path, tmp_path: Path):
     images.mended.touch()
     fit(tmp_path, train_set=images)
     check_same(tmp_path, whole)
+
+
+def test_a_worker_killed_while_a_checkpoint_is_judged_is_told(tmp_path: Path):
+    class Deadly(ToySet):
+        def __getitem__(self, index: int) -> Any:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def predict_until_killed() -> int:
+        try:
+            predict(ToyModel(), Deadly(), workers=1)
+        except WorkerError:
+            return 7
+        return 0
+
+    process = start(predict_until_killed)
+    process.join(60)
+    assert process.exitcode == 7
+
+
+def test_a_loader_that_fails_to_start_leaves_no_workers():
+    class Stopped:
+        def __iter__(self) -> Any:
+            yield from ()
+            raise KeyboardInterrupt  # when asked for the first batch, after the workers have started
+
+    loader = DataLoader(ToySet(), batch_sampler=Stopped(), num_workers=2, worker_init_fn=outlive_sigterm)  # type: ignore[arg-type]
+    with pytest.raises(KeyboardInterrupt) as caught, reading(loader):
+        raise AssertionError("the block was entered")
+    assert not multiprocessing.active_children()
+    assert caught.tb is not None  # held until here: it keeps the iterator
 
 
 def half(**changes: Any) -> Any:

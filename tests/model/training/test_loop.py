@@ -279,17 +279,24 @@ def test_every_epoch_draws_its_own_numbers(tmp_path: Path):
     assert len(set(seeds)) == 3
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_training_on_a_gpu_in_its_own_precision_resumes(tmp_path: Path):
-    config = CONFIG.replace(precision="auto")
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+def test_cut_off_inside_an_epoch_of_its_own_precision_it_ends_the_same_to_the_bit(
+    tmp_path: Path, device: str
+):
+    config = CONFIG.replace(precision="bf16" if device == "cpu" else "auto")
+    options = {"config": config, "device": device, "save_every": 1}
+    expected = fit(tmp_path / "whole", **options)
     model = ToyModel(config)
     model.clamp_ = _raise_after(8)
     with pytest.raises(KeyboardInterrupt):
-        fit(tmp_path, model, config=config, device="cuda")
-    history = fit(tmp_path, config=config, device="cuda")
-    assert [row["epoch"] for row in history] == [1, 2, 3]
-    assert history[-1]["loss_mse"] < history[0]["loss_mse"]
+        fit(tmp_path / "cut", model, **options)
+    assert without_times(fit(tmp_path / "cut", **options)) == without_times(expected)
+    whole, cut = (load_file(tmp_path / name / "state.safetensors") for name in ("whole", "cut"))
+    assert whole.keys() == cut.keys()
+    assert all(torch.equal(cut[name], value) for name, value in whole.items())
 
 
 def test_the_history_says_what_share_of_the_time_was_spent_waiting_for_data(tmp_path: Path):

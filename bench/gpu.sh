@@ -17,14 +17,14 @@ root=${1:-bench/results}
 out=$root/$device
 log=$out/rehearsal
 scratch=$(mktemp -d)
-rm -rf "$log" "$out"/{tests,sanitizer,attention,fused_neck,conditioning,operators,neck,training,attacks,growth}.txt
+rm -rf "$log" "$out"/{tests,sanitizer-memcheck,sanitizer-racecheck,attention,fused_neck,conditioning,operators,neck,training,attacks,growth}.txt
 mkdir -p "$log"
 {
   nvidia-smi --query-gpu=name,driver_version,compute_cap,memory.total --format=csv,noheader
   "$PYTHON" -c 'import torch, triton; print("torch", torch.__version__, "triton", triton.__version__)'
   git rev-parse HEAD 2>/dev/null || true
 } >"$out/machine.txt"
-processes=$(($(nproc) / 2 > 8 ? 8 : $(nproc) / 2 + 1))
+processes=$(($(nproc) / 2 < 8 ? $(nproc) / 2 + 1 : 8))
 status=0
 rehearsing=
 
@@ -99,7 +99,9 @@ benchmarks() {
 }
 
 rehearsing=1
-limited 280 "$out/tests.txt" "$PYTHON" -m pytest -m gpu tests -n "$processes" -rf &
+parallel=()
+if "$PYTHON" -c 'import xdist' >/dev/null 2>&1; then parallel=(-n "$processes"); fi
+limited 280 "$out/tests.txt" "$PYTHON" -m pytest -m gpu tests "${parallel[@]}" -rf &
 tests=$!
 for tool in memcheck racecheck; do
   (limited 280 "$out/sanitizer-$tool.txt" compute-sanitizer --error-exitcode 1 --tool "$tool" \

@@ -78,8 +78,9 @@ def select_landmarks(
 
     generator: source of the random methods' numbers, the same for every (b, h); None means seed 0.
     Returns (B, H, r) int64, distinct along the last axis. Not differentiable, and but for "uniform" not continuous
-    either: where keys change places in the order, what is computed from the landmarks jumps. Where N_k ≤ d all
-    scores are near 1 and γ alone tells them apart, so that the smallest change of the keys changes the choice.
+    either: where keys change places in the order, what is computed from the landmarks jumps. Of N_k ≤ d
+    independent keys all leverage scores are near 1, and by how little they are not is of the order of γ: a small change
+    of the keys then changes the choice.
     Raises TypeError for dtypes, ValueError for shapes, rank < 1, γ ≤ 0 or an unknown method.
     """
     check_tokens("key", key)

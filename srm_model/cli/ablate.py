@@ -101,13 +101,18 @@ def _share(jobs: list[Job], out: Path, device: torch.device, *, progress: bool) 
 
 
 def _missing(jobs: list[Job], records: Records, out: Path) -> list[Job]:
-    """Jobs without a line, and trainings whose weights are gone while a job needs them."""
+    """Jobs without a line, and trainings whose weights are gone, or are others, while a job needs them."""
     without = [job for job in jobs if records.find(job.kind, job.identity) is None]
+    trained = {
+        str(job.needs[0].folder): line["values"]["sha256"]
+        for job in jobs
+        if job.kind == _CLEAN and (line := records.find(_CLEAN, job.identity)) is not None
+    }
+    needed = {str(model.folder) for job in without if job.kind != _CLEAN for model in job.needs}
     lost = {
-        str(model.folder)
-        for job in without
-        for model in job.needs
-        if job.kind != _CLEAN and not (out / model.folder / CONFIG).is_file()
+        folder
+        for folder in needed & trained.keys()
+        if not (path := out / folder / CONFIG).is_file() or read_json(path)["sha256"] != trained[folder]
     }
     return [
         job for job in jobs if job in without or (job.kind == _CLEAN and str(job.needs[0].folder) in lost)

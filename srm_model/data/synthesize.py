@@ -136,13 +136,13 @@ def synthesize(
 
 
 def _given_labels(path: Path) -> dict[str, float]:
-    """The lines of a list of labels, ValueError where one is not a label and a name."""
-    given = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
-        match = _LINE.fullmatch(line)
-        if not match:
+    """The lines of a list of labels, ValueError where one is not a label and a name, or not the name's first."""
+    given: dict[str, float] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        match = _LINE.fullmatch(f"{line}\n")
+        if not match or match[2] in given:
             raise ValueError(
-                f"{path}, line {number}: {line.strip()!r}: expected a label and the name of an image"
+                f"{path}, line {number}: {line.strip()!r}: expected a label and the name of an image, each once"
             )
         given[match[2]] = float(match[1])
     return given
@@ -230,7 +230,7 @@ def _claim(out: Path, settings: dict[str, Any], metric: str) -> str:
     there = read_json(out / LABELS)
     if not isinstance(there, dict) or not isinstance(there.get("settings"), dict):
         raise ValueError(f"{out / LABELS}: not written by this program; give another folder")
-    differences = _differences(there["settings"], settings)
+    differences = _differences(there["settings"], {"labels": None} | settings)
     if differences:
         raise ValueError(f"{out} holds a set with {differences}; give another folder, or the same settings")
     return _differences(there.get("versions", {}), versions)

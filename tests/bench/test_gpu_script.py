@@ -39,8 +39,13 @@ def started(tmp_path: Path, python: str, sanitizer: str = "true") -> subprocess.
 
 
 def test_every_step_writes_its_file(tmp_path: Path):
-    assert started(tmp_path, "true").wait(60) == 0
+    """Anew: what an earlier run printed is gone."""
     out = tmp_path / "out/a-card"
+    out.mkdir(parents=True)
+    for name in ("tests", "sanitizer-memcheck", "sanitizer-racecheck", "attention", "training"):
+        (out / f"{name}.txt").write_text("of an earlier run")
+    assert started(tmp_path, "true").wait(60) == 0
+    assert not [file for file in out.glob("*.txt") if "earlier" in file.read_text()]
     for name, command in {
         "tests": "-m pytest -m gpu tests",
         "operators": "-m pytest bench --benchmark-only",
@@ -52,6 +57,14 @@ def test_every_step_writes_its_file(tmp_path: Path):
         "sanitizer-racecheck": "--tool racecheck",
     }.items():
         assert command in (out / f"{name}.txt").read_text()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_tests_run_side_by_side_where_pytest_can(tmp_path: Path, there: bool):
+    without = 'case "$*" in *xdist*) exit 1;; esac'
+    assert started(tmp_path, "true" if there else without).wait(60) == 0
+    told = (tmp_path / "out/a-card/tests.txt").read_text().splitlines()[1]
+    assert told.startswith("-m pytest -m gpu tests -n " if there else "-m pytest -m gpu tests -rf")
 
 
 def test_every_benchmark_is_rehearsed_where_its_results_do_not_count(tmp_path: Path):

@@ -48,6 +48,22 @@ def test_an_aim_that_is_missed_is_told():
     assert not conditioning.missed(times, cuda, 64)
 
 
+def test_what_is_slow_is_called_seldom_and_never_in_a_queue(monkeypatch):
+    """From its first call on: on a GPU, ten SVDs of many matrices would outlast the step."""
+    taken: dict[str, list[int]] = {"slow": [], "fast": [], "compiled": []}
+
+    def milliseconds(name: str, device: torch.device, queued: int) -> float:
+        taken[name].append(queued)
+        return 900.0 if name == "slow" or (name == "compiled" and len(taken[name]) == 1) else 1.0
+
+    monkeypatch.setattr(conditioning, "milliseconds", milliseconds)
+    found = conditioning.best({name: name for name in taken}, torch.device("cuda"), 4)
+    assert found == {"slow": 900.0, "fast": 1.0, "compiled": 1.0}
+    assert taken["slow"] == [1, 1, 1]
+    assert taken["fast"] == [1, *[conditioning.QUEUED] * 4]
+    assert taken["compiled"] == [1, 1, *[conditioning.QUEUED] * 3]
+
+
 def test_the_solve_takes_less_than_its_share_of_the_attention():
     """Of the committed run."""
     rows = [json.loads(line) for line in COMMITTED.read_text("utf-8").splitlines()]

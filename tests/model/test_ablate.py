@@ -22,7 +22,7 @@ from srm_model.cli.ablate import Job, _share, swapped
 from srm_model.cli.runs import named_folders
 from srm_model.cli.study import ABLATIONS, DEFENCES, FULL, Model, read_study, slug
 from srm_model.data.synthesize import synthesize
-from srm_model.files import claimed, read_json
+from srm_model.files import claimed, read_json, write_json
 from srm_model.reports import write_study
 from srm_model.reports.figures import _BUILDERS
 from srm_model.reports.records import Records, StudyResults, over_seeds
@@ -258,9 +258,10 @@ def test_weights_that_were_lost_and_come_out_otherwise_are_not_taken_for_the_old
     path.write_text("\n".join(text.replace(digest, "0" * 64) for text in left) + "\n")
     shutil.rmtree(_srm(copy, 0))
     arguments = ["ablate", str(place / "study.toml"), "--out", str(copy), "--device", "cpu", "--no-progress"]
-    assert main(arguments) == 2
-    assert "its weights were lost, and trained again" in capsys.readouterr().err
-    assert len(path.read_text().splitlines()) == len(left)
+    for _ in range(2):  # nor by the next call, which finds them there
+        assert main(arguments) == 2
+        assert "its weights were lost, and trained again" in capsys.readouterr().err
+        assert len(path.read_text().splitlines()) == len(left)
 
 
 def _srm_of_seed_0(text: str) -> bool:
@@ -292,8 +293,8 @@ def test_processes_share_the_jobs_and_do_each_once(tmp_path: Path):
         def measure() -> dict[str, Any]:
             time.sleep(0.1)
             (tmp_path / model.folder).mkdir(parents=True, exist_ok=True)
-            (tmp_path / model.folder / "config.json").touch()
-            return {"process": os.getpid()}
+            write_json(tmp_path / model.folder / "config.json", {"sha256": "0"})
+            return {"process": os.getpid(), "sha256": "0"}
 
         return Job(kind, {"kind": kind, "seed": model.seed}, kind, measure, (model, *needs))
 

@@ -111,13 +111,17 @@ def test_given_labels_are_kept_to_the_last_digit(tmp_path, folder):
     lines = (first / "mos_with_names.txt").read_text().splitlines()
     label, name = lines[0].split()
     given = tmp_path / "given.txt"
-    given.write_text("\n".join([f"{float(label) - 4e-5:.5f} {name}", *lines[1:]]) + "\n")
+    wanted = "\n".join([f"{float(label) - 4e-5:.5f} {name}", *lines[1:]])
+    given.write_text(wanted)  # its last line as some editors leave it
     again = synthesize(tmp_path / "b", photographs=folder, labels=given, **SMALL)
-    assert (again / "mos_with_names.txt").read_text() == given.read_text()
+    assert (again / "mos_with_names.txt").read_text() == f"{wanted}\n"
     assert describe(again)["fingerprint"] != describe(first)["fingerprint"]
     synthesize(tmp_path / "b", photographs=folder, labels=given, **SMALL)  # whole already
     with pytest.raises(ValueError, match="holds a set with labels"):
         synthesize(tmp_path / "b", photographs=folder, labels=first / "mos_with_names.txt", **SMALL)
+    (again / "mos_with_names.txt").unlink()  # not whole: what is left would get the metric's own
+    with pytest.raises(ValueError, match="holds a set with labels"):
+        synthesize(tmp_path / "b", photographs=folder, **SMALL)
 
 
 @pytest.mark.parametrize(
@@ -131,6 +135,7 @@ def test_given_labels_are_kept_to_the_last_digit(tmp_path, folder):
             lambda lines: ["one i01_01_1.bmp", *lines[1:]],
             "line 1: 'one i01_01_1.bmp': expected a label and the name",
         ),
+        (lambda lines: [*lines, lines[0]], f"line {len(NAMES) + 1}: '.*': expected a label and the name"),
         (lambda lines: [f"{float(lines[0][:7]) - 0.01:.5f}{lines[0][7:]}", *lines[1:]], "the metric gives"),
     ],
 )

@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import product
 from typing import NamedTuple
@@ -102,6 +103,20 @@ def compiled(trial: Trial, options: argparse.Namespace) -> str | None:
     return None
 
 
+def compiled_side_by_side(wanted: list[Trial], options: argparse.Namespace) -> dict[Trial, str | None]:
+    """What `compiled` says of each, as far as the processes come: a launch that ends one of them ends all."""
+    context, found = multiprocessing.get_context("spawn"), {}
+    try:
+        with ProcessPoolExecutor(options.processes, mp_context=context) as pool:
+            for trial, error in zip(wanted, pool.map(compiled, wanted, [options] * len(wanted)), strict=True):
+                found[trial] = error
+                print(f"\r{len(found)} of {len(wanted)} compiled", end="", file=sys.stderr, flush=True)
+        print(file=sys.stderr)
+    except BrokenProcessPool:
+        print("\na process that compiled was ended; the rest is compiled as it is timed", file=sys.stderr)
+    return found
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Print the table and keep its rows in OUT/<gpu>/tuning.jsonl, or say in one sentence that there is no GPU."""
     made = parser(__doc__)
@@ -117,14 +132,9 @@ def main(arguments: list[str] | None = None) -> None:
     effort = Effort(options.warmup, options.repeats, options.seconds)
     recorder = Recorder(options.out, "tuning", device, options.note)
     wanted = list(trials(DTYPES[options.dtype], device))
-    if options.processes > 1:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(options.processes, mp_context=context) as pool:
-            for count, _ in enumerate(pool.map(compiled, wanted, [options] * len(wanted)), 1):
-                print(f"\r{count} of {len(wanted)} compiled", end="", file=sys.stderr, flush=True)
-        print(file=sys.stderr)
+    refused = compiled_side_by_side(wanted, options) if options.processes > 1 else {}
     for trial in wanted:
-        error, times = compiled(trial, options), None
+        error, times = refused.get(trial) or compiled(trial, options), None
         if error is None:
             with in_the_rules_place(trial):
                 times = measure(call_of(trial, options), device, effort)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
@@ -70,3 +72,16 @@ def test_processes_compile_before_one_of_them_measures(
 ):
     rows = run(tmp_path, "--processes", "2")
     assert f"{len(rows)} of {len(rows)} compiled" in capsys.readouterr().err
+
+
+def test_a_process_that_is_ended_ends_the_compiling_and_not_the_measuring(
+    small, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def ended(pool: object, call: object, wanted: list[object], options: object) -> Iterator[None]:
+        yield None
+        raise BrokenProcessPool
+
+    monkeypatch.setattr(tune_attention.ProcessPoolExecutor, "map", ended)
+    rows = run(tmp_path, "--processes", "2")
+    assert "a process that compiled was ended" in capsys.readouterr().err
+    assert all(row["typical"] > 0 for row in rows)

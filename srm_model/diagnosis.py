@@ -53,8 +53,7 @@ def diagnose(model: IQAModel, batches: Iterable[Tensor], *, pictured: int = 2) -
     landmarks there are, at most the keys; "errors": the attention's error against exact attention by landmark method
     and r; "changes": the share of landmark sets that are others once every pixel of the first batch is moved up or down
     by a step, by method and step in units of 1/255; "landmarks": where the landmarks of the first `pictured` images
-    lie. Raises ValueError for a model without
-    Nyström attention.
+    lie. Raises ValueError for a model without Nyström attention.
     """
     neck = model.neck
     if not isinstance(neck, SRMNeck) or model.neck_name != "srm":
@@ -74,7 +73,7 @@ def diagnose(model: IQAModel, batches: Iterable[Tensor], *, pictured: int = 2) -
             images = images.to(device)
             aligned = neck._align(model.pyramid(images), every=False)
             if number == 0:
-                changed = _changes(model, images)
+                changed = _changes(model, images, aligned)
             for source, target in neck._acting:
                 name, link = f"{source}→{target}", neck._link(source, target)
                 q, k, v = link.project(aligned[target], aligned[source])
@@ -107,12 +106,12 @@ def diagnose(model: IQAModel, batches: Iterable[Tensor], *, pictured: int = 2) -
     }
 
 
-def _changes(model: IQAModel, images: Tensor) -> list[dict[str, Any]]:
+def _changes(model: IQAModel, images: Tensor, aligned: Any) -> list[dict[str, Any]]:
     """Whether a choice among keys jumps: shares of (link, image, head) whose set of landmarks a small step changes."""
 
-    def chosen(x: Tensor) -> dict[str, list[Tensor]]:
-        neck: Any = model.neck
-        aligned = neck._align(model.pyramid(x), every=False)
+    neck: Any = model.neck
+
+    def chosen(aligned: Any) -> dict[str, list[Tensor]]:
         sets: dict[str, list[Tensor]] = {method: [] for method in METHODS}
         for source, target in neck._acting:
             link = neck._link(source, target)
@@ -124,10 +123,10 @@ def _changes(model: IQAModel, images: Tensor) -> list[dict[str, Any]]:
         return sets
 
     signs = 2.0 * torch.randint(2, images.shape, generator=torch.Generator().manual_seed(0)) - 1
-    own = chosen(images)
+    own = chosen(aligned)
     found = []
     for step in STEPS:
-        moved = chosen(images + step / 255 * signs.to(images))
+        moved = chosen(neck._align(model.pyramid(images + step / 255 * signs.to(images)), every=False))
         for method in METHODS:
             pairs = zip(own[method], moved[method], strict=True)
             others = torch.cat([(a != b).any(-1) for a, b in pairs])

@@ -7,14 +7,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 
 CODE = """
 import json, sys
@@ -52,22 +49,3 @@ def build() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.fixture(autouse=True, scope="module")
-def products_by_no_blas() -> Iterator[None]:
-    """The interpreter's products in fp64, rounded once: by NumPy's BLAS their order of summation depends on the
-    processor and on the other rows of a tile, and the kernels are to be judged, not the BLAS at hand."""
-    if torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
-        yield
-        return
-    from triton.runtime import interpreter
-
-    def create_dot(builder: Any, a: Any, b: Any, accumulator: Any, *precision: Any) -> Any:
-        product = np.matmul(a.data.astype(np.float64), b.data.astype(np.float64))
-        total = product.astype(accumulator.data.dtype) + accumulator.data
-        return interpreter.TensorHandle(total, accumulator.dtype.scalar)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
-        yield

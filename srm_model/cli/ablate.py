@@ -171,7 +171,9 @@ def _jobs(study: Study, out: Path, device: torch.device, args: argparse.Namespac
     yield from _models(study, full, out, splits, device, args)
     yield from _swaps(study, full, out, splits, device)
     yield from _audits(study, full, out, splits, device)
-    yield from _models(study, [model for model in grid if model.variant != FULL], out, splits, device, args)
+    ablated = [model for model in grid if model.variant != FULL]
+    yield from _models(study, ablated, out, splits, device, args)
+    yield from _audits(study, ablated, out, splits, device)
     yield from _sweeps(study, full, out, splits, device)
     yield from _transfers(study, full, out, splits, device)
     if study.efficiency:
@@ -366,12 +368,11 @@ def _audits(
     splits: Callable[[Model], dict[str, Any]],
     device: torch.device,
 ) -> Iterator[Job]:
-    """Every unablated model of the first seed, at the article's larger budget, as trained and with `audit_swaps`."""
-    for model in grid if study.audit else ():
-        if model.seed != study.seeds[0]:
-            continue
+    """At the article's larger budget, as trained, and the unablated with `audit_swaps` too."""
+    for model in filter(study.audited, grid):
         eps = model.config.eps_linf_tables[-1]
-        for swap in (None, *(study.audit_swaps if model.neck == "srm" else ())):
+        swappable = model.neck == "srm" and model.variant == FULL
+        for swap in (None, *(study.audit_swaps if swappable else ())):
             changes = {} if swap is None else study.swaps[swap]
 
             def measure(

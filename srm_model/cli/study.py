@@ -93,7 +93,9 @@ class Study:
         default_factory=dict
     )  # changes to trained weights' model, by name
     audit: int = 0  # images of each audit; 0: none
+    audit_seeds: tuple[int, ...] = ()
     audit_swaps: tuple[str, ...] = ()  # of `swaps`, audited beside the weights as trained
+    audit_ablations: tuple[str, ...] = ()  # variants that are audited too, as trained
     transfer: tuple[tuple[str, str], ...] = ()  # pairs of backbones, beside the necks of one
     sweep: bool = False
     efficiency: bool = False
@@ -125,6 +127,11 @@ class Study:
             return self.budgets
         return tuple(dict.fromkeys(chain(self.budgets, *self.ablation_budgets.values())))
 
+    def audited(self, model: Model) -> bool:
+        """Whether it is audited as trained."""
+        chosen = model.variant == FULL or model.variant in self.audit_ablations
+        return self.audit > 0 and model.seed in self.audit_seeds and chosen
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {**vars(self), "config": self.config.to_dict()}
@@ -143,6 +150,7 @@ _KEYS: dict[str, Any] = {
     "ablations": (dict, list),
     "swaps": dict,
     "audit": int,
+    "audit_seeds": list,
     "audit_swaps": list,
     "transfer": list,
     "sweep": bool,
@@ -246,6 +254,9 @@ def _study(values: Any, here: Path, roots: Mapping[str, str]) -> Study:
     unknown = [name for name in values.get("audit_swaps", ()) if name not in values.get("swaps", {})]
     if unknown:
         raise ValueError(f"audit_swaps has {', '.join(unknown)}: expected names of swaps")
+    audit_seeds = _seeds(values.get("audit_seeds", seeds[:1]), "audit_seeds")
+    if not set(audit_seeds) <= set(seeds):
+        raise ValueError(f"audit_seeds is {list(audit_seeds)}: expected some of the seeds, {list(seeds)}")
     for name, root in values["data"].items():
         if not isinstance(root, str) or not slug(name):
             raise ValueError(f"data has {name} = {root!r}: expected a name and a folder")
@@ -259,12 +270,14 @@ def _study(values: Any, here: Path, roots: Mapping[str, str]) -> Study:
     ablations: dict[str, dict[str, Any]] = {}
     ablation_seeds: dict[str, tuple[int, ...]] = {}
     ablation_budgets: dict[str, tuple[tuple[str, float], ...]] = {}
+    audited: list[str] = []
     for group in groups if isinstance(groups, list) else [groups]:
         found = _ablations(group, config)
         ablations |= found
         ablation_seeds |= dict.fromkeys(found, _seeds(group.get("seeds", seeds)))
         own = _budgets(group, config) if group.keys() & {"linf", "l2"} else budgets
         ablation_budgets |= dict.fromkeys(found, own)
+        audited += found if group.get("audit", False) else ()
     folders: dict[tuple[str, str], str] = {}
     for name, overrides in ablations.items():
         other = folders.setdefault((slug(name), overrides.get("neck", "srm")), name)
@@ -289,7 +302,9 @@ def _study(values: Any, here: Path, roots: Mapping[str, str]) -> Study:
         ablation_budgets=ablation_budgets,
         swaps=_swaps(values.get("swaps", {}), config),
         audit=values.get("audit", 0),
+        audit_seeds=audit_seeds,
         audit_swaps=tuple(values.get("audit_swaps", ())),
+        audit_ablations=tuple(audited),
         transfer=pairs,
         sweep=values.get("sweep", False),
         efficiency=values.get("efficiency", False),
@@ -300,7 +315,9 @@ def _ablations(values: Mapping[str, Any], config: SRMConfig) -> dict[str, dict[s
     """`rows`, a list of names or "all", and `overrides`, a table of one's own rows."""
     if not isinstance(values, dict):
         raise TypeError(f"ablations has {values!r}: expected a table")
-    _known(values, {"rows", "overrides", "seeds", "linf", "l2"}, "key of ablations")
+    _known(values, {"rows", "overrides", "seeds", "linf", "l2", "audit"}, "key of ablations")
+    if not isinstance(values.get("audit", False), bool):
+        raise TypeError(f"audit of ablations is {values['audit']!r}: expected true or false")
     rows = values.get("rows", [])
     named = {**ABLATIONS, **DEFENCES}
     found = {}
@@ -336,16 +353,16 @@ def _swaps(values: Mapping[str, Any], config: SRMConfig) -> dict[str, dict[str, 
     return dict(values)
 
 
-def _seeds(values: Any) -> tuple[int, ...]:
+def _seeds(values: Any, key: str = "seeds") -> tuple[int, ...]:
     if not isinstance(values, list | tuple):
-        raise TypeError(f"seeds is {values!r}: expected list")
+        raise TypeError(f"{key} is {values!r}: expected list")
     seeds = tuple(values)
     if (
         not seeds
         or not all(type(seed) is int and seed >= 0 for seed in seeds)
         or len(set(seeds)) < len(seeds)
     ):
-        raise ValueError(f"seeds is {list(seeds)}: expected different whole numbers of zero or more")
+        raise ValueError(f"{key} is {list(seeds)}: expected different whole numbers of zero or more")
     return seeds
 
 

@@ -501,6 +501,7 @@ def _audits(results: StudyResults) -> Table:
         rows.append(
             [
                 *_where(line["identity"]),
+                str(line["identity"]["seed"]),
                 line["identity"].get("swap", "as trained"),
                 budget_text((line["identity"]["norm"], line["identity"]["eps"])),
                 f"{sum(check['passed'] is True for check in checks)} of {len(checks)}",
@@ -510,12 +511,12 @@ def _audits(results: StudyResults) -> Table:
     return _made(
         14,
         "What the audit says of each model",
-        ["Data", "backbone", "neck", "weights", "budget", "checks passed", "failed"],
+        ["Data", "backbone", "neck", "seed", "weights", "budget", "checks passed", "failed"],
         rows,
         f"On {' or '.join(sorted({str(line['identity']['images']) for line in results.records.of('audit')}))} images. "
         "A check that could not be asked is neither passed nor failed.",
         needs="`audit` in the study",
-        words=5,
+        words=6,
     )
 
 

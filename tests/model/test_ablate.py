@@ -36,6 +36,7 @@ seeds = [0, 1]
 sweep = true
 efficiency = true
 audit = 2
+audit_seeds = [1]
 audit_swaps = ["no links"]
 
 [data]
@@ -66,6 +67,7 @@ rows = ["uniform landmarks", "baseline, gradient-norm training"]
 
 [[ablations]]
 seeds = [1]
+audit = true
 l2 = [10]
 
 [ablations.overrides]
@@ -118,13 +120,13 @@ def test_every_result_is_a_line_with_all_that_it_depends_on(out: Path):
     for line in lines:
         counts[line["kind"]] = counts.get(line["kind"], 0) + 1
     # Two necks and two variants on two seeds, one variant on one; a budget each, and for the full neck that variant's
-    # too; one swap is audited; both necks are swept; a pair per seed.
+    # too; one swap and one variant are audited; both necks are swept; a pair per seed.
     assert counts == {
         "clean": 9,
         "diagnostics": 5,
         "attack": 11,
         "swap": 4,
-        "audit": 3,
+        "audit": 4,
         "sweep": 4,
         "transfer": 2,
         "efficiency": 2,
@@ -202,15 +204,16 @@ def _srm(out: Path, seed: int) -> Path:
     return out / "runs" / "noise" / "test_convnext" / f"seed{seed}" / "srm"
 
 
-def test_audits_are_of_the_first_seed_as_trained_and_with_the_swaps_that_were_asked_for(out: Path):
+def test_audits_are_of_the_seeds_variants_and_swaps_that_were_asked_for(out: Path):
     lines = Records(out).of("audit")
     audited = [line["identity"] for line in lines]
-    assert [(which["neck"], which["seed"], which.get("swap")) for which in audited] == [
-        ("none", 0, None),
-        ("srm", 0, None),
-        ("srm", 0, "no links"),
+    assert [(which["neck"], which["seed"], which["variant"], which.get("swap")) for which in audited] == [
+        ("none", 1, FULL, None),
+        ("srm", 1, FULL, None),
+        ("srm", 1, FULL, "no links"),
+        ("srm", 1, "no key norm", None),
     ]
-    trained, without = (line["values"]["checks"] for line in lines[1:])
+    trained, without = (line["values"]["checks"] for line in lines[1:3])
     assert [c["name"] for c in trained] == [c["name"] for c in without]
     assert [c["figure"] for c in trained] != [c["figure"] for c in without]
     for line in lines:
@@ -227,7 +230,7 @@ def test_weights_that_are_gone_are_trained_again_where_something_needs_them(
     digest = read_json(_srm(out, 0) / "config.json")["sha256"]
     shutil.rmtree(_srm(out, 0))
     assert main([*arguments, "--dry-run"]) == 0
-    assert capsys.readouterr().out == "0 of 40 results are missing\n"
+    assert capsys.readouterr().out == "0 of 41 results are missing\n"
     lost = next(
         text
         for text in lines
@@ -388,7 +391,7 @@ def test_a_second_call_repeats_nothing_and_a_lost_line_is_measured_again(
     path = out / "results.jsonl"
     before = path.read_text()
     assert main([*arguments, "--dry-run"]) == 0
-    assert capsys.readouterr().out == "0 of 40 results are missing\n"
+    assert capsys.readouterr().out == "0 of 41 results are missing\n"
     lines = before.splitlines()
     lost = next(i for i, text in enumerate(lines) if json.loads(text)["kind"] == "sweep")
     path.write_text("\n".join([*lines[:lost], *lines[lost + 1 :], lines[0][:50]]) + "\n")  # and one cut short
@@ -582,6 +585,7 @@ def test_all_ablations_of_the_article_are_named_and_valid(tmp_path: Path):
     assert all(re.fullmatch(r"[a-z0-9-]+", slug(name)) for name in ABLATIONS)
     assert study.data == {"a": str(tmp_path / "x")}
     assert study.budgets == (("linf", 1 / 255), ("linf", 4 / 255), ("l2", 2.5), ("l2", 10.0))
+    assert study.audit_seeds == study.seeds[:1]
 
 
 @pytest.mark.parametrize(
@@ -598,6 +602,12 @@ def test_all_ablations_of_the_article_are_named_and_valid(tmp_path: Path):
         ({"attacks": {"suite": "all"}}, "suite is 'all'"),
         ({"audit": True}, "audit is True: expected int"),
         ({"audit_swaps": ["no links"]}, "audit_swaps has no links: expected names of swaps"),
+        ({"audit_seeds": 1}, "audit_seeds is 1: expected list"),
+        (
+            {"seeds": [1, 2], "audit_seeds": [1, 3]},
+            "audit_seeds is [1, 3]: expected some of the seeds, [1, 2]",
+        ),
+        ({"ablations": {"audit": 1}}, "audit of ablations is 1: expected true or false"),
         ({"swaps": {"s": {"neck": "none"}}}, "swap 's': neck 'none' is not one of srm, quadratic"),
         ({"swaps": {"s": {"beta": "x"}}}, "beta 'x': expected a number"),
         ({"swaps": {"s": {"rank": 0}}}, "rank=0"),

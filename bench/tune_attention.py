@@ -91,6 +91,19 @@ def call_of(trial: Trial, options: argparse.Namespace) -> Callable[[], object]:
     return lambda: torch.autograd.grad(y, inputs, weight, retain_graph=True)
 
 
+def check_device(trial: Trial, error: str, options: argparse.Namespace) -> None:
+    """SystemExit where the device answers nothing any more in this process: what follows would seem refused too."""
+    if options.device == "cpu":
+        return
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        raise SystemExit(
+            f"bench.tune_attention: {trial.rule} at r = {trial.rank}, d = {trial.d} with {trial.candidate} left the "
+            f"device unusable for this process ({error}); rows up to it are kept, those after it were not timed"
+        ) from None
+
+
 def compiled(trial: Trial, options: argparse.Namespace) -> str | None:
     """Run once, and what was wrong; too much shared memory is an answer too."""
     try:
@@ -99,7 +112,9 @@ def compiled(trial: Trial, options: argparse.Namespace) -> str | None:
             if options.device != "cpu":
                 torch.cuda.synchronize()
     except Exception as error:
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        told = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        check_device(trial, told, options)
+        return told
     return None
 
 

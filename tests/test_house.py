@@ -1,10 +1,11 @@
-"""Arrows point down: who may import whom, as docs/ARCHITECTURE.md draws it."""
+"""Arrows point down: who may import whom, as docs/ARCHITECTURE.md draws it; and which tests a GPU is asked for."""
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -77,3 +78,19 @@ def test_parts_of_the_model_import_downwards():
 def test_packages_read_nothing_beside_the_checkout():
     for path in [*modules("srm_kernels"), *modules("srm_model"), *modules("bench")]:
         assert "SRM_SHARED" not in path.read_text(encoding="utf-8"), path
+
+
+def test_a_module_that_runs_kernels_on_a_gpu_is_marked_so(pytestconfig: pytest.Config):
+    """`-m gpu` takes every test of a module whose DEVICE is a GPU, and no other's."""
+    hooks = pytestconfig.pluginmanager.get_plugin(str(ROOT / "tests" / "conftest.py"))
+    marks: dict[str, list[str]] = {"cuda": [], "cpu": [], "none": []}
+    items = []
+    for device, found in marks.items():
+        module = ModuleType("tests_of")
+        if device != "none":
+            module.DEVICE = device  # type: ignore[attr-defined]
+        items.append(
+            SimpleNamespace(module=module, add_marker=lambda mark, found=found: found.append(mark.name))
+        )
+    hooks.pytest_collection_modifyitems([*items, SimpleNamespace()])
+    assert marks == {"cuda": ["gpu"], "cpu": [], "none": []}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -85,3 +86,22 @@ def test_a_process_that_is_ended_ends_the_compiling_and_not_the_measuring(
     rows = run(tmp_path, "--processes", "2")
     assert "a process that compiled was ended" in capsys.readouterr().err
     assert all(row["typical"] > 0 for row in rows)
+
+
+def test_a_launch_that_leaves_the_device_unusable_ends_the_run(
+    small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What is launched after it would be refused whatever it is."""
+
+    def illegal(*_: object) -> None:
+        raise RuntimeError("illegal memory access")
+
+    monkeypatch.setattr(tune_attention, "call_of", illegal)
+    (trial, *_), options = tune_attention.trials(torch.float32, torch.device("cpu")), Namespace(device="cuda")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert tune_attention.compiled(trial, options) == "RuntimeError: illegal memory access"
+    monkeypatch.setattr(torch.cuda, "synchronize", illegal)
+    with pytest.raises(
+        SystemExit, match=r"query_forward at r = 16.*illegal memory access.*rows up to it are kept"
+    ):
+        tune_attention.compiled(trial, options)

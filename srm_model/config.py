@@ -13,6 +13,7 @@ SOLVERS = ("cholesky", "lu", "svd", "auto", "neumann")
 QK_NORMS = (None, "keys", "both")
 STAGES = (1, 2, 3, 4)
 BACKENDS = ("reference", "sdpa", "triton", "cuda")
+STORED = "stored"  # in place of a backend: the one that a checkpoint was trained with
 NECKS = ("srm", "quadratic", "none")
 
 

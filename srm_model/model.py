@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .backbones import Backbone
 from .checkpoint import load_weights, read_card
-from .config import NECKS, SRMConfig
+from .config import NECKS, STORED, SRMConfig
 from .modules import check_like, evaluating
 from .neck import NeckOutput, PlainNeck, SRMNeck
 from .statistics import BatchStatistics
@@ -143,14 +143,15 @@ def build_model(
 
     neck: "srm", "quadratic" (exact attention, same schedule) or "none". pretrained: ImageNet weights of the
     backbone. weights: a checkpoint folder, loaded strictly, with no network; its backbone, neck and config must
-    be those asked for, and its config is used where none is given. The model comes in evaluation mode.
+    be those asked for, but for `backend`, and its config is used where none is given. The model comes in evaluation
+    mode.
     Raises ValueError for unknown names, a backbone without those strides, or a checkpoint that does not fit.
     """
     if config is not None and not isinstance(config, SRMConfig):
         raise TypeError(f"config is a {type(config).__name__}; expected an SRMConfig or None")
     if weights is None:
         return IQAModel(backbone, neck, config or SRMConfig(), pretrained=pretrained).eval()
-    model, _ = load_model(weights)
+    model, _ = load_model(weights, backend=STORED if config is None else config.backend)
     for name, wanted, found in (("backbone", backbone, model.backbone_name), ("neck", neck, model.neck_name)):
         if wanted != found:
             raise ValueError(f"{weights} holds a model with {name} {found!r}; {wanted!r} was asked for")
@@ -160,12 +161,16 @@ def build_model(
     return model.eval()
 
 
-def load_model(folder: str | Path) -> tuple[IQAModel, dict[str, Any]]:
+def load_model(folder: str | Path, *, backend: str | None = STORED) -> tuple[IQAModel, dict[str, Any]]:
     """The model stored in a checkpoint folder, on the CPU and in evaluation mode, and its card.
 
+    backend: as `SRMConfig.backend`, in place of the one that trained it, which "stored" keeps: weights fit them all.
     A folder that is not a checkpoint, or not a whole one, is a ValueError of one sentence.
     """
     document = read_card(folder)
-    model = IQAModel(document["backbone"], document["neck"], SRMConfig.from_dict(document["config"]))
+    config = SRMConfig.from_dict(document["config"])
+    if backend != STORED:
+        config = config.replace(backend=backend)
+    model = IQAModel(document["backbone"], document["neck"], config)
     load_weights(model, folder)
     return model.eval(), document["card"]

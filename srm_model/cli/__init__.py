@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from srm_model.cli.options import (
+    add_backend,
     add_config,
     add_device,
     budget,
@@ -289,6 +290,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     )
     _add_data_choice(parser)
     parser.add_argument("--batch-size", type=positive, default=8)
+    add_backend(parser)
     add_device(parser, workers=True)
 
 
@@ -435,6 +437,7 @@ def _add_diagnose(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch-size", type=positive, default=8)
     parser.add_argument("--out", metavar="DIR", help="folder to write (default: the checkpoint's)")
+    add_backend(parser)
     add_device(parser)
 
 
@@ -447,6 +450,7 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
         "--json", action="store_true", help='a line {"path", "score"} or {"path", "error"} per file'
     )
     parser.add_argument("--batch-size", type=positive, default=8)
+    add_backend(parser)
     add_device(parser)
 
 

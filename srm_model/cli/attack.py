@@ -117,14 +117,14 @@ def attack_checkpoint(
         runs.say(f"attacking {folder} with {norm} {budget_text(norm, eps)}")
     if device.type == "cpu":
         runs.keep_memory()
-    model, card = runs.open_checkpoint(folder, device)
+    model, card = runs.open_checkpoint(folder, device, config.backend)
     unfinished = pictures / "unfinished"
     result = SUITES[suite](config).run(
         model,
         dataset,
         norm=norm,
         eps=eps,
-        surrogate=None if surrogate is None else runs.open_checkpoint(surrogate, device)[0],
+        surrogate=None if surrogate is None else runs.open_checkpoint(surrogate, device, config.backend)[0],
         logistic=logistic_of(card),
         batch_size=config.attack_batch_size,
         seed=config.seed,

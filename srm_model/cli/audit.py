@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
         surrogate = Path(args.surrogate) if args.surrogate else runs.surrogate_of(folder)
         if device.type == "cpu":
             runs.keep_memory()
-        model, _ = runs.open_checkpoint(folder, device)
+        model, _ = runs.open_checkpoint(folder, device, config.backend)
         eps = args.eps
         if eps is None:
             eps = (config.eps_linf_tables if args.norm == "linf" else config.eps_l2_tables)[-1]
@@ -45,7 +45,9 @@ def run(args: argparse.Namespace) -> int:
             dataset,
             norm=args.norm,
             eps=eps,
-            surrogate=None if surrogate is None else runs.open_checkpoint(surrogate, device)[0],
+            surrogate=None
+            if surrogate is None
+            else runs.open_checkpoint(surrogate, device, config.backend)[0],
             config=config,
             images=args.images,
             seed=config.seed,

@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.folder}: no checkpoint with landmark systems; expected one of the neck srm")
     device = runs.device_from(args.device)
     for folder in folders:
-        model, card = runs.open_checkpoint(folder, device)
+        model, card = runs.open_checkpoint(folder, device, args.backend)
         dataset = runs.dataset_for(card, model.config, root=args.data, split=args.split)
         indices = _spaced(len(dataset), args.images)
         if not args.no_progress:

@@ -8,7 +8,7 @@ import re
 from fractions import Fraction
 from typing import Any
 
-from srm_model.config import SRMConfig
+from srm_model.config import STORED, SRMConfig
 from srm_model.files import read_json
 
 _HELP = {
@@ -75,6 +75,16 @@ def add_device(parser: argparse.ArgumentParser, *, workers: bool = False) -> Non
     parser.add_argument("--device", help="such as cpu or cuda:0 (default: cuda where there is one)")
     if workers:
         parser.add_argument("--workers", type=int, default=0, help="processes that load images (default: 0)")
+
+
+def add_backend(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--backend",
+        type=lambda text: None if text.lower() == "none" else text,
+        default=STORED,
+        metavar="NAME",
+        help="of the operators; none picks the fastest that can run (default: the one of training)",
+    )
 
 
 def positive(text: str) -> int:

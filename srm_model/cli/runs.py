@@ -19,7 +19,7 @@ import torch
 
 from srm_model import ranks
 from srm_model.checkpoint import CONFIG, read_card
-from srm_model.config import NECKS, SRMConfig
+from srm_model.config import NECKS, STORED, SRMConfig
 from srm_model.data import SPLITS, ImageCache, open_dataset
 from srm_model.files import read_json, write_json
 from srm_model.model import load_model
@@ -152,9 +152,11 @@ def one_checkpoint(folder: str) -> Path:
     return found[0]
 
 
-def open_checkpoint(folder: Path, device: torch.device) -> tuple[Any, dict[str, Any]]:
-    """Model on `device` in channels-last, and card."""
-    model, card = load_model(folder)
+def open_checkpoint(
+    folder: Path, device: torch.device, backend: str | None = STORED
+) -> tuple[Any, dict[str, Any]]:
+    """Model on `device` in channels-last, its operators by `backend`, and card."""
+    model, card = load_model(folder, backend=backend)
     model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model, card
 

@@ -17,7 +17,7 @@ def run(args: argparse.Namespace) -> int:
     """Print a line per readable file; 2 where a file could not be read."""
     folder = runs.one_checkpoint(args.checkpoint)
     device = runs.device_from(args.device)
-    model, _ = runs.open_checkpoint(folder, device)
+    model, _ = runs.open_checkpoint(folder, device, args.backend)
     failed = False
     for batch in _batches(args.images, args.batch_size):
         loaded = [(path, _load(path, model.config.image_size)) for path in batch]

@@ -74,7 +74,7 @@ def _evaluate_all(args: argparse.Namespace, writes: bool) -> list[list[Any]]:
     device = runs.device_from(args.device)
     rows = []
     for name, folder in runs.checkpoints_of_study(args.folder).items():
-        model, card = runs.open_checkpoint(folder, device)
+        model, card = runs.open_checkpoint(folder, device, args.backend)
         dataset = runs.dataset_for(card, model.config, root=args.data, split=args.split)
         found = evaluate_model(
             model,

@@ -23,7 +23,7 @@ from srm_model.checkpoint import read_card, save_model
 from srm_model.cli import main
 from srm_model.data import load_image, open_dataset
 from srm_model.data.synthesize import synthesize
-from srm_model.files import read_json
+from srm_model.files import read_json, write_json
 from srm_model.metrics import LogisticMap, plcc, srocc
 
 SMALL = {
@@ -267,6 +267,29 @@ def test_score_prints_a_line_per_photograph(
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["path"] for row in found] == [str(path) for path in paths]
     np.testing.assert_allclose([row["score"] for row in found], expected, atol=1e-5)
+
+
+def test_backends_of_a_checkpoint_are_changed_by_an_argument(
+    run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    """Kernels of csrc never run on CPU tensors."""
+    shutil.copytree(run, tmp_path / "run")
+    folder = tmp_path / "run" / "srm"
+    document = read_json(folder / "config.json")
+    document["config"]["backend"] = "cuda"
+    write_json(folder / "config.json", document)
+    photograph = next((Path(read_json(run / "run.json")["dataset"]["root"]) / "reference_images").iterdir())
+    brief = ("--norm", "linf", "--eps", "1/255", "--steps", "1", "--restarts", "1")
+    for arguments, change in (
+        (("evaluate", folder, "--no-progress"), ("--backend", "none")),
+        (("score", folder, photograph), ("--backend", "sdpa")),
+        (("diagnose", folder, "--images", "2", "--no-progress"), ("--backend", "reference")),
+        (("attack", folder, *brief, "--no-progress"), ("--set", "backend=none")),
+    ):
+        given = [str(a) for a in (*arguments, "--device", "cpu")]
+        assert "backend 'cuda' cannot run" in fails(capsys, *given)
+        assert main([*given, *change]) == 0
+        capsys.readouterr()
 
 
 def test_score_tells_of_bad_files_and_scores_the_good_ones(

@@ -108,6 +108,31 @@ def test_weights_by_folder_and_refusals(tmp_path):
         build_model("test_convnext", weights=tmp_path / "m", config=CONFIG.replace(rank=3))
 
 
+def test_a_checkpoint_is_evaluated_by_another_backend_than_it_was_trained_with(tmp_path):
+    """What trained on a GPU is scored where there is none: kernels of csrc never run on CPU tensors."""
+    from srm_model import load_model
+    from srm_model.checkpoint import save_model
+
+    torch.manual_seed(0)
+    model = build_model("test_convnext", config=CONFIG)
+    model.calibrate(images(4, seed=1))
+    trained = IQAModel("test_convnext", "srm", CONFIG.replace(backend="cuda"))
+    trained.load_state_dict(model.state_dict())
+    save_model(trained, tmp_path, card={})
+    with pytest.raises(NotImplementedError, match="'cuda' cannot run"):
+        load_model(tmp_path)[0](images(2))
+    for backend in (None, "reference"):
+        wanted = CONFIG.replace(backend=backend)
+        for loaded in (
+            load_model(tmp_path, backend=backend)[0],
+            build_model("test_convnext", weights=tmp_path, config=wanted),
+        ):
+            assert loaded.config == wanted
+            torch.testing.assert_close(loaded(images(2)), model(images(2)))
+    with pytest.raises(ValueError, match="backend='gpu': expected"):
+        load_model(tmp_path, backend="gpu")
+
+
 def test_images_it_cannot_take_are_one_sentence(model):
     with pytest.raises(TypeError, match=r"^images is torch.float64 and the model torch.float32; expected"):
         model(images(2).double())

@@ -210,7 +210,7 @@ def _models(
             lambda model=model: _train(study, model, out, splits(model), device, args),  # type: ignore[misc]
             (model,),
         )
-        if model.neck != "none":
+        if model.neck != "none" and model.config.links:
             yield Job(
                 "diagnostics",
                 model.identity,

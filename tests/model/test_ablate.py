@@ -667,3 +667,20 @@ def test_broken_files_are_one_sentence(tmp_path: Path):
     (tmp_path / "a.toml").write_text("a = [")
     with pytest.raises(ValueError, match=r"a\.toml: not readable as TOML"):
         read_study(tmp_path / "a.toml")
+
+
+def test_a_neck_without_links_is_trained_and_attacked_and_has_nothing_to_diagnose(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    text = (
+        (place / "study.toml")
+        .read_text()
+        .replace('"no key norm" = { qk_norm = "both" }', '"none" = { links = [] }')
+    )
+    (place / "links.toml").write_text(text)
+    assert (
+        main(["ablate", str(place / "links.toml"), "--out", str(tmp_path), "--dry-run", "--device", "cpu"])
+        == 0
+    )
+    asked = [line for line in capsys.readouterr().out.splitlines() if ", none, seed 1" in line]
+    assert [line.split()[0] for line in asked] == ["train", "attack", "audit"]

@@ -365,7 +365,7 @@ def _ablations(results: StudyResults) -> Table:
 
     declared = {(norm, eps) for found in study["ablation_budgets"].values() for norm, eps in found}
     budgets = sorted(declared, key=lambda budget: (budget[0] != "linf", budget[1]))
-    columns = ["Variant", "clean SROCC", "Δ"]
+    columns = ["Variant", "seeds", "clean SROCC", "Δ"]
     measured: list[tuple[str, str, dict[str, Any]]] = [("clean", "srocc", {})]
     for norm, eps in budgets:
         columns += [f"worst SROCC, {budget_text((norm, eps))}", "Δ"]
@@ -373,10 +373,10 @@ def _ablations(results: StudyResults) -> Table:
     rows, means = [], []
     for variant, overrides in {FULL: {}, **study["ablations"]}.items():
         neck = overrides.get("neck", "srm")
-        if not lines("clean", variant, neck):
+        if not (trained := lines("clean", variant, neck)):
             continue
-        rows.append([variant if variant != FULL else "full SRM"])
-        means.append([math.nan])
+        rows.append([variant if variant != FULL else "full SRM", str(len(trained))])
+        means.append([math.nan, math.nan])
         for kind, key, more in measured:
 
             def value(values: dict[str, Any], key: str = key) -> Any:
@@ -399,7 +399,8 @@ def _ablations(results: StudyResults) -> Table:
         columns,
         rows,
         "Worst over the suite, at every budget of an ablation; Δ is against full SRM over the same seeds. Mean ± "
-        "standard deviation over seeds where there are several. Bold: full SRM, and the best of each column.",
+        "standard deviation over seeds where there are several. Bold: full SRM, and the best of each column, "
+        "of however many seeds.",
         needs="trained ablations",
     )
 

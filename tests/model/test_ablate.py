@@ -439,13 +439,24 @@ def test_all_tables_are_made_and_their_figures_are_the_lines(out: Path, capsys: 
     assert list(cells) == ["Variant", ":---", "full SRM", "uniform landmarks", BASELINE, "no key norm"]
     # At the budget that one variant alone was attacked at, the full neck was too.
     assert cells["Variant"][2:-1] == [
-        *("clean SROCC", "Δ", "worst SROCC, L∞ ε = 4/255", "Δ", "worst SROCC, L2 ε = 10 at 512²", "Δ")
+        *(
+            "seeds",
+            "clean SROCC",
+            "Δ",
+            "worst SROCC, L∞ ε = 4/255",
+            "Δ",
+            "worst SROCC, L2 ε = 10 at 512²",
+            "Δ",
+        )
     ]
-    assert cells["no key norm"][4:6] == ["—", "—"]
-    assert cells["uniform landmarks"][6:8] == ["—", "—"]
-    assert "—" not in cells["no key norm"][6:8]
+    assert [cells[name][2].strip("*") for name in ("full SRM", "uniform landmarks", "no key norm")] == [
+        *"221"
+    ]
+    assert cells["no key norm"][5:7] == ["—", "—"]
+    assert cells["uniform landmarks"][7:9] == ["—", "—"]
+    assert "—" not in cells["no key norm"][7:9]
     assert all(cell in ("—", f"**{cell.strip('*')}**") for cell in cells["full SRM"][1:-1])
-    for column in range(2, 8):
+    for column in range(3, 9):
         values = {
             name: float(re.split(" ±", row[column].strip("*"))[0].replace("−", "-"))
             for name, row in list(cells.items())[2:]

@@ -163,6 +163,17 @@ def test_values_and_gradients(shape, qk_norm, dyt, dtype):
     follow_the_rule(results(4, qk_norm=qk_norm), [f, a, bias, w, k, *of_dyt])
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_the_absorbed_projection_is_not_rounded_to_the_maps_precision(dtype):
+    """Rule: P̄ is off by less than a sixteenth of one rounding in the dtype, where G rounded once costs about half of
+    one: logits are of order 1, and pooling averages no error that all positions share."""
+    f, a, bias, w, k, _ = inputs(21, dtype=dtype, channels=20)
+    found = pooled(f, a, bias, w, k, size=4, qk_norm="keys", backend="triton").probabilities
+    wide = (t.double() for t in (f, a, bias, w, k))
+    exact = pooled(*wide, size=4, qk_norm="keys", backend="reference").probabilities
+    assert (found - exact).abs().max() <= torch.finfo(dtype).eps / 32 * exact.max()
+
+
 def test_normalised_queries():
     f, a, bias, w, k, _, *of_dyt = inputs(5, dtype=DTYPES[1], dyt=True)
     follow_the_rule(results(4, qk_norm="both"), [f, a, bias, w, k])
@@ -537,6 +548,16 @@ def test_the_merged_maps(tau, dtype):
 
 def test_merged_maps_of_more_landmarks_than_are_read_at_once():
     follow_the_rule(merged, ends(74, DTYPES[1], b=1, rank=70))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_what_cancels_in_a_sum_over_landmarks_is_taken_in_fp32(dtype):
+    """Two rows of X, each many times P̄ X, in which they cancel: an X in the maps' dtype is off by a tenth of that."""
+    made = ends(75, dtype)
+    apart = made[2][:, :, :1] / (4 * torch.finfo(dtype).eps)
+    made[2][:, :, :2] += torch.cat([apart, -apart], 2)
+    made[1][0, ..., :2] = 0.5
+    follow_the_rule(merged, made)
 
 
 def test_the_merged_maps_by_definition():

@@ -459,7 +459,8 @@ class SRMNeck(nn.Module):
         grids = [pyramid[source - 1].shape[-2:] for source, _ in self._acting]
         rank = max(min(c.rank, grid.numel()) for grid in grids)  # never more landmarks than keys
         held = c.channels if c.dyt or c.qk_norm == "both" else 0
-        return fuses(pyramid[0], c.head_dim, rank, c.pool_size, held, backend=c.backend)
+        like = pyramid[0].new_empty(0, dtype=autocast_dtype(pyramid[0]))  # as they will be read
+        return fuses(like, c.head_dim, rank, c.pool_size, held, backend=c.backend)
 
     def _mix_fused(self, pyramid: Sequence[Tensor], statistics: BatchStatistics | None) -> Tensor:
         """The fused stages' maps (B, S, C, P, P): sources are aligned whole, targets read where they are."""

@@ -182,6 +182,17 @@ def test_tokens_beyond_the_fused_kernels_take_the_unfused_ones():
         assert SRMNeck(CHANNELS, config)._fuses(make_pyramid(1, SQUARE)) is not dyt
 
 
+def test_the_path_is_decided_by_the_dtype_that_maps_are_read_in(monkeypatch: pytest.MonkeyPatch):
+    """Under autocast that is not their own: some sizes are served in bf16 alone."""
+    asked = []
+    monkeypatch.setattr("srm_model.neck.fuses", lambda like, *a, **k: asked.append(like.dtype) or False)
+    neck, pyramid = by_kernels(make_neck(TINY)), make_pyramid(1, SQUARE)
+    neck._fuses(pyramid)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        neck._fuses(pyramid)
+    assert asked == [torch.float32, torch.bfloat16]
+
+
 @pytest.mark.parametrize("scale", [1e-4, 1e4])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
 def test_the_cap_holds_for_maps_of_any_scale(scale, dtype):

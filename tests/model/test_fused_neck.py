@@ -6,7 +6,7 @@ largest entry. What is the small rest of a difference is measured by the largest
 gradients, the gate's, whose logits' gradients sum to 0 over the stages, by all of the gate's.
 
 Of a gradient of a single number (β, α, θ of one head, a readout's bias) the reference's error is the largest of `DRAWS`
-losses of other signs, its size at least their rms. Such a gradient is a sum Σ tᵢ over channels and positions,
+losses of other signs, and in fp32 its size at least their rms. Such a gradient is a sum Σ tᵢ over channels and positions,
 which kernels take in fp32; its terms carry the roundings of the maps and gradients that they are made of, which both
 necks round where modules do: tᵢ (1 + δᵢ), δᵢ some units u of either sign. Its error Σ tᵢ δᵢ is of the order of
 u √Σ tᵢ², whatever Σ tᵢ is and whichever neck makes it: one draw of it may be anything down to 0, which is no measure
@@ -128,7 +128,7 @@ def check(neck: SRMNeck, pyramid: list[Tensor], dtype: torch.dtype | None = None
         kind = "gradient gate" if name.startswith("gradient gate") else name
         single = name.startswith("gradient") and value.numel() == 1
         size = largest("gradient" if name.endswith("bias") else kind)
-        if single:
+        if single and dtype is None:
             size = max(size, torch.stack([e[name] for e, _ in draws]).square().mean().sqrt().item())
         error = distance(found, exact, name)
         reference = max(distance(p, e, name) for e, p in (draws if single else draws[:1]))

@@ -6,10 +6,10 @@ largest entry. What is the small rest of a difference is measured by the largest
 gradients, the gate's, whose logits' gradients sum to 0 over the stages, by all of the gate's.
 
 Of a gradient of a single number (β, α, θ of one head, a readout's bias) the reference's error is the largest of `DRAWS`
-losses of other signs, and in fp32 its size at least their rms. Such a gradient is a sum Σ tᵢ over channels and positions,
-which kernels take in fp32; its terms carry the roundings of the maps and gradients that they are made of, which both
-necks round where modules do: tᵢ (1 + δᵢ), δᵢ some units u of either sign. Its error Σ tᵢ δᵢ is of the order of
-u √Σ tᵢ², whatever Σ tᵢ is and whichever neck makes it: one draw of it may be anything down to 0, which is no measure
+losses of other signs, and in fp32 its size at least their rms. Such a gradient is a sum Σ tᵢ over channels and
+positions, which kernels take in fp32; its terms carry the roundings of the maps and gradients that they are made of,
+which both necks round where modules do: tᵢ (1 + δᵢ), δᵢ some units u of either sign. Its error Σ tᵢ δᵢ is of the order
+of u √Σ tᵢ², whatever Σ tᵢ is and whichever neck makes it: one draw of it may be anything down to 0, which is no measure
 for another draw. Losses of other signs draw it again with terms as large, and the root mean square of Σ ± tᵢ is √Σ tᵢ².
 (Over 30 necks in fp16, 222 such gradients, errors by kernels and in plain PyTorch had a root mean square of 1.00 and
 0.99 times 2⁻⁹ √Σ tᵢ², the largest of 4.5 and 4.1. In fp32 the α of dyt_key in the odd case is −0.28 by one loss and 0.7

@@ -5,12 +5,15 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, Self
 
 from torch.utils.data import DataLoader
+
+_PATIENCE = 5.0  # seconds for a thread that writes to a worker's pipe
 
 
 class DivergenceError(RuntimeError):
@@ -72,21 +75,39 @@ def reading(loader: DataLoader[Any]) -> Iterator[Iterator[Any]]:
     """The loader's batches; its workers end with the block, those of a loader that failed to start too.
 
     Python ends by SIGTERM, which they outlive, what is left of them at exit, and waits: an error whose traceback keeps
-    the iterator alive would keep the process alive too.
+    the iterator alive would keep the process alive too. And an iterator that the garbage collector ends closes its
+    pipes while its threads still write to them and close them, so that a file opened meanwhile may be closed instead.
     """
-    others = set(multiprocessing.active_children())
+    workers, threads = set(multiprocessing.active_children()), set(threading.enumerate())
     items: Any = None
     try:
-        items = iter(loader)
+        try:
+            items = iter(loader)
+        except BaseException as error:
+            items = _half_made(error)
+            raise
         yield items
     finally:
         if loader.num_workers > 0:
             if items is not None:
-                items._shutdown_workers()
-            for worker in set(multiprocessing.active_children()) - others:
+                with suppress(AttributeError):  # one that failed before it had what this needs
+                    items._shutdown_workers()
+            for worker in set(multiprocessing.active_children()) - workers:
                 with suppress(RuntimeError):  # torch's word that one has died
                     worker.kill()
                     worker.join()
+            for thread in set(threading.enumerate()) - threads:
+                if thread.name == "QueueFeederThread":
+                    thread.join(_PATIENCE)
+
+
+def _half_made(error: BaseException) -> Any:
+    """The iterator in whose making the error was raised: nothing else holds it."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        made = frame.f_locals.get("self")
+        if hasattr(made, "_shutdown_workers"):
+            return made
+    return None
 
 
 def is_worker_death(error: BaseException) -> bool:

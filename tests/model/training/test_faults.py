@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import gc
 import itertools
 import multiprocessing
 import os
 import random
 import resource
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -325,7 +327,7 @@ def test_a_worker_killed_while_a_checkpoint_is_judged_is_told(tmp_path: Path):
     assert process.exitcode == 7
 
 
-def test_a_loader_that_fails_to_start_leaves_no_workers():
+def test_a_loader_that_fails_to_start_leaves_no_workers(monkeypatch: pytest.MonkeyPatch):
     class Stopped:
         def __iter__(self) -> Any:
             yield from ()
@@ -336,6 +338,13 @@ def test_a_loader_that_fails_to_start_leaves_no_workers():
         raise AssertionError("the block was entered")
     assert not multiprocessing.active_children()
     assert caught.tb is not None  # held until here: it keeps the iterator
+    assert not any(thread.name == "QueueFeederThread" for thread in threading.enumerate())
+    # The garbage collector has nothing to say to its workers any more: it would close the pipes beside its threads.
+    started: list[threading.Thread] = []
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: started.append(thread))
+    del caught
+    gc.collect()
+    assert not started
 
 
 def half(**changes: Any) -> Any:

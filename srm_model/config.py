@@ -143,6 +143,14 @@ class SRMConfig:
         """All fields as plain JSON values."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
+    def attack_settings(self) -> dict[str, Any]:
+        """Those of the fields that an attack on a trained model depends on, budgets apart."""
+        return {
+            key: value
+            for key, value in self.to_dict().items()
+            if key.startswith(("attack_", "eot_", "pair_")) and key != "attack_sweep_steps"
+        }
+
     def replace(self, **changes: Any) -> SRMConfig:
         """A copy with some fields changed, checked like any other; an unknown name is a ValueError."""
         return self.from_dict({**self.to_dict(), **changes})

@@ -23,7 +23,7 @@ from srm_model.backbones import check_backbone
 from srm_model.checkpoint import CONFIG, read_card
 from srm_model.cli import runs
 from srm_model.cli.attack import attack_checkpoint
-from srm_model.cli.study import FULL, Model, Study, read_study, slug
+from srm_model.cli.study import FULL, Model, Stronger, Study, read_study, slug
 from srm_model.cli.train import EVALUATION, logistic_of, new_model, train_neck
 from srm_model.files import claimed, read_json, write_json
 from srm_model.model import build_model
@@ -174,6 +174,7 @@ def _jobs(study: Study, out: Path, device: torch.device, args: argparse.Namespac
     ablated = [model for model in grid if model.variant != FULL]
     yield from _models(study, ablated, out, splits, device, args)
     yield from _audits(study, ablated, out, splits, device)
+    yield from _stronger(study, grid, out, splits, device, args)
     yield from _sweeps(study, full, out, splits, device)
     yield from _transfers(study, full, out, splits, device)
     if study.efficiency:
@@ -268,6 +269,7 @@ def _attack(
     norm: str,
     eps: float,
     progress: bool,
+    stronger: Stronger | None = None,
 ) -> dict[str, Any]:
     folder = out / model.folder
     found = attack_checkpoint(
@@ -275,12 +277,13 @@ def _attack(
         dataset,
         norm=norm,
         eps=eps,
-        config=model.config,
+        config=model.config if stronger is None else model.config.replace(**stronger.config),
         device=device,
         surrogate=_surrogate(out, model),
         limit=study.images,
-        suite=study.suite,
+        suite=study.suite if stronger is None else stronger.suite,
         progress=progress,
+        within="" if stronger is None else stronger.name,
     )
     return {
         "clean": {key: found["clean"][key] for key in ("srocc", "plcc")},
@@ -397,6 +400,34 @@ def _audits(
             if swap is not None:
                 identity, label = {**identity, "swap": swap, "changes": changes}, f"{label}, {swap}"
             yield Job("audit", identity, label, measure, (model, _beside(model)))
+
+
+def _stronger(
+    study: Study,
+    grid: list[Model],
+    out: Path,
+    splits: Callable[[Model], dict[str, Any]],
+    device: torch.device,
+    args: argparse.Namespace,
+) -> Iterator[Job]:
+    """Table 15: whether more steps, restarts or kinds of attack find what the study's own did not."""
+    progress = not args.no_progress
+    for group in study.stronger:
+        for model in grid:
+            name = model.neck if model.variant == FULL else model.variant
+            if name not in group.models or model.seed not in group.seeds:
+                continue
+            for norm, eps in group.budgets:
+                where = {"norm": norm, "eps": eps, "images": study.images, "suite": group.suite}
+                yield Job(
+                    "stronger",
+                    {**model.identity, **where, "attack": group.config},
+                    f"attack {_label(model)}, {norm} {eps:.4g}, {group.name}",
+                    lambda model=model, norm=norm, eps=eps, group=group: _attack(  # type: ignore[misc]
+                        study, model, out, splits(model)["test"], device, norm, eps, progress, group
+                    ),
+                    (model, _beside(model)),
+                )
 
 
 def _sweeps(

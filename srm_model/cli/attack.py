@@ -87,13 +87,14 @@ def attack_checkpoint(
     suite: str = "paper",
     progress: bool = True,
     writes: bool = True,
+    within: str = "",
 ) -> dict[str, Any]:
-    """Run a suite into `folder/attacks/`; returns what the JSON file there holds.
+    """Run a suite into `folder/attacks/`, or the folder `within` that; returns what the JSON file there holds.
 
     A result there that these very arguments gave is taken as it is; one that was cut off is continued. In a process
     group every rank calls this, and the one that `writes` writes.
     """
-    path = folder / "attacks" / f"{norm}-{eps:.6g}.json"
+    path = folder / "attacks" / within / f"{norm}-{eps:.6g}.json"
     pictures = path.with_suffix("")
     settings = {
         "checkpoint": read_card(folder)["sha256"],
@@ -104,11 +105,7 @@ def attack_checkpoint(
         "keep": keep,
         "suite": suite,
         "seed": config.seed,
-        "attack": {
-            key: value
-            for key, value in config.to_dict().items()
-            if key.startswith(("attack_", "eot_", "pair_")) and key != "attack_sweep_steps"
-        },
+        "attack": config.attack_settings(),
     }
     found = ranks.from_first(lambda: read_json(path) if path.is_file() else None)
     if isinstance(found, dict) and found.get("settings") == settings:

@@ -70,6 +70,22 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Stronger:
+    """Trained models attacked again, with other settings of the attack than the study's."""
+
+    models: tuple[str, ...]  # necks of the full model, and variants
+    seeds: tuple[int, ...]
+    budgets: tuple[tuple[str, float], ...]
+    suite: str
+    config: dict[str, Any]  # of the attack alone
+
+    @property
+    def name(self) -> str:
+        """A folder name for its settings."""
+        return slug(" ".join([self.suite, *(f"{key} {value}" for key, value in self.config.items())]))
+
+
+@dataclass(frozen=True)
 class Study:
     """The checked contents of a study file."""
 
@@ -96,6 +112,7 @@ class Study:
     audit_seeds: tuple[int, ...] = ()
     audit_swaps: tuple[str, ...] = ()  # of `swaps`, audited beside the weights as trained
     audit_ablations: tuple[str, ...] = ()  # variants that are audited too, as trained
+    stronger: tuple[Stronger, ...] = ()
     transfer: tuple[tuple[str, str], ...] = ()  # pairs of backbones, beside the necks of one
     sweep: bool = False
     efficiency: bool = False
@@ -134,7 +151,11 @@ class Study:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {**vars(self), "config": self.config.to_dict()}
+        return {
+            **vars(self),
+            "config": self.config.to_dict(),
+            "stronger": [vars(group) for group in self.stronger],
+        }
 
 
 _KEYS: dict[str, Any] = {
@@ -152,12 +173,14 @@ _KEYS: dict[str, Any] = {
     "audit": int,
     "audit_seeds": list,
     "audit_swaps": list,
+    "stronger": list,
     "transfer": list,
     "sweep": bool,
     "efficiency": bool,
     "protocols": dict,
 }
 _ATTACK_KEYS = {"linf", "l2", "images", "suite"}
+_SUITES = ("paper", "extended")
 
 
 def read_study(path: str | Path, roots: Mapping[str, str] | None = None) -> Study:
@@ -243,8 +266,7 @@ def _study(values: Any, here: Path, roots: Mapping[str, str]) -> Study:
     seeds = _seeds(values.get("seeds", (0, 1, 2)))
     attacks = values.get("attacks", {})
     _known(attacks, _ATTACK_KEYS, "key of attacks")
-    if attacks.get("suite", "paper") not in ("paper", "extended"):
-        raise ValueError(f"suite is {attacks['suite']!r}: expected 'paper' or 'extended'")
+    suite = _suite(attacks, "paper")
     images = attacks.get("images")
     if images is not None and (isinstance(images, bool) or not isinstance(images, int) or images < 2):
         raise ValueError(f"images is {images!r}: expected a whole number of 2 or more")
@@ -296,7 +318,7 @@ def _study(values: Any, here: Path, roots: Mapping[str, str]) -> Study:
         freeze_backbone=values.get("freeze_backbone", False),
         budgets=budgets,
         images=images,
-        suite=attacks.get("suite", "paper"),
+        suite=suite,
         ablations=ablations,
         ablation_seeds=ablation_seeds,
         ablation_budgets=ablation_budgets,
@@ -305,6 +327,10 @@ def _study(values: Any, here: Path, roots: Mapping[str, str]) -> Study:
         audit_seeds=audit_seeds,
         audit_swaps=tuple(values.get("audit_swaps", ())),
         audit_ablations=tuple(audited),
+        stronger=tuple(
+            _stronger(group, config, suite, dict.fromkeys(necks, seeds) | ablation_seeds)
+            for group in values.get("stronger", ())
+        ),
         transfer=pairs,
         sweep=values.get("sweep", False),
         efficiency=values.get("efficiency", False),
@@ -338,6 +364,38 @@ def _ablations(values: Mapping[str, Any], config: SRMConfig) -> dict[str, dict[s
             )
         config.replace(**{key: value for key, value in overrides.items() if key != "neck"})
     return found
+
+
+def _stronger(values: Any, config: SRMConfig, suite: str, trained: Mapping[str, tuple[int, ...]]) -> Stronger:
+    """One group; trained: the seeds of every name that `models` may hold."""
+    if not isinstance(values, dict):
+        raise TypeError(f"stronger has {values!r}: expected a table")
+    _known(values, {"models", "seeds", "linf", "l2", "suite", "config"}, "key of stronger")
+    _texts(values, "models")
+    models = tuple(values.get("models", ()))
+    if not models or not set(models) <= trained.keys():
+        raise ValueError(f"models of stronger is {list(models)}: expected some of {', '.join(trained)}")
+    common = sorted(set.intersection(*(set(trained[name]) for name in models)))
+    seeds = _seeds(values.get("seeds", common), "seeds of stronger")
+    if not set(seeds) <= set(common):
+        raise ValueError(f"seeds of stronger is {list(seeds)}: expected some that its models have, {common}")
+    if not values.keys() & {"linf", "l2"}:
+        raise ValueError("stronger has no budget: expected linf or l2")
+    changes = values.get("config", {})
+    if not isinstance(changes, dict):
+        raise TypeError(f"config of stronger is {changes!r}: expected a table")
+    _known(changes, set(config.attack_settings()), "attack setting")
+    config.replace(**changes)
+    own = _suite(values, suite)
+    if not changes and own == suite:
+        raise ValueError("stronger changes nothing: expected another suite, or attack settings under config")
+    return Stronger(models, seeds, _budgets(values, config), own, changes)
+
+
+def _suite(values: Mapping[str, Any], default: str) -> str:
+    if (found := values.get("suite", default)) not in _SUITES:
+        raise ValueError(f"suite is {found!r}: expected {' or '.join(map(repr, _SUITES))}")
+    return str(found)
 
 
 def _swaps(values: Mapping[str, Any], config: SRMConfig) -> dict[str, dict[str, Any]]:

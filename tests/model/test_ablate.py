@@ -72,6 +72,11 @@ l2 = [10]
 
 [ablations.overrides]
 "no key norm" = { qk_norm = "both" }
+
+[[stronger]]
+models = ["srm", "no key norm"]
+linf = ["4/255"]
+config = { attack_steps = 4, attack_restarts = 2 }
 """
 
 
@@ -120,13 +125,15 @@ def test_every_result_is_a_line_with_all_that_it_depends_on(out: Path):
     for line in lines:
         counts[line["kind"]] = counts.get(line["kind"], 0) + 1
     # Two necks and two variants on two seeds, one variant on one; a budget each, and for the full neck that variant's
-    # too; one swap and one variant are audited; both necks are swept; a pair per seed.
+    # too; one swap and one variant are audited; two are attacked again on the seed that both have; both necks are
+    # swept; a pair per seed.
     assert counts == {
         "clean": 9,
         "diagnostics": 5,
         "attack": 11,
         "swap": 4,
         "audit": 4,
+        "stronger": 2,
         "sweep": 4,
         "transfer": 2,
         "efficiency": 2,
@@ -221,6 +228,30 @@ def test_audits_are_of_the_seeds_variants_and_swaps_that_were_asked_for(out: Pat
         assert line["values"]["passed"] == (not line["values"]["failed"])
 
 
+def test_trained_models_are_attacked_again_by_a_stronger_attack(out: Path):
+    lines = Records(out).of("stronger")
+    found = [[line["identity"][key] for key in ("variant", "seed", "suite", "attack")] for line in lines]
+    changes = {"attack_steps": 4, "attack_restarts": 2}
+    assert found == [[FULL, 1, "paper", changes], ["no key norm", 1, "paper", changes]]
+    attacks = _srm(out, 1) / "attacks"
+    again = read_json(attacks / "paper-attack-steps-4-attack-restarts-2" / "linf-0.0156863.json")
+    own = read_json(attacks / "linf-0.0156863.json")
+    assert [(stored["steps"], stored["restarts"]) for stored in (own, again)] == [(2, 1), (4, 2)]
+    assert lines[0]["values"]["worst"] == again["worst"] != own["worst"]
+    # The best of more steps and starts.
+    assert np.mean(again["attacks"]["pgd_mse"]["loss"]) > np.mean(own["attacks"]["pgd_mse"]["loss"])
+    assert main(["report", str(out), "--table", "15"]) == 0
+    rows = [
+        [cell.strip() for cell in text.split("|")[3:-1]]
+        for text in (out / "tables" / "table-15.md").read_text().splitlines()
+        if "4 steps, 2 restarts" in text
+    ]
+    assert [row[0] for row in rows] == ["srm", "srm, no key norm"]
+    shown = [f"{stored['worst']['srocc']:.3f}".replace("-", "−") for stored in (own, again)]
+    assert rows[0][-2:] == shown
+    assert rows[1][-2] == "—"  # which was not attacked at that budget before
+
+
 def test_weights_that_are_gone_are_trained_again_where_something_needs_them(
     place: Path, out: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -230,7 +261,7 @@ def test_weights_that_are_gone_are_trained_again_where_something_needs_them(
     digest = read_json(_srm(out, 0) / "config.json")["sha256"]
     shutil.rmtree(_srm(out, 0))
     assert main([*arguments, "--dry-run"]) == 0
-    assert capsys.readouterr().out == "0 of 41 results are missing\n"
+    assert capsys.readouterr().out == "0 of 43 results are missing\n"
     lost = next(
         text
         for text in lines
@@ -391,7 +422,7 @@ def test_a_second_call_repeats_nothing_and_a_lost_line_is_measured_again(
     path = out / "results.jsonl"
     before = path.read_text()
     assert main([*arguments, "--dry-run"]) == 0
-    assert capsys.readouterr().out == "0 of 41 results are missing\n"
+    assert capsys.readouterr().out == "0 of 43 results are missing\n"
     lines = before.splitlines()
     lost = next(i for i, text in enumerate(lines) if json.loads(text)["kind"] == "sweep")
     path.write_text("\n".join([*lines[:lost], *lines[lost + 1 :], lines[0][:50]]) + "\n")  # and one cut short
@@ -411,7 +442,7 @@ def test_all_tables_are_made_and_their_figures_are_the_lines(out: Path, capsys: 
     assert main(["report", str(out)]) == 0
     capsys.readouterr()
     page = (out / "report.html").read_text()
-    for number in range(1, 15):
+    for number in range(1, 16):
         text = (out / "tables" / f"table-{number:02d}.md").read_text()
         assert text.startswith(f"### Table {number}. ")
         assert "No results yet" not in text
@@ -568,7 +599,7 @@ def test_twenty_series_are_told_apart_without_colour(out: Path, tmp_path: Path):
 
 def test_what_is_not_there_is_a_sentence(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for arguments, words in (
-        (["--table", "15"], "table 15: the tables are 1 to 14"),
+        (["--table", "16"], "table 16: the tables are 1 to 15"),
         (["--figure", "2"], "figure 2: the ones drawn from results are 3, 4, 5, 6"),
     ):
         assert main(["report", str(out), *arguments]) == 2
@@ -634,6 +665,25 @@ def test_all_ablations_of_the_article_are_named_and_valid(tmp_path: Path):
         ({"ablations": {"overrides": {"full": {}}}}, "expected a name other than 'full'"),
         ({"ablations": {"overrides": {"a": {"rank": 0}}}}, "rank=0"),
         ({"ablations": {"overrides": {"a": {"neck": "x"}}}}, "neck 'x' is not one of"),
+        ({"stronger": [1]}, "stronger has 1: expected a table"),
+        ({"stronger": [{"models": ["full"]}]}, "models of stronger is ['full']: expected some of none, srm"),
+        (
+            {"stronger": [{"models": ["srm"], "seeds": [3], "linf": [0], "suite": "extended"}]},
+            "seeds of stronger is [3]: expected some that its models have, [0, 1, 2]",
+        ),
+        (
+            {"stronger": [{"models": ["srm"], "suite": "extended"}]},
+            "stronger has no budget: expected linf or l2",
+        ),
+        (
+            {"stronger": [{"models": ["srm"], "linf": [0]}]},
+            "stronger changes nothing: expected another suite",
+        ),
+        (
+            {"stronger": [{"models": ["srm"], "linf": [0], "config": {"rank": 2}}]},
+            "unknown attack setting rank; known are attack_",
+        ),
+        ({"stronger": [{"models": ["srm"], "linf": [0], "config": {"attack_steps": 0}}]}, "attack_steps=0"),
         ({"transfer": [["b", "c"]]}, "expected two of the study's backbones"),
         # What would else be found after the trainings.
         ({"backbones": ["b", "b"]}, "backbones is ['b', 'b']: expected different texts"),
@@ -687,6 +737,7 @@ def test_a_neck_without_links_is_trained_and_attacked_and_has_nothing_to_diagnos
         (place / "study.toml")
         .read_text()
         .replace('"no key norm" = { qk_norm = "both" }', '"none" = { links = [] }')
+        .replace('models = ["srm", "no key norm"]', 'models = ["srm"]')
     )
     (place / "links.toml").write_text(text)
     assert (

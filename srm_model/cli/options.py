@@ -12,6 +12,7 @@ from srm_model.config import STORED, SRMConfig
 from srm_model.files import read_json
 
 _HELP = {
+    "epochs": "passes over the training images",
     "batch_size": "images of one optimiser step, over all processes",
     "accumulate": "micro-batches that a batch is cut into, to need less memory",
     "attack_steps": "PGD steps",
@@ -19,6 +20,7 @@ _HELP = {
     "attack_batch_size": "images attacked together",
     "attack_queries": "scores per image that the black-box attack may ask for",
     "image_size": "side of the square that is trained on and scored, in pixels",
+    "precision": "fp32, bf16, fp16 or auto: bf16 or fp16 on a GPU, fp32 on a CPU",
     "lr_backbone": "learning rate of the backbone",
     "lr_neck": "learning rate of neck and head",
     "seed": "of the split, the initial weights, the order of images and the attacks",
@@ -31,7 +33,10 @@ def add_config(parser: argparse.ArgumentParser, *fields: str) -> None:
         "config", "Every constant is a field of SRMConfig. --set overrules flags, flags overrule --config."
     )
     defaults = SRMConfig().to_dict()
+    attacking = "attack_steps" in fields
+    texts = _HELP | ({"seed": "of the attacks; the split is that of training"} if attacking else {})
     for field in fields:
+        default = "the checkpoint's" if attacking else defaults[field]
         group.add_argument(
             f"--{field.removeprefix('attack_').replace('_', '-')}"
             if field != "attack_batch_size"
@@ -39,7 +44,7 @@ def add_config(parser: argparse.ArgumentParser, *fields: str) -> None:
             dest=f"config_{field}",
             type=type(defaults[field]),
             metavar="RATE" if field.startswith("lr_") else field.rpartition("_")[2].upper(),
-            help=_HELP.get(field),
+            help=f"{texts[field]} (default: {default})",
         )
     group.add_argument(
         "--config", metavar="FILE", help="JSON with some fields, or a checkpoint's config.json"

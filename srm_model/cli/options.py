@@ -76,6 +76,24 @@ def config_from(args: argparse.Namespace, base: SRMConfig | None = None) -> SRMC
     return (base or SRMConfig()).replace(**changes)
 
 
+def attack_config_from(args: argparse.Namespace, trained: SRMConfig) -> SRMConfig:
+    """`trained` with other settings of the attack; ValueError for a field that the weights as trained do not follow."""
+    config = config_from(args, trained)
+    followed = (*config.attack_settings(), "attack_sweep_steps", "seed", "backend")
+    before = trained.to_dict()
+    kept = [
+        key
+        for key, value in config.to_dict().items()
+        if value != before[key] and key not in followed and not key.startswith(("eps_", "smoothing_"))
+    ]
+    if kept:
+        raise ValueError(
+            f"{', '.join(kept)}: of the model as it was trained; --set and --config change attack_*, pair_*, eps_*, "
+            "smoothing_*, eot_samples, seed and backend here (a study's swaps put others into trained weights)"
+        )
+    return config
+
+
 def add_device(parser: argparse.ArgumentParser, *, workers: bool = False) -> None:
     parser.add_argument("--device", help="such as cpu or cuda:0 (default: cuda where there is one)")
     if workers:

@@ -333,6 +333,8 @@ def test_bad_arguments_are_one_sentence(
         (["fly"], "invalid choice: 'fly'"),
         ([*train, "--epochs", "many"], "invalid int value: 'many'"),
         ([*train, "--set", "rank"], "--set rank: expected KEY=VALUE"),
+        (["attack", run, "--set", "landmarks=uniform"], "landmarks: of the model as it was trained; --set"),
+        (["audit", run, "--set", "landmarks=uniform"], "landmarks: of the model as it was trained; --set"),
         ([*train, "--set", "rnak=3"], "unknown config key rnak"),
         ([*train, "--set", "rank=0"], "config rank=0: expected at least 1"),
         ([*train, "--set", "epochs=2.5"], "config epochs=2.5: expected int"),

@@ -21,7 +21,7 @@ BACKENDS = {
     "sdpa": "attention through scaled_dot_product_attention, and on the CPU the default landmark solve in C++ of csrc"
     + ("" if "cpu" in native.BUILT else " (not built)")
     + "; the other operators have one plain-PyTorch form",
-    "triton": "fused Triton kernels for landmarks, attention, scale, gate and pooling",
+    "triton": "fused Triton kernels for landmarks, their solve, attention, scale, gate, pooling and the neck",
     "cuda": "CUDA kernels of csrc",
 }
 LEAST_CAPABILITY = (8, 0)

@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--no-progress", action="store_true", help="no progress on stderr")
 
     def command(name: str, run: str, summary: str, details: str = "") -> argparse.ArgumentParser:
-        description = f"{summary[0].upper()}{summary[1:]}. {details}".strip()
+        description = f"{_sentence(summary)} {details}".strip()
         made = commands.add_parser(name, help=summary, description=description, parents=[common])
         made.set_defaults(run=run)
         return made
@@ -177,6 +177,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _sentence(summary: str) -> str:
+    return f"{summary[0].upper()}{summary[1:]}."
+
+
 class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from importlib.metadata import version
@@ -194,13 +198,11 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 
 def _add_data(commands: argparse._SubParsersAction[_Parser], common: _Parser) -> None:
     summary = "make or check a data set"
-    parser = commands.add_parser("data", help=summary, description=f"{summary.capitalize()}.")
+    parser = commands.add_parser("data", help=summary, description=_sentence(summary))
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
 
     summary = "distort photographs into a set in TID2013's layout, labelled by a full-reference metric"
-    made = actions.add_parser(
-        "synthesize", help=summary, description=f"{summary.capitalize()}.", parents=[common]
-    )
+    made = actions.add_parser("synthesize", help=summary, description=_sentence(summary), parents=[common])
     made.set_defaults(run="data:synthesize")
     made.add_argument("out", metavar="OUT", help="folder to write; an unfinished set there is completed")
     made.add_argument(
@@ -220,10 +222,10 @@ def _add_data(commands: argparse._SubParsersAction[_Parser], common: _Parser) ->
         metavar="FILE",
         help="mos_with_names.txt of the same set made on another processor, whose last digits may differ",
     )
-    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--seed", type=int, default=0, help="of the distortions (default: 0)")
 
     summary = "open every split of a data set, which checks all of its files, and say what is there"
-    made = actions.add_parser("check", help=summary, description=f"{summary.capitalize()}.", parents=[common])
+    made = actions.add_parser("check", help=summary, description=_sentence(summary), parents=[common])
     made.set_defaults(run="data:check")
     made.add_argument("root", metavar="ROOT")
     made.add_argument("--seed", type=int, default=0, help="of the split by reference (default: 0)")
@@ -289,7 +291,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         "folder", metavar="RUN", help="a run folder, one checkpoint of it, or a study's folder"
     )
     _add_data_choice(parser)
-    parser.add_argument("--batch-size", type=positive, default=8)
+    _add_batch_size(parser)
     add_backend(parser)
     add_device(parser, workers=True)
 
@@ -297,7 +299,9 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
 def _add_attack(parser: argparse.ArgumentParser) -> None:
     _add_checkpoint(parser)
     _add_data_choice(parser)
-    parser.add_argument("--norm", nargs="+", default=["linf", "l2"], choices=("linf", "l2"))
+    parser.add_argument(
+        "--norm", nargs="+", default=["linf", "l2"], choices=("linf", "l2"), help="default: both"
+    )
     parser.add_argument(
         "--eps",
         nargs="+",
@@ -435,7 +439,7 @@ def _add_diagnose(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images", type=positive, default=64, metavar="N", help="evenly spaced (default: 64)"
     )
-    parser.add_argument("--batch-size", type=positive, default=8)
+    _add_batch_size(parser)
     parser.add_argument("--out", metavar="DIR", help="folder to write (default: the checkpoint's)")
     add_backend(parser)
     add_device(parser)
@@ -449,7 +453,7 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", action="store_true", help='a line {"path", "score"} or {"path", "error"} per file'
     )
-    parser.add_argument("--batch-size", type=positive, default=8)
+    _add_batch_size(parser)
     add_backend(parser)
     add_device(parser)
 
@@ -462,7 +466,7 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
         type=positive,
         nargs="+",
         metavar="N",
-        help="of a study: only these tables, 1 to 14, printed as Markdown too",
+        help="of a study: only these tables, 1 to 15, printed as Markdown too",
     )
     parser.add_argument(
         "--figure", type=positive, nargs="+", metavar="N", help="of a study: only these, 3 to 6"
@@ -471,6 +475,12 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="RUN", help="a run folder, or one checkpoint of it")
+
+
+def _add_batch_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--batch-size", type=positive, default=8, metavar="SIZE", help="images at once (default: 8)"
+    )
 
 
 def _add_data_choice(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,7 @@ from srm_model import ranks
 from srm_model.attacks import Suite, save_examples
 from srm_model.checkpoint import read_card
 from srm_model.cli import runs
-from srm_model.cli.options import config_from
+from srm_model.cli.options import attack_config_from
 from srm_model.cli.train import logistic_of
 from srm_model.config import SRMConfig
 from srm_model.files import read_json, write_json
@@ -48,7 +48,7 @@ def _attack_all(args: argparse.Namespace, writes: bool) -> list[list[Any]]:
     for folder in runs.checkpoints(args.folder):
         document = read_card(folder)
         trained = SRMConfig.from_dict(document["config"])
-        config = config_from(args, trained)
+        config = attack_config_from(args, trained)
         dataset = runs.dataset_for(document["card"], trained, root=args.data, split=args.split)
         surrogate = Path(args.surrogate) if args.surrogate else runs.surrogate_of(folder)
         if surrogate is None:

@@ -16,7 +16,7 @@ from srm_model.attacks.problem import radius_of
 from srm_model.attacks.suite import spread
 from srm_model.checkpoint import read_card
 from srm_model.cli import runs
-from srm_model.cli.options import config_from
+from srm_model.cli.options import attack_config_from
 from srm_model.config import SRMConfig
 from srm_model.files import write_json
 from srm_model.reports import write_audit
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     for folder in runs.checkpoints(args.folder):
         document = read_card(folder)
         trained = SRMConfig.from_dict(document["config"])
-        config = config_from(args, trained)
+        config = attack_config_from(args, trained)
         dataset = runs.dataset_for(document["card"], trained, root=args.data, split=args.split)
         surrogate = Path(args.surrogate) if args.surrogate else runs.surrogate_of(folder)
         if device.type == "cpu":

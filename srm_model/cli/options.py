@@ -12,6 +12,7 @@ from srm_model.config import STORED, SRMConfig
 from srm_model.files import read_json
 
 _HELP = {
+    "epochs": "passes over the training images",
     "batch_size": "images of one optimiser step, over all processes",
     "accumulate": "micro-batches that a batch is cut into, to need less memory",
     "attack_steps": "PGD steps",
@@ -19,6 +20,7 @@ _HELP = {
     "attack_batch_size": "images attacked together",
     "attack_queries": "scores per image that the black-box attack may ask for",
     "image_size": "side of the square that is trained on and scored, in pixels",
+    "precision": "fp32, bf16, fp16 or auto: bf16 or fp16 on a GPU, fp32 on a CPU",
     "lr_backbone": "learning rate of the backbone",
     "lr_neck": "learning rate of neck and head",
     "seed": "of the split, the initial weights, the order of images and the attacks",
@@ -31,7 +33,10 @@ def add_config(parser: argparse.ArgumentParser, *fields: str) -> None:
         "config", "Every constant is a field of SRMConfig. --set overrules flags, flags overrule --config."
     )
     defaults = SRMConfig().to_dict()
+    attacking = "attack_steps" in fields
+    texts = _HELP | ({"seed": "of the attacks; the split is that of training"} if attacking else {})
     for field in fields:
+        default = "the checkpoint's" if attacking else defaults[field]
         group.add_argument(
             f"--{field.removeprefix('attack_').replace('_', '-')}"
             if field != "attack_batch_size"
@@ -39,7 +44,7 @@ def add_config(parser: argparse.ArgumentParser, *fields: str) -> None:
             dest=f"config_{field}",
             type=type(defaults[field]),
             metavar="RATE" if field.startswith("lr_") else field.rpartition("_")[2].upper(),
-            help=_HELP.get(field),
+            help=f"{texts[field]} (default: {default})",
         )
     group.add_argument(
         "--config", metavar="FILE", help="JSON with some fields, or a checkpoint's config.json"
@@ -69,6 +74,24 @@ def config_from(args: argparse.Namespace, base: SRMConfig | None = None) -> SRMC
             raise ValueError(f"--set {pair}: expected KEY=VALUE")
         changes[key.strip()] = _value(value.strip())
     return (base or SRMConfig()).replace(**changes)
+
+
+def attack_config_from(args: argparse.Namespace, trained: SRMConfig) -> SRMConfig:
+    """`trained` with other settings of the attack; ValueError for a field that the weights as trained do not follow."""
+    config = config_from(args, trained)
+    followed = (*config.attack_settings(), "attack_sweep_steps", "seed", "backend")
+    before = trained.to_dict()
+    kept = [
+        key
+        for key, value in config.to_dict().items()
+        if value != before[key] and key not in followed and not key.startswith(("eps_", "smoothing_"))
+    ]
+    if kept:
+        raise ValueError(
+            f"{', '.join(kept)}: of the model as it was trained; --set and --config change attack_*, pair_*, eps_*, "
+            "smoothing_*, eot_samples, seed and backend here (a study's swaps put others into trained weights)"
+        )
+    return config
 
 
 def add_device(parser: argparse.ArgumentParser, *, workers: bool = False) -> None:

@@ -579,7 +579,7 @@ def _check_same(folder: Path, stored: dict[str, Any], now: dict[str, Any]) -> No
     if differences:
         raise ValueError(
             f"{folder}: holds a training that differs from this one ({'; '.join(differences)}); "
-            "give another folder, or start anew without resuming"
+            "give another folder, or start anew with --restart (resume=False)"
         )
 
 

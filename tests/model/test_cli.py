@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,12 @@ from PIL import Image
 
 from srm_model import SRMConfig, build_model
 from srm_model.checkpoint import read_card, save_model
-from srm_model.cli import main
+from srm_model.cli import _parser, main
 from srm_model.data import load_image, open_dataset
 from srm_model.data.synthesize import synthesize
 from srm_model.files import read_json, write_json
 from srm_model.metrics import LogisticMap, plcc, srocc
+from srm_model.reports import tables
 
 SMALL = {
     "channels": 16,
@@ -330,6 +333,8 @@ def test_bad_arguments_are_one_sentence(
         (["fly"], "invalid choice: 'fly'"),
         ([*train, "--epochs", "many"], "invalid int value: 'many'"),
         ([*train, "--set", "rank"], "--set rank: expected KEY=VALUE"),
+        (["attack", run, "--set", "landmarks=uniform"], "landmarks: of the model as it was trained; --set"),
+        (["audit", run, "--set", "landmarks=uniform"], "landmarks: of the model as it was trained; --set"),
         ([*train, "--set", "rnak=3"], "unknown config key rnak"),
         ([*train, "--set", "rank=0"], "config rank=0: expected at least 1"),
         ([*train, "--set", "epochs=2.5"], "config epochs=2.5: expected int"),
@@ -431,6 +436,25 @@ def test_ctrl_c_ends_with_130_and_leaves_the_last_epoch_whole(data: Path, tmp_pa
     finished = len((out / "srm" / "history.jsonl").read_text().splitlines())
     assert 1 <= finished < 10000
     assert build_model("test_convnext", weights=out / "srm").config.epochs == 10000
+
+
+def test_help_tells_of_every_table_and_every_option(capsys: pytest.CaptureFixture[str]):
+    main(["report", "--help"])
+    assert f"only these tables, 1 to {max(tables._BUILDERS)}, " in " ".join(capsys.readouterr().out.split())
+    silent = []
+    for name, parser in _commands(_parser()):
+        silent += [f"{name} {a.dest}" for a in parser._actions if a.option_strings and not a.help]
+    assert silent == []
+
+
+def _commands(
+    parser: argparse.ArgumentParser, name: str = ""
+) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for word, made in action.choices.items():
+                yield f"{name} {word}", made
+                yield from _commands(made, f"{name} {word}")
 
 
 def test_help_imports_nothing_heavy():

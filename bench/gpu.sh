@@ -76,8 +76,8 @@ benchmarks() {
   done
   step 40 conditioning.txt "--repeats 1 --out $scratch/conditioning.jsonl" \
     "$PYTHON" -m bench.conditioning --device cuda --out "$out/conditioning.jsonl"
-  step 40 training.txt "--warmup 1 --repeats 1 --json $scratch/training.json" \
-    "$PYTHON" -m bench.training --device cuda --json "$out/training.json"
+  step 40 training.txt "$brief" "$PYTHON" -m bench.training --device cuda --dtype bf16 --warmup 5 --repeats 20 \
+    --seconds 5 --out "$root"
   step 60 neck.txt "$brief" "$PYTHON" -m bench.neck --device cuda --article --out "$root"
   step 50 attacks.txt "--steps 1 --repeats 1 --out $scratch/attacks.jsonl" \
     "$PYTHON" -m bench.attacks --device cuda --backbones pvt_v2_b2 --image-size 512 \

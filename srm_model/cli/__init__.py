@@ -206,7 +206,9 @@ def _add_data(commands: argparse._SubParsersAction[_Parser], common: _Parser) ->
     made.set_defaults(run="data:synthesize")
     made.add_argument("out", metavar="OUT", help="folder to write; an unfinished set there is completed")
     made.add_argument(
-        "--photographs", metavar="DIR", help="folder of photographs (default: those installed packages carry)"
+        "--photographs",
+        metavar="DIR",
+        help="folder of 3 to 99 photographs, one scene each (default: those installed packages carry)",
     )
     made.add_argument(
         "--packaged", action="store_true", help="those installed packages carry too, after the folder's"
@@ -313,7 +315,7 @@ def _add_attack(parser: argparse.ArgumentParser) -> None:
         "--images", type=positive, metavar="N", help="only N images, evenly spaced over the split"
     )
     parser.add_argument(
-        "--keep", type=int, default=4, metavar="N", help="attacked images to keep (default: 4)"
+        "--keep", type=not_negative, default=4, metavar="N", help="attacked images to keep (default: 4)"
     )
     parser.add_argument(
         "--surrogate",

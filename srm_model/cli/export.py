@@ -97,7 +97,7 @@ def _measured(folder: Path, digest: str) -> list[str]:
     """A table of the clean test and of every attack on these very weights; results of others are left out."""
     rows = []
     clean = read_json(folder / EVALUATION) if (folder / EVALUATION).is_file() else None
-    if clean is not None and clean.get("sha256", digest) == digest:
+    if clean is not None and clean.get("sha256") == digest:
         rows.append(["none", clean["n"], _figure(clean["srocc"]), _figure(clean["plcc"]), ""])
     for path in sorted((folder / "attacks").glob("*.json")):
         found = read_json(path)

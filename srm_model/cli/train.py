@@ -85,7 +85,7 @@ def _evaluate_all(args: argparse.Namespace, writes: bool) -> list[list[Any]]:
             progress=writes and not args.no_progress,
         )
         if writes and args.data is None and args.split == "test":
-            write_json(folder / EVALUATION, found)
+            write_json(folder / EVALUATION, {**found, "sha256": read_card(folder)["sha256"]})
         rows.append([name, found["srocc"], found["plcc"], found["n"]])
     return rows
 

@@ -183,6 +183,7 @@ def test_evaluate_agrees_with_training(run: Path, capsys: pytest.CaptureFixture[
     assert lines[2].split()[1:] == [f"{before['srocc']:.3f}", f"{before['plcc']:.3f}", "6"]
     after = read_json(run / "none" / "evaluation.json")
     np.testing.assert_allclose(after["scores"], before["scores"], atol=1e-5)
+    assert after["sha256"] == before["sha256"]
     assert main(["evaluate", str(run / "none"), "--split", "val", "--device", "cpu", "--no-progress"]) == 0
     assert read_json(run / "none" / "evaluation.json") == after
 

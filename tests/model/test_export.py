@@ -66,6 +66,10 @@ def test_the_card_tells_what_was_measured_of_these_weights_and_nothing_else(tmp_
     write_json(folder / "evaluation.json", {"srocc": 0.81, "plcc": 0.8, "n": 240, "sha256": digest})
     assert "| none | 240 | 0.810 | 0.800 |" in exported()
     assert "It has not been attacked" in exported()
+    for other in ("other", None):
+        write_json(folder / "evaluation.json", {"srocc": 0.9, "plcc": 0.9, "n": 240, "sha256": other})
+        assert "Neither evaluated nor attacked" in exported()
+    write_json(folder / "evaluation.json", {"srocc": 0.81, "plcc": 0.8, "n": 240, "sha256": digest})
     worst = {"srocc": -0.3, "plcc": None, "srocc_attack": "pgd_mse"}
     attacked = {"norm": "linf", "eps": 4 / 255, "mos": [0.5] * 48, "worst": worst}
     write_json(folder / "attacks" / "a.json", {**attacked, "settings": {"checkpoint": digest}})

@@ -81,8 +81,9 @@ def _made(
 
 
 def _where(identity: dict[str, Any]) -> list[str]:
-    variant = identity["variant"]
-    neck = identity["neck"] if variant == FULL else f"{identity['neck']}, {variant}"
+    neck, variant = identity["neck"], identity["variant"]
+    if variant != FULL:  # which may begin with the neck's name itself
+        neck = variant if variant.startswith(f"{neck},") else f"{neck}, {variant}"
     return [identity["data"], identity["backbone"], neck]
 
 

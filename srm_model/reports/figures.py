@@ -11,7 +11,7 @@ import numpy as np
 
 from srm_model.files import atomic_path
 from srm_model.reports.records import StudyResults, grouped
-from srm_model.reports.text import attack_text, budget_text
+from srm_model.reports.text import attack_text, budget_text, model_text
 
 FULL = "full"
 # Okabe and Ito's, as on the report's page. Four dashes and nine markers have no common factor, so that 36 series are
@@ -201,8 +201,17 @@ def _steps(results: StudyResults, figure: Any) -> bool:
 
 
 def _budgets(results: StudyResults, figure: Any) -> bool:
-    """Figure 6: the worst SROCC of the suite against the budget, mean and standard deviation over seeds."""
+    """Figure 6: the worst SROCC of the suite against the budget, mean and standard deviation over seeds.
+
+    Of the models that were trained on the most seeds: the others would be many, and are in table 11.
+    """
     lines = [line for line in results.records.of("attack") if len(_budgets_of(results, line)) > 1]
+    seeds = {
+        id(line): len({other["identity"]["seed"] for other in group})
+        for group in grouped(lines, *_SERIES)
+        for line in group
+    }
+    lines = [line for line in lines if seeds[id(line)] == max(seeds.values())]
     norms = list(dict.fromkeys(line["identity"]["norm"] for line in lines))
     if not norms:
         return False
@@ -242,7 +251,8 @@ def _budgets(results: StudyResults, figure: Any) -> bool:
             title="L∞" if norm == "linf" else "L2",
             ylim=(-1.05, 1.05),
         )
-    axes[0].set_ylabel("worst SROCC over the suite")
+    most = max(seeds.values())
+    axes[0].set_ylabel("worst SROCC over the suite" + (f", {most} seeds" if most > 1 else ""))
     _legend(figure)
     return True
 
@@ -261,8 +271,7 @@ def _variant(identity: dict[str, Any], among: Sequence[dict[str, Any]]) -> str:
     """Neck and variant, and where it stands if the figure has several places."""
     places = {(line["identity"]["data"], line["identity"]["backbone"]) for line in among}
     place = f", {identity['backbone']}, {identity['data']}" if len(places) > 1 else ""
-    variant = "" if identity["variant"] == FULL else f", {identity['variant'].removeprefix('baseline, ')}"
-    return f"{identity['neck']}{variant}{place}"
+    return f"{model_text(identity['neck'], identity['variant'])}{place}"
 
 
 _BUILDERS: dict[int, Callable[[StudyResults, Any], bool]] = {3: _scale, 4: _gate, 5: _steps, 6: _budgets}

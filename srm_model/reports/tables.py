@@ -12,7 +12,17 @@ from srm_model.config import SRMConfig
 from srm_model.reports.blocks import caption, missing, row, table
 from srm_model.reports.markup import Markup, element, join
 from srm_model.reports.records import StudyResults, grouped, mean_of, over_seeds
-from srm_model.reports.text import DASH, attack_text, bold, budget_text, fixed, setting, signed, significant
+from srm_model.reports.text import (
+    DASH,
+    attack_text,
+    bold,
+    budget_text,
+    fixed,
+    model_text,
+    setting,
+    signed,
+    significant,
+)
 
 FULL = "full"
 
@@ -81,10 +91,7 @@ def _made(
 
 
 def _where(identity: dict[str, Any]) -> list[str]:
-    neck, variant = identity["neck"], identity["variant"]
-    if variant != FULL:  # which may begin with the neck's name itself
-        neck = variant if variant.startswith(f"{neck},") else f"{neck}, {variant}"
-    return [identity["data"], identity["backbone"], neck]
+    return [identity["data"], identity["backbone"], model_text(identity["neck"], identity["variant"])]
 
 
 def _seeds(lines: Sequence[dict[str, Any]]) -> str:

@@ -55,6 +55,13 @@ def drop(clean: float, attacked: float) -> str:
     return fixed(clean - attacked) + share
 
 
+def model_text(neck: str, variant: str) -> str:
+    """Neck and variant, each word of them once: "full" says nothing, "baseline" no more than `none`."""
+    if variant == "full":
+        return neck
+    return f"{neck}, {variant.removeprefix('baseline, ').removeprefix(f'{neck}, ')}"
+
+
 def budget_text(budget: tuple[str, float]) -> str:
     """Norm and ε: Linf in multiples of 1/255, L2 as stated for images of 512×512."""
     norm, eps = budget

@@ -26,7 +26,7 @@ from srm_model.files import claimed, read_json, write_json
 from srm_model.reports import write_study
 from srm_model.reports.figures import _BUILDERS
 from srm_model.reports.records import Records, StudyResults, over_seeds
-from srm_model.reports.text import signed
+from srm_model.reports.text import model_text, signed
 
 STUDY = """
 title = "A small study"
@@ -586,6 +586,30 @@ def test_twenty_series_are_told_apart_without_colour(out: Path, tmp_path: Path):
         assert len({look for found in looks.values() for look in found}) == min(series, 36)
 
 
+@pytest.mark.parametrize("seeds", [(0, 1), (0,)])
+def test_the_figure_of_budgets_is_of_the_models_with_the_most_seeds(
+    out: Path, tmp_path: Path, seeds: tuple[int, ...]
+):
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    shutil.copy(out / "study.json", tmp_path)
+    records = Records(tmp_path)
+    for line in Records(out).of("attack"):
+        identity = line["identity"]
+        if identity["norm"] == "linf" and identity["seed"] in (
+            seeds if identity["variant"] == FULL else (0,)
+        ):
+            for eps in (0.1, 0.2):
+                records.add({**line, "identity": {**identity, "eps": eps}})
+    figure = Figure()
+    assert _BUILDERS[6](StudyResults.read(tmp_path), figure)
+    shown = {text.get_text() for text in figure.legends[0].get_texts()}
+    ablated = {"srm, uniform landmarks", "none, gradient-norm training"}
+    assert shown == {"none", "srm"} | (ablated if len(seeds) == 1 else set())
+    assert figure.axes[0].get_ylabel().endswith(", 2 seeds") == (len(seeds) == 2)
+
+
 def test_what_is_not_there_is_a_sentence(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for arguments, words in (
         (["--table", "16"], "table 16: the tables are 1 to 15"),
@@ -595,6 +619,13 @@ def test_what_is_not_there_is_a_sentence(out: Path, tmp_path: Path, capsys: pyte
         assert words in capsys.readouterr().err
     assert main(["report", str(tmp_path), "--table", "1"]) == 2
     assert "holds no study.json" in capsys.readouterr().err
+
+
+def test_a_model_is_named_by_each_word_once():
+    assert model_text("srm", "full") == "srm"
+    assert model_text("none", "baseline, adversarial training") == "none, adversarial training"
+    assert model_text("quadratic", "quadratic, adversarial training") == "quadratic, adversarial training"
+    assert model_text("srm", "no links") == "srm, no links"
 
 
 def test_mean_and_deviation_over_seeds():

@@ -26,6 +26,7 @@ from srm_model.files import claimed, read_json, write_json
 from srm_model.reports import write_study
 from srm_model.reports.figures import _BUILDERS
 from srm_model.reports.records import Records, StudyResults, over_seeds
+from srm_model.reports.tables import markdown, tables
 from srm_model.reports.text import model_text, signed
 
 STUDY = """
@@ -403,7 +404,7 @@ def test_a_protocol_takes_the_place_of_the_files_keys_for_its_sets(tmp_path: Pat
 
 
 def test_the_robustness_study_is_valid_under_both_protocols():
-    path = Path(__file__).parents[2] / "experiments" / "robustness.toml"
+    path = EXPERIMENTS / "robustness.toml"
     own = read_study(path)
     assert own.necks == ("none", "quadratic", "srm")
     assert own.budgets == tuple(
@@ -413,6 +414,45 @@ def test_the_robustness_study_is_valid_under_both_protocols():
     assert article.config == SRMConfig()
     assert article.suite == "paper"
     assert list(article.ablations) == list(ABLATIONS)
+
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+
+
+@pytest.mark.parametrize("name", ["robustness", "defences"])
+def test_the_experiments_tables_are_those_of_their_rows(name: str):
+    folder = EXPERIMENTS / name
+    for table in tables(StudyResults.read(folder)):
+        assert (folder / "tables" / f"table-{table.number:02d}.md").read_text() == markdown(table)
+    declared = json.loads(json.dumps(read_study(EXPERIMENTS / f"{name}.toml").to_dict()))
+    stored = read_json(folder / "study.json")
+    # But for the folder of the data, and for keys that came after the older study.
+    assert {key: declared[key] for key in stored.keys() - {"data"}} == {
+        key: value for key, value in stored.items() if key != "data"
+    }
+
+
+def test_the_experiments_page_has_the_figures_of_its_rows():
+    """Its table of adversarial training, mean and standard deviation over three seeds."""
+    records = Records(EXPERIMENTS / "defences")
+    page = (EXPERIMENTS / "README.md").read_text()
+    for label, neck, variant in (
+        ("`none`", "none", "baseline, adversarial training"),
+        ("`srm` without links", "srm", "no links, adversarial training"),
+        ("`quadratic`", "quadratic", "quadratic, adversarial training"),
+        ("`srm`", "srm", "adversarial training"),
+    ):
+        cells = []
+        for kind, eps in (("clean", None), ("attack", 0.5), ("attack", 1), ("attack", 2)):
+            lines = [
+                line
+                for line in records.of(kind)
+                if (line["identity"]["neck"], line["identity"]["variant"]) == (neck, variant)
+                and (eps is None or line["identity"]["eps"] == eps / 255)
+            ]
+            assert len(lines) == 3
+            cells.append(over_seeds(lines, lambda v, e=eps: v["srocc"] if e is None else v["worst"]["srocc"]))
+        assert f"| {label} | {' | '.join(cells)} |" in page
 
 
 def test_a_second_call_repeats_nothing_and_a_lost_line_is_measured_again(

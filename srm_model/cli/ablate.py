@@ -220,16 +220,32 @@ def _models(
                 (model,),
             )
     for model in models:
-        for norm, eps in study.budgets_of(model):
-            yield Job(
-                "attack",
-                {**model.identity, "norm": norm, "eps": eps, "images": study.images, "suite": study.suite},
-                f"attack {_label(model)}, {norm} {eps:.4g}",
-                lambda model=model, norm=norm, eps=eps: _attack(  # type: ignore[misc]
-                    study, model, out, splits(model)["test"], device, norm, eps, progress
-                ),
-                (model, _beside(model)),
-            )
+        yield from _attacks(study, model, out, splits, device, progress)
+
+
+def _attacks(
+    study: Study,
+    model: Model,
+    out: Path,
+    splits: Callable[[Model], dict[str, Any]],
+    device: torch.device,
+    progress: bool,
+    stronger: Stronger | None = None,
+) -> Iterator[Job]:
+    """At each of the study's budgets with its settings, or at those and with those of a stronger group."""
+    for norm, eps in study.budgets_of(model) if stronger is None else stronger.budgets:
+        suite = study.suite if stronger is None else stronger.suite
+        identity = {**model.identity, "norm": norm, "eps": eps, "images": study.images, "suite": suite}
+        label = f"attack {_label(model)}, {norm} {eps:.4g}"
+        yield Job(
+            "attack" if stronger is None else "stronger",
+            identity if stronger is None else {**identity, "attack": stronger.config},
+            label if stronger is None else f"{label}, {stronger.name}",
+            lambda norm=norm, eps=eps: _attack(  # type: ignore[misc]
+                study, model, out, splits(model)["test"], device, norm, eps, progress, stronger
+            ),
+            (model, _beside(model)),
+        )
 
 
 def _train(
@@ -411,23 +427,12 @@ def _stronger(
     args: argparse.Namespace,
 ) -> Iterator[Job]:
     """Table 15: whether more steps, restarts or kinds of attack find what the study's own did not."""
-    progress = not args.no_progress
     for group in study.stronger:
         for model in grid:
             name = model.neck if model.variant == FULL else model.variant
             if name not in group.models or model.seed not in group.seeds:
                 continue
-            for norm, eps in group.budgets:
-                where = {"norm": norm, "eps": eps, "images": study.images, "suite": group.suite}
-                yield Job(
-                    "stronger",
-                    {**model.identity, **where, "attack": group.config},
-                    f"attack {_label(model)}, {norm} {eps:.4g}, {group.name}",
-                    lambda model=model, norm=norm, eps=eps, group=group: _attack(  # type: ignore[misc]
-                        study, model, out, splits(model)["test"], device, norm, eps, progress, group
-                    ),
-                    (model, _beside(model)),
-                )
+            yield from _attacks(study, model, out, splits, device, not args.no_progress, group)
 
 
 def _sweeps(

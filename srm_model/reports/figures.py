@@ -206,12 +206,11 @@ def _budgets(results: StudyResults, figure: Any) -> bool:
     Of the models that were trained on the most seeds: the others would be many, and are in table 11.
     """
     lines = [line for line in results.records.of("attack") if len(_budgets_of(results, line)) > 1]
-    seeds = {
-        id(line): len({other["identity"]["seed"] for other in group})
-        for group in grouped(lines, *_SERIES)
-        for line in group
-    }
-    lines = [line for line in lines if seeds[id(line)] == max(seeds.values())]
+    groups = [
+        (group, len({line["identity"]["seed"] for line in group})) for group in grouped(lines, *_SERIES)
+    ]
+    most = max((seeds for _, seeds in groups), default=0)
+    lines = [line for group, seeds in groups if seeds == most for line in group]
     norms = list(dict.fromkeys(line["identity"]["norm"] for line in lines))
     if not norms:
         return False
@@ -251,7 +250,6 @@ def _budgets(results: StudyResults, figure: Any) -> bool:
             title="L∞" if norm == "linf" else "L2",
             ylim=(-1.05, 1.05),
         )
-    most = max(seeds.values())
     axes[0].set_ylabel("worst SROCC over the suite" + (f", {most} seeds" if most > 1 else ""))
     _legend(figure)
     return True

@@ -461,7 +461,9 @@ def test_the_experiments_page_has_the_figures_of_its_rows():
                 and (line["identity"].get("norm"), line["identity"].get("eps")) == (norm, eps)
             ]
             assert len(lines) == 3
-            cells.append(over_seeds(lines, lambda v, n=norm: v["srocc"] if n is None else v["worst"]["srocc"]))
+            cells.append(
+                over_seeds(lines, lambda v, n=norm: v["srocc"] if n is None else v["worst"]["srocc"])
+            )
         assert f"| {label} | {' | '.join(cells)} |" in page
 
 

@@ -1,10 +1,4 @@
-"""What tests of Triton kernels share: the device, the rule for values, and memory that is poisoned before it is filled.
-
-The rule, for the largest and for the mean absolute error against the fp64 definition: at most twice that of plain
-PyTorch in the same dtype with fp32 inside, plus half a unit of the dtype, plus 8 units of fp32: sums are taken in
-another order. Units are of the exact result's largest (mean) entry. A lone number, such as the gradient of α, may be
-near by luck: there the error of plain PyTorch counts as half a unit of the dtype at least.
-"""
+"""What tests of Triton kernels share: the device, the numerics rule, and poisoned outputs."""
 
 from __future__ import annotations
 
@@ -17,21 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from srm_kernels.numerics import error_ratio
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16) if DEVICE == "cpu" else (torch.float32, torch.float16, torch.bfloat16)
 
 
-def within(found: Tensor, plain: Tensor, exact: Tensor) -> None:
+def within(found: Tensor, plain: Tensor, exact: Tensor, together: list[Tensor] | None = None) -> None:
+    """The rule of `srm_kernels.numerics`."""
     assert found.shape == exact.shape
-    found, plain, exact = (x.detach().cpu() for x in (found, plain, exact))
-    for measure in (torch.amax, torch.mean):
-        size = float(measure(exact.abs()))
-        error, reference = (float(measure((x.double() - exact).abs())) for x in (found, plain))
-        unit = torch.finfo(found.dtype).eps / 2
-        if exact.numel() == 1:
-            reference = max(reference, unit * size)
-        bound = 2 * reference + (unit + 8 * torch.finfo(torch.float32).eps) * size
-        assert error <= bound, f"{measure.__name__}: error {error:.3e} over {bound:.3e} (size {size:.3e})"
+    ratio = error_ratio(found, plain, exact, together)
+    assert ratio <= 1, f"the error is {ratio:.3g} times the bound"
 
 
 @contextmanager

@@ -1,9 +1,7 @@
 """Nyström attention by Triton kernels: in Triton's interpreter on the CPU where there is no GPU, else on the GPU.
 
-The rule for values and gradients, for the largest and for the mean absolute error against the fp64 definition: at most
-twice that of plain PyTorch in the same dtype with fp32 inside, plus half a unit of the dtype, plus 8 units of fp32
-rounding: elimination sums one term at a time where LAPACK sums in blocks. Units are of the exact result's largest
-(mean) entry, those of fp32 of the largest among Y and its gradients: a gradient may be the small rest of a difference.
+Values and gradients follow the rule of `srm_kernels.numerics`, where the size of the fp32 rounding is that of the
+largest among Y and its gradients: a gradient may be the small rest of a difference.
 Every output and workspace is filled with NaN, or an index out of range, before a kernel sees it.
 """
 
@@ -19,6 +17,7 @@ import pytest
 import torch
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
+from kernel_rule import within
 from oracle import tokens
 from torch import Tensor, library
 from torch.utils.flop_counter import FlopCounterMode
@@ -77,19 +76,6 @@ def inputs(
     dtype: torch.dtype = DTYPES[0],
 ) -> list[Tensor]:
     return [tokens(seed + i, b, h, n, d, dtype=dtype).to(DEVICE) for i, n in enumerate((nq, nk, nk))]
-
-
-def within(found: Tensor, plain: Tensor, exact: Tensor, together: list[Tensor] | None = None) -> None:
-    """The rule of this module; `together` are the exact results whose size is that of the fp32 rounding."""
-    assert found.shape == exact.shape
-    found, plain, exact = (x.detach().cpu() for x in (found, plain, exact))
-    for measure in (torch.amax, torch.mean):
-        size = float(measure(exact.abs()))
-        error, reference = (float(measure((x.double() - exact).abs())) for x in (found, plain))
-        unit = torch.finfo(found.dtype).eps / 2
-        largest = max(float(measure(x.detach().cpu().abs())) for x in together or [exact])
-        bound = 2 * reference + unit * size + 8 * torch.finfo(torch.float32).eps * largest
-        assert error <= bound, f"{measure.__name__}: error {error:.3e} over {bound:.3e} (size {size:.3e})"
 
 
 def value_and_gradients(

@@ -1,0 +1,60 @@
+"""The numerics rule: how far a kernel's result may be from the definition in fp64.
+
+The error of a result is at most twice the error of plain PyTorch in the same dtype (fp32 inside), plus half a unit of
+the dtype, plus 8 units of fp32 because kernels sum in another order. Units are relative to the size of the exact
+result. The rule holds for the largest and for the mean absolute error.
+
+A result of one number, such as the gradient of α, may be accurate by luck. There the error of plain PyTorch counts as
+at least half a unit of the dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FP32_UNITS = 8
+
+
+def error_ratio(
+    found: Tensor, plain: Tensor, exact: Tensor, together: Sequence[Tensor] | None = None
+) -> float:
+    """Return error divided by bound: a result with a ratio of at most 1 follows the rule.
+
+    Args:
+        found: the result by kernels, any shape, floating point.
+        plain: the same result by plain PyTorch in the dtype of `found`.
+        exact: the same result in fp64.
+        together: exact results that are computed together with this one (for instance all gradients of one call).
+            The largest of them is the size that the fp32 units are relative to. Default: `exact` alone.
+
+    Returns:
+        The larger ratio of the two measures; infinity where NaN is not where it is in `exact`.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if not found.shape == plain.shape == exact.shape:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (found, plain, exact))
+        raise ValueError(f"results have shapes {shapes}; expected the same shape three times")
+    found, plain, exact = (x.detach().cpu() for x in (found, plain, exact))
+    if not torch.equal(found.isnan(), exact.isnan()):
+        return math.inf
+    if not exact.numel():
+        return 0.0
+    unit, wide_unit = torch.finfo(found.dtype).eps / 2, torch.finfo(torch.float32).eps
+    worst = 0.0
+    for measure in (torch.amax, torch.mean):
+        size, error, reference = (
+            float(measure(x.nan_to_num(0.0, posinf=math.inf, neginf=-math.inf).abs()))
+            for x in (exact, found.double() - exact, plain.double() - exact)
+        )
+        if exact.numel() == 1:
+            reference = max(reference, unit * size)
+        largest = max((float(measure(x.detach().abs())) for x in together or ()), default=size)
+        bound = 2 * reference + unit * size + FP32_UNITS * wide_unit * largest
+        worst = max(worst, 0.0 if error == 0 else error / bound if bound else math.inf)
+    return worst

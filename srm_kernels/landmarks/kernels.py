@@ -158,6 +158,7 @@ def store_pivots(
     for start in range(0, N, BLOCK):
         rows = start + tl.arange(0, BLOCK)
         residual = tl.exp(tl.load(residual_ptr + rows, mask=rows < N, other=-INFINITY) - shift)
+        tl.debug_barrier()
         tl.store(residual_ptr + rows, residual, mask=rows < N)
         largest = tl.maximum(largest, tl.max(tl.where(rows < N, _free(residual), -INFINITY), 0))
     for step in range(rank):
@@ -193,6 +194,7 @@ def store_pivots(
             residual = tl.load(residual_ptr + rows, mask=rows < N, other=-INFINITY)
             taken = (residual == -INFINITY) | (rows == pivot)
             residual = tl.where(taken, -INFINITY, residual - column * column)
+            tl.debug_barrier()
             tl.store(residual_ptr + rows, residual, mask=rows < N)
             largest = tl.maximum(largest, tl.max(_free(residual), 0))
 

@@ -6,6 +6,7 @@ The one place that asks the hardware and the environment.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
@@ -53,7 +54,7 @@ def _missing() -> dict[str, str]:
         missing["cuda"] = unbuilt
     if not _has_triton():
         missing["triton"] = "Triton is not installed: pip install triton"
-    elif not torch.cuda.is_available() and not interpreting():
+    elif not torch.cuda.is_available() and cpu_launch_device() is None:
         missing["triton"] = (
             "there is no CUDA device, and TRITON_INTERPRET=1, which runs kernels on the CPU, is not set"
         )
@@ -73,6 +74,31 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+class LaunchDevice(NamedTuple):
+    """What launches of Triton kernels depend on: compute capability, and bytes of shared memory a block may use."""
+
+    capability: tuple[int, int]
+    shared_memory: int
+
+
+def cpu_launch_device() -> LaunchDevice | None:
+    """Return the device that Triton kernels on CPU tensors are compiled for, or None where none accepts them.
+
+    The interpreter takes the configurations of a common card and has no limit of shared memory. An emulator replaces
+    this function.
+    """
+    return LaunchDevice((8, 9), sys.maxsize) if interpreting() else None
+
+
+def launch_device(tensor: torch.Tensor) -> LaunchDevice:
+    """Return the device that launches on this tensor are compiled for; for a meta tensor as for a CPU tensor."""
+    if tensor.is_cuda:
+        properties = torch.cuda.get_device_properties(tensor.device)
+        shared = int(getattr(properties, "shared_memory_per_block_optin", 0))
+        return LaunchDevice(torch.cuda.get_device_capability(tensor.device), shared)
+    return cpu_launch_device() or LaunchDevice((8, 9), sys.maxsize)
+
+
 def triton_refusal(tensor: torch.Tensor) -> str | None:
     """Why no Triton kernel can run on a tensor, or None: what is common to all of them."""
     reason = _missing().get("triton")
@@ -82,9 +108,9 @@ def triton_refusal(tensor: torch.Tensor) -> str | None:
         return "its kernels compute in float32, and the tensors are float64"
     if tensor.device.type not in ("cuda", "cpu", "meta"):
         return f"its kernels run on CUDA devices, and the tensors are on {tensor.device}"
-    if tensor.device.type == "cpu" and not interpreting():
+    if tensor.device.type == "cpu" and cpu_launch_device() is None:
         return "the tensors are on the CPU, where only TRITON_INTERPRET=1 runs its kernels"
-    if tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) < LEAST_CAPABILITY:
+    if launch_device(tensor).capability < LEAST_CAPABILITY:
         return f"its kernels need compute capability {'.'.join(map(str, LEAST_CAPABILITY))}"
     return None
 
@@ -101,10 +127,7 @@ def cuda_refusal(tensor: torch.Tensor) -> str | None:
 
 def roomy(tensor: torch.Tensor, kibibytes: int = 160) -> bool:
     """Whether blocks may ask for so much shared memory; 160 KiB they may on data-centre cards and not on others."""
-    if not tensor.is_cuda:
-        return True
-    properties = torch.cuda.get_device_properties(tensor.device)
-    return int(getattr(properties, "shared_memory_per_block_optin", 0)) >= kibibytes * 1024
+    return launch_device(tensor).shared_memory >= kibibytes * 1024
 
 
 def choose_backend(

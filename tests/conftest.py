@@ -1,8 +1,9 @@
 """What every test relies on: one thread, reproducible hypothesis examples, the optional shared data, and Triton's
-interpreter, which runs kernels on CPU tensors, where there is no GPU. It is asked for before Triton is imported.
+interpreter, which runs kernels on CPU tensors, where there is no GPU. It is chosen before Triton is imported;
+`compiled_module.py` says how tests of compiled kernels run.
 
-The interpreter takes products by NumPy's BLAS, whose order of summation depends on the processor and on the other rows
-of a tile. Here they are taken in fp64 and rounded once, so that tests judge the kernels and not the BLAS at hand."""
+The interpreter multiplies by NumPy's BLAS, whose order of summation depends on the processor and on the other rows of a
+tile. Here products are computed in fp64 and rounded once, so that tests judge the kernels and not the BLAS."""
 
 from __future__ import annotations
 
@@ -15,22 +16,42 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from compiled_module import CompiledModule, is_compiled, only_compiled
 from hypothesis import settings
 
 torch.set_num_threads(1)
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-    if find_spec("triton"):
-        from triton.runtime import interpreter
-
-        def create_dot(builder: Any, a: Any, b: Any, accumulator: Any, *precision: Any) -> Any:
-            product = np.matmul(a.data.astype(np.float64), b.data.astype(np.float64))
-            total = product.astype(accumulator.data.dtype) + accumulator.data
-            return interpreter.TensorHandle(total, accumulator.dtype.scalar)
-
-        interpreter.InterpreterBuilder.create_dot = create_dot
 settings.register_profile("srm", deadline=None, derandomize=True)
 settings.load_profile("srm")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose Triton's interpreter where there is no GPU, unless all tests need compiled kernels."""
+    if torch.cuda.is_available():
+        return
+    if only_compiled(config):
+        os.environ.pop("TRITON_INTERPRET", None)
+        return
+    os.environ["TRITON_INTERPRET"] = "1"
+    if find_spec("triton"):
+        _multiply_in_fp64()
+
+
+def _multiply_in_fp64() -> None:
+    from triton.runtime import interpreter
+
+    def create_dot(builder: Any, a: Any, b: Any, accumulator: Any, *precision: Any) -> Any:
+        product = np.matmul(a.data.astype(np.float64), b.data.astype(np.float64))
+        total = product.astype(accumulator.data.dtype) + accumulator.data
+        return interpreter.TensorHandle(total, accumulator.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    """Run the tests of compiled kernels in a process of their own where this one interprets."""
+    if os.environ.get("TRITON_INTERPRET") == "1" and is_compiled(module_path):
+        return CompiledModule.from_parent(parent, path=module_path)
+    return None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

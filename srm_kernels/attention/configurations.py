@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..runtime import launch_device
+
 RANKS = (1, 128)
 WIDTHS = (8, 128)
 MOST_KEYS_OF_ONE_PROGRAM = 1024  # above, the key side is divided among programs
@@ -135,8 +137,8 @@ def divide(tokens: int, block: int, least: int) -> Division:
 
 
 def capability(tensor: Tensor) -> tuple[int, int]:
-    """Compute capability of the tensor's device; in the interpreter that of a common card."""
-    return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (8, 9)
+    """Return the compute capability that launches on the tensor are compiled for."""
+    return launch_device(tensor).capability
 
 
 def _padded(size: int) -> int:

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..parts import on_device
+from ..parts import INTERPRETED, on_device
 
 LARGEST = 128  # r and d
 
@@ -149,12 +149,12 @@ def _code(solver: str) -> int:
 def _matrices(tensor: Tensor) -> Tensor:
     """(…, m, n) as (batch, m, n), each within reach of 32 bits, else copied.
 
-    The interpreter has no bf16 and no fp16 arithmetic to rely on.
+    The interpreter gets fp32: its bf16 and fp16 arithmetic is not reliable.
     """
     flat = tensor.reshape(-1, *tensor.shape[-2:])
     if sum((n - 1) * stride for n, stride in zip(flat.shape[1:], flat.stride()[1:], strict=True)) >= 2**31:
         flat = flat.contiguous()
-    return flat if flat.is_cuda else flat.float()
+    return flat.float() if INTERPRETED else flat
 
 
 @triton.jit

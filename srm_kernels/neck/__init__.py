@@ -16,7 +16,7 @@ from ..attention import QK_NORMS, _over_batch
 from ..checks import DTYPES, check_choice, check_count, check_number, check_tensors, wide_dtype
 from ..landmarks import kernel_limits
 from ..registration import later, register_operator
-from ..runtime import kernels_by_name, roomy
+from ..runtime import interpreting, kernels_by_name, roomy
 from ..scale import RMSScale
 from . import reference
 
@@ -333,7 +333,7 @@ def _choose_backend(
     if refusal is None and max(d, rank) > 64 and not roomy(features):
         refusal = f"its kernels take d and r up to 64 in this device's shared memory, and d is {d}, r {rank}"
     narrow = features.dtype == torch.bfloat16 and roomy(features, 200)
-    if refusal is None and min(d, rank) > 64 and features.is_cuda and not narrow:
+    if refusal is None and min(d, rank) > 64 and not interpreting() and not narrow:
         refusal = (
             f"its kernels take d and r both above 64 only in bfloat16 and 200 KiB, and d is {d}, r {rank}"
         )

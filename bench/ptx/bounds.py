@@ -1,0 +1,104 @@
+"""Busy time of a GPU's units for a launch, and which unit limits it.
+
+Instructions are counted as the emulator executed the PTX. ptxas turns them into others: where the cubin is at hand, its
+SASS is read, and each SASS instruction counts as often as the PTX of its source line was executed on average. Both are
+estimates of what a GPU issues. Neither includes latencies, caches or how well units overlap.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from bench.projection import occupancy
+
+from .counting import ptx_counts
+from .device import Launch
+from .rates import Gpu
+from .sass import sass_counts
+
+
+def bound(launch: Launch, gpu: Gpu, *, batch: int = 1, use_sass: bool = True) -> dict[str, Any]:
+    """Estimate the busy time of every unit of a GPU for a launch that was counted.
+
+    Args:
+        launch: A launch executed with `count=True`.
+        gpu: The card, one of `rates.GPUS`.
+        batch: How many times the grid is launched at once.
+        use_sass: Count the SASS of the cubin instead of the PTX, where there is a cubin.
+
+    Returns:
+        "busy": µs by unit. "us": the largest of them, with blocks spread unevenly over SMs. "bottleneck": its unit.
+        "units", "ptx", "opcodes", "lines": warp instructions by unit, by PTX unit, by opcode and by source line.
+        "products": FMA by type. "repeated": how many warps of a block multiply the same fragments (wgmma aside).
+        "conflicts": wavefronts of shared memory over those without bank conflicts. "sector_bytes", "asked_bytes",
+        "dram_bytes": bytes of sectors, of lanes, and of distinct sectors. "registers", "resident", "waves", "uneven".
+    """
+    counters = launch.counters
+    scale = counters.scale * batch
+    ptx = ptx_counts(launch)
+    counted = sass_counts(launch) if use_sass else None
+    units: Counter[str] = Counter()
+    for name, times in (counted.units if counted else ptx).items():
+        units[name] = times * batch
+    registers = counted.registers if counted else 128
+    wavefronts, ideal = (sum(v[i] for v in counters.shared_requests.values()) * scale for i in (1, 2))
+    sectors, asked = (sum(v[i] for v in counters.global_requests.values()) * scale for i in (1, 2))
+    dram = min((len(counters.read) + len(counters.written)) * 32 * scale, launch.tensor_bytes * batch)
+    products = _products(ptx, batch)
+    clocks = gpu.sms * gpu.ghz * 1000  # of all SMs in a µs
+    busy = {
+        "issue": sum(v for name, v in units.items() if " " not in name) / 4 / clocks,
+        "fp32": units["fp32"] * 32 / gpu.fp32 / clocks,
+        "alu": (units["alu"] + units["convert"]) * 32 / gpu.alu / clocks,
+        "imad": units["imad"] * 32 / gpu.imad / clocks,
+        "xu": units["xu"] * 32 / gpu.xu / clocks,
+        "lsu": (wavefronts + units["shuffle"] + max(sectors / 4, units["global"])) / clocks,
+        "mma": (products["bf16"] / gpu.bf16 + products["tf32"] / gpu.tf32) / clocks,
+        "dram": dram / gpu.dram / 1000,
+    }
+    resident = max(1, occupancy(registers, launch.shared, launch.warps, gpu.capability).blocks)
+    blocks = counters.grid * batch
+    uneven = math.ceil(blocks / gpu.sms) * gpu.sms / blocks  # blocks of the fullest SM over the mean
+    return {
+        "kernel": launch.name,
+        "blocks": blocks,
+        "warps": launch.warps,
+        "registers": registers,
+        "resident": resident,
+        "waves": blocks / (gpu.sms * resident),
+        "uneven": uneven,
+        "busy": busy,
+        "bottleneck": max(busy, key=busy.__getitem__),
+        "us": max(us * (1 if name == "dram" else uneven) for name, us in busy.items()),
+        "units": dict(units),
+        "ptx": {name: times * batch for name, times in ptx.items()},
+        "opcodes": {k: v * batch for k, v in counted.opcodes.most_common(25)} if counted else {},
+        "lines": {f"{f}:{n}": v * batch for (f, n), v in counted.lines.most_common(25)} if counted else {},
+        "products": dict(products),
+        "repeated": _ratio(counters.products.values()),
+        "conflicts": wavefronts / max(1.0, ideal),
+        "sector_bytes": sectors * 32,
+        "asked_bytes": asked,
+        "dram_bytes": dram,
+    }
+
+
+def _products(ptx: Counter[str], batch: int) -> Counter[str]:
+    """Count FMA of matrix products by type; fp16 and bf16 have one rate and count as "bf16"."""
+    products: Counter[str] = Counter()
+    for name, times in ptx.items():
+        found = re.match(r"w?g?mma m(\d+)n(\d+)k(\d+) (\w+)", name)
+        if found:
+            fma = times * batch * math.prod(map(int, found.groups()[:3]))
+            products["tf32" if found.group(4) == "tf32" else "bf16"] += fma  # type: ignore[assignment]
+    return products
+
+
+def _ratio(entries: Iterable[list[int]]) -> float:
+    """Return all products over the distinct ones."""
+    both = list(entries)
+    return sum(e[0] for e in both) / max(1, sum(e[1] for e in both))

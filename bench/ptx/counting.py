@@ -1,0 +1,192 @@
+"""Counters of a launch, and PTX instructions by unit, by place in the source and by line."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .arithmetic import i8, where
+from .parse import WIDTH, Instruction
+
+if TYPE_CHECKING:
+    from .device import Launch
+
+SPECIAL_FUNCTIONS = ("ex2", "lg2", "rcp", "rsqrt", "sqrt", "tanh", "sin", "cos", "popc")
+FLOAT_OPERATIONS = ("add", "sub", "mul", "fma", "mad")
+FLOAT_TYPES = ("f32", "f32x2", "bf16x2", "f16x2", "f16", "bf16", "f64")
+
+
+@dataclass
+class Counters:
+    """What one execution counted. All but `blocks` needs `count=True`."""
+
+    blocks: np.ndarray  # warps that executed each basic block
+    global_requests: dict[int, list[int]] = field(default_factory=dict)  # instruction: warps, sectors, bytes
+    shared_requests: dict[int, list[int]] = field(default_factory=dict)  # warps, wavefronts, those at best
+    products: dict[int, list[int]] = field(default_factory=dict)  # warps, distinct products within a block
+    read: set[int] = field(default_factory=set)  # sectors of 32 bytes
+    written: set[int] = field(default_factory=set)
+    grid: int = 0  # blocks of the launch
+    ran: int = 0  # blocks that were executed
+
+    @property
+    def scale(self) -> float:
+        """Factor from the executed blocks to the whole grid."""
+        return self.grid / max(1, self.ran)
+
+    def count_global(self, number: int, address: Any, active: Any, size: int, touched: set[int]) -> None:
+        """Count the sectors of an access of `size` bytes per lane; `active`: (warps, 32), or None for all."""
+        sectors = (address.view(i8) >> 5).reshape(-1, 32)
+        lanes = sectors.size
+        if active is not None:
+            warps = active.any(1)
+            if not warps.any():
+                return
+            sectors, active = sectors[warps], active[warps]
+            first = np.take_along_axis(sectors, active.argmax(1)[:, None], 1)
+            sectors = where(active, sectors, first)
+            lanes = int(active.sum())
+        ordered = np.sort(sectors, 1)
+        distinct = len(sectors) + int((np.diff(ordered, axis=1) != 0).sum())
+        _add(self.global_requests, number, len(sectors), distinct, lanes * size)
+        touched.update(np.unique(sectors).tolist())
+
+    def count_shared(self, number: int, offsets: Any, size: int) -> None:
+        """Count wavefronts: distinct words of the fullest bank in each phase of an access; offset −1 is inactive."""
+        phases = max(1, size // 4)
+        rows = offsets.reshape(-1, 32)
+        active = (rows >= 0).any(1)
+        rows = rows[active].reshape(-1, 32 // phases)
+        words = rows[:, :, None] // 4 + np.arange(phases)
+        words = np.sort(where(rows[:, :, None] >= 0, words, -1).reshape(len(rows), -1), 1)
+        fresh = np.ones(words.shape, bool)
+        fresh[:, 1:] = words[:, 1:] != words[:, :-1]
+        fullest = _fullest_bank(words, fresh & (words >= 0))
+        _add(self.shared_requests, number, int(active.sum()), int(fullest.sum()), int((fullest > 0).sum()))
+
+    def count_rows(self, number: int, rows: Any, first: bool) -> None:
+        """Count the wavefronts of one 8×8 matrix of ldmatrix; rows: (warps, 8) offsets of 16 bytes each."""
+        words = (rows[:, :, None] // 4 + np.arange(4)).reshape(len(rows), -1)
+        fullest = _fullest_bank(words, np.ones(words.shape, bool))
+        _add(self.shared_requests, number, len(rows) if first else 0, int(fullest.sum()), len(rows))
+
+    def count_products(self, number: int, blocks: Any, first: Any, second: Any, active: Any) -> None:
+        """Count products, and the distinct ones: warps of a block that multiply equal fragments repeat work.
+
+        Args:
+            number: The instruction.
+            blocks: (warps,) block of each warp.
+            first: (warps, …) left fragments.
+            second: (warps, …) right fragments.
+            active: (warps,) which warps take part.
+        """
+        mark = np.random.default_rng(0)
+        keys = [blocks] + [
+            np.nan_to_num(one.reshape(len(one), -1).astype(np.float64)) @ mark.random(one[0].size)
+            for one in (first, second)
+        ]
+        both = np.stack(keys, 1)[active]
+        _add(self.products, number, len(both), len(np.unique(both, axis=0)))
+
+
+def _add(table: dict[int, list[int]], number: int, *amounts: int) -> None:
+    entry = table.setdefault(number, [0] * len(amounts))
+    entry[:] = [one + amount for one, amount in zip(entry, amounts, strict=True)]
+
+
+def _fullest_bank(words: Any, chosen: Any) -> Any:
+    """Return how many of the chosen words of each row are in its fullest bank."""
+    bank = words % 32 + 32 * np.arange(len(words))[:, None]
+    return np.bincount(bank[chosen], minlength=32 * len(words)).reshape(-1, 32).max(1)
+
+
+def unit_of(op: list[str]) -> str:
+    """Return the unit of a PTX instruction, whose name is given in parts: ["add", "f32"]."""
+    name, kind = op[0], op[-1]
+    if name == "mma" or op[:2] == ["wgmma", "mma_async"]:
+        return "mma"
+    if name in ("ld", "st", "ldmatrix", "stmatrix", "cp", "atom", "red"):
+        if "param" in op or (op[:2] == ["cp", "async"] and op[2].startswith(("commit", "wait"))):
+            return "other"
+        return (
+            "shared" if any(word.startswith("shared") for word in op[1:3]) or "matrix" in name else "global"
+        )
+    if name in FLOAT_OPERATIONS and kind in FLOAT_TYPES:
+        return "fp32"
+    if name == "cvt":
+        of, to = (word[0] in "us" for word in op[1:] if word in WIDTH)
+        return "alu" if of and to else "xu" if of != to else "convert"
+    return _UNITS.get(name, "alu")
+
+
+_UNITS = {
+    **dict.fromkeys(("wgmma", "fence"), "other"),
+    **dict.fromkeys(("shfl", "redux", "vote"), "shuffle"),
+    **dict.fromkeys(SPECIAL_FUNCTIONS, "xu"),
+    **dict.fromkeys(("bra", "ret", "exit"), "branch"),
+    **dict.fromkeys(("mov", "cvta", "createpolicy"), "move"),
+    **dict.fromkeys(("mul", "mad"), "imad"),
+    "div": "div",
+    "bar": "barrier",
+}
+
+
+def executed(launch: Launch) -> Iterator[tuple[Instruction, str, float]]:
+    """Yield every PTX instruction, its unit, and how many warps of the whole grid executed it."""
+    counters = launch.counters
+    for block, times in zip(launch.program.kernel.blocks, counters.blocks, strict=True):
+        for ins in [*block.instructions, *([block.end] if block.end else [])]:
+            yield ins, unit_of(ins.op), float(times * counters.scale)
+
+
+def ptx_counts(launch: Launch) -> Counter[str]:
+    """Count warp instructions of the whole grid by unit, and matrix products by shape and type.
+
+    wgmma counts once per warpgroup under its shape, and once per warp under "mma".
+    """
+    found: Counter[str] = Counter()
+    for ins, unit, times in executed(launch):
+        found[unit] += times  # type: ignore[assignment]
+        if unit == "mma":
+            shape = next(word for word in ins.op if word.startswith(("m16n8", "m64n")))
+            warpgroup = ins.op[0] == "wgmma"
+            name = f"wgmma {shape} {ins.op[-1]}" if warpgroup else f"mma {shape} {ins.op[-3]}"
+            found[name] += times / 4 if warpgroup else times  # type: ignore[assignment]
+    return found
+
+
+def by_place(launch: Launch, library: tuple[str, ...] = ("standard.py",)) -> dict[str, Counter[str]]:
+    """Count PTX instructions of the whole grid by unit, for each place of the source and its calls.
+
+    "all" sums the units; "lsu" counts shuffles and wavefronts of shared memory. Frames of files whose names start with
+    one of `library` are left out.
+    """
+    found: dict[str, Counter[str]] = defaultdict(Counter)
+    requests, scale = launch.counters.shared_requests, launch.counters.scale
+    for ins, unit, times in executed(launch):
+        place = " < ".join(frame for frame in ins.chain.split(" < ") if not frame.startswith(library))
+        if unit != "move":
+            found[place]["all"] += times  # type: ignore[assignment]
+            found[place][unit] += times  # type: ignore[assignment]
+        if unit == "shuffle":
+            found[place]["lsu"] += times  # type: ignore[assignment]
+        if ins.number in requests:
+            found[place]["lsu"] += requests[ins.number][1] * scale  # type: ignore[assignment]
+    return found
+
+
+def by_line(launch: Launch) -> dict[tuple[str, int], list[float]]:
+    """For each file and line of the source: its PTX instructions, and how many times warps executed them."""
+    lines: dict[tuple[str, int], list[float]] = defaultdict(lambda: [0, 0.0])
+    files = launch.program.kernel.files
+    for ins, unit, times in executed(launch):
+        if unit != "move":
+            entry = lines[(Path(files.get(ins.loc[0], "")).name, ins.loc[1])]
+            entry[0] += 1
+            entry[1] += times
+    return lines

@@ -1,0 +1,289 @@
+"""PTX text as Triton emits it -> basic blocks of instructions."""
+
+from __future__ import annotations
+
+import bisect
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+WIDTH = {
+    "b8": 1,
+    "u8": 1,
+    "s8": 1,
+    "b16": 2,
+    "u16": 2,
+    "s16": 2,
+    "f16": 2,
+    "bf16": 2,
+    "b32": 4,
+    "u32": 4,
+    "s32": 4,
+    "f32": 4,
+    "f16x2": 4,
+    "bf16x2": 4,
+    "tf32": 4,
+    "f32x2": 8,
+    "b64": 8,
+    "u64": 8,
+    "s64": 8,
+    "f64": 8,
+    "pred": 0,
+    "b128": 16,
+}
+
+
+class Unsupported(Exception):  # noqa: N818  # part of the public API
+    """An instruction that the machine does not know."""
+
+
+@dataclass(frozen=True)
+class Reg:
+    index: int
+    width: int  # bytes; 0 for a predicate
+    name: str
+
+
+@dataclass(frozen=True)
+class Imm:
+    kind: str  # "int", "f32" or "f64"; of floats the bits
+    value: int
+
+
+@dataclass(frozen=True)
+class Special:
+    name: str
+
+
+@dataclass(frozen=True)
+class Symbol:
+    name: str
+
+
+@dataclass(frozen=True)
+class Address:
+    base: Any  # Reg, Imm or Symbol
+    offset: int
+
+
+@dataclass(frozen=True)
+class Not:
+    of: Reg
+
+
+@dataclass
+class Instruction:
+    op: list[str]
+    args: list[Any]
+    guard: Reg | None
+    negated: bool
+    text: str
+    line: int  # of the PTX
+    loc: tuple[int, int]  # file number and line of the source
+    chain: str = ""  # where that was inlined, innermost first: "parts.py:120 < kernels.py:77"
+    number: int = -1
+
+    @property
+    def name(self) -> str:
+        return ".".join(self.op)
+
+
+@dataclass
+class Block:
+    instructions: list[Instruction] = field(default_factory=list)
+    end: Instruction | None = None  # bra, ret, exit, bar; None falls through
+
+
+@dataclass
+class Kernel:
+    name: str
+    params: list[tuple[str, str]]  # (type, name)
+    places: dict[str, int]  # of parameters, in bytes
+    registers: list[Reg]
+    blocks: list[Block]
+    targets: dict[str, int]
+    shared: dict[str, int]  # symbol -> offset
+    shared_bytes: int  # of static arrays
+    local: dict[str, int]
+    local_bytes: int
+    files: dict[int, str]
+    instructions: list[Instruction]
+
+
+SPECIAL = re.compile(
+    r"%(tid|ntid|ctaid|nctaid)\.([xyz])$|%(laneid|warpid|clock|globaltimer|clusterid.*|cluster_.*)$"
+)
+
+
+def parse(text: str) -> Kernel:
+    starts = [0] + [m.end() for m in re.finditer("\n", text)]
+    clean = re.sub(r"/\*.*?\*/", lambda m: re.sub(r"[^\n]", " ", m.group()), text, flags=re.S)
+    clean = re.sub(r"//[^\n]*", lambda m: " " * len(m.group()), clean)
+    files = {int(n): name for n, name in re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', text, re.M)}
+    entries = list(re.finditer(r"\.entry\s+([\w$]+)\s*\(", clean))
+    if len(entries) != 1:
+        raise Unsupported(f"{len(entries)} entries in a module")
+    if re.search(r"^\s*(\.visible\s+|\.weak\s+)?\.func\b", clean, re.M):
+        raise Unsupported("a .func in the module")
+    entry = entries[0]
+    close = clean.index(")", entry.end())
+    params = []
+    for part in clean[entry.end() : close].split(","):
+        words = part.split()
+        if words:
+            params.append((words[1].lstrip("."), words[-1].split("[")[0]))
+    body = clean.index("{", close) + 1
+    places, used = {}, 0
+    for kind, name in params:
+        used = -(-used // WIDTH[kind]) * WIDTH[kind]
+        places[name] = used
+        used += WIDTH[kind]
+    kernel = Kernel(entry.group(1), params, places, [], [Block()], {}, {}, 0, {}, 0, files, [])
+    for m in re.finditer(r"\.shared\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d*)\]", clean):
+        _place(kernel, "shared", m)
+    for m in re.finditer(r"\.local\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d*)\]", clean):
+        _place(kernel, "local", m)
+    scopes: list[dict[str, Reg]] = [{}]
+    loc, chain = (0, 0), ""
+    pos = body
+    stop = re.compile(r"\s*")
+    label = re.compile(r"([\w$%]+):(?!:)")
+
+    def fresh() -> None:
+        if kernel.blocks[-1].instructions or kernel.blocks[-1].end:
+            kernel.blocks.append(Block())
+
+    while True:
+        pos = stop.match(clean, pos).end()  # type: ignore[union-attr]
+        char = clean[pos]
+        if char == "{":
+            scopes.append({})
+            pos += 1
+            continue
+        if char == "}":
+            scopes.pop()
+            pos += 1
+            if not scopes:
+                break
+            continue
+        found = label.match(clean, pos)
+        if found:
+            fresh()
+            kernel.targets[found.group(1)] = len(kernel.blocks) - 1
+            pos = found.end()
+            continue
+        if clean.startswith(".loc", pos):
+            end = clean.index("\n", pos)
+            numbers = clean[pos + 4 : end].split()
+            loc = (int(numbers[0]), int(numbers[1]))
+            chain = " < ".join(re.findall(r"([\w.]+:\d+):\d+", text[pos:end])) or chain
+            pos = end
+            continue
+        end = clean.index(";", pos)
+        statement = " ".join(clean[pos:end].split())
+        line = bisect.bisect_right(starts, pos)
+        pos = end + 1
+        if not statement:
+            continue
+        if statement.startswith("."):
+            _directive(kernel, scopes[-1], statement)
+            continue
+        instruction = _instruction(kernel, scopes, statement, line, loc)
+        instruction.number = len(kernel.instructions)
+        instruction.chain = chain
+        kernel.instructions.append(instruction)
+        if instruction.op[0] in ("bra", "ret", "exit", "bar", "barrier", "brx") and instruction.op[1:2] != [
+            "warp"
+        ]:
+            kernel.blocks[-1].end = instruction
+            kernel.blocks.append(Block())
+        else:
+            kernel.blocks[-1].instructions.append(instruction)
+    return kernel
+
+
+def _place(kernel: Kernel, space: str, m: re.Match[str]) -> None:
+    align, name, size = int(m.group(1)), m.group(2), int(m.group(3) or 0)
+    used = getattr(kernel, f"{space}_bytes")
+    start = -(-used // align) * align
+    getattr(kernel, space)[name] = start
+    setattr(kernel, f"{space}_bytes", start + size)
+
+
+def _directive(kernel: Kernel, scope: dict[str, Reg], statement: str) -> None:
+    if statement.startswith(".reg"):
+        kind, names = re.match(r"\.reg\s+\.(\w+)\s+(.*)", statement).groups()  # type: ignore[union-attr]
+        for name in names.split(","):
+            name = name.strip()
+            many = re.match(r"(.*)<(\d+)>$", name)
+            for one in [f"{many.group(1)}{i}" for i in range(int(many.group(2)))] if many else [name]:
+                scope[one] = Reg(len(kernel.registers), WIDTH[kind], one)
+                kernel.registers.append(scope[one])
+    elif not statement.startswith((".pragma", ".local", ".shared")):
+        raise Unsupported(statement)
+
+
+def _instruction(
+    kernel: Kernel, scopes: list[dict[str, Reg]], text: str, line: int, loc: tuple[int, int]
+) -> Instruction:
+    rest, guard, negated = text, None, False
+    if rest.startswith("@"):
+        word, rest = rest.split(None, 1)
+        negated = word[1] == "!"
+        guard = _lookup(scopes, word.lstrip("@!"))
+    name, _, operands = rest.partition(" ")
+    try:
+        args = [_operand(kernel, scopes, part) for part in _split(operands)]
+    except Unsupported as error:
+        raise Unsupported(f"{text} (line {line}): {error}") from error
+    return Instruction(name.split("."), args, guard, negated, text, line, loc)
+
+
+def _lookup(scopes: list[dict[str, Reg]], name: str) -> Reg:
+    for scope in reversed(scopes):
+        if name in scope:
+            return scope[name]
+    raise Unsupported(f"register {name}")
+
+
+def _split(text: str) -> list[str]:
+    parts, depth, start = [], 0, 0
+    for i, char in enumerate(text):
+        if char in "{[(":
+            depth += 1
+        elif char in "}])":
+            depth -= 1
+        elif char == "," and depth == 0:
+            parts.append(text[start:i].strip())
+            start = i + 1
+    last = text[start:].strip()
+    return [*parts, last] if last else parts
+
+
+def _operand(kernel: Kernel, scopes: list[dict[str, Reg]], text: str) -> Any:
+    if text.startswith("{"):
+        return [_operand(kernel, scopes, part) for part in _split(text[1:-1])]
+    if text.startswith("["):
+        inner = text[1:-1].strip()
+        m = re.match(r"([^+\s]+)\s*(?:\+\s*(-?\w+))?$", inner)
+        if not m:
+            raise Unsupported(f"address {text}")
+        return Address(_operand(kernel, scopes, m.group(1)), int(m.group(2) or "0", 0))
+    if text.startswith("!"):
+        return Not(_lookup(scopes, text[1:].strip()))
+    if "|" in text:
+        return tuple(_operand(kernel, scopes, part.strip()) for part in text.split("|"))
+    if re.fullmatch(r"0[fF][0-9a-fA-F]{8}", text):
+        return Imm("f32", int(text[2:], 16))
+    if re.fullmatch(r"0[dD][0-9a-fA-F]{16}", text):
+        return Imm("f64", int(text[2:], 16))
+    if re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|\d+)U?", text):
+        return Imm("int", int(text.rstrip("U"), 0))
+    if SPECIAL.match(text):
+        return Special(text[1:])
+    for scope in reversed(scopes):
+        if text in scope:
+            return scope[text]
+    if text == "_":
+        return None
+    return Symbol(text)

@@ -1,0 +1,59 @@
+"""A kernel and the Python functions that its basic blocks are translated to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .accesses import AccessInstructions
+from .instructions import ScalarInstructions
+from .parse import WIDTH, Instruction, Kernel, parse
+
+
+class Translator(ScalarInstructions, AccessInstructions):
+    """Translate basic blocks to Python functions."""
+
+
+class Program:
+    """A kernel whose basic blocks are translated when they are first executed.
+
+    Attributes:
+        granule: Bytes of the narrowest access to shared memory, at most 4. Hazards are kept per granule.
+        word: The same of global memory.
+        wgmma: Whether the kernel uses products of warpgroups.
+    """
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        self._translator = Translator(kernel)
+        self._functions: dict[tuple[int, bool], Callable[..., Any]] = {}
+        self.granule = min(map(_shared_width, kernel.instructions), default=4)
+        self.word = min(map(_global_width, kernel.instructions), default=4)
+        self.wgmma = any(ins.op[:2] == ["wgmma", "mma_async"] for ins in kernel.instructions)
+
+    def function(self, number: int, masked: bool) -> Callable[..., Any]:
+        """Return the function of a basic block, for all lanes or for those of a mask."""
+        key = (number, masked)
+        if key not in self._functions:
+            self._functions[key] = self._translator.block(self.kernel.blocks[number], number, masked)
+        return self._functions[key]
+
+
+_PROGRAMS: dict[str, Program] = {}
+
+
+def program_of(text: str) -> Program:
+    """Parse PTX and keep its program, so that later launches of the same PTX reuse the translated blocks."""
+    if text not in _PROGRAMS:
+        _PROGRAMS[text] = Program(parse(text))
+    return _PROGRAMS[text]
+
+
+def _shared_width(ins: Instruction) -> int:
+    if ins.op[0] in ("ld", "st", "ldmatrix", "stmatrix") and any(w.startswith("shared") for w in ins.op):
+        return min(WIDTH.get(ins.op[-1], 4), 4)
+    return 4
+
+
+def _global_width(ins: Instruction) -> int:
+    return min(WIDTH.get(ins.op[-1], 4), 4) if ins.op[0] in ("ld", "st") and "global" in ins.op else 4

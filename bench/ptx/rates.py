@@ -1,0 +1,46 @@
+"""Rates of the units of GPUs, per clock and multiprocessor (SM).
+
+Sources:
+- Arithmetic lanes: CUDA C++ Programming Guide, "Arithmetic Instructions", table "Throughput of Native Arithmetic
+  Instructions", results per clock cycle per SM: fp32 add, multiply and fma 64 on 8.0 and 128 on 8.6, 8.9, 9.0 and 12.0;
+  32-bit integer add, compare, logic and shift 64; 32-bit integer multiply-add 64; special functions 16.
+- Tensor cores: dense FMA with fp32 accumulation. NVIDIA A100 whitepaper, table 2: 1,024 bf16 and 512 tf32. NVIDIA H100
+  whitepaper: 2,048 bf16 and 1,024 tf32, which need wgmma; mma.sync reaches about half of that. NVIDIA Ampere GA102
+  whitepaper, appendix A, and Ada whitepaper, appendix A: GeForce cards run bf16 with fp32 accumulation at half the
+  headline rate, 256 bf16 and 128 tf32 on 8.6 and 8.9 (RTX 3090 71 TFLOPS, RTX 4090 165.2 TFLOPS, dense). Blackwell
+  RTX whitepaper, appendix A: the same rate on 12.0 (RTX 5090 209.5 TFLOPS, dense).
+- SMs, boost clock and memory bandwidth: the specification tables of the same whitepapers; A100 is the 80 GB SXM card.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Gpu(NamedTuple):
+    """One card: rates in lanes (fp32, alu, imad, xu) and FMA (bf16, tf32) per clock and SM."""
+
+    name: str
+    capability: int
+    sms: int
+    ghz: float
+    dram: float  # GB/s
+    fp32: int
+    bf16: int
+    tf32: int
+    alu: int = 64
+    imad: int = 64
+    xu: int = 16
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("RTX 3090", 86, 82, 1.695, 936, 128, 256, 128),
+        Gpu("RTX 4090", 89, 128, 2.520, 1008, 128, 256, 128),
+        Gpu("RTX 5090", 120, 170, 2.407, 1792, 128, 256, 128),
+        Gpu("A100", 80, 108, 1.410, 2039, 64, 1024, 512),
+        Gpu("H100", 90, 132, 1.830, 3350, 128, 2048, 1024),
+        Gpu("H100 mma.sync", 90, 132, 1.830, 3350, 128, 1024, 512),
+    )
+}

@@ -1,0 +1,237 @@
+"""Matrix products of a warpgroup: wgmma, its descriptors and its asynchronous hazards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .arithmetic import f4, i8, u2, u4, u8, where
+from .parse import Unsupported
+from .products import rows_of
+from .state import SEVERAL_READERS, Group, State
+
+
+class WarpgroupProducts(State):
+    def _active(self, group: Group, mask: Any) -> Any:
+        """Warps that take part."""
+        if mask is None:
+            return np.ones(group.lanes // 32, bool)
+        return group.full(mask).reshape(-1, 32).any(1)
+
+    def proxy(self, group: Group, mask: Any) -> None:
+        if not self.program.wgmma:
+            return
+        self.fences[np.arange(group.count) if mask is None else np.unique(group.block[group.full(mask)])] += 1
+
+    def wgmma_fence(self, group: Group, mask: Any) -> None:
+        if mask is None:
+            group.unfenced.clear()
+            return
+        active = group.active(mask)
+        for warps in group.unfenced.values():
+            warps &= ~active
+
+    def wgmma_commit(self, group: Group, mask: Any) -> None:
+        group.products += group.active(mask)
+
+    def wgmma_wait(self, group: Group, count: int, mask: Any) -> None:
+        active = group.active(mask)
+        kept = []
+        for entry in group.pending:
+            _, warps, number_of, chunks, owner = entry
+            done = warps & active & (number_of < group.products - count)
+            if done.any() and chunks is not None:
+                over = done[owner]
+                np.subtract.at(self.chunks(self.reading), chunks[over].ravel(), 1)
+                self.chunks(self.reader)[chunks[over]] = SEVERAL_READERS
+                self.chunks(self.reader_epoch)[chunks[over]] = self.epoch[owner[over] // (group.width // 32)][
+                    :, None, None
+                ]
+                entry[3:] = [chunks[~over], owner[~over]]
+            warps &= ~done
+            if warps.any():
+                kept.append(entry)
+        group.pending = kept
+
+    def touch(self, group: Group, number: int, reads: Any, writes: Any, fresh: bool, mask: Any) -> None:
+        """Registers of wgmma that another instruction reads or writes."""
+        active = group.active(mask)
+        for registers, warps, *_ in group.pending:
+            results, operands = registers
+            if not (results.isdisjoint(reads) and results.isdisjoint(writes) and operands.isdisjoint(writes)):
+                early = warps & active
+                if early.any():
+                    self.report(
+                        "wgmma registers",
+                        number,
+                        "touches a register of wgmma before wgmma.wait_group",
+                        32 * int(early.sum()),
+                    )
+        for one in writes if fresh else ():
+            group.unfenced[one] = active | group.unfenced.get(one, False)
+
+    def _cells(self, array: np.ndarray) -> np.ndarray:
+        """An array over granules by chunks of 16 bytes."""
+        return array.reshape(-1, 16 // self.program.granule)
+
+    def _matrix(
+        self, group: Group, number: int, one: Any, size: int, kind: str, major: bool, active: Any
+    ) -> tuple[Any, Any]:
+        """(matrix [units, size, depth], chunks of 16 bytes it was read from) of a descriptor."""
+        width = 4 if kind == "tf32" else 2
+        units = len(active)
+        words = group.full(one).reshape(units, -1)
+        words = where(active[:, None], words, words[active.argmax(), 0])
+        word = words[:, 0]
+        if (words != word[:, None]).any():
+            raise Unsupported("a descriptor that differs among the lanes of a warpgroup")
+        high = np.unique(word >> u8(16))
+        if len(high) != 1:
+            raise Unsupported("descriptors whose layouts differ")
+        high = int(high[0]) << 16
+        start = (word & u8(0x3FFF)).astype(i8) << 4
+        leading, stride, swizzle = (high >> 16 & 0x3FFF) << 4, (high >> 32 & 0x3FFF) << 4, high >> 62
+        if high >> 49 & 7:
+            raise Unsupported("a descriptor with a base offset")
+        key = (size, width, leading, stride, swizzle, major)
+        if key not in self.patterns:
+            wide = (1, 8, 4, 2)[swizzle]  # chunks in a row of the swizzle's atom
+            if not major:  # along k: [size, 2]
+                row, chunk = np.arange(size)[:, None], np.arange(2)[None, :]
+                pattern = row % 8 * 16 * wide + row // 8 * stride + chunk * (leading if swizzle == 0 else 16)
+            else:  # along the other dimension: [depth, size / 8]
+                deep, chunk = np.arange(16)[:, None], np.arange(size * width // 16)[None, :]
+                one_, other = (stride, leading) if swizzle == 0 else (leading, stride)
+                pattern = chunk % wide * 16 + chunk // wide * one_ + deep % 8 * 16 * wide + deep // 8 * other
+            self.patterns[key] = pattern.astype(i8)
+        place = start[:, None, None] + self.patterns[key]
+        if swizzle:
+            place = place ^ ((place >> 7 & (0, 7, 3, 1)[swizzle]) << 4)
+        bad = place + 16 > self.shared_limit
+        if bad.any():
+            self.report(
+                "shared bounds",
+                number,
+                f"wgmma reads shared memory at {int(place[bad][0])} of {self.shared_limit}",
+                int(bad.sum()),
+            )
+            place = where(bad, 0, place)
+        place = place + group.base.reshape(units, -1)[:, :1, None]
+        chunks = place >> 4
+        raw = self.shared[1].reshape(-1, 16)[chunks]  # [units, ., ., 16]
+        if kind == "tf32":
+            values = (raw.view(u4) & u4(0xFFFFE000)).view(f4)
+        else:
+            values = (
+                raw.view(np.float16).astype(f4)
+                if kind == "f16"
+                else (raw.view(u2).astype(u4) << u4(16)).view(f4)
+            )
+        if major:
+            matrix = values.reshape(units, 16, size).transpose(0, 2, 1)
+        else:
+            matrix = values.reshape(units, size, 32 // width)
+        return matrix, chunks
+
+    def wgmma(
+        self,
+        group: Group,
+        number: int,
+        mask: Any,
+        shape: tuple[int, int],
+        kind: str,
+        to: Any,
+        a: Any,
+        b: Any,
+        keep: Any,
+        scales: tuple[int, int],
+        majors: tuple[bool, bool],
+        registers: Any,
+    ) -> list[Any]:
+        """The new accumulators. Warps of a warpgroup may come alone, as each owns 16 rows."""
+        size, depth = shape
+        warps = group.lanes // 32
+        together = 4 if group.width % 128 == 0 else 1
+        units = warps // together
+        active = group.active(mask)
+        if mask is not None:
+            whole = group.full(mask).reshape(units, -1)
+            if (whole.any(1) != whole.all(1)).any():
+                self.report(
+                    "barrier",
+                    number,
+                    "threads of a warpgroup part at wgmma",
+                    int((whole.any(1) != whole.all(1)).sum()),
+                )
+        if self.check and group.unfenced:
+            for one in (*registers[0], *registers[1]):
+                if one in group.unfenced and (group.unfenced[one] & active).any():
+                    self.report(
+                        "wgmma registers",
+                        number,
+                        "no wgmma.fence since its registers were written",
+                        32 * int(active.sum()),
+                    )
+                    break
+        if self.count:
+            entry = self.counters.products.setdefault(number, [0, 0])
+            entry[:] = [one + int(active.sum()) for one in entry]
+        read = []
+        if isinstance(a, tuple):
+            stacked = np.stack([group.full(r) for r in a], -1).reshape(warps, 8, 4, len(a))
+            first = rows_of(stacked, kind, depth).reshape(units, 16 * together, depth)
+        else:
+            first, chunks = self._matrix(group, number, a, 64, kind, majors[0], active[::together])
+            if together == 1:
+                start = 16 * (group.warp.reshape(units, -1)[:, 0].astype(i8) % 4)
+                first = np.take_along_axis(first, (start[:, None] + np.arange(16))[:, :, None], 1)
+            read.append(chunks.reshape(units, -1))
+        second, chunks = self._matrix(group, number, b, size, kind, majors[1], active[::together])
+        read.append(chunks.reshape(units, -1))
+        everything = np.concatenate(read, 1)
+        held = None
+        owner = np.arange(units) * together
+        if self.check:
+            self._taken(group, number, everything, owner, active)
+            held = everything[active[owner]]
+        group.pending.append([registers, active.copy(), group.products.copy(), held, owner[active[owner]]])
+        product = np.matmul(first, second.transpose(0, 2, 1)).reshape(
+            warps, 2, 8, size // 8, 4, 2
+        )  # r, g, j, t, e
+        if scales[0] * scales[1] < 0:
+            product = -product
+        parts = np.ascontiguousarray(product.transpose(3, 1, 5, 0, 2, 4)).reshape(size // 2, group.lanes)
+        results = []
+        for part, one in zip(parts, to, strict=True):
+            if getattr(keep, "ndim", 0) == 0:
+                results.append(((part + group.full(one).view(f4)) if keep else part).view(u4))
+            else:
+                results.append((part + where(keep, group.full(one).view(f4), f4(0))).view(u4))
+        return results
+
+    def _taken(self, group: Group, number: int, chunks: Any, owner: Any, active: Any) -> None:
+        """Hazards of what wgmma reads; all warps of the warpgroup read it."""
+        chosen = active[owner]
+        chunks = chunks[chosen]
+        if not len(chunks):
+            return
+        block = (owner // (group.width // 32))[chosen]
+        epoch = self.epoch[block][:, None, None]
+        if (self.written[8].reshape(-1, 2)[chunks] != u8(0x0101010101010101)).any():
+            self.report("uninitialised", number, "reads shared memory that nobody wrote", 1)
+        if self.in_flight.any():
+            busy = self.chunks(self.in_flight)[chunks]
+            if busy.any():
+                self.report("race", number, "reads what cp.async is still writing", int(busy.sum()))
+        fresh = self.chunks(self.writer_epoch)[chunks] == epoch
+        if fresh.any():
+            self.report("race", number, "reads what was written since the last barrier", int(fresh.sum()))
+        near = self.chunks(self.stamp)[chunks] == self.fences[block][:, None, None]
+        if near.any():
+            self.report(
+                "proxy", number, "reads what was written with no fence.proxy.async since", int(near.sum())
+            )
+        self.chunks(self.reader)[chunks] = SEVERAL_READERS
+        self.chunks(self.reader_epoch)[chunks] = epoch
+        np.add.at(self.chunks(self.reading), chunks.ravel(), 1)

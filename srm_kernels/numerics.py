@@ -5,7 +5,9 @@ the dtype, plus 8 units of fp32 because kernels sum in another order. Units are 
 result. The rule holds for the largest and for the mean absolute error.
 
 A result of one number, such as the gradient of α, may be accurate by luck. There the error of plain PyTorch counts as
-at least half a unit of the dtype.
+at least half a unit of the dtype. Better, it is measured over several losses: such a gradient is a sum Σ tᵢ over many
+positions whose error Σ tᵢ δᵢ is of the order of the unit times √Σ tᵢ², whatever the sum itself is. One loss is one draw
+of it, which may be anything down to 0; losses of other signs draw it again.
 """
 
 from __future__ import annotations
@@ -20,7 +22,11 @@ FP32_UNITS = 8
 
 
 def error_ratio(
-    found: Tensor, plain: Tensor, exact: Tensor, together: Sequence[Tensor] | None = None
+    found: Tensor,
+    plain: Tensor,
+    exact: Tensor,
+    together: Sequence[Tensor] | None = None,
+    draws: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> float:
     """Return error divided by bound: a result with a ratio of at most 1 follows the rule.
 
@@ -30,6 +36,8 @@ def error_ratio(
         exact: the same result in fp64.
         together: exact results that are computed together with this one (for instance all gradients of one call).
             The largest of them is the size that the fp32 units are relative to. Default: `exact` alone.
+        draws: (plain, exact) of the same result for other losses: the error of plain PyTorch is then the largest of
+            all draws, and the size at least their root mean square.
 
     Returns:
         The larger ratio of the two measures; infinity where NaN is not where it is in `exact`.
@@ -54,6 +62,9 @@ def error_ratio(
         )
         if exact.numel() == 1:
             reference = max(reference, unit * size)
+        if draws:
+            reference = max(reference, *(float(measure((p.double() - e).abs())) for p, e in draws))
+            size = max(size, float(torch.stack([measure(e.abs()) for _, e in draws]).square().mean().sqrt()))
         largest = max((float(measure(x.detach().abs())) for x in together or ()), default=size)
         bound = 2 * reference + unit * size + FP32_UNITS * wide_unit * largest
         worst = max(worst, 0.0 if error == 0 else error / bound if bound else math.inf)

@@ -62,3 +62,13 @@ def test_nan_and_infinity_must_be_where_they_are_in_the_definition(value):
 def test_other_shapes_are_an_error():
     with pytest.raises(ValueError, match="expected the same shape"):
         error_ratio(EXACT[:3], EXACT, EXACT)
+
+
+def test_draws_measure_a_sum_that_cancels():
+    """One loss leaves 1e-3 of terms of size 1; others show the size of its error."""
+    exact = torch.tensor([1e-3], dtype=torch.float64)
+    found, plain = (exact + 1e-6).float(), exact.float()
+    draws = [(torch.tensor([1.0 + 1e-6]), torch.tensor([1.0], dtype=torch.float64))] * 4
+    assert error_ratio(found, plain, exact) > 1
+    assert error_ratio(found, plain, exact, draws=draws) <= 1
+    assert error_ratio((exact + 1e-5).float(), plain, exact, draws=draws) > 1

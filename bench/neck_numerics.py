@@ -1,0 +1,139 @@
+"""The fused neck against the reference neck: one training step, judged result by result.
+
+The rule, for the fused map, every loss, gradient and statistic: the largest error against the reference neck in fp64 is
+at most twice that of the reference neck in the same precision, plus 64 units of fp32 (2 of the reduced precision) of
+the largest entry. A gradient that is a small remainder of larger ones is measured by the largest of its kind: a bias's
+gradient by all gradients, the gate's, whose logits' gradients sum to 0 over the stages, by all of the gate's.
+
+A gradient of one number (β, α, θ of one head, a readout's bias) is a sum Σ tᵢ over channels and positions. Its error
+Σ tᵢ δᵢ, with roundings δᵢ of either sign, is of the order of the unit times √Σ tᵢ², whatever the sum itself is. One
+draw of such an error may be anything down to 0, so it is no measure for another draw. Therefore the reference's error
+is the largest over `DRAWS` losses of other signs, and in fp32 the size is at least the root mean square of the
+gradient over these losses.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from srm_model import SRMConfig, SRMNeck
+
+DRAWS = 16
+Step = dict[str, Tensor]
+
+
+def make_pyramid(
+    batch: int, grids: Sequence[tuple[int, int]], channels: Sequence[int], seed: int = 0, device: str = "cpu"
+) -> list[Tensor]:
+    """Return normal maps (B, C_i, h, w)."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(batch, c, *grid, generator=generator).to(device)
+        for c, grid in zip(channels, grids, strict=True)
+    ]
+
+
+def make_neck(
+    config: SRMConfig,
+    grids: Sequence[tuple[int, int]],
+    channels: Sequence[int],
+    seed: int = 0,
+    device: str = "cpu",
+) -> SRMNeck:
+    """Return a calibrated reference neck whose gate is not uniform and whose β and τ are not 1."""
+    torch.manual_seed(seed)
+    neck = SRMNeck(channels, config.replace(backend="reference")).to(device)
+    neck.calibrate(make_pyramid(3, grids, channels, seed=9, device=device))
+    with torch.no_grad():
+        for name, parameter in neck.named_parameters():
+            if name.startswith(("beta", "gate.readouts")) or name.endswith(("theta", "bias", "alpha")):
+                parameter += 0.3 * torch.rand_like(parameter)
+    return neck.train()
+
+
+def with_backend(neck: SRMNeck, backend: str) -> SRMNeck:
+    """Return a neck with the same weights and buffers and another backend."""
+    other = SRMNeck([conv.in_channels for conv in neck.align], neck.config.replace(backend=backend))
+    other = other.to(next(neck.parameters()).device)
+    other.load_state_dict(neck.state_dict())
+    return other.train(neck.training)
+
+
+def step(neck: SRMNeck, pyramid: Sequence[Tensor], draw: int = 0) -> Step:
+    """Run forward and backward once; return everything that a training loop could see.
+
+    Args:
+        neck: a neck in training or evaluation mode.
+        pyramid: its maps.
+        draw: a loss with other signs for each number.
+    """
+    torch.manual_seed(1)
+    maps = [m.detach().clone().requires_grad_() for m in pyramid]
+    out = neck(maps)
+    weight = torch.linspace(-1, 1, out.fused.numel(), dtype=torch.float64).view_as(out.fused)
+    if draw:
+        signs = torch.randint(2, weight.shape, generator=torch.Generator().manual_seed(draw)) * 2 - 1
+        weight = weight * signs
+    loss = (out.fused * weight.to(out.fused.device)).sum() + sum(out.losses.values())
+    neck.zero_grad()
+    loss.backward()
+    seen = {"fused": out.fused, "weights": out.weights, "gain": out.gain, "norm": out.norm, **out.losses}
+    seen |= {f"buffer {name}": b for name, b in neck.named_buffers() if b.is_floating_point()}
+    seen |= {f"gradient {name}": p.grad for name, p in neck.named_parameters() if p.grad is not None}
+    seen |= {f"gradient map {i}": m.grad for i, m in enumerate(maps) if m.grad is not None}
+    return {name: value.detach().cpu() for name, value in seen.items()}
+
+
+def ratios(
+    neck: SRMNeck,
+    pyramid: Sequence[Tensor],
+    dtype: torch.dtype | None = None,
+    run: Callable[[SRMNeck, Sequence[Tensor]], Step] = step,
+) -> dict[str, float]:
+    """Return error divided by bound of every result of a training step by kernels.
+
+    Args:
+        neck: a reference neck.
+        pyramid: fp32 maps.
+        dtype: the dtype of autocast, or None for fp32.
+        run: how the neck by kernels takes its step.
+    """
+    device = pyramid[0].device.type
+    draws: list[tuple[Step, Step]] = []  # (fp64, this precision)
+    for draw in range(DRAWS):
+        exact = step(copy.deepcopy(neck).double(), [m.double() for m in pyramid], draw)
+        with torch.autocast(device, dtype, enabled=dtype is not None):
+            draws.append((exact, step(copy.deepcopy(neck), pyramid, draw)))
+    with torch.autocast(device, dtype, enabled=dtype is not None):
+        found = run(with_backend(neck, "triton"), pyramid)
+    return _judge(found, draws, dtype)
+
+
+def _judge(found: Step, draws: list[tuple[Step, Step]], dtype: torch.dtype | None) -> dict[str, float]:
+    exact, plain = draws[0]
+    if not found.keys() == plain.keys() == exact.keys():
+        raise AssertionError(f"results differ in kind: {sorted(found.keys() ^ exact.keys())}")
+    unit = 64 * torch.finfo(torch.float32).eps if dtype is None else 2 * torch.finfo(dtype).eps
+
+    def largest(start: str) -> float:
+        return max(float(value.abs().max()) for name, value in exact.items() if name.startswith(start))
+
+    def distance(one: Step, other: Step, name: str) -> float:
+        return float((one[name].double() - other[name]).abs().max())
+
+    judged = {}
+    for name, value in exact.items():
+        kind = "gradient gate" if name.startswith("gradient gate") else name
+        single = name.startswith("gradient") and value.numel() == 1
+        size = largest("gradient" if name.endswith("bias") else kind)
+        if single and dtype is None:
+            size = max(size, float(torch.stack([e[name] for e, _ in draws]).square().mean().sqrt()))
+        reference = max(distance(p, e, name) for e, p in (draws if single else draws[:1]))
+        bound = 2 * reference + unit * size
+        error = distance(found, exact, name)
+        judged[name] = 0.0 if error == 0 else error / bound if bound else float("inf")
+    return judged

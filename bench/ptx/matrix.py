@@ -1,0 +1,218 @@
+"""The compiled kernels, executed as PTX on a CPU and judged by the numerics rule: `python -m bench.ptx matrix`.
+
+A row for each case, dtype and architecture: the largest error over its bound, what the memory checks reported, what a
+launch refused, and a digest of the code that ran. Where the code for two architectures is the same, it runs once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench import neck_numerics
+from srm_kernels.numerics import error_ratio
+
+from .cases import DTYPES, Case, operator_cases
+from .device import Device, emulated_device
+from .necks import NeckCase, neck_cases
+
+ARCHITECTURES = (89, 90, 120, 80, 86)
+DRAWS = 8  # losses that a result of few numbers is judged by
+FEW = 16
+Row = dict[str, Any]
+
+
+class Run(NamedTuple):
+    """One case in one dtype on one architecture, warps of a block in one order."""
+
+    case: Case | NeckCase
+    dtype: str
+    architecture: int
+    order: str = "together"
+
+    def about(self) -> Row:
+        """Return what names the run in its row."""
+        kind = "neck" if isinstance(self.case, NeckCase) else "operator"
+        return {
+            "kind": kind,
+            "case": self.case.name,
+            "dtype": self.dtype,
+            "architecture": self.architecture,
+            "order": self.order,
+        }
+
+
+def runs(
+    *,
+    sample: bool = False,
+    architectures: Sequence[int] = ARCHITECTURES,
+    orders: Sequence[str] = ("together",),
+) -> Iterator[Run]:
+    """Yield the runs of the whole matrix, or of the sample that continuous integration takes."""
+    for case in (*operator_cases(), *neck_cases()):
+        served = getattr(case, "architectures", ARCHITECTURES)
+        for dtype in case.dtypes:
+            for architecture in architectures:
+                if (sample and (dtype, architecture) not in case.sample) or architecture not in served:
+                    continue
+                for order in orders:
+                    yield Run(case, dtype, architecture, order)
+
+
+def judge(run: Run) -> Row:
+    """Execute a run and return its row; `passed` says whether everything holds."""
+    row = run.about()
+    start = time.perf_counter()
+    with emulated_device(run.architecture, order=run.order, poison=True) as device:
+        try:
+            measured = _neck_ratios(run) if isinstance(run.case, NeckCase) else _operator_ratios(run)
+            ratios, row["bits"] = measured
+            row["ratio"] = round(max(ratios.values(), default=0.0), 3)
+            worst = sorted(ratios.items(), key=lambda item: -item[1])[:4]
+            row["ratios"] = {name: round(value, 3) for name, value in worst}
+        except Exception as error:
+            row["error"] = f"{type(error).__name__}: {str(error)[:400]}"
+            row["trace"] = traceback.format_exc(limit=-3)
+        row |= _observed(device)
+    row["seconds"] = round(time.perf_counter() - start, 1)
+    row["passed"] = not (
+        row.get("error") or row["reports"] or row["refusals"] or not row["kernels"] or row["ratio"] > 1
+    )
+    return row
+
+
+def code_of(run: Run) -> str:
+    """Return the digest of the code that a run would execute; nothing is executed."""
+    with emulated_device(run.architecture, blocks=lambda *_: []) as device:
+        if isinstance(run.case, NeckCase):
+            neck, pyramid = _neck(run.case)
+            with torch.autocast("cpu", DTYPES[run.dtype], enabled=run.dtype != "fp32"):
+                neck_numerics.step(neck_numerics.with_backend(neck, "triton"), pyramid)
+        else:
+            call, tensors = run.case.make(DTYPES[run.dtype])
+            _results(lambda *x: call(*x, backend="triton"), tensors)
+    return str(_observed(device)["code"])
+
+
+def _observed(device: Device) -> Row:
+    """Return what the emulated device saw: reports, refusals, and the code that ran."""
+    ptx = [_normalised(launch.compiled.asm["ptx"]) for launch in device.launches]
+    return {
+        "reports": sorted(
+            {f"{name}: {report}" for name, report in device.reports() if report.kind != "copies"}
+        ),
+        "refusals": sorted(set(device.refusals)),
+        "kernels": sorted({launch.name for launch in device.launches}),
+        "code": hashlib.sha256("\n".join(ptx).encode()).hexdigest()[:16],
+    }
+
+
+def _normalised(ptx: str) -> str:
+    """Return PTX without the name of its target: the rest decides what a launch computes."""
+    return re.sub(r"^\.(target|version)\b.*$", "", ptx, flags=re.M)
+
+
+def _results(function: Callable[..., Any], tensors: Sequence[Tensor], seed: int = 99) -> dict[str, Tensor]:
+    """Return the floating-point outputs of a call and the gradients of its inputs."""
+    leaves = [x.detach().clone().requires_grad_() for x in tensors]
+    outputs = function(*leaves)
+    outputs = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
+    outputs = [x for x in outputs if x is not None and x.is_floating_point()]
+    found = {f"output {i}": x.detach() for i, x in enumerate(outputs)}
+    carrying = [x for x in outputs if x.requires_grad]
+    if carrying:
+        generator = torch.Generator().manual_seed(seed)
+        upstream = [
+            torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in carrying
+        ]
+        gradients = torch.autograd.grad(carrying, leaves, upstream, allow_unused=True)
+        found |= {f"gradient {i}": g for i, g in enumerate(gradients) if g is not None}
+    return found
+
+
+def _operator_ratios(run: Run) -> tuple[dict[str, float], str]:
+    case = run.case
+    assert isinstance(case, Case)
+    call, tensors = case.make(DTYPES[run.dtype])
+    found = _results(lambda *x: call(*x, backend="triton"), tensors)
+    wide = [x.double() for x in tensors]
+
+    def by_reference(inputs: Sequence[Tensor], seed: int = 99) -> dict[str, Tensor]:
+        return _results(lambda *x: call(*x, backend="reference"), inputs, seed)
+
+    plain, exact = by_reference(tensors), by_reference(wide)
+    few = [name for name, x in exact.items() if name.startswith("gradient") and x.numel() <= FEW]
+    others = [(by_reference(tensors, seed), by_reference(wide, seed)) for seed in range(DRAWS) if few]
+    together = list(exact.values()) if case.shares_size else None
+    ratios = {}
+    for name, value in exact.items():
+        draws = [(p[name], e[name]) for p, e in others] if name in few else []
+        ratios[name] = error_ratio(found[name], plain[name], value, together, draws)
+    return ratios, _bits(found)
+
+
+def _neck(case: NeckCase) -> tuple[Any, list[Tensor]]:
+    neck = neck_numerics.make_neck(case.config, case.grids, case.channels)
+    return neck, neck_numerics.make_pyramid(case.batch, case.grids, case.channels)
+
+
+def _neck_ratios(run: Run) -> tuple[dict[str, float], str]:
+    assert isinstance(run.case, NeckCase)
+    neck, pyramid = _neck(run.case)
+    seen: dict[str, Tensor] = {}
+
+    def by_kernels(fused: Any, maps: Sequence[Tensor]) -> dict[str, Tensor]:
+        seen.update(neck_numerics.step(fused, maps))
+        return seen
+
+    dtype = None if run.dtype == "fp32" else DTYPES[run.dtype]
+    return neck_numerics.ratios(neck, pyramid, dtype, by_kernels), _bits(seen)
+
+
+def _bits(results: dict[str, Tensor]) -> str:
+    """Return a digest of all results, bit by bit."""
+    digest = hashlib.sha256()
+    for name in sorted(results):
+        digest.update(name.encode())
+        digest.update(results[name].contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def key_of(row: Row) -> tuple[Any, ...]:
+    """Return what tells a row from the others."""
+    return tuple(row[name] for name in ("kind", "case", "dtype", "architecture", "order"))
+
+
+def rows(wanted: Sequence[Run], known: Sequence[Row] = ()) -> Iterator[Row]:
+    """Yield a row for each run. Code that an earlier row of the same case and dtype ran is not executed again.
+
+    Args:
+        wanted: runs in the order in which they are executed.
+        known: rows of an interrupted command; their code is compared like that of new rows.
+    """
+    done: dict[tuple[Any, ...], list[Row]] = {}
+    for row in known:
+        done.setdefault((row["kind"], row["case"], row["dtype"], row["order"]), []).append(row)
+    for run in wanted:
+        about = run.about()
+        earlier = done.setdefault((about["kind"], about["case"], about["dtype"], run.order), [])
+        code = code_of(run) if earlier else None
+        same = next((row for row in earlier if row["code"] == code and row["passed"]), None)
+        if same:
+            row = {
+                **same,
+                **about,
+                "same_code_as": same.get("same_code_as", same["architecture"]),
+                "seconds": 0,
+            }
+        else:
+            row = judge(run)
+        earlier.append(row)
+        yield row

@@ -1,0 +1,64 @@
+"""Cases of the compiled matrix for the fused neck: a training step of `SRMNeck` by kernels."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from srm_model import SRMConfig
+
+
+class NeckCase(NamedTuple):
+    """A neck and the maps it reads; sides are (h, w) of the four levels."""
+
+    name: str
+    config: SRMConfig
+    grids: tuple[tuple[int, int], ...]
+    channels: tuple[int, ...] = (16, 32, 64, 48)
+    batch: int = 2
+    dtypes: tuple[str, ...] = ("bf16", "fp16", "fp32")
+    sample: tuple[tuple[str, int], ...] = ()
+    architectures: tuple[int, ...] = (80, 86, 89, 90, 120)
+
+
+_SMALL = SRMConfig(channels=64, heads=2, rank=16, pool_size=4, image_size=128)
+_EVEN = ((32, 32), (16, 16), (8, 8), (4, 4))
+_ODD = ((27, 25), (14, 13), (9, 8), (5, 5))
+_SQUARE = ((12, 12), (10, 10), (9, 9), (8, 8))  # 64 keys on a small grid
+_ARTICLE = SRMConfig(channels=256, heads=8, rank=64, pool_size=4, image_size=256)
+
+
+def neck_cases() -> list[NeckCase]:
+    """Return the cases in a fixed order."""
+    cases = [
+        NeckCase("article, DyT", _ARTICLE, _SQUARE, batch=1, sample=(("bf16", 89), ("fp32", 90))),
+        NeckCase("article", _ARTICLE.replace(dyt=False), _SQUARE, batch=1, sample=(("bf16", 90), ("fp16", 86))),
+        NeckCase("even maps, DyT", _SMALL, _EVEN, sample=(("fp16", 120),)),
+        NeckCase("even maps", _SMALL.replace(dyt=False), _EVEN, sample=(("bf16", 80),)),
+        NeckCase(
+            "odd maps, DyT, normalised queries", _SMALL.replace(heads=4, rank=17, qk_norm="both"), _ODD,
+            sample=(("fp32", 89), ("bf16", 120)),
+        ),
+        NeckCase(
+            "odd maps, no normalisation", _SMALL.replace(heads=4, rank=17, qk_norm=None, dyt=False), _ODD,
+            sample=(("fp32", 120),),
+        ),
+        NeckCase(
+            "no statistics, P=3, DyT in the gate",
+            _SMALL.replace(channels=48, rank=9, pool_size=3, tau=False, gate_dyt=True, links=((4, 2),)), _ODD,
+            batch=3, sample=(("fp16", 90),),
+        ),
+        NeckCase(
+            "heads of 64", _SMALL.replace(channels=128, rank=64, links=((4, 1), (3, 1))), _SQUARE, batch=1,
+            sample=(("fp32", 86),),
+        ),
+        NeckCase(
+            "128 landmarks", _SMALL.replace(channels=128, rank=128, dyt=False, links=((4, 2),)),
+            ((12, 12),) * 4, batch=1, architectures=(80, 90), sample=(("bf16", 80),),
+        ),
+        NeckCase(
+            "another solver, pivoted Cholesky",
+            _SMALL.replace(solver="lu", landmarks="pivoted_cholesky", links=((4, 3),)), _EVEN, batch=1,
+            sample=(("bf16", 86),),
+        ),
+    ]  # fmt: skip
+    return cases

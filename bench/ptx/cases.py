@@ -58,7 +58,7 @@ class _LandmarksOfKernels:
         options = dict(self.options, tau=tau, backend=backend)
         if backend != "triton":
             rank = min(self.rank, key.shape[2])
-            return ops.nystrom_attention(query, key, value, rank, landmarks=self.chosen, **options)
+            return _flat(ops.nystrom_attention(query, key, value, rank, landmarks=self.chosen, **options))
         plain = attention_module._landmark_side
 
         def recording(*arguments: Any) -> Any:
@@ -67,7 +67,14 @@ class _LandmarksOfKernels:
             return found
 
         with mock.patch.object(attention_module, "_landmark_side", recording):
-            return ops.nystrom_attention(query, key, value, self.rank, **options)
+            return _flat(ops.nystrom_attention(query, key, value, self.rank, **options))
+
+
+def _flat(outputs: Any) -> tuple[Tensor, ...]:
+    """Return the tensors of an output that may be nested."""
+    if isinstance(outputs, Tensor):
+        return (outputs,)
+    return sum((_flat(one) for one in outputs if one is not None), ())
 
 
 def attention(
@@ -82,7 +89,7 @@ def attention(
     **options: Any,
 ) -> Case:
     """Y = τ L X and the gradients of Q, K, V and τ."""
-    words = "".join(f" {value}" for value in options.values() if value is not None)
+    words = "".join(f" {v if isinstance(v, str) else k}" for k, v in options.items() if v is not None)
 
     def make(dtype: torch.dtype) -> tuple[Call, list[Tensor]]:
         tokens = [normal(i, batch, heads, n, d, dtype=dtype) for i, n in enumerate((queries, keys, keys))]
@@ -119,7 +126,10 @@ def solve(r: int, d: int, solver: str, *sample: tuple[str, int], **options: Any)
 
 
 def landmarks(keys: int, d: int, rank: int, method: str, *sample: tuple[str, int]) -> Case:
-    """Indices: distinct, and of scores that rounding cannot tell from the r largest."""
+    """Indices: distinct keys, at most 1 in 16 of which is not the definition's, as ties may go either way.
+
+    The result is 0 where that holds and else 1.
+    """
 
     def call(key: Tensor, *, backend: str) -> Tensor:
         if backend != "triton":
@@ -127,10 +137,9 @@ def landmarks(keys: int, d: int, rank: int, method: str, *sample: tuple[str, int
         found = ops.select_landmarks(key.detach(), rank, method=method, backend="triton").flatten(0, 1)
         exact = ops.select_landmarks(key.detach().double(), rank, method=method, backend="reference")
         pairs = list(zip(found.tolist(), exact.flatten(0, 1).tolist(), strict=True))
-        if any(len(set(one)) != rank or not 0 <= min(one) <= max(one) < keys for one, _ in pairs):
-            raise AssertionError("landmarks are not distinct keys")
+        distinct = all(len(set(one)) == rank and 0 <= min(one) <= max(one) < keys for one, _ in pairs)
         wrong = sum(len(set(one) - set(other)) for one, other in pairs)
-        return torch.full((1,), float(wrong > max(1, found.numel() // 16)), dtype=key.dtype)
+        return torch.full((1,), float(not distinct or wrong > max(1, found.numel() // 16)), dtype=key.dtype)
 
     name = f"select_landmarks {method} Nk={keys} d={d} r={rank}"
     return Case(name, lambda dtype: (call, [normal(0, 1, 2, keys, d, dtype=dtype)]), NAMES, sample)
@@ -160,6 +169,7 @@ def _attention_cases() -> Iterator[Case]:
     yield attention(40, 140, 128, 64, ("bf16", 80), heads=1, qk_norm="keys")
     yield attention(40, 140, 64, 128, ("fp16", 90), heads=1, qk_norm="keys")
     yield attention(40, 140, 128, 128, ("fp32", 80), heads=1, qk_norm="keys")
+    yield attention(130, 50, 40, 9, ("bf16", 89), statistics=True, qk_norm="keys")
     yield attention(1, 1, 16, 4, ("fp32", 120), qk_norm="both")
 
 
@@ -244,6 +254,8 @@ def _pool_and_landmark_cases() -> Iterator[Case]:
     for keys, d, rank in ((33, 24, 9), (256, 32, 64), (50, 64, 32), (140, 128, 128)):
         for method in ("leverage", "pivoted_cholesky"):
             sample = {9: [("bf16", 120), ("fp32", 89)], 32: [("fp16", 86)]}.get(rank, [])
+            if (rank, method) == (128, "leverage"):
+                sample = [("bf16", 80)]
             yield landmarks(keys, d, rank, method, *sample)
 
 

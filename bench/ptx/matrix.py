@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -47,6 +48,25 @@ class Run(NamedTuple):
             "architecture": self.architecture,
             "order": self.order,
         }
+
+
+class Configuration(NamedTuple):
+    """A kernel with the options it is launched with: a branch of the launch rules."""
+
+    kernel: str
+    warps: int
+    stages: int | None
+    registers: int | None
+
+    @classmethod
+    def of(cls, kernel: Any, options: dict[str, Any]) -> Configuration:
+        """Return the configuration of a launch from its keyword arguments."""
+        return cls(
+            kernel.__name__.strip("_"),
+            options.get("num_warps", 4),
+            options.get("num_stages"),
+            options.get("maxnreg"),
+        )
 
 
 def runs(
@@ -91,14 +111,33 @@ def judge(run: Run) -> Row:
 def code_of(run: Run) -> str:
     """Return the digest of the code that a run would execute; nothing is executed."""
     with emulated_device(run.architecture, blocks=lambda *_: []) as device:
-        if isinstance(run.case, NeckCase):
-            neck, pyramid = _neck(run.case)
-            with torch.autocast("cpu", DTYPES[run.dtype], enabled=run.dtype != "fp32"):
-                neck_numerics.step(neck_numerics.with_backend(neck, "triton"), pyramid)
-        else:
-            call, tensors = run.case.make(DTYPES[run.dtype])
-            _results(lambda *x: call(*x, backend="triton"), tensors)
+        _step_of(run)
     return str(_observed(device)["code"])
+
+
+def _step_of(run: Run) -> None:
+    """Run forward and backward by kernels, without a look at the results."""
+    if isinstance(run.case, NeckCase):
+        neck, pyramid = _neck(run.case)
+        with torch.autocast("cpu", DTYPES[run.dtype], enabled=run.dtype != "fp32"):
+            neck_numerics.step(neck_numerics.with_backend(neck, "triton"), pyramid)
+    else:
+        call, tensors = run.case.make(DTYPES[run.dtype])
+        _results(lambda *x: call(*x, backend="triton"), tensors)
+
+
+def configurations_of(run: Run) -> set[Configuration]:
+    """Return the kernels that a run launches, each with its launch options; nothing is compiled."""
+    found: set[Configuration] = set()
+
+    def record(
+        device: Device, compile_: object, kernel: Any, args: object, grid: object, options: Row
+    ) -> None:
+        found.add(Configuration.of(kernel, options))
+
+    with mock.patch.object(Device, "run", record), emulated_device(run.architecture):
+        _step_of(run)
+    return found
 
 
 def _observed(device: Device) -> Row:

@@ -1,0 +1,10 @@
+"""The fused neck as compiled code: the sample of `bench.ptx.matrix`."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton")
+from sampled import rows_test
+
+test_run = rows_test(lambda kind: kind.startswith("neck"))

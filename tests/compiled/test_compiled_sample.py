@@ -1,0 +1,46 @@
+"""The sample of the compiled matrix covers every kernel and every branch of the launch rules."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+import pytest
+
+pytest.importorskip("triton")
+from triton.runtime.jit import JITFunction
+
+import srm_kernels
+from bench import resources
+from bench.ptx import matrix
+
+
+@pytest.fixture(scope="module")
+def sampled() -> set[matrix.Configuration]:
+    """Return what the sample launches."""
+    return set().union(*(matrix.configurations_of(run) for run in matrix.runs(sample=True)))
+
+
+def test_every_kernel_of_the_package_is_executed(sampled):
+    kernels = set()
+    for module in pkgutil.walk_packages(srm_kernels.__path__, "srm_kernels."):
+        if module.name.endswith("kernels"):
+            found = vars(importlib.import_module(module.name)).items()
+            kernels |= {
+                name.strip("_")
+                for name, f in found
+                if name.endswith("_kernel") and isinstance(f, JITFunction)
+            }
+    assert len(kernels) >= 40
+    assert {one.kernel for one in sampled} == kernels
+
+
+def test_every_branch_of_the_launch_rules_is_executed(sampled):
+    """What `bench.resources` compiles are all branches."""
+    branches = set()
+    for family in resources.FAMILIES.values():
+        for case in family.cases:
+            for architecture in resources.ARCHITECTURES:
+                for kernel, _, options in family.launches(case, architecture):
+                    branches.add(matrix.Configuration.of(kernel, options))
+    assert branches - sampled == set()

@@ -13,8 +13,10 @@ from .parse import WIDTH, Address, Instruction, Reg, Unsupported
 
 
 class AccessInstructions(Operands):
+    """Emit memory accesses, warp operations and matrix products, each as a call of the execution."""
+
     def _access(self, ins: Instruction) -> tuple[str, int, str, int]:
-        """(space, vector length, type, bytes of an element)."""
+        """Return the space, the vector length, the type and the bytes of an element."""
         space = next((word for word in ins.op if word in ("global", "shared", "local", "param")), None)
         if space is None:
             raise Unsupported(f"{ins.text} (line {ins.line}): generic address")
@@ -129,7 +131,7 @@ class AccessInstructions(Operands):
         if ins.op[2] == "commit_group":
             return [(None, f"M.commit(G, {mask})")]
         if ins.op[2] in ("wait_group", "wait_all"):
-            count = ins.args[0].value if ins.args else 0
+            count = ins.args[0].value if ins.args else -1  # wait_all: uncommitted copies too
             return [(None, f"M.wait(G, {count}, {mask})")]
         if ins.op[2] not in ("ca", "cg"):
             raise Unsupported(ins.text)
@@ -145,7 +147,8 @@ class AccessInstructions(Operands):
         target = ins.args[0]
         targets = list(target) if isinstance(target, tuple) else [target, None]
         value, lane, clamp = (self.bits(arg, 4) for arg in ins.args[1:4])
-        return [(targets, f"M.shuffle(G, '{kind}', {value}, {lane}, {clamp})")]
+        call = f"M.shuffle(G, '{kind}', {value}, {lane}, {clamp})"
+        return [(targets, call)] if targets[1] is not None else [(targets[0], f"{call}[0]")]
 
     def _redux(self, ins: Instruction, mask: str) -> Any:
         kind = ins.op[-1]

@@ -1,4 +1,4 @@
-"""Arithmetic of PTX on arrays of lanes: registers are unsigned arrays (or scalars where all lanes agree)."""
+"""Arithmetic of PTX on arrays of lanes. A register is an unsigned array, or a scalar that all lanes share."""
 
 from __future__ import annotations
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from .arithmetic import UNSIGNED, i2, i4, i8, u1, where
+from .arithmetic import UNSIGNED, i4, i8, u1, where
 from .memory import Allocation, GlobalMemory, LocalMemory
 from .parse import Instruction, Unsupported
 from .products import MatrixProducts
 from .program import Program
 from .shared import SharedMemory
-from .state import Group
+from .state import UNWRITTEN, Group
 from .warpgroups import WarpgroupProducts
 from .warps import Warps
 
@@ -107,6 +107,7 @@ class Execution(GlobalMemory, LocalMemory, SharedMemory, Warps, MatrixProducts, 
                     "some warps wait at a barrier that other warps of their block do not reach"
                 )
             self.epoch += 1
+            self.version += 1
 
     def _clear_shared(self, count: int) -> None:
         """Give `count` blocks shared memory that nothing has written, and clear its history."""
@@ -115,14 +116,9 @@ class Execution(GlobalMemory, LocalMemory, SharedMemory, Warps, MatrixProducts, 
         shift = -raw.ctypes.data % 128
         raw = raw[shift : shift + size]
         self.shared = {w: raw.view(UNSIGNED[w]) for w in (1, 2, 4, 8)}
-        written = np.zeros(size, u1)
-        self.written = {w: written.view(UNSIGNED[w]) for w in (1, 2, 4, 8)}
         granules = size // self.program.granule
-        self.writer_epoch = np.full(granules, -1, i4)
-        self.writer = np.zeros(granules, i2)
-        self.reader_epoch = np.full(granules, -1, i4)
-        self.reader = np.zeros(granules, i2)
-        self.in_flight = np.zeros(granules, bool)
+        self.wrote = np.full(granules, UNWRITTEN, i4)
+        self.read = np.full(granules, UNWRITTEN, i4)
         self.epoch = np.zeros(count, i4)
         if self.program.wgmma:
             self.reading = np.zeros(granules, i4)
@@ -167,7 +163,9 @@ class Execution(GlobalMemory, LocalMemory, SharedMemory, Warps, MatrixProducts, 
                 self._go(group, mask, following)
                 if self.order != "together":
                     if mask is not None:
-                        raise Unsupported("a barrier in divergent code where warps run one after the other")
+                        raise self.unsupported(
+                            end.number, "in divergent code, with warps one after the other"
+                        )
                     return True
                 self._barrier(group, mask, end)
             else:
@@ -198,6 +196,7 @@ class Execution(GlobalMemory, LocalMemory, SharedMemory, Warps, MatrixProducts, 
     def _barrier(self, group: Group, mask: Any, end: Instruction) -> None:
         if mask is None:
             self.epoch += 1
+            self.version += 1
             return
         mine = mask.reshape(group.count, -1)
         assert group.counter is not None
@@ -207,3 +206,4 @@ class Execution(GlobalMemory, LocalMemory, SharedMemory, Warps, MatrixProducts, 
             detail = "some threads of a block do not reach the barrier with the others"
             self.report("barrier", end.number, detail, int((some & ~every).sum()))
         self.epoch[some] += 1
+        self.version += 1

@@ -14,8 +14,10 @@ ROUNDING = ("rn", "rz", "rm", "rp", "rna", "rni", "rzi", "rmi", "rpi")
 
 
 class ScalarInstructions(Operands):
+    """Emit arithmetic, logic and conversions; a method per instruction, named like it."""
+
     def _arithmetic(self, ins: Instruction, form: str, wide: str | None = None) -> list[tuple[Any, str]]:
-        """form: a Python expression of {a}, {b}, {c}."""
+        """Emit arithmetic; form: a Python expression of {a}, {b} and {c}."""
         kind = ins.op[-1]
         if kind in ("f16x2", "bf16x2"):
             one = kind[:-2]
@@ -57,7 +59,7 @@ class ScalarInstructions(Operands):
         return [(ins.args[0], self._result(form.format(**names), kind, ins))]
 
     def _mixed(self, ins: Instruction) -> Any:
-        """fma, add and sub in fp32 whose factors (first term) are bf16 or f16."""
+        """Emit fma, add or sub in fp32 whose factors or first term are bf16 or f16."""
         if ins.op[1:-2] not in ([], ["rn"]):
             raise Unsupported(f"{ins.text} (line {ins.line})")
         narrow = [self.typed(arg, ins.op[-1]) for arg in ins.args[1:-1]]
@@ -78,7 +80,7 @@ class ScalarInstructions(Operands):
         return self._arithmetic(ins, "{a} - {b}")
 
     def _only(self, ins: Instruction, *known: str) -> None:
-        """Modifiers between name and type that are understood; no other may pass."""
+        """Refuse modifiers between name and type that are not known."""
         for word in ins.op[1:-1]:
             if word not in known:
                 raise Unsupported(f"{ins.text} (line {ins.line})")
@@ -383,7 +385,7 @@ class ScalarInstructions(Operands):
         return [(target, self._grown(text, to, target))]
 
     def _grown(self, text: str, kind: str, target: Reg) -> str:
-        """A narrow value in a wider register."""
+        """Return a value extended to a wider register."""
         width = WIDTH[kind]
         if target.width == width:
             return text

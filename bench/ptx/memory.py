@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from .arithmetic import UNSIGNED, f4, i2, i4, i8, u1, where
-from .parse import Unsupported
 from .state import SEVERAL_READERS, SEVERAL_WRITERS, Group, State
 
 REAL = {"f32": f4, "f64": np.float64, "f16": np.float16, "s32": i4, "s64": i8}
@@ -41,7 +40,7 @@ class Allocation:
         self.shadow: tuple[np.ndarray, ...] | None = None
 
     def marks(self, word: int) -> tuple[np.ndarray, ...]:
-        """Of every word: when it was last stored to and by which warp, and the same of loads."""
+        """Return, per word, when and by which warp it was last stored to, and the same of loads."""
         if self.shadow is None:
             size = (self.end - self.start) // word + 1
             self.shadow = (np.zeros(size, i8), np.zeros(size, i2), np.zeros(size, i8), np.zeros(size, i2))
@@ -49,10 +48,12 @@ class Allocation:
 
 
 class GlobalMemory(State):
+    """Accesses to global memory, with bounds, alignment and races between the warps of a block."""
+
     def _split(
         self, group: Group, number: int, address: Any, size: int, mask: Any
     ) -> list[tuple[Allocation, Any]]:
-        """(allocation, lanes or None for all) of an access; lanes outside are reported and left out."""
+        """Return (allocation, lanes or None for all) of an access; report lanes outside and leave them out."""
         address = group.full(address).view(i8)
         if mask is not None:
             mask = group.full(mask)
@@ -145,7 +146,7 @@ class GlobalMemory(State):
         return None if mask is None else group.full(mask).reshape(-1, 32)
 
     def _moment(self, group: Group, lanes: Any) -> tuple[Any, Any]:
-        """A number for the time between two barriers of a block, and the warp, of lanes."""
+        """Return a number for the time between two barriers of a block, and the warp, for lanes."""
         block = group.block if lanes is None else group.block[lanes]
         times = (np.arange(len(self.epoch)) + (self.first + 1)) * i8(1 << 32) + self.epoch
         return times[block], group.warp if lanes is None else group.warp[lanes]
@@ -186,7 +187,7 @@ class GlobalMemory(State):
         value: Any,
         width: int,
     ) -> None:
-        """A store, and its hazards where it changes what is there."""
+        """Store, and look for hazards where the store changes a value."""
         view, word = allocation.views[width], self.program.word
         changed = view[index] != value
         view[index] = value
@@ -231,7 +232,7 @@ class GlobalMemory(State):
         """Apply an atomic operation lane by lane and return the old values."""
         width = int(kind.lstrip("usbf")) // 8
         if kind == "bf16":
-            raise Unsupported("atomic on bf16")
+            raise self.unsupported(number, "atomic on bf16")
         real = REAL.get(kind, UNSIGNED[width])
         address = group.full(address)
         result = np.zeros(group.lanes, UNSIGNED[width])
@@ -247,6 +248,8 @@ class GlobalMemory(State):
 
 
 class LocalMemory(State):
+    """Accesses to the local memory of threads."""
+
     def load_local(
         self, group: Group, number: int, address: Any, count: int, width: int, mask: Any
     ) -> list[Any]:

@@ -1,4 +1,4 @@
-"""TODO operands."""
+"""Operands of PTX as Python expressions over arrays of lanes, and functions of basic blocks made of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROUNDING = ("rn", "rz", "rm", "rp", "rna", "rni", "rzi", "rmi", "rpi")
 
 
 class Operands:
-    """Emits a function per block, with and without a mask of active lanes."""
+    """Translate basic blocks to functions of (execution, group, registers, mask of active lanes or None)."""
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
@@ -59,7 +59,7 @@ class Operands:
         return self.constants[key]
 
     def bits(self, arg: Any, width: int) -> str:
-        """An operand as unsigned bits of a width in bytes."""
+        """Return an operand as unsigned bits of a width in bytes."""
         if isinstance(arg, Reg):
             if width == 0 or arg.width == width:
                 return f"R[{arg.index}]"
@@ -88,7 +88,7 @@ class Operands:
         raise Unsupported(f"operand {arg}")
 
     def typed(self, arg: Any, kind: str) -> str:
-        """An operand as a type: signed, unsigned or floating, half precision widened."""
+        """Return an operand as its type; half precision is widened to fp32."""
         width = WIDTH[kind]
         if kind == "pred":
             return self.bits(arg, 0)
@@ -104,11 +104,11 @@ class Operands:
         return f"{text}.view(i{width})" if kind[0] == "s" else text
 
     def shift(self, arg: Any) -> str:
-        """A shift count, 32 bits."""
+        """Return a shift count of 32 bits."""
         return self.bits(arg, 4)
 
     def _touches(self, ins: Instruction) -> list[str]:
-        """A check of registers that wgmma may still use."""
+        """Emit a check where an instruction uses registers of wgmma."""
         if not self.accumulators or ins.op[0] == "wgmma":
             return []
         stores = ins.op[0] in ("st", "red", "stmatrix", "cp")
@@ -184,7 +184,7 @@ class Operands:
 
 
 def indices(arg: Any) -> set[int]:
-    """Registers in an operand."""
+    """Return the indices of the registers in an operand."""
     if isinstance(arg, Reg):
         return {arg.index}
     if isinstance(arg, (list, tuple)):

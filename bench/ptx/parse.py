@@ -1,4 +1,4 @@
-"""PTX text as Triton emits it -> basic blocks of instructions."""
+"""Parser of PTX as Triton emits it: basic blocks of instructions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ WIDTH = {
 
 
 class Unsupported(Exception):  # noqa: N818  # part of the public API
-    """An instruction that the machine does not know."""
+    """An instruction that the emulator does not model; the message contains its text."""
 
 
 @dataclass(frozen=True)

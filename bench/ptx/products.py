@@ -11,14 +11,14 @@ from .state import Group, State
 
 
 def halves(x: Any, kind: str) -> Any:
-    """Pairs of 16-bit numbers, widened: [warps, 8, 4, registers, 2]."""
+    """Widen pairs of 16-bit numbers: (warps, 8, 4, registers, 2)."""
     pair = np.ascontiguousarray(x).view(u2)
     wide = pair.view(np.float16).astype(f4) if kind == "f16" else (pair.astype(u4) << u4(16)).view(f4)
     return wide.reshape(len(x), 8, 4, -1, 2)
 
 
 def rows_of(x: Any, kind: str, depth: int) -> Any:
-    """16 rows from the registers of a left operand."""
+    """Return (warps, 16, depth) from the registers of a left operand."""
     if kind == "tf32":  # rows g + 8 r0, columns t + 4 r1
         wide = (x & u4(0xFFFFE000)).view(f4).reshape(len(x), 8, 4, -1, 2)
         return np.ascontiguousarray(wide.transpose(0, 4, 1, 3, 2)).reshape(len(x), 16, depth)
@@ -27,8 +27,10 @@ def rows_of(x: Any, kind: str, depth: int) -> Any:
 
 
 class MatrixProducts(State):
+    """Products of a warp, mma.sync."""
+
     def _fragment(self, group: Group, key: str, registers: tuple[Any, ...], make: Any) -> Any:
-        """A matrix from registers; the last ones are kept, as products come in rows."""
+        """Return a matrix made of registers; the last ones are kept, because products reuse their operands."""
         name = (key, *map(id, registers))
         kept = self.fragments.get(name)
         if kept is not None:

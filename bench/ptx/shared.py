@@ -6,204 +6,179 @@ from typing import Any
 
 import numpy as np
 
-from .arithmetic import UNSIGNED, f4, i2, i8, u2, u4, where
-from .parse import Unsupported
-from .state import SEVERAL_READERS, SEVERAL_WRITERS, Group, State
+from .arithmetic import UNSIGNED, f4, i4, i8, u2, u4, where
+from .state import IN_FLIGHT, SEVERAL, UNWRITTEN, Group, State
+
+
+def by_another_warp(mark: Any, now: Any) -> Any:
+    """Return where a mark is of the present moment and not of the warp itself; both are moments and warps."""
+    return ((mark ^ now) - i4(1)).view(u4) < u4(SEVERAL)
+
+
+def _mark(array: Any, index: Any, mark: Any) -> None:
+    """Write marks; where lanes of several warps meet, the mark says so."""
+    array[index] = mark
+    lost = array[index] != mark
+    if lost.any():
+        rows = index[lost.any(1)] if lost.ndim == 2 else index[lost]
+        array[rows] |= SEVERAL  # all lanes of an instruction cover whole rows
+
+
+def _differ(kept: Any, given: Any) -> Any:
+    """Return where values differ; the bits of NaN depend on the host and count as equal."""
+    differs = kept != given
+    if kept.dtype == u4 and differs.any():
+        differs &= ~(np.isnan(kept.view(f4)) & np.isnan(given.view(f4)))
+    return differs
 
 
 class SharedMemory(State):
+    """Accesses to shared memory. Their hazards are those of granules, of which an access covers a row."""
+
     def _shared_index(
         self, group: Group, number: int, address: Any, size: int, mask: Any
     ) -> tuple[Any, Any, Any]:
-        """(byte offsets, lanes or None, offsets of all lanes with inactive ones at 0)."""
-        address = group.full(address)
-        offset = address.astype(i8)
+        """Return byte offsets, their lanes (None for all), and offsets within the block (−1: inactive)."""
+        offset = group.full(address).astype(i8)
         if mask is not None:
             mask = group.full(mask)
             if mask.all():
                 mask = None
-        bad = (offset + size > self.shared_limit) | (offset % size != 0)
+        bad = (offset > self.shared_limit - size) | ((offset & (size - 1)) != 0)
         if mask is not None:
             bad &= mask
         if bad.any():
-            self.report(
-                "shared bounds",
-                number,
-                f"shared access of {size} B at {int(offset[bad][0])} of {self.shared_limit}",
-                int(bad.sum()),
-            )
+            detail = f"shared access of {size} B at {int(offset[bad][0])} of {self.shared_limit}"
+            self.report("shared bounds", number, detail, int(bad.sum()))
             mask = ~bad if mask is None else mask & ~bad
         if mask is None:
             return offset + group.base, None, offset
         lanes = np.flatnonzero(mask)
         return offset[lanes] + group.base[lanes], lanes, where(mask, offset, -1)
 
+    def _history(self, group: Group, offsets: Any, lanes: Any, size: int) -> tuple[Any, Any, Any, Any]:
+        """Return rows of `size` bytes of `wrote` and `read`, the rows of an access, and the lanes' marks."""
+        now = self.now(group, lanes)
+        count = size // self.program.granule
+        if count == 1:
+            return self.wrote, self.read, offsets // size, now
+        return self.wrote.reshape(-1, count), self.read.reshape(-1, count), offsets // size, now[:, None]
+
+    def _race(self, number: int, what: str, offsets: Any, bad: Any) -> None:
+        """Report hazards; bad: (lanes,) or (lanes, granules of a lane)."""
+        lane, *column = np.argwhere(bad)[0]
+        byte = int(offsets[lane] + sum(column) * self.program.granule) % self.shared_size
+        lanes = bad.reshape(len(bad), -1).any(1)
+        self.report("race", number, f"{what} (byte {byte})", int(lanes.sum()))
+
     def _reads(self, group: Group, number: int, offsets: Any, lanes: Any, size: int) -> None:
-        """Hazards of reads of `size` bytes at byte offsets."""
-        granule = self.program.granule
-        warp = group.warp if lanes is None else group.warp[lanes]
-        epoch = self.epoch[group.block if lanes is None else group.block[lanes]]
-        first = offsets // granule
-        for k in range(max(1, size // granule)):
-            index = first + k if k else first
-            if self.in_flight.any() and self.in_flight[index].any():
-                self.report(
-                    "race", number, "reads what cp.async is still writing", int(self.in_flight[index].sum())
-                )
-            other = (self.writer_epoch[index] == epoch) & (self.writer[index] != warp)
-            if other.any():
-                where_ = int(index[other][0] * granule) % self.shared_size
-                self.report(
-                    "race",
-                    number,
-                    f"reads what another warp wrote since the last barrier (byte {where_})",
-                    int(other.sum()),
-                )
-            same = (self.reader_epoch[index] == epoch) & (self.reader[index] != warp)
-            mark = where(same, i2(SEVERAL_READERS), warp)
-            self.reader[index] = mark
-            self.reader_epoch[index] = epoch
-            conflict = self.reader[index] != mark
-            if conflict.any():
-                self.reader[index[conflict]] = SEVERAL_READERS
+        """Look for hazards of reads of `size` bytes at byte offsets."""
+        wrote, read, index, now = self._history(group, offsets, lanes, size)
+        last = wrote[index]
+        missing = last < 0
+        if missing.any():
+            unwritten = (last == UNWRITTEN).reshape(len(index), -1).any(1)
+            if unwritten.any():
+                detail = "reads shared memory that nothing wrote"
+                self.report("uninitialised", number, detail, int(unwritten.sum()))
+            if (last == IN_FLIGHT).any():
+                self._race(number, "reads what cp.async is still writing", offsets, last == IN_FLIGHT)
+        other = by_another_warp(last, now)
+        if other.any():
+            self._race(number, "reads what another warp wrote since the last barrier", offsets, other)
+        mark = where(by_another_warp(read[index], now), now | SEVERAL, now)
+        _mark(read, index, mark)
 
     def _writes(self, group: Group, number: int, offsets: Any, lanes: Any, size: int, changed: Any) -> None:
-        """Hazards of writes; `changed` says where the new value differs from what is there."""
-        granule = self.program.granule
-        warp = group.warp if lanes is None else group.warp[lanes]
-        epoch = self.epoch[group.block if lanes is None else group.block[lanes]]
-        first = offsets // granule
-        for k in range(max(1, size // granule)):
-            index = first + k if k else first
-            if self.in_flight.any() and self.in_flight[index].any():
-                self.report(
-                    "race", number, "writes what cp.async is still writing", int(self.in_flight[index].sum())
-                )
-            if self.program.wgmma:
-                self._proxied(group, number, index, lanes, changed)
-            other = (self.reader_epoch[index] == epoch) & (self.reader[index] != warp)
-            if changed is not None:
-                other &= changed
-            if other.any():
-                where_ = int(index[other][0] * granule) % self.shared_size
-                self.report(
-                    "race",
-                    number,
-                    f"overwrites what another warp read since the last barrier (byte {where_})",
-                    int(other.sum()),
-                )
-            twice = (self.writer_epoch[index] == epoch) & (self.writer[index] != warp)
-            if changed is not None:
-                twice &= changed
-            if twice.any():
-                where_ = int(index[twice][0] * granule) % self.shared_size
-                self.report(
-                    "race",
-                    number,
-                    f"overwrites what another warp wrote since the last barrier (byte {where_})",
-                    int(twice.sum()),
-                )
-            self.writer[index] = warp
-            self.writer_epoch[index] = epoch
-            conflict = self.writer[index] != warp
-            if (
-                conflict.any()
-            ):  # several warps at once; harmless where all write the same, which the values show
-                self.writer[index[conflict]] = SEVERAL_WRITERS
+        """Look for hazards of writes; `changed` says which granules get another value than they have."""
+        wrote, read, index, now = self._history(group, offsets, lanes, size)
+        last = wrote[index]
+        flying = last == IN_FLIGHT
+        if flying.any():
+            self._race(number, "writes what cp.async is still writing", offsets, flying)
+        if self.program.wgmma:
+            self._proxied(group, number, offsets, lanes, size, changed)
+        other = by_another_warp(read[index], now) & changed
+        if other.any():
+            self._race(number, "overwrites what another warp read since the last barrier", offsets, other)
+        twice = by_another_warp(last, now) & changed
+        if twice.any():
+            self._race(number, "overwrites what another warp wrote since the last barrier", offsets, twice)
+        _mark(wrote, index, np.broadcast_to(now, last.shape))
 
-    def _proxied(self, group: Group, number: int, index: Any, lanes: Any, changed: Any) -> None:
-        """Writes where products may still read, or will."""
-        busy = self.reading[index] > 0
-        if changed is not None:
-            busy &= changed
+    def _proxied(self, group: Group, number: int, offsets: Any, lanes: Any, size: int, changed: Any) -> None:
+        """Look for writes to what products in flight read, and note after which proxy fence they are."""
+        count = size // self.program.granule
+        index = offsets // size
+        busy = (self.reading.reshape(-1, count)[index] > 0) & (
+            changed.reshape(-1, count) if changed is not None else True
+        )
         if busy.any():
-            self.report("race", number, "overwrites what wgmma is still reading", int(busy.sum()))
-        self.stamp[index] = self.fences[group.block if lanes is None else group.block[lanes]]
-
-    def _uninitialised(self, number: int, view: Any, index: Any, width: int) -> None:
-        full = UNSIGNED[width](0x0101010101010101 & ((1 << 8 * width) - 1))
-        bad = view[index] != full
-        if bad.any():
-            self.report("uninitialised", number, "reads shared memory that nobody wrote", int(bad.sum()))
+            self._race(number, "overwrites what wgmma is still reading", offsets, busy)
+        fences = self.fences[group.block if lanes is None else group.block[lanes]]
+        self.stamp.reshape(-1, count)[index] = fences[:, None]
 
     def load_shared(
         self, group: Group, number: int, address: Any, count: int, width: int, mask: Any
     ) -> list[Any]:
-        offsets, lanes, whole = self._shared_index(group, number, address, count * width, mask)
+        """Load `count` elements of `width` bytes per lane."""
+        size = count * width
+        offsets, lanes, whole = self._shared_index(group, number, address, size, mask)
         kind = UNSIGNED[width]
         if lanes is not None and not len(lanes):
             return [kind(0)] * count
         if self.check:
-            self._reads(group, number, offsets, lanes, count * width)
+            self._reads(group, number, offsets, lanes, size)
         if self.count:
-            self.counters.count_shared(number, whole, count * width)
-        index = offsets >> (width.bit_length() - 1)
-        results = []
-        for k in range(count):
-            at = index + k if k else index
-            if self.check:
-                self._uninitialised(number, self.written[width], at, width)
-            value = self.shared[width][at]
-            if lanes is not None:
-                full = np.zeros(group.lanes, kind)
-                full[lanes] = value
-                value = full
-            results.append(value)
-        return results
+            self.counters.count_shared(number, whole, size)
+        loaded = self.shared[width].reshape(-1, count)[offsets // size]
+        if lanes is not None:
+            full = np.zeros((group.lanes, count), kind)
+            full[lanes] = loaded
+            loaded = full
+        return list(np.ascontiguousarray(loaded.T))
 
     def store_shared(self, group: Group, number: int, address: Any, data: Any, width: int, mask: Any) -> None:
-        count = len(data)
-        offsets, lanes, whole = self._shared_index(group, number, address, count * width, mask)
+        """Store the elements of `data`, each of `width` bytes per lane."""
+        count, size = len(data), len(data) * width
+        offsets, lanes, whole = self._shared_index(group, number, address, size, mask)
         if lanes is not None and not len(lanes):
             return
         if self.count:
-            self.counters.count_shared(number, whole, count * width)
-        index = offsets >> (width.bit_length() - 1)
-        values = [group.full(one) if lanes is None else group.full(one)[lanes] for one in data]
+            self.counters.count_shared(number, whole, size)
+        index = offsets // size
+        values = np.stack([group.full(one) for one in data], 1)
+        if lanes is not None:
+            values = values[lanes]
+        memory = self.shared[width].reshape(-1, count)
         if self.check:
-            granule = self.program.granule
-            if width >= granule:
-                for k, one in enumerate(values):
-                    at = index + k if k else index
-                    changed = self.shared[width][at] != one
-                    if width == 4 and changed.any():
-                        changed &= ~(
-                            np.isnan(self.shared[4][at].view(f4)) & np.isnan(np.asarray(one).view(f4))
-                        )
-                    self._writes(group, number, offsets + k * width, lanes, width, changed)
-            else:
-                self._writes(group, number, offsets, lanes, count * width, None)
-        for k, one in enumerate(values):
-            at = index + k if k else index
-            self.shared[width][at] = one
-            self.written[width][at] = UNSIGNED[width](0x0101010101010101 & ((1 << 8 * width) - 1))
-            if self.check:
-                differs = self.shared[width][at] != one
-                if differs.any() and width == 4:  # NaN's bits depend on the host
-                    differs &= ~(np.isnan(self.shared[4][at].view(f4)) & np.isnan(np.asarray(one).view(f4)))
-                if differs.any():
-                    self._differing(
-                        group, number, lanes, offsets + k * width, self.shared[width][at], one, differs
-                    )
+            parts = width // self.program.granule
+            changed = np.repeat(_differ(memory[index], values), parts, 1)
+            one_granule = changed.shape[1] == 1
+            self._writes(group, number, offsets, lanes, size, changed[:, 0] if one_granule else changed)
+        memory[index] = values
+        if self.check:
+            differs = _differ(memory[index], values)
+            if differs.any():
+                self._differing(group, number, lanes, offsets, memory[index], values, differs)
 
     def _differing(
         self, group: Group, number: int, lanes: Any, offsets: Any, kept: Any, given: Any, differs: Any
     ) -> None:
-        """Several threads wrote one place at once, differently: one warp's copies of a number, or a race of warps.
+        """Report threads that wrote one place at once with different values.
 
-        Copies part in their last bit where a product is fused with the sum over a butterfly: fma(x, x, shfl(x x)).
+        Lanes of one warp may hold copies of one number that differ in the last bit, where a product is contracted with
+        the sum over a butterfly: fma(x, x, shfl(x·x)). That is kind "copies". Different warps race.
         """
-        warps = (group.warp if lanes is None else group.warp[lanes])[differs]
-        owner = self.writer[offsets[differs] // self.program.granule]
+        lane, column = np.nonzero(differs)
+        warps = (group.warp if lanes is None else group.warp[lanes])[lane]
+        width = given.dtype.itemsize
+        owner = self.wrote[(offsets[lane] + column * width) // self.program.granule] & SEVERAL
         pair = [hex(int(x[differs][0])) for x in (kept, given)]
         apart = owner != warps
         if apart.any():
-            self.report(
-                "race",
-                number,
-                f"several warps write one place at once, differently, {pair}",
-                int(apart.sum()),
-            )
+            detail = f"several warps write one place at once, differently, {pair}"
+            self.report("race", number, detail, int(apart.sum()))
         else:
             self.report("copies", number, f"a warp writes one place at once, differently, {pair}", len(warps))
 
@@ -238,7 +213,7 @@ class SharedMemory(State):
         return results
 
     def _fetch(self, group: Group, number: int, offset: Any, width: int, lanes: Any) -> Any:
-        """Words that a warp-wide load gives its lanes."""
+        """Load the words that a warp-wide load distributes to its lanes."""
         bad = offset + width > self.shared_limit
         if bad.any():
             self.report(
@@ -254,7 +229,6 @@ class SharedMemory(State):
         index = at >> (width.bit_length() - 1)
         if self.check:
             self._reads(group, number, at, lanes, width)
-            self._uninitialised(number, self.written[width], index, width)
         value = self.shared[width][index]
         if lanes is not None:
             full = np.zeros(group.lanes, UNSIGNED[width])
@@ -269,7 +243,7 @@ class SharedMemory(State):
             mask = group.full(mask)
             rows = mask.reshape(-1, 32)
             if (rows.any(1) != rows.all(1)).any():
-                raise Unsupported("stmatrix in a warp that parted")
+                raise self.unsupported(number, "in divergent code")
         address = group.full(address).reshape(-1, 32)
         lane = np.arange(32)
         for i, one in enumerate(data):
@@ -284,6 +258,7 @@ class SharedMemory(State):
                 self.store_shared(group, number, place.ravel().astype(u4), (half,), 2, mask)
 
     def copy(self, group: Group, number: int, to: Any, of: Any, size: int, amount: Any, mask: Any) -> None:
+        """Start cp.async of `size` bytes per lane, of which `amount` are read and the others are zero."""
         width = min(size, 4)
         count = size // width
         amount = group.full(amount)
@@ -299,43 +274,30 @@ class SharedMemory(State):
         index = offsets >> 2
         who = np.arange(group.lanes) if lanes is None else lanes
         if self.check:
-            for k in range(count):
-                self._issue(group, number, offsets + 4 * k, lanes)
+            self._issue(group, number, offsets, lanes, size)
         group.copies.append([group.committed[who].copy(), who, index, kept, number])
 
-    def _issue(self, group: Group, number: int, offsets: Any, lanes: Any) -> None:
-        granule = self.program.granule
-        warp = group.warp if lanes is None else group.warp[lanes]
-        epoch = self.epoch[group.block if lanes is None else group.block[lanes]]
-        for k in range(4 // granule):
-            index = offsets // granule + k
-            other = (self.reader_epoch[index] == epoch) & (self.reader[index] != warp)
+    def _issue(self, group: Group, number: int, offsets: Any, lanes: Any, size: int) -> None:
+        """Look for hazards of a copy that starts, and note what it writes."""
+        wrote, read, index, now = self._history(group, offsets, lanes, size)
+        for marks, what in ((read, "read"), (wrote, "wrote")):
+            other = by_another_warp(marks[index], now)
             if other.any():
-                self.report(
-                    "race",
-                    number,
-                    "cp.async overwrites what another warp read since the last barrier",
-                    int(other.sum()),
-                )
-            twice = (self.writer_epoch[index] == epoch) & (self.writer[index] != warp)
-            if twice.any():
-                self.report(
-                    "race",
-                    number,
-                    "cp.async overwrites what another warp wrote since the last barrier",
-                    int(twice.sum()),
-                )
-            if self.program.wgmma:
-                self._proxied(group, number, index, lanes, None)
-            self.in_flight[index] = True
+                detail = f"cp.async overwrites what another warp {what} since the last barrier"
+                self._race(number, detail, offsets, other)
+        if self.program.wgmma:
+            self._proxied(group, number, offsets, lanes, size, None)
+        wrote[index] = IN_FLIGHT
 
     def commit(self, group: Group, mask: Any) -> None:
+        """Close a group of copies."""
         if mask is None:
             group.committed += 1
         else:
             group.committed[group.full(mask)] += 1
 
     def wait(self, group: Group, count: int, mask: Any) -> None:
+        """Complete all groups of copies but the last `count`; −1: copies without a group too."""
         kept = []
         for entry in group.copies:
             number_of, who, index, data, number = entry
@@ -349,19 +311,18 @@ class SharedMemory(State):
             where_ = index if everything else index[done]
             lanes = who if everything else who[done]
             for k, one in enumerate(data):
-                at = where_ + k
-                self.shared[4][at] = one if everything else one[done]
-                self.written[4][at] = u4(0x01010101)
-                if self.check:
-                    granule = self.program.granule
-                    for part in range(4 // granule):
-                        cell = at * (4 // granule) + part
-                        self.in_flight[cell] = False
-                        self.writer[cell] = group.warp[lanes]
-                        self.writer_epoch[cell] = self.epoch[group.block[lanes]]
-                        if self.program.wgmma:
-                            self.stamp[cell] = self.fences[group.block[lanes]]
+                self.shared[4][where_ + k] = one if everything else one[done]
+            if self.check:
+                self._complete(group, where_ * 4, lanes, 4 * len(data))
             if not everything:
                 left = ~done
                 kept.append([number_of[left], who[left], index[left], [one[left] for one in data], number])
         group.copies = kept
+
+    def _complete(self, group: Group, offsets: Any, lanes: Any, size: int) -> None:
+        """Note what copies have written."""
+        wrote, _, index, now = self._history(group, offsets, lanes, size)
+        wrote[index] = now
+        if self.program.wgmma:
+            count = size // self.program.granule
+            self.stamp.reshape(-1, count)[index] = self.fences[group.block[lanes]][:, None]

@@ -10,12 +10,16 @@ import numpy as np
 
 from .arithmetic import UNSIGNED, i2, i4, i8, u4
 from .counting import Counters
+from .parse import Unsupported
 
 if TYPE_CHECKING:
     from .memory import Allocation
     from .program import Program
 
-SEVERAL_READERS, SEVERAL_WRITERS = -2, -3  # in place of a warp's number
+SEVERAL_READERS, SEVERAL_WRITERS = -2, -3  # of a word of global memory, in place of a warp's number
+# A mark of shared memory is a moment (the barriers passed) times 1024 and a warp, or SEVERAL for several warps.
+SEVERAL = 1023
+UNWRITTEN, IN_FLIGHT = -1, -2  # IN_FLIGHT: cp.async has not completed
 
 
 @dataclass
@@ -72,6 +76,8 @@ class Group:
         ]
         self.counter: np.ndarray | None = None  # program counter of every lane; None: all are at `at`
         self.at = 0
+        self.version = -1  # of `marks`
+        self.marks = np.zeros(0, i4)
         self.parameters = state.parameters
         self.local = np.zeros(self.lanes * state.program.kernel.local_bytes, np.uint8)
         self.committed = np.zeros(self.lanes, i4)  # groups of cp.async that each lane committed
@@ -118,17 +124,15 @@ class State:
     first: int  # block of the grid that is first in the arrays below
     epoch: np.ndarray  # per block: barriers passed
     shared: dict[int, np.ndarray]  # by width in bytes
-    written: dict[int, np.ndarray]  # per byte: 1 where initialised
-    writer: np.ndarray  # per granule: the warp that wrote it last, and when
-    writer_epoch: np.ndarray
-    reader: np.ndarray
-    reader_epoch: np.ndarray
-    in_flight: np.ndarray  # per granule: cp.async has not completed
+    wrote: np.ndarray  # per granule: mark of the last write
+    read: np.ndarray  # per granule: mark of the last read
+    version: int  # changes with `epoch`
     reading: np.ndarray  # per granule: products in flight that read it
     stamp: np.ndarray  # per granule: proxy fences of the block before it was written
     fences: np.ndarray  # per block
 
     def __init__(self) -> None:
+        self.version = 0
         self.reports: dict[tuple[str, int], Report] = {}
         self.counters = Counters(
             np.zeros(len(self.program.kernel.blocks), np.int64), grid=int(np.prod(self.grid))
@@ -143,6 +147,18 @@ class State:
         ins = self.program.kernel.instructions[number]
         source = f"{self.program.kernel.files.get(ins.loc[0], '?')}:{ins.loc[1]}"
         self.reports[key] = Report(kind, ins.text, ins.line, source, detail, count)
+
+    def unsupported(self, number: int, reason: str) -> Unsupported:
+        """Return the error for an instruction in a form that is not modelled."""
+        ins = self.program.kernel.instructions[number]
+        return Unsupported(f"{ins.text} (line {ins.line}): {reason}")
+
+    def now(self, group: Group, lanes: Any) -> np.ndarray:
+        """Return the marks of the present moment for lanes of a group, None for all."""
+        if group.version != self.version:
+            group.marks = (self.epoch[group.block] << 10) | group.warp
+            group.version = self.version
+        return group.marks if lanes is None else group.marks[lanes]
 
     def chunks(self, array: np.ndarray) -> np.ndarray:
         """View an array over granules by chunks of 16 bytes."""

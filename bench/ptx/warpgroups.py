@@ -7,17 +7,12 @@ from typing import Any
 import numpy as np
 
 from .arithmetic import f4, i8, u2, u4, u8, where
-from .parse import Unsupported
 from .products import rows_of
-from .state import SEVERAL_READERS, Group, State
+from .state import IN_FLIGHT, SEVERAL, UNWRITTEN, Group, State
 
 
 class WarpgroupProducts(State):
-    def _active(self, group: Group, mask: Any) -> Any:
-        """Warps that take part."""
-        if mask is None:
-            return np.ones(group.lanes // 32, bool)
-        return group.full(mask).reshape(-1, 32).any(1)
+    """Products of a warpgroup. They are computed at once; operands count as in use until a wait covers them."""
 
     def proxy(self, group: Group, mask: Any) -> None:
         if not self.program.wgmma:
@@ -44,10 +39,8 @@ class WarpgroupProducts(State):
             if done.any() and chunks is not None:
                 over = done[owner]
                 np.subtract.at(self.chunks(self.reading), chunks[over].ravel(), 1)
-                self.chunks(self.reader)[chunks[over]] = SEVERAL_READERS
-                self.chunks(self.reader_epoch)[chunks[over]] = self.epoch[owner[over] // (group.width // 32)][
-                    :, None, None
-                ]
+                epoch = self.epoch[owner[over] // (group.width // 32)]
+                self.chunks(self.read)[chunks[over]] = (epoch[:, None, None] << 10) | SEVERAL
                 entry[3:] = [chunks[~over], owner[~over]]
             warps &= ~done
             if warps.any():
@@ -55,7 +48,7 @@ class WarpgroupProducts(State):
         group.pending = kept
 
     def touch(self, group: Group, number: int, reads: Any, writes: Any, fresh: bool, mask: Any) -> None:
-        """Registers of wgmma that another instruction reads or writes."""
+        """Look for registers of wgmma that another instruction reads or writes too early."""
         active = group.active(mask)
         for registers, warps, *_ in group.pending:
             results, operands = registers
@@ -71,29 +64,25 @@ class WarpgroupProducts(State):
         for one in writes if fresh else ():
             group.unfenced[one] = active | group.unfenced.get(one, False)
 
-    def _cells(self, array: np.ndarray) -> np.ndarray:
-        """An array over granules by chunks of 16 bytes."""
-        return array.reshape(-1, 16 // self.program.granule)
-
     def _matrix(
         self, group: Group, number: int, one: Any, size: int, kind: str, major: bool, active: Any
     ) -> tuple[Any, Any]:
-        """(matrix [units, size, depth], chunks of 16 bytes it was read from) of a descriptor."""
+        """Return the matrix (units, size, depth) of a descriptor, and the chunks of 16 bytes it was read from."""
         width = 4 if kind == "tf32" else 2
         units = len(active)
         words = group.full(one).reshape(units, -1)
         words = where(active[:, None], words, words[active.argmax(), 0])
         word = words[:, 0]
         if (words != word[:, None]).any():
-            raise Unsupported("a descriptor that differs among the lanes of a warpgroup")
+            raise self.unsupported(number, "a descriptor that differs among the lanes of a warpgroup")
         high = np.unique(word >> u8(16))
         if len(high) != 1:
-            raise Unsupported("descriptors whose layouts differ")
+            raise self.unsupported(number, "descriptors whose layouts differ")
         high = int(high[0]) << 16
         start = (word & u8(0x3FFF)).astype(i8) << 4
         leading, stride, swizzle = (high >> 16 & 0x3FFF) << 4, (high >> 32 & 0x3FFF) << 4, high >> 62
         if high >> 49 & 7:
-            raise Unsupported("a descriptor with a base offset")
+            raise self.unsupported(number, "a descriptor with a base offset")
         key = (size, width, leading, stride, swizzle, major)
         if key not in self.patterns:
             wide = (1, 8, 4, 2)[swizzle]  # chunks in a row of the swizzle's atom
@@ -149,7 +138,7 @@ class WarpgroupProducts(State):
         majors: tuple[bool, bool],
         registers: Any,
     ) -> list[Any]:
-        """The new accumulators. Warps of a warpgroup may come alone, as each owns 16 rows."""
+        """Return the new accumulators. Warps may run one after the other, because each owns 16 rows."""
         size, depth = shape
         warps = group.lanes // 32
         together = 4 if group.width % 128 == 0 else 1
@@ -211,20 +200,20 @@ class WarpgroupProducts(State):
         return results
 
     def _taken(self, group: Group, number: int, chunks: Any, owner: Any, active: Any) -> None:
-        """Hazards of what wgmma reads; all warps of the warpgroup read it."""
+        """Look for hazards of what wgmma reads; all warps of the warpgroup read it."""
         chosen = active[owner]
         chunks = chunks[chosen]
         if not len(chunks):
             return
         block = (owner // (group.width // 32))[chosen]
         epoch = self.epoch[block][:, None, None]
-        if (self.written[8].reshape(-1, 2)[chunks] != u8(0x0101010101010101)).any():
-            self.report("uninitialised", number, "reads shared memory that nobody wrote", 1)
-        if self.in_flight.any():
-            busy = self.chunks(self.in_flight)[chunks]
-            if busy.any():
-                self.report("race", number, "reads what cp.async is still writing", int(busy.sum()))
-        fresh = self.chunks(self.writer_epoch)[chunks] == epoch
+        last = self.chunks(self.wrote)[chunks]
+        if (last == UNWRITTEN).any():
+            self.report("uninitialised", number, "reads shared memory that nothing wrote", 1)
+        busy = last == IN_FLIGHT
+        if busy.any():
+            self.report("race", number, "reads what cp.async is still writing", int(busy.sum()))
+        fresh = last >> 10 == epoch
         if fresh.any():
             self.report("race", number, "reads what was written since the last barrier", int(fresh.sum()))
         near = self.chunks(self.stamp)[chunks] == self.fences[block][:, None, None]
@@ -232,6 +221,5 @@ class WarpgroupProducts(State):
             self.report(
                 "proxy", number, "reads what was written with no fence.proxy.async since", int(near.sum())
             )
-        self.chunks(self.reader)[chunks] = SEVERAL_READERS
-        self.chunks(self.reader_epoch)[chunks] = epoch
+        self.chunks(self.read)[chunks] = (epoch << 10) | SEVERAL
         np.add.at(self.chunks(self.reading), chunks.ravel(), 1)

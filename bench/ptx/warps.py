@@ -11,7 +11,10 @@ from .state import Group, State
 
 
 class Warps(State):
+    """Shuffles, reductions and votes of a warp."""
+
     def shuffle(self, group: Group, kind: str, value: Any, lane: Any, clamp: Any) -> list[Any]:
+        """Return the values of other lanes, and where those lanes are in range."""
         rows = group.full(value).reshape(-1, 32)
         own = np.arange(32)
         if getattr(lane, "ndim", 0) == 0 and getattr(clamp, "ndim", 0) == 0:
@@ -37,8 +40,7 @@ class Warps(State):
             valid = source <= most
         source = where(valid, source, own)
         if single:
-            found = rows[:, source].ravel()
-            return [found, np.tile(valid, len(rows))]
+            return [rows[:, source].ravel(), np.repeat(valid[None], len(rows), 0).ravel()]
         found = np.take_along_axis(rows, np.broadcast_to(source, rows.shape), 1).ravel()
         return [found, np.broadcast_to(valid, rows.shape).ravel()]
 

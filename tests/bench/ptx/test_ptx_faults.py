@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ptx_kernels import execute, kinds, large_kernel, off_by_one_kernel, planted
+from ptx_kernels import execute, kinds, off_by_one_kernel, planted
 
 from bench.ptx import Unsupported, emulated_device
 
@@ -257,23 +257,3 @@ def test_faults_around_wgmma(steps, kind):
 def test_what_is_not_modelled_is_an_error_with_the_instruction(instruction):
     with pytest.raises(Unsupported, match=instruction.split()[0].replace(".", r"\.")):
         planted(instruction)
-
-
-def test_too_much_shared_memory_is_refused_as_by_a_gpu():
-    a, b, c = (torch.zeros(128, 128) for _ in range(3))
-    with (
-        emulated_device(86) as device,
-        pytest.raises(RuntimeError, match=r"131072 B of shared memory.*101376 B"),
-    ):
-        large_kernel[(1,)](a, b, c, SIZE=128, num_warps=8)
-    assert len(device.refusals) == 1
-    assert device.launches == []
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [({"architecture": 75}, "expected one of 80"), ({"order": "random"}, "expected one of tog")],
-)
-def test_unknown_options_are_refused(options, message):
-    with pytest.raises(ValueError, match=message), emulated_device(**options):
-        pass

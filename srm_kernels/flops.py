@@ -157,7 +157,7 @@ BACKWARD_FACTOR = 3
 
 def _register() -> None:
     for operator, macs in MACS.items():
-        overload = operator._opoverload
+        overload = operator.definition._opoverload
 
         def forward(*args: Any, macs: Callable[..., int] = macs, out_shape: Any = None, **_: Any) -> int:
             return 2 * macs(*args)
@@ -187,7 +187,7 @@ def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
 
         return count
 
-    return {operator._qualname: handle(macs) for operator, macs in MACS.items()}
+    return {operator.definition._qualname: handle(macs) for operator, macs in MACS.items()}
 
 
 def _shape_or_value(value: Any) -> Any:

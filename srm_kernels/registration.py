@@ -1,7 +1,9 @@
 """One operator, one boundary: torch sees `srm::<name>` and `srm::<name>_backward`, whatever runs behind them.
 
 Eager mode, torch.compile, export, FLOP counters and CUDA graphs all see these two. Kernels are opaque to autograd: a
-backend made of them brings a derivative of its own, or takes the reference's.
+backend made of them brings a derivative of its own, or takes the reference's. Where nothing could tell the difference
+(no gradient, no compiler, mode, transform or profiler), a call skips torch's dispatcher, which costs more host time
+than a launch.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,15 +21,54 @@ from torch.library import CustomOpDef, custom_op
 Implementation = Callable[..., Any]
 Place = tuple[int, int | None]  # of a tensor among arguments: which, and where in it if that is a list
 OPAQUE = ("triton",)  # whose implementations autograd cannot see through
+PLAIN = (Tensor, torch.nn.Parameter)  # tensors that no subclass gives another meaning
 
 
 def later(module: str, name: str) -> Implementation:
     """The function `name` of a module that is imported at its first call: importing kernels imports Triton."""
+    found: list[ModuleType] = []
 
     def call(*args: Any) -> Any:
-        return getattr(import_module(module), name)(*args)
+        if not found:
+            found.append(import_module(module))
+        return getattr(found[0], name)(*args)
 
     return call
+
+
+class Operator:
+    """An operator as torch knows it (`definition`), called directly where that makes no difference."""
+
+    def __init__(self, definition: CustomOpDef, implementation: Implementation) -> None:
+        self.definition, self.implementation = definition, implementation
+
+    def __call__(self, *args: Any) -> Any:
+        """What the definition gives for these arguments."""
+        return (self.implementation if _unobserved(args) else self.definition)(*args)
+
+
+def _unobserved(args: Sequence[Any]) -> bool:
+    """Whether only the results of a call matter: plain tensors, no gradient, and nobody who watches operators."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or _watched():
+        return False
+    for value in args:
+        if type(value) is list:
+            for tensor in value:
+                if type(tensor) not in PLAIN and isinstance(tensor, Tensor):
+                    return False
+        elif type(value) not in PLAIN and isinstance(value, Tensor):
+            return False
+    return not _first(args).is_meta
+
+
+def _watched() -> bool:
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+    )
 
 
 def register_operator(
@@ -41,7 +83,7 @@ def register_operator(
     derivatives: Mapping[str, Implementation] | None = None,
     constant: Sequence[int] = (),
     recalled: Mapping[str, int] | None = None,
-) -> CustomOpDef:
+) -> Operator:
     """Register `srm::name(arguments, str backend) -> returns` with its fake and its derivative.
 
     Arguments may be lists of tensors. `implementations` maps a backend to a plain function of `arguments`; "reference"
@@ -72,6 +114,7 @@ def register_operator(
         return (first, *(t.contiguous() for t in rest)) if isinstance(result, tuple) else first
 
     operator = custom_op(f"srm::{name}", forward, mutates_args=(), schema=schema)
+    called = Operator(operator, forward)
     operator.register_fake(lambda *args: fake(*args[:-1]))
     if "[]" in arguments:  # for others torch has a fallback
 
@@ -83,7 +126,7 @@ def register_operator(
 
         operator.register_vmap(one_by_one)
     if not differentiables:
-        return operator
+        return called
 
     def present(inputs: Sequence[Any]) -> list[Place]:
         return [place for place in _places(inputs) if place[0] in differentiables]
@@ -114,13 +157,14 @@ def register_operator(
                 _put(inputs, place, _at(inputs, place).detach().requires_grad_())
             return _product(function, inputs, wanted, carriers, grads, create_graph=False)
 
-    backward_operator = custom_op(
+    backward_definition = custom_op(
         f"srm::{name}_backward",
         derivative,
         mutates_args=(),
         schema=f"(Tensor[] grads, Tensor[] results, {arguments}, str backend) -> Tensor[]",
     )
-    backward_operator.register_fake(
+    backward_operator = Operator(backward_definition, derivative)
+    backward_definition.register_fake(
         lambda grads, results, *args: [
             torch.empty(t.shape, dtype=t.dtype, device=t.device)
             for t in (_at(args, place) for place in present(args))
@@ -167,12 +211,15 @@ def register_operator(
         return tuple(result)
 
     operator.register_autograd(backward, setup_context=setup_context)
-    return operator
+    return called
 
 
 def _is_tensors(value: Any) -> bool:
-    """Whether an argument is a list of tensors; an empty list counts as one, as torch counts it."""
-    return isinstance(value, list) and all(isinstance(t, Tensor) or t is None for t in value)
+    """Whether an argument is a list of tensors, by its first entry: a schema's lists are of one kind.
+
+    An empty list counts as one, as torch counts it.
+    """
+    return isinstance(value, list) and (not value or value[0] is None or isinstance(value[0], Tensor))
 
 
 def _places(inputs: Sequence[Any]) -> list[Place]:
@@ -184,6 +231,15 @@ def _places(inputs: Sequence[Any]) -> list[Place]:
         elif _is_tensors(value):
             places += [(index, position) for position in range(len(value))]
     return places
+
+
+def _first(inputs: Sequence[Any]) -> Tensor:
+    """The first tensor among the arguments, in a list or not."""
+    for value in inputs:
+        for tensor in value if isinstance(value, list) else (value,):
+            if isinstance(tensor, Tensor):
+                return tensor
+    raise ValueError("no argument is a tensor; expected one at least")
 
 
 def _entry(value: Any, dim: Any, i: int) -> Any:
@@ -250,6 +306,6 @@ def _laid_out(result: Tensor, model: Tensor) -> Tensor:
 
 def no_autocast(inputs: Sequence[Any]) -> AbstractContextManager[Any]:
     """Autocast off on the device of the first tensor: the operators choose their own precision."""
-    device = _at(inputs, _places(inputs)[0]).device.type
+    device = _first(inputs).device.type
     off = device == "meta" or not torch.is_autocast_enabled(device)
     return nullcontext() if off else torch.autocast(device, enabled=False)

@@ -47,17 +47,16 @@ def backends() -> dict[str, BackendStatus]:
 
 
 def _missing() -> dict[str, str]:
-    missing = {}
-    unbuilt = native.missing()
-    if unbuilt is not None:
-        missing["cuda"] = unbuilt
+    found = {"cuda": native.missing(), "triton": _triton_missing()}
+    return {name: reason for name, reason in found.items() if reason is not None}
+
+
+def _triton_missing() -> str | None:
     if not _has_triton():
-        missing["triton"] = "Triton is not installed: pip install triton"
-    elif not torch.cuda.is_available() and not interpreting():
-        missing["triton"] = (
-            "there is no CUDA device, and TRITON_INTERPRET=1, which runs kernels on the CPU, is not set"
-        )
-    return missing
+        return "Triton is not installed: pip install triton"
+    if not interpreting() and not torch.cuda.is_available():
+        return "there is no CUDA device, and TRITON_INTERPRET=1, which runs kernels on the CPU, is not set"
+    return None
 
 
 @cache
@@ -75,18 +74,26 @@ def interpreting() -> bool:
 
 def triton_refusal(tensor: torch.Tensor) -> str | None:
     """Why no Triton kernel can run on a tensor, or None: what is common to all of them."""
-    reason = _missing().get("triton")
+    # A tensor on a GPU has answered the dearer half of the question.
+    reason = _triton_missing() if not tensor.is_cuda or not _has_triton() else None
     if reason is not None:
         return reason
     if tensor.dtype == torch.float64:
         return "its kernels compute in float32, and the tensors are float64"
-    if tensor.device.type not in ("cuda", "cpu", "meta"):
+    kind = tensor.device.type
+    if kind not in ("cuda", "cpu", "meta"):
         return f"its kernels run on CUDA devices, and the tensors are on {tensor.device}"
-    if tensor.device.type == "cpu" and not interpreting():
+    if kind == "cpu" and not interpreting():
         return "the tensors are on the CPU, where only TRITON_INTERPRET=1 runs its kernels"
-    if tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) < LEAST_CAPABILITY:
+    if kind == "cuda" and device_capability(tensor.device) < LEAST_CAPABILITY:
         return f"its kernels need compute capability {'.'.join(map(str, LEAST_CAPABILITY))}"
     return None
+
+
+@cache
+def device_capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a GPU, which is asked once."""
+    return torch.cuda.get_device_capability(device)
 
 
 def cuda_refusal(tensor: torch.Tensor) -> str | None:
@@ -103,8 +110,14 @@ def roomy(tensor: torch.Tensor, kibibytes: int = 160) -> bool:
     """Whether blocks may ask for so much shared memory; 160 KiB they may on data-centre cards and not on others."""
     if not tensor.is_cuda:
         return True
-    properties = torch.cuda.get_device_properties(tensor.device)
-    return int(getattr(properties, "shared_memory_per_block_optin", 0)) >= kibibytes * 1024
+    return _shared_memory(tensor.device) >= kibibytes * 1024
+
+
+@cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a block of this GPU may ask for."""
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", 0))
 
 
 def choose_backend(

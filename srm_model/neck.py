@@ -270,10 +270,10 @@ class Gate(nn.Module):
         """What the first or second convolution of every stage gives without its bias, and the biases."""
         results, biases = [], []
         for m, stage in zip(maps, cast(Iterable[nn.Sequential], self.stages), strict=True):
-            half = len(stage) // 2
-            *before, conv, _ = list(stage)[half * number : half * (number + 1)]
-            for layer in before:
-                m = layer(m)
+            half = len(stage) // 2  # (DyT,) convolution, GELU
+            if half == 3:
+                m = stage[half * number](m)
+            conv = stage[half * (number + 1) - 2]
             assert isinstance(conv, nn.Conv2d)
             assert conv.bias is not None
             results.append(F.conv2d(m, weights[conv] if weights else conv.weight, padding=1))
@@ -282,7 +282,8 @@ class Gate(nn.Module):
 
     def _weights(self) -> dict[nn.Conv2d, Tensor]:
         """Of the convolutions, rounded by one launch; autocast would take one for each."""
-        convs = [layer for layer in self.stages.modules() if isinstance(layer, nn.Conv2d)]
+        stages = cast(Iterable[nn.Sequential], self.stages)
+        convs = [layer for stage in stages for layer in stage if isinstance(layer, nn.Conv2d)]
         weights = [conv.weight for conv in convs]
         return dict(zip(convs, rounded(weights, autocast_dtype(weights[0])), strict=True))
 

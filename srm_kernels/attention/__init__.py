@@ -173,6 +173,9 @@ def nystrom_attention(
     with `statistics=True`. Differentiable in query, key, value and tau, landmarks being constants; twice through the
     reference. A sample's output and gradient do not depend on the rest of the batch; a NaN stays in its own (b, h).
 
+    With `qk_norm`, on a GPU and without kernels, the solve keeps LU ready for one matrix in 16, to which it goes where
+    "cholesky" breaks down; of more, the others become NaN. No such input is known at ridge ≥ 4·r·eps, below which, as
+    without `qk_norm`, LU is kept ready for all.
     backend: "triton" takes fp32, bf16 and fp16, d from 8 to 128, r up to 128 and solve_dtype "fp32"; solvers but
     "cholesky" and equilibration are then `landmark_solve`'s kernels, and nothing waits for the device but the exact κ
     of `diagnostics=True`. None does not take it before a GPU has shown it to be right and faster.

@@ -54,7 +54,6 @@ from ..parts import (
 )
 from . import configurations
 
-NAN = tl.constexpr(float("nan"))
 CHUNK = 16  # of an axis that a product is taken over in pieces
 
 
@@ -71,7 +70,7 @@ def gather(
     index = tl.load(landmarks_ptr + i, mask=i < rank, other=0)
     inside = (index >= 0) & (index < N)
     keys = load_tokens(key_ptr, tl.where(inside, index, 0), i < rank, n_stride, d_stride, d, D)
-    return tl.where(inside[:, None], keys, NAN).to(keys.dtype)
+    return tl.where(inside[:, None], keys, float("nan")).to(keys.dtype)
 
 
 @triton.jit
@@ -200,7 +199,7 @@ def solve(
         matrix = add_ridge(landmark_softmax(logits, rank, R, TRANSPOSED), ridge, rank, R)
         solution, place = eliminate_pivoting(matrix, load_matrix(rhs_ptr, rank, R, d, D), rank, R)
     tl.debug_barrier()
-    store_matrix(solution_ptr, tl.where(broken, NAN, solution), place, rank, R, d, D)
+    store_matrix(solution_ptr, tl.where(broken, float("nan"), solution), place, rank, R, d, D)
 
 
 @triton.jit

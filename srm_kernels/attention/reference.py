@@ -38,7 +38,8 @@ def nystrom_attention(
     Q = normalised_query(query, qk_norm)
     block_dtype = query.dtype if solve_dtype == "model" else Q.dtype
     keys, logits, rhs = _key_side(key, value, landmarks, scale, qk_norm, block_dtype)
-    X, _ = conditioning.landmark_solve(logits, rhs, *solve)
+    normalised = qk_norm is not None and solve_dtype == "fp32"
+    X, _ = conditioning.landmark_solve(logits, rhs, *solve, normalised=normalised)
     L = _block(Q, keys, scale, block_dtype)
     return (L @ X).to(query.dtype)
 
@@ -70,7 +71,8 @@ def landmark_context(
     keys, logits, rhs, lse, landmarks = landmark_blocks(
         key, value, landmarks, rank, method, gamma, scale, qk_norm
     )
-    X, _ = conditioning.landmark_solve(logits, rhs, ridge, "cholesky", False, 1.0, 0, False)
+    solve = (ridge, "cholesky", False, 1.0, 0, False)
+    X, _ = conditioning.landmark_solve(logits, rhs, *solve, normalised=qk_norm is not None)
     return keys, X, lse, landmarks
 
 

@@ -36,6 +36,7 @@ def nystrom_attention(
     Q, K = normalised_query(query, qk_norm), normalised_key(key, qk_norm)
     keys = take_landmarks(K, landmarks)
     rhs = scaled_dot_product_attention(keys, K, value.to(K.dtype), scale=scale)
-    X, _ = conditioning.landmark_solve(keys @ keys.mT * scale, rhs, *solve)
+    normalised = qk_norm is not None
+    X, _ = conditioning.landmark_solve(keys @ keys.mT * scale, rhs, *solve, normalised=normalised)
     # The reference's solve returns column-major matrices, on which the attention is four times slower.
     return scaled_dot_product_attention(Q, keys, X.contiguous(), scale=scale).to(query.dtype)

@@ -15,13 +15,21 @@ LARGEST = 128  # r, as of the kernels for GPUs
 
 
 def landmark_solve(
-    logits: Tensor, rhs: Tensor, ridge: float, solver: str, equilibrate: bool, *rest: Any
+    logits: Tensor,
+    rhs: Tensor,
+    ridge: float,
+    solver: str,
+    equilibrate: bool,
+    *rest: Any,
+    normalised: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """X (…, r, d) and the `Solver` (…,) that served each matrix, as the reference has them."""
+    """X (…, r, d) and the `Solver` (…,) that served each matrix, as the reference has them, with its `normalised`."""
     default = solver == "cholesky" and not equilibrate and logits.shape[-1] <= LARGEST
     recorded = torch.is_grad_enabled() and (logits.requires_grad or rhs.requires_grad)
     if "cpu" not in native.BUILT or logits.device.type != "cpu" or not default or recorded:
-        return reference.landmark_solve(logits, rhs, ridge, solver, equilibrate, *rest)
+        return reference.landmark_solve(
+            logits, rhs, ridge, solver, equilibrate, *rest, normalised=normalised
+        )
     native.load("cpu")
     wide = wide_dtype(logits.dtype)
     x = rhs.to(wide, copy=True, memory_format=torch.contiguous_format)

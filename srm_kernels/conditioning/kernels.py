@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..parts import on_device
+from ..parts import on_device, padded
 
 LARGEST = 128  # r and d
 
@@ -136,7 +136,7 @@ def landmark_solve_backward(
 
 def launch_options(r: int, d: int) -> dict[str, int]:
     """Tile sizes and warps, 16 to 64 numbers of a tile a thread; ptxas would stop at 128 registers, and spill."""
-    R, D = (max(16, triton.next_power_of_2(n)) for n in (r, d))
+    R, D = (padded(n) for n in (r, d))
     warps = min(16, max(2, R * max(R, D) // 512))
     return {"R": R, "D": D, "num_warps": warps, "maxnreg": 255 if warps <= 8 else 128}
 

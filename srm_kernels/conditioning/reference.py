@@ -27,6 +27,7 @@ SYMMETRY_TOLERANCE = 1e-3
 POWER_ITERATIONS = 20
 RADIUS_LIMIT = 0.95
 RESIDUAL_LIMIT = 1e-2
+ONE_IN = 16  # matrices of normalised keys for which LU is kept ready off the CPU
 
 
 class Solver(IntEnum):
@@ -58,8 +59,15 @@ def landmark_solve(
     neumann_order: int,
     neumann_gate: bool,
     svd: SVD | None = None,
+    *,
+    normalised: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """X (…, r, d) and the `Solver` (…,) that served each matrix; `svd` may stand in for torch's own."""
+    """X (…, r, d) and the `Solver` (…,) that served each matrix; `svd` may stand in for torch's own.
+
+    `normalised`: the logits are K̃K̃ᵀs of normalised keys, symmetric with max ℓ − min ℓ ≤ ln r, so that a Cholesky
+    factorisation can fail by rounding alone. Off the CPU, where asking whether any did would wait for the device, LU
+    is then kept ready for a few matrices (`_few`) instead of all, where λ₀ is well above rounding.
+    """
     logits, rhs = logits.to(wide_dtype(logits.dtype)), rhs.to(wide_dtype(rhs.dtype))
     finite = logits.abs().amax((-2, -1)).isfinite()
     spoiled = not nowhere(~finite)
@@ -67,8 +75,9 @@ def landmark_solve(
         logits = torch.where(finite[..., None, None], logits, 0)
     default = "cholesky" if ridge > 0 else "lu"
     system, factors, used = _factorise(
-        logits, rhs, default if solver == "neumann" else solver, ridge, equilibrate, kappa_max, svd or _svd
-    )
+        logits, rhs, default if solver == "neumann" else solver, ridge, equilibrate, kappa_max, svd or _svd,
+        normalised,
+    )  # fmt: skip
     X = _unscaled(system, _ImplicitSolve.apply(system.matrix, system.rhs, factors, False))
     if solver == "neumann":
         series_system = _system(logits, rhs, ridge, equilibrate)
@@ -162,7 +171,14 @@ class _ImplicitSolve(torch.autograd.Function):
 
 
 def _factorise(
-    logits: Tensor, rhs: Tensor, solver: str, ridge: float, equilibrate: bool, kappa_max: float, svd: SVD
+    logits: Tensor,
+    rhs: Tensor,
+    solver: str,
+    ridge: float,
+    equilibrate: bool,
+    kappa_max: float,
+    svd: SVD,
+    normalised: bool,
 ) -> tuple[System, _Factors, Tensor]:
     """The system that is solved, its factors, and the `Solver` of each matrix."""
     factors = _Factors()
@@ -190,7 +206,10 @@ def _factorise(
         factors.parts.append((high, svd(A, ridge, high)))
         return system, factors, torch.where(high, int(Solver.SVD), used)
     if rest is None or not nowhere(rest):
-        factors.parts.append((rest, _lu(A, ridge)))
+        # A ridge near r·eps leaves pivots that rounding can turn negative in any number of matrices.
+        few = normalised and ridge >= 4 * A.shape[-1] * torch.finfo(A.dtype).eps
+        lu = _few(rest, A, ridge) if rest is not None and few else _lu(A, ridge)
+        factors.parts.append((rest, lu))
     return system, factors, used
 
 
@@ -231,6 +250,23 @@ def _lu(A: Tensor, ridge: float) -> Solve:
 
     def solve(rhs: Tensor, transposed: bool) -> Tensor:
         return torch.linalg.lu_solve(factor, pivots, rhs, adjoint=transposed) + poison
+
+    return solve
+
+
+def _few(mask: Tensor, A: Tensor, ridge: float) -> Solve:
+    """LU of the first matrices in the mask, one in `ONE_IN` at most, without asking how many there are.
+
+    NaN for those beyond, and for all others.
+    """
+    count = -(-mask.numel() // ONE_IN)
+    first = mask.flatten().to(torch.uint8).argsort(descending=True, stable=True)[:count]
+    lu = _lu(A.reshape(-1, *A.shape[-2:]).index_select(0, first), ridge)
+
+    def solve(rhs: Tensor, transposed: bool) -> Tensor:
+        flat = rhs.reshape(-1, *rhs.shape[-2:])
+        part = lu(flat.index_select(0, first), transposed)
+        return torch.full_like(flat, torch.nan).index_copy(0, first, part).view(rhs.shape)
 
     return solve
 

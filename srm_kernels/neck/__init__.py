@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..attention import QK_NORMS, _over_batch
-from ..checks import DTYPES, check_choice, check_count, check_number, check_tensors, wide_dtype
+from ..checks import DTYPES, check_choice, check_count, check_number, check_tensors, is_parameter, wide_dtype
 from ..landmarks import kernel_limits
 from ..registration import later, register_operator
 from ..runtime import kernels_by_name, roomy
@@ -361,6 +361,8 @@ def _check_targets(targets: Sequence[int], maps: int) -> None:
 
 def _check_weight(name: str, weight: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
     """A parameter of this shape on the device of `like`, in its dtype or a wider one."""
+    if is_parameter(weight, shape, like):
+        return
     check_tensors(**{name: weight})
     if DTYPES.index(weight.dtype) > DTYPES.index(like.dtype):
         raise TypeError(f"{name} is {weight.dtype} and the maps are {like.dtype}; expected it no narrower")
@@ -374,7 +376,8 @@ def _dyt_lists(
     dyt: Sequence[DyTParameters] | None, like: Tensor, C: int
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     for alpha, weight, bias in dyt or ():
-        for parameter, shape in ((alpha.reshape(-1), (1,)), (weight, (C,)), (bias, (C,))):
-            _check_weight("dyt", parameter, shape, like)
+        _check_weight("dyt", alpha if alpha.dim() == 1 else alpha.reshape(-1), (1,), like)
+        _check_weight("dyt", weight, (C,), like)
+        _check_weight("dyt", bias, (C,), like)
     alphas, weights, biases = ([group[i] for group in dyt or ()] for i in range(3))
     return alphas, weights, biases

@@ -12,6 +12,7 @@ import torch
 from oracle import tokens
 from torch import Tensor, library
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
@@ -343,3 +344,58 @@ def test_the_flop_counter_sees_full_attention_and_the_backward():
         forward = counter.get_total_flops()
         y.sum().backward()
     assert counter.get_total_flops() > 2 * forward
+
+
+def _called(monkeypatch: pytest.MonkeyPatch, operator: Any) -> list[str]:
+    """What calls of an operator go through, in order."""
+    seen: list[str] = []
+    for name in ("definition", "implementation"):
+        plain = getattr(operator, name)
+        monkeypatch.setattr(operator, name, lambda *a, plain=plain, name=name: seen.append(name) or plain(*a))
+    return seen
+
+
+class _Named(torch.Tensor):
+    """A subclass that changes nothing."""
+
+
+@pytest.mark.parametrize(
+    ("watcher", "through"),
+    [
+        (torch.no_grad, "implementation"),
+        (torch.inference_mode, "implementation"),
+        (torch.enable_grad, "definition"),
+        (lambda: torch.autograd.profiler.profile(), "definition"),
+        (lambda: FlopCounterMode(display=False), "definition"),
+        (lambda: torch.device("cpu"), "definition"),
+    ],
+)
+def test_the_dispatcher_is_skipped_where_nobody_watches(monkeypatch, watcher, through):
+    """Gradients, a profiler, a dispatch mode or a function mode: each sees the operator."""
+    from srm_kernels.scale import _dyt
+
+    x, one = torch.randn(3, 8), torch.ones(8)
+    expected = torch.ops.srm.dyt(x, one[:1], one, one, "reference")
+    seen = _called(monkeypatch, _dyt)
+    with torch.no_grad(), watcher():
+        found = _dyt(x, one[:1], one, one, "reference")
+    assert seen == [through]
+    assert torch.equal(found, expected)
+
+
+def test_subclasses_transforms_and_meta_tensors_meet_the_dispatcher(monkeypatch):
+    from srm_kernels.gate import _gelu
+
+    seen = _called(monkeypatch, _gelu)
+    m, b = torch.randn(2, 3, 4, 4), torch.randn(3)
+    with torch.no_grad():
+        plain = _gelu([m, m], [b, b], "reference")
+        named = _gelu([m, m], [b, b.as_subclass(_Named)], "reference")
+        fake = _gelu([m.to("meta")], [b.to("meta")], "reference")
+        mapped = torch.func.vmap(lambda x: _gelu([x], [b], "reference"))(m[None])
+        traced = make_fx(lambda x: _gelu([x], [b], "reference"))(m)
+    assert seen == ["implementation", *["definition"] * 4]
+    assert torch.equal(plain, named)
+    assert fake.is_meta
+    assert torch.equal(mapped[0], plain[:1])
+    assert any("srm.biased_gelu" in str(node.target) for node in traced.graph.nodes)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+NO_NARROWER = {dtype: DTYPES[: number + 1] for number, dtype in enumerate(DTYPES)}
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -20,22 +21,39 @@ def nowhere(mask: Tensor) -> bool:
 
 def check_tensors(**tensors: Tensor) -> None:
     """Floating-point tensors of one dtype on one device, none of them empty; TypeError or ValueError."""
-    first_name, first = next(iter(tensors.items()))
+    first_name, first, dtype, device = None, None, None, None
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} is a {type(tensor).__name__}; expected a torch.Tensor")
-        if tensor.dtype not in DTYPES:
-            raise TypeError(
-                f"{name} has dtype {tensor.dtype}; expected float64, float32, bfloat16 or float16"
-            )
-        if tensor.dtype != first.dtype:
-            raise TypeError(f"{name} is {tensor.dtype} and {first_name} {first.dtype}; expected one dtype")
-        if tensor.device != first.device:
+        if first is None:
+            first_name, first, dtype, device = name, tensor, tensor.dtype, tensor.device
+            if dtype not in DTYPES:
+                raise TypeError(f"{name} has dtype {dtype}; expected float64, float32, bfloat16 or float16")
+        elif tensor.dtype != dtype:
+            if tensor.dtype not in DTYPES:
+                raise TypeError(
+                    f"{name} has dtype {tensor.dtype}; expected float64, float32, bfloat16 or float16"
+                )
+            raise TypeError(f"{name} is {tensor.dtype} and {first_name} {dtype}; expected one dtype")
+        elif tensor.device != device:
             raise ValueError(
-                f"{name} is on {tensor.device} and {first_name} on {first.device}; expected one device"
+                f"{name} is on {tensor.device} and {first_name} on {device}; expected one device"
             )
         if tensor.numel() == 0:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected no empty axis")
+
+
+def is_parameter(value: object, shape: tuple[int, ...], like: Tensor) -> bool:
+    """Whether `value` is a tensor of this shape on the device of `like`, in its dtype or a wider one.
+
+    For checks of many parameters: who gets False finds out which of it does not hold, and says so.
+    """
+    return (
+        isinstance(value, Tensor)
+        and value.shape == shape
+        and value.dtype in NO_NARROWER[like.dtype]
+        and value.device == like.device
+    )
 
 
 def check_tokens(name: str, tensor: Tensor) -> None:

@@ -46,7 +46,7 @@ def readable(tensor: Tensor) -> Tensor:
 
 def contiguous(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """What a kernel is given to read of several small tensors."""
-    return tuple(readable(t).contiguous() for t in tensors)
+    return tuple([readable(t).contiguous() for t in tensors])
 
 
 def strides_of(maps: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
@@ -68,7 +68,12 @@ def finest_precision(dtype: torch.dtype, d: int) -> str:
 
 def padded(size: int) -> int:
     """The power of two, 16 or more, that a tile needs to hold `size` entries."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, power_of_two(size))
+
+
+def power_of_two(size: int) -> int:
+    """The least that is not below `size`; Triton's own costs the host as much as an allocation does."""
+    return 1 << (size - 1).bit_length()
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:

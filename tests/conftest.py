@@ -8,7 +8,7 @@ tile. Here products are computed in fp64 and rounded once, so that tests judge t
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if getattr(getattr(item, "module", None), "DEVICE", None) == "cuda":
             item.add_marker(pytest.mark.gpu)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def exact_libraries() -> Iterator[None]:
+    """On a GPU torch takes fp32 convolutions and products in fp32, not in TF32, and by the same algorithm each time.
+
+    With TF32, 11 bits, the reference would be the inexact side of a comparison; and a test that two passes agree to the
+    bit would judge cuDNN's choice between algorithms.
+    """
+    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, products.allow_tf32, cudnn.deterministic, cudnn.benchmark
+    cudnn.allow_tf32, products.allow_tf32, cudnn.deterministic, cudnn.benchmark = False, False, True, False
+    yield
+    cudnn.allow_tf32, products.allow_tf32, cudnn.deterministic, cudnn.benchmark = before
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import DTYPES, check_number, check_tensors, wide_dtype
+from ..checks import DTYPES, check_number, check_tensors, is_parameter, wide_dtype
 from ..registration import later, register_operator
 from ..runtime import kernels_by_name
 from . import reference
@@ -125,6 +125,8 @@ def _check_stages(maps: Sequence[Tensor], **parameters: Sequence[Tensor]) -> Non
         if len(group) != len(maps):
             raise ValueError(f"{name} has {len(group)} entries and maps {len(maps)}; expected as many")
         for parameter in group:
+            if is_parameter(parameter, shapes[name], first):
+                continue
             check_tensors(**{name: parameter})
             if DTYPES.index(parameter.dtype) > DTYPES.index(first.dtype):
                 raise TypeError(

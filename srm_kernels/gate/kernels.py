@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..parts import INFINITY, contiguous, empty, on_device, readable, strides_of
+from ..parts import INFINITY, contiguous, empty, on_device, power_of_two, readable, strides_of
 
 BLOCK = 1024  # elements of an image that a program holds
 IMAGES = 32  # of a tile of the losses
@@ -324,12 +324,12 @@ def gated_fusion(
     fused = empty((B, C, h, w), maps, maps.dtype)
     weights, gain, norm = (empty(size, maps, torch.float32) for size in ((B, S), (B,), (B,)))
     shape = (C * h * w, h, w, parts, *maps.stride(), *logits.stride(), temperature)
-    tile = {"S": S, "STAGES": _power(S), "BLOCK": BLOCK, "num_warps": 4}
+    tile = {"S": S, "STAGES": power_of_two(S), "BLOCK": BLOCK, "num_warps": 4}
     with on_device(maps):
         _norm_kernel[(B * parts,)](maps, logits, squares, *shape, **tile)
         _fuse_kernel[(B * parts,)](
             maps, logits, squares, squares if cap is None else cap, fused, weights, gain, norm, *shape, eps,
-            cap_factor * _margin(dtype), CAPPED=cap is not None, PARTS=_power(parts), **tile,
+            cap_factor * _margin(dtype), CAPPED=cap is not None, PARTS=power_of_two(parts), **tile,
         )  # fmt: skip
     return fused.to(dtype), weights, gain, norm
 
@@ -354,12 +354,12 @@ def gated_fusion_backward(
     dmaps = empty(tuple(maps.shape), maps, maps.dtype)
     dlogits = empty((B, S), maps, torch.float32)
     shape = (C * h * w, h, w, parts, *maps.stride(), *dfused.stride())
-    tile = {"S": S, "STAGES": _power(S), "BLOCK": BLOCK, "num_warps": 4}
+    tile = {"S": S, "STAGES": power_of_two(S), "BLOCK": BLOCK, "num_warps": 4}
     with on_device(maps):
         _products_kernel[(B * parts,)](maps, weights, dfused, products, *shape, **tile)
         _fusion_backward_kernel[(B * parts,)](
             maps, weights, gain, norm, norm if cap is None else cap, dfused, *small, products, dmaps, dlogits,
-            *shape, temperature, eps, cap_factor * _margin(dtype), CAPPED=cap is not None, PARTS=_power(parts),
+            *shape, temperature, eps, cap_factor * _margin(dtype), CAPPED=cap is not None, PARTS=power_of_two(parts),
             **tile,
         )  # fmt: skip
     return [dmaps.to(dtype), dlogits.to(logits.dtype)]
@@ -372,7 +372,7 @@ def gate_losses(weights: Tensor, entropy_floor: float) -> tuple[Tensor, Tensor]:
     entropy, balance = empty((), weights, torch.float32), empty((), weights, torch.float32)
     with on_device(weights):
         _losses_kernel[(1,)](
-            weights, entropy, balance, B, *weights.stride(), entropy_floor, S=S, STAGES=_power(S),
+            weights, entropy, balance, B, *weights.stride(), entropy_floor, S=S, STAGES=power_of_two(S),
             IMAGES=IMAGES, num_warps=1,
         )  # fmt: skip
     return entropy, balance
@@ -388,7 +388,7 @@ def gate_losses_backward(
     with on_device(weights):
         _losses_backward_kernel[(1,)](
             weights, *(grad.contiguous() for grad in grads), dweights, B, *weights.stride(), entropy_floor,
-            S=S, STAGES=_power(S), IMAGES=IMAGES, num_warps=1,
+            S=S, STAGES=power_of_two(S), IMAGES=IMAGES, num_warps=1,
         )  # fmt: skip
     return [dweights.to(dtype)]
 
@@ -396,7 +396,3 @@ def gate_losses_backward(
 def _margin(dtype: torch.dtype) -> float:
     """1 − 2u: what rounding γM to half precision may add to its norm."""
     return 1 - torch.finfo(dtype).eps if dtype in (torch.bfloat16, torch.float16) else 1.0
-
-
-def _power(size: int) -> int:
-    return 1 << (size - 1).bit_length()

@@ -41,6 +41,7 @@ from ..parts import (
     empty,
     on_device,
     padded,
+    power_of_two,
     precision,
     readable,
     rms_factor,
@@ -60,7 +61,7 @@ class Tile(NamedTuple):
 
 def tile_of(width: int, positions: int) -> Tile:
     """A tile is as wide as the map, up to `positions` columns, and as high as that leaves."""
-    columns = min(positions, triton.next_power_of_2(width))
+    columns = min(positions, power_of_two(width))
     return Tile(columns, -(-width // columns))
 
 
@@ -86,7 +87,7 @@ def strips_of(width: int, size: int, positions: int) -> Strips:
     fitting = [cells for cells in range(1, size + 1) if widest(cells) <= positions] or [1]
     strips = -(-size // fitting[-1])
     cells = next(cells for cells in fitting if -(-size // cells) == strips)
-    columns = min(positions, triton.next_power_of_2(widest(cells)))
+    columns = min(positions, power_of_two(widest(cells)))
     return Strips(cells, strips, columns, -(-widest(cells) // columns))
 
 
@@ -599,12 +600,12 @@ class Sizes:
         }  # fmt: skip
 
     def of_pooling(self) -> dict[str, Any]:
-        widths = tuple(map(triton.next_power_of_2, self.widths))
+        widths = tuple(map(power_of_two, self.widths))
         return self.of_maps() | {"POOL_WIDTHS": widths, "GROUPS": self._groups()}
 
     def _groups(self) -> tuple[int, ...]:
         return tuple(
-            max(1, min(POOLED_ELEMENTS // triton.next_power_of_2(w), triton.next_power_of_2(c)))
+            max(1, min(POOLED_ELEMENTS // power_of_two(w), power_of_two(c)))
             for w, c in zip(self.widths, self.channels, strict=True)
         )
 
@@ -623,7 +624,7 @@ class Sizes:
             (-(-self.heights[t] // self.size) + 1) * (-(-self.widths[t] // self.size) + 1)
             for t in self.targets
         )
-        return tuple(max(16, min(most, triton.next_power_of_2(area))) for area in areas)
+        return tuple(max(16, min(most, power_of_two(area))) for area in areas)
 
 
 def firsts_of(counts: Any) -> tuple[int, ...]:
@@ -728,7 +729,7 @@ def _by_cells(
         tuple(maps), align, bias, *(squashing or [bias] * 3), query, tuple(keys), tuple(xs), probabilities,
         part_mean, part_spread, pooled, B, *strides_of(maps), scale, **sizes.of_pooling(), **sizes.of_heads(),
         LINKS=L, TARGETS=sizes.targets, POOLS=pools, CHUNK=chunk,
-        HP=triton.next_power_of_2(H), C=H * sizes.d, TOKENS=tokens, DYT=bool(squashing),
+        HP=power_of_two(H), C=H * sizes.d, TOKENS=tokens, DYT=bool(squashing),
         NORMALISE_QUERY=qk_norm == "both", NORMALISE_KEYS=qk_norm is not None, STATISTICS=statistics,
         BLOCKS=sizes.cell_blocks(positions), PRECISION=precision(dtype), num_warps=8, num_stages=1,
     )  # fmt: skip

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..parts import empty, on_device, readable
+from ..parts import empty, on_device, power_of_two, readable
 
 ELEMENTS = 2048  # of a tile of channels and columns, where a row leaves room for more than one channel
 BLOCK = 1024
@@ -99,8 +99,8 @@ def adaptive_pool(x: Tensor, size: int) -> Tensor:
     dtype, x = x.dtype, readable(x)
     B, C, h, w = x.shape
     out = empty((B, C, size, size), x, x.dtype)
-    width = triton.next_power_of_2(w)
-    channels = max(1, min(ELEMENTS // width, triton.next_power_of_2(C)))
+    width = power_of_two(w)
+    channels = max(1, min(ELEMENTS // width, power_of_two(C)))
     with on_device(x):
         _pool_kernel[(-(-C // channels), size, B)](
             x, out, C, h, w, *x.stride(), SIZE=size, CHANNELS=channels, WIDTH=width, num_warps=4

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..parts import LOG2E, empty, load_tokens, on_device, padded, readable, token_offsets
+from ..parts import LOG2E, empty, load_tokens, on_device, padded, power_of_two, readable, token_offsets
 
 TOKENS = 64  # of a tile
 LEAST_TOKENS_OF_A_SHARE = 512
@@ -269,7 +269,7 @@ def tau_loss(thetas: Sequence[Tensor], sigmas: Sequence[Tensor], reference: floa
     with on_device(out):
         _tau_loss_kernel[(1,)](
             tuple(thetas), tuple(sigmas), out, reference, floor, LINKS=len(thetas), H=H,
-            HEADS=triton.next_power_of_2(H), num_warps=1,
+            HEADS=power_of_two(H), num_warps=1,
         )  # fmt: skip
     return out
 

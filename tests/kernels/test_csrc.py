@@ -243,11 +243,11 @@ def test_on_a_device(host, r, solver):
     arguments = (1e-3, solver, False, 50.0, 3, True)
     same, used = reference.landmark_solve(logits, rhs, *arguments, jacobi_of(host))
     on_device = logits.cuda(), rhs.cuda()
+    options = {"solver": solver, "kappa_max": 50.0, "backend": "cuda", "diagnostics": "estimate"}
+    landmark_solve(*on_device, **options)  # libraries set themselves up
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = landmark_solve(
-            *on_device, solver=solver, kappa_max=50.0, backend="cuda", diagnostics="estimate"
-        )
+        found = landmark_solve(*on_device, **options)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(found.solver.cpu(), used)

@@ -40,13 +40,17 @@ def neck(dtype: torch.dtype = torch.bfloat16, backend: str | None = "triton", **
 @pytest.mark.parametrize("dyt", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_by_the_rule(dtype, dyt):
-    """Error against the reference in fp64 at most twice that of the reference in the same dtype, plus half a unit."""
+    """As in test_fused_neck: at most twice the reference's error in the same dtype, plus 64 units of fp32 (2 of another).
+
+    Stage 4 has 64 keys, all of them landmarks: what is chosen does not depend on rounding.
+    """
     maps = pyramid(dtype=dtype)
     with torch.no_grad():
         found, plain = (neck(dtype, backend, dyt=dyt)(maps).fused for backend in ("triton", "reference"))
         exact = neck(torch.float64, "reference", dyt=dyt)([m.double() for m in maps]).fused
     errors = [(x.double() - exact).abs().max() for x in (found, plain)]
-    assert errors[0] <= 2 * errors[1] + torch.finfo(dtype).eps / 2 * exact.abs().max()
+    units = 64 if dtype == torch.float32 else 2
+    assert errors[0] <= 2 * errors[1] + units * torch.finfo(dtype).eps * exact.abs().max()
 
 
 def test_kernels_are_taken_by_name_only():
@@ -97,14 +101,27 @@ def test_nothing_waits_for_the_device():
 
 @pytest.mark.parametrize("dyt", [True, False])
 def test_forward_takes_no_memory_of_full_resolution(dyt):
-    """Above its inputs less than a fifth of what stage 1 has once aligned."""
-    module, maps = neck(dyt=dyt), pyramid(4, side=128)
+    """Above its inputs no more than what must be alive, and a tenth for indices, logsumexps and workspaces.
+
+    K̃ and X of every link live to the end. Beside them are first A F of the source, K and V, then P̄ and pool(F) and,
+    without DyT, G, the queries' weights absorbed into K̃, of every link's target channels. The tenth is less than the
+    smallest map at full resolution that could be written, stage 3's tokens.
+    """
+    B, L, H, r, d, P, keys = 4, 3, 8, 64, 32, 8, 16 * 16
+    C, channels = H * d, sum(CHANNELS[:3])
+    landmarks = 2 * L * B * H * r * d * 4
+    source = (1 + 2 * L) * B * keys * C * 2
+    result = L * B * H * P * P * r * 4 + B * P * P * channels * 2
+    absorbed = 0 if dyt else B * H * r * channels * 4
+    alive = landmarks + max(source, result + absorbed)
+    assert alive / 10 < B * 32 * 32 * C * 2
+    module, maps = neck(dyt=dyt), pyramid(B, side=128)
     with torch.no_grad():
         module(maps)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         module(maps)
-    assert torch.cuda.max_memory_allocated() - before < 4 * 128 * 128 * 256 * 2 / 5
+    assert torch.cuda.max_memory_allocated() - before <= 1.1 * alive
 
 
 @pytest.mark.parametrize("dyt", [True, False])

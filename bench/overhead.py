@@ -102,8 +102,7 @@ def pretended() -> Iterator[Clock]:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from srm_kernels import neck, runtime
-    from srm_kernels.attention import configurations
+    from srm_kernels import runtime
 
     clock, before = Clock(), driver._active
     with ExitStack() as stack:
@@ -112,9 +111,8 @@ def pretended() -> Iterator[Clock]:
         enter(mock.patch.object(JITFunction, "run", clock.watch("triton", JITFunction.run)))
         for owner, name in LIBRARY:
             enter(mock.patch.object(owner, name, clock.watch("library", getattr(owner, name))))
-        enter(mock.patch.object(runtime, "interpreting", lambda: True))
-        enter(mock.patch.object(neck, "roomy", lambda *_: True))
-        enter(mock.patch.object(configurations, "capability", lambda _: CAPABILITY))
+        target = runtime.LaunchDevice(CAPABILITY, 227 * 1024)
+        enter(mock.patch.object(runtime, "cpu_launch_device", return_value=target))
         driver.set_active(_Driver())  # type: ignore[arg-type]
         try:
             yield clock

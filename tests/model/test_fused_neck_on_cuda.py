@@ -40,7 +40,7 @@ def neck(dtype: torch.dtype = torch.bfloat16, backend: str | None = "triton", **
 @pytest.mark.parametrize("dyt", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_by_the_rule(dtype, dyt):
-    """As in test_fused_neck: at most twice the reference's error in the same dtype, plus 64 units of fp32 (2 of another).
+    """At most twice the reference's error in the same dtype, plus 64 units of fp32 (2 of others).
 
     Stage 4 has 64 keys, all of them landmarks: what is chosen does not depend on rounding.
     """

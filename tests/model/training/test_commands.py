@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import signal
@@ -17,9 +18,10 @@ from forked import on_ranks, start
 from photographs import FLAGS, write_set
 from safetensors.torch import load_file
 
+from srm_model.checkpoint import read_card
 from srm_model.cli import main
 from srm_model.cli.options import byte_count
-from srm_model.files import read_json
+from srm_model.files import held, read_json
 from srm_model.training.state import read_state
 
 
@@ -42,6 +44,36 @@ def test_two_processes_train_evaluate_and_write_once(tmp_path: Path, capfd):
     check_close(*weights)
     found, expected = (read_json(folder / "evaluation.json") for folder in (two, one))
     assert (found.keys(), found["mos"]) == (expected.keys(), expected["mos"])
+
+
+def test_of_two_trainings_started_together_one_trains(tmp_path: Path, capfd):
+    """The other ends with a sentence. Config, weights and evaluation are of one seed."""
+    data, out = write_set(tmp_path / "data"), tmp_path / "out"
+    together = multiprocessing.get_context("fork").Barrier(2)
+
+    def train(seed: int) -> int:
+        together.wait(60)
+        return main(["train", "--data", str(data), "--out", str(out), "--seed", str(seed), *FLAGS])
+
+    processes = {seed: start(train, seed) for seed in (1, 2)}
+    for process in processes.values():
+        process.join(240)
+    codes = {seed: process.exitcode for seed, process in processes.items()}
+    assert sorted(codes.values()) == [0, 2]
+    assert f"{out}: another process writes here" in capfd.readouterr().err
+    (seed,) = (seed for seed, code in codes.items() if code == 0)
+    card = read_card(out / "srm")
+    assert card["config"]["seed"] == seed
+    assert read_json(out / "srm" / "evaluation.json")["sha256"] == card["sha256"]
+    (command,) = read_json(out / "run.json")["command"]
+    assert f"--seed {seed}" in command
+
+
+def test_every_rank_ends_where_another_process_writes(tmp_path: Path, capfd):
+    command = ["train", "--data", "DATA", "--out", str(tmp_path / "out"), *FLAGS]
+    with held(tmp_path / "out"):
+        on_ranks(2, lambda: main(command) != 2, join=False)
+    assert capfd.readouterr().err.count("another process writes here") == 2
 
 
 def without_figures(text: str) -> str:

@@ -107,8 +107,9 @@ def held(folder: str | Path, *, shared: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
-        if not shared:  # the others that share it would look for the file
-            (folder / LOCK).unlink(missing_ok=True)
+        with suppress(OSError):
+            if not shared:  # the others that share it would look for the file
+                (folder / LOCK).unlink(missing_ok=True)
         file.close()
         with suppress(OSError):
             for path in made:

@@ -7,9 +7,16 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+try:
+    import fcntl
+except ImportError:  # no POSIX: nothing is locked, and studies do not work
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = ".lock"
 
 
 @contextmanager
@@ -56,8 +63,6 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def append_line(path: str | Path, text: str) -> None:
     """Add a line to a file that several processes may add to; one that a kill cut short stays a line of its own."""
-    import fcntl  # where there is none, all but studies works
-
     make_folder(Path(path).parent)
     with Path(path).open("ab+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -74,8 +79,6 @@ def claimed(path: str | Path, name: str) -> Iterator[bool]:
 
     path: a file for the locks of everybody; it stays empty.
     """
-    import fcntl
-
     make_folder(Path(path).parent)
     offset = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
     with Path(path).open("ab") as file:
@@ -85,6 +88,53 @@ def claimed(path: str | Path, name: str) -> Iterator[bool]:
             yield False
             return
         yield True
+
+
+@contextmanager
+def held(folder: str | Path, *, shared: bool = False) -> Iterator[None]:
+    """Hold a folder for the block: this process alone writes there, or with `shared` those that share it do.
+
+    The folder is made where it is missing, and removed again if nothing was written. The lock belongs to the process:
+    the kernel releases it when the process ends, and processes that were forked do not keep it. A file system without
+    locks holds nothing.
+
+    Raises:
+        ValueError: another process holds the folder.
+    """
+    folder = Path(folder)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    file = _locked(folder, shared)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            if not shared:  # the others that share it would look for the file
+                (folder / LOCK).unlink(missing_ok=True)
+        file.close()
+        with suppress(OSError):
+            for path in made:
+                path.rmdir()
+
+
+def _locked(folder: Path, shared: bool) -> IO[bytes]:
+    """The lock file of a folder, open and locked."""
+    while True:
+        make_folder(folder)
+        with suppress(FileNotFoundError):  # the process before this one removes what it made
+            file = (folder / LOCK).open("ab+")
+            try:
+                if fcntl is not None:
+                    fcntl.lockf(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                file.close()
+                raise ValueError(
+                    f"{folder}: another process writes here; expected a folder that no other command is using"
+                ) from None
+            except OSError:
+                return file
+            if os.fstat(file.fileno()).st_ino == (folder / LOCK).stat().st_ino:
+                return file
+            file.close()
 
 
 def read_json(path: str | Path) -> Any:

@@ -1,4 +1,4 @@
-"""The recipes run as they stand, and the first is as short as it says."""
+"""What the recipes leave behind, and that the first is as short as it says. `test_pages.py` runs them as scripts."""
 
 from __future__ import annotations
 
@@ -9,14 +9,11 @@ from typing import Any
 
 import torch
 
-from srm_model.modules import make_torchvision_importable
-
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "OTHER_MODELS.md").read_text(encoding="utf-8")
 PLAIN, WITH_NECK, WRAPPED = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
 
 
 def run(block: str) -> dict[str, Any]:
-    make_torchvision_importable()
     names: dict[str, Any] = {"__name__": "__main__"}
     exec(compile(block, "OTHER_MODELS.md", "exec"), names)
     return names

@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,6 +54,11 @@ def run(args: argparse.Namespace) -> None:
     study = read_study(args.study, runs.named_folders(args.data or ()))
     for backbone in study.backbones:
         check_backbone(backbone)
+    with nullcontext() if args.dry_run else runs.writing(args.out, shared=True):
+        _run(study, args)
+
+
+def _run(study: Study, args: argparse.Namespace) -> None:
     out = Path(args.out)
     device = runs.device_from(args.device)
     records = Records(out)

@@ -36,16 +36,17 @@ def run(args: argparse.Namespace) -> None:
     """Attack each checkpoint at each budget, print clean and worst correlations."""
     if args.eps is not None and len(args.norm) > 1:
         raise ValueError("--eps needs one --norm: a budget means nothing without its norm")
-    with runs.process_group() as writes:
-        rows = _attack_all(args, writes)
+    folders = runs.checkpoints(args.folder)
+    with runs.process_group() as writes, runs.writing(args.folder):
+        rows = _attack_all(args, folders, writes)
     if writes:
         print(runs.table(HEADER, rows))
 
 
-def _attack_all(args: argparse.Namespace, writes: bool) -> list[list[Any]]:
+def _attack_all(args: argparse.Namespace, folders: list[Path], writes: bool) -> list[list[Any]]:
     device = runs.device_from(args.device)
     rows = []
-    for folder in runs.checkpoints(args.folder):
+    for folder in folders:
         document = read_card(folder)
         trained = SRMConfig.from_dict(document["config"])
         config = attack_config_from(args, trained)

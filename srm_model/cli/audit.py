@@ -26,9 +26,16 @@ VERDICTS = {True: "passed", False: "failed", None: "left open"}
 
 def run(args: argparse.Namespace) -> int:
     """Audit each checkpoint, write its page, print its checks; 1 where a check failed."""
+    folders = runs.checkpoints(args.folder)
+    with runs.writing(args.folder):
+        return int(_audit_all(args, folders))
+
+
+def _audit_all(args: argparse.Namespace, folders: list[Path]) -> bool:
+    """Whether a check failed."""
     device = runs.device_from(args.device)
     failed = False
-    for folder in runs.checkpoints(args.folder):
+    for folder in folders:
         document = read_card(folder)
         trained = SRMConfig.from_dict(document["config"])
         config = attack_config_from(args, trained)
@@ -70,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         print(runs.table(["check", "verdict", "measured"], rows))
         print(f"{page}: {len(found.failed)} of {len(found.checks)} checks failed")
         failed |= not found.passed
-    return int(failed)
+    return failed
 
 
 def certificates(model: nn.Module, dataset: Any, config: SRMConfig, limit: int) -> list[dict[str, Any]]:

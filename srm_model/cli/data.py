@@ -12,17 +12,18 @@ from srm_model.data.synthesize import synthesize as synthesize_set
 def synthesize(args: argparse.Namespace) -> None:
     """Make a set and say what it is."""
     choices = {key: getattr(args, key) for key in ("types", "levels") if getattr(args, key) is not None}
-    synthesize_set(
-        args.out,
-        photographs=args.photographs,
-        packaged=args.packaged or None,
-        image_size=args.image_size,
-        seed=args.seed,
-        metric=args.metric,
-        labels=args.labels,
-        progress=runs.bars(not args.no_progress),
-        **choices,
-    )
+    with runs.writing(args.out):
+        synthesize_set(
+            args.out,
+            photographs=args.photographs,
+            packaged=args.packaged or None,
+            image_size=args.image_size,
+            seed=args.seed,
+            metric=args.metric,
+            labels=args.labels,
+            progress=runs.bars(not args.no_progress),
+            **choices,
+        )
     _print(args.out, args.seed)
 
 

@@ -37,6 +37,11 @@ FULL_IMAGES, QUICK_IMAGES = 48, 16
 
 def run(args: argparse.Namespace) -> None:
     """Synthesise, train, attack, report; what an earlier call has finished is not repeated."""
+    with runs.writing(args.out):
+        _run(args)
+
+
+def _run(args: argparse.Namespace) -> None:
     config = SRMConfig(**(QUICK if args.quick else FULL), seed=args.seed)
     data = QUICK_DATA if args.quick else FULL_DATA
     images = QUICK_IMAGES if args.quick else FULL_IMAGES

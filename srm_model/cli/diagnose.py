@@ -24,6 +24,11 @@ def run(args: argparse.Namespace) -> None:
     folders = [folder for folder in runs.checkpoints(args.folder) if folder.name not in ("none", "quadratic")]
     if not folders:
         raise ValueError(f"{args.folder}: no checkpoint with landmark systems; expected one of the neck srm")
+    with runs.writing(args.out or args.folder):
+        _diagnose_all(args, folders)
+
+
+def _diagnose_all(args: argparse.Namespace, folders: list[Path]) -> None:
     device = runs.device_from(args.device)
     for folder in folders:
         model, card = runs.open_checkpoint(folder, device, args.backend)

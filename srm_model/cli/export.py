@@ -24,10 +24,11 @@ def run(args: argparse.Namespace) -> None:
     folder, out = runs.one_checkpoint(args.checkpoint), Path(args.out)
     if out.resolve() == folder.resolve():
         raise ValueError(f"{out}: is the checkpoint itself; give another folder to export to")
-    model, card = load_model(folder)
-    save_model(model, out, card=card)
-    difference = _export_program(model, folder, out / PROGRAM)
-    write_text(out / CARD, _model_card(model, card, folder))
+    with runs.writing(out):
+        model, card = load_model(folder)
+        save_model(model, out, card=card)
+        difference = _export_program(model, folder, out / PROGRAM)
+        write_text(out / CARD, _model_card(model, card, folder))
     print(f"{out}: config.json, model.safetensors, {PROGRAM} and {CARD}")
     print(f"the exported program and the model differ by at most {difference:.1e} on two random images")
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from pathlib import Path
 
+from srm_model.cli import runs
 from srm_model.reports import write_report, write_study
 from srm_model.reports.records import STUDY
 from srm_model.reports.tables import markdown
@@ -12,7 +14,17 @@ from srm_model.reports.tables import markdown
 
 def run(args: argparse.Namespace) -> None:
     """Write the page of a run or a study, or some of a study's tables and figures, and print the paths."""
-    if (Path(args.folder) / STUDY).is_file():
+    folder = Path(args.folder)
+    study = (
+        folder / STUDY
+    ).is_file()  # its results are lines added whole: a page of those so far disturbs no one
+    writes = folder.is_dir() and (study or args.out is None)
+    with runs.writing(folder, shared=study) if writes else nullcontext():
+        _write(args, study)
+
+
+def _write(args: argparse.Namespace, study: bool) -> None:
+    if study:
         found, written = write_study(
             args.folder, table_numbers=args.table, figure_numbers=args.figure, out=args.out
         )

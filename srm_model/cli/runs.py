@@ -9,7 +9,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,7 +21,7 @@ from srm_model import ranks
 from srm_model.checkpoint import CONFIG, read_card
 from srm_model.config import NECKS, STORED, SRMConfig
 from srm_model.data import SPLITS, ImageCache, open_dataset
-from srm_model.files import read_json, write_json
+from srm_model.files import held, read_json, write_json
 from srm_model.model import load_model
 from srm_model.reports.records import STUDY
 
@@ -77,6 +77,32 @@ def keep_memory() -> None:
     trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # <malloc.h>
     for parameter, value in ((mmap_threshold, 1 << 30), (trim_threshold, 2**31 - 1), (top_pad, 1 << 28)):
         mallopt(parameter, value)
+
+
+@contextmanager
+def writing(folder: str | Path, *, shared: bool = False) -> Iterator[None]:
+    """Keep other commands from writing into `folder` for the block, `shared` ones excepted.
+
+    A checkpoint of a run is held beside the run's other checkpoints, one of a study with the whole study: every process
+    of `srm-iqa ablate` may write into each of its folders. The first rank holds it for all.
+
+    Raises:
+        ValueError: another process writes there; on every rank.
+    """
+    path = Path(folder).resolve()
+    above = [
+        (run, not (run / STUDY).is_file())
+        for run in path.parents
+        if (run / RUN).is_file() and os.access(run, os.W_OK)
+    ]
+
+    def hold() -> None:
+        for place, sharing in [*reversed(above), (path, shared)]:
+            stack.enter_context(held(place, shared=sharing))
+
+    with ExitStack() as stack:
+        ranks.from_first(hold)
+        yield
 
 
 @contextmanager

@@ -27,7 +27,7 @@ EVALUATION = "evaluation.json"
 
 def run(args: argparse.Namespace) -> None:
     """Train each neck into its folder, evaluate it on the test split, print clean correlations."""
-    with runs.process_group() as writes:
+    with runs.process_group() as writes, runs.writing(args.out):
         folders = _train_all(args, writes)
     if writes:
         print(clean_table(folders))
@@ -64,16 +64,20 @@ def _train_all(args: argparse.Namespace, writes: bool) -> list[Path]:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Evaluate checkpoints; the default data set's test split goes into evaluation.json."""
-    with runs.process_group() as writes:
-        rows = _evaluate_all(args, writes)
+    kept = args.data is None and args.split == "test"
+    found = runs.checkpoints_of_study(args.folder)
+    with runs.process_group() as writes, runs.writing(args.folder) if kept else nullcontext():
+        rows = _evaluate_all(args, found, writes and kept, progress=writes and not args.no_progress)
     if writes:
         print(runs.table(["checkpoint", "SROCC", "PLCC", "images"], rows))
 
 
-def _evaluate_all(args: argparse.Namespace, writes: bool) -> list[list[Any]]:
+def _evaluate_all(
+    args: argparse.Namespace, folders: dict[str, Path], writes: bool, *, progress: bool
+) -> list[list[Any]]:
     device = runs.device_from(args.device)
     rows = []
-    for name, folder in runs.checkpoints_of_study(args.folder).items():
+    for name, folder in folders.items():
         model, card = runs.open_checkpoint(folder, device, args.backend)
         dataset = runs.dataset_for(card, model.config, root=args.data, split=args.split)
         found = evaluate_model(
@@ -82,9 +86,9 @@ def _evaluate_all(args: argparse.Namespace, writes: bool) -> list[list[Any]]:
             batch_size=args.batch_size,
             logistic=logistic_of(card),
             workers=args.workers,
-            progress=writes and not args.no_progress,
+            progress=progress,
         )
-        if writes and args.data is None and args.split == "test":
+        if writes:
             write_json(folder / EVALUATION, {**found, "sha256": read_card(folder)["sha256"]})
         rows.append([name, found["srocc"], found["plcc"], found["n"]])
     return rows

@@ -73,11 +73,14 @@ def test_leverage_in_lower_dtypes_takes_a_top_set_up_to_the_rounding_of_scores(d
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF])
 def test_leverage_ties_go_to_the_lower_index(dtype):
-    """Keys along the axes, three of each length: their Gram matrix is diagonal, so equal keys tie exactly."""
+    """Keys along the axes, three of each length: their Gram matrix is diagonal, so equal keys tie exactly.
+
+    Lengths are powers of two: dividing by a pivot and multiplying by its reciprocal then give the same bits.
+    """
     d = 8
     key = torch.zeros(1, 1, 3 * d, d, dtype=dtype)
     for i in range(3 * d):
-        key[0, 0, i, i % d] = 1 + i % d
+        key[0, 0, i, i % d] = 2.0 ** (i % d)
     scores = ridge_leverage_scores(key)
     assert torch.equal(scores[..., :d], scores[..., d : 2 * d])
     expected = oracle.top(scores.double(), 20)

@@ -1,0 +1,115 @@
+"""Every code block of every page runs as written, in a process of its own; those tagged `slow` only have to parse."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections import Counter
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from srm_model.cli import _parser
+from srm_model.cli.study import read_study
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [
+    *("README.md", "CONTRIBUTING.md", "bench/README.md", "csrc/README.md", "experiments/README.md"),
+    *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
+]
+LANGUAGES = {"python", "sh", "toml", "text"}  # `text` is what a command prints, or a drawing
+# Blocks tagged `slow`: they install, run the test suite, or train and measure for minutes. None else is skipped.
+SLOW = {
+    "README.md": 3,
+    "CONTRIBUTING.md": 1,
+    "experiments/README.md": 1,
+    "docs/RECIPES.md": 3,
+    "docs/TRAINING.md": 3,
+}
+
+
+class Block(NamedTuple):
+    page: str
+    line: int
+    language: str
+    slow: bool
+    text: str
+
+    @property
+    def place(self) -> str:
+        return f"{self.page}:{self.line}"
+
+
+def blocks_of(page: str) -> list[Block]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found = re.finditer(r"^( *)(`{3,}|~{3,})[ ]*(.*)\n([\s\S]*?)^\1\2[ ]*$", text, flags=re.MULTILINE)
+    blocks = []
+    for match in found:
+        language, _, tags = match[3].strip().partition(" ")
+        line = text[: match.start()].count("\n") + 1
+        blocks.append(Block(page, line, language, "slow" in tags.split(), match[4]))
+    return blocks
+
+
+BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+SHELL = [block for block in BLOCKS if block.language == "sh"]
+RUNNING = [block for block in BLOCKS if block.language in ("python", "sh") and not block.slow]
+
+
+def test_every_block_is_known_and_what_is_slow_is_counted():
+    assert {block.place: block.language for block in BLOCKS if block.language not in LANGUAGES} == {}
+    assert Counter(block.page for block in BLOCKS if block.slow) == SLOW
+    assert all(block.language == "sh" for block in BLOCKS if block.slow)
+    assert len([block for block in RUNNING if block.language == "python"]) >= 9
+
+
+@pytest.mark.parametrize("block", RUNNING, ids=lambda block: block.place)
+def test_a_block_runs_as_written(block: Block, tmp_path: Path):
+    given = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment = given | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    command = [sys.executable] if block.language == "python" else ["bash", "-eu"]
+    script = tmp_path / "block"
+    script.write_text(block.text, encoding="utf-8")
+    done = subprocess.run(
+        [*command, script.name], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def commands_of(block: Block) -> list[list[str]]:
+    lines = block.text.replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+@pytest.mark.parametrize("block", SHELL, ids=lambda block: block.place)
+def test_commands_of_a_shell_block_exist_and_take_these_options(block: Block):
+    targets = set(
+        re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)[0].split()
+    )
+    for words in commands_of(block):
+        if "srm_model" in words:  # python -m srm_model, under torchrun
+            words = ["srm-iqa", *words[words.index("srm_model") + 1 :]]
+        if words[0] == "srm-iqa":
+            _parser().parse_args(words[1:])
+        elif words[0] == "make":
+            assert {word for word in words[1:] if "=" not in word} <= targets
+        elif words[:2] == ["bash", ".ci/run"]:
+            assert (ROOT / ".ci/run").is_file()
+        elif "-m" in words:
+            assert find_spec(words[words.index("-m") + 1]) is not None
+        else:
+            assert words[0] in (".", "pip", "cd", "git")
+
+
+def test_studies_are_studies(tmp_path: Path):
+    studies = [block for block in BLOCKS if block.language == "toml"]
+    assert studies
+    for number, block in enumerate(studies):
+        path = tmp_path / f"{number}.toml"
+        path.write_text(block.text, encoding="utf-8")
+        assert read_study(path).title

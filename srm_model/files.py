@@ -44,14 +44,22 @@ def make_folder(path: str | Path) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a UTF-8 text file atomically."""
+    """Write a UTF-8 text file atomically; bytes of file names that are not UTF-8 become `\\udc80` to `\\udcff`.
+
+    In JSON these are escapes, by which the name is read back as it was.
+    """
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(text.encode(errors="backslashreplace"))
 
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write a JSON file atomically; NaN and infinities are written as null, which every reader accepts."""
-    write_text(path, json.dumps(finite(value), indent=1, ensure_ascii=False) + "\n")
+    write_text(path, json_text(value, indent=1) + "\n")
+
+
+def json_text(value: Any, *, indent: int | None = None) -> str:
+    """A value as JSON, on one line without `indent`; NaN and infinities are null, which every reader accepts."""
+    return json.dumps(finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
 def append_line(path: str | Path, text: str) -> None:
@@ -65,7 +73,7 @@ def append_line(path: str | Path, text: str) -> None:
         if not whole:
             file.seek(-1, os.SEEK_END)
             whole = file.read(1) == b"\n"
-        file.write(("" if whole else "\n").encode() + text.encode() + b"\n")
+        file.write(("" if whole else "\n").encode() + text.encode(errors="backslashreplace") + b"\n")
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from srm_model import ranks
 from srm_model.checkpoint import save_model
 from srm_model.config import SRMConfig
-from srm_model.files import make_folder, write_text
+from srm_model.files import json_text, make_folder, write_text
 from srm_model.metrics import LogisticMap, plcc, srocc
 from srm_model.modules import evaluating
 from srm_model.neck import SRMNeck
@@ -236,7 +236,7 @@ class _Run:
         with self._told():
             if whole and self.best is not None and self.best["epoch"] == self.history[-1]["epoch"]:
                 save_model(self._judged, self.folder, card={**self.card, **self.best})
-            write_text(self.folder / HISTORY, "".join(json.dumps(row) + "\n" for row in self.history))
+            write_text(self.folder / HISTORY, "".join(json_text(row) + "\n" for row in self.history))
 
     @contextmanager
     def _told(self) -> Iterator[None]:

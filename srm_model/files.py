@@ -43,6 +43,21 @@ def make_folder(path: str | Path) -> None:
         ) from None
 
 
+@contextmanager
+def utf8_path(path: str | Path) -> Iterator[Path]:
+    """What is at `path` under a name that is UTF-8, which safetensors and TensorBoard expect."""
+    path = Path(path)
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        with tempfile.TemporaryDirectory() as folder:
+            link = Path(folder, "link")
+            link.symlink_to(path.absolute())
+            yield link
+    else:
+        yield path
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a UTF-8 text file atomically; bytes of file names that are not UTF-8 become `\\udc80` to `\\udcff`.
 

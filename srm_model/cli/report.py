@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from srm_model.cli.streams import as_named
 from srm_model.reports import write_report, write_study
 from srm_model.reports.records import STUDY
 from srm_model.reports.tables import markdown
@@ -18,8 +19,8 @@ def run(args: argparse.Namespace) -> None:
         )
         for table in found if args.table is not None else []:
             print(markdown(table))
-        print("\n".join(map(str, written)))
+        print("\n".join(map(as_named, written)))
         return
     if args.table is not None or args.figure is not None:
         raise ValueError(f"{args.folder}: holds no {STUDY}; tables and figures by number are a study's")
-    print(write_report(args.folder, args.out))
+    print(as_named(write_report(args.folder, args.out)))

@@ -70,8 +70,8 @@ def open_rgb(path: str | Path) -> Image.Image:
 def pixel_limit(pixels: int | None) -> Iterator[None]:
     """Decode images of up to `pixels` pixels within the block; 0 lifts the limit, None keeps Pillow's.
 
-    The limit is Pillow's own, of the whole process: twice `PIL.Image.MAX_IMAGE_PIXELS`. Its warning about images above
-    half the limit is switched off.
+    The limit is Pillow's own, of the whole process: twice `PIL.Image.MAX_IMAGE_PIXELS`. Its warnings about images above
+    half the limit and about broken EXIF, neither of which hinders reading, are switched off.
     """
     before = Image.MAX_IMAGE_PIXELS
     if pixels is not None:
@@ -79,6 +79,7 @@ def pixel_limit(pixels: int | None) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)
             yield
     finally:
         Image.MAX_IMAGE_PIXELS = before

@@ -37,9 +37,9 @@ from srm_model.training.faults import (
     Preempted,
     Termination,
     is_worker_death,
-    outlive_sigterm,
     reading,
     reading_fault,
+    worker_start,
 )
 from srm_model.training.optimisation import (
     autocast_dtype,
@@ -279,7 +279,7 @@ class _Run:
             batch_sampler=[*chain.from_iterable(shares[at.step :])],
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=outlive_sigterm,
+            worker_init_fn=worker_start(),
             # Its own: beginning to read would draw from the generator of training, once more after every resumption.
             generator=torch.Generator().manual_seed(config.seed),
         )

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import pickle
 import warnings
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 
 from srm_model.data import images
 from srm_model.data.images import fault, find_faults, open_rgb, pixel_limit, to_rgb
+from srm_model.training.faults import worker_start
 
 
 def encoded(pixels: np.ndarray, suffix: str) -> bytes:
@@ -244,3 +246,13 @@ def test_errors_name_the_file(tmp_path):
     (tmp_path / "bad.png").write_bytes(b"bad")
     with pytest.raises(ValueError, match=r"bad\.png: not readable as an image"):
         open_rgb(os.fspath(tmp_path / "bad.png"))
+
+
+def test_workers_that_are_not_forked_take_the_limit_of_pixels(monkeypatch):
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 7)
+    with pixel_limit(50):
+        begin = pickle.loads(pickle.dumps(worker_start()))
+    assert Image.MAX_IMAGE_PIXELS == 7
+    begin(0)
+    assert Image.MAX_IMAGE_PIXELS == 25

@@ -18,7 +18,7 @@ from srm_model.data.base import (
     published_name,
 )
 from srm_model.data.cache import ImageCache
-from srm_model.data.lists import SEPARATORS, header, number, records
+from srm_model.data.lists import header, number, records
 
 SETS_FILE = "koniq10k_distributions_sets.csv"
 SCORES_FILE = "koniq10k_scores_and_distributions.csv"
@@ -138,9 +138,9 @@ def find_lists(root: Path) -> tuple[Path, Path | None]:
     if not sets:
         instead = [f"{scores[0].name} has the columns of {SCORES_FILE}, which has no split"] if scores else []
         reasons = "".join(f"; {reason}" for reason in [*instead, *others][:_REASONS])
-        separators = " or ".join(SEPARATORS.values())
         raise ValueError(
-            f"{root}: no {SETS_FILE}, with the columns image_name, MOS and set between {separators}{reasons}"
+            f"{root}: no {SETS_FILE}, with the columns image_name, MOS and set, separated by commas, "
+            f"semicolons or tabs{reasons}"
         )
     return sets[0], scores[0] if scores else None
 

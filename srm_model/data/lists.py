@@ -8,7 +8,7 @@ import io
 import re
 from pathlib import Path
 
-SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+_SEPARATORS = (",", ";", "\t")
 _HEAD = 1 << 16  # bytes, of which the first line of a table is read
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16's, which it begins with
@@ -53,8 +53,8 @@ def header(path: Path) -> tuple[list[str], str]:
     """
     with path.open("rb") as file:
         text = decode(file.read(_HEAD), errors="replace")
-    found = {separator: _first_row(text, separator) for separator in SEPARATORS}
-    separator = max(SEPARATORS, key=lambda separator: len(found[separator]))
+    found = {separator: _first_row(text, separator) for separator in _SEPARATORS}
+    separator = max(_SEPARATORS, key=lambda separator: len(found[separator]))
     return found[separator], separator
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from srm_model.files import write_text
+from srm_model.files import json_text, write_text
 from srm_model.profiling import machines
 
 
@@ -20,4 +19,4 @@ def machine(device: str) -> dict[str, Any]:
 def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
     """Write JSON lines, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_text(path, "".join(json_text(line) + "\n" for line in lines))

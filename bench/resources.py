@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from bench import shapes
 from bench.harness import append, machine, read
-from srm_model.files import write_text
+from srm_model.files import json_text, write_text
 
 Launches = list[tuple[Any, tuple[Any, ...], dict[str, Any]]]
 ARCHITECTURES = (80, 86, 89, 90, 120)
@@ -328,7 +328,7 @@ class Table:
     def close(self, replaced: Callable[[dict[str, Any]], bool]) -> None:
         """Write what was added behind the earlier rows that it does not replace."""
         told = [row for row in self.before if not replaced(row)] + self.after
-        write_text(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in told))
+        write_text(self.path, "".join(json_text(row) + "\n" for row in told))
 
 
 def shape(case: Any) -> dict[str, Any]:

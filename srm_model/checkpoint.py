@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from srm_model.config import NECKS, SRMConfig
-from srm_model.files import atomic_path, read_json, write_json
+from srm_model.files import atomic_path, read_json, utf8_path, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -100,7 +100,8 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
 
     path = _weights_path(Path(folder), read_card(folder)["sha256"])
     try:
-        tensors = load_file(path)
+        with utf8_path(path) as readable:
+            tensors = load_file(readable)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not readable as safetensors ({error})") from None
     copy_tensors(model, tensors, path)

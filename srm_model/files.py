@@ -50,15 +50,38 @@ def make_folder(path: str | Path) -> None:
         ) from None
 
 
+@contextmanager
+def utf8_path(path: str | Path) -> Iterator[Path]:
+    """What is at `path` under a name that is UTF-8, which safetensors and TensorBoard expect."""
+    path = Path(path)
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        with tempfile.TemporaryDirectory() as folder:
+            link = Path(folder, "link")
+            link.symlink_to(path.absolute())
+            yield link
+    else:
+        yield path
+
+
 def write_text(path: str | Path, text: str) -> None:
-    """Write a UTF-8 text file atomically."""
+    """Write a UTF-8 text file atomically; bytes of file names that are not UTF-8 become `\\udc80` to `\\udcff`.
+
+    In JSON these are escapes, by which the name is read back as it was.
+    """
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(text.encode(errors="backslashreplace"))
 
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write a JSON file atomically; NaN and infinities are written as null, which every reader accepts."""
-    write_text(path, json.dumps(finite(value), indent=1, ensure_ascii=False) + "\n")
+    write_text(path, json_text(value, indent=1) + "\n")
+
+
+def json_text(value: Any, *, indent: int | None = None) -> str:
+    """A value as JSON, on one line without `indent`; NaN and infinities are null, which every reader accepts."""
+    return json.dumps(finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
 def append_line(path: str | Path, text: str) -> None:
@@ -70,7 +93,7 @@ def append_line(path: str | Path, text: str) -> None:
         if not whole:
             file.seek(-1, os.SEEK_END)
             whole = file.read(1) == b"\n"
-        file.write(("" if whole else "\n").encode() + text.encode() + b"\n")
+        file.write(("" if whole else "\n").encode() + text.encode(errors="backslashreplace") + b"\n")
 
 
 @contextmanager

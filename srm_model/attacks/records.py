@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from srm_model import ranks
-from srm_model.files import atomic_path, make_folder
+from srm_model.files import atomic_path, make_folder, utf8_path
 
 _FORMAT = "srm-iqa-attacks/3"
 _PREFIX = "batch-"
@@ -78,7 +78,7 @@ class Records:
         from safetensors import SafetensorError, safe_open
 
         try:
-            with safe_open(path, "pt") as file:
+            with utf8_path(path) as readable, safe_open(readable, "pt") as file:
                 record = json.loads(file.metadata()["record"])
                 examples = {int(row): file.get_tensor(row) for row in file.keys()}  # noqa: SIM118, no mapping
             settings = dict(record["settings"])

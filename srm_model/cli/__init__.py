@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -13,52 +15,90 @@ from srm_model.cli.options import (
     add_backend,
     add_config,
     add_device,
+    add_max_pixels,
     budget,
     byte_count,
     not_negative,
     positive,
     seconds,
 )
+from srm_model.cli.streams import Output, prepared, say, sentence
 
 # What a caller can mend, told in one sentence; anything else is a fault of the program and keeps its traceback.
 _EXPECTED = (ValueError, TypeError, NotImplementedError, OSError, ModuleNotFoundError)
+# Whose processes share their work under torchrun. Those of `ablate` do so by the results that are missing.
+_PARALLEL = ("train", "evaluate", "attack", "ablate")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `srm-iqa` with `arguments` (default: the process's own); returns the exit code.
 
-    0 where all went well, 1 where an audit's check failed, 2 with one sentence on stderr for bad input, 130 after
-    Ctrl-C, 143 where SIGTERM stopped a training, which is then saved.
+    0 where all went well, 1 where an audit's check failed, 2 with one sentence on stderr for bad input and where
+    standard output cannot be written, 130 after Ctrl-C, 143 where SIGTERM stopped a training, which is then saved.
+    Under torchrun the first process alone prints, and only the commands whose processes share their work use others.
     """
     if arguments is None:
         _set_environment()
         arguments = sys.argv[1:]
-    arguments = list(arguments)
-    parser = _parser()
+    with prepared() as output, nullcontext() if _rank() == 0 else redirect_stdout(io.StringIO()):
+        code = _run(list(arguments), output)
+        lost = output.lost()
+        return code if lost is None else _fail(f"srm-iqa: standard output cannot be written ({lost})")
+
+
+def _run(arguments: list[str], output: Output) -> int:
+    first = _rank() == 0
     try:
-        parsed = parser.parse_args(arguments)
+        with nullcontext() if first else redirect_stderr(io.StringIO()):
+            parsed = _parser().parse_args(arguments)
     except SystemExit as stop:  # help, version, or a wrong argument
         return int(stop.code or 0)
+    except OSError:  # the version could not be printed; `main` says why
+        return 2
     parsed.arguments = arguments
+    if _number("WORLD_SIZE", 1) > 1 and parsed.command not in _PARALLEL:
+        if not first:
+            return 0
+        say(f"srm-iqa {parsed.command}: runs on one process, of several that were started")
     try:
-        module, _, function = parsed.run.partition(":")
-        return int(getattr(import_module(f"srm_model.cli.{module}"), function)(parsed) or 0)
+        return _call(parsed)
     except KeyboardInterrupt:
-        print("srm-iqa: interrupted; what was finished is kept", file=sys.stderr)
+        say("srm-iqa: interrupted; what was finished is kept")
         return 130
-    except BrokenPipeError:
-        # The reader of a pipe has gone; nothing more can be said there, not even by the interpreter at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except Exception as error:
+        if isinstance(error, OSError) and output.lost() is not None:
+            return 2  # `main` says why
         if parsed.traceback or not _expected(error):
             raise
-        return _fail(f"srm-iqa {parsed.command}: {' '.join(str(error).split())}")
+        return _fail(f"srm-iqa {parsed.command}: {sentence(str(error))}")
     except BaseException as error:
         if not _preempted(error):
             raise
-        print(f"srm-iqa {parsed.command}: stopped by SIGTERM, saved at {error}", file=sys.stderr)
+        say(f"srm-iqa {parsed.command}: stopped by SIGTERM, saved at {error}")
         return 143  # 128 and the signal's number, as shells say it
+
+
+def _call(parsed: argparse.Namespace) -> int:
+    module, _, function = parsed.run.partition(":")
+    command = getattr(import_module(f"srm_model.cli.{module}"), function)
+    if not hasattr(parsed, "max_pixels"):
+        return int(command(parsed) or 0)
+    from srm_model.data.images import pixel_limit
+
+    with pixel_limit(parsed.max_pixels):
+        return int(command(parsed) or 0)
+
+
+def _rank() -> int:
+    """Of this process among those that torchrun started; 0 for one alone."""
+    return _number("RANK", 0) if _number("WORLD_SIZE", 1) > 1 else 0
+
+
+def _number(variable: str, default: int) -> int:
+    try:
+        return int(os.environ[variable])
+    except (KeyError, ValueError):
+        return default
 
 
 def _set_environment() -> None:
@@ -87,11 +127,23 @@ def _preempted(error: BaseException) -> bool:
 
 
 def _fail(sentence: str) -> int:
-    print(sentence, file=sys.stderr)
+    say(sentence)
     return 2
 
 
+class _Help(argparse.HelpFormatter):
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        # argparse's own "{a,b,c} [{a,b,c} ...]" cannot be wrapped, and is wider than a narrow terminal.
+        if action.nargs == argparse.ONE_OR_MORE:
+            several = f"{self._metavar_formatter(action, default_metavar)(1)[0]} ..."
+            return several if action.option_strings or action.required else f"[{several}]"
+        return super()._format_args(action, default_metavar)
+
+
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"formatter_class": _Help} | options)
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
@@ -161,9 +213,11 @@ def _parser() -> argparse.ArgumentParser:
             "score",
             "score:run",
             "quality of image files",
-            "Each image is resized so that its shorter side is the checkpoint's image size, and the centre square is "
-            "scored: one line per file, the score (normalised quality, about 0 to 1, higher is better), a tab, and "
-            "the path. Files that cannot be read are told on stderr, and the exit code is then 2.",
+            "Each image is turned as its EXIF orientation says, composited on white where it is transparent, and "
+            "resized so that its shorter side is the checkpoint's image size; its centre square is scored. Prints one "
+            "line per file: the score (normalised quality, about 0 to 1, higher is better), a tab, and the path, with "
+            "line breaks in it as \\n and \\r. Files that cannot be read or scored are reported on stderr, and the "
+            "exit code is then 2.",
         )
     )
     exported = command(
@@ -225,12 +279,14 @@ def _add_data(commands: argparse._SubParsersAction[_Parser], common: _Parser) ->
         help="mos_with_names.txt of the same set made on another processor, whose last digits may differ",
     )
     made.add_argument("--seed", type=int, default=0, help="of the distortions (default: 0)")
+    add_max_pixels(made)
 
     summary = "open every split of a data set, which checks all of its files, and say what is there"
     made = actions.add_parser("check", help=summary, description=_sentence(summary), parents=[common])
     made.set_defaults(run="data:check")
     made.add_argument("root", metavar="ROOT")
     made.add_argument("--seed", type=int, default=0, help="of the split by reference (default: 0)")
+    add_max_pixels(made)
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
@@ -274,6 +330,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="most of what --cache keeps, such as 500MB (default: 20GB)",
     )
+    add_max_pixels(parser)
     add_config(
         parser,
         "epochs",
@@ -369,6 +426,7 @@ def _add_ablate(parser: argparse.ArgumentParser) -> None:
         help="a data set in place of the file's (repeatable); the file may have a protocol for that name",
     )
     parser.add_argument("--dry-run", action="store_true", help="only list what is missing")
+    add_max_pixels(parser)
     add_device(parser, workers=True)
 
 
@@ -389,8 +447,9 @@ def _add_profile(parser: argparse.ArgumentParser) -> None:
     several("dtype", "fp32 (default), or what autocast computes in", choices=("fp32", "bf16", "fp16"))
     several(
         "direction",
-        "forward (default), forward and backward, or a training step with optimiser",
+        "forward (default), backward (after forward), or step (a training step with optimiser)",
         choices=("forward", "backward", "step"),
+        metavar="PASS",
     )
     parser.add_argument(
         "--article",
@@ -451,11 +510,33 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint", metavar="CHECKPOINT", help="a checkpoint folder, or a run that holds one"
     )
-    parser.add_argument("images", nargs="+", metavar="IMAGE")
+    images = parser.add_argument(
+        "images", nargs="+", default=[], metavar="IMAGE", help="an image file, or a folder with --recursive"
+    )
+    images.required = False  # nargs="*" would take none where an option comes before the first
     parser.add_argument(
-        "--json", action="store_true", help='a line {"path", "score"} or {"path", "error"} per file'
+        "--files-from", metavar="FILE", help='also score the files named in FILE, one a line ("-": stdin)'
+    )
+    parser.add_argument(
+        "-r",
+        "--recursive",
+        action="store_true",
+        help="score the PNG, JPEG, BMP, TIFF and WebP files in folders and in those below, but no hidden ones",
+    )
+    parser.add_argument(
+        "-0",
+        "--null",
+        action="store_true",
+        help="names in FILE, and the lines printed, end with a NUL byte instead of a line break",
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help='print a JSON object {"path", "score"} per line, and {"path", "score": null, "error"} for a file '
+        "without a score; bytes of a path that are not UTF-8 are lone surrogates, as in Python",
     )
     _add_batch_size(parser)
+    add_max_pixels(parser)
     add_backend(parser)
     add_device(parser)
 
@@ -488,3 +569,4 @@ def _add_batch_size(parser: argparse.ArgumentParser) -> None:
 def _add_data_choice(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="ROOT", help="data set (default: the one of training)")
     parser.add_argument("--split", default="test", choices=("train", "val", "test"), help="default: test")
+    add_max_pixels(parser)

@@ -168,7 +168,9 @@ def _jobs(study: Study, out: Path, device: torch.device, args: argparse.Namespac
     def splits(model: Model) -> dict[str, Any]:
         key = model.data, model.config.seed, model.config.image_size
         if key not in opened:
-            opened[key] = runs.open_splits(study.data[model.data], model.config)
+            opened[key] = runs.open_splits(
+                study.data[model.data], model.config, progress=not args.no_progress
+            )
         return opened[key]
 
     grid = list(study.models())

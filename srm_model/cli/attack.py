@@ -50,9 +50,12 @@ def _attack_all(args: argparse.Namespace, folders: list[Path], writes: bool) -> 
         document = read_card(folder)
         trained = SRMConfig.from_dict(document["config"])
         config = attack_config_from(args, trained)
-        dataset = runs.dataset_for(document["card"], trained, root=args.data, split=args.split)
+        progress = writes and not args.no_progress
+        dataset = runs.dataset_for(
+            document["card"], trained, root=args.data, split=args.split, progress=progress
+        )
         surrogate = Path(args.surrogate) if args.surrogate else runs.surrogate_of(folder)
-        if surrogate is None:
+        if surrogate is None and writes:
             runs.say(f"{folder}: no surrogate beside it, so the suite runs without the transfer attack")
         for norm in args.norm:
             for eps in args.eps or (config.eps_linf_tables if norm == "linf" else config.eps_l2_tables):
@@ -67,7 +70,7 @@ def _attack_all(args: argparse.Namespace, folders: list[Path], writes: bool) -> 
                     limit=args.images,
                     keep=args.keep,
                     suite=args.suite,
-                    progress=writes and not args.no_progress,
+                    progress=progress,
                     writes=writes,
                 )
                 rows.append(row(folder, result))

@@ -17,6 +17,7 @@ from srm_model.attacks.suite import spread
 from srm_model.checkpoint import read_card
 from srm_model.cli import runs
 from srm_model.cli.options import attack_config_from
+from srm_model.cli.streams import as_named
 from srm_model.config import SRMConfig
 from srm_model.files import write_json
 from srm_model.reports import write_audit
@@ -39,7 +40,10 @@ def _audit_all(args: argparse.Namespace, folders: list[Path]) -> bool:
         document = read_card(folder)
         trained = SRMConfig.from_dict(document["config"])
         config = attack_config_from(args, trained)
-        dataset = runs.dataset_for(document["card"], trained, root=args.data, split=args.split)
+        progress = not args.no_progress
+        dataset = runs.dataset_for(
+            document["card"], trained, root=args.data, split=args.split, progress=progress
+        )
         surrogate = Path(args.surrogate) if args.surrogate else runs.surrogate_of(folder)
         if device.type == "cpu":
             runs.keep_memory()
@@ -75,7 +79,7 @@ def _audit_all(args: argparse.Namespace, folders: list[Path]) -> bool:
         page = write_audit(result, folder / "audit.html")
         rows = [[check.title, VERDICTS[check.passed], check.figure] for check in found.checks]
         print(runs.table(["check", "verdict", "measured"], rows))
-        print(f"{page}: {len(found.failed)} of {len(found.checks)} checks failed")
+        print(f"{as_named(page)}: {len(found.failed)} of {len(found.checks)} checks failed")
         failed |= not found.passed
     return failed
 

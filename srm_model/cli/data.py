@@ -24,16 +24,16 @@ def synthesize(args: argparse.Namespace) -> None:
             progress=runs.bars(not args.no_progress),
             **choices,
         )
-    _print(args.out, args.seed)
+    _print(args.out, args)
 
 
 def check(args: argparse.Namespace) -> None:
     """Check every file of a set and say what it is."""
-    _print(args.root, args.seed)
+    _print(args.root, args)
 
 
-def _print(root: str, seed: int) -> None:
-    for key, value in describe(root, seed=seed).items():
+def _print(root: str, args: argparse.Namespace) -> None:
+    for key, value in describe(root, seed=args.seed, progress=not args.no_progress).items():
         if isinstance(value, dict):
             value = ", ".join(
                 f"{name} {' '.join(item) if isinstance(item, list) else item}" for name, item in value.items()

@@ -59,7 +59,7 @@ def _run(args: argparse.Namespace) -> None:
             progress=runs.bars(progress),
             **data,
         )
-        splits = runs.open_splits(root, config)
+        splits = runs.open_splits(root, config, progress=progress)
         record["dataset"] = runs.dataset_card(splits["train"])
         for neck in NECKS:
             model = new_model(BACKBONE, neck, config, pretrained=True)

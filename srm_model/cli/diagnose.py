@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from srm_model.cli import runs
+from srm_model.cli.streams import as_named
 from srm_model.diagnosis import diagnose
 from srm_model.files import write_json, write_text
 from srm_model.reports.conditioning import markdown, render
@@ -32,7 +33,8 @@ def _diagnose_all(args: argparse.Namespace, folders: list[Path]) -> None:
     device = runs.device_from(args.device)
     for folder in folders:
         model, card = runs.open_checkpoint(folder, device, args.backend)
-        dataset = runs.dataset_for(card, model.config, root=args.data, split=args.split)
+        progress = not args.no_progress
+        dataset = runs.dataset_for(card, model.config, root=args.data, split=args.split, progress=progress)
         indices = _spaced(len(dataset), args.images)
         if not args.no_progress:
             runs.say(f"diagnosing {folder} on {len(indices)} images, {device}")
@@ -48,7 +50,7 @@ def _diagnose_all(args: argparse.Namespace, folders: list[Path]) -> None:
         pictures = [_picture(dataset[index][0]) for index in indices[:PICTURED]]
         write_text(out / "diagnosis.html", render(found, about, pictures))
         print(markdown(found))
-        print(out / "diagnosis.html")
+        print(as_named(out / "diagnosis.html"))
 
 
 def _spaced(count: int, wanted: int) -> list[int]:

@@ -100,6 +100,15 @@ def add_device(parser: argparse.ArgumentParser, *, workers: bool = False) -> Non
         parser.add_argument("--workers", type=int, default=0, help="processes that load images (default: 0)")
 
 
+def add_max_pixels(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-pixels",
+        type=not_negative,
+        metavar="N",
+        help="refuse to decode images of more than N pixels; 0: no limit (default: Pillow's, 178956970)",
+    )
+
+
 def add_backend(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend",

@@ -40,7 +40,9 @@ def run(args: argparse.Namespace) -> int:
 
     def also(subject: Subject) -> None:
         for write in ([write_trace] if args.trace else []) + ([write_memory] if args.memory else []):
-            runs.say(", ".join(map(str, write(subject, folder))))
+            written = write(subject, folder)
+            if not args.no_progress:
+                runs.say(", ".join(map(str, written)))
 
     rows: list[dict[str, Any]] = []
     try:

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from srm_model.cli import runs
+from srm_model.cli.streams import as_named
 from srm_model.reports import write_report, write_study
 from srm_model.reports.records import STUDY
 from srm_model.reports.tables import markdown
@@ -30,8 +31,8 @@ def _write(args: argparse.Namespace, study: bool) -> None:
         )
         for table in found if args.table is not None else []:
             print(markdown(table))
-        print("\n".join(map(str, written)))
+        print("\n".join(map(as_named, written)))
         return
     if args.table is not None or args.figure is not None:
         raise ValueError(f"{args.folder}: holds no {STUDY}; tables and figures by number are a study's")
-    print(write_report(args.folder, args.out))
+    print(as_named(write_report(args.folder, args.out)))

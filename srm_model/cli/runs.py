@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import re
 import shlex
 import sys
 import time
@@ -19,6 +20,7 @@ import torch
 
 from srm_model import ranks
 from srm_model.checkpoint import CONFIG, read_card
+from srm_model.cli.streams import say as say
 from srm_model.config import NECKS, STORED, SRMConfig
 from srm_model.data import SPLITS, ImageCache, open_dataset
 from srm_model.files import held, read_json, write_json
@@ -26,6 +28,7 @@ from srm_model.model import load_model
 from srm_model.reports.records import STUDY
 
 RUN = "run.json"
+_REASON = 120  # characters of what PyTorch says about a device
 
 
 def device_from(name: str | None) -> torch.device:
@@ -38,10 +41,12 @@ def device_from(name: str | None) -> torch.device:
         return torch.device(gpu if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # which a device without memory ("meta") cannot do
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name}: not a device that can be used here ({reason})") from None
+        reason = re.split(r"\.\s|\n", str(error))[0][:_REASON]  # PyTorch goes on for a page
+        raise ValueError(
+            f"--device {name}: not a device that can be used here ({reason}); expected such as cpu or cuda:0"
+        ) from None
     return device
 
 
@@ -187,7 +192,9 @@ def open_checkpoint(
     return model, card
 
 
-def open_splits(root: str | Path, config: SRMConfig, cache: ImageCache | None = None) -> dict[str, Any]:
+def open_splits(
+    root: str | Path, config: SRMConfig, cache: ImageCache | None = None, *, progress: bool
+) -> dict[str, Any]:
     """Every split; the first one opened has checked the files of all, on the first rank."""
     return {
         split: open_dataset(
@@ -197,6 +204,7 @@ def open_splits(root: str | Path, config: SRMConfig, cache: ImageCache | None = 
             image_size=config.image_size,
             cache=cache or False,
             verify="full" if split == SPLITS[0] and ranks.place()[0] == 0 else "fast",
+            progress=progress,
         )
         for split in SPLITS
     }
@@ -225,13 +233,20 @@ def dataset_card(dataset: Any) -> dict[str, Any]:
     }
 
 
-def dataset_for(card: dict[str, Any], config: SRMConfig, *, root: str | None, split: str) -> Any:
+def dataset_for(
+    card: dict[str, Any], config: SRMConfig, *, root: str | None, split: str, progress: bool
+) -> Any:
     """A split of `root`, by default of the set the checkpoint was trained on, which must not have changed."""
     trained = card.get("dataset") or {}
     if root is None and not trained.get("root"):
         raise ValueError("the checkpoint does not say which data set it was trained on; name one with --data")
     dataset = open_dataset(
-        root or trained["root"], split, seed=config.seed, image_size=config.image_size, train=False
+        root or trained["root"],
+        split,
+        seed=config.seed,
+        image_size=config.image_size,
+        train=False,
+        progress=progress,
     )
     if root is None and trained.get("fingerprint") != dataset.fingerprint:
         raise ValueError(
@@ -245,11 +260,6 @@ def surrogate_of(folder: Path) -> Path | None:
     """Where the transfer attack is crafted: the none neck beside a checkpoint, for `none` the srm neck."""
     other = folder.parent / ("srm" if read_card(folder)["neck"] == "none" else "none")
     return other if (other / CONFIG).is_file() and other.resolve() != folder.resolve() else None
-
-
-def say(text: str) -> None:
-    """Progress of a command, on stderr; stdout is for results."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def bars(wanted: bool) -> bool:

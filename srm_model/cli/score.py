@@ -4,43 +4,115 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+import math
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from srm_model.cli import runs
+from srm_model.cli.streams import as_named, sentence
 from srm_model.data import load_image
+from srm_model.data.lists import decode
+from srm_model.data.photographs import SUFFIXES
+
+
+class _Source(NamedTuple):
+    """A file to score, or why there is none under this name."""
+
+    path: str
+    fault: str | None = None
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print a line per readable file; 2 where a file could not be read."""
+    """Print a line per scored file; 2 where a file could not be read or scored."""
     folder = runs.one_checkpoint(args.checkpoint)
-    device = runs.device_from(args.device)
-    model, _ = runs.open_checkpoint(folder, device, args.backend)
+    if not args.images and args.files_from is None:
+        raise ValueError("nothing to score: expected IMAGE or --files-from FILE")
+    names = args.images + ([] if args.files_from is None else _listed(args.files_from, null=args.null))
+    model, _ = runs.open_checkpoint(folder, runs.device_from(args.device), args.backend)
     failed = False
-    for batch in _batches(args.images, args.batch_size):
-        loaded = [(path, _load(path, model.config.image_size)) for path in batch]
-        images = [image for _, image in loaded if isinstance(image, Tensor)]
-        scores: list[float] = []
-        if images:
-            with torch.inference_mode():
-                scores = model(torch.stack(images).to(device)).tolist()
-        for path, image in loaded:
-            if isinstance(image, Tensor):
-                score = scores.pop(0)
-                print(json.dumps({"path": path, "score": score}) if args.json else f"{score:.4f}\t{path}")
-            else:
-                failed = True
-                runs.say(f"srm-iqa score: {image}")
-                if args.json:
-                    print(json.dumps({"path": path, "error": image}))
+    for batch in _batches(_sources(names, recursive=args.recursive), args.batch_size):
+        for path, score, fault in _scored(model, batch):
+            failed |= fault is not None
+            _print(path, score, fault, args)
+        sys.stdout.flush()
     return 2 if failed else 0
 
 
-def _batches(paths: list[str], size: int) -> Iterator[list[str]]:
-    for start in range(0, len(paths), size):
-        yield paths[start : start + size]
+def _listed(file: str, *, null: bool) -> list[str]:
+    """The names in a file, "-" for stdin: a line each, or between NUL bytes."""
+    try:
+        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    except OSError as error:
+        raise ValueError(f"--files-from {file}: not readable ({error.strerror})") from None
+    if null:
+        return [os.fsdecode(name) for name in data.split(b"\0") if name]
+    try:
+        text = decode(data)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--files-from {file}: not readable as {error.encoding} ({error.reason})") from None
+    if "\0" in text:
+        raise ValueError(f"--files-from {file}: has NUL bytes; give --null where they separate the names")
+    names = (line.removesuffix("\r") for line in text.split("\n"))
+    return [os.fsdecode(name.encode(errors="surrogateescape")) for name in names if name]
+
+
+def _sources(names: Iterable[str], *, recursive: bool) -> Iterator[_Source]:
+    for name in names:
+        if not os.path.isdir(name):  # noqa: PTH112, names may have NUL bytes in them
+            yield _Source(name)
+        elif recursive:
+            yield from _inside(name)
+        else:
+            yield _Source(
+                name, f"{name}: a folder; expected an image, or --recursive for those in the folder"
+            )
+
+
+def _inside(folder: str) -> Iterator[_Source]:
+    """The images in a folder and those below it, sorted by name; hidden files and folders are passed over."""
+    faults: list[OSError] = []
+    empty = True
+    for place, folders, files in os.walk(folder, onerror=faults.append):
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        for name in sorted(files):
+            if name[0] != "." and name.lower().endswith(SUFFIXES):
+                yield _Source(os.path.join(place, name))  # noqa: PTH118, Path would drop a leading ./
+                empty = False
+    for fault in faults:
+        yield _Source(str(fault.filename), f"{fault.filename}: cannot be listed ({fault.strerror})")
+    if empty and not faults:
+        yield _Source(folder, f"{folder}: no image in this folder ({', '.join(SUFFIXES)})")
+
+
+def _batches(sources: Iterator[_Source], size: int) -> Iterator[list[_Source]]:
+    while batch := list(islice(sources, size)):
+        yield batch
+
+
+def _scored(model: Any, batch: list[_Source]) -> list[tuple[str, float | None, str | None]]:
+    """Path, score and, where there is no score, the sentence that says why."""
+    loaded = [source.fault or _load(source.path, model.config.image_size) for source in batch]
+    images = [image for image in loaded if isinstance(image, Tensor)]
+    scores: list[float] = []
+    if images:
+        with torch.inference_mode():
+            scores = model(torch.stack(images).to(next(model.parameters()).device)).tolist()
+    found: list[tuple[str, float | None, str | None]] = []
+    for source, image in zip(batch, loaded, strict=True):
+        if not isinstance(image, Tensor):
+            found.append((source.path, None, image))
+        elif math.isfinite(score := scores.pop(0)):
+            found.append((source.path, score, None))
+        else:
+            found.append((source.path, None, f"{source.path}: the model gives it the score {score}"))
+    return found
 
 
 def _load(path: str, image_size: int) -> Tensor | str:
@@ -48,4 +120,18 @@ def _load(path: str, image_size: int) -> Tensor | str:
     try:
         return load_image(path, image_size)
     except ValueError as error:
-        return " ".join(str(error).split())
+        return sentence(str(error))
+
+
+def _print(path: str, score: float | None, fault: str | None, args: argparse.Namespace) -> None:
+    if fault is not None:
+        runs.say(f"srm-iqa score: {sentence(fault)}")
+    if args.json:
+        name = os.fsencode(path).decode(errors="surrogateescape")
+        row = {"path": name, "score": score} | ({} if fault is None else {"error": sentence(fault)})
+        print(json.dumps(row, allow_nan=False))
+    elif score is not None:
+        name = as_named(path)
+        if not args.null:
+            name = name.replace("\n", "\\n").replace("\r", "\\r")
+        print(f"{score:.4f}\t{name}", end="\0" if args.null else "\n")

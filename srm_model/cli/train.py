@@ -36,7 +36,8 @@ def run(args: argparse.Namespace) -> None:
 def _train_all(args: argparse.Namespace, writes: bool) -> list[Path]:
     config, device = config_from(args), runs.device_from(args.device)
     cache = None if args.cache is None else ImageCache(args.cache, args.cache_size)
-    splits = runs.open_splits(args.data, config, cache)
+    progress = writes and not args.no_progress
+    splits = runs.open_splits(args.data, config, cache, progress=progress)
     # Before anything is written, since a backbone that does not exist is found out here.
     models = {
         neck: new_model(args.backbone, neck, config, pretrained=args.pretrained)
@@ -55,7 +56,7 @@ def _train_all(args: argparse.Namespace, writes: bool) -> list[Path]:
                 freeze_backbone=args.freeze_backbone,
                 resume=not args.restart,
                 workers=args.workers,
-                progress=writes and not args.no_progress,
+                progress=progress,
                 save_every=args.save_every,
                 compile=args.compile,
             )
@@ -79,7 +80,7 @@ def _evaluate_all(
     rows = []
     for name, folder in folders.items():
         model, card = runs.open_checkpoint(folder, device, args.backend)
-        dataset = runs.dataset_for(card, model.config, root=args.data, split=args.split)
+        dataset = runs.dataset_for(card, model.config, root=args.data, split=args.split, progress=progress)
         found = evaluate_model(
             model,
             dataset,

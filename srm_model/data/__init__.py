@@ -34,6 +34,7 @@ def open_dataset(
     train: bool | None = None,
     cache: bool | ImageCache = False,
     verify: str = "full",
+    progress: bool = True,
 ) -> TID2013 | KonIQ10k:
     """The data set that lies at `root`, found out by its files; arguments as in `TID2013` and `KonIQ10k`.
 
@@ -58,6 +59,7 @@ def open_dataset(
         "train": train,
         "cache": cache,
         "verify": verify,
+        "progress": progress,
     }
     if layout:
         return TID2013(root, split, **options)
@@ -66,15 +68,21 @@ def open_dataset(
     raise ValueError(f"{root}: neither TID2013 (no {LIST}) nor KonIQ-10k ({tables_fault})")
 
 
-def describe(root: str | Path, *, seed: int = SRMConfig.seed, verify: str = "full") -> dict[str, Any]:
+def describe(
+    root: str | Path, *, seed: int = SRMConfig.seed, verify: str = "full", progress: bool = True
+) -> dict[str, Any]:
     """What data set lies at `root`, all its files checked: plain values for a person or a JSON file.
 
     name, root, labels ("mos" or "metric:<name>"), label_range (low, high), images, splits (images in each),
     fingerprint, and for TID2013's layout references (ids in each split) under this seed, for KonIQ-10k the folder of
     images. A faulty set is a ValueError as in `TID2013` and `KonIQ10k`.
     """
-    sets = {"train": open_dataset(root, "train", seed=seed, verify=verify)}
-    sets |= {split: open_dataset(root, split, seed=seed, verify="fast") for split in SPLITS[1:]}
+    sets = {
+        split: open_dataset(
+            root, split, seed=seed, verify=verify if split == SPLITS[0] else "fast", progress=progress
+        )
+        for split in SPLITS
+    }
     first = sets["train"]
     description: dict[str, Any] = {
         "name": first.name,

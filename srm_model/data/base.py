@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from srm_model.data.cache import ImageCache
 from srm_model.data.images import Pixels, find_faults
+from srm_model.data.lists import number
 from srm_model.data.transforms import centre_crop, load_resized, random_crop_and_flip, to_tensor
 
 SPLITS = ("train", "val", "test")
@@ -72,7 +73,9 @@ class Faults:
         )
 
 
-def find_images(rows: Sequence[Row], folder: Path, faults: Faults, *, verify: str) -> list[Entry]:
+def find_images(
+    rows: Sequence[Row], folder: Path, faults: Faults, *, verify: str, progress: bool
+) -> list[Entry]:
     """The files of a list's rows, looked up in `folder` whatever the case of their names.
 
     Names listed twice, files that are absent or whose names differ only in case, and images that cannot be read are
@@ -98,7 +101,7 @@ def find_images(rows: Sequence[Row], folder: Path, faults: Faults, *, verify: st
         else:
             found.append((row, files[0]))
         first.setdefault(key, row.number)
-    unreadable = find_faults([path for _, path in found], verify=verify)
+    unreadable = find_faults([path for _, path in found], verify=verify, progress=progress)
     for i, reason in unreadable.items():
         row, path = found[i]
         faults.add(row.number, "unreadable", f"{row.name} cannot be read as an image ({path}: {reason})")
@@ -111,7 +114,7 @@ def find_images(rows: Sequence[Row], folder: Path, faults: Faults, *, verify: st
 def parse_mos(text: str, low: float, high: float) -> float:
     """A number of the documented range; anything else is a ValueError that says so."""
     try:
-        value = float(text)
+        value = number(text)
     except ValueError:
         raise ValueError(f"the score {text!r} is not a number") from None
     if not (math.isfinite(value) and low <= value <= high):
@@ -235,7 +238,9 @@ def check_arguments(split: str, seed: int, image_size: int) -> None:
 def _fingerprint(entries: Sequence[Entry], split_of: Mapping[str, str]) -> str:
     digest = hashlib.sha256()
     for entry in entries:
-        digest.update(f"{entry.name}\t{entry.mos!r}\t{split_of[entry.group]}\n".encode())
+        digest.update(
+            f"{entry.name}\t{entry.mos!r}\t{split_of[entry.group]}\n".encode(errors="surrogateescape")
+        )
     return digest.hexdigest()
 
 

@@ -16,6 +16,8 @@ try:
 except ImportError:  # not on Windows; processes that store at once may then pass the bound by an image each
     fcntl = None  # type: ignore[assignment]
 
+_FORMAT = 2  # of what is stored: 2 since images are turned as their EXIF orientation says
+
 
 class ImageCache:
     """`get` gives what `load_resized` does, from the folder where it is there already.
@@ -48,7 +50,7 @@ class ImageCache:
 
     def _key(self, path: Path, image_size: int) -> str:
         state = path.stat()
-        text = f"{path.absolute()}\0{state.st_size}\0{state.st_mtime_ns}\0{image_size}"
+        text = f"{path.absolute()}\0{state.st_size}\0{state.st_mtime_ns}\0{image_size}\0{_FORMAT}"
         return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:32]
 
     def _store(self, stored: Path, pixels: Pixels) -> None:

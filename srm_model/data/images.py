@@ -5,25 +5,37 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from tqdm import tqdm
 
 Pixels = npt.NDArray[np.uint8]
 
 VERIFY = ("full", "fast")
 _REMEMBERED_FROM = 1000  # files; a smaller set is checked anew every time, in about a second
+_TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow mode as RGB: grey and palettes are expanded, 16-bit grey is brought to 8 bits by its high byte, and
-    transparency lies over white. Orientation in EXIF and colour profiles are left alone, as the labels of the
-    published sets were given to the stored pixels. 32-bit integers and floats have no known range: a ValueError.
+    transparency is composited on white, as browsers show it on an empty page. Colour profiles are ignored. 32-bit
+    integers and floats have no known range: a ValueError.
     """
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
@@ -38,15 +50,39 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def open_rgb(path: str | Path) -> Image.Image:
-    """The first frame of an image file as a decoded RGB image; one that cannot be read is a ValueError."""
+    """The first frame of an image file as a decoded RGB image, turned as its EXIF orientation says.
+
+    An image that cannot be read, or that has more pixels than Pillow's limit (see `pixel_limit`), is a ValueError.
+    """
     try:
         with Image.open(path) as image:
             image.load()
-            return to_rgb(image)
+            turn = _TURNS.get(_orientation(image))
+            rgb = to_rgb(image)
+            return rgb if turn is None else rgb.transpose(turn)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such image") from None
     except Exception as error:  # decoders raise whatever they like on broken files
-        raise ValueError(f"{path}: not readable as an image ({_first_line(error)})") from None
+        raise ValueError(f"{path}: not readable as an image ({_reason(error)})") from None
+
+
+@contextmanager
+def pixel_limit(pixels: int | None) -> Iterator[None]:
+    """Decode images of up to `pixels` pixels within the block; 0 lifts the limit, None keeps Pillow's.
+
+    The limit is Pillow's own, of the whole process: twice `PIL.Image.MAX_IMAGE_PIXELS`. Its warnings about images above
+    half the limit and about broken EXIF, neither of which hinders reading, are switched off.
+    """
+    before = Image.MAX_IMAGE_PIXELS
+    if pixels is not None:
+        Image.MAX_IMAGE_PIXELS = -(-pixels // 2) or None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
 
 
 def fault(path: Path, *, full: bool) -> str | None:
@@ -69,53 +105,84 @@ def fault(path: Path, *, full: bool) -> str | None:
             to_rgb(image)
         if image.format == "PNG":
             Image.open(io.BytesIO(data)).verify()  # checksums, which loading does not look at to the end
-    except UnidentifiedImageError:
-        return "it is in no known image format"
     except Exception as error:  # decoders raise whatever they like on broken files
-        return _first_line(error)
+        return _reason(error)
     return None
 
 
-def find_faults(paths: Sequence[Path], *, verify: str) -> dict[int, str]:
+def find_faults(paths: Sequence[Path], *, verify: str, progress: bool = True) -> dict[int, str]:
     """Position in `paths` → why that file cannot be read, for those that cannot.
 
     verify="full" decodes every file once, on all cores: a second of processor time for TID2013's 3,000, half a minute
     for KonIQ-10k's 10,073 at 1024×768. That a set of 1,000 files or more was found whole is remembered in the user's
-    cache folder for as long as no file changes its size or time. verify="fast" reads the headers only.
+    cache folder for as long as no file changes its size or time; where there is no such folder, or it cannot be written
+    to, every call decodes the files again. verify="fast" reads the headers only. progress: a bar where stderr is a
+    terminal.
     """
     if verify not in VERIFY:
         raise ValueError(f"verify={verify!r}: expected one of {', '.join(map(repr, VERIFY))}")
     full = verify == "full"
     seal = _seal(paths) if full and len(paths) >= _REMEMBERED_FROM else None
-    if seal is not None and seal.exists():
-        return {}
+    with suppress(OSError):
+        if seal is not None and seal.is_file():
+            return {}
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
         answers = pool.map(lambda path: fault(path, full=full), paths)
-        bar = tqdm(answers, total=len(paths), desc="checking images", unit="image", delay=2, leave=False)
+        bar = tqdm(
+            answers,
+            total=len(paths),
+            desc="checking images",
+            unit="image",
+            delay=2,
+            leave=False,
+            disable=None if progress else True,
+        )
         faults = {i: answer for i, answer in enumerate(bar) if answer is not None}
     finally:
         pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the rest
     if seal is not None and not faults:
-        try:
+        with suppress(OSError):  # no place to remember it: the next run checks again
             seal.parent.mkdir(parents=True, exist_ok=True)
             seal.touch()
-        except OSError:  # no place to remember it: the next run checks again
-            pass
     return faults
 
 
-def _seal(paths: Sequence[Path]) -> Path:
-    """The file whose existence says that exactly these files, as they are now, were decoded without a fault."""
+def _seal(paths: Sequence[Path]) -> Path | None:
+    """The file whose existence says that exactly these files, as they are now, were decoded without a fault.
+
+    None where the user has no cache folder, or a file is gone, which checking will report.
+    """
     listing = hashlib.sha256()
-    for path in paths:
-        state = path.stat()
-        listing.update(
-            f"{path.absolute()}\0{state.st_size}\0{state.st_mtime_ns}\n".encode(errors="surrogateescape")
+    try:
+        for path in paths:
+            state = path.stat()
+            listing.update(
+                f"{path.absolute()}\0{state.st_size}\0{state.st_mtime_ns}\n".encode(errors="surrogateescape")
+            )
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except (OSError, RuntimeError):  # RuntimeError: neither HOME nor an entry in the list of users
+        return None
+    return cache / "srm-iqa" / "verified" / listing.hexdigest() if cache.is_absolute() else None
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        orientation: int = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # broken metadata of an image that can be read
+        return 1
+    return orientation
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, _TOO_LARGE):
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        return (
+            f"it has more than {limit:,} pixels; --max-pixels of srm-iqa, or PIL.Image.MAX_IMAGE_PIXELS in Python, "
+            "changes this limit"
         )
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache, "srm-iqa", "verified", listing.hexdigest())
-
-
-def _first_line(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "it is in no known image format"
+    if isinstance(error, MemoryError):
+        return "there is not enough memory to decode it"
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections import Counter
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from srm_model.data.base import (
     published_name,
 )
 from srm_model.data.cache import ImageCache
+from srm_model.data.lists import header, number, records
 
 SETS_FILE = "koniq10k_distributions_sets.csv"
 SCORES_FILE = "koniq10k_scores_and_distributions.csv"
@@ -30,6 +29,8 @@ _SET_WORDS = {"training": "train", "validation": "val", "test": "test"}
 PUBLISHED_SPLIT = {"train": 7058, "val": 1000, "test": 2015}
 _SETS_COLUMNS = {"image_name", "MOS", "set"}
 _SCORES_COLUMNS = {"image_name", "MOS", "MOS_zscore"}
+_SUFFIXES = (".csv", ".tsv")
+_REASONS = 3  # of tables that are not the list, in one sentence
 _AGREEMENT = 0.1  # on 0 to 100; well above what rounding does
 
 
@@ -39,7 +40,8 @@ class KonIQ10k(ImageQualityDataset):
     root: holds `koniq10k_distributions_sets.csv` (MOS on 0 to 100, and the split) and the images in `1024x768/` or
     `512x384/`. `koniq10k_scores_and_distributions.csv` (MOS on 1 to 5, MOS_zscore on 0 to 100, no split) may lie
     there too: its MOS_zscore must then agree with the labels, and it is not used otherwise. The two are told apart by
-    their columns, whatever their names; no scale is ever guessed. A list under the published name must hold the
+    their columns, whatever their names (`.csv` or `.tsv`), separators and encoding (see `lists`); no scale is ever
+    guessed. A list under the published name must hold the
     published split, so that one cut short is not taken for the set; a part of the set lies under another name.
 
     images: the folder of the images under root; None: `1024x768` where it is, else `512x384`.
@@ -60,6 +62,7 @@ class KonIQ10k(ImageQualityDataset):
         images: str | None = None,
         cache: bool | ImageCache = False,
         verify: str = "full",
+        progress: bool = True,
     ) -> None:
         check_arguments(split, seed, image_size)
         root = Path(root)
@@ -69,7 +72,7 @@ class KonIQ10k(ImageQualityDataset):
         rows = _read_sets(sets, faults)
         if scores is not None:
             _compare(rows, faults, scores)
-        entries = find_images(rows, folder, faults, verify=verify)
+        entries = find_images(rows, folder, faults, verify=verify, progress=progress)
         if sets.name == SETS_FILE:
             _check_whole(entries, sets)
         super().__init__(
@@ -106,11 +109,16 @@ def _check_whole(entries: list[Entry], sets: Path) -> None:
 def find_lists(root: Path) -> tuple[Path, Path | None]:
     """The file with the split and, where it is there, the one with the scores on both scales, by their columns.
 
-    ValueError where there is no file with the split, or where two could be the same.
+    Fields are separated by commas, semicolons or tabs. Tables with other columns, and what cannot be read as a table,
+    are passed over. ValueError where there is no file with the split, or where two could be the same.
     """
-    sets, scores = [], []
-    for path in sorted(root.glob("*.csv")):
-        columns = set(_columns(path))  # any other table may lie there
+    sets, scores, others = [], [], []
+    for path in sorted(path for path in root.iterdir() if path.suffix.lower() in _SUFFIXES):
+        try:
+            columns = set(header(path)[0]) if path.is_file() else set()
+        except OSError as error:
+            others.append(f"{path.name} is not readable ({error.strerror})")
+            continue
         if columns >= _SETS_COLUMNS and columns >= _SCORES_COLUMNS:
             raise ValueError(
                 f"{path}: has the columns set and MOS_zscore, so the scale of its MOS is not known"
@@ -119,13 +127,21 @@ def find_lists(root: Path) -> tuple[Path, Path | None]:
             sets.append(path)
         elif columns >= _SCORES_COLUMNS:
             scores.append(path)
+        else:
+            others.append(
+                f"{path.name} has other columns" if path.is_file() else f"{path.name} is not a file"
+            )
     for found, what in ((sets, SETS_FILE), (scores, SCORES_FILE)):
         if len(found) > 1:
             names = " and ".join(path.name for path in found)
             raise ValueError(f"{root}: {names} both have the columns of {what}; expected one")
     if not sets:
-        instead = f"; {scores[0].name} has the columns of {SCORES_FILE}, which has no split" if scores else ""
-        raise ValueError(f"{root}: no {SETS_FILE}, with the columns image_name, MOS and set{instead}")
+        instead = [f"{scores[0].name} has the columns of {SCORES_FILE}, which has no split"] if scores else []
+        reasons = "".join(f"; {reason}" for reason in [*instead, *others][:_REASONS])
+        raise ValueError(
+            f"{root}: no {SETS_FILE}, with the columns image_name, MOS and set, separated by commas, "
+            f"semicolons or tabs{reasons}"
+        )
     return sets[0], scores[0] if scores else None
 
 
@@ -140,52 +156,35 @@ def _image_folder(root: Path, images: str | None) -> Path:
 
 def _read_sets(path: Path, faults: Faults) -> list[Row]:
     rows = []
-    for number, fields in _records(path):
+    for line, fields in records(path):
         faults.rows += 1
-        name, mos, word = fields.get("image_name"), fields.get("MOS"), fields.get("set")
+        name, mos, word = fields.get("image_name"), fields.get("MOS"), fields.get("set", "").strip()
         if not name or mos is None or word not in _SET_WORDS:
             words = ", ".join(_SET_WORDS)
             faults.add(
-                number,
+                line,
                 "malformed",
                 f"{name or 'no name'}: expected an image_name, a MOS and a set of {words}",
             )
             continue
         try:
-            rows.append(Row(number, name, parse_mos(mos, *MOS_RANGE), _SET_WORDS[word]))
+            rows.append(Row(line, name, parse_mos(mos, *MOS_RANGE), _SET_WORDS[word]))
         except ValueError as error:
-            faults.add(number, "with no valid score", f"{name}: {error}")
+            faults.add(line, "with no valid score", f"{name}: {error}")
     return rows
 
 
 def _compare(rows: list[Row], faults: Faults, scores: Path) -> None:
     """Faults where the file of scores, on its 0 to 100 scale, says otherwise of an image."""
-    on_both_scales = {fields["image_name"]: fields["MOS_zscore"] for _, fields in _records(scores)}
+    on_both_scales = {fields.get("image_name"): fields.get("MOS_zscore") for _, fields in records(scores)}
     for row in rows:
         text = on_both_scales.get(row.name)
         if text is None:
             continue
         try:
-            agrees = abs(float(text) - row.mos) <= _AGREEMENT
+            agrees = abs(number(text) - row.mos) <= _AGREEMENT
         except ValueError:
             agrees = False
         if not agrees:
             sentence = f"{row.name} has MOS {row.mos:g} here and MOS_zscore {text} in {scores.name}"
             faults.add(row.number, "contradicted", sentence)
-
-
-def _records(path: Path) -> list[tuple[int, dict[str, str]]]:
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""))
-    return [(reader.line_num, record) for record in reader]
-
-
-def _columns(path: Path) -> list[str]:
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-        return next(csv.reader(file), [])
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not readable as text ({error})") from None

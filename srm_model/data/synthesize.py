@@ -19,6 +19,7 @@ from tqdm import tqdm
 from srm_model.config import SRMConfig
 from srm_model.data.images import Pixels, open_rgb
 from srm_model.data.labels import LABEL_RANGE, METRICS, import_piq, metric_labels
+from srm_model.data.lists import read_list
 from srm_model.data.photographs import SUFFIXES, Photograph, from_folder, from_packages
 from srm_model.data.tid2013 import HIGHER_IS_BETTER, IMAGES, LABELS, LABELS_FORMAT, LIST, REFERENCES
 from srm_model.files import atomic_path, make_folder, read_json, write_json, write_text
@@ -138,7 +139,7 @@ def synthesize(
 def _given_labels(path: Path) -> dict[str, float]:
     """The lines of a list of labels, ValueError where one is not a label and a name, or not the name's first."""
     given: dict[str, float] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_list(path).splitlines(), 1):
         match = _LINE.fullmatch(f"{line}\n")
         if not match or match[2] in given:
             raise ValueError(

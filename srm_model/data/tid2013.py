@@ -21,6 +21,7 @@ from srm_model.data.base import (
     published_name,
 )
 from srm_model.data.cache import ImageCache
+from srm_model.data.lists import read_list
 from srm_model.files import read_json
 
 LIST = "mos_with_names.txt"
@@ -32,7 +33,10 @@ LABELS_FORMAT = "srm-iqa-labels/1"
 HIGHER_IS_BETTER = "higher is better"
 MOS_RANGE = (0.0, 9.0)  # nominal; the published scores lie in 0.24 to 7.21
 
-_NAME = re.compile(r"i(\d+)_(\d+)_(\d+)\.bmp", re.IGNORECASE)
+_LINE = re.compile(
+    r"""\s*"?(?P<score>[^\s;"]+?)"?(?:\s*[;,]\s*|\s+)"?(?P<name>i(?P<reference>\d+)_\d+_\d+\.bmp)"?[\s;,]*""",
+    re.IGNORECASE,
+)
 
 
 class Labels(NamedTuple):
@@ -45,7 +49,8 @@ class Labels(NamedTuple):
 class TID2013(ImageQualityDataset):
     """TID2013: 25 references × 24 types × 5 levels of distortion, split by reference.
 
-    root: holds `mos_with_names.txt` and `distorted_images/`; names are looked up whatever their case. The references
+    root: holds `mos_with_names.txt` and `distorted_images/`; names are looked up whatever their case. A line of the
+    list is a score and a name, separated by spaces, tabs, semicolons or commas (see `lists`). The references
     themselves carry no label and are not needed. Splits are 60/20/20 % of the references, by
     `numpy.random.default_rng(seed).permutation` of their sorted ids, so that no content is in two of them.
     Sets made by `srm_model.data.synthesize` have the same layout and a `labels.json`, by which `labels` is
@@ -55,6 +60,7 @@ class TID2013(ImageQualityDataset):
     train: whether items are randomly cropped; None: in the train split only.
     cache: keep resized images, uint8: True in memory, per process, for sets that fit; an `ImageCache` in its folder.
     verify: "full" decodes every image of the whole set first, "fast" reads the headers only (see `find_faults`).
+    progress: a bar where stderr is a terminal and checking takes seconds.
 
     A missing, ambiguous or undecodable image anywhere in the set, a malformed row, a score out of range or a name
     listed twice is a ValueError with the first such row and the count of all.
@@ -70,13 +76,14 @@ class TID2013(ImageQualityDataset):
         train: bool | None = None,
         cache: bool | ImageCache = False,
         verify: str = "full",
+        progress: bool = True,
     ) -> None:
         check_arguments(split, seed, image_size)
         root = Path(root)
         labels = read_labels(root)
         faults = Faults(root / LIST)
         rows = _read_list(root, labels.range, faults)
-        entries = find_images(rows, root / IMAGES, faults, verify=verify)
+        entries = find_images(rows, root / IMAGES, faults, verify=verify, progress=progress)
         super().__init__(
             published_name("TID2013", len(entries), PUBLISHED_IMAGES)
             if labels.kind == "mos"
@@ -146,26 +153,21 @@ def _read_list(root: Path, label_range: tuple[float, float], faults: Faults) -> 
                 f"{root}: the set is not finished; the command that began it goes on where it stopped"
             )
         raise ValueError(f"{path}: no such file; a set in TID2013's layout has one")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text file ({error})") from None
     rows = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_list(path).splitlines(), 1):
         if not line.strip():
             continue
         faults.rows += 1
-        fields = line.split()
-        match = _NAME.fullmatch(fields[-1])
-        if len(fields) != 2 or match is None:
+        match = _LINE.fullmatch(line)
+        if match is None:
             faults.add(
                 number, "malformed", f"{line.strip()[:80]!r} is not a score and a name like i01_02_3.bmp"
             )
             continue
         try:
-            mos = parse_mos(fields[0], *label_range)
+            mos = parse_mos(match["score"], *label_range)
         except ValueError as error:
-            faults.add(number, "with no valid score", f"{fields[1]}: {error}")
+            faults.add(number, "with no valid score", f"{match['name']}: {error}")
             continue
-        rows.append(Row(number, fields[1], mos, match[1].zfill(2)))
+        rows.append(Row(number, match["name"], mos, match["reference"].zfill(2)))
     return rows

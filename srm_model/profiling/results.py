@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from srm_model.files import finite, make_folder
+from srm_model.files import json_text, make_folder
 from srm_model.profiling.machines import IDENTITY
 
 
@@ -16,7 +16,7 @@ def append(path: str | Path, row: dict[str, Any]) -> None:
     """Add one row by a single write, so that an interruption leaves the earlier rows and never half of this one."""
     path = Path(path)
     make_folder(path.parent)
-    line = (json.dumps(finite(row), ensure_ascii=False) + "\n").encode()
+    line = (json_text(row) + "\n").encode(errors="backslashreplace")
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
         size = os.fstat(handle).st_size

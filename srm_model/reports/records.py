@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from srm_model.config import SRMConfig
-from srm_model.files import append_line, finite, read_json
+from srm_model.files import append_line, json_text, read_json
 from srm_model.reports.text import fixed
 
 RESULTS, STUDY = "results.jsonl", "study.json"
@@ -47,7 +47,7 @@ class Records:
         return None
 
     def add(self, line: dict[str, Any]) -> None:
-        text = json.dumps(finite(line), ensure_ascii=False)
+        text = json_text(line)
         append_line(self.path, text)
         self.lines.append(json.loads(text))
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from srm_model import ranks
 from srm_model.metrics import LogisticMap, plcc, srocc
 from srm_model.modules import evaluating
-from srm_model.training.faults import outlive_sigterm, reading, reading_fault
+from srm_model.training.faults import reading, reading_fault, worker_start
 from srm_model.training.seeding import seeded
 
 
@@ -43,7 +43,7 @@ def predict(
         batch_sampler=[list(range(i, min(i + batch_size, len(dataset)))) for i in starts],
         num_workers=workers,
         pin_memory=device.type == "cuda",
-        worker_init_fn=outlive_sigterm,
+        worker_init_fn=worker_start(),
     )
     stochastic = getattr(model, "stochastic", False)
     found: dict[int, np.ndarray] = {}

@@ -6,11 +6,13 @@ import multiprocessing
 import signal
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from types import FrameType
 from typing import Any, Self
 
+from PIL import Image
 from torch.utils.data import DataLoader
 
 _PATIENCE = 5.0  # seconds for a thread that writes to a worker's pipe
@@ -68,6 +70,16 @@ class Termination:
 def outlive_sigterm(worker: int) -> None:
     """For workers: schedulers send SIGTERM to every process, and the one that trains ends its workers itself."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def worker_start() -> Callable[[int], None]:
+    """What a worker does first: outlive SIGTERM, and take this process's limit of pixels, which only forks inherit."""
+    return partial(_start, Image.MAX_IMAGE_PIXELS)
+
+
+def _start(max_pixels: int | None, worker: int) -> None:
+    outlive_sigterm(worker)
+    Image.MAX_IMAGE_PIXELS = max_pixels
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from srm_model import ranks
 from srm_model.checkpoint import save_model
 from srm_model.config import SRMConfig
-from srm_model.files import make_folder, write_text
+from srm_model.files import json_text, make_folder, utf8_path, write_text
 from srm_model.metrics import LogisticMap, plcc, srocc
 from srm_model.modules import evaluating
 from srm_model.neck import SRMNeck
@@ -37,9 +37,9 @@ from srm_model.training.faults import (
     Preempted,
     Termination,
     is_worker_death,
-    outlive_sigterm,
     reading,
     reading_fault,
+    worker_start,
 )
 from srm_model.training.optimisation import (
     autocast_dtype,
@@ -203,9 +203,11 @@ class _Run:
             _check_same(self.folder, stored.values["identity"], self.identity)
         return stored
 
-    def _writer(self, finished: int) -> AbstractContextManager[Any]:
+    @contextmanager
+    def _writer(self, finished: int) -> Iterator[Any]:
         if self.rank > 0:
-            return nullcontext()
+            yield None
+            return
         try:
             from torch.utils.tensorboard import SummaryWriter  # seconds to import
         except ModuleNotFoundError as error:
@@ -213,7 +215,11 @@ class _Run:
                 f"training writes its curves with tensorboard ({error}): pip install 'srm-iqa[model]'"
             ) from None
 
-        return SummaryWriter(str(self.folder / "tensorboard"), purge_step=finished + 1)
+        with (
+            utf8_path(self.folder) as folder,
+            SummaryWriter(str(folder / "tensorboard"), purge_step=finished + 1) as writer,
+        ):
+            yield writer
 
     def _save(self, progress: dict[str, Any] | None) -> None:
         """Write the state: after an epoch, or within one with how far it has come."""
@@ -236,7 +242,7 @@ class _Run:
         with self._told():
             if whole and self.best is not None and self.best["epoch"] == self.history[-1]["epoch"]:
                 save_model(self._judged, self.folder, card={**self.card, **self.best})
-            write_text(self.folder / HISTORY, "".join(json.dumps(row) + "\n" for row in self.history))
+            write_text(self.folder / HISTORY, "".join(json_text(row) + "\n" for row in self.history))
 
     @contextmanager
     def _told(self) -> Iterator[None]:
@@ -273,7 +279,7 @@ class _Run:
             batch_sampler=[*chain.from_iterable(shares[at.step :])],
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=outlive_sigterm,
+            worker_init_fn=worker_start(),
             # Its own: beginning to read would draw from the generator of training, once more after every resumption.
             generator=torch.Generator().manual_seed(config.seed),
         )

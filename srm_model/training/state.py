@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from srm_model.checkpoint import copy_tensors, plain_tensors
-from srm_model.files import atomic_path
+from srm_model.files import atomic_path, utf8_path
 
 STATE = "state.safetensors"
 PREVIOUS = "state.previous.safetensors"
@@ -84,7 +84,7 @@ def read_state(folder: Path) -> Stored | None:
 
 def _read_values(path: Path) -> dict[str, Any]:
     try:
-        with safe_open(path, framework="pt") as file:
+        with utf8_path(path) as readable, safe_open(readable, framework="pt") as file:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not readable as safetensors ({error})") from None
@@ -119,7 +119,7 @@ def load_tensors(
     modules: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}}
     states: dict[int, dict[str, Tensor]] = {}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    with safe_open(path, framework="pt") as file:
+    with utf8_path(path) as readable, safe_open(readable, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118 — not a mapping
             part, _, name = key.partition(".")
             if part in modules:

@@ -312,7 +312,11 @@ def test_score_tells_of_bad_files_and_scores_the_good_ones(
     assert f"{absent}: no such image" in errors[1]
     assert main([*arguments, "--json"]) == 2
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [sorted(row) for row in rows] == [["error", "path"], ["path", "score"], ["error", "path"]]
+    assert [sorted(row) for row in rows] == [
+        ["error", "path", "score"],
+        ["path", "score"],
+        ["error", "path", "score"],
+    ]
 
 
 def test_bad_arguments_are_one_sentence(

@@ -80,6 +80,15 @@ def test_a_changed_file_another_size_and_a_damaged_copy_are_read_anew(tmp_path, 
     assert np.array_equal(cache.get(pictures[0], 24), load_resized(pictures[0], 24))
 
 
+def test_what_was_stored_under_other_rules_is_read_anew(tmp_path, pictures, monkeypatch):
+    cache = ImageCache(tmp_path / "cache", 10**6)
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_module, "_FORMAT", 1)
+        patch.setattr(cache_module, "load_resized", lambda *_: np.zeros((24, 32, 3), np.uint8))
+        assert not cache.get(pictures[0], 24).any()
+    assert np.array_equal(cache.get(pictures[0], 24), load_resized(pictures[0], 24))
+
+
 def test_an_image_that_has_vanished_is_missed_though_it_is_kept(tmp_path, pictures):
     cache = ImageCache(tmp_path / "cache", 10**6)
     cache.get(pictures[0], 24)

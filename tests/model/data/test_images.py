@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import errno
 import io
 import os
+import pickle
+import warnings
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from srm_model.data import images
-from srm_model.data.images import fault, find_faults, open_rgb, to_rgb
+from srm_model.data.images import fault, find_faults, open_rgb, pixel_limit, to_rgb
+from srm_model.training.faults import worker_start
 
 
 def encoded(pixels: np.ndarray, suffix: str) -> bytes:
@@ -94,6 +98,70 @@ def test_a_cache_folder_that_cannot_be_written_does_not_matter(tmp_path, photogr
     assert find_faults([path], verify="full") == {}
 
 
+@pytest.mark.parametrize("home", [None, "", "/proc/none", "relative"])
+def test_without_a_cache_folder_every_call_checks(tmp_path, photograph, monkeypatch, home):
+    """HOME that is not set for a user without an entry, that cannot be written to, or that is no place."""
+    monkeypatch.setattr(images, "_REMEMBERED_FROM", 1)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.chdir(tmp_path)
+    if home is None:
+        monkeypatch.delenv("HOME")
+        monkeypatch.setattr("pwd.getpwuid", lambda _: {}["no entry"])
+    else:
+        monkeypatch.setenv("HOME", home)
+    monkeypatch.setattr(
+        images.Path, "mkdir", lambda *_, **__: pytest.fail("made") if home == "relative" else denied()
+    )
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded(photograph(), "png"))
+    for _ in range(2):
+        assert find_faults([path], verify="full") == {}
+    path.write_bytes(b"")
+    assert list(find_faults([path, tmp_path / "gone.png"], verify="full")) == [0, 1]
+
+
+def test_a_cache_folder_that_may_not_be_looked_into(tmp_path, photograph, monkeypatch):
+    monkeypatch.setattr(images, "_REMEMBERED_FROM", 1)
+    monkeypatch.setattr(images.Path, "is_file", denied)
+    monkeypatch.setattr(images.Path, "exists", denied)
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded(photograph(), "png"))
+    assert find_faults([path], verify="full") == {}
+
+
+def denied(*_, **__):
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def test_the_bar_is_for_terminals_that_want_it(tmp_path, photograph, monkeypatch):
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded(photograph(), "png"))
+    shown = []
+    monkeypatch.setattr(
+        images, "tqdm", lambda answers, **options: shown.append(options["disable"]) or answers
+    )
+    for progress in (True, False):
+        assert find_faults([path], verify="full", progress=progress) == {}
+    assert shown == [None, True]  # None: on a terminal only
+
+
+def test_the_limit_of_pixels(tmp_path, photograph):
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded(photograph(40), "png"))
+    with pixel_limit(1598):
+        for told in (fault(path, full=True), fault(path, full=False)):
+            assert told.startswith("it has more than 1,598 pixels; --max-pixels")
+        with pytest.raises(
+            ValueError, match=r"a.png: not readable as an image \(it has more than 1,598 pixels"
+        ):
+            open_rgb(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for enough in (1600, 0, None):
+            with pixel_limit(enough):
+                assert open_rgb(path).size == (40, 40)
+
+
 def test_every_mode_becomes_rgb():
     grey = np.arange(0, 256, 16, dtype=np.uint8).reshape(4, 4)
     rgb = np.stack([grey, grey // 2, 255 - grey], -1)
@@ -124,11 +192,43 @@ def test_transparency_lies_over_white():
     assert np.asarray(to_rgb(palette))[0, 0].tolist() == [255, 255, 255]
 
 
-def test_orientation_in_exif_is_left_alone(tmp_path):
-    image = Image.fromarray(np.zeros((4, 9, 3), np.uint8))
-    exif = image.getexif()
-    exif[0x0112] = 6  # turn by 90°
-    image.save(tmp_path / "a.jpg", exif=exif)
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tiff"])
+def test_the_orientation_in_exif_is_applied(tmp_path, suffix):
+    """Each of the eight stores the same upright picture, a white corner at the upper left, in another way."""
+    upright = Image.fromarray(np.zeros((32, 48, 3), np.uint8))
+    upright.paste("white", (0, 0, 16, 16))
+    stored = {
+        1: (upright, 1),
+        **{tag: (upright.transpose(turn), tag) for tag, turn in UNDO.items()},
+        9: (upright, 9),
+    }
+    for name, (picture, tag) in stored.items():
+        exif = picture.getexif()
+        exif[0x0112] = tag
+        path = tmp_path / f"{name}.{suffix}"
+        picture.save(path, exif=exif, **({"lossless": True} if suffix == "webp" else {}))
+        found = np.asarray(open_rgb(path)).astype(int)
+        assert found.shape == (32, 48, 3), tag
+        assert found[:12, :12].min() > 200, tag
+        assert found[20:].max() < 50, tag
+        assert found[:, 20:].max() < 50, tag
+
+
+UNDO = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+def test_broken_exif_of_a_whole_image_does_not_matter(tmp_path):
+    Image.fromarray(np.zeros((4, 9, 3), np.uint8)).save(
+        tmp_path / "a.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff"
+    )
     assert open_rgb(tmp_path / "a.jpg").size == (9, 4)
 
 
@@ -146,3 +246,13 @@ def test_errors_name_the_file(tmp_path):
     (tmp_path / "bad.png").write_bytes(b"bad")
     with pytest.raises(ValueError, match=r"bad\.png: not readable as an image"):
         open_rgb(os.fspath(tmp_path / "bad.png"))
+
+
+def test_workers_that_are_not_forked_take_the_limit_of_pixels(monkeypatch):
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 7)
+    with pixel_limit(50):
+        begin = pickle.loads(pickle.dumps(worker_start()))
+    assert Image.MAX_IMAGE_PIXELS == 7
+    begin(0)
+    assert Image.MAX_IMAGE_PIXELS == 25

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import os
 
 import numpy as np
 import pytest
@@ -110,6 +111,69 @@ def test_tables_that_cannot_be_told_apart(koniq):
         KonIQ10k(koniq, "train")
     (koniq / "other.csv").write_bytes(b"\xff\xfe some other table\n1\n")
     assert len(KonIQ10k(koniq, "train")) == 2
+
+
+ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"]
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("separator", [",", ";", "\t", "; "])
+def test_lists_as_spreadsheets_write_them(koniq, separator, encoding):
+    expected = {split: KonIQ10k(koniq, split).mos.tolist() for split in SPLITS}
+    lines = (koniq / FEW).read_text().splitlines()
+    rewritten = "\r\n".join(separator.join(line.split(",")) for line in lines)
+    if separator == ";":  # with the decimal comma of those who separate so
+        rewritten = rewritten.replace(".5;", ",5;").replace(".0;", ",0;")
+    (koniq / FEW).write_bytes(rewritten.encode(encoding))
+    assert {split: KonIQ10k(koniq, split).mos.tolist() for split in SPLITS} == expected
+    write_scores(koniq / "scores.tsv")
+    rewritten = "\n".join(
+        "\t".join(line.split(",")) for line in (koniq / "scores.tsv").read_text().splitlines()
+    )
+    (koniq / "scores.tsv").write_bytes(rewritten.encode(encoding))
+    assert {split: KonIQ10k(koniq, split).mos.tolist() for split in SPLITS} == expected
+
+
+def test_other_tables_are_passed_over(koniq):
+    (koniq / "folder.csv").mkdir()
+    (koniq / "gone.csv").symlink_to(koniq / "nowhere")
+    os.mkfifo(koniq / "pipe.csv")
+    (koniq / "long.csv").write_text("a" * 200_000 + ",b\n1,2\n")
+    (koniq / "open.csv").write_text('"' + "a" * 200_000)
+    (koniq / "empty.csv").touch()
+    (koniq / "binary.csv").write_bytes(bytes(range(256)) * 9)
+    assert len(KonIQ10k(koniq, "train")) == 2
+    (koniq / FEW).write_text((koniq / FEW).read_text().replace(",", "|"))
+    message = r"separated by commas, semicolons or tabs; binary.csv has other columns; .*; few.csv has other columns"
+    for name in ("folder.csv", "gone.csv", "pipe.csv", "long.csv", "open.csv"):
+        path = koniq / name
+        path.rmdir() if path.is_dir() else path.unlink()
+    with pytest.raises(ValueError, match=message):
+        KonIQ10k(koniq, "train")
+    (koniq / FEW).unlink()
+    (koniq / FEW).mkdir()
+    with pytest.raises(ValueError, match=r"few.csv is not a file"):
+        KonIQ10k(koniq, "train")
+
+
+def test_a_list_that_is_no_table_is_refused_by_name(koniq):
+    whole = (koniq / FEW).read_text()
+    (koniq / FEW).write_text(whole + '"' + "a" * 200_000)
+    with pytest.raises(ValueError, match=r"few.csv, row \d+: not readable as a table \(field larger than"):
+        KonIQ10k(koniq, "train")
+    (koniq / FEW).write_bytes(whole.encode("utf-16")[:-1])
+    with pytest.raises(ValueError, match=r"few.csv: not readable as utf-16.* text"):
+        KonIQ10k(koniq, "train")
+
+
+def test_names_of_any_bytes(koniq):
+    name = os.fsdecode(b"\xe9.jpg")
+    (koniq / "1024x768" / "1.jpg").rename(koniq / "1024x768" / name)
+    (koniq / FEW).write_bytes((koniq / FEW).read_bytes().replace(b"1.jpg", b"\xe9.jpg"))
+    found = KonIQ10k(koniq, "train")
+    assert found.names[0] == name
+    assert found[0][0].shape[0] == 3
+    assert len(found.fingerprint) == 64
 
 
 @pytest.mark.parametrize(

@@ -299,3 +299,27 @@ def test_a_subset_is_a_data_set(pictures):
     assert part.names[0] not in few.names
     few.train = part.train = False
     assert torch.equal(few[0][0], part[4][0])
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("separator", [" ", "\t", ";", " ; ", ",", '";"'])
+def test_lists_as_editors_and_spreadsheets_write_them(tid, separator, encoding):
+    root = tid()
+    expected = [TID2013(root, split).mos.tolist() for split in SPLITS]
+    lines = (root / "mos_with_names.txt").read_text().splitlines()
+    quote = '"' if '"' in separator else ""
+    for point in (".", ","):
+        rewritten = [quote + separator.join(line.replace(".", point, 1).split()) + quote for line in lines]
+        (root / "mos_with_names.txt").write_bytes("\r\n".join(rewritten).encode(encoding))
+        assert [TID2013(root, split).mos.tolist() for split in SPLITS] == expected
+
+
+def test_a_list_that_cannot_be_read_is_named(tid):
+    root = tid()
+    (root / "mos_with_names.txt").write_bytes(b"\xff\xfeabc")
+    with pytest.raises(ValueError, match=r"mos_with_names.txt: not readable as utf-16.* text"):
+        TID2013(root, "train")
+    (root / "mos_with_names.txt").unlink()
+    (root / "mos_with_names.txt").mkdir()
+    with pytest.raises(ValueError, match=r"mos_with_names.txt: not readable \(Is a directory\)"):
+        TID2013(root, "train")

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from srm_model.data import load_image
-from srm_model.data.transforms import centre_crop, load_resized, random_crop_and_flip, to_tensor
+from srm_model.data.transforms import LONGEST, centre_crop, load_resized, random_crop_and_flip, to_tensor
 
 
 @pytest.mark.parametrize(("width", "height"), [(90, 60), (60, 90), (64, 64), (21, 13), (200, 50)])
@@ -18,6 +18,41 @@ def test_the_shorter_side_is_brought_to_the_size(tmp_path, width, height, size):
     assert min(resized.shape[:2]) == size
     assert resized.shape[0] / resized.shape[1] == pytest.approx(height / width, rel=1 / size)
     assert load_image(path, size).shape == (3, size, size)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    ("long", "short", "size"), [(1203, 3, 8), (2000, 40, 16), (700, 8, 8), (1001, 9, 16)]
+)
+def test_of_a_long_image_the_middle_is_resized(tmp_path, photograph, long, short, size, turned):
+    """As if all of it were, up to the rounding of coefficients (one level of 255)."""
+    pixels = np.resize(photograph(96), (short, long, 3))
+    image = Image.fromarray(pixels.transpose(1, 0, 2) if turned else pixels)
+    image.save(tmp_path / "a.png")
+    sides = [round(side * size / short) for side in image.size]
+    whole = np.asarray(image.resize(sides, Image.Resampling.BICUBIC))
+    found = load_resized(tmp_path / "a.png", size)
+    assert found.shape == ((LONGEST * size, size, 3) if turned else (size, LONGEST * size, 3))
+    difference = centre_crop(found, size).astype(int) - centre_crop(whole, size)
+    assert abs(difference).max() <= 1
+    kept = np.asarray(load_image(tmp_path / "a.png", size) * 255).round().transpose(1, 2, 0)
+    np.testing.assert_array_equal(kept, centre_crop(found, size))
+
+
+@pytest.mark.parametrize("shape", [(30_000, 1), (1, 30_000)])
+def test_memory_is_bounded_by_the_crop(tmp_path, shape):
+    Image.fromarray(np.zeros((*shape, 3), np.uint8)).save(tmp_path / "a.png")
+    assert load_image(tmp_path / "a.png", 512).shape == (3, 512, 512)
+    assert load_resized(tmp_path / "a.png", 512).nbytes == 512 * 512 * 3 * LONGEST
+
+
+@pytest.mark.parametrize(("width", "height"), [(96, 64), (96, 37), (95, 6), (64, 96), (21, 13)])
+def test_other_images_are_resized_whole_to_the_bit(tmp_path, photograph, width, height):
+    image = Image.fromarray(np.ascontiguousarray(photograph(96)[:height, :width]))
+    image.save(tmp_path / "a.png")
+    sides = [round(side * 32 / min(image.size)) for side in image.size]
+    expected = np.asarray(image.resize(sides, Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(load_resized(tmp_path / "a.png", 32), expected)
 
 
 def test_shrinking_is_antialiased(tmp_path):

@@ -1,0 +1,128 @@
+"""Standard output and error: names of any bytes, readers that are gone, disks that are full."""
+
+from __future__ import annotations
+
+import codecs
+import errno
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
+from typing import Any, TextIO, cast
+
+_HANDLER = "srm-iqa"
+
+
+class Output:
+    """Standard output that remembers whether it could be written; None is one that was closed from the start."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream
+        self._fault: OSError | None = None
+
+    def write(self, text: str) -> int:
+        return self._try(lambda stream: stream.write(text))
+
+    def flush(self) -> None:
+        self._try(lambda stream: stream.flush())
+
+    def lost(self) -> str | None:
+        """Why not all could be written, or None. Once there is a reason, nothing more is written to the file."""
+        if self._fault is None and self._stream is not None:
+            with suppress(OSError):
+                self.flush()
+        if self._fault is None:
+            return None
+        with suppress(OSError, AttributeError):  # without a file
+            os.dup2(
+                os.open(os.devnull, os.O_WRONLY), self.fileno()
+            )  # for the interpreter's own flush at exit
+        return self._fault.strerror or str(self._fault)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _try(self, operation: Callable[[TextIO], Any]) -> Any:
+        try:
+            if self._stream is None:
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+            return operation(self._stream)
+        except OSError as error:
+            self._fault = self._fault or error
+            raise
+
+
+@contextmanager
+def prepared() -> Iterator[Output]:
+    """Let standard output and error take any text within the block; yields the former.
+
+    Bytes of a file name that are not text are written as they are, characters that the encoding lacks as escapes.
+    """
+    _replace_closed()
+    output = Output(sys.stdout)
+    before = []
+    for stream, errors in ((sys.stdout, _HANDLER), (sys.stderr, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            before.append((stream, stream.errors))
+            with suppress(OSError):
+                stream.reconfigure(errors=errors)
+    try:
+        with redirect_stdout(cast(TextIO, output)):
+            yield output
+    finally:
+        for stream, old in before:
+            with suppress(OSError):
+                stream.reconfigure(errors=old)
+
+
+def say(text: str) -> None:
+    """Write a line to stderr, where that is possible; stdout is for results."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        with suppress(OSError):  # or the interpreter would fail over it at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
+def sentence(text: str) -> str:
+    """The text on one line."""
+    return re.sub(r"\s*[\r\n]+\s*", " ", text).strip()
+
+
+def as_named(path: str | os.PathLike[str]) -> str:
+    """A path as text that standard output turns into the very bytes of the name, whatever the locale."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    if "/".encode(encoding) != b"/":  # UTF-16 and the like have no place for single bytes
+        return os.fspath(path)
+    return os.fsencode(path).decode(encoding, "surrogateescape")
+
+
+def _replace_closed() -> None:
+    """Give a process that was started with closed streams others, so that no file takes their numbers."""
+    if sys.stdin is None or sys.stdout is None or sys.stderr is None:
+        while os.open(os.devnull, os.O_RDWR) < 3:
+            pass
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)  # noqa: PTH123, SIM115
+    if sys.stderr is None:  # print() would write to stdout instead
+        sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115
+
+
+def _encode_rest(error: UnicodeError) -> tuple[bytes, int]:
+    """Bytes for the characters that an encoding lacks: those of a file name as they are, an escape for others."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    rest = error.object[error.start : error.end]
+    return b"".join(map(_bytes_of, rest)), error.end
+
+
+def _bytes_of(character: str) -> bytes:
+    try:
+        return character.encode("ascii", "surrogateescape")
+    except UnicodeEncodeError:
+        return character.encode("ascii", "backslashreplace")
+
+
+codecs.register_error(_HANDLER, _encode_rest)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from srm_kernels.checks import may_ask
+
 from .backbones import Backbone
 from .checkpoint import load_weights, read_card
 from .config import NECKS, STORED, SRMConfig
@@ -125,7 +127,7 @@ def _check_images(images: Tensor, like: Tensor) -> None:
             "the stride of the deepest map"
         )
     check_like("images", images, like, promoted=True)
-    if images.device.type == "cpu" and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and may_ask(images):
         low, high = (float(v) for v in images.detach().aminmax())
         if not (low >= -RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):
             raise ValueError(f"images range from {low:.4g} to {high:.4g}; expected finite values in [0, 1]")

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from srm_kernels.checks import transforming
+
 _schemas: list[torch.library.Library] = []  # a schema lives as long as its library
 
 
@@ -53,8 +55,11 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype:
 def rounded(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Every tensor as `tensor.to(dtype)` gives it, all that are not of it already by one launch.
 
-    Differentiable, any number of times; the gradients take one launch too.
+    Differentiable, any number of times; the gradients take one launch too. Under torch.func and in forward mode it is
+    a launch for each.
     """
+    if transforming():
+        return [tensor.to(dtype) for tensor in tensors]
     others = [i for i, t in enumerate(tensors) if t.dtype != dtype]
     results = list(tensors)
     if others:

@@ -28,6 +28,7 @@ from srm_kernels import (
     tau_loss,
 )
 from srm_kernels.attention.reference import normalised_key, normalised_query
+from srm_kernels.checks import may_ask
 
 from .config import STAGES, SRMConfig
 from .modules import autocast_dtype, check_like, evaluating, in_backward, rounded
@@ -403,8 +404,8 @@ class SRMNeck(nn.Module):
             if m.shape[0] != pyramid[0].shape[0]:
                 raise ValueError(f"stage {stage} has {m.shape[0]} images and stage 1 {pyramid[0].shape[0]}")
             check_like(f"stage {stage}", m, cast(nn.Conv2d, conv).weight)
-            # Elsewhere asking would wait for the device; a NaN there reaches its own image's score and no other.
-            if m.device.type == "cpu" and not torch.compiler.is_compiling() and not m.isfinite().all():
+            # Where Python may not ask, a NaN reaches its own image's score and no other.
+            if not torch.compiler.is_compiling() and may_ask(m) and not m.isfinite().all():
                 raise ValueError(f"stage {stage} holds NaN or infinite values; expected finite maps")
 
     def _align(self, pyramid: Sequence[Tensor], *, every: bool) -> dict[int, Tensor]:
@@ -456,10 +457,12 @@ class SRMNeck(nn.Module):
         c = self.config
         if self.attention != "nystrom" or c.solve_dtype != "fp32" or not self._acting:
             return False
-        grids = [pyramid[source - 1].shape[-2:] for source, _ in self._acting]
-        rank = max(min(c.rank, grid.numel()) for grid in grids)  # never more landmarks than keys
         held = c.channels if c.dyt or c.qk_norm == "both" else 0
         like = pyramid[0].new_empty(0, dtype=autocast_dtype(pyramid[0]))  # as they will be read
+        if not fuses(like, c.head_dim, 1, c.pool_size, held, backend=c.backend):
+            return False  # before anything is asked of shapes, which torch.export would guard
+        grids = [pyramid[source - 1].shape[-2:] for source, _ in self._acting]
+        rank = max(min(c.rank, grid.numel()) for grid in grids)  # never more landmarks than keys
         return fuses(like, c.head_dim, rank, c.pool_size, held, backend=c.backend)
 
     def _mix_fused(self, pyramid: Sequence[Tensor], statistics: BatchStatistics | None) -> Tensor:
@@ -560,7 +563,9 @@ class SRMNeck(nn.Module):
 
     def _pooled(self, m: Tensor) -> Tensor:
         P = self.config.pool_size
-        return m if m.shape[-2:] == (P, P) else F.adaptive_avg_pool2d(m, P)
+        # What is traced must not ask: a program of any size would be one of all sizes but P.
+        there = not torch.compiler.is_compiling() and m.shape[-2:] == (P, P)
+        return m if there else F.adaptive_avg_pool2d(m, P)
 
     def _fused_stages(self, maps: dict[int, Tensor]) -> Tensor:
         return torch.stack([self._pooled(maps[stage]) for stage in self.config.fused_stages], 1)

@@ -33,6 +33,7 @@ class Backbone(nn.Module):
         make_torchvision_importable()
         import timm
 
+        self.name, self.image_size = name, image_size
         packaged = pretrained and name in _PACKAGED_WEIGHTS
         self.features = _create_features(timm, name, pretrained and not packaged, image_size)
         if packaged:
@@ -64,6 +65,20 @@ class Backbone(nn.Module):
             ) from None
         chosen = [maps[level] for level in self.levels]
         return [m.permute(0, 3, 1, 2) for m in chosen] if self.channels_last else chosen
+
+    def state_constants(self) -> None:
+        """Fill buffers that no checkpoint holds, such as Swin's tables of positions, after `to_empty`."""
+        persistent = self.features.state_dict().keys()
+        lost = [name for name, _ in self.features.named_buffers() if name not in persistent]
+        if not lost:
+            return
+        # Built anew, as timm builds them: not every model can fill its own.
+        with torch.device("cpu"):
+            whole = Backbone(self.name, image_size=self.image_size).features
+        constants = dict(whole.named_buffers())
+        for name, buffer in self.features.named_buffers():
+            if name not in persistent:
+                buffer.copy_(constants[name])
 
     def train(self, mode: bool = True) -> Backbone:
         """As usual, but BatchNorm layers stay in evaluation mode."""

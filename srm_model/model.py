@@ -68,8 +68,22 @@ class IQAModel(nn.Module):
         else:
             self.neck = SRMNeck(channels, config, attention="full" if neck == "quadratic" else "nystrom")
         self.head = Head(config.channels)
-        self.register_buffer("mean", torch.tensor(self.backbone.mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(self.backbone.std).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.empty(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.empty(1, 3, 1, 1), persistent=False)
+        self._state_pixels()
+        self.tensor_names = frozenset(self.state_dict())  # of a checkpoint
+
+    def _state_pixels(self) -> None:
+        """Put mean and deviation of the pixels into buffers that no checkpoint holds."""
+        for buffer, values in ((self.mean, self.backbone.mean), (self.std, self.backbone.std)):
+            buffer.copy_(torch.tensor(values, device="cpu").view(1, 3, 1, 1))
+
+    def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> IQAModel:
+        """As usual; what no checkpoint holds is filled, so that a checkpoint then completes the model."""
+        super().to_empty(device=device, recurse=recurse)
+        self._state_pixels()
+        self.backbone.state_constants()
+        return self
 
     @property
     def stochastic(self) -> bool:

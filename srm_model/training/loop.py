@@ -26,7 +26,7 @@ from srm_model.checkpoint import save_model
 from srm_model.config import SRMConfig
 from srm_model.files import make_folder, write_text
 from srm_model.metrics import LogisticMap, plcc, srocc
-from srm_model.modules import evaluating
+from srm_model.modules import evaluating, unwrapped
 from srm_model.neck import SRMNeck
 from srm_model.statistics import BatchStatistics
 from srm_model.training.batches import deal, epoch_batches
@@ -95,6 +95,11 @@ def train(
     (fp16) after three such losses in a row. An image that cannot be read is a ValueError, a worker that was killed a
     WorkerError, a full disk an OSError: what was trained until then is kept, and the same call goes on from there.
     """
+    if unwrapped(model) is not model:
+        raise TypeError(
+            f"model is a {type(model).__name__} around a {type(unwrapped(model)).__name__}; expected the model itself: "
+            "train distributes it under torchrun and compiles it by compile="
+        )
     config = config or model.config  # type: ignore[assignment]
     assert config is not None
     run = _Run(

@@ -212,9 +212,9 @@ def _register_autocast(operator: OpOverload, rule: Callable[..., tuple[Any, ...]
     @torch._disable_dynamo
     def kernel(*args: Any) -> Any:
         *inputs, backend = args
-        inputs = rule(*inputs)
+        cast = rule(*inputs)  # outside the guard, under which autocast reads as off
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            return operator(*inputs, backend)
+            return operator(*cast, backend)
 
     for key in ("AutocastCPU", "AutocastCUDA"):
         _library.impl(operator._opname, kernel, key)
@@ -245,7 +245,7 @@ class _Recorded(torch.autograd.Function):
 
 def _register_autograd(operator: OpOverload, rules: _Rules | None = None) -> None:
     """Without rules the results are constants."""
-    node = type(operator._opname, (_Recorded,), {})  # profilers show this name
+    node: Any = type(operator._opname, (_Recorded,), {})  # profilers show this name
 
     @torch._disable_dynamo
     def kernel(keyset: Any, *args: Any) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from srm_kernels.checks import may_ask
 
-from .backbones import Backbone
+from .backbones import Backbone, check_backbone, check_size
 from .checkpoint import load_weights, read_card
 from .config import NECKS, STORED, SRMConfig
 from .modules import check_like, evaluating
@@ -161,11 +161,14 @@ def build_model(
     backbone. weights: a checkpoint folder, loaded strictly, with no network; its backbone, neck and config must
     be those asked for, but for `backend`, and its config is used where none is given. The model comes in evaluation
     mode.
-    Raises ValueError for unknown names, a backbone without those strides, or a checkpoint that does not fit.
+    Raises ValueError for unknown names, a backbone without those strides or that cannot take images of
+    `config.image_size`, or a checkpoint that does not fit.
     """
     if config is not None and not isinstance(config, SRMConfig):
         raise TypeError(f"config is a {type(config).__name__}; expected an SRMConfig or None")
     if weights is None:
+        check_backbone(backbone)
+        check_size(backbone, (config or SRMConfig()).image_size)
         return IQAModel(backbone, neck, config or SRMConfig(), pretrained=pretrained).eval()
     model, _ = load_model(weights, backend=STORED if config is None else config.backend)
     for name, wanted, found in (("backbone", backbone, model.backbone_name), ("neck", neck, model.neck_name)):

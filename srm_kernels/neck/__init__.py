@@ -46,8 +46,7 @@ def _cast_parameters(like: Tensor, *groups: Sequence[Tensor]) -> list[list[Tenso
 
 def _cast_project(tokens: Tensor, *parameters: Any) -> tuple[Any, ...]:
     *groups, shift = parameters
-    shifts = () if shift is None else (shift,)
-    *groups, shifts = _cast_parameters(tokens, *groups, shifts)
+    *groups, shifts = _cast_parameters(tokens, *groups, [] if shift is None else [shift])
     return tokens, *groups, shifts[0] if shifts else None
 
 

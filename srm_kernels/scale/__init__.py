@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -20,9 +20,7 @@ def _cast_dyt(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
     return (x, *autocast.no_narrower(autocast.promoted(*parameters), x))
 
 
-def _cast_taus(
-    thetas: Sequence[Tensor], sigmas: Sequence[Tensor], *rest: object
-) -> tuple[list[Tensor], list[Tensor], *tuple[object, ...]]:
+def _cast_taus(thetas: Sequence[Tensor], sigmas: Sequence[Tensor], *rest: object) -> tuple[Any, ...]:
     cast = autocast.promoted(*thetas, *sigmas)
     return cast[: len(thetas)], cast[len(thetas) :], *rest
 
@@ -124,7 +122,7 @@ def tau_loss(
         raise ValueError(
             f"there are {len(thetas)} thetas and {len(sigmas)} sigmas; expected one of each for every link"
         )
-    thetas, sigmas = _cast_taus(thetas, sigmas)
+    thetas, sigmas, *_ = _cast_taus(thetas, sigmas)
     check_tensors(
         **{f"thetas[{i}]": t for i, t in enumerate(thetas)},
         **{f"sigmas[{i}]": t for i, t in enumerate(sigmas)},

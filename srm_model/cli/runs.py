@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from srm_model import ranks
+from srm_model.backbones import check_size
 from srm_model.checkpoint import CONFIG, read_card
 from srm_model.config import NECKS, STORED, SRMConfig
 from srm_model.data import SPLITS, ImageCache, open_dataset
@@ -157,6 +158,7 @@ def open_checkpoint(
 ) -> tuple[Any, dict[str, Any]]:
     """Model on `device` in channels-last, its operators by `backend`, and card."""
     model, card = load_model(folder, backend=backend)
+    check_size(model.backbone_name, model.config.image_size)
     model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model, card
 

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
 from srm_model import ranks
+from srm_model.backbones import Backbone, check_size
 from srm_model.checkpoint import save_model
 from srm_model.config import SRMConfig
 from srm_model.files import make_folder, write_text
@@ -102,6 +103,8 @@ def train(
         )
     config = config or model.config  # type: ignore[assignment]
     assert config is not None
+    if isinstance(getattr(model, "backbone", None), Backbone):
+        check_size(model.backbone.name, config.image_size)  # type: ignore[union-attr, arg-type]
     run = _Run(
         model, train_set, val_set, Path(folder), config, workers, progress, _device(device), card or {}
     )

@@ -85,7 +85,7 @@ def test_ddp_is_saved_as_the_model_inside(group, tmp_path):
 def test_what_is_no_model_of_this_package_is_one_sentence(tmp_path):
     for module in (nn.Linear(2, 2), nn.DataParallel(nn.Linear(2, 2))):
         with pytest.raises(
-            TypeError, match="model is a Linear without backbone_name, .*expected an IQAModel"
+            TypeError, match=r"model is a Linear without backbone_name, .*expected an IQAModel"
         ):
             save_model(module, tmp_path / "m", card={})
     assert not (tmp_path / "m").exists()

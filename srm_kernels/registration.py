@@ -64,6 +64,8 @@ def register_operator(
     finds replaced by the result of that number: what the forward pass chose is not chosen again.
 
     `autocast` maps the arguments to what the operator takes under autocast: see `autocast.py`.
+
+    Under torch.func and in forward mode a call that is differentiated runs the reference in place of the operator.
     """
     schema = f"({arguments}, str backend) -> {returns}"
     names = [argument.split()[-1].split("=")[0] for argument in f"{arguments}, str backend".split(",")]

@@ -81,9 +81,20 @@ class IQAModel(nn.Module):
     def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> IQAModel:
         """As usual; what no checkpoint holds is filled, so that a checkpoint then completes the model."""
         super().to_empty(device=device, recurse=recurse)
+        self._state_constants()
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> IQAModel:
+        """The same where a module around this one is given memory."""
+        without_memory = self.mean.is_meta
+        super()._apply(fn, recurse)
+        if without_memory and not self.mean.is_meta:
+            self._state_constants()
+        return self
+
+    def _state_constants(self) -> None:
         self._state_pixels()
         self.backbone.state_constants()
-        return self
 
     @property
     def stochastic(self) -> bool:

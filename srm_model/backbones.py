@@ -106,7 +106,7 @@ class Backbone(nn.Module):
         if not lost:
             return
         # Built anew, as timm builds them: not every model can fill its own.
-        with torch.device("cpu"):
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             whole = Backbone(self.name, image_size=self.image_size).features
         constants = dict(whole.named_buffers())
         for name, buffer in self.features.named_buffers():
@@ -139,7 +139,7 @@ def check_size(name: str, image_size: int) -> None:
 
     def fits(side: int) -> bool:
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), torch.random.fork_rng(devices=[]):
                 return Backbone(name, image_size=side).takes(side, side)
         except ValueError:
             return False

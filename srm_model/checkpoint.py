@@ -76,8 +76,8 @@ def _own_tensors(model: nn.Module) -> tuple[dict[str, Tensor], bool]:
         others = sorted(found - expected) or sorted(expected - found)
         if others:
             raise ValueError(
-                f"{others[0]} and {len(others) - 1} other tensors make the model another one than it was built as; "
-                "expected the tensors of build_model: merge adapters and remove parametrizations before saving"
+                f"the model's tensors are not those it was built with ({others[0]} and {len(others) - 1} more differ): "
+                "merge adapters and remove parametrizations before saving"
             )
     sharded = {name for name, tensor in state.items() if hasattr(tensor, "full_tensor")}
     whole = {

@@ -133,6 +133,14 @@ def test_the_operators_themselves_are_cast_too(name):
         assert not one.is_floating_point() or one.isfinite().all()
 
 
+def test_an_operator_rounds_as_its_public_function_does():
+    operator, (query, *others) = called("nystrom_attention")
+    rounded = [x.to(BF16) if isinstance(x, Tensor) and x.is_floating_point() else x for x in (query, *others)]
+    with torch.autocast(DEVICE, BF16):
+        found = operator(query.to(BF16), *others)
+    assert torch.equal(found, operator(*rounded))
+
+
 def test_autocast_compiles():
     q, k, v = (tokens(i, 1, 2, 16, 8, dtype=dtype) for i, dtype in enumerate((BF16, F32, BF16)))
 

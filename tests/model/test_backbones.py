@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from srm_model import IQAModel, SRMConfig, build_model
-from srm_model.backbones import Backbone
+from srm_model.backbones import Backbone, check_size
 from srm_model.checkpoint import save_model
 from srm_model.training import train
 
@@ -149,3 +149,13 @@ def test_training_refuses_a_size_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match="expected 96 or 128"):
         train(model, [], [], tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_asking_for_a_size_draws_no_random_numbers():
+    """Else the weights of a model would depend on what was asked before."""
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    check_size.cache_clear()
+    check_size("test_convnext", 96)
+    assert torch.equal(torch.rand(3), expected)

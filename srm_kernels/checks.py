@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NO_NARROWER = {dtype: DTYPES[: number + 1] for number, dtype in enumerate(DTYPES)}
@@ -14,9 +15,19 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def transforming() -> bool:
+    """Whether a function transform (torch.func) or forward-mode differentiation is at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def may_ask(tensor: Tensor) -> bool:
+    """Whether Python may look at values: off the CPU it would wait for the device, and torch.func.vmap forbids it."""
+    return tensor.device.type == "cpu" and not torch._C._are_functorch_transforms_active()
+
+
 def nowhere(mask: Tensor) -> bool:
-    """Whether no element holds, so that its case needs no work; off the CPU asking would wait: False there."""
-    return mask.device.type == "cpu" and not bool(mask.any())
+    """Whether no element holds, so that its case needs no work; False where Python may not ask."""
+    return may_ask(mask) and not bool(mask.any())
 
 
 def check_tensors(**tensors: Tensor) -> None:
@@ -72,10 +83,13 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
 def check_number(
     name: str, value: float, *, above: float | None = None, at_least: float | None = None
 ) -> None:
-    """A real Python number, greater than `above` or at least `at_least`; TypeError or ValueError."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    """A real Python number, greater than `above` or at least `at_least`; TypeError or ValueError.
+
+    torch.export gives symbols in place of numbers that come from shapes.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymInt | torch.SymFloat):
         raise TypeError(f"{name} is a {type(value).__name__}; expected a number")
-    if value != value or value in (float("inf"), float("-inf")):
+    if value != value or abs(value) == float("inf"):
         raise ValueError(f"{name}={value}: expected a finite number")
     if above is not None and not value > above:
         raise ValueError(f"{name}={value}: expected more than {above}")
@@ -84,8 +98,8 @@ def check_number(
 
 
 def check_count(name: str, value: int, *, at_least: int = 1) -> None:
-    """A Python integer of at least `at_least`; TypeError or ValueError."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    """A Python integer, or torch.export's symbol for one, of at least `at_least`; TypeError or ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
         raise TypeError(f"{name} is a {type(value).__name__}; expected an integer")
     if value < at_least:
         raise ValueError(f"{name}={value}: expected at least {at_least}")

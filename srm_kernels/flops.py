@@ -7,11 +7,13 @@ when `srm_kernels` is imported; `fvcore_handles()` serves `FlopCountAnalysis.set
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
 
 from .attention import _attention, _blocks, _context, _query_side
 from .conditioning import _solve
@@ -155,9 +157,24 @@ MACS: dict[Any, Callable[..., int]] = {
 BACKWARD_FACTOR = 3
 
 
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Nothing is printed by a module while it is imported: torch's counter warns where Triton is missing."""
+    logger = logging.getLogger(name)
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.disabled = disabled
+
+
 def _register() -> None:
+    with _quiet("torch.utils.flop_counter"):
+        from torch.utils.flop_counter import register_flop_formula
     for operator, macs in MACS.items():
-        overload = operator._opoverload
+        packet = operator.overloadpacket
 
         def forward(*args: Any, macs: Callable[..., int] = macs, out_shape: Any = None, **_: Any) -> int:
             return 2 * macs(*args)
@@ -172,10 +189,10 @@ def _register() -> None:
         ) -> int:
             return 2 * BACKWARD_FACTOR * macs(*args)
 
-        register_flop_formula(overload.overloadpacket)(forward)
-        packet = getattr(torch.ops.srm, f"{overload.overloadpacket.__name__}_backward", None)
-        if packet is not None:
-            register_flop_formula(packet)(backward)
+        register_flop_formula(packet)(forward)
+        derivative = getattr(torch.ops.srm, f"{packet.__name__}_backward", None)
+        if derivative is not None:
+            register_flop_formula(derivative)(backward)
 
 
 def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
@@ -187,7 +204,7 @@ def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
 
         return count
 
-    return {operator._qualname: handle(macs) for operator, macs in MACS.items()}
+    return {operator.name(): handle(macs) for operator, macs in MACS.items()}
 
 
 def _shape_or_value(value: Any) -> Any:

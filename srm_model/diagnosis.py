@@ -16,7 +16,7 @@ from srm_kernels import LandmarkSolution, Solver, full_attention, nystrom_attent
 from srm_kernels.attention.reference import landmark_system, normalised_key
 from srm_model.config import SRMConfig
 from srm_model.model import IQAModel
-from srm_model.modules import evaluating
+from srm_model.modules import evaluating, unwrapped
 from srm_model.neck import Link, SRMNeck
 
 METHODS = ("leverage", "uniform", "pivoted_cholesky", "kmeans++")
@@ -55,6 +55,7 @@ def diagnose(model: IQAModel, batches: Iterable[Tensor], *, pictured: int = 2) -
     by a step, by method and step in units of 1/255; "landmarks": where the landmarks of the first `pictured` images
     lie. Raises ValueError for a model without Nyström attention.
     """
+    model = cast(IQAModel, unwrapped(model))
     neck = model.neck
     if not isinstance(neck, SRMNeck) or model.neck_name != "srm":
         raise ValueError(

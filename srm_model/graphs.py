@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from srm_model.modules import is_stochastic
+
 WARMUP = 3  # calls that compile kernels and fill caches; none of it may happen while a graph is captured
 
 
@@ -24,7 +26,7 @@ class Graphed:
             raise ValueError(
                 "module is in training mode; expected module.eval(), whose buffers stay as they are"
             )
-        if getattr(module, "stochastic", False):
+        if is_stochastic(module):
             raise ValueError("module is stochastic; a graph would repeat one draw for ever")
         if not all(m.is_cuda for m in maps):
             raise ValueError(

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .backbones import Backbone
+from srm_kernels.checks import may_ask
+
+from .backbones import Backbone, check_backbone, check_size
 from .checkpoint import load_weights, read_card
 from .config import NECKS, STORED, SRMConfig
 from .modules import check_like, evaluating
@@ -66,8 +68,33 @@ class IQAModel(nn.Module):
         else:
             self.neck = SRMNeck(channels, config, attention="full" if neck == "quadratic" else "nystrom")
         self.head = Head(config.channels)
-        self.register_buffer("mean", torch.tensor(self.backbone.mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(self.backbone.std).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.empty(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.empty(1, 3, 1, 1), persistent=False)
+        self._state_pixels()
+        self.tensor_names = frozenset(self.state_dict())  # of a checkpoint
+
+    def _state_pixels(self) -> None:
+        """Put mean and deviation of the pixels into buffers that no checkpoint holds."""
+        for buffer, values in ((self.mean, self.backbone.mean), (self.std, self.backbone.std)):
+            buffer.copy_(torch.tensor(values, device="cpu").view(1, 3, 1, 1))
+
+    def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> IQAModel:
+        """As usual; what no checkpoint holds is filled, so that a checkpoint then completes the model."""
+        super().to_empty(device=device, recurse=recurse)
+        self._state_constants()
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> IQAModel:
+        """The same where a module around this one is given memory."""
+        without_memory = self.mean.is_meta
+        super()._apply(fn, recurse)
+        if without_memory and not self.mean.is_meta:
+            self._state_constants()
+        return self
+
+    def _state_constants(self) -> None:
+        self._state_pixels()
+        self.backbone.state_constants()
 
     @property
     def stochastic(self) -> bool:
@@ -125,7 +152,7 @@ def _check_images(images: Tensor, like: Tensor) -> None:
             "the stride of the deepest map"
         )
     check_like("images", images, like, promoted=True)
-    if images.device.type == "cpu" and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and may_ask(images):
         low, high = (float(v) for v in images.detach().aminmax())
         if not (low >= -RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):
             raise ValueError(f"images range from {low:.4g} to {high:.4g}; expected finite values in [0, 1]")
@@ -145,11 +172,14 @@ def build_model(
     backbone. weights: a checkpoint folder, loaded strictly, with no network; its backbone, neck and config must
     be those asked for, but for `backend`, and its config is used where none is given. The model comes in evaluation
     mode.
-    Raises ValueError for unknown names, a backbone without those strides, or a checkpoint that does not fit.
+    Raises ValueError for unknown names, a backbone without those strides or that cannot take images of
+    `config.image_size`, or a checkpoint that does not fit.
     """
     if config is not None and not isinstance(config, SRMConfig):
         raise TypeError(f"config is a {type(config).__name__}; expected an SRMConfig or None")
     if weights is None:
+        check_backbone(backbone)
+        check_size(backbone, (config or SRMConfig()).image_size)
         return IQAModel(backbone, neck, config or SRMConfig(), pretrained=pretrained).eval()
     model, _ = load_model(weights, backend=STORED if config is None else config.backend)
     for name, wanted, found in (("backbone", backbone, model.backbone_name), ("neck", neck, model.neck_name)):

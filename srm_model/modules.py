@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from srm_kernels.checks import transforming
+
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
 _schemas: list[torch.library.Library] = []  # a schema lives as long as its library
 
 
@@ -24,6 +27,48 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes:
             part.training = training
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside torch.compile, `DataParallel`, `DistributedDataParallel` and `AveragedModel`."""
+    while (name := _wrapped(module)) is not None:
+        module = module.get_submodule(name)
+    return module
+
+
+def _wrapped(module: nn.Module) -> str | None:
+    """The attribute that holds the module inside a wrapper; None for other modules."""
+    if isinstance(module, WRAPPERS):
+        return "module"
+    return "_orig_mod" if type(module).__name__ == "OptimizedModule" else None  # its class is slow to import
+
+
+def plain_names(module: nn.Module) -> dict[str, str]:
+    """The keys of `module.state_dict()`, and for each its name in a model whose parts are not wrapped."""
+    names = {key: key for key in module.state_dict()}
+    for path, part in reversed(list(module.named_modules())):  # inner wrappers first
+        inner, start = _wrapped(part), f"{path}." if path else ""
+        if inner is not None:
+            longer = f"{start}{inner}."
+            names = {
+                key: name.replace(longer, start, 1) if name.startswith(longer) else name
+                for key, name in names.items()
+            }
+    return names
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether the weights of a module are all that it does: no adapter, no parametrisation, no shards, no pruning."""
+    own = type(module).__module__.startswith(("torch.nn.modules.", "srm_model."))
+    made = any(
+        type(hook).__module__.startswith("torch.nn.utils") for hook in module._forward_pre_hooks.values()
+    )
+    return own and not made and "forward" not in module.__dict__
+
+
+def is_stochastic(model: nn.Module) -> bool:
+    """Whether the model says, wrapped or not, that two evaluations of one image may differ."""
+    return bool(getattr(unwrapped(model), "stochastic", False))
 
 
 def in_backward() -> bool:
@@ -53,8 +98,11 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype:
 def rounded(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Every tensor as `tensor.to(dtype)` gives it, all that are not of it already by one launch.
 
-    Differentiable, any number of times; the gradients take one launch too.
+    Differentiable, any number of times; the gradients take one launch too. Under torch.func and in forward mode it is
+    a launch for each.
     """
+    if transforming():
+        return [tensor.to(dtype) for tensor in tensors]
     others = [i for i, t in enumerate(tensors) if t.dtype != dtype]
     results = list(tensors)
     if others:

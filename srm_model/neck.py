@@ -28,9 +28,10 @@ from srm_kernels import (
     tau_loss,
 )
 from srm_kernels.attention.reference import normalised_key, normalised_query
+from srm_kernels.checks import may_ask, wide_dtype
 
 from .config import STAGES, SRMConfig
-from .modules import autocast_dtype, check_like, evaluating, in_backward, rounded
+from .modules import autocast_dtype, check_like, evaluating, in_backward, is_plain, rounded
 from .statistics import BatchStatistics
 
 ATTENTIONS = ("nystrom", "full")
@@ -258,11 +259,27 @@ class Gate(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """Pooled maps, each (B, C, P, P) → logits (B, S)."""
+        """Pooled maps, each (B, C, P, P) → logits (B, S).
+
+        Weights are read from plain modules only; adapters and parametrised modules are called.
+        """
+        if not all(map(is_plain, self.modules())):
+            return self._called(maps)
         backend, weights = self.config.backend, self._weights()
         hidden = biased_gelu(*self.convolved(maps, 0, weights), backend=backend)
         readouts = [(readout.weight, readout.bias) for readout in cast(Iterable[nn.Linear], self.readouts)]
         return gate_logits(*self.convolved(hidden.unbind(), 1, weights), readouts, backend=backend)
+
+    def _called(self, maps: Sequence[Tensor]) -> Tensor:
+        """The logits by calling every module, the readouts in the wide dtype as far as their weights allow."""
+        logits = []
+        for m, stage, readout in zip(maps, self.stages, self.readouts, strict=True):
+            hidden = stage(m)
+            mean = hidden.mean((2, 3), dtype=wide_dtype(hidden.dtype))
+            parameter = next(readout.parameters(), mean)
+            with torch.autocast(mean.device.type, enabled=False):
+                logits.append(readout(mean.to(parameter.dtype)).to(mean.dtype))
+        return torch.cat(logits, -1)
 
     def convolved(
         self, maps: Sequence[Tensor], number: int, weights: dict[nn.Conv2d, Tensor] | None = None
@@ -318,7 +335,7 @@ class SRMNeck(nn.Module):
         self.links = nn.ModuleDict({_link_name(*pair): Link(config, attention) for pair in config.links})
         targets = sorted({target for _, target in config.links})
         self.beta = nn.ParameterDict(
-            {str(t): nn.Parameter(torch.full((), config.beta_init)) for t in targets}
+            {str(t): nn.Parameter(torch.full((1,), config.beta_init)) for t in targets}
         )
         self.gate = Gate(config)
         # M₀, the EMA of the batch median of M's root mean square; infinity, no cap, until it is started.
@@ -392,6 +409,17 @@ class SRMNeck(nn.Module):
     def _link(self, source: int, target: int) -> Link:
         return cast(Link, self.links[_link_name(source, target)])
 
+    def _beta(self, target: int) -> Tensor:
+        """β of a stage as a scalar, which leaves the dtype of a map as it is; stored with an axis, which FSDP needs."""
+        return cast(Tensor, self.beta[str(target)]).reshape(())
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for target in self.beta:
+            name = f"{prefix}beta.{target}"
+            if name in state_dict and state_dict[name].dim() == 0:  # as it was stored before
+                state_dict[name] = state_dict[name].reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _check(self, pyramid: Sequence[Tensor]) -> None:
         if len(pyramid) != len(STAGES):
             raise ValueError(f"pyramid has {len(pyramid)} maps; expected {len(STAGES)}")
@@ -403,8 +431,8 @@ class SRMNeck(nn.Module):
             if m.shape[0] != pyramid[0].shape[0]:
                 raise ValueError(f"stage {stage} has {m.shape[0]} images and stage 1 {pyramid[0].shape[0]}")
             check_like(f"stage {stage}", m, cast(nn.Conv2d, conv).weight)
-            # Elsewhere asking would wait for the device; a NaN there reaches its own image's score and no other.
-            if m.device.type == "cpu" and not torch.compiler.is_compiling() and not m.isfinite().all():
+            # Where Python may not ask, a NaN reaches its own image's score and no other.
+            if not torch.compiler.is_compiling() and may_ask(m) and not m.isfinite().all():
                 raise ValueError(f"stage {stage} holds NaN or infinite values; expected finite maps")
 
     def _align(self, pyramid: Sequence[Tensor], *, every: bool) -> dict[int, Tensor]:
@@ -448,7 +476,7 @@ class SRMNeck(nn.Module):
         updated = dict(aligned)
         for target, update in updates.items():
             base = self._pooled(aligned[target]) if pooled else aligned[target]
-            updated[target] = base + self.beta[str(target)] * update
+            updated[target] = base + self._beta(target) * update
         return updated
 
     def _fuses(self, pyramid: Sequence[Tensor]) -> bool:
@@ -456,10 +484,15 @@ class SRMNeck(nn.Module):
         c = self.config
         if self.attention != "nystrom" or c.solve_dtype != "fp32" or not self._acting:
             return False
-        grids = [pyramid[source - 1].shape[-2:] for source, _ in self._acting]
-        rank = max(min(c.rank, grid.numel()) for grid in grids)  # never more landmarks than keys
         held = c.channels if c.dyt or c.qk_norm == "both" else 0
         like = pyramid[0].new_empty(0, dtype=autocast_dtype(pyramid[0]))  # as they will be read
+        if not fuses(like, c.head_dim, 1, c.pool_size, held, backend=c.backend):
+            return False  # before anything is asked of shapes, which torch.export would guard
+        grids = [pyramid[source - 1].shape[-2:] for source, _ in self._acting]
+        rank = max(min(c.rank, grid.numel()) for grid in grids)  # never more landmarks than keys
+        read = [self.align, *(self._link(*pair) for pair in self._acting)]
+        if not all(is_plain(part) for one in read for part in one.modules()):
+            return False  # weights are read there, and adapters and parametrised modules have to be called
         return fuses(like, c.head_dim, rank, c.pool_size, held, backend=c.backend)
 
     def _mix_fused(self, pyramid: Sequence[Tensor], statistics: BatchStatistics | None) -> Tensor:
@@ -501,7 +534,7 @@ class SRMNeck(nn.Module):
                 [align[stage] for stage in c.fused_stages],
                 [link.output.weight for link in links],
                 targets,
-                [self.beta[str(target)] for _, target in self._acting],
+                [self._beta(target) for _, target in self._acting],
                 thetas=[link.theta for link in links] if c.tau else None,
                 backend=c.backend,
             )
@@ -560,7 +593,9 @@ class SRMNeck(nn.Module):
 
     def _pooled(self, m: Tensor) -> Tensor:
         P = self.config.pool_size
-        return m if m.shape[-2:] == (P, P) else F.adaptive_avg_pool2d(m, P)
+        # What is traced must not ask: a program of any size would be one of all sizes but P.
+        there = not torch.compiler.is_compiling() and m.shape[-2:] == (P, P)
+        return m if there else F.adaptive_avg_pool2d(m, P)
 
     def _fused_stages(self, maps: dict[int, Tensor]) -> Tensor:
         return torch.stack([self._pooled(maps[stage]) for stage in self.config.fused_stages], 1)

@@ -21,7 +21,7 @@ FLOORS = (
     {"statistics"},
     {"config", "files", "graphs", "modules", "ranks"},
 )
-NEIGHBOURS = {("__main__", "cli"), ("training", "attacks")}
+NEIGHBOURS = {("__main__", "cli"), ("training", "attacks"), ("graphs", "modules")}
 
 
 def modules(package: str) -> list[Path]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from .. import autocast
 from ..checks import (
     check_choice,
     check_count,
@@ -15,6 +18,7 @@ from ..checks import (
     check_number,
     check_tensors,
     check_tokens,
+    transforming,
     wide_dtype,
 )
 from ..conditioning import LandmarkSolution, check_solver, landmark_solve
@@ -28,6 +32,10 @@ QK_NORMS = (None, "keys", "both")
 SOLVE_DTYPES = ("fp32", "model")
 
 
+def _cast_key_side(key: Tensor, value: Tensor, *rest: object) -> tuple[object, ...]:
+    return (*autocast.lowered(key, value), *rest)
+
+
 _attention = register_operator(
     "nystrom_attention",
     "Tensor query, Tensor key, Tensor value, Tensor landmarks, float scale, str? qk_norm, str solve_dtype, "
@@ -37,6 +45,7 @@ _attention = register_operator(
     fake=lambda query, *_: torch.empty_like(query),
     differentiable=("query", "key", "value"),
     like="query",
+    autocast=lambda query, key, value, *rest: (*autocast.lowered(query, key, value), *rest),
 )
 
 _system = register_operator(
@@ -48,6 +57,7 @@ _system = register_operator(
         key.new_empty((*landmarks.shape, landmarks.shape[-1]), dtype=wide_dtype(key.dtype)),
         key.new_empty((*landmarks.shape, key.shape[-1]), dtype=wide_dtype(key.dtype)),
     ),
+    autocast=_cast_key_side,
 )
 
 _KEY_KERNELS, _KERNELS = f"{__name__}.key_kernels", f"{__name__}.kernels"
@@ -92,7 +102,7 @@ def _fake_query_side(
 # The road of the kernels: key side, then query side.
 _context = register_operator(
     "landmark_context",
-    "Tensor key, Tensor value, Tensor? landmarks, int rank, str method, float gamma, float scale, str? qk_norm, "
+    "Tensor key, Tensor value, Tensor? landmarks, SymInt rank, str method, float gamma, float scale, str? qk_norm, "
     "float ridge",
     "(Tensor, Tensor, Tensor, Tensor)",
     {"reference": reference.landmark_context, "triton": later(_KEY_KERNELS, "landmark_context")},
@@ -101,11 +111,12 @@ _context = register_operator(
     derivatives={"triton": later(_KEY_KERNELS, "landmark_context_backward")},
     constant=(2,),
     recalled={"landmarks": 3},
+    autocast=_cast_key_side,
 )
 
 _blocks = register_operator(
     "landmark_blocks",
-    "Tensor key, Tensor value, Tensor? landmarks, int rank, str method, float gamma, float scale, str? qk_norm",
+    "Tensor key, Tensor value, Tensor? landmarks, SymInt rank, str method, float gamma, float scale, str? qk_norm",
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
     {"reference": reference.landmark_blocks, "triton": later(_KEY_KERNELS, "landmark_blocks")},
     fake=_fake_blocks,
@@ -113,6 +124,7 @@ _blocks = register_operator(
     derivatives={"triton": later(_KEY_KERNELS, "landmark_blocks_backward")},
     constant=(3,),
     recalled={"landmarks": 4},
+    autocast=_cast_key_side,
 )
 
 _query_side = register_operator(
@@ -125,6 +137,7 @@ _query_side = register_operator(
     like="query",
     derivatives={"triton": later(_KERNELS, "landmark_attention_backward")},
     constant=(1, 2),
+    autocast=lambda query, keys, x, *rest: (query, *autocast.widened((keys, x), query), *rest),
 )
 
 
@@ -155,7 +168,8 @@ def nystrom_attention(
     """Nyström cross-attention on r landmark keys, linear in N_q and in N_k (SPEC 2, article 3.3).
 
     query: (B, H, N_q, d); key, value: (B, H, N_k, d); one dtype (float64, float32, bfloat16, float16) and one
-    device, any strides. rank: r ≥ 1, clamped to N_k. No masks. Exact when r = N_k and ridge = 0.
+    device, any strides. Where dtypes differ and autocast is on, all three are cast to autocast's dtype.
+    rank: r ≥ 1, clamped to N_k. No masks. Exact when r = N_k and ridge = 0.
 
     landmarks: indices (B, H, r) int64 to use instead of choosing; `rank` must equal their count.
     method, gamma, generator: as in `select_landmarks`. ridge, solver, equilibrate, kappa_max, neumann_order,
@@ -178,6 +192,7 @@ def nystrom_attention(
     of `diagnostics=True`. None does not take it before a GPU has shown it to be right and faster.
     Raises TypeError for dtypes, ValueError for shapes and values, NotImplementedError for a backend that cannot run.
     """
+    query, key, value = autocast.lowered(query, key, value)
     d = _check_attention(query, key, value, qk_norm, scale)
     check_count("rank", rank)
     check_choice("method", method, METHODS)
@@ -187,7 +202,7 @@ def nystrom_attention(
     check_flag("statistics", statistics)
     if tau is not None:
         _check_tau(tau, query)
-    chosen = _choose_backend(backend, query, min(rank, key.shape[2]), solve_dtype)
+    chosen = _choose_backend(backend, query, partial(_limits, d, rank, key.shape[2]), solve_dtype)
     s = 1 / math.sqrt(d) if scale is None else float(scale)
     solve = (float(ridge), solver, equilibrate, float(kappa_max), neumann_order, neumann_gate)
     scales: RMSScale | None = None
@@ -260,12 +275,14 @@ def landmark_side(
     backend: "triton" as for `nystrom_attention`, else "reference"; kernels are taken by name only.
     Raises TypeError for dtypes, ValueError for shapes and values, NotImplementedError for a backend that cannot run.
     """
+    key, value = autocast.lowered(key, value)
     d = _check_attention(key, key, value, qk_norm, scale)
     check_count("rank", rank)
     check_choice("method", method, METHODS)
     check_number("gamma", gamma, above=0)
     check_solver(ridge, solver, equilibrate, kappa_max, neumann_order, neumann_gate)
-    chosen = kernels_by_name(backend, key, "landmark_side", kernel_limits(d, min(rank, key.shape[2])))
+    limits = partial(_limits, d, rank, key.shape[2])
+    chosen = kernels_by_name(backend, key, "landmark_side", limits)
     s = 1 / math.sqrt(d) if scale is None else float(scale)
     solve = (float(ridge), solver, equilibrate, float(kappa_max), neumann_order, neumann_gate)
     keys, x, _ = _landmark_side(
@@ -345,11 +362,14 @@ def full_attention(
 
     query: (B, H, N_q, d); key, value: (B, H, N_k, d), as in `nystrom_attention`, with its `qk_norm` and `scale`.
     backend None or "sdpa" is torch's scaled_dot_product_attention; "reference" writes the softmax out.
-    A second derivative needs "reference": torch's own kernel has none on the CPU.
+    A second derivative needs "reference", which None takes under torch.func and in forward mode: torch's own kernel
+    has neither on the CPU.
     Returns (B, H, N_q, d) in the query's dtype. Raises TypeError for dtypes, ValueError for shapes and values.
     """
+    query, key, value = autocast.lowered(query, key, value)
     d = _check_attention(query, key, value, qk_norm, scale)
-    chosen = choose_backend(backend, ("sdpa", "reference"), "full_attention")
+    order = ("reference", "sdpa") if transforming() else ("sdpa", "reference")
+    chosen = choose_backend(backend, order, "full_attention")
     s = 1 / math.sqrt(d) if scale is None else float(scale)
     with no_autocast((query,)):
         if qk_norm is not None:
@@ -380,7 +400,13 @@ def _check_attention(
     return query.shape[-1]
 
 
-def _choose_backend(requested: str | None, query: Tensor, rank: int, solve_dtype: str) -> str:
+def _limits(d: int, rank: int, keys: int) -> str | None:
+    return kernel_limits(d, min(rank, keys))
+
+
+def _choose_backend(
+    requested: str | None, query: Tensor, limits: Callable[[], str | None], solve_dtype: str
+) -> str:
     """The kernels run by name only: they are put in front where a GPU has shown them to be right and faster."""
     narrow = solve_dtype == "model" and query.dtype in (torch.bfloat16, torch.float16)
     plain = ("reference",) if narrow else ("sdpa", "reference")
@@ -391,7 +417,7 @@ def _choose_backend(requested: str | None, query: Tensor, rank: int, solve_dtype
         blocks = (
             'its kernels keep the softmax blocks in float32, and solve_dtype is "model"' if narrow else None
         )
-        return triton_refusal(query) or kernel_limits(query.shape[-1], rank) or blocks
+        return triton_refusal(query) or limits() or blocks
 
     return choose_backend(requested, (*plain, "triton"), "nystrom_attention", refusal)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import wide_dtype
+from ..checks import may_ask, wide_dtype
 from ..conditioning import reference as conditioning
 from ..landmarks import reference as landmark_choice
 
@@ -138,8 +138,8 @@ def _key_side(
 
 
 def take_landmarks(K: Tensor, landmarks: Tensor) -> Tensor:
-    """K̃ = K[I], (B, H, r, d); an index out of range is a ValueError on the CPU, elsewhere asking would wait."""
-    if K.device.type == "cpu":
+    """K̃ = K[I], (B, H, r, d); an index out of range is a ValueError where Python may ask."""
+    if may_ask(landmarks):
         low, high = int(landmarks.min()), int(landmarks.max())
         if low < 0 or high >= K.shape[-2]:
             raise ValueError(f"landmarks holds indices {low}..{high}; expected 0..{K.shape[-2] - 1}")

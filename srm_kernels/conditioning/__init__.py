@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import autocast
 from ..checks import check_choice, check_count, check_flag, check_number, check_tensors, wide_dtype
 from ..registration import later, register_operator
 from ..runtime import choose_backend, cuda_refusal, triton_refusal
@@ -48,6 +49,7 @@ _solve = register_operator(
     ),
     differentiable=("logits", "rhs"),
     derivatives={"triton": later(_KERNELS, "landmark_solve_backward")},
+    autocast=lambda logits, rhs, *rest: (*autocast.promoted(logits, rhs), *rest),
 )
 
 _diagnose = register_operator(
@@ -105,6 +107,7 @@ def landmark_solve(
     takes, has csrc's C++ for "cholesky" on the CPU, r ≤ 128, not equilibrated, where it is built; else the reference's.
     Raises ValueError for shapes, an unknown solver, ridge < 0, or "cholesky" with ridge 0; TypeError for dtypes.
     """
+    logits, rhs = autocast.promoted(logits, rhs)
     check_tensors(logits=logits, rhs=rhs)
     if logits.dim() < 2 or logits.shape[-1] != logits.shape[-2]:
         raise ValueError(f"logits has shape {tuple(logits.shape)}; expected (…, r, r)")

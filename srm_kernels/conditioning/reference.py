@@ -14,12 +14,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from ..checks import nowhere, wide_dtype
+from ..checks import nowhere, transforming, wide_dtype
 from .estimate import estimate_condition
 
 EQUILIBRATION_FLOOR = 1e-12
@@ -27,6 +27,7 @@ SYMMETRY_TOLERANCE = 1e-3
 POWER_ITERATIONS = 20
 RADIUS_LIMIT = 0.95
 RESIDUAL_LIMIT = 1e-2
+TRANSFORMED_ORDERS = 3  # of derivatives that are exact under torch.func and in forward mode
 
 
 class Solver(IntEnum):
@@ -69,7 +70,7 @@ def landmark_solve(
     system, factors, used = _factorise(
         logits, rhs, default if solver == "neumann" else solver, ridge, equilibrate, kappa_max, svd or _svd
     )
-    X = _unscaled(system, _ImplicitSolve.apply(system.matrix, system.rhs, factors, False))
+    X = _unscaled(system, _solved(system, factors))
     if solver == "neumann":
         series_system = _system(logits, rhs, ridge, equilibrate)
         series = _neumann(series_system, neumann_order)
@@ -141,6 +142,18 @@ class _Factors:
             part = solve(rhs, transposed)
             result = part if mask is None else torch.where(mask[..., None, None], part, result)
         return result
+
+
+def _solved(system: System, factors: _Factors) -> Tensor:
+    """Z = A⁻¹ G, differentiable in A and G."""
+    A, G = system.matrix, system.rhs
+    if not transforming():
+        return cast(Tensor, _ImplicitSolve.apply(A, G, factors, False))
+    # With constant factors every refinement of the solution makes one order of derivatives more exact.
+    Z = factors.solve(G.detach(), False).detach()
+    for _ in range(TRANSFORMED_ORDERS):
+        Z = Z + factors.solve(G - A @ Z, False)
+    return Z
 
 
 class _ImplicitSolve(torch.autograd.Function):
@@ -237,7 +250,7 @@ def _lu(A: Tensor, ridge: float) -> Solve:
 
 def _svd(A: Tensor, ridge: float, mask: Tensor | None) -> Solve:
     """Of the matrices in the mask alone; the solution of the others is zero."""
-    if mask is not None:
+    if mask is not None and not transforming():  # else all, of which the mask takes its own
         # An SVD waits for the device in any case, and costs far more than this question.
         return (
             _within(mask, _svd(A[mask], ridge, None)) if mask.any() else lambda rhs, _: torch.zeros_like(rhs)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import autocast
 from ..checks import DTYPES, check_number, check_tensors, is_parameter, wide_dtype
 from ..registration import later, register_operator
 from ..runtime import kernels_by_name
@@ -39,6 +40,11 @@ def _fake_fusion(maps: Tensor, logits: Tensor, *_: object) -> tuple[Tensor, Tens
     return maps.new_empty((B, *grid)), rows[0], rows[1], rows[2]
 
 
+def _cast_stages(maps: Sequence[Tensor], *parameters: Sequence[Tensor]) -> tuple[list[Tensor], ...]:
+    maps = autocast.promoted(*maps)
+    return maps, *(autocast.no_narrower(group, maps[0]) if maps else list(group) for group in parameters)
+
+
 _gelu = register_operator(
     "biased_gelu",
     "Tensor[] maps, Tensor[] biases",
@@ -46,6 +52,7 @@ _gelu = register_operator(
     dict.fromkeys(_PLAIN, reference.biased_gelu) | {"triton": later(_KERNELS, "biased_gelu")},
     fake=lambda maps, _: maps[0].new_empty((len(maps), *maps[0].shape)),
     differentiable=("maps", "biases"),
+    autocast=_cast_stages,
 )
 
 _logits = register_operator(
@@ -55,6 +62,7 @@ _logits = register_operator(
     dict.fromkeys(_PLAIN, reference.gate_logits) | {"triton": later(_KERNELS, "gate_logits")},
     fake=lambda maps, *_: maps[0].new_empty((maps[0].shape[0], len(maps)), dtype=wide_dtype(maps[0].dtype)),
     differentiable=("maps", "biases", "weights", "offsets"),
+    autocast=_cast_stages,
 )
 
 _fusion = register_operator(
@@ -65,6 +73,7 @@ _fusion = register_operator(
     fake=_fake_fusion,
     differentiable=("maps", "logits"),
     derivatives={"triton": later(_KERNELS, "gated_fusion_backward")},
+    autocast=lambda maps, logits, *rest: (maps, *autocast.no_narrower((logits,), maps), *rest),
 )
 
 _losses = register_operator(
@@ -86,8 +95,9 @@ def biased_gelu(maps: Sequence[Tensor], biases: Sequence[Tensor], *, backend: st
     dtype; by kernels in one launch. Differentiable in everything, twice.
     Raises TypeError for dtypes, ValueError for shapes.
     """
+    maps, biases = _cast_stages(maps, biases)
     _check_stages(maps, biases=biases)
-    return _gelu(list(maps), list(biases), kernels_by_name(backend, maps[0], "biased_gelu"))
+    return _gelu(maps, biases, kernels_by_name(backend, maps[0], "biased_gelu"))
 
 
 def gate_logits(
@@ -103,10 +113,12 @@ def gate_logits(
     Returns (B, S) in fp32 (fp64 for fp64), in which the mean over positions and all after it are taken; by kernels in
     one launch. Differentiable in everything, twice. Raises TypeError for dtypes, ValueError for shapes.
     """
-    weights, offsets = [w for w, _ in readouts], [v for _, v in readouts]
+    maps, biases, weights, offsets = _cast_stages(
+        maps, biases, [w for w, _ in readouts], [v for _, v in readouts]
+    )
     _check_stages(maps, biases=biases, weights=weights, offsets=offsets)
     chosen = kernels_by_name(backend, maps[0], "gate_logits")
-    return _logits(list(maps), list(biases), weights, offsets, chosen)
+    return _logits(maps, biases, weights, offsets, chosen)
 
 
 def _check_stages(maps: Sequence[Tensor], **parameters: Sequence[Tensor]) -> None:
@@ -160,6 +172,7 @@ def gated_fusion(
     Returns (fused, weights, gain, norm); all but `fused` in fp32 (fp64 for fp64).
     Raises TypeError for dtypes, ValueError for shapes, cap or its factor ≤ 0, temperature ≤ 0 or eps < 0.
     """
+    (logits,) = autocast.no_narrower((logits,), maps)
     check_tensors(maps=maps)
     check_tensors(logits=logits)
     if logits.dtype not in (maps.dtype, wide_dtype(maps.dtype)):

@@ -30,7 +30,7 @@ _leverage = register_operator(
 
 _select = register_operator(
     "select_landmarks",
-    "Tensor key, Tensor? random, int rank, str method, float gamma, float scale",
+    "Tensor key, Tensor? random, SymInt rank, str method, float gamma, float scale",
     "Tensor",
     dict.fromkeys(("reference", "sdpa"), reference.select_landmarks)
     | {"triton": later(_KERNELS, "select_landmarks")},

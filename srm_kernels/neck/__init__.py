@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import autocast
 from ..attention import QK_NORMS, _over_batch
 from ..checks import DTYPES, check_choice, check_count, check_number, check_tensors, wide_dtype
 from ..landmarks import kernel_limits
@@ -38,6 +40,31 @@ class PooledLinks(NamedTuple):
     scales: list[RMSScale] | None
 
 
+def _cast_parameters(like: Tensor, *groups: Sequence[Tensor]) -> list[list[Tensor]]:
+    return [autocast.no_narrower(group, like) for group in groups]
+
+
+def _cast_project(tokens: Tensor, *parameters: Any) -> tuple[Any, ...]:
+    *groups, shift = parameters
+    *groups, shifts = _cast_parameters(tokens, *groups, [] if shift is None else [shift])
+    return tokens, *groups, shifts[0] if shifts else None
+
+
+def _cast_pooled(maps: Sequence[Tensor], *others: Any) -> tuple[Any, ...]:
+    """Six groups of parameters, then keys and xs."""
+    maps = autocast.lowered(*maps)
+    if not maps:
+        return maps, *others
+    wide = [autocast.widened(group, maps[0]) for group in others[6:8]]
+    return maps, *_cast_parameters(maps[0], *others[:6]), *wide, *others[8:]
+
+
+def _cast_merge(pooled: Tensor, probabilities: Tensor, xs: Sequence[Tensor], *others: Any) -> tuple[Any, ...]:
+    """Five groups of parameters, then the targets."""
+    probabilities, *xs = autocast.widened((probabilities, *xs), pooled)
+    return pooled, probabilities, xs, *_cast_parameters(pooled, *others[:5]), *others[5:]
+
+
 _project = register_operator(
     "project_sources",
     "Tensor tokens, Tensor[] key_weights, Tensor[] value_weights, Tensor[] alphas, Tensor[] weights, "
@@ -50,6 +77,7 @@ _project = register_operator(
         tokens.new_empty((len(key_weights), *tokens.shape)),
     ),
     differentiable=("tokens", "key_weights", "value_weights", "alphas", "weights", "biases", "shift"),
+    autocast=_cast_project,
 )
 
 
@@ -81,7 +109,7 @@ def _fake_links(
 _pooled = register_operator(
     "pooled_links",
     "Tensor[] maps, Tensor[] align_weights, Tensor[] align_biases, Tensor[] alphas, Tensor[] weights, "
-    "Tensor[] biases, Tensor[] query_weights, Tensor[] keys, Tensor[] xs, int[] targets, int size, float scale, "
+    "Tensor[] biases, Tensor[] query_weights, Tensor[] keys, Tensor[] xs, int[] targets, SymInt size, float scale, "
     "str? qk_norm",
     "(Tensor, Tensor, Tensor, Tensor)",
     dict.fromkeys(("reference", "sdpa"), reference.pooled_links)
@@ -99,6 +127,7 @@ _pooled = register_operator(
     ),
     derivatives={"triton": later(_BACKWARD, "pooled_links_backward")},
     constant=(2, 3),
+    autocast=_cast_pooled,
 )
 
 
@@ -131,6 +160,7 @@ _merge = register_operator(
         "thetas",
         "betas",
     ),
+    autocast=_cast_merge,
 )
 
 
@@ -200,8 +230,10 @@ def pooled_links(
     256 where `dyt` is given or queries are normalised. They are taken by name only.
     Raises TypeError for dtypes, ValueError for shapes and values, NotImplementedError for a backend that cannot run.
     """
+    maps = autocast.lowered(*maps)
     if not maps or not keys:
         raise ValueError(f"there are {len(maps)} maps and {len(keys)} keys; expected one at least of each")
+    keys, xs = autocast.widened(keys, maps[0]), None if xs is None else autocast.widened(xs, maps[0])
     check_tensors(**{f"maps[{i}]": m for i, m in enumerate(maps)})
     check_tensors(**{f"keys[{i}]": k for i, k in enumerate(keys)})
     features, first = maps[0], keys[0]
@@ -281,6 +313,7 @@ def merge_links(
     backend: as in `pooled_links`. Raises TypeError for dtypes, ValueError for shapes.
     """
     maps, probabilities = pooled.maps, pooled.probabilities
+    probabilities, *xs = autocast.widened((probabilities, *xs), maps)
     check_tensors(maps=maps)
     check_tensors(probabilities=probabilities, **{f"xs[{i}]": x for i, x in enumerate(xs)})
     L, B, H, _, most = probabilities.shape
@@ -329,6 +362,13 @@ def fuses(
 def _choose_backend(
     requested: str | None, features: Tensor, rank: int, d: int, size: int, channels: int
 ) -> str:
+    return kernels_by_name(
+        requested, features, "pooled_links", partial(_refusal, features, rank, d, size, channels)
+    )
+
+
+def _refusal(features: Tensor, rank: int, d: int, size: int, channels: int) -> str | None:
+    """Why kernels do not serve these sizes."""
     refusal = kernel_limits(d, rank)
     if refusal is None and max(d, rank) > 64 and not roomy(features):
         refusal = f"its kernels take d and r up to 64 in this device's shared memory, and d is {d}, r {rank}"
@@ -343,7 +383,7 @@ def _choose_backend(
         refusal = f"its kernels take r·d of up to {LARGEST_TILE}, and r is {rank} and d {d}"
     if refusal is None and channels > MOST_CHANNELS:
         refusal = f"its kernels hold tokens of up to {MOST_CHANNELS} channels at once, and C is {channels}"
-    return kernels_by_name(requested, features, "pooled_links", refusal)
+    return refusal
 
 
 def _check_counts(name: str, count: int, **groups: Sequence[object] | None) -> None:
@@ -360,9 +400,9 @@ def _check_targets(targets: Sequence[int], maps: int) -> None:
 
 
 def _check_weight(name: str, weight: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
-    """A parameter of this shape on the device of `like`, in its dtype or a wider one."""
+    """A parameter of this shape on the device of `like`, in its dtype or, but for autocast, a wider one."""
     check_tensors(**{name: weight})
-    if DTYPES.index(weight.dtype) > DTYPES.index(like.dtype):
+    if DTYPES.index(weight.dtype) > DTYPES.index(like.dtype) and not autocast.enabled(like):
         raise TypeError(f"{name} is {weight.dtype} and the maps are {like.dtype}; expected it no narrower")
     if weight.device != like.device:
         raise ValueError(f"{name} is on {weight.device} and the maps on {like.device}; expected one device")

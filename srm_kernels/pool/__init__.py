@@ -13,7 +13,7 @@ _KERNELS = f"{__name__}.kernels"
 
 _pool = register_operator(
     "adaptive_pool",
-    "Tensor x, int size",
+    "Tensor x, SymInt size",
     "Tensor",
     dict.fromkeys(("reference", "sdpa"), reference.adaptive_pool)
     | {"triton": later(_KERNELS, "adaptive_pool")},

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .. import autocast
 from ..checks import DTYPES, check_number, check_tensors, check_tokens, wide_dtype
 from ..registration import later, register_operator
 from ..runtime import kernels_by_name
 from . import reference
 
 _PLAIN, _KERNELS = ("reference", "sdpa"), f"{__name__}.kernels"
+
+
+def _cast_dyt(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+    return (x, *autocast.no_narrower(autocast.promoted(*parameters), x))
+
+
+def _cast_taus(thetas: Sequence[Tensor], sigmas: Sequence[Tensor], *rest: object) -> tuple[Any, ...]:
+    cast = autocast.promoted(*thetas, *sigmas)
+    return cast[: len(thetas)], cast[len(thetas) :], *rest
 
 
 class RMSScale(NamedTuple):
@@ -43,6 +53,7 @@ _dyt = register_operator(
     fake=lambda x, *_: x.new_empty(x.shape),
     differentiable=("x", "alpha", "weight", "bias"),
     derivatives={"triton": later(_KERNELS, "dyt_backward")},
+    autocast=_cast_dyt,
 )
 
 _tau_loss = register_operator(
@@ -52,6 +63,7 @@ _tau_loss = register_operator(
     dict.fromkeys(_PLAIN, reference.tau_loss) | {"triton": later(_KERNELS, "tau_loss")},
     fake=lambda thetas, *_: thetas[0].new_empty((), dtype=wide_dtype(thetas[0].dtype)),
     differentiable=("thetas",),
+    autocast=_cast_taus,
 )
 
 
@@ -73,6 +85,7 @@ def dyt(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor, *, backend: str 
     (fp32 parameters under autocast). Returns x's shape and dtype; tanh is taken in fp32 (fp64 for fp64).
     Raises TypeError for dtypes, ValueError for shapes or devices.
     """
+    x, alpha, weight, bias = _cast_dyt(x, alpha, weight, bias)
     check_tensors(x=x)
     check_tensors(alpha=alpha, weight=weight, bias=bias)
     if DTYPES.index(alpha.dtype) > DTYPES.index(x.dtype):
@@ -109,6 +122,7 @@ def tau_loss(
         raise ValueError(
             f"there are {len(thetas)} thetas and {len(sigmas)} sigmas; expected one of each for every link"
         )
+    thetas, sigmas, *_ = _cast_taus(thetas, sigmas)
     check_tensors(
         **{f"thetas[{i}]": t for i, t in enumerate(thetas)},
         **{f"sigmas[{i}]": t for i, t in enumerate(sigmas)},

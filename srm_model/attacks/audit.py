@@ -21,6 +21,7 @@ from srm_model.attacks.square import square_trace
 from srm_model.attacks.suite import Attack, Dataset, Job
 from srm_model.config import SRMConfig
 from srm_model.metrics import srocc
+from srm_model.modules import is_stochastic, unwrapped
 
 # Where a check's figure passes. Set with honest and masked models in view (tests), and the same for every model.
 FALL_ALLOWED = 0.05  # of the loss's whole rise, over the steps
@@ -128,7 +129,7 @@ def audit(
             progress(make.__name__.removeprefix("_").replace("_", " "))
         checks.append(make(subject))
     return Audit(
-        model=type(model).__qualname__,
+        model=type(unwrapped(model)).__qualname__,
         norm=norm,
         eps=eps,
         radius=subject.radius,
@@ -174,7 +175,7 @@ class _Subject:
         self.radius = job.radius
         self.batches = [job.load(number) for number in range(len(job.batches))]
         self.eot = job.samples(model)
-        self.declared = bool(getattr(model, "stochastic", False))
+        self.declared = is_stochastic(model)
         self.clean = torch.cat([predict(model, x, samples=self.eot).double().cpu() for x, _ in self.batches])
         self.mos = torch.cat([mos for _, mos in self.batches])
         broken = int((~self.clean.isfinite()).sum())

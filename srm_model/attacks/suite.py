@@ -26,6 +26,7 @@ from srm_model.attacks.records import Batch, Records
 from srm_model.attacks.square import square_trace
 from srm_model.config import SRMConfig
 from srm_model.metrics import LogisticMap, plcc, srocc
+from srm_model.modules import is_stochastic, unwrapped
 
 _DEFAULTS = SRMConfig()
 METHODS = ("pgd", "apgd", "square")
@@ -267,7 +268,7 @@ class Job:
         return self.config.attack_restarts * self.config.attack_steps
 
     def samples(self, model: nn.Module) -> int:
-        return self.config.eot_samples if getattr(model, "stochastic", False) else 1
+        return self.config.eot_samples if is_stochastic(model) else 1
 
     def waiting(self, batch: Batch) -> list[Attack]:
         """The attacks that a batch still lacks."""
@@ -502,6 +503,7 @@ def _describe(attack: Attack) -> str:
 
 def fingerprint(model: nn.Module) -> str:
     """A hash of the class, the config where there is one, and the weights and buffers."""
+    model = unwrapped(model)
     digest = hashlib.sha256(type(model).__qualname__.encode())
     config = getattr(model, "config", None)
     if isinstance(config, SRMConfig):

@@ -19,7 +19,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from srm_model.attacks import MSE, Attack, PairInversion, Suite, audit, sweep_steps, transfer
-from srm_model.backbones import check_backbone
+from srm_model.backbones import check_backbone, check_size
 from srm_model.checkpoint import CONFIG, read_card
 from srm_model.cli import runs
 from srm_model.cli.attack import attack_checkpoint
@@ -64,6 +64,8 @@ def _run(study: Study, args: argparse.Namespace) -> None:
     records = Records(out)
     jobs = list(_jobs(study, out, device, args))
     _check_sets(jobs, records, out)
+    for backbone, side in sorted({(m.backbone, m.config.image_size) for job in jobs for m in job.needs}):
+        check_size(backbone, side)
     missing = _missing(jobs, records, out)
     if args.dry_run:
         for job in missing:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from srm_model.backbones import check_size
 from srm_model.checkpoint import load_weights, read_card, save_model
 from srm_model.cli import attack, runs
 from srm_model.cli.train import EVALUATION
@@ -26,6 +27,11 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"{out}: is the checkpoint itself; give another folder to export to")
     with runs.writing(out):
         model, card = load_model(folder)
+        check_size(model.backbone_name, model.config.image_size)
+        if model.stochastic:
+            raise ValueError(
+                f"{folder}: a model that pools at random in evaluation cannot be exported as a program"
+            )
         save_model(model, out, card=card)
         difference = _export_program(model, folder, out / PROGRAM)
         write_text(out / CARD, _model_card(model, card, folder))
@@ -35,10 +41,6 @@ def run(args: argparse.Namespace) -> None:
 
 def _export_program(model: IQAModel, folder: Path, path: Path) -> float:
     """torch.export of the reference path with any batch size; its largest difference from the model."""
-    if model.stochastic:
-        raise ValueError(
-            f"{folder}: a model that pools at random in evaluation cannot be exported as a program"
-        )
     plain = IQAModel(model.backbone_name, model.neck_name, model.config.replace(backend="reference"))
     load_weights(plain, folder)
     plain.eval().requires_grad_(False)

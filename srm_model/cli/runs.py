@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from srm_model import ranks
+from srm_model.backbones import check_size
 from srm_model.checkpoint import CONFIG, read_card
 from srm_model.cli.streams import say as say
 from srm_model.config import NECKS, STORED, SRMConfig
@@ -188,6 +189,7 @@ def open_checkpoint(
 ) -> tuple[Any, dict[str, Any]]:
     """Model on `device` in channels-last, its operators by `backend`, and card."""
     model, card = load_model(folder, backend=backend)
+    check_size(model.backbone_name, model.config.image_size)
     model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model, card
 

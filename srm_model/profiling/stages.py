@@ -13,6 +13,7 @@ from torch import nn
 from torch.profiler import record_function
 
 from srm_model.model import IQAModel
+from srm_model.modules import unwrapped
 from srm_model.neck import SRMNeck
 from srm_model.profiling.timing import FEWEST, Effort, cpu_clock
 
@@ -32,6 +33,7 @@ def stages(module: nn.Module) -> dict[str, list[nn.Module]]:
 
     A link is its projections, its attention and W_O.
     """
+    module = unwrapped(module)
     if isinstance(module, IQAModel):
         return {"backbone": [module.backbone], **stages(module.neck), "head": [module.head]}
     if not isinstance(module, SRMNeck):

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from srm_model import ranks
 from srm_model.metrics import LogisticMap, plcc, srocc
-from srm_model.modules import evaluating
+from srm_model.modules import evaluating, is_stochastic
 from srm_model.training.faults import reading, reading_fault, worker_start
 from srm_model.training.seeding import seeded
 
@@ -45,7 +45,7 @@ def predict(
         pin_memory=device.type == "cuda",
         worker_init_fn=worker_start(),
     )
-    stochastic = getattr(model, "stochastic", False)
+    stochastic = is_stochastic(model)
     found: dict[int, np.ndarray] = {}
     try:
         with (

@@ -22,11 +22,12 @@ from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
 from srm_model import ranks
+from srm_model.backbones import Backbone, check_size
 from srm_model.checkpoint import save_model
 from srm_model.config import SRMConfig
 from srm_model.files import json_text, make_folder, utf8_path, write_text
 from srm_model.metrics import LogisticMap, plcc, srocc
-from srm_model.modules import evaluating
+from srm_model.modules import evaluating, unwrapped
 from srm_model.neck import SRMNeck
 from srm_model.statistics import BatchStatistics
 from srm_model.training.batches import deal, epoch_batches
@@ -95,8 +96,15 @@ def train(
     (fp16) after three such losses in a row. An image that cannot be read is a ValueError, a worker that was killed a
     WorkerError, a full disk an OSError: what was trained until then is kept, and the same call goes on from there.
     """
+    if unwrapped(model) is not model:
+        raise TypeError(
+            f"model is a {type(model).__name__} around a {type(unwrapped(model)).__name__}; expected the model itself: "
+            "train distributes it under torchrun and compiles it by compile="
+        )
     config = config or model.config  # type: ignore[assignment]
     assert config is not None
+    if isinstance(getattr(model, "backbone", None), Backbone):
+        check_size(model.backbone.name, config.image_size)  # type: ignore[union-attr, arg-type]
     run = _Run(
         model, train_set, val_set, Path(folder), config, workers, progress, _device(device), card or {}
     )

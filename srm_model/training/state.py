@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from srm_model.checkpoint import copy_tensors, plain_tensors
+from srm_model.checkpoint import copy_tensors, plain_tensors, with_axis
 from srm_model.files import atomic_path, utf8_path
 
 STATE = "state.safetensors"
@@ -127,6 +127,7 @@ def load_tensors(
                 continue
             index, _, name = name.partition(".")
             tensor, parameter = file.get_tensor(key), parameters[int(index)]
+            tensor = tensor if name == "step" else with_axis(tensor, parameter)
             if tensor.shape == parameter.shape:
                 # The fused optimiser walks raw memory: its state has to lie as its parameter does.
                 tensor = torch.empty_like(parameter).copy_(tensor)

@@ -343,3 +343,55 @@ def test_the_flop_counter_sees_full_attention_and_the_backward():
         forward = counter.get_total_flops()
         y.sum().backward()
     assert counter.get_total_flops() > 2 * forward
+
+
+class Called(torch.nn.Module):
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.function(*inputs)
+
+
+RANKED: dict[str, Callable[..., Any]] = {
+    "nystrom_attention": lambda q, k, v: nystrom_attention(q, k, v, k.shape[2] // 4),
+    "a constant rank": lambda q, k, v: nystrom_attention(q, k, v, 16),
+    "landmark_side": lambda q, k, v: landmark_side(k, v, k.shape[2] // 4),
+    "its count of landmarks": lambda q, k, v: (
+        lambda index: nystrom_attention(q, k, v, index.shape[-1], landmarks=index)
+    )(select_landmarks(k, k.shape[2] // 2)),
+    "diagnostics": lambda q, k, v: nystrom_attention(q, k, v, k.shape[2] // 4, diagnostics=True)[0],
+    **{
+        f"select_landmarks {m}": lambda q, k, v, m=m: select_landmarks(k, k.shape[2] // 4, method=m)
+        for m in METHODS
+    },
+}
+
+
+@pytest.mark.parametrize("name", RANKED)
+def test_a_rank_from_a_shape_exports_with_dynamic_tokens(name):
+    module = Called(RANKED[name])
+    batch, n, m = (
+        torch.export.Dim(letter, min=low, max=4096) for letter, low in (("b", 1), ("n", 8), ("m", 8))
+    )
+    shapes = ({0: batch, 2: n}, {0: batch, 2: m}, {0: batch, 2: m})
+
+    def made(b: int, n: int, m: int) -> tuple[Tensor, ...]:
+        return tuple(tokens(i, b, 2, size, 8, dtype=torch.float32) for i, size in enumerate((n, m, m)))
+
+    program = torch.export.export(module, made(2, 40, 24), dynamic_shapes=(shapes,)).module()
+    for sizes in ((2, 40, 24), (1, 8, 9), (3, 50, 61)):
+        inputs = made(*sizes)
+        for found, expected in zip(leaves_of(program(*inputs)), leaves_of(module(*inputs)), strict=True):
+            torch.testing.assert_close(found, expected)
+
+
+def test_a_grid_from_a_shape_exports():
+    module = Called(lambda x: adaptive_pool(x, x.shape[2] // 4))
+    side = torch.export.Dim("side", min=8, max=512)
+    x = tokens(0, 1, 2, 24, 24, dtype=torch.float32)
+    program = torch.export.export(module, (x,), dynamic_shapes=(({2: side, 3: side},),)).module()
+    for size in (24, 33):
+        x = tokens(size, 1, 2, size, size, dtype=torch.float32)
+        torch.testing.assert_close(program(x), module(x))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from srm_model import SRMConfig, build_model
-from srm_model.backbones import Backbone
+from srm_model import IQAModel, SRMConfig, build_model
+from srm_model.backbones import Backbone, check_size
+from srm_model.checkpoint import save_model
+from srm_model.training import train
 
 EXPECTED = {
     "pvt_v2_b2": [64, 128, 320, 512],
@@ -82,3 +84,78 @@ def test_only_images_are_accepted():
     ):
         with pytest.raises(error, match=message):
             model(bad)
+
+
+SIZED = [
+    (
+        "dla34",
+        100,
+        "image_size 100: the backbone 'dla34' cannot take images of this size; expected 96 or 128",
+    ),
+    ("gcvit_xxtiny", 100, "image_size 100: .* expected 96 or 128 or 224"),
+    ("hiera_tiny_224", 100, "image_size 100: .*expected 96 or 128 or 224"),
+    ("xcit_nano_12_p8_224", 100, "expected another backbone"),
+]
+
+
+@pytest.mark.parametrize(("name", "side", "message"), SIZED)
+def test_an_image_size_whose_maps_do_not_fit_is_refused_when_the_model_is_built(name, side, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        build_model(name, neck="none", config=SRMConfig(channels=16, heads=2, image_size=side))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "fitting"),
+    [("dla34", (100, 140), "96×128 or 128×160"), ("hiera_tiny_224", (96, 96), "64×64")],
+)
+def test_images_whose_maps_do_not_fit_are_one_sentence(name, size, fitting):
+    model = build_model(name, neck="none", config=SRMConfig(channels=16, heads=2, image_size=64))
+    with pytest.raises(ValueError, match=f"images are {size[0]}×{size[1]}, .* takes .*{fitting}") as caught:
+        model(torch.rand(1, 3, *size))
+    assert "\n" not in str(caught.value)
+    with torch.no_grad():
+        assert model(torch.rand(1, 3, 64, 64)).isfinite().all()
+
+
+def test_another_error_of_a_backbone_is_not_blamed_on_the_size(monkeypatch):
+    backbone = Backbone("test_convnext", image_size=64).eval()
+    with pytest.raises(RuntimeError, match="same"):  # fp64 images, fp32 weights
+        backbone(torch.rand(1, 3, 64, 64, dtype=torch.float64))
+
+
+def test_commands_refuse_a_size_before_anything_is_written(tmp_path, capsys, monkeypatch):
+    from srm_model.cli import main, runs
+
+    monkeypatch.setattr(runs, "open_splits", lambda *_: {"train": None, "val": None, "test": None})
+    arguments = ["train", "--data", str(tmp_path), "--out", str(tmp_path / "run"), "--backbone", "dla34"]
+    assert main([*arguments, "--image-size", "100"]) == 2
+    assert "expected 96 or 128" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    model = IQAModel("dla34", "none", SRMConfig(channels=16, heads=2, image_size=100))
+    save_model(model, tmp_path / "m", card={})
+    before = sorted(tmp_path.rglob("*"))
+    for command in (
+        ["export", str(tmp_path / "m"), str(tmp_path / "out")],
+        ["score", str(tmp_path / "m"), "x"],
+    ):
+        assert main(command) == 2
+        assert "expected 96 or 128" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_training_refuses_a_size_before_anything_is_written(tmp_path):
+    model = IQAModel("dla34", "none", SRMConfig(channels=16, heads=2, image_size=100))
+    with pytest.raises(ValueError, match="expected 96 or 128"):
+        train(model, [], [], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_asking_for_a_size_draws_no_random_numbers():
+    """Else the weights of a model would depend on what was asked before."""
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    check_size.cache_clear()
+    check_size("test_convnext", 96)
+    assert torch.equal(torch.rand(3), expected)

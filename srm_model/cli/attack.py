@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from srm_model.cli.options import attack_config_from
 from srm_model.cli.train import logistic_of
 from srm_model.config import SRMConfig
 from srm_model.files import read_json, write_json
+from srm_model.metrics import doubts
 
 SUITES = {"paper": Suite.paper, "extended": Suite.extended}
 HEADER = (
@@ -37,14 +40,22 @@ def run(args: argparse.Namespace) -> None:
     if args.eps is not None and len(args.norm) > 1:
         raise ValueError("--eps needs one --norm: a budget means nothing without its norm")
     with runs.process_group() as writes:
-        rows = _attack_all(args, writes)
+        results = _attack_all(args, writes)
     if writes:
-        print(runs.table(HEADER, rows))
+        print_table(results)
 
 
-def _attack_all(args: argparse.Namespace, writes: bool) -> list[list[Any]]:
+def print_table(results: Sequence[tuple[Path, dict[str, Any]]]) -> None:
+    """Print a line for each checkpoint's result, and below them which figures are no evidence of robustness."""
+    print(runs.table(HEADER, [row(folder, result) for folder, result in results]))
+    for folder, result in results:
+        for doubt in doubts(result["attacks"]):
+            print(f"{folder.name}, {result['norm']} {budget_text(result['norm'], result['eps'])}, {doubt}")
+
+
+def _attack_all(args: argparse.Namespace, writes: bool) -> list[tuple[Path, dict[str, Any]]]:
     device = runs.device_from(args.device)
-    rows = []
+    results = []
     for folder in runs.checkpoints(args.folder):
         document = read_card(folder)
         trained = SRMConfig.from_dict(document["config"])
@@ -69,8 +80,8 @@ def _attack_all(args: argparse.Namespace, writes: bool) -> list[list[Any]]:
                     progress=writes and not args.no_progress,
                     writes=writes,
                 )
-                rows.append(row(folder, result))
-    return rows
+                results.append((folder, result))
+    return results
 
 
 def attack_checkpoint(
@@ -116,20 +127,26 @@ def attack_checkpoint(
         runs.keep_memory()
     model, card = runs.open_checkpoint(folder, device, config.backend)
     unfinished = pictures / "unfinished"
-    result = SUITES[suite](config).run(
-        model,
-        dataset,
-        norm=norm,
-        eps=eps,
-        surrogate=None if surrogate is None else runs.open_checkpoint(surrogate, device, config.backend)[0],
-        logistic=logistic_of(card),
-        batch_size=config.attack_batch_size,
-        seed=config.seed,
-        progress=runs.bars(progress),
-        keep=keep,
-        limit=limit,
-        resume=unfinished,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message=".*no evidence of robustness"
+        )  # printed below the table instead
+        result = SUITES[suite](config).run(
+            model,
+            dataset,
+            norm=norm,
+            eps=eps,
+            surrogate=None
+            if surrogate is None
+            else runs.open_checkpoint(surrogate, device, config.backend)[0],
+            logistic=logistic_of(card),
+            batch_size=config.attack_batch_size,
+            seed=config.seed,
+            progress=runs.bars(progress),
+            keep=keep,
+            limit=limit,
+            resume=unfinished,
+        )
     found = {**result.to_dict(), "settings": settings}
     if writes:
         save_examples(result, pictures)

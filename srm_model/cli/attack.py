@@ -49,7 +49,7 @@ def print_table(results: Sequence[tuple[Path, dict[str, Any]]]) -> None:
     """Print a line for each checkpoint's result, and below them which figures are no evidence of robustness."""
     print(runs.table(HEADER, [row(folder, result) for folder, result in results]))
     for folder, result in results:
-        for doubt in doubts(result["attacks"]):
+        for doubt in doubts(result.get("attacks", {})):
             print(f"{folder.name}, {result['norm']} {budget_text(result['norm'], result['eps'])}, {doubt}")
 
 

@@ -108,7 +108,7 @@ def _measured(folder: Path, digest: str) -> list[str]:
             worst = found["worst"]
             figures = [_figure(worst["srocc"]), _figure(worst["plcc"])]
             rows.append([budget, len(found["mos"]), *figures, worst["srocc_attack"]])
-            weak += [f"- {budget}, {doubt}" for doubt in doubts(found["attacks"])]
+            weak += [f"- {budget}, {doubt}" for doubt in doubts(found.get("attacks", {}))]
     if not rows:
         return ["Neither evaluated nor attacked: nothing is claimed."]
     table = [["attack", "test images", "SROCC", "PLCC", "worst attack"], ["---"] * 5, *rows]

@@ -191,7 +191,7 @@ def _array(name: str, values: Values) -> FloatArray:
 def doubts(attacks: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return a sentence for each attack whose gradients were zero (more than 1 %) or not finite.
 
-    Its correlation is no evidence of robustness: where there is no gradient, a gradient attack stands still.
+    Its correlation may overstate robustness: where there is no gradient, a gradient attack stands still.
 
     Args:
         attacks: Entries by name with the shares `zero_gradients` and `nonfinite_gradients`, as in
@@ -202,5 +202,5 @@ def doubts(attacks: Mapping[str, Mapping[str, Any]]) -> list[str]:
         zero, broken = (entry.get(f"{kind}_gradients") or 0.0 for kind in ("zero", "nonfinite"))
         if zero > GRADIENTS_ALLOWED or broken > 0:
             shares = f"{100 * zero:.3g} % of its gradients were zero and {100 * broken:.3g} % not finite"
-            found.append(f"{name}: {shares}, so its result is no evidence of robustness")
+            found.append(f"{name}: {shares}, so its result may overstate robustness")
     return found

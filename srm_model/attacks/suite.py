@@ -189,7 +189,7 @@ class Suite:
         A clean score that is not finite is a ValueError. A correlation is NaN where a model's scores are constant, or
         no longer finite under attack, and NaN is worse than any number in the worst case: what cannot be measured
         is not counted as robust. Drops are clean minus worst. Attacks whose gradients were zero or not finite are
-        named in `worst["doubts"]`, and in a warning each: their figures are no evidence of robustness.
+        named in `worst["doubts"]`, and in a warning each: their figures may overstate robustness.
         """
         config = self.config
         if logistic is not None and not isinstance(logistic, LogisticMap):

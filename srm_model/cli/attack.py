@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def print_table(results: Sequence[tuple[Path, dict[str, Any]]]) -> None:
-    """Print a line for each checkpoint's result, and below them which figures are no evidence of robustness."""
+    """Print a line for each checkpoint's result, and below them which figures may overstate robustness."""
     print(runs.table(HEADER, [row(folder, result) for folder, result in results]))
     for folder, result in results:
         for doubt in doubts(result.get("attacks", {})):
@@ -129,7 +129,7 @@ def attack_checkpoint(
     unfinished = pictures / "unfinished"
     with warnings.catch_warnings():
         warnings.filterwarnings(
-            "ignore", message=".*no evidence of robustness"
+            "ignore", message=".*may overstate robustness"
         )  # printed below the table instead
         result = SUITES[suite](config).run(
             model,

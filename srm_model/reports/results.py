@@ -128,7 +128,7 @@ def _summary(run: Run) -> Markup:
 
 
 def _doubts(run: Run) -> Markup | None:
-    """Which of the attacked figures above are no evidence of robustness."""
+    """Which of the attacked figures above may overstate robustness."""
     lines = [
         f"{neck.name}, {budget_text(budget)}, {doubt}"
         for budget in run.budgets

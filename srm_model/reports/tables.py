@@ -309,8 +309,8 @@ def _attacked(lines: Sequence[dict[str, Any]]) -> str:
     if found:
         weak = sorted({attack_text(doubt.partition(":")[0]) for doubt in found})
         said += (
-            f" In some runs the gradients of {', '.join(weak)} were zero or not finite: these results are no "
-            "evidence of robustness."
+            f" In some runs the gradients of {', '.join(weak)} were zero or not finite: these results may "
+            "overstate robustness."
         )
     return said
 

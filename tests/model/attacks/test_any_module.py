@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from srm_model import SRMConfig, build_model
 from srm_model.attacks import MSE, Attack, Suite, audit, certify, fgsm, pgd, square
 from srm_model.attacks.auto import apgd
 from srm_model.attacks.guard import predict
+from srm_model.cli.attack import print_table
 from srm_model.modules import evaluating
 from srm_model.training import predict as predict_dataset
 
@@ -164,7 +166,7 @@ def test_a_suite_says_which_figures_had_no_gradient(value, kind):
 
     data = Images(batch(4))
     suite = Suite.extended(TINY)
-    with pytest.warns(UserWarning, match="no evidence of robustness"):
+    with pytest.warns(UserWarning, match="may overstate robustness"):
         worst = suite.run(Masked(weight() * 0.1), data, norm="linf", eps=EPS).worst
     names = {doubt.partition(":")[0] for doubt in worst["doubts"]}
     assert names == {a.name for a in suite.attacks if a.method != "square" and not a.transfer}
@@ -263,3 +265,18 @@ def test_what_is_no_data_set_is_refused_in_one_sentence(made, said):
         with pytest.raises(TypeError, match=said) as error:
             measure(made(batch(3)))
         assert "\n" not in str(error.value)
+
+
+def test_the_command_prints_which_figures_had_no_gradient(capsys):
+    figures = {"srocc": 0.9, "plcc": 0.9}
+    entry = {"zero_gradients": 1.0, "nonfinite_gradients": 0.0}
+    result = {
+        "norm": "linf", "eps": EPS, "clean": figures, "worst": {**figures, "srocc_attack": "pgd_mse"},
+        "attacks": {"pgd_mse": entry, "square_mse": dict.fromkeys(entry), "apgd_mse": dict.fromkeys(entry, 0.0)},
+        "mos": [0.5, 0.6],
+    }  # fmt: skip
+    print_table([(Path("run/srm"), result)])
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last.startswith(
+        "srm, linf 4/255, pgd_mse: 100 % of its gradients were zero and 0 % not finite, so"
+    )

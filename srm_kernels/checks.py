@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -82,27 +84,33 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
 
 def check_number(
     name: str, value: float, *, above: float | None = None, at_least: float | None = None
-) -> None:
-    """A real Python number, greater than `above` or at least `at_least`; TypeError or ValueError.
+) -> float:
+    """A real number, NumPy's included, greater than `above` or at least `at_least`; TypeError or ValueError.
 
-    torch.export gives symbols in place of numbers that come from shapes.
+    Returns it as a Python float, or as torch.export's symbol for a number that comes from a shape.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymInt | torch.SymFloat):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real | torch.SymInt | torch.SymFloat):
         raise TypeError(f"{name} is a {type(value).__name__}; expected a number")
+    value = float(value) if isinstance(value, numbers.Real) else value
     if value != value or abs(value) == float("inf"):
         raise ValueError(f"{name}={value}: expected a finite number")
     if above is not None and not value > above:
         raise ValueError(f"{name}={value}: expected more than {above}")
     if at_least is not None and not value >= at_least:
         raise ValueError(f"{name}={value}: expected at least {at_least}")
+    return value
 
 
-def check_count(name: str, value: int, *, at_least: int = 1) -> None:
-    """A Python integer, or torch.export's symbol for one, of at least `at_least`; TypeError or ValueError."""
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+def check_count(name: str, value: int, *, at_least: int = 1) -> int:
+    """An integer, NumPy's included, of at least `at_least`; TypeError or ValueError.
+
+    Returns it as a Python int, or as torch.export's symbol for one.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral | torch.SymInt):
         raise TypeError(f"{name} is a {type(value).__name__}; expected an integer")
     if value < at_least:
         raise ValueError(f"{name}={value}: expected at least {at_least}")
+    return int(value) if isinstance(value, numbers.Integral) else value
 
 
 def check_flag(name: str, value: bool) -> None:

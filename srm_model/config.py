@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 LANDMARK_METHODS = ("leverage", "leverage_sample", "uniform", "kmeans++", "pivoted_cholesky")
 SOLVERS = ("cholesky", "lu", "svd", "auto", "neumann")
@@ -137,7 +140,7 @@ class SRMConfig:
             raise ValueError(
                 f"unknown config key {', '.join(unknown)}; known keys are {', '.join(sorted(known))}"
             )
-        return cls(**{key: _tuples(value) for key, value in values.items()})
+        return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain JSON values."""
@@ -156,6 +159,8 @@ class SRMConfig:
         return self.from_dict({**self.to_dict(), **changes})
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
         _check_types(self)
         _check_values(self)
 
@@ -165,8 +170,15 @@ class SRMConfig:
         return self.channels // self.heads
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
+def _plain(value: Any) -> Any:
+    """Lists as tuples, NumPy's scalars and other kinds of numbers as Python's own."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, list | tuple):
+        return tuple(_plain(item) for item in value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 _OPTIONAL = {"qk_norm": str, "gain_cap": float, "backend": str}

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+GRADIENTS_ALLOWED = 0.01  # the share of zero gradients up to which a gradient attack is taken at its word
+
 FloatArray = NDArray[np.float64]
 Values = ArrayLike | torch.Tensor
 
@@ -184,3 +186,21 @@ def _array(name: str, values: Values) -> FloatArray:
         raise TypeError(
             f"{name} of type {type(values).__name__}: expected real numbers in a tensor, array or list"
         ) from None
+
+
+def doubts(attacks: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return a sentence for each attack whose gradients were zero (more than 1 %) or not finite.
+
+    Its correlation may overstate robustness: where there is no gradient, a gradient attack stands still.
+
+    Args:
+        attacks: Entries by name with the shares `zero_gradients` and `nonfinite_gradients`, as in
+            `SuiteResult.attacks` or in a file of it. A share that is missing, None or NaN says nothing.
+    """
+    found = []
+    for name, entry in attacks.items():
+        zero, broken = (entry.get(f"{kind}_gradients") or 0.0 for kind in ("zero", "nonfinite"))
+        if zero > GRADIENTS_ALLOWED or broken > 0:
+            shares = f"{100 * zero:.3g} % of its gradients were zero and {100 * broken:.3g} % not finite"
+            found.append(f"{name}: {shares}, so its result may overstate robustness")
+    return found

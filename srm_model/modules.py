@@ -20,13 +20,29 @@ _schemas: list[torch.library.Library] = []  # a schema lives as long as its libr
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode for the length of a block; afterwards every submodule has the mode it was found in."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
+    modes = [(part, part.training) for part in module.modules() if hasattr(part, "training")]
     try:
+        _evaluate(module)
         yield
     finally:
         for part, training in modes:
             part.training = training
+
+
+def _evaluate(module: nn.Module) -> None:
+    """`module.eval()`; a part that refuses it, as an exported program does, has its attribute set alone."""
+    try:
+        module.eval()
+    except Exception:  # whatever a part chooses to refuse with
+        module.training = False
+        for child in module.children():
+            _evaluate(child)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where its parameters are, or else its buffers; the CPU for a module without any."""
+    tensor = next(module.parameters(), next(module.buffers(), None))
+    return torch.device("cpu") if tensor is None else tensor.device
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

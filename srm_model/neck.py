@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import warnings
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -36,7 +38,13 @@ from .statistics import BatchStatistics
 
 ATTENTIONS = ("nystrom", "full")
 TAU_FLOOR = 1e-6
+# M₀ before it is started: a cap that no map reaches. It is finite, so that an average of weights can begin with it:
+# above half of it, M₀ counts as not started.
+UNSTARTED = 1024.0
 CALIBRATION_LOGITS = 2**28  # at once: 1 GiB in fp32, a batch of 8 at 512×512 by exact attention
+
+
+_warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # necks whose missing calibration was reported
 
 
 class NeckOutput(NamedTuple):
@@ -87,7 +95,8 @@ class Link(nn.Module):
         if config.tau:
             self.theta = nn.Parameter(torch.zeros(config.heads))
         self.register_buffer("sigma", torch.zeros(config.heads))  # σ̄, the EMA of σ
-        self.register_buffer("sigma_started", torch.zeros((), dtype=torch.bool))
+        # 0 or 1; between them in an average of weights that began before σ̄ did. Not a bool, which has no average.
+        self.register_buffer("sigma_started", torch.zeros(()))
 
     @property
     def reference_scale(self) -> float:
@@ -171,14 +180,19 @@ class Link(nn.Module):
     def tracked(self, sigma: Tensor) -> Tensor:
         """σ̄ after a batch of statistic `sigma` (H,): the first starts it, and what is not finite is left out."""
         sigma = sigma.to(self.sigma.dtype)
-        decayed = self.config.ema * self.sigma + (1 - self.config.ema) * sigma
-        return torch.where(sigma.isfinite(), torch.where(self.sigma_started, decayed, sigma), self.sigma)
+        averaged = self.sigma.lerp(sigma, 1 - self.config.ema * self.sigma_started)
+        return torch.where(sigma.isfinite(), averaged, self.sigma)
 
     @torch.no_grad()
     def track(self, sigma: Tensor) -> None:
         """Take a batch's statistic into σ̄."""
         self.sigma.copy_(self.tracked(sigma))
         self.sigma_started.logical_or_(sigma.isfinite().all())
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if isinstance(started := state_dict.get(f"{prefix}sigma_started"), Tensor):
+            state_dict[f"{prefix}sigma_started"] = started.to(self.sigma_started.dtype)  # a bool in old ones
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @torch.no_grad()
     def calibrate(self, target: Tensor, source: Tensor) -> None:
@@ -223,7 +237,9 @@ class Link(nn.Module):
         count = logits.shape[-1]
         probability = logits.softmax(-1)
         entropy = torch.special.entr(probability).sum(-1).mean(-1) / max(math.log(count), 1e-12)
-        sigma = self.sigma / self.reference_scale
+        # An average of weights that began before σ̄ holds the share `sigma_started` of it.
+        started = self.sigma_started.clamp(min=torch.finfo(self.sigma.dtype).tiny)
+        sigma = self.sigma / started / self.reference_scale
         result = {
             "logit_std": _quantiles(logits.std(-1, correction=0).mean(-1)),
             "attention_entropy": _quantiles(entropy),
@@ -338,14 +354,45 @@ class SRMNeck(nn.Module):
             {str(t): nn.Parameter(torch.full((1,), config.beta_init)) for t in targets}
         )
         self.gate = Gate(config)
-        # M₀, the EMA of the batch median of M's root mean square; infinity, no cap, until it is started.
-        self.register_buffer("median_rms", torch.full((), math.inf))
+        # M₀, the EMA of the batch median of M's root mean square.
+        self.register_buffer("median_rms", torch.full((), UNSTARTED))
         self._last: BatchStatistics | None = None  # of the last training pass, which autograd may take again
 
     @property
     def stochastic(self) -> bool:
         """Whether two evaluations of one image may differ."""
         return self.config.kv_pool_eval and self.config.kv_pool_prob > 0
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether `calibrate`, or a training batch without it, has started M₀; waits for the device."""
+        return bool(self.median_rms < UNSTARTED / 2)
+
+    def warn_uncalibrated(self) -> None:
+        """Warn where `calibrated` is false, once for each neck; not while a CUDA graph is captured, or on meta."""
+        m0 = self.median_rms
+        if self in _warned or m0.is_meta or (m0.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return
+        if self.calibrated:
+            return
+        _warned.add(self)
+        warnings.warn(
+            "the neck was never calibrated: its attention is close to uniform, and its gain cap is off; call "
+            "`calibrate` on the first training batch, or load trained weights",
+            stacklevel=3,
+        )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if isinstance(median := state_dict.get(f"{prefix}median_rms"), Tensor):
+            # Earlier versions saved infinity for "not started", of which averages made NaN.
+            state_dict[f"{prefix}median_rms"] = median.nan_to_num(nan=UNSTARTED, posinf=UNSTARTED)
+        for target in self.beta:
+            name = f"{prefix}beta.{target}"
+            if (
+                name in state_dict and state_dict[name].dim() == 0
+            ):  # earlier versions stored it without an axis
+                state_dict[name] = state_dict[name].reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(
         self,
@@ -373,6 +420,8 @@ class SRMNeck(nn.Module):
         self._check(pyramid)
         given, earlier = statistics is not None, None
         if statistics is None and self.training:
+            if not torch.compiler.is_compiling() and self._last is None:
+                self.warn_uncalibrated()
             statistics = BatchStatistics()
             earlier = self._last if in_backward() else None
         whole = None
@@ -412,13 +461,6 @@ class SRMNeck(nn.Module):
     def _beta(self, target: int) -> Tensor:
         """β of a stage as a scalar, which leaves the dtype of a map as it is; stored with an axis, which FSDP needs."""
         return cast(Tensor, self.beta[str(target)]).reshape(())
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for target in self.beta:
-            name = f"{prefix}beta.{target}"
-            if name in state_dict and state_dict[name].dim() == 0:  # as it was stored before
-                state_dict[name] = state_dict[name].reshape(1)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _check(self, pyramid: Sequence[Tensor]) -> None:
         if len(pyramid) != len(STAGES):
@@ -665,7 +707,7 @@ class SRMNeck(nn.Module):
     def _track_norms(self, rms: Tensor) -> None:
         median = rms.median().to(self.median_rms.dtype)
         decayed = self.config.ema * self.median_rms + (1 - self.config.ema) * median
-        taken = torch.where(self.median_rms.isinf(), median, decayed)
+        taken = torch.where(self.median_rms < UNSTARTED / 2, decayed, median)
         self.median_rms.copy_(torch.where(median.isfinite(), taken, self.median_rms))
 
     @torch.no_grad()
@@ -685,7 +727,7 @@ class SRMNeck(nn.Module):
                 self._link(source, target).calibrate(aligned[target], aligned[source])
             updated = self._mix(aligned, aligned, pooled=True)
             maps = self._fused_stages(updated)
-            self.median_rms.fill_(math.inf)
+            self.median_rms.fill_(UNSTARTED)
             norm = gated_fusion(maps, self.gate(maps.unbind(1)), cap=None).norm
             self._track_norms(norm / self._root(maps))
 

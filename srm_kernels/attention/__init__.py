@@ -194,7 +194,7 @@ def nystrom_attention(
     """
     query, key, value = autocast.lowered(query, key, value)
     d = _check_attention(query, key, value, qk_norm, scale)
-    check_count("rank", rank)
+    rank = check_count("rank", rank)
     check_choice("method", method, METHODS)
     check_number("gamma", gamma, above=0)
     check_choice("solve_dtype", solve_dtype, SOLVE_DTYPES)
@@ -204,7 +204,7 @@ def nystrom_attention(
         _check_tau(tau, query)
     chosen = _choose_backend(backend, query, partial(_limits, d, rank, key.shape[2]), solve_dtype)
     s = 1 / math.sqrt(d) if scale is None else float(scale)
-    solve = (float(ridge), solver, equilibrate, float(kappa_max), neumann_order, neumann_gate)
+    solve = (float(ridge), solver, equilibrate, float(kappa_max), int(neumann_order), neumann_gate)
     scales: RMSScale | None = None
     if chosen == "triton":
         keys, x, landmarks = _landmark_side(
@@ -277,14 +277,14 @@ def landmark_side(
     """
     key, value = autocast.lowered(key, value)
     d = _check_attention(key, key, value, qk_norm, scale)
-    check_count("rank", rank)
+    rank = check_count("rank", rank)
     check_choice("method", method, METHODS)
     check_number("gamma", gamma, above=0)
     check_solver(ridge, solver, equilibrate, kappa_max, neumann_order, neumann_gate)
     limits = partial(_limits, d, rank, key.shape[2])
     chosen = kernels_by_name(backend, key, "landmark_side", limits)
     s = 1 / math.sqrt(d) if scale is None else float(scale)
-    solve = (float(ridge), solver, equilibrate, float(kappa_max), neumann_order, neumann_gate)
+    solve = (float(ridge), solver, equilibrate, float(kappa_max), int(neumann_order), neumann_gate)
     keys, x, _ = _landmark_side(
         key, value, landmarks, rank, method, float(gamma), s, qk_norm, generator, solve, chosen
     )

@@ -121,7 +121,15 @@ def landmark_solve(
     chosen = choose_backend(backend, _IMPLEMENTATIONS, "landmark_solve", partial(_refusal, rhs, solver))
     ridge = float(ridge)
     x, used = _solve(
-        logits, rhs, ridge, solver, equilibrate, float(kappa_max), neumann_order, neumann_gate, chosen
+        logits,
+        rhs,
+        float(ridge),
+        solver,
+        equilibrate,
+        float(kappa_max),
+        int(neumann_order),
+        neumann_gate,
+        chosen,
     )
     if not diagnostics:
         return LandmarkSolution(x, None, None, None, None)

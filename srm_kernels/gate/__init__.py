@@ -166,7 +166,8 @@ def gated_fusion(
 
     maps: (B, S, C, h, w); logits: (B, S), of the maps' dtype or a wider one. cap: c, the bound on ‖fused‖_F,
     a number, a one-element tensor (which need not leave its device) or None for no bound; a constant to the
-    derivative. cap_factor: c is `cap` times this, so that it may follow a buffer without a launch of its own.
+    derivative. A tensor may hold 0 (the result is 0) or infinity (no bound).
+    cap_factor: c is `cap` times this, so that it may follow a buffer without a launch of its own.
     a = softmax(logits / temperature), M = Σ_s a_s P_s, γ = min(1, c(1 − 2u)/(‖M‖_F + eps)) with u the unit
     roundoff of a half-precision output, so that ‖fused‖_F ≤ c after rounding too. NaN stays NaN.
     Returns (fused, weights, gain, norm); all but `fused` in fp32 (fp64 for fp64).
@@ -192,7 +193,8 @@ def gated_fusion(
         cap = cap.detach().reshape(())
     elif cap is not None:
         check_number("cap", cap, above=0)
-        cap = torch.full((), float(cap), dtype=wide_dtype(maps.dtype), device=maps.device)
+        # By way of fp64: a number beyond fp32's range is infinite there, no bound.
+        cap = torch.tensor(float(cap), dtype=torch.float64).to(maps.device, wide_dtype(maps.dtype))
     chosen = kernels_by_name(backend, maps, "gated_fusion")
     factors = float(cap_factor), float(temperature), float(eps)
     return GatedFusion(*_fusion(maps, logits, cap, *factors, chosen))

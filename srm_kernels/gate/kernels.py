@@ -139,8 +139,8 @@ def _fuse_kernel(
     others = tl.arange(0, PARTS)
     norm = tl.sqrt(tl.sum(tl.load(parts_ptr + b * parts + others, mask=others < parts, other=0.0), 0))
     if CAPPED:
-        ratio = tl.load(cap_ptr).to(tl.float32) * margin / (norm + eps)
-        gain = tl.where(ratio >= 1.0, 1.0, ratio)  # NaN stays NaN
+        limit, length = tl.load(cap_ptr).to(tl.float32) * margin, norm + eps
+        gain = tl.where(length <= limit, 1.0, limit / length)  # NaN stays NaN
     else:
         gain = tl.where(norm == norm, 1.0, norm)
     element = part * BLOCK + tl.arange(0, BLOCK)
@@ -200,8 +200,8 @@ def _fusion_backward_kernel(
     dgain = tl.load(dgain_ptr + b) + tl.sum(weights * upstream_products, 0)
     dnorm = tl.load(dnorm_ptr + b)
     if CAPPED:
-        ratio = tl.load(cap_ptr).to(tl.float32) * margin / (norm + eps)
-        dnorm -= tl.where(ratio > 1.0, 0.0, dgain * ratio / (norm + eps))
+        limit, length = tl.load(cap_ptr).to(tl.float32) * margin, norm + eps
+        dnorm -= tl.where(length <= limit, 0.0, dgain * gain / length)
     # The norm's derivative at 0 is taken as 0, as torch does.
     along = tl.where(norm == 0.0, 0.0, dnorm / norm)
     if part == 0:

@@ -52,7 +52,10 @@ def gated_fusion(
         gain = torch.where(norm.isnan(), norm, 1)
     else:
         limit = cap.to(wide) * (cap_factor * (1 - 2 * unit_roundoff(maps.dtype)))
-        gain = (limit / (norm + eps)).clamp(max=1)
+        # One where the map fits, chosen before the division: the derivative of inf/norm, or of 1/0, would be NaN.
+        length = norm + eps
+        fits = length <= limit
+        gain = torch.where(fits, 1, limit) / torch.where(fits, 1, length)
     return (gain[:, None, None, None] * M).to(maps.dtype), weights, gain, norm
 
 

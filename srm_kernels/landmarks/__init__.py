@@ -84,7 +84,7 @@ def select_landmarks(
     Raises TypeError for dtypes, ValueError for shapes, rank < 1, γ ≤ 0 or an unknown method.
     """
     check_tokens("key", key)
-    check_count("rank", rank)
+    rank = check_count("rank", rank)
     check_choice("method", method, METHODS)
     check_number("gamma", gamma, above=0)
     if scale is not None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -261,7 +262,7 @@ def pooled_links(
                 f"keys have shapes {[tuple(k.shape) for k in keys]}; expected (B, H, r, d), one B, H and d"
             )
     C = first.shape[1] * first.shape[3]
-    _check_targets(targets, len(maps))
+    targets = _check_targets(targets, len(maps))
     for (weight, bias), query, target in zip(align, query_weights, targets, strict=True):
         _check_weight("align", weight, (C, maps[target].shape[1]), features)
         _check_weight("align", bias, (C,), features)
@@ -270,7 +271,7 @@ def pooled_links(
         check_tensors(keys=k, xs=x)
         if x.shape != k.shape:
             raise ValueError(f"xs has shape {tuple(x.shape)} and keys {tuple(k.shape)}; expected the same")
-    check_count("size", size)
+    size = check_count("size", size)
     check_choice("qk_norm", qk_norm, QK_NORMS)
     if scale is not None:
         check_number("scale", scale)
@@ -282,7 +283,7 @@ def pooled_links(
     )
     pooled, means, mean, spread = _pooled(
         list(maps), [weight for weight, _ in align], [bias for _, bias in align], alphas, weights, biases,
-        list(query_weights), list(keys), [x.detach() for x in xs or ()], list(targets), size, s, qk_norm, chosen,
+        list(query_weights), list(keys), [x.detach() for x in xs or ()], targets, size, s, qk_norm, chosen,
     )  # fmt: skip
     if xs is None:
         return PooledLinks(pooled, means, None)
@@ -320,7 +321,7 @@ def merge_links(
     _check_counts(
         "probabilities", L, xs=xs, output_weights=output_weights, targets=targets, betas=betas, thetas=thetas
     )
-    _check_targets(targets, len(align))
+    targets = _check_targets(targets, len(align))
     for x in xs:
         if x.dim() != 4 or x.shape[:2] != (B, H) or x.shape[2] > most:
             raise ValueError(f"xs has shape {tuple(x.shape)}; expected ({B}, {H}, up to {most}, d)")
@@ -340,7 +341,7 @@ def merge_links(
     chosen = kernels_by_name(backend, maps, "merge_links")
     merged = _merge(
         maps, probabilities, list(xs), [weight for weight, _ in align], [bias for _, bias in align],
-        list(output_weights), list(thetas or ()), list(betas), list(targets), chosen,
+        list(output_weights), list(thetas or ()), list(betas), targets, chosen,
     )  # fmt: skip
     return merged.transpose(0, 1)
 
@@ -394,9 +395,10 @@ def _check_counts(name: str, count: int, **groups: Sequence[object] | None) -> N
             )
 
 
-def _check_targets(targets: Sequence[int], maps: int) -> None:
-    if not all(isinstance(t, int) and 0 <= t < maps for t in targets):
+def _check_targets(targets: Sequence[int], maps: int) -> list[int]:
+    if not all(isinstance(t, numbers.Integral) and 0 <= t < maps for t in targets):
         raise ValueError(f"targets is {list(targets)}; expected numbers of maps, 0 to {maps - 1}")
+    return [int(t) for t in targets]
 
 
 def _check_weight(name: str, weight: Tensor, shape: tuple[int, ...], like: Tensor) -> None:

@@ -33,5 +33,5 @@ def adaptive_pool(x: Tensor, size: int, *, backend: str | None = None) -> Tensor
     check_tensors(x=x)
     if x.dim() != 4:
         raise ValueError(f"x has shape {tuple(x.shape)}; expected (B, C, h, w)")
-    check_count("size", size)
+    size = check_count("size", size)
     return _pool(x, size, kernels_by_name(backend, x, "adaptive_pool"))

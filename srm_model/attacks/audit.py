@@ -20,13 +20,12 @@ from srm_model.attacks.problem import NoGradientError
 from srm_model.attacks.square import square_trace
 from srm_model.attacks.suite import Attack, Dataset, Job
 from srm_model.config import SRMConfig
-from srm_model.metrics import srocc
+from srm_model.metrics import GRADIENTS_ALLOWED, srocc
 from srm_model.modules import is_stochastic, unwrapped
 
 # Where a check's figure passes. Set with honest and masked models in view (tests), and the same for every model.
 FALL_ALLOWED = 0.05  # of the loss's whole rise, over the steps
 EPS_FALL_ALLOWED = 0.01  # of the largest rise, from one budget to the next
-ZERO_GRADIENTS_ALLOWED = 0.01
 RESTART_GAIN_ALLOWED = 0.25
 DERIVATIVE_ERROR_ALLOWED = 0.2
 SCORE_TOLERANCE = 1e-3  # of the spread of clean scores: what rounding may do, and randomness may not
@@ -131,13 +130,13 @@ def audit(
     return Audit(
         model=type(unwrapped(model)).__qualname__,
         norm=norm,
-        eps=eps,
+        eps=subject.eps,
         radius=subject.radius,
         images=len(subject.clean),
         steps=config.attack_steps,
         restarts=config.attack_restarts,
         queries=config.attack_queries,
-        seed=seed,
+        seed=subject.seed,
         checks=checks,
     )
 
@@ -156,7 +155,7 @@ class _Subject:
         images: int,
         seed: int,
     ) -> None:
-        self.model, self.surrogate, self.norm, self.config, self.seed = model, surrogate, norm, config, seed
+        self.model, self.surrogate, self.norm, self.config = model, surrogate, norm, config
         job = Job(
             config=config,
             model=model,
@@ -172,7 +171,7 @@ class _Subject:
         )
         if eps == 0:
             raise ValueError("eps=0: an audit needs a budget to attack with")
-        self.radius = job.radius
+        self.eps, self.seed, self.radius = job.eps, job.seed, job.radius
         self.batches = [job.load(number) for number in range(len(job.batches))]
         self.eot = job.samples(model)
         self.declared = is_stochastic(model)
@@ -359,7 +358,7 @@ def _gradients(subject: _Subject) -> Check:
     zero = float(np.average([trace.zero_gradients for trace in traces], weights=weights))
     broken = float(np.average([trace.nonfinite_gradients for trace in traces], weights=weights))
     figure = f"{100 * zero:.2f} % zero everywhere, {100 * broken:.2f} % with an element that is not finite"
-    passed = zero <= ZERO_GRADIENTS_ALLOWED and broken == 0
+    passed = zero <= GRADIENTS_ALLOWED and broken == 0
     return _verdict("_gradients", passed, figure, zero=zero, nonfinite=broken)
 
 

@@ -45,10 +45,10 @@ def apgd_trace(
 
     Arguments, result, errors and promises are those of `pgd`.
     """
-    check_count("steps", steps)
-    check_count("restarts", restarts)
+    steps, restarts = check_count("steps", steps), check_count("restarts", restarts)
     checks = checkpoints(steps)
     with attacking(model, images, mos, objective, norm, eps, eot, generator) as problem:
+        eps = problem.eps
 
         def climb(copies: int, best: Best) -> Tensor:
             x = problem.random_starts(copies)

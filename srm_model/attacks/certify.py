@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from srm_model.attacks.guard import as_found, check_images, check_model, scores_of, to_model
-from srm_model.attacks.problem import check_count
+from srm_model.attacks.problem import check_count, check_number
 from srm_model.config import SRMConfig
 
 _DEFAULTS = SRMConfig()
@@ -51,8 +51,8 @@ def smoothed_scores(
     """
     check_model(model)
     check_images(images)
-    check_count("samples", samples)
-    check_count("batch_size", batch_size)
+    samples, batch_size = check_count("samples", samples), check_count("batch_size", batch_size)
+    sigma = check_number("sigma", sigma)
     if not (math.isfinite(sigma) and sigma > 0):
         raise ValueError(f"sigma={sigma!r}: expected a positive number")
     if generator is None:
@@ -105,6 +105,8 @@ def certify(
 
 def certificate(scores: Tensor, *, eps: float, sigma: float, confidence: float) -> Certificate:
     """The intervals for one budget from sorted samples (n, B), as `smoothed_scores` returns them."""
+    eps, sigma = check_number("eps", eps), check_number("sigma", sigma)
+    confidence = check_number("confidence", confidence)
     if not (math.isfinite(eps) and eps >= 0):
         raise ValueError(f"eps={eps!r}: expected a finite number, zero or more")
     if not 0 < confidence < 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, ParamSpec
 
@@ -44,12 +45,24 @@ def images_of(trace: Callable[_P, PGDTrace]) -> Callable[_P, Tensor]:
 
     @functools.wraps(trace)
     def attack(*args: _P.args, **kwargs: _P.kwargs) -> Tensor:
-        return trace(*args, **kwargs).images
+        found = trace(*args, **kwargs)
+        _warn_without_gradients(found.zero_gradients + found.nonfinite_gradients)
+        return found.images
 
     attack.__name__ = attack.__qualname__ = trace.__name__.removesuffix("_trace")
     signature = inspect.signature(trace).replace(return_annotation="Tensor")
     attack.__signature__ = signature  # type: ignore[attr-defined]
     return attack
+
+
+def _warn_without_gradients(share: float) -> None:
+    """Warn where every gradient was zero or not finite: the attack then searched nothing."""
+    if share >= 1:
+        warnings.warn(
+            "every gradient was zero or not finite, so the attack followed none: its result is no evidence of "
+            "robustness",
+            stacklevel=3,
+        )
 
 
 def fgsm(
@@ -77,7 +90,8 @@ def fgsm(
     with attacking(model, images, mos, objective, norm, eps, eot, generator) as problem:
         loss, direction = problem.ascend(problem.images)
         problem.check_losses(loss[None])
-        adversarial = problem.project(problem.images.add(direction, alpha=eps))
+        _warn_without_gradients(float(problem.zero_gradients + problem.nonfinite_gradients) / len(images))
+        adversarial = problem.project(problem.images.add(direction, alpha=problem.eps))
     return like(images, adversarial)
 
 
@@ -124,13 +138,12 @@ def pgd_trace(
     Raises ValueError or TypeError, in one sentence, for arguments that are none of the above, and for a model whose
     scores of the images as they are are not finite.
     """
-    check_count("steps", steps)
-    check_count("restarts", restarts)
+    steps, restarts = check_count("steps", steps), check_count("restarts", restarts)
     with attacking(model, images, mos, objective, norm, eps, eot, generator) as problem:
         if step_size is None:
-            step_size = default_step_size(norm, eps, steps)
+            step_size = default_step_size(norm, problem.eps, steps)
         else:
-            check_number("step_size", step_size)
+            step_size = check_number("step_size", step_size)
             if not (math.isfinite(step_size) and step_size > 0):
                 raise ValueError(f"step_size={step_size!r}: expected a positive number or None")
 
@@ -165,7 +178,7 @@ def run_restarts(
     (copies, iterates, …).
     """
     if restart_batch is not None:
-        check_count("restart_batch", restart_batch)
+        restart_batch = check_count("restart_batch", restart_batch)
     at_once = restarts if restart_batch is None else min(restart_batch, restarts)
     kept = Best(problem)
     losses: list[Tensor] = []

@@ -11,6 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from srm_model.modules import evaluating
+from srm_model.neck import SRMNeck
+
 
 @contextmanager
 def as_found(model: nn.Module, images: Tensor, *, seed: int) -> Iterator[None]:
@@ -28,7 +31,6 @@ def as_found(model: nn.Module, images: Tensor, *, seed: int) -> Iterator[None]:
         torch.autocast(images.device.type, enabled=False),
     ):
         modules = list(model.modules())
-        modes = [(module, module.training) for module in modules]
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         buffers = [
             (module, name, buffer, None if buffer is None else buffer.clone())
@@ -42,15 +44,13 @@ def as_found(model: nn.Module, images: Tensor, *, seed: int) -> Iterator[None]:
             if isinstance(value, torch.Generator)
         ]
         try:
-            model.eval()
             for parameter in trained:
                 parameter.requires_grad_(
                     False
                 )  # no weight gradient is wanted, so no activation is kept for one
-            yield
+            with evaluating(model):
+                yield
         finally:
-            for module, mode in modes:
-                module.training = mode
             for parameter in trained:
                 parameter.requires_grad_(True)
             for module, name, buffer, value in buffers:
@@ -63,9 +63,12 @@ def as_found(model: nn.Module, images: Tensor, *, seed: int) -> Iterator[None]:
 
 
 def scores_of(model: nn.Module, images: Tensor) -> Tensor:
-    """The model's scores (B,), in fp32 at least; (B, 1) is flattened, anything else is an error."""
+    """The model's scores (B,), in fp32 at least; (B, 1) is flattened, anything else is an error.
+
+    The model is given a copy: one that normalises in place changes no tensor of the attack's or the caller's.
+    """
     try:
-        scores = model(images)
+        scores = model(images.clone())
     except (torch.OutOfMemoryError, NotImplementedError):
         raise
     except (RuntimeError, AssertionError, AttributeError, LookupError, TypeError) as error:
@@ -108,6 +111,7 @@ def to_model(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def check_model(model: nn.Module) -> None:
+    """A module that can be attacked, in fp32; TypeError. Warns of a neck in it that was never calibrated."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model of type {type(model).__name__}: expected a torch.nn.Module")
     needed = _needed(model)
@@ -121,6 +125,9 @@ def check_model(model: nn.Module) -> None:
             f"the model has {', '.join(sorted(map(str, half)))} parameters: attacks run in fp32, "
             "so pass model.float()"
         )
+    for part in model.modules():
+        if isinstance(part, SRMNeck):
+            part.warn_uncalibrated()
 
 
 def _needed(model: nn.Module) -> list[str]:

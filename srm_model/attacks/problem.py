@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -28,21 +29,25 @@ def radius_of(norm: str, eps: float, image: Tensor) -> float:
     return eps if norm == "linf" else eps * math.sqrt(image[0].numel()) / REFERENCE_SIDE
 
 
-def check_budget(norm: str, eps: float) -> None:
+def check_budget(norm: str, eps: float) -> float:
+    """`eps` as a Python float, a radius that the norm allows; TypeError or ValueError."""
     if norm not in NORMS:
         raise ValueError(f"norm={norm!r}: expected one of {', '.join(map(repr, NORMS))}")
-    check_number("eps", eps)
-    if not (math.isfinite(eps) and eps >= 0):
+    radius = check_number("eps", eps)
+    if not (math.isfinite(radius) and radius >= 0):
         raise ValueError(f"eps={eps!r}: expected a finite number, zero or more")
-    if norm == "linf" and eps > 1:
+    if norm == "linf" and radius > 1:
         raise ValueError(
             f"eps={eps!r} for norm 'linf': expected at most 1, as pixels lie in [0, 1] (4/255, say)"
         )
+    return radius
 
 
-def check_number(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+def check_number(name: str, value: float) -> float:
+    """`value` as a Python float: any real number, NumPy's included; else a TypeError."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}={value!r}: expected a number")
+    return float(value)
 
 
 def check_objective(objective: Objective) -> None:
@@ -54,11 +59,13 @@ def check_objective(objective: Objective) -> None:
         )
 
 
-def check_count(name: str, value: int, least: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+def check_count(name: str, value: int, least: int = 1) -> int:
+    """`value` as a Python int of at least `least`: any integer, NumPy's included; TypeError or ValueError."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}={value!r}: expected an integer")
     if value < least:
         raise ValueError(f"{name}={value!r}: expected at least {least}")
+    return int(value)
 
 
 @contextmanager
@@ -76,8 +83,7 @@ def attacking(
     check_model(model)
     check_images(images)
     check_objective(objective)
-    check_budget(norm, eps)
-    check_count("eot", eot)
+    eps, eot = check_budget(norm, eps), check_count("eot", eot)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator of type {type(generator).__name__}: expected a torch.Generator or None")
     mos = _numbers(mos)
@@ -90,7 +96,8 @@ def attacking(
     if generator is None:
         generator = torch.Generator().manual_seed(0)
     seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
-    images = to_model(model, images)
+    # Of values alone: gradients of the caller's end here, and what comes back requires none.
+    images, mos = to_model(model, images.detach()), mos.detach()
     with as_found(model, images, seed=seed):
         # Clones, because tensors made under an outer inference_mode could not be saved for backward.
         yield Problem(

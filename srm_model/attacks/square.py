@@ -46,11 +46,11 @@ def square_trace(
     The model need not be differentiable. Other arguments, result, errors and promises are those of `pgd`; the losses
     of `square_trace` are those of what was kept after each round, (1, rounds, …), and it has no share of gradients.
     """
-    check_count("queries", queries)
-    check_number("area", area)
+    queries, area = check_count("queries", queries), check_number("area", area)
     if not 0 < area <= 1:
         raise ValueError(f"area={area!r}: expected a share of the image in (0, 1]")
     with attacking(model, images, mos, objective, norm, eps, eot, generator) as problem:
+        eot = problem.eot
         rounds = queries // eot - bool(getattr(objective, "uses_clean_scores", True))
         if rounds < 1:
             raise ValueError(

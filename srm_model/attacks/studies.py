@@ -15,6 +15,7 @@ from srm_model.config import SRMConfig
 from srm_model.metrics import LogisticMap, plcc, srocc
 
 _DEFAULTS = SRMConfig()
+_KEPT = ("srocc", "plcc", "loss", "zero_gradients", "nonfinite_gradients")
 
 
 def transfer(
@@ -85,7 +86,7 @@ def transfer(
 
     return {
         "norm": norm,
-        "eps": eps,
+        "eps": first.eps,
         "names": first.names,
         "mos": labels,
         "clean": {name: correlations(name, [batch.clean[name] for batch in batches]) for name in models},
@@ -114,7 +115,8 @@ def sweep_steps(
     """`suite.run` at each number of steps, the step size following by its rule; a row for each.
 
     steps: None is the config's `attack_sweep_steps`. `arguments` are further ones of `Suite.run`; under `resume` each
-    row has a folder of its own. A row has steps, eps, clean, attacks (srocc, plcc, loss by attack) and worst.
+    row has a folder of its own. A row has steps, eps, clean, attacks (srocc, plcc,
+    loss, zero_gradients and nonfinite_gradients by attack) and worst.
     """
     return [
         _row(
@@ -153,11 +155,8 @@ def _row(
     result = suite.run(model, dataset, norm=norm, eps=eps, **arguments)
     return {
         "steps": suite.config.attack_steps,
-        "eps": eps,
+        "eps": result.eps,
         "clean": {key: result.clean[key] for key in ("srocc", "plcc")},
-        "attacks": {
-            name: {key: entry[key] for key in ("srocc", "plcc", "loss")}
-            for name, entry in result.attacks.items()
-        },
+        "attacks": {name: {key: entry[key] for key in _KEPT} for name, entry in result.attacks.items()},
         "worst": result.worst,
     }

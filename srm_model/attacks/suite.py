@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Subset
+from torch.utils.data import DataLoader, Subset
 
 from srm_model import ranks
 from srm_model.attacks.auto import apgd_trace
@@ -25,7 +26,7 @@ from srm_model.attacks.problem import check_budget, check_count, radius_of
 from srm_model.attacks.records import Batch, Records
 from srm_model.attacks.square import square_trace
 from srm_model.config import SRMConfig
-from srm_model.metrics import LogisticMap, plcc, srocc
+from srm_model.metrics import LogisticMap, doubts, plcc, srocc
 from srm_model.modules import is_stochastic, unwrapped
 
 _DEFAULTS = SRMConfig()
@@ -85,7 +86,9 @@ class SuiteResult:
     logistic: dict[str, Any] | None  # the frozen map PLCC is taken after; None: plain Pearson
     clean: dict[str, Any]  # srocc, plcc, scores
     attacks: dict[str, dict[str, Any]]  # the same and diagnostics, by attack
-    worst: dict[str, Any]  # srocc, plcc, which attacks they come from, and the drops from clean
+    # srocc, plcc, which attacks they come from, the drops from clean, and `doubts`: a sentence on each attack whose
+    # gradients were zero (more than 1 %) or not finite.
+    worst: dict[str, Any]
     incomplete: list[str]  # attacks of the suite that were left out for want of a surrogate
     examples: list[Example] = field(default_factory=list, repr=False)
 
@@ -186,7 +189,8 @@ class Suite:
 
         A clean score that is not finite is a ValueError. A correlation is NaN where a model's scores are constant, or
         no longer finite under attack, and NaN is worse than any number in the worst case: what cannot be measured
-        is not counted as robust. Drops are clean minus worst.
+        is not counted as robust. Drops are clean minus worst. Attacks whose gradients were zero or not finite are
+        named in `worst["doubts"]`, and in a warning each: their figures may overstate robustness.
         """
         config = self.config
         if logistic is not None and not isinstance(logistic, LogisticMap):
@@ -234,18 +238,19 @@ class Job:
     keep: int = 0
 
     def __post_init__(self) -> None:
-        check_budget(self.norm, self.eps)
+        self.eps = check_budget(self.norm, self.eps)
         check_model(self.model)
         if self.surrogate is not None:
             check_model(self.surrogate)
         if not self.attacks:
             raise ValueError("every attack of the suite is a transfer attack: expected a surrogate, got None")
-        check_count("batch_size", self.batch_size, 1)
-        check_count("seed", self.seed, 0)
-        check_count("keep", self.keep, 0)
+        self.batch_size = check_count("batch_size", self.batch_size, 1)
+        self.seed = check_count("seed", self.seed, 0)
+        self.keep = check_count("keep", self.keep, 0)
+        check_dataset(self.dataset)
         count = len(self.dataset)
         if self.limit is not None:
-            check_count("limit", self.limit, 2)
+            self.limit = check_count("limit", self.limit, 2)
         if count < 2:
             raise ValueError(f"a data set of {count} images: a correlation needs at least 2")
         self.indices = spread(count, count if self.limit is None else self.limit)
@@ -255,7 +260,7 @@ class Job:
         ]
         names = _names(self.dataset)
         self.names = [names[index] for index in self.indices]
-        self.first = torch.as_tensor(self.dataset[self.indices[0]][0])
+        self.first = self.item(self.indices[0])[0]
         check_images(self.first[None])
         self.radius = radius_of(self.norm, self.eps, self.first)
         self.step_size = default_step_size(self.norm, self.radius, self.config.attack_steps, self.config)
@@ -280,15 +285,29 @@ class Job:
         return [row for batch, row in places if batch == number]
 
     def load(self, number: int) -> tuple[Tensor, Tensor]:
-        items = [self.dataset[index] for index in self.batches[number]]
-        images = [torch.as_tensor(image) for image, _ in items]
+        items = [self.item(index) for index in self.batches[number]]
+        images = [image for image, _ in items]
         for name, image in zip(self.names[number * self.batch_size :], images, strict=False):
             if image.shape != self.first.shape:
                 raise ValueError(
                     f"{name} has shape {tuple(image.shape)} and {self.names[0]} {tuple(self.first.shape)}: "
                     "a suite needs images of one size"
                 )
-        return torch.stack(images), torch.tensor([float(mos) for _, mos in items], dtype=torch.float64)
+        return torch.stack(images), torch.tensor([mos for _, mos in items], dtype=torch.float64)
+
+    def item(self, index: int) -> tuple[Tensor, float]:
+        """An image and its MOS; an item of another form is a TypeError."""
+        found: Any = self.dataset[index]
+        if isinstance(found, tuple | list) and len(found) == 2:
+            with suppress(TypeError, ValueError, RuntimeError):
+                return torch.as_tensor(found[0]).detach(), float(found[1])
+        held = (
+            f"({', '.join(type(part).__name__ for part in found)})" if isinstance(found, tuple | list) else ""
+        )
+        raise TypeError(
+            f"dataset[{index}] is a {type(found).__name__} {held}".rstrip()
+            + ": expected a pair (image, MOS) of a float tensor (3, H, W) and a number"
+        )
 
     def score(self, number: int, images: Tensor) -> list[float]:
         seed = self._seed(
@@ -376,7 +395,7 @@ def _examples(job: Job, records: Records) -> list[Example]:
     for number, batch in enumerate(records.batches):
         for row in job.shown(number):
             attack, position = _furthest(batch, row), number * job.batch_size + row
-            image = torch.as_tensor(job.dataset[job.indices[position]][0]).cpu()
+            image = job.item(job.indices[position])[0].cpu()
             score = batch.attacks[attack]["scores"][row]
             found.append(Example(position, image, batch.examples[row], batch.clean[row], score, attack))
     return found
@@ -417,6 +436,9 @@ def _result(
         name = min(attacked, key=lambda name: _nan_first(attacked[name][metric]))
         worst |= {metric: attacked[name][metric], f"{metric}_attack": name}
         worst[f"{metric}_drop"] = clean[metric] - attacked[name][metric]
+    worst["doubts"] = doubts(attacked)
+    for doubt in worst["doubts"]:
+        warnings.warn(doubt, stacklevel=3)
     return SuiteResult(
         norm=job.norm,
         eps=job.eps,
@@ -436,6 +458,19 @@ def _result(
         incomplete=[attack.name for attack in attacks if attack not in job.attacks],
         examples=_examples(job, records),
     )
+
+
+def check_dataset(dataset: Any) -> None:
+    """Something with a length and items by number; TypeError."""
+    given = type(dataset).__name__
+    if isinstance(dataset, DataLoader):
+        raise TypeError(
+            "dataset is a DataLoader: expected the data set itself (loader.dataset); batches are made here"
+        )
+    if isinstance(dataset, Mapping) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise TypeError(
+            f"dataset of type {given}: expected len(dataset) and dataset[i], a pair (image, MOS), for i from 0"
+        )
 
 
 def _nan_first(value: float) -> float:

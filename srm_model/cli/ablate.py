@@ -313,7 +313,9 @@ def _attack(
     return {
         "clean": {key: found["clean"][key] for key in ("srocc", "plcc")},
         "attacks": {
-            name: {key: entry[key] for key in ("srocc", "plcc", "loss", "zero_gradients")}
+            name: {
+                key: entry[key] for key in ("srocc", "plcc", "loss", "zero_gradients", "nonfinite_gradients")
+            }
             for name, entry in found["attacks"].items()
         },
         "worst": found["worst"],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from srm_model.cli.options import attack_config_from
 from srm_model.cli.train import logistic_of
 from srm_model.config import SRMConfig
 from srm_model.files import read_json, write_json
+from srm_model.metrics import doubts
 
 SUITES = {"paper": Suite.paper, "extended": Suite.extended}
 HEADER = (
@@ -38,14 +41,24 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--eps needs one --norm: a budget means nothing without its norm")
     folders = runs.checkpoints(args.folder)
     with runs.process_group() as writes, runs.writing(args.folder):
-        rows = _attack_all(args, folders, writes)
+        results = _attack_all(args, folders, writes)
     if writes:
-        print(runs.table(HEADER, rows))
+        print_table(results)
 
 
-def _attack_all(args: argparse.Namespace, folders: list[Path], writes: bool) -> list[list[Any]]:
+def print_table(results: Sequence[tuple[Path, dict[str, Any]]]) -> None:
+    """Print a line for each checkpoint's result, and below them which figures may overstate robustness."""
+    print(runs.table(HEADER, [row(folder, result) for folder, result in results]))
+    for folder, result in results:
+        for doubt in doubts(result.get("attacks", {})):
+            print(f"{folder.name}, {result['norm']} {budget_text(result['norm'], result['eps'])}, {doubt}")
+
+
+def _attack_all(
+    args: argparse.Namespace, folders: list[Path], writes: bool
+) -> list[tuple[Path, dict[str, Any]]]:
     device = runs.device_from(args.device)
-    rows = []
+    results = []
     for folder in folders:
         document = read_card(folder)
         trained = SRMConfig.from_dict(document["config"])
@@ -73,8 +86,8 @@ def _attack_all(args: argparse.Namespace, folders: list[Path], writes: bool) -> 
                     progress=progress,
                     writes=writes,
                 )
-                rows.append(row(folder, result))
-    return rows
+                results.append((folder, result))
+    return results
 
 
 def attack_checkpoint(
@@ -120,20 +133,26 @@ def attack_checkpoint(
         runs.keep_memory()
     model, card = runs.open_checkpoint(folder, device, config.backend)
     unfinished = pictures / "unfinished"
-    result = SUITES[suite](config).run(
-        model,
-        dataset,
-        norm=norm,
-        eps=eps,
-        surrogate=None if surrogate is None else runs.open_checkpoint(surrogate, device, config.backend)[0],
-        logistic=logistic_of(card),
-        batch_size=config.attack_batch_size,
-        seed=config.seed,
-        progress=runs.bars(progress),
-        keep=keep,
-        limit=limit,
-        resume=unfinished,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message=".*may overstate robustness"
+        )  # printed below the table instead
+        result = SUITES[suite](config).run(
+            model,
+            dataset,
+            norm=norm,
+            eps=eps,
+            surrogate=None
+            if surrogate is None
+            else runs.open_checkpoint(surrogate, device, config.backend)[0],
+            logistic=logistic_of(card),
+            batch_size=config.attack_batch_size,
+            seed=config.seed,
+            progress=runs.bars(progress),
+            keep=keep,
+            limit=limit,
+            resume=unfinished,
+        )
     found = {**result.to_dict(), "settings": settings}
     if writes:
         save_examples(result, pictures)

@@ -64,7 +64,7 @@ def _run(args: argparse.Namespace) -> None:
         for neck in NECKS:
             model = new_model(BACKBONE, neck, config, pretrained=True)
             train_neck(model, out / neck, splits, device=device, progress=progress)
-        rows = []
+        results = []
         for neck, other in zip(NECKS, reversed(NECKS), strict=True):
             result = attack.attack_checkpoint(
                 out / neck,
@@ -78,13 +78,13 @@ def _run(args: argparse.Namespace) -> None:
                 keep=4,
                 progress=progress,
             )
-            rows.append(attack.row(out / neck, result))
+            results.append((out / neck, result))
     report = write_report(out)
 
     print("Clean, on test photographs that training has not seen:")
     print(clean_table([out / neck for neck in NECKS]))
     print(f"\nAttacked, {images} of those images:")
-    print(runs.table(attack.HEADER, rows))
+    attack.print_table(results)
     print(
         f"\nThe labels are not people's: the metric {splits['test'].labels.partition(':')[2].upper()} gave them, "
         "comparing each image with its original.\n"

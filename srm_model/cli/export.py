@@ -13,6 +13,7 @@ from srm_model.checkpoint import load_weights, read_card, save_model
 from srm_model.cli import attack, runs
 from srm_model.cli.train import EVALUATION
 from srm_model.files import atomic_path, read_json, write_text
+from srm_model.metrics import doubts
 from srm_model.model import IQAModel, load_model
 
 PROGRAM = "program.pt2"
@@ -98,7 +99,8 @@ def _model_card(model: IQAModel, card: dict[str, Any], folder: Path) -> str:
 
 def _measured(folder: Path, digest: str) -> list[str]:
     """A table of the clean test and of every attack on these very weights; results of others are left out."""
-    rows = []
+    rows: list[list[Any]] = []
+    weak: list[str] = []
     clean = read_json(folder / EVALUATION) if (folder / EVALUATION).is_file() else None
     if clean is not None and clean.get("sha256") == digest:
         rows.append(["none", clean["n"], _figure(clean["srocc"]), _figure(clean["plcc"]), ""])
@@ -109,13 +111,14 @@ def _measured(folder: Path, digest: str) -> list[str]:
             worst = found["worst"]
             figures = [_figure(worst["srocc"]), _figure(worst["plcc"])]
             rows.append([budget, len(found["mos"]), *figures, worst["srocc_attack"]])
+            weak += [f"- {budget}, {doubt}" for doubt in doubts(found.get("attacks", {}))]
     if not rows:
         return ["Neither evaluated nor attacked: nothing is claimed."]
     table = [["attack", "test images", "SROCC", "PLCC", "worst attack"], ["---"] * 5, *rows]
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in table]
     if len(rows) == 1 and rows[0][0] == "none":
         lines += ["", "It has not been attacked: nothing is claimed about its robustness."]
-    return lines
+    return [*lines, "", *weak] if weak else lines
 
 
 def _verdict(folder: Path, digest: str) -> str:

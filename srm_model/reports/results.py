@@ -73,7 +73,7 @@ def results(run: Run, found: Estimates) -> Child:
             summary,
             missing("No attack was run, so this page says nothing about robustness."),
         ]
-    return [definitions, summary, element("h3", "Every attack"), _attack_table(run)]
+    return [definitions, summary, _doubts(run), element("h3", "Every attack"), _attack_table(run)]
 
 
 def limits(run: Run, found: Estimates) -> Child:
@@ -125,6 +125,17 @@ def _summary(run: Run) -> Markup:
         ]
     title = "Drops: from the same images, clean." if drops else None
     return table(["Neck", "SROCC", "PLCC", *drops], rows, title=title)
+
+
+def _doubts(run: Run) -> Markup | None:
+    """Which of the attacked figures above may overstate robustness."""
+    lines = [
+        f"{neck.name}, {budget_text(budget)}, {doubt}"
+        for budget in run.budgets
+        for neck, item in run.attacked(budget)
+        for doubt in item.doubts
+    ]
+    return element("ul", [element("li", line) for line in lines], class_="notes") if lines else None
 
 
 def _falls(run: Run, found: Estimates) -> Markup | None:

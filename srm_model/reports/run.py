@@ -14,7 +14,7 @@ import numpy as np
 from srm_model.checkpoint import CONFIG, read_card
 from srm_model.config import NECKS
 from srm_model.files import read_json
-from srm_model.metrics import LogisticMap
+from srm_model.metrics import LogisticMap, doubts
 
 T = TypeVar("T")
 Budget: TypeAlias = tuple[str, float]  # norm and ε: what the attacks on two necks have in common
@@ -75,6 +75,9 @@ class Attacked:
     clean: Scores
     attacks: dict[str, Scores]
     zero_gradients: dict[str, float]  # share of them, by attack, where it was recorded
+    doubts: tuple[
+        str, ...
+    ]  # on attacks whose gradients were zero or not finite, as `metrics.doubts` has them
     worst: Correlations  # each over all attacks
     worst_attack: str  # by SROCC
     incomplete: tuple[str, ...]  # attacks left out for want of a surrogate
@@ -272,11 +275,17 @@ def _attacked(value: Any) -> Attacked:
             for name, scores in attacks.items()
             if scores.get("zero_gradients") is not None
         },
+        doubts=tuple(doubts({name: _shares(scores) for name, scores in attacks.items()})),
         worst=Correlations(_number(worst["srocc"]), _number(worst["plcc"])),
         worst_attack=str(worst["srocc_attack"]),
         incomplete=tuple(map(str, value.get("incomplete", ()))),
         examples=(),
     )
+
+
+def _shares(scores: dict[str, Any]) -> dict[str, float]:
+    keys = ("zero_gradients", "nonfinite_gradients")
+    return {key: float(scores[key]) for key in keys if scores.get(key) is not None}
 
 
 def _examples(folder: Path, rows: Any) -> tuple[Example, ...]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from srm_model.config import SRMConfig
+from srm_model.metrics import doubts
 from srm_model.reports.blocks import caption, missing, row, table
 from srm_model.reports.markup import Markup, element, join
 from srm_model.reports.records import StudyResults, grouped, mean_of, over_seeds
@@ -304,6 +305,13 @@ def _attacked(lines: Sequence[dict[str, Any]]) -> str:
     said = f"On {' or '.join(map(str, counts))} test images, clean figures included." if counts else ""
     if without:
         said += f" Some without {', '.join(map(attack_text, without))}, for want of a surrogate."
+    found = [doubt for line in lines for doubt in doubts(line["values"].get("attacks", {}))]
+    if found:
+        weak = sorted({attack_text(doubt.partition(":")[0]) for doubt in found})
+        said += (
+            f" In some runs the gradients of {', '.join(weak)} were zero or not finite: these results may "
+            "overstate robustness."
+        )
     return said
 
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from srm_model import ranks
 from srm_model.metrics import LogisticMap, plcc, srocc
-from srm_model.modules import evaluating, is_stochastic
+from srm_model.modules import device_of, evaluating, is_stochastic
 from srm_model.training.faults import reading, reading_fault, worker_start
 from srm_model.training.seeding import seeded
 
@@ -35,7 +35,7 @@ def predict(
     In a process group every rank calls this; the batches are dealt to the ranks, and each gets all scores, those of
     one process. An image that cannot be read is a ValueError, a worker that was killed a WorkerError.
     """
-    device = torch.device(device) if device is not None else next(model.parameters()).device
+    device = torch.device(device) if device is not None else device_of(model)
     rank, world = ranks.place()
     starts = range(0, len(dataset), batch_size)[rank::world]
     loader = DataLoader(

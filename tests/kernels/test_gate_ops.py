@@ -239,3 +239,49 @@ def test_losses_of_half_precision_weights_are_taken_in_fp32(dtype):
     expected = oracle.losses(weights, 1.0)
     assert entropy.double().item() == pytest.approx(expected[0], rel=1e-5)
     assert balance.double().item() == pytest.approx(expected[1], rel=1e-4)
+
+
+def gradients(maps: Tensor, logits: Tensor, **options) -> tuple[Tensor, ...]:
+    """Of a sum that weighs every element of the fused map, gain and norm differently."""
+    maps, logits = (x.detach().clone().requires_grad_() for x in (maps, logits))
+    found = gated_fusion(maps, logits, **options)
+    weighed = [
+        (x.double() * torch.linspace(-1, 2, x.numel()).double().view_as(x)).sum()
+        for x in (found.fused, found.gain, found.norm)
+    ]
+    return torch.autograd.grad(sum(weighed), (maps, logits))
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("dtype", UNIT)
+@pytest.mark.parametrize(
+    ("cap", "factor"),
+    [(torch.tensor(math.inf), 1.0), (torch.tensor(3e38), 1e3), (1e38, 1.0), (1e300, 2.0)],
+)
+def test_a_cap_out_of_reach_has_the_gradients_of_none(cap, factor, dtype, backend):
+    maps, logits = inputs(7, dtype=dtype)
+    maps[0] = 0  # of norm 0, which any cap is far above
+    found = gradients(maps, logits, cap=cap, cap_factor=factor, backend=backend)
+    for grad, expected in zip(found, gradients(maps, logits, cap=None, backend=backend), strict=True):
+        assert grad.abs().max() > 0
+        assert torch.equal(grad, expected)
+
+
+@pytest.mark.parametrize("eps", [1e-6, 0.0])
+@pytest.mark.parametrize("dtype", UNIT)
+def test_a_cap_of_zero_leaves_the_norms_gradients_alone(dtype, eps):
+    maps, logits = inputs(8, dtype=dtype)
+    maps[0] = 0
+    found = gated_fusion(maps, logits, cap=torch.tensor(0.0), eps=eps)
+    assert (found.fused == 0).all()
+    for grad in gradients(maps, logits, cap=torch.tensor(0.0), eps=eps):
+        assert grad.isfinite().all()
+        assert grad[1:].abs().max() > 0
+
+
+def test_a_second_derivative_under_a_cap_out_of_reach():
+    maps, logits = inputs(9, b=2, c=2)
+    maps, logits = maps[..., :2, :2].clone().requires_grad_(), logits.clone().requires_grad_()
+    assert torch.autograd.gradgradcheck(
+        lambda m, g: gated_fusion(m, g, cap=torch.tensor(math.inf, dtype=torch.float64)).fused, (maps, logits)
+    )

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from oracle import tokens
 from torch import Tensor
 
 from srm_kernels import (
+    adaptive_pool,
     biased_gelu,
     dyt,
     full_attention,
@@ -207,3 +209,23 @@ def test_errors_survive_compile_time_checks(name):
     }[name]
     with pytest.raises(BAD[name][0]):
         nystrom(**(meta | change))
+
+
+def test_numpys_numbers_are_numbers():
+    q, k, v = (torch.randn(1, 2, n, 4, generator=torch.Generator().manual_seed(n)) for n in (6, 8, 8))
+    given = {
+        "rank": np.int64(3),
+        "gamma": np.float32(0.5),
+        "ridge": np.float32(0.25),
+        "scale": np.float32(0.5),
+    }
+    plain = {"rank": 3, "gamma": 0.5, "ridge": 0.25, "scale": 0.5}
+    for order, options in ((np.int16(2), given), (2, plain)):
+        options |= {"neumann_order": order, "solver": "neumann"}
+    assert torch.equal(nystrom_attention(q, k, v, **given), nystrom_attention(q, k, v, **plain))
+    x = torch.randn(1, 2, 4, 4)
+    assert torch.equal(adaptive_pool(x, np.uint8(2)), adaptive_pool(x, 2))
+    with pytest.raises(TypeError, match="expected an integer"):
+        adaptive_pool(x, np.float32(2))
+    with pytest.raises(TypeError, match="expected an integer"):
+        adaptive_pool(x, np.bool_(True))

@@ -262,6 +262,21 @@ def test_the_fused_norm_never_exceeds_the_cap(seed, dtype, exponent, ratio, cons
     assert (found.norm.double() / exact - 1).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("dtype", sorted({*DTYPES, torch.bfloat16}, key=str))
+@pytest.mark.parametrize(("cap", "factor"), [(math.inf, 1.0), (3e38, 1e3), (1e30, 1.0), (0.0, 1.0)])
+def test_any_cap_has_finite_and_right_gradients(cap, factor, dtype):
+    maps, logits = made(21, 4, 3, 6, 5, 4, dtype=dtype), made(22, 4, 3, dtype=dtype)
+    maps[0] = 0
+    limit = torch.tensor(cap)
+
+    def function(m, g, backend):
+        return tuple(gated_fusion(m, g, cap=limit.to(m.device), cap_factor=factor, backend=backend))
+
+    found = results_and_gradients(lambda m, g: function(m, g, "triton"), [maps, logits])
+    assert all(x.isfinite().all() for x in found)
+    follow_the_rule(function, [maps, logits])
+
+
 @pytest.mark.parametrize("cap", [None, 1.0, math.inf])
 def test_nan_stays_nan_in_its_own_image(cap):
     maps, logits = made(19, 4, 3, 6, 5, 4), made(20, 4, 3)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -193,3 +194,23 @@ def test_a_stored_file_is_plain_safetensors(tmp_path: Path):
     assert tensors.keys() == model.state_dict().keys()
     assert tensors["conv.weight"].is_contiguous()
     save_file(tensors, tmp_path / "again.safetensors")
+
+
+def test_a_checkpoint_of_earlier_versions_with_a_cap_that_never_started(tmp_path: Path):
+    config = SRMConfig(channels=16, heads=2, rank=4, pool_size=2, image_size=32)
+    save_model(build_model("test_convnext", neck="srm", config=config), tmp_path, card=CARD)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["neck.median_rms"].fill_(math.inf)
+    for name in [name for name in tensors if name.endswith("sigma_started")]:
+        tensors[name] = tensors[name].bool()
+    save_file(tensors, tmp_path / "model.safetensors")
+    document = json.loads((tmp_path / "config.json").read_text())
+    document["sha256"] = checkpoint._sha256(tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    model, _ = load_model(tmp_path)
+    assert not model.neck.calibrated
+    assert all(buffer.isfinite().all() for buffer in model.buffers())
+    images = torch.rand(2, 3, 32, 32, requires_grad=True)
+    (gradient,) = torch.autograd.grad(model(images).sum(), images)
+    assert gradient.isfinite().all()
+    assert gradient.abs().max() > 0

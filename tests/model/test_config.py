@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 
+import numpy as np
 import pytest
 
 from srm_kernels import backends
@@ -83,3 +84,24 @@ def test_bad_values_are_one_sentence(changes, error, message):
     with pytest.raises(error, match=re.escape(message)) as caught:
         SRMConfig(**changes)
     assert "\n" not in str(caught.value)
+
+
+def test_numpys_scalars_are_kept_as_pythons():
+    given = SRMConfig(
+        rank=np.int32(8), ridge=np.float32(0.5), dyt=np.bool_(False), links=((np.int64(4), np.int64(1)),),
+        eps_linf=[np.float64(0.25)], backend=np.str_("sdpa"), attack_sweep_steps=(np.uint8(3),),
+    )  # fmt: skip
+    plain = SRMConfig(
+        rank=8,
+        ridge=0.5,
+        dyt=False,
+        links=((4, 1),),
+        eps_linf=(0.25,),
+        backend="sdpa",
+        attack_sweep_steps=(3,),
+    )
+    assert given == plain
+    assert json.dumps(given.to_dict()) == json.dumps(plain.to_dict())
+    assert type(given.dyt) is bool
+    with pytest.raises(TypeError, match="expected int"):
+        SRMConfig(rank=np.float64(8))

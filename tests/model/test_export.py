@@ -78,9 +78,16 @@ def test_the_card_tells_what_was_measured_of_these_weights_and_nothing_else(tmp_
     write_json(folder / "audit.json", {"checks": checks, "sha256": digest})
     text = exported()
     assert "| linf 4/255 | 48 | -0.300 | undefined | pgd_mse |" in text
+    assert "may overstate" not in text
     assert text.count("| linf ") == 1
     assert "It has not been attacked" not in text
     assert "Passed: none of 2 checks" in text
+    entry = {"zero_gradients": 0.5, "nonfinite_gradients": None}
+    write_json(
+        folder / "attacks" / "a.json",
+        {**attacked, "attacks": {"pgd_mse": entry}, "settings": {"checkpoint": digest}},
+    )
+    assert "- linf 4/255, pgd_mse: 50 % of its gradients were zero and 0 % not finite, so" in exported()
     checks[0]["passed"] = False
     write_json(folder / "audit.json", {"checks": checks, "sha256": digest})
     assert "**Failed**: 1 of 2 checks (a)" in exported()

@@ -6,12 +6,14 @@ Tolerance rule: two ways of computing one quantity in fp32 agree within 100 unit
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
 
 from srm_model import SRMConfig, SRMNeck
 from srm_model import neck as neck_module
+from srm_model.modules import make_torchvision_importable
 from srm_model.neck import PlainNeck
 from srm_model.statistics import BatchStatistics
 
@@ -371,3 +373,105 @@ def test_plain_neck_passes_the_deepest_stage_on():
     assert torch.equal(out.fused, expected)
     assert neck.align(pyramid[3]).square().mean().sqrt().item() == pytest.approx(1, rel=1e-4)
     assert {name: float(loss) for name, loss in out.losses.items()} == {"tau": 0, "entropy": 0, "balance": 0}
+
+
+# A neck that was not calibrated, and averages of its weights
+
+
+def gradients_of(neck, pyramid):
+    maps = [m.clone().requires_grad_() for m in pyramid]
+    out = neck(maps)
+    weigh = torch.linspace(-1, 2, out.fused.numel()).view_as(out.fused)
+    return torch.autograd.grad((out.fused * weigh).sum(), [*maps, *neck.align.parameters()])
+
+
+@pytest.mark.parametrize("attention", ["nystrom", "full"])
+def test_without_calibration_gradients_are_those_without_a_cap(attention):
+    neck = make_neck(calibrate=False, attention=attention)
+    free = make_neck(SMALL.replace(gain_cap=None), calibrate=False, attention=attention)
+    pyramid = make_pyramid()
+    assert (neck(pyramid).gain == 1).all()
+    for found, expected in zip(gradients_of(neck, pyramid), gradients_of(free, pyramid), strict=True):
+        assert torch.equal(found, expected)
+        assert found.abs().max() > 0
+
+
+def test_training_without_calibration_warns_once():
+    neck, pyramid = make_neck(calibrate=False), make_pyramid()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        neck(pyramid)  # evaluation of fresh weights is nobody's mistake
+        make_neck().train()(pyramid)
+    neck.train()
+    with pytest.warns(UserWarning, match="never calibrated"):
+        neck(pyramid)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        neck(pyramid)
+
+
+def averages():
+    make_torchvision_importable()
+    timm = pytest.importorskip("timm.utils")
+    swa = torch.optim.swa_utils
+    ema = swa.get_ema_multi_avg_fn(0.9)
+    return {
+        "timm 2": (lambda m: timm.ModelEmaV2(m, decay=0.9), "update"),
+        "timm 3": (lambda m: timm.ModelEmaV3(m, decay=0.9), "update"),
+        "swa": (lambda m: swa.AveragedModel(m, use_buffers=True), "update_parameters"),
+        "ema": (lambda m: swa.AveragedModel(m, use_buffers=True, multi_avg_fn=ema), "update_parameters"),
+    }
+
+
+@pytest.mark.parametrize("kind", ["timm 2", "timm 3", "swa", "ema"])
+@pytest.mark.parametrize("first", [True, False], ids=["begun before", "updated before"])
+def test_an_average_begun_before_calibration_scores_and_has_gradients(kind, first):
+    make, update = averages()[kind]
+    neck, pyramid = make_neck(calibrate=False), make_pyramid(4, seed=9)
+    average = make(neck)
+    if not first:
+        getattr(average, update)(neck)
+    neck.calibrate(pyramid)
+    neck.train()
+    for _ in range(3):
+        neck(pyramid)
+        getattr(average, update)(neck)
+    copy = average.module.eval()
+    assert all(buffer.isfinite().all() for buffer in copy.buffers())
+    assert copy(pyramid).fused.isfinite().all()
+    assert (copy(pyramid).gain == 1).all()  # a cap that began out of reach comes down to M₀
+    assert all(g.isfinite().all() and g.abs().max() > 0 for g in gradients_of(copy, pyramid))
+    for name, link in copy.diagnose(pyramid)["links"].items():
+        assert link["sigma_before_tau"] == pytest.approx(
+            neck.diagnose(pyramid)["links"][name]["sigma_before_tau"], rel=1e-4
+        )
+
+
+def test_an_average_comes_to_the_cap_of_the_weights():
+    neck, pyramid = make_neck(calibrate=False), make_pyramid(4, seed=9)
+    make, update = averages()["timm 3"]
+    average = make(neck)
+    neck.calibrate(pyramid)
+    for _ in range(200):
+        getattr(average, update)(neck)
+    assert average.module.median_rms == pytest.approx(float(neck.median_rms), rel=1e-4)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("stored", [math.inf, math.nan])
+def test_a_state_of_earlier_versions_loads_as_not_started(stored, assign):
+    neck, pyramid = make_neck(), make_pyramid(4, seed=9)
+    state = make_neck(calibrate=False).state_dict()
+    state["median_rms"] = torch.tensor(stored)
+    for name in [name for name in state if name.endswith("sigma_started")]:
+        state[name] = torch.tensor(False)
+    before = dict(state)
+    neck.load_state_dict(state, assign=assign)
+    assert all(state[name] is value for name, value in before.items())
+    assert not neck.calibrated
+    assert neck(pyramid).fused.isfinite().all()
+    neck.train()(pyramid)
+    assert neck.calibrated
+    median = neck(pyramid).norm.detach().median() / math.sqrt(32 * 16)
+    assert neck.median_rms == pytest.approx(float(median), rel=0.1)  # started by the first batch
+    assert all(link.sigma_started == 1 for link in neck.links.values())

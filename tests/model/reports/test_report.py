@@ -337,3 +337,19 @@ def test_broken_files_are_named_in_one_sentence(run_folder, name, content, compl
         write_report(folder)
     assert "\n" not in str(raised.value)
     assert not (folder / "report.html").exists()
+
+
+def test_figures_of_attacks_without_gradients_are_marked_as_no_evidence(run_folder, page):
+    folder = run_folder()
+    path = folder / "srm" / "attacks" / f"{LINF}.json"
+    attacked = read_json(path)["attacks"]
+    said = "100 % of its gradients were zero and 2 % not finite, so its result may overstate robustness"
+    assert "may overstate robustness" not in write_report(folder).read_text(encoding="utf-8")
+    edit(
+        path,
+        attacks=attacked
+        | {"pgd_mse": attacked["pgd_mse"] | {"zero_gradients": 1.0, "nonfinite_gradients": 0.02}},
+    )
+    text = write_report(folder).read_text(encoding="utf-8")
+    assert text.count(said) == 1
+    assert "srm, L∞ ε = 1/255, pgd_mse: " + said in text

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import growth, pages, plots, projection
+from bench import growth, occupancy, pages, plots
 from bench.harness import latest, newest, one_machine, read, sentence
 from bench.pages import markdown
-from srm_model.config import SRMConfig
+from bench.ptx.rates import GPUS
 from srm_model.files import write_text
 from srm_model.profiling.counting import CONVENTION
 from srm_model.profiling.stages import REST
@@ -140,24 +140,21 @@ def crossover_section(rows: Rows) -> tuple[tuple[str, str], list[Picture]]:
 
 
 def resources_section(rows: Rows) -> tuple[tuple[str, str], list[Picture]]:
-    """Every kernel as it was compiled for the RTX classes, and projected times of the neck on such cards."""
+    """Every kernel as it was compiled for the RTX classes."""
     parts = [
         "Compiled without a GPU; none has run any of this. Occupancy is theoretical: the warps that registers, "
         "shared memory and blocks leave room for, as a share of those that a multiprocessor can hold. Registers and "
         "spills are a thread's, warps and shared memory a block's.\n"
     ]
     for architecture in RTX:
-        cards = ", ".join(card.name for card in projection.CARDS if card.capability == architecture)
+        cards = ", ".join(gpu.name for gpu in GPUS.values() if gpu.capability == architecture)
         chosen = [row for row in rows if row["architecture"] == architecture]
         if chosen:
-            header, lines = projection.kernel_table(chosen)
+            header, lines = occupancy.kernel_table(chosen)
             spilled = sum(line[header.index("spilled B")] != "0" for line in lines)
             parts.append(f"### sm_{architecture}: {cards}\n")
             parts.append(f"{spilled} of {len(lines)} kernels spill.\n")
             parts.append(markdown(header, lines))
-    shape = (projection.CHANNELS, 512, 1, "bf16")
-    parts.append(f"### Projected times\n\n{projection.assumptions(*shape)}\n")
-    parts.append(markdown(*projection.projection_table(SRMConfig(), *shape)))
     return ("## Kernels on RTX cards", "\n".join(parts)), []
 
 

@@ -1,4 +1,9 @@
-"""Run compiled Triton kernels on the PTX emulator: `python -m bench.ptx matrix`."""
+"""Run compiled Triton kernels on the PTX emulator.
+
+`python -m bench.ptx --matrix` checks every kernel at every branch of its launch rules against the numerics rule.
+`python -m bench.ptx --report` counts what the kernels execute at the article's shapes and writes a simulation of which
+unit of a GPU limits each.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.harness import append, machine, read
+from bench.harness import RESULTS, append, machine, read
 from srm_model.files import write_text
 
 ARCHITECTURES = (80, 86, 89, 90, 120)
+SIMULATED = RESULTS / "simulated"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,26 +30,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if os.environ.pop("TRITON_INTERPRET", None):  # interpreted kernels cannot be compiled
         given = sys.argv[1:] if arguments is None else arguments
         return subprocess.call([sys.executable, "-m", "bench.ptx", *given])
-    return int(options.run(options))
+    import torch
+
+    torch.set_num_threads(1)
+    return _report(options) if options.report else _matrix(options)
+
+
+def _about() -> dict[str, Any]:
+    about = machine("cpu")
+    return {name: about[name] for name in ("triton", "torch", "commit")}
+
+
+def _report(options: argparse.Namespace) -> int:
+    from . import report
+
+    out = options.out or SIMULATED
+    path, about = out / "kernels.jsonl", _about()
+    found = []
+    for row in report.rows(options.gpus or tuple(report.GPUS)):
+        found.append({**row, "machine": about})
+        print(
+            f"{row['gpu']:14} {row['workload']:22} {row['kernel']:26} {row['us']:8.1f} µs, limited by {row['limit']}, "
+            f"{100 * row['share_of_floor']:3.0f} % of the floor",
+            flush=True,
+        )
+    kept = (
+        [row for row in read(path) if row["gpu"] not in {one["gpu"] for one in found}]
+        if path.is_file()
+        else []
+    )
+    order = {name: number for number, name in enumerate(report.GPUS)}
+    found = sorted([*kept, *found], key=lambda row: order[row["gpu"]])
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found))
+    write_text(out / "report.md", report.page(found))
+    print(f"{out / 'report.md'}: {len(found)} rows; a simulation, no GPU has run it")
+    return 0
 
 
 def _matrix(options: argparse.Namespace) -> int:
-    import torch
-
     from . import matrix
 
-    torch.set_num_threads(1)
     wanted = [
         run
         for run in matrix.runs(
             sample=options.sample, architectures=options.architectures, orders=options.orders
         )
-        if options.only in f"{run.about()['kind']} {run.case.name}" and run.dtype in options.dtypes
+        if options.only in "{kind} {case}".format(**run.about()) and run.dtype in options.dtypes
     ]
     kept: list[dict[str, Any]] = []
+    about = _about()
     if options.out and options.out.is_file():
         known = {matrix.key_of(run.about()) for run in wanted}
-        about = machine("cpu")
         kept = [row for row in read(options.out) if row["machine"]["triton"] == about["triton"]]
         done = {matrix.key_of(row) for row in kept if row["passed"]} if options.resume else set()
         kept = [row for row in kept if matrix.key_of(row) not in known or matrix.key_of(row) in done]
@@ -53,9 +90,7 @@ def _matrix(options: argparse.Namespace) -> int:
     for number, row in enumerate(matrix.rows(wanted, kept), 1):
         failed += not row["passed"]
         if options.out:
-            append(
-                options.out, row | {"machine": {k: machine("cpu")[k] for k in ("triton", "torch", "commit")}}
-            )
+            append(options.out, row | {"machine": about})
         print(_line(row), f"[{number}/{len(wanted)}, {time.monotonic() - start:.0f} s]", flush=True)
         for text in (*row["reports"], *row["refusals"], *filter(None, [row.get("error")])):
             print("    ", text, flush=True)
@@ -70,13 +105,21 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench.ptx", description=__doc__)
-    commands = parser.add_subparsers(required=True)
-    matrix = commands.add_parser(
-        "matrix",
-        help="check every kernel at every branch of its launch rules",
-        description="Execute every case in every dtype on every architecture and judge it by the numerics rule.",
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.ptx", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--matrix", action="store_true", help="check every kernel in every dtype on every architecture"
+    )
+    what.add_argument(
+        "--report", action="store_true", help="simulate what limits each kernel at the article's shapes"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="PATH",
+        help="file of the matrix's rows, written as they come; folder of the report (default: bench/results/simulated)",
+    )  # fmt: skip
+    matrix = parser.add_argument_group("with --matrix")
     matrix.add_argument("--sample", action="store_true", help="run the sample of continuous integration only")
     matrix.add_argument(
         "--architectures", type=int, nargs="+", default=(89, 90, 120, 80, 86), choices=ARCHITECTURES
@@ -91,9 +134,9 @@ def _parser() -> argparse.ArgumentParser:
     matrix.add_argument(
         "--only", default="", metavar="TEXT", help="run cases whose kind and name contain TEXT"
     )
-    matrix.add_argument("--out", type=Path, metavar="FILE", help="write rows to FILE as they come")
-    matrix.add_argument("--resume", action="store_true", help="keep the rows of FILE that passed")
-    matrix.set_defaults(run=_matrix)
+    matrix.add_argument("--resume", action="store_true", help="keep the rows of PATH that passed")
+    report = parser.add_argument_group("with --report")
+    report.add_argument("--gpus", nargs="+", metavar="NAME", help="RTX 3090, RTX 4090, …; default: all")
     return parser
 
 

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from bench.projection import occupancy
+from bench.occupancy import occupancy
 
 from .counting import ptx_counts
 from .device import Launch

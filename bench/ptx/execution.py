@@ -83,7 +83,8 @@ class Execution(GlobalMemory, LocalMemory, SharedMemory, Warps, MatrixProducts, 
         """Execute all blocks of the grid, or the given ones."""
         numbers = np.arange(int(np.prod(self.grid))) if blocks is None else np.asarray(blocks)
         self.counters.ran = len(numbers)
-        together = max(1, self.lanes // (self.warps * 32))
+        # Blocks may take other branches, and warps in order need all lanes of a group at one barrier.
+        together = max(1, self.lanes // (self.warps * 32)) if self.order == "together" else 1
         with np.errstate(all="ignore"):
             for first in range(0, len(numbers), together):
                 self.first = first

@@ -1,4 +1,4 @@
-"""The compiled kernels, executed as PTX on a CPU and judged by the numerics rule: `python -m bench.ptx matrix`.
+"""The compiled kernels, executed as PTX on a CPU and judged by the numerics rule: `python -m bench.ptx --matrix`.
 
 A row for each case, dtype and architecture: the largest error over its bound, what the memory checks reported, what a
 launch refused, and a digest of the code that ran. Where the code for two architectures is the same, it runs once.

@@ -1,0 +1,101 @@
+"""What limits each kernel on five GPUs, from counted instructions: a simulation, not a measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from bench.pages import markdown
+
+from .bounds import bound
+from .rates import GPUS, Gpu
+from .workloads import WORKLOADS, Workload, counted
+
+BATCH = 8
+UNITS = ("mma", "fp32", "alu", "imad", "xu", "lsu", "issue", "dram")
+NAMES = {"mma": "tensor cores", "alu": "integer", "imad": "integer multiply", "xu": "special functions",
+         "lsu": "shared memory", "dram": "DRAM"}  # fmt: skip
+Row = dict[str, Any]
+
+
+def rows(
+    gpus: Sequence[str] = tuple(GPUS), workloads: Sequence[Workload] = WORKLOADS, dtype: str = "bfloat16"
+) -> Iterator[Row]:
+    """Yield a row for each GPU, workload and launch.
+
+    Args:
+        gpus: names of `rates.GPUS`; each is counted with the code for its own architecture.
+        workloads: what is launched for one image; bounds are for a batch of 8.
+        dtype: the dtype of the tokens and maps.
+    """
+    for architecture in dict.fromkeys(GPUS[name].capability for name in gpus):
+        cards = [GPUS[name] for name in gpus if GPUS[name].capability == architecture]
+        for workload, launch in counted(workloads, architecture, getattr(torch, dtype)):
+            for gpu in cards:
+                yield row_of(workload.name, launch, gpu, dtype)
+
+
+def row_of(workload: str, launch: Any, gpu: Gpu, dtype: str) -> Row:
+    """Return the row of a counted launch on a GPU."""
+    found = bound(launch, gpu, batch=BATCH)
+    floor = floor_of(found, gpu)
+    return {
+        "gpu": gpu.name,
+        "workload": workload,
+        "kernel": launch.name,
+        "dtype": dtype,
+        "batch": BATCH,
+        "us": round(found["us"], 2),
+        "limit": found["bottleneck"],
+        "busy_us": {unit: round(found["busy"][unit], 2) for unit in UNITS},
+        "floor_us": round(floor, 2),
+        "share_of_floor": round(floor / found["us"], 3) if found["us"] else 1.0,
+        "repeated_products": round(found["repeated"], 2),
+        "bank_conflicts": round(found["conflicts"], 2),
+        "warps": found["warps"],
+        "registers": found["registers"],
+        "shared_bytes": launch.shared,
+        "blocks": found["blocks"],
+        "resident": found["resident"],
+        "uneven": round(found["uneven"], 3),
+    }
+
+
+def floor_of(found: Row, gpu: Gpu) -> float:
+    """Return the least µs of this work: bytes over bandwidth, or distinct products over their rate."""
+    products = found["products"]
+    fma = products.get("bf16", 0) / gpu.bf16 + products.get("tf32", 0) / gpu.tf32
+    useful = fma / max(1.0, found["repeated"]) / (gpu.sms * gpu.ghz * 1000)
+    return float(max(found["dram_bytes"] / gpu.dram / 1000, useful))
+
+
+def page(found: Iterable[Row]) -> str:
+    """Return the rows as a page of tables, one for each GPU."""
+    parts = [
+        "# Simulated limits of the kernels\n",
+        "Written by `python -m bench.ptx --report`; the rows are in `kernels.jsonl` beside this page. **No GPU has run "
+        "this.** Instructions are counted on the PTX emulator at the article's shapes (512² image, pvt_v2_b2 maps, "
+        f"C = 256, H = 8, r = 64, B = {BATCH}). A time is that of the busiest unit and includes no latency. The floor "
+        "is the larger of bytes over bandwidth and distinct matrix products over their rate; the share of the floor "
+        "is the floor divided by the time. The H100 appears twice because its mma.sync reaches half of the rate of "
+        "wgmma.\n",
+    ]
+    by_gpu: dict[str, list[Row]] = {}
+    for row in found:
+        by_gpu.setdefault(row["gpu"], []).append(row)
+    header = ["workload", "kernel", "time, µs", "limited by", "floor, µs", "share of the floor, %"]
+    header += [f"{NAMES.get(unit, unit)}, µs" for unit in UNITS] + ["products repeated", "warps", "registers"]
+    for gpu, lines in by_gpu.items():
+        table = [
+            [
+                row["workload"], row["kernel"], f"{row['us']:.1f}", NAMES.get(row["limit"], row["limit"]),
+                f"{row['floor_us']:.1f}", f"{100 * row['share_of_floor']:.0f}",
+                *(f"{row['busy_us'][unit]:.1f}" for unit in UNITS), f"{row['repeated_products']:.1f}",
+                str(row["warps"]), str(row["registers"]),
+            ]
+            for row in lines
+        ]  # fmt: skip
+        parts += [f"## {gpu}\n", markdown(header, table)]
+    return "\n".join(parts)

@@ -18,6 +18,7 @@ WIDTHS = (8, 128)
 MOST_KEYS_OF_ONE_PROGRAM = 1024  # above, the key side is divided among programs
 LEAST_KEYS_OF_A_PART = 512
 LEAST_QUERIES_OF_A_PART = 512
+LEAST_QUERIES_OF_A_GRADIENT = 1024  # a part more writes 2 r d partial sums, and is read again
 MOST_HELD = 64 * 64  # numbers of an [r, d] tile that fit in 99 KiB in parts of 32 bits, beside a second one
 PIECE = 32  # landmarks of a larger tile that are read at once
 MOST_REGISTERS = 255

@@ -25,6 +25,7 @@ MOST_REGISTERS = 255
 MOST_PARTS = 32  # of one (b, h), so that partial sums take O(r (r + d)) and not O(N r)
 
 
+HALF_RATE = ((8, 6), (8, 9))  # GeForce: bf16 products at half rate limit a kernel first
 ROOMY = ((8, 0), (9, 0), (10, 0))  # data-centre cards: more shared memory a block
 
 
@@ -88,7 +89,8 @@ def key_side(rank: int, d: int, dtype: torch.dtype, capability: tuple[int, int])
 def key_tokens(rank: int, d: int, dtype: torch.dtype, capability: tuple[int, int]) -> Configuration:
     """dK and dV of a tile of keys."""
     if dtype == torch.bfloat16 and not _large(rank, d):
-        return Configuration(32, 8, 1)
+        # More warps than a tile has rows of products repeat them; two spill a few registers on 8.0 and 12.0.
+        return Configuration(32, 2 if _padded(d) <= 32 and capability in HALF_RATE else 4, 1)
     return Configuration(16, 4 if _padded(d) <= 32 else 8, 1)
 
 

@@ -122,6 +122,11 @@ def token_tile(
     return TokenTile(64, 64, chunk)
 
 
+def strip_warps(rank: int, d: int, dtype: torch.dtype, statistics: bool) -> int:
+    """As `warps`; the statistic's tile of 32 positions has two rows of products, which more warps repeat."""
+    return 2 if dtype == torch.bfloat16 and statistics and not heavy(rank, d) else warps(rank, d)
+
+
 def heavy(rank: int, d: int) -> bool:
     """Whether [r, d] tiles are larger than those of the default neck."""
     return padded(rank) * padded(d) > 64 * 32
@@ -707,7 +712,8 @@ def _by_strips(
         *strides_of(maps), **sizes.of_pooling(), **sizes.of_heads(), LINKS=len(keys), TARGETS=sizes.targets,
         FIRSTS=firsts, POOLS=pools, TOGETHER=together, STRIPS=strips, COLUMNS=columns, ACROSS=across,
         CHUNKS=sizes.chunks(), PAIR=dtype != torch.float32, STATISTICS=statistics, CELLS=padded(size),
-        BLOCK=positions, PRECISION=precision(dtype), num_warps=warps(sizes.most, d), num_stages=2,
+        BLOCK=positions, PRECISION=precision(dtype),
+        num_warps=strip_warps(sizes.most, d, dtype, statistics), num_stages=2,
     )  # fmt: skip
     if statistics:
         _gather(sizes, (part_mean, part_spread), (mean, spread), firsts, together, strips)

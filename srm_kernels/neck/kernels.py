@@ -636,10 +636,13 @@ class Sizes:
     def cell_blocks(self, most: int) -> tuple[int, ...]:
         """Positions of a tile of a cell: no more than a cell has."""
         areas = (
-            (-(-self.heights[t] // self.size) + 1) * (-(-self.widths[t] // self.size) + 1)
-            for t in self.targets
+            self._longest_cell(self.heights[t]) * self._longest_cell(self.widths[t]) for t in self.targets
         )
         return tuple(max(16, min(most, triton.next_power_of_2(area))) for area in areas)
+
+    def _longest_cell(self, length: int) -> int:
+        """Positions along an axis of this length that a cell holds, or one more."""
+        return -(-length // self.size) + (length % self.size > 0)
 
 
 def firsts_of(counts: Any) -> tuple[int, ...]:

@@ -5,7 +5,24 @@ Each function calls forward and backward as the operators do, on tensors without
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Maker(Protocol):
+    """Makes a tensor of a shape and dtype."""
+
+    def __call__(self, *shape: int, dtype: torch.dtype) -> torch.Tensor: ...
+
+
+def without_memory(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor on the meta device."""
+    import torch
+
+    return torch.empty(shape, dtype=dtype, device="meta")
+
 
 SOLVERS = ("cholesky", "lu", "svd", "auto", "neumann")
 
@@ -69,7 +86,7 @@ CHOICES = (
 )
 
 
-def neck(case: Schedule) -> None:
+def neck(case: Schedule, make: Maker = without_memory, batch: int = 2) -> None:
     """A schedule, its key sides' projections and everything behind it: scale, gate, pooling."""
     import torch
 
@@ -81,10 +98,10 @@ def neck(case: Schedule) -> None:
     from srm_kernels.scale import kernels as scale
 
     kind = getattr(torch, case.dtype)
-    C, B, P, L = case.heads * case.d, 2, 8, len(case.maps)
+    C, B, P, L = case.heads * case.d, batch, 8, len(case.maps)
 
     def tensor(*shape: int, dtype: torch.dtype = kind) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
+        return make(*shape, dtype=dtype)
 
     def wide(*shape: int) -> torch.Tensor:
         return tensor(*shape, dtype=torch.float32)

@@ -19,6 +19,7 @@ def main() -> None:
     for most_keys, most_held in ((1024, 64 * 64), (16, 64 * 64), (16, 0)):
         configurations.MOST_KEYS_OF_ONE_PROGRAM, configurations.MOST_HELD = most_keys, most_held
         configurations.LEAST_KEYS_OF_A_PART = configurations.LEAST_QUERIES_OF_A_PART = 32
+        configurations.LEAST_QUERIES_OF_A_GRADIENT = 32
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             for method, solver in (
                 ("leverage", "cholesky"),

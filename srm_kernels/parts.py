@@ -5,8 +5,9 @@ Importing this module imports Triton; nothing but a `kernels` module does.
 Precision. Products of two stored tensors (queries, keys, values) are taken in their dtype and accumulate in fp32:
 every product of two bf16 or fp16 numbers is exact there. What is computed, softmax blocks, X and their gradients,
 stays fp32, and a product with it is taken by `wide_dot` in three passes of the tensor cores: "tf32x3", which keeps 22
-bits of both factors, or "bf16x3", which keeps 16 and is used where tokens are bf16. One pass would keep 11 or 8: X may
-be many times larger than Y, so that what is lost there comes back magnified. Tensors of fp32 are multiplied with one
+bits of both factors, or "bf16x3", which keeps 16 and is used where tokens are bf16; a factor that is bf16 already needs
+no low part, which leaves two passes. One pass would keep 11 or 8 bits: X may be many times larger than Y, so that what
+is lost there comes back magnified. Tensors of fp32 are multiplied with one
 another by "tf32x3" too. Where landmarks are chosen nothing coarser than that is used, and plain fp32 for fp32 tokens:
 a score decides by its last bits.
 """
@@ -120,6 +121,26 @@ def rms_factor_product(gradient, tokens, d: tl.constexpr, NORMALISE: tl.constexp
 
 
 @triton.jit
+def bf16_pair(x):
+    """x as the sum of two bf16 tensors, of which it keeps 16 bits."""
+    high = x.to(tl.bfloat16)
+    return high, (x - high.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
 def wide_dot(a, b, PRECISION: tl.constexpr):
-    """a b in fp32, of which one at least was computed; see the module's docstring."""
-    return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=PRECISION)
+    """a b in fp32, of which one at least was computed; see the module's docstring.
+
+    As in Triton's own passes, what the low part makes of an infinity, NaN, does not count.
+    """
+    if PRECISION == "bf16x3" and b.dtype == tl.bfloat16:
+        high, low = bf16_pair(a)
+        rest = tl.dot(low, b)
+        product = tl.dot(high, b, tl.where(rest == rest, rest, 0.0))
+    elif PRECISION == "bf16x3" and a.dtype == tl.bfloat16:
+        high, low = bf16_pair(b)
+        rest = tl.dot(a, low)
+        product = tl.dot(a, high, tl.where(rest == rest, rest, 0.0))
+    else:
+        product = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=PRECISION)
+    return product

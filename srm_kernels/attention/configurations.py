@@ -20,12 +20,14 @@ WIDTHS = (8, 128)
 MOST_KEYS_OF_ONE_PROGRAM = 1024  # above, the key side is divided among programs
 LEAST_KEYS_OF_A_PART = 512
 LEAST_QUERIES_OF_A_PART = 512
+LEAST_QUERIES_OF_A_GRADIENT = 1024  # a part more writes 2 r d partial sums, and is read again
 MOST_HELD = 64 * 64  # numbers of an [r, d] tile that fit in 99 KiB in parts of 32 bits, beside a second one
 PIECE = 32  # landmarks of a larger tile that are read at once
 MOST_REGISTERS = 255
 MOST_PARTS = 32  # of one (b, h), so that partial sums take O(r (r + d)) and not O(N r)
 
 
+HALF_RATE = ((8, 6), (8, 9))  # GeForce: bf16 products at half rate limit a kernel first
 ROOMY = ((8, 0), (9, 0), (10, 0))  # data-centre cards: more shared memory a block
 
 
@@ -89,7 +91,8 @@ def key_side(rank: int, d: int, dtype: torch.dtype, capability: tuple[int, int])
 def key_tokens(rank: int, d: int, dtype: torch.dtype, capability: tuple[int, int]) -> Configuration:
     """dK and dV of a tile of keys."""
     if dtype == torch.bfloat16 and not _large(rank, d):
-        return Configuration(32, 8, 1)
+        # More warps than a tile has rows of products repeat them; two spill a few registers on 8.0 and 12.0.
+        return Configuration(32, 2 if _padded(d) <= 32 and capability in HALF_RATE else 4, 1)
     return Configuration(16, 4 if _padded(d) <= 32 else 8, 1)
 
 

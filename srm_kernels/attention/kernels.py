@@ -372,7 +372,7 @@ def landmark_attention_backward(
     keys, x = keys.contiguous(), x.contiguous()
     target = configurations.capability(query)
     tile = configurations.query_backward(rank, d, query.dtype, target)
-    share, parts = configurations.divide(N, tile.block, configurations.LEAST_QUERIES_OF_A_PART)
+    share, parts = configurations.divide(N, tile.block, configurations.LEAST_QUERIES_OF_A_GRADIENT)
     dquery = empty((B, H, N, d), query, query.dtype)
     dkeys, dx = (empty((B, H, rank, d), query, torch.float32) for _ in range(2))
     part_dkeys, part_dx = (empty((B, H, parts, rank, d), query, torch.float32) for _ in range(2))

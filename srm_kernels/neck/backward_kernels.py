@@ -34,13 +34,20 @@ from ..pool.kernels import cell_start, cell_stop, first_cell, last_cell, most_ce
 from ..scale.kernels import dyt, dyt_backward
 from .kernels import Sizes, firsts_of, heavy, load_positions, place, tile_of
 
-BACKWARD_POSITIONS = 16
 GRADIENT_TILE = 32  # positions, and channels, of a tile of dF
 
 
-def backward_warps(rank: int, d: int) -> int:
-    """As `warps`, with the sums for dK̃ and a gradient beside them: a few registers are spilled by 4 at 64×32."""
-    return 4 if padded(rank) * padded(d) < 64 * 32 else 8
+def backward_tile(rank: int, d: int, dtype: torch.dtype) -> tuple[int, dict[str, int]]:
+    """Positions of a tile, and how the kernel is launched.
+
+    As many positions as landmarks put the warps along positions: each keeps the probabilities of its own, and the
+    softmax needs no exchange among them.
+    """
+    if dtype == torch.bfloat16 and not heavy(rank, d):
+        return 64, {"num_warps": 4, "num_stages": 1, "maxnreg": configurations.MOST_REGISTERS}
+    if heavy(rank, d):  # left to choose, the compiler spills some to let two programs share a multiprocessor
+        return 16, {"num_warps": 8, "num_stages": 1, "maxnreg": configurations.MOST_REGISTERS}
+    return 16, {"num_warps": 4 if padded(rank) * padded(d) < 64 * 32 else 8, "num_stages": 1}
 
 
 @triton.jit
@@ -248,16 +255,14 @@ def _attention_backward(
     dtype, L, H, d = queries[0].dtype, len(queries), sizes.heads, sizes.d
     queries = [readable(q) for q in queries]
     keys = [k.contiguous() for k in keys]
-    tiles = [tile_of(sizes.widths[t], BACKWARD_POSITIONS) for t in sizes.targets]
+    positions, launch = backward_tile(sizes.most, d, queries[0].dtype)
+    tiles = [tile_of(sizes.widths[t], positions) for t in sizes.targets]
     parts = tuple(sizes.size * tile.blocks for tile in tiles)  # of a (b, h)
     firsts = firsts_of(H * count for count in parts)
     dqueries = [empty(tuple(q.shape), q, q.dtype) for q in queries]
     part = empty((sizes.batch * firsts[-1], sizes.most, d), keys[0], torch.float32)
     dkeys = [empty(tuple(k.shape), k, torch.float32) for k in keys]
     heads = sizes.of_heads()
-    launch = {"num_warps": backward_warps(sizes.most, d), "num_stages": 1}
-    # Left to choose, the compiler spills some registers to let two programs share a multiprocessor.
-    limit = {"maxnreg": configurations.MOST_REGISTERS} if heavy(sizes.most, d) else {}
     normalise = {"NORMALISE_KEYS": qk_norm is not None}
     most = {
         name: tuple(most_cells(lengths[t], sizes.size) for t in sizes.targets)
@@ -268,13 +273,13 @@ def _attention_backward(
             tuple(queries), tuple(keys), dprobabilities.contiguous(), tuple(dqueries), part, sizes.batch, scale,
             LINKS=L, FIRSTS=firsts, BLOCKS=tuple(tile.blocks for tile in tiles),
             COLUMNS=tuple(tile.columns for tile in tiles), **sizes.of_links(), **most, **heads, **normalise,
-            NORMALISE_QUERY=qk_norm == "both", BLOCK=BACKWARD_POSITIONS, PRECISION=precision(queries[0].dtype),
-            **launch, **limit,
+            NORMALISE_QUERY=qk_norm == "both", BLOCK=positions, PRECISION=precision(queries[0].dtype),
+            **launch,
         )  # fmt: skip
         del heads["SIZE"]
         _keys_kernel[(sizes.batch * H * L,)](
             part, tuple(keys), tuple(dkeys), sizes.batch, LINKS=L, FIRSTS=firsts, PARTS=parts, **heads,
-            **normalise, **launch,
+            **normalise, num_warps=8,
         )  # fmt: skip
     return [dquery.to(dtype) for dquery in dqueries], dkeys
 

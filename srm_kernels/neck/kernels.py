@@ -100,16 +100,32 @@ def forward_positions(
     return 32 if dtype == torch.bfloat16 and not heavy(rank, d) else 16
 
 
+class TokenTile(NamedTuple):
+    """Positions of a tile whose queries are held for all heads, channels of T made at once, and of F read at once."""
+
+    positions: int
+    tokens: int
+    chunk: int
+    warps: int = 8
+
+
 def token_tile(
     rank: int, d: int, dtype: torch.dtype, statistics: bool, capability: tuple[int, int]
-) -> tuple[int, int, int]:
-    """Positions of a tile whose queries are held for all heads, channels of T made at once, and of F read at once."""
+) -> TokenTile:
+    """What fits in registers; eight warps repeat the statistic's products, but four spill some on 9.0 and 12.0."""
     large = heavy(rank, d)
     chunk = 16 if dtype == torch.float32 and not (large and capability == (9, 0)) else 32
     wide = dtype == torch.float32 or (statistics and dtype != torch.bfloat16)
     if wide or padded(rank) * padded(d) > 64 * 64:
-        return 16, 32, chunk
-    return (32, 32, chunk) if large or statistics or capability >= (12, 0) else (64, 64, chunk)
+        return TokenTile(16, 32, chunk)
+    if large or statistics or capability >= (12, 0):
+        return TokenTile(32, 32, chunk, 4 if not large and capability < (9, 0) else 8)
+    return TokenTile(64, 64, chunk)
+
+
+def strip_warps(rank: int, d: int, dtype: torch.dtype, statistics: bool) -> int:
+    """As `warps`; the statistic's tile of 32 positions has two rows of products, which more warps repeat."""
+    return 2 if dtype == torch.bfloat16 and statistics and not heavy(rank, d) else warps(rank, d)
 
 
 def heavy(rank: int, d: int) -> bool:
@@ -621,10 +637,13 @@ class Sizes:
     def cell_blocks(self, most: int) -> tuple[int, ...]:
         """Positions of a tile of a cell: no more than a cell has."""
         areas = (
-            (-(-self.heights[t] // self.size) + 1) * (-(-self.widths[t] // self.size) + 1)
-            for t in self.targets
+            self._longest_cell(self.heights[t]) * self._longest_cell(self.widths[t]) for t in self.targets
         )
         return tuple(max(16, min(most, power_of_two(area))) for area in areas)
+
+    def _longest_cell(self, length: int) -> int:
+        """Positions along an axis of this length that a cell holds, or one more."""
+        return -(-length // self.size) + (length % self.size > 0)
 
 
 def firsts_of(counts: Any) -> tuple[int, ...]:
@@ -697,7 +716,8 @@ def _by_strips(
         *strides_of(maps), **sizes.of_pooling(), **sizes.of_heads(), LINKS=len(keys), TARGETS=sizes.targets,
         FIRSTS=firsts, POOLS=pools, TOGETHER=together, STRIPS=strips, COLUMNS=columns, ACROSS=across,
         CHUNKS=sizes.chunks(), PAIR=dtype != torch.float32, STATISTICS=statistics, CELLS=padded(size),
-        BLOCK=positions, PRECISION=precision(dtype), num_warps=warps(sizes.most, d), num_stages=2,
+        BLOCK=positions, PRECISION=precision(dtype),
+        num_warps=strip_warps(sizes.most, d, dtype, statistics), num_stages=2,
     )  # fmt: skip
     if statistics:
         _gather(sizes, (part_mean, part_spread), (mean, spread), firsts, together, strips)
@@ -722,16 +742,15 @@ def _by_cells(
     probabilities, mean, spread, part_mean, part_spread = _outputs(sizes, keys[0], B * firsts[-1], statistics)
     align, bias, query = parameters
     pools = sizes.pool_firsts(L * size * size)
-    positions, tokens, chunk = token_tile(
-        sizes.most, sizes.d, dtype, statistics, configurations.capability(maps[0])
-    )
+    tile = token_tile(sizes.most, sizes.d, dtype, statistics, configurations.capability(maps[0]))
     _tokens_kernel[(B * pools[-1],)](
         tuple(maps), align, bias, *(squashing or [bias] * 3), query, tuple(keys), tuple(xs), probabilities,
         part_mean, part_spread, pooled, B, *strides_of(maps), scale, **sizes.of_pooling(), **sizes.of_heads(),
-        LINKS=L, TARGETS=sizes.targets, POOLS=pools, CHUNK=chunk,
-        HP=power_of_two(H), C=H * sizes.d, TOKENS=tokens, DYT=bool(squashing),
+        LINKS=L, TARGETS=sizes.targets, POOLS=pools, CHUNK=tile.chunk,
+        HP=power_of_two(H), C=H * sizes.d, TOKENS=tile.tokens, DYT=bool(squashing),
         NORMALISE_QUERY=qk_norm == "both", NORMALISE_KEYS=qk_norm is not None, STATISTICS=statistics,
-        BLOCKS=sizes.cell_blocks(positions), PRECISION=precision(dtype), num_warps=8, num_stages=1,
+        BLOCKS=sizes.cell_blocks(tile.positions), PRECISION=precision(dtype), num_warps=tile.warps,
+        num_stages=1,
     )  # fmt: skip
     if statistics:
         _gather(sizes, (part_mean, part_spread), (mean, spread), firsts, (1,) * L, (size,) * L)

@@ -102,3 +102,34 @@ def test_no_kernel_of_the_package_is_left_out():
         "            print(operator(launch[0]), launch[0].__name__.strip('_'))\n"
     )
     assert {tuple(line.split()) for line in run("-c", code).splitlines()} == launched
+
+
+PASSES = """
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from srm_kernels.parts import wide_dot
+
+
+@triton.jit
+def product(a_ptr, b_ptr, out_ptr):
+    i = tl.arange(0, 16)
+    place = i[:, None] * 16 + i[None, :]
+    tl.store(out_ptr + place, wide_dot(tl.load(a_ptr + place), tl.load(b_ptr + place), "bf16x3"))
+
+
+for kinds in (("fp32", "fp32"), ("fp32", "bf16"), ("bf16", "fp32")):
+    signature = dict(zip(("a_ptr", "b_ptr", "out_ptr"), (*(f"*{kind}" for kind in kinds), "*fp32")))
+    source = ASTSource(product, signature, {}, {})
+    compiled = triton.compile(source, target=GPUTarget("cuda", 80, 32), options={"num_warps": 1})
+    print(compiled.asm["ptx"].count("mma.sync"))
+"""
+
+
+def test_a_factor_that_is_bf16_already_saves_a_pass(tmp_path: Path):
+    """A 16×16×16 product is two instructions a pass."""
+    path = tmp_path / "passes.py"
+    path.write_text(PASSES, "utf-8")
+    assert run(str(path)).split() == ["6", "4", "4"]

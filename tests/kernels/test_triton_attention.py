@@ -58,6 +58,7 @@ def divide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(configurations, "MOST_KEYS_OF_ONE_PROGRAM", 16)
     monkeypatch.setattr(configurations, "LEAST_KEYS_OF_A_PART", 32)
     monkeypatch.setattr(configurations, "LEAST_QUERIES_OF_A_PART", 32)
+    monkeypatch.setattr(configurations, "LEAST_QUERIES_OF_A_GRADIENT", 32)
 
 
 def take_pieces(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,8 +49,8 @@ def larger_tiles(monkeypatch):
     """The interpreter takes its time for every tile."""
     if DEVICE == "cpu":
         monkeypatch.setattr(kernels, "forward_positions", lambda *a: 64)
-        monkeypatch.setattr(kernels, "token_tile", lambda *a: (64, 64, 32))
-        monkeypatch.setattr(backward_kernels, "BACKWARD_POSITIONS", 64)
+        monkeypatch.setattr(kernels, "token_tile", lambda *a: kernels.TokenTile(64, 64, 32))
+        monkeypatch.setattr(backward_kernels, "backward_tile", lambda *a: (64, {}))
 
 
 def make_pyramid(batch: int, grids: list[tuple[int, int]], channels=CHANNELS, seed: int = 0) -> list[Tensor]:

@@ -1,0 +1,109 @@
+"""What is launched at the article's shapes, executed and counted on an emulated GPU.
+
+One image of 512×512 pixels, pvt_v2_b2 maps, C = 256, H = 8, r = 64, links 4→3, 4→2 and 4→1. Of a large grid every
+n-th program runs, so that programs of every kind run in the proportion in which they are launched. A bound is the time
+of the busiest unit of the GPU; it includes no latency. Bounds are simulated times, not measurements.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from bench import shapes
+
+from .device import Launch, emulated_device
+
+HEADS, WIDTH, RANK, QUERIES, KEYS = 8, 32, 64, 128 * 128, 256
+LEAST_PROGRAMS = 8  # that run of a grid
+MOST_STRIDE = 32  # divides the neck's programs of every kind but pooling, for one image
+
+
+class Workload(NamedTuple):
+    """What is launched for one image."""
+
+    name: str
+    call: Callable[[torch.dtype], None]
+
+
+def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """Standard normal numbers, the same for the same shape."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def sample(name: str, grid: Sequence[int]) -> list[int] | None:
+    """The programs of a grid that run: all of a small one, else every n-th, n a power of two."""
+    count = math.prod(grid)
+    stride = min(MOST_STRIDE, 1 << max(0, (count // LEAST_PROGRAMS).bit_length() - 1))
+    return None if stride == 1 else list(range(stride // 2, count, stride))
+
+
+def attention(dtype: torch.dtype) -> None:
+    """The query side of Nyström attention, forward and backward."""
+    from srm_kernels.attention import kernels
+
+    query = random(1, HEADS, QUERIES, WIDTH, dtype=dtype)
+    keys = random(1, HEADS, RANK, WIDTH, dtype=dtype).float()
+    x = random(1, HEADS, RANK, WIDTH, dtype=torch.float32)
+    side = (keys, x, torch.ones(HEADS), WIDTH**-0.5, "keys", False)
+    results = kernels.landmark_attention(query, *side)
+    kernels.landmark_attention_backward(results[:1], results, query, *side)
+
+
+def key_side(dtype: torch.dtype) -> None:
+    """The key side of a link, forward and backward."""
+    from srm_kernels.attention import key_kernels
+
+    key, value = (random(1, HEADS, KEYS, WIDTH, dtype=dtype) for _ in range(2))
+    side = (key, value, None, RANK, "leverage", 1e-3, WIDTH**-0.5, "keys")
+    results = key_kernels.landmark_context(*side, 1e-3)
+    key_kernels.landmark_context_backward(results[:2], results, *side, 1e-3)
+
+
+def neck(dyt: bool, statistics: bool) -> Callable[[torch.dtype], None]:
+    """The fused neck behind the key side: forward and backward, scale, gate and pooling included."""
+
+    def call(dtype: torch.dtype) -> None:
+        name = str(dtype).removeprefix("torch.")
+        schedule = shapes.Schedule(shapes.PVT, HEADS, WIDTH, RANK, name, dyt=dyt, statistics=statistics)
+        shapes.neck(schedule, random, batch=1)
+
+    return call
+
+
+def solve(dtype: torch.dtype) -> None:
+    """The landmark systems of a link by elimination, forward and backward; fp32 whatever the dtype."""
+    from srm_kernels.conditioning import kernels
+
+    keys = random(HEADS, RANK, WIDTH, dtype=torch.float32)
+    system = (keys @ keys.mT * WIDTH**-0.5, keys, 1e-3, "cholesky", False, 1e6, 3, True)
+    results = kernels.landmark_solve(*system)
+    kernels.landmark_solve_backward(results[:1], results, *system)
+
+
+WORKLOADS = (
+    Workload("attention", attention),
+    Workload("key side", key_side),
+    Workload("neck, DyT, training", neck(dyt=True, statistics=True)),
+    Workload("neck, DyT, evaluation", neck(dyt=True, statistics=False)),
+    Workload("neck, training", neck(dyt=False, statistics=True)),
+    Workload("neck, evaluation", neck(dyt=False, statistics=False)),
+    Workload("solve", solve),
+)
+
+
+def counted(
+    workloads: Iterable[Workload] = WORKLOADS,
+    architecture: int = 89,
+    dtype: torch.dtype = torch.bfloat16,
+    names: set[str] | None = None,
+) -> Iterator[tuple[Workload, Launch]]:
+    """Every launch of the workloads with what was counted of it; `names` are the kernels to run, all by default."""
+    for workload in workloads:
+        with emulated_device(architecture, check=False, count=True, blocks=sample, names=names) as device:
+            workload.call(dtype)
+        for launch in device.launches:
+            yield workload, launch

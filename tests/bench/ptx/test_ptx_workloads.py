@@ -1,0 +1,60 @@
+"""The programs of a grid that are counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from bench.ptx import report, workloads
+from bench.ptx.rates import Gpu
+from srm_kernels import rms_scale
+
+
+def test_programs_of_every_kind_run_in_the_proportion_in_which_they_are_launched():
+    """The attention of the neck's backward pass: three kinds, 16, 8 and 8 programs for each of 8 heads."""
+    chosen = workloads.sample("attention_backward_kernel", (256,))
+    assert chosen is not None
+    kinds = Counter(0 if program < 128 else 1 if program < 192 else 2 for program in chosen)
+    assert kinds == {0: 4, 1: 2, 2: 2}
+
+
+def test_a_small_grid_runs_whole():
+    assert workloads.sample("merge_kernel", (8, 1, 1)) is None
+
+
+def test_the_floor_counts_bytes_and_distinct_products():
+    gpu = Gpu("a card", 89, 100, 1.0, 1000, 128, 256, 128)
+    found = {"dram_bytes": 10**6, "products": {"bf16": 256 * 10**5 * 8}, "repeated": 2.0}
+    assert report.floor_of(found, gpu) == pytest.approx(4.0)  # µs; bytes take 1
+    assert report.floor_of(found | {"dram_bytes": 10**7}, gpu) == pytest.approx(10.0)
+
+
+def test_a_page_of_two_cards():
+    row = {
+        "gpu": "RTX 4090", "workload": "attention", "kernel": "forward_kernel", "us": 12.34, "limit": "lsu",
+        "busy_us": dict.fromkeys(report.UNITS, 1.0), "floor_us": 6.0, "share_of_floor": 0.486,
+        "repeated_products": 2.0, "warps": 4, "registers": 96,
+    }  # fmt: skip
+    page = report.page([row, row | {"gpu": "A100", "us": 99.9}])
+    assert page.index("## RTX 4090") < page.index("## A100")
+    assert "| attention | forward_kernel | 12.3 | shared memory | 6.0 | 49 |" in page
+    assert "No GPU has run this" in page
+
+
+def test_a_report_counts_a_kernel_for_every_card_of_an_architecture():
+    """The statistic of one small launch: the rows of two cards come from one count."""
+    small = workloads.Workload(
+        "statistic", lambda dtype: rms_scale(torch.ones(1, 2, 64, 16, dtype=dtype), backend="triton")
+    )
+    rows = list(report.rows(("H100", "H100 mma.sync"), (small,)))
+    assert [row["gpu"] for row in rows[:2]] == ["H100", "H100 mma.sync"]
+    assert {row["kernel"] for row in rows} == {"moments_kernel", "merge_kernel"}
+    for row in rows:
+        assert 0 < row["share_of_floor"] <= 1
+        assert (
+            row["us"] == pytest.approx(max(row["busy_us"].values()) * row["uneven"], rel=0.02)
+            or row["limit"] == "dram"
+        )

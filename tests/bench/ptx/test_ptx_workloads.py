@@ -54,7 +54,5 @@ def test_a_report_counts_a_kernel_for_every_card_of_an_architecture():
     assert {row["kernel"] for row in rows} == {"moments_kernel", "merge_kernel"}
     for row in rows:
         assert 0 < row["share_of_floor"] <= 1
-        assert (
-            row["us"] == pytest.approx(max(row["busy_us"].values()) * row["uneven"], rel=0.02)
-            or row["limit"] == "dram"
-        )
+        assert row["us"] >= max(row["busy_us"].values()) - 0.01  # rounded to two places
+        assert row["busy_us"][row["limit"]] == max(row["busy_us"].values())

@@ -118,8 +118,10 @@ def token_tile(
     wide = dtype == torch.float32 or (statistics and dtype != torch.bfloat16)
     if wide or padded(rank) * padded(d) > 64 * 64:
         return TokenTile(16, 32, chunk)
+    if statistics and not large and capability < (9, 0):
+        return TokenTile(32, 64, chunk, 4)
     if large or statistics or capability >= (12, 0):
-        return TokenTile(32, 32, chunk, 4 if not large and capability < (9, 0) else 8)
+        return TokenTile(32, 32, chunk)
     return TokenTile(64, 64, chunk)
 
 
@@ -402,8 +404,11 @@ def cell_probabilities(
     count = rows * width
     map_ptr += b * stride_b
     heads, r, e = tl.arange(0, HP), tl.arange(0, R), tl.arange(0, D)
-    # Exact products of large tiles: a part of the columns of y at a time leaves registers for the queries.
-    PARTS: tl.constexpr = 2 if R * D > 2048 and map_ptr.dtype.element_ty == tl.float32 else 1
+    # Exact products of large tiles: a part of the columns of y at a time leaves registers for the queries. Where y is
+    # as wide as a tile has positions, Triton would put all warps along its columns, too few for them.
+    EXACT: tl.constexpr = R * D > 2048 and map_ptr.dtype.element_ty == tl.float32
+    SQUARE: tl.constexpr = BLOCK == D and D > 16 and map_ptr.dtype.element_ty == tl.bfloat16
+    PARTS: tl.constexpr = 2 if EXACT or SQUARE else 1
     total = tl.zeros([HP, R], tl.float32)
     seen = 0.0
     means = tl.zeros([HP, D], tl.float32)

@@ -25,13 +25,17 @@ _EVEN = ((32, 32), (16, 16), (8, 8), (4, 4))
 _ODD = ((27, 25), (14, 13), (9, 8), (5, 5))
 _SQUARE = ((12, 12), (10, 10), (9, 9), (8, 8))  # 64 keys on a small grid
 _ARTICLE = SRMConfig(channels=256, heads=8, rank=64, pool_size=4, image_size=256)
+_HALF = _ARTICLE.replace(channels=128, heads=4)  # the same tiles of r, d and positions
 
 
 def neck_cases() -> list[NeckCase]:
     """Return the cases in a fixed order."""
     cases = [
-        NeckCase("article, DyT", _ARTICLE, _SQUARE, batch=1, sample=(("bf16", 89), ("fp32", 90))),
-        NeckCase("article", _ARTICLE.replace(dyt=False), _SQUARE, batch=1, sample=(("bf16", 90), ("fp16", 86))),
+        NeckCase("article, DyT", _ARTICLE, _SQUARE, batch=1, sample=(("bf16", 89),)),
+        NeckCase("half as wide, DyT", _HALF, _SQUARE, batch=1, sample=(("fp32", 90),)),
+        NeckCase(
+            "half as wide", _HALF.replace(dyt=False), _SQUARE, batch=1, sample=(("bf16", 90), ("fp16", 86))
+        ),
         NeckCase("even maps, DyT", _SMALL, _EVEN, sample=(("fp16", 120),)),
         NeckCase("even maps", _SMALL.replace(dyt=False), _EVEN, sample=(("bf16", 80),)),
         NeckCase(

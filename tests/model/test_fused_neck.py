@@ -1,20 +1,6 @@
 """The neck by kernels, in Triton's interpreter where there is no GPU, against the neck in plain PyTorch.
 
-Rule, for the fused map, every loss, gradient and statistic: the largest error against the reference neck in fp64 is at
-most twice that of the reference neck in the same precision, plus 64 units of fp32 (2 of the reduced precision) of the
-largest entry. What is the small rest of a difference is measured by the largest of its kind: a bias's gradient by all
-gradients, the gate's, whose logits' gradients sum to 0 over the stages, by all of the gate's.
-
-Of a gradient of a single number (β, α, θ of one head, a readout's bias) the reference's error is the largest of `DRAWS`
-losses of other signs, and in fp32 its size at least their rms. Such a gradient is a sum Σ tᵢ over channels and
-positions, which kernels take in fp32; its terms carry the roundings of the maps and gradients that they are made of,
-which both necks round where modules do: tᵢ (1 + δᵢ), δᵢ some units u of either sign. Its error Σ tᵢ δᵢ is of the order
-of u √Σ tᵢ², whatever Σ tᵢ is and whichever neck makes it: one draw of it may be anything down to 0, which is no measure
-for another draw. Losses of other signs draw it again with terms as large, and the root mean square of Σ ± tᵢ is √Σ tᵢ².
-(Over 30 necks in fp16, 222 such gradients, errors by kernels and in plain PyTorch had a root mean square of 1.00 and
-0.99 times 2⁻⁹ √Σ tᵢ², the largest of 4.5 and 4.1. In fp32 the α of dyt_key in the odd case is −0.28 by one loss and 0.7
-to 10 by seven others; over 24 losses its errors are 2.8e-6 and 2.4e-6, the largest 1e-5 and 8e-6, and the one loss has
-the first with 3e-7.)
+The rule is that of `bench.neck_numerics`.
 """
 
 from __future__ import annotations
@@ -32,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from training_run import Run, agree, training_run
 
 pytest.importorskip("triton")
+from bench import neck_numerics
 from bench.launches import count_launches, forward_of
 from srm_kernels.neck import backward_kernels, end_kernels, kernels
 from srm_model import NeckOutput, SRMConfig, SRMNeck, build_model
@@ -39,7 +26,6 @@ from srm_model.attacks import MSE, fgsm
 from srm_model.statistics import BatchStatistics
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DRAWS = 16
 TINY = SRMConfig(channels=16, heads=1, rank=4, pool_size=2, image_size=32, entropy_floor=1.0)
 CHANNELS = (3, 4, 5, 6)
 
@@ -53,90 +39,24 @@ def larger_tiles(monkeypatch):
         monkeypatch.setattr(backward_kernels, "backward_tile", lambda *a: (64, {}))
 
 
-def make_pyramid(batch: int, grids: list[tuple[int, int]], channels=CHANNELS, seed: int = 0) -> list[Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    return [
-        torch.randn(batch, c, *grid, generator=g).to(DEVICE) for c, grid in zip(channels, grids, strict=True)
-    ]
-
-
 SQUARE = [(8, 8), (4, 4), (2, 2), (2, 2)]
+by_kernels = functools.partial(neck_numerics.with_backend, backend="triton")
+
+
+def make_pyramid(batch: int, grids: list[tuple[int, int]], channels=CHANNELS, seed: int = 0) -> list[Tensor]:
+    return neck_numerics.make_pyramid(batch, grids, channels, seed, DEVICE)
 
 
 def make_neck(config: SRMConfig, grids=SQUARE, channels=CHANNELS, seed: int = 0) -> SRMNeck:
-    """Calibrated in plain PyTorch, with a gate that is not uniform and β, τ away from 1."""
-    torch.manual_seed(seed)
-    neck = SRMNeck(channels, config.replace(backend="reference")).to(DEVICE)
-    neck.calibrate(make_pyramid(3, grids, channels, seed=9))
-    with torch.no_grad():
-        for name, parameter in neck.named_parameters():
-            if name.startswith(("beta", "gate.readouts")) or name.endswith(("theta", "bias", "alpha")):
-                parameter += 0.3 * torch.rand_like(parameter)
-    return neck.train()
-
-
-def by_kernels(neck: SRMNeck) -> SRMNeck:
-    """The same weights and buffers in a neck that runs as kernels: switching is one argument."""
-    other = SRMNeck([conv.in_channels for conv in neck.align], neck.config.replace(backend="triton")).to(
-        DEVICE
-    )
-    other.load_state_dict(neck.state_dict())
-    return other.train(neck.training)
-
-
-def step(neck: SRMNeck, pyramid: list[Tensor], draw: int = 0) -> dict[str, Tensor]:
-    """One forward and backward pass: everything that a training loop could see of it; `draw`: other signs of a loss."""
-    torch.manual_seed(1)
-    maps = [m.detach().clone().requires_grad_() for m in pyramid]
-    out = neck(maps)
-    weight = torch.linspace(-1, 1, out.fused.numel(), device=DEVICE, dtype=torch.float64).view_as(out.fused)
-    if draw:
-        signs = torch.randint(2, weight.shape, generator=torch.Generator().manual_seed(draw)) * 2 - 1
-        weight = weight * signs.to(DEVICE)
-    loss = (out.fused * weight).sum() + sum(out.losses.values())
-    neck.zero_grad()
-    loss.backward()
-    seen = {"fused": out.fused, "weights": out.weights, "gain": out.gain, "norm": out.norm, **out.losses}
-    seen |= {f"buffer {name}": b for name, b in neck.named_buffers() if b.is_floating_point()}
-    seen |= {f"gradient {name}": p.grad for name, p in neck.named_parameters() if p.grad is not None}
-    seen |= {f"gradient map {i}": m.grad for i, m in enumerate(maps) if m.grad is not None}
-    return {name: value.detach().cpu() for name, value in seen.items()}
+    return neck_numerics.make_neck(config, grids, channels, seed, DEVICE)
 
 
 def check(neck: SRMNeck, pyramid: list[Tensor], dtype: torch.dtype | None = None) -> None:
     """The rule; `dtype` is autocast's."""
-    fused = by_kernels(neck)
-    assert fused._fuses(pyramid)
+    assert by_kernels(neck)._fuses(pyramid)
     assert not neck._fuses(pyramid)
-    wide = [m.double() for m in pyramid]
-    draws: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []  # (fp64, this precision)
-    for draw in range(DRAWS):
-        exact = step(copy.deepcopy(neck).double(), wide, draw)
-        with torch.autocast(DEVICE, dtype, enabled=dtype is not None):
-            draws.append((exact, step(copy.deepcopy(neck), pyramid, draw)))
-    with torch.autocast(DEVICE, dtype, enabled=dtype is not None):
-        found = step(fused, pyramid)
-    exact, plain = draws[0]
-    assert found.keys() == plain.keys() == exact.keys()
-    unit = 64 * torch.finfo(torch.float32).eps if dtype is None else 2 * torch.finfo(dtype).eps
-
-    def largest(start: str) -> float:
-        return max(value.abs().max().item() for name, value in exact.items() if name.startswith(start))
-
-    def distance(one: dict[str, Tensor], other: dict[str, Tensor], name: str) -> float:
-        return (one[name].double() - other[name]).abs().max().item()
-
-    for name, value in exact.items():
-        kind = "gradient gate" if name.startswith("gradient gate") else name
-        single = name.startswith("gradient") and value.numel() == 1
-        size = largest("gradient" if name.endswith("bias") else kind)
-        if single and dtype is None:
-            size = max(size, torch.stack([e[name] for e, _ in draws]).square().mean().sqrt().item())
-        error = distance(found, exact, name)
-        reference = max(distance(p, e, name) for e, p in (draws if single else draws[:1]))
-        assert error <= 2 * reference + unit * size, (
-            f"{name}: error {error:.3e}, plain {reference:.3e}, size {size:.3e}"
-        )
+    wrong = {name: r for name, r in neck_numerics.ratios(neck, pyramid, dtype).items() if not r <= 1}
+    assert wrong == {}
 
 
 CASES = {

@@ -30,10 +30,10 @@ from torch import Tensor
 from ..landmarks.kernels import (
     add_gram,
     choose,
+    factorise,
     selected,
     store_largest,
     store_scores,
-    whitener,
     workspace,
 )
 from ..parts import (
@@ -318,13 +318,13 @@ def _scores_kernel(
     gram = tl.zeros([D, D], tl.float32)
     for other in range(parts):
         gram += load_matrix(gram_ptr + (head * parts + other) * d * d, d, D, d, D)
-    inverse = whitener(gram, gamma, d, D)
+    factor, scales = factorise(gram, gamma, d, D)
     stop = tl.minimum((part + 1) * span, N)
     for first in range(part * span, stop, BLOCK):
         rows = first + tl.arange(0, BLOCK)
         store_scores(
-            scores_ptr + head * N, inverse, key_ptr, rows, rows < stop, key_stride_n, key_stride_d, d, D,
-            NORMALISE, PRECISION,
+            scores_ptr + head * N, factor, scales, key_ptr, rows, rows < stop, key_stride_n, key_stride_d, d,
+            D, NORMALISE, BLOCK, PRECISION,
         )  # fmt: skip
 
 

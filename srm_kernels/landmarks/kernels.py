@@ -5,9 +5,9 @@ depend on the batch. Three choices differ from the textbook for the device's sak
 
 - Scores are ‖P^-½ L⁻¹ k‖² with KᵀK + γI = L P Lᵀ: never negative. L⁻¹ is applied in chunks of 16 columns and never
   formed. Where keys span fewer than d directions, an explicit L⁻¹ has 2 to 10 times the error of a triangular solve.
-- The r largest are found by counting, for every score, the larger ones and the equal ones before it: the count is the
-  place in the list. No sort, and ties go to the lower index by construction. NaN counts as infinity, as in torch, so
-  that indices are distinct and in range whatever the keys hold.
+- The r largest are found without sorting. Scores that are not negative have the order of their bits, and the r-th
+  largest is found bit by bit by counting. Ties go to the lower index. NaN counts as infinity, as in torch, so that
+  indices are distinct and in range whatever the keys hold.
 - Pivoted Cholesky keeps its factor in memory, r rows of N, and marks a taken key by a residual of −∞.
 """
 
@@ -34,6 +34,7 @@ TIE_TOLERANCE = tl.constexpr(1e-5)
 EPSILON = tl.constexpr(2.0**-23)
 BLOCK = 32  # keys in a chunk
 CHUNK = tl.constexpr(16)  # columns that are eliminated, and applied to keys, together
+TILE = tl.constexpr(1024)  # scores that are compared at once
 METHODS = ("leverage", "pivoted_cholesky")
 
 
@@ -134,23 +135,60 @@ def store_leverage(
 
 
 @triton.jit
-def load_scores(scores_ptr, rows, N):
-    score = tl.load(scores_ptr + rows, mask=rows < N, other=-INFINITY)
-    return tl.where(score == score, score, INFINITY)
+def load_bits(scores_ptr, start, N):
+    """Load scores as integers of the same order, [TILE]; NaN counts as infinity, and -1 stands after the last."""
+    rows = start + tl.arange(0, TILE)
+    score = tl.load(scores_ptr + rows, mask=rows < N, other=0.0)
+    bits = tl.where(score == score, score, INFINITY).to(tl.int32, bitcast=True)
+    return tl.where(rows < N, bits, -1)
 
 
 @triton.jit
-def store_largest(landmarks_ptr, scores_ptr, start, N, rank: tl.constexpr, BLOCK: tl.constexpr):
-    """Those of one chunk's keys that are among the `rank` largest, each at its place in descending order."""
-    rows = start + tl.arange(0, BLOCK)
-    score = load_scores(scores_ptr, rows, N)
-    place = tl.zeros([BLOCK], tl.int32)
-    for other_start in range(0, N, BLOCK):
-        others = other_start + tl.arange(0, BLOCK)
-        other = load_scores(scores_ptr, others, N)[None, :]
-        earlier = (other == score[:, None]) & (others[None, :] < rows[:, None])
-        place += tl.sum(((other > score[:, None]) | earlier).to(tl.int32), 1)
-    tl.store(landmarks_ptr + place, rows.to(tl.int64), mask=(rows < N) & (place < rank))
+def count_from(first, scores_ptr, N, least):
+    """Count the scores of at least `least`; `first` is the first tile of them."""
+    count = (first >= least).to(tl.int32)
+    for start in range(TILE, N, TILE):
+        count += (load_bits(scores_ptr, start, N) >= least).to(tl.int32)
+    return tl.sum(count, 0)
+
+
+@triton.jit
+def store_largest(landmarks_ptr, scores_ptr, N, rank: tl.constexpr, R: tl.constexpr):
+    """Store the indices of the `rank` largest scores, which are not negative, in descending order."""
+    first = load_bits(scores_ptr, 0, N)
+    threshold = 0  # becomes the least of the largest
+    for step in range(31):
+        candidate = threshold | (1 << (30 - step))
+        threshold = tl.where(count_from(first, scores_ptr, N, candidate) >= rank, candidate, threshold)
+    ties = rank - count_from(first, scores_ptr, N, threshold + 1)
+    above, equal = 0, 0  # before the tile
+    for start in range(0, N, TILE):
+        bits = load_bits(scores_ptr, start, N)
+        both = (bits > threshold).to(tl.int32) * 65536 + (bits == threshold).to(tl.int32)
+        before = tl.cumsum(both, 0) - both
+        ties_before = equal + (before & 65535)
+        chosen = (bits > threshold) | ((bits == threshold) & (ties_before < ties))
+        slot = above + (before >> 16) + tl.minimum(ties_before, ties)
+        tl.store(landmarks_ptr + slot, (start + tl.arange(0, TILE)).to(tl.int64), mask=chosen)
+        total = tl.sum(both, 0)
+        above += total >> 16
+        equal += total & 65535
+    tl.debug_barrier()
+    # Slots are in the order of indices, so that of equal scores the earlier slot comes first.
+    i = tl.arange(0, R)
+    index = tl.load(landmarks_ptr + i, mask=i < rank, other=0)
+    score = load_scores(scores_ptr, index, i < rank)
+    other = load_scores(scores_ptr, tl.load(landmarks_ptr + i, mask=i < rank, other=0), i < rank)[None, :]
+    earlier = (other == score[:, None]) & (i[None, :] < i[:, None])
+    place = tl.sum(((other > score[:, None]) | earlier).to(tl.int32), 1)
+    tl.debug_barrier()
+    tl.store(landmarks_ptr + place, index, mask=i < rank)
+
+
+@triton.jit
+def load_scores(scores_ptr, index, valid):
+    score = tl.load(scores_ptr + index, mask=valid, other=-INFINITY)
+    return tl.where(score == score, score, INFINITY)
 
 
 @triton.jit
@@ -266,8 +304,7 @@ def choose(
     else:
         store_leverage(residual_ptr, key_ptr, N, n_stride, d_stride, gamma, d, D, NORMALISE, BLOCK, PRECISION)
         tl.debug_barrier()
-        for start in range(0, N, BLOCK):
-            store_largest(landmarks_ptr, residual_ptr, start, N, rank, BLOCK)
+        store_largest(landmarks_ptr, residual_ptr, N, rank, R)
 
 
 def ridge_leverage_scores(key: Tensor, gamma: float) -> Tensor:

@@ -17,6 +17,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 from srm_kernels import ridge_leverage_scores, select_landmarks
+from srm_kernels.attention.key_kernels import _largest_kernel
+from srm_kernels.parts import padded
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16) if DEVICE == "cpu" else (torch.float32, torch.float16, torch.bfloat16)
@@ -73,6 +75,28 @@ def test_the_largest_scores_in_descending_order(n, d, r, dtype):
     best = scores.sort(-1, descending=True).values[..., :r]
     torch.testing.assert_close(scores.gather(-1, found), best, rtol=0, atol=CLOSE)
     assert all(len(set(row)) == r for row in found.flatten(0, 1).tolist())
+
+
+@pytest.mark.parametrize(
+    ("n", "r"), [(1, 1), (33, 9), (40, 40), (256, 64), (1000, 128), (1024, 5), (1025, 64), (2500, 17)]
+)
+def test_the_largest_are_those_of_a_stable_sort(n, r):
+    """Of scores with many ties, zeros, infinities, NaN, subnormal numbers, and of equal scores."""
+    make = torch.Generator().manual_seed(n)
+    scores = torch.rand(6, n, generator=make)
+    scores[1] = torch.randint(0, 4, (n,), generator=make) / 4
+    scores[2] = (scores[2] > 0.999).float()
+    scores[3, torch.rand(n, generator=make) < 0.1] = math.inf
+    scores[3, torch.rand(n, generator=make) < 0.1] = math.nan
+    scores[4] = torch.randint(0, 50, (n,), generator=make) * 2.0**-149
+    scores[5] = math.nan
+    expected = (
+        scores.nan_to_num(math.inf, posinf=math.inf).sort(dim=-1, descending=True, stable=True).indices[:, :r]
+    )
+    found = torch.full((7, r), -1, device=DEVICE)  # the last row stays
+    _largest_kernel[(6,)](scores.to(DEVICE), found, n, rank=r, R=padded(r), num_warps=8)
+    assert torch.equal(found[:6].cpu(), expected)
+    assert bool((found[6] == -1).all())
 
 
 def test_ties_go_to_the_lower_index():

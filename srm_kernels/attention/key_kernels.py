@@ -1,8 +1,8 @@
 """The key side of Nyström attention: from K and V of a (b, h) to K̃ and X, and back.
 
 Forward, up to 1,024 keys at r, d ≤ 64, one launch: choose the landmarks, gather K̃, form W, R V (by the online softmax)
-and solve (W + λI) X = R V. Above that the scores, the choice and R V are divided among programs, R V by pieces of the
-landmarks too where they are many and wide, and the solve is a launch of its own.
+and solve (W + λI) X = R V. Above that the scores and R V are divided among programs, R V by pieces of the landmarks too
+where they are many and wide, and the choice and the solve are launches of their own.
 Backward: the transposed solve and everything r×r first, then dK and dV of every tile of keys.
 
 The solve is Gauss–Jordan elimination of W + λI without pivoting. W is similar to a symmetric positive semidefinite
@@ -30,10 +30,10 @@ from torch import Tensor
 from ..landmarks.kernels import (
     add_gram,
     choose,
+    factorise,
     selected,
     store_largest,
     store_scores,
-    whitener,
     workspace,
 )
 from ..parts import (
@@ -318,22 +318,21 @@ def _scores_kernel(
     gram = tl.zeros([D, D], tl.float32)
     for other in range(parts):
         gram += load_matrix(gram_ptr + (head * parts + other) * d * d, d, D, d, D)
-    inverse = whitener(gram, gamma, d, D)
+    factor, scales = factorise(gram, gamma, d, D)
     stop = tl.minimum((part + 1) * span, N)
     for first in range(part * span, stop, BLOCK):
         rows = first + tl.arange(0, BLOCK)
         store_scores(
-            scores_ptr + head * N, inverse, key_ptr, rows, rows < stop, key_stride_n, key_stride_d, d, D,
-            NORMALISE, PRECISION,
+            scores_ptr + head * N, factor, scales, key_ptr, rows, rows < stop, key_stride_n, key_stride_d, d,
+            D, NORMALISE, BLOCK, PRECISION,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["N", "tiles"])
-def _largest_kernel(scores_ptr, landmarks_ptr, N, tiles, rank: tl.constexpr, BLOCK: tl.constexpr):
-    """The landmarks among one tile of keys."""
-    program = tl.program_id(0).to(tl.int64)
-    head, tile = program // tiles, (program % tiles).to(tl.int32)
-    store_largest(landmarks_ptr + head * rank, scores_ptr + head * N, tile * BLOCK, N, rank, BLOCK)
+@triton.jit(do_not_specialize=["N"])
+def _largest_kernel(scores_ptr, landmarks_ptr, N, rank: tl.constexpr, R: tl.constexpr):
+    """The landmarks of one (b, h)."""
+    head = tl.program_id(0).to(tl.int64)
+    store_largest(landmarks_ptr + head * rank, scores_ptr + head * N, N, rank, R)
 
 
 @triton.jit(do_not_specialize=["N", "span"])
@@ -714,10 +713,8 @@ def _choose_by_leverage(
     _scores_kernel[(B * H * parts,)](
         key, gram, scores, N, span, parts, H, *key.stride(), gamma, **shape, **run, **launch
     )
-    tiles = -(-N // run["BLOCK"])
-    _largest_kernel[(B * H * tiles,)](
-        scores, landmarks, N, tiles, rank=landmarks.shape[-1], BLOCK=run["BLOCK"], **launch
-    )
+    rank = landmarks.shape[-1]
+    _largest_kernel[(B * H,)](scores, landmarks, N, rank=rank, R=padded(rank), **launch)
 
 
 def landmark_context_backward(

@@ -48,7 +48,11 @@ def no_narrower(tensors: Sequence[Tensor], like: Tensor) -> list[Tensor]:
     """Parameters, each in its own dtype or, where that is narrower, in one that holds the dtype of `like` too."""
     if not enabled(like):
         return list(tensors)
-    return [t.to(torch.promote_types(t.dtype, like.dtype)) if enabled(t) else t for t in tensors]
+    holding = (like.dtype, torch.float32)
+    return [
+        t.to(torch.promote_types(t.dtype, like.dtype)) if t.dtype not in holding and enabled(t) else t
+        for t in tensors
+    ]
 
 
 def widened(tensors: Sequence[Tensor], like: Tensor) -> list[Tensor]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 LANDMARK_METHODS = ("leverage", "leverage_sample", "uniform", "kmeans++", "pivoted_cholesky")
 SOLVERS = ("cholesky", "lu", "svd", "auto", "neumann")
@@ -172,7 +171,8 @@ class SRMConfig:
 
 def _plain(value: Any) -> Any:
     """Lists as tuples, NumPy's scalars and other kinds of numbers as Python's own."""
-    if isinstance(value, np.generic):
+    numpy = sys.modules.get("numpy")  # help of the command line loads this module and not NumPy
+    if numpy is not None and isinstance(value, numpy.generic):
         value = value.item()
     if isinstance(value, list | tuple):
         return tuple(_plain(item) for item in value)

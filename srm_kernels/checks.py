@@ -27,9 +27,26 @@ def may_ask(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch._C._are_functorch_transforms_active()
 
 
-def nowhere(mask: Tensor) -> bool:
-    """Whether no element holds, so that its case needs no work; False where Python may not ask."""
-    return may_ask(mask) and not bool(mask.any())
+def nowhere(mask: Tensor, *, wait: bool = False) -> bool:
+    """Whether no element holds, so that its case needs no work; False where Python may not ask.
+
+    wait: also ask a GPU, and wait for it, unless a CUDA graph is being captured. For work that costs more than the
+    wait.
+    """
+    asked = may_ask(mask) or (wait and _may_wait(mask))
+    return asked and not bool(mask.any())
+
+
+def _may_wait(tensor: Tensor) -> bool:
+    return (
+        _on_cuda(tensor)
+        and not torch._C._are_functorch_transforms_active()
+        and not torch.cuda.is_current_stream_capturing()
+    )
+
+
+def _on_cuda(tensor: Tensor) -> bool:
+    return tensor.device.type == "cuda"
 
 
 def check_tensors(**tensors: Tensor) -> None:

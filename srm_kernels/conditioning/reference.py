@@ -187,9 +187,10 @@ def _factorise(
         good, solve = _cholesky(logits.detach(), symmetric.detach(), system)
         factors.parts.append((good, solve))
         used = torch.where(good, int(Solver.CHOLESKY), used)
+        if nowhere(~good, wait=True):  # a wait costs less than LU of every matrix
+            return system, factors, used
         rest = ~good
-        if not nowhere(rest):
-            system = _system(_acted_on(logits, used), rhs, ridge, equilibrate)
+        system = _system(_acted_on(logits, used), rhs, ridge, equilibrate)
     else:
         system = _system(logits, rhs, ridge, equilibrate)
     A = system.matrix.detach()
@@ -202,8 +203,7 @@ def _factorise(
         high = ~(estimate_condition(A, lu) < kappa_max)
         factors.parts.append((high, svd(A, ridge, high)))
         return system, factors, torch.where(high, int(Solver.SVD), used)
-    if rest is None or not nowhere(rest):
-        factors.parts.append((rest, _lu(A, ridge)))
+    factors.parts.append((rest, _lu(A, ridge)))
     return system, factors, used
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from oracle import tokens
 from torch import Tensor
 
-from srm_kernels import Solver, landmark_solve
+from srm_kernels import Solver, checks, landmark_solve
 
 SOLVERS = ("cholesky", "lu", "svd", "auto", "neumann")
 DIRECT = ("cholesky", "lu", "svd", "auto")
@@ -158,6 +158,21 @@ def test_an_asymmetric_matrix_alone_goes_to_lu(equilibrate):
     assert torch.equal(result.x[keep], untouched.x[keep])
     assert (result.solver == Solver.CHOLESKY).equal(keep)
     assert result.solver[1, 2] == Solver.LU
+
+
+@pytest.mark.parametrize(("capturing", "made"), [(False, 0), (True, 1)])
+def test_on_a_gpu_lu_is_made_only_where_it_is_needed_or_nobody_may_ask(monkeypatch, capturing, made):
+    logits, rhs = problem("random")
+    monkeypatch.setattr(checks, "may_ask", lambda _: False)  # as of a tensor on a GPU
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(checks, "_on_cuda", lambda _: True)
+    calls = []
+    plain = torch.linalg.lu_factor_ex
+    monkeypatch.setattr(torch.linalg, "lu_factor_ex", lambda A: calls.append(A.shape) or plain(A))
+    found = landmark_solve(logits, rhs, backend="reference").x
+    assert len(calls) == made
+    monkeypatch.undo()
+    assert torch.equal(found, landmark_solve(logits, rhs, backend="reference").x)
 
 
 def test_asymmetry_within_the_tolerance_is_symmetrised():

@@ -112,7 +112,7 @@ def pretended() -> Iterator[Clock]:
         for owner, name in LIBRARY:
             enter(mock.patch.object(owner, name, clock.watch("library", getattr(owner, name))))
         target = runtime.LaunchDevice(CAPABILITY, 227 * 1024)
-        enter(mock.patch.object(runtime, "cpu_launch_device", lambda: target))
+        enter(mock.patch.object(runtime, "cpu_launch_device", new=lambda: target))
         driver.set_active(_Driver())  # type: ignore[arg-type]
         try:
             yield clock

@@ -75,7 +75,7 @@ def call_of(trial: Trial, options: argparse.Namespace) -> Callable[[], object]:
     """A forward pass, or the backward pass of one that was made before."""
     dtype, device = DTYPES[options.dtype], torch.device(options.device)
     inputs = [
-        torch.randn(options.batch, 8, n, trial.d, device=device, dtype=dtype, requires_grad=True)
+        torch.randn(options.batch, options.heads, n, trial.d, device=device, dtype=dtype, requires_grad=True)
         for n in (options.queries, options.keys, options.keys)
     ]
 
@@ -137,6 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
     made = parser(__doc__)
     made.set_defaults(dtype="bf16", warmup=3, repeats=20, seconds=0.2)
     made.add_argument("--batch", type=int, default=8)
+    made.add_argument("--heads", type=int, default=8)
     made.add_argument("--queries", type=int, default=16_384)
     made.add_argument("--keys", type=int, default=256)
     made.add_argument("--processes", type=int, default=os.cpu_count(), help="that compile (default: all)")

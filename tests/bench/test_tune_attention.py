@@ -19,6 +19,8 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpret
 TINY = [
     "--batch",
     "1",
+    "--heads",
+    "1",
     "--queries",
     "40",
     "--keys",

@@ -280,11 +280,12 @@ def test_alone_and_in_any_batch_bit_for_bit(split, dtype, solver, monkeypatch):
     if split:
         divide(monkeypatch)
         take_pieces(monkeypatch)
-    tensors = inputs(7, b=3, nq=70, nk=70, dtype=dtype)
+    small = solver != "cholesky"  # sweeps of the Jacobi method are slow in the interpreter
+    tensors = inputs(7, b=3, h=1 if small else 2, nq=70, nk=70, dtype=dtype)
     weight = tokens(8, *tensors[0].shape).to(DEVICE)
 
     def run(*x: Tensor) -> Tensor:
-        return attend(*x, 20, qk_norm="both", solver=solver)
+        return attend(*x, 9 if small else 20, qk_norm="both", solver=solver)
 
     together = value_and_gradients(run, tensors, weight)
     for i in range(3):

@@ -104,6 +104,11 @@ def pretended() -> Iterator[Clock]:
 
     from srm_kernels import runtime
 
+    target = runtime.LaunchDevice(CAPABILITY, 227 * 1024)
+
+    def device() -> runtime.LaunchDevice:  # a mock would cost 30 µs a call
+        return target
+
     clock, before = Clock(), driver._active
     with ExitStack() as stack:
         enter = stack.enter_context
@@ -111,8 +116,7 @@ def pretended() -> Iterator[Clock]:
         enter(mock.patch.object(JITFunction, "run", clock.watch("triton", JITFunction.run)))
         for owner, name in LIBRARY:
             enter(mock.patch.object(owner, name, clock.watch("library", getattr(owner, name))))
-        target = runtime.LaunchDevice(CAPABILITY, 227 * 1024)
-        enter(mock.patch.object(runtime, "cpu_launch_device", new=lambda: target))
+        enter(mock.patch.object(runtime, "cpu_launch_device", device))
         driver.set_active(_Driver())  # type: ignore[arg-type]
         try:
             yield clock

@@ -118,7 +118,12 @@ def neck(case: Schedule, make: Maker = without_memory, batch: int = 2) -> None:
     maps, logits, cap = tensor(B, 3, C, P, P), tensor(B, 3), wide(1)
     y = tensor(B, case.heads, case.maps[0][1] ** 2, case.d)
     theta = [wide(case.heads)] * L
-    ends.project_sources(tensor(B, 256, C), square, square, *dyt, tensor(C))
+    tokens = tensor(B, 256, C)
+    ends.project_sources(tokens, square, square, *dyt, tensor(C))
+    if case.dyt:
+        squashing = [group[0] for group in dyt]
+        scale.dyt(tokens, *squashing)
+        scale.dyt_backward([tokens], [], tokens, *squashing)
     results = kernels.pooled_links(*arguments)
     backward.pooled_links_backward(results[:2], results, *arguments)
     ends.merge_links(results[1], results[0], keys, *align, square, theta, [wide()] * L, targets)

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 FP32_UNITS = 8
+DRAWS = 8  # losses that a gradient of few numbers is judged by
+FEW = 16
 
 
 def error_ratio(

@@ -18,15 +18,13 @@ import torch
 from torch import Tensor
 
 from bench import neck_numerics
-from srm_kernels.numerics import error_ratio
+from srm_kernels.numerics import DRAWS, FEW, error_ratio
 
 from .cases import DTYPES, Case, operator_cases
 from .device import Device, emulated_device
 from .necks import NeckCase, neck_cases
 
 ARCHITECTURES = (89, 90, 120, 80, 86)
-DRAWS = 8  # losses that a result of few numbers is judged by
-FEW = 16
 Row = dict[str, Any]
 
 

@@ -225,8 +225,8 @@ def pooled_links(
 
     Then pool(L X) = P̄ X, and the gradient of X is P̄ᵀ times that of the pooled Y. Differentiable in all but X; twice
     through the reference. Kernels write nothing at full resolution in forward, neither tokens nor queries, with DyT or
-    without; in backward T, DyT(T), Q and dQ of the links exist for the time of the call. For the backward pass F, K̃,
-    weights and P̄ are kept. A NaN stays in its image and head.
+    without; in backward Q, dQ and, with DyT, DyT(T) of the links exist for the time of the call. For the backward pass
+    F, K̃, weights and P̄ are kept. A NaN stays in its image and head.
     backend: "triton" takes fp32, bf16 and fp16, d from 8 to 128, r up to 128, r·d up to 8,192, P up to 32, and C up to
     256 where `dyt` is given or queries are normalised. They are taken by name only.
     Raises TypeError for dtypes, ValueError for shapes and values, NotImplementedError for a backend that cannot run.

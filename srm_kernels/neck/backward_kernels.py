@@ -1,10 +1,10 @@
 """Gradients of the pooled links on the device.
 
-Everything between F and L is formed again, Q by library products on either road (so that T, Q and dQ of the links are
-at full resolution while the call lasts), and what a training step keeps of a link is F, K̃ and P̄. The attention of
-all links is one launch, the sums for dK̃ a second, and the gradient of all maps, in which what came through Q meets what
-came through pool(F), a third. Every position gathers its gradient from the cells that hold it, and belongs to one
-program; partial sums are written and added in their order. Nothing is accumulated by atomics.
+Everything between F and L is formed again, Q by library products or, with DyT, by `squash_kernels`, so that Q and dQ of
+the links are at full resolution while the call lasts. What a training step keeps of a link is F, K̃ and P̄. The
+attention of all links is one launch, the sums for dK̃ a second, and the gradient of all maps, in which what came through
+Q meets what came through pool(F), a third. Every position gathers its gradient from the cells that hold it, and belongs
+to one program; partial sums are written and added in their order. Nothing is accumulated by atomics.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from ..parts import (
     wide_dot,
 )
 from ..pool.kernels import cell_start, cell_stop, first_cell, last_cell, most_cells
-from ..scale.kernels import dyt, dyt_backward
 from .kernels import Sizes, firsts_of, heavy, load_positions, place, tile_of
+from .squash_kernels import Squash
 
 GRADIENT_TILE = 32  # positions, and channels, of a tile of dF
 
@@ -211,18 +211,17 @@ def pooled_links_backward(
     """Gradients of the maps, then of every list of a link's tensors up to the keys."""
     dtype = maps[0].dtype
     absorbed = not alphas and qk_norm != "both"
-    links: list[_Composed | _Queries] = []
+    links: list[_Composed | _Queries | _SquashedQueries] = []
     for number, target in enumerate(targets):
         features = maps[target]
         align, bias, query = (
             group[number].to(dtype) for group in (align_weights, align_biases, query_weights)
         )
-        squashing = (alphas[number], weights[number], biases[number]) if alphas else None
-        links.append(
-            _Composed(features, align, bias, query)
-            if absorbed
-            else _Queries(features, align, bias, query, squashing)
-        )
+        if alphas:
+            squashing = alphas[number], weights[number], biases[number]
+            links.append(_SquashedQueries(features, align, bias, query, squashing))
+        else:
+            links.append((_Composed if absorbed else _Queries)(features, align, bias, query))
     sizes = Sizes(maps, keys, targets, size)
     queries = [link.queries for link in links]
     dqueries, dkeys = _attention_backward(grads[0], queries, keys, sizes, scale, qk_norm)
@@ -330,6 +329,21 @@ class _Composed:
 
 
 class _Queries:
+    """The queries of a link by T, and back."""
+
+    def __init__(self, features: Tensor, align: Tensor, bias: Tensor, query: Tensor) -> None:
+        self.rows, self.align, self.query = _rows(features), align, query
+        self.tokens = torch.addmm(bias, self.rows, align.mT)
+        self.queries = self.tokens @ query.mT
+
+    def backward(self, dquery: Tensor) -> list[Tensor]:
+        """[dF (B·N, C_i), dA, da, dW_Q]."""
+        daligned = dquery @ self.query
+        dbias = daligned.sum(0, dtype=torch.float32)
+        return [daligned @ self.align, daligned.mT @ self.rows, dbias, dquery.mT @ self.tokens]
+
+
+class _SquashedQueries:
     """The queries of a link by T and DyT(T), and back."""
 
     def __init__(
@@ -338,21 +352,17 @@ class _Queries:
         align: Tensor,
         bias: Tensor,
         query: Tensor,
-        squashing: tuple[Tensor, Tensor, Tensor] | None,
+        squashing: tuple[Tensor, Tensor, Tensor],
     ) -> None:
-        self.rows, self.align, self.query, self.squashing = _rows(features), align, query, squashing
-        self.aligned = torch.addmm(bias, self.rows, align.mT)
-        self.tokens = self.aligned if squashing is None else dyt(self.aligned, *squashing)
-        self.queries = self.tokens @ query.mT
+        self.rows, self.align = _rows(features), align
+        self.squash = Squash(self.rows, align, bias, query, squashing)
+        self.squashed, self.queries = self.squash.forward()
 
     def backward(self, dquery: Tensor) -> list[Tensor]:
-        """[dF (B·N, C_i), dA, da, dW_Q, and the three of DyT where there is one]."""
-        dquery_weight = dquery.mT @ self.tokens
-        daligned = dquery @ self.query
-        of_dyt: list[Tensor] = []
-        if self.squashing is not None:
-            daligned, *of_dyt = dyt_backward([daligned], [], self.aligned, *self.squashing)
-        dbias = daligned.sum(0, dtype=torch.float32)
+        """[dF (B·N, C_i), dA, da, dW_Q, dα, dw, db]."""
+        dquery_weight = dquery.mT @ self.squashed
+        daligned, (dalphas, dweight, dshift, dbias) = self.squash.backward(dquery)
+        of_dyt = [dalphas.sum().reshape(1), dweight, dshift]
         return [daligned @ self.align, daligned.mT @ self.rows, dbias, dquery_weight, *of_dyt]
 
 

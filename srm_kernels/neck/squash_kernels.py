@@ -1,0 +1,175 @@
+"""Queries through DyT on the device for the backward pass, and what their gradient leaves of it.
+
+With the rows F (M, C_i) of a map, positions along M:
+
+    T = F Aᵀ + a    D = w ∘ tanh(αT) + b    Q = D W_Qᵀ
+    dD = dQ W_Q     dT = α w ∘ (1 − tanh²(αT)) ∘ dD
+
+Forward, a program makes T and D of some positions, 64 channels after others, writes D, which dW_Q = dQᵀ D needs, and
+adds D W_Qᵀ to their Q. Backward, a program takes some positions and channels, makes T from F again and dD from dQ, and
+writes dT. So T and dD are never written: of full-resolution tensors, forward writes D and Q and backward reads dQ and
+writes dT. What positions add to dα, dw, db and da is written for each tile, and added by a library sum.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..attention import configurations
+from ..parts import contiguous, empty, on_device, padded, precision, readable
+from ..scale.kernels import tanh
+from .kernels import load_block
+
+
+class SquashTile(NamedTuple):
+    """Positions and channels of a tile, and entries of a sum that one product takes."""
+
+    positions: int
+    channels: int
+    chunk: int
+
+
+def forward_tile(dtype: torch.dtype) -> SquashTile:
+    """Q of all channels stays in registers, up to 256."""
+    return SquashTile(32, 32, 16) if dtype == torch.float32 else SquashTile(64, 64, 32)
+
+
+def backward_tile(dtype: torch.dtype) -> SquashTile:
+    """T and dD stay in registers."""
+    return SquashTile(64, 64, 16) if dtype == torch.float32 else SquashTile(128, 64, 32)
+
+
+@triton.jit
+def aligned_tokens(
+    rows_ptr, align_ptr, bias_ptr, row, M, t, channels: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """T of some rows and channels, rounded as the module rounds it, in fp32."""
+    dtype = rows_ptr.dtype.element_ty
+    aligned = tl.zeros([row.shape[0], t.shape[0]], tl.float32)
+    for first in range(0, channels, CHUNK):
+        c = first + tl.arange(0, CHUNK)
+        values = load_block(rows_ptr, row, M, c, channels, channels)
+        align = load_block(align_ptr, t, C, c, channels, channels)
+        aligned = tl.dot(values, tl.trans(align), aligned, input_precision=PRECISION)
+    bias = tl.load(bias_ptr + t, mask=t < C, other=0.0).to(tl.float32)
+    return (aligned + bias[None, :]).to(dtype).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _squash_kernel(
+    rows_ptr, align_ptr, bias_ptr, alpha_ptr, weight_ptr, dyt_bias_ptr, query_ptr, squashed_ptr, queries_ptr,
+    M, channels: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """D and Q of a tile of positions."""
+    dtype = rows_ptr.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    n = tl.arange(0, WIDTH)
+    alpha = tl.load(alpha_ptr).to(tl.float32)
+    queries = tl.zeros([BLOCK, WIDTH], tl.float32)
+    for start in range(0, C, TOKENS):
+        t = start + tl.arange(0, TOKENS)
+        tokens = aligned_tokens(rows_ptr, align_ptr, bias_ptr, row, M, t, channels, C, CHUNK, PRECISION)
+        weight = tl.load(weight_ptr + t, mask=t < C, other=0.0).to(tl.float32)
+        bias = tl.load(dyt_bias_ptr + t, mask=t < C, other=0.0).to(tl.float32)
+        squashed = (weight[None, :] * tanh(alpha * tokens) + bias[None, :]).to(dtype)
+        inside = (row < M)[:, None] & (t < C)[None, :]
+        tl.store(squashed_ptr + row[:, None] * C + t[None, :], squashed, mask=inside)
+        matrix = load_block(query_ptr, n, C, t, C, C)
+        queries = tl.dot(squashed, tl.trans(matrix), queries, input_precision=PRECISION)
+    inside = (row < M)[:, None] & (n < C)[None, :]
+    tl.store(queries_ptr + row[:, None] * C + n[None, :], queries.to(dtype), mask=inside)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _squash_backward_kernel(
+    rows_ptr, align_ptr, bias_ptr, alpha_ptr, weight_ptr, query_ptr, dqueries_ptr, daligned_ptr, parts_ptr, M,
+    channels: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dT of a tile of positions and channels, and what it adds to dα, dw, db and da: parts [tiles, 4, C]."""
+    tile = tl.program_id(0).to(tl.int64)
+    row = tile * BLOCK + tl.arange(0, BLOCK)
+    t = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    dsquashed = tl.zeros([BLOCK, TOKENS], tl.float32)
+    for first in range(0, C, CHUNK):
+        n = first + tl.arange(0, CHUNK)
+        dqueries = load_block(dqueries_ptr, row, M, n, C, C)
+        matrix = load_block(query_ptr, n, C, t, C, C)
+        dsquashed = tl.dot(dqueries, matrix, dsquashed, input_precision=PRECISION)
+    tokens = aligned_tokens(rows_ptr, align_ptr, bias_ptr, row, M, t, channels, C, CHUNK, PRECISION)
+    alpha = tl.load(alpha_ptr).to(tl.float32)
+    weight = tl.load(weight_ptr + t, mask=t < C, other=0.0).to(tl.float32)
+    bounded = tanh(alpha * tokens)
+    slope = dsquashed * weight[None, :] * (1.0 - bounded * bounded)  # the gradient of αT
+    daligned = slope * alpha
+    inside = (row < M)[:, None] & (t < C)[None, :]
+    tl.store(
+        daligned_ptr + row[:, None] * C + t[None, :], daligned.to(daligned_ptr.dtype.element_ty), mask=inside
+    )
+    base = parts_ptr + tile * 4 * C + t
+    tl.store(base, tl.sum(tl.where(inside, slope * tokens, 0.0), 0), mask=t < C)
+    tl.store(base + C, tl.sum(tl.where(inside, dsquashed * bounded, 0.0), 0), mask=t < C)
+    tl.store(base + 2 * C, tl.sum(tl.where(inside, dsquashed, 0.0), 0), mask=t < C)
+    tl.store(base + 3 * C, tl.sum(tl.where(inside, daligned, 0.0), 0), mask=t < C)
+
+
+class Squash:
+    """D and Q of a link from the rows of its map, and the way back.
+
+    rows: F (M, C_i); align, bias: A (C, C_i) and a (C,); query: W_Q (C, C), all of F's dtype. dyt: (α, w, b), no
+    narrower. C is at most 256.
+    """
+
+    def __init__(
+        self, rows: Tensor, align: Tensor, bias: Tensor, query: Tensor, dyt: tuple[Tensor, Tensor, Tensor]
+    ) -> None:
+        self.dtype = rows.dtype
+        self.given = contiguous((rows, align, bias))
+        self.query = readable(query).contiguous()
+        self.alpha, self.weight, self.shift = contiguous(dyt)
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """D and Q, (M, C) both."""
+        rows, C = self.given[0], len(self.query)
+        squashed, queries = (empty((len(rows), C), rows, rows.dtype) for _ in range(2))
+        tile = forward_tile(rows.dtype)
+        with on_device(rows):
+            _squash_kernel[(-(-len(rows) // tile.positions),)](
+                *self.given, self.alpha, self.weight, self.shift, self.query, squashed, queries, len(rows),
+                WIDTH=padded(C), **self._shape(tile), num_warps=8, num_stages=2,
+                maxnreg=configurations.MOST_REGISTERS,  # else some spill to let two programs share a processor
+            )  # fmt: skip
+        return squashed.to(self.dtype), queries.to(self.dtype)
+
+    def backward(self, dqueries: Tensor) -> tuple[Tensor, Tensor]:
+        """dT (M, C), and in fp32 (4, C) what each channel adds to dα, then dw, db and da."""
+        rows, C = self.given[0], len(self.query)
+        tile = backward_tile(rows.dtype)
+        tiles = -(-len(rows) // tile.positions)
+        daligned = empty((len(rows), C), rows, rows.dtype)
+        parts = empty((tiles, 4, C), rows, torch.float32)
+        with on_device(rows):
+            _squash_backward_kernel[(tiles, -(-C // tile.channels))](
+                *self.given, self.alpha, self.weight, self.query, readable(dqueries).contiguous(), daligned,
+                parts, len(rows), **self._shape(tile), num_warps=8, num_stages=2,
+            )  # fmt: skip
+        return daligned.to(self.dtype), parts.sum(0)
+
+    def _shape(self, tile: SquashTile) -> dict[str, int | str]:
+        """The compile-time numbers that both kernels take."""
+        rows = self.given[0]
+        return {
+            "channels": rows.shape[1],
+            "C": len(self.query),
+            "CHUNK": tile.chunk,
+            "BLOCK": tile.positions,
+            "TOKENS": tile.channels,
+            "PRECISION": precision(rows.dtype),
+        }

@@ -42,27 +42,25 @@ def _about() -> dict[str, Any]:
 
 
 def _report(options: argparse.Namespace) -> int:
+    """Write the rows and the page after every architecture, so that a stopped run keeps what it has counted."""
     from . import report
 
     out = options.out or SIMULATED
     path, about = out / "kernels.jsonl", _about()
-    found = []
-    for row in report.rows(options.gpus or tuple(report.GPUS)):
-        found.append({**row, "machine": about})
-        print(
-            f"{row['gpu']:14} {row['workload']:22} {row['kernel']:26} {row['us']:8.1f} µs, limited by {row['limit']}, "
-            f"{100 * row['share_of_floor']:3.0f} % of the floor",
-            flush=True,
-        )
-    kept = (
-        [row for row in read(path) if row["gpu"] not in {one["gpu"] for one in found}]
-        if path.is_file()
-        else []
-    )
-    order = {name: number for number, name in enumerate(report.GPUS)}
-    found = sorted([*kept, *found], key=lambda row: order[row["gpu"]])
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found))
-    write_text(out / "report.md", report.page(found))
+    for gpus in report.by_architecture(options.gpus or tuple(report.GPUS)):
+        found = []
+        for row in report.rows(gpus):
+            found.append({**row, "machine": about})
+            print(
+                f"{row['gpu']:14} {row['workload']:22} {row['kernel']:26} {row['us']:8.1f} µs, limited by "
+                f"{row['limit']}, {100 * row['share_of_floor']:3.0f} % of the floor",
+                flush=True,
+            )
+        kept = [row for row in read(path) if row["gpu"] not in gpus] if path.is_file() else []
+        order = {name: number for number, name in enumerate(report.GPUS)}
+        found = sorted([*kept, *found], key=lambda row: order[row["gpu"]])
+        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found))
+        write_text(out / "report.md", report.page(found))
     print(f"{out / 'report.md'}: {len(found)} rows; a simulation, no GPU has run it")
     return 0
 

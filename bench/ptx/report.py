@@ -20,6 +20,14 @@ NAMES = {"mma": "tensor cores", "alu": "integer", "imad": "integer multiply", "x
 Row = dict[str, Any]
 
 
+def by_architecture(gpus: Iterable[str]) -> list[tuple[str, ...]]:
+    """Return the GPUs in groups that run the same code."""
+    groups: dict[int, list[str]] = {}
+    for name in gpus:
+        groups.setdefault(GPUS[name].capability, []).append(name)
+    return [tuple(group) for group in groups.values()]
+
+
 def rows(
     gpus: Sequence[str] = tuple(GPUS), workloads: Sequence[Workload] = WORKLOADS, dtype: str = "bfloat16"
 ) -> Iterator[Row]:
@@ -30,8 +38,9 @@ def rows(
         workloads: what is launched for one image; bounds are for a batch of 8.
         dtype: the dtype of the tokens and maps.
     """
-    for architecture in dict.fromkeys(GPUS[name].capability for name in gpus):
-        cards = [GPUS[name] for name in gpus if GPUS[name].capability == architecture]
+    for group in by_architecture(gpus):
+        cards = [GPUS[name] for name in group]
+        architecture = cards[0].capability
         for workload, launch in counted(workloads, architecture, getattr(torch, dtype)):
             for gpu in cards:
                 yield row_of(workload.name, launch, gpu, dtype)

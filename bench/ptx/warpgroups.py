@@ -185,7 +185,9 @@ class WarpgroupProducts(State):
             self._taken(group, number, everything, owner, active)
             held = everything[active[owner]]
         group.pending.append([registers, active.copy(), group.products.copy(), held, owner[active[owner]]])
-        product = np.matmul(first, second.transpose(0, 2, 1)).reshape(
+        # By 16 rows however many warps run at once: the sums of a larger product may be taken in another order.
+        by_warp = first.reshape(units, together, 16, depth)
+        product = np.matmul(by_warp, second.transpose(0, 2, 1)[:, None]).reshape(
             warps, 2, 8, size // 8, 4, 2
         )  # r, g, j, t, e
         if scales[0] * scales[1] < 0:

@@ -3,6 +3,9 @@
 The committed table, bench/results/compiled/resources.jsonl, has a row of every launch with a digest of what it was
 compiled from. What it lacks, since a kernel or the rule has changed, is compiled here; `bench.resources --out` with
 that file brings it up to date. No spills up to r = d = 64, shared memory within what a block may ask for.
+
+The digest names the version of Triton. With another one than the table's every row would be compiled anew, for an
+hour on two cores: with such a version only the article's shapes are.
 """
 
 from __future__ import annotations
@@ -21,13 +24,15 @@ from bench.harness import read
 from bench.resources import ARCHITECTURES, SHARED_LIMIT, Resources
 from bench.shapes import SOLVERS
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+WHOLE = triton.__version__ in {row["machine"]["triton"] for row in read(COMPILED)}
+of_all_shapes = pytest.mark.skipif(not WHOLE, reason="the committed table is of another version of Triton")
 FAMILIES = ("attention", "solve", "landmarks", "neck")
 
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """A row of every launch as it is now, at every shape that `bench.resources` knows."""
+    """A row of every launch as it is now: at every shape that `bench.resources` knows, or at the article's."""
     folder = tmp_path_factory.mktemp("compiled")
 
     def rows_of(architecture: int) -> list[dict[str, Any]]:
@@ -42,8 +47,10 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
             str(architecture),
             "--out",
             str(out),
+            *([] if WHOLE else ["--article"]),
         )
-        return [row for row in read(out) if row["architecture"] == architecture]
+        found = [row for row in read(out) if row["machine"]["triton"] == triton.__version__]
+        return [row for row in found if row["architecture"] == architecture]
 
     with ThreadPoolExecutor(os.cpu_count()) as processes:  # each waits for a process that compiles
         return [row for rows in processes.map(rows_of, ARCHITECTURES) for row in rows]
@@ -57,7 +64,7 @@ def test_the_table_has_every_family_and_architecture(table: list[dict[str, Any]]
 
 def test_nothing_spills_up_to_64_landmarks_and_64_channels(table: list[dict[str, Any]]):
     rows = [row for row in table if max(row["case"]["rank"], row["case"]["d"]) <= 64]
-    assert len({row["code"] for row in rows}) > 500
+    assert len({row["code"] for row in rows}) > (500 if WHOLE else 200)
     assert [row for row in rows if row["spilled"]] == []
 
 
@@ -65,10 +72,12 @@ def test_nothing_spills_up_to_64_landmarks_and_64_channels(table: list[dict[str,
 def test_everything_fits_into_shared_memory(table: list[dict[str, Any]], architecture: int):
     limit = SHARED_LIMIT[architecture] * 1024
     rows = [row for row in table if row["architecture"] == architecture]
-    assert max(row["case"]["rank"] for row in rows) == max(row["case"]["d"] for row in rows) == 128
+    assert max(row["case"]["rank"] for row in rows) == 128
+    assert max(row["case"]["d"] for row in rows) == (128 if WHOLE else 64)
     assert [(row["kernel"], row["case"], row["shared"]) for row in rows if row["shared"] > limit] == []
 
 
+@of_all_shapes
 def test_every_solver_is_in_the_table_forward_and_backward(table: list[dict[str, Any]]):
     """`svd` and `auto` go backward as `lu`."""
     forms = {("solve_forward_kernel", solver) for solver in SOLVERS}
@@ -88,6 +97,7 @@ SAMPLE = {
 }
 
 
+@of_all_shapes
 @pytest.mark.parametrize("architecture", SAMPLE)
 def test_compiled_anew_a_kernel_asks_for_what_the_table_says(
     table: list[dict[str, Any]], architecture: int, tmp_path: Path

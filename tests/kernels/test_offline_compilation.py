@@ -5,7 +5,7 @@ compiled from. What it lacks, since a kernel or the rule has changed, is compile
 that file brings it up to date. No spills up to r = d = 64, shared memory within what a block may ask for.
 
 The digest names the version of Triton. With another one than the table's every row would be compiled anew, for an
-hour on two cores: with such a version only the article's shapes are.
+hour on two cores: with such a version only the article's shapes are, and only for sm_86 (mma.sync) and sm_90 (wgmma).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from bench.shapes import SOLVERS
 triton = pytest.importorskip("triton")
 WHOLE = triton.__version__ in {row["machine"]["triton"] for row in read(COMPILED)}
 of_all_shapes = pytest.mark.skipif(not WHOLE, reason="the committed table is of another version of Triton")
+COMPILED_FOR = ARCHITECTURES if WHOLE else (86, 90)
 FAMILIES = ("attention", "solve", "landmarks", "neck")
 
 
@@ -53,22 +54,22 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         return [row for row in found if row["architecture"] == architecture]
 
     with ThreadPoolExecutor(os.cpu_count()) as processes:  # each waits for a process that compiles
-        return [row for rows in processes.map(rows_of, ARCHITECTURES) for row in rows]
+        return [row for rows in processes.map(rows_of, COMPILED_FOR) for row in rows]
 
 
 def test_the_table_has_every_family_and_architecture(table: list[dict[str, Any]]):
     assert {(row["family"], row["architecture"]) for row in table} == {
-        (family, architecture) for family in FAMILIES for architecture in ARCHITECTURES
+        (family, architecture) for family in FAMILIES for architecture in COMPILED_FOR
     }
 
 
 def test_nothing_spills_up_to_64_landmarks_and_64_channels(table: list[dict[str, Any]]):
     rows = [row for row in table if max(row["case"]["rank"], row["case"]["d"]) <= 64]
-    assert len({row["code"] for row in rows}) > (500 if WHOLE else 200)
+    assert len({row["code"] for row in rows}) > (500 if WHOLE else 80)
     assert [row for row in rows if row["spilled"]] == []
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", COMPILED_FOR)
 def test_everything_fits_into_shared_memory(table: list[dict[str, Any]], architecture: int):
     limit = SHARED_LIMIT[architecture] * 1024
     rows = [row for row in table if row["architecture"] == architecture]

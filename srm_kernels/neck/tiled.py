@@ -5,7 +5,8 @@
 A tile is about 1,024 positions, so that tokens, queries and probabilities stay in the cache and never exist at full
 resolution. What is linear is folded into the weights first, the scale and the norm into K̃; only P̄ leaves a tile. The
 backward pass computes each tile again. Images are taken one by one: an image alone and in a batch gives the same bits.
-Everything is computed in the wide dtype, from F, A, a and W_Q as F's dtype holds them.
+Everything is computed in the wide dtype, from F, A, a and W_Q as F's dtype holds them. Products are torch's; softmax,
+pooling and tanh are C++ of csrc where it is built (`tile_native.py`), else torch's too (`tile_steps.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from ..attention.reference import normalised_key, rms_normalise
 from ..checks import wide_dtype
 from ..pool.reference import adaptive_pool
+from .tile_native import grid_of
 from .tile_steps import (
     Affine,
     Folded,
@@ -253,7 +255,7 @@ def _add(sums: Affine, grad: Tensor, inputs: Tensor) -> None:
 
 def _grid(m: Tensor, size: int, like: Tensor) -> Grid:
     height, width = m.shape[2:]
-    return Grid(height, width, size, POSITIONS, like)
+    return grid_of(height, width, size, POSITIONS, like)
 
 
 def _is_aligned(tensor: Tensor) -> bool:

@@ -7,7 +7,6 @@ has several, and some rows are longer than a tile.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -20,8 +19,9 @@ from oracle import tokens
 from torch import Tensor, library
 from torch.autograd import gradcheck, gradgradcheck
 
-from srm_kernels import neck, runtime
+from srm_kernels import native, neck, runtime
 from srm_kernels.neck import tile_steps, tiled
+from srm_kernels.neck.tile_native import NativeGrid, grid_of
 from srm_model.profiling.memory import peak
 
 CPU = torch.device("cpu")
@@ -30,11 +30,17 @@ made = partial(inputs, device="cpu")
 NORMS = (None, "keys", "both")
 
 
-@pytest.fixture(autouse=True)
-def small_tiles() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiled, "POSITIONS", 40)
-        yield
+@pytest.fixture(autouse=True, params=["torch", "csrc"])
+def steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What takes the elementwise steps, in small tiles."""
+    monkeypatch.setattr(tiled, "POSITIONS", 40)
+    if request.param == "csrc":
+        request.getfixturevalue("core")
+        if not isinstance(grid_of(2, 2, 1, 4, torch.ones(1)), NativeGrid):
+            pytest.skip("the installed library is older than csrc: install the package again")
+    else:
+        monkeypatch.setattr(native, "BUILT", set())
+    return str(request.param)
 
 
 def without_x(arguments: list[Tensor]) -> list[Tensor]:
@@ -235,3 +241,67 @@ def test_tiles_cover_every_position_once(height, width, positions):
         assert tile.stop - tile.start <= positions
         assert len(columns) == width or len(rows) == 1
     assert covered == list(range(height * width))
+
+
+def test_what_is_not_compiled_is_plain_pytorch(steps):
+    """So is a grid on another device, and one by a library that was built before the neck's steps were in it."""
+    assert (type(grid_of(2, 2, 1, 4, torch.ones(1))) is NativeGrid) == (steps == "csrc")
+    assert type(grid_of(2, 2, 1, 4, torch.ones(1, device="meta"))) is tile_steps.Grid
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_tanh_is_accurate_relative_to_itself(dtype):
+    """To 2 units, in both forms; what is not finite stays what it is."""
+    x = torch.cat([tokens(1, 20_000, scale=4), 10 ** tokens(2, 20_000, scale=8).clamp(-30, 2)]).to(dtype)
+    grid, space = grid_of(2, 2, 1, 4, x), x.clone()
+    exact = x.double().tanh()
+    found = grid.squash_(space)
+    assert found is space
+    assert ((found - exact) / exact).abs().max() <= 2 * torch.finfo(dtype).eps
+    ends = torch.tensor([math.nan, math.inf, -math.inf, 0.0], dtype=dtype)
+    found = grid.squash_(ends.clone())
+    assert torch.equal(found.nan_to_num(7), ends.tanh().nan_to_num(7))
+
+
+@pytest.mark.parametrize("rank", [1, 7, 64, 70])
+def test_logits_far_apart_or_not_finite(rank):
+    """Exponentials that underflow are 0; a NaN or an infinity makes its own row NaN, and no other cell."""
+    logits = tokens(3, 2, 12, rank, scale=60).float()
+    logits[0, 4, -1], logits[1, 7, 0] = math.nan, math.inf
+    tile = tile_steps.tiles_of(3, 4, 12)[0]
+    like, grad = logits.new_empty(0), tokens(4, 2, 2, 2 * rank).float()
+    found, plain = grid_of(3, 4, 2, 12, like), tile_steps.Grid(3, 4, 2, 12, like)
+    pooled = [torch.zeros(2, 2, 2 * rank) for _ in range(2)]
+    by = [logits.clone() for _ in range(4)]
+    for grid, probabilities, into in ((found, by[0], pooled[0]), (plain, by[1], pooled[1])):
+        grid.pool(probabilities, tile, into, tile_steps.Workspace(like))
+    assert torch.equal(by[0].isnan(), by[1].isnan())
+    torch.testing.assert_close(by[0], by[1], rtol=1e-5, atol=1e-7, equal_nan=True)
+    grads = [
+        grid.pool_backward(given, tile, grad, tile_steps.Workspace(like))
+        for grid, given in ((found, by[2]), (plain, by[3]))
+    ]
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+def test_the_compiled_steps_check_what_they_are_given(steps):
+    if steps == "torch":
+        pytest.skip("of csrc alone")
+    core, logits, pooled = torch.ops.srm_cpu, torch.ones(2, 12, 5), torch.ones(2, 2, 10)
+    library.opcheck(core.softmax_pool_.default, (logits, pooled, 3, 4, 2, 0, 12), test_utils="test_schema")
+    library.opcheck(
+        core.softmax_pool_backward_.default, (logits, pooled, 3, 4, 2, 0, 12), test_utils="test_schema"
+    )
+    library.opcheck(core.tanh_.default, (logits,), test_utils="test_schema")
+    for arguments in (
+        (logits.mT, pooled, 3, 4, 2, 0, 12),
+        (logits.double(), pooled, 3, 4, 2, 0, 12),
+        (logits, pooled[:1], 3, 4, 2, 0, 12),
+        (logits, pooled, 3, 4, 2, 1, 13),
+        (logits, pooled, 3, 4, 3, 0, 12),
+    ):
+        for step in (core.softmax_pool_, core.softmax_pool_backward_):
+            with pytest.raises(ValueError, match="contiguous"):
+                step(*arguments)
+    with pytest.raises(ValueError, match="contiguous"):
+        core.tanh_(logits.mT)

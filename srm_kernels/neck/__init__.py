@@ -21,7 +21,7 @@ from ..landmarks import kernel_limits
 from ..registration import later, register_operator
 from ..runtime import interpreting, kernels_by_name, roomy
 from ..scale import RMSScale
-from . import reference
+from . import reference, tiled
 
 _KERNELS, _BACKWARD, _ENDS = (
     f"{__name__}.{module}" for module in ("kernels", "backward_kernels", "end_kernels")
@@ -113,8 +113,11 @@ _pooled = register_operator(
     "Tensor[] biases, Tensor[] query_weights, Tensor[] keys, Tensor[] xs, int[] targets, SymInt size, float scale, "
     "str? qk_norm",
     "(Tensor, Tensor, Tensor, Tensor)",
-    dict.fromkeys(("reference", "sdpa"), reference.pooled_links)
-    | {"triton": later(_KERNELS, "pooled_links")},
+    {
+        "reference": reference.pooled_links,
+        "sdpa": tiled.pooled_links,
+        "triton": later(_KERNELS, "pooled_links"),
+    },
     fake=_fake_links,
     differentiable=(
         "maps",
@@ -126,7 +129,10 @@ _pooled = register_operator(
         "query_weights",
         "keys",
     ),
-    derivatives={"triton": later(_BACKWARD, "pooled_links_backward")},
+    derivatives={
+        "sdpa": tiled.pooled_links_backward,
+        "triton": later(_BACKWARD, "pooled_links_backward"),
+    },
     constant=(2, 3),
     autocast=_cast_pooled,
 )
@@ -227,8 +233,10 @@ def pooled_links(
     through the reference. Kernels write nothing at full resolution in forward, neither tokens nor queries, with DyT or
     without; in backward Q, dQ and, with DyT, DyT(T) of the links exist for the time of the call. For the backward pass
     F, K̃, weights and P̄ are kept. A NaN stays in its image and head.
-    backend: "triton" takes fp32, bf16 and fp16, d from 8 to 128, r up to 128, r·d up to 8,192, P up to 32, and C up to
-    256 where `dyt` is given or queries are normalised. They are taken by name only.
+    backend: "sdpa", the default on CPU tensors, works on tiles of about 1,024 positions, one image at a time, forward
+    and backward: neither tokens, queries nor probabilities exist at full resolution. On CUDA tensors "sdpa" and the
+    default are the reference. "triton" takes fp32, bf16 and fp16, d from 8 to 128, r up to 128, r·d up to 8,192, P up
+    to 32, and C up to 256 where `dyt` is given or queries are normalised. It is used by name only.
     Raises TypeError for dtypes, ValueError for shapes and values, NotImplementedError for a backend that cannot run.
     """
     maps = autocast.lowered(*maps)
@@ -363,9 +371,16 @@ def fuses(
 def _choose_backend(
     requested: str | None, features: Tensor, rank: int, d: int, size: int, channels: int
 ) -> str:
-    return kernels_by_name(
-        requested, features, "pooled_links", partial(_refusal, features, rank, d, size, channels)
+    tiled_here = features.device.type == "cpu"
+    chosen = kernels_by_name(
+        requested,
+        features,
+        "pooled_links",
+        partial(_refusal, features, rank, d, size, channels),
+        plain=("sdpa", "reference") if tiled_here else ("reference", "sdpa"),
     )
+    # A GPU is faster with all images and positions at once, which is the reference's form.
+    return "reference" if chosen == "sdpa" and not tiled_here else chosen
 
 
 def _refusal(features: Tensor, rank: int, d: int, size: int, channels: int) -> str | None:

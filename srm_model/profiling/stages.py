@@ -18,20 +18,13 @@ from srm_model.neck import SRMNeck
 from srm_model.profiling.timing import FEWEST, Effort, cpu_clock
 
 REST = "rest"  # what lies between the named parts: pooling, folding, fusion
-# Methods of a neck by kernels, whose links share launches and call no module of their own.
-FUSED = {
-    "sources": "_shiftless_sources",
-    "key sides": "_key_sides",
-    "query sides": "_query_sides",
-    "merge": "_merged",
-}
-_LAST = ("gate", "head")
 
 
 def stages(module: nn.Module) -> dict[str, list[nn.Module]]:
     """Parts of a model or a neck that add up to it, but for `REST`: backbone, align, each link, gate, head.
 
-    A link is its projections, its attention and W_O.
+    A link is its projections, its attention and W_O. Links in the pooled form share their steps, which stand in place
+    of align and of each link; a neck calls either the ones or the others.
     """
     module = unwrapped(module)
     if isinstance(module, IQAModel):
@@ -41,23 +34,15 @@ def stages(module: nn.Module) -> dict[str, list[nn.Module]]:
     found: dict[str, list[nn.Module]] = {"align": list(module.align)}
     for (source, target), link in zip(module.config.links, module.links.values(), strict=True):
         found[f"link {source}→{target}"] = [link, link.output]  # type: ignore[list-item]
-    found["gate"] = [module.gate]
-    return found
+    found |= {"sources": [module.sources], "key sides": [module.key_sides]}
+    return found | {"query sides": [module.query_sides], "merge": [module.merge], "gate": [module.gate]}
 
 
 def stage_times(
     module: nn.Module, call: Callable[[], object], device: torch.device, effort: Effort
 ) -> dict[str, float]:
-    """Median milliseconds of every stage and of `REST` in a `call` of `module`, forward, within an effort's seconds.
-
-    Where the neck runs by kernels, the `FUSED` parts stand in place of the links, which share launches there.
-    """
+    """Median milliseconds of every stage called and of `REST` in a `call` of `module`, forward, within an effort."""
     parts = stages(module)
-    names = [
-        *(name for name in parts if name not in _LAST),
-        *FUSED,
-        *(name for name in _LAST if name in parts),
-    ]
     marks: list[tuple[str, Any, Any]] = []
     open_: list[Any] = []
 
@@ -68,20 +53,16 @@ def stage_times(
         event.record()
         return event
 
-    def entered(*_: Any) -> None:
-        open_.append(mark())
-
     def left(name: str) -> None:
         marks.append((name, open_.pop(), mark()))
 
     seen: set[str] = set()
-    rounds: dict[str, list[float]] = {name: [] for name in (*names, REST)}
+    rounds: dict[str, list[float]] = {name: [] for name in (*parts, REST)}
     handles = []
     for name, modules in parts.items():
         for part in modules:
-            handles.append(part.register_forward_pre_hook(entered))
+            handles.append(part.register_forward_pre_hook(lambda *_: open_.append(mark())))
             handles.append(part.register_forward_hook(lambda *_, name=name: left(name)))
-    unwatch = _watch_fused(module, entered, left)
     try:
         begun = time.perf_counter()
         for count in range(max(min(effort.repeats, 20), 1)):
@@ -93,7 +74,7 @@ def stage_times(
             end = mark()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            taken = dict.fromkeys(names, 0.0)
+            taken = dict.fromkeys(parts, 0.0)
             for name, start, stop in marks:
                 seen.add(name)
                 taken[name] += _between(start, stop)
@@ -101,7 +82,6 @@ def stage_times(
                 rounds[name].append(value)
             rounds[REST].append(max(_between(begin, end) - sum(taken.values()), 0.0))
     finally:
-        unwatch()
         for handle in handles:
             handle.remove()
     return {
@@ -130,41 +110,11 @@ def named_ranges(module: nn.Module) -> Iterator[None]:
         if name and (not name.startswith("backbone.") or name.count(".") <= 2):
             handles.append(part.register_forward_pre_hook(enter(name)))
             handles.append(part.register_forward_hook(leave))
-    unwatch = _watch_fused(module, lambda name: enter(name)(), lambda name: leave())
     try:
         yield
     finally:
-        unwatch()
         for handle in handles:
             handle.remove()
-
-
-def _watch_fused(
-    module: nn.Module, entered: Callable[[str], object], left: Callable[[str], object]
-) -> Callable[[], None]:
-    """Call `entered` and `left` around every `FUSED` part; the result ends that."""
-    necks = [part for part in module.modules() if isinstance(part, SRMNeck)]
-
-    def watched(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **options: Any) -> Any:
-            entered(name)
-            try:
-                return method(*args, **options)
-            finally:
-                left(name)
-
-        return call
-
-    for neck in necks:
-        for name, method in FUSED.items():
-            vars(neck)[method] = watched(name, getattr(neck, method))
-
-    def unwatch() -> None:
-        for neck in necks:
-            for method in FUSED.values():
-                del vars(neck)[method]
-
-    return unwatch
 
 
 def _between(start: Any, end: Any) -> float:

@@ -17,10 +17,12 @@ from srm_kernels.attention.reference import landmark_system
 from srm_model.config import SRMConfig
 from srm_model.model import IQAModel
 from srm_model.modules import evaluating, unwrapped
-from srm_model.neck import Link, SRMNeck, attending, quantiles
+from srm_model.neck import Link, SRMNeck
+from srm_model.neck.diagnosis import attending, quantiles
 
 METHODS = ("leverage", "uniform", "pivoted_cholesky", "kmeans++")
 QUERIES = 1024  # at most, evenly spaced: the error of the attention is a mean over them
+FIGURES = ("kappa", "residual", "gain", "error")
 QUANTILES = {"median": 0.5, "p90": 0.9, "max": 1.0}
 STEPS = (1.0, 0.1, 0.01)  # of 1/255, by which every pixel is moved up or down to see whether landmarks change
 
@@ -75,7 +77,7 @@ def diagnose(model: IQAModel, batches: Iterable[Tensor], *, pictured: int = 2) -
             aligned = neck.aligned(model.pyramid(images))
             if number == 0:
                 changed = _changes(model, images)
-            for source, target, link, q, k, v, grid in attending(neck, aligned):
+            for (source, target), (link, q, k, v) in attending(neck, aligned):
                 name = f"{source}→{target}"
                 used[name] = min(config.rank, k.shape[2])
                 q = q[:, :, :: max(1, math.ceil(q.shape[2] / QUERIES))]
@@ -90,7 +92,7 @@ def diagnose(model: IQAModel, batches: Iterable[Tensor], *, pictured: int = 2) -
                     y, _ = _attend(link, q, k, v, landmarks=method, rank=rank)
                     errors.setdefault((method, rank), []).append(_error(y, exact).flatten())
                 if number == 0:
-                    landmarks += _positions(link, name, k, grid, pictured)
+                    landmarks += _positions(link, name, k, aligned[source].shape[-2:], pictured)
     if not links:
         raise ValueError("no image and no link to diagnose; expected at least one batch and one acting link")
     return {
@@ -112,9 +114,9 @@ def _changes(model: IQAModel, images: Tensor) -> list[dict[str, Any]]:
 
     def chosen(images: Tensor) -> dict[str, list[Tensor]]:
         sets: dict[str, list[Tensor]] = {method: [] for method in METHODS}
-        for one in attending(neck, neck.aligned(model.pyramid(images))):
+        for _, (link, _, k, _) in attending(neck, neck.aligned(model.pyramid(images))):
             for method, found in sets.items():
-                index = one.link.landmarks(one.k, landmarks=method)
+                index = link.landmarks(k, landmarks=method)
                 found.append(index.sort(-1).values.flatten(0, 1))
         return sets
 
@@ -143,8 +145,8 @@ def _measured(
     y, solution = _attend(link, q, k, v, **changes)
     if changes.get("qk_norm", link.config.qk_norm) != link.config.qk_norm:
         exact = full_attention(q, k, v, qk_norm=changes["qk_norm"])
-    found = {name: getattr(solution, name) for name in ("kappa", "residual", "gain", "solver")}
-    return {**{name: value.cpu() for name, value in found.items()}, "error": _error(y, exact)}
+    found = {name: getattr(solution, name).cpu() for name in ("kappa", "residual", "gain", "solver")}
+    return {**found, "error": _error(y, exact)}
 
 
 def _error(y: Tensor, exact: Tensor) -> Tensor:
@@ -192,39 +194,30 @@ def _positions(
     return found
 
 
-def _joined(measured: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {
-        name: torch.cat([batch[name].flatten() for batch in measured])
-        for name in ("kappa", "residual", "gain", "error", "solver")
-    }
+def _joined(measured: list[dict[str, Tensor]], head: slice | int = slice(None)) -> dict[str, Tensor]:
+    """Figures of all matrices of these batches, or of a head's."""
+    names = (*FIGURES, "solver")
+    return {name: torch.cat([batch[name][:, head].flatten() for batch in measured]) for name in names}
 
 
 def _summary(values: dict[str, Tensor]) -> dict[str, Any]:
     """Quantiles of each figure, how many matrices, and the share that each solver served."""
-    served = values["solver"].flatten()
+    served = values["solver"]
+    shares = {solver.name.lower(): float((served == solver).double().mean()) for solver in Solver}
     return {
-        **{name: quantiles(values[name], QUANTILES) for name in ("kappa", "residual", "gain", "error")},
+        **{name: quantiles(values[name], QUANTILES) for name in FIGURES},
         "matrices": len(served),
-        "solvers": {
-            solver.name.lower(): float((served == solver).double().mean())
-            for solver in Solver
-            if (served == solver).any()
-        },
+        "solvers": {name: share for name, share in shares.items() if share},
     }
 
 
 def _by_link(measured: list[dict[str, Tensor]]) -> dict[str, Any]:
-    figures = ("kappa", "residual", "gain", "error", "solver")
-    heads = measured[0]["kappa"].shape[1]
     joined = _joined(measured)
     spectra = torch.cat([batch["spectrum"].flatten(0, 1) for batch in measured])
     return {
         "all": _summary(joined),
-        "heads": [
-            _summary({name: torch.cat([batch[name][:, head] for batch in measured]) for name in figures})
-            for head in range(heads)
-        ],
-        "batches": [_summary({name: batch[name] for name in figures}) for batch in measured],
+        "heads": [_summary(_joined(measured, head)) for head in range(measured[0]["kappa"].shape[1])],
+        "batches": [_summary(_joined([batch])) for batch in measured],
         "kappas": sorted(joined["kappa"].tolist()),
         "spectrum": {
             name: spectra.quantile(share, dim=0).tolist()

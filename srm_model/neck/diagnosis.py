@@ -13,24 +13,12 @@ from srm_kernels.attention.reference import normalised_query
 from srm_model.modules import evaluating
 
 from .links import Link, link_name, logits
-from .output import NeckOutput
+from .plain import NeckOutput
 
 if TYPE_CHECKING:
     from .srm import SRMNeck
 
 SHARES = {"median": 0.5, "p90": 0.9}
-
-
-class Attending(NamedTuple):
-    """An acting link, and what it attends with on a batch."""
-
-    source: int
-    target: int
-    link: Link
-    q: Tensor  # (B, H, N_q, d)
-    k: Tensor  # (B, H, N_k, d)
-    v: Tensor
-    grid: torch.Size  # (h, w) of the source map
 
 
 class Measured(NamedTuple):
@@ -41,12 +29,13 @@ class Measured(NamedTuple):
     output: NeckOutput
 
 
-def attending(neck: SRMNeck, aligned: Mapping[int, Tensor]) -> Iterator[Attending]:
-    """Every acting link with its projections of aligned maps (B, C, h, w) by stage."""
+def attending(
+    neck: SRMNeck, aligned: Mapping[int, Tensor]
+) -> Iterator[tuple[tuple[int, int], tuple[Link, Tensor, Tensor, Tensor]]]:
+    """Source and target of every acting link; the link, and its Q, K and V of aligned maps (B, C, h, w) by stage."""
     for source, target in neck.acting:
         link = neck.link(source, target)
-        q, k, v = link.project(aligned[target], aligned[source])
-        yield Attending(source, target, link, q, k, v, aligned[source].shape[-2:])
+        yield (source, target), (link, *link.project(aligned[target], aligned[source]))
 
 
 @torch.no_grad()
@@ -54,33 +43,31 @@ def measure(neck: SRMNeck, pyramid: Sequence[Tensor]) -> Measured:
     """Every figure of a neck on one batch, in evaluation mode, sources not pooled."""
     with evaluating(neck):
         aligned = neck.aligned(pyramid)
-        links = {link_name(one.source, one.target): _figures(one) for one in attending(neck, aligned)}
+        links = {link_name(*pair): _figures(*one) for pair, one in attending(neck, aligned)}
         maps = neck.maps(pyramid, pool_sources=False)
         ratios = {}
-        for stage, after in zip(neck.config.fused_stages, maps.unbind(1), strict=True):
-            if stage in {target for _, target in neck.acting}:
-                before = neck.pooled(aligned[stage])
-                ratios[stage] = float((after - before).norm() / before.norm())
+        for _, target in neck.acting:
+            before = neck.pooled(aligned[target])
+            after = maps[:, neck.config.fused_stages.index(target)]
+            ratios[target] = float((after - before).norm() / before.norm())
         return Measured(links, ratios, neck.fuse(maps))
 
 
-def _figures(one: Attending) -> dict[str, Tensor]:
-    link, c = one.link, one.link.config
-    scores = logits(normalised_query(one.q, c.qk_norm), link.attended(one.k))
-    count = scores.shape[-1]
+def _figures(link: Link, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
+    scores = logits(normalised_query(q, link.config.qk_norm), link.attended(k))
+    entropy = torch.special.entr(scores.softmax(-1)).sum(-1).mean(-1)
     # An average of weights that began before σ̄ holds the share `sigma_started` of it.
     started = link.sigma_started.clamp(min=torch.finfo(link.sigma.dtype).tiny)
     sigma = link.sigma / started / link.reference_scale
     figures = {
         "logit_std": scores.std(-1, correction=0).mean(-1),
-        "attention_entropy": torch.special.entr(scores.softmax(-1)).sum(-1).mean(-1)
-        / max(math.log(count), 1e-12),
+        "attention_entropy": entropy / max(math.log(scores.shape[-1]), 1e-12),
         "tau": link.tau(),
         "sigma_before_tau": sigma,
         "sigma_after_tau": sigma * link.tau(),
     }
     if link.attention == "nystrom":
-        _, solution = link.attend(one.q, one.k, one.v, diagnostics=True)
+        _, solution = link.attend(q, k, v, diagnostics=True)
         figures |= {name: getattr(solution, name) for name in ("kappa", "residual", "gain")}
     return figures
 
@@ -100,10 +87,7 @@ def summary(measured: Measured, stages: int) -> dict[str, Any]:
         "norm": quantiles(out.norm),
         "update_ratio": {str(stage): ratio for stage, ratio in measured.update_ratio.items()},
         "links": {
-            name: {
-                figure: value.tolist() if value.dim() == 1 else quantiles(value)
-                for figure, value in figures.items()
-            }
+            name: {key: x.tolist() if x.dim() == 1 else quantiles(x) for key, x in figures.items()}
             for name, figures in measured.links.items()
         },
     }

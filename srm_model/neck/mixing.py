@@ -7,21 +7,14 @@ pooled form, nor have weights that adapters or parametrisations stand in front o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from srm_kernels import (
-    PooledLinks,
-    landmark_side,
-    merge_links,
-    pooled_links,
-    project_sources,
-    serves_pooled_links,
-)
+from srm_kernels import landmark_side, merge_links, pooled_links, project_sources, serves_pooled_links
 from srm_kernels.registration import no_autocast
 from srm_model.config import STAGES, SRMConfig
 from srm_model.modules import autocast_dtype, is_plain, rounded
@@ -34,100 +27,49 @@ Affine = tuple[Tensor, Tensor]  # A and a
 
 
 class Step(nn.Module):
-    """A step of the pooled form. It has no weights of its own and is a module for the sake of hooks on it."""
+    """A step of the pooled form as a module, without weights of its own: hooks see it as they see any other."""
 
-    def __init__(self, config: SRMConfig) -> None:
+    def __init__(self, call: Callable[..., Any]) -> None:
         super().__init__()
-        self.config = config
+        self.call = call
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        """What the step gives."""
+        return self.call(*args, **options)
 
 
-class Sources(Step):
-    """A F of every source (B, C, h, w), a left to the key sides: one product each, however F is laid out."""
-
-    def forward(self, maps: Mapping[int, Tensor], weights: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        return {
-            stage: torch.bmm(weight.expand(maps[stage].shape[0], -1, -1), maps[stage].flatten(2)).unflatten(
-                -1, maps[stage].shape[2:]
-            )
-            for stage, weight in weights.items()
-        }
+def align_sources(maps: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+    """A F (B, C, h, w) of sources, a left to the key sides: one product each, however F is laid out."""
+    products = [A.expand(m.shape[0], -1, -1) @ m.flatten(2) for m, A in zip(maps, weights, strict=True)]
+    return [product.unflatten(-1, m.shape[2:]) for product, m in zip(products, maps, strict=True)]
 
 
-class KeySides(Step):
+def key_sides(
+    sources: Mapping[int, Tensor], affine: Mapping[int, Affine], links: Mapping[Pair, Link], c: SRMConfig
+) -> tuple[list[Tensor], list[Tensor]]:
     """K̃ and X (B, H, r, d) of every link from A F and a of its source; those of one source take one launch together.
 
     Where landmarks are sampled, every link draws its own.
     """
-
-    def forward(
-        self, sources: Mapping[int, Tensor], shifts: Mapping[int, Tensor], links: Mapping[Pair, Link]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        c = self.config
-        groups = [[pair for pair in links if pair[0] == source] for source in sources]
-        if c.landmarks == "leverage_sample":
-            groups = [[pair] for pair in links]
-        sides: dict[Pair, tuple[Tensor, Tensor]] = {}
-        for pairs in filter(None, groups):
-            group, source = [links[pair] for pair in pairs], pairs[0][0]
-            k, v = project_sources(
-                sources[source].flatten(2).mT,
-                [link.key.weight for link in group],
-                [link.value.weight for link in group],
-                shift=shifts[source],
-                dyt=[link.dyt_key.tensors for link in group] if c.dyt else None,
-                backend=c.backend,
-            )
-            k, v = (t.unflatten(-1, (c.heads, c.head_dim)).transpose(-2, -3).flatten(0, 1) for t in (k, v))
-            both = landmark_side(k, v, c.rank, **group[0].key_options())
-            parts = (t.unflatten(0, (len(group), -1)).unbind() for t in both)
-            sides |= dict(zip(pairs, zip(*parts, strict=True), strict=True))
-        return [sides[pair][0] for pair in links], [sides[pair][1] for pair in links]
-
-
-class QuerySides(Step):
-    """P̄ of every link and pool(F), and where X is given the statistic of every link's Y."""
-
-    def forward(
-        self,
-        maps: Sequence[Tensor],
-        align: Sequence[Affine],
-        links: Sequence[Link],
-        targets: Sequence[int],
-        keys: Sequence[Tensor],
-        xs: Sequence[Tensor] | None,
-    ) -> PooledLinks:
-        c = self.config
-        return pooled_links(
-            maps,
-            [align[target] for target in targets],
-            [link.query.weight for link in links],
-            keys,
-            targets,
-            size=c.pool_size,
-            dyt=[link.dyt_query.tensors for link in links] if c.dyt else None,
-            xs=xs,
-            qk_norm=c.qk_norm,
+    groups = [[pair for pair in links if pair[0] == source] for source in sources]
+    if c.landmarks == "leverage_sample":
+        groups = [[pair] for pair in links]
+    sides: dict[Pair, tuple[Tensor, Tensor]] = {}
+    for pairs in filter(None, groups):
+        group, source = [links[pair] for pair in pairs], pairs[0][0]
+        k, v = project_sources(
+            sources[source].flatten(2).mT,
+            [link.key.weight for link in group],
+            [link.value.weight for link in group],
+            shift=affine[source][1],
+            dyt=[link.dyt_key.tensors for link in group] if c.dyt else None,
             backend=c.backend,
         )
-
-
-class Merge(Step):
-    """pool(F_t + β_t Σ U) of every fused stage (B, S, C, P, P)."""
-
-    def forward(
-        self,
-        pooled: PooledLinks,
-        xs: Sequence[Tensor],
-        align: Sequence[Affine],
-        links: Sequence[Link],
-        targets: Sequence[int],
-        betas: Sequence[Tensor],
-    ) -> Tensor:
-        thetas = [link.theta for link in links] if self.config.tau else None
-        weights = [link.output.weight for link in links]
-        return merge_links(
-            pooled, xs, align, weights, targets, betas, thetas=thetas, backend=self.config.backend
-        )
+        k, v = (t.unflatten(-1, (c.heads, c.head_dim)).transpose(-2, -3).flatten(0, 1) for t in (k, v))
+        both = landmark_side(k, v, c.rank, **group[0].key_options())
+        parts = (t.unflatten(0, (len(group), -1)).unbind() for t in both)
+        sides |= dict(zip(pairs, zip(*parts, strict=True), strict=True))
+    return [sides[pair][0] for pair in links], [sides[pair][1] for pair in links]
 
 
 class Mixer(nn.Module):
@@ -144,8 +86,8 @@ class Mixer(nn.Module):
         self.beta = nn.ParameterDict(
             {str(t): nn.Parameter(torch.full((1,), config.beta_init)) for t in targets}
         )
-        self.sources, self.key_sides = Sources(config), KeySides(config)
-        self.query_sides, self.merge = QuerySides(config), Merge(config)
+        self.sources, self.key_sides = Step(align_sources), Step(key_sides)
+        self.query_sides, self.merge = Step(pooled_links), Step(merge_links)
 
     @property
     def acting(self) -> list[Pair]:
@@ -156,10 +98,12 @@ class Mixer(nn.Module):
         """The link between two stages."""
         return cast(Link, self.links[link_name(source, target)])
 
-    def aligned(self, pyramid: Sequence[Tensor]) -> dict[int, Tensor]:
-        """Maps (B, C_s, h, w) → those that links or the gate read, by stage, (B, C, h, w)."""
+    def aligned(self, pyramid: Sequence[Tensor], *, every: bool = False) -> dict[int, Tensor]:
+        """Maps (B, C_s, h, w) → those that links or the gate read, or `every` one, by stage, (B, C, h, w)."""
         used = {*self.config.fused_stages, *(stage for pair in self.config.links for stage in pair)}
-        return {stage: self.align[stage - 1](pyramid[stage - 1]) for stage in sorted(used)}
+        return {
+            stage: self.align[stage - 1](pyramid[stage - 1]) for stage in STAGES if every or stage in used
+        }
 
     def pooled(self, m: Tensor) -> Tensor:
         """(B, C, h, w) → (B, C, P, P)."""
@@ -200,88 +144,96 @@ class Mixer(nn.Module):
         if self.pools(pyramid):
             return self._pooled_form(pyramid, statistics, pool_sources)
         aligned = self.aligned(pyramid)
-        pooled = {stage: self.pooled(aligned[stage]) for stage in self.config.fused_stages}
-        updated = self._called(aligned, pooled, self.acting, statistics, pool_sources)
+        updated = self._called(aligned, statistics, pool_sources, pooled=True)
         return torch.stack([updated[stage] for stage in self.config.fused_stages], 1)
 
     def whole(
         self, pyramid: Sequence[Tensor], statistics: BatchStatistics | None = None
     ) -> dict[int, Tensor]:
-        """All four updated maps (B, C, h, w) by stage at full resolution."""
-        aligned = {stage: self.align[stage - 1](pyramid[stage - 1]) for stage in STAGES}
-        return self._called(aligned, aligned, self.config.links, statistics, pool_sources=True)
+        """All four updated maps (B, C, h, w) by stage, at full resolution."""
+        return self._called(self.aligned(pyramid, every=True), statistics, pool_sources=True, pooled=False)
 
     def _pooled_form(
         self, pyramid: Sequence[Tensor], statistics: BatchStatistics | None, pool_sources: bool
     ) -> Tensor:
         """Sources are aligned whole, targets read where they are."""
-        c = self.config
-        dtype = autocast_dtype(pyramid[0])
+        c, dtype = self.config, autocast_dtype(pyramid[0])
         sources = sorted({source for source, _ in c.links})
+        read = sorted({*sources, *c.fused_stages})
         links = {pair: self.link(*pair) for pair in self.acting}
+        targets = [c.fused_stages.index(target) for _, target in links]
+        affine = {stage: self._affine(stage) for stage in read}
+        align = [affine[stage] for stage in c.fused_stages]
         with no_autocast(pyramid[:1]):  # operators choose their own precision
-            read = sorted({*sources, *c.fused_stages})
-            affine = {stage: self._affine(stage) for stage in read}
-            taken = rounded(
-                [*(pyramid[stage - 1] for stage in read), *(affine[s][0] for s in sources)], dtype
-            )
+            taken = rounded([*(pyramid[s - 1] for s in read), *(affine[s][0] for s in sources)], dtype)
             maps = dict(zip(read, taken, strict=False))
-            found = self.sources(maps, dict(zip(sources, taken[len(read) :], strict=True)))
-            if pool_sources:
-                found = self._pool_sources(found)
-            keys, xs = self.key_sides(found, {stage: affine[stage][1] for stage in sources}, links)
-            align, acting = [affine[stage] for stage in c.fused_stages], list(links.values())
-            targets = [c.fused_stages.index(target) for _, target in links]
+            aligned = self.sources([maps[stage] for stage in sources], taken[len(read) :])
+            found = self._pool_sources(dict(zip(sources, aligned, strict=True)), pool_sources)
+            keys, xs = self.key_sides(found, affine, links, c)
             track = statistics is not None and not statistics.finished
             pooled = self.query_sides(
-                [maps[stage] for stage in c.fused_stages], align, acting, targets, keys, xs if track else None
+                [maps[stage] for stage in c.fused_stages],
+                [align[target] for target in targets],
+                [link.query.weight for link in links.values()],
+                keys,
+                targets,
+                size=c.pool_size,
+                dyt=[link.dyt_query.tensors for link in links.values()] if c.dyt else None,
+                xs=xs if track else None,
+                qk_norm=c.qk_norm,
+                backend=c.backend,
             )
             if statistics is not None and pooled.scales is not None:
                 for pair, scale in zip(links, pooled.scales, strict=True):
                     positions = len(pyramid[0]) * pyramid[pair[1] - 1].shape[2:].numel()
                     statistics.add_scale(link_name(*pair), scale, positions)
-            betas = [self._beta(target) for _, target in links]
-            merged: Tensor = self.merge(pooled, xs, align, acting, targets, betas)
+            merged: Tensor = self.merge(
+                pooled,
+                xs,
+                align,
+                [link.output.weight for link in links.values()],
+                targets,
+                [self._beta(target) for _, target in links],
+                thetas=[link.theta for link in links.values()] if c.tau else None,
+                backend=c.backend,
+            )
             return merged
 
     def _called(
         self,
         aligned: dict[int, Tensor],
-        bases: dict[int, Tensor],
-        pairs: Sequence[Pair],
         statistics: BatchStatistics | None,
         pool_sources: bool,
+        *,
+        pooled: bool,
     ) -> dict[int, Tensor]:
-        """F_t + β_t fold(Σ U) for the maps of `bases`, either the aligned ones or those pooled."""
-        sources = {source: aligned[source] for source, _ in self.config.links}
-        if pool_sources:
-            sources = self._pool_sources(sources)
-        updates: dict[int, Tensor] = {}
-        for source, target in pairs:
+        """F_t + β_t fold(Σ U), at full resolution, or of the fused stages pooled to P×P before τ and W_O."""
+        sources = self._pool_sources(
+            {source: aligned[source] for source, _ in self.config.links}, pool_sources
+        )
+        P, updates = self.config.pool_size, dict[int, Tensor]()
+        for source, target in self.acting if pooled else self.config.links:
             link, grid = self.link(source, target), aligned[target].shape[-2:]
             y = link(aligned[target], sources[source])  # (B, H, N_q, d)
             if statistics is not None and not statistics.finished:
                 statistics.add_link(link_name(source, target), y.detach(), backend=self.config.backend)
-            if bases is not aligned:  # pooled before τ and W_O
-                H, d, P = y.shape[1], y.shape[3], self.config.pool_size
+            if pooled:
+                H, d = y.shape[1], y.shape[3]
                 folded = y.transpose(1, 2).flatten(2).mT.unflatten(-1, grid)  # (B, C, h, w), channels last
                 y = self.pooled(folded).flatten(2).mT.unflatten(-1, (H, d)).transpose(1, 2)
-                grid = torch.Size((P, P))
-            update = link.merge(y).mT.unflatten(-1, grid)
+            update = link.merge(y).mT.unflatten(-1, (P, P) if pooled else grid)
             updates[target] = updates[target] + update if target in updates else update
-        return bases | {t: bases[t] + self._beta(t) * update for t, update in updates.items()}
+        if pooled:
+            aligned = {stage: self.pooled(aligned[stage]) for stage in self.config.fused_stages}
+        return aligned | {t: aligned[t] + self._beta(t) * update for t, update in updates.items()}
 
-    def _pool_sources(self, sources: dict[int, Tensor]) -> dict[int, Tensor]:
+    def _pool_sources(self, sources: dict[int, Tensor], allowed: bool) -> dict[int, Tensor]:
         """Each 2×2 mean-pooled with probability p where that is on."""
-        c = self.config
-        if c.kv_pool_prob == 0 or not (self.training or c.kv_pool_eval):
-            return sources
-        return {
-            stage: F.avg_pool2d(m, 2, ceil_mode=True, count_include_pad=False)
-            if float(torch.rand(())) < c.kv_pool_prob
-            else m
-            for stage, m in sorted(sources.items())
-        }
+        p, on = self.config.kv_pool_prob, self.training or self.config.kv_pool_eval
+        for stage in sorted(sources) if allowed and p > 0 and on else ():
+            if float(torch.rand(())) < p:
+                sources[stage] = F.avg_pool2d(sources[stage], 2, ceil_mode=True, count_include_pad=False)
+        return sources
 
     def _affine(self, stage: int) -> Affine:
         conv = cast(nn.Conv2d, self.align[stage - 1])

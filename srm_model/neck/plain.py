@@ -1,9 +1,9 @@
-"""No neck: the baseline `none`."""
+"""What every neck hands to the head, and the neck that mixes nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,17 @@ from srm_model.config import SRMConfig
 from srm_model.statistics import BatchStatistics
 
 from .calibration import scale_to_unit
-from .output import NeckOutput
+
+
+class NeckOutput(NamedTuple):
+    """What a neck hands to the head, and what it knows about itself."""
+
+    fused: Tensor  # (B, C, P, P)
+    weights: Tensor | None  # (B, S) gate weights; None without a gate
+    gain: Tensor | None  # (B,) γ
+    norm: Tensor | None  # (B,) ‖M‖_F before the cap
+    losses: dict[str, Tensor]  # unweighted scalars "tau", "entropy", "balance"
+    pyramid: list[Tensor] | None  # four updated maps (B, C, h_s, w_s), on request
 
 
 class PlainNeck(nn.Module):

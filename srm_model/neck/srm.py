@@ -21,7 +21,7 @@ from . import calibration, diagnosis
 from .gate import Gate
 from .links import Link, link_name
 from .mixing import Mixer
-from .output import NeckOutput
+from .plain import NeckOutput
 
 ATTENTIONS = ("nystrom", "full")
 TAU_FLOOR = 1e-6
@@ -85,10 +85,8 @@ class SRMNeck(Mixer):
             state_dict[f"{prefix}median_rms"] = median.nan_to_num(nan=UNSTARTED, posinf=UNSTARTED)
         for target in self.beta:
             name = f"{prefix}beta.{target}"
-            if (
-                name in state_dict and state_dict[name].dim() == 0
-            ):  # earlier versions stored it without an axis
-                state_dict[name] = state_dict[name].reshape(1)
+            if name in state_dict and state_dict[name].dim() == 0:
+                state_dict[name] = state_dict[name].reshape(1)  # earlier versions stored it without an axis
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(

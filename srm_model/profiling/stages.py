@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,26 +44,18 @@ def stage_times(
     """Median milliseconds of every stage called and of `REST` in a `call` of `module`, forward, within an effort."""
     parts = stages(module)
     marks: list[tuple[str, Any, Any]] = []
-    open_: list[Any] = []
 
-    def mark() -> Any:
+    def mark(_: str | None = None) -> Any:
         if device.type != "cuda":
             return cpu_clock()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
-    def left(name: str) -> None:
-        marks.append((name, open_.pop(), mark()))
-
     seen: set[str] = set()
     rounds: dict[str, list[float]] = {name: [] for name in (*parts, REST)}
-    handles = []
-    for name, modules in parts.items():
-        for part in modules:
-            handles.append(part.register_forward_pre_hook(lambda *_: open_.append(mark())))
-            handles.append(part.register_forward_hook(lambda *_, name=name: left(name)))
-    try:
+    named = [(name, part) for name, modules in parts.items() for part in modules]
+    with _hooked(named, mark, lambda name, start: marks.append((name, start, mark()))):
         begun = time.perf_counter()
         for count in range(max(min(effort.repeats, 20), 1)):
             if count >= FEWEST and time.perf_counter() - begun > effort.seconds:
@@ -81,9 +73,6 @@ def stage_times(
             for name, value in taken.items():
                 rounds[name].append(value)
             rounds[REST].append(max(_between(begin, end) - sum(taken.values()), 0.0))
-    finally:
-        for handle in handles:
-            handle.remove()
     return {
         name: statistics.median(values) for name, values in rounds.items() if name in seen or name == REST
     }
@@ -92,24 +81,29 @@ def stage_times(
 @contextmanager
 def named_ranges(module: nn.Module) -> Iterator[None]:
     """Ranges in a profile, forward, for every part of the neck and the head, and each child of the backbone."""
+    named = [
+        (name, part)
+        for name, part in module.named_modules()
+        if name and (not name.startswith("backbone.") or name.count(".") <= 2)
+    ]
+    with _hooked(
+        named,
+        lambda name: record_function(name).__enter__(),
+        lambda _, range_: range_.__exit__(None, None, None),
+    ):
+        yield
+
+
+@contextmanager
+def _hooked(
+    named: Iterable[tuple[str, nn.Module]], enter: Callable[[str], Any], leave: Callable[[str, Any], object]
+) -> Iterator[None]:
+    """Call `enter` before each of these modules runs, and `leave` afterwards with what `enter` gave."""
     open_: list[Any] = []
-
-    def enter(name: str) -> Callable[..., None]:
-        def begin(*_: Any) -> None:
-            range_ = record_function(name)
-            range_.__enter__()
-            open_.append(range_)
-
-        return begin
-
-    def leave(*_: Any) -> None:
-        open_.pop().__exit__(None, None, None)
-
     handles = []
-    for name, part in module.named_modules():
-        if name and (not name.startswith("backbone.") or name.count(".") <= 2):
-            handles.append(part.register_forward_pre_hook(enter(name)))
-            handles.append(part.register_forward_hook(leave))
+    for name, part in named:
+        handles.append(part.register_forward_pre_hook(lambda *_, name=name: open_.append(enter(name))))
+        handles.append(part.register_forward_hook(lambda *_, name=name: leave(name, open_.pop())))
     try:
         yield
     finally:

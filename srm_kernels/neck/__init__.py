@@ -286,9 +286,8 @@ def pooled_links(
     alphas, weights, biases = _dyt_lists(dyt, features, C)
     s = 1 / math.sqrt(first.shape[-1]) if scale is None else float(scale)
     whole = dyt is not None or qk_norm == "both"
-    chosen = _choose_backend(
-        backend, features, max(k.shape[2] for k in keys), first.shape[3], size, C if whole else 0
-    )
+    sizes = max(k.shape[2] for k in keys), first.shape[3], size, C if whole else 0
+    chosen = _choose_backend(backend, features, *sizes)
     pooled, means, mean, spread = _pooled(
         list(maps), [weight for weight, _ in align], [bias for _, bias in align], alphas, weights, biases,
         list(query_weights), list(keys), [x.detach() for x in xs or ()], targets, size, s, qk_norm, chosen,
@@ -354,18 +353,37 @@ def merge_links(
     return merged.transpose(0, 1)
 
 
-def fuses(
-    features: Tensor, d: int, rank: int, size: int, channels: int = 0, *, backend: str | None = None
+def serves_pooled_links(
+    features: Tensor,
+    d: int,
+    rank: int,
+    keys: Sequence[int],
+    size: int,
+    channels: int = 0,
+    *,
+    backend: str | None = None,
 ) -> bool:
-    """Whether `pooled_links` would run as kernels for maps like these: what a neck decides its path by.
+    """Return whether `pooled_links` serves maps like these: what a neck decides its form by.
 
-    features: a map, of which dtype and device count; d, rank, size: as in `pooled_links`; channels: C where DyT is on
-    or queries are normalised, else 0. False where kernels serve attention but not this form of it. Raises
-    NotImplementedError where `backend` names what cannot run at all.
+    Args:
+        features: a map, of which dtype and device count.
+        d: width of a head.
+        rank: r, landmarks at most; no link has more than its keys.
+        keys: number of keys of every link.
+        size: P.
+        channels: C where DyT is on or queries are normalised, else 0.
+        backend: as in `pooled_links`.
+
+    Returns:
+        False where the backend's kernels serve attention of these sizes, but not this form of it.
+
+    Raises:
+        NotImplementedError: `backend` names what cannot run at all.
     """
-    if rank * d > LARGEST_TILE or size > LARGEST_GRID or channels > MOST_CHANNELS:
-        return False
-    return _choose_backend(backend, features, rank, d, size, channels) == "triton"
+    if kernels_by_name(backend, features, "pooled_links") != "triton":
+        return True  # before anything is asked of shapes, which torch.export would guard
+    rank = max(min(rank, count) for count in keys)
+    return rank * d <= LARGEST_TILE and size <= LARGEST_GRID and channels <= MOST_CHANNELS
 
 
 def _choose_backend(

@@ -109,7 +109,7 @@ def contestants(
     backend = "triton" if options.device == "cuda" else None
     fused = neck_of(backbone, options, backend=backend)
     unfused = neck_of(backbone, options, backend=backend)
-    unfused._fuses = lambda pyramid: False  # type: ignore[method-assign]
+    unfused.pools = lambda pyramid: False  # type: ignore[method-assign]
     plain = neck_of(backbone, options, backend=None)
     quadratic = neck_of(backbone, options, backend=None, attention="full")
     calls = {

@@ -153,7 +153,7 @@ def forward_of(
     )
     neck = SRMNeck((3, 4, 5, 6), config).eval()
     neck.median_rms.fill_(1.0)
-    neck._check = lambda pyramid: None  # type: ignore[method-assign]  # asks on a CPU what it asks of no GPU
+    neck.check = lambda pyramid: None  # type: ignore[method-assign]  # asks on a CPU what it asks of no GPU
     maps = [
         torch.randn(batch, c, max(side // (16 * s), 1), side // s)
         for c, s in zip((3, 4, 5, 6), (4, 8, 16, 32), strict=True)

@@ -6,28 +6,13 @@
 #pragma once
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <limits>
 
-#define SRM_INLINE [[gnu::always_inline]] inline
+#include "elementary.h"
 
 namespace srm {
-
-SRM_INLINE double exponential(double x) { return std::exp(x); }
-
-// Of x ≤ 0 to 2 units, for vectors, which no standard library has; 0 below e⁻⁸⁷. Cephes' polynomial.
-SRM_INLINE float exponential(float x) {
-  constexpr float kToInteger = 12582912.0f;  // 1.5 · 2²³: adding it rounds to an integer, in the lowest bits
-  const float shifted = x * 1.44269504f + kToInteger, n = shifted - kToInteger;
-  const float f = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f * f + 1.3981999507e-3f;
-  p = ((p * f + 8.3334519073e-3f) * f + 4.1665795894e-2f) * f + 1.6666665459e-1f;
-  p = (p * f + 5.0000001201e-1f) * f * f + f + 1.0f;
-  const float power = std::bit_cast<float>((std::bit_cast<uint32_t>(shifted) + 127) << 23);
-  return x > -87.0f ? p * power : 0.0f;
-}
 
 // a (r×r) takes softmax(l) + λI, l the symmetric part of the logits. False where these are not finite or not symmetric
 // within 1e-3·(1 + max|l|), or where their rows' logsumexp lie so far apart that S underflows: the reference then has no

@@ -1,4 +1,4 @@
-// torch.ops.srm_cpu.symmetric_solve on torch's stable ABI: one build serves every torch from TORCH_TARGET_VERSION on.
+// torch.ops.srm_cpu on torch's stable ABI, the default solve and the elementwise work of the neck's tiles: one build serves every torch from TORCH_TARGET_VERSION on.
 #include <algorithm>
 #include <cstdint>
 #include <stdexcept>
@@ -10,6 +10,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include "cholesky.h"
+#include "tile.h"
 
 namespace {
 
@@ -17,6 +18,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kGrain = 1 << 16;  // multiply-adds that are worth a thread
+constexpr int64_t kRank = 64;        // the default r
 
 // One machine code for every processor, and one for those with AVX2 and FMA.
 #if defined(__x86_64__) && defined(__GLIBC__) && __GNUC__ >= 12
@@ -60,10 +62,104 @@ int64_t symmetric_solve(const Tensor& logits, const Tensor& x, const Tensor& ser
   return std::count(done, done + batch, false);
 }
 
+// Calls a template for float or for double, whichever the tensor holds.
+template <class Call>
+void by_dtype(const Tensor& tensor, Call call) {
+  tensor.scalar_type() == ScalarType::Float ? call(float{}) : call(double{});
+}
+
+bool usable(const Tensor& tensor, ScalarType dtype) {
+  return tensor.is_contiguous() && tensor.scalar_type() == dtype &&
+         (dtype == ScalarType::Float || dtype == ScalarType::Double);
+}
+
+SRM_CLONES void tanh_some(float* x, int64_t count) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) x[i] = srm::hyperbolic_tangent(x[i]);
+}
+
+SRM_CLONES void tanh_some(double* x, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) x[i] = srm::hyperbolic_tangent(x[i]);
+}
+
+// x takes tanh(x).
+void tanh_(const Tensor& x) {
+  if (!usable(x, x.scalar_type()))
+    throw std::invalid_argument("srm_cpu::tanh_: x is contiguous, float32 or float64");
+  by_dtype(x, [&](auto zero) {
+    auto* values = static_cast<decltype(zero)*>(x.data_ptr());
+    torch::stable::parallel_for(0, x.numel(), kGrain, [=](int64_t begin, int64_t end) {
+      tanh_some(values + begin, end - begin);
+    });
+  });
+}
+
+// The default r is a constant to the compiler, which takes a quarter off the time.
+SRM_CLONES void pool_head(float* logits, float* pooled, float* work, int64_t r, srm::Tile tile) {
+  if (r == kRank) return srm::softmax_pool(logits, pooled, work, kRank, tile);
+  srm::softmax_pool(logits, pooled, work, r, tile);
+}
+
+SRM_CLONES void pool_head(double* logits, double* pooled, double* work, int64_t r, srm::Tile tile) {
+  srm::softmax_pool(logits, pooled, work, r, tile);
+}
+
+SRM_CLONES void pool_head_backward(float* logits, const float* grad, float* work, int64_t r, srm::Tile tile) {
+  if (r == kRank) return srm::softmax_pool_backward(logits, grad, work, kRank, tile);
+  srm::softmax_pool_backward(logits, grad, work, r, tile);
+}
+
+SRM_CLONES void pool_head_backward(double* logits, const double* grad, double* work, int64_t r, srm::Tile tile) {
+  srm::softmax_pool_backward(logits, grad, work, r, tile);
+}
+
+// logits (H, M, r) of a tile and pooled (H, P, P·r), or its gradient; every head on a thread of its own.
+template <class Call>
+void of_heads(const Tensor& logits, const Tensor& pooled, const srm::Tile& tile, Call call) {
+  const ScalarType dtype = logits.scalar_type();
+  if (!usable(logits, dtype) || !usable(pooled, dtype) || logits.dim() != 3 || tile.start < 0 ||
+      tile.stop > tile.height * tile.width || logits.size(1) != tile.stop - tile.start ||
+      pooled.numel() != logits.size(0) * tile.size * tile.size * logits.size(2))
+    throw std::invalid_argument(
+        "srm_cpu: logits (heads, stop - start, r) and pooled (heads, size, size * r), float32 or float64, are contiguous, "
+        "and the tile lies in the map");
+  const int64_t count = logits.size(1), r = logits.size(2), cells = tile.size * tile.size;
+  by_dtype(logits, [&](auto zero) {
+    using T = decltype(zero);
+    T* l = static_cast<T*>(logits.data_ptr());
+    T* p = static_cast<T*>(pooled.data_ptr());
+    torch::stable::parallel_for(0, logits.size(0), 1 + kGrain / (count * r), [=](int64_t begin, int64_t end) {
+      std::vector<T> work((tile.size + 1) * r);
+      for (int64_t head = begin; head < end; ++head)
+        call(l + head * count * r, p + head * cells * r, work.data(), r, tile);
+    });
+  });
+}
+
+// logits take their softmax, pooled the tile's share of the cells' means.
+void softmax_pool_(const Tensor& logits, const Tensor& pooled, int64_t height, int64_t width, int64_t size, int64_t start,
+                   int64_t stop) {
+  of_heads(logits, pooled, {height, width, size, start, stop}, [](auto... a) { pool_head(a...); });
+}
+
+// logits take the gradient by them from that by the cells' means.
+void softmax_pool_backward_(const Tensor& logits, const Tensor& grad, int64_t height, int64_t width, int64_t size,
+                            int64_t start, int64_t stop) {
+  of_heads(logits, grad, {height, width, size, start, stop}, [](auto... a) { pool_head_backward(a...); });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(srm_cpu, m) {
   m.def("symmetric_solve(Tensor logits, Tensor(a!) x, Tensor(b!) served, float ridge) -> int");
+  m.def("tanh_(Tensor(a!) x) -> ()");
+  m.def("softmax_pool_(Tensor(a!) logits, Tensor(b!) pooled, int height, int width, int size, int start, int stop) -> ()");
+  m.def("softmax_pool_backward_(Tensor(a!) logits, Tensor grad, int height, int width, int size, int start, int stop) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(srm_cpu, CPU, m) { m.impl("symmetric_solve", TORCH_BOX(&symmetric_solve)); }
+STABLE_TORCH_LIBRARY_IMPL(srm_cpu, CPU, m) { 
+  m.impl("symmetric_solve", TORCH_BOX(&symmetric_solve));
+  m.impl("tanh_", TORCH_BOX(&tanh_));
+  m.impl("softmax_pool_", TORCH_BOX(&softmax_pool_));
+  m.impl("softmax_pool_backward_", TORCH_BOX(&softmax_pool_backward_));
+}

@@ -9,7 +9,7 @@ from .attention import full_attention, landmark_side, nystrom_attention
 from .conditioning import LandmarkSolution, Solver, landmark_solve
 from .gate import GatedFusion, GateLosses, biased_gelu, gate_logits, gate_losses, gated_fusion
 from .landmarks import ridge_leverage_scores, select_landmarks
-from .neck import PooledLinks, fuses, merge_links, pooled_links, project_sources
+from .neck import PooledLinks, merge_links, pooled_links, project_sources, serves_pooled_links
 from .pool import adaptive_pool
 from .runtime import BackendStatus, backends
 from .scale import RMSScale, dyt, rms_scale, tau_loss
@@ -28,7 +28,6 @@ __all__ = [
     "dyt",
     "flops",
     "full_attention",
-    "fuses",
     "gate_logits",
     "gate_losses",
     "gated_fusion",
@@ -41,5 +40,6 @@ __all__ = [
     "ridge_leverage_scores",
     "rms_scale",
     "select_landmarks",
+    "serves_pooled_links",
     "tau_loss",
 ]

@@ -21,7 +21,7 @@ BACKENDS = {
     "reference": "the mathematics in plain PyTorch",
     "sdpa": "attention through scaled_dot_product_attention, and on the CPU the default landmark solve in C++ of csrc"
     + ("" if "cpu" in native.BUILT else " (not built)")
-    + "; the other operators have one plain-PyTorch form",
+    + " and the neck's query side in tiles; the other operators have one plain-PyTorch form",
     "triton": "fused Triton kernels for landmarks, their solve, attention, scale, gate, pooling and the neck",
     "cuda": "CUDA kernels of csrc",
 }
@@ -162,15 +162,18 @@ def kernels_by_name(
     tensor: torch.Tensor,
     operator: str,
     refusal: Callable[[], str | None] = lambda: None,
+    *,
+    plain: tuple[str, ...] = ("reference", "sdpa"),
 ) -> str:
     """The choice for an operator whose kernels no GPU has shown to be right and faster: they run by name only.
 
-    `refusal` says why its kernels cannot serve these arguments, where what is common to all of them can; it is asked
-    only where they are in question, so that under torch.export it guards no shape for nothing.
+    `plain` names its forms in plain PyTorch, the default first. `refusal` says why its kernels cannot serve these
+    arguments, where what is common to all of them can; it is asked only where they are in question, so that under
+    torch.export it guards no shape for nothing.
     """
     return choose_backend(
         requested,
-        ("reference", "sdpa", "triton"),
+        (*plain, "triton"),
         operator,
         lambda name: (triton_refusal(tensor) or refusal()) if name == "triton" else None,
     )

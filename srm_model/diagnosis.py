@@ -12,15 +12,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from srm_kernels import LandmarkSolution, Solver, full_attention, nystrom_attention, select_landmarks
-from srm_kernels.attention.reference import landmark_system, normalised_key
+from srm_kernels import LandmarkSolution, Solver, full_attention
+from srm_kernels.attention.reference import landmark_system
 from srm_model.config import SRMConfig
 from srm_model.model import IQAModel
 from srm_model.modules import evaluating, unwrapped
 from srm_model.neck import Link, SRMNeck
+from srm_model.neck.diagnosis import attending, quantiles
 
 METHODS = ("leverage", "uniform", "pivoted_cholesky", "kmeans++")
 QUERIES = 1024  # at most, evenly spaced: the error of the attention is a mean over them
+FIGURES = ("kappa", "residual", "gain", "error")
 QUANTILES = {"median": 0.5, "p90": 0.9, "max": 1.0}
 STEPS = (1.0, 0.1, 0.01)  # of 1/255, by which every pixel is moved up or down to see whether landmarks change
 
@@ -32,12 +34,12 @@ def table_rows(config: SRMConfig) -> dict[str, dict[str, Any]]:
     """
     rows: dict[str, dict[str, Any]] = {
         "full": {},
-        "uniform landmarks": {"method": "uniform"},
-        "pivoted Cholesky": {"method": "pivoted_cholesky"},
+        "uniform landmarks": {"landmarks": "uniform"},
+        "pivoted Cholesky": {"landmarks": "pivoted_cholesky"},
         "no ridge": {"ridge": 0.0, "solver": "auto"},
         "no fp32": {"solve_dtype": "model"},
         "equilibrated": {"equilibrate": True},
-        "k-means++": {"method": "kmeans++"},
+        "k-means++": {"landmarks": "kmeans++"},
     }
     if config.qk_norm is not None:
         rows["keys as they are"] = {"qk_norm": None}
@@ -72,12 +74,11 @@ def diagnose(model: IQAModel, batches: Iterable[Tensor], *, pictured: int = 2) -
     with evaluating(model):
         for number, images in enumerate(batches):
             images = images.to(device)
-            aligned = neck._align(model.pyramid(images), every=False)
+            aligned = neck.aligned(model.pyramid(images))
             if number == 0:
-                changed = _changes(model, images, aligned)
-            for source, target in neck._acting:
-                name, link = f"{source}→{target}", neck._link(source, target)
-                q, k, v = link.project(aligned[target], aligned[source])
+                changed = _changes(model, images)
+            for (source, target), (link, q, k, v) in attending(neck, aligned):
+                name = f"{source}→{target}"
                 used[name] = min(config.rank, k.shape[2])
                 q = q[:, :, :: max(1, math.ceil(q.shape[2] / QUERIES))]
                 exact = full_attention(q, k, v, qk_norm=config.qk_norm)
@@ -88,7 +89,7 @@ def diagnose(model: IQAModel, batches: Iterable[Tensor], *, pictured: int = 2) -
                         spectrum = _spectrum(link, k, v)
                         links.setdefault(name, []).append({**measured, "spectrum": spectrum})
                 for method, rank in _sizes(config, k.shape[2]):
-                    y, _ = _attend(link, q, k, v, method=method, rank=rank)
+                    y, _ = _attend(link, q, k, v, landmarks=method, rank=rank)
                     errors.setdefault((method, rank), []).append(_error(y, exact).flatten())
                 if number == 0:
                     landmarks += _positions(link, name, k, aligned[source].shape[-2:], pictured)
@@ -99,7 +100,7 @@ def diagnose(model: IQAModel, batches: Iterable[Tensor], *, pictured: int = 2) -
         "table": {row: _summary(_joined(measured)) for row, measured in tables.items()},
         "links": {name: {"rank": used[name], **_by_link(measured)} for name, measured in links.items()},
         "errors": [
-            {"method": method, "rank": rank, **_quantiles(torch.cat(found))}
+            {"method": method, "rank": rank, **quantiles(torch.cat(found), QUANTILES)}
             for (method, rank), found in sorted(errors.items())
         ],
         "changes": changed,
@@ -107,27 +108,23 @@ def diagnose(model: IQAModel, batches: Iterable[Tensor], *, pictured: int = 2) -
     }
 
 
-def _changes(model: IQAModel, images: Tensor, aligned: Any) -> list[dict[str, Any]]:
+def _changes(model: IQAModel, images: Tensor) -> list[dict[str, Any]]:
     """Whether a choice among keys jumps: shares of (link, image, head) whose set of landmarks a small step changes."""
+    neck = cast(SRMNeck, model.neck)
 
-    neck: Any = model.neck
-
-    def chosen(aligned: Any) -> dict[str, list[Tensor]]:
+    def chosen(images: Tensor) -> dict[str, list[Tensor]]:
         sets: dict[str, list[Tensor]] = {method: [] for method in METHODS}
-        for source, target in neck._acting:
-            link = neck._link(source, target)
-            _, k, _ = link.project(aligned[target], aligned[source])
-            keys, c = normalised_key(k, link.config.qk_norm), link.config
+        for _, (link, _, k, _) in attending(neck, neck.aligned(model.pyramid(images))):
             for method, found in sets.items():
-                index = select_landmarks(keys, c.rank, method=method, gamma=c.gamma)
+                index = link.landmarks(k, landmarks=method)
                 found.append(index.sort(-1).values.flatten(0, 1))
         return sets
 
     signs = 2.0 * torch.randint(2, images.shape, generator=torch.Generator().manual_seed(0)) - 1
-    own = chosen(aligned)
+    own = chosen(images)
     found = []
     for step in STEPS:
-        moved = chosen(neck._align(model.pyramid(images + step / 255 * signs.to(images)), every=False))
+        moved = chosen(images + step / 255 * signs.to(images))
         for method in METHODS:
             pairs = zip(own[method], moved[method], strict=True)
             others = torch.cat([(a != b).any(-1) for a, b in pairs])
@@ -136,24 +133,9 @@ def _changes(model: IQAModel, images: Tensor, aligned: Any) -> list[dict[str, An
 
 
 def _attend(link: Link, q: Tensor, k: Tensor, v: Tensor, **changes: Any) -> tuple[Tensor, LandmarkSolution]:
-    c = link.config
-    settings: dict[str, Any] = {
-        "rank": c.rank,
-        "method": "leverage" if c.landmarks == "leverage_sample" else c.landmarks,
-        "gamma": c.gamma,
-        "ridge": c.ridge,
-        "solver": c.solver,
-        "equilibrate": c.equilibrate,
-        "kappa_max": c.kappa_max,
-        "neumann_order": c.neumann_order,
-        "neumann_gate": c.neumann_gate,
-        "qk_norm": c.qk_norm,
-        "solve_dtype": c.solve_dtype,
-        **changes,
-    }
-    if settings["solve_dtype"] == "model" and q.dtype == torch.float32:
+    if changes.get("solve_dtype", link.config.solve_dtype) == "model" and q.dtype == torch.float32:
         q, k, v = (t.to(torch.bfloat16) for t in (q, k, v))
-    return cast(Any, nystrom_attention(q, k, v, diagnostics=True, backend=c.backend, **settings))
+    return cast(Any, link.attend(q, k, v, diagnostics=True, **changes))
 
 
 def _measured(
@@ -163,8 +145,8 @@ def _measured(
     y, solution = _attend(link, q, k, v, **changes)
     if changes.get("qk_norm", link.config.qk_norm) != link.config.qk_norm:
         exact = full_attention(q, k, v, qk_norm=changes["qk_norm"])
-    found = {name: getattr(solution, name) for name in ("kappa", "residual", "gain", "solver")}
-    return {**{name: value.cpu() for name, value in found.items()}, "error": _error(y, exact)}
+    found = {name: getattr(solution, name).cpu() for name in ("kappa", "residual", "gain", "solver")}
+    return {**found, "error": _error(y, exact)}
 
 
 def _error(y: Tensor, exact: Tensor) -> Tensor:
@@ -177,9 +159,7 @@ def _error(y: Tensor, exact: Tensor) -> Tensor:
 def _spectrum(link: Link, k: Tensor, v: Tensor) -> Tensor:
     """Singular values of W_λ (B, H, r), not equilibrated, falling."""
     c = link.config
-    keys = normalised_key(k, c.qk_norm)
-    index = select_landmarks(keys, c.rank, method=link.landmark_method, gamma=c.gamma)
-    logits, _ = landmark_system(k, v, index, 1 / math.sqrt(k.shape[-1]), c.qk_norm, "fp32")
+    logits, _ = landmark_system(k, v, link.landmarks(k), 1 / math.sqrt(k.shape[-1]), c.qk_norm, "fp32")
     W = logits.double().softmax(-1)
     r = W.shape[-1]
     lam = c.ridge * W.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
@@ -197,10 +177,9 @@ def _positions(
 ) -> list[dict[str, Any]]:
     """How many heads choose each position of the source map, per image, for the methods."""
     height, width = grid
-    keys = normalised_key(k, link.config.qk_norm)
     found = []
     for method in ("leverage", "uniform", "pivoted_cholesky"):
-        index = select_landmarks(keys, link.config.rank, method=method, gamma=link.config.gamma).cpu()
+        index = link.landmarks(k, landmarks=method).cpu()
         for image in range(min(pictured, len(index))):
             counts = torch.bincount(index[image].flatten(), minlength=height * width)
             found.append(
@@ -215,49 +194,33 @@ def _positions(
     return found
 
 
-def _joined(measured: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {
-        name: torch.cat([batch[name].flatten() for batch in measured])
-        for name in ("kappa", "residual", "gain", "error", "solver")
-    }
+def _joined(measured: list[dict[str, Tensor]], head: slice | int = slice(None)) -> dict[str, Tensor]:
+    """Figures of all matrices of these batches, or of a head's."""
+    names = (*FIGURES, "solver")
+    return {name: torch.cat([batch[name][:, head].flatten() for batch in measured]) for name in names}
 
 
 def _summary(values: dict[str, Tensor]) -> dict[str, Any]:
     """Quantiles of each figure, how many matrices, and the share that each solver served."""
-    served = values["solver"].flatten()
+    served = values["solver"]
+    shares = {solver.name.lower(): float((served == solver).double().mean()) for solver in Solver}
     return {
-        **{name: _quantiles(values[name].flatten()) for name in ("kappa", "residual", "gain", "error")},
+        **{name: quantiles(values[name], QUANTILES) for name in FIGURES},
         "matrices": len(served),
-        "solvers": {
-            solver.name.lower(): float((served == solver).double().mean())
-            for solver in Solver
-            if (served == solver).any()
-        },
+        "solvers": {name: share for name, share in shares.items() if share},
     }
 
 
 def _by_link(measured: list[dict[str, Tensor]]) -> dict[str, Any]:
-    figures = ("kappa", "residual", "gain", "error", "solver")
-    heads = measured[0]["kappa"].shape[1]
     joined = _joined(measured)
     spectra = torch.cat([batch["spectrum"].flatten(0, 1) for batch in measured])
     return {
         "all": _summary(joined),
-        "heads": [
-            _summary({name: torch.cat([batch[name][:, head] for batch in measured]) for name in figures})
-            for head in range(heads)
-        ],
-        "batches": [_summary({name: batch[name] for name in figures}) for batch in measured],
+        "heads": [_summary(_joined(measured, head)) for head in range(measured[0]["kappa"].shape[1])],
+        "batches": [_summary(_joined([batch])) for batch in measured],
         "kappas": sorted(joined["kappa"].tolist()),
         "spectrum": {
             name: spectra.quantile(share, dim=0).tolist()
             for name, share in (("low", 0.1), ("median", 0.5), ("high", 0.9))
         },
     }
-
-
-def _quantiles(values: Tensor) -> dict[str, float]:
-    """Median, 90th percentile and largest; NaN, which a singular matrix gives, counts as infinite."""
-    ordered = values.double().nan_to_num(nan=math.inf, posinf=math.inf).sort().values
-    last = len(ordered) - 1
-    return {name: float(ordered[math.ceil(share * last)]) for name, share in QUANTILES.items()}

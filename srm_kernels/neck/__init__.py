@@ -21,7 +21,7 @@ from ..landmarks import kernel_limits
 from ..registration import later, register_operator
 from ..runtime import interpreting, kernels_by_name, roomy
 from ..scale import RMSScale
-from . import reference
+from . import reference, tiled
 
 _KERNELS, _BACKWARD, _ENDS = (
     f"{__name__}.{module}" for module in ("kernels", "backward_kernels", "end_kernels")
@@ -113,8 +113,11 @@ _pooled = register_operator(
     "Tensor[] biases, Tensor[] query_weights, Tensor[] keys, Tensor[] xs, int[] targets, SymInt size, float scale, "
     "str? qk_norm",
     "(Tensor, Tensor, Tensor, Tensor)",
-    dict.fromkeys(("reference", "sdpa"), reference.pooled_links)
-    | {"triton": later(_KERNELS, "pooled_links")},
+    {
+        "reference": reference.pooled_links,
+        "sdpa": tiled.pooled_links,
+        "triton": later(_KERNELS, "pooled_links"),
+    },
     fake=_fake_links,
     differentiable=(
         "maps",
@@ -126,7 +129,10 @@ _pooled = register_operator(
         "query_weights",
         "keys",
     ),
-    derivatives={"triton": later(_BACKWARD, "pooled_links_backward")},
+    derivatives={
+        "sdpa": tiled.pooled_links_backward,
+        "triton": later(_BACKWARD, "pooled_links_backward"),
+    },
     constant=(2, 3),
     autocast=_cast_pooled,
 )
@@ -227,8 +233,10 @@ def pooled_links(
     through the reference. Kernels write nothing at full resolution in forward, neither tokens nor queries, with DyT or
     without; in backward Q, dQ and, with DyT, DyT(T) of the links exist for the time of the call. For the backward pass
     F, K̃, weights and P̄ are kept. A NaN stays in its image and head.
-    backend: "triton" takes fp32, bf16 and fp16, d from 8 to 128, r up to 128, r·d up to 8,192, P up to 32, and C up to
-    256 where `dyt` is given or queries are normalised. They are taken by name only.
+    backend: "sdpa", the default on CPU tensors, works on tiles of about 1,024 positions, one image at a time, forward
+    and backward: neither tokens, queries nor probabilities exist at full resolution. On CUDA tensors "sdpa" and the
+    default are the reference. "triton" takes fp32, bf16 and fp16, d from 8 to 128, r up to 128, r·d up to 8,192, P up
+    to 32, and C up to 256 where `dyt` is given or queries are normalised. It is used by name only.
     Raises TypeError for dtypes, ValueError for shapes and values, NotImplementedError for a backend that cannot run.
     """
     maps = autocast.lowered(*maps)
@@ -278,9 +286,8 @@ def pooled_links(
     alphas, weights, biases = _dyt_lists(dyt, features, C)
     s = 1 / math.sqrt(first.shape[-1]) if scale is None else float(scale)
     whole = dyt is not None or qk_norm == "both"
-    chosen = _choose_backend(
-        backend, features, max(k.shape[2] for k in keys), first.shape[3], size, C if whole else 0
-    )
+    sizes = max(k.shape[2] for k in keys), first.shape[3], size, C if whole else 0
+    chosen = _choose_backend(backend, features, *sizes)
     pooled, means, mean, spread = _pooled(
         list(maps), [weight for weight, _ in align], [bias for _, bias in align], alphas, weights, biases,
         list(query_weights), list(keys), [x.detach() for x in xs or ()], targets, size, s, qk_norm, chosen,
@@ -346,26 +353,52 @@ def merge_links(
     return merged.transpose(0, 1)
 
 
-def fuses(
-    features: Tensor, d: int, rank: int, size: int, channels: int = 0, *, backend: str | None = None
+def serves_pooled_links(
+    features: Tensor,
+    d: int,
+    rank: int,
+    keys: Sequence[int],
+    size: int,
+    channels: int = 0,
+    *,
+    backend: str | None = None,
 ) -> bool:
-    """Whether `pooled_links` would run as kernels for maps like these: what a neck decides its path by.
+    """Return whether `pooled_links` serves maps like these: what a neck decides its form by.
 
-    features: a map, of which dtype and device count; d, rank, size: as in `pooled_links`; channels: C where DyT is on
-    or queries are normalised, else 0. False where kernels serve attention but not this form of it. Raises
-    NotImplementedError where `backend` names what cannot run at all.
+    Args:
+        features: a map, of which dtype and device count.
+        d: width of a head.
+        rank: r, landmarks at most; no link has more than its keys.
+        keys: number of keys of every link.
+        size: P.
+        channels: C where DyT is on or queries are normalised, else 0.
+        backend: as in `pooled_links`.
+
+    Returns:
+        False where the backend's kernels serve attention of these sizes, but not this form of it.
+
+    Raises:
+        NotImplementedError: `backend` names what cannot run at all.
     """
-    if rank * d > LARGEST_TILE or size > LARGEST_GRID or channels > MOST_CHANNELS:
-        return False
-    return _choose_backend(backend, features, rank, d, size, channels) == "triton"
+    if kernels_by_name(backend, features, "pooled_links") != "triton":
+        return True  # before anything is asked of shapes, which torch.export would guard
+    rank = max(min(rank, count) for count in keys)
+    return rank * d <= LARGEST_TILE and size <= LARGEST_GRID and channels <= MOST_CHANNELS
 
 
 def _choose_backend(
     requested: str | None, features: Tensor, rank: int, d: int, size: int, channels: int
 ) -> str:
-    return kernels_by_name(
-        requested, features, "pooled_links", partial(_refusal, features, rank, d, size, channels)
+    tiled_here = features.device.type == "cpu"
+    chosen = kernels_by_name(
+        requested,
+        features,
+        "pooled_links",
+        partial(_refusal, features, rank, d, size, channels),
+        plain=("sdpa", "reference") if tiled_here else ("reference", "sdpa"),
     )
+    # A GPU is faster with all images and positions at once, which is the reference's form.
+    return "reference" if chosen == "sdpa" and not tiled_here else chosen
 
 
 def _refusal(features: Tensor, rank: int, d: int, size: int, channels: int) -> str | None:

@@ -21,6 +21,7 @@ from srm_model.cli.options import (
     not_negative,
     positive,
     seconds,
+    width_and_height,
 )
 from srm_model.cli.streams import Output, prepared, say, sentence
 
@@ -269,10 +270,22 @@ def _add_data(commands: argparse._SubParsersAction[_Parser], common: _Parser) ->
     )
     made.add_argument("--image-size", type=positive, help="shorter side in pixels (default: as they are)")
     made.add_argument(
+        "--crop",
+        type=width_and_height,
+        metavar="WxH",
+        help="keep the centre of each photograph at this size (default: 512x384 with --opinions)",
+    )
+    made.add_argument(
         "--types", type=positive, nargs="+", metavar="T", help="distortion types, 1 to 24 (default: all)"
     )
     made.add_argument("--levels", type=positive, nargs="+", metavar="L", help="levels, 1 to 5 (default: all)")
-    made.add_argument("--metric", default="vsi", help="of piq, gives the labels (default: %(default)s)")
+    made.add_argument("--metric", help="label images by this metric of piq (default: vsi)")
+    made.add_argument(
+        "--opinions",
+        metavar="FILE",
+        help="label images by TID2013's mos_with_names.txt instead: photographs are matched by the number in their "
+        "names, such as 1.png or kodim01.png",
+    )
     made.add_argument(
         "--labels",
         metavar="FILE",

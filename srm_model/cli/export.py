@@ -71,6 +71,13 @@ def _model_card(model: IQAModel, card: dict[str, Any], folder: Path) -> str:
     if labels.startswith("metric:"):
         metric = labels.partition(":")[2].upper()
         lines.append(f"- the labels are values of the metric {metric}, not people's opinion")
+    if labels.startswith("opinions:"):
+        source = labels.partition(":")[2]
+        lines.append(
+            f"- the labels are people's opinions of nearly these images: those that {source} has for its images of the "
+            f"same photograph, type and level. Type and level alone reach an SROCC of "
+            f"{_figure(dataset.get('type_level_srocc'))} on the test images"
+        )
     digest = read_card(folder)["sha256"]
     lines += [
         "",

@@ -152,6 +152,14 @@ def byte_count(text: str) -> int:
     return size
 
 
+def width_and_height(text: str) -> tuple[int, int]:
+    """A size in pixels such as 512x384, for argparse."""
+    match = re.fullmatch(r"([1-9]\d{0,5})[x×]([1-9]\d{0,5})", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a width and a height such as 512x384")
+    return int(match[1]), int(match[2])
+
+
 def budget(text: str) -> float:
     """A decimal number or a fraction such as 4/255 or 0.5/255, for argparse."""
     above, slash, below = text.partition("/")

@@ -225,6 +225,7 @@ def named_folders(pairs: Sequence[str]) -> dict[str, str]:
 
 def dataset_card(dataset: Any) -> dict[str, Any]:
     """What cards and run.json say about a data set, by any of its splits."""
+    ceiling = getattr(dataset, "type_level_srocc", None)
     return {
         "name": dataset.name,
         "root": str(dataset.root),
@@ -232,6 +233,7 @@ def dataset_card(dataset: Any) -> dict[str, Any]:
         "splits": dict(dataset.counts),
         "seed": dataset.seed,
         "fingerprint": dataset.fingerprint,
+        **({} if ceiling is None else {"type_level_srocc": ceiling}),
     }
 
 

@@ -73,9 +73,10 @@ def describe(
 ) -> dict[str, Any]:
     """What data set lies at `root`, all its files checked: plain values for a person or a JSON file.
 
-    name, root, labels ("mos" or "metric:<name>"), label_range (low, high), images, splits (images in each),
-    fingerprint, and for TID2013's layout references (ids in each split) under this seed, for KonIQ-10k the folder of
-    images. A faulty set is a ValueError as in `TID2013` and `KonIQ10k`.
+    name, root, labels ("mos", "metric:<name>" or "opinions:<set>"), label_range (low, high), images, splits (images in
+    each), fingerprint; for TID2013's layout references (ids in each split) under this seed, and type_level_srocc where
+    the labels are opinions; for KonIQ-10k the folder of images. A faulty set is a ValueError as in `TID2013` and
+    `KonIQ10k`.
     """
     sets = {
         split: open_dataset(
@@ -98,4 +99,6 @@ def describe(
         description["image_folder"] = first.image_folder
     else:
         description["references"] = {split: sorted(Counter(part.groups)) for split, part in sets.items()}
+        if first.type_level_srocc is not None:
+            description["type_level_srocc"] = first.type_level_srocc
     return description

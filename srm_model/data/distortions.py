@@ -1,10 +1,11 @@
 """TID2013's 24 types of distortion at 5 levels, for any photograph.
 
 Each type is a family of images of growing strength; a level is the member whose PSNR against the photograph is
-33, 30, 27, 24 or 21 dB, the ladder TID2013 was built on. Where a photograph does not let a type reach a rung (a grey
-one has no colour to lose), the five levels are spread evenly, in dB, over what it does reach; a type that cannot
-change a photograph at all returns it as it is. The types follow the descriptions of TID2013's paper (Ponomarenko
-et al., 2015); its own programs are not public, so these are approximations, each described in its docstring.
+33, 30, 27, 24 or 21 dB, the ladder TID2013 was built on. The levels of type 15 have one PSNR and differ in the number
+of blocks. Where a photograph does not let a type reach a rung (a grey one has no colour to lose), the five levels are
+spread evenly, in dB, over what it does reach; a type that cannot change a photograph at all returns it as it is. The
+types follow the descriptions of TID2013's paper (Ponomarenko et al., 2015); its own programs are not public, so these
+are approximations, each described in its docstring.
 """
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ LEVEL_PSNR = (33.0, 30.0, 27.0, 24.0, 21.0)
 
 MIN_SIDE = 64
 """Smallest side of a photograph, in pixels; blocks and patches have no meaning below it."""
+
+BLOCKS = (32, 16, 8, 6, 4)
+BLOCK_PSNR = 27.0
+"""Blocks of type 15 at levels 1 to 5, and their PSNR in dB."""
 
 _TOLERANCE = 0.1  # dB
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
@@ -78,7 +83,13 @@ def _family(prepare: Callable[[Planes, int, np.random.Generator], Render]) -> Ap
 
 
 def _at_level(reference: Planes, render: Render, level: int) -> Pixels:
-    """The member of a family whose PSNR is the level's, by false position."""
+    """The member of a family whose PSNR is the level's."""
+    weakest, strongest = (psnr(reference, _pixels(render(strength))) for strength in (0.0, 1.0))
+    return _at_psnr(reference, render, _target(level, weakest, strongest))
+
+
+def _at_psnr(reference: Planes, render: Render, target: float) -> Pixels:
+    """The member of a family that comes nearest to a PSNR, by false position."""
 
     def member(strength: float) -> tuple[float, Pixels]:
         pixels = _pixels(render(strength))
@@ -86,7 +97,6 @@ def _at_level(reference: Planes, render: Render, level: int) -> Pixels:
 
     low, high = 0.0, 1.0
     (low_psnr, weakest), (high_psnr, strongest) = member(low), member(high)
-    target = _target(level, low_psnr, high_psnr)
     best = min(((low_psnr, weakest), (high_psnr, strongest)), key=lambda m: abs(m[0] - target))
     for _ in range(8):
         if abs(best[0] - target) <= _TOLERANCE or low_psnr <= target or high_psnr >= target:
@@ -269,17 +279,22 @@ def _pattern_noise(image: Planes, level: int, rng: np.random.Generator) -> Rende
     return render
 
 
-@_family
-def _block_distortions(image: Planes, level: int, rng: np.random.Generator) -> Render:
-    """Square blocks shifted in colour, each its own way: two more of them with every level, and stronger."""
+def _block_distortions(image: Planes, level: int, rng: np.random.Generator) -> Pixels:
+    """Square blocks shifted in colour, each its own way: fewer and stronger ones with every level, at one PSNR.
+
+    People mind a few strong blocks less than many weak ones of the same PSNR: the opinions of TID2013 rise with the
+    level.
+    """
     height, width = image.shape[:2]
     side = round(min(height, width) / 12)
     offsets = np.zeros_like(image)
-    for _ in range(2 * level):
-        top, left = rng.integers(0, height - side), rng.integers(0, width - side)
+    for place in rng.permutation((height // side) * (width // side))[: BLOCKS[level - 1]]:
+        top, left = (side * int(index) for index in divmod(place, width // side))
         colour = rng.uniform(0.5, 1, 3) * rng.choice([-1, 1], 3)
         offsets[top : top + side, left : left + side] = colour
-    return lambda strength: image + np.float32(_between(1, 600, strength)) * offsets
+    return _at_psnr(
+        image, lambda strength: image + np.float32(_between(1, 600, strength)) * offsets, BLOCK_PSNR
+    )
 
 
 @_family
@@ -303,9 +318,9 @@ def _contrast(image: Planes, level: int, rng: np.random.Generator) -> Render:
 
 @_family
 def _saturation(image: Planes, level: int, rng: np.random.Generator) -> Render:
-    """Colours drawn towards grey of the same luminance."""
+    """Colours drawn towards grey of the same luminance, and beyond it to the complementary colours."""
     grey = (image @ _LUMA)[..., None]
-    return lambda strength: grey + np.float32(1 - _between(0.01, 1, strength)) * (image - grey)
+    return lambda strength: grey + np.float32(1 - _between(0.01, 3, strength)) * (image - grey)
 
 
 @_family

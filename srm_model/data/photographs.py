@@ -44,7 +44,38 @@ _PACKAGED = (
 """Each another scene; scikit-image's motorcycle_right shows the same one as motorcycle_left."""
 
 
-def from_packages(image_size: int | None) -> list[Photograph]:
+class Frame(NamedTuple):
+    """What is kept of a photograph: its centre square at `image_size`, its centre at `crop` (width, height), or all."""
+
+    image_size: int | None = None
+    crop: tuple[int, int] | None = None
+
+    def __call__(self, path: Path) -> Pixels:
+        """Return the kept pixels of the photograph at `path`, (H, W, 3); ValueError where it is too small."""
+        image = open_rgb(path)
+        if self.crop is not None:
+            width, height = self.crop
+            if image.width < width or image.height < height:
+                raise ValueError(
+                    f"{path}: {image.width}×{image.height} is smaller than the crop {width}×{height}"
+                )
+            left, top = (image.width - width) // 2, (image.height - height) // 2
+            return np.asarray(image.crop((left, top, left + width, top + height)))
+        if self.image_size is None:
+            return np.asarray(image)
+        side = min(image.size)
+        if side < self.image_size:
+            raise ValueError(
+                f"{path}: {image.width}×{image.height} is smaller than image_size {self.image_size}; "
+                "enlarging a reference would blur it"
+            )
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        square = (left, top, left + side, top + side)
+        size = (self.image_size, self.image_size)
+        return np.asarray(image.resize(size, Image.Resampling.BICUBIC, box=square))
+
+
+def from_packages(frame: Frame) -> list[Photograph]:
     """The seven photographs that scikit-image and scikit-learn carry, found without importing them or a network.
 
     A package that is not installed, or that has not got its file, is a ValueError that names it.
@@ -59,15 +90,15 @@ def from_packages(image_size: int | None) -> list[Photograph]:
                 "or give a folder of photographs"
             )
         source = f"{distribution} {importlib.metadata.version(distribution)}"
-        found.append(Photograph(path.name, source, licence, _prepare(path, image_size)))
+        found.append(Photograph(path.name, source, licence, frame(path)))
     return found
 
 
-def from_folder(folder: Path, image_size: int | None) -> list[Photograph]:
+def from_folder(folder: Path, frame: Frame) -> list[Photograph]:
     """The photographs that lie directly in `folder`, in the order of their names; folders within are not entered.
 
     Files are taken by suffix (PNG, JPEG, BMP, TIFF, WebP; others and hidden files are passed over). One that cannot
-    be read, or that is smaller than `image_size`, is a ValueError with the first such file and the count of all.
+    be read, or that is smaller than the frame, is a ValueError with the first such file and the count of all.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder of photographs")
@@ -78,25 +109,9 @@ def from_folder(folder: Path, image_size: int | None) -> list[Photograph]:
     found, faults = [], []
     for path in paths:
         try:
-            found.append(Photograph(path.name, folder.name, "not stated", _prepare(path, image_size)))
+            found.append(Photograph(path.name, folder.name, "not stated", frame(path)))
         except ValueError as error:
             faults.append(str(error))
     if faults:
         raise ValueError(f"{faults[0]} ({len(faults)} of {len(paths)} photographs cannot be used)")
     return found
-
-
-def _prepare(path: Path, image_size: int | None) -> Pixels:
-    """The whole photograph, or its centre square brought down to `image_size`."""
-    image = open_rgb(path)
-    if image_size is None:
-        return np.asarray(image)
-    side = min(image.size)
-    if side < image_size:
-        raise ValueError(
-            f"{path}: {image.width}×{image.height} is smaller than image_size {image_size}; "
-            "enlarging a reference would blur it"
-        )
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    square = (left, top, left + side, top + side)
-    return np.asarray(image.resize((image_size, image_size), Image.Resampling.BICUBIC, box=square))

@@ -1,4 +1,4 @@
-"""Sets in TID2013's layout from any photographs, labelled by a full-reference metric."""
+"""Sets in TID2013's layout from any photographs, labelled by a full-reference metric or by TID2013's own opinions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from types import ModuleType
@@ -17,10 +17,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from srm_model.config import SRMConfig
+from srm_model.data import opinions as people
 from srm_model.data.images import Pixels, open_rgb
 from srm_model.data.labels import LABEL_RANGE, METRICS, import_piq, metric_labels
 from srm_model.data.lists import read_list
-from srm_model.data.photographs import SUFFIXES, Photograph, from_folder, from_packages
+from srm_model.data.photographs import SUFFIXES, Frame, Photograph, from_folder, from_packages
 from srm_model.data.tid2013 import HIGHER_IS_BETTER, IMAGES, LABELS, LABELS_FORMAT, LIST, REFERENCES
 from srm_model.files import atomic_path, make_folder, read_json, write_json, write_text
 
@@ -48,10 +49,12 @@ def synthesize(
     photographs: str | Path | None = None,
     packaged: bool | None = None,
     image_size: int | None = None,
+    crop: tuple[int, int] | None = None,
     types: Iterable[int] = range(1, 25),
     levels: Iterable[int] = range(1, 6),
     seed: int = SRMConfig.seed,
-    metric: str = "vsi",
+    metric: str | None = None,
+    opinions: str | Path | None = None,
     labels: str | Path | None = None,
     progress: bool = True,
 ) -> Path:
@@ -62,11 +65,17 @@ def synthesize(
     packaged: whether the seven photographs that scikit-image and scikit-learn carry are references too, after those
         of the folder; None: where there is no folder.
     image_size: the photographs' centre squares brought down to this side; None keeps them as they are.
+    crop: width and height of the centre that is kept of each photograph, instead of image_size. With opinions and
+        without image_size it is 512×384, the size of TID2013's images.
     types, levels: which of TID2013's 24 types and 5 levels (`srm_model.data.distortions`).
     seed: every image depends on (seed, reference, type, level) only.
-    metric: "vsi", "fsim", "ssim" or "haarpsi" of piq against the reference, brought to 0 to 9 by the map in
-        `labels.json` (`labels.Scale`). The labels are the metric's and not people's: the set opens with `labels`
+    metric: "vsi" (the default), "fsim", "ssim" or "haarpsi" of piq against the reference, brought to 0 to 9 by the map
+        in `labels.json` (`labels.Scale`). The labels are the metric's and not people's: the set opens with `labels`
         "metric:vsi".
+    opinions: TID2013's `mos_with_names.txt`, instead of a metric: an image gets the opinion of TID2013's image of the
+        same photograph, type and level. Photographs are matched by the number in their names (`opinions.number_of`),
+        which TID2013's references have too, never by their order. The images are made anew, so that these are
+        people's opinions of nearly these images: the set opens with `labels` "opinions:TID2013".
     labels: a `mos_with_names.txt` of the same set made elsewhere, to have that very set: the metric's last digits
         depend on the processor, and a set's fingerprint on every digit. A label further than `LABEL_TOLERANCE` from
         what the metric gives here is refused.
@@ -79,33 +88,53 @@ def synthesize(
     """
     out = Path(out)
     types, levels = _choice("types", types, 24), _choice("levels", levels, 5)
-    if metric not in METRICS:
-        raise ValueError(f"metric {metric!r}: expected one of {', '.join(map(repr, METRICS))}")
+    if opinions is not None and (metric is not None or labels is not None or packaged):
+        raise ValueError(
+            "opinions are labels of the folder's photographs; expected no metric, labels or packaged ones"
+        )
+    if opinions is None:
+        metric = "vsi" if metric is None else metric
+        if metric not in METRICS:
+            raise ValueError(f"metric {metric!r}: expected one of {', '.join(map(repr, METRICS))}")
+        import_piq()
     if seed < 0:
         raise ValueError(f"seed {seed}: expected zero or more")
     distortions = _import_distortions()
-    import_piq()
+    if crop is not None and image_size is not None:
+        raise ValueError(f"crop {crop} and image_size {image_size}: expected one of them")
+    if opinions is not None and image_size is None and crop is None:
+        crop = people.CROP
     given = None if labels is None else _given_labels(Path(labels))
-    references = _references(
-        photographs, photographs is None if packaged is None else packaged, image_size, distortions.MIN_SIDE
+    photos = _photographs(
+        photographs,
+        photographs is None and opinions is None if packaged is None else packaged,
+        Frame(image_size, crop),
+        distortions.MIN_SIDE,
     )
-    settings = {
+    references = dict(enumerate(photos, 1)) if opinions is None else _numbered(photos)
+    settings: dict[str, Any] = {
         "seed": seed,
         "image_size": image_size,
         "types": types,
         "levels": levels,
-        "metric": metric,
-        "photographs": [f"{photo.file} {_digest(photo.pixels)[:12]}" for photo in references],
+        "photographs": [f"{photo.file} {_digest(photo.pixels)[:12]}" for photo in references.values()],
     }
+    settings |= {"crop": list(crop)} if crop else {}
+    if metric is not None:
+        settings["metric"] = metric
     if given is not None:
         settings["labels"] = hashlib.sha256(_lines(given).encode()).hexdigest()
-    tasks = [_Task(reference, kind) for reference in range(1, len(references) + 1) for kind in types]
+    tasks = [_Task(reference, kind) for reference in references for kind in types]
     names = [task.name(level) for task in tasks for level in levels]
     if given is not None and given.keys() != set(names):
         raise ValueError(
             f"{labels}: labels of {len(given)} images, of which {len(given.keys() & set(names))} are among the "
             f"{len(names)} of this set; expected a label for each of them and no other"
         )
+    scores: dict[str, float] | None = None
+    if opinions is not None:
+        scores = _opinions_of(Path(opinions), names)
+        settings["opinions"] = hashlib.sha256(_lines(scores).encode()).hexdigest()
     other_versions = _claim(out, settings, metric)
     known = _read_labels(out)
     on_disk = {path.name for path in (out / IMAGES).glob("*.bmp")}
@@ -125,7 +154,10 @@ def synthesize(
         )
         with bar:
             for task, values in _run(out, todo, references, levels, seed, metric):
-                lines = {task.name(level): value for level, value in zip(levels, values, strict=True)}
+                here = [task.name(level) for level in levels]
+                lines = (
+                    dict(zip(here, values, strict=True)) if scores is None else {n: scores[n] for n in here}
+                )
                 if given is not None:
                     lines = _as_given(Path(str(labels)), given, lines)
                 _append(out, lines)
@@ -177,17 +209,54 @@ def _import_distortions() -> ModuleType:
     return distortions
 
 
-def _references(
-    folder: str | Path | None, packaged: bool, image_size: int | None, min_side: int
-) -> list[Photograph]:
+def _numbered(photographs: Sequence[Photograph]) -> dict[int, Photograph]:
+    """The photographs by the numbers in their names, in the order of the numbers."""
+    found: dict[int, Photograph] = {}
+    for photo in photographs:
+        number = people.number_of(photo.file)
+        if number in found:
+            raise ValueError(
+                f"{photo.file} and {found[number].file} are both photograph {number}; expected one of each"
+            )
+        found[number] = photo
+    return dict(sorted(found.items()))
+
+
+def _opinions_of(path: Path, names: Sequence[str]) -> dict[str, float]:
+    """The opinion for each image; ValueError that says which photographs, types and levels have none."""
+    known = people.read_opinions(path)
+    missing = [name for name in names if people.key_of(name) not in known]
+    if missing:
+        raise ValueError(
+            f"{path}: no opinion for {len(missing)} of {len(names)} images, such as {missing[0]}; it has those of "
+            f"photographs {_spans(key[0] for key in known)}, types {_spans(key[1] for key in known)} and levels "
+            f"{_spans(key[2] for key in known)}"
+        )
+    return {name: known[people.key_of(name)] for name in names}
+
+
+def _spans(numbers: Iterable[int]) -> str:
+    """Numbers in words: "1 to 3, 5"."""
+    parts: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(f"{part[0]} to {part[-1]}" if len(part) > 1 else f"{part[0]}" for part in parts)
+
+
+def _photographs(folder: str | Path | None, packaged: bool, frame: Frame, min_side: int) -> list[Photograph]:
     """The photographs, checked: number, size, and no two alike."""
-    if image_size is not None and image_size < min_side:
-        raise ValueError(f"image_size {image_size}: expected at least {min_side}, or None")
+    if frame.image_size is not None and frame.image_size < min_side:
+        raise ValueError(f"image_size {frame.image_size}: expected at least {min_side}, or None")
+    if frame.crop is not None and min(frame.crop) < min_side:
+        raise ValueError(f"crop {frame.crop[0]}×{frame.crop[1]}: expected sides of at least {min_side}")
     if folder is None and not packaged:
         raise ValueError("no photographs: expected a folder of them, or those that packages carry")
-    photographs = [] if folder is None else from_folder(Path(folder), image_size)
+    photographs = [] if folder is None else from_folder(Path(folder), frame)
     if packaged:
-        photographs += from_packages(image_size)
+        photographs += from_packages(frame)
     if not MIN_REFERENCES <= len(photographs) <= MAX_REFERENCES:
         raise ValueError(
             f"{folder}: {len(photographs)} photographs ({', '.join(SUFFIXES)}) directly in this folder"
@@ -206,7 +275,24 @@ def _references(
     return photographs
 
 
-def _claim(out: Path, settings: dict[str, Any], metric: str) -> str:
+def _described(metric: str | None) -> dict[str, str]:
+    """What labels are, as `labels.json` says it."""
+    if metric is not None:
+        return {
+            "metric": metric,
+            "map": METRICS[metric].formula(metric),
+            "note": f"Computed by the full-reference metric {metric} of piq against the undistorted photograph. "
+            "These are not the opinions of people.",
+        }
+    return {
+        "opinions": people.SOURCE,
+        "note": f"People's opinions of nearly these images: the mean opinion scores that {people.SOURCE} has for its "
+        "images of the same photograph, type and level. These images were made anew and differ from those that people "
+        f"saw; this set is not {people.SOURCE}.",
+    }
+
+
+def _claim(out: Path, settings: dict[str, Any], metric: str | None) -> str:
     """Mark `out` as the place of a set with these settings; a difference of library versions is returned in words.
 
     A folder with anything else in it, or with a set of other settings, is a ValueError.
@@ -217,12 +303,9 @@ def _claim(out: Path, settings: dict[str, Any], metric: str) -> str:
             raise ValueError(f"{out}: not an empty folder, nor one with a synthesised set; give another")
         description = {
             "format": LABELS_FORMAT,
-            "metric": metric,
             "range": list(LABEL_RANGE),
             "direction": HIGHER_IS_BETTER,
-            "map": METRICS[metric].formula(metric),
-            "note": f"Computed by the full-reference metric {metric} of piq against the undistorted photograph. "
-            "These are not the opinions of people.",
+            **_described(metric),
             "settings": settings,
             "versions": versions,
         }
@@ -231,7 +314,8 @@ def _claim(out: Path, settings: dict[str, Any], metric: str) -> str:
     there = read_json(out / LABELS)
     if not isinstance(there, dict) or not isinstance(there.get("settings"), dict):
         raise ValueError(f"{out / LABELS}: not written by this program; give another folder")
-    differences = _differences(there["settings"], {"labels": None} | settings)
+    optional = dict.fromkeys(("labels", "crop", "metric", "opinions"))
+    differences = _differences(there["settings"], optional | settings)
     if differences:
         raise ValueError(f"{out} holds a set with {differences}; give another folder, or the same settings")
     return _differences(there.get("versions", {}), versions)
@@ -257,13 +341,13 @@ def _read_labels(out: Path) -> dict[str, float]:
     return labels
 
 
-def _lay_out(out: Path, references: list[Photograph], labels: dict[str, float]) -> None:
+def _lay_out(out: Path, references: dict[int, Photograph], labels: dict[str, float]) -> None:
     """References, their origin and a clean journal; what is there already stays as it is."""
     make_folder(out / IMAGES)
     for leftover in out.glob("*/.*.partial.*"):  # of a process that was killed
         leftover.unlink()
     origin = []
-    for number, photo in enumerate(references, 1):
+    for number, photo in references.items():
         path = out / "reference_images" / f"I{number:02}.BMP"
         if not path.exists():
             _write_bmp(path, photo.pixels)
@@ -281,15 +365,18 @@ def _lay_out(out: Path, references: list[Photograph], labels: dict[str, float]) 
 
 
 def _run(
-    out: Path, tasks: list[_Task], references: list[Photograph], levels: list[int], seed: int, metric: str
+    out: Path,
+    tasks: list[_Task],
+    references: dict[int, Photograph],
+    levels: list[int],
+    seed: int,
+    metric: str | None,
 ) -> Iterator[tuple[_Task, list[float]]]:
     """Do the tasks on all cores and give each with its labels, as they are finished."""
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
         futures = {
-            pool.submit(
-                _distort, out, task, references[task.reference - 1].pixels, levels, seed, metric
-            ): task
+            pool.submit(_distort, out, task, references[task.reference].pixels, levels, seed, metric): task
             for task in tasks
         }
         for future in as_completed(futures):
@@ -299,21 +386,22 @@ def _run(
 
 
 def _distort(
-    out: Path, task: _Task, reference: Pixels, levels: list[int], seed: int, metric: str
+    out: Path, task: _Task, reference: Pixels, levels: list[int], seed: int, metric: str | None
 ) -> list[float]:
-    """Write the images of one task, but for those that are there, and give their labels."""
+    """Write the images of one task, but for those that are there, and return the metric of each; none without one."""
     from srm_model.data.distortions import DISTORTIONS
 
     images = []
     for level in levels:
         path = out / IMAGES / task.name(level)
         if path.exists():
-            images.append(np.asarray(open_rgb(path)))
+            if metric is not None:
+                images.append(np.asarray(open_rgb(path)))
             continue
         rng = np.random.default_rng([seed, task.reference, task.kind, level])
         images.append(DISTORTIONS[task.kind](reference, level, rng))
         _write_bmp(path, images[-1])
-    return metric_labels(metric, images, reference)
+    return [] if metric is None else metric_labels(metric, images, reference)
 
 
 def _append(out: Path, labels: dict[str, float]) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ import numpy as np
 from srm_model.config import SRMConfig
 from srm_model.data.base import (
     SPLITS,
+    Entry,
     Faults,
     ImageQualityDataset,
     Row,
@@ -23,6 +25,7 @@ from srm_model.data.base import (
 from srm_model.data.cache import ImageCache
 from srm_model.data.lists import read_list
 from srm_model.files import read_json
+from srm_model.metrics import srocc
 
 LIST = "mos_with_names.txt"
 PUBLISHED_IMAGES = 3_000
@@ -33,14 +36,18 @@ LABELS_FORMAT = "srm-iqa-labels/1"
 HIGHER_IS_BETTER = "higher is better"
 MOS_RANGE = (0.0, 9.0)  # nominal; the published scores lie in 0.24 to 7.21
 
-_LINE = re.compile(
+LINE = re.compile(
     r"""\s*"?(?P<score>[^\s;"]+?)"?(?:\s*[;,]\s*|\s+)"?(?P<name>i(?P<reference>\d+)_\d+_\d+\.bmp)"?[\s;,]*""",
     re.IGNORECASE,
 )
 
 
 class Labels(NamedTuple):
-    """What the numbers of a list are: "mos" or "metric:<name>", and the range they are normalised from."""
+    """What the numbers of a list are, and the range they are normalised from.
+
+    kind: "mos", people's of these very images; "opinions:<set>", people's of that set's images of the same photograph,
+        type and level; "metric:<name>", a full-reference metric's.
+    """
 
     kind: str
     range: tuple[float, float]
@@ -54,7 +61,10 @@ class TID2013(ImageQualityDataset):
     themselves carry no label and are not needed. Splits are 60/20/20 % of the references, by
     `numpy.random.default_rng(seed).permutation` of their sorted ids, so that no content is in two of them.
     Sets made by `srm_model.data.synthesize` have the same layout and a `labels.json`, by which `labels` is
-    "metric:<name>" and the labels are normalised; without one the labels are people's, on 0 to 9.
+    "metric:<name>" or "opinions:<set>" and the labels are normalised; without one the labels are people's, on 0 to 9.
+
+    Of opinions, `type_level_srocc` is the SROCC that type and level alone reach on the test split, by the mean label of
+    the training split's images of the same type and level: what a model gets for recognising distortions only.
 
     seed: of the split and of the train transform. image_size: S of the (3, S, S) items.
     train: whether items are randomly cropped; None: in the train split only.
@@ -84,6 +94,10 @@ class TID2013(ImageQualityDataset):
         faults = Faults(root / LIST)
         rows = _read_list(root, labels.range, faults)
         entries = find_images(rows, root / IMAGES, faults, verify=verify, progress=progress)
+        parts = split_by_reference((entry.group for entry in entries), seed)
+        self.type_level_srocc = (
+            _type_level_srocc(entries, parts) if labels.kind.startswith("opinions:") else None
+        )
         super().__init__(
             published_name("TID2013", len(entries), PUBLISHED_IMAGES)
             if labels.kind == "mos"
@@ -91,7 +105,7 @@ class TID2013(ImageQualityDataset):
             root,
             split,
             entries,
-            split_by_reference((entry.group for entry in entries), seed),
+            parts,
             labels=labels.kind,
             label_range=labels.range,
             seed=seed,
@@ -119,6 +133,26 @@ def split_by_reference(references: Iterable[str], seed: int) -> dict[str, str]:
     }
 
 
+def _type_level_srocc(entries: Sequence[Entry], parts: dict[str, str]) -> float | None:
+    """SROCC on the test split of the training split's means by type and level; None where it is undefined."""
+    scores: dict[str, list[float]] = {}
+    for entry in entries:
+        if parts[entry.group] == "train":
+            scores.setdefault(type_and_level(entry.name), []).append(entry.mos)
+    test = [
+        entry for entry in entries if parts[entry.group] == "test" and type_and_level(entry.name) in scores
+    ]
+    if len(test) < 2:
+        return None
+    found = srocc([float(np.mean(scores[type_and_level(e.name)])) for e in test], [e.mos for e in test])
+    return None if math.isnan(found) else round(found, 4)
+
+
+def type_and_level(name: str) -> str:
+    """What follows the reference in an image's name: 02_3 of i01_02_3.bmp."""
+    return name.partition("_")[2].removesuffix(name[-4:])
+
+
 def read_labels(root: Path) -> Labels:
     """What `labels.json` says of a set's labels; people's, on 0 to 9, where there is none."""
     path = root / LABELS
@@ -130,9 +164,11 @@ def read_labels(root: Path) -> Labels:
         return Labels("mos", MOS_RANGE)
     value = read_json(path)
     known = isinstance(value, dict) and value.get("format") == LABELS_FORMAT
-    if not known or value.get("direction") != HIGHER_IS_BETTER or not isinstance(value.get("metric"), str):
+    sources = [key for key in ("metric", "opinions") if known and isinstance(value.get(key), str)]
+    if len(sources) != 1 or value.get("direction") != HIGHER_IS_BETTER:
         raise ValueError(
-            f"{path}: expected format {LABELS_FORMAT!r}, the name of a metric and direction {HIGHER_IS_BETTER!r}"
+            f"{path}: expected format {LABELS_FORMAT!r}, the name of a metric or of a set that the opinions are from, "
+            f"and direction {HIGHER_IS_BETTER!r}"
         )
     limits = value.get("range")
     if (
@@ -142,7 +178,7 @@ def read_labels(root: Path) -> Labels:
         or not limits[0] < limits[1]
     ):
         raise ValueError(f"{path}: range {limits!r}: expected two numbers, the lower first")
-    return Labels(f"metric:{value['metric']}", (float(limits[0]), float(limits[1])))
+    return Labels(f"{sources[0]}:{value[sources[0]]}", (float(limits[0]), float(limits[1])))
 
 
 def _read_list(root: Path, label_range: tuple[float, float], faults: Faults) -> list[Row]:
@@ -158,7 +194,7 @@ def _read_list(root: Path, label_range: tuple[float, float], faults: Faults) -> 
         if not line.strip():
             continue
         faults.rows += 1
-        match = _LINE.fullmatch(line)
+        match = LINE.fullmatch(line)
         if match is None:
             faults.add(
                 number, "malformed", f"{line.strip()[:80]!r} is not a score and a name like i01_02_3.bmp"

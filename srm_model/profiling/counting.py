@@ -45,7 +45,9 @@ def neck_macs(
     """Closed form: multiply-accumulates of a neck by part, for maps of these channels and sizes.
 
     "links" is the article's equation 30 times heads, summed over the links (for `quadratic` 2 N_q N_k d in its
-    place); "projections" are W_Q, W_K, W_V and W_O, the last on the P×P grid; "align" and "gate" are convolutions.
+    place), where X of the pooled form meets the P×P grid in place of all queries; "projections" are W_Q, W_K, W_V and
+    W_O, the last on that grid; "align" and "gate" are convolutions. The pooled form aligns every source, the target of
+    every link, and the pooled maps of the fused stages.
     """
     C, P2 = config.channels, config.pool_size**2
     tokens = dict(zip(STAGES, (height * width for height, width in sizes), strict=True))
@@ -54,16 +56,27 @@ def neck_macs(
     acting = [(s, t) for s, t in config.links if t in config.fused_stages]
     used = {*config.fused_stages, *(stage for link in config.links for stage in link)}
     hidden = max(C // 4, 1)
+    pooled = neck == "srm" and config.solve_dtype == "fp32" and acting
+    if pooled:
+        places = [(tokens[s], s) for s in {source for source, _ in config.links}]
+        places += [*((tokens[t], t) for _, t in acting), *((P2, stage) for stage in config.fused_stages)]
+    else:
+        places = [(tokens[stage], stage) for stage in used]
     return {
-        "align": sum(tokens[stage] * channels[stage - 1] * C for stage in used),
+        "align": sum(count * channels[stage - 1] * C for count, stage in places),
         "projections": sum((tokens[t] + 2 * tokens[s] + P2) * C * C for s, t in acting),
-        "links": sum(link_macs(config, neck, tokens[t], tokens[s]) for s, t in acting),
+        "links": sum(
+            link_macs(config, neck, tokens[t], tokens[s], P2 if pooled else None) for s, t in acting
+        ),
         "gate": len(config.fused_stages) * (9 * P2 * hidden * (C + hidden) + hidden),
     }
 
 
-def link_macs(config: SRMConfig, neck: str, queries: int, keys: int) -> int:
-    """Attention of one link over all heads, without its projections."""
+def link_macs(config: SRMConfig, neck: str, queries: int, keys: int, cells: int | None = None) -> int:
+    """Attention of one link over all heads, without its projections.
+
+    cells: of the grid that probabilities are pooled to, or None where X meets every query's.
+    """
     d, H = config.head_dim, config.heads
     if neck == "quadratic":
         return H * 2 * queries * keys * d
@@ -72,7 +85,8 @@ def link_macs(config: SRMConfig, neck: str, queries: int, keys: int) -> int:
         "uniform": 0,
         "pivoted_cholesky": rank * keys * (d + rank // 2),
     }.get(config.landmarks, flops.leverage_macs(keys, d))
-    return H * (flops.attention_macs(queries, keys, rank, d) + choice)
+    saved = 0 if cells is None else (queries - cells) * rank * d
+    return H * (flops.attention_macs(queries, keys, rank, d) - saved + choice)
 
 
 def head_macs(config: SRMConfig) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,20 +18,13 @@ from srm_model.neck import SRMNeck
 from srm_model.profiling.timing import FEWEST, Effort, cpu_clock
 
 REST = "rest"  # what lies between the named parts: pooling, folding, fusion
-# Methods of a neck by kernels, whose links share launches and call no module of their own.
-FUSED = {
-    "sources": "_shiftless_sources",
-    "key sides": "_key_sides",
-    "query sides": "_query_sides",
-    "merge": "_merged",
-}
-_LAST = ("gate", "head")
 
 
 def stages(module: nn.Module) -> dict[str, list[nn.Module]]:
     """Parts of a model or a neck that add up to it, but for `REST`: backbone, align, each link, gate, head.
 
-    A link is its projections, its attention and W_O.
+    A link is its projections, its attention and W_O. Links in the pooled form share their steps, which stand in place
+    of align and of each link; a neck calls either the ones or the others.
     """
     module = unwrapped(module)
     if isinstance(module, IQAModel):
@@ -41,48 +34,28 @@ def stages(module: nn.Module) -> dict[str, list[nn.Module]]:
     found: dict[str, list[nn.Module]] = {"align": list(module.align)}
     for (source, target), link in zip(module.config.links, module.links.values(), strict=True):
         found[f"link {source}→{target}"] = [link, link.output]  # type: ignore[list-item]
-    found["gate"] = [module.gate]
-    return found
+    found |= {"sources": [module.sources], "key sides": [module.key_sides]}
+    return found | {"query sides": [module.query_sides], "merge": [module.merge], "gate": [module.gate]}
 
 
 def stage_times(
     module: nn.Module, call: Callable[[], object], device: torch.device, effort: Effort
 ) -> dict[str, float]:
-    """Median milliseconds of every stage and of `REST` in a `call` of `module`, forward, within an effort's seconds.
-
-    Where the neck runs by kernels, the `FUSED` parts stand in place of the links, which share launches there.
-    """
+    """Median milliseconds of every stage called and of `REST` in a `call` of `module`, forward, within an effort."""
     parts = stages(module)
-    names = [
-        *(name for name in parts if name not in _LAST),
-        *FUSED,
-        *(name for name in _LAST if name in parts),
-    ]
     marks: list[tuple[str, Any, Any]] = []
-    open_: list[Any] = []
 
-    def mark() -> Any:
+    def mark(_: str | None = None) -> Any:
         if device.type != "cuda":
             return cpu_clock()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
-    def entered(*_: Any) -> None:
-        open_.append(mark())
-
-    def left(name: str) -> None:
-        marks.append((name, open_.pop(), mark()))
-
     seen: set[str] = set()
-    rounds: dict[str, list[float]] = {name: [] for name in (*names, REST)}
-    handles = []
-    for name, modules in parts.items():
-        for part in modules:
-            handles.append(part.register_forward_pre_hook(entered))
-            handles.append(part.register_forward_hook(lambda *_, name=name: left(name)))
-    unwatch = _watch_fused(module, entered, left)
-    try:
+    rounds: dict[str, list[float]] = {name: [] for name in (*parts, REST)}
+    named = [(name, part) for name, modules in parts.items() for part in modules]
+    with _hooked(named, mark, lambda name, start: marks.append((name, start, mark()))):
         begun = time.perf_counter()
         for count in range(max(min(effort.repeats, 20), 1)):
             if count >= FEWEST and time.perf_counter() - begun > effort.seconds:
@@ -93,17 +66,13 @@ def stage_times(
             end = mark()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            taken = dict.fromkeys(names, 0.0)
+            taken = dict.fromkeys(parts, 0.0)
             for name, start, stop in marks:
                 seen.add(name)
                 taken[name] += _between(start, stop)
             for name, value in taken.items():
                 rounds[name].append(value)
             rounds[REST].append(max(_between(begin, end) - sum(taken.values()), 0.0))
-    finally:
-        unwatch()
-        for handle in handles:
-            handle.remove()
     return {
         name: statistics.median(values) for name, values in rounds.items() if name in seen or name == REST
     }
@@ -112,59 +81,34 @@ def stage_times(
 @contextmanager
 def named_ranges(module: nn.Module) -> Iterator[None]:
     """Ranges in a profile, forward, for every part of the neck and the head, and each child of the backbone."""
+    named = [
+        (name, part)
+        for name, part in module.named_modules()
+        if name and (not name.startswith("backbone.") or name.count(".") <= 2)
+    ]
+    with _hooked(
+        named,
+        lambda name: record_function(name).__enter__(),
+        lambda _, range_: range_.__exit__(None, None, None),
+    ):
+        yield
+
+
+@contextmanager
+def _hooked(
+    named: Iterable[tuple[str, nn.Module]], enter: Callable[[str], Any], leave: Callable[[str, Any], object]
+) -> Iterator[None]:
+    """Call `enter` before each of these modules runs, and `leave` afterwards with what `enter` gave."""
     open_: list[Any] = []
-
-    def enter(name: str) -> Callable[..., None]:
-        def begin(*_: Any) -> None:
-            range_ = record_function(name)
-            range_.__enter__()
-            open_.append(range_)
-
-        return begin
-
-    def leave(*_: Any) -> None:
-        open_.pop().__exit__(None, None, None)
-
     handles = []
-    for name, part in module.named_modules():
-        if name and (not name.startswith("backbone.") or name.count(".") <= 2):
-            handles.append(part.register_forward_pre_hook(enter(name)))
-            handles.append(part.register_forward_hook(leave))
-    unwatch = _watch_fused(module, lambda name: enter(name)(), lambda name: leave())
+    for name, part in named:
+        handles.append(part.register_forward_pre_hook(lambda *_, name=name: open_.append(enter(name))))
+        handles.append(part.register_forward_hook(lambda *_, name=name: leave(name, open_.pop())))
     try:
         yield
     finally:
-        unwatch()
         for handle in handles:
             handle.remove()
-
-
-def _watch_fused(
-    module: nn.Module, entered: Callable[[str], object], left: Callable[[str], object]
-) -> Callable[[], None]:
-    """Call `entered` and `left` around every `FUSED` part; the result ends that."""
-    necks = [part for part in module.modules() if isinstance(part, SRMNeck)]
-
-    def watched(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **options: Any) -> Any:
-            entered(name)
-            try:
-                return method(*args, **options)
-            finally:
-                left(name)
-
-        return call
-
-    for neck in necks:
-        for name, method in FUSED.items():
-            vars(neck)[method] = watched(name, getattr(neck, method))
-
-    def unwatch() -> None:
-        for neck in necks:
-            for method in FUSED.values():
-                del vars(neck)[method]
-
-    return unwatch
 
 
 def _between(start: Any, end: Any) -> float:

@@ -14,7 +14,7 @@ from srm_model.reports.results import estimates, limits, results
 from srm_model.reports.run import Run
 from srm_model.reports.scores import pictures, scatters
 from srm_model.reports.style import STYLE
-from srm_model.reports.text import budget_text, clock, count, listing, setting
+from srm_model.reports.text import budget_text, clock, count, fixed, listing, setting
 from srm_model.reports.training import mechanism, training
 
 NO_BREAK = "\N{NO-BREAK SPACE}"
@@ -101,6 +101,8 @@ def _tested(run: Run) -> str:
 
 
 def _notice(run: Run) -> Markup | None:
+    if run.labels is not None and run.labels.startswith("opinions:"):
+        return _of_similar_images(run, run.labels.removeprefix("opinions:"))
     if run.labels is None or not run.labels.startswith("metric:"):
         return None
     metric = run.labels.removeprefix("metric:").upper()
@@ -109,6 +111,22 @@ def _notice(run: Run) -> Markup | None:
         element("strong", f"The labels are not people's opinions: they come from the metric {metric}."),
         f" {metric} is a full-reference metric: it compares each distorted picture with its original. Every "
         f"correlation on this page is agreement with {metric}, not with human judgement.",
+        class_="notice",
+        role="note",
+    )
+
+
+def _of_similar_images(run: Run, source: str) -> Markup:
+    ceiling = run.dataset.get("type_level_srocc")
+    reached = (
+        f" On the test images they reach an SROCC of {fixed(ceiling)}." if isinstance(ceiling, float) else ""
+    )
+    return element(
+        "p",
+        element("strong", "The labels are people's opinions of nearly these images."),
+        f" They are the mean opinion scores that {source} has for its images of the same photograph, type and level of "
+        f"distortion. The images here were made anew; this data set is not {source}. Type and level alone predict much "
+        f"of an opinion.{reached}",
         class_="notice",
         role="note",
     )

@@ -135,14 +135,14 @@ class Run:
 
     @property
     def labels(self) -> str | None:
-        """Where the labels come from: "mos", "metric:<name>", or None where nothing says so."""
+        """Where the labels come from: "mos", "metric:<name>", "opinions:<set>", or None where nothing says so."""
         said = [self.dataset.get("labels")]
         for neck in self.necks:
             said.append(neck.evaluation.labels if neck.evaluation else None)
             said.append(_mapping(neck.card.get("dataset")).get("labels"))
         stated = [label for label in said if isinstance(label, str)]
-        metric = [label for label in stated if label.startswith("metric:")]
-        return next(iter(metric + stated), None)
+        made = [label for label in stated if label != "mos"]
+        return next(iter(made + stated), None)
 
 
 def read_run(folder: str | Path) -> Run:

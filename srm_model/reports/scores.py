@@ -17,6 +17,20 @@ from srm_model.reports.text import attack_text, budget_text, fixed
 EXAMPLES_PER_BUDGET = 3
 
 
+def label_words(labels: str) -> str:
+    """What labels are, as an axis names it."""
+    kind, _, name = labels.partition(":")
+    if kind == "metric":
+        return name.upper()
+    return (
+        "mean opinion"
+        if kind == "mos"
+        else "mean opinion of a similar image"
+        if kind == "opinions"
+        else labels
+    )
+
+
 @dataclass(frozen=True)
 class _View:
     """One scatter panel."""
@@ -40,9 +54,7 @@ def scatters(run: Run) -> Child:
     x_limits = _score_limits([panels[0].scores for panels in views.values() if panels], everything)
     y_limits = padded(*_range([view.mos for view in everything]))
     source = run.labels or "source unknown"
-    y_label = (
-        "label (" + ("mean opinion" if source == "mos" else source.removeprefix("metric:").upper()) + ")"
-    )
+    y_label = f"label ({label_words(source)})"
     parts: list[Child] = [
         element(
             "p",

@@ -233,13 +233,18 @@ def _clean(results: StudyResults) -> Table:
 
 
 def _labels(lines: Sequence[dict[str, Any]]) -> str:
-    metrics = sorted(
-        {line["values"]["labels"] for line in lines if line["values"]["labels"].startswith("metric:")}
-    )
-    if not metrics:
-        return ""
-    names = ", ".join(metric.removeprefix("metric:").upper() for metric in metrics)
-    return f"Labels are values of the metric {names}, not people's opinion."
+    kinds = sorted({line["values"]["labels"] for line in lines})
+    metrics = [kind.removeprefix("metric:").upper() for kind in kinds if kind.startswith("metric:")]
+    sources = [kind.removeprefix("opinions:") for kind in kinds if kind.startswith("opinions:")]
+    words = []
+    if metrics:
+        words.append(f"Labels are values of the metric {', '.join(metrics)}, not people's opinion.")
+    if sources:
+        words.append(
+            f"Labels are people's opinions of nearly these images: those that {', '.join(sources)} has for its images "
+            "of the same photograph, type and level."
+        )
+    return " ".join(words)
 
 
 def _attacks(results: StudyResults) -> list[dict[str, Any]]:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+
+from srm_kernels import native
 
 CODE = """
 import json, sys
@@ -50,3 +54,17 @@ def build() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def core(build: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The C++ core for the CPU: the installed library, or one that is built now."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "cpu" not in native.BUILT:
+            if shutil.which(build.CXX) is None or build.torch_folder() is None:
+                pytest.skip("no C++ compiler, or no headers of torch")
+            library = tmp_path_factory.mktemp("csrc") / "_cpu.so"
+            build.build_library("cpu", library, build.torch_folder())
+            patch.setitem(native.LIBRARIES, "cpu", library)
+            patch.setattr(native, "BUILT", native.BUILT | {"cpu"})
+        yield

@@ -56,15 +56,15 @@ def results_and_gradients(
     return [*outputs, *torch.autograd.grad(outputs, leaves, upstream, allow_unused=True)]
 
 
-def follow_the_rule(function: Callable[..., Any], tensors: list[Tensor]) -> None:
-    """function(*tensors, backend=…) by kernels against plain PyTorch and fp64, results and gradients."""
+def follow_the_rule(function: Callable[..., Any], tensors: list[Tensor], *, backend: str = "triton") -> None:
+    """function(*tensors, backend=…) by a backend against plain PyTorch and fp64, results and gradients."""
     cpu = [x.cpu() for x in tensors]
     wide = [x.double() for x in cpu]
 
     def by_reference(inputs: list[Tensor], seed: int = 99) -> list[Tensor]:
         return results_and_gradients(lambda *x: function(*x, backend="reference"), inputs, seed)
 
-    found = results_and_gradients(lambda *x: function(*x, backend="triton"), tensors)
+    found = results_and_gradients(lambda *x: function(*x, backend=backend), tensors)
     plain, exact = by_reference(cpu), by_reference(wide)
     outputs = len(found) - len(tensors)
     few = {i for i, e in enumerate(exact) if i >= outputs and e.numel() <= FEW}

@@ -7,9 +7,6 @@ implies, L·X of normalised landmarks by twice the error of plain `torch.linalg`
 from __future__ import annotations
 
 import math
-import shutil
-from collections.abc import Iterator
-from types import ModuleType
 from typing import Any
 
 import oracle
@@ -26,18 +23,7 @@ OTHERS = ("cholesky", False, 1e6, 3, True)
 DTYPES = (torch.float32, torch.float64)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def core(build: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The installed library, or one that is built now."""
-    with pytest.MonkeyPatch.context() as patch:
-        if "cpu" not in native.BUILT:
-            if shutil.which(build.CXX) is None or build.torch_folder() is None:
-                pytest.skip("no C++ compiler, or no headers of torch")
-            library = tmp_path_factory.mktemp("csrc") / "_cpu.so"
-            build.build_library("cpu", library, build.torch_folder())
-            patch.setitem(native.LIBRARIES, "cpu", library)
-            patch.setattr(native, "BUILT", native.BUILT | {"cpu"})
-        yield
+pytestmark = pytest.mark.usefixtures("core")
 
 
 @pytest.fixture

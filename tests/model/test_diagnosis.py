@@ -77,8 +77,8 @@ def test_figures_are_those_of_the_operators(model, batches, found):
     neck = model.neck
     with torch.no_grad():
         for images in batches:
-            aligned = neck._align(model.pyramid(images), every=False)
-            q, k, v = neck._link(4, 3).project(aligned[3], aligned[4])
+            aligned = neck.aligned(model.pyramid(images))
+            q, k, v = neck.link(4, 3).project(aligned[3], aligned[4])
             exact = full_attention(q, k, v, qk_norm="keys")
             y, solution = nystrom_attention(q, k, v, 8, qk_norm="keys", diagnostics=True)
             other = nystrom_attention(q, k, v, 8, qk_norm="keys", method="uniform")
@@ -123,9 +123,9 @@ def test_every_row_of_the_table_is_what_its_name_says(model, batches, found, row
     kappas, errors = [], []
     with torch.no_grad():
         for images in batches:
-            aligned = neck._align(model.pyramid(images), every=False)
-            for source, target in neck._acting:
-                q, k, v = neck._link(source, target).project(aligned[target], aligned[source])
+            aligned = neck.aligned(model.pyramid(images))
+            for source, target in neck.acting:
+                q, k, v = neck.link(source, target).project(aligned[target], aligned[source])
                 exact = full_attention(q, k, v, qk_norm=settings["qk_norm"])
                 if row == "no fp32":
                     q, k, v = (t.bfloat16() for t in (q, k, v))
@@ -159,9 +159,9 @@ def test_landmark_sets_that_a_small_step_changes(model, batches, found):
     neck = model.neck
     with torch.no_grad():
         for x in (images, images + signs / 255):
-            aligned = neck._align(model.pyramid(x), every=False)
+            aligned = neck.aligned(model.pyramid(x))
             for source, target in SMALL.links:
-                _, k, _ = neck._link(source, target).project(aligned[target], aligned[source])
+                _, k, _ = neck.link(source, target).project(aligned[target], aligned[source])
                 keys = torch.nn.functional.normalize(k, dim=-1) * k.shape[-1] ** 0.5
                 seen += select_landmarks(keys, 8, gamma=SMALL.gamma).flatten(0, 1)
     changed = [set(a.tolist()) != set(b.tolist()) for a, b in zip(seen[:12], seen[12:], strict=True)]

@@ -53,8 +53,7 @@ def make_neck(config: SRMConfig, grids=SQUARE, channels=CHANNELS, seed: int = 0)
 
 def check(neck: SRMNeck, pyramid: list[Tensor], dtype: torch.dtype | None = None) -> None:
     """The rule; `dtype` is autocast's."""
-    assert by_kernels(neck)._fuses(pyramid)
-    assert not neck._fuses(pyramid)
+    assert by_kernels(neck).pools(pyramid)
     wrong = {name: r for name, r in neck_numerics.ratios(neck, pyramid, dtype).items() if not r <= 1}
     assert wrong == {}
 
@@ -94,24 +93,26 @@ def test_a_rank_beyond_the_kernels_is_that_of_the_keys_there_are():
 def test_a_grid_beyond_the_fused_kernels_takes_the_unfused_ones():
     """P = 33: what attention's kernels can serve is not refused for the pooled form's sake."""
     neck = by_kernels(make_neck(TINY.replace(links=((4, 1),), pool_size=33)).eval())
-    assert not neck._fuses(make_pyramid(1, SQUARE))
+    assert not neck.pools(make_pyramid(1, SQUARE))
 
 
 def test_tokens_beyond_the_fused_kernels_take_the_unfused_ones():
     """C = 264 with DyT; without it nothing is held, and any C goes."""
     for dyt in (True, False):
         config = TINY.replace(channels=264, heads=11, links=((4, 1),), dyt=dyt, backend="triton")
-        assert SRMNeck(CHANNELS, config)._fuses(make_pyramid(1, SQUARE)) is not dyt
+        assert SRMNeck(CHANNELS, config).pools(make_pyramid(1, SQUARE)) is not dyt
 
 
 def test_the_path_is_decided_by_the_dtype_that_maps_are_read_in(monkeypatch: pytest.MonkeyPatch):
     """Under autocast that is not their own: some sizes are served in bf16 alone."""
     asked = []
-    monkeypatch.setattr("srm_model.neck.fuses", lambda like, *a, **k: asked.append(like.dtype) or False)
+    monkeypatch.setattr(
+        "srm_model.neck.mixing.serves_pooled_links", lambda like, *a, **k: asked.append(like.dtype) or False
+    )
     neck, pyramid = by_kernels(make_neck(TINY)), make_pyramid(1, SQUARE)
-    neck._fuses(pyramid)
+    neck.pools(pyramid)
     with torch.autocast(DEVICE, torch.bfloat16):
-        neck._fuses(pyramid)
+        neck.pools(pyramid)
     assert asked == [torch.float32, torch.bfloat16]
 
 

@@ -53,11 +53,6 @@ def test_by_the_rule(dtype, dyt):
     assert errors[0] <= 2 * errors[1] + units * torch.finfo(dtype).eps * exact.abs().max()
 
 
-def test_kernels_are_taken_by_name_only():
-    assert neck()._fuses(pyramid())
-    assert not neck(backend=None)._fuses(pyramid())
-
-
 @pytest.mark.parametrize("dyt", [True, False])
 def test_one_graph_gives_what_the_neck_gives(dyt):
     module = neck(dyt=dyt)

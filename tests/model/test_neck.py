@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from srm_model import SRMConfig, SRMNeck
-from srm_model import neck as neck_module
 from srm_model.modules import make_torchvision_importable
-from srm_model.neck import PlainNeck
+from srm_model.neck import PlainNeck, calibration
 from srm_model.statistics import BatchStatistics
 
 CHANNELS = (6, 8, 10, 12)
@@ -63,14 +62,14 @@ def test_calibration_makes_the_mechanism_act_whatever_the_backbones_scale(scale)
 @pytest.mark.parametrize("attention", ["nystrom", "full"])
 def test_calibration_in_pieces_is_the_same(attention, monkeypatch):
     whole = make_neck(attention=attention)
-    monkeypatch.setattr("srm_model.neck.CALIBRATION_LOGITS", 500)
+    monkeypatch.setattr(calibration, "MOST_LOGITS", 500)
     largest = []
 
-    def logits(Q, K, made=neck_module._logits):
+    def logits(Q, K, made=calibration.logits):
         largest.append(made(Q, K).numel())
         return made(Q, K)
 
-    monkeypatch.setattr("srm_model.neck._logits", logits)
+    monkeypatch.setattr(calibration, "logits", logits)
     pieces = make_neck(attention=attention)
     assert len(largest) > len(SMALL.links)
     assert max(largest) <= 500
@@ -212,7 +211,7 @@ def test_theta_receives_only_the_tau_loss_from_tau_and_the_statistic_none():
         for link in neck.links.values():
             link.sigma.mul_(2)
     neck.zero_grad()
-    neck._tau_loss(BatchStatistics()).backward()
+    neck.tau_loss(BatchStatistics()).backward()
     with_gradient = [name for name, p in neck.named_parameters() if p.grad is not None]
     assert with_gradient == [f"links.{name}.theta" for name in neck.links]
     # mean over links and heads of (log(τσ̄/σ_ref))², τ = 1: derivative 2·log(σ̄/σ_ref) / (L H) each

@@ -6,11 +6,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from srm_model.data.distortions import DISTORTIONS, LEVEL_PSNR, _target, psnr
+from srm_model.data.distortions import BLOCK_PSNR, BLOCKS, DISTORTIONS, LEVEL_PSNR, _target, psnr
 from srm_model.data.labels import metric_labels
-from srm_model.data.photographs import from_packages
+from srm_model.data.photographs import Frame, from_packages
 
 KINDS = list(DISTORTIONS)
+BLOCKWISE = 15
+LADDER = [kind for kind in KINDS if kind != BLOCKWISE]
 LEVELS = range(1, 6)
 RANDOM = {1, 2, 3, 4, 5, 6, 9, 12, 13, 14, 15, 16, 19, 20, 21, 23, 24}
 
@@ -22,7 +24,7 @@ def distort(image, kind, level, seed=0):
 @pytest.fixture(scope="module")
 def photographs():
     chosen = ("astronaut.png", "coffee.png")
-    return [photo.pixels for photo in from_packages(96) if photo.file in chosen]
+    return [photo.pixels for photo in from_packages(Frame(96)) if photo.file in chosen]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,7 @@ def test_all_types_are_there_in_order():
     assert len({distortion.name for distortion in DISTORTIONS.values()}) == 24
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LADDER)
 def test_levels_are_those_of_the_ladder(photographs, distorted, kind):
     for i, photo in enumerate(photographs):
         images = distorted[i, kind]
@@ -57,7 +59,24 @@ def test_levels_are_those_of_the_ladder(photographs, distorted, kind):
             assert np.diff(found) == pytest.approx(np.diff(found).mean(), abs=0.5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def test_levels_of_blocks_concentrate_one_error_in_fewer_blocks(photographs, distorted):
+    for i, photo in enumerate(photographs):
+        side = round(min(photo.shape[:2]) / 12)
+        for image, blocks in zip(distorted[i, BLOCKWISE], BLOCKS, strict=True):
+            assert psnr(photo, image) == pytest.approx(BLOCK_PSNR, abs=0.35)
+            changed = (image != photo).any(-1)
+            assert 0.9 * blocks * side**2 <= changed.sum() <= blocks * side**2
+        labels = metric_labels("ssim", distorted[i, BLOCKWISE], photo)
+        assert labels == sorted(labels)
+
+
+def test_colours_go_past_grey_to_their_complements(photographs, distorted):
+    photo, image = (x.astype(float) for x in (photographs[0], distorted[0, 18][4]))
+    colour, changed = (x - x.mean(-1, keepdims=True) for x in (photo, image))
+    assert (colour * changed).mean() < 0
+
+
+@pytest.mark.parametrize("kind", LADDER)
 def test_quality_falls_with_the_level(photographs, distorted, kind):
     """By the default metric, averaged over the photographs; levels of one sign of contrast for type 17."""
     labels = [metric_labels("vsi", distorted[i, kind][::2], photo) for i, photo in enumerate(photographs)]

@@ -11,7 +11,7 @@ from PIL import Image
 from srm_model.data import SPLITS, describe, open_dataset
 from srm_model.data import synthesize as module
 from srm_model.data.labels import METRICS, import_piq, metric_labels
-from srm_model.data.photographs import from_folder, from_packages
+from srm_model.data.photographs import Frame, from_folder, from_packages
 from srm_model.data.synthesize import synthesize
 
 SMALL = {"image_size": 64, "types": [10, 1, 17], "levels": [1, 5], "metric": "ssim", "progress": False}
@@ -301,13 +301,13 @@ def test_squares_are_the_centres_of_photographs(folder):
     wide = np.zeros((64, 128, 3), np.uint8)
     wide[:, 32:96] = 200
     Image.fromarray(wide).save(folder / "d.png")
-    square = from_folder(folder, 64)[3]
+    square = from_folder(folder, Frame(64))[3]
     assert square.file == "d.png"
     assert (square.pixels == 200).all()
 
 
 def test_the_packages_photographs(tmp_path, capsys):
-    photos = from_packages(64)
+    photos = from_packages(Frame(64))
     assert [photo.pixels.shape for photo in photos] == [(64, 64, 3)] * 7
     assert len({photo.pixels.tobytes() for photo in photos}) == 7
     root = synthesize(tmp_path / "set", image_size=64, types=[16], levels=[2], metric="ssim")
@@ -324,10 +324,146 @@ def test_a_package_that_is_not_there_is_named(monkeypatch):
     with pytest.raises(
         ValueError, match=r"package scikit-image are not here.*or give a folder of photographs"
     ):
-        from_packages(64)
+        from_packages(Frame(64))
 
 
 def test_nothing_is_printed_without_progress(tmp_path, folder, capsys):
     synthesize(tmp_path / "set", photographs=folder, **SMALL)
     said = capsys.readouterr()
     assert (said.out, said.err) == ("", "")
+
+
+OPINIONS = {"types": [1, 10], "levels": [1, 5], "progress": False}
+
+
+@pytest.fixture
+def numbered(tmp_path, photograph) -> Path:
+    """Photographs whose order of names is not the order of their numbers."""
+    folder = tmp_path / "numbered"
+    folder.mkdir()
+    for name in ("10.png", "kodim02.png", "I03.BMP", "4.png"):
+        Image.fromarray(photograph(120, seed=len(name) + ord(name[0]))[:90]).save(folder / name)
+    return folder
+
+
+@pytest.fixture
+def opinions(tmp_path) -> Path:
+    """A list as TID2013 has it: the opinion of every image says which image it is of."""
+    path = tmp_path / "mos_with_names.txt"
+    lines = [
+        f"{photo / 10 + kind / 1000 + level / 10000:.5f} {'iI'[level % 2]}{photo:02}_{kind:02}_{level}.bmp"
+        for photo in range(1, 25)
+        for kind in range(1, 12)
+        for level in range(1, 6)
+    ]
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_opinions_are_those_of_photograph_type_and_level(tmp_path, numbered, opinions):
+    root = synthesize(tmp_path / "set", photographs=numbered, opinions=opinions, crop=(80, 64), **OPINIONS)
+    lines = (root / "mos_with_names.txt").read_text().splitlines()
+    assert len(lines) == 4 * 2 * 2
+    for line in lines:
+        label, name = line.split()
+        photo, kind, level = int(name[1:3]), int(name[4:6]), int(name[7])
+        assert float(label) == pytest.approx(photo / 10 + kind / 1000 + level / 10000, abs=1e-5)
+    origin = {
+        entry["reference"]: entry["file"] for entry in json.loads((root / "references.json").read_text())
+    }
+    assert origin == {"I02.BMP": "kodim02.png", "I03.BMP": "I03.BMP", "I04.BMP": "4.png", "I10.BMP": "10.png"}
+    assert Image.open(root / "distorted_images" / "i10_01_5.bmp").size == (80, 64)
+    reference = np.array(Image.open(root / "reference_images" / "I10.BMP"))
+    np.testing.assert_array_equal(reference, np.array(Image.open(numbered / "10.png"))[13:77, 20:100])
+
+
+def test_a_set_of_opinions_says_what_they_are(tmp_path, numbered, opinions):
+    root = synthesize(tmp_path / "set", photographs=numbered, opinions=opinions, crop=(80, 64), **OPINIONS)
+    said = json.loads((root / "labels.json").read_text())
+    assert said["note"].startswith("People's opinions of nearly these images")
+    assert "this set is not TID2013" in said["note"]
+    about = describe(root)
+    assert (about["labels"], about["label_range"]) == ("opinions:TID2013", [0.0, 9.0])
+    assert "TID2013 (" not in about["name"]
+    before = contents(root)
+    synthesize(tmp_path / "set", photographs=numbered, opinions=opinions, crop=(80, 64), **OPINIONS)
+    assert contents(root) == before
+    with pytest.raises(ValueError, match="holds a set with crop"):
+        synthesize(tmp_path / "set", photographs=numbered, opinions=opinions, crop=(64, 64), **OPINIONS)
+    with pytest.raises(ValueError, match="holds a set with"):
+        synthesize(tmp_path / "set", photographs=numbered, metric="ssim", crop=(80, 64), **OPINIONS)
+
+
+def test_what_type_and_level_alone_predict_is_told(tmp_path, numbered, opinions):
+    """Opinions that differ by photograph only slightly are predicted by the others of the same type and level."""
+    lines = [
+        f"{kind + level / 10 + photo / 1000:.5f} i{photo:02}_{kind:02}_{level}.bmp"
+        for photo in (2, 3, 4, 10)
+        for kind in (1, 10)
+        for level in (1, 5)
+    ]
+    opinions.write_text("\n".join(lines).replace("10.", "8."))
+    settings = {"photographs": numbered, "opinions": opinions, "crop": (80, 64)} | OPINIONS
+    assert describe(synthesize(tmp_path / "a", **settings))["type_level_srocc"] == 1
+    reverse = [
+        f"{9 - float(line.split()[0]):.5f} {line.split()[1]}" for line in opinions.read_text().splitlines()
+    ]
+    test = describe(tmp_path / "a")["references"]["test"]
+    turned = [
+        new if new.split()[1][1:3] in test else old
+        for old, new in zip(opinions.read_text().splitlines(), reverse, strict=True)
+    ]
+    opinions.write_text("\n".join(turned))
+    assert describe(synthesize(tmp_path / "b", **settings))["type_level_srocc"] == -1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"types": [1, 12]},
+            r"no opinion for 8 of 16 images, such as i02_12_1.bmp; .*types 1 to 11 and levels 1 to 5",
+        ),
+        ({"metric": "ssim"}, "expected no metric"),
+        ({"packaged": True}, "expected no metric, labels or packaged"),
+        ({"image_size": 64}, "expected one of them"),
+        ({"crop": (200, 64)}, r"120×90 is smaller than the crop 200×64 \(4 of 4"),
+        ({"crop": (80, 20)}, "crop 80×20: expected sides of at least 64"),
+    ],
+)
+def test_opinions_that_do_not_fit_are_refused(tmp_path, numbered, opinions, change, message):
+    settings = {"photographs": numbered, "opinions": opinions, "crop": (80, 64)} | OPINIONS | change
+    with pytest.raises(ValueError, match=message):
+        synthesize(tmp_path / "set", **settings)
+    assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("harbour.png", "harbour.png: no photograph's number in the name"),
+        ("2.png", r"2.png and kodim02.png are both photograph 2"),
+        ("25.png", "no opinion for 4 of 20 images, such as i25_01_1.bmp"),
+    ],
+)
+def test_photographs_that_no_opinion_is_of_are_refused(
+    tmp_path, numbered, opinions, photograph, name, message
+):
+    Image.fromarray(photograph(120, seed=99)[:90]).save(numbered / name)
+    with pytest.raises(ValueError, match=message):
+        synthesize(tmp_path / "set", photographs=numbered, opinions=opinions, crop=(80, 64), **OPINIONS)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no scores"),
+        ("5 i01_01_1.bmp\n5 I01_01_1.bmp", "line 2: I01_01_1.bmp is listed twice"),
+        ("9.5 i01_01_1.bmp", "line 1: .*9"),
+        ("five", "line 1: 'five': expected a score and a name"),
+    ],
+)
+def test_a_list_that_is_not_tid2013s_is_refused(tmp_path, numbered, opinions, text, message):
+    opinions.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        synthesize(tmp_path / "set", photographs=numbered, opinions=opinions, crop=(80, 64), **OPINIONS)

@@ -14,13 +14,12 @@ import torch
 from srm_kernels import backends
 from srm_model import SRMConfig
 from srm_model.cli import main
-from srm_model.neck import SRMNeck
 from srm_model.profiling import Case, Effort, Subject, Sweep, article_cases, cases
 from srm_model.profiling import sweep as sweep_module
 from srm_model.profiling.ceilings import Ceilings
 from srm_model.profiling.memory import timeline
 from srm_model.profiling.results import append, latest, newest, one_machine, read
-from srm_model.profiling.stages import FUSED, REST, stage_times
+from srm_model.profiling.stages import REST, stage_times
 
 TINY = ["--set=channels=16", "--set=heads=2", "--set=rank=4", "--set=pool_size=2", "--device", "cpu"]
 QUICK = [
@@ -80,10 +79,9 @@ def test_other_dtypes_batches_and_backends(tmp_path: Path):
         rows = profile(tmp_path, *common, "--backend", "triton")  # appended; slow in the interpreter
         assert {row["backend"] for row in rows} == {"reference", "sdpa", "triton"}
     assert all(row["error"] is None for row in rows)
-    links = ["align", "link 4→3", "link 4→2", "link 4→1"]
+    steps = ["sources", "key sides", "query sides", "merge"]
     for row in rows:
-        between = FUSED if row["backend"] == "triton" else links
-        assert list(row["stages"]) == ["backbone", *between, "gate", "head", REST]
+        assert list(row["stages"]) == ["backbone", *steps, "gate", "head", REST]
         assert min(row["stages"].values()) >= 0
     one, two = (next(row for row in rows if row["batch"] == batch) for batch in (1, 2))
     assert one["macs"] == two["macs"]
@@ -134,38 +132,46 @@ def test_the_articles_rows_and_traces(tmp_path: Path):
     name = "neck-test_convnext-srm-sdpa-32-1-bf16-forward"
     events = json.loads((tmp_path / "cpu" / f"trace-{name}.json").read_text())["traceEvents"]
     names = {event.get("name") for event in events}
-    assert {"links.4to3", "links.4to2", "links.4to1", "links.4to1.query", "align.0", "gate"} <= names
+    assert {"sources", "key_sides", "query_sides", "merge", "gate"} <= names
     lines = (tmp_path / "cpu" / f"trace-{name}.txt").read_text().splitlines()
     assert len(lines) == 12  # a heading, ten operators, all of them
-    assert any("srm::nystrom_attention" in line for line in lines)
-    assert not any("links" in line for line in lines)
+    assert any("srm::pooled_links" in line for line in lines)
+    assert not any("sides" in line for line in lines)
     shares = [float(line.split()[1].rstrip("%")) for line in lines[1:-1]]
     assert shares == sorted(shares, reverse=True)
     memory = json.loads((tmp_path / "cpu" / f"memory-{name}.json").read_text())
     assert memory["peak"]["bytes"] == max(value for _, value in memory["points"])
     # the same call measured twice: nothing is random about what torch's allocator is asked for
     assert memory["peak"]["bytes"] == rows[0]["memory"]["above"]
-    assert {"links.4to1", "gate"} <= {r["name"] for r in memory["ranges"]}
+    assert {"query_sides", "gate"} <= {r["name"] for r in memory["ranges"]}
     whole = "trace-model-test_convnext-srm-sdpa-32-4-bf16-step.json"
     names = {e.get("name") for e in json.loads((tmp_path / "cpu" / whole).read_text())["traceEvents"]}
-    assert {"backbone", "neck.links.4to1", "head"} <= names
+    assert {"backbone", "neck.query_sides", "head"} <= names
 
 
-def test_a_neck_by_kernels_has_stages_and_ranges_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Its links share launches and call no module; the kernels' road is taken here by the reference's operators."""
-    monkeypatch.setattr(SRMNeck, "_fuses", lambda _, pyramid: pyramid[0].device.type == "cpu")
-    (row,) = profile(tmp_path, "--resolution", "32", "--neck", "srm", "--backend", "reference", "--trace")
-    assert row["error"] is None
-    assert list(row["stages"]) == [*FUSED, "gate", REST]
-    assert min(row["stages"][name] for name in FUSED) > 0
-    (trace,) = (tmp_path / "cpu").glob("trace-*.json")
-    events = json.loads(trace.read_text())["traceEvents"]
-    assert {e["name"] for e in events if e.get("cat") == "user_annotation"} >= {*FUSED, "gate"}
+def test_links_in_the_pooled_form_have_stages_and_ranges_of_their_steps(tmp_path: Path):
+    """They share their steps; the quadratic neck calls them one by one."""
+    steps = ["sources", "key sides", "query sides", "merge"]
+    rows = profile(
+        tmp_path, "--resolution", "32", "--neck", "srm", "quadratic", "--backend", "reference", "--trace"
+    )
+    assert [row["error"] for row in rows] == [None, None]
+    pooled, called = (row["stages"] for row in rows)
+    assert list(pooled) == [*steps, "gate", REST]
+    assert min(pooled[name] for name in steps) > 0
+    assert list(called) == ["align", "link 4→3", "link 4→2", "link 4→1", "gate", REST]
+    for neck, names in (
+        ("srm", {"sources", "key_sides", "query_sides", "merge", "gate"}),
+        ("quadratic", {"links.4to3", "links.4to1.query", "align.0", "gate"}),
+    ):
+        (trace,) = (tmp_path / "cpu").glob(f"trace-neck-*-{neck}-*.json")
+        events = json.loads(trace.read_text())["traceEvents"]
+        assert {e["name"] for e in events if e.get("cat") == "user_annotation"} >= names
     subject = Subject(
         Case("neck", "test_convnext", "srm", "reference", 32, 1, "fp32", "forward"), CONFIG, CPU
     )
     stage_times(subject.module, subject.call, CPU, Effort(1, 1, 1.0))
-    assert not set(FUSED.values()) & set(vars(subject.module))  # nothing is left watching
+    assert not any(part._forward_hooks for part in subject.module.modules())  # nothing is left watching
 
 
 def test_without_narrowing_the_article_means_512_pixels():

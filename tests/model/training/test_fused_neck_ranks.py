@@ -69,7 +69,7 @@ class Checkpointed(nn.Module):
 def step(world: int = 1, rank: int = 0, parts: int = 1, again: bool = False) -> dict[str, Tensor]:
     """Gradients and buffers after this rank's share of the batch, in micro-batches."""
     neck = make_neck()
-    assert neck._fuses(pyramid())
+    assert neck.pools(pyramid())
     one = Checkpointed(neck) if again else neck
     forward = DistributedDataParallel(one) if world > 1 else one
     share = [m.chunk(world)[rank].chunk(parts) for m in pyramid()]

@@ -1,0 +1,262 @@
+"""The query side of the fused neck on a CPU: tile by tile, forward and backward (SPEC 1 and 3, article 3.2).
+
+    T = A F + a   Q = W_Q DyT(T)   L = softmax(Q K̃ᵀ s)   P̄ = pool(L)
+
+A tile is about 1,024 positions, so that tokens, queries and probabilities stay in the cache and never exist at full
+resolution. What is linear is folded into the weights first, the scale and the norm into K̃; only P̄ leaves a tile. The
+backward pass computes each tile again. Images are taken one by one: an image alone and in a batch gives the same bits.
+Everything is computed in the wide dtype, from F, A, a and W_Q as F's dtype holds them. Products are torch's; softmax,
+pooling and tanh are C++ of csrc where it is built (`tile_native.py`), else torch's too (`tile_steps.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..attention.reference import normalised_key, rms_normalise
+from ..checks import wide_dtype
+from ..pool.reference import adaptive_pool
+from .tile_native import grid_of
+from .tile_steps import (
+    Affine,
+    Folded,
+    Grid,
+    Moments,
+    Tile,
+    Workspace,
+    fold,
+    fold_backward,
+    normalise_backward,
+    queries_of,
+)
+
+POSITIONS = 1024  # of a tile, about: the logits of 8 heads and 64 landmarks in fp32 are then 2 MiB
+ALIGNMENT = 64  # bytes; the bits of a library's product may depend on where its operands start
+
+
+class _Link:
+    """One link: its parameters, rounded to F's dtype and folded in the wide one, and its target's grid."""
+
+    def __init__(
+        self,
+        features: Tensor,
+        keys: Tensor,
+        parameters: Sequence[Tensor],
+        size: int,
+        scale: float,
+        qk_norm: str | None,
+        space: Workspace,
+    ) -> None:
+        """`parameters`: A, a, W_Q and, with DyT, α, w and b."""
+        wide = keys.dtype
+        self.features, self.keys, self.scale, self.qk_norm = features, keys, scale, qk_norm
+        self.parameters = parameters
+        weight, bias, self.query_weight = (t.to(features.dtype).to(wide) for t in parameters[:3])
+        self.align = Affine(weight, bias)
+        self.dyt = (
+            (parameters[3].to(wide), parameters[4].to(wide), parameters[5].to(wide))
+            if len(parameters) > 3
+            else None
+        )
+        self.folded = fold(self.align, self.query_weight, self.dyt)
+        self.grid, self.space = _grid(features, size, keys), space
+
+    def landmarks(self, image: int) -> Tensor:
+        """K̃ (H, r, d), normalised where that is asked for, times the scale."""
+        return normalised_key(self.keys[image], self.qk_norm) * self.scale
+
+    def tiles(self, image: int) -> Iterator[tuple[Tile, Tensor]]:
+        """Every tile of one image and its F (C_i, M) in the wide dtype."""
+        flat = self.features[image].flatten(1)
+        narrow = flat.dtype != self.keys.dtype
+        if not narrow and not _is_aligned(flat):
+            flat = flat.clone()
+        for tile in self.grid.tiles:
+            F = flat[:, tile.start : tile.stop]
+            yield tile, self.space("features", *F.shape).copy_(F) if narrow else F
+
+    def tokens(self, F: Tensor) -> Tensor:
+        """tanh(inner(F)) (M, C), or Fᵀ where nothing is squashed."""
+        inner = self.folded.inner
+        if inner is None:
+            return F.mT
+        out = self.space("tokens", F.shape[1], len(inner.bias))
+        return self.grid.squash_(torch.addmm(inner.bias, F.mT, inner.weight.mT, out=out))
+
+    def queries(self, tokens: Tensor) -> Tensor:
+        """Q (H, M, d) before its norm."""
+        return queries_of(tokens, self.folded.outer, self.keys.shape[1], self.space)
+
+    def logits(self, Q: Tensor, K: Tensor) -> Tensor:
+        """Q Kᵀ (H, M, r)."""
+        return torch.bmm(Q, K.mT, out=self.space("logits", *Q.shape[:2], K.shape[1]))
+
+    def normalised(self, Q: Tensor) -> Tensor:
+        return rms_normalise(Q) if self.qk_norm == "both" else Q
+
+    def forward(self, image: int, X: Tensor | None) -> tuple[Tensor, Moments | None]:
+        """P̄ (H, P, P·r) of one image, and the moments of L X where X (H, r, d) is given."""
+        K, P = self.landmarks(image), self.grid.size
+        pooled = self.space("pooled", K.shape[0], P, P * K.shape[1]).zero_()
+        moments = None if X is None else Moments(X)
+        for tile, F in self.tiles(image):
+            logits = self.logits(self.normalised(self.queries(self.tokens(F))), K)
+            self.grid.pool(logits, tile, pooled, self.space)
+            if moments is not None:
+                moments.add(logits, self.space)
+        return pooled, moments
+
+
+class _Backward:
+    """The gradients of one link's parameters, summed over images and tiles."""
+
+    def __init__(self, link: _Link) -> None:
+        self.link = link
+        inner, outer = link.folded
+        self.inner = None if inner is None else Affine(*map(torch.zeros_like, inner))
+        self.outer = Affine(*map(torch.zeros_like, outer))
+
+    def image(self, number: int, dpooled: Tensor, dmap: Tensor) -> Tensor:
+        """dP̄ (H, P, P·r) of one image: add to dF (C_i, h·w), return dK̃ (H, r, d)."""
+        link = self.link
+        K = link.landmarks(number)
+        dkeys = link.space("dkeys", *K.shape).zero_()
+        for tile, F in link.tiles(number):
+            tokens = link.tokens(F)
+            Q = link.queries(tokens)
+            normalised = link.normalised(Q)
+            dlogits = link.grid.pool_backward(link.logits(normalised, K), tile, dpooled, link.space)
+            dkeys.baddbmm_(dlogits.mT, normalised)
+            self._tokens(F, tokens, self._queries(dlogits, K, Q), dmap[:, tile.start : tile.stop])
+        dkeys = dkeys * link.scale
+        return normalise_backward(dkeys, link.keys[number]) if link.qk_norm else dkeys
+
+    def _queries(self, dlogits: Tensor, K: Tensor, Q: Tensor) -> Tensor:
+        """dQ (M, C) before its norm."""
+        H, M, d = Q.shape
+        dqueries = self.link.space("dqueries", M, H * d)
+        by_heads = dqueries.view(M, H, d).transpose(0, 1)
+        torch.bmm(dlogits, K, out=by_heads)
+        if self.link.qk_norm == "both":
+            by_heads.copy_(normalise_backward(by_heads, Q))
+        return dqueries
+
+    def _tokens(self, F: Tensor, tokens: Tensor, dqueries: Tensor, dfeatures: Tensor) -> None:
+        """From dQ (M, C) to the folded weights and dF (C_i, M)."""
+        inner, outer = self.link.folded
+        _add(self.outer, dqueries, tokens)
+        if inner is None or self.inner is None:
+            dfeatures.addmm_(outer.weight.mT, dqueries.mT)
+            return
+        dtokens = torch.mm(dqueries, outer.weight, out=self.link.space("dtokens", *tokens.shape))
+        self.link.grid.squash_backward_(dtokens, tokens)
+        _add(self.inner, dtokens, F.mT)
+        dfeatures.addmm_(inner.weight.mT, dtokens.mT)
+
+    def parameters(self) -> list[Tensor]:
+        """The gradients of A, a, W_Q and, with DyT, α, w and b, as these are stored."""
+        link = self.link
+        found = fold_backward(Folded(self.inner, self.outer), link.align, link.query_weight, link.dyt)
+        return [
+            grad.reshape(given.shape).to(given.dtype)
+            for grad, given in zip(found, link.parameters, strict=True)
+        ]
+
+
+def pooled_links(
+    maps: Sequence[Tensor],
+    align_weights: Sequence[Tensor],
+    align_biases: Sequence[Tensor],
+    alphas: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    query_weights: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    targets: Sequence[int],
+    size: int,
+    scale: float,
+    qk_norm: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """P̄ (L, B, H, P², r), pool(F) (B, P², ΣC_i), and the moments of Y = L X, all as the reference gives them."""
+    B, H, _, d = keys[0].shape
+    most = max(k.shape[2] for k in keys)
+    probabilities = keys[0].new_zeros((len(keys), B, H, size * size, most))
+    shape = (len(keys), B, H) if xs else (0,)
+    means, spreads = keys[0].new_empty((*shape, d) if xs else shape), keys[0].new_empty(shape)
+    groups = align_weights, align_biases, query_weights, alphas, weights, biases
+    space = Workspace(keys[0])
+    for number, target in enumerate(targets):
+        parameters = [group[number] for group in groups if group]
+        link = _Link(maps[target], keys[number], parameters, size, scale, qk_norm, space)
+        rank = keys[number].shape[2]
+        for image in range(B):
+            pooled, moments = link.forward(image, xs[number][image] if xs else None)
+            probabilities[number, image, ..., :rank] = pooled.view(H, size * size, rank)
+            if moments is not None:
+                means[number, image], spreads[number, image] = moments.results()
+    means_of_maps = [torch.cat([adaptive_pool(image, size) for image in m.split(1)]) for m in maps]
+    return probabilities, torch.cat([m.flatten(2).mT for m in means_of_maps], -1), means, spreads
+
+
+def pooled_links_backward(
+    grads: Sequence[Tensor],
+    results: Sequence[Tensor],
+    maps: Sequence[Tensor],
+    align_weights: Sequence[Tensor],
+    align_biases: Sequence[Tensor],
+    alphas: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    query_weights: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    targets: Sequence[int],
+    size: int,
+    scale: float,
+    qk_norm: str | None,
+) -> list[Tensor]:
+    """Gradients of the maps, then of every list of a link's tensors up to the keys."""
+    wide = wide_dtype(maps[0].dtype)
+    groups = align_weights, align_biases, query_weights, alphas, weights, biases
+    space = Workspace(keys[0])
+    links = []
+    for number, target in enumerate(targets):
+        parameters = [group[number] for group in groups if group]
+        links.append(_Backward(_Link(maps[target], keys[number], parameters, size, scale, qk_norm, space)))
+    dkeys = [torch.zeros(k.shape, dtype=k.dtype, device=k.device) for k in keys]
+    dmaps = [torch.empty(m.shape, dtype=m.dtype, device=m.device) for m in maps]
+    dmeans = grads[1].split([m.shape[1] for m in maps], -1)
+    for number, dmap in enumerate(dmaps):
+        grid = _grid(dmap, size, keys[0])
+        into_it = [i for i, target in enumerate(targets) if target == number]
+        for image, given in enumerate(dmap):
+            in_place = given.dtype == wide and _is_aligned(given)
+            whole = given if in_place else space("dmap", *given.shape)
+            grid.pool_map_backward(dmeans[number][image], whole)
+            for i in into_it:
+                dpooled = grads[0][i, image, ..., : keys[i].shape[2]]
+                dpooled = dpooled.reshape(len(dpooled), size, -1).contiguous()
+                dkeys[i][image] = links[i].image(image, dpooled, whole.flatten(1))
+            if not in_place:
+                given.copy_(whole)
+    dalign, dbias, dquery, *dsquashing = zip(*(link.parameters() for link in links), strict=True)
+    return [*dmaps, *dalign, *dbias, *(t for group in dsquashing for t in group), *dquery, *dkeys]
+
+
+def _add(sums: Affine, grad: Tensor, inputs: Tensor) -> None:
+    """Add what (M, C) at the output of an affine map and its inputs (M, c) give its weight and bias."""
+    sums.weight.addmm_(grad.mT, inputs)
+    sums.bias.add_(grad.sum(0))
+
+
+def _grid(m: Tensor, size: int, like: Tensor) -> Grid:
+    height, width = m.shape[2:]
+    return grid_of(height, width, size, POSITIONS, like)
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    return tensor.data_ptr() % ALIGNMENT == 0

@@ -1,0 +1,66 @@
+"""People's opinions for images made anew: TID2013's list, matched by photograph, type and level.
+
+The references 1 to 24 of TID2013 are photographs of the Kodak set. An image that is made from the same photograph by
+the same type of distortion at the same level can carry the mean opinion score of its twin in TID2013.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from srm_model.data.base import parse_mos
+from srm_model.data.lists import read_list
+from srm_model.data.tid2013 import LINE, MOS_RANGE
+
+SOURCE = "TID2013"
+CROP = (512, 384)  # of TID2013's images, in pixels
+_NUMBER = re.compile(r"\D*0*(\d{1,2})")
+_NAME = re.compile(r"i(\d+)_(\d+)_(\d+)\.bmp", re.IGNORECASE)
+Key = tuple[int, int, int]  # photograph, type, level
+
+
+def read_opinions(path: str | Path) -> dict[Key, float]:
+    """Return the mean opinion score of every (photograph, type, level) in TID2013's `mos_with_names.txt`.
+
+    Raises:
+        ValueError: a line that is not a score from 0 to 9 and a name, or a name that is listed twice.
+    """
+    path = Path(path)
+    found: dict[Key, float] = {}
+    for number, line in enumerate(read_list(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        match = LINE.fullmatch(line)
+        if match is None:
+            raise ValueError(
+                f"{path}, line {number}: {line.strip()[:80]!r}: expected a score and a name like i01_02_3.bmp"
+            )
+        key = key_of(match["name"])
+        if key in found:
+            raise ValueError(f"{path}, line {number}: {match['name']} is listed twice")
+        try:
+            found[key] = parse_mos(match["score"], *MOS_RANGE)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
+    if not found:
+        raise ValueError(f"{path}: no scores; expected TID2013's mos_with_names.txt")
+    return found
+
+
+def key_of(name: str) -> Key:
+    """Return photograph, type and level of an image's name, such as i01_02_3.bmp."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise ValueError(f"{name!r}: expected a name like i01_02_3.bmp")
+    return int(match[1]), int(match[2]), int(match[3])
+
+
+def number_of(file: str) -> int:
+    """Return the number of a Kodak photograph by its file name: 1.png, kodim01.png and I01.BMP are number 1."""
+    match = _NUMBER.fullmatch(Path(file).stem)
+    if match is None:
+        raise ValueError(
+            f"{file}: no photograph's number in the name; expected a name like 1.png, kodim01.png or I01.BMP"
+        )
+    return int(match[1])

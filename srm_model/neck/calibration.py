@@ -1,0 +1,61 @@
+"""Constants of a fresh neck from its first training batch, LSUV-style (SPEC 1.6)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+
+from srm_kernels import gated_fusion, rms_scale
+from srm_kernels.attention.reference import normalised_query
+from srm_model.modules import evaluating
+
+from .links import Link, logits
+
+if TYPE_CHECKING:
+    from .srm import SRMNeck
+
+MOST_LOGITS = 2**28  # at once: 1 GiB in fp32, a batch of 8 at 512×512 by exact attention
+
+
+@torch.no_grad()
+def calibrate(neck: SRMNeck, pyramid: Sequence[Tensor]) -> None:
+    """Scale the weights of a neck in place, and start M₀; its mode is kept."""
+    c = neck.config
+    with evaluating(neck):
+        for conv, m in zip(neck.align, pyramid, strict=True):
+            scale_to_unit(cast(nn.Conv2d, conv), m, c.calibration_range)
+        aligned = neck.aligned(pyramid)
+        for source, target in c.links:
+            calibrate_link(neck.link(source, target), aligned[target], aligned[source])
+        maps = neck.maps(pyramid, pool_sources=False)
+        neck.start_norms(gated_fusion(maps, neck.gate(maps.unbind(1)), cap=None).norm / neck.root(maps))
+
+
+def scale_to_unit(conv: nn.Conv2d, m: Tensor, limit: float) -> None:
+    """Scale the weight until the convolution of this map has RMS 1, within [1/limit, limit]."""
+    rms = conv(m).square().mean().sqrt()
+    conv.weight.mul_((1 / rms).clamp(1 / limit, limit))
+
+
+def calibrate_link(link: Link, target: Tensor, source: Tensor) -> None:
+    """Scale W_Q until logits over the landmarks have standard deviation 1, W_V until σ = σ_ref, per head."""
+    c = link.config
+    q, k, v = link.project(target, source)
+    if c.qk_norm != "both":  # else the scale of W_Q does not reach the logits
+        Q, K = normalised_query(q, c.qk_norm), link.attended(k)
+        # In pieces: all logits at once would be quadratic in the resolution, as neither attention is.
+        some = max(1, MOST_LOGITS // (Q.shape[0] * Q.shape[1] * K.shape[2]))
+        spreads = [logits(piece, K).std(-1, correction=0) for piece in Q.split(some, 2)]
+        _scale_heads(link, link.query.weight, torch.cat(spreads, 2).mean((0, 2)).reciprocal())
+        q = link.project(target, source)[0]
+    sigma = rms_scale(link.attend(q, k, v)).rms
+    _scale_heads(link, link.value.weight, link.reference_scale / sigma)
+
+
+def _scale_heads(link: Link, weight: Tensor, factor: Tensor) -> None:
+    limit = link.config.calibration_range
+    factor = factor.nan_to_num(nan=1.0).clamp(1 / limit, limit).to(weight.dtype)
+    weight.mul_(factor.repeat_interleave(link.config.head_dim)[:, None])

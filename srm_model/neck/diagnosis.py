@@ -1,0 +1,100 @@
+"""What a neck does on a batch: figures of its links, its update and its gate (Tables 1 and 2, Figures 3 and 4)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from srm_kernels.attention.reference import normalised_query
+from srm_model.modules import evaluating
+
+from .links import Link, link_name, logits
+from .plain import NeckOutput
+
+if TYPE_CHECKING:
+    from .srm import SRMNeck
+
+SHARES = {"median": 0.5, "p90": 0.9}
+
+
+class Measured(NamedTuple):
+    """Figures of one batch."""
+
+    links: dict[str, dict[str, Tensor]]  # by link and figure: (B, H), and (H,) for those of τ and σ̄
+    update_ratio: dict[int, float]  # ‖β U‖ / ‖F‖ of the pooled maps, by target stage
+    output: NeckOutput
+
+
+def attending(
+    neck: SRMNeck, aligned: Mapping[int, Tensor]
+) -> Iterator[tuple[tuple[int, int], tuple[Link, Tensor, Tensor, Tensor]]]:
+    """Source and target of every acting link; the link, and its Q, K and V of aligned maps (B, C, h, w) by stage."""
+    for source, target in neck.acting:
+        link = neck.link(source, target)
+        yield (source, target), (link, *link.project(aligned[target], aligned[source]))
+
+
+@torch.no_grad()
+def measure(neck: SRMNeck, pyramid: Sequence[Tensor]) -> Measured:
+    """Every figure of a neck on one batch, in evaluation mode, sources not pooled."""
+    with evaluating(neck):
+        aligned = neck.aligned(pyramid)
+        links = {link_name(*pair): _figures(*one) for pair, one in attending(neck, aligned)}
+        maps = neck.maps(pyramid, pool_sources=False)
+        ratios = {}
+        for _, target in neck.acting:
+            before = neck.pooled(aligned[target])
+            after = maps[:, neck.config.fused_stages.index(target)]
+            ratios[target] = float((after - before).norm() / before.norm())
+        return Measured(links, ratios, neck.fuse(maps))
+
+
+def _figures(link: Link, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
+    scores = logits(normalised_query(q, link.config.qk_norm), link.attended(k))
+    entropy = torch.special.entr(scores.softmax(-1)).sum(-1).mean(-1)
+    # An average of weights that began before σ̄ holds the share `sigma_started` of it.
+    started = link.sigma_started.clamp(min=torch.finfo(link.sigma.dtype).tiny)
+    sigma = link.sigma / started / link.reference_scale
+    figures = {
+        "logit_std": scores.std(-1, correction=0).mean(-1),
+        "attention_entropy": entropy / max(math.log(scores.shape[-1]), 1e-12),
+        "tau": link.tau(),
+        "sigma_before_tau": sigma,
+        "sigma_after_tau": sigma * link.tau(),
+    }
+    if link.attention == "nystrom":
+        _, solution = link.attend(q, k, v, diagnostics=True)
+        figures |= {name: getattr(solution, name) for name in ("kappa", "residual", "gain")}
+    return figures
+
+
+def summary(measured: Measured, stages: int) -> dict[str, Any]:
+    """Figures of one batch of a neck with so many fused stages as plain JSON values, images and heads by quantiles."""
+    out = measured.output
+    assert out.weights is not None
+    assert out.gain is not None
+    assert out.norm is not None
+    entropy = torch.special.entr(out.weights.float()).sum(-1) / math.log(max(stages, 2))
+    return {
+        "gate_weights": out.weights.mean(0).tolist(),
+        "gate_entropy": float(entropy.mean()),
+        "gain": quantiles(out.gain),
+        "gain_active": float((out.gain < 1).float().mean()),
+        "norm": quantiles(out.norm),
+        "update_ratio": {str(stage): ratio for stage, ratio in measured.update_ratio.items()},
+        "links": {
+            name: {key: x.tolist() if x.dim() == 1 else quantiles(x) for key, x in figures.items()}
+            for name, figures in measured.links.items()
+        },
+    }
+
+
+def quantiles(values: Tensor, shares: Mapping[str, float] = SHARES) -> dict[str, float]:
+    """Entries of sorted values at shares of their number; NaN, which a singular matrix gives, counts as infinite."""
+    ordered = values.double().flatten().nan_to_num(nan=math.inf, posinf=math.inf).sort().values
+    last = len(ordered) - 1
+    return {name: float(ordered[math.ceil(share * last)]) for name, share in shares.items()}

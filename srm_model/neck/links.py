@@ -1,0 +1,159 @@
+"""One link: its weights, projections and attention, and τ with the statistic that it is tied to (SPEC 1.2, 1.3, 3)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from srm_kernels import dyt, full_attention, nystrom_attention, select_landmarks
+from srm_kernels.attention.reference import normalised_key
+from srm_model.config import SRMConfig
+
+
+class DyT(nn.Module):
+    """Dynamic tanh w ⊙ tanh(αx) + b over channels (SPEC 3.4)."""
+
+    def __init__(self, channels: int, alpha: float, backend: str | None) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.full((1,), alpha))
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.backend = backend
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """α, w and b."""
+        return self.alpha, self.weight, self.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, C) → (…, C)."""
+        return dyt(x, self.alpha, self.weight, self.bias, backend=self.backend)
+
+
+class Link(nn.Module):
+    """Cross-attention from a source stage's keys to a target stage's queries (SPEC 1.2, 1.3 and 3)."""
+
+    sigma: Tensor
+    sigma_started: Tensor
+
+    def __init__(self, config: SRMConfig, attention: str) -> None:
+        super().__init__()
+        self.config, self.attention = config, attention
+        C = config.channels
+        if config.dyt:
+            self.dyt_query = DyT(C, config.dyt_alpha, config.backend)
+            self.dyt_key = DyT(C, config.dyt_alpha, config.backend)
+        self.query, self.key, self.value, self.output = (nn.Linear(C, C, bias=False) for _ in range(4))
+        if config.tau:
+            self.theta = nn.Parameter(torch.zeros(config.heads))
+        self.register_buffer("sigma", torch.zeros(config.heads))  # σ̄, the EMA of σ
+        # 0 or 1; between them in an average of weights that began before σ̄ did. Not a bool, which has no average.
+        self.register_buffer("sigma_started", torch.zeros(()))
+
+    @property
+    def reference_scale(self) -> float:
+        """σ_ref = √d."""
+        return math.sqrt(self.config.head_dim)
+
+    def project(self, target: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Maps (B, C, h, w) → Q (B, H, N_q, d) and K, V (B, H, N_k, d)."""
+        tokens_t, tokens_s = target.flatten(2).mT, source.flatten(2).mT  # (B, N, C)
+        if self.config.dyt:
+            tokens_t, tokens_s = self.dyt_query(tokens_t), self.dyt_key(tokens_s)
+        projected = self.query(tokens_t), self.key(tokens_s), self.value(tokens_s)
+        q, k, v = (
+            t.unflatten(-1, (self.config.heads, self.config.head_dim)).transpose(1, 2) for t in projected
+        )
+        return q, k, v
+
+    def forward(self, target: Tensor, source: Tensor) -> Tensor:
+        """Y (B, H, N_q, d)."""
+        y: Tensor = self.attend(*self.project(target, source))
+        return y
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, diagnostics: bool = False, **changes: Any) -> Any:
+        """Y, or (Y, solution) with `diagnostics` on the Nyström form; `changes` are fields of another config."""
+        c = self.config.replace(**changes) if changes else self.config
+        if self.attention == "full":
+            return full_attention(q, k, v, qk_norm=c.qk_norm)
+        options = {**self.key_options(c), "solve_dtype": c.solve_dtype, "diagnostics": diagnostics}
+        return nystrom_attention(q, k, v, c.rank, **options)
+
+    def key_options(self, config: SRMConfig | None = None) -> dict[str, Any]:
+        """How landmarks are chosen and their system solved, as the operators take it."""
+        c = config or self.config
+        return {
+            **self._choice(c),
+            "ridge": c.ridge,
+            "solver": c.solver,
+            "equilibrate": c.equilibrate,
+            "kappa_max": c.kappa_max,
+            "neumann_order": c.neumann_order,
+            "neumann_gate": c.neumann_gate,
+            "qk_norm": c.qk_norm,
+            "backend": c.backend,
+        }
+
+    def landmarks(self, k: Tensor, **changes: Any) -> Tensor:
+        """Indices (B, H, r) of the landmarks among the keys K (B, H, N_k, d)."""
+        c = self.config.replace(**changes) if changes else self.config
+        return select_landmarks(normalised_key(k, c.qk_norm), c.rank, **self._choice(c))
+
+    def _choice(self, c: SRMConfig) -> dict[str, Any]:
+        """Sampling is for training, each time from a fresh seed; evaluation takes the largest scores."""
+        method, generator = c.landmarks, None
+        if method == "leverage_sample":
+            if self.training:
+                generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+            else:
+                method = "leverage"
+        return {"method": method, "gamma": c.gamma, "generator": generator}
+
+    def attended(self, k: Tensor) -> Tensor:
+        """K̃, normalised keys: the landmarks, or all of them in exact attention."""
+        K = normalised_key(k, self.config.qk_norm)
+        if self.attention == "full":
+            return K
+        index = self.landmarks(k)
+        return K.gather(-2, index[..., None].expand(*index.shape, K.shape[-1]))
+
+    def merge(self, y: Tensor) -> Tensor:
+        """Y, pooled or not, (B, H, N, d) → U (B, N, C): Ŷ = τY, heads merged, times W_O."""
+        if self.config.tau:
+            y = (y * self.tau()[:, None, None]).to(y.dtype)
+        return self.output(y.transpose(1, 2).flatten(2))
+
+    def tau(self) -> Tensor:
+        """τ_h = exp(θ_h), (H,); ones where the rescaler is off."""
+        return self.theta.exp() if self.config.tau else torch.ones_like(self.sigma)
+
+    @torch.no_grad()
+    def tracked(self, sigma: Tensor) -> Tensor:
+        """σ̄ after a batch of statistic `sigma` (H,): the first starts it, and what is not finite is left out."""
+        sigma = sigma.to(self.sigma.dtype)
+        averaged = self.sigma.lerp(sigma, 1 - self.config.ema * self.sigma_started)
+        return torch.where(sigma.isfinite(), averaged, self.sigma)
+
+    @torch.no_grad()
+    def track(self, sigma: Tensor) -> None:
+        """Take a batch's statistic into σ̄."""
+        self.sigma.copy_(self.tracked(sigma))
+        self.sigma_started.logical_or_(sigma.isfinite().all())
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if isinstance(started := state_dict.get(f"{prefix}sigma_started"), Tensor):
+            state_dict[f"{prefix}sigma_started"] = started.to(self.sigma_started.dtype)  # a bool in old ones
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def logits(Q: Tensor, K: Tensor) -> Tensor:
+    """Q K̃ᵀ s of normalised queries and keys: (B, H, N_q, r or N_k)."""
+    return Q @ K.mT / math.sqrt(Q.shape[-1])
+
+
+def link_name(source: int, target: int) -> str:
+    """The name of a link among a neck's modules."""
+    return f"{source}to{target}"

@@ -1,0 +1,245 @@
+"""From a pyramid to the maps that the gate reads: alignment, links and what they add (SPEC 1.1 to 1.5, article 3.2).
+
+Links run in the pooled form: P̄, their probabilities averaged over the cells of the P×P grid, then P̄ X, which is
+pool(L X), as pooling is linear. Exact attention, blocks in the model's dtype and the full-resolution pyramid have no
+pooled form, nor have weights that adapters or parametrisations stand in front of: these links are called one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from srm_kernels import landmark_side, merge_links, pooled_links, project_sources, serves_pooled_links
+from srm_kernels.registration import no_autocast
+from srm_model.config import STAGES, SRMConfig
+from srm_model.modules import autocast_dtype, is_plain, rounded
+from srm_model.statistics import BatchStatistics
+
+from .links import Link, link_name
+
+Pair = tuple[int, int]  # source and target stage
+Affine = tuple[Tensor, Tensor]  # A and a
+
+
+class Step(nn.Module):
+    """A step of the pooled form as a module, without weights of its own: hooks see it as they see any other."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        super().__init__()
+        self.call = call
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        """What the step gives."""
+        return self.call(*args, **options)
+
+
+def align_sources(maps: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+    """A F (B, C, h, w) of sources, a left to the key sides: one product each, however F is laid out."""
+    products = [A.expand(m.shape[0], -1, -1) @ m.flatten(2) for m, A in zip(maps, weights, strict=True)]
+    return [product.unflatten(-1, m.shape[2:]) for product, m in zip(products, maps, strict=True)]
+
+
+def key_sides(
+    sources: Mapping[int, Tensor], affine: Mapping[int, Affine], links: Mapping[Pair, Link], c: SRMConfig
+) -> tuple[list[Tensor], list[Tensor]]:
+    """K̃ and X (B, H, r, d) of every link from A F and a of its source; those of one source take one launch together.
+
+    Where landmarks are sampled, every link draws its own.
+    """
+    groups = [[pair for pair in links if pair[0] == source] for source in sources]
+    if c.landmarks == "leverage_sample":
+        groups = [[pair] for pair in links]
+    sides: dict[Pair, tuple[Tensor, Tensor]] = {}
+    for pairs in filter(None, groups):
+        group, source = [links[pair] for pair in pairs], pairs[0][0]
+        k, v = project_sources(
+            sources[source].flatten(2).mT,
+            [link.key.weight for link in group],
+            [link.value.weight for link in group],
+            shift=affine[source][1],
+            dyt=[link.dyt_key.tensors for link in group] if c.dyt else None,
+            backend=c.backend,
+        )
+        k, v = (t.unflatten(-1, (c.heads, c.head_dim)).transpose(-2, -3).flatten(0, 1) for t in (k, v))
+        both = landmark_side(k, v, c.rank, **group[0].key_options())
+        parts = (t.unflatten(0, (len(group), -1)).unbind() for t in both)
+        sides |= dict(zip(pairs, zip(*parts, strict=True), strict=True))
+    return [sides[pair][0] for pair in links], [sides[pair][1] for pair in links]
+
+
+class Mixer(nn.Module):
+    """Alignment of four maps and the links between them."""
+
+    def __init__(self, in_channels: Sequence[int], config: SRMConfig, attention: str) -> None:
+        super().__init__()
+        self.config, self.attention = config, attention
+        self.align = nn.ModuleList(nn.Conv2d(width, config.channels, 1) for width in in_channels)
+        for conv in self.align:
+            nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+        self.links = nn.ModuleDict({link_name(*pair): Link(config, attention) for pair in config.links})
+        targets = sorted({target for _, target in config.links})
+        self.beta = nn.ParameterDict(
+            {str(t): nn.Parameter(torch.full((1,), config.beta_init)) for t in targets}
+        )
+        self.sources, self.key_sides = Step(align_sources), Step(key_sides)
+        self.query_sides, self.merge = Step(pooled_links), Step(merge_links)
+
+    @property
+    def acting(self) -> list[Pair]:
+        """Links into a stage that is fused; the others reach nothing but the pyramid."""
+        return [pair for pair in self.config.links if pair[1] in self.config.fused_stages]
+
+    def link(self, source: int, target: int) -> Link:
+        """The link between two stages."""
+        return cast(Link, self.links[link_name(source, target)])
+
+    def aligned(self, pyramid: Sequence[Tensor], *, every: bool = False) -> dict[int, Tensor]:
+        """Maps (B, C_s, h, w) → those that links or the gate read, or `every` one, by stage, (B, C, h, w)."""
+        used = {*self.config.fused_stages, *(stage for pair in self.config.links for stage in pair)}
+        return {
+            stage: self.align[stage - 1](pyramid[stage - 1]) for stage in STAGES if every or stage in used
+        }
+
+    def pooled(self, m: Tensor) -> Tensor:
+        """(B, C, h, w) → (B, C, P, P)."""
+        P = self.config.pool_size
+        # What is traced must not ask: a program of any size would be one of all sizes but P.
+        there = not torch.compiler.is_compiling() and m.shape[-2:] == (P, P)
+        return m if there else F.adaptive_avg_pool2d(m, P)
+
+    def pools(self, pyramid: Sequence[Tensor]) -> bool:
+        """Whether links take the pooled form for maps like these."""
+        c = self.config
+        if self.attention != "nystrom" or c.solve_dtype != "fp32" or not self.acting:
+            return False
+        read = [self.align, *(self.link(*pair) for pair in self.acting)]
+        if not all(is_plain(part) for one in read for part in one.modules()):
+            return False  # weights are read there, and adapters and parametrised modules have to be called
+        return serves_pooled_links(
+            pyramid[0].new_empty(0, dtype=autocast_dtype(pyramid[0])),  # as they will be read
+            c.head_dim,
+            c.rank,
+            [pyramid[source - 1][0, 0].numel() for source, _ in self.acting],
+            c.pool_size,
+            c.channels if c.dyt or c.qk_norm == "both" else 0,
+            backend=c.backend,
+        )
+
+    def maps(
+        self,
+        pyramid: Sequence[Tensor],
+        statistics: BatchStatistics | None = None,
+        *,
+        pool_sources: bool = True,
+    ) -> Tensor:
+        """Updated maps of the fused stages, pooled, (B, S, C, P, P); σ of every link goes to `statistics`.
+
+        pool_sources: whether sources are 2×2 mean-pooled at random where the config has it.
+        """
+        if self.pools(pyramid):
+            return self._pooled_form(pyramid, statistics, pool_sources)
+        aligned = self.aligned(pyramid)
+        updated = self._called(aligned, statistics, pool_sources, pooled=True)
+        return torch.stack([updated[stage] for stage in self.config.fused_stages], 1)
+
+    def whole(
+        self, pyramid: Sequence[Tensor], statistics: BatchStatistics | None = None
+    ) -> dict[int, Tensor]:
+        """All four updated maps (B, C, h, w) by stage, at full resolution."""
+        return self._called(self.aligned(pyramid, every=True), statistics, pool_sources=True, pooled=False)
+
+    def _pooled_form(
+        self, pyramid: Sequence[Tensor], statistics: BatchStatistics | None, pool_sources: bool
+    ) -> Tensor:
+        """Sources are aligned whole, targets read where they are."""
+        c, dtype = self.config, autocast_dtype(pyramid[0])
+        sources = sorted({source for source, _ in c.links})
+        read = sorted({*sources, *c.fused_stages})
+        links = {pair: self.link(*pair) for pair in self.acting}
+        targets = [c.fused_stages.index(target) for _, target in links]
+        affine = {stage: self._affine(stage) for stage in read}
+        align = [affine[stage] for stage in c.fused_stages]
+        with no_autocast(pyramid[:1]):  # operators choose their own precision
+            taken = rounded([*(pyramid[s - 1] for s in read), *(affine[s][0] for s in sources)], dtype)
+            maps = dict(zip(read, taken, strict=False))
+            aligned = self.sources([maps[stage] for stage in sources], taken[len(read) :])
+            found = self._pool_sources(dict(zip(sources, aligned, strict=True)), pool_sources)
+            keys, xs = self.key_sides(found, affine, links, c)
+            track = statistics is not None and not statistics.finished
+            pooled = self.query_sides(
+                [maps[stage] for stage in c.fused_stages],
+                [align[target] for target in targets],
+                [link.query.weight for link in links.values()],
+                keys,
+                targets,
+                size=c.pool_size,
+                dyt=[link.dyt_query.tensors for link in links.values()] if c.dyt else None,
+                xs=xs if track else None,
+                qk_norm=c.qk_norm,
+                backend=c.backend,
+            )
+            if statistics is not None and pooled.scales is not None:
+                for pair, scale in zip(links, pooled.scales, strict=True):
+                    positions = len(pyramid[0]) * pyramid[pair[1] - 1].shape[2:].numel()
+                    statistics.add_scale(link_name(*pair), scale, positions)
+            merged: Tensor = self.merge(
+                pooled,
+                xs,
+                align,
+                [link.output.weight for link in links.values()],
+                targets,
+                [self._beta(target) for _, target in links],
+                thetas=[link.theta for link in links.values()] if c.tau else None,
+                backend=c.backend,
+            )
+            return merged
+
+    def _called(
+        self,
+        aligned: dict[int, Tensor],
+        statistics: BatchStatistics | None,
+        pool_sources: bool,
+        *,
+        pooled: bool,
+    ) -> dict[int, Tensor]:
+        """F_t + β_t fold(Σ U), at full resolution, or of the fused stages pooled to P×P before τ and W_O."""
+        sources = self._pool_sources(
+            {source: aligned[source] for source, _ in self.config.links}, pool_sources
+        )
+        P, updates = self.config.pool_size, dict[int, Tensor]()
+        for source, target in self.acting if pooled else self.config.links:
+            link, grid = self.link(source, target), aligned[target].shape[-2:]
+            y = link(aligned[target], sources[source])  # (B, H, N_q, d)
+            if statistics is not None and not statistics.finished:
+                statistics.add_link(link_name(source, target), y.detach(), backend=self.config.backend)
+            if pooled:
+                H, d = y.shape[1], y.shape[3]
+                folded = y.transpose(1, 2).flatten(2).mT.unflatten(-1, grid)  # (B, C, h, w), channels last
+                y = self.pooled(folded).flatten(2).mT.unflatten(-1, (H, d)).transpose(1, 2)
+            update = link.merge(y).mT.unflatten(-1, (P, P) if pooled else grid)
+            updates[target] = updates[target] + update if target in updates else update
+        if pooled:
+            aligned = {stage: self.pooled(aligned[stage]) for stage in self.config.fused_stages}
+        return aligned | {t: aligned[t] + self._beta(t) * update for t, update in updates.items()}
+
+    def _pool_sources(self, sources: dict[int, Tensor], allowed: bool) -> dict[int, Tensor]:
+        """Each 2×2 mean-pooled with probability p where that is on."""
+        p, on = self.config.kv_pool_prob, self.training or self.config.kv_pool_eval
+        for stage in sorted(sources) if allowed and p > 0 and on else ():
+            if float(torch.rand(())) < p:
+                sources[stage] = F.avg_pool2d(sources[stage], 2, ceil_mode=True, count_include_pad=False)
+        return sources
+
+    def _affine(self, stage: int) -> Affine:
+        conv = cast(nn.Conv2d, self.align[stage - 1])
+        assert conv.bias is not None
+        return conv.weight.flatten(1), conv.bias
+
+    def _beta(self, target: int) -> Tensor:
+        """β of a stage as a scalar, which leaves the dtype of a map as it is; stored with an axis, which FSDP needs."""
+        return cast(Tensor, self.beta[str(target)]).reshape(())

@@ -1,0 +1,73 @@
+"""Weights of an earlier neck load, and give what they gave.
+
+`fixtures/old_neck.safetensors` was written when the neck was one module. It holds a state dict of seeded weights, a
+pyramid, and for each attention, in fp32 and in fp64, the outputs and the pyramid's gradients of Σ fused·cos(fused).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from srm_kernels.numerics import error_ratio
+from srm_model import SRMConfig, SRMNeck
+
+FILE = Path(__file__).parent / "fixtures" / "old_neck.safetensors"
+OUTPUTS = ("fused", "weights", "gain", "norm", "losses")
+
+
+def part(name: str) -> dict[str, Tensor]:
+    """Tensors of the file whose names begin with `name`, a dot following."""
+    with safe_open(FILE, "pt") as file:
+        return {
+            key.removeprefix(f"{name}."): file.get_tensor(key)
+            for key in file.keys()  # noqa: SIM118, not a dict
+            if key.startswith(f"{name}.")
+        }
+
+
+def load(attention: str) -> SRMNeck:
+    with safe_open(FILE, "pt") as file:
+        config = SRMConfig.from_dict(json.loads(file.metadata()["config"]))
+    neck = SRMNeck([m.shape[1] for m in part("map").values()], config, attention=attention)
+    neck.load_state_dict(part("state"))
+    return neck.eval()
+
+
+def outputs(neck: SRMNeck) -> dict[str, Tensor]:
+    maps = [m.requires_grad_() for m in part("map").values()]
+    out = neck(maps)
+    (out.fused * out.fused.detach().cos()).sum().backward()
+    found = {name: getattr(out, name) for name in OUTPUTS[:-1]}
+    found["losses"] = torch.stack(list(out.losses.values()))
+    return found | {f"gradient.{i}": m.grad for i, m in enumerate(maps) if m.grad is not None}
+
+
+def ratios(attention: str, neck: SRMNeck) -> dict[str, float]:
+    """Of every output and gradient, by the numerics rule."""
+    plain, exact = part(f"{attention}.float32"), part(f"{attention}.float64")
+    found = outputs(neck)
+    assert found.keys() == plain.keys() == exact.keys()
+    gradients = [value for name, value in exact.items() if name.startswith("gradient")]
+    return {
+        name: error_ratio(value, plain[name], exact[name], gradients if name.startswith("gradient") else None)
+        for name, value in found.items()
+    }
+
+
+@pytest.mark.parametrize("attention", ["nystrom", "full"])
+def test_an_old_state_dict_gives_what_it_gave(attention: str):
+    wrong = {name: ratio for name, ratio in ratios(attention, load(attention)).items() if not ratio <= 1}
+    assert wrong == {}
+
+
+def test_the_rule_tells_a_neck_whose_weights_moved():
+    neck = load("nystrom")
+    with torch.no_grad():
+        neck.links["4to1"].theta.add_(1e-4)
+    assert ratios("nystrom", neck)["fused"] > 1

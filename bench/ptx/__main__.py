@@ -47,18 +47,20 @@ def _report(options: argparse.Namespace) -> int:
 
     out = options.out or SIMULATED
     path, about = out / "kernels.jsonl", _about()
+    workloads = [one for one in report.WORKLOADS if options.only in one.name]
+    counted = {one.name for one in workloads}
     for gpus in report.by_architecture(options.gpus or tuple(report.GPUS)):
         found = []
-        for row in report.rows(gpus):
+        for row in report.rows(gpus, workloads):
             found.append({**row, "machine": about})
             print(
                 f"{row['gpu']:14} {row['workload']:22} {row['kernel']:26} {row['us']:8.1f} µs, limited by "
                 f"{row['limit']}, {100 * row['share_of_floor']:3.0f} % of the floor",
                 flush=True,
             )
-        kept = [row for row in read(path) if row["gpu"] not in gpus] if path.is_file() else []
-        order = {name: number for number, name in enumerate(report.GPUS)}
-        found = sorted([*kept, *found], key=lambda row: order[row["gpu"]])
+        kept = read(path) if path.is_file() else []
+        kept = [row for row in kept if row["gpu"] not in gpus or row["workload"] not in counted]
+        found = sorted([*kept, *found], key=report.place)
         write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found))
         write_text(out / "report.md", report.page(found))
     print(f"{out / 'report.md'}: {len(found)} rows; a simulation, no GPU has run it")
@@ -117,6 +119,10 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, metavar="PATH",
         help="file of the matrix's rows, written as they come; folder of the report (default: bench/results/simulated)",
     )  # fmt: skip
+    parser.add_argument(
+        "--only", default="", metavar="TEXT",
+        help="run the cases whose kind and name contain TEXT; count the workloads whose name does",
+    )  # fmt: skip
     matrix = parser.add_argument_group("with --matrix")
     matrix.add_argument("--sample", action="store_true", help="run the sample of continuous integration only")
     matrix.add_argument(
@@ -129,9 +135,6 @@ def _parser() -> argparse.ArgumentParser:
         "--orders", nargs="+", default=("together",), choices=("together", "forward", "reversed"),
         help="order of the warps of a block between barriers",
     )  # fmt: skip
-    matrix.add_argument(
-        "--only", default="", metavar="TEXT", help="run cases whose kind and name contain TEXT"
-    )
     matrix.add_argument("--resume", action="store_true", help="keep the rows of PATH that passed")
     report = parser.add_argument_group("with --report")
     report.add_argument("--gpus", nargs="+", metavar="NAME", help="RTX 3090, RTX 4090, …; default: all")

@@ -53,18 +53,22 @@ def attention(dtype: torch.dtype) -> None:
     kernels.landmark_attention_backward(results[:1], results, query, *side)
 
 
-def key_side(dtype: torch.dtype) -> None:
-    """The key side of a link, forward and backward."""
-    from srm_kernels.attention import key_kernels
+def key_sides(links: int) -> Callable[[torch.dtype], None]:
+    """The key sides of some links together, forward and backward."""
 
-    key, value = (random(1, HEADS, KEYS, WIDTH, dtype=dtype) for _ in range(2))
-    side = (key, value, None, RANK, "leverage", 1e-3, WIDTH**-0.5, "keys")
-    results = key_kernels.landmark_context(*side, 1e-3)
-    key_kernels.landmark_context_backward(results[:2], results, *side, 1e-3)
+    def call(dtype: torch.dtype) -> None:
+        from srm_kernels.attention import key_kernels
+
+        key, value = (random(1, links * HEADS, KEYS, WIDTH, dtype=dtype) for _ in range(2))
+        side = (key, value, None, RANK, "leverage", 1e-3, WIDTH**-0.5, "keys")
+        results = key_kernels.landmark_context(*side, 1e-3)
+        key_kernels.landmark_context_backward(results[:2], results, *side, 1e-3)
+
+    return call
 
 
 def neck(dyt: bool, statistics: bool) -> Callable[[torch.dtype], None]:
-    """The fused neck behind the key side: forward and backward, scale, gate and pooling included."""
+    """The fused neck after the key sides: forward and backward, scale, gate and pooling included."""
 
     def call(dtype: torch.dtype) -> None:
         name = str(dtype).removeprefix("torch.")
@@ -86,7 +90,8 @@ def solve(dtype: torch.dtype) -> None:
 
 WORKLOADS = (
     Workload("attention", attention),
-    Workload("key side", key_side),
+    Workload("key side", key_sides(1)),
+    Workload("neck, key sides", key_sides(3)),
     Workload("neck, DyT, training", neck(dyt=True, statistics=True)),
     Workload("neck, DyT, evaluation", neck(dyt=True, statistics=False)),
     Workload("neck, training", neck(dyt=False, statistics=True)),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
+from bench.harness import read
 from bench.ptx import report, workloads
 from bench.ptx.rates import Gpu
 from srm_kernels import rms_scale
@@ -42,6 +44,23 @@ def test_a_page_of_two_cards():
     assert page.index("## RTX 4090") < page.index("## A100")
     assert "| attention | forward_kernel | 12.3 | shared memory | 6.0 | 49 |" in page
     assert "No GPU has run this" in page
+    assert "| attention | forward_kernel | 134 | 134 | 12 | 49 | shared memory |" in page
+
+
+def test_a_page_says_which_aims_are_missed():
+    row = {
+        "gpu": report.TUNED, "workload": "neck, key sides", "kernel": "context_kernel", "us": 40.4, "limit": "issue",
+        "busy_us": dict.fromkeys(report.UNITS, 1.0), "floor_us": 6.0, "share_of_floor": 0.1,
+        "repeated_products": 1.0, "warps": 8, "registers": 96,
+    }  # fmt: skip
+    assert "| 64 | 40 | 40 | 10 | issue |" in report.page([row])
+    assert "| 64 | 40 | 65 (missed) | 10 | issue |" in report.page([row | {"us": 65.2}])
+
+
+def test_every_aim_is_of_a_kernel_that_was_counted():
+    path = Path(report.__file__).parent.parent / "results/simulated/kernels.jsonl"
+    counted = {(row["workload"], row["kernel"]) for row in read(path) if row["gpu"] == report.TUNED}
+    assert {(aim.workload, aim.kernel) for aim in report.AIMS} <= counted
 
 
 def test_a_report_counts_a_kernel_for_every_card_of_an_architecture():

@@ -105,7 +105,11 @@ _context = register_operator(
     "Tensor key, Tensor value, Tensor? landmarks, SymInt rank, str method, float gamma, float scale, str? qk_norm, "
     "float ridge",
     "(Tensor, Tensor, Tensor, Tensor)",
-    {"reference": reference.landmark_context, "triton": later(_KEY_KERNELS, "landmark_context")},
+    {
+        "reference": reference.landmark_context,
+        "sdpa": sdpa.landmark_context,
+        "triton": later(_KEY_KERNELS, "landmark_context"),
+    },
     fake=_fake_key_side,
     differentiable=("key", "value"),
     derivatives={"triton": later(_KEY_KERNELS, "landmark_context_backward")},
@@ -118,7 +122,8 @@ _blocks = register_operator(
     "landmark_blocks",
     "Tensor key, Tensor value, Tensor? landmarks, SymInt rank, str method, float gamma, float scale, str? qk_norm",
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
-    {"reference": reference.landmark_blocks, "triton": later(_KEY_KERNELS, "landmark_blocks")},
+    dict.fromkeys(("reference", "sdpa"), reference.landmark_blocks)
+    | {"triton": later(_KEY_KERNELS, "landmark_blocks")},
     fake=_fake_blocks,
     differentiable=("key", "value"),
     derivatives={"triton": later(_KEY_KERNELS, "landmark_blocks_backward")},
@@ -272,7 +277,8 @@ def landmark_side(
     Arguments as in `nystrom_attention`. Returns (K̃, X), (B, H, r, d) each in fp32 (fp64 for fp64): K̃ = key[I], not
     normalised, exact in the key's dtype; X = (W + λI)⁻¹ (R V). Y is softmax(Q K̃ᵀ s) X, K̃ normalised there as
     `qk_norm` asks. Differentiable in key and value; twice through the reference.
-    backend: "triton" as for `nystrom_attention`, else "reference"; kernels are taken by name only.
+    backend: "sdpa", the default, has csrc's C++ for the solver "cholesky" on the CPU where it is built, else the
+    reference's. "triton" as for `nystrom_attention`; kernels are taken by name only.
     Raises TypeError for dtypes, ValueError for shapes and values, NotImplementedError for a backend that cannot run.
     """
     key, value = autocast.lowered(key, value)
@@ -282,7 +288,7 @@ def landmark_side(
     check_number("gamma", gamma, above=0)
     check_solver(ridge, solver, equilibrate, kappa_max, neumann_order, neumann_gate)
     limits = partial(_limits, d, rank, key.shape[2])
-    chosen = kernels_by_name(backend, key, "landmark_side", limits)
+    chosen = kernels_by_name(backend, key, "landmark_side", limits, plain=("sdpa", "reference"))
     s = 1 / math.sqrt(d) if scale is None else float(scale)
     solve = (float(ridge), solver, equilibrate, float(kappa_max), int(neumann_order), neumann_gate)
     keys, x, _ = _landmark_side(
@@ -305,7 +311,6 @@ def _landmark_side(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(K̃, X, I); kernels choose the landmarks themselves where they can, and solve where the solver is the default."""
-    backend = "triton" if backend == "triton" else "reference"
     if landmarks is not None:
         _check_landmarks(landmarks, key, rank)
     elif backend == "triton" and method in METHODS_OF_KERNELS:

@@ -1,10 +1,11 @@
 """The same attention through two calls of scaled_dot_product_attention.
 
-R V = SDPA(K̃, K, V) and Y = SDPA(Q, K̃, X): torch's fused kernels then hold no N×r block at all.
+R V = SDPA(K̃, K, V) and Y = SDPA(Q, K̃, X): torch's fused kernels then hold no N×r block at all. On the CPU csrc solves.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +16,8 @@ from . import reference
 from .reference import normalised_key, normalised_query, take_landmarks
 
 FEWEST_KEYS = 16  # with fewer, torch's CPU kernel turns a NaN query into a row of zeros
+
+landmark_context = partial(reference.landmark_context, landmark_solve=conditioning.landmark_solve)
 
 
 def nystrom_attention(

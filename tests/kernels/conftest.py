@@ -15,8 +15,6 @@ from typing import Any
 
 import pytest
 
-from srm_kernels import native
-
 CODE = """
 import json, sys
 sys.modules["triton"] = None
@@ -59,6 +57,8 @@ def build() -> ModuleType:
 @pytest.fixture(scope="session")
 def core(build: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The C++ core for the CPU: the installed library, or one that is built now."""
+    from srm_kernels import native  # imports Triton, which reads TRITON_INTERPRET then
+
     with pytest.MonkeyPatch.context() as patch:
         if "cpu" not in native.BUILT:
             if shutil.which(build.CXX) is None or build.torch_folder() is None:

@@ -7,16 +7,18 @@ implies, L·X of normalised landmarks by twice the error of plain `torch.linalg`
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import oracle
 import pytest
 import torch
+from kernel_rule import follow_the_rule
 from oracle import tokens
 from test_solve_grid import BACKWARD, SIZES, backward_error, grid_of, product_error
 from torch import Tensor, library
 
-from srm_kernels import Solver, landmark_solve, native, nystrom_attention
+from srm_kernels import Solver, landmark_side, landmark_solve, native, nystrom_attention
 from srm_kernels.conditioning import cpu, reference
 
 OTHERS = ("cholesky", False, 1e6, 3, True)
@@ -208,8 +210,15 @@ def test_attention_takes_it(alone):
     query, key, value = (tokens(i, 1, 2, n, 8, dtype=torch.float32) for i, n in enumerate((40, 30, 30)))
     for backend in (None, "sdpa"):
         nystrom_attention(query, key, value, 16, backend=backend)
-    with pytest.raises(AssertionError, match="reference was asked"):
-        nystrom_attention(query, key, value, 16, backend="reference")
+        landmark_side(key, value, 16, backend=backend)
+    for call in (partial(nystrom_attention, query), landmark_side):
+        with pytest.raises(AssertionError, match="reference was asked"):
+            call(key, value, 16, backend="reference")
+
+
+def test_the_key_side_of_a_link_follows_the_rule():
+    arguments = [tokens(i, 2, 2, 30, 8, dtype=torch.float32) for i in (1, 2)]
+    follow_the_rule(partial(landmark_side, rank=16, qk_norm="keys"), arguments, backend="sdpa")
 
 
 @pytest.mark.parametrize("case", ["not built", "equilibrated", "another solver", "too large"])

@@ -142,8 +142,13 @@ def driver_version() -> str:
         if found:
             return found[1]
     with suppress(AttributeError, RuntimeError):
-        return f"CUDA {torch._C._cuda_getDriverVersion()}"
+        return f"CUDA {_driver_api()}"
     return "unknown"
+
+
+def _driver_api() -> int:
+    ask: Any = torch._C  # builds without CUDA have no such function
+    return int(ask._cuda_getDriverVersion())
 
 
 def _triton() -> str:

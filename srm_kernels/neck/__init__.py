@@ -19,7 +19,7 @@ from ..attention import QK_NORMS, _over_batch
 from ..checks import DTYPES, check_choice, check_count, check_number, check_tensors, wide_dtype
 from ..landmarks import kernel_limits
 from ..registration import later, register_operator
-from ..runtime import interpreting, kernels_by_name, roomy
+from ..runtime import choose_kernels, interpreting, roomy
 from ..scale import RMSScale
 from . import reference
 
@@ -193,7 +193,9 @@ def project_sources(
     if shift is not None:
         _check_weight("shift", shift, (C,), tokens)
     squashing = _dyt_lists(dyt, tokens, C)
-    chosen = kernels_by_name(backend, tokens, "project_sources")
+    chosen = choose_kernels(
+        backend, tokens, "project_sources", sizes=lambda: (tokens.shape[1], C), call=(tokens.shape,)
+    )
     keys, values = _project(tokens, list(key_weights), list(value_weights), *squashing, shift, chosen)
     return keys, values
 
@@ -228,7 +230,7 @@ def pooled_links(
     without; in backward Q, dQ and, with DyT, DyT(T) of the links exist for the time of the call. For the backward pass
     F, K̃, weights and P̄ are kept. A NaN stays in its image and head.
     backend: "triton" takes fp32, bf16 and fp16, d from 8 to 128, r up to 128, r·d up to 8,192, P up to 32, and C up to
-    256 where `dyt` is given or queries are normalised. They are taken by name only.
+    256 where `dyt` is given or queries are normalised.
     Raises TypeError for dtypes, ValueError for shapes and values, NotImplementedError for a backend that cannot run.
     """
     maps = autocast.lowered(*maps)
@@ -338,7 +340,7 @@ def merge_links(
             _check_weight(name, weight, shape, maps)
     for beta in betas:
         _check_weight("betas", beta.reshape(-1), (1,), maps)
-    chosen = kernels_by_name(backend, maps, "merge_links")
+    chosen = choose_kernels(backend, maps, "merge_links", sizes=lambda: (most, C), call=(most, C))
     merged = _merge(
         maps, probabilities, list(xs), [weight for weight, _ in align], [bias for _, bias in align],
         list(output_weights), list(thetas or ()), list(betas), targets, chosen,
@@ -352,8 +354,9 @@ def fuses(
     """Whether `pooled_links` would run as kernels for maps like these: what a neck decides its path by.
 
     features: a map, of which dtype and device count; d, rank, size: as in `pooled_links`; channels: C where DyT is on
-    or queries are normalised, else 0. False where kernels serve attention but not this form of it. Raises
-    NotImplementedError where `backend` names what cannot run at all.
+    or queries are normalised, else 0. False where kernels serve attention but not this form of it. With `backend` None
+    the verdict about the device decides, for all maps of a dtype and d alike. Raises NotImplementedError where
+    `backend` names what cannot run at all.
     """
     if rank * d > LARGEST_TILE or size > LARGEST_GRID or channels > MOST_CHANNELS:
         return False
@@ -363,8 +366,14 @@ def fuses(
 def _choose_backend(
     requested: str | None, features: Tensor, rank: int, d: int, size: int, channels: int
 ) -> str:
-    return kernels_by_name(
-        requested, features, "pooled_links", partial(_refusal, features, rank, d, size, channels)
+    """By d alone of the sizes: `fuses` is asked before the maps are there, and answers what will run."""
+    return choose_kernels(
+        requested,
+        features,
+        "pooled_links",
+        partial(_refusal, features, rank, d, size, channels),
+        sizes=lambda: (d,),
+        call=(rank, d, size, channels),
     )
 
 

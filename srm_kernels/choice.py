@@ -108,6 +108,12 @@ class Table:
         candidates = [name for name in right - wrong if all(name in by_name for by_name in measured)]
         return sorted(candidates, key=lambda name: sum(math.log(by_name[name]) for by_name in measured))
 
+    def takes_kernels(self, group: Group) -> bool:
+        """Whether kernels are the first choice of a group at one measured shape at least."""
+        sizes = {tuple(row["sizes"]) for row in self.groups[group][1]}
+        first = [self.ranking(group, [class_of(size) for size in one])[:1] for one in sizes]
+        return ["triton"] in first or ["cuda"] in first
+
 
 def times_of(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, float]]]:
     """Shape → direction → implementation → milliseconds of all rows together."""
@@ -243,6 +249,22 @@ def _read(index: int) -> Table:
             key.device, reason or "nothing was measured", verdicts.COMMAND,
         )  # fmt: skip
     return Table(groups, reason)
+
+
+def sentence(found: Table) -> str:
+    """Whose verdict counts for a device, and how many of its operators take kernels somewhere, in one sentence."""
+    if not found.groups:
+        return f"no verdict: {found.reason or 'nothing was measured'}"
+    by_origin: dict[str, list[Group]] = {}
+    for group, (verdict, _) in found.groups.items():
+        by_origin.setdefault(f"verdict of {verdict.origin}, {verdict.measured or 'undated'}", []).append(
+            group
+        )
+    parts = []
+    for name, groups in by_origin.items():
+        taken = [group for group in groups if found.takes_kernels(group)]
+        parts.append(f"{name}: kernels for {len(taken)} of {len(groups)} operators and dtypes")
+    return "; ".join(parts)
 
 
 def explained(

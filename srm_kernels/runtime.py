@@ -153,7 +153,7 @@ def choose_backend(
         raise choice.Answer(
             _explained(requested.requested, implementations, operator, refusal, tensor, sizes, variant)
         )
-    name = requested or _named_by_environment()
+    name = requested or named_by_environment()
     if name is None:
         if tensor is not None:
             chosen = choice.cached(tensor, operator, variant, call)
@@ -177,7 +177,7 @@ _variables = getattr(os.environ, "_data", None)
 _variable = os.environ.encodekey(ENVIRONMENT_VARIABLE)  # type: ignore[attr-defined]
 
 
-def _named_by_environment() -> str | None:
+def named_by_environment() -> str | None:
     """SRM_KERNELS_BACKEND, or None.
 
     Looking for a variable that is not set raises and catches errors in `os`, which costs more than the whole choice;
@@ -197,7 +197,7 @@ def _explained(
     sizes: choice.Sizes,
     variant: str,
 ) -> choice.Explanation:
-    if requested or _named_by_environment():
+    if requested or named_by_environment():
         name = choose_backend(requested, implementations, operator, refusal)
         origin = "the argument `backend`" if requested else ENVIRONMENT_VARIABLE
         return choice.Explanation(choice.named(operator, variant), name, f"{origin} names it", sizes=sizes())
@@ -220,7 +220,7 @@ def choose_kernels(
     `refusal` says why its kernels cannot serve these arguments, where what is common to all of them can; it is asked
     only where they are in question, so that under torch.export it guards no shape for nothing.
     """
-    if requested is None and _named_by_environment() is None:
+    if requested is None and named_by_environment() is None:
         chosen = choice.cached(tensor, operator, variant, call)
         if chosen is not None:
             return chosen

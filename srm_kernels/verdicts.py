@@ -123,7 +123,9 @@ def sources_digest() -> str:
 
 def key_of(device: str, capability: tuple[int, int], driver: str) -> Key:
     """The key of a device with the torch, the Triton and the kernels that are installed."""
-    return Key(device, ".".join(map(str, capability)), driver, torch.__version__, _triton(), sources_digest())
+    return Key(
+        device, ".".join(map(str, capability)), driver, torch.__version__, triton_version(), sources_digest()
+    )
 
 
 def key_of_cuda(index: int) -> Key:
@@ -151,7 +153,8 @@ def _driver_api() -> int:
     return int(ask._cuda_getDriverVersion())
 
 
-def _triton() -> str:
+def triton_version() -> str:
+    """Version of the Triton that is installed, or "absent"."""
     try:
         return version("triton")
     except PackageNotFoundError:

@@ -345,8 +345,8 @@ def test_many_shapes_do_not_fill_the_memory(monkeypatch):
 
 
 def test_the_variable_is_read_where_it_is_set_later(monkeypatch):
-    assert runtime._named_by_environment() is None
+    assert runtime.named_by_environment() is None
     monkeypatch.setenv("SRM_KERNELS_BACKEND", "sdpa")
-    assert runtime._named_by_environment() == "sdpa"
+    assert runtime.named_by_environment() == "sdpa"
     monkeypatch.setattr(runtime, "_variables", None)
-    assert runtime._named_by_environment() == "sdpa"
+    assert runtime.named_by_environment() == "sdpa"

@@ -135,14 +135,15 @@ def class_of(size: int) -> int:
 
 _tables: dict[int, Table] = {}
 _cache: dict[Any, str | None] = {}
+_taken: dict[int, dict[str, set[str]]] = {}  # device → operator → what calls took by a verdict
 _pretended: Key | None = None
 _logged = False
 
 
 def refresh() -> None:
     """Forget what was read: verdicts are read again at the next call."""
-    _tables.clear()
-    _cache.clear()
+    for known in (_tables, _cache, _taken):
+        known.clear()
 
 
 @contextmanager
@@ -191,6 +192,8 @@ def measured(
     chosen = next((name for name in names if refusal(name) is None), None)
     if not torch.compiler.is_compiling():
         _keep((index, operator, variant, tensor.dtype, call), chosen)
+        if chosen is not None:
+            _taken.setdefault(index, {}).setdefault(named(operator, variant), set()).add(chosen)
     return chosen
 
 
@@ -265,6 +268,37 @@ def sentence(found: Table) -> str:
         taken = [group for group in groups if found.takes_kernels(group)]
         parts.append(f"{name}: kernels for {len(taken)} of {len(groups)} operators and dtypes")
     return "; ".join(parts)
+
+
+def ran(device: torch.device, requested: str | None = None) -> str:
+    """Say which implementations this process has run on a device, and on whose verdict, in one sentence.
+
+    Args:
+        device: where the operators ran.
+        requested: the backend that was named to them, or None.
+    """
+    from . import runtime
+
+    name = requested or runtime.named_by_environment()
+    if name is not None:
+        return f"{name}, named by {'the config' if requested else runtime.ENVIRONMENT_VARIABLE}"
+    if device.type != "cuda" and _pretended is None:
+        return "plain PyTorch; verdicts count on CUDA devices"
+    index = CPU
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+    found = table(index)
+    if not found.groups:
+        return f"plain PyTorch; {found.reason or 'nothing was measured'}"
+    by_name: dict[str, int] = {}
+    for names in _taken.get(index, {}).values():
+        for taken in names:
+            by_name[taken] = by_name.get(taken, 0) + 1
+    counts = ", ".join(
+        f"{taken} for {count} operators" for taken, count in sorted(by_name.items(), reverse=True)
+    )
+    origins = {f"verdict of {verdict.origin}, {verdict.measured}" for verdict, _ in found.groups.values()}
+    return f"{counts or 'no measured operator ran'}; {'; '.join(sorted(origins))}"
 
 
 def explained(

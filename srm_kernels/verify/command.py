@@ -37,7 +37,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--device", default="cuda", help="cuda or cuda:NUMBER (default: the current CUDA device)")
     add("--quick", action="store_true", help=f"measure the shapes {' and '.join(QUICK)} alone")
-    add("--only", nargs="+", metavar="NAME", choices=(*NAMES, *labels), help="operators (default: all)")
+    add(
+        "--only",
+        nargs="+",
+        metavar="NAME",
+        choices=tuple(dict.fromkeys((*NAMES, *labels))),
+        help="operators (default: all)",
+    )
     add("--dtypes", nargs="+", choices=tuple(DTYPES), default=tuple(DTYPES), help="default: all")
     add("--shapes", nargs="+", choices=tuple(SHAPES), help=f"default: {' '.join(FAMILY)}")
     add("--compile", action="store_true", help="also time the reference as torch.compile makes it")

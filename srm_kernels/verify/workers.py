@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import queue
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +16,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import cache
+from pathlib import Path
 from typing import IO, Any
 
 START_SECONDS = 180.0  # to import torch and Triton and to open the device
@@ -55,7 +59,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            env=os.environ | {"PYTHONPATH": paths},
+            env=os.environ | {"PYTHONPATH": paths} | _triton_cache(),
             start_new_session=True,
         )
         found = self._read(START_SECONDS, f"the process was not ready within {START_SECONDS:g} s")
@@ -108,6 +112,22 @@ class Worker:
         if self._errors is not None:
             self._errors.close()
             self._errors = None
+
+
+@cache
+def _triton_cache() -> dict[str, str]:
+    """A temporary folder for Triton's cache where the home folder cannot be written, which Triton needs."""
+    if any(name in os.environ for name in ("TRITON_CACHE_DIR", "TRITON_HOME")):
+        return {}
+    try:
+        folder = Path.home() / ".triton" / "cache"
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return {}
+    except (OSError, RuntimeError):
+        made = tempfile.mkdtemp(prefix="srm-kernels-")
+        atexit.register(shutil.rmtree, made, ignore_errors=True)
+        return {"TRITON_CACHE_DIR": made}
 
 
 def ask_all(

@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 from bench.ptx import emulated_device
 from bench.ptx.verify import sm_89
 from srm_kernels import choice, dyt, explain, verdicts
+from srm_kernels.verify import workers
 from srm_kernels.verify.command import main
 
 SM_89 = "bench.ptx.verify:sm_89"
@@ -120,10 +121,12 @@ def test_a_folder_that_cannot_be_written_costs_a_warning_and_nothing_else(monkey
     monkeypatch.delenv("SRM_KERNELS_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", "/proc")
+    workers._triton_cache.cache_clear()
     assert verify("--only", "gate_losses") == 0
     assert len(caplog.records) == 1
     assert "not kept" in caplog.text
     assert "Kept in" not in capsys.readouterr().out
+    workers._triton_cache.cache_clear()
 
 
 def test_two_processes_do_not_measure_one_device_at_once(capsys):

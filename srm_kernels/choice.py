@@ -134,7 +134,8 @@ def class_of(size: int) -> int:
 
 
 _tables: dict[int, Table] = {}
-_cache: dict[Any, str | None] = {}
+_cache: dict[Any, str] = {}
+NOTHING = ""  # in place of an implementation: no verdict decides the call
 _taken: dict[int, dict[str, set[str]]] = {}  # device → operator → what calls took by a verdict
 _pretended: Key | None = None
 _logged = False
@@ -160,7 +161,7 @@ def pretended(key: Key) -> Iterator[None]:
 
 
 def cached(tensor: Tensor, operator: str, variant: str, call: tuple[Any, ...]) -> str | None:
-    """What `measured` found for such a call before; None where it was not asked yet, or found nothing."""
+    """What `measured` found for such a call before: an implementation or `NOTHING`; None where it was not asked yet."""
     if torch.compiler.is_compiling() or not (tensor.is_cuda or _pretended) or transforming():
         return None
     try:
@@ -191,13 +192,13 @@ def measured(
     names = _ranking_of(index, operator, variant, tensor.dtype, *classes).split()
     chosen = next((name for name in names if refusal(name) is None), None)
     if not torch.compiler.is_compiling():
-        _keep((index, operator, variant, tensor.dtype, call), chosen)
+        _keep((index, operator, variant, tensor.dtype, call), chosen or NOTHING)
         if chosen is not None:
             _taken.setdefault(index, {}).setdefault(named(operator, variant), set()).add(chosen)
     return chosen
 
 
-def _keep(key: Any, chosen: str | None) -> None:
+def _keep(key: Any, chosen: str) -> None:
     if len(_cache) >= MOST_CACHED:
         _cache.clear()
     with suppress(TypeError):  # a symbolic size

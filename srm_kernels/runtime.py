@@ -157,8 +157,9 @@ def choose_backend(
     if name is None:
         if tensor is not None:
             chosen = choice.cached(tensor, operator, variant, call)
-            chosen = chosen or choice.measured(tensor, operator, variant, sizes, call, refusal)
-            if chosen is not None:
+            if chosen is None:
+                chosen = choice.measured(tensor, operator, variant, sizes, call, refusal)
+            if chosen:
                 return chosen
         return next(name for name in implementations if refusal(name) is None)
     if name not in BACKENDS:
@@ -222,7 +223,7 @@ def choose_kernels(
     """
     if requested is None and named_by_environment() is None:
         chosen = choice.cached(tensor, operator, variant, call)
-        if chosen is not None:
+        if chosen:
             return chosen
     return choose_backend(
         requested,

@@ -336,6 +336,17 @@ def test_a_choice_that_was_made_before_costs_less_than_two_microseconds():
     assert least(chosen) < 80 * least(lambda: None)
 
 
+@pytest.mark.parametrize("rows", [[], [row("rms_scale", [130, 24], FAST)]])
+def test_a_call_is_decided_once(rows: list[verdicts.Row], monkeypatch):
+    verified(*rows)
+    asked: list[str] = []
+    plain = choice.ranking
+    monkeypatch.setattr(choice, "ranking", lambda *a: asked.append(a[1]) or plain(*a))
+    for _ in range(3):
+        srm_kernels.rms_scale(torch.ones(2, 3, 130, 24))
+    assert asked == ["rms_scale"]
+
+
 def test_many_shapes_do_not_fill_the_memory(monkeypatch):
     monkeypatch.setattr(choice, "MOST_CACHED", 8)
     verified(row("rms_scale", [130, 24], FAST))

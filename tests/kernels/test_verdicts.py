@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -247,6 +248,16 @@ def test_a_broken_shipped_file_is_left_out(line: str, tmp_path: Path, caplog):
     (tmp_path / "card.jsonl").write_text(line)
     assert verdicts.shipped(KEY, tmp_path) is None
     assert len(caplog.records) == 1
+
+
+def test_verdicts_that_are_committed_ship_with_the_package():
+    root = Path(__file__).resolve().parents[2]
+    results = {path.parent.name: path for path in (root / "bench/results").glob("*/verify.jsonl")}
+    carried = {path.stem: path for path in verdicts.SHIPPED.glob("*.jsonl")}
+    assert results.keys() == carried.keys()
+    assert all(path.read_bytes() == carried[name].read_bytes() for name, path in results.items())
+    data = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    assert data == {"srm_kernels": [f"{verdicts.SHIPPED.name}/*.jsonl"]}
 
 
 def test_what_was_measured_here_goes_before_what_was_shipped():

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What only a GPU can show, in two parts of at most six minutes each: `bench/gpu.sh a`, then `bench/gpu.sh b`.
-#   a  correctness: every kernel once, then the tests marked `gpu`, most telling files first, a line a test.
+#   a  correctness: `python -m srm_kernels verify --quick`, every kernel once, then the tests marked `gpu`, most telling files first, a line a test.
 #   b  benchmarks, one at a time, most wanted first, and last compute-sanitizer, where it is installed.
 # A part may be stopped at any time (Ctrl-C): every step writes its results as they come. A step that reaches its limit
 # is ended by the signal that Ctrl-C sends, so that benchmarks write what they have measured.
@@ -80,11 +80,13 @@ part_a() {
     tests/kernels/test_triton_scale_gate_pool.py tests/model/test_fused_neck.py tests/kernels/test_on_cuda.py
   )
   local parallel=() processes=$(($(nproc) / 2 < 8 ? $(nproc) / 2 + 1 : 8))
-  rm -f "$out"/{small_run,tests}.txt
+  rm -f "$out"/{verify,small_run,tests}.txt
+  step 90 verify "$PYTHON" -m srm_kernels verify --quick --export "$out/verify.jsonl"
   step 120 small_run "$PYTHON" -m bench.small_run
   if "$PYTHON" -c 'import xdist' >/dev/null 2>&1; then parallel=(-n "$processes"); fi
   tests "${telling[@]}"
   tests tests "${telling[@]/#/--ignore=}"
+  cat "$out/verify.txt"
   tail -n 1 "$out/small_run.txt"
   grep -aE '^(FAILED|ERROR) |^=+ .*(passed|failed|error|no tests ran)' "$out/tests.txt" || tail -n 5 "$out/tests.txt"
 }

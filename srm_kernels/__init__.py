@@ -1,11 +1,13 @@
 """Operators of the Spectral Robustness Mixer: landmarks, conditioning, attention, scale, pooling, gate, neck.
 
-Every operator takes CPU or CUDA tensors and `backend=None`; `backends()` says which implementations can run.
+Every operator takes CPU or CUDA tensors and `backend=None`. `backends()` says which implementations can run;
+`python -m srm_kernels verify` measures them on a GPU, and from then on `backend=None` takes the fastest right one.
 Importing needs neither a GPU, nor Triton, nor a compiler.
 """
 
 from . import flops
 from .attention import full_attention, landmark_side, nystrom_attention
+from .choice import Explanation, explain
 from .conditioning import LandmarkSolution, Solver, landmark_solve
 from .gate import GatedFusion, GateLosses, biased_gelu, gate_logits, gate_losses, gated_fusion
 from .landmarks import ridge_leverage_scores, select_landmarks
@@ -16,6 +18,7 @@ from .scale import RMSScale, dyt, rms_scale, tau_loss
 
 __all__ = [
     "BackendStatus",
+    "Explanation",
     "GateLosses",
     "GatedFusion",
     "LandmarkSolution",
@@ -26,6 +29,7 @@ __all__ = [
     "backends",
     "biased_gelu",
     "dyt",
+    "explain",
     "flops",
     "full_attention",
     "gate_logits",

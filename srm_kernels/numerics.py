@@ -50,7 +50,7 @@ def error_ratio(
     if not found.shape == plain.shape == exact.shape:
         shapes = ", ".join(str(tuple(x.shape)) for x in (found, plain, exact))
         raise ValueError(f"results have shapes {shapes}; expected the same shape three times")
-    found, plain, exact = (x.detach().cpu() for x in (found, plain, exact))
+    found, plain, exact = (x.detach().to(found.device) for x in (found, plain, exact))
     if not torch.equal(found.isnan(), exact.isnan()):
         return math.inf
     if not exact.numel():

@@ -7,8 +7,8 @@ and forward-mode derivatives a differentiable operator is the plain PyTorch of i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -22,7 +22,19 @@ from .checks import transforming
 Implementation = Callable[..., Any]
 Place = tuple[int, int | None]  # of a tensor among arguments: which, and where in it if that is a list
 OPAQUE = ("triton",)  # whose implementations autograd cannot see through
+_plain = False  # whether differentiable operators run in the steps of their reference
 _library = torch.library.Library("srm", "FRAGMENT")  # operators live as long as it does
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """Run differentiable operators in the steps of their reference inside, as plain PyTorch without operators would."""
+    global _plain
+    before, _plain = _plain, True
+    try:
+        yield
+    finally:
+        _plain = before
 
 
 def later(module: str, name: str) -> Implementation:
@@ -257,6 +269,8 @@ def _register_autograd(operator: OpOverload, rules: _Rules | None = None) -> Non
 
         if rules is None:
             return run(*args)
+        if _plain:
+            return rules.plainly(*args)
         tensors = [_at(args, place) for place in _places(args)]
         recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
         if transforming() and (recorded or any(map(_has_tangent, tensors))):

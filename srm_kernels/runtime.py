@@ -10,11 +10,11 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from . import native
+from . import choice, native
 
 ENVIRONMENT_VARIABLE = "SRM_KERNELS_BACKEND"
 BACKENDS = {
@@ -48,17 +48,17 @@ def backends() -> dict[str, BackendStatus]:
 
 
 def _missing() -> dict[str, str]:
-    missing = {}
-    unbuilt = native.missing()
-    if unbuilt is not None:
-        missing["cuda"] = unbuilt
+    found = {"cuda": native.missing(), "triton": triton_missing()}
+    return {name: reason for name, reason in found.items() if reason is not None}
+
+
+def triton_missing() -> str | None:
+    """Why no Triton kernel can run here, or None."""
     if not _has_triton():
-        missing["triton"] = "Triton is not installed: pip install triton"
-    elif not torch.cuda.is_available() and cpu_launch_device() is None:
-        missing["triton"] = (
-            "there is no CUDA device, and TRITON_INTERPRET=1, which runs kernels on the CPU, is not set"
-        )
-    return missing
+        return "Triton is not installed: pip install triton"
+    if not torch.cuda.is_available() and cpu_launch_device() is None:
+        return "there is no CUDA device, and TRITON_INTERPRET=1, which runs kernels on the CPU, is not set"
+    return None
 
 
 @cache
@@ -135,15 +135,32 @@ def choose_backend(
     implementations: tuple[str, ...],
     operator: str,
     refusal: Callable[[str], str | None] = lambda name: None,
+    *,
+    tensor: torch.Tensor | None = None,
+    sizes: choice.Sizes = tuple,
+    variant: str = "",
+    call: tuple[Any, ...] = (),
 ) -> str:
-    """The implementation to run: the one asked for, or the first (fastest) of `implementations` that is not refused.
+    """The implementation to run: the one asked for, or the fastest that is right by the verdict about the device.
 
-    `requested` None reads SRM_KERNELS_BACKEND. `refusal` says why an implementation cannot serve these arguments, or
-    None; only those in question are asked about. A name outside `backends()` is a ValueError, a known one that this
+    `requested` None reads SRM_KERNELS_BACKEND. Without either, the device of `tensor` may have a verdict (see
+    `choice`); without that it is the first of `implementations` that is not refused. `refusal` says why an
+    implementation cannot serve these arguments, or None; only those in question are asked about. `sizes`, `variant`
+    and `call` are as in `choice.measured`. A name outside `backends()` is a ValueError, a known one that this
     operator cannot run is a NotImplementedError with the reason: a request never falls back.
     """
-    name = requested or os.environ.get(ENVIRONMENT_VARIABLE) or None
+    if isinstance(requested, choice.Question):
+        raise choice.Answer(
+            _explained(requested.requested, implementations, operator, refusal, tensor, sizes, variant)
+        )
+    name = requested or named_by_environment()
     if name is None:
+        if tensor is not None:
+            chosen = choice.cached(tensor, operator, variant, call)
+            if chosen is None:
+                chosen = choice.measured(tensor, operator, variant, sizes, call, refusal)
+            if chosen:
+                return chosen
         return next(name for name in implementations if refusal(name) is None)
     if name not in BACKENDS:
         origin = "backend" if requested else ENVIRONMENT_VARIABLE
@@ -157,23 +174,66 @@ def choose_backend(
     return name
 
 
-def kernels_by_name(
+_variables = getattr(os.environ, "_data", None)
+_variable = os.environ.encodekey(ENVIRONMENT_VARIABLE)  # type: ignore[attr-defined]
+
+
+def named_by_environment() -> str | None:
+    """SRM_KERNELS_BACKEND, or None.
+
+    Looking for a variable that is not set raises and catches errors in `os`, which costs more than the whole choice;
+    so this first looks into the dictionary that `os.environ` keeps.
+    """
+    if not torch.compiler.is_compiling() and _variables is not None and _variable not in _variables:
+        return None
+    return os.environ.get(ENVIRONMENT_VARIABLE) or None
+
+
+def _explained(
+    requested: str | None,
+    implementations: tuple[str, ...],
+    operator: str,
+    refusal: Callable[[str], str | None],
+    tensor: torch.Tensor | None,
+    sizes: choice.Sizes,
+    variant: str,
+) -> choice.Explanation:
+    if requested or named_by_environment():
+        name = choose_backend(requested, implementations, operator, refusal)
+        origin = "the argument `backend`" if requested else ENVIRONMENT_VARIABLE
+        return choice.Explanation(choice.named(operator, variant), name, f"{origin} names it", sizes=sizes())
+    default = next(name for name in implementations if refusal(name) is None)
+    return choice.explained(default, tensor, operator, variant, sizes, refusal)
+
+
+def choose_kernels(
     requested: str | None,
     tensor: torch.Tensor,
     operator: str,
     refusal: Callable[[], str | None] = lambda: None,
     *,
     plain: tuple[str, ...] = ("reference", "sdpa"),
+    sizes: choice.Sizes = tuple,
+    variant: str = "",
+    call: tuple[Any, ...] = (),
 ) -> str:
-    """The choice for an operator whose kernels no GPU has shown to be right and faster: they run by name only.
+    """The choice for an operator that has Triton kernels beside one form in plain PyTorch.
 
     `plain` names its forms in plain PyTorch, the default first. `refusal` says why its kernels cannot serve these
     arguments, where what is common to all of them can; it is asked only where they are in question, so that under
     torch.export it guards no shape for nothing.
     """
+    if requested is None and named_by_environment() is None:
+        chosen = choice.cached(tensor, operator, variant, call)
+        if chosen:
+            return chosen
     return choose_backend(
         requested,
         (*plain, "triton"),
         operator,
         lambda name: (triton_refusal(tensor) or refusal()) if name == "triton" else None,
+        tensor=tensor,
+        sizes=sizes,
+        variant=variant,
+        call=call,
     )

@@ -120,7 +120,9 @@ class SRMConfig:
     smoothing_confidence: float = 0.999  # (c) of each image's interval
     eps_smoothing: tuple[float, ...] = (0.15, 0.3, 0.6)  # (c) L2 budgets at 512², scaled by √(HW)/512
 
-    backend: str | None = None  # kernels: None picks the fastest that can run; a name is never overruled
+    backend: str | None = (
+        None  # None takes the fastest that is right on this device; a name is never overruled
+    )
 
     @classmethod
     def paper(cls, **changes: Any) -> SRMConfig:

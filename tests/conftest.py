@@ -8,6 +8,7 @@ tile. Here products are computed in fp64 and rounded once, so that tests judge t
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,7 +26,13 @@ settings.load_profile("srm")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Choose Triton's interpreter where there is no GPU, unless all tests need compiled kernels."""
+    """Let no test follow a verdict of this machine; and choose Triton's interpreter where there is no GPU.
+
+    Tests that need compiled kernels, where there are no others, run without the interpreter.
+    """
+    folder = tempfile.TemporaryDirectory(prefix="srm-kernels-")
+    config.add_cleanup(folder.cleanup)
+    os.environ["SRM_KERNELS_CACHE"] = folder.name
     if torch.cuda.is_available():
         return
     if only_compiled(config):

@@ -25,11 +25,12 @@ PAGES = [
 LANGUAGES = {"python", "sh", "toml", "text"}  # `text` is what a command prints, or a drawing
 # Blocks tagged `slow`: they install, run the test suite, or train and measure for minutes. None else is skipped.
 SLOW = {
-    "README.md": 3,
+    "README.md": 4,
     "CONTRIBUTING.md": 1,
     "experiments/README.md": 1,
     "docs/RECIPES.md": 4,
     "docs/TRAINING.md": 3,
+    "docs/VERIFY.md": 1,
 }
 
 

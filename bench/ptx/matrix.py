@@ -10,7 +10,7 @@ import hashlib
 import re
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bench import neck_numerics
-from srm_kernels.numerics import DRAWS, FEW, error_ratio
+from srm_kernels.verify import measure
 
 from .cases import DTYPES, Case, operator_cases
 from .device import Device, emulated_device
@@ -121,7 +121,7 @@ def _step_of(run: Run) -> None:
             neck_numerics.step(neck_numerics.with_backend(neck, "triton"), pyramid)
     else:
         call, tensors = run.case.make(DTYPES[run.dtype])
-        _results(lambda *x: call(*x, backend="triton"), tensors)
+        measure.results(lambda *x: call(*x, backend="triton"), tensors)
 
 
 def configurations_of(run: Run) -> set[Configuration]:
@@ -156,43 +156,15 @@ def _normalised(ptx: str) -> str:
     return re.sub(r"^\.(target|version)\b.*$", "", ptx, flags=re.M)
 
 
-def _results(function: Callable[..., Any], tensors: Sequence[Tensor], seed: int = 99) -> dict[str, Tensor]:
-    """Return the floating-point outputs of a call and the gradients of its inputs."""
-    leaves = [x.detach().clone().requires_grad_() for x in tensors]
-    outputs = function(*leaves)
-    outputs = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
-    outputs = [x for x in outputs if x is not None and x.is_floating_point()]
-    found = {f"output {i}": x.detach() for i, x in enumerate(outputs)}
-    carrying = [x for x in outputs if x.requires_grad]
-    if carrying:
-        generator = torch.Generator().manual_seed(seed)
-        upstream = [
-            torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in carrying
-        ]
-        gradients = torch.autograd.grad(carrying, leaves, upstream, allow_unused=True)
-        found |= {f"gradient {i}": g for i, g in enumerate(gradients) if g is not None}
-    return found
-
-
 def _operator_ratios(run: Run) -> tuple[dict[str, float], str]:
     case = run.case
     assert isinstance(case, Case)
     call, tensors = case.make(DTYPES[run.dtype])
-    found = _results(lambda *x: call(*x, backend="triton"), tensors)
-    wide = [x.double() for x in tensors]
-
-    def by_reference(inputs: Sequence[Tensor], seed: int = 99) -> dict[str, Tensor]:
-        return _results(lambda *x: call(*x, backend="reference"), inputs, seed)
-
-    plain, exact = by_reference(tensors), by_reference(wide)
-    few = [name for name, x in exact.items() if name.startswith("gradient") and x.numel() <= FEW]
-    others = [(by_reference(tensors, seed), by_reference(wide, seed)) for seed in range(DRAWS) if few]
-    together = list(exact.values()) if case.shares_size else None
-    ratios = {}
-    for name, value in exact.items():
-        draws = [(p[name], e[name]) for p, e in others] if name in few else []
-        ratios[name] = error_ratio(found[name], plain[name], value, together, draws)
-    return ratios, _bits(found)
+    found = measure.results(lambda *x: call(*x, backend="triton"), tensors)
+    by_name = measure.ratios(
+        found, lambda *x: call(*x, backend="reference"), tensors, shares_size=case.shares_size
+    )
+    return by_name, _bits(found.named())
 
 
 def _neck(case: NeckCase) -> tuple[Any, list[Tensor]]:

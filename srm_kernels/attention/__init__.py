@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -24,7 +23,7 @@ from ..checks import (
 from ..conditioning import LandmarkSolution, check_solver, landmark_solve
 from ..landmarks import METHODS, METHODS_OF_KERNELS, kernel_limits, select_landmarks
 from ..registration import later, no_autocast, register_operator
-from ..runtime import choose_backend, kernels_by_name, triton_refusal
+from ..runtime import choose_backend, choose_kernels, triton_refusal
 from ..scale import RMSScale, rms_scale
 from . import reference, sdpa
 
@@ -194,7 +193,7 @@ def nystrom_attention(
 
     backend: "triton" takes fp32, bf16 and fp16, d from 8 to 128, r up to 128 and solve_dtype "fp32"; solvers but
     "cholesky" and equilibration are then `landmark_solve`'s kernels, and nothing waits for the device but the exact κ
-    of `diagnostics=True`. None does not take it before a GPU has shown it to be right and faster.
+    of `diagnostics=True`. None takes it where the verdict about the device does.
     Raises TypeError for dtypes, ValueError for shapes and values, NotImplementedError for a backend that cannot run.
     """
     query, key, value = autocast.lowered(query, key, value)
@@ -207,7 +206,8 @@ def nystrom_attention(
     check_flag("statistics", statistics)
     if tau is not None:
         _check_tau(tau, query)
-    chosen = _choose_backend(backend, query, partial(_limits, d, rank, key.shape[2]), solve_dtype)
+    variant = _variant(landmarks, method, solver, equilibrate)
+    chosen = _choose_backend(backend, query, key, rank, solve_dtype, variant)
     s = 1 / math.sqrt(d) if scale is None else float(scale)
     solve = (float(ridge), solver, equilibrate, float(kappa_max), int(neumann_order), neumann_gate)
     scales: RMSScale | None = None
@@ -277,8 +277,8 @@ def landmark_side(
     Arguments as in `nystrom_attention`. Returns (K̃, X), (B, H, r, d) each in fp32 (fp64 for fp64): K̃ = key[I], not
     normalised, exact in the key's dtype; X = (W + λI)⁻¹ (R V). Y is softmax(Q K̃ᵀ s) X, K̃ normalised there as
     `qk_norm` asks. Differentiable in key and value; twice through the reference.
-    backend: "sdpa", the default, has csrc's C++ for the solver "cholesky" on the CPU where it is built, else the
-    reference's. "triton" as for `nystrom_attention`; kernels are taken by name only.
+    backend: "sdpa", the default on the CPU, has csrc's C++ for the solver "cholesky" where it is built, else the
+    reference's. "triton" as for `nystrom_attention`.
     Raises TypeError for dtypes, ValueError for shapes and values, NotImplementedError for a backend that cannot run.
     """
     key, value = autocast.lowered(key, value)
@@ -287,8 +287,16 @@ def landmark_side(
     check_choice("method", method, METHODS)
     check_number("gamma", gamma, above=0)
     check_solver(ridge, solver, equilibrate, kappa_max, neumann_order, neumann_gate)
-    limits = partial(_limits, d, rank, key.shape[2])
-    chosen = kernels_by_name(backend, key, "landmark_side", limits, plain=("sdpa", "reference"))
+    chosen = choose_kernels(
+        backend,
+        key,
+        "landmark_side",
+        partial(_limits, d, rank, key.shape[2]),
+        sizes=lambda: (key.shape[2], min(rank, key.shape[2]), d),
+        call=(key.shape, rank),
+        plain=("sdpa", "reference"),
+        variant=_variant(landmarks, method, solver, equilibrate),
+    )
     s = 1 / math.sqrt(d) if scale is None else float(scale)
     solve = (float(ridge), solver, equilibrate, float(kappa_max), int(neumann_order), neumann_gate)
     keys, x, _ = _landmark_side(
@@ -410,21 +418,40 @@ def _limits(d: int, rank: int, keys: int) -> str | None:
 
 
 def _choose_backend(
-    requested: str | None, query: Tensor, limits: Callable[[], str | None], solve_dtype: str
+    requested: str | None, query: Tensor, key: Tensor, rank: int, solve_dtype: str, variant: str
 ) -> str:
-    """The kernels run by name only: they are put in front where a GPU has shown them to be right and faster."""
     narrow = solve_dtype == "model" and query.dtype in (torch.bfloat16, torch.float16)
     plain = ("reference",) if narrow else ("sdpa", "reference")
 
     def refusal(name: str) -> str | None:
+        if name not in (*plain, "triton"):
+            return "it has no form for these arguments"
         if name != "triton":
             return None
         blocks = (
             'its kernels keep the softmax blocks in float32, and solve_dtype is "model"' if narrow else None
         )
-        return triton_refusal(query) or limits() or blocks
+        return triton_refusal(query) or _limits(query.shape[3], rank, key.shape[2]) or blocks
 
-    return choose_backend(requested, (*plain, "triton"), "nystrom_attention", refusal)
+    return choose_backend(
+        requested,
+        (*plain, "triton"),
+        "nystrom_attention",
+        refusal,
+        tensor=query,
+        sizes=lambda: (query.shape[2], key.shape[2], min(rank, key.shape[2]), query.shape[3]),
+        variant=variant,
+        call=(query.shape, key.shape, rank, narrow),
+    )
+
+
+def _variant(landmarks: Tensor | None, method: str, solver: str, equilibrate: bool) -> str:
+    """What of the options is measured apart: other kernels run for it."""
+    if landmarks is not None or method not in METHODS_OF_KERNELS or method == METHODS_OF_KERNELS[0]:
+        method = ""
+    if solver == "cholesky" and not equilibrate:
+        return method
+    return ", ".join(filter(None, (method, solver, "equilibrated" if equilibrate else "")))
 
 
 def _over_batch(mean: Tensor, spread: Tensor, tokens: int) -> RMSScale:

@@ -16,7 +16,7 @@ from . import cpu, cuda, reference
 from .reference import Solver
 
 SOLVERS = ("cholesky", "lu", "svd", "auto", "neumann")
-# Kernels of a GPU are not in front before they were measured.
+# Kernels of a GPU are in front only where a verdict puts them there.
 _IMPLEMENTATIONS = ("sdpa", "reference", "triton", "cuda")
 _LARGEST = 128  # r and d of the kernels
 _KERNELS = f"{__name__}.kernels"
@@ -118,7 +118,16 @@ def landmark_solve(
     check_solver(ridge, solver, equilibrate, kappa_max, neumann_order, neumann_gate)
     if diagnostics not in (True, False, "estimate"):
         raise ValueError(f"diagnostics={diagnostics!r}: expected True, False or 'estimate'")
-    chosen = choose_backend(backend, _IMPLEMENTATIONS, "landmark_solve", partial(_refusal, rhs, solver))
+    chosen = choose_backend(
+        backend,
+        _IMPLEMENTATIONS,
+        "landmark_solve",
+        partial(_refusal, rhs, solver),
+        tensor=rhs,
+        sizes=lambda: (rhs.shape[-2], rhs.shape[-1]),
+        variant=f"{solver}, equilibrated" if equilibrate else solver,
+        call=(rhs.shape,),
+    )
     ridge = float(ridge)
     x, used = _solve(
         logits,

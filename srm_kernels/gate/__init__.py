@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import autocast
 from ..checks import DTYPES, check_number, check_tensors, is_parameter, wide_dtype
 from ..registration import later, register_operator
-from ..runtime import kernels_by_name
+from ..runtime import choose_kernels
 from . import reference
 
 _PLAIN, _KERNELS = ("reference", "sdpa"), f"{__name__}.kernels"
@@ -97,7 +97,10 @@ def biased_gelu(maps: Sequence[Tensor], biases: Sequence[Tensor], *, backend: st
     """
     maps, biases = _cast_stages(maps, biases)
     _check_stages(maps, biases=biases)
-    return _gelu(maps, biases, kernels_by_name(backend, maps[0], "biased_gelu"))
+    chosen = choose_kernels(
+        backend, maps[0], "biased_gelu", sizes=lambda: _sizes(maps[0]), call=(maps[0].shape,)
+    )
+    return _gelu(maps, biases, chosen)
 
 
 def gate_logits(
@@ -117,8 +120,16 @@ def gate_logits(
         maps, biases, [w for w, _ in readouts], [v for _, v in readouts]
     )
     _check_stages(maps, biases=biases, weights=weights, offsets=offsets)
-    chosen = kernels_by_name(backend, maps[0], "gate_logits")
+    chosen = choose_kernels(
+        backend, maps[0], "gate_logits", sizes=lambda: _sizes(maps[0]), call=(maps[0].shape,)
+    )
     return _logits(maps, biases, weights, offsets, chosen)
+
+
+def _sizes(maps: Tensor) -> tuple[int, int]:
+    """Positions and channels of maps (…, C, h, w), which the choice of a backend goes by."""
+    *_, C, h, w = maps.shape
+    return h * w, C
 
 
 def _check_stages(maps: Sequence[Tensor], **parameters: Sequence[Tensor]) -> None:
@@ -195,7 +206,7 @@ def gated_fusion(
         check_number("cap", cap, above=0)
         # By way of fp64: a number beyond fp32's range is infinite there, no bound.
         cap = torch.tensor(float(cap), dtype=torch.float64).to(maps.device, wide_dtype(maps.dtype))
-    chosen = kernels_by_name(backend, maps, "gated_fusion")
+    chosen = choose_kernels(backend, maps, "gated_fusion", sizes=lambda: _sizes(maps), call=(maps.shape,))
     factors = float(cap_factor), float(temperature), float(eps)
     return GatedFusion(*_fusion(maps, logits, cap, *factors, chosen))
 
@@ -211,5 +222,5 @@ def gate_losses(weights: Tensor, *, entropy_floor: float, backend: str | None = 
     if weights.dim() != 2:
         raise ValueError(f"weights has shape {tuple(weights.shape)}; expected (B, S)")
     check_number("entropy_floor", entropy_floor, at_least=0)
-    chosen = kernels_by_name(backend, weights, "gate_losses")
+    chosen = choose_kernels(backend, weights, "gate_losses")
     return GateLosses(*_losses(weights, float(entropy_floor), chosen))

@@ -49,7 +49,13 @@ def ridge_leverage_scores(key: Tensor, *, gamma: float = 1e-3, backend: str | No
     check_tokens("key", key)
     check_number("gamma", gamma, above=0)
     chosen = choose_backend(
-        backend, _IMPLEMENTATIONS, "ridge_leverage_scores", partial(_refusal, key, 1, "leverage")
+        backend,
+        _IMPLEMENTATIONS,
+        "ridge_leverage_scores",
+        partial(_refusal, key, 1, "leverage"),
+        tensor=key,
+        sizes=lambda: (key.shape[2], key.shape[3]),
+        call=(key.shape,),
     )
     return _leverage(key, float(gamma), chosen)
 
@@ -97,7 +103,14 @@ def select_landmarks(
             raise TypeError(f"generator is a {type(generator).__name__}; expected a torch.Generator or None")
         random = reference.uniform_numbers(count, generator).to(key.device) if count else None
     chosen = choose_backend(
-        backend, _IMPLEMENTATIONS, "select_landmarks", partial(_refusal, key, rank, method)
+        backend,
+        _IMPLEMENTATIONS,
+        "select_landmarks",
+        partial(_refusal, key, rank, method),
+        tensor=key,
+        sizes=lambda: (key.shape[2], rank, key.shape[3]),
+        variant=method,
+        call=(key.shape, rank),
     )
     s = 1 / math.sqrt(key.shape[-1]) if scale is None else float(scale)
     return _select(key.detach(), random, rank, method, float(gamma), s, chosen)

@@ -19,7 +19,7 @@ from ..attention import QK_NORMS, _over_batch
 from ..checks import DTYPES, check_choice, check_count, check_number, check_tensors, wide_dtype
 from ..landmarks import kernel_limits
 from ..registration import later, register_operator
-from ..runtime import interpreting, kernels_by_name, roomy
+from ..runtime import choose_kernels, interpreting, roomy
 from ..scale import RMSScale
 from . import reference, tiled
 
@@ -199,7 +199,9 @@ def project_sources(
     if shift is not None:
         _check_weight("shift", shift, (C,), tokens)
     squashing = _dyt_lists(dyt, tokens, C)
-    chosen = kernels_by_name(backend, tokens, "project_sources")
+    chosen = choose_kernels(
+        backend, tokens, "project_sources", sizes=lambda: (tokens.shape[1], C), call=(tokens.shape,)
+    )
     keys, values = _project(tokens, list(key_weights), list(value_weights), *squashing, shift, chosen)
     return keys, values
 
@@ -236,7 +238,7 @@ def pooled_links(
     backend: "sdpa", the default on CPU tensors, works on tiles of about 1,024 positions, one image at a time, forward
     and backward: neither tokens, queries nor probabilities exist at full resolution. On CUDA tensors "sdpa" and the
     default are the reference. "triton" takes fp32, bf16 and fp16, d from 8 to 128, r up to 128, r·d up to 8,192, P up
-    to 32, and C up to 256 where `dyt` is given or queries are normalised. It is used by name only.
+    to 32, and C up to 256 where `dyt` is given or queries are normalised.
     Raises TypeError for dtypes, ValueError for shapes and values, NotImplementedError for a backend that cannot run.
     """
     maps = autocast.lowered(*maps)
@@ -345,7 +347,7 @@ def merge_links(
             _check_weight(name, weight, shape, maps)
     for beta in betas:
         _check_weight("betas", beta.reshape(-1), (1,), maps)
-    chosen = kernels_by_name(backend, maps, "merge_links")
+    chosen = choose_kernels(backend, maps, "merge_links", sizes=lambda: (most, C), call=(most, C))
     merged = _merge(
         maps, probabilities, list(xs), [weight for weight, _ in align], [bias for _, bias in align],
         list(output_weights), list(thetas or ()), list(betas), targets, chosen,
@@ -375,12 +377,14 @@ def serves_pooled_links(
         backend: as in `pooled_links`.
 
     Returns:
-        False where the backend's kernels serve attention of these sizes, but not this form of it.
+        False where the backend's kernels serve attention of these sizes, but not this form of it. With `backend` None
+        the verdict about the device decides, for all maps of a dtype and d alike.
 
     Raises:
         NotImplementedError: `backend` names what cannot run at all.
     """
-    if kernels_by_name(backend, features, "pooled_links") != "triton":
+    chosen = choose_kernels(backend, features, "pooled_links", sizes=lambda: (d,), call=("any sizes", d))
+    if chosen != "triton":
         return True  # before anything is asked of shapes, which torch.export would guard
     rank = max(min(rank, count) for count in keys)
     return rank * d <= LARGEST_TILE and size <= LARGEST_GRID and channels <= MOST_CHANNELS
@@ -389,13 +393,16 @@ def serves_pooled_links(
 def _choose_backend(
     requested: str | None, features: Tensor, rank: int, d: int, size: int, channels: int
 ) -> str:
+    """By d alone of the sizes, as `serves_pooled_links` answers before the keys are there."""
     tiled_here = features.device.type == "cpu"
-    chosen = kernels_by_name(
+    chosen = choose_kernels(
         requested,
         features,
         "pooled_links",
         partial(_refusal, features, rank, d, size, channels),
         plain=("sdpa", "reference") if tiled_here else ("reference", "sdpa"),
+        sizes=lambda: (d,),
+        call=(rank, d, size, channels),
     )
     # A GPU is faster with all images and positions at once, which is the reference's form.
     return "reference" if chosen == "sdpa" and not tiled_here else chosen

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..checks import check_count, check_tensors
 from ..registration import later, register_operator
-from ..runtime import kernels_by_name
+from ..runtime import choose_kernels
 from . import reference
 
 _KERNELS = f"{__name__}.kernels"
@@ -34,4 +34,7 @@ def adaptive_pool(x: Tensor, size: int, *, backend: str | None = None) -> Tensor
     if x.dim() != 4:
         raise ValueError(f"x has shape {tuple(x.shape)}; expected (B, C, h, w)")
     size = check_count("size", size)
-    return _pool(x, size, kernels_by_name(backend, x, "adaptive_pool"))
+    chosen = choose_kernels(
+        backend, x, "adaptive_pool", sizes=lambda: (x.shape[2] * x.shape[3], x.shape[1]), call=(x.shape,)
+    )
+    return _pool(x, size, chosen)

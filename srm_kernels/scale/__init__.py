@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import autocast
 from ..checks import DTYPES, check_number, check_tensors, check_tokens, wide_dtype
 from ..registration import later, register_operator
-from ..runtime import kernels_by_name
+from ..runtime import choose_kernels
 from . import reference
 
 _PLAIN, _KERNELS = ("reference", "sdpa"), f"{__name__}.kernels"
@@ -75,7 +75,12 @@ def rms_scale(y: Tensor, *, backend: str | None = None) -> RMSScale:
     Differentiable where σ > 0. Raises TypeError for other dtypes, ValueError for other shapes.
     """
     check_tokens("y", y)
-    return RMSScale(*_rms_scale(y, kernels_by_name(backend, y, "rms_scale")))
+    return RMSScale(
+        *_rms_scale(
+            y,
+            choose_kernels(backend, y, "rms_scale", sizes=lambda: (y.shape[2], y.shape[3]), call=(y.shape,)),
+        )
+    )
 
 
 def dyt(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor, *, backend: str | None = None) -> Tensor:
@@ -101,7 +106,10 @@ def dyt(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor, *, backend: str 
         )
     if alpha.numel() != 1:
         raise ValueError(f"alpha has shape {tuple(alpha.shape)}; expected one element")
-    return _dyt(x, alpha, weight, bias, kernels_by_name(backend, x, "dyt"))
+    chosen = choose_kernels(
+        backend, x, "dyt", sizes=lambda: (x.shape[1:-1].numel(), x.shape[-1]), call=(x.shape,)
+    )
+    return _dyt(x, alpha, weight, bias, chosen)
 
 
 def tau_loss(
@@ -134,7 +142,7 @@ def tau_loss(
             )
     check_number("reference", reference, above=0)
     check_number("floor", floor, at_least=0)
-    chosen = kernels_by_name(backend, thetas[0], "tau_loss")
+    chosen = choose_kernels(backend, thetas[0], "tau_loss")
     loss: Tensor = _tau_loss(
         list(thetas), [s.detach() for s in sigmas], float(reference), float(floor), chosen
     )

@@ -168,6 +168,11 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_demo(command("demo", "demo:run", "the whole road on photographs that installed packages carry"))
     _add_data(commands, common)
+    verify = commands.add_parser(
+        "verify", help="check and time the kernels on the GPU at hand", add_help=False
+    )
+    verify.set_defaults(run="verify:run", traceback=False)
+    _add_verify(verify)
     _add_train(
         command("train", "train:run", "train necks on a data set, then evaluate them on its test split")
     )
@@ -552,6 +557,17 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
     add_max_pixels(parser)
     add_backend(parser)
     add_device(parser)
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m srm_kernels verify`, which reads them itself: its module loads torch."""
+    for name in ("device", "export", "jobs", "limit"):
+        parser.add_argument(f"--{name}")
+    for name in ("only", "dtypes", "shapes"):
+        parser.add_argument(f"--{name}", nargs="+")
+    for name in ("help", "quick", "compile", "again"):
+        parser.add_argument(f"--{name}", action="store_true")
+    parser.add_argument("-h", dest="help", action="store_true")
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:

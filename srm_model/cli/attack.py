@@ -153,7 +153,9 @@ def attack_checkpoint(
             limit=limit,
             resume=unfinished,
         )
-    found = {**result.to_dict(), "settings": settings}
+    found = {**result.to_dict(), "kernels": runs.kernels_of(model.config, device), "settings": settings}
+    if progress:
+        runs.say_kernels(model.config, device)
     if writes:
         save_examples(result, pictures)
         write_json(path, found)

@@ -75,6 +75,8 @@ def _print(rows: list[dict[str, Any]]) -> None:
     shares = shares_table(rows)
     if shares[1]:
         print(f"{runs.table(*shares)}\n")
+    for kernels in dict.fromkeys(row["kernels"] for row in rows if row["kernels"]):
+        print(f"kernels: {kernels}")
     for row in rows:
         if row["error"]:
             print(f"not measured: {_outcome(row)}")

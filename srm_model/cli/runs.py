@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from srm_kernels import choice
 from srm_model import ranks
 from srm_model.backbones import check_size
 from srm_model.checkpoint import CONFIG, read_card
@@ -138,6 +139,17 @@ def recorded(folder: Path, arguments: Sequence[str], **about: Any) -> Iterator[d
     finally:
         record["seconds"] = round(float(known.get("seconds", 0)) + time.perf_counter() - start, 1)
         write_json(path, record)
+
+
+def kernels_of(config: SRMConfig, device: torch.device) -> str:
+    """Which backends ran on a device, and on whose verdict: one sentence, asked after they ran."""
+    return choice.ran(device, config.backend)
+
+
+def say_kernels(config: SRMConfig, device: torch.device) -> None:
+    """Say `kernels_of` on stderr where there is something to say: on a GPU, or where a backend is named."""
+    if device.type == "cuda" or config.backend is not None:
+        say(f"kernels: {kernels_of(config, device)}")
 
 
 def versions() -> dict[str, str]:

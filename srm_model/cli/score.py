@@ -35,13 +35,15 @@ def run(args: argparse.Namespace) -> int:
     if not args.images and args.files_from is None:
         raise ValueError("nothing to score: expected IMAGE or --files-from FILE")
     names = args.images + ([] if args.files_from is None else _listed(args.files_from, null=args.null))
-    model, _ = runs.open_checkpoint(folder, runs.device_from(args.device), args.backend)
+    device = runs.device_from(args.device)
+    model, _ = runs.open_checkpoint(folder, device, args.backend)
     failed = False
     for batch in _batches(_sources(names, recursive=args.recursive), args.batch_size):
         for path, score, fault in _scored(model, batch):
             failed |= fault is not None
             _print(path, score, fault, args)
         sys.stdout.flush()
+    runs.say_kernels(model.config, device)
     return 2 if failed else 0
 
 

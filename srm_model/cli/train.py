@@ -90,7 +90,10 @@ def _evaluate_all(
             progress=progress,
         )
         if writes:
-            write_json(folder / EVALUATION, {**found, "sha256": read_card(folder)["sha256"]})
+            about = {"kernels": runs.kernels_of(model.config, device), "sha256": read_card(folder)["sha256"]}
+            write_json(folder / EVALUATION, {**found, **about})
+        if progress:
+            runs.say_kernels(model.config, device)
         rows.append([name, found["srocc"], found["plcc"], found["n"]])
     return rows
 
@@ -148,7 +151,9 @@ def train_neck(
         progress=progress,
     )
     if ranks.place()[0] == 0:
-        write_json(path, {**found, "sha256": digest})
+        write_json(path, {**found, "kernels": runs.kernels_of(model.config, device), "sha256": digest})
+    if progress:
+        runs.say_kernels(model.config, device)
 
 
 def logistic_of(card: dict[str, Any]) -> LogisticMap | None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from srm_kernels import backends
+from srm_kernels import backends, choice
 from srm_model.config import SRMConfig
 from srm_model.profiling import counting
 from srm_model.profiling.ceilings import Ceilings, ceilings
@@ -95,6 +95,7 @@ class Sweep:
             gc.collect()  # outside the handler, whose traceback keeps the case's tensors
             torch.cuda.empty_cache()
         row["config"] = changed
+        row["kernels"] = choice.ran(self.device, case.backend) if case.neck == "srm" else None
         row["machine"] = {**self.machine, "clocks": clocks(self.device)}
         return row
 

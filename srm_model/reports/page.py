@@ -180,9 +180,24 @@ def _configuration(run: Run) -> Child:
 
 def _versions(run: Run) -> Child:
     if run.versions:
-        return pairs(run.versions)
+        return pairs(run.versions | _kernels(run))
     found = {"Python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
-    return [pairs(found), caption("Of this page's writing: the run did not record its own.")]
+    return [
+        pairs(found | _kernels(run)),
+        caption("Of this page's writing: the run did not record its own."),
+    ]
+
+
+def _kernels(run: Run) -> dict[str, str]:
+    """By neck, which backends evaluated and attacked it, and on whose verdict."""
+    found = {}
+    for neck in run.necks:
+        sentences = [neck.evaluation.kernels if neck.evaluation else None]
+        sentences += [attacked.kernels for attacked in neck.attacks]
+        said = dict.fromkeys(filter(None, sentences))
+        if said:
+            found[f"kernels of {neck.name}"] = "; ".join(said)
+    return found
 
 
 def _version(package: str) -> str:

@@ -44,6 +44,7 @@ class Evaluation:
     names: tuple[str, ...]
     labels: str
     logistic: LogisticMap | None
+    kernels: str | None  # which backends ran, and on whose verdict
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class Attacked:
     worst_attack: str  # by SROCC
     incomplete: tuple[str, ...]  # attacks left out for want of a surrogate
     examples: tuple[Example, ...]
+    kernels: str | None = None  # which backends ran, and on whose verdict
 
     @property
     def budget(self) -> Budget:
@@ -252,6 +254,7 @@ def _evaluation(value: Any) -> Evaluation:
         names=_names(value["names"], len(mos)),
         labels=str(value.get("labels", "mos")),
         logistic=LogisticMap.from_dict(_object(logistic)) if logistic is not None else None,
+        kernels=_text(value.get("kernels")),
     )
 
 
@@ -280,6 +283,7 @@ def _attacked(value: Any) -> Attacked:
         worst_attack=str(worst["srocc_attack"]),
         incomplete=tuple(map(str, value.get("incomplete", ()))),
         examples=(),
+        kernels=_text(value.get("kernels")),
     )
 
 

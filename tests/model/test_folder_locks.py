@@ -35,7 +35,8 @@ WRITING = {
     "data": ["data", "synthesize", "RUN"],
 }
 IN_USE = "another process writes here; expected a folder that no other command is using"
-ELSEWHERE = {"score", "profile"}  # the first writes nothing, the second adds lines to a file of all its calls
+# The first writes nothing, the second adds lines to a file of all its calls, the third writes to the user's cache.
+ELSEWHERE = {"score", "profile", "verify"}
 
 
 @pytest.fixture

@@ -1,0 +1,71 @@
+"""An emulated device for `python -m srm_kernels verify --device bench.ptx.verify:sm_89`, which then needs no GPU.
+
+Everything but time is as on a GPU: kernels are compiled, executed as PTX and judged. Times are pretended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+from srm_kernels import verdicts
+from srm_kernels.verify import devices
+
+from .device import Device, emulated_device
+
+PRETENDED = {"triton": 1.0, "sdpa": 2.0, "reference": 3.0, "eager": 4.0}  # milliseconds
+
+
+class EmulatedDevice(devices.Device):
+    """A device of an architecture; `plant` may change kernels while it runs."""
+
+    torch_device = torch.device("cpu")
+    shapes = ("tiny",)
+
+    def __init__(
+        self,
+        architecture: int = 89,
+        plant: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        times: Mapping[str, float] = PRETENDED,
+    ) -> None:
+        self._architecture, self._plant, self._times = architecture, plant, times
+        self.key = verdicts.key_of(f"Emulated sm_{architecture}", divmod(architecture, 10), "emulated")
+        self._device: Device | None = None
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Execute launches; memory that nothing wrote is NaN."""
+        with emulated_device(self._architecture, poison=True) as self._device, self._plant():
+            yield
+
+    def times(self, steps: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
+        """Pretended times; every step runs once."""
+        for step in steps.values():
+            step()
+        return {name: self._times[name] for name in steps}
+
+    def reports(self) -> list[str]:
+        """What the checks of memory found."""
+        if self._device is None:
+            return []
+        found = sorted(
+            {f"{name}: {report}" for name, report in self._device.reports() if report.kind != "copies"}
+        )
+        self._device.launches.clear()
+        return found
+
+    def refusals(self) -> list[str]:
+        """Launches that need more than the architecture has."""
+        if self._device is None:
+            return []
+        found = sorted(set(self._device.refusals))
+        self._device.refusals.clear()
+        return found
+
+
+def sm_89() -> EmulatedDevice:
+    """Compute capability 8.9."""
+    return EmulatedDevice(89)

@@ -1,0 +1,85 @@
+"""`python -m srm_kernels`: which backends can run; `verify`: measure them; `env`: what a report of a fault needs."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from . import backends, choice, native, runtime, verdicts
+
+USAGE = """usage: python -m srm_kernels           print which backends can run, and whose verdict counts
+       python -m srm_kernels verify    measure the kernels on a GPU (--help for its options)
+       python -m srm_kernels env       print what a report of a fault needs"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given:
+        print("\n".join([*_backends(), "", *_verdicts()]))
+        return 0
+    command, *rest = given
+    if command == "verify":
+        from .verify.command import main as verify
+
+        return verify(rest)
+    if command == "env" and not rest:
+        print("\n".join(_environment()))
+        return 0
+    asked = command in ("-h", "--help")
+    print(USAGE, file=sys.stdout if asked else sys.stderr)
+    return 0 if asked else 2
+
+
+def _backends() -> list[str]:
+    lines = [f"{'backend':11}{'can run':9}what it is, or why it cannot run"]
+    lines += [
+        f"{name:11}{'yes' if known.available else 'no':9}{known.reason}" for name, known in backends().items()
+    ]
+    return lines
+
+
+def _verdicts() -> list[str]:
+    """A line for each CUDA device."""
+    if not torch.cuda.is_available():
+        return ["no CUDA device: `backend=None` is plain PyTorch"]
+    return [f"cuda:{index}: {verdict_of(index)}" for index in range(torch.cuda.device_count())]
+
+
+def verdict_of(index: int) -> str:
+    """Which verdict counts for a device, and what it decides."""
+    table = choice.table(index)
+    return choice.sentence(table)
+
+
+def _environment() -> list[str]:
+    named = runtime.named_by_environment()
+    lines = [
+        f"python     {platform.python_version()} on {platform.platform()}",
+        f"torch      {torch.__version__}, CUDA {torch.version.cuda or 'absent'}",
+        f"triton     {verdicts.triton_version()}",
+        f"numpy      {_version('numpy')}",
+        f"csrc       {', '.join(sorted(native.BUILT)) or 'not built'}",
+        f"kernels    {verdicts.sources_digest()}",
+        f"driver     {verdicts.driver_version()}",
+        f"cache      {verdicts.cache_folder()}",
+        f"{runtime.ENVIRONMENT_VARIABLE}={named or ''} TRITON_INTERPRET={int(runtime.interpreting())}",
+    ]
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        about = torch.cuda.get_device_properties(index)
+        lines.append(
+            f"cuda:{index}     {about.name}, compute capability {about.major}.{about.minor}, "
+            f"{about.total_memory >> 20} MiB, {about.multi_processor_count} multiprocessors"
+        )
+    return [*lines, "", *_backends(), "", *_verdicts()]
+
+
+def _version(package: str) -> str:
+    return str(getattr(sys.modules.get(package), "__version__", None) or __import__(package).__version__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,450 @@
+"""Verdicts: what `python -m srm_kernels verify` measured on a device, kept in a file for each device.
+
+A verdict holds for one device, driver, torch, Triton and state of the kernel sources. A file that is not whole, has
+wrong types, belongs to another user or is a symbolic link counts as absent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import stat
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+try:
+    import fcntl
+except ImportError:  # no POSIX: nothing is locked
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger("srm_kernels")
+COMMAND = "python -m srm_kernels verify"
+CACHE_VARIABLE = "SRM_KERNELS_CACHE"
+FORMAT = 1
+MOST_BYTES = 16 * 2**20
+LARGEST = 1e300
+PACKAGE = Path(__file__).resolve().parent
+SHIPPED = PACKAGE / "shipped"
+OWN = "this machine"
+# Beside the folders of operators: what decides how kernels are called, and how they are judged.
+SOURCES = ("parts.py", "registration.py", "numerics.py", "verify/cases.py", "verify/measure.py", "_cuda.so")
+
+RIGHT = "right"
+# "unsupported": the backend does not take these sizes; "memory": the device has too little; neither is a fault.
+HARMLESS = (RIGHT, "unsupported", "memory")
+FAULTS = ("wrong", "refused", "error", "timeout", "crashed")
+DIRECTIONS = ("forward", "backward")  # "backward" is forward and backward together
+
+Row = dict[str, Any]
+Group = tuple[str, str]  # an operator's name and a dtype's
+
+
+class Key(NamedTuple):
+    """What a verdict holds for."""
+
+    device: str
+    capability: str
+    driver: str
+    torch: str
+    triton: str
+    sources: str
+
+
+class UnusableError(ValueError):
+    """A file that cannot be taken as a verdict, and why."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Rows of one device.
+
+    Attributes:
+        key: What the rows hold for.
+        rows: One for each operator, backend, dtype and shape; `checked_row` says what is in them.
+        unfinished: Groups that a run has begun and not ended: they are not decided.
+        measured: Date and time of the run in ISO 8601, UTC.
+        origin: "this machine" or "shipped".
+    """
+
+    key: Key
+    rows: tuple[Row, ...] = ()
+    unfinished: frozenset[Group] = field(default_factory=frozenset)
+    measured: str = ""
+    origin: str = OWN
+
+    def with_row(self, row: Row) -> Verdict:
+        """A copy with a row added, in place of an earlier one of the same case."""
+        kept = [one for one in self.rows if identity(one) != identity(row)]
+        return replace(self, rows=(*kept, row))
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the file holds."""
+        return {
+            "format": FORMAT,
+            "key": self.key._asdict(),
+            "measured": self.measured,
+            "unfinished": sorted(map(list, self.unfinished)),
+            "rows": list(self.rows),
+        }
+
+
+def identity(row: Row) -> tuple[str, str, str, str]:
+    """What tells a row from the others of a verdict."""
+    return row["operator"], row["backend"], row["dtype"], row["shape"]
+
+
+def group_of(row: Row) -> Group:
+    """The operator and the dtype, which are decided together."""
+    return row["operator"], row["dtype"]
+
+
+@cache
+def sources_digest() -> str:
+    """Digest of the folders of operators, of what their kernels share, and of how they are judged."""
+    files = [path for kernels in PACKAGE.glob("*/kernels.py") for path in kernels.parent.glob("*.py")]
+    files += [path for name in SOURCES if (path := PACKAGE / name).is_file()]
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(PACKAGE).as_posix()} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:16]
+
+
+def key_of(device: str, capability: tuple[int, int], driver: str) -> Key:
+    """The key of a device with the torch, the Triton and the kernels that are installed."""
+    return Key(
+        device, ".".join(map(str, capability)), driver, torch.__version__, triton_version(), sources_digest()
+    )
+
+
+def key_of_cuda(index: int) -> Key:
+    """The key of a CUDA device."""
+    return key_of(
+        torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index), driver_version()
+    )
+
+
+@cache
+def driver_version() -> str:
+    """Version of NVIDIA's kernel module, or where it cannot be read the CUDA version that the driver serves."""
+    with suppress(OSError):
+        text = Path("/proc/driver/nvidia/version").read_text("utf-8", errors="replace")
+        found = re.search(r"^NVRM version:.*?\s(\d+\.\d+(?:\.\d+)*)\s", text, flags=re.MULTILINE)
+        if found:
+            return found[1]
+    with suppress(AttributeError, RuntimeError):
+        return f"CUDA {_driver_api()}"
+    return "unknown"
+
+
+def _driver_api() -> int:
+    ask: Any = torch._C  # builds without CUDA have no such function
+    return int(ask._cuda_getDriverVersion())
+
+
+def triton_version() -> str:
+    """Version of the Triton that is installed, or "absent"."""
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return "absent"
+
+
+def cache_folder() -> Path:
+    """The folder of the verdict files: SRM_KERNELS_CACHE, or `srm_kernels` in the user's cache folder (XDG)."""
+    if given := os.environ.get(CACHE_VARIABLE):
+        return Path(given)
+    home = os.environ.get("XDG_CACHE_HOME") or ""
+    try:
+        folder = Path(home) if Path(home).is_absolute() else Path.home() / ".cache"
+    except RuntimeError:  # no home folder is known
+        folder = Path(tempfile.gettempdir()) / f"cache-{os.getuid() if hasattr(os, 'getuid') else 0}"
+    return folder / "srm_kernels"
+
+
+def slug(key: Key) -> str:
+    """The name of a device's files: lower case, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", f"{key.device} {key.capability}".lower()).strip("-")
+
+
+def path_of(key: Key) -> Path:
+    """The file of a device; versions are in it, so that a change replaces it."""
+    return cache_folder() / f"verdict-{slug(key)}.json"
+
+
+def load(key: Key) -> tuple[Verdict | None, str | None]:
+    """Read the verdict of a device.
+
+    Returns:
+        The verdict, or None with the reason: nothing was measured, it was measured with something else, or the file is
+        unusable, which also makes one warning a process and file.
+    """
+    path = path_of(key)
+    try:
+        verdict = read(path)
+    except FileNotFoundError:
+        return None, "the kernels were not verified on this device"
+    except UnusableError as error:
+        _warn_once(f"{path}: ignored, {error}; {COMMAND} writes it anew")
+        return None, f"the kept verdict is ignored: {error}"
+    changed = [
+        f"{name} was {old} and is {new}"
+        for name, old, new in zip(Key._fields, verdict.key, key, strict=True)
+        if old != new
+    ]
+    return (
+        (None, f"the kept verdict is not valid any more: {'; '.join(changed)}")
+        if changed
+        else (verdict, None)
+    )
+
+
+def read(path: Path) -> Verdict:
+    """Read a verdict's file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        UnusableError: it is a symbolic link, no regular file, another user's, too large, not JSON or of wrong types.
+    """
+    text = _text_of(path)
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        raise UnusableError("it is not JSON") from None
+    return _checked(found)
+
+
+def _text_of(path: Path) -> str:
+    try:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        link = path.is_symlink()
+        raise UnusableError(
+            "it is a symbolic link" if link else f"it cannot be read ({error.strerror})"
+        ) from None
+    try:
+        about = os.fstat(handle)
+        if not stat.S_ISREG(about.st_mode):
+            raise UnusableError("it is not a regular file")
+        if hasattr(os, "geteuid") and about.st_uid != os.geteuid():
+            raise UnusableError("it belongs to another user")
+        if about.st_size > MOST_BYTES:
+            raise UnusableError(f"it has more than {MOST_BYTES >> 20} MiB")
+        with os.fdopen(os.dup(handle), "rb") as file:
+            return file.read(MOST_BYTES).decode()
+    except UnicodeDecodeError:
+        raise UnusableError("it is not JSON") from None
+    except OSError as error:
+        raise UnusableError(f"it cannot be read ({error.strerror})") from None
+    finally:
+        os.close(handle)
+
+
+def _checked(found: Any) -> Verdict:
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise UnusableError(f"it is not of format {FORMAT}")
+    key, rows, unfinished = found.get("key"), found.get("rows"), found.get("unfinished")
+    if not isinstance(key, dict) or set(key) != set(Key._fields) or not all(map(_is_text, key.values())):
+        raise UnusableError("its key is not one of a device")
+    if not isinstance(rows, list) or not _is_text(found.get("measured")):
+        raise UnusableError("its rows are not a list, or have no date")
+    if not isinstance(unfinished, list) or not all(
+        isinstance(one, list) and len(one) == 2 and all(map(_is_text, one)) for one in unfinished
+    ):
+        raise UnusableError("its unfinished groups are not pairs of names")
+    return Verdict(
+        Key(**key),
+        tuple(map(checked_row, rows)),
+        frozenset((one[0], one[1]) for one in unfinished),
+        found["measured"],
+    )
+
+
+def checked_row(row: Any) -> Row:
+    """Return a row whose fields have the types they should have.
+
+    Fields: `operator`, `backend`, `dtype`, `shape` (names), `sizes` (integers), `status` (one of `HARMLESS` or
+    `FAULTS`), `reason` (text or None), `ratio` (error divided by its bound, or None) and `milliseconds` (direction →
+    implementation → median).
+
+    Raises:
+        UnusableError: a field is missing or has another type.
+    """
+    if not isinstance(row, dict):
+        raise UnusableError("a row is not an object")
+    tests: dict[str, Callable[[Any], bool]] = {
+        **dict.fromkeys(("operator", "backend", "dtype", "shape"), _is_text),
+        "sizes": lambda sizes: isinstance(sizes, list) and all(type(size) is int for size in sizes),
+        "status": lambda status: status in (*HARMLESS, *FAULTS),
+        "reason": lambda reason: reason is None or _is_text(reason),
+        "ratio": lambda ratio: ratio is None or (_is_number(ratio) and ratio >= 0),
+        "milliseconds": _are_times,
+    }
+    wrong = [name for name, test in tests.items() if name not in row or not test(row[name])]
+    if wrong:
+        raise UnusableError(f"a row has no valid {', '.join(wrong)}")
+    return {name: row[name] for name in tests}
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < LARGEST
+
+
+def _are_times(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        direction in DIRECTIONS
+        and isinstance(times, dict)
+        and all(_is_text(name) and _is_number(time) and time > 0 for name, time in times.items())
+        for direction, times in value.items()
+    )
+
+
+def save(verdict: Verdict) -> Path | None:
+    """Write a verdict to its file, whole or not at all; None with one warning a process where that is not possible."""
+    path = path_of(verdict.key)
+    text = json.dumps(verdict.to_dict(), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _write(path, text)
+    except OSError as error:
+        _warn_once(f"{path}: the verdict is not kept ({error.strerror or error})")
+        return None
+    return path
+
+
+def _write(path: Path, text: str) -> None:
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=".partial", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(text.encode(errors="backslashreplace"))
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def held(key: Key) -> Iterator[bool]:
+    """Whether no other process measures this device; one that ends, however it does, has let go of it.
+
+    Where nothing can be written or locked, nobody is asked.
+    """
+    try:
+        folder = cache_folder()
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        file = (folder / f"{slug(key)}.lock").open("ab")
+    except OSError:
+        yield True
+        return
+    with file:
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:
+            pass
+        yield True
+
+
+def export(verdict: Verdict, path: Path) -> None:
+    """Write the finished rows as JSON lines, each with its machine: what `bench/results` and `SHIPPED` hold."""
+    machine = {
+        **verdict.key._asdict(),
+        "kind": "cuda",
+        "cuda": torch.version.cuda,
+        "measured": verdict.measured,
+    }
+    finished = [row for row in verdict.rows if group_of(row) not in verdict.unfinished]
+    lines = [json.dumps({**row, "machine": machine}, allow_nan=False, ensure_ascii=False) for row in finished]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, "".join(f"{line}\n" for line in lines))
+    with suppress(OSError):
+        path.chmod(0o644)
+
+
+def shipped(key: Key, folder: Path | None = None) -> Verdict | None:
+    """The verdict that the package carries for this device, capability, minor versions of torch and Triton and sources.
+
+    The driver is not compared. A file that is not as `export` writes it is left out with a warning.
+    """
+    rows: list[Row] = []
+    measured = ""
+    for path in sorted((folder or SHIPPED).glob("*.jsonl")):
+        try:
+            for line in path.read_text("utf-8").splitlines():
+                row = json.loads(line)
+                machine = row.get("machine") if isinstance(row, dict) else None
+                if not isinstance(machine, dict):
+                    raise UnusableError("a row does not say which machine it was measured on")
+                if _serves(machine, key):
+                    rows.append(checked_row(row))
+                    measured = str(machine.get("measured", ""))
+        except (OSError, ValueError) as error:
+            _warn_once(f"{path}: ignored, {error}")
+    return Verdict(key, tuple(rows), measured=measured, origin="shipped") if rows else None
+
+
+def _serves(machine: dict[str, Any], key: Key) -> bool:
+    return all(
+        machine.get(name) == getattr(key, name) for name in ("device", "capability", "sources")
+    ) and all(_minor(str(machine.get(name))) == _minor(getattr(key, name)) for name in ("torch", "triton"))
+
+
+def _minor(text: str) -> list[str]:
+    return text.split("+")[0].split(".")[:2]
+
+
+def governing(own: Verdict | None, others: Verdict | None) -> dict[Group, tuple[Verdict, list[Row]]]:
+    """Which verdict decides each group: this machine's where it has measured the group, else the shipped one.
+
+    An unfinished group decides only what must not run: its rows count where one of them is a fault.
+    """
+    found: dict[Group, tuple[Verdict, list[Row]]] = {}
+    for verdict in filter(None, (others, own)):
+        for group, rows in grouped(verdict.rows).items():
+            if group not in verdict.unfinished:
+                found[group] = verdict, rows
+            elif faults(rows):
+                found[group] = verdict, faults(rows)
+    return found
+
+
+def faults(rows: Iterable[Row]) -> list[Row]:
+    """The rows that say that something is wrong."""
+    return [row for row in rows if row["status"] in FAULTS]
+
+
+def grouped(rows: Iterable[Row]) -> dict[Group, list[Row]]:
+    """Rows by operator and dtype, in their order."""
+    found: dict[Group, list[Row]] = {}
+    for row in rows:
+        found.setdefault(group_of(row), []).append(row)
+    return found
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(text: str) -> None:
+    if text not in _warned:
+        _warned.add(text)
+        logger.warning("%s", text)

@@ -1,0 +1,401 @@
+"""What is verified: every operator that has kernels, at a family of shapes.
+
+Inputs are standard normal numbers in float64, the same for all dtypes up to rounding. A shape is one link of a neck
+and its maps; options that choose other kernels (normalisation, DyT) differ between shapes, so that each is judged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import srm_kernels as ops
+
+from ..attention import _landmark_side, _select
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+Call = Callable[..., Any]  # (*tensors, backend=…) → a tensor or several
+
+
+class Shape(NamedTuple):
+    """Sizes of a link: the target's map is height × width, the source has `keys` positions, the grid is size × size."""
+
+    batch: int
+    heads: int
+    d: int
+    height: int
+    width: int
+    keys: int
+    rank: int
+    size: int
+    qk_norm: str | None = "keys"
+    dyt: bool = True
+
+    @property
+    def channels(self) -> int:
+        """C = H·d."""
+        return self.heads * self.d
+
+    @property
+    def queries(self) -> int:
+        """N_q."""
+        return self.height * self.width
+
+
+SHAPES = {
+    "tiny": Shape(2, 2, 8, 5, 4, 12, 4, 2),  # for an emulated device
+    "odd": Shape(2, 3, 40, 37, 29, 257, 33, 7, qk_norm=None, dyt=False),
+    "article": Shape(2, 8, 32, 128, 128, 256, 64, 8),
+    "small": Shape(2, 4, 32, 14, 14, 49, 32, 8, qk_norm="both"),
+    "large": Shape(2, 8, 32, 192, 192, 1024, 64, 8),
+}
+QUICK = ("odd", "article")
+FAMILY = (*QUICK, "small", "large")
+WIDTH = 64  # channels of a backbone's map
+OTHER_SOLVERS = ("lu", "svd", "auto", "neumann")
+SCALE_OF_ATTENTION = 1e-3  # γ and the ridge
+
+
+@dataclass(frozen=True)
+class Operator:
+    """How an operator is called and judged.
+
+    Attributes:
+        name: The public function.
+        make: (shape, draw) → inputs, where draw(*sizes) gives random numbers.
+        call: shape → the call, (*inputs, backend=…) → results.
+        inputs: For each input the axis of the batch, or None.
+        outputs: The same for each result; None where results mix the batch.
+        wide: Numbers of the inputs that are fp32 in every dtype.
+        variant: What of its options is measured apart, as `explain` names it.
+        dtypes: Those that are measured.
+        shapes: Those that are measured of `SHAPES`; None for all.
+        backends: Implementations that are judged; the reference is the yardstick.
+        shares_size: Errors of gradients are relative to the largest result of the call.
+        reference: (shape, inputs, backend) → the call that gives the exact results, where what an implementation
+            chose is given to it.
+        ratio: (shape, inputs, results) → error divided by its bound, for results that are not floating point.
+    """
+
+    name: str
+    make: Callable[[Shape, Callable[..., Tensor]], list[Tensor]]
+    call: Callable[[Shape], Call]
+    inputs: tuple[int | None, ...]
+    outputs: tuple[int | None, ...] | None
+    wide: tuple[int, ...] = ()
+    variant: str = ""
+    dtypes: tuple[str, ...] = tuple(DTYPES)
+    shapes: tuple[str, ...] | None = None
+    backends: tuple[str, ...] = ("triton",)
+    shares_size: bool = False
+    reference: Callable[[Shape, Sequence[Tensor], str], Call] | None = None
+    ratio: Callable[[Shape, Sequence[Tensor], Sequence[Tensor]], float] | None = None
+
+    @property
+    def label(self) -> str:
+        """The operator of a verdict's rows."""
+        return f"{self.name} ({self.variant})" if self.variant else self.name
+
+
+class Case(NamedTuple):
+    """An operator in one dtype at one shape."""
+
+    operator: Operator
+    dtype: str
+    shape: str
+
+    @property
+    def sizes(self) -> Shape:
+        """The sizes of the shape."""
+        return SHAPES[self.shape]
+
+    @property
+    def call(self) -> Call:
+        """The call that is judged and timed."""
+        return self.operator.call(self.sizes)
+
+    def inputs(self, device: torch.device | str = "cpu") -> list[Tensor]:
+        """The inputs on a device; on meta nothing is drawn."""
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*sizes: int) -> Tensor:
+            if torch.device(device).type == "meta":
+                return torch.empty(sizes, dtype=torch.float64, device=device)
+            return torch.randn(sizes, generator=generator, dtype=torch.float64)
+
+        made = self.operator.make(self.sizes, draw)
+        kinds = [torch.float32 if i in self.operator.wide else DTYPES[self.dtype] for i in range(len(made))]
+        return [x.to(kind).to(device) for x, kind in zip(made, kinds, strict=True)]
+
+
+def unit(key: Tensor) -> Tensor:
+    """Keys with a root mean square of 1."""
+    return key * key.shape[-1] ** 0.5 / (key.norm(dim=-1, keepdim=True) + 1e-6)
+
+
+def _tokens(*counts: str) -> Callable[[Shape, Callable[..., Tensor]], list[Tensor]]:
+    return lambda s, draw: [draw(s.batch, s.heads, getattr(s, count), s.d) for count in counts]
+
+
+def _attend(s: Shape, **more: Any) -> Call:
+    def call(q: Tensor, k: Tensor, v: Tensor, tau: Tensor, *, backend: str | None) -> Any:
+        return ops.nystrom_attention(q, k, v, s.rank, qk_norm=s.qk_norm, tau=tau, backend=backend, **more)
+
+    return call
+
+
+def _attend_as_chosen(s: Shape, inputs: Sequence[Tensor], backend: str) -> Call:
+    """Attention by the landmarks that an implementation chose: a tie may go either way."""
+    _, key, value, _ = inputs
+    scale, gamma = s.d**-0.5, SCALE_OF_ATTENTION
+    with torch.no_grad():
+        if backend == "triton":
+            solve = (gamma, "cholesky", False, 1e6, 3, True)
+            side = (key, value, None, s.rank, "leverage", gamma, scale, s.qk_norm, None, solve, "triton")
+            index = _landmark_side(*side)[2]
+        else:
+            index = _select(key, s.rank, "leverage", gamma, scale, s.qk_norm, None, backend)
+    return _attend(s, landmarks=index)
+
+
+def _first_keys(key: Tensor, rank: int) -> Tensor:
+    """Landmarks that no rounding can order otherwise."""
+    return torch.arange(rank, device=key.device).expand(*key.shape[:2], rank)
+
+
+def _landmark_ratio(method: str) -> Callable[[Shape, Sequence[Tensor], Sequence[Tensor]], float]:
+    """Distinct keys; others than the definition's may be 1 in 16, or twice as many as the reference's in the dtype.
+
+    Ties go either way, and where one landmark differs the later ones may.
+    """
+
+    def ratio(s: Shape, inputs: Sequence[Tensor], results: Sequence[Tensor]) -> float:
+        found = results[0].flatten(0, 1).tolist()
+        plain, exact = (
+            ops.select_landmarks(key, s.rank, method=method, backend="reference").flatten(0, 1).tolist()
+            for key in (inputs[0], inputs[0].double())
+        )
+        if not all(len({*one}) == s.rank and 0 <= min(one) <= max(one) < s.keys for one in found):
+            return float("inf")
+        others, usual = (
+            sum(len({*one} - {*other}) for one, other in zip(chosen, exact, strict=True))
+            for chosen in (found, plain)
+        )
+        return others / max(1, results[0].numel() // 16, 2 * usual)
+
+    return ratio
+
+
+def _solve(solver: str) -> Callable[[Shape], Call]:
+    def call(keys: Tensor, rhs: Tensor, *, backend: str | None) -> Any:
+        logits = keys @ keys.mT / keys.shape[-1] ** 0.5
+        return ops.landmark_solve(logits, rhs, solver=solver, backend=backend).x
+
+    return lambda s: call
+
+
+def _systems(s: Shape, draw: Callable[..., Tensor]) -> list[Tensor]:
+    keys = (unit(draw(s.heads, s.rank, s.d)) for _ in range(s.batch))
+    return [torch.stack([*keys]), draw(s.batch, s.heads, s.rank, s.d)]
+
+
+def _pyramid(s: Shape, draw: Callable[..., Tensor]) -> list[Tensor]:
+    """F, A, a, W_Q, K̃, and where DyT is on its α, w and b."""
+    C = s.channels
+    made = [
+        draw(s.batch, WIDTH, s.height, s.width), draw(C, WIDTH) / WIDTH**0.5, draw(C), draw(C, C) / C**0.5,
+        unit(draw(s.batch, s.heads, s.rank, s.d)),
+    ]  # fmt: skip
+    return [*made, draw(1) * 0.1 + 0.5, draw(C), draw(C)] if s.dyt else made
+
+
+def _pool_links(s: Shape) -> Call:
+    def call(
+        m: Tensor,
+        align: Tensor,
+        shift: Tensor,
+        query: Tensor,
+        keys: Tensor,
+        *dyt: Tensor,
+        backend: str | None,
+    ) -> Any:
+        found = ops.pooled_links(
+            [m], [(align, shift)], [query], [keys], [0], size=s.size, qk_norm=s.qk_norm or "keys",
+            dyt=[(dyt[0], dyt[1], dyt[2])] if dyt else None, backend=backend,
+        )  # fmt: skip
+        return found[:2]
+
+    return call
+
+
+def _merge(s: Shape, draw: Callable[..., Tensor]) -> list[Tensor]:
+    """P̄, pool(F), X, A, a, W_O, β and θ of one link."""
+    C, cells = s.channels, s.size**2
+    return [
+        draw(1, s.batch, s.heads, cells, s.rank).softmax(-1), draw(s.batch, cells, WIDTH),
+        draw(s.batch, s.heads, s.rank, s.d), draw(C, WIDTH) / WIDTH**0.5, draw(C), draw(C, C) / C**0.5,
+        draw(1), draw(s.heads),
+    ]  # fmt: skip
+
+
+def _merge_links(s: Shape) -> Call:
+    def call(p: Tensor, maps: Tensor, x: Tensor, *weights: Tensor, backend: str | None) -> Any:
+        align, shift, output, beta, theta = weights
+        pooled = ops.PooledLinks(p, maps, None)
+        return ops.merge_links(
+            pooled, [x], [(align, shift)], [output], [0], [beta], thetas=[theta], backend=backend
+        )
+
+    return call
+
+
+def _sources(s: Shape, draw: Callable[..., Tensor]) -> list[Tensor]:
+    """T and W_K, W_V of two links; where DyT is on also a and its α, w and b."""
+    C = s.channels
+    made = [draw(s.batch, s.keys, C), *(draw(C, C) / C**0.5 for _ in range(4))]
+    return [*made, draw(C), draw(1) * 0.1 + 0.5, draw(C), draw(C)] if s.dyt else made
+
+
+def _project(s: Shape) -> Call:
+    def call(t: Tensor, *weights: Tensor, backend: str | None) -> Any:
+        shift, *dyt = weights[4:] if s.dyt else (None,)
+        return ops.project_sources(
+            t, weights[:2], weights[2:4], shift=shift, dyt=[(dyt[0], dyt[1], dyt[2])] * 2 if dyt else None,
+            backend=backend,
+        )  # fmt: skip
+
+    return call
+
+
+def _stages(s: Shape, draw: Callable[..., Tensor]) -> list[Tensor]:
+    """What a convolution of the gate gives for two stages, their biases, and their readouts."""
+    C, P = max(s.channels // 4, 1), s.size
+    return [
+        *(draw(s.batch, C, P, P) for _ in range(2)), *(draw(C) for _ in range(2)),
+        *(draw(1, C) / C**0.5 for _ in range(2)), *(draw(1) for _ in range(2)),
+    ]  # fmt: skip
+
+
+def _fuse(s: Shape) -> Call:
+    def call(maps: Tensor, logits: Tensor, *, backend: str | None) -> Any:
+        cap = torch.tensor(3.0, device=maps.device) if s.dyt else None
+        return ops.gated_fusion(maps, logits, cap=cap, backend=backend)
+
+    return call
+
+
+_EVERY = (0, 0)
+OPERATORS = (
+    Operator(
+        "nystrom_attention",
+        lambda s, draw: [*_tokens("queries", "keys", "keys")(s, draw), draw(s.heads) * 0.1 + 1],
+        _attend, (0, 0, 0, None), (0,), wide=(3,), backends=("sdpa", "triton"), shares_size=True,
+        reference=_attend_as_chosen,
+    ),
+    Operator(
+        "landmark_side", _tokens("keys", "keys"),
+        lambda s: lambda k, v, backend: ops.landmark_side(
+            k, v, s.rank, landmarks=_first_keys(k, s.rank), qk_norm=s.qk_norm, backend=backend
+        ),
+        _EVERY, (0, 0), shares_size=True,
+    ),
+    *(
+        Operator(
+            "select_landmarks", lambda s, draw: [unit(draw(s.batch, s.heads, s.keys, s.d))],
+            lambda s, method=method: lambda key, backend: ops.select_landmarks(  # type: ignore[misc]
+                key.detach(), s.rank, method=method, backend=backend
+            ),
+            (0,), (0,), variant=method, ratio=_landmark_ratio(method),
+        )
+        for method in ("leverage", "pivoted_cholesky")
+    ),
+    Operator(
+        "ridge_leverage_scores", _tokens("keys"),
+        lambda s: lambda key, backend: ops.ridge_leverage_scores(key, backend=backend), (0,), (0,),
+    ),
+    Operator(
+        "landmark_solve", _systems, _solve("cholesky"), _EVERY, (0,), variant="cholesky", dtypes=("fp32",)
+    ),
+    *(
+        Operator(
+            "landmark_solve", _systems, _solve(solver), _EVERY, (0,), variant=solver, dtypes=("fp32",),
+            shapes=("tiny", *QUICK), backends=("triton", "cuda") if solver in ("svd", "auto") else ("triton",),
+        )
+        for solver in OTHER_SOLVERS
+    ),
+    Operator(
+        "project_sources", _sources, _project, (0, *[None] * 8), (1, 1), wide=(1, 2, 3, 4, 5, 6, 7, 8),
+    ),
+    Operator(
+        "pooled_links", _pyramid, _pool_links, (0, None, None, None, 0, None, None, None), (1, 0),
+        wide=(1, 2, 3, 4, 5, 6, 7),
+    ),
+    Operator(
+        "merge_links", _merge, _merge_links, (1, 0, 0, *[None] * 5), (0,), wide=(0, 2, 3, 4, 5, 6, 7),
+    ),
+    Operator(
+        "rms_scale", _tokens("queries"),
+        lambda s: lambda y, backend: tuple(ops.rms_scale(y + 1, backend=backend)), (0,), None,
+    ),
+    Operator(
+        "dyt", lambda s, draw: [draw(s.batch, s.queries, s.channels), draw(1), draw(s.channels), draw(s.channels)],
+        lambda s: lambda x, alpha, w, b, backend: ops.dyt(x, alpha, w, b, backend=backend),
+        (0, None, None, None), (0,), wide=(1, 2, 3),
+    ),
+    Operator(
+        "tau_loss", lambda s, draw: [draw(s.heads), draw(s.heads)],
+        lambda s: lambda theta, rms, backend: ops.tau_loss(
+            [theta], [rms.detach().abs() + 0.5], reference=1.0, backend=backend
+        ),
+        (None, None), None, dtypes=("fp32",),
+    ),
+    Operator(
+        "adaptive_pool", lambda s, draw: [draw(s.batch, WIDTH, s.height, s.width)],
+        lambda s: lambda x, backend: ops.adaptive_pool(x, s.size, backend=backend), (0,), (0,),
+    ),
+    Operator(
+        "biased_gelu", lambda s, draw: _stages(s, draw)[:4],
+        lambda s: lambda m, n, a, b, backend: ops.biased_gelu([m, n], [a, b], backend=backend),
+        (0, 0, None, None), (1,), wide=(2, 3),
+    ),
+    Operator(
+        "gate_logits", _stages,
+        lambda s: lambda m, n, a, b, v, w, c, e, backend: ops.gate_logits(
+            [m, n], [a, b], [(v, c), (w, e)], backend=backend
+        ),
+        (0, 0, *[None] * 6), (0,), wide=(2, 3, 4, 5, 6, 7),
+    ),
+    Operator(
+        "gated_fusion", lambda s, draw: [draw(s.batch, 3, s.channels, s.size, s.size), draw(s.batch, 3)],
+        _fuse, _EVERY, (0, 0, 0, 0), wide=(1,),
+    ),
+    Operator(
+        "gate_losses", lambda s, draw: [draw(s.batch, 3)],
+        lambda s: lambda x, backend: tuple(
+            ops.gate_losses(x.softmax(-1), entropy_floor=0.7, backend=backend)
+        ),
+        (0,), None,
+    ),
+)  # fmt: skip
+NAMES = tuple(dict.fromkeys(operator.name for operator in OPERATORS))
+
+
+def cases(
+    names: Sequence[str] = NAMES, dtypes: Sequence[str] = tuple(DTYPES), shapes: Sequence[str] = FAMILY
+) -> Iterator[Case]:
+    """Yield the cases of some operators (names, or with the variant), dtypes and shapes, operator by operator."""
+    for operator in OPERATORS:
+        if operator.name in names or operator.label in names:
+            for dtype in dtypes:
+                for shape in shapes:
+                    if dtype in operator.dtypes and shape in (operator.shapes or SHAPES):
+                        yield Case(operator, dtype, shape)
+
+
+def case_of(label: str, dtype: str, shape: str) -> Case:
+    """Return the case of a row."""
+    return next(cases((label,), (dtype,), (shape,)))

@@ -1,0 +1,253 @@
+"""The command `python -m srm_kernels verify`: check every case, time what is right, keep and print what was found."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .. import choice, verdicts
+from ..verdicts import FAULTS, RIGHT, Group, Row, Verdict
+from . import table
+from .cases import DTYPES, FAMILY, NAMES, OPERATORS, QUICK, SHAPES, Case, cases
+from .devices import CannotRunError, Device, open_device
+from .measure import sizes_of
+from .workers import Worker, ask_all
+
+MOST_WORKERS = 4
+LONGEST = 300  # characters of a reason
+Asked = tuple[Case, str]  # and the implementation
+SECONDS = {False: 0.15, True: 0.05}  # of measured calls in one direction of a case; with --quick
+DESCRIPTION = """Check on a GPU that the kernels are right, time them, and let `backend=None` follow what was found.
+
+Right: errors within the numerics rule, the same bits twice and for a sample alone and in a batch, no launch refused.
+Exit code: 0 where all is right, 1 where something is wrong, 2 where nothing can be measured, 130 after Ctrl-C.
+An interrupted run is resumed by the next one."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command to a parser."""
+    labels = [operator.label for operator in OPERATORS]
+    add = parser.add_argument
+    add("--device", default="cuda", help="cuda or cuda:NUMBER (default: the current CUDA device)")
+    add("--quick", action="store_true", help=f"measure the shapes {' and '.join(QUICK)} alone")
+    add(
+        "--only",
+        nargs="+",
+        metavar="NAME",
+        choices=tuple(dict.fromkeys((*NAMES, *labels))),
+        help="operators (default: all)",
+    )
+    add("--dtypes", nargs="+", choices=tuple(DTYPES), default=tuple(DTYPES), help="default: all")
+    add("--shapes", nargs="+", choices=tuple(SHAPES), help=f"default: {' '.join(FAMILY)}")
+    add("--compile", action="store_true", help="also time the reference as torch.compile makes it")
+    add("--again", action="store_true", help="measure again what the kept verdict has")
+    add("--export", type=Path, metavar="FILE", help="also write the rows as JSON lines, for bench/results")
+    add("--jobs", type=int, metavar="N", help="processes that compile and check at once (default: by cores)")
+    add("--limit", type=float, default=120.0, metavar="SECONDS", help="of one case (default: %(default)g)")
+
+
+def main(arguments: Sequence[str] | None = None, program: str = "python -m srm_kernels verify") -> int:
+    """Run the command; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog=program, description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_options(parser)
+    try:
+        options = parser.parse_args(arguments)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    try:
+        return _run(options)
+    except CannotRunError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{program}: interrupted; the next run goes on from here", file=sys.stderr)
+        return 130
+
+
+def _run(options: argparse.Namespace) -> int:
+    device = open_device(options.device)
+    shapes = options.shapes or device.shapes or (QUICK if options.quick else FAMILY)
+    wanted = list(cases(options.only or NAMES, options.dtypes, shapes))
+    if not wanted:
+        raise CannotRunError("no operator has a case of these dtypes and shapes")
+    with verdicts.held(device.key) as alone:
+        if not alone:
+            raise CannotRunError(f"another process verifies {device.key.device}; times would be wrong")
+        run = Run(device, options)
+        run.measure(wanted)
+    if options.export is not None:
+        verdicts.export(run.verdict, options.export)
+        print(f"wrote {options.export}")
+    choice.refresh()
+    labels = {(case.operator.label, case.dtype, case.shape) for case in wanted}
+    found = [row for row in run.verdict.rows if (row["operator"], row["dtype"], row["shape"]) in labels]
+    return run.tell(found)
+
+
+class Run:
+    """One run of the command: what it measures and what it has found."""
+
+    def __init__(self, device: Device, options: argparse.Namespace) -> None:
+        self.device, self.options = device, options
+        self.seconds = SECONDS[options.quick]
+        kept, reason = verdicts.load(device.key)
+        self.verdict = kept or Verdict(device.key)
+        key = device.key
+        print(
+            f"{key.device}, compute capability {key.capability}, driver {key.driver}, torch {key.torch}, "
+            f"triton {key.triton}, kernels {key.sources}"
+        )
+        if kept is None and reason is not None and "not verified" not in reason:
+            print(reason)
+        self.path: Path | None = None
+        self.progress = table.Progress()
+
+    def measure(self, wanted: Sequence[Case]) -> None:
+        """Measure the cases that the verdict has not, and keep every row as soon as it is there."""
+        known = {} if self.options.again else {verdicts.identity(row): row for row in self.verdict.rows}
+        judged = {
+            (case, name): known.get((case.operator.label, name, case.dtype, case.shape))
+            for case in wanted
+            for name in case.operator.backends
+        }
+        asked = [pair for pair, row in judged.items() if row is None]
+        todo = [case for case in wanted if any(map(_unfinished, _rows_of(case, judged)))]
+        if len(todo) < len(wanted):
+            kept = len(wanted) - len(todo)
+            print(f"{kept} of {len(wanted)} cases are in the kept verdict; --again repeats them")
+        if not todo:
+            return
+        groups: set[Group] = {(case.operator.label, case.dtype) for case in todo}
+        self._keep(replace(self.verdict, unfinished=self.verdict.unfinished | groups))
+        self._judge(asked, judged)
+        print(table.line(table.HEADER))
+        self._time(todo, judged)
+
+    def _judge(self, asked: Sequence[Asked], judged: dict[Asked, Row | None]) -> None:
+        """Judge implementations, in several processes at once: most of the time is compilation."""
+        start, done = time.monotonic(), 0
+
+        def finished(index: int, answer: dict[str, Any]) -> None:
+            nonlocal done
+            case, name = asked[index]
+            judged[case, name] = row = _row(case, name, answer)
+            done += 1
+            self._keep(self.verdict.with_row(row))
+            self.progress.show(f"checking {table.left(done, len(asked), time.monotonic() - start)}")
+
+        def ask(pairs: Sequence[Asked], jobs: int) -> None:
+            requests = [_request("right", case, [name]) for case, name in pairs]
+            ask_all(self.options.device, requests, jobs, self.options.limit, finished)
+
+        jobs = self.options.jobs or max(1, min(MOST_WORKERS, (os.cpu_count() or 2) // 2))
+        ask(asked, jobs)
+        crowded = [pair for pair in asked if (row := judged[pair]) and row["status"] == "memory"]
+        if crowded and jobs > 1:  # the processes shared the device's memory
+            asked, done = crowded, 0
+            ask(crowded, 1)
+
+    def _time(self, todo: Sequence[Case], judged: Mapping[Asked, Row | None]) -> None:
+        """Time what is right, in one process alone on the device."""
+        worker, start = Worker(self.options.device), time.monotonic()
+        ends = {(case.operator.label, case.dtype): number for number, case in enumerate(todo)}
+        try:
+            for number, case in enumerate(todo):
+                rows = [row for row in _rows_of(case, judged) if row is not None]
+                right = [row["backend"] for row in rows if row["status"] == RIGHT]
+                if right:
+                    request = _request("fast", case, right) | {
+                        "seconds": self.seconds,
+                        "compiled": self.options.compile,
+                    }
+                    answer = worker.ask(request, self.options.limit)
+                    rows = [_with_times(row, answer) for row in rows]
+                verdict = self.verdict
+                for row in rows:
+                    verdict = verdict.with_row(row)
+                    self.progress.show("")
+                    print(table.result(row), flush=True)
+                group = (case.operator.label, case.dtype)
+                if ends[group] == number:
+                    verdict = replace(verdict, unfinished=verdict.unfinished - {group})
+                self._keep(verdict)
+                elapsed = time.monotonic() - start
+                self.progress.show(f"timing {table.left(number + 1, len(todo), elapsed)}")
+        finally:
+            worker.close()
+            self.progress.show("")
+
+    def _keep(self, verdict: Verdict) -> None:
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self.verdict = replace(verdict, measured=now)
+        self.path = verdicts.save(self.verdict)
+
+    def tell(self, rows: Sequence[Row]) -> int:
+        """Print the summary; returns the exit code."""
+        print(
+            "\nGeometric means over shapes of the gain over the best other implementation: forward / with backward"
+        )
+        print("\n".join(table.summary(rows)))
+        wrong = verdicts.faults(rows)
+        if wrong:
+            print(
+                f"\n{len(wrong)} of {len(rows)} cases are not right; their operators stay with plain PyTorch:"
+            )
+            for row in wrong:
+                print(
+                    f"  {row['operator']} [{row['backend']}] {row['dtype']} {row['shape']}: {row['reason']}"
+                )
+        if self.path is not None:
+            print(f"\nKept in {self.path}; `backend=None` follows it from the next process on.")
+        return 1 if wrong else 0
+
+
+def _rows_of(case: Case, judged: Mapping[Asked, Row | None]) -> list[Row | None]:
+    return [judged[case, name] for name in case.operator.backends]
+
+
+def _unfinished(row: Row | None) -> bool:
+    """Whether a case was not judged, or is right and was not timed."""
+    return row is None or (row["status"] == RIGHT and not row["milliseconds"])
+
+
+def _request(part: str, case: Case, backends: Sequence[str]) -> dict[str, Any]:
+    about = {"operator": case.operator.label, "dtype": case.dtype, "shape": case.shape}
+    return {"part": part, "backends": list(backends), **about}
+
+
+def _row(case: Case, backend: str, answer: dict[str, Any]) -> Row:
+    return {
+        "operator": case.operator.label,
+        "backend": backend,
+        "dtype": case.dtype,
+        "shape": case.shape,
+        "sizes": sizes_of(case),
+        "status": answer["status"],
+        "reason": _short(answer.get("reason")),
+        "ratio": answer.get("ratio"),
+        "milliseconds": {},
+    }
+
+
+def _with_times(row: Row, answer: dict[str, Any]) -> Row:
+    """A row with its times, or with what went wrong while they were taken."""
+    if row["status"] != RIGHT:
+        return row
+    if "milliseconds" in answer:
+        return row | {"milliseconds": answer["milliseconds"]}
+    status = answer["status"] if answer["status"] in (*FAULTS, "memory") else "error"
+    return row | {"status": status, "reason": _short(f"while it was timed: {answer['reason']}")}
+
+
+def _short(text: str | None) -> str | None:
+    """A reason on one line of a table."""
+    return text if text is None or len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"

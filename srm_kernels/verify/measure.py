@@ -1,0 +1,277 @@
+"""Is an implementation right, and how long does it take?
+
+Right: results and gradients follow the numerics rule against the reference in fp64, and those of kernels are the same
+bits twice, and for a sample alone and in its batch; the device reports no fault and refuses no launch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..choice import Answer, Question
+from ..numerics import DRAWS, FEW, error_ratio
+from ..registration import plainly
+from .cases import Call, Case
+from .devices import Device
+
+SEED = 99  # of the losses
+KERNELS = ("triton", "cuda")  # which promise their bits; PyTorch's own products do not
+SAMPLE = 1  # of the batch, which is also computed alone
+
+
+class Alone(NamedTuple):
+    """One sample of a batch: the batch's size and its axis in every result."""
+
+    batch: int
+    axes: tuple[int | None, ...]
+
+
+class Found(NamedTuple):
+    """Results of a call, and the gradients of its inputs by number."""
+
+    outputs: list[Tensor]
+    gradients: dict[int, Tensor]
+
+    def named(self) -> dict[str, Tensor]:
+        """Everything that is a floating-point number."""
+        found = {f"output {i}": x for i, x in enumerate(self.outputs) if x.is_floating_point()}
+        return found | {f"gradient {i}": x for i, x in self.gradients.items()}
+
+
+def flat(outputs: Any) -> list[Tensor]:
+    """The tensors of an output, which may be nested; None is left out."""
+    if isinstance(outputs, Tensor):
+        return [outputs]
+    return [] if outputs is None else [tensor for one in outputs for tensor in flat(one)]
+
+
+def results(
+    call: Callable[..., Any], inputs: Sequence[Tensor], seed: int = SEED, alone: Alone | None = None
+) -> Found:
+    """The results of a call, and the gradients of a loss that is drawn by `seed`.
+
+    With `alone` the inputs are one sample, and the loss is that of the sample in its batch.
+    """
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    outputs = flat(call(*leaves))
+    carrying = [(i, x) for i, x in enumerate(outputs) if x.requires_grad]
+    gradients: dict[int, Tensor] = {}
+    if carrying:
+        generator = torch.Generator(carrying[0][1].device).manual_seed(seed)
+        axes = [None if alone is None else alone.axes[i] for i, _ in carrying]
+        upstream = [_upstream(x, generator, axis, alone) for (_, x), axis in zip(carrying, axes, strict=True)]
+        found = torch.autograd.grad([x for _, x in carrying], leaves, upstream, allow_unused=True)
+        gradients = {i: g for i, g in enumerate(found) if g is not None}
+    return Found([x.detach() for x in outputs], gradients)
+
+
+def _upstream(x: Tensor, generator: torch.Generator, axis: int | None, alone: Alone | None) -> Tensor:
+    """A random gradient of a result; of a sample's result, its part of the batch's."""
+    shape = list(x.shape)
+    if alone is not None and axis is not None:
+        shape[axis] = alone.batch
+    drawn = torch.randn(shape, generator=generator, dtype=torch.float64, device=x.device).to(x.dtype)
+    return drawn if alone is None or axis is None else drawn.narrow(axis, SAMPLE, 1)
+
+
+def ratios(
+    found: Found, call: Callable[..., Any], inputs: Sequence[Tensor], *, shares_size: bool = False
+) -> dict[str, float]:
+    """Error divided by bound of every result and gradient, by the numerics rule; `call` is the reference's."""
+    wide = [x.double() for x in inputs]
+    plain, exact = (results(call, x).named() for x in (inputs, wide))
+    few = [name for name, x in exact.items() if name.startswith("gradient") and x.numel() <= FEW]
+    others = [tuple(results(call, x, seed).named() for x in (inputs, wide)) for seed in range(DRAWS) if few]
+    together = list(exact.values()) if shares_size else None
+    given = found.named()
+    return {
+        name: error_ratio(
+            given[name], plain[name], value, together,
+            [(p[name], e[name]) for p, e in others] if name in few else [],
+        )
+        for name, value in exact.items()
+    }  # fmt: skip
+
+
+def sizes_of(case: Case) -> list[int]:
+    """The sizes that the choice goes by for a case; nothing is computed."""
+    inputs = case.inputs("meta")
+    try:
+        case.call(*inputs, backend=Question("reference"))
+    except Answer as answer:
+        explanation = answer.explanation
+    else:
+        raise AssertionError(f"{case.operator.label} chose no backend")
+    assert explanation.operator == case.operator.label
+    return list(explanation.sizes)
+
+
+def judged(case: Case, backend: str, device: Device) -> dict[str, Any]:
+    """Judge an implementation: `status`, `reason` and `ratio` of a row."""
+    try:
+        fault, ratio = _fault_of(case, backend, device)
+    except Exception as error:
+        device.reports()
+        return {"ratio": None} | failure(error, device)
+    status = "right" if fault is None else "wrong"
+    return {
+        "status": status,
+        "reason": fault,
+        "ratio": ratio if ratio is None or math.isfinite(ratio) else None,
+    }
+
+
+def _fault_of(case: Case, backend: str, device: Device) -> tuple[str | None, float | None]:
+    """What is wrong, or None; and the largest error over its bound."""
+    operator, inputs = case.operator, case.inputs(device.torch_device)
+
+    def call(*tensors: Tensor) -> Any:
+        return case.call(*tensors, backend=backend)
+
+    found, again = results(call, inputs), results(call, inputs)
+    device.synchronize()
+    reports, refusals = device.reports(), device.refusals()
+    if reports or refusals:
+        return "; ".join(reports or refusals), None
+    if operator.ratio is not None:
+        worst, name = operator.ratio(case.sizes, inputs, found.outputs), "the choice"
+    else:
+        plain = case.call if operator.reference is None else operator.reference(case.sizes, inputs, backend)
+
+        def by_reference(*tensors: Tensor) -> Any:
+            return plain(*tensors, backend="reference")
+
+        by_name = ratios(found, by_reference, inputs, shares_size=operator.shares_size)
+        worst, name = max((value, name) for name, value in by_name.items())
+    if not worst <= 1:
+        return f"{name} is off by {worst:.3g} times the bound", worst
+    if backend not in KERNELS:
+        return None, worst
+    if not _same(found, again):
+        return "two runs give different bits", worst
+    if operator.outputs is not None and not _alone_as_together(case, call, inputs, found):
+        return "a sample alone and in a batch gives different bits", worst
+    return None, worst
+
+
+def _same(one: Found, other: Found) -> bool:
+    pairs = [*zip(one.outputs, other.outputs, strict=True)]
+    pairs += [(one.gradients[i], other.gradients[i]) for i in one.gradients]
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def _alone_as_together(case: Case, call: Callable[..., Any], inputs: Sequence[Tensor], whole: Found) -> bool:
+    operator = case.operator
+    assert operator.outputs is not None
+    axes = operator.inputs
+    sample = [
+        x if axis is None else x.narrow(axis, SAMPLE, 1).clone()
+        for x, axis in zip(inputs, axes[: len(inputs)], strict=True)
+    ]
+    alone = results(call, sample, alone=Alone(case.sizes.batch, operator.outputs))
+    pairs = [
+        (one, together.narrow(axis, SAMPLE, 1))
+        for one, together, axis in zip(alone.outputs, whole.outputs, operator.outputs, strict=True)
+        if axis is not None
+    ]
+    pairs += [
+        (alone.gradients[i], gradient.narrow(axis, SAMPLE, 1))
+        for i, gradient in whole.gradients.items()
+        if (axis := axes[i]) is not None
+    ]
+    return all(torch.equal(one, other) for one, other in pairs)
+
+
+def failure(error: Exception, device: Device) -> dict[str, str]:
+    """The `status` and `reason` of a row for an exception."""
+    lines = str(error).strip().splitlines()
+    reason = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300]
+    refusals = device.refusals()
+    if isinstance(error, torch.OutOfMemoryError):
+        return {"status": "memory", "reason": reason}
+    if refusals or "OutOfResources" in type(error).__name__:
+        return {"status": "refused", "reason": "; ".join(refusals) or reason}
+    if type(error) is NotImplementedError:
+        return {"status": "unsupported", "reason": lines[0] if lines else reason}
+    return {"status": "error", "reason": reason}
+
+
+def timed(
+    case: Case, backends: Sequence[str], device: Device, seconds: float, *, compiled: bool = False
+) -> dict[str, Any]:
+    """Median times in milliseconds, by direction and implementation.
+
+    Beside `backends` these are "reference", "eager" (its steps without operators around them) and with `compiled`
+    "compiled" (the same steps as torch.compile makes them). What cannot run, or lacks memory, has no time.
+    """
+    inputs = case.inputs(device.torch_device)
+    times = {}
+    for direction in ("forward", "backward")[: 1 if case.operator.ratio else 2]:
+        steps = {name: _step(case.call, inputs, name, direction) for name in ("reference", *backends)}
+        steps["eager"] = _eager(steps["reference"])
+        steps = {name: step for name, step in steps.items() if step is not None and _runs(step, device)}
+        if compiled and "eager" in steps and (step := _compiled(case.call, inputs, direction)) is not None:
+            steps["compiled"] = step
+        if steps:
+            times[direction] = device.times(steps, seconds)
+    return {"milliseconds": times}
+
+
+def _step(call: Call, inputs: Sequence[Tensor], backend: str, direction: str) -> Callable[[], Any]:
+    if direction == "forward":
+
+        def forward() -> Any:
+            with torch.no_grad():
+                return call(*inputs, backend=backend)
+
+        return forward
+    return _gradients_of(call, inputs, backend)
+
+
+def _gradients_of(call: Call, inputs: Sequence[Tensor], backend: str) -> Callable[[], Any]:
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+
+    def step() -> Any:
+        carrying = [x for x in flat(call(*leaves, backend=backend)) if x.requires_grad]
+        return torch.autograd.grad(carrying, leaves, [x.detach() for x in carrying], allow_unused=True)
+
+    return step
+
+
+def _eager(step: Callable[[], Any]) -> Callable[[], Any]:
+    def eager() -> Any:
+        with plainly():
+            return step()
+
+    return eager
+
+
+def _runs(step: Callable[[], Any], device: Device) -> bool:
+    try:
+        step()
+        device.synchronize()
+    except (NotImplementedError, torch.OutOfMemoryError):
+        return False
+    return True
+
+
+def _compiled(call: Call, inputs: Sequence[Tensor], direction: str) -> Callable[[], Any] | None:
+    """The reference's steps, gradients included, traced below autograd and compiled; None where they cannot be."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def traced(*tensors: Tensor) -> Any:
+        return _step(call, tensors, "reference", direction)()
+
+    try:
+        with plainly():
+            graph = make_fx(traced)(*inputs)
+        step = torch.compile(graph)
+        step(*inputs)
+    except Exception:
+        return None
+    return lambda: step(*inputs)

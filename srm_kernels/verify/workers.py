@@ -1,0 +1,176 @@
+"""Child processes that run kernels: each request has a time limit, and a child that hangs or dies costs one answer."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import queue
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import IO, Any
+
+START_SECONDS = 180.0  # to import torch and Triton and to open the device
+Answer = dict[str, Any]
+
+
+class Worker:
+    """One child process, started when it is first asked and again after one that ended."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._process: subprocess.Popen[bytes] | None = None
+        self._errors: IO[bytes] | None = None
+        self._pending = b""
+
+    def ask(self, request: dict[str, Any], seconds: float) -> Answer:
+        """The child's answer, or `status` "timeout" or "crashed" with the reason."""
+        if self._process is None:
+            started = self._start()
+            if started is not None:
+                return started
+        assert self._process is not None
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._process.stdin.flush()
+        found = self._read(seconds, f"no answer within {seconds:g} s")
+        if found.get("status") == "error":
+            self.close()  # it ends by itself
+        return found
+
+    def _start(self) -> Answer | None:
+        """Start a child; None where it is ready."""
+        paths = os.pathsep.join(path for path in sys.path if path)
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
+        self._pending = b""
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "srm_kernels.verify.child", self._device],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env=os.environ | {"PYTHONPATH": paths} | _triton_cache(),
+            start_new_session=True,
+        )
+        found = self._read(START_SECONDS, f"the process was not ready within {START_SECONDS:g} s")
+        return None if found.get("ready") else found
+
+    def _read(self, seconds: float, late: str) -> Answer:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        handle, end = self._process.stdout.fileno(), time.monotonic() + seconds
+        while b"\n" not in self._pending:
+            left = end - time.monotonic()
+            if left <= 0 or not select.select([handle], [], [], left)[0]:
+                self.close()
+                return {"status": "timeout", "reason": late}
+            part = os.read(handle, 65536)
+            if not part:
+                return {"status": "crashed", "reason": self._obituary()}
+            self._pending += part
+        line, _, self._pending = self._pending.partition(b"\n")
+        found: Answer = json.loads(line)
+        return found
+
+    def _obituary(self) -> str:
+        """How the process ended, and the last line that it printed."""
+        process, errors = self._process, self._errors
+        assert process is not None
+        assert errors is not None
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+        code = process.returncode
+        how = f"exit code {code}"
+        if code is not None and code < 0:
+            how = signal.Signals(-code).name if -code in [*signal.Signals] else f"signal {-code}"
+        errors.seek(0)
+        lines = errors.read()[-4096:].decode(errors="replace").strip().splitlines()
+        self.close()
+        return f"the process ended with {how}" + (f": {lines[-1][:200]}" if lines else "")
+
+    def close(self) -> None:
+        """End the process and those that it started."""
+        process, self._process = self._process, None
+        if process is not None:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            for pipe in (process.stdin, process.stdout):
+                assert pipe is not None
+                with suppress(OSError):
+                    pipe.close()
+            process.wait()
+        if self._errors is not None:
+            self._errors.close()
+            self._errors = None
+
+
+@cache
+def _triton_cache() -> dict[str, str]:
+    """A temporary folder for Triton's cache where the home folder cannot be written, which Triton needs."""
+    if any(name in os.environ for name in ("TRITON_CACHE_DIR", "TRITON_HOME")):
+        return {}
+    try:
+        folder = Path.home() / ".triton" / "cache"
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return {}
+    except (OSError, RuntimeError):
+        made = tempfile.mkdtemp(prefix="srm-kernels-")
+        atexit.register(shutil.rmtree, made, ignore_errors=True)
+        return {"TRITON_CACHE_DIR": made}
+
+
+def ask_all(
+    device: str,
+    requests: Sequence[dict[str, Any]],
+    count: int,
+    seconds: float,
+    done: Callable[[int, Answer], None],
+) -> None:
+    """Ask several workers at once; `done` gets the number of a request and its answer, from one thread at a time."""
+    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for number in range(len(requests)):
+        waiting.put(number)
+    lock, workers = threading.Lock(), [Worker(device) for _ in range(min(count, len(requests)))]
+    failures: list[BaseException] = []
+    stopped = threading.Event()
+
+    def work(worker: Worker) -> None:
+        try:
+            while not stopped.is_set():
+                number = waiting.get_nowait()
+                answer = worker.ask(requests[number], seconds)
+                with lock:
+                    if not stopped.is_set():
+                        done(number, answer)
+        except queue.Empty:
+            pass
+        except BaseException as error:
+            failures.append(error)
+            stopped.set()
+        finally:
+            worker.close()
+
+    threads = [threading.Thread(target=work, args=(worker,), daemon=True) for worker in workers]
+    for thread in threads:
+        thread.start()
+    try:
+        for thread in threads:
+            thread.join()
+    except BaseException:
+        stopped.set()
+        for worker in workers:
+            worker.close()
+        raise
+    if failures:
+        raise failures[0]

@@ -1,0 +1,363 @@
+"""What `backend=None` takes by a verdict. CPU tensors pretend to be on a verified device; kernels are interpreted."""
+
+from __future__ import annotations
+
+import logging
+import timeit
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import srm_kernels
+from srm_kernels import choice, explain, runtime, verdicts
+from srm_kernels.choice import BOUNDS, class_of
+from srm_kernels.runtime import choose_kernels
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="CPU tensors pretend to be on the device")
+KEY = verdicts.key_of("NVIDIA Pretended", (8, 9), "580.1")
+FAST, SLOW = {"triton": 1.0, "reference": 2.0}, {"triton": 2.0, "reference": 1.0}
+
+
+def row(operator: str, sizes: list[int], times: dict[str, float], **changes: Any) -> verdicts.Row:
+    return {
+        "operator": operator,
+        "backend": "triton",
+        "dtype": "fp32",
+        "shape": "article",
+        "sizes": sizes,
+        "status": "right",
+        "reason": None,
+        "ratio": 0.5,
+        "milliseconds": {"forward": times, "backward": times},
+        **changes,
+    }
+
+
+@pytest.fixture(autouse=True)
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("SRM_KERNELS_CACHE", str(tmp_path))
+    monkeypatch.setattr(choice, "_logged", False)
+    verdicts._warned.clear()
+    with choice.pretended(KEY):
+        yield
+
+
+def verified(*rows: verdicts.Row, **changes: Any) -> None:
+    verdicts.save(verdicts.Verdict(KEY, rows, measured="2025-01-02", **changes))
+    choice.refresh()
+
+
+def dyt_of(tokens: int, batch: int = 1, backend: str | None = None) -> choice.Explanation:
+    x = torch.zeros(batch, tokens, 24)
+    return explain("dyt", x, torch.ones(1), torch.ones(24), torch.zeros(24), backend=backend)
+
+
+def test_classes_are_centred_on_powers_of_four():
+    assert [class_of(4**power) for power in range(1, 10)] == list(range(len(BOUNDS) + 1))
+    assert class_of(33) == class_of(127) == class_of(64)
+    assert all(one < other for one, other in pairwise(BOUNDS))
+
+
+def test_without_a_verdict_all_is_as_before_and_one_line_names_the_command(caplog):
+    for tokens in (64, 65):
+        found = dyt_of(tokens)
+        assert (found.backend, found.origin) == ("reference", None)
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert "python -m srm_kernels verify" in caplog.text
+    assert "\n" not in caplog.records[0].getMessage()
+    assert "not verified" in found.reason
+
+
+def test_the_cpu_has_no_verdict_and_no_line(monkeypatch, caplog):
+    verified(row("dyt", [64, 24], FAST))
+    monkeypatch.setattr(choice, "_pretended", None)
+    choice.refresh()
+    assert dyt_of(64).backend == "reference"
+    assert choose_kernels(None, torch.zeros(2), "dyt") == "reference"
+    assert not caplog.records
+
+
+def test_the_fastest_that_is_right_is_taken_at_the_nearest_shapes():
+    verified(
+        row("dyt", [16_384, 24], FAST, shape="article"),
+        row("dyt", [64, 24], SLOW, shape="small"),
+    )
+    assert [dyt_of(tokens).backend for tokens in (1, 64, 200, 16_384, 500_000)] == [
+        *["reference"] * 3,
+        *["triton"] * 2,
+    ]
+    found = dyt_of(20_000)
+    assert (found.origin, found.measured, list(found.milliseconds)) == (
+        "this machine",
+        "2025-01-02",
+        ["article"],
+    )
+    assert found.milliseconds["article"]["backward"] == FAST
+    assert "fastest that is right" in str(found)
+
+
+def test_the_batch_never_counts():
+    verified(row("dyt", [16_384, 24], FAST), row("dyt", [64, 24], SLOW, shape="small"))
+    for tokens in (64, 16_384):
+        assert len({dyt_of(tokens, batch).backend for batch in (1, 2, 64, 1024)}) == 1
+
+
+SIZES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "rms_scale": ((130, 24), {"y": (2, 3, 130, 24)}),
+    "select_landmarks (leverage)": ((50, 9, 24), {"key": (2, 3, 50, 24), "rank": 9}),
+    "select_landmarks (uniform)": ((50, 9, 24), {"key": (2, 3, 50, 24), "rank": 9, "method": "uniform"}),
+    "ridge_leverage_scores": ((50, 24), {"key": (2, 3, 50, 24)}),
+    "landmark_solve (cholesky)": ((9, 24), {"logits": (2, 9, 9), "rhs": (2, 9, 24)}),
+    "landmark_solve (lu, equilibrated)": (
+        (9, 24),
+        {"logits": (2, 9, 9), "rhs": (2, 9, 24), "solver": "lu", "equilibrate": True},
+    ),
+    "nystrom_attention": ((77, 50, 9, 24), {"query": (2, 3, 77, 24), "key": (2, 3, 50, 24), "rank": 9}),
+    "nystrom_attention (pivoted_cholesky, svd)": (
+        (77, 50, 50, 24),
+        {
+            "query": (2, 3, 77, 24),
+            "key": (2, 3, 50, 24),
+            "rank": 99,
+            "method": "pivoted_cholesky",
+            "solver": "svd",
+        },
+    ),
+    "landmark_side": ((50, 9, 24), {"key": (2, 3, 50, 24), "rank": 9}),
+    "adaptive_pool": ((20, 24), {"x": (2, 24, 4, 5), "size": 2}),
+    "gated_fusion": ((20, 24), {"maps": (2, 3, 24, 4, 5), "logits": (2, 3), "cap": None}),
+    "gate_losses": ((), {"weights": (2, 3), "entropy_floor": 0.5}),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes_leave_out_batch_and_heads_and_variants_are_measured_apart(name: str):
+    sizes, given = SIZES[name]
+    options = {k: torch.zeros(v) if isinstance(v, tuple) else v for k, v in given.items()}
+    found = explain(name.split()[0], **options)
+    assert (found.operator, found.sizes) == (name, sizes)
+    bad = row("dyt", [1, 2], FAST)
+    good = row(name, list(sizes), FAST)
+    verified(bad, good)
+    expected = "reference" if "uniform" in name else "triton"  # for which there is no kernel
+    assert explain(name.split()[0], **options).backend == expected
+
+
+@pytest.mark.parametrize("status", verdicts.FAULTS)
+def test_what_is_wrong_at_one_shape_is_taken_at_none(status: str):
+    bad = row("dyt", [64, 24], FAST, shape="odd", status=status, reason="error 3 times its bound")
+    verified(row("dyt", [16_384, 24], FAST), bad)
+    for tokens in (64, 16_384):
+        found = dyt_of(tokens)
+        assert found.backend == "reference"
+        assert f"triton is {status} at odd" in found.reason
+
+
+def test_other_dtypes_and_groups_that_are_not_finished_are_not_decided():
+    verified(row("dyt", [64, 24], FAST), unfinished=frozenset({("dyt", "fp32")}))
+    assert dyt_of(64).backend == "reference"
+    verified(row("dyt", [64, 24], FAST, dtype="bf16"))
+    assert dyt_of(64).backend == "reference"
+    assert "not measured in fp32" in dyt_of(64).reason
+
+
+def test_what_ran_out_of_memory_is_not_taken_near_there():
+    verified(
+        row("dyt", [16_384, 24], {"reference": 1.0}, shape="large", status="memory", reason="out of memory"),
+        row("dyt", [64, 24], FAST, shape="small"),
+    )
+    assert dyt_of(16_384).backend == "reference"
+    assert dyt_of(64).backend == "triton"
+
+
+def test_what_cannot_run_here_is_passed_over():
+    verified(row("nystrom_attention", [64, 64, 9, 200], {"triton": 1.0, "sdpa": 2.0, "reference": 3.0}))
+    q = torch.zeros(1, 1, 64, 200)
+    found = explain("nystrom_attention", q, q, rank=9)
+    assert found.backend == "reference", "sdpa was timed but has no row that says it is right"
+    assert "head width" in found.reason
+    sdpa = row("nystrom_attention", [64, 64, 9, 200], {}, backend="sdpa")
+    verified(row("nystrom_attention", [64, 64, 9, 200], {"triton": 1.0, "sdpa": 2.0, "reference": 3.0}), sdpa)
+    assert explain("nystrom_attention", q, q, rank=9).backend == "sdpa"
+    assert explain("nystrom_attention", q, q, rank=9, solve_dtype="model").backend == "sdpa"
+    narrow = {"rank": 9, "solve_dtype": "model"}
+    half = q.bfloat16()
+    assert explain("nystrom_attention", half, half, **narrow).backend == "reference"
+
+
+def test_a_name_and_the_environment_win(monkeypatch):
+    verified(row("dyt", [64, 24], FAST))
+    assert dyt_of(64).backend == "triton"
+    assert dyt_of(64, backend="sdpa").backend == "sdpa"
+    assert "argument" in dyt_of(64, backend="sdpa").reason
+    monkeypatch.setenv("SRM_KERNELS_BACKEND", "reference")
+    assert dyt_of(64).backend == "reference"
+    assert "SRM_KERNELS_BACKEND" in dyt_of(64).reason
+    assert choose_kernels(None, torch.zeros(2, 64, 24), "dyt") == "reference"
+    monkeypatch.setenv("SRM_KERNELS_BACKEND", "fast")
+    with pytest.raises(ValueError, match="SRM_KERNELS_BACKEND"):
+        dyt_of(64)
+
+
+@pytest.mark.parametrize("name", ["driver", "torch", "triton", "sources"])
+def test_a_verdict_of_something_else_is_not_followed_and_says_so(name: str, caplog):
+    verified(row("dyt", [64, 24], FAST))
+    with choice.pretended(KEY._replace(**{name: "another"})):
+        found = dyt_of(64)
+        assert found.backend == "reference"
+        assert f"{name} was" in found.reason
+        assert f"{name} was" in caplog.text
+
+
+def test_a_shipped_verdict_is_followed_and_marked(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(verdicts, "SHIPPED", tmp_path / "shipped")
+    verdicts.export(verdicts.Verdict(KEY, (row("dyt", [64, 24], FAST),)), tmp_path / "shipped/card.jsonl")
+    choice.refresh()
+    assert (dyt_of(64).backend, dyt_of(64).origin) == ("triton", "shipped")
+    assert "shipped" in dyt_of(64).reason
+    verified(row("dyt", [64, 24], SLOW))
+    assert (dyt_of(64).backend, dyt_of(64).origin) == ("reference", "this machine")
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Which calls of DyT ran as kernels: their numbers of rows."""
+    from srm_kernels.scale import kernels
+
+    made: list[int] = []
+    plain = kernels.dyt
+
+    def counting(x: Tensor, *parameters: Tensor) -> Tensor:
+        made.append(x.shape[1])
+        return plain(x, *parameters)
+
+    monkeypatch.setattr(kernels, "dyt", counting)
+    return made
+
+
+def squash(x: Tensor) -> Tensor:
+    C = x.shape[-1]
+    return srm_kernels.dyt(x, x.new_ones(1), x.new_ones(C), x.new_zeros(C))
+
+
+def test_calls_run_what_explain_says(calls: list[int]):
+    verified(row("dyt", [1_024, 24], FAST), row("dyt", [4, 24], SLOW, shape="small"))
+    for tokens in (4, 700, 4, 700):
+        squash(torch.zeros(1, tokens, 24))
+    assert calls == [700, 700]
+
+
+@pytest.mark.parametrize("dynamic", [None, True, False])
+def test_compiled_code_chooses_as_eager_code_does(dynamic: bool | None, calls: list[int]):
+    verified(row("dyt", [1_024, 24], FAST), row("dyt", [4, 24], SLOW, shape="small"))
+    torch._dynamo.reset()
+    compiled = torch.compile(squash, backend="eager", fullgraph=True, dynamic=dynamic)
+    for tokens in (4, 700, 5, 701, 702):
+        assert torch.equal(compiled(torch.zeros(1, tokens, 24)), torch.zeros(1, tokens, 24))
+    assert calls == [700, 701, 702]
+
+
+def test_a_traced_program_of_any_size_guards_its_class_and_not_its_size(calls: list[int]):
+    verified(row("dyt", [1_024, 24], FAST), row("dyt", [4, 24], SLOW, shape="small"))
+    torch._dynamo.reset()
+    compiled = torch.compile(squash, backend="eager", fullgraph=True, dynamic=True)
+    compiled(torch.zeros(1, 700, 24))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for tokens in (600, 701, 2_000):
+            compiled(torch.zeros(1, tokens, 24))
+    assert calls == [700, 600, 701, 2_000]
+
+
+class _Squash(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return squash(x)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_exported_program_is_plain_pytorch_of_any_size(strict: bool, calls: list[int]):
+    verified(row("dyt", [1_024, 24], FAST))
+    squash(torch.zeros(1, 700, 24))
+    tokens = torch.export.Dim("tokens", min=2, max=4096)
+    x = torch.zeros(1, 700, 24)
+    program = torch.export.export(_Squash(), (x,), dynamic_shapes=({1: tokens},), strict=strict)
+    program.module()(torch.zeros(1, 5, 24))
+    assert calls == [700]
+    assert "reference)" in str(program.graph)
+
+
+def test_function_transforms_are_plain_pytorch(calls: list[int]):
+    verified(row("dyt", [1_024, 24], FAST))
+    x = torch.ones(3, 1, 700, 24)
+    torch.func.vmap(squash)(x)
+    torch.func.grad(lambda y: squash(y).sum())(x[0])
+    torch.func.jvp(squash, (x[0],), (x[0],))
+    assert calls == []
+
+
+def test_pooled_links_are_served_where_what_they_take_serves_them():
+    verified(row("pooled_links", [32], FAST))
+    maps = torch.zeros(1, 8, 4, 4)
+    assert srm_kernels.serves_pooled_links(maps, 32, 64, [64], 8)
+    assert not srm_kernels.serves_pooled_links(maps, 32, 64, [64], 33)
+    assert srm_kernels.serves_pooled_links(maps, 32, 64, [64], 33, backend="reference")
+    verified(row("pooled_links", [32], SLOW))
+    assert srm_kernels.serves_pooled_links(maps, 32, 64, [64], 33)
+
+
+def test_explain_refuses_what_is_no_operator():
+    with pytest.raises(ValueError, match=r"operator='fuses'.*nystrom_attention"):
+        explain("fuses", torch.zeros(1))
+    with pytest.raises(ValueError, match="expected"):
+        explain("backends")
+    with pytest.raises(TypeError):
+        explain("dyt", torch.zeros(1), width=3)
+    assert explain("full_attention", *[torch.zeros(1, 1, 4, 8)] * 3).backend == "sdpa"
+
+
+def test_a_choice_that_was_made_before_costs_less_than_two_microseconds():
+    """Where a call of an empty Python function takes 25 ns; a slower or busier machine has more of both."""
+    verified(row("rms_scale", [130, 24], FAST))
+    x = torch.zeros(2, 3, 130, 24)
+
+    def chosen() -> str:
+        return choose_kernels(None, x, "rms_scale", sizes=lambda: (x.shape[2], x.shape[3]), call=(x.shape,))
+
+    assert chosen() == "triton"
+
+    def least(call: Any) -> float:
+        return min(timeit.repeat(call, number=2_000, repeat=25)) / 2_000
+
+    assert least(chosen) < 80 * least(lambda: None)
+
+
+@pytest.mark.parametrize("rows", [[], [row("rms_scale", [130, 24], FAST)]])
+def test_a_call_is_decided_once(rows: list[verdicts.Row], monkeypatch):
+    verified(*rows)
+    asked: list[str] = []
+    plain = choice.ranking
+    monkeypatch.setattr(choice, "ranking", lambda *a: asked.append(a[1]) or plain(*a))
+    for _ in range(3):
+        srm_kernels.rms_scale(torch.ones(2, 3, 130, 24))
+    assert asked == ["rms_scale"]
+
+
+def test_many_shapes_do_not_fill_the_memory(monkeypatch):
+    monkeypatch.setattr(choice, "MOST_CACHED", 8)
+    verified(row("rms_scale", [130, 24], FAST))
+    for tokens in range(1, 40):
+        srm_kernels.rms_scale(torch.ones(1, 1, tokens, 8), backend=None)
+    assert len(choice._cache) <= 8
+
+
+def test_the_variable_is_read_where_it_is_set_later(monkeypatch):
+    assert runtime.named_by_environment() is None
+    monkeypatch.setenv("SRM_KERNELS_BACKEND", "sdpa")
+    assert runtime.named_by_environment() == "sdpa"
+    monkeypatch.setattr(runtime, "_variables", None)
+    assert runtime.named_by_environment() == "sdpa"

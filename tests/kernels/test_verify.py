@@ -1,0 +1,584 @@
+"""Parts of `python -m srm_kernels verify`: cases, judging, timing, child processes, the table, and what is resumed."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import srm_kernels
+from srm_kernels import __main__ as program
+from srm_kernels import runtime, verdicts
+from srm_kernels.verify import child, command, devices, measure, table, workers
+from srm_kernels.verify.cases import FAMILY, NAMES, OPERATORS, QUICK, SHAPES, Case, cases
+from srm_kernels.verify.devices import CannotRunError, CudaDevice, Device, cuda_missing, open_device
+
+KEY = verdicts.key_of("NVIDIA Pretended", (8, 9), "580.1")
+
+
+class Pretended(Device):
+    """The CPU as a device; the calls of plain PyTorch stand for kernels."""
+
+    key = KEY
+    torch_device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+        self.refused: list[str] = []
+
+    def times(self, steps: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
+        for step in steps.values():
+            step()
+        return dict.fromkeys(steps, seconds)
+
+    def reports(self) -> list[str]:
+        found, self.found = self.found, []
+        return found
+
+    def refusals(self) -> list[str]:
+        refused, self.refused = self.refused, []
+        return refused
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SRM_KERNELS_CACHE", str(tmp_path / "kept"))
+    monkeypatch.delenv("SRM_KERNELS_BACKEND", raising=False)
+    return tmp_path / "kept"
+
+
+# Cases
+
+
+def test_every_operator_with_kernels_is_verified():
+    public = {name: getattr(srm_kernels, name) for name in srm_kernels.__all__}
+    functions = {name: f for name, f in public.items() if inspect.isfunction(f)}
+    asked = {name for name, f in functions.items() if "backend" in inspect.signature(f).parameters}
+    assert asked - set(NAMES) == {"full_attention", "serves_pooled_links"}
+
+
+def test_cases_are_what_explain_names_and_sizes_need_no_numbers():
+    for case in cases(shapes=tuple(SHAPES), dtypes=("fp32",)):
+        sizes = measure.sizes_of(case)
+        assert all(isinstance(size, int) for size in sizes)
+    assert len({(case.operator.label, case.dtype, case.shape) for case in cases()}) == len(list(cases()))
+    assert len(list(cases(shapes=QUICK))) < len(list(cases(shapes=FAMILY)))
+    assert {case.operator.variant for case in cases(("landmark_solve",))} >= {"cholesky", "svd"}
+    assert [case.operator.label for case in cases(("landmark_solve (svd)",), ("fp32",), ("odd",))] == [
+        "landmark_solve (svd)"
+    ]
+
+
+@pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.label)
+def test_every_case_has_results_and_batch_axes_that_fit(operator: Any):
+    """The reference stands for kernels: a sample of the inputs gives a sample of the results."""
+    case = Case(operator, "fp32", "tiny")
+    inputs = case.inputs()
+    axes = operator.inputs[: len(inputs)]
+    assert len(axes) == len(inputs)
+    call = lambda *x: case.call(*x, backend="reference")  # noqa: E731
+    whole = measure.results(call, inputs)
+    assert len(whole.outputs) == len(operator.outputs or whole.outputs)
+    if operator.outputs is None:
+        return
+    sample = [x if axis is None else x.narrow(axis, 1, 1) for x, axis in zip(inputs, axes, strict=True)]
+    alone = measure.results(call, sample, alone=measure.Alone(case.sizes.batch, operator.outputs))
+    for one, many, axis in zip(alone.outputs, whole.outputs, operator.outputs, strict=True):
+        torch.testing.assert_close(one, many.narrow(axis, 1, 1))
+    for i, gradient in whole.gradients.items():
+        if axes[i] is not None:
+            torch.testing.assert_close(
+                alone.gradients[i], gradient.narrow(axes[i], 1, 1), atol=1e-4, rtol=1e-3
+            )
+
+
+# Judging
+
+
+def plain_case(change: Callable[[Any], Any] = lambda x: x, name: str = "dyt") -> Case:
+    """A case in which "triton" is the reference, changed."""
+    operator, *_ = [one for one in OPERATORS if one.name == name]
+
+    def call(s: Any) -> Callable[..., Any]:
+        real = operator.call(s)
+
+        def either(*x: Tensor, backend: str) -> Any:
+            found = real(*x, backend="reference")
+            return found if backend == "reference" else change(found)
+
+        return either
+
+    fields = {name: getattr(operator, name) for name in operator.__dataclass_fields__}
+    return Case(type(operator)(**fields | {"call": call}), "fp32", "tiny")
+
+
+def raising(error: Exception) -> Callable[[Any], Any]:
+    def change(found: Any) -> Any:
+        raise error
+
+    return change
+
+
+class _Drifting:
+    """Another last bit at every call."""
+
+    calls = 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * (1 + 2**-23 * (self.calls % 2))
+
+
+class OutOfResources(Exception):  # noqa: N818 - Triton's name
+    pass
+
+
+FAULTS = {
+    "nothing": (lambda x: x, "right", None),
+    "a constant": (lambda x: 1.001 * x, "wrong", "times the bound"),
+    "NaN": (lambda x: x / 0 * 0, "wrong", "inf times the bound"),
+    "bits": (_Drifting(), "wrong", "two runs"),
+    "the batch": (lambda x: x * (1 + 2**-23 * (len(x) > 1)), "wrong", "alone"),
+    "an error": (raising(RuntimeError("CUDA error: misaligned address\nmore")), "error", "misaligned"),
+    "an error without words": (raising(ValueError()), "error", "no message"),
+    "no kernel": (raising(NotImplementedError("its kernels take less")), "unsupported", "take less"),
+    "memory": (raising(torch.OutOfMemoryError("out of memory")), "memory", "out of memory"),
+    "shared memory": (raising(OutOfResources("out of resource: shared memory")), "refused", "shared"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_what_is_wrong_is_found_and_named(name: str):
+    change, status, words = FAULTS[name]
+    found = measure.judged(plain_case(change), "triton", Pretended())
+    assert found["status"] == status
+    assert (found["reason"] is None) == (words is None)
+    assert words is None or words in found["reason"]
+    assert "\n" not in str(found["reason"])
+    json.dumps(found, allow_nan=False)
+
+
+def test_pytorchs_own_products_are_not_asked_for_the_same_bits():
+    assert measure.judged(plain_case(_Drifting()), "sdpa", Pretended())["status"] == "right"
+
+
+@pytest.mark.parametrize(("kind", "status"), [("found", "wrong"), ("refused", "wrong")])
+def test_what_the_device_reports_counts(kind: str, status: str):
+    device = Pretended()
+    getattr(device, kind).append("a race")
+    found = measure.judged(plain_case(), "triton", device)
+    assert (found["status"], found["reason"]) == (status, "a race")
+    assert measure.judged(plain_case(), "triton", device)["status"] == "right"
+
+
+def test_landmarks_are_judged_as_sets():
+    wrong = plain_case(lambda x: x.flip(0), "select_landmarks")
+    assert measure.judged(wrong, "triton", Pretended())["status"] == "wrong"
+    twice = plain_case(lambda x: x * 0, "select_landmarks")
+    assert "inf" in measure.judged(twice, "triton", Pretended())["reason"]
+    other_order = plain_case(lambda x: x.flip(-1), "select_landmarks")
+    assert measure.judged(other_order, "triton", Pretended())["status"] == "right"
+
+
+# Timing
+
+
+def test_every_implementation_that_runs_is_timed():
+    times = measure.timed(plain_case(), ["triton"], Pretended(), 0.5)["milliseconds"]
+    assert times == dict.fromkeys(
+        ("forward", "backward"), dict.fromkeys(("reference", "triton", "eager"), 0.5)
+    )
+    only = measure.timed(plain_case(name="select_landmarks"), ["triton"], Pretended(), 0.5)["milliseconds"]
+    assert set(only) == {"forward"}
+    lacking = plain_case(raising(torch.OutOfMemoryError()))
+    assert "triton" not in measure.timed(lacking, ["triton"], Pretended(), 0.5)["milliseconds"]["forward"]
+    with pytest.raises(RuntimeError):
+        measure.timed(plain_case(raising(RuntimeError("broken"))), ["triton"], Pretended(), 0.5)
+
+
+def test_eager_runs_the_reference_without_operators():
+    seen: list[str] = []
+
+    class Recording(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    case = plain_case()
+    for direction in ("forward", "backward"):
+        step = measure._step(case.call, case.inputs(), "reference", direction)
+        with Recording():
+            step()
+        assert any("srm" in name for name in seen)
+        seen.clear()
+        with Recording():
+            measure._eager(step)()
+        assert seen
+        assert not any("srm" in name for name in seen)
+        seen.clear()
+
+
+def test_the_reference_is_compiled_with_its_gradients(monkeypatch):
+    compiled: list[Any] = []
+    monkeypatch.setattr(torch, "compile", lambda graph: compiled.append(graph) or graph)
+    case = plain_case()
+    step = measure._compiled(case.call, case.inputs(), "backward")
+    assert step is not None
+    plain = measure._step(case.call, case.inputs(), "reference", "backward")()
+    for one, other in zip(step(), plain, strict=True):
+        torch.testing.assert_close(one, other)
+    assert "srm" not in compiled[0].code
+
+
+class _Event:
+    clock = 0.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = _Event.clock
+
+    def elapsed_time(self, end: _Event) -> float:
+        return end.at - self.at
+
+
+def test_a_cuda_device_is_timed_by_events_in_turns(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", _Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(verdicts, "key_of_cuda", lambda index: KEY)
+    order: list[str] = []
+
+    def step(name: str, durations: list[float]) -> Callable[[], None]:
+        def run() -> None:
+            order.append(name)
+            _Event.clock += durations[len(order) % len(durations)]
+
+        return run
+
+    device = CudaDevice(0)
+    steps = {"one": step("one", [5.0]), "two": step("two", [1.0, 1.0, 40.0])}
+    found = device.times(steps, 0.1)
+    assert found["one"] == 5.0
+    assert found["two"] in (1.0, 40.0)
+    assert order[:6] == ["one"] * 3 + ["two"] * 3
+    rest = order[6:]
+    assert rest == ["one", "two"] * (len(rest) // 2)
+    assert devices.FEWEST <= len(rest) // 2 - 1 <= devices.MOST
+
+
+# Whether anything can be measured
+
+
+def test_each_reason_for_not_running_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(runtime, "triton_missing", lambda: None)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "built without CUDA" in str(cuda_missing())
+    assert command.main([]) == 2
+    assert "built without CUDA" in capsys.readouterr().err
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    old = "The NVIDIA driver on your system is too old (found version 11040)."
+
+    def init() -> None:
+        raise RuntimeError(old)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    assert old in str(cuda_missing())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA Old")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    for name, words in (
+        ("cuda", "NVIDIA Old has compute capability 7.5; its kernels need 8.0"),
+        ("cuda:3", "there are 1 CUDA devices"),
+        ("cuda:x", "expected cuda or cuda:NUMBER"),
+        ("cpu", "CUDA devices"),
+        ("nowhere:device", "no such device"),
+        ("json:device", "no such device"),
+    ):
+        with pytest.raises(CannotRunError, match=words):
+            open_device(name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 9))
+    monkeypatch.setattr(runtime, "interpreting", lambda: True)
+    with pytest.raises(CannotRunError, match="TRITON_INTERPRET"):
+        open_device("cuda")
+    monkeypatch.setattr(runtime, "interpreting", lambda: False)
+    assert open_device("cuda").key.device == "NVIDIA Old"
+    monkeypatch.setattr(runtime, "triton_missing", lambda: "Triton is not installed")
+    with pytest.raises(CannotRunError, match="Triton is not installed"):
+        open_device("cuda")
+
+
+# The command, with answers in place of children
+
+
+class Answers:
+    """Stands in for the children: what they are asked, and what they answer."""
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, answer: Callable[[dict[str, Any]], dict[str, Any]]
+    ) -> None:
+        self.asked: list[dict[str, Any]] = []
+        self.answer = answer
+        monkeypatch.setattr(command, "open_device", lambda name: Pretended())
+        monkeypatch.setattr(command, "ask_all", self._all)
+        monkeypatch.setattr(command, "Worker", lambda device: self)
+
+    def ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
+        self.asked.append(request)
+        return self.answer(request)
+
+    def _all(self, device: str, requests: Any, count: int, seconds: float, done: Any) -> None:
+        for number, request in enumerate(requests):
+            done(number, self.ask(request, seconds))
+
+    def close(self) -> None:
+        pass
+
+
+TIMES = {"forward": {"triton": 1.0, "reference": 2.0}, "backward": {"triton": 2.0, "reference": 3.0}}
+
+
+def fine(request: dict[str, Any]) -> dict[str, Any]:
+    if request["part"] == "right":
+        return {"status": "right", "reason": None, "ratio": 0.25}
+    return {"milliseconds": TIMES}
+
+
+ONLY = ["--only", "dyt", "rms_scale", "--dtypes", "bf16", "fp32", "--quick"]
+
+
+def kept() -> verdicts.Verdict:
+    verdict, reason = verdicts.load(KEY)
+    assert verdict is not None, reason
+    return verdict
+
+
+def test_an_interrupted_run_is_resumed_and_decides_nothing_before(monkeypatch, capsys):
+    stop_at = 3
+
+    def answer(request: dict[str, Any]) -> dict[str, Any]:
+        if request["part"] == "fast" and request["dtype"] == "fp32":
+            raise KeyboardInterrupt
+        if request["part"] == "right" and len(answers.asked) > stop_at:
+            raise KeyboardInterrupt
+        return fine(request)
+
+    answers = Answers(monkeypatch, answer)
+    assert command.main(ONLY) == 130
+    assert len(kept().rows) == stop_at
+    assert kept().unfinished == {(name, dtype) for name in ("dyt", "rms_scale") for dtype in ("bf16", "fp32")}
+    stop_at = 100
+    answers.asked.clear()
+    assert command.main(ONLY) == 130
+    assert len([one for one in answers.asked if one["part"] == "right"]) == 8 - 3
+    # rms_scale in bf16 is finished, and nothing else.
+    assert ("rms_scale", "bf16") not in kept().unfinished
+    assert ("dyt", "bf16") in kept().unfinished
+    answers.answer = fine
+    answers.asked.clear()
+    assert command.main(ONLY) == 0
+    assert {one["part"] for one in answers.asked} == {"fast"}
+    assert kept().unfinished == frozenset()
+    assert len(kept().rows) == 8
+    answers.asked.clear()
+    assert command.main(ONLY) == 0
+    assert answers.asked == []
+    assert command.main([*ONLY, "--again"]) == 0
+    assert len(answers.asked) == 16
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_a_stale_verdict_is_said_and_measured_anew(monkeypatch, capsys):
+    old = verdicts.Verdict(KEY._replace(torch="1.0"), measured="before")
+    verdicts.save(old)
+    Answers(monkeypatch, fine)
+    assert command.main(ONLY) == 0
+    assert "torch was 1.0" in capsys.readouterr().out
+    assert len(kept().rows) == 8
+
+
+def test_what_goes_wrong_while_it_is_timed_is_a_row(monkeypatch, capsys):
+    def answer(request: dict[str, Any]) -> dict[str, Any]:
+        hang = {"status": "timeout", "reason": "no answer within 3 s"}
+        return hang if request["part"] == "fast" and request["operator"] == "dyt" else fine(request)
+
+    Answers(monkeypatch, answer)
+    assert command.main(ONLY) == 1
+    assert {row["status"] for row in kept().rows if row["operator"] == "dyt"} == {"timeout"}
+    out = capsys.readouterr().out
+    assert "while it was timed: no answer within 3 s" in out
+    assert "4 of 8 cases are not right" in out
+
+
+def test_memory_that_processes_shared_is_tried_again_alone(monkeypatch):
+    def answer(request: dict[str, Any]) -> dict[str, Any]:
+        crowded = request["part"] == "right" and len(answers.asked) <= 8
+        return {"status": "memory", "reason": "out of memory", "ratio": None} if crowded else fine(request)
+
+    answers = Answers(monkeypatch, answer)
+    assert command.main([*ONLY, "--jobs", "3"]) == 0
+    assert {row["status"] for row in kept().rows} == {"right"}
+
+
+def test_what_is_not_supported_or_lacks_memory_is_no_fault(monkeypatch, capsys):
+    statuses = {"dyt": "unsupported", "rms_scale": "memory"}
+    Answers(
+        monkeypatch, lambda r: {"status": statuses[r["operator"]], "reason": "a reason " * 100, "ratio": None}
+    )
+    assert command.main([*ONLY, "--jobs", "1"]) == 0
+    assert max(len(row["reason"]) for row in kept().rows) == command.LONGEST
+    assert "not supported" in capsys.readouterr().out
+
+
+def test_wrong_options_are_one_sentence(monkeypatch, capsys):
+    Answers(monkeypatch, fine)
+    assert command.main(["--only", "nothing"]) == 2
+    assert "nothing" in capsys.readouterr().err
+    assert command.main(["--only", "landmark_solve", "--dtypes", "bf16"]) == 2
+    assert "no operator has a case" in capsys.readouterr().err
+
+
+# Tables
+
+
+def test_the_summary_has_geometric_means_and_the_worst_status(monkeypatch, capsys):
+    row = {
+        "operator": "dyt",
+        "backend": "triton",
+        "dtype": "bf16",
+        "shape": "odd",
+        "sizes": [1],
+        "status": "right",
+        "reason": None,
+        "ratio": 0.5,
+        "milliseconds": {"forward": {"triton": 1.0, "reference": 8.0, "eager": 4.0}},
+    }
+    rows = [row, row | {"shape": "small", "milliseconds": {"forward": {"triton": 1.0, "reference": 1.0}}}]
+    text = "\n".join(table.summary(rows))
+    assert "right, 2.00× / –" in text
+    assert "4.00×" in table.result(rows[0])
+    assert "wrong" in "\n".join(table.summary([*rows, row | {"shape": "large", "status": "wrong"}]))
+    assert table.left(2, 10, 4.0) == "2/10, about 16 s left"
+    assert table.left(0, 10, 4.0) == "0/10"
+
+
+# Children
+
+
+def test_a_child_answers_until_an_error(monkeypatch, tmp_path):
+    case = plain_case(raising(RuntimeError("broken")))
+    fine_case = plain_case()
+    given = iter([fine_case, case, fine_case])
+    monkeypatch.setattr(child, "case_of", lambda *names: next(given))
+    request = {"part": "right", "backends": ["triton"], "operator": "dyt", "dtype": "fp32", "shape": "tiny"}
+    with (tmp_path / "answers").open("w") as answers:
+        child.serve(Pretended(), iter([json.dumps(request)] * 3), answers)  # type: ignore[arg-type]
+    found = [json.loads(line) for line in (tmp_path / "answers").read_text().splitlines()]
+    assert [one.get("status") for one in found] == [None, "right", "error"]
+
+
+SLEEPER = "import sys, time; print('{\"ready\": true}', flush=True); sys.stdin.readline(); "
+
+
+@pytest.fixture
+def child_code(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], workers.Worker]:
+    """A worker whose child runs some code in place of `verify.child`."""
+    started = subprocess.Popen
+
+    def worker(code: str) -> workers.Worker:
+        monkeypatch.setattr(
+            workers.subprocess, "Popen", lambda _, **options: started([sys.executable, "-c", code], **options)
+        )
+        return workers.Worker("cuda")
+
+    return worker
+
+
+def test_a_child_that_hangs_is_ended_with_those_it_started(child_code, tmp_path):
+    beside = tmp_path / "pid"
+    code = (
+        SLEEPER + f"import subprocess; p = subprocess.Popen(['sleep', '100']); "
+        f"open({str(beside)!r}, 'w').write(str(p.pid)); time.sleep(100)"
+    )
+    worker = child_code(code)
+    assert worker.ask({}, 1.5) == {"status": "timeout", "reason": "no answer within 1.5 s"}
+    assert not Path(f"/proc/{beside.read_text()}/cmdline").exists() or not (
+        Path(f"/proc/{beside.read_text()}/cmdline").read_bytes()
+    )
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("import os; os.abort()", "SIGABRT"),
+        ("import os; sys.stderr.write('a\\nlast words\\n'); os._exit(3)", "exit code 3: last words"),
+    ],
+)
+def test_a_child_that_dies_says_how(code: str, words: str, child_code):
+    found = child_code(SLEEPER + code).ask({}, 20)
+    assert found["status"] == "crashed"
+    assert words in found["reason"]
+
+
+def test_a_child_that_cannot_start_is_an_answer(child_code, monkeypatch):
+    assert child_code("import sys; sys.exit('no device')").ask({}, 20)["reason"].endswith("no device")
+    monkeypatch.setattr(workers, "START_SECONDS", 0.5)
+    assert child_code("import time; time.sleep(50)").ask({}, 20)["status"] == "timeout"
+
+
+def test_requests_are_shared_by_workers_and_an_error_of_the_parent_ends_all(child_code):
+    echo = "import sys; print('{\"ready\": true}', flush=True)\nfor line in sys.stdin: print(line, end='', flush=True)"
+    child_code(echo)
+    found: dict[int, Any] = {}
+    workers.ask_all("cuda", [{"number": i} for i in range(7)], 3, 20, lambda i, a: found.update({i: a}))
+    assert found == {i: {"number": i} for i in range(7)}
+
+    def failing(number: int, answer: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        workers.ask_all("cuda", [{}] * 7, 2, 20, failing)
+
+
+# python -m srm_kernels
+
+
+def test_without_a_command_backends_are_a_table(capsys):
+    assert program.main([]) == 0
+    out = capsys.readouterr().out
+    for name, status in srm_kernels.backends().items():
+        assert name in out
+        assert status.reason in out
+
+
+def test_env_says_what_a_report_needs(capsys):
+    assert program.main(["env"]) == 0
+    out = capsys.readouterr().out
+    for word in (
+        torch.__version__,
+        verdicts.sources_digest(),
+        "driver",
+        "triton",
+        str(verdicts.cache_folder()),
+    ):
+        assert word in out
+
+
+def test_other_commands_are_refused(capsys):
+    assert program.main(["measure"]) == 2
+    assert "usage" in capsys.readouterr().err
+    assert program.main(["--help"]) == 0
+    assert "verify" in capsys.readouterr().out
+    assert program.main(["verify", "--help"]) == 0
+    assert "--quick" in capsys.readouterr().out

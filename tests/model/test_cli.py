@@ -406,7 +406,7 @@ def test_an_unexpected_error_keeps_its_traceback(checkpoint: Path, monkeypatch: 
     def fault(*arguments: Any) -> None:
         raise RuntimeError("a fault of the program")
 
-    monkeypatch.setattr("srm_model.cli.runs.open_checkpoint", fault)
+    monkeypatch.setattr("srm_model.runs.open_checkpoint", fault)
     with pytest.raises(RuntimeError, match="a fault of the program"):
         main(["score", str(checkpoint), "x.png"])
 

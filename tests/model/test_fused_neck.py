@@ -253,9 +253,10 @@ def test_checkpointed_training_steps_are_the_same(kernels_serve, reentrant, dyt)
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_another_pass_than_the_last_is_not_taken_again(reentrant):
-    """Two training passes before one backward pass: refused; with finished statistics each, the same, to the bit but for
-    parameters where each pass has a backward pass of its own: a weight that is read in several places is summed in
-    another order there."""
+    """Two training passes before one backward pass: refused. With finished statistics each, the same, to the bit.
+
+    Where each pass has a backward pass of its own, a weight that is read in several places is summed in another order.
+    """
     neck = make_neck(TINY.replace(links=((4, 1),), gain_cap=0.5))
     batches = [make_pyramid(2, SQUARE, seed=seed) for seed in range(2)]
 

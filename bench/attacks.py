@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from bench import record
 from srm_model import SRMConfig, build_model
 from srm_model.attacks import MSE, Drift, PairInversion, apgd, fgsm, pgd, square
-from srm_model.cli.runs import keep_memory
+from srm_model.runs import keep_memory
 
 LIMITS = {"cpu": 0.10, "cuda": 0.05}  # of PGD's overhead
 OBJECTIVES = (MSE(), Drift(), PairInversion())

@@ -4,8 +4,8 @@ Necks alone, fed with maps of the sizes that a backbone gives: measured in turn 
 mode, or forward and backward in training mode. `plain` is the Nyström neck in plain PyTorch, `unfused` the same of
 kernels one by one, `fused` that of `pooled_links`. Memory is the peak above the maps; launches are the profiler's. The
 floor is the larger of the maps' bytes read once and the neck's products at the device's rates, which a large copy and a
-large product measure first, or `--bandwidth` and `--rate` give. On a CPU the necks run in plain PyTorch, where fused
-and unfused are the same.
+large product measure first, or `--bandwidth` and `--rate` give. On a CPU the necks run in plain PyTorch: `plain` and
+`fused` are then the same, and `unfused` calls its links one by one.
 """
 
 from __future__ import annotations
@@ -203,9 +203,7 @@ def main() -> None:
     take_rates(options)
     print(f"floors at {options.bandwidth:.4g} GB/s and {options.rate:.4g} TFLOP/s in {options.dtype}")
     if options.device == "cpu":
-        print(
-            "on a CPU fused and unfused are the same neck in plain PyTorch; by kernels a forward pass takes"
-        )
+        print("on a CPU plain and fused are the same neck in plain PyTorch; by kernels a forward pass takes")
         print(launches_by_interpreter(), end="", flush=True)
     titles = ("ms", 9), ("faster", 7), ("compiled", 8), ("memory", 7), ("launches", 8), ("floors", 6)
     print(f"{'backbone':22} {'side':>5} {'batch':>5} {'neck':20}", *(f"{t:>{width}}" for t, width in titles))

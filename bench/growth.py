@@ -382,7 +382,7 @@ def _tell(where: str, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _print(grown: Sequence[dict[str, Any]], crossed: Sequence[dict[str, Any]]) -> None:
-    from srm_model.cli.runs import table
+    from srm_model.cli.streams import table
 
     for rows in (grown, crossed):
         if rows:

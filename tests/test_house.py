@@ -13,13 +13,14 @@ ROOT = Path(__file__).resolve().parent.parent
 # Each part of srm_model stands on the floors below its own, and on parts of its own floor only where named here.
 FLOORS = (
     {"cli", "__main__"},
-    {"profiling"},
+    {"study", "profiling"},
+    {"runs"},
     {"reports", "training", "attacks", "diagnosis"},
     {"data"},
     {"model"},
     {"neck", "backbones", "metrics", "checkpoint"},
     {"statistics"},
-    {"config", "files", "graphs", "modules", "ranks"},
+    {"config", "files", "graphs", "messages", "modules", "ranks"},
 )
 NEIGHBOURS = {("__main__", "cli"), ("training", "attacks"), ("graphs", "modules")}
 

@@ -11,7 +11,6 @@ from srm_model.attacks.objectives import (
     Objective,
     PairInversion,
     Signed,
-    SignedPairInversion,
     SoftSpearman,
 )
 from srm_model.attacks.square import square, square_trace
@@ -30,7 +29,6 @@ __all__ = [
     "PGDTrace",
     "PairInversion",
     "Signed",
-    "SignedPairInversion",
     "SoftSpearman",
     "Suite",
     "SuiteResult",

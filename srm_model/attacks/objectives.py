@@ -79,33 +79,6 @@ class Signed:
 
 
 @dataclass(frozen=True)
-class SignedPairInversion:
-    """`PairInversion` by raising scores alone (+1), or by lowering them alone (−1).
-
-    Of each pair only the worse image's score moves, or only the better one's; the other is held at its clean score,
-    as where an attacker has the pictures of one side only.
-    """
-
-    sign: int
-    margin: float = _DEFAULTS.pair_margin
-    temperature: float = _DEFAULTS.pair_temperature
-
-    batch_defined: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        Signed(self.sign)
-        PairInversion(self.margin, self.temperature)
-
-    @property
-    def name(self) -> str:
-        return f"pair_inversion_{Signed(self.sign).name}"
-
-    def __call__(self, scores: Tensor, mos: Tensor, clean_scores: Tensor) -> Tensor:
-        better, worse = (clean_scores, scores) if self.sign > 0 else (scores, clean_scores)
-        return _inverted(better, worse, mos, self.margin, self.temperature)
-
-
-@dataclass(frozen=True)
 class SoftSpearman:
     """Minus the correlation of soft ranks with the ranks of MOS: a list-wise attack on SROCC itself.
 
@@ -152,10 +125,6 @@ class PairInversion:
             raise ValueError(f"temperature={self.temperature!r}: expected a positive number")
 
     def __call__(self, scores: Tensor, mos: Tensor, clean_scores: Tensor) -> Tensor:
-        return _inverted(scores, scores, mos, self.margin, self.temperature)
-
-
-def _inverted(better: Tensor, worse: Tensor, mos: Tensor, margin: float, temperature: float) -> Tensor:
-    ordered = mos[:, None] - mos[None, :] > margin  # [a, b]: a is the better image
-    losses = F.softplus((worse[None, :] - better[:, None]) / temperature)
-    return torch.where(ordered, losses, 0).sum() / ordered.sum().clamp_min(1)
+        ordered = mos[:, None] - mos[None, :] > self.margin  # [a, b]: a is the better image
+        losses = F.softplus((scores[None, :] - scores[:, None]) / self.temperature)
+        return torch.where(ordered, losses, 0).sum() / ordered.sum().clamp_min(1)

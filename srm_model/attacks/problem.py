@@ -6,6 +6,7 @@ import math
 import numbers
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -41,6 +42,15 @@ def check_budget(norm: str, eps: float) -> float:
             f"eps={eps!r} for norm 'linf': expected at most 1, as pixels lie in [0, 1] (4/255, say)"
         )
     return radius
+
+
+def parse_budget(text: str) -> float:
+    """A decimal number or a fraction such as 4/255 or 0.5/255; ValueError."""
+    above, slash, below = text.partition("/")
+    try:
+        return float(Fraction(above) / Fraction(below if slash else 1))
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"{text!r} is neither a number nor a fraction such as 4/255") from None
 
 
 def check_number(name: str, value: float) -> float:

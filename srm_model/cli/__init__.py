@@ -23,7 +23,8 @@ from srm_model.cli.options import (
     seconds,
     width_and_height,
 )
-from srm_model.cli.streams import Output, prepared, say, sentence
+from srm_model.cli.streams import Output, prepared, sentence
+from srm_model.messages import say
 
 # What a caller can mend, told in one sentence; anything else is a fault of the program and keeps its traceback.
 _EXPECTED = (ValueError, TypeError, NotImplementedError, OSError, ModuleNotFoundError)
@@ -193,8 +194,9 @@ def _parser() -> argparse.ArgumentParser:
             "ablate",
             "ablate:run",
             "train, attack and measure what a study file declares",
-            "Results are lines of OUT/results.jsonl; what is there is not repeated, and the same command started again "
-            "elsewhere takes its share of the work. docs/RECIPES.md describes the file.",
+            "Results are lines of OUT/results.jsonl; what is there is not repeated. The same command started in a "
+            "second shell on this machine takes its share of the work. On several machines a scheduler runs the jobs: "
+            "--list prints their names, --job does one. docs/RECIPES.md describes the file.",
         )
     )
     _add_diagnose(
@@ -443,7 +445,18 @@ def _add_ablate(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=FOLDER",
         help="a data set in place of the file's (repeatable); the file may have a protocol for that name",
     )
-    parser.add_argument("--dry-run", action="store_true", help="only list what is missing")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--dry-run", action="store_true", help="only list what is missing")
+    only.add_argument(
+        "--list",
+        action="store_true",
+        help="only print the name of every job, a line each, trainings before what needs them",
+    )
+    only.add_argument(
+        "--job",
+        metavar="NAME",
+        help="do this job alone, as a Slurm array, GNU parallel or Ray runs it; one that is done is not repeated",
+    )
     add_max_pixels(parser)
     add_device(parser, workers=True)
 
@@ -578,7 +591,7 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
         type=positive,
         nargs="+",
         metavar="N",
-        help="of a study: only these tables, 1 to 15, printed as Markdown too",
+        help="of a study: only these tables, 1, 2 and 5 to 15, printed as Markdown too",
     )
     parser.add_argument(
         "--figure", type=positive, nargs="+", metavar="N", help="of a study: only these, 3 to 6"

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from srm_model import runs
 from srm_model.attacks import audit
 from srm_model.attacks.certify import certificate, smoothed_scores
 from srm_model.attacks.problem import radius_of
 from srm_model.attacks.suite import spread
 from srm_model.checkpoint import read_card
-from srm_model.cli import runs
-from srm_model.cli.options import attack_config_from
-from srm_model.cli.streams import as_named
+from srm_model.cli.options import attack_config_from, device_from
+from srm_model.cli.streams import as_named, table
 from srm_model.config import SRMConfig
 from srm_model.files import write_json
 from srm_model.reports import write_audit
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _audit_all(args: argparse.Namespace, folders: list[Path]) -> bool:
     """Whether a check failed."""
-    device = runs.device_from(args.device)
+    device = device_from(args.device)
     failed = False
     for folder in folders:
         document = read_card(folder)
@@ -78,7 +78,7 @@ def _audit_all(args: argparse.Namespace, folders: list[Path]) -> bool:
         write_json(folder / "audit.json", result)
         page = write_audit(result, folder / "audit.html")
         rows = [[check.title, VERDICTS[check.passed], check.figure] for check in found.checks]
-        print(runs.table(["check", "verdict", "measured"], rows))
+        print(table(["check", "verdict", "measured"], rows))
         print(f"{as_named(page)}: {len(found.failed)} of {len(found.checks)} checks failed")
         failed |= not found.passed
     return failed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from srm_model.cli import runs
+from srm_model import runs
 from srm_model.data import describe
 from srm_model.data.synthesize import synthesize as synthesize_set
 

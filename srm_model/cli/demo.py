@@ -6,12 +6,16 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from srm_model.cli import attack, runs
-from srm_model.cli.train import clean_table, new_model, train_neck
+from srm_model import runs
+from srm_model.cli import attack
+from srm_model.cli.options import device_from
+from srm_model.cli.train import clean_table
 from srm_model.config import SRMConfig
 from srm_model.data.synthesize import synthesize
 from srm_model.files import make_folder
 from srm_model.reports import write_report
+from srm_model.runs.attacking import attack_checkpoint
+from srm_model.runs.training import new_model, train_neck
 
 BACKBONE = "tf_efficientnet_lite0"  # its ImageNet weights come as a package
 NECKS = ("srm", "none")
@@ -46,7 +50,7 @@ def _run(args: argparse.Namespace) -> None:
     data = QUICK_DATA if args.quick else FULL_DATA
     images = QUICK_IMAGES if args.quick else FULL_IMAGES
     out, progress = Path(args.out), not args.no_progress
-    device = runs.device_from(args.device)
+    device = device_from(args.device)
 
     make_folder(out)
     with runs.recorded(out, args.arguments, title=TITLE) as record:
@@ -66,7 +70,7 @@ def _run(args: argparse.Namespace) -> None:
             train_neck(model, out / neck, splits, device=device, progress=progress)
         results = []
         for neck, other in zip(NECKS, reversed(NECKS), strict=True):
-            result = attack.attack_checkpoint(
+            result = attack_checkpoint(
                 out / neck,
                 splits["test"],
                 norm="linf",

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from srm_model.cli import runs
+from srm_model import runs
+from srm_model.cli.options import device_from
 from srm_model.cli.streams import as_named
 from srm_model.diagnosis import diagnose
 from srm_model.files import write_json, write_text
@@ -30,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _diagnose_all(args: argparse.Namespace, folders: list[Path]) -> None:
-    device = runs.device_from(args.device)
+    device = device_from(args.device)
     for folder in folders:
         model, card = runs.open_checkpoint(folder, device, args.backend)
         progress = not args.no_progress

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
+from srm_model import runs
 from srm_model.backbones import check_size
 from srm_model.checkpoint import load_weights, read_card, save_model
-from srm_model.cli import attack, runs
-from srm_model.cli.train import EVALUATION
 from srm_model.files import atomic_path, read_json, write_text
 from srm_model.metrics import doubts
 from srm_model.model import IQAModel, load_model
+from srm_model.runs.attacking import budget_text
+from srm_model.runs.training import EVALUATION
 
 PROGRAM = "program.pt2"
 CARD = "MODEL_CARD.md"
@@ -114,7 +115,7 @@ def _measured(folder: Path, digest: str) -> list[str]:
     for path in sorted((folder / "attacks").glob("*.json")):
         found = read_json(path)
         if (found.get("settings") or {}).get("checkpoint") == digest:
-            budget = f"{found['norm']} {attack.budget_text(found['norm'], found['eps'])}"
+            budget = f"{found['norm']} {budget_text(found['norm'], found['eps'])}"
             worst = found["worst"]
             figures = [_figure(worst["srocc"]), _figure(worst["plcc"])]
             rows.append([budget, len(found["mos"]), *figures, worst["srocc_attack"]])

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
-from fractions import Fraction
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from srm_model.config import STORED, SRMConfig
 from srm_model.files import read_json
 
+if TYPE_CHECKING:
+    import torch
+
+_REASON = 120  # characters of what PyTorch says about a device
 _HELP = {
     "epochs": "passes over the training images",
     "batch_size": "images of one optimiser step, over all processes",
@@ -161,14 +166,45 @@ def width_and_height(text: str) -> tuple[int, int]:
 
 
 def budget(text: str) -> float:
-    """A decimal number or a fraction such as 4/255 or 0.5/255, for argparse."""
-    above, slash, below = text.partition("/")
+    """`parse_budget` for argparse."""
+    from srm_model.attacks.problem import parse_budget
+
     try:
-        return float(Fraction(above) / Fraction(below if slash else 1))
-    except (ValueError, ZeroDivisionError):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is neither a number nor a fraction such as 4/255"
+        return parse_budget(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def device_from(name: str | None) -> torch.device:
+    """The device asked for, by default CUDA where there is one; ValueError where it cannot be used.
+
+    Under torchrun the default is the GPU of the local rank.
+    """
+    import torch
+
+    if name is None:
+        gpu = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
+        return torch.device(gpu if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # which a device without memory ("meta") cannot do
+    except (RuntimeError, AssertionError) as error:
+        reason = re.split(r"\.\s|\n", str(error))[0][:_REASON]  # PyTorch goes on for a page
+        raise ValueError(
+            f"--device {name}: not a device that can be used here ({reason}); expected such as cpu or cuda:0"
         ) from None
+    return device
+
+
+def named_folders(pairs: Sequence[str]) -> dict[str, str]:
+    """Folders by name from NAME=FOLDER."""
+    found = {}
+    for pair in pairs:
+        name, equals, folder = pair.partition("=")
+        if not (name and equals and folder):
+            raise ValueError(f"--data {pair}: expected NAME=FOLDER")
+        found[name] = folder
+    return found
 
 
 def _read(path: str) -> dict[str, Any]:

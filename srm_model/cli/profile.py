@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from srm_model.cli import runs
-from srm_model.cli.options import config_from
+from srm_model import runs
+from srm_model.cli.options import config_from, device_from
+from srm_model.cli.streams import table
 from srm_model.profiling import Effort, Subject, Sweep, article_cases, cases, folder_name
 from srm_model.profiling.counting import CONVENTION
 from srm_model.profiling.machines import sentence
@@ -30,7 +31,7 @@ _OPTIONS = {
 
 def run(args: argparse.Namespace) -> int:
     """Measure every case, a line in the file each as soon as it is known, and print both tables; 2 if none ran."""
-    device = runs.device_from(args.device)
+    device = device_from(args.device)
     chosen = {name: getattr(args, option) for name, option in _OPTIONS.items()}
     given = {name: values for name, values in chosen.items() if values is not None}
     wanted = article_cases(**given) if args.article else cases(**given)
@@ -70,11 +71,11 @@ def _print(rows: list[dict[str, Any]]) -> None:
     print(sentence(rows[0]["machine"]))
     print(CONVENTION)
     if not all(row["error"] for row in rows):
-        print(f"\n{runs.table(*cost_table(rows))}")
-    print(f"\n{runs.table(*measured_table([row for row in rows if not row['error']]))}\n")
+        print(f"\n{table(*cost_table(rows))}")
+    print(f"\n{table(*measured_table([row for row in rows if not row['error']]))}\n")
     shares = shares_table(rows)
     if shares[1]:
-        print(f"{runs.table(*shares)}\n")
+        print(f"{table(*shares)}\n")
     for kernels in dict.fromkeys(row["kernels"] for row in rows if row["kernels"]):
         print(f"kernels: {kernels}")
     for row in rows:

@@ -6,7 +6,7 @@ import argparse
 from contextlib import nullcontext
 from pathlib import Path
 
-from srm_model.cli import runs
+from srm_model import runs
 from srm_model.cli.streams import as_named
 from srm_model.reports import write_report, write_study
 from srm_model.reports.records import STUDY

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from srm_model.cli import runs
+from srm_model import runs
+from srm_model.cli.options import device_from
 from srm_model.cli.streams import as_named, sentence
 from srm_model.data import load_image
 from srm_model.data.lists import decode
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.images and args.files_from is None:
         raise ValueError("nothing to score: expected IMAGE or --files-from FILE")
     names = args.images + ([] if args.files_from is None else _listed(args.files_from, null=args.null))
-    device = runs.device_from(args.device)
+    device = device_from(args.device)
     model, _ = runs.open_checkpoint(folder, device, args.backend)
     failed = False
     for batch in _batches(_sources(names, recursive=args.recursive), args.batch_size):

@@ -8,7 +8,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any, TextIO, cast
 
@@ -77,18 +77,28 @@ def prepared() -> Iterator[Output]:
                 stream.reconfigure(errors=old)
 
 
-def say(text: str) -> None:
-    """Write a line to stderr, where that is possible; stdout is for results."""
-    try:
-        print(text, file=sys.stderr, flush=True)
-    except OSError:
-        with suppress(OSError):  # or the interpreter would fail over it at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
-
-
 def sentence(text: str) -> str:
     """The text on one line."""
     return re.sub(r"\s*[\r\n]+\s*", " ", text).strip()
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Plain text, first column to the left, figures to the right."""
+    cells = [list(header), *([_cell(value) for value in row] for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            text.ljust(width) if column == 0 else text.rjust(width)
+            for column, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    )
+
+
+def _cell(value: Any) -> str:
+    if value is None or value != value:
+        return "undefined"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def as_named(path: str | os.PathLike[str]) -> str:

@@ -7,22 +7,14 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from srm_model import ranks
+from srm_model import runs
 from srm_model.checkpoint import read_card
-from srm_model.cli import runs
-from srm_model.cli.options import config_from
-from srm_model.config import SRMConfig
+from srm_model.cli.options import config_from, device_from
+from srm_model.cli.streams import table
 from srm_model.data import ImageCache
 from srm_model.files import read_json, write_json
-from srm_model.metrics import LogisticMap
-from srm_model.model import IQAModel, build_model
+from srm_model.runs.training import EVALUATION, logistic_of, new_model, train_neck
 from srm_model.training import evaluate as evaluate_model
-from srm_model.training import train as train_model
-from srm_model.training.seeding import seeded
-
-EVALUATION = "evaluation.json"
 
 
 def run(args: argparse.Namespace) -> None:
@@ -34,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _train_all(args: argparse.Namespace, writes: bool) -> list[Path]:
-    config, device = config_from(args), runs.device_from(args.device)
+    config, device = config_from(args), device_from(args.device)
     cache = None if args.cache is None else ImageCache(args.cache, args.cache_size)
     progress = writes and not args.no_progress
     splits = runs.open_splits(args.data, config, cache, progress=progress)
@@ -70,13 +62,13 @@ def evaluate(args: argparse.Namespace) -> None:
     with runs.process_group() as writes, runs.writing(args.folder) if kept else nullcontext():
         rows = _evaluate_all(args, found, writes and kept, progress=writes and not args.no_progress)
     if writes:
-        print(runs.table(["checkpoint", "SROCC", "PLCC", "images"], rows))
+        print(table(["checkpoint", "SROCC", "PLCC", "images"], rows))
 
 
 def _evaluate_all(
     args: argparse.Namespace, folders: dict[str, Path], writes: bool, *, progress: bool
 ) -> list[list[Any]]:
-    device = runs.device_from(args.device)
+    device = device_from(args.device)
     rows = []
     for name, folder in folders.items():
         model, card = runs.open_checkpoint(folder, device, args.backend)
@@ -98,72 +90,8 @@ def _evaluate_all(
     return rows
 
 
-def new_model(backbone: str, neck: str, config: SRMConfig, *, pretrained: bool) -> IQAModel:
-    """A model whose initial weights are a function of the config's seed."""
-    with seeded(config.seed):
-        return build_model(backbone, neck=neck, pretrained=pretrained, config=config)
-
-
-def train_neck(
-    model: IQAModel,
-    folder: Path,
-    splits: dict[str, Any],
-    *,
-    device: torch.device,
-    freeze_backbone: bool = False,
-    resume: bool = True,
-    workers: int = 0,
-    progress: bool = True,
-    **options: Any,
-) -> None:
-    """Train into `folder` and write `evaluation.json` from the best epoch; what is finished is not repeated.
-
-    `options` are more of `train`'s. In a process group every rank calls this, and the first one writes.
-    """
-    if device.type == "cpu":
-        runs.keep_memory()
-    if progress:
-        runs.say(f"training {model.neck_name} on {len(splits['train'])} images, {device}")
-    train_model(
-        model,
-        splits["train"],
-        splits["val"],
-        folder,
-        workers=workers,
-        resume=resume,
-        progress=progress,
-        device=device,
-        freeze_backbone=freeze_backbone,
-        card={"dataset": runs.dataset_card(splits["train"])},
-        **options,
-    )
-    path = folder / EVALUATION
-    digest = ranks.from_first(lambda: read_card(folder)["sha256"])
-    if ranks.from_first(lambda: path.is_file() and read_json(path).get("sha256") == digest):
-        return
-    model, card = runs.open_checkpoint(folder, device)
-    found = evaluate_model(
-        model,
-        splits["test"],
-        batch_size=model.config.batch_size,
-        logistic=logistic_of(card),
-        workers=workers,
-        progress=progress,
-    )
-    if ranks.place()[0] == 0:
-        write_json(path, {**found, "kernels": runs.kernels_of(model.config, device), "sha256": digest})
-    if progress:
-        runs.say_kernels(model.config, device)
-
-
-def logistic_of(card: dict[str, Any]) -> LogisticMap | None:
-    """The map fitted on validation, frozen in a checkpoint's card."""
-    values = card.get("logistic")
-    return None if values is None else LogisticMap.from_dict(values)
-
-
 def clean_table(folders: list[Path]) -> str:
     """Clean correlations of trained checkpoints, as text."""
     found = [(folder.name, read_json(folder / EVALUATION)) for folder in folders]
     rows = [[name, values["srocc"], values["plcc"], values["n"]] for name, values in found]
-    return runs.table(["neck", "SROCC", "PLCC", "test images"], rows)
+    return table(["neck", "SROCC", "PLCC", "test images"], rows)

@@ -31,7 +31,8 @@ def calibrate(neck: SRMNeck, pyramid: Sequence[Tensor]) -> None:
         for source, target in c.links:
             calibrate_link(neck.link(source, target), aligned[target], aligned[source])
         maps = neck.maps(pyramid, pool_sources=False)
-        neck.start_norms(gated_fusion(maps, neck.gate(maps.unbind(1)), cap=None).norm / neck.root(maps))
+        norm = gated_fusion(maps, neck.gate(maps.unbind(1)), cap=None).norm
+        neck.track_norms(norm / neck.root(maps), anew=True)
 
 
 def scale_to_unit(conv: nn.Conv2d, m: Tensor, limit: float) -> None:

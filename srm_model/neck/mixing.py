@@ -120,22 +120,13 @@ class Mixer(nn.Module):
         read = [self.align, *(self.link(*pair) for pair in self.acting)]
         if not all(is_plain(part) for one in read for part in one.modules()):
             return False  # weights are read there, and adapters and parametrised modules have to be called
-        return serves_pooled_links(
-            pyramid[0].new_empty(0, dtype=autocast_dtype(pyramid[0])),  # as they will be read
-            c.head_dim,
-            c.rank,
-            [pyramid[source - 1][0, 0].numel() for source, _ in self.acting],
-            c.pool_size,
-            c.channels if c.dyt or c.qk_norm == "both" else 0,
-            backend=c.backend,
-        )
+        like = pyramid[0].new_empty(0, dtype=autocast_dtype(pyramid[0]))  # as they will be read
+        counts = [pyramid[source - 1][0, 0].numel() for source, _ in self.acting]
+        held = c.channels if c.dyt or c.qk_norm == "both" else 0
+        return serves_pooled_links(like, c.head_dim, c.rank, counts, c.pool_size, held, backend=c.backend)
 
     def maps(
-        self,
-        pyramid: Sequence[Tensor],
-        statistics: BatchStatistics | None = None,
-        *,
-        pool_sources: bool = True,
+        self, pyramid: Sequence[Tensor], statistics: BatchStatistics | None = None, pool_sources: bool = True
     ) -> Tensor:
         """Updated maps of the fused stages, pooled, (B, S, C, P, P); σ of every link goes to `statistics`.
 
@@ -160,63 +151,47 @@ class Mixer(nn.Module):
         c, dtype = self.config, autocast_dtype(pyramid[0])
         sources = sorted({source for source, _ in c.links})
         read = sorted({*sources, *c.fused_stages})
-        links = {pair: self.link(*pair) for pair in self.acting}
-        targets = [c.fused_stages.index(target) for _, target in links]
         affine = {stage: self._affine(stage) for stage in read}
         align = [affine[stage] for stage in c.fused_stages]
+        links = {pair: self.link(*pair) for pair in self.acting}
+        targets = [c.fused_stages.index(target) for _, target in links]
+        queries, outputs = zip(
+            *((link.query.weight, link.output.weight) for link in links.values()), strict=True
+        )
+        dyt = [link.dyt_query.tensors for link in links.values()] if c.dyt else None
+        thetas = [link.theta for link in links.values()] if c.tau else None
         with no_autocast(pyramid[:1]):  # operators choose their own precision
             taken = rounded([*(pyramid[s - 1] for s in read), *(affine[s][0] for s in sources)], dtype)
             maps = dict(zip(read, taken, strict=False))
-            aligned = self.sources([maps[stage] for stage in sources], taken[len(read) :])
-            found = self._pool_sources(dict(zip(sources, aligned, strict=True)), pool_sources)
+            products = self.sources([maps[stage] for stage in sources], taken[len(read) :])
+            found = self._pool_sources(dict(zip(sources, products, strict=True)), pool_sources)
             keys, xs = self.key_sides(found, affine, links, c)
-            track = statistics is not None and not statistics.finished
-            pooled = self.query_sides(
-                [maps[stage] for stage in c.fused_stages],
-                [align[target] for target in targets],
-                [link.query.weight for link in links.values()],
-                keys,
-                targets,
-                size=c.pool_size,
-                dyt=[link.dyt_query.tensors for link in links.values()] if c.dyt else None,
-                xs=xs if track else None,
-                qk_norm=c.qk_norm,
-                backend=c.backend,
-            )
+            tracked = xs if statistics is not None and not statistics.finished else None
+            options = {"size": c.pool_size, "qk_norm": c.qk_norm, "dyt": dyt, "xs": tracked}
+            fused, aligning = [maps[stage] for stage in c.fused_stages], [align[target] for target in targets]
+            pooled = self.query_sides(fused, aligning, queries, keys, targets, **options, backend=c.backend)
             if statistics is not None and pooled.scales is not None:
                 for pair, scale in zip(links, pooled.scales, strict=True):
                     positions = len(pyramid[0]) * pyramid[pair[1] - 1].shape[2:].numel()
                     statistics.add_scale(link_name(*pair), scale, positions)
-            merged: Tensor = self.merge(
-                pooled,
-                xs,
-                align,
-                [link.output.weight for link in links.values()],
-                targets,
+            betas, options = (
                 [self._beta(target) for _, target in links],
-                thetas=[link.theta for link in links.values()] if c.tau else None,
-                backend=c.backend,
+                {"thetas": thetas, "backend": c.backend},
             )
+            merged: Tensor = self.merge(pooled, xs, align, outputs, targets, betas, **options)
             return merged
 
     def _called(
-        self,
-        aligned: dict[int, Tensor],
-        statistics: BatchStatistics | None,
-        pool_sources: bool,
-        *,
-        pooled: bool,
+        self, aligned: dict[int, Tensor], given: BatchStatistics | None, pool_sources: bool, *, pooled: bool
     ) -> dict[int, Tensor]:
         """F_t + β_t fold(Σ U), at full resolution, or of the fused stages pooled to P×P before τ and W_O."""
-        sources = self._pool_sources(
-            {source: aligned[source] for source, _ in self.config.links}, pool_sources
-        )
+        sources = self._pool_sources({stage: aligned[stage] for stage, _ in self.config.links}, pool_sources)
         P, updates = self.config.pool_size, dict[int, Tensor]()
         for source, target in self.acting if pooled else self.config.links:
             link, grid = self.link(source, target), aligned[target].shape[-2:]
             y = link(aligned[target], sources[source])  # (B, H, N_q, d)
-            if statistics is not None and not statistics.finished:
-                statistics.add_link(link_name(source, target), y.detach(), backend=self.config.backend)
+            if given is not None and not given.finished:
+                given.add_link(link_name(source, target), y.detach(), backend=self.config.backend)
             if pooled:
                 H, d = y.shape[1], y.shape[3]
                 folded = y.transpose(1, 2).flatten(2).mT.unflatten(-1, grid)  # (B, C, h, w), channels last

@@ -138,7 +138,7 @@ class SRMNeck(Mixer):
         for name, sigma in statistics.sigma.items():
             cast(Link, self.links[name]).track(sigma)
         assert statistics.norms is not None
-        self._track_norms(statistics.norms)
+        self.track_norms(statistics.norms)
 
     def check(self, pyramid: Sequence[Tensor]) -> None:
         """Raise ValueError or TypeError for a pyramid that the neck does not take; on the CPU for a NaN too."""
@@ -222,17 +222,13 @@ class SRMNeck(Mixer):
         return math.sqrt(maps[0, 0].numel())
 
     @torch.no_grad()
-    def _track_norms(self, rms: Tensor) -> None:
-        median = rms.median().to(self.median_rms.dtype)
-        decayed = self.config.ema * self.median_rms + (1 - self.config.ema) * median
-        taken = torch.where(self.median_rms < UNSTARTED / 2, decayed, median)
-        self.median_rms.copy_(torch.where(median.isfinite(), taken, self.median_rms))
-
-    @torch.no_grad()
-    def start_norms(self, rms: Tensor) -> None:
-        """Start M₀ anew from one batch's root mean squares of M, (B,)."""
-        self.median_rms.fill_(UNSTARTED)
-        self._track_norms(rms)
+    def track_norms(self, rms: Tensor, *, anew: bool = False) -> None:
+        """Take a batch's root mean squares of M (B,) into M₀, or start it `anew` with them."""
+        median, old = rms.median().to(self.median_rms.dtype), self.median_rms
+        old = torch.full_like(old, UNSTARTED) if anew else old
+        decayed = self.config.ema * old + (1 - self.config.ema) * median
+        taken = torch.where(old < UNSTARTED / 2, decayed, median)
+        self.median_rms.copy_(torch.where(median.isfinite(), taken, old))
 
     @torch.no_grad()
     def calibrate(self, pyramid: Sequence[Tensor]) -> None:

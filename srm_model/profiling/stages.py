@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -52,8 +53,7 @@ def stage_times(
         event.record()
         return event
 
-    seen: set[str] = set()
-    rounds: dict[str, list[float]] = {name: [] for name in (*parts, REST)}
+    rounds: dict[str, list[float]] = {}
     named = [(name, part) for name, modules in parts.items() for part in modules]
     with _hooked(named, mark, lambda name, start: marks.append((name, start, mark()))):
         begun = time.perf_counter()
@@ -66,30 +66,24 @@ def stage_times(
             end = mark()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            taken = dict.fromkeys(parts, 0.0)
+            taken: dict[str, float] = {}
             for name, start, stop in marks:
-                seen.add(name)
-                taken[name] += _between(start, stop)
+                taken[name] = taken.get(name, 0.0) + _between(start, stop)
+            taken[REST] = max(_between(begin, end) - sum(taken.values()), 0.0)
             for name, value in taken.items():
-                rounds[name].append(value)
-            rounds[REST].append(max(_between(begin, end) - sum(taken.values()), 0.0))
-    return {
-        name: statistics.median(values) for name, values in rounds.items() if name in seen or name == REST
-    }
+                rounds.setdefault(name, []).append(value)
+    return {name: statistics.median(rounds[name]) for name in (*parts, REST) if name in rounds}
 
 
 @contextmanager
 def named_ranges(module: nn.Module) -> Iterator[None]:
     """Ranges in a profile, forward, for every part of the neck and the head, and each child of the backbone."""
-    named = [
-        (name, part)
-        for name, part in module.named_modules()
-        if name and (not name.startswith("backbone.") or name.count(".") <= 2)
-    ]
+    backbone = re.compile(r"backbone\.(?:[^.]*\.){2}")  # what lies deeper than its children's children
+    named = [(name, part) for name, part in module.named_modules() if name and not backbone.match(name)]
     with _hooked(
         named,
         lambda name: record_function(name).__enter__(),
-        lambda _, range_: range_.__exit__(None, None, None),
+        lambda _, open_: open_.__exit__(None, None, None),
     ):
         yield
 

@@ -1,4 +1,4 @@
-"""Tables 1 to 11 of the article and four of our own, from a study's results."""
+"""Tables of the article, but for 3 and 4, and four of our own, from a study's results."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def tables(results: StudyResults, numbers: Sequence[int] | None = None) -> list[
     """The tables asked for, by default all; one whose results are missing has no rows and says so in its note."""
     for number in numbers or ():
         if number not in _BUILDERS:
-            raise ValueError(f"table {number}: the tables are 1 to {max(_BUILDERS)}")
+            raise ValueError(f"table {number}: the tables are {', '.join(map(str, _BUILDERS))}")
     return [_BUILDERS[number](results) for number in numbers or _BUILDERS]
 
 
@@ -145,50 +145,6 @@ def _scale(results: StudyResults) -> Table:
         "Over links and heads, at the best epoch; mean over seeds.",
         needs="a neck with attention",
         words=3,
-    )
-
-
-def _efficiency(results: StudyResults) -> Table:
-    rows = []
-    for line in results.records.of("efficiency"):
-        identity, values = line["identity"], line["values"]
-        memory = values["peak_mib"]
-        rows.append(
-            [
-                identity["backbone"],
-                identity["neck"],
-                f"{values['parameters'] / 1e6:.3f}",
-                f"{values['macs'] / 1e9:.3f}",
-                f"{values['milliseconds']:.2f}",
-                DASH if memory is None else f"{memory:.0f}",
-                f"{line['device']}, {values['precision']}",
-            ]
-        )
-    size = results.study["config"]["image_size"]
-    return _made(
-        3,
-        "Cost of the neck alone",
-        ["Backbone", "neck", "parameters (M)", "MACs (G)", "time (ms)", "peak memory (MiB)", "measured on"],
-        rows,
-        f"One image of {size}×{size}, forward. MACs by torch's counter with the operators' formulas; memory on GPUs "
-        "only.",
-        needs="`efficiency = true` in the study",
-        words=2,
-    )
-
-
-def _pyramids(results: StudyResults) -> Table:
-    found = {
-        line["identity"]["backbone"]: line["values"]["channels"] for line in results.records.of("efficiency")
-    }
-    width = str(results.study["config"]["channels"])
-    return _made(
-        4,
-        "Pyramids that the necks read",
-        ["Backbone", "stride 4", "stride 8", "stride 16", "stride 32", "aligned to C"],
-        [[backbone, *map(str, channels), width] for backbone, channels in found.items()],
-        "Channels of the four levels, as the backbone itself says.",
-        needs="`efficiency = true` in the study",
     )
 
 
@@ -616,8 +572,6 @@ def _stronger(results: StudyResults) -> Table:
 _BUILDERS: dict[int, Callable[[StudyResults], Table]] = {
     1: _conditioning,
     2: _scale,
-    3: _efficiency,
-    4: _pyramids,
     5: _hyperparameters,
     6: _clean,
     7: _by_attack,

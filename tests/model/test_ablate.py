@@ -8,6 +8,8 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,7 @@ from PIL import Image
 
 from srm_model import SRMConfig, build_model
 from srm_model.cli import main
-from srm_model.cli.ablate import Job, _share, swapped
-from srm_model.cli.runs import named_folders
-from srm_model.cli.study import ABLATIONS, DEFENCES, FULL, Model, read_study, slug
+from srm_model.cli.options import named_folders
 from srm_model.data.synthesize import synthesize
 from srm_model.files import claimed, read_json, write_json
 from srm_model.reports import write_study
@@ -28,6 +28,12 @@ from srm_model.reports.figures import _BUILDERS
 from srm_model.reports.records import Records, StudyResults, over_seeds
 from srm_model.reports.tables import markdown, tables
 from srm_model.reports.text import model_text, signed
+from srm_model.runs import surrogate_of
+from srm_model.study.context import Context
+from srm_model.study.file import ABLATIONS, DEFENCES, FULL, Model, Study, read_study, slug
+from srm_model.study.jobs import Job, jobs
+from srm_model.study.measuring import swapped
+from srm_model.study.sharing import CLAIMS, claim_of, share
 
 STUDY = """
 title = "A small study"
@@ -35,7 +41,6 @@ backbones = ["test_convnext"]
 necks = ["none", "srm"]
 seeds = [0, 1]
 sweep = true
-efficiency = true
 audit = 2
 audit_seeds = [1]
 audit_swaps = ["no links"]
@@ -106,10 +111,10 @@ def out(place: Path) -> Path:
     out = place / "out"
     arguments = ["ablate", str(place / "study.toml"), "--out", str(out), "--device", "cpu", "--no-progress"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("srm_model.cli.ablate._sweeps", _interrupt)
+        patch.setattr("srm_model.study.jobs.sweep_jobs", _interrupt)
         assert main(arguments) == 130  # before anything is measured: the list of jobs is not whole
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("srm_model.cli.ablate._diagnose", _interrupt)
+        patch.setattr("srm_model.study.measuring.diagnosed", _interrupt)
         assert main(arguments) == 130
     assert [line["kind"] for line in Records(out).lines] == ["clean"] * 2
     assert main(arguments) == 0
@@ -137,7 +142,6 @@ def test_every_result_is_a_line_with_all_that_it_depends_on(out: Path):
         "stronger": 2,
         "sweep": 4,
         "transfer": 2,
-        "efficiency": 2,
     }
     for line in lines:
         assert {"identity", "values", "seconds", "created", "device", "versions", "commit"} <= line.keys()
@@ -267,6 +271,89 @@ def test_trained_models_are_attacked_again_by_a_stronger_attack(out: Path):
     assert rows[1][-2] == "—"  # which was not attacked at that budget before
 
 
+def test_a_scheduler_lists_jobs_and_does_one(
+    place: Path, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    def ablate(folder: Path, *options: str) -> tuple[int, list[str], str]:
+        arguments = ["ablate", str(place / "study.toml"), "--out", str(folder), "--device", "cpu"]
+        code = main([*arguments, "--no-progress", *options])
+        shown = capsys.readouterr()
+        return code, shown.out.splitlines(), shown.err
+
+    code, names, _ = ablate(tmp_path / "new", "--list")
+    assert code == 0
+    assert not (tmp_path / "new").exists()
+    assert names == ablate(out, "--list")[1]  # whatever is done
+    assert len(set(names)) == len(names) == 41
+    assert all(re.fullmatch(r"[a-z0-9-]+", name) for name in names)
+    trained, diagnosed = (
+        "train-srm-on-test-convnext-noise-seed-0",
+        "diagnose-srm-on-test-convnext-noise-seed-0",
+    )
+    assert {trained, diagnosed} <= set(names)
+    new = tmp_path / "new"
+    code, shown, told = ablate(new, "--job", diagnosed)
+    assert (code, shown) == (2, [])
+    assert told == f"srm-iqa ablate: job '{diagnosed}': needs {trained}; expected that to be done before\n"
+    for expected in ("done", "nothing to do, its result is there"):
+        assert ablate(new, "--job", trained)[:2] == (0, [f"{trained}: {expected}"])
+        assert [line["kind"] for line in Records(new).lines] == ["clean"]
+    with claimed_elsewhere(new, diagnosed, place):
+        code, shown, told = ablate(new, "--job", diagnosed)
+        assert (code, shown) == (2, [])
+        assert "another process on this machine has it at hand" in told
+    assert ablate(new, "--job", diagnosed)[:2] == (0, [f"{diagnosed}: done"])
+    own, first = (
+        next(
+            line["values"]
+            for line in Records(folder).of("diagnostics")
+            if (line["identity"]["variant"], line["identity"]["seed"]) == (FULL, 0)
+        )
+        for folder in (new, out)
+    )
+    assert own == first
+    assert len(read_json(new / "run.json")["command"]) == 1  # for all of an array's jobs
+    code, shown, told = ablate(new, "--job", "train-nothing")
+    assert (code, shown) == (2, [])
+    assert told == (
+        "srm-iqa ablate: job 'train-nothing': the study has none of that name; expected one that --list prints\n"
+    )
+
+
+@contextmanager
+def claimed_elsewhere(folder: Path, name: str, place: Path) -> Iterator[None]:
+    """Another process that does the job of that name meanwhile."""
+    study = read_study(place / "study.toml")
+    job = next(job for job in jobs(Context(study, folder, torch.device("cpu"))) if job.name == name)
+    context = multiprocessing.get_context("fork")
+    holding = context.Event()
+
+    def hold() -> None:
+        with claimed(folder / CLAIMS, claim_of(job)):
+            holding.set()
+            time.sleep(60)
+
+    worker = context.Process(target=hold)
+    worker.start()
+    assert holding.wait(30)
+    yield
+    worker.kill()
+    worker.join()
+
+
+def test_jobs_of_one_name_are_refused(place: Path):
+    text = (place / "study.toml").read_text().replace('noise = "set"', 'noise = "set"\n"Noise!" = "set"')
+    (place / "twice.toml").write_text(text)
+    study = read_study(place / "twice.toml")
+    with pytest.raises(ValueError, match="would share the name train-none-on-test-convnext-noise-seed-0"):
+        jobs(Context(study, place / "nowhere", torch.device("cpu"), progress=False))
+
+
+def test_one_rule_finds_the_surrogate_of_every_model(place: Path, out: Path):
+    for model in read_study(place / "study.toml").models():
+        assert surrogate_of(out / model.folder) == out / model.surrogate.folder
+
+
 def test_weights_that_are_gone_are_trained_again_where_something_needs_them(
     place: Path, out: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -276,7 +363,7 @@ def test_weights_that_are_gone_are_trained_again_where_something_needs_them(
     digest = read_json(_srm(out, 0) / "config.json")["sha256"]
     shutil.rmtree(_srm(out, 0))
     assert main([*arguments, "--dry-run"]) == 0
-    assert capsys.readouterr().out == "0 of 43 results are missing\n"
+    assert capsys.readouterr().out == "0 of 41 results are missing\n"
     lost = next(
         text
         for text in lines
@@ -345,15 +432,14 @@ def test_processes_share_the_jobs_and_do_each_once(tmp_path: Path):
             write_json(tmp_path / model.folder / "config.json", {"sha256": "0"})
             return {"process": os.getpid(), "sha256": "0"}
 
-        return Job(kind, {"kind": kind, "seed": model.seed}, kind, measure, (model, *needs))
+        return Job(kind, {"kind": kind, "seed": model.seed}, f"{kind} {model.seed}", measure, (model, *needs))
 
-    jobs = [job("clean", model) for model in models]
-    jobs += [job(kind, model, models[0]) for kind in ("a", "b", "c") for model in models]
+    listed = [job("clean", model) for model in models]
+    listed += [job(kind, model, models[0]) for kind in ("a", "b", "c") for model in models]
     context = multiprocessing.get_context("fork")
-    workers = [
-        context.Process(target=_share, args=(jobs, tmp_path, torch.device("cpu")), kwargs={"progress": False})
-        for _ in range(2)
-    ]
+    study = Study("", {}, (), (), (), SRMConfig())
+    shared = Context(study, tmp_path, torch.device("cpu"), progress=False)
+    workers = [context.Process(target=share, args=(listed, shared)) for _ in range(2)]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -361,7 +447,7 @@ def test_processes_share_the_jobs_and_do_each_once(tmp_path: Path):
         assert worker.exitcode == 0
     lines = Records(tmp_path).lines
     assert sorted((line["kind"], line["identity"]["seed"]) for line in lines) == sorted(
-        (job.kind, job.identity["seed"]) for job in jobs
+        (job.kind, job.identity["seed"]) for job in listed
     )
     assert len({line["values"]["process"] for line in lines}) == 2
     kinds = [(line["kind"], line["identity"]["seed"]) for line in lines]
@@ -482,7 +568,7 @@ def test_a_second_call_repeats_nothing_and_a_lost_line_is_measured_again(
     path = out / "results.jsonl"
     before = path.read_text()
     assert main([*arguments, "--dry-run"]) == 0
-    assert capsys.readouterr().out == "0 of 43 results are missing\n"
+    assert capsys.readouterr().out == "0 of 41 results are missing\n"
     lines = before.splitlines()
     lost = next(i for i, text in enumerate(lines) if json.loads(text)["kind"] == "sweep")
     path.write_text("\n".join([*lines[:lost], *lines[lost + 1 :], lines[0][:50]]) + "\n")  # and one cut short
@@ -502,7 +588,7 @@ def test_all_tables_are_made_and_their_figures_are_the_lines(out: Path, capsys: 
     assert main(["report", str(out)]) == 0
     capsys.readouterr()
     page = (out / "report.html").read_text()
-    for number in range(1, 16):
+    for number in (1, 2, *range(5, 16)):
         text = (out / "tables" / f"table-{number:02d}.md").read_text()
         assert text.startswith(f"### Table {number}. ")
         assert "No results yet" not in text
@@ -582,11 +668,11 @@ def test_tables_are_in_the_studys_order_whatever_was_done_first(out: Path, tmp_p
 def test_a_table_without_results_says_what_it_needs(tmp_path: Path, place: Path):
     study = read_study(place / "study.toml")
     (tmp_path / "study.json").write_text(json.dumps({**study.to_dict(), "ablations": {}}))
-    made, written = write_study(tmp_path, table_numbers=range(1, 15))
+    made, written = write_study(tmp_path, table_numbers=(1, 2, *range(5, 15)))
     empty = {table.number for table in made if not table.rows}
-    assert empty == {1, 2, 3, 4, 6, 7, 8, 10, 11, 12, 13, 14}
+    assert empty == {1, 2, 6, 7, 8, 10, 11, 12, 13, 14}
     assert all("No results yet: this table needs" in table.note for table in made if table.number in empty)
-    assert len(written) == 28
+    assert len(written) == 24
 
 
 def test_figures_are_drawn_as_vectors_and_pixels(
@@ -672,7 +758,7 @@ def test_the_figure_of_budgets_is_of_the_models_with_the_most_seeds(
 
 def test_what_is_not_there_is_a_sentence(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for arguments, words in (
-        (["--table", "16"], "table 16: the tables are 1 to 15"),
+        (["--table", "3"], "table 3: the tables are 1, 2, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15"),
         (["--figure", "2"], "figure 2: the ones drawn from results are 3, 4, 5, 6"),
     ):
         assert main(["report", str(out), *arguments]) == 2

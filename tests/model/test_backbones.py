@@ -125,7 +125,8 @@ def test_another_error_of_a_backbone_is_not_blamed_on_the_size(monkeypatch):
 
 
 def test_commands_refuse_a_size_before_anything_is_written(tmp_path, capsys, monkeypatch):
-    from srm_model.cli import main, runs
+    from srm_model import runs
+    from srm_model.cli import main
 
     monkeypatch.setattr(runs, "open_splits", lambda *_, **__: {"train": None, "val": None, "test": None})
     arguments = ["train", "--data", str(tmp_path), "--out", str(tmp_path / "run"), "--backbone", "dla34"]

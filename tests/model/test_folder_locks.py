@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from srm_model import SRMConfig, build_model
+from srm_model import SRMConfig, build_model, runs
 from srm_model.checkpoint import save_model
-from srm_model.cli import _parser, main, runs
+from srm_model.cli import _parser, main
 from srm_model.files import held, write_json
 
 FORK = multiprocessing.get_context("fork")

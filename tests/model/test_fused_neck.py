@@ -106,10 +106,10 @@ def test_tokens_beyond_the_fused_kernels_take_the_unfused_ones():
 def test_the_path_is_decided_by_the_dtype_that_maps_are_read_in(monkeypatch: pytest.MonkeyPatch):
     """Under autocast that is not their own: some sizes are served in bf16 alone."""
     asked = []
+    neck, pyramid = by_kernels(make_neck(TINY)), make_pyramid(1, SQUARE)
     monkeypatch.setattr(
         "srm_model.neck.mixing.serves_pooled_links", lambda like, *a, **k: asked.append(like.dtype) or False
     )
-    neck, pyramid = by_kernels(make_neck(TINY)), make_pyramid(1, SQUARE)
     neck.pools(pyramid)
     with torch.autocast(DEVICE, torch.bfloat16):
         neck.pools(pyramid)
@@ -253,7 +253,10 @@ def test_checkpointed_training_steps_are_the_same(kernels_serve, reentrant, dyt)
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_another_pass_than_the_last_is_not_taken_again(reentrant):
-    """Two training passes before one backward pass: refused; with finished statistics each, to the bit the same."""
+    """Two training passes before one backward pass: refused. With finished statistics each, the same, to the bit.
+
+    Where each pass has a backward pass of its own, a weight that is read in several places is summed in another order.
+    """
     neck = make_neck(TINY.replace(links=((4, 1),), gain_cap=0.5))
     batches = [make_pyramid(2, SQUARE, seed=seed) for seed in range(2)]
 
@@ -279,7 +282,11 @@ def test_another_pass_than_the_last_is_not_taken_again(reentrant):
             neck(pyramid, statistics=s)
             s.finish()
     found = gradients(given, again), gradients(given, lambda run, *maps: run(*maps))
-    assert all(one is other is None or torch.equal(one, other) for one, other in zip(*found, strict=True))
+    for number, (one, other) in enumerate(zip(*found, strict=True)):
+        if reentrant and number >= 2 * len(SQUARE) and one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+        else:
+            assert one is other is None or torch.equal(one, other)
 
 
 @pytest.mark.parametrize("kernels_serve", [False, True])

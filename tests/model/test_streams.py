@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from srm_model import runs
 from srm_model.checkpoint import read_card
-from srm_model.cli import main, runs
+from srm_model.cli import main
+from srm_model.cli.options import device_from
 from srm_model.cli.streams import prepared
 from srm_model.files import json_text, read_json, write_json
 
@@ -129,7 +131,7 @@ def test_an_option_may_stand_between_the_positions(capsys: pytest.CaptureFixture
 @pytest.mark.parametrize("name", ["mps", "xpu", "meta", "cuda:99", "abacus", "cpu:x"])
 def test_a_device_that_is_not_here_is_one_short_sentence(name: str):
     with pytest.raises(ValueError, match=f"--device {name}: not a device that can be used here") as raised:
-        runs.device_from(name)
+        device_from(name)
     assert len(str(raised.value)) < 260
     assert "\n" not in str(raised.value)
     assert "expected such as cpu or cuda:0" in str(raised.value)
@@ -174,7 +176,7 @@ def test_no_writer_of_json_goes_past_it():
         if "json.dumps(" in line
         and not any(word in line for word in ("allow_nan=False", "json.loads(json.dumps", "identity"))
     }
-    assert found - within <= {"reports/records.py", "profiling/results.py", "cli/ablate.py"}
+    assert found - within <= {"reports/records.py", "profiling/results.py"}
 
 
 @pytest.fixture

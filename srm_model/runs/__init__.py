@@ -1,13 +1,11 @@
-"""Run folders, checkpoints and data sets as the subcommands share them."""
+"""Run folders, checkpoints and data sets as commands and studies share them."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import platform
-import re
 import shlex
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,34 +20,15 @@ from srm_kernels import choice
 from srm_model import ranks
 from srm_model.backbones import check_size
 from srm_model.checkpoint import CONFIG, read_card
-from srm_model.cli.streams import say as say
 from srm_model.config import NECKS, STORED, SRMConfig
 from srm_model.data import SPLITS, ImageCache, open_dataset
 from srm_model.files import held, read_json, write_json
+from srm_model.messages import bars as bars
+from srm_model.messages import say as say
 from srm_model.model import load_model
 from srm_model.reports.records import STUDY
 
 RUN = "run.json"
-_REASON = 120  # characters of what PyTorch says about a device
-
-
-def device_from(name: str | None) -> torch.device:
-    """The device asked for, by default CUDA where there is one; ValueError where it cannot be used.
-
-    Under torchrun the default is the GPU of the local rank.
-    """
-    if name is None:
-        gpu = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
-        return torch.device(gpu if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()  # which a device without memory ("meta") cannot do
-    except (RuntimeError, AssertionError) as error:
-        reason = re.split(r"\.\s|\n", str(error))[0][:_REASON]  # PyTorch goes on for a page
-        raise ValueError(
-            f"--device {name}: not a device that can be used here ({reason}); expected such as cpu or cuda:0"
-        ) from None
-    return device
 
 
 @contextmanager
@@ -224,17 +203,6 @@ def open_splits(
     }
 
 
-def named_folders(pairs: Sequence[str]) -> dict[str, str]:
-    """Folders by name from NAME=FOLDER."""
-    found = {}
-    for pair in pairs:
-        name, equals, folder = pair.partition("=")
-        if not (name and equals and folder):
-            raise ValueError(f"--data {pair}: expected NAME=FOLDER")
-        found[name] = folder
-    return found
-
-
 def dataset_card(dataset: Any) -> dict[str, Any]:
     """What cards and run.json say about a data set, by any of its splits."""
     ceiling = getattr(dataset, "type_level_srocc", None)
@@ -273,30 +241,13 @@ def dataset_for(
 
 
 def surrogate_of(folder: Path) -> Path | None:
-    """Where the transfer attack is crafted: the none neck beside a checkpoint, for `none` the srm neck."""
-    other = folder.parent / ("srm" if read_card(folder)["neck"] == "none" else "none")
-    return other if (other / CONFIG).is_file() and other.resolve() != folder.resolve() else None
+    """Where the transfer attack on a checkpoint is crafted: the neck `none`, for `none` itself `srm`.
 
-
-def bars(wanted: bool) -> bool:
-    """Whether libraries are to draw their bars: where they are wanted, and only on a terminal."""
-    return wanted and sys.stderr.isatty()
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Plain text, first column to the left, figures to the right."""
-    cells = [list(header), *([_cell(value) for value in row] for row in rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    return "\n".join(
-        "  ".join(
-            text.ljust(width) if column == 0 else text.rjust(width)
-            for column, (text, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in cells
-    )
-
-
-def _cell(value: Any) -> str:
-    if value is None or value != value:
-        return "undefined"
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    It lies beside the checkpoint; that of a study's variant beside the full model, a folder above.
+    """
+    other = "srm" if read_card(folder)["neck"] == "none" else "none"
+    studied = any((above / STUDY).is_file() for above in folder.resolve().parents)
+    for place in (folder.parent, folder.parent.parent)[: 1 + studied]:
+        if (place / other / CONFIG).is_file() and (place / other).resolve() != folder.resolve():
+            return place / other
+    return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import tomllib
@@ -12,8 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from srm_model.attacks.problem import check_budget
-from srm_model.cli.options import budget
+from srm_model.attacks.problem import check_budget, parse_budget
 from srm_model.config import NECKS, SRMConfig
 
 FULL = "full"  # the variant without overrides
@@ -63,6 +61,18 @@ class Model:
         if self.variant != FULL:
             place = place / slug(self.variant)
         return place / self.neck
+
+    @property
+    def surrogate(self) -> Model:
+        """The surrogate of its transfer attack, as `runs.surrogate_of` finds it once it is trained."""
+        other = "srm" if self.neck == "none" else "none"
+        return Model(self.data, self.backbone, other, FULL, self.seed, self.config)
+
+    @property
+    def label(self) -> str:
+        """As people read it."""
+        variant = "" if self.variant == FULL else f", {self.variant}"
+        return f"{self.neck} on {self.backbone}, {self.data}{variant}, seed {self.seed}"
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -115,7 +125,6 @@ class Study:
     stronger: tuple[Stronger, ...] = ()
     transfer: tuple[tuple[str, str], ...] = ()  # pairs of backbones, beside the necks of one
     sweep: bool = False
-    efficiency: bool = False
 
     def models(self) -> Iterator[Model]:
         """Every training: the grid, then the ablations on the first data set and backbone."""
@@ -176,7 +185,6 @@ _KEYS: dict[str, Any] = {
     "stronger": list,
     "transfer": list,
     "sweep": bool,
-    "efficiency": bool,
     "protocols": dict,
 }
 _ATTACK_KEYS = {"linf", "l2", "images", "suite"}
@@ -231,12 +239,6 @@ def _checked(values: Any) -> dict[str, Any]:
 def _under_protocol(values: dict[str, Any], roots: Mapping[str, str]) -> dict[str, Any]:
     """The file's keys for the data sets of `roots`: those of the protocol that is for them, if there is one."""
     chosen = set()
-    for name, protocol in values.get("protocols", {}).items():
-        if not isinstance(protocol, dict) or not isinstance(protocol.get("for"), list):
-            raise ValueError(
-                f"protocol {name!r}: expected a table of keys whose `for` lists names of data sets"
-            )
-        _checked({key: value for key, value in protocol.items() if key != "for"})
     for root in roots:
         named = [name for name, protocol in values.get("protocols", {}).items() if root in protocol["for"]]
         chosen.add(named[0] if named else None)
@@ -300,9 +302,9 @@ def _study(values: Any, here: Path, roots: Mapping[str, str]) -> Study:
         own = _budgets(group, config) if group.keys() & {"linf", "l2"} else budgets
         ablation_budgets |= dict.fromkeys(found, own)
         audited += found if group.get("audit", False) else ()
-    folders: dict[tuple[str, str], str] = {}
-    for name, overrides in ablations.items():
-        other = folders.setdefault((slug(name), overrides.get("neck", "srm")), name)
+    folders: dict[str, str] = {}
+    for name in ablations:
+        other = folders.setdefault(slug(name), name)
         if other != name:
             raise ValueError(
                 f"ablations {other!r} and {name!r} would share the folder {slug(name)}: rename one"
@@ -333,7 +335,6 @@ def _study(values: Any, here: Path, roots: Mapping[str, str]) -> Study:
         ),
         transfer=pairs,
         sweep=values.get("sweep", False),
-        efficiency=values.get("efficiency", False),
     )
 
 
@@ -444,8 +445,8 @@ def _known(values: Mapping[str, Any], keys: set[str], what: str) -> None:
 
 def _budget(norm: str, value: Any) -> float:
     try:
-        eps = budget(str(value))
-    except argparse.ArgumentTypeError:
+        eps = parse_budget(str(value))
+    except ValueError:
         raise ValueError(f"budget {value!r}: expected a number or a fraction such as 4/255") from None
     check_budget(norm, eps)
     return eps

@@ -1,0 +1,84 @@
+"""A neck trained into its folder, and evaluated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from srm_model import ranks, runs
+from srm_model.checkpoint import read_card
+from srm_model.config import SRMConfig
+from srm_model.files import read_json, write_json
+from srm_model.metrics import LogisticMap
+from srm_model.model import IQAModel, build_model
+from srm_model.training import evaluate as evaluate_model
+from srm_model.training import train as train_model
+from srm_model.training.seeding import seeded
+
+EVALUATION = "evaluation.json"
+
+
+def new_model(backbone: str, neck: str, config: SRMConfig, *, pretrained: bool) -> IQAModel:
+    """A model whose initial weights are a function of the config's seed."""
+    with seeded(config.seed):
+        return build_model(backbone, neck=neck, pretrained=pretrained, config=config)
+
+
+def train_neck(
+    model: IQAModel,
+    folder: Path,
+    splits: dict[str, Any],
+    *,
+    device: torch.device,
+    freeze_backbone: bool = False,
+    resume: bool = True,
+    workers: int = 0,
+    progress: bool = True,
+    **options: Any,
+) -> None:
+    """Train into `folder` and write `evaluation.json` from the best epoch; what is finished is not repeated.
+
+    `options` are more of `train`'s. In a process group every rank calls this, and the first one writes.
+    """
+    if device.type == "cpu":
+        runs.keep_memory()
+    if progress:
+        runs.say(f"training {model.neck_name} on {len(splits['train'])} images, {device}")
+    train_model(
+        model,
+        splits["train"],
+        splits["val"],
+        folder,
+        workers=workers,
+        resume=resume,
+        progress=progress,
+        device=device,
+        freeze_backbone=freeze_backbone,
+        card={"dataset": runs.dataset_card(splits["train"])},
+        **options,
+    )
+    path = folder / EVALUATION
+    digest = ranks.from_first(lambda: read_card(folder)["sha256"])
+    if ranks.from_first(lambda: path.is_file() and read_json(path).get("sha256") == digest):
+        return
+    model, card = runs.open_checkpoint(folder, device)
+    found = evaluate_model(
+        model,
+        splits["test"],
+        batch_size=model.config.batch_size,
+        logistic=logistic_of(card),
+        workers=workers,
+        progress=progress,
+    )
+    if ranks.place()[0] == 0:
+        write_json(path, {**found, "kernels": runs.kernels_of(model.config, device), "sha256": digest})
+    if progress:
+        runs.say_kernels(model.config, device)
+
+
+def logistic_of(card: dict[str, Any]) -> LogisticMap | None:
+    """The map fitted on validation, frozen in a checkpoint's card."""
+    values = card.get("logistic")
+    return None if values is None else LogisticMap.from_dict(values)

@@ -1,0 +1,1 @@
+"""Studies: what a file declares, its jobs, and their results."""

@@ -1,0 +1,40 @@
+"""What every job of a study is measured with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from srm_model import runs
+from srm_model.study.file import Model, Study
+
+
+@dataclass(frozen=True)
+class Context:
+    """A study, its folder, and how it is worked on."""
+
+    study: Study
+    out: Path
+    device: torch.device
+    workers: int = 0
+    progress: bool = True
+    _splits: dict[Any, dict[str, Any]] = field(default_factory=dict)
+
+    def splits(self, model: Model) -> dict[str, Any]:
+        """The data sets of a model by split; those of a set, seed and size are opened once."""
+        key = model.data, model.config.seed, model.config.image_size
+        if key not in self._splits:
+            root = self.study.data[model.data]
+            self._splits[key] = runs.open_splits(root, model.config, progress=self.progress)
+        return self._splits[key]
+
+    def test(self, model: Model) -> Any:
+        """The test split."""
+        return self.splits(model)["test"]
+
+    def opened(self, model: Model) -> tuple[Any, dict[str, Any]]:
+        """The trained model on the device, and its card."""
+        return runs.open_checkpoint(self.out / model.folder, self.device)

@@ -1,0 +1,217 @@
+"""What a job of a study measures, as plain JSON values."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from srm_model import runs
+from srm_model.attacks import MSE, Attack, PairInversion, Suite, audit, sweep_steps, transfer
+from srm_model.checkpoint import read_card
+from srm_model.files import read_json
+from srm_model.model import build_model
+from srm_model.neck.diagnosis import measure, quantiles
+from srm_model.runs.attacking import attack_checkpoint
+from srm_model.runs.training import EVALUATION, logistic_of, new_model, train_neck
+from srm_model.study.context import Context
+from srm_model.study.file import Model, Stronger, slug
+from srm_model.training import evaluate
+from srm_model.training.loop import HISTORY
+
+
+def trained(c: Context, model: Model) -> dict[str, Any]:
+    """Train a model; clean figures of its best epoch."""
+    folder = c.out / model.folder
+    train_neck(
+        new_model(model.backbone, model.neck, model.config, pretrained=c.study.pretrained),
+        folder,
+        c.splits(model),
+        device=c.device,
+        freeze_backbone=c.study.freeze_backbone,
+        workers=c.workers,
+        progress=c.progress,
+    )
+    found, document = read_json(folder / EVALUATION), read_card(folder)
+    return {
+        **{key: found[key] for key in ("srocc", "plcc", "n", "labels")},
+        "val": document["card"]["val"],
+        "epoch": document["card"]["epoch"],
+        "sha256": document["sha256"],
+        "folder": str(model.folder),
+    }
+
+
+def attacked(
+    c: Context, model: Model, norm: str, eps: float, stronger: Stronger | None = None
+) -> dict[str, Any]:
+    """Attack a trained model with the study's settings, or with those of a stronger group."""
+    folder = c.out / model.folder
+    found = attack_checkpoint(
+        folder,
+        c.test(model),
+        norm=norm,
+        eps=eps,
+        config=model.config if stronger is None else model.config.replace(**stronger.config),
+        device=c.device,
+        surrogate=runs.surrogate_of(folder),
+        limit=c.study.images,
+        suite=c.study.suite if stronger is None else stronger.suite,
+        progress=c.progress,
+        within="" if stronger is None else stronger.name,
+    )
+    keys = ("srocc", "plcc", "loss", "zero_gradients", "nonfinite_gradients")
+    return {
+        "clean": {key: found["clean"][key] for key in ("srocc", "plcc")},
+        "attacks": {name: {key: entry[key] for key in keys} for name, entry in found["attacks"].items()},
+        "worst": found["worst"],
+        "incomplete": found["incomplete"],
+        "images": len(found["mos"]),
+        "radius": found["radius"],
+    }
+
+
+def swap_evaluated(c: Context, model: Model, changes: dict[str, Any]) -> dict[str, Any]:
+    """Clean scores of trained weights under another attention, rank or link weight, with no training."""
+    loaded, card = c.opened(model)
+    own, other = (
+        evaluate(one, c.test(model), batch_size=model.config.batch_size, logistic=logistic_of(card))
+        for one in (loaded, swapped(loaded, changes))
+    )
+    moved = np.abs(np.subtract(other["scores"], own["scores"]))
+    return {
+        "srocc": other["srocc"],
+        "plcc": other["plcc"],
+        "trained_srocc": own["srocc"],
+        "moved": {
+            "median": float(np.median(moved)),
+            "maximum": float(moved.max()),
+            "spread": float(np.std(own["scores"])),
+        },
+    }
+
+
+def swapped(model: Any, changes: dict[str, Any]) -> Any:
+    """The trained weights in a model with other config fields, `neck`, or every link weighted by `beta`."""
+    fields = {key: value for key, value in changes.items() if key not in ("neck", "beta")}
+    other: Any = build_model(
+        model.backbone_name, neck=changes.get("neck", model.neck_name), config=model.config.replace(**fields)
+    )
+    other.load_state_dict(model.state_dict())
+    if "beta" in changes:
+        with torch.no_grad():
+            for beta in other.neck.beta.values():
+                beta.fill_(changes["beta"])
+    device = next(model.parameters()).device
+    return other.to(device).to(memory_format=torch.channels_last)
+
+
+def audited(c: Context, model: Model, eps: float, changes: dict[str, Any]) -> dict[str, Any]:
+    """Audit a trained model, or its weights swapped."""
+    loaded, _ = c.opened(model)
+    surrogate = runs.surrogate_of(c.out / model.folder)
+    found = audit(
+        swapped(loaded, changes) if changes else loaded,
+        c.test(model),
+        norm="linf",
+        eps=eps,
+        surrogate=None if surrogate is None else runs.open_checkpoint(surrogate, c.device)[0],
+        config=model.config,
+        images=c.study.audit,
+        seed=model.seed,
+    )
+    return {"passed": found.passed, "failed": list(found.failed), **found.to_dict()}
+
+
+def swept(c: Context, model: Model, norm: str, eps: float, label: str) -> dict[str, Any]:
+    """Figure 5: PGD by its number of steps."""
+    loaded, card = c.opened(model)
+    pairs = PairInversion(margin=model.config.pair_margin, temperature=model.config.pair_temperature)
+    with _unfinished(c, label) as resume:
+        rows = sweep_steps(
+            Suite([Attack("pgd_mse", MSE()), Attack("pgd_pair_inversion", pairs)], model.config),
+            loaded,
+            c.test(model),
+            norm=norm,
+            eps=eps,
+            logistic=logistic_of(card),
+            batch_size=model.config.attack_batch_size,
+            seed=model.config.seed,
+            limit=c.study.images,
+            resume=resume,
+        )
+    return {"rows": rows}
+
+
+def transferred(c: Context, models: Sequence[Model], norm: str, eps: float, label: str) -> dict[str, Any]:
+    """Table 10: attacks on each of these models, shown to the others."""
+    opened = {f"{m.backbone}/{m.neck}": c.opened(m) for m in models}
+    config = models[0].config
+    with _unfinished(c, label) as resume:
+        found = transfer(
+            {name: model for name, (model, _) in opened.items()},
+            c.test(models[0]),
+            norm=norm,
+            eps=eps,
+            config=config,
+            logistics={name: logistic_of(card) for name, (_, card) in opened.items()},
+            batch_size=config.attack_batch_size,
+            seed=config.seed,
+            limit=c.study.images,
+            resume=resume,
+        )
+    clean, keys = ("srocc", "plcc"), ("source", "target", "srocc", "plcc")
+    return {
+        "clean": {name: {key: entry[key] for key in clean} for name, entry in found["clean"].items()},
+        "pairs": [{key: pair[key] for key in keys} for pair in found["pairs"]],
+    }
+
+
+@contextmanager
+def _unfinished(c: Context, label: str) -> Iterator[Path]:
+    """A folder for what is finished of a job; it goes when the whole is."""
+    folder = c.out / "unfinished" / slug(label)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def diagnosed(c: Context, model: Model) -> dict[str, Any]:
+    """Tables 1 and 2, figures 3 and 4: a neck's figures over all links, heads and test images, and over the epochs."""
+    loaded, _ = c.opened(model)
+    dataset, size = c.test(model), model.config.batch_size
+    found = []
+    for start in range(0, len(dataset), size):
+        chosen = range(start, min(start + size, len(dataset)))
+        images = torch.stack([dataset[index][0] for index in chosen]).to(c.device)
+        with torch.no_grad():
+            found.append(measure(loaded.neck, loaded.pyramid(images)))
+    links = [figures for one in found for figures in one.links.values()]
+    ratios = [ratio for one in found for ratio in one.update_ratio.values()]
+    kept = ("weights", "gain", "norm")
+    gate = {name: torch.cat([getattr(one.output, name).float() for one in found]) for name in kept}
+    gate["entropy"] = torch.special.entr(gate["weights"]).sum(-1)
+    return {
+        "links": {name: quantiles(torch.cat([one[name].flatten() for one in links])) for name in links[0]},
+        "update_ratio": quantiles(torch.tensor(ratios)),
+        "gate": {name: values.tolist() for name, values in gate.items()},
+        "trajectory": _trajectory(c.out / model.folder / HISTORY),
+    }
+
+
+def _trajectory(path: Path) -> list[dict[str, Any]]:
+    """τ and the scale before and after it, medians over links and heads, and what the cap did, by epoch."""
+    rows = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(text)
+        entry = {"epoch": row["epoch"], "gain_active": row["diagnostics"]["gain_active"]}
+        for name in ("tau", "sigma_before_tau", "sigma_after_tau"):
+            values = [np.atleast_1d(link[name]) for link in row["diagnostics"]["links"].values()]
+            entry[name] = float(np.median(np.concatenate(values)))
+        rows.append(entry)
+    return rows

@@ -1,0 +1,110 @@
+"""Doing what is missing of a study: all of it, shared with other processes on this machine, or one job."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from srm_model import runs
+from srm_model.checkpoint import CONFIG
+from srm_model.files import claimed, read_json
+from srm_model.reports.records import Records
+from srm_model.study.context import Context
+from srm_model.study.jobs import CLEAN, Job
+from srm_model.study.records import record
+
+CLAIMS = "claims.lock"
+WAIT = 2.0  # seconds between looks at what other processes have done
+
+
+def missing(jobs: Sequence[Job], out: Path) -> list[Job]:
+    """Jobs without a line, and trainings whose weights are gone, or are others, while a job needs them."""
+    records = Records(out)
+    without = [job for job in jobs if records.find(job.kind, job.identity) is None]
+    trained = {
+        str(job.needs[0].folder): line["values"]["sha256"]
+        for job in jobs
+        if job.kind == CLEAN and (line := records.find(CLEAN, job.identity)) is not None
+    }
+    needed = {str(model.folder) for job in without if job.kind != CLEAN for model in job.needs}
+    lost = {
+        folder
+        for folder in needed & trained.keys()
+        if not (path := out / folder / CONFIG).is_file() or read_json(path)["sha256"] != trained[folder]
+    }
+    return [job for job in jobs if job in without or (job.kind == CLEAN and str(job.needs[0].folder) in lost)]
+
+
+def share(jobs: Sequence[Job], c: Context) -> None:
+    """Do what is missing and no other process that shares the folder has at hand; ends when nothing is missing."""
+    while left := missing(jobs, c.out):
+        untrained, count, idle = _untrained(left), len(left), True
+        for job in left:
+            if _waits_for(job, untrained):
+                continue
+            if _attempt(job, jobs, c, f"{count} to do: {job.label}"):
+                idle, count = False, count - 1
+                untrained.pop(str(job.needs[0].folder) if job.kind == CLEAN else "", None)
+        if idle:
+            time.sleep(WAIT)
+
+
+def do_one(name: str, jobs: Sequence[Job], c: Context) -> bool:
+    """Do the job of that name; whether it was missing.
+
+    Raises:
+        ValueError: no job has that name, its trainings are missing, or another process has it at hand.
+    """
+    job = next((job for job in jobs if job.name == name), None)
+    if job is None:
+        raise ValueError(f"job {name!r}: the study has none of that name; expected one that --list prints")
+    left = missing(jobs, c.out)
+    if job not in left:
+        return False
+    if waiting := _waits_for(job, _untrained(left)):
+        raise ValueError(f"job {name!r}: needs {', '.join(waiting)}; expected that to be done before")
+    if not _attempt(job, jobs, c, job.label):
+        raise ValueError(f"job {name!r}: another process on this machine has it at hand")
+    return True
+
+
+def _untrained(left: Sequence[Job]) -> dict[str, str]:
+    """Folders of the models that are to be trained, and the names of those jobs."""
+    return {str(job.needs[0].folder): job.name for job in left if job.kind == CLEAN}
+
+
+def _waits_for(job: Job, untrained: dict[str, str]) -> list[str]:
+    """Names of the trainings that have to be done before this job."""
+    folders = () if job.kind == CLEAN else [str(model.folder) for model in job.needs]
+    return [untrained[folder] for folder in folders if folder in untrained]
+
+
+def claim_of(job: Job) -> str:
+    """What a process claims while it does this job."""
+    return f"{job.kind} {json.dumps(job.identity)}"
+
+
+def _attempt(job: Job, jobs: Sequence[Job], c: Context, note: str) -> bool:
+    """Do a job that no other process has at hand, nor has done since the last look; whether it was done here."""
+    with claimed(c.out / CLAIMS, claim_of(job)) as mine:
+        if not mine or job not in missing(jobs, c.out):
+            return False
+        if c.progress:
+            runs.say(note)
+        record(job, c)
+        return True
+
+
+def check_sets(jobs: Sequence[Job], out: Path) -> None:
+    """ValueError where a model's line is of another set than is here: its other lines would be taken for this one's."""
+    records = Records(out)
+    for job in (job for job in jobs if job.kind == CLEAN):
+        line = records.elsewhere(CLEAN, job.identity, "fingerprint")
+        if line is not None:
+            raise ValueError(
+                f"{out}: its results are of another {job.identity['data']} (fingerprint "
+                f"{line['identity']['fingerprint'][:12]}) than is here ({job.identity['fingerprint'][:12]}); expected "
+                "the same set, or another folder with --out"
+            )

@@ -8,6 +8,7 @@ pooled form, nor have weights that adapters or parametrisations stand in front o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -27,15 +28,11 @@ Affine = tuple[Tensor, Tensor]  # A and a
 
 
 class Step(nn.Module):
-    """A step of the pooled form as a module, without weights of its own: hooks see it as they see any other."""
+    """A step of the pooled form as a module, so that hooks see it. Its input is a call: no weight passes a hook."""
 
-    def __init__(self, call: Callable[..., Any]) -> None:
-        super().__init__()
-        self.call = call
-
-    def forward(self, *args: Any, **options: Any) -> Any:
-        """What the step gives."""
-        return self.call(*args, **options)
+    def forward(self, call: Callable[[], Any]) -> Any:
+        """What the call gives."""
+        return call()
 
 
 def align_sources(maps: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
@@ -86,8 +83,7 @@ class Mixer(nn.Module):
         self.beta = nn.ParameterDict(
             {str(t): nn.Parameter(torch.full((1,), config.beta_init)) for t in targets}
         )
-        self.sources, self.key_sides = Step(align_sources), Step(key_sides)
-        self.query_sides, self.merge = Step(pooled_links), Step(merge_links)
+        self.sources, self.key_sides, self.query_sides, self.merge = (Step() for _ in range(4))
 
     @property
     def acting(self) -> list[Pair]:
@@ -155,30 +151,32 @@ class Mixer(nn.Module):
         align = [affine[stage] for stage in c.fused_stages]
         links = {pair: self.link(*pair) for pair in self.acting}
         targets = [c.fused_stages.index(target) for _, target in links]
-        queries, outputs = zip(
-            *((link.query.weight, link.output.weight) for link in links.values()), strict=True
-        )
+        betas = [self._beta(target) for _, target in links]
         dyt = [link.dyt_query.tensors for link in links.values()] if c.dyt else None
         thetas = [link.theta for link in links.values()] if c.tau else None
         with no_autocast(pyramid[:1]):  # operators choose their own precision
             taken = rounded([*(pyramid[s - 1] for s in read), *(affine[s][0] for s in sources)], dtype)
             maps = dict(zip(read, taken, strict=False))
-            products = self.sources([maps[stage] for stage in sources], taken[len(read) :])
-            found = self._pool_sources(dict(zip(sources, products, strict=True)), pool_sources)
-            keys, xs = self.key_sides(found, affine, links, c)
-            tracked = xs if statistics is not None and not statistics.finished else None
-            options = {"size": c.pool_size, "qk_norm": c.qk_norm, "dyt": dyt, "xs": tracked}
+            step: Callable[..., Any] = partial(
+                align_sources, [maps[stage] for stage in sources], taken[len(read) :]
+            )
+            found = self._pool_sources(dict(zip(sources, self.sources(step), strict=True)), pool_sources)
+            keys, xs = self.key_sides(partial(key_sides, found, affine, links, c))
+            track = statistics is not None and not statistics.finished
+            step = partial(
+                pooled_links, size=c.pool_size, qk_norm=c.qk_norm, dyt=dyt, xs=xs if track else None
+            )
+            queries = [link.query.weight for link in links.values()]
             fused, aligning = [maps[stage] for stage in c.fused_stages], [align[target] for target in targets]
-            pooled = self.query_sides(fused, aligning, queries, keys, targets, **options, backend=c.backend)
+            step = partial(step, fused, aligning, queries, keys, targets, backend=c.backend)
+            pooled = self.query_sides(step)
             if statistics is not None and pooled.scales is not None:
                 for pair, scale in zip(links, pooled.scales, strict=True):
                     positions = len(pyramid[0]) * pyramid[pair[1] - 1].shape[2:].numel()
                     statistics.add_scale(link_name(*pair), scale, positions)
-            betas, options = (
-                [self._beta(target) for _, target in links],
-                {"thetas": thetas, "backend": c.backend},
-            )
-            merged: Tensor = self.merge(pooled, xs, align, outputs, targets, betas, **options)
+            outputs = [link.output.weight for link in links.values()]
+            step = partial(merge_links, pooled, xs, align, outputs, targets, betas)
+            merged: Tensor = self.merge(partial(step, thetas=thetas, backend=c.backend))
             return merged
 
     def _called(

@@ -148,11 +148,41 @@ void softmax_pool_backward_(const Tensor& logits, const Tensor& grad, int64_t he
   of_heads(logits, grad, {height, width, size, start, stop}, [](auto... a) { pool_head_backward(a...); });
 }
 
+SRM_CLONES void means_of(const float* m, float* means, float* work, int64_t h, int64_t w, int64_t size) {
+  srm::cell_means(m, means, work, h, w, size);
+}
+
+SRM_CLONES void means_of(const double* m, double* means, double* work, int64_t h, int64_t w, int64_t size) {
+  srm::cell_means(m, means, work, h, w, size);
+}
+
+// means (C, P, P) take the means of a map (C, h, w) over the cells of adaptive average pooling.
+void cell_means_(const Tensor& means, const Tensor& map) {
+  const ScalarType dtype = map.scalar_type();
+  if (!usable(map, dtype) || !usable(means, dtype) || map.dim() != 3 || means.dim() != 3 ||
+      means.size(0) != map.size(0) || means.size(1) != means.size(2))
+    throw std::invalid_argument(
+        "srm_cpu::cell_means_: means (channels, size, size) and map (channels, height, width), float32 or float64, are "
+        "contiguous");
+  const int64_t h = map.size(1), w = map.size(2), size = means.size(1);
+  by_dtype(map, [&](auto zero) {
+    using T = decltype(zero);
+    const T* from = static_cast<const T*>(map.data_ptr());
+    T* to = static_cast<T*>(means.data_ptr());
+    torch::stable::parallel_for(0, map.size(0), 1 + kGrain / (h * w), [=](int64_t begin, int64_t end) {
+      std::vector<T> work(w);
+      for (int64_t c = begin; c < end; ++c)
+        means_of(from + c * h * w, to + c * size * size, work.data(), h, w, size);
+    });
+  });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(srm_cpu, m) {
   m.def("symmetric_solve(Tensor logits, Tensor(a!) x, Tensor(b!) served, float ridge) -> int");
   m.def("tanh_(Tensor(a!) x) -> ()");
+  m.def("cell_means_(Tensor(a!) means, Tensor map) -> ()");
   m.def("softmax_pool_(Tensor(a!) logits, Tensor(b!) pooled, int height, int width, int size, int start, int stop) -> ()");
   m.def("softmax_pool_backward_(Tensor(a!) logits, Tensor grad, int height, int width, int size, int start, int stop) -> ()");
 }
@@ -160,6 +190,7 @@ STABLE_TORCH_LIBRARY(srm_cpu, m) {
 STABLE_TORCH_LIBRARY_IMPL(srm_cpu, CPU, m) { 
   m.impl("symmetric_solve", TORCH_BOX(&symmetric_solve));
   m.impl("tanh_", TORCH_BOX(&tanh_));
+  m.impl("cell_means_", TORCH_BOX(&cell_means_));
   m.impl("softmax_pool_", TORCH_BOX(&softmax_pool_));
   m.impl("softmax_pool_backward_", TORCH_BOX(&softmax_pool_backward_));
 }

@@ -1,4 +1,5 @@
-// Elementwise work and pooling of one tile of the fused neck (srm_kernels/neck/tiled.py), one head at a time.
+// Elementwise work and pooling of one tile of the fused neck (srm_kernels/neck/tiled.py), one head at a time; and the
+// means of a map.
 //
 // A tile is positions start to stop of a map of height × width. Cell (i, j) of a P×P grid is rows ⌊i h/P⌋ to
 // ⌈(i + 1) h/P⌉ and the columns likewise, so that a position lies in one cell or in several that overlap.
@@ -132,6 +133,23 @@ SRM_INLINE void softmax_pool_backward(T* logits, const T* pooled, T* work, int64
       for (int64_t c = 0; c < r; ++c) row[c] *= grad[c] - along;
     }
   });
+}
+
+// means (P×P) of one channel (height × width); work is width.
+template <class T>
+SRM_INLINE void cell_means(const T* channel, T* means, T* work, int64_t height, int64_t width, int64_t size) {
+  const Cells rows{height, size}, columns{width, size};
+  for (int64_t i = 0; i < size; ++i) {
+    std::fill(work, work + width, T(0));
+    for (int64_t y = rows.begin(i); y < rows.end(i); ++y) add(work, channel + y * width, T(1), width);
+    for (int64_t j = 0; j < size; ++j) {
+      T sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t x = columns.begin(j); x < columns.end(j); ++x) sum += work[x];
+      const int64_t count = (rows.end(i) - rows.begin(i)) * (columns.end(j) - columns.begin(j));
+      means[i * size + j] = sum / static_cast<T>(count);
+    }
+  }
 }
 
 }  // namespace srm

@@ -9,7 +9,6 @@ Q (B, H, N_q, d); K, V (B, H, N_k, d); I (B, H, r).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,7 +62,6 @@ def landmark_context(
     scale: float,
     qk_norm: str | None,
     ridge: float,
-    landmark_solve: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The key side: K̃ as it was stored, X by the default solver, the logsumexp of R's rows over log 2 (B, H, r), and I.
 
@@ -72,8 +70,7 @@ def landmark_context(
     keys, logits, rhs, lse, landmarks = landmark_blocks(
         key, value, landmarks, rank, method, gamma, scale, qk_norm
     )
-    solve = landmark_solve or conditioning.landmark_solve
-    X, _ = solve(logits, rhs, ridge, "cholesky", False, 1.0, 0, False)
+    X, _ = conditioning.landmark_solve(logits, rhs, ridge, "cholesky", False, 1.0, 0, False)
     return keys, X, lse, landmarks
 
 

@@ -235,7 +235,7 @@ def pooled_links(
     through the reference. Kernels write nothing at full resolution in forward, neither tokens nor queries, with DyT or
     without; in backward Q, dQ and, with DyT, DyT(T) of the links exist for the time of the call. For the backward pass
     F, K̃, weights and P̄ are kept. A NaN stays in its image and head.
-    backend: "sdpa", the default on CPU tensors, works on tiles of about 1,024 positions, one image at a time, forward
+    backend: "sdpa", the default on CPU tensors, works on tiles of about 512 positions, one image at a time, forward
     and backward: neither tokens, queries nor probabilities exist at full resolution. On CUDA tensors "sdpa" and the
     default are the reference. "triton" takes fp32, bf16 and fp16, d from 8 to 128, r up to 128, r·d up to 8,192, P up
     to 32, and C up to 256 where `dyt` is given or queries are normalised.

@@ -25,6 +25,14 @@ class NativeGrid(Grid):
         )
         return logits
 
+    def pool_map(self, image: Tensor) -> Tensor:
+        """Return the means (C, P, P) of a map (C, h, w) in its dtype."""
+        if image.dtype not in (torch.float32, torch.float64) or not image.is_contiguous():
+            return super().pool_map(image)
+        means = image.new_empty((len(image), self.size, self.size))
+        torch.ops.srm_cpu.cell_means_(means, image)
+        return means
+
     def squash_(self, tokens: Tensor) -> Tensor:
         """Apply tanh in place."""
         torch.ops.srm_cpu.tanh_(tokens)
@@ -42,4 +50,4 @@ def _is_built() -> bool:
     if "cpu" not in native.BUILT:
         return False
     native.load("cpu")
-    return hasattr(torch.ops.srm_cpu, "softmax_pool_")
+    return hasattr(torch.ops.srm_cpu, "cell_means_")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..attention.reference import NORM_FLOOR
+from ..pool.reference import adaptive_pool
 
 DyT = tuple[Tensor, Tensor, Tensor]  # α, w and b
 
@@ -88,6 +89,10 @@ class Grid:
         softmax_backward = torch.ops.aten._softmax_backward_data.out
         softmax_backward(found, probabilities, -1, found.dtype, grad_input=found)
         return found
+
+    def pool_map(self, image: Tensor) -> Tensor:
+        """Return the means (C, P, P) of a map (C, h, w) in its dtype."""
+        return adaptive_pool(image, self.size)
 
     def pool_map_backward(self, grad: Tensor, out: Tensor) -> None:
         """Write to `out` (C, h, w) the gradient of a map from that of its means (P², C)."""

@@ -2,7 +2,7 @@
 
     T = A F + a   Q = W_Q DyT(T)   L = softmax(Q K̃ᵀ s)   P̄ = pool(L)
 
-A tile is about 1,024 positions, so that tokens, queries and probabilities stay in the cache and never exist at full
+A tile is about 512 positions, so that tokens, queries and probabilities stay in the cache and never exist at full
 resolution. What is linear is folded into the weights first, the scale and the norm into K̃; only P̄ leaves a tile. The
 backward pass computes each tile again. Images are taken one by one: an image alone and in a batch gives the same bits.
 Everything is computed in the wide dtype, from F, A, a and W_Q as F's dtype holds them. Products are torch's; softmax,
@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ..attention.reference import normalised_key, rms_normalise
 from ..checks import wide_dtype
-from ..pool.reference import adaptive_pool
 from .tile_native import grid_of
 from .tile_steps import (
     Affine,
@@ -33,7 +32,7 @@ from .tile_steps import (
     queries_of,
 )
 
-POSITIONS = 1024  # of a tile, about: the logits of 8 heads and 64 landmarks in fp32 are then 2 MiB
+POSITIONS = 512  # of a tile, about: the logits of 8 heads and 64 landmarks in fp32 are then 1 MiB
 ALIGNMENT = 64  # bytes; the bits of a library's product may depend on where its operands start
 
 
@@ -198,8 +197,9 @@ def pooled_links(
             probabilities[number, image, ..., :rank] = pooled.view(H, size * size, rank)
             if moments is not None:
                 means[number, image], spreads[number, image] = moments.results()
-    means_of_maps = [torch.cat([adaptive_pool(image, size) for image in m.split(1)]) for m in maps]
-    return probabilities, torch.cat([m.flatten(2).mT for m in means_of_maps], -1), means, spreads
+    grids = [_grid(m, size, keys[0]) for m in maps]
+    pooled_maps = [torch.stack([*map(grid.pool_map, m)]) for grid, m in zip(grids, maps, strict=True)]
+    return probabilities, torch.cat([m.flatten(2).mT for m in pooled_maps], -1), means, spreads
 
 
 def pooled_links_backward(

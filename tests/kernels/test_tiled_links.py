@@ -19,7 +19,7 @@ from oracle import tokens
 from torch import Tensor, library
 from torch.autograd import gradcheck, gradgradcheck
 
-from srm_kernels import native, neck, runtime
+from srm_kernels import adaptive_pool, native, neck, runtime
 from srm_kernels.neck import tile_steps, tiled
 from srm_kernels.neck.tile_native import NativeGrid, grid_of
 from srm_model.profiling.memory import peak
@@ -284,6 +284,23 @@ def test_logits_far_apart_or_not_finite(rank):
     torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
+@pytest.mark.parametrize("size", [1, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (9, 13), (16, 24), (3, 300)])
+def test_means_of_a_map(height, width, dtype, size):
+    image = tokens(5, 6, height, width, dtype=dtype)
+    image[2, height // 2, width // 2] = math.nan
+    grid = grid_of(height, width, size, 40, image)
+    for layout in (image, image.mT.contiguous().mT):
+        found = grid.pool_map(layout)
+        assert found.dtype == dtype
+        plain, exact = (
+            adaptive_pool(image[None].to(kind), size, backend="reference")[0]
+            for kind in (dtype, torch.float64)
+        )
+        within(found, plain, exact)
+
+
 def test_the_compiled_steps_check_what_they_are_given(steps):
     if steps == "torch":
         pytest.skip("of csrc alone")
@@ -303,5 +320,15 @@ def test_the_compiled_steps_check_what_they_are_given(steps):
         for step in (core.softmax_pool_, core.softmax_pool_backward_):
             with pytest.raises(ValueError, match="contiguous"):
                 step(*arguments)
+    image, means = torch.ones(3, 4, 5), torch.zeros(3, 2, 2)
+    library.opcheck(core.cell_means_.default, (means, image), test_utils="test_schema")
+    for given in (
+        (means[:2], image),
+        (means[:, :1].contiguous(), image),
+        (means.double(), image),
+        (means, image.mT),
+    ):
+        with pytest.raises(ValueError, match="contiguous"):
+            core.cell_means_(*given)
     with pytest.raises(ValueError, match="contiguous"):
         core.tanh_(logits.mT)

@@ -191,16 +191,15 @@ def _landmark_ratio(method: str) -> Callable[[Shape, Sequence[Tensor], Sequence[
 
 
 def _solve(solver: str) -> Callable[[Shape], Call]:
-    def call(keys: Tensor, rhs: Tensor, *, backend: str | None) -> Any:
-        logits = keys @ keys.mT / keys.shape[-1] ** 0.5
+    def call(logits: Tensor, rhs: Tensor, *, backend: str | None) -> Any:
         return ops.landmark_solve(logits, rhs, solver=solver, backend=backend).x
 
     return lambda s: call
 
 
 def _systems(s: Shape, draw: Callable[..., Tensor]) -> list[Tensor]:
-    keys = (unit(draw(s.heads, s.rank, s.d)) for _ in range(s.batch))
-    return [torch.stack([*keys]), draw(s.batch, s.heads, s.rank, s.d)]
+    keys = unit(draw(s.batch, s.heads, s.rank, s.d))
+    return [keys @ keys.mT / s.d**0.5, draw(s.batch, s.heads, s.rank, s.d)]
 
 
 def _pyramid(s: Shape, draw: Callable[..., Tensor]) -> list[Tensor]:

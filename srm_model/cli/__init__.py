@@ -574,13 +574,25 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m srm_kernels verify`, which reads them itself: its module loads torch."""
-    for name in ("device", "export", "jobs", "limit"):
-        parser.add_argument(f"--{name}")
-    for name in ("only", "dtypes", "shapes"):
-        parser.add_argument(f"--{name}", nargs="+")
-    for name in ("help", "quick", "compile", "again"):
-        parser.add_argument(f"--{name}", action="store_true")
-    parser.add_argument("-h", dest="help", action="store_true")
+    values = {
+        "device": "cuda or cuda:NUMBER",
+        "export": "also write the rows as JSON lines",
+        "jobs": "processes that check at once",
+        "limit": "seconds of one case",
+    }
+    lists = {"only": "operators", "dtypes": "dtypes", "shapes": "shapes"}
+    flags = {
+        "quick": "fewer shapes",
+        "compile": "also time what torch.compile makes",
+        "again": "measure again what is kept",
+    }
+    for name, text in values.items():
+        parser.add_argument(f"--{name}", help=text)
+    for name, text in lists.items():
+        parser.add_argument(f"--{name}", nargs="+", help=text)
+    for name, text in flags.items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
+    parser.add_argument("-h", "--help", action="store_true", help="show the command's own help")
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:

@@ -79,7 +79,7 @@ FAULTS = {
 
 
 def test_every_planted_fault_has_its_row_and_is_never_taken(capsys):
-    assert verify("--only", *FAULTS, "--limit", "60", device="planted:faulty") == 1
+    assert verify("--only", *FAULTS, "--limit", "45", device="planted:faulty") == 1
     verdict, _ = verdicts.load(KEY)
     assert verdict is not None
     found = {row["operator"]: (row["status"], row["reason"] or "") for row in verdict.rows}

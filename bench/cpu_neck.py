@@ -14,7 +14,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import nn
 
 from bench.fused_neck import WIDTHS, call_of, maps_of, neck_of
 from bench.harness import Recorder, effort_of, machine, measure_together, parser, peak, sentence
@@ -34,12 +33,6 @@ AIMS = {  # at most this share of the quadratic neck's time, by direction, image
 MEMORY_AIM = 1 / 4  # of the quadratic neck's, in training
 
 
-def pooled(neck: nn.Module) -> nn.Module:
-    """Ask a neck that takes the pooled form only where kernels serve to take it here too."""
-    neck._fuses = lambda pyramid: True  # type: ignore[assignment]
-    return neck
-
-
 def not_compiled(call: Callable[[], object]) -> Callable[[], object]:
     """The call as it is where csrc was not built."""
 
@@ -53,7 +46,7 @@ def not_compiled(call: Callable[[], object]) -> Callable[[], object]:
 def compare(side: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each neck: time, memory, and what share of the quadratic neck's they are."""
     maps = maps_of(options.backbone, side, 1, options)
-    neck = pooled(neck_of(options.backbone, options, backend=None))
+    neck = neck_of(options.backbone, options, backend=None)
     quadratic = neck_of(options.backbone, options, backend=None, attention="full")
     call = call_of(neck, maps, options.direction)
     calls = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ BACKENDS = {
     "cuda": "CUDA kernels of csrc",
 }
 LEAST_CAPABILITY = (8, 0)
+WORTH_THREADS = 2**26  # multiply-adds, a few milliseconds of one thread
 
 
 class BackendStatus(NamedTuple):
@@ -128,6 +129,29 @@ def cuda_refusal(tensor: torch.Tensor) -> str | None:
 def roomy(tensor: torch.Tensor, kibibytes: int = 160) -> bool:
     """Whether blocks may ask for so much shared memory; 160 KiB they may on data-centre cards and not on others."""
     return launch_device(tensor).shared_memory >= kibibytes * 1024
+
+
+def few_threads(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `function(key, ...)` such that small work on a CPU tensor `key` (…, N, d) stays on one thread.
+
+    Between many small steps threads wait for one another by spinning, which on a busy machine takes a hundred times as
+    long as the steps. The number of threads is the calling thread's own, and is set back. torch.compile traces
+    `function` alone.
+    """
+
+    @wraps(function)
+    def call(key: torch.Tensor, *args: Any) -> Any:
+        here = key.device.type == "cpu" and not torch.compiler.is_compiling()
+        threads = torch.get_num_threads() if here else 1
+        if threads == 1 or key.numel() * key.shape[-1] > WORTH_THREADS:
+            return function(key, *args)
+        torch.set_num_threads(1)
+        try:
+            return function(key, *args)
+        finally:
+            torch.set_num_threads(threads)
+
+    return call
 
 
 def choose_backend(

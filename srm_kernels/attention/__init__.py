@@ -23,7 +23,7 @@ from ..checks import (
 from ..conditioning import LandmarkSolution, check_solver, landmark_solve
 from ..landmarks import METHODS, METHODS_OF_KERNELS, kernel_limits, select_landmarks
 from ..registration import later, no_autocast, register_operator
-from ..runtime import choose_backend, choose_kernels, triton_refusal
+from ..runtime import choose_backend, choose_kernels, few_threads, triton_refusal
 from ..scale import RMSScale, rms_scale
 from . import reference, sdpa
 
@@ -105,8 +105,8 @@ _context = register_operator(
     "float ridge",
     "(Tensor, Tensor, Tensor, Tensor)",
     {
-        "reference": reference.landmark_context,
-        "sdpa": sdpa.landmark_context,
+        "reference": few_threads(reference.landmark_context),
+        "sdpa": few_threads(sdpa.landmark_context),
         "triton": later(_KEY_KERNELS, "landmark_context"),
     },
     fake=_fake_key_side,
@@ -356,7 +356,7 @@ def _select(
     generator: torch.Generator | None,
     backend: str,
 ) -> Tensor:
-    keys = reference.normalised_key(key.detach(), qk_norm)
+    keys = few_threads(reference.normalised_key)(key.detach(), qk_norm)
     return select_landmarks(
         keys, rank, method=method, gamma=gamma, scale=scale, generator=generator, backend=backend
     )

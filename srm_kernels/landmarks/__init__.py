@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..checks import check_choice, check_count, check_number, check_tokens, wide_dtype
 from ..registration import later, register_operator
-from ..runtime import choose_backend, triton_refusal
+from ..runtime import choose_backend, few_threads, triton_refusal
 from . import reference
 
 METHODS = ("leverage", "leverage_sample", "uniform", "kmeans++", "pivoted_cholesky")
@@ -22,7 +22,7 @@ _leverage = register_operator(
     "ridge_leverage_scores",
     "Tensor key, float gamma",
     "Tensor",
-    dict.fromkeys(("reference", "sdpa"), reference.ridge_leverage_scores)
+    dict.fromkeys(("reference", "sdpa"), few_threads(reference.ridge_leverage_scores))
     | {"triton": later(_KERNELS, "ridge_leverage_scores")},
     fake=lambda key, gamma: key.new_empty(key.shape[:3], dtype=wide_dtype(key.dtype)),
     differentiable=("key",),
@@ -32,7 +32,7 @@ _select = register_operator(
     "select_landmarks",
     "Tensor key, Tensor? random, SymInt rank, str method, float gamma, float scale",
     "Tensor",
-    dict.fromkeys(("reference", "sdpa"), reference.select_landmarks)
+    dict.fromkeys(("reference", "sdpa"), few_threads(reference.select_landmarks))
     | {"triton": later(_KERNELS, "select_landmarks")},
     fake=lambda key, random, rank, *_: key.new_empty((*key.shape[:2], rank), dtype=torch.int64),
 )

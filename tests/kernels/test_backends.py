@@ -7,7 +7,7 @@ import torch
 from oracle import tokens
 
 import srm_kernels
-from srm_kernels import backends, nystrom_attention
+from srm_kernels import backends, nystrom_attention, runtime
 
 NAMES = ("reference", "sdpa", "triton", "cuda")
 REFUSED = (NotImplementedError, RuntimeError, ValueError)
@@ -140,3 +140,36 @@ def test_imports_without_triton_compiler_or_warnings(fresh_import):
     assert fresh_import["backends"] == sorted(NAMES)
     heavy = {"timm", "scipy", "matplotlib", "srm_model", "torchvision", "hypothesis"}
     assert not heavy & set(fresh_import["loaded"])
+
+
+@pytest.mark.parametrize(("keys", "expected"), [(64, 1), (2**16 + 1, 2)])
+def test_small_work_of_the_key_side_stays_on_one_thread(keys, expected):
+    """32-wide keys of one head; an error sets the number of threads back too."""
+    seen = []
+
+    def work(key: torch.Tensor, fail: bool) -> None:
+        seen.append(torch.get_num_threads())
+        if fail:
+            raise RuntimeError("failed")
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        runtime.few_threads(work)(torch.empty(keys, 32), False)
+        with pytest.raises(RuntimeError, match="failed"):
+            runtime.few_threads(work)(torch.empty(keys, 32), True)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert seen == [expected, expected]
+
+
+@pytest.mark.parametrize("call", ["ridge_leverage_scores", "select_landmarks", "landmark_side"])
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_operators_of_the_key_side_ask_for_few_threads(call, backend, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    CALLS[call](backend)
+    assert asked
+    assert asked == [1, 2] * (len(asked) // 2)

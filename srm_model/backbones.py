@@ -65,7 +65,7 @@ class Backbone(nn.Module):
         """
         try:
             maps = self.features(images)
-        except (AssertionError, RuntimeError) as error:
+        except (AssertionError, RuntimeError, IndexError) as error:
             size = (images.shape[-2], images.shape[-1])
             plain = not torch.compiler.is_compiling() and not transforming()
             if isinstance(error, torch.OutOfMemoryError) or not plain or self.takes(*size):
@@ -89,7 +89,7 @@ class Backbone(nn.Module):
                 torch.func.functional_call(self.features, tensors, (images,))
         except NotImplementedError:  # an operator that has no form without memory says nothing about sizes
             return True
-        except (AssertionError, RuntimeError, ValueError):
+        except (AssertionError, RuntimeError, ValueError, IndexError):
             return False
         return True
 
@@ -140,16 +140,22 @@ def check_size(name: str, image_size: int) -> None:
     def fits(side: int) -> bool:
         try:
             with torch.device("meta"), torch.random.fork_rng(devices=[]):
-                return Backbone(name, image_size=side).takes(side, side)
+                taken = Backbone(name, image_size=side).takes(side, side)
+            # An index that is out of range without memory goes unseen (MViT).
+            return taken and (side % DEEPEST == 0 or _runs(name, side))
         except ValueError:
             return False
 
+    if image_size < DEEPEST:
+        raise ValueError(f"image_size {image_size}: expected at least {DEEPEST}")
     if fits(image_size):
         return
     make_torchvision_importable()
     import timm
 
     own: Any = timm.get_pretrained_cfg(name)
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        Backbone(name, image_size=own.input_size[-1])  # raises where the size is not the reason
     low = image_size // DEEPEST * DEEPEST
     sides = sorted({max(low, DEEPEST), low + DEEPEST, own.input_size[-1]} - {image_size})
     fitting = [str(side) for side in sides if fits(side)]
@@ -157,6 +163,17 @@ def check_size(name: str, image_size: int) -> None:
         f"image_size {image_size}: the backbone {name!r} cannot take images of this size; expected "
         f"{' or '.join(fitting) or 'another backbone'}"
     )
+
+
+def _runs(name: str, side: int) -> bool:
+    """Whether a backbone with random weights takes an image of this side."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        backbone = Backbone(name, image_size=side).eval()
+        try:
+            backbone.features(torch.zeros(1, 3, side, side))
+        except (AssertionError, RuntimeError, ValueError, IndexError):
+            return False
+    return True
 
 
 def _create_features(timm: ModuleType, name: str, pretrained: bool, image_size: int) -> Any:

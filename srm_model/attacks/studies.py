@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from srm_model.attacks.objectives import MSE
 from srm_model.attacks.records import Records
 from srm_model.attacks.suite import Attack, Dataset, Job, Suite, fingerprint, settings_of
 from srm_model.config import SRMConfig
-from srm_model.metrics import LogisticMap, plcc, srocc
+from srm_model.metrics import LogisticMap, doubts, plcc, srocc
 
 _DEFAULTS = SRMConfig()
 _KEPT = ("srocc", "plcc", "loss", "zero_gradients", "nonfinite_gradients")
@@ -38,8 +40,10 @@ def transfer(
     Other arguments, the budget's meaning, seeds, the dealing to ranks and the going on from `resume` are those of
     `Suite.run`.
 
-    Returns `clean`, srocc, plcc and scores by model, and `pairs`, a list of source, target, srocc, plcc and scores,
-    white-box pairs (source = target) included; beside them norm, eps, names and mos.
+    Returns `clean`, srocc, plcc and scores by model, and `pairs`, a list of source, target, srocc, plcc, scores and the
+    shares zero_gradients and nonfinite_gradients of the source's attack, white-box pairs (source = target) included;
+    beside them norm, eps, names, mos and `doubts`, a sentence (and a warning) for each source whose gradients were zero
+    or not finite: its figures may overstate robustness.
     """
     if len(models) < 2:
         raise ValueError(f"{len(models)} model: a transfer needs at least two")
@@ -70,8 +74,12 @@ def transfer(
         if batch.clean is None:
             batch.mos, batch.clean = mos.tolist(), {n: job.clean(number, images) for n, job in jobs.items()}
         for source in [name for name in jobs if name not in batch.attacks]:
-            attacked = jobs[source].craft(number, attack, images, mos).images
-            batch.attacks[source] = {n: target.score(number, attacked) for n, target in jobs.items()}
+            trace = jobs[source].craft(number, attack, images, mos)
+            batch.attacks[source] = {
+                "scores": {n: target.score(number, trace.images) for n, target in jobs.items()},
+                "zero_gradients": trace.zero_gradients,
+                "nonfinite_gradients": trace.nonfinite_gradients,
+            }
             records.save(number)
     records.exchange(own)
 
@@ -84,17 +92,30 @@ def transfer(
         mapped = scores if logistic is None else logistic(scores)
         return {"srocc": srocc(scores, labels), "plcc": plcc(mapped, labels), "scores": scores}
 
+    weights = [len(batch.mos) for batch in batches]
+    shares = {
+        source: {
+            kind: float(np.average([batch.attacks[source][kind] for batch in batches], weights=weights))
+            for kind in ("zero_gradients", "nonfinite_gradients")
+        }
+        for source in models
+    }
+    found = doubts(shares)
+    for doubt in found:
+        warnings.warn(doubt, stacklevel=2)
     return {
         "norm": norm,
         "eps": first.eps,
         "names": first.names,
         "mos": labels,
+        "doubts": found,
         "clean": {name: correlations(name, [batch.clean[name] for batch in batches]) for name in models},
         "pairs": [
             {
                 "source": source,
                 "target": target,
-                **correlations(target, [batch.attacks[source][target] for batch in batches]),
+                **correlations(target, [batch.attacks[source]["scores"][target] for batch in batches]),
+                **shares[source],
             }
             for source in models
             for target in models

@@ -188,7 +188,7 @@ def device_from(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # which a device without memory ("meta") cannot do
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError, AttributeError, NotImplementedError) as error:
         reason = re.split(r"\.\s|\n", str(error))[0][:_REASON]  # PyTorch goes on for a page
         raise ValueError(
             f"--device {name}: not a device that can be used here ({reason}); expected such as cpu or cuda:0"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import stat
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -49,12 +50,20 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def check_regular(path: str | Path) -> None:
+    """Raise OSError for a pipe, a socket or a device, of which opening or reading may wait for ever."""
+    mode = Path(path).stat().st_mode
+    if not stat.S_ISREG(mode):
+        raise OSError("it is a folder" if stat.S_ISDIR(mode) else "it is not a regular file")
+
+
 def open_rgb(path: str | Path) -> Image.Image:
     """The first frame of an image file as a decoded RGB image, turned as its EXIF orientation says.
 
     An image that cannot be read, or that has more pixels than Pillow's limit (see `pixel_limit`), is a ValueError.
     """
     try:
+        check_regular(path)
         with Image.open(path) as image:
             image.load()
             turn = _TURNS.get(_orientation(image))
@@ -89,6 +98,7 @@ def fault(path: Path, *, full: bool) -> str | None:
     """Why a file cannot be read as an image, or None. `full` decodes all of it, a JPEG at 1/8 of its size, which
     reads every byte at a third of the cost; otherwise only the header is read."""
     try:
+        check_regular(path)
         if not full:
             with Image.open(path) as image:
                 return None if min(image.size) > 0 else "it is empty"

@@ -109,7 +109,7 @@ def _check_whole(entries: list[Entry], sets: Path) -> None:
 def find_lists(root: Path) -> tuple[Path, Path | None]:
     """The file with the split and, where it is there, the one with the scores on both scales, by their columns.
 
-    Fields are separated by commas, semicolons or tabs. Tables with other columns, and what cannot be read as a table,
+    Fields are separated by commas, semicolons, tabs or bars (|). Tables with other columns, and what cannot be read as a table,
     are passed over. ValueError where there is no file with the split, or where two could be the same.
     """
     sets, scores, others = [], [], []
@@ -140,7 +140,7 @@ def find_lists(root: Path) -> tuple[Path, Path | None]:
         reasons = "".join(f"; {reason}" for reason in [*instead, *others][:_REASONS])
         raise ValueError(
             f"{root}: no {SETS_FILE}, with the columns image_name, MOS and set, separated by commas, "
-            f"semicolons or tabs{reasons}"
+            f"semicolons, tabs or bars (|){reasons}"
         )
     return sets[0], scores[0] if scores else None
 

@@ -8,7 +8,7 @@ import io
 import re
 from pathlib import Path
 
-_SEPARATORS = (",", ";", "\t")
+_SEPARATORS = (",", ";", "\t", "|")
 _HEAD = 1 << 16  # bytes, of which the first line of a table is read
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16's, which it begins with
@@ -40,6 +40,11 @@ def decode(data: bytes, *, errors: str = "strict") -> str:
         if data.startswith(mark):
             return data.decode(encoding, errors)
     head = data[:_HEAD]
+    zeros = [head[place::4].count(0) for place in range(4)]
+    whole = len(head) // 4
+    for upper, middle, encoding in (((3, 2), 1, "utf-32-le"), ((0, 1), 2, "utf-32-be")):
+        if whole and all(zeros[place] == whole for place in upper) and 2 * zeros[middle] > whole:
+            return data.decode(encoding, errors)
     for first, encoding in ((1, "utf-16-le"), (0, "utf-16-be")):
         if 4 * head[first::2].count(0) > len(head):  # half of the characters are ASCII
             return data.decode(encoding, errors)

@@ -23,7 +23,7 @@ from srm_model.data.labels import LABEL_RANGE, METRICS, import_piq, metric_label
 from srm_model.data.lists import read_list
 from srm_model.data.photographs import SUFFIXES, Frame, Photograph, from_folder, from_packages
 from srm_model.data.tid2013 import HIGHER_IS_BETTER, IMAGES, LABELS, LABELS_FORMAT, LIST, REFERENCES
-from srm_model.files import atomic_path, make_folder, read_json, write_json, write_text
+from srm_model.files import LOCK, atomic_path, make_folder, read_json, write_json, write_text
 
 MAX_REFERENCES = 99  # two digits in TID2013's names
 MIN_REFERENCES = 3  # one each for train, val and test
@@ -216,7 +216,7 @@ def _numbered(photographs: Sequence[Photograph]) -> dict[int, Photograph]:
         number = people.number_of(photo.file)
         if number in found:
             raise ValueError(
-                f"{photo.file} and {found[number].file} are both photograph {number}; expected one of each"
+                f"{found[number].file} and {photo.file} are both photograph {number}; expected one"
             )
         found[number] = photo
     return dict(sorted(found.items()))
@@ -299,7 +299,7 @@ def _claim(out: Path, settings: dict[str, Any], metric: str | None) -> str:
     """
     versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
     if not (out / LABELS).exists():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if out.exists() and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir())):
             raise ValueError(f"{out}: not an empty folder, nor one with a synthesised set; give another")
         description = {
             "format": LABELS_FORMAT,

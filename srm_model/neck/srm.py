@@ -29,7 +29,7 @@ TAU_FLOOR = 1e-6
 # above half of it, M₀ counts as not started.
 UNSTARTED = 1024.0
 
-_warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # necks whose missing calibration was reported
+_asked: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # necks that were asked whether they are calibrated
 
 
 class SRMNeck(Mixer):
@@ -66,13 +66,13 @@ class SRMNeck(Mixer):
         return bool(self.median_rms < UNSTARTED / 2)
 
     def warn_uncalibrated(self) -> None:
-        """Warn where `calibrated` is false, once for each neck; not while a CUDA graph is captured, or on meta."""
+        """Warn where `calibrated` is false, asked once of each neck; not while a CUDA graph is captured, or on meta."""
         m0 = self.median_rms
-        if self in _warned or m0.is_meta or (m0.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if self in _asked or m0.is_meta or (m0.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
+        _asked.add(self)
         if self.calibrated:
             return
-        _warned.add(self)
         warnings.warn(
             "the neck was never calibrated: its attention is close to uniform, and its gain cap is off; call "
             "`calibrate` on the first training batch, or load trained weights",
@@ -114,9 +114,9 @@ class SRMNeck(Mixer):
         """
         self.check(pyramid)
         given, earlier = statistics is not None, None
+        if self.training and not torch.compiler.is_compiling():
+            self.warn_uncalibrated()
         if statistics is None and self.training:
-            if not torch.compiler.is_compiling() and self._last is None:
-                self.warn_uncalibrated()
             statistics = BatchStatistics()
             earlier = self._last if in_backward() else None
         whole = None

@@ -320,9 +320,21 @@ def _transfers(results: StudyResults) -> Table:
         "Transfer: crafted on one model, scored by another",
         ["Data", "crafted on", "scored by", "budget", "its clean SROCC", "SROCC", "PLCC"],
         rows,
-        "PGD on the squared error.",
+        f"PGD on the squared error.{_without_gradients(results)}",
         needs="two models or more, and budgets",
         words=4,
+    )
+
+
+def _without_gradients(results: StudyResults) -> str:
+    """A sentence on the models whose gradients were zero or not finite when they were crafted on."""
+    pairs = [pair for line in results.records.of("transfer") for pair in line["values"]["pairs"]]
+    weak = sorted({pair["source"] for pair in pairs if doubts({pair["source"]: pair})})
+    if not weak:
+        return ""
+    return (
+        f" In some runs the gradients of {', '.join(weak)} were zero or not finite: what was crafted on them may "
+        "overstate robustness."
     )
 
 

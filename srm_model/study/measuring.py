@@ -166,7 +166,8 @@ def transferred(c: Context, models: Sequence[Model], norm: str, eps: float, labe
             limit=c.study.images,
             resume=resume,
         )
-    clean, keys = ("srocc", "plcc"), ("source", "target", "srocc", "plcc")
+    clean = ("srocc", "plcc")
+    keys = ("source", "target", *clean, "zero_gradients", "nonfinite_gradients")
     return {
         "clean": {name: {key: entry[key] for key in clean} for name, entry in found["clean"].items()},
         "pairs": [{key: pair[key] for key in keys} for pair in found["pairs"]],

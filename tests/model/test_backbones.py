@@ -160,3 +160,23 @@ def test_asking_for_a_size_draws_no_random_numbers():
     check_size.cache_clear()
     check_size("test_convnext", 96)
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_size_below_the_deepest_stride_is_refused_when_the_model_is_built():
+    with pytest.raises(ValueError, match="image_size 20: expected at least 32"):
+        build_model("test_convnext", neck="none", config=SRMConfig(channels=16, heads=2, image_size=20))
+
+
+def test_an_index_that_only_real_tensors_find_out_of_range_is_one_sentence():
+    """MViT looks positions up in tables, of which tensors without memory say nothing."""
+    with pytest.raises(
+        ValueError, match="image_size 100: the backbone 'mvitv2_tiny' cannot take images of this size"
+    ):
+        build_model("mvitv2_tiny", neck="none", config=SRMConfig(channels=16, heads=2, image_size=100))
+
+
+def test_a_backbone_without_the_strides_is_not_blamed_on_the_size():
+    with pytest.raises(ValueError, match=r"levels at strides|features_only"):
+        build_model(
+            "vit_tiny_patch16_224", neck="none", config=SRMConfig(channels=16, heads=2, image_size=224)
+        )

@@ -545,3 +545,51 @@ def test_under_torchrun_the_ranks_share_the_batches_and_one_writes(run: Path, tm
         if (one / file).is_file():
             assert (one / file).read_bytes() == (two / file).read_bytes()
     assert len(read_json(two / "linf-0.0156863.json")["attacks"]) == 10
+
+
+def test_a_set_is_synthesised_by_the_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """A new folder, and one that is there and empty."""
+    photographs = tmp_path / "photographs"
+    photographs.mkdir()
+    for path in (data / "reference_images").iterdir():
+        (photographs / path.name.lower()).write_bytes(path.read_bytes())
+    for name in ("new", "empty"):
+        out = tmp_path / name
+        if name == "empty":
+            out.mkdir()
+        arguments = ["data", "synthesize", str(out), "--photographs", str(photographs), "--no-progress"]
+        assert main([*arguments, "--types", "1", "--levels", "1", "5", "--metric", "ssim"]) == 0
+        assert "labels: metric:ssim" in capsys.readouterr().out
+        assert len((out / "mos_with_names.txt").read_text().splitlines()) == 10
+    opinions = tmp_path / "mos.txt"
+    opinions.write_text("".join(f"{n}.5 I0{n}_01_{level}.bmp\n" for n in range(1, 6) for level in (1, 5)))
+    arguments = [
+        "data",
+        "synthesize",
+        str(tmp_path / "people"),
+        "--photographs",
+        str(photographs),
+        "--crop",
+        "64x64",
+    ]
+    assert (
+        main([*arguments, "--opinions", str(opinions), "--types", "1", "--levels", "1", "5", "--no-progress"])
+        == 0
+    )
+    assert "labels: opinions:TID2013" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("quiet", [[], ["--no-progress"]])
+def test_checking_shows_a_bar_unless_told(data: Path, monkeypatch: pytest.MonkeyPatch, quiet: list[str]):
+    from srm_model.data import base
+
+    shown: list[bool] = []
+    original = base.find_faults
+
+    def recorded(paths: Any, *, verify: str, progress: bool) -> Any:
+        shown.append(progress)
+        return original(paths, verify=verify, progress=progress)
+
+    monkeypatch.setattr(base, "find_faults", recorded)
+    assert main(["data", "check", str(data), *quiet]) == 0
+    assert set(shown) == {not quiet}

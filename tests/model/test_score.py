@@ -181,13 +181,14 @@ def test_a_score_that_is_no_number_is_an_error(
 
 
 def test_no_image_ends_the_run(checkpoint: Path, pictures: Path, capsys: pytest.CaptureFixture[str]):
-    long, empty = pictures / "long.png", pictures / "empty.png"
+    long, empty, pipe = (pictures / name for name in ("long.png", "empty.png", "pipe.png"))
+    os.mkfifo(pipe)
     Image.fromarray(np.arange(30_000, dtype=np.uint32).astype(np.uint8)[None]).save(long)
     empty.touch()
-    paths = [long, empty, "a\0b.png", "x" * 300 + ".png", pictures / "plain.png"]
+    paths = [long, pipe, empty, "a\0b.png", "x" * 300 + ".png", pictures / "plain.png"]
     assert score(checkpoint, "--json", *paths) == 2
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [row["score"] is None for row in rows] == [False, True, True, True, False]
+    assert [row["score"] is None for row in rows] == [False, True, True, True, True, False]
     assert [row["path"] for row in rows] == list(map(str, paths))
 
 

@@ -36,6 +36,29 @@ def test_transfer_has_every_direction_and_the_suites_white_box_attack():
         transfer({"a": linear()}, dataset, norm="linf", eps=0.1)
 
 
+class Flat(torch.nn.Module):
+    """Scores in steps, which have no gradient."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return (
+            (images.mean((1, 2, 3)) * 0).detach()
+            + images.sum((1, 2, 3)).round() / 100
+            + 0 * images.sum((1, 2, 3))
+        )
+
+
+def test_a_transfer_says_where_there_was_no_gradient():
+    with pytest.warns(
+        UserWarning, match=r"flat: 100 % of its gradients were zero.* may overstate robustness"
+    ):
+        found = transfer(
+            {"a": linear(), "flat": Flat()}, Images(), norm="linf", eps=0.01, config=CONFIG, batch_size=4
+        )
+    assert [doubt.partition(":")[0] for doubt in found["doubts"]] == ["flat"]
+    shares = {(pair["source"], pair["target"]): pair["zero_gradients"] for pair in found["pairs"]}
+    assert shares == {("a", "a"): 0, ("a", "flat"): 0, ("flat", "a"): 1, ("flat", "flat"): 1}
+
+
 def test_sweeps_are_suites_at_other_settings():
     suite = Suite([Attack("pgd_mse", MSE())], CONFIG)
     rows = sweep_steps(suite, linear(), Images(), norm="linf", eps=4 / 255, steps=(1, 4), batch_size=4)

@@ -42,7 +42,8 @@ def error_ratio(
             all draws, and the size at least their root mean square.
 
     Returns:
-        The larger ratio of the two measures; infinity where NaN is not where it is in `exact`.
+        The larger ratio of the two measures; infinity where NaN or an infinity is not where it is in `exact`. Numbers
+        that overflow in plain PyTorch alone have no bound and are left out.
 
     Raises:
         ValueError: the shapes differ.
@@ -51,23 +52,31 @@ def error_ratio(
         shapes = ", ".join(str(tuple(x.shape)) for x in (found, plain, exact))
         raise ValueError(f"results have shapes {shapes}; expected the same shape three times")
     found, plain, exact = (x.detach().to(found.device) for x in (found, plain, exact))
+    infinite = exact.isinf()
     if not torch.equal(found.isnan(), exact.isnan()):
         return math.inf
+    if not torch.equal(found[infinite].double(), exact[infinite].double()):
+        return math.inf
+    bounded = plain.isfinite() & exact.isfinite()
+    single = exact.numel() == 1
+    found, plain, exact = found[bounded], plain[bounded], exact[bounded]
     if not exact.numel():
         return 0.0
+    if not found.isfinite().all():
+        return math.inf
     unit, wide_unit = torch.finfo(found.dtype).eps / 2, torch.finfo(torch.float32).eps
     worst = 0.0
     for measure in (torch.amax, torch.mean):
         size, error, reference = (
-            float(measure(x.nan_to_num(0.0, posinf=math.inf, neginf=-math.inf).abs()))
-            for x in (exact, found.double() - exact, plain.double() - exact)
+            float(measure(x.abs())) for x in (exact, found.double() - exact, plain.double() - exact)
         )
-        if exact.numel() == 1:
+        if single:
             reference = max(reference, unit * size)
         if draws:
             reference = max(reference, *(float(measure((p.double() - e).abs())) for p, e in draws))
             size = max(size, float(torch.stack([measure(e.abs()) for _, e in draws]).square().mean().sqrt()))
-        largest = max((float(measure(x.detach().abs())) for x in together or ()), default=size)
+        others = [x.detach()[x.isfinite()].abs() for x in together or ()]
+        largest = max((float(measure(x)) for x in others if x.numel()), default=size)
         bound = 2 * reference + unit * size + FP32_UNITS * wide_unit * largest
         worst = max(worst, 0.0 if error == 0 else error / bound if bound else math.inf)
     return worst

@@ -109,8 +109,8 @@ def _check_whole(entries: list[Entry], sets: Path) -> None:
 def find_lists(root: Path) -> tuple[Path, Path | None]:
     """The file with the split and, where it is there, the one with the scores on both scales, by their columns.
 
-    Fields are separated by commas, semicolons, tabs or bars (|). Tables with other columns, and what cannot be read as a table,
-    are passed over. ValueError where there is no file with the split, or where two could be the same.
+    Fields are separated by commas, semicolons, tabs or bars (|). Tables with other columns, and what cannot be read as
+    a table, are passed over. ValueError where there is no file with the split, or where two could be the same.
     """
     sets, scores, others = [], [], []
     for path in sorted(path for path in root.iterdir() if path.suffix.lower() in _SUFFIXES):

@@ -72,3 +72,18 @@ def test_draws_measure_a_sum_that_cancels():
     assert error_ratio(found, plain, exact) > 1
     assert error_ratio(found, plain, exact, draws=draws) <= 1
     assert error_ratio((exact + 1e-5).float(), plain, exact, draws=draws) > 1
+
+
+def test_an_overflow_of_plain_pytorch_bounds_nothing_else():
+    """In half precision plain PyTorch may overflow where a kernel does not: the other numbers are still judged."""
+    exact = torch.tensor([7e4, 1.0], dtype=torch.float64)
+    plain = torch.tensor([math.inf, 1.0], dtype=torch.float16)
+    assert error_ratio(torch.tensor([math.inf, 1.0], dtype=torch.float16), plain, exact) == 0
+    assert error_ratio(torch.tensor([math.inf, -123.0], dtype=torch.float16), plain, exact) > 100
+    assert error_ratio(torch.tensor([0.0, math.inf], dtype=torch.float16), plain, exact) == math.inf
+
+
+def test_a_result_beside_it_that_is_not_finite_bounds_nothing():
+    exact = torch.ones(3, dtype=torch.float64)
+    together = [exact, torch.tensor([math.nan, math.inf], dtype=torch.float64)]
+    assert error_ratio(torch.full((3,), 2.0), torch.ones(3), exact, together) > 100

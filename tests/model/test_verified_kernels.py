@@ -84,7 +84,6 @@ def launched(neck: SRMNeck) -> set[str]:
 
 def test_a_verified_device_runs_the_neck_fused(neck: SRMNeck):
     assert not any("triton" in one for one in launched(neck))
-    assert not any("pooled_links" in one for one in launched(neck))
     verify()
     found = launched(neck)
     assert {"pooled_links triton", "merge_links triton", "landmark_context triton"} <= found
@@ -103,7 +102,10 @@ def test_a_fault_of_one_operator_leaves_the_others(neck: SRMNeck):
     assert "gated_fusion reference" in found
     assert "pooled_links triton" in found
     verify(pooled_links="timeout")
-    assert not any("pooled_links" in one for one in launched(neck))
+    assert [one for one in launched(neck) if one.startswith("pooled_links")] in (
+        ["pooled_links sdpa"],
+        ["pooled_links reference"],
+    )
 
 
 def test_a_named_backend_is_not_overruled(neck: SRMNeck):

@@ -182,7 +182,8 @@ def choose_backend(
         if tensor is not None:
             chosen = choice.cached(tensor, operator, variant, call)
             if chosen is None:
-                chosen = choice.measured(tensor, operator, variant, sizes, call, refusal)
+                refused = _among(implementations, refusal)
+                chosen = choice.measured(tensor, operator, variant, sizes, call, refused)
             if chosen:
                 return chosen
         return next(name for name in implementations if refusal(name) is None)
@@ -213,6 +214,11 @@ def named_by_environment() -> str | None:
     return os.environ.get(ENVIRONMENT_VARIABLE) or None
 
 
+def _among(implementations: tuple[str, ...], refusal: choice.Refusal) -> choice.Refusal:
+    """`refusal`, which refuses what an operator has no form of too: a verdict may name anything."""
+    return lambda name: refusal(name) if name in implementations else f"it has no form by {name}"
+
+
 def _explained(
     requested: str | None,
     implementations: tuple[str, ...],
@@ -227,7 +233,7 @@ def _explained(
         origin = "the argument `backend`" if requested else ENVIRONMENT_VARIABLE
         return choice.Explanation(choice.named(operator, variant), name, f"{origin} names it", sizes=sizes())
     default = next(name for name in implementations if refusal(name) is None)
-    return choice.explained(default, tensor, operator, variant, sizes, refusal)
+    return choice.explained(default, tensor, operator, variant, sizes, _among(implementations, refusal))
 
 
 def choose_kernels(

@@ -40,6 +40,7 @@ OWN = "this machine"
 # Beside the folders of operators: what decides how kernels are called, and how they are judged.
 SOURCES = ("parts.py", "registration.py", "numerics.py", "verify/cases.py", "verify/measure.py", "_cuda.so")
 
+IMPLEMENTATIONS = ("reference", "sdpa", "triton", "cuda")
 RIGHT = "right"
 # "unsupported": the backend does not take these sizes; "memory": the device has too little; neither is a fault.
 HARMLESS = (RIGHT, "unsupported", "memory")
@@ -286,7 +287,8 @@ def checked_row(row: Any) -> Row:
     if not isinstance(row, dict):
         raise UnusableError("a row is not an object")
     tests: dict[str, Callable[[Any], bool]] = {
-        **dict.fromkeys(("operator", "backend", "dtype", "shape"), _is_text),
+        **dict.fromkeys(("operator", "dtype", "shape"), _is_text),
+        "backend": lambda backend: backend in IMPLEMENTATIONS,
         "sizes": lambda sizes: isinstance(sizes, list) and all(type(size) is int for size in sizes),
         "status": lambda status: status in (*HARMLESS, *FAULTS),
         "reason": lambda reason: reason is None or _is_text(reason),
@@ -349,7 +351,9 @@ def held(key: Key) -> Iterator[bool]:
     try:
         folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        file = (folder / f"{slug(key)}.lock").open("ab")
+        path = folder / f"{slug(key)}.lock"
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+        file = open(os.open(path, flags, 0o600), "ab")  # noqa: SIM115, PTH123 - closed below
     except OSError:
         yield True
         return

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import math
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,34 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--compile", action="store_true", help="also time the reference as torch.compile makes it")
     add("--again", action="store_true", help="measure again what the kept verdict has")
     add("--export", type=Path, metavar="FILE", help="also write the rows as JSON lines, for bench/results")
-    add("--jobs", type=int, metavar="N", help="processes that compile and check at once (default: by cores)")
-    add("--limit", type=float, default=120.0, metavar="SECONDS", help="of one case (default: %(default)g)")
+    add(
+        "--jobs",
+        type=_positive(int),
+        metavar="N",
+        help="processes that compile and check at once (default: by cores)",
+    )
+    add(
+        "--limit",
+        type=_positive(float),
+        default=120.0,
+        metavar="SECONDS",
+        help="of one case (default: %(default)g)",
+    )
+
+
+def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
+    """Return a reader of numbers above zero, for argparse."""
+
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = kind(0)
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number above zero")
+        return value
+
+    return read
 
 
 def main(arguments: Sequence[str] | None = None, program: str = "python -m srm_kernels verify") -> int:
@@ -79,6 +106,10 @@ def _run(options: argparse.Namespace) -> int:
     wanted = list(cases(options.only or NAMES, options.dtypes, shapes))
     if not wanted:
         raise CannotRunError("no operator has a case of these dtypes and shapes")
+    if options.export is not None and (options.export.is_dir() or not options.export.parent.is_dir()):
+        raise CannotRunError(
+            f"--export {options.export}: expected the name of a file in a folder that exists"
+        )
     with verdicts.held(device.key) as alone:
         if not alone:
             raise CannotRunError(f"another process verifies {device.key.device}; times would be wrong")

@@ -362,3 +362,10 @@ def test_the_variable_is_read_where_it_is_set_later(monkeypatch):
     assert runtime.named_by_environment() == "sdpa"
     monkeypatch.setattr(runtime, "_variables", None)
     assert runtime.named_by_environment() == "sdpa"
+
+
+def test_a_form_that_an_operator_does_not_have_is_never_taken():
+    verified(row("dyt", [1_024, 24], {"cuda": 1.0, "reference": 2.0}, backend="cuda"))
+    assert dyt_of(700).backend == "reference"
+    x = torch.zeros(1, 700, 24)
+    assert torch.equal(squash(x), x)

@@ -100,6 +100,8 @@ HOSTILE = {
             ("sizes", [1.5]),
             ("sizes", [True]),
             ("status", "fine"),
+            ("backend", "bogus"),
+            ("backend", ""),
             ("reason", 3),
             ("ratio", float("nan")),
             ("ratio", 10**400),
@@ -306,3 +308,10 @@ def test_the_digest_follows_the_sources_of_kernels_and_of_the_check(tmp_path: Pa
         assert digest() == first
     finally:
         verdicts.sources_digest.cache_clear()
+
+
+def test_a_pipe_in_place_of_the_lock_does_not_wait(folder: Path):
+    folder.mkdir()
+    os.mkfifo(folder / f"{verdicts.slug(KEY)}.lock")
+    with verdicts.held(KEY) as alone:
+        assert alone

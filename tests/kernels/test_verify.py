@@ -582,3 +582,9 @@ def test_other_commands_are_refused(capsys):
     assert "verify" in capsys.readouterr().out
     assert program.main(["verify", "--help"]) == 0
     assert "--quick" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["--jobs", "-1"], ["--jobs", "0"], ["--limit", "nan"], ["--limit", "-1"]])
+def test_numbers_that_would_measure_nothing_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]):
+    assert command.main([*words]) == 2
+    assert "is not a number above zero" in capsys.readouterr().err

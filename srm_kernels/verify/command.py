@@ -106,10 +106,12 @@ def _run(options: argparse.Namespace) -> int:
     wanted = list(cases(options.only or NAMES, options.dtypes, shapes))
     if not wanted:
         raise CannotRunError("no operator has a case of these dtypes and shapes")
-    if options.export is not None and (options.export.is_dir() or not options.export.parent.is_dir()):
-        raise CannotRunError(
-            f"--export {options.export}: expected the name of a file in a folder that exists"
-        )
+    if options.export is not None:
+        above = next(path for path in options.export.absolute().parents if path.exists())
+        if options.export.is_dir() or not above.is_dir():
+            raise CannotRunError(
+                f"--export {options.export}: expected the name of a file, in a folder or a new one"
+            )
     with verdicts.held(device.key) as alone:
         if not alone:
             raise CannotRunError(f"another process verifies {device.key.device}; times would be wrong")

@@ -588,3 +588,14 @@ def test_other_commands_are_refused(capsys):
 def test_numbers_that_would_measure_nothing_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]):
     assert command.main([*words]) == 2
     assert "is not a number above zero" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [".", "file/rows.jsonl"])
+def test_a_place_that_cannot_hold_the_rows_is_refused_before_anything_is_measured(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(command, "Run", None)
+    words = ["--device", "bench.ptx.verify:sm_89", "--export", str(tmp_path / name)]
+    assert command.main(words) == 2
+    assert "expected the name of a file" in capsys.readouterr().err

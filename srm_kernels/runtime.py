@@ -134,8 +134,8 @@ def roomy(tensor: torch.Tensor, kibibytes: int = 160) -> bool:
 def few_threads(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return `function(key, ...)` such that small work on a CPU tensor `key` (…, N, d) stays on one thread.
 
-    Between many small steps threads wait for one another by spinning, which on a busy machine takes a hundred times as
-    long as the steps. The number of threads is the calling thread's own, and is set back. torch.compile traces
+    Between many small steps threads wait for one another by spinning, which on a busy machine takes far longer than
+    the steps. The number of threads is the calling thread's own, and is set back. torch.compile traces
     `function` alone.
     """
 

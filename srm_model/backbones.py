@@ -23,6 +23,14 @@ _PACKAGED_WEIGHTS = {
 }
 
 
+_REFUSALS = (
+    AssertionError,
+    RuntimeError,
+    ValueError,
+    IndexError,
+)  # what timm's models raise for sizes that do not fit
+
+
 class Backbone(nn.Module):
     """A timm model that returns its last maps of strides 4, 8, 16 and 32, channels first.
 
@@ -89,7 +97,7 @@ class Backbone(nn.Module):
                 torch.func.functional_call(self.features, tensors, (images,))
         except NotImplementedError:  # an operator that has no form without memory says nothing about sizes
             return True
-        except (AssertionError, RuntimeError, ValueError, IndexError):
+        except _REFUSALS:
             return False
         return True
 
@@ -171,7 +179,7 @@ def _runs(name: str, side: int) -> bool:
         backbone = Backbone(name, image_size=side).eval()
         try:
             backbone.features(torch.zeros(1, 3, side, side))
-        except (AssertionError, RuntimeError, ValueError, IndexError):
+        except _REFUSALS:
             return False
     return True
 

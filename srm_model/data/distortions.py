@@ -84,12 +84,14 @@ def _family(prepare: Callable[[Planes, int, np.random.Generator], Render]) -> Ap
 
 def _at_level(reference: Planes, render: Render, level: int) -> Pixels:
     """The member of a family whose PSNR is the level's."""
-    weakest, strongest = (psnr(reference, _pixels(render(strength))) for strength in (0.0, 1.0))
-    return _at_psnr(reference, render, _target(level, weakest, strongest))
+    return _at_psnr(reference, render, lambda weakest, strongest: _target(level, weakest, strongest))
 
 
-def _at_psnr(reference: Planes, render: Render, target: float) -> Pixels:
-    """The member of a family that comes nearest to a PSNR, by false position."""
+def _at_psnr(reference: Planes, render: Render, target_of: Callable[[float, float], float]) -> Pixels:
+    """The member of a family that comes nearest to a PSNR, by false position.
+
+    `target_of` gives the PSNR from those of the weakest and the strongest member.
+    """
 
     def member(strength: float) -> tuple[float, Pixels]:
         pixels = _pixels(render(strength))
@@ -97,6 +99,7 @@ def _at_psnr(reference: Planes, render: Render, target: float) -> Pixels:
 
     low, high = 0.0, 1.0
     (low_psnr, weakest), (high_psnr, strongest) = member(low), member(high)
+    target = target_of(low_psnr, high_psnr)
     best = min(((low_psnr, weakest), (high_psnr, strongest)), key=lambda m: abs(m[0] - target))
     for _ in range(8):
         if abs(best[0] - target) <= _TOLERANCE or low_psnr <= target or high_psnr >= target:
@@ -293,7 +296,9 @@ def _block_distortions(image: Planes, level: int, rng: np.random.Generator) -> P
         colour = rng.uniform(0.5, 1, 3) * rng.choice([-1, 1], 3)
         offsets[top : top + side, left : left + side] = colour
     return _at_psnr(
-        image, lambda strength: image + np.float32(_between(1, 600, strength)) * offsets, BLOCK_PSNR
+        image,
+        lambda strength: image + np.float32(_between(1, 600, strength)) * offsets,
+        lambda *_: BLOCK_PSNR,
     )
 
 

@@ -150,7 +150,7 @@ def _type_level_srocc(entries: Sequence[Entry], parts: dict[str, str]) -> float 
 
 def type_and_level(name: str) -> str:
     """What follows the reference in an image's name: 02_3 of i01_02_3.bmp."""
-    return name.partition("_")[2].removesuffix(name[-4:])
+    return Path(name).stem.partition("_")[2]
 
 
 def read_labels(root: Path) -> Labels:

@@ -102,10 +102,7 @@ def test_a_fault_of_one_operator_leaves_the_others(neck: SRMNeck):
     assert "gated_fusion reference" in found
     assert "pooled_links triton" in found
     verify(pooled_links="timeout")
-    assert [one for one in launched(neck) if one.startswith("pooled_links")] in (
-        ["pooled_links sdpa"],
-        ["pooled_links reference"],
-    )
+    assert [one for one in launched(neck) if one.startswith("pooled_links")] == ["pooled_links reference"]
 
 
 def test_a_named_backend_is_not_overruled(neck: SRMNeck):

@@ -6,6 +6,7 @@ import inspect
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -513,9 +514,19 @@ def test_a_child_that_hangs_is_ended_with_those_it_started(child_code, tmp_path)
     )
     worker = child_code(code)
     assert worker.ask({}, 1.5) == {"status": "timeout", "reason": "no answer within 1.5 s"}
-    assert not Path(f"/proc/{beside.read_text()}/cmdline").exists() or not (
-        Path(f"/proc/{beside.read_text()}/cmdline").read_bytes()
-    )
+    command = Path(f"/proc/{beside.read_text()}/cmdline")
+    deadline = time.monotonic() + 20  # a killed process is listed until the kernel has ended it
+    while runs(command) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not runs(command)
+
+
+def runs(command: Path) -> bool:
+    """Whether a process is alive: a command line that is gone or empty (a zombie's) is of none."""
+    try:
+        return bool(command.read_bytes())
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 @pytest.mark.parametrize(

@@ -19,12 +19,18 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def transforming() -> bool:
     """Whether a function transform (torch.func) or forward-mode differentiation is at work."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return _in_functorch() or forward_ad._current_level >= 0
+
+
+# torch.compile guards the stack of transforms; torch 2.11 would otherwise trace the question into the graph.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _in_functorch() -> bool:
+    return torch._C._are_functorch_transforms_active()
 
 
 def may_ask(tensor: Tensor) -> bool:
     """Whether Python may look at values: off the CPU it would wait for the device, and torch.func.vmap forbids it."""
-    return tensor.device.type == "cpu" and not torch._C._are_functorch_transforms_active()
+    return tensor.device.type == "cpu" and not _in_functorch()
 
 
 def nowhere(mask: Tensor, *, wait: bool = False) -> bool:
@@ -38,11 +44,7 @@ def nowhere(mask: Tensor, *, wait: bool = False) -> bool:
 
 
 def _may_wait(tensor: Tensor) -> bool:
-    return (
-        _on_cuda(tensor)
-        and not torch._C._are_functorch_transforms_active()
-        and not torch.cuda.is_current_stream_capturing()
-    )
+    return _on_cuda(tensor) and not _in_functorch() and not torch.cuda.is_current_stream_capturing()
 
 
 def _on_cuda(tensor: Tensor) -> bool:

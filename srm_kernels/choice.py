@@ -186,7 +186,8 @@ def measured(
     index = tensor.get_device() if tensor.is_cuda else CPU
     if (index == CPU and _pretended is None) or transforming():
         return None
-    if torch.compiler.is_compiling() and torch.compiler.is_exporting():
+    # torch.compile of torch 2.11 takes is_exporting() for true; the flag is what it answers elsewhere.
+    if torch.compiler.is_compiling() and torch.compiler._is_exporting_flag:
         return None
     classes = [class_of(size) for size in sizes()]
     names = _ranking_of(index, operator, variant, tensor.dtype, *classes).split()

@@ -53,6 +53,7 @@ def _missing() -> dict[str, str]:
     return {name: reason for name, reason in found.items() if reason is not None}
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def triton_missing() -> str | None:
     """Why no Triton kernel can run here, or None."""
     if not _has_triton():
@@ -102,7 +103,7 @@ def launch_device(tensor: torch.Tensor) -> LaunchDevice:
 
 def triton_refusal(tensor: torch.Tensor) -> str | None:
     """Why no Triton kernel can run on a tensor, or None: what is common to all of them."""
-    reason = _missing().get("triton")
+    reason: str | None = triton_missing()
     if reason is not None:
         return reason
     if tensor.dtype == torch.float64:

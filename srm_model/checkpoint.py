@@ -129,6 +129,8 @@ def read_card(folder: str | Path) -> dict[str, Any]:
 def load_weights(model: nn.Module, folder: str | Path) -> None:
     """Copy the weights in `folder` into `model`, wrapped or not, which must have exactly the tensors stored there.
 
+    Of a model sharded by FSDP every rank calls this.
+
     Damaged files, and tensors that are missing, unexpected or of another shape, are a ValueError; `model` is
     then unchanged.
     """
@@ -181,7 +183,17 @@ def copy_tensors(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> 
     found = [f"{len(names)} {kind} ({names[0]})" for kind, names in problems.items() if names]
     if found:
         raise ValueError(f"{source}: its tensors do not fit the model: {', '.join(found)}")
-    model.load_state_dict({key: tensors[name] for key, name in names.items()})
+    state = model.state_dict()
+    model.load_state_dict({key: _as_sharded(tensors[name], state[key]) for key, name in names.items()})
+
+
+def _as_sharded(tensor: Tensor, own: Tensor) -> Tensor:
+    """A whole tensor, in the pieces of `own` where FSDP has cut that one; every rank has it, and sends nothing."""
+    if not hasattr(own, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(own.device), own.device_mesh, own.placements, src_data_rank=None)  # type: ignore[attr-defined]
 
 
 def _weights_path(folder: Path, digest: str) -> Path:

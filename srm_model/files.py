@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -44,10 +45,16 @@ def make_folder(path: str | Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        file = next(place for place in (path, *path.parents) if place.exists())
-        raise ValueError(
-            f"{path}: {file} is a file; expected a folder, or a name that is not taken"
-        ) from None
+        check_folder(path)
+        raise
+
+
+def check_folder(path: str | Path) -> None:
+    """Raise the ValueError of `make_folder` where a file is in the way, and make nothing."""
+    path = Path(path)
+    file = next((place for place in (path, *path.parents) if place.exists()), path)
+    if file.exists() and not file.is_dir():
+        raise ValueError(f"{path}: {file} is a file; expected a folder, or a name that is not taken")
 
 
 @contextmanager
@@ -131,9 +138,12 @@ def held(folder: str | Path, *, shared: bool = False) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            if not shared:  # the others that share it would look for the file
+            if not shared:
                 (folder / LOCK).unlink(missing_ok=True)
         file.close()
+        with suppress(OSError):
+            if shared:
+                _remove_unused(folder / LOCK)
         with suppress(OSError):
             for path in made:
                 path.rmdir()
@@ -141,6 +151,8 @@ def held(folder: str | Path, *, shared: bool = False) -> Iterator[None]:
 
 def _locked(folder: Path, shared: bool) -> IO[bytes]:
     """The lock file of a folder, open and locked."""
+    # The last process that shares a folder takes the lock alone for a moment, in order to remove the file.
+    pauses = iter((0.01, 0.1, 0.5))
     while True:
         make_folder(folder)
         with suppress(FileNotFoundError):  # the process before this one removes what it made
@@ -150,14 +162,26 @@ def _locked(folder: Path, shared: bool) -> IO[bytes]:
                     fcntl.lockf(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
                 file.close()
-                raise ValueError(
-                    f"{folder}: another process writes here; expected a folder that no other command is using"
-                ) from None
+                if (pause := next(pauses, None)) is None:
+                    raise ValueError(
+                        f"{folder}: another process writes here; expected a folder that no other command is using"
+                    ) from None
+                time.sleep(pause)
+                continue
             except OSError:
                 return file
             if os.fstat(file.fileno()).st_ino == (folder / LOCK).stat().st_ino:
                 return file
             file.close()
+
+
+def _remove_unused(lock: Path) -> None:
+    """Remove a lock file that no process holds, of those that shared it."""
+    with lock.open("rb+") as file:
+        if fcntl is not None:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(file.fileno()).st_ino == lock.stat().st_ino:
+            lock.unlink()
 
 
 def read_json(path: str | Path) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from srm_model.attacks.auto import apgd_trace
 from srm_model.attacks.gradient import PGDTrace, default_step_size, pgd_trace
-from srm_model.attacks.guard import as_found, check_model, predict, scores_of, seeded, to_model
+from srm_model.attacks.guard import as_found, check_model, gradient_of, predict, scores_of, seeded, to_model
 from srm_model.attacks.objectives import PairInversion, Signed
 from srm_model.attacks.problem import NoGradientError
 from srm_model.attacks.square import square_trace
@@ -428,7 +428,7 @@ def _score_gradient(model: nn.Module, images: Tensor) -> Tensor:
         raise NoGradientError(
             "the model's scores carry no gradient to the images: a gradient attack needs a differentiable model"
         )
-    (gradient,) = torch.autograd.grad(scores.sum(), x, allow_unused=True)
+    gradient = gradient_of(scores, x)
     return torch.zeros_like(x) if gradient is None else gradient
 
 

@@ -90,6 +90,27 @@ def scores_of(model: nn.Module, images: Tensor) -> Tensor:
     return scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
 
 
+def gradient_of(scores: Tensor, images: Tensor, pull: Tensor | None = None) -> Tensor | None:
+    """The gradient of scores (B,), weighted by `pull`, in the images they are of; None where there is none.
+
+    A model whose backward pass fails is a ValueError.
+    """
+    try:
+        return torch.autograd.grad(
+            scores, images, torch.ones_like(scores) if pull is None else pull, allow_unused=True
+        )[0]
+    except (torch.OutOfMemoryError, NotImplementedError):
+        raise
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        if "modified by an inplace operation" in reason:
+            reason = (
+                "it writes into a tensor that an earlier operation has saved for the backward pass, such as into its "
+                "input after a convolution; expected a forward that leaves such tensors alone, as by clone()"
+            )
+        raise ValueError(f"the model's scores cannot be differentiated: {reason}") from error
+
+
 def predict(model: nn.Module, images: Tensor, *, samples: int = 1, seed: int = 0) -> Tensor:
     """Scores (B,) without gradient, the mean of `samples` seeded passes where the model is stochastic."""
     images = to_model(model, images)

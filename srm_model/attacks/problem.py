@@ -12,7 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from srm_model.attacks.guard import as_found, check_finite, check_images, check_model, scores_of, to_model
+from srm_model.attacks.guard import (
+    as_found,
+    check_finite,
+    check_images,
+    check_model,
+    gradient_of,
+    scores_of,
+    to_model,
+)
 from srm_model.attacks.objectives import Objective
 
 NORMS = ("linf", "l2")
@@ -244,7 +252,7 @@ class Problem:
                 continue
             # A power of two, the same for every pass, changes no direction and keeps fp16 from underflowing.
             scale = _power_of_two(pull) if scale is None else scale
-            (sample,) = torch.autograd.grad(scores, x, pull * scale, allow_unused=True)
+            sample = gradient_of(scores, x, pull * scale)
             if sample is not None:
                 # A sum serves as well as a mean: only its direction is used.
                 gradient = sample if gradient is None else gradient + sample

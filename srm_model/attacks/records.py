@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from srm_model import ranks
-from srm_model.files import atomic_path, make_folder, utf8_path
+from srm_model.files import atomic_path, check_folder, utf8_path
 
 _FORMAT = "srm-iqa-attacks/3"
 _PREFIX = "batch-"
@@ -68,7 +68,7 @@ class Records:
 
     def _read(self) -> dict[int, Batch]:
         assert self._folder is not None
-        make_folder(self._folder)
+        check_folder(self._folder)
         return {
             int(path.stem.removeprefix(_PREFIX)): self._batch(path)
             for path in self._folder.glob(f"{_PREFIX}[0-9]*.safetensors")

@@ -15,7 +15,7 @@ from srm_model.reports.records import STUDY, Records
 from srm_model.study.context import Context
 from srm_model.study.file import Study, read_study
 from srm_model.study.jobs import Job, jobs
-from srm_model.study.sharing import check_sets, do_one, missing, share
+from srm_model.study.sharing import check_sets, do_one, find_job, missing, share
 
 
 def run(args: argparse.Namespace) -> None:
@@ -45,6 +45,7 @@ def _run(study: Study, args: argparse.Namespace) -> None:
 
 
 def _do(found: list[Job], c: Context, args: argparse.Namespace) -> None:
+    job = find_job(args.job, found, c.out) if args.job else None
     write_json(c.out / STUDY, c.study.to_dict())
     if c.device.type == "cpu":
         runs.keep_memory()
@@ -52,9 +53,9 @@ def _do(found: list[Job], c: Context, args: argparse.Namespace) -> None:
     arguments = ["NAME" if args.job and word == args.job else word for word in args.arguments]
     with runs.recorded(c.out, arguments, title=c.study.title):
         if args.job:
-            print(
-                f"{args.job}: {'done' if do_one(args.job, found, c) else 'nothing to do, its result is there'}"
-            )
+            if job is not None:
+                do_one(job, found, c)
+            print(f"{args.job}: {'nothing to do, its result is there' if job is None else 'done'}")
             return
         share(found, c)
     lines = Records(c.out).lines

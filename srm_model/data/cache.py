@@ -9,7 +9,7 @@ import numpy as np
 
 from srm_model.data.images import Pixels
 from srm_model.data.transforms import load_resized
-from srm_model.files import atomic_path, make_folder
+from srm_model.files import atomic_path, check_folder, make_folder
 
 try:
     import fcntl
@@ -26,14 +26,15 @@ class ImageCache:
     full nothing is replaced: every image is read once an epoch, in random order, so that no other one were better kept.
     A file that has another size or time than when it was stored is read anew. Workers and ranks may share a folder, and
     so may trainings at several sizes; it may be deleted at any time. A disk that fills up earlier ends the storing,
-    not the reading. ValueError for a limit below 1.
+    not the reading. The folder is made when something is
+    stored. ValueError for a limit below 1, or where a file is in the way.
     """
 
     def __init__(self, folder: str | Path, limit: int) -> None:
         if limit < 1:
             raise ValueError(f"cache limit {limit}: expected at least one byte")
         self.folder, self.limit = Path(folder), limit
-        make_folder(self.folder)
+        check_folder(self.folder)
         self._full = False
 
     def get(self, path: Path, image_size: int) -> Pixels:
@@ -55,6 +56,7 @@ class ImageCache:
 
     def _store(self, stored: Path, pixels: Pixels) -> None:
         try:
+            make_folder(self.folder)
             with (self.folder / "lock").open("a+") as lock:
                 if fcntl is not None:
                     fcntl.flock(lock, fcntl.LOCK_EX)

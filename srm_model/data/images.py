@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from math import ceil, floor
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,9 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# Where the turned image's coordinates lie in the file's: with x and y exchanged, then counted from the other side.
+_SIDEWAYS, _FROM_RIGHT, _FROM_BOTTOM = (5, 6, 7, 8), (2, 3, 7, 8), (3, 4, 6, 7)
+_BAND = 1 << 20  # pixels that are converted at once
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -57,22 +61,89 @@ def check_regular(path: str | Path) -> None:
         raise OSError("it is a folder" if stat.S_ISDIR(mode) else "it is not a regular file")
 
 
-def open_rgb(path: str | Path) -> Image.Image:
-    """The first frame of an image file as a decoded RGB image, turned as its EXIF orientation says.
+class Picture:
+    """A decoded image in its own mode, of which parts are taken as RGB, turned as its EXIF orientation says.
 
-    An image that cannot be read, or that has more pixels than Pillow's limit (see `pixel_limit`), is a ValueError.
+    Conversions and turns copy a part alone: beside the decoded image, memory is needed for what is taken of it.
+    """
+
+    def __init__(self, image: Image.Image) -> None:
+        self._image, self._orientation = image, _orientation(image)
+        self.size: tuple[int, int] = image.size[::-1] if self._orientation in _SIDEWAYS else image.size
+
+    def part(self, left: int, top: int, right: int, bottom: int) -> Image.Image:
+        """The pixels of a box, in coordinates of the turned image. A mode without a known range is a ValueError."""
+        x, y = (left, right), (top, bottom)
+        if self._orientation in _SIDEWAYS:
+            x, y = y, x
+        width, height = self._image.size
+        if self._orientation in _FROM_RIGHT:
+            x = width - x[1], width - x[0]
+        if self._orientation in _FROM_BOTTOM:
+            y = height - y[1], height - y[0]
+        image = self._image
+        if (x, y) != ((0, width), (0, height)):
+            image = image.crop((x[0], y[0], x[1], y[1]))
+            image.format = self._image.format  # which `to_rgb` looks at
+        turn = _TURNS.get(self._orientation)
+        return to_rgb(image) if turn is None else to_rgb(image).transpose(turn)
+
+    def resized(
+        self, size: tuple[int, int], box: tuple[float, float, float, float] | None = None
+    ) -> Image.Image:
+        """A box (left, top, right, bottom; all by default) brought to `size`, bicubic and antialiased, as RGB.
+
+        The values are those of `Image.resize` on all of the RGB image. A large image is converted and shortened to
+        its new width band by band.
+        """
+        box = (0, 0, *self.size) if box is None else box
+        (left, right), (top, bottom) = (
+            _reached(box[axis], box[axis + 2], size[axis], self.size[axis]) for axis in (0, 1)
+        )
+        inner = (box[0] - left, box[1] - top, box[2] - left, box[3] - top)
+        width, height = right - left, bottom - top
+        if width * height <= _BAND:
+            return self.part(left, top, right, bottom).resize(size, Image.Resampling.BICUBIC, box=inner)
+        narrow = Image.new("RGB", (size[0], height))
+        rows = max(1, _BAND // width)
+        for y in range(0, height, rows):
+            band = self.part(left, top + y, right, top + min(y + rows, height))
+            across = (inner[0], 0, inner[2], band.height)
+            narrow.paste(band.resize((size[0], band.height), Image.Resampling.BICUBIC, box=across), (0, y))
+        return narrow.resize(size, Image.Resampling.BICUBIC, box=(0, inner[1], size[0], inner[3]))
+
+
+def _reached(start: float, end: float, size: int, side: int) -> tuple[int, int]:
+    """Which pixels of a side bicubic weights reach where a span of it is brought to `size` pixels."""
+    reach = ceil(2 * max(1, (end - start) / size)) + 1
+    return max(0, floor(start) - reach), min(side, ceil(end) + reach)
+
+
+@contextmanager
+def decoded(path: str | Path) -> Iterator[Picture]:
+    """The first frame of an image file.
+
+    A ValueError that names the file: an image that cannot be read, or that has more pixels than Pillow's limit (see
+    `pixel_limit`), and whatever the block raises, as conversions do.
     """
     try:
         check_regular(path)
         with Image.open(path) as image:
             image.load()
-            turn = _TURNS.get(_orientation(image))
-            rgb = to_rgb(image)
-            return rgb if turn is None else rgb.transpose(turn)
+            yield Picture(image)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such image") from None
     except Exception as error:  # decoders raise whatever they like on broken files
         raise ValueError(f"{path}: not readable as an image ({_reason(error)})") from None
+
+
+def open_rgb(path: str | Path) -> Image.Image:
+    """The first frame of an image file as an RGB image, turned as its EXIF orientation says.
+
+    An image that cannot be read, or that has more pixels than Pillow's limit (see `pixel_limit`), is a ValueError.
+    """
+    with decoded(path) as picture:
+        return picture.part(0, 0, *picture.size)
 
 
 @contextmanager
@@ -84,7 +155,8 @@ def pixel_limit(pixels: int | None) -> Iterator[None]:
     """
     before = Image.MAX_IMAGE_PIXELS
     if pixels is not None:
-        Image.MAX_IMAGE_PIXELS = -(-pixels // 2) or None
+        # Pillow compares with twice this, which may be odd.
+        Image.MAX_IMAGE_PIXELS = (pixels / 2) or None  # type: ignore[assignment]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -112,7 +184,7 @@ def fault(path: Path, *, full: bool) -> str | None:
                 image.load()
                 return None
             image.load()
-            to_rgb(image)
+            Picture(image).part(0, 0, 1, 1)  # its mode may be one that is refused
         if image.format == "PNG":
             Image.open(io.BytesIO(data)).verify()  # checksums, which loading does not look at to the end
     except Exception as error:  # decoders raise whatever they like on broken files
@@ -186,7 +258,7 @@ def _orientation(image: Image.Image) -> int:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, _TOO_LARGE):
-        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        limit = int(2 * (Image.MAX_IMAGE_PIXELS or 0))
         return (
             f"it has more than {limit:,} pixels; --max-pixels of srm-iqa, or PIL.Image.MAX_IMAGE_PIXELS in Python, "
             "changes this limit"

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
-from srm_model.data.images import Pixels, open_rgb
+from srm_model.data.images import Pixels, decoded
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
@@ -52,27 +51,33 @@ class Frame(NamedTuple):
 
     def __call__(self, path: Path) -> Pixels:
         """Return the kept pixels of the photograph at `path`, (H, W, 3); ValueError where it is too small."""
-        image = open_rgb(path)
+        with decoded(path) as picture:
+            box = self._box(*picture.size)
+            if box is not None and (self.crop is not None or self.image_size is None):
+                return np.asarray(picture.part(*box))
+            if box is not None and self.image_size is not None:
+                return np.asarray(picture.resized((self.image_size, self.image_size), box))
+        width, height = picture.size
+        least = (
+            f"image_size {self.image_size}; enlarging a reference would blur it"
+            if self.crop is None
+            else f"the crop {self.crop[0]}×{self.crop[1]}"
+        )
+        raise ValueError(f"{path}: {width}×{height} is smaller than {least}")
+
+    def _box(self, width: int, height: int) -> tuple[int, int, int, int] | None:
+        """What is kept of a picture of this size, before it is resized; None where the picture is too small."""
         if self.crop is not None:
-            width, height = self.crop
-            if image.width < width or image.height < height:
-                raise ValueError(
-                    f"{path}: {image.width}×{image.height} is smaller than the crop {width}×{height}"
-                )
-            left, top = (image.width - width) // 2, (image.height - height) // 2
-            return np.asarray(image.crop((left, top, left + width, top + height)))
-        if self.image_size is None:
-            return np.asarray(image)
-        side = min(image.size)
-        if side < self.image_size:
-            raise ValueError(
-                f"{path}: {image.width}×{image.height} is smaller than image_size {self.image_size}; "
-                "enlarging a reference would blur it"
-            )
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        square = (left, top, left + side, top + side)
-        size = (self.image_size, self.image_size)
-        return np.asarray(image.resize(size, Image.Resampling.BICUBIC, box=square))
+            kept, least = self.crop, self.crop
+        elif self.image_size is not None:
+            side = min(width, height)
+            kept, least = (side, side), (self.image_size, self.image_size)
+        else:
+            kept, least = (width, height), (1, 1)
+        if width < least[0] or height < least[1]:
+            return None
+        left, top = (width - kept[0]) // 2, (height - kept[1]) // 2
+        return left, top, left + kept[0], top + kept[1]
 
 
 def from_packages(frame: Frame) -> list[Photograph]:

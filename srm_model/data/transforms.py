@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from math import ceil, floor
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from srm_model.config import SRMConfig
-from srm_model.data.images import Pixels, open_rgb
+from srm_model.data.images import Pixels, decoded
 
 LONGEST = 16  # times the shorter side: what `load_resized` keeps of a longer image
 
@@ -28,22 +26,14 @@ def load_resized(path: str | Path, image_size: int) -> Pixels:
     """The image with its shorter side brought to `image_size`, (H, W, 3) uint8; bicubic, antialiased, up or down.
 
     Of an image more than `LONGEST` times as long as wide only the middle, of that ratio, is resized and returned, so
-    that memory is bounded by the crop and not by the image's ratio. The centre crop is that of the whole image.
+    that memory is bounded by the decoded image and the crop. The centre crop is that of the whole image.
     """
-    image = open_rgb(path)
-    shorter = min(image.size)
-    (left, right, width), (top, bottom, height) = (_span(side, shorter, image_size) for side in image.size)
-    if (left, top, right, bottom) != (0, 0, *image.size):
-        # Cropped before, with all the pixels that bicubic weights reach: Pillow takes its two passes in another order
-        # where an image is more than 100 times as high as wide.
-        reach = ceil(2 * max(1, shorter / image_size)) + 1
-        x, y = max(0, floor(left) - reach), max(0, floor(top) - reach)
-        image = image.crop(
-            (x, y, min(image.width, ceil(right) + reach), min(image.height, ceil(bottom) + reach))
+    with decoded(path) as picture:
+        shorter = min(picture.size)
+        (left, right, width), (top, bottom, height) = (
+            _span(side, shorter, image_size) for side in picture.size
         )
-        left, right, top, bottom = left - x, right - x, top - y, bottom - y
-    resized = image.resize((width, height), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
-    return np.asarray(resized)
+        return np.asarray(picture.resized((width, height), (left, top, right, bottom)))
 
 
 def _span(side: int, shorter: int, size: int) -> tuple[float, float, int]:

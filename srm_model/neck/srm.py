@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import warnings
-import weakref
 from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from srm_kernels import gated_fusion, tau_loss
 from srm_kernels.checks import may_ask
@@ -29,7 +29,25 @@ TAU_FLOOR = 1e-6
 # above half of it, M₀ counts as not started.
 UNSTARTED = 1024.0
 
-_asked: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # necks that were asked whether they are calibrated
+_asked = WeakTensorKeyDictionary()  # the M₀ of necks that were asked whether they are calibrated
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _warn_once(m0: Tensor) -> None:
+    """`torch.compile` calls this with the buffer itself, and puts no trace of it into the program."""
+    if m0 in _asked or m0.is_meta or (m0.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return
+    _asked[m0] = True
+    if not _started(m0):
+        warnings.warn(
+            "the neck was never calibrated: its attention is close to uniform, and its gain cap is off; call "
+            "`calibrate` on the first training batch, or load trained weights",
+            stacklevel=4,
+        )
+
+
+def _started(m0: Tensor) -> bool:
+    return bool(m0 < UNSTARTED / 2)
 
 
 class SRMNeck(Mixer):
@@ -41,6 +59,7 @@ class SRMNeck(Mixer):
     """
 
     median_rms: Tensor
+    _prepared = False  # calibrated, or filled with weights that were
 
     def __init__(self, in_channels: Sequence[int], config: SRMConfig, *, attention: str = "nystrom") -> None:
         if len(in_channels) != len(STAGES):
@@ -63,26 +82,26 @@ class SRMNeck(Mixer):
     @property
     def calibrated(self) -> bool:
         """Whether `calibrate`, or a training batch without it, has started M₀; waits for the device."""
-        return bool(self.median_rms < UNSTARTED / 2)
+        return _started(self.median_rms)
 
     def warn_uncalibrated(self) -> None:
-        """Warn where `calibrated` is false, asked once of each neck; not while a CUDA graph is captured, or on meta."""
-        m0 = self.median_rms
-        if self in _asked or m0.is_meta or (m0.is_cuda and torch.cuda.is_current_stream_capturing()):
+        """Warn where `calibrated` is false, asked once of each neck, by torch.compile when it traces one.
+
+        Not while a program is exported or a CUDA graph is captured, nor on meta.
+        """
+        tracing = torch.compiler.is_compiling()
+        if tracing and (torch.compiler.is_exporting() or not torch.compiler.is_dynamo_compiling()):
             return
-        _asked.add(self)
-        if self.calibrated:
-            return
-        warnings.warn(
-            "the neck was never calibrated: its attention is close to uniform, and its gain cap is off; call "
-            "`calibrate` on the first training batch, or load trained weights",
-            stacklevel=3,
-        )
+        # A program is shared by necks that only their buffers tell apart: this attribute it is guarded by.
+        if not (tracing and self._prepared):
+            _warn_once(self.median_rms)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if isinstance(median := state_dict.get(f"{prefix}median_rms"), Tensor):
             # Earlier versions saved infinity for "not started", of which averages made NaN.
-            state_dict[f"{prefix}median_rms"] = median.nan_to_num(nan=UNSTARTED, posinf=UNSTARTED)
+            median = median.nan_to_num(nan=UNSTARTED, posinf=UNSTARTED)
+            state_dict[f"{prefix}median_rms"] = median
+            self._prepared = not median.is_meta and _started(median)
         for target in self.beta:
             name = f"{prefix}beta.{target}"
             if name in state_dict and state_dict[name].dim() == 0:
@@ -114,7 +133,7 @@ class SRMNeck(Mixer):
         """
         self.check(pyramid)
         given, earlier = statistics is not None, None
-        if self.training and not torch.compiler.is_compiling():
+        if self.training:
             self.warn_uncalibrated()
         if statistics is None and self.training:
             statistics = BatchStatistics()
@@ -241,6 +260,7 @@ class SRMNeck(Mixer):
         """
         self.check(pyramid)
         calibration.calibrate(self, pyramid)
+        self._prepared = True
 
     @torch.no_grad()
     def clamp_(self) -> None:

@@ -7,8 +7,8 @@ import os
 import platform
 import shlex
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence, Set
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,7 +22,7 @@ from srm_model.backbones import check_size
 from srm_model.checkpoint import CONFIG, read_card
 from srm_model.config import NECKS, STORED, SRMConfig
 from srm_model.data import SPLITS, ImageCache, open_dataset
-from srm_model.files import held, read_json, write_json
+from srm_model.files import atomic_path, held, read_json, write_json
 from srm_model.messages import bars as bars
 from srm_model.messages import say as say
 from srm_model.model import load_model
@@ -95,9 +95,11 @@ def writing(folder: str | Path, *, shared: bool = False) -> Iterator[None]:
 def recorded(folder: Path, arguments: Sequence[str], **about: Any) -> Iterator[dict[str, Any]]:
     """Keep `folder/run.json`: what was said first stays, commands are listed, seconds add up.
 
-    Yields what the file will hold, to be added to.
+    Yields what the file will hold, to be added to. A block that raises before it has written anything else into the
+    folder leaves the folder as it was.
     """
     path = folder / RUN
+    before, content = _inside(folder), path.read_bytes() if path.is_file() else None
     known = read_json(path) if path.is_file() else {}
     if not isinstance(known, dict):
         raise ValueError(f"{path}: expected an object")
@@ -112,12 +114,47 @@ def recorded(folder: Path, arguments: Sequence[str], **about: Any) -> Iterator[d
         "versions": versions(),
     }
     write_json(path, record)
+    begun = _inside(folder)
     start = time.perf_counter()
+    refused = False
     try:
         yield record
+    except Exception:
+        now = _inside(folder)
+        refused = _files(now) == _files(begun)
+        if refused:
+            _restore(path, content, now.keys() - before.keys())
+        raise
     finally:
-        record["seconds"] = round(float(known.get("seconds", 0)) + time.perf_counter() - start, 1)
-        write_json(path, record)
+        if not refused:
+            record["seconds"] = round(float(known.get("seconds", 0)) + time.perf_counter() - start, 1)
+            write_json(path, record)
+
+
+def _inside(folder: Path) -> dict[Path, tuple[int, int] | None]:
+    """Everything below a folder: of files their time and size, of folders None."""
+    found: dict[Path, tuple[int, int] | None] = {}
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # another process has removed it
+            state = path.lstat()
+            found[path] = None if path.is_dir() else (state.st_mtime_ns, state.st_size)
+    return found
+
+
+def _files(inside: dict[Path, tuple[int, int] | None]) -> dict[Path, tuple[int, int] | None]:
+    return {path: state for path, state in inside.items() if state is not None}
+
+
+def _restore(path: Path, content: bytes | None, made: Set[Path]) -> None:
+    """Give a file its earlier content, or remove it, and the folders that were made since."""
+    if content is None:
+        path.unlink()
+    else:
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(content)
+    for folder in sorted(made - {path}, reverse=True):
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def kernels_of(config: SRMConfig, device: torch.device) -> str:

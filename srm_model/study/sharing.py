@@ -51,23 +51,27 @@ def share(jobs: Sequence[Job], c: Context) -> None:
             time.sleep(WAIT)
 
 
-def do_one(name: str, jobs: Sequence[Job], c: Context) -> bool:
-    """Do the job of that name; whether it was missing.
+def find_job(name: str, jobs: Sequence[Job], out: Path) -> Job | None:
+    """The job of that name, or None where its result is there.
 
     Raises:
-        ValueError: no job has that name, its trainings are missing, or another process has it at hand.
+        ValueError: no job has that name, or its trainings are missing.
     """
     job = next((job for job in jobs if job.name == name), None)
     if job is None:
         raise ValueError(f"job {name!r}: the study has none of that name; expected one that --list prints")
-    left = missing(jobs, c.out)
+    left = missing(jobs, out)
     if job not in left:
-        return False
+        return None
     if waiting := _waits_for(job, _untrained(left)):
         raise ValueError(f"job {name!r}: needs {', '.join(waiting)}; expected that to be done before")
+    return job
+
+
+def do_one(job: Job, jobs: Sequence[Job], c: Context) -> None:
+    """Do a job; ValueError where another process has it at hand."""
     if not _attempt(job, jobs, c, job.label):
-        raise ValueError(f"job {name!r}: another process on this machine has it at hand")
-    return True
+        raise ValueError(f"job {job.name!r}: another process on this machine has it at hand")
 
 
 def _untrained(left: Sequence[Job]) -> dict[str, str]:

@@ -154,6 +154,7 @@ class _Run:
         }
         self.identity = json.loads(json.dumps(identity))  # tuples compare as the lists they are stored as
         stored = ranks.from_first(lambda: self._stored() if resume else None)
+        self._batches(0)  # refused before anything is written
         if self.rank == 0:
             make_folder(self.folder)
             for leftover in self.folder.glob(".*.partial*"):  # of a save that was killed
@@ -195,6 +196,15 @@ class _Run:
                 if self.progress:
                     tqdm.write(_summary(self.history[-1], self.config.epochs), file=sys.stderr)
         return self.history
+
+    def _batches(self, epoch: int) -> list[list[int]]:
+        return epoch_batches(
+            len(self.train_set),
+            self.config.batch_size,
+            seed=self.config.seed,
+            epoch=epoch,
+            processes=self.world,
+        )
 
     def _has_idle_parameters(self) -> bool:
         """Whether a score leaves some parameters out, such as those of links into a stage that is not fused."""
@@ -270,9 +280,7 @@ class _Run:
     def _train_epoch(self, epoch: int, begun: dict[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
         """The epoch's row of the history, and the progress to save until it is validated."""
         config = self.config
-        batches = epoch_batches(
-            len(self.train_set), config.batch_size, seed=config.seed, epoch=epoch, processes=self.world
-        )
+        batches = self._batches(epoch)
         shares = [
             deal(batch, accumulate=config.accumulate, rank=self.rank, processes=self.world)
             for batch in batches

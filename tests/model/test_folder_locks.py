@@ -11,13 +11,16 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from srm_model import SRMConfig, build_model, runs
+from srm_model import SRMConfig, build_model, load_model, runs
 from srm_model.checkpoint import save_model
 from srm_model.cli import _parser, main
-from srm_model.files import held, write_json
+from srm_model.data.synthesize import synthesize
+from srm_model.files import LOCK, held, write_json
 
 FORK = multiprocessing.get_context("fork")
 CONFIG = SRMConfig(channels=16, heads=2, rank=4, pool_size=2, image_size=32, batch_size=8, epochs=1)
@@ -37,6 +40,18 @@ WRITING = {
 IN_USE = "another process writes here; expected a folder that no other command is using"
 # The first writes nothing, the second adds lines to a file of all its calls, the third writes to the user's cache.
 ELSEWHERE = {"score", "profile", "verify"}
+
+
+@pytest.fixture(scope="module")
+def noise_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("noise")
+    rng = np.random.default_rng(0)
+    (folder / "photographs").mkdir()
+    for number in range(5):
+        pixels = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "photographs" / f"{number}.png")
+    given = {"photographs": folder / "photographs", "metric": "ssim", "progress": False}
+    return synthesize(folder / "set", types=(1,), levels=(1, 5), **given)
 
 
 @pytest.fixture
@@ -123,6 +138,100 @@ def test_a_folder_that_was_made_for_nothing_is_removed(tmp_path: Path):
     with pytest.raises(ValueError, match="bad"), held(tmp_path / "new" / "out"):
         raise ValueError("bad")
     assert list(tmp_path.iterdir()) == []
+
+
+SMALL = "--backbone test_convnext --set channels=16 --set heads=2 --set rank=4 --set pool_size=2 --set image_size=32"
+# A command and what its refusal names.
+REFUSED = {
+    "no data": ("train --data DATA --out RUN", "DATA"),
+    "no data, new folder": ("train --data DATA --out NEW/out", "DATA"),
+    "no data, a cache": ("train --data DATA --out NEW --cache CACHE/images", "DATA"),
+    "no such compiler": (f"train --data SET --out NEW --compile nonsense {SMALL}", "compile='nonsense'"),
+    "no such compiler, a run": (
+        f"train --data SET --out RUN --compile nonsense {SMALL}",
+        "compile='nonsense'",
+    ),
+    "no such device": ("train --data SET --out NEW --device nonsense", "--device nonsense"),
+    "no such backbone": ("train --data SET --out NEW --backbone nonsense", "backbone 'nonsense'"),
+    "evaluate without data": ("evaluate RUN", "--data"),
+    "attack without data": ("attack RUN", "--data"),
+    "no such surrogate": ("attack RUN --data SET --surrogate NEW", "NEW"),
+    "audit without data": ("audit RUN", "--data"),
+    "a study without its set": ("ablate STUDY.toml --out NEW/out", "set"),
+    "the same into a folder": ("ablate STUDY.toml --out RUN", "set"),
+    "no such job": ("ablate STUDY.toml --data noise=SET --out NEW --job nonsense", "job 'nonsense'"),
+    "diagnose without data": ("diagnose RUN --out NEW/out", "--data"),
+    "export onto itself": ("export RUN/srm RUN/srm", "the checkpoint itself"),
+    "export of nothing": ("export DATA NEW", "DATA"),
+    "report of no run": ("report NEW", "NEW"),
+    "tables of no study": ("report RUN --table 1", "study.json"),
+    "demo on no device": ("demo --out NEW --device nonsense", "--device nonsense"),
+    "no photographs": ("data synthesize NEW/out --photographs DATA", "DATA"),
+    "a set into a run": ("data synthesize RUN", "not an empty folder"),
+    "profile on no device": ("profile --out NEW --device nonsense", "--device nonsense"),
+}
+
+
+@pytest.mark.parametrize(("command", "named"), REFUSED.values(), ids=REFUSED)
+def test_a_refusal_leaves_nothing_behind(
+    command: str, named: str, run_folder: Path, noise_set: Path, capsys: pytest.CaptureFixture[str]
+):
+    Path("SET").symlink_to(noise_set)
+
+    def state() -> dict[Path, bytes | None]:
+        return {path: path.read_bytes() if path.is_file() else None for path in run_folder.parent.rglob("*")}
+
+    before = state()
+    assert main([*command.split(), "--no-progress"]) == 2
+    assert state() == before
+    (line,) = capsys.readouterr().err.splitlines()
+    assert named in line
+
+
+def test_an_attack_of_a_model_that_fails_leaves_nothing_behind(run_folder: Path, noise_set: Path):
+    """Found out once the model runs, when the folder of unfinished batches would be there."""
+    model, _ = load_model(run_folder / "srm")
+    with torch.no_grad():
+        next(model.head.parameters()).fill_(float("nan"))
+    save_model(model, run_folder / "srm", card={})
+    before = sorted(run_folder.rglob("*"))
+    options = "--norm linf --eps 4/255 --images 2 --set attack_steps=1 --no-progress"
+    assert main(["attack", "RUN", "--data", str(noise_set), *options.split()]) == 2
+    assert sorted(run_folder.rglob("*")) == before
+
+
+def test_the_last_that_shares_a_folder_removes_its_lock(tmp_path: Path):
+    with another_process(lambda: held(tmp_path, shared=True)):
+        with held(tmp_path, shared=True):
+            pass
+        assert (tmp_path / LOCK).exists()  # the other holds it
+        with pytest.raises(ValueError, match="another process"), held(tmp_path):
+            pass
+    with held(tmp_path, shared=True):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_many_processes_share_a_folder_and_none_is_refused(tmp_path: Path):
+    """Each comes and goes at any time, so that some find the lock file as it is removed."""
+    refused, folder = FORK.Value("i", 0), tmp_path / "new"
+
+    def come_and_go() -> None:
+        for _ in range(200):
+            try:
+                with held(folder, shared=True):
+                    pass
+            except ValueError:
+                refused.value += 1
+
+    processes = [FORK.Process(target=come_and_go) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert refused.value == 0
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert [*folder.glob("*")] == []
 
 
 def test_processes_of_a_study_share_it_and_others_do_not(run_folder: Path):

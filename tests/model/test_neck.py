@@ -409,6 +409,36 @@ def test_training_without_calibration_warns_once():
         neck(pyramid)
 
 
+COMPILED = {
+    "the neck": lambda neck: torch.compile(neck, backend="eager"),
+    "the neck whole": lambda neck: torch.compile(neck, backend="eager", fullgraph=True),
+    "a module around it": lambda neck: torch.compile(torch.nn.Sequential(neck), backend="eager"),
+    "a function around it": lambda neck: torch.compile(lambda pyramid: neck(pyramid), backend="eager"),
+}
+
+
+@pytest.mark.parametrize("around", COMPILED)
+def test_compiled_training_without_calibration_warns_too(around):
+    torch._dynamo.reset()
+    for calibrate in (True, False):
+        neck, pyramid = make_neck(calibrate=calibrate).train(), make_pyramid()
+        compiled = COMPILED[around](neck)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            compiled(pyramid)
+            compiled([m[:1] for m in pyramid])  # traced again
+            neck(pyramid)
+        told = [str(w.message) for w in said if "never calibrated" in str(w.message)]
+        assert len(told) == (0 if calibrate else 1)
+
+
+def test_an_uncalibrated_neck_can_be_exported(recwarn):
+    neck, pyramid = make_neck(calibrate=False).eval(), make_pyramid()
+    for strict in (True, False):
+        torch.export.export(neck, (pyramid,), strict=strict)
+    assert not [w for w in recwarn if "never calibrated" in str(w.message)]
+
+
 def averages():
     make_torchvision_importable()
     timm = pytest.importorskip("timm.utils")

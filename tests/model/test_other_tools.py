@@ -131,6 +131,22 @@ def test_fsdp_shards_the_model_and_saves_it_whole(group, tmp_path):
     same(load_model(tmp_path / "m")[0], model)
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_weights_are_loaded_into_a_model_that_fsdp_has_sharded(group, tmp_path, whole):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model, sharded, mesh = made(), build_model("test_convnext", config=CONFIG), init_device_mesh("cpu", (1,))
+    save_model(model, tmp_path / "m", card={})
+    fully_shard(sharded.neck, mesh=mesh)
+    if whole:
+        fully_shard(sharded, mesh=mesh)
+    load_weights(sharded, tmp_path / "m")
+    torch.testing.assert_close(sharded.eval()(images()), model.eval()(images()))
+    save_model(sharded, tmp_path / "again", card={})
+    same(load_model(tmp_path / "again")[0], model)
+
+
 def test_a_scalar_beta_of_an_older_checkpoint_loads(tmp_path, monkeypatch):
     model = made()
     with torch.no_grad():

@@ -152,6 +152,78 @@ def test_attacks_and_audits_of_an_uncalibrated_neck_warn_once_and_have_gradients
             measure(model)
 
 
+HIDING = {
+    "compiled": lambda m: torch.compile(m, backend="eager"),
+    "compiled in a module": lambda m: nn.Sequential(torch.compile(m, backend="eager")),
+    "a function of a module": lambda m: Calling(lambda x: m(x)),
+    "a compiled function": lambda m: Calling(torch.compile(lambda x: m(x), backend="eager")),
+}
+
+
+class Calling(nn.Module):
+    """Whose parts cannot be seen."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+@pytest.mark.parametrize("around", HIDING)
+def test_an_uncalibrated_neck_is_told_of_whatever_is_around_it(around):
+    config = SRMConfig(channels=16, heads=2, rank=4, pool_size=2, image_size=32)
+    images = batch(2, side=32)
+    for calibrated in (False, True):
+        torch._dynamo.reset()
+        model = build_model("test_convnext", neck="quadratic", config=config).eval()
+        if calibrated:
+            model.calibrate(images)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            pgd(HIDING[around](model), images, [0.2, 0.8], MSE(), eps=EPS, steps=2, restarts=1)
+        assert len([w for w in said if "never calibrated" in str(w.message)]) == (not calibrated)
+
+
+# Models that cannot be differentiated
+
+
+class Zeroing(Convolutional):
+    """Changes what its convolution has saved for the backward pass."""
+
+    def forward(self, x):
+        scores = super().forward(x)
+        x.zero_()
+        return scores
+
+
+class Replacing(nn.Module):
+    """Changes another tensor than its input after it was saved."""
+
+    def forward(self, x):
+        features = (x - 0.5).exp()
+        scores = features.square().mean((1, 2, 3))
+        features[:, :, 0] = 0
+        return scores
+
+
+@pytest.mark.parametrize("make", [Zeroing, Replacing])
+def test_a_model_that_destroys_what_autograd_saved_is_one_sentence(make):
+    images, mos = batch(2), [0.2, 0.8]
+    data = Images(images)
+    words = "cannot be differentiated: it writes into a tensor that an earlier operation has saved"
+    for name in ("fgsm", "pgd", "apgd"):
+        with pytest.raises(ValueError, match=words):
+            ATTACKS[name](make(), images, mos)
+    with pytest.raises(ValueError, match=words):
+        Suite.extended(TINY).run(make(), data, norm="linf", eps=EPS)
+    with pytest.raises(ValueError, match=words):
+        audit(make(), data, eps=EPS, config=TINY, images=2)
+    assert (ATTACKS["square"](make(), images, mos) - images).abs().max() <= EPS * (1 + 1e-6)
+    assert len(predict(make(), images)) == 2
+
+
 # Attacks that had no gradient
 
 

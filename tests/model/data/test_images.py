@@ -4,6 +4,8 @@ import errno
 import io
 import os
 import pickle
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 from PIL import Image
 
 from srm_model.data import images
-from srm_model.data.images import fault, find_faults, open_rgb, pixel_limit, to_rgb
+from srm_model.data.images import Picture, fault, find_faults, open_rgb, pixel_limit, to_rgb
 from srm_model.training.faults import worker_start
 
 
@@ -160,6 +162,107 @@ def test_the_limit_of_pixels(tmp_path, photograph):
         for enough in (1600, 0, None):
             with pixel_limit(enough):
                 assert open_rgb(path).size == (40, 40)
+
+
+@pytest.mark.parametrize(("width", "height"), [(102, 1), (1, 101), (6, 13)])
+def test_the_limit_is_met_to_the_pixel(tmp_path, width, height):
+    path = tmp_path / "a.png"
+    Image.new("L", (width, height)).save(path)
+    with pixel_limit(width * height):
+        assert open_rgb(path).size == (width, height)
+        assert fault(path, full=True) is None
+    with pixel_limit(width * height - 1):
+        with pytest.raises(ValueError, match=f"more than {width * height - 1} pixels"):
+            open_rgb(path)
+        assert fault(path, full=False).startswith(f"it has more than {width * height - 1} pixels")
+
+
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr", "LAB", "HSV")
+DEEP = ("I;16", "I;16B", "I;16L")
+
+
+@pytest.mark.parametrize("mode", [*MODES, *DEEP, "P and transparency", "RGB and transparency", "I of PNG"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_parts_are_those_of_the_whole_image(photograph, mode, orientation):
+    """Converted and turned alone, to the bit, whatever the mode; and resized in bands as in one piece."""
+    colour = Image.fromarray(np.ascontiguousarray(photograph(40)[:, :29]))
+    if mode in DEEP or mode == "I of PNG":
+        deep = np.asarray(colour.convert("L")).astype(np.uint16) * 257
+        image = Image.fromarray(deep) if mode != "I of PNG" else Image.fromarray(deep.astype(np.int32))
+        if mode == "I;16B":
+            image = Image.frombytes(mode, colour.size, deep.astype(">u2").tobytes())
+    elif mode == "P and transparency":
+        image = colour.quantize(8)
+        image.info["transparency"] = bytes((0, 255, 100, 7))
+    elif mode == "RGB and transparency":
+        image = colour
+        image.info["transparency"] = colour.getpixel((3, 3))
+    elif mode in ("LA", "PA", "RGBA", "RGBa"):
+        image = colour.convert("RGBA")
+        image.putalpha(colour.getchannel("G"))
+        for step in ("LA", "PA") if mode == "PA" else (mode,):
+            image = image.convert(step)
+    elif mode == "LAB":
+        image = Image.frombytes("LAB", colour.size, colour.tobytes())
+    else:
+        image = colour.convert(mode)
+    image.format = "PNG"
+    image.getexif()[0x0112] = orientation
+    whole = images.to_rgb(image)
+    if orientation > 1:
+        whole = whole.transpose(images._TURNS[orientation])
+    picture = Picture(image)
+    assert picture.size == whole.size
+    np.testing.assert_array_equal(picture.part(0, 0, *picture.size), whole)
+    box = 3, 5, picture.size[0] - 1, 21
+    np.testing.assert_array_equal(picture.part(*box), whole.crop(box))
+    fractional = (2.25, 3.5, 23.75, 25.0)
+    for size, area in (((8, 11), None), ((50, 61), None), ((9, 8), fractional), ((43, 40), fractional)):
+        expected = whole.resize(size, Image.Resampling.BICUBIC, box=area)
+        for band in (1, 100, 10_000):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(images, "_BAND", band)
+                np.testing.assert_array_equal(picture.resized(size, area), expected)
+
+
+MEASURED = """
+import re, sys
+from pathlib import Path
+from PIL import Image
+from srm_model.data import load_image
+from srm_model.data.images import fault
+
+def peak():  # ru_maxrss would begin with the parent's
+    return int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
+
+Image.init()
+before = peak()
+if sys.argv[2] == "load":
+    load_image(sys.argv[1], 64)
+else:
+    assert fault(Path(sys.argv[1]), full=True) is None
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+@pytest.mark.parametrize(
+    ("work", "mode", "bytes_per_pixel"),
+    [("load", "P", 1), ("load", "LA", 4), ("load", "RGB", 4), ("check", "P", 1)],
+)
+def test_a_large_image_is_not_copied_to_be_converted_or_turned(tmp_path, work, mode, bytes_per_pixel):
+    """Pillow keeps a pixel of two channels or more in four bytes."""
+    side, path = 5000, tmp_path / "a.png"
+    image = Image.new(mode, (side, side))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    options = {"transparency": 0} if mode == "P" else {}
+    image.save(path, compress_level=1, exif=exif, **options)
+    command = [sys.executable, "-c", MEASURED, str(path), work]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    decoded = side * side * bytes_per_pixel / 1024
+    # Beside it: a band in four copies, the picture at its new width, the file's bytes.
+    assert int(done.stdout) < decoded + 40 * 1024, f"{int(done.stdout)} KiB for {decoded:.0f} KiB of pixels"
 
 
 def test_every_mode_becomes_rgb():

@@ -296,14 +296,16 @@ class _SameDraws(nn.Module):
 
 
 def _without_gradient(check: Callable[[_Subject], Check]) -> Callable[[_Subject], Check]:
-    """A model that autograd cannot see through fails every check that needs to."""
+    """A model that autograd cannot see through fails the check of its gradients; the others cannot be asked."""
 
     def asked(subject: _Subject) -> Check:
         try:
             return check(subject)
         except NoGradientError as error:
             name, title, meaning = _TEXTS[check.__name__]
-            return Check(name, title, False, f"not measured: {error}", meaning)
+            if check.__name__ == "_gradients":
+                return Check(name, title, False, str(error), meaning)
+            return Check(name, title, None, f"could not be asked: {error}", meaning)
 
     asked.__name__ = check.__name__
     return asked

@@ -145,6 +145,13 @@ class Suite:
         ]
         return cls([*paper.attacks, *beyond], paper.config)
 
+    @classmethod
+    def queries(cls, config: SRMConfig | None = None) -> Suite:
+        """Searches that only ask for scores: for models without a gradient, and to compare any models alike."""
+        objectives: dict[str, Objective] = {"mse": MSE(), "raise": Signed(1), "lower": Signed(-1)}
+        attacks = [Attack(f"square_{name}", given, method="square") for name, given in objectives.items()]
+        return cls(attacks, config)
+
     def run(
         self,
         model: nn.Module,

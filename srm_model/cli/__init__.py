@@ -11,6 +11,7 @@ from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from importlib import import_module
 from typing import Any, NoReturn
 
+from srm_model.cli.external import add_labels, add_model, images_of
 from srm_model.cli.options import (
     add_backend,
     add_config,
@@ -376,7 +377,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_attack(parser: argparse.ArgumentParser) -> None:
-    _add_checkpoint(parser)
+    _add_checkpoint(parser, or_model=True)
     _add_data_choice(parser)
     parser.add_argument(
         "--norm", nargs="+", default=["linf", "l2"], choices=("linf", "l2"), help="default: both"
@@ -388,9 +389,7 @@ def _add_attack(parser: argparse.ArgumentParser) -> None:
         metavar="E",
         help='budgets, such as 4/255, of the one norm given (default: the tables\'); "l2" is stated at 512×512',
     )
-    parser.add_argument(
-        "--images", type=positive, metavar="N", help="only N images, evenly spaced over the split"
-    )
+    _add_images(parser, "all")
     parser.add_argument(
         "--keep", type=not_negative, default=4, metavar="N", help="attacked images to keep (default: 4)"
     )
@@ -402,15 +401,17 @@ def _add_attack(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--suite",
         default="paper",
-        choices=("paper", "extended"),
-        help="the article's four attacks, or six more: signed, list-wise, self-tuning, query-only (default: paper)",
+        choices=("paper", "extended", "queries"),
+        help="the article's four attacks, six more (signed, list-wise, self-tuning, query-only), or three that only "
+        "ask for scores (default: paper)",
     )
+    add_labels(add_model(parser))
     add_config(parser, "attack_steps", "attack_restarts", "attack_batch_size", "seed")
     add_device(parser)
 
 
 def _add_audit(parser: argparse.ArgumentParser) -> None:
-    _add_checkpoint(parser)
+    _add_checkpoint(parser, or_model=True)
     _add_data_choice(parser)
     parser.add_argument("--norm", default="linf", choices=("linf", "l2"), help="default: linf")
     parser.add_argument(
@@ -419,9 +420,7 @@ def _add_audit(parser: argparse.ArgumentParser) -> None:
         metavar="E",
         help='such as 4/255; "l2" is stated at 512×512 (default: 4/255, or 10)',
     )
-    parser.add_argument(
-        "--images", type=positive, default=16, metavar="N", help="of the split, evenly spaced (default: 16)"
-    )
+    _add_images(parser, "16")
     parser.add_argument(
         "--surrogate",
         metavar="FOLDER",
@@ -432,6 +431,7 @@ def _add_audit(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also bound, by median smoothing, where each score can go within an L2 budget",
     )
+    add_labels(add_model(parser))
     add_config(parser, "attack_steps", "attack_restarts", "attack_batch_size", "attack_queries", "seed")
     add_device(parser)
 
@@ -538,9 +538,12 @@ def _add_diagnose(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_score(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="a checkpoint folder, or a run that holds one"
+    checkpoint = parser.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="a checkpoint folder, or a run that holds one; left out with --model",
     )
+    checkpoint.required = False  # nargs="?" would leave it out where an option comes before the images
     images = parser.add_argument(
         "images", nargs="+", default=[], metavar="IMAGE", help="an image file, or a folder with --recursive"
     )
@@ -570,6 +573,7 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
     add_max_pixels(parser)
     add_backend(parser)
     add_device(parser)
+    add_model(parser)
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
@@ -610,8 +614,25 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="RUN", help="a run folder, or one checkpoint of it")
+def _add_checkpoint(parser: argparse.ArgumentParser, *, or_model: bool = False) -> None:
+    parser.add_argument(
+        "folder",
+        nargs="?" if or_model else None,
+        metavar="RUN",
+        help="a run folder, or one checkpoint of it" + ("; or else --model" if or_model else ""),
+    )
+
+
+def _add_images(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--images",
+        type=images_of,
+        metavar="N|FOLDER",
+        help="with --model the folder of its images; else the same as --limit",
+    )
+    parser.add_argument(
+        "--limit", type=positive, metavar="N", help=f"only N images, evenly spaced (default: {default})"
+    )
 
 
 def _add_batch_size(parser: argparse.ArgumentParser) -> None:

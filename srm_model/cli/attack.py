@@ -9,6 +9,7 @@ from typing import Any
 
 from srm_model import runs
 from srm_model.checkpoint import read_card
+from srm_model.cli import external
 from srm_model.cli.options import attack_config_from, device_from
 from srm_model.cli.streams import table
 from srm_model.config import SRMConfig
@@ -16,7 +17,7 @@ from srm_model.metrics import doubts
 from srm_model.runs.attacking import attack_checkpoint, budget_text
 
 HEADER = (
-    "neck",
+    "model",
     "norm",
     "eps",
     "clean SROCC",
@@ -32,9 +33,14 @@ def run(args: argparse.Namespace) -> None:
     """Attack each checkpoint at each budget, print clean and worst correlations."""
     if args.eps is not None and len(args.norm) > 1:
         raise ValueError("--eps needs one --norm: a budget means nothing without its norm")
-    folders = runs.checkpoints(args.folder)
-    with runs.process_group() as writes, runs.writing(args.folder):
-        results = _attack_all(args, folders, writes)
+    external.check_options(args)
+    if args.model is not None:
+        with runs.process_group() as writes, runs.writing(args.out):
+            results = external.attack(args, writes)
+    else:
+        folders = runs.checkpoints(args.folder)
+        with runs.process_group() as writes, runs.writing(args.folder):
+            results = _attack_all(args, folders, writes)
     if writes:
         print_table(results)
 
@@ -73,7 +79,7 @@ def _attack_all(
                     config=config,
                     device=device,
                     surrogate=surrogate,
-                    limit=args.images,
+                    limit=args.limit or args.images,
                     keep=args.keep,
                     suite=args.suite,
                     progress=progress,

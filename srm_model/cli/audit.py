@@ -16,72 +16,92 @@ from srm_model.attacks.certify import certificate, smoothed_scores
 from srm_model.attacks.problem import radius_of
 from srm_model.attacks.suite import spread
 from srm_model.checkpoint import read_card
+from srm_model.cli import external
 from srm_model.cli.options import attack_config_from, device_from
 from srm_model.cli.streams import as_named, table
 from srm_model.config import SRMConfig
 from srm_model.files import write_json
 from srm_model.reports import write_audit
 
+IMAGES = 16
 VERDICTS = {True: "passed", False: "failed", None: "left open"}
 
 
 def run(args: argparse.Namespace) -> int:
-    """Audit each checkpoint, write its page, print its checks; 1 where a check failed."""
+    """Audit each checkpoint or the model, write its page, print its checks; 1 where a check failed."""
+    external.check_options(args)
+    args.limit = args.limit or (args.images if isinstance(args.images, int) else IMAGES)
+    if args.model is not None:
+        with runs.writing(args.out):
+            subject = external.Subject(args)
+            about = {"title": f"Audit of {args.model}", "model_name": args.model, "size": args.size}
+            found = _audit(
+                args, subject.model, subject.dataset, subject.config, subject.surrogate, Path(args.out), about
+            )
+        return int(not found)
     folders = runs.checkpoints(args.folder)
     with runs.writing(args.folder):
-        return int(_audit_all(args, folders))
+        passed = [_audit_checkpoint(args, folder) for folder in folders]
+    return int(not all(passed))
 
 
-def _audit_all(args: argparse.Namespace, folders: list[Path]) -> bool:
-    """Whether a check failed."""
+def _audit_checkpoint(args: argparse.Namespace, folder: Path) -> bool:
+    """Whether no check failed."""
     device = device_from(args.device)
-    failed = False
-    for folder in folders:
-        document = read_card(folder)
-        trained = SRMConfig.from_dict(document["config"])
-        config = attack_config_from(args, trained)
-        progress = not args.no_progress
-        dataset = runs.dataset_for(
-            document["card"], trained, root=args.data, split=args.split, progress=progress
-        )
-        surrogate = Path(args.surrogate) if args.surrogate else runs.surrogate_of(folder)
-        if device.type == "cpu":
-            runs.keep_memory()
-        model, _ = runs.open_checkpoint(folder, device, config.backend)
-        eps = args.eps
-        if eps is None:
-            eps = (config.eps_linf_tables if args.norm == "linf" else config.eps_l2_tables)[-1]
-        found = audit(
-            model,
-            dataset,
-            norm=args.norm,
-            eps=eps,
-            surrogate=None
-            if surrogate is None
-            else runs.open_checkpoint(surrogate, device, config.backend)[0],
-            config=config,
-            images=args.images,
-            seed=config.seed,
-            progress=None if args.no_progress else lambda title: runs.say(f"auditing: {title}"),
-        )
-        result = {
-            **found.to_dict(),
-            "title": f"Audit of {document['neck']} on {document['backbone']}",
-            "dataset": f"{dataset.name}, {dataset.split} split",
-            "sha256": document["sha256"],
-            "config": config.to_dict(),
-        }
-        if args.certify:
-            if not args.no_progress:
-                runs.say("auditing: median smoothing")
-            result["certificates"] = certificates(model, dataset, config, args.images)
-        write_json(folder / "audit.json", result)
-        page = write_audit(result, folder / "audit.html")
-        rows = [[check.title, VERDICTS[check.passed], check.figure] for check in found.checks]
-        print(table(["check", "verdict", "measured"], rows))
-        print(f"{as_named(page)}: {len(found.failed)} of {len(found.checks)} checks failed")
-        failed |= not found.passed
-    return failed
+    document = read_card(folder)
+    trained = SRMConfig.from_dict(document["config"])
+    config = attack_config_from(args, trained)
+    dataset = runs.dataset_for(
+        document["card"], trained, root=args.data, split=args.split, progress=not args.no_progress
+    )
+    surrogate = Path(args.surrogate) if args.surrogate else runs.surrogate_of(folder)
+    if device.type == "cpu":
+        runs.keep_memory()
+    model, _ = runs.open_checkpoint(folder, device, config.backend)
+    other = None if surrogate is None else runs.open_checkpoint(surrogate, device, config.backend)[0]
+    about = {
+        "title": f"Audit of {document['neck']} on {document['backbone']}",
+        "sha256": document["sha256"],
+        "config": config.to_dict(),
+    }
+    return _audit(args, model, dataset, config, other, folder, about)
+
+
+def _audit(
+    args: argparse.Namespace,
+    model: nn.Module,
+    dataset: Any,
+    config: SRMConfig,
+    surrogate: nn.Module | None,
+    folder: Path,
+    about: dict[str, Any],
+) -> bool:
+    """Audit one model, write what was found and print it; whether no check failed."""
+    eps = args.eps
+    if eps is None:
+        eps = (config.eps_linf_tables if args.norm == "linf" else config.eps_l2_tables)[-1]
+    found = audit(
+        model,
+        dataset,
+        norm=args.norm,
+        eps=eps,
+        surrogate=surrogate,
+        config=config,
+        images=args.limit,
+        seed=config.seed,
+        progress=None if args.no_progress else lambda title: runs.say(f"auditing: {title}"),
+    )
+    result = {**found.to_dict(), **about, "dataset": f"{dataset.name}, {dataset.split} split"}
+    if args.certify:
+        if not args.no_progress:
+            runs.say("auditing: median smoothing")
+        result["certificates"] = certificates(model, dataset, config, args.limit)
+    write_json(folder / "audit.json", result)
+    page = write_audit(result, folder / "audit.html")
+    rows = [[check.title, VERDICTS[check.passed], check.figure] for check in found.checks]
+    print(table(["check", "verdict", "measured"], rows))
+    print(f"{as_named(page)}: {len(found.failed)} of {len(found.checks)} checks failed")
+    return found.passed
 
 
 def certificates(model: nn.Module, dataset: Any, config: SRMConfig, limit: int) -> list[dict[str, Any]]:

@@ -16,11 +16,14 @@ import torch
 from torch import Tensor
 
 from srm_model import runs
+from srm_model.attacks.guard import scores_of
+from srm_model.cli.external import interface_of
 from srm_model.cli.options import device_from
 from srm_model.cli.streams import as_named, sentence
 from srm_model.data import load_image
 from srm_model.data.lists import decode
 from srm_model.data.photographs import SUFFIXES
+from srm_model.external import open_model
 
 
 class _Source(NamedTuple):
@@ -32,19 +35,30 @@ class _Source(NamedTuple):
 
 def run(args: argparse.Namespace) -> int:
     """Print a line per scored file; 2 where a file could not be read or scored."""
-    folder = runs.one_checkpoint(args.checkpoint)
-    if not args.images and args.files_from is None:
+    names = list(args.images)
+    if args.model is not None and args.checkpoint is not None:
+        names.insert(0, args.checkpoint)  # the first of the images: there is no checkpoint
+    elif args.model is None:
+        if args.checkpoint is None:
+            raise ValueError("nothing to score with: expected CHECKPOINT, or --model")
+        folder = runs.one_checkpoint(args.checkpoint)
+    if not names and args.files_from is None:
         raise ValueError("nothing to score: expected IMAGE or --files-from FILE")
-    names = args.images + ([] if args.files_from is None else _listed(args.files_from, null=args.null))
+    names += [] if args.files_from is None else _listed(args.files_from, null=args.null)
     device = device_from(args.device)
-    model, _ = runs.open_checkpoint(folder, device, args.backend)
+    if args.model is None:
+        model, _ = runs.open_checkpoint(folder, device, args.backend)
+        size = model.config.image_size
+    else:
+        model, size = open_model(args.model, interface_of(args, lower_is_better=False)).to(device), args.size
     failed = False
     for batch in _batches(_sources(names, recursive=args.recursive), args.batch_size):
-        for path, score, fault in _scored(model, batch):
+        for path, score, fault in _scored(model, size, device, batch):
             failed |= fault is not None
             _print(path, score, fault, args)
         sys.stdout.flush()
-    runs.say_kernels(model.config, device)
+    if args.model is None:
+        runs.say_kernels(model.config, device)
     return 2 if failed else 0
 
 
@@ -99,14 +113,16 @@ def _batches(sources: Iterator[_Source], size: int) -> Iterator[list[_Source]]:
         yield batch
 
 
-def _scored(model: Any, batch: list[_Source]) -> list[tuple[str, float | None, str | None]]:
+def _scored(
+    model: Any, size: int, device: torch.device, batch: list[_Source]
+) -> list[tuple[str, float | None, str | None]]:
     """Path, score and, where there is no score, the sentence that says why."""
-    loaded = [source.fault or _load(source.path, model.config.image_size) for source in batch]
+    loaded = [source.fault or _load(source.path, size) for source in batch]
     images = [image for image in loaded if isinstance(image, Tensor)]
     scores: list[float] = []
     if images:
         with torch.inference_mode():
-            scores = model(torch.stack(images).to(next(model.parameters()).device)).tolist()
+            scores = scores_of(model, torch.stack(images).to(device)).tolist()
     found: list[tuple[str, float | None, str | None]] = []
     for source, image in zip(batch, loaded, strict=True):
         if not isinstance(image, Tensor):

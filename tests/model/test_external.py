@@ -1,0 +1,452 @@
+"""`--model`: attacks, audits and scores of models that this package did not make."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from srm_model.cli import main
+from srm_model.data import load_image
+from srm_model.data.labelled import labelled_images
+from srm_model.external import ExternalModel, Interface, differentiable, open_model
+from srm_model.files import read_json
+
+SIZE = 32
+MODULE = '''
+import torch
+from torch import nn
+
+
+class Sharpness(nn.Module):
+    def forward(self, images):
+        grey = images.mean(1)
+        return (grey[:, 1:] - grey[:, :-1]).abs().mean((1, 2))
+
+
+class Blur(Sharpness):
+    lower_better = True
+
+    def forward(self, images):
+        return -super().forward(images)
+
+
+class Counted(nn.Module):
+    """No gradient: a statistic that NumPy takes."""
+
+    def forward(self, images):
+        return torch.tensor([float(image.numpy().std()) for image in images.detach()])
+
+
+class Bytes(Sharpness):
+    def forward(self, images):
+        assert images.max() > 2, "expected 0 to 255"
+        return super().forward(images)
+
+
+class Channels(nn.Module):
+    def forward(self, images):
+        return images.mean((2, 3))
+
+
+class WithReference(nn.Module):
+    def forward(self, images, reference):
+        return (images - reference).mean((1, 2, 3))
+
+
+class FullReference(nn.Module):
+    metric_mode = "FR"
+
+    def forward(self, target, ref=None):
+        return (target - ref).mean((1, 2, 3))
+
+
+class Fixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(3 * 32 * 32, 1)
+
+    def forward(self, images):
+        return self.head(images.flatten(1))
+
+
+made = Sharpness()
+three = 3
+
+
+def with_argument(name):
+    return Sharpness()
+
+
+def broken():
+    raise RuntimeError("no weights\\nsecond line")
+'''
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight images of noise that grows, with labels that fall."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    rows = ["file,opinion"]
+    for number in range(8):
+        noise = rng.normal(0, 2 + 6 * number, (40, 48, 3))
+        Image.fromarray(np.clip(128 + noise, 0, 255).astype(np.uint8)).save(folder / f"{number}.png")
+        rows.append(f"{number}.png,{9 - number}")
+    (folder / "labels.csv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current folder holds a module `theirs`."""
+    (tmp_path / "theirs.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(__import__("sys").modules, "theirs", raising=False)
+
+
+def command(name: str, model: str, images: Path, *more: str) -> list[str]:
+    return [
+        *(name, "--model", model, "--images", str(images), "--labels", str(images / "labels.csv")),
+        *("--size", str(SIZE), "--out", "out", "--device", "cpu", "--no-progress"),
+        *("--steps", "3", "--restarts", "1", "--set", "attack_queries=20", *more),
+    ]
+
+
+def attacked(model: str, images: Path, *more: str) -> dict[str, Any]:
+    assert main(command("attack", model, images, "--norm", "linf", "--eps", "4/255", *more)) == 0
+    return dict(read_json(Path("out/attacks/linf-0.0156863.json")))
+
+
+def test_a_model_is_attacked_on_the_scale_of_the_labels(images: Path, capsys: pytest.CaptureFixture[str]):
+    found = attacked("theirs:Sharpness", images, "--lower-is-better")
+    assert found["clean"]["srocc"] == pytest.approx(1)
+    assert np.mean(found["clean"]["scores"]) == pytest.approx(np.mean(found["mos"]), abs=1e-6)
+    assert np.std(found["clean"]["scores"]) == pytest.approx(np.std(found["mos"]), abs=1e-6)
+    assert found["worst"]["srocc"] < found["clean"]["srocc"]
+    assert found["incomplete"] == ["transfer"]
+    out = capsys.readouterr()
+    assert "theirs:Sharpness" in out.out
+    assert out.err == ""
+
+
+def test_what_is_there_is_not_attacked_again(images: Path, monkeypatch: pytest.MonkeyPatch):
+    first = attacked("theirs:Sharpness", images, "--lower-is-better")
+    monkeypatch.setattr("srm_model.attacks.Suite.run", None)
+    assert attacked("theirs:Sharpness", images, "--lower-is-better") == first
+    with pytest.raises(AssertionError):
+        attacked("theirs:Sharpness", images, "--lower-is-better", "--seed", "1")
+
+
+def test_scores_against_the_labels_are_pointed_out(images: Path, capsys: pytest.CaptureFixture[str]):
+    assert attacked("theirs:Sharpness", images)["clean"]["srocc"] == pytest.approx(-1)
+    assert "its scores fall where the labels rise (SROCC -1.000)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["theirs:made", "theirs:Sharpness"])
+def test_an_instance_and_a_class_are_models(name: str):
+    assert isinstance(open_model(name), ExternalModel)
+
+
+def test_the_attribute_lower_better_is_followed_unless_overruled(images: Path):
+    image = load_image(images / "3.png", SIZE)[None]
+    score = open_model("theirs:Sharpness")(image)
+    assert torch.equal(open_model("theirs:Blur")(image), score)
+    assert torch.equal(open_model("theirs:Blur", Interface(lower_is_better=False))(image), -score)
+
+
+def test_images_are_normalised_as_asked(images: Path):
+    seen: list[Tensor] = []
+
+    class Looking(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            seen.append(images)
+            return images.mean((1, 2, 3))
+
+    image = torch.rand(2, 3, 4, 4)
+    ExternalModel(Looking(), Interface((0.1, 0.2, 0.3), (0.5, 1.0, 2.0), 255.0))(image)
+    mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 1.0, 2.0])
+    expected = (image - mean[:, None, None]) / std[:, None, None] * 255
+    assert torch.allclose(seen[0], expected, rtol=1e-6, atol=1e-4)
+    attacked("theirs:Bytes", images, "--peak", "255")
+
+
+def test_a_model_without_gradient_is_attacked_by_queries_alone(
+    images: Path, capsys: pytest.CaptureFixture[str]
+):
+    found = attacked("theirs:Counted", images, "--lower-is-better")
+    assert list(found["attacks"]) == ["square_mse", "square_raise", "square_lower"]
+    assert found["worst"]["srocc"] <= found["clean"]["srocc"]
+    assert "attacked by queries alone" in capsys.readouterr().err
+
+
+def test_the_audit_says_what_it_could_not_ask(images: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(command("audit", "theirs:Counted", images, "--lower-is-better")) == 1
+    checks = {check["name"]: check for check in read_json(Path("out/audit.json"))["checks"]}
+    unasked = [name for name, check in checks.items() if check["figure"].startswith("could not be asked")]
+    assert unasked == ["steps", "eps", "restarts", "derivative", "black_box", "unbounded"]
+    assert all(checks[name]["passed"] is None for name in unasked)
+    assert checks["gradients"]["passed"] is False
+    assert checks["randomness"]["passed"] is checks["batch"]["passed"] is True
+    assert "Audit of theirs:Counted" in Path("out/audit.html").read_text()
+    capsys.readouterr()
+
+
+def test_a_model_of_one_size_scores_at_that_size(images: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["score", "--model", "theirs:Fixed", "--size", str(SIZE), str(images / "0.png")]) == 0
+    assert capsys.readouterr().out.endswith("\t" + str(images / "0.png") + "\n")
+    assert main(["score", "--model", "theirs:Fixed", "--size", "40", str(images / "0.png")]) == 2
+    assert "the model fails on torch.float32 images of shape (1, 3, 40, 40)" in capsys.readouterr().err
+
+
+def test_scores_are_the_models_own(images: Path, capsys: pytest.CaptureFixture[str]):
+    files = [str(images / f"{number}.png") for number in (0, 5)]
+    assert main(["score", "--model", "theirs:Blur", "--size", str(SIZE), *files, "--json"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    expected = open_model("theirs:Blur", Interface(lower_is_better=False))(
+        torch.stack([load_image(file, SIZE) for file in files])
+    )
+    assert [row["score"] for row in found] == pytest.approx(expected.tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("theirs", "expected MODULE:NAME"),
+        ("theirs:", "expected MODULE:NAME"),
+        ("nothing_of_this_name:x", "No module named"),
+        ("theirs:nope", "theirs has no nope"),
+        ("theirs:three", "a int; expected an nn.Module"),
+        ("theirs:with_argument", "needs arguments"),
+        ("theirs:broken", "broken() failed (RuntimeError: no weights)"),
+        ("theirs:Channels", "shape (1, 3) for 1 images"),
+        ("theirs:WithReference", "needs images, reference"),
+        ("theirs:FullReference", "compares with a reference image"),
+        ("absent.pt2", "no such file"),
+        ("theirs.py.pt2", "not an exported program"),
+    ],
+)
+def test_what_is_no_model_is_one_sentence(
+    model: str, words: str, images: Path, capsys: pytest.CaptureFixture[str]
+):
+    Path("theirs.py.pt2").write_text("no archive")
+    assert main(command("attack", model, images)) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["attack"], "expected RUN, or --model"),
+        (["attack", "run", "--model", "theirs:made"], "expected one of them"),
+        (["attack", "--model", "theirs:made"], "--model needs --labels FILE"),
+        (["attack", "--model", "theirs:made", "--labels", "l", "--out", "o"], "--images FOLDER"),
+        (["attack", "--model", "theirs:made", "--labels", "l", "--out", "o", "--images", "4"], "--limit N"),
+        (["attack", "run", "--labels", "l"], "--labels: only for a model"),
+        (["attack", "run", "--images", "folder"], "expected a number"),
+        (["audit", "run", "--lower-is-better"], "--lower-is-better: only for"),
+        (["audit", "--model", "theirs:made", "--data", "d"], "--data: only for a checkpoint"),
+        (["score"], "expected CHECKPOINT, or --model"),
+        (["score", "--model", "theirs:made"], "nothing to score"),
+        (["score", "--model", "theirs:made", "--imagenet", "--mean", "0", "0", "0", "x.png"], "one of them"),
+        (["score", "--model", "theirs:made", "--std", "0", "1", "1", "x.png"], "three numbers above 0"),
+        (["score", "--model", "theirs:made", "--peak", "0", "x.png"], "a number above 0"),
+    ],
+)
+def test_options_that_do_not_go_together(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main(arguments) == 2
+    assert words in capsys.readouterr().err
+
+
+# Exported programs
+
+
+class Weighted(nn.Module):
+    """Sharpness times a weight, with a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([2.0]))
+        self.register_buffer("channels", torch.ones(3, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        grey = (images * self.channels).mean(1)
+        return (grey[:, 1:] - grey[:, :-1]).abs().mean((1, 2)) * self.weight
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Path:
+    path = tmp_path / "weighted.pt2"
+    batch = {"images": {0: torch.export.Dim("batch")}}
+    example = (torch.rand(2, 3, SIZE, SIZE),)
+    torch.export.save(torch.export.export(Weighted(), example, dynamic_shapes=batch), path)
+    return path
+
+
+def test_an_exported_program_is_attacked_and_audited(
+    program: Path, images: Path, capsys: pytest.CaptureFixture[str]
+):
+    image = load_image(images / "3.png", SIZE)
+    model = open_model(str(program))
+    assert torch.allclose(model(image[None]), Weighted()(image[None]))
+    assert differentiable(model, image)
+    found = attacked(str(program), images, "--lower-is-better")
+    assert found["worst"]["srocc"] < found["clean"]["srocc"] == pytest.approx(1)
+    assert main(command("audit", str(program), images, "--lower-is-better")) in (0, 1)
+    checks = {check["name"]: check["passed"] for check in read_json(Path("out/audit.json"))["checks"]}
+    assert checks["gradients"] is True
+    capsys.readouterr()
+
+
+class Hostile:
+    """What unpickling it would run."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, ("harmed",))
+
+
+def with_pickle(program: Path, target: Path, *, member: str, payload: bytes, config: bool) -> None:
+    """A copy of a program in which a payload is unpickled by torch's own loader."""
+    with zipfile.ZipFile(program) as old, zipfile.ZipFile(target, "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            if config and name.endswith("model_weights_config.json"):
+                content = content.replace(b'"use_pickle": false', b'"use_pickle": true')
+            new.writestr(name, payload if name.endswith(member) else content)
+        if not any(name.endswith(member) for name in old.namelist()):
+            new.writestr(f"{old.namelist()[0].partition('/')[0]}/{member}", payload)
+
+
+def saved(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("member", "config"),
+    [
+        ("data/weights/weight_0", True),
+        ("data/sample_inputs/model.pt", False),
+        ("data/constants/opaque_obj_0", False),
+        ("data/constants/custom_obj_0", False),
+    ],
+)
+def test_nothing_is_unpickled(program: Path, member: str, config: bool, tmp_path: Path):
+    payload = pickle.dumps(Hostile()) if "_obj_" in member else saved(OrderedDict(weight=Hostile()))
+    target = tmp_path / "hostile.pt2"
+    with_pickle(program, target, member=member, payload=payload, config=config)
+    with pytest.raises(ValueError, match=r"pickle|not loadable"):
+        open_model(str(target))
+    assert not Path("harmed").exists()
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+
+
+# Stand-ins for the interfaces of other packages
+
+
+def test_the_output_of_a_hugging_face_regressor_is_its_logits():
+    class Regressor(nn.Module):
+        def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> SimpleNamespace:
+            return SimpleNamespace(loss=labels, logits=pixel_values.mean((2, 3))[:, :1])
+
+    image = torch.rand(2, 3, 4, 4)
+    assert torch.equal(ExternalModel(Regressor())(image), image.mean((2, 3))[:, 0])
+
+
+def test_an_output_that_is_no_tensor_is_refused():
+    class Several(nn.Module):
+        def forward(self, images: Tensor) -> dict[str, Tensor]:
+            return {"score": images.mean((1, 2, 3))}
+
+    with pytest.raises(ValueError, match="returned a dict: expected a tensor"):
+        ExternalModel(Several())(torch.rand(1, 3, 4, 4))
+
+
+def test_scores_that_are_all_the_same_cannot_be_matched():
+    model = ExternalModel(nn.Identity())
+    with pytest.raises(ValueError, match="all 3 images the same score"):
+        model.match([1, 1, 1], [0, 0.5, 1])
+    with pytest.raises(ValueError, match="of 1 of 3 images are not finite"):
+        model.match([1, np.nan, 1], [0, 0.5, 1])
+
+
+def test_matching_twice_changes_nothing():
+    model = ExternalModel(nn.Flatten(0), Interface(lower_is_better=True))
+    raw = torch.tensor([3.0, 1.0, 2.0, 7.0])[:, None, None, None]
+    labels = [0.0, 0.2, 0.7, 1.0]
+    model.mean.zero_()
+
+    def scores() -> Tensor:
+        return raw.flatten() * model.line[0] + model.line[1]
+
+    model.match(scores(), labels)
+    first = scores()
+    model.match(scores(), labels)
+    assert torch.allclose(scores(), first, rtol=1e-12)
+    assert first.mean() == pytest.approx(np.mean(labels))
+    assert scores()[1] > scores()[3], "the order was turned round, as low is better"
+
+
+# Tables
+
+
+def table(folder: Path, text: str) -> Path:
+    path = folder / "table.csv"
+    path.write_text(text)
+    return path
+
+
+def test_columns_are_guessed_only_if_unambiguous(images: Path, tmp_path: Path):
+    two = table(tmp_path, "file;copy;a;b\n" + "".join(f"{i}.png;{i}.png;{i};{i + 1}\n" for i in range(3)))
+    with pytest.raises(ValueError, match=r"each of file, copy names a file .* name one with --image-column"):
+        labelled_images(images, two)
+    with pytest.raises(ValueError, match=r"each of a, b has a number .* name one with --score-column"):
+        labelled_images(images, two, image_column="copy")
+    found = labelled_images(images, two, image_column="copy", score_column="b", image_size=SIZE)
+    assert found.names == ["0.png", "1.png", "2.png"]
+    assert found.mos.tolist() == [0, 0.5, 1]
+    assert found[1][0].shape == (3, SIZE, SIZE)
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "words"),
+    [
+        ("file,score\nno.png,1\n", {}, "none of them names a file"),
+        ("file,score\n0.png,good\n1.png,2\n", {}, "none of them has a number"),
+        ("file,score\n0.png,1\nno.png,2\n", {"image_column": "file"}, "no.png is not in"),
+        ("file,score\n0.png,nan\n1.png,2\n", {}, "the score nan is outside"),
+        ("file,score\n0.png,1\n1.png,7\n", {"label_range": (0, 5)}, "the score 7 is outside 0 to 5"),
+        ("file,score\n0.png,1\n1.png,1\n", {}, "all scores are 1"),
+        ("file,score\n0.png,1\n0.png,2\n", {}, "listed in row 2 already"),
+        ("file,score\n", {}, "no rows below the header"),
+        ("file,score\n0.png,1\n", {"score_column": "mos"}, "--score-column mos: .* columns file, score"),
+    ],
+)
+def test_a_table_that_does_not_fit(
+    text: str, options: dict[str, Any], words: str, images: Path, tmp_path: Path
+):
+    with pytest.raises(ValueError, match=words):
+        labelled_images(images, table(tmp_path, text), **options)
+
+
+def test_labels_are_on_the_range_given(images: Path, tmp_path: Path):
+    rows = table(tmp_path, "file,score\n0.png,1\n1.png,4\n")
+    assert labelled_images(images, rows, label_range=(0, 5)).mos.tolist() == [0.2, 0.8]

@@ -73,10 +73,15 @@ class Answer(Exception):  # noqa: N818 - not an error
 
 
 class Table:
-    """What is known about a device: the rows that decide each group, and why there are none."""
+    """What is known about a device: the rows that decide each group, why there are none, and what is not finished."""
 
-    def __init__(self, groups: dict[Group, tuple[Verdict, list[Row]]], reason: str | None = None) -> None:
-        self.groups, self.reason = groups, reason
+    def __init__(
+        self,
+        groups: dict[Group, tuple[Verdict, list[Row]]],
+        reason: str = "nothing was measured",
+        unfinished: Collection[Group] = (),
+    ) -> None:
+        self.groups, self.reason, self.unfinished = groups, reason, unfinished
 
     def nearest(self, group: Group, classes: Sequence[int]) -> list[Row]:
         """The rows of the shapes whose classes are nearest."""
@@ -241,24 +246,27 @@ def _read(index: int) -> Table:
     key = verdicts.key_of_cuda(index) if index != CPU else _pretended
     assert key is not None
     own, reason = verdicts.load(key)
+    reason = reason or "nothing was measured to the end"
     groups = verdicts.governing(own, verdicts.shipped(key))
     if not groups and not _logged:
         _logged = True
         logger.warning(
             "%s: %s; plain PyTorch runs until `%s` has measured the kernels",
-            key.device, reason or "nothing was measured", verdicts.COMMAND,
+            key.device, reason, verdicts.COMMAND,
         )  # fmt: skip
-    return Table(groups, reason)
+    return Table(groups, reason, own.unfinished if own else ())
 
 
 def sentence(found: Table) -> str:
     """Whose verdict counts for a device, and how many of its operators take kernels somewhere, in one sentence."""
     if not found.groups:
-        return f"no verdict: {found.reason or 'nothing was measured'}"
+        return f"no verdict: {found.reason}"
     parts = []
     for origin, groups in _by_origin(found).items():
         taken = [group for group in groups if found.takes_kernels(group)]
         parts.append(f"{origin}: kernels for {len(taken)} of {len(groups)} operators and dtypes")
+    if found.unfinished:
+        parts.append(f"{len(found.unfinished)} operators and dtypes are not finished")
     return "; ".join(parts)
 
 
@@ -289,14 +297,17 @@ def ran(device: torch.device, requested: str | None, found: Mapping[str, Collect
     taken = Counter(name for names in found.values() for name in names)
     if not taken:
         return "no operator of srm_kernels ran"
-    counts = ", ".join(f"{name} for {count} operators" for name, count in sorted(taken.items(), reverse=True))
+    counts = ", ".join(
+        f"{name} for {count} operator{'s' * (count > 1)}"
+        for name, count in sorted(taken.items(), reverse=True)
+    )
     if requested or runtime.named_by_environment():
         return f"{counts}; named by {'the config' if requested else runtime.ENVIRONMENT_VARIABLE}"
     index = CPU
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
     known = table(index)
-    return "; ".join([counts, *(_by_origin(known) or [known.reason or "nothing was measured"])])
+    return "; ".join([counts, *(_by_origin(known) or [known.reason])])
 
 
 def explained(
@@ -314,9 +325,12 @@ def explained(
             name, default, "no verdict counts under torch.func and in forward mode", sizes=numbers
         )
     if not found.groups:
-        return Explanation(name, default, found.reason or "nothing was measured", sizes=numbers)
+        return Explanation(name, default, found.reason, sizes=numbers)
     if group not in found.groups:
-        return Explanation(name, default, f"it was not measured in {dtype} with these options", sizes=numbers)
+        why = f"it was not measured in {dtype} with these options"
+        if group in found.unfinished:
+            why = f"its measurement in {dtype} was interrupted; `{verdicts.COMMAND}` goes on"
+        return Explanation(name, default, why, sizes=numbers)
     verdict, rows = found.groups[group]
     classes = [class_of(size) for size in numbers]
     nearest = found.nearest(group, classes)

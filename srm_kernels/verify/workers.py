@@ -166,8 +166,10 @@ def ask_all(
     lock, workers = threading.Lock(), [Worker(device) for _ in range(min(count, len(requests)))]
     failures: list[BaseException] = []
     stopped = threading.Event()
+    # In place of Thread.join: where a signal interrupts that, Python 3.11 takes the thread for ended.
+    ended = [threading.Event() for _ in workers]
 
-    def work(worker: Worker) -> None:
+    def work(worker: Worker, end: threading.Event) -> None:
         try:
             while not stopped.is_set():
                 number = waiting.get_nowait()
@@ -182,16 +184,16 @@ def ask_all(
             stopped.set()
         finally:
             worker.close()
+            end.set()
 
-    threads = [threading.Thread(target=work, args=(worker,), daemon=True) for worker in workers]
-    for thread in threads:
-        thread.start()
+    for both in zip(workers, ended, strict=True):
+        threading.Thread(target=work, args=both, daemon=True).start()
     try:
-        for thread in threads:
-            thread.join()
+        for end in ended:
+            end.wait()
     except BaseException:
         stopped.set()
-        while any(thread.is_alive() for thread in threads):
+        while not all(end.is_set() for end in ended):
             for worker in workers:  # again and again: one may be about to start a child
                 worker.kill()
             time.sleep(0.05)

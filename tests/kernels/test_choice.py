@@ -186,8 +186,14 @@ def test_what_is_wrong_at_one_shape_is_taken_at_none(status: str):
 
 
 def test_other_dtypes_and_groups_that_are_not_finished_are_not_decided():
-    verified(row("dyt", [64, 24], FAST), unfinished=frozenset({("dyt", "fp32")}))
+    unfinished = frozenset({("dyt", "fp32")})
+    verified(row("dyt", [64, 24], FAST), unfinished=unfinished)
     assert dyt_of(64).backend == "reference"
+    assert "measured to the end" in dyt_of(64).reason
+    verified(row("dyt", [64, 24], FAST), row("rms_scale", [64, 24], FAST), unfinished=unfinished)
+    assert dyt_of(64).backend == "reference"
+    assert "was interrupted" in dyt_of(64).reason
+    assert choice.sentence(choice.table(choice.CPU)).endswith("; 1 operators and dtypes are not finished")
     verified(row("dyt", [64, 24], FAST, dtype="bf16"))
     assert dyt_of(64).backend == "reference"
     assert "not measured in fp32" in dyt_of(64).reason

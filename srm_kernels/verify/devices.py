@@ -132,7 +132,9 @@ def open_device(name: str) -> Device:
         except CannotRunError:
             raise
         except Exception as error:
-            raise CannotRunError(f"--device {name}: no such device ({error})") from None
+            raise CannotRunError(
+                f"--device {name}: no such device ({' '.join(str(error).split())})"
+            ) from None
         if not isinstance(made, Device):
             raise CannotRunError(f"--device {name}: it returned a {type(made).__name__} and no device")
         return made

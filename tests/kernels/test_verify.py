@@ -692,6 +692,15 @@ def test_where_no_child_can_start_the_command_cannot_run(child_code, monkeypatch
         child_code("import time; time.sleep(50)").ask({}, 20)
 
 
+def test_a_request_that_is_asked_alone_has_a_process_of_its_own(child_code):
+    code = "import json, os, sys; print('{\"ready\": true}', flush=True)\n"
+    code += "for line in sys.stdin: print(json.dumps({'pid': os.getpid()}), flush=True)"
+    worker = child_code(code)
+    found = [worker.ask({}, 20)["pid"], worker.alone({}, 20)["pid"], worker.ask({}, 20)["pid"]]
+    worker.close()
+    assert len(set(found)) == 3
+
+
 def test_a_child_that_cannot_launch_a_trivial_kernel_says_so(tmp_path, monkeypatch):
     def probe(self: Device) -> None:
         raise RuntimeError("Failed to find C compiler")

@@ -52,13 +52,14 @@ def run(args: argparse.Namespace) -> int:
     else:
         model, size = open_model(args.model, interface_of(args, lower_is_better=False)).to(device), args.size
     failed = False
-    for batch in _batches(_sources(names, recursive=args.recursive), args.batch_size):
-        for path, score, fault in _scored(model, size, device, batch):
-            failed |= fault is not None
-            _print(path, score, fault, args)
-        sys.stdout.flush()
+    with runs.running() as ran:
+        for batch in _batches(_sources(names, recursive=args.recursive), args.batch_size):
+            for path, score, fault in _scored(model, size, device, batch):
+                failed |= fault is not None
+                _print(path, score, fault, args)
+            sys.stdout.flush()
     if args.model is None:
-        runs.say_kernels(model.config, device)
+        runs.say_kernels(model.config, device, ran)
     return 2 if failed else 0
 
 

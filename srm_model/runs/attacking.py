@@ -62,25 +62,28 @@ def attack_checkpoint(
     if device.type == "cpu":
         runs.keep_memory()
     model, card = runs.open_checkpoint(folder, device, config.backend)
-    found = attack_model(
-        model,
-        dataset,
-        path,
-        settings,
-        norm=norm,
-        eps=eps,
-        config=config,
-        surrogate=None if surrogate is None else runs.open_checkpoint(surrogate, device, config.backend)[0],
-        logistic=logistic_of(card),
-        limit=limit,
-        keep=keep,
-        suite=suite,
-        progress=progress,
-        writes=writes,
-        about=lambda: {"kernels": runs.kernels_of(model.config, device)},
-    )
+    with runs.running() as ran:
+        found = attack_model(
+            model,
+            dataset,
+            path,
+            settings,
+            norm=norm,
+            eps=eps,
+            config=config,
+            surrogate=None
+            if surrogate is None
+            else runs.open_checkpoint(surrogate, device, config.backend)[0],
+            logistic=logistic_of(card),
+            limit=limit,
+            keep=keep,
+            suite=suite,
+            progress=progress,
+            writes=writes,
+            about=lambda: {"kernels": runs.kernels_of(model.config, device, ran)},
+        )
     if progress:
-        runs.say_kernels(model.config, device)
+        runs.say_kernels(model.config, device, ran)
     return found
 
 

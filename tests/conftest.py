@@ -62,7 +62,12 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What runs kernels on a module's DEVICE is asked of a GPU, where there is one, as what only a GPU shows is."""
+    """What runs kernels on a module's DEVICE is asked of a GPU, where there is one, as what only a GPU shows is.
+
+    Tests that fork come first: with a CUDA build of torch, code that torch.compile traced leaves threads of autograd
+    behind, and a process that has them cannot be forked.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("forks") is None)
     for item in items:
         if getattr(getattr(item, "module", None), "DEVICE", None) == "cuda":
             item.add_marker(pytest.mark.gpu)

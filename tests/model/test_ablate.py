@@ -422,6 +422,7 @@ def test_results_of_another_set_are_not_added_to(
     assert (copy / "results.jsonl").read_text() == (out / "results.jsonl").read_text()
 
 
+@pytest.mark.forks
 def test_processes_share_the_jobs_and_do_each_once(tmp_path: Path):
     models = [Model("d", "b", "srm", FULL, seed, SRMConfig(seed=seed)) for seed in range(3)]
 
@@ -457,6 +458,7 @@ def test_processes_share_the_jobs_and_do_each_once(tmp_path: Path):
             assert kinds.index(("clean", 0)) < kinds.index((kind, seed))
 
 
+@pytest.mark.forks
 def test_a_claim_ends_with_its_process(tmp_path: Path):
     context = multiprocessing.get_context("fork")
     holding = context.Event()

@@ -20,6 +20,8 @@ from srm_model.attacks import MSE, Attack, Suite
 from srm_model.attacks.suite import Job
 from srm_model.config import SRMConfig
 
+pytestmark = pytest.mark.forks
+
 CRAFT = Job.craft
 CONFIG = SRMConfig(attack_steps=3, attack_restarts=2, attack_queries=20)
 

@@ -24,6 +24,8 @@ from srm_model.cli.options import byte_count
 from srm_model.files import held, read_json
 from srm_model.training.state import read_state
 
+pytestmark = pytest.mark.forks
+
 
 def test_two_processes_train_evaluate_and_write_once(tmp_path: Path, capfd):
     data = write_set(tmp_path / "data")

@@ -22,6 +22,8 @@ from srm_model.training import Preempted, predict, train
 from srm_model.training.batches import deal, epoch_batches
 from srm_model.training.state import read_state
 
+pytestmark = pytest.mark.forks
+
 # Two epochs of batches of 8, 8 and 5 images: slices of unequal sizes too.
 CONFIG = SRMConfig(
     channels=16,

@@ -32,6 +32,8 @@ from srm_model.training import DivergenceError, Preempted, WorkerError, predict,
 from srm_model.training.faults import outlive_sigterm, reading
 from srm_model.training.seeding import random_state, set_random_state
 
+pytestmark = pytest.mark.forks
+
 LONG = CONFIG.replace(epochs=6, weights_ema=0.9)
 TIMES = ("seconds", "images_per_second", "data_share")
 

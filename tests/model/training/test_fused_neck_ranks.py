@@ -20,9 +20,10 @@ pytest.importorskip("triton")
 from srm_model import NeckOutput, SRMConfig, SRMNeck
 from srm_model.statistics import BatchStatistics
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="forks processes, which CUDA does not survive"
-)
+pytestmark = [
+    pytest.mark.forks,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="forks processes, which CUDA does not survive"),
+]
 CONFIG = SRMConfig(
     channels=16, heads=2, rank=3, pool_size=2, image_size=32, entropy_floor=1.0, gain_cap=0.9, backend="triton",
     links=((4, 2), (4, 1)),

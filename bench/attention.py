@@ -23,6 +23,7 @@ from bench.harness import DTYPES, Recorder
 from srm_kernels import backends, full_attention, nystrom_attention
 from srm_kernels.attention import reference, sdpa
 from srm_kernels.landmarks import reference as landmarks
+from srm_kernels.options import LandmarkOptions, SolveOptions
 from srm_model.profiling.timing import Effort, Times, measure_together
 from srm_model.profiling.traces import most_expensive
 
@@ -104,9 +105,9 @@ def plain(function: Callable[..., Tensor], rank: int, solver: str = "cholesky") 
         scale = 1 / math.sqrt(key.shape[-1])
         normalised = reference.normalised_key(key.detach(), "keys")
         chosen = landmarks.select_landmarks(
-            normalised, None, min(rank, key.shape[2]), "leverage", 1e-3, scale
+            normalised, None, LandmarkOptions(rank).clamped(key.shape[2]), scale
         )
-        return function(query, key, value, chosen, scale, "keys", "fp32", 1e-3, solver, False, 1e6, 3, True)
+        return function(query, key, value, chosen, scale, "keys", "fp32", SolveOptions(solver=solver))
 
     return call
 

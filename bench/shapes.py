@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from srm_kernels.conditioning import SOLVERS
+from srm_kernels.options import LandmarkOptions, SolveOptions
+
 if TYPE_CHECKING:
     import torch
 
@@ -22,9 +25,6 @@ def without_memory(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     import torch
 
     return torch.empty(shape, dtype=dtype, device="meta")
-
-
-SOLVERS = ("cholesky", "lu", "svd", "auto", "neumann")
 
 
 class Schedule(NamedTuple):
@@ -149,7 +149,7 @@ def solve(case: System) -> None:
 
     logits = torch.empty(4, case.rank, case.rank, device="meta")
     rhs = torch.empty(4, case.rank, case.d, device="meta")
-    arguments = (logits, rhs, 1e-3, case.solver, False, 1e6, 3, True)
+    arguments = (logits, rhs, SolveOptions(solver=case.solver))
     results = kernels.landmark_solve(*arguments)
     if case.solver not in ("svd", "auto"):
         kernels.landmark_solve_backward(results[:1], results, *arguments)
@@ -162,6 +162,6 @@ def choose(case: Choice) -> None:
     from srm_kernels.landmarks import kernels
 
     key = torch.empty(2, 4, case.keys, case.d, dtype=getattr(torch, case.dtype), device="meta")
-    kernels.select_landmarks(key, None, case.rank, case.method, 1e-3, case.d**-0.5)
+    kernels.select_landmarks(key, None, LandmarkOptions(case.rank, case.method), case.d**-0.5)
     if case.method == "leverage":
         kernels.ridge_leverage_scores(key, 1e-3)

@@ -50,6 +50,15 @@ def contiguous(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple([readable(t).contiguous() for t in tensors])
 
 
+def strides(**tokens: Tensor) -> dict[str, int]:
+    """Strides of (B, H, N, d) as kernels name them: of `key=` "key_stride_b", "key_stride_h", …"""
+    return {
+        f"{name}_stride_{axis}": stride
+        for name, tensor in tokens.items()
+        for axis, stride in zip("bhnd", tensor.stride(), strict=True)
+    }
+
+
 def strides_of(maps: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
     """Of all maps by image, channel, row and column."""
     return tuple(tuple(m.stride(axis) for m in maps) for axis in range(4))

@@ -7,9 +7,11 @@ and forward-mode derivatives a differentiable operator is the plain PyTorch of i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +20,7 @@ from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
 from .checks import transforming
+from .options import OPTIONS
 
 Implementation = Callable[..., Any]
 Place = tuple[int, int | None]  # of a tensor among arguments: which, and where in it if that is a list
@@ -62,12 +65,12 @@ def register_operator(
 ) -> OpOverload:
     """Register `srm::name(arguments, str backend) -> returns` with its fake and its derivative.
 
-    Arguments may be lists of tensors. `implementations` maps a backend to a plain function of `arguments`; "reference"
-    must be among them. The
-    derivative is the vector-Jacobian product of the implementation, recomputed from the saved inputs inside
-    `srm::name_backward`. A second derivative (`create_graph=True`) always goes through the reference, whose
-    steps autograd knows. Only floating-point results carry gradients, and not those numbered in `constant`. Results
-    are contiguous, or the first laid out as `torch.empty_like` of the argument `like`, whatever the implementation;
+    Arguments may be lists of tensors, and objects of `options.OPTIONS`, which torch sees written out.
+    `implementations` maps a backend to a plain function of `arguments`; "reference" must be among them. The derivative
+    is the vector-Jacobian product of the implementation, recomputed from the saved inputs inside
+    `srm::name_backward`. A second derivative (`create_graph=True`) always goes through the reference, whose steps
+    autograd knows. Only floating-point results carry gradients, and not those numbered in `constant`. Results are
+    contiguous, or the first laid out as `torch.empty_like` of the argument `like`, whatever the implementation;
     gradients are contiguous.
 
     `derivatives` maps a backend to a function `(grads, results, *arguments)` that gives the gradients of the
@@ -79,10 +82,14 @@ def register_operator(
 
     Under torch.func and in forward mode a call that is differentiated runs the reference in place of the operator.
     """
+    kinds = [argument.split()[0] for argument in arguments.split(",")]
+    implementations = {key: _packed(function, kinds) for key, function in implementations.items()}
+    own = {key: _packed(function, kinds, 2) for key, function in (derivatives or {}).items()}
+    for kind, options in OPTIONS.items():
+        arguments = re.sub(rf"\b{kind} \w+", options.SCHEMA, arguments)
     schema = f"({arguments}, str backend) -> {returns}"
     names = [argument.split()[-1].split("=")[0] for argument in f"{arguments}, str backend".split(",")]
     differentiables = [names.index(argument) for argument in differentiable]
-    own = derivatives or {}
     known = {names.index(argument): number for argument, number in (recalled or {}).items()}
 
     def forward(*args: Any) -> Any:
@@ -195,6 +202,24 @@ def register_operator(
 
     _register_autograd(operator, _Rules(plainly, setup, backward))
     return operator
+
+
+def _packed(function: Implementation, kinds: Sequence[str], ahead: int = 0) -> Implementation:
+    """A function that takes objects of options, as one of flat arguments; `ahead` others come first."""
+    if not OPTIONS.keys() & set(kinds):
+        return function
+
+    def call(*args: Any) -> Any:
+        flat = iter(args[ahead:])
+        inputs = [
+            OPTIONS[kind](*islice(flat, OPTIONS[kind].SCHEMA.count(",") + 1))
+            if kind in OPTIONS
+            else next(flat)
+            for kind in kinds
+        ]
+        return function(*args[:ahead], *inputs)
+
+    return call
 
 
 def _define(name: str, schema: str, implementation: Implementation, fake: Callable[..., Any]) -> OpOverload:

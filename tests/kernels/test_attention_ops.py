@@ -11,8 +11,8 @@ from oracle import tokens
 from torch import Tensor
 
 from srm_kernels import full_attention, landmark_solve, nystrom_attention, select_landmarks
+from srm_kernels.landmarks import METHODS
 
-METHODS = ("leverage", "leverage_sample", "uniform", "kmeans++", "pivoted_cholesky")
 DIRECT = ("cholesky", "lu", "svd", "auto")
 LOW = (torch.float32, torch.bfloat16, torch.float16)
 QK_NORMS = (None, "keys", "both")

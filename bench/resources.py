@@ -115,7 +115,7 @@ def launches_of(case: Case, architecture: int) -> list[tuple[Any, tuple[Any, ...
     from srm_kernels.conditioning import kernels as conditioning
     from srm_kernels.landmarks import METHODS_OF_KERNELS
     from srm_kernels.landmarks import kernels as landmarks
-    from srm_kernels.options import LandmarkOptions, SolveOptions
+    from srm_kernels.options import KeySide, LandmarkOptions, SolveOptions
 
     def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -124,17 +124,17 @@ def launches_of(case: Case, architecture: int) -> list[tuple[Any, tuple[Any, ...
     query, key, value = (tensor(2, 4, n, case.d, dtype=kind) for n in (16_384, case.keys, case.keys))
     tau, scale = tensor(4), case.d**-0.5
     choice = LandmarkOptions(case.rank, case.method)
-    side = (key, value, None, choice, scale, case.qk_norm)
+    side = KeySide(key, value, None, choice, scale, case.qk_norm)
     with recorded(divmod(architecture, 10)) as launches:
         if case.solver == "cholesky":
-            results = key_kernels.landmark_context(*side, 1e-3)
-            key_kernels.landmark_context_backward(results[:2], results, *side, 1e-3)
+            results = key_kernels.landmark_context(side, 1e-3)
+            key_kernels.landmark_context_backward(results[:2], results, side, 1e-3)
         else:
-            results = key_kernels.landmark_blocks(*side)
+            results = key_kernels.landmark_blocks(side)
             system = (*results[1:3], SolveOptions(solver=case.solver))
             solved = conditioning.landmark_solve(*system)
             conditioning.landmark_solve_backward(solved[:1], solved, *system)
-            key_kernels.landmark_blocks_backward(results[:3], results, *side)
+            key_kernels.landmark_blocks_backward(results[:3], results, side)
         if case.method == "pivoted_cholesky" and case.dtype != "float32":
             landmarks.ridge_leverage_scores(key, 1e-3)
             for method in METHODS_OF_KERNELS:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from srm_kernels.conditioning import SOLVERS
-from srm_kernels.options import LandmarkOptions, SolveOptions
+from srm_kernels.options import LandmarkOptions, QuerySides, SolveOptions
 
 if TYPE_CHECKING:
     import torch
@@ -111,10 +111,8 @@ def neck(case: Schedule, make: Maker = without_memory, batch: int = 2) -> None:
     align = [tensor(C, channels) for channels, _ in case.maps], [tensor(C)] * L
     square, targets = [tensor(C, C)] * L, list(range(L))
     dyt = [[tensor(1)] * L, [tensor(C)] * L, [tensor(C)] * L] if case.dyt else [[]] * 3
-    arguments = (
-        features, *align, *dyt, square, keys, keys if case.statistics else [], targets, P, case.d**-0.5,
-        case.qk_norm,
-    )  # fmt: skip
+    xs = keys if case.statistics else []
+    sides = QuerySides(features, *align, *dyt, square, keys, xs, targets, P, case.d**-0.5, case.qk_norm)
     maps, logits, cap = tensor(B, 3, C, P, P), tensor(B, 3), wide(1)
     y = tensor(B, case.heads, case.maps[0][1] ** 2, case.d)
     theta = [wide(case.heads)] * L
@@ -124,8 +122,8 @@ def neck(case: Schedule, make: Maker = without_memory, batch: int = 2) -> None:
         squashing = [group[0] for group in dyt]
         scale.dyt(tokens, *squashing)
         scale.dyt_backward([tokens], [], tokens, *squashing)
-    results = kernels.pooled_links(*arguments)
-    backward.pooled_links_backward(results[:2], results, *arguments)
+    results = kernels.pooled_links(sides)
+    backward.pooled_links_backward(results[:2], results, sides)
     ends.merge_links(results[1], results[0], keys, *align, square, theta, [wide()] * L, targets)
     scale.tau_loss(theta, theta, 1.0, 1e-6)
     moments = scale.rms_scale(y)

@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
-from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
 from .checks import transforming
-from .options import OPTIONS
+from .options import WRITTEN
 
 Implementation = Callable[..., Any]
 Place = tuple[int, int | None]  # of a tensor among arguments: which, and where in it if that is a list
@@ -65,7 +64,7 @@ def register_operator(
 ) -> OpOverload:
     """Register `srm::name(arguments, str backend) -> returns` with its fake and its derivative.
 
-    Arguments may be lists of tensors, and objects of `options.OPTIONS`, which torch sees written out.
+    Arguments may be lists of tensors, and objects of `options.WRITTEN`, which torch sees written out.
     `implementations` maps a backend to a plain function of `arguments`; "reference" must be among them. The derivative
     is the vector-Jacobian product of the implementation, recomputed from the saved inputs inside
     `srm::name_backward`. A second derivative (`create_graph=True`) always goes through the reference, whose steps
@@ -82,11 +81,15 @@ def register_operator(
 
     Under torch.func and in forward mode a call that is differentiated runs the reference in place of the operator.
     """
-    kinds = [argument.split()[0] for argument in arguments.split(",")]
+    kinds = _kinds(arguments)
     implementations = {key: _packed(function, kinds) for key, function in implementations.items()}
     own = {key: _packed(function, kinds, 2) for key, function in (derivatives or {}).items()}
-    for kind, options in OPTIONS.items():
-        arguments = re.sub(rf"\b{kind} \w+", options.SCHEMA, arguments)
+    while WRITTEN.keys() & set(_kinds(arguments)):
+        arguments = re.sub(
+            r"\b(\w+) \w+",
+            lambda found: WRITTEN[found[1]].SCHEMA if found[1] in WRITTEN else found[0],
+            arguments,
+        )
     schema = f"({arguments}, str backend) -> {returns}"
     names = [argument.split()[-1].split("=")[0] for argument in f"{arguments}, str backend".split(",")]
     differentiables = [names.index(argument) for argument in differentiable]
@@ -204,20 +207,23 @@ def register_operator(
     return operator
 
 
+def _kinds(arguments: str) -> list[str]:
+    return [argument.split()[0] for argument in arguments.split(",")]
+
+
 def _packed(function: Implementation, kinds: Sequence[str], ahead: int = 0) -> Implementation:
-    """A function that takes objects of options, as one of flat arguments; `ahead` others come first."""
-    if not OPTIONS.keys() & set(kinds):
+    """A function that takes objects, as one of flat arguments; `ahead` others come first."""
+    if not WRITTEN.keys() & set(kinds):
         return function
+
+    def taken(kind: str, flat: Iterator[Any]) -> Any:
+        if kind not in WRITTEN:
+            return next(flat)
+        return WRITTEN[kind](*(taken(part, flat) for part in _kinds(WRITTEN[kind].SCHEMA)))
 
     def call(*args: Any) -> Any:
         flat = iter(args[ahead:])
-        inputs = [
-            OPTIONS[kind](*islice(flat, OPTIONS[kind].SCHEMA.count(",") + 1))
-            if kind in OPTIONS
-            else next(flat)
-            for kind in kinds
-        ]
-        return function(*args[:ahead], *inputs)
+        return function(*args[:ahead], *(taken(kind, flat) for kind in kinds))
 
     return call
 

@@ -134,20 +134,23 @@ def roomy(tensor: torch.Tensor, kibibytes: int = 160) -> bool:
 def few_threads(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return `function(key, ...)` such that small work on a CPU tensor `key` (…, N, d) stays on one thread.
 
+    In place of the tensor may stand what holds it under this name.
+
     Between many small steps threads wait for one another by spinning, which on a busy machine takes far longer than
     the steps. The number of threads is the calling thread's own, and is set back. torch.compile traces
     `function` alone.
     """
 
     @wraps(function)
-    def call(key: torch.Tensor, *args: Any) -> Any:
+    def call(first: Any, *args: Any) -> Any:
+        key = first if isinstance(first, torch.Tensor) else first.key
         here = key.device.type == "cpu" and not torch.compiler.is_compiling()
         threads = torch.get_num_threads() if here else 1
         if threads == 1 or key.numel() * key.shape[-1] > WORTH_THREADS:
-            return function(key, *args)
+            return function(first, *args)
         torch.set_num_threads(1)
         try:
-            return function(key, *args)
+            return function(first, *args)
         finally:
             torch.set_num_threads(threads)
 

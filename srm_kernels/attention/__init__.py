@@ -94,7 +94,7 @@ def _fake_query_side(
 # The road of the kernels: key side, then query side.
 _context = register_operator(
     "landmark_context",
-    "Tensor key, Tensor value, Tensor? landmarks, LandmarkOptions choice, float scale, str? qk_norm, float ridge",
+    "KeySide side, float ridge",
     "(Tensor, Tensor, Tensor, Tensor)",
     {
         "reference": few_threads(reference.landmark_context),
@@ -111,7 +111,7 @@ _context = register_operator(
 
 _blocks = register_operator(
     "landmark_blocks",
-    "Tensor key, Tensor value, Tensor? landmarks, LandmarkOptions choice, float scale, str? qk_norm",
+    "KeySide side",
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
     dict.fromkeys(("reference", "sdpa"), reference.landmark_blocks)
     | {"triton": later(_KEY_KERNELS, "landmark_blocks")},

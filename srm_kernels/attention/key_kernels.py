@@ -36,7 +36,7 @@ from ..landmarks.kernels import (
     store_scores,
     workspace,
 )
-from ..options import LandmarkOptions
+from ..options import KeySide
 from ..parts import (
     INFINITY,
     LN2,
@@ -606,43 +606,21 @@ def _tokens_backward_kernel(
     tl.store(dkey_ptr + offsets, dkey.to(dkey_ptr.dtype.element_ty), mask=mask)
 
 
-def landmark_context(
-    key: Tensor,
-    value: Tensor,
-    landmarks: Tensor | None,
-    choice: LandmarkOptions,
-    scale: float,
-    qk_norm: str | None,
-    ridge: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def landmark_context(side: KeySide, ridge: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(K̃, X, logsumexp of R's rows, I) as `reference.landmark_context` gives them."""
-    return _context(key, value, landmarks, choice, scale, qk_norm, ridge)[:4]
+    return _context(side, ridge)[:4]
 
 
-def landmark_blocks(
-    key: Tensor,
-    value: Tensor,
-    landmarks: Tensor | None,
-    choice: LandmarkOptions,
-    scale: float,
-    qk_norm: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def landmark_blocks(side: KeySide) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(K̃, logits of W, R V, logsumexp of R's rows, I) as `reference.landmark_blocks` gives them."""
-    keys, rhs, lse, landmarks, logits = _context(key, value, landmarks, choice, scale, qk_norm, None)
+    keys, rhs, lse, landmarks, logits = _context(side, None)
     return keys, logits, rhs, lse, landmarks
 
 
-def _context(
-    key: Tensor,
-    value: Tensor,
-    given: Tensor | None,
-    choice: LandmarkOptions,
-    scale: float,
-    qk_norm: str | None,
-    ridge: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _context(side: KeySide, ridge: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(K̃, X or R V where `ridge` is None, logsumexp, I, empty or logits of W)."""
-    (B, H, N, d), rank, normalise = key.shape, choice.rank, qk_norm is not None
+    key, value, given, choice, scale = side.key, side.value, side.landmarks, side.choice, side.scale
+    (B, H, N, d), rank, normalise = key.shape, choice.rank, side.qk_norm is not None
     key, value = readable(key), readable(value)
     landmarks = empty((B, H, rank), key, torch.int64) if given is None else given.contiguous().clone()
     keys, x = (empty((B, H, rank, d), key, torch.float32) for _ in range(2))
@@ -704,56 +682,35 @@ def _choose_by_leverage(
 
 
 def landmark_context_backward(
-    grads: Sequence[Tensor],
-    results: Sequence[Tensor],
-    key: Tensor,
-    value: Tensor,
-    given: Tensor | None,
-    choice: LandmarkOptions,
-    scale: float,
-    qk_norm: str | None,
-    ridge: float,
+    grads: Sequence[Tensor], results: Sequence[Tensor], side: KeySide, ridge: float
 ) -> list[Tensor]:
     """[dK, dV] from the gradients of K̃ and X."""
-    return _context_backward((*grads, None), results, key, value, scale, qk_norm, ridge)
+    return _context_backward((*grads, None), results, side, ridge)
 
 
 def landmark_blocks_backward(
-    grads: Sequence[Tensor],
-    results: Sequence[Tensor],
-    key: Tensor,
-    value: Tensor,
-    given: Tensor | None,
-    choice: LandmarkOptions,
-    scale: float,
-    qk_norm: str | None,
+    grads: Sequence[Tensor], results: Sequence[Tensor], side: KeySide
 ) -> list[Tensor]:
     """[dK, dV] from the gradients of K̃, the logits and R V."""
     keys, _, *others = results
     dkeys, dlogits, drhs = grads
-    return _context_backward((dkeys, drhs, dlogits), (keys, *others), key, value, scale, qk_norm, 0.0)
+    return _context_backward((dkeys, drhs, dlogits), (keys, *others), side, 0.0)
 
 
 def _context_backward(
-    grads: Sequence[Tensor | None],
-    results: Sequence[Tensor],
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-    qk_norm: str | None,
-    ridge: float,
+    grads: Sequence[Tensor | None], results: Sequence[Tensor], side: KeySide, ridge: float
 ) -> list[Tensor]:
     """From dK̃, dX or d(R V), and in the second case the gradient of the logits; `results` as `_context` has them."""
     dkeys, dx, dlogits = (None if grad is None else grad.contiguous() for grad in grads)
     keys, x, lse, landmarks = results
-    dtype, (B, H, N, d), rank = key.dtype, key.shape, landmarks.shape[-1]
-    key, value = readable(key), readable(value)
+    dtype, (B, H, N, d), rank = side.key.dtype, side.key.shape, landmarks.shape[-1]
+    key, value = readable(side.key), readable(side.value)
     du, gathered = (empty((B, H, rank, d), key, torch.float32) for _ in range(2))
     delta = empty((B, H, rank), key, torch.float32)
     dkey, dvalue = (empty((B, H, N, d), key, key.dtype) for _ in range(2))
     tokens = {"key_ptr": key, "value_ptr": value, "N": N, "heads": H, **strides(key=key, value=value)}
-    system = {"keys_ptr": keys, "lse_ptr": lse, "du_ptr": du, "delta_ptr": delta, "scale": scale}
-    shape = {"rank": rank, "R": padded(rank), "d": d, "D": padded(d), "NORMALISE": qk_norm is not None}
+    system = {"keys_ptr": keys, "lse_ptr": lse, "du_ptr": du, "delta_ptr": delta, "scale": side.scale}
+    shape = {"rank": rank, "R": padded(rank), "d": d, "D": padded(d), "NORMALISE": side.qk_norm is not None}
     target = configurations.capability(key)
     tile = configurations.key_side(rank, d, key.dtype, target)
     run = {"BLOCK": tile.block, "PRECISION": precision(key.dtype), **tile.options()}

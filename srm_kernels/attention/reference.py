@@ -17,7 +17,7 @@ from torch import Tensor
 from ..checks import may_ask, wide_dtype
 from ..conditioning import reference as conditioning
 from ..landmarks import reference as landmark_choice
-from ..options import LandmarkOptions, SolveOptions
+from ..options import KeySide, SolveOptions
 
 Solve = Callable[[Tensor, Tensor, SolveOptions], tuple[Tensor, Tensor]]
 NORM_FLOOR = 1e-6
@@ -52,48 +52,32 @@ def landmark_system(
 
 
 def landmark_context(
-    key: Tensor,
-    value: Tensor,
-    landmarks: Tensor | None,
-    choice: LandmarkOptions,
-    scale: float,
-    qk_norm: str | None,
-    ridge: float,
-    *,
-    solve: Solve | None = None,
+    side: KeySide, ridge: float, *, solve: Solve | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The key side: K̃ as it was stored, X by the default solver, the logsumexp of R's rows over log 2 (B, H, r), and I.
 
-    Landmarks are chosen where `landmarks` is None. The first three are in the wide dtype. `solve` may stand in for the
-    reference's.
+    The first three are in the wide dtype. `solve` may stand in for the reference's.
     """
-    keys, logits, rhs, lse, landmarks = landmark_blocks(key, value, landmarks, choice, scale, qk_norm)
+    keys, logits, rhs, lse, landmarks = landmark_blocks(side)
     X, _ = (solve or conditioning.landmark_solve)(logits, rhs, SolveOptions(ridge))
     return keys, X, lse, landmarks
 
 
-def landmark_blocks(
-    key: Tensor,
-    value: Tensor,
-    landmarks: Tensor | None,
-    choice: LandmarkOptions,
-    scale: float,
-    qk_norm: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def landmark_blocks(side: KeySide) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The key side up to the solve: K̃ as it was stored, the logits of W, R V, the logsumexp of R's rows, and I.
 
     The logsumexp of a row is its largest score less the logarithm of its largest probability: one pass over R fewer.
     """
-    K = normalised_key(key, qk_norm)
+    K, landmarks = normalised_key(side.key, side.qk_norm), side.landmarks
     if landmarks is None:
-        landmarks = landmark_choice.select_landmarks(K.detach(), None, choice, scale)
+        landmarks = landmark_choice.select_landmarks(K.detach(), None, side.choice, side.scale)
     normalised = take_landmarks(K, landmarks)
-    scaled = normalised * scale
+    scaled = normalised * side.scale
     scores = scaled @ K.mT
     R = scores.softmax(-1)
     lse = (scores.detach().amax(-1) - R.detach().amax(-1).log()) / math.log(2)
-    rhs, logits = R @ value.to(K.dtype), scaled @ normalised.mT
-    return take_landmarks(key.to(K.dtype), landmarks), logits, rhs, lse, landmarks.clone()
+    rhs, logits = R @ side.value.to(K.dtype), scaled @ normalised.mT
+    return take_landmarks(side.key.to(K.dtype), landmarks), logits, rhs, lse, landmarks.clone()
 
 
 def landmark_attention(

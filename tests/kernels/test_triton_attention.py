@@ -7,6 +7,7 @@ Every output and workspace is filled with NaN, or an index out of range, before 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from srm_kernels import attention_with_scale, nystrom_attention, rms_scale, sele
 from srm_kernels.attention import configurations, kernels, key_kernels
 from srm_kernels.conditioning import SOLVERS
 from srm_kernels.landmarks import kernels as landmark_kernels
-from srm_kernels.options import LandmarkOptions
+from srm_kernels.options import KeySide, LandmarkOptions
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16) if DEVICE == "cpu" else (torch.float32, torch.float16, torch.bfloat16)
@@ -139,9 +140,8 @@ def test_values_and_gradients(shape, rank, dtype, qk_norm, method, split, pieces
         weight = tokens(7, *q.shape).to(DEVICE)
         r, s = min(rank, k.shape[2]), k.shape[-1] ** -0.5
         given_indices = select_landmarks(k, r, method=method) if method == "uniform" else None
-        used = key_kernels.landmark_context(
-            k, v, given_indices, LandmarkOptions(r, method), s, qk_norm, 1e-3
-        )[3]
+        side = KeySide(k, v, given_indices, LandmarkOptions(r, method), s, qk_norm)
+        used = key_kernels.landmark_context(side, 1e-3)[3]
         found = value_and_gradients(
             lambda *x: attend(*x, rank, method=method, qk_norm=qk_norm), [q, k, v], weight
         )
@@ -217,15 +217,16 @@ def test_a_matrix_that_breaks_down_is_eliminated_with_pivoting(monkeypatch):
     if DEVICE == "cpu":
         pivoting = key_kernels.eliminate_pivoting
         monkeypatch.setattr(key_kernels, "eliminate_pivoting", lambda *a: calls.append(1) or pivoting(*a))
-    side = (LandmarkOptions(24), 1.0, None)
-    x = key_kernels.landmark_context(k, v, landmarks, *side, 1e-12)[1]
+    side = KeySide(k, v, landmarks, LandmarkOptions(24), 1.0, None)
+    x = key_kernels.landmark_context(side, 1e-12)[1]
     assert len(calls) == (DEVICE == "cpu")
     logits = (k @ k.mT).double().cpu()
     system = oracle.system(logits, oracle.softmax(logits) @ v.double().cpu(), 1e-12)
     x = x.double().cpu()
     residual = oracle.frobenius(system.matrix @ x - system.right)
     assert (residual / oracle.frobenius(x)).max() <= 24 * torch.finfo(torch.float32).eps
-    healthy = key_kernels.landmark_context(k[1:], v[1:], landmarks[1:], *side, 1e-12)[1]
+    side = dataclasses.replace(side, key=k[1:], value=v[1:], landmarks=landmarks[1:])
+    healthy = key_kernels.landmark_context(side, 1e-12)[1]
     assert torch.equal(x[1:].float(), healthy.cpu())
 
 
@@ -234,7 +235,7 @@ def test_a_gradient_through_a_matrix_that_breaks_down_is_that_of_the_transposed_
     _, k, v = inputs(3, nk=24, d=8)
     k[0, 1] *= 0.01
     landmarks = torch.arange(24, device=DEVICE).expand(2, 2, 24).contiguous()
-    arguments = (k, v, landmarks, LandmarkOptions(24), 1.0, None, 1e-12)
+    arguments = (KeySide(k, v, landmarks, LandmarkOptions(24), 1.0, None), 1e-12)
     results = key_kernels.landmark_context(*arguments)
     dx = tokens(4, *results[1].shape, dtype=torch.float32).to(DEVICE)
     _, dvalue = key_kernels.landmark_context_backward([torch.zeros_like(dx), dx], results, *arguments)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from . import backends, choice, native, runtime, verdicts
+from .verify.table import tolerate
 
 USAGE = """usage: python -m srm_kernels           print which backends can run, and whose verdict counts
        python -m srm_kernels verify    measure the kernels on a GPU (--help for its options)
@@ -17,6 +18,7 @@ USAGE = """usage: python -m srm_kernels           print which backends can run, 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
+    tolerate()
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given:
         print("\n".join([*_backends(), "", *_verdicts()]))

@@ -11,7 +11,8 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
@@ -39,7 +40,7 @@ class Explanation(NamedTuple):
         backend: The implementation.
         reason: One sentence.
         origin: Whose verdict it follows: "this machine" or "shipped"; None where it follows none.
-        measured: Date and time of the measurement, or None.
+        measured: Date and time of the measurement that it follows, the first and the last where they differ; or None.
         milliseconds: Shape → direction → implementation → median time, of the nearest measured shapes.
         sizes: The sizes that the choice goes by.
     """
@@ -72,10 +73,15 @@ class Answer(Exception):  # noqa: N818 - not an error
 
 
 class Table:
-    """What is known about a device: the rows that decide each group, and why there are none."""
+    """What is known about a device: the rows that decide each group, why there are none, and what is not finished."""
 
-    def __init__(self, groups: dict[Group, tuple[Verdict, list[Row]]], reason: str | None = None) -> None:
-        self.groups, self.reason = groups, reason
+    def __init__(
+        self,
+        groups: dict[Group, tuple[Verdict, list[Row]]],
+        reason: str = "nothing was measured",
+        unfinished: Collection[Group] = (),
+    ) -> None:
+        self.groups, self.reason, self.unfinished = groups, reason, unfinished
 
     def nearest(self, group: Group, classes: Sequence[int]) -> list[Row]:
         """The rows of the shapes whose classes are nearest."""
@@ -135,21 +141,19 @@ def class_of(size: int) -> int:
 
 _tables: dict[int, Table] = {}
 _cache: dict[Any, str] = {}
-NOTHING = ""  # in place of an implementation: no verdict decides the call
-_taken: dict[int, dict[str, set[str]]] = {}  # device → operator → what calls took by a verdict
 _pretended: Key | None = None
 _logged = False
 
 
 def refresh() -> None:
     """Forget what was read: verdicts are read again at the next call."""
-    for known in (_tables, _cache, _taken):
-        known.clear()
+    _tables.clear()
+    _cache.clear()
 
 
 @contextmanager
 def pretended(key: Key) -> Iterator[None]:
-    """Let CPU tensors be of the device of a key inside, for emulators of devices."""
+    """Let CPU tensors be of the device of a key inside, for emulators of devices and Triton's interpreter."""
     global _pretended
     before, _pretended = _pretended, key
     refresh()
@@ -161,18 +165,26 @@ def pretended(key: Key) -> Iterator[None]:
 
 
 def cached(tensor: Tensor, operator: str, variant: str, call: tuple[Any, ...]) -> str | None:
-    """What `measured` found for such a call before: an implementation or `NOTHING`; None where it was not asked yet."""
-    if torch.compiler.is_compiling() or not (tensor.is_cuda or _pretended) or transforming():
+    """What was decided for such a call before; None where it has to be decided."""
+    if torch.compiler.is_compiling() or not (tensor.is_cuda or tensor.is_cpu) or transforming():
         return None
     try:
-        return _cache.get((tensor.get_device(), operator, variant, tensor.dtype, call))
+        return _cache.get((tensor.get_device(), tensor.dtype, operator, variant, call))
     except TypeError:  # a symbolic size
         return None
 
 
-def measured(
-    tensor: Tensor, operator: str, variant: str, sizes: Sizes, call: tuple[Any, ...], refusal: Refusal
-) -> str | None:
+def keep(tensor: Tensor, operator: str, variant: str, call: tuple[Any, ...], chosen: str) -> None:
+    """Keep what was decided, for `cached`."""
+    if torch.compiler.is_compiling() or not (tensor.is_cuda or tensor.is_cpu) or transforming():
+        return
+    if len(_cache) >= MOST_CACHED:
+        _cache.clear()
+    with suppress(TypeError):  # a symbolic size
+        _cache[tensor.get_device(), tensor.dtype, operator, variant, call] = chosen
+
+
+def measured(tensor: Tensor, operator: str, variant: str, sizes: Sizes, refusal: Refusal) -> str | None:
     """The implementation that a call takes by the verdict about its device; None without one.
 
     Args:
@@ -180,7 +192,6 @@ def measured(
         operator: the operator's name.
         variant: what of its options is measured apart.
         sizes: gives the sizes that count, batch and heads left out.
-        call: everything that `sizes` and `refusal` depend on; what is found is kept for it.
         refusal: why an implementation cannot serve the call, or None.
     """
     index = tensor.get_device() if tensor.is_cuda else CPU
@@ -190,19 +201,7 @@ def measured(
         return None
     classes = [class_of(size) for size in sizes()]
     names = _ranking_of(index, operator, variant, tensor.dtype, *classes).split()
-    chosen = next((name for name in names if refusal(name) is None), None)
-    if not torch.compiler.is_compiling():
-        _keep((index, operator, variant, tensor.dtype, call), chosen or NOTHING)
-        if chosen is not None:
-            _taken.setdefault(index, {}).setdefault(named(operator, variant), set()).add(chosen)
-    return chosen
-
-
-def _keep(key: Any, chosen: str) -> None:
-    if len(_cache) >= MOST_CACHED:
-        _cache.clear()
-    with suppress(TypeError):  # a symbolic size
-        _cache[key] = chosen
+    return next((name for name in names if refusal(name) is None), None)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -242,64 +241,73 @@ def _read(index: int) -> Table:
     refusal = runtime.triton_missing()
     if refusal is not None:
         return Table({}, refusal)
+    if index != CPU and runtime.interpreting():
+        return Table({}, "TRITON_INTERPRET=1 is set, and verdicts are about compiled kernels")
     key = verdicts.key_of_cuda(index) if index != CPU else _pretended
     assert key is not None
     own, reason = verdicts.load(key)
+    reason = reason or "nothing was measured to the end"
     groups = verdicts.governing(own, verdicts.shipped(key))
     if not groups and not _logged:
         _logged = True
         logger.warning(
             "%s: %s; plain PyTorch runs until `%s` has measured the kernels",
-            key.device, reason or "nothing was measured", verdicts.COMMAND,
+            key.device, reason, verdicts.COMMAND,
         )  # fmt: skip
-    return Table(groups, reason)
+    return Table(groups, reason, own.unfinished if own else ())
 
 
 def sentence(found: Table) -> str:
     """Whose verdict counts for a device, and how many of its operators take kernels somewhere, in one sentence."""
     if not found.groups:
-        return f"no verdict: {found.reason or 'nothing was measured'}"
-    by_origin: dict[str, list[Group]] = {}
-    for group, (verdict, _) in found.groups.items():
-        by_origin.setdefault(f"verdict of {verdict.origin}, {verdict.measured or 'undated'}", []).append(
-            group
-        )
+        return f"no verdict: {found.reason}"
     parts = []
-    for name, groups in by_origin.items():
+    for origin, groups in _by_origin(found).items():
         taken = [group for group in groups if found.takes_kernels(group)]
-        parts.append(f"{name}: kernels for {len(taken)} of {len(groups)} operators and dtypes")
+        parts.append(f"{origin}: kernels for {len(taken)} of {len(groups)} operators and dtypes")
+    if found.unfinished:
+        parts.append(f"{len(found.unfinished)} operators and dtypes are not finished")
     return "; ".join(parts)
 
 
-def ran(device: torch.device, requested: str | None = None) -> str:
-    """Say which implementations this process has run on a device, and on whose verdict, in one sentence.
+def _by_origin(found: Table) -> dict[str, list[Group]]:
+    """Groups by the words for whose verdict decides them, and when it was measured."""
+    groups: dict[str, list[Group]] = {}
+    for group, (verdict, _) in found.groups.items():
+        groups.setdefault(verdict.origin, []).append(group)
+    rows = {
+        origin: [row for group in some for row in found.groups[group][1]] for origin, some in groups.items()
+    }
+    return {
+        f"verdict of {origin}, {verdicts.dates(rows[origin])}": some
+        for origin, some in sorted(groups.items())
+    }
+
+
+def ran(device: torch.device, requested: str | None, found: Mapping[str, Collection[str]]) -> str:
+    """Say which implementations ran on a device, and on whose verdict, in one sentence.
 
     Args:
         device: where the operators ran.
         requested: the backend that was named to them, or None.
+        found: what ran, as `registration.running` collects it.
     """
     from . import runtime
 
-    name = requested or runtime.named_by_environment()
-    if name is not None:
-        return f"{name}, named by {'the config' if requested else runtime.ENVIRONMENT_VARIABLE}"
-    if device.type != "cuda" and _pretended is None:
-        return "plain PyTorch; verdicts count on CUDA devices"
+    taken = Counter(name for names in found.values() for name in names)
+    if not taken:
+        return "no operator of srm_kernels ran"
+    counts = ", ".join(
+        f"{name} for {count} operator{'s' * (count > 1)}"
+        for name, count in sorted(taken.items(), reverse=True)
+    )
+    if requested or runtime.named_by_environment():
+        return f"{counts}; named by {'the config' if requested else runtime.ENVIRONMENT_VARIABLE}"
     index = CPU
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
-    found = table(index)
-    if not found.groups:
-        return f"plain PyTorch; {found.reason or 'nothing was measured'}"
-    by_name: dict[str, int] = {}
-    for names in _taken.get(index, {}).values():
-        for taken in names:
-            by_name[taken] = by_name.get(taken, 0) + 1
-    counts = ", ".join(
-        f"{taken} for {count} operators" for taken, count in sorted(by_name.items(), reverse=True)
-    )
-    origins = {f"verdict of {verdict.origin}, {verdict.measured}" for verdict, _ in found.groups.values()}
-    return f"{counts or 'no measured operator ran'}; {'; '.join(sorted(origins))}"
+    known = table(index)
+    return "; ".join([counts, *(_by_origin(known) or [known.reason])])
 
 
 def explained(
@@ -317,13 +325,18 @@ def explained(
             name, default, "no verdict counts under torch.func and in forward mode", sizes=numbers
         )
     if not found.groups:
-        return Explanation(name, default, found.reason or "nothing was measured", sizes=numbers)
+        return Explanation(name, default, found.reason, sizes=numbers)
     if group not in found.groups:
-        return Explanation(name, default, f"it was not measured in {dtype} with these options", sizes=numbers)
+        why = f"it was not measured in {dtype} with these options"
+        if group in found.unfinished:
+            why = f"its measurement in {dtype} was interrupted; `{verdicts.COMMAND}` goes on"
+        return Explanation(name, default, why, sizes=numbers)
     verdict, rows = found.groups[group]
     classes = [class_of(size) for size in numbers]
     nearest = found.nearest(group, classes)
-    about = Explanation(name, default, "", verdict.origin, verdict.measured, times_of(nearest), numbers)
+    about = Explanation(
+        name, default, "", verdict.origin, verdicts.dates(nearest), times_of(nearest), numbers
+    )
     shapes = ", ".join(dict.fromkeys(row["shape"] for row in nearest))
     notes = [
         f"{row['backend']} is {row['status']} at {row['shape']}: {row['reason']}"

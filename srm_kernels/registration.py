@@ -28,6 +28,24 @@ _plain = False  # whether differentiable operators run in the steps of their ref
 _library = torch.library.Library("srm", "FRAGMENT")  # operators live as long as it does
 
 
+_running: list[dict[str, set[str]]] = []
+
+
+@contextmanager
+def running() -> Iterator[dict[str, set[str]]]:
+    """Collect inside which implementations run: operator → backends.
+
+    What counts is that an operator runs, in eager and in compiled code; of a CUDA graph its capture. Under torch.func
+    and in forward mode a differentiated call runs no operator but its reference, and is left out.
+    """
+    found: dict[str, set[str]] = {}
+    _running.append(found)
+    try:
+        yield found
+    finally:
+        _running[:] = [other for other in _running if other is not found]
+
+
 @contextmanager
 def plainly() -> Iterator[None]:
     """Run differentiable operators in the steps of their reference inside, as plain PyTorch without operators would."""
@@ -97,6 +115,8 @@ def register_operator(
 
     def forward(*args: Any) -> Any:
         *inputs, backend = args
+        for found in _running:
+            found.setdefault(name, set()).add(backend)
         with no_autocast(inputs):
             result = implementations[backend](*inputs)
         first, *rest = result if isinstance(result, tuple) else (result,)

@@ -172,9 +172,10 @@ def choose_backend(
 
     `requested` None reads SRM_KERNELS_BACKEND. Without either, the device of `tensor` may have a verdict (see
     `choice`); without that it is the first of `implementations` that is not refused. `refusal` says why an
-    implementation cannot serve these arguments, or None; only those in question are asked about. `sizes`, `variant`
-    and `call` are as in `choice.measured`. A name outside `backends()` is a ValueError, a known one that this
-    operator cannot run is a NotImplementedError with the reason: a request never falls back.
+    implementation cannot serve these arguments, or None; only those in question are asked about. `sizes` and `variant`
+    are as in `choice.measured`; the choice is kept for `call`, which holds everything that these and `refusal` depend
+    on. A name outside `backends()` is a ValueError, a known one that this operator cannot run is a NotImplementedError
+    with the reason: a request never falls back.
     """
     if isinstance(requested, choice.Question):
         raise choice.Answer(
@@ -182,14 +183,16 @@ def choose_backend(
         )
     name = requested or named_by_environment()
     if name is None:
+        chosen = None if tensor is None else choice.cached(tensor, operator, variant, call)
+        if chosen is not None:
+            return chosen
         if tensor is not None:
-            chosen = choice.cached(tensor, operator, variant, call)
-            if chosen is None:
-                refused = _among(implementations, refusal)
-                chosen = choice.measured(tensor, operator, variant, sizes, call, refused)
-            if chosen:
-                return chosen
-        return next(name for name in implementations if refusal(name) is None)
+            chosen = choice.measured(tensor, operator, variant, sizes, _among(implementations, refusal))
+        if chosen is None:
+            chosen = next(name for name in implementations if refusal(name) is None)
+        if tensor is not None:
+            choice.keep(tensor, operator, variant, call, chosen)
+        return chosen
     if name not in BACKENDS:
         origin = "backend" if requested else ENVIRONMENT_VARIABLE
         raise ValueError(f"{origin}={name!r}: expected None or one of {', '.join(BACKENDS)}")

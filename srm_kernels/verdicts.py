@@ -1,7 +1,7 @@
 """Verdicts: what `python -m srm_kernels verify` measured on a device, kept in a file for each device.
 
 A verdict holds for one device, driver, torch, Triton and state of the kernel sources. A file that is not whole, has
-wrong types, belongs to another user or is a symbolic link counts as absent.
+wrong types, belongs to another user, can be written by others or is a symbolic link counts as absent.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import re
 import stat
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -31,20 +31,27 @@ except ImportError:  # no POSIX: nothing is locked
 logger = logging.getLogger("srm_kernels")
 COMMAND = "python -m srm_kernels verify"
 CACHE_VARIABLE = "SRM_KERNELS_CACHE"
-FORMAT = 1
+FORMAT = 2
 MOST_BYTES = 16 * 2**20
 LARGEST = 1e300
 PACKAGE = Path(__file__).resolve().parent
 SHIPPED = PACKAGE / "shipped"
 OWN = "this machine"
 # Beside the folders of operators: what decides how kernels are called, and how they are judged.
-SOURCES = ("parts.py", "registration.py", "numerics.py", "verify/cases.py", "verify/measure.py", "_cuda.so")
+SOURCES = ("parts.py", "registration.py", "numerics.py", "verify/cases.py", "verify/measure.py")
+CSRC_DIGEST = "_csrc.txt"  # which setup.py leaves in a wheel, where the sources of csrc are not
 
 IMPLEMENTATIONS = ("reference", "sdpa", "triton", "cuda")
 RIGHT = "right"
 # "unsupported": the backend does not take these sizes; "memory": the device has too little; neither is a fault.
 HARMLESS = (RIGHT, "unsupported", "memory")
 FAULTS = ("wrong", "refused", "error", "timeout", "crashed")
+PASSING = (
+    "memory",
+    "error",
+    "timeout",
+    "crashed",
+)  # the environment may be the cause: the next run asks again
 DIRECTIONS = ("forward", "backward")  # "backward" is forward and backward together
 
 Row = dict[str, Any]
@@ -74,14 +81,12 @@ class Verdict:
         key: What the rows hold for.
         rows: One for each operator, backend, dtype and shape; `checked_row` says what is in them.
         unfinished: Groups that a run has begun and not ended: they are not decided.
-        measured: Date and time of the run in ISO 8601, UTC.
         origin: "this machine" or "shipped".
     """
 
     key: Key
     rows: tuple[Row, ...] = ()
     unfinished: frozenset[Group] = field(default_factory=frozenset)
-    measured: str = ""
     origin: str = OWN
 
     def with_row(self, row: Row) -> Verdict:
@@ -89,12 +94,16 @@ class Verdict:
         kept = [one for one in self.rows if identity(one) != identity(row)]
         return replace(self, rows=(*kept, row))
 
+    def finished(self, groups: Set[Group]) -> Verdict:
+        """A copy in which groups are decided; rows that an interrupted run left untimed at other shapes are dropped."""
+        kept = [row for row in self.rows if group_of(row) not in groups or is_done(row)]
+        return replace(self, rows=tuple(kept), unfinished=self.unfinished - groups)
+
     def to_dict(self) -> dict[str, Any]:
         """What the file holds."""
         return {
             "format": FORMAT,
             "key": self.key._asdict(),
-            "measured": self.measured,
             "unfinished": sorted(map(list, self.unfinished)),
             "rows": list(self.rows),
         }
@@ -105,6 +114,11 @@ def identity(row: Row) -> tuple[str, str, str, str]:
     return row["operator"], row["backend"], row["dtype"], row["shape"]
 
 
+def is_done(row: Row) -> bool:
+    """Whether nothing is left to measure: what is right was timed."""
+    return row["status"] != RIGHT or bool(row["milliseconds"])
+
+
 def group_of(row: Row) -> Group:
     """The operator and the dtype, which are decided together."""
     return row["operator"], row["dtype"]
@@ -112,14 +126,28 @@ def group_of(row: Row) -> Group:
 
 @cache
 def sources_digest() -> str:
-    """Digest of the folders of operators, of what their kernels share, and of how they are judged."""
+    """Digest of the folders of operators, of csrc, of what their kernels share, and of how they are judged.
+
+    It holds sources alone: two builds of one source differ in bytes and not in what they compute.
+    """
     files = [path for kernels in PACKAGE.glob("*/kernels.py") for path in kernels.parent.glob("*.py")]
     files += [path for name in SOURCES if (path := PACKAGE / name).is_file()]
+    built = PACKAGE / CSRC_DIGEST
+    csrc = (
+        built.read_text("utf-8")
+        if built.is_file()
+        else _digest(PACKAGE.parent, PACKAGE.parent.glob("csrc/*.[ch]*"))
+    )
+    return hashlib.sha256(f"{_digest(PACKAGE, files)} {csrc}".encode()).hexdigest()[:16]
+
+
+def _digest(folder: Path, files: Iterable[Path]) -> str:
+    """SHA-256 over names and contents; setup.py computes the same over csrc."""
     digest = hashlib.sha256()
     for path in sorted(files):
         content = path.read_bytes()
-        digest.update(f"{path.relative_to(PACKAGE).as_posix()} {len(content)}\n".encode() + content)
-    return digest.hexdigest()[:16]
+        digest.update(f"{path.relative_to(folder).as_posix()} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
 
 
 def key_of(device: str, capability: tuple[int, int], driver: str) -> Key:
@@ -216,7 +244,8 @@ def read(path: Path) -> Verdict:
 
     Raises:
         FileNotFoundError: there is none.
-        UnusableError: it is a symbolic link, no regular file, another user's, too large, not JSON or of wrong types.
+        UnusableError: it is a symbolic link, no regular file, another user's, writable by others, too large, not JSON
+            or of wrong types.
     """
     text = _text_of(path)
     try:
@@ -242,6 +271,8 @@ def _text_of(path: Path) -> str:
             raise UnusableError("it is not a regular file")
         if hasattr(os, "geteuid") and about.st_uid != os.geteuid():
             raise UnusableError("it belongs to another user")
+        if about.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and os.name == "posix":
+            raise UnusableError("other users can write it")
         if about.st_size > MOST_BYTES:
             raise UnusableError(f"it has more than {MOST_BYTES >> 20} MiB")
         with os.fdopen(os.dup(handle), "rb") as file:
@@ -260,8 +291,8 @@ def _checked(found: Any) -> Verdict:
     key, rows, unfinished = found.get("key"), found.get("rows"), found.get("unfinished")
     if not isinstance(key, dict) or set(key) != set(Key._fields) or not all(map(_is_text, key.values())):
         raise UnusableError("its key is not one of a device")
-    if not isinstance(rows, list) or not _is_text(found.get("measured")):
-        raise UnusableError("its rows are not a list, or have no date")
+    if not isinstance(rows, list):
+        raise UnusableError("its rows are not a list")
     if not isinstance(unfinished, list) or not all(
         isinstance(one, list) and len(one) == 2 and all(map(_is_text, one)) for one in unfinished
     ):
@@ -270,7 +301,6 @@ def _checked(found: Any) -> Verdict:
         Key(**key),
         tuple(map(checked_row, rows)),
         frozenset((one[0], one[1]) for one in unfinished),
-        found["measured"],
     )
 
 
@@ -278,8 +308,8 @@ def checked_row(row: Any) -> Row:
     """Return a row whose fields have the types they should have.
 
     Fields: `operator`, `backend`, `dtype`, `shape` (names), `sizes` (integers), `status` (one of `HARMLESS` or
-    `FAULTS`), `reason` (text or None), `ratio` (error divided by its bound, or None) and `milliseconds` (direction →
-    implementation → median).
+    `FAULTS`), `reason` (text or None), `ratio` (error divided by its bound, or None), `milliseconds` (direction →
+    implementation → median) and `measured` (the date and time of its run in ISO 8601, UTC). Texts are printable.
 
     Raises:
         UnusableError: a field is missing or has another type.
@@ -287,7 +317,7 @@ def checked_row(row: Any) -> Row:
     if not isinstance(row, dict):
         raise UnusableError("a row is not an object")
     tests: dict[str, Callable[[Any], bool]] = {
-        **dict.fromkeys(("operator", "dtype", "shape"), _is_text),
+        **dict.fromkeys(("operator", "dtype", "shape", "measured"), _is_text),
         "backend": lambda backend: backend in IMPLEMENTATIONS,
         "sizes": lambda sizes: isinstance(sizes, list) and all(type(size) is int for size in sizes),
         "status": lambda status: status in (*HARMLESS, *FAULTS),
@@ -302,7 +332,8 @@ def checked_row(row: Any) -> Row:
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+    """Whether a value is text on one line; control characters and lone surrogates must not reach a terminal."""
+    return isinstance(value, str) and value.isprintable()
 
 
 def _is_number(value: Any) -> bool:
@@ -371,12 +402,7 @@ def held(key: Key) -> Iterator[bool]:
 
 def export(verdict: Verdict, path: Path) -> None:
     """Write the finished rows as JSON lines, each with its machine: what `bench/results` and `SHIPPED` hold."""
-    machine = {
-        **verdict.key._asdict(),
-        "kind": "cuda",
-        "cuda": torch.version.cuda,
-        "measured": verdict.measured,
-    }
+    machine = {**verdict.key._asdict(), "kind": "cuda", "cuda": torch.version.cuda}
     finished = [row for row in verdict.rows if group_of(row) not in verdict.unfinished]
     lines = [json.dumps({**row, "machine": machine}, allow_nan=False, ensure_ascii=False) for row in finished]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -388,23 +414,20 @@ def export(verdict: Verdict, path: Path) -> None:
 def shipped(key: Key, folder: Path | None = None) -> Verdict | None:
     """The verdict that the package carries for this device, capability, minor versions of torch and Triton and sources.
 
-    The driver is not compared. A file that is not as `export` writes it is left out with a warning.
+    The driver is not compared. A file of which any line is not as `export` writes it is left out, with a warning.
     """
     rows: list[Row] = []
-    measured = ""
     for path in sorted((folder or SHIPPED).glob("*.jsonl")):
         try:
-            for line in path.read_text("utf-8").splitlines():
-                row = json.loads(line)
-                machine = row.get("machine") if isinstance(row, dict) else None
-                if not isinstance(machine, dict):
-                    raise UnusableError("a row does not say which machine it was measured on")
-                if _serves(machine, key):
-                    rows.append(checked_row(row))
-                    measured = str(machine.get("measured", ""))
-        except (OSError, ValueError) as error:
+            found = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+            checked = [checked_row(row) for row in found]
+            if not all(isinstance(row.get("machine"), dict) for row in found):
+                raise UnusableError("a row does not say which machine it was measured on")
+        except (OSError, ValueError, RecursionError) as error:
             _warn_once(f"{path}: ignored, {error}")
-    return Verdict(key, tuple(rows), measured=measured, origin="shipped") if rows else None
+            continue
+        rows += [row for row, line in zip(checked, found, strict=True) if _serves(line["machine"], key)]
+    return Verdict(key, tuple(rows), origin="shipped") if rows else None
 
 
 def _serves(machine: dict[str, Any], key: Key) -> bool:
@@ -435,6 +458,12 @@ def governing(own: Verdict | None, others: Verdict | None) -> dict[Group, tuple[
 def faults(rows: Iterable[Row]) -> list[Row]:
     """The rows that say that something is wrong."""
     return [row for row in rows if row["status"] in FAULTS]
+
+
+def dates(rows: Iterable[Row]) -> str:
+    """When rows were measured: one date, or the first and the last."""
+    found = sorted({row["measured"] for row in rows})
+    return " to ".join(dict.fromkeys((found[0], found[-1]))) if found else ""
 
 
 def grouped(rows: Iterable[Row]) -> dict[Group, list[Row]]:

@@ -1,47 +1,58 @@
 """The process that runs kernels: `python -m srm_kernels.verify.child DEVICE` answers requests, one JSON line each.
 
-It ends after an error, since an error of a kernel may have broken its CUDA context; the command starts another one.
+It ends after a failure, since an error of a kernel may have broken its CUDA context; the command starts another one.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
+from contextlib import suppress
 from typing import IO, Any
 
+from .. import verdicts
 from . import measure
 from .cases import case_of
 from .devices import Device, open_device
 
+PR_SET_PDEATHSIG = 1  # <sys/prctl.h>: the signal that a process gets when its parent ends
+
 
 def answer(request: dict[str, Any], device: Device) -> dict[str, Any]:
-    """What a request asks for: judge one implementation of a case, or time all of them."""
+    """What a request asks for: judge one implementation of a case, or time several in turns."""
     case = case_of(request["operator"], request["dtype"], request["shape"])
     if request["part"] == "right":
         return measure.judged(case, request["backends"][0], device)
     try:
-        return measure.timed(
-            case, request["backends"], device, request["seconds"], compiled=request["compiled"]
-        )
+        return measure.timed(case, request["backends"], device, request["seconds"])
     except Exception as error:
         return measure.failure(error, device)
 
 
 def serve(device: Device, requests: IO[str], answers: IO[str]) -> None:
-    """Answer requests until there are no more, or until one ended in an error."""
+    """Launch a trivial kernel, then answer requests until there are no more, or until one failed."""
     with device.running():
+        try:
+            device.probe()
+        except Exception as error:
+            print(json.dumps(measure.failure(error, device)), file=answers, flush=True)
+            return
         print(json.dumps({"ready": True}), file=answers, flush=True)
         for line in requests:
             found = answer(json.loads(line), device)
             print(json.dumps(found), file=answers, flush=True)
-            if found.get("status") == "error":
+            if found.get("status") in verdicts.PASSING:
                 return
             device.release()
 
 
 def main(name: str) -> None:
-    """Serve on stdin and stdout; whatever libraries print goes to stderr."""
+    """Serve on stdin and stdout; whatever libraries print goes to stderr. On Linux it ends with its parent."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     serve(open_device(name), sys.stdin, answers)

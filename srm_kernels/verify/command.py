@@ -6,15 +6,17 @@ import argparse
 import datetime
 import math
 import os
+import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .. import choice, verdicts
-from ..verdicts import FAULTS, RIGHT, Group, Row, Verdict
+from ..verdicts import COMMAND, PASSING, RIGHT, Group, Row, Verdict
 from . import table
 from .cases import DTYPES, FAMILY, NAMES, OPERATORS, QUICK, SHAPES, Case, cases
 from .devices import CannotRunError, Device, open_device
@@ -82,6 +84,7 @@ def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
 
 def main(arguments: Sequence[str] | None = None, program: str = "python -m srm_kernels verify") -> int:
     """Run the command; returns the exit code."""
+    table.tolerate()
     parser = argparse.ArgumentParser(
         prog=program, description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -91,13 +94,33 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m srm_k
     except SystemExit as stop:
         return int(stop.code or 0)
     try:
-        return _run(options)
+        with _interrupting(signal.SIGTERM, getattr(signal, "SIGHUP", None)):
+            return _run(options)
     except CannotRunError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print(f"\n{program}: interrupted; the next run goes on from here", file=sys.stderr)
-        return 130
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
+
+
+@contextmanager
+def _interrupting(*numbers: signal.Signals | None) -> Iterator[None]:
+    """Let signals raise KeyboardInterrupt as Ctrl-C does, so that child processes are ended; not those ignored."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt(number)
+
+    before = {}
+    with suppress(ValueError):  # signals reach the main thread alone
+        for number in filter(None, numbers):
+            if signal.getsignal(number) is signal.SIG_DFL:
+                before[number] = signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -134,6 +157,7 @@ class Run:
         self.seconds = SECONDS[options.quick]
         kept, reason = verdicts.load(device.key)
         self.verdict = kept or Verdict(device.key)
+        self.now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         key = device.key
         print(
             f"{key.device}, compute capability {key.capability}, driver {key.driver}, torch {key.torch}, "
@@ -146,24 +170,30 @@ class Run:
 
     def measure(self, wanted: Sequence[Case]) -> None:
         """Measure the cases that the verdict has not, and keep every row as soon as it is there."""
-        known = {} if self.options.again else {verdicts.identity(row): row for row in self.verdict.rows}
+        rows = [] if self.options.again else self.verdict.rows
+        known = {verdicts.identity(row): row for row in rows if row["status"] not in PASSING}
         judged = {
             (case, name): known.get((case.operator.label, name, case.dtype, case.shape))
             for case in wanted
             for name in case.operator.backends
         }
         asked = [pair for pair, row in judged.items() if row is None]
-        todo = [case for case in wanted if any(map(_unfinished, _rows_of(case, judged)))]
+        todo = [
+            case
+            for case in wanted
+            if not all(row and verdicts.is_done(row) for row in _rows_of(case, judged))
+        ]
         if len(todo) < len(wanted):
             kept = len(wanted) - len(todo)
             print(f"{kept} of {len(wanted)} cases are in the kept verdict; --again repeats them")
-        if not todo:
-            return
-        groups: set[Group] = {(case.operator.label, case.dtype) for case in todo}
-        self._keep(replace(self.verdict, unfinished=self.verdict.unfinished | groups))
-        self._judge(asked, judged)
-        print(table.line(table.HEADER))
-        self._time(todo, judged)
+        if todo:
+            # Kept with the first row: where no kernel can run, an earlier verdict stays whole.
+            unfinished = self.verdict.unfinished | set(map(_group, todo))
+            self.verdict = replace(self.verdict, unfinished=unfinished)
+            self._judge(asked, judged)
+            print(table.line(table.HEADER))
+            self._time(todo, judged)
+        self._keep(self.verdict.finished(set(map(_group, wanted))))
 
     def _judge(self, asked: Sequence[Asked], judged: dict[Asked, Row | None]) -> None:
         """Judge implementations, in several processes at once: most of the time is compilation."""
@@ -172,45 +202,37 @@ class Run:
         def finished(index: int, answer: dict[str, Any]) -> None:
             nonlocal done
             case, name = asked[index]
-            judged[case, name] = row = _row(case, name, answer)
+            judged[case, name] = row = _row(case, name, answer, self.now)
             done += 1
             self._keep(self.verdict.with_row(row))
             self.progress.show(f"checking {table.left(done, len(asked), time.monotonic() - start)}")
 
-        def ask(pairs: Sequence[Asked], jobs: int) -> None:
-            requests = [_request("right", case, [name]) for case, name in pairs]
-            ask_all(self.options.device, requests, jobs, self.options.limit, finished)
-
+        requests = [_request("right", case, [name]) for case, name in asked]
         jobs = self.options.jobs or max(1, min(MOST_WORKERS, (os.cpu_count() or 2) // 2))
-        ask(asked, jobs)
-        crowded = [pair for pair in asked if (row := judged[pair]) and row["status"] == "memory"]
-        if crowded and jobs > 1:  # the processes shared the device's memory
-            asked, done = crowded, 0
-            ask(crowded, 1)
+        ask_all(self.options.device, requests, jobs, self.options.limit, finished)
+        failed = [i for i, pair in enumerate(asked) if (row := judged[pair]) and row["status"] in PASSING]
+        for i in failed:  # perhaps for want of memory, which the processes shared
+            done -= 1
+            finished(i, Worker(self.options.device).alone(requests[i], self.options.limit))
 
     def _time(self, todo: Sequence[Case], judged: Mapping[Asked, Row | None]) -> None:
         """Time what is right, in one process alone on the device."""
         worker, start = Worker(self.options.device), time.monotonic()
-        ends = {(case.operator.label, case.dtype): number for number, case in enumerate(todo)}
+        ends = {_group(case): number for number, case in enumerate(todo)}
         try:
             for number, case in enumerate(todo):
                 rows = [row for row in _rows_of(case, judged) if row is not None]
                 right = [row["backend"] for row in rows if row["status"] == RIGHT]
                 if right:
-                    request = _request("fast", case, right) | {
-                        "seconds": self.seconds,
-                        "compiled": self.options.compile,
-                    }
-                    answer = worker.ask(request, self.options.limit)
-                    rows = [_with_times(row, answer) for row in rows]
+                    answer = self._times(worker, case, right)
+                    rows = [_with_times(row, answer, self.now) for row in rows]
                 verdict = self.verdict
                 for row in rows:
                     verdict = verdict.with_row(row)
                     self.progress.show("")
                     print(table.result(row), flush=True)
-                group = (case.operator.label, case.dtype)
-                if ends[group] == number:
-                    verdict = replace(verdict, unfinished=verdict.unfinished - {group})
+                if ends[_group(case)] == number:
+                    verdict = verdict.finished({_group(case)})
                 self._keep(verdict)
                 elapsed = time.monotonic() - start
                 self.progress.show(f"timing {table.left(number + 1, len(todo), elapsed)}")
@@ -218,10 +240,27 @@ class Run:
             worker.close()
             self.progress.show("")
 
+    def _times(self, worker: Worker, case: Case, right: Sequence[str]) -> dict[str, Any]:
+        """Time implementations and what they are compared with; where one fails, each in a process of its own."""
+        names = ["reference", *right, "eager", *(["compiled"] if self.options.compile else [])]
+        about = {"seconds": self.seconds}
+        answer = worker.ask(_request("fast", case, names) | about, self.options.limit)
+        if "milliseconds" in answer:
+            return answer
+        times: dict[str, dict[str, float]] = {}
+        failed = {}
+        for name in names:
+            answer = worker.alone(_request("fast", case, [name]) | about, self.options.limit)
+            for direction, found in answer.get("milliseconds", {}).items():
+                times.setdefault(direction, {}).update(found)
+            if "milliseconds" not in answer:
+                failed[name] = answer
+        return {"milliseconds": times, "failed": failed}
+
     def _keep(self, verdict: Verdict) -> None:
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        self.verdict = replace(verdict, measured=now)
-        self.path = verdicts.save(self.verdict)
+        if verdict != self.verdict:
+            self.verdict = verdict
+            self.path = verdicts.save(verdict)
 
     def tell(self, rows: Sequence[Row]) -> int:
         """Print the summary; returns the exit code."""
@@ -238,6 +277,11 @@ class Run:
                 print(
                     f"  {row['operator']} [{row['backend']}] {row['dtype']} {row['shape']}: {row['reason']}"
                 )
+        if self.verdict.unfinished:
+            names = ", ".join(f"{operator} in {dtype}" for operator, dtype in sorted(self.verdict.unfinished))
+            print(
+                f"\nNot finished, and decided by no verdict until `{COMMAND}` has measured the rest: {names}"
+            )
         if self.path is not None:
             print(f"\nKept in {self.path}; `backend=None` follows it from the next process on.")
         return 1 if wrong else 0
@@ -247,9 +291,8 @@ def _rows_of(case: Case, judged: Mapping[Asked, Row | None]) -> list[Row | None]
     return [judged[case, name] for name in case.operator.backends]
 
 
-def _unfinished(row: Row | None) -> bool:
-    """Whether a case was not judged, or is right and was not timed."""
-    return row is None or (row["status"] == RIGHT and not row["milliseconds"])
+def _group(case: Case) -> Group:
+    return case.operator.label, case.dtype
 
 
 def _request(part: str, case: Case, backends: Sequence[str]) -> dict[str, Any]:
@@ -257,7 +300,7 @@ def _request(part: str, case: Case, backends: Sequence[str]) -> dict[str, Any]:
     return {"part": part, "backends": list(backends), **about}
 
 
-def _row(case: Case, backend: str, answer: dict[str, Any]) -> Row:
+def _row(case: Case, backend: str, answer: dict[str, Any], now: str) -> Row:
     return {
         "operator": case.operator.label,
         "backend": backend,
@@ -268,19 +311,24 @@ def _row(case: Case, backend: str, answer: dict[str, Any]) -> Row:
         "reason": _short(answer.get("reason")),
         "ratio": answer.get("ratio"),
         "milliseconds": {},
+        "measured": now,
     }
 
 
-def _with_times(row: Row, answer: dict[str, Any]) -> Row:
+def _with_times(row: Row, answer: dict[str, Any], now: str) -> Row:
     """A row with its times, or with what went wrong while they were taken."""
     if row["status"] != RIGHT:
         return row
-    if "milliseconds" in answer:
-        return row | {"milliseconds": answer["milliseconds"]}
-    status = answer["status"] if answer["status"] in (*FAULTS, "memory") else "error"
-    return row | {"status": status, "reason": _short(f"while it was timed: {answer['reason']}")}
+    failed, row = answer.get("failed", {}), row | {"measured": now}
+    if own := failed.get(row["backend"]):
+        return row | {"status": own["status"], "reason": _short(f"while it was timed: {own['reason']}")}
+    notes = [f"{name} was not timed: {other['reason']}" for name, other in failed.items()]
+    return row | {"milliseconds": answer["milliseconds"], "reason": _short("; ".join(notes) or None)}
 
 
 def _short(text: str | None) -> str | None:
     """A reason on one line of a table."""
-    return text if text is None or len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+    if text is None:
+        return None
+    text = "".join(letter if letter.isprintable() else " " for letter in text)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"

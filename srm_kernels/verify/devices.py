@@ -43,6 +43,18 @@ class Device:
         """The time in which kernels run on it; entered in the process that runs them."""
         yield
 
+    def probe(self) -> None:
+        """Launch a trivial kernel; a failure is of the environment and not of a kernel.
+
+        Raises:
+            CannotRunError: its numbers are wrong. Whatever Triton and the driver raise passes through.
+        """
+        from . import probe
+
+        if not probe.works(self.torch_device):
+            raise CannotRunError("a trivial Triton kernel gives wrong numbers")
+        self.reports()
+
     def synchronize(self) -> None:
         """Wait until everything has run; an error of a kernel is raised here at the latest."""
 
@@ -116,9 +128,15 @@ def open_device(name: str) -> Device:
     if not name.startswith("cuda") and ":" in name:
         module, _, function = name.partition(":")
         try:
-            made: Device = getattr(import_module(module), function)()
-        except (ImportError, AttributeError) as error:
-            raise CannotRunError(f"--device {name}: no such device ({error})") from None
+            made = getattr(import_module(module), function)()
+        except CannotRunError:
+            raise
+        except Exception as error:
+            raise CannotRunError(
+                f"--device {name}: no such device ({' '.join(str(error).split())})"
+            ) from None
+        if not isinstance(made, Device):
+            raise CannotRunError(f"--device {name}: it returned a {type(made).__name__} and no device")
         return made
     try:
         device = torch.device(name)

@@ -7,6 +7,7 @@ bits twice, and for a sample alone and in its batch; the device reports no fault
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +22,8 @@ from .devices import Device
 
 SEED = 99  # of the losses
 KERNELS = ("triton", "cuda")  # which promise their bits; PyTorch's own products do not
+# As drivers, libraries and Triton say it, which raise other errors than torch's.
+OUT_OF_MEMORY = re.compile(r"out of memory|cannot allocate memory|_ALLOC_FAILED|bad_alloc", re.IGNORECASE)
 SAMPLE = 1  # of the batch, which is also computed alone
 
 
@@ -192,7 +195,7 @@ def failure(error: Exception, device: Device) -> dict[str, str]:
     lines = str(error).strip().splitlines()
     reason = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300]
     refusals = device.refusals()
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or OUT_OF_MEMORY.search(str(error)):
         return {"status": "memory", "reason": reason}
     if refusals or "OutOfResources" in type(error).__name__:
         return {"status": "refused", "reason": "; ".join(refusals) or reason}
@@ -201,28 +204,28 @@ def failure(error: Exception, device: Device) -> dict[str, str]:
     return {"status": "error", "reason": reason}
 
 
-def timed(
-    case: Case, backends: Sequence[str], device: Device, seconds: float, *, compiled: bool = False
-) -> dict[str, Any]:
-    """Median times in milliseconds, by direction and implementation.
+def timed(case: Case, names: Sequence[str], device: Device, seconds: float) -> dict[str, Any]:
+    """Median times in milliseconds, by direction and implementation, measured in turns.
 
-    Beside `backends` these are "reference", "eager" (its steps without operators around them) and with `compiled`
-    "compiled" (the same steps as torch.compile makes them). What cannot run, or lacks memory, has no time.
+    Names are those of backends, "eager" (the reference's steps without operators around them) and "compiled" (the same
+    steps as torch.compile makes them). What one of them raises passes through.
     """
     inputs = case.inputs(device.torch_device)
     times = {}
     for direction in ("forward", "backward")[: 1 if case.operator.ratio else 2]:
-        steps = {name: _step(case.call, inputs, name, direction) for name in ("reference", *backends)}
-        steps["eager"] = _eager(steps["reference"])
-        steps = {name: step for name, step in steps.items() if step is not None and _runs(step, device)}
-        if compiled and "eager" in steps and (step := _compiled(case.call, inputs, direction)) is not None:
-            steps["compiled"] = step
-        if steps:
-            times[direction] = device.times(steps, seconds)
+        steps = {name: _step(case.call, inputs, name, direction) for name in names}
+        for step in steps.values():
+            step()
+            device.synchronize()
+        times[direction] = device.times(steps, seconds)
     return {"milliseconds": times}
 
 
 def _step(call: Call, inputs: Sequence[Tensor], backend: str, direction: str) -> Callable[[], Any]:
+    if backend == "eager":
+        return _eager(_step(call, inputs, "reference", direction))
+    if backend == "compiled":
+        return _compiled(call, inputs, direction)
     if direction == "forward":
 
         def forward() -> Any:
@@ -251,27 +254,14 @@ def _eager(step: Callable[[], Any]) -> Callable[[], Any]:
     return eager
 
 
-def _runs(step: Callable[[], Any], device: Device) -> bool:
-    try:
-        step()
-        device.synchronize()
-    except (NotImplementedError, torch.OutOfMemoryError):
-        return False
-    return True
-
-
-def _compiled(call: Call, inputs: Sequence[Tensor], direction: str) -> Callable[[], Any] | None:
-    """The reference's steps, gradients included, traced below autograd and compiled; None where they cannot be."""
+def _compiled(call: Call, inputs: Sequence[Tensor], direction: str) -> Callable[[], Any]:
+    """The reference's steps, gradients included, traced below autograd and compiled."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     def traced(*tensors: Tensor) -> Any:
         return _step(call, tensors, "reference", direction)()
 
-    try:
-        with plainly():
-            graph = make_fx(traced)(*inputs)
-        step = torch.compile(graph)
-        step(*inputs)
-    except Exception:
-        return None
+    with plainly():
+        graph = make_fx(traced)(*inputs)
+    step = torch.compile(graph)
     return lambda: step(*inputs)

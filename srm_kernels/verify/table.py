@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from ..verdicts import FAULTS, Row, grouped
@@ -12,6 +13,12 @@ from ..verdicts import FAULTS, Row, grouped
 WIDTHS = (36, 5, 8, 12, 9, 9, 9)
 HEADER = ("operator", "dtype", "shape", "result", "error", "forward", "backward")
 DTYPES = ("bf16", "fp16", "fp32")
+
+
+def tolerate() -> None:
+    """Let stdout replace characters that its encoding does not have."""
+    with suppress(AttributeError, ValueError):
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
 
 
 def line(cells: Sequence[str]) -> str:

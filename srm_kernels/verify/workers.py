@@ -20,6 +20,9 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
+from .. import verdicts
+from .devices import CannotRunError
+
 START_SECONDS = 180.0  # to import torch and Triton and to open the device
 Answer = dict[str, Any]
 
@@ -34,20 +37,30 @@ class Worker:
         self._pending = b""
 
     def ask(self, request: dict[str, Any], seconds: float) -> Answer:
-        """The child's answer, or `status` "timeout" or "crashed" with the reason."""
-        if self._process is None:
-            started = self._start()
-            if started is not None:
-                return started
+        """The child's answer, or `status` "timeout" or "crashed" with the reason.
+
+        Raises:
+            CannotRunError: no child can launch a kernel here, twice in a row.
+        """
+        if self._process is None and self._start() is not None and (failed := self._start()) is not None:
+            raise CannotRunError(f"no trivial Triton kernel can run: {failed['reason']}")
         assert self._process is not None
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
         found = self._read(seconds, f"no answer within {seconds:g} s")
-        if found.get("status") == "error":
+        if found.get("status") in verdicts.PASSING:
             self.close()  # it ends by itself
         return found
+
+    def alone(self, request: dict[str, Any], seconds: float) -> Answer:
+        """The answer of a child that was asked nothing before, and is asked nothing more."""
+        self.close()
+        try:
+            return self.ask(request, seconds)
+        finally:
+            self.close()
 
     def _start(self) -> Answer | None:
         """Start a child; None where it is ready."""
@@ -63,7 +76,10 @@ class Worker:
             start_new_session=True,
         )
         found = self._read(START_SECONDS, f"the process was not ready within {START_SECONDS:g} s")
-        return None if found.get("ready") else found
+        if found.get("ready"):
+            return None
+        self.close()
+        return found
 
     def _read(self, seconds: float, late: str) -> Answer:
         assert self._process is not None
@@ -98,12 +114,18 @@ class Worker:
         self.close()
         return f"the process ended with {how}" + (f": {lines[-1][:200]}" if lines else "")
 
-    def close(self) -> None:
-        """End the process and those that it started."""
-        process, self._process = self._process, None
+    def kill(self) -> None:
+        """Kill the process and those that it started; whoever waits for its answer gets "crashed"."""
+        process = self._process
         if process is not None:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """End the process and those that it started."""
+        self.kill()
+        process, self._process = self._process, None
+        if process is not None:
             for pipe in (process.stdin, process.stdout):
                 assert pipe is not None
                 with suppress(OSError):
@@ -144,8 +166,10 @@ def ask_all(
     lock, workers = threading.Lock(), [Worker(device) for _ in range(min(count, len(requests)))]
     failures: list[BaseException] = []
     stopped = threading.Event()
+    # In place of Thread.join: where a signal interrupts that, Python 3.11 takes the thread for ended.
+    ended = [threading.Event() for _ in workers]
 
-    def work(worker: Worker) -> None:
+    def work(worker: Worker, end: threading.Event) -> None:
         try:
             while not stopped.is_set():
                 number = waiting.get_nowait()
@@ -160,17 +184,19 @@ def ask_all(
             stopped.set()
         finally:
             worker.close()
+            end.set()
 
-    threads = [threading.Thread(target=work, args=(worker,), daemon=True) for worker in workers]
-    for thread in threads:
-        thread.start()
+    for both in zip(workers, ended, strict=True):
+        threading.Thread(target=work, args=both, daemon=True).start()
     try:
-        for thread in threads:
-            thread.join()
+        for end in ended:
+            end.wait()
     except BaseException:
         stopped.set()
-        for worker in workers:
-            worker.close()
+        while not all(end.is_set() for end in ended):
+            for worker in workers:  # again and again: one may be about to start a child
+                worker.kill()
+            time.sleep(0.05)
         raise
     if failures:
         raise failures[0]

@@ -39,12 +39,13 @@ def run(args: argparse.Namespace) -> int:
     device = device_from(args.device)
     model, _ = runs.open_checkpoint(folder, device, args.backend)
     failed = False
-    for batch in _batches(_sources(names, recursive=args.recursive), args.batch_size):
-        for path, score, fault in _scored(model, batch):
-            failed |= fault is not None
-            _print(path, score, fault, args)
-        sys.stdout.flush()
-    runs.say_kernels(model.config, device)
+    with runs.running() as ran:
+        for batch in _batches(_sources(names, recursive=args.recursive), args.batch_size):
+            for path, score, fault in _scored(model, batch):
+                failed |= fault is not None
+                _print(path, score, fault, args)
+            sys.stdout.flush()
+    runs.say_kernels(model.config, device, ran)
     return 2 if failed else 0
 
 

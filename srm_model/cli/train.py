@@ -73,19 +73,21 @@ def _evaluate_all(
     for name, folder in folders.items():
         model, card = runs.open_checkpoint(folder, device, args.backend)
         dataset = runs.dataset_for(card, model.config, root=args.data, split=args.split, progress=progress)
-        found = evaluate_model(
-            model,
-            dataset,
-            batch_size=args.batch_size,
-            logistic=logistic_of(card),
-            workers=args.workers,
-            progress=progress,
-        )
+        with runs.running() as ran:
+            found = evaluate_model(
+                model,
+                dataset,
+                batch_size=args.batch_size,
+                logistic=logistic_of(card),
+                workers=args.workers,
+                progress=progress,
+            )
         if writes:
-            about = {"kernels": runs.kernels_of(model.config, device), "sha256": read_card(folder)["sha256"]}
+            kernels = runs.kernels_of(model.config, device, ran)
+            about = {"kernels": kernels, "sha256": read_card(folder)["sha256"]}
             write_json(folder / EVALUATION, {**found, **about})
         if progress:
-            runs.say_kernels(model.config, device)
+            runs.say_kernels(model.config, device, ran)
         rows.append([name, found["srocc"], found["plcc"], found["n"]])
     return rows
 

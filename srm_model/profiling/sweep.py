@@ -13,6 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from srm_kernels import backends, choice
+from srm_kernels.registration import running
 from srm_model.config import SRMConfig
 from srm_model.profiling import counting
 from srm_model.profiling.ceilings import Ceilings, ceilings
@@ -86,6 +87,7 @@ class Sweep:
         settings = ", ".join(f"{name}={value}" for name, value in changed.items())
         label = f"{case.label} ({settings})" if settings else case.label
         row: dict[str, Any] = {**case.to_dict(), "label": label, "settings": settings, "error": None}
+        row["kernels"] = None
         row["when"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         try:
             row |= self._figures(case, also)
@@ -95,17 +97,17 @@ class Sweep:
             gc.collect()  # outside the handler, whose traceback keeps the case's tensors
             torch.cuda.empty_cache()
         row["config"] = changed
-        row["kernels"] = choice.ran(self.device, case.backend) if case.neck == "srm" else None
         row["machine"] = {**self.machine, "clocks": clocks(self.device)}
         return row
 
     def _figures(self, case: Case, also: Callable[[Subject], None] | None) -> dict[str, Any]:
         assert self.effort is not None
-        subject = Subject(case, self.config, self.device)
         counts = self._count(case)
-        solve = subject.solve()
-        together = {"all": subject.call} | ({"solve": solve} if solve else {})
-        times = measure_together(together, self.device, self.effort)
+        with running() as ran:
+            subject = Subject(case, self.config, self.device)
+            solve = subject.solve()
+            together = {"all": subject.call} | ({"solve": solve} if solve else {})
+            times = measure_together(together, self.device, self.effort)
         del solve, together
         middle = times["all"].typical * 1e-3
         roof = self._roof(case.dtype)
@@ -127,6 +129,7 @@ class Sweep:
             "launches": launches(subject.call, self.device),
             "memory": peak(subject.call, self.device, held=subject.held)._asdict(),
             "stages": None,
+            "kernels": choice.ran(self.device, case.backend, ran) if case.neck == "srm" else None,
         }
         if case.direction == "forward":
             figures["stages"] = stage_times(subject.module, subject.call, self.device, self.effort)

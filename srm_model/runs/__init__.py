@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from srm_kernels import choice
+from srm_kernels.registration import running as running
 from srm_model import ranks
 from srm_model.backbones import check_size
 from srm_model.checkpoint import CONFIG, read_card
@@ -120,15 +121,15 @@ def recorded(folder: Path, arguments: Sequence[str], **about: Any) -> Iterator[d
         write_json(path, record)
 
 
-def kernels_of(config: SRMConfig, device: torch.device) -> str:
-    """Which backends ran on a device, and on whose verdict: one sentence, asked after they ran."""
-    return choice.ran(device, config.backend)
+def kernels_of(config: SRMConfig, device: torch.device, found: dict[str, set[str]]) -> str:
+    """Which backends ran on a device, and on whose verdict: one sentence about what `running` collected."""
+    return choice.ran(device, config.backend, found)
 
 
-def say_kernels(config: SRMConfig, device: torch.device) -> None:
+def say_kernels(config: SRMConfig, device: torch.device, found: dict[str, set[str]]) -> None:
     """Say `kernels_of` on stderr where there is something to say: on a GPU, or where a backend is named."""
     if device.type == "cuda" or config.backend is not None:
-        say(f"kernels: {kernels_of(config, device)}")
+        say(f"kernels: {kernels_of(config, device, found)}")
 
 
 def versions() -> dict[str, str]:

@@ -62,7 +62,7 @@ def attack_checkpoint(
         runs.keep_memory()
     model, card = runs.open_checkpoint(folder, device, config.backend)
     unfinished = pictures / "unfinished"
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), runs.running() as ran:
         warnings.filterwarnings(
             "ignore", message=".*may overstate robustness"
         )  # printed below the table instead
@@ -82,9 +82,9 @@ def attack_checkpoint(
             limit=limit,
             resume=unfinished,
         )
-    found = {**result.to_dict(), "kernels": runs.kernels_of(model.config, device), "settings": settings}
+    found = {**result.to_dict(), "kernels": runs.kernels_of(model.config, device, ran), "settings": settings}
     if progress:
-        runs.say_kernels(model.config, device)
+        runs.say_kernels(model.config, device, ran)
     if writes:
         save_examples(result, pictures)
         write_json(path, found)

@@ -46,36 +46,39 @@ def train_neck(
         runs.keep_memory()
     if progress:
         runs.say(f"training {model.neck_name} on {len(splits['train'])} images, {device}")
-    train_model(
-        model,
-        splits["train"],
-        splits["val"],
-        folder,
-        workers=workers,
-        resume=resume,
-        progress=progress,
-        device=device,
-        freeze_backbone=freeze_backbone,
-        card={"dataset": runs.dataset_card(splits["train"])},
-        **options,
-    )
+    with runs.running() as trained:
+        train_model(
+            model,
+            splits["train"],
+            splits["val"],
+            folder,
+            workers=workers,
+            resume=resume,
+            progress=progress,
+            device=device,
+            freeze_backbone=freeze_backbone,
+            card={"dataset": runs.dataset_card(splits["train"])},
+            **options,
+        )
+    if progress:
+        runs.say_kernels(model.config, device, trained)
     path = folder / EVALUATION
     digest = ranks.from_first(lambda: read_card(folder)["sha256"])
     if ranks.from_first(lambda: path.is_file() and read_json(path).get("sha256") == digest):
         return
     model, card = runs.open_checkpoint(folder, device)
-    found = evaluate_model(
-        model,
-        splits["test"],
-        batch_size=model.config.batch_size,
-        logistic=logistic_of(card),
-        workers=workers,
-        progress=progress,
-    )
+    with runs.running() as evaluated:
+        found = evaluate_model(
+            model,
+            splits["test"],
+            batch_size=model.config.batch_size,
+            logistic=logistic_of(card),
+            workers=workers,
+            progress=progress,
+        )
     if ranks.place()[0] == 0:
-        write_json(path, {**found, "kernels": runs.kernels_of(model.config, device), "sha256": digest})
-    if progress:
-        runs.say_kernels(model.config, device)
+        kernels = runs.kernels_of(model.config, device, evaluated)
+        write_json(path, {**found, "kernels": kernels, "sha256": digest})
 
 
 def logistic_of(card: dict[str, Any]) -> LogisticMap | None:

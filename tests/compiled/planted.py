@@ -18,6 +18,7 @@ from srm_kernels.gate import kernels as gate_kernels
 from srm_kernels.pool import kernels as pool_kernels
 from srm_kernels.scale import kernels as scale_kernels
 from srm_kernels.scale.kernels import row_offsets, tanh, token_offsets
+from srm_kernels.verify import measure, probe
 
 
 @triton.jit
@@ -143,6 +144,27 @@ def plant_errors() -> Iterator[None]:
         mock.patch.object(scale_kernels, "dyt", before(scale_kernels.dyt, out_of_memory)),
     ):
         yield
+
+
+@contextmanager
+def plant_no_compiler() -> Iterator[None]:
+    with mock.patch.object(probe, "works", side_effect=RuntimeError("Failed to find C compiler")):
+        yield
+
+
+@contextmanager
+def plant_yardstick() -> Iterator[None]:
+    """Steps without operators around them that end the process, as an error of a library may."""
+    with mock.patch.object(measure, "_eager", return_value=os.abort):
+        yield
+
+
+def unable() -> EmulatedDevice:
+    return EmulatedDevice(89, plant_no_compiler)
+
+
+def yardstick() -> EmulatedDevice:
+    return EmulatedDevice(89, plant_yardstick)
 
 
 def faulty() -> EmulatedDevice:

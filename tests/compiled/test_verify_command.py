@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -115,6 +117,42 @@ def test_errors_of_the_compiler_and_of_memory_are_rows_too(capsys):
     out = capsys.readouterr().out
     assert "PassManager::run failed" in out
     assert "1 of 2 cases are not right" in out
+
+
+def test_where_no_kernel_can_run_nothing_is_measured(folder: Path, capsys):
+    assert verify("--only", "gate_losses", device="planted:unable") == 2
+    assert (
+        "no trivial Triton kernel can run: RuntimeError: Failed to find C compiler" in capsys.readouterr().err
+    )
+    assert verdicts.load(KEY)[0] is None
+
+
+def test_a_yardstick_that_fails_is_no_fault_of_the_kernel(capsys):
+    assert verify("--only", "gate_losses", device="planted:yardstick") == 0
+    assert "eager was not timed: the process ended with SIGABRT" in capsys.readouterr().out
+    verdict, _ = verdicts.load(KEY)
+    assert verdict is not None
+    assert [set(row["milliseconds"]["forward"]) for row in verdict.rows] == [{"reference", "triton"}]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are listed in /proc")
+def test_a_signal_ends_the_command_and_a_hung_child(tmp_path: Path):
+    root = Path(__file__).resolve().parents[2]
+    parent = subprocess.Popen(
+        [sys.executable, "-m", "srm_kernels", "verify", "--device", "planted:faulty", "--only", "adaptive_pool"],
+        cwd=root, env=os.environ | {"PYTHONPATH": f"{root}:{Path(__file__).parent}"}, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    threads = Path(f"/proc/{parent.pid}/task")
+    deadline, found = time.monotonic() + 60, ""
+    while not found and time.monotonic() < deadline:
+        found = " ".join((thread / "children").read_text() for thread in threads.iterdir())
+        time.sleep(0.2)
+    time.sleep(1)
+    parent.terminate()
+    assert b"the next run goes on from here" in parent.communicate(timeout=60)[1]
+    assert parent.returncode == 128 + signal.SIGTERM
+    assert found
+    assert not any(Path(f"/proc/{pid}").exists() for pid in found.split()), "ended, and waited for"
 
 
 def test_a_folder_that_cannot_be_written_costs_a_warning_and_nothing_else(monkeypatch, capsys, caplog):

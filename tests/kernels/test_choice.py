@@ -17,7 +17,7 @@ from torch import Tensor
 import srm_kernels
 from srm_kernels import choice, explain, runtime, verdicts
 from srm_kernels.choice import BOUNDS, class_of
-from srm_kernels.runtime import choose_kernels
+from srm_kernels.runtime import choose_backend, choose_kernels
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="CPU tensors pretend to be on the device")
@@ -36,6 +36,7 @@ def row(operator: str, sizes: list[int], times: dict[str, float], **changes: Any
         "reason": None,
         "ratio": 0.5,
         "milliseconds": {"forward": times, "backward": times},
+        "measured": "2025-01-02",
         **changes,
     }
 
@@ -50,7 +51,7 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def verified(*rows: verdicts.Row, **changes: Any) -> None:
-    verdicts.save(verdicts.Verdict(KEY, rows, measured="2025-01-02", **changes))
+    verdicts.save(verdicts.Verdict(KEY, rows, **changes))
     choice.refresh()
 
 
@@ -82,6 +83,30 @@ def test_the_cpu_has_no_verdict_and_no_line(monkeypatch, caplog):
     assert dyt_of(64).backend == "reference"
     assert choose_kernels(None, torch.zeros(2), "dyt") == "reference"
     assert not caplog.records
+
+
+def test_kernels_that_are_interpreted_are_taken_by_no_verdict(monkeypatch):
+    """A CUDA device: CPU tensors that pretend to be on one are interpreted in these tests."""
+    verified(row("dyt", [64, 24], FAST))
+    monkeypatch.setattr(verdicts, "key_of_cuda", lambda index: KEY)
+    monkeypatch.setattr(runtime, "interpreting", lambda: False)
+    monkeypatch.setattr(runtime, "triton_missing", lambda: None)
+    assert choice.ranking(0, "dyt", "", torch.float32, [3, 2]) == ["triton", "reference"]
+    choice.refresh()
+    monkeypatch.setattr(runtime, "interpreting", lambda: True)
+    assert choice.ranking(0, "dyt", "", torch.float32, [3, 2]) == []
+    assert "TRITON_INTERPRET=1" in str(choice.table(0).reason)
+
+
+def test_a_choice_has_the_dates_of_the_rows_that_it_follows():
+    verified(
+        row("dyt", [16_384, 24], FAST, shape="article"),
+        row("dyt", [64, 24], SLOW, shape="small", measured="2025-06-01"),
+    )
+    assert [dyt_of(tokens).measured for tokens in (64, 16_384)] == ["2025-06-01", "2025-01-02"]
+    assert choice.sentence(choice.table(choice.CPU)).startswith(
+        "verdict of this machine, 2025-01-02 to 2025-06-01: "
+    )
 
 
 def test_the_fastest_that_is_right_is_taken_at_the_nearest_shapes():
@@ -161,8 +186,14 @@ def test_what_is_wrong_at_one_shape_is_taken_at_none(status: str):
 
 
 def test_other_dtypes_and_groups_that_are_not_finished_are_not_decided():
-    verified(row("dyt", [64, 24], FAST), unfinished=frozenset({("dyt", "fp32")}))
+    unfinished = frozenset({("dyt", "fp32")})
+    verified(row("dyt", [64, 24], FAST), unfinished=unfinished)
     assert dyt_of(64).backend == "reference"
+    assert "measured to the end" in dyt_of(64).reason
+    verified(row("dyt", [64, 24], FAST), row("rms_scale", [64, 24], FAST), unfinished=unfinished)
+    assert dyt_of(64).backend == "reference"
+    assert "was interrupted" in dyt_of(64).reason
+    assert choice.sentence(choice.table(choice.CPU)).endswith("; 1 operators and dtypes are not finished")
     verified(row("dyt", [64, 24], FAST, dtype="bf16"))
     assert dyt_of(64).backend == "reference"
     assert "not measured in fp32" in dyt_of(64).reason
@@ -321,20 +352,43 @@ def test_explain_refuses_what_is_no_operator():
     assert explain("full_attention", *[torch.zeros(1, 1, 4, 8)] * 3).backend == "sdpa"
 
 
-def test_a_choice_that_was_made_before_costs_less_than_two_microseconds():
+@pytest.mark.parametrize("where", ["decided", "undecided", "the CPU"])
+def test_a_choice_that_was_made_before_costs_less_than_two_microseconds(where: str, monkeypatch):
     """Where a call of an empty Python function takes 25 ns; a slower machine has more of both."""
-    verified(row("rms_scale", [130, 24], FAST))
-    x = torch.zeros(2, 3, 130, 24)
+    verified(
+        *[row("rms_scale", [130, 24], FAST), row("landmark_solve (svd)", [9, 24], FAST)][
+            : 2 * (where == "decided")
+        ]
+    )
+    if where == "the CPU":
+        monkeypatch.setattr(choice, "_pretended", None)
+    x, rhs = torch.zeros(2, 3, 130, 24), torch.zeros(2, 9, 24)
 
-    def chosen() -> str:
+    def by_kernels() -> str:
         return choose_kernels(None, x, "rms_scale", sizes=lambda: (x.shape[2], x.shape[3]), call=(x.shape,))
 
-    assert chosen() == "triton"
+    def by_backend() -> str:
+        return choose_backend(
+            None, ("sdpa", "reference", "triton"), "landmark_solve", lambda name: None,
+            tensor=rhs, sizes=lambda: (rhs.shape[-2], rhs.shape[-1]), variant="svd", call=(rhs.shape,),
+        )  # fmt: skip
+
+    assert [by_kernels(), by_backend()] == ["triton"] * 2 if where == "decided" else ["reference", "sdpa"]
 
     def least(call: Any) -> float:
         return min(timeit.repeat(call, timer=time.process_time, number=2_000, repeat=25)) / 2_000
 
-    assert least(chosen) < 80 * least(lambda: None)
+    empty = least(lambda: None)
+    assert least(by_kernels) < 80 * empty
+    assert least(by_backend) < 80 * empty
+
+
+def test_a_choice_is_kept_for_a_device_and_not_for_tensors_without_numbers():
+    verified(row("rms_scale", [130, 24], FAST))
+    for device in ("cpu", "meta"):
+        x = torch.zeros(2, 3, 130, 24, device=device)
+        choose_kernels(None, x, "rms_scale", sizes=lambda: (130, 24), call=(x.shape,))
+    assert len(choice._cache) == 1
 
 
 @pytest.mark.parametrize("rows", [[], [row("rms_scale", [130, 24], FAST)]])

@@ -29,11 +29,12 @@ def row(operator: str = "dyt", status: str = "right", **changes: object) -> verd
         "reason": None if status == "right" else "a reason",
         "ratio": 0.4,
         "milliseconds": {"forward": {"triton": 0.1, "reference": 0.3}},
+        "measured": "2025-01-02T03:04:05+00:00",
         **changes,
     }
 
 
-VERDICT = Verdict(KEY, (row(), row("rms_scale")), frozenset({("pool", "fp32")}), "2025-01-02T03:04:05+00:00")
+VERDICT = Verdict(KEY, (row(), row("rms_scale")), frozenset({("pool", "fp32")}))
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +90,9 @@ HOSTILE = {
     "no key": json.dumps(VERDICT.to_dict() | {"key": {}}),
     "a number in the key": json.dumps(VERDICT.to_dict() | {"key": KEY._asdict() | {"driver": 580}}),
     "rows of text": json.dumps(VERDICT.to_dict() | {"rows": "dyt"}),
-    "no date": json.dumps(VERDICT.to_dict() | {"measured": None}),
+    "half a character in the key": json.dumps(
+        VERDICT.to_dict() | {"key": KEY._asdict() | {"driver": "\udc80"}}
+    ),
     "unfinished names": json.dumps(VERDICT.to_dict() | {"unfinished": ["dyt"]}),
     "a list as a row": json.dumps(VERDICT.to_dict() | {"rows": [[]]}),
     **{
@@ -103,6 +106,9 @@ HOSTILE = {
             ("backend", "bogus"),
             ("backend", ""),
             ("reason", 3),
+            ("reason", "\x1b[2J"),
+            ("measured", None),
+            ("measured", "2025\n"),
             ("ratio", float("nan")),
             ("ratio", 10**400),
             ("milliseconds", {"sideways": {}}),
@@ -160,6 +166,16 @@ def test_the_file_of_another_user_is_ignored(monkeypatch, caplog):
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
     assert verdicts.load(KEY)[0] is None
     assert "another user" in caplog.text
+
+
+@pytest.mark.parametrize("mode", [0o602, 0o620, 0o666])
+def test_a_file_that_others_can_write_is_ignored(mode: int, caplog):
+    path = verdicts.save(VERDICT)
+    path.chmod(mode)
+    assert verdicts.load(KEY) == (None, "the kept verdict is ignored: other users can write it")
+    assert len(caplog.records) == 1
+    path.chmod(0o644)
+    assert verdicts.load(KEY) == (VERDICT, None)
 
 
 @pytest.mark.parametrize("what", ["a file", "a read-only folder"])
@@ -245,11 +261,16 @@ def test_rows_are_exported_and_ship_for_this_device_and_minor_versions(tmp_path:
         assert verdicts.shipped(KEY._replace(**{name: other}), path.parent) is None
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"operator": "dyt"}', json.dumps(row())])
-def test_a_broken_shipped_file_is_left_out(line: str, tmp_path: Path, caplog):
-    (tmp_path / "card.jsonl").write_text(line)
+@pytest.mark.parametrize("line", ["{", "[]", '{"operator": "dyt"}', json.dumps(row()), "[" * 100_000])
+@pytest.mark.parametrize("rows_before", [0, 2])
+def test_a_broken_shipped_file_is_left_out_whole(line: str, rows_before: int, tmp_path: Path, caplog):
+    path = tmp_path / "card.jsonl"
+    verdicts.export(VERDICT, path)
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:rows_before]) + line)
     assert verdicts.shipped(KEY, tmp_path) is None
     assert len(caplog.records) == 1
+    verdicts.export(VERDICT, tmp_path / "other.jsonl")
+    assert verdicts.shipped(KEY, tmp_path).rows == VERDICT.rows, "another file still counts"
 
 
 def test_verdicts_that_are_committed_ship_with_the_package():
@@ -308,6 +329,47 @@ def test_the_digest_follows_the_sources_of_kernels_and_of_the_check(tmp_path: Pa
         assert digest() == first
     finally:
         verdicts.sources_digest.cache_clear()
+
+
+def test_the_digest_is_of_csrc_and_not_of_what_is_built_from_it(tmp_path: Path, monkeypatch, build):
+    package = tmp_path / "srm_kernels"
+    for path in (package, tmp_path / "csrc"):
+        path.mkdir()
+    monkeypatch.setattr(verdicts, "PACKAGE", package)
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+
+    def digest() -> str:
+        return verdicts.sources_digest.__wrapped__()
+
+    (tmp_path / "csrc/jacobi.cu").write_text("one")
+    first = digest()
+    for build_of_it in (b"one", b"two"):
+        (package / "_cuda.so").write_bytes(build_of_it)
+        (tmp_path / "csrc/README.md").write_bytes(build_of_it)
+        assert digest() == first
+    (tmp_path / "csrc/jacobi.cu").write_text("two")
+    second = digest()
+    assert second != first
+    # A wheel has the digest in place of the sources.
+    (package / verdicts.CSRC_DIGEST).write_text(build.csrc_digest())
+    (tmp_path / "csrc/jacobi.cu").unlink()
+    assert digest() == second
+
+
+def test_a_wheel_carries_the_digest_of_csrc(tmp_path: Path, build):
+    from setuptools import Distribution
+
+    command = build.BuildPackage(Distribution({"packages": []}))
+    command.build_lib = str(tmp_path)
+    command.ensure_finalized()
+    command.run()
+    assert (tmp_path / "srm_kernels" / verdicts.CSRC_DIGEST).read_text() == build.csrc_digest()
+
+
+def test_dates_are_one_or_the_first_and_the_last():
+    rows = [row(measured=f"2025-01-0{day}") for day in (3, 2, 4, 2)]
+    assert verdicts.dates(rows) == "2025-01-02 to 2025-01-04"
+    assert verdicts.dates(rows[:1]) == "2025-01-03"
 
 
 def test_a_pipe_in_place_of_the_lock_does_not_wait(folder: Path):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -39,6 +41,9 @@ class Pretended(Device):
         for step in steps.values():
             step()
         return dict.fromkeys(steps, seconds)
+
+    def probe(self) -> None:
+        pass
 
     def reports(self) -> list[str]:
         found, self.found = self.found, []
@@ -152,6 +157,17 @@ FAULTS = {
     "an error without words": (raising(ValueError()), "error", "no message"),
     "no kernel": (raising(NotImplementedError("its kernels take less")), "unsupported", "take less"),
     "memory": (raising(torch.OutOfMemoryError("out of memory")), "memory", "out of memory"),
+    "memory in Triton's words": (
+        raising(RuntimeError("Triton Error [CUDA]: out of memory")),
+        "memory",
+        "CUDA",
+    ),
+    "memory of a library": (
+        raising(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")),
+        "memory",
+        "CUBLAS",
+    ),
+    "memory of the host": (raising(MemoryError()), "memory", "MemoryError"),
     "shared memory": (raising(OutOfResources("out of resource: shared memory")), "refused", "shared"),
 }
 
@@ -192,17 +208,18 @@ def test_landmarks_are_judged_as_sets():
 # Timing
 
 
-def test_every_implementation_that_runs_is_timed():
-    times = measure.timed(plain_case(), ["triton"], Pretended(), 0.5)["milliseconds"]
-    assert times == dict.fromkeys(
-        ("forward", "backward"), dict.fromkeys(("reference", "triton", "eager"), 0.5)
-    )
-    only = measure.timed(plain_case(name="select_landmarks"), ["triton"], Pretended(), 0.5)["milliseconds"]
+def test_every_implementation_is_timed_in_both_directions():
+    names = ("reference", "triton", "eager")
+    times = measure.timed(plain_case(), names, Pretended(), 0.5)["milliseconds"]
+    assert times == dict.fromkeys(("forward", "backward"), dict.fromkeys(names, 0.5))
+    only = measure.timed(plain_case(name="select_landmarks"), names, Pretended(), 0.5)["milliseconds"]
     assert set(only) == {"forward"}
-    lacking = plain_case(raising(torch.OutOfMemoryError()))
-    assert "triton" not in measure.timed(lacking, ["triton"], Pretended(), 0.5)["milliseconds"]["forward"]
     with pytest.raises(RuntimeError):
-        measure.timed(plain_case(raising(RuntimeError("broken"))), ["triton"], Pretended(), 0.5)
+        measure.timed(plain_case(raising(RuntimeError("broken"))), names, Pretended(), 0.5)
+    case = plain_case(raising(RuntimeError("broken")))
+    assert measure.timed(case, ["reference"], Pretended(), 0.5)["milliseconds"]["forward"] == {
+        "reference": 0.5
+    }
 
 
 def test_eager_runs_the_reference_without_operators():
@@ -221,7 +238,7 @@ def test_eager_runs_the_reference_without_operators():
         assert any("srm" in name for name in seen)
         seen.clear()
         with Recording():
-            measure._eager(step)()
+            measure._step(case.call, case.inputs(), "eager", direction)()
         assert seen
         assert not any("srm" in name for name in seen)
         seen.clear()
@@ -231,8 +248,7 @@ def test_the_reference_is_compiled_with_its_gradients(monkeypatch):
     compiled: list[Any] = []
     monkeypatch.setattr(torch, "compile", lambda graph: compiled.append(graph) or graph)
     case = plain_case()
-    step = measure._compiled(case.call, case.inputs(), "backward")
-    assert step is not None
+    step = measure._step(case.call, case.inputs(), "compiled", "backward")
     plain = measure._step(case.call, case.inputs(), "reference", "backward")()
     for one, other in zip(step(), plain, strict=True):
         torch.testing.assert_close(one, other)
@@ -306,6 +322,10 @@ def test_each_reason_for_not_running_is_named(monkeypatch, capsys):
         ("cpu", "CUDA devices"),
         ("nowhere:device", "no such device"),
         ("json:device", "no such device"),
+        ("json:loads", "no such device"),
+        ("os:getcwd", "returned a str and no device"),
+        (":x", "no such device"),
+        ("cuda:-1", "expected cuda or cuda:NUMBER"),
     ):
         with pytest.raises(CannotRunError, match=words):
             open_device(name)
@@ -339,6 +359,9 @@ class Answers:
         self.asked.append(request)
         return self.answer(request)
 
+    def alone(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
+        return self.ask(request | {"alone": True}, seconds)
+
     def _all(self, device: str, requests: Any, count: int, seconds: float, done: Any) -> None:
         for number, request in enumerate(requests):
             done(number, self.ask(request, seconds))
@@ -347,13 +370,14 @@ class Answers:
         pass
 
 
-TIMES = {"forward": {"triton": 1.0, "reference": 2.0}, "backward": {"triton": 2.0, "reference": 3.0}}
+TIMES = {"triton": 1.0, "reference": 2.0, "eager": 4.0}
 
 
 def fine(request: dict[str, Any]) -> dict[str, Any]:
     if request["part"] == "right":
         return {"status": "right", "reason": None, "ratio": 0.25}
-    return {"milliseconds": TIMES}
+    times = {name: TIMES[name] for name in request["backends"]}
+    return {"milliseconds": {"forward": times, "backward": times}}
 
 
 ONLY = ["--only", "dyt", "rms_scale", "--dtypes", "bf16", "fp32", "--quick"]
@@ -401,7 +425,7 @@ def test_an_interrupted_run_is_resumed_and_decides_nothing_before(monkeypatch, c
 
 
 def test_a_stale_verdict_is_said_and_measured_anew(monkeypatch, capsys):
-    old = verdicts.Verdict(KEY._replace(torch="1.0"), measured="before")
+    old = verdicts.Verdict(KEY._replace(torch="1.0"))
     verdicts.save(old)
     Answers(monkeypatch, fine)
     assert command.main(ONLY) == 0
@@ -409,10 +433,49 @@ def test_a_stale_verdict_is_said_and_measured_anew(monkeypatch, capsys):
     assert len(kept().rows) == 8
 
 
+@pytest.mark.parametrize("wide", ["small", "large"])
+def test_a_narrower_run_after_an_interrupted_one_finishes_what_it_measures(wide: str, monkeypatch, capsys):
+    def interrupted(request: dict[str, Any]) -> dict[str, Any]:
+        if request["part"] == "fast" and request["operator"] == "rms_scale" and request["shape"] == wide:
+            raise KeyboardInterrupt
+        return fine(request)
+
+    full = ["--only", "dyt", "rms_scale", "--dtypes", "fp32"]
+    answers = Answers(monkeypatch, interrupted)
+    assert command.main(full) == 130
+    answers.answer = fine
+    assert command.main([*full, "--quick", "--only", "dyt"]) == 0
+    assert kept().unfinished == {("rms_scale", "fp32")}
+    assert "Not finished" in (out := capsys.readouterr().out)
+    assert "has measured the rest: rms_scale in fp32\n" in out
+    assert command.main([*full, "--quick"]) == 0
+    assert "Not finished" not in capsys.readouterr().out
+    assert kept().unfinished == frozenset()
+    assert all(verdicts.is_done(row) for row in kept().rows)
+    answers.asked.clear()
+    assert command.main(full) == 0
+    assert {one["shape"] for one in answers.asked} >= {wide}
+    assert len(kept().rows) == 8
+
+
+def test_an_older_row_keeps_its_date(monkeypatch):
+    Answers(monkeypatch, fine)
+    assert command.main(ONLY) == 0
+    aged = [row | {"measured": "2020-01-01"} for row in kept().rows]
+    verdicts.save(verdicts.Verdict(KEY, tuple(aged)))
+    assert command.main([*ONLY, "--only", "dyt", "rms_scale", "tau_loss"]) == 0
+    dates = {row["operator"]: row["measured"] for row in kept().rows}
+    assert dates["dyt"] == dates["rms_scale"] == "2020-01-01"
+    assert dates["tau_loss"] > "2025"
+
+
+HANG = {"status": "timeout", "reason": "no answer within 3 s"}
+
+
 def test_what_goes_wrong_while_it_is_timed_is_a_row(monkeypatch, capsys):
     def answer(request: dict[str, Any]) -> dict[str, Any]:
-        hang = {"status": "timeout", "reason": "no answer within 3 s"}
-        return hang if request["part"] == "fast" and request["operator"] == "dyt" else fine(request)
+        hangs = request["part"] == "fast" and request["operator"] == "dyt" and "triton" in request["backends"]
+        return HANG if hangs else fine(request)
 
     Answers(monkeypatch, answer)
     assert command.main(ONLY) == 1
@@ -422,14 +485,88 @@ def test_what_goes_wrong_while_it_is_timed_is_a_row(monkeypatch, capsys):
     assert "4 of 8 cases are not right" in out
 
 
-def test_memory_that_processes_shared_is_tried_again_alone(monkeypatch):
+@pytest.mark.parametrize("name", ["reference", "eager", "compiled"])
+def test_a_yardstick_that_fails_is_named_and_no_fault_of_the_kernel(name: str, monkeypatch, capsys):
+    monkeypatch.setitem(TIMES, "compiled", 0.5)
+
     def answer(request: dict[str, Any]) -> dict[str, Any]:
-        crowded = request["part"] == "right" and len(answers.asked) <= 8
-        return {"status": "memory", "reason": "out of memory", "ratio": None} if crowded else fine(request)
+        return HANG if request["part"] == "fast" and name in request["backends"] else fine(request)
 
     answers = Answers(monkeypatch, answer)
-    assert command.main([*ONLY, "--jobs", "3"]) == 0
+    assert command.main([*ONLY, "--compile"]) == 0
+    assert f"{name} was not timed: no answer within 3 s" in capsys.readouterr().out
+    for row in kept().rows:
+        assert row["status"] == "right"
+        assert set(row["milliseconds"]["backward"]) == TIMES.keys() - {name}
+    assert all(len(one["backends"]) == 1 for one in answers.asked if one.get("alone"))
+
+
+@pytest.mark.parametrize("status", verdicts.PASSING)
+def test_what_may_be_the_environments_fault_is_tried_again_alone(status: str, monkeypatch):
+    def answer(request: dict[str, Any]) -> dict[str, Any]:
+        crowded = request["part"] == "right" and not request.get("alone")
+        return {"status": status, "reason": "a reason", "ratio": None} if crowded else fine(request)
+
+    Answers(monkeypatch, answer)
+    assert command.main([*ONLY, "--jobs", "1"]) == 0
     assert {row["status"] for row in kept().rows} == {"right"}
+
+
+@pytest.mark.parametrize("status", [*verdicts.PASSING, "wrong", "refused", "unsupported"])
+def test_the_next_run_asks_again_what_may_have_been_the_environments_fault(status: str, monkeypatch):
+    answers = Answers(monkeypatch, lambda request: {"status": status, "reason": "a reason", "ratio": None})
+    command.main(ONLY)
+    assert {row["status"] for row in kept().rows} == {status}
+    answers.asked.clear()
+    answers.answer = fine
+    command.main(ONLY)
+    again = status in verdicts.PASSING
+    assert len([one for one in answers.asked if one["part"] == "right"]) == (8 if again else 0)
+    assert {row["status"] for row in kept().rows} == {"right" if again else status}
+
+
+def test_where_no_kernel_can_run_an_earlier_verdict_stays_whole(monkeypatch, capsys):
+    answers = Answers(monkeypatch, fine)
+    assert command.main(ONLY) == 0
+    before = kept()
+
+    def answer(request: dict[str, Any]) -> dict[str, Any]:
+        raise CannotRunError("no trivial Triton kernel can run: Failed to find C compiler")
+
+    answers.answer = answer
+    assert command.main([*ONLY, "--again"]) == 2
+    assert "Failed to find C compiler" in capsys.readouterr().err
+    assert kept() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_signals_interrupt_as_ctrl_c_does(number: signal.Signals, monkeypatch, capsys):
+    def answer(request: dict[str, Any]) -> dict[str, Any]:
+        os.kill(os.getpid(), number)
+        return fine(request)
+
+    Answers(monkeypatch, answer)
+    before = signal.getsignal(number)
+    assert command.main(ONLY) == 128 + number
+    assert "the next run goes on from here" in capsys.readouterr().err
+    assert signal.getsignal(number) is before
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN)  # as nohup leaves SIGHUP
+    with command._interrupting(number):
+        monkeypatch.undo()
+        assert signal.getsignal(number) is before
+
+
+def test_reasons_are_one_printable_line():
+    assert command._short("one\ntwo\x1b[2J \udc80 three") == "one two [2J   three"
+
+
+def test_an_output_of_few_characters_gets_others_in_their_place(folder: Path):
+    code = "from srm_kernels.verify import table; table.tolerate(); print('2.00' + chr(215) + chr(0xdc80))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == "2.00??\n"
 
 
 def test_what_is_not_supported_or_lacks_memory_is_no_fault(monkeypatch, capsys):
@@ -542,10 +679,72 @@ def test_a_child_that_dies_says_how(code: str, words: str, child_code):
     assert words in found["reason"]
 
 
-def test_a_child_that_cannot_start_is_an_answer(child_code, monkeypatch):
-    assert child_code("import sys; sys.exit('no device')").ask({}, 20)["reason"].endswith("no device")
+def test_where_no_child_can_start_the_command_cannot_run(child_code, monkeypatch, tmp_path):
+    count = tmp_path / "count"
+    code = f"import sys; open({str(count)!r}, 'a').write('x'); "
+    with pytest.raises(CannotRunError, match=r"no trivial Triton kernel can run: .*no device"):
+        child_code(code + "sys.exit('no device')").ask({}, 20)
+    assert count.read_text() == "xx"
+    with pytest.raises(CannotRunError, match="no C compiler"):
+        child_code('print(\'{"status": "error", "reason": "no C compiler"}\')').ask({}, 20)
     monkeypatch.setattr(workers, "START_SECONDS", 0.5)
-    assert child_code("import time; time.sleep(50)").ask({}, 20)["status"] == "timeout"
+    with pytest.raises(CannotRunError, match="not ready"):
+        child_code("import time; time.sleep(50)").ask({}, 20)
+
+
+def test_a_request_that_is_asked_alone_has_a_process_of_its_own(child_code):
+    code = "import json, os, sys; print('{\"ready\": true}', flush=True)\n"
+    code += "for line in sys.stdin: print(json.dumps({'pid': os.getpid()}), flush=True)"
+    worker = child_code(code)
+    found = [worker.ask({}, 20)["pid"], worker.alone({}, 20)["pid"], worker.ask({}, 20)["pid"]]
+    worker.close()
+    assert len(set(found)) == 3
+
+
+def test_a_child_that_cannot_launch_a_trivial_kernel_says_so(tmp_path, monkeypatch):
+    def probe(self: Device) -> None:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(Pretended, "probe", probe)
+    with (tmp_path / "answers").open("w") as answers:
+        child.serve(Pretended(), iter(["{}"]), answers)  # type: ignore[arg-type]
+    (line,) = (tmp_path / "answers").read_text().splitlines()
+    assert json.loads(line) == {"status": "error", "reason": "RuntimeError: Failed to find C compiler"}
+
+
+PARENT = """
+import sys
+from srm_kernels.verify import workers
+start = workers.subprocess.Popen
+workers.subprocess.Popen = lambda command, **options: start([sys.executable, "-c", {child!r}], **options)
+workers.ask_all("cuda", [{{}}] * 2, 2, 100, print)
+"""
+HUNG = """
+import os, sys, time
+from pathlib import Path
+from srm_kernels.verify import child
+def open_device(name):
+    Path({folder!r}, str(os.getpid())).touch()
+    time.sleep(100)
+child.open_device = open_device
+child.main("cuda")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not end a child with its parent")
+def test_a_hung_child_ends_with_its_parent(tmp_path):
+    hung = HUNG.format(folder=str(tmp_path))
+    parent = subprocess.Popen([sys.executable, "-c", PARENT.format(child=hung)])
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    children = [Path(f"/proc/{path.name}/cmdline") for path in tmp_path.iterdir()]
+    assert len(children) == 2
+    while any(map(runs, children)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(runs, children))
 
 
 def test_requests_are_shared_by_workers_and_an_error_of_the_parent_ends_all(child_code):

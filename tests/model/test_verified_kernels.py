@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from bench.neck_numerics import make_neck, make_pyramid, with_backend
-from srm_kernels import choice, verdicts
+from srm_kernels import choice, rms_scale, verdicts
+from srm_kernels.registration import running
 from srm_kernels.verify import command
 from srm_kernels.verify.cases import OPERATORS, cases
 from srm_kernels.verify.measure import sizes_of
@@ -52,11 +53,12 @@ def verify(**statuses: str) -> None:
             "reason": None,
             "ratio": 0.5,
             "milliseconds": {"forward": times, "backward": times},
+            "measured": "2025-01-02",
         }
         for case in cases(shapes=("tiny",))
     ]
     assert len({row["operator"] for row in rows}) == len({operator.label for operator in OPERATORS})
-    verdicts.save(verdicts.Verdict(KEY, tuple(rows), measured="2025-01-02"))
+    verdicts.save(verdicts.Verdict(KEY, tuple(rows)))
     choice.refresh()
 
 
@@ -114,19 +116,43 @@ def test_a_named_backend_is_not_overruled(neck: SRMNeck):
 
 def test_what_ran_and_whose_verdict_is_one_sentence(neck: SRMNeck, monkeypatch):
     cpu = torch.device("cpu")
-    assert "not verified" in choice.ran(cpu)
+    with running() as plain:
+        launched(neck)
+    assert "triton" not in choice.ran(cpu, None, plain)
+    assert "not verified" in choice.ran(cpu, None, plain)
     verify(gated_fusion="wrong")
-    assert choice.ran(cpu) == "no measured operator ran; verdict of this machine, 2025-01-02"
-    launched(neck)
-    said = choice.ran(cpu)
+    with running() as nothing:
+        pass
+    assert choice.ran(cpu, None, nothing) == "no operator of srm_kernels ran"
+    with running() as whole:
+        with running() as first:
+            launched(neck)
+        with running() as second:
+            rms_scale(torch.zeros(1, 1, 4, 8))
+    assert choice.ran(cpu, None, second) == "triton for 1 operator; verdict of this machine, 2025-01-02"
+    said = choice.ran(cpu, None, first)
     assert said.startswith("triton for ")
-    assert "reference for 1 operators; verdict of this machine, 2025-01-02" in said
-    assert choice.ran(cpu, "sdpa") == "sdpa, named by the config"
+    assert said.endswith("reference for 1 operator; verdict of this machine, 2025-01-02")
+    assert whole == first | second
+    assert choice.ran(cpu, "sdpa", {"dyt": {"sdpa"}}) == "sdpa for 1 operator; named by the config"
     monkeypatch.setenv("SRM_KERNELS_BACKEND", "reference")
-    assert choice.ran(cpu) == "reference, named by SRM_KERNELS_BACKEND"
+    assert choice.ran(cpu, None, {"dyt": {"reference"}}).endswith("; named by SRM_KERNELS_BACKEND")
     monkeypatch.delenv("SRM_KERNELS_BACKEND")
     monkeypatch.setattr(choice, "_pretended", None)
-    assert "plain PyTorch" in choice.ran(cpu)
+    choice.refresh()
+    assert "verified on CUDA devices" in choice.ran(cpu, None, second)
+
+
+@pytest.mark.parametrize("named", [None, "reference"])
+def test_what_compiled_code_runs_is_seen_at_every_run(named: str | None):
+    verify()
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: rms_scale(x, backend=named).rms, backend="aot_eager", fullgraph=True)
+    x = torch.ones(1, 1, 4, 8)
+    for _ in range(2):
+        with running() as found:
+            compiled(x)
+        assert found == {"rms_scale": {named or "triton"}}
 
 
 def test_score_says_a_named_backend_on_stderr(tmp_path: Path, capsys):
@@ -136,7 +162,9 @@ def test_score_says_a_named_backend_on_stderr(tmp_path: Path, capsys):
     assert main(arguments) == 0
     assert "kernels" not in capsys.readouterr().err
     assert main([*arguments, "--backend", "reference"]) == 0
-    assert "kernels: reference, named by the config" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "kernels: reference for " in err
+    assert "; named by the config" in err
 
 
 def test_srm_iqa_verify_is_the_same_command(monkeypatch, capsys):

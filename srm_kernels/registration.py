@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
-from .checks import transforming
+from .checks import RENAMED, transforming
 from .options import WRITTEN
 
 Implementation = Callable[..., Any]
@@ -102,6 +102,10 @@ def register_operator(
     kinds = _kinds(arguments)
     implementations = {key: _packed(function, kinds) for key, function in implementations.items()}
     own = {key: _packed(function, kinds, 2) for key, function in (derivatives or {}).items()}
+    for old, new in RENAMED.items():  # in programs that the last release exported
+        for functions in (implementations, own):
+            if new in functions:
+                functions[old] = functions[new]
     while WRITTEN.keys() & set(_kinds(arguments)):
         arguments = re.sub(
             r"\b(\w+) \w+",

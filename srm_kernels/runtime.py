@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import torch
 
 from . import choice, native
+from .checks import current_name
 
 ENVIRONMENT_VARIABLE = "SRM_KERNELS_BACKEND"
 BACKENDS = {
     "reference": "the mathematics in plain PyTorch",
-    "sdpa": "attention through scaled_dot_product_attention, and on the CPU the default landmark solve in C++ of csrc"
+    "torch": "attention through scaled_dot_product_attention, and on the CPU the default landmark solve in C++ of csrc"
     + ("" if "cpu" in native.BUILT else " (not built)")
     + " and the neck's query side in tiles; the other operators have one plain-PyTorch form",
     "triton": "fused Triton kernels for landmarks, their solve, attention, scale, gate, pooling and the neck",
@@ -181,7 +182,7 @@ def choose_backend(
         raise choice.Answer(
             _explained(requested.requested, implementations, operator, refusal, tensor, sizes, variant)
         )
-    name = requested or named_by_environment()
+    name = current_name(requested) or named_by_environment()
     if name is None:
         chosen = None if tensor is None else choice.cached(tensor, operator, variant, call)
         if chosen is not None:
@@ -217,7 +218,7 @@ def named_by_environment() -> str | None:
     """
     if not torch.compiler.is_compiling() and _variables is not None and _variable not in _variables:
         return None
-    return os.environ.get(ENVIRONMENT_VARIABLE) or None
+    return current_name(os.environ.get(ENVIRONMENT_VARIABLE)) or None
 
 
 def _among(implementations: tuple[str, ...], refusal: choice.Refusal) -> choice.Refusal:
@@ -248,7 +249,7 @@ def choose_kernels(
     operator: str,
     refusal: Callable[[], str | None] = lambda: None,
     *,
-    plain: tuple[str, ...] = ("reference", "sdpa"),
+    plain: tuple[str, ...] = ("reference", "torch"),
     sizes: choice.Sizes = tuple,
     variant: str = "",
     call: tuple[Any, ...] = (),

@@ -160,6 +160,10 @@ class SRMConfig:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
         _check_types(self)
+        if self.backend is not None:
+            from srm_kernels.checks import current_name
+
+            object.__setattr__(self, "backend", current_name(self.backend))
         _check_values(self)
 
     @property

@@ -33,7 +33,7 @@ _attention = register_operator(
     "Tensor query, Tensor key, Tensor value, Tensor landmarks, float scale, str? qk_norm, str solve_dtype, "
     "SolveOptions solve",
     "Tensor",
-    {"reference": reference.nystrom_attention, "sdpa": sdpa.nystrom_attention},
+    {"reference": reference.nystrom_attention, "torch": sdpa.nystrom_attention},
     fake=lambda query, *_: torch.empty_like(query),
     differentiable=("query", "key", "value"),
     like="query",
@@ -98,7 +98,7 @@ _context = register_operator(
     "(Tensor, Tensor, Tensor, Tensor)",
     {
         "reference": few_threads(reference.landmark_context),
-        "sdpa": few_threads(sdpa.landmark_context),
+        "torch": few_threads(sdpa.landmark_context),
         "triton": later(_KEY_KERNELS, "landmark_context"),
     },
     fake=_fake_key_side,
@@ -113,7 +113,7 @@ _blocks = register_operator(
     "landmark_blocks",
     "KeySide side",
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
-    dict.fromkeys(("reference", "sdpa"), reference.landmark_blocks)
+    dict.fromkeys(("reference", "torch"), reference.landmark_blocks)
     | {"triton": later(_KEY_KERNELS, "landmark_blocks")},
     fake=_fake_blocks,
     differentiable=("key", "value"),
@@ -303,7 +303,7 @@ def landmark_side(
     Arguments as in `nystrom_attention`. Returns (K̃, X), (B, H, r, d) each in fp32 (fp64 for fp64): K̃ = key[I], not
     normalised, exact in the key's dtype; X = (W + λI)⁻¹ (R V). Y is softmax(Q K̃ᵀ s) X, K̃ normalised there as
     `qk_norm` asks. Differentiable in key and value; twice through the reference.
-    backend: "sdpa", the default on the CPU, has csrc's C++ for the solver "cholesky" where it is built, else the
+    backend: "torch", the default on the CPU, has csrc's C++ for the solver "cholesky" where it is built, else the
     reference's. "triton" as for `nystrom_attention`.
     Raises TypeError for dtypes, ValueError for shapes and values, NotImplementedError for a backend that cannot run.
     """
@@ -322,7 +322,7 @@ def landmark_side(
         partial(_limits, d, rank, key.shape[2]),
         sizes=lambda: (key.shape[2], min(rank, key.shape[2]), d),
         call=(key.shape, rank),
-        plain=("sdpa", "reference"),
+        plain=("torch", "reference"),
         variant=_variant(landmarks, options),
     )
     keys, x, _ = _landmark_side(key, value, landmarks, options, chosen)
@@ -384,14 +384,14 @@ def full_attention(
     """Exact cross-attention softmax(Q Kᵀ s) V, quadratic: the baseline (article 3.8.5).
 
     query: (B, H, N_q, d); key, value: (B, H, N_k, d), as in `nystrom_attention`, with its `qk_norm` and `scale`.
-    backend None or "sdpa" is torch's scaled_dot_product_attention; "reference" writes the softmax out.
+    backend None or "torch" is torch's scaled_dot_product_attention; "reference" writes the softmax out.
     A second derivative needs "reference", which None takes under torch.func and in forward mode: torch's own kernel
     has neither on the CPU.
     Returns (B, H, N_q, d) in the query's dtype. Raises TypeError for dtypes, ValueError for shapes and values.
     """
     query, key, value = autocast.lowered(query, key, value)
     d = _check_attention(query, key, value, qk_norm, scale)
-    order = ("reference", "sdpa") if transforming() else ("sdpa", "reference")
+    order = ("reference", "torch") if transforming() else ("torch", "reference")
     chosen = choose_backend(backend, order, "full_attention")
     s = 1 / math.sqrt(d) if scale is None else float(scale)
     with no_autocast((query,)):
@@ -431,7 +431,7 @@ def _choose_backend(
     requested: str | None, query: Tensor, key: Tensor, landmarks: Tensor | None, options: AttentionOptions
 ) -> str:
     narrow = options.solve_dtype == "model" and query.dtype in (torch.bfloat16, torch.float16)
-    plain, rank = ("reference",) if narrow else ("sdpa", "reference"), options.choice.rank
+    plain, rank = ("reference",) if narrow else ("torch", "reference"), options.choice.rank
 
     def refusal(name: str) -> str | None:
         if name not in (*plain, "triton"):

@@ -18,7 +18,7 @@ from .reference import SOLVERS, Solver
 
 DIAGNOSTICS = (True, False, "estimate")
 # Kernels of a GPU are in front only where a verdict puts them there.
-_IMPLEMENTATIONS = ("sdpa", "reference", "triton", "cuda")
+_IMPLEMENTATIONS = ("torch", "reference", "triton", "cuda")
 _LARGEST = 128  # r and d of the kernels
 _KERNELS = f"{__name__}.kernels"
 
@@ -39,7 +39,7 @@ _solve = register_operator(
     "(Tensor, Tensor)",
     {
         "reference": reference.landmark_solve,
-        "sdpa": cpu.landmark_solve,
+        "torch": cpu.landmark_solve,
         "triton": later(_KERNELS, "landmark_solve"),
         "cuda": cuda.landmark_solve,
     },
@@ -103,8 +103,9 @@ def landmark_solve(
     backend="triton" is one launch ("auto" and a gated "neumann" take two) for r, d ≤ 128 and anything but float64,
     every solver, forward and backward, and asks the host nothing: it can be captured in a CUDA graph. There "svd" and
     "auto" are differentiable only with ridge > 0; a singular matrix has NaN gradients. backend="cuda" is csrc's
-    one-sided Jacobi for "svd" and "auto", as small, and does not wait for the device either. backend="sdpa", which None
-    takes, has csrc's C++ for "cholesky" on the CPU, r ≤ 128, not equilibrated, where it is built; else the reference's.
+    one-sided Jacobi for "svd" and "auto", as small, and does not wait for the device either. backend="torch", which
+    None takes, has csrc's C++ for "cholesky" on the CPU, r ≤ 128, not equilibrated, where it is built; else the
+    reference's.
     Raises ValueError for shapes, an unknown solver, ridge < 0, or "cholesky" with ridge 0; TypeError for dtypes.
     """
     logits, rhs = autocast.promoted(logits, rhs)

@@ -16,14 +16,14 @@ from . import reference
 from .reference import METHODS
 
 METHODS_OF_KERNELS = tuple(name for name, method in METHODS.items() if method.kernels)
-_IMPLEMENTATIONS = ("reference", "sdpa", "triton")
+_IMPLEMENTATIONS = ("reference", "torch", "triton")
 _KERNELS = f"{__name__}.kernels"
 
 _leverage = register_operator(
     "ridge_leverage_scores",
     "Tensor key, float gamma",
     "Tensor",
-    dict.fromkeys(("reference", "sdpa"), few_threads(reference.ridge_leverage_scores))
+    dict.fromkeys(("reference", "torch"), few_threads(reference.ridge_leverage_scores))
     | {"triton": later(_KERNELS, "ridge_leverage_scores")},
     fake=lambda key, gamma: key.new_empty(key.shape[:3], dtype=wide_dtype(key.dtype)),
     differentiable=("key",),
@@ -33,7 +33,7 @@ _select = register_operator(
     "select_landmarks",
     "Tensor key, Tensor? random, LandmarkOptions options, float scale",
     "Tensor",
-    dict.fromkeys(("reference", "sdpa"), few_threads(reference.select_landmarks))
+    dict.fromkeys(("reference", "torch"), few_threads(reference.select_landmarks))
     | {"triton": later(_KERNELS, "select_landmarks")},
     fake=lambda key, random, rank, *_: key.new_empty((*key.shape[:2], rank), dtype=torch.int64),
 )

@@ -71,7 +71,7 @@ _project = register_operator(
     "Tensor tokens, Tensor[] key_weights, Tensor[] value_weights, Tensor[] alphas, Tensor[] weights, "
     "Tensor[] biases, Tensor? shift",
     "(Tensor, Tensor)",
-    dict.fromkeys(("reference", "sdpa"), reference.project_sources)
+    dict.fromkeys(("reference", "torch"), reference.project_sources)
     | {"triton": later(_ENDS, "project_sources")},
     fake=lambda tokens, key_weights, *_: (
         tokens.new_empty((len(key_weights), *tokens.shape)),
@@ -113,7 +113,7 @@ _pooled = register_operator(
     "(Tensor, Tensor, Tensor, Tensor)",
     {
         "reference": reference.pooled_links,
-        "sdpa": tiled.pooled_links,
+        "torch": tiled.pooled_links,
         "triton": later(_KERNELS, "pooled_links"),
     },
     fake=_fake_links,
@@ -128,7 +128,7 @@ _pooled = register_operator(
         "keys",
     ),
     derivatives={
-        "sdpa": tiled.pooled_links_backward,
+        "torch": tiled.pooled_links_backward,
         "triton": later(_BACKWARD, "pooled_links_backward"),
     },
     constant=(2, 3),
@@ -153,7 +153,7 @@ _merge = register_operator(
     "Tensor pooled, Tensor probabilities, Tensor[] xs, Tensor[] align_weights, Tensor[] align_biases, "
     "Tensor[] output_weights, Tensor[] thetas, Tensor[] betas, int[] targets",
     "Tensor",
-    dict.fromkeys(("reference", "sdpa"), reference.merge_links) | {"triton": later(_ENDS, "merge_links")},
+    dict.fromkeys(("reference", "torch"), reference.merge_links) | {"triton": later(_ENDS, "merge_links")},
     fake=_fake_merged,
     differentiable=(
         "pooled",
@@ -233,8 +233,8 @@ def pooled_links(
     through the reference. Kernels write nothing at full resolution in forward, neither tokens nor queries, with DyT or
     without; in backward Q, dQ and, with DyT, DyT(T) of the links exist for the time of the call. For the backward pass
     F, K̃, weights and P̄ are kept. A NaN stays in its image and head.
-    backend: "sdpa", the default on CPU tensors, works on tiles of about 512 positions, one image at a time, forward
-    and backward: neither tokens, queries nor probabilities exist at full resolution. On CUDA tensors "sdpa" and the
+    backend: "torch", the default on CPU tensors, works on tiles of about 512 positions, one image at a time, forward
+    and backward: neither tokens, queries nor probabilities exist at full resolution. On CUDA tensors "torch" and the
     default are the reference. "triton" takes fp32, bf16 and fp16, d from 8 to 128, r up to 128, r·d up to 8,192, P up
     to 32, and C up to 256 where `dyt` is given or queries are normalised.
     Raises TypeError for dtypes, ValueError for shapes and values, NotImplementedError for a backend that cannot run.
@@ -363,12 +363,12 @@ def _choose_backend(
         features,
         "pooled_links",
         partial(_refusal, features, rank, d, size, channels),
-        plain=("sdpa", "reference") if tiled_here else ("reference", "sdpa"),
+        plain=("torch", "reference") if tiled_here else ("reference", "torch"),
         sizes=lambda: (d,),
         call=(rank, d, size, channels),
     )
     # A GPU is faster with all images and positions at once, which is the reference's form.
-    return "reference" if chosen == "sdpa" and not tiled_here else chosen
+    return "reference" if chosen == "torch" and not tiled_here else chosen
 
 
 def _refusal(features: Tensor, rank: int, d: int, size: int, channels: int) -> str | None:

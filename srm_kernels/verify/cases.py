@@ -294,7 +294,7 @@ OPERATORS = (
     Operator(
         "nystrom_attention",
         lambda s, draw: [*_tokens("queries", "keys", "keys")(s, draw), draw(s.heads) * 0.1 + 1],
-        _attend, (0, 0, 0, None), (0,), wide=(3,), backends=("sdpa", "triton"), shares_size=True,
+        _attend, (0, 0, 0, None), (0,), wide=(3,), backends=("torch", "triton"), shares_size=True,
         reference=_attend_as_chosen,
     ),
     Operator(

@@ -178,7 +178,7 @@ def test_gradients_are_the_references():
     """The core serves the forward pass, also where a gradient is wanted; the derivative recomputes."""
     logits, rhs = (t.requires_grad_() for t in problem(6, 3, torch.float64, d=2))
     upstream = tokens(9, 3, 6, 2)
-    results = [landmark_solve(logits, rhs, backend=name).x for name in ("sdpa", "reference")]
+    results = [landmark_solve(logits, rhs, backend=name).x for name in ("torch", "reference")]
     assert torch.equal(results[0], solve(logits.detach(), rhs.detach())[0])
     found, wanted = (torch.autograd.grad(x, (logits, rhs), upstream) for x in results)
     assert all(map(torch.equal, found, wanted))
@@ -186,7 +186,7 @@ def test_gradients_are_the_references():
     assert all(map(torch.equal, torch.autograd.grad(recorded, (logits, rhs), upstream), wanted))
 
     def of_symmetric(half: Tensor, rhs: Tensor) -> Tensor:
-        return landmark_solve(half + half.mT, rhs, backend="sdpa").x
+        return landmark_solve(half + half.mT, rhs, backend="torch").x
 
     half = (logits.detach() / 2).requires_grad_()
     assert torch.autograd.gradcheck(of_symmetric, (half, rhs))
@@ -196,7 +196,7 @@ def test_gradients_are_the_references():
 def test_the_operators_pass_opcheck():
     logits, rhs = problem(5, 2, torch.float32)
     leaves = logits.clone().requires_grad_(), rhs.clone().requires_grad_()
-    arguments = (*leaves, *SolveOptions().flat(), "sdpa")
+    arguments = (*leaves, *SolveOptions().flat(), "torch")
     library.opcheck(torch.ops.srm.landmark_solve, arguments)
     solve(logits, rhs)  # loads it
     served = torch.empty(2, dtype=torch.bool)
@@ -209,7 +209,7 @@ def test_the_operators_pass_opcheck():
 
 def test_attention_takes_it(alone):
     query, key, value = (tokens(i, 1, 2, n, 8, dtype=torch.float32) for i, n in enumerate((40, 30, 30)))
-    for backend in (None, "sdpa"):
+    for backend in (None, "torch"):
         nystrom_attention(query, key, value, 16, backend=backend)
         landmark_side(key, value, 16, backend=backend)
     for call in (partial(nystrom_attention, query), landmark_side):
@@ -219,7 +219,7 @@ def test_attention_takes_it(alone):
 
 def test_the_key_side_of_a_link_follows_the_rule():
     arguments = [tokens(i, 2, 2, 30, 8, dtype=torch.float32) for i in (1, 2)]
-    follow_the_rule(partial(landmark_side, rank=16, qk_norm="keys"), arguments, backend="sdpa")
+    follow_the_rule(partial(landmark_side, rank=16, qk_norm="keys"), arguments, backend="torch")
 
 
 @pytest.mark.parametrize("case", ["not built", "equilibrated", "another solver", "too large"])

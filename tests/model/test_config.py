@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from srm_kernels import backends, nystrom_attention, select_landmarks
+from srm_kernels import backends, checks, nystrom_attention, select_landmarks
 from srm_kernels.landmarks.reference import METHODS, Keys, Method
 from srm_model import SRMConfig
 from srm_model.cli import main
@@ -96,7 +96,7 @@ def test_a_landmark_method_that_is_registered_is_known_everywhere(monkeypatch, c
         (
             {"backend": "nope"},
             ValueError,
-            "backend='nope': expected one of None, 'reference', 'sdpa', 'triton', 'cuda'",
+            "backend='nope': expected one of None, 'reference', 'torch', 'triton', 'cuda'",
         ),
         ({"nokey": 1}, TypeError, "unexpected keyword argument 'nokey'"),
         ({"attack_sweep_steps": (0,)}, ValueError, "attack_sweep_steps=(0,): expected steps of at least 1"),
@@ -119,7 +119,7 @@ def test_bad_values_are_one_sentence(changes, error, message):
 def test_numpys_scalars_are_kept_as_pythons():
     given = SRMConfig(
         rank=np.int32(8), ridge=np.float32(0.5), dyt=np.bool_(False), links=((np.int64(4), np.int64(1)),),
-        eps_linf=[np.float64(0.25)], backend=np.str_("sdpa"), attack_sweep_steps=(np.uint8(3),),
+        eps_linf=[np.float64(0.25)], backend=np.str_("torch"), attack_sweep_steps=(np.uint8(3),),
     )  # fmt: skip
     plain = SRMConfig(
         rank=8,
@@ -127,7 +127,7 @@ def test_numpys_scalars_are_kept_as_pythons():
         dyt=False,
         links=((4, 1),),
         eps_linf=(0.25,),
-        backend="sdpa",
+        backend="torch",
         attack_sweep_steps=(3,),
     )
     assert given == plain
@@ -135,3 +135,11 @@ def test_numpys_scalars_are_kept_as_pythons():
     assert type(given.dyt) is bool
     with pytest.raises(TypeError, match="expected int"):
         SRMConfig(rank=np.float64(8))
+
+
+def test_a_config_of_the_last_release_names_the_backend_anew():
+    """As a checkpoint's config.json, `--set` and `--backend` hand it over."""
+    checks._warn_renamed.cache_clear()
+    with pytest.warns(FutureWarning, match="now called 'torch'"):
+        assert SRMConfig.from_dict({**SRMConfig().to_dict(), "backend": "sdpa"}).backend == "torch"
+    assert SRMConfig().replace(backend="sdpa").to_dict()["backend"] == "torch"

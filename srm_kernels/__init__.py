@@ -6,7 +6,7 @@ Importing needs neither a GPU, nor Triton, nor a compiler.
 """
 
 from . import flops
-from .attention import attention_with_scale, full_attention, landmark_side, nystrom_attention
+from .attention import full_attention, landmark_side, nystrom_attention
 from .choice import Explanation, explain
 from .conditioning import LandmarkSolution, Solver, landmark_solve
 from .gate import GatedFusion, GateLosses, biased_gelu, gate_logits, gate_losses, gated_fusion
@@ -26,7 +26,6 @@ __all__ = [
     "RMSScale",
     "Solver",
     "adaptive_pool",
-    "attention_with_scale",
     "backends",
     "biased_gelu",
     "dyt",

@@ -56,7 +56,8 @@ class _LandmarksOfKernels:
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, tau: Tensor, *, backend: str) -> Any:
         options = dict(self.options, tau=tau, backend=backend)
-        attend = ops.attention_with_scale if options.pop("statistics", False) else ops.nystrom_attention
+        with_scale = options.pop("statistics", False)
+        attend = attention_module.attention_with_scale if with_scale else ops.nystrom_attention
         if backend != "triton":
             rank = min(self.rank, key.shape[2])
             return _flat(attend(query, key, value, rank, landmarks=self.chosen, **options))

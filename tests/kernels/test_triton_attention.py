@@ -24,8 +24,8 @@ from torch import Tensor, library
 from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton")
-from srm_kernels import attention_with_scale, nystrom_attention, rms_scale, select_landmarks
-from srm_kernels.attention import configurations, kernels, key_kernels
+from srm_kernels import nystrom_attention, rms_scale, select_landmarks
+from srm_kernels.attention import attention_with_scale, configurations, kernels, key_kernels
 from srm_kernels.conditioning import SOLVERS
 from srm_kernels.landmarks import kernels as landmark_kernels
 from srm_kernels.options import KeySide, LandmarkOptions

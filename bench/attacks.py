@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import record
+from srm_kernels.checks import current_name
 from srm_model import SRMConfig, build_model
 from srm_model.attacks import MSE, Drift, PairInversion, apgd, fgsm, pgd, square
 from srm_model.runs import keep_memory
@@ -173,7 +174,11 @@ def main(arguments: list[str] | None = None) -> None:
         help="only those whose name has one of these, from the start of a word",
     )
     parser.add_argument(
-        "--backends", nargs="+", default=[None], help="of the srm neck's operators (default: the fastest)"
+        "--backends",
+        type=current_name,
+        nargs="+",
+        default=[None],
+        help="of the srm neck's operators (default: the fastest)",
     )
     parser.add_argument("--image-size", type=int, nargs="+", default=[256])
     parser.add_argument("--batch", type=int, default=8)

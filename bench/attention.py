@@ -1,7 +1,7 @@
 """Nyström attention against its rivals, as ratios of medians in one run: `python -m bench.attention`.
 
 Rivals: exact attention (torch's fused kernel), the same algorithm in eager PyTorch with Cholesky (`reference`) and with
-`torch.linalg.svd` (`svd`), the identity Y = SDPA(Q, K̃, X), R V = SDPA(K̃, K, V) with torch's Cholesky (`sdpa`), and
+`torch.linalg.svd` (`svd`), the identity Y = SDPA(Q, K̃, X), R V = SDPA(K̃, K, V) with torch's Cholesky (`torch`), and
 all of them under `torch.compile` with --compile. Calls are interleaved and queued. On a GPU the times are CUDA events;
 on a CPU wall clock, or with one thread the time that it had a processor, and only their ratio means something.
 `--crossover` gives tables of Nyström against exact attention over N_k and B instead, losses marked.
@@ -23,6 +23,7 @@ from bench.harness import DTYPES, Recorder
 from srm_kernels import backends, full_attention, nystrom_attention
 from srm_kernels.attention import reference, sdpa
 from srm_kernels.landmarks import reference as landmarks
+from srm_kernels.options import LandmarkOptions, SolveOptions
 from srm_model.profiling.timing import Effort, Times, measure_together
 from srm_model.profiling.traces import most_expensive
 
@@ -84,12 +85,12 @@ def rivals(options: argparse.Namespace) -> dict[str, Call]:
         calls["triton"] = nystrom("triton")
     calls["reference"] = nystrom("reference")
     calls["svd"] = nystrom("reference", solver="svd")
-    calls["sdpa"] = nystrom("sdpa")
+    calls["torch"] = nystrom("torch")
     if options.compile:
         visible = {
             "reference": plain(reference.nystrom_attention, options.rank),
             "svd": plain(reference.nystrom_attention, options.rank, "svd"),
-            "sdpa": plain(sdpa.nystrom_attention, options.rank),
+            "torch": plain(sdpa.nystrom_attention, options.rank),
         }
         calls |= {
             f"{name} compiled": torch.compile(call, dynamic=False) for name, call in (calls | visible).items()
@@ -104,9 +105,9 @@ def plain(function: Callable[..., Tensor], rank: int, solver: str = "cholesky") 
         scale = 1 / math.sqrt(key.shape[-1])
         normalised = reference.normalised_key(key.detach(), "keys")
         chosen = landmarks.select_landmarks(
-            normalised, None, min(rank, key.shape[2]), "leverage", 1e-3, scale
+            normalised, None, LandmarkOptions(rank).clamped(key.shape[2]), scale
         )
-        return function(query, key, value, chosen, scale, "keys", "fp32", 1e-3, solver, False, 1e6, 3, True)
+        return function(query, key, value, chosen, scale, "keys", "fp32", SolveOptions(solver=solver))
 
     return call
 

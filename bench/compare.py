@@ -18,7 +18,7 @@ SLOWER is told where the lower end of the interval exceeds the tolerance and the
 compared with a time of another run.
 
     python -m bench.compare --checkouts OLD NEW
-    python -m bench.compare --backends reference sdpa
+    python -m bench.compare --backends reference torch
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ import numpy as np
 import torch
 
 from bench.operators import DIRECTIONS, DTYPES, FAMILIES, OPERATORS, NumericsError
+from srm_kernels.checks import current_name
 
 ROOT = Path(__file__).resolve().parent.parent
 SETS = 20
@@ -253,8 +254,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--checkouts", nargs=2, metavar=("OLD", "NEW"), help="folders of two checkouts")
-    what.add_argument("--backends", nargs=2, metavar=("BASE", "CANDIDATE"), help="two backends of this one")
-    parser.add_argument("--backend", default=None, help="of both checkouts (default: the fastest)")
+    what.add_argument(
+        "--backends",
+        type=current_name,
+        nargs=2,
+        metavar=("BASE", "CANDIDATE"),
+        help="two backends of this one",
+    )
+    parser.add_argument(
+        "--backend", type=current_name, default=None, help="of both checkouts (default: the fastest)"
+    )
     parser.add_argument("--operators", nargs="+", default=list(OPERATORS), choices=tuple(OPERATORS))
     parser.add_argument("--families", nargs="+", default=["stage 3", "stage 2"], choices=tuple(FAMILIES))
     parser.add_argument("--directions", nargs="+", default=list(DIRECTIONS), choices=DIRECTIONS)

@@ -87,7 +87,8 @@ def plain(name: str, logits: Tensor, rhs: Tensor) -> Tensor:
 def calls(logits: Tensor, rhs: Tensor) -> dict[str, Callable[[], object]]:
     """Name → call. A solver of another backend than the portable one is named `solver@backend`."""
     found: dict[str, Callable[[], object]] = {
-        name: lambda name=name: landmark_solve(logits, rhs, solver=name, backend="sdpa").x for name in SOLVERS
+        name: lambda name=name: landmark_solve(logits, rhs, solver=name, backend="torch").x
+        for name in SOLVERS
     }
     for backend in ("triton", "cuda"):
         if logits.is_cuda and backends()[backend].available:

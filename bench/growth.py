@@ -21,6 +21,7 @@ import torch
 from bench import harness
 from bench.harness import DTYPES, Call, Recorder
 from srm_kernels import flops, full_attention, nystrom_attention
+from srm_kernels.checks import current_name
 from srm_model.profiling.sweep import describe
 from srm_model.profiling.tables import number
 
@@ -405,7 +406,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--what", nargs="+", default=["growth", "crossover"], choices=("growth", "crossover"))
     parser.add_argument("--scale", choices=tuple(SCALES), help="sizes (default: by device)")
     parser.add_argument("--variables", nargs="+", metavar="X", help="only these sweeps")
-    parser.add_argument("--backends", nargs="+", metavar="NAME", help="default: all that can run here")
+    parser.add_argument(
+        "--backends", type=current_name, nargs="+", metavar="NAME", help="default: all that can run here"
+    )
     parser.add_argument("--direction", default="forward", choices=DIRECTIONS)
     return parser
 

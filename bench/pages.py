@@ -20,6 +20,7 @@ NECK = ("part", "backbone", "neck", "backend", "resolution", "batch", "dtype", "
 POINT = ("variable", "value", *growth.Sizes._fields, "dtype", "direction", "implementation")
 WIDEST = 512  # the article's resolution
 Rows = list[dict[str, Any]]
+PLAIN = ("torch", "sdpa")  # the backend, and its name in earlier rows
 
 
 def filled(text: str, folder: Path) -> str:
@@ -87,7 +88,7 @@ def cost(folder: Path) -> str:
         for row in rows_of(folder, "neck", NECK)
         if (row["part"], row["backbone"], row["resolution"]) == ("neck", "pvt_v2_b2", WIDEST)
         and (row["batch"], row["dtype"], row["direction"], row["settings"]) == (1, "fp32", "forward", "")
-        and row["backend"] in ("sdpa", None)
+        and row["backend"] in (*PLAIN, None)
     ]
     lines = [
         [
@@ -131,7 +132,7 @@ def step(folder: Path) -> str:
         row
         for row in rows_of(folder, "neck", NECK)
         if (row["part"], row["direction"], row["dtype"], row["settings"]) == ("model", "step", "fp32", "")
-        and row["backend"] in ("sdpa", None)
+        and row["backend"] in (*PLAIN, None)
     ]
     taken: dict[tuple[Any, ...], dict[str, float]] = {}
     for row in rows:
@@ -191,7 +192,7 @@ def _shares(folder: Path, direction: str) -> Iterable[tuple[list[str], list[str]
     """(backbone, px, …) and the figures of `srm` by its fastest backend here, fp32, one image."""
     _, lines = shares_table(rows_of(folder, "neck", NECK))
     for line in sorted(lines, key=lambda line: (line[0], int(line[1]))):
-        if line[2:6] == ["1", "fp32", direction, "srm [sdpa]"]:
+        if line[2:6] in [["1", "fp32", direction, f"srm [{name}]"] for name in PLAIN]:
             yield line[:3], line[6:]
 
 

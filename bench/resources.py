@@ -113,7 +113,9 @@ def launches_of(case: Case, architecture: int) -> list[tuple[Any, tuple[Any, ...
 
     from srm_kernels.attention import kernels, key_kernels
     from srm_kernels.conditioning import kernels as conditioning
+    from srm_kernels.landmarks import METHODS_OF_KERNELS
     from srm_kernels.landmarks import kernels as landmarks
+    from srm_kernels.options import KeySide, LandmarkOptions, SolveOptions
 
     def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -121,21 +123,22 @@ def launches_of(case: Case, architecture: int) -> list[tuple[Any, tuple[Any, ...
     kind = getattr(torch, case.dtype)
     query, key, value = (tensor(2, 4, n, case.d, dtype=kind) for n in (16_384, case.keys, case.keys))
     tau, scale = tensor(4), case.d**-0.5
-    side = (key, value, None, case.rank, case.method, 1e-3, scale, case.qk_norm)
+    choice = LandmarkOptions(case.rank, case.method)
+    side = KeySide(key, value, None, choice, scale, case.qk_norm)
     with recorded(divmod(architecture, 10)) as launches:
         if case.solver == "cholesky":
-            results = key_kernels.landmark_context(*side, 1e-3)
-            key_kernels.landmark_context_backward(results[:2], results, *side, 1e-3)
+            results = key_kernels.landmark_context(side, 1e-3)
+            key_kernels.landmark_context_backward(results[:2], results, side, 1e-3)
         else:
-            results = key_kernels.landmark_blocks(*side)
-            system = (*results[1:3], 1e-3, case.solver, False, 1e6, 3, True)
+            results = key_kernels.landmark_blocks(side)
+            system = (*results[1:3], SolveOptions(solver=case.solver))
             solved = conditioning.landmark_solve(*system)
             conditioning.landmark_solve_backward(solved[:1], solved, *system)
-            key_kernels.landmark_blocks_backward(results[:3], results, *side)
+            key_kernels.landmark_blocks_backward(results[:3], results, side)
         if case.method == "pivoted_cholesky" and case.dtype != "float32":
             landmarks.ridge_leverage_scores(key, 1e-3)
-            for method in landmarks.METHODS:
-                landmarks.select_landmarks(key, None, case.rank, method, 1e-3, scale)
+            for method in METHODS_OF_KERNELS:
+                landmarks.select_landmarks(key, None, LandmarkOptions(case.rank, method), scale)
         keys = results[0]
         outputs = kernels.landmark_attention(query, keys, keys, tau, scale, case.qk_norm, True)
         kernels.landmark_attention_backward(

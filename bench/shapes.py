@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from srm_kernels.conditioning import SOLVERS
+from srm_kernels.options import LandmarkOptions, QuerySides, SolveOptions
+
 if TYPE_CHECKING:
     import torch
 
@@ -22,9 +25,6 @@ def without_memory(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     import torch
 
     return torch.empty(shape, dtype=dtype, device="meta")
-
-
-SOLVERS = ("cholesky", "lu", "svd", "auto", "neumann")
 
 
 class Schedule(NamedTuple):
@@ -111,10 +111,8 @@ def neck(case: Schedule, make: Maker = without_memory, batch: int = 2) -> None:
     align = [tensor(C, channels) for channels, _ in case.maps], [tensor(C)] * L
     square, targets = [tensor(C, C)] * L, list(range(L))
     dyt = [[tensor(1)] * L, [tensor(C)] * L, [tensor(C)] * L] if case.dyt else [[]] * 3
-    arguments = (
-        features, *align, *dyt, square, keys, keys if case.statistics else [], targets, P, case.d**-0.5,
-        case.qk_norm,
-    )  # fmt: skip
+    xs = keys if case.statistics else []
+    sides = QuerySides(features, *align, *dyt, square, keys, xs, targets, P, case.d**-0.5, case.qk_norm)
     maps, logits, cap = tensor(B, 3, C, P, P), tensor(B, 3), wide(1)
     y = tensor(B, case.heads, case.maps[0][1] ** 2, case.d)
     theta = [wide(case.heads)] * L
@@ -124,8 +122,8 @@ def neck(case: Schedule, make: Maker = without_memory, batch: int = 2) -> None:
         squashing = [group[0] for group in dyt]
         scale.dyt(tokens, *squashing)
         scale.dyt_backward([tokens], [], tokens, *squashing)
-    results = kernels.pooled_links(*arguments)
-    backward.pooled_links_backward(results[:2], results, *arguments)
+    results = kernels.pooled_links(sides)
+    backward.pooled_links_backward(results[:2], results, sides)
     ends.merge_links(results[1], results[0], keys, *align, square, theta, [wide()] * L, targets)
     scale.tau_loss(theta, theta, 1.0, 1e-6)
     moments = scale.rms_scale(y)
@@ -149,7 +147,7 @@ def solve(case: System) -> None:
 
     logits = torch.empty(4, case.rank, case.rank, device="meta")
     rhs = torch.empty(4, case.rank, case.d, device="meta")
-    arguments = (logits, rhs, 1e-3, case.solver, False, 1e6, 3, True)
+    arguments = (logits, rhs, SolveOptions(solver=case.solver))
     results = kernels.landmark_solve(*arguments)
     if case.solver not in ("svd", "auto"):
         kernels.landmark_solve_backward(results[:1], results, *arguments)
@@ -162,6 +160,6 @@ def choose(case: Choice) -> None:
     from srm_kernels.landmarks import kernels
 
     key = torch.empty(2, 4, case.keys, case.d, dtype=getattr(torch, case.dtype), device="meta")
-    kernels.select_landmarks(key, None, case.rank, case.method, 1e-3, case.d**-0.5)
+    kernels.select_landmarks(key, None, LandmarkOptions(case.rank, case.method), case.d**-0.5)
     if case.method == "leverage":
         kernels.ridge_leverage_scores(key, 1e-3)

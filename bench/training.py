@@ -31,6 +31,7 @@ from bench.harness import (
     peak,
     sentence,
 )
+from srm_kernels.checks import current_name
 from srm_model import SRMConfig, build_model
 from srm_model.config import NECKS
 from srm_model.data import ImageCache
@@ -180,7 +181,9 @@ def main(arguments: list[str] | None = None) -> None:
     made.add_argument(
         "--necks", nargs="+", default=["quadratic", "srm", "none"], choices=NECKS, help="the first is 1.00"
     )
-    made.add_argument("--backends", nargs="+", help="default: the fastest, and each that can run here")
+    made.add_argument(
+        "--backends", type=current_name, nargs="+", help="default: the fastest, and each that can run here"
+    )
     made.add_argument("--image-size", type=int, default=512)
     made.add_argument("--batch-size", type=int, default=8)
     made.add_argument("--workers", type=int, default=0)

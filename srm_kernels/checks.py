@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import numbers
+import warnings
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +13,26 @@ from torch.autograd import forward_ad
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NO_NARROWER = {dtype: DTYPES[: number + 1] for number, dtype in enumerate(DTYPES)}
+
+
+RENAMED = {"sdpa": "torch"}  # backends by their names of the last release, which this one still accepts
+
+
+def current_name(backend: Any) -> Any:
+    """Return a backend's present name; one of the last release is a FutureWarning, once a process."""
+    if not isinstance(backend, str) or backend not in RENAMED:
+        return backend
+    if not torch.compiler.is_compiling():
+        _warn_renamed(backend)
+    return RENAMED[backend]
+
+
+@cache
+def _warn_renamed(backend: str) -> None:
+    message = (
+        f"backend {backend!r} is now called {RENAMED[backend]!r}; the next release will refuse the old name"
+    )
+    warnings.warn(message, FutureWarning, stacklevel=4)
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

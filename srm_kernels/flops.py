@@ -18,7 +18,8 @@ import torch
 from .attention import _attention, _blocks, _context, _query_side
 from .conditioning import _solve
 from .gate import _logits
-from .landmarks import _leverage, _select
+from .landmarks import METHODS, _leverage, _select
+from .landmarks.reference import leverage_macs
 from .neck import _merge, _pooled, _project
 
 Shape = tuple[int, ...]
@@ -42,11 +43,6 @@ def key_side_macs(keys: int, rank: int, d: int) -> int:
 def solve_macs(rank: int, d: int) -> int:
     """Factorisation r³/3 and two triangular solves of d columns, r² d."""
     return rank**3 // 3 + rank**2 * d
-
-
-def leverage_macs(keys: int, d: int) -> int:
-    """Gram matrix and scores 2 N_k d², Cholesky d³/3."""
-    return 2 * keys * d**2 + d**3 // 3
 
 
 def link_macs(queries: int, keys: int, rank: int, d: int) -> int:
@@ -133,11 +129,7 @@ def _leverage_op(key: Shape, *_: Any) -> int:
 
 
 def _select_op(key: Shape, random: Shape | None, rank: int, method: str = "leverage", *_: Any) -> int:
-    if method == "uniform":
-        return 0
-    if method == "pivoted_cholesky":  # a row of the kernel and a row of the factor per step
-        return _heads(key) * rank * key[2] * (key[3] + rank // 2)
-    return _leverage_op(key)
+    return _heads(key) * METHODS[method].macs(rank, key[2], key[3])
 
 
 MACS: dict[Any, Callable[..., int]] = {

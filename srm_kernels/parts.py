@@ -50,9 +50,19 @@ def contiguous(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple([readable(t).contiguous() for t in tensors])
 
 
-def strides_of(maps: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
-    """Of all maps by image, channel, row and column."""
-    return tuple(tuple(m.stride(axis) for m in maps) for axis in range(4))
+def strides(*unnamed: Tensor, axes: str = "bhnd", **named: Tensor) -> dict[str, int]:
+    """Strides as kernels name them: "stride_b" and so on of the unnamed, "key_stride_b" of `key=`."""
+    tensors = [("", tensor) for tensor in unnamed] + [(f"{name}_", tensor) for name, tensor in named.items()]
+    return {
+        f"{prefix}stride_{axis}": stride
+        for prefix, tensor in tensors
+        for axis, stride in zip(axes, tensor.stride(), strict=True)
+    }
+
+
+def strides_of(maps: Sequence[Tensor]) -> dict[str, tuple[int, ...]]:
+    """Of all maps by image, channel, row and column, as kernels name them."""
+    return {f"strides_{axis}": tuple(m.stride(number) for m in maps) for number, axis in enumerate("bchw")}
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -7,6 +7,7 @@ and forward-mode derivatives a differentiable operator is the plain PyTorch of i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
@@ -17,7 +18,8 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
-from .checks import transforming
+from .checks import RENAMED, transforming
+from .options import WRITTEN
 
 Implementation = Callable[..., Any]
 Place = tuple[int, int | None]  # of a tensor among arguments: which, and where in it if that is a list
@@ -80,12 +82,12 @@ def register_operator(
 ) -> OpOverload:
     """Register `srm::name(arguments, str backend) -> returns` with its fake and its derivative.
 
-    Arguments may be lists of tensors. `implementations` maps a backend to a plain function of `arguments`; "reference"
-    must be among them. The
-    derivative is the vector-Jacobian product of the implementation, recomputed from the saved inputs inside
-    `srm::name_backward`. A second derivative (`create_graph=True`) always goes through the reference, whose
-    steps autograd knows. Only floating-point results carry gradients, and not those numbered in `constant`. Results
-    are contiguous, or the first laid out as `torch.empty_like` of the argument `like`, whatever the implementation;
+    Arguments may be lists of tensors, and objects of `options.WRITTEN`, which torch sees written out.
+    `implementations` maps a backend to a plain function of `arguments`; "reference" must be among them. The derivative
+    is the vector-Jacobian product of the implementation, recomputed from the saved inputs inside
+    `srm::name_backward`. A second derivative (`create_graph=True`) always goes through the reference, whose steps
+    autograd knows. Only floating-point results carry gradients, and not those numbered in `constant`. Results are
+    contiguous, or the first laid out as `torch.empty_like` of the argument `like`, whatever the implementation;
     gradients are contiguous.
 
     `derivatives` maps a backend to a function `(grads, results, *arguments)` that gives the gradients of the
@@ -97,10 +99,22 @@ def register_operator(
 
     Under torch.func and in forward mode a call that is differentiated runs the reference in place of the operator.
     """
+    kinds = _kinds(arguments)
+    implementations = {key: _packed(function, kinds) for key, function in implementations.items()}
+    own = {key: _packed(function, kinds, 2) for key, function in (derivatives or {}).items()}
+    for old, new in RENAMED.items():  # in programs that the last release exported
+        for functions in (implementations, own):
+            if new in functions:
+                functions[old] = functions[new]
+    while WRITTEN.keys() & set(_kinds(arguments)):
+        arguments = re.sub(
+            r"\b(\w+) \w+",
+            lambda found: WRITTEN[found[1]].SCHEMA if found[1] in WRITTEN else found[0],
+            arguments,
+        )
     schema = f"({arguments}, str backend) -> {returns}"
     names = [argument.split()[-1].split("=")[0] for argument in f"{arguments}, str backend".split(",")]
     differentiables = [names.index(argument) for argument in differentiable]
-    own = derivatives or {}
     known = {names.index(argument): number for argument, number in (recalled or {}).items()}
 
     def forward(*args: Any) -> Any:
@@ -215,6 +229,27 @@ def register_operator(
 
     _register_autograd(operator, _Rules(plainly, setup, backward))
     return operator
+
+
+def _kinds(arguments: str) -> list[str]:
+    return [argument.split()[0] for argument in arguments.split(",")]
+
+
+def _packed(function: Implementation, kinds: Sequence[str], ahead: int = 0) -> Implementation:
+    """A function that takes objects, as one of flat arguments; `ahead` others come first."""
+    if not WRITTEN.keys() & set(kinds):
+        return function
+
+    def taken(kind: str, flat: Iterator[Any]) -> Any:
+        if kind not in WRITTEN:
+            return next(flat)
+        return WRITTEN[kind](*(taken(part, flat) for part in _kinds(WRITTEN[kind].SCHEMA)))
+
+    def call(*args: Any) -> Any:
+        flat = iter(args[ahead:])
+        return function(*args[:ahead], *(taken(kind, flat) for kind in kinds))
+
+    return call
 
 
 def _define(name: str, schema: str, implementation: Implementation, fake: Callable[..., Any]) -> OpOverload:

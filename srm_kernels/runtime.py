@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import torch
 
 from . import choice, native
+from .checks import current_name
 
 ENVIRONMENT_VARIABLE = "SRM_KERNELS_BACKEND"
 BACKENDS = {
     "reference": "the mathematics in plain PyTorch",
-    "sdpa": "attention through scaled_dot_product_attention, and on the CPU the default landmark solve in C++ of csrc"
+    "torch": "attention through scaled_dot_product_attention, and on the CPU the default landmark solve in C++ of csrc"
     + ("" if "cpu" in native.BUILT else " (not built)")
     + " and the neck's query side in tiles; the other operators have one plain-PyTorch form",
     "triton": "fused Triton kernels for landmarks, their solve, attention, scale, gate, pooling and the neck",
@@ -135,20 +136,23 @@ def roomy(tensor: torch.Tensor, kibibytes: int = 160) -> bool:
 def few_threads(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return `function(key, ...)` such that small work on a CPU tensor `key` (…, N, d) stays on one thread.
 
+    In place of the tensor may stand what holds it under this name.
+
     Between many small steps threads wait for one another by spinning, which on a busy machine takes far longer than
     the steps. The number of threads is the calling thread's own, and is set back. torch.compile traces
     `function` alone.
     """
 
     @wraps(function)
-    def call(key: torch.Tensor, *args: Any) -> Any:
+    def call(first: Any, *args: Any) -> Any:
+        key = first if isinstance(first, torch.Tensor) else first.key
         here = key.device.type == "cpu" and not torch.compiler.is_compiling()
         threads = torch.get_num_threads() if here else 1
         if threads == 1 or key.numel() * key.shape[-1] > WORTH_THREADS:
-            return function(key, *args)
+            return function(first, *args)
         torch.set_num_threads(1)
         try:
-            return function(key, *args)
+            return function(first, *args)
         finally:
             torch.set_num_threads(threads)
 
@@ -179,7 +183,7 @@ def choose_backend(
         raise choice.Answer(
             _explained(requested.requested, implementations, operator, refusal, tensor, sizes, variant)
         )
-    name = requested or named_by_environment()
+    name = current_name(requested) or named_by_environment()
     if name is None:
         chosen = None if tensor is None else choice.cached(tensor, operator, variant, call)
         if chosen is not None:
@@ -215,7 +219,7 @@ def named_by_environment() -> str | None:
     """
     if not torch.compiler.is_compiling() and _variables is not None and _variable not in _variables:
         return None
-    return os.environ.get(ENVIRONMENT_VARIABLE) or None
+    return current_name(os.environ.get(ENVIRONMENT_VARIABLE)) or None
 
 
 def _among(implementations: tuple[str, ...], refusal: choice.Refusal) -> choice.Refusal:
@@ -246,7 +250,7 @@ def choose_kernels(
     operator: str,
     refusal: Callable[[], str | None] = lambda: None,
     *,
-    plain: tuple[str, ...] = ("reference", "sdpa"),
+    plain: tuple[str, ...] = ("reference", "torch"),
     sizes: choice.Sizes = tuple,
     variant: str = "",
     call: tuple[Any, ...] = (),

@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .checks import RENAMED
+
 try:
     import fcntl
 except ImportError:  # no POSIX: nothing is locked
@@ -41,7 +43,7 @@ OWN = "this machine"
 SOURCES = ("parts.py", "registration.py", "numerics.py", "verify/cases.py", "verify/measure.py")
 CSRC_DIGEST = "_csrc.txt"  # which setup.py leaves in a wheel, where the sources of csrc are not
 
-IMPLEMENTATIONS = ("reference", "sdpa", "triton", "cuda")
+IMPLEMENTATIONS = ("reference", "torch", "triton", "cuda")
 RIGHT = "right"
 # "unsupported": the backend does not take these sizes; "memory": the device has too little; neither is a fault.
 HARMLESS = (RIGHT, "unsupported", "memory")
@@ -316,6 +318,9 @@ def checked_row(row: Any) -> Row:
     """
     if not isinstance(row, dict):
         raise UnusableError("a row is not an object")
+    row = {
+        name: _renamed(value) if name in ("backend", "milliseconds") else value for name, value in row.items()
+    }
     tests: dict[str, Callable[[Any], bool]] = {
         **dict.fromkeys(("operator", "dtype", "shape", "measured"), _is_text),
         "backend": lambda backend: backend in IMPLEMENTATIONS,
@@ -329,6 +334,13 @@ def checked_row(row: Any) -> Row:
     if wrong:
         raise UnusableError(f"a row has no valid {', '.join(wrong)}")
     return {name: row[name] for name in tests}
+
+
+def _renamed(value: Any) -> Any:
+    """Names of implementations as of this release, wherever they are in a field of a row."""
+    if isinstance(value, dict):
+        return {_renamed(key): _renamed(inner) for key, inner in value.items()}
+    return RENAMED.get(value, value) if isinstance(value, str) else value
 
 
 def _is_text(value: Any) -> bool:

@@ -10,11 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-LANDMARK_METHODS = ("leverage", "leverage_sample", "uniform", "kmeans++", "pivoted_cholesky")
-SOLVERS = ("cholesky", "lu", "svd", "auto", "neumann")
 QK_NORMS = (None, "keys", "both")
 STAGES = (1, 2, 3, 4)
-BACKENDS = ("reference", "sdpa", "triton", "cuda")
 STORED = "stored"  # in place of a backend: the one that a checkpoint was trained with
 NECKS = ("srm", "quadratic", "none")
 
@@ -39,11 +36,11 @@ class SRMConfig:
 
     # Nyström attention, section 3.3
     rank: int = 64  # r (c), landmarks; clamped to the number of keys
-    landmarks: str = "leverage"  # one of LANDMARK_METHODS
+    landmarks: str = "leverage"  # a name of srm_kernels.landmarks.METHODS
     gamma: float = 1e-3  # γ, ridge of the leverage scores
 
     # Conditioning, section 3.4
-    solver: str = "cholesky"  # one of SOLVERS; the article's is "auto"
+    solver: str = "cholesky"  # a name of srm_kernels.conditioning.SOLVERS; the article's is "auto"
     ridge: float = 1e-3  # λ₀, relative to tr(W)/r
     equilibrate: bool = False  # diagonal scaling before the ridge (ablation)
     kappa_max: float = 1e6  # κ_max (c), "auto" takes LU below it
@@ -163,6 +160,10 @@ class SRMConfig:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
         _check_types(self)
+        if self.backend is not None:
+            from srm_kernels.checks import current_name
+
+            object.__setattr__(self, "backend", current_name(self.backend))
         _check_values(self)
 
     @property
@@ -219,6 +220,18 @@ def _check_items(name: str, items: tuple[Any, ...]) -> None:
         raise TypeError(f"config {name}={items!r}: expected {shape}")
 
 
+REGISTERED = {"landmarks": "leverage", "solver": "cholesky", "backend": None}  # fields, and their defaults
+
+
+def registered(name: str) -> tuple[str | None, ...]:
+    """Accepted values of a field of `REGISTERED`, from the list beside the implementations; imports torch."""
+    from srm_kernels.conditioning import SOLVERS
+    from srm_kernels.landmarks import METHODS
+    from srm_kernels.runtime import BACKENDS
+
+    return {"landmarks": (*METHODS,), "solver": (*SOLVERS,), "backend": (None, *BACKENDS)}[name]
+
+
 def _check_values(config: SRMConfig) -> None:
     def require(condition: bool, name: str, accepted: str) -> None:
         if not condition:
@@ -227,13 +240,13 @@ def _check_values(config: SRMConfig) -> None:
     def one_of(name: str, choices: tuple[str | None, ...]) -> None:
         require(getattr(config, name) in choices, name, "one of " + ", ".join(map(repr, choices)))
 
+    for name, default in REGISTERED.items():
+        if getattr(config, name) != default:  # the default is listed: for it alone torch is not imported
+            one_of(name, registered(name))
     one_of("qk_norm", QK_NORMS)
-    one_of("landmarks", LANDMARK_METHODS)
-    one_of("solver", SOLVERS)
     one_of("solve_dtype", ("fp32", "model"))
     one_of("gradient_norm", ("l1", "l2"))
     one_of("adversarial_norm", ("linf", "l2"))
-    one_of("backend", (None, *BACKENDS))
     one_of("precision", ("auto", "fp32", "bf16", "fp16"))
     for name in (
         "channels heads rank neumann_order pool_size image_size batch_size accumulate epochs attack_steps "

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from srm_kernels import LandmarkSolution, Solver, full_attention
 from srm_kernels.attention.reference import landmark_system
+from srm_kernels.landmarks import METHODS as LANDMARK_METHODS
 from srm_model.config import SRMConfig
 from srm_model.model import IQAModel
 from srm_model.modules import evaluating, unwrapped
 from srm_model.neck import Link, SRMNeck
 from srm_model.neck.diagnosis import attending, quantiles
 
-METHODS = ("leverage", "uniform", "pivoted_cholesky", "kmeans++")
+METHODS = tuple(name for name, method in LANDMARK_METHODS.items() if method.evaluated is None)
 QUERIES = 1024  # at most, evenly spaced: the error of the attention is a mean over them
 FIGURES = ("kappa", "residual", "gain", "error")
 QUANTILES = {"median": 0.5, "p90": 0.9, "max": 1.0}
@@ -34,12 +35,14 @@ def table_rows(config: SRMConfig) -> dict[str, dict[str, Any]]:
     """
     rows: dict[str, dict[str, Any]] = {
         "full": {},
-        "uniform landmarks": {"landmarks": "uniform"},
-        "pivoted Cholesky": {"landmarks": "pivoted_cholesky"},
+        **{
+            f"{LANDMARK_METHODS[name].title} landmarks": {"landmarks": name}
+            for name in METHODS
+            if name != SRMConfig.landmarks
+        },
         "no ridge": {"ridge": 0.0, "solver": "auto"},
         "no fp32": {"solve_dtype": "model"},
         "equilibrated": {"equilibrate": True},
-        "k-means++": {"landmarks": "kmeans++"},
     }
     if config.qk_norm is not None:
         rows["keys as they are"] = {"qk_norm": None}
@@ -135,7 +138,7 @@ def _changes(model: IQAModel, images: Tensor) -> list[dict[str, Any]]:
 def _attend(link: Link, q: Tensor, k: Tensor, v: Tensor, **changes: Any) -> tuple[Tensor, LandmarkSolution]:
     if changes.get("solve_dtype", link.config.solve_dtype) == "model" and q.dtype == torch.float32:
         q, k, v = (t.to(torch.bfloat16) for t in (q, k, v))
-    return cast(Any, link.attend(q, k, v, diagnostics=True, **changes))
+    return link.diagnosed(q, k, v, **changes)
 
 
 def _measured(
@@ -175,10 +178,12 @@ def _sizes(config: SRMConfig, keys: int) -> list[tuple[str, int]]:
 def _positions(
     link: Link, name: str, k: Tensor, grid: tuple[int, ...], pictured: int
 ) -> list[dict[str, Any]]:
-    """How many heads choose each position of the source map, per image, for the methods."""
+    """How many heads choose each position of the source map, per image, for the methods that draw nothing."""
     height, width = grid
     found = []
-    for method in ("leverage", "uniform", "pivoted_cholesky"):
+    for method in METHODS:
+        if LANDMARK_METHODS[method].draws(link.config.rank, k.shape[2]):
+            continue
         index = link.landmarks(k, landmarks=method).cpu()
         for image in range(min(pictured, len(index))):
             counts = torch.bincount(index[image].flatten(), minlength=height * width)

@@ -56,9 +56,11 @@ class _LandmarksOfKernels:
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, tau: Tensor, *, backend: str) -> Any:
         options = dict(self.options, tau=tau, backend=backend)
+        with_scale = options.pop("statistics", False)
+        attend = attention_module.attention_with_scale if with_scale else ops.nystrom_attention
         if backend != "triton":
             rank = min(self.rank, key.shape[2])
-            return _flat(ops.nystrom_attention(query, key, value, rank, landmarks=self.chosen, **options))
+            return _flat(attend(query, key, value, rank, landmarks=self.chosen, **options))
         plain = attention_module._landmark_side
 
         def recording(*arguments: Any) -> Any:
@@ -67,7 +69,7 @@ class _LandmarksOfKernels:
             return found
 
         with mock.patch.object(attention_module, "_landmark_side", recording):
-            return _flat(ops.nystrom_attention(query, key, value, self.rank, **options))
+            return _flat(attend(query, key, value, self.rank, **options))
 
 
 def _flat(outputs: Any) -> tuple[Tensor, ...]:

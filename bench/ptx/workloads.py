@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from bench import shapes
+from srm_kernels.options import KeySide, LandmarkOptions
 
 from .device import Launch, emulated_device
 
@@ -60,9 +61,9 @@ def key_sides(links: int) -> Callable[[torch.dtype], None]:
         from srm_kernels.attention import key_kernels
 
         key, value = (random(1, links * HEADS, KEYS, WIDTH, dtype=dtype) for _ in range(2))
-        side = (key, value, None, RANK, "leverage", 1e-3, WIDTH**-0.5, "keys")
-        results = key_kernels.landmark_context(*side, 1e-3)
-        key_kernels.landmark_context_backward(results[:2], results, *side, 1e-3)
+        side = (KeySide(key, value, None, LandmarkOptions(RANK), WIDTH**-0.5, "keys"), 1e-3)
+        results = key_kernels.landmark_context(*side)
+        key_kernels.landmark_context_backward(results[:2], results, *side)
 
     return call
 

@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from .. import autocast
-from ..checks import (
-    check_choice,
-    check_count,
-    check_flag,
-    check_number,
-    check_tensors,
-    check_tokens,
-    transforming,
-    wide_dtype,
-)
-from ..conditioning import LandmarkSolution, check_solver, landmark_solve
-from ..landmarks import METHODS, METHODS_OF_KERNELS, kernel_limits, select_landmarks
+from ..checks import check_choice, check_number, check_tensors, check_tokens, transforming, wide_dtype
+from ..conditioning import DIAGNOSTICS, LandmarkSolution, diagnosed, solve_options, solved
+from ..landmarks import METHODS_OF_KERNELS, kernel_limits, landmark_options, selected
+from ..options import AttentionOptions, LandmarkOptions
 from ..registration import later, no_autocast, register_operator
 from ..runtime import choose_backend, choose_kernels, few_threads, triton_refusal
 from ..scale import RMSScale, rms_scale
@@ -38,9 +31,9 @@ def _cast_key_side(key: Tensor, value: Tensor, *rest: object) -> tuple[object, .
 _attention = register_operator(
     "nystrom_attention",
     "Tensor query, Tensor key, Tensor value, Tensor landmarks, float scale, str? qk_norm, str solve_dtype, "
-    "float ridge, str solver, bool equilibrate, float kappa_max, int neumann_order, bool neumann_gate",
+    "SolveOptions solve",
     "Tensor",
-    {"reference": reference.nystrom_attention, "sdpa": sdpa.nystrom_attention},
+    {"reference": reference.nystrom_attention, "torch": sdpa.nystrom_attention},
     fake=lambda query, *_: torch.empty_like(query),
     differentiable=("query", "key", "value"),
     like="query",
@@ -101,12 +94,11 @@ def _fake_query_side(
 # The road of the kernels: key side, then query side.
 _context = register_operator(
     "landmark_context",
-    "Tensor key, Tensor value, Tensor? landmarks, SymInt rank, str method, float gamma, float scale, str? qk_norm, "
-    "float ridge",
+    "KeySide side, float ridge",
     "(Tensor, Tensor, Tensor, Tensor)",
     {
         "reference": few_threads(reference.landmark_context),
-        "sdpa": few_threads(sdpa.landmark_context),
+        "torch": few_threads(sdpa.landmark_context),
         "triton": later(_KEY_KERNELS, "landmark_context"),
     },
     fake=_fake_key_side,
@@ -119,9 +111,9 @@ _context = register_operator(
 
 _blocks = register_operator(
     "landmark_blocks",
-    "Tensor key, Tensor value, Tensor? landmarks, SymInt rank, str method, float gamma, float scale, str? qk_norm",
+    "KeySide side",
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
-    dict.fromkeys(("reference", "sdpa"), reference.landmark_blocks)
+    dict.fromkeys(("reference", "torch"), reference.landmark_blocks)
     | {"triton": later(_KEY_KERNELS, "landmark_blocks")},
     fake=_fake_blocks,
     differentiable=("key", "value"),
@@ -165,10 +157,9 @@ def nystrom_attention(
     solve_dtype: str = "fp32",
     generator: torch.Generator | None = None,
     tau: Tensor | None = None,
-    statistics: bool = False,
     diagnostics: bool | str = False,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor | LandmarkSolution | RMSScale, ...]:
+) -> Tensor | tuple[Tensor, LandmarkSolution]:
     """Nyström cross-attention on r landmark keys, linear in N_q and in N_k (SPEC 2, article 3.3).
 
     query: (B, H, N_q, d); key, value: (B, H, N_k, d); one dtype (float64, float32, bfloat16, float16) and one
@@ -183,13 +174,13 @@ def nystrom_attention(
     many orders larger than exact attention's.
     scale: s, 1/√d by default. solve_dtype: "model" forms L, W and R in the inputs' dtype before W is cast and
     solved (the article's reading, an ablation); "fp32" keeps them wide.
-    tau: (H,), a factor of Y per head (SPEC 3.3), floating point. statistics: also give what `rms_scale` gives for Y
-    before τ, without gradient; kernels take it from the same pass.
+    tau: (H,), a factor of Y per head (SPEC 3.3), floating point.
 
-    Returns Y (B, H, N_q, d) in the query's dtype, laid out as the query is; or a tuple of Y, the `LandmarkSolution`
-    with `diagnostics` True or "estimate" (see `landmark_solve`), whose fields carry no gradient, and the `RMSScale`
-    with `statistics=True`. Differentiable in query, key, value and tau, landmarks being constants; twice through the
-    reference. A sample's output and gradient do not depend on the rest of the batch; a NaN stays in its own (b, h).
+    Returns Y (B, H, N_q, d) in the query's dtype, laid out as the query is; with `diagnostics` True or "estimate" (see
+    `landmark_solve`) Y and the `LandmarkSolution`, whose fields carry no gradient. Differentiable in query, key, value
+    and tau, landmarks being constants; twice through the reference. A sample's output and gradient do not depend on the
+    rest of the batch; a NaN stays in its own (b, h).
+    rest of the batch; a NaN stays in its own (b, h).
 
     backend: "triton" takes fp32, bf16 and fp16, d from 8 to 128, r up to 128 and solve_dtype "fp32"; solvers but
     "cholesky" and equilibration are then `landmark_solve`'s kernels, and nothing waits for the device but the exact κ
@@ -198,59 +189,94 @@ def nystrom_attention(
     """
     query, key, value = autocast.lowered(query, key, value)
     d = _check_attention(query, key, value, qk_norm, scale)
-    rank = check_count("rank", rank)
-    check_choice("method", method, METHODS)
-    check_number("gamma", gamma, above=0)
-    check_choice("solve_dtype", solve_dtype, SOLVE_DTYPES)
-    check_solver(ridge, solver, equilibrate, kappa_max, neumann_order, neumann_gate)
-    check_flag("statistics", statistics)
+    check_choice("diagnostics", diagnostics, DIAGNOSTICS)
+    options = _options(
+        d, rank, method, gamma, generator, qk_norm, scale, solve_dtype,
+        ridge=ridge, solver=solver, equilibrate=equilibrate, kappa_max=kappa_max, neumann_order=neumann_order,
+        neumann_gate=neumann_gate,
+    )  # fmt: skip
+    y, landmarks, chosen, _ = _attend(query, key, value, landmarks, options, tau, backend)
+    if not diagnostics:
+        return y
+    return y, _diagnosed(key, value, landmarks, options, diagnostics == "estimate", chosen)
+
+
+def attention_with_scale(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rank: int,
+    *,
+    landmarks: Tensor | None = None,
+    tau: Tensor | None = None,
+    qk_norm: str | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, RMSScale]:
+    """Nyström cross-attention, and what `rms_scale` gives for Y before τ, which kernels take from the same pass.
+
+    Arguments as in `nystrom_attention`, landmarks and solver as by its defaults. The statistic carries no gradient.
+    """
+    query, key, value = autocast.lowered(query, key, value)
+    d = _check_attention(query, key, value, qk_norm, scale)
+    options = _options(d, rank, "leverage", 1e-3, None, qk_norm, scale, "fp32")
+    y, _, _, scales = _attend(query, key, value, landmarks, options, tau, backend, statistics=True)
+    assert scales is not None
+    return y, scales
+
+
+class _Attended(NamedTuple):
+    y: Tensor
+    landmarks: Tensor
+    backend: str
+    scale: RMSScale | None
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    landmarks: Tensor | None,
+    options: AttentionOptions,
+    tau: Tensor | None,
+    backend: str | None,
+    statistics: bool = False,
+) -> _Attended:
     if tau is not None:
         _check_tau(tau, query)
-    variant = _variant(landmarks, method, solver, equilibrate)
-    chosen = _choose_backend(backend, query, key, rank, solve_dtype, variant)
-    s = 1 / math.sqrt(d) if scale is None else float(scale)
-    solve = (float(ridge), solver, equilibrate, float(kappa_max), int(neumann_order), neumann_gate)
-    scales: RMSScale | None = None
+    chosen = _choose_backend(backend, query, key, landmarks, options)
+    s, qk_norm, scales = options.scale, options.qk_norm, None
     if chosen == "triton":
-        keys, x, landmarks = _landmark_side(
-            key, value, landmarks, rank, method, float(gamma), s, qk_norm, generator, solve, chosen
-        )
+        keys, x, landmarks = _landmark_side(key, value, landmarks, options, chosen)
         y, mean, spread = _query_side(query, keys, x, tau, s, qk_norm, statistics, chosen)
         if statistics:
             scales = _over_batch(mean, spread, query.shape[2])
     else:
         if landmarks is None:
-            landmarks = _select(key, rank, method, float(gamma), s, qk_norm, generator, chosen)
+            landmarks = _select(key, options, chosen)
         else:
-            _check_landmarks(landmarks, key, rank)
-        y = _attention(query, key, value, landmarks, s, qk_norm, solve_dtype, *solve, chosen)
+            _check_landmarks(landmarks, key, options.choice.rank)
+        solve = options.solve.flat()
+        y = _attention(query, key, value, landmarks, s, qk_norm, options.solve_dtype, *solve, chosen)
         if statistics:
             scales = rms_scale(y.detach(), backend="reference")
         if tau is not None:
             y = (y * tau[:, None, None]).to(y.dtype)
-    extras = [] if scales is None else [scales]
-    if not diagnostics:
-        return (y, *extras) if extras else y
-    with torch.no_grad():
-        if chosen == "triton":
-            _, logits, rhs, _, _ = _blocks(
-                key, value, landmarks, landmarks.shape[-1], method, float(gamma), s, qk_norm, chosen
-            )
-        else:
-            logits, rhs = _system(key, value, landmarks, s, qk_norm, solve_dtype, "reference")
-        solution = landmark_solve(
-            logits,
-            rhs,
-            ridge=ridge,
-            solver=solver,
-            equilibrate=equilibrate,
-            kappa_max=kappa_max,
-            neumann_order=neumann_order,
-            neumann_gate=neumann_gate,
-            diagnostics=diagnostics,
-            backend=chosen,
-        )
-    return (y, solution, *extras)
+    return _Attended(y, landmarks, chosen, scales)
+
+
+@torch.no_grad()
+def _diagnosed(
+    key: Tensor, value: Tensor, landmarks: Tensor, options: AttentionOptions, estimate: bool, backend: str
+) -> LandmarkSolution:
+    """The solution of the system of these landmarks, and what is known about it."""
+    s, qk_norm = options.scale, options.qk_norm
+    if backend == "triton":
+        choice = LandmarkOptions(landmarks.shape[-1], options.choice.method, options.choice.gamma)
+        _, logits, rhs, _, _ = _blocks(key, value, landmarks, *choice.flat(), s, qk_norm, backend)
+    else:
+        logits, rhs = _system(key, value, landmarks, s, qk_norm, options.solve_dtype, "reference")
+    return diagnosed(logits, rhs, options.solve, estimate=estimate, backend=backend)
 
 
 def landmark_side(
@@ -277,16 +303,18 @@ def landmark_side(
     Arguments as in `nystrom_attention`. Returns (K̃, X), (B, H, r, d) each in fp32 (fp64 for fp64): K̃ = key[I], not
     normalised, exact in the key's dtype; X = (W + λI)⁻¹ (R V). Y is softmax(Q K̃ᵀ s) X, K̃ normalised there as
     `qk_norm` asks. Differentiable in key and value; twice through the reference.
-    backend: "sdpa", the default on the CPU, has csrc's C++ for the solver "cholesky" where it is built, else the
+    backend: "torch", the default on the CPU, has csrc's C++ for the solver "cholesky" where it is built, else the
     reference's. "triton" as for `nystrom_attention`.
     Raises TypeError for dtypes, ValueError for shapes and values, NotImplementedError for a backend that cannot run.
     """
     key, value = autocast.lowered(key, value)
     d = _check_attention(key, key, value, qk_norm, scale)
-    rank = check_count("rank", rank)
-    check_choice("method", method, METHODS)
-    check_number("gamma", gamma, above=0)
-    check_solver(ridge, solver, equilibrate, kappa_max, neumann_order, neumann_gate)
+    options = _options(
+        d, rank, method, gamma, generator, qk_norm, scale, "fp32",
+        ridge=ridge, solver=solver, equilibrate=equilibrate, kappa_max=kappa_max, neumann_order=neumann_order,
+        neumann_gate=neumann_gate,
+    )  # fmt: skip
+    rank = options.choice.rank
     chosen = choose_kernels(
         backend,
         key,
@@ -294,72 +322,54 @@ def landmark_side(
         partial(_limits, d, rank, key.shape[2]),
         sizes=lambda: (key.shape[2], min(rank, key.shape[2]), d),
         call=(key.shape, rank),
-        plain=("sdpa", "reference"),
-        variant=_variant(landmarks, method, solver, equilibrate),
+        plain=("torch", "reference"),
+        variant=_variant(landmarks, options),
     )
-    s = 1 / math.sqrt(d) if scale is None else float(scale)
-    solve = (float(ridge), solver, equilibrate, float(kappa_max), int(neumann_order), neumann_gate)
-    keys, x, _ = _landmark_side(
-        key, value, landmarks, rank, method, float(gamma), s, qk_norm, generator, solve, chosen
-    )
+    keys, x, _ = _landmark_side(key, value, landmarks, options, chosen)
     return keys, x
 
 
-def _landmark_side(
-    key: Tensor,
-    value: Tensor,
-    landmarks: Tensor | None,
+def _options(
+    d: int,
     rank: int,
     method: str,
     gamma: float,
-    scale: float,
-    qk_norm: str | None,
     generator: torch.Generator | None,
-    solve: tuple[float, str, bool, float, int, bool],
-    backend: str,
+    qk_norm: str | None,
+    scale: float | None,
+    solve_dtype: str,
+    **solve: Any,
+) -> AttentionOptions:
+    """Checked options of a head width of d; `qk_norm` and `scale` are checked already."""
+    check_choice("solve_dtype", solve_dtype, SOLVE_DTYPES)
+    s = 1 / math.sqrt(d) if scale is None else float(scale)
+    choice = landmark_options(rank, method, gamma, generator)
+    return AttentionOptions(choice, solve_options(**solve), s, qk_norm, solve_dtype)
+
+
+def _landmark_side(
+    key: Tensor, value: Tensor, landmarks: Tensor | None, options: AttentionOptions, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(K̃, X, I); kernels choose the landmarks themselves where they can, and solve where the solver is the default."""
+    choice = options.choice
     if landmarks is not None:
-        _check_landmarks(landmarks, key, rank)
-    elif backend == "triton" and method in METHODS_OF_KERNELS:
-        rank = min(rank, key.shape[2])
+        _check_landmarks(landmarks, key, choice.rank)
     else:
-        landmarks = _select(key, rank, method, gamma, scale, qk_norm, generator, "reference")
-        rank = landmarks.shape[-1]
-    side = (key, value, landmarks, rank, method, gamma, scale, qk_norm)
-    ridge, solver, equilibrate, kappa_max, neumann_order, neumann_gate = solve
-    if solver == "cholesky" and not equilibrate:
-        keys, x, _, landmarks = _context(*side, ridge, backend)
+        choice = choice.clamped(key.shape[2])
+        if backend != "triton" or choice.method not in METHODS_OF_KERNELS:
+            landmarks = _select(key, options, "reference")
+    side = (key, value, landmarks, *choice.flat(), options.scale, options.qk_norm)
+    if options.solve.default:
+        keys, x, _, landmarks = _context(*side, options.solve.ridge, backend)
         return keys, x, landmarks
     keys, logits, rhs, _, landmarks = _blocks(*side, backend)
-    x = landmark_solve(
-        logits,
-        rhs,
-        ridge=ridge,
-        solver=solver,
-        equilibrate=equilibrate,
-        kappa_max=kappa_max,
-        neumann_order=neumann_order,
-        neumann_gate=neumann_gate,
-        backend=backend,
-    ).x
+    x, _, _ = solved(logits, rhs, options.solve, backend)
     return keys, x, landmarks
 
 
-def _select(
-    key: Tensor,
-    rank: int,
-    method: str,
-    gamma: float,
-    scale: float,
-    qk_norm: str | None,
-    generator: torch.Generator | None,
-    backend: str,
-) -> Tensor:
-    keys = few_threads(reference.normalised_key)(key.detach(), qk_norm)
-    return select_landmarks(
-        keys, rank, method=method, gamma=gamma, scale=scale, generator=generator, backend=backend
-    )
+def _select(key: Tensor, options: AttentionOptions, backend: str) -> Tensor:
+    keys = few_threads(reference.normalised_key)(key.detach(), options.qk_norm)
+    return selected(keys, options.choice, options.scale, backend)
 
 
 def full_attention(
@@ -374,14 +384,14 @@ def full_attention(
     """Exact cross-attention softmax(Q Kᵀ s) V, quadratic: the baseline (article 3.8.5).
 
     query: (B, H, N_q, d); key, value: (B, H, N_k, d), as in `nystrom_attention`, with its `qk_norm` and `scale`.
-    backend None or "sdpa" is torch's scaled_dot_product_attention; "reference" writes the softmax out.
+    backend None or "torch" is torch's scaled_dot_product_attention; "reference" writes the softmax out.
     A second derivative needs "reference", which None takes under torch.func and in forward mode: torch's own kernel
     has neither on the CPU.
     Returns (B, H, N_q, d) in the query's dtype. Raises TypeError for dtypes, ValueError for shapes and values.
     """
     query, key, value = autocast.lowered(query, key, value)
     d = _check_attention(query, key, value, qk_norm, scale)
-    order = ("reference", "sdpa") if transforming() else ("sdpa", "reference")
+    order = ("reference", "torch") if transforming() else ("torch", "reference")
     chosen = choose_backend(backend, order, "full_attention")
     s = 1 / math.sqrt(d) if scale is None else float(scale)
     with no_autocast((query,)):
@@ -418,10 +428,10 @@ def _limits(d: int, rank: int, keys: int) -> str | None:
 
 
 def _choose_backend(
-    requested: str | None, query: Tensor, key: Tensor, rank: int, solve_dtype: str, variant: str
+    requested: str | None, query: Tensor, key: Tensor, landmarks: Tensor | None, options: AttentionOptions
 ) -> str:
-    narrow = solve_dtype == "model" and query.dtype in (torch.bfloat16, torch.float16)
-    plain = ("reference",) if narrow else ("sdpa", "reference")
+    narrow = options.solve_dtype == "model" and query.dtype in (torch.bfloat16, torch.float16)
+    plain, rank = ("reference",) if narrow else ("torch", "reference"), options.choice.rank
 
     def refusal(name: str) -> str | None:
         if name not in (*plain, "triton"):
@@ -440,18 +450,19 @@ def _choose_backend(
         refusal,
         tensor=query,
         sizes=lambda: (query.shape[2], key.shape[2], min(rank, key.shape[2]), query.shape[3]),
-        variant=variant,
+        variant=_variant(landmarks, options),
         call=(query.shape, key.shape, rank, narrow),
     )
 
 
-def _variant(landmarks: Tensor | None, method: str, solver: str, equilibrate: bool) -> str:
+def _variant(landmarks: Tensor | None, options: AttentionOptions) -> str:
     """What of the options is measured apart: other kernels run for it."""
+    method, solve = options.choice.method, options.solve
     if landmarks is not None or method not in METHODS_OF_KERNELS or method == METHODS_OF_KERNELS[0]:
         method = ""
-    if solver == "cholesky" and not equilibrate:
+    if solve.default:
         return method
-    return ", ".join(filter(None, (method, solver, "equilibrated" if equilibrate else "")))
+    return ", ".join(filter(None, (method, solve.solver, "equilibrated" if solve.equilibrate else "")))
 
 
 def _over_batch(mean: Tensor, spread: Tensor, tokens: int) -> RMSScale:

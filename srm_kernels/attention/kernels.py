@@ -37,6 +37,7 @@ from ..parts import (
     readable,
     rms_factor,
     rms_factor_product,
+    strides,
     token_offsets,
     wide_dot,
 )
@@ -333,14 +334,16 @@ def landmark_attention(
     y = empty_like(query)
     tile = configurations.query_forward(rank, d, query.dtype, configurations.capability(query))
     share, parts = configurations.divide(N, tile.block, configurations.LEAST_QUERIES_OF_A_PART)
+    division = {"N": N, "share": share, "parts": parts}
     mean, spread, part_mean, part_spread = (
         empty(size if statistics else (0,), query, torch.float32)
         for size in ((B, H, d), (B, H), (B, H, parts, d), (B, H, parts))
     )
     with on_device(query):
         _forward_kernel[(B * H * parts,)](
-            query, keys.contiguous(), x.contiguous(), x if tau is None else tau.float().contiguous(), y,
-            part_mean, part_spread, N, share, parts, H, *query.stride(), *y.stride(), scale, rank=rank,
+            query_ptr=query, keys_ptr=keys.contiguous(), x_ptr=x.contiguous(),
+            tau_ptr=x if tau is None else tau.float().contiguous(), y_ptr=y, mean_ptr=part_mean,
+            spread_ptr=part_spread, **division, heads=H, **strides(query=query, y=y), scale=scale, rank=rank,
             R=padded(rank), d=d, D=padded(d), NORMALISE_QUERY=qk_norm == "both",
             NORMALISE_KEYS=qk_norm is not None, TAU=tau is not None, STATISTICS=statistics, BLOCK=tile.block,
             PIECE=configurations.landmarks_of_a_program(rank, d), PRECISION=precision(query.dtype),
@@ -348,7 +351,7 @@ def landmark_attention(
         )  # fmt: skip
         if statistics:
             _statistics_kernel[(B * H,)](
-                part_mean, part_spread, mean, spread, N, share, parts, d=d, D=padded(d), num_warps=1
+                part_mean, part_spread, mean, spread, **division, d=d, D=padded(d), num_warps=1
             )
     return y.to(dtype), mean, spread
 
@@ -376,9 +379,10 @@ def landmark_attention_backward(
     dquery = empty((B, H, N, d), query, query.dtype)
     dkeys, dx = (empty((B, H, rank, d), query, torch.float32) for _ in range(2))
     part_dkeys, part_dx = (empty((B, H, parts, rank, d), query, torch.float32) for _ in range(2))
-    wide_tau = x if tau is None else tau.float().contiguous()
     dtau = x if tau is None else empty((B, H), query, torch.float32)
-    size = {"rank": rank, "d": d, "D": padded(d)}
+    held = {"keys_ptr": keys, "x_ptr": x, "tau_ptr": x if tau is None else tau.float().contiguous()}
+    tokens = {"query_ptr": query, "dy_ptr": dy, "N": N, "scale": scale, **strides(query=query, dy=dy)}
+    size = {"heads": H, "rank": rank, "d": d, "D": padded(d)}
     form = {"NORMALISE_KEYS": qk_norm is not None, "TAU": tau is not None}
     exact = configurations.query_backward_exact(rank, d, query.dtype, target)
     walk = form | {
@@ -387,28 +391,26 @@ def landmark_attention_backward(
         "PRECISION": "ieee" if exact else precision(query.dtype),
         **tile.options(),
     }
-    strides = (*query.stride(), *dy.stride())
+    sums = {"dx_ptr": part_dx, "dkeys_ptr": part_dkeys, "share": share, "parts": parts}
     with on_device(query):
         if configurations.held(rank, d):
             _backward_kernel[(B * H * parts,)](
-                query, keys, x, wide_tau, dy, dquery, part_dx, part_dkeys, N, share, parts, H, *strides,
-                scale, **size, R=padded(rank), **walk,
-            )  # fmt: skip
+                **tokens, **held, **sums, dquery_ptr=dquery, **size, R=padded(rank), **walk
+            )
         else:
             lse, delta = (empty((B, H, N), query, torch.float32) for _ in range(2))
             piece = configurations.landmarks_of_a_program(rank, d)
             tiles, pieces = -(-N // tile.block), -(-rank // piece)
-            walk["PIECE"] = piece
+            tokens |= {"lse_ptr": lse, "delta_ptr": delta, "PIECE": piece}
             _queries_backward_kernel[(B * H * tiles,)](
-                query, keys, x, wide_tau, dy, dquery, lse, delta, N, tiles, H, *strides, scale, **size, **walk
+                **tokens, **held, dquery_ptr=dquery, tiles=tiles, **size, **walk
             )
             _pieces_backward_kernel[(B * H * parts * pieces,)](
-                query, keys, x, wide_tau, dy, lse, delta, part_dx, part_dkeys, N, share, parts, pieces, H,
-                *strides, scale, **size, **walk,
-            )  # fmt: skip
+                **tokens, **held, **sums, pieces=pieces, **size, **walk
+            )
         _sum_kernel[(B * H,)](
-            part_dx, part_dkeys, keys, x, wide_tau, dx, dkeys, dtau, parts, H, **size, R=padded(rank), **form,
-            **tile.options(),
+            part_dx, part_dkeys, **held, dx_ptr=dx, dkeys_ptr=dkeys, dtau_ptr=dtau, parts=parts, **size,
+            R=padded(rank), **form, **tile.options(),
         )  # fmt: skip
     gradients = [dquery.to(dtype), dkeys, dx]
     return gradients if tau is None else [*gradients, dtau.sum(0).to(tau.dtype)]

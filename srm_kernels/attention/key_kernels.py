@@ -36,6 +36,7 @@ from ..landmarks.kernels import (
     store_scores,
     workspace,
 )
+from ..options import KeySide
 from ..parts import (
     INFINITY,
     LN2,
@@ -49,6 +50,7 @@ from ..parts import (
     readable,
     rms_factor,
     rms_factor_product,
+    strides,
     token_offsets,
     wide_dot,
 )
@@ -604,93 +606,59 @@ def _tokens_backward_kernel(
     tl.store(dkey_ptr + offsets, dkey.to(dkey_ptr.dtype.element_ty), mask=mask)
 
 
-def landmark_context(
-    key: Tensor,
-    value: Tensor,
-    landmarks: Tensor | None,
-    rank: int,
-    method: str,
-    gamma: float,
-    scale: float,
-    qk_norm: str | None,
-    ridge: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def landmark_context(side: KeySide, ridge: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(K̃, X, logsumexp of R's rows, I) as `reference.landmark_context` gives them."""
-    keys, x, lse, landmarks, _ = _context(
-        key, value, landmarks, rank, method, gamma, scale, qk_norm, ridge, solve=True
-    )
-    return keys, x, lse, landmarks
+    return _context(side, ridge)[:4]
 
 
-def landmark_blocks(
-    key: Tensor,
-    value: Tensor,
-    landmarks: Tensor | None,
-    rank: int,
-    method: str,
-    gamma: float,
-    scale: float,
-    qk_norm: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def landmark_blocks(side: KeySide) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(K̃, logits of W, R V, logsumexp of R's rows, I) as `reference.landmark_blocks` gives them."""
-    keys, rhs, lse, landmarks, logits = _context(
-        key, value, landmarks, rank, method, gamma, scale, qk_norm, 0.0, solve=False
-    )
+    keys, rhs, lse, landmarks, logits = _context(side, None)
     return keys, logits, rhs, lse, landmarks
 
 
-def _context(
-    key: Tensor,
-    value: Tensor,
-    landmarks: Tensor | None,
-    rank: int,
-    method: str,
-    gamma: float,
-    scale: float,
-    qk_norm: str | None,
-    ridge: float,
-    *,
-    solve: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(K̃, X or R V, logsumexp, I, logits of W or empty)."""
-    B, H, N, d = key.shape
+def _context(side: KeySide, ridge: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(K̃, X or R V where `ridge` is None, logsumexp, I, empty or logits of W)."""
+    key, value, given, choice, scale = side.key, side.value, side.landmarks, side.choice, side.scale
+    (B, H, N, d), rank, normalise = key.shape, choice.rank, side.qk_norm is not None
     key, value = readable(key), readable(value)
-    chosen_here = landmarks is None
-    landmarks = empty((B, H, rank), key, torch.int64) if landmarks is None else landmarks.contiguous().clone()
+    landmarks = empty((B, H, rank), key, torch.int64) if given is None else given.contiguous().clone()
     keys, x = (empty((B, H, rank, d), key, torch.float32) for _ in range(2))
     lse = empty((B, H, rank), key, torch.float32)
-    logits = empty((B, H, rank, rank) if not solve else (0,), key, torch.float32)
-    strides = (*key.stride(), *value.stride())
-    shape = {"rank": rank, "R": padded(rank), "d": d, "D": padded(d), "NORMALISE": qk_norm is not None}
+    logits = empty((B, H, rank, rank) if ridge is None else (0,), key, torch.float32)
+    shape = {"rank": rank, "R": padded(rank), "d": d, "D": padded(d), "NORMALISE": normalise}
     tile = configurations.key_side(rank, d, key.dtype, configurations.capability(key))
-    run = {"BLOCK": tile.block, "PRECISION": precision(key.dtype)}
-    launch = tile.options()
+    run = {"BLOCK": tile.block, "PRECISION": precision(key.dtype), **tile.options()}
+    results = {"keys_ptr": keys, "x_ptr": x, "lse_ptr": lse, "logits_ptr": logits}
+    system = {"scale": scale, "ridge": ridge or 0.0, "SOLVE": ridge is not None, "CHUNK": CHUNK}
+    tokens = {"key_ptr": key, "value_ptr": value, **strides(key=key, value=value)}
     with on_device(key):
         if configurations.one_launch(N, rank, d):
-            residual, factor = workspace(key, rank, method) if chosen_here else (x, x)
+            residual, factor = workspace(key, choice) if given is None else (x, x)
             _context_kernel[(B * H,)](
-                key, value, landmarks, residual, factor, keys, x, lse, logits, N, H, *strides, gamma, scale,
-                ridge, **shape, CHOOSE=chosen_here, PIVOTED=method == "pivoted_cholesky", SOLVE=solve, **run,
-                CHUNK=CHUNK, CHOICE=finest_precision(key.dtype, d), **launch,
+                **tokens, landmarks_ptr=landmarks, residual_ptr=residual, pivot_factor_ptr=factor, **results, N=N,
+                heads=H, gamma=choice.gamma, **system, **shape, CHOOSE=given is None,
+                PIVOTED=choice.method == "pivoted_cholesky", CHOICE=finest_precision(key.dtype, d), **run,
             )  # fmt: skip
             return keys, x, lse, landmarks, logits
         span, parts = configurations.divide(N, tile.block, configurations.LEAST_KEYS_OF_A_PART)
-        if chosen_here and method == "pivoted_cholesky":
-            landmarks = selected(key, rank, method, gamma, scale, normalise=qk_norm is not None)
-        elif chosen_here:
-            _choose_by_leverage(key, landmarks, gamma, span, parts, shape, run, launch)
+        division = {"N": N, "parts": parts, "heads": H}
+        if given is None and choice.method == "pivoted_cholesky":
+            landmarks = selected(key, choice, scale, normalise=normalise)
+        elif given is None:
+            _choose_by_leverage(key, landmarks, choice.gamma, division | {"span": span}, shape, run)
         mixed = empty((B, H, parts, rank, d), key, torch.float32)
         top, total = (empty((B, H, parts, rank), key, torch.float32) for _ in range(2))
+        sums = {"mixed_ptr": mixed, "top_ptr": top, "total_ptr": total, "landmarks_ptr": landmarks}
         piece = configurations.landmarks_of_a_program(rank, d)
         pieces = -(-rank // piece)
         _mix_kernel[(B * H * parts * pieces,)](
-            key, value, landmarks, mixed, top, total, N, span, parts, pieces, H, *strides, scale,
-            **shape | {"R": piece}, **run, **launch,
-        )  # fmt: skip
+            **tokens, **sums, **division, span=span, pieces=pieces, scale=scale, **shape | {"R": piece}, **run
+        )
+        del run["BLOCK"]
         _solve_kernel[(B * H,)](
-            key, landmarks, mixed, top, total, keys, x, lse, logits, N, parts, H, *key.stride(), scale, ridge,
-            **shape, SOLVE=solve, CHUNK=CHUNK, PRECISION=run["PRECISION"], **launch,
-        )  # fmt: skip
+            key_ptr=key, **sums, **results, **division, **strides(key=key), **system, **shape, **run
+        )
     return keys, x, lse, landmarks, logits
 
 
@@ -698,97 +666,61 @@ def _choose_by_leverage(
     key: Tensor,
     landmarks: Tensor,
     gamma: float,
-    span: int,
-    parts: int,
+    division: dict[str, int],
     shape: dict[str, Any],
     run: dict[str, Any],
-    launch: dict[str, Any],
 ) -> None:
-    B, H, N, d = key.shape
+    (B, H, N, d), rank, parts = key.shape, landmarks.shape[-1], division["parts"]
     gram = empty((B, H, parts, d, d), key, torch.float32)
     scores = empty((B, H, N), key, torch.float32)
-    shape = {name: value for name, value in shape.items() if name not in ("rank", "R")}
-    run = run | {"PRECISION": finest_precision(key.dtype, d)}
-    _gram_kernel[(B * H * parts,)](key, gram, N, span, parts, H, *key.stride(), **shape, **run, **launch)
-    _scores_kernel[(B * H * parts,)](
-        key, gram, scores, N, span, parts, H, *key.stride(), gamma, **shape, **run, **launch
-    )
-    rank = landmarks.shape[-1]
-    _largest_kernel[(B * H,)](scores, landmarks, N, rank=rank, R=padded(rank), **launch)
+    form = shape | run | division | {"PRECISION": finest_precision(key.dtype, d)} | strides(key=key)
+    form = {name: value for name, value in form.items() if name not in ("rank", "R")}
+    _gram_kernel[(B * H * parts,)](key_ptr=key, gram_ptr=gram, **form)
+    _scores_kernel[(B * H * parts,)](key_ptr=key, gram_ptr=gram, scores_ptr=scores, gamma=gamma, **form)
+    options = {name: value for name, value in run.items() if name not in ("BLOCK", "PRECISION")}
+    _largest_kernel[(B * H,)](scores, landmarks, N, rank=rank, R=padded(rank), **options)
 
 
 def landmark_context_backward(
-    grads: Sequence[Tensor],
-    results: Sequence[Tensor],
-    key: Tensor,
-    value: Tensor,
-    given: Tensor | None,
-    rank: int,
-    method: str,
-    gamma: float,
-    scale: float,
-    qk_norm: str | None,
-    ridge: float,
+    grads: Sequence[Tensor], results: Sequence[Tensor], side: KeySide, ridge: float
 ) -> list[Tensor]:
     """[dK, dV] from the gradients of K̃ and X."""
-    keys, x, lse, landmarks = results
-    dkeys, dx = grads
-    return _context_backward(key, value, landmarks, keys, x, lse, dkeys, dx, None, scale, qk_norm, ridge)
+    return _context_backward((*grads, None), results, side, ridge)
 
 
 def landmark_blocks_backward(
-    grads: Sequence[Tensor],
-    results: Sequence[Tensor],
-    key: Tensor,
-    value: Tensor,
-    given: Tensor | None,
-    rank: int,
-    method: str,
-    gamma: float,
-    scale: float,
-    qk_norm: str | None,
+    grads: Sequence[Tensor], results: Sequence[Tensor], side: KeySide
 ) -> list[Tensor]:
     """[dK, dV] from the gradients of K̃, the logits and R V."""
-    keys, _, rhs, lse, landmarks = results
+    keys, _, *others = results
     dkeys, dlogits, drhs = grads
-    return _context_backward(key, value, landmarks, keys, rhs, lse, dkeys, drhs, dlogits, scale, qk_norm, 0.0)
+    return _context_backward((dkeys, drhs, dlogits), (keys, *others), side, 0.0)
 
 
 def _context_backward(
-    key: Tensor,
-    value: Tensor,
-    landmarks: Tensor,
-    keys: Tensor,
-    x: Tensor,
-    lse: Tensor,
-    dkeys: Tensor,
-    dx: Tensor,
-    dlogits: Tensor | None,
-    scale: float,
-    qk_norm: str | None,
-    ridge: float,
+    grads: Sequence[Tensor | None], results: Sequence[Tensor], side: KeySide, ridge: float
 ) -> list[Tensor]:
-    dtype = key.dtype
-    key, value = readable(key), readable(value)
-    B, H, N, d = key.shape
-    rank = landmarks.shape[-1]
-    dkeys, dx = dkeys.contiguous(), dx.contiguous()
+    """From dK̃, dX or d(R V), and in the second case the gradient of the logits; `results` as `_context` has them."""
+    dkeys, dx, dlogits = (None if grad is None else grad.contiguous() for grad in grads)
+    keys, x, lse, landmarks = results
+    dtype, (B, H, N, d), rank = side.key.dtype, side.key.shape, landmarks.shape[-1]
+    key, value = readable(side.key), readable(side.value)
     du, gathered = (empty((B, H, rank, d), key, torch.float32) for _ in range(2))
     delta = empty((B, H, rank), key, torch.float32)
     dkey, dvalue = (empty((B, H, N, d), key, key.dtype) for _ in range(2))
-    strides = (*key.stride(), *value.stride())
-    shape = {"rank": rank, "R": padded(rank), "d": d, "D": padded(d), "NORMALISE": qk_norm is not None}
+    tokens = {"key_ptr": key, "value_ptr": value, "N": N, "heads": H, **strides(key=key, value=value)}
+    system = {"keys_ptr": keys, "lse_ptr": lse, "du_ptr": du, "delta_ptr": delta, "scale": side.scale}
+    shape = {"rank": rank, "R": padded(rank), "d": d, "D": padded(d), "NORMALISE": side.qk_norm is not None}
     target = configurations.capability(key)
     tile = configurations.key_side(rank, d, key.dtype, target)
-    run = {"BLOCK": tile.block, "PRECISION": precision(key.dtype)}
-    launch = tile.options()
+    run = {"BLOCK": tile.block, "PRECISION": precision(key.dtype), **tile.options()}
     whole = configurations.one_launch_backward(N, rank, d, key.dtype)
     solved = dlogits is None
-    dlogits = empty((B, H, rank, rank), key, torch.float32) if dlogits is None else dlogits.contiguous()
+    dlogits = empty((B, H, rank, rank), key, torch.float32) if dlogits is None else dlogits
     with on_device(key):
         _system_backward_kernel[(B * H,)](
-            key, value, keys, x, lse, dkeys, dx, dlogits, du, delta, gathered, N, H, *strides, scale, ridge,
-            **shape, SOLVE=solved, WHOLE=whole, CHUNK=CHUNK, **run, **launch,
+            **tokens, **system, x_ptr=x, dkeys_ptr=dkeys, dx_ptr=dx, dlogits_ptr=dlogits, gathered_ptr=gathered,
+            ridge=ridge, **shape, SOLVE=solved, WHOLE=whole, CHUNK=CHUNK, **run,
         )  # fmt: skip
         if not whole:
             span, parts = configurations.divide(N, tile.block, configurations.LEAST_KEYS_OF_A_PART)
@@ -796,15 +728,15 @@ def _context_backward(
             piece = configurations.landmarks_of_a_gradient(rank, d, key.dtype)
             pieces = -(-rank // piece)
             _landmarks_backward_kernel[(B * H * parts * pieces,)](
-                key, value, keys, lse, du, delta, partial, N, span, parts, pieces, H, *strides, scale,
-                **shape | {"R": piece}, **run, **launch,
+                **tokens, **system, partial_ptr=partial, span=span, parts=parts, pieces=pieces,
+                **shape | {"R": piece}, **run,
             )  # fmt: skip
-            _gathered_kernel[(B * H,)](keys, dkeys, partial, gathered, parts, **shape, **launch)
+            _gathered_kernel[(B * H,)](keys, dkeys, partial, gathered, parts, **shape, **tile.options())
         tile = configurations.key_tokens(rank, d, key.dtype, target)
         tiles = -(-N // tile.block)
+        del shape["R"]
         _tokens_backward_kernel[(B * H * tiles,)](
-            key, value, landmarks, keys, lse, du, delta, gathered, dkey, dvalue, N, tiles, H, *strides, scale,
-            rank=rank, d=d, D=padded(d), NORMALISE=qk_norm is not None, BLOCK=tile.block, CHUNK=CHUNK,
-            PRECISION=precision(key.dtype), **tile.options(),
+            **tokens, **system, landmarks_ptr=landmarks, gathered_ptr=gathered, dkey_ptr=dkey, dvalue_ptr=dvalue,
+            tiles=tiles, **shape, BLOCK=tile.block, CHUNK=CHUNK, PRECISION=run["PRECISION"], **tile.options(),
         )  # fmt: skip
     return [dkey.to(dtype), dvalue.to(dtype)]

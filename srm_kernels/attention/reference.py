@@ -9,7 +9,7 @@ Q (B, H, N_q, d); K, V (B, H, N_k, d); I (B, H, r).
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,7 +17,9 @@ from torch import Tensor
 from ..checks import may_ask, wide_dtype
 from ..conditioning import reference as conditioning
 from ..landmarks import reference as landmark_choice
+from ..options import KeySide, SolveOptions
 
+Solve = Callable[[Tensor, Tensor, SolveOptions], tuple[Tensor, Tensor]]
 NORM_FLOOR = 1e-6
 
 
@@ -29,16 +31,13 @@ def nystrom_attention(
     scale: float,
     qk_norm: str | None,
     solve_dtype: str,
-    *solve: Any,
+    solve: SolveOptions,
 ) -> Tensor:
-    """Y (B, H, N_q, d) in the query's dtype; everything in between is fp32 (fp64 for fp64).
-
-    `solve`: ridge, solver and the rest, as `conditioning.landmark_solve` takes them.
-    """
+    """Y (B, H, N_q, d) in the query's dtype; everything in between is fp32 (fp64 for fp64)."""
     Q = normalised_query(query, qk_norm)
     block_dtype = query.dtype if solve_dtype == "model" else Q.dtype
     keys, logits, rhs = _key_side(key, value, landmarks, scale, qk_norm, block_dtype)
-    X, _ = conditioning.landmark_solve(logits, rhs, *solve)
+    X, _ = conditioning.landmark_solve(logits, rhs, solve)
     L = _block(Q, keys, scale, block_dtype)
     return (L @ X).to(query.dtype)
 
@@ -53,47 +52,32 @@ def landmark_system(
 
 
 def landmark_context(
-    key: Tensor,
-    value: Tensor,
-    landmarks: Tensor | None,
-    rank: int,
-    method: str,
-    gamma: float,
-    scale: float,
-    qk_norm: str | None,
-    ridge: float,
+    side: KeySide, ridge: float, *, solve: Solve | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The key side: K̃ as it was stored, X by the default solver, the logsumexp of R's rows over log 2 (B, H, r), and I.
 
-    Landmarks are chosen where `landmarks` is None. The first three are in the wide dtype.
+    The first three are in the wide dtype. `solve` may stand in for the reference's.
     """
-    keys, logits, rhs, lse, landmarks = landmark_blocks(
-        key, value, landmarks, rank, method, gamma, scale, qk_norm
-    )
-    X, _ = conditioning.landmark_solve(logits, rhs, ridge, "cholesky", False, 1.0, 0, False)
+    keys, logits, rhs, lse, landmarks = landmark_blocks(side)
+    X, _ = (solve or conditioning.landmark_solve)(logits, rhs, SolveOptions(ridge))
     return keys, X, lse, landmarks
 
 
-def landmark_blocks(
-    key: Tensor,
-    value: Tensor,
-    landmarks: Tensor | None,
-    rank: int,
-    method: str,
-    gamma: float,
-    scale: float,
-    qk_norm: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The key side up to the solve: K̃ as it was stored, the logits of W, R V, the logsumexp of R's rows, and I."""
-    K = normalised_key(key, qk_norm)
+def landmark_blocks(side: KeySide) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The key side up to the solve: K̃ as it was stored, the logits of W, R V, the logsumexp of R's rows, and I.
+
+    The logsumexp of a row is its largest score less the logarithm of its largest probability: one pass over R fewer.
+    """
+    K, landmarks = normalised_key(side.key, side.qk_norm), side.landmarks
     if landmarks is None:
-        landmarks = landmark_choice.select_landmarks(K.detach(), None, rank, method, gamma, scale)
+        landmarks = landmark_choice.select_landmarks(K.detach(), None, side.choice, side.scale)
     normalised = take_landmarks(K, landmarks)
-    scores = normalised @ K.mT * scale
-    rhs = scores.softmax(-1) @ value.to(K.dtype)
-    lse = scores.detach().logsumexp(-1) / math.log(2)
-    logits = normalised @ normalised.mT * scale
-    return take_landmarks(key.to(K.dtype), landmarks), logits, rhs, lse, landmarks.clone()
+    scaled = normalised * side.scale
+    scores = scaled @ K.mT
+    R = scores.softmax(-1)
+    lse = (scores.detach().amax(-1) - R.detach().amax(-1).log()) / math.log(2)
+    rhs, logits = R @ side.value.to(K.dtype), scaled @ normalised.mT
+    return take_landmarks(side.key.to(K.dtype), landmarks), logits, rhs, lse, landmarks.clone()
 
 
 def landmark_attention(

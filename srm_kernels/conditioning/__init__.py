@@ -10,14 +10,15 @@ from torch import Tensor
 
 from .. import autocast
 from ..checks import check_choice, check_count, check_flag, check_number, check_tensors, wide_dtype
+from ..options import SolveOptions
 from ..registration import later, register_operator
 from ..runtime import choose_backend, cuda_refusal, triton_refusal
 from . import cpu, cuda, reference
-from .reference import Solver
+from .reference import SOLVERS, Solver
 
-SOLVERS = ("cholesky", "lu", "svd", "auto", "neumann")
+DIAGNOSTICS = (True, False, "estimate")
 # Kernels of a GPU are in front only where a verdict puts them there.
-_IMPLEMENTATIONS = ("sdpa", "reference", "triton", "cuda")
+_IMPLEMENTATIONS = ("torch", "reference", "triton", "cuda")
 _LARGEST = 128  # r and d of the kernels
 _KERNELS = f"{__name__}.kernels"
 
@@ -34,12 +35,11 @@ class LandmarkSolution(NamedTuple):
 
 _solve = register_operator(
     "landmark_solve",
-    "Tensor logits, Tensor rhs, float ridge, str solver, bool equilibrate, float kappa_max, int neumann_order, "
-    "bool neumann_gate",
+    "Tensor logits, Tensor rhs, SolveOptions solve",
     "(Tensor, Tensor)",
     {
         "reference": reference.landmark_solve,
-        "sdpa": cpu.landmark_solve,
+        "torch": cpu.landmark_solve,
         "triton": later(_KERNELS, "landmark_solve"),
         "cuda": cuda.landmark_solve,
     },
@@ -103,8 +103,9 @@ def landmark_solve(
     backend="triton" is one launch ("auto" and a gated "neumann" take two) for r, d ≤ 128 and anything but float64,
     every solver, forward and backward, and asks the host nothing: it can be captured in a CUDA graph. There "svd" and
     "auto" are differentiable only with ridge > 0; a singular matrix has NaN gradients. backend="cuda" is csrc's
-    one-sided Jacobi for "svd" and "auto", as small, and does not wait for the device either. backend="sdpa", which None
-    takes, has csrc's C++ for "cholesky" on the CPU, r ≤ 128, not equilibrated, where it is built; else the reference's.
+    one-sided Jacobi for "svd" and "auto", as small, and does not wait for the device either. backend="torch", which
+    None takes, has csrc's C++ for "cholesky" on the CPU, r ≤ 128, not equilibrated, where it is built; else the
+    reference's.
     Raises ValueError for shapes, an unknown solver, ridge < 0, or "cholesky" with ridge 0; TypeError for dtypes.
     """
     logits, rhs = autocast.promoted(logits, rhs)
@@ -115,9 +116,19 @@ def landmark_solve(
         raise ValueError(
             f"rhs has shape {tuple(rhs.shape)}; expected {tuple(logits.shape[:-1])} and one more axis"
         )
-    check_solver(ridge, solver, equilibrate, kappa_max, neumann_order, neumann_gate)
-    if diagnostics not in (True, False, "estimate"):
-        raise ValueError(f"diagnostics={diagnostics!r}: expected True, False or 'estimate'")
+    options = solve_options(ridge, solver, equilibrate, kappa_max, neumann_order, neumann_gate)
+    check_choice("diagnostics", diagnostics, DIAGNOSTICS)
+    if diagnostics:
+        return diagnosed(logits, rhs, options, estimate=diagnostics == "estimate", backend=backend)
+    x, _, _ = solved(logits, rhs, options, backend)
+    return LandmarkSolution(x, None, None, None, None)
+
+
+def solved(
+    logits: Tensor, rhs: Tensor, options: SolveOptions, backend: str | None
+) -> tuple[Tensor, Tensor, str]:
+    """X, the `Solver` that served each matrix, and the implementation; arguments are not checked."""
+    solver = options.solver
     chosen = choose_backend(
         backend,
         _IMPLEMENTATIONS,
@@ -125,26 +136,21 @@ def landmark_solve(
         partial(_refusal, rhs, solver),
         tensor=rhs,
         sizes=lambda: (rhs.shape[-2], rhs.shape[-1]),
-        variant=f"{solver}, equilibrated" if equilibrate else solver,
+        variant=f"{solver}, equilibrated" if options.equilibrate else solver,
         call=(rhs.shape,),
     )
-    ridge = float(ridge)
-    x, used = _solve(
-        logits,
-        rhs,
-        float(ridge),
-        solver,
-        equilibrate,
-        float(kappa_max),
-        int(neumann_order),
-        neumann_gate,
-        chosen,
-    )
-    if not diagnostics:
-        return LandmarkSolution(x, None, None, None, None)
+    x, used = _solve(logits, rhs, *options.flat(), chosen)
+    return x, used, chosen
+
+
+def diagnosed(
+    logits: Tensor, rhs: Tensor, options: SolveOptions, *, estimate: bool, backend: str | None
+) -> LandmarkSolution:
+    """X and what is known about each system; `estimate` gives κ as "auto" has it. Arguments are not checked."""
+    x, used, chosen = solved(logits, rhs, options, backend)
     with torch.no_grad():
         kappa, residual, gain = _diagnose(
-            logits, rhs, x, used, ridge, equilibrate, diagnostics == "estimate", chosen
+            logits, rhs, x, used, options.ridge, options.equilibrate, estimate, chosen
         )
     return LandmarkSolution(x, kappa, residual, gain, used)
 
@@ -161,11 +167,16 @@ def _refusal(rhs: Tensor, solver: str, name: str) -> str | None:
     return reason
 
 
-def check_solver(
-    ridge: float, solver: str, equilibrate: bool, kappa_max: float, neumann_order: int, neumann_gate: bool
-) -> None:
-    """The solver's own arguments; ValueError or TypeError."""
-    check_choice("solver", solver, SOLVERS)
+def solve_options(
+    ridge: float = 1e-3,
+    solver: str = "cholesky",
+    equilibrate: bool = False,
+    kappa_max: float = 1e6,
+    neumann_order: int = 3,
+    neumann_gate: bool = True,
+) -> SolveOptions:
+    """The solver's own arguments as an object; ValueError or TypeError."""
+    check_choice("solver", solver, tuple(SOLVERS))
     check_number("ridge", ridge, at_least=0)
     check_number("kappa_max", kappa_max, above=0)
     check_count("neumann_order", neumann_order, at_least=0)
@@ -173,6 +184,7 @@ def check_solver(
     check_flag("neumann_gate", neumann_gate)
     if solver == "cholesky" and ridge == 0:
         raise ValueError("ridge=0 with solver='cholesky': expected a ridge above 0, or solver='lu' or 'svd'")
+    return SolveOptions(float(ridge), solver, equilibrate, float(kappa_max), int(neumann_order), neumann_gate)
 
 
 __all__ = ["SOLVERS", "LandmarkSolution", "Solver", "landmark_solve"]

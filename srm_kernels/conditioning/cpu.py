@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from .. import native
 from ..checks import wide_dtype
+from ..options import SolveOptions
 from . import reference
 
 LARGEST = 128  # r, as of the kernels for GPUs
 
 
-def landmark_solve(
-    logits: Tensor, rhs: Tensor, ridge: float, solver: str, equilibrate: bool, *rest: Any
-) -> tuple[Tensor, Tensor]:
+def landmark_solve(logits: Tensor, rhs: Tensor, options: SolveOptions) -> tuple[Tensor, Tensor]:
     """X (…, r, d) and the `Solver` (…,) that served each matrix, as the reference has them."""
-    default = solver == "cholesky" and not equilibrate and logits.shape[-1] <= LARGEST
+    default = options.default and logits.shape[-1] <= LARGEST
     recorded = torch.is_grad_enabled() and (logits.requires_grad or rhs.requires_grad)
     if "cpu" not in native.BUILT or logits.device.type != "cpu" or not default or recorded:
-        return reference.landmark_solve(logits, rhs, ridge, solver, equilibrate, *rest)
+        return reference.landmark_solve(logits, rhs, options)
     native.load("cpu")
     wide = wide_dtype(logits.dtype)
     x = rhs.to(wide, copy=True, memory_format=torch.contiguous_format)
     served = torch.empty(rhs.shape[:-2], dtype=torch.bool)
-    missed = torch.ops.srm_cpu.symmetric_solve(logits.to(wide).contiguous(), x, served, ridge)
+    missed = torch.ops.srm_cpu.symmetric_solve(logits.to(wide).contiguous(), x, served, options.ridge)
     used = torch.full(served.shape, int(reference.Solver.CHOLESKY))
     if missed:
         left = ~served
-        x[left], used[left] = reference.landmark_solve(
-            logits[left], rhs[left], ridge, solver, equilibrate, *rest
-        )
+        x[left], used[left] = reference.landmark_solve(logits[left], rhs[left], options)
     return x, used

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from .. import native
+from ..options import SolveOptions
 from . import reference
 
 SOLVERS = ("svd", "auto")
 
 
-def landmark_solve(*arguments: Any) -> tuple[Tensor, Tensor]:
+def landmark_solve(logits: Tensor, rhs: Tensor, options: SolveOptions) -> tuple[Tensor, Tensor]:
     """X (…, r, d) fp32 and the `Solver` (…,) that served each matrix, for `SOLVERS`, r ≤ 128, no fp64."""
     native.load("cuda")
-    return partial(reference.landmark_solve, svd=_jacobi)(*arguments)
+    return reference.landmark_solve(logits, rhs, options, svd=_jacobi)
 
 
 def _jacobi(A: Tensor, ridge: float, mask: Tensor | None) -> reference.Solve:

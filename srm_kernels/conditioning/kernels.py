@@ -14,12 +14,14 @@ S + λI squared, so that form is `cholesky`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..options import SolveOptions
 from ..parts import INTERPRETED, on_device
 
 LARGEST = 128  # r and d
@@ -43,45 +45,22 @@ POWER_STEPS: tl.constexpr = tl.constexpr(8)
 SWEEPS: tl.constexpr = tl.constexpr(20)
 
 
-def landmark_solve(
-    logits: Tensor,
-    rhs: Tensor,
-    ridge: float,
-    solver: str,
-    equilibrate: bool,
-    kappa_max: float,
-    neumann_order: int,
-    neumann_gate: bool,
-) -> tuple[Tensor, Tensor]:
+def landmark_solve(logits: Tensor, rhs: Tensor, options: SolveOptions) -> tuple[Tensor, Tensor]:
     """X (…, r, d) fp32 and the `Solver` (…,) that served each matrix; r, d ≤ 128, no fp64."""
     a, g = _matrices(logits), _matrices(rhs)
     count, r, d = g.shape
     x = torch.empty(rhs.shape, dtype=torch.float32, device=rhs.device)
     used = torch.empty(rhs.shape[:-2], dtype=torch.int64, device=rhs.device)
-    default = "cholesky" if ridge > 0 else "lu"
-    second = {"neumann": default if neumann_gate else None, "auto": "svd"}.get(solver)
+    default = "cholesky" if options.ridge > 0 else "lu"
+    second = {"neumann": default if options.neumann_gate else None, "auto": "svd"}.get(options.solver)
     with on_device(a):
-        for stage in (solver, second) if count else ():
+        for stage in (options.solver, second) if count else ():
             if stage is not None:
                 _solve_forward_kernel[(count,)](
-                    a,
-                    g,
-                    x,
-                    used,
-                    r,
-                    d,
-                    float(ridge),
-                    float(kappa_max),
-                    *a.stride(),
-                    *g.stride(),
-                    SOLVER=_code(stage),
-                    REST=stage != solver,
-                    RIDGED=ridge > 0,
-                    EQUILIBRATE=equilibrate,
-                    ORDER=neumann_order,
-                    GATE=neumann_gate,
-                    **launch_options(r, d),
-                )
+                    logits_ptr=a, rhs_ptr=g, x_ptr=x, used_ptr=used, r=r, d=d, kappa_max=options.kappa_max,
+                    **_strides(logits=a, rhs=g), SOLVER=_code(stage), REST=stage != options.solver,
+                    GATE=options.neumann_gate, **_form(options), **launch_options(r, d),
+                )  # fmt: skip
     return x, used
 
 
@@ -90,12 +69,7 @@ def landmark_solve_backward(
     results: Sequence[Tensor],
     logits: Tensor,
     rhs: Tensor,
-    ridge: float,
-    solver: str,
-    equilibrate: bool,
-    kappa_max: float,
-    neumann_order: int,
-    neumann_gate: bool,
+    options: SolveOptions,
 ) -> list[Tensor]:
     """Gradients of logits and rhs by the implicit formula, through the polynomial where `neumann` served.
 
@@ -107,30 +81,16 @@ def landmark_solve_backward(
     count, r, d = g.shape
     d_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     d_rhs = torch.empty(rhs.shape, dtype=rhs.dtype, device=rhs.device)
-    forms = {"neumann": (True, False) if neumann_gate else (True,)}.get(solver, (False,))
+    solver = options.solver
+    forms = {"neumann": (True, False) if options.neumann_gate else (True,)}.get(solver, (False,))
     with on_device(a):
         for series in forms if count else ():
             _solve_backward_kernel[(count,)](
-                a,
-                g,
-                x,
-                used,
-                dx,
-                d_logits,
-                d_rhs,
-                r,
-                d,
-                float(ridge),
-                *a.stride(),
-                *g.stride(),
-                *dx.stride(),
-                SERIES=series,
-                SYMMETRIC=not series and solver in ("cholesky", "neumann") and ridge > 0,
-                RIDGED=ridge > 0,
-                EQUILIBRATE=equilibrate,
-                ORDER=neumann_order,
-                **launch_options(r, d),
-            )
+                logits_ptr=a, rhs_ptr=g, x_ptr=x, used_ptr=used, dx_ptr=dx, d_logits_ptr=d_logits,
+                d_rhs_ptr=d_rhs, r=r, d=d, **_strides(logits=a, rhs=g, dx=dx), SERIES=series,
+                SYMMETRIC=not series and solver in ("cholesky", "neumann") and options.ridge > 0,
+                **_form(options), **launch_options(r, d),
+            )  # fmt: skip
     return [d_logits, d_rhs]
 
 
@@ -139,6 +99,25 @@ def launch_options(r: int, d: int) -> dict[str, int]:
     R, D = (max(16, triton.next_power_of_2(n)) for n in (r, d))
     warps = min(16, max(2, R * max(R, D) // 512))
     return {"R": R, "D": D, "num_warps": warps, "maxnreg": 255 if warps <= 8 else 128}
+
+
+def _form(options: SolveOptions) -> dict[str, Any]:
+    """The ridge, and what else both directions are compiled for."""
+    return {
+        "ridge": options.ridge,
+        "RIDGED": options.ridge > 0,
+        "EQUILIBRATE": options.equilibrate,
+        "ORDER": options.neumann_order,
+    }
+
+
+def _strides(**matrices: Tensor) -> dict[str, int]:
+    """Strides of (batch, m, n) as the kernels name them."""
+    return {
+        f"stride_{name}{axis}": stride
+        for name, matrix in matrices.items()
+        for axis, stride in zip(("", "_row", "_col"), matrix.stride(), strict=True)
+    }
 
 
 def _code(solver: str) -> int:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..checks import nowhere, transforming, wide_dtype
+from ..options import SolveOptions
 from .estimate import estimate_condition
 
 EQUILIBRATION_FLOOR = 1e-12
@@ -39,6 +40,16 @@ class Solver(IntEnum):
     NEUMANN = 3
 
 
+# Every solver by its name: configs, the command line, reports, studies and checks read this list.
+SOLVERS = {
+    "cholesky": "Cholesky of the similar symmetric system; LU where it breaks down",
+    "lu": "LU with partial pivoting",
+    "svd": "pseudo-inverse by an SVD",
+    "auto": "LU below kappa_max, SVD above",
+    "neumann": "truncated Neumann series, behind a gate",
+}
+
+
 class System(NamedTuple):
     """A Z = right-hand side, X = D_c Z; `left` and `right` are the diagonals of D_r and D_c, or None."""
 
@@ -50,15 +61,7 @@ class System(NamedTuple):
 
 
 def landmark_solve(
-    logits: Tensor,
-    rhs: Tensor,
-    ridge: float,
-    solver: str,
-    equilibrate: bool,
-    kappa_max: float,
-    neumann_order: int,
-    neumann_gate: bool,
-    svd: SVD | None = None,
+    logits: Tensor, rhs: Tensor, options: SolveOptions, svd: SVD | None = None
 ) -> tuple[Tensor, Tensor]:
     """X (…, r, d) and the `Solver` (…,) that served each matrix; `svd` may stand in for torch's own."""
     logits, rhs = logits.to(wide_dtype(logits.dtype)), rhs.to(wide_dtype(rhs.dtype))
@@ -66,15 +69,13 @@ def landmark_solve(
     spoiled = not nowhere(~finite)
     if spoiled:
         logits = torch.where(finite[..., None, None], logits, 0)
-    default = "cholesky" if ridge > 0 else "lu"
-    system, factors, used = _factorise(
-        logits, rhs, default if solver == "neumann" else solver, ridge, equilibrate, kappa_max, svd or _svd
-    )
+    system, factors, used = _factorise(logits, rhs, options, svd or _svd)
     X = _unscaled(system, _solved(system, factors))
-    if solver == "neumann":
-        series_system = _system(logits, rhs, ridge, equilibrate)
-        series = _neumann(series_system, neumann_order)
-        accepted = _neumann_accepts(series_system, series) if neumann_gate else torch.ones_like(finite)
+    if options.solver == "neumann":
+        series_system = _system(logits, rhs, options.ridge, options.equilibrate)
+        series = _neumann(series_system, options.neumann_order)
+        gated = options.neumann_gate
+        accepted = _neumann_accepts(series_system, series) if gated else torch.ones_like(finite)
         X = torch.where(accepted[..., None, None], _unscaled(series_system, series), X)
         used = torch.where(accepted, int(Solver.NEUMANN), used)
     return torch.where(finite[..., None, None], X, torch.nan) if spoiled else X, used
@@ -175,9 +176,12 @@ class _ImplicitSolve(torch.autograd.Function):
 
 
 def _factorise(
-    logits: Tensor, rhs: Tensor, solver: str, ridge: float, equilibrate: bool, kappa_max: float, svd: SVD
+    logits: Tensor, rhs: Tensor, options: SolveOptions, svd: SVD
 ) -> tuple[System, _Factors, Tensor]:
-    """The system that is solved, its factors, and the `Solver` of each matrix."""
+    """The system that is solved, its factors, and the `Solver` of each matrix; for "neumann" the default solve's."""
+    ridge, equilibrate, solver = options.ridge, options.equilibrate, options.solver
+    if solver == "neumann":
+        solver = "cholesky" if ridge > 0 else "lu"
     factors = _Factors()
     used = torch.full(logits.shape[:-2], int(Solver.LU), dtype=torch.int64, device=logits.device)
     rest: Tensor | None = None  # the matrices that partial pivoting serves; None is all
@@ -200,7 +204,7 @@ def _factorise(
     if solver == "auto":
         lu = _lu(A, ridge)
         factors.parts.append((None, lu))
-        high = ~(estimate_condition(A, lu) < kappa_max)
+        high = ~(estimate_condition(A, lu) < options.kappa_max)
         factors.parts.append((high, svd(A, ridge, high)))
         return system, factors, torch.where(high, int(Solver.SVD), used)
     factors.parts.append((rest, _lu(A, ridge)))

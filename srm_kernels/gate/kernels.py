@@ -11,13 +11,14 @@ program, whatever the batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..parts import INFINITY, contiguous, empty, on_device, power_of_two, readable, strides_of
+from ..parts import INFINITY, contiguous, empty, on_device, power_of_two, readable, strides, strides_of
 
 BLOCK = 1024  # elements of an image that a program holds
 IMAGES = 32  # of a tile of the losses
@@ -289,8 +290,8 @@ def biased_gelu(maps: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
     parts = -(-C * h * w // BLOCK)
     with on_device(out):
         _gelu_kernel[(S * B * parts,)](
-            tuple(maps), contiguous(biases), out, B, C * h * w, h, w, parts, *strides_of(maps), S=S,
-            BLOCK=BLOCK, num_warps=4,
+            map_ptrs=tuple(maps), bias_ptrs=contiguous(biases), out_ptr=out, batch=B, elements=C * h * w, h=h, w=w,
+            parts=parts, **strides_of(maps), S=S, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
     return out.to(dtype)
 
@@ -307,8 +308,9 @@ def gate_logits(
     out = empty((B, S), maps[0], torch.float32)
     with on_device(out):
         _logits_kernel[(B, S)](
-            tuple(maps), contiguous(biases), contiguous(weights), contiguous(offsets), out, C * h * w, h, w,
-            *strides_of(maps), S=S, BLOCK=BLOCK, num_warps=4,
+            map_ptrs=tuple(maps), bias_ptrs=contiguous(biases), weight_ptrs=contiguous(weights),
+            offset_ptrs=contiguous(offsets), out_ptr=out, elements=C * h * w, h=h, w=w, **strides_of(maps), S=S,
+            BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
     return out
 
@@ -323,13 +325,14 @@ def gated_fusion(
     squares = empty((B, parts), maps, torch.float32)
     fused = empty((B, C, h, w), maps, maps.dtype)
     weights, gain, norm = (empty(size, maps, torch.float32) for size in ((B, S), (B,), (B,)))
-    shape = (C * h * w, h, w, parts, *maps.stride(), *logits.stride(), temperature)
-    tile = {"S": S, "STAGES": power_of_two(S), "BLOCK": BLOCK, "num_warps": 4}
+    shape = _shape(maps) | {"logits_ptr": logits, "parts_ptr": squares, "temperature": temperature}
+    shape |= strides(axes="bs", logits=logits)
     with on_device(maps):
-        _norm_kernel[(B * parts,)](maps, logits, squares, *shape, **tile)
+        _norm_kernel[(B * parts,)](**shape)
         _fuse_kernel[(B * parts,)](
-            maps, logits, squares, squares if cap is None else cap, fused, weights, gain, norm, *shape, eps,
-            cap_factor * _margin(dtype), CAPPED=cap is not None, PARTS=power_of_two(parts), **tile,
+            **shape, cap_ptr=squares if cap is None else cap, fused_ptr=fused, weights_ptr=weights, gain_ptr=gain,
+            norm_ptr=norm, eps=eps, margin=cap_factor * _margin(dtype), CAPPED=cap is not None,
+            PARTS=power_of_two(parts),
         )  # fmt: skip
     return fused.to(dtype), weights, gain, norm
 
@@ -347,20 +350,20 @@ def gated_fusion_backward(
     """[dP, dg] from the gradients of all four results."""
     _, weights, gain, norm = results
     dtype, maps = maps.dtype, readable(maps)
-    dfused, *small = readable(grads[0]), *(grad.contiguous() for grad in grads[1:])
+    dfused, dweights, dgain, dnorm = readable(grads[0]), *(grad.contiguous() for grad in grads[1:])
     B, S, C, h, w = maps.shape
     parts = -(-C * h * w // BLOCK)
     products = empty((B, parts, 2, S), maps, torch.float32)
     dmaps = empty(tuple(maps.shape), maps, maps.dtype)
     dlogits = empty((B, S), maps, torch.float32)
-    shape = (C * h * w, h, w, parts, *maps.stride(), *dfused.stride())
-    tile = {"S": S, "STAGES": power_of_two(S), "BLOCK": BLOCK, "num_warps": 4}
+    shape = _shape(maps) | {"weights_ptr": weights, "dfused_ptr": dfused, "parts_ptr": products}
+    shape |= strides(axes="bchw", dfused=dfused)
     with on_device(maps):
-        _products_kernel[(B * parts,)](maps, weights, dfused, products, *shape, **tile)
+        _products_kernel[(B * parts,)](**shape)
         _fusion_backward_kernel[(B * parts,)](
-            maps, weights, gain, norm, norm if cap is None else cap, dfused, *small, products, dmaps, dlogits,
-            *shape, temperature, eps, cap_factor * _margin(dtype), CAPPED=cap is not None, PARTS=power_of_two(parts),
-            **tile,
+            **shape, gain_ptr=gain, norm_ptr=norm, cap_ptr=norm if cap is None else cap, dweights_ptr=dweights,
+            dgain_ptr=dgain, dnorm_ptr=dnorm, dmaps_ptr=dmaps, dlogits_ptr=dlogits, temperature=temperature, eps=eps,
+            margin=cap_factor * _margin(dtype), CAPPED=cap is not None, PARTS=power_of_two(parts),
         )  # fmt: skip
     return [dmaps.to(dtype), dlogits.to(logits.dtype)]
 
@@ -391,6 +394,14 @@ def gate_losses_backward(
             S=S, STAGES=power_of_two(S), IMAGES=IMAGES, num_warps=1,
         )  # fmt: skip
     return [dweights.to(dtype)]
+
+
+def _shape(maps: Tensor) -> dict[str, Any]:
+    """What every launch over maps (B, S, C, h, w) takes."""
+    _, S, C, h, w = maps.shape
+    elements = {"elements": C * h * w, "h": h, "w": w, "parts": -(-C * h * w // BLOCK)}
+    tile = {"S": S, "STAGES": power_of_two(S), "BLOCK": BLOCK, "num_warps": 4}
+    return {"maps_ptr": maps, **elements, **strides(maps, axes="bschw"), **tile}
 
 
 def _margin(dtype: torch.dtype) -> float:

@@ -9,20 +9,21 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_count, check_number, check_tokens, wide_dtype
+from ..options import LandmarkOptions
 from ..registration import later, register_operator
 from ..runtime import choose_backend, few_threads, triton_refusal
 from . import reference
+from .reference import METHODS
 
-METHODS = ("leverage", "leverage_sample", "uniform", "kmeans++", "pivoted_cholesky")
-METHODS_OF_KERNELS = ("leverage", "pivoted_cholesky")
-_IMPLEMENTATIONS = ("reference", "sdpa", "triton")
+METHODS_OF_KERNELS = tuple(name for name, method in METHODS.items() if method.kernels)
+_IMPLEMENTATIONS = ("reference", "torch", "triton")
 _KERNELS = f"{__name__}.kernels"
 
 _leverage = register_operator(
     "ridge_leverage_scores",
     "Tensor key, float gamma",
     "Tensor",
-    dict.fromkeys(("reference", "sdpa"), few_threads(reference.ridge_leverage_scores))
+    dict.fromkeys(("reference", "torch"), few_threads(reference.ridge_leverage_scores))
     | {"triton": later(_KERNELS, "ridge_leverage_scores")},
     fake=lambda key, gamma: key.new_empty(key.shape[:3], dtype=wide_dtype(key.dtype)),
     differentiable=("key",),
@@ -30,9 +31,9 @@ _leverage = register_operator(
 
 _select = register_operator(
     "select_landmarks",
-    "Tensor key, Tensor? random, SymInt rank, str method, float gamma, float scale",
+    "Tensor key, Tensor? random, LandmarkOptions options, float scale",
     "Tensor",
-    dict.fromkeys(("reference", "sdpa"), few_threads(reference.select_landmarks))
+    dict.fromkeys(("reference", "torch"), few_threads(reference.select_landmarks))
     | {"triton": later(_KERNELS, "select_landmarks")},
     fake=lambda key, random, rank, *_: key.new_empty((*key.shape[:2], rank), dtype=torch.int64),
 )
@@ -90,18 +91,20 @@ def select_landmarks(
     Raises TypeError for dtypes, ValueError for shapes, rank < 1, γ ≤ 0 or an unknown method.
     """
     check_tokens("key", key)
-    rank = check_count("rank", rank)
-    check_choice("method", method, METHODS)
-    check_number("gamma", gamma, above=0)
+    options = landmark_options(rank, method, gamma, generator)
     if scale is not None:
         check_number("scale", scale)
-    rank = min(rank, key.shape[2])
-    random = None
-    count = reference.numbers_needed(method, rank, key.shape[2])
-    if generator is not None:
-        if not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator is a {type(generator).__name__}; expected a torch.Generator or None")
-        random = reference.uniform_numbers(count, generator).to(key.device) if count else None
+    s = 1 / math.sqrt(key.shape[-1]) if scale is None else float(scale)
+    return selected(key, options, s, backend)
+
+
+def selected(key: Tensor, options: LandmarkOptions, scale: float, backend: str | None) -> Tensor:
+    """The same by an object of options; arguments are not checked."""
+    options = options.clamped(key.shape[2])
+    rank, method, random = options.rank, options.method, None
+    if options.generator is not None:
+        count = METHODS[method].draws(rank, key.shape[2])
+        random = reference.uniform_numbers(count, options.generator).to(key.device) if count else None
     chosen = choose_backend(
         backend,
         _IMPLEMENTATIONS,
@@ -112,8 +115,19 @@ def select_landmarks(
         variant=method,
         call=(key.shape, rank),
     )
-    s = 1 / math.sqrt(key.shape[-1]) if scale is None else float(scale)
-    return _select(key.detach(), random, rank, method, float(gamma), s, chosen)
+    return _select(key.detach(), random, *options.flat(), scale, chosen)
+
+
+def landmark_options(
+    rank: int, method: str, gamma: float, generator: torch.Generator | None
+) -> LandmarkOptions:
+    """How landmarks are chosen as an object; ValueError or TypeError."""
+    rank = check_count("rank", rank)
+    check_choice("method", method, tuple(METHODS))
+    check_number("gamma", gamma, above=0)
+    if not isinstance(generator, torch.Generator | None):
+        raise TypeError(f"generator is a {type(generator).__name__}; expected a torch.Generator or None")
+    return LandmarkOptions(rank, method, float(gamma), generator)
 
 
 def kernel_limits(d: int, rank: int = 1) -> str | None:

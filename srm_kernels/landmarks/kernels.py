@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..options import LandmarkOptions
 from ..parts import (
     INFINITY,
     empty,
@@ -27,6 +28,7 @@ from ..parts import (
     padded,
     readable,
     rms_factor,
+    strides,
     wide_dot,
 )
 
@@ -35,7 +37,6 @@ EPSILON = tl.constexpr(2.0**-23)
 BLOCK = 32  # keys in a chunk
 CHUNK = tl.constexpr(16)  # columns that are eliminated, and applied to keys, together
 TILE = tl.constexpr(1024)  # scores that are compared at once
-METHODS = ("leverage", "pivoted_cholesky")
 
 
 @triton.jit
@@ -314,40 +315,40 @@ def ridge_leverage_scores(key: Tensor, gamma: float) -> Tensor:
     scores = empty((B, H, N), key, torch.float32)
     with on_device(key):
         _leverage_kernel[(B * H,)](
-            keys, scores, N, H, *keys.stride(), gamma, d=d, D=padded(d), BLOCK=BLOCK,
-            PRECISION=finest_precision(keys.dtype, d), **launch(d),
+            key_ptr=keys, scores_ptr=scores, N=N, heads=H, **strides(key=keys), gamma=gamma, d=d, D=padded(d),
+            BLOCK=BLOCK, PRECISION=finest_precision(keys.dtype, d), **launch(d),
         )  # fmt: skip
     return scores
 
 
-def select_landmarks(
-    key: Tensor, random: Tensor | None, rank: int, method: str, gamma: float, scale: float
-) -> Tensor:
+def select_landmarks(key: Tensor, random: Tensor | None, options: LandmarkOptions, scale: float) -> Tensor:
     """Indices (B, H, r) by "leverage" or "pivoted_cholesky"."""
-    return selected(key, rank, method, gamma, scale, normalise=False)
+    return selected(key, options, scale, normalise=False)
 
 
-def selected(key: Tensor, rank: int, method: str, gamma: float, scale: float, *, normalise: bool) -> Tensor:
+def selected(key: Tensor, options: LandmarkOptions, scale: float, *, normalise: bool) -> Tensor:
     """The same, of keys that are RMS-normalised first where `normalise` asks for it."""
     B, H, N, d = key.shape
-    keys = readable(key)
+    keys, rank = readable(key), options.rank
     landmarks = empty((B, H, rank), key, torch.int64)
-    residual, factor = workspace(key, rank, method)
+    residual, factor = workspace(key, options)
     with on_device(key):
         _select_kernel[(B * H,)](
-            keys, landmarks, residual, factor, N, H, *keys.stride(), gamma, scale, rank=rank, R=padded(rank),
-            d=d, D=padded(d), NORMALISE=normalise, PIVOTED=method == "pivoted_cholesky", BLOCK=BLOCK,
+            key_ptr=keys, landmarks_ptr=landmarks, residual_ptr=residual, factor_ptr=factor, N=N, heads=H,
+            **strides(key=keys), gamma=options.gamma, scale=scale, rank=rank, R=padded(rank), d=d, D=padded(d),
+            NORMALISE=normalise, PIVOTED=options.method == "pivoted_cholesky", BLOCK=BLOCK,
             PRECISION=finest_precision(keys.dtype, d), **launch(d),
         )  # fmt: skip
     return landmarks
 
 
-def workspace(key: Tensor, rank: int, method: str) -> tuple[Tensor, Tensor]:
+def workspace(key: Tensor, options: LandmarkOptions) -> tuple[Tensor, Tensor]:
     """Memory for scores or residuals (B, H, N), and for the factor of pivoted Cholesky (B, H, r, N)."""
     B, H, N, _ = key.shape
     residual = empty((B, H, N), key, torch.float32)
-    factor = empty((B, H, rank, N), key, torch.float32) if method == "pivoted_cholesky" else residual
-    return residual, factor
+    if options.method != "pivoted_cholesky":
+        return residual, residual
+    return residual, empty((B, H, options.rank, N), key, torch.float32)
 
 
 def launch(d: int) -> dict[str, int]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..checks import nowhere, wide_dtype
+from ..options import LandmarkOptions
 
 LLOYD_STEPS = 5
 TIE_TOLERANCE = 1e-5
@@ -31,41 +34,81 @@ def ridge_leverage_scores(key: Tensor, gamma: float) -> Tensor:
     return whitened.square().sum(-1)
 
 
-def select_landmarks(
-    key: Tensor, random: Tensor | None, rank: int, method: str, gamma: float, scale: float
-) -> Tensor:
-    """Indices (B, H, r) of the landmark keys.
+class Keys(NamedTuple):
+    """What a landmark method chooses from.
 
-    `random`: the uniform numbers of a random method, shared by every (b, h); None draws them with seed 0.
+    Attributes:
+        key: K (B, H, N, d).
+        options: r, at most N, and γ.
+        scale: s of the kernel exp(K Kᵀ s).
+        random: As many uniform numbers in (0, 1) as the method draws, shared by every (b, h).
     """
-    B, H, N, _ = key.shape
-    if method == "uniform":
-        index = ((torch.arange(rank, device=key.device) * 2 + 1) * N) // (2 * rank)
-        return index.expand(B, H, rank).clone()
-    if method == "pivoted_cholesky":
-        return _pivoted_cholesky(key, rank, scale)
-    scores = ridge_leverage_scores(key, gamma)
-    if method == "leverage":
-        return _largest(scores, rank)
+
+    key: Tensor
+    options: LandmarkOptions
+    scale: float
+    random: Tensor
+
+    @property
+    def scores(self) -> Tensor:
+        """Ridge leverage scores τ (B, H, N)."""
+        return ridge_leverage_scores(self.key, self.options.gamma)
+
+
+class Method(NamedTuple):
+    """A way of choosing landmarks.
+
+    Attributes:
+        choose: Gives indices (B, H, r).
+        title: Its name in reports.
+        macs: (r, N, d) → multiply-accumulates of a (b, h); those of the leverage scores by default.
+        draws: (r, N) → how many uniform numbers it draws.
+        evaluated: The method that evaluation takes in the place of one that samples in training; else None.
+        kernels: Whether Triton kernels choose by it too.
+    """
+
+    choose: Callable[[Keys], Tensor]
+    title: str
+    macs: Callable[[int, int, int], int] = lambda rank, keys, d: leverage_macs(keys, d)
+    draws: Callable[[int, int], int] = lambda rank, keys: 0
+    evaluated: str | None = None
+    kernels: bool = False
+
+
+def leverage_macs(keys: int, d: int) -> int:
+    """Multiply-accumulates of the leverage scores of a (b, h): Gram matrix and scores 2 N d², Cholesky d³/3."""
+    return 2 * keys * d**2 + d**3 // 3
+
+
+def select_landmarks(key: Tensor, random: Tensor | None, options: LandmarkOptions, scale: float) -> Tensor:
+    """Indices (B, H, r) of the landmark keys; `random` None draws a random method's numbers with seed 0."""
+    method = METHODS[options.method]
+    count = method.draws(options.rank, key.shape[2])
     if random is None:
-        random = uniform_numbers(numbers_needed(method, rank, N), torch.Generator().manual_seed(0))
-    random = random.to(scores)
-    if method == "leverage_sample":
-        # The r smallest of E_i / τ_i, E_i exponential: r draws without replacement, probability ∝ τ_i.
-        return _largest(scores / -random.log(), rank)
-    candidates = _largest(scores, min(2 * rank, N))
-    return _kmeans(key.to(scores.dtype), candidates, random, rank)
-
-
-def numbers_needed(method: str, rank: int, keys: int) -> int:
-    """How many uniform numbers a landmark method draws."""
-    return {"leverage_sample": keys, "kmeans++": rank}.get(method, 0)
+        random = uniform_numbers(count, torch.Generator().manual_seed(0)) if count else key.new_empty(0)
+    random = random.to(key.device, wide_dtype(key.dtype))
+    return method.choose(Keys(key, options, scale, random))
 
 
 def uniform_numbers(count: int, generator: torch.Generator) -> Tensor:
     """Uniform numbers in (0, 1), fp64, on the generator's device."""
     numbers = torch.rand(count, generator=generator, device=generator.device, dtype=torch.float64)
     return numbers.clamp(min=1e-12)
+
+
+def _leverage(keys: Keys) -> Tensor:
+    return _largest(keys.scores, keys.options.rank)
+
+
+def _leverage_sample(keys: Keys) -> Tensor:
+    """The r smallest of E_i / τ_i, E_i exponential: r draws without replacement, probability ∝ τ_i."""
+    return _largest(keys.scores / -keys.random.log(), keys.options.rank)
+
+
+def _uniform(keys: Keys) -> Tensor:
+    (B, H, N, _), rank = keys.key.shape, keys.options.rank
+    index = ((torch.arange(rank, device=keys.key.device) * 2 + 1) * N) // (2 * rank)
+    return index.expand(B, H, rank).clone()
 
 
 def _largest(scores: Tensor, count: int) -> Tensor:
@@ -82,9 +125,11 @@ def _squared_distance(x: Tensor, y: Tensor) -> Tensor:
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square()
 
 
-def _kmeans(keys: Tensor, candidates: Tensor, random: Tensor, rank: int) -> Tensor:
-    """k-means++ seeding and Lloyd steps on the candidates, then the nearest free key of each centre."""
-    points = _take(keys, candidates)  # (B, H, m, d)
+def _kmeans(chosen_from: Keys) -> Tensor:
+    """k-means++ seeding and Lloyd steps on the best candidates, then the nearest free key of each centre."""
+    scores, random, rank = chosen_from.scores, chosen_from.random, chosen_from.options.rank
+    keys = chosen_from.key.to(scores.dtype)
+    points = _take(keys, _largest(scores, min(2 * rank, scores.shape[-1])))  # (B, H, m, d)
     m = points.shape[-2]
     first = (random[0] * m).long().clamp(max=m - 1).expand(*points.shape[:2], 1)
     ones = torch.ones(m, m, dtype=points.dtype, device=points.device).triu()
@@ -114,9 +159,9 @@ def _kmeans(keys: Tensor, candidates: Tensor, random: Tensor, rank: int) -> Tens
     return torch.cat(picked, -1)
 
 
-def _pivoted_cholesky(key: Tensor, rank: int, scale: float) -> Tensor:
+def _pivoted_cholesky(keys: Keys) -> Tensor:
     """Greedy: r times the key with the largest residual diagonal of exp(K Kᵀ s), ties to the lower index."""
-    K = key.to(wide_dtype(key.dtype))
+    K, rank, scale = keys.key.to(wide_dtype(keys.key.dtype)), keys.options.rank, keys.scale
     diagonal = K.square().sum(-1) * scale
     # One factor for the whole kernel keeps exp in range and changes no comparison.
     shift = diagonal.amax(-1, keepdim=True)
@@ -138,3 +183,20 @@ def _pivoted_cholesky(key: Tensor, rank: int, scale: float) -> Tensor:
         factor[..., step] = column
         residual = residual - column.square()
     return torch.cat(picked, -1)
+
+
+# Every way of choosing landmarks: configs, the command line, reports, studies and checks read this list.
+METHODS = {
+    "leverage": Method(_leverage, "leverage", kernels=True),
+    "leverage_sample": Method(
+        _leverage_sample, "leverage sampling", draws=lambda rank, keys: keys, evaluated="leverage"
+    ),
+    "uniform": Method(_uniform, "uniform", lambda rank, keys, d: 0),
+    "kmeans++": Method(_kmeans, "k-means++", draws=lambda rank, keys: rank),
+    "pivoted_cholesky": Method(  # a row of the kernel and a row of the factor per step
+        _pivoted_cholesky,
+        "pivoted Cholesky",
+        lambda rank, keys, d: rank * keys * (d + rank // 2),
+        kernels=True,
+    ),
+}

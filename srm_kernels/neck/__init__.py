@@ -71,7 +71,7 @@ _project = register_operator(
     "Tensor tokens, Tensor[] key_weights, Tensor[] value_weights, Tensor[] alphas, Tensor[] weights, "
     "Tensor[] biases, Tensor? shift",
     "(Tensor, Tensor)",
-    dict.fromkeys(("reference", "sdpa"), reference.project_sources)
+    dict.fromkeys(("reference", "torch"), reference.project_sources)
     | {"triton": later(_ENDS, "project_sources")},
     fake=lambda tokens, key_weights, *_: (
         tokens.new_empty((len(key_weights), *tokens.shape)),
@@ -109,13 +109,11 @@ def _fake_links(
 
 _pooled = register_operator(
     "pooled_links",
-    "Tensor[] maps, Tensor[] align_weights, Tensor[] align_biases, Tensor[] alphas, Tensor[] weights, "
-    "Tensor[] biases, Tensor[] query_weights, Tensor[] keys, Tensor[] xs, int[] targets, SymInt size, float scale, "
-    "str? qk_norm",
+    "QuerySides sides",
     "(Tensor, Tensor, Tensor, Tensor)",
     {
         "reference": reference.pooled_links,
-        "sdpa": tiled.pooled_links,
+        "torch": tiled.pooled_links,
         "triton": later(_KERNELS, "pooled_links"),
     },
     fake=_fake_links,
@@ -130,7 +128,7 @@ _pooled = register_operator(
         "keys",
     ),
     derivatives={
-        "sdpa": tiled.pooled_links_backward,
+        "torch": tiled.pooled_links_backward,
         "triton": later(_BACKWARD, "pooled_links_backward"),
     },
     constant=(2, 3),
@@ -155,7 +153,7 @@ _merge = register_operator(
     "Tensor pooled, Tensor probabilities, Tensor[] xs, Tensor[] align_weights, Tensor[] align_biases, "
     "Tensor[] output_weights, Tensor[] thetas, Tensor[] betas, int[] targets",
     "Tensor",
-    dict.fromkeys(("reference", "sdpa"), reference.merge_links) | {"triton": later(_ENDS, "merge_links")},
+    dict.fromkeys(("reference", "torch"), reference.merge_links) | {"triton": later(_ENDS, "merge_links")},
     fake=_fake_merged,
     differentiable=(
         "pooled",
@@ -235,8 +233,8 @@ def pooled_links(
     through the reference. Kernels write nothing at full resolution in forward, neither tokens nor queries, with DyT or
     without; in backward Q, dQ and, with DyT, DyT(T) of the links exist for the time of the call. For the backward pass
     F, K̃, weights and P̄ are kept. A NaN stays in its image and head.
-    backend: "sdpa", the default on CPU tensors, works on tiles of about 512 positions, one image at a time, forward
-    and backward: neither tokens, queries nor probabilities exist at full resolution. On CUDA tensors "sdpa" and the
+    backend: "torch", the default on CPU tensors, works on tiles of about 512 positions, one image at a time, forward
+    and backward: neither tokens, queries nor probabilities exist at full resolution. On CUDA tensors "torch" and the
     default are the reference. "triton" takes fp32, bf16 and fp16, d from 8 to 128, r up to 128, r·d up to 8,192, P up
     to 32, and C up to 256 where `dyt` is given or queries are normalised.
     Raises TypeError for dtypes, ValueError for shapes and values, NotImplementedError for a backend that cannot run.
@@ -245,51 +243,16 @@ def pooled_links(
     if not maps or not keys:
         raise ValueError(f"there are {len(maps)} maps and {len(keys)} keys; expected one at least of each")
     keys, xs = autocast.widened(keys, maps[0]), None if xs is None else autocast.widened(xs, maps[0])
-    check_tensors(**{f"maps[{i}]": m for i, m in enumerate(maps)})
-    check_tensors(**{f"keys[{i}]": k for i, k in enumerate(keys)})
-    features, first = maps[0], keys[0]
-    if first.dtype != wide_dtype(features.dtype):
-        raise TypeError(
-            f"keys are {first.dtype} and maps {features.dtype}; expected keys in fp32 (fp64 for fp64)"
-        )
-    if first.device != features.device:
-        raise ValueError(f"keys are on {first.device} and maps on {features.device}; expected one device")
-    _check_counts(
-        "keys", len(keys), align=align, query_weights=query_weights, targets=targets, dyt=dyt, xs=xs
-    )
-    for m in maps:
-        if m.dim() != 4 or m.shape[0] != features.shape[0]:
-            raise ValueError(
-                f"maps have shapes {[tuple(m.shape) for m in maps]}; expected (B, C_i, h, w), one B"
-            )
-    for k in keys:
-        if k.dim() != 4 or (k.shape[0], k.shape[1], k.shape[3]) != (
-            features.shape[0],
-            first.shape[1],
-            first.shape[3],
-        ):
-            raise ValueError(
-                f"keys have shapes {[tuple(k.shape) for k in keys]}; expected (B, H, r, d), one B, H and d"
-            )
-    C = first.shape[1] * first.shape[3]
-    targets = _check_targets(targets, len(maps))
-    for (weight, bias), query, target in zip(align, query_weights, targets, strict=True):
-        _check_weight("align", weight, (C, maps[target].shape[1]), features)
-        _check_weight("align", bias, (C,), features)
-        _check_weight("query_weights", query, (C, C), features)
-    for k, x in zip(keys, xs or (), strict=False):
-        check_tensors(keys=k, xs=x)
-        if x.shape != k.shape:
-            raise ValueError(f"xs has shape {tuple(x.shape)} and keys {tuple(k.shape)}; expected the same")
+    targets, C = _check_links(maps, align, query_weights, keys, targets, dyt, xs)
+    features, d = maps[0], keys[0].shape[-1]
     size = check_count("size", size)
     check_choice("qk_norm", qk_norm, QK_NORMS)
     if scale is not None:
         check_number("scale", scale)
     alphas, weights, biases = _dyt_lists(dyt, features, C)
-    s = 1 / math.sqrt(first.shape[-1]) if scale is None else float(scale)
-    whole = dyt is not None or qk_norm == "both"
-    sizes = max(k.shape[2] for k in keys), first.shape[3], size, C if whole else 0
-    chosen = _choose_backend(backend, features, *sizes)
+    s = 1 / math.sqrt(d) if scale is None else float(scale)
+    channels = C if dyt is not None or qk_norm == "both" else 0
+    chosen = _choose_backend(backend, features, max(k.shape[2] for k in keys), d, size, channels)
     pooled, means, mean, spread = _pooled(
         list(maps), [weight for weight, _ in align], [bias for _, bias in align], alphas, weights, biases,
         list(query_weights), list(keys), [x.detach() for x in xs or ()], targets, size, s, qk_norm, chosen,
@@ -400,12 +363,12 @@ def _choose_backend(
         features,
         "pooled_links",
         partial(_refusal, features, rank, d, size, channels),
-        plain=("sdpa", "reference") if tiled_here else ("reference", "sdpa"),
+        plain=("torch", "reference") if tiled_here else ("reference", "torch"),
         sizes=lambda: (d,),
         call=(rank, d, size, channels),
     )
     # A GPU is faster with all images and positions at once, which is the reference's form.
-    return "reference" if chosen == "sdpa" and not tiled_here else chosen
+    return "reference" if chosen == "torch" and not tiled_here else chosen
 
 
 def _refusal(features: Tensor, rank: int, d: int, size: int, channels: int) -> str | None:
@@ -425,6 +388,48 @@ def _refusal(features: Tensor, rank: int, d: int, size: int, channels: int) -> s
     if refusal is None and channels > MOST_CHANNELS:
         refusal = f"its kernels hold tokens of up to {MOST_CHANNELS} channels at once, and C is {channels}"
     return refusal
+
+
+def _check_links(
+    maps: Sequence[Tensor],
+    align: Sequence[tuple[Tensor, Tensor]],
+    query_weights: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    targets: Sequence[int],
+    dyt: Sequence[DyTParameters] | None,
+    xs: Sequence[Tensor] | None,
+) -> tuple[list[int], int]:
+    """Tensors of links that fit together; their targets and C."""
+    check_tensors(**{f"maps[{i}]": m for i, m in enumerate(maps)})
+    check_tensors(**{f"keys[{i}]": k for i, k in enumerate(keys)})
+    features, first = maps[0], keys[0]
+    if first.dtype != wide_dtype(features.dtype):
+        raise TypeError(
+            f"keys are {first.dtype} and maps {features.dtype}; expected keys in fp32 (fp64 for fp64)"
+        )
+    if first.device != features.device:
+        raise ValueError(f"keys are on {first.device} and maps on {features.device}; expected one device")
+    _check_counts(
+        "keys", len(keys), align=align, query_weights=query_weights, targets=targets, dyt=dyt, xs=xs
+    )
+    if any(m.dim() != 4 or m.shape[0] != features.shape[0] for m in maps):
+        raise ValueError(f"maps have shapes {[tuple(m.shape) for m in maps]}; expected (B, C_i, h, w), one B")
+    one = (features.shape[0], *first.shape[1::2])
+    if any(k.dim() != 4 or (k.shape[0], *k.shape[1::2]) != one for k in keys):
+        raise ValueError(
+            f"keys have shapes {[tuple(k.shape) for k in keys]}; expected (B, H, r, d), one B, H and d"
+        )
+    C = first.shape[1] * first.shape[3]
+    targets = _check_targets(targets, len(maps))
+    for (weight, bias), query, target in zip(align, query_weights, targets, strict=True):
+        _check_weight("align", weight, (C, maps[target].shape[1]), features)
+        _check_weight("align", bias, (C,), features)
+        _check_weight("query_weights", query, (C, C), features)
+    for k, x in zip(keys, xs or (), strict=False):
+        check_tensors(keys=k, xs=x)
+        if x.shape != k.shape:
+            raise ValueError(f"xs has shape {tuple(x.shape)} and keys {tuple(k.shape)}; expected the same")
+    return targets, C
 
 
 def _check_counts(name: str, count: int, **groups: Sequence[object] | None) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..attention import configurations
 from ..attention.kernels import probabilities
 from ..attention.key_kernels import load_keys, load_matrix, store_matrix
+from ..options import QuerySides
 from ..parts import (
     LOG2E,
     empty,
@@ -192,39 +193,22 @@ def _maps_backward_kernel(
 
 
 def pooled_links_backward(
-    grads: Sequence[Tensor],
-    results: Sequence[Tensor],
-    maps: Sequence[Tensor],
-    align_weights: Sequence[Tensor],
-    align_biases: Sequence[Tensor],
-    alphas: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    query_weights: Sequence[Tensor],
-    keys: Sequence[Tensor],
-    xs: Sequence[Tensor],
-    targets: Sequence[int],
-    size: int,
-    scale: float,
-    qk_norm: str | None,
+    grads: Sequence[Tensor], results: Sequence[Tensor], sides: QuerySides
 ) -> list[Tensor]:
     """Gradients of the maps, then of every list of a link's tensors up to the keys."""
-    dtype = maps[0].dtype
-    absorbed = not alphas and qk_norm != "both"
+    maps, keys, targets, dtype = sides.maps, sides.keys, sides.targets, sides.maps[0].dtype
+    absorbed = not sides.alphas and sides.qk_norm != "both"
     links: list[_Composed | _Queries | _SquashedQueries] = []
     for number, target in enumerate(targets):
-        features = maps[target]
-        align, bias, query = (
-            group[number].to(dtype) for group in (align_weights, align_biases, query_weights)
-        )
-        if alphas:
-            squashing = alphas[number], weights[number], biases[number]
-            links.append(_SquashedQueries(features, align, bias, query, squashing))
+        parameters = sides.parameters(number)
+        align, bias, query = (t.to(dtype) for t in parameters[:3])
+        if sides.alphas:
+            links.append(_SquashedQueries(maps[target], align, bias, query, parameters[3:]))
         else:
-            links.append((_Composed if absorbed else _Queries)(features, align, bias, query))
-    sizes = Sizes(maps, keys, targets, size)
+            links.append((_Composed if absorbed else _Queries)(maps[target], align, bias, query))
+    sizes = Sizes(sides)
     queries = [link.queries for link in links]
-    dqueries, dkeys = _attention_backward(grads[0], queries, keys, sizes, scale, qk_norm)
+    dqueries, dkeys = _attention_backward(grads[0], queries, keys, sizes, sides.scale, sides.qk_norm)
     rows: list[Tensor | None] = [None] * len(maps)
     products = []
     for link, dquery, target in zip(links, dqueries, targets, strict=True):
@@ -232,12 +216,11 @@ def pooled_links_backward(
         earlier = rows[target]
         rows[target] = through if earlier is None else earlier + through
         products.append(own)
-    kinds = [align_weights, align_biases, query_weights, alphas, weights, biases]
-    groups = [
-        [own[i].to(kind[number].dtype) for number, own in enumerate(products) if kind]
-        for i, kind in enumerate(kinds)
+    rounded = [
+        [grad.to(given.dtype) for grad, given in zip(own, sides.parameters(number), strict=True)]
+        for number, own in enumerate(products)
     ]
-    dalign, dbias, dquery_weights, *dsquashing = groups
+    dalign, dbias, dquery_weights, *dsquashing = zip(*rounded, strict=True)
     small = [*dalign, *dbias, *(t for group in dsquashing for t in group), *dquery_weights]
     return [*_maps_backward(rows, grads[1], maps, sizes), *small, *dkeys]
 
@@ -352,7 +335,7 @@ class _SquashedQueries:
         align: Tensor,
         bias: Tensor,
         query: Tensor,
-        squashing: tuple[Tensor, Tensor, Tensor],
+        squashing: Sequence[Tensor],
     ) -> None:
         self.rows, self.align = _rows(features), align
         self.squash = Squash(self.rows, align, bias, query, squashing)

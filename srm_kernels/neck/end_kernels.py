@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..parts import contiguous, empty, on_device, padded, precision, readable, wide_dot
+from ..parts import contiguous, empty, on_device, padded, precision, readable, strides, wide_dot
 from ..scale.kernels import row_offsets, tanh
 from .kernels import firsts_of, heavy, load_block, pick_pointer, warps
 
@@ -152,12 +152,19 @@ def project_sources(
     B, N, C = tokens.shape
     L = len(key_weights)
     keys, values = (empty((L, B, N, C), tokens, tokens.dtype) for _ in range(2))
-    squashing = [tuple(group) or tuple(key_weights) for group in (alphas, weights, biases)]
+    groups = {
+        "alpha": alphas,
+        "dyt_weight": weights,
+        "dyt_bias": biases,
+        "key": key_weights,
+        "value": value_weights,
+    }
+    parameters = {f"{name}_ptrs": contiguous(group or key_weights) for name, group in groups.items()}
     with on_device(tokens):
         _project_kernel[(-(-B * N // ROWS), 2 * -(-C // COLUMNS), L)](
-            tokens, *contiguous([tokens if shift is None else shift]), *map(contiguous, squashing),
-            contiguous(key_weights), contiguous(value_weights), keys, values, B * N, N, *tokens.stride(), LINKS=L,
-            C=C, SHIFT=shift is not None, DYT=bool(alphas), ROWS=ROWS, COLUMNS=COLUMNS, CHUNK=CHUNK,
+            tokens_ptr=tokens, shift_ptr=contiguous([tokens if shift is None else shift])[0], **parameters,
+            keys_ptr=keys, values_ptr=values, M=B * N, N=N, **strides(tokens, axes="bnc"), LINKS=L, C=C,
+            SHIFT=shift is not None, DYT=bool(alphas), ROWS=ROWS, COLUMNS=COLUMNS, CHUNK=CHUNK,
             PRECISION=precision(tokens.dtype), num_warps=4, num_stages=2,
         )  # fmt: skip
     return keys.to(dtype), values.to(dtype)
@@ -182,11 +189,12 @@ def merge_links(
     out = empty((S, B, C, size, size), pooled, pooled.dtype)
     rows, columns = min(ROWS, padded(square)), 32 if heavy(most, d) else COLUMNS
     piece = 32 if heavy(most, d) else 64  # landmarks that are read at once
+    groups = {"x": xs, "align": align_weights, "bias": align_biases, "output": output_weights, "beta": betas}
+    parameters = {f"{name}_ptrs": contiguous(g) for name, g in (groups | {"theta": thetas or betas}).items()}
     with on_device(pooled):
         _merge_links_kernel[(B * S, -(-square // rows), -(-C // columns))](
-            pooled, probabilities.contiguous(), contiguous(xs), contiguous(align_weights),
-            contiguous(align_biases), contiguous(output_weights), contiguous(thetas or betas),
-            contiguous(betas), out, B, LINKS=L, MAPS=S, TARGETS=tuple(targets),
+            pooled_ptr=pooled, probabilities_ptr=probabilities.contiguous(), **parameters, out_ptr=out, batch=B,
+            LINKS=L, MAPS=S, TARGETS=tuple(targets),
             RANKS=tuple(x.shape[2] for x in xs), OFFSETS=firsts_of(w.shape[1] for w in align_weights), HEADS=H,
             most=most, PIECE=min(piece, padded(most)), d=d, D=padded(d), SQUARE=square, C=C, TAU=bool(thetas),
             ROWS=ROWS, COLUMNS=columns, CHUNK=CHUNK, PRECISION=precision(pooled.dtype),

@@ -23,7 +23,6 @@ batch, and how an image is divided does not depend on the batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +33,7 @@ from torch import Tensor
 from ..attention import configurations
 from ..attention.kernels import probabilities
 from ..attention.key_kernels import load_columns, load_keys, load_matrix
+from ..options import QuerySides
 from ..parts import (
     INFINITY,
     LOG2E,
@@ -591,13 +591,11 @@ def absorb(
 class Sizes:
     """What the launches for one set of shapes are told at compile time."""
 
-    def __init__(
-        self, maps: Sequence[Tensor], keys: Sequence[Tensor], targets: Sequence[int], size: int
-    ) -> None:
-        self.batch, self.heads, _, self.d = keys[0].shape
-        self.size, self.targets = size, tuple(targets)
-        self.channels, self.heights, self.widths = (tuple(m.shape[axis] for m in maps) for axis in (1, 2, 3))
-        self.ranks = tuple(k.shape[2] for k in keys)
+    def __init__(self, sides: QuerySides) -> None:
+        self.batch, self.heads, _, self.d = sides.keys[0].shape
+        self.size, self.targets = sides.size, tuple(sides.targets)
+        self.channels, self.heights, self.widths = zip(*(m.shape[1:] for m in sides.maps), strict=True)
+        self.ranks = tuple(k.shape[2] for k in sides.keys)
         self.most = max(self.ranks)
         self.offsets = firsts_of(self.channels)
 
@@ -659,70 +657,64 @@ def firsts_of(counts: Any) -> tuple[int, ...]:
     return tuple(firsts)
 
 
-def pooled_links(
-    maps: Sequence[Tensor],
-    align_weights: Sequence[Tensor],
-    align_biases: Sequence[Tensor],
-    alphas: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    query_weights: Sequence[Tensor],
-    keys: Sequence[Tensor],
-    xs: Sequence[Tensor],
-    targets: Sequence[int],
-    size: int,
-    scale: float,
-    qk_norm: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def pooled_links(sides: QuerySides) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(P̄, pool(F), mean, M₂) as `reference.pooled_links` gives them."""
-    sizes = Sizes(maps, keys, targets, size)
-    dtype, maps, keys = maps[0].dtype, [readable(m) for m in maps], [k.contiguous() for k in keys]
-    statistics = bool(xs)
-    xs = [x.contiguous() for x in xs] or keys
+    sizes, size, scale, qk_norm = Sizes(sides), sides.size, sides.scale, sides.qk_norm
+    dtype, maps = sides.maps[0].dtype, [readable(m) for m in sides.maps]
+    alphas, statistics = sides.alphas, bool(sides.xs)
     pooled = empty((sizes.batch, size * size, sizes.offsets[-1]), maps[0], maps[0].dtype)
-    parameters = contiguous(align_weights), contiguous(align_biases), contiguous(query_weights)
+    groups = {
+        "align": sides.align_weights,
+        "bias": sides.align_biases,
+        "query": sides.query_weights,
+        "keys": sides.keys,
+    }
+    parameters = {f"{name}_ptrs": contiguous(group) for name, group in groups.items()}
+    tensors = {
+        "map_ptrs": tuple(maps),
+        "x_ptrs": contiguous(sides.xs or sides.keys),
+        "pooled_ptr": pooled,
+        **strides_of(maps),
+    }
     with on_device(maps[0]):
         if not alphas and qk_norm != "both":
-            found = _by_strips(sizes, maps, parameters, keys, xs, pooled, scale, qk_norm, statistics)
+            found = _by_strips(sizes, tensors, parameters, scale, qk_norm, statistics)
         else:
-            squashing = [contiguous(group) for group in (alphas, weights, biases)] if alphas else []
+            groups = {"alpha": alphas, "dyt_weight": sides.weights, "dyt_bias": sides.biases}
+            for name, group in groups.items():
+                parameters[f"{name}_ptrs"] = contiguous(group) if alphas else parameters["bias_ptrs"]
             found = _by_cells(
-                sizes, maps, parameters, squashing, keys, xs, pooled, scale, qk_norm, statistics
+                sizes, {**tensors, **parameters, "DYT": bool(alphas)}, scale, qk_norm, statistics
             )
     probabilities, mean, spread = found
     return probabilities, pooled.to(dtype), mean, spread
 
 
-Parameters = tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]  # A, a and W_Q of every link
-
-
 def _by_strips(
     sizes: Sizes,
-    maps: Sequence[Tensor],
-    parameters: Parameters,
-    keys: Sequence[Tensor],
-    xs: Sequence[Tensor],
-    pooled: Tensor,
+    tensors: dict[str, Any],
+    parameters: dict[str, tuple[Tensor, ...]],
     scale: float,
     qk_norm: str | None,
     statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(P̄, mean, M₂) with the queries absorbed, and pool(F) into `pooled`."""
-    B, H, d, size, dtype = sizes.batch, sizes.heads, sizes.d, sizes.size, maps[0].dtype
-    positions = forward_positions(sizes.most, d, dtype, statistics, configurations.capability(maps[0]))
+    """(P̄, mean, M₂) with the queries absorbed, and pool(F) into its memory."""
+    B, H, d, size, pooled = sizes.batch, sizes.heads, sizes.d, sizes.size, tensors["pooled_ptr"]
+    dtype = pooled.dtype
+    positions = forward_positions(sizes.most, d, dtype, statistics, configurations.capability(pooled))
     divided = [strips_of(sizes.widths[t], size, positions) for t in sizes.targets]
     together, strips, columns, across = zip(*divided, strict=True)
     firsts = firsts_of(H * size * count for count in strips)
-    probabilities, mean, spread, part_mean, part_spread = _outputs(sizes, keys[0], B * firsts[-1], statistics)
-    matrices, shifts = _absorbed(sizes, maps[0], parameters, keys, scale, qk_norm)
+    probabilities, mean, spread, part_mean, part_spread = _outputs(sizes, pooled, B * firsts[-1], statistics)
+    matrices, shifts = _absorbed(sizes, pooled, parameters, scale, qk_norm)
     pools = sizes.pool_firsts(firsts[-1])
     _absorbed_kernel[(B * pools[-1],)](
-        tuple(maps), matrices, shifts, tuple(xs), probabilities, part_mean, part_spread, pooled, B,
-        *strides_of(maps), **sizes.of_pooling(), **sizes.of_heads(), LINKS=len(keys), TARGETS=sizes.targets,
-        FIRSTS=firsts, POOLS=pools, TOGETHER=together, STRIPS=strips, COLUMNS=columns, ACROSS=across,
-        CHUNKS=sizes.chunks(), PAIR=dtype != torch.float32, STATISTICS=statistics, CELLS=padded(size),
-        BLOCK=positions, PRECISION=precision(dtype),
-        num_warps=strip_warps(sizes.most, d, dtype, statistics), num_stages=2,
+        **tensors, matrix_ptrs=matrices, shift_ptrs=shifts, out_ptr=probabilities, mean_ptr=part_mean,
+        spread_ptr=part_spread, batch=B, **sizes.of_pooling(), **sizes.of_heads(), LINKS=len(sizes.ranks),
+        TARGETS=sizes.targets, FIRSTS=firsts, POOLS=pools, TOGETHER=together, STRIPS=strips, COLUMNS=columns,
+        ACROSS=across, CHUNKS=sizes.chunks(), PAIR=dtype != torch.float32, STATISTICS=statistics, CELLS=padded(size),
+        BLOCK=positions, PRECISION=precision(dtype), num_warps=strip_warps(sizes.most, d, dtype, statistics),
+        num_stages=2,
     )  # fmt: skip
     if statistics:
         _gather(sizes, (part_mean, part_spread), (mean, spread), firsts, together, strips)
@@ -730,32 +722,20 @@ def _by_strips(
 
 
 def _by_cells(
-    sizes: Sizes,
-    maps: Sequence[Tensor],
-    parameters: Parameters,
-    squashing: Sequence[tuple[Tensor, ...]],
-    keys: Sequence[Tensor],
-    xs: Sequence[Tensor],
-    pooled: Tensor,
-    scale: float,
-    qk_norm: str | None,
-    statistics: bool,
+    sizes: Sizes, tensors: dict[str, Any], scale: float, qk_norm: str | None, statistics: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same by tokens."""
-    B, H, L, size, dtype = sizes.batch, sizes.heads, len(keys), sizes.size, maps[0].dtype
-    firsts = firsts_of([H * size * size] * L)
-    probabilities, mean, spread, part_mean, part_spread = _outputs(sizes, keys[0], B * firsts[-1], statistics)
-    align, bias, query = parameters
+    B, H, L, size, pooled = sizes.batch, sizes.heads, len(sizes.ranks), sizes.size, tensors["pooled_ptr"]
+    dtype, firsts = pooled.dtype, firsts_of([H * size * size] * L)
+    probabilities, mean, spread, part_mean, part_spread = _outputs(sizes, pooled, B * firsts[-1], statistics)
     pools = sizes.pool_firsts(L * size * size)
-    tile = token_tile(sizes.most, sizes.d, dtype, statistics, configurations.capability(maps[0]))
+    tile = token_tile(sizes.most, sizes.d, dtype, statistics, configurations.capability(pooled))
     _tokens_kernel[(B * pools[-1],)](
-        tuple(maps), align, bias, *(squashing or [bias] * 3), query, tuple(keys), tuple(xs), probabilities,
-        part_mean, part_spread, pooled, B, *strides_of(maps), scale, **sizes.of_pooling(), **sizes.of_heads(),
-        LINKS=L, TARGETS=sizes.targets, POOLS=pools, CHUNK=tile.chunk,
-        HP=power_of_two(H), C=H * sizes.d, TOKENS=tile.tokens, DYT=bool(squashing),
-        NORMALISE_QUERY=qk_norm == "both", NORMALISE_KEYS=qk_norm is not None, STATISTICS=statistics,
-        BLOCKS=sizes.cell_blocks(tile.positions), PRECISION=precision(dtype), num_warps=tile.warps,
-        num_stages=1,
+        **tensors, out_ptr=probabilities, mean_ptr=part_mean, spread_ptr=part_spread, batch=B, scale=scale,
+        **sizes.of_pooling(), **sizes.of_heads(), LINKS=L, TARGETS=sizes.targets, POOLS=pools, CHUNK=tile.chunk,
+        HP=power_of_two(H), C=H * sizes.d, TOKENS=tile.tokens, NORMALISE_QUERY=qk_norm == "both",
+        NORMALISE_KEYS=qk_norm is not None, STATISTICS=statistics, BLOCKS=sizes.cell_blocks(tile.positions),
+        PRECISION=precision(dtype), num_warps=tile.warps, num_stages=1,
     )  # fmt: skip
     if statistics:
         _gather(sizes, (part_mean, part_spread), (mean, spread), firsts, (1,) * L, (size,) * L)
@@ -790,8 +770,7 @@ def _gather(
 def _absorbed(
     sizes: Sizes,
     kind: Tensor,
-    parameters: Parameters,
-    keys: Sequence[Tensor],
+    parameters: dict[str, tuple[Tensor, ...]],
     scale: float,
     qk_norm: str | None,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -806,8 +785,9 @@ def _absorbed(
     heads = sizes.of_heads()
     del heads["most"], heads["SIZE"]
     _absorb_kernel[(B * firsts[-1],)](
-        *parameters, tuple(keys), matrices, shifts, kind, B, scale, **heads, LINKS=len(keys), FIRSTS=firsts,
-        CHANNELS=channels, C=H * sizes.d, NORMALISE_KEYS=qk_norm is not None, COLUMNS=columns,
-        CHUNK=32, PRECISION=precision(torch.float32), num_warps=warps(sizes.most, sizes.d), num_stages=2,
+        **parameters, matrix_ptrs=matrices, shift_ptrs=shifts, kind_ptr=kind, batch=B, scale=scale, **heads,
+        LINKS=len(sizes.ranks), FIRSTS=firsts, CHANNELS=channels, C=H * sizes.d,
+        NORMALISE_KEYS=qk_norm is not None, COLUMNS=columns, CHUNK=32, PRECISION=precision(torch.float32),
+        num_warps=warps(sizes.most, sizes.d), num_stages=2,
     )  # fmt: skip
     return matrices, shifts

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..attention.reference import normalised_key, normalised_query
 from ..checks import wide_dtype
+from ..options import QuerySides
 from ..pool.reference import adaptive_pool
 from ..scale import reference as scaling
 
@@ -42,46 +43,31 @@ def project_sources(
     return torch.stack(keys), torch.stack(values)
 
 
-def pooled_links(
-    maps: Sequence[Tensor],
-    align_weights: Sequence[Tensor],
-    align_biases: Sequence[Tensor],
-    alphas: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    query_weights: Sequence[Tensor],
-    keys: Sequence[Tensor],
-    xs: Sequence[Tensor],
-    targets: Sequence[int],
-    size: int,
-    scale: float,
-    qk_norm: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def pooled_links(sides: QuerySides) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """P̄ (L, B, H, P², r) in the wide dtype, zeros beyond a link's own r; pool(F) (B, P², ΣC_i); with X the mean
     (L, B, H, d) over all N of Y = L X and Σ‖y − mean‖² (L, B, H), else empty.
 
     T, DyT(T) and Q are in the dtype of F, as the modules of the unfused neck make them.
     """
-    most = max(k.shape[2] for k in keys)
+    most, size, qk_norm = max(k.shape[2] for k in sides.keys), sides.size, sides.qk_norm
     probabilities, means, spreads = [], [], []
-    for link, (target, K) in enumerate(zip(targets, keys, strict=True)):
-        features = maps[target]
-        align_weight, align_bias, query_weight = (
-            group[link].to(features.dtype) for group in (align_weights, align_biases, query_weights)
-        )
+    for link, (target, K) in enumerate(zip(sides.targets, sides.keys, strict=True)):
+        features = sides.maps[target]
+        parameters = sides.parameters(link)
+        align_weight, align_bias, query_weight = (t.to(features.dtype) for t in parameters[:3])
         T = F.linear(features.flatten(2).mT, align_weight, align_bias)
-        if alphas:
-            T = scaling.dyt(T, alphas[link], weights[link], biases[link])
+        if sides.alphas:
+            T = scaling.dyt(T, *parameters[3:])
         Q = F.linear(T, query_weight).unflatten(-1, (K.shape[1], K.shape[3])).transpose(1, 2)
-        L = (normalised_query(Q, qk_norm) @ normalised_key(K, qk_norm).mT * scale).softmax(-1)
+        L = (normalised_query(Q, qk_norm) @ normalised_key(K, qk_norm).mT * sides.scale).softmax(-1)
         folded = L.mT.flatten(0, 1).unflatten(-1, features.shape[2:])  # (B·H, r, h, w)
         P = F.adaptive_avg_pool2d(folded, size).flatten(2).mT.unflatten(0, K.shape[:2])
         probabilities.append(F.pad(P, (0, most - K.shape[2])))
-        if xs:
-            Y = L.detach() @ xs[link]
+        if sides.xs:
+            Y = L.detach() @ sides.xs[link]
             means.append(Y.mean(-2))
             spreads.append((Y - means[-1][..., None, :]).square().sum((-1, -2)))
-    pooled = torch.cat([adaptive_pool(m, size).flatten(2).mT for m in maps], -1)
+    pooled = torch.cat([adaptive_pool(m, size).flatten(2).mT for m in sides.maps], -1)
     wide = wide_dtype(pooled.dtype)
     mean, spread = (
         torch.stack(parts) if parts else pooled.new_empty(0, dtype=wide) for parts in (means, spreads)

@@ -13,6 +13,7 @@ writes dT. What positions add to dα, dw, db and da is written for each tile, an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -128,46 +129,47 @@ class Squash:
     """
 
     def __init__(
-        self, rows: Tensor, align: Tensor, bias: Tensor, query: Tensor, dyt: tuple[Tensor, Tensor, Tensor]
+        self, rows: Tensor, align: Tensor, bias: Tensor, query: Tensor, dyt: Sequence[Tensor]
     ) -> None:
         self.dtype = rows.dtype
-        self.given = contiguous((rows, align, bias))
-        self.query = readable(query).contiguous()
-        self.alpha, self.weight, self.shift = contiguous(dyt)
+        names = ("rows_ptr", "align_ptr", "bias_ptr", "query_ptr", "alpha_ptr", "weight_ptr")
+        *given, self.shift = contiguous((rows, align, bias, query, *dyt))
+        self.given = dict(zip(names, given, strict=True))
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """D and Q, (M, C) both."""
-        rows, C = self.given[0], len(self.query)
+        rows, C = self.given["rows_ptr"], len(self.shift)
         squashed, queries = (empty((len(rows), C), rows, rows.dtype) for _ in range(2))
         tile = forward_tile(rows.dtype)
         with on_device(rows):
             _squash_kernel[(-(-len(rows) // tile.positions),)](
-                *self.given, self.alpha, self.weight, self.shift, self.query, squashed, queries, len(rows),
-                WIDTH=padded(C), **self._shape(tile), num_warps=8, num_stages=2,
+                **self.given, dyt_bias_ptr=self.shift, squashed_ptr=squashed, queries_ptr=queries, WIDTH=padded(C),
+                **self._shape(tile), num_warps=8, num_stages=2,
                 maxnreg=configurations.MOST_REGISTERS,  # else some spill to let two programs share a processor
             )  # fmt: skip
         return squashed.to(self.dtype), queries.to(self.dtype)
 
     def backward(self, dqueries: Tensor) -> tuple[Tensor, Tensor]:
         """dT (M, C), and in fp32 (4, C) what each channel adds to dα, then dw, db and da."""
-        rows, C = self.given[0], len(self.query)
+        rows, C = self.given["rows_ptr"], len(self.shift)
         tile = backward_tile(rows.dtype)
         tiles = -(-len(rows) // tile.positions)
         daligned = empty((len(rows), C), rows, rows.dtype)
         parts = empty((tiles, 4, C), rows, torch.float32)
         with on_device(rows):
             _squash_backward_kernel[(tiles, -(-C // tile.channels))](
-                *self.given, self.alpha, self.weight, self.query, readable(dqueries).contiguous(), daligned,
-                parts, len(rows), **self._shape(tile), num_warps=8, num_stages=2,
+                **self.given, dqueries_ptr=readable(dqueries).contiguous(), daligned_ptr=daligned, parts_ptr=parts,
+                **self._shape(tile), num_warps=8, num_stages=2,
             )  # fmt: skip
         return daligned.to(self.dtype), parts.sum(0)
 
     def _shape(self, tile: SquashTile) -> dict[str, int | str]:
-        """The compile-time numbers that both kernels take."""
-        rows = self.given[0]
+        """The numbers that both kernels take."""
+        rows = self.given["rows_ptr"]
         return {
+            "M": len(rows),
             "channels": rows.shape[1],
-            "C": len(self.query),
+            "C": len(self.shift),
             "CHUNK": tile.chunk,
             "BLOCK": tile.positions,
             "TOKENS": tile.channels,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..attention.reference import normalised_key, rms_normalise
 from ..checks import wide_dtype
+from ..options import QuerySides
 from .tile_native import grid_of
 from .tile_steps import (
     Affine,
@@ -39,20 +40,11 @@ ALIGNMENT = 64  # bytes; the bits of a library's product may depend on where its
 class _Link:
     """One link: its parameters, rounded to F's dtype and folded in the wide one, and its target's grid."""
 
-    def __init__(
-        self,
-        features: Tensor,
-        keys: Tensor,
-        parameters: Sequence[Tensor],
-        size: int,
-        scale: float,
-        qk_norm: str | None,
-        space: Workspace,
-    ) -> None:
-        """`parameters`: A, a, W_Q and, with DyT, α, w and b."""
+    def __init__(self, sides: QuerySides, number: int, space: Workspace) -> None:
+        features, keys = sides.maps[sides.targets[number]], sides.keys[number]
         wide = keys.dtype
-        self.features, self.keys, self.scale, self.qk_norm = features, keys, scale, qk_norm
-        self.parameters = parameters
+        self.features, self.keys, self.scale, self.qk_norm = features, keys, sides.scale, sides.qk_norm
+        self.parameters = parameters = sides.parameters(number)
         weight, bias, self.query_weight = (t.to(features.dtype).to(wide) for t in parameters[:3])
         self.align = Affine(weight, bias)
         self.dyt = (
@@ -61,7 +53,7 @@ class _Link:
             else None
         )
         self.folded = fold(self.align, self.query_weight, self.dyt)
-        self.grid, self.space = _grid(features, size, keys), space
+        self.grid, self.space = _grid(features, sides.size, keys), space
 
     def landmarks(self, image: int) -> Tensor:
         """K̃ (H, r, d), normalised where that is asked for, times the scale."""
@@ -165,74 +157,42 @@ class _Backward:
         ]
 
 
-def pooled_links(
-    maps: Sequence[Tensor],
-    align_weights: Sequence[Tensor],
-    align_biases: Sequence[Tensor],
-    alphas: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    query_weights: Sequence[Tensor],
-    keys: Sequence[Tensor],
-    xs: Sequence[Tensor],
-    targets: Sequence[int],
-    size: int,
-    scale: float,
-    qk_norm: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def pooled_links(sides: QuerySides) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """P̄ (L, B, H, P², r), pool(F) (B, P², ΣC_i), and the moments of Y = L X, all as the reference gives them."""
+    keys, xs, size = sides.keys, sides.xs, sides.size
     B, H, _, d = keys[0].shape
     most = max(k.shape[2] for k in keys)
     probabilities = keys[0].new_zeros((len(keys), B, H, size * size, most))
     shape = (len(keys), B, H) if xs else (0,)
     means, spreads = keys[0].new_empty((*shape, d) if xs else shape), keys[0].new_empty(shape)
-    groups = align_weights, align_biases, query_weights, alphas, weights, biases
     space = Workspace(keys[0])
-    for number, target in enumerate(targets):
-        parameters = [group[number] for group in groups if group]
-        link = _Link(maps[target], keys[number], parameters, size, scale, qk_norm, space)
+    for number in range(len(keys)):
+        link = _Link(sides, number, space)
         rank = keys[number].shape[2]
         for image in range(B):
             pooled, moments = link.forward(image, xs[number][image] if xs else None)
             probabilities[number, image, ..., :rank] = pooled.view(H, size * size, rank)
             if moments is not None:
                 means[number, image], spreads[number, image] = moments.results()
-    grids = [_grid(m, size, keys[0]) for m in maps]
-    pooled_maps = [torch.stack([*map(grid.pool_map, m)]) for grid, m in zip(grids, maps, strict=True)]
+    grids = [_grid(m, size, keys[0]) for m in sides.maps]
+    pooled_maps = [torch.stack([*map(grid.pool_map, m)]) for grid, m in zip(grids, sides.maps, strict=True)]
     return probabilities, torch.cat([m.flatten(2).mT for m in pooled_maps], -1), means, spreads
 
 
 def pooled_links_backward(
-    grads: Sequence[Tensor],
-    results: Sequence[Tensor],
-    maps: Sequence[Tensor],
-    align_weights: Sequence[Tensor],
-    align_biases: Sequence[Tensor],
-    alphas: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    query_weights: Sequence[Tensor],
-    keys: Sequence[Tensor],
-    xs: Sequence[Tensor],
-    targets: Sequence[int],
-    size: int,
-    scale: float,
-    qk_norm: str | None,
+    grads: Sequence[Tensor], results: Sequence[Tensor], sides: QuerySides
 ) -> list[Tensor]:
     """Gradients of the maps, then of every list of a link's tensors up to the keys."""
+    maps, keys, size = sides.maps, sides.keys, sides.size
     wide = wide_dtype(maps[0].dtype)
-    groups = align_weights, align_biases, query_weights, alphas, weights, biases
     space = Workspace(keys[0])
-    links = []
-    for number, target in enumerate(targets):
-        parameters = [group[number] for group in groups if group]
-        links.append(_Backward(_Link(maps[target], keys[number], parameters, size, scale, qk_norm, space)))
+    links = [_Backward(_Link(sides, number, space)) for number in range(len(keys))]
     dkeys = [torch.zeros(k.shape, dtype=k.dtype, device=k.device) for k in keys]
     dmaps = [torch.empty(m.shape, dtype=m.dtype, device=m.device) for m in maps]
     dmeans = grads[1].split([m.shape[1] for m in maps], -1)
     for number, dmap in enumerate(dmaps):
         grid = _grid(dmap, size, keys[0])
-        into_it = [i for i, target in enumerate(targets) if target == number]
+        into_it = [i for i, target in enumerate(sides.targets) if target == number]
         for image, given in enumerate(dmap):
             in_place = given.dtype == wide and _is_aligned(given)
             whole = given if in_place else space("dmap", *given.shape)

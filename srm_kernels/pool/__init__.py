@@ -15,7 +15,7 @@ _pool = register_operator(
     "adaptive_pool",
     "Tensor x, SymInt size",
     "Tensor",
-    dict.fromkeys(("reference", "sdpa"), reference.adaptive_pool)
+    dict.fromkeys(("reference", "torch"), reference.adaptive_pool)
     | {"triton": later(_KERNELS, "adaptive_pool")},
     fake=lambda x, size: x.new_empty((*x.shape[:2], size, size)),
     differentiable=("x",),

@@ -13,7 +13,7 @@ from ..registration import later, register_operator
 from ..runtime import choose_kernels
 from . import reference
 
-_PLAIN, _KERNELS = ("reference", "sdpa"), f"{__name__}.kernels"
+_PLAIN, _KERNELS = ("reference", "torch"), f"{__name__}.kernels"
 
 
 def _cast_dyt(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:

@@ -283,7 +283,7 @@ def dyt(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     alpha, weight, bias = (readable(p).contiguous() for p in (alpha, weight, bias))
     with on_device(x):
         _dyt_kernel[(-(-outer * inner // ROWS), -(-C // COLUMNS))](
-            rows, alpha, weight, bias, out, outer * inner, inner, *rows.stride(), C=C, ROWS=ROWS,
+            rows, alpha, weight, bias, out, outer * inner, inner, **_row_strides(x=rows), C=C, ROWS=ROWS,
             COLUMNS=COLUMNS, num_warps=4,
         )  # fmt: skip
     return out.to(dtype)
@@ -312,7 +312,7 @@ def dyt_backward(
     dalpha, dweight, dbias = (empty(tuple(p.shape), rows, readable(p).dtype) for p in (alpha, weight, bias))
     with on_device(x):
         _dyt_backward_kernel[(shares, -(-C // COLUMNS))](
-            rows, *parameters, upstream, dx, parts, M, inner, share, *rows.stride(), *upstream.stride(), C=C,
+            rows, *parameters, upstream, dx, parts, M, inner, share, **_row_strides(x=rows, dout=upstream), C=C,
             ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
         )  # fmt: skip
         _dyt_sum_kernel[(1,)](
@@ -320,6 +320,15 @@ def dyt_backward(
         )
     gradients = (dx.view(shape), dalpha, dweight, dbias)
     return [gradient.to(dtype) for gradient, dtype in zip(gradients, dtypes, strict=True)]
+
+
+def _row_strides(**rows: Tensor) -> dict[str, int]:
+    """Strides of (outer, inner, C) as kernels name them."""
+    return {
+        f"{name}_{axis}": stride
+        for name, tensor in rows.items()
+        for axis, stride in zip(("outer", "inner", "column"), tensor.stride(), strict=True)
+    }
 
 
 def divide(count: int, block: int, least: int, most: int = 32) -> tuple[int, int]:

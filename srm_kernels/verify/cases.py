@@ -16,6 +16,9 @@ from torch import Tensor
 import srm_kernels as ops
 
 from ..attention import _landmark_side, _select
+from ..conditioning import SOLVERS
+from ..landmarks import METHODS_OF_KERNELS
+from ..options import AttentionOptions, LandmarkOptions, SolveOptions
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Call = Callable[..., Any]  # (*tensors, backend=…) → a tensor or several
@@ -56,7 +59,7 @@ SHAPES = {
 QUICK = ("odd", "article")
 FAMILY = (*QUICK, "small", "large")
 WIDTH = 64  # channels of a backbone's map
-OTHER_SOLVERS = ("lu", "svd", "auto", "neumann")
+OTHER_SOLVERS = tuple(SOLVERS)[1:]
 SCALE_OF_ATTENTION = 1e-3  # γ and the ridge
 
 
@@ -151,14 +154,13 @@ def _attend(s: Shape, **more: Any) -> Call:
 def _attend_as_chosen(s: Shape, inputs: Sequence[Tensor], backend: str) -> Call:
     """Attention by the landmarks that an implementation chose: a tie may go either way."""
     _, key, value, _ = inputs
-    scale, gamma = s.d**-0.5, SCALE_OF_ATTENTION
+    choice, solve = LandmarkOptions(s.rank, gamma=SCALE_OF_ATTENTION), SolveOptions(SCALE_OF_ATTENTION)
+    options = AttentionOptions(choice, solve, s.d**-0.5, s.qk_norm)
     with torch.no_grad():
         if backend == "triton":
-            solve = (gamma, "cholesky", False, 1e6, 3, True)
-            side = (key, value, None, s.rank, "leverage", gamma, scale, s.qk_norm, None, solve, "triton")
-            index = _landmark_side(*side)[2]
+            index = _landmark_side(key, value, None, options, "triton")[2]
         else:
-            index = _select(key, s.rank, "leverage", gamma, scale, s.qk_norm, None, backend)
+            index = _select(key, options, backend)
     return _attend(s, landmarks=index)
 
 
@@ -292,7 +294,7 @@ OPERATORS = (
     Operator(
         "nystrom_attention",
         lambda s, draw: [*_tokens("queries", "keys", "keys")(s, draw), draw(s.heads) * 0.1 + 1],
-        _attend, (0, 0, 0, None), (0,), wide=(3,), backends=("sdpa", "triton"), shares_size=True,
+        _attend, (0, 0, 0, None), (0,), wide=(3,), backends=("torch", "triton"), shares_size=True,
         reference=_attend_as_chosen,
     ),
     Operator(
@@ -310,7 +312,7 @@ OPERATORS = (
             ),
             (0,), (0,), variant=method, ratio=_landmark_ratio(method),
         )
-        for method in ("leverage", "pivoted_cholesky")
+        for method in METHODS_OF_KERNELS
     ),
     Operator(
         "ridge_leverage_scores", _tokens("keys"),

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from srm_model.config import STORED, SRMConfig
+from srm_model.config import REGISTERED, STORED, SRMConfig, registered
 from srm_model.files import read_json
 
 if TYPE_CHECKING:
@@ -54,13 +54,22 @@ def add_config(parser: argparse.ArgumentParser, *fields: str) -> None:
     group.add_argument(
         "--config", metavar="FILE", help="JSON with some fields, or a checkpoint's config.json"
     )
-    group.add_argument(
+    values = group.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="one field; VALUE is JSON, none, or plain text, such as --set links=[[4,3],[3,2]] (repeatable)",
+        help="one field; VALUE is JSON, none, or plain text, such as --set links=[[4,3],[3,2]] (repeatable); "
+        "%(registered)s",
     )
+    values.registered = _Registered()  # type: ignore[attr-defined]
+
+
+class _Registered:
+    """The values of registered fields as `--help` lists them: what they are is imported when they are printed."""
+
+    def __str__(self) -> str:
+        return "; ".join(f"{name}: {', '.join(map(str, registered(name)))}" for name in REGISTERED)
 
 
 def config_from(args: argparse.Namespace, base: SRMConfig | None = None) -> SRMConfig:

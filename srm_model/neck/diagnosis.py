@@ -67,7 +67,7 @@ def _figures(link: Link, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
         "sigma_after_tau": sigma * link.tau(),
     }
     if link.attention == "nystrom":
-        _, solution = link.attend(q, k, v, diagnostics=True)
+        _, solution = link.diagnosed(q, k, v)
         figures |= {name: getattr(solution, name) for name in ("kappa", "residual", "gain")}
     return figures
 

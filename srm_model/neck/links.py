@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from srm_kernels import dyt, full_attention, nystrom_attention, select_landmarks
+from srm_kernels import LandmarkSolution, dyt, full_attention, nystrom_attention, select_landmarks
 from srm_kernels.attention.reference import normalised_key
+from srm_kernels.landmarks import METHODS
 from srm_model.config import SRMConfig
 
 
@@ -71,16 +72,22 @@ class Link(nn.Module):
 
     def forward(self, target: Tensor, source: Tensor) -> Tensor:
         """Y (B, H, N_q, d)."""
-        y: Tensor = self.attend(*self.project(target, source))
-        return y
+        return self.attend(*self.project(target, source))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, diagnostics: bool = False, **changes: Any) -> Any:
-        """Y, or (Y, solution) with `diagnostics` on the Nyström form; `changes` are fields of another config."""
-        c = self.config.replace(**changes) if changes else self.config
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Y (B, H, N_q, d)."""
+        c = self.config
         if self.attention == "full":
             return full_attention(q, k, v, qk_norm=c.qk_norm)
-        options = {**self.key_options(c), "solve_dtype": c.solve_dtype, "diagnostics": diagnostics}
-        return nystrom_attention(q, k, v, c.rank, **options)
+        y: Tensor = nystrom_attention(q, k, v, c.rank, solve_dtype=c.solve_dtype, **self.key_options())  # type: ignore[assignment]
+        return y
+
+    def diagnosed(self, q: Tensor, k: Tensor, v: Tensor, **changes: Any) -> tuple[Tensor, LandmarkSolution]:
+        """Y of the Nyström form and what is known about its systems; `changes` are fields of another config."""
+        c = self.config.replace(**changes) if changes else self.config
+        options = {**self.key_options(c), "solve_dtype": c.solve_dtype, "diagnostics": True}
+        y, solution = nystrom_attention(q, k, v, c.rank, **options)
+        return y, solution  # type: ignore[return-value]
 
     def key_options(self, config: SRMConfig | None = None) -> dict[str, Any]:
         """How landmarks are chosen and their system solved, as the operators take it."""
@@ -104,12 +111,12 @@ class Link(nn.Module):
 
     def _choice(self, c: SRMConfig) -> dict[str, Any]:
         """Sampling is for training, each time from a fresh seed; evaluation takes the largest scores."""
-        method, generator = c.landmarks, None
-        if method == "leverage_sample":
+        method, evaluated, generator = c.landmarks, METHODS[c.landmarks].evaluated, None
+        if evaluated is not None:
             if self.training:
                 generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
             else:
-                method = "leverage"
+                method = evaluated
         return {"method": method, "gamma": c.gamma, "generator": generator}
 
     def attended(self, k: Tensor) -> Tensor:

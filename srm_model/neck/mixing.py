@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srm_kernels import landmark_side, merge_links, pooled_links, project_sources, serves_pooled_links
+from srm_kernels.landmarks import METHODS
 from srm_kernels.registration import no_autocast
 from srm_model.config import STAGES, SRMConfig
 from srm_model.modules import autocast_dtype, is_plain, rounded
@@ -49,7 +50,7 @@ def key_sides(
     Where landmarks are sampled, every link draws its own.
     """
     groups = [[pair for pair in links if pair[0] == source] for source in sources]
-    if c.landmarks == "leverage_sample":
+    if METHODS[c.landmarks].evaluated is not None:
         groups = [[pair] for pair in links]
     sides: dict[Pair, tuple[Tensor, Tensor]] = {}
     for pairs in filter(None, groups):

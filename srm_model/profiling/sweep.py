@@ -13,6 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from srm_kernels import backends, choice
+from srm_kernels.checks import current_name
 from srm_kernels.registration import running
 from srm_model.config import SRMConfig
 from srm_model.profiling import counting
@@ -45,7 +46,8 @@ def cases(
     directions: Iterable[str] = ("forward",),
 ) -> list[Case]:
     """The product of everything; `srm` once for each of `backend_names`, by default all that can run here."""
-    names = list(backend_names or (name for name, status in backends().items() if status.available))
+    available = (name for name, status in backends().items() if status.available)
+    names = list(map(current_name, backend_names or available))
     with_backend = [(neck, backend) for neck in necks for backend in (names if neck == "srm" else [None])]
     return [
         Case(part, backbone, neck, backend, resolution, batch, dtype, direction)

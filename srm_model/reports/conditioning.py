@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from srm_kernels.landmarks import METHODS
 from srm_model.reports.blocks import caption, row, section, table
 from srm_model.reports.charts import Series, curve_chart
 from srm_model.reports.markup import Child, Markup, element, join
@@ -17,12 +18,6 @@ from srm_model.reports.pictures import png_uri
 from srm_model.reports.style import STYLE
 from srm_model.reports.text import count, listing, significant
 
-METHODS = {
-    "leverage": "leverage",
-    "uniform": "uniform",
-    "pivoted_cholesky": "pivoted Cholesky",
-    "kmeans++": "k-means++",
-}
 QUANTILES = ("median", "p90", "max")
 COLUMNS = ("κ median", "p90", "max", "ρ median", "p90", "max", "error median", "p90", "max", "solved by")
 
@@ -80,14 +75,19 @@ def markdown(found: Mapping[str, Any]) -> str:
     ranks = sorted({entry["rank"] for entry in found["errors"]})
     lines += ["", "| median error, landmarks | " + " | ".join(f"r = {rank}" for rank in ranks) + " |"]
     lines += ["|---" * (len(ranks) + 1) + "|"]
-    for method, name in METHODS.items():
+    for method, name in _methods(found):
         lines.append(f"| {name} | " + " | ".join(_by_rank(found, method, ranks)) + " |")
     steps = _steps(found)
     lines += ["", "| sets of landmarks that change | " + " | ".join(_step(step) for step in steps) + " |"]
     lines += ["|---" * (len(steps) + 1) + "|"]
-    for method, name in METHODS.items():
+    for method, name in _methods(found):
         lines.append(f"| {name} | " + " | ".join(_by_step(found, method)) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _methods(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Name and title of the landmark methods that were measured."""
+    return [(name, METHODS[name].title) for name in dict.fromkeys(e["method"] for e in found["errors"])]
 
 
 def _steps(found: Mapping[str, Any]) -> list[float]:
@@ -188,9 +188,9 @@ def _curves(found: Mapping[str, Any]) -> Child:
 
 def _errors(found: Mapping[str, Any]) -> Child:
     ranks = sorted({entry["rank"] for entry in found["errors"]})
-    rows = [row(name, *_by_rank(found, method, ranks)) for method, name in METHODS.items()]
+    rows = [row(name, *_by_rank(found, method, ranks)) for method, name in _methods(found)]
     series = []
-    for look, (method, name) in enumerate(METHODS.items()):
+    for look, (method, name) in enumerate(_methods(found)):
         known = [
             (math.log2(entry["rank"]), math.log10(entry["median"]))
             for entry in found["errors"]
@@ -213,7 +213,7 @@ def _errors(found: Mapping[str, Any]) -> Child:
 
 
 def _changes(found: Mapping[str, Any]) -> Child:
-    rows = [row(name, *_by_step(found, method)) for method, name in METHODS.items()]
+    rows = [row(name, *_by_step(found, method)) for method, name in _methods(found)]
     return [
         table(["Landmarks", *(_step(step) for step in _steps(found))], rows),
         caption(
@@ -260,6 +260,6 @@ def _map(image: Image.Image, entry: Mapping[str, Any]) -> Markup:
             )
         )
     picture = element("image", href=png_uri(buffer.getvalue()), width=240, height=240)
-    label = f"{METHODS[entry['method']]}: {count(int((counts > 0).sum()), 'key')} of {counts.size}"
+    label = f"{METHODS[entry['method']].title}: {count(int((counts > 0).sum()), 'key')} of {counts.size}"
     svg = element("svg", picture, discs, viewBox="0 0 240 240", role="img", aria_label=label)
     return element("figure", svg, element("figcaption", label))

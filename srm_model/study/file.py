@@ -11,15 +11,19 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from srm_kernels.conditioning import SOLVERS
+from srm_kernels.landmarks import METHODS
 from srm_model.attacks.problem import check_budget, parse_budget
 from srm_model.config import NECKS, SRMConfig
 
 FULL = "full"  # the variant without overrides
 # One-out ablations of table 11 by name; a function where the override depends on the config.
 ABLATIONS: dict[str, Any] = {
-    "uniform landmarks": {"landmarks": "uniform"},
-    "k-means++ landmarks": {"landmarks": "kmeans++"},
-    "pivoted Cholesky landmarks": {"landmarks": "pivoted_cholesky"},
+    **{
+        f"{method.title} landmarks": {"landmarks": name}
+        for name, method in METHODS.items()
+        if method.evaluated is None and name != SRMConfig.landmarks
+    },
     "no τ": {"tau": False},
     "no DyT": {"dyt": False},
     "no gate regulariser": {"weight_entropy": 0.0, "weight_balance": 0.0},
@@ -29,10 +33,7 @@ ABLATIONS: dict[str, Any] = {
     "a quarter of the landmarks": lambda config: {"rank": max(1, config.rank // 4)},
     "keys not normalised": {"qk_norm": None},
     "Neumann m = 3": {"solver": "neumann", "neumann_order": 3},
-    "solver cholesky": {"solver": "cholesky"},
-    "solver lu": {"solver": "lu"},
-    "solver svd": {"solver": "svd"},
-    "solver auto": {"solver": "auto"},
+    **{f"solver {name}": {"solver": name} for name in SOLVERS if name != "neumann"},
 }
 # To be named one by one: they are no part of "all".
 DEFENCES: dict[str, Any] = {

@@ -50,8 +50,8 @@ def test_attention_as_ratios(
         "default",
         "reference",
         "svd",
-        "sdpa",
-        *(f"{name} compiled" for name in ("exact", "default", "reference", "svd", "sdpa")),
+        "torch",
+        *(f"{name} compiled" for name in ("exact", "default", "reference", "svd", "torch")),
     ]
     assert "% of copy bandwidth" in printed
     assert "srm::nystrom_attention" in printed
@@ -82,7 +82,7 @@ def test_a_compiled_rival_is_seen_through_and_computes_the_same(monkeypatch: pyt
     torch.compiler.reset()
     calls = attention.rivals(compiling)
     inputs = attention.tokens(32, 24, 1, compiling)
-    for name in ("reference", "svd", "sdpa"):
+    for name in ("reference", "svd", "torch"):
         seen.clear()
         torch.testing.assert_close(calls[f"{name} compiled"](*inputs), calls[name](*inputs))
         assert len(seen) > 20

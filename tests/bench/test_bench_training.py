@@ -35,4 +35,4 @@ def test_a_fused_neck_that_misses_its_aim_is_marked():
     row = {"backbone": "b", "neck": "srm", "backend": "triton", "images_per_second": 1.0, "peak_mib": 1.0}
     assert training.line_of({**row, "speed_over_first": 1.29}).endswith(" !")
     assert not training.line_of({**row, "speed_over_first": 1.3}).endswith("!")
-    assert not training.line_of({**row, "speed_over_first": 1.2, "backend": "sdpa"}).endswith("!")
+    assert not training.line_of({**row, "speed_over_first": 1.2, "backend": "torch"}).endswith("!")

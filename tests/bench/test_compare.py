@@ -214,7 +214,7 @@ class Here:
 
 def test_two_backends(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr(compare, "Worker", Here)
-    arguments = ["--backends", "reference", "sdpa", "--operators", "dyt", "select_landmarks", "--seed", "1"]
+    arguments = ["--backends", "reference", "torch", "--operators", "dyt", "select_landmarks", "--seed", "1"]
     assert main([*arguments, "--tolerance", "99", "--dtype", "fp32", *TINY]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:]] == [
@@ -248,7 +248,7 @@ def test_a_checkout_is_timed_in_a_process_of_its_own(monkeypatch: pytest.MonkeyP
             assert b"OMP_NUM_THREADS=1" in environment.read_bytes().split(b"\0")
         with pytest.raises(NumericsError, match="backend 'cuda' cannot run"):
             worker.prepare({**request, "backend": "cuda", "verify": True})
-        assert worker.prepare({**request, "backend": "sdpa", "verify": False})() > 0
+        assert worker.prepare({**request, "backend": "torch", "verify": False})() > 0
     finally:
         worker.close()
     assert worker.process.returncode == 0
@@ -261,11 +261,11 @@ def test_wrong_numbers_are_not_timed(monkeypatch: pytest.MonkeyPatch, capsys: py
     honest = operators.Timed._forward
 
     def wrong(self: operators.Timed) -> list[torch.Tensor]:
-        return [x * (1.01 if self.backend == "sdpa" else 1) for x in honest(self)]
+        return [x * (1.01 if self.backend == "torch" else 1) for x in honest(self)]
 
     monkeypatch.setattr(compare, "Worker", Here)
     monkeypatch.setattr(operators.Timed, "_forward", wrong)
-    arguments = ["--backends", "reference", "sdpa", "--operators", "dyt", "--directions", "forward"]
+    arguments = ["--backends", "reference", "torch", "--operators", "dyt", "--directions", "forward"]
     assert main([*arguments, *TINY]) == 2
     assert "it is not timed" in capsys.readouterr().out
 
@@ -313,7 +313,7 @@ def test_ctrl_c_tells_what_the_finished_sets_say(
 
     monkeypatch.setattr(compare, "Worker", Here)
     monkeypatch.setattr(compare, "one_set", interrupted)
-    arguments = ["--backends", "reference", "sdpa", "--operators", "dyt", "--directions", "forward"]
+    arguments = ["--backends", "reference", "torch", "--operators", "dyt", "--directions", "forward"]
     assert main([*arguments, *TINY]) == 130
     captured = capsys.readouterr()
     assert ("1 compared" in captured.out) == told
@@ -334,8 +334,8 @@ def test_bad_arguments_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFi
     """With another code than that of a slowdown."""
     for arguments, sentence in (
         (["--checkouts", str(tmp_path), str(tmp_path), *TINY], "no checkout with srm_kernels in it"),
-        (["--backends", "reference", "sdpa", *TINY, "--rounds", "0"], "rounds=0: expected at least 1"),
-        (["--backends", "reference", "sdpa", *TINY, "--sets", "4"], "4 sets cannot tell a slowdown"),
+        (["--backends", "reference", "torch", *TINY, "--rounds", "0"], "rounds=0: expected at least 1"),
+        (["--backends", "reference", "torch", *TINY, "--sets", "4"], "4 sets cannot tell a slowdown"),
     ):
         assert main([*arguments, "--operators", "dyt"]) == 2
         captured = capsys.readouterr()

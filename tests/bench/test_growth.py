@@ -45,12 +45,12 @@ def test_the_work_itself_grows_as_the_article_says():
         "N": (1 << 16, 1 << 18, 1 << 20),
     }
     for variable, values in large.items():
-        for name, expected in ((EXACT, 2.0 if variable == "N" else 1.0), ("nystrom [sdpa]", 1.0)):
+        for name, expected in ((EXACT, 2.0 if variable == "N" else 1.0), ("nystrom [torch]", 1.0)):
             work = [growth.macs(growth.at(BASE, variable, value), name) for value in values]
             # the constant part of equation 30 is under a hundredth of it at these sizes
             assert power_law(values, work).exponent == pytest.approx(expected, abs=0.01), (variable, name)
-    assert growth.macs(BASE._replace(N_k=16), "nystrom [sdpa]") == growth.macs(
-        BASE._replace(N_k=16, r=16), "nystrom [sdpa]"
+    assert growth.macs(BASE._replace(N_k=16), "nystrom [torch]") == growth.macs(
+        BASE._replace(N_k=16, r=16), "nystrom [torch]"
     )
 
 
@@ -122,7 +122,7 @@ def test_the_command_measures_and_prints(tmp_path: Path, capsys: pytest.CaptureF
         "--variables",
         "N_q",
         "--backends",
-        "sdpa",
+        "torch",
         "--note",
         "a look",
     ]
@@ -131,7 +131,7 @@ def test_the_command_measures_and_prints(tmp_path: Path, capsys: pytest.CaptureF
     assert "time ∝ x^p" in printed
     assert "B = 2" in printed
     grown, crossed = (read(tmp_path / "cpu" / f"{name}.jsonl") for name in ("growth", "crossover"))
-    names = [EXACT, "nystrom [sdpa]"]
+    names = [EXACT, "nystrom [torch]"]
     assert [(row["value"], row["implementation"]) for row in grown] == list(
         itertools.product((32, 64, 128), names)
     )
@@ -149,12 +149,12 @@ def test_what_cannot_run_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(growth, "full_attention", starved)
-    arguments = [*QUICK, "--out", str(tmp_path), "--what", "crossover", "--backends", "sdpa", "cuda"]
+    arguments = [*QUICK, "--out", str(tmp_path), "--what", "crossover", "--backends", "torch", "cuda"]
     assert main([*arguments, "--direction", "backward", "--dtype", "bf16"]) == 0
     rows = read(tmp_path / "cpu" / "crossover.jsonl")
     told = {row["implementation"]: row["error"] for row in rows}
     assert told[EXACT].startswith("out of memory")
-    assert told["nystrom [sdpa]"] is None
+    assert told["nystrom [torch]"] is None
     assert "cannot run" in told["nystrom [cuda]"]
     assert all(share is None for found in surfaces(rows) for share in found.share.values())
 
@@ -168,7 +168,17 @@ def test_what_fails_only_while_it_is_timed_is_a_row(tmp_path: Path, monkeypatch:
         return honest(*args)
 
     monkeypatch.setattr(growth.harness, "peak", failing)
-    arguments = [*QUICK, "--out", str(tmp_path), "--what", "growth", "--variables", "B", "--backends", "sdpa"]
+    arguments = [
+        *QUICK,
+        "--out",
+        str(tmp_path),
+        "--what",
+        "growth",
+        "--variables",
+        "B",
+        "--backends",
+        "torch",
+    ]
     assert main(arguments) == 0
     errors = [row["error"] for row in read(tmp_path / "cpu" / "growth.jsonl")]
     assert errors[0] is None
@@ -184,7 +194,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.Monk
         return honest(*args)
 
     monkeypatch.setattr(growth, "measured", interrupted)
-    assert main([*QUICK, "--out", str(tmp_path), "--backends", "sdpa"]) == 130
+    assert main([*QUICK, "--out", str(tmp_path), "--backends", "torch"]) == 130
     found = [row["variable"] for row in read(tmp_path / "cpu" / "growth.jsonl")]
     assert found == ["N_q"] * 6 + ["N_k"] * 6
 

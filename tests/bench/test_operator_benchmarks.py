@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_every_operator_passes_its_own_check(operator: str, backend: str, dtype: str):
     for direction in DIRECTIONS:
@@ -40,23 +40,23 @@ def test_wrong_numbers_are_refused(direction: str, monkeypatch: pytest.MonkeyPat
     honest = srm_kernels.dyt
 
     def wrong(*args, backend):
-        return honest(*args, backend=backend) * (1 + 1e-5 if backend == "sdpa" else 1)
+        return honest(*args, backend=backend) * (1 + 1e-5 if backend == "torch" else 1)
 
     monkeypatch.setattr(srm_kernels, "dyt", wrong)
     assert Timed("dyt", FAMILIES["tiny"], "reference", direction, "fp32", "cpu").verify() < 1e-5
-    with pytest.raises(NumericsError, match=r"dyt by sdpa, .*it is not timed$"):
-        Timed("dyt", FAMILIES["tiny"], "sdpa", direction, "fp32", "cpu").verify()
+    with pytest.raises(NumericsError, match=r"dyt by torch, .*it is not timed$"):
+        Timed("dyt", FAMILIES["tiny"], "torch", direction, "fp32", "cpu").verify()
 
 
 def test_a_result_that_is_not_a_number_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(srm_kernels, "full_attention", lambda q, *_, **__: torch.full_like(q, float("nan")))
     with pytest.raises(NumericsError):
-        Timed("full_attention", FAMILIES["tiny"], "sdpa", "forward", "fp32", "cpu").verify()
+        Timed("full_attention", FAMILIES["tiny"], "torch", "forward", "fp32", "cpu").verify()
 
 
 def test_worse_or_repeated_landmarks_are_refused(monkeypatch: pytest.MonkeyPatch):
     honest = srm_kernels.select_landmarks
-    timed = Timed("select_landmarks", FAMILIES["tiny"], "sdpa", "forward", "fp32", "cpu")
+    timed = Timed("select_landmarks", FAMILIES["tiny"], "torch", "forward", "fp32", "cpu")
     timed.verify()
     for spoil in (
         lambda chosen: (chosen + 1) % FAMILIES["tiny"].keys,
@@ -90,7 +90,7 @@ def test_they_run_under_pytest_benchmark(tmp_path: Path):
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(saved.read_text())["benchmarks"]
     assert {case["params"]["operator"] for case in found} == {"dyt", "select_landmarks"}
-    assert {case["params"]["implementation"] for case in found} >= {"reference", "sdpa"}
+    assert {case["params"]["implementation"] for case in found} >= {"reference", "torch"}
     assert "dyt, tiny, backward, fp32" in {case["group"] for case in found}
     assert found[0]["extra_info"]["machine"]["torch"] == torch.__version__
     assert all(case["extra_info"]["relative_error"] < 1e-3 for case in found)

@@ -390,8 +390,10 @@ def test_pages_are_filled_from_rows(folder: Path, capsys: pytest.CaptureFixture[
         pages.filled(BLOCK, folder)
 
 
-def test_a_step_is_told_as_a_share_of_the_quadratic_necks(tmp_path: Path):
+@pytest.mark.parametrize("backend", ["torch", "sdpa"])  # and its name in earlier rows
+def test_a_step_is_told_as_a_share_of_the_quadratic_necks(backend: str, tmp_path: Path):
     for neck, milliseconds in (("srm", 15.0), ("quadratic", 20.0), ("none", 5.0)):
         row = neck_row(neck) | {"part": "model", "direction": "step", "typical": milliseconds}
+        row["backend"] = backend if neck == "srm" else None
         append(tmp_path / "neck.jsonl", row)
     assert "| `some_net` | 64 | 1 | 20.0 | 0.750 | 0.250 |" in pages.step(tmp_path)

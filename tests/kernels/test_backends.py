@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from oracle import tokens
 
 import srm_kernels
-from srm_kernels import backends, nystrom_attention, runtime
+from srm_kernels import backends, checks, nystrom_attention, runtime
 
-NAMES = ("reference", "sdpa", "triton", "cuda")
+NAMES = ("reference", "torch", "triton", "cuda")
 REFUSED = (NotImplementedError, RuntimeError, ValueError)
 
 
@@ -104,9 +106,9 @@ def test_an_unknown_backend_names_the_known_ones(name):
     assert "reference" in str(caught.value)
 
 
-def test_sdpa_and_reference_agree_where_both_run():
+def test_torch_and_reference_agree_where_both_run():
     q, k, v = (tokens(i, 2, 2, 9, 8) for i in range(3))
-    a = srm_kernels.full_attention(q, k, v, backend="sdpa")
+    a = srm_kernels.full_attention(q, k, v, backend="torch")
     b = srm_kernels.full_attention(q, k, v, backend="reference")
     torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
@@ -165,7 +167,7 @@ def test_small_work_of_the_key_side_stays_on_one_thread(keys, expected):
 
 
 @pytest.mark.parametrize("call", ["ridge_leverage_scores", "select_landmarks", "landmark_side"])
-@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_operators_of_the_key_side_ask_for_few_threads(call, backend, monkeypatch):
     asked = []
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
@@ -173,3 +175,29 @@ def test_operators_of_the_key_side_ask_for_few_threads(call, backend, monkeypatc
     CALLS[call](backend)
     assert asked
     assert asked == [1, 2] * (len(asked) // 2)
+
+
+def test_the_name_of_the_last_release_is_taken_with_one_warning(monkeypatch):
+    checks._warn_renamed.cache_clear()
+    x, ones = tokens(0, 1, 2, 5, 4), torch.ones(4, dtype=torch.float64)
+    arguments = x, ones[0], ones, ones
+    with pytest.warns(FutureWarning, match="backend 'sdpa' is now called 'torch'"):
+        found = srm_kernels.dyt(*arguments, backend="sdpa")
+    assert torch.equal(found, srm_kernels.dyt(*arguments, backend="torch"))
+    monkeypatch.setenv("SRM_KERNELS_BACKEND", "sdpa")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert srm_kernels.explain("dyt", *arguments).backend == "torch"
+    checks._warn_renamed.cache_clear()
+    with pytest.warns(FutureWarning, match="backend 'sdpa' is now called 'torch'"):
+        srm_kernels.dyt(*arguments)
+    assert "sdpa" not in srm_kernels.backends()
+
+
+def test_a_program_that_the_last_release_exported_runs():
+    """Its operators carry the backend's name as a constant."""
+    x, ones = tokens(0, 1, 2, 5, 4).requires_grad_(), torch.ones(4, dtype=torch.float64)
+    results = [torch.ops.srm.dyt(x, ones[0], ones, ones, name) for name in ("sdpa", "torch")]
+    grads = [torch.autograd.grad(result.square().sum(), x)[0] for result in results]
+    assert torch.equal(*results)
+    assert torch.equal(*grads)

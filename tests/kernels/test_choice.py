@@ -209,15 +209,17 @@ def test_what_ran_out_of_memory_is_not_taken_near_there():
 
 
 def test_what_cannot_run_here_is_passed_over():
-    verified(row("nystrom_attention", [64, 64, 9, 200], {"triton": 1.0, "sdpa": 2.0, "reference": 3.0}))
+    verified(row("nystrom_attention", [64, 64, 9, 200], {"triton": 1.0, "torch": 2.0, "reference": 3.0}))
     q = torch.zeros(1, 1, 64, 200)
     found = explain("nystrom_attention", q, q, rank=9)
-    assert found.backend == "reference", "sdpa was timed but has no row that says it is right"
+    assert found.backend == "reference", "torch was timed but has no row that says it is right"
     assert "head width" in found.reason
-    sdpa = row("nystrom_attention", [64, 64, 9, 200], {}, backend="sdpa")
-    verified(row("nystrom_attention", [64, 64, 9, 200], {"triton": 1.0, "sdpa": 2.0, "reference": 3.0}), sdpa)
-    assert explain("nystrom_attention", q, q, rank=9).backend == "sdpa"
-    assert explain("nystrom_attention", q, q, rank=9, solve_dtype="model").backend == "sdpa"
+    plain = row("nystrom_attention", [64, 64, 9, 200], {}, backend="torch")
+    verified(
+        row("nystrom_attention", [64, 64, 9, 200], {"triton": 1.0, "torch": 2.0, "reference": 3.0}), plain
+    )
+    assert explain("nystrom_attention", q, q, rank=9).backend == "torch"
+    assert explain("nystrom_attention", q, q, rank=9, solve_dtype="model").backend == "torch"
     narrow = {"rank": 9, "solve_dtype": "model"}
     half = q.bfloat16()
     assert explain("nystrom_attention", half, half, **narrow).backend == "reference"
@@ -226,8 +228,8 @@ def test_what_cannot_run_here_is_passed_over():
 def test_a_name_and_the_environment_win(monkeypatch):
     verified(row("dyt", [64, 24], FAST))
     assert dyt_of(64).backend == "triton"
-    assert dyt_of(64, backend="sdpa").backend == "sdpa"
-    assert "argument" in dyt_of(64, backend="sdpa").reason
+    assert dyt_of(64, backend="torch").backend == "torch"
+    assert "argument" in dyt_of(64, backend="torch").reason
     monkeypatch.setenv("SRM_KERNELS_BACKEND", "reference")
     assert dyt_of(64).backend == "reference"
     assert "SRM_KERNELS_BACKEND" in dyt_of(64).reason
@@ -349,7 +351,7 @@ def test_explain_refuses_what_is_no_operator():
         explain("backends")
     with pytest.raises(TypeError):
         explain("dyt", torch.zeros(1), width=3)
-    assert explain("full_attention", *[torch.zeros(1, 1, 4, 8)] * 3).backend == "sdpa"
+    assert explain("full_attention", *[torch.zeros(1, 1, 4, 8)] * 3).backend == "torch"
 
 
 @pytest.mark.parametrize("where", ["decided", "undecided", "the CPU"])
@@ -369,11 +371,11 @@ def test_a_choice_that_was_made_before_costs_less_than_two_microseconds(where: s
 
     def by_backend() -> str:
         return choose_backend(
-            None, ("sdpa", "reference", "triton"), "landmark_solve", lambda name: None,
+            None, ("torch", "reference", "triton"), "landmark_solve", lambda name: None,
             tensor=rhs, sizes=lambda: (rhs.shape[-2], rhs.shape[-1]), variant="svd", call=(rhs.shape,),
         )  # fmt: skip
 
-    assert [by_kernels(), by_backend()] == ["triton"] * 2 if where == "decided" else ["reference", "sdpa"]
+    assert [by_kernels(), by_backend()] == ["triton"] * 2 if where == "decided" else ["reference", "torch"]
 
     def least(call: Any) -> float:
         return min(timeit.repeat(call, timer=time.process_time, number=2_000, repeat=25)) / 2_000
@@ -412,10 +414,10 @@ def test_many_shapes_do_not_fill_the_memory(monkeypatch):
 
 def test_the_variable_is_read_where_it_is_set_later(monkeypatch):
     assert runtime.named_by_environment() is None
-    monkeypatch.setenv("SRM_KERNELS_BACKEND", "sdpa")
-    assert runtime.named_by_environment() == "sdpa"
+    monkeypatch.setenv("SRM_KERNELS_BACKEND", "torch")
+    assert runtime.named_by_environment() == "torch"
     monkeypatch.setattr(runtime, "_variables", None)
-    assert runtime.named_by_environment() == "sdpa"
+    assert runtime.named_by_environment() == "torch"
 
 
 def test_a_form_that_an_operator_does_not_have_is_never_taken():

@@ -13,6 +13,7 @@ from torch import Tensor
 from srm_kernels import Solver, landmark_solve
 from srm_kernels.conditioning import reference
 from srm_kernels.conditioning.estimate import normal_probes
+from srm_kernels.options import SolveOptions
 
 LOWEST = 0.5  # of κ₂; 0.53 was the least of 100,000 matrices, r = 128, smooth
 
@@ -117,7 +118,7 @@ def test_diagnostics_takes_no_other_word():
 def test_these_solvers_ask_the_host_nothing(solver, equilibrate):
     """A tensor without data answers no question about its values, so none was asked."""
     logits, rhs = torch.empty(2, 8, 8, device="meta"), torch.empty(2, 8, 4, device="meta")
-    x, used = reference.landmark_solve(logits, rhs, 1e-3, solver, equilibrate, 1e6, 3, True)
+    x, used = reference.landmark_solve(logits, rhs, SolveOptions(solver=solver, equilibrate=equilibrate))
     reference.landmark_diagnostics(logits, rhs, x, used, 1e-3, equilibrate, True)
     assert (x.shape, used.shape) == (rhs.shape, (2,))
 
@@ -125,7 +126,7 @@ def test_these_solvers_ask_the_host_nothing(solver, equilibrate):
 def test_auto_asks_the_host_which_matrices_need_an_svd():
     logits, rhs = torch.empty(2, 8, 8, device="meta"), torch.empty(2, 8, 4, device="meta")
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
-        reference.landmark_solve(logits, rhs, 1e-3, "auto", False, 1e6, 3, True)
+        reference.landmark_solve(logits, rhs, SolveOptions(solver="auto"))
 
 
 def test_auto_takes_the_svd_of_the_flagged_matrices_only(monkeypatch):

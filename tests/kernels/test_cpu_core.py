@@ -20,8 +20,8 @@ from torch import Tensor, library
 
 from srm_kernels import Solver, landmark_side, landmark_solve, native, nystrom_attention
 from srm_kernels.conditioning import cpu, reference
+from srm_kernels.options import SolveOptions
 
-OTHERS = ("cholesky", False, 1e6, 3, True)
 DTYPES = (torch.float32, torch.float64)
 
 
@@ -39,7 +39,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def solve(logits: Tensor, rhs: Tensor, ridge: float = 1e-3) -> tuple[Tensor, Tensor]:
-    return cpu.landmark_solve(logits, rhs, ridge, *OTHERS)
+    return cpu.landmark_solve(logits, rhs, SolveOptions(ridge))
 
 
 def problem(r: int, batch: int, dtype: torch.dtype, d: int = 7) -> tuple[Tensor, Tensor]:
@@ -92,7 +92,7 @@ def test_what_it_does_not_serve_goes_to_the_reference_and_disturbs_no_one(dtype)
     good[1:8] = False
     x, used = solve(logits, rhs)
     assert torch.equal(x[good], untouched[good])
-    wanted, served = reference.landmark_solve(logits, rhs, 1e-3, *OTHERS)
+    wanted, served = reference.landmark_solve(logits, rhs, SolveOptions())
     assert torch.equal(used, served)
     assert served.tolist() == [0, Solver.LU, 0, 0, Solver.LU, 0, 0, Solver.LU, 0]
     assert torch.equal(x[~good].nan_to_num(7), wanted[~good].nan_to_num(7))
@@ -119,7 +119,7 @@ def test_it_ends_where_the_reference_ends(share, by, dtype):
     for case in (skewed, far):
         x, used = solve(case, rhs)
         assert (used == by).all()
-        assert torch.equal(used, reference.landmark_solve(case, rhs, 1e-3, *OTHERS)[1])
+        assert torch.equal(used, reference.landmark_solve(case, rhs, SolveOptions())[1])
         symmetric = (case + case.mT) / 2 if by == Solver.CHOLESKY else case
         backward = backward_error(symmetric, rhs, 1e-3, x) / numbers.eps
         assert (backward <= BACKWARD / torch.finfo(torch.float32).eps).all()
@@ -178,7 +178,7 @@ def test_gradients_are_the_references():
     """The core serves the forward pass, also where a gradient is wanted; the derivative recomputes."""
     logits, rhs = (t.requires_grad_() for t in problem(6, 3, torch.float64, d=2))
     upstream = tokens(9, 3, 6, 2)
-    results = [landmark_solve(logits, rhs, backend=name).x for name in ("sdpa", "reference")]
+    results = [landmark_solve(logits, rhs, backend=name).x for name in ("torch", "reference")]
     assert torch.equal(results[0], solve(logits.detach(), rhs.detach())[0])
     found, wanted = (torch.autograd.grad(x, (logits, rhs), upstream) for x in results)
     assert all(map(torch.equal, found, wanted))
@@ -186,7 +186,7 @@ def test_gradients_are_the_references():
     assert all(map(torch.equal, torch.autograd.grad(recorded, (logits, rhs), upstream), wanted))
 
     def of_symmetric(half: Tensor, rhs: Tensor) -> Tensor:
-        return landmark_solve(half + half.mT, rhs, backend="sdpa").x
+        return landmark_solve(half + half.mT, rhs, backend="torch").x
 
     half = (logits.detach() / 2).requires_grad_()
     assert torch.autograd.gradcheck(of_symmetric, (half, rhs))
@@ -195,7 +195,8 @@ def test_gradients_are_the_references():
 
 def test_the_operators_pass_opcheck():
     logits, rhs = problem(5, 2, torch.float32)
-    arguments = (logits.clone().requires_grad_(), rhs.clone().requires_grad_(), 1e-3, *OTHERS, "sdpa")
+    leaves = logits.clone().requires_grad_(), rhs.clone().requires_grad_()
+    arguments = (*leaves, *SolveOptions().flat(), "torch")
     library.opcheck(torch.ops.srm.landmark_solve, arguments)
     solve(logits, rhs)  # loads it
     served = torch.empty(2, dtype=torch.bool)
@@ -208,7 +209,7 @@ def test_the_operators_pass_opcheck():
 
 def test_attention_takes_it(alone):
     query, key, value = (tokens(i, 1, 2, n, 8, dtype=torch.float32) for i, n in enumerate((40, 30, 30)))
-    for backend in (None, "sdpa"):
+    for backend in (None, "torch"):
         nystrom_attention(query, key, value, 16, backend=backend)
         landmark_side(key, value, 16, backend=backend)
     for call in (partial(nystrom_attention, query), landmark_side):
@@ -218,7 +219,7 @@ def test_attention_takes_it(alone):
 
 def test_the_key_side_of_a_link_follows_the_rule():
     arguments = [tokens(i, 2, 2, 30, 8, dtype=torch.float32) for i in (1, 2)]
-    follow_the_rule(partial(landmark_side, rank=16, qk_norm="keys"), arguments, backend="sdpa")
+    follow_the_rule(partial(landmark_side, rank=16, qk_norm="keys"), arguments, backend="torch")
 
 
 @pytest.mark.parametrize("case", ["not built", "equilibrated", "another solver", "too large"])
@@ -226,6 +227,7 @@ def test_all_else_is_the_reference(monkeypatch, case):
     logits, rhs = problem(cpu.LARGEST + 1 if case == "too large" else 8, 2, torch.float32)
     if case == "not built":
         monkeypatch.setattr(native, "BUILT", set())
-    others = ("lu" if case == "another solver" else "cholesky", case == "equilibrated", *OTHERS[2:])
-    found, wanted = (f(logits, rhs, 1e-3, *others) for f in (cpu.landmark_solve, reference.landmark_solve))
+    solver = "lu" if case == "another solver" else "cholesky"
+    options = SolveOptions(solver=solver, equilibrate=case == "equilibrated")
+    found, wanted = (f(logits, rhs, options) for f in (cpu.landmark_solve, reference.landmark_solve))
     assert all(map(torch.equal, found, wanted))

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from srm_kernels import Solver, backends, landmark_solve
 from srm_kernels.conditioning import reference
+from srm_kernels.options import SolveOptions
 
 ROOT = Path(__file__).parents[2]
 EPS = torch.finfo(torch.float32).eps
@@ -97,7 +98,7 @@ def test_the_backward_error_is_rounding_whatever_kappa(host, r, transposed):
 def test_without_a_ridge_the_answer_has_the_least_norm(host):
     keys = oracle.landmark_family("duplicated", 7, 2, 3, 8, 24)
     logits, rhs = (keys @ keys.mT / math.sqrt(24)).float(), tokens(8, 2, 3, 8, 24, dtype=torch.float32)
-    found, used = reference.landmark_solve(logits, rhs, 0.0, "svd", False, 1e6, 3, True, jacobi_of(host))
+    found, used = reference.landmark_solve(logits, rhs, SolveOptions(0.0, "svd"), jacobi_of(host))
     exact = oracle.pseudo_inverse_solve(logits, rhs, 0.0, EPS)
     assert (used == Solver.SVD).all()
     assert (found.double() - exact).abs().max() <= 1e-4 * exact.abs().max()
@@ -117,7 +118,8 @@ def test_auto_leaves_the_unflagged_as_they_are_and_differentiates(host, equilibr
     found = []
     for dtype, svd in ((torch.float32, jacobi_of(host)), (torch.float64, None)):
         inputs = [t.to(dtype).requires_grad_() for t in (logits, rhs)]
-        x, used = reference.landmark_solve(*inputs, 1e-2, "auto", equilibrate, limit, 3, True, svd)
+        options = SolveOptions(1e-2, "auto", equilibrate, limit)
+        x, used = reference.landmark_solve(*inputs, options, svd)
         assert used.tolist() == [Solver.LU, Solver.SVD, Solver.LU]
         found.append([x, *torch.autograd.grad(x, inputs, grad.to(dtype))])
     for single, exact in zip(*found, strict=True):
@@ -240,8 +242,9 @@ def test_on_a_device(host, r, solver):
     keys = oracle.normalise(tokens(5, 4, r, 16))
     keys[1, 1] = keys[1, 0]
     logits, rhs = (keys @ keys.mT / 4).float(), tokens(6, 4, r, 40, dtype=torch.float32)
-    arguments = (1e-3, solver, False, 50.0, 3, True)
-    same, used = reference.landmark_solve(logits, rhs, *arguments, jacobi_of(host))
+    same, used = reference.landmark_solve(
+        logits, rhs, SolveOptions(solver=solver, kappa_max=50.0), jacobi_of(host)
+    )
     on_device = logits.cuda(), rhs.cuda()
     options = {"solver": solver, "kappa_max": 50.0, "backend": "cuda", "diagnostics": "estimate"}
     landmark_solve(*on_device, **options)  # libraries set themselves up

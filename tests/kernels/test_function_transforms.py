@@ -15,9 +15,9 @@ from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
 from srm_kernels import full_attention, landmark_solve, nystrom_attention
+from srm_kernels.conditioning import SOLVERS
 
 DIFFERENTIABLE = [name for name in CALLS if "select" not in name]
-SOLVERS = ("cholesky", "lu", "svd", "auto", "neumann")
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 
 

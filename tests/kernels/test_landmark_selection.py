@@ -11,8 +11,8 @@ from oracle import tokens
 from torch import Tensor
 
 from srm_kernels import ridge_leverage_scores, select_landmarks
+from srm_kernels.landmarks import METHODS
 
-METHODS = ("leverage", "leverage_sample", "uniform", "kmeans++", "pivoted_cholesky")
 HALF = (torch.bfloat16, torch.float16)
 
 

@@ -18,8 +18,8 @@ from oracle import tokens
 from torch import Tensor
 
 from srm_kernels import Solver, checks, landmark_solve
+from srm_kernels.conditioning import SOLVERS
 
-SOLVERS = ("cholesky", "lu", "svd", "auto", "neumann")
 DIRECT = ("cholesky", "lu", "svd", "auto")
 FAMILIES = ("random", "duplicated", "smooth")
 

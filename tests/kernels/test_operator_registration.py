@@ -36,10 +36,10 @@ from srm_kernels import (
     select_landmarks,
     tau_loss,
 )
+from srm_kernels.landmarks import METHODS
 
 # Reached by backend="triton" alone, and checked in test_triton_attention.py.
 KERNELS_ROAD = {"srm::landmark_attention"}
-METHODS = ("leverage", "leverage_sample", "uniform", "kmeans++", "pivoted_cholesky")
 
 
 def attention(dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:

@@ -52,7 +52,7 @@ def without_x(arguments: list[Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values_and_gradients(shape, qk_norm, dtype, dyt):
     arguments = without_x(made(1, dtype=dtype, dyt=dyt, **SHAPES[shape]))
-    follow_the_rule(results(4, qk_norm=qk_norm), arguments, backend="sdpa")
+    follow_the_rule(results(4, qk_norm=qk_norm), arguments, backend="torch")
 
 
 @pytest.mark.parametrize("dyt", [False, True])
@@ -63,7 +63,7 @@ def test_values_and_gradients_in_fp64(grid, qk_norm, dyt):
     arguments[4][0, 1, 2] = 0  # a key without a direction
     call = results(4, qk_norm=qk_norm, scale=0.7)
     found, exact = (
-        results_and_gradients(partial(call, backend=name), arguments) for name in ("sdpa", "reference")
+        results_and_gradients(partial(call, backend=name), arguments) for name in ("torch", "reference")
     )
     for one, other in zip(found, exact, strict=True):
         oracle.agree(one, other.detach())
@@ -73,7 +73,7 @@ def test_values_and_gradients_in_fp64(grid, qk_norm, dyt):
 @pytest.mark.parametrize("dyt", [False, True])
 def test_normalised_queries(dyt, dtype):
     arguments = without_x(made(3, dtype=dtype, dyt=dyt))
-    follow_the_rule(results(4, qk_norm="both"), arguments, backend="sdpa")
+    follow_the_rule(results(4, qk_norm="both"), arguments, backend="torch")
 
 
 @pytest.mark.parametrize("dyt", [False, True])
@@ -83,7 +83,7 @@ def test_derivatives(qk_norm, dyt, monkeypatch):
     monkeypatch.setattr(tiled, "POSITIONS", 2)
     sizes: dict[str, Any] = {"b": 1, "d": 2, "channels": 2, "grid": (2, 3), "rank": 2}
     leaves = without_x(made(4, dtype=torch.float64, dyt=dyt, **sizes))
-    call = partial(results(2, qk_norm=qk_norm), backend="sdpa")
+    call = partial(results(2, qk_norm=qk_norm), backend="torch")
     assert gradcheck(call, [t.requires_grad_() for t in leaves])
     if qk_norm == "keys" and not dyt:
         assert gradgradcheck(call, leaves)
@@ -93,8 +93,8 @@ def test_derivatives(qk_norm, dyt, monkeypatch):
 @pytest.mark.parametrize("dyt", [False, True])
 def test_links_that_share_maps_and_differ_in_rank(dyt, dtype):
     arguments = schedule(dtype, dyt=dyt, device="cpu")
-    follow_the_rule(lambda *t, backend: several(*t, backend=backend)[:2], arguments, backend="sdpa")
-    found = several(*arguments, backend="sdpa").probabilities
+    follow_the_rule(lambda *t, backend: several(*t, backend=backend)[:2], arguments, backend="torch")
+    found = several(*arguments, backend="torch").probabilities
     assert not found[1, ..., 3:].any()  # a rank of 3 beside two of 5
 
 
@@ -105,7 +105,7 @@ def test_the_statistic(dyt, offset):
     f, a, bias, w, k, x, *of_dyt = made(5, dyt=dyt, grid=(9, 50))
     x += offset
     call = partial(pooled, size=4, qk_norm="keys")
-    found = call(f, a, bias, w, k, *of_dyt, x=x, backend="sdpa").scales[0]
+    found = call(f, a, bias, w, k, *of_dyt, x=x, backend="torch").scales[0]
     plain = call(f, a, bias, w, k, *of_dyt, x=x, backend="reference").scales[0]
     wide = [t.double() for t in (f, a, bias, w, k, *of_dyt)]
     exact = call(*wide, x=x.double(), backend="reference").scales[0]
@@ -127,9 +127,9 @@ def test_any_strides(dyt, dtype):
         f.mT.contiguous().mT,
         torch.cat([f, f], -1)[..., : f.shape[-1]],
     ):
-        follow_the_rule(call, [strided, *arguments[1:]], backend="sdpa")
-    expanded = call(f[:1].expand_as(f), *arguments[1:], backend="sdpa")[0]
-    assert torch.equal(expanded, call(torch.cat([f[:1], f[:1]]), *arguments[1:], backend="sdpa")[0])
+        follow_the_rule(call, [strided, *arguments[1:]], backend="torch")
+    expanded = call(f[:1].expand_as(f), *arguments[1:], backend="torch")[0]
+    assert torch.equal(expanded, call(torch.cat([f[:1], f[:1]]), *arguments[1:], backend="torch")[0])
 
 
 @pytest.mark.parametrize("grid", [(9, 13), (16, 16)])
@@ -147,7 +147,7 @@ def test_an_image_alone_and_in_a_batch_gives_the_same_bits(dyt, dtype, layout, g
             f[chosen].clone().contiguous(memory_format=layout).requires_grad_(),
             k[chosen].clone().requires_grad_(),
         ]
-        found = pooled(leaves[0], a, bias, w, leaves[1], *of_dyt, size=4, qk_norm="keys", backend="sdpa")
+        found = pooled(leaves[0], a, bias, w, leaves[1], *of_dyt, size=4, qk_norm="keys", backend="torch")
         given = [upstream[0][:, chosen], upstream[1][chosen]]
         grads = torch.autograd.grad(found[:2], leaves, given)
         return [found.probabilities[0], found.maps, *grads]
@@ -161,10 +161,10 @@ def test_an_image_alone_and_in_a_batch_gives_the_same_bits(dyt, dtype, layout, g
 @pytest.mark.parametrize("dyt", [False, True])
 def test_nan_stays_in_its_image_and_head(dyt):
     f, a, bias, w, k, _, *of_dyt = made(8, dyt=dyt)
-    expected = pooled(f, a, bias, w, k, *of_dyt, size=4, backend="sdpa").probabilities[0]
+    expected = pooled(f, a, bias, w, k, *of_dyt, size=4, backend="torch").probabilities[0]
     f[0, 1, 2, 3] = math.nan
     k[1, 1, 2] = math.nan
-    found = pooled(f, a, bias, w, k, *of_dyt, size=4, backend="sdpa").probabilities[0]
+    found = pooled(f, a, bias, w, k, *of_dyt, size=4, backend="torch").probabilities[0]
     assert found[0].isnan().any(-1).any(-1).all()
     assert found[1, 1].isnan().all()
     assert torch.equal(found[1, 0], expected[1, 0])
@@ -173,7 +173,7 @@ def test_nan_stays_in_its_image_and_head(dyt):
 def test_parameters_may_be_wider_than_the_maps():
     """A, a and W_Q are rounded to the maps' dtype first; gradients come in the parameters' dtype."""
     f, a, bias, w, k, _, *of_dyt = made(9, dtype=torch.bfloat16, dyt=True)
-    call = partial(results(4), backend="sdpa")
+    call = partial(results(4), backend="torch")
     narrow = results_and_gradients(call, [f, a, bias, w, k, *of_dyt])
     finer = [t.float() * (1 + 2**-12) for t in (a, bias, w)]
     wide = results_and_gradients(call, [f, *finer, k, *(t.float() for t in of_dyt)])
@@ -202,19 +202,19 @@ def test_no_block_of_all_positions_is_ever_in_memory(dyt, monkeypatch):
     of_gradients = sum(4 * t.numel() for t in leaves)
     for call, kept in ((forward, 0), (both, of_gradients)):
         assert peak(partial(call, "reference"), CPU).above > block
-        assert peak(partial(call, "sdpa"), CPU).above <= block / 4 + kept
+        assert peak(partial(call, "torch"), CPU).above <= block / 4 + kept
 
 
 def test_it_is_the_default_on_the_cpu_and_nowhere_else(monkeypatch):
-    """Off the CPU "sdpa" is the reference: there all images and positions at once are faster."""
+    """Off the CPU "torch" is the reference: there all images and positions at once are faster."""
     monkeypatch.delenv(runtime.ENVIRONMENT_VARIABLE, raising=False)
     f, *rest = without_x(made(11))
-    for name, expected in ((None, "sdpa"), ("sdpa", "sdpa"), ("reference", "reference")):
+    for name, expected in ((None, "torch"), ("torch", "torch"), ("reference", "reference")):
         assert neck._choose_backend(name, f, 5, 8, 4, 0) == expected
-    for name in (None, "sdpa", "reference"):
+    for name in (None, "torch", "reference"):
         assert neck._choose_backend(name, f.to("meta"), 5, 8, 4, 0) == "reference"
     default, by_name, reference = (
-        results(4)(f, *rest, backend=name)[0] for name in (None, "sdpa", "reference")
+        results(4)(f, *rest, backend=name)[0] for name in (None, "torch", "reference")
     )
     assert torch.equal(default, by_name)
     assert not torch.equal(default, reference)
@@ -226,7 +226,7 @@ def test_opcheck():
     )
     operator = torch.ops.srm.pooled_links.default
     for dyt in (of_dyt, ([],) * 3):
-        arguments = (f, a, bias, *dyt, w, k, [x[0].detach()], [0], 2, 0.3, "keys", "sdpa")
+        arguments = (f, a, bias, *dyt, w, k, [x[0].detach()], [0], 2, 0.3, "keys", "torch")
         library.opcheck(operator, arguments, rtol=1e-4, atol=1e-5)
 
 

@@ -7,6 +7,7 @@ Every output and workspace is filled with NaN, or an index out of range, before 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -24,8 +25,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton")
 from srm_kernels import nystrom_attention, rms_scale, select_landmarks
-from srm_kernels.attention import configurations, kernels, key_kernels
+from srm_kernels.attention import attention_with_scale, configurations, kernels, key_kernels
+from srm_kernels.conditioning import SOLVERS
 from srm_kernels.landmarks import kernels as landmark_kernels
+from srm_kernels.options import KeySide, LandmarkOptions
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16) if DEVICE == "cpu" else (torch.float32, torch.float16, torch.bfloat16)
@@ -137,15 +140,13 @@ def test_values_and_gradients(shape, rank, dtype, qk_norm, method, split, pieces
         weight = tokens(7, *q.shape).to(DEVICE)
         r, s = min(rank, k.shape[2]), k.shape[-1] ** -0.5
         given_indices = select_landmarks(k, r, method=method) if method == "uniform" else None
-        used = key_kernels.landmark_context(k, v, given_indices, r, method, 1e-3, s, qk_norm, 1e-3)[3]
+        side = KeySide(k, v, given_indices, LandmarkOptions(r, method), s, qk_norm)
+        used = key_kernels.landmark_context(side, 1e-3)[3]
         found = value_and_gradients(
             lambda *x: attend(*x, rank, method=method, qk_norm=qk_norm), [q, k, v], weight
         )
         assert found[0].dtype == dtype
         check([q, k, v], used, found, weight, qk_norm=qk_norm)
-
-
-SOLVERS = ("cholesky", "lu", "svd", "auto", "neumann")
 
 
 @pytest.mark.parametrize("equilibrate", [False, True])
@@ -216,15 +217,16 @@ def test_a_matrix_that_breaks_down_is_eliminated_with_pivoting(monkeypatch):
     if DEVICE == "cpu":
         pivoting = key_kernels.eliminate_pivoting
         monkeypatch.setattr(key_kernels, "eliminate_pivoting", lambda *a: calls.append(1) or pivoting(*a))
-    side = (24, "leverage", 1e-3, 1.0, None)
-    x = key_kernels.landmark_context(k, v, landmarks, *side, 1e-12)[1]
+    side = KeySide(k, v, landmarks, LandmarkOptions(24), 1.0, None)
+    x = key_kernels.landmark_context(side, 1e-12)[1]
     assert len(calls) == (DEVICE == "cpu")
     logits = (k @ k.mT).double().cpu()
     system = oracle.system(logits, oracle.softmax(logits) @ v.double().cpu(), 1e-12)
     x = x.double().cpu()
     residual = oracle.frobenius(system.matrix @ x - system.right)
     assert (residual / oracle.frobenius(x)).max() <= 24 * torch.finfo(torch.float32).eps
-    healthy = key_kernels.landmark_context(k[1:], v[1:], landmarks[1:], *side, 1e-12)[1]
+    side = dataclasses.replace(side, key=k[1:], value=v[1:], landmarks=landmarks[1:])
+    healthy = key_kernels.landmark_context(side, 1e-12)[1]
     assert torch.equal(x[1:].float(), healthy.cpu())
 
 
@@ -233,7 +235,7 @@ def test_a_gradient_through_a_matrix_that_breaks_down_is_that_of_the_transposed_
     _, k, v = inputs(3, nk=24, d=8)
     k[0, 1] *= 0.01
     landmarks = torch.arange(24, device=DEVICE).expand(2, 2, 24).contiguous()
-    arguments = (k, v, landmarks, 24, "leverage", 1e-3, 1.0, None, 1e-12)
+    arguments = (KeySide(k, v, landmarks, LandmarkOptions(24), 1.0, None), 1e-12)
     results = key_kernels.landmark_context(*arguments)
     dx = tokens(4, *results[1].shape, dtype=torch.float32).to(DEVICE)
     _, dvalue = key_kernels.landmark_context_backward([torch.zeros_like(dx), dx], results, *arguments)
@@ -273,7 +275,7 @@ def test_an_index_out_of_range_gives_nan_in_its_head_alone():
     ("split", "dtype", "solver"),
     [
         *((split, dtype, "cholesky") for split in (False, True) for dtype in DTYPES),
-        *((True, torch.float32, solver) for solver in SOLVERS[1:]),
+        *((True, torch.float32, solver) for solver in tuple(SOLVERS)[1:]),
     ],
 )
 def test_alone_and_in_any_batch_bit_for_bit(split, dtype, solver, monkeypatch):
@@ -437,20 +439,20 @@ def test_a_large_mean_cancels_nothing_in_the_statistic(nq, divided):
 def test_tau_and_statistics_compose_as_in_the_other_backends(divided):
     tensors = inputs(13, nq=70)
     tau = torch.tensor([0.5, 3.0], device=DEVICE, requires_grad=True)
-    options = {"tau": tau, "statistics": True, "diagnostics": True}
-    y, solution, scale = attend(*tensors, 16, **options)
-    plain, _, plain_scale = nystrom_attention(*tensors, 16, backend="reference", **options)
+    y, scale = attention_with_scale(*tensors, 16, tau=tau, backend="triton")
+    plain, plain_scale = attention_with_scale(*tensors, 16, tau=tau, backend="reference")
     torch.testing.assert_close(y, plain, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(scale.mean, plain_scale.mean, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(scale.rms, plain_scale.rms, rtol=1e-4, atol=0)
     assert y.requires_grad
     assert not scale.rms.requires_grad
-    assert solution.x.shape == (2, 2, 16, 24)
+    assert torch.equal(attend(*tensors, 16, tau=tau), y)
+    assert attend(*tensors, 16, tau=tau, diagnostics=True)[1].x.shape == (2, 2, 16, 24)
 
 
 def test_statistics_of_centred_output_are_the_references(divided):
     tensors = inputs(14, nq=70)
-    y, scale = attend(*tensors, 16, statistics=True)
+    y, scale = attention_with_scale(*tensors, 16, backend="triton")
     expected = rms_scale(y.double())
     torch.testing.assert_close(scale.rms.double(), expected.rms, rtol=1e-6, atol=0)
     torch.testing.assert_close(scale.mean.double(), expected.mean, rtol=0, atol=1e-6)
@@ -635,7 +637,9 @@ def test_vmap_is_the_loop():
 
 def test_fake_and_meta_tensors_have_the_shapes_of_real_ones():
     tensors = inputs(27, b=1, nq=5, nk=9, d=8)
-    real = attend(*tensors, 4, tau=torch.ones(2, device=DEVICE), statistics=True)
-    meta = attend(*(x.to("meta") for x in tensors), 4, tau=torch.ones(2, device="meta"), statistics=True)
+    real, meta = (
+        attention_with_scale(*(x.to(d) for x in tensors), 4, tau=torch.ones(2, device=d), backend="triton")
+        for d in (DEVICE, "meta")
+    )
     for r, m in zip((real[0], *real[1]), (meta[0], *meta[1]), strict=True):
         assert (r.shape, r.dtype, r.stride()) == (m.shape, m.dtype, m.stride())

@@ -377,3 +377,10 @@ def test_a_pipe_in_place_of_the_lock_does_not_wait(folder: Path):
     os.mkfifo(folder / f"{verdicts.slug(KEY)}.lock")
     with verdicts.held(KEY) as alone:
         assert alone
+
+
+def test_rows_of_the_last_release_name_the_backend_anew():
+    times = {"forward": {"sdpa": 1.0, "triton": 2.0}}
+    found = verdicts.checked_row(row(backend="sdpa", milliseconds=times))
+    assert found["backend"] == "torch"
+    assert found["milliseconds"] == {"forward": {"torch": 1.0, "triton": 2.0}}

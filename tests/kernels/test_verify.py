@@ -184,7 +184,7 @@ def test_what_is_wrong_is_found_and_named(name: str):
 
 
 def test_pytorchs_own_products_are_not_asked_for_the_same_bits():
-    assert measure.judged(plain_case(_Drifting()), "sdpa", Pretended())["status"] == "right"
+    assert measure.judged(plain_case(_Drifting()), "torch", Pretended())["status"] == "right"
 
 
 @pytest.mark.parametrize(("kind", "status"), [("found", "wrong"), ("refused", "wrong")])

@@ -287,7 +287,7 @@ def test_backends_of_a_checkpoint_are_changed_by_an_argument(
     brief = ("--norm", "linf", "--eps", "1/255", "--steps", "1", "--restarts", "1")
     for arguments, change in (
         (("evaluate", folder, "--no-progress"), ("--backend", "none")),
-        (("score", folder, photograph), ("--backend", "sdpa")),
+        (("score", folder, photograph), ("--backend", "torch")),
         (("diagnose", folder, "--images", "2", "--no-progress"), ("--backend", "reference")),
         (("attack", folder, *brief, "--no-progress"), ("--set", "backend=none")),
     ):

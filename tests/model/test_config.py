@@ -8,10 +8,14 @@ import re
 
 import numpy as np
 import pytest
+import torch
 
-from srm_kernels import backends
+from srm_kernels import backends, checks, nystrom_attention, select_landmarks
+from srm_kernels.landmarks.reference import METHODS, Keys, Method
 from srm_model import SRMConfig
-from srm_model.config import BACKENDS
+from srm_model.cli import main
+from srm_model.config import REGISTERED, registered
+from srm_model.profiling.counting import link_macs
 
 
 def test_round_trip_through_json_keeps_every_field():
@@ -36,8 +40,34 @@ def test_it_is_frozen_and_replace_checks():
 
 
 def test_its_backends_are_those_of_the_operators():
-    assert set(BACKENDS) == set(backends())
     assert [SRMConfig(backend=name).backend for name in backends()] == list(backends())
+
+
+@pytest.mark.parametrize("field", REGISTERED)
+def test_registered_fields_take_what_is_registered_and_nothing_else(field):
+    """The default is taken without a look at the list, which must hold it."""
+    assert REGISTERED[field] == getattr(SRMConfig, field)
+    assert REGISTERED[field] in registered(field)
+    for name in registered(field):
+        assert getattr(SRMConfig(**{field: name}), field) == name
+    with pytest.raises(ValueError, match=f"config {field}='other': expected one of"):
+        SRMConfig(**{field: "other"})
+
+
+def test_a_landmark_method_that_is_registered_is_known_everywhere(monkeypatch, capsys):
+    """One entry in the list, nothing else."""
+
+    def first(keys: Keys) -> torch.Tensor:
+        return torch.arange(keys.options.rank).expand(*keys.key.shape[:2], -1).clone()
+
+    monkeypatch.setitem(METHODS, "first", Method(first, "the first keys", lambda rank, keys, d: 0))
+    key = torch.randn(1, 2, 9, 8)
+    assert select_landmarks(key, 3, method="first")[0].tolist() == [[0, 1, 2]] * 2
+    assert nystrom_attention(key, key, key, 3, method="first").shape == key.shape
+    config = SRMConfig(landmarks="first")
+    assert link_macs(config, "srm", 100, 80) < link_macs(SRMConfig(), "srm", 100, 80)
+    assert main(["train", "--help"]) == 0
+    assert "first" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -66,7 +96,7 @@ def test_its_backends_are_those_of_the_operators():
         (
             {"backend": "nope"},
             ValueError,
-            "backend='nope': expected one of None, 'reference', 'sdpa', 'triton', 'cuda'",
+            "backend='nope': expected one of None, 'reference', 'torch', 'triton', 'cuda'",
         ),
         ({"nokey": 1}, TypeError, "unexpected keyword argument 'nokey'"),
         ({"attack_sweep_steps": (0,)}, ValueError, "attack_sweep_steps=(0,): expected steps of at least 1"),
@@ -89,7 +119,7 @@ def test_bad_values_are_one_sentence(changes, error, message):
 def test_numpys_scalars_are_kept_as_pythons():
     given = SRMConfig(
         rank=np.int32(8), ridge=np.float32(0.5), dyt=np.bool_(False), links=((np.int64(4), np.int64(1)),),
-        eps_linf=[np.float64(0.25)], backend=np.str_("sdpa"), attack_sweep_steps=(np.uint8(3),),
+        eps_linf=[np.float64(0.25)], backend=np.str_("torch"), attack_sweep_steps=(np.uint8(3),),
     )  # fmt: skip
     plain = SRMConfig(
         rank=8,
@@ -97,7 +127,7 @@ def test_numpys_scalars_are_kept_as_pythons():
         dyt=False,
         links=((4, 1),),
         eps_linf=(0.25,),
-        backend="sdpa",
+        backend="torch",
         attack_sweep_steps=(3,),
     )
     assert given == plain
@@ -105,3 +135,11 @@ def test_numpys_scalars_are_kept_as_pythons():
     assert type(given.dyt) is bool
     with pytest.raises(TypeError, match="expected int"):
         SRMConfig(rank=np.float64(8))
+
+
+def test_a_config_of_the_last_release_names_the_backend_anew():
+    """As a checkpoint's config.json, `--set` and `--backend` hand it over."""
+    checks._warn_renamed.cache_clear()
+    with pytest.warns(FutureWarning, match="now called 'torch'"):
+        assert SRMConfig.from_dict({**SRMConfig().to_dict(), "backend": "sdpa"}).backend == "torch"
+    assert SRMConfig().replace(backend="sdpa").to_dict()["backend"] == "torch"

@@ -49,11 +49,11 @@ def test_rows_and_matrices(found):
     assert set(found["table"]) >= {
         "full",
         "uniform landmarks",
-        "pivoted Cholesky",
+        "pivoted Cholesky landmarks",
         "no ridge",
         "no fp32",
         "equilibrated",
-        "k-means++",
+        "k-means++ landmarks",
     }
     for row in found["table"].values():
         assert row["matrices"] == 18
@@ -107,11 +107,11 @@ def test_figures_are_those_of_the_operators(model, batches, found):
 ROWS = {
     "full": {},
     "uniform landmarks": {"method": "uniform"},
-    "pivoted Cholesky": {"method": "pivoted_cholesky"},
+    "pivoted Cholesky landmarks": {"method": "pivoted_cholesky"},
     "no ridge": {"ridge": 0.0, "solver": "auto"},
     "no fp32": {"solve_dtype": "model"},
     "equilibrated": {"equilibrate": True},
-    "k-means++": {"method": "kmeans++"},
+    "k-means++ landmarks": {"method": "kmeans++"},
     "keys as they are": {"qk_norm": None},
 }
 

@@ -134,7 +134,7 @@ def test_what_ran_and_whose_verdict_is_one_sentence(neck: SRMNeck, monkeypatch):
     assert said.startswith("triton for ")
     assert said.endswith("reference for 1 operator; verdict of this machine, 2025-01-02")
     assert whole == first | second
-    assert choice.ran(cpu, "sdpa", {"dyt": {"sdpa"}}) == "sdpa for 1 operator; named by the config"
+    assert choice.ran(cpu, "torch", {"dyt": {"torch"}}) == "torch for 1 operator; named by the config"
     monkeypatch.setenv("SRM_KERNELS_BACKEND", "reference")
     assert choice.ran(cpu, None, {"dyt": {"reference"}}).endswith("; named by SRM_KERNELS_BACKEND")
     monkeypatch.delenv("SRM_KERNELS_BACKEND")

@@ -44,7 +44,7 @@ def profile(out: Path, *arguments: str) -> list[dict[str, Any]]:
 
 def test_every_direction_and_neck(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     directions, necks = ["forward", "backward", "step"], ["srm", "quadratic", "none"]
-    rows = profile(tmp_path, "--resolution", "32", "--direction", *directions, "--backend", "sdpa")
+    rows = profile(tmp_path, "--resolution", "32", "--direction", *directions, "--backend", "torch")
     assert [(row["direction"], row["neck"]) for row in rows] == list(itertools.product(directions, necks))
     for row in rows:
         assert row["error"] is None
@@ -74,10 +74,10 @@ def test_every_direction_and_neck(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_other_dtypes_batches_and_backends(tmp_path: Path):
     common = ["--part", "model", "--resolution", "32", "--dtype", "bf16", "--neck", "srm", "--set=heads=1"]
-    rows = profile(tmp_path, *common, "--batch", "1", "2", "--backend", "reference", "sdpa")
+    rows = profile(tmp_path, *common, "--batch", "1", "2", "--backend", "reference", "torch")
     if backends()["triton"].available:
         rows = profile(tmp_path, *common, "--backend", "triton")  # appended; slow in the interpreter
-        assert {row["backend"] for row in rows} == {"reference", "sdpa", "triton"}
+        assert {row["backend"] for row in rows} == {"reference", "torch", "triton"}
     assert all(row["error"] is None for row in rows)
     steps = ["sources", "key sides", "query sides", "merge"]
     for row in rows:
@@ -92,15 +92,15 @@ def test_every_flag_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """A flag that is added is added here too: all that the help knows are given."""
     (tmp_path / "config.json").write_text(json.dumps({"rank": 8, "gain_cap": 2.0}))
     sizes = ["--resolution", "32", "--batch", "2", "--dtype", "fp16", "--direction", "step"]
-    which = ["--article", "--part", "model", "--neck", "srm", "--backend", "sdpa", *sizes]
+    which = ["--article", "--part", "model", "--neck", "srm", "--backend", "torch", *sizes]
     more = ["--traceback", "--trace", "--memory", "--config", str(tmp_path / "config.json")]
     given = [*which, *more]
     (row,) = {row["part"]: row for row in profile(tmp_path, *given)}.values()
     assert row["error"] is None
     found = (row["part"], row["neck"], row["backend"], row["resolution"], row["batch"], row["dtype"])
-    assert (*found, row["direction"]) == ("model", "srm", "sdpa", 32, 2, "fp16", "step")
+    assert (*found, row["direction"]) == ("model", "srm", "torch", 32, 2, "fp16", "step")
     assert row["config"] == {"channels": 16, "heads": 2, "rank": 4, "pool_size": 2, "gain_cap": 2.0}
-    name = "model-test_convnext-srm-sdpa-32-2-fp16-step.json"
+    name = "model-test_convnext-srm-torch-32-2-fp16-step.json"
     assert all((tmp_path / "cpu" / f"{kind}-{name}").is_file() for kind in ("trace", "memory"))
     capsys.readouterr()
     main(["profile", "--help"])
@@ -117,7 +117,7 @@ def test_the_articles_rows_and_traces(tmp_path: Path):
             "--resolution",
             "32",
             "--backend",
-            "sdpa",
+            "torch",
             "--neck",
             "srm",
             "--trace",
@@ -129,7 +129,7 @@ def test_the_articles_rows_and_traces(tmp_path: Path):
         ("neck", "srm", 1, "bf16", "forward"),
         ("model", "srm", 4, "bf16", "step"),
     ]
-    name = "neck-test_convnext-srm-sdpa-32-1-bf16-forward"
+    name = "neck-test_convnext-srm-torch-32-1-bf16-forward"
     events = json.loads((tmp_path / "cpu" / f"trace-{name}.json").read_text())["traceEvents"]
     names = {event.get("name") for event in events}
     assert {"sources", "key_sides", "query_sides", "merge", "gate"} <= names
@@ -144,7 +144,7 @@ def test_the_articles_rows_and_traces(tmp_path: Path):
     # the same call measured twice: nothing is random about what torch's allocator is asked for
     assert memory["peak"]["bytes"] == rows[0]["memory"]["above"]
     assert {"query_sides", "gate"} <= {r["name"] for r in memory["ranges"]}
-    whole = "trace-model-test_convnext-srm-sdpa-32-4-bf16-step.json"
+    whole = "trace-model-test_convnext-srm-torch-32-4-bf16-step.json"
     names = {e.get("name") for e in json.loads((tmp_path / "cpu" / whole).read_text())["traceEvents"]}
     assert {"backbone", "neck.query_sides", "head"} <= names
 
@@ -195,14 +195,14 @@ def test_what_cannot_run_is_a_row_and_the_sweep_goes_on(
     monkeypatch.setattr(Subject, "_forward", starved)
     rows = profile(
         tmp_path,
-        *["--backbone", "test_convent", "test_convnext", "--neck", "srm", "--backend", "sdpa", "cuda"],
+        *["--backbone", "test_convent", "test_convnext", "--neck", "srm", "--backend", "torch", "cuda"],
         *["--resolution", "32", "--batch", "2", "1"],
     )
     assert [(row["backbone"], row["batch"], row["backend"]) for row in rows] == [
         (backbone, batch, backend)
         for backbone in ("test_convent", "test_convnext")
         for batch in (2, 1)
-        for backend in ("sdpa", "cuda")
+        for backend in ("torch", "cuda")
     ]
     assert all("expected the name of a timm model" in row["error"] for row in rows[:4])
     assert rows[4]["error"].startswith("out of memory: CUDA out of memory")
@@ -231,11 +231,11 @@ def test_ctrl_c_keeps_what_was_measured(
 
     monkeypatch.setattr(sweep_module, "peak", interrupted)
     arguments = ["profile", *QUICK, *TINY, "--resolution", "32", "--no-progress", "--out", str(tmp_path)]
-    assert main([*arguments, "--backend", "sdpa"]) == 130
+    assert main([*arguments, "--backend", "torch"]) == 130
     assert [row["neck"] for row in read(tmp_path / "cpu" / "neck.jsonl")] == ["srm", "quadratic"]
     captured = capsys.readouterr()
     assert "interrupted; what was finished is kept" in captured.err
-    assert "srm [sdpa]" in captured.out
+    assert "srm [torch]" in captured.out
 
 
 def test_bad_arguments_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -253,7 +253,7 @@ def test_bad_arguments_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_a_training_step_moves_the_parameters():
     """What is timed is a step that trains, down to the pyramid."""
-    subject = Subject(Case("neck", "test_convnext", "srm", "sdpa", 32, 2, "fp32", "step"), CONFIG, CPU)
+    subject = Subject(Case("neck", "test_convnext", "srm", "torch", 32, 2, "fp32", "step"), CONFIG, CPU)
     before = [parameter.detach().clone() for parameter in subject.module.parameters()]
     reached = set()
     for index, features in enumerate(subject.inputs[0]):
@@ -281,7 +281,7 @@ def test_counts_are_made_once_for_all_backends(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sweep_module, "make_module", lambda *args: made.append(1) or honest(*args))
     sweep = Sweep(CPU, CONFIG, Effort(1, 3, 1.0), small=True)
     wanted = cases(
-        backbones=["test_convnext"], necks=["srm"], backend_names=["sdpa", "reference"], resolutions=[32]
+        backbones=["test_convnext"], necks=["srm"], backend_names=["torch", "reference"], resolutions=[32]
     )
     rows = list(sweep.rows(wanted))
     assert [row["error"] for row in rows] == [None, None]

@@ -1,0 +1,155 @@
+"""Arguments that several operators, or several forms of one, pass on together.
+
+An operator that torch knows has a flat signature: `registration` writes an object out there, as its `SCHEMA` names it,
+and hands implementations the object again. Public functions check the values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+
+class Written:
+    """What `SCHEMA` writes out for torch."""
+
+    SCHEMA: ClassVar[str]
+    NAMES: ClassVar[tuple[str, ...]]
+
+    def __init_subclass__(cls) -> None:
+        cls.NAMES = tuple(argument.split()[1] for argument in cls.SCHEMA.split(", "))
+
+    def flat(self) -> tuple[Any, ...]:
+        """Return the values in the order of `SCHEMA`."""
+        return tuple(getattr(self, name) for name in self.NAMES)
+
+
+@dataclass(frozen=True)
+class LandmarkOptions(Written):
+    """How landmarks are chosen (SPEC 2).
+
+    Attributes:
+        rank: r, at least 1.
+        method: A name of `landmarks.METHODS`.
+        gamma: γ of the ridge leverage scores.
+        generator: The source of a random method's numbers; None means seed 0. No operator sees it.
+    """
+
+    SCHEMA: ClassVar[str] = "SymInt rank, str method, float gamma"
+    rank: int
+    method: str = "leverage"
+    gamma: float = 1e-3
+    generator: torch.Generator | None = None
+
+    def clamped(self, keys: int) -> LandmarkOptions:
+        """Return the same options with at most as many landmarks as there are keys."""
+        return LandmarkOptions(min(self.rank, keys), self.method, self.gamma, self.generator)
+
+
+@dataclass(frozen=True)
+class SolveOptions(Written):
+    """How X = (W + λI)⁻¹ R V is solved (SPEC 2.1).
+
+    Attributes:
+        ridge: λ₀.
+        solver: A name of `conditioning.SOLVERS`.
+        equilibrate: Whether rows and columns of W are scaled first.
+        kappa_max: The κ below which "auto" takes LU.
+        neumann_order: m of the series of "neumann".
+        neumann_gate: Whether the series is taken only where it is shown to converge.
+    """
+
+    SCHEMA: ClassVar[str] = (
+        "float ridge, str solver, bool equilibrate, float kappa_max, int neumann_order, bool neumann_gate"
+    )
+    ridge: float = 1e-3
+    solver: str = "cholesky"
+    equilibrate: bool = False
+    kappa_max: float = 1e6
+    neumann_order: int = 3
+    neumann_gate: bool = True
+
+    @property
+    def default(self) -> bool:
+        """Whether the kernels and the C++ core that solve along with other work serve these options."""
+        return self.solver == "cholesky" and not self.equilibrate
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """How Nyström attention is computed, whatever its tensors.
+
+    Attributes:
+        choice: How landmarks are chosen, where they are not given.
+        solve: How their system is solved.
+        scale: s, the factor of the logits.
+        qk_norm: What is RMS-normalised: None, "keys" or "both".
+        solve_dtype: "fp32", or "model" for blocks in the dtype of the inputs.
+    """
+
+    choice: LandmarkOptions
+    solve: SolveOptions
+    scale: float
+    qk_norm: str | None = None
+    solve_dtype: str = "fp32"
+
+
+@dataclass(frozen=True)
+class KeySide(Written):
+    """What the key side of Nyström attention is computed from; landmarks None are chosen."""
+
+    SCHEMA: ClassVar[str] = (
+        "Tensor key, Tensor value, Tensor? landmarks, LandmarkOptions choice, float scale, str? qk_norm"
+    )
+    key: Tensor
+    value: Tensor
+    landmarks: Tensor | None
+    choice: LandmarkOptions
+    scale: float
+    qk_norm: str | None
+
+
+@dataclass(frozen=True)
+class QuerySides(Written):
+    """What `pooled_links` computes the query sides of all links from, as its docstring describes it.
+
+    Lists are those of the links but for `maps`; those of DyT and X are empty where there is none.
+    """
+
+    SCHEMA: ClassVar[str] = (
+        "Tensor[] maps, Tensor[] align_weights, Tensor[] align_biases, Tensor[] alphas, Tensor[] weights, "
+        "Tensor[] biases, Tensor[] query_weights, Tensor[] keys, Tensor[] xs, int[] targets, SymInt size, "
+        "float scale, str? qk_norm"
+    )
+    maps: Sequence[Tensor]
+    align_weights: Sequence[Tensor]
+    align_biases: Sequence[Tensor]
+    alphas: Sequence[Tensor]
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor]
+    query_weights: Sequence[Tensor]
+    keys: Sequence[Tensor]
+    xs: Sequence[Tensor]
+    targets: Sequence[int]
+    size: int
+    scale: float
+    qk_norm: str | None
+
+    def parameters(self, link: int) -> list[Tensor]:
+        """Return A, a, W_Q and, with DyT, α, w and b of a link."""
+        groups = (
+            self.align_weights,
+            self.align_biases,
+            self.query_weights,
+            self.alphas,
+            self.weights,
+            self.biases,
+        )
+        return [group[link] for group in groups if group]
+
+
+WRITTEN: dict[str, type[Written]] = {kind.__name__: kind for kind in Written.__subclasses__()}

@@ -6,9 +6,11 @@ The one place that asks the hardware and the environment.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from functools import cache, wraps
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -100,6 +102,21 @@ def launch_device(tensor: torch.Tensor) -> LaunchDevice:
         shared = int(getattr(properties, "shared_memory_per_block_optin", 0))
         return LaunchDevice(torch.cuda.get_device_capability(tensor.device), shared)
     return cpu_launch_device() or LaunchDevice((8, 9), sys.maxsize)
+
+
+def pipeline_stages(capability: tuple[int, int]) -> int:
+    """Return the stages of a kernel's software pipeline: 2, or 1 where more would be a race.
+
+    Before 3.7.1 Triton puts no fence between a copy by cp.async and the wgmma of compute capability 9.x that reads it
+    (triton-lang/triton, pull request 10537).
+    """
+    return 1 if capability[0] == 9 and not _copies_are_fenced() else 2
+
+
+@cache
+def _copies_are_fenced() -> bool:
+    found = re.match(r"(\d+)\.(\d+)\.(\d+)", version("triton"))
+    return found is None or tuple(map(int, found.groups())) >= (3, 7, 1)
 
 
 def triton_refusal(tensor: torch.Tensor) -> str | None:

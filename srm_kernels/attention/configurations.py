@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..runtime import launch_device
+from ..runtime import launch_device, pipeline_stages
 
 RANKS = (1, 128)
 WIDTHS = (8, 128)
@@ -62,7 +62,7 @@ def query_forward(rank: int, d: int, dtype: torch.dtype, capability: tuple[int, 
         return Configuration(32, 8, 1)
     # Without a limit the compiler stops at 128 or 168 registers, and spills.
     limit = None if dtype == torch.bfloat16 else MOST_REGISTERS
-    return Configuration(64, 4, 2 if capability in ROOMY else 1, limit)
+    return Configuration(64, 4, pipeline_stages(capability) if capability in ROOMY else 1, limit)
 
 
 def query_backward(rank: int, d: int, dtype: torch.dtype, capability: tuple[int, int]) -> Configuration:
@@ -142,6 +142,11 @@ def divide(tokens: int, block: int, least: int) -> Division:
 def capability(tensor: Tensor) -> tuple[int, int]:
     """Return the compute capability that launches on the tensor are compiled for."""
     return launch_device(tensor).capability
+
+
+def stages(tensor: Tensor) -> int:
+    """Return the stages of the software pipeline for launches on the tensor."""
+    return pipeline_stages(capability(tensor))
 
 
 def _padded(size: int) -> int:

@@ -714,7 +714,7 @@ def _by_strips(
         TARGETS=sizes.targets, FIRSTS=firsts, POOLS=pools, TOGETHER=together, STRIPS=strips, COLUMNS=columns,
         ACROSS=across, CHUNKS=sizes.chunks(), PAIR=dtype != torch.float32, STATISTICS=statistics, CELLS=padded(size),
         BLOCK=positions, PRECISION=precision(dtype), num_warps=strip_warps(sizes.most, d, dtype, statistics),
-        num_stages=2,
+        num_stages=configurations.stages(pooled),
     )  # fmt: skip
     if statistics:
         _gather(sizes, (part_mean, part_spread), (mean, spread), firsts, together, strips)
@@ -788,6 +788,6 @@ def _absorbed(
         **parameters, matrix_ptrs=matrices, shift_ptrs=shifts, kind_ptr=kind, batch=B, scale=scale, **heads,
         LINKS=len(sizes.ranks), FIRSTS=firsts, CHANNELS=channels, C=H * sizes.d,
         NORMALISE_KEYS=qk_norm is not None, COLUMNS=columns, CHUNK=32, PRECISION=precision(torch.float32),
-        num_warps=warps(sizes.most, sizes.d), num_stages=2,
+        num_warps=warps(sizes.most, sizes.d), num_stages=configurations.stages(kind),
     )  # fmt: skip
     return matrices, shifts

@@ -144,7 +144,7 @@ class Squash:
         with on_device(rows):
             _squash_kernel[(-(-len(rows) // tile.positions),)](
                 **self.given, dyt_bias_ptr=self.shift, squashed_ptr=squashed, queries_ptr=queries, WIDTH=padded(C),
-                **self._shape(tile), num_warps=8, num_stages=2,
+                **self._shape(tile), num_warps=8, num_stages=configurations.stages(rows),
                 maxnreg=configurations.MOST_REGISTERS,  # else some spill to let two programs share a processor
             )  # fmt: skip
         return squashed.to(self.dtype), queries.to(self.dtype)
@@ -159,7 +159,7 @@ class Squash:
         with on_device(rows):
             _squash_backward_kernel[(tiles, -(-C // tile.channels))](
                 **self.given, dqueries_ptr=readable(dqueries).contiguous(), daligned_ptr=daligned, parts_ptr=parts,
-                **self._shape(tile), num_warps=8, num_stages=2,
+                **self._shape(tile), num_warps=8, num_stages=configurations.stages(rows),
             )  # fmt: skip
         return daligned.to(self.dtype), parts.sum(0)
 

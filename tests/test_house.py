@@ -91,7 +91,14 @@ def test_a_module_that_runs_kernels_on_a_gpu_is_marked_so(pytestconfig: pytest.C
         if device != "none":
             module.DEVICE = device  # type: ignore[attr-defined]
         items.append(
-            SimpleNamespace(module=module, add_marker=lambda mark, found=found: found.append(mark.name))
+            SimpleNamespace(
+                module=module,
+                add_marker=lambda mark, found=found: found.append(mark.name),
+                get_closest_marker=lambda _: None,
+            )
         )
-    hooks.pytest_collection_modifyitems([*items, SimpleNamespace()])
+    forking = SimpleNamespace(get_closest_marker=lambda name: name == "forks" or None)
+    items.append(forking)
+    hooks.pytest_collection_modifyitems(items)
+    assert items[0] is forking
     assert marks == {"cuda": ["gpu"], "cpu": [], "none": []}

@@ -69,7 +69,9 @@ class _Registered:
     """The values of registered fields as `--help` lists them: what they are is imported when they are printed."""
 
     def __str__(self) -> str:
-        return "; ".join(f"{name}: {', '.join(map(str, registered(name)))}" for name in REGISTERED)
+        return "; ".join(
+            f"{name}: {', '.join(value or 'none' for value in registered(name))}" for name in REGISTERED
+        )
 
 
 def config_from(args: argparse.Namespace, base: SRMConfig | None = None) -> SRMConfig:

@@ -72,11 +72,10 @@ def landmark_blocks(side: KeySide) -> tuple[Tensor, Tensor, Tensor, Tensor, Tens
     if landmarks is None:
         landmarks = landmark_choice.select_landmarks(K.detach(), None, side.choice, side.scale)
     normalised = take_landmarks(K, landmarks)
-    scaled = normalised * side.scale
-    scores = scaled @ K.mT
+    scores = normalised @ K.mT * side.scale
     R = scores.softmax(-1)
     lse = (scores.detach().amax(-1) - R.detach().amax(-1).log()) / math.log(2)
-    rhs, logits = R @ side.value.to(K.dtype), scaled @ normalised.mT
+    rhs, logits = R @ side.value.to(K.dtype), normalised @ normalised.mT * side.scale
     return take_landmarks(side.key.to(K.dtype), landmarks), logits, rhs, lse, landmarks.clone()
 
 

@@ -345,7 +345,8 @@ class Watched:
 
     def __getitem__(self, grid: Any) -> Callable[..., Any]:
         def launch(*args: Any, **options: Any) -> None:
-            self.seen |= {(x.data_ptr(), x.stride()) for x in args if isinstance(x, Tensor)}
+            given = (*args, *options.values())
+            self.seen |= {(x.data_ptr(), x.stride()) for x in given if isinstance(x, Tensor)}
             self.kernel[grid](*args, **options)
 
         return launch

@@ -32,9 +32,6 @@ child=
   nvidia-smi --query-gpu=name,driver_version,compute_cap,memory.total --format=csv,noheader
   "$PYTHON" -c 'import torch, triton; print("torch", torch.__version__, "cuda", torch.version.cuda, "triton", triton.__version__)'
   echo "commit $(git describe --always --exclude='*' --abbrev=12 --dirty=+ 2>/dev/null || echo unknown)"
-  if ! compgen -G "srm_kernels/_cuda*.so" >/dev/null; then
-    echo "srm_kernels/_cuda.so is not built: csrc is neither tested nor measured"
-  fi
 } >"$out/machine.txt"
 cat "$out/machine.txt"
 

@@ -101,7 +101,6 @@ def test_machine_and_commit_are_beside_the_results(tmp_path: Path, part: str):
     assert "A  Card (80GB)" in told
     assert "torch.__version__" in told
     assert "commit " in told
-    assert ("_cuda.so is not built" in told) == (not list((ROOT / "srm_kernels").glob("_cuda*.so")))
 
 
 def test_a_missing_sanitizer_is_a_line_and_no_failure(tmp_path: Path):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from srm_kernels.landmarks import METHODS
 from srm_model.reports.blocks import caption, row, section, table
-from srm_model.reports.charts import Series, curve_chart
+from srm_model.reports.charts import Series, line_chart
 from srm_model.reports.markup import Child, Markup, element, join
 from srm_model.reports.pictures import png_uri
 from srm_model.reports.style import STYLE
@@ -165,22 +165,24 @@ def _curves(found: Mapping[str, Any]) -> Child:
     charts = []
     if kappas:
         charts.append(
-            curve_chart(
+            line_chart(
                 kappas,
                 title="Distribution of κ",
                 note="share of systems with a condition number below",
                 x_label="log₁₀ κ",
                 y_label="share",
                 y_limits=(0.0, 1.0),
+                epochs=False,
             )
         )
     charts.append(
-        curve_chart(
+        line_chart(
             spectra,
             title="Singular values of W + λI",
             note="median over systems, largest first",
             x_label="index",
             y_label="log₁₀ σ",
+            epochs=False,
         )
     )
     return element("div", charts, class_="panels")
@@ -200,12 +202,13 @@ def _errors(found: Mapping[str, Any]) -> Child:
             series.append(Series(name, [x for x, _ in known], [y for _, y in known], look))
     chart = None
     if series:
-        chart = curve_chart(
+        chart = line_chart(
             series,
             title="Median error of the attention",
             note=None,
             x_label="log₂ r",
             y_label="log₁₀ error",
+            epochs=False,
         )
     title = "Median of ‖Y − Y*‖/‖Y*‖ over links, heads and images, the solver as in the checkpoint."
     numbers = table(["Landmarks", *(f"r = {rank}" for rank in ranks)], rows, title=title)

@@ -24,7 +24,7 @@ def write_study(
     """Write tables (Markdown, HTML) and figures (SVG, PNG) of the study in `folder`; returns tables and files.
 
     They go to `tables/` and `figures/` in the folder, and with nothing chosen by number all of them to one page
-    `report.html`, or `out`, too; without matplotlib that page has no figures. A table without results says so.
+    `report.html`, or `out`, too. A table without results says so.
     """
     folder = Path(folder)
     results = StudyResults.read(folder)
@@ -37,19 +37,13 @@ def write_study(
         write_text(place.with_suffix(".html"), _page(f"{results.title}, table {table.number}", html(table)))
         written += [place.with_suffix(".md"), place.with_suffix(".html")]
     drawn: list[Path] = []
-    note = None
     if every or figure_numbers is not None:
-        try:
-            drawn = figures(results, folder / "figures", figure_numbers)
-        except ModuleNotFoundError as error:
-            if not every:
-                raise
-            note = element("p", f"{str(error)[0].upper()}{str(error)[1:]}", class_="missing")
+        drawn = figures(results, folder / "figures", figure_numbers)
     written += drawn
     if every:
         pictures = [_picture(path) for path in drawn if path.suffix == ".png"]
         page = Path(out) if out is not None else folder / "report.html"
-        content = join([html(table) for table in chosen], pictures, note)
+        content = join([html(table) for table in chosen], pictures)
         write_text(page, _page(results.title, content))
         written.append(page)
     return chosen, written

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from srm_model.files import atomic_path
+from srm_model.norms import norm_of
 from srm_model.reports.drawing import STYLE, UNDATED, look
 from srm_model.reports.records import StudyResults, grouped
 from srm_model.reports.text import attack_text, budget_text, model_text
@@ -201,7 +202,7 @@ def _budgets(results: StudyResults, figure: Any) -> bool:
             }
             budgets = sorted(worst)
             values = [worst[eps] for eps in budgets]
-            shown = [eps * 255 if norm == "linf" else eps for eps in budgets]
+            shown = [norm_of(norm).shown(eps) for eps in budgets]
             ticks |= set(shown)
             axis.errorbar(
                 shown,
@@ -216,8 +217,8 @@ def _budgets(results: StudyResults, figure: Any) -> bool:
         axis.set_xticks(sorted(ticks), [f"{tick:g}" for tick in sorted(ticks)])
         axis.minorticks_off()
         axis.set(
-            xlabel="ε, in 1/255" if norm == "linf" else "ε, as stated at 512×512",
-            title="L∞" if norm == "linf" else "L2",
+            xlabel=norm_of(norm).axis,
+            title=norm_of(norm).symbol,
             ylim=(-1.05, 1.05),
         )
     axes[0].set_ylabel("worst SROCC over the suite" + (f", {most} seeds" if most > 1 else ""))

@@ -11,11 +11,10 @@ import numpy as np
 from PIL import Image
 
 from srm_kernels.landmarks import METHODS
-from srm_model.reports.blocks import caption, row, section, table
+from srm_model.reports.blocks import caption, row, section, table, whole_page
 from srm_model.reports.charts import Series, line_chart
-from srm_model.reports.markup import Child, Markup, element, join
+from srm_model.reports.markup import Child, Markup, element
 from srm_model.reports.pictures import png_uri
-from srm_model.reports.style import STYLE
 from srm_model.reports.text import count, listing, significant
 
 QUANTILES = ("median", "p90", "max")
@@ -43,14 +42,7 @@ def render(found: Mapping[str, Any], about: Mapping[str, Any], images: Sequence[
         section("Whether the choice of landmarks jumps", _changes(found)),
         section("Where the landmarks lie", _landmarks(found, images)),
     )
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("title", "Conditioning"),
-        element("style", Markup(STYLE)),
-    )
-    return join(Markup("<!doctype html>\n"), element("html", head, element("body", main), lang="en"), "\n")
+    return whole_page("Conditioning", main)
 
 
 def _landmark_count(found: Mapping[str, Any]) -> str:

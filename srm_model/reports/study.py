@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from srm_model.files import write_text
+from srm_model.reports.blocks import whole_page
 from srm_model.reports.figures import figures
 from srm_model.reports.markup import Markup, element, join
 from srm_model.reports.records import StudyResults
-from srm_model.reports.style import STYLE
 from srm_model.reports.tables import Table, html, markdown, tables
 
 
@@ -59,12 +59,4 @@ def _picture(path: Path) -> Markup:
 
 
 def _page(title: str, content: Markup) -> Markup:
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("title", title),
-        element("style", Markup(STYLE)),
-    )
-    main = element("main", element("h1", title), content)
-    return join(Markup("<!doctype html>\n"), element("html", head, element("body", main), lang="en"), "\n")
+    return whole_page(title, element("main", element("h1", title), content))

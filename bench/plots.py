@@ -65,7 +65,7 @@ def lines(
             power = {1: "", 2: "²"}.get(slope, f"^{slope:g}")
             guide = {"color": "#8b949c", "linestyle": style, "linewidth": 1}
             axes.axline((x, y), (2 * x, y * 2**slope), **guide, label=f"∝ x{power}")
-        figure.legend(loc="outside right upper")
+        figure.legend(loc="outside right center")
     return figure
 
 
@@ -80,7 +80,7 @@ def roofline(series: Sequence[Line], bandwidth: float, rate: float, *, title: st
             axes.loglog(points[:, 0], points[:, 1] / 1e9, **look(i), label=line.name)
         _plain_ticks(axes.xaxis)
         _plain_ticks(axes.yaxis)
-        figure.legend(loc="outside right upper")
+        figure.legend(loc="outside right center")
     return figure
 
 
@@ -109,7 +109,7 @@ def stacked(bars: Sequence[Bar], segments: Sequence[str], *, title: str, note: s
         axes.margins(x=0.12)
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
-        figure.legend(loc="outside right upper")
+        figure.legend(loc="outside right center")
     return figure
 
 

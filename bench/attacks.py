@@ -28,6 +28,7 @@ from bench import record
 from srm_kernels.checks import current_name
 from srm_model import SRMConfig, build_model
 from srm_model.attacks import MSE, Drift, PairInversion, apgd, fgsm, pgd, square
+from srm_model.necks import NECKS
 from srm_model.runs import keep_memory
 
 LIMITS = {"cpu": 0.10, "cuda": 0.05}  # of PGD's overhead
@@ -164,9 +165,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--backbones", nargs="+", default=["test_convnext"])
-    parser.add_argument(
-        "--necks", nargs="+", default=["srm", "quadratic"], choices=("srm", "quadratic", "none")
-    )
+    parser.add_argument("--necks", nargs="+", default=["srm", "quadratic"], choices=tuple(NECKS))
     parser.add_argument(
         "--attacks",
         nargs="+",

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bench import bounds, record
 from srm_kernels import backends, landmark_solve, nystrom_attention
-from srm_kernels.conditioning import SOLVERS
+from srm_kernels.conditioning import SOLVERS, SOLVERS_OF_KERNELS
 from srm_model.profiling.timing import cpu_clock
 
 BATCHES = (8, 64, 512)
@@ -90,17 +90,11 @@ def calls(logits: Tensor, rhs: Tensor) -> dict[str, Callable[[], object]]:
         name: lambda name=name: landmark_solve(logits, rhs, solver=name, backend="torch").x
         for name in SOLVERS
     }
-    for backend in ("triton", "cuda"):
-        if logits.is_cuda and backends()[backend].available:
-            for name in SOLVERS:
-                call = lambda name=name, backend=backend: (  # noqa: E731
-                    landmark_solve(logits, rhs, solver=name, backend=backend).x
-                )
-                try:
-                    call()
-                except NotImplementedError:
-                    continue
-                found[f"{name}@{backend}"] = call
+    if logits.is_cuda and backends()["triton"].available:
+        for name in SOLVERS_OF_KERNELS:
+            found[f"{name}@triton"] = lambda name=name: (
+                landmark_solve(logits, rhs, solver=name, backend="triton").x
+            )
     for name in ("svd", "lu_factor_ex", "cholesky_ex"):
         found[f"torch.linalg.{name}"] = lambda name=name: plain(name, logits, rhs)
     return found

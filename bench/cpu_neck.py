@@ -37,7 +37,7 @@ def not_compiled(call: Callable[[], object]) -> Callable[[], object]:
     """The call as it is where csrc was not built."""
 
     def plain() -> object:
-        with mock.patch.object(native, "BUILT", set()):
+        with mock.patch.object(native, "BUILT", False):
             return call()
 
     return plain

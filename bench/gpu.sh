@@ -32,9 +32,6 @@ child=
   nvidia-smi --query-gpu=name,driver_version,compute_cap,memory.total --format=csv,noheader
   "$PYTHON" -c 'import torch, triton; print("torch", torch.__version__, "cuda", torch.version.cuda, "triton", triton.__version__)'
   echo "commit $(git describe --always --exclude='*' --abbrev=12 --dirty=+ 2>/dev/null || echo unknown)"
-  if ! compgen -G "srm_kernels/_cuda*.so" >/dev/null; then
-    echo "srm_kernels/_cuda.so is not built: csrc is neither tested nor measured"
-  fi
 } >"$out/machine.txt"
 cat "$out/machine.txt"
 
@@ -93,7 +90,7 @@ part_a() {
 
 part_b() {
   local direction batch tool
-  rm -f "$out"/{attention,fused_neck,conditioning,operators,neck,training,attacks,growth,sanitizer-memcheck,sanitizer-racecheck}.txt
+  rm -f "$out"/{attention,fused_neck,conditioning,neck,training,attacks,growth,sanitizer-memcheck,sanitizer-racecheck}.txt
   for direction in "" --backward; do
     # shellcheck disable=SC2086
     attention --rank 64 --batch 8 --warmup 5 --repeats 30 --kernels --shapes 16384 256 16384 1024 $direction
@@ -119,8 +116,6 @@ part_b() {
   step 50 attacks "$PYTHON" -m bench.attacks --device cuda --backbones pvt_v2_b2 --image-size 512 \
     --necks srm quadratic none --backends triton reference --attacks "pgd mse linf" --steps 10 --repeats 2 \
     --out "$out/attacks.jsonl"
-  step 60 operators "$PYTHON" -m pytest bench --benchmark-only --on cuda --kind bf16 --shapes one \
-    --benchmark-max-time 0.1 --benchmark-min-rounds 3 --benchmark-json "$out/operators.json"
   step 60 neck "$PYTHON" -m bench.neck --device cuda --article --out "$root"
   step 50 growth "$PYTHON" -m bench.growth --device cuda --dtype bf16 --seconds 1 --out "$root"
   attention --crossover --warmup 2 --repeats 10

@@ -38,12 +38,6 @@ FAMILIES = {
     "wide heads": Family(1, 4, 4_096, 1_024, 64, 64),
     "few landmarks": Family(1, 8, 16_384, 256, 16, 32),
 }
-SETS = {
-    "tiny": ("tiny",),
-    "one": ("stage 1",),
-    "some": ("stage 3", "stage 2", "wide heads"),
-    "all": tuple(name for name in FAMILIES if name != "tiny"),
-}
 
 
 class NumericsError(AssertionError):

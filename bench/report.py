@@ -11,7 +11,7 @@ import itertools
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bench import growth, occupancy, pages, plots
 from bench.harness import latest, newest, one_machine, read, sentence
@@ -21,12 +21,16 @@ from srm_model.files import write_text
 from srm_model.profiling.counting import CONVENTION
 from srm_model.profiling.stages import REST
 from srm_model.profiling.tables import MEBI, cost_table, measured_table, notes, number, shares_table
+from srm_model.reports.drawing import svg
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 KERNEL = ("operator", "kernel", "architecture", "case", "launch")
 RTX = (86, 89, 120)
 PAGE = "report.md"
 Rows = list[dict[str, Any]]
-Picture = tuple[str, str]  # file name, SVG
+Picture = tuple[str, "Figure"]  # file name and drawing
 
 
 def report(folder: Path, *, last: bool = False) -> list[Path]:
@@ -58,8 +62,8 @@ def report(folder: Path, *, last: bool = False) -> list[Path]:
         f"# Measurements: {folder.name}\n\nWritten by `python -m bench.report`; the rows are beside it.\n\n"
     )
     written = [folder / PAGE, *(folder / name for name, _ in pictures)]
-    for name, svg in pictures:
-        write_text(folder / name, svg)
+    for name, picture in pictures:
+        write_text(folder / name, svg(picture))
     write_text(folder / PAGE, title + "\n".join(sections))
     return written
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from srm_kernels.conditioning import SOLVERS
+from srm_kernels.conditioning import SOLVERS_OF_KERNELS
 from srm_kernels.options import LandmarkOptions, QuerySides, SolveOptions
 
 if TYPE_CHECKING:
@@ -77,7 +77,9 @@ SCHEDULES = (
     Schedule(PVT, 8, 32, 64, "float16", dyt=True),
 )
 SYSTEMS = tuple(
-    System(rank, d, solver) for rank, d in ((64, 32), (64, 64), (32, 32), (128, 128)) for solver in SOLVERS
+    System(rank, d, solver)
+    for rank, d in ((64, 32), (64, 64), (32, 32), (128, 128))
+    for solver in SOLVERS_OF_KERNELS
 )
 CHOICES = (
     Choice(64, 32, 256, "bfloat16", "leverage"),
@@ -140,7 +142,7 @@ def neck(case: Schedule, make: Maker = without_memory, batch: int = 2) -> None:
 
 
 def solve(case: System) -> None:
-    """The landmark solve alone; `svd` and `auto` go backward as `lu`."""
+    """The landmark solve alone."""
     import torch
 
     from srm_kernels.conditioning import kernels
@@ -149,8 +151,7 @@ def solve(case: System) -> None:
     rhs = torch.empty(4, case.rank, case.d, device="meta")
     arguments = (logits, rhs, SolveOptions(solver=case.solver))
     results = kernels.landmark_solve(*arguments)
-    if case.solver not in ("svd", "auto"):
-        kernels.landmark_solve_backward(results[:1], results, *arguments)
+    kernels.landmark_solve_backward(results[:1], results, *arguments)
 
 
 def choose(case: Choice) -> None:

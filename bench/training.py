@@ -33,9 +33,9 @@ from bench.harness import (
 )
 from srm_kernels.checks import current_name
 from srm_model import SRMConfig, build_model
-from srm_model.config import NECKS
 from srm_model.data import ImageCache
 from srm_model.data.transforms import centre_crop, load_resized, to_tensor
+from srm_model.necks import NECKS
 from srm_model.training.optimisation import autocast_dtype, parameter_groups
 
 ASKED = 1.3  # of a GPU, in training: the fused neck's speed over the quadratic one's, at 512² and a small backbone
@@ -95,7 +95,7 @@ def cases(backbone: str, options: argparse.Namespace) -> list[Case]:
     return [
         Case(backbone, neck, backend, options)
         for neck in options.necks
-        for backend in (chosen if neck != "none" else [None])
+        for backend in (chosen if NECKS[neck].attention else [None])
     ]
 
 
@@ -179,7 +179,11 @@ def main(arguments: list[str] | None = None) -> None:
     made = parser(__doc__)
     made.add_argument("--backbones", nargs="+", default=["mobilenetv3_large_100"])
     made.add_argument(
-        "--necks", nargs="+", default=["quadratic", "srm", "none"], choices=NECKS, help="the first is 1.00"
+        "--necks",
+        nargs="+",
+        default=["quadratic", "srm", "none"],
+        choices=tuple(NECKS),
+        help="the first is 1.00",
     )
     made.add_argument(
         "--backends", type=current_name, nargs="+", help="default: the fastest, and each that can run here"

@@ -64,7 +64,7 @@ def _environment() -> list[str]:
         f"torch      {torch.__version__}, CUDA {torch.version.cuda or 'absent'}",
         f"triton     {verdicts.triton_version()}",
         f"numpy      {_version('numpy')}",
-        f"csrc       {', '.join(sorted(native.BUILT)) or 'not built'}",
+        f"csrc       {'built' if native.BUILT else 'not built'}",
         f"kernels    {verdicts.sources_digest()}",
         f"driver     {verdicts.driver_version()}",
         f"cache      {verdicts.cache_folder()}",

@@ -118,7 +118,7 @@ class Table:
         """Whether kernels are the first choice of a group at one measured shape at least."""
         sizes = {tuple(row["sizes"]) for row in self.groups[group][1]}
         first = [self.ranking(group, [class_of(size) for size in one])[:1] for one in sizes]
-        return ["triton"] in first or ["cuda"] in first
+        return ["triton"] in first
 
 
 def times_of(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, float]]]:

@@ -23,10 +23,9 @@ ENVIRONMENT_VARIABLE = "SRM_KERNELS_BACKEND"
 BACKENDS = {
     "reference": "the mathematics in plain PyTorch",
     "torch": "attention through scaled_dot_product_attention, and on the CPU the default landmark solve in C++ of csrc"
-    + ("" if "cpu" in native.BUILT else " (not built)")
+    + ("" if native.BUILT else " (not built)")
     + " and the neck's query side in tiles; the other operators have one plain-PyTorch form",
     "triton": "fused Triton kernels for landmarks, their solve, attention, scale, gate, pooling and the neck",
-    "cuda": "CUDA kernels of csrc",
 }
 LEAST_CAPABILITY = (8, 0)
 WORTH_THREADS = 2**26  # multiply-adds, a few milliseconds of one thread
@@ -52,8 +51,8 @@ def backends() -> dict[str, BackendStatus]:
 
 
 def _missing() -> dict[str, str]:
-    found = {"cuda": native.missing(), "triton": triton_missing()}
-    return {name: reason for name, reason in found.items() if reason is not None}
+    reason = triton_missing()
+    return {} if reason is None else {"triton": reason}
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -135,16 +134,6 @@ def triton_refusal(tensor: torch.Tensor) -> str | None:
     return None
 
 
-def cuda_refusal(tensor: torch.Tensor) -> str | None:
-    """Why no kernel of csrc can run on a tensor, or None."""
-    reason = _missing().get("cuda")
-    if reason is None and tensor.device.type != "cuda":
-        reason = f"its tensors are on {tensor.device}, not on CUDA"
-    if reason is None and tensor.dtype == torch.float64:
-        reason = "its kernels compute in float32, and the tensors are float64"
-    return reason
-
-
 def roomy(tensor: torch.Tensor, kibibytes: int = 160) -> bool:
     """Whether blocks may ask for so much shared memory; 160 KiB they may on data-centre cards and not on others."""
     return launch_device(tensor).shared_memory >= kibibytes * 1024
@@ -206,7 +195,7 @@ def choose_backend(
         if chosen is not None:
             return chosen
         if tensor is not None:
-            chosen = choice.measured(tensor, operator, variant, sizes, _among(implementations, refusal))
+            chosen = choice.measured(tensor, operator, variant, sizes, refusal)
         if chosen is None:
             chosen = next(name for name in implementations if refusal(name) is None)
         if tensor is not None:
@@ -239,11 +228,6 @@ def named_by_environment() -> str | None:
     return current_name(os.environ.get(ENVIRONMENT_VARIABLE)) or None
 
 
-def _among(implementations: tuple[str, ...], refusal: choice.Refusal) -> choice.Refusal:
-    """`refusal`, which refuses what an operator has no form of too: a verdict may name anything."""
-    return lambda name: refusal(name) if name in implementations else f"it has no form by {name}"
-
-
 def _explained(
     requested: str | None,
     implementations: tuple[str, ...],
@@ -258,7 +242,7 @@ def _explained(
         origin = "the argument `backend`" if requested else ENVIRONMENT_VARIABLE
         return choice.Explanation(choice.named(operator, variant), name, f"{origin} names it", sizes=sizes())
     default = next(name for name in implementations if refusal(name) is None)
-    return choice.explained(default, tensor, operator, variant, sizes, _among(implementations, refusal))
+    return choice.explained(default, tensor, operator, variant, sizes, refusal)
 
 
 def choose_kernels(

@@ -43,7 +43,7 @@ OWN = "this machine"
 SOURCES = ("parts.py", "registration.py", "numerics.py", "verify/cases.py", "verify/measure.py")
 CSRC_DIGEST = "_csrc.txt"  # which setup.py leaves in a wheel, where the sources of csrc are not
 
-IMPLEMENTATIONS = ("reference", "torch", "triton", "cuda")
+IMPLEMENTATIONS = ("reference", "torch", "triton")
 RIGHT = "right"
 # "unsupported": the backend does not take these sizes; "memory": the device has too little; neither is a fault.
 HARMLESS = (RIGHT, "unsupported", "memory")

@@ -12,8 +12,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from srm_model.config import NECKS, SRMConfig
+from srm_model.config import SRMConfig
 from srm_model.files import atomic_path, read_json, utf8_path, write_json
+from srm_model.necks import NECKS
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

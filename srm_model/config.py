@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from srm_model.norms import NORMS
+
 QK_NORMS = (None, "keys", "both")
 STAGES = (1, 2, 3, 4)
 STORED = "stored"  # in place of a backend: the one that a checkpoint was trained with
-NECKS = ("srm", "quadratic", "none")
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class SRMConfig:
     gradient_step: float = 0.01  # h of its finite difference
     gradient_norm: str = "l1"  # of ∇f: "l1" along its sign, "l2" along itself
     adversarial_eps: float = 0.0  # ε of PGD adversarial training; 0 is off; "l2" at 512², scaled by √(HW)/512
-    adversarial_norm: str = "linf"  # "linf" or "l2"
+    adversarial_norm: str = "linf"  # one of NORMS
     adversarial_steps: int = 3  # (c) of 2.5 ε/steps or 4 ε/steps each
 
     # Attacks, section 3.8.4
@@ -246,7 +247,7 @@ def _check_values(config: SRMConfig) -> None:
     one_of("qk_norm", QK_NORMS)
     one_of("solve_dtype", ("fp32", "model"))
     one_of("gradient_norm", ("l1", "l2"))
-    one_of("adversarial_norm", ("linf", "l2"))
+    one_of("adversarial_norm", tuple(NORMS))
     one_of("precision", ("auto", "fp32", "bf16", "fp16"))
     for name in (
         "channels heads rank neumann_order pool_size image_size batch_size accumulate epochs attack_steps "
@@ -267,10 +268,9 @@ def _check_values(config: SRMConfig) -> None:
     require(config.ridge > 0 or config.solver != "cholesky", "ridge", "above 0 with solver='cholesky'")
     require(0 <= config.kv_pool_prob <= 1, "kv_pool_prob", "a probability")
     require(0 < config.gradient_step <= 0.01, "gradient_step", "above 0, at most 0.01: room beyond [0, 1]")
-    reach = 1.0 if config.adversarial_norm == "linf" else math.inf
-    require(
-        0 <= config.adversarial_eps <= reach, "adversarial_eps", "zero or more, at most 1 for norm 'linf'"
-    )
+    reach = NORMS[config.adversarial_norm].largest
+    accepted = f"zero or more, at most {reach:g} for norm {config.adversarial_norm!r}"
+    require(0 <= config.adversarial_eps <= reach, "adversarial_eps", accepted)
     require(0 < config.smoothing_confidence < 1, "smoothing_confidence", "a probability below 1")
     require(0 < config.attack_square_area <= 1, "attack_square_area", "a share of the image in (0, 1]")
     require(0 <= config.ema < 1, "ema", "a decay in [0, 1)")

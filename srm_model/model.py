@@ -12,9 +12,10 @@ from srm_kernels.checks import may_ask
 
 from .backbones import Backbone, check_backbone, check_size
 from .checkpoint import load_weights, read_card
-from .config import NECKS, STORED, SRMConfig
+from .config import STORED, SRMConfig
 from .modules import check_like, evaluating
-from .neck import NeckOutput, PlainNeck, SRMNeck
+from .neck import NeckOutput, SRMNeck, make_neck
+from .necks import check_neck
 from .statistics import BatchStatistics
 
 RANGE_TOLERANCE = 1e-2  # room for a finite-difference step at the edge of [0, 1]
@@ -57,16 +58,11 @@ class IQAModel(nn.Module):
 
     def __init__(self, backbone: str, neck: str, config: SRMConfig, *, pretrained: bool = False) -> None:
         super().__init__()
-        if neck not in NECKS:
-            raise ValueError(f"neck={neck!r}: expected one of {', '.join(map(repr, NECKS))}")
+        check_neck(neck)
         self.backbone_name, self.neck_name, self.config = backbone, neck, config
         self.backbone = Backbone(backbone, pretrained=pretrained, image_size=config.image_size)
         channels = self.backbone.channels
-        self.neck: SRMNeck | PlainNeck
-        if neck == "none":
-            self.neck = PlainNeck(channels, config)
-        else:
-            self.neck = SRMNeck(channels, config, attention="full" if neck == "quadratic" else "nystrom")
+        self.neck = make_neck(neck, channels, config)
         self.head = Head(config.channels)
         self.register_buffer("mean", torch.empty(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.empty(1, 3, 1, 1), persistent=False)

@@ -21,6 +21,7 @@ FLOORS = (
     {"neck", "backbones", "metrics", "checkpoint"},
     {"statistics"},
     {"config", "files", "graphs", "messages", "modules", "ranks"},
+    {"necks", "norms", "suites"},
 )
 NEIGHBOURS = {("__main__", "cli"), ("training", "attacks"), ("graphs", "modules")}
 

@@ -12,9 +12,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .. import autocast
 from ..checks import check_choice, check_number, check_tensors, check_tokens, transforming, wide_dtype
-from ..conditioning import DIAGNOSTICS, LandmarkSolution, diagnosed, solve_options, solved
+from ..conditioning import DIAGNOSTICS, LandmarkSolution, diagnosed, has_kernels, solve_options, solved
 from ..landmarks import METHODS_OF_KERNELS, kernel_limits, landmark_options, selected
-from ..options import AttentionOptions, LandmarkOptions
+from ..options import AttentionOptions, LandmarkOptions, SolveOptions
 from ..registration import later, no_autocast, register_operator
 from ..runtime import choose_backend, choose_kernels, few_threads, triton_refusal
 from ..scale import RMSScale, rms_scale
@@ -180,11 +180,11 @@ def nystrom_attention(
     `landmark_solve`) Y and the `LandmarkSolution`, whose fields carry no gradient. Differentiable in query, key, value
     and tau, landmarks being constants; twice through the reference. A sample's output and gradient do not depend on the
     rest of the batch; a NaN stays in its own (b, h).
-    rest of the batch; a NaN stays in its own (b, h).
 
-    backend: "triton" takes fp32, bf16 and fp16, d from 8 to 128, r up to 128 and solve_dtype "fp32"; solvers but
-    "cholesky" and equilibration are then `landmark_solve`'s kernels, and nothing waits for the device but the exact κ
-    of `diagnostics=True`. None takes it where the verdict about the device does.
+    backend: "triton" takes fp32, bf16 and fp16, d from 8 to 128, r up to 128 and solve_dtype "fp32". The solve has a
+    kernel for "cholesky" and "lu", not equilibrated; else it is torch.linalg's between the kernels of the rest, and
+    "svd" and "auto" wait for the device, as the exact κ of `diagnostics=True` does. None takes it where the verdict
+    about the device does.
     Raises TypeError for dtypes, ValueError for shapes and values, NotImplementedError for a backend that cannot run.
     """
     query, key, value = autocast.lowered(query, key, value)
@@ -276,7 +276,8 @@ def _diagnosed(
         _, logits, rhs, _, _ = _blocks(key, value, landmarks, *choice.flat(), s, qk_norm, backend)
     else:
         logits, rhs = _system(key, value, landmarks, s, qk_norm, options.solve_dtype, "reference")
-    return diagnosed(logits, rhs, options.solve, estimate=estimate, backend=backend)
+    solving = _backend_of_solve(backend, options.solve)
+    return diagnosed(logits, rhs, options.solve, estimate=estimate, backend=solving)
 
 
 def landmark_side(
@@ -363,8 +364,12 @@ def _landmark_side(
         keys, x, _, landmarks = _context(*side, options.solve.ridge, backend)
         return keys, x, landmarks
     keys, logits, rhs, _, landmarks = _blocks(*side, backend)
-    x, _, _ = solved(logits, rhs, options.solve, backend)
+    x, _, _ = solved(logits, rhs, options.solve, _backend_of_solve(backend, options.solve))
     return keys, x, landmarks
+
+
+def _backend_of_solve(backend: str, options: SolveOptions) -> str:
+    return "reference" if backend == "triton" and not has_kernels(options) else backend
 
 
 def _select(key: Tensor, options: AttentionOptions, backend: str) -> Tensor:

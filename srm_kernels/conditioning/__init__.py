@@ -12,13 +12,15 @@ from .. import autocast
 from ..checks import check_choice, check_count, check_flag, check_number, check_tensors, wide_dtype
 from ..options import SolveOptions
 from ..registration import later, register_operator
-from ..runtime import choose_backend, cuda_refusal, triton_refusal
-from . import cpu, cuda, reference
+from ..runtime import choose_backend, triton_refusal
+from . import cpu, reference
 from .reference import SOLVERS, Solver
 
 DIAGNOSTICS = (True, False, "estimate")
 # Kernels of a GPU are in front only where a verdict puts them there.
-_IMPLEMENTATIONS = ("torch", "reference", "triton", "cuda")
+_IMPLEMENTATIONS = ("torch", "reference", "triton")
+# Not equilibrated. The other solvers are torch.linalg's on every device.
+SOLVERS_OF_KERNELS = ("cholesky", "lu")
 _LARGEST = 128  # r and d of the kernels
 _KERNELS = f"{__name__}.kernels"
 
@@ -41,7 +43,6 @@ _solve = register_operator(
         "reference": reference.landmark_solve,
         "torch": cpu.landmark_solve,
         "triton": later(_KERNELS, "landmark_solve"),
-        "cuda": cuda.landmark_solve,
     },
     fake=lambda logits, rhs, *_: (
         rhs.new_empty(rhs.shape, dtype=wide_dtype(rhs.dtype)),
@@ -100,12 +101,9 @@ def landmark_solve(
     device. "estimate" fills the same with κ estimated as in "auto", and does not wait.
     A non-finite logit makes its own matrix's X NaN and no other's. Gradients are exact, by the implicit
     formula (through the polynomial for "neumann"); diagnostics carry none.
-    backend="triton" is one launch ("auto" and a gated "neumann" take two) for r, d ≤ 128 and anything but float64,
-    every solver, forward and backward, and asks the host nothing: it can be captured in a CUDA graph. There "svd" and
-    "auto" are differentiable only with ridge > 0; a singular matrix has NaN gradients. backend="cuda" is csrc's
-    one-sided Jacobi for "svd" and "auto", as small, and does not wait for the device either. backend="torch", which
-    None takes, has csrc's C++ for "cholesky" on the CPU, r ≤ 128, not equilibrated, where it is built; else the
-    reference's.
+    backend="triton" is one launch for "cholesky" and "lu", not equilibrated, r, d ≤ 128 and anything but float64,
+    forward and backward; a singular matrix has NaN gradients. backend="torch", which None takes, has csrc's C++ for
+    "cholesky" on the CPU, r ≤ 128, not equilibrated, where it is built; else the reference's.
     Raises ValueError for shapes, an unknown solver, ridge < 0, or "cholesky" with ridge 0; TypeError for dtypes.
     """
     logits, rhs = autocast.promoted(logits, rhs)
@@ -128,15 +126,14 @@ def solved(
     logits: Tensor, rhs: Tensor, options: SolveOptions, backend: str | None
 ) -> tuple[Tensor, Tensor, str]:
     """X, the `Solver` that served each matrix, and the implementation; arguments are not checked."""
-    solver = options.solver
     chosen = choose_backend(
         backend,
         _IMPLEMENTATIONS,
         "landmark_solve",
-        partial(_refusal, rhs, solver),
+        partial(_refusal, rhs, options),
         tensor=rhs,
         sizes=lambda: (rhs.shape[-2], rhs.shape[-1]),
-        variant=f"{solver}, equilibrated" if options.equilibrate else solver,
+        variant=_variant(options),
         call=(rhs.shape,),
     )
     x, used = _solve(logits, rhs, *options.flat(), chosen)
@@ -155,16 +152,26 @@ def diagnosed(
     return LandmarkSolution(x, kappa, residual, gain, used)
 
 
-def _refusal(rhs: Tensor, solver: str, name: str) -> str | None:
-    if name not in ("triton", "cuda"):
+def _variant(options: SolveOptions) -> str:
+    return f"{options.solver}, equilibrated" if options.equilibrate else options.solver
+
+
+def _refusal(rhs: Tensor, options: SolveOptions, name: str) -> str | None:
+    if name != "triton":
         return None
-    reason = triton_refusal(rhs) if name == "triton" else cuda_refusal(rhs)
+    reason = triton_refusal(rhs)
     r, d = rhs.shape[-2:]
     if reason is None and max(r, d) > _LARGEST:
         return f"its kernels take r and d up to {_LARGEST}, and they are {r} and {d}"
-    if reason is None and name == "cuda" and solver not in cuda.SOLVERS:
-        return f"it has kernels for {' and '.join(cuda.SOLVERS)}, not for {solver}"
+    if reason is None and not has_kernels(options):
+        kernels = " and ".join(SOLVERS_OF_KERNELS)
+        return f"it has kernels for {kernels}, not equilibrated, not for {_variant(options)}"
     return reason
+
+
+def has_kernels(options: SolveOptions) -> bool:
+    """Whether the Triton kernels have a form of this solve."""
+    return options.solver in SOLVERS_OF_KERNELS and not options.equilibrate
 
 
 def solve_options(

@@ -17,9 +17,9 @@ def landmark_solve(logits: Tensor, rhs: Tensor, options: SolveOptions) -> tuple[
     """X (…, r, d) and the `Solver` (…,) that served each matrix, as the reference has them."""
     default = options.default and logits.shape[-1] <= LARGEST
     recorded = torch.is_grad_enabled() and (logits.requires_grad or rhs.requires_grad)
-    if "cpu" not in native.BUILT or logits.device.type != "cpu" or not default or recorded:
+    if not native.BUILT or logits.device.type != "cpu" or not default or recorded:
         return reference.landmark_solve(logits, rhs, options)
-    native.load("cpu")
+    native.load()
     wide = wide_dtype(logits.dtype)
     x = rhs.to(wide, copy=True, memory_format=torch.contiguous_format)
     served = torch.empty(rhs.shape[:-2], dtype=torch.bool)

@@ -60,16 +60,14 @@ class System(NamedTuple):
     right: Tensor | None
 
 
-def landmark_solve(
-    logits: Tensor, rhs: Tensor, options: SolveOptions, svd: SVD | None = None
-) -> tuple[Tensor, Tensor]:
-    """X (…, r, d) and the `Solver` (…,) that served each matrix; `svd` may stand in for torch's own."""
+def landmark_solve(logits: Tensor, rhs: Tensor, options: SolveOptions) -> tuple[Tensor, Tensor]:
+    """X (…, r, d) and the `Solver` (…,) that served each matrix."""
     logits, rhs = logits.to(wide_dtype(logits.dtype)), rhs.to(wide_dtype(rhs.dtype))
     finite = logits.abs().amax((-2, -1)).isfinite()
     spoiled = not nowhere(~finite)
     if spoiled:
         logits = torch.where(finite[..., None, None], logits, 0)
-    system, factors, used = _factorise(logits, rhs, options, svd or _svd)
+    system, factors, used = _factorise(logits, rhs, options)
     X = _unscaled(system, _solved(system, factors))
     if options.solver == "neumann":
         series_system = _system(logits, rhs, options.ridge, options.equilibrate)
@@ -128,7 +126,6 @@ def _unscaled(system: System, Z: Tensor) -> Tensor:
 
 
 Solve = Callable[[Tensor, bool], Tensor]  # (right-hand side, transposed) → solution
-SVD = Callable[[Tensor, float, Tensor | None], Solve]  # (A, λ₀, the matrices wanted; None is all)
 
 
 class _Factors:
@@ -175,9 +172,7 @@ class _ImplicitSolve(torch.autograd.Function):
         return dA, dG, None, None
 
 
-def _factorise(
-    logits: Tensor, rhs: Tensor, options: SolveOptions, svd: SVD
-) -> tuple[System, _Factors, Tensor]:
+def _factorise(logits: Tensor, rhs: Tensor, options: SolveOptions) -> tuple[System, _Factors, Tensor]:
     """The system that is solved, its factors, and the `Solver` of each matrix; for "neumann" the default solve's."""
     ridge, equilibrate, solver = options.ridge, options.equilibrate, options.solver
     if solver == "neumann":
@@ -199,13 +194,13 @@ def _factorise(
         system = _system(logits, rhs, ridge, equilibrate)
     A = system.matrix.detach()
     if solver == "svd":
-        factors.parts.append((None, svd(A, ridge, None)))
+        factors.parts.append((None, _svd(A, ridge, None)))
         return system, factors, torch.full_like(used, int(Solver.SVD))
     if solver == "auto":
         lu = _lu(A, ridge)
         factors.parts.append((None, lu))
         high = ~(estimate_condition(A, lu) < options.kappa_max)
-        factors.parts.append((high, svd(A, ridge, high)))
+        factors.parts.append((high, _svd(A, ridge, high)))
         return system, factors, torch.where(high, int(Solver.SVD), used)
     factors.parts.append((rest, _lu(A, ridge)))
     return system, factors, used

@@ -47,7 +47,7 @@ def grid_of(height: int, width: int, size: int, positions: int, like: Tensor) ->
 
 def _is_built() -> bool:
     """A library that was built before these steps existed does not have them."""
-    if "cpu" not in native.BUILT:
+    if not native.BUILT:
         return False
-    native.load("cpu")
+    native.load()
     return hasattr(torch.ops.srm_cpu, "cell_means_")

@@ -16,7 +16,7 @@ from torch import Tensor
 import srm_kernels as ops
 
 from ..attention import _landmark_side, _select
-from ..conditioning import SOLVERS
+from ..conditioning import SOLVERS_OF_KERNELS
 from ..landmarks import METHODS_OF_KERNELS
 from ..options import AttentionOptions, LandmarkOptions, SolveOptions
 
@@ -59,7 +59,6 @@ SHAPES = {
 QUICK = ("odd", "article")
 FAMILY = (*QUICK, "small", "large")
 WIDTH = 64  # channels of a backbone's map
-OTHER_SOLVERS = tuple(SOLVERS)[1:]
 SCALE_OF_ATTENTION = 1e-3  # γ and the ridge
 
 
@@ -318,15 +317,9 @@ OPERATORS = (
         "ridge_leverage_scores", _tokens("keys"),
         lambda s: lambda key, backend: ops.ridge_leverage_scores(key, backend=backend), (0,), (0,),
     ),
-    Operator(
-        "landmark_solve", _systems, _solve("cholesky"), _EVERY, (0,), variant="cholesky", dtypes=("fp32",)
-    ),
     *(
-        Operator(
-            "landmark_solve", _systems, _solve(solver), _EVERY, (0,), variant=solver, dtypes=("fp32",),
-            shapes=("tiny", *QUICK), backends=("triton", "cuda") if solver in ("svd", "auto") else ("triton",),
-        )
-        for solver in OTHER_SOLVERS
+        Operator("landmark_solve", _systems, _solve(solver), _EVERY, (0,), variant=solver, dtypes=("fp32",))
+        for solver in SOLVERS_OF_KERNELS
     ),
     Operator(
         "project_sources", _sources, _project, (0, *[None] * 8), (1, 1), wide=(1, 2, 3, 4, 5, 6, 7, 8),

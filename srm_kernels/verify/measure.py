@@ -21,7 +21,6 @@ from .cases import Call, Case
 from .devices import Device
 
 SEED = 99  # of the losses
-KERNELS = ("triton", "cuda")  # which promise their bits; PyTorch's own products do not
 # As drivers, libraries and Triton say it, which raise other errors than torch's.
 OUT_OF_MEMORY = re.compile(r"out of memory|cannot allocate memory|_ALLOC_FAILED|bad_alloc", re.IGNORECASE)
 SAMPLE = 1  # of the batch, which is also computed alone
@@ -153,7 +152,7 @@ def _fault_of(case: Case, backend: str, device: Device) -> tuple[str | None, flo
         worst, name = max((value, name) for name, value in by_name.items())
     if not worst <= 1:
         return f"{name} is off by {worst:.3g} times the bound", worst
-    if backend not in KERNELS:
+    if backend != "triton":  # PyTorch's own products do not promise their bits
         return None, worst
     if not _same(found, again):
         return "two runs give different bits", worst

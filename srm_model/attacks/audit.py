@@ -22,6 +22,7 @@ from srm_model.attacks.suite import Attack, Dataset, Job
 from srm_model.config import SRMConfig
 from srm_model.metrics import GRADIENTS_ALLOWED, srocc
 from srm_model.modules import is_stochastic, unwrapped
+from srm_model.norms import norm_of
 
 # Where a check's figure passes. Set with honest and masked models in view (tests), and the same for every model.
 FALL_ALLOWED = 0.05  # of the loss's whole rise, over the steps
@@ -190,7 +191,7 @@ class _Subject:
     @property
     def largest(self) -> float:
         """A radius within which every image lies."""
-        return 1.0 if self.norm == "linf" else math.sqrt(self.batches[0][0][0].numel())
+        return norm_of(self.norm).diameter(self.batches[0][0][0])
 
     def generator(self, number: int) -> torch.Generator:
         entropy = np.random.SeedSequence([self.seed, number]).generate_state(1, np.uint64)[0]
@@ -385,9 +386,7 @@ def _derivative(subject: _Subject) -> Check:
     A true gradient agrees once h is small enough for the score to be straight and large enough for fp32; a false one
     agrees at no h. So the best of three widths counts.
     """
-    largest = subject.radius
-    if subject.norm == "l2":  # a sign direction of that length
-        largest /= math.sqrt(subject.batches[0][0][0].numel())
+    largest = subject.radius / subject.largest  # of a pixel, along signs
     widths = [min(largest / share, 0.25) for share in _WIDTHS]
     said: list[Tensor] = []
     seen: list[list[Tensor]] = [[] for _ in widths]

@@ -23,6 +23,7 @@ from srm_model.attacks.problem import (
     like,
 )
 from srm_model.config import SRMConfig
+from srm_model.norms import norm_of
 
 _DEFAULTS = SRMConfig()
 _P = ParamSpec("_P")
@@ -215,4 +216,4 @@ def trace_of(images: Tensor, problem: Problem, kept: Best, losses: Tensor, *, gr
 
 def default_step_size(norm: str, eps: float, steps: int, config: SRMConfig = _DEFAULTS) -> float:
     """2.5·eps/steps for "linf" and 4·eps/steps for "l2", SPEC section 6."""
-    return (config.attack_step_linf if norm == "linf" else config.attack_step_l2) * eps / steps
+    return norm_of(norm).step_of(config) * eps / steps

@@ -10,6 +10,7 @@ saves a forward pass; `clean_scores` is then NaN).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -128,3 +129,13 @@ class PairInversion:
         ordered = mos[:, None] - mos[None, :] > self.margin  # [a, b]: a is the better image
         losses = F.softplus((scores[None, :] - scores[:, None]) / self.temperature)
         return torch.where(ordered, losses, 0).sum() / ordered.sum().clamp_min(1)
+
+
+OBJECTIVES: dict[str, Callable[[SRMConfig], Objective]] = {
+    "mse": lambda config: MSE(),
+    "drift": lambda config: Drift(),
+    "pair_inversion": lambda config: PairInversion(config.pair_margin, config.pair_temperature),
+    "raise": lambda config: Signed(1),
+    "lower": lambda config: Signed(-1),
+    "soft_spearman": lambda config: SoftSpearman(config.pair_temperature),
+}

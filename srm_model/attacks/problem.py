@@ -22,10 +22,8 @@ from srm_model.attacks.guard import (
     to_model,
 )
 from srm_model.attacks.objectives import Objective
+from srm_model.norms import Norm, check_radius, norm_of
 
-NORMS = ("linf", "l2")
-REFERENCE_SIDE = 512  # L2 budgets are stated for 512×512 images
-_PROJECTION_ROUNDS = 2
 _BACKWARD_EXPONENT = 8  # of the loss's gradient in the scores: room for models that run in fp16 inside
 
 
@@ -33,22 +31,10 @@ class NoGradientError(ValueError):
     """The scores do not depend on the images as far as autograd can see."""
 
 
-def radius_of(norm: str, eps: float, image: Tensor) -> float:
-    """The radius a stated budget means for an image (3, H, W): eps, scaled by √(HW)/512 for "l2"."""
-    return eps if norm == "linf" else eps * math.sqrt(image[0].numel()) / REFERENCE_SIDE
-
-
 def check_budget(norm: str, eps: float) -> float:
     """`eps` as a Python float, a radius that the norm allows; TypeError or ValueError."""
-    if norm not in NORMS:
-        raise ValueError(f"norm={norm!r}: expected one of {', '.join(map(repr, NORMS))}")
-    radius = check_number("eps", eps)
-    if not (math.isfinite(radius) and radius >= 0):
-        raise ValueError(f"eps={eps!r}: expected a finite number, zero or more")
-    if norm == "linf" and radius > 1:
-        raise ValueError(
-            f"eps={eps!r} for norm 'linf': expected at most 1, as pixels lie in [0, 1] (4/255, say)"
-        )
+    found, radius = norm_of(norm), check_number("eps", eps)
+    check_radius(found, eps)
     return radius
 
 
@@ -119,7 +105,14 @@ def attacking(
     with as_found(model, images, seed=seed):
         # Clones, because tensors made under an outer inference_mode could not be saved for backward.
         yield Problem(
-            model, images.clone(), mos.to(images.device).clone(), objective, norm, eps, eot, generator
+            model,
+            images.clone(),
+            mos.to(images.device).clone(),
+            objective,
+            norm_of(norm),
+            eps,
+            eot,
+            generator,
         )
 
 
@@ -136,7 +129,7 @@ class Problem:
         images: Tensor,
         mos: Tensor,
         objective: Objective,
-        norm: str,
+        norm: Norm,
         eps: float,
         eot: int,
         generator: torch.Generator,
@@ -145,15 +138,7 @@ class Problem:
         self.norm, self.eps, self.eot, self.generator = norm, eps, eot, generator
         self.zero_gradients: int | Tensor = 0
         self.nonfinite_gradients: int | Tensor = 0
-        if norm == "linf":
-            self._lower, self._upper = _bounds(images, eps)
-        else:
-            # Room for rounding: each pixel of x + δ is off by eps_machine / 4 at most, when measured and in the end.
-            precision, size = torch.finfo(images.dtype).eps, images[0].numel()
-            # And for lengths: n squares of a row are summed to n · eps_machine / 2 of theirs, the root to half that.
-            row = images[0, :, 0].numel() * precision / 4
-            self._radius = max(0.0, (1 - row) * (eps * (1 - 4 * precision) - math.sqrt(size) * precision / 2))
-            self._lower, self._upper = -images, 1 - images  # of δ, so that x + δ is in [0, 1]
+        self._project = norm.projection(images, eps)
         if getattr(objective, "uses_clean_scores", True):
             with torch.no_grad():
                 self.clean_scores = torch.stack([scores_of(model, images) for _ in range(eot)]).mean(0)
@@ -177,38 +162,12 @@ class Problem:
     def _random_start(self) -> Tensor:
         shape, dtype = self.images.shape, self.images.dtype
         source: Any = {"generator": self.generator, "device": self.generator.device, "dtype": dtype}
-        if self.norm == "linf":
-            noise = (torch.rand(shape, **source) * 2 - 1) * self.eps
-        else:
-            noise = unit(torch.randn(shape, **source))
-            size = self.images[0].numel()
-            noise *= self.eps * torch.rand((len(noise), 1, 1, 1), **source) ** (1 / size)
+        noise = self.norm.noise(shape, self.eps, source)
         return self.project(self.images + noise.to(self.images.device))
 
     def project(self, x: Tensor) -> Tensor:
-        """The nearest point of the ball that lies in [0, 1]; for "l2" all but the nearest.
-
-        That point is clip(s·δ) with the factor s ≤ 1 that spends the budget. Clipping shortens δ, so scaling δ to the
-        radius first leaves some of the budget unspent; each round takes s closer, and never past the radius.
-        """
-        copies = x.unflatten(0, (-1, len(self.images)))
-        if self.norm == "linf":
-            return copies.clamp(self._lower, self._upper).flatten(0, 1)
-        delta = copies - self.images
-        shrink = self._share(delta).clamp_max(1)
-        buffer = torch.empty_like(delta)
-        for _ in range(_PROJECTION_ROUNDS):
-            clipped = torch.mul(delta, shrink.to(delta.dtype), out=buffer).clamp_(self._lower, self._upper)
-            shrink = (shrink * self._share(clipped)).clamp_max(1)
-        scaled = torch.mul(delta, shrink.to(delta.dtype), out=buffer)
-        return scaled.add_(self.images).clamp_(0, 1).flatten(0, 1)
-
-    def _share(self, delta: Tensor) -> Tensor:
-        """The radius over each perturbation's length: summed by rows in its own dtype, which is fast, then in fp64."""
-        row = (2, 4) if delta.stride(2) == 1 else 4  # what lies together in memory
-        rows = torch.linalg.vector_norm(delta, dim=row, keepdim=True)
-        length = torch.linalg.vector_norm(rows, dim=(2, 3, 4), keepdim=True, dtype=torch.float64)
-        return self._radius / length.clamp_min(torch.finfo(torch.float64).tiny)
+        """Points of the ball that lie in [0, 1], as near as the norm's projection takes them."""
+        return self._project(x.unflatten(0, (-1, len(self.images)))).flatten(0, 1)
 
     def per_image(self, values: Tensor) -> Tensor:
         """Values as losses have them, (n, B) or (n,), as factors of points: (n·B, 1, 1, 1)."""
@@ -280,7 +239,7 @@ class Problem:
         self.zero_gradients += (largest == 0).sum()
         self.nonfinite_gradients += (~largest.isfinite()).sum()
         gradient = gradient.nan_to_num(nan=0, posinf=0, neginf=0)
-        return gradient.sign_() if self.norm == "linf" else unit(gradient)
+        return self.norm.direction(gradient)
 
 
 class Best:
@@ -315,13 +274,6 @@ def exceeds(loss: Tensor, before: Tensor) -> Tensor:
     return (loss > before) | (loss.isnan() & ~before.isnan())
 
 
-def unit(vectors: Tensor) -> Tensor:
-    """Each image's tensor divided by its Euclidean norm; zero stays zero, and nothing over- or underflows."""
-    largest = vectors.abs().amax((1, 2, 3), keepdim=True)
-    vectors = vectors / torch.where(largest > 0, largest, 1)
-    return vectors.div_(torch.linalg.vector_norm(vectors, dim=(1, 2, 3), keepdim=True).clamp_min(1))
-
-
 def like(images: Tensor, adversarial: Tensor) -> Tensor:
     """The result as the caller's images are: their device, contiguous."""
     return adversarial.to(images.device).contiguous()
@@ -350,13 +302,3 @@ def _power_of_two(pull: Tensor) -> Tensor:
     return torch.ldexp(
         torch.ones_like(largest), (_BACKWARD_EXPONENT - largest.frexp().exponent).clamp_max(100)
     )
-
-
-def _bounds(images: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The interval of each pixel, rounded inwards, so that the distance is at most eps exactly."""
-    exact = images.double()
-    low, high = (exact - eps).clamp_min(0), (exact + eps).clamp_max(1)
-    lower, upper = low.to(images.dtype), high.to(images.dtype)
-    lower = torch.where(lower < low, lower.nextafter(torch.ones_like(lower)), lower)
-    upper = torch.where(upper > high, upper.nextafter(torch.zeros_like(upper)), upper)
-    return lower, upper

@@ -110,9 +110,9 @@ class _Squares:
         self._on: dict[str, Any] = {"generator": problem.generator, "device": problem.generator.device}
 
     def start(self) -> Tensor:
-        """Vertical stripes of ±eps for "linf"; for "l2" a board of bumps that fills the ball."""
+        """Vertical stripes of ±eps; for a norm with bumps a board of them that fills the ball."""
         images = self.problem.images
-        if self.problem.norm == "linf":
+        if not self.problem.norm.bumps:
             delta = self._signs(self.batch, self.channels, 1, self.width) * self.problem.eps
             return self.problem.project(images + delta)
         side = max(1, min(self.height, self.width) // 5)
@@ -131,7 +131,7 @@ class _Squares:
         side = round(math.sqrt(self.area * 0.5**halvings * self.height * self.width))
         side = max(1, min(side, shorter))
         images = self.problem.images
-        if self.problem.norm == "linf":
+        if not self.problem.norm.bumps:
             proposal = x.clone()
             window = self._window(side)
             values = self._signs(self.batch, 1, 1, self.channels) * self.problem.eps

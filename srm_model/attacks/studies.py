@@ -15,6 +15,7 @@ from srm_model.attacks.records import Records
 from srm_model.attacks.suite import Attack, Dataset, Job, Suite, fingerprint, settings_of
 from srm_model.config import SRMConfig
 from srm_model.metrics import LogisticMap, doubts, plcc, srocc
+from srm_model.norms import norm_of
 
 _DEFAULTS = SRMConfig()
 _KEPT = ("srocc", "plcc", "loss", "zero_gradients", "nonfinite_gradients")
@@ -163,7 +164,7 @@ def sweep_eps(
 ) -> list[dict[str, Any]]:
     """`suite.run` at each budget, by default all of the config's for that norm; rows as in `sweep_steps`."""
     if eps is None:
-        eps = suite.config.eps_linf if norm == "linf" else suite.config.eps_l2
+        eps = norm_of(norm).sweep_of(suite.config)
     return [_row(suite, model, dataset, norm, budget, arguments) for budget in eps]
 
 

@@ -21,13 +21,15 @@ from srm_model import ranks
 from srm_model.attacks.auto import apgd_trace
 from srm_model.attacks.gradient import PGDTrace, default_step_size, pgd_trace
 from srm_model.attacks.guard import check_images, check_model, predict
-from srm_model.attacks.objectives import MSE, Drift, Objective, PairInversion, Signed, SoftSpearman
-from srm_model.attacks.problem import check_budget, check_count, radius_of
+from srm_model.attacks.objectives import OBJECTIVES, Objective
+from srm_model.attacks.problem import check_budget, check_count
 from srm_model.attacks.records import Batch, Records
 from srm_model.attacks.square import square_trace
 from srm_model.config import SRMConfig
 from srm_model.metrics import LogisticMap, doubts, plcc, srocc
 from srm_model.modules import is_stochastic, unwrapped
+from srm_model.norms import norm_of
+from srm_model.suites import SUITES
 
 _DEFAULTS = SRMConfig()
 METHODS = ("pgd", "apgd", "square")
@@ -111,19 +113,18 @@ class Suite:
             )
 
     @classmethod
+    def named(cls, name: str, config: SRMConfig | None = None) -> Suite:
+        """A suite of `suites.SUITES`."""
+        config = SRMConfig() if config is None else config
+        planned = SUITES[name]
+        return cls(
+            [Attack(p.name, OBJECTIVES[p.objective](config), p.transfer, p.method) for p in planned], config
+        )
+
+    @classmethod
     def paper(cls, config: SRMConfig | None = None) -> Suite:
         """PGD with MSE, drift and pair inversion, and PGD-MSE transferred from a surrogate."""
-        config = SRMConfig() if config is None else config
-        pairs = PairInversion(margin=config.pair_margin, temperature=config.pair_temperature)
-        return cls(
-            [
-                Attack("pgd_mse", MSE()),
-                Attack("pgd_drift", Drift()),
-                Attack("pgd_pair_inversion", pairs),
-                Attack("transfer", MSE(), transfer=True),
-            ],
-            config,
-        )
+        return cls.named("paper", config)
 
     @classmethod
     def extended(cls, config: SRMConfig | None = None) -> Suite:
@@ -132,25 +133,12 @@ class Suite:
         PGD that raises every score, that lowers every score, and on a list-wise objective; PGD that sets its own
         step sizes, per image and per batch; and a search that only asks for scores.
         """
-        paper = cls.paper(config)
-        listwise = SoftSpearman(temperature=paper.config.pair_temperature)
-        pairs = PairInversion(margin=paper.config.pair_margin, temperature=paper.config.pair_temperature)
-        beyond = [
-            Attack("pgd_raise", Signed(1)),
-            Attack("pgd_lower", Signed(-1)),
-            Attack("pgd_soft_spearman", listwise),
-            Attack("apgd_mse", MSE(), method="apgd"),
-            Attack("apgd_pair_inversion", pairs, method="apgd"),
-            Attack("square_mse", MSE(), method="square"),
-        ]
-        return cls([*paper.attacks, *beyond], paper.config)
+        return cls.named("extended", config)
 
     @classmethod
     def queries(cls, config: SRMConfig | None = None) -> Suite:
         """Searches that only ask for scores: for models without a gradient, and to compare any models alike."""
-        objectives: dict[str, Objective] = {"mse": MSE(), "raise": Signed(1), "lower": Signed(-1)}
-        attacks = [Attack(f"square_{name}", given, method="square") for name, given in objectives.items()]
-        return cls(attacks, config)
+        return cls.named("queries", config)
 
     def run(
         self,
@@ -269,7 +257,7 @@ class Job:
         self.names = [names[index] for index in self.indices]
         self.first = self.item(self.indices[0])[0]
         check_images(self.first[None])
-        self.radius = radius_of(self.norm, self.eps, self.first)
+        self.radius = norm_of(self.norm).radius(self.eps, self.first)
         self.step_size = default_step_size(self.norm, self.radius, self.config.attack_steps, self.config)
 
     def work(self, attack: Attack) -> int:

@@ -26,6 +26,9 @@ from srm_model.cli.options import (
 )
 from srm_model.cli.streams import Output, prepared, sentence
 from srm_model.messages import say
+from srm_model.necks import NECKS
+from srm_model.norms import NORMS
+from srm_model.suites import SUITES
 
 # What a caller can mend, told in one sentence; anything else is a fault of the program and keeps its traceback.
 _EXPECTED = (ValueError, TypeError, NotImplementedError, OSError, ModuleNotFoundError)
@@ -322,7 +325,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         "--neck",
         nargs="+",
         default=["srm"],
-        choices=("srm", "quadratic", "none"),
+        choices=tuple(NECKS),
         help="each is trained into RUN/<neck> (default: srm)",
     )
     parser.add_argument("--pretrained", action="store_true", help="start the backbone from ImageNet weights")
@@ -379,9 +382,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
 def _add_attack(parser: argparse.ArgumentParser) -> None:
     _add_checkpoint(parser, or_model=True)
     _add_data_choice(parser)
-    parser.add_argument(
-        "--norm", nargs="+", default=["linf", "l2"], choices=("linf", "l2"), help="default: both"
-    )
+    parser.add_argument("--norm", nargs="+", default=list(NORMS), choices=tuple(NORMS), help="default: all")
     parser.add_argument(
         "--eps",
         nargs="+",
@@ -401,7 +402,7 @@ def _add_attack(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--suite",
         default="paper",
-        choices=("paper", "extended", "queries"),
+        choices=tuple(SUITES),
         help="the article's four attacks, six more (signed, list-wise, self-tuning, query-only), or three that only "
         "ask for scores (default: paper)",
     )
@@ -413,7 +414,7 @@ def _add_attack(parser: argparse.ArgumentParser) -> None:
 def _add_audit(parser: argparse.ArgumentParser) -> None:
     _add_checkpoint(parser, or_model=True)
     _add_data_choice(parser)
-    parser.add_argument("--norm", default="linf", choices=("linf", "l2"), help="default: linf")
+    parser.add_argument("--norm", default="linf", choices=tuple(NORMS), help="default: linf")
     parser.add_argument(
         "--eps",
         type=budget,
@@ -471,7 +472,7 @@ def _add_profile(parser: argparse.ArgumentParser) -> None:
         choices=("neck", "model"),
     )
     several("backbone", "timm models (default: pvt_v2_b2)", metavar="NAME")
-    several("neck", "default: all three", choices=("srm", "quadratic", "none"))
+    several("neck", "default: all", choices=tuple(NECKS))
     several("backend", "of the operators in srm (default: each that can run here)", metavar="NAME")
     several("resolution", "sides of the square image (default: 512)", type=positive, metavar="PX")
     several("batch", "images at once (default: 1)", type=positive, metavar="B")

@@ -14,7 +14,8 @@ from srm_model.cli.options import attack_config_from, device_from
 from srm_model.cli.streams import table
 from srm_model.config import SRMConfig
 from srm_model.metrics import doubts
-from srm_model.runs.attacking import attack_checkpoint, budget_text
+from srm_model.norms import norm_of
+from srm_model.runs.attacking import attack_checkpoint
 
 HEADER = (
     "model",
@@ -50,7 +51,7 @@ def print_table(results: Sequence[tuple[Path, dict[str, Any]]]) -> None:
     print(table(HEADER, [row(folder, result) for folder, result in results]))
     for folder, result in results:
         for doubt in doubts(result.get("attacks", {})):
-            print(f"{folder.name}, {result['norm']} {budget_text(result['norm'], result['eps'])}, {doubt}")
+            print(f"{folder.name}, {result['norm']} {norm_of(result['norm']).brief(result['eps'])}, {doubt}")
 
 
 def _attack_all(
@@ -70,7 +71,7 @@ def _attack_all(
         if surrogate is None and writes:
             runs.say(f"{folder}: no surrogate beside it, so the suite runs without the transfer attack")
         for norm in args.norm:
-            for eps in args.eps or (config.eps_linf_tables if norm == "linf" else config.eps_l2_tables):
+            for eps in args.eps or norm_of(norm).tables_of(config):
                 result = attack_checkpoint(
                     folder,
                     dataset,
@@ -95,7 +96,7 @@ def row(folder: Path, result: dict[str, Any]) -> list[Any]:
     return [
         folder.name,
         result["norm"],
-        budget_text(result["norm"], result["eps"]),
+        norm_of(result["norm"]).brief(result["eps"]),
         clean["srocc"],
         worst["srocc"],
         clean["plcc"],

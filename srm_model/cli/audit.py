@@ -13,7 +13,6 @@ from torch import nn
 from srm_model import runs
 from srm_model.attacks import audit
 from srm_model.attacks.certify import certificate, smoothed_scores
-from srm_model.attacks.problem import radius_of
 from srm_model.attacks.suite import spread
 from srm_model.checkpoint import read_card
 from srm_model.cli import external
@@ -21,6 +20,7 @@ from srm_model.cli.options import attack_config_from, device_from
 from srm_model.cli.streams import as_named, table
 from srm_model.config import SRMConfig
 from srm_model.files import write_json
+from srm_model.norms import NORMS, norm_of
 from srm_model.reports import write_audit
 
 IMAGES = 16
@@ -79,7 +79,7 @@ def _audit(
     """Audit one model, write what was found and print it; whether no check failed."""
     eps = args.eps
     if eps is None:
-        eps = (config.eps_linf_tables if args.norm == "linf" else config.eps_l2_tables)[-1]
+        eps = norm_of(args.norm).tables_of(config)[-1]
     found = audit(
         model,
         dataset,
@@ -120,7 +120,7 @@ def certificates(model: nn.Module, dataset: Any, config: SRMConfig, limit: int) 
     for stated in config.eps_smoothing:
         entry = certificate(
             scores,
-            eps=radius_of("l2", stated, images[0]),
+            eps=NORMS["l2"].radius(stated, images[0]),
             sigma=config.smoothing_sigma,
             confidence=config.smoothing_confidence,
         )

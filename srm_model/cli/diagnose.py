@@ -16,6 +16,7 @@ from srm_model.cli.options import device_from
 from srm_model.cli.streams import as_named
 from srm_model.diagnosis import diagnose
 from srm_model.files import write_json, write_text
+from srm_model.necks import NECKS
 from srm_model.reports.conditioning import markdown, render
 
 PICTURED = 2
@@ -23,7 +24,8 @@ PICTURED = 2
 
 def run(args: argparse.Namespace) -> None:
     """Write `diagnosis.json`, `.md` and `.html` beside each checkpoint, or into --out, and print the tables."""
-    folders = [folder for folder in runs.checkpoints(args.folder) if folder.name not in ("none", "quadratic")]
+    without = [name for name, kind in NECKS.items() if kind.attention != "nystrom"]
+    folders = [folder for folder in runs.checkpoints(args.folder) if folder.name not in without]
     if not folders:
         raise ValueError(f"{args.folder}: no checkpoint with landmark systems; expected one of the neck srm")
     with runs.writing(args.out or args.folder):

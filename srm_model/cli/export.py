@@ -14,7 +14,7 @@ from srm_model.checkpoint import load_weights, read_card, save_model
 from srm_model.files import atomic_path, read_json, write_text
 from srm_model.metrics import doubts
 from srm_model.model import IQAModel, load_model
-from srm_model.runs.attacking import budget_text
+from srm_model.norms import norm_of
 from srm_model.runs.training import EVALUATION
 
 PROGRAM = "program.pt2"
@@ -115,7 +115,7 @@ def _measured(folder: Path, digest: str) -> list[str]:
     for path in sorted((folder / "attacks").glob("*.json")):
         found = read_json(path)
         if (found.get("settings") or {}).get("checkpoint") == digest:
-            budget = f"{found['norm']} {budget_text(found['norm'], found['eps'])}"
+            budget = f"{found['norm']} {norm_of(found['norm']).brief(found['eps'])}"
             worst = found["worst"]
             figures = [_figure(worst["srocc"]), _figure(worst["plcc"])]
             rows.append([budget, len(found["mos"]), *figures, worst["srocc_attack"]])

@@ -168,14 +168,15 @@ def attack(args: argparse.Namespace, writes: bool) -> list[tuple[Path, dict[str,
     """Attack the model at each budget; results are under the name of the model."""
     from srm_model import runs
     from srm_model.attacks.suite import fingerprint
-    from srm_model.runs.attacking import attack_model, budget_text, known_result, result_name
+    from srm_model.norms import norm_of
+    from srm_model.runs.attacking import attack_model, known_result, result_name
 
     subject = Subject(args)
     config = subject.config
     suite = args.suite if subject.has_gradient else "queries"
     results = []
     for norm in args.norm:
-        for eps in args.eps or (config.eps_linf_tables if norm == "linf" else config.eps_l2_tables):
+        for eps in args.eps or norm_of(norm).tables_of(config):
             settings = {
                 "model": args.model,
                 "weights": fingerprint(subject.model),
@@ -192,7 +193,7 @@ def attack(args: argparse.Namespace, writes: bool) -> list[tuple[Path, dict[str,
             found = known_result(path, settings)
             if found is None:
                 if writes and not args.no_progress:
-                    runs.say(f"attacking {args.model} with {norm} {budget_text(norm, eps)}")
+                    runs.say(f"attacking {args.model} with {norm} {norm_of(norm).brief(eps)}")
                 found = attack_model(
                     subject.model,
                     subject.dataset,

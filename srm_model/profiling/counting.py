@@ -17,6 +17,7 @@ from srm_kernels import flops
 from srm_kernels.landmarks import METHODS
 from srm_model.backbones import STRIDES
 from srm_model.config import STAGES, SRMConfig
+from srm_model.necks import NECKS
 
 CONVENTION = (
     "MAC = 1 multiply-add (2 FLOPs), of matrix products and convolutions only, one image, forward; "
@@ -52,12 +53,12 @@ def neck_macs(
     """
     C, P2 = config.channels, config.pool_size**2
     tokens = dict(zip(STAGES, (height * width for height, width in sizes), strict=True))
-    if neck == "none":
+    if NECKS[neck].attention is None:
         return {"align": tokens[STAGES[-1]] * channels[-1] * C, "projections": 0, "links": 0, "gate": 0}
     acting = [(s, t) for s, t in config.links if t in config.fused_stages]
     used = {*config.fused_stages, *(stage for link in config.links for stage in link)}
     hidden = max(C // 4, 1)
-    pooled = neck == "srm" and config.solve_dtype == "fp32" and acting
+    pooled = NECKS[neck].attention == "nystrom" and config.solve_dtype == "fp32" and acting
     if pooled:
         places = [(tokens[s], s) for s in {source for source, _ in config.links}]
         places += [*((tokens[t], t) for _, t in acting), *((P2, stage) for stage in config.fused_stages)]

@@ -15,7 +15,7 @@ from srm_kernels import landmark_solve
 from srm_model.backbones import Backbone
 from srm_model.config import STAGES, SRMConfig
 from srm_model.model import IQAModel, build_model
-from srm_model.neck import PlainNeck, SRMNeck
+from srm_model.neck import make_neck
 from srm_model.profiling.counting import map_sizes
 from srm_model.profiling.memory import bytes_of
 from srm_model.training.optimisation import parameter_groups
@@ -175,9 +175,7 @@ def make_module(case: Case, config: SRMConfig) -> nn.Module:
     if case.part == "model":
         return build_model(case.backbone, neck=case.neck, config=config)
     channels = backbone_channels(case.backbone, case.resolution)
-    if case.neck == "none":
-        return PlainNeck(channels, config).eval()
-    return SRMNeck(channels, config, attention="full" if case.neck == "quadratic" else "nystrom").eval()
+    return make_neck(case.neck, channels, config).eval()
 
 
 def make_inputs(case: Case, device: torch.device | str, dtype: torch.dtype) -> tuple[Any, ...]:

@@ -16,6 +16,7 @@ from srm_kernels import backends, choice
 from srm_kernels.checks import current_name
 from srm_kernels.registration import running
 from srm_model.config import SRMConfig
+from srm_model.necks import NECKS
 from srm_model.profiling import counting
 from srm_model.profiling.ceilings import Ceilings, ceilings
 from srm_model.profiling.machines import clocks, machine
@@ -38,7 +39,7 @@ def cases(
     *,
     parts: Iterable[str] = ("neck",),
     backbones: Iterable[str] = ("pvt_v2_b2",),
-    necks: Iterable[str] = ("srm", "quadratic", "none"),
+    necks: Iterable[str] = tuple(NECKS),
     backend_names: Iterable[str] | None = None,
     resolutions: Iterable[int] = (512,),
     batches: Iterable[int] = (1,),
@@ -48,7 +49,11 @@ def cases(
     """The product of everything; `srm` once for each of `backend_names`, by default all that can run here."""
     available = (name for name, status in backends().items() if status.available)
     names = list(map(current_name, backend_names or available))
-    with_backend = [(neck, backend) for neck in necks for backend in (names if neck == "srm" else [None])]
+    with_backend = [
+        (neck, backend)
+        for neck in necks
+        for backend in (names if NECKS[neck].attention == "nystrom" else [None])
+    ]
     return [
         Case(part, backbone, neck, backend, resolution, batch, dtype, direction)
         for part, backbone, resolution, batch, dtype, direction, (neck, backend) in itertools.product(

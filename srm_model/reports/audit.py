@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from srm_model.files import write_text
-from srm_model.reports.blocks import caption, missing, row, section, table
+from srm_model.reports.blocks import caption, missing, row, section, table, whole_page
 from srm_model.reports.charts import Series, line_chart
-from srm_model.reports.markup import Child, Markup, element, join
-from srm_model.reports.style import STYLE
+from srm_model.reports.markup import Child, Markup, element
 from srm_model.reports.text import budget_text, count, fixed, listing, significant
 
 
@@ -36,14 +35,7 @@ def _render(document: Mapping[str, Any]) -> Markup:
         _certificates(document),
         section("What this page can and cannot say", *map(_paragraph, _LIMITS)),
     )
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("title", title),
-        element("style", Markup(STYLE)),
-    )
-    return join(Markup("<!doctype html>\n"), element("html", head, element("body", main), lang="en"), "\n")
+    return whole_page(title, main)
 
 
 _LIMITS = (

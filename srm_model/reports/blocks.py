@@ -5,16 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from srm_model.necks import NECKS
 from srm_model.reports.charts import swatch
-from srm_model.reports.markup import Child, Markup, element
+from srm_model.reports.markup import Child, Markup, element, join
+from srm_model.reports.style import STYLE
 from srm_model.reports.text import setting
-
-LOOKS = {"srm": 0, "none": 1, "quadratic": 2}
 
 
 def look(neck: str) -> int:
     """The neck's colour, dash and marker, the same in every chart."""
-    return LOOKS[neck]
+    return NECKS[neck].look
+
+
+def whole_page(title: str, main: Markup) -> Markup:
+    """The document around a page's main element."""
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("title", title),
+        element("style", Markup(STYLE)),
+    )
+    return join(Markup("<!doctype html>\n"), element("html", head, element("body", main), lang="en"), "\n")
 
 
 def section(title: str, *content: Child) -> Markup:

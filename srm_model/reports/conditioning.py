@@ -11,11 +11,10 @@ import numpy as np
 from PIL import Image
 
 from srm_kernels.landmarks import METHODS
-from srm_model.reports.blocks import caption, row, section, table
-from srm_model.reports.charts import Series, curve_chart
-from srm_model.reports.markup import Child, Markup, element, join
+from srm_model.reports.blocks import caption, row, section, table, whole_page
+from srm_model.reports.charts import Series, line_chart
+from srm_model.reports.markup import Child, Markup, element
 from srm_model.reports.pictures import png_uri
-from srm_model.reports.style import STYLE
 from srm_model.reports.text import count, listing, significant
 
 QUANTILES = ("median", "p90", "max")
@@ -43,14 +42,7 @@ def render(found: Mapping[str, Any], about: Mapping[str, Any], images: Sequence[
         section("Whether the choice of landmarks jumps", _changes(found)),
         section("Where the landmarks lie", _landmarks(found, images)),
     )
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("title", "Conditioning"),
-        element("style", Markup(STYLE)),
-    )
-    return join(Markup("<!doctype html>\n"), element("html", head, element("body", main), lang="en"), "\n")
+    return whole_page("Conditioning", main)
 
 
 def _landmark_count(found: Mapping[str, Any]) -> str:
@@ -165,22 +157,24 @@ def _curves(found: Mapping[str, Any]) -> Child:
     charts = []
     if kappas:
         charts.append(
-            curve_chart(
+            line_chart(
                 kappas,
                 title="Distribution of κ",
                 note="share of systems with a condition number below",
                 x_label="log₁₀ κ",
                 y_label="share",
                 y_limits=(0.0, 1.0),
+                epochs=False,
             )
         )
     charts.append(
-        curve_chart(
+        line_chart(
             spectra,
             title="Singular values of W + λI",
             note="median over systems, largest first",
             x_label="index",
             y_label="log₁₀ σ",
+            epochs=False,
         )
     )
     return element("div", charts, class_="panels")
@@ -200,12 +194,13 @@ def _errors(found: Mapping[str, Any]) -> Child:
             series.append(Series(name, [x for x, _ in known], [y for _, y in known], look))
     chart = None
     if series:
-        chart = curve_chart(
+        chart = line_chart(
             series,
             title="Median error of the attention",
             note=None,
             x_label="log₂ r",
             y_label="log₁₀ error",
+            epochs=False,
         )
     title = "Median of ‖Y − Y*‖/‖Y*‖ over links, heads and images, the solver as in the checkpoint."
     numbers = table(["Landmarks", *(f"r = {rank}" for rank in ranks)], rows, title=title)

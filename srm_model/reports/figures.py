@@ -1,4 +1,4 @@
-"""Figures 3 to 5 of the article and one of our own, from a study's results, as SVG and PNG; they need matplotlib."""
+"""Figures 3 to 5 of the article and one of our own, from a study's results, as SVG and PNG."""
 
 from __future__ import annotations
 
@@ -10,70 +10,41 @@ from typing import Any
 import numpy as np
 
 from srm_model.files import atomic_path
+from srm_model.norms import norm_of
+from srm_model.reports.drawing import STYLE, UNDATED, look
 from srm_model.reports.records import StudyResults, grouped
 from srm_model.reports.text import attack_text, budget_text, model_text
 
 FULL = "full"
-# Okabe and Ito's, as on the report's page. Four dashes and nine markers have no common factor, so that 36 series are
-# told apart without colour too.
-_COLOURS = ("#0072b2", "#c8540a", "#00805f", "#9a4f80", "#5f45a8", "#56b4e9")
-_DASHES = ("-", "--", ":", "-.")
-_MARKERS = ("o", "s", "^", "D", "v", "X", "<", "P", "*")
 _SERIES = ("data", "backbone", "neck", "variant")
 _ROW = 0.17  # inches of a row of a legend
-_STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e6e8e5",
-    "legend.frameon": False,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "srm-iqa",
-    "figure.constrained_layout.use": True,
-}
 
 
 def figures(results: StudyResults, folder: str | Path, numbers: Sequence[int] | None = None) -> list[Path]:
     """Write the figures asked for, by default all, as figure-N.svg and .png; returns what was written.
 
-    A figure whose results are missing is left out. Without matplotlib: a ModuleNotFoundError that says what to install.
+    A figure whose results are missing is left out.
     """
     for number in numbers or ():
         if number not in _BUILDERS:
             raise ValueError(
                 f"figure {number}: the ones drawn from results are {', '.join(map(str, _BUILDERS))}"
             )
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "figures need matplotlib, which is not installed: pip install 'srm-iqa[figures]'"
-        ) from None
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
     written = []
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         for number in numbers or _BUILDERS:
             figure = Figure(figsize=(7.2, 2.9))
             if not _BUILDERS[number](results, figure):
                 continue
-            for suffix, settings in (("svg", {"metadata": {"Date": None}}), ("png", {"dpi": 200})):
+            for suffix, settings in (("svg", UNDATED), ("png", {"dpi": 200})):
                 path = Path(folder) / f"figure-{number}.{suffix}"
                 with atomic_path(path) as temporary:
                     figure.savefig(temporary, format=suffix, **settings)
                 written.append(path)
     return written
-
-
-def _look(number: int) -> dict[str, Any]:
-    return {
-        "color": _COLOURS[number % len(_COLOURS)],
-        "linestyle": _DASHES[number % len(_DASHES)],
-        "marker": _MARKERS[number % len(_MARKERS)],
-        "markersize": 4,
-        "linewidth": 1.6,
-    }
 
 
 def _legend(figure: Any) -> None:
@@ -109,11 +80,11 @@ def _scale(results: StudyResults, figure: Any) -> bool:
         def over(name: str, group: list[dict[str, Any]] = group) -> np.ndarray:
             return np.mean([[row[name] for row in line["values"]["trajectory"]] for line in group], axis=0)
 
-        look = _look(number)
+        style = look(number)
         name = _name(group[0]["identity"])
-        left.plot(epochs, over("sigma_before_tau"), **look, markerfacecolor="none")
-        left.plot(epochs, over("sigma_after_tau"), **look)
-        right.plot(epochs, over("tau"), **look, label=name)
+        left.plot(epochs, over("sigma_before_tau"), **style, markerfacecolor="none")
+        left.plot(epochs, over("sigma_after_tau"), **style)
+        right.plot(epochs, over("tau"), **style, label=name)
     left.axhline(1, color="#5a626b", linewidth=0.8)
     left.set(xlabel="epoch", ylabel="σ̄ / √d, median", title="Scale before τ (hollow) and after")
     right.set(xlabel="epoch", ylabel="τ, median", title="Learned rescaler")
@@ -136,17 +107,17 @@ def _gate(results: StudyResults, figure: Any) -> bool:
             key: [value for line in group for value in line["values"]["gate"][key]]
             for key in ("entropy", "weights", "gain", "norm")
         }
-        look = {
-            **_look(number),
+        style = {
+            **look(number),
             "markevery": (0.03 * (number % 6), 0.24),
             "label": _name(group[0]["identity"]),
         }
         mass = np.mean(gate["weights"], axis=0)
         place = np.arange(len(mass)) + 0.7 * ((number + 0.5) / len(groups) - 0.5)
-        axes[0, 1].plot(place, mass, **{**look, "linewidth": 0.8, "markevery": 1})
+        axes[0, 1].plot(place, mass, **{**style, "linewidth": 0.8, "markevery": 1})
         for axis, name in ((axes[0, 0], "entropy"), (axes[1, 0], "gain"), (axes[1, 1], "norm")):
             values = np.sort(gate[name])
-            axis.plot(values, np.arange(1, len(values) + 1) / len(values), **look)
+            axis.plot(values, np.arange(1, len(values) + 1) / len(values), **style)
     fused = results.study["config"]["fused_stages"]
     axes[0, 0].axvline(
         results.study["config"]["entropy_floor"] * np.log(max(len(fused), 2)), color="#5a626b", linewidth=0.8
@@ -187,7 +158,7 @@ def _steps(results: StudyResults, figure: Any) -> bool:
                 values.mean(0),
                 yerr=spread,
                 capsize=2,
-                **_look(number),
+                **look(number),
                 label=_name(group[0]["identity"]),
             )
         axis.set_xscale("log")
@@ -231,14 +202,14 @@ def _budgets(results: StudyResults, figure: Any) -> bool:
             }
             budgets = sorted(worst)
             values = [worst[eps] for eps in budgets]
-            shown = [eps * 255 if norm == "linf" else eps for eps in budgets]
+            shown = [norm_of(norm).shown(eps) for eps in budgets]
             ticks |= set(shown)
             axis.errorbar(
                 shown,
                 [np.mean(v) for v in values],
                 yerr=[np.std(v, ddof=1) for v in values] if min(map(len, values)) > 1 else None,
                 capsize=2,
-                **_look(series.index(label)),
+                **look(series.index(label)),
                 label=label,
             )
         axis.axhline(0, color="#5a626b", linewidth=0.8)
@@ -246,8 +217,8 @@ def _budgets(results: StudyResults, figure: Any) -> bool:
         axis.set_xticks(sorted(ticks), [f"{tick:g}" for tick in sorted(ticks)])
         axis.minorticks_off()
         axis.set(
-            xlabel="ε, in 1/255" if norm == "linf" else "ε, as stated at 512×512",
-            title="L∞" if norm == "linf" else "L2",
+            xlabel=norm_of(norm).axis,
+            title=norm_of(norm).symbol,
             ylim=(-1.05, 1.05),
         )
     axes[0].set_ylabel("worst SROCC over the suite" + (f", {most} seeds" if most > 1 else ""))

@@ -8,12 +8,11 @@ from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 
 from srm_model.config import SRMConfig
-from srm_model.reports.blocks import caption, missing, pairs, row, section, table
-from srm_model.reports.markup import Child, Markup, element, join
+from srm_model.reports.blocks import caption, missing, pairs, row, section, table, whole_page
+from srm_model.reports.markup import Child, Markup, element
 from srm_model.reports.results import estimates, limits, results
 from srm_model.reports.run import Run
 from srm_model.reports.scores import pictures, scatters
-from srm_model.reports.style import STYLE
 from srm_model.reports.text import budget_text, clock, count, fixed, listing, setting
 from srm_model.reports.training import mechanism, training
 
@@ -38,14 +37,7 @@ def render(run: Run) -> Markup:
         section("Settings and reproduction", _settings(run)),
         element("footer", f"Written by srm-iqa {_version('srm-iqa')}."),
     )
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("title", title),
-        element("style", Markup(STYLE)),
-    )
-    return join(Markup("<!doctype html>\n"), element("html", head, element("body", main), lang="en"), "\n")
+    return whole_page(title, main)
 
 
 def _header(run: Run, title: str) -> Markup:

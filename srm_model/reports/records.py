@@ -13,6 +13,7 @@ import numpy as np
 
 from srm_model.config import SRMConfig
 from srm_model.files import append_line, json_text, read_json
+from srm_model.norms import NORMS
 from srm_model.reports.text import fixed
 
 RESULTS, STUDY = "results.jsonl", "study.json"
@@ -95,7 +96,7 @@ def _place(identity: dict[str, Any], study: dict[str, Any]) -> list[int | float]
         ("backbone", study.get("backbones", ())),
         ("variant", ["full", *study.get("ablations", ())]),
         ("neck", study.get("necks", ())),
-        ("norm", ("linf", "l2")),
+        ("norm", tuple(NORMS)),
     )
     place: list[int | float] = [
         list(names).index(identity[key]) if identity.get(key) in names else -1 for key, names in listed

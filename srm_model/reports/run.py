@@ -12,9 +12,10 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 
 from srm_model.checkpoint import CONFIG, read_card
-from srm_model.config import NECKS
 from srm_model.files import read_json
 from srm_model.metrics import LogisticMap, doubts
+from srm_model.necks import NECKS
+from srm_model.norms import place_of
 
 T = TypeVar("T")
 Budget: TypeAlias = tuple[str, float]  # norm and ε: what the attacks on two necks have in common
@@ -207,8 +208,8 @@ def _photographs(root: Any) -> tuple[Photograph, ...]:
     )
 
 
-def _budget_order(budget: Budget) -> tuple[bool, str, float]:
-    return budget[0] != "linf", *budget
+def _budget_order(budget: Budget) -> tuple[int, str, float]:
+    return place_of(budget[0]), *budget
 
 
 def _read_attacked(path: Path) -> Attacked:

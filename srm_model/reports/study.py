@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from srm_model.files import write_text
+from srm_model.reports.blocks import whole_page
 from srm_model.reports.figures import figures
 from srm_model.reports.markup import Markup, element, join
 from srm_model.reports.records import StudyResults
-from srm_model.reports.style import STYLE
 from srm_model.reports.tables import Table, html, markdown, tables
 
 
@@ -24,7 +24,7 @@ def write_study(
     """Write tables (Markdown, HTML) and figures (SVG, PNG) of the study in `folder`; returns tables and files.
 
     They go to `tables/` and `figures/` in the folder, and with nothing chosen by number all of them to one page
-    `report.html`, or `out`, too; without matplotlib that page has no figures. A table without results says so.
+    `report.html`, or `out`, too. A table without results says so.
     """
     folder = Path(folder)
     results = StudyResults.read(folder)
@@ -37,19 +37,13 @@ def write_study(
         write_text(place.with_suffix(".html"), _page(f"{results.title}, table {table.number}", html(table)))
         written += [place.with_suffix(".md"), place.with_suffix(".html")]
     drawn: list[Path] = []
-    note = None
     if every or figure_numbers is not None:
-        try:
-            drawn = figures(results, folder / "figures", figure_numbers)
-        except ModuleNotFoundError as error:
-            if not every:
-                raise
-            note = element("p", f"{str(error)[0].upper()}{str(error)[1:]}", class_="missing")
+        drawn = figures(results, folder / "figures", figure_numbers)
     written += drawn
     if every:
         pictures = [_picture(path) for path in drawn if path.suffix == ".png"]
         page = Path(out) if out is not None else folder / "report.html"
-        content = join([html(table) for table in chosen], pictures, note)
+        content = join([html(table) for table in chosen], pictures)
         write_text(page, _page(results.title, content))
         written.append(page)
     return chosen, written
@@ -65,12 +59,4 @@ def _picture(path: Path) -> Markup:
 
 
 def _page(title: str, content: Markup) -> Markup:
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("title", title),
-        element("style", Markup(STYLE)),
-    )
-    main = element("main", element("h1", title), content)
-    return join(Markup("<!doctype html>\n"), element("html", head, element("body", main), lang="en"), "\n")
+    return whole_page(title, element("main", element("h1", title), content))

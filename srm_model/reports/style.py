@@ -55,23 +55,12 @@ figure { margin: .4rem 0; min-width: 0; }
 figcaption { font-size: .92rem; font-weight: 600; margin-bottom: .25rem; }
 figcaption small { display: block; font-weight: 400; }
 .chart > svg { display: block; width: 100%; max-width: 27rem; height: auto; }
-svg text { fill: var(--soft); font-size: 11px; font-family: inherit; font-variant-numeric: tabular-nums; }
-svg text.group { fill: var(--ink); font-weight: 600; font-size: 11.5px; }
-svg .mid { text-anchor: middle; } svg .end { text-anchor: end; }
-svg .grid { stroke: var(--grid); } svg .axis { stroke: var(--soft); } svg .zero { stroke: var(--soft); }
-.line, .curve, .spark, .whisker, .link { fill: none; stroke: currentColor; }
-.line { stroke-width: 2; stroke-linejoin: round; }
-.curve { stroke: var(--ink); stroke-width: 1.5; stroke-dasharray: 5 3; }
-.spark { stroke: var(--soft); stroke-width: 1.4; }
-.whisker { stroke-width: 1.2; } .link { stroke-width: 5; opacity: .22; }
-.dots { fill: none; stroke: currentColor; stroke-linecap: round; opacity: .72; }
-.beyond { fill: currentColor; }
-.mark { fill: currentColor; stroke: var(--ground); stroke-width: .8; }
-.hollow { fill: var(--ground); stroke: currentColor; stroke-width: 1.8; }
+svg text { font-family: inherit; font-variant-numeric: tabular-nums; }
 .s0 { color: var(--s0); } .s1 { color: var(--s1); } .s2 { color: var(--s2); } .s3 { color: var(--s3); }
 .s4 { color: var(--s4); } .s5 { color: var(--s5); } .s6 { color: var(--s6); } .s7 { color: var(--s7); }
-.swatch { vertical-align: -1px; margin-right: .4rem; }
-.sparkline { vertical-align: middle; }
+.swatch { margin-right: .4rem; }
+.s0::before, .s4::before { content: "●"; } .s1::before, .s5::before { content: "■"; }
+.s2::before, .s6::before { content: "▲"; } .s3::before, .s7::before { content: "◆"; }
 ul.legend { list-style: none; display: flex; flex-wrap: wrap; gap: .1rem 1.1rem; margin: 0 0 .2rem; padding: 0;
   font-size: .86rem; }
 .example { margin: 1.1rem 0 1.6rem; }

@@ -10,6 +10,7 @@ import numpy as np
 
 from srm_model.config import SRMConfig
 from srm_model.metrics import doubts
+from srm_model.norms import NORMS, place_of
 from srm_model.reports.blocks import caption, missing, row, table
 from srm_model.reports.markup import Markup, element, join
 from srm_model.reports.records import StudyResults, grouped, mean_of, over_seeds
@@ -284,8 +285,10 @@ def _settings(results: StudyResults) -> Table:
         ["Suite", str(results.study.get("suite", "paper"))],
         ["PGD steps", str(config.attack_steps)],
         ["PGD restarts, all from random starts", str(config.attack_restarts)],
-        ["Step, L∞", f"{config.attack_step_linf:g} ε / steps, along the sign"],
-        ["Step, L2", f"{config.attack_step_l2:g} ε / steps, along the normalised gradient"],
+        *(
+            [f"Step, {norm.symbol}", f"{norm.step_of(config):g} ε / steps, {norm.step_words}"]
+            for norm in NORMS.values()
+        ),
         ["Images attacked together", str(config.attack_batch_size)],
         ["Pair inversion", f"margin {config.pair_margin:g}, temperature {config.pair_temperature:g}"],
         ["EOT samples, stochastic models only", str(config.eot_samples)],
@@ -353,7 +356,7 @@ def _ablations(results: StudyResults) -> Table:
         ]
 
     declared = {(norm, eps) for found in study["ablation_budgets"].values() for norm, eps in found}
-    budgets = sorted(declared, key=lambda budget: (budget[0] != "linf", budget[1]))
+    budgets = sorted(declared, key=lambda budget: (place_of(budget[0]), budget[1]))
     columns = ["Variant", "seeds", "clean SROCC", "Δ"]
     measured: list[tuple[str, str, dict[str, Any]]] = [("clean", "srocc", {})]
     for norm, eps in budgets:

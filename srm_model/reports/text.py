@@ -8,19 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from srm_model.norms import NORMS
+from srm_model.suites import LABELS
+
 MINUS, DASH = "−", "—"
-ATTACKS = {
-    "pgd_mse": "PGD, squared error",
-    "pgd_drift": "PGD, score drift",
-    "pgd_pair_inversion": "PGD, pair inversion",
-    "pgd_raise": "PGD, raise the score",
-    "pgd_lower": "PGD, lower the score",
-    "pgd_soft_spearman": "PGD, soft Spearman",
-    "apgd_mse": "APGD, squared error",
-    "apgd_pair_inversion": "APGD, pair inversion",
-    "square_mse": "square search, squared error",
-    "transfer": "PGD, transferred",
-}
 
 
 def fixed(value: float, digits: int = 3) -> str:
@@ -63,15 +54,13 @@ def model_text(neck: str, variant: str) -> str:
 
 
 def budget_text(budget: tuple[str, float]) -> str:
-    """Norm and ε: Linf in multiples of 1/255, L2 as stated for images of 512×512."""
+    """Norm and ε, also of a norm that is not known here."""
     norm, eps = budget
-    if norm == "linf":
-        return f"L∞ ε = {float(f'{eps * 255:.4g}'):g}/255"
-    return f"L2 ε = {float(f'{eps:.4g}'):g} at 512²" if norm == "l2" else f"{norm} ε = {eps:.4g}"
+    return NORMS[norm].text(eps) if norm in NORMS else f"{norm} ε = {eps:.4g}"
 
 
 def attack_text(name: str) -> str:
-    return ATTACKS.get(name, name)
+    return LABELS.get(name, name)
 
 
 def listing(items: Iterable[Any]) -> str:

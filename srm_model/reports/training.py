@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from srm_model.reports.blocks import look, missing, neck_heading, neck_row, row, table
-from srm_model.reports.charts import Series, line_chart, sparkline
+from srm_model.reports.charts import Series, line_chart
 from srm_model.reports.markup import Child, Markup, element
 from srm_model.reports.run import Neck, Run, numbers
 from srm_model.reports.text import DASH, clock, fixed, spread
@@ -168,18 +168,14 @@ def _diagnostics_table(neck: Neck) -> Markup | None:
         present = [value for value in values if value]
         if present and key not in ("gate_weights", "gain_active"):
             name = DIAGNOSTICS.get(key) or element("code", key)
-            trend = sparkline([float(np.median(value)) if value else math.nan for value in values])
-            ends = (
-                [spread(present[0]), spread(present[-1]), trend] if len(logged) > 1 else [spread(present[0])]
-            )
-            rows.append(row(name, *ends, words=(3,)))
+            ends = [spread(value) for value in (present[0], present[-1])[: len(logged)]]
+            rows.append(row(name, *ends))
     if not rows:
         return None
-    columns = ["first epoch", "last epoch", "over the epochs"] if len(logged) > 1 else ["value"]
+    columns = ["first epoch", "last epoch"] if len(logged) > 1 else ["value"]
     return table(
         ["Quantity", *columns],
         rows,
-        words=(0, 3),
         title="Medians over a batch of validation images; in brackets the range over links, stages or heads.",
     )
 

@@ -21,12 +21,13 @@ from srm_kernels.registration import running as running
 from srm_model import ranks
 from srm_model.backbones import check_size
 from srm_model.checkpoint import CONFIG, read_card
-from srm_model.config import NECKS, STORED, SRMConfig
+from srm_model.config import STORED, SRMConfig
 from srm_model.data import SPLITS, ImageCache, open_dataset
 from srm_model.files import atomic_path, held, read_json, write_json
 from srm_model.messages import bars as bars
 from srm_model.messages import say as say
 from srm_model.model import load_model
+from srm_model.necks import NECKS
 from srm_model.reports.records import STUDY
 
 RUN = "run.json"
@@ -283,7 +284,7 @@ def surrogate_of(folder: Path) -> Path | None:
 
     It lies beside the checkpoint; that of a study's variant beside the full model, a folder above.
     """
-    other = "srm" if read_card(folder)["neck"] == "none" else "none"
+    other = NECKS[read_card(folder)["neck"]].surrogate
     studied = any((above / STUDY).is_file() for above in folder.resolve().parents)
     for place in (folder.parent, folder.parent.parent)[: 1 + studied]:
         if (place / other / CONFIG).is_file() and (place / other).resolve() != folder.resolve():

@@ -17,9 +17,8 @@ from srm_model.checkpoint import read_card
 from srm_model.config import SRMConfig
 from srm_model.files import read_json, write_json
 from srm_model.metrics import LogisticMap
+from srm_model.norms import norm_of
 from srm_model.runs.training import logistic_of
-
-SUITES = {"paper": Suite.paper, "extended": Suite.extended, "queries": Suite.queries}
 
 
 def attack_checkpoint(
@@ -58,7 +57,7 @@ def attack_checkpoint(
     if (known := known_result(path, settings)) is not None:
         return known
     if progress:
-        runs.say(f"attacking {folder} with {norm} {budget_text(norm, eps)}")
+        runs.say(f"attacking {folder} with {norm} {norm_of(norm).brief(eps)}")
     if device.type == "cpu":
         runs.keep_memory()
     model, card = runs.open_checkpoint(folder, device, config.backend)
@@ -125,7 +124,7 @@ def attack_model(
     with warnings.catch_warnings():
         # The command prints these below its table instead.
         warnings.filterwarnings("ignore", message=".*may overstate robustness")
-        result = SUITES[suite](config).run(
+        result = Suite.named(suite, config).run(
             model,
             dataset,
             norm=norm,
@@ -145,8 +144,3 @@ def attack_model(
         write_json(path, found)
         shutil.rmtree(unfinished)
     return found
-
-
-def budget_text(norm: str, eps: float) -> str:
-    """A budget as people write it."""
-    return f"{eps * 255:.4g}/255" if norm == "linf" else f"{eps:.4g}"

@@ -14,7 +14,10 @@ from typing import Any
 from srm_kernels.conditioning import SOLVERS
 from srm_kernels.landmarks import METHODS
 from srm_model.attacks.problem import check_budget, parse_budget
-from srm_model.config import NECKS, SRMConfig
+from srm_model.config import SRMConfig
+from srm_model.necks import NECKS
+from srm_model.norms import NORMS
+from srm_model.suites import SUITES
 
 FULL = "full"  # the variant without overrides
 # One-out ablations of table 11 by name; a function where the override depends on the config.
@@ -66,7 +69,7 @@ class Model:
     @property
     def surrogate(self) -> Model:
         """The surrogate of its transfer attack, as `runs.surrogate_of` finds it once it is trained."""
-        other = "srm" if self.neck == "none" else "none"
+        other = NECKS[self.neck].surrogate
         return Model(self.data, self.backbone, other, FULL, self.seed, self.config)
 
     @property
@@ -188,8 +191,7 @@ _KEYS: dict[str, Any] = {
     "sweep": bool,
     "protocols": dict,
 }
-_ATTACK_KEYS = {"linf", "l2", "images", "suite"}
-_SUITES = ("paper", "extended")
+_ATTACK_KEYS = {*NORMS, "images", "suite"}
 
 
 def read_study(path: str | Path, roots: Mapping[str, str] | None = None) -> Study:
@@ -300,7 +302,7 @@ def _study(values: Any, here: Path, roots: Mapping[str, str]) -> Study:
         found = _ablations(group, config)
         ablations |= found
         ablation_seeds |= dict.fromkeys(found, _seeds(group.get("seeds", seeds)))
-        own = _budgets(group, config) if group.keys() & {"linf", "l2"} else budgets
+        own = _budgets(group, config) if group.keys() & NORMS.keys() else budgets
         ablation_budgets |= dict.fromkeys(found, own)
         audited += found if group.get("audit", False) else ()
     folders: dict[str, str] = {}
@@ -343,7 +345,7 @@ def _ablations(values: Mapping[str, Any], config: SRMConfig) -> dict[str, dict[s
     """`rows`, a list of names or "all", and `overrides`, a table of one's own rows."""
     if not isinstance(values, dict):
         raise TypeError(f"ablations has {values!r}: expected a table")
-    _known(values, {"rows", "overrides", "seeds", "linf", "l2", "audit"}, "key of ablations")
+    _known(values, {"rows", "overrides", "seeds", *NORMS, "audit"}, "key of ablations")
     if not isinstance(values.get("audit", False), bool):
         raise TypeError(f"audit of ablations is {values['audit']!r}: expected true or false")
     rows = values.get("rows", [])
@@ -372,7 +374,7 @@ def _stronger(values: Any, config: SRMConfig, suite: str, trained: Mapping[str, 
     """One group; trained: the seeds of every name that `models` may hold."""
     if not isinstance(values, dict):
         raise TypeError(f"stronger has {values!r}: expected a table")
-    _known(values, {"models", "seeds", "linf", "l2", "suite", "config"}, "key of stronger")
+    _known(values, {"models", "seeds", *NORMS, "suite", "config"}, "key of stronger")
     _texts(values, "models")
     models = tuple(values.get("models", ()))
     if not models or not set(models) <= trained.keys():
@@ -381,8 +383,8 @@ def _stronger(values: Any, config: SRMConfig, suite: str, trained: Mapping[str, 
     seeds = _seeds(values.get("seeds", common), "seeds of stronger")
     if not set(seeds) <= set(common):
         raise ValueError(f"seeds of stronger is {list(seeds)}: expected some that its models have, {common}")
-    if not values.keys() & {"linf", "l2"}:
-        raise ValueError("stronger has no budget: expected linf or l2")
+    if not values.keys() & NORMS.keys():
+        raise ValueError(f"stronger has no budget: expected {' or '.join(NORMS)}")
     changes = values.get("config", {})
     if not isinstance(changes, dict):
         raise TypeError(f"config of stronger is {changes!r}: expected a table")
@@ -395,8 +397,8 @@ def _stronger(values: Any, config: SRMConfig, suite: str, trained: Mapping[str, 
 
 
 def _suite(values: Mapping[str, Any], default: str) -> str:
-    if (found := values.get("suite", default)) not in _SUITES:
-        raise ValueError(f"suite is {found!r}: expected {' or '.join(map(repr, _SUITES))}")
+    if (found := values.get("suite", default)) not in SUITES:
+        raise ValueError(f"suite is {found!r}: expected {' or '.join(map(repr, SUITES))}")
     return str(found)
 
 
@@ -405,8 +407,9 @@ def _swaps(values: Mapping[str, Any], config: SRMConfig) -> dict[str, dict[str, 
     for name, overrides in values.items():
         if not isinstance(overrides, dict):
             raise ValueError(f"swap {name!r}: expected a table of config fields, neck or beta")
-        if overrides.get("neck", "srm") not in ("srm", "quadratic"):
-            raise ValueError(f"swap {name!r}: neck {overrides['neck']!r} is not one of srm, quadratic")
+        mixing = [neck for neck, kind in NECKS.items() if kind.attention is not None]
+        if overrides.get("neck", "srm") not in mixing:
+            raise ValueError(f"swap {name!r}: neck {overrides['neck']!r} is not one of {', '.join(mixing)}")
         if not isinstance(overrides.get("beta", 0.0), int | float):
             raise ValueError(f"swap {name!r}: beta {overrides['beta']!r}: expected a number")
         config.replace(**{key: value for key, value in overrides.items() if key not in ("neck", "beta")})
@@ -427,14 +430,14 @@ def _seeds(values: Any, key: str = "seeds") -> tuple[int, ...]:
 
 
 def _budgets(values: Mapping[str, Any], config: SRMConfig) -> tuple[tuple[str, float], ...]:
-    """Norm and ε; the config's for the tables where neither norm is named."""
-    for norm in ("linf", "l2"):
+    """Norm and ε; the config's for the tables where no norm is named."""
+    for norm in NORMS:
         if not isinstance(values.get(norm, []), list):
             raise TypeError(f"{norm} is {values[norm]!r}: expected list")
     return tuple(
         (norm, _budget(norm, eps))
-        for norm, default in (("linf", config.eps_linf_tables), ("l2", config.eps_l2_tables))
-        for eps in values.get(norm, default if not values.keys() & {"linf", "l2"} else ())
+        for norm, found in NORMS.items()
+        for eps in values.get(norm, () if values.keys() & NORMS.keys() else found.tables_of(config))
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
+from srm_model.necks import NECKS
 from srm_model.study import measuring
 from srm_model.study.context import Context
 from srm_model.study.file import FULL, Model, Stronger, slug
@@ -56,7 +57,7 @@ def model_jobs(c: Context, models: Iterable[Model]) -> Iterator[Job]:
     for model in models:
         identity = {**model.identity, "fingerprint": c.test(model).fingerprint}
         yield Job(CLEAN, identity, f"train {model.label}", partial(measuring.trained, c, model), (model,))
-        if model.neck != "none" and model.config.links:
+        if NECKS[model.neck].attention is not None and model.config.links:
             measure = partial(measuring.diagnosed, c, model)
             yield Job("diagnostics", model.identity, f"diagnose {model.label}", measure, (model,))
     for model in models:

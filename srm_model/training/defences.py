@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from srm_model.attacks import MSE, pgd
-from srm_model.attacks.problem import radius_of, unit
 from srm_model.config import SRMConfig
+from srm_model.norms import norm_of, unit
 
 _SCALE = 2.0**10  # keeps the gradient of a score from underflowing where the model runs in fp16
 
@@ -63,7 +63,7 @@ def adversarial(model: nn.Module, images: Tensor, mos: Tensor, config: SRMConfig
     state = np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]
     settings: dict[str, Any] = {
         "norm": config.adversarial_norm,
-        "eps": radius_of(config.adversarial_norm, config.adversarial_eps, images[0]),
+        "eps": norm_of(config.adversarial_norm).radius(config.adversarial_eps, images[0]),
         "steps": config.adversarial_steps,
         "restarts": 1,
         "generator": torch.Generator().manual_seed(int(state >> np.uint64(1))),

@@ -85,7 +85,7 @@ def test_part_b_runs_benchmarks_one_at_a_time_the_most_wanted_first(tmp_path: Pa
         (dyt, both) for dyt in (False, True) for both in (False, True)
     }
     assert len(found) == len(set(found))
-    for module in ("bench.neck", "bench.growth", "bench.attacks", "pytest bench"):
+    for module in ("bench.neck", "bench.growth", "bench.attacks"):
         assert any(module in line for line in found)
     ended = [line for line in (tmp_path / "ended").read_text().splitlines() if not line.startswith("-c ")]
     assert ended == found  # none started before the one before it had ended
@@ -101,7 +101,6 @@ def test_machine_and_commit_are_beside_the_results(tmp_path: Path, part: str):
     assert "A  Card (80GB)" in told
     assert "torch.__version__" in told
     assert "commit " in told
-    assert ("_cuda.so is not built" in told) == (not list((ROOT / "srm_kernels").glob("_cuda*.so")))
 
 
 def test_a_missing_sanitizer_is_a_line_and_no_failure(tmp_path: Path):

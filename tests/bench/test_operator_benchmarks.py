@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 import srm_kernels
 from bench.operators import DIRECTIONS, FAMILIES, OPERATORS, NumericsError, Timed
-
-ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -65,32 +57,3 @@ def test_worse_or_repeated_landmarks_are_refused(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(srm_kernels, "select_landmarks", lambda *a, f=spoil, **k: f(honest(*a, **k)))
         with pytest.raises(NumericsError):
             timed.verify()
-
-
-def test_they_run_under_pytest_benchmark(tmp_path: Path):
-    pytest.importorskip("pytest_benchmark")
-    saved = tmp_path / "times.json"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "bench",
-        "--benchmark-only",
-        "--shapes",
-        "tiny",
-        "-p",
-        "no:xdist",
-    ]
-    command += ["--benchmark-max-time=0.001", "--benchmark-min-rounds=1", "--benchmark-warmup=off"]
-    command += [f"--benchmark-json={saved}", "-p", "no:cacheprovider", "-k", "dyt or select"]
-    # pytest-benchmark takes an inherited PYTEST_XDIST_WORKER for a reason not to measure.
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    environment = {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(saved.read_text())["benchmarks"]
-    assert {case["params"]["operator"] for case in found} == {"dyt", "select_landmarks"}
-    assert {case["params"]["implementation"] for case in found} >= {"reference", "torch"}
-    assert "dyt, tiny, backward, fp32" in {case["group"] for case in found}
-    assert found[0]["extra_info"]["machine"]["torch"] == torch.__version__
-    assert all(case["extra_info"]["relative_error"] < 1e-3 for case in found)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from bench import pages, plots
 from bench.growth import SCALES, Sizes
 from bench.report import main, markdown, report
 from srm_model.profiling.results import append
+from srm_model.reports.drawing import svg
 
 MACHINE = {
     "device": "Some CPU",
@@ -225,96 +225,57 @@ def test_markdown_escapes_its_own_marks():
     assert markdown(["a", "b"], [["1|2", "3"]]) == "| a | b |\n|---|---:|\n| 1\\|2 | 3 |\n"
 
 
-def test_axes_are_logarithmic_and_inside_the_frame():
-    axis = plots.Axis([1, 1000], 100, 400, base=10)
-    assert 100 <= axis(1) < axis(10) < axis(1000) <= 400
-    assert axis(10) - axis(1) == pytest.approx(axis(100) - axis(10))
-    assert axis.ticks() == [1, 10, 100, 1000]
-    few = plots.Axis([3, 30], 0, 1, base=10).ticks()
-    assert len(few) >= 3
-    assert plots.Axis([2.2e10, 4.7e10], 0, 1, base=10).ticks() == [3e10, 4e10]
-    one = plots.Axis([64, 64], 0, 1, base=2)
-    assert 0 < one(64) < 1
+LABELS = {"title": "t", "note": "n", "x_label": "x", "y_label": "y"}
 
 
 def test_a_line_of_slope_two_is_drawn_parallel_to_its_guide():
-    svg = plots.lines(
-        [plots.Line("a", [(1, 1), (2, 4), (4, 16)])],
-        title="t",
-        note="n",
-        x_label="x",
-        y_label="y",
-        slopes=(2,),
-    )
-    root = ElementTree.fromstring(svg)
-
-    def slope(kind: str) -> float:
-        path = next(
-            e for e in root.iter() if (e.get("class") or "").startswith(kind) and "L" in (e.get("d") or "")
-        )
-        ends = [part.split() for part in path.get("d", "")[1:].split("L")]
-        (x0, y0), (x1, y1) = ends[0], ends[-1]
-        return (float(y1) - float(y0)) / (float(x1) - float(x0))
-
-    # coordinates are written to a tenth of a pixel
-    assert slope("line s0") == pytest.approx(slope("guide"), rel=0.01)
+    axes = plots.lines([plots.Line("a", [(2, 4), (1, 1), (4, 16)])], slopes=(2,), **LABELS).axes[0]
+    line, guide = axes.lines
+    assert axes.get_xscale() == axes.get_yscale() == "log"
+    assert line.get_xydata().tolist() == [[1, 1], [2, 4], [4, 16]]
+    (x0, y0), (x1, y1) = guide.get_xy1(), guide.get_xy2()
+    assert y1 / y0 == (x1 / x0) ** 2
 
 
 def test_series_and_bars_can_be_told_apart_in_grey():
     many = [plots.Line(f"series {i}", [(1, i + 1), (2, i + 2)]) for i in range(8)]
-    root = ElementTree.fromstring(plots.lines(many, title="t", note="n", x_label="x", y_label="y"))
-    drawn = [
-        e for e in root.iter() if (e.get("class") or "").startswith("line s") and "L" in (e.get("d") or "")
-    ]
-    hollow = [i >= 4 for i in range(8)]
-    looks = {(e.get("class"), e.get("stroke-dasharray"), h) for e, h in zip(drawn, hollow, strict=True)}
-    assert len({(dash, h, index % 4) for index, ((_, dash, h)) in enumerate(sorted(looks, key=str))}) == len(
-        looks
-    )
-    greys = [sum(int(shade[i : i + 2], 16) for i in (1, 3, 5)) for shade in plots.SHADES]
-    assert len(set(greys)) == len(greys)
+    drawn = plots.lines(many, **LABELS).axes[0].lines
+    assert len({(line.get_linestyle(), line.get_marker()) for line in drawn}) == len(many)
     names = [f"stage {i}" for i in range(8)]
-    bar = plots.Bar("one", dict.fromkeys(names, 1.0))
-    svg = plots.stacked([bar], names, title="t", note="n", x_label="ms")
-    patterns = [
-        ElementTree.tostring(e).split(b'id="')[1][3:]
-        for e in ElementTree.fromstring(svg).iter()
-        if e.tag.endswith("pattern")
-    ]
-    assert len(set(patterns)) == len(names)
+    bars = plots.stacked(
+        [plots.Bar("one", dict.fromkeys(names, 1.0))], names, title="t", note="n", x_label="ms"
+    )
+    assert len({patch.get_hatch() for patch in bars.axes[0].patches}) == len(names)
 
 
 def test_stacks_look_alike_in_every_picture_and_say_their_sum():
     names = ["backbone", "align", "gate"]
     whole, part = (
-        plots.stacked([plots.Bar("one", parts)], names, title="t", note="n", x_label="ms")
+        plots.stacked([plots.Bar("one", parts)], names, title="t", note="n", x_label="ms").axes[0]
         for parts in (dict.fromkeys(names, 400 / 3), {"align": 2 / 3})
     )
-    assert ">400</text>" in whole
-    assert ">0.667</text>" in part
-    assert "backbone" not in part
-    fills = {
-        svg: [e.get("fill") for e in ElementTree.fromstring(svg).iter() if e.get("class") == "bar"]
-        for svg in (whole, part)
-    }
-    assert fills[part] == ["url(#p1)", "url(#p1)"]  # the bar and its legend
-    assert fills[whole][1] == "url(#p1)"
+    assert " 400" in [text.get_text() for text in whole.texts]
+    assert " 0.667" in [text.get_text() for text in part.texts]
+    assert [container.get_label() for container in part.containers] == ["align"]
+    assert part.patches[0].get_facecolor() == whole.patches[1].get_facecolor()
+    assert part.patches[0].get_hatch() == whole.patches[1].get_hatch()
+    assert [patch.get_x() for patch in whole.patches] == pytest.approx([0, 400 / 3, 800 / 3])
 
 
 def test_the_border_runs_between_wins_and_losses():
-    svg = plots.surface(
+    figure = plots.surface(
         ["64", "256"],
         ["1", "2"],
-        [[2.0, 1.5], [0.5, 1.2]],
+        [[2.0, None], [0.5, 1.2]],
         title="t",
         note="n",
         row_label="r",
         column_label="c",
     )
-    path = next(e for e in ElementTree.fromstring(svg).iter() if e.get("class") == "border").get("d", "")
-    # one cell of four wins: an edge above it and one to its right
-    assert path.count("M") == 2
-    assert math.isfinite(float(path.split("h")[1].split("M")[0]))
+    edges = [line.get_xydata().tolist() for line in figure.axes[0].lines]
+    # One cell of three wins: an edge above it and one to its right.
+    assert edges == [[[-0.5, 0.5], [0.5, 0.5]], [[0.5, 0.5], [0.5, 1.5]]]
+    assert [text.get_text() for text in figure.axes[0].texts][1:] == ["2.0", "–", "0.50", "1.2"]
 
 
 def texts(svg: str) -> list[str]:
@@ -322,10 +283,8 @@ def texts(svg: str) -> list[str]:
 
 
 def test_what_was_measured_is_on_the_axis():
-    series = [plots.Line("a", [(side, side**2) for side in (224, 256, 384, 512)])]
-    assert {"224", "256", "384", "512"} <= set(
-        texts(plots.lines(series, title="t", note="n", x_label="x", y_label="y"))
-    )
+    figure = plots.lines([plots.Line("a", [(side, side**2) for side in (224, 256, 384, 512)])], **LABELS)
+    assert {"224", "256", "384", "512"} <= set(texts(svg(figure)))
 
 
 def test_lines_that_lie_on_each_other_are_one_with_both_names(tmp_path: Path):
@@ -335,14 +294,9 @@ def test_lines_that_lie_on_each_other_are_one_with_both_names(tmp_path: Path):
             append(tmp_path / "neck.jsonl", neck_row(neck, side) | {"typical": milliseconds * side})
     report(tmp_path)
     names = texts((tmp_path / "time-neck-some-net-1-fp32-forward.svg").read_text())
-    assert [name for name in names if name in ("srm [sdpa]", "quadratic", "none")] == [
-        "srm [sdpa]",
-        "quadratic",
-    ]
+    found = [name for name in names if name in ("srm [sdpa]", "quadratic", "none")]
+    assert found == ["srm [sdpa]", "quadratic"]
     assert any(name.endswith("in the table alone: none") for name in names)
-    svg = (tmp_path / "time-neck-some-net-1-fp32-forward.svg").read_text()
-    marks = [e for e in ElementTree.fromstring(svg).iter() if (e.get("class") or "").startswith("line s")]
-    assert len(marks) == 2  # one line and its swatch
 
 
 def test_stages_are_drawn_at_the_largest_resolution_alone(folder: Path):
@@ -363,10 +317,9 @@ def test_stages_as_drawn_add_up_to_the_time_in_the_table(folder: Path, monkeypat
 
 def test_a_roofline_joins_the_resolutions_of_a_neck():
     series = [plots.Line("a", [(1.0, 2e9), (2.0, 3e9)]), plots.Line("b", [(1.0, 1e9), (3.0, 4e9)])]
-    root = ElementTree.fromstring(plots.roofline(series, 1e10, 5e10, title="t", note="n"))
-    drawn = [e.get("d", "") for e in root.iter() if (e.get("class") or "").startswith("line s")]
-    assert [path.count("L") for path in drawn if "L" in path] == [1, 1]
-    assert "GMAC per second" in texts(plots.roofline(series, 1e10, 5e10, title="t", note="n"))
+    roof, *drawn = plots.roofline(series, 1e10, 5e10, title="t", note="n").axes[0].lines
+    assert [line.get_xydata().tolist() for line in drawn] == [[[1, 2], [2, 3]], [[1, 1], [3, 4]]]
+    assert roof.get_xydata().tolist() == [[0.5, 5], [5, 50], [10, 50]]
 
 
 BLOCK = "before\n<!-- rows: crossover -->\nold figures\n<!-- end -->\nafter\n"

@@ -11,7 +11,7 @@ from oracle import tokens
 import srm_kernels
 from srm_kernels import backends, checks, nystrom_attention, runtime
 
-NAMES = ("reference", "torch", "triton", "cuda")
+NAMES = ("reference", "torch", "triton")
 REFUSED = (NotImplementedError, RuntimeError, ValueError)
 
 
@@ -78,18 +78,16 @@ def test_backends_says_what_can_run_and_why_the_rest_cannot():
     text = str(found)
     assert "reference" in text
     if not torch.cuda.is_available():
-        for name in ("triton", "cuda"):
-            assert len(str(found[name])) > 10, "a reason is expected"
+        assert len(str(found["triton"])) > 10, "a reason is expected"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may run these")
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.parametrize("name", CALLS)
-def test_asking_for_what_cannot_run_is_an_error_that_says_why(name, backend, monkeypatch):
+def test_asking_for_what_cannot_run_is_an_error_that_says_why(name, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(REFUSED, match=backend) as caught:
-        CALLS[name](backend)
-    assert len(str(caught.value)) > len(backend) + 15
+    with pytest.raises(REFUSED, match="triton") as caught:
+        CALLS[name]("triton")
+    assert len(str(caught.value)) > 20
     assert "\n" not in str(caught.value)
 
 
@@ -126,13 +124,14 @@ def test_the_environment_variable_asks_for_a_backend(monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may run this")
 @pytest.mark.parametrize("name", CALLS)
 def test_the_environment_variable_never_falls_back(name, monkeypatch):
-    monkeypatch.setenv("SRM_KERNELS_BACKEND", "cuda")
-    with pytest.raises(REFUSED, match="cuda"):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("SRM_KERNELS_BACKEND", "triton")
+    with pytest.raises(REFUSED, match="triton"):
         CALLS[name](None)
 
 
 def test_an_argument_overrules_the_environment_variable(monkeypatch):
-    monkeypatch.setenv("SRM_KERNELS_BACKEND", "cuda")
+    monkeypatch.setenv("SRM_KERNELS_BACKEND", "fast")
     assert CALLS["dyt"]("reference") is not None
 
 

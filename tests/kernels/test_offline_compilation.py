@@ -22,7 +22,7 @@ from offline import COMPILED, ROOT, compiled, run
 
 from bench.harness import read
 from bench.resources import ARCHITECTURES, SHARED_LIMIT, Resources
-from bench.shapes import SOLVERS
+from srm_kernels.conditioning import SOLVERS_OF_KERNELS
 
 triton = pytest.importorskip("triton")
 WHOLE = triton.__version__ in {row["machine"]["triton"] for row in read(COMPILED)}
@@ -83,9 +83,11 @@ def test_everything_fits_into_shared_memory(table: list[dict[str, Any]], archite
 
 @of_all_shapes
 def test_every_solver_is_in_the_table_forward_and_backward(table: list[dict[str, Any]]):
-    """`svd` and `auto` go backward as `lu`."""
-    forms = {("solve_forward_kernel", solver) for solver in SOLVERS}
-    forms |= {("solve_backward_kernel", solver) for solver in ("cholesky", "lu", "neumann")}
+    forms = {
+        (f"solve_{direction}_kernel", solver)
+        for solver in SOLVERS_OF_KERNELS
+        for direction in ("forward", "backward")
+    }
     for d in (32, 64, 128):
         rows = [row for row in table if row["family"] == "solve" and row["case"]["d"] == d]
         assert {(row["kernel"], row["case"]["solver"]) for row in rows} == forms

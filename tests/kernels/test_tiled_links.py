@@ -39,7 +39,7 @@ def steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
         if not isinstance(grid_of(2, 2, 1, 4, torch.ones(1)), NativeGrid):
             pytest.skip("the installed library is older than csrc: install the package again")
     else:
-        monkeypatch.setattr(native, "BUILT", set())
+        monkeypatch.setattr(native, "BUILT", False)
     return str(request.param)
 
 

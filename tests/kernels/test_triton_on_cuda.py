@@ -26,22 +26,19 @@ def inputs(
 
 
 def forward_and_backward(
-    tensors: list[Tensor], method: str = "leverage", solver: str = "cholesky", equilibrate: bool = False
+    tensors: list[Tensor], method: str = "leverage", solver: str = "cholesky"
 ) -> list[Tensor]:
-    y = nystrom_attention(
-        *tensors, 32, method=method, solver=solver, equilibrate=equilibrate, qk_norm="keys", backend="triton"
-    )
+    y = nystrom_attention(*tensors, 32, method=method, solver=solver, qk_norm="keys", backend="triton")
     return [y, *torch.autograd.grad(y.float().square().sum(), tensors)]
 
 
-@pytest.mark.parametrize("equilibrate", [False, True])
-@pytest.mark.parametrize("solver", ["cholesky", "lu", "svd", "auto", "neumann"])
+@pytest.mark.parametrize("solver", ["cholesky", "lu"])
 @pytest.mark.parametrize("method", METHODS)
-def test_nothing_waits_for_the_device(method, solver, equilibrate):
+def test_nothing_waits_for_the_device(method, solver):
     tensors = [x.requires_grad_() for x in inputs()]
 
     def run() -> None:
-        forward_and_backward(tensors, method, solver, equilibrate)
+        forward_and_backward(tensors, method, solver)
         nystrom_attention(*tensors, 32, solver=solver, diagnostics="estimate", backend="triton")
 
     run()  # compiles

@@ -341,18 +341,18 @@ def test_the_digest_is_of_csrc_and_not_of_what_is_built_from_it(tmp_path: Path, 
     def digest() -> str:
         return verdicts.sources_digest.__wrapped__()
 
-    (tmp_path / "csrc/jacobi.cu").write_text("one")
+    (tmp_path / "csrc/cholesky.h").write_text("one")
     first = digest()
     for build_of_it in (b"one", b"two"):
         (package / "_cuda.so").write_bytes(build_of_it)
         (tmp_path / "csrc/README.md").write_bytes(build_of_it)
         assert digest() == first
-    (tmp_path / "csrc/jacobi.cu").write_text("two")
+    (tmp_path / "csrc/cholesky.h").write_text("two")
     second = digest()
     assert second != first
     # A wheel has the digest in place of the sources.
     (package / verdicts.CSRC_DIGEST).write_text(build.csrc_digest())
-    (tmp_path / "csrc/jacobi.cu").unlink()
+    (tmp_path / "csrc/cholesky.h").unlink()
     assert digest() == second
 
 

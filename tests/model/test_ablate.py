@@ -680,7 +680,6 @@ def test_a_table_without_results_says_what_it_needs(tmp_path: Path, place: Path)
 def test_figures_are_drawn_as_vectors_and_pixels(
     out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    pytest.importorskip("matplotlib")
     shutil.copy(out / "results.jsonl", tmp_path)
     shutil.copy(out / "study.json", tmp_path)
     out = tmp_path
@@ -705,7 +704,6 @@ def test_figures_are_drawn_as_vectors_and_pixels(
 
 
 def test_twenty_series_are_told_apart_without_colour(out: Path, tmp_path: Path):
-    pytest.importorskip("matplotlib")
     from matplotlib.figure import Figure
 
     shutil.copy(out / "study.json", tmp_path)
@@ -738,7 +736,6 @@ def test_twenty_series_are_told_apart_without_colour(out: Path, tmp_path: Path):
 def test_the_figure_of_budgets_is_of_the_models_with_the_most_seeds(
     out: Path, tmp_path: Path, seeds: tuple[int, ...]
 ):
-    pytest.importorskip("matplotlib")
     from matplotlib.figure import Figure
 
     shutil.copy(out / "study.json", tmp_path)

@@ -96,7 +96,7 @@ def test_a_landmark_method_that_is_registered_is_known_everywhere(monkeypatch, c
         (
             {"backend": "nope"},
             ValueError,
-            "backend='nope': expected one of None, 'reference', 'torch', 'triton', 'cuda'",
+            "backend='nope': expected one of None, 'reference', 'torch', 'triton'",
         ),
         ({"nokey": 1}, TypeError, "unexpected keyword argument 'nokey'"),
         ({"attack_sweep_steps": (0,)}, ValueError, "attack_sweep_steps=(0,): expected steps of at least 1"),

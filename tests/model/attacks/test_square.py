@@ -10,6 +10,7 @@ from attack_models import Convolutional, Linear, OfFirstPixel, batch, weight
 
 from srm_model.attacks import MSE, Drift, PairInversion, Signed, pgd_trace, square, square_trace
 from srm_model.attacks.problem import Problem
+from srm_model.norms import NORMS
 
 
 class Counting(Linear):
@@ -89,7 +90,7 @@ def test_gradients_shares_are_those_of_nothing():
 @pytest.mark.parametrize("side", [1, 2, 3, 8])
 def test_bumps_have_norm_one_and_rise_to_the_middle(side):
     problem = Problem(
-        Convolutional(), batch(), torch.zeros(4), MSE(), "l2", 1.0, 1, torch.Generator().manual_seed(0)
+        Convolutional(), batch(), torch.zeros(4), MSE(), NORMS["l2"], 1.0, 1, torch.Generator().manual_seed(0)
     )
     from srm_model.attacks.square import _Squares
 

@@ -193,20 +193,21 @@ def test_what_cannot_run_is_a_row_and_the_sweep_goes_on(
         return honest(self)
 
     monkeypatch.setattr(Subject, "_forward", starved)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     rows = profile(
         tmp_path,
-        *["--backbone", "test_convent", "test_convnext", "--neck", "srm", "--backend", "torch", "cuda"],
+        *["--backbone", "test_convent", "test_convnext", "--neck", "srm", "--backend", "torch", "triton"],
         *["--resolution", "32", "--batch", "2", "1"],
     )
     assert [(row["backbone"], row["batch"], row["backend"]) for row in rows] == [
         (backbone, batch, backend)
         for backbone in ("test_convent", "test_convnext")
         for batch in (2, 1)
-        for backend in ("torch", "cuda")
+        for backend in ("torch", "triton")
     ]
     assert all("expected the name of a timm model" in row["error"] for row in rows[:4])
     assert rows[4]["error"].startswith("out of memory: CUDA out of memory")
-    assert "backend 'cuda' cannot run" in rows[5]["error"]
+    assert "backend 'triton' cannot run" in rows[5]["error"]
     assert rows[6]["error"] is None
     assert "cannot run" in rows[7]["error"]
     assert capsys.readouterr().out.count("not measured: ") == 7

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from srm_model.reports import bootstrap
-from srm_model.reports.charts import Series, line_chart, scatter, ticks
+from srm_model.reports import bootstrap, drawing
+from srm_model.reports.charts import Fall, Series, fall_chart, line_chart, scatter
 from srm_model.reports.markup import Markup, element, join
 from srm_model.reports.pictures import SIDE, data_uri
 
@@ -51,45 +51,55 @@ def test_interval_of_undefined_replicates_is_none():
     assert bootstrap.interval(bootstrap.resampled_srocc(mos, [constant])[0]) is None
 
 
-def test_scatter_shows_every_point_inside_or_on_an_edge():
+@pytest.fixture
+def drawn(monkeypatch):
+    """The axes of the charts that are made."""
+    found = []
+    inline = drawing.inline
+    monkeypatch.setattr(
+        drawing, "inline", lambda figure, *a: found.append(figure.axes[0]) or inline(figure, *a)
+    )
+    return found
+
+
+def test_scatter_shows_every_point_inside_or_on_an_edge(drawn):
     x, y = np.array([-5, 0.1, 0.5, 0.9, 7, np.nan]), np.linspace(0, 1, 6)
-    chart = scatter(
+    scatter(
         x, y, look=0, title="t", note="n", alt="a", x_limits=(0, 1), y_limits=(0, 1), x_label="x", y_label="y"
     )
-    assert re.search(r'class="dots s0" d="([^"]*)"', chart)[1].count("M") == 3
-    arrows = re.search(r'class="beyond s0" d="([^"]*)"', chart)[1]
-    assert arrows.count("M") == 2
-    assert "l-7 -4z" in arrows
-    assert "l7 -4z" in arrows
+    dots, left, right = (line.get_xydata() for line in drawn[0].lines)
+    np.testing.assert_allclose(dots[::3], np.column_stack([x, y])[1:4])
+    np.testing.assert_array_equal(dots[::3], dots[1::3])
+    assert (left.tolist(), right.tolist()) == ([[0, y[0]]], [[1, y[4]]])
 
 
-def test_lines_break_where_a_value_is_missing():
+def test_lines_break_where_a_value_is_missing(drawn):
     chart = line_chart(
-        [Series("a", [1, 2, 3, 4, 5], [0.1, 0.2, math.nan, 0.4, 0.5], 0)], title="t", x_label="x", y_label="y"
+        [Series("a", [1, 2, 3, 4, 5], [0.1, 0.2, math.nan, 0.4, math.inf], 0)],
+        title="t",
+        x_label="x",
+        y_label="y",
     )
-    path = re.search(r'class="line s0" d="([^"]*)"', chart)[1]
-    assert (path.count("M"), path.count("L")) == (2, 2)
-    assert chart.count('class="mark s0"') == 4
+    np.testing.assert_array_equal(drawn[0].lines[0].get_ydata(), [0.1, 0.2, np.nan, 0.4, np.nan])
+    assert drawn[0].get_ylim()[0] == 0
+    assert 'aria-label="t. a: 0.1 at first, 0.4 at last"' in chart
 
 
-def test_higher_values_are_drawn_higher():
-    chart = line_chart(
-        [Series("a", [1, 2], [0.0, 1.0], 0)], title="t", x_label="x", y_label="y", y_limits=(0, 1)
-    )
-    (x1, y1), (x2, y2) = re.findall(
-        r"[ML]([\d.]+) ([\d.]+)", re.search(r'class="line s0" d="([^"]*)"', chart)[1]
-    )
-    assert float(x1) < float(x2)
-    assert float(y1) > float(y2)
+def test_a_fall_has_its_values_and_intervals(drawn):
+    fall = Fall("srm", 0.8, -0.3, (0.7, 0.9), None, 0)
+    chart = fall_chart([("L2 1", [fall])], title="t", note="n", x_label="SROCC")
+    xs = [line.get_xdata() for line in drawn[0].lines]
+    assert [list(x) for x in xs[:4]] == [[0.8, -0.3], [0.7, 0.9], [0.8], [-0.3]]
+    assert [label.get_text() for label in drawn[0].get_yticklabels()] == ["L2 1", "srm"]
+    assert "L2 1, srm: clean 0.80, attacked -0.30." in chart
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (-0.4, 1), (0, 0.0031), (-70, 12000), (2.5, 2.6)])
-def test_ticks_are_few_round_and_inside(low, high):
-    found = ticks(low, high)
-    assert 3 <= len(found) <= 8
-    assert all(low - 1e-9 <= tick <= high + 1e-9 for tick in found)
-    step = found[1] - found[0]
-    assert float(f"{step:.2g}") == pytest.approx(step)
+def test_a_chart_takes_the_pages_colours_and_leaves_no_ids_of_its_own():
+    chart = line_chart([Series("a", [1, 2], [0, 1], 2)], title="t", x_label="x", y_label="y")
+    assert set(re.findall(r"var\((--\w+)\)", chart)) == {"--s2", "--soft", "--grid"}
+    colours = set(re.findall(r"#[0-9a-f]{6}", re.sub(r'(id|href)="[^"]*"|url\([^)]*\)', "", chart)))
+    assert not colours
+    assert "figure_1" not in chart
 
 
 def test_markup_escapes_text_and_keeps_markup():

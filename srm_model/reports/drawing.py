@@ -1,0 +1,66 @@
+"""What all charts share: matplotlib's settings, how series differ, and SVG for files and for pages."""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import TYPE_CHECKING, Any
+
+from srm_model.reports.markup import Markup, element
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's, as on the report's page. Four dashes and nine markers have no common factor, so that 36 series differ
+# without colour too.
+COLOURS = ("#0072b2", "#c8540a", "#00805f", "#9a4f80", "#5f45a8", "#56b4e9")
+DASHES = ("-", "--", ":", "-.")
+MARKERS = ("o", "s", "^", "D", "v", "X", "<", "P", "*")
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e8e5",
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "srm-iqa",
+    "figure.constrained_layout.use": True,
+}
+UNDATED: dict[str, Any] = {"metadata": {"Date": None}}
+
+
+def look(number: int) -> dict[str, Any]:
+    """The colour, dash and marker of a series, for `Axes.plot`."""
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "linestyle": DASHES[number % len(DASHES)],
+        "marker": MARKERS[number % len(MARKERS)],
+        "markersize": 4,
+        "linewidth": 1.6,
+    }
+
+
+def svg(figure: Figure, style: dict[Any, Any] = STYLE) -> str:
+    """The figure as an SVG document, the same for the same figure."""
+    from matplotlib import rc_context
+
+    buffer = io.StringIO()
+    with rc_context(style):
+        figure.savefig(buffer, format="svg", **UNDATED)
+    return buffer.getvalue()
+
+
+def inline(figure: Figure, alt: str, style: dict[Any, Any], variables: dict[str, str]) -> Markup:
+    """The figure as an element of a page, its colours replaced by the style sheet's variables."""
+    text = svg(figure, style)
+    body = text[text.index(">", text.index("<svg")) + 1 : text.rindex("</svg>")]
+    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    body = re.sub(r' id="[A-Za-z]\w*_\d+"', "", body)  # groups; a page has many figures
+    body = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", body)
+    body = re.sub(r"\s*\n\s*", " ", body)
+    for colour, variable in variables.items():
+        body = body.replace(colour, f"var({variable})")
+    width, height = (f"{72 * side:g}" for side in figure.get_size_inches())
+    return element("svg", Markup(body), viewBox=f"0 0 {width} {height}", role="img", aria_label=alt)

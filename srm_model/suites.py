@@ -1,0 +1,51 @@
+"""The suites of attacks by name: what command line, study files and reports know of them, without torch.
+
+A new attack of the extended suite is a line here; its objective is in `attacks/objectives.py`, its search, where that
+is new, beside `attacks/square.py`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Planned(NamedTuple):
+    """An attack of a suite.
+
+    Attributes:
+        name: In results.
+        label: In tables and figures.
+        objective: One of `attacks.objectives.OBJECTIVES`.
+        method: One of `attacks.suite.METHODS`.
+        transfer: Crafted on the surrogate and scored on the target.
+    """
+
+    name: str
+    label: str
+    objective: str
+    method: str = "pgd"
+    transfer: bool = False
+
+
+PAPER = (
+    Planned("pgd_mse", "PGD, squared error", "mse"),
+    Planned("pgd_drift", "PGD, score drift", "drift"),
+    Planned("pgd_pair_inversion", "PGD, pair inversion", "pair_inversion"),
+    Planned("transfer", "PGD, transferred", "mse", transfer=True),
+)
+SQUARE = Planned("square_mse", "square search, squared error", "mse", "square")
+BEYOND = (
+    Planned("pgd_raise", "PGD, raise the score", "raise"),
+    Planned("pgd_lower", "PGD, lower the score", "lower"),
+    Planned("pgd_soft_spearman", "PGD, soft Spearman", "soft_spearman"),
+    Planned("apgd_mse", "APGD, squared error", "mse", "apgd"),
+    Planned("apgd_pair_inversion", "APGD, pair inversion", "pair_inversion", "apgd"),
+    SQUARE,
+)
+QUERIES = (
+    SQUARE,
+    Planned("square_raise", "square search, raise the score", "raise", "square"),
+    Planned("square_lower", "square search, lower the score", "lower", "square"),
+)
+SUITES = {"paper": PAPER, "extended": PAPER + BEYOND, "queries": QUERIES}
+LABELS = {attack.name: attack.label for attacks in SUITES.values() for attack in attacks}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from srm_kernels.conditioning import SOLVERS_OF_KERNELS
 from srm_kernels.options import LandmarkOptions, QuerySides, SolveOptions
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ SCHEDULES = (
 SYSTEMS = tuple(
     System(rank, d, solver)
     for rank, d in ((64, 32), (64, 64), (32, 32), (128, 128))
-    for solver in ("cholesky", "lu")
+    for solver in SOLVERS_OF_KERNELS
 )
 CHOICES = (
     Choice(64, 32, 256, "bfloat16", "leverage"),

@@ -33,16 +33,17 @@ PAPER = (
     Planned("pgd_pair_inversion", "PGD, pair inversion", "pair_inversion"),
     Planned("transfer", "PGD, transferred", "mse", transfer=True),
 )
+SQUARE = Planned("square_mse", "square search, squared error", "mse", "square")
 BEYOND = (
     Planned("pgd_raise", "PGD, raise the score", "raise"),
     Planned("pgd_lower", "PGD, lower the score", "lower"),
     Planned("pgd_soft_spearman", "PGD, soft Spearman", "soft_spearman"),
     Planned("apgd_mse", "APGD, squared error", "mse", "apgd"),
     Planned("apgd_pair_inversion", "APGD, pair inversion", "pair_inversion", "apgd"),
-    Planned("square_mse", "square search, squared error", "mse", "square"),
+    SQUARE,
 )
 QUERIES = (
-    Planned("square_mse", "square search, squared error", "mse", "square"),
+    SQUARE,
     Planned("square_raise", "square search, raise the score", "raise", "square"),
     Planned("square_lower", "square search, lower the score", "lower", "square"),
 )

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from bench import shapes
-from srm_kernels.options import KeySide, LandmarkOptions
+from srm_kernels.options import KeySide, LandmarkOptions, SolveOptions
 
 from .device import Launch, emulated_device
 
@@ -84,7 +84,7 @@ def solve(dtype: torch.dtype) -> None:
     from srm_kernels.conditioning import kernels
 
     keys = random(HEADS, RANK, WIDTH, dtype=torch.float32)
-    system = (keys @ keys.mT * WIDTH**-0.5, keys, 1e-3, "cholesky", False, 1e6, 3, True)
+    system = (keys @ keys.mT * WIDTH**-0.5, keys, SolveOptions())
     results = kernels.landmark_solve(*system)
     kernels.landmark_solve_backward(results[:1], results, *system)
 

@@ -180,7 +180,6 @@ def nystrom_attention(
     `landmark_solve`) Y and the `LandmarkSolution`, whose fields carry no gradient. Differentiable in query, key, value
     and tau, landmarks being constants; twice through the reference. A sample's output and gradient do not depend on the
     rest of the batch; a NaN stays in its own (b, h).
-    rest of the batch; a NaN stays in its own (b, h).
 
     backend: "triton" takes fp32, bf16 and fp16, d from 8 to 128, r up to 128 and solve_dtype "fp32". The solve has a
     kernel for "cholesky" and "lu", not equilibrated; else it is torch.linalg's between the kernels of the rest, and

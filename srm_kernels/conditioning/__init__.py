@@ -19,10 +19,8 @@ from .reference import SOLVERS, Solver
 DIAGNOSTICS = (True, False, "estimate")
 # Kernels of a GPU are in front only where a verdict puts them there.
 _IMPLEMENTATIONS = ("torch", "reference", "triton")
-SOLVERS_OF_KERNELS = (
-    "cholesky",
-    "lu",
-)  # not equilibrated; the other solvers are torch.linalg's on every device
+# Not equilibrated. The other solvers are torch.linalg's on every device.
+SOLVERS_OF_KERNELS = ("cholesky", "lu")
 _LARGEST = 128  # r and d of the kernels
 _KERNELS = f"{__name__}.kernels"
 
@@ -128,7 +126,6 @@ def solved(
     logits: Tensor, rhs: Tensor, options: SolveOptions, backend: str | None
 ) -> tuple[Tensor, Tensor, str]:
     """X, the `Solver` that served each matrix, and the implementation; arguments are not checked."""
-    solver = options.solver
     chosen = choose_backend(
         backend,
         _IMPLEMENTATIONS,
@@ -136,7 +133,7 @@ def solved(
         partial(_refusal, rhs, options),
         tensor=rhs,
         sizes=lambda: (rhs.shape[-2], rhs.shape[-1]),
-        variant=f"{solver}, equilibrated" if options.equilibrate else solver,
+        variant=_variant(options),
         call=(rhs.shape,),
     )
     x, used = _solve(logits, rhs, *options.flat(), chosen)
@@ -155,6 +152,10 @@ def diagnosed(
     return LandmarkSolution(x, kappa, residual, gain, used)
 
 
+def _variant(options: SolveOptions) -> str:
+    return f"{options.solver}, equilibrated" if options.equilibrate else options.solver
+
+
 def _refusal(rhs: Tensor, options: SolveOptions, name: str) -> str | None:
     if name != "triton":
         return None
@@ -163,8 +164,8 @@ def _refusal(rhs: Tensor, options: SolveOptions, name: str) -> str | None:
     if reason is None and max(r, d) > _LARGEST:
         return f"its kernels take r and d up to {_LARGEST}, and they are {r} and {d}"
     if reason is None and not has_kernels(options):
-        what = f"{options.solver}, equilibrated" if options.equilibrate else options.solver
-        return f"it has kernels for {' and '.join(SOLVERS_OF_KERNELS)}, not equilibrated, not for {what}"
+        kernels = " and ".join(SOLVERS_OF_KERNELS)
+        return f"it has kernels for {kernels}, not equilibrated, not for {_variant(options)}"
     return reason
 
 

@@ -292,7 +292,7 @@ def test_alone_and_in_any_batch_bit_for_bit(split, dtype, solver, monkeypatch):
     if split:
         divide(monkeypatch)
         take_pieces(monkeypatch)
-    small = solver != "cholesky"  # sweeps of the Jacobi method are slow in the interpreter
+    small = solver != "cholesky"  # pivoting is slow in the interpreter
     tensors = inputs(7, b=3, h=1 if small else 2, nq=70, nk=70, dtype=dtype)
     weight = tokens(8, *tensors[0].shape).to(DEVICE)
 

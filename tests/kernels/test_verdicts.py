@@ -280,7 +280,7 @@ def test_verdicts_that_are_committed_ship_with_the_package():
     assert results.keys() == carried.keys()
     assert all(path.read_bytes() == carried[name].read_bytes() for name, path in results.items())
     data = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
-    assert data == {"srm_kernels": [f"{verdicts.SHIPPED.name}/*.jsonl"]}
+    assert f"{verdicts.SHIPPED.name}/*.jsonl" in data["srm_kernels"]
 
 
 def test_what_was_measured_here_goes_before_what_was_shipped():

@@ -7,13 +7,6 @@ from collections.abc import Sequence
 from srm_model.config import SRMConfig
 from srm_model.necks import NECKS, check_neck
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-
-from srm_model.config import SRMConfig
-from srm_model.necks import NECKS, check_neck
-
 from .links import Link, link_name
 from .plain import NeckOutput, PlainNeck
 from .srm import SRMNeck

@@ -1,7 +1,7 @@
-"""Parts of the README and of docs/ that are made of rows, so that no figure there is without one.
+"""Tables of docs/ that are made of rows, so that no figure there is without one.
 
-Such a part stands between `<!-- rows: NAME -->` and `<!-- end -->`; `python -m bench.report FOLDER --pages README.md`
-writes it anew, and a test holds the pages to the rows.
+Such a part stands between `<!-- rows: NAME -->` and `<!-- end -->`. `python -m bench.report FOLDER --pages PAGE` writes
+it anew, and a test compares the pages with the rows.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ def _shares(folder: Path, direction: str) -> Iterable[tuple[list[str], list[str]
 
 
 def _plain(implementation: str) -> str:
-    """A name of bench.growth as a reader of the README knows it."""
+    """A name of bench.growth as a reader of the page knows it."""
     name = implementation.removeprefix("nystrom ").strip("[]")
     return "exact" if name == growth.EXACT else f"Nyström, `{name}`"
 

@@ -1,4 +1,4 @@
-"""The README's tables name what there is, and the attack recipe is short. `test_pages.py` runs the blocks."""
+"""The README and its pages name what there is, and links lead somewhere. `test_pages.py` runs the blocks."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from srm_model.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+API = (ROOT / "docs" / "API.md").read_text(encoding="utf-8")
 RECIPES = (ROOT / "docs" / "RECIPES.md").read_text(encoding="utf-8")
 
 
@@ -24,11 +25,11 @@ def test_the_attack_recipe_is_ten_lines():
 
 
 def test_every_operator_is_listed():
-    assert {name for name in srm_kernels.__all__ if f"`{name}`" not in README} == set()
+    assert {name for name in srm_kernels.__all__ if f"`{name}`" not in API} == set()
 
 
 def test_every_listed_name_exists():
-    rows = re.findall(r"^\| `(srm_model[\w.]*)` \| (.*?) \|$", README, flags=re.MULTILINE)
+    rows = re.findall(r"^\| `(srm_model[\w.]*)` \| (.*?) \|$", API, flags=re.MULTILINE)
     assert len(rows) >= 5
     for module, names in rows:
         found = __import__(module, fromlist=["*"])
@@ -42,14 +43,46 @@ def test_every_command_is_listed_as_it_is(capsys):
     assert [name for name in commands if f"srm-iqa {name}" not in README and f"`{name}`" not in README] == []
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/TRAINING.md"])
+@pytest.mark.parametrize("page", ["docs/BENCHMARKS.md", "docs/TRAINING.md"])
 def test_measured_figures_are_those_of_the_rows(page: str):
-    """`python -m bench.report bench/results/cpu --pages README.md docs/TRAINING.md` writes them anew."""
+    """`python -m bench.report bench/results/cpu --pages docs/BENCHMARKS.md docs/TRAINING.md` writes them anew."""
     text = (ROOT / page).read_text(encoding="utf-8")
     assert "<!-- rows: " in text
     assert pages.filled(text, ROOT / "bench/results/cpu") == text
 
 
 def test_every_measured_table_is_told():
-    text = README + (ROOT / "docs/TRAINING.md").read_text(encoding="utf-8")
+    pages_of_rows = ("docs/BENCHMARKS.md", "docs/TRAINING.md")
+    text = "".join((ROOT / page).read_text(encoding="utf-8") for page in pages_of_rows)
     assert [name for name in pages.BLOCKS if f"<!-- rows: {name} -->" not in text] == []
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 160
+
+
+PAGES = [
+    path
+    for folder in (".", "docs", "bench", "bench/ptx", "csrc", "experiments")
+    for path in sorted((ROOT / folder).glob("*.md"))
+]
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that a page's headings get."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_relative_link_leads_somewhere(page: Path):
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    for link in links:
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target), link

@@ -1,0 +1,129 @@
+"""How people's opinions of TID2013 fit images made anew from the Kodak photographs: `python -m bench.opinions`.
+
+Images of every photograph, type and level are distorted as `srm-iqa data synthesize --opinions` does it, and judged by
+three full-reference metrics of piq. A row holds the metrics of one photograph and type. The summary is Spearman's
+correlation of each metric with the opinions, per type and over all, beside what was published for the real set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from bench.harness import RESULTS
+from srm_model.data.distortions import DISTORTIONS, psnr
+from srm_model.data.labels import import_piq
+from srm_model.data.opinions import CROP, number_of, read_opinions
+from srm_model.data.photographs import Frame, from_folder
+from srm_model.metrics import srocc
+from srm_model.profiling.results import append, read
+
+METRICS = ("vsi", "fsim", "ssim")
+LEVELS = (1, 2, 3, 4, 5)
+# Over all of TID2013: Zhang, Shen and Li, "VSI: A Visual Saliency-Induced Index for Perceptual Image Quality
+# Assessment", IEEE Transactions on Image Processing 23 (2014), table IV.
+PUBLISHED = {"vsi": 0.897, "fsim": 0.802, "ssim": 0.637}
+WITHIN = 0.03
+Row = dict[str, Any]
+
+
+def rows(
+    folder: Path, opinions: Path, types: Sequence[int], seed: int, known: Sequence[Row]
+) -> Iterator[Row]:
+    """Yield a row for each photograph and type that `known` lacks."""
+    piq, people = import_piq(), read_opinions(opinions)
+    done = {(row["photograph"], row["type"], row["seed"]) for row in known}
+    for photograph in from_folder(folder, Frame(crop=CROP)):
+        number = number_of(photograph.file)
+        for kind in types:
+            if (number, kind, seed) in done:
+                continue
+            images = [
+                DISTORTIONS[kind](
+                    photograph.pixels, level, np.random.default_rng([seed, number, kind, level])
+                )
+                for level in LEVELS
+            ]
+            distorted, original = _batch(images), _batch([photograph.pixels] * len(LEVELS))
+            with torch.no_grad():
+                found = {
+                    # FSIM of the luminance alone, as the published figure is.
+                    name: getattr(piq, name)(
+                        distorted,
+                        original,
+                        data_range=1.0,
+                        reduction="none",
+                        **({"chromatic": False} if name == "fsim" else {}),
+                    )
+                    for name in METRICS
+                }
+            yield {
+                "photograph": number,
+                "type": kind,
+                "seed": seed,
+                "mos": [people[number, kind, level] for level in LEVELS],
+                "psnr": [round(psnr(photograph.pixels, image), 2) for image in images],
+                **{name: [round(float(value), 5) for value in values] for name, values in found.items()},
+            }
+
+
+def _batch(images: Sequence[npt.NDArray[np.uint8]]) -> torch.Tensor:
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().div_(255)
+
+
+def correlation(chosen: Sequence[Row], metric: str) -> float:
+    """Spearman's correlation of a metric with people's opinions."""
+    return srocc([x for row in chosen for x in row[metric]], [x for row in chosen for x in row["mos"]])
+
+
+def summary(found: Sequence[Row]) -> list[str]:
+    """Lines of a table: each type, then all of them, with the published figures; `!` marks what is too far off."""
+    lines = [f"{'type':56}" + "".join(f"{name:>12}" for name in METRICS)]
+    for kind in sorted({row["type"] for row in found}):
+        chosen = [row for row in found if row["type"] == kind]
+        values = "".join(f"{correlation(chosen, name):12.3f}" for name in METRICS)
+        lines.append(f"{kind:2} {DISTORTIONS[kind].name:53}{values}")
+    over_all = {name: correlation(found, name) for name in METRICS}
+    marks = {name: "" if abs(over_all[name] - PUBLISHED[name]) <= WITHIN else "!" for name in METRICS}
+    lines.append(f"{'all':56}" + "".join(f"{over_all[name]:.3f}{marks[name]}".rjust(12) for name in METRICS))
+    lines.append(f"{'published for TID2013':56}" + "".join(f"{PUBLISHED[name]:12.3f}" for name in METRICS))
+    return lines
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(prog="python -m bench.opinions", description=__doc__)
+    parser.add_argument(
+        "--photographs", type=Path, metavar="DIR", help="the Kodak photographs; else only summarise"
+    )
+    parser.add_argument("--opinions", type=Path, metavar="FILE", help="TID2013's mos_with_names.txt")
+    parser.add_argument(
+        "--types", type=int, nargs="+", choices=sorted(DISTORTIONS), default=sorted(DISTORTIONS)
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=RESULTS / "cpu" / "opinions.jsonl", metavar="FILE")
+    options = parser.parse_args(arguments)
+    known = read(options.out) if options.out.is_file() else []
+    if options.photographs is not None:
+        if options.opinions is None:
+            parser.error("--photographs needs --opinions")
+        for row in rows(options.photographs, options.opinions, options.types, options.seed, known):
+            append(options.out, row)
+            known.append(row)
+            print(f"photograph {row['photograph']}, type {row['type']}", file=sys.stderr)
+    chosen = [row for row in known if row["type"] in options.types and row["seed"] == options.seed]
+    if not chosen:
+        parser.error(f"{options.out}: no rows; give --photographs and --opinions")
+    print("\n".join(summary(chosen)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

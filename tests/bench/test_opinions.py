@@ -1,0 +1,51 @@
+"""How opinions fit re-made images: rows and their summary."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bench import opinions
+
+
+def row(kind: int, mos: list[float], metric: list[float]) -> dict[str, object]:
+    return {"photograph": 1, "type": kind, "seed": 0, "mos": mos, **dict.fromkeys(opinions.METRICS, metric)}
+
+
+def test_the_summary_has_each_type_and_all_beside_the_published_figures():
+    rising, falling = [1.0, 2.0, 3.0, 4.0, 5.0], [5.0, 4.0, 3.0, 2.0, 1.0]
+    lines = opinions.summary([row(1, rising, rising), row(17, rising, falling)])
+    assert lines[1].split()[-3:] == ["1.000"] * 3
+    assert lines[2].split()[-3:] == ["-1.000"] * 3
+    assert lines[3].split() == ["all", "0.000!", "0.000!", "0.000!"]
+    assert lines[4].split()[-3:] == ["0.897", "0.802", "0.637"]
+
+
+def test_rows_are_added_and_none_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    photographs = tmp_path / "photographs"
+    photographs.mkdir()
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (384, 512, 3), np.uint8)).save(photographs / "kodim07.png")
+    listed = tmp_path / "mos.txt"
+    listed.write_text("".join(f"{6 - level}.5 i07_16_{level}.bmp\n" for level in opinions.LEVELS))
+    out = tmp_path / "rows.jsonl"
+    command = [
+        "--photographs",
+        str(photographs),
+        "--opinions",
+        str(listed),
+        "--types",
+        "16",
+        "--out",
+        str(out),
+    ]
+    for _ in range(2):
+        assert opinions.main(command) == 0
+    (found,) = map(json.loads, out.read_text().splitlines())
+    assert (found["photograph"], found["type"], found["mos"]) == (7, 16, [5.5, 4.5, 3.5, 2.5, 1.5])
+    assert all(0 < value <= 1 for name in opinions.METRICS for value in found[name])
+    assert "mean shift" in capsys.readouterr().out

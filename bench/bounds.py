@@ -78,7 +78,7 @@ def draw_keys(case: Case, count: int, generator: torch.Generator) -> Tensor:
 
 
 def normalise(keys: Tensor) -> Tensor:
-    """k √d / (‖k‖ + 1e-6), SPEC 1.2."""
+    """k √d / (‖k‖ + 1e-6), docs/METHOD.md §1.2."""
     return keys * math.sqrt(keys.shape[-1]) / (keys.norm(dim=-1, keepdim=True) + NORM_FLOOR)
 
 

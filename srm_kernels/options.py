@@ -30,7 +30,7 @@ class Written:
 
 @dataclass(frozen=True)
 class LandmarkOptions(Written):
-    """How landmarks are chosen (SPEC 2).
+    """How landmarks are chosen (docs/METHOD.md §2).
 
     Attributes:
         rank: r, at least 1.
@@ -52,7 +52,7 @@ class LandmarkOptions(Written):
 
 @dataclass(frozen=True)
 class SolveOptions(Written):
-    """How X = (W + λI)⁻¹ R V is solved (SPEC 2.1).
+    """How X = (W + λI)⁻¹ R V is solved (docs/METHOD.md §2.1).
 
     Attributes:
         ridge: λ₀.

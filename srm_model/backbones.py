@@ -1,4 +1,4 @@
-"""timm backbones as four-level pyramids at strides 4, 8, 16, 32 (SPEC 1, article 3.8.1)."""
+"""timm backbones as four-level pyramids at strides 4, 8, 16, 32 (docs/METHOD.md §1, article 3.8.1)."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def plcc(scores: Values, mos: Values) -> float:
 class LogisticMap:
     """f(q) = β1(½ − 1/(1 + exp(β2(q − β3)))) + β4 q + β5, with q = (score − center) / scale.
 
-    Section 5 of SPEC, equation (31) of the article. Fit it once per model on clean validation predictions and
+    docs/METHOD.md §5, equation (31) of the article. Fit it once per model on clean validation predictions and
     keep it for the test set, clean and attacked: refitting on attacked scores would repair part of the damage.
 
     Nothing makes f monotone, here as elsewhere in the field: where β4 opposes β1β2, f turns round, and outside

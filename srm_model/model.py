@@ -1,4 +1,4 @@
-"""From pixels to a quality score: backbone, neck and head (SPEC 1)."""
+"""From pixels to a quality score: backbone, neck and head (docs/METHOD.md §1)."""
 
 from __future__ import annotations
 

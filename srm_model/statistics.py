@@ -1,4 +1,4 @@
-"""What the images of one optimiser step say together, whichever micro-batch and rank holds them (SPEC 3.1, 3.2, 4)."""
+"""Statistics of one optimiser step over micro-batches and ranks (docs/METHOD.md §3.1, 3.2 and 4)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nyström cross-attention, and exact attention to compare with (SPEC 2, article 3.3)."""
+"""Nyström cross-attention, and exact attention to compare with (docs/METHOD.md §2, article 3.3)."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def nystrom_attention(
     diagnostics: bool | str = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, LandmarkSolution]:
-    """Nyström cross-attention on r landmark keys, linear in N_q and in N_k (SPEC 2, article 3.3).
+    """Nyström cross-attention on r landmark keys, linear in N_q and in N_k (docs/METHOD.md §2, article 3.3).
 
     query: (B, H, N_q, d); key, value: (B, H, N_k, d); one dtype (float64, float32, bfloat16, float16) and one
     device, any strides. Where dtypes differ and autocast is on, all three are cast to autocast's dtype.
@@ -174,7 +174,7 @@ def nystrom_attention(
     many orders larger than exact attention's.
     scale: s, 1/√d by default. solve_dtype: "model" forms L, W and R in the inputs' dtype before W is cast and
     solved (the article's reading, an ablation); "fp32" keeps them wide.
-    tau: (H,), a factor of Y per head (SPEC 3.3), floating point.
+    tau: (H,), a factor of Y per head (docs/METHOD.md §3.3), floating point.
 
     Returns Y (B, H, N_q, d) in the query's dtype, laid out as the query is; with `diagnostics` True or "estimate" (see
     `landmark_solve`) Y and the `LandmarkSolution`, whose fields carry no gradient. Differentiable in query, key, value
@@ -299,7 +299,7 @@ def landmark_side(
     generator: torch.Generator | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The key side of Nyström attention alone: landmark keys K̃ as they were stored, and X (SPEC 2, article 3.3).
+    """Return the key side of Nyström attention: landmark keys K̃ as stored, and X (docs/METHOD.md §2, article 3.3).
 
     Arguments as in `nystrom_attention`. Returns (K̃, X), (B, H, r, d) each in fp32 (fp64 for fp64): K̃ = key[I], not
     normalised, exact in the key's dtype; X = (W + λI)⁻¹ (R V). Y is softmax(Q K̃ᵀ s) X, K̃ normalised there as

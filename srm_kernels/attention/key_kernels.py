@@ -6,9 +6,9 @@ where they are many and wide, and the choice and the solve are launches of their
 Backward: the transposed solve and everything r×r first, then dK and dV of every tile of keys.
 
 The solve is Gauss–Jordan elimination of W + λI without pivoting. W is similar to a symmetric positive semidefinite
-matrix by a diagonal, so its pivots are Cholesky's (SPEC 2.1) and positive but for rounding; the transposed matrix has
-the same ones. Where one is not, rounding has eaten λ: that matrix alone is formed again and eliminated with partial
-pivoting, as the reference does it. A non-finite logit makes its own matrix's X NaN.
+matrix by a diagonal, so its pivots are Cholesky's (docs/METHOD.md §2.1) and positive but for rounding; the transposed
+matrix has the same ones. Where one is not, rounding has eaten λ: that matrix alone is formed again and eliminated with
+partial pivoting, as the reference does it. A non-finite logit makes its own matrix's X NaN.
 
 K̃ is handed on as it was stored, unnormalised: its entries are then exact in the tokens' dtype, the product Q K̃ᵀ
 can be taken in it, and the normalisation is a factor for every column. Its price: tokens beyond about 10¹⁸ overflow in

@@ -1,4 +1,4 @@
-"""Nyström cross-attention in plain PyTorch (SPEC 2, article 3.3).
+"""Nyström cross-attention in plain PyTorch (docs/METHOD.md §2, article 3.3).
 
     K̃ = K[I]   L = softmax(Q K̃ᵀ s)   R = softmax(K̃ Kᵀ s)   X = (W + λI)⁻¹ (R V)   Y = L X
     N_q×r      r×N_k                  W = softmax(K̃ K̃ᵀ s), r×r

@@ -1,4 +1,4 @@
-"""The small landmark solve and its diagnostics (SPEC 2.1, article 3.4)."""
+"""The small landmark solve and its diagnostics (docs/METHOD.md §2.1, article 3.4)."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def landmark_solve(
     diagnostics: bool | str = False,
     backend: str | None = None,
 ) -> LandmarkSolution:
-    """X = (W + λI)⁻¹ G for W = softmax(logits), λ = ridge · tr(W)/r, every matrix for itself (SPEC 2.1).
+    """X = (W + λI)⁻¹ G for W = softmax(logits), λ = ridge · tr(W)/r, every matrix for itself (docs/METHOD.md §2.1).
 
     logits: (…, r, r), l = K̃K̃ᵀs. rhs: (…, r, d), G = R V, of the same leading axes, dtype and device;
     float64, float32, bfloat16 or float16. X is fp32 (fp64 for fp64). Solvers:

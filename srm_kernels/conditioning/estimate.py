@@ -1,4 +1,4 @@
-"""κ₂ estimated from a factorisation, with no singular values and no wait for the device (SPEC 2.1).
+"""κ₂ estimated from a factorisation, with no singular values and no wait for the device (docs/METHOD.md §2.1).
 
 Power iterations bound both ends from one side: every ‖A u‖/‖u‖ is at most σ_max and every ‖A⁻¹ u‖/‖u‖ at most
 1/σ_min, so the estimate never exceeds κ₂ by more than rounding. How far it can fall below:

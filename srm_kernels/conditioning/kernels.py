@@ -1,4 +1,4 @@
-"""The landmark solve by elimination, one program per matrix, forward and backward (SPEC 2.1).
+"""The landmark solve by elimination, one program per matrix, forward and backward (docs/METHOD.md §2.1).
 
 A program holds A (R×R) and its right-hand side (R×D) in registers, R and D being r and d rounded up to powers of two;
 what lies beyond r and d is the identity and zero. Breakdown and asymmetry of `cholesky` are decided inside. Arithmetic

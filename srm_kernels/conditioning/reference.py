@@ -1,4 +1,4 @@
-"""The landmark solve in plain PyTorch (SPEC 2.1, article 3.4).
+"""The landmark solve in plain PyTorch (docs/METHOD.md §2.1, article 3.4).
 
 From logits l = K̃K̃ᵀs (…, r, r) and G = RV (…, r, d):
 

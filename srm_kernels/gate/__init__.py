@@ -1,4 +1,4 @@
-"""The gate's logits, gain-capped fusion of stages and its losses (SPEC 4, article 3.6)."""
+"""The gate's logits, gain-capped fusion of stages and its losses (docs/METHOD.md §4, article 3.6)."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ _losses = register_operator(
 
 
 def biased_gelu(maps: Sequence[Tensor], biases: Sequence[Tensor], *, backend: str | None = None) -> Tensor:
-    """GELU(m + b) of the maps of all stages, what follows a convolution without its bias (SPEC 4).
+    """GELU(m + b) of the maps of all stages, what follows a convolution without its bias (docs/METHOD.md §4).
 
     maps: (B, C, h, w) for every stage, of one shape, float64, float32, bfloat16 or float16, any strides. biases: (C,)
     likewise, in the maps' dtype or a wider one, from which they are rounded. Returns (S, B, C, h, w) in the maps'
@@ -110,7 +110,7 @@ def gate_logits(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """g_s = w_s · GAP(GELU(m_s + b_s)) + v_s of every stage: the end of the gate (SPEC 4).
+    """g_s = w_s · GAP(GELU(m_s + b_s)) + v_s of every stage: the end of the gate (docs/METHOD.md §4).
 
     maps, biases: as in `biased_gelu`. readouts: w (1, C) and v (1,) for every stage, in the maps' dtype or a wider one.
     Returns (B, S) in fp32 (fp64 for fp64), in which the mean over positions and all after it are taken; by kernels in
@@ -173,7 +173,7 @@ def gated_fusion(
     eps: float = 1e-6,
     backend: str | None = None,
 ) -> GatedFusion:
-    """Convex combination of stage maps under a bound on its norm (SPEC 4, article 3.6).
+    """Convex combination of stage maps under a bound on its norm (docs/METHOD.md §4, article 3.6).
 
     maps: (B, S, C, h, w); logits: (B, S), of the maps' dtype or a wider one. cap: c, the bound on ‖fused‖_F,
     a number, a one-element tensor (which need not leave its device) or None for no bound; a constant to the
@@ -212,7 +212,7 @@ def gated_fusion(
 
 
 def gate_losses(weights: Tensor, *, entropy_floor: float, backend: str | None = None) -> GateLosses:
-    """Entropy floor and balance of the gate (SPEC 4, article 3.6, equations 27 and 28).
+    """Entropy floor and balance of the gate (docs/METHOD.md §4, article 3.6, equations 27 and 28).
 
     weights: (B, S), rows on the simplex. entropy_floor: H_min in nats. Returns two unweighted scalars in fp32
     (fp64 for fp64): mean_b max(0, H_min − H(a_b)), with 0·log 0 = 0 and finite gradients at a one-hot row, and

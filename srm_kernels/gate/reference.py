@@ -1,4 +1,4 @@
-"""The gate, gain-capped fusion and its losses in plain PyTorch (SPEC 4, article 3.6)."""
+"""The gate, gain-capped fusion and its losses in plain PyTorch (docs/METHOD.md §4, article 3.6)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Choosing the landmark keys (SPEC 2, article 3.3)."""
+"""Choosing the landmark keys (docs/METHOD.md §2, article 3.3)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _select = register_operator(
 
 
 def ridge_leverage_scores(key: Tensor, *, gamma: float = 1e-3, backend: str | None = None) -> Tensor:
-    """Ridge leverage scores τ_i = k_iᵀ (KᵀK + γI)⁻¹ k_i of every key (SPEC 2, article 3.3).
+    """Ridge leverage scores τ_i = k_iᵀ (KᵀK + γI)⁻¹ k_i of every key (docs/METHOD.md §2, article 3.3).
 
     key: (B, H, N_k, d), float64, float32, bfloat16 or float16, any strides. gamma: γ > 0.
     Returns (B, H, N_k) in fp32 (fp64 for fp64), values in [0, 1). Differentiable, twice through the reference.
@@ -71,7 +71,7 @@ def select_landmarks(
     generator: torch.Generator | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Indices of the r landmark keys of every (b, h), each independent of the rest of the batch (SPEC 2).
+    """Indices of the r landmark keys of every (b, h), each independent of the rest of the batch (docs/METHOD.md §2).
 
     key: (B, H, N_k, d). rank: r ≥ 1, clamped to N_k. Methods:
 

@@ -1,4 +1,4 @@
-"""Landmark keys in plain PyTorch (SPEC 2, article 3.3). All functions take keys K (B, H, N, d)."""
+"""Landmark keys in plain PyTorch (docs/METHOD.md §2, article 3.3). All functions take keys K (B, H, N, d)."""
 
 from __future__ import annotations
 

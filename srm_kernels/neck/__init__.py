@@ -1,4 +1,4 @@
-"""The fused neck: all links of a schedule from the backbone's maps to what the gate reads (SPEC 1 and 3, article 3.2).
+"""The fused neck: all links of a schedule, from the backbone's maps to the gate's input (docs/METHOD.md §1 and 3).
 
 `project_sources` and `landmark_side` make the key side, `pooled_links` the query side, `merge_links` the updated maps.
 """
@@ -178,7 +178,7 @@ def project_sources(
     dyt: Sequence[DyTParameters] | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """K = W_K DyT(T) and V = W_V DyT(T) of all links that share a source, in one launch (SPEC 1.2).
+    """K = W_K DyT(T) and V = W_V DyT(T) of all links that share a source, in one launch (docs/METHOD.md §1.2).
 
     tokens: T (B, N, C), or A F where `shift` is a (C,) and T = A F + a; float64, float32, bfloat16 or float16, any
     strides. key_weights, value_weights: (C, C) for every link, in T's dtype or a wider one, as `shift` is, from which
@@ -276,7 +276,7 @@ def merge_links(
     thetas: Sequence[Tensor] | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """pool(F_t + β_t Σ τ L X W_O) of every map from P̄ and pool(F), as pooling is linear (SPEC 1.3 to 1.5).
+    """pool(F_t + β_t Σ τ L X W_O) of every map from P̄ and pool(F), as pooling is linear (docs/METHOD.md §1.3 to 1.5).
 
     pooled: as `pooled_links` gives it. xs: X (B, H, r, d) for every link, as `landmark_side` gives it. align: (A
     (C, C_i), a (C,)) for every map; output_weights: W_O (C, C) for every link; all in the maps' dtype or a wider one.

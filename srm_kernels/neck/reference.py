@@ -1,4 +1,4 @@
-"""The fused neck in plain PyTorch, all links of a schedule at once (SPEC 1 and 3, article 3.2).
+"""The fused neck in plain PyTorch, all links of a schedule at once (docs/METHOD.md §1 and 3, article 3.2).
 
     T = A F + a   Q = W_Q DyT(T)   L = softmax(Q K̃ᵀ s)   P̄ = pool(L)
 

@@ -1,4 +1,4 @@
-"""Adaptive average pooling of feature maps to a square grid (SPEC 1.5, article 3.6)."""
+"""Adaptive average pooling of feature maps to a square grid (docs/METHOD.md §1.5, article 3.6)."""
 
 from __future__ import annotations
 

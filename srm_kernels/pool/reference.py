@@ -1,4 +1,4 @@
-"""Adaptive average pooling in plain PyTorch (SPEC 1.5)."""
+"""Adaptive average pooling in plain PyTorch (docs/METHOD.md §1.5)."""
 
 from __future__ import annotations
 

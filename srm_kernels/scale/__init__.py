@@ -1,4 +1,4 @@
-"""The scale statistic of an attention output, and DyT (SPEC 3, article 3.5)."""
+"""The scale statistic of an attention output, and DyT (docs/METHOD.md §3, article 3.5)."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ _tau_loss = register_operator(
 
 
 def rms_scale(y: Tensor, *, backend: str | None = None) -> RMSScale:
-    """The scale statistic σ of one link's output, over batch and tokens (SPEC 3.1, article 3.5).
+    """The scale statistic σ of one link's output, over batch and tokens (docs/METHOD.md §3.1, article 3.5).
 
     y: (B, H, N, d), float64, float32, bfloat16 or float16. Returns (mean (H, d), rms (H,)) in fp32 (fp64 for
     fp64): μ_h = mean(Y_h), σ_h = sqrt(mean ‖Y_h − μ_h‖²), by two passes, so that a large mean cancels nothing.
@@ -84,7 +84,7 @@ def rms_scale(y: Tensor, *, backend: str | None = None) -> RMSScale:
 
 
 def dyt(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor, *, backend: str | None = None) -> Tensor:
-    """Dynamic tanh w ⊙ tanh(αx) + b along the last axis (SPEC 3.4, article 3.5).
+    """Dynamic tanh w ⊙ tanh(αx) + b along the last axis (docs/METHOD.md §3.4, article 3.5).
 
     x: (…, C). alpha: one element. weight, bias: (C,). The three parameters share a dtype, x's or a wider one
     (fp32 parameters under autocast). Returns x's shape and dtype; tanh is taken in fp32 (fp64 for fp64).
@@ -120,7 +120,7 @@ def tau_loss(
     floor: float = 1e-6,
     backend: str | None = None,
 ) -> Tensor:
-    """L_τ = mean over links and heads of (log((τ σ̄ + floor)/σ_ref))², τ = exp(θ), in one launch (SPEC 3.3).
+    """L_τ = mean over links and heads of (log((τ σ̄ + floor)/σ_ref))², τ = exp(θ), in one launch (docs/METHOD.md §3.3).
 
     thetas: θ (H,) for every link; sigmas: σ̄ (H,) likewise, which receives no gradient; one dtype (float64, float32,
     bfloat16, float16) and device. reference: σ_ref > 0. Returns a scalar in fp32 (fp64 for fp64). Differentiable in

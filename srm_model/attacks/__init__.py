@@ -1,4 +1,4 @@
-"""Attacks on models of image quality: objectives, attacks with and without gradients, suites, audits (SPEC 6)."""
+"""Attacks on image quality models: objectives, gradient and query attacks, suites, audits (docs/METHOD.md §6)."""
 
 from srm_model.attacks.audit import Audit, Check, audit
 from srm_model.attacks.auto import apgd, apgd_trace

@@ -1,4 +1,4 @@
-"""FGSM and PGD on a regressor of image quality, SPEC section 6 (article section 3.8.4)."""
+"""FGSM and PGD on a regressor of image quality, docs/METHOD.md §6 (article section 3.8.4)."""
 
 from __future__ import annotations
 
@@ -215,5 +215,5 @@ def trace_of(images: Tensor, problem: Problem, kept: Best, losses: Tensor, *, gr
 
 
 def default_step_size(norm: str, eps: float, steps: int, config: SRMConfig = _DEFAULTS) -> float:
-    """2.5·eps/steps for "linf" and 4·eps/steps for "l2", SPEC section 6."""
+    """2.5·eps/steps for "linf" and 4·eps/steps for "l2", docs/METHOD.md §6."""
     return norm_of(norm).step_of(config) * eps / steps

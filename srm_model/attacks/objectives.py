@@ -1,4 +1,4 @@
-"""What an attack maximises: callables `(scores, mos, clean_scores)` on one batch, SPEC section 6.
+"""What an attack maximises: callables `(scores, mos, clean_scores)` on one batch, docs/METHOD.md §6.
 
 `scores` (B,) are the model's on the attacked images and carry the gradient; `mos` (B,) is the normalised human
 score; `clean_scores` (B,) are the model's on the images as they were, without gradient. A result of shape (B,)

@@ -1,4 +1,4 @@
-"""Attacks between models, and over steps and budgets, as plain data for tables and figures (SPEC section 6)."""
+"""Attacks between models, and over steps and budgets, as plain data for tables and figures (docs/METHOD.md §6)."""
 
 from __future__ import annotations
 

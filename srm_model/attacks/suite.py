@@ -1,4 +1,4 @@
-"""A fixed set of attacks on a whole data set, and the correlations that are left (SPEC section 6)."""
+"""A fixed set of attacks on a whole data set, and the correlations that are left (docs/METHOD.md §6)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""KonIQ-10k with its official split (SPEC section 5)."""
+"""KonIQ-10k with its official split (docs/METHOD.md §5)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TID2013, and sets in its layout whose labels are a metric's (SPEC section 5)."""
+"""TID2013, and sets in its layout whose labels are a metric's (docs/METHOD.md §5)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From an image file to the network's input: shorter side to a size, then a crop (SPEC section 5)."""
+"""From an image file to the network's input: shorter side to a size, then a crop (docs/METHOD.md §5)."""
 
 from __future__ import annotations
 

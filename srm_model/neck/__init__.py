@@ -1,4 +1,4 @@
-"""Necks between a backbone's pyramid and a regression head (SPEC 1 to 4, article 3.2 to 3.6)."""
+"""Necks between a backbone's pyramid and a regression head (docs/METHOD.md §1 to 4, article 3.2 to 3.6)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Constants of a fresh neck from its first training batch, LSUV-style (SPEC 1.6)."""
+"""Constants of a fresh neck from its first training batch, LSUV-style (docs/METHOD.md §1.6)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gate: one logit for each fused stage and image (SPEC 4, article 3.6)."""
+"""The gate: one logit for each fused stage and image (docs/METHOD.md §4, article 3.6)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .links import DyT
 
 
 class Gate(nn.Module):
-    """One logit per stage and image: linear(GAP(φ_s(P_s))) (SPEC 4)."""
+    """One logit per stage and image: linear(GAP(φ_s(P_s))) (docs/METHOD.md §4)."""
 
     def __init__(self, config: SRMConfig) -> None:
         super().__init__()

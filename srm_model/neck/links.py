@@ -1,4 +1,4 @@
-"""One link: its weights, projections and attention, and τ with the statistic that it is tied to (SPEC 1.2, 1.3, 3)."""
+"""One link: weights, projections, attention, and τ with its statistic (docs/METHOD.md §1.2, 1.3 and 3)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from srm_model.config import SRMConfig
 
 
 class DyT(nn.Module):
-    """Dynamic tanh w ⊙ tanh(αx) + b over channels (SPEC 3.4)."""
+    """Dynamic tanh w ⊙ tanh(αx) + b over channels (docs/METHOD.md §3.4)."""
 
     def __init__(self, channels: int, alpha: float, backend: str | None) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class DyT(nn.Module):
 
 
 class Link(nn.Module):
-    """Cross-attention from a source stage's keys to a target stage's queries (SPEC 1.2, 1.3 and 3)."""
+    """Cross-attention from a source stage's keys to a target stage's queries (docs/METHOD.md §1.2, 1.3 and 3)."""
 
     sigma: Tensor
     sigma_started: Tensor

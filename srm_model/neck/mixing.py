@@ -1,4 +1,4 @@
-"""From a pyramid to the maps that the gate reads: alignment, links and what they add (SPEC 1.1 to 1.5, article 3.2).
+"""From a pyramid to the maps that the gate reads: alignment and links (docs/METHOD.md §1.1 to 1.5, article 3.2).
 
 Links run in the pooled form: P̄, their probabilities averaged over the cells of the P×P grid, then P̄ X, which is
 pool(L X), as pooling is linear. Exact attention, blocks in the model's dtype and the full-resolution pyramid have no

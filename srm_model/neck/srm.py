@@ -1,4 +1,4 @@
-"""The Spectral Robustness Mixer: mixing, gate, and the statistics that both are held to (SPEC 1, article 3.2)."""
+"""The Spectral Robustness Mixer: mixing, gate and their statistics (docs/METHOD.md §1, article 3.2)."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _started(m0: Tensor) -> bool:
 
 
 class SRMNeck(Mixer):
-    """Deep-to-shallow Nyström mixing, scale control and the gain-capped gate (SPEC 1 to 4, article 3.2 to 3.6).
+    """Deep-to-shallow Nyström mixing, scale control and the gain-capped gate (docs/METHOD.md §1 to 4).
 
     in_channels: channels of the four maps, shallowest first. config: every switch and constant.
     attention: "nystrom", or "full" for the quadratic baseline with the same schedule.
@@ -253,7 +253,7 @@ class SRMNeck(Mixer):
 
     @torch.no_grad()
     def calibrate(self, pyramid: Sequence[Tensor]) -> None:
-        """Once, on the first training batch, LSUV-style (SPEC 1.6): the constants then mean the same everywhere.
+        """Start the constants from the first training batch, once (docs/METHOD.md §1.6).
 
         Scales each align weight until its map has RMS 1, W_Q until logits over the landmarks have standard
         deviation 1, W_V until σ = σ_ref, each factor within the configured range; starts M₀. The mode is kept.

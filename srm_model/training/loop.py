@@ -74,7 +74,7 @@ def train(
     compile: str | None = None,
     card: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """Train `model` by the protocol of SPEC section 5; returns the history, one dict per epoch (from 1).
+    """Train `model` by the protocol of docs/METHOD.md §5; returns the history, one dict per epoch (from 1).
 
     `folder` then holds the best epoch by validation SROCC (`model.safetensors`, `config.json`; of equals the
     earlier), the last state and the one before (`state.safetensors`, `state.previous.safetensors`), `history.jsonl`

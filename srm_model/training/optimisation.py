@@ -1,4 +1,4 @@
-"""Parameter groups, learning-rate schedule and precision (SPEC section 5)."""
+"""Parameter groups, learning-rate schedule and precision (docs/METHOD.md §5)."""
 
 from __future__ import annotations
 

@@ -247,7 +247,7 @@ def test_a_caps_factor_is_part_of_it():
     constant=st.booleans(),
 )
 def test_the_fused_norm_never_exceeds_the_cap(seed, dtype, exponent, ratio, constant):
-    """Strictly in half precision; to 1e-6 in fp32, for whose own rounding SPEC's cap makes no room."""
+    """Strictly in half precision; to 1e-6 in fp32, for whose own rounding the cap makes no room."""
     scale = 10.0 ** (max(exponent, -1) if dtype == torch.float16 else exponent)  # its normal numbers
     maps = made(seed, 2, 3, 8, 4, 4, dtype=torch.float64, scale=scale)
     if constant:  # every entry rounds the same way

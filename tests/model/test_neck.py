@@ -51,7 +51,9 @@ def test_calibration_makes_the_mechanism_act_whatever_the_backbones_scale(scale)
     for link in report["links"].values():
         assert link["attention_entropy"]["median"] < 0.97
         assert 0.8 < link["logit_std"]["median"] < 1.25
-        assert link["kappa"]["p90"] <= SMALL.rank * (1 + 1e-3) / (1e-3 / SMALL.rank)  # SPEC 2.1, λ ≥ λ₀/r
+        assert link["kappa"]["p90"] <= SMALL.rank * (1 + 1e-3) / (
+            1e-3 / SMALL.rank
+        )  # docs/METHOD.md §2.1, λ ≥ λ₀/r
     assert all(ratio >= 0.1 for ratio in report["update_ratio"].values())
     assert report["gate_weights"] == pytest.approx([1 / 3] * 3, abs=1e-6)
     for stage, conv in enumerate(neck.align):

@@ -1,0 +1,247 @@
+"""Host time and launches of the fused neck without a GPU: `python -m bench.overhead`.
+
+Triton's own `JITFunction.run` binds and specialises the arguments of every launch, against a driver that says it is a
+GPU; only the compiled kernel is a stub. So a pass costs what it costs the host, less the C launcher and the CUDA
+driver (2 to 4 µs a launch). Times are CPU time of one thread, in µs, of one pass:
+
+- `triton`: inside `JITFunction.run`;
+- `library`: inside the matrix products, convolutions and casts that the neck itself calls. They compute here, on
+  small maps, what a GPU would only be told to launch;
+- `package`: everything else: this package's Python, the dispatch of its operators, autograd, views and allocations.
+
+The neck is narrow (C = 16): host time depends on the schedule and not on widths.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.profiler import record_function
+
+from bench.harness import DTYPES, RESULTS, Recorder
+from bench.launches import OWN, count_launches, forward_of
+
+CAPABILITY = (9, 0)
+LIBRARY = (
+    (torch, "bmm"),
+    (torch, "_foreach_copy_"),
+    (torch.nn.functional, "conv2d"),
+)
+MOST_LAUNCHES, MOST_MICROSECONDS = 12, 150  # the aims of a forward pass
+GATE_CONVOLUTIONS = 6  # which the first aim leaves out
+NAMES, REPEATS = ("forward", "training step"), (200, 50)
+
+
+class Clock:
+    """CPU time inside the calls that it watches; `mark` names every launch in torch's profile instead."""
+
+    def __init__(self) -> None:
+        self.spent: Counter[str] = Counter()
+        self.mark = False
+
+    def watch(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **options: Any) -> Any:
+            start = time.thread_time_ns()
+            try:
+                return function(*args, **options)
+            finally:
+                self.spent[part] += time.thread_time_ns() - start
+
+        return timed
+
+
+class _Driver:
+    """What `JITFunction.run` asks of the active driver."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 10 * CAPABILITY[0] + CAPABILITY[1], 32)
+
+
+def _stub(clock: Clock) -> Callable[..., Any]:
+    """In place of compilation: a kernel whose launch does nothing."""
+
+    def compiled(self: Any, key: str, *_: Any) -> Any:
+        name = self.fn.__name__.strip("_")
+        self.cache_key  # noqa: B018 - finds the globals that every launch compares with their values
+
+        def run(*_: Any) -> None:
+            if clock.mark:
+                with record_function(OWN + name):
+                    pass
+
+        kernel = SimpleNamespace(
+            run=run, function=0, packed_metadata=None, launch_metadata=lambda *_: None, name=name
+        )
+        self.device_caches[0][0][key] = kernel
+        return kernel
+
+    return compiled
+
+
+@contextmanager
+def pretended() -> Iterator[Clock]:
+    """Triton's launches inside are bound for a GPU of `CAPABILITY` and then dropped; kernels take CPU tensors."""
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    from srm_kernels import runtime
+
+    target = runtime.LaunchDevice(CAPABILITY, 227 * 1024)
+
+    def device() -> runtime.LaunchDevice:  # a mock would cost 30 µs a call
+        return target
+
+    clock, before = Clock(), driver._active
+    with ExitStack() as stack:
+        enter = stack.enter_context
+        enter(mock.patch.object(JITFunction, "_do_compile", _stub(clock)))
+        enter(mock.patch.object(JITFunction, "run", clock.watch("triton", JITFunction.run)))
+        for owner, name in LIBRARY:
+            enter(mock.patch.object(owner, name, clock.watch("library", getattr(owner, name))))
+        enter(mock.patch.object(runtime, "cpu_launch_device", device))
+        driver.set_active(_Driver())  # type: ignore[arg-type]
+        try:
+            yield clock
+        finally:
+            driver._active = before
+
+
+def passes(*, dyt: bool, training: bool, dtype: torch.dtype) -> Callable[[], object]:
+    """One forward pass of the default schedule in evaluation, or one training step of it without an optimiser."""
+    module, maps = forward_of(dyt=dyt, side=64, batch=1)
+    module, maps = module.to(dtype), [m.to(dtype) for m in maps]
+    if not training:
+
+        def forward() -> object:
+            with torch.no_grad():
+                return module(maps)
+
+        return forward
+    module.train()
+    maps = [m.requires_grad_() for m in maps]
+
+    def step() -> None:
+        out = module(maps)
+        (out.fused.sum() + sum(out.losses.values())).backward()
+
+    return step
+
+
+def measured(call: Callable[[], object], clock: Clock, repeats: int) -> dict[str, Any]:
+    """CPU time of one call in µs by part: the median of `repeats`, and the least of the total."""
+    for _ in range(3):
+        call()
+    rows = []
+    for _ in range(repeats):
+        clock.spent.clear()
+        start = time.thread_time_ns()
+        call()
+        total = time.thread_time_ns() - start
+        triton, library = clock.spent["triton"], clock.spent["library"]
+        rows.append((total, triton, library, total - triton - library))
+    names = ("total_us", "triton_us", "library_us", "package_us")
+    medians = (statistics.median(column) / 1000 for column in zip(*rows, strict=True))
+    found = {name: round(value, 1) for name, value in zip(names, medians, strict=True)}
+    return found | {"least_us": round(min(rows)[0] / 1000, 1), "repeats": repeats}
+
+
+def calibration() -> dict[str, float]:
+    """CPU time in µs of a Python call and of an allocation here, by which rows of two machines can be compared."""
+
+    def nothing() -> None:
+        pass
+
+    def least(call: Callable[[], object], count: int = 2000) -> float:
+        found = []
+        for _ in range(9):
+            start = time.thread_time_ns()
+            for _ in range(count):
+                call()
+            found.append((time.thread_time_ns() - start) / count / 1000)
+        return round(min(found), 3)
+
+    return {"python_call_us": least(nothing), "empty_us": least(lambda: torch.empty(1))}
+
+
+def counted(call: Callable[[], object]) -> dict[str, int]:
+    """Launches of one call: our own kernels, library products, and everything else that a GPU runs as a kernel.
+
+    Counted as in `bench.launches`, gradients included; products hold the gate's convolutions, whose backward pass is
+    counted as one launch though it takes two or more.
+    """
+    found = count_launches(call)
+    return {
+        "launches": found.total,
+        "own": found.kernels.total(),
+        "products": found.products.total(),
+        "others": found.others.total(),
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """A row for each pass: forward in evaluation, and a training step, with DyT and without."""
+    if os.environ.get("TRITON_INTERPRET") == "1":  # asked when Triton is imported
+        raise SystemExit("bench.overhead binds real launches; expected TRITON_INTERPRET to be unset")
+    options = _options(arguments)
+    torch.set_num_threads(1)
+    recorder = Recorder(options.out, "overhead", torch.device("cpu"), options.note)
+    known = calibration()
+    print(f"a Python call {known['python_call_us']} µs, an allocation {known['empty_us']} µs")
+    with pretended() as clock:
+        for training in (False, True):
+            for dyt in (True, False):
+                call = passes(dyt=dyt, training=training, dtype=DTYPES[options.dtype])
+                clock.mark = False
+                row = measured(call, clock, options.repeats or REPEATS[training])
+                clock.mark = True
+                row = (
+                    {"pass": NAMES[training], "dyt": dyt, "dtype": options.dtype}
+                    | counted(call)
+                    | row
+                    | known
+                )
+                print(line(recorder.write(row)))
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row for a reader; `!` where an aim of a forward pass is missed."""
+    missed = row["pass"] == "forward" and (
+        row["launches"] - GATE_CONVOLUTIONS > MOST_LAUNCHES or row["total_us"] > MOST_MICROSECONDS
+    )
+    return (
+        f"{row['pass']}, DyT {'on' if row['dyt'] else 'off'}, {row['dtype']}: {row['launches']} launches "
+        f"({row['own']} own kernels, {row['products']} products, {row['others']} others); {row['total_us']} µs "
+        f"(Triton {row['triton_us']}, library {row['library_us']}, package {row['package_us']}; "
+        f"least {row['least_us']}){' !' if missed else ''}"
+    )
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--dtype", default="bf16", choices=tuple(DTYPES))
+    made.add_argument("--repeats", type=int, help="measured passes (default: 200 forward, 50 training)")
+    made.add_argument("--note", help="kept in every row")
+    made.add_argument("--out", default=str(RESULTS), help="folder of results (default: bench/results)")
+    return made.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()

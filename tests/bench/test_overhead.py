@@ -1,0 +1,57 @@
+"""`bench.overhead`: launches are bound by Triton itself and dropped, rows say what was counted and timed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Of a process without Triton's interpreter, which these tests may run in."""
+    out = tmp_path_factory.mktemp("overhead")
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench.overhead", "--repeats", "2", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in (out / "cpu/overhead.jsonl").read_text("utf-8").splitlines()]
+    assert len(done.stdout.splitlines()) == len(rows) + 1
+    return rows
+
+
+def test_a_row_for_each_pass(rows):
+    assert [(row["pass"], row["dyt"]) for row in rows] == [
+        (name, dyt) for name in ("forward", "training step") for dyt in (True, False)
+    ]
+    for row in rows:
+        assert 0 < row["triton_us"] < row["total_us"]
+        assert 0 < row["package_us"] < row["total_us"]
+        assert row["launches"] == row["own"] + row["products"] + row["others"]
+
+
+def test_a_forward_pass_takes_twelve_launches_beside_the_gates_convolutions(rows):
+    for row in rows[:2]:
+        assert row["own"] + 1 + 6 == row["launches"] <= 12 + 6
+
+
+def test_a_training_step_launches_the_backward_kernels_too(rows):
+    """Which shows that Triton takes them: its check of globals at every launch is part of what runs."""
+    for forward, step in zip(rows[:2], rows[2:], strict=True):
+        assert step["own"] >= forward["own"] + 8
+
+
+def test_the_interpreter_is_refused():
+    env = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "bench.overhead", "--repeats", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, check=False)
+    assert done.returncode == 1
+    assert "expected TRITON_INTERPRET to be unset" in done.stderr

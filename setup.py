@@ -8,7 +8,6 @@ interpreter.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -18,7 +17,6 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 TORCH_TARGET = "0x020b000000000000ULL"  # 2.11: the oldest torch that the library is to serve
@@ -49,26 +47,6 @@ def _run(command: list[str]) -> None:
     if done.returncode:
         told = (done.stderr or done.stdout).strip().splitlines()
         raise RuntimeError(told[-1] if told else f"{command[0]} ended with {done.returncode}")
-
-
-def csrc_digest() -> str:
-    """SHA-256 over the sources of csrc, as `srm_kernels.verdicts` computes it in a checkout."""
-    digest = hashlib.sha256()
-    for path in sorted(ROOT.glob("csrc/*.[ch]*")):
-        content = path.read_bytes()
-        digest.update(f"{path.relative_to(ROOT).as_posix()} {len(content)}\n".encode() + content)
-    return digest.hexdigest()
-
-
-class BuildPackage(build_py):
-    """The package, and in a wheel the digest of csrc: a verdict about kernels holds for their sources."""
-
-    def run(self) -> None:
-        super().run()
-        if not self.editable_mode:
-            target = Path(self.build_lib, "srm_kernels/_csrc.txt")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(csrc_digest(), encoding="utf-8")
 
 
 class BuildLibrary(build_ext):
@@ -124,4 +102,4 @@ def _obstacle() -> str | None:
 
 
 if __name__ == "__main__":
-    setup(ext_modules=extensions(), cmdclass={"build_py": BuildPackage, "build_ext": BuildLibrary})
+    setup(ext_modules=extensions(), cmdclass={"build_ext": BuildLibrary})

@@ -41,7 +41,6 @@ SHIPPED = PACKAGE / "shipped"
 OWN = "this machine"
 # Beside the folders of operators: what decides how kernels are called, and how they are judged.
 SOURCES = ("parts.py", "registration.py", "numerics.py", "verify/cases.py", "verify/measure.py")
-CSRC_DIGEST = "_csrc.txt"  # which setup.py leaves in a wheel, where the sources of csrc are not
 
 IMPLEMENTATIONS = ("reference", "torch", "triton")
 RIGHT = "right"
@@ -128,28 +127,14 @@ def group_of(row: Row) -> Group:
 
 @cache
 def sources_digest() -> str:
-    """Digest of the folders of operators, of csrc, of what their kernels share, and of how they are judged.
-
-    It holds sources alone: two builds of one source differ in bytes and not in what they compute.
-    """
+    """Digest of the folders of operators, of what their kernels share, and of how they are judged."""
     files = [path for kernels in PACKAGE.glob("*/kernels.py") for path in kernels.parent.glob("*.py")]
     files += [path for name in SOURCES if (path := PACKAGE / name).is_file()]
-    built = PACKAGE / CSRC_DIGEST
-    csrc = (
-        built.read_text("utf-8")
-        if built.is_file()
-        else _digest(PACKAGE.parent, PACKAGE.parent.glob("csrc/*.[ch]*"))
-    )
-    return hashlib.sha256(f"{_digest(PACKAGE, files)} {csrc}".encode()).hexdigest()[:16]
-
-
-def _digest(folder: Path, files: Iterable[Path]) -> str:
-    """SHA-256 over names and contents; setup.py computes the same over csrc."""
     digest = hashlib.sha256()
     for path in sorted(files):
         content = path.read_bytes()
-        digest.update(f"{path.relative_to(folder).as_posix()} {len(content)}\n".encode() + content)
-    return digest.hexdigest()
+        digest.update(f"{path.relative_to(PACKAGE).as_posix()} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:16]
 
 
 def key_of(device: str, capability: tuple[int, int], driver: str) -> Key:

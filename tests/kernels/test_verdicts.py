@@ -331,41 +331,6 @@ def test_the_digest_follows_the_sources_of_kernels_and_of_the_check(tmp_path: Pa
         verdicts.sources_digest.cache_clear()
 
 
-def test_the_digest_is_of_csrc_and_not_of_what_is_built_from_it(tmp_path: Path, monkeypatch, build):
-    package = tmp_path / "srm_kernels"
-    for path in (package, tmp_path / "csrc"):
-        path.mkdir()
-    monkeypatch.setattr(verdicts, "PACKAGE", package)
-    monkeypatch.setattr(build, "ROOT", tmp_path)
-
-    def digest() -> str:
-        return verdicts.sources_digest.__wrapped__()
-
-    (tmp_path / "csrc/cholesky.h").write_text("one")
-    first = digest()
-    for build_of_it in (b"one", b"two"):
-        (package / "_cuda.so").write_bytes(build_of_it)
-        (tmp_path / "csrc/README.md").write_bytes(build_of_it)
-        assert digest() == first
-    (tmp_path / "csrc/cholesky.h").write_text("two")
-    second = digest()
-    assert second != first
-    # A wheel has the digest in place of the sources.
-    (package / verdicts.CSRC_DIGEST).write_text(build.csrc_digest())
-    (tmp_path / "csrc/cholesky.h").unlink()
-    assert digest() == second
-
-
-def test_a_wheel_carries_the_digest_of_csrc(tmp_path: Path, build):
-    from setuptools import Distribution
-
-    command = build.BuildPackage(Distribution({"packages": []}))
-    command.build_lib = str(tmp_path)
-    command.ensure_finalized()
-    command.run()
-    assert (tmp_path / "srm_kernels" / verdicts.CSRC_DIGEST).read_text() == build.csrc_digest()
-
-
 def test_dates_are_one_or_the_first_and_the_last():
     rows = [row(measured=f"2025-01-0{day}") for day in (3, 2, 4, 2)]
     assert verdicts.dates(rows) == "2025-01-02 to 2025-01-04"

@@ -6,8 +6,6 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from srm_model.cli.options import attack_config_from, device_from, positive
 from srm_model.config import SRMConfig
 
@@ -120,6 +118,8 @@ class Subject:
     """A model, its images and what describes both; the model's scores are matched to the labels."""
 
     def __init__(self, args: argparse.Namespace) -> None:
+        import numpy as np
+
         from srm_model import runs
         from srm_model.attacks.guard import predict
         from srm_model.attacks.suite import spread

@@ -285,7 +285,7 @@ def test_an_index_out_of_range_gives_nan_in_its_head_alone():
     ("split", "dtype", "solver"),
     [
         *((split, dtype, "cholesky") for split in (False, True) for dtype in DTYPES),
-        *((True, torch.float32, solver) for solver in ("lu", "svd")),
+        (True, torch.float32, "lu"),  # other solvers are torch.linalg's, whose bits may depend on the batch
     ],
 )
 def test_alone_and_in_any_batch_bit_for_bit(split, dtype, solver, monkeypatch):

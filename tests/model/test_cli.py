@@ -148,7 +148,7 @@ def test_the_evaluation_is_of_the_best_checkpoint_on_the_test_split(run: Path, d
         test.names,
     )
     assert found["srocc"] == pytest.approx(srocc(found["scores"], test.mos))
-    assert "plain PyTorch" in found["kernels"]
+    assert "reference for" in found["kernels"]
     logistic = LogisticMap.from_dict(card["logistic"])
     assert found["plcc"] == pytest.approx(plcc(logistic(found["scores"]), test.mos))
 

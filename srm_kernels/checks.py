@@ -52,8 +52,16 @@ def _in_functorch() -> bool:
 
 
 def may_ask(tensor: Tensor) -> bool:
-    """Whether Python may look at values: off the CPU it would wait for the device, and torch.func.vmap forbids it."""
-    return tensor.device.type == "cpu" and not _in_functorch()
+    """Whether Python may look at values.
+
+    Off the CPU it would wait for the device; torch.func.vmap, make_fx and torch.func.linearize forbid it.
+    """
+    return tensor.device.type == "cpu" and not _in_functorch() and not _in_make_fx()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _in_make_fx() -> bool:
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
 def nowhere(mask: Tensor, *, wait: bool = False) -> bool:
@@ -67,7 +75,12 @@ def nowhere(mask: Tensor, *, wait: bool = False) -> bool:
 
 
 def _may_wait(tensor: Tensor) -> bool:
-    return _on_cuda(tensor) and not _in_functorch() and not torch.cuda.is_current_stream_capturing()
+    return (
+        _on_cuda(tensor)
+        and not _in_functorch()
+        and not _in_make_fx()
+        and not torch.cuda.is_current_stream_capturing()
+    )
 
 
 def _on_cuda(tensor: Tensor) -> bool:

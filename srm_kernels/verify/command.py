@@ -47,8 +47,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         choices=tuple(dict.fromkeys((*NAMES, *labels))),
         help="operators (default: all)",
     )
-    add("--dtypes", nargs="+", choices=tuple(DTYPES), default=tuple(DTYPES), help="default: all")
-    add("--shapes", nargs="+", choices=tuple(SHAPES), help=f"default: {' '.join(FAMILY)}")
+    add(
+        "--dtypes",
+        nargs="+",
+        metavar="DTYPE",
+        choices=tuple(DTYPES),
+        default=tuple(DTYPES),
+        help=f"of {' '.join(DTYPES)} (default: all)",
+    )
+    add(
+        "--shapes",
+        nargs="+",
+        metavar="SHAPE",
+        choices=tuple(SHAPES),
+        help=f"of {' '.join(SHAPES)} (default: {' '.join(FAMILY)})",
+    )
     add("--compile", action="store_true", help="also time the reference as torch.compile makes it")
     add("--again", action="store_true", help="measure again what the kept verdict has")
     add("--export", type=Path, metavar="FILE", help="also write the rows as JSON lines, for bench/results")
@@ -85,9 +98,7 @@ def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
 def main(arguments: Sequence[str] | None = None, program: str = "python -m srm_kernels verify") -> int:
     """Run the command; returns the exit code."""
     table.tolerate()
-    parser = argparse.ArgumentParser(
-        prog=program, description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog=program, description=DESCRIPTION)
     add_options(parser)
     try:
         options = parser.parse_args(arguments)

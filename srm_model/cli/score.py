@@ -120,19 +120,32 @@ def _scored(
     """Path, score and, where there is no score, the sentence that says why."""
     loaded = [source.fault or _load(source.path, size) for source in batch]
     images = [image for image in loaded if isinstance(image, Tensor)]
-    scores: list[float] = []
-    if images:
-        with torch.inference_mode():
-            scores = scores_of(model, torch.stack(images).to(device)).tolist()
+    scores = _scores(model, device, images)
     found: list[tuple[str, float | None, str | None]] = []
     for source, image in zip(batch, loaded, strict=True):
-        if not isinstance(image, Tensor):
+        score = scores.pop(0) if isinstance(image, Tensor) else image
+        if isinstance(image, str):
             found.append((source.path, None, image))
-        elif math.isfinite(score := scores.pop(0)):
+        elif isinstance(score, str):
+            found.append((source.path, None, f"{source.path}: {score}"))
+        elif math.isfinite(score):
             found.append((source.path, score, None))
         else:
             found.append((source.path, None, f"{source.path}: the model gives it the score {score}"))
     return found
+
+
+def _scores(model: Any, device: torch.device, images: list[Tensor]) -> list[Any]:
+    """The scores of images, or for each image on which the model fails why it does."""
+    if not images:
+        return []
+    try:
+        with torch.inference_mode():
+            return list(scores_of(model, torch.stack(images).to(device)).tolist())
+    except ValueError as error:
+        if len(images) == 1:
+            return [str(error)]
+        return [score for image in images for score in _scores(model, device, [image])]
 
 
 def _load(path: str, image_size: int) -> Tensor | str:

@@ -12,9 +12,9 @@ from oracle import tokens
 from test_operator_registration import CALLS, leaves_of
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vmap
 
-from srm_kernels import full_attention, landmark_solve, nystrom_attention
+from srm_kernels import full_attention, landmark_solve, nystrom_attention, ridge_leverage_scores
 from srm_kernels.conditioning import SOLVERS
 
 DIFFERENTIABLE = [name for name in CALLS if "select" not in name]
@@ -177,3 +177,16 @@ def test_kernels_asked_for_are_differentiated_through_the_reference():
         for b in ("triton", "reference")
     )
     torch.testing.assert_close(found, expected)
+
+
+def test_linearized_functions_have_the_derivative_of_jvp():
+    query, key, value = (tokens(seed, 1, 2, 20, 8) for seed in range(3))
+    functions = (
+        lambda k: nystrom_attention(query, k, value, rank=4, qk_norm="keys").sum(),
+        lambda k: ridge_leverage_scores(k).sum(),
+        lambda k: landmark_solve(k @ k.mT, value).x.sum(),
+    )
+    for function in functions:
+        out, derivative = linearize(function, key)
+        expected, tangent = jvp(function, (key,), (torch.ones_like(key),))
+        agree((out, derivative(torch.ones_like(key))), (expected, tangent))

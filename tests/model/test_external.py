@@ -73,6 +73,12 @@ class FullReference(nn.Module):
         return (target - ref).mean((1, 2, 3))
 
 
+class Picky(Sharpness):
+    def forward(self, images):
+        assert images.std((1, 2, 3)).min() > 0.02, "too flat"
+        return super().forward(images)
+
+
 class Fixed(nn.Module):
     def __init__(self):
         super().__init__()
@@ -209,6 +215,19 @@ def test_a_model_of_one_size_scores_at_that_size(images: Path, capsys: pytest.Ca
     assert capsys.readouterr().out.endswith("\t" + str(images / "0.png") + "\n")
     assert main(["score", "--model", "theirs:Fixed", "--size", "40", str(images / "0.png")]) == 2
     assert "the model fails on torch.float32 images of shape (1, 3, 40, 40)" in capsys.readouterr().err
+
+
+def test_an_image_that_the_model_fails_on_is_named_and_the_others_are_scored(
+    images: Path, capsys: pytest.CaptureFixture[str]
+):
+    files = [str(images / f"{number}.png") for number in (5, 0, 6)]
+    assert main(["score", "--model", "theirs:Picky", "--size", str(SIZE), "--json", *files]) == 2
+    out, err = capsys.readouterr()
+    found = [json.loads(line) for line in out.splitlines()]
+    assert [row["path"] for row in found] == files
+    assert [row["score"] is None for row in found] == [False, True, False]
+    assert found[1]["error"].startswith(f"{files[1]}: the model fails on")
+    assert err.count("too flat") == 1
 
 
 def test_scores_are_the_models_own(images: Path, capsys: pytest.CaptureFixture[str]):

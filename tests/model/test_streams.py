@@ -23,6 +23,7 @@ from srm_model.files import json_text, read_json, write_json
 
 COMMANDS = (
     "",
+    "verify",
     "data",
     "data synthesize",
     "data check",

@@ -98,7 +98,7 @@ def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
 def main(arguments: Sequence[str] | None = None, program: str = "python -m srm_kernels verify") -> int:
     """Run the command; returns the exit code."""
     table.tolerate()
-    parser = argparse.ArgumentParser(prog=program, description=DESCRIPTION)
+    parser = argparse.ArgumentParser(prog=program, usage="%(prog)s [options]", description=DESCRIPTION)
     add_options(parser)
     try:
         options = parser.parse_args(arguments)

@@ -51,6 +51,14 @@ def _in_functorch() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def exporting() -> bool:
+    """Whether torch.export is at work.
+
+    torch.compile of torch 2.11 takes `torch.compiler.is_exporting()` for true; this flag is what it answers elsewhere.
+    """
+    return torch.compiler._is_exporting_flag
+
+
 def may_ask(tensor: Tensor) -> bool:
     """Whether Python may look at values.
 

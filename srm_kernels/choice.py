@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import verdicts
-from .checks import transforming
+from .checks import exporting, transforming
 from .verdicts import Group, Key, Row, Verdict
 
 logger = logging.getLogger("srm_kernels")
@@ -197,8 +197,7 @@ def measured(tensor: Tensor, operator: str, variant: str, sizes: Sizes, refusal:
     index = tensor.get_device() if tensor.is_cuda else CPU
     if (index == CPU and _pretended is None) or transforming():
         return None
-    # torch.compile of torch 2.11 takes is_exporting() for true; the flag is what it answers elsewhere.
-    if torch.compiler.is_compiling() and torch.compiler._is_exporting_flag:
+    if torch.compiler.is_compiling() and exporting():
         return None
     classes = [class_of(size) for size in sizes()]
     names = _ranking_of(index, operator, variant, tensor.dtype, *classes).split()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from srm_kernels import gated_fusion, tau_loss
-from srm_kernels.checks import may_ask
+from srm_kernels.checks import exporting, may_ask
 from srm_model.config import STAGES, SRMConfig
 from srm_model.modules import check_like, in_backward
 from srm_model.statistics import BatchStatistics
@@ -40,8 +40,9 @@ def _warn_once(m0: Tensor) -> None:
     _asked[m0] = True
     if not _started(m0):
         warnings.warn(
-            "the neck was never calibrated: its attention is close to uniform, and its gain cap is off; call "
-            "`calibrate` on the first training batch, or load trained weights",
+            "the neck was never calibrated, or is an average of weights that was begun before: its attention may be "
+            "close to uniform, and its gain cap is off; call `calibrate` on the first training batch, or load trained "
+            "weights",
             stacklevel=4,
         )
 
@@ -90,7 +91,7 @@ class SRMNeck(Mixer):
         Not while a program is exported or a CUDA graph is captured, nor on meta.
         """
         tracing = torch.compiler.is_compiling()
-        if tracing and (torch.compiler.is_exporting() or not torch.compiler.is_dynamo_compiling()):
+        if tracing and (exporting() or not torch.compiler.is_dynamo_compiling()):
             return
         # A program is shared by necks that only their buffers tell apart: this attribute it is guarded by.
         if not (tracing and self._prepared):

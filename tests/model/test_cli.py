@@ -595,3 +595,23 @@ def test_checking_shows_a_bar_unless_told(data: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(base, "find_faults", recorded)
     assert main(["data", "check", str(data), *quiet]) == 0
     assert set(shown) == {not quiet}
+
+
+@pytest.mark.parametrize("quiet", [[], ["--no-progress"]])
+def test_synthesising_shows_bars_unless_told(
+    data: Path, tmp_path: Path, quiet: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    from srm_model.data import base
+
+    shown: list[bool] = []
+    original = base.find_faults
+
+    def recorded(paths: Any, *, verify: str, progress: bool) -> Any:
+        shown.append(progress)
+        return original(paths, verify=verify, progress=progress)
+
+    monkeypatch.setattr(base, "find_faults", recorded)
+    photographs = ["--photographs", str(data / "reference_images"), "--types", "8", "--levels", "1"]
+    command = ["data", "synthesize", str(tmp_path / "set"), *photographs, "--metric", "ssim"]
+    assert main([*command, *quiet]) == 0
+    assert set(shown) == {not quiet}

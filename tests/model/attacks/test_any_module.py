@@ -153,7 +153,6 @@ def test_attacks_and_audits_of_an_uncalibrated_neck_warn_once_and_have_gradients
 
 
 HIDING = {
-    "compiled": lambda m: torch.compile(m, backend="eager"),
     "compiled in a module": lambda m: nn.Sequential(torch.compile(m, backend="eager")),
     "a function of a module": lambda m: Calling(lambda x: m(x)),
     "a compiled function": lambda m: Calling(torch.compile(lambda x: m(x), backend="eager")),

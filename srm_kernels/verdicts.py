@@ -251,10 +251,16 @@ def read(path: Path) -> Verdict:
     """
     text = _text_of(path)
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
+        return _checked(_parsed(text))
+    except RecursionError:  # what JSON allows may still be nested too deep for its checks
+        raise UnusableError("it is nested too deeply") from None
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
         raise UnusableError("it is not JSON") from None
-    return _checked(found)
 
 
 def _text_of(path: Path) -> str:
@@ -435,10 +441,9 @@ def shipped(key: Key, folder: Path | None = None) -> Verdict | None:
             checked = [checked_row(row) for row in found]
             if not all(isinstance(row.get("machine"), dict) for row in found):
                 raise UnusableError("a row does not say which machine it was measured on")
+            rows += [row for row, line in zip(checked, found, strict=True) if _serves(line["machine"], key)]
         except (OSError, ValueError, RecursionError) as error:
             _warn_once(f"{path}: ignored, {error}")
-            continue
-        rows += [row for row, line in zip(checked, found, strict=True) if _serves(line["machine"], key)]
     return Verdict(key, tuple(rows), origin="shipped") if rows else None
 
 

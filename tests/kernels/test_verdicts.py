@@ -80,7 +80,21 @@ def test_two_names_of_one_file_are_told_apart():
     assert "device was NVIDIA Pretended 4090" in str(reason)
 
 
+def nested(levels: int) -> dict:
+    """A value that JSON reads at some depths at which Python cannot walk through it."""
+    value: dict = {}
+    for _ in range(levels):
+        value = {"a": value}
+    return value
+
+
+DEPTHS = (400, 700, 900)
 HOSTILE = {
+    **{
+        f"{name}, {levels} deep": json.dumps(VERDICT.to_dict() | {"rows": [row(**{name: nested(levels)})]})
+        for name in ("milliseconds", "backend")
+        for levels in DEPTHS
+    },
     "nothing": "",
     "not JSON": "{",
     "not UTF-8": b"\xff\xfe",
@@ -261,7 +275,13 @@ def test_rows_are_exported_and_ship_for_this_device_and_minor_versions(tmp_path:
         assert verdicts.shipped(KEY._replace(**{name: other}), path.parent) is None
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"operator": "dyt"}', json.dumps(row()), "[" * 100_000])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{", "[]", '{"operator": "dyt"}', json.dumps(row()), "[" * 100_000,
+        *(json.dumps(row(milliseconds=nested(levels))) for levels in DEPTHS),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("rows_before", [0, 2])
 def test_a_broken_shipped_file_is_left_out_whole(line: str, rows_before: int, tmp_path: Path, caplog):
     path = tmp_path / "card.jsonl"
@@ -271,6 +291,13 @@ def test_a_broken_shipped_file_is_left_out_whole(line: str, rows_before: int, tm
     assert len(caplog.records) == 1
     verdicts.export(VERDICT, tmp_path / "other.jsonl")
     assert verdicts.shipped(KEY, tmp_path).rows == VERDICT.rows, "another file still counts"
+
+
+@pytest.mark.parametrize("levels", DEPTHS)
+def test_a_machine_that_is_nested_deeply_is_another_one(levels: int, tmp_path: Path):
+    machine = KEY._asdict() | {"torch": nested(levels)}
+    (tmp_path / "card.jsonl").write_text(json.dumps(row(machine=machine)))
+    assert verdicts.shipped(KEY, tmp_path) is None
 
 
 def test_verdicts_that_are_committed_ship_with_the_package():

@@ -470,6 +470,35 @@ def test_a_narrower_run_after_an_interrupted_one_finishes_what_it_measures(wide:
     assert len(kept().rows) == 2 * len(FAMILY)
 
 
+@pytest.mark.parametrize("status", ["error", "wrong"])
+def test_a_fault_at_another_shape_counts_and_is_tried_again(status: str, monkeypatch, capsys):
+    """A full run finds a fault and is interrupted; a quick one follows."""
+
+    def interrupted(request: dict[str, Any]) -> dict[str, Any]:
+        if request["part"] == "right" and (request["operator"], request["shape"]) == ("dyt", "large"):
+            return {"status": status, "reason": "out of luck", "ratio": None}
+        if request["part"] == "fast":
+            raise KeyboardInterrupt
+        return fine(request)
+
+    full = ["--only", "dyt", "rms_scale", "--dtypes", "fp32"]
+    answers = Answers(monkeypatch, interrupted)
+    assert command.main(full) == 130
+    answers.answer = lambda request: interrupted(request) if request["part"] == "right" else fine(request)
+    capsys.readouterr()
+    answers.asked.clear()
+    assert command.main([*full, "--quick"]) == 1
+    assert "dyt [triton] fp32 large: out of luck" in (out := capsys.readouterr().out)
+    assert ("dyt fp32 large" in out) == (status == "error")
+    asked = [one["shape"] for one in answers.asked if one["part"] == "right"]
+    assert set(asked) == ({"large"} if status == "error" else set())
+    assert command.main([*full, "--quick", "--only", "rms_scale"]) == 0, "of another operator"
+    answers.answer = fine
+    assert command.main([*full, "--quick", *(["--again"] if status == "wrong" else [])]) == 0
+    assert not verdicts.faults(kept().rows)
+    assert kept().unfinished == frozenset()
+
+
 def test_an_older_row_keeps_its_date(monkeypatch):
     Answers(monkeypatch, fine)
     assert command.main(ONLY) == 0

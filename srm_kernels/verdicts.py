@@ -39,6 +39,7 @@ LARGEST = 1e300
 PACKAGE = Path(__file__).resolve().parent
 SHIPPED = PACKAGE / "shipped"
 OWN = "this machine"
+NOT_VERIFIED = "the kernels were not verified on this device"
 # Beside the folders of operators: what decides how kernels are called, and how they are judged.
 SOURCES = ("parts.py", "registration.py", "numerics.py", "verify/cases.py", "verify/measure.py")
 CSRC_DIGEST = "_csrc.txt"  # which setup.py leaves in a wheel, where the sources of csrc are not
@@ -218,17 +219,16 @@ def load(key: Key) -> tuple[Verdict | None, str | None]:
     """Read the verdict of a device.
 
     Returns:
-        The verdict, or None with the reason: nothing was measured, it was measured with something else, or the file is
-        unusable, which also makes one warning a process and file.
+        The verdict, or None with the reason: nothing was measured (`NOT_VERIFIED`), it was measured with something
+        else, or the file is unusable.
     """
     path = path_of(key)
     try:
         verdict = read(path)
     except FileNotFoundError:
-        return None, "the kernels were not verified on this device"
+        return None, NOT_VERIFIED
     except UnusableError as error:
-        _warn_once(f"{path}: ignored, {error}; {COMMAND} writes it anew")
-        return None, f"the kept verdict is ignored: {error}"
+        return None, f"the kept verdict {path} is ignored: {error}"
     changed = [
         f"{name} was {old} and is {new}"
         for name, old, new in zip(Key._fields, verdict.key, key, strict=True)
@@ -239,6 +239,23 @@ def load(key: Key) -> tuple[Verdict | None, str | None]:
         if changed
         else (verdict, None)
     )
+
+
+def doubts(key: Key) -> Verdict | None:
+    """What this machine found wrong with versions for which a shipped verdict would serve, another driver included.
+
+    Returns:
+        A verdict of these faults, unfinished: it decides what must not run. None where there are none. What the
+        environment may have caused is left out.
+    """
+    try:
+        kept = read(path_of(key))
+    except (FileNotFoundError, UnusableError):
+        return None
+    found = tuple(row for row in faults(kept.rows) if row["status"] not in PASSING)
+    if kept.key == key or not found or not _serves(kept.key._asdict(), key):
+        return None
+    return Verdict(kept.key, found, frozenset(map(group_of, found)))
 
 
 def read(path: Path) -> Verdict:
@@ -375,7 +392,7 @@ def save(verdict: Verdict) -> Path | None:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         _write(path, text)
     except OSError as error:
-        _warn_once(f"{path}: the verdict is not kept ({error.strerror or error})")
+        warn_once(f"{path}: the verdict is not kept ({error.strerror or error})")
         return None
     return path
 
@@ -443,7 +460,7 @@ def shipped(key: Key, folder: Path | None = None) -> Verdict | None:
                 raise UnusableError("a row does not say which machine it was measured on")
             rows += [row for row, line in zip(checked, found, strict=True) if _serves(line["machine"], key)]
         except (OSError, ValueError, RecursionError) as error:
-            _warn_once(f"{path}: ignored, {error}")
+            warn_once(f"{path}: ignored, {error}")
     return Verdict(key, tuple(rows), origin="shipped") if rows else None
 
 
@@ -494,7 +511,8 @@ def grouped(rows: Iterable[Row]) -> dict[Group, list[Row]]:
 _warned: set[str] = set()
 
 
-def _warn_once(text: str) -> None:
+def warn_once(text: str) -> None:
+    """Log a warning, the same one once a process."""
     if text not in _warned:
         _warned.add(text)
         logger.warning("%s", text)

@@ -169,7 +169,7 @@ class Run:
             f"{key.device}, compute capability {key.capability}, driver {key.driver}, torch {key.torch}, "
             f"triton {key.triton}, kernels {key.sources}"
         )
-        if kept is None and reason is not None and "not verified" not in reason:
+        if kept is None and reason != verdicts.NOT_VERIFIED:
             print(reason)
         self.path: Path | None = None
         self.progress = table.Progress()

@@ -292,6 +292,45 @@ def test_a_shipped_verdict_is_followed_and_marked(tmp_path: Path, monkeypatch):
     assert (dyt_of(64).backend, dyt_of(64).origin) == ("reference", "this machine")
 
 
+@pytest.mark.parametrize("shipping", [False, True])
+def test_a_file_that_cannot_be_used_is_one_line_in_the_log(
+    shipping: bool, tmp_path: Path, monkeypatch, caplog
+):
+    monkeypatch.setattr(verdicts, "SHIPPED", tmp_path / "shipped")
+    if shipping:
+        verdicts.export(verdicts.Verdict(KEY, (row("dyt", [64, 24], FAST),)), verdicts.SHIPPED / "card.jsonl")
+    verdicts.path_of(KEY).mkdir(parents=True)
+    for _ in range(2):
+        choice.refresh()
+        assert dyt_of(64).backend == ("triton" if shipping else "reference")
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert f"{verdicts.path_of(KEY)} is ignored: it is not a regular file" in said
+    assert ("ships with the package" in said) == shipping
+
+
+@pytest.mark.parametrize("status", ["right", "wrong", "refused", "error"])
+@pytest.mark.parametrize("changed", ["driver", "torch", "sources"])
+def test_a_stale_verdict_is_said_and_what_it_found_wrong_is_not_lost(
+    status: str, changed: str, tmp_path: Path, monkeypatch, caplog
+):
+    """A shipped verdict serves in its place, where driver and patch versions do not count."""
+    monkeypatch.setattr(verdicts, "SHIPPED", tmp_path / "shipped")
+    rows = row("dyt", [64, 24], FAST), row("rms_scale", [64, 24], FAST)
+    verdicts.export(verdicts.Verdict(KEY, rows), verdicts.SHIPPED / "card.jsonl")
+    own = rows[0] | {"status": status, "reason": "off by 7 times the bound"}
+    old = KEY._replace(**{changed: f"{KEY.torch}.9" if changed == "torch" else "another"})
+    verdicts.save(verdicts.Verdict(old, (own, rows[1])))
+    choice.refresh()
+    counts = status in ("wrong", "refused") and changed != "sources"
+    assert dyt_of(64).backend == ("reference" if counts else "triton")
+    assert ("off by 7 times" in dyt_of(64).reason) == counts
+    assert explain("rms_scale", torch.zeros(1, 1, 64, 24)).backend == "triton"
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert f"{changed} was {getattr(old, changed)}" in said
+    assert "ships with the package" in said
+    assert ("wrong on this machine: dyt" in said) == counts
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Which calls of DyT ran as kernels: their numbers of rows."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -134,25 +133,22 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
-def test_a_broken_file_is_ignored_with_one_warning(content: str | bytes, folder: Path, caplog):
+def test_a_broken_file_is_ignored_with_the_reason(content: str | bytes, folder: Path):
     folder.mkdir()
     path = verdicts.path_of(KEY)
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     for _ in range(2):
         found, reason = verdicts.load(KEY)
         assert found is None
-        assert "ignored" in str(reason)
-    assert [record.levelno for record in caplog.records] == [logging.WARNING]
-    assert str(path) in caplog.text
-    assert "\n" not in caplog.records[0].getMessage()
+        assert f"{path} is ignored: " in str(reason)
+        assert "\n" not in str(reason)
 
 
-def test_a_symbolic_link_is_not_followed(folder: Path, tmp_path: Path, caplog):
+def test_a_symbolic_link_is_not_followed(folder: Path, tmp_path: Path):
     path = verdicts.save(VERDICT)
     path.rename(tmp_path / "elsewhere.json")
     path.symlink_to(tmp_path / "elsewhere.json")
-    assert verdicts.load(KEY)[0] is None
-    assert "symbolic link" in caplog.text
+    assert "symbolic link" in str(verdicts.load(KEY)[1])
     # Writing replaces the link and not what it points to.
     assert verdicts.save(VERDICT.with_row(row("later"))) == path
     assert not path.is_symlink()
@@ -175,19 +171,17 @@ def test_folders_pipes_and_large_files_are_not_read(folder: Path, monkeypatch):
         verdicts.read(path)
 
 
-def test_the_file_of_another_user_is_ignored(monkeypatch, caplog):
+def test_the_file_of_another_user_is_ignored(monkeypatch):
     verdicts.save(VERDICT)
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
-    assert verdicts.load(KEY)[0] is None
-    assert "another user" in caplog.text
+    assert "another user" in str(verdicts.load(KEY)[1])
 
 
 @pytest.mark.parametrize("mode", [0o602, 0o620, 0o666])
-def test_a_file_that_others_can_write_is_ignored(mode: int, caplog):
+def test_a_file_that_others_can_write_is_ignored(mode: int):
     path = verdicts.save(VERDICT)
     path.chmod(mode)
-    assert verdicts.load(KEY) == (None, "the kept verdict is ignored: other users can write it")
-    assert len(caplog.records) == 1
+    assert verdicts.load(KEY) == (None, f"the kept verdict {path} is ignored: other users can write it")
     path.chmod(0o644)
     assert verdicts.load(KEY) == (VERDICT, None)
 

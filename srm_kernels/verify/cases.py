@@ -82,7 +82,6 @@ class Operator:
         wide: Numbers of the inputs that are fp32 in every dtype.
         variant: What of its options is measured apart, as `explain` names it.
         dtypes: Those that are measured.
-        shapes: Those that are measured of `SHAPES`; None for all.
         backends: Implementations that are judged; the reference is the yardstick.
         shares_size: Errors of gradients are relative to the largest result of the call.
         reference: (shape, inputs, backend) → `Case.judged` that gives the exact results, where what an implementation
@@ -100,7 +99,6 @@ class Operator:
     wide: tuple[int, ...] = ()
     variant: str = ""
     dtypes: tuple[str, ...] = tuple(DTYPES)
-    shapes: tuple[str, ...] | None = None
     backends: tuple[str, ...] = ("triton",)
     shares_size: bool = False
     reference: Callable[[Shape, Sequence[Tensor], str], Call] | None = None
@@ -494,7 +492,7 @@ def cases(
         if operator.name in names or operator.label in names:
             for dtype in dtypes:
                 for shape in shapes:
-                    if dtype in operator.dtypes and shape in (operator.shapes or SHAPES):
+                    if dtype in operator.dtypes:
                         yield Case(operator, dtype, shape)
 
 

@@ -308,7 +308,7 @@ class Run:
         if self.verdict.unfinished:
             names = ", ".join(f"{operator} in {dtype}" for operator, dtype in sorted(self.verdict.unfinished))
             print(
-                f"\nNot finished, and decided by no verdict until `{COMMAND}` has measured the rest: {names}"
+                f"\nNot finished, and not decided by this verdict until `{COMMAND}` has measured the rest: {names}"
             )
         if self.path is not None:
             print(f"\nKept in {self.path}; `backend=None` follows it from the next process on.")

@@ -9,7 +9,6 @@ taken by a verdict. `torch.compile` decides when it traces, by the same classes.
 from __future__ import annotations
 
 import inspect
-import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -23,7 +22,6 @@ from . import verdicts
 from .checks import exporting, transforming
 from .verdicts import Group, Key, Row, Verdict
 
-logger = logging.getLogger("srm_kernels")
 # Sizes between two bounds are of one class, whose middle is a power of four.
 BOUNDS = (8, 32, 128, 512, 2_048, 8_192, 32_768, 131_072)
 MOST_CACHED = 10_000
@@ -246,14 +244,22 @@ def _read(index: int) -> Table:
     key = verdicts.key_of_cuda(index) if index != CPU else _pretended
     assert key is not None
     own, reason = verdicts.load(key)
+    others = verdicts.shipped(key)
+    doubts = verdicts.doubts(key) if others is not None and own is None else None
+    groups = verdicts.governing(own or doubts, others)
+    lost = (
+        own is None and reason != verdicts.NOT_VERIFIED
+    )  # there is a verdict of this machine, and it does not count
     reason = reason or "nothing was measured to the end"
-    groups = verdicts.governing(own, verdicts.shipped(key))
-    if not groups and not _logged:
+    if lost or not (groups or _logged):
         _logged = True
-        logger.warning(
-            "%s: %s; plain PyTorch runs until `%s` has measured the kernels",
-            key.device, reason, verdicts.COMMAND,
-        )  # fmt: skip
+        meanwhile = "the verdict that ships with the package counts" if groups else "plain PyTorch runs"
+        if doubts:
+            names = ", ".join(sorted({row["operator"] for row in doubts.rows}))
+            meanwhile += f", but not for what was wrong on this machine: {names};"
+        verdicts.warn_once(
+            f"{key.device}: {reason}; {meanwhile} until `{verdicts.COMMAND}` has measured the kernels"
+        )
     return Table(groups, reason, own.unfinished if own else ())
 
 

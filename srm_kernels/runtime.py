@@ -245,6 +245,15 @@ def _explained(
     return choice.explained(default, tensor, operator, variant, sizes, refusal)
 
 
+def kept(
+    requested: str | None, tensor: torch.Tensor, operator: str, variant: str, call: tuple[Any, ...]
+) -> str | None:
+    """What was chosen for such a call before, or None; asked first, before anything is made that a choice needs."""
+    if requested is None and named_by_environment() is None:
+        return choice.cached(tensor, operator, variant, call)
+    return None
+
+
 def choose_kernels(
     requested: str | None,
     tensor: torch.Tensor,
@@ -262,11 +271,7 @@ def choose_kernels(
     arguments, where what is common to all of them can; it is asked only where they are in question, so that under
     torch.export it guards no shape for nothing.
     """
-    if requested is None and named_by_environment() is None:
-        chosen = choice.cached(tensor, operator, variant, call)
-        if chosen:
-            return chosen
-    return choose_backend(
+    return kept(requested, tensor, operator, variant, call) or choose_backend(
         requested,
         (*plain, "triton"),
         operator,

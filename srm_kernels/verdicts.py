@@ -39,6 +39,7 @@ LARGEST = 1e300
 PACKAGE = Path(__file__).resolve().parent
 SHIPPED = PACKAGE / "shipped"
 OWN = "this machine"
+NOT_VERIFIED = "the kernels were not verified on this device"
 # Beside the folders of operators: what decides how kernels are called, and how they are judged.
 SOURCES = ("parts.py", "registration.py", "numerics.py", "verify/cases.py", "verify/measure.py")
 
@@ -203,17 +204,16 @@ def load(key: Key) -> tuple[Verdict | None, str | None]:
     """Read the verdict of a device.
 
     Returns:
-        The verdict, or None with the reason: nothing was measured, it was measured with something else, or the file is
-        unusable, which also makes one warning a process and file.
+        The verdict, or None with the reason: nothing was measured (`NOT_VERIFIED`), it was measured with something
+        else, or the file is unusable.
     """
     path = path_of(key)
     try:
         verdict = read(path)
     except FileNotFoundError:
-        return None, "the kernels were not verified on this device"
+        return None, NOT_VERIFIED
     except UnusableError as error:
-        _warn_once(f"{path}: ignored, {error}; {COMMAND} writes it anew")
-        return None, f"the kept verdict is ignored: {error}"
+        return None, f"the kept verdict {path} is ignored: {error}"
     changed = [
         f"{name} was {old} and is {new}"
         for name, old, new in zip(Key._fields, verdict.key, key, strict=True)
@@ -226,6 +226,23 @@ def load(key: Key) -> tuple[Verdict | None, str | None]:
     )
 
 
+def doubts(key: Key) -> Verdict | None:
+    """What this machine found wrong with versions for which a shipped verdict would serve, another driver included.
+
+    Returns:
+        A verdict of these faults, unfinished: it decides what must not run. None where there are none. What the
+        environment may have caused is left out.
+    """
+    try:
+        kept = read(path_of(key))
+    except (FileNotFoundError, UnusableError):
+        return None
+    found = tuple(row for row in faults(kept.rows) if row["status"] not in PASSING)
+    if kept.key == key or not found or not _serves(kept.key._asdict(), key):
+        return None
+    return Verdict(kept.key, found, frozenset(map(group_of, found)))
+
+
 def read(path: Path) -> Verdict:
     """Read a verdict's file.
 
@@ -236,10 +253,16 @@ def read(path: Path) -> Verdict:
     """
     text = _text_of(path)
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
+        return _checked(_parsed(text))
+    except RecursionError:  # what JSON allows may still be nested too deep for its checks
+        raise UnusableError("it is nested too deeply") from None
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
         raise UnusableError("it is not JSON") from None
-    return _checked(found)
 
 
 def _text_of(path: Path) -> str:
@@ -354,7 +377,7 @@ def save(verdict: Verdict) -> Path | None:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         _write(path, text)
     except OSError as error:
-        _warn_once(f"{path}: the verdict is not kept ({error.strerror or error})")
+        warn_once(f"{path}: the verdict is not kept ({error.strerror or error})")
         return None
     return path
 
@@ -420,10 +443,9 @@ def shipped(key: Key, folder: Path | None = None) -> Verdict | None:
             checked = [checked_row(row) for row in found]
             if not all(isinstance(row.get("machine"), dict) for row in found):
                 raise UnusableError("a row does not say which machine it was measured on")
+            rows += [row for row, line in zip(checked, found, strict=True) if _serves(line["machine"], key)]
         except (OSError, ValueError, RecursionError) as error:
-            _warn_once(f"{path}: ignored, {error}")
-            continue
-        rows += [row for row, line in zip(checked, found, strict=True) if _serves(line["machine"], key)]
+            warn_once(f"{path}: ignored, {error}")
     return Verdict(key, tuple(rows), origin="shipped") if rows else None
 
 
@@ -474,7 +496,8 @@ def grouped(rows: Iterable[Row]) -> dict[Group, list[Row]]:
 _warned: set[str] = set()
 
 
-def _warn_once(text: str) -> None:
+def warn_once(text: str) -> None:
+    """Log a warning, the same one once a process."""
     if text not in _warned:
         _warned.add(text)
         logger.warning("%s", text)

@@ -106,11 +106,10 @@ class IQAModel(nn.Module):
         `statistics` are for a batch cut into micro-batches, as in `SRMNeck.forward`.
         On the CPU, images outside [0, 1] or not finite are a ValueError; elsewhere asking would wait for the device.
         """
-        if images.requires_grad and isinstance(
-            self.neck, SRMNeck
-        ):  # an attack, whatever is around this model
-            self.neck.warn_uncalibrated()
-        output = self.neck(self.pyramid(images), statistics=statistics)
+        pyramid = self.pyramid(images)
+        if images.requires_grad and isinstance(self.neck, SRMNeck):
+            self.neck.warn_uncalibrated()  # an attack, whatever is around this model
+        output = self.neck(pyramid, statistics=statistics)
         scores = self.head(output.fused)
         return (scores, output.losses) if return_losses else scores
 

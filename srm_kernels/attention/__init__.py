@@ -16,7 +16,7 @@ from ..conditioning import DIAGNOSTICS, LandmarkSolution, diagnosed, has_kernels
 from ..landmarks import METHODS_OF_KERNELS, kernel_limits, landmark_options, selected
 from ..options import AttentionOptions, LandmarkOptions, SolveOptions
 from ..registration import later, no_autocast, register_operator
-from ..runtime import choose_backend, choose_kernels, few_threads, triton_refusal
+from ..runtime import choose_backend, choose_kernels, few_threads, kept, triton_refusal
 from ..scale import RMSScale, rms_scale
 from . import reference, sdpa
 
@@ -195,7 +195,9 @@ def nystrom_attention(
         ridge=ridge, solver=solver, equilibrate=equilibrate, kappa_max=kappa_max, neumann_order=neumann_order,
         neumann_gate=neumann_gate,
     )  # fmt: skip
-    y, landmarks, chosen, _ = _attend(query, key, value, landmarks, options, tau, backend)
+    y, landmarks, chosen, _ = _attend(
+        query, key, value, landmarks, options, tau, backend, diagnostics=bool(diagnostics)
+    )
     if not diagnostics:
         return y
     return y, _diagnosed(key, value, landmarks, options, diagnostics == "estimate", chosen)
@@ -240,11 +242,13 @@ def _attend(
     options: AttentionOptions,
     tau: Tensor | None,
     backend: str | None,
+    *,
     statistics: bool = False,
+    diagnostics: bool = False,
 ) -> _Attended:
     if tau is not None:
         _check_tau(tau, query)
-    chosen = _choose_backend(backend, query, key, landmarks, options)
+    chosen = _choose_backend(backend, query, key, landmarks, options, diagnostics)
     s, qk_norm, scales = options.scale, options.qk_norm, None
     if chosen == "triton":
         keys, x, landmarks = _landmark_side(key, value, landmarks, options, chosen)
@@ -316,15 +320,16 @@ def landmark_side(
         neumann_gate=neumann_gate,
     )  # fmt: skip
     rank = options.choice.rank
-    chosen = choose_kernels(
+    variant, call = _variant(landmarks, options), (key.shape, rank)
+    chosen = kept(backend, key, "landmark_side", variant, call) or choose_kernels(
         backend,
         key,
         "landmark_side",
         partial(_limits, d, rank, key.shape[2]),
         sizes=lambda: (key.shape[2], min(rank, key.shape[2]), d),
-        call=(key.shape, rank),
+        call=call,
         plain=("torch", "reference"),
-        variant=_variant(landmarks, options),
+        variant=variant,
     )
     keys, x, _ = _landmark_side(key, value, landmarks, options, chosen)
     return keys, x
@@ -433,10 +438,31 @@ def _limits(d: int, rank: int, keys: int) -> str | None:
 
 
 def _choose_backend(
-    requested: str | None, query: Tensor, key: Tensor, landmarks: Tensor | None, options: AttentionOptions
+    requested: str | None,
+    query: Tensor,
+    key: Tensor,
+    landmarks: Tensor | None,
+    options: AttentionOptions,
+    diagnostics: bool = False,
 ) -> str:
     narrow = options.solve_dtype == "model" and query.dtype in (torch.bfloat16, torch.float16)
-    plain, rank = ("reference",) if narrow else ("torch", "reference"), options.choice.rank
+    rank, variant = options.choice.rank, _variant(landmarks, options, diagnostics)
+    call = (query.shape, key.shape, rank, narrow)
+    return kept(requested, query, "nystrom_attention", variant, call) or _decided(
+        requested, query, key, rank, narrow, variant, call
+    )
+
+
+def _decided(
+    requested: str | None,
+    query: Tensor,
+    key: Tensor,
+    rank: int,
+    narrow: bool,
+    variant: str,
+    call: tuple[Any, ...],
+) -> str:
+    plain = ("reference",) if narrow else ("torch", "reference")
 
     def refusal(name: str) -> str | None:
         if name not in (*plain, "triton"):
@@ -455,19 +481,20 @@ def _choose_backend(
         refusal,
         tensor=query,
         sizes=lambda: (query.shape[2], key.shape[2], min(rank, key.shape[2]), query.shape[3]),
-        variant=_variant(landmarks, options),
-        call=(query.shape, key.shape, rank, narrow),
+        variant=variant,
+        call=call,
     )
 
 
-def _variant(landmarks: Tensor | None, options: AttentionOptions) -> str:
-    """What of the options is measured apart: other kernels run for it."""
+def _variant(landmarks: Tensor | None, options: AttentionOptions, diagnostics: bool = False) -> str:
+    """What of the options is decided apart: other kernels run for it."""
     method, solve = options.choice.method, options.solve
     if landmarks is not None or method not in METHODS_OF_KERNELS or method == METHODS_OF_KERNELS[0]:
         method = ""
-    if solve.default:
+    if solve.default and not diagnostics:
         return method
-    return ", ".join(filter(None, (method, solve.solver, "equilibrated" if solve.equilibrate else "")))
+    solver = ("", "") if solve.default else (solve.solver, "equilibrated" if solve.equilibrate else "")
+    return ", ".join(filter(None, (method, *solver, "diagnostics" if diagnostics else "")))
 
 
 def _over_batch(mean: Tensor, spread: Tensor, tokens: int) -> RMSScale:

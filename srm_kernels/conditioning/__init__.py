@@ -12,7 +12,7 @@ from .. import autocast
 from ..checks import check_choice, check_count, check_flag, check_number, check_tensors, wide_dtype
 from ..options import SolveOptions
 from ..registration import later, register_operator
-from ..runtime import choose_backend, triton_refusal
+from ..runtime import choose_backend, kept, triton_refusal
 from . import cpu, reference
 from .reference import SOLVERS, Solver
 
@@ -126,15 +126,16 @@ def solved(
     logits: Tensor, rhs: Tensor, options: SolveOptions, backend: str | None
 ) -> tuple[Tensor, Tensor, str]:
     """X, the `Solver` that served each matrix, and the implementation; arguments are not checked."""
-    chosen = choose_backend(
+    variant, call = _variant(options), (rhs.shape,)
+    chosen = kept(backend, rhs, "landmark_solve", variant, call) or choose_backend(
         backend,
         _IMPLEMENTATIONS,
         "landmark_solve",
         partial(_refusal, rhs, options),
         tensor=rhs,
         sizes=lambda: (rhs.shape[-2], rhs.shape[-1]),
-        variant=_variant(options),
-        call=(rhs.shape,),
+        variant=variant,
+        call=call,
     )
     x, used = _solve(logits, rhs, *options.flat(), chosen)
     return x, used, chosen
@@ -147,7 +148,14 @@ def diagnosed(
     x, used, chosen = solved(logits, rhs, options, backend)
     with torch.no_grad():
         kappa, residual, gain = _diagnose(
-            logits, rhs, x, used, options.ridge, options.equilibrate, estimate, chosen
+            logits,
+            rhs,
+            x,
+            used,
+            options.ridge,
+            options.equilibrate,
+            estimate,
+            "reference" if chosen == "triton" else chosen,  # it has no kernels
         )
     return LandmarkSolution(x, kappa, residual, gain, used)
 

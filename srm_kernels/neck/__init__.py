@@ -19,7 +19,7 @@ from ..attention import QK_NORMS, _over_batch
 from ..checks import DTYPES, check_choice, check_count, check_number, check_tensors, wide_dtype
 from ..landmarks import kernel_limits
 from ..registration import later, register_operator
-from ..runtime import choose_kernels, interpreting, roomy
+from ..runtime import choose_kernels, interpreting, kept, roomy
 from ..scale import RMSScale
 from . import reference, tiled
 
@@ -358,14 +358,15 @@ def _choose_backend(
 ) -> str:
     """By d alone of the sizes, as `serves_pooled_links` answers before the keys are there."""
     tiled_here = features.device.type == "cpu"
-    chosen = choose_kernels(
+    call = (rank, d, size, channels)
+    chosen = kept(requested, features, "pooled_links", "", call) or choose_kernels(
         requested,
         features,
         "pooled_links",
         partial(_refusal, features, rank, d, size, channels),
         plain=("torch", "reference") if tiled_here else ("reference", "torch"),
         sizes=lambda: (d,),
-        call=(rank, d, size, channels),
+        call=call,
     )
     # A GPU is faster with all images and positions at once, which is the reference's form.
     return "reference" if chosen == "torch" and not tiled_here else chosen

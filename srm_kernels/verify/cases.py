@@ -2,12 +2,15 @@
 
 Inputs are standard normal numbers in float64, the same for all dtypes up to rounding. A shape is one link of a neck
 and its maps; options that choose other kernels (normalisation, DyT) differ between shapes, so that each is judged.
+Whatever else an operator launches under the same verdict is judged at every shape: its `forms`, and its call in
+training.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +18,7 @@ from torch import Tensor
 
 import srm_kernels as ops
 
-from ..attention import _landmark_side, _select
+from ..attention import _landmark_side, _select, attention_with_scale
 from ..conditioning import SOLVERS_OF_KERNELS
 from ..landmarks import METHODS_OF_KERNELS
 from ..options import AttentionOptions, LandmarkOptions, SolveOptions
@@ -54,10 +57,11 @@ SHAPES = {
     "odd": Shape(2, 3, 40, 37, 29, 257, 33, 7, qk_norm=None, dyt=False),
     "article": Shape(2, 8, 32, 128, 128, 256, 64, 8),
     "small": Shape(2, 4, 32, 14, 14, 49, 32, 8, qk_norm="both"),
-    "large": Shape(2, 8, 32, 192, 192, 1024, 64, 8),
+    "large": Shape(2, 8, 32, 192, 192, 2304, 64, 8),
+    "wide": Shape(2, 2, 64, 24, 20, 300, 128, 8),  # more landmarks than a program holds at once
 }
 QUICK = ("odd", "article")
-FAMILY = (*QUICK, "small", "large")
+FAMILY = (*QUICK, "small", "large", "wide")
 WIDTH = 64  # channels of a backbone's map
 SCALE_OF_ATTENTION = 1e-3  # γ and the ridge
 
@@ -70,15 +74,17 @@ class Operator:
         name: The public function.
         make: (shape, draw) → inputs, where draw(*sizes) gives random numbers.
         call: shape → the call, (*inputs, backend=…) → results.
+        trained: The same for the call as training makes it, where it is another one: judged too, and timed with its
+            gradients in place of `call`.
+        forms: shape → further calls that run under the same verdict: judged too, and not timed.
         inputs: For each input the axis of the batch, or None.
-        outputs: The same for each result; None where results mix the batch.
+        outputs: The same for each result of `Case.judged`; None where results mix the batch.
         wide: Numbers of the inputs that are fp32 in every dtype.
         variant: What of its options is measured apart, as `explain` names it.
         dtypes: Those that are measured.
-        shapes: Those that are measured of `SHAPES`; None for all.
         backends: Implementations that are judged; the reference is the yardstick.
         shares_size: Errors of gradients are relative to the largest result of the call.
-        reference: (shape, inputs, backend) → the call that gives the exact results, where what an implementation
+        reference: (shape, inputs, backend) → `Case.judged` that gives the exact results, where what an implementation
             chose is given to it.
         ratio: (shape, inputs, results) → error divided by its bound, for results that are not floating point.
     """
@@ -88,10 +94,11 @@ class Operator:
     call: Callable[[Shape], Call]
     inputs: tuple[int | None, ...]
     outputs: tuple[int | None, ...] | None
+    trained: Callable[[Shape], Call] | None = None
+    forms: Callable[[Shape], tuple[Call, ...]] = lambda shape: ()
     wide: tuple[int, ...] = ()
     variant: str = ""
     dtypes: tuple[str, ...] = tuple(DTYPES)
-    shapes: tuple[str, ...] | None = None
     backends: tuple[str, ...] = ("triton",)
     shares_size: bool = False
     reference: Callable[[Shape, Sequence[Tensor], str], Call] | None = None
@@ -117,12 +124,29 @@ class Case(NamedTuple):
 
     @property
     def call(self) -> Call:
-        """The call that is judged and timed."""
+        """The call that decides the sizes, and that is timed."""
         return self.operator.call(self.sizes)
 
-    def inputs(self, device: torch.device | str = "cpu") -> list[Tensor]:
+    @property
+    def trained(self) -> Call:
+        """The call that is timed with its gradients."""
+        return (self.operator.trained or self.operator.call)(self.sizes)
+
+    @property
+    def calls(self) -> tuple[Call, ...]:
+        """All that run under the same verdict."""
+        operator = self.operator
+        trained = () if operator.trained is None else (self.trained,)
+        return self.call, *trained, *operator.forms(self.sizes)
+
+    @property
+    def judged(self) -> Call:
+        """The call that is judged: all of them, results beside one another."""
+        return _together(self.calls)
+
+    def inputs(self, device: torch.device | str = "cpu", seed: int = 0) -> list[Tensor]:
         """The inputs on a device; on meta nothing is drawn."""
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(seed)
 
         def draw(*sizes: int) -> Tensor:
             if torch.device(device).type == "meta":
@@ -132,6 +156,12 @@ class Case(NamedTuple):
         made = self.operator.make(self.sizes, draw)
         kinds = [torch.float32 if i in self.operator.wide else DTYPES[self.dtype] for i in range(len(made))]
         return [x.to(kind).to(device) for x, kind in zip(made, kinds, strict=True)]
+
+
+def _together(calls: Sequence[Call]) -> Call:
+    if len(calls) == 1:
+        return calls[0]
+    return lambda *tensors, backend: tuple(call(*tensors, backend=backend) for call in calls)
 
 
 def unit(key: Tensor) -> Tensor:
@@ -150,17 +180,48 @@ def _attend(s: Shape, **more: Any) -> Call:
     return call
 
 
-def _attend_as_chosen(s: Shape, inputs: Sequence[Tensor], backend: str) -> Call:
-    """Attention by the landmarks that an implementation chose: a tie may go either way."""
-    _, key, value, _ = inputs
+def _attend_otherwise(s: Shape, landmarks: Tensor | None = None) -> tuple[Call, ...]:
+    """With landmarks that are given, tokens laid out as a projection leaves them, no τ; and with the statistic."""
+
+    def given(q: Tensor, k: Tensor, v: Tensor, tau: Tensor, *, backend: str | None) -> Any:
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+        index = _first_keys(k, s.rank)
+        return ops.nystrom_attention(q, k, v, s.rank, landmarks=index, qk_norm=s.qk_norm, backend=backend)
+
+    def with_scale(q: Tensor, k: Tensor, v: Tensor, tau: Tensor, *, backend: str | None) -> Any:
+        return attention_with_scale(
+            q, k, v, s.rank, landmarks=landmarks, qk_norm=s.qk_norm, tau=tau, backend=backend
+        )
+
+    return given, with_scale
+
+
+def _chosen(s: Shape, key: Tensor, value: Tensor, backend: str) -> Tensor:
+    """The landmarks that an implementation chooses: a tie may go either way."""
     choice, solve = LandmarkOptions(s.rank, gamma=SCALE_OF_ATTENTION), SolveOptions(SCALE_OF_ATTENTION)
     options = AttentionOptions(choice, solve, s.d**-0.5, s.qk_norm)
     with torch.no_grad():
         if backend == "triton":
-            index = _landmark_side(key, value, None, options, "triton")[2]
-        else:
-            index = _select(key, options, backend)
-    return _attend(s, landmarks=index)
+            return _landmark_side(key, value, None, options, "triton")[2]
+        return _select(key, options, backend)
+
+
+def _attend_as_chosen(s: Shape, inputs: Sequence[Tensor], backend: str) -> Call:
+    """Attention by the landmarks that an implementation chose."""
+    index = _chosen(s, inputs[1], inputs[2], backend)
+    return _together((_attend(s, landmarks=index), *_attend_otherwise(s, index)))
+
+
+def _side(s: Shape, choose: Callable[[Tensor], Tensor | None]) -> Call:
+    def call(k: Tensor, v: Tensor, *, backend: str | None) -> Any:
+        return ops.landmark_side(k, v, s.rank, landmarks=choose(k), qk_norm=s.qk_norm, backend=backend)
+
+    return call
+
+
+def _sides(s: Shape, index: Tensor | None = None) -> tuple[Call, Call]:
+    """The key side by landmarks that are given, and by those that it chooses, or by `index` in their place."""
+    return _side(s, lambda k: _first_keys(k, s.rank)), _side(s, lambda k: index)
 
 
 def _first_keys(key: Tensor, rank: int) -> Tensor:
@@ -204,32 +265,42 @@ def _systems(s: Shape, draw: Callable[..., Tensor]) -> list[Tensor]:
 
 
 def _pyramid(s: Shape, draw: Callable[..., Tensor]) -> list[Tensor]:
-    """F, A, a, W_Q, K̃, and where DyT is on its α, w and b."""
+    """F, A, a, W_Q, K̃, X, and where DyT is on its α, w and b."""
     C = s.channels
     made = [
         draw(s.batch, WIDTH, s.height, s.width), draw(C, WIDTH) / WIDTH**0.5, draw(C), draw(C, C) / C**0.5,
-        unit(draw(s.batch, s.heads, s.rank, s.d)),
+        unit(draw(s.batch, s.heads, s.rank, s.d)), draw(s.batch, s.heads, s.rank, s.d),
     ]  # fmt: skip
     return [*made, draw(1) * 0.1 + 0.5, draw(C), draw(C)] if s.dyt else made
 
 
-def _pool_links(s: Shape) -> Call:
-    def call(
-        m: Tensor,
-        align: Tensor,
-        shift: Tensor,
-        query: Tensor,
-        keys: Tensor,
-        *dyt: Tensor,
-        backend: str | None,
-    ) -> Any:
-        found = ops.pooled_links(
+def _pool_links(s: Shape, *, statistics: bool = False) -> Call:
+    """One link; in training with the statistic of its Y."""
+
+    def call(m: Tensor, *weights: Tensor, backend: str | None) -> Any:
+        align, shift, query, keys, x, *dyt = weights
+        return ops.pooled_links(
             [m], [(align, shift)], [query], [keys], [0], size=s.size, qk_norm=s.qk_norm or "keys",
-            dyt=[(dyt[0], dyt[1], dyt[2])] if dyt else None, backend=backend,
+            dyt=[(dyt[0], dyt[1], dyt[2])] if dyt else None, xs=[x] if statistics else None, backend=backend,
         )  # fmt: skip
-        return found[:2]
 
     return call
+
+
+def _pool_several_links(s: Shape) -> tuple[Call]:
+    """Two links of differing r that read two maps, the larger one channels-last; with the statistic."""
+
+    def call(m: Tensor, *weights: Tensor, backend: str | None) -> Any:
+        align, shift, query, keys, x, *dyt = weights
+        part, r = WIDTH // 2, max(1, s.rank // 2)
+        half = m[:, :part, : s.height // 2 + 1].contiguous()
+        return ops.pooled_links(
+            [m.contiguous(memory_format=torch.channels_last), half], [(align, shift), (align[:, :part], shift)],
+            [query, query.mT], [keys, keys[:, :, :r]], [0, 1], size=s.size, qk_norm=s.qk_norm,
+            dyt=[(dyt[0], dyt[1], dyt[2])] * 2 if dyt else None, xs=[x, x[:, :, :r]], backend=backend,
+        )  # fmt: skip
+
+    return (call,)
 
 
 def _merge(s: Shape, draw: Callable[..., Tensor]) -> list[Tensor]:
@@ -253,6 +324,22 @@ def _merge_links(s: Shape) -> Call:
     return call
 
 
+def _merge_several_links(s: Shape) -> tuple[Call]:
+    """Two links of differing r into two maps, without τ."""
+
+    def call(p: Tensor, maps: Tensor, x: Tensor, *weights: Tensor, backend: str | None) -> Any:
+        align, shift, output, beta, _ = weights
+        part, r = WIDTH // 2, max(1, s.rank // 2)
+        fewer = torch.cat([p[..., :r], torch.zeros_like(p[..., r:])], -1)
+        return ops.merge_links(
+            ops.PooledLinks(torch.cat([p, fewer]), maps, None), [x, x[:, :, :r]],
+            [(align[:, :part], shift), (align[:, part:], shift)], [output, output.mT], [1, 0], [beta, -beta],
+            backend=backend,
+        )  # fmt: skip
+
+    return (call,)
+
+
 def _sources(s: Shape, draw: Callable[..., Tensor]) -> list[Tensor]:
     """T and W_K, W_V of two links; where DyT is on also a and its α, w and b."""
     C = s.channels
@@ -271,6 +358,15 @@ def _project(s: Shape) -> Call:
     return call
 
 
+def _project_alone(s: Shape) -> tuple[Call]:
+    """One link, T = A F + a, without DyT."""
+
+    def call(t: Tensor, *weights: Tensor, backend: str | None) -> Any:
+        return ops.project_sources(t, weights[:1], weights[2:3], shift=weights[0][0], backend=backend)
+
+    return (call,)
+
+
 def _stages(s: Shape, draw: Callable[..., Tensor]) -> list[Tensor]:
     """What a convolution of the gate gives for two stages, their biases, and their readouts."""
     C, P = max(s.channels // 4, 1), s.size
@@ -278,6 +374,14 @@ def _stages(s: Shape, draw: Callable[..., Tensor]) -> list[Tensor]:
         *(draw(s.batch, C, P, P) for _ in range(2)), *(draw(C) for _ in range(2)),
         *(draw(1, C) / C**0.5 for _ in range(2)), *(draw(1) for _ in range(2)),
     ]  # fmt: skip
+
+
+def _several_taus(s: Shape) -> tuple[Call]:
+    def call(theta: Tensor, rms: Tensor, *, backend: str | None) -> Any:
+        sigma = rms.detach().abs() + 0.5
+        return ops.tau_loss([theta, -theta, theta / 2], [sigma] * 3, reference=1.0, backend=backend)
+
+    return (call,)
 
 
 def _fuse(s: Shape) -> Call:
@@ -289,19 +393,18 @@ def _fuse(s: Shape) -> Call:
 
 
 _EVERY = (0, 0)
+_POOLED = (1, 0, None, None)  # P̄, pool(F), and the statistic of a link over the batch
 OPERATORS = (
     Operator(
         "nystrom_attention",
         lambda s, draw: [*_tokens("queries", "keys", "keys")(s, draw), draw(s.heads) * 0.1 + 1],
-        _attend, (0, 0, 0, None), (0,), wide=(3,), backends=("torch", "triton"), shares_size=True,
-        reference=_attend_as_chosen,
+        _attend, (0, 0, 0, None), (0, 0, 0, None, None), wide=(3,), backends=("torch", "triton"),
+        shares_size=True, forms=_attend_otherwise, reference=_attend_as_chosen,
     ),
     Operator(
-        "landmark_side", _tokens("keys", "keys"),
-        lambda s: lambda k, v, backend: ops.landmark_side(
-            k, v, s.rank, landmarks=_first_keys(k, s.rank), qk_norm=s.qk_norm, backend=backend
-        ),
-        _EVERY, (0, 0), shares_size=True,
+        "landmark_side", _tokens("keys", "keys"), lambda s: _sides(s)[0], _EVERY, (0, 0, 0, 0),
+        shares_size=True, forms=lambda s: _sides(s)[1:],
+        reference=lambda s, inputs, backend: _together(_sides(s, _chosen(s, inputs[0], inputs[1], backend))),
     ),
     *(
         Operator(
@@ -322,14 +425,17 @@ OPERATORS = (
         for solver in SOLVERS_OF_KERNELS
     ),
     Operator(
-        "project_sources", _sources, _project, (0, *[None] * 8), (1, 1), wide=(1, 2, 3, 4, 5, 6, 7, 8),
+        "project_sources", _sources, _project, (0, *[None] * 8), (1, 1, 1, 1), forms=_project_alone,
+        wide=(1, 2, 3, 4, 5, 6, 7, 8),
     ),
     Operator(
-        "pooled_links", _pyramid, _pool_links, (0, None, None, None, 0, None, None, None), (1, 0),
-        wide=(1, 2, 3, 4, 5, 6, 7),
+        "pooled_links", _pyramid, _pool_links, (0, None, None, None, 0, 0, None, None, None),
+        (1, 0, *_POOLED, *_POOLED, None, None), trained=partial(_pool_links, statistics=True),
+        forms=_pool_several_links, wide=(1, 2, 3, 4, 5, 6, 7, 8),
     ),
     Operator(
-        "merge_links", _merge, _merge_links, (1, 0, 0, *[None] * 5), (0,), wide=(0, 2, 3, 4, 5, 6, 7),
+        "merge_links", _merge, _merge_links, (1, 0, 0, *[None] * 5), (0, 0),
+        forms=_merge_several_links, wide=(0, 2, 3, 4, 5, 6, 7),
     ),
     Operator(
         "rms_scale", _tokens("queries"),
@@ -345,7 +451,7 @@ OPERATORS = (
         lambda s: lambda theta, rms, backend: ops.tau_loss(
             [theta], [rms.detach().abs() + 0.5], reference=1.0, backend=backend
         ),
-        (None, None), None, dtypes=("fp32",),
+        (None, None), None, dtypes=("fp32",), forms=_several_taus,
     ),
     Operator(
         "adaptive_pool", lambda s, draw: [draw(s.batch, WIDTH, s.height, s.width)],
@@ -386,7 +492,7 @@ def cases(
         if operator.name in names or operator.label in names:
             for dtype in dtypes:
                 for shape in shapes:
-                    if dtype in operator.dtypes and shape in (operator.shapes or SHAPES):
+                    if dtype in operator.dtypes:
                         yield Case(operator, dtype, shape)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import choice, verdicts
-from ..verdicts import COMMAND, PASSING, RIGHT, Group, Row, Verdict
+from ..verdicts import COMMAND, FAULTS, PASSING, RIGHT, Group, Row, Verdict
 from . import table
 from .cases import DTYPES, FAMILY, NAMES, OPERATORS, QUICK, SHAPES, Case, cases
 from .devices import CannotRunError, Device, open_device
@@ -150,14 +150,20 @@ def _run(options: argparse.Namespace) -> int:
         if not alone:
             raise CannotRunError(f"another process verifies {device.key.device}; times would be wrong")
         run = Run(device, options)
+        wanted += run.doubted(wanted)
         run.measure(wanted)
     if options.export is not None:
         verdicts.export(run.verdict, options.export)
         print(f"wrote {options.export}")
     choice.refresh()
-    labels = {(case.operator.label, case.dtype, case.shape) for case in wanted}
-    found = [row for row in run.verdict.rows if (row["operator"], row["dtype"], row["shape"]) in labels]
-    return run.tell(found)
+    labels, groups = {_label(case) for case in wanted}, set(map(_group, wanted))
+    counted = [
+        row
+        for row in run.verdict.rows
+        if (row["operator"], row["dtype"], row["shape"]) in labels
+        or (verdicts.group_of(row) in groups and row["status"] in FAULTS)
+    ]
+    return run.tell(counted)
 
 
 class Run:
@@ -174,10 +180,32 @@ class Run:
             f"{key.device}, compute capability {key.capability}, driver {key.driver}, torch {key.torch}, "
             f"triton {key.triton}, kernels {key.sources}"
         )
-        if kept is None and reason is not None and "not verified" not in reason:
+        if kept is None and reason != verdicts.NOT_VERIFIED:
             print(reason)
         self.path: Path | None = None
         self.progress = table.Progress()
+
+    def doubted(self, wanted: Sequence[Case]) -> list[Case]:
+        """Cases of the same operators at other shapes whose kept rows are faults that another attempt may clear.
+
+        A fault at one shape decides for all shapes. `--again` also repeats those that are no matter of luck.
+        """
+        asked, groups = set(map(_label, wanted)), set(map(_group, wanted))
+        faults = verdicts.faults(self.verdict.rows)
+        labels = {
+            (row["operator"], row["dtype"], row["shape"])
+            for row in faults
+            if row["status"] in PASSING or self.options.again
+        }
+        found = [
+            case
+            for case in cases(shapes=tuple(SHAPES))
+            if _group(case) in groups and _label(case) in labels - asked
+        ]
+        if found:
+            names = ", ".join(" ".join(_label(case)) for case in found)
+            print(f"these went wrong before and are tried again: {names}")
+        return found
 
     def measure(self, wanted: Sequence[Case]) -> None:
         """Measure the cases that the verdict has not, and keep every row as soon as it is there."""
@@ -291,7 +319,7 @@ class Run:
         if self.verdict.unfinished:
             names = ", ".join(f"{operator} in {dtype}" for operator, dtype in sorted(self.verdict.unfinished))
             print(
-                f"\nNot finished, and decided by no verdict until `{COMMAND}` has measured the rest: {names}"
+                f"\nNot finished, and not decided by this verdict until `{COMMAND}` has measured the rest: {names}"
             )
         if self.path is not None:
             print(f"\nKept in {self.path}; `backend=None` follows it from the next process on.")
@@ -304,6 +332,10 @@ def _rows_of(case: Case, judged: Mapping[Asked, Row | None]) -> list[Row | None]
 
 def _group(case: Case) -> Group:
     return case.operator.label, case.dtype
+
+
+def _label(case: Case) -> tuple[str, str, str]:
+    return case.operator.label, case.dtype, case.shape
 
 
 def _request(part: str, case: Case, backends: Sequence[str]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -82,13 +83,25 @@ def _upstream(x: Tensor, generator: torch.Generator, axis: int | None, alone: Al
 
 
 def ratios(
-    found: Found, call: Callable[..., Any], inputs: Sequence[Tensor], *, shares_size: bool = False
+    found: Found,
+    call: Callable[..., Any],
+    inputs: Sequence[Tensor],
+    *,
+    shares_size: bool = False,
+    redrawn: Callable[[int], Sequence[Tensor]] | None = None,
 ) -> dict[str, float]:
-    """Error divided by bound of every result and gradient, by the numerics rule; `call` is the reference's."""
+    """Error divided by bound of every result and gradient, by the numerics rule; `call` is the reference's.
+
+    Gradients of few numbers are drawn again by other losses; where `redrawn` gives other inputs, results too.
+    """
     wide = [x.double() for x in inputs]
     plain, exact = (results(call, x).named() for x in (inputs, wide))
-    few = [name for name, x in exact.items() if name.startswith("gradient") and x.numel() <= FEW]
-    others = [tuple(results(call, x, seed).named() for x in (inputs, wide)) for seed in range(DRAWS) if few]
+    drawn = [name for name in exact if redrawn is not None or name.startswith("gradient")]
+    few = [name for name in drawn if exact[name].numel() <= FEW]
+    others = []
+    for seed in range(DRAWS) if few else ():
+        again = inputs if redrawn is None else redrawn(seed)
+        others.append([results(call, x, seed).named() for x in (again, [one.double() for one in again])])
     together = list(exact.values()) if shares_size else None
     given = found.named()
     return {
@@ -133,7 +146,7 @@ def _fault_of(case: Case, backend: str, device: Device) -> tuple[str | None, flo
     operator, inputs = case.operator, case.inputs(device.torch_device)
 
     def call(*tensors: Tensor) -> Any:
-        return case.call(*tensors, backend=backend)
+        return case.judged(*tensors, backend=backend)
 
     found, again = results(call, inputs), results(call, inputs)
     device.synchronize()
@@ -143,12 +156,19 @@ def _fault_of(case: Case, backend: str, device: Device) -> tuple[str | None, flo
     if operator.ratio is not None:
         worst, name = operator.ratio(case.sizes, inputs, found.outputs), "the choice"
     else:
-        plain = case.call if operator.reference is None else operator.reference(case.sizes, inputs, backend)
+        plain = case.judged if operator.reference is None else operator.reference(case.sizes, inputs, backend)
 
         def by_reference(*tensors: Tensor) -> Any:
             return plain(*tensors, backend="reference")
 
-        by_name = ratios(found, by_reference, inputs, shares_size=operator.shares_size)
+        mixed = operator.outputs is not None and None in operator.outputs  # a statistic of the batch
+        by_name = ratios(
+            found,
+            by_reference,
+            inputs,
+            shares_size=operator.shares_size,
+            redrawn=partial(_redrawn, case, device) if mixed else None,
+        )
         worst, name = max((value, name) for name, value in by_name.items())
     if not worst <= 1:
         return f"{name} is off by {worst:.3g} times the bound", worst
@@ -159,6 +179,10 @@ def _fault_of(case: Case, backend: str, device: Device) -> tuple[str | None, flo
     if operator.outputs is not None and not _alone_as_together(case, call, inputs, found):
         return "a sample alone and in a batch gives different bits", worst
     return None, worst
+
+
+def _redrawn(case: Case, device: Device, draw: int) -> list[Tensor]:
+    return case.inputs(device.torch_device, draw + 1)
 
 
 def _same(one: Found, other: Found) -> bool:
@@ -212,7 +236,8 @@ def timed(case: Case, names: Sequence[str], device: Device, seconds: float) -> d
     inputs = case.inputs(device.torch_device)
     times = {}
     for direction in ("forward", "backward")[: 1 if case.operator.ratio else 2]:
-        steps = {name: _step(case.call, inputs, name, direction) for name in names}
+        call = case.call if direction == "forward" else case.trained
+        steps = {name: _step(call, inputs, name, direction) for name in names}
         for step in steps.values():
             step()
             device.synchronize()

@@ -17,6 +17,7 @@ from srm_model.cli.options import (
     add_config,
     add_device,
     add_max_pixels,
+    backend_name,
     budget,
     byte_count,
     not_negative,
@@ -473,7 +474,12 @@ def _add_profile(parser: argparse.ArgumentParser) -> None:
     )
     several("backbone", "timm models (default: pvt_v2_b2)", metavar="NAME")
     several("neck", "default: all", choices=tuple(NECKS))
-    several("backend", "of the operators in srm (default: each that can run here)", metavar="NAME")
+    several(
+        "backend",
+        "of the operators in srm; none follows the verdict about the device (default: each that can run here)",
+        type=backend_name,
+        metavar="NAME",
+    )
     several("resolution", "sides of the square image (default: 512)", type=positive, metavar="PX")
     several("batch", "images at once (default: 1)", type=positive, metavar="B")
     several("dtype", "fp32 (default), or what autocast computes in", choices=("fp32", "bf16", "fp16"))

@@ -128,11 +128,16 @@ def add_max_pixels(parser: argparse.ArgumentParser) -> None:
 def add_backend(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend",
-        type=lambda text: None if text.lower() == "none" else text,
+        type=backend_name,
         default=STORED,
         metavar="NAME",
         help="of the operators; none picks the fastest that can run (default: the one of training)",
     )
+
+
+def backend_name(text: str) -> str | None:
+    """A backend, or "none" for None, for argparse."""
+    return None if text.lower() == "none" else text
 
 
 def positive(text: str) -> int:

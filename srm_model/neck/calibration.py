@@ -31,7 +31,7 @@ def calibrate(neck: SRMNeck, pyramid: Sequence[Tensor]) -> None:
         for source, target in c.links:
             calibrate_link(neck.link(source, target), aligned[target], aligned[source])
         maps = neck.maps(pyramid, pool_sources=False)
-        norm = gated_fusion(maps, neck.gate(maps.unbind(1)), cap=None).norm
+        norm = gated_fusion(maps, neck.gate(maps.unbind(1)), cap=None, backend=c.backend).norm
         neck.track_norms(norm / neck.root(maps), anew=True)
 
 
@@ -52,7 +52,7 @@ def calibrate_link(link: Link, target: Tensor, source: Tensor) -> None:
         spreads = [logits(piece, K).std(-1, correction=0) for piece in Q.split(some, 2)]
         _scale_heads(link, link.query.weight, torch.cat(spreads, 2).mean((0, 2)).reciprocal())
         q = link.project(target, source)[0]
-    sigma = rms_scale(link.attend(q, k, v)).rms
+    sigma = rms_scale(link.attend(q, k, v), backend=c.backend).rms
     _scale_heads(link, link.value.weight, link.reference_scale / sigma)
 
 

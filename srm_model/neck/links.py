@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from srm_kernels import LandmarkSolution, dyt, full_attention, nystrom_attention, select_landmarks
 from srm_kernels.attention.reference import normalised_key
-from srm_kernels.landmarks import METHODS
+from srm_kernels.landmarks import METHODS, METHODS_OF_KERNELS
 from srm_model.config import SRMConfig
 
 
@@ -107,7 +107,10 @@ class Link(nn.Module):
     def landmarks(self, k: Tensor, **changes: Any) -> Tensor:
         """Indices (B, H, r) of the landmarks among the keys K (B, H, N_k, d)."""
         c = self.config.replace(**changes) if changes else self.config
-        return select_landmarks(normalised_key(k, c.qk_norm), c.rank, **self._choice(c))
+        options, backend = self._choice(c), c.backend
+        if backend == "triton" and options["method"] not in METHODS_OF_KERNELS:
+            backend = "reference"  # as attention by kernels has it
+        return select_landmarks(normalised_key(k, c.qk_norm), c.rank, backend=backend, **options)
 
     def _choice(self, c: SRMConfig) -> dict[str, Any]:
         """Sampling is for training, each time from a fresh seed; evaluation takes the largest scores."""

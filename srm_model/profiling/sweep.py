@@ -40,13 +40,16 @@ def cases(
     parts: Iterable[str] = ("neck",),
     backbones: Iterable[str] = ("pvt_v2_b2",),
     necks: Iterable[str] = tuple(NECKS),
-    backend_names: Iterable[str] | None = None,
+    backend_names: Iterable[str | None] | None = None,
     resolutions: Iterable[int] = (512,),
     batches: Iterable[int] = (1,),
     dtypes: Iterable[str] = ("fp32",),
     directions: Iterable[str] = ("forward",),
 ) -> list[Case]:
-    """The product of everything; `srm` once for each of `backend_names`, by default all that can run here."""
+    """The product of everything; `srm` once for each of `backend_names`, by default all that can run here.
+
+    None among the names follows the verdict about the device.
+    """
     available = (name for name, status in backends().items() if status.available)
     names = list(map(current_name, backend_names or available))
     with_backend = [
@@ -110,12 +113,13 @@ class Sweep:
     def _figures(self, case: Case, also: Callable[[Subject], None] | None) -> dict[str, Any]:
         assert self.effort is not None
         counts = self._count(case)
-        with running() as ran:
-            subject = Subject(case, self.config, self.device)
-            solve = subject.solve()
-            together = {"all": subject.call} | ({"solve": solve} if solve else {})
-            times = measure_together(together, self.device, self.effort)
+        subject = Subject(case, self.config, self.device)
+        solve = subject.solve()
+        together = {"all": subject.call} | ({"solve": solve} if solve else {})
+        times = measure_together(together, self.device, self.effort)
         del solve, together
+        with running() as ran:  # the call that is timed; neither the calibration nor the solves alone
+            memory = peak(subject.call, self.device, held=subject.held)
         middle = times["all"].typical * 1e-3
         roof = self._roof(case.dtype)
         work = counts["work"]
@@ -134,7 +138,7 @@ class Sweep:
             "work_macs": work * case.batch if work is not None else None,
             "matrix_share": work * case.batch / middle / roof.matrix_rate if work is not None else None,
             "launches": launches(subject.call, self.device),
-            "memory": peak(subject.call, self.device, held=subject.held)._asdict(),
+            "memory": memory._asdict(),
             "stages": None,
             "kernels": choice.ran(self.device, case.backend, ran) if case.neck == "srm" else None,
         }

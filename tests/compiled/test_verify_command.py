@@ -173,6 +173,11 @@ def test_two_processes_do_not_measure_one_device_at_once(capsys):
     assert "another process verifies Emulated sm_89" in capsys.readouterr().err
 
 
+def test_everything_that_can_be_timed_has_a_pretended_time():
+    names = (*verdicts.IMPLEMENTATIONS, "eager", "compiled")
+    assert sm_89().times(dict.fromkeys(names, lambda: None), 1.0).keys() == set(names)
+
+
 def test_the_command_line_gives_the_exit_code():
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(

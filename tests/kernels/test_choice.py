@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 import srm_kernels
-from srm_kernels import choice, explain, runtime, verdicts
+from srm_kernels import attention, choice, explain, runtime, verdicts
 from srm_kernels.choice import BOUNDS, class_of
+from srm_kernels.options import AttentionOptions, LandmarkOptions, SolveOptions
+from srm_kernels.registration import running
 from srm_kernels.runtime import choose_backend, choose_kernels
 
 pytest.importorskip("triton")
@@ -156,6 +158,20 @@ SIZES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
             "solver": "svd",
         },
     ),
+    "nystrom_attention (diagnostics)": (
+        (77, 50, 9, 24),
+        {"query": (2, 3, 77, 24), "key": (2, 3, 50, 24), "rank": 9, "diagnostics": "estimate"},
+    ),
+    "nystrom_attention (lu, diagnostics)": (
+        (77, 50, 9, 24),
+        {
+            "query": (2, 3, 77, 24),
+            "key": (2, 3, 50, 24),
+            "rank": 9,
+            "solver": "lu",
+            "diagnostics": True,
+        },
+    ),
     "landmark_side": ((50, 9, 24), {"key": (2, 3, 50, 24), "rank": 9}),
     "adaptive_pool": ((20, 24), {"x": (2, 24, 4, 5), "size": 2}),
     "gated_fusion": ((20, 24), {"maps": (2, 3, 24, 4, 5), "logits": (2, 3), "cap": None}),
@@ -175,6 +191,21 @@ def test_sizes_leave_out_batch_and_heads_and_variants_are_measured_apart(name: s
     no_kernel = "uniform" in name or "equilibrated" in name
     expected = "reference" if no_kernel else "triton"
     assert explain(name.split()[0], **options).backend == expected
+
+
+@pytest.mark.parametrize("diagnostics", [True, "estimate"])
+def test_diagnostics_are_plain_pytorch_where_they_were_not_measured(diagnostics: bool | str):
+    sizes = ["nystrom_attention", [64, 64, 9, 24]], ["landmark_solve (cholesky)", [9, 24]]
+    verified(*[row(name, one, FAST) for name, one in sizes])
+    q = torch.randn(1, 1, 64, 24)
+    with running() as found:
+        srm_kernels.nystrom_attention(q, q, q, 9, diagnostics=diagnostics)
+    assert found.pop("landmark_solve") <= {"reference", "torch"}
+    assert "landmark_blocks" not in found
+    assert "triton" not in set().union(*found.values())
+    with running() as found:
+        srm_kernels.landmark_solve(torch.eye(9)[None], torch.ones(1, 9, 24), diagnostics=diagnostics)
+    assert found == {"landmark_solve": {"triton"}, "landmark_diagnostics": {"reference"}}
 
 
 @pytest.mark.parametrize("status", verdicts.FAULTS)
@@ -259,6 +290,45 @@ def test_a_shipped_verdict_is_followed_and_marked(tmp_path: Path, monkeypatch):
     assert "shipped" in dyt_of(64).reason
     verified(row("dyt", [64, 24], SLOW))
     assert (dyt_of(64).backend, dyt_of(64).origin) == ("reference", "this machine")
+
+
+@pytest.mark.parametrize("shipping", [False, True])
+def test_a_file_that_cannot_be_used_is_one_line_in_the_log(
+    shipping: bool, tmp_path: Path, monkeypatch, caplog
+):
+    monkeypatch.setattr(verdicts, "SHIPPED", tmp_path / "shipped")
+    if shipping:
+        verdicts.export(verdicts.Verdict(KEY, (row("dyt", [64, 24], FAST),)), verdicts.SHIPPED / "card.jsonl")
+    verdicts.path_of(KEY).mkdir(parents=True)
+    for _ in range(2):
+        choice.refresh()
+        assert dyt_of(64).backend == ("triton" if shipping else "reference")
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert f"{verdicts.path_of(KEY)} is ignored: it is not a regular file" in said
+    assert ("ships with the package" in said) == shipping
+
+
+@pytest.mark.parametrize("status", ["right", "wrong", "refused", "error"])
+@pytest.mark.parametrize("changed", ["driver", "torch", "sources"])
+def test_a_stale_verdict_is_said_and_what_it_found_wrong_is_not_lost(
+    status: str, changed: str, tmp_path: Path, monkeypatch, caplog
+):
+    """A shipped verdict serves in its place, where driver and patch versions do not count."""
+    monkeypatch.setattr(verdicts, "SHIPPED", tmp_path / "shipped")
+    rows = row("dyt", [64, 24], FAST), row("rms_scale", [64, 24], FAST)
+    verdicts.export(verdicts.Verdict(KEY, rows), verdicts.SHIPPED / "card.jsonl")
+    own = rows[0] | {"status": status, "reason": "off by 7 times the bound"}
+    old = KEY._replace(**{changed: f"{KEY.torch}.9" if changed == "torch" else "another"})
+    verdicts.save(verdicts.Verdict(old, (own, rows[1])))
+    choice.refresh()
+    counts = status in ("wrong", "refused") and changed != "sources"
+    assert dyt_of(64).backend == ("reference" if counts else "triton")
+    assert ("off by 7 times" in dyt_of(64).reason) == counts
+    assert explain("rms_scale", torch.zeros(1, 1, 64, 24)).backend == "triton"
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert f"{changed} was {getattr(old, changed)}" in said
+    assert "ships with the package" in said
+    assert ("wrong on this machine: dyt" in said) == counts
 
 
 @pytest.fixture
@@ -377,6 +447,16 @@ def test_a_choice_that_was_made_before_costs_less_than_two_microseconds(where: s
             tensor=rhs, sizes=lambda: (rhs.shape[-2], rhs.shape[-1]), variant="svd", call=(rhs.shape,),
         )  # fmt: skip
 
+    query, key = torch.zeros(2, 3, 77, 24), torch.zeros(2, 3, 50, 24)
+    options = AttentionOptions(LandmarkOptions(9), SolveOptions(), 0.2, "keys")
+
+    def of_attention() -> str:
+        return attention._choose_backend(None, query, key, None, options)
+
+    of_attention()
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "_decided", None)  # what makes closures
+        assert of_attention() in ("torch", "reference")
     assert [by_kernels(), by_backend()] == ["triton"] * 2 if where == "decided" else ["reference", "torch"]
 
     def least(call: Any) -> float:
@@ -385,6 +465,7 @@ def test_a_choice_that_was_made_before_costs_less_than_two_microseconds(where: s
     empty = least(lambda: None)
     assert least(by_kernels) < 80 * empty
     assert least(by_backend) < 80 * empty
+    assert least(of_attention) < 80 * empty
 
 
 def test_a_choice_is_kept_for_a_device_and_not_for_tensors_without_numbers():

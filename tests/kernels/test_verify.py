@@ -20,6 +20,7 @@ from torch import Tensor
 import srm_kernels
 from srm_kernels import __main__ as program
 from srm_kernels import runtime, verdicts
+from srm_kernels.choice import Answer, Question
 from srm_kernels.verify import child, command, devices, measure, table, workers
 from srm_kernels.verify.cases import FAMILY, NAMES, OPERATORS, QUICK, SHAPES, Case, cases
 from srm_kernels.verify.devices import CannotRunError, CudaDevice, Device, cuda_missing, open_device
@@ -71,6 +72,16 @@ def test_every_operator_with_kernels_is_verified():
     assert asked - set(NAMES) == {"full_attention", "serves_pooled_links"}
 
 
+@pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.label)
+def test_all_calls_of_a_case_run_under_its_verdict(operator: Any):
+    for shape in FAMILY:
+        case = Case(operator, "fp32", shape)
+        for call in case.calls:
+            with pytest.raises(Answer) as answer:
+                call(*case.inputs("meta"), backend=Question("reference"))
+            assert answer.value.explanation.operator == operator.label
+
+
 def test_cases_are_what_explain_names_and_sizes_need_no_numbers():
     for case in cases(shapes=tuple(SHAPES), dtypes=("fp32",)):
         sizes = measure.sizes_of(case)
@@ -90,7 +101,7 @@ def test_every_case_has_results_and_batch_axes_that_fit(operator: Any):
     inputs = case.inputs()
     axes = operator.inputs[: len(inputs)]
     assert len(axes) == len(inputs)
-    call = lambda *x: case.call(*x, backend="reference")  # noqa: E731
+    call = lambda *x: case.judged(*x, backend="reference")  # noqa: E731
     whole = measure.results(call, inputs)
     assert len(whole.outputs) == len(operator.outputs or whole.outputs)
     if operator.outputs is None:
@@ -98,7 +109,8 @@ def test_every_case_has_results_and_batch_axes_that_fit(operator: Any):
     sample = [x if axis is None else x.narrow(axis, 1, 1) for x, axis in zip(inputs, axes, strict=True)]
     alone = measure.results(call, sample, alone=measure.Alone(case.sizes.batch, operator.outputs))
     for one, many, axis in zip(alone.outputs, whole.outputs, operator.outputs, strict=True):
-        torch.testing.assert_close(one, many.narrow(axis, 1, 1))
+        if axis is not None:
+            torch.testing.assert_close(one, many.narrow(axis, 1, 1))
     for i, gradient in whole.gradients.items():
         if axes[i] is not None:
             torch.testing.assert_close(
@@ -455,7 +467,36 @@ def test_a_narrower_run_after_an_interrupted_one_finishes_what_it_measures(wide:
     answers.asked.clear()
     assert command.main(full) == 0
     assert {one["shape"] for one in answers.asked} >= {wide}
-    assert len(kept().rows) == 8
+    assert len(kept().rows) == 2 * len(FAMILY)
+
+
+@pytest.mark.parametrize("status", ["error", "wrong"])
+def test_a_fault_at_another_shape_counts_and_is_tried_again(status: str, monkeypatch, capsys):
+    """A full run finds a fault and is interrupted; a quick one follows."""
+
+    def interrupted(request: dict[str, Any]) -> dict[str, Any]:
+        if request["part"] == "right" and (request["operator"], request["shape"]) == ("dyt", "large"):
+            return {"status": status, "reason": "out of luck", "ratio": None}
+        if request["part"] == "fast":
+            raise KeyboardInterrupt
+        return fine(request)
+
+    full = ["--only", "dyt", "rms_scale", "--dtypes", "fp32"]
+    answers = Answers(monkeypatch, interrupted)
+    assert command.main(full) == 130
+    answers.answer = lambda request: interrupted(request) if request["part"] == "right" else fine(request)
+    capsys.readouterr()
+    answers.asked.clear()
+    assert command.main([*full, "--quick"]) == 1
+    assert "dyt [triton] fp32 large: out of luck" in (out := capsys.readouterr().out)
+    assert ("dyt fp32 large" in out) == (status == "error")
+    asked = [one["shape"] for one in answers.asked if one["part"] == "right"]
+    assert set(asked) == ({"large"} if status == "error" else set())
+    assert command.main([*full, "--quick", "--only", "rms_scale"]) == 0, "of another operator"
+    answers.answer = fine
+    assert command.main([*full, "--quick", *(["--again"] if status == "wrong" else [])]) == 0
+    assert not verdicts.faults(kept().rows)
+    assert kept().unfinished == frozenset()
 
 
 def test_an_older_row_keeps_its_date(monkeypatch):

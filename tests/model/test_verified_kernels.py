@@ -22,6 +22,9 @@ from srm_model.checkpoint import save_model
 from srm_model.cli import _parser, main
 from srm_model.files import read_json, write_json
 from srm_model.neck import SRMNeck
+from srm_model.neck import make_neck as build_neck
+from srm_model.neck.calibration import calibrate
+from srm_model.neck.diagnosis import measure
 from srm_model.reports.page import _kernels
 from srm_model.reports.run import read_run
 
@@ -112,6 +115,29 @@ def test_a_named_backend_is_not_overruled(neck: SRMNeck):
     plain = SRMNeck((8, 8, 8, 8), CONFIG.replace(backend="reference")).eval()
     plain.load_state_dict(neck.state_dict())
     assert not any("triton" in one for one in launched(plain))
+
+
+@pytest.mark.parametrize("name", ["srm", "quadratic"])
+@pytest.mark.parametrize("landmarks", ["leverage", "uniform"])
+def test_no_step_beside_the_forward_pass_overrules_a_name(name: str, landmarks: str):
+    """Calibration and diagnosis choose landmarks and take statistics themselves."""
+    verify()
+    pyramid = make_pyramid(2, GRIDS, (8, 8, 8, 8))
+    for backend in ("reference", None):
+        config = CONFIG.replace(backend=backend, landmarks=landmarks)
+        neck = build_neck(name, (8, 8, 8, 8), config)
+        with running() as found:
+            calibrate(neck, pyramid)
+            measure(neck, pyramid)
+            neck.train()(pyramid)
+        assert {"rms_scale", "gated_fusion"} <= found.keys()
+        assert ("triton" in set().union(*found.values())) == (backend is None)
+        assert name == "quadratic" or "select_landmarks" in found
+    if name == "srm":
+        neck = build_neck(name, (8, 8, 8, 8), CONFIG.replace(backend="triton", landmarks=landmarks))
+        with running() as found:
+            calibrate(neck, pyramid)
+        assert found["select_landmarks"] == {"triton" if landmarks == "leverage" else "reference"}
 
 
 def test_what_ran_and_whose_verdict_is_one_sentence(neck: SRMNeck, monkeypatch):

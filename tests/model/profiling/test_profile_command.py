@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from srm_kernels import backends
+from srm_kernels import backends, choice
+from srm_kernels.registration import running
 from srm_model import SRMConfig
 from srm_model.cli import main
 from srm_model.profiling import Case, Effort, Subject, Sweep, article_cases, cases
@@ -86,6 +87,27 @@ def test_other_dtypes_batches_and_backends(tmp_path: Path):
     one, two = (next(row for row in rows if row["batch"] == batch) for batch in (1, 2))
     assert one["macs"] == two["macs"]
     assert two["work_macs"] == 2 * one["work_macs"]
+
+
+def test_the_backend_none_follows_the_verdict_and_the_kernels_are_those_of_the_timed_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    found: list[dict[str, Any]] = []
+    plain = choice.ran
+    monkeypatch.setattr(
+        choice, "ran", lambda device, named, ran: found.append(dict(ran)) or plain(device, named, ran)
+    )
+    (row,) = profile(tmp_path, "--resolution", "32", "--neck", "srm", "--backend", "none")
+    assert (row["error"], row["backend"], row["label"].split(" (")[0]) == (None, None, "srm [default]")
+    assert "verified on CUDA devices" in row["kernels"]
+    assert f"kernels: {row['kernels']}" in capsys.readouterr().out
+    subject = Subject(
+        Case("neck", "test_convnext", "srm", None, 32, 1, "fp32", "forward"), CONFIG, torch.device("cpu")
+    )
+    with running() as called:
+        subject.call()
+    assert found == [called]
+    assert "rms_scale" not in called, "which the calibration runs"
 
 
 def test_every_flag_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -101,7 +101,8 @@ def ratios(
     others = []
     for seed in range(DRAWS) if few else ():
         again = inputs if redrawn is None else redrawn(seed)
-        others.append([results(call, x, seed).named() for x in (again, [one.double() for one in again])])
+        both = (results(call, x, seed).named() for x in (again, [one.double() for one in again]))
+        others.append([{name: one[name] for name in few} for one in both])  # the others are large
     together = list(exact.values()) if shares_size else None
     given = found.named()
     return {

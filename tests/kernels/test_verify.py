@@ -195,6 +195,22 @@ def test_what_is_wrong_is_found_and_named(name: str):
     json.dumps(found, allow_nan=False)
 
 
+def test_a_statistic_that_is_accurate_by_luck_is_judged_by_other_inputs_too():
+    """Ones have no error in bf16."""
+
+    def call(x: Tensor) -> Tensor:
+        return (x if x.dtype == torch.float64 else x.bfloat16().to(x.dtype)).sum(0)
+
+    def others(seed: int) -> list[Tensor]:
+        return [torch.randn(6, 4, generator=torch.Generator().manual_seed(seed))]
+
+    inputs = [torch.ones(6, 4)]
+    for error, right in ((0.004, True), (0.04, False)):
+        found = measure.Found([call(inputs[0]) + error], measure.results(call, inputs).gradients)
+        assert measure.ratios(found, call, inputs)["output 0"] > 1
+        assert (measure.ratios(found, call, inputs, redrawn=others)["output 0"] <= 1) == right
+
+
 def test_pytorchs_own_products_are_not_asked_for_the_same_bits():
     assert measure.judged(plain_case(_Drifting()), "torch", Pretended())["status"] == "right"
 

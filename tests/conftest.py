@@ -73,6 +73,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
 
 
+@pytest.fixture(autouse=True)
+def no_pretended_device() -> Iterator[None]:
+    """No test leaves CPU tensors as those of a pretended device to the next."""
+    from srm_kernels import choice
+
+    yield
+    assert choice._pretended is None
+
+
 @pytest.fixture(scope="session", autouse=True)
 def exact_libraries() -> Iterator[None]:
     """On a GPU torch takes fp32 convolutions and products in fp32, not in TF32, and by the same algorithm each time.

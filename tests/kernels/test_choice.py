@@ -43,13 +43,18 @@ def row(operator: str, sizes: list[int], times: dict[str, float], **changes: Any
     }
 
 
+@pytest.fixture
+def pretended() -> Iterator[None]:
+    with choice.pretended(KEY):
+        yield
+
+
 @pytest.fixture(autouse=True)
-def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def fresh(pretended: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pretend first, so that it ends after what a test has patched is put back."""
     monkeypatch.setenv("SRM_KERNELS_CACHE", str(tmp_path))
     monkeypatch.setattr(choice, "_logged", False)
     verdicts._warned.clear()
-    with choice.pretended(KEY):
-        yield
 
 
 def verified(*rows: verdicts.Row, **changes: Any) -> None:

@@ -35,11 +35,16 @@ CONFIG = SRMConfig(channels=32, heads=2, rank=4, pool_size=2, image_size=32, lin
 GRIDS = ((8, 8), (4, 4), (2, 2), (2, 2))
 
 
-@pytest.fixture(autouse=True)
-def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("SRM_KERNELS_CACHE", str(tmp_path / "kept"))
+@pytest.fixture
+def pretended() -> Iterator[None]:
     with choice.pretended(KEY):
         yield
+
+
+@pytest.fixture(autouse=True)
+def device(pretended: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pretend first, so that it ends after what a test has patched is put back."""
+    monkeypatch.setenv("SRM_KERNELS_CACHE", str(tmp_path / "kept"))
 
 
 def verify(**statuses: str) -> None:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from srm_model.attacks.guard import as_found, check_model, scores_of, to_model
+from srm_model.attacks.guard import as_found, as_scores, check_model, scores_of, to_model
 from srm_model.modules import make_torchvision_importable
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -76,22 +76,13 @@ class ExternalModel(nn.Module):
         """Return the scores, (B,) floating point.
 
         Raises:
-            ValueError: the model returned no tensor, or one of another shape than (B,) or (B, 1).
+            TypeError: the model returned no tensor.
+            ValueError: it returned a tensor of another shape than (B,) or (B, 1), or of integers.
         """
         output = self.model((images - self.mean.to(images)) * self.gain.to(images))
-        found = getattr(output, "logits", output)  # of a Hugging Face model
-        batch = len(images)
-        if not isinstance(found, Tensor):
-            raise ValueError(
-                f"the model returned a {type(found).__name__}: expected a tensor of one score per image"
-            )
-        if found.shape not in ((batch,), (batch, 1)) or not found.is_floating_point():
-            raise ValueError(
-                f"the model returned {found.dtype} of shape {tuple(found.shape)} for {batch} images: expected "
-                f"floating-point scores of shape ({batch},) or ({batch}, 1)"
-            )
-        slope, offset = self.line.to(found)
-        return found.reshape(batch) * slope + offset
+        scores = as_scores(getattr(output, "logits", output), len(images))  # "logits" of a Hugging Face model
+        slope, offset = self.line.to(scores)
+        return scores * slope + offset
 
     def match(self, scores: npt.ArrayLike, labels: npt.ArrayLike) -> None:
         """Bring scores to the mean and the standard deviation of labels, so that both are on one scale.

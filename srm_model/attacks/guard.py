@@ -76,18 +76,22 @@ def scores_of(model: nn.Module, images: Tensor) -> Tensor:
         raise ValueError(
             f"the model fails on {images.dtype} images of shape {tuple(images.shape)}: {reason}"
         ) from error
-    batch = len(images)
-    if not isinstance(scores, Tensor):
+    scores = as_scores(scores, len(images))
+    return scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
+
+
+def as_scores(output: object, batch: int) -> Tensor:
+    """Return what a model gave for `batch` images as (B,); TypeError or ValueError where it is not a score each."""
+    if not isinstance(output, Tensor):
         raise TypeError(
-            f"the model returned a {type(scores).__name__}: expected a tensor of one score per image"
+            f"the model returned a {type(output).__name__}: expected a tensor of one score per image"
         )
-    if scores.shape not in ((batch,), (batch, 1)) or not scores.is_floating_point():
+    if output.shape not in ((batch,), (batch, 1)) or not output.is_floating_point():
         raise ValueError(
-            f"the model returned {scores.dtype} of shape {tuple(scores.shape)} for {batch} images: "
+            f"the model returned {output.dtype} of shape {tuple(output.shape)} for {batch} images: "
             f"expected floating-point scores of shape ({batch},) or ({batch}, 1)"
         )
-    scores = scores.reshape(batch)
-    return scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
+    return output.reshape(batch)
 
 
 def gradient_of(scores: Tensor, images: Tensor, pull: Tensor | None = None) -> Tensor | None:

@@ -145,11 +145,11 @@ class Subject:
         if self.device.type == "cpu":
             runs.keep_memory()
         used = spread(len(self.dataset), len(self.dataset) if args.limit is None else args.limit)
-        images = [self.dataset[index][0] for index in used]
-        scores = np.concatenate([predict(self.model, image[None]).cpu().double().numpy() for image in images])
+        # One image at a time: a whole set would not fit in memory.
+        scores = np.array([float(predict(self.model, self.dataset[index][0][None])) for index in used])
         labels = self.dataset.mos[used]
         self.model.match(scores, labels)
-        self.has_gradient = differentiable(self.model, images[0])
+        self.has_gradient = differentiable(self.model, self.dataset[used[0]][0])
         if not self.has_gradient:
             runs.say(f"{args.model}: its scores have no gradient, so it is attacked by queries alone")
         if srocc(scores, labels) < 0:

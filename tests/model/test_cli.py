@@ -582,24 +582,9 @@ def test_a_set_is_synthesised_by_the_command(data: Path, tmp_path: Path, capsys:
 
 
 @pytest.mark.parametrize("quiet", [[], ["--no-progress"]])
-def test_checking_shows_a_bar_unless_told(data: Path, monkeypatch: pytest.MonkeyPatch, quiet: list[str]):
-    from srm_model.data import base
-
-    shown: list[bool] = []
-    original = base.find_faults
-
-    def recorded(paths: Any, *, verify: str, progress: bool) -> Any:
-        shown.append(progress)
-        return original(paths, verify=verify, progress=progress)
-
-    monkeypatch.setattr(base, "find_faults", recorded)
-    assert main(["data", "check", str(data), *quiet]) == 0
-    assert set(shown) == {not quiet}
-
-
-@pytest.mark.parametrize("quiet", [[], ["--no-progress"]])
-def test_synthesising_shows_bars_unless_told(
-    data: Path, tmp_path: Path, quiet: list[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("action", ["check", "synthesize"])
+def test_checking_shows_a_bar_unless_told(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, action: str, quiet: list[str]
 ):
     from srm_model.data import base
 
@@ -612,6 +597,9 @@ def test_synthesising_shows_bars_unless_told(
 
     monkeypatch.setattr(base, "find_faults", recorded)
     photographs = ["--photographs", str(data / "reference_images"), "--types", "8", "--levels", "1"]
-    command = ["data", "synthesize", str(tmp_path / "set"), *photographs, "--metric", "ssim"]
-    assert main([*command, *quiet]) == 0
+    arguments = {
+        "check": [str(data)],
+        "synthesize": [str(tmp_path / "set"), *photographs, "--metric", "ssim"],
+    }
+    assert main(["data", action, *arguments[action], *quiet]) == 0
     assert set(shown) == {not quiet}

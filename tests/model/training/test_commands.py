@@ -10,6 +10,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -47,14 +49,27 @@ def test_two_processes_train_evaluate_and_write_once(tmp_path: Path, capfd):
     check_evaluated(one, two)
 
 
-def test_of_two_trainings_started_together_one_trains(tmp_path: Path, capfd):
+def test_of_two_trainings_started_together_one_trains(tmp_path: Path, capfd, monkeypatch):
     """The other ends with a sentence. Config, weights and evaluation are of one seed."""
     data, out = write_set(tmp_path / "data"), tmp_path / "out"
-    together = multiprocessing.get_context("fork").Barrier(2)
+    forking = multiprocessing.get_context("fork")
+    together, refused = forking.Barrier(2), forking.Event()
+
+    @contextmanager
+    def held_until_the_other_is_refused(folder: Path, *, shared: bool = False) -> Iterator[None]:
+        with held(folder, shared=shared):
+            # Six images are soon trained on: one may have ended before the other asks for the lock.
+            refused.wait(60)
+            yield
+
+    monkeypatch.setattr("srm_model.runs.held", held_until_the_other_is_refused)
 
     def train(seed: int) -> int:
         together.wait(60)
-        return main(["train", "--data", str(data), "--out", str(out), "--seed", str(seed), *FLAGS])
+        code = main(["train", "--data", str(data), "--out", str(out), "--seed", str(seed), *FLAGS])
+        if code:
+            refused.set()
+        return code
 
     processes = {seed: start(train, seed) for seed in (1, 2)}
     for process in processes.values():

@@ -77,7 +77,7 @@ def test_everything_fits_into_shared_memory(table: list[dict[str, Any]], archite
     limit = SHARED_LIMIT[architecture] * 1024
     rows = [row for row in table if row["architecture"] == architecture]
     assert max(row["case"]["rank"] for row in rows) == 128
-    assert max(row["case"]["d"] for row in rows) == (128 if WHOLE else 64)
+    assert max(row["case"]["d"] for row in rows) == 128
     assert [(row["kernel"], row["case"], row["shared"]) for row in rows if row["shared"] > limit] == []
 
 

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -598,21 +598,32 @@ def test_where_no_kernel_can_run_an_earlier_verdict_stays_whole(monkeypatch, cap
     assert kept() == before
 
 
+@pytest.fixture
+def handler(number: signal.Signals, request: pytest.FixtureRequest) -> Iterator[Any]:
+    """The handler of a signal before a command runs; nohup, which may have started the tests, ignores SIGHUP."""
+    before = signal.signal(number, request.param)
+    yield request.param
+    signal.signal(number, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_signals_interrupt_as_ctrl_c_does(number: signal.Signals, monkeypatch, capsys):
+@pytest.mark.parametrize("handler", [signal.SIG_DFL], indirect=True)
+def test_signals_interrupt_as_ctrl_c_does(number: signal.Signals, handler: Any, monkeypatch, capsys):
     def answer(request: dict[str, Any]) -> dict[str, Any]:
         os.kill(os.getpid(), number)
         return fine(request)
 
     Answers(monkeypatch, answer)
-    before = signal.getsignal(number)
     assert command.main(ONLY) == 128 + number
     assert "the next run goes on from here" in capsys.readouterr().err
-    assert signal.getsignal(number) is before
-    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN)  # as nohup leaves SIGHUP
+    assert signal.getsignal(number) is handler
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("handler", [signal.SIG_IGN], indirect=True)
+def test_a_signal_that_nohup_ignores_stays_ignored(number: signal.Signals, handler: Any):
     with command._interrupting(number):
-        monkeypatch.undo()
-        assert signal.getsignal(number) is before
+        assert signal.getsignal(number) is handler
 
 
 def test_reasons_are_one_printable_line():

@@ -47,7 +47,7 @@ def neck_cases() -> list[NeckCase]:
         ),
         NeckCase(
             "odd maps, no normalisation", _UNIFORM.replace(heads=4, rank=17, qk_norm=None, dyt=False), _ODD,
-            sample=(("fp32", 120),),
+            sample=(("fp32", 90),),
         ),
         NeckCase(
             "no statistics, P=3, DyT in the gate",
@@ -60,7 +60,7 @@ def neck_cases() -> list[NeckCase]:
         ),
         NeckCase(
             "128 landmarks", _UNIFORM.replace(channels=128, rank=128, dyt=False, links=((4, 2),)),
-            ((12, 12),) * 4, batch=1, architectures=(80, 90), sample=(("bf16", 80),),
+            ((12, 12),) * 4, batch=1, architectures=(80, 90), sample=(("bf16", 80), ("bf16", 90)),
         ),
         NeckCase(
             "another solver, pivoted Cholesky",

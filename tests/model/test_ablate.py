@@ -531,7 +531,10 @@ def test_the_experiments_tables_are_those_of_their_rows():
 
 
 def test_the_experiments_page_has_the_figures_of_its_rows():
-    """Its table: mean and standard deviation over three seeds, clean and at every budget that was attacked."""
+    """Mean and standard deviation over three seeds, clean and at every budget that was attacked.
+
+    The summary has the first columns of most models, and another table each seed of those trained adversarially.
+    """
     records = Records(EXPERIMENTS / "robustness")
     page = (EXPERIMENTS / "README.md").read_text()
     budgets = read_study(EXPERIMENTS / "robustness.toml").budgets
@@ -561,6 +564,22 @@ def test_the_experiments_page_has_the_figures_of_its_rows():
                 over_seeds(lines, lambda v, n=norm: v["srocc"] if n is None else v["worst"]["srocc"])
             )
         assert f"| {label} | {' | '.join(cells)} |" in page
+        summary = f"| {label} | {' | '.join(cells[:3])} |\n"
+        assert summary in page or label in (
+            "five links, adversarial",
+            "`none`, gradient-norm",
+            "`srm`, gradient-norm",
+        )
+        if label.endswith(", adversarial"):
+            by_seed = [
+                over_seeds([line], lambda v: v["worst"]["srocc"])
+                for norm, eps in budgets[:2]
+                for line in sorted(records.of("attack"), key=lambda line: line["identity"]["seed"])
+                if (line["identity"]["neck"], line["identity"]["variant"]) == (neck, variant)
+                and (line["identity"]["norm"], line["identity"]["eps"]) == (norm, eps)
+            ]
+            assert len(by_seed) == 6
+            assert f"| {label.removesuffix(', adversarial')} | {' | '.join(by_seed)} |\n" in page
 
 
 def test_a_second_call_repeats_nothing_and_a_lost_line_is_measured_again(

@@ -21,7 +21,7 @@ DOCS_DIR ?= build/docs
 
 help:
 	@echo 'make demo        train, attack and report on two necks; writes $(DEMO_DIR)/report.html'
-	@echo 'make quick-demo  the same road in small, to see that it runs'
+	@echo 'make quick-demo  a short demo with small models, as a smoke test'
 	@echo 'make test        the whole test suite'
 	@echo 'make test-portable  the tests that compare bits, as on a processor without AVX'
 	@echo 'make test-versions  the whole suite with the oldest and the newest torch and Triton: 11 GB of packages'

@@ -6,11 +6,13 @@ their relative links hold.
 
 from __future__ import annotations
 
-from collections import namedtuple
+from importlib import import_module
 from importlib.metadata import version as installed_version
-from typing import Any
+from typing import Any, NamedTuple
 
 from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+from sphinx.util import logging
 
 project = "srm-iqa"
 author = "The srm-iqa authors"
@@ -34,7 +36,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:obj", ".*"),
     ("py:.*", r"(?!srm_(kernels|model)\.).*"),  # types of other packages
-    ("myst", r"(\.\./)*[\w/-]+"),  # links to folders
+    ("myst", r"(\.\./)+[\w/-]+|robustness"),  # links to folders
 ]
 
 autodoc_default_options = {"members": True}
@@ -44,13 +46,25 @@ autodoc_type_aliases = {"ArrayLike": "numpy.typing.ArrayLike"}
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 
-FIELD = type(namedtuple("Pair", "one")._fields and namedtuple("Pair", "one").one)
+
+class _Tuple(NamedTuple):
+    field: int
 
 
-def _skip_named_tuple_fields(app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool:
-    """Skip "Alias for field number 0": the class's own docstring describes its fields."""
-    return skip or isinstance(obj, FIELD)
+def skip_fields(app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
+    """Leave out "Alias for field number 0"; the docstring of a `NamedTuple` describes the fields."""
+    return True if isinstance(obj, type(_Tuple.field)) else None
+
+
+def check_public_names(app: Sphinx, env: BuildEnvironment) -> None:
+    """Warn about public names without an entry, because autodoc leaves out names without a docstring."""
+    described = env.domains["py"].objects
+    for module in [name for name, entry in described.items() if entry.objtype == "module"]:
+        for name in getattr(import_module(module), "__all__", ()):
+            if f"{module}.{name}" not in described:
+                logging.getLogger(__name__).warning("%s.%s has no entry in the reference", module, name)
 
 
 def setup(app: Sphinx) -> None:
-    app.connect("autodoc-skip-member", _skip_named_tuple_fields)
+    app.connect("autodoc-skip-member", skip_fields)
+    app.connect("env-check-consistency", check_public_names)

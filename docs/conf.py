@@ -39,12 +39,12 @@ nitpick_ignore_regex = [
     ("myst", r"(\.\./)+[\w/-]+|robustness"),  # links to folders
 ]
 
-autodoc_default_options = {"members": True}
 autodoc_inherit_docstrings = False
 autodoc_member_order = "bysource"
 autodoc_type_aliases = {"ArrayLike": "numpy.typing.ArrayLike"}
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+napoleon_use_rtype = False
 
 
 class _Tuple(NamedTuple):

@@ -54,7 +54,8 @@ def raised(function: Any) -> set[str]:
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     calls = [node.exc for node in ast.walk(tree) if isinstance(node, ast.Raise)]
     names = {call.func.id for call in calls if isinstance(call, ast.Call) and isinstance(call.func, ast.Name)}
-    return names - {"AssertionError"}  # a fault of the program, not of its arguments
+    classes = {name for name in names if name[0].isupper()}
+    return classes - {"AssertionError"}  # a fault of the program, not of its arguments
 
 
 def faults(value: Any) -> list[str]:

@@ -37,6 +37,7 @@ def public_names() -> list[tuple[str, str]]:
 
 NAMES = public_names()
 OBJECTS = {f"{module}.{name}": getattr(import_module(module), name) for module, name in NAMES}
+OBJECTS_BY_NAME = {name.rpartition(".")[2]: value for name, value in OBJECTS.items()}
 DOCUMENTED = {name: value for name, value in OBJECTS.items() if callable(value)}
 
 
@@ -59,7 +60,11 @@ def raised(function: Any) -> set[str]:
 
 
 def faults(value: Any) -> list[str]:
-    """Return what the docstring of a function or class lacks."""
+    """Return what the docstring of a function or class lacks.
+
+    In place of all sections, "Arguments, result and errors are those of `pgd`" may name a public function that has
+    the same parameters.
+    """
     docstring = inspect.getdoc(value) if value.__doc__ else None
     if not docstring:
         return ["no docstring"]
@@ -69,6 +74,8 @@ def faults(value: Any) -> list[str]:
     parameters = list(inspect.signature(value).parameters)
     has_fields = is_class and (dataclasses.is_dataclass(value) or hasattr(value, "_fields"))
     named = section(docstring, "Attributes" if has_fields else "Args")
+    if named is None and (other := re.search(r"Arguments\b.* are those\s+of `(\w+)`", docstring)):
+        return sorted({*parameters} - {*inspect.signature(OBJECTS_BY_NAME[other[1]]).parameters})
     wanted = parameters if parameters and not (has_fields and named is None) else None
     wrong = [] if named == wanted else [f"explains {named}; expected {wanted}"]
     if not is_class:
@@ -110,6 +117,8 @@ def test_faults_are_found():
     ):
         good.__doc__ = text.replace(before, after)
         assert len(faults(good)) == 1, after
+    good.__doc__ = "Subtract.\n\nArguments, result and errors are those of `pgd`."
+    assert faults(good) == ["x", "y"]
     good.__doc__ = None
     assert faults(good) == ["no docstring"]
 

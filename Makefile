@@ -14,17 +14,19 @@ PORTABLE := tests/kernels/test_attention_ops.py tests/kernels/test_cpu_core.py t
 BIN := $(VENV)/bin
 DEMO_DIR ?= runs/demo
 QUICK_DEMO_DIR ?= runs/quick-demo
+DOCS_DIR ?= build/docs
 
 .DELETE_ON_ERROR:
-.PHONY: help demo quick-demo test test-portable test-versions lint
+.PHONY: help demo quick-demo test test-portable test-versions lint docs
 
 help:
 	@echo 'make demo        train, attack and report on two necks; writes $(DEMO_DIR)/report.html'
-	@echo 'make quick-demo  the same road in small, to see that it runs'
+	@echo 'make quick-demo  a short demo with small models, as a smoke test'
 	@echo 'make test        the whole test suite'
 	@echo 'make test-portable  the tests that compare bits, as on a processor without AVX'
 	@echo 'make test-versions  the whole suite with the oldest and the newest torch and Triton: 11 GB of packages'
-	@echo 'make lint        ruff and mypy'
+	@echo 'make lint        ruff, mypy and codespell'
+	@echo 'make docs        build the documentation into $(DOCS_DIR)/index.html; warnings are errors'
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/srm-iqa demo --out $(DEMO_DIR)
@@ -49,6 +51,12 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell
+
+# From scratch each time: Sphinx repeats no warning about a page that it does not read again.
+docs: $(VENV)/.installed-docs
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx --quiet --fail-on-warning --fresh-env --conf-dir docs . $(DOCS_DIR)
+	@echo 'make docs: wrote $(DOCS_DIR)/index.html'
 
 # torch comes first: the install compiles csrc/ against its headers.
 $(VENV)/.installed-%: pyproject.toml setup.py $(CONSTRAINTS) $(wildcard constraints/common.txt csrc/*)

@@ -19,16 +19,12 @@ from srm_model.cli import _parser
 from srm_model.study.file import read_study
 
 ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("bench", "csrc", "docs", "experiments", "srm_kernels", "srm_model", "tests")
 PAGES = [
-    *(
-        "README.md",
-        "CONTRIBUTING.md",
-        "bench/README.md",
-        "bench/ptx/README.md",
-        "csrc/README.md",
-        "experiments/README.md",
-    ),
-    *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
+    str(path.relative_to(ROOT))
+    for path in sorted(
+        [*ROOT.glob("*.md"), *(p for folder in FOLDERS for p in (ROOT / folder).rglob("*.md"))]
+    )
 ]
 LANGUAGES = {"python", "sh", "toml", "text"}  # `text` is what a command prints, or a drawing
 # Blocks tagged `slow`: they install, run the test suite, or train and measure for minutes. None else is skipped.

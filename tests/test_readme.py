@@ -61,11 +61,8 @@ def test_the_readme_is_short():
     assert len(README.splitlines()) <= 160
 
 
-PAGES = [
-    path
-    for folder in (".", "docs", "bench", "bench/ptx", "csrc", "experiments")
-    for path in sorted((ROOT / folder).glob("*.md"))
-]
+FOLDERS = ("bench", "csrc", "docs", "experiments", "srm_kernels", "srm_model", "tests")
+PAGES = sorted([*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))])
 
 
 def anchors(page: Path) -> set[str]:

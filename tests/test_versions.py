@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,13 @@ def test_the_oldest_is_the_oldest_that_the_package_accepts():
         versions = [number(pins(file)[name]) for file in FILES.values()]
         assert versions == sorted(set(versions))
         assert versions[0][:2] == number(least[name])
+
+
+def test_the_citation_has_the_version_of_pyproject():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    cited = re.findall(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), flags=re.MULTILINE)
+    assert cited == [project["version"]]
+    assert version(project["name"]) == project["version"]
 
 
 def test_the_portable_files_are_there():

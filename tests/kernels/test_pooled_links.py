@@ -273,7 +273,7 @@ def test_what_is_kept_for_the_backward_pass_is_the_map_and_small_things(dyt):
 
 
 def test_nothing_of_full_resolution_is_written_in_the_forward_pass(monkeypatch):
-    """Every output and workspace, of both roads: far less than the map, where T and Q would each be twice as large."""
+    """Every output and workspace, of both forms: far less than the map, where T and Q would each be twice as large."""
     sizes: list[int] = []
     plain = kernels.empty
 

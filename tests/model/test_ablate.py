@@ -712,7 +712,7 @@ def test_figures_are_drawn_as_vectors_and_pixels(
         with Image.open(out / "figures" / f"figure-{number}.png") as picture:
             assert picture.width > 1000
         drawing = (out / "figures" / f"figure-{number}.svg").read_text()
-        assert ("test_convnext" in drawing) == (number < 6)  # its models are told by neck and variant
+        assert ("test_convnext" in drawing) == (number < 6)  # it labels models by neck and variant
     for label in ("PGD steps", "worst SROCC over the suite"):
         assert label in drawing + (out / "figures" / "figure-5.svg").read_text()
     assert ">uniform landmarks<" not in drawing

@@ -133,7 +133,7 @@ def test_the_fit_never_loses_correlation_on_its_own_data(seed, n, noise, sign):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_slightly_curved_data_converge_too(seed):
-    # Its minimum lies at the end of a long flat valley, where β1 is large and β2 small.
+    # The minimum is at the end of a long flat valley, where β1 is large and β2 small.
     rng = np.random.default_rng(seed)
     scores = rng.uniform(0, 1, 600)
     mos = scores**2 + 0.02 * rng.normal(size=600)

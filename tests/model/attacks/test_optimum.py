@@ -1,4 +1,4 @@
-"""Every attack against what is known: the optimum of a linear score inside the box, and another hand's PGD."""
+"""Compare every attack with the known optimum of a linear score inside the box, and PGD with other implementations."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def test_a_model_that_computes_in_fp16_inside_keeps_its_gradient():
     assert torch.allclose(fallen, images + 0.01, atol=1e-6)
 
 
-# Another hand's PGD.
+# Other implementations of PGD.
 
 
 class TwoLogits(nn.Module):

@@ -62,7 +62,7 @@ def test_the_bound_is_kept_by_processes_that_store_at_once(tmp_path, pictures):
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert stored(folder) == 3 * BYTES
-    (folder / "lock").write_text("")  # as a kill may leave it: what is there is counted anew
+    (folder / "lock").write_text("")  # as SIGKILL may leave it: the next process counts the files
     ImageCache(folder, 3 * BYTES + 5).get(pictures[5], 24)
     ImageCache(folder, 3 * BYTES + 5).get(pictures[0], 24)
     assert stored(folder) == 3 * BYTES

@@ -166,7 +166,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, folder, monkeypat
     assert not (root / "mos_with_names.txt").exists()
     with pytest.raises(ValueError, match="the set is not finished"):
         open_dataset(root, "train")
-    # A kill leaves more behind than an interrupt: a temporary file, and a line that stops in the middle.
+    # SIGKILL leaves more behind than SIGINT: a temporary file and an incomplete line.
     (root / "distorted_images" / ".i04_17_5.abc.partial.bmp").write_bytes(b"half")
     with (root / "mos_with_names.txt.partial").open("a") as journal:
         journal.write("4.123")

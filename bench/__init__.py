@@ -1,1 +1,5 @@
-"""What is measured and how; `results/<gpu or cpu>/` holds what was measured."""
+"""Benchmarks; README.md in this folder says what each measures. `results/` holds the committed rows."""
+
+import os
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # must precede `import torch`; the profiler logs every start

@@ -1,13 +1,12 @@
-"""Images × steps per second of each attack, and its overhead over bare forward and backward passes.
+"""Measure images × steps per second of each attack, and its overhead: `python -m bench.attacks`.
 
-`python -m bench.attacks --necks srm quadratic --backends triton reference`. Each attack is timed in turn with the bare
-passes that it needs (model and gradient in the images, the same batch, no weight gradients). Rates are medians by the
-wall clock, the device's work included, or with one thread on a CPU by the time that the process had a processor, which
-others do not lengthen. The overhead is the attack's least time over that of the bare passes: on a GPU
-by the wall clock; on a CPU by the processor time of the process, step by step, the least of each step over the repeats
-summed, because a whole attack is never left alone by other processes. What an attack does once, such as drawing its
-start, is in it, as a share of all its steps: the default is half the article's 40 steps, and one restart of 5. On a
-CPU memory is kept, as `srm-iqa attack` keeps it.
+An attack takes turns with the bare passes that it needs: passes of the model, and of the gradient of the images, on the
+same batch and without gradients of the weights. Rates are medians of wall-clock time, the device's work included, or of
+CPU time with one thread on a CPU. The overhead is the least time of the attack divided by the least time of the bare
+passes, minus 1. On a GPU these are wall-clock times. On a CPU they are sums of CPU times, the least of each step over
+the repeats, because a whole attack never runs without interference from other processes. Work that an attack does
+once, such as drawing its start, is included, so it matters less with more steps. The default is half of the article's
+40 steps and 1 restart instead of 5. On a CPU memory is kept between calls, as in `srm-iqa attack`.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bench import record
+from bench.harness import DEVICE, machine_with_load, parser, write_lines
 from srm_kernels.checks import current_name
 from srm_model import SRMConfig, build_model
 from srm_model.attacks import MSE, Drift, PairInversion, apgd, fgsm, pgd, square
@@ -34,48 +33,48 @@ from srm_model.runs import keep_memory
 LIMITS = {"cpu": 0.10, "cuda": 0.05}  # of PGD's overhead
 OBJECTIVES = (MSE(), Drift(), PairInversion())
 EPS = {"linf": 1 / 255, "l2": 1.0}
-
-
-Tick = Callable[[], object]
+Tick = Callable[[], object]  # called after each step
 
 
 class Plan(NamedTuple):
-    """An attack, and the passes that it cannot do without."""
+    """An attack (model, tick) → result, its numbers of forward and backward passes, and of steps or queries."""
 
     attack: Callable[[nn.Module, Tick], object]
     forward: int
     backward: int
-    units: int  # steps or queries
+    units: int
 
 
 def plans(images: Tensor, mos: Tensor, steps: int) -> dict[str, Plan]:
-    """Every attack by name: method, objective, norm."""
-    linf = {"eps": EPS["linf"]}
+    """Return every attack by name: method, objective and norm.
+
+    Args:
+        images: Images (B, 3, h, w) in [0, 1].
+        mos: Opinion scores (B,).
+        steps: Steps or queries.
+    """
+
+    def stepped(call: Callable[..., object], objective: Any) -> Callable[[nn.Module, Tick], object]:
+        return lambda model, tick: call(model, images, mos, objective, on_step=tick)
+
+    eps = EPS["linf"]
+    queried = stepped(partial(square, queries=steps, eps=eps), MSE())
     found = {
-        "fgsm mse linf": Plan(lambda model, _: fgsm(model, images, mos, MSE(), **linf), 0, 1, 1),
-        "square mse linf": Plan(
-            lambda model, tick: square(model, images, mos, MSE(), queries=steps, on_step=tick, **linf),
-            steps,
-            0,
-            steps,
-        ),
+        "fgsm mse linf": Plan(lambda model, _: fgsm(model, images, mos, MSE(), eps=eps), 0, 1, 1),
+        "square mse linf": Plan(queried, steps, 0, steps),
     }
-    settings = {"steps": steps, "restarts": 1}
     for method in (pgd, apgd):
         for norm, eps in EPS.items():
+            call = partial(method, norm=norm, eps=eps, steps=steps, restarts=1)
             for objective in OBJECTIVES if method is pgd else OBJECTIVES[:1]:
-                call = partial(method, norm=norm, eps=eps, **settings)
-
-                def attack(model: nn.Module, tick: Tick, call: Any = call, on: Any = objective) -> object:
-                    return call(model, images, mos, on, on_step=tick)
-
                 forward = 1 + getattr(objective, "uses_clean_scores", True)  # the last iterate; the images
-                found[f"{method.__name__} {objective.name} {norm}"] = Plan(attack, forward, steps, steps)
+                plan = Plan(stepped(call, objective), forward, steps, steps)
+                found[f"{method.__name__} {objective.name} {norm}"] = plan
     return found
 
 
 def bare(model: nn.Module, images: Tensor, *, forward: int, backward: int) -> Callable[[Tick], None]:
-    """So many forward passes, and so many with a gradient in the images."""
+    """Return a call of so many forward passes, and so many passes with a gradient of the images."""
 
     def run(tick: Tick) -> None:
         for _ in range(backward):
@@ -91,14 +90,14 @@ def bare(model: nn.Module, images: Tensor, *, forward: int, backward: int) -> Ca
 
 
 class Timed(NamedTuple):
-    """One call: the seconds of its rate, and those that overheads are taken from, from tick to tick."""
+    """Time of one call in seconds: `whole` for rates, and `parts` between ticks for overheads."""
 
     whole: float
     parts: list[float]
 
 
 def timed(call: Callable[[Tick], object], device: torch.device) -> Timed:
-    """A GPU is not asked at every tick, which would make it wait: its call has one part."""
+    """Time a call; on a GPU it has one part, because reading the clock at every tick would synchronise."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         begin = time.perf_counter()
@@ -115,12 +114,12 @@ def timed(call: Callable[[Tick], object], device: torch.device) -> Timed:
 
 
 def least(calls: list[Timed]) -> float:
-    """The sum over parts of each one's least time."""
+    """Return the sum of the least time of each part."""
     return sum(map(min, zip(*(call.parts for call in calls), strict=True)))
 
 
 def measure(plan: Plan, model: nn.Module, images: Tensor, repeats: int) -> dict[str, float]:
-    """Bare passes and attack in turn, each once before it counts."""
+    """Time bare passes and attack in turn, after one unmeasured round."""
     passes = bare(model, images, forward=plan.forward, backward=plan.backward)
     plain, taken = [], []
     for _ in range(1 + repeats):
@@ -135,7 +134,7 @@ def measure(plan: Plan, model: nn.Module, images: Tensor, repeats: int) -> dict[
 
 
 def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """A row per backbone, size, neck, backend and attack."""
+    """Yield a row per backbone, image size, neck, backend and attack."""
     device = torch.device(options.device)
     changes = {key: int(value) for key, value in (pair.split("=") for pair in options.set)}
     for side in options.image_size:
@@ -159,56 +158,42 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print a line per row; PGD over its limit is marked."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--backbones", nargs="+", default=["test_convnext"])
-    parser.add_argument("--necks", nargs="+", default=["srm", "quadratic"], choices=tuple(NECKS))
-    parser.add_argument(
+    """Print a line per row; PGD above its limit is marked."""
+    made = parser("attacks", __doc__)
+    made.add_argument("--device", default=DEVICE)
+    made.add_argument("--backbones", nargs="+", default=["test_convnext"])
+    made.add_argument("--necks", nargs="+", default=["srm", "quadratic"], choices=tuple(NECKS))
+    made.add_argument(
         "--attacks",
         nargs="+",
         metavar="WORD",
-        help="only those whose name has one of these, from the start of a word",
+        help="measure attacks whose name has a word that starts like this",
     )
-    parser.add_argument(
-        "--backends",
-        type=current_name,
-        nargs="+",
-        default=[None],
-        help="of the srm neck's operators (default: the fastest)",
+    made.add_argument(
+        "--backends", type=current_name, nargs="+", default=[None],
+        help="backends of the srm neck's operators (default: the fastest)",
+    )  # fmt: skip
+    made.add_argument("--image-size", type=int, nargs="+", default=[256])
+    made.add_argument("--batch", type=int, default=8)
+    made.add_argument("--steps", type=int, default=20)
+    made.add_argument("--repeats", type=int, default=5)
+    made.add_argument(
+        "--set", action="append", default=[], metavar="KEY=NUMBER", help="set a field of SRMConfig"
     )
-    parser.add_argument("--image-size", type=int, nargs="+", default=[256])
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=NUMBER", help="a field of SRMConfig"
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="JSON lines to write, the machine in the first"
-    )
-    options = parser.parse_args(arguments)
+    made.add_argument("--out", type=Path, metavar="FILE", help="write JSON lines to FILE, the machine first")
+    options = made.parse_args(arguments)
     kind = torch.device(options.device).type
     if kind == "cpu":
         keep_memory()
-    header = {
-        **record.machine(options.device),
-        "benchmark": "attacks",
-        "dtype": "float32",
-        "batch": options.batch,
-        "steps": options.steps,
-        "repeats": options.repeats,
-    }
+    header = machine_with_load(options.device) | {"benchmark": "attacks", "dtype": "float32"}
+    header |= {name: getattr(options, name) for name in ("batch", "steps", "repeats")}
     print(
         f"torch {header['torch']}, {header['device']}, {header['threads']} threads, batch {options.batch}, "
         f"{options.steps} steps, fp32"
     )
-    print(
-        f"{'backbone':24} {'side':>4} {'neck':10} {'backend':10} {'attack':24} {'images×steps/s':>15} {'overhead':>9}"
-    )
-    lines = []
+    print(f"{'backbone':24} {'side':>4} {'neck':10} {'backend':10} {'attack':24}", end=" ")
+    print(f"{'images×steps/s':>15} {'overhead':>9}")
+    lines = [header]
     for row in rows(options):
         over = row["attack"].startswith("pgd") and row["overhead"] > LIMITS[kind]
         print(
@@ -218,8 +203,7 @@ def main(arguments: list[str] | None = None) -> None:
             flush=True,
         )
         lines.append(row)
-        if options.out:  # at once: what a limit of time cuts short keeps its rows
-            record.write_lines(options.out, [header, *lines])
+        write_lines(options.out, lines)  # after each row, so that a run that is stopped keeps its rows
 
 
 if __name__ == "__main__":

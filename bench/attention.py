@@ -1,137 +1,100 @@
-"""Nyström attention against its rivals, as ratios of medians in one run: `python -m bench.attention`.
+"""Compare Nyström attention with other implementations, as ratios of medians in one run: `python -m bench.attention`.
 
-Rivals: exact attention (torch's fused kernel), the same algorithm in eager PyTorch with Cholesky (`reference`) and with
-`torch.linalg.svd` (`svd`), the identity Y = SDPA(Q, K̃, X), R V = SDPA(K̃, K, V) with torch's Cholesky (`torch`), and
-all of them under `torch.compile` with --compile. Calls are interleaved and queued. On a GPU the times are CUDA events;
-on a CPU wall clock, or with one thread the time that it had a processor, and only their ratio means something.
-`--crossover` gives tables of Nyström against exact attention over N_k and B instead, losses marked.
+The others are exact attention (torch's fused kernel), the same algorithm in eager PyTorch with Cholesky (`reference`)
+and with `torch.linalg.svd` (`svd`), the identity Y = SDPA(Q, K̃, X), R V = SDPA(K̃, K, V) with the Cholesky of torch
+(`torch`), and with --compile all of them under `torch.compile`. Calls take turns. A GPU is timed with CUDA events
+around queued calls. A CPU is timed by CPU time with one thread and by wall-clock time otherwise; compare only ratios.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import platform
-import sys
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from bench.harness import DTYPES, Recorder
+from bench.harness import Call, Recorder, attention_inputs, timing_parser
 from srm_kernels import backends, full_attention, nystrom_attention
 from srm_kernels.attention import reference, sdpa
 from srm_kernels.landmarks import reference as landmarks
 from srm_kernels.options import LandmarkOptions, SolveOptions
-from srm_model.profiling.timing import Effort, Times, measure_together
+from srm_model.profiling import Effort, Times, measure_together
+from srm_model.profiling.memory import bytes_of, peak
 from srm_model.profiling.traces import most_expensive
 
-SHAPES = (
-    (16_384, 256, 1 / 3),
-    (65_536, 1_024, 1 / 6),
-    (65_536, 4_096, 1 / 20),
-)  # N_q, N_k, most of exact's time
-CROSSOVER_KEYS = (49, 64, 100, 144, 196, 256, 400, 576, 784, 1_024, 2_048, 4_096)
-CROSSOVER_BATCHES = (1, 2, 4, 8, 16, 32)
-Call = Callable[[Tensor, Tensor, Tensor], Tensor]
+# (N_q, N_k, target: the default backend takes at most this share of the time of exact attention)
+SHAPES = ((16_384, 256, 1 / 3), (65_536, 1_024, 1 / 6), (65_536, 4_096, 1 / 20))
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def times_of(
-    calls: dict[str, Callable[[], object]], options: argparse.Namespace, repeats: int | None = None
-) -> dict[str, Times]:
-    """Times of each call, all of them interleaved."""
-    effort = Effort(options.warmup, repeats or options.repeats, options.seconds)
+def times_of(calls: dict[str, Call], options: argparse.Namespace, least_repeats: int = 1) -> dict[str, Times]:
+    """Time the calls in turn."""
+    effort = Effort(options.warmup, max(options.repeats, least_repeats), options.seconds)
     return measure_together(calls, torch.device(options.device), effort)
 
 
-def tokens(queries: int, keys: int, batch: int, options: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
-    """Q, K and V, standard normal; they ask for gradients where the backward pass is timed too."""
-    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-    make = torch.Generator(device).manual_seed(0)
-    query, key, value = (
-        torch.randn((batch, options.heads, n, options.width), generator=make, device=device)
-        .to(dtype)
-        .requires_grad_(options.backward)
-        for n in (queries, keys, keys)
-    )
-    return query, key, value
+def tokens(queries: int, keys: int, options: argparse.Namespace) -> list[Tensor]:
+    """Return Q, K and V; they require gradients if the backward pass is timed too."""
+    shape = (options.batch, options.heads)
+    return attention_inputs(shape, queries, keys, options.width, options, gradients=options.backward)
 
 
-def rivals(options: argparse.Namespace) -> dict[str, Call]:
-    """What is compared, by name; `exact` is the measure."""
-
-    def nystrom(backend: str | None, **more: object) -> Call:
-        def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            y = nystrom_attention(
-                query,
-                key,
-                value,
-                options.rank,
-                qk_norm="keys",
-                backend=backend,
-                **more,  # type: ignore[arg-type]
-            )
-            assert isinstance(y, Tensor)
-            return y
-
-        return call
-
-    def exact(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return full_attention(query, key, value, qk_norm="keys")
-
-    calls: dict[str, Call] = {"exact": exact, "default": nystrom(None)}
+def rivals(options: argparse.Namespace) -> dict[str, Attention]:
+    """Return the implementations by name; ratios are relative to `exact`."""
+    nystrom = partial(nystrom_attention, rank=options.rank, qk_norm="keys")
+    calls: dict[str, Attention] = {"exact": partial(full_attention, qk_norm="keys"), "default": nystrom}
     if options.device == "cuda":
-        calls["triton"] = nystrom("triton")
-    calls["reference"] = nystrom("reference")
-    calls["svd"] = nystrom("reference", solver="svd")
-    calls["torch"] = nystrom("torch")
+        calls["triton"] = partial(nystrom, backend="triton")
+    calls["reference"] = partial(nystrom, backend="reference")
+    calls["svd"] = partial(nystrom, backend="reference", solver="svd")
+    calls["torch"] = partial(nystrom, backend="torch")
     if options.compile:
         visible = {
             "reference": plain(reference.nystrom_attention, options.rank),
             "svd": plain(reference.nystrom_attention, options.rank, "svd"),
             "torch": plain(sdpa.nystrom_attention, options.rank),
         }
-        calls |= {
-            f"{name} compiled": torch.compile(call, dynamic=False) for name, call in (calls | visible).items()
-        }
+        for name, call in (calls | visible).items():
+            calls[f"{name} compiled"] = torch.compile(call, dynamic=False)
     return calls
 
 
-def plain(function: Callable[..., Tensor], rank: int, solver: str = "cholesky") -> Call:
-    """The body of an operator of plain PyTorch, landmarks included: as an operator torch.compile would not look in."""
+def plain(function: Callable[..., Tensor], rank: int, solver: str = "cholesky") -> Attention:
+    """Return an operator's body in plain PyTorch, landmarks included: torch.compile does not trace operators."""
 
     def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        scale = 1 / math.sqrt(key.shape[-1])
+        scale = key.shape[-1] ** -0.5
+        choice = LandmarkOptions(rank).clamped(key.shape[2])
         normalised = reference.normalised_key(key.detach(), "keys")
-        chosen = landmarks.select_landmarks(
-            normalised, None, LandmarkOptions(rank).clamped(key.shape[2]), scale
-        )
+        chosen = landmarks.select_landmarks(normalised, None, choice, scale)
         return function(query, key, value, chosen, scale, "keys", "fp32", SolveOptions(solver=solver))
 
     return call
 
 
-def compare(
-    queries: int, keys: int, batch: int, options: argparse.Namespace, names: set[str] | None = None
-) -> dict[str, Times]:
-    """Times of each rival at one shape, forward, or forward and backward."""
-    inputs = tokens(queries, keys, batch, options)
+def compare(queries: int, keys: int, options: argparse.Namespace) -> dict[str, Times]:
+    """Time each implementation at one shape, forward, or forward and backward."""
+    inputs = tokens(queries, keys, options)
     weight = torch.ones_like(inputs[0])
 
-    def timed(call: Call) -> Callable[[], object]:
-        if not options.backward:
-            return lambda: call(*inputs)
-        return lambda: torch.autograd.grad(call(*inputs), inputs, weight)
+    def both(attention: Attention) -> object:
+        return torch.autograd.grad(attention(*inputs), inputs, weight)
 
-    calls = {name: timed(call) for name, call in rivals(options).items() if names is None or name in names}
+    calls: dict[str, Call] = {
+        name: partial(both, attention) if options.backward else partial(attention, *inputs)
+        for name, attention in rivals(options).items()
+    }
     return times_of(calls, options)
 
 
 def row_of(
     queries: int, keys: int, times: dict[str, Times], options: argparse.Namespace
 ) -> dict[str, object]:
-    """One shape as JSON values; `typical` is what is told of each rival, in milliseconds."""
+    """Return the row of one shape; `typical` has the time that is shown of each implementation, in milliseconds."""
     return {
         "B": options.batch,
         "H": options.heads,
@@ -139,7 +102,7 @@ def row_of(
         "N_k": keys,
         "r": options.rank,
         "d": options.width,
-        "dtype": next(name for name, kind in DTYPES.items() if kind == getattr(torch, options.dtype)),
+        "dtype": options.dtype,
         "direction": "backward" if options.backward else "forward",
         "repeats": options.repeats,
         "milliseconds": {name: each.to_dict() for name, each in times.items()},
@@ -149,113 +112,74 @@ def row_of(
 
 
 def query_side(options: argparse.Namespace) -> str:
-    """The query side alone at N_q = 16,384: the share of the copy bandwidth at which Q is read and Y written.
+    """Time the query side alone at N_q = 16,384 and compare the rate of its reads and writes with that of a copy.
 
-    The two are timed in turn: while a device copies, the next launch is queued, and its caches forget Q.
+    The two take turns: the next launch is queued while the device copies, and the copy evicts Q from the caches.
     """
     from srm_kernels.attention import _query_side
 
     device = torch.device(options.device)
-    query = tokens(16_384, 1, options.batch, options)[0].detach()
+    query = tokens(16_384, 1, options)[0].detach()
     keys, x = (torch.randn((*query.shape[:2], options.rank, options.width), device=device) for _ in range(2))
     backend = "triton" if options.device == "cuda" else "reference"
     source = torch.empty(2**29 if device.type == "cuda" else 2**24, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    measured = times_of(
-        {
-            "copy": lambda: target.copy_(source),
-            "query side": lambda: _query_side(query, keys, x, None, 0.2, "keys", False, backend),
-        },
-        options,
-        max(options.repeats, 20),
-    )
-    times = {name: each.typical for name, each in measured.items()}
-    moved = {"copy": 2 * source.numel(), "query side": 2 * query.numel() * query.element_size()}
-    rate = {name: moved[name] / times[name] for name in moved}
+    calls: dict[str, Call] = {
+        "copy": lambda: target.copy_(source),
+        "query side": lambda: _query_side(query, keys, x, None, 0.2, "keys", False, backend),
+    }
+    copying, attending = (times.typical for times in times_of(calls, options, 20).values())
+    share = (bytes_of(query) / attending) / (bytes_of(source) / copying)
     return (
-        f"query side ({backend}), N_q={query.shape[2]}, B={options.batch}: {times['query side']:.3f} ms, "
-        f"{100 * rate['query side'] / rate['copy']:.0f} % of copy bandwidth"
+        f"query side ({backend}), N_q={query.shape[2]}, B={options.batch}: {attending:.3f} ms, "
+        f"{100 * share:.0f} % of copy bandwidth"
     )
 
 
 def peak_memory(queries: int, keys: int, options: argparse.Namespace) -> str:
-    """Bytes at the peak of a forward pass beyond inputs and output, of each implementation, on a GPU."""
-    inputs = [x.detach() for x in tokens(queries, keys, options.batch, options)]
+    """Measure the peak memory of a forward pass beyond inputs and output, on a GPU."""
+    inputs = [x.detach() for x in tokens(queries, keys, options)]
     found = []
     for name, call in rivals(options).items():
-        call(*inputs)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        y = call(*inputs)
-        extra = torch.cuda.max_memory_allocated() - before - y.numel() * y.element_size()
-        found.append(f"{name} {extra / 2**20:.1f}")
+        above = peak(partial(call, *inputs), torch.device(options.device)).above - bytes_of(inputs[0])
+        found.append(f"{name} {above / 2**20:.1f}")
     return f"peak MiB beyond Y at {queries} × {keys}: " + ", ".join(found)
 
 
 def kernels(queries: int, keys: int, options: argparse.Namespace) -> str:
-    """The ten most expensive kernels of one call of the fused form, by the profiler; on a CPU its operators."""
-    on_gpu = options.device == "cuda"
-    inputs = tokens(queries, keys, options.batch, options)
-    call = rivals(options)["triton" if on_gpu else "default"]
+    """List the ten most expensive kernels of one call of the fused form, or on a CPU its operators."""
+    cuda = options.device == "cuda"
+    inputs = tokens(queries, keys, options)
+    call = rivals(options)["triton" if cuda else "default"]
 
     def once() -> None:
         y = call(*inputs)
         if options.backward:
             torch.autograd.grad(y, inputs, torch.ones_like(y))
-        if on_gpu:
+        if cuda:
             torch.cuda.synchronize()
 
     once()
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiled:
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiled:
         once()
-    return most_expensive(profiled, cuda=on_gpu)
-
-
-def crossover(options: argparse.Namespace) -> None:
-    """Exact attention's time over Nyström's, by the kernels too on a GPU; below 1 it is a loss, and marked."""
-    names = ("default", "triton") if options.device == "cuda" else ("default",)
-    rows: dict[str, list[str]] = {name: [] for name in names}
-    for keys in CROSSOVER_KEYS:
-        ratios: dict[str, list[float]] = {name: [] for name in names}
-        for batch in CROSSOVER_BATCHES:
-            times = compare(options.queries, keys, batch, options, {"exact", *names})
-            for name in names:
-                ratios[name].append(times["exact"].typical / times[name].typical)
-        for name in names:
-            cells = (f"{ratio:7.2f}{'-' if ratio < 1 else ' '}" for ratio in ratios[name])
-            rows[name].append(f"{keys:6} {' '.join(cells)}")
-            print(f"{name:8} {rows[name][-1]}", file=sys.stderr, flush=True)
-    direction = "forward and backward" if options.backward else "forward"
-    for name in names:
-        print(f"exact / {name} at N_q={options.queries}, {direction}; - marks a loss")
-        print(f"{'N_k':>6} " + " ".join(f"{f'B={batch}':>7} " for batch in CROSSOVER_BATCHES))
-        print("\n".join(rows[name]), flush=True)
+    return most_expensive(profiled, cuda=cuda)
 
 
 def main() -> None:
-    """Print one line per shape; a ratio above its limit is marked."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    """Print a line for each shape; `!` marks a missed target."""
+    parser = timing_parser("attention", __doc__, repeats=7, warmup=2, seconds=60.0, out=None)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--width", type=int, default=32, help="d, of one head")
+    parser.add_argument("--width", type=int, default=32, help="d, the width of a head")
     parser.add_argument("--rank", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=60.0, help="of measured calls a shape, about")
     parser.add_argument("--backward", action="store_true", help="time forward and backward")
-    parser.add_argument("--compile", action="store_true", help="rivals under torch.compile too")
-    parser.add_argument("--kernels", action="store_true", help="where the fused form's time goes, too")
-    parser.add_argument("--crossover", action="store_true", help="the table over N_k and B instead")
-    parser.add_argument("--queries", type=int, default=16_384, help="N_q of the crossover table")
-    parser.add_argument("--shapes", type=int, nargs="*", help="N_q N_k N_q N_k …, instead of the usual ones")
-    parser.add_argument("--out", help="also keep rows, in OUT/<gpu or cpu>/attention.jsonl")
-    parser.add_argument("--note", help="kept in every row, and told by the report")
+    parser.add_argument("--compile", action="store_true", help="time everything under torch.compile too")
+    parser.add_argument(
+        "--kernels", action="store_true", help="list the most expensive kernels of the fused form"
+    )
+    parser.add_argument("--shapes", type=int, nargs="*", help="measure these: N_q N_k N_q N_k …")
     options = parser.parse_args()
-    recorder = options.out and Recorder(options.out, "attention", torch.device(options.device), options.note)
+    recorder = options.out and Recorder(options.out, "attention", options.device, options.note)
     processor = torch.cuda.get_device_name() if options.device == "cuda" else platform.machine()
     print(
         f"torch {torch.__version__}, {processor}, {torch.get_num_threads()} threads, {options.dtype}, "
@@ -263,22 +187,18 @@ def main() -> None:
         f"{'forward and backward' if options.backward else 'forward'}, solver cholesky; "
         f"triton: {backends()['triton'].reason}"
     )
-    if options.crossover:
-        crossover(options)
-        return
     given = options.shapes or ()
     shapes = [(*pair, None) for pair in zip(given[::2], given[1::2], strict=True)] or SHAPES
-    for queries, keys, limit in shapes:
-        measured = compare(queries, keys, options.batch, options)
+    for queries, keys, target in shapes:
+        measured = compare(queries, keys, options)
         if recorder:
             recorder.write(row_of(queries, keys, measured, options))
         times = {name: each.typical for name, each in measured.items()}
-        measure = times.pop("exact")
-        shares = [f"{name} 1/{measure / each:.2f}" for name, each in times.items()]
-        over = "" if limit is None or times["default"] <= limit * measure else "  default over its limit of "
-        if over:
-            over += f"1/{1 / limit:.0f}"
-        print(f"{queries:8} × {keys:<6} exact {measure:.3f} ms; of it: {', '.join(shares)}{over}", flush=True)
+        exact = times.pop("exact")
+        speedups = ", ".join(f"{name} {exact / each:.2f}x" for name, each in times.items())
+        missed = target is not None and times["default"] > target * exact
+        mark = f"  ! target of default: {1 / target:.0f}x" if missed else ""
+        print(f"{queries:8} × {keys:<6} exact {exact:.3f} ms; speedup: {speedups}{mark}", flush=True)
         if options.device == "cuda" and not options.backward:
             print("         " + peak_memory(queries, keys, options))
         if options.kernels:

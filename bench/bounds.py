@@ -1,16 +1,17 @@
-"""A search for keys that break the bounds of docs/CONDITIONING.md, and for the worst without normalised keys.
+"""Search for keys that exceed the bounds of docs/CONDITIONING.md, and for the worst keys without normalisation.
 
-Every set of keys K̃ (r, d) gives W = softmax(K̃K̃ᵀ/√d), λ = λ₀ tr(W)/r, and, in fp64,
+For every set of keys K̃ (r, d), with W = softmax(K̃K̃ᵀ/√d) and λ = λ₀ tr(W)/r, the figures are, in fp64:
 
-- `symmetric`: κ₂(S + λI) over its bound (1 + λ)/λ;
-- `certificate`: κ₂(W_λ) over ϱ(1 + λ)/λ, ϱ the largest over the smallest row sum of exp(K̃K̃ᵀ/√d);
-- `landmark`: κ₂(W_λ) over its bound r (1 + λ)/λ, which is for keys of one norm;
-- `kappa`: κ₂(W_λ) itself;
-- `gain`: max|Y| / max|V| for queries K and random V, N_k = 2r keys of which the first r are landmarks. Exact
+- `symmetric`: κ₂(S + λI) divided by its bound (1 + λ)/λ;
+- `certificate`: κ₂(W_λ) divided by ϱ(1 + λ)/λ, where ϱ is the ratio of the largest to the smallest row sum of
+  exp(K̃K̃ᵀ/√d);
+- `landmark`: κ₂(W_λ) divided by r (1 + λ)/λ, its bound for keys of equal norm;
+- `kappa`: κ₂(W_λ);
+- `gain`: max|Y| / max|V| for queries K and random V, with N_k = 2r keys of which the first r are landmarks. Exact
   attention averages the values, so its gain is at most 1.
 
-Half of the sets are drawn from families (random, duplicated, collinear, graded, outlying, smooth, vanishing),
-half are the end of a gradient ascent from such a draw: on log κ₂(W_λ), on its ratio to the bound, or on the gain.
+Half of the sets are drawn from families (random, duplicated, collinear, graded, outlier, smooth, vanishing). The other
+half are the result of a gradient ascent from such a set: on log κ₂(W_λ), on its ratio to the bound, or on the gain.
 """
 
 from __future__ import annotations
@@ -30,17 +31,17 @@ NORM_FLOOR = 1e-6
 
 
 class Case(NamedTuple):
-    """What a batch of key sets is made of."""
+    """A batch of key sets: r, d, λ₀, the family, and the objective of the ascent, if any."""
 
     rank: int
     width: int
     ridge: float
     family: str
-    optimised: str | None  # the objective of the ascent
+    optimised: str | None
 
 
 class Figures(NamedTuple):
-    """One value per key set, (n,) each; see the module's docstring."""
+    """Figures of n key sets, (n,) each; the docstring of the module defines them."""
 
     symmetric: Tensor
     certificate: Tensor
@@ -50,40 +51,55 @@ class Figures(NamedTuple):
 
 
 def draw_keys(case: Case, count: int, generator: torch.Generator) -> Tensor:
-    """Keys (count, 2r, d) of a family, of a random common scale; the first r are the landmarks."""
+    """Draw sets of keys of a family, each with a random scale.
+
+    Args:
+        case: r, d and the family.
+        count: How many sets.
+        generator: Source of the numbers.
+
+    Returns:
+        Keys (count, 2r, d), the first r of which are the landmarks.
+    """
     r, d = case.rank, case.width
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
     keys = normal(count, 2 * r, d)
     place = torch.linspace(0, 1, 2 * r, dtype=torch.float64)[:, None]
     if case.family == "duplicated":
-        keys[:, 1:r:2] = (
-            keys[:, 0 : r - 1 : 2] + 10 ** (-8 * place[1:r:2]) * (place[1:r:2] > 0.3) * keys[:, 1:r:2]
-        )
+        odd = place[1:r:2]
+        keys[:, 1:r:2] = keys[:, 0 : r - 1 : 2] + 10 ** (-8 * odd) * (odd > 0.3) * keys[:, 1:r:2]
     elif case.family == "collinear":
         keys = normal(count, 2 * r, 1) * normal(count, 1, d)
     elif case.family == "graded":
         keys = keys * 10 ** (3 * place - 2)
     elif case.family == "outlier":
-        keys[:, 0] *= 10 ** (2 * torch.rand(count, 1, generator=generator, dtype=torch.float64))
+        keys[:, 0] *= 10 ** (2 * uniform(count, 1))
     elif case.family == "smooth":
         keys = torch.cos(3 * place * normal(count, 1, d) + normal(count, 1, d))
     elif case.family == "vanishing":
-        keys[:, : max(1, r // 4)] *= 10 ** (
-            -8 * torch.rand(count, 1, 1, generator=generator, dtype=torch.float64)
-        )
-    return keys * 2 ** (4 * torch.rand(count, 1, 1, generator=generator, dtype=torch.float64) - 2)
+        keys[:, : max(1, r // 4)] *= 10 ** (-8 * uniform(count, 1, 1))
+    return keys * 2 ** (4 * uniform(count, 1, 1) - 2)
 
 
 def normalise(keys: Tensor) -> Tensor:
-    """k √d / (‖k‖ + 1e-6), docs/METHOD.md §1.2."""
+    """Return k √d / (‖k‖ + 1e-6) for keys (…, d) (docs/METHOD.md §1.2)."""
     return keys * math.sqrt(keys.shape[-1]) / (keys.norm(dim=-1, keepdim=True) + NORM_FLOOR)
 
 
 def evaluate(keys: Tensor, ridge: float, generator: torch.Generator) -> Figures:
-    """The figures of keys (n, 2r, d), differentiable."""
+    """Compute the figures, with gradients.
+
+    Args:
+        keys: Keys (n, 2r, d).
+        ridge: λ₀.
+        generator: Source of V.
+    """
     count, both, d = keys.shape
     r = both // 2
     landmarks = keys[:, :r]
@@ -110,7 +126,18 @@ def evaluate(keys: Tensor, ridge: float, generator: torch.Generator) -> Figures:
 
 
 def ascend(keys: Tensor, case: Case, normalised: bool, steps: int, seed: int) -> Tensor:
-    """Keys after Adam's ascent on the logarithm of the objective; a set that turns non-finite stops where it was."""
+    """Ascend on the logarithm of the objective with Adam.
+
+    Args:
+        keys: Keys (n, 2r, d) to start from.
+        case: Case with an objective.
+        normalised: Whether keys are normalised first.
+        steps: Steps of Adam.
+        seed: Seed of V.
+
+    Returns:
+        Keys (n, 2r, d); a set whose gradient is not finite keeps its last finite keys.
+    """
     variable = keys.clone().requires_grad_()
     optimiser = torch.optim.Adam([variable], lr=0.1)
     best = keys.clone()
@@ -123,13 +150,13 @@ def ascend(keys: Tensor, case: Case, normalised: bool, steps: int, seed: int) ->
         best = torch.where(finite, variable.detach(), best)
         variable.grad = torch.where(finite, gradient, 0)
         optimiser.step()
-        with torch.no_grad():  # a product of logits past exp's range is no finding
+        with torch.no_grad():  # keeps logits within the range of exp
             variable.clamp_(-60, 60)
     return best
 
 
 def cases(count: int) -> Iterator[tuple[Case, int]]:
-    """Cases and how many key sets of each, `count` in all; half of them optimised."""
+    """Yield cases and their numbers of key sets, `count` in all; half of the cases are optimised."""
     combined = [Case(r, d, ridge, family, None) for r, d in SIZES for ridge in RIDGES for family in FAMILIES]
     combined += [
         case._replace(optimised=OBJECTIVES[index % len(OBJECTIVES)]) for index, case in enumerate(combined)
@@ -141,7 +168,14 @@ def cases(count: int) -> Iterator[tuple[Case, int]]:
 
 
 def search(count: int, *, normalised: bool, steps: int = 25, seed: int = 0) -> Iterator[tuple[Case, Figures]]:
-    """Figures of `count` key sets, case by case, without gradients."""
+    """Yield the figures of `count` key sets, case by case.
+
+    Args:
+        count: Key sets in all.
+        normalised: Whether keys are normalised first.
+        steps: Steps of the ascent.
+        seed: Seed of all numbers.
+    """
     generator = torch.Generator().manual_seed(seed)
     for case, share in cases(count):
         keys = draw_keys(case, share, generator)

@@ -1,21 +1,20 @@
-"""Is one checkout, or one backend, slower than another? `python -m bench.compare`; exit code 1 where it is.
+"""Find out whether one checkout or backend is slower than another: `python -m bench.compare`; exit code 1 if it is.
 
-The rule. Base and candidate are two copies each, A1, A2, B1 and B2: four processes, started anew for each of the
-`--sets` in random order, on inputs that each prepares anew, since a process and the place of its inputs make an
-operator faster or slower for as long as it lives. In a round each copy is timed once, in the order ABBA or BAAB by the
-toss of a coin, so that a drift of the machine cancels. A CPU is timed by the processor's clock, one thread (unless
-OMP_NUM_THREADS says more), which stands still while others have it. In logarithms, a set says the median over its
-rounds of
+Base and candidate run as two copies each, A1, A2, B1 and B2: four processes, started anew for each of the `--sets` in
+random order, each on inputs of its own. A process and the place of its inputs make an operator faster or slower for as
+long as the process lives. In a round each copy is timed once, in the order ABBA or BAAB at random, so that a drift of
+the machine cancels. A CPU is timed by CPU time, which other processes barely affect, with one thread unless
+OMP_NUM_THREADS is set. A set gives the median over its rounds, in logarithms, of
 
     change = (B1 + B2 - A1 - A2) / 2        null = (A1 + B1 - A2 - B2) / 2
 
-Nothing but chance moves the null. Where B costs what A does, swapping them turns the sign of the change, so that
-Wilcoxon's signed-rank test is exact for it. `ratio` is the Hodges-Lehmann estimate of the change over all sets, with
-its signed-rank interval; `noise` is the further end of the null's own interval, the band that this run cannot see into.
-All lines of a run hold together with 99 % (each has its share of the 1 %, after Bonferroni).
+Only chance moves the null. If B costs as much as A, swapping them changes the sign of the change, so Wilcoxon's
+signed-rank test is exact for it. `ratio` is the Hodges-Lehmann estimate of the change over all sets, with its
+signed-rank interval. `noise` is the farther end of the null's own interval: the run cannot detect smaller changes. All
+lines of a run hold together with 99 % (each has its share of the 1 %, after Bonferroni).
 
-SLOWER is told where the lower end of the interval exceeds the tolerance and the ratio exceeds the noise. Nothing is
-compared with a time of another run.
+SLOWER is printed if the lower end of the interval exceeds the tolerance and the ratio exceeds the noise. Times of
+different runs are never compared.
 
     python -m bench.compare --checkouts OLD NEW
     python -m bench.compare --backends reference torch
@@ -36,16 +35,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
+from bench.harness import DEVICE, parser
 from bench.operators import DIRECTIONS, DTYPES, FAMILIES, OPERATORS, NumericsError
 from srm_kernels.checks import current_name
 
 ROOT = Path(__file__).resolve().parent.parent
 SETS = 20
 ROUNDS = 4
-TOLERANCE = 0.05  # a slowdown by less is nobody's concern
-ALPHA = 0.01  # of a false statement anywhere in a run
+TOLERANCE = 0.05  # smaller slowdowns are accepted
+ALPHA = 0.01  # probability of a wrong verdict anywhere in a run
 COPIES = ("A1", "B1", "B2", "A2")
 _WORKER = (
     "import sys; sys.path.insert(0, sys.argv[1]); import srm_kernels; sys.path.insert(0, sys.argv[2]); "
@@ -56,17 +55,26 @@ Pair = tuple[float, float]  # change and null of one set
 
 
 class Verdict(NamedTuple):
-    """Ratios of time, candidate to base, with their interval, and the noise of this run."""
+    """Ratio of times, candidate to base, with its interval, and the noise of the run.
+
+    A noise of 1.04 means that two copies of the same code may seem to differ by 4 %.
+    """
 
     ratio: float
     low: float
     high: float
-    noise: float  # 1.04: two copies of the same may seem to differ by 4 %
+    noise: float
     slower: bool
 
 
 def one_set(copies: dict[str, Measure], rounds: int, random: np.random.Generator) -> Pair:
-    """Change and null of one set: the four `copies`, by name, timed in turn `rounds` times."""
+    """Time the four copies in turn, and return change and null of the set.
+
+    Args:
+        copies: Function that measures a copy, by the names of `COPIES`.
+        rounds: How often each copy is timed.
+        random: Source of the order.
+    """
     changes, nulls = [], []
     for _ in range(rounds):
         first, second = ("A", "B") if random.random() < 0.5 else ("B", "A")
@@ -79,12 +87,21 @@ def one_set(copies: dict[str, Measure], rounds: int, random: np.random.Generator
 
 
 def judge(sets: Sequence[Pair], *, tolerance: float = TOLERANCE, lines: int = 1) -> Verdict:
-    """The rule above, of one of `lines` lines. ValueError where so few sets could not tell any slowdown."""
+    """Apply the rule of this module to the sets of one line.
+
+    Args:
+        sets: Change and null of each set.
+        tolerance: Largest slowdown that is accepted, relative.
+        lines: How many lines the run has.
+
+    Raises:
+        ValueError: There are too few sets to detect any slowdown.
+    """
     level = ALPHA / 2 / lines
     fewest = math.ceil(-math.log2(level))
     if len(sets) < fewest:
         raise ValueError(
-            f"{len(sets)} sets cannot tell a slowdown among {lines} lines: expected at least {fewest}"
+            f"{len(sets)} sets cannot detect a slowdown among {lines} lines: expected at least {fewest}"
         )
     changes, nulls = zip(*sets, strict=True)
     ratio, low, high = signed_rank(changes, level)
@@ -94,12 +111,16 @@ def judge(sets: Sequence[Pair], *, tolerance: float = TOLERANCE, lines: int = 1)
 
 
 def signed_rank(values: Sequence[float], level: float) -> tuple[float, float, float]:
-    """Hodges-Lehmann estimate of the centre of symmetry, and its interval that errs at each end with at most `level`.
+    """Return the Hodges-Lehmann estimate of the centre of symmetry, and its confidence interval.
 
-    The interval is Wilcoxon's test turned round: the centres that it does not reject, by its exact distribution.
+    The interval holds the centres that Wilcoxon's test, by its exact distribution, does not reject.
+
+    Args:
+        values: A sample of a symmetric distribution.
+        level: Largest probability of an error at each end of the interval.
     """
     means = sorted((a + b) / 2 for a, b in itertools.combinations_with_replacement(values, 2))
-    ways = np.zeros(len(means) + 1)  # of the signs, by the sum of the positive ranks
+    ways = np.zeros(len(means) + 1)  # to choose the signs, by the sum of the positive ranks
     ways[0] = 1
     for rank in range(1, len(values) + 1):
         ways[rank:] += ways[:-rank].copy()
@@ -110,29 +131,38 @@ def signed_rank(values: Sequence[float], level: float) -> tuple[float, float, fl
 
 
 class Worker:
-    """A process that times the operators of a checkout."""
+    """Process that times the operators of a checkout.
+
+    Raises:
+        ValueError: The folder is no checkout.
+    """
 
     def __init__(self, checkout: Path) -> None:
         if not (checkout / "srm_kernels" / "__init__.py").is_file():
-            raise ValueError(f"{checkout}: no checkout with srm_kernels in it")
-        command = [sys.executable, "-c", _WORKER, str(checkout.resolve()), str(ROOT)]
+            raise ValueError(f"{checkout}: no srm_kernels in it; expected the folder of a checkout")
         self.process = subprocess.Popen(
-            command,
+            [sys.executable, "-c", _WORKER, str(checkout.resolve()), str(ROOT)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             cwd=checkout,
             env={"OMP_NUM_THREADS": "1", **os.environ},
-            process_group=0,  # Ctrl-C is this process's to answer: theirs would be four tracebacks
+            process_group=0,  # so that Ctrl-C reaches this process only and workers print no tracebacks
         )
 
     def prepare(self, request: dict[str, Any]) -> Measure:
+        """Prepare an operator and return a function that measures it in milliseconds.
+
+        Raises:
+            NumericsError: The operator cannot run, or its numbers are wrong.
+        """
         answer = self._ask(json.dumps(request))
         if "error" in answer:
             raise NumericsError(answer["error"])
         return lambda: float(self._ask("")["milliseconds"])
 
     def close(self) -> None:
+        """End the process."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait(timeout=60)
@@ -149,31 +179,22 @@ class Worker:
 
 
 class Line:
-    """One operator, family and direction, and what the sets said of it."""
+    """One operator, family and direction, with its finished sets, or the reason why it is not compared."""
 
     def __init__(self, operator: str, family: str, direction: str, options: argparse.Namespace) -> None:
         self.name = f"{operator:22} {family:17} {direction:9} "
-        base, candidate = options.backends or [options.backend] * 2
-        self.requests = {
-            copy: {
-                "operator": operator,
-                "family": family,
-                "direction": direction,
-                "backend": base if copy[0] == "A" else candidate,
-                "dtype": options.dtype,
-                "device": options.device,
-            }
-            for copy in COPIES
-        }
+        self.request = {"operator": operator, "family": family, "direction": direction}
+        self.request |= {"dtype": options.dtype, "device": options.device}
+        self.backends = dict(zip("AB", options.backends or [options.backend] * 2, strict=True))
         self.sets: list[Pair] = []
         self.refusal = ""
 
     def measure(self, workers: dict[str, Worker], rounds: int, random: np.random.Generator) -> None:
-        """One set more; numbers are verified in the first one, since inputs are the same in all."""
+        """Measure one set; the numbers are verified in the first one, because all sets have the same inputs."""
+        request = {**self.request, "verify": not self.sets}
         try:
             copies = {
-                copy: workers[copy].prepare({**request, "verify": not self.sets})
-                for copy, request in self.requests.items()
+                copy: workers[copy].prepare({**request, "backend": self.backends[copy[0]]}) for copy in COPIES
             }
         except NumericsError as reason:
             self.refusal = str(reason)
@@ -182,11 +203,11 @@ class Line:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """One line per operator, family and direction; 1 if any is slower, 2 if none could be compared."""
-    options = _parser().parse_args(arguments)
+    """Print a line per operator, family and direction; return 1 if any is slower and 2 if none could be compared."""
+    options = _options(arguments)
     try:
         return _run(options)
-    except ValueError as error:  # not 1, which says that something is slower
+    except ValueError as error:  # not 1, which means slower
         print(f"python -m bench.compare: {error}", file=sys.stderr)
         return 2
 
@@ -197,17 +218,17 @@ def _run(options: argparse.Namespace) -> int:
     base, candidate = (Path(path) for path in options.checkouts or (ROOT, ROOT))
     product = itertools.product(options.operators, options.families, options.directions)
     lines = [Line(*names, options) for names in product]
-    judge([(0.0, 0.0)] * options.sets, lines=len(lines))  # too few sets are refused before they are measured
+    judge([(0.0, 0.0)] * options.sets, lines=len(lines))  # refuses too few sets before they are measured
     try:
         _measure(lines, base, candidate, options)
     except KeyboardInterrupt:
-        print("interrupted; what is told is of the sets that were finished", file=sys.stderr)
+        print("interrupted; the table is of the finished sets", file=sys.stderr)
         try:
-            _tell(lines, options.tolerance)
+            _print_verdicts(lines, options.tolerance)
         except ValueError as error:
             print(error, file=sys.stderr)
         return 130
-    return _tell(lines, options.tolerance)
+    return _print_verdicts(lines, options.tolerance)
 
 
 def _measure(lines: Sequence[Line], base: Path, candidate: Path, options: argparse.Namespace) -> None:
@@ -228,7 +249,7 @@ def _measure(lines: Sequence[Line], base: Path, candidate: Path, options: argpar
         print(f"set {number} of {options.sets}", file=sys.stderr, flush=True)
 
 
-def _tell(lines: Sequence[Line], tolerance: float) -> int:
+def _print_verdicts(lines: Sequence[Line], tolerance: float) -> int:
     compared = sum(not line.refusal for line in lines)
     verdicts = [None if e.refusal else judge(e.sets, tolerance=tolerance, lines=compared) for e in lines]
     slower = 0
@@ -237,43 +258,38 @@ def _tell(lines: Sequence[Line], tolerance: float) -> int:
         if found is None:
             print(f"{line.name}not compared: {line.refusal}")
             continue
-        interval = f"{found.low:.3f} to {found.high:.3f}"
-        print(
-            f"{line.name}{found.ratio:7.3f} {interval:>16} {found.noise:7.3f}{'  SLOWER' if found.slower else ''}"
-        )
+        interval, mark = f"{found.low:.3f} to {found.high:.3f}", "  SLOWER" if found.slower else ""
+        print(f"{line.name}{found.ratio:7.3f} {interval:>16} {found.noise:7.3f}{mark}")
         slower += found.slower
     print(f"{compared} compared, {slower} slower than the noise and {tolerance:.0%}")
     return 2 if not compared else int(slower > 0)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.compare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--checkouts", nargs=2, metavar=("OLD", "NEW"), help="folders of two checkouts")
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    made = parser("compare", __doc__)
+    what = made.add_mutually_exclusive_group(required=True)
     what.add_argument(
-        "--backends",
-        type=current_name,
-        nargs=2,
-        metavar=("BASE", "CANDIDATE"),
-        help="two backends of this one",
+        "--checkouts", nargs=2, metavar=("OLD", "NEW"), help="compare two folders with a checkout"
     )
-    parser.add_argument(
-        "--backend", type=current_name, default=None, help="of both checkouts (default: the fastest)"
+    what.add_argument(
+        "--backends", type=current_name, nargs=2, metavar=("BASE", "CANDIDATE"), help="compare two backends"
     )
-    parser.add_argument("--operators", nargs="+", default=list(OPERATORS), choices=tuple(OPERATORS))
-    parser.add_argument("--families", nargs="+", default=["stage 3", "stage 2"], choices=tuple(FAMILIES))
-    parser.add_argument("--directions", nargs="+", default=list(DIRECTIONS), choices=DIRECTIONS)
-    parser.add_argument("--dtype", default="fp32", choices=tuple(DTYPES))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--sets", type=int, default=SETS, help="of four processes (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="in each set (default: %(default)s)")
-    parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of the order (default: %(default)s)")
-    return parser
+    made.add_argument("--backend", type=current_name, help="backend in both checkouts (default: the fastest)")
+    made.add_argument("--operators", nargs="+", default=list(OPERATORS), choices=tuple(OPERATORS))
+    made.add_argument("--families", nargs="+", default=["stage 3", "stage 2"], choices=tuple(FAMILIES))
+    made.add_argument("--directions", nargs="+", default=list(DIRECTIONS), choices=DIRECTIONS)
+    made.add_argument("--dtype", default="fp32", choices=tuple(DTYPES))
+    made.add_argument("--device", default=DEVICE)
+    made.add_argument("--sets", type=int, default=SETS, help="sets of four processes (default: %(default)s)")
+    made.add_argument("--rounds", type=int, default=ROUNDS, help="rounds of a set (default: %(default)s)")
+    made.add_argument(
+        "--tolerance",
+        type=float,
+        default=TOLERANCE,
+        help="accept slowdowns up to this (default: %(default)s)",
+    )
+    made.add_argument("--seed", type=int, default=0, help="seed of the order (default: %(default)s)")
+    return made.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""Every solver of the landmark system, and the search for keys that break its bounds.
+"""Time the solvers of the landmark system, and search for keys that exceed its bounds: `python -m bench.conditioning`.
 
-`python -m bench.conditioning` times every solver at every size as a share of the SVD's time in the same run, with
-torch.linalg's own factorisations beside them, and the solve's part in the whole attention; where an aim is missed the
-line says so. On a CPU the default solver takes at most a fifth of the SVD's time at r = 32 and 64. On a GPU the fused
-one is at least 50 times faster than the SVD at r = 64, and twice as fast as torch.linalg's own LU and Cholesky.
-Attention spends at most 30 % in its solve. `python -m bench.conditioning --search` looks for keys that exceed the
-bounds of docs/CONDITIONING.md, and exits with 1 where it finds any. Both write JSON lines to `--out`, the machine in
-the first; times are written size by size, so that Ctrl-C keeps what was measured.
+Each solver is timed at each size as a share of the SVD's time in the same run, next to the factorisations of
+torch.linalg. The solve is also timed as a share of the whole attention. `!` marks a missed target:
+
+- on a CPU, the default solver takes at most a fifth of the SVD's time at r = 32 and 64;
+- on a GPU, the fused solver is at least 50 times as fast as the SVD at r = 64, and twice as fast as the LU and the
+  Cholesky factorisation of torch.linalg;
+- the solve takes at most 30 % of the attention's time.
+
+`--search` looks for keys that exceed the bounds of docs/CONDITIONING.md and exits with 1 if it finds any. `--out` keeps
+JSON lines, the machine first; times are written after each size, so that Ctrl-C keeps what was measured.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,18 +25,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import bounds, record
+from bench import bounds
+from bench.harness import DEVICE, Call, attention_inputs, machine_with_load, parser, write_lines
+from bench.stopwatch import milliseconds
 from srm_kernels import backends, landmark_solve, nystrom_attention
 from srm_kernels.conditioning import SOLVERS, SOLVERS_OF_KERNELS
-from srm_model.profiling.timing import cpu_clock
 
 BATCHES = (8, 64, 512)
-RANKS = (64, 32, 16, 128)  # in the order of what depends on them, as a run on a GPU may be cut short
+RANKS = (64, 32, 16, 128)  # the most needed first, as a run on a GPU may be stopped early
 WIDTHS = (32, 64)
-LIMIT = 1 / 5  # of the SVD's time, on a CPU, at the ranks below
-LIMITED = (32, 64)
-FUSED = "cholesky@triton"  # on a GPU: what is at least so many times faster than these, at these ranks
-AIMS = {
+CPU_TARGET = 1 / 5  # of the SVD's time, on a CPU, at these ranks
+CPU_RANKS = (32, 64)
+FUSED = "cholesky@triton"
+GPU_TARGETS = {  # least speedup of the fused solver, and the ranks it holds for
     "torch.linalg.svd": (50, (64,)),
     "torch.linalg.lu_factor_ex": (2, RANKS),
     "torch.linalg.cholesky_ex": (2, RANKS),
@@ -41,33 +45,18 @@ AIMS = {
 LARGEST_SHARE = 0.3  # of the attention's time
 QUEUED = 10  # calls between two events of a GPU
 ROUNDING = 1e-6  # by which a computed ratio to a bound may exceed 1
-TRUSTED = 1e12  # κ up to which an fp64 solve says something about the gain
-
-
-def milliseconds(function: Callable[[], object], device: torch.device, queued: int = QUEUED) -> float:
-    """One call: by CUDA events around `queued` of them, one behind the other, on a GPU, else by `cpu_clock`."""
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(queued):
-            function()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / queued
-    begin = cpu_clock()
-    function()
-    return (cpu_clock() - begin) * 1e3
+TRUSTED = 1e12  # largest κ at which an fp64 solve is accurate enough to judge the gain
 
 
 def system(batch: int, r: int, d: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Logits of normalised random landmarks and R V, fp32."""
+    """Return the logits (batch, r, r) of normalised random landmarks and R V (batch, r, d), fp32."""
     make = torch.Generator().manual_seed(0)
     keys = bounds.normalise(torch.randn(batch, r, d, generator=make)).to(device)
     return keys @ keys.mT / math.sqrt(d), torch.randn(batch, r, d, generator=make).to(device)
 
 
 def plain(name: str, logits: Tensor, rhs: Tensor) -> Tensor:
-    """What one would write with torch.linalg: the factorisation alone on the same W_λ, or S + λI."""
+    """Solve in the way of a user of torch.linalg: one factorisation of W_λ, or of S + λI for "cholesky_ex"."""
     r = logits.shape[-1]
     eye = torch.eye(r, dtype=logits.dtype, device=logits.device)
     if name == "cholesky_ex":
@@ -84,26 +73,25 @@ def plain(name: str, logits: Tensor, rhs: Tensor) -> Tensor:
     return Vh.mT @ ((U.mT @ rhs) / sigma[..., None])
 
 
-def calls(logits: Tensor, rhs: Tensor) -> dict[str, Callable[[], object]]:
-    """Name → call. A solver of another backend than the portable one is named `solver@backend`."""
-    found: dict[str, Callable[[], object]] = {
-        name: lambda name=name: landmark_solve(logits, rhs, solver=name, backend="torch").x
-        for name in SOLVERS
-    }
+def calls(logits: Tensor, rhs: Tensor) -> dict[str, Call]:
+    """Return the solvers by name; those of kernels are named `solver@triton`."""
+
+    def solve(solver: str, backend: str) -> Tensor:
+        return landmark_solve(logits, rhs, solver=solver, backend=backend).x
+
+    found: dict[str, Call] = {name: partial(solve, name, "torch") for name in SOLVERS}
     if logits.is_cuda and backends()["triton"].available:
-        for name in SOLVERS_OF_KERNELS:
-            found[f"{name}@triton"] = lambda name=name: (
-                landmark_solve(logits, rhs, solver=name, backend="triton").x
-            )
+        found |= {f"{name}@triton": partial(solve, name, "triton") for name in SOLVERS_OF_KERNELS}
     for name in ("svd", "lu_factor_ex", "cholesky_ex"):
-        found[f"torch.linalg.{name}"] = lambda name=name: plain(name, logits, rhs)
+        found[f"torch.linalg.{name}"] = partial(plain, name, logits, rhs)
     return found
 
 
-def best(functions: dict[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, float]:
-    """The least milliseconds of interleaved calls; fewer of what takes over a tenth of a second, and none in a queue.
+def best(functions: dict[str, Call], device: torch.device, repeats: int) -> dict[str, float]:
+    """Return the least milliseconds of calls that take turns.
 
-    The least, not the median: what else a machine does only ever adds.
+    The least and not the median, because other work on the machine only adds time. A call of more than a tenth of a
+    second is repeated twice and not queued.
     """
     first = {name: milliseconds(call, device, 1) for name, call in functions.items()}
     times: dict[str, list[float]] = {name: [] for name in functions}
@@ -112,25 +100,26 @@ def best(functions: dict[str, Callable[[], object]], device: torch.device, repea
             slow = min(times[name], default=first[name]) > 100
             if repeat > 1 and slow:
                 continue
-            times[name].append(milliseconds(call, device, 1 if slow else QUEUED))
+            single = slow or device.type == "cpu"
+            times[name].append(milliseconds(call, device, 1 if single else QUEUED))
     return {name: min(values) for name, values in times.items()}
 
 
 def missed(times: dict[str, float], device: torch.device, r: int) -> list[str]:
-    """The aims that times of one size miss, in words."""
+    """Return a sentence for each target that the times of one size miss."""
     if device.type == "cpu":
-        over = r in LIMITED and times["cholesky"] > LIMIT * times["svd"]
-        return [f"cholesky over 1/{1 / LIMIT:.0f}"] if over else []
+        over = r in CPU_RANKS and times["cholesky"] > CPU_TARGET * times["svd"]
+        return [f"cholesky over 1/{1 / CPU_TARGET:.0f}"] if over else []
     return [
-        f"{FUSED} {times[rival] / times[FUSED]:.1f} times as fast as {rival}, {least} wanted"
-        for rival, (least, ranks) in AIMS.items()
+        f"{FUSED} {times[rival] / times[FUSED]:.1f} times as fast as {rival}, target {least}"
+        for rival, (least, ranks) in GPU_TARGETS.items()
         if FUSED in times and r in ranks and times[rival] < least * times[FUSED]
     ]
 
 
 @torch.no_grad()
 def table(options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
-    """Rows of the share of the attention that its solve takes, then, size by size, times of every solver."""
+    """Yield the rows of the solve's share of the attention, then the rows of every solver, size by size."""
     device = torch.device(options.device)
     yield shares(device, options.repeats)
     shown = False
@@ -143,55 +132,48 @@ def table(options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
                     print(" " * 25 + " ".join(f"{name:>25}" for name in times if name != "svd"))
                     shown = True
                 base = times["svd"]
-                told = " ".join(f"{base / t:25.1f}" for name, t in times.items() if name != "svd")
-                aims = "".join(f"  ! {words}" for words in missed(times, device, r))
-                print(f"{batch:5} {r:4} {d:4} {base:9.2f} {told}{aims}", flush=True)
+                line = " ".join(f"{base / t:25.1f}" for name, t in times.items() if name != "svd")
+                marks = "".join(f"  ! {words}" for words in missed(times, device, r))
+                print(f"{batch:5} {r:4} {d:4} {base:9.2f} {line}{marks}", flush=True)
+                size = {"batch": batch, "r": r, "d": d}
                 yield [
-                    {
-                        "batch": batch,
-                        "r": r,
-                        "d": d,
-                        "solver": name,
-                        "ms": round(elapsed, 4),
-                        "share_of_svd": round(elapsed / base, 5),
-                    }
-                    for name, elapsed in times.items()
+                    {**size, "solver": name, "ms": round(t, 4), "share_of_svd": round(t / base, 5)}
+                    for name, t in times.items()
                 ]
 
 
 def shares(device: torch.device, repeats: int) -> list[dict[str, Any]]:
-    """The solve's part in Nyström attention at B = 8 (1 on a CPU), H = 8, N_q = 16,384, N_k = 256, r = 64, d = 32.
+    """Return the solve's share of Nyström attention at H = 8, N_q = 16,384, N_k = 256, r = 64, d = 32.
 
-    By the default backend and, on a GPU, by kernels, whose attention has the solve inside a launch of the key side:
-    there the part is that of the solve's own launch.
+    B is 8 on a GPU and 1 on a CPU. On a GPU the kernels are measured too. Their attention solves inside a launch of the
+    key side, so the share is that of a solve in a launch of its own.
     """
     batch = 8 if device.type == "cuda" else 1
-    make = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(batch, 8, n, 32, generator=make).to(device) for n in (16_384, 256, 256))
+    options = argparse.Namespace(device=device, dtype="fp32")
+    tokens = attention_inputs((batch, 8), 16_384, 256, 32, options)
     logits, rhs = system(batch * 8, 64, 32, device)
     rows = []
     for backend in (None, "triton") if device.type == "cuda" and backends()["triton"].available else (None,):
-        attention = partial(nystrom_attention, query, key, value, 64, qk_norm="keys", backend=backend)
-        times = best(
-            {"attention": attention, "solve": partial(landmark_solve, logits, rhs, backend=backend)},
-            device,
-            repeats,
-        )
+        parts: dict[str, Call] = {
+            "attention": partial(nystrom_attention, *tokens, 64, qk_norm="keys", backend=backend),
+            "solve": partial(landmark_solve, logits, rhs, backend=backend),
+        }
+        times = best(parts, device, repeats)
         part = times["solve"] / times["attention"]
+        mark = f"  ! target {LARGEST_SHARE:.0%}" if part > LARGEST_SHARE else ""
         print(
-            f"the solve takes {part:.1%} of Nyström attention at B={batch} H=8 N_q=16384 N_k=256 r=64 d=32, backend "
-            f"{backend or 'by default'}{f'  ! {LARGEST_SHARE:.0%} wanted' if part > LARGEST_SHARE else ''}",
+            f"the solve takes {part:.1%} of Nyström attention at B={batch} H=8 N_q=16384 N_k=256 r=64 d=32, "
+            f"backend {backend or 'by default'}{mark}",
             flush=True,
         )
         name = "cholesky" if backend is None else f"cholesky@{backend}"
-        rows.append(
-            {"batch": batch * 8, "r": 64, "d": 32, "solver": name, "share_of_attention": round(part, 4)}
-        )
+        size = {"batch": batch * 8, "r": 64, "d": 32}
+        rows.append({**size, "solver": name, "share_of_attention": round(part, 4)})
     return rows
 
 
 def search(options: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
-    """Worst figures per family; returns the lines and how many key sets exceeded a bound."""
+    """Search for keys that exceed a bound; return the worst figures per family and the number of such key sets."""
     lines: list[dict[str, Any]] = []
     exceeded = 0
     for normalised, count in ((True, options.cases), (False, max(1, options.cases // 5))):
@@ -216,9 +198,9 @@ def search(options: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
 
 
 def print_search(normalised: bool, count: int, rows: list[dict[str, Any]]) -> None:
-    """The worst of each kind, and over all."""
+    """Print the worst figures of each family, and over all."""
     names = bounds.Figures._fields
-    print(f"{count} key sets, keys {'normalised' if normalised else 'as they are'}; the largest of")
+    print(f"{count} key sets, keys {'normalised' if normalised else 'not normalised'}; the largest of")
     print(f"{'family':12} {'ascent on':10} " + " ".join(f"{name:>12}" for name in names))
     for row in rows:
         figures = " ".join(f"{row.get(name, math.nan):12.4g}" for name in names)
@@ -228,30 +210,27 @@ def print_search(normalised: bool, count: int, rows: list[dict[str, Any]]) -> No
 
 
 def main() -> int:
-    """Time the solvers, or search; returns 1 where a bound was exceeded, 130 where Ctrl-C ended it."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    """Time the solvers, or search; return 1 if a bound was exceeded and 130 after Ctrl-C."""
+    made = parser("conditioning", __doc__)
+    made.add_argument("--search", action="store_true", help="search for keys that exceed the bounds")
+    made.add_argument(
+        "--cases", type=int, default=100_000, help="key sets of the search (default: %(default)s)"
     )
-    parser.add_argument("--search", action="store_true", help="look for keys that break the bounds")
-    parser.add_argument("--cases", type=int, default=100_000, help="key sets to try (default: %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON lines to write")
-    options = parser.parse_args()
-    header = record.machine("cpu" if options.search else options.device)
-    lines: list[dict[str, Any]] = []
+    made.add_argument("--device", default=DEVICE)
+    made.add_argument("--repeats", type=int, default=7)
+    made.add_argument("--out", type=Path, metavar="FILE", help="write JSON lines to FILE")
+    options = made.parse_args()
+    header = machine_with_load("cpu" if options.search else options.device)
     if options.search:
         lines, exceeded = search(options)
         header |= {"benchmark": "conditioning --search", "cases": options.cases, "exceeded": exceeded}
-        if options.out:
-            record.write_lines(options.out, [header, *lines])
+        write_lines(options.out, [header, *lines])
         return int(exceeded > 0)
-    header |= {"benchmark": "conditioning", "dtype": "float32"}
+    lines = [header | {"benchmark": "conditioning", "dtype": "float32"}]
     try:
         for rows in table(options):
             lines += rows
-            if options.out:
-                record.write_lines(options.out, [header, *lines])
+            write_lines(options.out, lines)
     except KeyboardInterrupt:
         print("interrupted; what was measured is kept", file=sys.stderr)
         return 130

@@ -1,4 +1,4 @@
-"""Draw the model of the README: `python -m bench.diagram docs/model.svg`."""
+"""Draw the picture of the model in the README: `python -m bench.diagram docs/model.svg`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STAGES = ("stage 1, stride 4", "stage 2, stride 8", "stage 3, stride 16", "stage
 def box(
     axes: Axes, x: float, y: float, width: float, height: float, text: str, *, accent: bool = False
 ) -> None:
-    """Draw a rounded box with a text in its middle."""
+    """Draw a rounded box around a text; x and y are its lower left corner."""
     edge, face = (ACCENT, "#e3eefa") if accent else (INK, PALE)
     style = "round,pad=0.02,rounding_size=0.12"
     axes.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=style, ec=edge, fc=face, lw=1.2))
@@ -27,7 +27,6 @@ def box(
 
 
 def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], *, accent: bool = False) -> None:
-    """Draw an arrow."""
     colour = ACCENT if accent else INK
     axes.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": colour, "lw": 1.2})
 
@@ -63,11 +62,16 @@ def draw() -> Figure:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the picture."""
+    """Write the picture to a file."""
     parser = argparse.ArgumentParser(prog="python -m bench.diagram", description=__doc__)
-    parser.add_argument("out", type=Path, metavar="FILE", help="such as docs/model.svg or model.png")
+    parser.add_argument(
+        "out",
+        type=Path,
+        metavar="FILE",
+        help="picture to write; the suffix sets the format, such as docs/model.svg",
+    )
     options = parser.parse_args(arguments)
-    mpl.rcParams["svg.hashsalt"] = "srm"  # the same file every time
+    mpl.rcParams["svg.hashsalt"] = "srm"  # makes the file reproducible
     metadata = {"Date": None} if options.out.suffix == ".svg" else None
     draw().savefig(options.out, dpi=130, facecolor="white", metadata=metadata)
     return 0

@@ -1,11 +1,11 @@
-"""The fused neck against the quadratic one and against its own parts unfused, as ratios: `python -m bench.fused_neck`.
+"""Compare the fused neck with the quadratic neck and with its own unfused parts: `python -m bench.fused_neck`.
 
-Necks alone, fed with maps of the sizes that a backbone gives: measured in turn within one run, forward in evaluation
-mode, or forward and backward in training mode. `plain` is the Nyström neck in plain PyTorch, `unfused` the same of
-kernels one by one, `fused` that of `pooled_links`. Memory is the peak above the maps; launches are the profiler's. The
-floor is the larger of the maps' bytes read once and the neck's products at the device's rates, which a large copy and a
-large product measure first, or `--bandwidth` and `--rate` give. On a CPU the necks run in plain PyTorch: `plain` and
-`fused` are then the same, and `unfused` calls its links one by one.
+The necks are measured alone, on maps of the sizes that a backbone produces. They take turns within one run: forward in
+evaluation mode, or forward and backward in training mode. `plain` is the Nyström neck in plain PyTorch, `unfused` calls
+the kernels one by one, `fused` uses `pooled_links`. Memory is the peak above the maps. Launches are counted by the
+profiler. The floor is the larger of two times: reading the maps once, and the neck's matrix products, at the device's
+rates. A large copy and a large product measure the rates first, unless `--bandwidth` and `--rate` give them. On a CPU
+the necks run in plain PyTorch: `plain` and `fused` are then the same, and `unfused` computes its links one by one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
@@ -21,20 +20,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.harness import (
-    DTYPES,
-    Recorder,
-    effort_of,
-    is_out_of_memory,
-    machine,
-    measure_together,
-    parser,
-    peak,
-    sentence,
-)
+from bench.harness import DTYPES, Call, Recorder, effort_of, timing_parser
 from srm_model import SRMConfig, SRMNeck
 from srm_model.graphs import Graphed
+from srm_model.profiling import measure_together
 from srm_model.profiling.ceilings import ceilings
+from srm_model.profiling.machines import sentence
+from srm_model.profiling.memory import bytes_of, is_out_of_memory, peak
 from srm_model.profiling.sweep import launches
 
 WIDTHS = {
@@ -43,23 +35,41 @@ WIDTHS = {
     "convnext_tiny": (96, 192, 384, 768),
     "mobilenetv3_large_100": (24, 40, 112, 960),
 }
-LAST_LEVELS = (4, 8, 16, 32)  # strides
-ASKED = {  # least ratio of the quadratic neck's time, most of its memory, by direction and image side
+STRIDES = (4, 8, 16, 32)
+# (least speedup over the quadratic neck, largest share of its memory) by direction and image side
+TARGETS = {
     ("forward", 512): (3, 1 / 4),
     ("forward", 1024): (6, 1 / 4),
     ("both", 512): (2, 1 / 3),
     ("both", 1024): (4, 1 / 3),
 }
-ASKED_FORWARD = {True: (3, 2), False: (5, 3)}  # least ratios of the eager and compiled one's time, by DyT
+FORWARD_TARGETS = {
+    True: (3, 2),
+    False: (5, 3),
+}  # by DyT: speedups over the eager and the compiled quadratic neck
 MOST_FLOORS = 3
 
 
+def add_neck_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `neck_of` reads from the command line."""
+    parser.add_argument("--channels", type=int, default=256)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--rank", type=int, default=64)
+
+
 def maps_of(backbone: str, side: int, batch: int, options: argparse.Namespace) -> list[Tensor]:
-    """The pyramid of an image, channels-last where the options ask for it."""
+    """Return the maps (B, C_i, h, w) that a backbone produces from images of `side` pixels.
+
+    Args:
+        backbone: A name of `WIDTHS`.
+        side: Image side in pixels.
+        batch: B.
+        options: Options with `device`, `dtype` and `channels_last`.
+    """
     draw = torch.Generator(options.device).manual_seed(0)
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
     maps = []
-    for width, stride in zip(WIDTHS[backbone], LAST_LEVELS, strict=True):
+    for width, stride in zip(WIDTHS[backbone], STRIDES, strict=True):
         grid = max(side // stride, 1)
         m = torch.randn(batch, width, grid, grid, generator=draw, device=options.device)
         maps.append(m.to(DTYPES[options.dtype]).contiguous(memory_format=layout))
@@ -67,14 +77,24 @@ def maps_of(backbone: str, side: int, batch: int, options: argparse.Namespace) -
 
 
 def neck_of(
-    backbone: str, options: argparse.Namespace, *, backend: str | None, attention: str = "nystrom"
+    backbone: str, options: argparse.Namespace, *, backend: str | None = None, attention: str = "nystrom"
 ) -> SRMNeck:
-    """A neck calibrated on other maps of the same statistics."""
+    """Return a neck that is calibrated on other maps of the same statistics.
+
+    Args:
+        backbone: A name of `WIDTHS`.
+        options: Options with `device`, `dtype`, `direction`, `no_dyt`, `channels`, `heads`, `rank` and `channels_last`.
+        backend: Backend of the operators; None takes the default.
+        attention: "nystrom", or "full" for the quadratic neck.
+    """
     torch.manual_seed(0)
     config = SRMConfig(
-        channels=options.channels, heads=options.heads, rank=options.rank, dyt=not options.no_dyt,
+        channels=options.channels,
+        heads=options.heads,
+        rank=options.rank,
+        dyt=not options.no_dyt,
         backend=backend,
-    )  # fmt: skip
+    )
     plain = SRMNeck(WIDTHS[backbone], config.replace(backend="reference"), attention=attention)
     plain = plain.to(options.device)
     with torch.no_grad():
@@ -84,8 +104,8 @@ def neck_of(
     return neck.train(options.direction == "both")
 
 
-def call_of(neck: Any, maps: list[Tensor], direction: str) -> Callable[[], object]:
-    """Forward without gradients, or forward and backward down to the maps."""
+def call_of(neck: Any, maps: list[Tensor], direction: str) -> Call:
+    """Return a call of the neck: "forward" without gradients, or "both" with gradients of the maps and parameters."""
 
     def forward() -> object:
         with torch.no_grad():
@@ -102,23 +122,25 @@ def call_of(neck: Any, maps: list[Tensor], direction: str) -> Callable[[], objec
     return forward if direction == "forward" else both
 
 
-def contestants(
-    backbone: str, maps: list[Tensor], options: argparse.Namespace
-) -> dict[str, Callable[[], object]]:
-    """By name; what has no compiler or no kernels here is left out."""
-    backend = "triton" if options.device == "cuda" else None
-    fused = neck_of(backbone, options, backend=backend)
-    unfused = neck_of(backbone, options, backend=backend)
+def common_columns(
+    benchmark: str, neck: str, backbone: str, side: int, batch: int, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Return the columns of a row that say what was measured."""
+    return {
+        "benchmark": benchmark, "neck": neck, "backbone": backbone, "side": side, "batch": batch,
+        "direction": options.direction, "dtype": options.dtype, "dyt": not options.no_dyt, "rank": options.rank,
+    }  # fmt: skip
+
+
+def contestants(backbone: str, maps: list[Tensor], options: argparse.Namespace) -> dict[str, Call]:
+    """Return the calls by name, without those that need a compiler or kernels that this device lacks."""
+    cuda = options.device == "cuda"
+    fused, unfused = (neck_of(backbone, options, backend="triton" if cuda else None) for _ in range(2))
     unfused.pools = lambda pyramid: False  # type: ignore[method-assign]
-    plain = neck_of(backbone, options, backend=None)
-    quadratic = neck_of(backbone, options, backend=None, attention="full")
-    calls = {
-        "quadratic": call_of(quadratic, maps, options.direction),
-        "plain": call_of(plain, maps, options.direction),
-        "unfused": call_of(unfused, maps, options.direction),
-        "fused": call_of(fused, maps, options.direction),
-    }
-    if options.device == "cuda":
+    quadratic = neck_of(backbone, options, attention="full")
+    necks = {"quadratic": quadratic, "plain": neck_of(backbone, options), "unfused": unfused, "fused": fused}
+    calls = {name: call_of(neck, maps, options.direction) for name, neck in necks.items()}
+    if cuda:
         torch.compiler.reset()
         calls["quadratic, compiled"] = call_of(torch.compile(quadratic), maps, options.direction)
         if options.direction == "forward":
@@ -128,7 +150,7 @@ def contestants(
 
 
 def take_rates(options: argparse.Namespace) -> None:
-    """Measure what was not given of the device's rates."""
+    """Measure the rates of the device that the options do not give."""
     if options.bandwidth and options.rate:
         return
     device = torch.device(options.device)
@@ -138,17 +160,17 @@ def take_rates(options: argparse.Namespace) -> None:
 
 
 def floor_of(neck: SRMNeck, maps: list[Tensor], options: argparse.Namespace) -> float | None:
-    """Milliseconds that reading the maps once, or the products of a forward pass, take at the card's rates."""
+    """Return the larger time of reading the maps once and of the products of a forward pass, in milliseconds."""
     if not options.bandwidth or not options.rate:
         return None
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         neck(maps)
-    read = sum(m.numel() * m.element_size() for m in maps) / (options.bandwidth * 1e9)
+    read = bytes_of(maps) / (options.bandwidth * 1e9)
     return max(read, counter.get_total_flops() / (options.rate * 1e12)) * 1e3
 
 
 def compare(backbone: str, side: int, batch: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each neck: time, memory, launches and their ratios to the quadratic neck's."""
+    """Return a row for each neck: time, memory, launches, and their ratios to the quadratic neck's."""
     device = torch.device(options.device)
     maps = maps_of(backbone, side, batch, options)
     calls = contestants(backbone, maps, options)
@@ -157,14 +179,14 @@ def compare(backbone: str, side: int, batch: int, options: argparse.Namespace) -
     floor = floor_of(neck_of(backbone, options, backend="reference").eval(), maps, options)
     rows = []
     for name, call in calls.items():
-        row: dict[str, Any] = {
-            "benchmark": "fused_neck", "neck": name, "backbone": backbone, "side": side, "batch": batch,
-            "direction": options.direction, "dtype": options.dtype, "dyt": not options.no_dyt,
-            "rank": options.rank, "channels_last": options.channels_last, "ms": times[name].to_dict(),
-            "memory_above": memory[name], "launches": launches(call, device),
+        row = common_columns("fused_neck", name, backbone, side, batch, options) | {
+            "channels_last": options.channels_last,
+            "ms": times[name].to_dict(),
+            "memory_above": memory[name],
+            "launches": launches(call, device),
             "faster_than_quadratic": times["quadratic"].p50 / times[name].p50,
             "memory_of_quadratic": memory[name] / max(memory["quadratic"], 1),
-        }  # fmt: skip
+        }
         if "quadratic, compiled" in times:
             row["faster_than_compiled"] = times["quadratic, compiled"].p50 / times[name].p50
         if floor is not None and options.direction == "forward":
@@ -174,38 +196,37 @@ def compare(backbone: str, side: int, batch: int, options: argparse.Namespace) -
 
 
 def launches_by_interpreter() -> str:
-    """What `bench.launches` says, in a process of its own, or why it cannot."""
+    """Return the output of `bench.launches`, or why it failed; it needs a process of its own."""
     if find_spec("triton") is None:
-        return "an unknown number of launches: Triton is not installed\n"
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.launches"], capture_output=True, text=True, check=False
-    )
-    return done.stdout if done.returncode == 0 else f"an unknown number of launches: {done.stderr[-500:]}\n"
+        return "launches unknown: Triton is not installed\n"
+    command = [sys.executable, "-m", "bench.launches"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout if done.returncode == 0 else f"launches unknown: {done.stderr[-500:]}\n"
 
 
 def main() -> None:
-    """A line for each neck at each shape; what is asked of the fused one stands beside it."""
-    made = parser(__doc__)
-    made.add_argument("--backbones", nargs="*", choices=tuple(WIDTHS), default=list(WIDTHS))
-    made.add_argument("--sides", type=int, nargs="*", default=[512, 1024])
-    made.add_argument("--batches", type=int, nargs="*", default=[1, 8, 32])
-    made.add_argument("--direction", choices=("forward", "both"), default="forward")
-    made.add_argument("--channels", type=int, default=256)
-    made.add_argument("--heads", type=int, default=8)
-    made.add_argument("--rank", type=int, default=64)
-    made.add_argument("--no-dyt", action="store_true")
-    made.add_argument("--channels-last", action="store_true")
-    made.add_argument("--bandwidth", type=float, help="of the card's memory, GB/s; measured if not given")
-    made.add_argument("--rate", type=float, help="of its products in this dtype, TFLOP/s; likewise")
-    options = made.parse_args()
-    recorder = Recorder(options.out, "fused_neck", torch.device(options.device))
-    print(sentence(machine(torch.device(options.device))))
+    """Print a line for each neck and shape; `!` marks a fused neck that misses a target."""
+    parser = timing_parser("fused_neck", __doc__)
+    parser.add_argument("--backbones", nargs="*", choices=tuple(WIDTHS), default=list(WIDTHS))
+    parser.add_argument("--sides", type=int, nargs="*", default=[512, 1024], help="image sides in pixels")
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 32])
+    parser.add_argument("--direction", choices=("forward", "both"), default="forward")
+    add_neck_options(parser)
+    parser.add_argument("--no-dyt", action="store_true", help="measure necks without DyT")
+    parser.add_argument("--channels-last", action="store_true", help="lay the maps out channels-last")
+    parser.add_argument("--bandwidth", type=float, help="memory bandwidth in GB/s (default: measured)")
+    parser.add_argument("--rate", type=float, help="rate of products in TFLOP/s (default: measured)")
+    options = parser.parse_args()
+    recorder = Recorder(options.out, "fused_neck", options.device, options.note)
+    print(sentence(recorder.machine))
     take_rates(options)
     print(f"floors at {options.bandwidth:.4g} GB/s and {options.rate:.4g} TFLOP/s in {options.dtype}")
     if options.device == "cpu":
-        print("on a CPU plain and fused are the same neck in plain PyTorch; by kernels a forward pass takes")
+        print(
+            "on a CPU, plain and fused are the same neck in plain PyTorch; a forward pass by kernels launches:"
+        )
         print(launches_by_interpreter(), end="", flush=True)
-    titles = ("ms", 9), ("faster", 7), ("compiled", 8), ("memory", 7), ("launches", 8), ("floors", 6)
+    titles = ("ms", 9), ("speedup", 7), ("compiled", 8), ("memory", 7), ("launches", 8), ("floors", 6)
     print(f"{'backbone':22} {'side':>5} {'batch':>5} {'neck':20}", *(f"{t:>{width}}" for t, width in titles))
     for backbone in options.backbones:
         for side in options.sides:
@@ -222,7 +243,7 @@ def main() -> None:
 
 
 def line_of(row: dict[str, Any]) -> str:
-    """One row as it is printed; `!` where a fused neck misses what is asked of it."""
+    """Return a row as a line of the table; `!` marks a fused neck that misses a target."""
     floors, compiled = row.get("times_the_floor"), row.get("faster_than_compiled")
     missed = " !" if row["neck"].startswith("fused") and row["batch"] == 8 and misses(row) else ""
     return (
@@ -234,17 +255,17 @@ def line_of(row: dict[str, Any]) -> str:
 
 
 def misses(row: dict[str, Any]) -> bool:
-    """Whether a row, in the sides that have an aim, is slower or larger than asked; launches are a test's."""
-    asked = ASKED.get((row["direction"], row["side"]))
-    if asked is None:
+    """Return whether a row misses a target of time or memory; tests hold the target of launches."""
+    target = TARGETS.get((row["direction"], row["side"]))
+    if target is None:
         return False
-    (speed, share), of_compiled = asked, 0
+    (speed, share), over_compiled = target, 0
     if row["direction"] == "forward":
-        of_eager, of_compiled = ASKED_FORWARD[row["dyt"]]
-        speed = max(speed, of_eager)
+        over_eager, over_compiled = FORWARD_TARGETS[row["dyt"]]
+        speed = max(speed, over_eager)
     return (
         row["faster_than_quadratic"] < speed
-        or row.get("faster_than_compiled", of_compiled) < of_compiled
+        or row.get("faster_than_compiled", over_compiled) < over_compiled
         or row["memory_of_quadratic"] > share
         or row.get("times_the_floor", MOST_FLOORS) > MOST_FLOORS
     )

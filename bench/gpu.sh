@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# What only a GPU can show, in two parts of at most six minutes each: `bench/gpu.sh a`, then `bench/gpu.sh b`.
-#   a  correctness: `python -m srm_kernels verify --quick`, every kernel once, then the tests marked `gpu`, most telling files first, a line a test.
-#   b  benchmarks, one at a time, most wanted first, and last compute-sanitizer, where it is installed.
-# A part may be stopped at any time (Ctrl-C): every step writes its results as they come. A step that reaches its limit
-# is ended by the signal that Ctrl-C sends, so that benchmarks write what they have measured.
-# `python -m bench.tune_attention`, `python -m bench.resources` and `python -m bench.fused_neck --dtype bf16` at every
-# batch are for hours with more time.
-# Results go to the folder given as the second argument (default bench/results), one folder per GPU, with the GPU,
-# driver, versions and commit in machine.txt.
+# Test and measure on a GPU, in two parts of at most six minutes each: `bench/gpu.sh a`, then `bench/gpu.sh b`.
+#   a  tests: `python -m srm_kernels verify --quick`, every kernel once, then the tests marked `gpu`, the most important
+#      files first, one line per test.
+#   b  benchmarks one at a time, the most important first; then compute-sanitizer, if it is installed.
+# A part may be stopped at any time with Ctrl-C: every step writes its results as they come. A step that reaches its
+# limit gets the signal of Ctrl-C, so that benchmarks write what they have measured.
+# Not in this script, for lack of time: `python -m bench.tune_attention`, `python -m bench.resources`, and
+# `python -m bench.fused_neck --dtype bf16` at every batch size.
+# Results go to the folder in the second argument (default: bench/results), with a folder for each GPU; its machine.txt
+# has the GPU, the driver, the versions and the commit.
 set -euo pipefail
 part=${1:-}
 if [[ $part != a && $part != b ]]; then
@@ -19,9 +20,9 @@ mkdir -p "${2:-$here/bench/results}"
 root=$(cd "${2:-$here/bench/results}" && pwd)
 cd "$here"
 PYTHON=${PYTHON:-python3}
-export PYTHONUNBUFFERED=1 # a line that is only in a buffer is lost when a step is killed
+export PYTHONUNBUFFERED=1 # buffered lines would be lost when a step is killed
 SECONDS=0
-LIMIT=345 # seconds of a part; a step that is told to end has ten more
+LIMIT=345 # seconds of a part; a step has ten more after the signal to end
 device=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr '[:upper:]' '[:lower:]' | sed -E 's/[^a-z0-9]+/-/g; s/^-|-$//g')
 out=$root/$device
 mkdir -p "$out"
@@ -35,7 +36,7 @@ child=
 } >"$out/machine.txt"
 cat "$out/machine.txt"
 
-step() { # most seconds, file of its output, command
+step() { # time limit in seconds, name of the output file, command
   local left=$((LIMIT - SECONDS)) limit=$1 file=$out/$2.txt code=0
   shift 2
   if ((left < 5)); then
@@ -43,7 +44,7 @@ step() { # most seconds, file of its output, command
     return
   fi
   echo "\$ $*" >>"$file"
-  # In a process group of its own, which Ctrl-C does not reach.
+  # timeout starts a new process group, which Ctrl-C does not reach.
   timeout --signal=INT --kill-after=10 $((limit < left ? limit : left)) "$@" >>"$file" 2>&1 &
   child=$!
   wait "$child" || code=$?
@@ -64,14 +65,16 @@ stopped() {
 }
 trap stopped INT TERM
 
-attention() { step 30 attention "$PYTHON" -m bench.attention --device cuda --dtype bfloat16 --seconds 1 --out "$root" "$@"; }
+attention() { step 30 attention "$PYTHON" -m bench.attention --device cuda --dtype bf16 --seconds 1 --out "$root" "$@"; }
+
+growth() { step "$1" growth "$PYTHON" -m bench.growth --device cuda --dtype bf16 --out "$root" "${@:2}"; }
 
 neck() { step 50 fused_neck "$PYTHON" -m bench.fused_neck --device cuda --dtype bf16 --batches 8 --warmup 5 --repeats 20 --seconds 0.3 --out "$root" "$@"; }
 
 tests() { step "$LIMIT" tests "$PYTHON" -m pytest -m gpu -v --tb=short -rf -p no:cacheprovider "${parallel[@]}" "$@"; }
 
 part_a() {
-  local telling=(
+  local first=(
     tests/kernels/test_triton_on_cuda.py tests/model/test_fused_neck_on_cuda.py tests/kernels/test_triton_attention.py
     tests/kernels/test_pooled_links.py tests/kernels/test_triton_solve.py tests/kernels/test_triton_landmarks.py
     tests/kernels/test_triton_scale_gate_pool.py tests/model/test_fused_neck.py tests/kernels/test_on_cuda.py
@@ -81,8 +84,8 @@ part_a() {
   step 90 verify "$PYTHON" -m srm_kernels verify --quick --export "$out/verify.jsonl"
   step 120 small_run "$PYTHON" -m bench.small_run
   if "$PYTHON" -c 'import xdist' >/dev/null 2>&1; then parallel=(-n "$processes"); fi
-  tests "${telling[@]}"
-  tests tests "${telling[@]/#/--ignore=}"
+  tests "${first[@]}"
+  tests tests "${first[@]/#/--ignore=}"
   cat "$out/verify.txt"
   tail -n 1 "$out/small_run.txt"
   grep -aE '^(FAILED|ERROR) |^=+ .*(passed|failed|error|no tests ran)' "$out/tests.txt" || tail -n 5 "$out/tests.txt"
@@ -117,9 +120,9 @@ part_b() {
     --necks srm quadratic none --backends triton reference --attacks "pgd mse linf" --steps 10 --repeats 2 \
     --out "$out/attacks.jsonl"
   step 60 neck "$PYTHON" -m bench.neck --device cuda --article --out "$root"
-  step 50 growth "$PYTHON" -m bench.growth --device cuda --dtype bf16 --seconds 1 --out "$root"
-  attention --crossover --warmup 2 --repeats 10
-  # Compiling takes longer than all that it is compared with.
+  growth 40 --what crossover --backends triton --warmup 2 --repeats 10 --seconds 0.1
+  growth 40 --what growth --seconds 1
+  # Compilation takes longer than the other measurements.
   attention --warmup 3 --repeats 20 --compile --shapes 16384 256 65536 1024 262144 4096
   for tool in memcheck racecheck; do
     if command -v compute-sanitizer >/dev/null; then

@@ -1,7 +1,8 @@
-"""How the cost of attention grows, and where Nyström overtakes exact attention: `python -m bench.growth`.
+"""Measure how the cost of attention grows, and where Nyström overtakes exact attention: `python -m bench.growth`.
 
-Sweeps over N_q, N_k, N (both at once), r, d, H and B, one at a time, each fitted to time = c·x^p; then the surface
-N_k × B of Nyström's time as a share of exact attention's. All points of a sweep and all implementations take turns.
+The sweeps are over N_q, N_k, N (both at once), r, d, H and B, one at a time; each is fitted to time = c·x^p. Then the
+surface N_k × B shows Nyström's time as a share of exact attention's. All points of a sweep and all implementations take
+turns.
 """
 
 from __future__ import annotations
@@ -18,19 +19,22 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from bench import harness
-from bench.harness import DTYPES, Call, Recorder
+from bench.harness import Call, Recorder, attention_inputs, available_backends, effort_of, timing_parser
 from srm_kernels import flops, full_attention, nystrom_attention
 from srm_kernels.checks import current_name
+from srm_model.profiling import measure_together
+from srm_model.profiling.machines import sentence
+from srm_model.profiling.memory import peak
 from srm_model.profiling.sweep import describe
 from srm_model.profiling.tables import number
 
 EXACT = "exact"
 DIRECTIONS = ("forward", "backward")
+Rows = list[dict[str, Any]]
 
 
 class Sizes(NamedTuple):
-    """One call's shape; the names are those of the sweeps."""
+    """Sizes of one call; the names are those of the sweeps."""
 
     B: int
     H: int
@@ -41,11 +45,14 @@ class Sizes(NamedTuple):
 
 
 class Scale(NamedTuple):
-    """Where the sweeps start from, and what they go over; N sets N_q and N_k alike."""
+    """Sizes to start from, the values of each sweep, and N_k and B of the crossover surface.
+
+    The sweep N sets N_q and N_k alike.
+    """
 
     base: Sizes
     values: dict[str, tuple[int, ...]]
-    keys: tuple[int, ...]  # of the crossover surface
+    keys: tuple[int, ...]
     batches: tuple[int, ...]
 
 
@@ -81,17 +88,17 @@ SCALES = {
             "H": (1, 2, 4, 8, 16, 32),
             "B": (1, 2, 4, 8, 16, 32),
         },
-        (64, 128, 256, 512, 1_024, 2_048, 4_096, 8_192),
+        (49, 64, 100, 144, 196, 256, 400, 576, 784, 1_024, 2_048, 4_096, 8_192),
         (1, 2, 4, 8, 16, 32),
     ),
 }
 
 
 class Fit(NamedTuple):
-    """y = c·x^exponent by least squares of the logarithms."""
+    """Least-squares fit of y = c·x^exponent in logarithms."""
 
     exponent: float
-    error: float  # standard error of the exponent; NaN with two points, which say nothing of it
+    error: float  # standard error of the exponent; NaN with two points
     points: int
 
     def __str__(self) -> str:
@@ -99,7 +106,11 @@ class Fit(NamedTuple):
 
 
 def power_law(x: Sequence[float], y: Sequence[float]) -> Fit:
-    """Exponent and its standard error. ValueError for fewer than two points or values that are not positive."""
+    """Fit an exponent and its standard error.
+
+    Raises:
+        ValueError: There are fewer than two points, or values that are not positive.
+    """
     if len(x) < 2 or len(x) != len(y) or min(*x, *y) <= 0:
         raise ValueError(f"x={list(x)}, y={list(y)}: expected at least two pairs of positive numbers")
     a, b = np.log(np.asarray(x, float)), np.log(np.asarray(y, float))
@@ -111,95 +122,68 @@ def power_law(x: Sequence[float], y: Sequence[float]) -> Fit:
 
 
 def macs(sizes: Sizes, implementation: str) -> int:
-    """Multiply-accumulates of one call, forward, by the article's equation 30 or of exact attention."""
+    """Return the multiply-accumulates of a forward pass, by the article's eq. 30 or of exact attention."""
     heads = sizes.B * sizes.H
     if implementation == EXACT:
         return heads * 2 * sizes.N_q * sizes.N_k * sizes.d
     return heads * flops.link_macs(sizes.N_q, sizes.N_k, min(sizes.r, sizes.N_k), sizes.d)
 
 
-def calls(
-    sizes: Sizes, backends: Sequence[str], dtype: torch.dtype, device: torch.device, direction: str
-) -> dict[str, Call]:
-    """Exact attention and Nyström's by each backend, on the same tensors."""
-    make = torch.Generator(device).manual_seed(0)
-    query, key, value = (
-        torch.randn(sizes.B, sizes.H, tokens, sizes.d, generator=make, device=device)
-        .to(dtype)
-        .requires_grad_(direction == "backward")
-        for tokens in (sizes.N_q, sizes.N_k, sizes.N_k)
-    )
+def calls(sizes: Sizes, backends: Sequence[str], options: argparse.Namespace) -> dict[str, Call]:
+    """Return exact attention and Nyström attention by each backend, on the same tensors."""
+    gradients = options.direction == "backward"
+    shape = (sizes.B, sizes.H)
+    inputs = attention_inputs(shape, sizes.N_q, sizes.N_k, sizes.d, options, gradients=gradients)
+    attend: dict[str, Callable[..., Any]] = {EXACT: partial(full_attention, *inputs, qk_norm="keys")}
+    for backend in backends:
+        attend[_named(backend)] = partial(
+            nystrom_attention, *inputs, sizes.r, qk_norm="keys", backend=backend
+        )
 
-    def nystrom(backend: str) -> torch.Tensor:
-        y = nystrom_attention(query, key, value, sizes.r, qk_norm="keys", backend=backend)
-        assert isinstance(y, torch.Tensor)
-        return y
-
-    attend: dict[str, Callable[[], torch.Tensor]] = {
-        EXACT: partial(full_attention, query, key, value, qk_norm="keys"),
-        **{_named(backend): partial(nystrom, backend) for backend in backends},
-    }
-    if direction == "forward":
-        return {name: _without_gradients(attention) for name, attention in attend.items()}
-
-    def backward(attention: Callable[[], torch.Tensor]) -> object:
-        return torch.autograd.grad(attention().float().sum(), (query, key, value))
-
-    return {name: partial(backward, attention) for name, attention in attend.items()}
-
-
-def _without_gradients(attention: Call) -> Call:
-    def call() -> object:
+    def forward(attention: Call) -> object:
         with torch.no_grad():
             return attention()
 
-    return call
+    def backward(attention: Callable[[], torch.Tensor]) -> object:
+        return torch.autograd.grad(attention().float().sum(), inputs)
+
+    return {name: partial(backward if gradients else forward, one) for name, one in attend.items()}
 
 
-def measured(
-    points: Sequence[Sizes], backends: Sequence[str], options: argparse.Namespace
-) -> list[list[dict[str, Any]]]:
-    """For every point a row for each implementation; one that cannot run says so in `error`.
+def measured(points: Sequence[Sizes], backends: Sequence[str], options: argparse.Namespace) -> list[Rows]:
+    """Return, for every point, a row for each implementation; `error` says why one cannot run.
 
-    Points and implementations take turns, so that neither a ratio nor an exponent is the machine's drift.
+    Points and implementations take turns, so that a drift of the machine affects neither a ratio nor an exponent.
     """
-    device, effort = torch.device(options.device), harness.effort_of(options)
+    device, effort = torch.device(options.device), effort_of(options)
     rows: list[dict[str, dict[str, Any]]] = []
-    able: dict[str, Call] = {}
+    able: dict[tuple[int, str], Call] = {}
     for place, sizes in enumerate(points):
+        common = {**sizes._asdict(), "dtype": options.dtype, "direction": options.direction}
         rows.append(
             {
-                name: {
-                    **sizes._asdict(),
-                    "dtype": options.dtype,
-                    "direction": options.direction,
-                    "implementation": name,
-                    "macs": macs(sizes, name),
-                    "error": None,
-                }
+                name: {**common, "implementation": name, "macs": macs(sizes, name), "error": None}
                 for name in (EXACT, *map(_named, backends))
             }
         )
         try:
-            made = calls(sizes, backends, DTYPES[options.dtype], device, options.direction)
-        except Exception as error:  # a sweep outlasts a point that cannot be made
+            made = calls(sizes, backends, options)
+        except Exception as error:  # such as too little memory; the other points go on
             made = {}
             for row in rows[-1].values():
                 row["error"] = describe(error)
         for name, call in made.items():
             try:
                 call()
-                able[f"{place} {name}"] = call
+                able[place, name] = call
             except Exception as error:
                 rows[-1][name]["error"] = describe(error)
         made.clear()
     try:
         longer = dataclasses.replace(effort, seconds=effort.seconds * len(points))
-        for key, times in harness.measure_together(able, device, longer).items():
-            index, _, name = key.partition(" ")
-            taken = harness.peak(able[key], device)
-            figures = {"milliseconds": times.to_dict(), "typical": times.typical, "memory": taken._asdict()}
-            rows[int(index)][name] |= figures
+        for (place, name), times in measure_together(able, device, longer).items():
+            memory = peak(able[place, name], device)._asdict()
+            rows[place][name] |= {"milliseconds": times.to_dict(), "typical": times.typical, "memory": memory}
     except Exception as error:
         for row in (row for point in rows for row in point.values()):
             if "milliseconds" not in row:
@@ -216,13 +200,13 @@ def _named(backend: str) -> str:
 
 
 def at(base: Sizes, variable: str, value: int) -> Sizes:
-    """The base with one of its sizes changed; "N" is both numbers of tokens."""
+    """Return the base with one size changed; "N" changes both numbers of tokens."""
     return base._replace(**({"N_q": value, "N_k": value} if variable == "N" else {variable: value}))
 
 
-def fits(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Exponents of time, memory and multiply-accumulates for every sweep and implementation."""
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+def fits(rows: Iterable[dict[str, Any]]) -> Rows:
+    """Fit the exponents of time, memory and multiply-accumulates for every sweep and implementation."""
+    groups: dict[tuple[str, str], Rows] = {}
     for row in rows:
         if not row["error"]:
             groups.setdefault((row["variable"], row["implementation"]), []).append(row)
@@ -246,32 +230,26 @@ def fits(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def growth_table(rows: Iterable[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """The exponents as text."""
+    """Return header and lines of the table of exponents."""
     header = ["variable", "range", "implementation", "time ∝ x^p, p", "memory, p", "MACs, p"]
-    return header, [
-        [
-            fit["variable"],
-            f"{fit['from']:,} to {fit['to']:,}",
-            fit["implementation"],
-            str(fit["time"]),
-            str(fit["memory"]),
-            f"{fit['macs'].exponent:.2f}",
-        ]
-        for fit in fits(rows)
-    ]
+    lines = []
+    for fit in fits(rows):
+        swept = [fit["variable"], f"{fit['from']:,} to {fit['to']:,}", fit["implementation"]]
+        lines.append([*swept, str(fit["time"]), str(fit["memory"]), f"{fit['macs'].exponent:.2f}"])
+    return header, lines
 
 
 class Surface(NamedTuple):
-    """Nyström's time as a share of exact attention's; None where one of them could not run."""
+    """Nyström's time as a share of exact attention's by (N_k, B); None where one of them could not run."""
 
     keys: list[int]
     batches: list[int]
-    share: dict[tuple[int, int], float | None]  # (N_k, B)
+    share: dict[tuple[int, int], float | None]
     implementation: str
 
 
 def surfaces(rows: Iterable[dict[str, Any]]) -> list[Surface]:
-    """One for each implementation of Nyström attention."""
+    """Return a surface for each implementation of Nyström attention."""
     rows = list(rows)
     times = {
         (row["N_k"], row["B"], row["implementation"]): None if row["error"] else row["typical"]
@@ -283,15 +261,18 @@ def surfaces(rows: Iterable[dict[str, Any]]) -> list[Surface]:
         share: dict[tuple[int, int], float | None] = {}
         for k in keys:
             for b in batches:
-                ours, exact = times.get((k, b, name)), times.get((k, b, EXACT))
-                share[k, b] = ours / exact if ours and exact else None
+                nystrom, exact = times.get((k, b, name)), times.get((k, b, EXACT))
+                share[k, b] = nystrom / exact if nystrom and exact else None
         found.append(Surface(keys, batches, share, name))
     return found
 
 
 def crossing(surface: Surface, batch: int) -> float | None:
-    """N_k from which on Nyström is faster at a batch size: interpolated between the last loss and the first win of
-    the row's end that is won throughout; the smallest N_k where no loss was seen, None where the largest is lost."""
+    """Return the N_k above which Nyström is faster at a batch size.
+
+    It is interpolated between the last N_k at which Nyström is slower and the next one. Returns the smallest N_k if
+    Nyström is never slower, and None if it is slower at the largest.
+    """
     row = [(k, surface.share[k, batch]) for k in surface.keys]
     known = [(k, share) for k, share in row if share is not None]
     if not known or known[-1][1] >= 1:
@@ -305,14 +286,13 @@ def crossing(surface: Surface, batch: int) -> float | None:
 
 
 def guide(surface: Surface) -> str:
-    """What to use when, in a sentence that claims no more than was measured."""
+    """Return a sentence on when to use which attention, within what was measured."""
     found = [crossing(surface, batch) for batch in surface.batches]
     name = surface.implementation
-    if all(value is None for value in found):
-        return f"{name}: exact attention was faster up to N_k = {surface.keys[-1]:,} at every batch size measured."
     reached = [value for value in found if value is not None]
-    losses = any(share is not None and share >= 1 for share in surface.share.values())
-    if not losses:
+    if not reached:
+        return f"{name}: exact attention was faster up to N_k = {surface.keys[-1]:,} at every batch size measured."
+    if not any(share is not None and share >= 1 for share in surface.share.values()):
         return (
             f"{name}: faster than exact attention at every point measured, N_k = {surface.keys[0]:,} and up."
         )
@@ -323,50 +303,45 @@ def guide(surface: Surface) -> str:
 
 
 def crossover_table(surface: Surface) -> tuple[list[str], list[list[str]]]:
-    """Shares by N_k and B; a share of 1 or more is a loss and says so."""
+    """Return header and lines of the shares by N_k and B; shares of 1 or more are marked."""
     header = ["N_k", *(f"B = {batch}" for batch in surface.batches)]
     lines = []
     for k in surface.keys:
-        cells = [surface.share[k, batch] for batch in surface.batches]
-        lines.append(
-            [
-                f"{k:,}",
-                *("–" if s is None else f"{number(s)}{' (slower)' if s >= 1 else ''}" for s in cells),
-            ]
-        )
+        shares = [surface.share[k, batch] for batch in surface.batches]
+        cells = ["–" if s is None else f"{number(s)}{' (slower)' if s >= 1 else ''}" for s in shares]
+        lines.append([f"{k:,}", *cells])
     return header, lines
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write rows and print both tables; Ctrl-C keeps the sweeps that are finished."""
     options = _parser().parse_args(arguments)
-    device = torch.device(options.device)
-    scale = SCALES[options.scale or ("gpu" if device.type == "cuda" else "cpu")]
-    backends = options.backends or harness.available_backends()
+    scale = SCALES[options.scale or ("gpu" if torch.device(options.device).type == "cuda" else "cpu")]
+    backends = options.backends or available_backends()
     unknown = set(options.variables or ()) - set(scale.values)
     if unknown:
         raise SystemExit(
             f"--variables {', '.join(sorted(unknown))}: expected some of {', '.join(scale.values)}"
         )
-    grown: list[dict[str, Any]] = []
-    crossed: list[dict[str, Any]] = []
+    grown: Rows = []
+    crossed: Rows = []
     try:
         if "growth" in options.what:
-            recorder = Recorder(options.out, "growth", device, options.note)
+            recorder = Recorder(options.out, "growth", options.device, options.note)
             for variable in options.variables or scale.values:
                 values = scale.values[variable]
                 found = measured([at(scale.base, variable, value) for value in values], backends, options)
                 for value, rows in zip(values, found, strict=True):
                     for row in rows:
                         grown.append(recorder.write({"variable": variable, "value": value, **row}))
-                    _tell(f"{variable} = {value}", rows)
+                    _show_point(f"{variable} = {value}", rows)
         if "crossover" in options.what:
-            recorder = Recorder(options.out, "crossover", device, options.note)
+            recorder = Recorder(options.out, "crossover", options.device, options.note)
             for keys in scale.keys:
                 for batch in scale.batches:
                     (rows,) = measured([scale.base._replace(N_k=keys, B=batch)], backends, options)
                     crossed += [recorder.write(row) for row in rows]
-                    _tell(f"N_k = {keys}, B = {batch}", rows)
+                    _show_point(f"N_k = {keys}, B = {batch}", rows)
     except KeyboardInterrupt:
         print("interrupted; finished sweeps are kept", file=sys.stderr)
         return 130
@@ -375,37 +350,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _tell(where: str, rows: Sequence[dict[str, Any]]) -> None:
-    told = ", ".join(
-        f"{row['implementation']} {row['error'] or number(row['typical']) + ' ms'}" for row in rows
-    )
-    print(f"{where}: {told}", file=sys.stderr, flush=True)
+def _show_point(where: str, rows: Sequence[dict[str, Any]]) -> None:
+    results = (f"{row['implementation']} {row['error'] or number(row['typical']) + ' ms'}" for row in rows)
+    print(f"{where}: {', '.join(results)}", file=sys.stderr, flush=True)
 
 
-def _print(grown: Sequence[dict[str, Any]], crossed: Sequence[dict[str, Any]]) -> None:
+def _print(grown: Rows, crossed: Rows) -> None:
     from srm_model.cli.streams import table
 
-    for rows in (grown, crossed):
-        if rows:
-            print(harness.sentence(rows[0]["machine"]))
-            print(", ".join(f"{name}={rows[0][name]}" for name in ("dtype", "direction")))
-            break
+    if not grown and not crossed:
+        return
+    first = (grown or crossed)[0]
+    print(sentence(first["machine"]))
+    print(f"dtype={first['dtype']}, direction={first['direction']}")
     if grown:
         print(f"\n{table(*growth_table(grown))}")
-        print("fixed costs pull an exponent below the work's own, which the last column has")
+        print("fixed costs lower the exponents of time and memory below that of the MACs")
     for surface in surfaces(crossed):
-        print(
-            f"\n{surface.implementation}: time as a share of exact attention's, N_q = {crossed[0]['N_q']:,}"
-        )
+        title = "time as a share of exact attention's"
+        print(f"\n{surface.implementation}: {title}, N_q = {crossed[0]['N_q']:,}")
         print(table(*crossover_table(surface)))
         print(guide(surface))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = harness.parser(__doc__)
+    parser = timing_parser("growth", __doc__)
     parser.add_argument("--what", nargs="+", default=["growth", "crossover"], choices=("growth", "crossover"))
-    parser.add_argument("--scale", choices=tuple(SCALES), help="sizes (default: by device)")
-    parser.add_argument("--variables", nargs="+", metavar="X", help="only these sweeps")
+    parser.add_argument("--scale", choices=tuple(SCALES), help="sizes to measure (default: by device)")
+    parser.add_argument("--variables", nargs="+", metavar="X", help="run these sweeps only")
     parser.add_argument(
         "--backends", type=current_name, nargs="+", metavar="NAME", help="default: all that can run here"
     )

@@ -1,90 +1,138 @@
-"""What the benchmarks share: where results go, common options, and the instruments of `srm_model.profiling`."""
+"""Shared parts of the benchmarks: command-line options, inputs, timing and rows."""
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault(
-    "KINETO_LOG_LEVEL", "99"
-)  # read when torch is loaded: the profiler tells of every start
-
 import torch
+from torch import Tensor
 
+from bench.operators import DTYPES
 from srm_kernels import backends
-from srm_model.profiling import Effort, Times, machine, measure, measure_together
-from srm_model.profiling.machines import folder_name, sentence
-from srm_model.profiling.memory import is_out_of_memory, peak
-from srm_model.profiling.results import append, latest, newest, one_machine, read
+from srm_model.files import json_text, write_text
+from srm_model.profiling import Effort, folder_name, machine
+from srm_model.profiling.results import append
 
 RESULTS = Path(__file__).resolve().parent / "results"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+Call = Callable[[], object]
 
 
 class Recorder:
-    """Appends rows to `<out>/<gpu or cpu>/<name>.jsonl`, each with the machine beside its figures."""
+    """Append rows to `<out>/<gpu or cpu>/<name>.jsonl`, each with the machine and the note.
 
-    def __init__(self, out: str | Path, name: str, device: torch.device, note: str | None = None) -> None:
+    Args:
+        out: Folder of results.
+        name: Name of the benchmark.
+        device: Device that is measured.
+        note: Text that every row keeps, or None.
+    """
+
+    def __init__(
+        self, out: str | Path, name: str, device: torch.device | str, note: str | None = None
+    ) -> None:
         self.machine, self.note = machine(device), note
         self.path = Path(out) / folder_name(self.machine) / f"{name}.jsonl"
 
     def write(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The row as it was written."""
+        """Append a row and return it as written."""
         row = {**row, "note": self.note, "machine": self.machine}
         append(self.path, row)
         return row
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """Options of every benchmark that writes rows."""
-    made = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+def machine_with_load(device: str) -> dict[str, Any]:
+    """Return the description of the machine and its load average over one minute."""
+    return {**machine(device), "load": round(os.getloadavg()[0], 1)}
+
+
+def write_lines(path: Path | None, lines: Iterable[dict[str, Any]]) -> None:
+    """Write JSON lines atomically; do nothing without a path."""
+    if path is not None:
+        write_text(path, "".join(json_text(line) + "\n" for line in lines))
+
+
+def parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """Return a parser for `python -m bench.<name>` that keeps the line breaks of the description."""
+    return argparse.ArgumentParser(
+        prog=f"python -m bench.{name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def timing_parser(name: str, description: str | None, **defaults: Any) -> argparse.ArgumentParser:
+    """Return a parser with the options of every benchmark that times calls and records rows.
+
+    Args:
+        name: Name of the benchmark.
+        description: Its description.
+        **defaults: Other defaults than the usual ones, by option.
+    """
+    usual = {
+        "warmup": "50 on a GPU, 2 on a CPU",
+        "repeats": "100 on a GPU, 10 on a CPU",
+        "out": "bench/results",
+    }
+    shown = {option: f"(default: {value})" for option, value in (usual | defaults).items()}
+    made = parser(name, description)
+    made.add_argument("--device", default=DEVICE, help="measure on this device (default: %(default)s)")
     made.add_argument("--dtype", default="fp32", choices=tuple(DTYPES))
-    made.add_argument("--warmup", type=int, help="default: 50 on a GPU, 2 on a CPU")
-    made.add_argument("--repeats", type=int, help="default: 100 on a GPU, 10 on a CPU")
-    made.add_argument("--seconds", type=float, default=5.0, help="of measured calls a point, about")
+    made.add_argument("--warmup", type=int, help=f"run this many unmeasured calls {shown['warmup']}")
+    made.add_argument("--repeats", type=int, help=f"measure at most this many calls {shown['repeats']}")
     made.add_argument(
-        "--note", help="kept in every row, and told by the report: what a reader must know of this run"
+        "--seconds",
+        type=float,
+        default=5.0,
+        help="measure each point for about this long (default: %(default)s)",
     )
-    made.add_argument("--out", default=str(RESULTS), help="folder of results (default: bench/results)")
+    made.add_argument("--note", help="keep this text in every row; the report shows it")
+    made.add_argument(
+        "--out", default=str(RESULTS), metavar="DIR", help=f"write rows to DIR/<gpu or cpu>/ {shown['out']}"
+    )
+    made.set_defaults(**defaults)
     return made
 
 
 def effort_of(options: argparse.Namespace) -> Effort:
+    """Return the number of calls that the options ask for; unset ones follow the device."""
     return Effort.for_device(torch.device(options.device), options.warmup, options.repeats, options.seconds)
 
 
 def available_backends() -> list[str]:
+    """Return the names of the backends that can run here."""
     return [name for name, status in backends().items() if status.available]
 
 
-Call = Callable[[], object]
+def attention_inputs(
+    shape: tuple[int, int],
+    queries: int,
+    keys: int,
+    d: int,
+    options: argparse.Namespace,
+    *,
+    gradients: bool = False,
+) -> list[Tensor]:
+    """Return standard normal Q, K and V, the same for the same sizes.
 
-__all__ = [
-    "DTYPES",
-    "RESULTS",
-    "Call",
-    "Effort",
-    "Recorder",
-    "Times",
-    "append",
-    "available_backends",
-    "effort_of",
-    "folder_name",
-    "is_out_of_memory",
-    "latest",
-    "machine",
-    "measure",
-    "measure_together",
-    "newest",
-    "one_machine",
-    "parser",
-    "peak",
-    "read",
-    "sentence",
-]
+    Args:
+        shape: (B, H).
+        queries: N_q.
+        keys: N_k.
+        d: Width of a head.
+        options: Options with `device` and `dtype`.
+        gradients: Whether the tensors require gradients.
+
+    Returns:
+        Q (B, H, N_q, d), K and V (B, H, N_k, d).
+    """
+    generator = torch.Generator(options.device).manual_seed(0)
+    drawn = (
+        torch.randn(*shape, tokens, d, generator=generator, device=options.device)
+        for tokens in (queries, keys, keys)
+    )
+    return [x.to(DTYPES[options.dtype]).requires_grad_(gradients) for x in drawn]

@@ -1,9 +1,9 @@
-"""What a forward pass of the fused neck launches, counted without a GPU: `python -m bench.launches`.
+"""Count the launches of a forward pass of the fused neck without a GPU: `python -m bench.launches`.
 
-Our own kernels are counted where Triton's interpreter starts them, a launch each. Everything else is what torch's
-profiler sees on the CPU: library products and convolutions, and what is neither, elementwise operations and reductions
-among them; views and allocations launch nothing. On a GPU the profiler counts the same in `bench.fused_neck`. The
-gate's convolutions are counted apart.
+The package's own kernels are counted where Triton's interpreter starts them. The rest is counted in torch's profile of
+the CPU: library products and convolutions, and other operations, such as elementwise ones and reductions. Views and
+allocations launch nothing. On a GPU the profiler counts the same in `bench.fused_neck`. The convolutions of the gate
+are counted separately.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -25,28 +26,21 @@ from srm_model import SRMConfig, SRMNeck
 
 CONVOLUTIONS = {"mkldnn_convolution", "thnn_conv2d", "_slow_conv2d_forward"}
 PRODUCTS = {"addmm", "mm", "bmm", "baddbmm", "addmv", "mv", *CONVOLUTIONS}
-NOTHING = {  # views, allocations and questions
+NOTHING = {  # views, allocations and queries
     "alias", "as_strided", "chunk", "contiguous", "detach", "empty", "empty_like", "empty_strided", "expand", "flatten",
     "lift_fresh", "narrow", "new_empty", "new_empty_strided", "permute", "reshape", "resolve_conj", "resolve_neg",
     "result_type", "select", "set_", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind",
     "unflatten", "unsafe_split", "unsqueeze", "view", "view_as", "_reshape_alias", "_unsafe_view", "numpy_T", "mT",
     "item", "to", "_nnpack_available", "_local_scalar_dense", "is_nonzero", "resize_",
 }  # fmt: skip
-WHOLE = {
-    "add",
-    "div",
-    "mean",
-    "mul",
-    "rsub",
-    "sub",
-    "sum",
-    "_foreach_copy",
-}  # one kernel each on a GPU, whatever they call on a CPU
+# One kernel each on a GPU, although they may call several operators on a CPU.
+WHOLE = {"add", "div", "mean", "mul", "rsub", "sub", "sum", "_foreach_copy"}
 OWN, GATE = "own kernel ", "gate"
+WIDTHS, STRIDES = (3, 4, 5, 6), (4, 8, 16, 32)
 
 
 class Launches(NamedTuple):
-    """Of one call, by name: our own kernels, library products, all else, and the gate's convolutions."""
+    """Launches of one call by name: own kernels, library products, others, and convolutions of the gate."""
 
     kernels: Counter[str]
     products: Counter[str]
@@ -55,24 +49,22 @@ class Launches(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All but the gate's convolutions."""
+        """Return the number of launches without the convolutions of the gate."""
         return self.kernels.total() + self.products.total() + self.others.total()
 
     def __str__(self) -> str:
-        parts = (
-            f"{counter.total()} {name} ({', '.join(f'{count} {of}' for of, count in sorted(counter.items()))})"
-            for name, counter in (
-                ("own kernels", self.kernels), ("library products", self.products), ("others", self.others),
-                ("of the gate's convolutions, not counted", self.gate),
-            )
-            if counter
-        )  # fmt: skip
+        names = ("own kernels", "library products", "others", "of the gate's convolutions, not counted")
+        parts = []
+        for name, counter in zip(names, self, strict=True):
+            if counter:
+                each = ", ".join(f"{count} {of}" for of, count in sorted(counter.items()))
+                parts.append(f"{counter.total()} {name} ({each})")
         return f"{self.total} launches: " + "; ".join(parts)
 
 
 @contextmanager
 def _marked() -> Iterator[None]:
-    """Every start of an interpreted kernel carries its name in the profile."""
+    """Record the name of every interpreted kernel in the profile."""
     from triton.runtime.interpreter import InterpretedFunction
 
     plain = InterpretedFunction.run
@@ -81,15 +73,17 @@ def _marked() -> Iterator[None]:
         with record_function(OWN + self.fn.__name__.strip("_")):
             return plain(self, *args, **options)
 
-    InterpretedFunction.run = run
-    try:
+    with mock.patch.object(InterpretedFunction, "run", run):
         yield
-    finally:
-        InterpretedFunction.run = plain
 
 
 def count_launches(call: Callable[[], object], gate: torch.nn.Module | None = None) -> Launches:
-    """What one call launches, Triton being interpreted; `gate` is a module whose convolutions are counted apart."""
+    """Count the launches of one call.
+
+    Args:
+        call: The call; its kernels run in Triton's interpreter or in `overhead.pretended`.
+        gate: Module whose convolutions are counted separately.
+    """
     hooks = []
     if gate is not None:
         range_ = record_function(GATE)
@@ -109,7 +103,7 @@ def count_launches(call: Callable[[], object], gate: torch.nn.Module | None = No
 
 
 def _add(event: Any, found: Launches, gate: bool) -> bool:
-    """Count an event or, where others inside it launch something, those; whether anything was counted."""
+    """Count an event, or the events inside it that launch something; return whether anything was counted."""
     name = event.name
     if name.startswith(OWN):
         found.kernels[name.removeprefix(OWN)] += 1
@@ -131,39 +125,33 @@ def _add(event: Any, found: Launches, gate: bool) -> bool:
     return True
 
 
-def forward_of(
-    *,
-    dyt: bool,
-    side: int = 512,
-    batch: int = 2,
-    channels: int = 16,
-    heads: int = 1,
-    rank: int = 4,
-    size: int = 2,
-    **options: Any,
-) -> tuple[SRMNeck, list[Tensor]]:
-    """A neck of kernels in evaluation mode and some images' maps, as wide as those of pictures of `side` pixels.
+def forward_of(*, dyt: bool, side: int = 512, batch: int = 2) -> tuple[SRMNeck, list[Tensor]]:
+    """Return a neck that runs by kernels, in evaluation mode, and maps (B, C_i, h, w).
 
-    Few channels and rows, for the interpreter's sake: the number of launches depends on the schedule and the maps'
-    widths alone, and on the keys that a source has, up to 1,024 of which take one launch.
+    Channels and rows are few, because the interpreter is slow. The number of launches depends on the schedule, on the
+    widths of the maps and on the number of keys of a source, up to 1,024 of which take one launch.
+
+    Args:
+        dyt: Whether the neck has DyT.
+        side: Image side in pixels, which sets the widths of the maps; their heights are a sixteenth of it.
+        batch: B.
     """
     torch.manual_seed(0)
-    config = SRMConfig(
-        channels=channels, heads=heads, rank=rank, pool_size=size, dyt=dyt, backend="triton", **options
-    )
-    neck = SRMNeck((3, 4, 5, 6), config).eval()
+    neck = SRMNeck(
+        WIDTHS, SRMConfig(channels=16, heads=1, rank=4, pool_size=2, dyt=dyt, backend="triton")
+    ).eval()
     neck.median_rms.fill_(1.0)
-    neck.check = lambda pyramid: None  # type: ignore[method-assign]  # asks on a CPU what it asks of no GPU
+    neck.check = lambda pyramid: None  # type: ignore[method-assign]  # synchronises on a CPU but not on a GPU
     maps = [
         torch.randn(batch, c, max(side // (16 * s), 1), side // s)
-        for c, s in zip((3, 4, 5, 6), (4, 8, 16, 32), strict=True)
+        for c, s in zip(WIDTHS, STRIDES, strict=True)
     ]
     return neck, maps
 
 
 def main() -> None:
-    """A line for the default schedule with DyT and one without, then the same under autocast."""
-    if os.environ.get("TRITON_INTERPRET") != "1":  # asked before Triton is imported
+    """Print a line for the default schedule with DyT and without, in fp32 and under autocast."""
+    if os.environ.get("TRITON_INTERPRET") != "1":  # Triton reads it when it is imported
         environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
         raise SystemExit(subprocess.call([sys.executable, "-m", "bench.launches"], env=environment))
     for dtype, dyt in itertools.product((None, torch.float16), (True, False)):

@@ -1,13 +1,11 @@
-"""Where the time of loading an image goes: decoding, resizing, augmentation, conversion.
+"""Measure where the time of loading an image goes: `python -m bench.loading IMAGES` (decoding, resizing, augmentation).
 
-`python -m bench.loading IMAGES` reads the first images of a folder as training reads them. Times are processor
-milliseconds an image on one worker, the least of several passes, so that other work on the machine does not lengthen
-them.
+The first images of a folder are read as in training. Times are milliseconds of CPU time per image on one worker, the
+least of several passes, so that other work on the machine barely affects them.
 """
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench import record
+from bench.harness import Call, machine_with_load, parser, write_lines
 from srm_model.data import ImageCache
 from srm_model.data.images import open_rgb
 from srm_model.data.transforms import load_resized, random_crop_and_flip, to_tensor
@@ -25,8 +23,8 @@ from srm_model.data.transforms import load_resized, random_crop_and_flip, to_ten
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
 
 
-def parts(paths: list[Path], size: int, folder: Path) -> dict[str, Callable[[], object]]:
-    """Name → the work of one pass over all images."""
+def parts(paths: list[Path], size: int, folder: Path) -> dict[str, Call]:
+    """Return the work of one pass over all images, by name; `folder` is that of the cache."""
     cache = ImageCache(folder, 1 << 34)
     resized = [cache.get(path, size) for path in paths]
     rng = np.random.default_rng(0)
@@ -41,7 +39,7 @@ def parts(paths: list[Path], size: int, folder: Path) -> dict[str, Callable[[], 
 
 
 def milliseconds(work: Callable[[], object], images: int, repeats: int) -> float:
-    """The least processor time of a pass, for one image."""
+    """Return the least CPU time of a pass, per image."""
     times = []
     for _ in range(repeats):
         start = time.process_time()
@@ -50,36 +48,30 @@ def milliseconds(work: Callable[[], object], images: int, repeats: int) -> float
     return min(times) * 1e3 / images
 
 
-def images_in(folder: Path, most: int) -> list[Path]:
-    """The first images of a folder, by name; ValueError where there is none."""
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)[:most]
-    if not found:
-        raise ValueError(f"{folder}: no image is in it, whose name ends in {', '.join(SUFFIXES)}")
-    return found
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("images", type=Path, help="a folder of images")
-    parser.add_argument("--image-size", type=int, nargs="+", default=[224, 384, 512])
-    parser.add_argument("--most", type=int, default=12, help="images read (default: 12)")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="JSON lines")
-    options = parser.parse_args(argv)
+def main(arguments: list[str] | None = None) -> None:
+    """Print a line for each image size and part, and write the rows."""
+    made = parser("loading", __doc__)
+    made.add_argument("images", type=Path, help="folder of images")
+    made.add_argument("--image-size", type=int, nargs="+", default=[224, 384, 512])
+    made.add_argument(
+        "--most", type=int, default=12, help="read at most this many images (default: %(default)s)"
+    )
+    made.add_argument("--repeats", type=int, default=5)
+    made.add_argument("--out", type=Path, metavar="FILE", help="write JSON lines to FILE")
+    options = made.parse_args(arguments)
     torch.set_num_threads(1)
-    try:
-        paths = images_in(options.images, options.most)
-    except ValueError as error:
-        parser.error(str(error))
-    rows: list[dict[str, Any]] = [{**record.machine("cpu"), "benchmark": "loading", "images": len(paths)}]
+    found = sorted(path for path in options.images.rglob("*") if path.suffix.lower() in SUFFIXES)
+    paths = found[: options.most]
+    if not paths:
+        made.error(f"{options.images}: no images in it; expected files that end in {', '.join(SUFFIXES)}")
+    rows: list[dict[str, Any]] = [{**machine_with_load("cpu"), "benchmark": "loading", "images": len(paths)}]
     for size in options.image_size:
         with tempfile.TemporaryDirectory() as folder:
             for name, work in parts(paths, size, Path(folder)).items():
                 elapsed = milliseconds(work, len(paths), options.repeats)
                 print(f"{size}²  {name:<22}{elapsed:9.3f} ms", flush=True)
                 rows.append({"image_size": size, "part": name, "ms": round(elapsed, 4)})
-    if options.out:
-        record.write_lines(options.out, rows)
+    write_lines(options.out, rows)
 
 
 if __name__ == "__main__":

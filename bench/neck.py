@@ -1,4 +1,4 @@
-"""What a neck costs: `python -m bench.neck` is `srm-iqa profile` with its rows in bench/results/<gpu or cpu>/."""
+"""Cost of a neck: `python -m bench.neck` is `srm-iqa profile` with its rows in bench/results/<gpu or cpu>/."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from srm_model.cli import main
 
 
 def run() -> int:
-    """`srm-iqa profile` with what the command line has; a folder given there is the one that counts."""
+    """Run `srm-iqa profile` with the arguments of the command line; a later `--out` takes precedence."""
     return main(["profile", "--out", str(RESULTS), *sys.argv[1:]])
 
 

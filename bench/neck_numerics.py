@@ -1,15 +1,16 @@
-"""The fused neck against the reference neck: one training step, judged result by result.
+"""Compare a training step of the fused neck with the reference neck, result by result.
 
-The rule, for the fused map, every loss, gradient and statistic: the largest error against the reference neck in fp64 is
-at most twice that of the reference neck in the same precision, plus 64 units of fp32 (2 of the reduced precision) of
-the largest entry. A gradient that is a small remainder of larger ones is measured by the largest of its kind: a bias's
-gradient by all gradients, the gate's, whose logits' gradients sum to 0 over the stages, by all of the gate's.
+The rule holds for the fused map and for every loss, gradient and statistic. The largest error against the reference
+neck in fp64 is at most twice the error of the reference neck in the same precision, plus 64 units of rounding of fp32
+(2 of a reduced precision) of the largest entry. A gradient that is a small difference of larger ones is compared with
+the largest of its kind: the gradient of a bias with all gradients, and gradients of the gate, whose logits' gradients
+sum to 0 over the stages, with all gradients of the gate.
 
-A gradient of one number (β, α, θ of one head, a readout's bias) is a sum Σ tᵢ over channels and positions. Its error
-Σ tᵢ δᵢ, with roundings δᵢ of either sign, is of the order of the unit times √Σ tᵢ², whatever the sum itself is. One
-draw of such an error may be anything down to 0, so it is no measure for another draw. Therefore the reference's error
-is the largest over `DRAWS` losses of other signs, and in fp32 the size is at least the root mean square of the
-gradient over these losses.
+The gradient of a single number (β, α, θ of one head, the bias of a readout) is a sum Σ tᵢ over channels and positions.
+Its error Σ tᵢ δᵢ, with roundings δᵢ of either sign, is of the order of the unit of rounding times √Σ tᵢ², whatever
+the sum itself is. One sample of such an error may be close to 0 by chance, so it does not bound another sample. The
+error of the reference is therefore the largest over `DRAWS` losses with other signs. In fp32 the size is at least the
+root mean square of the gradient over these losses.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ Step = dict[str, Tensor]
 def make_pyramid(
     batch: int, grids: Sequence[tuple[int, int]], channels: Sequence[int], seed: int = 0, device: str = "cpu"
 ) -> list[Tensor]:
-    """Return normal maps (B, C_i, h, w)."""
+    """Return standard normal maps (B, C_i, h, w), with (h, w) from `grids` and C_i from `channels`."""
     generator = torch.Generator().manual_seed(seed)
     return [
         torch.randn(batch, c, *grid, generator=generator).to(device)
@@ -44,7 +45,7 @@ def make_neck(
     seed: int = 0,
     device: str = "cpu",
 ) -> SRMNeck:
-    """Return a calibrated reference neck whose gate is not uniform and whose β and τ are not 1."""
+    """Return a calibrated reference neck in training mode, with a gate that is not uniform and β and τ other than 1."""
     torch.manual_seed(seed)
     neck = SRMNeck(channels, config.replace(backend="reference")).to(device)
     neck.calibrate(make_pyramid(3, grids, channels, seed=9, device=device))
@@ -64,12 +65,15 @@ def with_backend(neck: SRMNeck, backend: str) -> SRMNeck:
 
 
 def step(neck: SRMNeck, pyramid: Sequence[Tensor], draw: int = 0) -> Step:
-    """Run forward and backward once; return everything that a training loop could see.
+    """Run forward and backward once.
 
     Args:
-        neck: a neck in training or evaluation mode.
-        pyramid: its maps.
-        draw: a loss with other signs for each number.
+        neck: Neck in training or evaluation mode.
+        pyramid: Its maps (B, C_i, h, w).
+        draw: Number of the loss; losses differ in their signs.
+
+    Returns:
+        Outputs, buffers and gradients by name, on the CPU.
     """
     torch.manual_seed(1)
     maps = [m.detach().clone().requires_grad_() for m in pyramid]
@@ -94,13 +98,16 @@ def ratios(
     dtype: torch.dtype | None = None,
     run: Callable[[SRMNeck, Sequence[Tensor]], Step] = step,
 ) -> dict[str, float]:
-    """Return error divided by bound of every result of a training step by kernels.
+    """Return error divided by bound for every result of a training step by kernels.
 
     Args:
-        neck: a reference neck.
-        pyramid: fp32 maps.
-        dtype: the dtype of autocast, or None for fp32.
-        run: how the neck by kernels takes its step.
+        neck: Reference neck.
+        pyramid: Maps (B, C_i, h, w) in fp32.
+        dtype: Dtype of autocast, or None for fp32.
+        run: Function that runs the step of the neck by kernels.
+
+    Raises:
+        AssertionError: The kernels have other results than the reference.
     """
     device = pyramid[0].device.type
     draws: list[tuple[Step, Step]] = []  # (fp64, this precision)
@@ -116,7 +123,7 @@ def ratios(
 def _judge(found: Step, draws: list[tuple[Step, Step]], dtype: torch.dtype | None) -> dict[str, float]:
     exact, plain = draws[0]
     if not found.keys() == plain.keys() == exact.keys():
-        raise AssertionError(f"results differ in kind: {sorted(found.keys() ^ exact.keys())}")
+        raise AssertionError(f"results of one neck only: {sorted(found.keys() ^ exact.keys())}")
     unit = 64 * torch.finfo(torch.float32).eps if dtype is None else 2 * torch.finfo(dtype).eps
 
     def largest(start: str) -> float:

@@ -1,4 +1,4 @@
-"""Theoretical occupancy of compiled kernels: what a multiprocessor can hold at once."""
+"""Theoretical occupancy of compiled kernels: the blocks and warps that a multiprocessor can hold at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bench.resources import case_words
 
 
 class Limits(NamedTuple):
-    """What a multiprocessor holds: warps, blocks, 32-bit registers, bytes of shared memory, and most of it a block."""
+    """Capacity of a multiprocessor; shared memory in bytes, in all and the most per block."""
 
     warps: int
     blocks: int
@@ -27,13 +27,13 @@ LIMITS = {
     120: Limits(48, 24, 65_536, 100 * _KI, 99 * _KI),
 }
 _PARTITIONS = 4  # of a multiprocessor, each with its own registers
-_REGISTER_UNIT = 256  # registers a warp is given are a multiple of this
-_SHARED_UNIT, _SHARED_RESERVED = 128, _KI  # bytes; the driver keeps a KiB of every block
-_MOST_REGISTERS = 255  # of a thread
+_REGISTER_UNIT = 256  # a warp is given a multiple of this many registers
+_SHARED_UNIT, _SHARED_RESERVED = 128, _KI  # bytes; the driver reserves 1 KiB per block
+_MOST_REGISTERS = 255  # per thread
 
 
 class Occupancy(NamedTuple):
-    """Blocks and warps that are resident together, as a share of the warps that would fit, and what limits them."""
+    """Resident blocks and warps, their share of the warps that a multiprocessor can hold, and the limiting resource."""
 
     blocks: int
     warps: int
@@ -42,16 +42,23 @@ class Occupancy(NamedTuple):
 
 
 def occupancy(registers: int, shared: int, warps: int, capability: int) -> Occupancy:
-    """Theoretical occupancy of a kernel: registers a thread, bytes of shared memory a block, warps a block.
+    """Return the theoretical occupancy of a kernel; one that cannot be launched has 0 blocks.
 
-    capability: 80, 86, 89, 90 or 120. A kernel that cannot be launched has 0 blocks, and `limit` says why. ValueError
-    for another capability or negative sizes.
+    Args:
+        registers: Registers per thread.
+        shared: Bytes of shared memory per block.
+        warps: Warps per block.
+        capability: 80, 86, 89, 90 or 120.
+
+    Raises:
+        ValueError: The capability is unknown, or a size is negative.
     """
     if capability not in LIMITS:
         raise ValueError(f"capability={capability}: expected one of {', '.join(map(str, LIMITS))}")
     if registers < 0 or shared < 0 or warps < 1:
         raise ValueError(
-            f"registers={registers}, shared={shared}, warps={warps}: expected none below 0, and at least one warp"
+            f"registers={registers}, shared={shared}, warps={warps}: expected registers and shared memory of at "
+            "least 0 and at least one warp"
         )
     has = LIMITS[capability]
     per_warp = _up(registers * 32, _REGISTER_UNIT)
@@ -73,31 +80,27 @@ def _up(value: int, unit: int) -> int:
 
 
 def kernel_table(rows: Iterable[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Rows of `bench.resources` with theoretical occupancy; shapes at which a kernel is the same are one line."""
-    header = (
-        "operator,kernel,sm,warps,registers,spilled B,shared KiB,blocks,occupancy %,limited by,shape".split(
-            ","
-        )
-    )
+    """Return header and lines of the rows of `bench.resources` with theoretical occupancy.
+
+    Shapes for which a kernel needs the same resources share a line.
+
+    Raises:
+        ValueError: A row lacks a column.
+    """
+    header = ["operator", "kernel", "sm", "warps", "registers", "spilled B", "shared KiB", "blocks"]
+    header += ["occupancy %", "limited by", "shape"]
     lines: dict[tuple[str, ...], str] = {}
     for row in rows:
         try:
             found = occupancy(row["registers"], row["shared"], row["warps"], row["architecture"])
-            line = (
-                row["operator"],
-                row["kernel"],
-                str(row["architecture"]),
-                str(row["warps"]),
-                str(row["registers"]),
-                str(row["spilled"]),
-                f"{row['shared'] / _KI:.1f}",
-                str(found.blocks),
-                f"{100 * found.share:.0f}",
-                found.limit,
+            copied = (
+                row[name] for name in ("operator", "kernel", "architecture", "warps", "registers", "spilled")
             )
+            computed = (found.blocks, f"{100 * found.share:.0f}", found.limit)
+            line = (*map(str, copied), f"{row['shared'] / _KI:.1f}", *map(str, computed))
             lines.setdefault(line, case_words(row["case"]))
         except KeyError as missing:
             raise ValueError(
-                f"a row of resources lacks {missing}; expected those of bench.resources"
+                f"a row of resources lacks {missing}; expected the columns of bench.resources"
             ) from None
     return header, [[*line, shape] for line, shape in lines.items()]

@@ -1,12 +1,12 @@
-"""Every operator at every family of shapes, with a check of its numbers on the very inputs that are timed.
+"""Every operator at every family of shapes, with a check of its numbers on the inputs that are timed.
 
-Needs torch and `srm_kernels` alone, of whichever checkout is imported: `bench.worker` times other checkouts with it.
+Imports torch and `srm_kernels` alone, because `bench.worker` times the `srm_kernels` of other checkouts with it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Family(NamedTuple):
-    """Sizes of one link: B, H, N_q, N_k, r, d."""
+    """Sizes of one link: B, H, N_q, N_k, r and d."""
 
     batch: int
     heads: int
@@ -29,8 +29,8 @@ class Family(NamedTuple):
 
 
 FAMILIES = {
-    "tiny": Family(1, 2, 64, 16, 4, 8),  # only to see that everything runs
-    "stage 3": Family(1, 8, 1_024, 256, 64, 32),  # the links of a 512² image
+    "tiny": Family(1, 2, 64, 16, 4, 8),  # for tests
+    "stage 3": Family(1, 8, 1_024, 256, 64, 32),  # the stages are those of a 512² image
     "stage 2": Family(1, 8, 4_096, 256, 64, 32),
     "stage 1": Family(1, 8, 16_384, 256, 64, 32),
     "stage 1, batch 8": Family(8, 8, 16_384, 256, 64, 32),
@@ -41,13 +41,16 @@ FAMILIES = {
 
 
 class NumericsError(AssertionError):
-    """An implementation's result is further from the truth than its dtype explains: it is not timed."""
+    """An operator cannot be timed: a result has a larger error than its dtype explains."""
 
 
 class Operator(NamedTuple):
-    """inputs: makes them in float64 on the CPU. run: (inputs, backend, family) → floating-point results.
+    """How an operator is called.
 
-    gradients: indices of the inputs that are differentiated; none where the operator has no derivative.
+    Attributes:
+        inputs: (family, generator) → inputs in float64 on the CPU.
+        run: (inputs, backend, family) → floating-point results.
+        gradients: Indices of the inputs that are differentiated; empty for an operator without a derivative.
     """
 
     inputs: Callable[[Family, torch.Generator], list[Tensor]]
@@ -55,9 +58,12 @@ class Operator(NamedTuple):
     gradients: tuple[int, ...]
 
 
+def _normal(make: torch.Generator, *shapes: tuple[int, ...]) -> list[Tensor]:
+    return [torch.randn(shape, generator=make, dtype=torch.float64) for shape in shapes]
+
+
 def _tokens(family: Family, make: torch.Generator, *counts: int) -> list[Tensor]:
-    shape = family.batch, family.heads
-    return [torch.randn(*shape, count, family.d, generator=make, dtype=torch.float64) for count in counts]
+    return _normal(make, *((family.batch, family.heads, count, family.d) for count in counts))
 
 
 def _attention_inputs(family: Family, make: torch.Generator) -> list[Tensor]:
@@ -75,36 +81,31 @@ def _systems(family: Family, make: torch.Generator) -> list[Tensor]:
 
 
 def _maps(family: Family, make: torch.Generator) -> list[Tensor]:
-    C, P = family.heads * family.d, 8
-    return [
-        torch.randn(family.batch, 3, C, P, P, generator=make, dtype=torch.float64),
-        torch.randn(family.batch, 3, generator=make, dtype=torch.float64),
-    ]
+    """Maps of three stages, pooled to 8 × 8, and the logits of their gate."""
+    return _normal(make, (family.batch, 3, family.heads * family.d, 8, 8), (family.batch, 3))
 
 
 def _gate_inputs(family: Family, make: torch.Generator) -> list[Tensor]:
-    """What a convolution of the gate gives, its bias, and a readout."""
-    C, P = max(family.heads * family.d // 4, 1), 8
-    shapes = ((family.batch, C, P, P), (C,), (1, C), (1,))
-    return [torch.randn(shape, generator=make, dtype=torch.float64) for shape in shapes]
+    """Output of a convolution of the gate, its bias, and the weight and bias of a readout."""
+    C = max(family.heads * family.d // 4, 1)
+    return _normal(make, (family.batch, C, 8, 8), (C,), (1, C), (1,))
 
 
 def _dyt_inputs(family: Family, make: torch.Generator) -> list[Tensor]:
     C = family.heads * family.d
-    shapes = ((family.batch, family.queries, C), (1,), (C,), (C,))
-    return [torch.randn(shape, generator=make, dtype=torch.float64) for shape in shapes]
+    return _normal(make, (family.batch, family.queries, C), (1,), (C,), (C,))
 
 
 def _first_keys(key: Tensor, rank: int) -> Tensor:
-    """Landmarks that no rounding can order otherwise."""
+    """Indices of landmarks that do not depend on rounding."""
     rank = min(rank, key.shape[2])
     return torch.arange(rank, device=key.device).expand(*key.shape[:2], rank)
 
 
 def _link_inputs(family: Family, make: torch.Generator) -> list[Tensor]:
+    """F, A, a, W_Q and X of one link."""
     C, width, side = family.heads * family.d, 64, round(family.queries**0.5)
-    shapes = ((family.batch, width, side, side), (C, width), (C,), (C, C))
-    made = [torch.randn(shape, generator=make, dtype=torch.float64) for shape in shapes]
+    made = _normal(make, (family.batch, width, side, side), (C, width), (C,), (C, C))
     made[1] /= width**0.5
     made[3] /= C**0.5
     return [*made, _unit(_tokens(family, make, family.rank)[0])]
@@ -113,22 +114,25 @@ def _link_inputs(family: Family, make: torch.Generator) -> list[Tensor]:
 def _source_inputs(family: Family, make: torch.Generator) -> list[Tensor]:
     """T of a source, then W_K and W_V of two links."""
     C = family.heads * family.d
-    tokens = torch.randn((family.batch, family.keys, C), generator=make, dtype=torch.float64)
-    return [tokens, *(torch.randn((C, C), generator=make, dtype=torch.float64) / C**0.5 for _ in range(4))]
+    tokens, *weights = _normal(make, (family.batch, family.keys, C), *[(C, C)] * 4)
+    return [tokens, *(weight / C**0.5 for weight in weights)]
 
 
 def _merge_inputs(family: Family, make: torch.Generator) -> list[Tensor]:
     """P̄, pool(F), X, A, a, W_O, β and θ of one link."""
-    C, width, cells = family.heads * family.d, 64, 64
-    shapes: list[tuple[int, ...]] = [
-        (1, family.batch, family.heads, cells, family.rank), (family.batch, cells, width),
-        (family.batch, family.heads, family.rank, family.d), (C, width), (C,), (C, C), (1,), (family.heads,),
-    ]  # fmt: skip
-    made = [torch.randn(shape, generator=make, dtype=torch.float64) for shape in shapes]
+    B, H, r, d = family.batch, family.heads, family.rank, family.d
+    C, width, cells = H * d, 64, 64
+    weights = ((C, width), (C,), (C, C), (1,), (H,))
+    made = _normal(make, (1, B, H, cells, r), (B, cells, width), (B, H, r, d), *weights)
     made[0] = made[0].softmax(-1)
     made[3] /= width**0.5
     made[5] /= C**0.5
     return made
+
+
+def _merge(x: Sequence[Tensor], backend: str, family: Family) -> list[Tensor]:
+    links, xs = ops.PooledLinks(_wide(x[0]), x[1], None), [_wide(x[2])]
+    return [ops.merge_links(links, xs, [(x[3], x[4])], [x[5]], [0], [x[6]], thetas=[x[7]], backend=backend)]
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -138,9 +142,7 @@ def _wide(x: Tensor) -> Tensor:
 OPERATORS = {
     "nystrom_attention": Operator(
         _attention_inputs,
-        lambda x, backend, family: [
-            ops.nystrom_attention(x[0], x[1], x[2], family.rank, qk_norm="keys", backend=backend)  # type: ignore[list-item]
-        ],
+        lambda x, backend, family: [ops.nystrom_attention(*x, family.rank, qk_norm="keys", backend=backend)],
         (0, 1, 2),
     ),
     "full_attention": Operator(
@@ -167,8 +169,7 @@ OPERATORS = {
         lambda family, make: _tokens(family, make, family.keys, family.keys),
         lambda x, backend, family: list(
             ops.landmark_side(
-                x[0],
-                x[1],
+                *x,
                 min(family.rank, family.keys),
                 landmarks=_first_keys(x[0], family.rank),
                 qk_norm="keys",
@@ -193,18 +194,7 @@ OPERATORS = {
     ),
     "merge_links": Operator(
         _merge_inputs,
-        lambda x, backend, family: [
-            ops.merge_links(
-                ops.PooledLinks(_wide(x[0]), x[1], None),
-                [_wide(x[2])],
-                [(x[3], x[4])],
-                [x[5]],
-                [0],
-                [x[6]],
-                thetas=[x[7]],
-                backend=backend,
-            )
-        ],
+        _merge,
         (0, 1, 2, 3, 4, 5, 6, 7),
     ),
     "tau_loss": Operator(
@@ -226,7 +216,7 @@ OPERATORS = {
     ),
     "dyt": Operator(
         _dyt_inputs,
-        lambda x, backend, family: [ops.dyt(x[0], x[1], x[2], x[3], backend=backend)],
+        lambda x, backend, family: [ops.dyt(*x, backend=backend)],
         (0, 1, 2, 3),
     ),
     "biased_gelu": Operator(
@@ -255,7 +245,19 @@ OPERATORS = {
 
 
 class Timed:
-    """One operator by one implementation, ready to be called and verified."""
+    """An operator with inputs, ready to be timed and verified.
+
+    Args:
+        operator: A name of `OPERATORS`.
+        family: Sizes of the inputs.
+        backend: Implementation to time.
+        direction: "forward", or "backward" for forward and backward.
+        dtype: A name of `DTYPES`.
+        device: Device of the inputs.
+
+    Raises:
+        NotImplementedError: The operator has no derivative, and the direction is "backward".
+    """
 
     def __init__(
         self, operator: str, family: Family, backend: str, direction: str, dtype: str, device: str
@@ -264,18 +266,17 @@ class Timed:
         self.backend, self.direction = backend, direction
         made = self.operator.inputs(family, torch.Generator().manual_seed(0))
         self.inputs = [x.to(device, DTYPES[dtype]) for x in made]
-        self.call: Callable[[], Any] = self._forward if direction == "forward" else self._backward
         if direction != "forward" and not self.operator.gradients:
             raise NotImplementedError(f"{operator} has no derivative")
 
-    def _forward(self) -> Sequence[Tensor]:
-        with torch.no_grad():
-            return self.operator.run(self.inputs, self.backend, self.family)
+    def call(self) -> Sequence[Tensor]:
+        """Run the operator once; return its results, or its gradients."""
+        return self._by(self.backend, self.inputs)
 
-    def _backward(self) -> Sequence[Tensor]:
-        return self._gradients(self.inputs, self.backend)
-
-    def _gradients(self, inputs: Sequence[Tensor], backend: str) -> Sequence[Tensor]:
+    def _by(self, backend: str, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        if self.direction == "forward":
+            with torch.no_grad():
+                return self.operator.run(inputs, backend, self.family)
         wanted = self.operator.gradients
         leaves = [x.detach().requires_grad_(i in wanted) for i, x in enumerate(inputs)]
         results = self.operator.run(leaves, backend, self.family)
@@ -284,10 +285,13 @@ class Timed:
         return torch.autograd.grad(total, [leaves[i] for i in wanted])
 
     def verify(self) -> float:
-        """The largest error of any result relative to its size, or `NumericsError`.
+        """Return the largest error of a result, relative to its norm.
 
-        Accepted is twice the error of the reference in the same dtype against the reference in float64, and besides
-        eight units of rounding of the result's dtype, where the reference happens to hit the truth.
+        An error may be twice that of the reference in the same dtype against the reference in float64, plus eight units
+        of rounding of the result's dtype, because the reference may be exact by chance.
+
+        Raises:
+            NumericsError: An error is larger.
         """
         found = self.call()
         if self.name == "select_landmarks":
@@ -302,19 +306,13 @@ class Timed:
             if not error <= allowed:
                 raise NumericsError(
                     f"{self.name} by {self.backend}, {self.direction}, result {index}: relative error {error:.2g} "
-                    f"where {allowed:.2g} is accepted; it is not timed"
+                    f"where at most {allowed:.2g} is accepted; it is not timed"
                 )
             worst = max(worst, error)
         return worst
 
-    def _by(self, backend: str, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        if self.direction != "forward":
-            return self._gradients(inputs, backend)
-        with torch.no_grad():
-            return self.operator.run(inputs, backend, self.family)
-
     def _verify_landmarks(self, chosen: Tensor) -> float:
-        """Distinct keys, none of which scores less than the r-th best by more than the scores' own rounding."""
+        """Check that the keys are distinct and score no less than the r-th best key, up to rounding of the scores."""
         key = self.inputs[0]
         truth = ops.ridge_leverage_scores(key.double(), backend="reference")
         rounding = (ops.ridge_leverage_scores(key, backend="reference").double() - truth).abs().max()
@@ -324,6 +322,6 @@ class Timed:
         if not distinct or not short <= 2 * float(rounding):
             raise NumericsError(
                 f"{self.name} by {self.backend}: a landmark is {short:.2g} short of the r-th best score where "
-                f"{2 * float(rounding):.2g} is accepted, or chosen twice; it is not timed"
+                f"at most {2 * float(rounding):.2g} is accepted, or chosen twice; it is not timed"
             )
         return max(short, 0.0)

@@ -1,15 +1,15 @@
-"""Host time and launches of the fused neck without a GPU: `python -m bench.overhead`.
+"""Measure host time and launches of the fused neck without a GPU: `python -m bench.overhead`.
 
-Triton's own `JITFunction.run` binds and specialises the arguments of every launch, against a driver that says it is a
-GPU; only the compiled kernel is a stub. So a pass costs what it costs the host, less the C launcher and the CUDA
-driver (2 to 4 µs a launch). Times are CPU time of one thread, in µs, of one pass:
+Triton's own `JITFunction.run` binds and specialises the arguments of every launch, for a driver that claims to be a
+GPU. Only the compiled kernels are stubs. A pass therefore takes the host time of a real one, except for the C launcher
+and the CUDA driver (2 to 4 µs per launch). Times are CPU time of one thread in µs per pass:
 
 - `triton`: inside `JITFunction.run`;
-- `library`: inside the matrix products, convolutions and casts that the neck itself calls. They compute here, on
-  small maps, what a GPU would only be told to launch;
+- `library`: inside the matrix products, convolutions and casts that the neck itself calls. They are computed here, on
+  small maps, while a GPU only receives their launch;
 - `package`: everything else: this package's Python, the dispatch of its operators, autograd, views and allocations.
 
-The neck is narrow (C = 16): host time depends on the schedule and not on widths.
+The neck is narrow (C = 16), because host time depends on the schedule and not on widths.
 """
 
 from __future__ import annotations
@@ -28,28 +28,31 @@ from unittest import mock
 import torch
 from torch.profiler import record_function
 
-from bench.harness import DTYPES, RESULTS, Recorder
+from bench.harness import DTYPES, RESULTS, Call, Recorder, parser
 from bench.launches import OWN, count_launches, forward_of
 
 CAPABILITY = (9, 0)
-LIBRARY = (
-    (torch, "bmm"),
-    (torch, "_foreach_copy_"),
-    (torch.nn.functional, "conv2d"),
-)
-MOST_LAUNCHES, MOST_MICROSECONDS = 12, 150  # the aims of a forward pass
-GATE_CONVOLUTIONS = 6  # which the first aim leaves out
+LIBRARY = ((torch, "bmm"), (torch, "_foreach_copy_"), (torch.nn.functional, "conv2d"))
+MOST_LAUNCHES, MOST_MICROSECONDS = 12, 150  # targets of a forward pass
+GATE_CONVOLUTIONS = 6  # which the target of launches excludes
 NAMES, REPEATS = ("forward", "training step"), (200, 50)
 
 
 class Clock:
-    """CPU time inside the calls that it watches; `mark` names every launch in torch's profile instead."""
+    """CPU time spent inside the functions that it watches, in ns by part.
+
+    Attributes:
+        spent: CPU time by part.
+        mark: Whether stub kernels record their names in torch's profile.
+    """
 
     def __init__(self) -> None:
         self.spent: Counter[str] = Counter()
         self.mark = False
 
     def watch(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function with its CPU time added to a part."""
+
         def timed(*args: Any, **options: Any) -> Any:
             start = time.thread_time_ns()
             try:
@@ -61,7 +64,7 @@ class Clock:
 
 
 class _Driver:
-    """What `JITFunction.run` asks of the active driver."""
+    """The part of a driver that `JITFunction.run` uses."""
 
     def get_current_device(self) -> int:
         return 0
@@ -76,7 +79,7 @@ class _Driver:
 
 
 def _stub(clock: Clock) -> Callable[..., Any]:
-    """In place of compilation: a kernel whose launch does nothing."""
+    """Return a replacement of the compilation that makes kernels whose launch does nothing."""
 
     def compiled(self: Any, key: str, *_: Any) -> Any:
         name = self.fn.__name__.strip("_")
@@ -98,7 +101,7 @@ def _stub(clock: Clock) -> Callable[..., Any]:
 
 @contextmanager
 def pretended() -> Iterator[Clock]:
-    """Triton's launches inside are bound for a GPU of `CAPABILITY` and then dropped; kernels take CPU tensors."""
+    """Bind Triton's launches inside for a GPU of `CAPABILITY` and drop them; kernels accept CPU tensors."""
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
@@ -106,7 +109,7 @@ def pretended() -> Iterator[Clock]:
 
     target = runtime.LaunchDevice(CAPABILITY, 227 * 1024)
 
-    def device() -> runtime.LaunchDevice:  # a mock would cost 30 µs a call
+    def device() -> runtime.LaunchDevice:  # a mock would cost 30 µs per call
         return target
 
     clock, before = Clock(), driver._active
@@ -117,36 +120,29 @@ def pretended() -> Iterator[Clock]:
         for owner, name in LIBRARY:
             enter(mock.patch.object(owner, name, clock.watch("library", getattr(owner, name))))
         enter(mock.patch.object(runtime, "cpu_launch_device", device))
+        stack.callback(setattr, driver, "_active", before)
         driver.set_active(_Driver())  # type: ignore[arg-type]
-        try:
-            yield clock
-        finally:
-            driver._active = before
+        yield clock
 
 
-def passes(*, dyt: bool, training: bool, dtype: torch.dtype) -> Callable[[], object]:
-    """One forward pass of the default schedule in evaluation, or one training step of it without an optimiser."""
+def passes(*, dyt: bool, training: bool, dtype: torch.dtype) -> Call:
+    """Return a forward pass of the default schedule in evaluation mode, or a training step without an optimiser."""
     module, maps = forward_of(dyt=dyt, side=64, batch=1)
-    module, maps = module.to(dtype), [m.to(dtype) for m in maps]
-    if not training:
+    module, maps = module.to(dtype).train(training), [m.to(dtype).requires_grad_(training) for m in maps]
 
-        def forward() -> object:
-            with torch.no_grad():
-                return module(maps)
-
-        return forward
-    module.train()
-    maps = [m.requires_grad_() for m in maps]
+    def forward() -> object:
+        with torch.no_grad():
+            return module(maps)
 
     def step() -> None:
         out = module(maps)
         (out.fused.sum() + sum(out.losses.values())).backward()
 
-    return step
+    return step if training else forward
 
 
-def measured(call: Callable[[], object], clock: Clock, repeats: int) -> dict[str, Any]:
-    """CPU time of one call in µs by part: the median of `repeats`, and the least of the total."""
+def measured(call: Call, clock: Clock, repeats: int) -> dict[str, Any]:
+    """Return the median CPU time of one call in µs by part, and the least of the total."""
     for _ in range(3):
         call()
     rows = []
@@ -164,12 +160,9 @@ def measured(call: Callable[[], object], clock: Clock, repeats: int) -> dict[str
 
 
 def calibration() -> dict[str, float]:
-    """CPU time in µs of a Python call and of an allocation here, by which rows of two machines can be compared."""
+    """Return the CPU time in µs of a Python call and of an allocation, for comparing rows of two machines."""
 
-    def nothing() -> None:
-        pass
-
-    def least(call: Callable[[], object], count: int = 2000) -> float:
+    def least(call: Call, count: int = 2000) -> float:
         found = []
         for _ in range(9):
             start = time.thread_time_ns()
@@ -178,14 +171,14 @@ def calibration() -> dict[str, float]:
             found.append((time.thread_time_ns() - start) / count / 1000)
         return round(min(found), 3)
 
-    return {"python_call_us": least(nothing), "empty_us": least(lambda: torch.empty(1))}
+    return {"python_call_us": least(lambda: None), "empty_us": least(lambda: torch.empty(1))}
 
 
-def counted(call: Callable[[], object]) -> dict[str, int]:
-    """Launches of one call: our own kernels, library products, and everything else that a GPU runs as a kernel.
+def counted(call: Call) -> dict[str, int]:
+    """Count the launches of one call: own kernels, library products, and everything else that a GPU runs as a kernel.
 
-    Counted as in `bench.launches`, gradients included; products hold the gate's convolutions, whose backward pass is
-    counted as one launch though it takes two or more.
+    They are counted as in `bench.launches`, gradients included. Products include the convolutions of the gate, whose
+    backward pass is counted as one launch although it takes two or more.
     """
     found = count_launches(call)
     return {
@@ -197,12 +190,12 @@ def counted(call: Callable[[], object]) -> dict[str, int]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """A row for each pass: forward in evaluation, and a training step, with DyT and without."""
-    if os.environ.get("TRITON_INTERPRET") == "1":  # asked when Triton is imported
+    """Print and write a row for each pass: forward and training step, with DyT and without."""
+    if os.environ.get("TRITON_INTERPRET") == "1":  # Triton reads it when it is imported
         raise SystemExit("bench.overhead binds real launches; expected TRITON_INTERPRET to be unset")
     options = _options(arguments)
     torch.set_num_threads(1)
-    recorder = Recorder(options.out, "overhead", torch.device("cpu"), options.note)
+    recorder = Recorder(options.out, "overhead", "cpu", options.note)
     known = calibration()
     print(f"a Python call {known['python_call_us']} µs, an allocation {known['empty_us']} µs")
     with pretended() as clock:
@@ -210,19 +203,14 @@ def main(arguments: list[str] | None = None) -> None:
             for dyt in (True, False):
                 call = passes(dyt=dyt, training=training, dtype=DTYPES[options.dtype])
                 clock.mark = False
-                row = measured(call, clock, options.repeats or REPEATS[training])
+                times = measured(call, clock, options.repeats or REPEATS[training])
                 clock.mark = True
-                row = (
-                    {"pass": NAMES[training], "dyt": dyt, "dtype": options.dtype}
-                    | counted(call)
-                    | row
-                    | known
-                )
-                print(line(recorder.write(row)))
+                about = {"pass": NAMES[training], "dyt": dyt, "dtype": options.dtype}
+                print(line(recorder.write(about | counted(call) | times | known)))
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row for a reader; `!` where an aim of a forward pass is missed."""
+    """Return a row as a line of text; `!` marks a missed target of a forward pass."""
     missed = row["pass"] == "forward" and (
         row["launches"] - GATE_CONVOLUTIONS > MOST_LAUNCHES or row["total_us"] > MOST_MICROSECONDS
     )
@@ -235,10 +223,10 @@ def line(row: dict[str, Any]) -> str:
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = parser("overhead", __doc__)
     made.add_argument("--dtype", default="bf16", choices=tuple(DTYPES))
     made.add_argument("--repeats", type=int, help="measured passes (default: 200 forward, 50 training)")
-    made.add_argument("--note", help="kept in every row")
+    made.add_argument("--note", help="keep this text in every row")
     made.add_argument("--out", default=str(RESULTS), help="folder of results (default: bench/results)")
     return made.parse_args(arguments)
 

@@ -1,7 +1,7 @@
-"""Tables of docs/ that are made of rows, so that no figure there is without one.
+"""Make the tables of docs/ from rows, so that every figure there has one.
 
-Such a part stands between `<!-- rows: NAME -->` and `<!-- end -->`. `python -m bench.report FOLDER --pages PAGE` writes
-it anew, and a test compares the pages with the rows.
+Such a table stands between `<!-- rows: NAME -->` and `<!-- end -->`. `python -m bench.report FOLDER --pages PAGE`
+rewrites it, and a test compares the pages with the rows.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import growth
-from bench.harness import newest, one_machine, read
+from srm_model.profiling.results import newest, one_machine, read
 from srm_model.profiling.tables import MEBI, number, shares_table
 
 BLOCK = re.compile(r"(<!-- rows: (.*?) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
@@ -24,7 +24,11 @@ PLAIN = ("torch", "sdpa")  # the backend, and its name in earlier rows
 
 
 def filled(text: str, folder: Path) -> str:
-    """`text` with every block made of the folder's rows. ValueError for a block that is not known."""
+    """Return the text of a page with every block made anew from the rows of a folder.
+
+    Raises:
+        ValueError: The name of a block is unknown, or its rows are of several measurements.
+    """
 
     def block(found: re.Match[str]) -> str:
         start, name, end = found.groups()
@@ -36,79 +40,81 @@ def filled(text: str, folder: Path) -> str:
 
 
 def markdown(header: Sequence[str], lines: Sequence[Sequence[str]], *, words: int = 1) -> str:
-    """A Markdown table, its first columns to the left."""
-    escaped = [[cell.replace("|", "\\|") for cell in line] for line in (header, *lines)]
+    """Return a Markdown table; the first `words` columns are aligned to the left, the others to the right."""
     rule = "|" + "---|" * words + "---:|" * (len(header) - words)
-    return "\n".join(
-        [f"| {' | '.join(escaped[0])} |", rule, *(f"| {' | '.join(line)} |" for line in escaped[1:]), ""]
-    )
+    escaped = [[cell.replace("|", "\\|") for cell in line] for line in (header, *lines)]
+    first, *rest = (f"| {' | '.join(line)} |" for line in escaped)
+    return "\n".join([first, rule, *rest, ""])
 
 
 def rows_of(folder: Path, name: str, keys: Sequence[str]) -> Rows:
-    """Rows of one measurement that could run; ValueError where several are mixed."""
+    """Return the rows without an error.
+
+    Args:
+        folder: Folder of results.
+        name: Name of the file without its suffix.
+        keys: Columns that identify a row; the last of equal rows counts.
+
+    Raises:
+        ValueError: The rows are of several measurements.
+    """
     rows = newest(read(folder / f"{name}.jsonl"), keys)
     one_machine(rows)
     return [row for row in rows if not row["error"]]
 
 
-def share(ours: float, rival: float) -> str:
-    """A time as a share of the rival's, a loss marked."""
-    return f"{number(ours / rival)}{' (slower)' if ours >= rival else ''}"
+def share(time: float, rival: float) -> str:
+    """Return a time as a share of a rival's, marked if it is larger."""
+    return f"{number(time / rival)}{' (slower)' if time >= rival else ''}"
 
 
 def attention(folder: Path) -> str:
-    """Nyström by each backend as a share of exact attention."""
+    """Return Nyström attention by two backends as shares of exact attention's time."""
     rows = rows_of(folder, "attention", ("N_q", "N_k", "B", "H", "r", "d", "dtype", "direction"))
-    lines = [
-        [
-            f"{row['N_q']:,}",
-            f"{row['N_k']:,}",
-            *(share(row["typical"][name], row["typical"]["exact"]) for name in ("default", "reference")),
-        ]
-        for row in rows
-    ]
+    lines = []
+    for row in rows:
+        times = row["typical"]
+        shares = (share(times[name], times["exact"]) for name in ("default", "reference"))
+        lines.append([f"{row['N_q']:,}", f"{row['N_k']:,}", *shares])
     return markdown(["N_q", "N_k", "default backend", "`reference`"], lines, words=0)
 
 
 def solve(folder: Path) -> str:
-    """Cholesky against the SVD."""
-    rows = [row for row in read(folder / "conditioning.jsonl") if "share_of_svd" in row]
-    chosen = [row for row in rows if row["solver"] == "cholesky" and row["r"] in (32, 64)]
-    low, high = (pick(row["share_of_svd"] for row in chosen) for pick in (min, max))
+    """Return a sentence on the time of Cholesky as a share of the SVD's."""
+    shares = [
+        row["share_of_svd"]
+        for row in read(folder / "conditioning.jsonl")
+        if "share_of_svd" in row and row["solver"] == "cholesky" and row["r"] in (32, 64)
+    ]
     return (
-        f"The landmark solve by `cholesky` took {low:.2f} to {high:.2f} of the time of the article's SVD at "
-        "r = 32 and 64."
+        f"The landmark solve by `cholesky` took {min(shares):.2f} to {max(shares):.2f} of the time of the article's "
+        "SVD at r = 32 and 64."
     )
 
 
 def cost(folder: Path) -> str:
-    """Parameters, multiply-accumulates and peak memory of one backbone's necks at the article's resolution."""
-    rows = [
-        row
-        for row in rows_of(folder, "neck", NECK)
-        if (row["part"], row["backbone"], row["resolution"]) == ("neck", "pvt_v2_b2", WIDEST)
-        and (row["batch"], row["dtype"], row["direction"], row["settings"]) == (1, "fp32", "forward", "")
-        and row["backend"] in (*PLAIN, None)
-    ]
-    lines = [
-        [
-            f"`{row['neck']}`",
-            f"{row['parameters'] / 1e6:.2f} M",
-            number(row["macs"]["formula"] / 1e9),
-            number(row["parts"]["links"] / 1e9) if row["parts"]["links"] else "–",
-            f"{row['memory']['above'] / MEBI:.1f}",
-        ]
-        for row in rows
-    ]
+    """Return parameters, multiply-accumulates and peak memory of one backbone's necks at the article's resolution."""
+    lines = []
+    for row in rows_of(folder, "neck", NECK):
+        subject = (row["part"], row["backbone"], row["resolution"])
+        case = (row["batch"], row["dtype"], row["direction"], row["settings"])
+        if subject != ("neck", "pvt_v2_b2", WIDEST) or case != (1, "fp32", "forward", ""):
+            continue
+        if row["backend"] not in (*PLAIN, None):
+            continue
+        links = row["parts"]["links"]
+        macs = [number(row["macs"]["formula"] / 1e9), number(links / 1e9) if links else "–"]
+        memory = f"{row['memory']['above'] / MEBI:.1f}"
+        lines.append([f"`{row['neck']}`", f"{row['parameters'] / 1e6:.2f} M", *macs, memory])
     header = ["neck", "parameters", "GMAC", "of it links (equation 30)", "peak MiB above inputs"]
     return markdown(header, lines)
 
 
 def time(folder: Path) -> str:
-    """What `srm` takes of the quadratic neck's time, at every resolution, and its share of the model."""
+    """Return the time of `srm` as a share of the quadratic neck's, by image side, and its share of the model's."""
     lines = [
-        [f"`{backbone}`", *shape[:1], *cells]
-        for (backbone, *shape), cells in _shares(folder, "forward")
+        [f"`{backbone}`", side, *cells]
+        for backbone, side, cells in _shares(folder, "forward")
         if "–" not in cells
     ]
     header = ["backbone", "side, px", "neck `srm`, ms", "of `quadratic`'s", "model, ms", "of `quadratic`'s"]
@@ -116,43 +122,34 @@ def time(folder: Path) -> str:
 
 
 def backward(folder: Path) -> str:
-    """The same of the neck alone, forward and backward."""
-    found = [(int(shape[0]), cells) for (_, *shape), cells in _shares(folder, "backward")]
-    lines = []
-    for side in sorted({side for side, _ in found}):
-        values = [float(cells[1]) for other, cells in found if other == side]
-        lines.append([str(side), f"{min(values):.2f} to {max(values):.2f}"])
+    """Return the time of the neck alone, forward and backward, as a share of the quadratic neck's."""
+    values: dict[int, list[float]] = {}
+    for _, side, cells in _shares(folder, "backward"):
+        values.setdefault(int(side), []).append(float(cells[1]))
+    lines = [[str(side), f"{min(found):.2f} to {max(found):.2f}"] for side, found in sorted(values.items())]
     header = ["side, px", "`srm`, forward and backward, of `quadratic`'s time"]
     return markdown(header, lines, words=0)
 
 
 def step(folder: Path) -> str:
-    """Training steps of whole models."""
-    rows = [
-        row
-        for row in rows_of(folder, "neck", NECK)
-        if (row["part"], row["direction"], row["dtype"], row["settings"]) == ("model", "step", "fp32", "")
-        and row["backend"] in (*PLAIN, None)
-    ]
-    taken: dict[tuple[Any, ...], dict[str, float]] = {}
-    for row in rows:
-        taken.setdefault((row["backbone"], row["resolution"], row["batch"]), {})[row["neck"]] = row["typical"]
-    lines = [
-        [
-            f"`{backbone}`",
-            str(side),
-            str(batch),
-            number(times["quadratic"]),
-            *(number(times[neck] / times["quadratic"]) for neck in ("srm", "none")),
-        ]
-        for (backbone, side, batch), times in taken.items()
-    ]
+    """Return the time of training steps of whole models."""
+    times: dict[tuple[Any, ...], dict[str, float]] = {}
+    for row in rows_of(folder, "neck", NECK):
+        case = (row["part"], row["direction"], row["dtype"], row["settings"])
+        if case == ("model", "step", "fp32", "") and row["backend"] in (*PLAIN, None):
+            subject = times.setdefault((row["backbone"], row["resolution"], row["batch"]), {})
+            subject[row["neck"]] = row["typical"]
+    lines = []
+    for (backbone, side, batch), taken in times.items():
+        rival = taken["quadratic"]
+        shares = [number(taken[neck] / rival) for neck in ("srm", "none")]
+        lines.append([f"`{backbone}`", str(side), str(batch), number(rival), *shares])
     header = ["backbone", "side, px", "B", "`quadratic`, ms", "`srm`, of it", "`none`, of it"]
     return markdown(header, lines)
 
 
 def grown(folder: Path) -> str:
-    """Exponents with both numbers of tokens growing together, and over each alone."""
+    """Return the exponents of time, with both numbers of tokens growing together and each alone."""
     fits = growth.fits(rows_of(folder, "growth", POINT))
     lines = [
         [
@@ -169,7 +166,7 @@ def grown(folder: Path) -> str:
 
 
 def crossover(folder: Path) -> str:
-    """Shares by N_k over all batch sizes, losses included, and from which N_k on Nyström wins."""
+    """Return the shares by N_k over all batch sizes, losses included, and the N_k above which Nyström is faster."""
     surfaces = growth.surfaces(rows_of(folder, "crossover", POINT))
     lines = []
     for keys in surfaces[0].keys:
@@ -180,24 +177,24 @@ def crossover(folder: Path) -> str:
             mark = " (slower)" if low >= 1 else ""
             cells.append(f"{number(low, 2)} to {number(high, 2)}{mark}")
         lines.append([f"{keys:,}", *cells])
-    header = ["N_k", *(_plain(surface.implementation) for surface in surfaces)]
+    names = {surface.implementation: _plain(surface.implementation) for surface in surfaces}
     guides = [
-        f"- {growth.guide(surface).replace(surface.implementation, _plain(surface.implementation))}"
+        f"- {growth.guide(surface).replace(surface.implementation, names[surface.implementation])}"
         for surface in surfaces
     ]
-    return "\n".join([markdown(header, lines, words=0), *guides])
+    return "\n".join([markdown(["N_k", *names.values()], lines, words=0), *guides])
 
 
-def _shares(folder: Path, direction: str) -> Iterable[tuple[list[str], list[str]]]:
-    """(backbone, px, …) and the figures of `srm` by its fastest backend here, fp32, one image."""
+def _shares(folder: Path, direction: str) -> Iterable[tuple[str, str, list[str]]]:
+    """Yield backbone, image side and the figures of `srm` by its fastest backend on a CPU, fp32, one image."""
     _, lines = shares_table(rows_of(folder, "neck", NECK))
     for line in sorted(lines, key=lambda line: (line[0], int(line[1]))):
         if line[2:6] in [["1", "fp32", direction, f"srm [{name}]"] for name in PLAIN]:
-            yield line[:3], line[6:]
+            yield line[0], line[1], line[6:]
 
 
 def _plain(implementation: str) -> str:
-    """A name of bench.growth as a reader of the page knows it."""
+    """Return the name of an implementation of bench.growth as pages show it."""
     name = implementation.removeprefix("nystrom ").strip("[]")
     return "exact" if name == growth.EXACT else f"Nyström, `{name}`"
 

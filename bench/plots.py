@@ -1,6 +1,6 @@
-"""Pictures of results: logarithmic axes with units, readable in grey.
+"""Draw results: logarithmic axes with units, readable without colour.
 
-Series differ by colour, dash and marker at once, and bars by shade and hatching.
+Series differ by colour, dash and marker, and bars by shade and hatching.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ HATCHES = ("", "//", "--", "||", "\\\\", "++", "..", "xx")
 
 
 class Line(NamedTuple):
-    """A series; points need not be sorted. A name may have several lines."""
+    """A series; points need not be sorted, and the name may contain line breaks."""
 
     name: str
     points: Sequence[tuple[float, float]]
 
 
 class Bar(NamedTuple):
-    """A stack of segments, in the order of the chart's segment names."""
+    """A stack of segments: values by segment name."""
 
     name: str
     parts: dict[str, float]
@@ -49,7 +49,7 @@ def lines(
     y_label: str,
     slopes: Sequence[float] = (),
 ) -> Figure:
-    """Lines with markers on two logarithmic axes; `slopes` draws faint guides of these exponents."""
+    """Draw lines with markers on two logarithmic axes, and a faint guide for each exponent in `slopes`."""
     with _axes(title, note, x_label, y_label) as (figure, axes):
         for i, line in enumerate(series):
             axes.plot(*zip(*sorted(line.points), strict=True), **look(i), label=line.name)
@@ -57,7 +57,7 @@ def lines(
         axes.set_yscale("log")
         _plain_ticks(axes.yaxis)
         xs = sorted({x for line in series for x, _ in line.points})
-        if len(xs) <= MOST_TICKS:  # what was measured
+        if len(xs) <= MOST_TICKS:
             axes.set_xticks(xs, [f"{x:,g}" for x in xs])
             axes.minorticks_off()
         x, y = xs[0], axes.get_ylim()[0] * 1.1
@@ -70,8 +70,16 @@ def lines(
 
 
 def roofline(series: Sequence[Line], bandwidth: float, rate: float, *, title: str, note: str) -> Figure:
-    """Lines of (MACs a byte, MACs a second), in the order of their points, under the measured ceilings."""
-    with _axes(title, note, "MACs per byte that has to move", "GMAC per second") as (figure, axes):
+    """Draw lines of (MACs per byte, MACs per second), in the order of their points, under the measured ceilings.
+
+    Args:
+        series: The lines.
+        bandwidth: Bytes per second.
+        rate: MACs per second.
+        title: Title.
+        note: Text below the title.
+    """
+    with _axes(title, note, "MACs per byte that must be moved", "GMAC per second") as (figure, axes):
         xs = [rate / bandwidth, *(x for line in series for x, _ in line.points)]
         roof = np.array([min(xs) / 2, rate / bandwidth, max(xs) * 2])
         axes.loglog(roof, np.minimum(roof * bandwidth, rate) / 1e9, color="#1b1f24", linewidth=2.4)
@@ -85,24 +93,20 @@ def roofline(series: Sequence[Line], bandwidth: float, rate: float, *, title: st
 
 
 def stacked(bars: Sequence[Bar], segments: Sequence[str], *, title: str, note: str, x_label: str) -> Figure:
-    """Horizontal stacks on a linear axis: shares are compared, not growth.
+    """Draw horizontal stacks on a linear axis.
 
-    A segment looks alike in every picture that is given the same `segments`; those that no bar has are left out.
+    A segment looks the same in every picture with the same `segments`; those without a value are left out.
     """
-    with _axes(title, note, x_label, "", height=1.4 + max(0.35 * len(bars), 0.19 * len(segments))) as (
-        figure,
-        axes,
-    ):
+    height = 1.4 + max(0.35 * len(bars), 0.19 * len(segments))
+    with _axes(title, note, x_label, "", height=height) as (figure, axes):
         left = np.zeros(len(bars))
-        for shade, hatch, segment in zip(
-            itertools.cycle(GREYS), itertools.cycle(HATCHES), segments, strict=False
-        ):
+        names = [bar.name for bar in bars]
+        looks = zip(itertools.cycle(GREYS), itertools.cycle(HATCHES), segments, strict=False)
+        for shade, hatch, segment in looks:
             widths = np.array([bar.parts.get(segment, 0.0) for bar in bars])
             if widths.any():
-                names = [bar.name for bar in bars]
-                axes.barh(
-                    names, widths, 0.65, left, color=shade, hatch=hatch, edgecolor="#3a4249", label=segment
-                )
+                style = {"color": shade, "hatch": hatch, "edgecolor": "#3a4249", "label": segment}
+                axes.barh(names, widths, 0.65, left, **style)
             left += widths
         for place, total in enumerate(left):
             axes.text(total, place, f" {number(total)}", va="center")
@@ -123,7 +127,7 @@ def surface(
     row_label: str,
     column_label: str,
 ) -> Figure:
-    """Ratios as a grid, lighter below 1 and darker above, the number in every cell; a thick line where it is 1."""
+    """Draw ratios as a grid of numbers, lighter below 1 and darker above, with a thick line where they cross 1."""
     logs = np.log(np.array(values, dtype=float))
     most = max(float(np.nanmax(np.abs(logs), initial=0)), math.log(2))
     with _axes(title, note, column_label, row_label, height=1.4 + 0.36 * len(rows)) as (figure, axes):
@@ -132,9 +136,9 @@ def surface(
             axes.text(j, i, "–" if np.isnan(value) else number(math.exp(value), 2), ha="center", va="center")
             # Edges between cells below 1 and cells of 1 or more.
             for down, right in ((1, 0), (0, 1)):
-                other = (
-                    logs[i + down, j + right] if i + down < len(rows) and j + right < len(columns) else np.nan
-                )
+                if i + down == len(rows) or j + right == len(columns):
+                    continue
+                other = logs[i + down, j + right]
                 if (value < 0) != (other < 0) and not np.isnan(value + other):
                     xs = [j + right - 0.5, j + 0.5]
                     axes.plot(xs, [i + down - 0.5, i + 0.5], color="#1b1f24", linewidth=3)
@@ -145,7 +149,7 @@ def surface(
 
 
 def _plain_ticks(axis: Axis) -> None:
-    """1, 2, 5, 10, ... as numbers."""
+    """Label 1, 2, 5, 10, … as plain numbers."""
     from matplotlib.ticker import LogLocator
 
     axis.set_minor_locator(LogLocator(subs=(2, 5)))

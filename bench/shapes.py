@@ -1,34 +1,40 @@
-"""Which Triton kernels the package launches for a shape, beside Nyström attention's: what `bench.resources` compiles.
+"""Shapes for which `bench.resources` compiles the Triton kernels of the package, and the calls that launch them.
 
-Each function calls forward and backward as the operators do, on tensors without memory; the launches are recorded.
+Each function calls forward and backward like the operators do, on tensors of the meta device by default.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 from srm_kernels.conditioning import SOLVERS_OF_KERNELS
-from srm_kernels.options import LandmarkOptions, QuerySides, SolveOptions
-
-if TYPE_CHECKING:
-    import torch
+from srm_kernels.landmarks import METHODS_OF_KERNELS
+from srm_kernels.options import KeySide, LandmarkOptions, QuerySides, SolveOptions
 
 
-class Maker(Protocol):
-    """Makes a tensor of a shape and dtype."""
-
-    def __call__(self, *shape: int, dtype: torch.dtype) -> torch.Tensor: ...
-
-
-def without_memory(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor on the meta device."""
-    import torch
-
+def without_memory(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return a tensor on the meta device."""
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+class Case(NamedTuple):
+    """Nyström attention: r, d, N_k, the dtype's name, and the options that decide which kernels run."""
+
+    rank: int
+    d: int
+    keys: int = 256
+    dtype: str = "bfloat16"
+    method: str = "leverage"
+    solver: str = "cholesky"
+    qk_norm: str | None = "both"
+
+
 class Schedule(NamedTuple):
-    """A schedule: (C_i, h = w) of the maps its links read, H, d and r, the dtype's name, and which road they take."""
+    """Links of a neck: (C_i, h = w) of the maps they read, and the options that decide which kernels run."""
 
     maps: tuple[tuple[int, int], ...]
     heads: int
@@ -41,7 +47,7 @@ class Schedule(NamedTuple):
 
 
 class System(NamedTuple):
-    """One landmark system: r, d and the solver."""
+    """A landmark system: r, d and the solver."""
 
     rank: int
     d: int
@@ -50,7 +56,7 @@ class System(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """Landmarks alone: r of N_k keys of width d, the dtype's name and the method."""
+    """A choice of r landmarks out of N_k keys of width d, with the dtype's name and the method."""
 
     rank: int
     d: int
@@ -59,8 +65,36 @@ class Choice(NamedTuple):
     method: str
 
 
-# The default schedule of pvt_v2_b2 at 512² and the widest and narrowest stages of the four backbones, both roads, other
-# heads, and grids that P = 8 does not divide.
+# First every kernel at the largest size that may not spill, with every option; then smaller sizes, for the other sides
+# of the launch rules; then larger ones, which may spill.
+CASES = (
+    Case(64, 64, keys=4096),
+    Case(64, 64, dtype="float32", method="pivoted_cholesky"),
+    Case(64, 64, dtype="float16", solver="lu"),
+    Case(64, 64, method="pivoted_cholesky"),
+    Case(64, 64),
+    Case(64, 64, keys=4096, dtype="float16"),
+    Case(64, 64, keys=4096, dtype="float32", solver="lu"),
+    Case(64, 32),
+    Case(64, 32, keys=4096),
+    Case(64, 32, dtype="float32"),
+    Case(64, 32, dtype="float16"),
+    Case(32, 64),
+    Case(32, 64, dtype="float32"),
+    Case(32, 64, dtype="float16"),
+    Case(32, 32, solver="lu"),
+    Case(16, 24, dtype="float32", qk_norm=None),
+    Case(128, 128, dtype="float32"),
+    Case(128, 128, dtype="float16", method="pivoted_cholesky"),
+    Case(128, 128, solver="lu"),
+    Case(64, 128, dtype="float32"),
+    Case(128, 64),
+    Case(32, 128, dtype="float16"),
+    Case(128, 32, dtype="float32"),
+    Case(128, 128),
+)
+# The default schedule of pvt_v2_b2 at 512², then the widest and narrowest stages of the four backbones, with DyT and
+# without, other heads, and grids that P = 8 does not divide.
 PVT = ((64, 128), (128, 64), (320, 32))
 SCHEDULES = (
     Schedule(PVT, 8, 32, 64, "bfloat16", dyt=False),
@@ -88,10 +122,42 @@ CHOICES = (
 )
 
 
-def neck(case: Schedule, make: Maker = without_memory, batch: int = 2) -> None:
-    """A schedule, its key sides' projections and everything behind it: scale, gate, pooling."""
-    import torch
+def attention(case: Case) -> None:
+    """Launch Nyström attention; leverage scores and landmarks alone with "pivoted_cholesky" in half precision."""
+    from srm_kernels.attention import kernels, key_kernels
+    from srm_kernels.conditioning import kernels as conditioning
+    from srm_kernels.landmarks import kernels as landmarks
 
+    shapes = ((2, 4, tokens, case.d) for tokens in (16_384, case.keys, case.keys))
+    query, key, value = (without_memory(*shape, dtype=getattr(torch, case.dtype)) for shape in shapes)
+    tau, scale = without_memory(4), case.d**-0.5
+    side = KeySide(key, value, None, LandmarkOptions(case.rank, case.method), scale, case.qk_norm)
+    if case.solver == "cholesky":
+        results = key_kernels.landmark_context(side, 1e-3)
+        key_kernels.landmark_context_backward(results[:2], results, side, 1e-3)
+    else:
+        results = key_kernels.landmark_blocks(side)
+        system = (*results[1:3], SolveOptions(solver=case.solver))
+        solved = conditioning.landmark_solve(*system)
+        conditioning.landmark_solve_backward(solved[:1], solved, *system)
+        key_kernels.landmark_blocks_backward(results[:3], results, side)
+    if case.method == "pivoted_cholesky" and case.dtype != "float32":
+        landmarks.ridge_leverage_scores(key, 1e-3)
+        for method in METHODS_OF_KERNELS:
+            landmarks.select_landmarks(key, None, LandmarkOptions(case.rank, method), scale)
+    arguments = (query, results[0], results[0], tau, scale, case.qk_norm, True)
+    outputs = kernels.landmark_attention(*arguments)
+    kernels.landmark_attention_backward(outputs[:1], outputs, *arguments)
+
+
+def neck(case: Schedule, make: Callable[..., Tensor] = without_memory, batch: int = 2) -> None:
+    """Launch the links of a neck, the projections of their key sides, and the scale, gate and pooling after them.
+
+    Args:
+        case: The links.
+        make: (*shape, dtype=…) → tensor.
+        batch: B.
+    """
     from srm_kernels.gate import kernels as gate
     from srm_kernels.neck import backward_kernels as backward
     from srm_kernels.neck import end_kernels as ends
@@ -102,11 +168,11 @@ def neck(case: Schedule, make: Maker = without_memory, batch: int = 2) -> None:
     kind = getattr(torch, case.dtype)
     C, B, P, L = case.heads * case.d, batch, 8, len(case.maps)
 
-    def tensor(*shape: int, dtype: torch.dtype = kind) -> torch.Tensor:
-        return make(*shape, dtype=dtype)
+    def tensor(*shape: int) -> Tensor:
+        return make(*shape, dtype=kind)
 
-    def wide(*shape: int) -> torch.Tensor:
-        return tensor(*shape, dtype=torch.float32)
+    def wide(*shape: int) -> Tensor:
+        return make(*shape, dtype=torch.float32)
 
     features = [tensor(B, channels, side, side) for channels, side in case.maps]
     keys = [wide(B, case.heads, case.rank, case.d) for _ in case.maps]
@@ -142,25 +208,20 @@ def neck(case: Schedule, make: Maker = without_memory, batch: int = 2) -> None:
 
 
 def solve(case: System) -> None:
-    """The landmark solve alone."""
-    import torch
-
+    """Launch the landmark solve alone."""
     from srm_kernels.conditioning import kernels
 
-    logits = torch.empty(4, case.rank, case.rank, device="meta")
-    rhs = torch.empty(4, case.rank, case.d, device="meta")
-    arguments = (logits, rhs, SolveOptions(solver=case.solver))
+    system = (without_memory(4, case.rank, case.rank), without_memory(4, case.rank, case.d))
+    arguments = (*system, SolveOptions(solver=case.solver))
     results = kernels.landmark_solve(*arguments)
     kernels.landmark_solve_backward(results[:1], results, *arguments)
 
 
 def choose(case: Choice) -> None:
-    """Leverage scores alone, and landmarks."""
-    import torch
-
+    """Launch the choice of landmarks alone, and leverage scores."""
     from srm_kernels.landmarks import kernels
 
-    key = torch.empty(2, 4, case.keys, case.d, dtype=getattr(torch, case.dtype), device="meta")
+    key = without_memory(2, 4, case.keys, case.d, dtype=getattr(torch, case.dtype))
     kernels.select_landmarks(key, None, LandmarkOptions(case.rank, case.method), case.d**-0.5)
     if case.method == "leverage":
         kernels.ridge_leverage_scores(key, 1e-3)

@@ -1,6 +1,6 @@
-"""Every Triton kernel once, forward and backward, on small odd shapes: `python -m bench.small_run`.
+"""Run every kernel of attention once, forward and backward, on small odd shapes: `python -m bench.small_run`.
 
-For compute-sanitizer: with launches of a second and more under its racecheck, a test suite would take hours.
+Meant for compute-sanitizer: a launch takes a second and more under its racecheck, so a test suite would take hours.
 """
 
 from __future__ import annotations
@@ -8,39 +8,36 @@ from __future__ import annotations
 import torch
 
 from srm_kernels import backends, nystrom_attention
-from srm_kernels.attention import configurations
+from srm_kernels.attention import attention_with_scale, configurations
+
+# (largest N_k of one program, most K̃ and X held): one launch; keys divided among programs; K̃ and X read in pieces
+LIMITS = ((1024, 64 * 64), (16, 64 * 64), (16, 0))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+METHODS = (("leverage", "cholesky"), ("pivoted_cholesky", "cholesky"), ("leverage", "lu"))
+
+
+def run(device: str) -> None:
+    """Launch every kernel and check that all gradients are finite."""
+    configurations.LEAST_KEYS_OF_A_PART = configurations.LEAST_QUERIES_OF_A_PART = 32
+    configurations.LEAST_QUERIES_OF_A_GRADIENT = 32
+    for most_keys, most_held in LIMITS:
+        configurations.MOST_KEYS_OF_ONE_PROGRAM, configurations.MOST_HELD = most_keys, most_held
+        for dtype in DTYPES:
+            tokens = [torch.randn(1, 2, 70, 40, device=device, dtype=dtype) for _ in range(3)]
+            inputs = [x.requires_grad_() for x in (*tokens, torch.ones(2, device=device))]
+            *tokens, tau = inputs
+            options = {"qk_norm": "both", "tau": tau, "backend": "triton"}
+            results = [nystrom_attention(*tokens, 20, method=m, solver=s, **options) for m, s in METHODS]
+            results.append(attention_with_scale(*tokens, 20, **options)[0])
+            sum(y.float().square().sum() for y in results).backward()
+            assert all(x.grad is not None and x.grad.isfinite().all() for x in inputs)
 
 
 def main() -> None:
-    """Run on the GPU, or say why not."""
+    """Run on the GPU; exit with a message without one."""
     if not torch.cuda.is_available():
         raise SystemExit("bench.small_run needs a CUDA device: " + backends()["triton"].reason)
-    # one launch; divided among programs; and with K̃ and X a piece at a time
-    for most_keys, most_held in ((1024, 64 * 64), (16, 64 * 64), (16, 0)):
-        configurations.MOST_KEYS_OF_ONE_PROGRAM, configurations.MOST_HELD = most_keys, most_held
-        configurations.LEAST_KEYS_OF_A_PART = configurations.LEAST_QUERIES_OF_A_PART = 32
-        configurations.LEAST_QUERIES_OF_A_GRADIENT = 32
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            for method, solver in (
-                ("leverage", "cholesky"),
-                ("pivoted_cholesky", "cholesky"),
-                ("leverage", "lu"),
-            ):
-                query, key, value = (
-                    torch.randn(1, 2, n, 40, device="cuda", dtype=dtype, requires_grad=True)
-                    for n in (70, 70, 70)
-                )
-                tau = torch.ones(2, device="cuda", requires_grad=True)
-                options = {
-                    "method": method,
-                    "solver": solver,
-                    "qk_norm": "both",
-                    "tau": tau,
-                    "statistics": True,
-                }
-                y, _ = nystrom_attention(query, key, value, 20, backend="triton", **options)
-                y.float().square().sum().backward()
-                assert all(x.grad is not None and x.grad.isfinite().all() for x in (query, key, value, tau))
+    run("cuda")
     torch.cuda.synchronize()
     print("every kernel ran")
 

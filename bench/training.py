@@ -1,10 +1,10 @@
-"""Images per second of a training step, per backbone, neck and backend, and how long it waits for data:
+"""Measure training steps of every backbone, neck and backend, and the share of time spent on data:
 `python -m bench.training`.
 
-Steps of all models of a backbone are taken in turn in one process, and each is told with its speed over the first
-neck: on a busy machine only that means something. A step is the training loop's own: forward under autocast, losses,
-backward, clipping, AdamW. Peak memory is a GPU's alone, beyond weights and optimiser. For the share of time that is
-data, the first model of each backbone reads JPEG files, decoded anew and from a cache.
+The models of a backbone take turns in one process, and each is shown with its speed relative to the first neck; on a
+busy machine only that ratio is meaningful. A step is that of the training loop: forward under autocast, losses,
+backward, clipping, AdamW. Peak memory is measured on a GPU only, beyond weights and optimiser. For the share of time
+spent on data, the first model of each backbone reads JPEG files, decoded each time and then from a cache.
 """
 
 from __future__ import annotations
@@ -21,38 +21,36 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
-from bench.harness import (
-    Recorder,
-    available_backends,
-    effort_of,
-    machine,
-    measure_together,
-    parser,
-    peak,
-    sentence,
-)
+from bench.harness import Recorder, available_backends, effort_of, timing_parser
 from srm_kernels.checks import current_name
 from srm_model import SRMConfig, build_model
 from srm_model.data import ImageCache
 from srm_model.data.transforms import centre_crop, load_resized, to_tensor
 from srm_model.necks import NECKS
+from srm_model.profiling import measure_together
+from srm_model.profiling.machines import sentence
+from srm_model.profiling.memory import peak
 from srm_model.training.optimisation import autocast_dtype, parameter_groups
 
-ASKED = 1.3  # of a GPU, in training: the fused neck's speed over the quadratic one's, at 512² and a small backbone
+TARGET = 1.3  # speed of the fused neck over the quadratic one on a GPU, at 512² and a small backbone
+Rows = list[dict[str, Any]]
 
 
 class Case:
-    """One model and its optimiser; `step` trains on a batch."""
+    """A model and its optimiser; `step` trains on a batch."""
 
     def __init__(self, backbone: str, neck: str, backend: str | None, options: argparse.Namespace) -> None:
-        self.backbone, self.neck, self.backend = backbone, neck, backend
         self.device = torch.device(options.device)
-        self.config = SRMConfig(
-            image_size=options.image_size,
-            batch_size=options.batch_size,
-            precision=options.dtype,
-            backend=backend,
-        )
+        sizes = {"image_size": options.image_size, "batch_size": options.batch_size}
+        self.config = SRMConfig(**sizes, precision=options.dtype, backend=backend)
+        self.about = {
+            "backbone": backbone,
+            "neck": neck,
+            "backend": backend,
+            "dtype": options.dtype,
+            "image_size": options.image_size,
+            "batch": options.batch_size,
+        }
         torch.manual_seed(0)
         model: Any = build_model(backbone, neck=neck, config=self.config).train()
         self.model = model.to(self.device).to(memory_format=torch.channels_last)
@@ -61,6 +59,7 @@ class Case:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
     def step(self, images: torch.Tensor, mos: torch.Tensor) -> None:
+        """Train on images (B, 3, h, w) with opinion scores (B,)."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
             scores, losses = self.model(images, return_losses=True)
         loss = nn.functional.mse_loss(scores.float(), mos)
@@ -85,12 +84,12 @@ class Files(torch.utils.data.Dataset[Any]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, float]:
-        read = load_resized if self.cache is None else self.cache.get
-        return to_tensor(centre_crop(read(self.paths[index], self.size), self.size)), 0.5
+        load = load_resized if self.cache is None else self.cache.get
+        return to_tensor(centre_crop(load(self.paths[index], self.size), self.size)), 0.5
 
 
 def cases(backbone: str, options: argparse.Namespace) -> list[Case]:
-    """Every neck, and the necks with operators on every backend that can run."""
+    """Return every neck; those with operators once for each backend."""
     chosen = options.backends or [None, *available_backends()]
     return [
         Case(backbone, neck, backend, options)
@@ -99,8 +98,8 @@ def cases(backbone: str, options: argparse.Namespace) -> list[Case]:
     ]
 
 
-def compare(found: list[Case], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each: times of a step, images per second, its speed over the first one, peak memory on a GPU."""
+def compare(found: list[Case], options: argparse.Namespace) -> Rows:
+    """Return a row for each case: times of a step, images per second, speed over the first, peak memory on a GPU."""
     device, side = torch.device(options.device), options.image_size
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(options.batch_size, 3, side, side, generator=generator)
@@ -113,12 +112,7 @@ def compare(found: list[Case], options: argparse.Namespace) -> list[dict[str, An
     return [
         {
             "kind": "step",
-            "backbone": case.backbone,
-            "neck": case.neck,
-            "backend": case.backend,
-            "dtype": options.dtype,
-            "image_size": side,
-            "batch": options.batch_size,
+            **case.about,
             "ms": taken.to_dict(),
             "images_per_second": 1e3 * options.batch_size / taken.typical,
             "speed_over_first": times[0].typical / taken.typical,
@@ -128,10 +122,11 @@ def compare(found: list[Case], options: argparse.Namespace) -> list[dict[str, An
     ]
 
 
-def data_shares(case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Share of time that training waits for images decoded anew, then kept in a folder (its second pass)."""
+def data_shares(case: Case, options: argparse.Namespace) -> Rows:
+    """Return the share of time that training waits for images, decoded each time and read from a cache."""
     side = options.image_size
     rng = np.random.default_rng(0)
+    about = {name: value for name, value in case.about.items() if name != "backend"}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         paths = [folder / f"{number}.jpg" for number in range(options.batch_size * options.batches)]
@@ -141,20 +136,11 @@ def data_shares(case: Case, options: argparse.Namespace) -> list[dict[str, Any]]
         cache = ImageCache(folder / "cache", 10**10)
         for path in paths:
             cache.get(path, side)
-        return [
-            {
-                "kind": "data",
-                "backbone": case.backbone,
-                "neck": case.neck,
-                "dtype": options.dtype,
-                "image_size": side,
-                "batch": options.batch_size,
-                "images": how,
-                "workers": options.workers,
-                **_waited(case, Files(paths, side, kept), options),
-            }
-            for how, kept in (("decoded", None), ("cached", cache))
-        ]
+        rows = []
+        for how, kept in (("decoded", None), ("cached", cache)):
+            waited = _waited(case, Files(paths, side, kept), options)
+            rows.append({"kind": "data", **about, "images": how, "workers": options.workers, **waited})
+        return rows
 
 
 def _waited(case: Case, files: Files, options: argparse.Namespace) -> dict[str, float]:
@@ -176,26 +162,27 @@ def _waited(case: Case, files: Files, options: argparse.Namespace) -> dict[str, 
 
 
 def main(arguments: list[str] | None = None) -> None:
-    made = parser(__doc__)
+    """Print a line for each model, and the share of time spent on data."""
+    made = timing_parser("training", __doc__)
     made.add_argument("--backbones", nargs="+", default=["mobilenetv3_large_100"])
     made.add_argument(
-        "--necks",
-        nargs="+",
-        default=["quadratic", "srm", "none"],
-        choices=tuple(NECKS),
-        help="the first is 1.00",
-    )
+        "--necks", nargs="+", default=["quadratic", "srm", "none"], choices=tuple(NECKS),
+        help="measure these; speeds are relative to the first",
+    )  # fmt: skip
     made.add_argument(
         "--backends", type=current_name, nargs="+", help="default: the fastest, and each that can run here"
     )
     made.add_argument("--image-size", type=int, default=512)
     made.add_argument("--batch-size", type=int, default=8)
-    made.add_argument("--workers", type=int, default=0)
-    made.add_argument("--batches", type=int, default=7, help="of files, read for the share that is data")
+    made.add_argument(
+        "--workers", type=int, default=0, help="processes that load data (default: %(default)s)"
+    )
+    made.add_argument(
+        "--batches", type=int, default=7, help="batches of files to read (default: %(default)s)"
+    )
     options = made.parse_args(arguments)
-    device = torch.device(options.device)
-    recorder = Recorder(options.out, "training", device, options.note)
-    print(sentence(machine(device)))
+    recorder = Recorder(options.out, "training", options.device, options.note)
+    print(sentence(recorder.machine))
     print(f"training step, {options.dtype}, B={options.batch_size}, {options.image_size}²")
     print(f"{'backbone':28} {'neck':10} {'backend':10} {'images/s':>9} {'speed':>7} {'peak MiB':>9}")
     for backbone in options.backbones:
@@ -211,9 +198,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def line_of(row: dict[str, Any]) -> str:
-    """One step's row as it is printed; `!` where the fused neck misses what is asked of it."""
+    """Return the row of a step as a line of the table; `!` marks a fused neck that misses its target."""
     fused = row["neck"] == "srm" and row["backend"] == "triton" and row["peak_mib"] is not None
-    missed = " !" if fused and row["speed_over_first"] < ASKED else ""
+    missed = " !" if fused and row["speed_over_first"] < TARGET else ""
     memory = "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
     return (
         f"{row['backbone']:28} {row['neck']:10} {row['backend'] or 'fastest':10} "

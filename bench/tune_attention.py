@@ -1,10 +1,10 @@
-"""Time the launch configurations of the Triton attention kernels on a GPU: `python -m bench.tune_attention`.
+"""Time launch configurations of the Triton attention kernels on a GPU: `python -m bench.tune_attention`.
 
-For every rule of `srm_kernels/attention/configurations.py` and the usual sizes, the alternatives are put in the rule's
-place one at a time, and the medians of a forward or backward pass are printed with the rule's own choice marked. The
-numbers in the rule are then changed by hand: nothing is tuned while a program runs.
+For every rule of `srm_kernels/attention/configurations.py` and the usual sizes, each alternative replaces the rule in
+turn. The medians of a forward or backward pass are printed, with the rule's own choice marked. Change the numbers of a
+rule by hand afterwards; nothing is tuned at run time.
 
-All alternatives are compiled first, by several processes that share Triton's cache, and then timed by one.
+Several processes that share Triton's cache compile all alternatives first; one process then times them.
 """
 
 from __future__ import annotations
@@ -13,42 +13,45 @@ import argparse
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from functools import partial
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 
-from bench.harness import DTYPES, Effort, Recorder, measure, parser
+from bench.harness import DTYPES, Call, Recorder, attention_inputs, effort_of, timing_parser
 from srm_kernels import backends, nystrom_attention
 from srm_kernels.attention import configurations
 from srm_kernels.attention.configurations import Configuration
+from srm_model.profiling import measure
 
-RULES = {
-    "query_forward": False,
-    "query_backward": True,
-    "key_side": True,
-    "key_tokens": True,
-}  # times the backward?
+# Rules, and whether the backward pass is timed.
+RULES = {"query_forward": False, "query_backward": True, "key_side": True, "key_tokens": True}
 SIZES = ((32, 32), (64, 32), (64, 64), (128, 64))  # r, d
 BLOCKS, WARPS, STAGES = (16, 32, 64, 128), (4, 8), (1, 2)
 
 
 class Trial(NamedTuple):
-    """A rule's alternative at one size."""
+    """An alternative to a rule at one size, and whether it is the rule's own choice."""
 
     rule: str
     rank: int
     d: int
     candidate: Configuration
-    chosen: bool  # what the rule says
+    chosen: bool
+
+    def in_place(self) -> Any:
+        """Return a context in which the rule gives this alternative for every shape."""
+        # A mock with a `return_value` takes 30 µs per call.
+        return mock.patch.object(configurations, self.rule, lambda *_: self.candidate)  # noqa: PT008
 
 
 def trials(dtype: torch.dtype, device: torch.device) -> Iterator[Trial]:
-    """Every alternative, the rule's own choice among them or behind them."""
+    """Yield every alternative, the rule's own choice included."""
     target = configurations.capability(torch.empty(0, device=device))
     for (rank, d), name in product(SIZES, RULES):
         choice = getattr(configurations, name)(rank, d, dtype, target)
@@ -60,39 +63,19 @@ def trials(dtype: torch.dtype, device: torch.device) -> Iterator[Trial]:
             yield Trial(name, rank, d, candidate, candidate == choice)
 
 
-@contextmanager
-def in_the_rules_place(trial: Trial) -> Iterator[None]:
-    """The alternative, whatever the shape."""
-    rule = getattr(configurations, trial.rule)
-    setattr(configurations, trial.rule, lambda *_: trial.candidate)
-    try:
-        yield
-    finally:
-        setattr(configurations, trial.rule, rule)
-
-
-def call_of(trial: Trial, options: argparse.Namespace) -> Callable[[], object]:
-    """A forward pass, or the backward pass of one that was made before."""
-    dtype, device = DTYPES[options.dtype], torch.device(options.device)
-    inputs = [
-        torch.randn(options.batch, options.heads, n, trial.d, device=device, dtype=dtype, requires_grad=True)
-        for n in (options.queries, options.keys, options.keys)
-    ]
-
-    def forward() -> torch.Tensor:
-        y = nystrom_attention(*inputs, trial.rank, qk_norm="keys", backend="triton")
-        assert isinstance(y, torch.Tensor)
-        return y
-
+def call_of(trial: Trial, options: argparse.Namespace) -> Call:
+    """Return a forward pass, or the backward pass of one that was run before."""
+    shape = (options.batch, options.heads)
+    inputs = attention_inputs(shape, options.queries, options.keys, trial.d, options, gradients=True)
+    forward = partial(nystrom_attention, *inputs, trial.rank, qk_norm="keys", backend="triton")
     if not RULES[trial.rule]:
         return forward
     y = forward()
-    weight = torch.ones_like(y)
-    return lambda: torch.autograd.grad(y, inputs, weight, retain_graph=True)
+    return partial(torch.autograd.grad, y, inputs, torch.ones_like(y), retain_graph=True)
 
 
 def check_device(trial: Trial, error: str, options: argparse.Namespace) -> None:
-    """SystemExit where the device answers nothing any more in this process: what follows would seem refused too."""
+    """Raise SystemExit if the device fails in this process from now on, so that no later trial seems to be refused."""
     if options.device == "cpu":
         return
     try:
@@ -100,26 +83,26 @@ def check_device(trial: Trial, error: str, options: argparse.Namespace) -> None:
     except Exception:
         raise SystemExit(
             f"bench.tune_attention: {trial.rule} at r = {trial.rank}, d = {trial.d} with {trial.candidate} left the "
-            f"device unusable for this process ({error}); rows up to it are kept, those after it were not timed"
+            f"device unusable for this process ({error}); rows up to it are kept, later ones were not timed"
         ) from None
 
 
 def compiled(trial: Trial, options: argparse.Namespace) -> str | None:
-    """Run once, and what was wrong; too much shared memory is an answer too."""
+    """Run a trial once and return its error, such as too much shared memory, or None."""
     try:
-        with in_the_rules_place(trial):
+        with trial.in_place():
             call_of(trial, options)()
             if options.device != "cpu":
                 torch.cuda.synchronize()
     except Exception as error:
-        told = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        check_device(trial, told, options)
-        return told
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        check_device(trial, text, options)
+        return text
     return None
 
 
 def compiled_side_by_side(wanted: list[Trial], options: argparse.Namespace) -> dict[Trial, str | None]:
-    """What `compiled` says of each, as far as the processes come: a launch that ends one of them ends all."""
+    """Run `compiled` in several processes; trials after a launch that ends its process are missing in the result."""
     context, found = multiprocessing.get_context("spawn"), {}
     try:
         with ProcessPoolExecutor(options.processes, mp_context=context) as pool:
@@ -128,32 +111,32 @@ def compiled_side_by_side(wanted: list[Trial], options: argparse.Namespace) -> d
                 print(f"\r{len(found)} of {len(wanted)} compiled", end="", file=sys.stderr, flush=True)
         print(file=sys.stderr)
     except BrokenProcessPool:
-        print("\na process that compiled was ended; the rest is compiled as it is timed", file=sys.stderr)
+        print("\na compiling process died; the remaining trials are compiled when timed", file=sys.stderr)
     return found
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print the table and keep its rows in OUT/<gpu>/tuning.jsonl, or say in one sentence that there is no GPU."""
-    made = parser(__doc__)
-    made.set_defaults(dtype="bf16", warmup=3, repeats=20, seconds=0.2)
+    """Print the table and write rows to OUT/<gpu>/tuning.jsonl; exit with a message without a GPU."""
+    made = timing_parser("tune_attention", __doc__, dtype="bf16", warmup=3, repeats=20, seconds=0.2)
     made.add_argument("--batch", type=int, default=8)
     made.add_argument("--heads", type=int, default=8)
     made.add_argument("--queries", type=int, default=16_384)
     made.add_argument("--keys", type=int, default=256)
-    made.add_argument("--processes", type=int, default=os.cpu_count(), help="that compile (default: all)")
+    made.add_argument(
+        "--processes", type=int, default=os.cpu_count(), help="compiling processes (default: all cores)"
+    )
     options = made.parse_args(arguments)
     if not backends()["triton"].available:
         raise SystemExit(f"bench.tune_attention needs a CUDA device: {backends()['triton'].reason}")
     device = torch.device(options.device)
-    effort = Effort(options.warmup, options.repeats, options.seconds)
     recorder = Recorder(options.out, "tuning", device, options.note)
     wanted = list(trials(DTYPES[options.dtype], device))
     refused = compiled_side_by_side(wanted, options) if options.processes > 1 else {}
     for trial in wanted:
         error, times = refused.get(trial) or compiled(trial, options), None
         if error is None:
-            with in_the_rules_place(trial):
-                times = measure(call_of(trial, options), device, effort)
+            with trial.in_place():
+                times = measure(call_of(trial, options), device, effort_of(options))
         block, warps, stages, registers = trial.candidate
         recorder.write(
             {
@@ -163,11 +146,11 @@ def main(arguments: list[str] | None = None) -> None:
                 "milliseconds": times and times.to_dict(), "typical": times and times.typical,
             }
         )  # fmt: skip
-        told = f"  refused: {error}" if times is None else f"{times.typical:9.3f} ms"
+        result = f"  refused: {error}" if times is None else f"{times.typical:9.3f} ms"
         mark = "  <- the rule" if trial.chosen else ""
         print(
             f"{trial.rule:15} r={trial.rank:<3} d={trial.d:<3} block={block:<3} warps={warps} stages={stages} "
-            f"{told}{mark}",
+            f"{result}{mark}",
             flush=True,
         )
 

@@ -1,10 +1,9 @@
-"""Times operators of one checkout for `bench.compare`: requests and answers are JSON lines on stdin and stdout."""
+"""Process of `bench.compare` that times the operators of one checkout: JSON lines on stdin and stdout."""
 
 from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,49 +11,37 @@ from typing import Any
 import torch
 
 from bench.operators import FAMILIES, NumericsError, Timed
+from bench.stopwatch import milliseconds
 
 LEAST_MILLISECONDS = 2.0  # of one measurement; shorter calls are repeated within it
 MOST_CALLS = 1000
 
 
 def stopwatch(call: Callable[[], object], device: str) -> Callable[[], float]:
-    """Measures `call`, warm and repeated so often that one measurement lasts: milliseconds a call.
+    """Warm a call up and return a function that measures it, in milliseconds per call.
 
-    One thread of a CPU is timed by the processor's clock, which stands still while others have the core.
+    A call shorter than `LEAST_MILLISECONDS` is repeated within one measurement.
     """
-    cuda = torch.device(device).type == "cuda"
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-
-    def many(count: int) -> float:
-        if cuda:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            for _ in range(count):
-                call()
-            end.record()
-            torch.cuda.synchronize()
-            return start.elapsed_time(end) / count
-        begin = clock()
-        for _ in range(count):
-            call()
-        return (clock() - begin) * 1e3 / count
-
-    many(50 if cuda else 2)
-    count = max(1, min(MOST_CALLS, round(LEAST_MILLISECONDS / max(many(3), 1e-6))))
-    return lambda: many(count)
+    target = torch.device(device)
+    milliseconds(call, target, 50 if target.type == "cuda" else 2)
+    estimate = max(milliseconds(call, target, 3), 1e-6)
+    count = max(1, min(MOST_CALLS, round(LEAST_MILLISECONDS / estimate)))
+    return lambda: milliseconds(call, target, count)
 
 
 def prepared(request: dict[str, Any]) -> Callable[[], float]:
-    """The stopwatch of one operator, its numbers verified where the request says `verify`."""
-    timed = Timed(
-        request["operator"],
-        FAMILIES[request["family"]],
-        request["backend"],
-        request["direction"],
-        request["dtype"],
-        request["device"],
-    )
-    if request["verify"]:
+    """Return the stopwatch of one operator.
+
+    Args:
+        request: The arguments of `Timed` by name, and `verify`: whether the numbers are checked first.
+
+    Raises:
+        NumericsError: The numbers are wrong.
+    """
+    arguments = {**request, "family": FAMILIES[request["family"]]}
+    verify = arguments.pop("verify")
+    timed = Timed(**arguments)
+    if verify:
         timed.verify()
     return stopwatch(timed.call, request["device"])
 
@@ -64,7 +51,7 @@ def serve(checkout: str) -> None:
     import srm_kernels
 
     if Path(checkout).resolve() not in Path(srm_kernels.__file__).resolve().parents:
-        raise SystemExit(f"srm_kernels was imported from {srm_kernels.__file__}, not from {checkout}")
+        raise SystemExit(f"srm_kernels was imported from {srm_kernels.__file__}; expected it in {checkout}")
     measure: Callable[[], float] | None = None
     for line in sys.stdin:
         if line.strip():

@@ -8,7 +8,6 @@ unit of a GPU limits each.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -17,15 +16,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.harness import RESULTS, append, machine, read
+from bench.harness import RESULTS, parser, write_lines
 from srm_model.files import write_text
+from srm_model.profiling import machine
+from srm_model.profiling.results import append, read
 
 ARCHITECTURES = (80, 86, 89, 90, 120)
 SIMULATED = RESULTS / "simulated"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Return 0, or 1 where a row failed."""
+    """Run the command; return 1 if a row failed."""
     options = _parser().parse_args(arguments)
     if os.environ.pop("TRITON_INTERPRET", None):  # interpreted kernels cannot be compiled
         given = sys.argv[1:] if arguments is None else arguments
@@ -42,7 +43,7 @@ def _about() -> dict[str, Any]:
 
 
 def _report(options: argparse.Namespace) -> int:
-    """Write the rows and the page after every architecture, so that a stopped run keeps what it has counted."""
+    """Write the rows and the page after each architecture, so that a run that is stopped keeps its rows."""
     from . import report
 
     out = options.out or SIMULATED
@@ -61,9 +62,9 @@ def _report(options: argparse.Namespace) -> int:
         kept = read(path) if path.is_file() else []
         kept = [row for row in kept if row["gpu"] not in gpus or row["workload"] not in counted]
         found = sorted([*kept, *found], key=report.place)
-        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found))
+        write_lines(path, found)
         write_text(out / "report.md", report.page(found))
-    print(f"{out / 'report.md'}: {len(found)} rows; a simulation, no GPU has run it")
+    print(f"{out / 'report.md'}: {len(found)} rows of a simulation, not run on a GPU")
     return 0
 
 
@@ -85,7 +86,7 @@ def _matrix(options: argparse.Namespace) -> int:
         done = {matrix.key_of(row) for row in kept if row["passed"]} if options.resume else set()
         kept = [row for row in kept if matrix.key_of(row) not in known or matrix.key_of(row) in done]
         wanted = [run for run in wanted if matrix.key_of(run.about()) not in done]
-        write_text(options.out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+        write_lines(options.out, kept)
     failed, start = 0, time.monotonic()
     for number, row in enumerate(matrix.rows(wanted, kept), 1):
         failed += not row["passed"]
@@ -105,26 +106,25 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.ptx", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    what = parser.add_mutually_exclusive_group(required=True)
+    made = parser("ptx", __doc__)
+    what = made.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--matrix", action="store_true", help="check every kernel in every dtype on every architecture"
     )
     what.add_argument(
         "--report", action="store_true", help="simulate what limits each kernel at the article's shapes"
     )
-    parser.add_argument(
+    made.add_argument(
         "--out", type=Path, metavar="PATH",
-        help="file of the matrix's rows, written as they come; folder of the report (default: bench/results/simulated)",
+        help="write the matrix's rows to the file PATH as they come, or the report to the folder PATH "
+        "(default: bench/results/simulated)",
     )  # fmt: skip
-    parser.add_argument(
+    made.add_argument(
         "--only", default="", metavar="TEXT",
-        help="run the cases whose kind and name contain TEXT; count the workloads whose name does",
+        help="run cases whose kind and name contain TEXT, or count workloads whose name contains it",
     )  # fmt: skip
-    matrix = parser.add_argument_group("with --matrix")
-    matrix.add_argument("--sample", action="store_true", help="run the sample of continuous integration only")
+    matrix = made.add_argument_group("with --matrix")
+    matrix.add_argument("--sample", action="store_true", help="run only the sample of continuous integration")
     matrix.add_argument(
         "--architectures", type=int, nargs="+", default=(89, 90, 120, 80, 86), choices=ARCHITECTURES
     )
@@ -136,9 +136,9 @@ def _parser() -> argparse.ArgumentParser:
         help="order of the warps of a block between barriers",
     )  # fmt: skip
     matrix.add_argument("--resume", action="store_true", help="keep the rows of PATH that passed")
-    report = parser.add_argument_group("with --report")
-    report.add_argument("--gpus", nargs="+", metavar="NAME", help="RTX 3090, RTX 4090, …; default: all")
-    return parser
+    report = made.add_argument_group("with --report")
+    report.add_argument("--gpus", nargs="+", metavar="NAME", help="RTX 3090, RTX 4090, … (default: all)")
+    return made
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,16 @@ from .arithmetic import UNSIGNED
 from .operands import Operands, indices
 from .parse import WIDTH, Address, Instruction, Reg, Unsupported
 
+ATOMIC_TYPES = ("u32", "s32", "b32", "f32", "u64", "s64", "b64", "f64", "f16", "bf16")
+# Shapes of mma.sync with the types of their operands.
+MMA = {"m16n8k16": ("f16", "bf16"), "m16n8k8": ("tf32", "f16", "bf16"), "m16n8k4": ("tf32",)}
+
 
 class AccessInstructions(Operands):
     """Emit memory accesses, warp operations and matrix products, each as a call of the execution."""
 
     def _access(self, ins: Instruction) -> tuple[str, int, str, int]:
-        """Return the space, the vector length, the type and the bytes of an element."""
+        """Return the memory space, the vector length, the type, and the bytes of an element."""
         space = next((word for word in ins.op if word in ("global", "shared", "local", "param")), None)
         if space is None:
             raise Unsupported(f"{ins.text} (line {ins.line}): generic address")
@@ -37,13 +42,9 @@ class AccessInstructions(Operands):
         return text
 
     def _normal(self, ins: Instruction) -> Instruction:
-        op = [
-            word.replace("shared::cta", "shared") for word in ".".join(ins.op).replace("::", "@").split(".")
-        ]
-        op = [word.replace("shared@cta", "shared").replace("@", "::") for word in op]
-        return Instruction(
-            op, ins.args, ins.guard, ins.negated, ins.text, ins.line, ins.loc, ins.chain, ins.number
-        )
+        """Replace shared::cta by its synonym shared."""
+        op = [word.replace("shared::cta", "shared") for word in ins.op]
+        return replace(ins, op=op)
 
     def _ld(self, ins: Instruction, mask: str) -> Any:
         ins = self._normal(ins)
@@ -88,18 +89,7 @@ class AccessInstructions(Operands):
         names = ("add", "min", "max", "and", "or", "xor", "exch", "cas")
         name = next(word for word in ins.op[1:] if word in names)
         kind = ins.op[-1]
-        if "global" not in ins.op or kind not in (
-            "u32",
-            "s32",
-            "b32",
-            "f32",
-            "u64",
-            "s64",
-            "b64",
-            "f64",
-            "f16",
-            "bf16",
-        ):
+        if "global" not in ins.op or kind not in ATOMIC_TYPES:
             raise Unsupported(ins.text)
         if any(isinstance(one, list) for one in data):
             raise Unsupported(ins.text)
@@ -172,27 +162,11 @@ class AccessInstructions(Operands):
     def _mma(self, ins: Instruction, mask: str) -> Any:
         shape = next(word for word in ins.op if word.startswith("m16n8"))
         to, a, b, c = ins.op[-4:]
-        if (
-            (to, c) != ("f32", "f32")
-            or a != b
-            or (shape, a)
-            not in (
-                ("m16n8k16", "f16"),
-                ("m16n8k16", "bf16"),
-                ("m16n8k8", "tf32"),
-                ("m16n8k8", "f16"),
-                ("m16n8k8", "bf16"),
-                ("m16n8k4", "tf32"),
-            )
-        ):
+        if (to, c) != ("f32", "f32") or a != b or a not in MMA.get(shape, ()):
             raise Unsupported(f"{ins.text} (line {ins.line})")
-        groups = [", ".join(self.bits(one, 4) for one in part) for part in ins.args[1:4]]
-        return [
-            (
-                ins.args[0],
-                f"M.mma(G, {ins.number}, {mask}, '{shape}', '{a}', ({groups[0]},), ({groups[1]},), ({groups[2]},))",
-            )
-        ]
+        groups = [f"({', '.join(self.bits(one, 4) for one in part)},)" for part in ins.args[1:4]]
+        text = f"M.mma(G, {ins.number}, {mask}, '{shape}', '{a}', {', '.join(groups)})"
+        return [(ins.args[0], text)]
 
     def _fence(self, ins: Instruction, mask: str) -> Any:
         return [(None, f"M.proxy(G, {mask})")] if ins.op[1:3] == ["proxy", "async"] else []
@@ -222,13 +196,8 @@ class AccessInstructions(Operands):
         rest = [one.value for one in ins.args[4:]]
         if len(d) != size // 2 or len(rest) != 2 + (kind != "tf32") * (2 - held):
             raise Unsupported(f"{ins.text} (line {ins.line})")
-        majors = (
-            (False, False)
-            if kind == "tf32"
-            else (False, rest[2] == 1)
-            if held
-            else (rest[2] == 1, rest[3] == 1)
-        )
+        transposed = [one == 1 for one in rest[2:]]  # none for tf32, only b's for a in registers
+        majors = tuple([False] * (2 - len(transposed)) + transposed)
         left = f"({', '.join(self.bits(one, 4) for one in a)},)" if held else self.bits(a, 8)
         old = ", ".join(self.bits(one, 4) for one in d)
         registers = f"registers_{ins.number}"

@@ -1,4 +1,7 @@
-"""Arithmetic of PTX on arrays of lanes. A register is an unsigned array, or a scalar that all lanes share."""
+"""Arithmetic of PTX on arrays of lanes.
+
+A register is an unsigned array with an entry per lane, or a scalar that all lanes share.
+"""
 
 from __future__ import annotations
 
@@ -16,24 +19,25 @@ TINY = f4(2.0**-126)
 
 
 def bf_wide(x: Any) -> Any:
-    """bf16 bits -> fp32."""
+    """Widen bf16 bits to fp32."""
     return (x.astype(u4) << u4(16)).view(f4)
 
 
 def bf_round(x: Any) -> Any:
-    """fp32 -> bf16 bits, to nearest even."""
+    """Round fp32 to bf16 bits, to nearest even."""
     bits = np.asarray(x, f4).view(u4)
     rounded = (bits + (u4(0x7FFF) + ((bits >> u4(16)) & u4(1)))) >> u4(16)
     return where(np.isnan(np.asarray(x)), u4(0x7FFF), rounded).astype(u2)
 
 
 def bf_truncate(x: Any) -> Any:
+    """Round fp32 to bf16 bits, toward zero."""
     bits = np.asarray(x, f4).view(u4)
     return where(np.isnan(np.asarray(x)), u4(0x7FFF), bits >> u4(16)).astype(u2)
 
 
 def bf_round64(x: Any) -> Any:
-    """fp64 -> bf16 bits by odd rounding to fp32 first, so that nothing is rounded twice."""
+    """Round fp64 to bf16 bits; the intermediate fp32 is rounded to odd, which avoids double rounding."""
     x = np.asarray(x, f8)
     near = x.astype(f4)
     bits = near.view(u4)
@@ -44,20 +48,24 @@ def bf_round64(x: Any) -> Any:
 
 
 def half_wide(x: Any) -> Any:
+    """Widen fp16 bits to fp32."""
     return x.view(f2).astype(f4)
 
 
 def half_round(x: Any) -> Any:
+    """Round floats to fp16 bits, to nearest even."""
     return np.asarray(x).astype(f2).view(u2)
 
 
 def tf32_rna(x: Any) -> Any:
+    """Round fp32 to tf32 bits, ties away from zero."""
     bits = np.asarray(x, f4).view(u4)
     finite = (bits & u4(0x7F800000)) != u4(0x7F800000)
     return where(finite, (bits + u4(0x1000)) & u4(0xFFFFE000), bits)
 
 
 def tf32_rn(x: Any) -> Any:
+    """Round fp32 to tf32 bits, to nearest even."""
     bits = np.asarray(x, f4).view(u4)
     finite = (bits & u4(0x7F800000)) != u4(0x7F800000)
     even = bits + (u4(0xFFF) + ((bits >> u4(13)) & u4(1)))
@@ -65,64 +73,78 @@ def tf32_rn(x: Any) -> Any:
 
 
 def ftz(x: Any) -> Any:
+    """Flush subnormal fp32 to zero."""
     return where(np.abs(x) < TINY, x * f4(0), x)
 
 
 def pairs(group: Any, x: Any) -> Any:
-    """Two floats of every lane, one after the other."""
+    """Return the two floats of every lane, one after the other."""
     return np.ascontiguousarray(group.full(x)).view(f4)
 
 
 def fma(a: Any, b: Any, c: Any) -> Any:
+    """Return a·b + c in fp32, computed in fp64."""
     return (a.astype(f8) * b.astype(f8) + c.astype(f8)).astype(f4)
 
 
 def saturate(x: Any) -> Any:
-    return np.fmax(np.fmin(x, f4(1)), f4(0))
+    """Clamp to [0, 1], NaN to 0 (.sat)."""
+    return np.fmin(np.fmax(x, f4(0)), f4(1))
 
 
 def shl(x: Any, n: Any) -> Any:
+    """Shift left; a count of at least the width gives 0."""
     bits = x.dtype.itemsize * 8
     return where(n < u4(bits), x << np.minimum(n, u4(bits - 1)).astype(x.dtype), x.dtype.type(0))
 
 
 def shr(x: Any, n: Any) -> Any:
+    """Shift right, arithmetically for signed types; a count of at least the width fills with the sign or 0."""
     bits = x.dtype.itemsize * 8
     if x.dtype.kind == "i":
         return x >> np.minimum(n, u4(bits - 1)).astype(x.dtype)
     return where(n < u4(bits), x >> np.minimum(n, u4(bits - 1)).astype(x.dtype), x.dtype.type(0))
 
 
-def funnel_left(lo: Any, hi: Any, n: Any, wrap: bool) -> Any:
+def _funnel(lo: Any, hi: Any, n: Any, wrap: bool) -> tuple[Any, Any]:
+    """Return hi and lo as 64 bits, and the count: modulo 32 with `wrap`, otherwise at most 32."""
     n = (n & u4(31)) if wrap else np.minimum(n, u4(32))
-    both = (np.asarray(hi).astype(u8) << u8(32)) | np.asarray(lo).astype(u8)
-    return ((both << np.asarray(n).astype(u8)) >> u8(32)).astype(u4)
+    return _joined(lo, hi), np.asarray(n).astype(u8)
+
+
+def _joined(lo: Any, hi: Any) -> Any:
+    return (np.asarray(hi).astype(u8) << u8(32)) | np.asarray(lo).astype(u8)
+
+
+def funnel_left(lo: Any, hi: Any, n: Any, wrap: bool) -> Any:
+    """Shift hi and lo left as 64 bits and return the upper half (shf.l)."""
+    both, n = _funnel(lo, hi, n, wrap)
+    return ((both << n) >> u8(32)).astype(u4)
 
 
 def funnel_right(lo: Any, hi: Any, n: Any, wrap: bool) -> Any:
-    n = (n & u4(31)) if wrap else np.minimum(n, u4(32))
-    both = (np.asarray(hi).astype(u8) << u8(32)) | np.asarray(lo).astype(u8)
-    return (both >> np.asarray(n).astype(u8)).astype(u4)
+    """Shift hi and lo right as 64 bits and return the lower half (shf.r)."""
+    both, n = _funnel(lo, hi, n, wrap)
+    return (both >> n).astype(u4)
 
 
 def divide(a: Any, b: Any) -> Any:
-    """Integer division toward zero; by zero all bits are set, as the hardware leaves them."""
+    """Divide integers toward zero; division by zero sets all bits, like the hardware."""
     a, b = np.asarray(a), np.asarray(b)
     safe = where(b == 0, a.dtype.type(1), b)
-    if a.dtype.kind == "u":
-        quotient = a // safe
-    else:
-        quotient = a // safe
+    quotient = a // safe
+    if a.dtype.kind == "i":
         quotient = quotient + ((quotient * safe != a) & ((a < 0) != (safe < 0))).astype(a.dtype)
     return where(b == 0, a.dtype.type(-1) if a.dtype.kind == "i" else ~a.dtype.type(0), quotient)
 
 
 def remainder(a: Any, b: Any) -> Any:
+    """Return the remainder of `divide`."""
     return np.asarray(a) - divide(a, b) * np.asarray(b)
 
 
 def high(a: Any, b: Any) -> Any:
-    """The upper half of a product."""
+    """Return the upper half of a product."""
     if a.dtype.itemsize < 8:
         wide = i8 if a.dtype.kind == "i" else u8
         return (a.astype(wide) * b.astype(wide) >> wide(8 * a.dtype.itemsize)).astype(a.dtype)
@@ -136,17 +158,20 @@ def high(a: Any, b: Any) -> Any:
     return a1 * b1 + (middle >> u8(32)) + (other >> u8(32))
 
 
+def _lowest(length: Any, unsigned: Any) -> Any:
+    """Return a mask of the lowest `length` bits."""
+    one = unsigned(1) + np.zeros_like(length).astype(unsigned)
+    bits = unsigned().itemsize * 8
+    return where(length >= u4(bits), ~unsigned(0), shl(one, length) - unsigned(1))
+
+
 def extract(x: Any, start: Any, length: Any) -> Any:
+    """Extract a bit field, sign-extended for signed types (bfe)."""
     bits = x.dtype.itemsize * 8
     unsigned = UNSIGNED[x.dtype.itemsize]
     start, length = np.asarray(start & u4(255)), np.asarray(length & u4(255))
-    field = shr(np.asarray(x).view(unsigned), start)
-    keep = where(
-        length >= u4(bits),
-        ~unsigned(0),
-        shl(unsigned(1) + np.zeros_like(length).astype(unsigned), length) - unsigned(1),
-    )
-    field = field & keep
+    keep = _lowest(length, unsigned)
+    field = shr(np.asarray(x).view(unsigned), start) & keep
     if x.dtype.kind == "u":
         return field
     last = np.minimum(start + length - u4(1), u4(bits - 1))
@@ -155,21 +180,16 @@ def extract(x: Any, start: Any, length: Any) -> Any:
 
 
 def insert(a: Any, b: Any, start: Any, length: Any) -> Any:
+    """Insert the lowest bits of a into b (bfi)."""
     unsigned = UNSIGNED[b.dtype.itemsize]
-    bits = b.dtype.itemsize * 8
     start, length = np.asarray(start & u4(255)), np.asarray(length & u4(255))
-    keep = where(
-        length >= u4(bits),
-        ~unsigned(0),
-        shl(unsigned(1) + np.zeros_like(length).astype(unsigned), length) - unsigned(1),
-    )
-    keep = shl(np.asarray(keep, unsigned), start)
+    keep = shl(np.asarray(_lowest(length, unsigned), unsigned), start)
     return (b & ~keep) | (shl(np.asarray(a, unsigned), start) & keep)
 
 
 def permute(a: Any, b: Any, c: Any) -> Any:
-    both = (np.asarray(b).astype(u8) << u8(32)) | np.asarray(a).astype(u8)
-    c = np.asarray(c)
+    """Select four bytes of a and b by the nibbles of c (prmt)."""
+    both, c = _joined(a, b), np.asarray(c)
     result: Any = u4(0)
     for i in range(4):
         pick = (c >> u4(4 * i)) & u4(15)
@@ -180,6 +200,7 @@ def permute(a: Any, b: Any, c: Any) -> Any:
 
 
 def lop3(a: Any, b: Any, c: Any, table: int) -> Any:
+    """Apply a logical function of three operands, given by its truth table."""
     result: Any = u4(0)
     for i in range(8):
         if table >> i & 1:
@@ -188,7 +209,7 @@ def lop3(a: Any, b: Any, c: Any, table: int) -> Any:
 
 
 def leading(x: Any) -> Any:
-    """Index of the highest set bit, -1 for 0."""
+    """Return the index of the highest set bit, -1 for 0."""
     x = np.asarray(x).astype(u8)
     result = np.full(x.shape, -1, i8)
     for step in (32, 16, 8, 4, 2, 1):
@@ -199,13 +220,14 @@ def leading(x: Any) -> Any:
 
 
 def reverse(x: Any) -> Any:
+    """Reverse the order of 32 bits."""
     for mask, n in ((0x55555555, 1), (0x33333333, 2), (0x0F0F0F0F, 4), (0x00FF00FF, 8), (0x0000FFFF, 16)):
         x = ((x >> u4(n)) & u4(mask)) | ((x & u4(mask)) << u4(n))
     return x
 
 
 def to_int(x: Any, kind: Any, mode: str) -> Any:
-    """A float to an integer, saturating, NaN to zero."""
+    """Convert a float to an integer with saturation, NaN to zero."""
     rounded = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}[mode](
         np.asarray(x).astype(f8)
     )
@@ -218,9 +240,8 @@ def to_int(x: Any, kind: Any, mode: str) -> Any:
 
 
 def exp2(x: Any, flush: bool) -> Any:
-    if flush:
-        return ftz(np.exp2(ftz(x)))
-    return np.exp2(x)
+    """Return 2^x; with `flush`, subnormal inputs and results are zero."""
+    return ftz(np.exp2(ftz(x))) if flush else np.exp2(x)
 
 
 COMPARE = {

@@ -1,8 +1,8 @@
-"""Busy time of a GPU's units for a launch, and which unit limits it.
+"""Estimate the busy time of a GPU's units for a launch, and the unit that limits it.
 
-Instructions are counted as the emulator executed the PTX. ptxas turns them into others: where the cubin is at hand, its
-SASS is read, and each SASS instruction counts as often as the PTX of its source line was executed on average. Both are
-estimates of what a GPU issues. Neither includes latencies, caches or how well units overlap.
+The emulator counts PTX instructions, which ptxas translates to SASS. If there is a cubin, its SASS is read, and each
+SASS instruction is counted as often as the PTX of its source line was executed on average. Both are estimates of what a
+GPU issues. Neither includes latencies, caches or how well units overlap.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def bound(launch: Launch, gpu: Gpu, *, batch: int = 1, use_sass: bool = True) ->
         launch: A launch executed with `count=True`.
         gpu: The card, one of `rates.GPUS`.
         batch: How many times the grid is launched at once.
-        use_sass: Count the SASS of the cubin instead of the PTX, where there is a cubin.
+        use_sass: Count the SASS of the cubin instead of the PTX, if there is a cubin.
 
     Returns:
         "busy": µs by unit. "us": the largest of them, with blocks spread unevenly over SMs. "bottleneck": its unit.
@@ -49,7 +49,7 @@ def bound(launch: Launch, gpu: Gpu, *, batch: int = 1, use_sass: bool = True) ->
     sectors, asked = (sum(v[i] for v in counters.global_requests.values()) * scale for i in (1, 2))
     dram = min((len(counters.read) + len(counters.written)) * 32 * scale, launch.tensor_bytes * batch)
     products = _products(ptx, batch)
-    clocks = gpu.sms * gpu.ghz * 1000  # of all SMs in a µs
+    clocks = gpu.sms * gpu.ghz * 1000  # of all SMs per µs
     busy = {
         "issue": sum(v for name, v in units.items() if " " not in name) / 4 / clocks,
         "fp32": units["fp32"] * 32 / gpu.fp32 / clocks,
@@ -88,7 +88,7 @@ def bound(launch: Launch, gpu: Gpu, *, batch: int = 1, use_sass: bool = True) ->
 
 
 def _products(ptx: Counter[str], batch: int) -> Counter[str]:
-    """Count FMA of matrix products by type; fp16 and bf16 have one rate and count as "bf16"."""
+    """Count FMA of matrix products by type; fp16 counts as "bf16", because both have the same rate."""
     products: Counter[str] = Counter()
     for name, times in ptx.items():
         found = re.match(r"w?g?mma m(\d+)n(\d+)k(\d+) (\w+)", name)
@@ -99,6 +99,6 @@ def _products(ptx: Counter[str], batch: int) -> Counter[str]:
 
 
 def _ratio(entries: Iterable[list[int]]) -> float:
-    """Return all products over the distinct ones."""
+    """Return the number of all products divided by that of the distinct ones."""
     both = list(entries)
     return sum(e[0] for e in both) / max(1, sum(e[1] for e in both))

@@ -1,7 +1,7 @@
 """Cases of the compiled matrix: every kernel of the package at every branch of its launch rules.
 
-A case makes the inputs of a call and says how it is judged. Sizes are small, since a program of a grid is the same code
-whatever the grid is, but ranks, widths and methods are those that the launch rules distinguish.
+A case makes the inputs of a call and defines how its results are judged. Sizes are small, because the code of a program
+does not depend on the grid. Ranks, widths and methods cover the branches of the launch rules.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class Case:
     """One call of an operator, forward and backward.
 
     Attributes:
-        name: names the case in a row and on the command line.
+        name: Name of the case in rows and on the command line.
         make: dtype → (call, inputs).
-        dtypes: the dtypes that the case is run in.
+        dtypes: Dtypes of the case.
         sample: (dtype, architecture) pairs that continuous integration runs.
-        shares_size: gradients are judged by the size of the largest result of the call.
+        shares_size: Whether errors are relative to the largest result of the call.
     """
 
     name: str
@@ -49,7 +49,7 @@ def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float32, scale: fl
 
 
 class _LandmarksOfKernels:
-    """Attention with the landmarks that kernels chose: the reference is given the same ones."""
+    """Attention whose reference uses the landmarks that the kernels chose."""
 
     def __init__(self, rank: int, options: dict[str, Any]) -> None:
         self.rank, self.options, self.chosen = rank, options, torch.empty(0)
@@ -90,7 +90,7 @@ def attention(
     dtypes: tuple[str, ...] = NAMES,
     **options: Any,
 ) -> Case:
-    """Y = τ L X and the gradients of Q, K, V and τ."""
+    """Return a case of Y = τ L X and the gradients of Q, K, V and τ."""
     words = "".join(f" {v if isinstance(v, str) else k}" for k, v in options.items() if v is not None)
 
     def make(dtype: torch.dtype) -> tuple[Call, list[Tensor]]:
@@ -104,7 +104,7 @@ def attention(
 def operator(
     name: str, shapes: list[tuple[int, ...]], call: Call, *sample: tuple[str, int], wide: tuple[int, ...] = ()
 ) -> Case:
-    """An operator on normal inputs; `wide` are the inputs that stay fp32."""
+    """Return a case of an operator on normal inputs; `wide` are the indices of inputs that stay fp32."""
 
     def make(dtype: torch.dtype) -> tuple[Call, list[Tensor]]:
         kinds = [torch.float32 if i in wide else dtype for i in range(len(shapes))]
@@ -114,7 +114,7 @@ def operator(
 
 
 def solve(r: int, d: int, solver: str, *sample: tuple[str, int]) -> Case:
-    """X of the landmark system, and the gradients of the logits and the right-hand side; fp32."""
+    """Return a case of X of the landmark system, with gradients of keys and right-hand side, in fp32."""
 
     def call(keys: Tensor, rhs: Tensor, *, backend: str) -> Tensor:
         logits = keys @ keys.mT / keys.shape[-1] ** 0.5
@@ -127,9 +127,10 @@ def solve(r: int, d: int, solver: str, *sample: tuple[str, int]) -> Case:
 
 
 def landmarks(keys: int, d: int, rank: int, method: str, *sample: tuple[str, int]) -> Case:
-    """Indices: distinct keys, at most 1 in 16 of which is not the definition's, as ties may go either way.
+    """Return a case of the indices of landmarks.
 
-    The result is 0 where that holds and else 1.
+    Its result is 0 if the indices are distinct and at most 1 in 16 differs from the definition, because rounding may
+    break ties either way. Otherwise it is 1.
     """
 
     def call(key: Tensor, *, backend: str) -> Tensor:
@@ -148,7 +149,7 @@ def landmarks(keys: int, d: int, rank: int, method: str, *sample: tuple[str, int
 
 def _attention_cases() -> Iterator[Case]:
     methods, norms = ("leverage", "uniform", "pivoted_cholesky"), (None, "keys", "both")
-    # Every tile of the launch rules: (d, r) up to 64 by 64, with the sides of `heavy` and `held`.
+    # Every tile of the launch rules: (d, r) up to 64 × 64, with both values of `heavy` and `held`.
     yield attention(77, 33, 24, 9, ("fp32", 80), ("bf16", 90), method="leverage", qk_norm="both")
     yield attention(130, 70, 32, 64, ("bf16", 89), ("fp32", 90), method="leverage", qk_norm="keys")
     yield attention(130, 256, 32, 64, ("fp16", 120), method="leverage", qk_norm="keys", heads=1)
@@ -159,12 +160,12 @@ def _attention_cases() -> Iterator[Case]:
         sample = [("fp16", 90)] if (method, norm) == ("pivoted_cholesky", None) else []
         yield attention(77, 50, 32, 17, *sample, method=method, qk_norm=norm)
     yield attention(77, 50, 32, 17, ("bf16", 89), solver="lu", qk_norm="keys", method="uniform")
-    # Keys of one (b, h) divided among programs, and queries divided among programs in the backward pass.
+    # Keys of one (b, h) are divided among programs, and so are the queries in the backward pass.
     yield attention(40, 1056, 32, 16, ("bf16", 80), ("fp32", 89), heads=1, qk_norm="keys")
     yield attention(1030, 1056, 32, 64, ("fp16", 90), heads=1, qk_norm="both")
     yield attention(40, 1056, 64, 64, ("fp32", 120), heads=1, qk_norm="keys")
     yield attention(40, 1056, 32, 16, heads=1, method="pivoted_cholesky", qk_norm="keys")
-    # Tiles beyond 64: K̃ and X are read in pieces.
+    # Tiles larger than 64: K̃ and X are read in pieces.
     yield attention(40, 140, 128, 64, ("bf16", 80), heads=1, qk_norm="keys")
     yield attention(40, 140, 64, 128, ("fp16", 90), heads=1, qk_norm="keys")
     yield attention(40, 140, 128, 128, ("fp32", 80), heads=1, qk_norm="keys")

@@ -23,16 +23,27 @@ FLOAT_TYPES = ("f32", "f32x2", "bf16x2", "f16x2", "f16", "bf16", "f64")
 
 @dataclass
 class Counters:
-    """What one execution counted. All but `blocks` needs `count=True`."""
+    """Counters of an execution. All except `blocks`, `grid` and `ran` need `count=True`.
 
-    blocks: np.ndarray  # warps that executed each basic block
-    global_requests: dict[int, list[int]] = field(default_factory=dict)  # instruction: warps, sectors, bytes
-    shared_requests: dict[int, list[int]] = field(default_factory=dict)  # warps, wavefronts, those at best
-    products: dict[int, list[int]] = field(default_factory=dict)  # warps, distinct products within a block
-    read: set[int] = field(default_factory=set)  # sectors of 32 bytes
+    Attributes:
+        blocks: Number of warps that executed each basic block.
+        global_requests: Warps, sectors and bytes by instruction.
+        shared_requests: Warps, wavefronts, and wavefronts without bank conflicts by instruction.
+        products: Warps, and distinct products within a block by instruction.
+        read: Sectors of 32 bytes that were read.
+        written: Sectors that were written.
+        grid: Number of blocks of the launch.
+        ran: Number of blocks that were executed.
+    """
+
+    blocks: np.ndarray
+    global_requests: dict[int, list[int]] = field(default_factory=dict)
+    shared_requests: dict[int, list[int]] = field(default_factory=dict)
+    products: dict[int, list[int]] = field(default_factory=dict)
+    read: set[int] = field(default_factory=set)
     written: set[int] = field(default_factory=set)
-    grid: int = 0  # blocks of the launch
-    ran: int = 0  # blocks that were executed
+    grid: int = 0
+    ran: int = 0
 
     @property
     def scale(self) -> float:
@@ -40,7 +51,7 @@ class Counters:
         return self.grid / max(1, self.ran)
 
     def count_global(self, number: int, address: Any, active: Any, size: int, touched: set[int]) -> None:
-        """Count the sectors of an access of `size` bytes per lane; `active`: (warps, 32), or None for all."""
+        """Count the sectors of an access of `size` bytes per lane; `active` is (warps, 32), or None for all lanes."""
         sectors = (address.view(i8) >> 5).reshape(-1, 32)
         lanes = sectors.size
         if active is not None:
@@ -57,7 +68,7 @@ class Counters:
         touched.update(np.unique(sectors).tolist())
 
     def count_shared(self, number: int, offsets: Any, size: int) -> None:
-        """Count wavefronts: distinct words of the fullest bank in each phase of an access; offset −1 is inactive."""
+        """Count wavefronts: distinct words of the fullest bank in each phase of an access; -1 is an inactive lane."""
         phases = max(1, size // 4)
         rows = offsets.reshape(-1, 32)
         active = (rows >= 0).any(1)
@@ -76,7 +87,7 @@ class Counters:
         _add(self.shared_requests, number, len(rows) if first else 0, int(fullest.sum()), len(rows))
 
     def count_products(self, number: int, blocks: Any, first: Any, second: Any, active: Any) -> None:
-        """Count products, and the distinct ones: warps of a block that multiply equal fragments repeat work.
+        """Count all products and the distinct ones; warps of a block that multiply equal fragments repeat work.
 
         Args:
             number: The instruction.
@@ -100,13 +111,13 @@ def _add(table: dict[int, list[int]], number: int, *amounts: int) -> None:
 
 
 def _fullest_bank(words: Any, chosen: Any) -> Any:
-    """Return how many of the chosen words of each row are in its fullest bank."""
+    """Return, for each row, the number of chosen words in its fullest bank."""
     bank = words % 32 + 32 * np.arange(len(words))[:, None]
     return np.bincount(bank[chosen], minlength=32 * len(words)).reshape(-1, 32).max(1)
 
 
 def unit_of(op: list[str]) -> str:
-    """Return the unit of a PTX instruction, whose name is given in parts: ["add", "f32"]."""
+    """Return the unit of a PTX instruction, given the parts of its name: ["add", "f32"]."""
     name, kind = op[0], op[-1]
     if name == "mma" or op[:2] == ["wgmma", "mma_async"]:
         return "mma"
@@ -137,7 +148,7 @@ _UNITS = {
 
 
 def executed(launch: Launch) -> Iterator[tuple[Instruction, str, float]]:
-    """Yield every PTX instruction, its unit, and how many warps of the whole grid executed it."""
+    """Yield every PTX instruction, its unit, and the number of warps of the whole grid that executed it."""
     counters = launch.counters
     for block, times in zip(launch.program.kernel.blocks, counters.blocks, strict=True):
         for ins in [*block.instructions, *([block.end] if block.end else [])]:
@@ -163,8 +174,8 @@ def ptx_counts(launch: Launch) -> Counter[str]:
 def by_place(launch: Launch, library: tuple[str, ...] = ("standard.py",)) -> dict[str, Counter[str]]:
     """Count PTX instructions of the whole grid by unit, for each place of the source and its calls.
 
-    "all" sums the units; "lsu" counts shuffles and wavefronts of shared memory. Frames of files whose names start with
-    one of `library` are left out.
+    "all" is the sum over the units; "lsu" counts shuffles and wavefronts of shared memory. Frames of files whose names
+    start with one of `library` are omitted.
     """
     found: dict[str, Counter[str]] = defaultdict(Counter)
     requests, scale = launch.counters.shared_requests, launch.counters.scale
@@ -181,7 +192,7 @@ def by_place(launch: Launch, library: tuple[str, ...] = ("standard.py",)) -> dic
 
 
 def by_line(launch: Launch) -> dict[tuple[str, int], list[float]]:
-    """For each file and line of the source: its PTX instructions, and how many times warps executed them."""
+    """Return, for each file and line of the source, its number of PTX instructions, and of executions by warps."""
     lines: dict[tuple[str, int], list[float]] = defaultdict(lambda: [0, 0.0])
     files = launch.program.kernel.files
     for ins, unit, times in executed(launch):

@@ -31,18 +31,31 @@ Blocks = Callable[[str, Sequence[int]], Sequence[int] | None]
 
 @dataclass
 class Launch:
-    """One launch that was executed."""
+    """A launch that was executed.
+
+    Attributes:
+        name: Name of the kernel.
+        grid: The grid.
+        warps: Warps per block.
+        shared: Bytes of shared memory per block.
+        program: The translated kernel.
+        execution: Its execution.
+        seconds: Time of the execution.
+        compiled: Triton's CompiledKernel.
+        tensor_bytes: Bytes of the storages of all arguments.
+        tensors: Tensor arguments, with `keep=True`.
+    """
 
     name: str
     grid: tuple[int, ...]
-    warps: int  # per block
-    shared: int  # bytes per block
+    warps: int
+    shared: int
     program: Program
     execution: Execution
     seconds: float
-    compiled: Any  # Triton's CompiledKernel: asm, metadata
-    tensor_bytes: int  # of the storages of all arguments
-    tensors: list[torch.Tensor] = field(default_factory=list)  # arguments, with keep=True
+    compiled: Any
+    tensor_bytes: int
+    tensors: list[torch.Tensor] = field(default_factory=list)
 
     @property
     def counters(self) -> Counters:
@@ -56,7 +69,7 @@ class Launch:
 
 
 class _Driver:
-    """What Triton asks of a driver before it compiles."""
+    """The part of a driver that Triton uses before it compiles."""
 
     def __init__(self, architecture: int) -> None:
         self.architecture = architecture
@@ -77,11 +90,11 @@ class _Driver:
 
 
 class Device:
-    """An emulated device: it executes launches and keeps what came of them.
+    """An emulated device that executes launches and keeps their results; `emulated_device` documents the options.
 
     Attributes:
         launches: Launches in order.
-        refusals: Why launches were refused; each refusal is raised too.
+        refusals: Reasons for which launches were refused; each one is raised too.
     """
 
     def __init__(
@@ -101,6 +114,10 @@ class Device:
     def reports(self) -> list[tuple[str, Report]]:
         """Return the faults of all launches, each with the name of its kernel."""
         return [(launch.name, report) for launch in self.launches for report in launch.reports]
+
+    def fault_texts(self) -> list[str]:
+        """Return the distinct faults as text, without "copies", which are none."""
+        return sorted({f"{name}: {report}" for name, report in self.reports() if report.kind != "copies"})
 
     def run(self, compile_: Callable[..., Any], kernel: Any, args: Any, grid: Any, options: Any) -> Any:
         """Compile and execute a launch; stands in for `JITFunction.run`.
@@ -132,9 +149,7 @@ class Device:
         shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
         limit = SHARED_LIMIT[self.architecture] * 1024
         if shared > limit:
-            refusal = (
-                f"{name}: {shared} B of shared memory, and sm_{self.architecture} allows at most {limit} B"
-            )
+            refusal = f"{name}: {shared} B of shared memory; sm_{self.architecture} allows at most {limit} B"
             self.refusals.append(refusal)
             raise RuntimeError(refusal)
         if getattr(compiled.metadata, "global_scratch_size", 0):
@@ -177,7 +192,7 @@ def _bound(
             parameters[name] = struct.pack("<Q", value.data_ptr())
         else:
             parameters[name] = _packed(kind, value, WIDTH[width])
-    for width, name in declared[len(flat) :]:  # pointers to scratch memory, which the kernel does not use
+    for width, name in declared[len(flat) :]:  # pointers to scratch memory, which is not used
         parameters[name] = bytes(WIDTH[width])
     return parameters, list(allocations.values()), tensors
 
@@ -213,13 +228,13 @@ def emulated_device(
     blocks: Blocks | None = None,
     keep: bool = False,
 ) -> Iterator[Device]:
-    """Launch Triton kernels inside on an emulated device; `srm_kernels` accepts CPU tensors for them.
+    """Launch Triton kernels inside on an emulated device, for which `srm_kernels` accepts CPU tensors.
 
     Args:
         architecture: Compute capability times ten: 80, 86, 89, 90 or 120.
         check: Look for memory faults and races.
         count: Count memory transactions and repeated products.
-        order: "together" runs all warps of a block in step; "forward" and "reversed" run them one after the other
+        order: "together" runs all warps of a block in lockstep; "forward" and "reversed" run them one after the other
             between barriers.
         global_checks: With `check`, look for races through global memory too.
         poison: Fill memory that PyTorch allocates uninitialised with NaN, or with the largest integer.
@@ -228,8 +243,8 @@ def emulated_device(
         keep: Keep the tensors of every launch in `Launch.tensors`.
 
     Raises:
-        RuntimeError: Triton was imported under TRITON_INTERPRET=1, whose kernels cannot be compiled; or a launch is
-            refused, as a GPU would.
+        RuntimeError: TRITON_INTERPRET=1 is set, under which kernels cannot be compiled; or a launch is refused that a
+            GPU would refuse too.
         ValueError: The architecture or the order is unknown.
         Unsupported: A kernel contains an instruction that is not modelled.
     """
@@ -239,7 +254,7 @@ def emulated_device(
     if order not in ORDERS:
         raise ValueError(f"order={order!r}: expected one of {', '.join(ORDERS)}")
     if os.environ.get("TRITON_INTERPRET") == "1":
-        raise RuntimeError("the PTX emulator needs a process without TRITON_INTERPRET=1, and it is set")
+        raise RuntimeError("TRITON_INTERPRET=1 is set: the PTX emulator needs a process without it")
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
@@ -276,7 +291,7 @@ def emulated_device(
 
 @contextmanager
 def _poisoned_memory() -> Iterator[None]:
-    """Let PyTorch fill uninitialised memory, which it does in deterministic mode."""
+    """Fill memory that PyTorch allocates uninitialised, which PyTorch does in deterministic mode."""
     kept = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -1,8 +1,8 @@
-"""Execution of a launch: many blocks of the grid at once, every register an array over their lanes.
+"""Execution of a launch: many blocks of the grid at once, with every register an array over their lanes.
 
-Lanes execute a basic block together. Where they diverge, the lanes at the lowest block run first. With order
-"together" all warps run in step and pass through barriers. With "forward" and "reversed" the warps of a block run one
-after the other from barrier to barrier, the first or the last one first.
+Lanes execute a basic block together. If they diverge, the lanes at the lowest basic block run first. With the order
+"together" all warps run in lockstep and pass through barriers. With "forward" and "reversed" the warps of a block run
+one after the other between barriers, starting with the first or the last one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .warpgroups import WarpgroupProducts
 from .warps import Warps
 
 EXITED = 2**30
-LANES = 4096  # executed together, about
+LANES = 4096  # approximate number that are executed together
 ORDERS = ("together", "forward", "reversed")
 
 
@@ -40,7 +40,7 @@ class Execution(GlobalMemory, LocalMemory, SharedMemory, Warps, MatrixProducts, 
         check: Look for memory faults and races.
         count: Count memory transactions and repeated products.
         order: One of `ORDERS`.
-        lanes: How many lanes are executed together, about.
+        lanes: Approximate number of lanes that are executed together.
         global_checks: With `check`, look for races through global memory too.
     """
 
@@ -83,7 +83,7 @@ class Execution(GlobalMemory, LocalMemory, SharedMemory, Warps, MatrixProducts, 
         """Execute all blocks of the grid, or the given ones."""
         numbers = np.arange(int(np.prod(self.grid))) if blocks is None else np.asarray(blocks)
         self.counters.ran = len(numbers)
-        # Blocks may take other branches, and warps in order need all lanes of a group at one barrier.
+        # Warps that run one after the other need all lanes of a group at one barrier; blocks may branch differently.
         together = max(1, self.lanes // (self.warps * 32)) if self.order == "together" else 1
         with np.errstate(all="ignore"):
             for first in range(0, len(numbers), together):
@@ -111,7 +111,7 @@ class Execution(GlobalMemory, LocalMemory, SharedMemory, Warps, MatrixProducts, 
             self.version += 1
 
     def _clear_shared(self, count: int) -> None:
-        """Give `count` blocks shared memory that nothing has written, and clear its history."""
+        """Allocate unwritten shared memory for `count` blocks, and clear its history."""
         size = count * self.shared_size
         raw = np.full(size + 128, 0xFF, u1)
         shift = -raw.ctypes.data % 128
@@ -129,7 +129,7 @@ class Execution(GlobalMemory, LocalMemory, SharedMemory, Warps, MatrixProducts, 
     def _advance(self, group: Group) -> bool:
         """Run until all lanes wait at a barrier (True) or have exited (False).
 
-        With order "together" the group passes through barriers.
+        With the order "together" the group passes through barriers.
         """
         blocks, program, counts = self.program.kernel.blocks, self.program, self.counters.blocks
         warps = group.lanes // 32
@@ -180,7 +180,7 @@ class Execution(GlobalMemory, LocalMemory, SharedMemory, Warps, MatrixProducts, 
             group.counter[mask] = to
 
     def _branch(self, group: Group, mask: Any, taken: Any, to: int, otherwise: int) -> None:
-        """Send lanes to a basic block, or those of a conditional branch to one of two."""
+        """Move lanes to a basic block, or to one of two for a conditional branch."""
         if taken is None:
             self._go(group, mask, to)
         elif mask is not None:
@@ -204,7 +204,7 @@ class Execution(GlobalMemory, LocalMemory, SharedMemory, Warps, MatrixProducts, 
         exited = group.counter.reshape(group.count, -1) == EXITED
         some, every = mine.any(1), (mine | exited).all(1)
         if (some & ~every).any():
-            detail = "some threads of a block do not reach the barrier with the others"
+            detail = "some threads of a block do not reach the barrier together with the others"
             self.report("barrier", end.number, detail, int((some & ~every).sum()))
         self.epoch[some] += 1
         self.version += 1

@@ -11,55 +11,53 @@ from .operands import FLOATS, Operands, is_float
 from .parse import WIDTH, Imm, Instruction, Reg, Unsupported
 
 ROUNDING = ("rn", "rz", "rm", "rp", "rna", "rni", "rzi", "rmi", "rpi")
+# Types of two numbers in a register: how one of them is read from its bits, and written to them.
+PACKED = {
+    "f16x2": ("half_wide({})", "half_round({})"),
+    "bf16x2": ("bf_wide({})", "bf_round({})"),
+    "s16x2": ("{}.view(i2)", "({}).view(u2)"),
+    "u16x2": ("{}", "({})"),
+}
+
+
+def is_mixed(ins: Instruction) -> bool:
+    """Return whether an instruction computes in fp32 with operands of 16 bits."""
+    return ins.op[-2] == "f32" and ins.op[-1] in ("bf16", "f16")
 
 
 class ScalarInstructions(Operands):
     """Emit arithmetic, logic and conversions; a method per instruction, named like it."""
 
-    def _arithmetic(self, ins: Instruction, form: str, wide: str | None = None) -> list[tuple[Any, str]]:
+    def _arithmetic(self, ins: Instruction, form: str) -> list[tuple[Any, str]]:
         """Emit arithmetic; form: a Python expression of {a}, {b} and {c}."""
         kind = ins.op[-1]
-        if kind in ("f16x2", "bf16x2"):
-            one = kind[:-2]
-            widen, narrow = ("half_wide", "half_round") if one == "f16" else ("bf_wide", "bf_round")
+        operands = list(zip("abc", ins.args[1:], strict=False))
+        if kind in PACKED:
+            if "sat" in ins.op and not is_float(kind):
+                raise Unsupported(ins.text)
+            widen, narrow = PACKED[kind]
             halves = []
             for i in (0, 16):
-                names = {
-                    name: f"{widen}(({self.bits(arg, 4)} >> {self.constant(np.uint32(i))}).astype(u2))"
-                    for name, arg in zip("abc", ins.args[1:], strict=False)
-                }
-                text = form.format(**names)
-                halves.append(f"{narrow}({text}).astype(u4)")
-            return [(ins.args[0], f"({halves[0]} | ({halves[1]} << {self.constant(np.uint32(16))}))")]
-        if kind in ("s16x2", "u16x2"):
-            if "sat" in ins.op:
-                raise Unsupported(ins.text)
-            halves, half = [], "i2" if kind[0] == "s" else "u2"
-            for i in (0, 16):
-                names = {
-                    name: f"({self.bits(arg, 4)} >> {self.constant(np.uint32(i))}).astype(u2).view({half})"
-                    for name, arg in zip("abc", ins.args[1:], strict=False)
-                }
-                halves.append(f"({form.format(**names)}).view(u2).astype(u4)")
+                shift = self.constant(np.uint32(i))
+                names = {n: widen.format(f"({self.bits(x, 4)} >> {shift}).astype(u2)") for n, x in operands}
+                halves.append(f"{narrow.format(form.format(**names))}.astype(u4)")
             return [(ins.args[0], f"({halves[0]} | ({halves[1]} << {self.constant(np.uint32(16))}))")]
         if kind == "f32x2":
             if "ftz" in ins.op:
                 raise Unsupported(ins.text)
-            names = {
-                name: f"pairs(G, {self.bits(arg, 8)})" for name, arg in zip("abc", ins.args[1:], strict=False)
-            }
+            names = {name: f"pairs(G, {self.bits(arg, 8)})" for name, arg in operands}
             return [(ins.args[0], f"({form.format(**names)}).view(u8)")]
         if kind not in WIDTH or kind == "b128":
             raise Unsupported(ins.text)
         if any(r in ins.op for r in ("rz", "rm", "rp")) and is_float(kind):
             raise Unsupported(ins.text)
-        names = {name: self.typed(arg, kind) for name, arg in zip("abc", ins.args[1:], strict=False)}
+        names = {name: self.typed(arg, kind) for name, arg in operands}
         if "ftz" in ins.op and kind == "f32":
             names = {name: f"ftz({text})" for name, text in names.items()}
         return [(ins.args[0], self._result(form.format(**names), kind, ins))]
 
     def _mixed(self, ins: Instruction) -> Any:
-        """Emit fma, add or sub in fp32 whose factors or first term are bf16 or f16."""
+        """Emit fma, add or sub in fp32 with bf16 or f16 factors or first term."""
         if ins.op[1:-2] not in ([], ["rn"]):
             raise Unsupported(f"{ins.text} (line {ins.line})")
         narrow = [self.typed(arg, ins.op[-1]) for arg in ins.args[1:-1]]
@@ -68,34 +66,34 @@ class ScalarInstructions(Operands):
         return [(ins.args[0], f"({form.format(*narrow, c=last)}).view(u4)")]
 
     def _add(self, ins: Instruction, mask: str) -> Any:
-        if ins.op[-2] == "f32" and ins.op[-1] in ("bf16", "f16"):
-            return self._mixed(ins)
-        self._only(ins, "rn", "ftz", "sat")
-        return self._arithmetic(ins, "{a} + {b}")
+        return self._sum(ins, "{a} + {b}")
 
     def _sub(self, ins: Instruction, mask: str) -> Any:
-        if ins.op[-2] == "f32" and ins.op[-1] in ("bf16", "f16"):
+        return self._sum(ins, "{a} - {b}")
+
+    def _sum(self, ins: Instruction, form: str) -> Any:
+        if is_mixed(ins):
             return self._mixed(ins)
         self._only(ins, "rn", "ftz", "sat")
-        return self._arithmetic(ins, "{a} - {b}")
+        return self._arithmetic(ins, form)
 
     def _only(self, ins: Instruction, *known: str) -> None:
-        """Refuse modifiers between name and type that are not known."""
+        """Refuse modifiers between name and type except the known ones."""
         for word in ins.op[1:-1]:
             if word not in known:
                 raise Unsupported(f"{ins.text} (line {ins.line})")
 
     def _mul(self, ins: Instruction, mask: str) -> Any:
         self._only(ins, "rn", "ftz", "sat", "lo", "hi", "wide")
-        kind = ins.op[-1]
         if "wide" in ins.op:
-            width = 2 * WIDTH[kind]
-            letter = "i" if kind[0] == "s" else "u"
-            a, b = (f"{self.typed(arg, kind)}.astype({letter}{width})" for arg in ins.args[1:3])
-            return [(ins.args[0], f"({a} * {b}).view(u{width})")]
-        if "hi" in ins.op:
-            return self._arithmetic(ins, "high({a}, {b})")
-        return self._arithmetic(ins, "{a} * {b}")
+            return [(ins.args[0], f"({self._wide(ins)}).view(u{2 * WIDTH[ins.op[-1]]})")]
+        return self._arithmetic(ins, "high({a}, {b})" if "hi" in ins.op else "{a} * {b}")
+
+    def _wide(self, ins: Instruction) -> str:
+        """Return the product of the first two operands in twice their width."""
+        kind = ins.op[-1]
+        wide = f"{'i' if kind[0] == 's' else 'u'}{2 * WIDTH[kind]}"
+        return " * ".join(f"{self.typed(arg, kind)}.astype({wide})" for arg in ins.args[1:3])
 
     def _mad(self, ins: Instruction, mask: str) -> Any:
         kind = ins.op[-1]
@@ -104,19 +102,15 @@ class ScalarInstructions(Operands):
         self._only(ins, "lo", "hi", "wide")
         if "wide" in ins.op:
             width = 2 * WIDTH[kind]
-            letter = "i" if kind[0] == "s" else "u"
-            a, b = (f"{self.typed(arg, kind)}.astype({letter}{width})" for arg in ins.args[1:3])
             c = self.typed(ins.args[3], f"{kind[0]}{8 * width}")
-            return [(ins.args[0], f"({a} * {b} + {c}).view(u{width})")]
+            return [(ins.args[0], f"({self._wide(ins)} + {c}).view(u{width})")]
         return self._arithmetic(ins, "high({a}, {b}) + {c}" if "hi" in ins.op else "{a} * {b} + {c}")
 
     def _fma(self, ins: Instruction, mask: str) -> Any:
-        if ins.op[-2] == "f32" and ins.op[-1] in ("bf16", "f16"):
+        if is_mixed(ins):
             return self._mixed(ins)
-        self._only(ins, "rn", "ftz", "sat", "relu")
+        self._only(ins, "rn", "ftz", "sat")
         kind = ins.op[-1]
-        if "relu" in ins.op:
-            raise Unsupported(ins.text)
         wide = "{a}.astype(f8) * {b}.astype(f8) + {c}.astype(f8)"
         if kind in ("bf16", "bf16x2"):
             found = self._arithmetic(ins, wide)
@@ -319,21 +313,14 @@ class ScalarInstructions(Operands):
         return [(ins.args[0], self.bits(ins.args[1], width))]
 
     def _cvta(self, ins: Instruction, mask: str) -> Any:
-        if "global" not in ins.op and "param" not in ins.op:
-            if "shared" in ins.op or "local" in ins.op:
-                return [(ins.args[0], self.bits(ins.args[1], WIDTH[ins.op[-1]]))]
+        if {"global", "param", "shared", "local"}.isdisjoint(ins.op):
             raise Unsupported(ins.text)
         return [(ins.args[0], self.bits(ins.args[1], WIDTH[ins.op[-1]]))]
 
     def _cvt(self, ins: Instruction, mask: str) -> Any:
         modes = [word for word in ins.op[1:] if word in ROUNDING]
         kinds = [word for word in ins.op[1:] if word in WIDTH]
-        rest = [
-            word
-            for word in ins.op[1:]
-            if word not in modes and word not in kinds and word not in ("ftz", "sat")
-        ]
-        if rest or len(kinds) != 2:
+        if set(ins.op[1:]) - {*modes, *kinds, "ftz", "sat"} or len(kinds) != 2:
             raise Unsupported(f"{ins.text} (line {ins.line})")
         to, of = kinds
         mode = modes[0] if modes else None
@@ -375,14 +362,9 @@ class ScalarInstructions(Operands):
             return [(target, self._grown(text, to, target))]
         if "sat" in ins.op:
             raise Unsupported(ins.text)
-        letter = "i" if of[0] == "s" else "u"
         width = WIDTH[to]
-        if of[0] == "s":
-            text = f"{source}.astype(i{width})"
-            text = f"{text}.view(u{width})"
-        else:
-            text = f"{source}.astype(u{width})"
-        return [(target, self._grown(text, to, target))]
+        grown = f"astype(i{width}).view(u{width})" if of[0] == "s" else f"astype(u{width})"
+        return [(target, self._grown(f"{source}.{grown}", to, target))]
 
     def _grown(self, text: str, kind: str, target: Reg) -> str:
         """Return a value extended to a wider register."""

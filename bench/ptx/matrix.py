@@ -1,7 +1,7 @@
-"""The compiled kernels, executed as PTX on a CPU and judged by the numerics rule: `python -m bench.ptx --matrix`.
+"""Execute the compiled kernels as PTX on a CPU and judge them by the numerics rule: `python -m bench.ptx --matrix`.
 
-A row for each case, dtype and architecture: the largest error over its bound, what the memory checks reported, what a
-launch refused, and a digest of the code that ran. Where the code for two architectures is the same, it runs once.
+There is a row for each case, dtype and architecture: the largest error divided by its bound, the reports of the memory
+checks, refused launches, and a digest of the code that ran. Code that is the same for two architectures runs once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Row = dict[str, Any]
 
 
 class Run(NamedTuple):
-    """One case in one dtype on one architecture, warps of a block in one order."""
+    """A case in one dtype on one architecture, with the warps of a block in one order."""
 
     case: Case | NeckCase
     dtype: str
@@ -37,19 +37,15 @@ class Run(NamedTuple):
     order: str = "together"
 
     def about(self) -> Row:
-        """Return what names the run in its row."""
+        """Return the columns that identify the run in its row."""
         kind = "neck" if isinstance(self.case, NeckCase) else "operator"
-        return {
-            "kind": kind,
-            "case": self.case.name,
-            "dtype": self.dtype,
-            "architecture": self.architecture,
-            "order": self.order,
+        return {"kind": kind, "case": self.case.name} | {
+            name: getattr(self, name) for name in ("dtype", "architecture", "order")
         }
 
 
 class Configuration(NamedTuple):
-    """A kernel with the options it is launched with: a branch of the launch rules."""
+    """A kernel with its launch options: a branch of the launch rules."""
 
     kernel: str
     warps: int
@@ -59,12 +55,8 @@ class Configuration(NamedTuple):
     @classmethod
     def of(cls, kernel: Any, options: dict[str, Any]) -> Configuration:
         """Return the configuration of a launch from its keyword arguments."""
-        return cls(
-            kernel.__name__.strip("_"),
-            options.get("num_warps", 4),
-            options.get("num_stages"),
-            options.get("maxnreg"),
-        )
+        values = (options.get("num_warps", 4), options.get("num_stages"), options.get("maxnreg"))
+        return cls(kernel.__name__.strip("_"), *values)
 
 
 def runs(
@@ -73,7 +65,7 @@ def runs(
     architectures: Sequence[int] = ARCHITECTURES,
     orders: Sequence[str] = ("together",),
 ) -> Iterator[Run]:
-    """Yield the runs of the whole matrix, or of the sample that continuous integration takes."""
+    """Yield the runs of the whole matrix, or of the sample of continuous integration."""
     for case in (*operator_cases(), *neck_cases()):
         served = getattr(case, "architectures", ARCHITECTURES)
         for dtype in case.dtypes:
@@ -85,7 +77,7 @@ def runs(
 
 
 def judge(run: Run) -> Row:
-    """Execute a run and return its row; `passed` says whether everything holds."""
+    """Execute a run and return its row; `passed` is whether there is no fault and no error above its bound."""
     row = run.about()
     start = time.perf_counter()
     with emulated_device(run.architecture, order=run.order, poison=True) as device:
@@ -107,14 +99,14 @@ def judge(run: Run) -> Row:
 
 
 def code_of(run: Run) -> str:
-    """Return the digest of the code that a run would execute; nothing is executed."""
+    """Return the digest of the code of a run without executing it."""
     with emulated_device(run.architecture, blocks=lambda *_: []) as device:
         _step_of(run)
     return str(_observed(device)["code"])
 
 
 def _step_of(run: Run) -> None:
-    """Run forward and backward by kernels, without a look at the results."""
+    """Run forward and backward by kernels and discard the results."""
     if isinstance(run.case, NeckCase):
         neck, pyramid = _neck(run.case)
         with torch.autocast("cpu", DTYPES[run.dtype], enabled=run.dtype != "fp32"):
@@ -125,7 +117,7 @@ def _step_of(run: Run) -> None:
 
 
 def configurations_of(run: Run) -> set[Configuration]:
-    """Return the kernels that a run launches, each with its launch options; nothing is compiled."""
+    """Return the kernels of a run with their launch options, without compiling them."""
     found: set[Configuration] = set()
 
     def record(
@@ -139,12 +131,10 @@ def configurations_of(run: Run) -> set[Configuration]:
 
 
 def _observed(device: Device) -> Row:
-    """Return what the emulated device saw: reports, refusals, and the code that ran."""
+    """Return the columns of a row that the emulated device gives: reports, refusals, and the code that ran."""
     ptx = [_normalised(launch.compiled.asm["ptx"]) for launch in device.launches]
     return {
-        "reports": sorted(
-            {f"{name}: {report}" for name, report in device.reports() if report.kind != "copies"}
-        ),
+        "reports": device.fault_texts(),
         "refusals": sorted(set(device.refusals)),
         "kernels": sorted({launch.name for launch in device.launches}),
         "code": hashlib.sha256("\n".join(ptx).encode()).hexdigest()[:16],
@@ -152,7 +142,7 @@ def _observed(device: Device) -> Row:
 
 
 def _normalised(ptx: str) -> str:
-    """Return PTX without the name of its target: the rest decides what a launch computes."""
+    """Return PTX without the name of its target, which does not change the computation."""
     return re.sub(r"^\.(target|version)\b.*$", "", ptx, flags=re.M)
 
 
@@ -195,16 +185,16 @@ def _bits(results: dict[str, Tensor]) -> str:
 
 
 def key_of(row: Row) -> tuple[Any, ...]:
-    """Return what tells a row from the others."""
+    """Return the columns that identify a row."""
     return tuple(row[name] for name in ("kind", "case", "dtype", "architecture", "order"))
 
 
 def rows(wanted: Sequence[Run], known: Sequence[Row] = ()) -> Iterator[Row]:
-    """Yield a row for each run. Code that an earlier row of the same case and dtype ran is not executed again.
+    """Yield a row for each run; code that an earlier row of the same case and dtype executed is not executed again.
 
     Args:
-        wanted: runs in the order in which they are executed.
-        known: rows of an interrupted command; their code is compared like that of new rows.
+        wanted: Runs in the order of their execution.
+        known: Rows of an interrupted command.
     """
     done: dict[tuple[Any, ...], list[Row]] = {}
     for row in known:
@@ -215,12 +205,8 @@ def rows(wanted: Sequence[Run], known: Sequence[Row] = ()) -> Iterator[Row]:
         code = code_of(run) if earlier else None
         same = next((row for row in earlier if row["code"] == code and row["passed"]), None)
         if same:
-            row = {
-                **same,
-                **about,
-                "same_code_as": same.get("same_code_as", same["architecture"]),
-                "seconds": 0,
-            }
+            first = same.get("same_code_as", same["architecture"])
+            row = {**same, **about, "same_code_as": first, "seconds": 0}
         else:
             row = judge(run)
         earlier.append(row)

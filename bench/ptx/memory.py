@@ -27,7 +27,7 @@ ATOMIC: dict[str, Callable[..., Any]] = {
 
 
 class Allocation:
-    """Memory of the host that a kernel may access: `size` bytes from the address `start`."""
+    """Host memory that a kernel may access: `size` bytes at the address `start`; reports show the name."""
 
     def __init__(self, start: int, size: int, name: str) -> None:
         self.start, self.end, self.name = start, start + size, name
@@ -40,7 +40,7 @@ class Allocation:
         self.shadow: tuple[np.ndarray, ...] | None = None
 
     def marks(self, word: int) -> tuple[np.ndarray, ...]:
-        """Return, per word, when and by which warp it was last stored to, and the same of loads."""
+        """Return the moment and the warp of the last store and of the last load of each word of `word` bytes."""
         if self.shadow is None:
             size = (self.end - self.start) // word + 1
             self.shadow = (np.zeros(size, i8), np.zeros(size, i2), np.zeros(size, i8), np.zeros(size, i2))
@@ -48,12 +48,12 @@ class Allocation:
 
 
 class GlobalMemory(State):
-    """Accesses to global memory, with bounds, alignment and races between the warps of a block."""
+    """Accesses to global memory; checks bounds, alignment and races between the warps of a block."""
 
     def _split(
         self, group: Group, number: int, address: Any, size: int, mask: Any
     ) -> list[tuple[Allocation, Any]]:
-        """Return (allocation, lanes or None for all) of an access; report lanes outside and leave them out."""
+        """Return (allocation, lanes or None for all) of an access; report and omit lanes outside of all allocations."""
         address = group.full(address).view(i8)
         if mask is not None:
             mask = group.full(mask)
@@ -97,6 +97,7 @@ class GlobalMemory(State):
     def load_global(
         self, group: Group, number: int, address: Any, count: int, width: int, mask: Any
     ) -> list[Any]:
+        """Load `count` elements of `width` bytes per lane."""
         address = group.full(address)
         parts = self._split(group, number, address, count * width, mask)
         if self.count:
@@ -125,6 +126,7 @@ class GlobalMemory(State):
         return results
 
     def store_global(self, group: Group, number: int, address: Any, data: Any, width: int, mask: Any) -> None:
+        """Store the elements of `data`, each of `width` bytes per lane."""
         address = group.full(address)
         count = len(data)
         if self.count:
@@ -146,7 +148,7 @@ class GlobalMemory(State):
         return None if mask is None else group.full(mask).reshape(-1, 32)
 
     def _moment(self, group: Group, lanes: Any) -> tuple[Any, Any]:
-        """Return a number for the time between two barriers of a block, and the warp, for lanes."""
+        """Return the moment (a number for the time between two barriers of a block) and the warp of lanes."""
         block = group.block if lanes is None else group.block[lanes]
         times = (np.arange(len(self.epoch)) + (self.first + 1)) * i8(1 << 32) + self.epoch
         return times[block], group.warp if lanes is None else group.warp[lanes]
@@ -154,6 +156,7 @@ class GlobalMemory(State):
     def _loaded(
         self, group: Group, number: int, allocation: Allocation, address: Any, lanes: Any, size: int
     ) -> None:
+        """Look for hazards of a load of `size` bytes per lane, and mark the words."""
         word = self.program.word
         stored, storer, loaded, loader = allocation.marks(word)
         now, warp = self._moment(group, lanes)
@@ -162,18 +165,14 @@ class GlobalMemory(State):
             index = place + k if k else place
             other = (stored[index] == now) & (storer[index] != warp)
             if other.any():
-                where_ = int(index[other][0]) * word
-                self.report(
-                    "global race",
-                    number,
-                    f"loads what another warp stored since the last barrier ({allocation.name} +{where_})",
-                    int(other.sum()),
+                self._global_race(
+                    number, "loads what another warp stored since the last barrier", allocation, index, other
                 )
             mark = where((loaded[index] == now) & (loader[index] != warp), i2(SEVERAL_READERS), warp)
             loader[index] = mark
             loaded[index] = now
             several = loader[index] != mark
-            if several.any():  # the last block counts, and all its warps
+            if several.any():  # the last block wins; mark it if several of its warps load
                 several &= loaded[index] == now
                 loader[index[several]] = SEVERAL_READERS
 
@@ -187,7 +186,7 @@ class GlobalMemory(State):
         value: Any,
         width: int,
     ) -> None:
-        """Store, and look for hazards where the store changes a value."""
+        """Store, and look for hazards of the words whose value changes."""
         view, word = allocation.views[width], self.program.word
         changed = view[index] != value
         view[index] = value
@@ -204,27 +203,21 @@ class GlobalMemory(State):
             twice = (stored[cell] == now) & (storer[cell] != warp)
             for found, text in ((read, "loaded"), (twice, "stored")):
                 if found.any():
-                    where_ = int(cell[found][0]) * word
-                    self.report(
-                        "global race",
-                        number,
-                        f"overwrites what another warp {text} since the last barrier ({allocation.name} +{where_})",
-                        int(found.sum()),
-                    )
+                    detail = f"overwrites what another warp {text} since the last barrier"
+                    self._global_race(number, detail, allocation, cell, found)
             storer[cell] = warp
             stored[cell] = now
             lost = (view[index] != given) & (storer[cell] != warp) & (stored[cell] == now)
             if lost.any():
-                where_ = int(cell[lost][0]) * word
-                self.report(
-                    "global race",
-                    number,
-                    f"several warps store to one place at once, differently ({allocation.name} +{where_})",
-                    int(lost.sum()),
-                )
+                detail = "several warps store different values to one place at once"
+                self._global_race(number, detail, allocation, cell, lost)
             several = (storer[cell] != warp) & (stored[cell] == now)
             if several.any():
                 storer[cell[several]] = SEVERAL_WRITERS
+
+    def _global_race(self, number: int, text: str, allocation: Allocation, words: Any, bad: Any) -> None:
+        offset = int(words[bad][0]) * self.program.word
+        self.report("global race", number, f"{text} ({allocation.name} +{offset})", int(bad.sum()))
 
     def atomic(
         self, group: Group, number: int, address: Any, data: Any, name: str, kind: str, mask: Any
@@ -253,11 +246,13 @@ class LocalMemory(State):
     def load_local(
         self, group: Group, number: int, address: Any, count: int, width: int, mask: Any
     ) -> list[Any]:
+        """Load `count` elements of `width` bytes per lane."""
         index = self._local(group, number, address, count * width, mask) // width
         view = group.local.view(UNSIGNED[width])
         return [view[index + k] for k in range(count)]
 
     def store_local(self, group: Group, number: int, address: Any, data: Any, width: int, mask: Any) -> None:
+        """Store the elements of `data`, each of `width` bytes per lane."""
         index = self._local(group, number, address, len(data) * width, mask) // width
         view = group.local.view(UNSIGNED[width])
         for k, one in enumerate(data):
@@ -269,6 +264,7 @@ class LocalMemory(State):
                 view[index[chosen] + k] = one[chosen]
 
     def _local(self, group: Group, number: int, address: Any, size: int, mask: Any) -> Any:
+        """Return the byte offsets of an access in the local memory of all lanes."""
         limit = self.program.kernel.local_bytes
         offset = group.full(address).astype(i8)
         bad = offset + size > limit

@@ -1,4 +1,4 @@
-"""Cases of the compiled matrix for the fused neck: a training step of `SRMNeck` by kernels."""
+"""Cases of the compiled matrix for training steps of the fused neck."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from srm_model import SRMConfig
 
 
 class NeckCase(NamedTuple):
-    """A neck and the maps it reads; sides are (h, w) of the four levels."""
+    """A neck and its maps; `grids` has (h, w) and `channels` has C_i of the four levels."""
 
     name: str
     config: SRMConfig
@@ -21,9 +21,7 @@ class NeckCase(NamedTuple):
 
 
 _SMALL = SRMConfig(channels=64, heads=2, rank=16, pool_size=4, image_size=128)
-_UNIFORM = _SMALL.replace(
-    landmarks="uniform"
-)  # where rounding could choose other landmarks than the reference
+_UNIFORM = _SMALL.replace(landmarks="uniform")  # for cases in which rounding could change the landmarks
 _EVEN = ((32, 32), (16, 16), (8, 8), (4, 4))
 _ODD = ((27, 25), (14, 13), (9, 8), (5, 5))
 _SQUARE = ((12, 12), (10, 10), (9, 9), (8, 8))  # 64 keys on a small grid

@@ -13,7 +13,6 @@ from .parse import WIDTH, Address, Block, Imm, Instruction, Kernel, Not, Reg, Sp
 
 FLOATS = ("f16", "f32", "f64", "bf16", "f16x2", "bf16x2", "f32x2", "tf32")
 SKIPPED = ("createpolicy", "membar", "nanosleep", "griddepcontrol", "prefetch", "applypriority", "discard")
-ROUNDING = ("rn", "rz", "rm", "rp", "rna", "rni", "rzi", "rmi", "rpi")
 
 
 class Operands:
@@ -26,13 +25,20 @@ class Operands:
         }
         self.constants: dict[tuple[str, Any], str] = {}
         self.accumulators: set[int] = set()
-        self.operands: set[int] = set()  # of wgmma, in registers
+        self.operands: set[int] = set()  # registers that wgmma reads
         for ins in kernel.instructions:
             if ins.op[:2] == ["wgmma", "mma_async"]:
                 self.accumulators |= indices(ins.args[0])
                 self.operands |= indices(ins.args[1]) if isinstance(ins.args[1], list) else set()
 
     def block(self, block: Block, number: int, masked: bool) -> Callable[..., Any]:
+        """Compile a basic block to a function that returns where its branch is taken, or None.
+
+        Args:
+            block: The basic block.
+            number: Its number, for the name of the function.
+            masked: Whether only the lanes of a mask are active.
+        """
         lines = [f"def block_{number}(M, G, R, mask):"]
         self.masked = masked
         for instruction in block.instructions:
@@ -52,6 +58,7 @@ class Operands:
         return function
 
     def constant(self, value: Any) -> str:
+        """Return the name of a constant in the translated code."""
         key = (type(value).__name__, value.tobytes())
         if key not in self.constants:
             self.constants[key] = f"k{len(self.constants)}"
@@ -164,7 +171,7 @@ class Operands:
         raise Unsupported(f"{ins.text} (line {ins.line})")
 
     def _result(self, text: str, kind: str, ins: Instruction) -> str:
-        """A computed value as bits of its type."""
+        """Return a computed value as bits of its type."""
         if kind == "f32":
             if "sat" in ins.op:
                 text = f"saturate({text})"
@@ -195,4 +202,5 @@ def indices(arg: Any) -> set[int]:
 
 
 def is_float(kind: str) -> bool:
+    """Return whether a PTX type is a floating-point type."""
     return kind in FLOATS

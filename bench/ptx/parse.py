@@ -7,30 +7,15 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-WIDTH = {
-    "b8": 1,
-    "u8": 1,
-    "s8": 1,
-    "b16": 2,
-    "u16": 2,
-    "s16": 2,
-    "f16": 2,
-    "bf16": 2,
-    "b32": 4,
-    "u32": 4,
-    "s32": 4,
-    "f32": 4,
-    "f16x2": 4,
-    "bf16x2": 4,
-    "tf32": 4,
-    "f32x2": 8,
-    "b64": 8,
-    "u64": 8,
-    "s64": 8,
-    "f64": 8,
-    "pred": 0,
-    "b128": 16,
+_KINDS = {
+    0: "pred",
+    1: "b8 u8 s8",
+    2: "b16 u16 s16 f16 bf16",
+    4: "b32 u32 s32 f32 f16x2 bf16x2 tf32",
+    8: "f32x2 b64 u64 s64 f64",
+    16: "b128",
 }
+WIDTH = {kind: width for width, kinds in _KINDS.items() for kind in kinds.split()}  # bytes by type
 
 
 class Unsupported(Exception):  # noqa: N818  # part of the public API
@@ -39,14 +24,18 @@ class Unsupported(Exception):  # noqa: N818  # part of the public API
 
 @dataclass(frozen=True)
 class Reg:
+    """A register; the width is in bytes, 0 for a predicate."""
+
     index: int
-    width: int  # bytes; 0 for a predicate
+    width: int
     name: str
 
 
 @dataclass(frozen=True)
 class Imm:
-    kind: str  # "int", "f32" or "f64"; of floats the bits
+    """An immediate of kind "int", "f32" or "f64"; the value of a float is its bits."""
+
+    kind: str
     value: int
 
 
@@ -62,7 +51,9 @@ class Symbol:
 
 @dataclass(frozen=True)
 class Address:
-    base: Any  # Reg, Imm or Symbol
+    """An address: a Reg, Imm or Symbol plus an offset in bytes."""
+
+    base: Any
     offset: int
 
 
@@ -73,14 +64,28 @@ class Not:
 
 @dataclass
 class Instruction:
+    """An instruction.
+
+    Attributes:
+        op: Parts of the name: ["add", "f32"].
+        args: Operands.
+        guard: Predicate, or None.
+        negated: Whether the predicate is negated.
+        text: The statement.
+        line: Line of the PTX.
+        loc: File number and line of the source.
+        chain: Call chain of the source line, innermost first: "parts.py:120 < kernels.py:77".
+        number: Index among the instructions of the kernel.
+    """
+
     op: list[str]
     args: list[Any]
     guard: Reg | None
     negated: bool
     text: str
-    line: int  # of the PTX
-    loc: tuple[int, int]  # file number and line of the source
-    chain: str = ""  # where that was inlined, innermost first: "parts.py:120 < kernels.py:77"
+    line: int
+    loc: tuple[int, int]
+    chain: str = ""
     number: int = -1
 
     @property
@@ -90,20 +95,39 @@ class Instruction:
 
 @dataclass
 class Block:
+    """A basic block; it ends with a branch, a return, an exit or a barrier, or falls through with None."""
+
     instructions: list[Instruction] = field(default_factory=list)
-    end: Instruction | None = None  # bra, ret, exit, bar; None falls through
+    end: Instruction | None = None
 
 
 @dataclass
 class Kernel:
+    """A parsed kernel.
+
+    Attributes:
+        name: Its name.
+        params: (type, name) of each parameter.
+        places: Offset of each parameter in bytes.
+        registers: All registers.
+        blocks: Basic blocks in order.
+        targets: Number of the basic block by label.
+        shared: Offset of each static array in shared memory, in bytes.
+        shared_bytes: Bytes of these arrays.
+        local: Offset of each array in local memory, in bytes.
+        local_bytes: Bytes of these arrays.
+        files: Name of each source file by number.
+        instructions: All instructions in order.
+    """
+
     name: str
-    params: list[tuple[str, str]]  # (type, name)
-    places: dict[str, int]  # of parameters, in bytes
+    params: list[tuple[str, str]]
+    places: dict[str, int]
     registers: list[Reg]
     blocks: list[Block]
     targets: dict[str, int]
-    shared: dict[str, int]  # symbol -> offset
-    shared_bytes: int  # of static arrays
+    shared: dict[str, int]
+    shared_bytes: int
     local: dict[str, int]
     local_bytes: int
     files: dict[int, str]
@@ -116,15 +140,20 @@ SPECIAL = re.compile(
 
 
 def parse(text: str) -> Kernel:
+    """Parse a PTX module with one kernel.
+
+    Raises:
+        Unsupported: The module has other contents than one kernel, or an unknown directive or operand.
+    """
     starts = [0] + [m.end() for m in re.finditer("\n", text)]
     clean = re.sub(r"/\*.*?\*/", lambda m: re.sub(r"[^\n]", " ", m.group()), text, flags=re.S)
     clean = re.sub(r"//[^\n]*", lambda m: " " * len(m.group()), clean)
     files = {int(n): name for n, name in re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', text, re.M)}
     entries = list(re.finditer(r"\.entry\s+([\w$]+)\s*\(", clean))
     if len(entries) != 1:
-        raise Unsupported(f"{len(entries)} entries in a module")
+        raise Unsupported(f"a module with {len(entries)} kernels; expected one")
     if re.search(r"^\s*(\.visible\s+|\.weak\s+)?\.func\b", clean, re.M):
-        raise Unsupported("a .func in the module")
+        raise Unsupported("a module with a .func")
     entry = entries[0]
     close = clean.index(")", entry.end())
     params = []
@@ -139,10 +168,8 @@ def parse(text: str) -> Kernel:
         places[name] = used
         used += WIDTH[kind]
     kernel = Kernel(entry.group(1), params, places, [], [Block()], {}, {}, 0, {}, 0, files, [])
-    for m in re.finditer(r"\.shared\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d*)\]", clean):
-        _place(kernel, "shared", m)
-    for m in re.finditer(r"\.local\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d*)\]", clean):
-        _place(kernel, "local", m)
+    for m in re.finditer(r"\.(shared|local)\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d*)\]", clean):
+        _place(kernel, *m.groups())
     scopes: list[dict[str, Reg]] = [{}]
     loc, chain = (0, 0), ""
     pos = body
@@ -172,7 +199,7 @@ def parse(text: str) -> Kernel:
             kernel.targets[found.group(1)] = len(kernel.blocks) - 1
             pos = found.end()
             continue
-        if clean.startswith(".loc", pos):
+        if clean.startswith((".loc ", ".loc\t"), pos):  # and not .local
             end = clean.index("\n", pos)
             numbers = clean[pos + 4 : end].split()
             loc = (int(numbers[0]), int(numbers[1]))
@@ -202,12 +229,11 @@ def parse(text: str) -> Kernel:
     return kernel
 
 
-def _place(kernel: Kernel, space: str, m: re.Match[str]) -> None:
-    align, name, size = int(m.group(1)), m.group(2), int(m.group(3) or 0)
-    used = getattr(kernel, f"{space}_bytes")
-    start = -(-used // align) * align
+def _place(kernel: Kernel, space: str, align: str, name: str, size: str) -> None:
+    """Place an array behind the earlier ones of its space."""
+    start = -(-getattr(kernel, f"{space}_bytes") // int(align)) * int(align)
     getattr(kernel, space)[name] = start
-    setattr(kernel, f"{space}_bytes", start + size)
+    setattr(kernel, f"{space}_bytes", start + int(size or 0))
 
 
 def _directive(kernel: Kernel, scope: dict[str, Reg], statement: str) -> None:
@@ -243,7 +269,7 @@ def _lookup(scopes: list[dict[str, Reg]], name: str) -> Reg:
     for scope in reversed(scopes):
         if name in scope:
             return scope[name]
-    raise Unsupported(f"register {name}")
+    raise Unsupported(f"undeclared register {name}")
 
 
 def _split(text: str) -> list[str]:

@@ -11,14 +11,14 @@ from .state import Group, State
 
 
 def halves(x: Any, kind: str) -> Any:
-    """Widen pairs of 16-bit numbers: (warps, 8, 4, registers, 2)."""
+    """Widen pairs of 16-bit numbers to fp32 (warps, 8, 4, registers, 2)."""
     pair = np.ascontiguousarray(x).view(u2)
     wide = pair.view(np.float16).astype(f4) if kind == "f16" else (pair.astype(u4) << u4(16)).view(f4)
     return wide.reshape(len(x), 8, 4, -1, 2)
 
 
 def rows_of(x: Any, kind: str, depth: int) -> Any:
-    """Return (warps, 16, depth) from the registers of a left operand."""
+    """Return the matrices (warps, 16, depth) in the registers of a left operand."""
     if kind == "tf32":  # rows g + 8 r0, columns t + 4 r1
         wide = (x & u4(0xFFFFE000)).view(f4).reshape(len(x), 8, 4, -1, 2)
         return np.ascontiguousarray(wide.transpose(0, 4, 1, 3, 2)).reshape(len(x), 16, depth)
@@ -30,7 +30,7 @@ class MatrixProducts(State):
     """Products of a warp, mma.sync."""
 
     def _fragment(self, group: Group, key: str, registers: tuple[Any, ...], make: Any) -> Any:
-        """Return a matrix made of registers; the last ones are kept, because products reuse their operands."""
+        """Return the matrix in some registers; recent ones are cached, because products reuse their operands."""
         name = (key, *map(id, registers))
         kept = self.fragments.get(name)
         if kept is not None:
@@ -45,18 +45,26 @@ class MatrixProducts(State):
     def mma(
         self, group: Group, number: int, mask: Any, shape: str, kind: str, a: Any, b: Any, c: Any
     ) -> list[Any]:
+        """Return the accumulators of mma.sync.
+
+        Args:
+            group: The lanes.
+            number: The instruction.
+            mask: Active lanes, or None for all.
+            shape: "m16n8k16", "m16n8k8" or "m16n8k4".
+            kind: Type of the operands: "f16", "bf16" or "tf32".
+            a: Registers of the left operand.
+            b: Registers of the right operand.
+            c: Accumulators.
+        """
         depth = int(shape.split("k")[1])
-        if kind == "tf32":
 
-            def right(x: Any) -> Any:
-                wide = (x & u4(0xFFFFE000)).view(f4)
-                return np.ascontiguousarray(wide.transpose(0, 3, 2, 1)).reshape(len(x), depth, 8)
-        else:
-
-            def right(x: Any) -> Any:
-                return np.ascontiguousarray(halves(x, kind).transpose(0, 3, 2, 4, 1)).reshape(
-                    len(x), depth, 8
-                )
+        def right(x: Any) -> Any:
+            if kind == "tf32":
+                columns = (x & u4(0xFFFFE000)).view(f4).transpose(0, 3, 2, 1)
+            else:
+                columns = halves(x, kind).transpose(0, 3, 2, 4, 1)
+            return np.ascontiguousarray(columns).reshape(len(x), depth, 8)
 
         def left(x: Any) -> Any:
             return rows_of(x, kind, depth)

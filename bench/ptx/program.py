@@ -1,4 +1,4 @@
-"""A kernel and the Python functions that its basic blocks are translated to."""
+"""A kernel with its basic blocks translated to Python functions."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Program:
     """A kernel whose basic blocks are translated when they are first executed.
 
     Attributes:
-        granule: Bytes of the narrowest access to shared memory, at most 4. Hazards are kept per granule.
-        word: The same of global memory.
+        granule: Bytes of the narrowest access to shared memory, at most 4; hazards are recorded per granule.
+        word: Bytes of the narrowest access to global memory, at most 4.
         wgmma: Whether the kernel uses products of warpgroups.
     """
 
@@ -43,7 +43,7 @@ _PROGRAMS: dict[str, Program] = {}
 
 
 def program_of(text: str) -> Program:
-    """Parse PTX and keep its program, so that later launches of the same PTX reuse the translated blocks."""
+    """Return the program of a PTX text; launches of the same text share the translated blocks."""
     if text not in _PROGRAMS:
         _PROGRAMS[text] = Program(parse(text))
     return _PROGRAMS[text]

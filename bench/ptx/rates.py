@@ -18,13 +18,13 @@ from typing import NamedTuple
 
 
 class Gpu(NamedTuple):
-    """One card: rates in lanes (fp32, alu, imad, xu) and FMA (bf16, tf32) per clock and SM."""
+    """A card; rates are lanes (fp32, alu, imad, xu) or FMA (bf16, tf32) per clock and SM, `dram` is in GB/s."""
 
     name: str
     capability: int
     sms: int
     ghz: float
-    dram: float  # GB/s
+    dram: float
     fp32: int
     bf16: int
     tf32: int

@@ -1,4 +1,4 @@
-"""What limits each kernel on five GPUs, from counted instructions: a simulation, not a measurement."""
+"""Simulate the limits of each kernel on five GPUs from counted instructions; nothing is measured."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Row = dict[str, Any]
 
 
 class Aim(NamedTuple):
-    """A simulated time that a kernel had before it was tuned by counting, and the one aimed at, both in µs."""
+    """Simulated times of a kernel in µs: before it was tuned by counting, and the target."""
 
     workload: str
     kernel: str
@@ -43,7 +43,7 @@ AIMS = (
 
 
 def place(row: Row) -> tuple[int, int]:
-    """Return where a row stands among others: by GPU, then by workload."""
+    """Return the sort key of a row: by GPU, then by workload."""
     return list(GPUS).index(row["gpu"]), [one.name for one in WORKLOADS].index(row["workload"])
 
 
@@ -61,9 +61,9 @@ def rows(
     """Yield a row for each GPU, workload and launch.
 
     Args:
-        gpus: names of `rates.GPUS`; each is counted with the code for its own architecture.
-        workloads: what is launched for one image; bounds are for a batch of 8.
-        dtype: the dtype of the tokens and maps.
+        gpus: Names of `rates.GPUS`; each is counted with the code for its own architecture.
+        workloads: Launches for one image; bounds are for a batch of 8.
+        dtype: Dtype of the tokens and maps.
     """
     for group in by_architecture(gpus):
         cards = [GPUS[name] for name in group]
@@ -100,7 +100,7 @@ def row_of(workload: str, launch: Any, gpu: Gpu, dtype: str) -> Row:
 
 
 def floor_of(found: Row, gpu: Gpu) -> float:
-    """Return the least µs of this work: bytes over bandwidth, or distinct products over their rate."""
+    """Return the floor in µs: the larger of bytes over bandwidth and distinct products over their rate."""
     products = found["products"]
     fma = products.get("bf16", 0) / gpu.bf16 + products.get("tf32", 0) / gpu.tf32
     useful = fma / max(1.0, found["repeated"]) / (gpu.sms * gpu.ghz * 1000)
@@ -140,7 +140,7 @@ def page(found: Iterable[Row]) -> str:
 
 
 def _aims(rows: Sequence[Row]) -> str:
-    """Return what tuning by counts has reached on one GPU."""
+    """Return the table of what tuning by these counts has reached on one GPU."""
     times = {(row["workload"], row["kernel"]): row for row in rows}
     lines = []
     for workload, kernel, before, aim in AIMS:

@@ -1,4 +1,4 @@
-"""SASS of a launch's cubin: instructions by unit, opcode and line, from how often their PTX was executed."""
+"""Count the SASS of a launch's cubin by unit, opcode and source line, from the executions of its PTX."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import NamedTuple
 from .counting import by_line
 from .device import Launch
 
-# Patterns of opcodes, the first that matches counts; all others are "alu".
+# Patterns of opcodes; the first match decides, and opcodes without a match are "alu".
 UNITS = (
     (r"HMMA|IMMA|QMMA|OMMA|HGMMA", "mma"),
     (r"FFMA|FADD|FMUL|HFMA2|HADD2|HMUL2", "fp32"),
@@ -29,12 +29,12 @@ UNITS = (
 
 
 class SassCounts(NamedTuple):
-    """Warp instructions of the whole grid."""
+    """Warp instructions of the whole grid by unit, opcode, and file and line; and registers per thread."""
 
     units: Counter[str]
     opcodes: Counter[str]
-    lines: Counter[tuple[str, int]]  # by file and line of the source
-    registers: int  # per thread
+    lines: Counter[tuple[str, int]]
+    registers: int
 
 
 def unit_of_opcode(opcode: str) -> str:
@@ -50,15 +50,15 @@ def _tools() -> Path:
 
 
 def read_sass(launch: Launch) -> tuple[list[tuple[str, str, int]], int] | None:
-    """Return (opcode, file, line) of every instruction of the cubin, and registers per thread."""
+    """Return (opcode, file, line) of every instruction of the cubin, and registers per thread; None without a cubin."""
     cubin = launch.compiled.asm.get("cubin")
     if cubin is None:
         return None
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = _print(_tools() / "nvdisasm", "-c", "-g", file.name)
-        usage = _print(_tools() / "cuobjdump", "--dump-resource-usage", file.name)
+        text = _output(_tools() / "nvdisasm", "-c", "-g", file.name)
+        usage = _output(_tools() / "cuobjdump", "--dump-resource-usage", file.name)
     registers = max(map(int, re.findall(r"REG:(\d+)", usage)), default=0)
     found, place = [], ("", 0)
     for line in text.splitlines():
@@ -74,7 +74,7 @@ def read_sass(launch: Launch) -> tuple[list[tuple[str, str, int]], int] | None:
     return (found, registers) if found else None
 
 
-def _print(*command: str | Path) -> str:
+def _output(*command: str | Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 

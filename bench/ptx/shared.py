@@ -11,12 +11,12 @@ from .state import IN_FLIGHT, SEVERAL, UNWRITTEN, Group, State
 
 
 def by_another_warp(mark: Any, now: Any) -> Any:
-    """Return where a mark is of the present moment and not of the warp itself; both are moments and warps."""
+    """Return where a mark has the current moment and another warp than `now`; both are marks."""
     return ((mark ^ now) - i4(1)).view(u4) < u4(SEVERAL)
 
 
 def _mark(array: Any, index: Any, mark: Any) -> None:
-    """Write marks; where lanes of several warps meet, the mark says so."""
+    """Write marks, with SEVERAL where lanes of several warps access one granule."""
     array[index] = mark
     lost = array[index] != mark
     if lost.any():
@@ -25,7 +25,7 @@ def _mark(array: Any, index: Any, mark: Any) -> None:
 
 
 def _differ(kept: Any, given: Any) -> Any:
-    """Return where values differ; the bits of NaN depend on the host and count as equal."""
+    """Return where values differ; two NaN are equal, because their bits depend on the host."""
     differs = kept != given
     if kept.dtype == u4 and differs.any():
         differs &= ~(np.isnan(kept.view(f4)) & np.isnan(given.view(f4)))
@@ -33,7 +33,7 @@ def _differ(kept: Any, given: Any) -> Any:
 
 
 class SharedMemory(State):
-    """Accesses to shared memory. Their hazards are those of granules, of which an access covers a row."""
+    """Accesses to shared memory. Hazards are checked for each granule; an access covers a row of granules."""
 
     def _shared_index(
         self, group: Group, number: int, address: Any, size: int, mask: Any
@@ -90,7 +90,7 @@ class SharedMemory(State):
         _mark(read, index, mark)
 
     def _writes(self, group: Group, number: int, offsets: Any, lanes: Any, size: int, changed: Any) -> None:
-        """Look for hazards of writes; `changed` says which granules get another value than they have."""
+        """Look for hazards of writes; `changed` marks the granules whose value changes."""
         wrote, read, index, now = self._history(group, offsets, lanes, size)
         last = wrote[index]
         flying = last == IN_FLIGHT
@@ -107,7 +107,7 @@ class SharedMemory(State):
         _mark(wrote, index, np.broadcast_to(now, last.shape))
 
     def _proxied(self, group: Group, number: int, offsets: Any, lanes: Any, size: int, changed: Any) -> None:
-        """Look for writes to what products in flight read, and note after which proxy fence they are."""
+        """Look for writes to memory that products in flight read, and record the proxy fences passed so far."""
         count = size // self.program.granule
         index = offsets // size
         busy = (self.reading.reshape(-1, count)[index] > 0) & (
@@ -165,10 +165,10 @@ class SharedMemory(State):
     def _differing(
         self, group: Group, number: int, lanes: Any, offsets: Any, kept: Any, given: Any, differs: Any
     ) -> None:
-        """Report threads that wrote one place at once with different values.
+        """Report threads that wrote different values to one place at once.
 
-        Lanes of one warp may hold copies of one number that differ in the last bit, where a product is contracted with
-        the sum over a butterfly: fma(x, x, shfl(x·x)). That is kind "copies". Different warps race.
+        Lanes of one warp may hold copies of a number that differ in the last bit, if a product is contracted with the
+        sum of a butterfly reduction: fma(x, x, shfl(x·x)). That is reported as "copies". Several warps are a race.
         """
         lane, column = np.nonzero(differs)
         warps = (group.warp if lanes is None else group.warp[lanes])[lane]
@@ -177,14 +177,17 @@ class SharedMemory(State):
         pair = [hex(int(x[differs][0])) for x in (kept, given)]
         apart = owner != warps
         if apart.any():
-            detail = f"several warps write one place at once, differently, {pair}"
+            detail = f"several warps write different values to one place at once, {pair}"
             self.report("race", number, detail, int(apart.sum()))
         else:
-            self.report("copies", number, f"a warp writes one place at once, differently, {pair}", len(warps))
+            self.report(
+                "copies", number, f"a warp writes different values to one place at once, {pair}", len(warps)
+            )
 
     def ldmatrix(
         self, group: Group, number: int, address: Any, count: int, transposed: bool, mask: Any
     ) -> list[Any]:
+        """Load `count` matrices of 8 × 8 elements of 16 bits; each lane gives the address of a row."""
         address = group.full(address).reshape(-1, 32)[:, : 8 * count]
         lane = np.arange(32)
         results = []
@@ -239,6 +242,7 @@ class SharedMemory(State):
     def stmatrix(
         self, group: Group, number: int, address: Any, data: Any, transposed: bool, mask: Any
     ) -> None:
+        """Store matrices of 8 × 8 elements of 16 bits; each lane gives the address of a row."""
         if mask is not None:
             mask = group.full(mask)
             rows = mask.reshape(-1, 32)
@@ -278,7 +282,7 @@ class SharedMemory(State):
         group.copies.append([group.committed[who].copy(), who, index, kept, number])
 
     def _issue(self, group: Group, number: int, offsets: Any, lanes: Any, size: int) -> None:
-        """Look for hazards of a copy that starts, and note what it writes."""
+        """Look for hazards of a copy that starts, and mark the granules that it writes."""
         wrote, read, index, now = self._history(group, offsets, lanes, size)
         for marks, what in ((read, "read"), (wrote, "wrote")):
             other = by_another_warp(marks[index], now)
@@ -297,7 +301,7 @@ class SharedMemory(State):
             group.committed[group.full(mask)] += 1
 
     def wait(self, group: Group, count: int, mask: Any) -> None:
-        """Complete all groups of copies but the last `count`; −1: copies without a group too."""
+        """Complete all groups of copies except the last `count`; -1 completes copies without a group too."""
         kept = []
         for entry in group.copies:
             number_of, who, index, data, number = entry
@@ -320,7 +324,7 @@ class SharedMemory(State):
         group.copies = kept
 
     def _complete(self, group: Group, offsets: Any, lanes: Any, size: int) -> None:
-        """Note what copies have written."""
+        """Mark the granules that copies have written."""
         wrote, _, index, now = self._history(group, offsets, lanes, size)
         wrote[index] = now
         if self.program.wgmma:

@@ -1,4 +1,4 @@
-"""What the parts of an execution share: reports, groups of lanes, and the arrays of the blocks that run."""
+"""Data that all parts of an execution use: reports, groups of lanes, and the arrays of the running blocks."""
 
 from __future__ import annotations
 
@@ -16,20 +16,30 @@ if TYPE_CHECKING:
     from .memory import Allocation
     from .program import Program
 
-SEVERAL_READERS, SEVERAL_WRITERS = -2, -3  # of a word of global memory, in place of a warp's number
-# A mark of shared memory is a moment (the barriers passed) times 1024 and a warp, or SEVERAL for several warps.
+# Take the place of the number of a warp that read or wrote a word of global memory.
+SEVERAL_READERS, SEVERAL_WRITERS = -2, -3
+# A mark of shared memory is the number of barriers passed, times 1024, plus a warp, or SEVERAL for several warps.
 SEVERAL = 1023
-UNWRITTEN, IN_FLIGHT = -1, -2  # IN_FLIGHT: cp.async has not completed
+UNWRITTEN, IN_FLIGHT = -1, -2  # IN_FLIGHT: a cp.async that has not completed
 
 
 @dataclass
 class Report:
-    """A fault of one instruction; `count` is the number of lanes, over all blocks."""
+    """A fault of one instruction.
+
+    Attributes:
+        kind: A kind of the table in README.md.
+        text: The instruction.
+        line: Line of the PTX.
+        source: File and line of the Triton source.
+        detail: What was wrong.
+        count: Number of lanes over all blocks.
+    """
 
     kind: str
-    text: str  # the instruction
-    line: int  # of the PTX
-    source: str  # file and line of the Triton source
+    text: str
+    line: int
+    source: str
     detail: str
     count: int = 1
 

@@ -1,6 +1,6 @@
-"""An emulated device for `python -m srm_kernels verify --device bench.ptx.verify:sm_89`, which then needs no GPU.
+"""Emulated device for `python -m srm_kernels verify --device bench.ptx.verify:sm_89`, which needs no GPU then.
 
-Everything but time is as on a GPU: kernels are compiled, executed as PTX and judged. Times are pretended.
+Kernels are compiled, executed as PTX and judged as on a GPU. Times are invented.
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ PRETENDED = {"triton": 1.0, "torch": 2.0, "reference": 3.0, "eager": 4.0, "compi
 
 
 class EmulatedDevice(devices.Device):
-    """A device of an architecture; `plant` may change kernels while it runs."""
+    """Emulated device.
+
+    Args:
+        architecture: Compute capability times ten.
+        plant: Context that may change kernels while the device runs.
+        times: Milliseconds to report, by step.
+    """
 
     torch_device = torch.device("cpu")
     shapes = ("tiny",)
@@ -37,28 +43,26 @@ class EmulatedDevice(devices.Device):
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Execute launches; memory that nothing wrote is NaN."""
+        """Execute launches; uninitialised memory is NaN."""
         with emulated_device(self._architecture, poison=True) as self._device, self._plant():
             yield
 
     def times(self, steps: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
-        """Pretended times; every step runs once."""
+        """Run every step once, and return invented times in milliseconds."""
         for step in steps.values():
             step()
         return {name: self._times[name] for name in steps}
 
     def reports(self) -> list[str]:
-        """What the checks of memory found."""
+        """Return the faults that the memory checks found, and forget them."""
         if self._device is None:
             return []
-        found = sorted(
-            {f"{name}: {report}" for name, report in self._device.reports() if report.kind != "copies"}
-        )
+        found = self._device.fault_texts()
         self._device.launches.clear()
         return found
 
     def refusals(self) -> list[str]:
-        """Launches that need more than the architecture has."""
+        """Return the reasons for which launches were refused, and forget them."""
         if self._device is None:
             return []
         found = sorted(set(self._device.refusals))
@@ -67,5 +71,5 @@ class EmulatedDevice(devices.Device):
 
 
 def sm_89() -> EmulatedDevice:
-    """Compute capability 8.9."""
+    """Return a device of compute capability 8.9."""
     return EmulatedDevice(89)

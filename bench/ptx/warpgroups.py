@@ -12,14 +12,16 @@ from .state import IN_FLIGHT, SEVERAL, UNWRITTEN, Group, State
 
 
 class WarpgroupProducts(State):
-    """Products of a warpgroup. They are computed at once; operands count as in use until a wait covers them."""
+    """Products of a warpgroup. They are computed immediately; their operands stay in use until a wait covers them."""
 
     def proxy(self, group: Group, mask: Any) -> None:
+        """Record a fence.proxy.async."""
         if not self.program.wgmma:
             return
         self.fences[np.arange(group.count) if mask is None else np.unique(group.block[group.full(mask)])] += 1
 
     def wgmma_fence(self, group: Group, mask: Any) -> None:
+        """Record a wgmma.fence: registers that were written before may be used by products."""
         if mask is None:
             group.unfenced.clear()
             return
@@ -28,9 +30,11 @@ class WarpgroupProducts(State):
             warps &= ~active
 
     def wgmma_commit(self, group: Group, mask: Any) -> None:
+        """Close a group of products."""
         group.products += group.active(mask)
 
     def wgmma_wait(self, group: Group, count: int, mask: Any) -> None:
+        """Complete all groups of products except the last `count`."""
         active = group.active(mask)
         kept = []
         for entry in group.pending:
@@ -48,7 +52,16 @@ class WarpgroupProducts(State):
         group.pending = kept
 
     def touch(self, group: Group, number: int, reads: Any, writes: Any, fresh: bool, mask: Any) -> None:
-        """Look for registers of wgmma that another instruction reads or writes too early."""
+        """Look for registers of products in flight that another instruction reads or writes.
+
+        Args:
+            group: The lanes.
+            number: The instruction.
+            reads: Indices of the registers that it reads.
+            writes: Indices of the registers that it writes.
+            fresh: Whether written registers need a wgmma.fence before the next product.
+            mask: Active lanes, or None for all.
+        """
         active = group.active(mask)
         for registers, warps, *_ in group.pending:
             results, operands = registers
@@ -67,7 +80,7 @@ class WarpgroupProducts(State):
     def _matrix(
         self, group: Group, number: int, one: Any, size: int, kind: str, major: bool, active: Any
     ) -> tuple[Any, Any]:
-        """Return the matrix (units, size, depth) of a descriptor, and the chunks of 16 bytes it was read from."""
+        """Return the matrix (units, size, depth) of a descriptor, and the chunks of 16 bytes that it was read from."""
         width = 4 if kind == "tf32" else 2
         units = len(active)
         words = group.full(one).reshape(units, -1)
@@ -138,7 +151,22 @@ class WarpgroupProducts(State):
         majors: tuple[bool, bool],
         registers: Any,
     ) -> list[Any]:
-        """Return the new accumulators. Warps may run one after the other, because each owns 16 rows."""
+        """Return the new accumulators; each warp owns 16 rows, so warps may run one after the other.
+
+        Args:
+            group: The lanes.
+            number: The instruction.
+            mask: Active lanes, or None for all.
+            shape: (n, k).
+            kind: Type of the operands: "f16", "bf16" or "tf32".
+            to: Accumulators.
+            a: Left operand: a tuple of registers, or a descriptor.
+            b: Descriptor of the right operand.
+            keep: Whether the accumulators are added.
+            scales: Signs of the operands.
+            majors: Whether each operand is stored along its other dimension than k.
+            registers: Indices of the accumulators, and of the registers of the left operand.
+        """
         size, depth = shape
         warps = group.lanes // 32
         together = 4 if group.width % 128 == 0 else 1
@@ -150,7 +178,7 @@ class WarpgroupProducts(State):
                 self.report(
                     "barrier",
                     number,
-                    "threads of a warpgroup part at wgmma",
+                    "threads of a warpgroup diverge at wgmma",
                     int((whole.any(1) != whole.all(1)).sum()),
                 )
         if self.check and group.unfenced:
@@ -185,7 +213,7 @@ class WarpgroupProducts(State):
             self._taken(group, number, everything, owner, active)
             held = everything[active[owner]]
         group.pending.append([registers, active.copy(), group.products.copy(), held, owner[active[owner]]])
-        # By 16 rows however many warps run at once: the sums of a larger product may be taken in another order.
+        # Always 16 rows at a time, because a larger product may be summed in another order.
         by_warp = first.reshape(units, together, 16, depth)
         product = np.matmul(by_warp, second.transpose(0, 2, 1)[:, None]).reshape(
             warps, 2, 8, size // 8, 4, 2
@@ -202,7 +230,7 @@ class WarpgroupProducts(State):
         return results
 
     def _taken(self, group: Group, number: int, chunks: Any, owner: Any, active: Any) -> None:
-        """Look for hazards of what wgmma reads; all warps of the warpgroup read it."""
+        """Look for hazards of the shared memory that a product reads; all warps of the warpgroup read it."""
         chosen = active[owner]
         chunks = chunks[chosen]
         if not len(chunks):

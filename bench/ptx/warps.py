@@ -48,6 +48,7 @@ class Warps(State):
         return np.ones((group.lanes // 32, 32), bool) if mask is None else group.full(mask).reshape(-1, 32)
 
     def reduce(self, group: Group, name: str, value: Any, members: Any, mask: Any) -> Any:
+        """Return the reduction of a value over the member lanes of each warp."""
         rows = group.full(value).reshape(-1, 32)
         bits = group.full(members).reshape(-1, 32)
         chosen = ((bits >> np.arange(32, dtype=u4)) & u4(1)).astype(bool) & self._members(group, mask)
@@ -67,6 +68,7 @@ class Warps(State):
         return np.repeat(result.astype(rows.dtype), 32)
 
     def vote(self, group: Group, mode: str, value: Any, mask: Any) -> Any:
+        """Return the vote of the active lanes of each warp: "any", "all", "uni" or "ballot"."""
         rows = group.full(value).reshape(-1, 32)
         active = self._members(group, mask)
         if mode == "any":
@@ -79,6 +81,6 @@ class Warps(State):
         return np.repeat(bits, 32)
 
     def trap(self, group: Group, number: int, mask: Any) -> None:
-        self.report(
-            "trap", number, "the kernel trapped", group.lanes if mask is None else int(group.full(mask).sum())
-        )
+        """Report a trap."""
+        lanes = group.lanes if mask is None else int(group.full(mask).sum())
+        self.report("trap", number, "the kernel trapped", lanes)

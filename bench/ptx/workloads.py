@@ -1,8 +1,8 @@
-"""What is launched at the article's shapes, executed and counted on an emulated GPU.
+"""Launches at the article's shapes, executed and counted on an emulated GPU.
 
-One image of 512×512 pixels, pvt_v2_b2 maps, C = 256, H = 8, r = 64, links 4→3, 4→2 and 4→1. Of a large grid every
-n-th program runs, so that programs of every kind run in the proportion in which they are launched. A bound is the time
-of the busiest unit of the GPU; it includes no latency. Bounds are simulated times, not measurements.
+The shapes are one image of 512×512 pixels, pvt_v2_b2 maps, C = 256, H = 8, r = 64, links 4→3, 4→2 and 4→1. Of a large
+grid every n-th program runs, so that all kinds of programs run in their proportion. A bound is the time of the busiest
+unit of the GPU and includes no latency. Bounds are simulated times, not measurements.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ from srm_kernels.options import KeySide, LandmarkOptions, SolveOptions
 from .device import Launch, emulated_device
 
 HEADS, WIDTH, RANK, QUERIES, KEYS = 8, 32, 64, 128 * 128, 256
-LEAST_PROGRAMS = 8  # that run of a grid
-MOST_STRIDE = 32  # divides the neck's programs of every kind but pooling, for one image
+LEAST_PROGRAMS = 8  # of a grid that run
+MOST_STRIDE = 32  # divides the number of the neck's programs of every kind except pooling, for one image
 
 
 class Workload(NamedTuple):
-    """What is launched for one image."""
+    """Launches for one image; `call` takes the dtype of tokens and maps."""
 
     name: str
     call: Callable[[torch.dtype], None]
 
 
 def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    """Standard normal numbers, the same for the same shape."""
+    """Return standard normal numbers, the same for the same shape."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
 def sample(name: str, grid: Sequence[int]) -> list[int] | None:
-    """The programs of a grid that run: all of a small one, else every n-th, n a power of two."""
+    """Return the programs of a grid that run: every n-th, n a power of two, or None for all of a small grid."""
     count = math.prod(grid)
     stride = min(MOST_STRIDE, 1 << max(0, (count // LEAST_PROGRAMS).bit_length() - 1))
     return None if stride == 1 else list(range(stride // 2, count, stride))
 
 
 def attention(dtype: torch.dtype) -> None:
-    """The query side of Nyström attention, forward and backward."""
+    """Launch the query side of Nyström attention, forward and backward."""
     from srm_kernels.attention import kernels
 
     query = random(1, HEADS, QUERIES, WIDTH, dtype=dtype)
@@ -55,7 +55,7 @@ def attention(dtype: torch.dtype) -> None:
 
 
 def key_sides(links: int) -> Callable[[torch.dtype], None]:
-    """The key sides of some links together, forward and backward."""
+    """Return a call that launches the key sides of several links together, forward and backward."""
 
     def call(dtype: torch.dtype) -> None:
         from srm_kernels.attention import key_kernels
@@ -69,7 +69,7 @@ def key_sides(links: int) -> Callable[[torch.dtype], None]:
 
 
 def neck(dyt: bool, statistics: bool) -> Callable[[torch.dtype], None]:
-    """The fused neck after the key sides: forward and backward, scale, gate and pooling included."""
+    """Return a call that launches the fused neck after the key sides, forward and backward, with gate and pooling."""
 
     def call(dtype: torch.dtype) -> None:
         name = str(dtype).removeprefix("torch.")
@@ -80,7 +80,7 @@ def neck(dyt: bool, statistics: bool) -> Callable[[torch.dtype], None]:
 
 
 def solve(dtype: torch.dtype) -> None:
-    """The landmark systems of a link by elimination, forward and backward; fp32 whatever the dtype."""
+    """Launch the solve of the landmark systems of a link, forward and backward, in fp32 for every dtype."""
     from srm_kernels.conditioning import kernels
 
     keys = random(HEADS, RANK, WIDTH, dtype=torch.float32)
@@ -107,7 +107,14 @@ def counted(
     dtype: torch.dtype = torch.bfloat16,
     names: set[str] | None = None,
 ) -> Iterator[tuple[Workload, Launch]]:
-    """Every launch of the workloads with what was counted of it; `names` are the kernels to run, all by default."""
+    """Yield every launch of the workloads with its counters.
+
+    Args:
+        workloads: What to launch.
+        architecture: Compute capability times ten.
+        dtype: Dtype of tokens and maps.
+        names: Kernels to execute, or None for all.
+    """
     for workload in workloads:
         with emulated_device(architecture, check=False, count=True, blocks=sample, names=names) as device:
             workload.call(dtype)

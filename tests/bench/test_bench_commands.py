@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from bench import attention, conditioning, loading, neck
-from bench.harness import read
+from srm_model.profiling.results import read
 
 ATTENTION = [
     "--device",
@@ -40,13 +40,13 @@ def test_attention_as_ratios(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr(torch, "compile", lambda call, dynamic: call)  # takes a compiler and half a minute
-    more = ["--dtype", "bfloat16", "--compile", "--out", str(tmp_path), "--note", "a look", "--kernels"]
+    more = ["--dtype", "bf16", "--compile", "--out", str(tmp_path), "--note", "a look", "--kernels"]
     given(monkeypatch, *ATTENTION, "--shapes", "64", "16", "--batch", "2", *more)
     attention.main()
     printed = capsys.readouterr().out
-    assert "bfloat16, B=2 H=2 d=8 r=4, forward, solver cholesky" in printed
+    assert "bf16, B=2 H=2 d=8 r=4, forward, solver cholesky" in printed
     (line,) = (line for line in printed.splitlines() if "64 × 16" in line)
-    assert [part.split(" 1/")[0].strip() for part in line.split("of it: ")[1].split(",")] == [
+    assert [part.rsplit(" ", 1)[0].strip() for part in line.split("speedup: ")[1].split(",")] == [
         "default",
         "reference",
         "svd",
@@ -65,13 +65,13 @@ def test_attention_as_ratios(
         "a look",
     ]
     assert all(row["milliseconds"][name]["count"] == 2 for name in row["typical"])
-    assert f"default 1/{row['typical']['exact'] / row['typical']['default']:.2f}" in line
+    assert f"default {row['typical']['exact'] / row['typical']['default']:.2f}x" in line
 
 
 def test_a_compiled_rival_is_seen_through_and_computes_the_same(monkeypatch: pytest.MonkeyPatch):
     """An operator of this project would be one node, and nothing of it compiled."""
-    sizes = {"device": "cpu", "dtype": "float32", "heads": 2, "width": 8, "rank": 16, "backward": False}
-    compiling = argparse.Namespace(**sizes, compile=True)
+    sizes = {"device": "cpu", "dtype": "fp32", "batch": 1, "heads": 2, "width": 8, "rank": 16}
+    compiling = argparse.Namespace(**sizes, backward=False, compile=True)
     seen: list[str] = []
 
     def backend(module: torch.fx.GraphModule, _: object) -> object:
@@ -81,7 +81,7 @@ def test_a_compiled_rival_is_seen_through_and_computes_the_same(monkeypatch: pyt
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     torch.compiler.reset()
     calls = attention.rivals(compiling)
-    inputs = attention.tokens(32, 24, 1, compiling)
+    inputs = attention.tokens(32, 24, compiling)
     for name in ("reference", "svd", "torch"):
         seen.clear()
         torch.testing.assert_close(calls[f"{name} compiled"](*inputs), calls[name](*inputs))
@@ -89,19 +89,18 @@ def test_a_compiled_rival_is_seen_through_and_computes_the_same(monkeypatch: pyt
         assert not [target for target in seen if "srm" in target or "nystrom" in target]
 
 
-def test_attention_backward_and_its_crossover(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_attention_backward_marks_a_missed_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(attention, "CROSSOVER_KEYS", (8, 16))
-    monkeypatch.setattr(attention, "CROSSOVER_BATCHES", (1, 2))
-    given(monkeypatch, *ATTENTION, "--backward", "--crossover", "--queries", "32")
+    monkeypatch.setattr(attention, "SHAPES", ((32, 16, 1e-9), (32, 16, 1e9)))
+    given(monkeypatch, *ATTENTION, "--backward", "--out", str(tmp_path))
     attention.main()
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == "exact / default at N_q=32, forward and backward; - marks a loss"
-    assert [line.split()[0] for line in lines[3:]] == ["8", "16"]
-    for ratio in (ratio for line in lines[3:] for ratio in line.split()[1:]):
-        assert float(ratio.rstrip("-")) > 0
-        assert ratio.endswith("-") == (float(ratio.rstrip("-")) < 1) or ratio.startswith("1.00")
+    title, missed, kept = capsys.readouterr().out.splitlines()
+    assert "r=4, forward and backward, solver cholesky" in title
+    assert missed.endswith("  ! target of default: 1000000000x")
+    assert "!" not in kept
+    rows = read(tmp_path / "cpu" / "attention.jsonl")
+    assert [row["direction"] for row in rows] == ["backward"] * 2
 
 
 def test_solvers_and_the_search_write_their_machine_first(
@@ -183,4 +182,4 @@ def test_loading_takes_the_least_processor_time_of_one_image():
 def test_loading_without_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         loading.main([str(tmp_path)])
-    assert "no image is in it" in capsys.readouterr().err
+    assert "no images in it" in capsys.readouterr().err

@@ -161,14 +161,14 @@ def test_what_cannot_run_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_fails_only_while_it_is_timed_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    honest, count = growth.harness.peak, itertools.count()
+    honest, count = growth.peak, itertools.count()
 
     def failing(*args: Any) -> Any:
         if next(count) == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return honest(*args)
 
-    monkeypatch.setattr(growth.harness, "peak", failing)
+    monkeypatch.setattr(growth, "peak", failing)
     arguments = [
         *QUICK,
         "--out",

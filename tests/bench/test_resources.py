@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from bench.harness import read
 from bench.resources import Resources, Table
+from srm_model.profiling.results import read
 
 ROOT = Path(__file__).resolve().parents[2]
 

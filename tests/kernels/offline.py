@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench.harness import read
+from srm_model.profiling.results import read
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 COMPILED = ROOT / "bench/results/compiled/resources.jsonl"

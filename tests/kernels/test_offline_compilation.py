@@ -20,9 +20,9 @@ from typing import Any
 import pytest
 from offline import COMPILED, ROOT, compiled, run
 
-from bench.harness import read
 from bench.resources import ARCHITECTURES, SHARED_LIMIT, Resources
 from srm_kernels.conditioning import SOLVERS_OF_KERNELS
+from srm_model.profiling.results import read
 
 triton = pytest.importorskip("triton")
 WHOLE = triton.__version__ in {row["machine"]["triton"] for row in read(COMPILED)}

@@ -20,6 +20,8 @@ from ptx_kernels import (
 )
 
 from bench.ptx import emulated_device
+from bench.ptx.arithmetic import saturate
+from bench.ptx.parse import parse
 
 ARCHITECTURES = (80, 86, 89, 90, 120)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -168,3 +170,15 @@ def test_pairs_of_integers():
     for thread, found in enumerate(planted(body)[1].view(np.int16).reshape(64, 2).tolist()):
         halves = np.array([65535 * thread + 131070], np.uint32).view(np.int16)
         assert found == np.maximum(halves + halves, halves).tolist()
+
+
+def test_saturation_turns_nan_into_zero():
+    """As the PTX manual defines .sat."""
+    x = np.array([math.nan, -1, 0.25, 2, math.inf, -math.inf], np.float32)
+    assert saturate(x).tolist() == [0, 0, 0.25, 1, 1, 0]
+
+
+def test_a_local_array_in_a_body_is_no_source_line():
+    kernel = parse(".visible .entry k()\n{\n.local .align 8 .b8 depot[16];\n.loc\t1 20 3\nret;\n}\n")
+    assert (kernel.local, kernel.local_bytes) == ({"depot": 0}, 16)
+    assert [ins.loc for ins in kernel.instructions] == [(1, 20)]

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from bench.harness import read
 from bench.ptx import report, workloads
 from bench.ptx.rates import Gpu
 from srm_kernels import rms_scale
+from srm_model.profiling.results import read
 
 
 def test_programs_of_every_kind_run_in_the_proportion_in_which_they_are_launched():

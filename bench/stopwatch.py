@@ -1,0 +1,29 @@
+"""Time of a call. Needs torch alone, because `bench.worker` times other checkouts with it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def milliseconds(call: Callable[[], object], device: torch.device, count: int = 1) -> float:
+    """Run `count` calls in a row and return the milliseconds of one.
+
+    A GPU is timed with CUDA events. A CPU is timed by the CPU time of the process if torch has one thread, since other
+    processes barely affect that, and by wall-clock time otherwise.
+    """
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(count):
+            call()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / count
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    begin = clock()
+    for _ in range(count):
+        call()
+    return (clock() - begin) * 1e3 / count

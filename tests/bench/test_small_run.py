@@ -1,0 +1,20 @@
+"""`bench.small_run` launches by the options that attention has, here in Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from bench import small_run
+from srm_kernels.attention import configurations
+
+
+def test_every_method_runs_with_keys_divided_among_programs(monkeypatch: pytest.MonkeyPatch):
+    for name in vars(configurations):
+        if name.startswith(("MOST_", "LEAST_")):
+            monkeypatch.setattr(configurations, name, getattr(configurations, name))  # restored at the end
+    monkeypatch.setattr(small_run, "LIMITS", small_run.LIMITS[1:2])
+    monkeypatch.setattr(small_run, "DTYPES", (torch.float32,))
+    small_run.run("cpu")
+    assert configurations.MOST_KEYS_OF_ONE_PROGRAM == 16

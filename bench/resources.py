@@ -3,7 +3,7 @@
 The launches that the package makes for a shape and a device are recorded instead of run. Each is compiled for the
 architecture of the device, and the log of ptxas is read. This shows whether a kernel fits, not how fast it is.
 
-`--out FILE` keeps a row of each launch, with a digest of everything that it was compiled from: the source of the kernel
+`--out FILE` keeps a row of each launch, with a digest of everything that it was compiled from: the code of the kernel
 and of the functions it calls, its constants and options, the architecture and the version of Triton. A launch whose
 digest is in FILE is not compiled again. Rows of launches that no longer exist are dropped.
 """
@@ -11,6 +11,7 @@ digest is in FILE is not compiled again. Rows of launches that no longer exist a
 from __future__ import annotations
 
 import argparse
+import ast
 import hashlib
 import io
 import json
@@ -109,8 +110,16 @@ def source_of(launch: Launch) -> Source:
     return source
 
 
+def _code(source: str) -> str:
+    """Return a function's code without its docstring and comments, and whatever its lines look like."""
+    (function,) = ast.parse(source).body
+    if ast.get_docstring(function) is not None:
+        del function.body[0]
+    return ast.dump(function)
+
+
 def sources(kernel: Any, found: dict[str, str] | None = None) -> dict[str, str]:
-    """Return the sources of a kernel and of all functions it calls, and the constants they read, by qualified name."""
+    """Return the code of a kernel and of all functions it calls, and the constants they read, by qualified name."""
     from triton.language import constexpr
     from triton.runtime.jit import JITCallable
 
@@ -118,7 +127,7 @@ def sources(kernel: Any, found: dict[str, str] | None = None) -> dict[str, str]:
     name = f"{kernel.fn.__module__}.{kernel.fn.__qualname__}"
     if name in found:
         return found
-    found[name] = kernel.src
+    found[name] = _code(kernel.src)
     for used in kernel.fn.__code__.co_names:
         value = kernel.fn.__globals__.get(used)
         if isinstance(value, JITCallable):

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from bench.resources import Resources, Table
+from bench.resources import Resources, Table, _code
 from srm_model.profiling.results import read
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,7 +37,7 @@ def test_rows_are_taken_over_replaced_and_dropped(tmp_path: Path):
 
 
 def test_a_digest_is_of_sources_constants_and_architecture():
-    """Each counts, as do the number of warps and the source of what a kernel calls."""
+    """Each counts, as do the number of warps and the code of what a kernel calls; comments and lines do not."""
     pytest.importorskip("triton")
     code = """
 from bench import resources, shapes
@@ -51,6 +51,8 @@ found.append(digest(options=options | {name: not options[name]}))
 names = kernel.fn.__globals__
 called = names[next(name for name in kernel.fn.__code__.co_names if hasattr(names.get(name), "src"))]
 called._unsafe_update_src(called.src + "    # changed\\n")
+found.insert(2, digest())
+called._unsafe_update_src(called.src + "    changed = 0\\n")
 found.append(digest())
 print(*found)
 """
@@ -60,6 +62,9 @@ print(*found)
         [sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=ROOT, check=False
     )
     assert done.returncode == 0, done.stderr
-    first, again, *others = done.stdout.split()
-    assert first == again
+    first, again, commented, *others = done.stdout.split()
+    assert first == again == commented
+    plain = _code("def f(a):\n    return a")
+    assert plain == _code('def f(\n    a,\n):\n    """Changed."""\n\n    return a  # changed')
+    assert plain != _code('def f(a):\n    """Return."""\n    return -a')
     assert len({first, *others}) == 5

@@ -174,8 +174,10 @@ def diagnosed(
     x, used, chosen = solved(logits, rhs, options, backend)
     chosen = "reference" if chosen == "triton" else chosen  # diagnostics have no kernels
     with torch.no_grad():
-        found = _diagnose(logits, rhs, x, used, options.ridge, options.equilibrate, estimate, chosen)
-    return LandmarkSolution(x, *found, used)
+        kappa, residual, gain = _diagnose(
+            logits, rhs, x, used, options.ridge, options.equilibrate, estimate, chosen
+        )
+    return LandmarkSolution(x, kappa, residual, gain, used)
 
 
 def _variant(options: SolveOptions) -> str:

@@ -128,7 +128,7 @@ def token_tile(
 
 
 def strip_warps(rank: int, d: int, dtype: torch.dtype, statistics: bool) -> int:
-    """Return the warps; only 2 for a tile of 32 positions with the statistic, whose two rows of products more repeat."""
+    """Return the warps: 2 for the statistic's tile of 32 positions, whose two rows of products more would repeat."""
     return 2 if dtype == torch.bfloat16 and statistics and not heavy(rank, d) else warps(rank, d)
 
 

@@ -61,7 +61,6 @@ def widened(tensors: Sequence[Tensor], like: Tensor) -> list[Tensor]:
 
 
 def _agree(tensors: Sequence[Any]) -> bool:
-    """Return whether there is nothing to cast."""
     return not all(map(enabled, tensors)) or all(tensor.dtype == tensors[0].dtype for tensor in tensors)
 
 

@@ -83,7 +83,6 @@ def _pooled_op(*args: Any) -> int:
 def _merge_op(
     pooled: Shape, probabilities: Shape, xs: Sequence[Shape], align_weights: Sequence[Shape], *_: Any
 ) -> int:
-    """The alignment of the pooled maps, and P̄ X and W_O of every link."""
     B, cells, channels = pooled
     C = align_weights[0][0]
     links = sum(heads * cells * rank * d + cells * C * C for _, heads, rank, d in xs)
@@ -153,26 +152,19 @@ def _quiet(name: str) -> Iterator[None]:
 def _register() -> None:
     with _quiet("torch.utils.flop_counter"):
         from torch.utils.flop_counter import register_flop_formula
+
+    def formula(macs: Callable[..., int], factor: int, first: int) -> Callable[..., int]:
+        def flops(*args: Any, out_shape: Any = None, **_: Any) -> int:
+            return 2 * factor * macs(*args[first:])
+
+        return flops
+
     for operator, macs in MACS.items():
         packet = operator.overloadpacket
-
-        def forward(*args: Any, macs: Callable[..., int] = macs, out_shape: Any = None, **_: Any) -> int:
-            return 2 * macs(*args)
-
-        def backward(
-            grads: Any,
-            results: Any,
-            *args: Any,
-            macs: Callable[..., int] = macs,
-            out_shape: Any = None,
-            **_: Any,
-        ) -> int:
-            return 2 * BACKWARD_FACTOR * macs(*args)
-
-        register_flop_formula(packet)(forward)
+        register_flop_formula(packet)(formula(macs, 1, 0))
         derivative = getattr(torch.ops.srm, f"{packet.__name__}_backward", None)
-        if derivative is not None:
-            register_flop_formula(derivative)(backward)
+        if derivative is not None:  # its first arguments are grads and results
+            register_flop_formula(derivative)(formula(macs, BACKWARD_FACTOR, 2))
 
 
 def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:

@@ -255,7 +255,6 @@ def _packed(function: Implementation, kinds: Sequence[str], ahead: int = 0) -> I
 
 
 def _define(name: str, schema: str, implementation: Implementation, fake: Callable[..., Any]) -> OpOverload:
-    """Define `srm::name`, which torch.compile does not trace into."""
     _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, torch._disable_dynamo(implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"srm::{name}", fake, lib=_library)
@@ -264,8 +263,6 @@ def _define(name: str, schema: str, implementation: Implementation, fake: Callab
 
 
 def _register_vmap(operator: OpOverload) -> None:
-    """Run a batch of calls one by one under vmap."""
-
     @torch._disable_dynamo
     def one_by_one(info: Any, dims: Sequence[Any], *args: Any) -> Any:
         results = [operator(*_entry(list(args), list(dims), i)) for i in range(info.batch_size)]
@@ -347,7 +344,6 @@ def _is_tensors(value: Any) -> bool:
 
 
 def _places(inputs: Sequence[Any]) -> list[Place]:
-    """Return the places of the tensors among the arguments."""
     places: list[Place] = []
     for index, value in enumerate(inputs):
         if isinstance(value, Tensor):
@@ -366,7 +362,6 @@ def _entry(value: Any, dim: Any, i: int) -> Any:
 
 
 def _copied(inputs: Sequence[Any]) -> list[Any]:
-    """Copy the arguments and the lists among them."""
     return [list(value) if isinstance(value, list) else value for value in inputs]
 
 

@@ -302,7 +302,6 @@ def _attend(
 def _diagnosed(
     key: Tensor, value: Tensor, landmarks: Tensor, options: AttentionOptions, estimate: bool, backend: str
 ) -> LandmarkSolution:
-    """Solve the system of these landmarks with diagnostics."""
     s, qk_norm = options.scale, options.qk_norm
     if backend == "triton":
         choice = LandmarkOptions(landmarks.shape[-1], options.choice.method, options.choice.gamma)
@@ -400,7 +399,6 @@ def _options(
     solve_dtype: str,
     **solve: Any,
 ) -> AttentionOptions:
-    """Return checked options; `qk_norm` and `scale` are checked before."""
     check_choice("solve_dtype", solve_dtype, SOLVE_DTYPES)
     s = 1 / math.sqrt(d) if scale is None else float(scale)
     choice = landmark_options(rank, method, gamma, generator)

@@ -148,5 +148,4 @@ def stages(tensor: Tensor) -> int:
 
 
 def _padded(size: int) -> int:
-    """Return the side of a tile that holds `size` entries: a power of two, at least 16."""
     return max(16, 1 << (size - 1).bit_length())

@@ -336,7 +336,6 @@ def _scores_kernel(
 
 @triton.jit(do_not_specialize=["N"])
 def _largest_kernel(scores_ptr, landmarks_ptr, N, rank: tl.constexpr, R: tl.constexpr):
-    """The landmarks of one (b, h)."""
     head = tl.program_id(0).to(tl.int64)
     store_largest(landmarks_ptr + head * rank, scores_ptr + head * N, N, rank, R)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,12 +11,11 @@ from .. import autocast
 from ..checks import check_choice, check_count, check_flag, check_number, check_tensors, wide_dtype
 from ..options import SolveOptions
 from ..registration import later, register_operator
-from ..runtime import choose_backend, kept, triton_refusal
+from ..runtime import choose_kernels
 from . import cpu, reference
 from .reference import SOLVERS, Solver
 
 DIAGNOSTICS = (True, False, "estimate")
-_IMPLEMENTATIONS = ("torch", "reference", "triton")
 SOLVERS_OF_KERNELS = (
     "cholesky",
     "lu",
@@ -66,7 +64,7 @@ _diagnose = register_operator(
     "landmark_diagnostics",
     "Tensor logits, Tensor rhs, Tensor x, Tensor used, float ridge, bool equilibrate, bool estimate",
     "(Tensor, Tensor, Tensor)",
-    dict.fromkeys(_IMPLEMENTATIONS, reference.landmark_diagnostics),
+    dict.fromkeys(("reference", "torch"), reference.landmark_diagnostics),
     fake=lambda logits, rhs, x, *_: tuple(x.new_empty(x.shape[:-2]) for _ in range(3)),
 )
 
@@ -152,16 +150,15 @@ def solved(
     logits: Tensor, rhs: Tensor, options: SolveOptions, backend: str | None
 ) -> tuple[Tensor, Tensor, str]:
     """Return X, the `Solver` of each matrix, and the backend that ran; arguments are not checked."""
-    variant, call = _variant(options), (rhs.shape,)
-    chosen = kept(backend, rhs, "landmark_solve", variant, call) or choose_backend(
+    chosen = choose_kernels(
         backend,
-        _IMPLEMENTATIONS,
+        rhs,
         "landmark_solve",
-        partial(_refusal, rhs, options),
-        tensor=rhs,
+        lambda: _refusal(rhs, options),
+        plain=("torch", "reference"),
         sizes=lambda: (rhs.shape[-2], rhs.shape[-1]),
-        variant=variant,
-        call=call,
+        variant=_variant(options),
+        call=(rhs.shape,),
     )
     x, used = _solve(logits, rhs, *options.flat(), chosen)
     return x, used, chosen
@@ -184,17 +181,14 @@ def _variant(options: SolveOptions) -> str:
     return f"{options.solver}, equilibrated" if options.equilibrate else options.solver
 
 
-def _refusal(rhs: Tensor, options: SolveOptions, name: str) -> str | None:
-    if name != "triton":
-        return None
-    reason = triton_refusal(rhs)
+def _refusal(rhs: Tensor, options: SolveOptions) -> str | None:
     r, d = rhs.shape[-2:]
-    if reason is None and max(r, d) > _LARGEST:
+    if max(r, d) > _LARGEST:
         return f"its kernels support r and d up to {_LARGEST}, and r is {r} and d {d}"
-    if reason is None and not has_kernels(options):
+    if not has_kernels(options):
         kernels = " and ".join(SOLVERS_OF_KERNELS)
         return f"it has kernels for {kernels} without equilibration, not for {_variant(options)}"
-    return reason
+    return None
 
 
 def has_kernels(options: SolveOptions) -> bool:

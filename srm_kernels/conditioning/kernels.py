@@ -102,14 +102,12 @@ def _matrices(tensor: Tensor) -> Tensor:
 
 @triton.jit
 def _column(a, k, R: tl.constexpr):
-    """Column k of a tile."""
     j = tl.arange(0, R)
     return tl.sum(tl.where(j[None, :] == k, a, 0.0), 1)
 
 
 @triton.jit
 def _row(a, k, R: tl.constexpr):
-    """Row k of a tile."""
     i = tl.arange(0, R)
     return tl.sum(tl.where(i[:, None] == k, a, 0.0), 0)
 

@@ -121,7 +121,6 @@ def _system(logits: Tensor, rhs: Tensor, ridge: float, equilibrate: bool) -> Sys
 
 
 def _unscaled(system: System, Z: Tensor) -> Tensor:
-    """Return X = D_c Z."""
     return Z if system.right is None else system.right[..., None] * Z
 
 
@@ -267,8 +266,6 @@ def _svd(A: Tensor, ridge: float, mask: Tensor | None) -> Solve:
 
 
 def _within(mask: Tensor, solve: Solve) -> Solve:
-    """Extend the solve of the matrices in the mask to the whole batch."""
-
     def scattered(rhs: Tensor, transposed: bool) -> Tensor:
         result = torch.zeros_like(rhs)
         result[mask] = solve(rhs[mask], transposed)

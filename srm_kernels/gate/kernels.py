@@ -397,7 +397,6 @@ def gate_losses_backward(
 
 
 def _shape(maps: Tensor) -> dict[str, Any]:
-    """Return the arguments that all launches over maps (B, S, C, h, w) share."""
     _, S, C, h, w = maps.shape
     elements = {"elements": C * h * w, "h": h, "w": w, "parts": -(-C * h * w // BLOCK)}
     tile = {"S": S, "STAGES": power_of_two(S), "BLOCK": BLOCK, "num_warps": 4}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,12 +10,11 @@ from torch import Tensor
 from ..checks import check_choice, check_count, check_number, check_tokens, wide_dtype
 from ..options import LandmarkOptions
 from ..registration import later, register_operator
-from ..runtime import choose_backend, few_threads, triton_refusal
+from ..runtime import choose_kernels, few_threads
 from . import reference
 from .reference import METHODS
 
 METHODS_OF_KERNELS = tuple(name for name, method in METHODS.items() if method.kernels)
-_IMPLEMENTATIONS = ("reference", "torch", "triton")
 _KERNELS = f"{__name__}.kernels"
 
 _leverage = register_operator(
@@ -60,12 +58,11 @@ def ridge_leverage_scores(key: Tensor, *, gamma: float = 1e-3, backend: str | No
     """
     check_tokens("key", key)
     check_number("gamma", gamma, above=0)
-    chosen = choose_backend(
+    chosen = choose_kernels(
         backend,
-        _IMPLEMENTATIONS,
+        key,
         "ridge_leverage_scores",
-        partial(_refusal, key, 1, "leverage"),
-        tensor=key,
+        lambda: kernel_limits(key.shape[3]),
         sizes=lambda: (key.shape[2], key.shape[3]),
         call=(key.shape,),
     )
@@ -130,12 +127,11 @@ def selected(key: Tensor, options: LandmarkOptions, scale: float, backend: str |
     if options.generator is not None:
         count = METHODS[method].draws(rank, key.shape[2])
         random = reference.uniform_numbers(count, options.generator).to(key.device) if count else None
-    chosen = choose_backend(
+    chosen = choose_kernels(
         backend,
-        _IMPLEMENTATIONS,
+        key,
         "select_landmarks",
-        partial(_refusal, key, rank, method),
-        tensor=key,
+        lambda: kernel_limits(key.shape[3], rank) or _without_kernels(method),
         sizes=lambda: (key.shape[2], rank, key.shape[3]),
         variant=method,
         call=(key.shape, rank),
@@ -164,10 +160,7 @@ def kernel_limits(d: int, rank: int = 1) -> str | None:
     return None
 
 
-def _refusal(key: Tensor, rank: int, method: str, name: str) -> str | None:
-    if name != "triton":
+def _without_kernels(method: str) -> str | None:
+    if method in METHODS_OF_KERNELS:
         return None
-    reason = triton_refusal(key) or kernel_limits(key.shape[-1], rank)
-    if reason is None and method not in METHODS_OF_KERNELS:
-        return f"it has kernels for {' and '.join(METHODS_OF_KERNELS)}, not for {method}"
-    return reason
+    return f"it has kernels for {' and '.join(METHODS_OF_KERNELS)}, not for {method}"

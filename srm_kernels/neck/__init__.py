@@ -19,14 +19,13 @@ from ..attention import QK_NORMS, _over_batch
 from ..autocast import check_parameter
 from ..checks import check_choice, check_count, check_number, check_tensors, wide_dtype
 from ..landmarks import kernel_limits
+from ..options import QuerySides
 from ..registration import later, register_operator
 from ..runtime import choose_kernels, interpreting, roomy
 from ..scale import RMSScale
 from . import reference, tiled
 
-_KERNELS, _BACKWARD, _ENDS = (
-    f"{__name__}.{module}" for module in ("kernels", "backward_kernels", "end_kernels")
-)
+_KERNELS, _BACKWARD, _ENDS = (f"{__name__}.{part}kernels" for part in ("", "backward_", "end_"))
 LARGEST_GRID = 32
 LARGEST_TILE = 64 * 128  # r·d
 MOST_CHANNELS = 256  # of tokens that a program holds at once
@@ -89,26 +88,15 @@ _project = register_operator(
 )
 
 
-def _fake_links(
-    maps: list[Tensor],
-    align_weights: list[Tensor],
-    align_biases: list[Tensor],
-    alphas: list[Tensor],
-    weights: list[Tensor],
-    biases: list[Tensor],
-    query_weights: list[Tensor],
-    keys: list[Tensor],
-    xs: list[Tensor],
-    targets: list[int],
-    size: int,
-    *others: object,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_links(*flat: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sides = QuerySides(*flat)
+    maps, keys, cells = sides.maps, sides.keys, sides.size * sides.size
     B, H, _, d = keys[0].shape
     L, most = len(keys), max(k.shape[2] for k in keys)
-    shapes = ((L, B, H, d), (L, B, H)) if xs else ((0,), (0,))
+    shapes = ((L, B, H, d), (L, B, H)) if sides.xs else ((0,), (0,))
     return (
-        keys[0].new_empty((L, B, H, size * size, most)),
-        maps[0].new_empty((B, size * size, sum(m.shape[1] for m in maps))),
+        keys[0].new_empty((L, B, H, cells, most)),
+        maps[0].new_empty((B, cells, sum(m.shape[1] for m in maps))),
         keys[0].new_empty(shapes[0]),
         keys[0].new_empty(shapes[1]),
     )
@@ -124,20 +112,8 @@ _pooled = register_operator(
         "triton": later(_KERNELS, "pooled_links"),
     },
     fake=_fake_links,
-    differentiable=(
-        "maps",
-        "align_weights",
-        "align_biases",
-        "alphas",
-        "weights",
-        "biases",
-        "query_weights",
-        "keys",
-    ),
-    derivatives={
-        "torch": tiled.pooled_links_backward,
-        "triton": later(_BACKWARD, "pooled_links_backward"),
-    },
+    differentiable=QuerySides.NAMES[:8],  # from the maps to the keys
+    derivatives={"torch": tiled.pooled_links_backward, "triton": later(_BACKWARD, "pooled_links_backward")},
     constant=(2, 3),
     autocast=_cast_pooled,
 )
@@ -162,16 +138,7 @@ _merge = register_operator(
     "Tensor",
     dict.fromkeys(("reference", "torch"), reference.merge_links) | {"triton": later(_ENDS, "merge_links")},
     fake=_fake_merged,
-    differentiable=(
-        "pooled",
-        "probabilities",
-        "xs",
-        "align_weights",
-        "align_biases",
-        "output_weights",
-        "thetas",
-        "betas",
-    ),
+    differentiable="pooled probabilities xs align_weights align_biases output_weights thetas betas".split(),
     autocast=_cast_merge,
 )
 
@@ -426,7 +393,6 @@ def _choose_backend(
 
 
 def _refusal(features: Tensor, rank: int, d: int, size: int, channels: int) -> str | None:
-    """Return why the kernels do not support these sizes, or None."""
     sizes = f"d is {d} and r {rank}"
     if refusal := kernel_limits(d, rank):
         return refusal

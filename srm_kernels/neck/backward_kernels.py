@@ -108,7 +108,6 @@ def _attention_backward_kernel(
     NORMALISE_QUERY: tl.constexpr, NORMALISE_KEYS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Strips of every link."""
     program = tl.program_id(0).to(tl.int64)
     for link in tl.static_range(LINKS):
         if (program >= batch * FIRSTS[link]) & (program < batch * FIRSTS[link + 1]):
@@ -181,7 +180,6 @@ def _maps_backward_kernel(
     LINKED: tl.constexpr, MOST_ROWS: tl.constexpr, MOST_COLUMNS: tl.constexpr, SIZE: tl.constexpr,
     POSITIONS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of every map."""
     program = tl.program_id(0).to(tl.int64)
     for m in tl.static_range(MAPS):
         if (program >= batch * FIRSTS[m]) & (program < batch * FIRSTS[m + 1]):

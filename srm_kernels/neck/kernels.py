@@ -324,7 +324,6 @@ def _absorbed_kernel(
     d: tl.constexpr, D: tl.constexpr, PAIR: tl.constexpr, STATISTICS: tl.constexpr, SIZE: tl.constexpr,
     CELLS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Strips of every link, then pool(F) of every map."""
     program = tl.program_id(0).to(tl.int64)
     for link in tl.static_range(LINKS):
         if (program >= batch * FIRSTS[link]) & (program < batch * FIRSTS[link + 1]):
@@ -477,7 +476,6 @@ def _tokens_kernel(
     NORMALISE_QUERY: tl.constexpr, NORMALISE_KEYS: tl.constexpr, STATISTICS: tl.constexpr,
     SIZE: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Cells of every link, then pool(F) of every map."""
     program = tl.program_id(0).to(tl.int64)
     for link in tl.static_range(LINKS):
         if (program >= batch * (link * SIZE * SIZE)) & (program < batch * ((link + 1) * SIZE * SIZE)):
@@ -648,7 +646,6 @@ class Sizes:
         return tuple(max(16, min(most, power_of_two(area))) for area in areas)
 
     def _longest_cell(self, length: int) -> int:
-        """Return an upper bound of the positions of a cell along an axis of this length."""
         return -(-length // self.size) + (length % self.size > 0)
 
 
@@ -761,7 +758,6 @@ def _gather(
     together: tuple[int, ...],
     strips: tuple[int, ...],
 ) -> None:
-    """Merge the statistics of strips of `together` cells."""
     heads = sizes.of_heads()
     del heads["RANKS"], heads["most"], heads["R"]
     _gather_kernel[(len(strips) * sizes.batch * sizes.heads,)](

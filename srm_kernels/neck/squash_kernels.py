@@ -169,7 +169,6 @@ class Squash:
         return daligned.to(self.dtype), parts.sum(0)
 
     def _shape(self, tile: SquashTile) -> dict[str, int | str]:
-        """Return the arguments that both kernels share."""
         rows = self.given["rows_ptr"]
         return {
             "M": len(rows),

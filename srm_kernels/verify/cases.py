@@ -208,7 +208,6 @@ def _chosen(s: Shape, key: Tensor, value: Tensor, backend: str) -> Tensor:
 
 
 def _attend_as_chosen(s: Shape, inputs: Sequence[Tensor], backend: str) -> Call:
-    """Return the call of attention with the landmarks that an implementation chooses."""
     index = _chosen(s, inputs[1], inputs[2], backend)
     return _together((_attend(s, landmarks=index), *_attend_otherwise(s, index)))
 

@@ -65,8 +65,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
-    """Return a parser of positive numbers, for argparse."""
-
     def read(text: str) -> float:
         try:
             value = kind(text)

@@ -521,7 +521,10 @@ WRONG: dict[str, tuple[type[Exception], dict[str, Any]]] = {
     "expected one for every link": (ValueError, {"targets": [0, 0]}),
     "expected indices of maps": (ValueError, {"targets": [1]}),
     "align is torch.float16.*or a wider dtype": (TypeError, {"align": [(torch.ones(16, 6).half(), SIXTEEN)]}),
-    "expected keys in torch.float32": (TypeError, {"keys": [torch.ones(2, 2, 5, 8, dtype=torch.float64)], "xs": None}),
+    "expected keys in torch.float32": (
+        TypeError,
+        {"keys": [torch.ones(2, 2, 5, 8, dtype=torch.float64)], "xs": None},
+    ),
     r"expected \(16, 6\)": (ValueError, {"align": [(torch.ones(16, 7), SIXTEEN)]}),
     r"expected \(16, 16\)": (ValueError, {"query_weights": [torch.ones(16, 8)]}),
     r"expected \(B, C_i": (ValueError, {"maps": [torch.ones(2, 6, 4)]}),
@@ -529,7 +532,10 @@ WRONG: dict[str, tuple[type[Exception], dict[str, Any]]] = {
     "expected the same": (ValueError, {"xs": [torch.ones(2, 2, 5, 4)]}),
     "at least 1": (ValueError, {"size": 0}),
     "qk_norm": (ValueError, {"qk_norm": "queries"}),
-    "dyt is torch.float16.*or a wider dtype": (TypeError, {"dyt": [(ONE.half(), SIXTEEN.half(), SIXTEEN.half())]}),
+    "dyt is torch.float16.*or a wider dtype": (
+        TypeError,
+        {"dyt": [(ONE.half(), SIXTEEN.half(), SIXTEEN.half())]},
+    ),
     r"dyt has shape \(8,\); expected \(16,\)": (ValueError, {"dyt": [(ONE, torch.ones(8), SIXTEEN)]}),
 }
 

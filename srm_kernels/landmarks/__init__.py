@@ -81,7 +81,7 @@ def select_landmarks(
 ) -> Tensor:
     """Choose the r landmark keys of every (b, h), independently of the rest of the batch (docs/METHOD.md §2.0).
 
-    Methods:
+    The methods are:
 
     - "leverage": the r largest ridge leverage scores, in descending order; ties go to the lower index.
     - "leverage_sample": r keys without replacement, with probability proportional to the score. Random; for training.

@@ -1,9 +1,9 @@
-"""The package is described in pyproject.toml; this file builds its optional library from `csrc/`.
+"""Build the optional C++ library `srm_kernels/_cpu.so` from `csrc/`; pyproject.toml describes the package.
 
-`_cpu.so` is built where there is a C++ compiler (g++, or what CXX names) and the headers of torch lie in this
-interpreter's site-packages; else it is skipped with one line. SRM_BUILD_EXT=0 switches it off, SRM_BUILD_EXT=1 makes a
-failure an error. Nothing of torch is imported: an isolated build has none, so its headers are taken from beside the
-interpreter.
+The build needs a C++ compiler (g++, or the one that CXX names) and the headers of torch in this interpreter's
+site-packages. Without them the library is skipped and one line gives the reason. SRM_BUILD_EXT=0 skips the build;
+SRM_BUILD_EXT=1 turns a failure into an error. This file does not import torch, because an isolated build environment
+does not have it.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-TORCH_TARGET = "0x020b000000000000ULL"  # 2.11: the oldest torch that the library is to serve
+TORCH_TARGET = "0x020b000000000000ULL"  # 2.11: the oldest torch that the library supports
 CXX = os.environ.get("CXX", "g++")
-# The compiler vectorises choices only where it may forget floating-point traps, reductions only where it is told to.
+# Vectorising a conditional needs -fno-trapping-math; vectorising a reduction needs -fopenmp-simd.
 FLAGS = ["-O3", "-std=c++20", "-fPIC", "-ffp-contract=fast", "-fno-trapping-math", "-fopenmp-simd"]
 FLAGS += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
 
 
 def torch_folder() -> Path | None:
-    """torch in this interpreter's site-packages, if it has the headers of the stable ABI."""
+    """Return the folder of torch in site-packages, or None without the headers of the stable ABI."""
     for scheme in ("purelib", "platlib"):
         folder = Path(sysconfig.get_path(scheme)) / "torch"
         if (folder / "include/torch/csrc/stable/library.h").is_file():
@@ -36,21 +36,18 @@ def torch_folder() -> Path | None:
 
 
 def build_library(target: Path, torch: Path) -> None:
-    """Compile `csrc/cpu.cpp` and link it against torch's C interface; torch's libraries are found once it is loaded."""
+    """Compile `csrc/cpu.cpp` and link it against the libraries of torch."""
     libraries = ["-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
     paths = [f"-I{torch / 'include'}", f"-L{torch / 'lib'}"]
-    _run([CXX, *FLAGS, "-shared", str(ROOT / "csrc/cpu.cpp"), *paths, *libraries, "-o", str(target)])
-
-
-def _run(command: list[str]) -> None:
+    command = [CXX, *FLAGS, "-shared", str(ROOT / "csrc/cpu.cpp"), *paths, *libraries, "-o", str(target)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        told = (done.stderr or done.stdout).strip().splitlines()
-        raise RuntimeError(told[-1] if told else f"{command[0]} ended with {done.returncode}")
+        output = (done.stderr or done.stdout).strip().splitlines()
+        raise RuntimeError(output[-1] if output else f"{CXX} ended with exit code {done.returncode}")
 
 
 class BuildLibrary(build_ext):
-    """`srm_kernels/_cpu.so`, a plain shared library: torch loads it, Python does not."""
+    """Build `srm_kernels/_cpu.so`, a plain shared library that torch loads and Python does not import."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", "/") + ".so"
@@ -69,9 +66,9 @@ class BuildLibrary(build_ext):
             print(f"srm-iqa: the C++ library was not built: {error}", file=sys.stderr)
 
     def copy_extensions_to_source(self) -> None:
-        """In an editable install; nothing to copy where nothing was built.
+        """Copy the library into the source tree, for an editable install.
 
-        Moved into place: written over, a library that a running process has loaded would end that process.
+        The file is moved into place: overwriting a library that a running process has loaded would crash that process.
         """
         for ext in self.extensions:
             built = Path(self.build_lib, self.get_ext_filename(ext.name))
@@ -82,7 +79,7 @@ class BuildLibrary(build_ext):
 
 
 def extensions() -> list[Extension]:
-    """The library where it can be built here; else none, and a line that says why not."""
+    """Return the library as an extension, or an empty list after printing why it cannot be built."""
     wanted = os.environ.get("SRM_BUILD_EXT", "")
     reason = "SRM_BUILD_EXT=0" if wanted == "0" else _obstacle()
     if reason is None:

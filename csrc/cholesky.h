@@ -1,8 +1,8 @@
 // X = (W + λI)⁻¹ G of one matrix on one thread, W = softmax of the symmetric part of the logits, λ = ridge · tr(W)/r.
 //
-// W + λI = E⁻¹ (S + λI) E with S symmetric and E diagonal (docs/CONDITIONING.md), so that elimination without pivoting
-// has exactly the pivots of Cholesky on S + λI, and needs neither S nor E. Loops over columns are plain, for the compiler
-// to vectorise (-fopenmp-simd for the reductions).
+// W + λI = E⁻¹ (S + λI) E with S symmetric and E diagonal (docs/CONDITIONING.md). Elimination of W + λI without pivoting
+// therefore has the pivots of Cholesky on S + λI, and needs neither S nor E. The loops over columns are plain, so that
+// the compiler vectorises them (reductions with -fopenmp-simd).
 #pragma once
 
 #include <algorithm>
@@ -14,9 +14,9 @@
 
 namespace srm {
 
-// a (r×r) takes softmax(l) + λI, l the symmetric part of the logits. False where these are not finite or not symmetric
-// within 1e-3·(1 + max|l|), or where their rows' logsumexp lie so far apart that S underflows: the reference then has no
-// Cholesky either.
+// Writes softmax(l) + λI to a (r×r), where l is the symmetric part of the logits. Returns false where the logits are not
+// finite, not symmetric within 1e-3·(1 + max|l|), or their rows' logsumexp differ so much that S underflows. The
+// reference does not use Cholesky for such a matrix either.
 template <class T>
 SRM_INLINE bool landmark_matrix(const T* logits, T* a, int64_t r, T ridge) {
   using limits = std::numeric_limits<T>;
@@ -25,7 +25,7 @@ SRM_INLINE bool landmark_matrix(const T* logits, T* a, int64_t r, T ridge) {
     for (int64_t j = 0; j <= i; ++j) {
       const T lower = logits[i * r + j], upper = logits[j * r + i], mean = (lower + upper) / 2;
       const T size = std::abs(lower) > std::abs(upper) ? std::abs(lower) : std::abs(upper);
-      if (!(std::abs(mean) <= limits::max())) return false;  // nor where one of the two is not finite
+      if (!(std::abs(mean) <= limits::max())) return false;  // also where one of the two is not finite
       largest = size > largest ? size : largest;
       skew = std::abs(lower - mean) > skew ? std::abs(lower - mean) : skew;
       a[i * r + j] = a[j * r + i] = mean;
@@ -57,7 +57,7 @@ SRM_INLINE void subtract(T* __restrict from, const T* __restrict row, T factor, 
   for (int64_t j = 0; j < count; ++j) from[j] -= factor * row[j];
 }
 
-// Four rows at once: fewer passes over `from`, and fewer roundings of it.
+// Subtracts four rows at once, with fewer passes over `from` and fewer rounding errors.
 template <class T>
 SRM_INLINE void subtract(T* __restrict from, const T* __restrict rows, int64_t stride, const T* factor, int64_t count) {
   const T a = factor[0], b = factor[1], c = factor[2], d = factor[3];
@@ -65,8 +65,8 @@ SRM_INLINE void subtract(T* __restrict from, const T* __restrict rows, int64_t s
     from[j] -= (a * rows[j] + b * rows[stride + j]) + (c * rows[2 * stride + j] + d * rows[3 * stride + j]);
 }
 
-// x (r×d) holds G and takes X; a is r·r scratch. False, and x spoiled, where the reference would not serve the matrix by
-// Cholesky: see landmark_matrix, and a pivot that is not positive and finite.
+// Overwrites x (r×d), which holds G, with X; a is scratch memory of r·r numbers. Returns false, with x invalid, where
+// landmark_matrix does or where a pivot is not positive and finite: the reference then does not use Cholesky.
 template <class T>
 SRM_INLINE bool symmetric_solve(const T* logits, T* x, T* a, int64_t r, int64_t d, T ridge) {
   if (!landmark_matrix(logits, a, r, ridge)) return false;
@@ -91,7 +91,7 @@ SRM_INLINE bool symmetric_solve(const T* logits, T* x, T* a, int64_t r, int64_t 
       }
     }
     if (!(row[i] > 0 && row[i] <= std::numeric_limits<T>::max())) return false;
-    row[i] = 1 / row[i];  // what it is used as
+    row[i] = 1 / row[i];  // later steps multiply by it
   }
   for (int64_t i = r - 1; i >= 0; --i) {
     const T* row = a + i * r;

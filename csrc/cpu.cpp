@@ -1,4 +1,5 @@
-// torch.ops.srm_cpu on torch's stable ABI, the default solve and the elementwise work of the neck's tiles: one build serves every torch from TORCH_TARGET_VERSION on.
+// torch.ops.srm_cpu: the default landmark solve and the elementwise steps of the neck's tiles.
+// It uses torch's stable ABI, so that one build works with every torch from TORCH_TARGET_VERSION on.
 #include <algorithm>
 #include <cstdint>
 #include <stdexcept>
@@ -17,10 +18,10 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kGrain = 1 << 16;  // multiply-adds that are worth a thread
+constexpr int64_t kGrain = 1 << 16;  // multiply-adds per thread, at least
 constexpr int64_t kRank = 64;        // the default r
 
-// One machine code for every processor, and one for those with AVX2 and FMA.
+// Compile each function twice, for every processor and for those with AVX2 and FMA; the loader chooses.
 #if defined(__x86_64__) && defined(__GLIBC__) && __GNUC__ >= 12
 #define SRM_CLONES __attribute__((target_clones("arch=x86-64-v3", "default")))
 #else
@@ -47,7 +48,8 @@ void solve(const Tensor& logits, const Tensor& x, bool* served, int64_t batch, d
   });
 }
 
-// x (…, r, d) holds G and takes X; logits (…, r, r); served (…) bool takes whether it did. How many did not.
+// Overwrites x (…, r, d), which holds G, with X. logits is (…, r, r). served (…), bool, becomes true for each matrix that
+// was solved. Returns the number of matrices that were not.
 int64_t symmetric_solve(const Tensor& logits, const Tensor& x, const Tensor& served, double ridge) {
   const ScalarType dtype = logits.scalar_type();
   const int64_t batch = served.numel(), r = x.size(x.dim() - 2), d = x.size(x.dim() - 1);
@@ -55,14 +57,14 @@ int64_t symmetric_solve(const Tensor& logits, const Tensor& x, const Tensor& ser
       served.scalar_type() != ScalarType::Bool || !logits.is_contiguous() || !x.is_contiguous() ||
       !served.is_contiguous() || logits.numel() != batch * r * r || x.numel() != batch * r * d)
     throw std::invalid_argument(
-        "srm_cpu::symmetric_solve: logits (batch, r, r) and x (batch, r, d), float32 or float64, and served (batch), "
-        "bool, are contiguous");
+        "srm_cpu::symmetric_solve: expected contiguous logits (batch, r, r) and x (batch, r, d) in float32 or float64, "
+        "and contiguous served (batch) in bool");
   bool* done = static_cast<bool*>(served.data_ptr());
   (dtype == ScalarType::Float ? solve<float> : solve<double>)(logits, x, done, batch, ridge);
   return std::count(done, done + batch, false);
 }
 
-// Calls a template for float or for double, whichever the tensor holds.
+// Calls a template for float or for double, according to the tensor's dtype.
 template <class Call>
 void by_dtype(const Tensor& tensor, Call call) {
   tensor.scalar_type() == ScalarType::Float ? call(float{}) : call(double{});
@@ -82,10 +84,10 @@ SRM_CLONES void tanh_some(double* x, int64_t count) {
   for (int64_t i = 0; i < count; ++i) x[i] = srm::hyperbolic_tangent(x[i]);
 }
 
-// x takes tanh(x).
+// Replaces x by tanh(x).
 void tanh_(const Tensor& x) {
   if (!usable(x, x.scalar_type()))
-    throw std::invalid_argument("srm_cpu::tanh_: x is contiguous, float32 or float64");
+    throw std::invalid_argument("srm_cpu::tanh_: expected a contiguous x in float32 or float64");
   by_dtype(x, [&](auto zero) {
     auto* values = static_cast<decltype(zero)*>(x.data_ptr());
     torch::stable::parallel_for(0, x.numel(), kGrain, [=](int64_t begin, int64_t end) {
@@ -94,7 +96,7 @@ void tanh_(const Tensor& x) {
   });
 }
 
-// The default r is a constant to the compiler, which takes a quarter off the time.
+// With the default r as a compile-time constant the time falls by a quarter.
 SRM_CLONES void pool_head(float* logits, float* pooled, float* work, int64_t r, srm::Tile tile) {
   if (r == kRank) return srm::softmax_pool(logits, pooled, work, kRank, tile);
   srm::softmax_pool(logits, pooled, work, r, tile);
@@ -113,7 +115,7 @@ SRM_CLONES void pool_head_backward(double* logits, const double* grad, double* w
   srm::softmax_pool_backward(logits, grad, work, r, tile);
 }
 
-// logits (H, M, r) of a tile and pooled (H, P, P·r), or its gradient; every head on a thread of its own.
+// Calls `call` for each head with its part of logits (H, M, r) and of pooled (H, P, P·r), one thread per head.
 template <class Call>
 void of_heads(const Tensor& logits, const Tensor& pooled, const srm::Tile& tile, Call call) {
   const ScalarType dtype = logits.scalar_type();
@@ -121,8 +123,8 @@ void of_heads(const Tensor& logits, const Tensor& pooled, const srm::Tile& tile,
       tile.stop > tile.height * tile.width || logits.size(1) != tile.stop - tile.start ||
       pooled.numel() != logits.size(0) * tile.size * tile.size * logits.size(2))
     throw std::invalid_argument(
-        "srm_cpu: logits (heads, stop - start, r) and pooled (heads, size, size * r), float32 or float64, are contiguous, "
-        "and the tile lies in the map");
+        "srm_cpu: expected contiguous logits (heads, stop - start, r) and pooled (heads, size, size * r) in float32 or "
+        "float64, and a tile inside the map");
   const int64_t count = logits.size(1), r = logits.size(2), cells = tile.size * tile.size;
   by_dtype(logits, [&](auto zero) {
     using T = decltype(zero);
@@ -136,13 +138,13 @@ void of_heads(const Tensor& logits, const Tensor& pooled, const srm::Tile& tile,
   });
 }
 
-// logits take their softmax, pooled the tile's share of the cells' means.
+// Replaces logits by their softmax and adds the tile's part of the cell means to pooled.
 void softmax_pool_(const Tensor& logits, const Tensor& pooled, int64_t height, int64_t width, int64_t size, int64_t start,
                    int64_t stop) {
   of_heads(logits, pooled, {height, width, size, start, stop}, [](auto... a) { pool_head(a...); });
 }
 
-// logits take the gradient by them from that by the cells' means.
+// Replaces logits by their gradient, computed from the gradient of the cell means.
 void softmax_pool_backward_(const Tensor& logits, const Tensor& grad, int64_t height, int64_t width, int64_t size,
                             int64_t start, int64_t stop) {
   of_heads(logits, grad, {height, width, size, start, stop}, [](auto... a) { pool_head_backward(a...); });
@@ -156,14 +158,14 @@ SRM_CLONES void means_of(const double* m, double* means, double* work, int64_t h
   srm::cell_means(m, means, work, h, w, size);
 }
 
-// means (C, P, P) take the means of a map (C, h, w) over the cells of adaptive average pooling.
+// Writes to means (C, P, P) the means of a map (C, h, w) over the cells of adaptive average pooling.
 void cell_means_(const Tensor& means, const Tensor& map) {
   const ScalarType dtype = map.scalar_type();
   if (!usable(map, dtype) || !usable(means, dtype) || map.dim() != 3 || means.dim() != 3 ||
       means.size(0) != map.size(0) || means.size(1) != means.size(2))
     throw std::invalid_argument(
-        "srm_cpu::cell_means_: means (channels, size, size) and map (channels, height, width), float32 or float64, are "
-        "contiguous");
+        "srm_cpu::cell_means_: expected contiguous means (channels, size, size) and map (channels, height, width) in "
+        "float32 or float64");
   const int64_t h = map.size(1), w = map.size(2), size = means.size(1);
   by_dtype(map, [&](auto zero) {
     using T = decltype(zero);
@@ -187,7 +189,7 @@ STABLE_TORCH_LIBRARY(srm_cpu, m) {
   m.def("softmax_pool_backward_(Tensor(a!) logits, Tensor grad, int height, int width, int size, int start, int stop) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(srm_cpu, CPU, m) { 
+STABLE_TORCH_LIBRARY_IMPL(srm_cpu, CPU, m) {
   m.impl("symmetric_solve", TORCH_BOX(&symmetric_solve));
   m.impl("tanh_", TORCH_BOX(&tanh_));
   m.impl("cell_means_", TORCH_BOX(&cell_means_));

@@ -1,4 +1,4 @@
-// exp and tanh as plain code that compilers vectorise: no standard library has them for vectors.
+// exp and tanh as plain code that compilers can vectorise; the standard library has no vector form of them.
 #pragma once
 
 #include <bit>
@@ -11,9 +11,9 @@ namespace srm {
 
 SRM_INLINE double exponential(double x) { return std::exp(x); }
 
-// Of x ≤ 0 to 2 units; 0 below e⁻⁸⁷, NaN of NaN. Cephes' polynomial.
+// exp(x) for x ≤ 0, accurate to 2 ulp; 0 for x ≤ −87; NaN stays NaN. The polynomial is that of Cephes.
 SRM_INLINE float exponential(float x) {
-  constexpr float kToInteger = 12582912.0f;  // 1.5 · 2²³: adding it rounds to an integer, in the lowest bits
+  constexpr float kToInteger = 12582912.0f;  // 1.5 · 2²³: adding it rounds to an integer in the lowest bits
   const float shifted = x * 1.44269504f + kToInteger, n = shifted - kToInteger;
   const float f = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   float p = 1.9875691500e-4f * f + 1.3981999507e-3f;
@@ -25,7 +25,7 @@ SRM_INLINE float exponential(float x) {
 
 SRM_INLINE double hyperbolic_tangent(double x) { return std::tanh(x); }
 
-// To 2 units, relative to the result also near 0, as Cephes has it.
+// tanh(x), accurate to 2 ulp of the result, also near 0; after Cephes.
 SRM_INLINE float hyperbolic_tangent(float x) {
   const float size = std::abs(x), z = x * x, e = exponential(-2.0f * size);
   float p = -5.70498872745e-3f * z + 2.06390887954e-2f;

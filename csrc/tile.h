@@ -1,8 +1,7 @@
-// Elementwise work and pooling of one tile of the fused neck (srm_kernels/neck/tiled.py), one head at a time; and the
-// means of a map.
+// Softmax and pooling of one tile of the fused neck (srm_kernels/neck/tiled.py), one head at a time; and cell means.
 //
-// A tile is positions start to stop of a map of height × width. Cell (i, j) of a P×P grid is rows ⌊i h/P⌋ to
-// ⌈(i + 1) h/P⌉ and the columns likewise, so that a position lies in one cell or in several that overlap.
+// A tile is the positions from start to stop of a map of height × width. Cell (i, j) of a P×P grid has the rows from
+// ⌊i h/P⌋ to ⌈(i + 1) h/P⌉ and the columns likewise. Cells can overlap, so a position is in one cell or in several.
 #pragma once
 
 #include <algorithm>
@@ -16,11 +15,11 @@ struct Tile {
   int64_t height, width, size, start, stop;
 };
 
-struct Cells {  // along one axis
+struct Cells {  // cells along one axis
   int64_t length, size;
   SRM_INLINE int64_t begin(int64_t cell) const { return cell * length / size; }
   SRM_INLINE int64_t end(int64_t cell) const { return ((cell + 1) * length + size - 1) / size; }
-  SRM_INLINE int64_t first(int64_t at) const {  // that contains a position
+  SRM_INLINE int64_t first(int64_t at) const {  // the first cell that contains a position
     int64_t cell = at * size / length;
     while (cell > 0 && end(cell - 1) > at) --cell;
     while (end(cell) <= at) ++cell;
@@ -29,10 +28,9 @@ struct Cells {  // along one axis
   SRM_INLINE bool contains(int64_t cell, int64_t at) const { return cell < size && begin(cell) <= at; }
 };
 
-constexpr int64_t kBlock = 16;  // rows of logits that take a step together: chains of one row are long, and overlap
+constexpr int64_t kBlock = 16;  // rows of logits processed together, to overlap their long dependency chains
 
-// Rows of r logits, at most kBlock of them, take their exponentials less their largest; factors what they are to be
-// multiplied by.
+// Replaces at most kBlock rows of r logits by exp(logit − row maximum), and writes 1 / row sum to factors.
 template <class T>
 SRM_INLINE void exponentials(T* logits, T* factors, int64_t rows, int64_t r) {
   for (int64_t q = 0; q < rows; ++q) {
@@ -64,7 +62,7 @@ SRM_INLINE void add(T* __restrict into, const T* __restrict from, T factor, int6
   for (int64_t c = 0; c < r; ++c) into[c] += factor * from[c];
 }
 
-// Runs of positions in one row: call(y, left, right, logits of the first).
+// Calls call(y, left, right, logits of the first position) for each run of positions in one row.
 template <class T, class Call>
 SRM_INLINE void by_rows(T* logits, int64_t r, const Tile& tile, Call call) {
   for (int64_t at = tile.start; at < tile.stop;) {
@@ -75,7 +73,7 @@ SRM_INLINE void by_rows(T* logits, int64_t r, const Tile& tile, Call call) {
   }
 }
 
-// logits (M×r) take their softmax, pooled (P×P×r) its share of all cells' means; work is P·r.
+// Replaces logits (M×r) by their softmax and adds their part of all cell means to pooled (P×P×r). work has P·r numbers.
 template <class T>
 SRM_INLINE void softmax_pool(T* logits, T* pooled, T* work, int64_t r, const Tile& tile) {
   const Cells rows{tile.height, tile.size}, columns{tile.width, tile.size};
@@ -99,7 +97,8 @@ SRM_INLINE void softmax_pool(T* logits, T* pooled, T* work, int64_t r, const Til
   });
 }
 
-// logits (M×r) take the gradient of the loss by them, from that by the cells' means (P×P×r); work is (P + 1)·r.
+// Replaces logits (M×r) by their gradient, computed from that of the cell means, pooled (P×P×r). work has (P + 1)·r
+// numbers.
 template <class T>
 SRM_INLINE void softmax_pool_backward(T* logits, const T* pooled, T* work, int64_t r, const Tile& tile) {
   const Cells rows{tile.height, tile.size}, columns{tile.width, tile.size};
@@ -135,7 +134,7 @@ SRM_INLINE void softmax_pool_backward(T* logits, const T* pooled, T* work, int64
   });
 }
 
-// means (P×P) of one channel (height × width); work is width.
+// Writes means (P×P) of one channel (height × width). work has width numbers.
 template <class T>
 SRM_INLINE void cell_means(const T* channel, T* means, T* work, int64_t height, int64_t width, int64_t size) {
   const Cells rows{height, size}, columns{width, size};

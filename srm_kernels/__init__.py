@@ -1,8 +1,8 @@
 """Operators of the Spectral Robustness Mixer: landmarks, conditioning, attention, scale, pooling, gate, neck.
 
-Every operator takes CPU or CUDA tensors and `backend=None`. `backends()` says which implementations can run;
-`python -m srm_kernels verify` measures them on a GPU, and from then on `backend=None` takes the fastest right one.
-Importing needs neither a GPU, nor Triton, nor a compiler.
+Every operator accepts CPU and CUDA tensors and a `backend`. `backends()` lists the backends that can run here. After
+`python -m srm_kernels verify` on a GPU, `backend=None` uses the fastest implementation whose results are right there.
+The import needs no GPU, no Triton and no compiler.
 """
 
 from . import flops

@@ -1,4 +1,4 @@
-"""`python -m srm_kernels`: which backends can run; `verify`: measure them; `env`: what a report of a fault needs."""
+"""Command line: `python -m srm_kernels` lists backends, `verify` measures them, `env` prints data for a bug report."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 from . import backends, choice, native, runtime, verdicts
 from .verify.table import tolerate
 
-USAGE = """usage: python -m srm_kernels           print which backends can run, and whose verdict counts
+USAGE = """usage: python -m srm_kernels           print which backends can run, and the verdict about each GPU
        python -m srm_kernels verify    measure the kernels on a GPU (--help for its options)
-       python -m srm_kernels env       print what a report of a fault needs"""
+       python -m srm_kernels env       print versions, devices and settings for a bug report"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code."""
+    """Run a command and return its exit code."""
     tolerate()
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given:
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _backends() -> list[str]:
-    lines = [f"{'backend':11}{'can run':9}what it is, or why it cannot run"]
+    lines = [f"{'backend':11}{'can run':9}description, or why it cannot run"]
     lines += [
         f"{name:11}{'yes' if known.available else 'no':9}{known.reason}" for name, known in backends().items()
     ]
@@ -45,16 +45,10 @@ def _backends() -> list[str]:
 
 
 def _verdicts() -> list[str]:
-    """A line for each CUDA device."""
+    """Return a line for each CUDA device: its verdict, and what the verdict decides."""
     if not torch.cuda.is_available():
-        return ["no CUDA device: `backend=None` is plain PyTorch"]
-    return [f"cuda:{index}: {verdict_of(index)}" for index in range(torch.cuda.device_count())]
-
-
-def verdict_of(index: int) -> str:
-    """Which verdict counts for a device, and what it decides."""
-    table = choice.table(index)
-    return choice.sentence(table)
+        return ["no CUDA device: `backend=None` uses plain PyTorch"]
+    return [f"cuda:{i}: {choice.sentence(choice.table(i))}" for i in range(torch.cuda.device_count())]
 
 
 def _environment() -> list[str]:

@@ -1,7 +1,7 @@
-"""What operators do where autocast is on: tensors of one call that differ in dtype are made to agree.
+"""How operators cast their arguments under autocast.
 
-Tensors that agree already keep their dtype, so that autocast alone never changes an operator's precision. fp64 is left
-alone, as torch leaves it. Without autocast nothing is cast, and tensors that differ are a TypeError.
+Tensors of one dtype keep it, so that autocast alone never changes an operator's precision. As in torch, fp64 is never
+cast. Without autocast nothing is cast, and tensors of different dtypes are a TypeError.
 """
 
 from __future__ import annotations
@@ -12,40 +12,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import DTYPES, wide_dtype
+from .checks import DTYPES, NO_NARROWER, check_tensors, wide_dtype
 
 DEVICES = ("cpu", "cuda")
 
 
 def enabled(tensor: Any) -> bool:
-    """Whether autocast casts a tensor such as this."""
+    """Return whether autocast casts this tensor."""
     if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES or tensor.dtype == torch.float64:
         return False
     return tensor.device.type in DEVICES and torch.is_autocast_enabled(tensor.device.type)
 
 
 def lowered(*tensors: Tensor) -> list[Tensor]:
-    """Tensors that differ in dtype in that of autocast, as torch casts the arguments of attention."""
-    given = list(tensors)
-    if _agree(given):
-        return given
-    dtype = torch.get_autocast_dtype(given[0].device.type)
-    return [tensor.to(dtype) for tensor in given]
+    """Cast tensors of different dtypes to autocast's dtype, as torch casts the arguments of attention."""
+    if _agree(tensors):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return [tensor.to(dtype) for tensor in tensors]
 
 
 def promoted(*tensors: Tensor) -> list[Tensor]:
-    """Tensors that differ in dtype in the widest of them, as torch casts the arguments of `torch.cat`."""
-    given = list(tensors)
-    if _agree(given):
-        return given
-    dtype = given[0].dtype
-    for tensor in given:
+    """Cast tensors of different dtypes to the widest of these, as torch casts the arguments of `torch.cat`."""
+    if _agree(tensors):
+        return list(tensors)
+    dtype = tensors[0].dtype
+    for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
-    return [tensor.to(dtype) for tensor in given]
+    return [tensor.to(dtype) for tensor in tensors]
 
 
 def no_narrower(tensors: Sequence[Tensor], like: Tensor) -> list[Tensor]:
-    """Parameters, each in its own dtype or, where that is narrower, in one that holds the dtype of `like` too."""
+    """Cast parameters whose dtype cannot represent the dtype of `like` to one that represents both."""
     if not enabled(like):
         return list(tensors)
     holding = (like.dtype, torch.float32)
@@ -56,12 +54,36 @@ def no_narrower(tensors: Sequence[Tensor], like: Tensor) -> list[Tensor]:
 
 
 def widened(tensors: Sequence[Tensor], like: Tensor) -> list[Tensor]:
-    """Tensors in the dtype of statistics and solves that belongs to `like`."""
+    """Cast tensors to the dtype of statistics and solves that belongs to `like`."""
     if not enabled(like):
         return list(tensors)
     return [t.to(wide_dtype(like.dtype)) if enabled(t) else t for t in tensors]
 
 
 def _agree(tensors: Sequence[Any]) -> bool:
-    """Whether there is nothing to cast."""
     return not all(map(enabled, tensors)) or all(tensor.dtype == tensors[0].dtype for tensor in tensors)
+
+
+def check_parameter(name: str, value: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    """Check a parameter against the tensor that it is applied to.
+
+    Raises:
+        TypeError: `value` is no floating-point tensor, or its dtype is narrower than that of `like` without autocast.
+        ValueError: `value` has another shape than `shape`, or another device than `like`.
+    """
+    # Modules check many parameters per call, so that the usual case has to be cheap.
+    if (
+        isinstance(value, Tensor)
+        and value.shape == shape
+        and value.dtype in NO_NARROWER[like.dtype]
+        and value.device == like.device
+        and value.numel()
+    ):
+        return
+    check_tensors(**{name: value})
+    if value.dtype not in NO_NARROWER[like.dtype] and not enabled(like):
+        raise TypeError(f"{name} is {value.dtype}; expected {like.dtype} or a wider dtype")
+    if value.device != like.device:
+        raise ValueError(f"{name} is on {value.device}; expected {like.device}")
+    if value.shape != torch.Size(shape):
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; expected {tuple(shape)}")

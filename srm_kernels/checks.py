@@ -1,4 +1,4 @@
-"""What the doors of several operators ask of their arguments, one sentence each."""
+"""Checks of arguments that several operators share, and questions about the state of torch."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ from torch.autograd import forward_ad
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NO_NARROWER = {dtype: DTYPES[: number + 1] for number, dtype in enumerate(DTYPES)}
-
-
-RENAMED = {"sdpa": "torch"}  # backends by their names of the last release, which this one still accepts
+RENAMED = {"sdpa": "torch"}  # backend names of the last release, which this release still accepts
 
 
 def current_name(backend: Any) -> Any:
-    """Return a backend's present name; one of the last release is a FutureWarning, once a process."""
+    """Return a backend's current name; a name of the last release gives a FutureWarning, once per process."""
     if not isinstance(backend, str) or backend not in RENAMED:
         return backend
     if not torch.compiler.is_compiling():
@@ -29,42 +27,45 @@ def current_name(backend: Any) -> Any:
 
 @cache
 def _warn_renamed(backend: str) -> None:
-    message = (
-        f"backend {backend!r} is now called {RENAMED[backend]!r}; the next release will refuse the old name"
-    )
+    message = f"backend {backend!r} is now called {RENAMED[backend]!r}; the next release will not accept the old name"
     warnings.warn(message, FutureWarning, stacklevel=4)
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which statistics, scores and solves are held: fp64 for fp64, else fp32."""
+    """Return the dtype of statistics, scores and solves: fp64 for fp64, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def transforming() -> bool:
-    """Whether a function transform (torch.func) or forward-mode differentiation is at work."""
+    """Return whether a function transform (torch.func) or forward-mode differentiation is active."""
     return _in_functorch() or forward_ad._current_level >= 0
 
 
-# torch.compile guards the stack of transforms; torch 2.11 would otherwise trace the question into the graph.
+# torch.compile guards the stack of transforms; torch 2.11 would otherwise trace this call into the graph.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _in_functorch() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
 def exporting() -> bool:
-    """Whether torch.export is at work.
+    """Return whether torch.export is active.
 
-    torch.compile of torch 2.11 takes `torch.compiler.is_exporting()` for true; this flag is what it answers elsewhere.
+    Under torch.compile of torch 2.11, `torch.compiler.is_exporting()` is always true. This flag is what it returns
+    elsewhere.
     """
     return torch.compiler._is_exporting_flag
 
 
 def may_ask(tensor: Tensor) -> bool:
-    """Whether Python may look at values.
+    """Return whether Python may read values of the tensor.
 
-    Off the CPU it would wait for the device; torch.func.vmap, make_fx and torch.func.linearize forbid it.
+    On a GPU reading would wait for the device; torch.func.vmap, make_fx and torch.func.linearize do not allow it.
     """
-    return tensor.device.type == "cpu" and not _in_functorch() and not _in_make_fx()
+    return tensor.device.type == "cpu" and not _is_symbolic()
+
+
+def _is_symbolic() -> bool:
+    return _in_functorch() or _in_make_fx()
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -73,22 +74,17 @@ def _in_make_fx() -> bool:
 
 
 def nowhere(mask: Tensor, *, wait: bool = False) -> bool:
-    """Whether no element holds, so that its case needs no work; False where Python may not ask.
+    """Return whether Python may read the mask and no element of it is true.
 
-    wait: also ask a GPU, and wait for it, unless a CUDA graph is being captured. For work that costs more than the
-    wait.
+    Args:
+        mask: Elements that need extra work, bool.
+        wait: Also read the mask on a GPU, and wait for it, except during the capture of a CUDA graph. Use it where
+            the extra work costs more than the wait.
     """
-    asked = may_ask(mask) or (wait and _may_wait(mask))
-    return asked and not bool(mask.any())
-
-
-def _may_wait(tensor: Tensor) -> bool:
-    return (
-        _on_cuda(tensor)
-        and not _in_functorch()
-        and not _in_make_fx()
-        and not torch.cuda.is_current_stream_capturing()
+    asked = may_ask(mask) or (
+        wait and _on_cuda(mask) and not _is_symbolic() and not torch.cuda.is_current_stream_capturing()
     )
+    return asked and not bool(mask.any())
 
 
 def _on_cuda(tensor: Tensor) -> bool:
@@ -96,51 +92,36 @@ def _on_cuda(tensor: Tensor) -> bool:
 
 
 def check_tensors(**tensors: Tensor) -> None:
-    """Floating-point tensors of one dtype on one device, none of them empty; TypeError or ValueError."""
-    first_name, first, dtype, device = None, None, None, None
+    """Raise TypeError or ValueError unless all are non-empty floating-point tensors of one dtype on one device."""
+    first_name, first = "", None
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} is a {type(tensor).__name__}; expected a torch.Tensor")
+        if tensor.dtype not in DTYPES:
+            raise TypeError(
+                f"{name} has dtype {tensor.dtype}; expected float64, float32, bfloat16 or float16"
+            )
         if first is None:
-            first_name, first, dtype, device = name, tensor, tensor.dtype, tensor.device
-            if dtype not in DTYPES:
-                raise TypeError(f"{name} has dtype {dtype}; expected float64, float32, bfloat16 or float16")
-        elif tensor.dtype != dtype:
-            if tensor.dtype not in DTYPES:
-                raise TypeError(
-                    f"{name} has dtype {tensor.dtype}; expected float64, float32, bfloat16 or float16"
-                )
-            raise TypeError(f"{name} is {tensor.dtype} and {first_name} {dtype}; expected one dtype")
-        elif tensor.device != device:
+            first_name, first = name, tensor
+        elif tensor.dtype != first.dtype:
+            raise TypeError(f"{name} is {tensor.dtype} and {first_name} {first.dtype}; expected one dtype")
+        elif tensor.device != first.device:
             raise ValueError(
-                f"{name} is on {tensor.device} and {first_name} on {device}; expected one device"
+                f"{name} is on {tensor.device} and {first_name} on {first.device}; expected one device"
             )
         if tensor.numel() == 0:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected no empty axis")
 
 
-def is_parameter(value: object, shape: tuple[int, ...], like: Tensor) -> bool:
-    """Whether `value` is a tensor of this shape on the device of `like`, in its dtype or a wider one.
-
-    For checks of many parameters: who gets False finds out which of it does not hold, and says so.
-    """
-    return (
-        isinstance(value, Tensor)
-        and value.shape == shape
-        and value.dtype in NO_NARROWER[like.dtype]
-        and value.device == like.device
-    )
-
-
 def check_tokens(name: str, tensor: Tensor) -> None:
-    """Tokens are (B, H, N, d)."""
+    """Raise TypeError or ValueError unless the tensor has the shape of tokens, (B, H, N, d)."""
     check_tensors(**{name: tensor})
     if tensor.dim() != 4:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected (B, H, N, d)")
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    """`value` is one of `choices`; ValueError."""
+    """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, choices))}")
 
@@ -148,9 +129,11 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
 def check_number(
     name: str, value: float, *, above: float | None = None, at_least: float | None = None
 ) -> float:
-    """A real number, NumPy's included, greater than `above` or at least `at_least`; TypeError or ValueError.
+    """Return a finite real number as a Python float, or as torch.export's symbol if it comes from a shape.
 
-    Returns it as a Python float, or as torch.export's symbol for a number that comes from a shape.
+    Raises:
+        TypeError: `value` is not a real number. Numbers of NumPy are accepted.
+        ValueError: `value` is not finite, not greater than `above` or less than `at_least`.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real | torch.SymInt | torch.SymFloat):
         raise TypeError(f"{name} is a {type(value).__name__}; expected a number")
@@ -165,9 +148,11 @@ def check_number(
 
 
 def check_count(name: str, value: int, *, at_least: int = 1) -> int:
-    """An integer, NumPy's included, of at least `at_least`; TypeError or ValueError.
+    """Return an integer as a Python int, or as torch.export's symbol for one.
 
-    Returns it as a Python int, or as torch.export's symbol for one.
+    Raises:
+        TypeError: `value` is not an integer. Integers of NumPy are accepted.
+        ValueError: `value` is less than `at_least`.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Integral | torch.SymInt):
         raise TypeError(f"{name} is a {type(value).__name__}; expected an integer")
@@ -177,6 +162,6 @@ def check_count(name: str, value: int, *, at_least: int = 1) -> int:
 
 
 def check_flag(name: str, value: bool) -> None:
-    """True or False; TypeError."""
+    """Raise TypeError unless `value` is True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} is a {type(value).__name__}; expected True or False")

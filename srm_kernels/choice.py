@@ -1,9 +1,10 @@
-"""What `backend=None` takes on a device that was verified: the fastest implementation whose results are right.
+"""How `backend=None` chooses on a verified device: the fastest implementation whose results are right.
 
-Decided for an operator, a dtype and the classes of its sizes. Sizes leave out the batch and the heads, so that a
-sample is computed alike alone and in any batch; and training and evaluation take the same implementation. The verdict
-of a device is read once a process. Under torch.export, whose programs run elsewhere, and under torch.func nothing is
-taken by a verdict. `torch.compile` decides when it traces, by the same classes.
+The choice depends on the operator, the dtype and the classes of its sizes. Batch and heads do not count, so that a
+sample is computed by the same implementation alone and in any batch. Training and evaluation use the same
+implementation. Each process reads the verdict of a device once. Verdicts are not used under torch.export, whose
+programs can run on another device, and not under torch.func. `torch.compile` chooses while it traces, by the same
+classes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from . import verdicts
 from .checks import exporting, transforming
 from .verdicts import Group, Key, Row, Verdict
 
-# Sizes between two bounds are of one class, whose middle is a power of four.
+# Sizes between two bounds are one class; its geometric middle is a power of four.
 BOUNDS = (8, 32, 128, 512, 2_048, 8_192, 32_768, 131_072)
 MOST_CACHED = 10_000
 CPU = -1  # in place of a CUDA device's number
@@ -31,16 +32,16 @@ Refusal = Callable[[str], str | None]
 
 
 class Explanation(NamedTuple):
-    """Which implementation a call takes, and why.
+    """Which implementation a call uses, and why.
 
     Attributes:
-        operator: The operator, and the variant of it that is measured apart.
+        operator: The operator, with its variant if variants are measured separately.
         backend: The implementation.
-        reason: One sentence.
-        origin: Whose verdict it follows: "this machine" or "shipped"; None where it follows none.
-        measured: Date and time of the measurement that it follows, the first and the last where they differ; or None.
-        milliseconds: Shape → direction → implementation → median time, of the nearest measured shapes.
-        sizes: The sizes that the choice goes by.
+        reason: The reason, in one sentence.
+        origin: Origin of the verdict that the choice follows: "this machine" or "shipped"; None without a verdict.
+        measured: Date and time of that measurement, the first and the last if there are several; None without one.
+        milliseconds: Shape → direction → implementation → median time, for the nearest measured shapes.
+        sizes: The sizes on which the choice depends.
     """
 
     operator: str
@@ -56,14 +57,14 @@ class Explanation(NamedTuple):
 
 
 class Question:
-    """In place of a backend: the operator raises `Answer` instead of running."""
+    """A value of `backend=` for which the operator raises `Answer` instead of running."""
 
     def __init__(self, requested: str | None = None) -> None:
         self.requested = requested
 
 
 class Answer(Exception):  # noqa: N818 - not an error
-    """What an operator says to a `Question`."""
+    """The explanation that an operator gives to a `Question`."""
 
     def __init__(self, explanation: Explanation) -> None:
         super().__init__(str(explanation))
@@ -71,7 +72,13 @@ class Answer(Exception):  # noqa: N818 - not an error
 
 
 class Table:
-    """What is known about a device: the rows that decide each group, why there are none, and what is not finished."""
+    """What is known about a device.
+
+    Attributes:
+        groups: Group → the verdict that decides it, and its rows.
+        reason: Why there are no groups.
+        unfinished: Groups whose measurement was interrupted.
+    """
 
     def __init__(
         self,
@@ -82,21 +89,19 @@ class Table:
         self.groups, self.reason, self.unfinished = groups, reason, unfinished
 
     def nearest(self, group: Group, classes: Sequence[int]) -> list[Row]:
-        """The rows of the shapes whose classes are nearest."""
+        """Return the rows of the shapes whose classes are nearest."""
+
+        def distance(row: Row) -> int:
+            pairs = zip(map(class_of, row["sizes"]), classes, strict=True)
+            return sum(abs(found - wanted) for found, wanted in pairs)
+
         _, rows = self.groups.get(group, (None, []))
-        distances = [
-            (
-                sum(abs(class_of(size) - wanted) for size, wanted in zip(row["sizes"], classes, strict=True)),
-                row,
-            )
-            for row in rows
-            if len(row["sizes"]) == len(classes)
-        ]
-        least = min((distance for distance, _ in distances), default=0)
-        return [row for distance, row in distances if distance == least]
+        rows = [row for row in rows if len(row["sizes"]) == len(classes)]
+        least = min(map(distance, rows), default=0)
+        return [row for row in rows if distance(row) == least]
 
     def ranking(self, group: Group, classes: Sequence[int]) -> list[str]:
-        """Implementations that are right wherever they were measured and timed here, the fastest first.
+        """Return the implementations that are right at every measured shape and timed at the nearest, fastest first.
 
         The time is the geometric mean over the directions of the nearest shapes.
         """
@@ -113,14 +118,13 @@ class Table:
         return sorted(candidates, key=lambda name: sum(math.log(by_name[name]) for by_name in measured))
 
     def takes_kernels(self, group: Group) -> bool:
-        """Whether kernels are the first choice of a group at one measured shape at least."""
+        """Return whether kernels are the first choice of a group at one measured shape or more."""
         sizes = {tuple(row["sizes"]) for row in self.groups[group][1]}
-        first = [self.ranking(group, [class_of(size) for size in one])[:1] for one in sizes]
-        return ["triton"] in first
+        return any(self.ranking(group, list(map(class_of, one)))[:1] == ["triton"] for one in sizes)
 
 
 def times_of(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, float]]]:
-    """Shape → direction → implementation → milliseconds of all rows together."""
+    """Return shape → direction → implementation → milliseconds of all rows."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     for row in rows:
         for direction, times in row["milliseconds"].items():
@@ -129,7 +133,10 @@ def times_of(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def class_of(size: int) -> int:
-    """The class of a size. By comparisons alone: of a symbolic size torch.compile then guards the class, no more."""
+    """Return the class of a size.
+
+    The function only compares, so that torch.compile guards the class of a symbolic size and not the size itself.
+    """
     number = 0
     for bound in BOUNDS:
         if size >= bound:
@@ -144,14 +151,14 @@ _logged = False
 
 
 def refresh() -> None:
-    """Forget what was read: verdicts are read again at the next call."""
+    """Clear all caches, so that the next call reads the verdicts again."""
     _tables.clear()
     _cache.clear()
 
 
 @contextmanager
 def pretended(key: Key) -> Iterator[None]:
-    """Let CPU tensors be of the device of a key inside, for emulators of devices and Triton's interpreter."""
+    """Treat CPU tensors as tensors on the device of a key, for emulators of devices and Triton's interpreter."""
     global _pretended
     before, _pretended = _pretended, key
     refresh()
@@ -163,7 +170,7 @@ def pretended(key: Key) -> Iterator[None]:
 
 
 def cached(tensor: Tensor, operator: str, variant: str, call: tuple[Any, ...]) -> str | None:
-    """What was decided for such a call before; None where it has to be decided."""
+    """Return the earlier choice for such a call, or None."""
     if torch.compiler.is_compiling() or not (tensor.is_cuda or tensor.is_cpu) or transforming():
         return None
     try:
@@ -173,7 +180,7 @@ def cached(tensor: Tensor, operator: str, variant: str, call: tuple[Any, ...]) -
 
 
 def keep(tensor: Tensor, operator: str, variant: str, call: tuple[Any, ...], chosen: str) -> None:
-    """Keep what was decided, for `cached`."""
+    """Store a choice for `cached`."""
     if torch.compiler.is_compiling() or not (tensor.is_cuda or tensor.is_cpu) or transforming():
         return
     if len(_cache) >= MOST_CACHED:
@@ -183,14 +190,14 @@ def keep(tensor: Tensor, operator: str, variant: str, call: tuple[Any, ...], cho
 
 
 def measured(tensor: Tensor, operator: str, variant: str, sizes: Sizes, refusal: Refusal) -> str | None:
-    """The implementation that a call takes by the verdict about its device; None without one.
+    """Return the implementation that the verdict about the device gives for a call, or None without a verdict.
 
     Args:
-        tensor: decides the device and the dtype.
-        operator: the operator's name.
-        variant: what of its options is measured apart.
-        sizes: gives the sizes that count, batch and heads left out.
-        refusal: why an implementation cannot serve the call, or None.
+        tensor: A tensor of the device and dtype of the call.
+        operator: Name of the operator.
+        variant: Options that are measured separately.
+        sizes: Returns the sizes on which the choice depends, without batch and heads.
+        refusal: Returns why an implementation cannot run the call, or None.
     """
     index = tensor.get_device() if tensor.is_cuda else CPU
     if (index == CPU and _pretended is None) or transforming():
@@ -208,23 +215,23 @@ def _ranking_of(index: int, operator: str, variant: str, dtype: torch.dtype, *cl
 
 
 def ranking(index: int, operator: str, variant: str, dtype: torch.dtype, classes: Sequence[int]) -> list[str]:
-    """Implementations in the order in which they are taken; none without a verdict."""
+    """Return the implementations in the order of preference; none without a verdict."""
     return table(index).ranking((named(operator, variant), dtype_name(dtype)), classes)
 
 
 def named(operator: str, variant: str) -> str:
-    """The operator of a verdict's rows."""
+    """Return the name of an operator and its variant in the rows of a verdict."""
     return f"{operator} ({variant})" if variant else operator
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The dtype of a verdict's rows."""
+    """Return the name of a dtype in the rows of a verdict."""
     names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
     return names.get(dtype, str(dtype).removeprefix("torch."))
 
 
 def table(index: int) -> Table:
-    """What is known about a CUDA device, or about the device that CPU tensors pretend to be on."""
+    """Return what is known about a CUDA device, or about the device that `pretended` gives to CPU tensors."""
     if index not in _tables:
         _tables[index] = _read(index)
     return _tables[index]
@@ -233,38 +240,36 @@ def table(index: int) -> Table:
 def _read(index: int) -> Table:
     global _logged
     if index == CPU and _pretended is None:
-        return Table({}, "kernels are verified on CUDA devices, and the tensors are on the CPU")
+        return Table({}, "verdicts exist for CUDA devices only, and the tensors are on the CPU")
     from . import runtime
 
     refusal = runtime.triton_missing()
     if refusal is not None:
         return Table({}, refusal)
     if index != CPU and runtime.interpreting():
-        return Table({}, "TRITON_INTERPRET=1 is set, and verdicts are about compiled kernels")
+        return Table({}, "TRITON_INTERPRET=1 is set, and verdicts hold for compiled kernels only")
     key = verdicts.key_of_cuda(index) if index != CPU else _pretended
     assert key is not None
     own, reason = verdicts.load(key)
     others = verdicts.shipped(key)
     doubts = verdicts.doubts(key) if others is not None and own is None else None
     groups = verdicts.governing(own or doubts, others)
-    lost = (
+    invalid = (
         own is None and reason != verdicts.NOT_VERIFIED
-    )  # there is a verdict of this machine, and it does not count
-    reason = reason or "nothing was measured to the end"
-    if lost or not (groups or _logged):
+    )  # this machine has a verdict that does not count
+    reason = reason or "no measurement was finished"
+    if invalid or not (groups or _logged):
         _logged = True
-        meanwhile = "the verdict that ships with the package counts" if groups else "plain PyTorch runs"
+        meanwhile = "using the verdict shipped with the package" if groups else "using plain PyTorch"
         if doubts:
             names = ", ".join(sorted({row["operator"] for row in doubts.rows}))
-            meanwhile += f", but not for what was wrong on this machine: {names};"
-        verdicts.warn_once(
-            f"{key.device}: {reason}; {meanwhile} until `{verdicts.COMMAND}` has measured the kernels"
-        )
+            meanwhile += f", except for operators with faults on this machine ({names}),"
+        verdicts.warn_once(f"{key.device}: {reason}; {meanwhile} until `{verdicts.COMMAND}` is run")
     return Table(groups, reason, own.unfinished if own else ())
 
 
 def sentence(found: Table) -> str:
-    """Whose verdict counts for a device, and how many of its operators take kernels somewhere, in one sentence."""
+    """Return a sentence that names the verdicts of a device and counts the operators that use kernels."""
     if not found.groups:
         return f"no verdict: {found.reason}"
     parts = []
@@ -277,26 +282,24 @@ def sentence(found: Table) -> str:
 
 
 def _by_origin(found: Table) -> dict[str, list[Group]]:
-    """Groups by the words for whose verdict decides them, and when it was measured."""
+    """Return groups by a description of the verdict that decides them: its origin and date."""
     groups: dict[str, list[Group]] = {}
     for group, (verdict, _) in found.groups.items():
         groups.setdefault(verdict.origin, []).append(group)
-    rows = {
-        origin: [row for group in some for row in found.groups[group][1]] for origin, some in groups.items()
-    }
-    return {
-        f"verdict of {origin}, {verdicts.dates(rows[origin])}": some
-        for origin, some in sorted(groups.items())
-    }
+    described = {}
+    for origin, some in sorted(groups.items()):
+        rows = [row for group in some for row in found.groups[group][1]]
+        described[f"verdict of {origin}, {verdicts.dates(rows)}"] = some
+    return described
 
 
 def ran(device: torch.device, requested: str | None, found: Mapping[str, Collection[str]]) -> str:
-    """Say which implementations ran on a device, and on whose verdict, in one sentence.
+    """Return a sentence that names the implementations that ran on a device and the verdict that they followed.
 
     Args:
-        device: where the operators ran.
-        requested: the backend that was named to them, or None.
-        found: what ran, as `registration.running` collects it.
+        device: The device of the operators.
+        requested: The backend that was given to them, or None.
+        found: Operator → implementations that ran, as `registration.running` collects it.
     """
     from . import runtime
 
@@ -308,7 +311,7 @@ def ran(device: torch.device, requested: str | None, found: Mapping[str, Collect
         for name, count in sorted(taken.items(), reverse=True)
     )
     if requested or runtime.named_by_environment():
-        return f"{counts}; named by {'the config' if requested else runtime.ENVIRONMENT_VARIABLE}"
+        return f"{counts}; set by {'the config' if requested else runtime.ENVIRONMENT_VARIABLE}"
     index = CPU
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
@@ -319,23 +322,22 @@ def ran(device: torch.device, requested: str | None, found: Mapping[str, Collect
 def explained(
     default: str, tensor: Tensor | None, operator: str, variant: str, sizes: Sizes, refusal: Refusal
 ) -> Explanation:
-    """What `backend=None` takes for a call, and why; `default` is what it takes without a verdict."""
+    """Return what `backend=None` uses for a call, and why; `default` is what it uses without a verdict."""
     if tensor is None:
-        return Explanation(operator, default, "it has no kernels that could be verified")
+        return Explanation(operator, default, "the operator has no kernels")
     name, dtype = named(operator, variant), dtype_name(tensor.dtype)
     index = tensor.get_device() if tensor.is_cuda else CPU
     numbers, found = sizes(), table(index)
-    group = (name, dtype)
+    group, why = (name, dtype), None
     if transforming():
-        return Explanation(
-            name, default, "no verdict counts under torch.func and in forward mode", sizes=numbers
-        )
-    if not found.groups:
-        return Explanation(name, default, found.reason, sizes=numbers)
-    if group not in found.groups:
+        why = "verdicts are not used under torch.func and in forward mode"
+    elif not found.groups:
+        why = found.reason
+    elif group not in found.groups and group in found.unfinished:
+        why = f"its measurement in {dtype} was interrupted; `{verdicts.COMMAND}` resumes it"
+    elif group not in found.groups:
         why = f"it was not measured in {dtype} with these options"
-        if group in found.unfinished:
-            why = f"its measurement in {dtype} was interrupted; `{verdicts.COMMAND}` goes on"
+    if why is not None:
         return Explanation(name, default, why, sizes=numbers)
     verdict, rows = found.groups[group]
     classes = [class_of(size) for size in numbers]
@@ -351,28 +353,28 @@ def explained(
     for candidate in found.ranking(group, classes):
         reason = refusal(candidate)
         if reason is None:
-            notes.insert(0, f"the fastest that is right, by the verdict of {verdict.origin} at {shapes}")
+            notes.insert(0, f"the fastest correct one, by the verdict of {verdict.origin} at {shapes}")
             return about._replace(backend=candidate, reason="; ".join(notes))
         notes.append(f"{candidate} cannot run: {reason}")
-    notes.insert(0, f"nothing that is right was timed at {shapes or 'any shape'}")
+    notes.insert(0, f"no correct implementation was timed at {shapes or 'any shape'}")
     return about._replace(reason="; ".join(notes))
 
 
 def explain(operator: str, *tensors: Any, **options: Any) -> Explanation:
-    """Say which implementation a call of an operator takes, without running it.
+    """Return which implementation a call of an operator uses, without running it.
 
     Args:
-        operator: a public operator, for instance "nystrom_attention".
-        tensors: its arguments; `value` may be left out where it is as `key` is.
-        options: its options; `backend` None or a name.
+        operator: Name of a public operator, for instance "nystrom_attention".
+        *tensors: Its arguments. `value` can be omitted if it has the shape and dtype of `key`.
+        **options: Its options; `backend` is None or a name.
 
     Returns:
-        The implementation, the reason, and the measurement that it follows.
+        The implementation, the reason, and the measurement that the choice follows.
 
     Raises:
-        ValueError: no such operator, or arguments that it does not take.
-        TypeError: arguments that it does not take.
-        NotImplementedError: a backend was named that cannot run.
+        ValueError: There is no such operator, or it does not accept these arguments.
+        TypeError: The operator does not accept these arguments.
+        NotImplementedError: The named backend cannot run.
     """
     import srm_kernels
 

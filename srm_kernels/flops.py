@@ -1,13 +1,14 @@
-"""Multiply-accumulates of the operators by the article's equation 30, for torch's counter and for fvcore's.
+"""Multiply-accumulates of the operators, for the FLOP counters of torch and fvcore (docs/METHOD.md §2.2, equation 30).
 
 Per image and head: 2 N_q r d + 2 r N_k d + r² d (W) + 2 N_k d² (Gram, scores) + d³/3 + r³/3 + r² d (solve).
-A matrix product of n multiply-accumulates is 2n FLOPs to torch's counter, which this module is registered with
-when `srm_kernels` is imported; `fvcore_handles()` serves `FlopCountAnalysis.set_op_handle`.
+Importing `srm_kernels` registers these formulas with torch's counter, for which n multiply-accumulates are 2n FLOPs.
+`fvcore_handles()` gives the arguments of fvcore's `FlopCountAnalysis.set_op_handle`.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,32 +22,33 @@ from .gate import _logits
 from .landmarks import METHODS, _leverage, _select
 from .landmarks.reference import leverage_macs
 from .neck import _merge, _pooled, _project
+from .options import QuerySides
 
 Shape = tuple[int, ...]
 
 
 def attention_macs(queries: int, keys: int, rank: int, d: int) -> int:
-    """Everything of one head but the choice of landmarks: L, L X, R, R V, W and the solve."""
+    """Count one head without the choice of landmarks: L, L X, R, R V, W and the solve."""
     return query_side_macs(queries, rank, d) + key_side_macs(keys, rank, d) + solve_macs(rank, d)
 
 
 def query_side_macs(queries: int, rank: int, d: int) -> int:
-    """L and L X."""
+    """Count L and L X of one head."""
     return 2 * queries * rank * d
 
 
 def key_side_macs(keys: int, rank: int, d: int) -> int:
-    """R, R V and the logits of W."""
+    """Count R, R V and the logits of W of one head."""
     return 2 * rank * keys * d + rank**2 * d
 
 
 def solve_macs(rank: int, d: int) -> int:
-    """Factorisation r³/3 and two triangular solves of d columns, r² d."""
+    """Count the factorisation, r³/3, and two triangular solves of d columns, r² d."""
     return rank**3 // 3 + rank**2 * d
 
 
 def link_macs(queries: int, keys: int, rank: int, d: int) -> int:
-    """Equation 30: one link, per image and head, landmarks by leverage."""
+    """Count one link per image and head, with landmarks by leverage (equation 30)."""
     return attention_macs(queries, keys, rank, d) + leverage_macs(keys, d)
 
 
@@ -63,36 +65,24 @@ def _query_side_op(query: Shape, keys: Shape, *_: Any) -> int:
 
 
 def _project_op(tokens: Shape, key_weights: Sequence[Shape], *_: Any) -> int:
-    """K and V."""
     B, N, C = tokens
     return 2 * len(key_weights) * B * N * C * C
 
 
-def _pooled_op(
-    maps: Sequence[Shape],
-    align_weights: Sequence[Shape],
-    align_biases: Sequence[Shape],
-    alphas: Sequence[Shape],
-    weights: Sequence[Shape],
-    biases: Sequence[Shape],
-    query_weights: Sequence[Shape],
-    keys: Sequence[Shape],
-    xs: Sequence[Shape],
-    targets: Sequence[int],
-    *_: Any,
-) -> int:
-    """T, Q and the logits at every position, as the formula has them, whether or not a backend absorbs them."""
+def _pooled_op(*args: Any) -> int:
+    """T, Q and the logits at every position, as in the formula, whether or not a backend folds the products."""
+    given = dict(zip(QuerySides.NAMES, args, strict=False))
     total = 0
-    for target, align, key in zip(targets, align_weights, keys, strict=True):
+    for target, align, key in zip(given["targets"], given["align_weights"], given["keys"], strict=True):
         (C, channels), (B, H, rank, d) = align, key
-        total += B * maps[target][2] * maps[target][3] * (channels * C + C * C + H * rank * d)
+        _, _, h, w = given["maps"][target]
+        total += B * h * w * (channels * C + C * C + H * rank * d)
     return total
 
 
 def _merge_op(
     pooled: Shape, probabilities: Shape, xs: Sequence[Shape], align_weights: Sequence[Shape], *_: Any
 ) -> int:
-    """The aligned pooled maps, and P̄ X and W_O of every link."""
     B, cells, channels = pooled
     C = align_weights[0][0]
     links = sum(heads * cells * rank * d + cells * C * C for _, heads, rank, d in xs)
@@ -100,7 +90,7 @@ def _merge_op(
 
 
 def _logits_op(maps: Sequence[Shape], *_: Any) -> int:
-    """The readouts; GELUs and means count nothing, as everywhere."""
+    """The readouts; GELUs and means are not counted."""
     return len(maps) * maps[0][0] * maps[0][1]
 
 
@@ -118,10 +108,7 @@ def _context_op(
 
 
 def _solve_op(logits: Shape, rhs: Shape, *_: Any) -> int:
-    batch = 1
-    for size in logits[:-2]:
-        batch *= size
-    return batch * solve_macs(logits[-1], rhs[-1])
+    return math.prod(logits[:-2]) * solve_macs(logits[-1], rhs[-1])
 
 
 def _leverage_op(key: Shape, *_: Any) -> int:
@@ -145,13 +132,13 @@ MACS: dict[Any, Callable[..., int]] = {
     _leverage: _leverage_op,
     _select: _select_op,
 }
-# A backward pass recomputes the forward and forms two products for each of its own.
+# A backward pass computes the forward pass again and two products for each of its products.
 BACKWARD_FACTOR = 3
 
 
 @contextmanager
 def _quiet(name: str) -> Iterator[None]:
-    """Nothing is printed by a module while it is imported: torch's counter warns where Triton is missing."""
+    """Silence a module while it is imported: torch's counter warns if Triton is missing."""
     logger = logging.getLogger(name)
     disabled, logger.disabled = logger.disabled, True
     try:
@@ -165,30 +152,27 @@ def _quiet(name: str) -> Iterator[None]:
 def _register() -> None:
     with _quiet("torch.utils.flop_counter"):
         from torch.utils.flop_counter import register_flop_formula
+
+    def formula(macs: Callable[..., int], factor: int, first: int) -> Callable[..., int]:
+        def flops(*args: Any, out_shape: Any = None, **_: Any) -> int:
+            return 2 * factor * macs(*args[first:])
+
+        return flops
+
     for operator, macs in MACS.items():
         packet = operator.overloadpacket
-
-        def forward(*args: Any, macs: Callable[..., int] = macs, out_shape: Any = None, **_: Any) -> int:
-            return 2 * macs(*args)
-
-        def backward(
-            grads: Any,
-            results: Any,
-            *args: Any,
-            macs: Callable[..., int] = macs,
-            out_shape: Any = None,
-            **_: Any,
-        ) -> int:
-            return 2 * BACKWARD_FACTOR * macs(*args)
-
-        register_flop_formula(packet)(forward)
+        register_flop_formula(packet)(formula(macs, 1, 0))
         derivative = getattr(torch.ops.srm, f"{packet.__name__}_backward", None)
-        if derivative is not None:
-            register_flop_formula(derivative)(backward)
+        if derivative is not None:  # its first arguments are grads and results
+            register_flop_formula(derivative)(formula(macs, BACKWARD_FACTOR, 2))
 
 
 def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
-    """Handles for fvcore, which counts multiply-accumulates: `for name, h in …: analysis.set_op_handle(name, h)`."""
+    """Return handles for fvcore, which counts multiply-accumulates.
+
+    Returns:
+        Operator name → handle, the arguments of `FlopCountAnalysis.set_op_handle`.
+    """
 
     def handle(macs: Callable[..., int]) -> Callable[[list[Any], list[Any]], int]:
         def count(inputs: list[Any], outputs: list[Any]) -> int:
@@ -200,7 +184,7 @@ def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
 
 
 def _shape_or_value(value: Any) -> Any:
-    """A traced value's shape if it is a tensor, the shapes of a list of them, else the constant it holds."""
+    """Return the shape of a traced tensor, the shapes of a list of tensors, or a constant."""
     kind = value.type()
     if value.node().kind() == "prim::ListConstruct":
         return [_shape_or_value(item) for item in value.node().inputs()]

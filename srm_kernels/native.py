@@ -1,4 +1,4 @@
-"""The compiled library of csrc, where the install built it, on torch's stable ABI."""
+"""The C++ library of `csrc/`, if the installation built it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 LIBRARY = Path(__file__).with_name("_cpu.so")
-BUILT = LIBRARY.is_file()  # asked once: torch.compile cannot trace a look at the disk
+BUILT = LIBRARY.is_file()  # a constant, because torch.compile cannot trace file access
 
 
 @cache
 def load() -> None:
-    """Make `torch.ops.srm_cpu` known."""
+    """Register `torch.ops.srm_cpu`."""
     torch.ops.load_library(str(LIBRARY))

@@ -1,13 +1,13 @@
-"""The numerics rule: how far a kernel's result may be from the definition in fp64.
+"""The numerics rule: the largest error that a kernel's result may have against the definition in fp64.
 
-The error of a result is at most twice the error of plain PyTorch in the same dtype (fp32 inside), plus half a unit of
-the dtype, plus 8 units of fp32 because kernels sum in another order. Units are relative to the size of the exact
-result. The rule holds for the largest and for the mean absolute error.
+The error of a result is at most the sum of three terms: twice the error of plain PyTorch in the same dtype (with fp32
+inside), half a unit of the dtype, and 8 units of fp32, because kernels sum in another order. Units are relative to the
+size of the exact result. The rule holds for the largest and for the mean absolute error.
 
-A result of one number, such as the gradient of α, may be accurate by luck. There the error of plain PyTorch counts as
-at least half a unit of the dtype. Better, it is measured over several losses: such a gradient is a sum Σ tᵢ over many
-positions whose error Σ tᵢ δᵢ is of the order of the unit times √Σ tᵢ², whatever the sum itself is. One loss is one draw
-of it, which may be anything down to 0; losses of other signs draw it again.
+The error of a result of one number, such as the gradient of α, can be small by chance. The error of plain PyTorch then
+counts as at least half a unit of the dtype. It is better to measure it over several losses: such a gradient is a sum
+Σ tᵢ over many positions. Its error Σ tᵢ δᵢ has the order of the unit times √Σ tᵢ², whatever the value of the sum, and
+one loss gives one random sample of that error. Losses with other signs give more samples.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 FP32_UNITS = 8
-DRAWS = 8  # losses that a gradient of few numbers is judged by
-FEW = 16
+DRAWS = 8  # losses over which the error of a gradient of few numbers is measured
+FEW = 16  # a result of at most so many numbers has few
 
 
 def error_ratio(
@@ -30,23 +30,23 @@ def error_ratio(
     together: Sequence[Tensor] | None = None,
     draws: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> float:
-    """Return error divided by bound: a result with a ratio of at most 1 follows the rule.
+    """Return the error of a result divided by its bound: a ratio of at most 1 satisfies the numerics rule.
 
     Args:
-        found: the result by kernels, any shape, floating point.
-        plain: the same result by plain PyTorch in the dtype of `found`.
-        exact: the same result in fp64.
-        together: exact results that are computed together with this one (for instance all gradients of one call).
-            The largest of them is the size that the fp32 units are relative to. Default: `exact` alone.
-        draws: (plain, exact) of the same result for other losses: the error of plain PyTorch is then the largest of
-            all draws, and the size at least their root mean square.
+        found: The result of the kernels, any shape, floating point.
+        plain: The same result by plain PyTorch in the dtype of `found`.
+        exact: The same result in fp64.
+        together: Exact results that are computed together with this one, for instance all gradients of one call. The
+            fp32 units are relative to the largest of them. Default: to `exact`.
+        draws: (plain, exact) of the same result for other losses. The error of plain PyTorch is then the largest of
+            all draws, and the size is at least their root mean square.
 
     Returns:
-        The larger ratio of the two measures; infinity where NaN or an infinity is not where it is in `exact`. Numbers
-        that overflow in plain PyTorch alone have no bound and are left out.
+        The larger ratio of the two measures; infinity if NaN or infinity is at other places than in `exact`. Numbers
+        that overflow in plain PyTorch only have no bound and are ignored.
 
     Raises:
-        ValueError: the shapes differ.
+        ValueError: The shapes differ.
     """
     if not found.shape == plain.shape == exact.shape:
         shapes = ", ".join(str(tuple(x.shape)) for x in (found, plain, exact))

@@ -1,7 +1,7 @@
-"""Arguments that several operators, or several forms of one, pass on together.
+"""Groups of arguments that several operators, or several implementations of one, share.
 
-An operator that torch knows has a flat signature: `registration` writes an object out there, as its `SCHEMA` names it,
-and hands implementations the object again. Public functions check the values.
+An operator registered with torch has a flat signature. `registration` expands each object into the arguments of its
+`SCHEMA`, and builds the object again for the implementations. Public functions check the values.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class Written:
-    """What `SCHEMA` writes out for torch."""
+    """A group of arguments that `SCHEMA` lists for torch."""
 
     SCHEMA: ClassVar[str]
     NAMES: ClassVar[tuple[str, ...]]
@@ -34,9 +34,9 @@ class LandmarkOptions(Written):
 
     Attributes:
         rank: r, at least 1.
-        method: A name of `landmarks.METHODS`.
+        method: A key of `landmarks.METHODS`.
         gamma: γ of the ridge leverage scores.
-        generator: The source of a random method's numbers; None means seed 0. No operator sees it.
+        generator: Source of the numbers of a random method; None means seed 0. It is not passed to operators.
     """
 
     SCHEMA: ClassVar[str] = "SymInt rank, str method, float gamma"
@@ -46,7 +46,7 @@ class LandmarkOptions(Written):
     generator: torch.Generator | None = None
 
     def clamped(self, keys: int) -> LandmarkOptions:
-        """Return the same options with at most as many landmarks as there are keys."""
+        """Return the same options with r at most the number of keys."""
         return LandmarkOptions(min(self.rank, keys), self.method, self.gamma, self.generator)
 
 
@@ -56,11 +56,11 @@ class SolveOptions(Written):
 
     Attributes:
         ridge: λ₀.
-        solver: A name of `conditioning.SOLVERS`.
+        solver: A key of `conditioning.SOLVERS`.
         equilibrate: Whether rows and columns of W are scaled first.
-        kappa_max: The κ below which "auto" takes LU.
+        kappa_max: "auto" uses LU for κ below this.
         neumann_order: m of the series of "neumann".
-        neumann_gate: Whether the series is taken only where it is shown to converge.
+        neumann_gate: Whether the series is used only where its convergence is checked.
     """
 
     SCHEMA: ClassVar[str] = (
@@ -75,19 +75,19 @@ class SolveOptions(Written):
 
     @property
     def default(self) -> bool:
-        """Whether the kernels and the C++ core that solve along with other work serve these options."""
+        """Whether the kernels and C++ code that fuse the solve with other steps support these options."""
         return self.solver == "cholesky" and not self.equilibrate
 
 
 @dataclass(frozen=True)
 class AttentionOptions:
-    """How Nyström attention is computed, whatever its tensors.
+    """How Nyström attention is computed.
 
     Attributes:
-        choice: How landmarks are chosen, where they are not given.
+        choice: How landmarks are chosen if they are not given.
         solve: How their system is solved.
-        scale: s, the factor of the logits.
-        qk_norm: What is RMS-normalised: None, "keys" or "both".
+        scale: s, the scale of the logits.
+        qk_norm: Which tokens are RMS-normalised: None, "keys" or "both".
         solve_dtype: "fp32", or "model" for blocks in the dtype of the inputs.
     """
 
@@ -100,7 +100,7 @@ class AttentionOptions:
 
 @dataclass(frozen=True)
 class KeySide(Written):
-    """What the key side of Nyström attention is computed from; landmarks None are chosen."""
+    """The arguments of the key side of Nyström attention; landmarks are chosen where they are None."""
 
     SCHEMA: ClassVar[str] = (
         "Tensor key, Tensor value, Tensor? landmarks, LandmarkOptions choice, float scale, str? qk_norm"
@@ -115,9 +115,9 @@ class KeySide(Written):
 
 @dataclass(frozen=True)
 class QuerySides(Written):
-    """What `pooled_links` computes the query sides of all links from, as its docstring describes it.
+    """The arguments of `pooled_links`, described in its docstring.
 
-    Lists are those of the links but for `maps`; those of DyT and X are empty where there is none.
+    Every list except `maps` has one entry per link. The lists of DyT and X are empty without DyT and X.
     """
 
     SCHEMA: ClassVar[str] = (
@@ -141,14 +141,8 @@ class QuerySides(Written):
 
     def parameters(self, link: int) -> list[Tensor]:
         """Return A, a, W_Q and, with DyT, α, w and b of a link."""
-        groups = (
-            self.align_weights,
-            self.align_biases,
-            self.query_weights,
-            self.alphas,
-            self.weights,
-            self.biases,
-        )
+        groups = [self.align_weights, self.align_biases, self.query_weights]
+        groups += [self.alphas, self.weights, self.biases]
         return [group[link] for group in groups if group]
 
 

@@ -1,15 +1,17 @@
-"""Pieces that the Triton kernels of several operators are made of, and what every launch asks.
+"""Functions that the Triton kernels of several operators share, and helpers for their launches.
 
-Importing this module imports Triton; nothing but a `kernels` module does.
+This module imports Triton; only `kernels` modules may import it.
 
-Precision. Products of two stored tensors (queries, keys, values) are taken in their dtype and accumulate in fp32:
-every product of two bf16 or fp16 numbers is exact there. What is computed, softmax blocks, X and their gradients,
-stays fp32, and a product with it is taken by `wide_dot` in three passes of the tensor cores: "tf32x3", which keeps 22
-bits of both factors, or "bf16x3", which keeps 16 and is used where tokens are bf16; a factor that is bf16 already needs
-no low part, which leaves two passes. One pass would keep 11 or 8 bits: X may be many times larger than Y, so that what
-is lost there comes back magnified. Tensors of fp32 are multiplied with one
-another by "tf32x3" too. Where landmarks are chosen nothing coarser than that is used, and plain fp32 for fp32 tokens:
-a score decides by its last bits.
+Precision of products:
+
+- Stored tensors (queries, keys, values) are multiplied in their dtype and accumulated in fp32, where every product of
+  two bf16 or fp16 numbers is exact. Two fp32 tensors are multiplied in "tf32x3".
+- Computed tensors (softmax blocks, X and their gradients) stay fp32. `wide_dot` multiplies them in three passes of the
+  tensor cores: "tf32x3" keeps 22 bits of both factors; "bf16x3", used with bf16 tokens, keeps 16. A factor that is
+  stored in bf16 has no low part, which leaves two passes. One pass would keep only 11 or 8 bits, and X can be many
+  times larger than Y, so that the rounding error would be amplified.
+- The choice of landmarks depends on the last bits of the scores. It uses "tf32x3" at least, and plain fp32 for fp32
+  tokens.
 """
 
 from __future__ import annotations
@@ -31,27 +33,27 @@ INFINITY = tl.constexpr(float("inf"))
 
 
 def empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
-    """An output or a workspace that kernels fill; a function of its own, so that tests can fill it with NaN first."""
+    """Allocate an output or workspace; tests replace this function to fill the memory with NaN first."""
     return torch.empty(shape, dtype=dtype, device=like.device)
 
 
 def empty_like(tensor: Tensor) -> Tensor:
-    """The same for an output that is laid out as a tensor is."""
+    """Allocate an output with the layout of a tensor; see `empty`."""
     return torch.empty_like(tensor)
 
 
 def readable(tensor: Tensor) -> Tensor:
-    """What a kernel is given to read: Triton's interpreter computes wrongly in bf16, so there it gets fp32."""
+    """Return the tensor that a kernel reads: fp32 for bf16 in Triton's interpreter, which computes wrongly in bf16."""
     return tensor.float() if INTERPRETED and tensor.dtype == torch.bfloat16 else tensor
 
 
 def contiguous(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """What a kernel is given to read of several small tensors."""
+    """Return several small tensors as a kernel reads them, contiguous."""
     return tuple([readable(t).contiguous() for t in tensors])
 
 
 def strides(*unnamed: Tensor, axes: str = "bhnd", **named: Tensor) -> dict[str, int]:
-    """Strides as kernels name them: "stride_b" and so on of the unnamed, "key_stride_b" of `key=`."""
+    """Return strides by the names that kernels use: "stride_b" of the unnamed tensor, "key_stride_b" of `key=`."""
     tensors = [("", tensor) for tensor in unnamed] + [(f"{name}_", tensor) for name, tensor in named.items()]
     return {
         f"{prefix}stride_{axis}": stride
@@ -61,46 +63,49 @@ def strides(*unnamed: Tensor, axes: str = "bhnd", **named: Tensor) -> dict[str, 
 
 
 def strides_of(maps: Sequence[Tensor]) -> dict[str, tuple[int, ...]]:
-    """Of all maps by image, channel, row and column, as kernels name them."""
+    """Return the strides of all maps by image, channel, row and column, by the names that kernels use."""
     return {f"strides_{axis}": tuple(m.stride(number) for m in maps) for number, axis in enumerate("bchw")}
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How products are taken for tensors of this dtype; the interpreter multiplies in fp32 whatever it is told."""
+    """Return the `input_precision` of products of tensors of this dtype; the interpreter always multiplies in fp32."""
     if INTERPRETED:
         return "ieee"
     return "bf16x3" if dtype == torch.bfloat16 else "tf32x3"
 
 
 def finest_precision(dtype: torch.dtype, d: int) -> str:
-    """How products are taken where landmarks are chosen; three passes over a d×d matrix need 128 KiB above d = 64."""
+    """Return the `input_precision` for the choice of landmarks.
+
+    Above d = 64 three passes over a d×d matrix would need 128 KiB of shared memory, so products are plain fp32 there.
+    """
     return "ieee" if INTERPRETED or dtype == torch.float32 or d > 64 else "tf32x3"
 
 
 def padded(size: int) -> int:
-    """The power of two, 16 or more, that a tile needs to hold `size` entries."""
+    """Return the side of a tile that holds `size` entries: a power of two, at least 16."""
     return max(16, power_of_two(size))
 
 
 def power_of_two(size: int) -> int:
-    """The least that is not below `size`; Triton's own costs the host as much as an allocation does."""
+    """Return the smallest power of two that is at least `size`; faster than Triton's `next_power_of_2`."""
     return 1 << (size - 1).bit_length()
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device: make it the tensor's."""
+    """Make the tensor's device the current one, on which Triton launches."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 @triton.jit
 def token_offsets(rows, columns, n_stride, d_stride):
-    """[ROWS, COLUMNS] offsets in 64 bits: a tensor may pass 2³¹ elements."""
+    """Offsets [ROWS, COLUMNS] in 64 bits: a tensor can have more than 2³¹ elements."""
     return rows.to(tl.int64)[:, None] * n_stride + columns.to(tl.int64)[None, :] * d_stride
 
 
 @triton.jit
 def load_tokens(ptr, rows, valid, n_stride, d_stride, d: tl.constexpr, D: tl.constexpr):
-    """Rows of a token matrix, [ROWS, D]; zeros where a row is not valid and beyond d."""
+    """Load rows of a token matrix, [ROWS, D]; zeros in rows that are not valid and beyond d."""
     columns = tl.arange(0, D)
     offsets = token_offsets(rows, columns, n_stride, d_stride)
     return tl.load(ptr + offsets, mask=valid[:, None] & (columns < d)[None, :], other=0.0)
@@ -110,7 +115,7 @@ def load_tokens(ptr, rows, valid, n_stride, d_stride, d: tl.constexpr, D: tl.con
 def rms_factor(tokens, d: tl.constexpr, NORMALISE: tl.constexpr):
     """√d / (‖x‖ + 1e-6) of every row, [ROWS], or ones.
 
-    Rows are multiplied by it after a product, never before: the stored numbers enter the product unrounded.
+    Kernels multiply by this factor after a product, so that the stored numbers enter the product without rounding.
     """
     wide = tokens.to(tl.float32)
     norm = tl.sqrt(tl.sum(wide * wide, 1))
@@ -119,12 +124,12 @@ def rms_factor(tokens, d: tl.constexpr, NORMALISE: tl.constexpr):
 
 @triton.jit
 def rms_factor_product(gradient, tokens, d: tl.constexpr, NORMALISE: tl.constexpr):
-    """The gradient of x from that of x·√d/(‖x‖ + 1e-6), both [ROWS, D]."""
+    """The gradient of x, [ROWS, D], from the gradient of x·√d/(‖x‖ + 1e-6)."""
     if NORMALISE:
         wide = tokens.to(tl.float32)
         norm = tl.sqrt(tl.sum(wide * wide, 1))
         along = tl.sum(wide * gradient, 1)
-        # The norm's derivative at 0 is taken as 0, as torch does.
+        # The derivative of the norm at 0 is 0, as in torch.
         along = tl.where(norm > 0, along / (norm * (norm + NORM_FLOOR)), tl.where(norm == 0, 0.0, norm))
         gradient = (d**0.5 / (norm + NORM_FLOOR))[:, None] * (gradient - wide * along[:, None])
     return gradient
@@ -132,16 +137,16 @@ def rms_factor_product(gradient, tokens, d: tl.constexpr, NORMALISE: tl.constexp
 
 @triton.jit
 def bf16_pair(x):
-    """x as the sum of two bf16 tensors, of which it keeps 16 bits."""
+    """Split x into a sum of two bf16 tensors, which keeps 16 bits."""
     high = x.to(tl.bfloat16)
     return high, (x - high.to(tl.float32)).to(tl.bfloat16)
 
 
 @triton.jit
 def wide_dot(a, b, PRECISION: tl.constexpr):
-    """a b in fp32, of which one at least was computed; see the module's docstring.
+    """a b in fp32, where at least one factor is a computed tensor; see the module's docstring.
 
-    As in Triton's own passes, what the low part makes of an infinity, NaN, does not count.
+    The low part of an infinity gives NaN, which is replaced by 0, as in Triton's own passes.
     """
     if PRECISION == "bf16x3" and b.dtype == tl.bfloat16:
         high, low = bf16_pair(a)

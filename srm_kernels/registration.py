@@ -1,8 +1,8 @@
-"""One operator, one boundary: torch sees `srm::<name>` and `srm::<name>_backward`, whatever runs behind them.
+"""Register operators with torch as `srm::<name>` and `srm::<name>_backward`, for all backends.
 
-Eager mode, torch.compile, export, FLOP counters and CUDA graphs all see these two. Kernels are opaque to autograd: a
-backend made of them brings a derivative of its own, or takes the reference's. Under function transforms (torch.func)
-and forward-mode derivatives a differentiable operator is the plain PyTorch of its reference.
+Eager mode, torch.compile, export, FLOP counters and CUDA graphs see only these two operators. Autograd cannot
+differentiate through kernels: a backend of kernels has its own derivative, or uses that of the reference. Under
+function transforms (torch.func) and in forward mode a differentiable operator runs its reference in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from .checks import RENAMED, transforming
 from .options import WRITTEN
 
 Implementation = Callable[..., Any]
-Place = tuple[int, int | None]  # of a tensor among arguments: which, and where in it if that is a list
-OPAQUE = ("triton",)  # whose implementations autograd cannot see through
-_plain = False  # whether differentiable operators run in the steps of their reference
-_library = torch.library.Library("srm", "FRAGMENT")  # operators live as long as it does
-
-
+Place = tuple[
+    int, int | None
+]  # of a tensor: index of the argument, and index in it if the argument is a list
+OPAQUE = ("triton",)  # backends that autograd cannot differentiate
+_plain = False  # whether differentiable operators run the operations of their reference
+_library = torch.library.Library("srm", "FRAGMENT")  # operators exist as long as this object
 _running: list[dict[str, set[str]]] = []
 
 
 @contextmanager
 def running() -> Iterator[dict[str, set[str]]]:
-    """Collect inside which implementations run: operator → backends.
+    """Collect the implementations that run inside the context: operator → backends.
 
-    What counts is that an operator runs, in eager and in compiled code; of a CUDA graph its capture. Under torch.func
-    and in forward mode a differentiated call runs no operator but its reference, and is left out.
+    Operators count in eager and in compiled code; a CUDA graph counts when it is captured. A call that is
+    differentiated under torch.func or in forward mode runs its reference without an operator, and does not count.
     """
     found: dict[str, set[str]] = {}
     _running.append(found)
@@ -48,7 +48,7 @@ def running() -> Iterator[dict[str, set[str]]]:
 
 @contextmanager
 def plainly() -> Iterator[None]:
-    """Run differentiable operators in the steps of their reference inside, as plain PyTorch without operators would."""
+    """Run the operations of the references inside the context, without the differentiable operators around them."""
     global _plain
     before, _plain = _plain, True
     try:
@@ -58,7 +58,7 @@ def plainly() -> Iterator[None]:
 
 
 def later(module: str, name: str) -> Implementation:
-    """The function `name` of a module that is imported at its first call: importing kernels imports Triton."""
+    """Return a function that imports `module` when it is first called: kernels must not be imported without Triton."""
 
     def call(*args: Any) -> Any:
         return getattr(import_module(module), name)(*args)
@@ -80,38 +80,42 @@ def register_operator(
     recalled: Mapping[str, int] | None = None,
     autocast: Callable[..., tuple[Any, ...]] | None = None,
 ) -> OpOverload:
-    """Register `srm::name(arguments, str backend) -> returns` with its fake and its derivative.
+    """Register `srm::name(arguments, str backend) -> returns` with its fake implementation and its derivative.
 
-    Arguments may be lists of tensors, and objects of `options.WRITTEN`, which torch sees written out.
-    `implementations` maps a backend to a plain function of `arguments`; "reference" must be among them. The derivative
-    is the vector-Jacobian product of the implementation, recomputed from the saved inputs inside
-    `srm::name_backward`. A second derivative (`create_graph=True`) always goes through the reference, whose steps
-    autograd knows. Only floating-point results carry gradients, and not those numbered in `constant`. Results are
-    contiguous, or the first laid out as `torch.empty_like` of the argument `like`, whatever the implementation;
-    gradients are contiguous.
+    The derivative is the vector-Jacobian product of the implementation. `srm::name_backward` computes it from the saved
+    inputs. A second derivative (`create_graph=True`) uses the reference, whose operations autograd knows. Under
+    torch.func and in forward mode a call that is differentiated runs the reference instead of the operator. Gradients
+    are contiguous.
 
-    `derivatives` maps a backend to a function `(grads, results, *arguments)` that gives the gradients of the
-    `differentiable` arguments (of those that are not None) in their order; results are then kept for it. A backend of
-    kernels that has none takes the reference's derivative. `recalled` names arguments that the reference's derivative
-    finds replaced by the result of that number: what the forward pass chose is not chosen again.
+    Args:
+        name: Name of the operator.
+        arguments: Its arguments as in a schema of torch. Types of `options.WRITTEN` are expanded for torch.
+        returns: Its results as in a schema of torch. Results are contiguous, except the first if `like` is given.
+        implementations: Backend → function of `arguments`. "reference" is required.
+        fake: Function of `arguments` that returns empty results, for torch.compile and export.
+        differentiable: Names of the differentiable arguments.
+        like: Name of the argument whose layout (that of `torch.empty_like`) the first result has.
+        derivatives: Backend → function `(grads, results, *arguments)` that returns the gradients of the differentiable
+            arguments that are not None, in their order. Results are then saved for it. A backend of kernels without
+            one uses the derivative of the reference.
+        constant: Indices of results without a gradient. Results that are not floating point never have one.
+        recalled: Name of an argument → index of the result that replaces it in the derivative of the reference, so
+            that the backward pass does not repeat a choice of the forward pass.
+        autocast: Function that casts `arguments` under autocast; see `autocast.py`.
 
-    `autocast` maps the arguments to what the operator takes under autocast: see `autocast.py`.
-
-    Under torch.func and in forward mode a call that is differentiated runs the reference in place of the operator.
+    Returns:
+        The operator.
     """
     kinds = _kinds(arguments)
     implementations = {key: _packed(function, kinds) for key, function in implementations.items()}
     own = {key: _packed(function, kinds, 2) for key, function in (derivatives or {}).items()}
-    for old, new in RENAMED.items():  # in programs that the last release exported
+    for old, new in RENAMED.items():  # programs that the last release exported use the old names
         for functions in (implementations, own):
             if new in functions:
                 functions[old] = functions[new]
-    while WRITTEN.keys() & set(_kinds(arguments)):
-        arguments = re.sub(
-            r"\b(\w+) \w+",
-            lambda found: WRITTEN[found[1]].SCHEMA if found[1] in WRITTEN else found[0],
-            arguments,
-        )
+    while found := WRITTEN.keys() & set(_kinds(arguments)):
+        for kind in found:
+            arguments = re.sub(rf"\b{kind} \w+", WRITTEN[kind].SCHEMA, arguments)
     schema = f"({arguments}, str backend) -> {returns}"
     names = [argument.split()[-1].split("=")[0] for argument in f"{arguments}, str backend".split(",")]
     differentiables = [names.index(argument) for argument in differentiable]
@@ -142,12 +146,10 @@ def register_operator(
         return [i for i, value in enumerate(outputs) if value.is_floating_point() and i not in constant]
 
     def recall(inputs: Sequence[Any], results: Sequence[Tensor]) -> list[Any]:
-        return [
-            results[known[index]] if index in known else value for index, value in enumerate(copied(inputs))
-        ]
-
-    def copied(inputs: Sequence[Any]) -> list[Any]:
-        return [list(value) if isinstance(value, list) else value for value in inputs]
+        inputs = _copied(inputs)
+        for index, number in known.items():
+            inputs[index] = results[number]
+        return inputs
 
     def derivative(grads: Sequence[Tensor], results: Sequence[Tensor], *args: Any) -> list[Tensor]:
         *inputs, backend = args
@@ -157,7 +159,7 @@ def register_operator(
         wanted = present(inputs)
         inputs = recall(inputs, results)
         function = implementations["reference" if backend in OPAQUE else backend]
-        # The dispatcher leaves autograd out below an operator; this one is made of it.
+        # The dispatcher disables autograd inside an operator; this operator needs it.
         autograd = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
         with autograd, torch.enable_grad(), no_autocast(inputs):
             for place in wanted:
@@ -178,10 +180,10 @@ def register_operator(
     _register_autograd(backward_operator)
 
     def plainly(*args: Any) -> Any:
-        """The operator by its reference, in steps that every transform of torch knows."""
+        """Run the reference, whose operations every transform of torch supports."""
         inputs = args[:-1]
         with no_autocast(inputs):
-            outputs = implementations["reference"](*copied(inputs))
+            outputs = implementations["reference"](*_copied(inputs))
         if not isinstance(outputs, tuple):
             return outputs.contiguous()
         return tuple((t.detach() if i in constant else t).contiguous() for i, t in enumerate(outputs))
@@ -201,7 +203,7 @@ def register_operator(
         ctx.carriers = carriers(outputs)
 
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
-        inputs = copied(ctx.others)
+        inputs = _copied(ctx.others)
         saved = list(ctx.saved_tensors)
         results = saved[len(ctx.places) :]
         for place, tensor in zip(ctx.places, saved, strict=False):
@@ -212,7 +214,7 @@ def register_operator(
         if again or transforming():
             plain = recall(inputs[:-1], results)
             with no_autocast(plain), torch.enable_grad():
-                for place in wanted:  # an alias each: inputs may depend on one another
+                for place in wanted:  # an alias for each, because one input can depend on another
                     tensor = _at(plain, place)
                     alias = tensor.view_as(tensor)
                     _put(plain, place, alias if alias.requires_grad else alias.requires_grad_())
@@ -236,7 +238,7 @@ def _kinds(arguments: str) -> list[str]:
 
 
 def _packed(function: Implementation, kinds: Sequence[str], ahead: int = 0) -> Implementation:
-    """A function that takes objects, as one of flat arguments; `ahead` others come first."""
+    """Turn a function of objects into one of flat arguments, after `ahead` arguments that stay as they are."""
     if not WRITTEN.keys() & set(kinds):
         return function
 
@@ -253,7 +255,6 @@ def _packed(function: Implementation, kinds: Sequence[str], ahead: int = 0) -> I
 
 
 def _define(name: str, schema: str, implementation: Implementation, fake: Callable[..., Any]) -> OpOverload:
-    """Make `srm::name`, which torch.compile does not look into."""
     _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, torch._disable_dynamo(implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"srm::{name}", fake, lib=_library)
@@ -262,8 +263,6 @@ def _define(name: str, schema: str, implementation: Implementation, fake: Callab
 
 
 def _register_vmap(operator: OpOverload) -> None:
-    """A batch of calls is a call for each entry."""
-
     @torch._disable_dynamo
     def one_by_one(info: Any, dims: Sequence[Any], *args: Any) -> Any:
         results = [operator(*_entry(list(args), list(dims), i)) for i in range(info.batch_size)]
@@ -281,7 +280,7 @@ def _register_autocast(operator: OpOverload, rule: Callable[..., tuple[Any, ...]
     @torch._disable_dynamo
     def kernel(*args: Any) -> Any:
         *inputs, backend = args
-        cast = rule(*inputs)  # outside the guard, under which autocast reads as off
+        cast = rule(*inputs)  # outside the guard, inside which autocast seems to be off
         with torch._C._ExcludeDispatchKeyGuard(keys):
             return operator(*cast, backend)
 
@@ -290,15 +289,15 @@ def _register_autocast(operator: OpOverload, rule: Callable[..., tuple[Any, ...]
 
 
 class _Rules(NamedTuple):
-    """How a differentiable operator is differentiated."""
+    """How autograd differentiates an operator."""
 
-    plainly: Implementation  # the same in operations of torch
+    plainly: Implementation  # the operator in operations of torch
     setup: Callable[[Any, Sequence[Any], Any], None]
     backward: Callable[..., tuple[Any, ...]]  # gradients of the tensors among the arguments, in their order
 
 
 class _Recorded(torch.autograd.Function):
-    """One call of an operator on the tape; `tensors` are those among its arguments."""
+    """One recorded call of an operator; `tensors` are the tensors among its arguments."""
 
     @staticmethod
     def forward(ctx: Any, run: Implementation, rules: _Rules, args: Sequence[Any], *tensors: Tensor) -> Any:
@@ -313,8 +312,8 @@ class _Recorded(torch.autograd.Function):
 
 
 def _register_autograd(operator: OpOverload, rules: _Rules | None = None) -> None:
-    """Without rules the results are constants."""
-    node: Any = type(operator._opname, (_Recorded,), {})  # profilers show this name
+    """Register how autograd sees an operator; without rules its results are constants."""
+    node: Any = type(operator._opname, (_Recorded,), {})  # the name that profilers show
 
     @torch._disable_dynamo
     def kernel(keyset: Any, *args: Any) -> Any:
@@ -340,12 +339,11 @@ def _has_tangent(tensor: Tensor | None) -> bool:
 
 
 def _is_tensors(value: Any) -> bool:
-    """Whether an argument is a list of tensors; an empty list counts as one, as torch counts it."""
+    """Return whether an argument is a list of tensors; an empty list counts as one, as in torch."""
     return isinstance(value, list) and all(isinstance(t, Tensor) or t is None for t in value)
 
 
 def _places(inputs: Sequence[Any]) -> list[Place]:
-    """Where tensors are among the arguments: (argument, position in its list, or None for a tensor itself)."""
     places: list[Place] = []
     for index, value in enumerate(inputs):
         if isinstance(value, Tensor):
@@ -356,11 +354,15 @@ def _places(inputs: Sequence[Any]) -> list[Place]:
 
 
 def _entry(value: Any, dim: Any, i: int) -> Any:
-    """Entry i of what is batched along `dim`, in lists too."""
+    """Return entry i of a value that is batched along `dim`; a list has one `dim` per entry."""
     if isinstance(value, list):
         dims = dim if isinstance(dim, list | tuple) else [dim] * len(value)
         return [_entry(part, d, i) for part, d in zip(value, dims, strict=True)]
     return value.select(dim, i) if isinstance(value, Tensor) and dim is not None else value
+
+
+def _copied(inputs: Sequence[Any]) -> list[Any]:
+    return [list(value) if isinstance(value, list) else value for value in inputs]
 
 
 def _at(inputs: Sequence[Any], place: Place) -> Any:
@@ -401,7 +403,7 @@ def _product(
 
 
 def _apart(product: Tensor, given: set[int]) -> Tensor:
-    """Contiguous, in memory of its own: an operator may not return what it was given, nor parts of one tensor."""
+    """Return the product contiguous in its own memory: an operator must not return an input or a part of a tensor."""
     product = product.contiguous()
     memory = product.untyped_storage()
     alone = memory.nbytes() == product.numel() * product.element_size() and memory.data_ptr() not in given
@@ -409,14 +411,14 @@ def _apart(product: Tensor, given: set[int]) -> Tensor:
 
 
 def _laid_out(result: Tensor, model: Tensor) -> Tensor:
-    promised = torch.empty_like(model, dtype=result.dtype, device="meta")  # strides without memory
+    promised = torch.empty_like(model, dtype=result.dtype, device="meta")  # only for its strides
     if result.stride() == promised.stride():
         return result
     return torch.empty_like(model, dtype=result.dtype).copy_(result)
 
 
 def no_autocast(inputs: Sequence[Any]) -> AbstractContextManager[Any]:
-    """Autocast off on the device of the first tensor: the operators choose their own precision."""
+    """Disable autocast on the device of the first tensor: operators choose their own precision."""
     device = _at(inputs, _places(inputs)[0]).device.type
     off = device == "meta" or not torch.is_autocast_enabled(device)
     return nullcontext() if off else torch.autocast(device, enabled=False)

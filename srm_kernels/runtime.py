@@ -1,6 +1,6 @@
-"""Which implementation of an operator can run here, and why not the others.
+"""Which implementations of an operator can run here, and why the others cannot.
 
-The one place that asks the hardware and the environment.
+Only this module queries the hardware and the environment.
 """
 
 from __future__ import annotations
@@ -21,47 +21,43 @@ from .checks import current_name
 
 ENVIRONMENT_VARIABLE = "SRM_KERNELS_BACKEND"
 BACKENDS = {
-    "reference": "the mathematics in plain PyTorch",
-    "torch": "attention through scaled_dot_product_attention, and on the CPU the default landmark solve in C++ of csrc"
+    "reference": "the definitions in plain PyTorch",
+    "torch": "attention by scaled_dot_product_attention; on the CPU also the default landmark solve in C++"
     + ("" if native.BUILT else " (not built)")
-    + " and the neck's query side in tiles; the other operators have one plain-PyTorch form",
+    + " and the neck's query side in tiles; other operators run as in the reference",
     "triton": "fused Triton kernels for landmarks, their solve, attention, scale, gate, pooling and the neck",
 }
 LEAST_CAPABILITY = (8, 0)
-WORTH_THREADS = 2**26  # multiply-adds, a few milliseconds of one thread
+WORTH_THREADS = 2**26  # multiply-adds; one thread takes a few milliseconds
 
 
 class BackendStatus(NamedTuple):
-    """Whether an implementation can run here; `reason` says what it is, or why it cannot."""
+    """Whether a backend can run here; `reason` describes the backend, or says why it cannot run."""
 
     available: bool
     reason: str
 
 
 def backends() -> dict[str, BackendStatus]:
-    """The implementations `backend=` accepts: name → (available here, what it is or why it cannot run).
+    """Return the backends that `backend=` accepts, and whether each can run here.
 
-    An operator without kernels of its own for an available backend says so when that backend is asked for.
+    An operator can still raise NotImplementedError for an available backend, if it has no implementation for it.
+
+    Returns:
+        Backend name → whether it can run here, and its description or the reason why it cannot.
     """
-    missing = _missing()
-    return {
-        name: BackendStatus(name not in missing, missing.get(name, description))
-        for name, description in BACKENDS.items()
-    }
-
-
-def _missing() -> dict[str, str]:
-    reason = triton_missing()
-    return {} if reason is None else {"triton": reason}
+    found = {name: BackendStatus(True, description) for name, description in BACKENDS.items()}
+    missing = triton_missing()
+    return found if missing is None else found | {"triton": BackendStatus(False, missing)}
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def triton_missing() -> str | None:
-    """Why no Triton kernel can run here, or None."""
+    """Return why no Triton kernel can run here, or None."""
     if not _has_triton():
         return "Triton is not installed: pip install triton"
     if not torch.cuda.is_available() and cpu_launch_device() is None:
-        return "there is no CUDA device, and TRITON_INTERPRET=1, which runs kernels on the CPU, is not set"
+        return "there is no CUDA device; only TRITON_INTERPRET=1 runs kernels on the CPU, and it is not set"
     return None
 
 
@@ -69,33 +65,33 @@ def triton_missing() -> str | None:
 def _has_triton() -> bool:
     try:
         return find_spec("triton") is not None
-    except ValueError:  # a module that was blocked has no specification
+    except ValueError:  # sys.modules has the module without a specification
         return False
 
 
 def interpreting() -> bool:
-    """Whether Triton kernels run in Triton's interpreter, on CPU tensors: slow, and only for tests."""
+    """Return whether Triton kernels run in Triton's interpreter, on CPU tensors: slow, and only for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class LaunchDevice(NamedTuple):
-    """What launches of Triton kernels depend on: compute capability, and bytes of shared memory a block may use."""
+    """The target of Triton kernels: compute capability, and bytes of shared memory that a block can use."""
 
     capability: tuple[int, int]
     shared_memory: int
 
 
 def cpu_launch_device() -> LaunchDevice | None:
-    """Return the device that Triton kernels on CPU tensors are compiled for, or None where none accepts them.
+    """Return the device that Triton kernels on CPU tensors are compiled for, or None if they cannot run.
 
-    The interpreter takes the configurations of a common card and has no limit of shared memory. An emulator replaces
-    this function.
+    The interpreter uses the configurations of compute capability 8.9 and has no limit of shared memory. An emulator
+    replaces this function.
     """
     return LaunchDevice((8, 9), sys.maxsize) if interpreting() else None
 
 
 def launch_device(tensor: torch.Tensor) -> LaunchDevice:
-    """Return the device that launches on this tensor are compiled for; for a meta tensor as for a CPU tensor."""
+    """Return the device that launches on this tensor are compiled for; a meta tensor counts as a CPU tensor."""
     if tensor.is_cuda:
         properties = torch.cuda.get_device_properties(tensor.device)
         shared = int(getattr(properties, "shared_memory_per_block_optin", 0))
@@ -104,10 +100,10 @@ def launch_device(tensor: torch.Tensor) -> LaunchDevice:
 
 
 def pipeline_stages(capability: tuple[int, int]) -> int:
-    """Return the stages of a kernel's software pipeline: 2, or 1 where more would be a race.
+    """Return the number of stages of a kernel's software pipeline: 2, or 1 where 2 would be a data race.
 
-    Before 3.7.1 Triton puts no fence between a copy by cp.async and the wgmma of compute capability 9.x that reads it
-    (triton-lang/triton, pull request 10537).
+    On compute capability 9.x, Triton before 3.7.1 inserts no fence between a copy by cp.async and the wgmma that reads
+    it (triton-lang/triton, pull request 10537).
     """
     return 1 if capability[0] == 9 and not _copies_are_fenced() else 2
 
@@ -119,34 +115,32 @@ def _copies_are_fenced() -> bool:
 
 
 def triton_refusal(tensor: torch.Tensor) -> str | None:
-    """Why no Triton kernel can run on a tensor, or None: what is common to all of them."""
+    """Return why no Triton kernel can run on a tensor, or None: the conditions that all kernels share."""
     reason: str | None = triton_missing()
     if reason is not None:
         return reason
     if tensor.dtype == torch.float64:
-        return "its kernels compute in float32, and the tensors are float64"
+        return "its kernels accept float32, bfloat16 and float16, and the tensors are float64"
     if tensor.device.type not in ("cuda", "cpu", "meta"):
         return f"its kernels run on CUDA devices, and the tensors are on {tensor.device}"
     if tensor.device.type == "cpu" and cpu_launch_device() is None:
-        return "the tensors are on the CPU, where only TRITON_INTERPRET=1 runs its kernels"
+        return "the tensors are on the CPU; only TRITON_INTERPRET=1 runs its kernels there"
     if launch_device(tensor).capability < LEAST_CAPABILITY:
-        return f"its kernels need compute capability {'.'.join(map(str, LEAST_CAPABILITY))}"
+        return f"its kernels need compute capability {'.'.join(map(str, LEAST_CAPABILITY))} or higher"
     return None
 
 
 def roomy(tensor: torch.Tensor, kibibytes: int = 160) -> bool:
-    """Whether blocks may ask for so much shared memory; 160 KiB they may on data-centre cards and not on others."""
+    """Return whether a block can use so much shared memory; only data-centre GPUs have 160 KiB."""
     return launch_device(tensor).shared_memory >= kibibytes * 1024
 
 
 def few_threads(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `function(key, ...)` such that small work on a CPU tensor `key` (…, N, d) stays on one thread.
+    """Make `function(key, ...)` run on one thread if its CPU tensor `key` (…, N, d) is small.
 
-    In place of the tensor may stand what holds it under this name.
-
-    Between many small steps threads wait for one another by spinning, which on a busy machine takes far longer than
-    the steps. The number of threads is the calling thread's own, and is set back. torch.compile traces
-    `function` alone.
+    Between many small steps threads wait for one another by spinning. On a busy machine this takes far longer than the
+    steps. The number of threads is set for the calling thread only, and is restored. torch.compile traces `function`
+    without this wrapper. The first argument can also be an object with an attribute `key`.
     """
 
     @wraps(function)
@@ -166,7 +160,7 @@ def few_threads(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def choose_backend(
-    requested: str | None,
+    requested: str | choice.Question | None,
     implementations: tuple[str, ...],
     operator: str,
     refusal: Callable[[str], str | None] = lambda name: None,
@@ -176,20 +170,31 @@ def choose_backend(
     variant: str = "",
     call: tuple[Any, ...] = (),
 ) -> str:
-    """The implementation to run: the one asked for, or the fastest that is right by the verdict about the device.
+    """Return the backend to run. A request for a backend never falls back to another one.
 
-    `requested` None reads SRM_KERNELS_BACKEND. Without either, the device of `tensor` may have a verdict (see
-    `choice`); without that it is the first of `implementations` that is not refused. `refusal` says why an
-    implementation cannot serve these arguments, or None; only those in question are asked about. `sizes` and `variant`
-    are as in `choice.measured`; the choice is kept for `call`, which holds everything that these and `refusal` depend
-    on. A name outside `backends()` is a ValueError, a known one that this operator cannot run is a NotImplementedError
-    with the reason: a request never falls back.
+    Args:
+        requested: The value of `backend=`. None means SRM_KERNELS_BACKEND, if it is set. Without either, the verdict
+            about the device of `tensor` decides (see `choice`); without a verdict it is the first of
+            `implementations` that is not refused.
+        implementations: Backends that the operator has, the default first.
+        operator: Name of the operator.
+        refusal: Returns why a backend cannot run with these arguments, or None.
+        tensor: The tensor whose device and dtype select the verdict, or None.
+        sizes: As in `choice.measured`.
+        variant: As in `choice.measured`.
+        call: Everything that `refusal`, `sizes` and `variant` depend on: the key under which the choice is cached.
+
+    Raises:
+        ValueError: The name is not in `backends()`.
+        NotImplementedError: The operator cannot run the named backend.
+        choice.Answer: `requested` is a `choice.Question`.
     """
-    if isinstance(requested, choice.Question):
-        raise choice.Answer(
-            _explained(requested.requested, implementations, operator, refusal, tensor, sizes, variant)
-        )
-    name = current_name(requested) or named_by_environment()
+    given = requested.requested if isinstance(requested, choice.Question) else requested
+    asked = given is not requested
+    name = current_name(given) or named_by_environment()
+    if name is None and asked:
+        default = next(name for name in implementations if refusal(name) is None)
+        raise choice.Answer(choice.explained(default, tensor, operator, variant, sizes, refusal))
     if name is None:
         chosen = None if tensor is None else choice.cached(tensor, operator, variant, call)
         if chosen is not None:
@@ -202,14 +207,17 @@ def choose_backend(
             choice.keep(tensor, operator, variant, call, chosen)
         return chosen
     if name not in BACKENDS:
-        origin = "backend" if requested else ENVIRONMENT_VARIABLE
+        origin = "backend" if given else ENVIRONMENT_VARIABLE
         raise ValueError(f"{origin}={name!r}: expected None or one of {', '.join(BACKENDS)}")
     reason = refusal(name)
     if name not in implementations or reason is not None:
-        only = f"it has no form for these arguments, only {', '.join(implementations)}"
-        raise NotImplementedError(
-            f"backend {name!r} cannot run {operator}: {_missing().get(name) or reason or only}"
-        )
+        missing = triton_missing() if name == "triton" else None
+        only = f"for these arguments expected one of {', '.join(implementations)}"
+        raise NotImplementedError(f"backend {name!r} cannot run {operator}: {missing or reason or only}")
+    if asked:
+        origin = "the argument `backend`" if given else ENVIRONMENT_VARIABLE
+        reason = f"{origin} names it"
+        raise choice.Answer(choice.Explanation(choice.named(operator, variant), name, reason, sizes=sizes()))
     return name
 
 
@@ -218,37 +226,20 @@ _variable = os.environ.encodekey(ENVIRONMENT_VARIABLE)  # type: ignore[attr-defi
 
 
 def named_by_environment() -> str | None:
-    """SRM_KERNELS_BACKEND, or None.
+    """Return the value of SRM_KERNELS_BACKEND, or None.
 
-    Looking for a variable that is not set raises and catches errors in `os`, which costs more than the whole choice;
-    so this first looks into the dictionary that `os.environ` keeps.
+    `os.environ` raises and catches an error for a variable that is not set. This costs more than the whole choice, so
+    the function looks up the dictionary behind `os.environ` first.
     """
     if not torch.compiler.is_compiling() and _variables is not None and _variable not in _variables:
         return None
     return current_name(os.environ.get(ENVIRONMENT_VARIABLE)) or None
 
 
-def _explained(
-    requested: str | None,
-    implementations: tuple[str, ...],
-    operator: str,
-    refusal: Callable[[str], str | None],
-    tensor: torch.Tensor | None,
-    sizes: choice.Sizes,
-    variant: str,
-) -> choice.Explanation:
-    if requested or named_by_environment():
-        name = choose_backend(requested, implementations, operator, refusal)
-        origin = "the argument `backend`" if requested else ENVIRONMENT_VARIABLE
-        return choice.Explanation(choice.named(operator, variant), name, f"{origin} names it", sizes=sizes())
-    default = next(name for name in implementations if refusal(name) is None)
-    return choice.explained(default, tensor, operator, variant, sizes, refusal)
-
-
 def kept(
     requested: str | None, tensor: torch.Tensor, operator: str, variant: str, call: tuple[Any, ...]
 ) -> str | None:
-    """What was chosen for such a call before, or None; asked first, before anything is made that a choice needs."""
+    """Return the cached choice for such a call, or None: cheaper than to prepare the arguments of a new choice."""
     if requested is None and named_by_environment() is None:
         return choice.cached(tensor, operator, variant, call)
     return None
@@ -265,11 +256,11 @@ def choose_kernels(
     variant: str = "",
     call: tuple[Any, ...] = (),
 ) -> str:
-    """The choice for an operator that has Triton kernels beside one form in plain PyTorch.
+    """Return the backend to run for an operator that has Triton kernels.
 
-    `plain` names its forms in plain PyTorch, the default first. `refusal` says why its kernels cannot serve these
-    arguments, where what is common to all of them can; it is asked only where they are in question, so that under
-    torch.export it guards no shape for nothing.
+    `plain` names its other backends, the default first. `refusal` returns why its kernels cannot run with these
+    arguments, or None. It is called only if `triton_refusal` has no objection, so that torch.export guards no shape
+    without need. The other arguments are those of `choose_backend`.
     """
     return kept(requested, tensor, operator, variant, call) or choose_backend(
         requested,

@@ -1,7 +1,7 @@
-"""Verdicts: what `python -m srm_kernels verify` measured on a device, kept in a file for each device.
+"""Verdicts: the results of `python -m srm_kernels verify`, in one file per device.
 
-A verdict holds for one device, driver, torch, Triton and state of the kernel sources. A file that is not whole, has
-wrong types, belongs to another user, can be written by others or is a symbolic link counts as absent.
+A verdict holds for one device, driver, torch, Triton and state of the kernel sources. A file is ignored if it is
+incomplete, has wrong types, belongs to another user, can be written by other users or is a symbolic link.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .checks import RENAMED
 
 try:
     import fcntl
-except ImportError:  # no POSIX: nothing is locked
+except ImportError:  # without POSIX nothing is locked
     fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger("srm_kernels")
@@ -40,28 +40,24 @@ PACKAGE = Path(__file__).resolve().parent
 SHIPPED = PACKAGE / "shipped"
 OWN = "this machine"
 NOT_VERIFIED = "the kernels were not verified on this device"
-# Beside the folders of operators: what decides how kernels are called, and how they are judged.
+# Sources outside the folders of operators that decide how kernels are called and checked.
 SOURCES = ("parts.py", "registration.py", "numerics.py", "verify/cases.py", "verify/measure.py")
 
 IMPLEMENTATIONS = ("reference", "torch", "triton")
 RIGHT = "right"
-# "unsupported": the backend does not take these sizes; "memory": the device has too little; neither is a fault.
+# "unsupported": the backend does not support these sizes; "memory": the device has too little. Neither is a fault.
 HARMLESS = (RIGHT, "unsupported", "memory")
 FAULTS = ("wrong", "refused", "error", "timeout", "crashed")
-PASSING = (
-    "memory",
-    "error",
-    "timeout",
-    "crashed",
-)  # the environment may be the cause: the next run asks again
-DIRECTIONS = ("forward", "backward")  # "backward" is forward and backward together
+# The environment can be the cause of these, so that the next run tries again.
+PASSING = ("memory", "error", "timeout", "crashed")
+DIRECTIONS = ("forward", "backward")  # "backward" is the forward and the backward pass together
 
 Row = dict[str, Any]
 Group = tuple[str, str]  # an operator's name and a dtype's
 
 
 class Key(NamedTuple):
-    """What a verdict holds for."""
+    """The device and the versions for which a verdict holds."""
 
     device: str
     capability: str
@@ -72,7 +68,7 @@ class Key(NamedTuple):
 
 
 class UnusableError(ValueError):
-    """A file that cannot be taken as a verdict, and why."""
+    """Why a file cannot be used as a verdict."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +76,9 @@ class Verdict:
     """Rows of one device.
 
     Attributes:
-        key: What the rows hold for.
-        rows: One for each operator, backend, dtype and shape; `checked_row` says what is in them.
-        unfinished: Groups that a run has begun and not ended: they are not decided.
+        key: The device and the versions for which the rows hold.
+        rows: One for each operator, backend, dtype and shape; `checked_row` lists the fields.
+        unfinished: Groups whose measurement was interrupted: the verdict does not decide them.
         origin: "this machine" or "shipped".
     """
 
@@ -92,17 +88,17 @@ class Verdict:
     origin: str = OWN
 
     def with_row(self, row: Row) -> Verdict:
-        """A copy with a row added, in place of an earlier one of the same case."""
+        """Return a copy with a row added; it replaces an earlier row of the same case."""
         kept = [one for one in self.rows if identity(one) != identity(row)]
         return replace(self, rows=(*kept, row))
 
     def finished(self, groups: Set[Group]) -> Verdict:
-        """A copy in which groups are decided; rows that an interrupted run left untimed at other shapes are dropped."""
+        """Return a copy in which the groups are finished, without the rows that an interrupted run did not time."""
         kept = [row for row in self.rows if group_of(row) not in groups or is_done(row)]
         return replace(self, rows=tuple(kept), unfinished=self.unfinished - groups)
 
     def to_dict(self) -> dict[str, Any]:
-        """What the file holds."""
+        """Return the content of the file."""
         return {
             "format": FORMAT,
             "key": self.key._asdict(),
@@ -112,23 +108,23 @@ class Verdict:
 
 
 def identity(row: Row) -> tuple[str, str, str, str]:
-    """What tells a row from the others of a verdict."""
+    """Return the fields that identify a row of a verdict."""
     return row["operator"], row["backend"], row["dtype"], row["shape"]
 
 
 def is_done(row: Row) -> bool:
-    """Whether nothing is left to measure: what is right was timed."""
+    """Return whether nothing is left to measure: a row that is right must have times."""
     return row["status"] != RIGHT or bool(row["milliseconds"])
 
 
 def group_of(row: Row) -> Group:
-    """The operator and the dtype, which are decided together."""
+    """Return the group of a row, operator and dtype: rows of a group are decided together."""
     return row["operator"], row["dtype"]
 
 
 @cache
 def sources_digest() -> str:
-    """Digest of the folders of operators, of what their kernels share, and of how they are judged."""
+    """Return a digest of the sources of the operators with kernels and of `SOURCES`."""
     files = [path for kernels in PACKAGE.glob("*/kernels.py") for path in kernels.parent.glob("*.py")]
     files += [path for name in SOURCES if (path := PACKAGE / name).is_file()]
     digest = hashlib.sha256()
@@ -139,14 +135,14 @@ def sources_digest() -> str:
 
 
 def key_of(device: str, capability: tuple[int, int], driver: str) -> Key:
-    """The key of a device with the torch, the Triton and the kernels that are installed."""
+    """Return the key of a device with the installed torch, Triton and kernels."""
     return Key(
         device, ".".join(map(str, capability)), driver, torch.__version__, triton_version(), sources_digest()
     )
 
 
 def key_of_cuda(index: int) -> Key:
-    """The key of a CUDA device."""
+    """Return the key of a CUDA device."""
     return key_of(
         torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index), driver_version()
     )
@@ -154,24 +150,20 @@ def key_of_cuda(index: int) -> Key:
 
 @cache
 def driver_version() -> str:
-    """Version of NVIDIA's kernel module, or where it cannot be read the CUDA version that the driver serves."""
+    """Return the version of NVIDIA's kernel module; if it cannot be read, the CUDA version that the driver supports."""
     with suppress(OSError):
         text = Path("/proc/driver/nvidia/version").read_text("utf-8", errors="replace")
         found = re.search(r"^NVRM version:.*?\s(\d+\.\d+(?:\.\d+)*)\s", text, flags=re.MULTILINE)
         if found:
             return found[1]
-    with suppress(AttributeError, RuntimeError):
-        return f"CUDA {_driver_api()}"
+    driver: Any = torch._C
+    with suppress(AttributeError, RuntimeError):  # builds without CUDA have no such function
+        return f"CUDA {int(driver._cuda_getDriverVersion())}"
     return "unknown"
 
 
-def _driver_api() -> int:
-    ask: Any = torch._C  # builds without CUDA have no such function
-    return int(ask._cuda_getDriverVersion())
-
-
 def triton_version() -> str:
-    """Version of the Triton that is installed, or "absent"."""
+    """Return the version of the installed Triton, or "absent"."""
     try:
         return version("triton")
     except PackageNotFoundError:
@@ -179,24 +171,24 @@ def triton_version() -> str:
 
 
 def cache_folder() -> Path:
-    """The folder of the verdict files: SRM_KERNELS_CACHE, or `srm_kernels` in the user's cache folder (XDG)."""
+    """Return the folder of the verdict files: SRM_KERNELS_CACHE, or `srm_kernels` in the user's cache folder (XDG)."""
     if given := os.environ.get(CACHE_VARIABLE):
         return Path(given)
     home = os.environ.get("XDG_CACHE_HOME") or ""
     try:
         folder = Path(home) if Path(home).is_absolute() else Path.home() / ".cache"
-    except RuntimeError:  # no home folder is known
+    except RuntimeError:  # the home folder is unknown
         folder = Path(tempfile.gettempdir()) / f"cache-{os.getuid() if hasattr(os, 'getuid') else 0}"
     return folder / "srm_kernels"
 
 
 def slug(key: Key) -> str:
-    """The name of a device's files: lower case, digits and dashes."""
+    """Return the base name of a device's files: lower-case letters, digits and dashes."""
     return re.sub(r"[^a-z0-9]+", "-", f"{key.device} {key.capability}".lower()).strip("-")
 
 
 def path_of(key: Key) -> Path:
-    """The file of a device; versions are in it, so that a change replaces it."""
+    """Return the file of a device; its name has no versions, so that a new verdict replaces an old one."""
     return cache_folder() / f"verdict-{slug(key)}.json"
 
 
@@ -204,8 +196,8 @@ def load(key: Key) -> tuple[Verdict | None, str | None]:
     """Read the verdict of a device.
 
     Returns:
-        The verdict, or None with the reason: nothing was measured (`NOT_VERIFIED`), it was measured with something
-        else, or the file is unusable.
+        The verdict and None; or None and the reason: nothing was measured (`NOT_VERIFIED`), other versions were
+        measured, or the file cannot be used.
     """
     path = path_of(key)
     try:
@@ -213,25 +205,23 @@ def load(key: Key) -> tuple[Verdict | None, str | None]:
     except FileNotFoundError:
         return None, NOT_VERIFIED
     except UnusableError as error:
-        return None, f"the kept verdict {path} is ignored: {error}"
+        return None, f"the stored verdict {path} is ignored: {error}"
     changed = [
         f"{name} was {old} and is {new}"
         for name, old, new in zip(Key._fields, verdict.key, key, strict=True)
         if old != new
     ]
-    return (
-        (None, f"the kept verdict is not valid any more: {'; '.join(changed)}")
-        if changed
-        else (verdict, None)
-    )
+    if changed:
+        return None, f"the stored verdict is no longer valid: {'; '.join(changed)}"
+    return verdict, None
 
 
 def doubts(key: Key) -> Verdict | None:
-    """What this machine found wrong with versions for which a shipped verdict would serve, another driver included.
+    """Return the faults that an outdated verdict of this machine has, if a shipped verdict would hold for its versions.
 
     Returns:
-        A verdict of these faults, unfinished: it decides what must not run. None where there are none. What the
-        environment may have caused is left out.
+        An unfinished verdict of these faults, which decides only what must not run; None without faults. Faults that
+        the environment can have caused are left out.
     """
     try:
         kept = read(path_of(key))
@@ -244,23 +234,20 @@ def doubts(key: Key) -> Verdict | None:
 
 
 def read(path: Path) -> Verdict:
-    """Read a verdict's file.
+    """Read the file of a verdict.
 
     Raises:
-        FileNotFoundError: there is none.
-        UnusableError: it is a symbolic link, no regular file, another user's, writable by others, too large, not JSON
-            or of wrong types.
+        FileNotFoundError: There is no such file.
+        UnusableError: The file is a symbolic link or not a regular file, belongs to another user, can be written by
+            other users, is too large, is not JSON or has wrong types.
     """
     text = _text_of(path)
     try:
-        return _checked(_parsed(text))
-    except RecursionError:  # what JSON allows may still be nested too deep for its checks
+        return _checked(json.loads(text))
+    except UnusableError:
+        raise
+    except RecursionError:  # of the parser or of the checks
         raise UnusableError("it is nested too deeply") from None
-
-
-def _parsed(text: str) -> Any:
-    try:
-        return json.loads(text)
     except ValueError:
         raise UnusableError("it is not JSON") from None
 
@@ -271,10 +258,8 @@ def _text_of(path: Path) -> str:
     except FileNotFoundError:
         raise
     except OSError as error:
-        link = path.is_symlink()
-        raise UnusableError(
-            "it is a symbolic link" if link else f"it cannot be read ({error.strerror})"
-        ) from None
+        reason = "it is a symbolic link" if path.is_symlink() else f"it cannot be read ({error.strerror})"
+        raise UnusableError(reason) from None
     try:
         about = os.fstat(handle)
         if not stat.S_ISREG(about.st_mode):
@@ -300,7 +285,7 @@ def _checked(found: Any) -> Verdict:
         raise UnusableError(f"it is not of format {FORMAT}")
     key, rows, unfinished = found.get("key"), found.get("rows"), found.get("unfinished")
     if not isinstance(key, dict) or set(key) != set(Key._fields) or not all(map(_is_text, key.values())):
-        raise UnusableError("its key is not one of a device")
+        raise UnusableError("its key does not describe a device")
     if not isinstance(rows, list):
         raise UnusableError("its rows are not a list")
     if not isinstance(unfinished, list) or not all(
@@ -308,21 +293,19 @@ def _checked(found: Any) -> Verdict:
     ):
         raise UnusableError("its unfinished groups are not pairs of names")
     return Verdict(
-        Key(**key),
-        tuple(map(checked_row, rows)),
-        frozenset((one[0], one[1]) for one in unfinished),
+        Key(**key), tuple(map(checked_row, rows)), frozenset((one[0], one[1]) for one in unfinished)
     )
 
 
 def checked_row(row: Any) -> Row:
-    """Return a row whose fields have the types they should have.
+    """Return a row after checking its fields, without fields that are not listed here.
 
     Fields: `operator`, `backend`, `dtype`, `shape` (names), `sizes` (integers), `status` (one of `HARMLESS` or
     `FAULTS`), `reason` (text or None), `ratio` (error divided by its bound, or None), `milliseconds` (direction →
-    implementation → median) and `measured` (the date and time of its run in ISO 8601, UTC). Texts are printable.
+    implementation → median) and `measured` (date and time of the run in ISO 8601, UTC). Texts must be printable.
 
     Raises:
-        UnusableError: a field is missing or has another type.
+        UnusableError: A field is missing or has the wrong type.
     """
     if not isinstance(row, dict):
         raise UnusableError("a row is not an object")
@@ -345,14 +328,14 @@ def checked_row(row: Any) -> Row:
 
 
 def _renamed(value: Any) -> Any:
-    """Names of implementations as of this release, wherever they are in a field of a row."""
+    """Return a field with the backend names of this release."""
     if isinstance(value, dict):
         return {_renamed(key): _renamed(inner) for key, inner in value.items()}
     return RENAMED.get(value, value) if isinstance(value, str) else value
 
 
 def _is_text(value: Any) -> bool:
-    """Whether a value is text on one line; control characters and lone surrogates must not reach a terminal."""
+    """Return whether a value is printable text: control characters and lone surrogates must not reach a terminal."""
     return isinstance(value, str) and value.isprintable()
 
 
@@ -370,14 +353,17 @@ def _are_times(value: Any) -> bool:
 
 
 def save(verdict: Verdict) -> Path | None:
-    """Write a verdict to its file, whole or not at all; None with one warning a process where that is not possible."""
+    """Write a verdict to its file atomically, and return the path.
+
+    If the file cannot be written, log one warning per process and return None.
+    """
     path = path_of(verdict.key)
     text = json.dumps(verdict.to_dict(), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         _write(path, text)
     except OSError as error:
-        warn_once(f"{path}: the verdict is not kept ({error.strerror or error})")
+        warn_once(f"{path}: the verdict could not be saved ({error.strerror or error})")
         return None
     return path
 
@@ -395,9 +381,9 @@ def _write(path: Path, text: str) -> None:
 
 @contextmanager
 def held(key: Key) -> Iterator[bool]:
-    """Whether no other process measures this device; one that ends, however it does, has let go of it.
+    """Lock a device for measurement, and yield whether no other process holds the lock.
 
-    Where nothing can be written or locked, nobody is asked.
+    The lock ends with the process. If the lock file cannot be written or locked, the result is True.
     """
     try:
         folder = cache_folder()
@@ -421,7 +407,7 @@ def held(key: Key) -> Iterator[bool]:
 
 
 def export(verdict: Verdict, path: Path) -> None:
-    """Write the finished rows as JSON lines, each with its machine: what `bench/results` and `SHIPPED` hold."""
+    """Write the finished rows as JSON lines with their machine, the format of `bench/results` and `SHIPPED`."""
     machine = {**verdict.key._asdict(), "kind": "cuda", "cuda": torch.version.cuda}
     finished = [row for row in verdict.rows if group_of(row) not in verdict.unfinished]
     lines = [json.dumps({**row, "machine": machine}, allow_nan=False, ensure_ascii=False) for row in finished]
@@ -432,9 +418,9 @@ def export(verdict: Verdict, path: Path) -> None:
 
 
 def shipped(key: Key, folder: Path | None = None) -> Verdict | None:
-    """The verdict that the package carries for this device, capability, minor versions of torch and Triton and sources.
+    """Return the verdict shipped for this device, capability, kernel sources and minor versions of torch and Triton.
 
-    The driver is not compared. A file of which any line is not as `export` writes it is left out, with a warning.
+    The driver is not compared. A file with a line in another format than that of `export` is ignored, with a warning.
     """
     rows: list[Row] = []
     for path in sorted((folder or SHIPPED).glob("*.jsonl")):
@@ -442,7 +428,7 @@ def shipped(key: Key, folder: Path | None = None) -> Verdict | None:
             found = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
             checked = [checked_row(row) for row in found]
             if not all(isinstance(row.get("machine"), dict) for row in found):
-                raise UnusableError("a row does not say which machine it was measured on")
+                raise UnusableError("a row has no valid machine")
             rows += [row for row, line in zip(checked, found, strict=True) if _serves(line["machine"], key)]
         except (OSError, ValueError, RecursionError) as error:
             warn_once(f"{path}: ignored, {error}")
@@ -450,9 +436,10 @@ def shipped(key: Key, folder: Path | None = None) -> Verdict | None:
 
 
 def _serves(machine: dict[str, Any], key: Key) -> bool:
-    return all(
-        machine.get(name) == getattr(key, name) for name in ("device", "capability", "sources")
-    ) and all(_minor(str(machine.get(name))) == _minor(getattr(key, name)) for name in ("torch", "triton"))
+    same = all(machine.get(name) == getattr(key, name) for name in ("device", "capability", "sources"))
+    return same and all(
+        _minor(str(machine.get(name))) == _minor(getattr(key, name)) for name in ("torch", "triton")
+    )
 
 
 def _minor(text: str) -> list[str]:
@@ -460,9 +447,10 @@ def _minor(text: str) -> list[str]:
 
 
 def governing(own: Verdict | None, others: Verdict | None) -> dict[Group, tuple[Verdict, list[Row]]]:
-    """Which verdict decides each group: this machine's where it has measured the group, else the shipped one.
+    """Return the verdict and the rows that decide each group.
 
-    An unfinished group decides only what must not run: its rows count where one of them is a fault.
+    The verdict of this machine decides the groups that it has measured, the shipped one decides the others. Of an
+    unfinished group only faults count, so that it decides only what must not run.
     """
     found: dict[Group, tuple[Verdict, list[Row]]] = {}
     for verdict in filter(None, (others, own)):
@@ -475,18 +463,18 @@ def governing(own: Verdict | None, others: Verdict | None) -> dict[Group, tuple[
 
 
 def faults(rows: Iterable[Row]) -> list[Row]:
-    """The rows that say that something is wrong."""
+    """Return the rows with a fault."""
     return [row for row in rows if row["status"] in FAULTS]
 
 
 def dates(rows: Iterable[Row]) -> str:
-    """When rows were measured: one date, or the first and the last."""
+    """Return when rows were measured: one date, or the first and the last."""
     found = sorted({row["measured"] for row in rows})
     return " to ".join(dict.fromkeys((found[0], found[-1]))) if found else ""
 
 
 def grouped(rows: Iterable[Row]) -> dict[Group, list[Row]]:
-    """Rows by operator and dtype, in their order."""
+    """Group rows by operator and dtype, in their order."""
     found: dict[Group, list[Row]] = {}
     for row in rows:
         found.setdefault(group_of(row), []).append(row)
@@ -497,7 +485,7 @@ _warned: set[str] = set()
 
 
 def warn_once(text: str) -> None:
-    """Log a warning, the same one once a process."""
+    """Log a warning, each text once per process."""
     if text not in _warned:
         _warned.add(text)
         logger.warning("%s", text)

@@ -1,9 +1,8 @@
-"""Nyström cross-attention, and exact attention to compare with (docs/METHOD.md §2, article 3.3)."""
+"""Nyström cross-attention, and exact attention as a baseline (docs/METHOD.md §2, article 3.3)."""
 
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from ..conditioning import DIAGNOSTICS, LandmarkSolution, diagnosed, has_kernels
 from ..landmarks import METHODS_OF_KERNELS, kernel_limits, landmark_options, selected
 from ..options import AttentionOptions, LandmarkOptions, SolveOptions
 from ..registration import later, no_autocast, register_operator
-from ..runtime import choose_backend, choose_kernels, few_threads, kept, triton_refusal
+from ..runtime import choose_backend, choose_kernels, few_threads, kept
 from ..scale import RMSScale, rms_scale
 from . import reference, sdpa
 
@@ -58,7 +57,7 @@ _KEY_KERNELS, _KERNELS = f"{__name__}.key_kernels", f"{__name__}.kernels"
 def _fake_key_side(
     key: Tensor, value: Tensor, landmarks: Tensor | None, rank: int, *_: object
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """K̃, (X or R V), logsumexp, I."""
+    """K̃, X or R V, logsumexp, I."""
     wide = wide_dtype(key.dtype)
     index = (*key.shape[:2], rank)
     return (
@@ -91,7 +90,7 @@ def _fake_query_side(
     return torch.empty_like(query), mean, spread
 
 
-# The road of the kernels: key side, then query side.
+# The backend "triton" runs attention as two operators, the key side and the query side.
 _context = register_operator(
     "landmark_context",
     "KeySide side, float ridge",
@@ -160,32 +159,50 @@ def nystrom_attention(
     diagnostics: bool | str = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, LandmarkSolution]:
-    """Nyström cross-attention on r landmark keys, linear in N_q and in N_k (docs/METHOD.md §2, article 3.3).
+    """Compute Nyström cross-attention on r landmark keys, linear in N_q and N_k (docs/METHOD.md §2, article 3.3).
 
-    query: (B, H, N_q, d); key, value: (B, H, N_k, d); one dtype (float64, float32, bfloat16, float16) and one
-    device, any strides. Where dtypes differ and autocast is on, all three are cast to autocast's dtype.
-    rank: r ≥ 1, clamped to N_k. No masks. Exact when r = N_k and ridge = 0.
+    With r = N_k and ridge = 0 it is exact attention. There are no masks. The operator is differentiable in query, key,
+    value and tau, with constant landmarks; a second derivative uses the reference. The output and gradient of a sample
+    do not depend on the rest of the batch, and a NaN stays in its own (b, h).
 
-    landmarks: indices (B, H, r) int64 to use instead of choosing; `rank` must equal their count.
-    method, gamma, generator: as in `select_landmarks`. ridge, solver, equilibrate, kappa_max, neumann_order,
-    neumann_gate: as in `landmark_solve`.
-    qk_norm: RMS-normalise per head and token, before landmarks are chosen: None, "keys" or "both". Without
-    normalised keys no bound on κ(W_λ) or on the output's size holds: one outlying key can make the output
-    many orders larger than exact attention's.
-    scale: s, 1/√d by default. solve_dtype: "model" forms L, W and R in the inputs' dtype before W is cast and
-    solved (the article's reading, an ablation); "fp32" keeps them wide.
-    tau: (H,), a factor of Y per head (docs/METHOD.md §3.3), floating point.
+    The backend "triton" supports float32, bfloat16 and float16, d from 8 to 128, r up to 128 and solve_dtype "fp32". It
+    has a kernel for the solvers "cholesky" and "lu" without equilibration. Other solves are those of torch.linalg; of
+    them "svd" and "auto" wait for the device, as does the exact κ of `diagnostics=True`.
 
-    Returns Y (B, H, N_q, d) in the query's dtype, laid out as the query is; with `diagnostics` True or "estimate" (see
-    `landmark_solve`) Y and the `LandmarkSolution`, whose fields carry no gradient. Differentiable in query, key, value
-    and tau, landmarks being constants; twice through the reference. A sample's output and gradient do not depend on the
-    rest of the batch; a NaN stays in its own (b, h).
+    Args:
+        query: Q (B, H, N_q, d); float64, float32, bfloat16 or float16, any strides. Query, key and value have one dtype
+            and device; under autocast, different dtypes are cast to autocast's dtype.
+        key: K (B, H, N_k, d).
+        value: V (B, H, N_k, d).
+        rank: r, at least 1; clamped to N_k.
+        landmarks: Indices (B, H, r), int64, of the landmarks. `rank` must be their number. None chooses them.
+        method: As in `select_landmarks`.
+        gamma: As in `select_landmarks`.
+        ridge: As in `landmark_solve`.
+        solver: As in `landmark_solve`.
+        equilibrate: As in `landmark_solve`.
+        kappa_max: As in `landmark_solve`.
+        neumann_order: As in `landmark_solve`.
+        neumann_gate: As in `landmark_solve`.
+        qk_norm: Tokens that are RMS-normalised per head before landmarks are chosen: None, "keys" or "both". Without
+            normalised keys there is no bound on κ(W_λ) or on the output: one outlier among the keys can make the output
+            many orders of magnitude larger than that of exact attention.
+        scale: s; 1/√d by default.
+        solve_dtype: "fp32" computes L, W and R in fp32 (fp64 for fp64). "model" computes them in the dtype of the
+            inputs and casts W before the solve, as in the article (an ablation).
+        generator: As in `select_landmarks`.
+        tau: τ (H,), floating point: a factor of Y for each head (docs/METHOD.md §3.3). None means 1.
+        diagnostics: True or "estimate" also returns diagnostics, as in `landmark_solve`.
+        backend: A name of `backends()`, or None.
 
-    backend: "triton" takes fp32, bf16 and fp16, d from 8 to 128, r up to 128 and solve_dtype "fp32". The solve has a
-    kernel for "cholesky" and "lu", not equilibrated; else it is torch.linalg's between the kernels of the rest, and
-    "svd" and "auto" wait for the device, as the exact κ of `diagnostics=True` does. None takes it where the verdict
-    about the device does.
-    Raises TypeError for dtypes, ValueError for shapes and values, NotImplementedError for a backend that cannot run.
+    Returns:
+        Y (B, H, N_q, d) in the dtype and layout of the query. With diagnostics, Y and a `LandmarkSolution`, which
+        carries no gradient.
+
+    Raises:
+        TypeError: A dtype or type is not accepted.
+        ValueError: Shapes or devices do not match, or a value is not accepted.
+        NotImplementedError: The backend cannot run.
     """
     query, key, value = autocast.lowered(query, key, value)
     d = _check_attention(query, key, value, qk_norm, scale)
@@ -215,9 +232,21 @@ def attention_with_scale(
     scale: float | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, RMSScale]:
-    """Nyström cross-attention, and what `rms_scale` gives for Y before τ, which kernels take from the same pass.
+    """Compute Nyström cross-attention with the default solver, and the scale statistic of Y before τ, in one pass.
 
-    Arguments as in `nystrom_attention`, landmarks and solver as by its defaults. The statistic carries no gradient.
+    Args:
+        query: As in `nystrom_attention`.
+        key: As in `nystrom_attention`.
+        value: As in `nystrom_attention`.
+        rank: As in `nystrom_attention`.
+        landmarks: As in `nystrom_attention`; None chooses them by leverage.
+        tau: As in `nystrom_attention`.
+        qk_norm: As in `nystrom_attention`.
+        scale: As in `nystrom_attention`.
+        backend: A name of `backends()`, or None.
+
+    Returns:
+        Y, and μ and σ as `rms_scale` computes them, without a gradient.
     """
     query, key, value = autocast.lowered(query, key, value)
     d = _check_attention(query, key, value, qk_norm, scale)
@@ -273,7 +302,6 @@ def _attend(
 def _diagnosed(
     key: Tensor, value: Tensor, landmarks: Tensor, options: AttentionOptions, estimate: bool, backend: str
 ) -> LandmarkSolution:
-    """The solution of the system of these landmarks, and what is known about it."""
     s, qk_norm = options.scale, options.qk_norm
     if backend == "triton":
         choice = LandmarkOptions(landmarks.shape[-1], options.choice.method, options.choice.gamma)
@@ -303,14 +331,40 @@ def landmark_side(
     generator: torch.Generator | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the key side of Nyström attention: landmark keys K̃ as stored, and X (docs/METHOD.md §2, article 3.3).
+    """Compute the key side of Nyström attention: the landmark keys K̃ and X (docs/METHOD.md §2, article 3.3).
 
-    Arguments as in `nystrom_attention`. Returns (K̃, X), (B, H, r, d) each in fp32 (fp64 for fp64): K̃ = key[I], not
-    normalised, exact in the key's dtype; X = (W + λI)⁻¹ (R V). Y is softmax(Q K̃ᵀ s) X, K̃ normalised there as
-    `qk_norm` asks. Differentiable in key and value; twice through the reference.
-    backend: "torch", the default on the CPU, has csrc's C++ for the solver "cholesky" where it is built, else the
-    reference's. "triton" as for `nystrom_attention`.
-    Raises TypeError for dtypes, ValueError for shapes and values, NotImplementedError for a backend that cannot run.
+    Y is softmax(Q K̃ᵀ s) X, where K̃ is normalised according to `qk_norm`. The operator is differentiable in key and
+    value; a second derivative uses the reference.
+
+    The backend "torch" uses C++ for the solver "cholesky" on the CPU, if the library is built. "triton" has the limits
+    of `nystrom_attention`.
+
+    Args:
+        key: As in `nystrom_attention`.
+        value: As in `nystrom_attention`.
+        rank: As in `nystrom_attention`.
+        landmarks: As in `nystrom_attention`.
+        method: As in `select_landmarks`.
+        gamma: As in `select_landmarks`.
+        ridge: As in `landmark_solve`.
+        solver: As in `landmark_solve`.
+        equilibrate: As in `landmark_solve`.
+        kappa_max: As in `landmark_solve`.
+        neumann_order: As in `landmark_solve`.
+        neumann_gate: As in `landmark_solve`.
+        qk_norm: As in `nystrom_attention`.
+        scale: As in `nystrom_attention`.
+        generator: As in `select_landmarks`.
+        backend: A name of `backends()`, or None.
+
+    Returns:
+        K̃ = key[I] without normalisation, exact in the key's dtype, and X = (W + λI)⁻¹ (R V). Both are (B, H, r, d) in
+        fp32 (fp64 for fp64).
+
+    Raises:
+        TypeError: A dtype or type is not accepted.
+        ValueError: Shapes or devices do not match, or a value is not accepted.
+        NotImplementedError: The backend cannot run.
     """
     key, value = autocast.lowered(key, value)
     d = _check_attention(key, key, value, qk_norm, scale)
@@ -320,16 +374,15 @@ def landmark_side(
         neumann_gate=neumann_gate,
     )  # fmt: skip
     rank = options.choice.rank
-    variant, call = _variant(landmarks, options), (key.shape, rank)
-    chosen = kept(backend, key, "landmark_side", variant, call) or choose_kernels(
+    chosen = choose_kernels(
         backend,
         key,
         "landmark_side",
-        partial(_limits, d, rank, key.shape[2]),
+        lambda: kernel_limits(d, min(rank, key.shape[2])),
         sizes=lambda: (key.shape[2], min(rank, key.shape[2]), d),
-        call=call,
+        call=(key.shape, rank),
         plain=("torch", "reference"),
-        variant=variant,
+        variant=_variant(landmarks, options),
     )
     keys, x, _ = _landmark_side(key, value, landmarks, options, chosen)
     return keys, x
@@ -346,7 +399,6 @@ def _options(
     solve_dtype: str,
     **solve: Any,
 ) -> AttentionOptions:
-    """Checked options of a head width of d; `qk_norm` and `scale` are checked already."""
     check_choice("solve_dtype", solve_dtype, SOLVE_DTYPES)
     s = 1 / math.sqrt(d) if scale is None else float(scale)
     choice = landmark_options(rank, method, gamma, generator)
@@ -356,7 +408,7 @@ def _options(
 def _landmark_side(
     key: Tensor, value: Tensor, landmarks: Tensor | None, options: AttentionOptions, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(K̃, X, I); kernels choose the landmarks themselves where they can, and solve where the solver is the default."""
+    """Return K̃, X and I. Kernels also choose the landmarks by their methods, and solve by the default solver."""
     choice = options.choice
     if landmarks is not None:
         _check_landmarks(landmarks, key, choice.rank)
@@ -391,13 +443,26 @@ def full_attention(
     scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Exact cross-attention softmax(Q Kᵀ s) V, quadratic: the baseline (article 3.8.5).
+    """Compute exact cross-attention softmax(Q Kᵀ s) V, the quadratic baseline (article 3.8.5).
 
-    query: (B, H, N_q, d); key, value: (B, H, N_k, d), as in `nystrom_attention`, with its `qk_norm` and `scale`.
-    backend None or "torch" is torch's scaled_dot_product_attention; "reference" writes the softmax out.
-    A second derivative needs "reference", which None takes under torch.func and in forward mode: torch's own kernel
-    has neither on the CPU.
-    Returns (B, H, N_q, d) in the query's dtype. Raises TypeError for dtypes, ValueError for shapes and values.
+    A second derivative needs the backend "reference", because torch's kernel for the CPU has none.
+
+    Args:
+        query: As in `nystrom_attention`.
+        key: As in `nystrom_attention`.
+        value: As in `nystrom_attention`.
+        qk_norm: As in `nystrom_attention`.
+        scale: As in `nystrom_attention`.
+        backend: "torch", scaled_dot_product_attention; "reference", an explicit softmax; or None: "reference" under
+            torch.func and in forward mode, else "torch".
+
+    Returns:
+        (B, H, N_q, d) in the query's dtype.
+
+    Raises:
+        TypeError: A dtype is not accepted.
+        ValueError: Shapes or devices do not match, or a value is not accepted.
+        NotImplementedError: The backend cannot run.
     """
     query, key, value = autocast.lowered(query, key, value)
     d = _check_attention(query, key, value, qk_norm, scale)
@@ -433,10 +498,6 @@ def _check_attention(
     return query.shape[-1]
 
 
-def _limits(d: int, rank: int, keys: int) -> str | None:
-    return kernel_limits(d, min(rank, keys))
-
-
 def _choose_backend(
     requested: str | None,
     query: Tensor,
@@ -448,38 +509,20 @@ def _choose_backend(
     narrow = options.solve_dtype == "model" and query.dtype in (torch.bfloat16, torch.float16)
     rank, variant = options.choice.rank, _variant(landmarks, options, diagnostics)
     call = (query.shape, key.shape, rank, narrow)
-    return kept(requested, query, "nystrom_attention", variant, call) or _decided(
-        requested, query, key, rank, narrow, variant, call
-    )
+    chosen = kept(requested, query, "nystrom_attention", variant, call)
+    if chosen is not None:
+        return chosen
 
+    def refusal() -> str | None:
+        blocks = 'its kernels compute the softmax blocks in float32, and solve_dtype is "model"'
+        return kernel_limits(query.shape[3], min(rank, key.shape[2])) or (blocks if narrow else None)
 
-def _decided(
-    requested: str | None,
-    query: Tensor,
-    key: Tensor,
-    rank: int,
-    narrow: bool,
-    variant: str,
-    call: tuple[Any, ...],
-) -> str:
-    plain = ("reference",) if narrow else ("torch", "reference")
-
-    def refusal(name: str) -> str | None:
-        if name not in (*plain, "triton"):
-            return "it has no form for these arguments"
-        if name != "triton":
-            return None
-        blocks = (
-            'its kernels keep the softmax blocks in float32, and solve_dtype is "model"' if narrow else None
-        )
-        return triton_refusal(query) or _limits(query.shape[3], rank, key.shape[2]) or blocks
-
-    return choose_backend(
+    return choose_kernels(
         requested,
-        (*plain, "triton"),
+        query,
         "nystrom_attention",
         refusal,
-        tensor=query,
+        plain=("reference",) if narrow else ("torch", "reference"),
         sizes=lambda: (query.shape[2], key.shape[2], min(rank, key.shape[2]), query.shape[3]),
         variant=variant,
         call=call,
@@ -487,7 +530,7 @@ def _decided(
 
 
 def _variant(landmarks: Tensor | None, options: AttentionOptions, diagnostics: bool = False) -> str:
-    """What of the options is decided apart: other kernels run for it."""
+    """Return the variant of the operator whose choice of backend is separate, because other kernels run for it."""
     method, solve = options.choice.method, options.solve
     if landmarks is not None or method not in METHODS_OF_KERNELS or method == METHODS_OF_KERNELS[0]:
         method = ""
@@ -498,7 +541,7 @@ def _variant(landmarks: Tensor | None, options: AttentionOptions, diagnostics: b
 
 
 def _over_batch(mean: Tensor, spread: Tensor, tokens: int) -> RMSScale:
-    """Mean (H, d) and RMS (H,) over batch and tokens from the means (B, H, d) and M₂ (B, H) of the samples."""
+    """Return mean (H, d) and RMS (H,) over batch and tokens from the mean (B, H, d) and M₂ (B, H) of each sample."""
     overall = mean.mean(0)
     total = spread.sum(0) + tokens * (mean - overall).square().sum((0, -1))
     return RMSScale(overall, (total / (mean.shape[0] * tokens)).sqrt())

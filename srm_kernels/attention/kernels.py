@@ -1,19 +1,19 @@
-"""The query side of Nyström attention: Y = softmax(Q K̃ᵀ s) X, its statistic and its gradients, in tiles of queries.
+"""Triton kernels of the query side of Nyström attention: Y = softmax(Q K̃ᵀ s) X, its statistic and its gradients.
 
-A program keeps K̃ and X of one (b, h) and walks over a share of its queries: Q is read once and Y written once, and
-the N_q×r block of probabilities never leaves the registers. X stays fp32, as do the probabilities it is multiplied by.
+A program holds K̃ and X of one (b, h) and loops over a share of the queries in tiles. It reads Q once and writes Y once,
+and the N_q×r block of probabilities stays in registers. X and the probabilities are fp32.
 
-Where K̃ and X are too large for that, as `configurations.held` says, a program reads them a piece at a time for every
-tile of queries, with an online softmax: Y is attention over K̃ and X, and its backward pass that of `key_kernels` with
-the roles exchanged. dQ is then one launch, which leaves two numbers a query for another that sums dX and dK̃.
+If K̃ and X are too large for that (see `configurations.held`), a program reads them in pieces for every tile of queries,
+with an online softmax. Y is then attention over K̃ and X, and the backward pass is that of `key_kernels` with exchanged
+roles: one launch computes dQ and stores two numbers per query, another sums dX and dK̃.
 
-The factor τ of a head multiplies Y before it is rounded. The statistic is that of L X before τ and before rounding:
-the mean and M₂ = Σ‖y − mean‖² of every tile, merged by Chan's formula,
+τ multiplies Y before rounding. The statistic is that of L X before τ and before rounding: the mean and
+M₂ = Σ‖y − mean‖² of every tile, merged by Chan's formula,
 
     mean = (n₁ mean₁ + n₂ mean₂)/n      M₂ = M₂₁ + M₂₂ + ‖mean₂ − mean₁‖² n₁n₂/n,
 
-tile by tile and then program by program, so that a large mean cancels nothing. The backward pass forms the
-probabilities again; every program writes its own sums for dX and dK̃, and a second launch adds them in their order.
+first over tiles and then over programs, which avoids cancellation when the mean is large. The backward pass computes
+the probabilities again. Every program writes its own sums for dX and dK̃, and a second launch adds them in order.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def probabilities(
     NORMALISE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """L [BLOCK, R] of one tile of queries; zeros in padding."""
+    """L [BLOCK, R] of one tile of queries; zeros in the padding."""
     logits = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * column_scale[None, :]
     logits = logits * rms_factor(query, d, NORMALISE)[:, None]
     logits = tl.where((tl.arange(0, R) < rank)[None, :], logits, -INFINITY)
@@ -77,7 +77,7 @@ def streamed(
     query, row_scale, keys_ptr, x_ptr, rank: tl.constexpr, d: tl.constexpr, D: tl.constexpr,
     NORMALISE_KEYS: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """L X [BLOCK, D] of one tile of queries and the logsumexp [BLOCK], K̃ and X read a piece at a time."""
+    """L X [BLOCK, D] of one tile of queries and the logsumexp [BLOCK]; K̃ and X are read in pieces."""
     mixed, top, total = mix_values(
         query, row_scale, keys_ptr, x_ptr, 0, rank, d, 1, d, 1, BLOCK, d, D, NORMALISE_KEYS, PIECE, PRECISION
     )
@@ -94,7 +94,7 @@ def _forward_kernel(
 ):  # fmt: skip
     """Y of one share of the queries of a (b, h), and the mean [d] and M₂ of L X over them.
 
-    K̃ and X are held in registers where a piece is all R rows of them.
+    K̃ and X are held in registers if a piece has all R rows.
     """
     program = tl.program_id(0).to(tl.int64)
     head, part = program // parts, (program % parts).to(tl.int32)
@@ -149,7 +149,7 @@ def _forward_kernel(
 def _statistics_kernel(
     part_mean_ptr, part_spread_ptr, mean_ptr, spread_ptr, N, share, parts, d: tl.constexpr, D: tl.constexpr
 ):
-    """Mean [d] and M₂ of one (b, h) from its parts, in their order."""
+    """Mean [d] and M₂ of one (b, h) from its parts, merged in order."""
     head = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, D)
     count = 0.0
@@ -176,7 +176,7 @@ def _backward_kernel(
     NORMALISE_QUERY: tl.constexpr, NORMALISE_KEYS: tl.constexpr, TAU: tl.constexpr, BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dQ of one share of the queries, and what they add to Lᵀ dY and to the gradient of the normalised landmarks."""
+    """dQ of one share of the queries, and their part of Lᵀ dY and of the gradient of the normalised landmarks."""
     program = tl.program_id(0).to(tl.int64)
     head, part = program // parts, (program % parts).to(tl.int32)
     b, h = head // heads, head % heads
@@ -220,7 +220,7 @@ def _queries_backward_kernel(
     NORMALISE_KEYS: tl.constexpr, TAU: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dQ of one tile of queries, their logsumexp and δ_n = Σ_e τ dY_ne (L X)_ne, K̃ and X read a piece at a time."""
+    """dQ of one tile of queries, their logsumexp and δ_n = Σ_e τ dY_ne (L X)_ne; K̃ and X are read in pieces."""
     program = tl.program_id(0).to(tl.int64)
     head, tile = program // tiles, program % tiles
     b, h = head // heads, head % heads
@@ -258,7 +258,7 @@ def _pieces_backward_kernel(
     NORMALISE_QUERY: tl.constexpr, NORMALISE_KEYS: tl.constexpr, TAU: tl.constexpr, BLOCK: tl.constexpr,
     PIECE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What one share of the queries adds to a piece of Lᵀ dY and of the gradient of the normalised landmarks."""
+    """The part of one share of the queries in a piece of Lᵀ dY and of the gradient of the normalised landmarks."""
     program = tl.program_id(0).to(tl.int64)
     first_landmark = (program % pieces).to(tl.int32) * PIECE
     program = program // pieces
@@ -299,7 +299,7 @@ def _sum_kernel(
     rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr, D: tl.constexpr, NORMALISE_KEYS: tl.constexpr,
     TAU: tl.constexpr,
 ):  # fmt: skip
-    """dX, dK̃ and the share of dτ of one (b, h), parts added in their order."""
+    """dX, dK̃ and the part of dτ of one (b, h); parts are added in order."""
     head = tl.program_id(0).to(tl.int64)
     small = head * rank * d
     i = tl.arange(0, R)
@@ -327,7 +327,7 @@ def landmark_attention(
     qk_norm: str | None,
     statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(Y, mean, M₂) as `reference.landmark_attention` gives them."""
+    """Return Y, mean and M₂ as `reference.landmark_attention` does."""
     dtype, query = query.dtype, readable(query)
     B, H, N, d = query.shape
     rank = keys.shape[-2]
@@ -367,7 +367,7 @@ def landmark_attention_backward(
     qk_norm: str | None,
     statistics: bool,
 ) -> list[Tensor]:
-    """[dQ, dK̃, dX] and dτ where there is a τ."""
+    """Return [dQ, dK̃, dX] and, with τ, dτ."""
     (dy,) = grads
     dtype, query, dy = query.dtype, readable(query), readable(dy)
     B, H, N, d = query.shape

@@ -1,20 +1,21 @@
-"""The key side of Nyström attention: from K and V of a (b, h) to K̃ and X, and back.
+"""Triton kernels of the key side of Nyström attention: from K and V of a (b, h) to K̃ and X, and their gradients.
 
-Forward, up to 1,024 keys at r, d ≤ 64, one launch: choose the landmarks, gather K̃, form W, R V (by the online softmax)
-and solve (W + λI) X = R V. Above that the scores and R V are divided among programs, R V by pieces of the landmarks too
-where they are many and wide, and the choice and the solve are launches of their own.
-Backward: the transposed solve and everything r×r first, then dK and dV of every tile of keys.
+Forward with at most 1,024 keys and r, d ≤ 64 is one launch: it chooses the landmarks, gathers K̃, computes W and R V (by
+an online softmax) and solves (W + λI) X = R V. With more keys, several programs share the scores and R V, and the
+choice and the solve are separate launches. Many or wide landmarks are also divided in pieces for R V.
+Backward first computes the transposed solve and the other r×r steps, then dK and dV of every tile of keys.
 
-The solve is Gauss–Jordan elimination of W + λI without pivoting. W is similar to a symmetric positive semidefinite
-matrix by a diagonal, so its pivots are Cholesky's (docs/METHOD.md §2.1) and positive but for rounding; the transposed
-matrix has the same ones. Where one is not, rounding has eaten λ: that matrix alone is formed again and eliminated with
-partial pivoting, as the reference does it. A non-finite logit makes its own matrix's X NaN.
+The solve is Gauss–Jordan elimination of W + λI without pivoting. A diagonal matrix makes W similar to a symmetric
+positive semidefinite matrix, so its pivots are those of Cholesky (docs/METHOD.md §2.1): positive except for rounding.
+The transposed matrix has the same pivots. If a pivot is not positive, because rounding cancels λ, this matrix is formed
+again and eliminated with partial pivoting, as in the reference. A non-finite logit gives NaN in the X of its own
+matrix.
 
-K̃ is handed on as it was stored, unnormalised: its entries are then exact in the tokens' dtype, the product Q K̃ᵀ
-can be taken in it, and the normalisation is a factor for every column. Its price: tokens beyond about 10¹⁸ overflow in
-the product, and give NaN where the reference, which normalises first, does not. Logits are in units of log 2.
-Symbols: U = R V, dU = A⁻ᵀ dX, and so the gradients dA = −dU Xᵀ, dR = dU Vᵀ. Sums over keys are taken in a fixed
-order; nothing is accumulated by atomics, so results are the same to the bit from run to run.
+K̃ is passed on without normalisation. Its entries are then exact in the tokens' dtype, in which Q K̃ᵀ can be computed,
+and the normalisation is a factor for every column. The disadvantage: tokens above about 10¹⁸ overflow in the product
+and give NaN, while the reference normalises first. Logits are in units of log 2.
+Symbols: U = R V, dU = A⁻ᵀ dX, and therefore dA = −dU Xᵀ and dR = dU Vᵀ. Sums over keys have a fixed order without
+atomics, so that results are bitwise reproducible.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ from ..parts import (
 )
 from . import configurations
 
-CHUNK = 16  # of an axis that a product is taken over in pieces
+CHUNK = 16  # entries of an axis over which a product is computed in pieces
 
 
 @triton.jit
@@ -66,7 +67,7 @@ def gather(
 ):  # fmt: skip
     """K̃ [R, D] in the stored dtype, its rows from `first` on.
 
-    An index out of range, which nothing checks on a device, gives a row of NaN.
+    Indices on a device are not checked; an index out of range gives a row of NaN.
     """
     i = first + tl.arange(0, R)
     index = tl.load(landmarks_ptr + i, mask=i < rank, other=0)
@@ -77,7 +78,7 @@ def gather(
 
 @triton.jit
 def load_matrix(ptr, rows: tl.constexpr, R: tl.constexpr, columns: tl.constexpr, D: tl.constexpr):
-    """A contiguous rows×columns matrix as [R, D], zeros around it."""
+    """Load a contiguous rows×columns matrix as [R, D], padded with zeros."""
     i, j = tl.arange(0, R), tl.arange(0, D)
     inside = (i < rows)[:, None] & (j < columns)[None, :]
     return tl.load(ptr + i[:, None] * columns + j[None, :], mask=inside, other=0.0)
@@ -85,9 +86,9 @@ def load_matrix(ptr, rows: tl.constexpr, R: tl.constexpr, columns: tl.constexpr,
 
 @triton.jit
 def load_columns(ptr, first, rows: tl.constexpr, R: tl.constexpr, columns: tl.constexpr, CHUNK: tl.constexpr):
-    """Columns first..first + CHUNK of a contiguous rows×columns matrix, [R, CHUNK].
+    """Load the columns first..first + CHUNK of a contiguous rows×columns matrix, [R, CHUNK].
 
-    A product over a long axis is taken in such chunks, read from memory, where its factors would not fit in registers.
+    A product over a long axis uses such chunks if its factors do not fit in registers.
     """
     i, j = tl.arange(0, R), first + tl.arange(0, CHUNK)
     inside = (i < rows)[:, None] & (j < columns)[None, :]
@@ -96,7 +97,7 @@ def load_columns(ptr, first, rows: tl.constexpr, R: tl.constexpr, columns: tl.co
 
 @triton.jit
 def load_rows(ptr, first, rows: tl.constexpr, CHUNK: tl.constexpr, columns: tl.constexpr, D: tl.constexpr):
-    """Rows first..first + CHUNK of a contiguous rows×columns matrix, [CHUNK, D]."""
+    """Load the rows first..first + CHUNK of a contiguous rows×columns matrix, [CHUNK, D]."""
     i, j = first + tl.arange(0, CHUNK), tl.arange(0, D)
     inside = (i < rows)[:, None] & (j < columns)[None, :]
     return tl.load(ptr + i[:, None] * columns + j[None, :], mask=inside, other=0.0)
@@ -106,7 +107,7 @@ def load_rows(ptr, first, rows: tl.constexpr, CHUNK: tl.constexpr, columns: tl.c
 def store_matrix(
     ptr, matrix, place, rows: tl.constexpr, R: tl.constexpr, columns: tl.constexpr, D: tl.constexpr
 ):
-    """[R, D] to a contiguous rows×columns matrix; its row i goes to row place[i]."""
+    """Store [R, D] to a contiguous rows×columns matrix; row i goes to row place[i]."""
     j = tl.arange(0, D)
     inside = (place < rows)[:, None] & (j < columns)[None, :]
     tl.store(ptr + place[:, None] * columns + j[None, :], matrix, mask=inside)
@@ -117,7 +118,7 @@ def landmark_logits(
     keys_ptr, key_ptr, factor, scale, rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr,
     CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """K̃K̃ᵀ s [R, R], in units of log 2, from the fp32 copy of K̃ in memory; the product is taken as stored."""
+    """K̃K̃ᵀ s [R, R] in units of log 2, from the fp32 copy of K̃ in memory; the product uses the stored dtype."""
     product = tl.zeros([R, R], tl.float32)
     for first in range(0, d, CHUNK):
         keys = load_columns(keys_ptr, first, rank, R, d, CHUNK).to(key_ptr.dtype.element_ty)
@@ -127,7 +128,7 @@ def landmark_logits(
 
 @triton.jit
 def landmark_softmax(logits, rank: tl.constexpr, R: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """W, or its transpose by the symmetry of the logits; zeros in padding. [R, R]"""
+    """W [R, R], or its transpose by the symmetry of the logits; zeros in the padding."""
     i = tl.arange(0, R)
     inside = (i < rank)[:, None] & (i < rank)[None, :]
     logits = tl.where(inside, logits, -INFINITY)
@@ -142,7 +143,7 @@ def landmark_softmax(logits, rank: tl.constexpr, R: tl.constexpr, TRANSPOSED: tl
 
 @triton.jit
 def add_ridge(weights, ridge, rank: tl.constexpr, R: tl.constexpr):
-    """A = W + λI with λ = ridge · tr(W)/r; ones on the diagonal of the padding."""
+    """A = W + λI with λ = ridge · tr(W)/r; the padding has ones on the diagonal."""
     i = tl.arange(0, R)
     diagonal = i[:, None] == i[None, :]
     lam = ridge * tl.sum(tl.sum(tl.where(diagonal, weights, 0.0), 1), 0) / rank
@@ -151,7 +152,7 @@ def add_ridge(weights, ridge, rank: tl.constexpr, R: tl.constexpr):
 
 @triton.jit
 def eliminate(matrix, rhs, rank: tl.constexpr, R: tl.constexpr):
-    """matrix⁻¹ rhs without pivoting, and whether every pivot was positive and finite."""
+    """matrix⁻¹ rhs without pivoting, and whether every pivot is positive and finite."""
     i = tl.arange(0, R)
     good = 1
     for step in range(rank):
@@ -168,7 +169,10 @@ def eliminate(matrix, rhs, rank: tl.constexpr, R: tl.constexpr):
 
 @triton.jit
 def eliminate_pivoting(matrix, rhs, rank: tl.constexpr, R: tl.constexpr):
-    """matrix⁻¹ rhs with partial pivoting, its row place[i] in row i. NaN counts as the largest: rows stay distinct."""
+    """matrix⁻¹ rhs with partial pivoting; row i of the result is row place[i] of the solution.
+
+    NaN counts as the largest pivot, so that the chosen rows are distinct.
+    """
     i = tl.arange(0, R)
     place = tl.where(i < rank, -1, i)
     for step in range(rank):
@@ -189,7 +193,7 @@ def solve(
     solution_ptr, rhs_ptr, keys_ptr, key_ptr, factor, scale, ridge, rank: tl.constexpr, R: tl.constexpr,
     d: tl.constexpr, D: tl.constexpr, TRANSPOSED: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Writes A⁻¹ rhs, or A⁻ᵀ rhs, [r, d] each; the two may be the same memory. NaN where a logit is not finite."""
+    """Store A⁻¹ rhs, or A⁻ᵀ rhs, [r, d]; `solution_ptr` and `rhs_ptr` can be equal. NaN if a logit is not finite."""
     i = tl.arange(0, R)
     logits = landmark_logits(keys_ptr, key_ptr, factor, scale, rank, R, d, CHUNK, PRECISION)
     broken = tl.sum(tl.sum(tl.where(tl.abs(logits) < INFINITY, 0, 1), 1), 0) > 0
@@ -210,9 +214,9 @@ def mix_values(
     value_stride_d, R: tl.constexpr, d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr,
     BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Σ exp2(logit − top) v [R, D], top and Σ exp2(logit − top), [R] each, over keys start..stop.
+    """Σ exp2(logit − top) v [R, D], top [R] and Σ exp2(logit − top) [R] over the keys start..stop.
 
-    The rows are landmarks over all keys, or queries over the landmarks, which are stored wider than the queries are.
+    The rows are landmarks, and the keys all keys; or the rows are queries, and the keys landmarks in a wider dtype.
     """
     mixed = tl.zeros([R, D], tl.float32)
     top = tl.full([R], -INFINITY, tl.float32)
@@ -241,7 +245,7 @@ def finish(
     rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr, D: tl.constexpr, SOLVE: tl.constexpr,
     CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """From the sums over all keys to X, or to R V and the logits for another solver."""
+    """Compute X from the sums over all keys, or R V and the logits for another solver."""
     i = tl.arange(0, R)
     tl.store(lse_ptr + i, top + tl.log2(total), mask=i < rank)
     store_matrix(x_ptr, mixed / total[:, None], i, rank, R, d, D)
@@ -313,7 +317,7 @@ def _scores_kernel(
     key_stride_d, gamma, d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr, BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Leverage of one part of the keys; every part sums the Gram matrices in the same order."""
+    """Leverage scores of one part of the keys; every part sums the Gram matrices in the same order."""
     program = tl.program_id(0).to(tl.int64)
     head, part = program // parts, (program % parts).to(tl.int32)
     key_ptr += head // heads * key_stride_b + head % heads * key_stride_h
@@ -332,7 +336,6 @@ def _scores_kernel(
 
 @triton.jit(do_not_specialize=["N"])
 def _largest_kernel(scores_ptr, landmarks_ptr, N, rank: tl.constexpr, R: tl.constexpr):
-    """The landmarks of one (b, h)."""
     head = tl.program_id(0).to(tl.int64)
     store_largest(landmarks_ptr + head * rank, scores_ptr + head * N, N, rank, R)
 
@@ -344,7 +347,7 @@ def _mix_kernel(
     value_stride_d, scale, rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr, D: tl.constexpr,
     NORMALISE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What one part of the keys adds to R of the rows of R V, unnormalised."""
+    """The part of some keys in R rows of R V, without the factor of the softmax."""
     program = tl.program_id(0).to(tl.int64)
     first = (program % pieces).to(tl.int32) * R
     program = program // pieces
@@ -371,7 +374,7 @@ def _solve_kernel(
     R: tl.constexpr, d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr, SOLVE: tl.constexpr,
     CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """R V of one (b, h) from its parts, in their order, then as `_context_kernel`."""
+    """R V of one (b, h) from its parts, merged in order, then the steps of `_context_kernel`."""
     head = tl.program_id(0).to(tl.int64)
     key_ptr += head // heads * key_stride_b + head % heads * key_stride_h
     i = tl.arange(0, R)
@@ -399,7 +402,7 @@ def _solve_kernel(
 
 @triton.jit
 def load_keys(keys_ptr, key_ptr, rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr, D: tl.constexpr):
-    """K̃ [R, D] from its fp32 copy, back in the stored dtype, which is exact."""
+    """Load K̃ [R, D] from its fp32 copy in the stored dtype, which is exact."""
     return load_matrix(keys_ptr, rank, R, d, D).to(key_ptr.dtype.element_ty)
 
 
@@ -408,7 +411,7 @@ def softmax_gradient(
     keys, row_scale, lse, du, delta, key, value, inside, d: tl.constexpr, NORMALISE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """R of one tile of keys and the gradient of its logits, [R, BLOCK] each, and the tile's factors, [BLOCK]."""
+    """R of one tile of keys, the gradient of its logits, [R, BLOCK] each, and the norm factors of its keys [BLOCK]."""
     columns = rms_factor(key, d, NORMALISE)
     logits = tl.dot(keys, tl.trans(key), input_precision=PRECISION) * row_scale[:, None] * columns[None, :]
     weights = tl.where(inside[None, :], tl.exp2(logits - lse[:, None]), 0.0)
@@ -422,7 +425,7 @@ def landmark_gradient(
     value_stride_n, value_stride_d, scale, d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr,
     BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """gradient [R, D] of the normalised landmarks plus what keys start..stop add through R."""
+    """Add to `gradient` [R, D], that of the normalised landmarks, the part of the keys start..stop through R."""
     for first in range(start, stop, BLOCK):
         rows = first + tl.arange(0, BLOCK)
         key = load_tokens(key_ptr, rows, rows < stop, key_stride_n, key_stride_d, d, D).to(keys.dtype)
@@ -442,9 +445,10 @@ def _system_backward_kernel(
     d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr, SOLVE: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dU, δ_i = Σ_e dU_ie U_ie, and the gradient of the gathered keys, of one (b, h).
+    """dU, δ_i = Σ_e dU_ie U_ie and the gradient of the gathered keys, of one (b, h).
 
-    With WHOLE that gradient is final; else it lacks what the keys add through R and is that of normalised landmarks.
+    With WHOLE this gradient is complete. Otherwise it is that of the normalised landmarks, without the part of the keys
+    through R.
     """
     head = tl.program_id(0).to(tl.int64)
     b, h = head // heads, head % heads
@@ -459,21 +463,8 @@ def _system_backward_kernel(
     dlogits_ptr += head * rank * rank
     if SOLVE:
         solve(
-            du_ptr,
-            dx_ptr + small,
-            keys_ptr,
-            key_ptr,
-            factor,
-            scale,
-            ridge,
-            rank,
-            R,
-            d,
-            D,
-            True,
-            CHUNK,
-            PRECISION,
-        )
+            du_ptr, dx_ptr + small, keys_ptr, key_ptr, factor, scale, ridge, rank, R, d, D, True, CHUNK, PRECISION
+        )  # fmt: skip
         tl.debug_barrier()
         dmatrix = tl.zeros([R, R], tl.float32)
         for first in range(0, d, CHUNK):
@@ -521,7 +512,7 @@ def _landmarks_backward_kernel(
     value_stride_d, scale, rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr, D: tl.constexpr,
     NORMALISE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What one part of the keys adds to the gradient of R of the normalised landmarks through R."""
+    """The part of some keys in the gradient of a piece of the normalised landmarks, through the matrix R."""
     program = tl.program_id(0).to(tl.int64)
     first = (program % pieces).to(tl.int32) * R
     program = program // pieces
@@ -549,7 +540,7 @@ def _gathered_kernel(
     keys_ptr, dkeys_ptr, partial_ptr, gathered_ptr, parts, rank: tl.constexpr, R: tl.constexpr,
     d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the gathered keys of one (b, h): all parts, in their order, and what came from the queries."""
+    """The gradient of the gathered keys of one (b, h): all parts, in order, and the part of the query side."""
     head = tl.program_id(0).to(tl.int64)
     small = head * rank * d
     gradient = load_matrix(gathered_ptr + small, rank, R, d, D)
@@ -569,7 +560,7 @@ def _tokens_backward_kernel(
     d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of one tile of keys; the landmarks among them also receive the gradient of the gathered keys."""
+    """dK and dV of one tile of keys; landmarks among them also receive the gradient of the gathered keys."""
     program = tl.program_id(0).to(tl.int64)
     head, tile = program // tiles, program % tiles
     b, h = head // heads, head % heads
@@ -607,18 +598,18 @@ def _tokens_backward_kernel(
 
 
 def landmark_context(side: KeySide, ridge: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(K̃, X, logsumexp of R's rows, I) as `reference.landmark_context` gives them."""
+    """Return K̃, X, the logsumexp of R's rows and I as `reference.landmark_context` does."""
     return _context(side, ridge)[:4]
 
 
 def landmark_blocks(side: KeySide) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(K̃, logits of W, R V, logsumexp of R's rows, I) as `reference.landmark_blocks` gives them."""
+    """Return K̃, the logits of W, R V, the logsumexp of R's rows and I as `reference.landmark_blocks` does."""
     keys, rhs, lse, landmarks, logits = _context(side, None)
     return keys, logits, rhs, lse, landmarks
 
 
 def _context(side: KeySide, ridge: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(K̃, X or R V where `ridge` is None, logsumexp, I, empty or logits of W)."""
+    """Return K̃, X, logsumexp, I and an empty tensor; with `ridge` None R V in place of X, and last the logits of W."""
     key, value, given, choice, scale = side.key, side.value, side.landmarks, side.choice, side.scale
     (B, H, N, d), rank, normalise = key.shape, choice.rank, side.qk_norm is not None
     key, value = readable(key), readable(value)
@@ -684,14 +675,14 @@ def _choose_by_leverage(
 def landmark_context_backward(
     grads: Sequence[Tensor], results: Sequence[Tensor], side: KeySide, ridge: float
 ) -> list[Tensor]:
-    """[dK, dV] from the gradients of K̃ and X."""
+    """Return [dK, dV] from the gradients of K̃ and X."""
     return _context_backward((*grads, None), results, side, ridge)
 
 
 def landmark_blocks_backward(
     grads: Sequence[Tensor], results: Sequence[Tensor], side: KeySide
 ) -> list[Tensor]:
-    """[dK, dV] from the gradients of K̃, the logits and R V."""
+    """Return [dK, dV] from the gradients of K̃, the logits and R V."""
     keys, _, *others = results
     dkeys, dlogits, drhs = grads
     return _context_backward((dkeys, drhs, dlogits), (keys, *others), side, 0.0)
@@ -700,7 +691,7 @@ def landmark_blocks_backward(
 def _context_backward(
     grads: Sequence[Tensor | None], results: Sequence[Tensor], side: KeySide, ridge: float
 ) -> list[Tensor]:
-    """From dK̃, dX or d(R V), and in the second case the gradient of the logits; `results` as `_context` has them."""
+    """Return [dK, dV] from dK̃ and dX, or from dK̃, d(R V) and the gradient of the logits."""
     dkeys, dx, dlogits = (None if grad is None else grad.contiguous() for grad in grads)
     keys, x, lse, landmarks = results
     dtype, (B, H, N, d), rank = side.key.dtype, side.key.shape, landmarks.shape[-1]

@@ -33,7 +33,7 @@ def nystrom_attention(
     solve_dtype: str,
     solve: SolveOptions,
 ) -> Tensor:
-    """Y (B, H, N_q, d) in the query's dtype; everything in between is fp32 (fp64 for fp64)."""
+    """Return Y (B, H, N_q, d) in the query's dtype; intermediate results are fp32 (fp64 for fp64)."""
     Q = normalised_query(query, qk_norm)
     block_dtype = query.dtype if solve_dtype == "model" else Q.dtype
     keys, logits, rhs = _key_side(key, value, landmarks, scale, qk_norm, block_dtype)
@@ -45,7 +45,7 @@ def nystrom_attention(
 def landmark_system(
     key: Tensor, value: Tensor, landmarks: Tensor, scale: float, qk_norm: str | None, solve_dtype: str
 ) -> tuple[Tensor, Tensor]:
-    """What `landmark_solve` is given: the logits K̃K̃ᵀs of W (B, H, r, r) and R V (B, H, r, d)."""
+    """Return the arguments of `landmark_solve`: the logits K̃K̃ᵀs of W (B, H, r, r) and R V (B, H, r, d)."""
     block_dtype = key.dtype if solve_dtype == "model" else wide_dtype(key.dtype)
     _, logits, rhs = _key_side(key, value, landmarks, scale, qk_norm, block_dtype)
     return logits, rhs
@@ -54,9 +54,9 @@ def landmark_system(
 def landmark_context(
     side: KeySide, ridge: float, *, solve: Solve | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The key side: K̃ as it was stored, X by the default solver, the logsumexp of R's rows over log 2 (B, H, r), and I.
+    """Return K̃ without normalisation, X by the default solver, the base-2 logsumexp of R's rows (B, H, r), and I.
 
-    The first three are in the wide dtype. `solve` may stand in for the reference's.
+    The first three have the wide dtype. `solve` replaces the solve of the reference.
     """
     keys, logits, rhs, lse, landmarks = landmark_blocks(side)
     X, _ = (solve or conditioning.landmark_solve)(logits, rhs, SolveOptions(ridge))
@@ -64,9 +64,9 @@ def landmark_context(
 
 
 def landmark_blocks(side: KeySide) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The key side up to the solve: K̃ as it was stored, the logits of W, R V, the logsumexp of R's rows, and I.
+    """Return K̃ without normalisation, the logits of W, R V, the base-2 logsumexp of R's rows, and I.
 
-    The logsumexp of a row is its largest score less the logarithm of its largest probability: one pass over R fewer.
+    The logsumexp of a row is its largest score minus the logarithm of its largest probability: one pass over R less.
     """
     K, landmarks = normalised_key(side.key, side.qk_norm), side.landmarks
     if landmarks is None:
@@ -88,9 +88,10 @@ def landmark_attention(
     qk_norm: str | None,
     statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The query side: τ softmax(Q K̃ᵀ s) X in the query's dtype, K̃ as it was stored, τ (H,) or None.
+    """Return τ softmax(Q K̃ᵀ s) X in the query's dtype; `keys` is K̃ without normalisation, τ is (H,) or None.
 
-    With `statistics`, the mean (B, H, d) over tokens of what τ multiplies and Σ‖y − mean‖² (B, H); else two empty ones.
+    With `statistics` also return the mean (B, H, d) over tokens of Y before τ, and Σ‖y − mean‖² (B, H); otherwise two
+    empty tensors.
     """
     Q, K = normalised_query(query, qk_norm), normalised_key(keys, qk_norm)
     Y = _block(Q, K, scale, Q.dtype) @ x
@@ -106,13 +107,13 @@ def landmark_attention(
 def _key_side(
     key: Tensor, value: Tensor, landmarks: Tensor, scale: float, qk_norm: str | None, block_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """K̃ (B, H, r, d), logits (B, H, r, r) and R V (B, H, r, d)."""
+    """Return K̃ (B, H, r, d), the logits of W (B, H, r, r) and R V (B, H, r, d)."""
     K = normalised_key(key, qk_norm)
     keys = take_landmarks(K, landmarks)
     R = _block(keys, K, scale, block_dtype)
     logits = keys @ keys.mT * scale
     if block_dtype != K.dtype:
-        # W as the model's dtype holds it; its rows' logsumexp brings back the symmetry of the logits.
+        # W in the model's dtype; adding the logsumexp of its rows makes the logits symmetric again.
         rounded = logits.to(block_dtype)
         W = rounded.softmax(-1).to(K.dtype)
         tiny = torch.finfo(block_dtype).smallest_normal
@@ -121,7 +122,7 @@ def _key_side(
 
 
 def take_landmarks(K: Tensor, landmarks: Tensor) -> Tensor:
-    """K̃ = K[I], (B, H, r, d); an index out of range is a ValueError where Python may ask."""
+    """Return K̃ = K[I], (B, H, r, d); raise ValueError for an index out of range if Python may read the indices."""
     if may_ask(landmarks):
         low, high = int(landmarks.min()), int(landmarks.max())
         if low < 0 or high >= K.shape[-2]:
@@ -130,30 +131,30 @@ def take_landmarks(K: Tensor, landmarks: Tensor) -> Tensor:
 
 
 def normalised_query(query: Tensor, qk_norm: str | None) -> Tensor:
-    """Queries in the wide dtype, RMS-normalised per head and token where "both" asks for it."""
+    """Return queries in the wide dtype, RMS-normalised per head and token with "both"."""
     wide = query.to(wide_dtype(query.dtype))
     return rms_normalise(wide) if qk_norm == "both" else wide
 
 
 def normalised_key(key: Tensor, qk_norm: str | None) -> Tensor:
-    """Keys in the wide dtype, RMS-normalised per head and token where "keys" or "both" asks for it."""
+    """Return keys in the wide dtype, RMS-normalised per head and token with "keys" or "both"."""
     wide = key.to(wide_dtype(key.dtype))
     return wide if qk_norm is None else rms_normalise(wide)
 
 
 def rms_normalise(x: Tensor) -> Tensor:
-    """x·√d / (‖x‖ + 1e-6) along the last axis."""
+    """Return x·√d / (‖x‖ + 1e-6) along the last axis."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x * (x.shape[-1] ** 0.5 / (norm + NORM_FLOOR))
 
 
 def _block(rows: Tensor, columns: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """softmax(rows columnsᵀ s), formed in `dtype` and returned in the dtype of `rows`."""
+    """Return softmax(rows columnsᵀ s), computed in `dtype`, in the dtype of `rows`."""
     logits = rows @ columns.mT * scale
     return logits.to(dtype).softmax(-1).to(rows.dtype)
 
 
 def full_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """softmax(Q Kᵀ s) V in the query's dtype, fp32 (fp64 for fp64) in between."""
+    """Return softmax(Q Kᵀ s) V in the query's dtype; intermediate results are fp32 (fp64 for fp64)."""
     Q, K, V = (tokens.to(wide_dtype(tokens.dtype)) for tokens in (query, key, value))
     return ((Q @ K.mT * scale).softmax(-1) @ V).to(query.dtype)

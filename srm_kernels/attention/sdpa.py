@@ -1,6 +1,6 @@
-"""The same attention through two calls of scaled_dot_product_attention.
+"""Nyström attention by two calls of scaled_dot_product_attention (docs/METHOD.md §2, article 3.3).
 
-R V = SDPA(K̃, K, V) and Y = SDPA(Q, K̃, X): torch's fused kernels then hold no N×r block at all. On the CPU csrc solves.
+R V = SDPA(K̃, K, V) and Y = SDPA(Q, K̃, X): torch's fused kernels form no N×r block. On the CPU the solve is in C++.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..options import SolveOptions
 from . import reference
 from .reference import normalised_key, normalised_query, take_landmarks
 
-FEWEST_KEYS = 16  # with fewer, torch's CPU kernel turns a NaN query into a row of zeros
+FEWEST_KEYS = 16  # with fewer keys, torch's CPU kernel gives zeros for a NaN query
 
 
 def nystrom_attention(
@@ -28,14 +28,14 @@ def nystrom_attention(
     solve_dtype: str,
     solve: SolveOptions,
 ) -> Tensor:
-    """Y (B, H, N_q, d) in the query's dtype; everything in between is fp32 (fp64 for fp64)."""
+    """Return Y (B, H, N_q, d) in the query's dtype; intermediate results are fp32 (fp64 for fp64)."""
     if landmarks.shape[-1] < FEWEST_KEYS:
         return reference.nystrom_attention(query, key, value, landmarks, scale, qk_norm, solve_dtype, solve)
     Q, K = normalised_query(query, qk_norm), normalised_key(key, qk_norm)
     keys = take_landmarks(K, landmarks)
     rhs = scaled_dot_product_attention(keys, K, value.to(K.dtype), scale=scale)
     X, _ = conditioning.landmark_solve(keys @ keys.mT * scale, rhs, solve)
-    # The reference's solve returns column-major matrices, on which the attention is four times slower.
+    # The solve of the reference returns column-major matrices, with which attention is four times slower.
     return scaled_dot_product_attention(Q, keys, X.contiguous(), scale=scale).to(query.dtype)
 
 

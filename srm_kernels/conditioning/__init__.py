@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,27 +11,35 @@ from .. import autocast
 from ..checks import check_choice, check_count, check_flag, check_number, check_tensors, wide_dtype
 from ..options import SolveOptions
 from ..registration import later, register_operator
-from ..runtime import choose_backend, kept, triton_refusal
+from ..runtime import choose_kernels
 from . import cpu, reference
 from .reference import SOLVERS, Solver
 
 DIAGNOSTICS = (True, False, "estimate")
-# Kernels of a GPU are in front only where a verdict puts them there.
-_IMPLEMENTATIONS = ("torch", "reference", "triton")
-# Not equilibrated. The other solvers are torch.linalg's on every device.
-SOLVERS_OF_KERNELS = ("cholesky", "lu")
+SOLVERS_OF_KERNELS = (
+    "cholesky",
+    "lu",
+)  # without equilibration; torch.linalg runs the other solvers on every device
 _LARGEST = 128  # r and d of the kernels
 _KERNELS = f"{__name__}.kernels"
 
 
 class LandmarkSolution(NamedTuple):
-    """X and, with `diagnostics=True`, what is known about each system; None otherwise."""
+    """The solution of the landmark system and, with diagnostics, measures of each system, else None.
 
-    x: Tensor  # (…, r, d)
-    kappa: Tensor | None  # (…,) σ_max/σ_min of W_λ, or of W̃ + λI where equilibrated; or its estimate
-    residual: Tensor | None  # (…,) ‖A Z − G‖_F / (‖G‖_F + 1e-12) of the system that was solved
-    gain: Tensor | None  # (…,) ‖X‖_F / ‖RV‖_F
-    solver: Tensor | None  # (…,) int64, the `Solver` that served the matrix
+    Attributes:
+        x: X (…, r, d).
+        kappa: κ (…,), σ_max/σ_min of W_λ, or of W̃ + λI with equilibration; or an estimate of it.
+        residual: ρ (…,), ‖A Z − G‖_F / (‖G‖_F + 1e-12) of the system that was solved.
+        gain: (…,), ‖X‖_F / ‖R V‖_F.
+        solver: (…,) int64, the `Solver` of each matrix.
+    """
+
+    x: Tensor
+    kappa: Tensor | None
+    residual: Tensor | None
+    gain: Tensor | None
+    solver: Tensor | None
 
 
 _solve = register_operator(
@@ -57,7 +64,7 @@ _diagnose = register_operator(
     "landmark_diagnostics",
     "Tensor logits, Tensor rhs, Tensor x, Tensor used, float ridge, bool equilibrate, bool estimate",
     "(Tensor, Tensor, Tensor)",
-    dict.fromkeys(_IMPLEMENTATIONS, reference.landmark_diagnostics),
+    dict.fromkeys(("reference", "torch"), reference.landmark_diagnostics),
     fake=lambda logits, rhs, x, *_: tuple(x.new_empty(x.shape[:-2]) for _ in range(3)),
 )
 
@@ -75,36 +82,53 @@ def landmark_solve(
     diagnostics: bool | str = False,
     backend: str | None = None,
 ) -> LandmarkSolution:
-    """X = (W + λI)⁻¹ G for W = softmax(logits), λ = ridge · tr(W)/r, every matrix for itself (docs/METHOD.md §2.1).
+    """Solve the landmark system X = (W + λI)⁻¹ G of each matrix, W = softmax(l), λ = λ₀ tr(W)/r (docs/METHOD.md §2.1).
 
-    logits: (…, r, r), l = K̃K̃ᵀs. rhs: (…, r, d), G = R V, of the same leading axes, dtype and device;
-    float64, float32, bfloat16 or float16. X is fp32 (fp64 for fp64). Solvers:
+    Solvers:
 
-    - "cholesky": the similar symmetric system, κ₂ ≤ (1 + λ)/λ always. Acts on the symmetric part of the
-      logits and needs ridge > 0. A matrix that breaks down, whose logits are not symmetric within
-      1e-3·(1 + max|l|), or whose rows' logsumexp lie so far apart (41 in fp32) that the symmetric form
-      underflows, goes to "lu", that matrix alone.
-    - "lu": partial pivoting. With ridge 0 a singular matrix gives NaN, never a plausible number.
-    - "svd": pseudo-inverse; with ridge 0, singular values up to r·eps·σ_max are dropped (minimum norm) and
-      the derivative is not defined where any was. The article's default; the least accurate in fp32 at
-      high κ, offered for parity. Waits for the device (torch.linalg.svd).
-    - "auto": "lu" where κ(W_λ) < kappa_max, else "svd", per matrix; κ is estimated from the LU factors by
-      `estimate_condition`: never above κ₂ but for rounding, measured never below 0.5 of it. Waits for the
-      device once, to learn which matrices need an SVD, and for those.
-    - "neumann": α Σ_{k≤m} (I − αW_λ)^k G, α = 1/(1 + λ), m = `neumann_order`, per matrix where a power
-      iteration puts the spectral radius below 0.95 and the residual is below 1e-2, else the default solve
-      ("lu" where ridge is 0); `neumann_gate=False` applies it always.
+    - "cholesky": Cholesky of the similar symmetric system, for which κ₂ ≤ (1 + λ)/λ. It uses the symmetric part of the
+      logits and needs ridge > 0. A matrix is solved by "lu" instead if its factorisation fails, its logits are not
+      symmetric within 1e-3·(1 + max|l|), or the logsumexp of its rows differ so much (41 in fp32) that the symmetric
+      form underflows.
+    - "lu": LU with partial pivoting. With ridge 0 a singular matrix gives NaN.
+    - "svd": pseudo-inverse, the article's default. With ridge 0, singular values up to r·eps·σ_max are dropped (minimum
+      norm), and the derivative is then not defined. It is the least accurate solver in fp32 at large κ. It waits for
+      the device (torch.linalg.svd).
+    - "auto": for each matrix "lu" if κ(W_λ) < kappa_max, else "svd". κ is estimated from the LU factors by
+      `estimate_condition`: except for rounding at most κ₂, and at least 0.5 κ₂ in all measurements. It waits for the
+      device to find the matrices that need an SVD.
+    - "neumann": α Σ_{k≤m} (I − αW_λ)^k G with α = 1/(1 + λ), for each matrix whose spectral radius (by power iteration)
+      is below 0.95 and whose residual is below 1e-2. Other matrices use the default solver ("lu" with ridge 0).
 
-    equilibrate: solve D_r W D_c + λI with D_r, D_c = (row or column norm + 1e-12)^-½ instead; same X up to λ.
-    "cholesky", "lu" and "neumann" never wait for the device.
-    diagnostics: True fills κ, residual, gain and solver; κ takes exact singular values and waits for the
-    device. "estimate" fills the same with κ estimated as in "auto", and does not wait.
-    A non-finite logit makes its own matrix's X NaN and no other's. Gradients are exact, by the implicit
-    formula (through the polynomial for "neumann"); diagnostics carry none.
-    backend="triton" is one launch for "cholesky" and "lu", not equilibrated, r, d ≤ 128 and anything but float64,
-    forward and backward; a singular matrix has NaN gradients. backend="torch", which None takes, has csrc's C++ for
-    "cholesky" on the CPU, r ≤ 128, not equilibrated, where it is built; else the reference's.
-    Raises ValueError for shapes, an unknown solver, ridge < 0, or "cholesky" with ridge 0; TypeError for dtypes.
+    "cholesky", "lu" and "neumann" never wait for the device. A non-finite logit gives NaN in the X of its own matrix
+    only. Gradients are exact, by implicit differentiation (for "neumann" through the polynomial).
+
+    Backends: "triton" is one launch for "cholesky" and "lu" without equilibration, r and d ≤ 128, all dtypes except
+    float64; a singular matrix has NaN gradients. "torch", the default, uses C++ for "cholesky" on the CPU without
+    equilibration, r ≤ 128, if the library is built; otherwise it is the reference.
+
+    Args:
+        logits: l = K̃K̃ᵀs (…, r, r); float64, float32, bfloat16 or float16.
+        rhs: G = R V (…, r, d), with the leading axes, dtype and device of `logits`.
+        ridge: λ₀, at least 0.
+        solver: A key of `conditioning.SOLVERS`.
+        equilibrate: Solve D_r W D_c + λI instead, with D_r, D_c = (row or column norm + 1e-12)^-½; X is the same up to
+            the ridge.
+        kappa_max: "auto" uses "lu" for κ below this; above 0.
+        neumann_order: m of "neumann", at least 0.
+        neumann_gate: Whether "neumann" checks convergence; if not, it uses the series for every matrix.
+        diagnostics: True computes κ from singular values and waits for the device. "estimate" estimates κ as "auto"
+            does, without waiting. False computes no diagnostics.
+        backend: A name of `backends()`, or None.
+
+    Returns:
+        X in fp32 (fp64 for fp64) and, with diagnostics, κ, residual, gain and solver, which carry no gradient.
+
+    Raises:
+        TypeError: A dtype or type is not accepted.
+        ValueError: Shapes or devices do not match, the solver is unknown, a number is outside its range, or ridge is
+            0 with "cholesky".
+        NotImplementedError: The backend cannot run.
     """
     logits, rhs = autocast.promoted(logits, rhs)
     check_tensors(logits=logits, rhs=rhs)
@@ -125,17 +149,16 @@ def landmark_solve(
 def solved(
     logits: Tensor, rhs: Tensor, options: SolveOptions, backend: str | None
 ) -> tuple[Tensor, Tensor, str]:
-    """X, the `Solver` that served each matrix, and the implementation; arguments are not checked."""
-    variant, call = _variant(options), (rhs.shape,)
-    chosen = kept(backend, rhs, "landmark_solve", variant, call) or choose_backend(
+    """Return X, the `Solver` of each matrix, and the backend that ran; arguments are not checked."""
+    chosen = choose_kernels(
         backend,
-        _IMPLEMENTATIONS,
+        rhs,
         "landmark_solve",
-        partial(_refusal, rhs, options),
-        tensor=rhs,
+        lambda: _refusal(rhs, options),
+        plain=("torch", "reference"),
         sizes=lambda: (rhs.shape[-2], rhs.shape[-1]),
-        variant=variant,
-        call=call,
+        variant=_variant(options),
+        call=(rhs.shape,),
     )
     x, used = _solve(logits, rhs, *options.flat(), chosen)
     return x, used, chosen
@@ -144,18 +167,12 @@ def solved(
 def diagnosed(
     logits: Tensor, rhs: Tensor, options: SolveOptions, *, estimate: bool, backend: str | None
 ) -> LandmarkSolution:
-    """X and what is known about each system; `estimate` gives κ as "auto" has it. Arguments are not checked."""
+    """Return X with diagnostics; `estimate` estimates κ as "auto" does. Arguments are not checked."""
     x, used, chosen = solved(logits, rhs, options, backend)
+    chosen = "reference" if chosen == "triton" else chosen  # diagnostics have no kernels
     with torch.no_grad():
         kappa, residual, gain = _diagnose(
-            logits,
-            rhs,
-            x,
-            used,
-            options.ridge,
-            options.equilibrate,
-            estimate,
-            "reference" if chosen == "triton" else chosen,  # it has no kernels
+            logits, rhs, x, used, options.ridge, options.equilibrate, estimate, chosen
         )
     return LandmarkSolution(x, kappa, residual, gain, used)
 
@@ -164,21 +181,18 @@ def _variant(options: SolveOptions) -> str:
     return f"{options.solver}, equilibrated" if options.equilibrate else options.solver
 
 
-def _refusal(rhs: Tensor, options: SolveOptions, name: str) -> str | None:
-    if name != "triton":
-        return None
-    reason = triton_refusal(rhs)
+def _refusal(rhs: Tensor, options: SolveOptions) -> str | None:
     r, d = rhs.shape[-2:]
-    if reason is None and max(r, d) > _LARGEST:
-        return f"its kernels take r and d up to {_LARGEST}, and they are {r} and {d}"
-    if reason is None and not has_kernels(options):
+    if max(r, d) > _LARGEST:
+        return f"its kernels support r and d up to {_LARGEST}, and r is {r} and d {d}"
+    if not has_kernels(options):
         kernels = " and ".join(SOLVERS_OF_KERNELS)
-        return f"it has kernels for {kernels}, not equilibrated, not for {_variant(options)}"
-    return reason
+        return f"it has kernels for {kernels} without equilibration, not for {_variant(options)}"
+    return None
 
 
 def has_kernels(options: SolveOptions) -> bool:
-    """Whether the Triton kernels have a form of this solve."""
+    """Return whether Triton kernels support these options."""
     return options.solver in SOLVERS_OF_KERNELS and not options.equilibrate
 
 
@@ -190,7 +204,7 @@ def solve_options(
     neumann_order: int = 3,
     neumann_gate: bool = True,
 ) -> SolveOptions:
-    """The solver's own arguments as an object; ValueError or TypeError."""
+    """Return checked options of the solver; raise ValueError or TypeError."""
     check_choice("solver", solver, tuple(SOLVERS))
     check_number("ridge", ridge, at_least=0)
     check_number("kappa_max", kappa_max, above=0)

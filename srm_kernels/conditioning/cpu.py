@@ -1,4 +1,4 @@
-"""The default solve by the C++ core of csrc on CPU tensors; the reference wherever that core does not serve."""
+"""The default landmark solve in C++ on CPU tensors; the reference where the C++ code does not apply."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from ..checks import wide_dtype
 from ..options import SolveOptions
 from . import reference
 
-LARGEST = 128  # r, as of the kernels for GPUs
+LARGEST = 128  # r, as in the kernels for GPUs
 
 
 def landmark_solve(logits: Tensor, rhs: Tensor, options: SolveOptions) -> tuple[Tensor, Tensor]:
-    """X (…, r, d) and the `Solver` (…,) that served each matrix, as the reference has them."""
+    """Return X (…, r, d) and the `Solver` (…,) of each matrix, as the reference does."""
     default = options.default and logits.shape[-1] <= LARGEST
     recorded = torch.is_grad_enabled() and (logits.requires_grad or rhs.requires_grad)
     if not native.BUILT or logits.device.type != "cpu" or not default or recorded:

@@ -1,11 +1,11 @@
-"""The landmark solve by elimination, one program per matrix, forward and backward (docs/METHOD.md §2.1).
+"""Triton kernels for the landmark solve by elimination, one program per matrix (docs/METHOD.md §2.1).
 
-A program holds A (R×R) and its right-hand side (R×D) in registers, R and D being r and d rounded up to powers of two;
-what lies beyond r and d is the identity and zero. Breakdown and asymmetry of `cholesky` are decided inside. Arithmetic
-is fp32.
+A program holds A (R×R) and its right-hand side (R×D) in registers, where R and D are r and d rounded up to powers of
+two. A is padded with the identity and the right-hand side with zeros. The kernel itself detects a matrix for which
+`cholesky` fails or is not allowed. Arithmetic is fp32.
 
-Without pivoting, elimination on A = W + λI has the pivots of the Cholesky factorisation of the similar symmetric
-S + λI squared, so that form is `cholesky`.
+Elimination of A = W + λI without pivoting has the squared pivots of the Cholesky factorisation of the similar symmetric
+matrix S + λI. The kernels use it for `cholesky`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SYMMETRY_TOLERANCE: tl.constexpr = tl.constexpr(1e-3)
 
 
 def landmark_solve(logits: Tensor, rhs: Tensor, options: SolveOptions) -> tuple[Tensor, Tensor]:
-    """X (…, r, d) fp32 and the `Solver` (…,) that served each matrix; r, d ≤ 128, no fp64."""
+    """Return X (…, r, d), fp32, and the `Solver` (…,) of each matrix; r, d ≤ 128, no fp64."""
     a, g = _matrices(logits), _matrices(rhs)
     count, r, d = g.shape
     x = torch.empty(rhs.shape, dtype=torch.float32, device=rhs.device)
@@ -53,10 +53,7 @@ def landmark_solve_backward(
     rhs: Tensor,
     options: SolveOptions,
 ) -> list[Tensor]:
-    """Gradients of logits and rhs by the implicit formula.
-
-    X and who served each matrix are the forward pass's: nothing is decided again.
-    """
+    """Return the gradients of logits and rhs by implicit differentiation, with X and solvers of the forward pass."""
     (grad,) = grads
     x, used = results
     a, dx = _matrices(logits), _matrices(grad)
@@ -74,14 +71,17 @@ def landmark_solve_backward(
 
 
 def launch_options(r: int, d: int) -> dict[str, int]:
-    """Tile sizes and warps, 16 to 64 numbers of a tile a thread; ptxas would stop at 128 registers, and spill."""
+    """Return tile sizes, warps (16 to 64 numbers of a tile per thread) and registers.
+
+    Without a limit of registers ptxas uses at most 128 and spills.
+    """
     R, D = (max(16, triton.next_power_of_2(n)) for n in (r, d))
     warps = min(16, max(2, R * max(R, D) // 512))
     return {"R": R, "D": D, "num_warps": warps, "maxnreg": 255 if warps <= 8 else 128}
 
 
 def _strides(**matrices: Tensor) -> dict[str, int]:
-    """Strides of (batch, m, n) as the kernels name them."""
+    """Return the strides of (batch, m, n) by the names that kernels use."""
     return {
         f"stride_{name}{axis}": stride
         for name, matrix in matrices.items()
@@ -90,9 +90,9 @@ def _strides(**matrices: Tensor) -> dict[str, int]:
 
 
 def _matrices(tensor: Tensor) -> Tensor:
-    """(…, m, n) as (batch, m, n), each within reach of 32 bits, else copied.
+    """Return (…, m, n) as (batch, m, n), copied if offsets within a matrix need more than 32 bits.
 
-    The interpreter gets fp32: its bf16 and fp16 arithmetic is not reliable.
+    In the interpreter, whose bf16 and fp16 arithmetic is not reliable, the result is fp32.
     """
     flat = tensor.reshape(-1, *tensor.shape[-2:])
     if sum((n - 1) * stride for n, stride in zip(flat.shape[1:], flat.stride()[1:], strict=True)) >= 2**31:
@@ -102,23 +102,21 @@ def _matrices(tensor: Tensor) -> Tensor:
 
 @triton.jit
 def _column(a, k, R: tl.constexpr):
-    """Column k of a tile, as a vector of its rows."""
     j = tl.arange(0, R)
     return tl.sum(tl.where(j[None, :] == k, a, 0.0), 1)
 
 
 @triton.jit
 def _row(a, k, R: tl.constexpr):
-    """Row k of a tile, as a vector of its columns."""
     i = tl.arange(0, R)
     return tl.sum(tl.where(i[:, None] == k, a, 0.0), 0)
 
 
 @triton.jit
 def _product(a, b, K: tl.constexpr):
-    """a (M×K) times the transpose of b (N×K) in plain fp32, a rank-one update a step as in elimination.
+    """a (M×K) times the transpose of b (N×K) in plain fp32, by one rank-one update per step.
 
-    A dot product of whole tiles spills, and rounds to TF32 unless it is told not to.
+    A dot product of whole tiles spills registers, and by default rounds to TF32.
     """
     c = _column(a, 0, K)[:, None] * _column(b, 0, K)[None, :]
     for k in range(1, K):
@@ -134,11 +132,10 @@ def _entry(vector, k, R: tl.constexpr):
 
 @triton.jit
 def _softmax(logits_ptr, r, stride_row, stride_col, R: tl.constexpr, SYMMETRIC: tl.constexpr, half=True):
-    """W and whether its logits are finite, as zero where they are not; whether they are symmetric.
+    """W, whether the logits are finite (if not, W is that of zeros), and whether they are symmetric.
 
-    With SYMMETRIC, W is that of their symmetric part, where `half` holds.
-    Logits are read anew wherever W is needed again: registers are dearer. A volatile read keeps the compiler
-    from keeping it all the same.
+    With SYMMETRIC, W is that of the symmetric part of the logits if `half` is true. The logits are loaded again
+    wherever W is needed, which saves registers; a volatile load prevents the compiler from keeping them.
     """
     i = tl.arange(0, R)
     inside = (i[:, None] < r) & (i[None, :] < r)
@@ -164,7 +161,7 @@ def _softmax(logits_ptr, r, stride_row, stride_col, R: tl.constexpr, SYMMETRIC: 
 def _system(
     logits_ptr, r, stride_row, stride_col, ridge, R: tl.constexpr, SYMMETRIC: tl.constexpr, half=True
 ):
-    """A = W + λI, the identity beyond r; whether the logits are finite; whether they are symmetric."""
+    """A = W + λI, padded with the identity; whether the logits are finite; whether they are symmetric."""
     W, finite, symmetric = _softmax(logits_ptr, r, stride_row, stride_col, R, SYMMETRIC, half)
     i = tl.arange(0, R)
     diagonal = i[:, None] == i[None, :]
@@ -182,9 +179,9 @@ def _load(ptr, r, d, stride_row, stride_col, R: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def _eliminate(a, b, r, R: tl.constexpr, PIVOTING: tl.constexpr):
-    """U on and above the diagonal, b → L⁻¹ P b, the smallest and the largest pivot.
+    """U on and above the diagonal, L⁻¹ P b, and the smallest and the largest pivot.
 
-    Without pivoting the smallest keeps its sign, and is −1 where any pivot is not finite.
+    Without pivoting the smallest pivot keeps its sign, and is −1 if any pivot is not finite.
     """
     i = tl.arange(0, R)
     smallest = float("inf")
@@ -231,27 +228,14 @@ def _back_substitute(lu, b, R: tl.constexpr):
 
 @triton.jit
 def _solve_forward_kernel(
-    logits_ptr,
-    rhs_ptr,
-    x_ptr,
-    used_ptr,
-    r,
-    d,
-    ridge,
-    stride_logits,
-    stride_logits_row,
-    stride_logits_col,
-    stride_rhs,
-    stride_rhs_row,
-    stride_rhs_col,
-    RIDGED: tl.constexpr,
-    PIVOTING: tl.constexpr,
-    R: tl.constexpr,
+    logits_ptr, rhs_ptr, x_ptr, used_ptr, r, d, ridge, stride_logits, stride_logits_row, stride_logits_col,
+    stride_rhs, stride_rhs_row, stride_rhs_col, RIDGED: tl.constexpr, PIVOTING: tl.constexpr, R: tl.constexpr,
     D: tl.constexpr,
-):
+):  # fmt: skip
     """X of one matrix and its `Solver`; x and used are contiguous.
 
-    Without `PIVOTING` the symmetric part is tried first; where it breaks down, pivoting has the logits as they are.
+    Without PIVOTING the kernel first uses the symmetric part of the logits without pivoting. If that fails, it uses
+    the logits with pivoting.
     """
     matrix = tl.program_id(0).to(tl.int64)
     logits_ptr += matrix * stride_logits
@@ -274,7 +258,7 @@ def _solve_forward_kernel(
         g = _load(rhs_ptr, r, d, stride_rhs_row, stride_rhs_col, R, D)
         lu, b, smallest, largest = _eliminate(A, g, r, R, True)
         if not RIDGED:
-            # A singular matrix leaves a last pivot of rounding size, and a solution that looks like one.
+            # The last pivot of a singular matrix has the size of the rounding error; the solution would look valid.
             regular = smallest > r * EPS * largest
     i, c = tl.arange(0, R), tl.arange(0, D)
     x = tl.where(finite & regular, _back_substitute(lu, b, R), float("nan"))
@@ -284,30 +268,14 @@ def _solve_forward_kernel(
 
 @triton.jit
 def _solve_backward_kernel(
-    logits_ptr,
-    x_ptr,
-    used_ptr,
-    dx_ptr,
-    d_logits_ptr,
-    d_rhs_ptr,
-    r,
-    d,
-    ridge,
-    stride_logits,
-    stride_logits_row,
-    stride_logits_col,
-    stride_dx,
-    stride_dx_row,
-    stride_dx_col,
-    SYMMETRIC: tl.constexpr,
-    RIDGED: tl.constexpr,
-    R: tl.constexpr,
-    D: tl.constexpr,
-):
-    """Gradients of one matrix; zero where its logits are not finite.
+    logits_ptr, x_ptr, used_ptr, dx_ptr, d_logits_ptr, d_rhs_ptr, r, d, ridge, stride_logits, stride_logits_row,
+    stride_logits_col, stride_dx, stride_dx_row, stride_dx_col, SYMMETRIC: tl.constexpr, RIDGED: tl.constexpr,
+    R: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one matrix; zero if its logits are not finite.
 
-    The system is that of the solver that served: `cholesky` had the symmetric part of the logits. Its transpose is
-    eliminated without pivoting there, and with it elsewhere.
+    The system is that of the solver used in the forward pass; `cholesky` used the symmetric part of the logits. The
+    transposed system is eliminated without pivoting for `cholesky`, otherwise with pivoting.
     """
     matrix = tl.program_id(0).to(tl.int64)
     logits_ptr += matrix * stride_logits

@@ -4,9 +4,9 @@ From logits l = K̃K̃ᵀs (…, r, r) and G = RV (…, r, d):
 
     W = softmax(l)    A = W + λI,  λ = λ₀ tr(W)/r    X = A⁻¹ G
 
-W is similar to the symmetric S_ij = exp(l_ij − (ℓ_i + ℓ_j)/2) = (W_ij W_ji)^½, ℓ the rows' logsumexp:
-S = E W E⁻¹ with E = diag(e^{ℓ/2}), so Cholesky solves (S + λI) (E X) = E G. Equilibration replaces W by
-W̃ = D_r W D_c, G by D_r G and X by D_c⁻¹ X; with E = (D_c/D_r)^½ diag(e^{ℓ/2}) all of this stands.
+W is similar to the symmetric S_ij = exp(l_ij − (ℓ_i + ℓ_j)/2) = (W_ij W_ji)^½, where ℓ is the logsumexp of the rows:
+S = E W E⁻¹ with E = diag(e^{ℓ/2}). Cholesky therefore solves (S + λI) (E X) = E G. Equilibration replaces W by
+W̃ = D_r W D_c, G by D_r G and X by D_c⁻¹ X; the same holds with E = (D_c/D_r)^½ diag(e^{ℓ/2}).
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ SYMMETRY_TOLERANCE = 1e-3
 POWER_ITERATIONS = 20
 RADIUS_LIMIT = 0.95
 RESIDUAL_LIMIT = 1e-2
-TRANSFORMED_ORDERS = 3  # of derivatives that are exact under torch.func and in forward mode
+TRANSFORMED_ORDERS = 3  # order up to which derivatives are exact under torch.func and in forward mode
 
 
 class Solver(IntEnum):
-    """Which solver served a matrix."""
+    """The solver that was used for a matrix."""
 
     CHOLESKY = 0
     LU = 1
@@ -40,18 +40,18 @@ class Solver(IntEnum):
     NEUMANN = 3
 
 
-# Every solver by its name: configs, the command line, reports, studies and checks read this list.
+# All solvers: configs, the command line, reports, studies and checks use this list.
 SOLVERS = {
-    "cholesky": "Cholesky of the similar symmetric system; LU where it breaks down",
+    "cholesky": "Cholesky of the similar symmetric system; LU where it fails",
     "lu": "LU with partial pivoting",
     "svd": "pseudo-inverse by an SVD",
     "auto": "LU below kappa_max, SVD above",
-    "neumann": "truncated Neumann series, behind a gate",
+    "neumann": "truncated Neumann series where it converges, else the default solver",
 }
 
 
 class System(NamedTuple):
-    """A Z = right-hand side, X = D_c Z; `left` and `right` are the diagonals of D_r and D_c, or None."""
+    """The system A Z = rhs with X = D_c Z; `left` and `right` are the diagonals of D_r and D_c, or None."""
 
     matrix: Tensor  # A, (…, r, r)
     rhs: Tensor  # (…, r, d)
@@ -61,7 +61,7 @@ class System(NamedTuple):
 
 
 def landmark_solve(logits: Tensor, rhs: Tensor, options: SolveOptions) -> tuple[Tensor, Tensor]:
-    """X (…, r, d) and the `Solver` (…,) that served each matrix."""
+    """Return X (…, r, d) and the `Solver` (…,) of each matrix."""
     logits, rhs = logits.to(wide_dtype(logits.dtype)), rhs.to(wide_dtype(rhs.dtype))
     finite = logits.abs().amax((-2, -1)).isfinite()
     spoiled = not nowhere(~finite)
@@ -82,9 +82,9 @@ def landmark_solve(logits: Tensor, rhs: Tensor, options: SolveOptions) -> tuple[
 def landmark_diagnostics(
     logits: Tensor, rhs: Tensor, x: Tensor, used: Tensor, ridge: float, equilibrate: bool, estimate: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Per matrix: κ = σ_max/σ_min of A, ‖A Z − G‖/(‖G‖ + 1e-12) and ‖X‖/‖RV‖, all Frobenius.
+    """Return κ = σ_max/σ_min of A, ‖A Z − G‖_F/(‖G‖_F + 1e-12) and ‖X‖_F/‖R V‖_F of each matrix, (…,) each.
 
-    `estimate`: κ by `estimate_condition` instead of singular values.
+    With `estimate`, κ is computed by `estimate_condition` and not from singular values.
     """
     logits, rhs = logits.to(x.dtype), rhs.to(x.dtype)
     finite = logits.isfinite().all(-1).all(-1)
@@ -101,7 +101,7 @@ def landmark_diagnostics(
 
 
 def _acted_on(logits: Tensor, used: Tensor) -> Tensor:
-    """Cholesky acts on the symmetric part of the logits, everything else on the logits."""
+    """Return the logits that the solver used: their symmetric part for Cholesky."""
     symmetric = (used == Solver.CHOLESKY)[..., None, None]
     return torch.where(symmetric, (logits + logits.mT) / 2, logits)
 
@@ -121,7 +121,6 @@ def _system(logits: Tensor, rhs: Tensor, ridge: float, equilibrate: bool) -> Sys
 
 
 def _unscaled(system: System, Z: Tensor) -> Tensor:
-    """X = D_c Z."""
     return Z if system.right is None else system.right[..., None] * Z
 
 
@@ -129,7 +128,7 @@ Solve = Callable[[Tensor, bool], Tensor]  # (right-hand side, transposed) → so
 
 
 class _Factors:
-    """Factorised matrices of a batch, each solved by its own method. Masks (…,) say which; None is all."""
+    """The factors of a batch: pairs of a mask (…,) of matrices, None for all, and their solve."""
 
     def __init__(self) -> None:
         self.parts: list[tuple[Tensor | None, Solve]] = []
@@ -143,11 +142,11 @@ class _Factors:
 
 
 def _solved(system: System, factors: _Factors) -> Tensor:
-    """Z = A⁻¹ G, differentiable in A and G."""
+    """Return Z = A⁻¹ G, differentiable in A and G."""
     A, G = system.matrix, system.rhs
     if not transforming():
         return cast(Tensor, _ImplicitSolve.apply(A, G, factors, False))
-    # With constant factors every refinement of the solution makes one order of derivatives more exact.
+    # The factors are constants here. Each refinement step makes the derivatives of one more order exact.
     Z = factors.solve(G.detach(), False).detach()
     for _ in range(TRANSFORMED_ORDERS):
         Z = Z + factors.solve(G - A @ Z, False)
@@ -155,7 +154,7 @@ def _solved(system: System, factors: _Factors) -> Tensor:
 
 
 class _ImplicitSolve(torch.autograd.Function):
-    """Z = A⁻¹ G, or A⁻ᵀ G, by factors made beforehand; derivative by the implicit formula, to any order."""
+    """Z = A⁻¹ G or A⁻ᵀ G from given factors, with implicit differentiation to any order."""
 
     @staticmethod
     def forward(ctx: Any, A: Tensor, G: Tensor, factors: _Factors, transposed: bool) -> Tensor:
@@ -173,20 +172,20 @@ class _ImplicitSolve(torch.autograd.Function):
 
 
 def _factorise(logits: Tensor, rhs: Tensor, options: SolveOptions) -> tuple[System, _Factors, Tensor]:
-    """The system that is solved, its factors, and the `Solver` of each matrix; for "neumann" the default solve's."""
+    """Return the system, its factors and the `Solver` of each matrix; for "neumann" those of its fallback."""
     ridge, equilibrate, solver = options.ridge, options.equilibrate, options.solver
     if solver == "neumann":
         solver = "cholesky" if ridge > 0 else "lu"
     factors = _Factors()
     used = torch.full(logits.shape[:-2], int(Solver.LU), dtype=torch.int64, device=logits.device)
-    rest: Tensor | None = None  # the matrices that partial pivoting serves; None is all
+    rest: Tensor | None = None  # the matrices that LU solves; None means all
     if solver == "cholesky":
         symmetric = (logits + logits.mT) / 2
         system = _system(symmetric, rhs, ridge, equilibrate)
         good, solve = _cholesky(logits.detach(), symmetric.detach(), system)
         factors.parts.append((good, solve))
         used = torch.where(good, int(Solver.CHOLESKY), used)
-        if nowhere(~good, wait=True):  # a wait costs less than LU of every matrix
+        if nowhere(~good, wait=True):  # waiting costs less than LU of all matrices
             return system, factors, used
         rest = ~good
         system = _system(_acted_on(logits, used), rhs, ridge, equilibrate)
@@ -216,18 +215,16 @@ def _cholesky(logits: Tensor, symmetric: Tensor, system: System) -> tuple[Tensor
         half = half + (system.right / system.left).log() / 2
     A = system.matrix.detach()
     factor, info = torch.linalg.cholesky_ex((A * A.mT).sqrt())  # S + λI = (A ∘ Aᵀ)^½
-    # Past this spread W_ij W_ji, which is W_ij² e^(ℓ_i − ℓ_j), underflows while W_ij still counts.
+    # Beyond this spread W_ij W_ji = W_ij² e^(ℓ_i − ℓ_j) underflows while W_ij is still significant.
     numbers = torch.finfo(A.dtype)
     in_range = lse.amax(-1) - lse.amin(-1) <= math.log((1e-3 * numbers.eps) ** 2 / numbers.tiny)
     good = good & in_range & (info == 0) & half.isfinite().all(-1)
     E = half.exp()[..., None]
 
     def solve(rhs: Tensor, transposed: bool) -> Tensor:
-        return (
-            torch.cholesky_solve(rhs / E, factor) * E
-            if transposed
-            else torch.cholesky_solve(rhs * E, factor) / E
-        )
+        if transposed:
+            return torch.cholesky_solve(rhs / E, factor) * E
+        return torch.cholesky_solve(rhs * E, factor) / E
 
     return good, solve
 
@@ -236,7 +233,7 @@ def _lu(A: Tensor, ridge: float) -> Solve:
     factor, pivots, _ = torch.linalg.lu_factor_ex(A)
     poison = torch.zeros_like(A[..., :1, :1])
     if ridge == 0:
-        # A singular matrix leaves a last pivot of rounding size, and a solution that looks like one.
+        # The last pivot of a singular matrix has the size of the rounding error; the solution would look valid.
         pivot = factor.diagonal(dim1=-2, dim2=-1).abs()
         limit = A.shape[-1] * torch.finfo(A.dtype).eps * pivot.amax(-1)
         poison = torch.where(pivot.amin(-1) > limit, 0.0, torch.nan).to(A.dtype)[..., None, None]
@@ -248,12 +245,12 @@ def _lu(A: Tensor, ridge: float) -> Solve:
 
 
 def _svd(A: Tensor, ridge: float, mask: Tensor | None) -> Solve:
-    """Of the matrices in the mask alone; the solution of the others is zero."""
-    if mask is not None and not transforming():  # else all, of which the mask takes its own
-        # An SVD waits for the device in any case, and costs far more than this question.
-        return (
-            _within(mask, _svd(A[mask], ridge, None)) if mask.any() else lambda rhs, _: torch.zeros_like(rhs)
-        )
+    """Factorise the matrices in the mask; the solution of the others is zero, or is discarded by the caller."""
+    if mask is not None and not transforming():
+        # An SVD waits for the device in any case and costs far more than reading the mask.
+        if not mask.any():
+            return lambda rhs, _: torch.zeros_like(rhs)
+        return _within(mask, _svd(A[mask], ridge, None))
     U, sigma, Vh = torch.linalg.svd(A)
     inverse = 1 / sigma
     if ridge == 0:
@@ -269,8 +266,6 @@ def _svd(A: Tensor, ridge: float, mask: Tensor | None) -> Solve:
 
 
 def _within(mask: Tensor, solve: Solve) -> Solve:
-    """The solve of the matrices in the mask, as one of the whole batch."""
-
     def scattered(rhs: Tensor, transposed: bool) -> Tensor:
         result = torch.zeros_like(rhs)
         result[mask] = solve(rhs[mask], transposed)
@@ -280,7 +275,7 @@ def _within(mask: Tensor, solve: Solve) -> Solve:
 
 
 def _neumann(system: System, order: int) -> Tensor:
-    """α Σ_{k=0..m} (I − αA)^k G, α = 1/(1 + λ), by Horner's rule."""
+    """Return α Σ_{k=0..m} (I − αA)^k G with α = 1/(1 + λ), by Horner's rule."""
     alpha = (1 / (1 + system.ridge))[..., None, None]
     first = alpha * system.rhs
     Z = first
@@ -291,7 +286,10 @@ def _neumann(system: System, order: int) -> Tensor:
 
 @torch.no_grad()
 def _neumann_accepts(system: System, series: Tensor) -> Tensor:
-    """Power iterations on I − αA from seeded signs less their mean (constants are annihilated by it)."""
+    """Return for which matrices the series is used.
+
+    Power iterations on I − αA start from fixed signs minus their mean, because I − αA maps constants to zero.
+    """
     A = system.matrix
     r = A.shape[-1]
     alpha = (1 / (1 + system.ridge))[..., None, None]

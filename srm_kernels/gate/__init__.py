@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import autocast
-from ..checks import DTYPES, check_number, check_tensors, is_parameter, wide_dtype
+from ..checks import check_number, check_tensors, wide_dtype
 from ..registration import later, register_operator
 from ..runtime import choose_kernels
 from . import reference
@@ -18,16 +18,23 @@ _PLAIN, _KERNELS = ("reference", "torch"), f"{__name__}.kernels"
 
 
 class GatedFusion(NamedTuple):
-    """The fused map γM and what made it."""
+    """The fused map γM, and the weights, gain and norm of the fusion.
 
-    fused: Tensor  # (B, C, h, w) in the maps' dtype
-    weights: Tensor  # (B, S), a = softmax(g / T)
-    gain: Tensor  # (B,), γ
-    norm: Tensor  # (B,), ‖M‖_F before the cap
+    Attributes:
+        fused: γM (B, C, h, w) in the maps' dtype.
+        weights: a = softmax(g / T), (B, S).
+        gain: γ (B,).
+        norm: ‖M‖_F (B,), before the cap.
+    """
+
+    fused: Tensor
+    weights: Tensor
+    gain: Tensor
+    norm: Tensor
 
 
 class GateLosses(NamedTuple):
-    """Unweighted scalars."""
+    """The losses L_H and L_B of the gate: unweighted scalars."""
 
     entropy: Tensor
     balance: Tensor
@@ -88,12 +95,22 @@ _losses = register_operator(
 
 
 def biased_gelu(maps: Sequence[Tensor], biases: Sequence[Tensor], *, backend: str | None = None) -> Tensor:
-    """GELU(m + b) of the maps of all stages, what follows a convolution without its bias (docs/METHOD.md §4).
+    """Compute GELU(m + b) for the maps of all stages, in one kernel launch (docs/METHOD.md §4).
 
-    maps: (B, C, h, w) for every stage, of one shape, float64, float32, bfloat16 or float16, any strides. biases: (C,)
-    likewise, in the maps' dtype or a wider one, from which they are rounded. Returns (S, B, C, h, w) in the maps'
-    dtype; by kernels in one launch. Differentiable in everything, twice.
-    Raises TypeError for dtypes, ValueError for shapes.
+    The operator follows a convolution without bias. It is differentiable in all tensors, twice.
+
+    Args:
+        maps: One map (B, C, h, w) for each stage, all of one shape, any strides; float64, float32, bfloat16 or float16.
+        biases: One bias (C,) for each stage, in the maps' dtype or a wider one; rounded to the maps' dtype.
+        backend: A name of `backends()`, or None.
+
+    Returns:
+        (S, B, C, h, w) in the maps' dtype.
+
+    Raises:
+        TypeError: A dtype is not accepted.
+        ValueError: Shapes, devices or the numbers of maps and biases do not match.
+        NotImplementedError: The backend cannot run.
     """
     maps, biases = _cast_stages(maps, biases)
     _check_stages(maps, biases=biases)
@@ -110,11 +127,23 @@ def gate_logits(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """g_s = w_s · GAP(GELU(m_s + b_s)) + v_s of every stage: the end of the gate (docs/METHOD.md §4).
+    """Compute the gate logits g_s = w_s · GAP(GELU(m_s + b_s)) + v_s, in one kernel launch (docs/METHOD.md §4).
 
-    maps, biases: as in `biased_gelu`. readouts: w (1, C) and v (1,) for every stage, in the maps' dtype or a wider one.
-    Returns (B, S) in fp32 (fp64 for fp64), in which the mean over positions and all after it are taken; by kernels in
-    one launch. Differentiable in everything, twice. Raises TypeError for dtypes, ValueError for shapes.
+    The operator is differentiable in all tensors, twice.
+
+    Args:
+        maps: As in `biased_gelu`.
+        biases: As in `biased_gelu`.
+        readouts: w (1, C) and v (1,) for each stage, in the maps' dtype or a wider one.
+        backend: A name of `backends()`, or None.
+
+    Returns:
+        (B, S) in fp32 (fp64 for fp64). The mean over positions and all later steps are computed in this dtype.
+
+    Raises:
+        TypeError: A dtype is not accepted.
+        ValueError: Shapes, devices or the numbers of tensors do not match.
+        NotImplementedError: The backend cannot run.
     """
     maps, biases, weights, offsets = _cast_stages(
         maps, biases, [w for w, _ in readouts], [v for _, v in readouts]
@@ -127,40 +156,27 @@ def gate_logits(
 
 
 def _sizes(maps: Tensor) -> tuple[int, int]:
-    """Positions and channels of maps (…, C, h, w), which the choice of a backend goes by."""
+    """Positions and channels of maps (…, C, h, w), on which the choice of a backend depends."""
     *_, C, h, w = maps.shape
     return h * w, C
 
 
 def _check_stages(maps: Sequence[Tensor], **parameters: Sequence[Tensor]) -> None:
-    """One map for every stage, alike, and of each parameter one that fits."""
     if not maps:
-        raise ValueError("there are no maps; expected one for every stage")
+        raise ValueError("maps is empty; expected one map for each stage")
     check_tensors(**{f"maps[{i}]": m for i, m in enumerate(maps)})
     first = maps[0]
     if first.dim() != 4 or any(m.shape != first.shape for m in maps):
         raise ValueError(
-            f"maps have shapes {[tuple(m.shape) for m in maps]}; expected (B, C, h, w), one shape"
+            f"maps have shapes {[tuple(m.shape) for m in maps]}; expected one shape (B, C, h, w)"
         )
     C = first.shape[1]
     shapes = {"biases": (C,), "weights": (1, C), "offsets": (1,)}
     for name, group in parameters.items():
         if len(group) != len(maps):
-            raise ValueError(f"{name} has {len(group)} entries and maps {len(maps)}; expected as many")
+            raise ValueError(f"{name} has {len(group)} entries; expected {len(maps)}, one for each map")
         for parameter in group:
-            if is_parameter(parameter, shapes[name], first):
-                continue
-            check_tensors(**{name: parameter})
-            if DTYPES.index(parameter.dtype) > DTYPES.index(first.dtype):
-                raise TypeError(
-                    f"{name} is {parameter.dtype} and maps {first.dtype}; expected it no narrower"
-                )
-            if parameter.device != first.device:
-                raise ValueError(
-                    f"{name} is on {parameter.device} and maps on {first.device}; expected one device"
-                )
-            if parameter.shape != torch.Size(shapes[name]):
-                raise ValueError(f"{name} has shape {tuple(parameter.shape)}; expected {shapes[name]}")
+            autocast.check_parameter(name, parameter, shapes[name], first)
 
 
 def gated_fusion(
@@ -173,22 +189,37 @@ def gated_fusion(
     eps: float = 1e-6,
     backend: str | None = None,
 ) -> GatedFusion:
-    """Convex combination of stage maps under a bound on its norm (docs/METHOD.md §4, article 3.6).
+    """Fuse stage maps by a convex combination with a capped norm (docs/METHOD.md §4, article 3.6).
 
-    maps: (B, S, C, h, w); logits: (B, S), of the maps' dtype or a wider one. cap: c, the bound on ‖fused‖_F,
-    a number, a one-element tensor (which need not leave its device) or None for no bound; a constant to the
-    derivative. A tensor may hold 0 (the result is 0) or infinity (no bound).
-    cap_factor: c is `cap` times this, so that it may follow a buffer without a launch of its own.
-    a = softmax(logits / temperature), M = Σ_s a_s P_s, γ = min(1, c(1 − 2u)/(‖M‖_F + eps)) with u the unit
-    roundoff of a half-precision output, so that ‖fused‖_F ≤ c after rounding too. NaN stays NaN.
-    Returns (fused, weights, gain, norm); all but `fused` in fp32 (fp64 for fp64).
-    Raises TypeError for dtypes, ValueError for shapes, cap or its factor ≤ 0, temperature ≤ 0 or eps < 0.
+    a = softmax(g / T), M = Σ_s a_s P_s, γ = min(1, c(1 − 2u)/(‖M‖_F + eps)). u is the unit roundoff of a half-precision
+    output, so that ‖γM‖_F ≤ c holds after rounding. NaN stays NaN. The operator is differentiable in maps and logits.
+
+    Args:
+        maps: P (B, S, C, h, w); float64, float32, bfloat16 or float16, any strides.
+        logits: g (B, S), in the maps' dtype or fp32.
+        cap: c: a number above 0, a tensor of one element, or None for no cap. It receives no gradient. A tensor can
+            stay on its device, and can be 0 (the result is 0) or infinite (no cap).
+        cap_factor: Factor of `cap`, above 0. With a factor, c can follow a buffer without another launch.
+        temperature: T, above 0.
+        eps: At least 0.
+        backend: A name of `backends()`, or None.
+
+    Returns:
+        (γM, a, γ, ‖M‖_F). γM has the maps' dtype; the others are fp32 (fp64 for fp64).
+
+    Raises:
+        TypeError: A dtype is not accepted.
+        ValueError: Shapes or devices do not match, or a number is outside its range.
+        NotImplementedError: The backend cannot run.
     """
     (logits,) = autocast.no_narrower((logits,), maps)
     check_tensors(maps=maps)
     check_tensors(logits=logits)
-    if logits.dtype not in (maps.dtype, wide_dtype(maps.dtype)):
-        raise TypeError(f"logits is {logits.dtype} and maps {maps.dtype}; expected the same, or wider logits")
+    wide = wide_dtype(maps.dtype)
+    if logits.dtype not in (maps.dtype, wide):
+        raise TypeError(
+            f"logits is {logits.dtype} and maps {maps.dtype}; expected logits in {maps.dtype} or {wide}"
+        )
     if logits.device != maps.device:
         raise ValueError(f"logits is on {logits.device} and maps on {maps.device}; expected one device")
     if maps.dim() != 5 or logits.shape != maps.shape[:2]:
@@ -204,19 +235,31 @@ def gated_fusion(
         cap = cap.detach().reshape(())
     elif cap is not None:
         check_number("cap", cap, above=0)
-        # By way of fp64: a number beyond fp32's range is infinite there, no bound.
-        cap = torch.tensor(float(cap), dtype=torch.float64).to(maps.device, wide_dtype(maps.dtype))
+        # Converted by way of fp64: a number beyond the range of fp32 becomes infinite, which is no cap.
+        cap = torch.tensor(float(cap), dtype=torch.float64).to(maps.device, wide)
     chosen = choose_kernels(backend, maps, "gated_fusion", sizes=lambda: _sizes(maps), call=(maps.shape,))
     factors = float(cap_factor), float(temperature), float(eps)
     return GatedFusion(*_fusion(maps, logits, cap, *factors, chosen))
 
 
 def gate_losses(weights: Tensor, *, entropy_floor: float, backend: str | None = None) -> GateLosses:
-    """Entropy floor and balance of the gate (docs/METHOD.md §4, article 3.6, equations 27 and 28).
+    """Compute the losses L_H and L_B of the gate (docs/METHOD.md §4, article 3.6, equations 27 and 28).
 
-    weights: (B, S), rows on the simplex. entropy_floor: H_min in nats. Returns two unweighted scalars in fp32
-    (fp64 for fp64): mean_b max(0, H_min − H(a_b)), with 0·log 0 = 0 and finite gradients at a one-hot row, and
-    Σ_s (mean_b a_bs − 1/S)². Raises TypeError for dtypes, ValueError for shapes or a negative floor.
+    L_H = mean_b max(0, H_min − H(a_b)), with 0·log 0 = 0 and finite gradients for a one-hot row.
+    L_B = Σ_s (mean_b a_bs − 1/S)². The operator is differentiable in `weights`.
+
+    Args:
+        weights: a (B, S), whose rows sum to 1; float64, float32, bfloat16 or float16.
+        entropy_floor: H_min in nats, at least 0.
+        backend: A name of `backends()`, or None.
+
+    Returns:
+        L_H and L_B, unweighted scalars in fp32 (fp64 for fp64).
+
+    Raises:
+        TypeError: The dtype is not accepted.
+        ValueError: The shape is not (B, S), or the floor is negative.
+        NotImplementedError: The backend cannot run.
     """
     check_tensors(weights=weights)
     if weights.dim() != 2:

@@ -1,11 +1,11 @@
-"""The gate's logits, gain-capped fusion and the gate's losses on the device, forward and backward.
+"""Triton kernels of the gate: GELU, logits, gain-capped fusion and losses.
 
-What is between the gate's convolutions and behind them takes a launch each for all stages, bias, GELU, mean and readout
-together; the derivatives are the reference's, by library products, for the maps are small.
-Fusion takes two launches: partial sums of ‖M‖² of every image, then γ from all of them and γM, M formed again from the
-stage maps, which are small and in the cache. Its backward likewise: the inner products that γ and the weights need,
-then every gradient. An image's parts depend on its shape alone, and are added in their order. The losses take one
-program, whatever the batch.
+`biased_gelu` and `gate_logits` are one launch each for all stages. The maps are small, so their derivatives are those
+of the reference, by library products.
+Fusion has two launches: the first computes partial sums of ‖M‖² of every image, the second γ and γM. The second one
+computes M again from the stage maps, which are small and in the cache. The backward pass is similar: first the inner
+products for the gradients of γ and the weights, then all gradients. The parts of an image depend on its shape only,
+and are added in order. The losses are one program for all batch sizes.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from torch import Tensor
 from ..parts import INFINITY, contiguous, empty, on_device, power_of_two, readable, strides, strides_of
 
 BLOCK = 1024  # elements of an image that a program holds
-IMAGES = 32  # of a tile of the losses
+IMAGES = 32  # images of a tile of the losses
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 SQRT_HALF = tl.constexpr(0.5**0.5)
 
 
 @triton.jit
 def softmax_weights(logits_ptr, stride, temperature, S: tl.constexpr, STAGES: tl.constexpr):
-    """a = softmax(g / T) [STAGES], zeros in padding."""
+    """a = softmax(g / T) [STAGES]; zeros in the padding."""
     s = tl.arange(0, STAGES)
     logits = tl.load(logits_ptr + s * stride, mask=s < S, other=-INFINITY).to(tl.float32) / temperature
     weights = tl.exp(logits - tl.max(logits, 0))
@@ -42,14 +42,14 @@ def pick(vector, index, STAGES: tl.constexpr):
 
 @triton.jit
 def element_offsets(element, h, w, stride_c, stride_h, stride_w):
-    """64-bit offsets of elements numbered through (C, h, w)."""
+    """64-bit offsets of elements that are numbered over (C, h, w)."""
     c, y, x = element // (h * w), element // w % h, element % w
     return c.to(tl.int64) * stride_c + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
 
 
 @triton.jit
 def activated(map_ptr, bias_ptr, element, inside, h, w, stride_c, stride_h, stride_w):
-    """GELU(m + b) of some elements of an image, [BLOCK]; b is rounded as modules round it."""
+    """GELU(m + b) of some elements of an image, [BLOCK]; b is rounded to the dtype of m."""
     offsets = element_offsets(element, h, w, stride_c, stride_h, stride_w)
     bias = tl.load(bias_ptr + element // (h * w), mask=inside, other=0.0).to(map_ptr.dtype.element_ty)
     x = tl.load(map_ptr + offsets, mask=inside, other=0.0).to(tl.float32) + bias.to(tl.float32)
@@ -61,7 +61,7 @@ def _gelu_kernel(
     map_ptrs, bias_ptrs, out_ptr, batch, elements, h, w, parts, strides_b, strides_c, strides_h, strides_w,
     S: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """GELU(m + b) of one part of a stage's map of one image, out (S, B, C, h, w)."""
+    """GELU(m + b) of one part of a stage's map of one image; out is (S, B, C, h, w)."""
     program = tl.program_id(0).to(tl.int64)
     image, part = program // parts, (program % parts).to(tl.int32)
     stage, b = image // batch, image % batch
@@ -203,7 +203,7 @@ def _fusion_backward_kernel(
     if CAPPED:
         limit, length = tl.load(cap_ptr).to(tl.float32) * margin, norm + eps
         dnorm -= tl.where(length <= limit, 0.0, dgain * gain / length)
-    # The norm's derivative at 0 is taken as 0, as torch does.
+    # The derivative of the norm at 0 is 0, as in torch.
     along = tl.where(norm == 0.0, 0.0, dnorm / norm)
     if part == 0:
         dweights = tl.load(dweights_ptr + b * S + s, mask=s < S, other=0.0)
@@ -226,7 +226,7 @@ def _fusion_backward_kernel(
 def load_images(
     weights_ptr, first, batch, stride_b, stride_s, S: tl.constexpr, STAGES: tl.constexpr, IMAGES: tl.constexpr
 ):
-    """a of a tile of images [IMAGES, STAGES], zeros in padding."""
+    """Load a of a tile of images [IMAGES, STAGES]; zeros in the padding."""
     b, s = first + tl.arange(0, IMAGES), tl.arange(0, STAGES)
     inside = (b < batch)[:, None] & (s < S)[None, :]
     offsets = b.to(tl.int64)[:, None] * stride_b + s[None, :] * stride_s
@@ -235,7 +235,7 @@ def load_images(
 
 @triton.jit
 def shortfall(weights, floor, inside):
-    """H_min − H(a_b) [IMAGES], and log a with 0·log 0 = 0."""
+    """H_min − H(a_b) [IMAGES], and log a, finite for a = 0."""
     logs = tl.log(tl.maximum(weights, TINY, propagate_nan=tl.PropagateNan.ALL))
     return tl.where(inside, floor + tl.sum(weights * logs, 1), 0.0), logs
 
@@ -283,7 +283,7 @@ def _losses_backward_kernel(
 
 
 def biased_gelu(maps: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-    """As `reference.biased_gelu` gives it."""
+    """Return the result of `reference.biased_gelu`."""
     dtype, maps = maps[0].dtype, [readable(m) for m in maps]
     S, (B, C, h, w) = len(maps), maps[0].shape
     out = empty((S, B, C, h, w), maps[0], maps[0].dtype)
@@ -302,7 +302,7 @@ def gate_logits(
     weights: Sequence[Tensor],
     offsets: Sequence[Tensor],
 ) -> Tensor:
-    """As `reference.gate_logits` gives it."""
+    """Return the result of `reference.gate_logits`."""
     maps = [readable(m) for m in maps]
     S, (B, C, h, w) = len(maps), maps[0].shape
     out = empty((B, S), maps[0], torch.float32)
@@ -318,7 +318,7 @@ def gate_logits(
 def gated_fusion(
     maps: Tensor, logits: Tensor, cap: Tensor | None, cap_factor: float, temperature: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(γM, a, γ, ‖M‖) as `reference.gated_fusion` gives them."""
+    """Return the results of `reference.gated_fusion`."""
     dtype, maps, logits = maps.dtype, readable(maps), readable(logits)
     B, S, C, h, w = maps.shape
     parts = -(-C * h * w // BLOCK)
@@ -347,7 +347,7 @@ def gated_fusion_backward(
     temperature: float,
     eps: float,
 ) -> list[Tensor]:
-    """[dP, dg] from the gradients of all four results."""
+    """Return [dP, dg] from the gradients of all four results."""
     _, weights, gain, norm = results
     dtype, maps = maps.dtype, readable(maps)
     dfused, dweights, dgain, dnorm = readable(grads[0]), *(grad.contiguous() for grad in grads[1:])
@@ -369,7 +369,7 @@ def gated_fusion_backward(
 
 
 def gate_losses(weights: Tensor, entropy_floor: float) -> tuple[Tensor, Tensor]:
-    """(entropy, balance) as `reference.gate_losses` gives them."""
+    """Return the results of `reference.gate_losses`."""
     weights = readable(weights)
     B, S = weights.shape
     entropy, balance = empty((), weights, torch.float32), empty((), weights, torch.float32)
@@ -384,7 +384,7 @@ def gate_losses(weights: Tensor, entropy_floor: float) -> tuple[Tensor, Tensor]:
 def gate_losses_backward(
     grads: Sequence[Tensor], results: Sequence[Tensor], weights: Tensor, entropy_floor: float
 ) -> list[Tensor]:
-    """[da]."""
+    """Return [da]."""
     dtype, weights = weights.dtype, readable(weights)
     B, S = weights.shape
     dweights = empty((B, S), weights, weights.dtype)
@@ -397,7 +397,6 @@ def gate_losses_backward(
 
 
 def _shape(maps: Tensor) -> dict[str, Any]:
-    """What every launch over maps (B, S, C, h, w) takes."""
     _, S, C, h, w = maps.shape
     elements = {"elements": C * h * w, "h": h, "w": w, "parts": -(-C * h * w // BLOCK)}
     tile = {"S": S, "STAGES": power_of_two(S), "BLOCK": BLOCK, "num_warps": 4}
@@ -405,5 +404,5 @@ def _shape(maps: Tensor) -> dict[str, Any]:
 
 
 def _margin(dtype: torch.dtype) -> float:
-    """1 − 2u: what rounding γM to half precision may add to its norm."""
+    """Return 1 − 2u: rounding γM to half precision can increase its norm."""
     return 1 - torch.finfo(dtype).eps if dtype in (torch.bfloat16, torch.float16) else 1.0

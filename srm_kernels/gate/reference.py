@@ -12,12 +12,12 @@ from ..checks import wide_dtype
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
-    """u of a half-precision output, 0 for fp32 and fp64."""
+    """Return u of a half-precision output; 0 for fp32 and fp64."""
     return torch.finfo(dtype).eps / 2 if dtype in (torch.bfloat16, torch.float16) else 0.0
 
 
 def biased_gelu(maps: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-    """GELU(m + b) of every stage's map, (S, B, C, h, w), in the maps' dtype."""
+    """Return GELU(m + b) of the maps of all stages, (S, B, C, h, w), in the maps' dtype."""
     return torch.stack(_activated(maps, biases))
 
 
@@ -27,7 +27,7 @@ def gate_logits(
     weights: Sequence[Tensor],
     offsets: Sequence[Tensor],
 ) -> Tensor:
-    """g (B, S), g_s = w_s · mean(GELU(m_s + b_s)) + v_s, the mean over positions and everything after it wide."""
+    """Return g_s = w_s · mean(GELU(m_s + b_s)) + v_s, (B, S); from the mean over positions on in the wide dtype."""
     wide = wide_dtype(maps[0].dtype)
     logits = [
         F.linear(m.mean((2, 3), dtype=wide), weight.to(wide), offset.to(wide))
@@ -43,7 +43,7 @@ def _activated(maps: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]
 def gated_fusion(
     maps: Tensor, logits: Tensor, cap: Tensor | None, cap_factor: float, temperature: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """γM (B, C, h, w), a (B, S), γ (B,) and ‖M‖_F (B,), for M = Σ_s a_s P_s, a = softmax(g / T)."""
+    """Return γM (B, C, h, w), a (B, S), γ (B,) and ‖M‖_F (B,), with M = Σ_s a_s P_s and a = softmax(g / T)."""
     wide = wide_dtype(maps.dtype)
     weights = (logits.to(wide) / temperature).softmax(-1)
     M = torch.einsum("bs,bschw->bchw", weights, maps.to(wide))
@@ -52,7 +52,7 @@ def gated_fusion(
         gain = torch.where(norm.isnan(), norm, 1)
     else:
         limit = cap.to(wide) * (cap_factor * (1 - 2 * unit_roundoff(maps.dtype)))
-        # One where the map fits, chosen before the division: the derivative of inf/norm, or of 1/0, would be NaN.
+        # Replace both by 1 before the division where the cap is not active: inf/norm and 1/0 have NaN derivatives.
         length = norm + eps
         fits = length <= limit
         gain = torch.where(fits, 1, limit) / torch.where(fits, 1, length)
@@ -60,7 +60,7 @@ def gated_fusion(
 
 
 def gate_losses(weights: Tensor, entropy_floor: float) -> tuple[Tensor, Tensor]:
-    """mean_b max(0, H_min − H(a_b)) and Σ_s (mean_b a_bs − 1/S)², for a (B, S)."""
+    """Return mean_b max(0, H_min − H(a_b)) and Σ_s (mean_b a_bs − 1/S)² for a (B, S)."""
     a = weights.to(wide_dtype(weights.dtype))
     # The clamp keeps 0·log 0 and its derivative finite.
     entropy = -(a * a.clamp(min=torch.finfo(a.dtype).tiny).log()).sum(-1)

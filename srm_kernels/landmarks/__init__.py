@@ -1,9 +1,8 @@
-"""Choosing the landmark keys (docs/METHOD.md §2, article 3.3)."""
+"""The choice of the landmark keys (docs/METHOD.md §2.0, article 3.3)."""
 
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,12 +10,11 @@ from torch import Tensor
 from ..checks import check_choice, check_count, check_number, check_tokens, wide_dtype
 from ..options import LandmarkOptions
 from ..registration import later, register_operator
-from ..runtime import choose_backend, few_threads, triton_refusal
+from ..runtime import choose_kernels, few_threads
 from . import reference
 from .reference import METHODS
 
 METHODS_OF_KERNELS = tuple(name for name, method in METHODS.items() if method.kernels)
-_IMPLEMENTATIONS = ("reference", "torch", "triton")
 _KERNELS = f"{__name__}.kernels"
 
 _leverage = register_operator(
@@ -40,21 +38,31 @@ _select = register_operator(
 
 
 def ridge_leverage_scores(key: Tensor, *, gamma: float = 1e-3, backend: str | None = None) -> Tensor:
-    """Ridge leverage scores τ_i = k_iᵀ (KᵀK + γI)⁻¹ k_i of every key (docs/METHOD.md §2, article 3.3).
+    """Compute the ridge leverage scores τ_i = k_iᵀ (KᵀK + γI)⁻¹ k_i of all keys (docs/METHOD.md §2.0, article 3.3).
 
-    key: (B, H, N_k, d), float64, float32, bfloat16 or float16, any strides. gamma: γ > 0.
-    Returns (B, H, N_k) in fp32 (fp64 for fp64), values in [0, 1). Differentiable, twice through the reference.
-    A Gram matrix whose Cholesky breaks down by rounding is given a ridge of rounding size, that matrix alone.
-    Raises TypeError for other dtypes, ValueError for other shapes or γ ≤ 0.
+    If rounding makes the Cholesky factorisation of a Gram matrix fail, this matrix gets a ridge of rounding size. The
+    operator is differentiable, twice through the reference.
+
+    Args:
+        key: K (B, H, N_k, d); float64, float32, bfloat16 or float16, any strides.
+        gamma: γ, above 0.
+        backend: A name of `backends()`, or None.
+
+    Returns:
+        τ (B, H, N_k) in fp32 (fp64 for fp64), in [0, 1).
+
+    Raises:
+        TypeError: The dtype is not accepted.
+        ValueError: The shape is not (B, H, N_k, d), or γ is not above 0.
+        NotImplementedError: The backend cannot run.
     """
     check_tokens("key", key)
     check_number("gamma", gamma, above=0)
-    chosen = choose_backend(
+    chosen = choose_kernels(
         backend,
-        _IMPLEMENTATIONS,
+        key,
         "ridge_leverage_scores",
-        partial(_refusal, key, 1, "leverage"),
-        tensor=key,
+        lambda: kernel_limits(key.shape[3]),
         sizes=lambda: (key.shape[2], key.shape[3]),
         call=(key.shape,),
     )
@@ -71,24 +79,38 @@ def select_landmarks(
     generator: torch.Generator | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Indices of the r landmark keys of every (b, h), each independent of the rest of the batch (docs/METHOD.md §2).
+    """Choose the r landmark keys of every (b, h), independently of the rest of the batch (docs/METHOD.md §2.0).
 
-    key: (B, H, N_k, d). rank: r ≥ 1, clamped to N_k. Methods:
+    The methods are:
 
-    - "leverage": the r largest ridge leverage scores, descending, ties to the lower index.
-    - "leverage_sample": r without replacement, probability ∝ score. Random; for training.
-    - "uniform": floor((i + 0.5) N_k / r).
-    - "kmeans++": k-means++ seeding and five Lloyd steps on the top-2r leverage candidates, then for each
-      centre in turn the nearest key not yet taken. Random.
-    - "pivoted_cholesky": r times the key with the largest residual diagonal of exp(K Kᵀ s), ties (within one
-      part in 100,000) to the lower index; O(N_k r²). `scale` is s, 1/√d by default; no other method reads it.
+    - "leverage": the r largest ridge leverage scores, in descending order; ties go to the lower index.
+    - "leverage_sample": r keys without replacement, with probability proportional to the score. Random; for training.
+    - "uniform": the indices ⌊(i + 0.5) N_k / r⌋.
+    - "kmeans++": k-means++ seeding and five Lloyd steps on the 2r keys of the largest leverage, then for each centre
+      the nearest free key. Random.
+    - "pivoted_cholesky": r times the key with the largest residual diagonal of exp(K Kᵀ s); ties (within 1e-5 of the
+      value) go to the lower index. O(N_k r²).
 
-    generator: source of the random methods' numbers, the same for every (b, h); None means seed 0.
-    Returns (B, H, r) int64, distinct along the last axis. Not differentiable, and but for "uniform" not continuous
-    either: where keys change places in the order, what is computed from the landmarks jumps. Of N_k ≤ d
-    independent keys all leverage scores are near 1, and by how little they are not is of the order of γ: a small change
-    of the keys then changes the choice.
-    Raises TypeError for dtypes, ValueError for shapes, rank < 1, γ ≤ 0 or an unknown method.
+    The result is not differentiable. Except for "uniform" it is not continuous either: when the order of the keys
+    changes, results computed from the landmarks jump. With N_k ≤ d independent keys all leverage scores differ from 1
+    only by the order of γ, so that a small change of the keys changes the choice.
+
+    Args:
+        key: K (B, H, N_k, d); float64, float32, bfloat16 or float16, any strides.
+        rank: r, at least 1; clamped to N_k.
+        method: A key of `landmarks.METHODS`.
+        gamma: γ of the leverage scores, above 0.
+        scale: s of "pivoted_cholesky"; 1/√d by default.
+        generator: Source of the numbers of random methods, which are the same for every (b, h). None means seed 0.
+        backend: A name of `backends()`, or None.
+
+    Returns:
+        Indices (B, H, r), int64, distinct along the last axis.
+
+    Raises:
+        TypeError: A dtype or type is not accepted.
+        ValueError: The shape is not (B, H, N_k, d), a number is outside its range, or the method is unknown.
+        NotImplementedError: The backend cannot run.
     """
     check_tokens("key", key)
     options = landmark_options(rank, method, gamma, generator)
@@ -99,18 +121,17 @@ def select_landmarks(
 
 
 def selected(key: Tensor, options: LandmarkOptions, scale: float, backend: str | None) -> Tensor:
-    """The same by an object of options; arguments are not checked."""
+    """Choose landmarks as `select_landmarks` does, without checks of the arguments."""
     options = options.clamped(key.shape[2])
     rank, method, random = options.rank, options.method, None
     if options.generator is not None:
         count = METHODS[method].draws(rank, key.shape[2])
         random = reference.uniform_numbers(count, options.generator).to(key.device) if count else None
-    chosen = choose_backend(
+    chosen = choose_kernels(
         backend,
-        _IMPLEMENTATIONS,
+        key,
         "select_landmarks",
-        partial(_refusal, key, rank, method),
-        tensor=key,
+        lambda: kernel_limits(key.shape[3], rank) or _without_kernels(method),
         sizes=lambda: (key.shape[2], rank, key.shape[3]),
         variant=method,
         call=(key.shape, rank),
@@ -121,7 +142,7 @@ def selected(key: Tensor, options: LandmarkOptions, scale: float, backend: str |
 def landmark_options(
     rank: int, method: str, gamma: float, generator: torch.Generator | None
 ) -> LandmarkOptions:
-    """How landmarks are chosen as an object; ValueError or TypeError."""
+    """Return checked options for the choice of landmarks; raise ValueError or TypeError."""
     rank = check_count("rank", rank)
     check_choice("method", method, tuple(METHODS))
     check_number("gamma", gamma, above=0)
@@ -131,18 +152,15 @@ def landmark_options(
 
 
 def kernel_limits(d: int, rank: int = 1) -> str | None:
-    """Why no kernel takes a head width of d and r landmarks, or None: within these limits all fit in 99 KiB."""
+    """Return why no kernel supports these sizes, or None; within the limits all kernels fit in 99 KiB."""
     if not 8 <= d <= 128:
-        return f"its kernels take a head width from 8 to 128, and d is {d}"
+        return f"its kernels support d from 8 to 128, and d is {d}"
     if rank > 128:
-        return f"its kernels take up to 128 landmarks, and r is {rank}"
+        return f"its kernels support r up to 128, and r is {rank}"
     return None
 
 
-def _refusal(key: Tensor, rank: int, method: str, name: str) -> str | None:
-    if name != "triton":
+def _without_kernels(method: str) -> str | None:
+    if method in METHODS_OF_KERNELS:
         return None
-    reason = triton_refusal(key) or kernel_limits(key.shape[-1], rank)
-    if reason is None and method not in METHODS_OF_KERNELS:
-        return f"it has kernels for {' and '.join(METHODS_OF_KERNELS)}, not for {method}"
-    return reason
+    return f"it has kernels for {' and '.join(METHODS_OF_KERNELS)}, not for {method}"

@@ -1,14 +1,15 @@
-"""Landmark keys on the device: leverage scores, the largest of them, and pivoted Cholesky.
+"""Triton kernels for the choice of landmarks: leverage scores, the largest of them, and pivoted Cholesky.
 
-A program serves one (b, h) and walks over its keys in chunks, so that no sample depends on another and results do not
-depend on the batch. Three choices differ from the textbook for the device's sake:
+One program computes one (b, h) and loops over its keys in chunks. No sample depends on another, and results do not
+depend on the batch. Three steps differ from the textbook:
 
-- Scores are ‖P^-½ L⁻¹ k‖² with KᵀK + γI = L P Lᵀ: never negative. L⁻¹ is applied in chunks of 16 columns and never
-  formed. Where keys span fewer than d directions, an explicit L⁻¹ has 2 to 10 times the error of a triangular solve.
-- The r largest are found without sorting. Scores that are not negative have the order of their bits, and the r-th
-  largest is found bit by bit by counting. Ties go to the lower index. NaN counts as infinity, as in torch, so that
-  indices are distinct and in range whatever the keys hold.
-- Pivoted Cholesky keeps its factor in memory, r rows of N, and marks a taken key by a residual of −∞.
+- Scores are ‖P^-½ L⁻¹ k‖² with KᵀK + γI = L P Lᵀ, which is never negative. L⁻¹ is applied in chunks of 16 columns and
+  never formed: if the keys span fewer than d directions, an explicit L⁻¹ has 2 to 10 times the error of a triangular
+  solve.
+- The r largest scores are found without sorting. Scores that are not negative are ordered like their bits, so the r-th
+  largest is found bit by bit, by counting. Ties go to the lower index. NaN counts as infinity, as in torch, so that
+  indices are distinct and in range for all keys.
+- Pivoted Cholesky stores its factor, r rows of N numbers, in memory. A chosen key has the residual −∞.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ from ..parts import (
 TIE_TOLERANCE = tl.constexpr(1e-5)
 EPSILON = tl.constexpr(2.0**-23)
 BLOCK = 32  # keys in a chunk
-CHUNK = tl.constexpr(16)  # columns that are eliminated, and applied to keys, together
-TILE = tl.constexpr(1024)  # scores that are compared at once
+CHUNK = tl.constexpr(16)  # columns that are eliminated and applied to keys together
+TILE = tl.constexpr(1024)  # scores that are compared together
 
 
 @triton.jit
@@ -52,12 +53,12 @@ def add_gram(
 
 @triton.jit
 def eliminate_below(matrix, d: tl.constexpr, D: tl.constexpr):
-    """Forward elimination in place of a symmetric matrix L P Lᵀ, L unit lower triangular and P diagonal.
+    """Factorise a symmetric matrix as L P Lᵀ, with L unit lower triangular and P diagonal, by forward elimination.
 
-    Columns are eliminated in chunks, and what is subtracted from a row accumulates in the zeros of the chunk.
-    Returns the strictly lower triangle F, 1/√P, [D], and whether every pivot was positive and finite. L⁻¹k is k after
-    k += F[:, chunk] k[chunk] for all chunks in their order. Updates are symmetric to the bit: an error then has the
-    size of the rounding of the matrix.
+    Columns are eliminated in chunks; the zeros of a chunk accumulate what is subtracted from each row. Returns the
+    strictly lower triangle F, 1/√P [D], and whether every pivot is positive and finite. L⁻¹k is k after
+    k += F[:, chunk] k[chunk] for all chunks in order. Updates are bitwise symmetric, so that errors have the size of
+    the rounding error of the matrix.
     """
     i = tl.arange(0, D)
     good = 1
@@ -76,14 +77,14 @@ def eliminate_below(matrix, d: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def factorise(gram, gamma, d: tl.constexpr, D: tl.constexpr):
-    """`eliminate_below` of gram + γI.
+    """Apply `eliminate_below` to gram + γI.
 
-    Keys that span fewer than d directions leave pivots of rounding size: a matrix that breaks down, that one alone,
-    gets the ridge its own rounding asks for.
+    Keys that span fewer than d directions give pivots of rounding size. Only a matrix whose factorisation fails gets a
+    ridge of the size of its own rounding error.
     """
     i = tl.arange(0, D)
     diagonal = i[:, None] == i[None, :]
-    # Products in three passes are not symmetric to the bit.
+    # Products in three passes are not bitwise symmetric.
     gram = tl.where(i[:, None] >= i[None, :], gram, tl.trans(gram))
     factor, scales, good = eliminate_below(tl.where(diagonal, gram + gamma, gram), d, D)
     if good == 0:
@@ -95,7 +96,7 @@ def factorise(gram, gamma, d: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def chunk_of_columns(matrix, chunk, ROWS: tl.constexpr, D: tl.constexpr):
-    """Columns chunk · CHUNK and following of [ROWS, D], [ROWS, CHUNK]."""
+    """The columns of one chunk of [ROWS, D], [ROWS, CHUNK]."""
     chunks = tl.reshape(matrix, [ROWS, D // CHUNK, CHUNK])
     here = (tl.arange(0, D // CHUNK) == chunk)[None, :, None]
     return tl.sum(tl.where(here, chunks, 0.0), 1)
@@ -106,7 +107,7 @@ def store_scores(
     scores_ptr, factor, scales, key_ptr, rows, valid, n_stride, d_stride, d: tl.constexpr, D: tl.constexpr,
     NORMALISE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """‖P^-½ L⁻¹ k‖² of one chunk of keys."""
+    """Store ‖P^-½ L⁻¹ k‖² of one chunk of keys."""
     key = load_tokens(key_ptr, rows, valid, n_stride, d_stride, d, D)
     key = key.to(tl.float32) * rms_factor(key, d, NORMALISE)[:, None]
     for chunk in range((d + CHUNK - 1) // CHUNK):
@@ -121,7 +122,7 @@ def store_leverage(
     scores_ptr, key_ptr, N, n_stride, d_stride, gamma, d: tl.constexpr, D: tl.constexpr,
     NORMALISE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scores of all keys of one (b, h)."""
+    """Store the scores of all keys of one (b, h)."""
     gram = tl.zeros([D, D], tl.float32)
     for start in range(0, N, BLOCK):
         rows = start + tl.arange(0, BLOCK)
@@ -137,7 +138,7 @@ def store_leverage(
 
 @triton.jit
 def load_bits(scores_ptr, start, N):
-    """Load scores as integers of the same order, [TILE]; NaN counts as infinity, and -1 stands after the last."""
+    """Load scores as integers of the same order, [TILE]; NaN counts as infinity, and beyond the last score is -1."""
     rows = start + tl.arange(0, TILE)
     score = tl.load(scores_ptr + rows, mask=rows < N, other=0.0)
     bits = tl.where(score == score, score, INFINITY).to(tl.int32, bitcast=True)
@@ -146,7 +147,7 @@ def load_bits(scores_ptr, start, N):
 
 @triton.jit
 def count_from(first, scores_ptr, N, least):
-    """Count the scores of at least `least`; `first` is the first tile of them."""
+    """Count the scores that are at least `least`; `first` is the first tile of the scores."""
     count = (first >= least).to(tl.int32)
     for start in range(TILE, N, TILE):
         count += (load_bits(scores_ptr, start, N) >= least).to(tl.int32)
@@ -157,12 +158,12 @@ def count_from(first, scores_ptr, N, least):
 def store_largest(landmarks_ptr, scores_ptr, N, rank: tl.constexpr, R: tl.constexpr):
     """Store the indices of the `rank` largest scores, which are not negative, in descending order."""
     first = load_bits(scores_ptr, 0, N)
-    threshold = 0  # becomes the least of the largest
+    threshold = 0  # becomes the smallest of the `rank` largest scores
     for step in range(31):
         candidate = threshold | (1 << (30 - step))
         threshold = tl.where(count_from(first, scores_ptr, N, candidate) >= rank, candidate, threshold)
     ties = rank - count_from(first, scores_ptr, N, threshold + 1)
-    above, equal = 0, 0  # before the tile
+    above, equal = 0, 0  # counts before the tile
     for start in range(0, N, TILE):
         bits = load_bits(scores_ptr, start, N)
         both = (bits > threshold).to(tl.int32) * 65536 + (bits == threshold).to(tl.int32)
@@ -175,7 +176,7 @@ def store_largest(landmarks_ptr, scores_ptr, N, rank: tl.constexpr, R: tl.conste
         above += total >> 16
         equal += total & 65535
     tl.debug_barrier()
-    # Slots are in the order of indices, so that of equal scores the earlier slot comes first.
+    # Slots are in the order of the indices: among equal scores the earlier slot comes first.
     i = tl.arange(0, R)
     index = tl.load(landmarks_ptr + i, mask=i < rank, other=0)
     score = load_scores(scores_ptr, index, i < rank)
@@ -197,7 +198,7 @@ def store_pivots(
     landmarks_ptr, residual_ptr, factor_ptr, key_ptr, N, n_stride, d_stride, scale, rank: tl.constexpr,
     R: tl.constexpr, d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Greedy pivots of exp(K Kᵀ s) for one (b, h). residual: [N], factor: [rank, N], fp32."""
+    """Store the greedy pivots of exp(K Kᵀ s) for one (b, h). residual: [N], factor: [rank, N], fp32."""
     columns = tl.arange(0, D)
     steps = tl.arange(0, R)
     shift = -INFINITY
@@ -210,7 +211,7 @@ def store_pivots(
         shift = tl.maximum(shift, tl.max(norm, 0))
         tl.store(residual_ptr + rows, norm, mask=rows < N)
     tl.debug_barrier()
-    # One factor for the whole kernel keeps exp in range and changes no comparison.
+    # A common factor keeps exp in range and changes no comparison.
     largest = -INFINITY
     for start in range(0, N, BLOCK):
         rows = start + tl.arange(0, BLOCK)
@@ -220,7 +221,7 @@ def store_pivots(
         largest = tl.maximum(largest, tl.max(tl.where(rows < N, _free(residual), -INFINITY), 0))
     for step in range(rank):
         tl.debug_barrier()
-        # Normalised keys start with equal diagonals: rounding must not choose among them.
+        # Normalised keys have equal diagonals at the start: rounding must not decide among them.
         least = largest * (1.0 - TIE_TOLERANCE)
         pivot = N
         for start in range(0, N, BLOCK):
@@ -258,7 +259,7 @@ def store_pivots(
 
 @triton.jit
 def _free(residual):
-    """A residual as it is compared: not below 0, NaN before everything, a taken key after everything."""
+    """A residual for comparison: at least 0; infinity for NaN, −∞ for a chosen key."""
     known = tl.where(residual == residual, tl.maximum(residual, 0.0), INFINITY)
     return tl.where(residual == -INFINITY, -INFINITY, known)
 
@@ -281,7 +282,7 @@ def _select_kernel(
     key_stride_d, gamma, scale, rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr, D: tl.constexpr,
     NORMALISE: tl.constexpr, PIVOTED: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Landmarks of one (b, h); the residual's memory holds the scores where leverage chooses."""
+    """Landmarks of one (b, h). With leverage the memory of the residual holds the scores."""
     head = tl.program_id(0).to(tl.int64)
     key_ptr += head // heads * key_stride_b + head % heads * key_stride_h
     choose(
@@ -296,7 +297,7 @@ def choose(
     R: tl.constexpr, d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr, PIVOTED: tl.constexpr,
     BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Landmarks of one (b, h), written to memory; the caller waits before it reads them."""
+    """Store the landmarks of one (b, h); the caller needs a barrier before it reads them."""
     if PIVOTED:
         store_pivots(
             landmarks_ptr, residual_ptr, factor_ptr, key_ptr, N, n_stride, d_stride, scale, rank, R, d, D,
@@ -309,7 +310,7 @@ def choose(
 
 
 def ridge_leverage_scores(key: Tensor, gamma: float) -> Tensor:
-    """Scores (B, H, N), fp32, of keys (B, H, N, d) of any strides."""
+    """Return the scores (B, H, N), fp32, of keys (B, H, N, d) of any strides."""
     B, H, N, d = key.shape
     keys = readable(key)
     scores = empty((B, H, N), key, torch.float32)
@@ -322,12 +323,12 @@ def ridge_leverage_scores(key: Tensor, gamma: float) -> Tensor:
 
 
 def select_landmarks(key: Tensor, random: Tensor | None, options: LandmarkOptions, scale: float) -> Tensor:
-    """Indices (B, H, r) by "leverage" or "pivoted_cholesky"."""
+    """Return the indices (B, H, r) by "leverage" or "pivoted_cholesky"."""
     return selected(key, options, scale, normalise=False)
 
 
 def selected(key: Tensor, options: LandmarkOptions, scale: float, *, normalise: bool) -> Tensor:
-    """The same, of keys that are RMS-normalised first where `normalise` asks for it."""
+    """Choose as `select_landmarks` does, after RMS-normalising the keys if `normalise` is true."""
     B, H, N, d = key.shape
     keys, rank = readable(key), options.rank
     landmarks = empty((B, H, rank), key, torch.int64)
@@ -343,7 +344,7 @@ def selected(key: Tensor, options: LandmarkOptions, scale: float, *, normalise: 
 
 
 def workspace(key: Tensor, options: LandmarkOptions) -> tuple[Tensor, Tensor]:
-    """Memory for scores or residuals (B, H, N), and for the factor of pivoted Cholesky (B, H, r, N)."""
+    """Allocate memory for scores or residuals (B, H, N), and for the factor of pivoted Cholesky (B, H, r, N)."""
     B, H, N, _ = key.shape
     residual = empty((B, H, N), key, torch.float32)
     if options.method != "pivoted_cholesky":
@@ -352,5 +353,5 @@ def workspace(key: Tensor, options: LandmarkOptions) -> tuple[Tensor, Tensor]:
 
 
 def launch(d: int) -> dict[str, int]:
-    """Warps of a program that holds a d×d tile, and the registers that a thread may have."""
+    """Return the launch options of a program that holds a d×d tile."""
     return {"num_warps": 4 if d <= 64 else 8, "maxnreg": 255}

@@ -1,4 +1,4 @@
-"""Landmark keys in plain PyTorch (docs/METHOD.md §2, article 3.3). All functions take keys K (B, H, N, d)."""
+"""The choice of the landmark keys in plain PyTorch, for keys K (B, H, N, d) (docs/METHOD.md §2.0, article 3.3)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TIE_TOLERANCE = 1e-5
 
 
 def ridge_leverage_scores(key: Tensor, gamma: float) -> Tensor:
-    """τ_i = k_iᵀ (KᵀK + γI)⁻¹ k_i, (B, H, N), by a Cholesky of the d×d matrix."""
+    """Return τ_i = k_iᵀ (KᵀK + γI)⁻¹ k_i, (B, H, N), by a Cholesky factorisation of the d×d matrix."""
     K = key.to(wide_dtype(key.dtype))
     d = K.shape[-1]
     gram = K.mT @ K
@@ -25,8 +25,8 @@ def ridge_leverage_scores(key: Tensor, gamma: float) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(gram + gamma * eye)
     failed = info > 0
     if not nowhere(failed):
-        # Keys that span fewer than d directions leave pivots of rounding size, which a γ below them cannot
-        # lift: only a Gram matrix that breaks down gets the ridge its own rounding asks for.
+        # Keys that span fewer than d directions give pivots of rounding size, and γ can be smaller than the rounding
+        # error. Only a matrix whose factorisation fails gets a ridge of the size of its own rounding error.
         rounding = d * torch.finfo(K.dtype).eps * gram.detach().diagonal(dim1=-2, dim2=-1).sum(-1)
         ridge = torch.where(failed, gamma + rounding, gamma)[..., None, None]
         factor, _ = torch.linalg.cholesky_ex(gram + ridge * eye)
@@ -35,13 +35,13 @@ def ridge_leverage_scores(key: Tensor, gamma: float) -> Tensor:
 
 
 class Keys(NamedTuple):
-    """What a landmark method chooses from.
+    """The input of a landmark method.
 
     Attributes:
         key: K (B, H, N, d).
         options: r, at most N, and γ.
         scale: s of the kernel exp(K Kᵀ s).
-        random: As many uniform numbers in (0, 1) as the method draws, shared by every (b, h).
+        random: The uniform numbers in (0, 1) that the method draws, the same for every (b, h).
     """
 
     key: Tensor
@@ -59,12 +59,12 @@ class Method(NamedTuple):
     """A way of choosing landmarks.
 
     Attributes:
-        choose: Gives indices (B, H, r).
-        title: Its name in reports.
-        macs: (r, N, d) → multiply-accumulates of a (b, h); those of the leverage scores by default.
-        draws: (r, N) → how many uniform numbers it draws.
-        evaluated: The method that evaluation takes in the place of one that samples in training; else None.
-        kernels: Whether Triton kernels choose by it too.
+        choose: Returns indices (B, H, r).
+        title: Name in reports.
+        macs: (r, N, d) → multiply-accumulates of one (b, h); those of the leverage scores by default.
+        draws: (r, N) → number of uniform numbers that the method draws.
+        evaluated: The method that replaces a sampling method in evaluation; None for other methods.
+        kernels: Whether there are Triton kernels for the method.
     """
 
     choose: Callable[[Keys], Tensor]
@@ -76,12 +76,12 @@ class Method(NamedTuple):
 
 
 def leverage_macs(keys: int, d: int) -> int:
-    """Multiply-accumulates of the leverage scores of a (b, h): Gram matrix and scores 2 N d², Cholesky d³/3."""
+    """Return the multiply-accumulates of the leverage scores of one (b, h): 2 N d² and, for Cholesky, d³/3."""
     return 2 * keys * d**2 + d**3 // 3
 
 
 def select_landmarks(key: Tensor, random: Tensor | None, options: LandmarkOptions, scale: float) -> Tensor:
-    """Indices (B, H, r) of the landmark keys; `random` None draws a random method's numbers with seed 0."""
+    """Return the indices (B, H, r) of the landmark keys; with `random` None a random method uses seed 0."""
     method = METHODS[options.method]
     count = method.draws(options.rank, key.shape[2])
     if random is None:
@@ -91,7 +91,7 @@ def select_landmarks(key: Tensor, random: Tensor | None, options: LandmarkOption
 
 
 def uniform_numbers(count: int, generator: torch.Generator) -> Tensor:
-    """Uniform numbers in (0, 1), fp64, on the generator's device."""
+    """Return uniform numbers in (0, 1), fp64, on the generator's device."""
     numbers = torch.rand(count, generator=generator, device=generator.device, dtype=torch.float64)
     return numbers.clamp(min=1e-12)
 
@@ -101,7 +101,7 @@ def _leverage(keys: Keys) -> Tensor:
 
 
 def _leverage_sample(keys: Keys) -> Tensor:
-    """The r smallest of E_i / τ_i, E_i exponential: r draws without replacement, probability ∝ τ_i."""
+    """Return the r smallest of E_i / τ_i, E_i exponential: r draws without replacement, probability ∝ τ_i."""
     return _largest(keys.scores / -keys.random.log(), keys.options.rank)
 
 
@@ -126,7 +126,7 @@ def _squared_distance(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _kmeans(chosen_from: Keys) -> Tensor:
-    """k-means++ seeding and Lloyd steps on the best candidates, then the nearest free key of each centre."""
+    """Run k-means++ seeding and Lloyd steps on the best candidates, then take the nearest free key of each centre."""
     scores, random, rank = chosen_from.scores, chosen_from.random, chosen_from.options.rank
     keys = chosen_from.key.to(scores.dtype)
     points = _take(keys, _largest(scores, min(2 * rank, scores.shape[-1])))  # (B, H, m, d)
@@ -153,17 +153,17 @@ def _kmeans(chosen_from: Keys) -> Tensor:
     for row in distance.unbind(-2):
         taken = torch.cat(picked, -1) if picked else None
         free = row if taken is None else row.scatter(-1, taken, math.inf)
-        # A centre midway between two keys must not leave the choice to rounding.
+        # Rounding must not decide for a centre midway between two keys.
         nearest_free = free <= free.amin(-1, keepdim=True) * (1 + TIE_TOLERANCE)
         picked.append(nearest_free.to(torch.uint8).argmax(-1, keepdim=True))
     return torch.cat(picked, -1)
 
 
 def _pivoted_cholesky(keys: Keys) -> Tensor:
-    """Greedy: r times the key with the largest residual diagonal of exp(K Kᵀ s), ties to the lower index."""
+    """Take r times the key with the largest residual diagonal of exp(K Kᵀ s); ties go to the lower index."""
     K, rank, scale = keys.key.to(wide_dtype(keys.key.dtype)), keys.options.rank, keys.scale
     diagonal = K.square().sum(-1) * scale
-    # One factor for the whole kernel keeps exp in range and changes no comparison.
+    # A common factor keeps exp in range and changes no comparison.
     shift = diagonal.amax(-1, keepdim=True)
     residual = (diagonal - shift).exp()  # (B, H, N)
     factor = K.new_zeros(*residual.shape, rank)
@@ -172,7 +172,7 @@ def _pivoted_cholesky(keys: Keys) -> Tensor:
         free = residual.clamp(min=0).nan_to_num(nan=math.inf)
         if picked:
             free = free.scatter(-1, torch.cat(picked, -1), -math.inf)
-        # Normalised keys start with equal diagonals: rounding must not choose among them.
+        # Normalised keys have equal diagonals at the start: rounding must not decide among them.
         largest = free >= free.amax(-1, keepdim=True) * (1 - TIE_TOLERANCE)
         pivot = largest.to(torch.uint8).argmax(-1, keepdim=True)
         picked.append(pivot)
@@ -185,7 +185,7 @@ def _pivoted_cholesky(keys: Keys) -> Tensor:
     return torch.cat(picked, -1)
 
 
-# Every way of choosing landmarks: configs, the command line, reports, studies and checks read this list.
+# All landmark methods: configs, the command line, reports, studies and checks use this list.
 METHODS = {
     "leverage": Method(_leverage, "leverage", kernels=True),
     "leverage_sample": Method(
@@ -193,7 +193,7 @@ METHODS = {
     ),
     "uniform": Method(_uniform, "uniform", lambda rank, keys, d: 0),
     "kmeans++": Method(_kmeans, "k-means++", draws=lambda rank, keys: rank),
-    "pivoted_cholesky": Method(  # a row of the kernel and a row of the factor per step
+    "pivoted_cholesky": Method(  # each step computes a row of the kernel and a row of the factor
         _pivoted_cholesky,
         "pivoted Cholesky",
         lambda rank, keys, d: rank * keys * (d + rank // 2),

@@ -1,6 +1,7 @@
 """The fused neck: all links of a schedule, from the backbone's maps to the gate's input (docs/METHOD.md §1 and 3).
 
-`project_sources` and `landmark_side` make the key side, `pooled_links` the query side, `merge_links` the updated maps.
+`project_sources` and `landmark_side` compute the key side, `pooled_links` the query side, `merge_links` the updated
+maps.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,25 +16,31 @@ from torch import Tensor
 
 from .. import autocast
 from ..attention import QK_NORMS, _over_batch
-from ..checks import DTYPES, check_choice, check_count, check_number, check_tensors, wide_dtype
+from ..autocast import check_parameter
+from ..checks import check_choice, check_count, check_number, check_tensors, wide_dtype
 from ..landmarks import kernel_limits
+from ..options import QuerySides
 from ..registration import later, register_operator
-from ..runtime import choose_kernels, interpreting, kept, roomy
+from ..runtime import choose_kernels, interpreting, roomy
 from ..scale import RMSScale
 from . import reference, tiled
 
-_KERNELS, _BACKWARD, _ENDS = (
-    f"{__name__}.{module}" for module in ("kernels", "backward_kernels", "end_kernels")
-)
+_KERNELS, _BACKWARD, _ENDS = (f"{__name__}.{part}kernels" for part in ("", "backward_", "end_"))
 LARGEST_GRID = 32
 LARGEST_TILE = 64 * 128  # r·d
-MOST_CHANNELS = 256  # of tokens that are held at once
+MOST_CHANNELS = 256  # of tokens that a program holds at once
 DyTParameters = tuple[Tensor, Tensor, Tensor]
 
 
 class PooledLinks(NamedTuple):
-    """P̄ (L, B, H, P², r) in fp32 (fp64 for fp64), zeros beyond a link's own r; pool(F) (B, P², ΣC_i), the maps beside
-    one another; and the statistic of every link's Y = L X where X was given."""
+    """The query side of L links, pooled to the P×P grid.
+
+    Attributes:
+        probabilities: P̄ (L, B, H, P², r) in fp32 (fp64 for fp64), with the largest r of all links. Entries beyond a
+            link's own r are 0.
+        maps: pool(F) (B, P², ΣC_i), the pooled maps side by side.
+        scales: The scale statistic of Y = L X of each link; None if X was not given.
+    """
 
     probabilities: Tensor
     maps: Tensor
@@ -52,7 +58,7 @@ def _cast_project(tokens: Tensor, *parameters: Any) -> tuple[Any, ...]:
 
 
 def _cast_pooled(maps: Sequence[Tensor], *others: Any) -> tuple[Any, ...]:
-    """Six groups of parameters, then keys and xs."""
+    """`others` starts with six groups of parameters, keys and xs."""
     maps = autocast.lowered(*maps)
     if not maps:
         return maps, *others
@@ -61,7 +67,7 @@ def _cast_pooled(maps: Sequence[Tensor], *others: Any) -> tuple[Any, ...]:
 
 
 def _cast_merge(pooled: Tensor, probabilities: Tensor, xs: Sequence[Tensor], *others: Any) -> tuple[Any, ...]:
-    """Five groups of parameters, then the targets."""
+    """`others` starts with five groups of parameters."""
     probabilities, *xs = autocast.widened((probabilities, *xs), pooled)
     return pooled, probabilities, xs, *_cast_parameters(pooled, *others[:5]), *others[5:]
 
@@ -82,26 +88,15 @@ _project = register_operator(
 )
 
 
-def _fake_links(
-    maps: list[Tensor],
-    align_weights: list[Tensor],
-    align_biases: list[Tensor],
-    alphas: list[Tensor],
-    weights: list[Tensor],
-    biases: list[Tensor],
-    query_weights: list[Tensor],
-    keys: list[Tensor],
-    xs: list[Tensor],
-    targets: list[int],
-    size: int,
-    *others: object,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_links(*flat: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sides = QuerySides(*flat)
+    maps, keys, cells = sides.maps, sides.keys, sides.size * sides.size
     B, H, _, d = keys[0].shape
     L, most = len(keys), max(k.shape[2] for k in keys)
-    shapes = ((L, B, H, d), (L, B, H)) if xs else ((0,), (0,))
+    shapes = ((L, B, H, d), (L, B, H)) if sides.xs else ((0,), (0,))
     return (
-        keys[0].new_empty((L, B, H, size * size, most)),
-        maps[0].new_empty((B, size * size, sum(m.shape[1] for m in maps))),
+        keys[0].new_empty((L, B, H, cells, most)),
+        maps[0].new_empty((B, cells, sum(m.shape[1] for m in maps))),
         keys[0].new_empty(shapes[0]),
         keys[0].new_empty(shapes[1]),
     )
@@ -117,20 +112,8 @@ _pooled = register_operator(
         "triton": later(_KERNELS, "pooled_links"),
     },
     fake=_fake_links,
-    differentiable=(
-        "maps",
-        "align_weights",
-        "align_biases",
-        "alphas",
-        "weights",
-        "biases",
-        "query_weights",
-        "keys",
-    ),
-    derivatives={
-        "torch": tiled.pooled_links_backward,
-        "triton": later(_BACKWARD, "pooled_links_backward"),
-    },
+    differentiable=QuerySides.NAMES[:8],  # from the maps to the keys
+    derivatives={"torch": tiled.pooled_links_backward, "triton": later(_BACKWARD, "pooled_links_backward")},
     constant=(2, 3),
     autocast=_cast_pooled,
 )
@@ -155,16 +138,7 @@ _merge = register_operator(
     "Tensor",
     dict.fromkeys(("reference", "torch"), reference.merge_links) | {"triton": later(_ENDS, "merge_links")},
     fake=_fake_merged,
-    differentiable=(
-        "pooled",
-        "probabilities",
-        "xs",
-        "align_weights",
-        "align_biases",
-        "output_weights",
-        "thetas",
-        "betas",
-    ),
+    differentiable="pooled probabilities xs align_weights align_biases output_weights thetas betas".split(),
     autocast=_cast_merge,
 )
 
@@ -178,13 +152,26 @@ def project_sources(
     dyt: Sequence[DyTParameters] | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """K = W_K DyT(T) and V = W_V DyT(T) of all links that share a source, in one launch (docs/METHOD.md §1.2).
+    """Compute K = DyT(T) W_K and V = DyT(T) W_V of all links with one source, in one launch (docs/METHOD.md §1.2).
 
-    tokens: T (B, N, C), or A F where `shift` is a (C,) and T = A F + a; float64, float32, bfloat16 or float16, any
-    strides. key_weights, value_weights: (C, C) for every link, in T's dtype or a wider one, as `shift` is, from which
-    they are rounded. dyt: (α, w, b) for every link, no narrower than T, or None. Returns K and V (L, B, N, C) in T's
-    dtype. Differentiable in everything, twice.
-    backend: as in `pooled_links`. Raises TypeError for dtypes, ValueError for shapes.
+    All parameters have the dtype of T or a wider one; weights and `shift` are rounded to T's dtype. The operator is
+    differentiable in all tensors, twice.
+
+    Args:
+        tokens: T (B, N, C), or A F if `shift` is given; float64, float32, bfloat16 or float16, any strides.
+        key_weights: W_K (C, C) of each link, as `torch.nn.Linear` stores it.
+        value_weights: W_V (C, C) of each link.
+        shift: a (C,), for T = A F + a; or None.
+        dyt: (α, w, b) of each link; or None, for K = T W_K and V = T W_V.
+        backend: A name of `backends()`, or None.
+
+    Returns:
+        K and V, (L, B, N, C) each, in the dtype of `tokens`.
+
+    Raises:
+        TypeError: A dtype is not accepted.
+        ValueError: Shapes, devices or the numbers of tensors do not match.
+        NotImplementedError: The backend cannot run.
     """
     check_tensors(tokens=tokens)
     if tokens.dim() != 3:
@@ -193,9 +180,9 @@ def project_sources(
     _check_counts("key_weights", L, value_weights=value_weights, dyt=dyt)
     for name, group in (("key_weights", key_weights), ("value_weights", value_weights)):
         for weight in group:
-            _check_weight(name, weight, (C, C), tokens)
+            check_parameter(name, weight, (C, C), tokens)
     if shift is not None:
-        _check_weight("shift", shift, (C,), tokens)
+        check_parameter("shift", shift, (C,), tokens)
     squashing = _dyt_lists(dyt, tokens, C)
     chosen = choose_kernels(
         backend, tokens, "project_sources", sizes=lambda: (tokens.shape[1], C), call=(tokens.shape,)
@@ -218,30 +205,50 @@ def pooled_links(
     scale: float | None = None,
     backend: str | None = None,
 ) -> PooledLinks:
-    """P̄ = pool(softmax(Q K̃ᵀ s)), Q = W_Q DyT(A F + a), of all links of a schedule, and pool(F) of the maps they read.
+    """Compute the pooled landmark probabilities P̄ of all links, and the pooled maps (docs/METHOD.md §1.5).
 
-    maps: F (B, C_i, h, w) each, maps of the backbone, float64, float32, bfloat16 or float16, contiguous or
-    channels-last, of one dtype. targets: for every link the number of the map that it reads; a map may have no link.
-    align: (A (C, C_i), a (C,)) for every link; query_weights: W_Q (C, C) likewise, in F's dtype or a wider one, from
-    which they are rounded. keys: K̃ (B, H, r, d) for every link with C = H·d, landmark keys as `landmark_side` gives
-    them, fp32 (fp64 for fp64); r may differ. size: P of the P×P grid, whose cells are those of adaptive average
-    pooling. dyt: (α, w, b) for every link, no narrower than F, or None for T itself. xs: X (B, H, r, d) for every link
-    in the keys' dtype, for the statistic of Y = L X over batch and positions alone; it receives no gradient.
-    qk_norm, scale: as in `nystrom_attention`.
+    P̄ = pool(softmax(Q K̃ᵀ s)) with Q = DyT(A F + a) W_Q. Then pool(L X) = P̄ X, and the gradient of X is P̄ᵀ times that of
+    the pooled Y. The operator is differentiable in all tensors except X; a second derivative uses the reference. A NaN
+    stays in its own image and head. All parameters have the dtype of F or a wider one; A, a and W_Q are rounded to F's
+    dtype.
 
-    Then pool(L X) = P̄ X, and the gradient of X is P̄ᵀ times that of the pooled Y. Differentiable in all but X; twice
-    through the reference. Kernels write nothing at full resolution in forward, neither tokens nor queries, with DyT or
-    without; in backward Q, dQ and, with DyT, DyT(T) of the links exist for the time of the call. For the backward pass
-    F, K̃, weights and P̄ are kept. A NaN stays in its image and head.
-    backend: "torch", the default on CPU tensors, works on tiles of about 512 positions, one image at a time, forward
-    and backward: neither tokens, queries nor probabilities exist at full resolution. On CUDA tensors "torch" and the
-    default are the reference. "triton" takes fp32, bf16 and fp16, d from 8 to 128, r up to 128, r·d up to 8,192, P up
-    to 32, and C up to 256 where `dyt` is given or queries are normalised.
-    Raises TypeError for dtypes, ValueError for shapes and values, NotImplementedError for a backend that cannot run.
+    Backends:
+
+    - "torch", the default on CPU tensors, works on tiles of about 512 positions of one image, forward and backward, so
+      that tokens, queries and probabilities never exist at full resolution. On CUDA tensors it is the reference, which
+      is also the default there.
+    - "triton" writes nothing at full resolution in the forward pass. The backward pass holds Q, dQ and, with DyT,
+      DyT(T) at full resolution during the call, and F, K̃, the weights and P̄ are kept for it. The kernels support
+      float32, bfloat16 and float16, d from 8 to 128, r up to 128, r·d up to 8,192 and P up to 32; with `dyt` or
+      normalised queries also C up to 256.
+
+    Args:
+        maps: F (B, C_i, h, w) of the backbone's stages, of one dtype, contiguous or channels-last; float64, float32,
+            bfloat16 or float16.
+        align: (A (C, C_i), a (C,)) of each link, with C = H·d.
+        query_weights: W_Q (C, C) of each link, as `torch.nn.Linear` stores it.
+        keys: K̃ (B, H, r, d) of each link, as `landmark_side` returns it, in fp32 (fp64 for fp64). Links can have
+            different r.
+        targets: Index of the map of each link. A map can have no link.
+        size: P of the P×P grid, whose cells are those of adaptive average pooling.
+        dyt: (α, w, b) of each link, or None without DyT.
+        xs: X (B, H, r, d) of each link, in the dtype of the keys, for the scale statistic of Y = L X. It receives no
+            gradient. None computes no statistic.
+        qk_norm: As in `nystrom_attention`.
+        scale: As in `nystrom_attention`.
+        backend: A name of `backends()`, or None.
+
+    Returns:
+        P̄, pool(F) and the statistics.
+
+    Raises:
+        TypeError: A dtype is not accepted.
+        ValueError: Shapes, devices or the numbers of tensors do not match, or a value is not accepted.
+        NotImplementedError: The backend cannot run.
     """
     maps = autocast.lowered(*maps)
     if not maps or not keys:
-        raise ValueError(f"there are {len(maps)} maps and {len(keys)} keys; expected one at least of each")
+        raise ValueError(f"there are {len(maps)} maps and {len(keys)} keys; expected at least one of each")
     keys, xs = autocast.widened(keys, maps[0]), None if xs is None else autocast.widened(xs, maps[0])
     targets, C = _check_links(maps, align, query_weights, keys, targets, dyt, xs)
     features, d = maps[0], keys[0].shape[-1]
@@ -260,9 +267,7 @@ def pooled_links(
     if xs is None:
         return PooledLinks(pooled, means, None)
     positions = [maps[t].shape[2] * maps[t].shape[3] for t in targets]
-    return PooledLinks(
-        pooled, means, [_over_batch(*one) for one in zip(mean, spread, positions, strict=True)]
-    )
+    return PooledLinks(pooled, means, list(map(_over_batch, mean, spread, positions)))
 
 
 def merge_links(
@@ -276,14 +281,28 @@ def merge_links(
     thetas: Sequence[Tensor] | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """pool(F_t + β_t Σ τ L X W_O) of every map from P̄ and pool(F), as pooling is linear (docs/METHOD.md §1.3 to 1.5).
+    """Compute the pooled updated maps pool(F_t + β_t Σ τ L X W_O) from P̄ and pool(F) (docs/METHOD.md §1.3 to 1.5).
 
-    pooled: as `pooled_links` gives it. xs: X (B, H, r, d) for every link, as `landmark_side` gives it. align: (A
-    (C, C_i), a (C,)) for every map; output_weights: W_O (C, C) for every link; all in the maps' dtype or a wider one.
-    targets: for every link the number of its map; betas: β of that map, one element. thetas: θ (H,) for every link,
-    τ = exp(θ), or None for τ = 1. Returns (B, S, C, P, P) in the maps' dtype, every stage contiguous. P̄ X is
-    taken in fp32: X may be far larger than Y. Differentiable in everything, twice.
-    backend: as in `pooled_links`. Raises TypeError for dtypes, ValueError for shapes.
+    Pooling is linear, so that pool(L X) = P̄ X. This product is computed in fp32, because X can be far larger than Y.
+    All parameters have the maps' dtype or a wider one. The operator is differentiable in all tensors, twice.
+
+    Args:
+        pooled: The result of `pooled_links`.
+        xs: X (B, H, r, d) of each link, as `landmark_side` returns it.
+        align: (A (C, C_i), a (C,)) of each map.
+        output_weights: W_O (C, C) of each link, as `torch.nn.Linear` stores it.
+        targets: Index of the map of each link.
+        betas: For each link β of its map, one element.
+        thetas: θ (H,) of each link, for τ = exp(θ); None means τ = 1.
+        backend: A name of `backends()`, or None.
+
+    Returns:
+        (B, S, C, P, P) in the maps' dtype; the part of each stage is contiguous.
+
+    Raises:
+        TypeError: A dtype is not accepted.
+        ValueError: Shapes, devices or the numbers of tensors do not match.
+        NotImplementedError: The backend cannot run.
     """
     maps, probabilities = pooled.maps, pooled.probabilities
     probabilities, *xs = autocast.widened((probabilities, *xs), maps)
@@ -299,17 +318,17 @@ def merge_links(
             raise ValueError(f"xs has shape {tuple(x.shape)}; expected ({B}, {H}, up to {most}, d)")
     C = H * xs[0].shape[3]
     for weight, bias in align:
-        _check_weight("align", weight, (C, weight.shape[-1]), maps)
-        _check_weight("align", bias, (C,), maps)
-    if sum(weight.shape[1] for weight, _ in align) != maps.shape[2]:
-        raise ValueError(
-            f"align reads {sum(w.shape[1] for w, _ in align)} channels; expected {maps.shape[2]}"
-        )
-    for name, group, shape in (("output_weights", output_weights, (C, C)), ("thetas", thetas or (), (H,))):
-        for weight in group:
-            _check_weight(name, weight, shape, maps)
+        check_parameter("align", weight, (C, weight.shape[-1]), maps)
+        check_parameter("align", bias, (C,), maps)
+    channels = sum(weight.shape[1] for weight, _ in align)
+    if channels != maps.shape[2]:
+        raise ValueError(f"align reads {channels} channels; expected {maps.shape[2]}")
+    for weight in output_weights:
+        check_parameter("output_weights", weight, (C, C), maps)
+    for theta in thetas or ():
+        check_parameter("thetas", theta, (H,), maps)
     for beta in betas:
-        _check_weight("betas", beta.reshape(-1), (1,), maps)
+        check_parameter("betas", beta.reshape(-1), (1,), maps)
     chosen = choose_kernels(backend, maps, "merge_links", sizes=lambda: (most, C), call=(most, C))
     merged = _merge(
         maps, probabilities, list(xs), [weight for weight, _ in align], [bias for _, bias in align],
@@ -328,27 +347,29 @@ def serves_pooled_links(
     *,
     backend: str | None = None,
 ) -> bool:
-    """Return whether `pooled_links` serves maps like these: what a neck decides its form by.
+    """Return whether `pooled_links` supports these sizes with the backend that would run.
+
+    A neck calls its links one by one if the result is False.
 
     Args:
-        features: a map, of which dtype and device count.
-        d: width of a head.
-        rank: r, landmarks at most; no link has more than its keys.
-        keys: number of keys of every link.
+        features: A map of the dtype and device.
+        d: Channels of one head.
+        rank: r, before it is clamped to the number of keys.
+        keys: Number of keys of each link.
         size: P.
-        channels: C where DyT is on or queries are normalised, else 0.
-        backend: as in `pooled_links`.
+        channels: C with DyT or normalised queries, else 0.
+        backend: A name of `backends()`, or None.
 
     Returns:
-        False where the backend's kernels serve attention of these sizes, but not this form of it. With `backend` None
-        the verdict about the device decides, for all maps of a dtype and d alike.
+        False if the kernels of the backend support attention of these sizes, but not `pooled_links`. With `backend`
+        None the verdict about the device selects the backend; its choice depends on the dtype and d only.
 
     Raises:
-        NotImplementedError: `backend` names what cannot run at all.
+        NotImplementedError: The backend cannot run.
     """
     chosen = choose_kernels(backend, features, "pooled_links", sizes=lambda: (d,), call=("any sizes", d))
     if chosen != "triton":
-        return True  # before anything is asked of shapes, which torch.export would guard
+        return True  # before any condition on shapes, which torch.export would guard
     rank = max(min(rank, count) for count in keys)
     return rank * d <= LARGEST_TILE and size <= LARGEST_GRID and channels <= MOST_CHANNELS
 
@@ -356,39 +377,39 @@ def serves_pooled_links(
 def _choose_backend(
     requested: str | None, features: Tensor, rank: int, d: int, size: int, channels: int
 ) -> str:
-    """By d alone of the sizes, as `serves_pooled_links` answers before the keys are there."""
+    """Choose by d only, because `serves_pooled_links` chooses before the other sizes are known."""
     tiled_here = features.device.type == "cpu"
-    call = (rank, d, size, channels)
-    chosen = kept(requested, features, "pooled_links", "", call) or choose_kernels(
+    chosen = choose_kernels(
         requested,
         features,
         "pooled_links",
-        partial(_refusal, features, rank, d, size, channels),
+        lambda: _refusal(features, rank, d, size, channels),
         plain=("torch", "reference") if tiled_here else ("reference", "torch"),
         sizes=lambda: (d,),
-        call=call,
+        call=(rank, d, size, channels),
     )
-    # A GPU is faster with all images and positions at once, which is the reference's form.
+    # A GPU is faster with all images and positions at once, as in the reference.
     return "reference" if chosen == "torch" and not tiled_here else chosen
 
 
 def _refusal(features: Tensor, rank: int, d: int, size: int, channels: int) -> str | None:
-    """Why kernels do not serve these sizes."""
-    refusal = kernel_limits(d, rank)
-    if refusal is None and max(d, rank) > 64 and not roomy(features):
-        refusal = f"its kernels take d and r up to 64 in this device's shared memory, and d is {d}, r {rank}"
+    sizes = f"d is {d} and r {rank}"
+    if refusal := kernel_limits(d, rank):
+        return refusal
+    if max(d, rank) > 64 and not roomy(features):
+        return f"its kernels support d and r up to 64 with the shared memory of this device, and {sizes}"
     narrow = features.dtype == torch.bfloat16 and roomy(features, 200)
-    if refusal is None and min(d, rank) > 64 and not interpreting() and not narrow:
-        refusal = (
-            f"its kernels take d and r both above 64 only in bfloat16 and 200 KiB, and d is {d}, r {rank}"
+    if min(d, rank) > 64 and not interpreting() and not narrow:
+        return f"its kernels support d and r both above 64 only in bfloat16 with 200 KiB, and {sizes}"
+    if size > LARGEST_GRID:
+        return f"its kernels support P up to {LARGEST_GRID}, and P is {size}"
+    if rank * d > LARGEST_TILE:
+        return f"its kernels support r·d up to {LARGEST_TILE}, and {sizes}"
+    if channels > MOST_CHANNELS:
+        return (
+            f"its kernels support C up to {MOST_CHANNELS} with DyT or normalised queries, and C is {channels}"
         )
-    if refusal is None and size > LARGEST_GRID:
-        refusal = f"its kernels take a grid of up to {LARGEST_GRID}, and P is {size}"
-    if refusal is None and rank * d > LARGEST_TILE:
-        refusal = f"its kernels take r·d of up to {LARGEST_TILE}, and r is {rank} and d {d}"
-    if refusal is None and channels > MOST_CHANNELS:
-        refusal = f"its kernels hold tokens of up to {MOST_CHANNELS} channels at once, and C is {channels}"
-    return refusal
+    return None
 
 
 def _check_links(
@@ -400,13 +421,13 @@ def _check_links(
     dyt: Sequence[DyTParameters] | None,
     xs: Sequence[Tensor] | None,
 ) -> tuple[list[int], int]:
-    """Tensors of links that fit together; their targets and C."""
+    """Check the tensors of all links; return their targets and C."""
     check_tensors(**{f"maps[{i}]": m for i, m in enumerate(maps)})
     check_tensors(**{f"keys[{i}]": k for i, k in enumerate(keys)})
     features, first = maps[0], keys[0]
     if first.dtype != wide_dtype(features.dtype):
         raise TypeError(
-            f"keys are {first.dtype} and maps {features.dtype}; expected keys in fp32 (fp64 for fp64)"
+            f"keys are {first.dtype} and maps {features.dtype}; expected keys in {wide_dtype(features.dtype)}"
         )
     if first.device != features.device:
         raise ValueError(f"keys are on {first.device} and maps on {features.device}; expected one device")
@@ -423,9 +444,9 @@ def _check_links(
     C = first.shape[1] * first.shape[3]
     targets = _check_targets(targets, len(maps))
     for (weight, bias), query, target in zip(align, query_weights, targets, strict=True):
-        _check_weight("align", weight, (C, maps[target].shape[1]), features)
-        _check_weight("align", bias, (C,), features)
-        _check_weight("query_weights", query, (C, C), features)
+        check_parameter("align", weight, (C, maps[target].shape[1]), features)
+        check_parameter("align", bias, (C,), features)
+        check_parameter("query_weights", query, (C, C), features)
     for k, x in zip(keys, xs or (), strict=False):
         check_tensors(keys=k, xs=x)
         if x.shape != k.shape:
@@ -443,19 +464,8 @@ def _check_counts(name: str, count: int, **groups: Sequence[object] | None) -> N
 
 def _check_targets(targets: Sequence[int], maps: int) -> list[int]:
     if not all(isinstance(t, numbers.Integral) and 0 <= t < maps for t in targets):
-        raise ValueError(f"targets is {list(targets)}; expected numbers of maps, 0 to {maps - 1}")
+        raise ValueError(f"targets is {list(targets)}; expected indices of maps, 0 to {maps - 1}")
     return [int(t) for t in targets]
-
-
-def _check_weight(name: str, weight: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
-    """A parameter of this shape on the device of `like`, in its dtype or, but for autocast, a wider one."""
-    check_tensors(**{name: weight})
-    if DTYPES.index(weight.dtype) > DTYPES.index(like.dtype) and not autocast.enabled(like):
-        raise TypeError(f"{name} is {weight.dtype} and the maps are {like.dtype}; expected it no narrower")
-    if weight.device != like.device:
-        raise ValueError(f"{name} is on {weight.device} and the maps on {like.device}; expected one device")
-    if weight.shape != torch.Size(shape):
-        raise ValueError(f"{name} has shape {tuple(weight.shape)}; expected {shape}")
 
 
 def _dyt_lists(
@@ -463,6 +473,6 @@ def _dyt_lists(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     for alpha, weight, bias in dyt or ():
         for parameter, shape in ((alpha.reshape(-1), (1,)), (weight, (C,)), (bias, (C,))):
-            _check_weight("dyt", parameter, shape, like)
+            check_parameter("dyt", parameter, shape, like)
     alphas, weights, biases = ([group[i] for group in dyt or ()] for i in range(3))
     return alphas, weights, biases

@@ -1,10 +1,10 @@
-"""Gradients of the pooled links on the device.
+"""Triton kernels for the gradients of the pooled links.
 
-Everything between F and L is formed again, Q by library products or, with DyT, by `squash_kernels`, so that Q and dQ of
-the links are at full resolution while the call lasts. What a training step keeps of a link is F, K̃ and P̄. The
-attention of all links is one launch, the sums for dK̃ a second, and the gradient of all maps, in which what came through
-Q meets what came through pool(F), a third. Every position gathers its gradient from the cells that hold it, and belongs
-to one program; partial sums are written and added in their order. Nothing is accumulated by atomics.
+A training step keeps F, K̃ and P̄ of a link. The backward pass computes everything between F and L again: Q by library
+products or, with DyT, by `squash_kernels`. Q and dQ of the links therefore exist at full resolution during the call.
+There are three launches: the attention of all links, the sums for dK̃, and the gradient of all maps, which adds the
+parts through Q and through pool(F). Every position belongs to one program, and gathers its gradient from the cells that
+contain it. Partial sums are written to memory and added in order, without atomics.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ from ..pool.kernels import cell_start, cell_stop, first_cell, last_cell, most_ce
 from .kernels import Sizes, firsts_of, heavy, load_positions, place, tile_of
 from .squash_kernels import Squash
 
-GRADIENT_TILE = 32  # positions, and channels, of a tile of dF
+GRADIENT_TILE = 32  # positions and channels of a tile of dF
 
 
 def backward_tile(rank: int, d: int, dtype: torch.dtype) -> tuple[int, dict[str, int]]:
-    """Positions of a tile, and how the kernel is launched.
+    """Return the positions of a tile and the launch options.
 
-    As many positions as landmarks put the warps along positions: each keeps the probabilities of its own, and the
-    softmax needs no exchange among them.
+    With as many positions as landmarks, Triton distributes warps along positions. The softmax then needs no exchange
+    among warps.
     """
     if dtype == torch.bfloat16 and not heavy(rank, d):
         return 64, {"num_warps": 4, "num_stages": 1, "maxnreg": configurations.MOST_REGISTERS}
-    if heavy(rank, d):  # left to choose, the compiler spills some to let two programs share a multiprocessor
+    if heavy(rank, d):  # without a limit the compiler spills, so that two programs share a multiprocessor
         return 16, {"num_warps": 8, "num_stages": 1, "maxnreg": configurations.MOST_REGISTERS}
     return 16, {"num_warps": 4 if padded(rank) * padded(d) < 64 * 32 else 8, "num_stages": 1}
 
@@ -59,7 +59,7 @@ def strip_gradients(
     d: tl.constexpr, D: tl.constexpr, NORMALISE_QUERY: tl.constexpr, NORMALISE_KEYS: tl.constexpr,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dQ (B, h, w, H, d) of the positions of one row of cells and block of columns, and what they add to dK̃."""
+    """dQ (B, h, w, H, d) of the positions of one row of cells and block of columns, and their part of dK̃."""
     head, i, down, column = place(program, blocks, SIZE, COLUMNS, BLOCK)
     b, head_of_image = head // HEADS, head % HEADS
     keys = load_keys(keys_ptr + head * rank * d, query_ptr, rank, R, d, D)
@@ -108,7 +108,6 @@ def _attention_backward_kernel(
     NORMALISE_QUERY: tl.constexpr, NORMALISE_KEYS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Strips of every link."""
     program = tl.program_id(0).to(tl.int64)
     for link in tl.static_range(LINKS):
         if (program >= batch * FIRSTS[link]) & (program < batch * FIRSTS[link + 1]):
@@ -127,7 +126,7 @@ def _keys_kernel(
     RANKS: tl.constexpr, HEADS: tl.constexpr, most: tl.constexpr, R: tl.constexpr, d: tl.constexpr,
     D: tl.constexpr, NORMALISE_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """dK̃ of one (b, h) of a link, parts added in their order."""
+    """dK̃ of one (b, h) of a link; parts are added in order."""
     program = tl.program_id(0).to(tl.int64)
     for link in tl.static_range(LINKS):
         if (program >= batch * (link * HEADS)) & (program < batch * ((link + 1) * HEADS)):
@@ -148,7 +147,7 @@ def map_gradient(
     offset: tl.constexpr, total_channels: tl.constexpr, LINKED: tl.constexpr, MOST_ROWS: tl.constexpr,
     MOST_COLUMNS: tl.constexpr, SIZE: tl.constexpr, POSITIONS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """dF (C_i, h, w) of a tile of positions and channels: what came through Q, (h·w, C_i), and through pool(F)."""
+    """dF (C_i, h, w) of a tile of positions and channels: the parts through Q, (h·w, C_i), and through pool(F)."""
     tiles: tl.constexpr = (h * w + POSITIONS - 1) // POSITIONS
     groups: tl.constexpr = (channels + COLUMNS - 1) // COLUMNS
     b, tile = program // (tiles * groups), (program % (tiles * groups)).to(tl.int32)
@@ -181,7 +180,6 @@ def _maps_backward_kernel(
     LINKED: tl.constexpr, MOST_ROWS: tl.constexpr, MOST_COLUMNS: tl.constexpr, SIZE: tl.constexpr,
     POSITIONS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of every map."""
     program = tl.program_id(0).to(tl.int64)
     for m in tl.static_range(MAPS):
         if (program >= batch * FIRSTS[m]) & (program < batch * FIRSTS[m + 1]):
@@ -195,7 +193,7 @@ def _maps_backward_kernel(
 def pooled_links_backward(
     grads: Sequence[Tensor], results: Sequence[Tensor], sides: QuerySides
 ) -> list[Tensor]:
-    """Gradients of the maps, then of every list of a link's tensors up to the keys."""
+    """Return the gradients of the maps, of A, a, α, w, b and W_Q of all links, and of the keys."""
     maps, keys, targets, dtype = sides.maps, sides.keys, sides.targets, sides.maps[0].dtype
     absorbed = not sides.alphas and sides.qk_norm != "both"
     links: list[_Composed | _Queries | _SquashedQueries] = []
@@ -233,7 +231,7 @@ def _attention_backward(
     scale: float,
     qk_norm: str | None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """(dQ (B·N, C) in the queries' dtype, dK̃) of every link from the gradient of P̄ and Q (B·N, C)."""
+    """Return dQ (B·N, C) in the queries' dtype and dK̃ of every link, from dP̄ and Q (B·N, C)."""
     dtype, L, H, d = queries[0].dtype, len(queries), sizes.heads, sizes.d
     queries = [readable(q) for q in queries]
     keys = [k.contiguous() for k in keys]
@@ -269,7 +267,7 @@ def _attention_backward(
 def _maps_backward(
     rows: Sequence[Tensor | None], dpooled: Tensor, maps: Sequence[Tensor], sizes: Sizes
 ) -> list[Tensor]:
-    """dF of every map from its gradient through Q (B·N, C_i), where a link reads it, and that of pool(F)."""
+    """Return dF of every map from its gradient through Q (B·N, C_i), None without a link, and that of pool(F)."""
     dpooled = readable(dpooled).contiguous()
     through = tuple(dpooled if r is None else readable(r).contiguous() for r in rows)
     dmaps = [empty(tuple(m.shape), m, readable(m).dtype) for m in maps]
@@ -292,27 +290,23 @@ def _maps_backward(
 
 
 class _Composed:
-    """The queries of a link by one product, Q = F (W_Q A)ᵀ + W_Q a, and back."""
+    """The queries of a link by one product, Q = F (W_Q A)ᵀ + W_Q a, and their gradients."""
 
     def __init__(self, features: Tensor, align: Tensor, bias: Tensor, query: Tensor) -> None:
-        self.rows, self.align, self.bias, self.query = (
-            _rows(features),
-            align.float(),
-            bias.float(),
-            query.float(),
-        )
+        self.rows = _rows(features)
+        self.align, self.bias, self.query = align.float(), bias.float(), query.float()
         self.composed = (self.query @ self.align).to(features.dtype)
         self.queries = torch.addmm((self.query @ self.bias).to(features.dtype), self.rows, self.composed.mT)
 
     def backward(self, dquery: Tensor) -> list[Tensor]:
-        """[dF (B·N, C_i), dA, da, dW_Q]."""
+        """Return [dF (B·N, C_i), dA, da, dW_Q]."""
         dcomposed, dshift = (dquery.mT @ self.rows).float(), dquery.sum(0, dtype=torch.float32)
         dquery_weight = dcomposed @ self.align.mT + torch.outer(dshift, self.bias)
         return [dquery @ self.composed, self.query.mT @ dcomposed, self.query.mT @ dshift, dquery_weight]
 
 
 class _Queries:
-    """The queries of a link by T, and back."""
+    """The queries of a link from T, and their gradients."""
 
     def __init__(self, features: Tensor, align: Tensor, bias: Tensor, query: Tensor) -> None:
         self.rows, self.align, self.query = _rows(features), align, query
@@ -320,29 +314,24 @@ class _Queries:
         self.queries = self.tokens @ query.mT
 
     def backward(self, dquery: Tensor) -> list[Tensor]:
-        """[dF (B·N, C_i), dA, da, dW_Q]."""
+        """Return [dF (B·N, C_i), dA, da, dW_Q]."""
         daligned = dquery @ self.query
         dbias = daligned.sum(0, dtype=torch.float32)
         return [daligned @ self.align, daligned.mT @ self.rows, dbias, dquery.mT @ self.tokens]
 
 
 class _SquashedQueries:
-    """The queries of a link by T and DyT(T), and back."""
+    """The queries of a link from DyT(T), and their gradients."""
 
     def __init__(
-        self,
-        features: Tensor,
-        align: Tensor,
-        bias: Tensor,
-        query: Tensor,
-        squashing: Sequence[Tensor],
+        self, features: Tensor, align: Tensor, bias: Tensor, query: Tensor, squashing: Sequence[Tensor]
     ) -> None:
         self.rows, self.align = _rows(features), align
         self.squash = Squash(self.rows, align, bias, query, squashing)
         self.squashed, self.queries = self.squash.forward()
 
     def backward(self, dquery: Tensor) -> list[Tensor]:
-        """[dF (B·N, C_i), dA, da, dW_Q, dα, dw, db]."""
+        """Return [dF (B·N, C_i), dA, da, dW_Q, dα, dw, db]."""
         dquery_weight = dquery.mT @ self.squashed
         daligned, (dalphas, dweight, dshift, dbias) = self.squash.backward(dquery)
         of_dyt = [dalphas.sum().reshape(1), dweight, dshift]
@@ -350,5 +339,5 @@ class _SquashedQueries:
 
 
 def _rows(features: Tensor) -> Tensor:
-    """A map as tokens (B·N, C_i): a view of a channels-last map, a copy of another."""
+    """Return a map as tokens (B·N, C_i): a view of a channels-last map, a copy of another."""
     return features.permute(0, 2, 3, 1).reshape(-1, features.shape[1])

@@ -1,8 +1,9 @@
-"""The two ends of the fused neck on the device, a launch each: from a source's tokens to K and V of all its links, and
-from P̄ and pool(F) to the maps that the gate reads.
+"""Triton kernels of the two ends of the fused neck, one launch each.
 
-Products are taken in the tokens' dtype and rounded once where modules round; the sums P̄ X are fp32, for X may be many
-times larger than Y. Both read small tensors, so that their derivatives are the reference's, by library products.
+`project_sources` computes K and V of all links from the tokens of their source. `merge_links` computes the maps that
+the gate reads from P̄ and pool(F). Products are computed in the tokens' dtype and rounded where the modules of the neck
+round. P̄ X is fp32, because X can be many times larger than Y. Both operators read small tensors, so their derivatives
+are those of the reference, by library products.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ..parts import contiguous, empty, on_device, padded, precision, readable, s
 from ..scale.kernels import row_offsets, tanh
 from .kernels import firsts_of, heavy, load_block, pick_pointer, warps
 
-ROWS, COLUMNS, CHUNK = 32, 64, 32  # of a tile of a product
+ROWS, COLUMNS, CHUNK = 32, 64, 32  # sizes of the tiles of a product
 
 
 @triton.jit(do_not_specialize=["M", "N"])
@@ -88,7 +89,7 @@ def update(
     rank: tl.constexpr, most: tl.constexpr, PIECE: tl.constexpr, d: tl.constexpr, D: tl.constexpr,
     SQUARE: tl.constexpr, C: tl.constexpr, TAU: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """τ P̄ X W_O of one link and image, some cells and channels, [ROWS, COLUMNS]; PIECE landmarks at a time."""
+    """τ P̄ X W_O of some cells and channels of one link and image, [ROWS, COLUMNS], PIECE landmarks at a time."""
     dtype = kind_ptr.dtype.element_ty
     e = tl.arange(0, D)
     total = tl.zeros([cells.shape[0], n.shape[0]], tl.float32)
@@ -113,7 +114,7 @@ def _merge_links_kernel(
     D: tl.constexpr, SQUARE: tl.constexpr, C: tl.constexpr, TAU: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of a stage's map of one image, out (S, B, C, P²)."""
+    """One tile of a stage's map of one image; out is (S, B, C, P²)."""
     b, stage = (tl.program_id(0) // MAPS).to(tl.int64), tl.program_id(0) % MAPS
     cells = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     n = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
@@ -148,7 +149,7 @@ def project_sources(
     biases: Sequence[Tensor],
     shift: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(K, V) as `reference.project_sources` gives them."""
+    """Return the results of `reference.project_sources`."""
     dtype, tokens = tokens.dtype, readable(tokens)
     B, N, C = tokens.shape
     L = len(key_weights)
@@ -182,14 +183,14 @@ def merge_links(
     betas: Sequence[Tensor],
     targets: Sequence[int],
 ) -> Tensor:
-    """The updated maps pooled, as `reference.merge_links` gives them."""
+    """Return the result of `reference.merge_links`."""
     dtype, pooled = pooled.dtype, readable(pooled).contiguous()
     L, B, H, square, most = probabilities.shape
     C, d, S = output_weights[0].shape[0], xs[0].shape[3], len(align_weights)
     size = round(square**0.5)
     out = empty((S, B, C, size, size), pooled, pooled.dtype)
     rows, columns = min(ROWS, padded(square)), 32 if heavy(most, d) else COLUMNS
-    piece = 32 if heavy(most, d) else 64  # landmarks that are read at once
+    piece = 32 if heavy(most, d) else 64  # landmarks that are read together
     groups = {"x": xs, "align": align_weights, "bias": align_biases, "output": output_weights, "beta": betas}
     parameters = {f"{name}_ptrs": contiguous(g) for name, g in (groups | {"theta": thetas or betas}).items()}
     with on_device(pooled):

@@ -1,24 +1,25 @@
-"""The pooled links on the device: from the backbone's maps to P̄ and pool(F), all links in one launch.
+"""Triton kernels of the pooled links: from the backbone's maps to P̄ and pool(F), all links in one launch.
 
-Two roads lead to the logits, and on neither are T, Q, L or Y written:
+There are two ways to compute the logits. Neither writes T, Q, L or Y to memory.
 
-- absorbed, without DyT and query normalisation: Q K̃ᵀ s = F·G + g with G = (W_Q A)ᵀ K̃ᵀ s (C_i×r per head), which a
-  launch of its own makes for all links. G is fp32; in half precision it enters as a pair, high + low, in two products:
-  one rounding of G would cost 4e-3 of the result, which pooling cannot average. A program takes some cells of one row
-  and one (b, h), adds up the probabilities of its positions and sums them cell by cell at the end.
-- by tokens otherwise: a program takes one cell of an image. It makes T = A F + a of some positions, all channels of it,
-  squashes them, and takes Q, logits and probabilities of one head after the other from them; A and W_Q stream through
-  it. What it keeps from tile to tile is the sums of all heads, [H, r]. A position that several cells hold, where the
-  grid does not divide the map, is made once for each.
+- Absorbed, without DyT and query normalisation: Q K̃ᵀ s = F·G + g with G = (W_Q A)ᵀ K̃ᵀ s (C_i×r per head). A separate
+  launch computes G for all links. G is fp32. In half precision it is split into high and low parts for two products,
+  because rounding G once would cause an error of 4e-3 of the result, which pooling does not average out. A program
+  computes some cells of one row and one (b, h). It adds the probabilities of its positions and sums them by cell at the
+  end.
+- By tokens, otherwise: a program computes one cell of an image. It computes T = A F + a of some positions for all
+  channels, applies DyT, and then computes Q, logits and probabilities of one head after the other; A and W_Q are read
+  in pieces. Between tiles it keeps only the sums of all heads, [H, r]. If the grid does not divide the map, a position
+  that is in several cells is computed once for each.
 
-The other programs of the same launch pool the maps themselves.
+Other programs of the same launch pool the maps.
 
-The statistic is that of y = L X, tile by tile by Chan's formula, not tr Xᵀ(LᵀL)X from second moments of L: X may be
-many times larger than Y, what cancels in L X would have to cancel in squares, and r×r moments cost more products than
-r×d. X is then needed at the start, where the launch that makes K̃ has left it; evaluation asks for no statistic.
+The statistic is computed from y = L X, tile by tile with Chan's formula, and not as tr Xᵀ(LᵀL)X from second moments of
+L. X can be many times larger than Y, so that large squares would cancel, and r×r moments need more products than r×d.
+X is therefore an input, from the launch that computes K̃. Evaluation computes no statistic.
 
-Numbers of programs, of an image, are compile-time constants, so that a link's place in a launch is its number times the
-batch, and how an image is divided does not depend on the batch.
+The number of programs of an image is a compile-time constant. The programs of a link start at its offset times the
+batch size, and the division of an image does not depend on the batch.
 """
 
 from __future__ import annotations
@@ -53,22 +54,23 @@ from ..scale.kernels import add_tile, tanh
 
 
 class Tile(NamedTuple):
-    """Columns of a tile, and how many blocks of columns a map has."""
+    """Columns of a tile, and the number of blocks of columns of a map."""
 
     columns: int
     blocks: int
 
 
 def tile_of(width: int, positions: int) -> Tile:
-    """A tile is as wide as the map, up to `positions` columns, and as high as that leaves."""
+    """Return a tile that is as wide as the map, up to `positions` columns."""
     columns = min(positions, power_of_two(width))
     return Tile(columns, -(-width // columns))
 
 
 class Strips(NamedTuple):
-    """How a row of cells is divided: cells of a strip, strips, columns of a tile, and tiles across a strip.
+    """The division of a row of cells: cells of a strip, strips, columns of a tile, and tiles across a strip.
 
-    A strip is as many cells as a tile is wide, or one that takes several tiles: P̄ of a cell is one strip's alone.
+    A strip has the cells that fit into the width of a tile, or one cell with several tiles across, so that P̄ of a cell
+    belongs to one strip.
     """
 
     cells: int
@@ -78,7 +80,7 @@ class Strips(NamedTuple):
 
 
 def strips_of(width: int, size: int, positions: int) -> Strips:
-    """The fewest strips of a map of this width, cells shared among them evenly, for tiles of up to `positions`."""
+    """Divide the cells of a row evenly among the smallest number of strips, for tiles of up to `positions`."""
 
     def widest(cells: int) -> int:
         starts = range(0, size, cells)
@@ -94,14 +96,14 @@ def strips_of(width: int, size: int, positions: int) -> Strips:
 def forward_positions(
     rank: int, d: int, dtype: torch.dtype, statistics: bool, capability: tuple[int, int]
 ) -> int:
-    """What fits in registers beside [r, d] tiles, as `python -m bench.resources` shows it."""
+    """Return the positions of a tile that fit in registers with the [r, d] tiles, by `python -m bench.resources`."""
     if not statistics:
         return 32 if capability >= (12, 0) else 64
     return 32 if dtype == torch.bfloat16 and not heavy(rank, d) else 16
 
 
 class TokenTile(NamedTuple):
-    """Positions of a tile whose queries are held for all heads, channels of T made at once, and of F read at once."""
+    """Positions of a tile, channels of T that are computed together, and channels of F that are read together."""
 
     positions: int
     tokens: int
@@ -112,7 +114,7 @@ class TokenTile(NamedTuple):
 def token_tile(
     rank: int, d: int, dtype: torch.dtype, statistics: bool, capability: tuple[int, int]
 ) -> TokenTile:
-    """What fits in registers; eight warps repeat the statistic's products, but four spill some on 9.0 and 12.0."""
+    """Return the tile that fits in registers; 8 warps repeat products of the statistic, but 4 spill on 9.0 and 12.0."""
     large = heavy(rank, d)
     chunk = 16 if dtype == torch.float32 and not (large and capability == (9, 0)) else 32
     wide = dtype == torch.float32 or (statistics and dtype != torch.bfloat16)
@@ -126,26 +128,26 @@ def token_tile(
 
 
 def strip_warps(rank: int, d: int, dtype: torch.dtype, statistics: bool) -> int:
-    """As `warps`; the statistic's tile of 32 positions has two rows of products, which more warps repeat."""
+    """Return the warps: 2 for the statistic's tile of 32 positions, whose two rows of products more would repeat."""
     return 2 if dtype == torch.bfloat16 and statistics and not heavy(rank, d) else warps(rank, d)
 
 
 def heavy(rank: int, d: int) -> bool:
-    """Whether [r, d] tiles are larger than those of the default neck."""
+    """Return whether [r, d] tiles are larger than those of the default neck."""
     return padded(rank) * padded(d) > 64 * 32
 
 
-POOLED_ELEMENTS = 2048  # of a tile of channels and columns that is pooled
+POOLED_ELEMENTS = 2048  # elements of a tile of channels and columns for pooling
 
 
 def warps(rank: int, d: int) -> int:
-    """Warps of a program that holds [positions, r] and [r, d] tiles."""
+    """Return the warps of a program that holds [positions, r] and [r, d] tiles."""
     return 8 if heavy(rank, d) else 4
 
 
 @triton.jit
 def pick(values: tl.constexpr, index, COUNT: tl.constexpr):
-    """values[index] of compile-time numbers by a number known at run time."""
+    """values[index] for compile-time values and a run-time index."""
     chosen = index * 0 + values[0]
     for i in tl.static_range(1, COUNT):
         chosen = tl.where(index == i, values[i], chosen)
@@ -154,7 +156,7 @@ def pick(values: tl.constexpr, index, COUNT: tl.constexpr):
 
 @triton.jit
 def pick_pointer(pointers, index, COUNT: tl.constexpr):
-    """pointers[index] of tensors of one dtype."""
+    """pointers[index] for pointers to one dtype."""
     chosen = pointers[0]
     for i in tl.static_range(1, COUNT):
         if index == i:
@@ -174,7 +176,7 @@ def place(program, blocks, SIZE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def load_positions(ptr, offsets, inside, stride, d: tl.constexpr, D: tl.constexpr):
-    """The d channels of every position, [BLOCK, D]; zeros outside."""
+    """Load the d channels of every position, [BLOCK, D]; zeros outside."""
     channels = tl.arange(0, D)
     mask = inside[:, None] & (channels < d)[None, :]
     return tl.load(ptr + offsets[:, None] + channels.to(tl.int64)[None, :] * stride, mask=mask, other=0.0)
@@ -182,14 +184,14 @@ def load_positions(ptr, offsets, inside, stride, d: tl.constexpr, D: tl.constexp
 
 @triton.jit
 def load_block(ptr, rows, row_limit, columns, column_limit, stride):
-    """[ROWS, COLUMNS] of a matrix whose rows are `stride` apart; zeros outside."""
+    """Load [ROWS, COLUMNS] of a matrix with a stride of rows; zeros outside."""
     inside = (rows < row_limit)[:, None] & (columns < column_limit)[None, :]
     return tl.load(ptr + rows[:, None] * stride + columns[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
 def softmax(logits, rank: tl.constexpr, R: tl.constexpr):
-    """Rows of logits in units of log 2; zeros in padding. [BLOCK, R]"""
+    """Softmax [BLOCK, R] of rows of logits in units of log 2; zeros in the padding."""
     logits = tl.where((tl.arange(0, R) < rank)[None, :], logits, -INFINITY)
     weights = tl.exp2(logits - tl.max(logits, 1)[:, None])
     return weights / tl.sum(weights, 1)[:, None]
@@ -207,7 +209,7 @@ def pool_rows(
     h: tl.constexpr, w: tl.constexpr, offset: tl.constexpr, total_channels: tl.constexpr, SIZE: tl.constexpr,
     GROUP: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """pool(F) of one row of cells and GROUP channels of an image, into columns offset… of (B, P², ΣC)."""
+    """pool(F) of one row of cells and GROUP channels of an image, stored in (B, P², ΣC) from column `offset` on."""
     groups: tl.constexpr = (channels + GROUP - 1) // GROUP
     b, i = program // (groups * SIZE), (program // groups % SIZE).to(tl.int32)
     c, columns = (program % groups).to(tl.int32) * GROUP + tl.arange(0, GROUP), tl.arange(0, WIDTH)
@@ -260,10 +262,10 @@ def strip(
     d: tl.constexpr, D: tl.constexpr, PAIR: tl.constexpr, STATISTICS: tl.constexpr, SIZE: tl.constexpr,
     CELLS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """P̄ of some cells of one row of a (b, h), and the mean and M₂ of its own y.
+    """P̄ of some cells of one row of a (b, h), and the mean and M₂ of y at the positions that the strip owns.
 
-    Where the grid does not divide the map, neighbouring cells share positions: each strip takes them for itself, and
-    the statistic counts them in the last one.
+    If the grid does not divide the map, neighbouring cells share positions. Each strip uses them for its cells, and the
+    statistic counts them in the last strip.
     """
     head = program // (SIZE * strips)
     i = (program // strips % SIZE).to(tl.int32)
@@ -299,7 +301,7 @@ def strip(
     start, stop = cell_start(j, w, SIZE), cell_stop(j, w, SIZE)
     real = (j >= first) & (j < last)
     held = real[:, None] & (column >= left)[None, :]
-    if ACROSS == 1:  # else all belongs to one cell
+    if ACROSS == 1:  # otherwise the strip is one cell
         held = held & (column[None, :] >= start[:, None]) & (column[None, :] < stop[:, None])
     pooled = wide_dot(held.to(tl.float32), total, PRECISION) / ((bottom - top) * (stop - start))[:, None]
     place = ((heads_before + head) * SIZE + i) * SIZE + j
@@ -322,7 +324,6 @@ def _absorbed_kernel(
     d: tl.constexpr, D: tl.constexpr, PAIR: tl.constexpr, STATISTICS: tl.constexpr, SIZE: tl.constexpr,
     CELLS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Strips of every link, then pool(F) of every map."""
     program = tl.program_id(0).to(tl.int64)
     for link in tl.static_range(LINKS):
         if (program >= batch * FIRSTS[link]) & (program < batch * FIRSTS[link + 1]):
@@ -350,9 +351,10 @@ def queries_of(
     channels: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
     HP: tl.constexpr, d: tl.constexpr, D: tl.constexpr, DYT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Q of one tile in the map's dtype, [BLOCK, HP·D], from TOKENS channels of DyT(A F + a) after others.
+    """Q of one tile in the map's dtype, [BLOCK, HP·D], computed from TOKENS channels of DyT(A F + a) at a time.
 
-    Heads are padded to HP and each to D, with zeros. Numbers are rounded where modules round.
+    The number of heads is padded to HP and each head to D, with zeros. Values are rounded where the modules of the neck
+    round.
     """
     dtype = map_ptr.dtype.element_ty
     n = tl.arange(0, HP * D)
@@ -391,10 +393,10 @@ def cell_probabilities(
     NORMALISE_QUERY: tl.constexpr, NORMALISE_KEYS: tl.constexpr, STATISTICS: tl.constexpr,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """P̄ of one cell of an image for every head, and the mean and M₂ of its own y.
+    """P̄ of one cell of an image for every head, and the mean and M₂ of y at the positions that the cell owns.
 
-    `batch_index` is the image's number among those of all links. The statistic counts a position that several cells
-    hold in the last of them.
+    `batch_index` numbers the images of all links. The statistic counts a position that is in several cells in the last
+    of them.
     """
     b, cell = program // (SIZE * SIZE), (program % (SIZE * SIZE)).to(tl.int32)
     i, j = cell // SIZE, cell % SIZE
@@ -404,8 +406,8 @@ def cell_probabilities(
     count = rows * width
     map_ptr += b * stride_b
     heads, r, e = tl.arange(0, HP), tl.arange(0, R), tl.arange(0, D)
-    # Exact products of large tiles: a part of the columns of y at a time leaves registers for the queries. Where y is
-    # as wide as a tile has positions, Triton would put all warps along its columns, too few for them.
+    # For exact products of large tiles, computing some columns of y at a time saves registers for the queries. If y is
+    # square, Triton would distribute all warps along its columns, of which there are too few.
     EXACT: tl.constexpr = R * D > 2048 and map_ptr.dtype.element_ty == tl.float32
     SQUARE: tl.constexpr = BLOCK == D and D > 16 and map_ptr.dtype.element_ty == tl.bfloat16
     PARTS: tl.constexpr = 2 if EXACT or SQUARE else 1
@@ -474,7 +476,6 @@ def _tokens_kernel(
     NORMALISE_QUERY: tl.constexpr, NORMALISE_KEYS: tl.constexpr, STATISTICS: tl.constexpr,
     SIZE: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Cells of every link, then pool(F) of every map."""
     program = tl.program_id(0).to(tl.int64)
     for link in tl.static_range(LINKS):
         if (program >= batch * (link * SIZE * SIZE)) & (program < batch * ((link + 1) * SIZE * SIZE)):
@@ -503,7 +504,7 @@ def _gather_kernel(
     TOGETHER: tl.constexpr, STRIPS: tl.constexpr, HEIGHTS: tl.constexpr, WIDTHS: tl.constexpr,
     HEADS: tl.constexpr, d: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """The statistic of one (b, h) of a link from all its parts about their common mean: strips of cells, or cells."""
+    """The statistic of one (b, h) of a link from all its parts (strips, or cells) about their common mean."""
     program = tl.program_id(0).to(tl.int64)
     link = (program // (batch * HEADS)).to(tl.int32)
     head = program % (batch * HEADS)
@@ -528,7 +529,7 @@ def _gather_kernel(
 
 @triton.jit
 def own_positions(part, cells, strips, h, w, SIZE: tl.constexpr):
-    """How many positions the statistic counts in a strip."""
+    """The number of positions that the statistic counts in a strip."""
     i, j = part // strips, part % strips * cells
     rows = cell_start(i + 1, h, SIZE) - cell_start(i, h, SIZE)
     columns = cell_start(tl.minimum(j + cells, SIZE), w, SIZE) - cell_start(j, w, SIZE)
@@ -542,9 +543,9 @@ def _absorb_kernel(
     HEADS: tl.constexpr, C: tl.constexpr, R: tl.constexpr, d: tl.constexpr, D: tl.constexpr,
     NORMALISE_KEYS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """G [r, C_i] and g [r] of one (b, h) of a link, COLUMNS channels to a program, in units of log 2.
+    """G [r, C_i] and g [r] of one (b, h) of a link in units of log 2; a program computes COLUMNS channels.
 
-    W_Q A and W_Q a are formed for every image again: they are small, and a launch more costs what they do.
+    W_Q A and W_Q a are computed again for every image: they are small, and another launch would cost as much.
     """
     program = tl.program_id(0).to(tl.int64)
     for link in tl.static_range(LINKS):
@@ -563,7 +564,7 @@ def absorb(
     d: tl.constexpr, D: tl.constexpr, NORMALISE_KEYS: tl.constexpr, COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Weights are taken in the maps' dtype, that of `kind_ptr`, as the road by tokens takes them."""
+    """Store G and g of COLUMNS channels. Weights are rounded to the maps' dtype (that of `kind_ptr`), as for tokens."""
     dtype = kind_ptr.dtype.element_ty
     groups: tl.constexpr = (channels + COLUMNS - 1) // COLUMNS
     head, group = program // groups, (program % groups).to(tl.int32)
@@ -589,7 +590,7 @@ def absorb(
 
 
 class Sizes:
-    """What the launches for one set of shapes are told at compile time."""
+    """The compile-time constants of the launches for one set of shapes."""
 
     def __init__(self, sides: QuerySides) -> None:
         self.batch, self.heads, _, self.d = sides.keys[0].shape
@@ -629,28 +630,27 @@ class Sizes:
         )
 
     def pool_firsts(self, before: int) -> tuple[int, ...]:
-        """First programs of an image that pool each map, `before` of others before them, and one past the last."""
+        """Return the first program of an image that pools each map, after `before` others, and the total number."""
         counts = (self.size * -(-c // g) for c, g in zip(self.channels, self._groups(), strict=True))
         return tuple(before + first for first in firsts_of(counts))
 
     def chunks(self) -> tuple[int, ...]:
-        """Channels of a product with G."""
+        """Return the channels of one product with G, for each link."""
         return tuple(16 if self.channels[t] <= 16 or self.most > 64 else 32 for t in self.targets)
 
     def cell_blocks(self, most: int) -> tuple[int, ...]:
-        """Positions of a tile of a cell: no more than a cell has."""
+        """Return the positions of a tile of a cell, for each link."""
         areas = (
             self._longest_cell(self.heights[t]) * self._longest_cell(self.widths[t]) for t in self.targets
         )
         return tuple(max(16, min(most, power_of_two(area))) for area in areas)
 
     def _longest_cell(self, length: int) -> int:
-        """Positions along an axis of this length that a cell holds, or one more."""
         return -(-length // self.size) + (length % self.size > 0)
 
 
 def firsts_of(counts: Any) -> tuple[int, ...]:
-    """Where each of several ranges of these lengths starts, and where the last one ends."""
+    """Return the start of each of several consecutive ranges, and the end of the last."""
     firsts = [0]
     for count in counts:
         firsts.append(firsts[-1] + count)
@@ -658,7 +658,7 @@ def firsts_of(counts: Any) -> tuple[int, ...]:
 
 
 def pooled_links(sides: QuerySides) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(P̄, pool(F), mean, M₂) as `reference.pooled_links` gives them."""
+    """Return the results of `reference.pooled_links`."""
     sizes, size, scale, qk_norm = Sizes(sides), sides.size, sides.scale, sides.qk_norm
     dtype, maps = sides.maps[0].dtype, [readable(m) for m in sides.maps]
     alphas, statistics = sides.alphas, bool(sides.xs)
@@ -698,7 +698,7 @@ def _by_strips(
     qk_norm: str | None,
     statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(P̄, mean, M₂) with the queries absorbed, and pool(F) into its memory."""
+    """Return P̄, mean and M₂ with absorbed queries, and write pool(F)."""
     B, H, d, size, pooled = sizes.batch, sizes.heads, sizes.d, sizes.size, tensors["pooled_ptr"]
     dtype = pooled.dtype
     positions = forward_positions(sizes.most, d, dtype, statistics, configurations.capability(pooled))
@@ -724,7 +724,7 @@ def _by_strips(
 def _by_cells(
     sizes: Sizes, tensors: dict[str, Any], scale: float, qk_norm: str | None, statistics: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same by tokens."""
+    """Return P̄, mean and M₂ by tokens, and write pool(F)."""
     B, H, L, size, pooled = sizes.batch, sizes.heads, len(sizes.ranks), sizes.size, tensors["pooled_ptr"]
     dtype, firsts = pooled.dtype, firsts_of([H * size * size] * L)
     probabilities, mean, spread, part_mean, part_spread = _outputs(sizes, pooled, B * firsts[-1], statistics)
@@ -743,7 +743,7 @@ def _by_cells(
 
 
 def _outputs(sizes: Sizes, kind: Tensor, parts: int, statistics: bool) -> tuple[Tensor, ...]:
-    """Memory for P̄, mean and M₂, and for the two of every part."""
+    """Allocate memory for P̄, mean and M₂, and for mean and M₂ of every part."""
     B, H, L, d = sizes.batch, sizes.heads, len(sizes.ranks), sizes.d
     shapes = ((L, B, H, d), (L, B, H), (parts, d), (parts,))
     probabilities = empty((L, B, H, sizes.size**2, sizes.most), kind, torch.float32)
@@ -758,7 +758,6 @@ def _gather(
     together: tuple[int, ...],
     strips: tuple[int, ...],
 ) -> None:
-    """The statistic from that of strips of `together` cells each."""
     heads = sizes.of_heads()
     del heads["RANKS"], heads["most"], heads["R"]
     _gather_kernel[(len(strips) * sizes.batch * sizes.heads,)](
@@ -774,7 +773,7 @@ def _absorbed(
     scale: float,
     qk_norm: str | None,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """G (B, H, r, C_i) and g (B, H, r) of every link."""
+    """Return G (B, H, r, C_i) and g (B, H, r) of every link."""
     B, H = sizes.batch, sizes.heads
     channels = tuple(sizes.channels[t] for t in sizes.targets)
     shapes = [(B, H, rank, c) for rank, c in zip(sizes.ranks, channels, strict=True)]

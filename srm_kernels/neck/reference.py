@@ -32,7 +32,7 @@ def project_sources(
     biases: Sequence[Tensor],
     shift: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """K and V (L, B, N, C) of every link from the tokens (B, N, C) of the source they share, a added where given."""
+    """Return K and V (L, B, N, C) of all links from the tokens (B, N, C) of their source, after adding `shift`."""
     keys, values = [], []
     if shift is not None:
         tokens = tokens + shift.to(tokens.dtype)
@@ -44,10 +44,11 @@ def project_sources(
 
 
 def pooled_links(sides: QuerySides) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """P̄ (L, B, H, P², r) in the wide dtype, zeros beyond a link's own r; pool(F) (B, P², ΣC_i); with X the mean
-    (L, B, H, d) over all N of Y = L X and Σ‖y − mean‖² (L, B, H), else empty.
+    """Return P̄, pool(F) and the moments of Y = L X.
 
-    T, DyT(T) and Q are in the dtype of F, as the modules of the unfused neck make them.
+    P̄ is (L, B, H, P², r) in the wide dtype, with zeros beyond a link's own r. pool(F) is (B, P², ΣC_i). With X, the
+    moments are the mean (L, B, H, d) over all N positions and Σ‖y − mean‖² (L, B, H); without X they are empty. T,
+    DyT(T) and Q have the dtype of F, as in the modules of the unfused neck.
     """
     most, size, qk_norm = max(k.shape[2] for k in sides.keys), sides.size, sides.qk_norm
     probabilities, means, spreads = [], [], []
@@ -86,7 +87,7 @@ def merge_links(
     betas: Sequence[Tensor],
     targets: Sequence[int],
 ) -> Tensor:
-    """The updated maps pooled, (S, B, C, P, P), in the dtype of pool(F); betas are those of the links' targets."""
+    """Return the pooled updated maps, (S, B, C, P, P), in the dtype of pool(F); `betas` has one entry per link."""
     dtype = pooled.dtype
     bases = pooled.split([weight.shape[1] for weight in align_weights], -1)
     maps = [
@@ -98,7 +99,7 @@ def merge_links(
         if thetas:
             y = (y * thetas[link].exp()[:, None, None]).to(dtype)
         update = F.linear(y.transpose(1, 2).flatten(2), output_weights[link].to(dtype))
-        # β with an axis: β U, whose terms add up to dβ, is then as wide as β.
+        # With an axis, β U has the dtype of β, in which its terms are summed for dβ.
         maps[target] = (maps[target] + betas[link].reshape(1) * update).to(dtype)
     size = round(pooled.shape[1] ** 0.5)
     return torch.stack(maps).mT.unflatten(-1, (size, size))

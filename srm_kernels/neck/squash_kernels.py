@@ -1,14 +1,15 @@
-"""Queries through DyT on the device for the backward pass, and what their gradient leaves of it.
+"""Triton kernels that compute the queries through DyT for the backward pass of the pooled links, and their gradients.
 
-With the rows F (M, C_i) of a map, positions along M:
+With the rows F (M, C_i) of a map, one row for each position:
 
     T = F Aᵀ + a    D = w ∘ tanh(αT) + b    Q = D W_Qᵀ
     dD = dQ W_Q     dT = α w ∘ (1 − tanh²(αT)) ∘ dD
 
-Forward, a program makes T and D of some positions, 64 channels after others, writes D, which dW_Q = dQᵀ D needs, and
-adds D W_Qᵀ to their Q. Backward, a program takes some positions and channels, makes T from F again and dD from dQ, and
-writes dT. So T and dD are never written: of full-resolution tensors, forward writes D and Q and backward reads dQ and
-writes dT. What positions add to dα, dw, db and da is written for each tile, and added by a library sum.
+Forward: a program computes T and D of some positions, a group of channels at a time. It writes D, which dW_Q = dQᵀ D
+needs, and adds D W_Qᵀ to Q. Backward: a program computes T from F again and dD from dQ, for some positions and
+channels, and writes dT. T and dD are never written to memory: of full-resolution tensors the forward kernel writes D
+and Q, and the backward kernel reads dQ and writes dT. It also writes the part of each tile in dα, dw, db and da, which
+torch sums.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from .kernels import load_block
 
 
 class SquashTile(NamedTuple):
-    """Positions and channels of a tile, and entries of a sum that one product takes."""
+    """Positions and channels of a tile, and the entries of an axis that one product sums over."""
 
     positions: int
     channels: int
@@ -36,12 +37,12 @@ class SquashTile(NamedTuple):
 
 
 def forward_tile(dtype: torch.dtype) -> SquashTile:
-    """Q of all channels stays in registers, up to 256."""
+    """Return the tile of the forward kernel: Q of all channels, up to 256, stays in registers."""
     return SquashTile(32, 32, 16) if dtype == torch.float32 else SquashTile(64, 64, 32)
 
 
 def backward_tile(dtype: torch.dtype) -> SquashTile:
-    """T and dD stay in registers."""
+    """Return the tile of the backward kernel: T and dD stay in registers."""
     return SquashTile(64, 64, 16) if dtype == torch.float32 else SquashTile(128, 64, 32)
 
 
@@ -50,7 +51,7 @@ def aligned_tokens(
     rows_ptr, align_ptr, bias_ptr, row, M, t, channels: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """T of some rows and channels, rounded as the module rounds it, in fp32."""
+    """T of some rows and channels in fp32, rounded to the dtype of the rows."""
     dtype = rows_ptr.dtype.element_ty
     aligned = tl.zeros([row.shape[0], t.shape[0]], tl.float32)
     for first in range(0, channels, CHUNK):
@@ -94,7 +95,7 @@ def _squash_backward_kernel(
     channels: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dT of a tile of positions and channels, and what it adds to dα, dw, db and da: parts [tiles, 4, C]."""
+    """dT of a tile of positions and channels, and its part of dα, dw, db and da: parts [tiles, 4, C]."""
     tile = tl.program_id(0).to(tl.int64)
     row = tile * BLOCK + tl.arange(0, BLOCK)
     t = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
@@ -122,10 +123,14 @@ def _squash_backward_kernel(
 
 
 class Squash:
-    """D and Q of a link from the rows of its map, and the way back.
+    """D and Q of a link from the rows of its map, and their gradients.
 
-    rows: F (M, C_i); align, bias: A (C, C_i) and a (C,); query: W_Q (C, C), all of F's dtype. dyt: (α, w, b), no
-    narrower. C is at most 256.
+    Args:
+        rows: F (M, C_i).
+        align: A (C, C_i), in F's dtype, with C up to 256.
+        bias: a (C,), in F's dtype.
+        query: W_Q (C, C), in F's dtype.
+        dyt: (α, w, b), in F's dtype or a wider one.
     """
 
     def __init__(
@@ -137,7 +142,7 @@ class Squash:
         self.given = dict(zip(names, given, strict=True))
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        """D and Q, (M, C) both."""
+        """Return D and Q, (M, C) each."""
         rows, C = self.given["rows_ptr"], len(self.shift)
         squashed, queries = (empty((len(rows), C), rows, rows.dtype) for _ in range(2))
         tile = forward_tile(rows.dtype)
@@ -145,12 +150,12 @@ class Squash:
             _squash_kernel[(-(-len(rows) // tile.positions),)](
                 **self.given, dyt_bias_ptr=self.shift, squashed_ptr=squashed, queries_ptr=queries, WIDTH=padded(C),
                 **self._shape(tile), num_warps=8, num_stages=configurations.stages(rows),
-                maxnreg=configurations.MOST_REGISTERS,  # else some spill to let two programs share a processor
+                maxnreg=configurations.MOST_REGISTERS,  # otherwise the compiler spills to run two programs at once
             )  # fmt: skip
         return squashed.to(self.dtype), queries.to(self.dtype)
 
     def backward(self, dqueries: Tensor) -> tuple[Tensor, Tensor]:
-        """dT (M, C), and in fp32 (4, C) what each channel adds to dα, then dw, db and da."""
+        """Return dT (M, C), and in fp32 (4, C) the part of each channel in dα, and dw, db and da."""
         rows, C = self.given["rows_ptr"], len(self.shift)
         tile = backward_tile(rows.dtype)
         tiles = -(-len(rows) // tile.positions)
@@ -164,7 +169,6 @@ class Squash:
         return daligned.to(self.dtype), parts.sum(0)
 
     def _shape(self, tile: SquashTile) -> dict[str, int | str]:
-        """The numbers that both kernels take."""
         rows = self.given["rows_ptr"]
         return {
             "M": len(rows),

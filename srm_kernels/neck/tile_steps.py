@@ -1,4 +1,4 @@
-"""The steps of one tile of the fused neck in plain PyTorch (docs/METHOD.md §1 and 3, article 3.2): see `tiled.py`.
+"""The steps of `tiled.py` for one tile of the fused neck, in plain PyTorch (docs/METHOD.md §1 and 3, article 3.2).
 
 A tile is a range of M positions of one image. Tokens are (M, C); logits and probabilities are (H, M, r).
 """
@@ -18,16 +18,16 @@ DyT = tuple[Tensor, Tensor, Tensor]  # α, w and b
 
 
 class Affine(NamedTuple):
-    """x → weight x + bias."""
+    """The map x → weight x + bias."""
 
     weight: Tensor
     bias: Tensor
 
 
 class Folded(NamedTuple):
-    """The weights of a link's queries with everything linear folded in, in the wide dtype.
+    """The folded weights of a link's queries, in the wide dtype.
 
-    With DyT: Q = outer(tanh(inner(F))). Without: Q = outer(F).
+    With DyT Q = outer(tanh(inner(F))); without DyT Q = outer(F).
     """
 
     inner: Affine | None  # αA (C, C_i) and αa
@@ -35,7 +35,7 @@ class Folded(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Positions `start` to `stop` of a map: whole rows, or a part of one row."""
+    """The positions from `start` to `stop` of a map: whole rows, or a part of one row."""
 
     start: int
     stop: int
@@ -44,13 +44,13 @@ class Tile(NamedTuple):
 
 
 class Workspace:
-    """Memory by name that every tile uses again."""
+    """Named memory that all tiles reuse."""
 
     def __init__(self, like: Tensor) -> None:
         self.like, self.held = like, dict[str, Tensor]()
 
     def __call__(self, name: str, *shape: int) -> Tensor:
-        """Return a contiguous tensor of this shape, which holds what its last user left there."""
+        """Return a contiguous tensor of this shape, with undefined content."""
         count = math.prod(shape)
         held = self.held.get(name)
         if held is None or held.numel() < count:
@@ -59,7 +59,7 @@ class Workspace:
 
 
 class Grid:
-    """The P×P cells of a map, and the tiles in which the map is taken."""
+    """The P×P cells of a map, and its tiles."""
 
     def __init__(self, height: int, width: int, size: int, positions: int, like: Tensor) -> None:
         self.height, self.width, self.size = height, width, size
@@ -67,7 +67,7 @@ class Grid:
         self.tiles = tiles_of(height, width, positions)
 
     def pool(self, logits: Tensor, tile: Tile, into: Tensor, space: Workspace) -> None:
-        """Turn logits (H, M, r) into probabilities in place, and add their share of all means to `into` (H, P, P·r)."""
+        """Replace logits (H, M, r) by probabilities, and add their part of the cell means to `into` (H, P, P·r)."""
         H, _, r = logits.shape
         rows, columns = self.rows[:, tile.rows], self.columns[:, tile.columns]
         (P, height), width = rows.shape, columns.shape[1]
@@ -77,7 +77,7 @@ class Grid:
         into.baddbmm_(rows.expand(H, P, height), across.view(H, height, P * r))
 
     def pool_backward(self, logits: Tensor, tile: Tile, grad: Tensor, space: Workspace) -> Tensor:
-        """Return the gradient of logits (H, M, r), which are overwritten, from that of all means (H, P, P·r)."""
+        """Return the gradient of logits (H, M, r), which are overwritten, from that of the cell means (H, P, P·r)."""
         H, _, r = logits.shape
         rows, columns = self.rows[:, tile.rows], self.columns[:, tile.columns]
         (P, height), width = rows.shape, columns.shape[1]
@@ -91,11 +91,11 @@ class Grid:
         return found
 
     def pool_map(self, image: Tensor) -> Tensor:
-        """Return the means (C, P, P) of a map (C, h, w) in its dtype."""
+        """Return the cell means (C, P, P) of a map (C, h, w) in its dtype."""
         return adaptive_pool(image, self.size)
 
     def pool_map_backward(self, grad: Tensor, out: Tensor) -> None:
-        """Write to `out` (C, h, w) the gradient of a map from that of its means (P², C)."""
+        """Write to `out` (C, h, w) the gradient of a map from that of its cell means (P², C)."""
         cells = grad.mT.unflatten(-1, (self.size, self.size)).to(out.dtype).contiguous()
         torch.matmul(self.rows.mT @ cells, self.columns, out=out)
 
@@ -104,12 +104,12 @@ class Grid:
         return tokens.tanh_()
 
     def squash_backward_(self, grad: Tensor, tokens: Tensor) -> None:
-        """Turn the gradient of tokens = tanh(z) into that of z, in place."""
+        """Replace the gradient of tokens = tanh(z) by that of z."""
         torch.ops.aten.tanh_backward.grad_input(grad, tokens, grad_input=grad)
 
 
 def tiles_of(height: int, width: int, positions: int) -> list[Tile]:
-    """Return tiles of about the same size, at most `positions` where a row is not longer."""
+    """Return tiles of about the same size with at most `positions` positions."""
     across = -(-width // -(-width // positions))
     down = max(1, positions // width)
     down = -(-height // -(-height // down))
@@ -135,7 +135,7 @@ def cell_weights(length: int, size: int, like: Tensor) -> Tensor:
 
 
 def fold(align: Affine, query_weight: Tensor, dyt: DyT | None) -> Folded:
-    """Fold A, a, W_Q and DyT's parameters, all in the wide dtype."""
+    """Fold A, a, W_Q and the parameters of DyT, all in the wide dtype."""
     if dyt is None:
         return Folded(None, Affine(query_weight @ align.weight, query_weight @ align.bias))
     alpha, weight, bias = dyt
@@ -172,14 +172,14 @@ def normalise_backward(grad: Tensor, x: Tensor) -> Tensor:
     """Return the gradient of x from that of x·√d/(‖x‖ + 1e-6), by rows."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     along = (x * grad).sum(-1, keepdim=True) / (norm * (norm + NORM_FLOOR))
-    along = along.masked_fill(norm == 0, 0)  # as torch has the norm's derivative at 0
+    along = along.masked_fill(norm == 0, 0)  # the derivative of the norm at 0 is 0, as in torch
     return (x.shape[-1] ** 0.5 / (norm + NORM_FLOOR)) * (grad - x * along)
 
 
 class Moments:
     """Mean (H, d) and Σ‖y − mean‖² (H,) of Y = L X over the tiles of an image.
 
-    X is centred first, and tiles are merged by their own means, so that a large mean costs no digits of the spread.
+    X is centred, and each tile is merged with its own mean, which avoids cancellation when the mean is large.
     """
 
     def __init__(self, X: Tensor) -> None:
@@ -188,7 +188,7 @@ class Moments:
         self.mean, self.spread = torch.zeros_like(X[:, 0]), torch.zeros_like(X[:, 0, 0])
 
     def add(self, probabilities: Tensor, space: Workspace) -> None:
-        """Take a tile's L (H, M, r)."""
+        """Add the probabilities L (H, M, r) of a tile."""
         H, M, _ = probabilities.shape
         Y = torch.bmm(probabilities, self.X, out=space("outputs", H, M, self.X.shape[-1]))
         mean = Y.mean(1)

@@ -1,17 +1,18 @@
-"""The query side of the fused neck on a CPU: tile by tile, forward and backward (docs/METHOD.md §1 and 3, article 3.2).
+"""The query side of the fused neck on a CPU, tile by tile (docs/METHOD.md §1 and 3, article 3.2).
 
     T = A F + a   Q = W_Q DyT(T)   L = softmax(Q K̃ᵀ s)   P̄ = pool(L)
 
-A tile is about 512 positions, so that tokens, queries and probabilities stay in the cache and never exist at full
-resolution. What is linear is folded into the weights first, the scale and the norm into K̃; only P̄ leaves a tile. The
-backward pass computes each tile again. Images are taken one by one: an image alone and in a batch gives the same bits.
-Everything is computed in the wide dtype, from F, A, a and W_Q as F's dtype holds them. Products are torch's; softmax,
-pooling and tanh are C++ of csrc where it is built (`tile_native.py`), else torch's too (`tile_steps.py`).
+A tile has about 512 positions, so that tokens, queries and probabilities stay in the cache and never exist at full
+resolution. Linear steps are folded into the weights, and the scale and the norm into K̃; a tile writes only P̄. The
+backward pass computes each tile again. Images are computed one by one, so that an image alone and in a batch gives the
+same bits. Results are computed in the wide dtype, from F, A, a and W_Q rounded to F's dtype. Products are torch's.
+Softmax, pooling and tanh are C++ if the library is built (`tile_native.py`), otherwise torch's (`tile_steps.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from ..options import QuerySides
 from .tile_native import grid_of
 from .tile_steps import (
     Affine,
+    DyT,
     Folded,
     Grid,
     Moments,
@@ -33,12 +35,12 @@ from .tile_steps import (
     queries_of,
 )
 
-POSITIONS = 512  # of a tile, about: the logits of 8 heads and 64 landmarks in fp32 are then 1 MiB
-ALIGNMENT = 64  # bytes; the bits of a library's product may depend on where its operands start
+POSITIONS = 512  # of a tile, approximately: the logits of 8 heads and 64 landmarks in fp32 are then 1 MiB
+ALIGNMENT = 64  # bytes; the bits of a library's product can depend on the alignment of its operands
 
 
 class _Link:
-    """One link: its parameters, rounded to F's dtype and folded in the wide one, and its target's grid."""
+    """One link: its parameters, rounded to F's dtype and folded in the wide dtype, and the grid of its target."""
 
     def __init__(self, sides: QuerySides, number: int, space: Workspace) -> None:
         features, keys = sides.maps[sides.targets[number]], sides.keys[number]
@@ -47,20 +49,17 @@ class _Link:
         self.parameters = parameters = sides.parameters(number)
         weight, bias, self.query_weight = (t.to(features.dtype).to(wide) for t in parameters[:3])
         self.align = Affine(weight, bias)
-        self.dyt = (
-            (parameters[3].to(wide), parameters[4].to(wide), parameters[5].to(wide))
-            if len(parameters) > 3
-            else None
-        )
+        alpha_weight_bias = tuple(t.to(wide) for t in parameters[3:])
+        self.dyt = cast(DyT, alpha_weight_bias) if alpha_weight_bias else None
         self.folded = fold(self.align, self.query_weight, self.dyt)
         self.grid, self.space = _grid(features, sides.size, keys), space
 
     def landmarks(self, image: int) -> Tensor:
-        """K̃ (H, r, d), normalised where that is asked for, times the scale."""
+        """Return K̃ (H, r, d), normalised according to `qk_norm`, times the scale."""
         return normalised_key(self.keys[image], self.qk_norm) * self.scale
 
     def tiles(self, image: int) -> Iterator[tuple[Tile, Tensor]]:
-        """Every tile of one image and its F (C_i, M) in the wide dtype."""
+        """Yield every tile of one image and its F (C_i, M) in the wide dtype."""
         flat = self.features[image].flatten(1)
         narrow = flat.dtype != self.keys.dtype
         if not narrow and not _is_aligned(flat):
@@ -70,7 +69,7 @@ class _Link:
             yield tile, self.space("features", *F.shape).copy_(F) if narrow else F
 
     def tokens(self, F: Tensor) -> Tensor:
-        """tanh(inner(F)) (M, C), or Fᵀ where nothing is squashed."""
+        """Return tanh(inner(F)) (M, C), or Fᵀ without DyT."""
         inner = self.folded.inner
         if inner is None:
             return F.mT
@@ -78,18 +77,18 @@ class _Link:
         return self.grid.squash_(torch.addmm(inner.bias, F.mT, inner.weight.mT, out=out))
 
     def queries(self, tokens: Tensor) -> Tensor:
-        """Q (H, M, d) before its norm."""
+        """Return Q (H, M, d) before its normalisation."""
         return queries_of(tokens, self.folded.outer, self.keys.shape[1], self.space)
 
     def logits(self, Q: Tensor, K: Tensor) -> Tensor:
-        """Q Kᵀ (H, M, r)."""
+        """Return Q Kᵀ (H, M, r)."""
         return torch.bmm(Q, K.mT, out=self.space("logits", *Q.shape[:2], K.shape[1]))
 
     def normalised(self, Q: Tensor) -> Tensor:
         return rms_normalise(Q) if self.qk_norm == "both" else Q
 
     def forward(self, image: int, X: Tensor | None) -> tuple[Tensor, Moments | None]:
-        """P̄ (H, P, P·r) of one image, and the moments of L X where X (H, r, d) is given."""
+        """Return P̄ (H, P, P·r) of one image and, with X (H, r, d), the moments of L X."""
         K, P = self.landmarks(image), self.grid.size
         pooled = self.space("pooled", K.shape[0], P, P * K.shape[1]).zero_()
         moments = None if X is None else Moments(X)
@@ -111,7 +110,7 @@ class _Backward:
         self.outer = Affine(*map(torch.zeros_like, outer))
 
     def image(self, number: int, dpooled: Tensor, dmap: Tensor) -> Tensor:
-        """dP̄ (H, P, P·r) of one image: add to dF (C_i, h·w), return dK̃ (H, r, d)."""
+        """Add the gradients of one image from dP̄ (H, P, P·r), also to dF (C_i, h·w), and return dK̃ (H, r, d)."""
         link = self.link
         K = link.landmarks(number)
         dkeys = link.space("dkeys", *K.shape).zero_()
@@ -126,7 +125,7 @@ class _Backward:
         return normalise_backward(dkeys, link.keys[number]) if link.qk_norm else dkeys
 
     def _queries(self, dlogits: Tensor, K: Tensor, Q: Tensor) -> Tensor:
-        """dQ (M, C) before its norm."""
+        """Return dQ (M, C) before the normalisation of Q."""
         H, M, d = Q.shape
         dqueries = self.link.space("dqueries", M, H * d)
         by_heads = dqueries.view(M, H, d).transpose(0, 1)
@@ -136,7 +135,7 @@ class _Backward:
         return dqueries
 
     def _tokens(self, F: Tensor, tokens: Tensor, dqueries: Tensor, dfeatures: Tensor) -> None:
-        """From dQ (M, C) to the folded weights and dF (C_i, M)."""
+        """Add the gradients of the folded weights and dF (C_i, M) from dQ (M, C)."""
         inner, outer = self.link.folded
         _add(self.outer, dqueries, tokens)
         if inner is None or self.inner is None:
@@ -148,7 +147,7 @@ class _Backward:
         dfeatures.addmm_(inner.weight.mT, dtokens.mT)
 
     def parameters(self) -> list[Tensor]:
-        """The gradients of A, a, W_Q and, with DyT, α, w and b, as these are stored."""
+        """Return the gradients of A, a, W_Q and, with DyT, α, w and b, in the shapes and dtypes of these."""
         link = self.link
         found = fold_backward(Folded(self.inner, self.outer), link.align, link.query_weight, link.dyt)
         return [
@@ -158,7 +157,7 @@ class _Backward:
 
 
 def pooled_links(sides: QuerySides) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """P̄ (L, B, H, P², r), pool(F) (B, P², ΣC_i), and the moments of Y = L X, all as the reference gives them."""
+    """Return P̄ (L, B, H, P², r), pool(F) (B, P², ΣC_i) and the moments of Y = L X, as the reference does."""
     keys, xs, size = sides.keys, sides.xs, sides.size
     B, H, _, d = keys[0].shape
     most = max(k.shape[2] for k in keys)
@@ -182,7 +181,7 @@ def pooled_links(sides: QuerySides) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def pooled_links_backward(
     grads: Sequence[Tensor], results: Sequence[Tensor], sides: QuerySides
 ) -> list[Tensor]:
-    """Gradients of the maps, then of every list of a link's tensors up to the keys."""
+    """Return the gradients of the maps, of A, a, α, w, b and W_Q of all links, and of the keys."""
     maps, keys, size = sides.maps, sides.keys, sides.size
     wide = wide_dtype(maps[0].dtype)
     space = Workspace(keys[0])
@@ -208,7 +207,7 @@ def pooled_links_backward(
 
 
 def _add(sums: Affine, grad: Tensor, inputs: Tensor) -> None:
-    """Add what (M, C) at the output of an affine map and its inputs (M, c) give its weight and bias."""
+    """Add the gradients of an affine map's weight and bias from that of its output (M, C) and its inputs (M, c)."""
     sums.weight.addmm_(grad.mT, inputs)
     sums.bias.add_(grad.sum(0))
 

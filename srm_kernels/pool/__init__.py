@@ -24,11 +24,23 @@ _pool = register_operator(
 
 
 def adaptive_pool(x: Tensor, size: int, *, backend: str | None = None) -> Tensor:
-    """Mean over the cells of a P×P grid, as `torch.nn.functional.adaptive_avg_pool2d` divides it.
+    """Average a map over the cells of a P×P grid (docs/METHOD.md §1.5, article 3.6).
 
-    x: (B, C, h, w), float64, float32, bfloat16 or float16, any strides; h and w need be no multiples of P, nor
-    larger. size: P ≥ 1. Sums are fp32 (fp64 for fp64). Returns (B, C, P, P) in x's dtype, contiguous. Twice
-    differentiable through the reference. Raises TypeError for dtypes, ValueError for shapes or size < 1.
+    The cells are those of `torch.nn.functional.adaptive_avg_pool2d`. Sums are computed in fp32 (fp64 for fp64). The
+    operator is differentiable, twice through the reference.
+
+    Args:
+        x: (B, C, h, w); float64, float32, bfloat16 or float16, any strides. h and w can have any size.
+        size: P, at least 1.
+        backend: A name of `backends()`, or None.
+
+    Returns:
+        (B, C, P, P) in the dtype of `x`, contiguous.
+
+    Raises:
+        TypeError: The dtype is not accepted.
+        ValueError: The shape is not (B, C, h, w), or `size` is less than 1.
+        NotImplementedError: The backend cannot run.
     """
     check_tensors(x=x)
     if x.dim() != 4:

@@ -1,8 +1,8 @@
-"""Adaptive average pooling on the device, and where a grid's cells lie, which the fused neck asks too.
+"""Triton kernels of adaptive average pooling, and the bounds of its cells, which the fused neck uses too.
 
-Forward: a program sums the rows of one row of cells for some channels and then the columns of every cell, so that a map
-is read once where the grid divides it. Backward: every position gathers from the cells that hold it, one where the
-grid divides the map, up to two along each axis elsewhere, more only where the grid is finer than the map.
+Forward: a program sums the map rows of one row of cells for some channels, and then the columns of every cell. It reads
+a map once if the grid divides the map. Backward: every position gathers from the cells that contain it. This is one
+cell if the grid divides the map, otherwise up to two along each axis, or more if the grid is finer than the map.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import Tensor
 
 from ..parts import empty, on_device, power_of_two, readable
 
-ELEMENTS = 2048  # of a tile of channels and columns, where a row leaves room for more than one channel
+ELEMENTS = 2048  # elements of a tile of channels and columns; a longer row has a tile with one channel
 BLOCK = 1024
 
 
 @triton.jit
 def cell_start(i, length, cells):
-    """First row of cell i; this and the next hold along either axis."""
+    """First row of cell i, or first column: the functions below also hold for both axes."""
     return i * length // cells
 
 
@@ -33,18 +33,18 @@ def cell_stop(i, length, cells):
 
 @triton.jit
 def first_cell(y, length, cells):
-    """The first cell that holds row y; the others follow it."""
+    """First cell that contains row y; other such cells follow it."""
     return y * cells // length
 
 
 @triton.jit
 def last_cell(y, length, cells):
-    """The last cell that holds row y."""
+    """Last cell that contains row y."""
     return ((y + 1) * cells - 1) // length
 
 
 def most_cells(length: int, cells: int) -> int:
-    """How many cells hold one row at most."""
+    """Return the largest number of cells that contain one row."""
     return max(((y + 1) * cells - 1) // length - y * cells // length + 1 for y in range(length))
 
 
@@ -95,7 +95,7 @@ def _pool_backward_kernel(
 
 
 def adaptive_pool(x: Tensor, size: int) -> Tensor:
-    """As `reference.adaptive_pool`, contiguous."""
+    """Return the result of `reference.adaptive_pool`, contiguous."""
     dtype, x = x.dtype, readable(x)
     B, C, h, w = x.shape
     out = empty((B, C, size, size), x, x.dtype)
@@ -111,7 +111,7 @@ def adaptive_pool(x: Tensor, size: int) -> Tensor:
 def adaptive_pool_backward(
     grads: Sequence[Tensor], results: Sequence[Tensor], x: Tensor, size: int
 ) -> list[Tensor]:
-    """[dx]."""
+    """Return [dx]."""
     dout = readable(grads[0])
     B, C, h, w = x.shape
     dx = empty((B, C, h, w), x, dout.dtype)

@@ -9,5 +9,5 @@ from ..checks import wide_dtype
 
 
 def adaptive_pool(x: Tensor, size: int) -> Tensor:
-    """Cell (i, j) is the mean over rows ⌊i h/P⌋ … ⌈(i + 1) h/P⌉ − 1 and the columns likewise, in the dtype of x."""
+    """Return the means over cells in x's dtype; cell i has the rows ⌊i h/P⌋ to ⌈(i + 1) h/P⌉ − 1, likewise columns."""
     return F.adaptive_avg_pool2d(x.to(wide_dtype(x.dtype)), size).to(x.dtype)

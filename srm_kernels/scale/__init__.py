@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .. import autocast
-from ..checks import DTYPES, check_number, check_tensors, check_tokens, wide_dtype
+from ..checks import check_number, check_tensors, check_tokens, wide_dtype
 from ..registration import later, register_operator
 from ..runtime import choose_kernels
 from . import reference
@@ -26,7 +26,12 @@ def _cast_taus(thetas: Sequence[Tensor], sigmas: Sequence[Tensor], *rest: object
 
 
 class RMSScale(NamedTuple):
-    """Per head: the mean vector (H, d) and the root mean square distance from it (H,)."""
+    """The scale statistic of each head.
+
+    Attributes:
+        mean: μ (H, d), the mean vector.
+        rms: σ (H,), the root mean square distance from μ.
+    """
 
     mean: Tensor
     rms: Tensor
@@ -68,44 +73,57 @@ _tau_loss = register_operator(
 
 
 def rms_scale(y: Tensor, *, backend: str | None = None) -> RMSScale:
-    """The scale statistic σ of one link's output, over batch and tokens (docs/METHOD.md §3.1, article 3.5).
+    """Compute the scale statistic of a link's output over batch and tokens (docs/METHOD.md §3.1, article 3.5).
 
-    y: (B, H, N, d), float64, float32, bfloat16 or float16. Returns (mean (H, d), rms (H,)) in fp32 (fp64 for
-    fp64): μ_h = mean(Y_h), σ_h = sqrt(mean ‖Y_h − μ_h‖²), by two passes, so that a large mean cancels nothing.
-    Differentiable where σ > 0. Raises TypeError for other dtypes, ValueError for other shapes.
+    μ_h = mean(Y_h), σ_h = sqrt(mean ‖Y_h − μ_h‖²). Two passes over Y avoid cancellation when the mean is large. The
+    operator is differentiable where σ > 0.
+
+    Args:
+        y: Y (B, H, N, d); float64, float32, bfloat16 or float16, any strides.
+        backend: A name of `backends()`, or None.
+
+    Returns:
+        μ (H, d) and σ (H,) in fp32 (fp64 for fp64).
+
+    Raises:
+        TypeError: The dtype is not accepted.
+        ValueError: The shape is not (B, H, N, d).
+        NotImplementedError: The backend cannot run.
     """
     check_tokens("y", y)
-    return RMSScale(
-        *_rms_scale(
-            y,
-            choose_kernels(backend, y, "rms_scale", sizes=lambda: (y.shape[2], y.shape[3]), call=(y.shape,)),
-        )
-    )
+    chosen = choose_kernels(backend, y, "rms_scale", sizes=lambda: (y.shape[2], y.shape[3]), call=(y.shape,))
+    return RMSScale(*_rms_scale(y, chosen))
 
 
 def dyt(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor, *, backend: str | None = None) -> Tensor:
-    """Dynamic tanh w ⊙ tanh(αx) + b along the last axis (docs/METHOD.md §3.4, article 3.5).
+    """Compute the dynamic tanh w ⊙ tanh(αx) + b along the last axis (docs/METHOD.md §3.4, article 3.5).
 
-    x: (…, C). alpha: one element. weight, bias: (C,). The three parameters share a dtype, x's or a wider one
-    (fp32 parameters under autocast). Returns x's shape and dtype; tanh is taken in fp32 (fp64 for fp64).
-    Raises TypeError for dtypes, ValueError for shapes or devices.
+    tanh is computed in fp32 (fp64 for fp64). The operator is differentiable in all tensors.
+
+    Args:
+        x: (…, C); float64, float32, bfloat16 or float16, any strides.
+        alpha: α, one element. All three parameters have one dtype: that of `x` or a wider one.
+        weight: w (C,).
+        bias: b (C,).
+        backend: A name of `backends()`, or None.
+
+    Returns:
+        The shape and dtype of `x`.
+
+    Raises:
+        TypeError: A dtype is not accepted.
+        ValueError: Shapes or devices do not match.
+        NotImplementedError: The backend cannot run.
     """
     x, alpha, weight, bias = _cast_dyt(x, alpha, weight, bias)
     check_tensors(x=x)
     check_tensors(alpha=alpha, weight=weight, bias=bias)
-    if DTYPES.index(alpha.dtype) > DTYPES.index(x.dtype):
-        raise TypeError(
-            f"alpha, weight and bias are {alpha.dtype} and x is {x.dtype}; expected them no narrower"
-        )
-    if alpha.device != x.device:
-        raise ValueError(f"alpha is on {alpha.device} and x on {x.device}; expected one device")
-    if x.dim() < 1 or weight.shape != x.shape[-1:] or bias.shape != x.shape[-1:]:
+    if x.dim() < 1 or alpha.numel() != 1:
         raise ValueError(
-            f"x has shape {tuple(x.shape)}, weight {tuple(weight.shape)}, bias {tuple(bias.shape)}; "
-            "expected (…, C), (C,) and (C,)"
+            f"x has shape {tuple(x.shape)} and alpha {tuple(alpha.shape)}; expected (…, C) and one element"
         )
-    if alpha.numel() != 1:
-        raise ValueError(f"alpha has shape {tuple(alpha.shape)}; expected one element")
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        autocast.check_parameter(name, parameter, x.shape[-1:], x)
     chosen = choose_kernels(
         backend, x, "dyt", sizes=lambda: (x.shape[1:-1].numel(), x.shape[-1]), call=(x.shape,)
     )
@@ -120,30 +138,41 @@ def tau_loss(
     floor: float = 1e-6,
     backend: str | None = None,
 ) -> Tensor:
-    """L_τ = mean over links and heads of (log((τ σ̄ + floor)/σ_ref))², τ = exp(θ), in one launch (docs/METHOD.md §3.3).
+    """Compute the loss L_τ of all links, in one kernel launch (docs/METHOD.md §3.3).
 
-    thetas: θ (H,) for every link; sigmas: σ̄ (H,) likewise, which receives no gradient; one dtype (float64, float32,
-    bfloat16, float16) and device. reference: σ_ref > 0. Returns a scalar in fp32 (fp64 for fp64). Differentiable in
-    θ, twice. Raises TypeError for dtypes, ValueError for shapes, counts or σ_ref.
+    L_τ = mean over links and heads of (log((τ σ̄ + floor)/σ_ref))² with τ = exp(θ). The operator is differentiable in θ,
+    twice.
+
+    Args:
+        thetas: θ (H,) of each link; float64, float32, bfloat16 or float16, one dtype and device with `sigmas`.
+        sigmas: σ̄ (H,) of each link. It receives no gradient.
+        reference: σ_ref, above 0.
+        floor: At least 0.
+        backend: A name of `backends()`, or None.
+
+    Returns:
+        A scalar in fp32 (fp64 for fp64).
+
+    Raises:
+        TypeError: A dtype is not accepted.
+        ValueError: Shapes, devices or the numbers of tensors do not match, or a number is outside its range.
+        NotImplementedError: The backend cannot run.
     """
     if not thetas or len(thetas) != len(sigmas):
         raise ValueError(
             f"there are {len(thetas)} thetas and {len(sigmas)} sigmas; expected one of each for every link"
         )
     thetas, sigmas, *_ = _cast_taus(thetas, sigmas)
-    check_tensors(
-        **{f"thetas[{i}]": t for i, t in enumerate(thetas)},
-        **{f"sigmas[{i}]": t for i, t in enumerate(sigmas)},
-    )
-    for tensor in (*thetas, *sigmas):
-        if tensor.dim() != 1 or tensor.shape != thetas[0].shape:
-            raise ValueError(
-                f"thetas and sigmas have shapes {[tuple(t.shape) for t in (*thetas, *sigmas)]}; expected (H,) each"
-            )
+    both = (*thetas, *sigmas)
+    names = (f"{name}[{i}]" for name in ("thetas", "sigmas") for i in range(len(thetas)))
+    check_tensors(**dict(zip(names, both, strict=True)))
+    if thetas[0].dim() != 1 or any(t.shape != thetas[0].shape for t in both):
+        raise ValueError(
+            f"thetas and sigmas have shapes {[tuple(t.shape) for t in both]}; expected (H,) each"
+        )
     check_number("reference", reference, above=0)
     check_number("floor", floor, at_least=0)
     chosen = choose_kernels(backend, thetas[0], "tau_loss")
-    loss: Tensor = _tau_loss(
-        list(thetas), [s.detach() for s in sigmas], float(reference), float(floor), chosen
-    )
+    sigmas = [s.detach() for s in sigmas]
+    loss: Tensor = _tau_loss(list(thetas), sigmas, float(reference), float(floor), chosen)
     return loss

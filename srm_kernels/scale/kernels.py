@@ -1,9 +1,9 @@
-"""The RMS statistic and DyT on the device, forward and backward.
+"""Triton kernels of the scale statistic, DyT and the τ loss.
 
-The statistic: every program takes the mean and M₂ = Σ‖y − mean‖² of its share of a (b, h), tile by tile by Chan's
-formula, and a second launch merges all shares of a head about their common mean, so that a large mean cancels nothing
-and sums are taken in the same order every time. DyT's backward writes dx and, for every share of the rows, what it
-adds to dα, dw and db; a second launch adds the shares in their order. Nothing is accumulated by atomics.
+Scale statistic: every program computes the mean and M₂ = Σ‖y − mean‖² of its share of a (b, h), tile by tile with
+Chan's formula. A second launch merges the shares of a head about their common mean. This avoids cancellation when the
+mean is large, and the order of the sums is fixed. DyT: the backward pass writes dx and, for each share of the rows, its
+part of dα, dw and db; a second launch adds the shares in order. There are no atomics.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from torch import Tensor
 
 from ..parts import LOG2E, empty, load_tokens, on_device, padded, power_of_two, readable, token_offsets
 
-TOKENS = 64  # of a tile
+TOKENS = 64  # tokens of a tile
 LEAST_TOKENS_OF_A_SHARE = 512
-ROWS, COLUMNS = 32, 64  # of a tile of DyT
+ROWS, COLUMNS = 32, 64  # sides of a tile of DyT
 LEAST_ROWS_OF_A_SHARE = 128
 MOST_SHARES = 128
 
 
 @triton.jit
 def add_tile(count, mean, spread, y, inside):
-    """(count, mean [D], M₂) of some tokens and of those `inside` a tile y [BLOCK, D], which holds zeros around d."""
+    """Merge count, mean [D] and M₂ with those of the rows `inside` of a tile y [BLOCK, D], which is 0 beyond d."""
     tile_count = tl.sum(inside.to(tl.float32), 0)
     tile_mean = tl.sum(tl.where(inside[:, None], y, 0.0), 0) / tl.maximum(tile_count, 1.0)
     centred = tl.where(inside[:, None], y - tile_mean[None, :], 0.0)
@@ -64,7 +64,7 @@ def _merge_kernel(
     part_mean_ptr, part_spread_ptr, mean_ptr, rms_ptr, N, share, shares, batch, heads, d: tl.constexpr,
     D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """μ_h [d] and σ_h of one head: the shares of all samples about their common mean, one walk for each of the two."""
+    """μ_h [d] and σ_h of one head from the shares of all samples; one loop for the mean and one for σ_h."""
     h = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, D)
     total = batch.to(tl.float32) * N.to(tl.float32)
@@ -129,7 +129,7 @@ def _tau_loss_kernel(
 
 
 def rms_scale(y: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean (H, d), rms (H,)) as `reference.rms_scale` gives them."""
+    """Return the results of `reference.rms_scale`."""
     y = readable(y)
     B, H, N, d = y.shape
     share, shares = divide(N, TOKENS, LEAST_TOKENS_OF_A_SHARE)
@@ -148,7 +148,7 @@ def rms_scale(y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rms_scale_backward(grads: Sequence[Tensor], results: Sequence[Tensor], y: Tensor) -> list[Tensor]:
-    """[dY] from the gradients of both."""
+    """Return [dY] from the gradients of both results."""
     (dmean, drms), (mean, rms) = grads, results
     dtype, y = y.dtype, readable(y)
     B, H, N, d = y.shape
@@ -164,7 +164,7 @@ def rms_scale_backward(grads: Sequence[Tensor], results: Sequence[Tensor], y: Te
 
 @triton.jit
 def tanh(x):
-    """tanh in fp32, to 2 units of rounding: an odd polynomial up to 0.55, 1 − 2/(1 + e^{2|x|}) above."""
+    """tanh in fp32, accurate to 2 ulp: an odd polynomial below 0.55, 1 − 2/(1 + e^{2|x|}) above."""
     size = tl.abs(x)
     square = x * x
     small = 0.0164107 * square - 0.05265554
@@ -176,7 +176,7 @@ def tanh(x):
 
 @triton.jit
 def row_offsets(rows, inner, outer_stride, inner_stride):
-    """64-bit offsets of rows that are numbered through two axes."""
+    """64-bit offsets of rows that are numbered over two axes."""
     return (rows // inner).to(tl.int64) * outer_stride + (rows % inner).to(tl.int64) * inner_stride
 
 
@@ -203,7 +203,7 @@ def _dyt_backward_kernel(
     x_ptr, alpha_ptr, weight_ptr, dout_ptr, dx_ptr, parts_ptr, M, inner, share, x_outer, x_inner, x_column,
     dout_outer, dout_inner, dout_column, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """dx of one share of the rows, and what they add to dα, dw and db in every column: parts [shares, 3, C]."""
+    """dx of one share of the rows, and its part of dα, dw and db of every column: parts [shares, 3, C]."""
     part = tl.program_id(0)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     alpha = tl.load(alpha_ptr).to(tl.float32)
@@ -241,7 +241,7 @@ def _dyt_sum_kernel(
     parts_ptr, dalpha_ptr, dweight_ptr, dbias_ptr, shares, C: tl.constexpr, SHARES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """dα, dw and db from the shares, in one program: α's sum runs over every column."""
+    """dα, dw and db from the shares, in one program, because dα is a sum over all columns."""
     dalpha = 0.0
     for first in range(0, C, COLUMNS):
         columns = first + tl.arange(0, COLUMNS)
@@ -262,7 +262,7 @@ def _dyt_sum_kernel(
 
 
 def tau_loss(thetas: Sequence[Tensor], sigmas: Sequence[Tensor], reference: float, floor: float) -> Tensor:
-    """As `reference.tau_loss` gives it."""
+    """Return the result of `reference.tau_loss`."""
     thetas, sigmas = ([readable(t).contiguous() for t in group] for group in (thetas, sigmas))
     H = thetas[0].shape[0]
     out = empty((), thetas[0], torch.float32)
@@ -275,7 +275,7 @@ def tau_loss(thetas: Sequence[Tensor], sigmas: Sequence[Tensor], reference: floa
 
 
 def dyt(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """As `reference.dyt`, contiguous."""
+    """Return the result of `reference.dyt`, contiguous."""
     dtype, x = x.dtype, readable(x)
     rows = as_rows(x)
     outer, inner, C = rows.shape
@@ -297,11 +297,11 @@ def dyt_backward(
     weight: Tensor,
     bias: Tensor,
 ) -> list[Tensor]:
-    """[dx, dα, dw, db]."""
+    """Return [dx, dα, dw, db]."""
     (dout,) = grads
     dtypes = x.dtype, alpha.dtype, weight.dtype, bias.dtype
     shape, rows, upstream = x.shape, as_rows(readable(x)), as_rows(readable(dout))
-    if upstream.shape != rows.shape:  # the two fold into rows differently
+    if upstream.shape != rows.shape:  # the layouts of the two fold into different axes
         rows, upstream = (t.reshape(1, -1, t.shape[-1]) for t in (rows, upstream))
     outer, inner, C = rows.shape
     M = outer * inner
@@ -323,7 +323,7 @@ def dyt_backward(
 
 
 def _row_strides(**rows: Tensor) -> dict[str, int]:
-    """Strides of (outer, inner, C) as kernels name them."""
+    """Return the strides of (outer, inner, C) by the names that kernels use."""
     return {
         f"{name}_{axis}": stride
         for name, tensor in rows.items()
@@ -332,14 +332,14 @@ def _row_strides(**rows: Tensor) -> dict[str, int]:
 
 
 def divide(count: int, block: int, least: int, most: int = 32) -> tuple[int, int]:
-    """(items of a share, shares): a whole number of blocks, `least` or more to each, at most `most` shares."""
+    """Divide items into at most `most` shares of whole blocks and at least `least` items; return (items, shares)."""
     share = max(least, -(-count // most))
     share = -(-share // block) * block
     return share, -(-count // share)
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """x (…, C) as (outer, inner, C), a view wherever its leading axes fold into two, else a copy."""
+    """Return x (…, C) as (outer, inner, C): a view if its leading axes fold into two, else a copy."""
     for split in range(max(x.dim() - 1, 1)):
         outer, inner = x.shape[:split].numel(), x.shape[split:-1].numel()
         try:

@@ -11,7 +11,7 @@ from ..checks import wide_dtype
 
 
 def rms_scale(y: Tensor) -> tuple[Tensor, Tensor]:
-    """μ_h (H, d) and σ_h = sqrt(mean ‖Y_h − μ_h‖²) (H,) over batch and tokens of Y (B, H, N, d)."""
+    """Return μ_h (H, d) and σ_h = sqrt(mean ‖Y_h − μ_h‖²) (H,) over batch and tokens of Y (B, H, N, d)."""
     Y = y.to(wide_dtype(y.dtype))
     mean = Y.mean((0, 2))
     centred = Y - mean[None, :, None, :]
@@ -19,14 +19,14 @@ def rms_scale(y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dyt(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """w ⊙ tanh(αx) + b along the last axis, in the dtype of x."""
+    """Return w ⊙ tanh(αx) + b along the last axis, in the dtype of x."""
     wide = wide_dtype(x.dtype)
     bounded = (alpha.to(wide) * x.to(wide)).tanh()
     return (weight.to(wide) * bounded + bias.to(wide)).to(x.dtype)
 
 
 def tau_loss(thetas: Sequence[Tensor], sigmas: Sequence[Tensor], reference: float, floor: float) -> Tensor:
-    """mean over links and heads of (log((τ σ̄ + floor)/σ_ref))², τ = exp(θ)."""
+    """Return the mean over links and heads of (log((τ σ̄ + floor)/σ_ref))² with τ = exp(θ)."""
     wide = wide_dtype(thetas[0].dtype)
     tau, sigma = torch.stack(list(thetas)).to(wide).exp(), torch.stack(list(sigmas)).to(wide)
     return ((tau * sigma + floor) / reference).log().square().mean()

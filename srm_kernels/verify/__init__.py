@@ -1,1 +1,1 @@
-"""`python -m srm_kernels verify`: measure on the device at hand whether the kernels are right and how fast they are."""
+"""`python -m srm_kernels verify`: measure whether the kernels are right on this device, and how fast they are."""

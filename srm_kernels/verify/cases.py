@@ -1,9 +1,8 @@
-"""What is verified: every operator that has kernels, at a family of shapes.
+"""The cases to verify: every operator with kernels, at several shapes.
 
-Inputs are standard normal numbers in float64, the same for all dtypes up to rounding. A shape is one link of a neck
-and its maps; options that choose other kernels (normalisation, DyT) differ between shapes, so that each is judged.
-Whatever else an operator launches under the same verdict is judged at every shape: its `forms`, and its call in
-training.
+Inputs are standard normal numbers in float64, equal for all dtypes up to rounding. A shape is one link of a neck and
+its maps. Options that select other kernels (normalisation, DyT) differ between shapes, so that all kernels are checked.
+Other calls under the same verdict are checked at every shape: the `forms` of an operator and its call in training.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 import srm_kernels as ops
 
 from ..attention import _landmark_side, _select, attention_with_scale
+from ..choice import named
 from ..conditioning import SOLVERS_OF_KERNELS
 from ..landmarks import METHODS_OF_KERNELS
 from ..options import AttentionOptions, LandmarkOptions, SolveOptions
@@ -28,7 +29,7 @@ Call = Callable[..., Any]  # (*tensors, backend=…) → a tensor or several
 
 
 class Shape(NamedTuple):
-    """Sizes of a link: the target's map is height × width, the source has `keys` positions, the grid is size × size."""
+    """Sizes of a link: a target map of height × width, a source of `keys` positions, and a grid of size × size."""
 
     batch: int
     heads: int
@@ -53,7 +54,7 @@ class Shape(NamedTuple):
 
 
 SHAPES = {
-    "tiny": Shape(2, 2, 8, 5, 4, 12, 4, 2),  # for an emulated device
+    "tiny": Shape(2, 2, 8, 5, 4, 12, 4, 2),  # for emulated devices
     "odd": Shape(2, 3, 40, 37, 29, 257, 33, 7, qk_norm=None, dyt=False),
     "article": Shape(2, 8, 32, 128, 128, 256, 64, 8),
     "small": Shape(2, 4, 32, 14, 14, 49, 32, 8, qk_norm="both"),
@@ -68,24 +69,24 @@ SCALE_OF_ATTENTION = 1e-3  # γ and the ridge
 
 @dataclass(frozen=True)
 class Operator:
-    """How an operator is called and judged.
+    """How an operator is called and checked.
 
     Attributes:
-        name: The public function.
-        make: (shape, draw) → inputs, where draw(*sizes) gives random numbers.
+        name: Name of the public function.
+        make: (shape, draw) → inputs, where draw(*sizes) returns random numbers.
         call: shape → the call, (*inputs, backend=…) → results.
-        trained: The same for the call as training makes it, where it is another one: judged too, and timed with its
-            gradients in place of `call`.
-        forms: shape → further calls that run under the same verdict: judged too, and not timed.
-        inputs: For each input the axis of the batch, or None.
-        outputs: The same for each result of `Case.judged`; None where results mix the batch.
-        wide: Numbers of the inputs that are fp32 in every dtype.
-        variant: What of its options is measured apart, as `explain` names it.
-        dtypes: Those that are measured.
-        backends: Implementations that are judged; the reference is the yardstick.
-        shares_size: Errors of gradients are relative to the largest result of the call.
-        reference: (shape, inputs, backend) → `Case.judged` that gives the exact results, where what an implementation
-            chose is given to it.
+        trained: shape → the call of training, if it differs. It is also checked, and timed with gradients instead of
+            `call`.
+        forms: shape → other calls under the same verdict. They are checked and not timed.
+        inputs: The batch axis of each input, or None.
+        outputs: The batch axis of each result of `Case.judged`, or None; None in total if results mix the batch.
+        wide: Indices of the inputs that are fp32 in every dtype.
+        variant: Options that are measured separately, as in `explain`.
+        dtypes: The dtypes to measure.
+        backends: The backends to check against the reference.
+        shares_size: Whether errors of gradients are relative to the largest result of the call.
+        reference: (shape, inputs, backend) → the call that computes exact results from the choices of the backend; None
+            if a backend makes no choices.
         ratio: (shape, inputs, results) → error divided by its bound, for results that are not floating point.
     """
 
@@ -106,8 +107,8 @@ class Operator:
 
     @property
     def label(self) -> str:
-        """The operator of a verdict's rows."""
-        return f"{self.name} ({self.variant})" if self.variant else self.name
+        """The name of the operator and its variant in the rows of a verdict."""
+        return named(self.name, self.variant)
 
 
 class Case(NamedTuple):
@@ -124,7 +125,7 @@ class Case(NamedTuple):
 
     @property
     def call(self) -> Call:
-        """The call that decides the sizes, and that is timed."""
+        """The call that is timed, and whose sizes are those of the case."""
         return self.operator.call(self.sizes)
 
     @property
@@ -134,18 +135,18 @@ class Case(NamedTuple):
 
     @property
     def calls(self) -> tuple[Call, ...]:
-        """All that run under the same verdict."""
+        """All calls under the same verdict."""
         operator = self.operator
         trained = () if operator.trained is None else (self.trained,)
         return self.call, *trained, *operator.forms(self.sizes)
 
     @property
     def judged(self) -> Call:
-        """The call that is judged: all of them, results beside one another."""
+        """The call that is checked: all calls together, with all their results."""
         return _together(self.calls)
 
     def inputs(self, device: torch.device | str = "cpu", seed: int = 0) -> list[Tensor]:
-        """The inputs on a device; on meta nothing is drawn."""
+        """Return the inputs on a device; on the meta device without values."""
         generator = torch.Generator().manual_seed(seed)
 
         def draw(*sizes: int) -> Tensor:
@@ -165,7 +166,7 @@ def _together(calls: Sequence[Call]) -> Call:
 
 
 def unit(key: Tensor) -> Tensor:
-    """Keys with a root mean square of 1."""
+    """Normalise keys to a root mean square of 1."""
     return key * key.shape[-1] ** 0.5 / (key.norm(dim=-1, keepdim=True) + 1e-6)
 
 
@@ -181,7 +182,7 @@ def _attend(s: Shape, **more: Any) -> Call:
 
 
 def _attend_otherwise(s: Shape, landmarks: Tensor | None = None) -> tuple[Call, ...]:
-    """With landmarks that are given, tokens laid out as a projection leaves them, no τ; and with the statistic."""
+    """Calls with given landmarks, the layout of a projection's output and no τ; and with the statistic."""
 
     def given(q: Tensor, k: Tensor, v: Tensor, tau: Tensor, *, backend: str | None) -> Any:
         q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
@@ -197,7 +198,7 @@ def _attend_otherwise(s: Shape, landmarks: Tensor | None = None) -> tuple[Call, 
 
 
 def _chosen(s: Shape, key: Tensor, value: Tensor, backend: str) -> Tensor:
-    """The landmarks that an implementation chooses: a tie may go either way."""
+    """Return the landmarks that an implementation chooses; implementations can break ties differently."""
     choice, solve = LandmarkOptions(s.rank, gamma=SCALE_OF_ATTENTION), SolveOptions(SCALE_OF_ATTENTION)
     options = AttentionOptions(choice, solve, s.d**-0.5, s.qk_norm)
     with torch.no_grad():
@@ -207,7 +208,6 @@ def _chosen(s: Shape, key: Tensor, value: Tensor, backend: str) -> Tensor:
 
 
 def _attend_as_chosen(s: Shape, inputs: Sequence[Tensor], backend: str) -> Call:
-    """Attention by the landmarks that an implementation chose."""
     index = _chosen(s, inputs[1], inputs[2], backend)
     return _together((_attend(s, landmarks=index), *_attend_otherwise(s, index)))
 
@@ -220,19 +220,21 @@ def _side(s: Shape, choose: Callable[[Tensor], Tensor | None]) -> Call:
 
 
 def _sides(s: Shape, index: Tensor | None = None) -> tuple[Call, Call]:
-    """The key side by landmarks that are given, and by those that it chooses, or by `index` in their place."""
+    """Calls of the key side with given landmarks, and with `index`, or chosen landmarks if that is None."""
     return _side(s, lambda k: _first_keys(k, s.rank)), _side(s, lambda k: index)
 
 
 def _first_keys(key: Tensor, rank: int) -> Tensor:
-    """Landmarks that no rounding can order otherwise."""
+    """Return landmarks that do not depend on rounding."""
     return torch.arange(rank, device=key.device).expand(*key.shape[:2], rank)
 
 
 def _landmark_ratio(method: str) -> Callable[[Shape, Sequence[Tensor], Sequence[Tensor]], float]:
-    """Distinct keys; others than the definition's may be 1 in 16, or twice as many as the reference's in the dtype.
+    """Return the ratio of a choice of landmarks: infinity unless they are distinct and in range.
 
-    Ties go either way, and where one landmark differs the later ones may.
+    The bound for the number of landmarks that differ from the definition's is the larger of 1 in 16 and twice the
+    number by which the reference differs in the same dtype. Implementations can break ties differently, and after one
+    different landmark the later ones can differ too.
     """
 
     def ratio(s: Shape, inputs: Sequence[Tensor], results: Sequence[Tensor]) -> float:
@@ -265,7 +267,7 @@ def _systems(s: Shape, draw: Callable[..., Tensor]) -> list[Tensor]:
 
 
 def _pyramid(s: Shape, draw: Callable[..., Tensor]) -> list[Tensor]:
-    """F, A, a, W_Q, K̃, X, and where DyT is on its α, w and b."""
+    """F, A, a, W_Q, K̃, X and, with DyT, α, w and b."""
     C = s.channels
     made = [
         draw(s.batch, WIDTH, s.height, s.width), draw(C, WIDTH) / WIDTH**0.5, draw(C), draw(C, C) / C**0.5,
@@ -275,7 +277,7 @@ def _pyramid(s: Shape, draw: Callable[..., Tensor]) -> list[Tensor]:
 
 
 def _pool_links(s: Shape, *, statistics: bool = False) -> Call:
-    """One link; in training with the statistic of its Y."""
+    """A call with one link, with the statistic of its Y in training."""
 
     def call(m: Tensor, *weights: Tensor, backend: str | None) -> Any:
         align, shift, query, keys, x, *dyt = weights
@@ -288,7 +290,7 @@ def _pool_links(s: Shape, *, statistics: bool = False) -> Call:
 
 
 def _pool_several_links(s: Shape) -> tuple[Call]:
-    """Two links of differing r that read two maps, the larger one channels-last; with the statistic."""
+    """A call with two links of different r that read two maps, the larger one channels-last; with the statistic."""
 
     def call(m: Tensor, *weights: Tensor, backend: str | None) -> Any:
         align, shift, query, keys, x, *dyt = weights
@@ -325,7 +327,7 @@ def _merge_links(s: Shape) -> Call:
 
 
 def _merge_several_links(s: Shape) -> tuple[Call]:
-    """Two links of differing r into two maps, without τ."""
+    """A call with two links of different r into two maps, without τ."""
 
     def call(p: Tensor, maps: Tensor, x: Tensor, *weights: Tensor, backend: str | None) -> Any:
         align, shift, output, beta, _ = weights
@@ -341,7 +343,7 @@ def _merge_several_links(s: Shape) -> tuple[Call]:
 
 
 def _sources(s: Shape, draw: Callable[..., Tensor]) -> list[Tensor]:
-    """T and W_K, W_V of two links; where DyT is on also a and its α, w and b."""
+    """T, and W_K and W_V of two links; with DyT also a, α, w and b."""
     C = s.channels
     made = [draw(s.batch, s.keys, C), *(draw(C, C) / C**0.5 for _ in range(4))]
     return [*made, draw(C), draw(1) * 0.1 + 0.5, draw(C), draw(C)] if s.dyt else made
@@ -359,7 +361,7 @@ def _project(s: Shape) -> Call:
 
 
 def _project_alone(s: Shape) -> tuple[Call]:
-    """One link, T = A F + a, without DyT."""
+    """A call with one link and T = A F + a, without DyT."""
 
     def call(t: Tensor, *weights: Tensor, backend: str | None) -> Any:
         return ops.project_sources(t, weights[:1], weights[2:3], shift=weights[0][0], backend=backend)
@@ -368,7 +370,7 @@ def _project_alone(s: Shape) -> tuple[Call]:
 
 
 def _stages(s: Shape, draw: Callable[..., Tensor]) -> list[Tensor]:
-    """What a convolution of the gate gives for two stages, their biases, and their readouts."""
+    """Outputs of a convolution of the gate for two stages, their biases, and their readouts."""
     C, P = max(s.channels // 4, 1), s.size
     return [
         *(draw(s.batch, C, P, P) for _ in range(2)), *(draw(C) for _ in range(2)),
@@ -393,7 +395,7 @@ def _fuse(s: Shape) -> Call:
 
 
 _EVERY = (0, 0)
-_POOLED = (1, 0, None, None)  # P̄, pool(F), and the statistic of a link over the batch
+_POOLED = (1, 0, None, None)  # batch axes of P̄ and pool(F); the statistic of a link mixes the batch
 OPERATORS = (
     Operator(
         "nystrom_attention",
@@ -487,13 +489,10 @@ NAMES = tuple(dict.fromkeys(operator.name for operator in OPERATORS))
 def cases(
     names: Sequence[str] = NAMES, dtypes: Sequence[str] = tuple(DTYPES), shapes: Sequence[str] = FAMILY
 ) -> Iterator[Case]:
-    """Yield the cases of some operators (names, or with the variant), dtypes and shapes, operator by operator."""
-    for operator in OPERATORS:
-        if operator.name in names or operator.label in names:
-            for dtype in dtypes:
-                for shape in shapes:
-                    if dtype in operator.dtypes:
-                        yield Case(operator, dtype, shape)
+    """Yield the cases of some operators (names or labels), dtypes and shapes, operator by operator."""
+    for operator, dtype, shape in product(OPERATORS, dtypes, shapes):
+        if (operator.name in names or operator.label in names) and dtype in operator.dtypes:
+            yield Case(operator, dtype, shape)
 
 
 def case_of(label: str, dtype: str, shape: str) -> Case:

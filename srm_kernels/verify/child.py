@@ -1,6 +1,6 @@
-"""The process that runs kernels: `python -m srm_kernels.verify.child DEVICE` answers requests, one JSON line each.
+"""The child process that runs kernels: `python -m srm_kernels.verify.child DEVICE` answers requests in JSON lines.
 
-It ends after a failure, since an error of a kernel may have broken its CUDA context; the command starts another one.
+It exits after a failure, because an error of a kernel can break its CUDA context. The command then starts another one.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from . import measure
 from .cases import case_of
 from .devices import Device, open_device
 
-PR_SET_PDEATHSIG = 1  # <sys/prctl.h>: the signal that a process gets when its parent ends
+PR_SET_PDEATHSIG = 1  # <sys/prctl.h>: sets the signal that the process gets when its parent exits
 
 
 def answer(request: dict[str, Any], device: Device) -> dict[str, Any]:
-    """What a request asks for: judge one implementation of a case, or time several in turns."""
+    """Answer a request: check one implementation of a case, or time several in turns."""
     case = case_of(request["operator"], request["dtype"], request["shape"])
     if request["part"] == "right":
         return measure.judged(case, request["backends"][0], device)
@@ -33,7 +33,7 @@ def answer(request: dict[str, Any], device: Device) -> dict[str, Any]:
 
 
 def serve(device: Device, requests: IO[str], answers: IO[str]) -> None:
-    """Launch a trivial kernel, then answer requests until there are no more, or until one failed."""
+    """Launch a trivial kernel, then answer requests until the input ends or a request fails."""
     with device.running():
         try:
             device.probe()
@@ -50,14 +50,14 @@ def serve(device: Device, requests: IO[str], answers: IO[str]) -> None:
 
 
 def main(name: str) -> None:
-    """Serve on stdin and stdout; whatever libraries print goes to stderr. On Linux it ends with its parent."""
+    """Serve on stdin and stdout; output of libraries goes to stderr. On Linux the process exits with its parent."""
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     serve(open_device(name), sys.stdin, answers)
     answers.flush()
-    os._exit(0)  # a broken CUDA context may not let the interpreter end
+    os._exit(0)  # a broken CUDA context can block the normal exit of the interpreter
 
 
 if __name__ == "__main__":

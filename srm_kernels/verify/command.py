@@ -1,4 +1,4 @@
-"""The command `python -m srm_kernels verify`: check every case, time what is right, keep and print what was found."""
+"""The command `python -m srm_kernels verify`: check all cases, time those that are right, save and print results."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ from .workers import Worker, ask_all
 
 MOST_WORKERS = 4
 LONGEST = 300  # characters of a reason
-Asked = tuple[Case, str]  # and the implementation
-SECONDS = {False: 0.15, True: 0.05}  # of measured calls in one direction of a case; with --quick
-DESCRIPTION = """Check on a GPU that the kernels are right, time them, and let `backend=None` follow what was found.
+Asked = tuple[Case, str]  # a case and a backend
+SECONDS = {False: 0.15, True: 0.05}  # of timed calls in one direction of a case, without and with --quick
+DESCRIPTION = """Check the kernels on a GPU and time them. `backend=None` then follows the results.
 
-Right: errors within the numerics rule, the same bits twice and for a sample alone and in a batch, no launch refused.
-Exit code: 0 where all is right, 1 where something is wrong, 2 where nothing can be measured, 130 after Ctrl-C.
-An interrupted run is resumed by the next one."""
+A kernel is right if its errors satisfy the numerics rule, two runs give the same bits, a sample alone and in a batch
+gives the same bits, and the device refuses no launch.
+Exit code: 0 if everything is right, 1 if something is wrong, 2 if nothing can be measured, 130 after Ctrl-C.
+The next run resumes an interrupted run."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -39,64 +40,45 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     labels = [operator.label for operator in OPERATORS]
     add = parser.add_argument
     add("--device", default="cuda", help="cuda or cuda:NUMBER (default: the current CUDA device)")
-    add("--quick", action="store_true", help=f"measure the shapes {' and '.join(QUICK)} alone")
+    add("--quick", action="store_true", help=f"measure only the shapes {' and '.join(QUICK)}")
+    names = tuple(dict.fromkeys((*NAMES, *labels)))
+    add("--only", nargs="+", metavar="NAME", choices=names, help="operators to measure (default: all)")
     add(
-        "--only",
-        nargs="+",
-        metavar="NAME",
-        choices=tuple(dict.fromkeys((*NAMES, *labels))),
-        help="operators (default: all)",
-    )
+        "--dtypes", nargs="+", metavar="DTYPE", choices=tuple(DTYPES), default=tuple(DTYPES),
+        help=f"dtypes to measure, of {' '.join(DTYPES)} (default: all)",
+    )  # fmt: skip
     add(
-        "--dtypes",
-        nargs="+",
-        metavar="DTYPE",
-        choices=tuple(DTYPES),
-        default=tuple(DTYPES),
-        help=f"of {' '.join(DTYPES)} (default: all)",
-    )
-    add(
-        "--shapes",
-        nargs="+",
-        metavar="SHAPE",
-        choices=tuple(SHAPES),
-        help=f"of {' '.join(SHAPES)} (default: {' '.join(FAMILY)})",
-    )
-    add("--compile", action="store_true", help="also time the reference as torch.compile makes it")
-    add("--again", action="store_true", help="measure again what the kept verdict has")
+        "--shapes", nargs="+", metavar="SHAPE", choices=tuple(SHAPES),
+        help=f"shapes to measure, of {' '.join(SHAPES)} (default: {' '.join(FAMILY)})",
+    )  # fmt: skip
+    add("--compile", action="store_true", help="also time the reference under torch.compile")
+    add("--again", action="store_true", help="also repeat cases that the stored verdict contains")
     add("--export", type=Path, metavar="FILE", help="also write the rows as JSON lines, for bench/results")
     add(
-        "--jobs",
-        type=_positive(int),
-        metavar="N",
-        help="processes that compile and check at once (default: by cores)",
-    )
+        "--jobs", type=_positive(int), metavar="N",
+        help="number of processes that compile and check (default: by the number of cores)",
+    )  # fmt: skip
     add(
-        "--limit",
-        type=_positive(float),
-        default=120.0,
-        metavar="SECONDS",
-        help="of one case (default: %(default)g)",
-    )
+        "--limit", type=_positive(float), default=120.0, metavar="SECONDS",
+        help="time limit of one case (default: %(default)g)",
+    )  # fmt: skip
 
 
 def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
-    """Return a reader of numbers above zero, for argparse."""
-
     def read(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
             value = kind(0)
         if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number above zero")
+            raise argparse.ArgumentTypeError(f"{text!r}: expected a number above 0")
         return value
 
     return read
 
 
 def main(arguments: Sequence[str] | None = None, program: str = "python -m srm_kernels verify") -> int:
-    """Run the command; returns the exit code."""
+    """Run the command and return its exit code."""
     table.tolerate()
     parser = argparse.ArgumentParser(prog=program, usage="%(prog)s [options]", description=DESCRIPTION)
     add_options(parser)
@@ -111,19 +93,19 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m srm_k
         print(f"{program}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(f"\n{program}: interrupted; the next run goes on from here", file=sys.stderr)
+        print(f"\n{program}: interrupted; the next run resumes from here", file=sys.stderr)
         return 128 + (stop.args[0] if stop.args else signal.SIGINT)
 
 
 @contextmanager
 def _interrupting(*numbers: signal.Signals | None) -> Iterator[None]:
-    """Let signals raise KeyboardInterrupt as Ctrl-C does, so that child processes are ended; not those ignored."""
+    """Make signals raise KeyboardInterrupt, so that child processes are killed; ignored signals stay ignored."""
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt(number)
 
     before = {}
-    with suppress(ValueError):  # signals reach the main thread alone
+    with suppress(ValueError):  # only the main thread can set handlers
         for number in filter(None, numbers):
             if signal.getsignal(number) is signal.SIG_DFL:
                 before[number] = signal.signal(number, interrupt)
@@ -139,16 +121,16 @@ def _run(options: argparse.Namespace) -> int:
     shapes = options.shapes or device.shapes or (QUICK if options.quick else FAMILY)
     wanted = list(cases(options.only or NAMES, options.dtypes, shapes))
     if not wanted:
-        raise CannotRunError("no operator has a case of these dtypes and shapes")
+        raise CannotRunError("--only, --dtypes and --shapes select no case")
     if options.export is not None:
         above = next(path for path in options.export.absolute().parents if path.exists())
         if options.export.is_dir() or not above.is_dir():
-            raise CannotRunError(
-                f"--export {options.export}: expected the name of a file, in a folder or a new one"
-            )
+            raise CannotRunError(f"--export {options.export}: expected the path of a file")
     with verdicts.held(device.key) as alone:
         if not alone:
-            raise CannotRunError(f"another process verifies {device.key.device}; times would be wrong")
+            raise CannotRunError(
+                f"another process is measuring {device.key.device}; wait until it has finished"
+            )
         run = Run(device, options)
         wanted += run.doubted(wanted)
         run.measure(wanted)
@@ -160,14 +142,13 @@ def _run(options: argparse.Namespace) -> int:
     counted = [
         row
         for row in run.verdict.rows
-        if (row["operator"], row["dtype"], row["shape"]) in labels
-        or (verdicts.group_of(row) in groups and row["status"] in FAULTS)
+        if _label_of(row) in labels or (verdicts.group_of(row) in groups and row["status"] in FAULTS)
     ]
-    return run.tell(counted)
+    return run.report(counted)
 
 
 class Run:
-    """One run of the command: what it measures and what it has found."""
+    """One run of the command, with its results."""
 
     def __init__(self, device: Device, options: argparse.Namespace) -> None:
         self.device, self.options = device, options
@@ -186,17 +167,13 @@ class Run:
         self.progress = table.Progress()
 
     def doubted(self, wanted: Sequence[Case]) -> list[Case]:
-        """Cases of the same operators at other shapes whose kept rows are faults that another attempt may clear.
+        """Return cases of the same groups at other shapes with a stored fault that can disappear in another attempt.
 
-        A fault at one shape decides for all shapes. `--again` also repeats those that are no matter of luck.
+        They are measured too, because a fault at one shape decides for all shapes. `--again` repeats all faults.
         """
         asked, groups = set(map(_label, wanted)), set(map(_group, wanted))
         faults = verdicts.faults(self.verdict.rows)
-        labels = {
-            (row["operator"], row["dtype"], row["shape"])
-            for row in faults
-            if row["status"] in PASSING or self.options.again
-        }
+        labels = {_label_of(row) for row in faults if row["status"] in PASSING or self.options.again}
         found = [
             case
             for case in cases(shapes=tuple(SHAPES))
@@ -204,11 +181,11 @@ class Run:
         ]
         if found:
             names = ", ".join(" ".join(_label(case)) for case in found)
-            print(f"these went wrong before and are tried again: {names}")
+            print(f"repeating cases with an earlier fault: {names}")
         return found
 
     def measure(self, wanted: Sequence[Case]) -> None:
-        """Measure the cases that the verdict has not, and keep every row as soon as it is there."""
+        """Measure the cases that the verdict does not contain, and save every row immediately."""
         rows = [] if self.options.again else self.verdict.rows
         known = {verdicts.identity(row): row for row in rows if row["status"] not in PASSING}
         judged = {
@@ -224,9 +201,9 @@ class Run:
         ]
         if len(todo) < len(wanted):
             kept = len(wanted) - len(todo)
-            print(f"{kept} of {len(wanted)} cases are in the kept verdict; --again repeats them")
+            print(f"{kept} of {len(wanted)} cases are in the stored verdict; --again repeats them")
         if todo:
-            # Kept with the first row: where no kernel can run, an earlier verdict stays whole.
+            # Saved with the first row: if no kernel can run, an earlier verdict stays as it is.
             unfinished = self.verdict.unfinished | set(map(_group, todo))
             self.verdict = replace(self.verdict, unfinished=unfinished)
             self._judge(asked, judged)
@@ -235,7 +212,7 @@ class Run:
         self._keep(self.verdict.finished(set(map(_group, wanted))))
 
     def _judge(self, asked: Sequence[Asked], judged: dict[Asked, Row | None]) -> None:
-        """Judge implementations, in several processes at once: most of the time is compilation."""
+        """Check implementations in several processes, because most of the time is compilation."""
         start, done = time.monotonic(), 0
 
         def finished(index: int, answer: dict[str, Any]) -> None:
@@ -250,12 +227,12 @@ class Run:
         jobs = self.options.jobs or max(1, min(MOST_WORKERS, (os.cpu_count() or 2) // 2))
         ask_all(self.options.device, requests, jobs, self.options.limit, finished)
         failed = [i for i, pair in enumerate(asked) if (row := judged[pair]) and row["status"] in PASSING]
-        for i in failed:  # perhaps for want of memory, which the processes shared
+        for i in failed:  # perhaps because the processes shared the memory of the device
             done -= 1
             finished(i, Worker(self.options.device).alone(requests[i], self.options.limit))
 
     def _time(self, todo: Sequence[Case], judged: Mapping[Asked, Row | None]) -> None:
-        """Time what is right, in one process alone on the device."""
+        """Time the implementations that are right, in one process."""
         worker, start = Worker(self.options.device), time.monotonic()
         ends = {_group(case): number for number, case in enumerate(todo)}
         try:
@@ -280,7 +257,7 @@ class Run:
             self.progress.show("")
 
     def _times(self, worker: Worker, case: Case, right: Sequence[str]) -> dict[str, Any]:
-        """Time implementations and what they are compared with; where one fails, each in a process of its own."""
+        """Time implementations and those to compare with; if one fails, time each in its own process."""
         names = ["reference", *right, "eager", *(["compiled"] if self.options.compile else [])]
         about = {"seconds": self.seconds}
         answer = worker.ask(_request("fast", case, names) | about, self.options.limit)
@@ -301,28 +278,23 @@ class Run:
             self.verdict = verdict
             self.path = verdicts.save(verdict)
 
-    def tell(self, rows: Sequence[Row]) -> int:
-        """Print the summary; returns the exit code."""
+    def report(self, rows: Sequence[Row]) -> int:
+        """Print the summary and return the exit code."""
         print(
-            "\nGeometric means over shapes of the gain over the best other implementation: forward / with backward"
+            "\nSpeedup over the fastest other implementation, geometric mean over shapes: forward / with backward"
         )
         print("\n".join(table.summary(rows)))
         wrong = verdicts.faults(rows)
         if wrong:
-            print(
-                f"\n{len(wrong)} of {len(rows)} cases are not right; their operators stay with plain PyTorch:"
-            )
-            for row in wrong:
-                print(
-                    f"  {row['operator']} [{row['backend']}] {row['dtype']} {row['shape']}: {row['reason']}"
-                )
+            print(f"\n{len(wrong)} of {len(rows)} cases are not right; their operators use plain PyTorch:")
+        for row in wrong:
+            case = f"{row['operator']} [{row['backend']}] {row['dtype']} {row['shape']}"
+            print(f"  {case}: {row['reason']}")
         if self.verdict.unfinished:
             names = ", ".join(f"{operator} in {dtype}" for operator, dtype in sorted(self.verdict.unfinished))
-            print(
-                f"\nNot finished, and not decided by this verdict until `{COMMAND}` has measured the rest: {names}"
-            )
+            print(f"\nNot finished; `{COMMAND}` measures the rest: {names}")
         if self.path is not None:
-            print(f"\nKept in {self.path}; `backend=None` follows it from the next process on.")
+            print(f"\nSaved in {self.path}; new processes with `backend=None` follow it.")
         return 1 if wrong else 0
 
 
@@ -336,6 +308,10 @@ def _group(case: Case) -> Group:
 
 def _label(case: Case) -> tuple[str, str, str]:
     return case.operator.label, case.dtype, case.shape
+
+
+def _label_of(row: Row) -> tuple[str, str, str]:
+    return row["operator"], row["dtype"], row["shape"]
 
 
 def _request(part: str, case: Case, backends: Sequence[str]) -> dict[str, Any]:
@@ -359,7 +335,7 @@ def _row(case: Case, backend: str, answer: dict[str, Any], now: str) -> Row:
 
 
 def _with_times(row: Row, answer: dict[str, Any], now: str) -> Row:
-    """A row with its times, or with what went wrong while they were taken."""
+    """Return a row with its times, or with the fault that occurred while it was timed."""
     if row["status"] != RIGHT:
         return row
     failed, row = answer.get("failed", {}), row | {"measured": now}
@@ -370,7 +346,7 @@ def _with_times(row: Row, answer: dict[str, Any], now: str) -> Row:
 
 
 def _short(text: str | None) -> str | None:
-    """A reason on one line of a table."""
+    """Return a reason as one line of limited length."""
     if text is None:
         return None
     text = "".join(letter if letter.isprintable() else " " for letter in text)

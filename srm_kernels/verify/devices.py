@@ -1,7 +1,7 @@
-"""Devices that are measured: what waits for one, times it and names it.
+"""Devices to measure: how to synchronise, time and identify them.
 
-`open_device` gives a CUDA device by its name. For tests a name such as "module:function" is a function that returns
-another kind of `Device`, for instance an emulated one.
+`open_device` returns a CUDA device by its name. For tests, "module:function" names a function that returns another
+`Device`, for instance an emulated one.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ FEWEST, MOST = 5, 60  # rounds of a measurement
 
 
 class CannotRunError(RuntimeError):
-    """Why nothing can be measured here."""
+    """Nothing can be measured here, for the reason given."""
 
 
 class Device:
     """A device whose tensors are on `torch_device`.
 
     Attributes:
-        key: What a verdict about it holds for.
-        torch_device: Where its tensors are.
-        shapes: The shapes that are measured; None for those of the command.
+        key: The key of verdicts about the device.
+        torch_device: The torch device of its tensors.
+        shapes: The shapes to measure; None for those of the command.
     """
 
     key: verdicts.Key
@@ -40,14 +40,16 @@ class Device:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """The time in which kernels run on it; entered in the process that runs them."""
+        """Prepare the process that runs kernels on the device."""
         yield
 
     def probe(self) -> None:
-        """Launch a trivial kernel; a failure is of the environment and not of a kernel.
+        """Launch a trivial kernel: if it fails, the cause is the environment and not a kernel of the package.
+
+        Errors of Triton and of the driver pass through.
 
         Raises:
-            CannotRunError: its numbers are wrong. Whatever Triton and the driver raise passes through.
+            CannotRunError: The kernel gives wrong numbers.
         """
         from . import probe
 
@@ -56,21 +58,21 @@ class Device:
         self.reports()
 
     def synchronize(self) -> None:
-        """Wait until everything has run; an error of a kernel is raised here at the latest."""
+        """Wait for all kernels, and raise their errors."""
 
     def times(self, steps: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
-        """Median time of every step in milliseconds, measured in turns within about `seconds` altogether."""
+        """Return the median time of every step in milliseconds, measured in turns within about `seconds` in total."""
         raise NotImplementedError
 
     def release(self) -> None:
-        """Give memory back that other processes may need."""
+        """Free cached memory that other processes could need."""
 
     def reports(self) -> list[str]:
-        """Faults that the device itself found since the last call."""
+        """Return faults that the device detected since the last call."""
         return []
 
     def refusals(self) -> list[str]:
-        """Launches that it refused since the last call."""
+        """Return launches that the device refused since the last call."""
         return []
 
 
@@ -83,21 +85,19 @@ class CudaDevice(Device):
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Launch on it; the reference multiplies in full precision."""
+        # The reference multiplies in full fp32.
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         with torch.cuda.device(self.torch_device):
             yield
 
     def synchronize(self) -> None:
-        """Wait until everything has run."""
         torch.cuda.synchronize(self.torch_device)
 
     def release(self) -> None:
-        """Give memory back that torch keeps for later."""
         torch.cuda.empty_cache()
 
     def times(self, steps: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
-        """Medians by CUDA events, every round in the same order."""
+        """Return medians of CUDA events, with every round in the same order."""
         for step in steps.values():
             for _ in range(WARMUP):
                 step()
@@ -123,7 +123,7 @@ def open_device(name: str) -> Device:
     """Return the device of a name: "cuda", "cuda:1", or "module:function".
 
     Raises:
-        CannotRunError: kernels cannot run here, with the reason.
+        CannotRunError: Kernels cannot run on this device.
     """
     if not name.startswith("cuda") and ":" in name:
         module, _, function = name.partition(":")
@@ -136,33 +136,35 @@ def open_device(name: str) -> Device:
                 f"--device {name}: no such device ({' '.join(str(error).split())})"
             ) from None
         if not isinstance(made, Device):
-            raise CannotRunError(f"--device {name}: it returned a {type(made).__name__} and no device")
+            raise CannotRunError(f"--device {name}: it returned a {type(made).__name__}; expected a Device")
         return made
     try:
         device = torch.device(name)
     except RuntimeError:
         raise CannotRunError(f"--device {name}: expected cuda or cuda:NUMBER") from None
     if device.type != "cuda":
-        raise CannotRunError(f"--device {name}: kernels are verified on CUDA devices")
+        raise CannotRunError(f"--device {name}: expected a CUDA device")
     reason = cuda_missing() or runtime.triton_missing()
     if reason is not None:
         raise CannotRunError(reason)
     index = torch.cuda.current_device() if device.index is None else device.index
     if index >= torch.cuda.device_count():
-        raise CannotRunError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices")
+        raise CannotRunError(f"--device {name}: the number of CUDA devices is {torch.cuda.device_count()}")
     capability = torch.cuda.get_device_capability(index)
     if capability < runtime.LEAST_CAPABILITY:
         found, least = (".".join(map(str, one)) for one in (capability, runtime.LEAST_CAPABILITY))
         raise CannotRunError(
-            f"{torch.cuda.get_device_name(index)} has compute capability {found}; its kernels need {least}"
+            f"{torch.cuda.get_device_name(index)} has compute capability {found}; the kernels need {least} or higher"
         )
     if runtime.interpreting():
-        raise CannotRunError("TRITON_INTERPRET=1 is set, and compiled kernels are to be verified")
+        raise CannotRunError(
+            "TRITON_INTERPRET=1 is set; unset it, because only compiled kernels can be verified"
+        )
     return CudaDevice(index)
 
 
 def cuda_missing() -> str | None:
-    """Why there is no CUDA device, or None; a driver that is too old says so."""
+    """Return why there is no CUDA device, or None; the reason includes the errors of the driver."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA; install a build for CUDA from pytorch.org"
     with warnings.catch_warnings(record=True) as caught:

@@ -1,7 +1,8 @@
-"""Is an implementation right, and how long does it take?
+"""Check whether an implementation is right, and time it.
 
-Right: results and gradients follow the numerics rule against the reference in fp64, and those of kernels are the same
-bits twice, and for a sample alone and in its batch; the device reports no fault and refuses no launch.
+An implementation is right if its results and gradients satisfy the numerics rule against the reference in fp64, and the
+device reports no fault and refuses no launch. Kernels must also give the same bits twice, and the same bits for a
+sample alone and in its batch.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,32 +22,32 @@ from .cases import Call, Case
 from .devices import Device
 
 SEED = 99  # of the losses
-# As drivers, libraries and Triton say it, which raise other errors than torch's.
+# The messages of drivers, libraries and Triton, which raise other errors than torch.
 OUT_OF_MEMORY = re.compile(r"out of memory|cannot allocate memory|_ALLOC_FAILED|bad_alloc", re.IGNORECASE)
-SAMPLE = 1  # of the batch, which is also computed alone
+SAMPLE = 1  # index in the batch of the sample that is also computed alone
 
 
 class Alone(NamedTuple):
-    """One sample of a batch: the batch's size and its axis in every result."""
+    """One sample of a batch: the batch size, and the batch axis of every result."""
 
     batch: int
     axes: tuple[int | None, ...]
 
 
 class Found(NamedTuple):
-    """Results of a call, and the gradients of its inputs by number."""
+    """Results of a call, and gradients by the index of the input."""
 
     outputs: list[Tensor]
     gradients: dict[int, Tensor]
 
     def named(self) -> dict[str, Tensor]:
-        """Everything that is a floating-point number."""
+        """Return all floating-point results and gradients by name."""
         found = {f"output {i}": x for i, x in enumerate(self.outputs) if x.is_floating_point()}
         return found | {f"gradient {i}": x for i, x in self.gradients.items()}
 
 
 def flat(outputs: Any) -> list[Tensor]:
-    """The tensors of an output, which may be nested; None is left out."""
+    """Return the tensors of an output, which can be nested, without None."""
     if isinstance(outputs, Tensor):
         return [outputs]
     return [] if outputs is None else [tensor for one in outputs for tensor in flat(one)]
@@ -56,9 +56,9 @@ def flat(outputs: Any) -> list[Tensor]:
 def results(
     call: Callable[..., Any], inputs: Sequence[Tensor], seed: int = SEED, alone: Alone | None = None
 ) -> Found:
-    """The results of a call, and the gradients of a loss that is drawn by `seed`.
+    """Return the results of a call and the gradients of a random loss.
 
-    With `alone` the inputs are one sample, and the loss is that of the sample in its batch.
+    With `alone` the inputs are one sample, and its loss is its part of the loss of the batch.
     """
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     outputs = flat(call(*leaves))
@@ -74,7 +74,7 @@ def results(
 
 
 def _upstream(x: Tensor, generator: torch.Generator, axis: int | None, alone: Alone | None) -> Tensor:
-    """A random gradient of a result; of a sample's result, its part of the batch's."""
+    """Return a random gradient of a result; for one sample, its part of the gradient of the batch."""
     shape = list(x.shape)
     if alone is not None and axis is not None:
         shape[axis] = alone.batch
@@ -90,9 +90,10 @@ def ratios(
     shares_size: bool = False,
     redrawn: Callable[[int], Sequence[Tensor]] | None = None,
 ) -> dict[str, float]:
-    """Error divided by bound of every result and gradient, by the numerics rule; `call` is the reference's.
+    """Return the error divided by its bound of every result and gradient, by the numerics rule.
 
-    Gradients of few numbers are drawn again by other losses; where `redrawn` gives other inputs, results too.
+    `call` is the call of the reference. Errors of gradients of few numbers are measured over several losses; with
+    `redrawn`, which returns other inputs, errors of results of few numbers too.
     """
     wide = [x.double() for x in inputs]
     plain, exact = (results(call, x).named() for x in (inputs, wide))
@@ -102,7 +103,7 @@ def ratios(
     for seed in range(DRAWS) if few else ():
         again = inputs if redrawn is None else redrawn(seed)
         both = (results(call, x, seed).named() for x in (again, [one.double() for one in again]))
-        others.append([{name: one[name] for name in few} for one in both])  # the others are large
+        others.append([{name: one[name] for name in few} for one in both])  # the large ones are not needed
     together = list(exact.values()) if shares_size else None
     given = found.named()
     return {
@@ -115,7 +116,7 @@ def ratios(
 
 
 def sizes_of(case: Case) -> list[int]:
-    """The sizes that the choice goes by for a case; nothing is computed."""
+    """Return the sizes on which the choice depends for a case, without computing anything."""
     inputs = case.inputs("meta")
     try:
         case.call(*inputs, backend=Question("reference"))
@@ -128,22 +129,18 @@ def sizes_of(case: Case) -> list[int]:
 
 
 def judged(case: Case, backend: str, device: Device) -> dict[str, Any]:
-    """Judge an implementation: `status`, `reason` and `ratio` of a row."""
+    """Check an implementation; return `status`, `reason` and `ratio` of a row."""
     try:
         fault, ratio = _fault_of(case, backend, device)
     except Exception as error:
         device.reports()
         return {"ratio": None} | failure(error, device)
-    status = "right" if fault is None else "wrong"
-    return {
-        "status": status,
-        "reason": fault,
-        "ratio": ratio if ratio is None or math.isfinite(ratio) else None,
-    }
+    ratio = ratio if ratio is None or math.isfinite(ratio) else None
+    return {"status": "right" if fault is None else "wrong", "reason": fault, "ratio": ratio}
 
 
 def _fault_of(case: Case, backend: str, device: Device) -> tuple[str | None, float | None]:
-    """What is wrong, or None; and the largest error over its bound."""
+    """Return what is wrong, or None, and the largest error divided by its bound."""
     operator, inputs = case.operator, case.inputs(device.torch_device)
 
     def call(*tensors: Tensor) -> Any:
@@ -162,28 +159,23 @@ def _fault_of(case: Case, backend: str, device: Device) -> tuple[str | None, flo
         def by_reference(*tensors: Tensor) -> Any:
             return plain(*tensors, backend="reference")
 
+        def redrawn(draw: int) -> list[Tensor]:
+            return case.inputs(device.torch_device, draw + 1)
+
         mixed = operator.outputs is not None and None in operator.outputs  # a statistic of the batch
         by_name = ratios(
-            found,
-            by_reference,
-            inputs,
-            shares_size=operator.shares_size,
-            redrawn=partial(_redrawn, case, device) if mixed else None,
+            found, by_reference, inputs, shares_size=operator.shares_size, redrawn=redrawn if mixed else None
         )
         worst, name = max((value, name) for name, value in by_name.items())
     if not worst <= 1:
-        return f"{name} is off by {worst:.3g} times the bound", worst
-    if backend != "triton":  # PyTorch's own products do not promise their bits
+        return f"the error of {name} is {worst:.3g} times the bound", worst
+    if backend != "triton":  # products of PyTorch are not guaranteed to be bitwise reproducible
         return None, worst
     if not _same(found, again):
         return "two runs give different bits", worst
     if operator.outputs is not None and not _alone_as_together(case, call, inputs, found):
         return "a sample alone and in a batch gives different bits", worst
     return None, worst
-
-
-def _redrawn(case: Case, device: Device, draw: int) -> list[Tensor]:
-    return case.inputs(device.torch_device, draw + 1)
 
 
 def _same(one: Found, other: Found) -> bool:
@@ -215,7 +207,7 @@ def _alone_as_together(case: Case, call: Callable[..., Any], inputs: Sequence[Te
 
 
 def failure(error: Exception, device: Device) -> dict[str, str]:
-    """The `status` and `reason` of a row for an exception."""
+    """Return the `status` and `reason` of a row for an exception."""
     lines = str(error).strip().splitlines()
     reason = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300]
     refusals = device.refusals()
@@ -229,10 +221,10 @@ def failure(error: Exception, device: Device) -> dict[str, str]:
 
 
 def timed(case: Case, names: Sequence[str], device: Device, seconds: float) -> dict[str, Any]:
-    """Median times in milliseconds, by direction and implementation, measured in turns.
+    """Return median times in milliseconds by direction and implementation, measured in turns.
 
-    Names are those of backends, "eager" (the reference's steps without operators around them) and "compiled" (the same
-    steps as torch.compile makes them). What one of them raises passes through.
+    Names are backends, "eager" (the operations of the reference without operators around them) and "compiled" (the same
+    under torch.compile). Errors of implementations pass through.
     """
     inputs = case.inputs(device.torch_device)
     times = {}
@@ -248,7 +240,13 @@ def timed(case: Case, names: Sequence[str], device: Device, seconds: float) -> d
 
 def _step(call: Call, inputs: Sequence[Tensor], backend: str, direction: str) -> Callable[[], Any]:
     if backend == "eager":
-        return _eager(_step(call, inputs, "reference", direction))
+        reference = _step(call, inputs, "reference", direction)
+
+        def eager() -> Any:
+            with plainly():
+                return reference()
+
+        return eager
     if backend == "compiled":
         return _compiled(call, inputs, direction)
     if direction == "forward":
@@ -258,29 +256,17 @@ def _step(call: Call, inputs: Sequence[Tensor], backend: str, direction: str) ->
                 return call(*inputs, backend=backend)
 
         return forward
-    return _gradients_of(call, inputs, backend)
-
-
-def _gradients_of(call: Call, inputs: Sequence[Tensor], backend: str) -> Callable[[], Any]:
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
 
-    def step() -> Any:
+    def backward() -> Any:
         carrying = [x for x in flat(call(*leaves, backend=backend)) if x.requires_grad]
         return torch.autograd.grad(carrying, leaves, [x.detach() for x in carrying], allow_unused=True)
 
-    return step
-
-
-def _eager(step: Callable[[], Any]) -> Callable[[], Any]:
-    def eager() -> Any:
-        with plainly():
-            return step()
-
-    return eager
+    return backward
 
 
 def _compiled(call: Call, inputs: Sequence[Tensor], direction: str) -> Callable[[], Any]:
-    """The reference's steps, gradients included, traced below autograd and compiled."""
+    """Trace the operations of the reference and its gradients below autograd, and compile them."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     def traced(*tensors: Tensor) -> Any:

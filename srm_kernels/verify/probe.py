@@ -1,4 +1,4 @@
-"""A kernel of one line: where it does not run, no kernel can be judged."""
+"""A trivial kernel: if it does not run, no kernel can be checked."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def _doubling_kernel(x_ptr, N: tl.constexpr):
 
 
 def works(device: torch.device) -> bool:
-    """Whether it gives the right numbers; what it raises says why nothing can run."""
+    """Return whether the kernel gives the right numbers; errors of the launch pass through."""
     numbers = torch.arange(32, device=device)
     x = numbers.clone()
     _doubling_kernel[(1,)](x, N=32)

@@ -1,4 +1,4 @@
-"""What the command prints: a line for each case as it is finished, a summary, and the tables of the other commands."""
+"""The output of the command: a line for each finished case, a summary, and progress."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from ..verdicts import FAULTS, Row, grouped
+from ..verdicts import DIRECTIONS, FAULTS, Row, grouped
 
 WIDTHS = (36, 5, 8, 12, 9, 9, 9)
 HEADER = ("operator", "dtype", "shape", "result", "error", "forward", "backward")
@@ -16,18 +16,18 @@ DTYPES = ("bf16", "fp16", "fp32")
 
 
 def tolerate() -> None:
-    """Let stdout replace characters that its encoding does not have."""
+    """Make stdout replace characters that its encoding does not have."""
     with suppress(AttributeError, ValueError):
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
 
 
 def line(cells: Sequence[str]) -> str:
-    """Cells in columns."""
+    """Return a line of cells in columns."""
     return "  ".join(cell.ljust(width) for cell, width in zip(cells, WIDTHS, strict=True)).rstrip()
 
 
 def speedup(row: Row, direction: str) -> float | None:
-    """How many times faster the row's implementation is than the best other one."""
+    """Return how many times faster the row's implementation is than the fastest other one."""
     times = row["milliseconds"].get(direction, {})
     others = [time for name, time in times.items() if name != row["backend"]]
     if row["backend"] not in times or not others:
@@ -36,20 +36,22 @@ def speedup(row: Row, direction: str) -> float | None:
 
 
 def result(row: Row) -> str:
-    """A row as one line; the reason of what is not right follows it."""
-    label = row["operator"] + ("" if row["backend"] == "triton" else f" [{row['backend']}]")
+    """Return a row as one line, and its reason, if there is one, as a second line."""
     ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
-    cells = (label, row["dtype"], row["shape"], row["status"], ratio)
-    text = line((*cells, *(_times(speedup(row, direction)) for direction in ("forward", "backward"))))
+    speedups = (speedup(row, direction) for direction in DIRECTIONS)
+    gains = ("" if value is None else f"{value:.2f}×" for value in speedups)
+    text = line(
+        (_label(row["operator"], row["backend"]), row["dtype"], row["shape"], row["status"], ratio, *gains)
+    )
     return text if row["reason"] is None else f"{text}\n    {row['reason']}"
 
 
-def _times(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}×"
+def _label(operator: str, backend: str) -> str:
+    return operator if backend == "triton" else f"{operator} [{backend}]"
 
 
 def summary(rows: Iterable[Row]) -> list[str]:
-    """Lines of operator × dtype: right or not, and the geometric mean of the gains over shapes in both directions."""
+    """Return a table of operator × dtype: the result, and the geometric mean over shapes of the speedups."""
     cells: dict[tuple[str, str], dict[str, str]] = {}
     for (operator, dtype), found in grouped(rows).items():
         for backend in dict.fromkeys(row["backend"] for row in found):
@@ -57,8 +59,8 @@ def summary(rows: Iterable[Row]) -> list[str]:
             cells.setdefault((operator, backend), {})[dtype] = _cell(own)
     lines = [f"{'operator':36}" + "".join(f"{dtype:24}" for dtype in DTYPES)]
     for (operator, backend), by_dtype in cells.items():
-        label = operator + ("" if backend == "triton" else f" [{backend}]")
-        lines.append(f"{label:36}" + "".join(f"{by_dtype.get(dtype, '–'):24}" for dtype in DTYPES))
+        cells_of_line = "".join(f"{by_dtype.get(dtype, '–'):24}" for dtype in DTYPES)
+        lines.append(f"{_label(operator, backend):36}{cells_of_line}")
     return [text.rstrip() for text in lines]
 
 
@@ -69,27 +71,27 @@ def _cell(rows: Sequence[Row]) -> str:
     if all(row["status"] == "unsupported" for row in rows):
         return "not supported"
     means = []
-    for direction in ("forward", "backward"):
+    for direction in DIRECTIONS:
         found = [value for row in rows if (value := speedup(row, direction)) is not None]
         means.append(f"{math.exp(sum(map(math.log, found)) / len(found)):.2f}×" if found else "–")
     return f"right, {' / '.join(means)}"
 
 
 class Progress:
-    """A line that is overwritten on a terminal, and left out elsewhere."""
+    """A line that is overwritten on a terminal, and not printed elsewhere."""
 
     def __init__(self, stream: Any = None) -> None:
         self._stream = sys.stderr if stream is None else stream
         self._terminal = bool(getattr(self._stream, "isatty", lambda: False)())
 
     def show(self, text: str) -> None:
-        """Replace what is shown."""
+        """Replace the line."""
         if self._terminal:
             print(f"\r\x1b[K{text}", end="", file=self._stream, flush=True)
 
 
 def left(done: int, total: int, seconds: float) -> str:
-    """What is done, and about how long the rest takes."""
+    """Return the number of finished items and the estimated remaining time."""
     if not done:
         return f"{done}/{total}"
     return f"{done}/{total}, about {math.ceil(seconds / done * (total - done))} s left"

@@ -1,4 +1,4 @@
-"""Child processes that run kernels: each request has a time limit, and a child that hangs or dies costs one answer."""
+"""Child processes that run kernels: each request has a time limit, and a child that hangs or dies fails one request."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Answer = dict[str, Any]
 
 
 class Worker:
-    """One child process, started when it is first asked and again after one that ended."""
+    """One child process, started with the first request and again after it has ended."""
 
     def __init__(self, device: str) -> None:
         self._device = device
@@ -37,10 +37,10 @@ class Worker:
         self._pending = b""
 
     def ask(self, request: dict[str, Any], seconds: float) -> Answer:
-        """The child's answer, or `status` "timeout" or "crashed" with the reason.
+        """Return the child's answer, or `status` "timeout" or "crashed" with the reason.
 
         Raises:
-            CannotRunError: no child can launch a kernel here, twice in a row.
+            CannotRunError: Two children in a row could not launch a trivial kernel.
         """
         if self._process is None and self._start() is not None and (failed := self._start()) is not None:
             raise CannotRunError(f"no trivial Triton kernel can run: {failed['reason']}")
@@ -51,11 +51,11 @@ class Worker:
             self._process.stdin.flush()
         found = self._read(seconds, f"no answer within {seconds:g} s")
         if found.get("status") in verdicts.PASSING:
-            self.close()  # it ends by itself
+            self.close()  # the child exits after a failure
         return found
 
     def alone(self, request: dict[str, Any], seconds: float) -> Answer:
-        """The answer of a child that was asked nothing before, and is asked nothing more."""
+        """Return the answer of a new child that answers only this request."""
         self.close()
         try:
             return self.ask(request, seconds)
@@ -63,7 +63,7 @@ class Worker:
             self.close()
 
     def _start(self) -> Answer | None:
-        """Start a child; None where it is ready."""
+        """Start a child; return None if it is ready, else its failure."""
         paths = os.pathsep.join(path for path in sys.path if path)
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         self._pending = b""
@@ -99,7 +99,7 @@ class Worker:
         return found
 
     def _obituary(self) -> str:
-        """How the process ended, and the last line that it printed."""
+        """Return how the process ended, and its last line on stderr."""
         process, errors = self._process, self._errors
         assert process is not None
         assert errors is not None
@@ -115,14 +115,14 @@ class Worker:
         return f"the process ended with {how}" + (f": {lines[-1][:200]}" if lines else "")
 
     def kill(self) -> None:
-        """Kill the process and those that it started; whoever waits for its answer gets "crashed"."""
+        """Kill the process and its children; a pending request gets the status "crashed"."""
         process = self._process
         if process is not None:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
 
     def close(self) -> None:
-        """End the process and those that it started."""
+        """Kill the process and its children, and free its resources."""
         self.kill()
         process, self._process = self._process, None
         if process is not None:
@@ -138,7 +138,7 @@ class Worker:
 
 @cache
 def _triton_cache() -> dict[str, str]:
-    """A temporary folder for Triton's cache where the home folder cannot be written, which Triton needs."""
+    """Return settings for a temporary cache of Triton if the home folder, its default, cannot be written."""
     if any(name in os.environ for name in ("TRITON_CACHE_DIR", "TRITON_HOME")):
         return {}
     try:
@@ -159,14 +159,14 @@ def ask_all(
     seconds: float,
     done: Callable[[int, Answer], None],
 ) -> None:
-    """Ask several workers at once; `done` gets the number of a request and its answer, from one thread at a time."""
+    """Send requests to several workers; `done(index, answer)` is called by one thread at a time."""
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
     for number in range(len(requests)):
         waiting.put(number)
     lock, workers = threading.Lock(), [Worker(device) for _ in range(min(count, len(requests)))]
     failures: list[BaseException] = []
     stopped = threading.Event()
-    # In place of Thread.join: where a signal interrupts that, Python 3.11 takes the thread for ended.
+    # Replaces Thread.join: if a signal interrupts it, Python 3.11 believes that the thread has ended.
     ended = [threading.Event() for _ in workers]
 
     def work(worker: Worker, end: threading.Event) -> None:
@@ -194,7 +194,7 @@ def ask_all(
     except BaseException:
         stopped.set()
         while not all(end.is_set() for end in ended):
-            for worker in workers:  # again and again: one may be about to start a child
+            for worker in workers:  # repeated, because a worker can be about to start a child
                 worker.kill()
             time.sleep(0.05)
         raise

@@ -59,7 +59,7 @@ def test_right_kernels_pass_and_are_taken_from_then_on(folder: Path, tmp_path: P
         assert explain("rms_scale", torch.zeros(1, 1, 4, 8)).backend == "reference"
     # A second run measures nothing and says so.
     assert verify("--only", "dyt", "gate_losses") == 0
-    assert "2 of 2 cases are in the kept verdict" in capsys.readouterr().out
+    assert "2 of 2 cases are in the stored verdict" in capsys.readouterr().out
     # What was exported can be shipped.
     rows = [json.loads(line) for line in exported.read_text().splitlines()]
     assert [row["operator"] for row in rows] == ["dyt", "gate_losses"]
@@ -149,7 +149,7 @@ def test_a_signal_ends_the_command_and_a_hung_child(tmp_path: Path):
         time.sleep(0.2)
     time.sleep(1)
     parent.terminate()
-    assert b"the next run goes on from here" in parent.communicate(timeout=60)[1]
+    assert b"the next run resumes from here" in parent.communicate(timeout=60)[1]
     assert parent.returncode == 128 + signal.SIGTERM
     assert found
     assert not any(Path(f"/proc/{pid}").exists() for pid in found.split()), "ended, and waited for"
@@ -162,15 +162,15 @@ def test_a_folder_that_cannot_be_written_costs_a_warning_and_nothing_else(monkey
     workers._triton_cache.cache_clear()
     assert verify("--only", "gate_losses") == 0
     assert len(caplog.records) == 1
-    assert "not kept" in caplog.text
-    assert "Kept in" not in capsys.readouterr().out
+    assert "could not be saved" in caplog.text
+    assert "Saved in" not in capsys.readouterr().out
     workers._triton_cache.cache_clear()
 
 
 def test_two_processes_do_not_measure_one_device_at_once(capsys):
     with verdicts.held(KEY):
         assert verify("--only", "gate_losses") == 2
-    assert "another process verifies Emulated sm_89" in capsys.readouterr().err
+    assert "another process is measuring Emulated sm_89" in capsys.readouterr().err
 
 
 def test_everything_that_can_be_timed_has_a_pretended_time():

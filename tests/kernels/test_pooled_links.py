@@ -517,11 +517,14 @@ def wrong(**changed: Any) -> Any:
 
 ONE, SIXTEEN = torch.ones(1), torch.ones(16)
 WRONG: dict[str, tuple[type[Exception], dict[str, Any]]] = {
-    "one at least of each": (ValueError, {"maps": []}),
+    "at least one of each": (ValueError, {"maps": []}),
     "expected one for every link": (ValueError, {"targets": [0, 0]}),
-    "expected numbers of maps": (ValueError, {"targets": [1]}),
-    "align is torch.float16.*no narrower": (TypeError, {"align": [(torch.ones(16, 6).half(), SIXTEEN)]}),
-    "expected keys in fp32": (TypeError, {"keys": [torch.ones(2, 2, 5, 8, dtype=torch.float64)], "xs": None}),
+    "expected indices of maps": (ValueError, {"targets": [1]}),
+    "align is torch.float16.*or a wider dtype": (TypeError, {"align": [(torch.ones(16, 6).half(), SIXTEEN)]}),
+    "expected keys in torch.float32": (
+        TypeError,
+        {"keys": [torch.ones(2, 2, 5, 8, dtype=torch.float64)], "xs": None},
+    ),
     r"expected \(16, 6\)": (ValueError, {"align": [(torch.ones(16, 7), SIXTEEN)]}),
     r"expected \(16, 16\)": (ValueError, {"query_weights": [torch.ones(16, 8)]}),
     r"expected \(B, C_i": (ValueError, {"maps": [torch.ones(2, 6, 4)]}),
@@ -529,7 +532,10 @@ WRONG: dict[str, tuple[type[Exception], dict[str, Any]]] = {
     "expected the same": (ValueError, {"xs": [torch.ones(2, 2, 5, 4)]}),
     "at least 1": (ValueError, {"size": 0}),
     "qk_norm": (ValueError, {"qk_norm": "queries"}),
-    "dyt is torch.float16.*no narrower": (TypeError, {"dyt": [(ONE.half(), SIXTEEN.half(), SIXTEEN.half())]}),
+    "dyt is torch.float16.*or a wider dtype": (
+        TypeError,
+        {"dyt": [(ONE.half(), SIXTEEN.half(), SIXTEEN.half())]},
+    ),
     r"dyt has shape \(8,\); expected \(16,\)": (ValueError, {"dyt": [(ONE, torch.ones(8), SIXTEEN)]}),
 }
 
@@ -562,7 +568,7 @@ def test_bad_input_of_the_two_ends():
 
 def test_what_the_kernels_cannot_take_is_refused_with_the_reason():
     f, a, bias, w, k, _ = inputs(17)
-    with pytest.raises(NotImplementedError, match=r"triton.*grid of up to 32"):
+    with pytest.raises(NotImplementedError, match=r"triton.*P up to 32"):
         pooled(f, a, bias, w, k, size=33, backend="triton")
     wide = [t.double() for t in (f, a, bias, w, k)]
     with pytest.raises(NotImplementedError, match=r"triton.*float64"):
@@ -570,5 +576,5 @@ def test_what_the_kernels_cannot_take_is_refused_with_the_reason():
     with pytest.raises(NotImplementedError, match=r"triton.*float64"):
         landmark_side(wide[-1], wide[-1], 3, backend="triton")
     f, a, bias, w, k, _ = inputs(17, heads=3, d=100, rank=4, b=1, grid=(2, 2))
-    with pytest.raises(NotImplementedError, match=r"triton.*up to 256 channels at once, and C is 300"):
+    with pytest.raises(NotImplementedError, match=r"triton.*C up to 256 .*and C is 300"):
         pooled(f, a, bias, w, k, size=2, qk_norm="both", backend="triton")

@@ -544,8 +544,8 @@ def test_the_flop_counter_sees_what_it_sees_of_the_other_backends(method, solver
 
 REFUSED = {
     "float64": (lambda: (inputs(dtype=torch.float64), {})),
-    "head width": (lambda: (inputs(d=4), {})),
-    "128 landmarks": (lambda: (inputs(nk=140), {"rank": 129})),
+    "d from 8 to 128": (lambda: (inputs(d=4), {})),
+    "r up to 128": (lambda: (inputs(nk=140), {"rank": 129})),
     "solve_dtype": (lambda: (inputs(dtype=torch.float16), {"solve_dtype": "model"})),
 }
 

@@ -191,7 +191,7 @@ def test_a_device_that_is_not_the_current_one():
 def test_a_solver_without_a_kernel_is_refused(options):
     logits, rhs = (t.to(DEVICE) for t in problem(4, 2))
     with pytest.raises(
-        NotImplementedError, match="it has kernels for cholesky and lu, not equilibrated, not for"
+        NotImplementedError, match="it has kernels for cholesky and lu without equilibration, not for"
     ):
         landmark_solve(logits, rhs, backend="triton", **options)
 

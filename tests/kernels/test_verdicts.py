@@ -181,7 +181,7 @@ def test_the_file_of_another_user_is_ignored(monkeypatch):
 def test_a_file_that_others_can_write_is_ignored(mode: int):
     path = verdicts.save(VERDICT)
     path.chmod(mode)
-    assert verdicts.load(KEY) == (None, f"the kept verdict {path} is ignored: other users can write it")
+    assert verdicts.load(KEY) == (None, f"the stored verdict {path} is ignored: other users can write it")
     path.chmod(0o644)
     assert verdicts.load(KEY) == (VERDICT, None)
 
@@ -197,7 +197,7 @@ def test_where_nothing_can_be_written_there_is_one_warning(what: str, tmp_path: 
         with verdicts.held(KEY) as alone:
             assert alone
     assert len(caplog.records) == 1
-    assert "not kept" in caplog.text
+    assert "could not be saved" in caplog.text
 
 
 def test_the_folder_follows_the_environment(monkeypatch, tmp_path):

@@ -344,14 +344,14 @@ def test_each_reason_for_not_running_is_named(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA Old")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
     for name, words in (
-        ("cuda", "NVIDIA Old has compute capability 7.5; its kernels need 8.0"),
-        ("cuda:3", "there are 1 CUDA devices"),
+        ("cuda", "NVIDIA Old has compute capability 7.5; the kernels need 8.0"),
+        ("cuda:3", "the number of CUDA devices is 1"),
         ("cuda:x", "expected cuda or cuda:NUMBER"),
-        ("cpu", "CUDA devices"),
+        ("cpu", "expected a CUDA device"),
         ("nowhere:device", "no such device"),
         ("json:device", "no such device"),
         ("json:loads", "no such device"),
-        ("os:getcwd", "returned a str and no device"),
+        ("os:getcwd", "returned a str; expected a Device"),
         (":x", "no such device"),
         ("cuda:-1", "expected cuda or cuda:NUMBER"),
     ):
@@ -475,7 +475,7 @@ def test_a_narrower_run_after_an_interrupted_one_finishes_what_it_measures(wide:
     assert command.main([*full, "--quick", "--only", "dyt"]) == 0
     assert kept().unfinished == {("rms_scale", "fp32")}
     assert "Not finished" in (out := capsys.readouterr().out)
-    assert "has measured the rest: rms_scale in fp32\n" in out
+    assert "measures the rest: rms_scale in fp32\n" in out
     assert command.main([*full, "--quick"]) == 0
     assert "Not finished" not in capsys.readouterr().out
     assert kept().unfinished == frozenset()
@@ -615,7 +615,7 @@ def test_signals_interrupt_as_ctrl_c_does(number: signal.Signals, handler: Any, 
 
     Answers(monkeypatch, answer)
     assert command.main(ONLY) == 128 + number
-    assert "the next run goes on from here" in capsys.readouterr().err
+    assert "the next run resumes from here" in capsys.readouterr().err
     assert signal.getsignal(number) is handler
 
 
@@ -654,7 +654,7 @@ def test_wrong_options_are_one_sentence(monkeypatch, capsys):
     assert command.main(["--only", "nothing"]) == 2
     assert "nothing" in capsys.readouterr().err
     assert command.main(["--only", "landmark_solve", "--dtypes", "bf16"]) == 2
-    assert "no operator has a case" in capsys.readouterr().err
+    assert "select no case" in capsys.readouterr().err
 
 
 # Tables
@@ -867,7 +867,7 @@ def test_other_commands_are_refused(capsys):
 @pytest.mark.parametrize("words", [["--jobs", "-1"], ["--jobs", "0"], ["--limit", "nan"], ["--limit", "-1"]])
 def test_numbers_that_would_measure_nothing_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]):
     assert command.main([*words]) == 2
-    assert "is not a number above zero" in capsys.readouterr().err
+    assert "expected a number above 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", [".", "file/rows.jsonl"])
@@ -878,4 +878,4 @@ def test_a_place_that_cannot_hold_the_rows_is_refused_before_anything_is_measure
     monkeypatch.setattr(command, "Run", None)
     words = ["--device", "bench.ptx.verify:sm_89", "--export", str(tmp_path / name)]
     assert command.main(words) == 2
-    assert "expected the name of a file" in capsys.readouterr().err
+    assert "expected the path of a file" in capsys.readouterr().err

@@ -165,13 +165,13 @@ def test_what_ran_and_whose_verdict_is_one_sentence(neck: SRMNeck, monkeypatch):
     assert said.startswith("triton for ")
     assert said.endswith("reference for 1 operator; verdict of this machine, 2025-01-02")
     assert whole == first | second
-    assert choice.ran(cpu, "torch", {"dyt": {"torch"}}) == "torch for 1 operator; named by the config"
+    assert choice.ran(cpu, "torch", {"dyt": {"torch"}}) == "torch for 1 operator; set by the config"
     monkeypatch.setenv("SRM_KERNELS_BACKEND", "reference")
-    assert choice.ran(cpu, None, {"dyt": {"reference"}}).endswith("; named by SRM_KERNELS_BACKEND")
+    assert choice.ran(cpu, None, {"dyt": {"reference"}}).endswith("; set by SRM_KERNELS_BACKEND")
     monkeypatch.delenv("SRM_KERNELS_BACKEND")
     monkeypatch.setattr(choice, "_pretended", None)
     choice.refresh()
-    assert "verified on CUDA devices" in choice.ran(cpu, None, second)
+    assert "CUDA devices only" in choice.ran(cpu, None, second)
 
 
 @pytest.mark.parametrize("named", [None, "reference"])
@@ -195,7 +195,7 @@ def test_score_says_a_named_backend_on_stderr(tmp_path: Path, capsys):
     assert main([*arguments, "--backend", "reference"]) == 0
     err = capsys.readouterr().err
     assert "kernels: reference for " in err
-    assert "; named by the config" in err
+    assert "; set by the config" in err
 
 
 def test_srm_iqa_verify_is_the_same_command(monkeypatch, capsys):

@@ -56,6 +56,8 @@ def triton_missing() -> str | None:
     """Return why no Triton kernel can run here, or None."""
     if not _has_triton():
         return "Triton is not installed: pip install triton"
+    if torch.version.hip is not None:
+        return "its kernels are written for NVIDIA GPUs, and this torch is built for AMD GPUs"
     if not torch.cuda.is_available() and cpu_launch_device() is None:
         return "there is no CUDA device; only TRITON_INTERPRET=1 runs kernels on the CPU, and it is not set"
     return None

@@ -200,3 +200,12 @@ def test_a_program_that_the_last_release_exported_runs():
     grads = [torch.autograd.grad(result.square().sum(), x)[0] for result in results]
     assert torch.equal(*results)
     assert torch.equal(*grads)
+
+
+def test_an_amd_build_of_torch_is_refused_in_a_sentence(monkeypatch):
+    """Its tensors are on "cuda" devices too, and their capability would pass."""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    reason = "its kernels are written for NVIDIA GPUs, and this torch is built for AMD GPUs"
+    assert backends()["triton"] == (False, reason)
+    with pytest.raises(NotImplementedError, match=r"cannot run dyt: .* built for AMD GPUs$"):
+        CALLS["dyt"]("triton")

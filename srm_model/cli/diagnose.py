@@ -23,11 +23,11 @@ PICTURED = 2
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write `diagnosis.json`, `.md` and `.html` beside each checkpoint, or into --out, and print the tables."""
+    """Write `diagnosis.json`, `.md` and `.html` into each checkpoint's folder, or `--out`, and print the tables."""
     without = [name for name, kind in NECKS.items() if kind.attention != "nystrom"]
     folders = [folder for folder in runs.checkpoints(args.folder) if folder.name not in without]
     if not folders:
-        raise ValueError(f"{args.folder}: no checkpoint with landmark systems; expected one of the neck srm")
+        raise ValueError(f"{args.folder}: no checkpoint has landmark systems; expected one with the neck srm")
     with runs.writing(args.out or args.folder):
         _diagnose_all(args, folders)
 
@@ -39,7 +39,7 @@ def _diagnose_all(args: argparse.Namespace, folders: list[Path]) -> None:
         progress = not args.no_progress
         dataset = runs.dataset_for(card, model.config, root=args.data, split=args.split, progress=progress)
         indices = _spaced(len(dataset), args.images)
-        if not args.no_progress:
+        if progress:
             runs.say(f"diagnosing {folder} on {len(indices)} images, {device}")
         found = diagnose(model, _batches(dataset, indices, args.batch_size), pictured=PICTURED)
         about = {
@@ -57,7 +57,7 @@ def _diagnose_all(args: argparse.Namespace, folders: list[Path]) -> None:
 
 
 def _spaced(count: int, wanted: int) -> list[int]:
-    """`wanted` indices evenly spaced over `count`, or all."""
+    """Return `wanted` evenly spaced indices below `count`, or all of them if there are fewer."""
     wanted = min(wanted, count)
     return [(2 * place + 1) * count // (2 * wanted) for place in range(wanted)]
 

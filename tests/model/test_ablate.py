@@ -295,7 +295,7 @@ def test_a_scheduler_lists_jobs_and_does_one(
     code, shown, told = ablate(new, "--job", diagnosed)
     assert (code, shown) == (2, [])
     assert told == f"srm-iqa ablate: job '{diagnosed}': needs {trained}; expected that to be done before\n"
-    for expected in ("done", "nothing to do, its result is there"):
+    for expected in ("done", "done already"):
         assert ablate(new, "--job", trained)[:2] == (0, [f"{trained}: {expected}"])
         assert [line["kind"] for line in Records(new).lines] == ["clean"]
     with claimed_elsewhere(new, diagnosed, place):

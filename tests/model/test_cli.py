@@ -340,13 +340,13 @@ def test_bad_arguments_are_one_sentence(
         (["fly"], "invalid choice: 'fly'"),
         ([*train, "--epochs", "many"], "invalid int value: 'many'"),
         ([*train, "--set", "rank"], "--set rank: expected KEY=VALUE"),
-        (["attack", run, "--set", "landmarks=uniform"], "landmarks: of the model as it was trained; --set"),
-        (["audit", run, "--set", "landmarks=uniform"], "landmarks: of the model as it was trained; --set"),
+        (["attack", run, "--set", "landmarks=uniform"], "landmarks: fixed by training; --set"),
+        (["audit", run, "--set", "landmarks=uniform"], "landmarks: fixed by training; --set"),
         ([*train, "--set", "rnak=3"], "unknown config key rnak"),
         ([*train, "--set", "rank=0"], "config rank=0: expected at least 1"),
         ([*train, "--set", "epochs=2.5"], "config epochs=2.5: expected int"),
         ([*train, "--config", tmp_path / "none.json"], "none.json: no such file"),
-        ([*train, "--device", "abacus"], "--device abacus: not a device that can be used here"),
+        ([*train, "--device", "abacus"], "--device abacus: cannot be used on this machine"),
         ([*train[:1], "--data", tmp_path, *train[3:]], "neither TID2013"),
         (
             [*train[:5], "--backbone", "test_convent"],
@@ -438,7 +438,7 @@ def test_ctrl_c_ends_with_130_and_leaves_the_last_epoch_whole(data: Path, tmp_pa
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in errors
-    assert errors.splitlines()[-1] == "srm-iqa: interrupted; what was finished is kept"
+    assert errors.splitlines()[-1] == "srm-iqa: interrupted; finished results are kept"
     assert not list(out.rglob(".*"))
     finished = len((out / "srm" / "history.jsonl").read_text().splitlines())
     assert 1 <= finished < 10000
@@ -448,7 +448,7 @@ def test_ctrl_c_ends_with_130_and_leaves_the_last_epoch_whole(data: Path, tmp_pa
 def test_help_tells_of_every_table_and_every_option(capsys: pytest.CaptureFixture[str]):
     main(["report", "--help"])
     assert list(tables._BUILDERS) == [1, 2, *range(5, 16)]
-    assert "only these tables, 1, 2 and 5 to 15, " in " ".join(capsys.readouterr().out.split())
+    assert "only these tables of a study, 1, 2 and 5 to 15, " in " ".join(capsys.readouterr().out.split())
     silent = []
     for name, parser in _commands(_parser()):
         silent += [f"{name} {a.dest}" for a in parser._actions if a.option_strings and not a.help]

@@ -263,8 +263,8 @@ def test_ctrl_c_keeps_what_was_measured(
 
 def test_bad_arguments_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for arguments, sentence in [
-        (["--resolution", "0"], "0 is not at least 1"),
-        (["--seconds", "-1"], "-1 is not a span above 0"),
+        (["--resolution", "0"], "0 is less than 1"),
+        (["--seconds", "-1"], "-1 is not a finite number above 0"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
         (["--set", "rank=0"], "config rank=0"),
         (["--warmup", "-1"], "-1 is less than 0"),

@@ -174,10 +174,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="srm-iqa",
-        description="Train, attack and audit models of no-reference image quality.",
-    )
+    parser = _Parser(prog="srm-iqa", description="Train, attack and audit no-reference image quality models.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     command = partial(_command, commands)
@@ -291,7 +288,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["srm"],
         choices=tuple(NECKS),
-        help="necks, each trained into RUN/<neck> (default: srm)",
+        help="necks to train into RUN/<neck> (default: srm)",
     )
     add("--pretrained", action="store_true", help="start the backbone from ImageNet weights")
     add("--freeze-backbone", action="store_true", help="train neck and head only")
@@ -325,9 +322,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "folder", metavar="RUN", help="run folder, one of its checkpoints, or a study's folder"
-    )
+    parser.add_argument("folder", metavar="RUN", help="run folder, checkpoint or study folder")
     _add_data_choice(parser)
     _add_batch_size(parser)
     add_backend(parser)
@@ -440,20 +435,17 @@ def _add_profile(parser: argparse.ArgumentParser) -> None:
     add(
         "--trace",
         action="store_true",
-        help="write a torch.profiler trace and the ten most expensive kernels of every case",
+        help="write a torch.profiler trace and the ten slowest kernels of every case",
     )
     add("--memory", action="store_true", help="write memory over time of every case")
     add(
-        "--warmup",
-        type=not_negative,
-        metavar="N",
-        help="unmeasured calls first (default: 50 on a GPU, 2 on a CPU)",
+        "--warmup", type=not_negative, metavar="N", help="unmeasured calls (default: 50 on a GPU, 2 on a CPU)"
     )
     add(
         "--repeats",
         type=positive,
         metavar="N",
-        help="upper limit of measured calls (default: 100 on a GPU, 10 on a CPU)",
+        help="measured calls at most (default: 100 on a GPU, 10 on a CPU)",
     )
     add(
         "--seconds",
@@ -489,9 +481,7 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
         "checkpoint", metavar="CHECKPOINT", help="checkpoint folder, or a run with one; omitted with --model"
     )
     checkpoint.required = False  # with nargs="?", an option before the images would leave it empty
-    images = add(
-        "images", nargs="+", default=[], metavar="IMAGE", help="image file, or a folder with --recursive"
-    )
+    images = add("images", nargs="+", default=[], metavar="IMAGE", help="image file; folder with --recursive")
     images.required = False  # with nargs="*", an option before the first image would leave it empty
     add("--files-from", metavar="FILE", help='also score the files named in FILE, one a line ("-": stdin)')
     add(
@@ -521,25 +511,17 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
     """Add the options of `python -m srm_kernels verify`, whose own parser would import torch."""
-    values = {
-        "device": "cuda or cuda:NUMBER",
-        "export": "also write the rows as JSON lines",
-        "jobs": "number of processes that check in parallel",
-        "limit": "time limit of one case in seconds",
-    }
-    lists = {"only": "operators", "dtypes": "dtypes", "shapes": "shapes"}
-    flags = {
-        "quick": "check fewer shapes",
-        "compile": "also time the output of torch.compile",
-        "again": "repeat measurements that are stored",
-    }
-    for name, text in values.items():
-        parser.add_argument(f"--{name}", help=text)
-    for name, text in lists.items():
-        parser.add_argument(f"--{name}", nargs="+", help=text)
-    for name, text in flags.items():
-        parser.add_argument(f"--{name}", action="store_true", help=text)
-    parser.add_argument("-h", "--help", action="store_true", help="show the command's own help")
+    add = parser.add_argument
+    add("--device", help="cuda or cuda:NUMBER")
+    add("--export", help="also write the rows as JSON lines")
+    add("--jobs", help="number of processes that check in parallel")
+    add("--limit", help="time limit of one case in seconds")
+    for name in ("only", "dtypes", "shapes"):
+        add(f"--{name}", nargs="+", help="operators" if name == "only" else name)
+    add("--quick", action="store_true", help="check fewer shapes")
+    add("--compile", action="store_true", help="also time the output of torch.compile")
+    add("--again", action="store_true", help="repeat measurements that are stored")
+    add("-h", "--help", action="store_true", help="show the command's own help")
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
@@ -553,13 +535,7 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="write only these tables of a study, 1, 2 and 5 to 15, and print them as Markdown",
     )
-    add(
-        "--figure",
-        type=positive,
-        nargs="+",
-        metavar="N",
-        help="write only these figures of a study, 3 to 6",
-    )
+    add("--figure", type=positive, nargs="+", metavar="N", help="write only these figures of a study, 3 to 6")
 
 
 def _add_checkpoint(parser: argparse.ArgumentParser, *, or_model: bool = False) -> None:

@@ -75,7 +75,6 @@ def _audit(
     folder: Path,
     about: dict[str, Any],
 ) -> bool:
-    """Audit one model, write and print the result, and return whether no check failed."""
     eps = norm_of(args.norm).tables_of(config)[-1] if args.eps is None else args.eps
     found = audit(
         model,

@@ -11,6 +11,7 @@ import torch
 from srm_model import runs
 from srm_model.backbones import check_size
 from srm_model.checkpoint import load_weights, read_card, save_model
+from srm_model.cli.streams import cell
 from srm_model.files import atomic_path, read_json, write_text
 from srm_model.metrics import doubts
 from srm_model.model import IQAModel, load_model
@@ -66,7 +67,7 @@ def _model_card(model: IQAModel, card: dict[str, Any], folder: Path) -> str:
         "",
         f"- trained on: {dataset.get('name', 'unknown')}, epoch {card.get('epoch', 'unknown')}",
         f"- labels: {labels}",
-        f"- validation: SROCC {_figure(validation.get('srocc'))}, PLCC {_figure(validation.get('plcc'))}",
+        f"- validation: SROCC {cell(validation.get('srocc'))}, PLCC {cell(validation.get('plcc'))}",
     ]
     if labels.startswith("metric:"):
         metric = labels.partition(":")[2].upper()
@@ -76,7 +77,7 @@ def _model_card(model: IQAModel, card: dict[str, Any], folder: Path) -> str:
         lines.append(
             f"- the labels are people's opinions of similar images: those of {source} with the same photograph, "
             "distortion type and level. Type and level alone reach an SROCC of "
-            f"{_figure(dataset.get('type_level_srocc'))} on the test images"
+            f"{cell(dataset.get('type_level_srocc'))} on the test images"
         )
     digest = read_card(folder)["sha256"]
     lines += [
@@ -110,19 +111,18 @@ def _measured(folder: Path, digest: str) -> list[str]:
     weak: list[str] = []
     clean = read_json(folder / EVALUATION) if (folder / EVALUATION).is_file() else None
     if clean is not None and clean.get("sha256") == digest:
-        rows.append(["none", clean["n"], _figure(clean["srocc"]), _figure(clean["plcc"]), ""])
+        rows.append(["none", clean["n"], clean["srocc"], clean["plcc"], ""])
     for path in sorted((folder / "attacks").glob("*.json")):
         found = read_json(path)
         if (found.get("settings") or {}).get("checkpoint") == digest:
             budget = f"{found['norm']} {norm_of(found['norm']).brief(found['eps'])}"
             worst = found["worst"]
-            figures = [_figure(worst["srocc"]), _figure(worst["plcc"])]
-            rows.append([budget, len(found["mos"]), *figures, worst["srocc_attack"]])
+            rows.append([budget, len(found["mos"]), worst["srocc"], worst["plcc"], worst["srocc_attack"]])
             weak += [f"- {budget}, {doubt}" for doubt in doubts(found.get("attacks", {}))]
     if not rows:
         return ["The model has been neither evaluated nor attacked."]
     table = [["attack", "test images", "SROCC", "PLCC", "worst attack"], ["---"] * 5, *rows]
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in table]
+    lines = ["| " + " | ".join(map(cell, row)) + " |" for row in table]
     if len(rows) == 1 and rows[0][0] == "none":
         lines += ["", "The model has not been attacked: its robustness is not known."]
     return [*lines, "", *weak] if weak else lines
@@ -139,7 +139,3 @@ def _verdict(folder: Path, digest: str) -> str:
     if failed:
         return f"**Failed**: {len(failed)} of {asked} checks ({', '.join(failed)}). Do not trust its robust figures."
     return f"Passed: none of {asked} checks found masked gradients."
-
-
-def _figure(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.3f}"

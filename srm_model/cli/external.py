@@ -33,12 +33,7 @@ def add_model(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         help="MODULE:NAME, an nn.Module or a callable that returns one, or an exported program, FILE.pt2",
     )
     add("--size", type=positive, metavar="PX", help=f"side of its square input (default: {SIZE})")
-    add(
-        "--imagenet",
-        action="store_true",
-        default=None,
-        help="normalise images by ImageNet's mean and standard deviation",
-    )
+    add("--imagenet", action="store_true", default=None, help="normalise images as for ImageNet")
     for option, default in (("mean", 0), ("std", 1)):
         add(
             f"--{option}",
@@ -59,12 +54,7 @@ def add_model(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 def add_labels(group: argparse._ArgumentGroup) -> None:
     """Add the options for labels and results."""
     add = group.add_argument
-    add(
-        "--lower-is-better",
-        action="store_true",
-        default=None,
-        help="low scores of the model mean high quality",
-    )
+    add("--lower-is-better", action="store_true", default=None, help="low scores mean high quality")
     add("--labels", metavar="FILE", help="table of scores for the images, with a header")
     add("--image-column", metavar="NAME", help="column of file names (default: the only one that fits)")
     add("--score-column", metavar="NAME", help="column of scores, higher is better (default: the only one)")
@@ -87,13 +77,13 @@ def interface_of(args: argparse.Namespace, *, lower_is_better: bool | None) -> I
     """Return the interface that the arguments of `add_model` describe."""
     from srm_model.external import IMAGENET, Interface
 
-    given = {name: getattr(args, name) for name in ("mean", "std", "peak")}
+    given: dict[str, Any] = {name: getattr(args, name) for name in ("mean", "std", "peak")}
     if args.imagenet:
         if args.mean or args.std:
             raise ValueError("--imagenet and --mean or --std were given; expected one of them")
         given["mean"], given["std"] = IMAGENET
-    known = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v is not None}
-    return Interface(**known, lower_is_better=lower_is_better)
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v is not None}
+    return Interface(**given, lower_is_better=lower_is_better)
 
 
 def check_model_options(args: argparse.Namespace) -> None:
@@ -194,25 +184,25 @@ def attack(args: argparse.Namespace, writes: bool) -> list[tuple[Path, dict[str,
     subject = Subject(args)
     config = subject.config
     suite = args.suite if subject.has_gradient else "queries"
+    chosen: dict[str, Any] = {"limit": args.limit, "keep": args.keep, "suite": suite}
+    settings = {
+        "model": args.model,
+        "weights": fingerprint(subject.model),
+        "surrogate": None if subject.surrogate is None else fingerprint(subject.surrogate),
+        "dataset": subject.dataset.fingerprint,
+        "size": args.size,
+        **chosen,
+        "seed": config.seed,
+        "attack": config.attack_settings(),
+    }
+    progress = writes and not args.no_progress
     results = []
     for norm in args.norm:
         for eps in args.eps or norm_of(norm).tables_of(config):
-            settings = {
-                "model": args.model,
-                "weights": fingerprint(subject.model),
-                "surrogate": None if subject.surrogate is None else fingerprint(subject.surrogate),
-                "dataset": subject.dataset.fingerprint,
-                "size": args.size,
-                "limit": args.limit,
-                "keep": args.keep,
-                "suite": suite,
-                "seed": config.seed,
-                "attack": config.attack_settings(),
-            }
             path = Path(args.out, "attacks", result_name(norm, eps))
             found = known_result(path, settings)
             if found is None:
-                if writes and not args.no_progress:
+                if progress:
                     runs.say(f"attacking {args.model} with {norm} {norm_of(norm).brief(eps)}")
                 found = attack_model(
                     subject.model,
@@ -223,11 +213,9 @@ def attack(args: argparse.Namespace, writes: bool) -> list[tuple[Path, dict[str,
                     eps=eps,
                     config=config,
                     surrogate=subject.surrogate,
-                    limit=args.limit,
-                    keep=args.keep,
-                    suite=suite,
-                    progress=writes and not args.no_progress,
+                    progress=progress,
                     writes=writes,
+                    **chosen,
                 )
             results.append((Path(args.model), found))
     return results

@@ -50,9 +50,7 @@ def add_config(parser: argparse.ArgumentParser, *fields: str) -> None:
             metavar="RATE" if field.startswith("lr_") else field.rpartition("_")[2].upper(),
             help=f"{texts[field]} (default: {default})",
         )
-    group.add_argument(
-        "--config", metavar="FILE", help="JSON with some fields, or a checkpoint's config.json"
-    )
+    group.add_argument("--config", metavar="FILE", help="JSON of some fields, or a checkpoint's config.json")
     values = group.add_argument(
         "--set",
         action="append",

@@ -148,7 +148,6 @@ def _scores(model: Any, device: torch.device, images: list[Tensor]) -> list[Any]
 
 
 def _load(path: str, image_size: int) -> Tensor | str:
-    """Return the image, or the reason if it cannot be read."""
     try:
         return load_image(path, image_size)
     except ValueError as error:

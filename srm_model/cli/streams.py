@@ -82,7 +82,7 @@ def sentence(text: str) -> str:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Format a table as plain text, the first column left-aligned, the others right-aligned."""
-    cells = [list(header), *([_cell(value) for value in row] for row in rows)]
+    cells = [list(header), *([cell(value) for value in row] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     return "\n".join(
         "  ".join(
@@ -93,7 +93,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     )
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """Format a value for a table: numbers with three decimals, "undefined" for None and NaN."""
     if value is None or value != value:
         return "undefined"
     return f"{value:.3f}" if isinstance(value, float) else str(value)

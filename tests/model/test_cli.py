@@ -246,7 +246,7 @@ def test_a_data_set_that_changed_since_training_is_told(
     lines = (moved / "mos_with_names.txt").read_text().splitlines()
     (moved / "mos_with_names.txt").write_text("\n".join(lines[:-1]) + "\n")
     message = fails(capsys, "evaluate", copy, "--device", "cpu", "--no-progress")
-    assert "not the data set of training any more" in message
+    assert "differs from the dataset of training" in message
     assert main(["evaluate", str(copy), "--data", str(moved), "--device", "cpu", "--no-progress"]) == 0
 
 
@@ -353,12 +353,12 @@ def test_bad_arguments_are_one_sentence(
             "backbone 'test_convent': expected the name of a timm model",
         ),
         (["evaluate", tmp_path / "nowhere"], "nowhere: no such folder"),
-        (["evaluate", tmp_path], "no checkpoint here"),
-        (["evaluate", checkpoint], "does not say which data set it was trained on"),
+        (["evaluate", tmp_path], "has no checkpoint"),
+        (["evaluate", checkpoint], "does not name its dataset of training"),
         (["attack", run, "--eps", "1/255"], "--eps needs one --norm"),
         (["attack", run, "--norm", "l2", "--eps", "x"], "'x' is neither a number nor a fraction"),
-        (["score", run, "a.png"], "holds several checkpoints"),
-        (["score", tmp_path, "a.png"], "no checkpoint here"),
+        (["score", run, "a.png"], "has several checkpoints"),
+        (["score", tmp_path, "a.png"], "has no checkpoint"),
         (["report", tmp_path / "nowhere"], "no such run folder"),
         (["data", "check", tmp_path / "nowhere"], "no such folder"),
         (["data", "synthesize", tmp_path / "out", "--types", "25"], "types [25]"),

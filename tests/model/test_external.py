@@ -444,9 +444,11 @@ def table(folder: Path, text: str) -> Path:
 
 def test_columns_are_guessed_only_if_unambiguous(images: Path, tmp_path: Path):
     two = table(tmp_path, "file;copy;a;b\n" + "".join(f"{i}.png;{i}.png;{i};{i + 1}\n" for i in range(3)))
-    with pytest.raises(ValueError, match=r"each of file, copy names a file .* name one with --image-column"):
+    with pytest.raises(
+        ValueError, match=r"each of file, copy names a file .* choose one with --image-column"
+    ):
         labelled_images(images, two)
-    with pytest.raises(ValueError, match=r"each of a, b has a number .* name one with --score-column"):
+    with pytest.raises(ValueError, match=r"each of a, b has a number .* choose one with --score-column"):
         labelled_images(images, two, image_column="copy")
     found = labelled_images(images, two, image_column="copy", score_column="b", image_size=SIZE)
     assert found.names == ["0.png", "1.png", "2.png"]

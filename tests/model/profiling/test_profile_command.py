@@ -257,7 +257,7 @@ def test_ctrl_c_keeps_what_was_measured(
     assert main([*arguments, "--backend", "torch"]) == 130
     assert [row["neck"] for row in read(tmp_path / "cpu" / "neck.jsonl")] == ["srm", "quadratic"]
     captured = capsys.readouterr()
-    assert "interrupted; what was finished is kept" in captured.err
+    assert "interrupted; finished results are kept" in captured.err
     assert "srm [torch]" in captured.out
 
 

@@ -135,7 +135,7 @@ def test_a_device_that_is_not_here_is_one_short_sentence(name: str):
         device_from(name)
     assert len(str(raised.value)) < 260
     assert "\n" not in str(raised.value)
-    assert "expected such as cpu or cuda:0" in str(raised.value)
+    assert "expected a device such as cpu or cuda:0" in str(raised.value)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -355,7 +355,7 @@ def test_bad_arguments_are_one_sentence(
         (["evaluate", tmp_path / "nowhere"], "nowhere: no such folder"),
         (["evaluate", tmp_path], "has no checkpoint"),
         (["evaluate", checkpoint], "does not name its dataset of training"),
-        (["attack", run, "--eps", "1/255"], "--eps needs one --norm"),
+        (["attack", run, "--eps", "1/255"], "--eps with --norm linf l2: expected one norm"),
         (["attack", run, "--norm", "l2", "--eps", "x"], "'x' is neither a number nor a fraction"),
         (["score", run, "a.png"], "has several checkpoints"),
         (["score", tmp_path, "a.png"], "has no checkpoint"),

@@ -465,7 +465,7 @@ def test_columns_are_guessed_only_if_unambiguous(images: Path, tmp_path: Path):
         ("file,score\n0.png,nan\n1.png,2\n", {}, "the score nan is outside"),
         ("file,score\n0.png,1\n1.png,7\n", {"label_range": (0, 5)}, "the score 7 is outside 0 to 5"),
         ("file,score\n0.png,1\n1.png,1\n", {}, "all scores are 1"),
-        ("file,score\n0.png,1\n0.png,2\n", {}, "listed in row 2 already"),
+        ("file,score\n0.png,1\n0.png,2\n", {}, "already listed in row 2"),
         ("file,score\n", {}, "no rows below the header"),
         ("file,score\n0.png,1\n", {"score_column": "mos"}, "--score-column mos: .* columns file, score"),
     ],

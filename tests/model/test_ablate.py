@@ -761,7 +761,7 @@ def test_what_is_not_there_is_a_sentence(out: Path, tmp_path: Path, capsys: pyte
         assert main(["report", str(out), *arguments]) == 2
         assert words in capsys.readouterr().err
     assert main(["report", str(tmp_path), "--table", "1"]) == 2
-    assert "holds no study.json" in capsys.readouterr().err
+    assert "has no study.json" in capsys.readouterr().err
 
 
 def test_a_model_is_named_by_each_word_once():

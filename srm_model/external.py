@@ -1,4 +1,4 @@
-"""Models that this package did not make: loaded by name or from an exported program, and scored as ours are."""
+"""Models from elsewhere, loaded by name or from an exported program."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from srm_model.modules import make_torchvision_importable
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 PROGRAM = ".pt2"
-_PICKLED = ("custom_obj_", "opaque_obj_")  # constants of an exported program that only pickle can restore
+_PICKLED = ("custom_obj_", "opaque_obj_")  # names of constants in an exported program that need pickle
 
 
 @dataclass(frozen=True)
 class Interface:
-    """How a model takes its images and what its scores mean.
+    """The format of a model's input and the direction of its scores.
 
     Args:
-        mean, std: per channel, of images in [0, 1]; the model gets (image − mean)/std.
-        peak: the value of white before normalisation: 1, or 255.
-        lower_is_better: whether low scores mean high quality; None takes the model's attribute `lower_better`, as
-            pyiqa's metrics have it, else False.
+        mean, std: Per channel, of images in [0, 1]. The input of the model is peak·(image − mean)/std.
+        peak: Value of white: 1, or 255.
+        lower_is_better: Whether low scores mean high quality. None: the model's attribute `lower_better`, as in pyiqa's
+            metrics, or False without it.
     """
 
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
@@ -44,17 +44,21 @@ class Interface:
 
     def __post_init__(self) -> None:
         if not all(deviation > 0 for deviation in self.std):
-            raise ValueError(f"std {self.std}: expected three numbers above 0")
+            raise ValueError(f"std is {self.std}; expected three numbers above 0")
         if not self.peak > 0:
-            raise ValueError(f"peak {self.peak}: expected a number above 0")
+            raise ValueError(f"peak is {self.peak}; expected a number above 0")
 
 
 class ExternalModel(nn.Module):
-    """A model behind the interface of this package: images (B, 3, H, W) in [0, 1] → scores (B,), higher is better.
+    """A wrapper with the interface of this package: images (B, 3, H, W) in [0, 1] → scores (B,), higher is better.
+
+    Args:
+        model: Model to wrap.
+        interface: Format of its input and direction of its scores. Default: `Interface()`.
 
     Attributes:
-        model: the module itself.
-        line: buffer of two numbers, slope and offset that its scores get last; see `match`.
+        model: The wrapped model.
+        line: Slope and offset, which are applied to the scores; see `match`.
     """
 
     mean: Tensor
@@ -67,7 +71,7 @@ class ExternalModel(nn.Module):
         lower = interface.lower_is_better
         lower = bool(getattr(model, "lower_better", False)) if lower is None else lower
         self.model = model
-        # Buffers, so that results of another interface are results of another model.
+        # Buffers are part of the model's fingerprint, so results with another interface are not mixed up.
         self.register_buffer("mean", torch.tensor(interface.mean).view(3, 1, 1))
         self.register_buffer("gain", interface.peak / torch.tensor(interface.std).view(3, 1, 1))
         self.register_buffer("line", torch.tensor([-1.0 if lower else 1.0, 0.0], dtype=torch.float64))
@@ -76,25 +80,25 @@ class ExternalModel(nn.Module):
         """Return the scores, (B,) floating point.
 
         Raises:
-            TypeError: the model returned no tensor.
-            ValueError: it returned a tensor of another shape than (B,) or (B, 1), or of integers.
+            TypeError: The model does not return a tensor.
+            ValueError: The tensor has integers or another shape than (B,) or (B, 1).
         """
         output = self.model((images - self.mean.to(images)) * self.gain.to(images))
-        scores = as_scores(getattr(output, "logits", output), len(images))  # "logits" of a Hugging Face model
+        scores = as_scores(
+            getattr(output, "logits", output), len(images)
+        )  # Hugging Face models return "logits"
         slope, offset = self.line.to(scores)
         return scores * slope + offset
 
     def match(self, scores: npt.ArrayLike, labels: npt.ArrayLike) -> None:
-        """Bring scores to the mean and the standard deviation of labels, so that both are on one scale.
-
-        The order of scores stays.
+        """Set slope and offset so that scores have the mean and standard deviation of labels, in unchanged order.
 
         Args:
-            scores: (n,) of this model as it is now.
-            labels: (n,) of the same images.
+            scores: Scores of this model, (n,).
+            labels: Labels of the same images, (n,).
 
         Raises:
-            ValueError: the scores are all the same, or not finite.
+            ValueError: All scores are equal, or some are not finite.
         """
         found, wanted = np.asarray(scores, np.float64), np.asarray(labels, np.float64)
         broken = int((~np.isfinite(found)).sum())
@@ -110,16 +114,18 @@ class ExternalModel(nn.Module):
 
 
 def open_model(name: str, interface: Interface | None = None) -> ExternalModel:
-    """Return a model in evaluation mode.
+    """Load a model in evaluation mode.
 
     Args:
-        name: "MODULE:NAME", a module that Python can import (the current folder included) and in it an `nn.Module`,
-            or a function or class that returns one without arguments. Importing MODULE runs its code. Or the path of
-            an exported program, which ends in .pt2; it is loaded without pickle and runs no code of its own.
+        name: "MODULE:NAME": a module that can be imported, also from the current folder, and in it an `nn.Module`, or a
+            callable that returns one without arguments. Importing MODULE runs its code. Or the path of an exported
+            program, which ends in .pt2. It is loaded without pickle and runs no code of its own.
+        interface: Format of the model's input and direction of its scores. Default: `Interface()`.
 
     Raises:
-        ValueError: there is no such module, name or file; the function fails; the program holds pickled objects.
-        TypeError: what was found is not a model.
+        ValueError: The module, name or file does not exist; the callable fails; the program has pickled objects; the
+            model needs a reference image.
+        TypeError: The object is not a model.
     """
     found = _program(Path(name)) if name.endswith(PROGRAM) else _named(name)
     if not isinstance(found, nn.Module):
@@ -166,11 +172,11 @@ def _named(name: str) -> Any:
             inspect.signature(found).bind()
         except TypeError as error:
             raise ValueError(
-                f"--model {name}: {attribute} needs arguments ({error}); write a function without any that returns "
-                "the model"
+                f"--model {name}: {attribute} needs arguments ({error}); expected a function without arguments that "
+                "returns the model"
             ) from None
-        except ValueError:
-            pass  # a callable without a signature
+        except ValueError:  # the callable has no signature
+            pass
         try:
             return found()
         except Exception as error:
@@ -183,8 +189,8 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def _current_folder_first() -> Iterator[None]:
-    """Let modules of the current folder be imported, as `python -m` does."""
-    folder = os.getcwd()  # noqa: PTH109, what sys.path holds
+    """Make modules of the current folder importable, as `python -m` does."""
+    folder = os.getcwd()  # noqa: PTH109, sys.path holds strings
     sys.path.insert(0, folder)
     try:
         yield
@@ -203,8 +209,8 @@ def _program(path: Path) -> nn.Module:
     pickled = sorted(name for name in names if name.startswith(_PICKLED))
     if pickled:
         raise ValueError(
-            f"--model {path}: holds objects that only pickle can restore ({pickled[0]}), which could run any code; "
-            "expected a program of tensors"
+            f"--model {path}: has objects that need pickle ({pickled[0]}), which could run any code; expected a "
+            "program with tensors only"
         )
     with _weights_only():
         try:
@@ -217,7 +223,7 @@ def _program(path: Path) -> nn.Module:
 
 @contextmanager
 def _weights_only() -> Iterator[None]:
-    """Have every `torch.load` refuse whatever is not a tensor: torch's own loader of programs does not ask for it."""
+    """Make every `torch.load` reject all but tensors, which torch's loader of programs does not ask for."""
     variable = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(variable)
     os.environ[variable] = "1"
@@ -231,10 +237,14 @@ def _weights_only() -> Iterator[None]:
 
 
 def differentiable(model: nn.Module, image: Tensor) -> bool:
-    """Return whether the score of an image (3, H, W) depends on its pixels through autograd.
+    """Return whether autograd can differentiate the score of an image.
+
+    Args:
+        model: Model to test.
+        image: (3, H, W) in [0, 1].
 
     Raises:
-        ValueError: the model fails on the image.
+        ValueError: The model fails on the image.
     """
     images = to_model(model, image[None])
     with as_found(model, images, seed=0):

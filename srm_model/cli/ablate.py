@@ -1,4 +1,4 @@
-"""`srm-iqa ablate`: train, evaluate, attack and measure what a study file declares, and only what is missing."""
+"""`srm-iqa ablate`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from srm_model.study.sharing import check_sets, do_one, find_job, missing, share
 
 
 def run(args: argparse.Namespace) -> None:
-    """Do the jobs that `results.jsonl` lacks, or one of them, and say what there is; or list jobs."""
+    """Do the jobs whose results are missing, or one of them, and print a summary; or list jobs."""
     study = read_study(args.study, named_folders(args.data or ()))
     for backbone in study.backbones:
         check_backbone(backbone)
@@ -49,13 +49,13 @@ def _do(found: list[Job], c: Context, args: argparse.Namespace) -> None:
     write_json(c.out / STUDY, c.study.to_dict())
     if c.device.type == "cpu":
         runs.keep_memory()
-    # One command stands for all jobs of a scheduler.
+    # Record one command for all jobs that a scheduler starts.
     arguments = ["NAME" if args.job and word == args.job else word for word in args.arguments]
     with runs.recorded(c.out, arguments, title=c.study.title):
         if args.job:
             if job is not None:
                 do_one(job, found, c)
-            print(f"{args.job}: {'nothing to do, its result is there' if job is None else 'done'}")
+            print(f"{args.job}: {'done already' if job is None else 'done'}")
             return
         share(found, c)
     lines = Records(c.out).lines

@@ -17,23 +17,15 @@ from srm_model.metrics import doubts
 from srm_model.norms import norm_of
 from srm_model.runs.attacking import attack_checkpoint
 
-HEADER = (
-    "model",
-    "norm",
-    "eps",
-    "clean SROCC",
-    "worst SROCC",
-    "clean PLCC",
-    "worst PLCC",
-    "worst attack",
-    "images",
-)
+HEADER = "model,norm,eps,clean SROCC,worst SROCC,clean PLCC,worst PLCC,worst attack,images".split(",")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Attack each checkpoint at each budget, print clean and worst correlations."""
+    """Attack each checkpoint at each budget and print clean and worst correlations."""
     if args.eps is not None and len(args.norm) > 1:
-        raise ValueError("--eps needs one --norm: a budget means nothing without its norm")
+        raise ValueError(
+            f"--eps with --norm {' '.join(args.norm)}: expected one norm, which the budgets are in"
+        )
     external.check_options(args)
     if args.model is not None:
         with runs.process_group() as writes, runs.writing(args.out):
@@ -47,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def print_table(results: Sequence[tuple[Path, dict[str, Any]]]) -> None:
-    """Print a line for each checkpoint's result, and below them which figures may overstate robustness."""
+    """Print one line per result, then a warning for each result that may overstate robustness."""
     print(table(HEADER, [row(folder, result) for folder, result in results]))
     for folder, result in results:
         for doubt in doubts(result.get("attacks", {})):
@@ -69,7 +61,7 @@ def _attack_all(
         )
         surrogate = Path(args.surrogate) if args.surrogate else runs.surrogate_of(folder)
         if surrogate is None and writes:
-            runs.say(f"{folder}: no surrogate beside it, so the suite runs without the transfer attack")
+            runs.say(f"{folder}: no sibling checkpoint as surrogate, so the transfer attack is left out")
         for norm in args.norm:
             for eps in args.eps or norm_of(norm).tables_of(config):
                 result = attack_checkpoint(
@@ -91,7 +83,7 @@ def _attack_all(
 
 
 def row(folder: Path, result: dict[str, Any]) -> list[Any]:
-    """A line under `HEADER`."""
+    """Return the cells of a result under `HEADER`."""
     clean, worst = result["clean"], result["worst"]
     return [
         folder.name,

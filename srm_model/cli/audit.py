@@ -24,11 +24,11 @@ from srm_model.norms import NORMS, norm_of
 from srm_model.reports import write_audit
 
 IMAGES = 16
-VERDICTS = {True: "passed", False: "failed", None: "left open"}
+VERDICTS = {True: "passed", False: "failed", None: "not run"}
 
 
 def run(args: argparse.Namespace) -> int:
-    """Audit each checkpoint or the model, write its page, print its checks; 1 where a check failed."""
+    """Audit each checkpoint, or the model, and return 1 if a check failed."""
     external.check_options(args)
     args.limit = args.limit or (args.images if isinstance(args.images, int) else IMAGES)
     if args.model is not None:
@@ -46,7 +46,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _audit_checkpoint(args: argparse.Namespace, folder: Path) -> bool:
-    """Whether no check failed."""
     device = device_from(args.device)
     document = read_card(folder)
     trained = SRMConfig.from_dict(document["config"])
@@ -76,10 +75,7 @@ def _audit(
     folder: Path,
     about: dict[str, Any],
 ) -> bool:
-    """Audit one model, write what was found and print it; whether no check failed."""
-    eps = args.eps
-    if eps is None:
-        eps = norm_of(args.norm).tables_of(config)[-1]
+    eps = norm_of(args.norm).tables_of(config)[-1] if args.eps is None else args.eps
     found = audit(
         model,
         dataset,
@@ -105,7 +101,18 @@ def _audit(
 
 
 def certificates(model: nn.Module, dataset: Any, config: SRMConfig, limit: int) -> list[dict[str, Any]]:
-    """Median smoothing of `limit` images, for each budget of `config.eps_smoothing`."""
+    """Bound the median-smoothed scores of some images.
+
+    Args:
+        model: Model under audit.
+        dataset: Dataset whose items are `(image, label)`.
+        config: Config with the `smoothing_*` fields and `eps_smoothing`, L2 budgets stated at 512×512.
+        limit: Number of images, evenly spaced.
+
+    Returns:
+        For each budget of `config.eps_smoothing` the fields of its certificate, "stated" (the budget) and "ordered"
+        (the share of image pairs whose intervals do not overlap).
+    """
     indices = spread(len(dataset), limit)
     images = torch.stack([torch.as_tensor(dataset[index][0]) for index in indices])
     scores = smoothed_scores(

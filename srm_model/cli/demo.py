@@ -1,4 +1,4 @@
-"""`srm-iqa demo`: the whole road on photographs that installed packages carry, with no download."""
+"""`srm-iqa demo`: the full pipeline on photographs of installed packages, without a download."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from srm_model.reports import write_report
 from srm_model.runs.attacking import attack_checkpoint
 from srm_model.runs.training import new_model, train_neck
 
-BACKBONE = "tf_efficientnet_lite0"  # its ImageNet weights come as a package
+BACKBONE = "tf_efficientnet_lite0"  # a package contains its ImageNet weights
 NECKS = ("srm", "none")
 EPS = 1 / 255
 TITLE = "Demo: two necks trained and attacked on distorted photographs"
 
-# A handful of photographs and minutes: larger steps and fewer of them than the protocol's.
+# A few photographs in a few minutes: larger and fewer training steps than the protocol's.
 FULL: dict[str, Any] = {
     "image_size": 160,
     "batch_size": 16,
@@ -40,15 +40,14 @@ FULL_IMAGES, QUICK_IMAGES = 48, 16
 
 
 def run(args: argparse.Namespace) -> None:
-    """Synthesise, train, attack, report; what an earlier call has finished is not repeated."""
+    """Synthesise, train, attack and report, without repeating what an earlier call finished."""
     with runs.writing(args.out):
         _run(args)
 
 
 def _run(args: argparse.Namespace) -> None:
-    config = SRMConfig(**(QUICK if args.quick else FULL), seed=args.seed)
-    data = QUICK_DATA if args.quick else FULL_DATA
-    images = QUICK_IMAGES if args.quick else FULL_IMAGES
+    fields, data, images = (QUICK, QUICK_DATA, QUICK_IMAGES) if args.quick else (FULL, FULL_DATA, FULL_IMAGES)
+    config = SRMConfig(**fields, seed=args.seed)
     out, progress = Path(args.out), not args.no_progress
     device = device_from(args.device)
 
@@ -56,13 +55,8 @@ def _run(args: argparse.Namespace) -> None:
     with runs.recorded(out, args.arguments, title=TITLE) as record:
         if progress:
             runs.say(f"distorting photographs into {out / 'data'}")
-        root = synthesize(
-            out / "data",
-            image_size=config.image_size,
-            seed=args.seed,
-            progress=runs.bars(progress),
-            **data,
-        )
+        data = {**data, "image_size": config.image_size, "seed": args.seed}
+        root = synthesize(out / "data", progress=runs.bars(progress), **data)
         splits = runs.open_splits(root, config, progress=progress)
         record["dataset"] = runs.dataset_card(splits["train"])
         for neck in NECKS:
@@ -85,13 +79,13 @@ def _run(args: argparse.Namespace) -> None:
             results.append((out / neck, result))
     report = write_report(out)
 
-    print("Clean, on test photographs that training has not seen:")
+    print("Clean test images, from photographs that training has not seen:")
     print(clean_table([out / neck for neck in NECKS]))
     print(f"\nAttacked, {images} of those images:")
     attack.print_table(results)
     print(
-        f"\nThe labels are not people's: the metric {splits['test'].labels.partition(':')[2].upper()} gave them, "
-        "comparing each image with its original.\n"
-        "A set this small shows the road, from photographs to a report; it cannot show which neck is more robust."
+        f"\nThe labels come from the metric {splits['test'].labels.partition(':')[2].upper()}, which compares each "
+        "image with its original, and not from people.\n"
+        "The test set is too small to compare the necks."
     )
     print(f"\nReport: {report}")

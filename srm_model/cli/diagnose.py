@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from srm_model import runs
+from srm_model.attacks.suite import spread
 from srm_model.cli.options import device_from
 from srm_model.cli.streams import as_named
 from srm_model.diagnosis import diagnose
@@ -23,11 +22,11 @@ PICTURED = 2
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write `diagnosis.json`, `.md` and `.html` beside each checkpoint, or into --out, and print the tables."""
+    """Write `diagnosis.json`, `.md` and `.html` into each checkpoint's folder, or `--out`, and print the tables."""
     without = [name for name, kind in NECKS.items() if kind.attention != "nystrom"]
     folders = [folder for folder in runs.checkpoints(args.folder) if folder.name not in without]
     if not folders:
-        raise ValueError(f"{args.folder}: no checkpoint with landmark systems; expected one of the neck srm")
+        raise ValueError(f"{args.folder}: no checkpoint has landmark systems; expected one with the neck srm")
     with runs.writing(args.out or args.folder):
         _diagnose_all(args, folders)
 
@@ -38,10 +37,10 @@ def _diagnose_all(args: argparse.Namespace, folders: list[Path]) -> None:
         model, card = runs.open_checkpoint(folder, device, args.backend)
         progress = not args.no_progress
         dataset = runs.dataset_for(card, model.config, root=args.data, split=args.split, progress=progress)
-        indices = _spaced(len(dataset), args.images)
-        if not args.no_progress:
+        indices = spread(len(dataset), args.images)
+        if progress:
             runs.say(f"diagnosing {folder} on {len(indices)} images, {device}")
-        found = diagnose(model, _batches(dataset, indices, args.batch_size), pictured=PICTURED)
+        found = diagnose(model, runs.batches(dataset, indices, args.batch_size), pictured=PICTURED)
         about = {
             "checkpoint": str(folder),
             "data": f"{dataset.name}, {dataset.split} split",
@@ -54,17 +53,6 @@ def _diagnose_all(args: argparse.Namespace, folders: list[Path]) -> None:
         write_text(out / "diagnosis.html", render(found, about, pictures))
         print(markdown(found))
         print(as_named(out / "diagnosis.html"))
-
-
-def _spaced(count: int, wanted: int) -> list[int]:
-    """`wanted` indices evenly spaced over `count`, or all."""
-    wanted = min(wanted, count)
-    return [(2 * place + 1) * count // (2 * wanted) for place in range(wanted)]
-
-
-def _batches(dataset: Any, indices: list[int], size: int) -> Iterator[Tensor]:
-    for start in range(0, len(indices), size):
-        yield torch.stack([dataset[index][0] for index in indices[start : start + size]])
 
 
 def _picture(image: Tensor) -> Image.Image:

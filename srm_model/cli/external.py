@@ -1,4 +1,4 @@
-"""Any model and any labelled images for `attack`, `audit` and `score`."""
+"""The options of `attack`, `audit` and `score` for models and images that this package did not make."""
 
 from __future__ import annotations
 
@@ -13,109 +13,111 @@ if TYPE_CHECKING:
     from srm_model.data import ImageQualityDataset
     from srm_model.external import ExternalModel, Interface
 
+SIZE = 512
+# Options that need --model, as attributes of the parsed arguments. Their default is None.
+_WITH_MODEL = (
+    "size imagenet mean std peak lower_is_better labels image_column score_column label_range out".split()
+)
+
 
 def add_model(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Add the options that name a model and say how it takes images."""
+    """Add the options that name a model and describe its input."""
     group = parser.add_argument_group(
         "another model",
-        "Any model in place of a checkpoint. Importing MODULE runs its code; nothing else is imported by name.",
+        "Any model instead of a checkpoint. Importing MODULE runs its code; no other module is imported by name.",
     )
-    group.add_argument(
+    add = group.add_argument
+    add(
         "--model",
         metavar="NAME",
         help="MODULE:NAME, an nn.Module or a callable that returns one, or an exported program, FILE.pt2",
     )
-    group.add_argument(
-        "--size", type=positive, default=512, metavar="PX", help="side of the square it gets (default: 512)"
-    )
-    group.add_argument(
-        "--imagenet", action="store_true", help="normalise images by ImageNet's mean and standard deviation"
-    )
-    for option, default in (("mean", 0.0), ("std", 1.0)):
-        group.add_argument(
+    add("--size", type=positive, metavar="PX", help=f"side of its square input (default: {SIZE})")
+    add("--imagenet", action="store_true", default=None, help="normalise images as for ImageNet")
+    for option, default in (("mean", 0), ("std", 1)):
+        add(
             f"--{option}",
             type=float,
             nargs=3,
             metavar=("R", "G", "B"),
-            help=f"normalise images in [0, 1] by this {option} per channel (default: {default:g})",
+            help=f"normalise images in [0, 1] by this {option} per channel (default: {default})",
         )
-    group.add_argument(
+    add(
         "--peak",
         type=float,
-        default=1.0,
         metavar="V",
-        help="value of white, such as 255 for a model that takes 0 to 255 (default: 1)",
+        help="value of white, such as 255 for a model with inputs from 0 to 255 (default: 1)",
     )
     return group
 
 
 def add_labels(group: argparse._ArgumentGroup) -> None:
-    """Add the options that name images, their labels and where results go."""
-    group.add_argument(
-        "--lower-is-better",
-        action="store_true",
-        default=None,
-        help="low scores of the model mean high quality",
-    )
-    group.add_argument("--labels", metavar="FILE", help="table of scores for the images, with a header")
-    group.add_argument(
-        "--image-column", metavar="NAME", help="column of file names (default: the only one that fits)"
-    )
-    group.add_argument(
-        "--score-column", metavar="NAME", help="column of scores, higher is better (default: the only one)"
-    )
-    group.add_argument(
+    """Add the options for labels and results."""
+    add = group.add_argument
+    add("--lower-is-better", action="store_true", default=None, help="low scores mean high quality")
+    add("--labels", metavar="FILE", help="table of scores for the images, with a header")
+    add("--image-column", metavar="NAME", help="column of file names (default: the only one that fits)")
+    add("--score-column", metavar="NAME", help="column of scores, higher is better (default: the only one)")
+    add(
         "--label-range",
         type=float,
         nargs=2,
         metavar=("LOW", "HIGH"),
-        help="worst and best score that the labels can have (default: those in the table)",
+        help="worst and best possible score (default: lowest and highest score in the table)",
     )
-    group.add_argument("--out", metavar="DIR", help="folder for results")
+    add("--out", metavar="DIR", help="folder for results")
 
 
 def images_of(text: str) -> int | str:
-    """A number of images, or a folder of them, for argparse."""
+    """Read a number of images, or a folder of images, for argparse."""
     return positive(text) if text.isdecimal() and not Path(text).is_dir() else text
 
 
 def interface_of(args: argparse.Namespace, *, lower_is_better: bool | None) -> Interface:
-    """How the model of the arguments takes its images."""
+    """Return the interface that the arguments of `add_model` describe."""
     from srm_model.external import IMAGENET, Interface
 
-    mean, std = args.mean or (0.0,) * 3, args.std or (1.0,) * 3
+    given: dict[str, Any] = {name: getattr(args, name) for name in ("mean", "std", "peak")}
     if args.imagenet:
         if args.mean or args.std:
-            raise ValueError("--imagenet and --mean or --std: expected one of them")
-        mean, std = IMAGENET
-    return Interface(tuple(mean), tuple(std), args.peak, lower_is_better)
+            raise ValueError("--imagenet and --mean or --std were given; expected one of them")
+        given["mean"], given["std"] = IMAGENET
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v is not None}
+    return Interface(**given, lower_is_better=lower_is_better)
+
+
+def check_model_options(args: argparse.Namespace) -> None:
+    """Raise ValueError for an option that needs `--model` if `--model` is missing; otherwise set `args.size`."""
+    if args.model is not None:
+        args.size = args.size or SIZE
+        return
+    for name in _WITH_MODEL:
+        if getattr(args, name, None) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} goes with --model, which was not given")
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """ValueError for options that do not go together."""
+    """Raise ValueError for options of `attack` and `audit` that contradict each other."""
+    check_model_options(args)
     if args.model is None:
-        needing = ("labels", "image_column", "score_column", "label_range", "out", "lower_is_better")
-        given = [name for name in needing if getattr(args, name) is not None]
-        if given:
-            raise ValueError(f"--{given[0].replace('_', '-')}: only for a model that --model names")
         if args.folder is None:
-            raise ValueError("nothing to attack: expected RUN, or --model")
+            raise ValueError("no model was given; expected RUN, or --model")
         if isinstance(args.images, str):
-            raise ValueError(f"--images {args.images}: expected a number; a folder only with --model")
+            raise ValueError(f"--images {args.images}: expected a number; a folder goes with --model")
         return
     if args.folder is not None:
-        raise ValueError(f"{args.folder} and --model {args.model}: expected one of them")
+        raise ValueError(f"{args.folder} and --model {args.model} were given; expected one of them")
     if args.data is not None:
-        raise ValueError("--data: only for a checkpoint; --model takes --images FOLDER and --labels FILE")
+        raise ValueError("--data goes with a checkpoint; --model takes --images FOLDER and --labels FILE")
     for name, what in (("labels", "FILE"), ("out", "DIR")):
         if getattr(args, name) is None:
             raise ValueError(f"--model needs --{name} {what}")
     if not isinstance(args.images, str):
-        raise ValueError("--model needs --images FOLDER; --limit N takes only N of them")
+        raise ValueError("--model needs --images FOLDER; --limit N uses only N of its images")
 
 
 class Subject:
-    """A model, its images and what describes both; the model's scores are matched to the labels."""
+    """The model and the images that the arguments name. The scores are matched to the labels."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         import numpy as np
@@ -145,17 +147,17 @@ class Subject:
         if self.device.type == "cpu":
             runs.keep_memory()
         used = spread(len(self.dataset), len(self.dataset) if args.limit is None else args.limit)
-        # One image at a time: a whole set would not fit in memory.
+        # One image at a time, because the whole dataset may not fit in memory.
         scores = np.array([float(predict(self.model, self.dataset[index][0][None])) for index in used])
         labels = self.dataset.mos[used]
         self.model.match(scores, labels)
         self.has_gradient = differentiable(self.model, self.dataset[used[0]][0])
         if not self.has_gradient:
-            runs.say(f"{args.model}: its scores have no gradient, so it is attacked by queries alone")
+            runs.say(f"{args.model}: the scores have no gradient, so only query attacks are run")
         if srocc(scores, labels) < 0:
             runs.say(
-                f"{args.model}: its scores fall where the labels rise (SROCC {srocc(scores, labels):.3f}); "
-                "--lower-is-better turns them round"
+                f"{args.model}: the scores fall as the labels rise (SROCC {srocc(scores, labels):.3f}); "
+                "--lower-is-better reverses them"
             )
         self.surrogate = (
             runs.open_checkpoint(Path(args.surrogate), self.device, self.config.backend)[0]
@@ -165,7 +167,15 @@ class Subject:
 
 
 def attack(args: argparse.Namespace, writes: bool) -> list[tuple[Path, dict[str, Any]]]:
-    """Attack the model at each budget; results are under the name of the model."""
+    """Attack the model of the arguments at each budget.
+
+    Args:
+        args: Parsed arguments of `srm-iqa attack`.
+        writes: Whether this rank writes results and progress.
+
+    Returns:
+        The model's name and the contents of the result file, for each budget.
+    """
     from srm_model import runs
     from srm_model.attacks.suite import fingerprint
     from srm_model.norms import norm_of
@@ -174,25 +184,25 @@ def attack(args: argparse.Namespace, writes: bool) -> list[tuple[Path, dict[str,
     subject = Subject(args)
     config = subject.config
     suite = args.suite if subject.has_gradient else "queries"
+    chosen: dict[str, Any] = {"limit": args.limit, "keep": args.keep, "suite": suite}
+    settings = {
+        "model": args.model,
+        "weights": fingerprint(subject.model),
+        "surrogate": None if subject.surrogate is None else fingerprint(subject.surrogate),
+        "dataset": subject.dataset.fingerprint,
+        "size": args.size,
+        **chosen,
+        "seed": config.seed,
+        "attack": config.attack_settings(),
+    }
+    progress = writes and not args.no_progress
     results = []
     for norm in args.norm:
         for eps in args.eps or norm_of(norm).tables_of(config):
-            settings = {
-                "model": args.model,
-                "weights": fingerprint(subject.model),
-                "surrogate": None if subject.surrogate is None else fingerprint(subject.surrogate),
-                "dataset": subject.dataset.fingerprint,
-                "size": args.size,
-                "limit": args.limit,
-                "keep": args.keep,
-                "suite": suite,
-                "seed": config.seed,
-                "attack": config.attack_settings(),
-            }
             path = Path(args.out, "attacks", result_name(norm, eps))
             found = known_result(path, settings)
             if found is None:
-                if writes and not args.no_progress:
+                if progress:
                     runs.say(f"attacking {args.model} with {norm} {norm_of(norm).brief(eps)}")
                 found = attack_model(
                     subject.model,
@@ -203,11 +213,9 @@ def attack(args: argparse.Namespace, writes: bool) -> list[tuple[Path, dict[str,
                     eps=eps,
                     config=config,
                     surrogate=subject.surrogate,
-                    limit=args.limit,
-                    keep=args.keep,
-                    suite=suite,
-                    progress=writes and not args.no_progress,
+                    progress=progress,
                     writes=writes,
+                    **chosen,
                 )
             results.append((Path(args.model), found))
     return results

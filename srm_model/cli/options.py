@@ -1,4 +1,4 @@
-"""Arguments that several subcommands share, and the config they amount to."""
+"""Arguments that several subcommands share, and the config that they describe."""
 
 from __future__ import annotations
 
@@ -15,58 +15,55 @@ from srm_model.files import read_json
 if TYPE_CHECKING:
     import torch
 
-_REASON = 120  # characters of what PyTorch says about a device
+_REASON = 120  # characters of PyTorch's message about a device
 _HELP = {
     "epochs": "passes over the training images",
-    "batch_size": "images of one optimiser step, over all processes",
-    "accumulate": "micro-batches that a batch is cut into, to need less memory",
+    "batch_size": "images in one optimiser step, over all processes",
+    "accumulate": "micro-batches per batch, to save memory",
     "attack_steps": "PGD steps",
     "attack_restarts": "PGD restarts, each from a random start",
     "attack_batch_size": "images attacked together",
-    "attack_queries": "scores per image that the black-box attack may ask for",
-    "image_size": "side of the square that is trained on and scored, in pixels",
+    "attack_queries": "queries per image of the black-box attack",
+    "image_size": "side of the square input in pixels",
     "precision": "fp32, bf16, fp16 or auto: bf16 or fp16 on a GPU, fp32 on a CPU",
     "lr_backbone": "learning rate of the backbone",
     "lr_neck": "learning rate of neck and head",
-    "seed": "of the split, the initial weights, the order of images and the attacks",
+    "seed": "seed of the split, the initial weights, the order of images and the attacks",
 }
 
 
 def add_config(parser: argparse.ArgumentParser, *fields: str) -> None:
-    """Flags for some fields of `SRMConfig`, and `--config` and `--set` for all."""
+    """Add `--config` and `--set` for all fields of `SRMConfig`, and an option for each of `fields`."""
     group = parser.add_argument_group(
-        "config", "Every constant is a field of SRMConfig. --set overrules flags, flags overrule --config."
+        "config",
+        "Every constant is a field of SRMConfig. --set overrides the other options, which override --config.",
     )
     defaults = SRMConfig().to_dict()
     attacking = "attack_steps" in fields
-    texts = _HELP | ({"seed": "of the attacks; the split is that of training"} if attacking else {})
+    texts = _HELP | ({"seed": "seed of the attacks; the split stays as in training"} if attacking else {})
     for field in fields:
         default = "the checkpoint's" if attacking else defaults[field]
         group.add_argument(
-            f"--{field.removeprefix('attack_').replace('_', '-')}"
-            if field != "attack_batch_size"
-            else "--batch-size",
+            f"--{field.removeprefix('attack_').replace('_', '-')}",
             dest=f"config_{field}",
             type=type(defaults[field]),
             metavar="RATE" if field.startswith("lr_") else field.rpartition("_")[2].upper(),
             help=f"{texts[field]} (default: {default})",
         )
-    group.add_argument(
-        "--config", metavar="FILE", help="JSON with some fields, or a checkpoint's config.json"
-    )
+    group.add_argument("--config", metavar="FILE", help="JSON of some fields, or a checkpoint's config.json")
     values = group.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="one field; VALUE is JSON, none, or plain text, such as --set links=[[4,3],[3,2]] (repeatable); "
+        help="change one field; VALUE is JSON, none, or plain text, such as --set links=[[4,3],[3,2]] (repeatable); "
         "%(registered)s",
     )
     values.registered = _Registered()  # type: ignore[attr-defined]
 
 
 class _Registered:
-    """The values of registered fields as `--help` lists them: what they are is imported when they are printed."""
+    """The accepted values of registered fields. Only `--help` prints them, and only that imports their modules."""
 
     def __str__(self) -> str:
         return "; ".join(
@@ -75,7 +72,15 @@ class _Registered:
 
 
 def config_from(args: argparse.Namespace, base: SRMConfig | None = None) -> SRMConfig:
-    """`base` (default: SRMConfig()) with what the arguments of `add_config` change."""
+    """Return a config with the changes that the arguments of `add_config` ask for.
+
+    Args:
+        args: Parsed arguments.
+        base: Config to change. Default: `SRMConfig()`.
+
+    Raises:
+        ValueError: `--set` has no "=", the file of `--config` holds no fields, or `SRMConfig` rejects a value.
+    """
     changes: dict[str, Any] = {}
     if args.config is not None:
         changes |= _read(args.config)
@@ -93,7 +98,15 @@ def config_from(args: argparse.Namespace, base: SRMConfig | None = None) -> SRMC
 
 
 def attack_config_from(args: argparse.Namespace, trained: SRMConfig) -> SRMConfig:
-    """`trained` with other settings of the attack; ValueError for a field that the weights as trained do not follow."""
+    """Return the config of a trained model with the attack settings that the arguments ask for.
+
+    Args:
+        args: Parsed arguments of `add_config`.
+        trained: Config of the model.
+
+    Raises:
+        ValueError: A changed field is fixed by training, so that the trained weights would not follow it.
+    """
     config = config_from(args, trained)
     followed = (*config.attack_settings(), "attack_sweep_steps", "seed", "backend")
     before = trained.to_dict()
@@ -104,14 +117,18 @@ def attack_config_from(args: argparse.Namespace, trained: SRMConfig) -> SRMConfi
     ]
     if kept:
         raise ValueError(
-            f"{', '.join(kept)}: of the model as it was trained; --set and --config change attack_*, pair_*, eps_*, "
-            "smoothing_*, eot_samples, seed and backend here (a study's swaps put others into trained weights)"
+            f"{', '.join(kept)}: fixed by training; --set and --config can change attack_*, pair_*, eps_*, "
+            "smoothing_*, eot_samples, seed and backend here (a study's swaps change other fields)"
         )
     return config
 
 
+def add_seed(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--seed", type=int, default=0, help=f"seed of {what} (default: 0)")
+
+
 def add_device(parser: argparse.ArgumentParser, *, workers: bool = False) -> None:
-    parser.add_argument("--device", help="such as cpu or cuda:0 (default: cuda where there is one)")
+    parser.add_argument("--device", help="device, such as cpu or cuda:0 (default: cuda if available)")
     if workers:
         parser.add_argument("--workers", type=int, default=0, help="processes that load images (default: 0)")
 
@@ -121,7 +138,7 @@ def add_max_pixels(parser: argparse.ArgumentParser) -> None:
         "--max-pixels",
         type=not_negative,
         metavar="N",
-        help="refuse to decode images of more than N pixels; 0: no limit (default: Pillow's, 178956970)",
+        help="reject images of more than N pixels; 0: no limit (default: Pillow's, 178956970)",
     )
 
 
@@ -131,41 +148,38 @@ def add_backend(parser: argparse.ArgumentParser) -> None:
         type=backend_name,
         default=STORED,
         metavar="NAME",
-        help="of the operators; none picks the fastest that can run (default: the one of training)",
+        help="backend of the operators; none chooses by the verdict about the device (default: as in training)",
     )
 
 
 def backend_name(text: str) -> str | None:
-    """A backend, or "none" for None, for argparse."""
+    """Read a backend's name for argparse, "none" as None."""
     return None if text.lower() == "none" else text
 
 
 def positive(text: str) -> int:
-    """A whole number of at least 1, for argparse."""
+    """Read a whole number of at least 1 for argparse."""
+    return not_negative(text, 1)
+
+
+def not_negative(text: str, least: int = 0) -> int:
+    """Read a whole number of at least `least` for argparse."""
     number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    if number < least:
+        raise argparse.ArgumentTypeError(f"{text} is less than {least}")
     return number
 
 
 def seconds(text: str) -> float:
-    """A span of time above 0, for argparse."""
+    """Read a finite number above 0 for argparse."""
     number = float(text)
     if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a span above 0")
-    return number
-
-
-def not_negative(text: str) -> int:
-    """A whole number of at least 0, for argparse."""
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{text} is less than 0")
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
     return number
 
 
 def byte_count(text: str) -> int:
-    """A size such as 500MB or 20GB, decimal, for argparse."""
+    """Read a size such as 500MB or 20GB, in decimal units, for argparse."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT]?B?)", text)
     size = int(float(match[1]) * 1000 ** " kMGT".index(match[2].rstrip("B") or " ")) if match else 0
     if size < 1:
@@ -174,7 +188,7 @@ def byte_count(text: str) -> int:
 
 
 def width_and_height(text: str) -> tuple[int, int]:
-    """A size in pixels such as 512x384, for argparse."""
+    """Read a size in pixels such as 512x384 for argparse."""
     match = re.fullmatch(r"([1-9]\d{0,5})[x×]([1-9]\d{0,5})", text)
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a width and a height such as 512x384")
@@ -182,7 +196,7 @@ def width_and_height(text: str) -> tuple[int, int]:
 
 
 def budget(text: str) -> float:
-    """`parse_budget` for argparse."""
+    """Call `parse_budget` for argparse."""
     from srm_model.attacks.problem import parse_budget
 
     try:
@@ -192,9 +206,13 @@ def budget(text: str) -> float:
 
 
 def device_from(name: str | None) -> torch.device:
-    """The device asked for, by default CUDA where there is one; ValueError where it cannot be used.
+    """Return a device.
 
-    Under torchrun the default is the GPU of the local rank.
+    Args:
+        name: Name for `torch.device`. Default: CUDA if available, under torchrun the GPU of the local rank, else "cpu".
+
+    Raises:
+        ValueError: The device cannot be used on this machine.
     """
     import torch
 
@@ -203,17 +221,17 @@ def device_from(name: str | None) -> torch.device:
         return torch.device(gpu if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()  # which a device without memory ("meta") cannot do
+        torch.zeros(1, device=device).item()  # fails on a device without memory ("meta")
     except (RuntimeError, AssertionError, ImportError, AttributeError, NotImplementedError) as error:
-        reason = re.split(r"\.\s|\n", str(error))[0][:_REASON]  # PyTorch goes on for a page
+        reason = re.split(r"\.\s|\n", str(error))[0][:_REASON]  # PyTorch's message can fill a page
         raise ValueError(
-            f"--device {name}: not a device that can be used here ({reason}); expected such as cpu or cuda:0"
+            f"--device {name}: cannot be used on this machine ({reason}); expected a device such as cpu or cuda:0"
         ) from None
     return device
 
 
 def named_folders(pairs: Sequence[str]) -> dict[str, str]:
-    """Folders by name from NAME=FOLDER."""
+    """Split arguments NAME=FOLDER into folders by name."""
     found = {}
     for pair in pairs:
         name, equals, folder = pair.partition("=")
@@ -225,7 +243,7 @@ def named_folders(pairs: Sequence[str]) -> dict[str, str]:
 
 def _read(path: str) -> dict[str, Any]:
     values = read_json(path)
-    if isinstance(values, dict) and "format" in values:
+    if isinstance(values, dict) and "format" in values:  # a checkpoint's config.json
         values = values.get("config")
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected an object of config fields")

@@ -30,7 +30,7 @@ _OPTIONS = {
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure every case, a line in the file each as soon as it is known, and print both tables; 2 if none ran."""
+    """Measure every case, append its row to the file at once, print the tables, and return 2 if no case could run."""
     device = device_from(args.device)
     chosen = {name: getattr(args, option) for name, option in _OPTIONS.items()}
     given = {name: values for name, values in chosen.items() if values is not None}

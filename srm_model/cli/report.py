@@ -16,9 +16,8 @@ from srm_model.reports.tables import markdown
 def run(args: argparse.Namespace) -> None:
     """Write the page of a run or a study, or some of a study's tables and figures, and print the paths."""
     folder = Path(args.folder)
-    study = (
-        folder / STUDY
-    ).is_file()  # its results are lines added whole: a page of those so far disturbs no one
+    # A study's results are appended in whole lines, so a report can be written while jobs run.
+    study = (folder / STUDY).is_file()
     writes = folder.is_dir() and (study or args.out is None)
     with runs.writing(folder, shared=study) if writes else nullcontext():
         _write(args, study)
@@ -34,5 +33,5 @@ def _write(args: argparse.Namespace, study: bool) -> None:
         print("\n".join(map(as_named, written)))
         return
     if args.table is not None or args.figure is not None:
-        raise ValueError(f"{args.folder}: holds no {STUDY}; tables and figures by number are a study's")
+        raise ValueError(f"{args.folder}: has no {STUDY}; --table and --figure go with a study")
     print(as_named(write_report(args.folder, args.out)))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from srm_model import runs
 from srm_model.attacks.guard import scores_of
-from srm_model.cli.external import interface_of
+from srm_model.cli.external import check_model_options, interface_of
 from srm_model.cli.options import device_from
 from srm_model.cli.streams import as_named, sentence
 from srm_model.data import load_image
@@ -27,23 +27,24 @@ from srm_model.external import open_model
 
 
 class _Source(NamedTuple):
-    """A file to score, or why there is none under this name."""
+    """A file to score, or the reason why the name does not lead to one."""
 
     path: str
     fault: str | None = None
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print a line per scored file; 2 where a file could not be read or scored."""
+    """Print one line per scored file and return 2 if a file could not be read or scored."""
+    check_model_options(args)
     names = list(args.images)
     if args.model is not None and args.checkpoint is not None:
-        names.insert(0, args.checkpoint)  # the first of the images: there is no checkpoint
+        names.insert(0, args.checkpoint)  # without a checkpoint, the first positional argument is an image
     elif args.model is None:
         if args.checkpoint is None:
-            raise ValueError("nothing to score with: expected CHECKPOINT, or --model")
+            raise ValueError("no model was given; expected CHECKPOINT, or --model")
         folder = runs.one_checkpoint(args.checkpoint)
     if not names and args.files_from is None:
-        raise ValueError("nothing to score: expected IMAGE or --files-from FILE")
+        raise ValueError("no image was given; expected IMAGE or --files-from FILE")
     names += [] if args.files_from is None else _listed(args.files_from, null=args.null)
     device = device_from(args.device)
     if args.model is None:
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _listed(file: str, *, null: bool) -> list[str]:
-    """The names in a file, "-" for stdin: a line each, or between NUL bytes."""
+    """Return the names in a file ("-": stdin), separated by line breaks or NUL bytes."""
     try:
         data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
     except OSError as error:
@@ -76,32 +77,30 @@ def _listed(file: str, *, null: bool) -> list[str]:
     except UnicodeDecodeError as error:
         raise ValueError(f"--files-from {file}: not readable as {error.encoding} ({error.reason})") from None
     if "\0" in text:
-        raise ValueError(f"--files-from {file}: has NUL bytes; give --null where they separate the names")
+        raise ValueError(f"--files-from {file}: has NUL bytes; --null reads names that they separate")
     names = (line.removesuffix("\r") for line in text.split("\n"))
     return [os.fsdecode(name.encode(errors="surrogateescape")) for name in names if name]
 
 
 def _sources(names: Iterable[str], *, recursive: bool) -> Iterator[_Source]:
     for name in names:
-        if not os.path.isdir(name):  # noqa: PTH112, names may have NUL bytes in them
+        if not os.path.isdir(name):  # noqa: PTH112, names may contain NUL bytes
             yield _Source(name)
         elif recursive:
             yield from _inside(name)
         else:
-            yield _Source(
-                name, f"{name}: a folder; expected an image, or --recursive for those in the folder"
-            )
+            yield _Source(name, f"{name}: is a folder; expected an image, or --recursive to score its images")
 
 
 def _inside(folder: str) -> Iterator[_Source]:
-    """The images in a folder and those below it, sorted by name; hidden files and folders are passed over."""
+    """Yield the images in a folder and its subfolders, sorted by name, without hidden files and folders."""
     faults: list[OSError] = []
     empty = True
     for place, folders, files in os.walk(folder, onerror=faults.append):
         folders[:] = sorted(name for name in folders if name[0] != ".")
         for name in sorted(files):
             if name[0] != "." and name.lower().endswith(SUFFIXES):
-                yield _Source(os.path.join(place, name))  # noqa: PTH118, Path would drop a leading ./
+                yield _Source(os.path.join(place, name))  # noqa: PTH118, Path removes a leading ./
                 empty = False
     for fault in faults:
         yield _Source(str(fault.filename), f"{fault.filename}: cannot be listed ({fault.strerror})")
@@ -117,7 +116,7 @@ def _batches(sources: Iterator[_Source], size: int) -> Iterator[list[_Source]]:
 def _scored(
     model: Any, size: int, device: torch.device, batch: list[_Source]
 ) -> list[tuple[str, float | None, str | None]]:
-    """Path, score and, where there is no score, the sentence that says why."""
+    """Return path, score and, if there is no score, the reason, for each source."""
     loaded = [source.fault or _load(source.path, size) for source in batch]
     images = [image for image in loaded if isinstance(image, Tensor)]
     scores = _scores(model, device, images)
@@ -131,12 +130,12 @@ def _scored(
         elif math.isfinite(score):
             found.append((source.path, score, None))
         else:
-            found.append((source.path, None, f"{source.path}: the model gives it the score {score}"))
+            found.append((source.path, None, f"{source.path}: the model's score is {score}"))
     return found
 
 
 def _scores(model: Any, device: torch.device, images: list[Tensor]) -> list[Any]:
-    """The scores of images, or for each image on which the model fails why it does."""
+    """Return the score of each image, or the reason if the model fails on it."""
     if not images:
         return []
     try:
@@ -149,7 +148,6 @@ def _scores(model: Any, device: torch.device, images: list[Tensor]) -> list[Any]
 
 
 def _load(path: str, image_size: int) -> Tensor | str:
-    """The image, or the sentence that says why there is none."""
     try:
         return load_image(path, image_size)
     except ValueError as error:

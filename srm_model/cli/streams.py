@@ -1,4 +1,4 @@
-"""Standard output and error: names of any bytes, readers that are gone, disks that are full."""
+"""Standard output and error, robust to file names of any bytes, closed pipes and full disks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _HANDLER = "srm-iqa"
 
 
 class Output:
-    """Standard output that remembers whether it could be written; None is one that was closed from the start."""
+    """Standard output that remembers a failed write. `stream` is None if it was closed from the start."""
 
     def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
@@ -29,16 +29,14 @@ class Output:
         self._try(lambda stream: stream.flush())
 
     def lost(self) -> str | None:
-        """Why not all could be written, or None. Once there is a reason, nothing more is written to the file."""
+        """Return the reason of the first failed write, or None. After a failure nothing more is written."""
         if self._fault is None and self._stream is not None:
             with suppress(OSError):
                 self.flush()
         if self._fault is None:
             return None
-        with suppress(OSError, AttributeError):  # without a file
-            os.dup2(
-                os.open(os.devnull, os.O_WRONLY), self.fileno()
-            )  # for the interpreter's own flush at exit
+        with suppress(OSError, AttributeError):  # the stream may have no file descriptor
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())  # else the flush at exit would fail
         return self._fault.strerror or str(self._fault)
 
     def __getattr__(self, name: str) -> Any:
@@ -56,9 +54,9 @@ class Output:
 
 @contextmanager
 def prepared() -> Iterator[Output]:
-    """Let standard output and error take any text within the block; yields the former.
+    """Let standard output and error accept any text within the block, and yield standard output.
 
-    Bytes of a file name that are not text are written as they are, characters that the encoding lacks as escapes.
+    Undecodable bytes of a file name are written unchanged. Characters that the encoding lacks are written as escapes.
     """
     _replace_closed()
     output = Output(sys.stdout)
@@ -78,13 +76,13 @@ def prepared() -> Iterator[Output]:
 
 
 def sentence(text: str) -> str:
-    """The text on one line."""
+    """Put a text on one line."""
     return re.sub(r"\s*[\r\n]+\s*", " ", text).strip()
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Plain text, first column to the left, figures to the right."""
-    cells = [list(header), *([_cell(value) for value in row] for row in rows)]
+    """Format a table as plain text, the first column left-aligned, the others right-aligned."""
+    cells = [list(header), *([cell(value) for value in row] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     return "\n".join(
         "  ".join(
@@ -95,22 +93,23 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     )
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """Format a value for a table: numbers with three decimals, "undefined" for None and NaN."""
     if value is None or value != value:
         return "undefined"
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def as_named(path: str | os.PathLike[str]) -> str:
-    """A path as text that standard output turns into the very bytes of the name, whatever the locale."""
+    """Return a path as text that standard output encodes to the bytes of its name, in any locale."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    if "/".encode(encoding) != b"/":  # UTF-16 and the like have no place for single bytes
+    if "/".encode(encoding) != b"/":  # encodings such as UTF-16 cannot represent single bytes
         return os.fspath(path)
     return os.fsencode(path).decode(encoding, "surrogateescape")
 
 
 def _replace_closed() -> None:
-    """Give a process that was started with closed streams others, so that no file takes their numbers."""
+    """Replace standard streams that were closed at start, so that no other file gets their descriptors."""
     if sys.stdin is None or sys.stdout is None or sys.stderr is None:
         while os.open(os.devnull, os.O_RDWR) < 3:
             pass
@@ -121,7 +120,7 @@ def _replace_closed() -> None:
 
 
 def _encode_rest(error: UnicodeError) -> tuple[bytes, int]:
-    """Bytes for the characters that an encoding lacks: those of a file name as they are, an escape for others."""
+    """Encode characters that an encoding lacks: surrogate escapes as their bytes, others as escapes."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     rest = error.object[error.start : error.end]

@@ -18,7 +18,7 @@ from srm_model.training import evaluate as evaluate_model
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train each neck into its folder, evaluate it on the test split, print clean correlations."""
+    """Train each neck into its folder, evaluate it on the test split and print clean correlations."""
     with runs.process_group() as writes, runs.writing(args.out):
         folders = _train_all(args, writes)
     if writes:
@@ -30,7 +30,7 @@ def _train_all(args: argparse.Namespace, writes: bool) -> list[Path]:
     cache = None if args.cache is None else ImageCache(args.cache, args.cache_size)
     progress = writes and not args.no_progress
     splits = runs.open_splits(args.data, config, cache, progress=progress)
-    # Before anything is written, since a backbone that does not exist is found out here.
+    # Build all models before anything is written, because an unknown backbone fails here.
     models = {
         neck: new_model(args.backbone, neck, config, pretrained=args.pretrained)
         for neck in dict.fromkeys(args.neck)
@@ -56,7 +56,7 @@ def _train_all(args: argparse.Namespace, writes: bool) -> list[Path]:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Evaluate checkpoints; the default data set's test split goes into evaluation.json."""
+    """Evaluate checkpoints; keep the result in `evaluation.json` for the test split of the dataset of training."""
     kept = args.data is None and args.split == "test"
     found = runs.checkpoints_of_study(args.folder)
     with runs.process_group() as writes, runs.writing(args.folder) if kept else nullcontext():
@@ -93,7 +93,7 @@ def _evaluate_all(
 
 
 def clean_table(folders: list[Path]) -> str:
-    """Clean correlations of trained checkpoints, as text."""
+    """Format the clean correlations of trained checkpoints as a table."""
     found = [(folder.name, read_json(folder / EVALUATION)) for folder in folders]
     rows = [[name, values["srocc"], values["plcc"], values["n"]] for name, values in found]
     return table(["neck", "SROCC", "PLCC", "test images"], rows)

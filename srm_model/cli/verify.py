@@ -1,4 +1,4 @@
-"""`srm-iqa verify`, which is `python -m srm_kernels verify`."""
+"""`srm-iqa verify`."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from srm_kernels.verify.command import main
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure the kernels on the GPU at hand; the exit code is that of `python -m srm_kernels verify`."""
+    """Run `python -m srm_kernels verify` and return its exit code."""
     return main(args.arguments[1:], "srm-iqa verify")

@@ -1,4 +1,4 @@
-"""Data sets of images with their quality: TID2013, KonIQ-10k, and synthesised ones in TID2013's layout."""
+"""Datasets of images with quality scores: TID2013, KonIQ-10k, and synthesised datasets in TID2013's layout."""
 
 from __future__ import annotations
 
@@ -36,47 +36,61 @@ def open_dataset(
     verify: str = "full",
     progress: bool = True,
 ) -> TID2013 | KonIQ10k:
-    """The data set that lies at `root`, found out by its files; arguments as in `TID2013` and `KonIQ10k`.
+    """Open a dataset whose type is detected from its files.
 
-    A folder with `mos_with_names.txt` (or a set in that layout that is still being synthesised) is TID2013's, one
-    with tables of KonIQ-10k's columns is KonIQ-10k; none or both is a ValueError.
+    A folder with `mos_with_names.txt`, or with `labels.json` of an unfinished synthesised dataset, is TID2013. A folder
+    with a table that has KonIQ-10k's columns is KonIQ-10k.
+
+    Args:
+        root, split, seed, image_size, train, cache, verify, progress: As in `TID2013` and `KonIQ10k`.
+
+    Raises:
+        ValueError: The folder holds neither type, or both, or a faulty dataset.
     """
     root = Path(root)
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder")
-    layout = (root / LIST).exists() or (root / LABELS).exists()
-    tables_fault: ValueError | None = None
+    kind: type[TID2013 | KonIQ10k] | None = None
+    if (root / LIST).exists() or (root / LABELS).exists():
+        kind = TID2013
     try:
         find_lists(root)
-        tables = True
     except ValueError as error:
-        tables, tables_fault = False, error
-    if layout and tables:
-        raise ValueError(f"{root}: holds both {LIST} and KonIQ-10k's table; expected one data set per folder")
-    options: dict[str, Any] = {
-        "seed": seed,
-        "image_size": image_size,
-        "train": train,
-        "cache": cache,
-        "verify": verify,
-        "progress": progress,
-    }
-    if layout:
-        return TID2013(root, split, **options)
-    if tables:
-        return KonIQ10k(root, split, **options)
-    raise ValueError(f"{root}: neither TID2013 (no {LIST}) nor KonIQ-10k ({tables_fault})")
+        if kind is None:
+            raise ValueError(f"{root}: neither TID2013 (no {LIST}) nor KonIQ-10k ({error})") from None
+    else:
+        if kind is not None:
+            raise ValueError(
+                f"{root}: holds both {LIST} and KonIQ-10k's table; expected one dataset per folder"
+            )
+        kind = KonIQ10k
+    return kind(
+        root,
+        split,
+        seed=seed,
+        image_size=image_size,
+        train=train,
+        cache=cache,
+        verify=verify,
+        progress=progress,
+    )
 
 
 def describe(
     root: str | Path, *, seed: int = SRMConfig.seed, verify: str = "full", progress: bool = True
 ) -> dict[str, Any]:
-    """What data set lies at `root`, all its files checked: plain values for a person or a JSON file.
+    """Check all files of a dataset and describe it in plain JSON values.
 
-    name, root, labels ("mos", "metric:<name>" or "opinions:<set>"), label_range (low, high), images, splits (images in
-    each), fingerprint; for TID2013's layout references (ids in each split) under this seed, and type_level_srocc where
-    the labels are opinions; for KonIQ-10k the folder of images. A faulty set is a ValueError as in `TID2013` and
-    `KonIQ10k`.
+    Args:
+        root, seed, verify, progress: As in `TID2013` and `KonIQ10k`.
+
+    Returns:
+        name, root, labels ("mos", "metric:<name>" or "opinions:<dataset>"), label_range ([low, high]), images, splits
+        (number of images in each), seed and fingerprint. In TID2013's layout also references (ids in each split) and,
+        if the labels are opinions, type_level_srocc. For KonIQ-10k also image_folder.
+
+    Raises:
+        ValueError: The dataset is faulty, as in `TID2013` and `KonIQ10k`.
     """
     sets = {
         split: open_dataset(

@@ -1,4 +1,4 @@
-"""What the image quality data sets have in common."""
+"""The common part of the image quality datasets."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ SPLITS = ("train", "val", "test")
 
 
 def published_name(name: str, images: int, published: int) -> str:
-    """The set's name, with the count where the list at hand is not the whole published one (cut short, a subset)."""
+    """Return the dataset's name, with the number of images if the list is not the whole published one."""
     return name if images == published else f"{name} ({images} of its {published} images)"
 
 
 class Row(NamedTuple):
-    """One row of a set's list that was understood."""
+    """One valid row of a dataset's list."""
 
     number: int
     name: str
-    mos: float  # on the set's own scale
-    group: str  # what the split goes by
+    mos: float  # on the dataset's own scale
+    group: str  # images of one group are in the same split
 
 
 class Entry(NamedTuple):
-    """One image of a set."""
+    """One image of a dataset."""
 
     name: str
     path: Path
@@ -48,7 +48,7 @@ class Entry(NamedTuple):
 
 
 class Faults:
-    """Everything that is wrong with a list and its images, so that one error can tell of all of it."""
+    """All faults of a list and its images, reported in one error."""
 
     def __init__(self, source: Path) -> None:
         self.source = source
@@ -56,33 +56,39 @@ class Faults:
         self._faults: list[tuple[int, str, str]] = []  # row, kind, sentence
 
     def add(self, row: int, kind: str, sentence: str) -> None:
-        """`kind` is a word to count by, `sentence` what is wrong with this row, beginning with its name."""
+        """Add a fault: its row, a word to count faults by, and a sentence that begins with the image's name."""
         self._faults.append((row, kind, sentence))
 
     def raise_if_any(self) -> None:
-        """ValueError with the first faulty row, and the count of all of them by kind."""
+        """Raise ValueError with the first faulty row and the number of faults by kind."""
         if not self._faults:
             return
         row, _, sentence = min(self._faults)
         kinds = Counter(kind for _, kind, _ in self._faults)
         counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
         faulty = len({row for row, _, _ in self._faults})
-        verb = "is" if faulty == 1 else "are"
         raise ValueError(
-            f"{self.source}, row {row}: {sentence} (of {self.rows} rows, {faulty} {verb} faulty: {counts})"
+            f"{self.source}, row {row}: {sentence} (of {self.rows} rows, {faulty} {'is' if faulty == 1 else 'are'} "
+            f"faulty: {counts})"
         )
 
 
 def find_images(
     rows: Sequence[Row], folder: Path, faults: Faults, *, verify: str, progress: bool
 ) -> list[Entry]:
-    """The files of a list's rows, looked up in `folder` whatever the case of their names.
+    """Find the files of a list's rows in a folder, ignoring the case of their names.
 
-    Names listed twice, files that are absent or whose names differ only in case, and images that cannot be read are
-    added to `faults`, and all of `faults` is then raised as one ValueError.
+    Args:
+        rows: Valid rows of the list.
+        folder: Folder of the images.
+        faults: Faults so far. Names that are listed twice, missing or ambiguous, and unreadable images are added.
+        verify, progress: As in `find_faults`.
+
+    Raises:
+        ValueError: The folder is missing, the list is empty, or there are faults.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; {faults.source} lists the images that should be there")
+        raise ValueError(f"{folder}: no such folder; expected the images that {faults.source} lists")
     on_disk: dict[str, list[Path]] = {}
     for path in folder.iterdir():
         on_disk.setdefault(path.name.casefold(), []).append(path)
@@ -92,11 +98,11 @@ def find_images(
         key = row.name.casefold()
         files = on_disk.get(key, [])
         if key in first:
-            faults.add(row.number, "listed twice", f"{row.name} is listed in row {first[key]} already")
+            faults.add(row.number, "listed twice", f"{row.name} is already listed in row {first[key]}")
         elif not files:
             faults.add(row.number, "missing", f"{row.name} is not in {folder}")
         elif len(files) > 1:
-            names = " and ".join(sorted(path.name for path in files))
+            names = " or ".join(sorted(path.name for path in files))
             faults.add(row.number, "ambiguous", f"{row.name} could be {names} in {folder}")
         else:
             found.append((row, files[0]))
@@ -107,12 +113,12 @@ def find_images(
         faults.add(row.number, "unreadable", f"{row.name} cannot be read as an image ({path}: {reason})")
     faults.raise_if_any()
     if not found:
-        raise ValueError(f"{faults.source}: no images are listed")
+        raise ValueError(f"{faults.source}: lists no images")
     return [Entry(row.name, path, row.mos, row.group) for row, path in found]
 
 
 def parse_mos(text: str, low: float, high: float) -> float:
-    """A number of the documented range; anything else is a ValueError that says so."""
+    """Read a score; raise ValueError if it is no number from `low` to `high`."""
     try:
         value = number(text)
     except ValueError:
@@ -123,16 +129,21 @@ def parse_mos(text: str, low: float, high: float) -> float:
 
 
 class ImageQualityDataset(Dataset[tuple[Tensor, float]]):
-    """Images of one split with their normalised labels; TID2013 and KonIQ10k are its constructors.
+    """Images of one split with normalised labels. `TID2013` and `KonIQ10k` construct it from files.
 
-    An item is `(image, mos)`: (3, S, S) float32 in [0, 1] and a float in [0, 1], higher is better; `DataLoader`
-    collates the latter to float64. Under the train transform (the default for the train split) it is a random crop,
-    mirrored half the time, and depends on (seed, epoch, index) only; otherwise the centre crop.
+    An item is `(image, mos)`: (3, S, S) float32 in [0, 1] and a float in [0, 1], higher is better, which `DataLoader`
+    collates to float64. The train transform (default for the train split) takes a random crop, mirrored half the time,
+    that depends only on seed, epoch and index. The test transform takes the centre crop.
 
-    name: of the data set. root: its folder. split: "train", "val" or "test".
-    labels: "mos" where people gave them, else "metric:<name>".
-    mos: (n,) float64, normalised. names: as listed, in the list's order.
-    fingerprint: sha256, hex, of all names, labels and splits of the whole set; the same for its three splits.
+    Attributes:
+        name: Name of the dataset.
+        root: Folder of the dataset.
+        split: "train", "val" or "test".
+        labels: "mos" for scores of people, "opinions:<dataset>", or "metric:<name>".
+        label_range: Lowest and highest label, which are normalised to 0 and 1.
+        mos: Normalised labels, (n,) float64.
+        names: File names in the list's order.
+        fingerprint: sha256 in hex of all names, labels and splits of the dataset; the same for the three splits.
     """
 
     def __init__(
@@ -174,7 +185,7 @@ class ImageQualityDataset(Dataset[tuple[Tensor, float]]):
 
     @property
     def epoch(self) -> int:
-        """Which epoch's crops the train transform draws; workers see a change at once, persistent ones too."""
+        """The epoch that the random crops depend on. Persistent workers see a change too."""
         return int(self._epoch)
 
     @epoch.setter
@@ -184,11 +195,11 @@ class ImageQualityDataset(Dataset[tuple[Tensor, float]]):
         self._epoch.fill_(value)
 
     def path(self, index: int) -> Path:
-        """The file of an item."""
+        """Return the file of an item."""
         return self._paths[index]
 
     def subset(self, indices: Sequence[int]) -> Self:
-        """The same data set with only these items, in this order; the fingerprint stays the whole set's."""
+        """Return the dataset with only these items, in this order, and an unchanged fingerprint."""
         part = copy.copy(self)
         part.names = [self.names[i] for i in indices]
         part.groups = [self.groups[i] for i in indices]
@@ -212,7 +223,7 @@ class ImageQualityDataset(Dataset[tuple[Tensor, float]]):
         return to_tensor(pixels), float(self.mos[index])
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy sent to a spawned worker starts with an empty cache rather than megabytes of pixels.
+        # A spawned worker gets an empty cache, so that no pixels are pickled.
         return {**self.__dict__, "_cache": None if self._cache is None else {}}
 
     def _resized(self, index: int) -> Pixels:
@@ -226,7 +237,7 @@ class ImageQualityDataset(Dataset[tuple[Tensor, float]]):
 
 
 def check_arguments(split: str, seed: int, image_size: int) -> None:
-    """ValueError for what no data set accepts."""
+    """Raise ValueError for arguments that no dataset accepts."""
     if split not in SPLITS:
         raise ValueError(f"split {split!r}: expected one of {', '.join(map(repr, SPLITS))}")
     if seed < 0:

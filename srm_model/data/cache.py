@@ -1,4 +1,4 @@
-"""Decoded and resized images in a folder, shared by all processes that read it, up to a bound on its size."""
+"""A cache of decoded and resized images in a folder, limited in size and shared by processes."""
 
 from __future__ import annotations
 
@@ -13,37 +13,45 @@ from srm_model.files import atomic_path, check_folder, make_folder
 
 try:
     import fcntl
-except ImportError:  # not on Windows; processes that store at once may then pass the bound by an image each
+except ImportError:  # Windows: each process that stores at the same time may exceed the limit by one image
     fcntl = None  # type: ignore[assignment]
 
-_FORMAT = 2  # of what is stored: 2 since images are turned as their EXIF orientation says
+_FORMAT = 2  # version of the stored arrays; since 2, images are rotated by their EXIF orientation
 
 
 class ImageCache:
-    """`get` gives what `load_resized` does, from the folder where it is there already.
+    """A cache for `load_resized`.
 
-    folder: on a disk, or in memory where the system keeps files there (/dev/shm). limit: of the bytes in it. Once it is
-    full nothing is replaced: every image is read once an epoch, in random order, so that no other one were better kept.
-    A file that has another size or time than when it was stored is read anew. Workers and ranks may share a folder, and
-    so may trainings at several sizes; it may be deleted at any time. A disk that fills up earlier ends the storing,
-    not the reading. The folder is made when something is
-    stored. ValueError for a limit below 1, or where a file is in the way.
+    A full cache replaces nothing, because every image is read once per epoch in random order. A file whose size or time
+    has changed is decoded again. Workers, ranks and trainings at several image sizes can share a folder. It may be
+    deleted at any time. If the disk is full, images are read but no longer stored.
+
+    Args:
+        folder: Folder of the cache, on a disk or in memory (/dev/shm). It is created with the first image.
+        limit: Upper limit of its size in bytes.
+
+    Raises:
+        ValueError: The limit is below 1, or `folder` is a file.
     """
 
     def __init__(self, folder: str | Path, limit: int) -> None:
         if limit < 1:
-            raise ValueError(f"cache limit {limit}: expected at least one byte")
+            raise ValueError(f"cache limit {limit}: expected at least 1 byte")
         self.folder, self.limit = Path(folder), limit
         check_folder(self.folder)
         self._full = False
 
     def get(self, path: Path, image_size: int) -> Pixels:
-        """The image with its shorter side brought to `image_size`, (H, W, 3) uint8, read-only."""
+        """Return `load_resized(path, image_size)`, (H, W, 3) uint8, read-only."""
         try:
             key = self._key(path, image_size)
             stored = self.folder / f"{key}.npy"
             return np.load(stored, mmap_mode="r")
-        except (OSError, ValueError, EOFError):  # not there, or the image itself is not: loading tells
+        except (
+            OSError,
+            ValueError,
+            EOFError,
+        ):  # not stored, or the image is missing, which `load_resized` reports
             pixels = load_resized(path, image_size)
         if not self._full:
             self._store(stored, pixels)
@@ -61,7 +69,7 @@ class ImageCache:
                 if fcntl is not None:
                     fcntl.flock(lock, fcntl.LOCK_EX)
                 lock.seek(0)
-                # Empty at first, and where a kill came between emptying and writing it.
+                # The file is empty at first, and after a process was killed between truncating and writing it.
                 used = int(lock.read() or sum(path.stat().st_size for path in self.folder.glob("*.npy")))
                 size = pixels.nbytes + 128  # numpy's header
                 self._full = used + size > self.limit

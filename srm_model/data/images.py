@@ -1,4 +1,4 @@
-"""Image files: reading them as RGB, and making sure that they can be read before training starts."""
+"""Read image files as RGB, and check before training that all of them can be read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tqdm import tqdm
 Pixels = npt.NDArray[np.uint8]
 
 VERIFY = ("full", "fast")
-_REMEMBERED_FROM = 1000  # files; a smaller set is checked anew every time, in about a second
+_REMEMBERED_FROM = 1000  # files; a smaller dataset is checked every time, in about a second
 _TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -32,15 +32,19 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Where the turned image's coordinates lie in the file's: with x and y exchanged, then counted from the other side.
+# EXIF orientations whose coordinates in the file have x and y exchanged, then x or y counted from the other side.
 _SIDEWAYS, _FROM_RIGHT, _FROM_BOTTOM = (5, 6, 7, 8), (2, 3, 7, 8), (3, 4, 6, 7)
-_BAND = 1 << 20  # pixels that are converted at once
+_BAND = 1 << 20  # pixels that are converted at a time
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode as RGB: grey and palettes are expanded, 16-bit grey is brought to 8 bits by its high byte, and
-    transparency is composited on white, as browsers show it on an empty page. Colour profiles are ignored. 32-bit
-    integers and floats have no known range: a ValueError.
+    """Convert an image of any Pillow mode to RGB.
+
+    Grey values and palettes are expanded. 16-bit grey is reduced to its high byte. Transparency is composited on white,
+    as on an empty web page. Colour profiles are ignored.
+
+    Raises:
+        ValueError: The pixels are 32-bit integers or floats, whose range is not known.
     """
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
@@ -55,16 +59,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def check_regular(path: str | Path) -> None:
-    """Raise OSError for a pipe, a socket or a device, of which opening or reading may wait for ever."""
+    """Raise OSError for a pipe, a socket or a device, because reading one may block forever."""
     mode = Path(path).stat().st_mode
     if not stat.S_ISREG(mode):
         raise OSError("it is a folder" if stat.S_ISDIR(mode) else "it is not a regular file")
 
 
 class Picture:
-    """A decoded image in its own mode, of which parts are taken as RGB, turned as its EXIF orientation says.
+    """A decoded image. Its parts are converted to RGB and rotated as its EXIF orientation says.
 
-    Conversions and turns copy a part alone: beside the decoded image, memory is needed for what is taken of it.
+    Only the part that is taken is copied, which limits memory to the decoded image and that part.
     """
 
     def __init__(self, image: Image.Image) -> None:
@@ -72,7 +76,11 @@ class Picture:
         self.size: tuple[int, int] = image.size[::-1] if self._orientation in _SIDEWAYS else image.size
 
     def part(self, left: int, top: int, right: int, bottom: int) -> Image.Image:
-        """The pixels of a box, in coordinates of the turned image. A mode without a known range is a ValueError."""
+        """Return the pixels of a box, in coordinates of the rotated image, as RGB.
+
+        Raises:
+            ValueError: As in `to_rgb`.
+        """
         x, y = (left, right), (top, bottom)
         if self._orientation in _SIDEWAYS:
             x, y = y, x
@@ -84,17 +92,21 @@ class Picture:
         image = self._image
         if (x, y) != ((0, width), (0, height)):
             image = image.crop((x[0], y[0], x[1], y[1]))
-            image.format = self._image.format  # which `to_rgb` looks at
+            image.format = self._image.format  # `to_rgb` needs it, and `crop` drops it
         turn = _TURNS.get(self._orientation)
         return to_rgb(image) if turn is None else to_rgb(image).transpose(turn)
 
     def resized(
         self, size: tuple[int, int], box: tuple[float, float, float, float] | None = None
     ) -> Image.Image:
-        """A box (left, top, right, bottom; all by default) brought to `size`, bicubic and antialiased, as RGB.
+        """Return a box, resized to `size` (width, height), bicubic and antialiased, as RGB.
 
-        The values are those of `Image.resize` on all of the RGB image. A large image is converted and shortened to
-        its new width band by band.
+        The values equal those of `Image.resize` on the whole RGB image. To limit memory, a large image is converted and
+        resized to its new width band by band.
+
+        Args:
+            size: Width and height of the result.
+            box: Left, top, right and bottom, in coordinates of the rotated image. Default: the whole image.
         """
         box = (0, 0, *self.size) if box is None else box
         (left, right), (top, bottom) = (
@@ -114,17 +126,18 @@ class Picture:
 
 
 def _reached(start: float, end: float, size: int, side: int) -> tuple[int, int]:
-    """Which pixels of a side bicubic weights reach where a span of it is brought to `size` pixels."""
+    """Return the range of a side's pixels that have bicubic weights when a span of it is resized to `size` pixels."""
     reach = ceil(2 * max(1, (end - start) / size)) + 1
     return max(0, floor(start) - reach), min(side, ceil(end) + reach)
 
 
 @contextmanager
 def decoded(path: str | Path) -> Iterator[Picture]:
-    """The first frame of an image file.
+    """Decode the first frame of an image file.
 
-    A ValueError that names the file: an image that cannot be read, or that has more pixels than Pillow's limit (see
-    `pixel_limit`), and whatever the block raises, as conversions do.
+    Raises:
+        ValueError: The image cannot be read, has more pixels than Pillow's limit (see `pixel_limit`), or the block
+            raised an exception.
     """
     try:
         check_regular(path)
@@ -133,14 +146,15 @@ def decoded(path: str | Path) -> Iterator[Picture]:
             yield Picture(image)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such image") from None
-    except Exception as error:  # decoders raise whatever they like on broken files
+    except Exception as error:  # decoders raise many types of errors on broken files
         raise ValueError(f"{path}: not readable as an image ({_reason(error)})") from None
 
 
 def open_rgb(path: str | Path) -> Image.Image:
-    """The first frame of an image file as an RGB image, turned as its EXIF orientation says.
+    """Return the first frame of an image file as RGB, rotated as its EXIF orientation says.
 
-    An image that cannot be read, or that has more pixels than Pillow's limit (see `pixel_limit`), is a ValueError.
+    Raises:
+        ValueError: The image cannot be read or has more pixels than Pillow's limit (see `pixel_limit`).
     """
     with decoded(path) as picture:
         return picture.part(0, 0, *picture.size)
@@ -148,14 +162,16 @@ def open_rgb(path: str | Path) -> Image.Image:
 
 @contextmanager
 def pixel_limit(pixels: int | None) -> Iterator[None]:
-    """Decode images of up to `pixels` pixels within the block; 0 lifts the limit, None keeps Pillow's.
+    """Set Pillow's limit of an image's pixels within the block, for the whole process.
 
-    The limit is Pillow's own, of the whole process: twice `PIL.Image.MAX_IMAGE_PIXELS`. Its warnings about images above
-    half the limit and about broken EXIF, neither of which hinders reading, are switched off.
+    Warnings about images above half the limit and about broken EXIF data are ignored, because both can be read.
+
+    Args:
+        pixels: The limit; 0: no limit; None: unchanged.
     """
     before = Image.MAX_IMAGE_PIXELS
     if pixels is not None:
-        # Pillow compares with twice this, which may be odd.
+        # Pillow rejects images of more than twice this value.
         Image.MAX_IMAGE_PIXELS = (pixels / 2) or None  # type: ignore[assignment]
     try:
         with warnings.catch_warnings():
@@ -167,8 +183,13 @@ def pixel_limit(pixels: int | None) -> Iterator[None]:
 
 
 def fault(path: Path, *, full: bool) -> str | None:
-    """Why a file cannot be read as an image, or None. `full` decodes all of it, a JPEG at 1/8 of its size, which
-    reads every byte at a third of the cost; otherwise only the header is read."""
+    """Return why a file cannot be read as an image, or None if it can.
+
+    Args:
+        path: Image file.
+        full: Whether to decode all of it, a JPEG at 1/8 of its size, which reads every byte at a third of the cost.
+            Otherwise only the header is read.
+    """
     try:
         check_regular(path)
         if not full:
@@ -177,29 +198,35 @@ def fault(path: Path, *, full: bool) -> str | None:
         data = path.read_bytes()
         with Image.open(io.BytesIO(data)) as image:
             if image.format == "JPEG":
-                # Pillow lets pass a file whose tail is zeros, as an interrupted download leaves it.
+                # Pillow accepts a file that ends in zeros, as an interrupted download leaves it.
                 if data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
                     return "its data end before the image does"
                 image.draft("L", (1, 1))
                 image.load()
                 return None
             image.load()
-            Picture(image).part(0, 0, 1, 1)  # its mode may be one that is refused
+            Picture(image).part(0, 0, 1, 1)  # raises for a mode that `to_rgb` rejects
         if image.format == "PNG":
-            Image.open(io.BytesIO(data)).verify()  # checksums, which loading does not look at to the end
-    except Exception as error:  # decoders raise whatever they like on broken files
+            Image.open(io.BytesIO(data)).verify()  # loading does not check all checksums
+    except Exception as error:  # decoders raise many types of errors on broken files
         return _reason(error)
     return None
 
 
 def find_faults(paths: Sequence[Path], *, verify: str, progress: bool = True) -> dict[int, str]:
-    """Position in `paths` → why that file cannot be read, for those that cannot.
+    """Find files that cannot be read as images.
 
-    verify="full" decodes every file once, on all cores: a second of processor time for TID2013's 3,000, half a minute
-    for KonIQ-10k's 10,073 at 1024×768. That a set of 1,000 files or more was found whole is remembered in the user's
-    cache folder for as long as no file changes its size or time; where there is no such folder, or it cannot be written
-    to, every call decodes the files again. verify="fast" reads the headers only. progress: a bar where stderr is a
-    terminal.
+    Decoding takes about a second of CPU time for TID2013 (3,000 files) and half a minute for KonIQ-10k (10,073 files at
+    1024×768). If 1,000 files or more have no fault, this is stored in the user's cache folder, if there is one. The
+    files are then not decoded again until the size or time of one changes.
+
+    Args:
+        paths: Files to check.
+        verify: "full" decodes every file, on all cores; "fast" reads the headers only.
+        progress: Whether to show a progress bar if stderr is a terminal.
+
+    Returns:
+        The reason by position in `paths`, for files that cannot be read.
     """
     if verify not in VERIFY:
         raise ValueError(f"verify={verify!r}: expected one of {', '.join(map(repr, VERIFY))}")
@@ -222,18 +249,18 @@ def find_faults(paths: Sequence[Path], *, verify: str, progress: bool = True) ->
         )
         faults = {i: answer for i, answer in enumerate(bar) if answer is not None}
     finally:
-        pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the rest
+        pool.shutdown(cancel_futures=True)  # so that Ctrl-C does not wait for the remaining files
     if seal is not None and not faults:
-        with suppress(OSError):  # no place to remember it: the next run checks again
+        with suppress(OSError):  # without a writable folder, the next run checks again
             seal.parent.mkdir(parents=True, exist_ok=True)
             seal.touch()
     return faults
 
 
 def _seal(paths: Sequence[Path]) -> Path | None:
-    """The file whose existence says that exactly these files, as they are now, were decoded without a fault.
+    """Return the file that exists if these files, unchanged, were decoded without a fault.
 
-    None where the user has no cache folder, or a file is gone, which checking will report.
+    The result is None if the user has no cache folder, or if a file is missing, which the check reports.
     """
     listing = hashlib.sha256()
     try:
@@ -243,7 +270,7 @@ def _seal(paths: Sequence[Path]) -> Path | None:
                 f"{path.absolute()}\0{state.st_size}\0{state.st_mtime_ns}\n".encode(errors="surrogateescape")
             )
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except (OSError, RuntimeError):  # RuntimeError: neither HOME nor an entry in the list of users
+    except (OSError, RuntimeError):  # RuntimeError: neither HOME nor an entry in the user database
         return None
     return cache / "srm-iqa" / "verified" / listing.hexdigest() if cache.is_absolute() else None
 
@@ -251,7 +278,7 @@ def _seal(paths: Sequence[Path]) -> Path | None:
 def _orientation(image: Image.Image) -> int:
     try:
         orientation: int = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # broken metadata of an image that can be read
+    except Exception:  # broken metadata; the image itself may be readable
         return 1
     return orientation
 
@@ -264,7 +291,7 @@ def _reason(error: Exception) -> str:
             "changes this limit"
         )
     if isinstance(error, UnidentifiedImageError):
-        return "it is in no known image format"
+        return "its format is not known"
     if isinstance(error, MemoryError):
         return "there is not enough memory to decode it"
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -22,7 +22,7 @@ from srm_model.data.lists import header, number, records
 
 SETS_FILE = "koniq10k_distributions_sets.csv"
 SCORES_FILE = "koniq10k_scores_and_distributions.csv"
-IMAGE_FOLDERS = ("1024x768", "512x384")  # the larger one where both are there
+IMAGE_FOLDERS = ("1024x768", "512x384")  # the larger one if both exist
 MOS_RANGE = (0.0, 100.0)
 
 _SET_WORDS = {"training": "train", "validation": "val", "test": "test"}
@@ -30,25 +30,29 @@ PUBLISHED_SPLIT = {"train": 7058, "val": 1000, "test": 2015}
 _SETS_COLUMNS = {"image_name", "MOS", "set"}
 _SCORES_COLUMNS = {"image_name", "MOS", "MOS_zscore"}
 _SUFFIXES = (".csv", ".tsv")
-_REASONS = 3  # of tables that are not the list, in one sentence
-_AGREEMENT = 0.1  # on 0 to 100; well above what rounding does
+_REASONS = 3  # upper limit of rejected tables that an error lists
+_AGREEMENT = 0.1  # tolerance on the scale 0 to 100; rounding errors are much smaller
 
 
 class KonIQ10k(ImageQualityDataset):
-    """KonIQ-10k: 10,073 photographs with the scores of people, 7058/1000/2015 of them for train, val and test.
+    """KonIQ-10k: 10,073 photographs with people's opinions, 7058/1000/2015 of them for train, val and test.
 
-    root: holds `koniq10k_distributions_sets.csv` (MOS on 0 to 100, and the split) and the images in `1024x768/` or
-    `512x384/`. `koniq10k_scores_and_distributions.csv` (MOS on 1 to 5, MOS_zscore on 0 to 100, no split) may lie
-    there too: its MOS_zscore must then agree with the labels, and it is not used otherwise. The two are told apart by
-    their columns, whatever their names (`.csv` or `.tsv`), separators and encoding (see `lists`); no scale is ever
-    guessed. A list under the published name must hold the
-    published split, so that one cut short is not taken for the set; a part of the set lies under another name.
+    `koniq10k_distributions_sets.csv` has the MOS on 0 to 100 and the split. If
+    `koniq10k_scores_and_distributions.csv` (MOS on 1 to 5, MOS_zscore on 0 to 100, no split) is there too, its
+    MOS_zscore must agree with the labels. The two are recognised by their columns, with any name (`.csv` or `.tsv`),
+    separator and encoding (see `lists`). A list with the published name must have the published split, so that a
+    truncated list is rejected; a list of a subset needs another name.
 
-    images: the folder of the images under root; None: `1024x768` where it is, else `512x384`.
-    seed: of the train transform. image_size, train, cache, verify: as in `TID2013`.
+    Args:
+        root: Folder with the list, and with the images in `1024x768/` or `512x384/`.
+        split: "train", "val" or "test".
+        seed: Seed of the train transform.
+        images: Folder of the images in `root`. Default: `1024x768` if it exists, else `512x384`.
+        image_size, train, cache, verify, progress: As in `TID2013`.
 
-    A missing or undecodable image anywhere in the set, a malformed row, a score out of range or a name listed twice
-    is a ValueError with the first such row and the count of all.
+    Raises:
+        ValueError: An image of the dataset is missing or cannot be decoded, a row is malformed, a score is out of
+            range, or a name is listed twice. The message has the first such row and the number of faults.
     """
 
     def __init__(
@@ -92,7 +96,7 @@ class KonIQ10k(ImageQualityDataset):
 
 
 def _check_whole(entries: list[Entry], sets: Path) -> None:
-    """A list under the published name holds the published split, or it is cut short: ValueError."""
+    """Raise ValueError if a list with the published name does not have the published split."""
     counts = Counter(entry.group for entry in entries)
     if counts == PUBLISHED_SPLIT:
         return
@@ -101,16 +105,21 @@ def _check_whole(entries: list[Entry], sets: Path) -> None:
         for numbers in (counts, PUBLISHED_SPLIT)
     )
     raise ValueError(
-        f"{sets}: its images are {here}, those of the published split {published}: expected that split, or a part of "
-        "the set in a list of another name"
+        f"{sets}: has the split {here}; expected the published split, {published}, or another file name for a subset"
     )
 
 
 def find_lists(root: Path) -> tuple[Path, Path | None]:
-    """The file with the split and, where it is there, the one with the scores on both scales, by their columns.
+    """Find KonIQ-10k's lists by their columns. Other files are ignored.
 
-    Fields are separated by commas, semicolons, tabs or bars (|). Tables with other columns, and what cannot be read as
-    a table, are passed over. ValueError where there is no file with the split, or where two could be the same.
+    Args:
+        root: Folder of the dataset.
+
+    Returns:
+        The list with the split, and the list with the scores on both scales or None.
+
+    Raises:
+        ValueError: No file, or several, have the columns of the list with the split, or several those of the other.
     """
     sets, scores, others = [], [], []
     for path in sorted(path for path in root.iterdir() if path.suffix.lower() in _SUFFIXES):
@@ -121,16 +130,14 @@ def find_lists(root: Path) -> tuple[Path, Path | None]:
             continue
         if columns >= _SETS_COLUMNS and columns >= _SCORES_COLUMNS:
             raise ValueError(
-                f"{path}: has the columns set and MOS_zscore, so the scale of its MOS is not known"
+                f"{path}: has the columns set and MOS_zscore; expected only one of them, which shows the scale of MOS"
             )
         if columns >= _SETS_COLUMNS:
             sets.append(path)
         elif columns >= _SCORES_COLUMNS:
             scores.append(path)
         else:
-            others.append(
-                f"{path.name} has other columns" if path.is_file() else f"{path.name} is not a file"
-            )
+            others.append(f"{path.name} {'has other columns' if path.is_file() else 'is not a file'}")
     for found, what in ((sets, SETS_FILE), (scores, SCORES_FILE)):
         if len(found) > 1:
             names = " and ".join(path.name for path in found)
@@ -162,9 +169,7 @@ def _read_sets(path: Path, faults: Faults) -> list[Row]:
         if not name or mos is None or word not in _SET_WORDS:
             words = ", ".join(_SET_WORDS)
             faults.add(
-                line,
-                "malformed",
-                f"{name or 'no name'}: expected an image_name, a MOS and a set of {words}",
+                line, "malformed", f"{name or 'no name'}: expected an image_name, a MOS and a set of {words}"
             )
             continue
         try:
@@ -175,7 +180,7 @@ def _read_sets(path: Path, faults: Faults) -> list[Row]:
 
 
 def _compare(rows: list[Row], faults: Faults, scores: Path) -> None:
-    """Faults where the file of scores, on its 0 to 100 scale, says otherwise of an image."""
+    """Add a fault for each image whose MOS_zscore in the file of scores differs from its MOS."""
     on_both_scales = {fields.get("image_name"): fields.get("MOS_zscore") for _, fields in records(scores)}
     for row in rows:
         text = on_both_scales.get(row.name)

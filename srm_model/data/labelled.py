@@ -1,8 +1,8 @@
-"""Any folder of images with a table of scores."""
+"""A dataset of any folder of images and a table of scores."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,53 +24,35 @@ def labelled_images(
     image_size: int = SRMConfig.image_size,
     progress: bool = False,
 ) -> ImageQualityDataset:
-    """Return the images of a folder that a table gives scores for, all in one split "test".
+    """Return the images that a table of scores lists, all in the split "test".
 
     Args:
-        folder: holds the images.
-        table: has a header, and a row for each image: comma, semicolon, tab or | between the fields.
-        image_column: names the files. Default: the one column whose entries are all files of the folder.
-        score_column: holds numbers, higher is better. Default: the one other column of numbers.
-        label_range: worst and best score, which become 0 and 1. Default: the least and the largest in the table.
-        image_size: side of the square that is scored, in pixels; see `load_image`.
-        progress: show a bar while the images are checked.
+        folder: Folder of the images.
+        table: File with a header and one row per image. A comma, semicolon, tab or | separates the fields.
+        image_column: Column of file names. Default: the only column whose entries are all files of the folder.
+        score_column: Column of scores, higher is better. Default: the only other column of numbers.
+        label_range: Worst and best score, normalised to 0 and 1. Default: lowest and highest score in the table.
+        image_size: Side of the square that is scored, in pixels, as in `load_image`.
+        progress: Whether to show a progress bar while images are checked.
 
     Raises:
-        ValueError: a column cannot be found or is one of several candidates; a row has no image or no number; an
-            image cannot be read; all scores are the same.
+        ValueError: No column, or several, can be the image or score column; a row has no image or no number; an image
+            cannot be read; all scores are equal.
     """
     folder, table = Path(folder), Path(table)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     listed = records(table)
     if not listed:
-        raise ValueError(f"{table}: no rows below the header")
-    columns = list(listed[0][1])
+        raise ValueError(f"{table}: has no rows below the header")
+    columns = {name: [row.get(name, "").strip() for _, row in listed] for name in listed[0][1]}
     on_disk = {path.name.casefold() for path in folder.iterdir()}
-    image_column = _column(
-        table,
-        columns,
-        image_column,
-        [
-            name
-            for name in columns
-            if all(row.get(name, "").strip().casefold() in on_disk for _, row in listed)
-        ],
-        f"names a file of {folder} in every row",
-        "--image-column",
-    )
-    score_column = _column(
-        table,
-        columns,
-        score_column,
-        [
-            name
-            for name in columns
-            if name != image_column and all(_is_number(row.get(name, "")) for _, row in listed)
-        ],
-        "has a number in every row",
-        "--score-column",
-    )
+    named = [name for name, texts in columns.items() if {text.casefold() for text in texts} <= on_disk]
+    what = f"names a file of {folder} in every row"
+    image_column = _column(table, columns, image_column, named, what, "--image-column")
+    scored = [name for name, texts in columns.items() if name != image_column and all(map(_is_number, texts))]
+    what = "has a number in every row"
+    score_column = _column(table, columns, score_column, scored, what, "--score-column")
     faults, rows = Faults(table), []
     faults.rows = len(listed)
     low, high = label_range or (-np.inf, np.inf)
@@ -97,9 +79,8 @@ def labelled_images(
 
 
 def _column(
-    table: Path, columns: Sequence[str], asked: str | None, candidates: Sequence[str], what: str, option: str
+    table: Path, columns: Iterable[str], asked: str | None, candidates: Sequence[str], what: str, option: str
 ) -> str:
-    """The column that was asked for, or the only candidate."""
     has = f"{table} has the columns {', '.join(columns)}"
     if asked is not None:
         if asked not in columns:
@@ -107,7 +88,7 @@ def _column(
         return asked
     if len(candidates) != 1:
         found = f"each of {', '.join(candidates)}" if candidates else "none of them"
-        raise ValueError(f"{has}; {found} {what}; name one with {option}")
+        raise ValueError(f"{has}; {found} {what}; choose one with {option}")
     return candidates[0]
 
 
@@ -123,5 +104,5 @@ def _range_of(table: Path, entries: Sequence[Entry]) -> tuple[float, float]:
     labels = [entry.mos for entry in entries]
     low, high = min(labels), max(labels)
     if low == high:
-        raise ValueError(f"{table}: all scores are {low:g}; expected scores that differ")
+        raise ValueError(f"{table}: all scores are {low:g}; expected different scores")
     return low, high

@@ -1,4 +1,4 @@
-"""Labels of synthesised sets: a full-reference metric of piq on a documented scale, not the opinion of people."""
+"""Labels of synthesised datasets: a full-reference metric of piq on a documented scale, not people's opinions."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ LABEL_RANGE = (0.0, 9.0)  # TID2013's
 
 
 class Scale(NamedTuple):
-    """label = 9·(1 − √((1 − metric) / worst)), at least 0; 9 for an image equal to its reference.
+    """Map a metric to a label: 9·(1 − √((1 − metric) / worst)), at least 0, and 9 for an undistorted image.
 
-    The metrics crowd near 1, where most distorted photographs lie; the square root spreads them without changing
-    their order. `worst` is 1 minus a value that next to no image of TID2013's five levels falls below.
+    Most metric values of distorted photographs are near 1; the square root spreads them and keeps their order.
+    1 − `worst` is a value that almost no image of TID2013's five levels falls below.
     """
 
     worst: float
@@ -34,11 +34,20 @@ class Scale(NamedTuple):
 
 
 METRICS = {"vsi": Scale(0.3), "fsim": Scale(0.6), "ssim": Scale(1.0), "haarpsi": Scale(0.8)}
-"""piq's functions of these names, all 1 for equal images."""
+"""Metrics by the name of their function in piq. All are 1 for equal images."""
 
 
 def metric_labels(metric: str, distorted: list[Pixels], reference: Pixels) -> list[float]:
-    """Labels of distorted images against their common reference, (H, W, 3) uint8 each; five decimals, on 0 to 9."""
+    """Label distorted images by a metric.
+
+    Args:
+        metric: Name in `METRICS`.
+        distorted: Images, (H, W, 3) uint8 each.
+        reference: The common original, (H, W, 3) uint8.
+
+    Returns:
+        A label from 0 to 9 for each image, rounded to five decimals.
+    """
     function = getattr(import_piq(), metric)
     with torch.no_grad():
         values = function(
@@ -52,12 +61,12 @@ def _batch(images: list[Pixels]) -> torch.Tensor:
 
 
 def import_piq() -> ModuleType:
-    """piq; where it is not installed a ValueError says how to get it."""
+    """Import piq; raise ValueError with the install command if it is missing."""
     make_torchvision_importable()
     try:
         import piq
     except ImportError as error:
         raise ValueError(
-            f"labels by a metric need the package piq ({error}); pip install 'srm-iqa[demo]'"
+            f"labels by a metric need the package piq ({error}); run pip install 'srm-iqa[demo]'"
         ) from None
     return piq

@@ -1,4 +1,4 @@
-"""Lists of images and their scores as text editors and spreadsheets write them."""
+"""Lists of images and scores, as text editors and spreadsheets write them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import re
 from pathlib import Path
 
 _SEPARATORS = (",", ";", "\t", "|")
-_HEAD = 1 << 16  # bytes, of which the first line of a table is read
+_HEAD = 1 << 16  # bytes that are read to find a table's first line
 _MARKS = (
-    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16's, which it begins with
+    (codecs.BOM_UTF32_LE, "utf-32"),  # starts with UTF-16's mark, so it is tried first
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
@@ -19,10 +19,12 @@ _MARKS = (
 
 
 def read_list(path: Path) -> str:
-    """The text of a file in UTF-8, UTF-16 or UTF-32, with a byte order mark or without.
+    """Read a file in UTF-8, UTF-16 or UTF-32, with or without a byte order mark.
 
-    Bytes that are not UTF-8 stay as in `os.fsdecode`, so that they can be part of a file name. A file that cannot be
-    read is a ValueError that names it.
+    Bytes that are not UTF-8 are decoded as by `os.fsdecode`, so that they can be part of a file name.
+
+    Raises:
+        ValueError: The file cannot be read.
     """
     try:
         data = path.read_bytes()
@@ -35,7 +37,7 @@ def read_list(path: Path) -> str:
 
 
 def decode(data: bytes, *, errors: str = "strict") -> str:
-    """The text of these bytes, as in `read_list`; `errors` is for UTF-16 and UTF-32."""
+    """Decode bytes as `read_list` does. `errors` is for UTF-16 and UTF-32, as in `bytes.decode`."""
     for mark, encoding in _MARKS:
         if data.startswith(mark):
             return data.decode(encoding, errors)
@@ -46,15 +48,16 @@ def decode(data: bytes, *, errors: str = "strict") -> str:
         if whole and all(zeros[place] == whole for place in upper) and 2 * zeros[middle] > whole:
             return data.decode(encoding, errors)
     for first, encoding in ((1, "utf-16-le"), (0, "utf-16-be")):
-        if 4 * head[first::2].count(0) > len(head):  # half of the characters are ASCII
+        if 4 * head[first::2].count(0) > len(head):  # more than half of the characters are ASCII
             return data.decode(encoding, errors)
     return data.decode("utf-8-sig", "surrogateescape")
 
 
 def header(path: Path) -> tuple[list[str], str]:
-    """The names in the first line of a table, and the separator by which there are most of them.
+    """Return a table's column names and its separator, the one that gives the most columns.
 
-    A file that cannot be read is an OSError.
+    Raises:
+        OSError: The file cannot be read.
     """
     with path.open("rb") as file:
         text = decode(file.read(_HEAD), errors="replace")
@@ -64,7 +67,11 @@ def header(path: Path) -> tuple[list[str], str]:
 
 
 def records(path: Path) -> list[tuple[int, dict[str, str]]]:
-    """Line number and fields by column of every row of a table; one that cannot be read is a ValueError."""
+    """Return the line number and the fields by column of every row of a table.
+
+    Raises:
+        ValueError: The file cannot be read as a table.
+    """
     columns, separator = header(path)
     reader = csv.reader(io.StringIO(read_list(path), newline=""), delimiter=separator, skipinitialspace=True)
     try:
@@ -75,7 +82,7 @@ def records(path: Path) -> list[tuple[int, dict[str, str]]]:
 
 
 def number(text: str) -> float:
-    """A decimal number, with a point or, as where semicolons separate, a comma; else a ValueError."""
+    """Read a decimal number with a point or a comma; raise ValueError for anything else."""
     return float(text.replace(",", ".") if re.fullmatch(r"\s*[+-]?\d+,\d+\s*", text) else text)
 
 

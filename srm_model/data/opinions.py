@@ -1,7 +1,7 @@
-"""People's opinions for images made anew: TID2013's list, matched by photograph, type and level.
+"""TID2013's opinion scores for synthesised images, matched by photograph, distortion type and level.
 
-The references 1 to 24 of TID2013 are photographs of the Kodak set. An image that is made from the same photograph by
-the same type of distortion at the same level can carry the mean opinion score of its twin in TID2013.
+The references 1 to 24 of TID2013 are photographs of the Kodak dataset. An image that is synthesised from the same
+photograph with the same type and level can take the mean opinion score of the image in TID2013.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from srm_model.data.lists import read_list
 from srm_model.data.tid2013 import LINE, MOS_RANGE
 
 SOURCE = "TID2013"
-CROP = (512, 384)  # of TID2013's images, in pixels
+CROP = (512, 384)  # size of TID2013's images in pixels
 _NUMBER = re.compile(r"\D*0*(\d{1,2})")
 _NAME = re.compile(r"i(\d+)_(\d+)_(\d+)\.bmp", re.IGNORECASE)
 Key = tuple[int, int, int]  # photograph, type, level
@@ -24,7 +24,7 @@ def read_opinions(path: str | Path) -> dict[Key, float]:
     """Return the mean opinion score of every (photograph, type, level) in TID2013's `mos_with_names.txt`.
 
     Raises:
-        ValueError: a line that is not a score from 0 to 9 and a name, or a name that is listed twice.
+        ValueError: A line is not a score from 0 to 9 and a name, or a name is listed twice.
     """
     path = Path(path)
     found: dict[Key, float] = {}
@@ -57,10 +57,10 @@ def key_of(name: str) -> Key:
 
 
 def number_of(file: str) -> int:
-    """Return the number of a Kodak photograph by its file name: 1.png, kodim01.png and I01.BMP are number 1."""
+    """Return the number of a Kodak photograph from its file name: 1.png, kodim01.png and I01.BMP are number 1."""
     match = _NUMBER.fullmatch(Path(file).stem)
     if match is None:
         raise ValueError(
-            f"{file}: no photograph's number in the name; expected a name like 1.png, kodim01.png or I01.BMP"
+            f"{file}: has no number in its name; expected a name like 1.png, kodim01.png or I01.BMP"
         )
     return int(match[1])

@@ -1,4 +1,4 @@
-"""Where the references of a synthesised set come from: a folder of photographs, or those in installed packages."""
+"""The references of a synthesised dataset: a folder of photographs, or those of installed packages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 
 class Photograph(NamedTuple):
-    """A photograph to be distorted; `pixels` are (H, W, 3) uint8."""
+    """A photograph to distort, its pixels (H, W, 3) uint8."""
 
     file: str
     source: str
@@ -40,50 +40,42 @@ _PACKAGED = (
     _Packaged("sklearn", "scikit-learn", "datasets/images/china.jpg", f"danielbuechele, {_CC_BY}"),
     _Packaged("sklearn", "scikit-learn", "datasets/images/flower.jpg", f"vultilion, {_CC_BY}"),
 )
-"""Each another scene; scikit-image's motorcycle_right shows the same one as motorcycle_left."""
+"""Photographs of different scenes. scikit-image's motorcycle_right shows the scene of motorcycle_left."""
 
 
 class Frame(NamedTuple):
-    """What is kept of a photograph: its centre square at `image_size`, its centre at `crop` (width, height), or all."""
+    """The part of a photograph to keep: its centre of size `crop` (width, height), its square centre, or all of it.
+
+    The square centre is resized to `image_size`.
+    """
 
     image_size: int | None = None
     crop: tuple[int, int] | None = None
 
     def __call__(self, path: Path) -> Pixels:
-        """Return the kept pixels of the photograph at `path`, (H, W, 3); ValueError where it is too small."""
+        """Return the kept pixels, (H, W, 3) uint8; raise ValueError if the photograph is too small."""
         with decoded(path) as picture:
-            box = self._box(*picture.size)
-            if box is not None and (self.crop is not None or self.image_size is None):
-                return np.asarray(picture.part(*box))
-            if box is not None and self.image_size is not None:
-                return np.asarray(picture.resized((self.image_size, self.image_size), box))
-        width, height = picture.size
-        least = (
-            f"image_size {self.image_size}; enlarging a reference would blur it"
-            if self.crop is None
-            else f"the crop {self.crop[0]}×{self.crop[1]}"
-        )
-        raise ValueError(f"{path}: {width}×{height} is smaller than {least}")
-
-    def _box(self, width: int, height: int) -> tuple[int, int, int, int] | None:
-        """What is kept of a picture of this size, before it is resized; None where the picture is too small."""
-        if self.crop is not None:
-            kept, least = self.crop, self.crop
-        elif self.image_size is not None:
-            side = min(width, height)
-            kept, least = (side, side), (self.image_size, self.image_size)
-        else:
-            kept, least = (width, height), (1, 1)
-        if width < least[0] or height < least[1]:
-            return None
-        left, top = (width - kept[0]) // 2, (height - kept[1]) // 2
-        return left, top, left + kept[0], top + kept[1]
+            width, height = picture.size
+            kept = picture.size
+            size: tuple[int, int] | None = None
+            if self.crop is not None:
+                kept, required = self.crop, f"the crop {self.crop[0]}×{self.crop[1]}"
+            elif self.image_size is not None:
+                kept, size = (min(kept), min(kept)), (self.image_size, self.image_size)
+                required = f"image_size {self.image_size}; enlarging a reference would blur it"
+            least = size or kept
+            if width >= least[0] and height >= least[1]:
+                left, top = (width - kept[0]) // 2, (height - kept[1]) // 2
+                box = left, top, left + kept[0], top + kept[1]
+                return np.asarray(picture.part(*box) if size is None else picture.resized(size, box))
+        raise ValueError(f"{path}: {width}×{height} is smaller than {required}")
 
 
 def from_packages(frame: Frame) -> list[Photograph]:
-    """The seven photographs that scikit-image and scikit-learn carry, found without importing them or a network.
+    """Return the seven photographs of scikit-image and scikit-learn, without importing either.
 
-    A package that is not installed, or that has not got its file, is a ValueError that names it.
+    Raises:
+        ValueError: A package, or its file, is not installed.
     """
     found = []
     for package, distribution, file, licence in _PACKAGED:
@@ -91,8 +83,8 @@ def from_packages(frame: Frame) -> list[Photograph]:
         path = Path(spec.origin).parent / file if spec is not None and spec.origin else None
         if path is None or not path.exists():
             raise ValueError(
-                f"the photographs of the package {distribution} are not here ({file}); pip install 'srm-iqa[demo]', "
-                "or give a folder of photographs"
+                f"{file} of the package {distribution} is not installed; run pip install 'srm-iqa[demo]', or name a "
+                "folder of photographs"
             )
         source = f"{distribution} {importlib.metadata.version(distribution)}"
         found.append(Photograph(path.name, source, licence, frame(path)))
@@ -100,10 +92,12 @@ def from_packages(frame: Frame) -> list[Photograph]:
 
 
 def from_folder(folder: Path, frame: Frame) -> list[Photograph]:
-    """The photographs that lie directly in `folder`, in the order of their names; folders within are not entered.
+    """Return the photographs of a folder in the order of their names.
 
-    Files are taken by suffix (PNG, JPEG, BMP, TIFF, WebP; others and hidden files are passed over). One that cannot
-    be read, or that is smaller than the frame, is a ValueError with the first such file and the count of all.
+    Files with other suffixes than `SUFFIXES`, hidden files and subfolders are ignored.
+
+    Raises:
+        ValueError: Photographs cannot be read or are too small; the message has the first one and their number.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder of photographs")

@@ -1,4 +1,4 @@
-"""TID2013, and sets in its layout whose labels are a metric's (docs/METHOD.md §5)."""
+"""TID2013, and synthesised datasets in its layout (docs/METHOD.md §5)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ REFERENCES = "references.json"
 IMAGES = "distorted_images"
 LABELS_FORMAT = "srm-iqa-labels/1"
 HIGHER_IS_BETTER = "higher is better"
-MOS_RANGE = (0.0, 9.0)  # nominal; the published scores lie in 0.24 to 7.21
+MOS_RANGE = (0.0, 9.0)  # nominal; the published scores are from 0.24 to 7.21
 
 LINE = re.compile(
     r"""\s*"?(?P<score>[^\s;"]+?)"?(?:\s*[;,]\s*|\s+)"?(?P<name>i(?P<reference>\d+)_\d+_\d+\.bmp)"?[\s;,]*""",
@@ -43,37 +43,41 @@ LINE = re.compile(
 
 
 class Labels(NamedTuple):
-    """What the numbers of a list are, and the range they are normalised from.
+    """The kind and the range of a list's labels."""
 
-    kind: "mos", people's of these very images; "opinions:<set>", people's of that set's images of the same photograph,
-        type and level; "metric:<name>", a full-reference metric's.
-    """
-
-    kind: str
+    kind: (
+        str  # "mos": opinions of these images; "opinions:<dataset>": of similar images there; "metric:<name>"
+    )
     range: tuple[float, float]
 
 
 class TID2013(ImageQualityDataset):
     """TID2013: 25 references × 24 types × 5 levels of distortion, split by reference.
 
-    root: holds `mos_with_names.txt` and `distorted_images/`; names are looked up whatever their case. A line of the
-    list is a score and a name, separated by spaces, tabs, semicolons or commas (see `lists`). The references
-    themselves carry no label and are not needed. Splits are 60/20/20 % of the references, by
-    `numpy.random.default_rng(seed).permutation` of their sorted ids, so that no content is in two of them.
-    Sets made by `srm_model.data.synthesize` have the same layout and a `labels.json`, by which `labels` is
-    "metric:<name>" or "opinions:<set>" and the labels are normalised; without one the labels are people's, on 0 to 9.
+    A line of the list is a score and a name, separated by spaces, tabs, semicolons or commas (see `lists`). Names match
+    files regardless of case. The reference images are not needed. Splits are 60/20/20 % of the references (see
+    `split_by_reference`), so that no content is in two splits.
 
-    Of opinions, `type_level_srocc` is the SROCC that type and level alone reach on the test split, by the mean label of
-    the training split's images of the same type and level: what a model gets for recognising distortions only.
+    Datasets of `srm_model.data.synthesize` have the same layout and a `labels.json`, which states kind and range of the
+    labels. Without it, the labels are people's opinions from 0 to 9.
 
-    seed: of the split and of the train transform. image_size: S of the (3, S, S) items.
-    train: whether items are randomly cropped; None: in the train split only.
-    cache: keep resized images, uint8: True in memory, per process, for sets that fit; an `ImageCache` in its folder.
-    verify: "full" decodes every image of the whole set first, "fast" reads the headers only (see `find_faults`).
-    progress: a bar where stderr is a terminal and checking takes seconds.
+    Args:
+        root: Folder with `mos_with_names.txt` and `distorted_images/`.
+        split: "train", "val" or "test".
+        seed: Seed of the split and of the train transform.
+        image_size: S of the (3, S, S) items, in pixels.
+        train: Whether items are randomly cropped. Default: in the train split only.
+        cache: Keep resized images: True in memory, in each process; an `ImageCache` in its folder.
+        verify: "full" decodes every image of the dataset first; "fast" reads the headers only (see `find_faults`).
+        progress: Whether to show a progress bar if stderr is a terminal and checking takes seconds.
 
-    A missing, ambiguous or undecodable image anywhere in the set, a malformed row, a score out of range or a name
-    listed twice is a ValueError with the first such row and the count of all.
+    Attributes:
+        type_level_srocc: For opinions of similar images, the SROCC on the test split of the mean training label of the
+            same type and level. A model that only recognises distortions reaches it.
+
+    Raises:
+        ValueError: An image of the dataset is missing, ambiguous or cannot be decoded, a row is malformed, a score is
+            out of range, or a name is listed twice. The message has the first such row and the number of faults.
     """
 
     def __init__(
@@ -116,10 +120,20 @@ class TID2013(ImageQualityDataset):
 
 
 def split_by_reference(references: Iterable[str], seed: int) -> dict[str, str]:
-    """Reference id → "train", "val" or "test": 60/20/20 % of the ids, rounded, at least one each.
+    """Assign each reference to a split: 60/20/20 % of them, rounded, at least one each; 15/5/5 of TID2013's 25.
 
-    The sorted distinct ids are permuted by `numpy.random.default_rng(seed)`; the first go to train, then val, and
-    the rest to test: 15/5/5 of TID2013's 25. Fewer than three references are a ValueError.
+    The sorted distinct ids are permuted by `numpy.random.default_rng(seed)`. The first ones are "train", then "val",
+    then "test".
+
+    Args:
+        references: Reference ids, with repetitions.
+        seed: Seed of the permutation.
+
+    Returns:
+        "train", "val" or "test" by reference id.
+
+    Raises:
+        ValueError: There are fewer than three references.
     """
     ids = sorted(set(references), key=int)
     if len(ids) < len(SPLITS):
@@ -134,7 +148,7 @@ def split_by_reference(references: Iterable[str], seed: int) -> dict[str, str]:
 
 
 def _type_level_srocc(entries: Sequence[Entry], parts: dict[str, str]) -> float | None:
-    """SROCC on the test split of the training split's means by type and level; None where it is undefined."""
+    """Return the SROCC on the test split of the training split's means by type and level, None if undefined."""
     scores: dict[str, list[float]] = {}
     for entry in entries:
         if parts[entry.group] == "train":
@@ -149,26 +163,28 @@ def _type_level_srocc(entries: Sequence[Entry], parts: dict[str, str]) -> float 
 
 
 def type_and_level(name: str) -> str:
-    """What follows the reference in an image's name: 02_3 of i01_02_3.bmp."""
+    """Return the part of an image's name after the reference: 02_3 of i01_02_3.bmp."""
     return Path(name).stem.partition("_")[2]
 
 
 def read_labels(root: Path) -> Labels:
-    """What `labels.json` says of a set's labels; people's, on 0 to 9, where there is none."""
+    """Read kind and range of a dataset's labels.
+
+    Raises:
+        ValueError: `labels.json` is missing from a synthesised dataset, or malformed.
+    """
     path = root / LABELS
     if not path.exists():
         if (root / REFERENCES).exists():
-            raise ValueError(
-                f"{root}: a synthesised set without its {LABELS}, so whose labels it has is not known"
-            )
+            raise ValueError(f"{root}: a synthesised dataset without {LABELS}, which states its labels")
         return Labels("mos", MOS_RANGE)
     value = read_json(path)
     known = isinstance(value, dict) and value.get("format") == LABELS_FORMAT
     sources = [key for key in ("metric", "opinions") if known and isinstance(value.get(key), str)]
     if len(sources) != 1 or value.get("direction") != HIGHER_IS_BETTER:
         raise ValueError(
-            f"{path}: expected format {LABELS_FORMAT!r}, the name of a metric or of a set that the opinions are from, "
-            f"and direction {HIGHER_IS_BETTER!r}"
+            f"{path}: expected format {LABELS_FORMAT!r}, direction {HIGHER_IS_BETTER!r}, and the name of a metric or "
+            "of the dataset that the opinions are from"
         )
     limits = value.get("range")
     if (
@@ -177,7 +193,7 @@ def read_labels(root: Path) -> Labels:
         or not all(isinstance(limit, int | float) for limit in limits)
         or not limits[0] < limits[1]
     ):
-        raise ValueError(f"{path}: range {limits!r}: expected two numbers, the lower first")
+        raise ValueError(f"{path}: range is {limits!r}; expected two numbers, the lower first")
     return Labels(f"{sources[0]}:{value[sources[0]]}", (float(limits[0]), float(limits[1])))
 
 
@@ -185,10 +201,8 @@ def _read_list(root: Path, label_range: tuple[float, float], faults: Faults) -> 
     path = root / LIST
     if not path.exists():
         if (root / LABELS).exists():
-            raise ValueError(
-                f"{root}: the set is not finished; the command that began it goes on where it stopped"
-            )
-        raise ValueError(f"{path}: no such file; a set in TID2013's layout has one")
+            raise ValueError(f"{root}: an unfinished dataset; repeat the command that made it to complete it")
+        raise ValueError(f"{path}: no such file; a dataset in TID2013's layout has one")
     rows = []
     for number, line in enumerate(read_list(path).splitlines(), 1):
         if not line.strip():

@@ -1,4 +1,4 @@
-"""From an image file to the network's input: shorter side to a size, then a crop (docs/METHOD.md §5)."""
+"""The transforms from an image file to the network's input: resize the shorter side, then crop (docs/METHOD.md §5)."""
 
 from __future__ import annotations
 
@@ -11,22 +11,29 @@ from torch import Tensor
 from srm_model.config import SRMConfig
 from srm_model.data.images import Pixels, decoded
 
-LONGEST = 16  # times the shorter side: what `load_resized` keeps of a longer image
+LONGEST = 16  # `load_resized` keeps the middle of an image with a higher aspect ratio
 
 
 def load_image(path: str | Path, image_size: int = SRMConfig.image_size) -> Tensor:
-    """One image file under the evaluation transform: (3, S, S) float32 in [0, 1], S = `image_size`.
+    """Load an image file with the evaluation transform: (3, S, S) float32 in [0, 1], S = `image_size`.
 
-    An image that cannot be read is a ValueError.
+    Raises:
+        ValueError: The image cannot be read.
     """
     return to_tensor(centre_crop(load_resized(path, image_size), image_size))
 
 
 def load_resized(path: str | Path, image_size: int) -> Pixels:
-    """The image with its shorter side brought to `image_size`, (H, W, 3) uint8; bicubic, antialiased, up or down.
+    """Load an image and resize its shorter side to `image_size`, bicubic and antialiased.
 
-    Of an image more than `LONGEST` times as long as wide only the middle, of that ratio, is resized and returned, so
-    that memory is bounded by the decoded image and the crop. The centre crop is that of the whole image.
+    An image with an aspect ratio above `LONGEST` is first cropped to that ratio around its centre, which limits memory
+    and does not change the centre crop.
+
+    Returns:
+        Pixels, (H, W, 3) uint8.
+
+    Raises:
+        ValueError: The image cannot be read.
     """
     with decoded(path) as picture:
         shorter = min(picture.size)
@@ -37,7 +44,7 @@ def load_resized(path: str | Path, image_size: int) -> Pixels:
 
 
 def _span(side: int, shorter: int, size: int) -> tuple[float, float, int]:
-    """Where the part of a side that is kept begins and ends, in the file's pixels, and its length once resized."""
+    """Return start and end of the kept part of a side in the file's pixels, and its length after resizing."""
     whole = max(size, round(side * size / shorter))
     kept = min(whole, LONGEST * size)
     start = (whole - size) // 2 - (kept - size) // 2
@@ -45,14 +52,14 @@ def _span(side: int, shorter: int, size: int) -> tuple[float, float, int]:
 
 
 def centre_crop(pixels: Pixels, size: int) -> Pixels:
-    """The `size`×`size` middle of an (H, W, 3) array."""
+    """Return the `size`×`size` centre of an (H, W, 3) array."""
     height, width = pixels.shape[:2]
     top, left = (height - size) // 2, (width - size) // 2
     return pixels[top : top + size, left : left + size]
 
 
 def random_crop_and_flip(pixels: Pixels, size: int, rng: np.random.Generator) -> Pixels:
-    """A `size`×`size` part of an (H, W, 3) array at a uniformly drawn place, mirrored left to right half the time."""
+    """Return a uniformly drawn `size`×`size` crop of an (H, W, 3) array, mirrored left to right half the time."""
     height, width = pixels.shape[:2]
     top, left = rng.integers(height - size + 1), rng.integers(width - size + 1)
     crop = pixels[top : top + size, left : left + size]
@@ -60,5 +67,5 @@ def random_crop_and_flip(pixels: Pixels, size: int, rng: np.random.Generator) ->
 
 
 def to_tensor(pixels: Pixels) -> Tensor:
-    """(H, W, 3) uint8 → (3, H, W) float32 in [0, 1]."""
+    """Convert (H, W, 3) uint8 to (3, H, W) float32 in [0, 1]."""
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))).float().div_(255)

@@ -1,4 +1,4 @@
-"""Self-contained HTML pages: about a run, its results, pictures, curves and settings; and about an audit."""
+"""Self-contained HTML reports of runs, studies and audits."""
 
 from __future__ import annotations
 
@@ -14,11 +14,19 @@ __all__ = ["write_audit", "write_report", "write_study"]
 
 
 def write_report(run: str | Path, out: str | Path | None = None) -> Path:
-    """Write the report of the run folder `run` to `out`, by default `report.html` in the folder; returns its path.
+    """Write the report of a run as one page: pictures as data URIs, charts as inline SVG, no scripts.
 
-    The page holds everything it shows: pictures as data URIs, charts as inline SVG, no scripts. Parts that the
-    run lacks are said to be missing. A folder that is absent or no run, or a file in it that is broken, is a
-    ValueError that names it.
+    The page states which parts the run lacks.
+
+    Args:
+        run: Run folder.
+        out: File to write. Default: `report.html` in the run folder.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ValueError: The folder is missing or no run folder, or a file in it is malformed.
     """
     run = Path(run)
     path = Path(out) if out is not None else run / "report.html"

@@ -1,4 +1,4 @@
-"""An audit as one self-contained page: the verdict, every check in plain words, and its curves."""
+"""The page of an audit: the verdict, every check and its curves."""
 
 from __future__ import annotations
 
@@ -15,9 +15,14 @@ from srm_model.reports.text import budget_text, count, fixed, listing, significa
 
 
 def write_audit(document: Mapping[str, Any], path: str | Path) -> Path:
-    """Write the page of `document`, what `srm-iqa audit` keeps as JSON, to `path`; returns the path.
+    """Write the page of an audit.
 
-    `document` is `Audit.to_dict()`, optionally with `title`, `dataset` (text) and `certificates`.
+    Args:
+        document: `Audit.to_dict()`, optionally with `title`, `dataset` (text) and `certificates`, as in audit.json.
+        path: File to write.
+
+    Returns:
+        The path.
     """
     path = Path(path)
     write_text(path, _render(document))
@@ -33,22 +38,17 @@ def _render(document: Mapping[str, Any]) -> Markup:
         section("Checks", _checks(document)),
         section("Curves", _curves(document)),
         _certificates(document),
-        section("What this page can and cannot say", *map(_paragraph, _LIMITS)),
+        section("Limits of this page", *(element("p", text) for text in _LIMITS)),
     )
     return whole_page(title, main)
 
 
 _LIMITS = (
-    "The checks find attacks that do not work, not models that are strong. A model that passes all of them can "
-    "still be broken by an attack that nobody has tried; a model that fails one has robust figures that mean nothing "
-    "yet.",
-    "Reach is how far an attack moves a score, in units of the score: the mean of raising and lowering it, over "
-    "the images. It is measured on a few images, and a check that passes narrowly deserves more of them.",
+    "The checks find attacks that do not work; they do not prove that a model is robust. Another attack may still "
+    "break a model that passes all checks. If a model fails a check, its robust figures are not reliable.",
+    "Reach is the change of a score that an attack causes, in units of the score: the mean over raising and "
+    "lowering it and over the images. It is measured on a few images; if a check passes narrowly, repeat it with more.",
 )
-
-
-def _paragraph(text: str) -> Markup:
-    return element("p", text)
 
 
 def _settings(document: Mapping[str, Any]) -> str:
@@ -70,14 +70,14 @@ def _verdict(document: Mapping[str, Any]) -> Markup:
     if failed:
         said = element("strong", f"{count(len(failed), 'check')} failed.")
         rest = (
-            f" Not so: {listing(failed)}. Until that is understood, figures of this model under gradient attacks "
-            "do not measure its robustness."
+            f" Not true of this model: {listing(failed)}. Its figures under gradient attacks do not measure its "
+            "robustness until the cause is known."
         )
         return element("p", said, rest, class_="notice", role="note")
     asked = len(document["checks"]) - len(open_)
-    rest = f" All {asked} that could be asked passed: the attacks do to this model what attacks should."
+    rest = f" All {asked} checks that could be run passed: the attacks work on this model as they should."
     if open_:
-        rest += f" Left open: {listing(open_)}."
+        rest += f" Not run: {listing(open_)}."
     return element("p", element("b", "No check failed."), rest, class_="lede")
 
 
@@ -98,7 +98,7 @@ def _checks(document: Mapping[str, Any]) -> Markup:
 
 def _mark(passed: bool | None) -> Markup:
     if passed is None:
-        return element("span", "left open", class_="missing")
+        return element("span", "not run", class_="missing")
     return element("span", "passed" if passed else "failed", class_=None if passed else "fail")
 
 
@@ -115,7 +115,7 @@ def _curves(document: Mapping[str, Any]) -> Child:
             series = Series("reach", data["x"], values, 0)
             charts.append(line_chart([series], title=title, x_label=label, y_label="reach"))
     if not charts:
-        return missing("No gradient attack could be run, so there is no curve.")
+        return missing("No gradient attack could be run, so there are no curves.")
     return element("div", charts, class_="panels")
 
 
@@ -145,8 +145,8 @@ def _certificates(document: Mapping[str, Any]) -> Markup | None:
         table(["Budget", "images bounded", "median width", "pairs whose order is certain"], rows),
         caption(
             f"Noise σ = {first['sigma']:g} per pixel value, {first['samples']:,} noisy copies of each image, "
-            f"confidence {first['confidence']:g} per interval. The interval bounds the median-smoothed score, "
-            "which is another, slower model than the one that was attacked above; nothing is proven about that "
-            "one. A pair is certain where the two intervals do not meet."
+            f"confidence {first['confidence']:g} per interval. The interval bounds the median-smoothed score, which "
+            "is a different and slower model; it proves nothing about the model that was attacked above. The order "
+            "of a pair is certain if the two intervals do not overlap."
         ),
     )

@@ -1,4 +1,4 @@
-"""The page's building blocks: sections, tables, neck names."""
+"""Building blocks of the pages: sections, tables, neck names."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from srm_model.reports.text import setting
 
 
 def look(neck: str) -> int:
-    """The neck's colour, dash and marker, the same in every chart."""
+    """Return the number of the neck's colour, dash and marker, the same in every chart."""
     return NECKS[neck].look
 
 
 def whole_page(title: str, main: Markup) -> Markup:
-    """The document around a page's main element."""
+    """Return the document around a page's main element."""
     head = element(
         "head",
         element("meta", charset="utf-8"),
@@ -34,7 +34,7 @@ def section(title: str, *content: Child) -> Markup:
 
 
 def missing(text: str) -> Markup:
-    """What the run has not got."""
+    """Return a note on a missing part of the run."""
     return element("p", text, class_="missing")
 
 
@@ -49,7 +49,7 @@ def neck_heading(neck: str) -> Markup:
 def table(
     columns: Sequence[str], rows: Sequence[Markup], *, words: Iterable[int] = (0,), title: str | None = None
 ) -> Markup:
-    """A table in a box that scrolls; columns are numbers, set right, but for those in `words`."""
+    """Return a scrollable table. Columns hold right-aligned numbers, except those in `words`."""
     left = set(words)
     head = [
         element("th", name, class_=None if i in left else "n", scope="col") for i, name in enumerate(columns)
@@ -64,7 +64,7 @@ def table(
 
 
 def row(head: Child, *cells: Child, words: Iterable[int] = (), class_: str | None = None) -> Markup:
-    """A table row: its heading, then cells of numbers but for those (from 1) in `words`."""
+    """Return a table row: its heading, then cells of numbers, except those (counted from 1) in `words`."""
     left = set(words)
     data = [element("td", cell, class_=None if i in left else "n") for i, cell in enumerate(cells, start=1)]
     return element("tr", element("th", head, scope="row"), data, class_=class_)
@@ -76,18 +76,15 @@ def neck_row(neck: str, *cells: Child) -> Markup:
 
 
 def group(title: str, columns: int) -> Markup:
-    """A heading across the table."""
+    """Return a heading across the table."""
     return element("tr", element("th", title, colspan=columns, scope="rowgroup"), class_="group")
 
 
 def pairs(values: Mapping[str, Any]) -> Markup:
-    """Names and values, one pair a line; an object within is written as its own pairs, `outer.inner`."""
+    """Return a table of names and values; a nested object gets a row for each of its pairs, `outer.inner`."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= (
-            {f"{key}.{inner}": item for inner, item in value.items()}
-            if isinstance(value, dict)
-            else {key: value}
-        )
+        nested = isinstance(value, dict)
+        flat |= {f"{key}.{inner}": item for inner, item in value.items()} if nested else {key: value}
     rows = [row(key, element("code", setting(value)), words=(1,)) for key, value in flat.items()]
     return element("div", element("table", element("tbody", rows)), class_="scroll", tabindex=0)

@@ -11,11 +11,17 @@ SEED = 0
 
 
 def resampled_srocc(mos: np.ndarray, scores: Sequence[np.ndarray]) -> np.ndarray:
-    """SROCC of every score vector on the same 2,000 resamples of the images.
+    """Compute the SROCC of every score vector on the same resamples of the images.
 
-    `mos` and each of `scores` are (n,); the result is (len(scores), 2000), NaN where a resample has constant
-    labels or scores, or any score is not finite. Images are drawn with replacement, independently: images that
-    share a photograph are not independent in truth, so intervals from this are, if anything, too narrow.
+    Images are drawn independently, with replacement. Images of the same photograph are not independent, so intervals
+    may be too narrow.
+
+    Args:
+        mos: Labels, (n,).
+        scores: Score vectors, (n,) each.
+
+    Returns:
+        (len(scores), REPLICATES), NaN where labels or scores of a resample are constant, or any score is not finite.
     """
     n = len(mos)
     draws = np.random.default_rng(SEED).integers(n, size=(n, REPLICATES))
@@ -26,7 +32,7 @@ def resampled_srocc(mos: np.ndarray, scores: Sequence[np.ndarray]) -> np.ndarray
 
 
 def interval(replicates: np.ndarray) -> tuple[float, float] | None:
-    """The central 95 % of the replicates, NaN left out; None where more than one in twenty is NaN."""
+    """Return the central 95 % interval of the finite replicates, None if more than 5 % are not finite."""
     finite = replicates[np.isfinite(replicates)]
     if len(finite) < 0.95 * len(replicates):
         return None
@@ -35,7 +41,7 @@ def interval(replicates: np.ndarray) -> tuple[float, float] | None:
 
 
 def _centred_ranks(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Each image's rank, ties averaged, less the mean rank, in resamples that hold it `counts` (n, R) times."""
+    """Return each image's rank, ties averaged, minus the mean rank, in resamples with `counts` (n, R) of each image."""
     if not np.isfinite(values).all():
         return np.full(counts.shape, np.nan)
     order = np.argsort(values, kind="stable")

@@ -1,6 +1,6 @@
-"""Charts of the reports' pages; their colours come from the page's style sheet, for light and dark screens.
+"""Charts of the pages, with the colours of the page's style sheet, for light and dark screens.
 
-Series differ by colour, dash and marker at once, so that they stay apart in grey and for colour-blind readers.
+Series differ in colour, dash and marker, so that they can be distinguished in grey and by colour-blind readers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from srm_model.reports import drawing
 from srm_model.reports.markup import Markup, element
 
 WIDTH, HEIGHT, SCATTER_HEIGHT, ROW = 320, 220, 260, 24  # pixels of the page
-# Stand-ins that matplotlib draws with, for the variables of the page's style sheet.
+# Colours for matplotlib, which `drawing.inline` replaces by the variables of the page's style sheet.
 SERIES = tuple(f"#0000a{i}" for i in range(8))
 INK, SOFT, GRID, GROUND = "#0000b0", "#0000b1", "#0000b2", "#0000b3"
 VARIABLES = {colour: f"--s{i}" for i, colour in enumerate(SERIES)} | {
@@ -43,7 +43,7 @@ STYLE = drawing.STYLE | {
 
 @dataclass(frozen=True)
 class Series:
-    """A line, over epochs or anything else; `look` picks colour (--s0, --s1, …), dash and marker."""
+    """A line of a chart; `look` chooses colour (--s0, --s1, …), dash and marker."""
 
     name: str
     x: Sequence[float] | np.ndarray
@@ -53,7 +53,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Fall:
-    """A row of the fall chart: clean and attacked value, each with a 95 % interval or None."""
+    """A row of the fall chart: clean and attacked value, each with its 95 % interval or None."""
 
     name: str
     clean: float
@@ -73,7 +73,10 @@ def line_chart(
     y_limits: tuple[float, float] | None = None,
     epochs: bool = True,
 ) -> Markup:
-    """Lines with a legend; missing values leave a gap. `epochs`: over whole numbers and from 0 up, with markers."""
+    """Draw lines with a legend; a missing value leaves a gap.
+
+    With `epochs`, x values are whole numbers, y includes 0, and lines have markers.
+    """
     from matplotlib.ticker import MaxNLocator
 
     with _axes(HEIGHT, x_label, y_label) as (figure, axes):
@@ -91,7 +94,7 @@ def line_chart(
             axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         text = "; ".join(f"{line.name}: {_ends(line.y)}" for line in series)
         legend = [(line.name, line.look) for line in series] if len(series) > 1 else []
-        return _framed(title, drawing.inline(figure, f"{title}. {text}", STYLE, VARIABLES), note, legend)
+        return _framed(title, figure, f"{title}. {text}", note, legend)
 
 
 def scatter(
@@ -108,31 +111,25 @@ def scatter(
     y_label: str,
     curve: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Markup:
-    """Points inside the limits as dots, those beyond as arrow heads on the edge, and `curve` as a line."""
+    """Draw points inside the limits as dots, points outside as arrow heads on the edge, and `curve` as a line."""
     low, high = x_limits
     with _axes(SCATTER_HEIGHT, x_label, y_label) as (figure, axes):
         finite = np.isfinite(x) & np.isfinite(y)
         inside = finite & (x >= low) & (x <= high)
-        # Lines without length and with round ends: one path, where a marker would be an element for each image.
+        # Draw dots as lines of length zero with round ends: one path, instead of one element per image.
         ends = [
             np.column_stack([v[inside], v[inside], np.full(inside.sum(), np.nan)]).ravel() for v in (x, y)
         ]
         size = 5.2 if len(x) <= 300 else 3.2
         axes.plot(*ends, color=_colour(look), linewidth=size, solid_capstyle="round", alpha=0.72, gid="dots")
         for beyond, edge, marker in ((finite & (x < low), low, "<"), (finite & (x > high), high, ">")):
-            axes.plot(
-                np.full(beyond.sum(), edge),
-                y[beyond],
-                marker,
-                color=_colour(look),
-                markersize=6,
-                clip_on=False,
-            )
+            place, style = np.full(beyond.sum(), edge), {"color": _colour(look), "markersize": 6}
+            axes.plot(place, y[beyond], marker, clip_on=False, **style)
         if curve is not None:
             grid = np.linspace(low, high, 61)
             axes.plot(grid, curve(grid), color=INK, linestyle="--", linewidth=1.5)
         axes.set(xlim=x_limits, ylim=y_limits)
-        return _framed(title, drawing.inline(figure, alt, STYLE, VARIABLES), note)
+        return _framed(title, figure, alt, note)
 
 
 def fall_chart(
@@ -171,23 +168,22 @@ def fall_chart(
             for name, falls in groups
             for fall in falls
         )
-        return _framed(title, drawing.inline(figure, f"{title}. {said}.", STYLE, VARIABLES), note)
+        return _framed(title, figure, f"{title}. {said}.", note)
 
 
 def swatch(look: int) -> Markup:
-    """The marker of a series in its colour, for legends and tables; the style sheet has it."""
+    """Return the marker of a series in its colour, for legends and tables."""
     return element("span", class_=f"swatch s{look}")
 
 
 def padded(low: float, high: float) -> tuple[float, float]:
-    """Limits a little wider than the data, and never empty."""
+    """Return limits that are slightly wider than the data, and never equal."""
     span = (high - low) or abs(high) or 1.0
     return (low if low == 0 else low - 0.05 * span), high + 0.05 * span
 
 
 @contextmanager
 def _axes(height: float, x_label: str, y_label: str) -> Iterator[tuple[Any, Any]]:
-    """A figure of the page's width and its axes, in the page's style."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -199,11 +195,13 @@ def _axes(height: float, x_label: str, y_label: str) -> Iterator[tuple[Any, Any]
         yield figure, axes
 
 
-def _framed(title: str, body: Markup, note: str | None, legend: Sequence[tuple[str, int]] = ()) -> Markup:
-    """A chart under its title, an optional note and an optional legend."""
+def _framed(
+    title: str, figure: Any, alt: str, note: str | None, legend: Sequence[tuple[str, int]] = ()
+) -> Markup:
     small = element("small", note) if note else None
     entries = [element("li", swatch(look), name) for name, look in legend]
     keys = element("ul", entries, class_="legend") if entries else None
+    body = drawing.inline(figure, alt, STYLE, VARIABLES)
     return element("figure", element("figcaption", title, small), keys, body, class_="chart")
 
 
@@ -223,4 +221,4 @@ def _ends(values: Sequence[float] | np.ndarray) -> str:
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return "no values"
-    return f"{finite[0]:.3g} at first, {finite[-1]:.3g} at last"
+    return f"first {finite[0]:.3g}, last {finite[-1]:.3g}"

@@ -1,8 +1,7 @@
-"""The page of `srm-iqa diagnose`: conditioning by table, and as pictures."""
+"""The page of `srm-iqa diagnose`: tables, curves and maps of the conditioning."""
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,83 +10,89 @@ import numpy as np
 from PIL import Image
 
 from srm_kernels.landmarks import METHODS
-from srm_model.reports.blocks import caption, row, section, table, whole_page
+from srm_model.reports.blocks import caption, missing, row, section, table, whole_page
 from srm_model.reports.charts import Series, line_chart
 from srm_model.reports.markup import Child, Markup, element
-from srm_model.reports.pictures import png_uri
+from srm_model.reports.pictures import png_bytes, png_uri
 from srm_model.reports.text import count, listing, significant
 
+_DISC = {"fill": "#ffd23f", "fill_opacity": "0.75", "stroke": "#101820", "stroke_width": "0.7"}
 QUANTILES = ("median", "p90", "max")
 COLUMNS = ("κ median", "p90", "max", "ρ median", "p90", "max", "error median", "p90", "max", "solved by")
 
 
 def render(found: Mapping[str, Any], about: Mapping[str, Any], images: Sequence[Image.Image]) -> Markup:
-    """The whole document. `found`: what `diagnose` returns; `about`: "checkpoint", "data", "images"."""
+    """Return the whole document.
+
+    Args:
+        found: Result of `diagnose`.
+        about: Texts "checkpoint" and "data", and "images", their number.
+        images: The images whose landmarks `found` has.
+    """
+    lede = (
+        f"Checkpoint {about['checkpoint']}, {count(int(about['images']), 'image')} of {about['data']}, "
+        f"{_landmark_count(found)}. Every link, head and image has its own system."
+    )
+    title = element("h1", "Conditioning of the landmark systems")
     main = element(
         "main",
-        element(
-            "header",
-            element("h1", "Conditioning of the landmark systems"),
-            element(
-                "p",
-                f"Checkpoint {about['checkpoint']}, {count(int(about['images']), 'image')} of {about['data']}, "
-                f"{_landmark_count(found)}; every link, head and image has a system of its own.",
-                class_="lede",
-            ),
-        ),
+        element("header", title, element("p", lede, class_="lede")),
         section("By setting (the article's Table 1)", _table(found)),
         section("By link and head", _links(found)),
         section("Condition numbers and spectra", _curves(found)),
         section("Error of the attention by landmarks", _errors(found)),
-        section("Whether the choice of landmarks jumps", _changes(found)),
-        section("Where the landmarks lie", _landmarks(found, images)),
+        section("Changes in the choice of landmarks", _changes(found)),
+        section("Positions of the landmarks", _landmarks(found, images)),
     )
     return whole_page("Conditioning", main)
 
 
 def _landmark_count(found: Mapping[str, Any]) -> str:
-    """The landmarks that there are: a map with fewer keys than were asked for gives all of its keys."""
+    """Return the number of landmarks in use: a map with fewer keys than `rank` gives all of its keys."""
     counts = sorted({link["rank"] for link in found["links"].values()})
     used = f"r = {' or '.join(map(str, counts))}"
-    return (
-        used
-        if counts == [found["rank"]]
-        else f"{used} of the {found['rank']} asked for, as there are no more keys"
-    )
+    few = "" if counts == [found["rank"]] else f" instead of {found['rank']}, because there are no more keys"
+    return used + few
 
 
 def markdown(found: Mapping[str, Any]) -> str:
-    """Table 1, the links and the errors by landmarks, for a terminal or a document."""
-    lines = ["| setting | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    lines += [f"| {name} | " + " | ".join(_cells(value)) + " |" for name, value in found["table"].items()]
-    lines += ["", "| link | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    lines += [
-        f"| {name} | " + " | ".join(_cells(value["all"])) + " |" for name, value in found["links"].items()
+    """Format Table 1, the links, the errors and the changes by landmarks as Markdown."""
+    ranks, methods = _ranks(found), _methods(found)
+    links = {name: _cells(link["all"]) for name, link in found["links"].items()}
+    tables = [
+        _grid("setting", COLUMNS, {name: _cells(value) for name, value in found["table"].items()}),
+        _grid("link", COLUMNS, links),
+        _grid(
+            "median error, landmarks",
+            [f"r = {rank}" for rank in ranks],
+            {name: _by_rank(found, method, ranks) for method, name in methods},
+        ),
+        _grid(
+            "sets of landmarks that change",
+            _steps(found),
+            {name: _by_step(found, method) for method, name in methods},
+        ),
     ]
-    ranks = sorted({entry["rank"] for entry in found["errors"]})
-    lines += ["", "| median error, landmarks | " + " | ".join(f"r = {rank}" for rank in ranks) + " |"]
-    lines += ["|---" * (len(ranks) + 1) + "|"]
-    for method, name in _methods(found):
-        lines.append(f"| {name} | " + " | ".join(_by_rank(found, method, ranks)) + " |")
-    steps = _steps(found)
-    lines += ["", "| sets of landmarks that change | " + " | ".join(_step(step) for step in steps) + " |"]
-    lines += ["|---" * (len(steps) + 1) + "|"]
-    for method, name in _methods(found):
-        lines.append(f"| {name} | " + " | ".join(_by_step(found, method)) + " |")
+    return "\n".join(tables)
+
+
+def _grid(corner: str, columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
+    lines = [f"| {corner} | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines += [f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows.items()]
     return "\n".join(lines) + "\n"
 
 
 def _methods(found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Name and title of the landmark methods that were measured."""
+    """Return name and title of the landmark methods that were measured."""
     return [(name, METHODS[name].title) for name in dict.fromkeys(e["method"] for e in found["errors"])]
 
 
-def _steps(found: Mapping[str, Any]) -> list[float]:
-    return list(dict.fromkeys(entry["step"] for entry in found["changes"]))
+def _ranks(found: Mapping[str, Any]) -> list[int]:
+    return sorted({entry["rank"] for entry in found["errors"]})
 
 
-def _step(step: float) -> str:
-    return f"{step:g}/255"
+def _steps(found: Mapping[str, Any]) -> list[str]:
+    return [f"{step:g}/255" for step in dict.fromkeys(entry["step"] for entry in found["changes"])]
 
 
 def _by_step(found: Mapping[str, Any], method: str) -> list[str]:
@@ -125,10 +130,10 @@ def _table(found: Mapping[str, Any]) -> Child:
     return [
         table(["Setting", *COLUMNS], rows, words=(0, *last)),
         caption(
-            "full: the checkpoint's own settings, which each other row changes in one thing. no fp32: the softmax "
-            "blocks in bf16. κ = σ_max/σ_min of W + λI (of the equilibrated system where there is one); ρ the "
-            "relative residual of the solve; error ‖Y − Y*‖/‖Y*‖ of the attention against exact attention with the "
-            "same keys. ∞ stands for systems that are singular or whose answer is not finite."
+            "full: the checkpoint's own settings; each other row changes one of them. no fp32: the softmax blocks in "
+            "bf16. κ = σ_max/σ_min of W + λI, or of the equilibrated system. ρ: relative residual of the solve. "
+            "error: ‖Y − Y*‖/‖Y*‖ of the attention against exact attention with the same keys. ∞: the system is "
+            "singular or its solution is not finite."
         ),
     ]
 
@@ -160,7 +165,7 @@ def _curves(found: Mapping[str, Any]) -> Child:
             line_chart(
                 kappas,
                 title="Distribution of κ",
-                note="share of systems with a condition number below",
+                note="share of systems with a smaller condition number",
                 x_label="log₁₀ κ",
                 y_label="share",
                 y_limits=(0.0, 1.0),
@@ -181,7 +186,7 @@ def _curves(found: Mapping[str, Any]) -> Child:
 
 
 def _errors(found: Mapping[str, Any]) -> Child:
-    ranks = sorted({entry["rank"] for entry in found["errors"]})
+    ranks = _ranks(found)
     rows = [row(name, *_by_rank(found, method, ranks)) for method, name in _methods(found)]
     series = []
     for look, (method, name) in enumerate(_methods(found)):
@@ -197,7 +202,6 @@ def _errors(found: Mapping[str, Any]) -> Child:
         chart = line_chart(
             series,
             title="Median error of the attention",
-            note=None,
             x_label="log₂ r",
             y_label="log₁₀ error",
             epochs=False,
@@ -210,11 +214,11 @@ def _errors(found: Mapping[str, Any]) -> Child:
 def _changes(found: Mapping[str, Any]) -> Child:
     rows = [row(name, *_by_step(found, method)) for method, name in _methods(found)]
     return [
-        table(["Landmarks", *(_step(step) for step in _steps(found))], rows),
+        table(["Landmarks", *_steps(found)], rows),
         caption(
-            "Share of landmark sets, over the links, heads and images of one batch, that are others once every pixel "
-            "is moved up or down by so much. Where a set changes the score jumps, which no gradient tells: an attack "
-            "by gradient may then understate what an attacker can do."
+            "Share of landmark sets, over the links, heads and images of one batch, that change when every pixel "
+            "is moved up or down by this step. When a set changes, the score jumps, which no gradient shows: gradient "
+            "attacks may then overstate robustness."
         ),
     ]
 
@@ -228,33 +232,22 @@ def _landmarks(found: Mapping[str, Any], images: Sequence[Image.Image]) -> Child
                 figures = [_map(image, entry) for entry in maps]
                 blocks.append(element("h3", f"Image {number + 1}, {name}"))
                 blocks.append(element("div", figures, class_="strip", style=f"--columns: {len(figures)}"))
-    shown = caption("A disc for each key that some head chose, larger the more heads chose it.")
-    return [shown, *blocks] if blocks else element("p", "No picture was kept.", class_="missing")
+    shown = caption("A disc marks a key that a head chose. It is larger if more heads chose the key.")
+    return [shown, *blocks] if blocks else missing("No picture was kept.")
 
 
 def _map(image: Image.Image, entry: Mapping[str, Any]) -> Markup:
     counts = np.array(entry["counts"])
     height, width = counts.shape
-    buffer = io.BytesIO()
-    image.convert("RGB").resize((240, 240)).save(buffer, format="PNG")
     discs = []
     for y, x in zip(*np.nonzero(counts), strict=True):
         share = counts[y, x] / entry["heads"]
         radius = 240 / max(height, width) * (0.12 + 0.3 * math.sqrt(min(share, 1.0)))
         cx, cy = (x + 0.5) * 240 / width, (y + 0.5) * 240 / height
-        discs.append(
-            element(
-                "circle",
-                cx=f"{cx:.1f}",
-                cy=f"{cy:.1f}",
-                r=f"{radius:.1f}",
-                fill="#ffd23f",
-                fill_opacity="0.75",
-                stroke="#101820",
-                stroke_width="0.7",
-            )
-        )
-    picture = element("image", href=png_uri(buffer.getvalue()), width=240, height=240)
+        place = {"cx": f"{cx:.1f}", "cy": f"{cy:.1f}", "r": f"{radius:.1f}"}
+        discs.append(element("circle", **place, **_DISC))
+    shown = png_bytes(image.convert("RGB").resize((240, 240)))
+    picture = element("image", href=png_uri(shown), width=240, height=240)
     label = f"{METHODS[entry['method']].title}: {count(int((counts > 0).sum()), 'key')} of {counts.size}"
     svg = element("svg", picture, discs, viewBox="0 0 240 240", role="img", aria_label=label)
     return element("figure", svg, element("figcaption", label))

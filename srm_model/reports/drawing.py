@@ -1,4 +1,4 @@
-"""What all charts share: matplotlib's settings, how series differ, and SVG for files and for pages."""
+"""The common part of all charts: matplotlib's settings, the look of series, and SVG for files and pages."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from srm_model.reports.markup import Markup, element
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's, as on the report's page. Four dashes and nine markers have no common factor, so that 36 series differ
-# without colour too.
+# Okabe and Ito's colours, as on the report's page. Four dashes and nine markers have no common factor, so 36 series
+# differ without colour.
 COLOURS = ("#0072b2", "#c8540a", "#00805f", "#9a4f80", "#5f45a8", "#56b4e9")
 DASHES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "X", "<", "P", "*")
@@ -32,7 +32,7 @@ UNDATED: dict[str, Any] = {"metadata": {"Date": None}}
 
 
 def look(number: int) -> dict[str, Any]:
-    """The colour, dash and marker of a series, for `Axes.plot`."""
+    """Return the colour, dash and marker of a series, for `Axes.plot`."""
     return {
         "color": COLOURS[number % len(COLOURS)],
         "linestyle": DASHES[number % len(DASHES)],
@@ -43,7 +43,7 @@ def look(number: int) -> dict[str, Any]:
 
 
 def svg(figure: Figure, style: dict[Any, Any] = STYLE) -> str:
-    """The figure as an SVG document, the same for the same figure."""
+    """Return a figure as an SVG document, reproducibly."""
     from matplotlib import rc_context
 
     buffer = io.StringIO()
@@ -53,11 +53,18 @@ def svg(figure: Figure, style: dict[Any, Any] = STYLE) -> str:
 
 
 def inline(figure: Figure, alt: str, style: dict[Any, Any], variables: dict[str, str]) -> Markup:
-    """The figure as an element of a page, its colours replaced by the style sheet's variables."""
+    """Return a figure as an element of a page.
+
+    Args:
+        figure: The figure.
+        alt: Text for readers who do not see the chart.
+        style: matplotlib settings.
+        variables: Variables of the style sheet that replace colours.
+    """
     text = svg(figure, style)
     body = text[text.index(">", text.index("<svg")) + 1 : text.rindex("</svg>")]
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
-    body = re.sub(r' id="[A-Za-z]\w*_\d+"', "", body)  # groups; a page has many figures
+    body = re.sub(r' id="[A-Za-z]\w*_\d+"', "", body)  # ids would repeat among the figures of a page
     body = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", body)
     body = re.sub(r"\s*\n\s*", " ", body)
     for colour, variable in variables.items():

@@ -1,4 +1,4 @@
-"""Figures 3 to 5 of the article and one of our own, from a study's results, as SVG and PNG."""
+"""Figures 3 to 5 of the article and figure 6, from a study's results, as SVG and PNG."""
 
 from __future__ import annotations
 
@@ -12,24 +12,30 @@ import numpy as np
 from srm_model.files import atomic_path
 from srm_model.norms import norm_of
 from srm_model.reports.drawing import STYLE, UNDATED, look
-from srm_model.reports.records import StudyResults, grouped
+from srm_model.reports.records import StudyResults, grouped, numbers_of
 from srm_model.reports.text import attack_text, budget_text, model_text
 
-FULL = "full"
 _SERIES = ("data", "backbone", "neck", "variant")
-_ROW = 0.17  # inches of a row of a legend
+_ROW = 0.17  # height of a legend's row in inches
 
 
 def figures(results: StudyResults, folder: str | Path, numbers: Sequence[int] | None = None) -> list[Path]:
-    """Write the figures asked for, by default all, as figure-N.svg and .png; returns what was written.
+    """Write figures as figure-N.svg and figure-N.png. A figure whose results are missing is omitted.
 
-    A figure whose results are missing is left out.
+    Args:
+        results: Results of the study.
+        folder: Folder to write.
+        numbers: Numbers of the figures. Default: all.
+
+    Returns:
+        The paths that were written.
+
+    Raises:
+        ValueError: There is no figure with one of the numbers.
     """
     for number in numbers or ():
         if number not in _BUILDERS:
-            raise ValueError(
-                f"figure {number}: the ones drawn from results are {', '.join(map(str, _BUILDERS))}"
-            )
+            raise ValueError(f"figure {number}: expected one of {', '.join(map(str, _BUILDERS))}")
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -48,7 +54,7 @@ def figures(results: StudyResults, folder: str | Path, numbers: Sequence[int] | 
 
 
 def _legend(figure: Any) -> None:
-    """Of all its axes, below them; they keep their height however many series there are."""
+    """Add one legend for all axes below them, and enlarge the figure by its height."""
     known: dict[str, Any] = {}
     for axis in figure.axes:
         handles, labels = axis.get_legend_handles_labels()
@@ -64,13 +70,9 @@ def _name(identity: dict[str, Any]) -> str:
     return f"{identity['neck']}, {identity['backbone']}, {identity['data']}"
 
 
-def _full(results: StudyResults, kind: str) -> list[dict[str, Any]]:
-    return [line for line in results.records.of(kind) if line["identity"]["variant"] == FULL]
-
-
 def _scale(results: StudyResults, figure: Any) -> bool:
-    """Figure 3: the scale before and after τ, and τ, over the epochs; the mean over seeds."""
-    groups = grouped(_full(results, "diagnostics"), "data", "backbone", "neck")
+    """Draw figure 3: the scale before and after τ, and τ, over the epochs; mean over seeds."""
+    groups = grouped(results.unablated("diagnostics"), "data", "backbone", "neck")
     if not groups:
         return False
     left, right = figure.subplots(1, 2)
@@ -93,11 +95,11 @@ def _scale(results: StudyResults, figure: Any) -> bool:
 
 
 def _gate(results: StudyResults, figure: Any) -> bool:
-    """Figure 4: entropy, mean weights, γ and ‖M‖ of the gate over the test images of all seeds.
+    """Draw figure 4: entropy, mean weights, γ and ‖M‖ of the gate over the test images of all seeds.
 
-    Distributions are drawn cumulated: lines of many series stay apart where bars of them would cover each other.
+    Distributions are cumulative, because bars of many series would overlap.
     """
-    groups = grouped(_full(results, "diagnostics"), "data", "backbone", "neck")
+    groups = grouped(results.unablated("diagnostics"), "data", "backbone", "neck")
     if not groups:
         return False
     figure.set_size_inches(7.2, 5.4)
@@ -107,11 +109,8 @@ def _gate(results: StudyResults, figure: Any) -> bool:
             key: [value for line in group for value in line["values"]["gate"][key]]
             for key in ("entropy", "weights", "gain", "norm")
         }
-        style = {
-            **look(number),
-            "markevery": (0.03 * (number % 6), 0.24),
-            "label": _name(group[0]["identity"]),
-        }
+        marks = (0.03 * (number % 6), 0.24)
+        style = {**look(number), "markevery": marks, "label": _name(group[0]["identity"])}
         mass = np.mean(gate["weights"], axis=0)
         place = np.arange(len(mass)) + 0.7 * ((number + 0.5) / len(groups) - 0.5)
         axes[0, 1].plot(place, mass, **{**style, "linewidth": 0.8, "markevery": 1})
@@ -119,9 +118,8 @@ def _gate(results: StudyResults, figure: Any) -> bool:
             values = np.sort(gate[name])
             axis.plot(values, np.arange(1, len(values) + 1) / len(values), **style)
     fused = results.study["config"]["fused_stages"]
-    axes[0, 0].axvline(
-        results.study["config"]["entropy_floor"] * np.log(max(len(fused), 2)), color="#5a626b", linewidth=0.8
-    )
+    floor = results.study["config"]["entropy_floor"] * np.log(max(len(fused), 2))
+    axes[0, 0].axvline(floor, color="#5a626b", linewidth=0.8)
     share = "share of images up to x"
     axes[0, 0].set(xlabel="entropy H(a); the line is H_min", ylabel=share, title="Entropy of the weights")
     axes[0, 1].set(ylabel="mean weight", title="Mean routing mass", ylim=(0, 1))
@@ -133,8 +131,8 @@ def _gate(results: StudyResults, figure: Any) -> bool:
 
 
 def _steps(results: StudyResults, figure: Any) -> bool:
-    """Figure 5: SROCC against PGD's steps, mean and standard deviation over seeds."""
-    groups = grouped(_full(results, "sweep"), "data", "backbone", "neck", "norm", "eps")
+    """Draw figure 5: SROCC against PGD's steps, mean and standard deviation over seeds."""
+    groups = grouped(results.unablated("sweep"), "data", "backbone", "neck", "norm", "eps")
     if not groups:
         return False
     names = list(groups[0][0]["values"]["rows"][0]["attacks"])
@@ -142,25 +140,12 @@ def _steps(results: StudyResults, figure: Any) -> bool:
     for axis, attack in zip(axes, names, strict=True):
         for number, group in enumerate(groups):
             steps = [row["steps"] for row in group[0]["values"]["rows"]]
-            values = np.array(
-                [
-                    [
-                        np.nan if (found := row["attacks"][attack]["srocc"]) is None else found
-                        for row in line["values"]["rows"]
-                    ]
-                    for line in group
-                ],
-                dtype=float,
+            values = np.stack(
+                [numbers_of(group, "rows", i, "attacks", attack, "srocc") for i in range(len(steps))]
             )
-            spread = values.std(0, ddof=1) if len(values) > 1 else None
-            axis.errorbar(
-                steps,
-                values.mean(0),
-                yerr=spread,
-                capsize=2,
-                **look(number),
-                label=_name(group[0]["identity"]),
-            )
+            spread = values.std(1, ddof=1) if len(group) > 1 else None
+            name = _name(group[0]["identity"])
+            axis.errorbar(steps, values.mean(1), yerr=spread, capsize=2, **look(number), label=name)
         axis.set_xscale("log")
         axis.set_xticks(steps, list(map(str, steps)))
         axis.minorticks_off()
@@ -172,9 +157,9 @@ def _steps(results: StudyResults, figure: Any) -> bool:
 
 
 def _budgets(results: StudyResults, figure: Any) -> bool:
-    """Figure 6: the worst SROCC of the suite against the budget, mean and standard deviation over seeds.
+    """Draw figure 6: the worst SROCC of the suite against the budget, mean and standard deviation over seeds.
 
-    Of the models that were trained on the most seeds: the others would be many, and are in table 11.
+    It shows the models with the highest number of seeds. Table 11 has the other models.
     """
     lines = [line for line in results.records.of("attack") if len(_budgets_of(results, line)) > 1]
     groups = [
@@ -193,41 +178,25 @@ def _budgets(results: StudyResults, figure: Any) -> bool:
         ticks: set[float] = set()
         for group in grouped(of_norm, *_SERIES):
             label = _variant(group[0]["identity"], lines)
-            worst = {
-                same[0]["identity"]["eps"]: [
-                    math.nan if (found := line["values"]["worst"]["srocc"]) is None else found
-                    for line in same
-                ]
-                for same in grouped(group, "eps")
-            }
-            budgets = sorted(worst)
-            values = [worst[eps] for eps in budgets]
-            shown = [norm_of(norm).shown(eps) for eps in budgets]
+            by_budget = sorted(grouped(group, "eps"), key=lambda same: same[0]["identity"]["eps"])
+            values = [numbers_of(same, "worst", "srocc") for same in by_budget]
+            shown = [norm_of(norm).shown(same[0]["identity"]["eps"]) for same in by_budget]
             ticks |= set(shown)
-            axis.errorbar(
-                shown,
-                [np.mean(v) for v in values],
-                yerr=[np.std(v, ddof=1) for v in values] if min(map(len, values)) > 1 else None,
-                capsize=2,
-                **look(series.index(label)),
-                label=label,
-            )
+            spread = [v.std(ddof=1) for v in values] if min(map(len, values)) > 1 else None
+            means, style = [v.mean() for v in values], look(series.index(label))
+            axis.errorbar(shown, means, yerr=spread, capsize=2, **style, label=label)
         axis.axhline(0, color="#5a626b", linewidth=0.8)
         axis.set_xscale("log")
         axis.set_xticks(sorted(ticks), [f"{tick:g}" for tick in sorted(ticks)])
         axis.minorticks_off()
-        axis.set(
-            xlabel=norm_of(norm).axis,
-            title=norm_of(norm).symbol,
-            ylim=(-1.05, 1.05),
-        )
+        axis.set(xlabel=norm_of(norm).axis, title=norm_of(norm).symbol, ylim=(-1.05, 1.05))
     axes[0].set_ylabel("worst SROCC over the suite" + (f", {most} seeds" if most > 1 else ""))
     _legend(figure)
     return True
 
 
 def _budgets_of(results: StudyResults, line: dict[str, Any]) -> set[float]:
-    """The budgets at which this line's model was attacked in its norm."""
+    """Return the budgets at which the model of a line was attacked in the line's norm."""
     keys = (*_SERIES, "norm")
     return {
         other["identity"]["eps"]
@@ -237,7 +206,7 @@ def _budgets_of(results: StudyResults, line: dict[str, Any]) -> set[float]:
 
 
 def _variant(identity: dict[str, Any], among: Sequence[dict[str, Any]]) -> str:
-    """Neck and variant, and where it stands if the figure has several places."""
+    """Return neck and variant, with backbone and dataset if the lines have several."""
     places = {(line["identity"]["data"], line["identity"]["backbone"]) for line in among}
     place = f", {identity['backbone']}, {identity['data']}" if len(places) > 1 else ""
     return f"{model_text(identity['neck'], identity['variant'])}{place}"

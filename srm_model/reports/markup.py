@@ -1,4 +1,4 @@
-"""HTML and SVG built from elements, so that text from files is escaped unless it is markup already."""
+"""HTML and SVG built from elements, which escape all text that is not `Markup`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ VOID = {"br", "circle", "img", "line", "meta", "path", "rect"}
 
 
 class Markup(str):
-    """Text that is HTML already and is not escaped again."""
+    """HTML text, which is not escaped again."""
 
     __slots__ = ()
 
@@ -19,12 +19,12 @@ Child: TypeAlias = "str | int | Sequence[Child] | None"
 
 
 def join(*children: Child) -> Markup:
-    """Children one after another: text escaped, markup as it is, None left out, lists flattened."""
+    """Concatenate children: text is escaped, None omitted, lists are flattened."""
     return Markup("".join(_render(child) for child in children))
 
 
 def element(tag: str, /, *children: Child, **attributes: str | float | bool | None) -> Markup:
-    """One element. `class_` and `stroke_width` become class and stroke-width; None and False are left out."""
+    """Return an element. `class_` and `stroke_width` become class and stroke-width; None and False are omitted."""
     written = "".join(
         f" {key.rstrip('_').replace('_', '-')}" + ("" if value is True else f'="{escape(str(value))}"')
         for key, value in attributes.items()

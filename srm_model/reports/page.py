@@ -1,4 +1,4 @@
-"""The page: what was run, then its results, limits, pictures, training and settings."""
+"""The page of a run: its results, limits, pictures, training and settings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PACKAGES = ("srm-iqa", "torch", "timm", "numpy", "scipy")
 
 
 def render(run: Run) -> Markup:
-    """The whole document."""
+    """Return the whole document."""
     title = run.title or f"Run {run.folder.resolve().name}"
     found = estimates(run)
     main = element(
@@ -29,11 +29,11 @@ def render(run: Run) -> Markup:
         _header(run, title),
         _notice(run),
         section("Clean and attacked", results(run, found)),
-        section("What these numbers can and cannot say", limits(run, found)),
+        section("Limits of these numbers", limits(run, found)),
         section("Prediction against label", scatters(run)),
-        section("What the attacks look like", pictures(run)),
+        section("Attacked images", pictures(run)),
         section("Training", training(run)),
-        section("Inside the neck", mechanism(run)),
+        section("Diagnostics of the neck", mechanism(run)),
         section("Settings and reproduction", _settings(run)),
         element("footer", f"Written by srm-iqa {_version('srm-iqa')}."),
     )
@@ -52,7 +52,7 @@ def _header(run: Run, title: str) -> Markup:
 
 
 def _moment(created: str | None) -> str | None:
-    """A time stamp as people read it; what is none stays as it is."""
+    """Format a time stamp; other text stays unchanged."""
     try:
         return f"{datetime.fromisoformat(created):%d %B %Y, %H:%M %Z}".strip(", ") if created else None
     except ValueError:
@@ -93,40 +93,30 @@ def _tested(run: Run) -> str:
 
 
 def _notice(run: Run) -> Markup | None:
-    if run.labels is not None and run.labels.startswith("opinions:"):
-        return _of_similar_images(run, run.labels.removeprefix("opinions:"))
-    if run.labels is None or not run.labels.startswith("metric:"):
+    kind, _, name = (run.labels or "").partition(":")
+    if kind == "metric":
+        strong = f"The labels come from the metric {name.upper()}, not from people."
+        text = (
+            f" {name.upper()} is a full-reference metric: it compares each distorted picture with its original. Every "
+            f"correlation on this page is agreement with {name.upper()}, not with human judgement."
+        )
+    elif kind == "opinions":
+        strong = "The labels are people's opinions of similar images."
+        text = (
+            f" They are the mean opinion scores of {name}'s images with the same photograph, distortion type and "
+            f"level. The images here were synthesised; this dataset is not {name}. Type and level alone predict much "
+            "of an opinion."
+        )
+        if isinstance(ceiling := run.dataset.get("type_level_srocc"), float):
+            text += f" On the test images they reach an SROCC of {fixed(ceiling)}."
+    else:
         return None
-    metric = run.labels.removeprefix("metric:").upper()
-    return element(
-        "p",
-        element("strong", f"The labels are not people's opinions: they come from the metric {metric}."),
-        f" {metric} is a full-reference metric: it compares each distorted picture with its original. Every "
-        f"correlation on this page is agreement with {metric}, not with human judgement.",
-        class_="notice",
-        role="note",
-    )
-
-
-def _of_similar_images(run: Run, source: str) -> Markup:
-    ceiling = run.dataset.get("type_level_srocc")
-    reached = (
-        f" On the test images they reach an SROCC of {fixed(ceiling)}." if isinstance(ceiling, float) else ""
-    )
-    return element(
-        "p",
-        element("strong", "The labels are people's opinions of nearly these images."),
-        f" They are the mean opinion scores that {source} has for its images of the same photograph, type and level of "
-        f"distortion. The images here were made anew; this data set is not {source}. Type and level alone predict much "
-        f"of an opinion.{reached}",
-        class_="notice",
-        role="note",
-    )
+    return element("p", element("strong", strong), text, class_="notice", role="note")
 
 
 def _settings(run: Run) -> Child:
-    data = pairs(run.dataset) if run.dataset else missing("The run does not describe its data set.")
-    again = missing("The run does not say which command made it.")
+    data = pairs(run.dataset) if run.dataset else missing("The run does not describe its dataset.")
+    again = missing("The run did not record its command.")
     if run.command:
         again = element("pre", element("code", "\n".join(run.command)))
     return [
@@ -139,9 +129,9 @@ def _settings(run: Run) -> Child:
         element("h3", "Settings that differ from the defaults"),
         _configuration(run),
         caption(
-            "As each neck was trained. The attacks' settings are stated with their results, as they were run."
+            "Settings of each neck's training. The settings of the attacks are stated with their results."
         ),
-        element("h3", "To run it again"),
+        element("h3", "Commands"),
         again,
         caption("To write this page again from the run's files:"),
         element("pre", element("code", shlex.join(["srm-iqa", "report", str(run.folder)]))),
@@ -164,9 +154,7 @@ def _configuration(run: Run) -> Child:
     words = range(len(columns))
     return [
         table(columns, changed, words=words) if changed else element("p", "None."),
-        element(
-            "details", element("summary", "All settings"), table(columns, list(rows.values()), words=words)
-        ),
+        element("details", element("summary", "All settings"), table(columns, [*rows.values()], words=words)),
     ]
 
 
@@ -176,12 +164,12 @@ def _versions(run: Run) -> Child:
     found = {"Python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
     return [
         pairs(found | _kernels(run)),
-        caption("Of this page's writing: the run did not record its own."),
+        caption("Versions that wrote this page; the run did not record its own."),
     ]
 
 
 def _kernels(run: Run) -> dict[str, str]:
-    """By neck, which backends evaluated and attacked it, and on whose verdict."""
+    """Return by neck which backends evaluated and attacked it, and by which verdict."""
     found = {}
     for neck in run.necks:
         sentences = [neck.evaluation.kernels if neck.evaluation else None]

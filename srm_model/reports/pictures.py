@@ -12,27 +12,33 @@ SIDE = 288  # pixels; larger pictures are shown reduced
 
 
 def data_uri(path: Path) -> str:
-    """A picture as a data URI: a PNG that is small enough as it is, anything else as a PNG of at most SIDE pixels.
+    """Return a picture as a data URI: a small PNG unchanged, other files as a PNG of at most SIDE pixels a side.
 
-    An unreadable file is a ValueError that names it.
+    Raises:
+        ValueError: The file cannot be read.
     """
     try:
         with Image.open(path) as image:
             image.load()
             data = path.read_bytes() if image.format == "PNG" and max(image.size) <= SIDE else _reduced(image)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's word for a broken PNG
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG
         raise ValueError(f"{path}: not readable as an image ({error})") from None
     return png_uri(data)
 
 
 def png_uri(data: bytes) -> str:
-    """The bytes of a PNG as a data URI."""
+    """Return the bytes of a PNG as a data URI."""
     return "data:image/png;base64," + base64.b64encode(data).decode("ascii")
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """Encode an image as PNG."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def _reduced(image: Image.Image) -> bytes:
     image = image.convert("RGB")
     image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
+    return png_bytes(image)

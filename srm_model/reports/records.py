@@ -1,11 +1,13 @@
-"""A study's results: JSON lines, one for each thing that was measured."""
+"""A study's results: JSON lines, one for each measurement."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,11 @@ from srm_model.reports.text import fixed
 RESULTS, STUDY = "results.jsonl", "study.json"
 _DEFAULTS = json.loads(json.dumps(SRMConfig().to_dict()))
 PLUS_MINUS = "±"
+FULL = "full"  # the variant without an ablation
 
 
 class Records:
-    """The lines of `results.jsonl`, each {"kind", "identity", "values", …}; a line that a kill cut short is dropped."""
+    """The lines of `results.jsonl`, each {"kind", "identity", "values", …}. An incomplete line is ignored."""
 
     def __init__(self, folder: str | Path) -> None:
         self.path = Path(folder) / RESULTS
@@ -37,11 +40,11 @@ class Records:
                     self.lines.append(line)
 
     def find(self, kind: str, identity: dict[str, Any]) -> dict[str, Any] | None:
-        """The line of that identity, None where it has yet to be measured.
+        """Return the line of this identity, or None if it is not measured yet.
 
-        A field that SRMConfig got since a line was written counts as its default there.
+        Fields of SRMConfig that are newer than a line count as their defaults in that line.
         """
-        wanted = json.loads(json.dumps(identity))  # tuples are lists there
+        wanted = json.loads(json.dumps(identity))  # turns tuples into lists, as in the file
         for line in self.lines:
             if line["kind"] == kind and _with_defaults(line["identity"]) == wanted:
                 return line
@@ -53,7 +56,7 @@ class Records:
         self.lines.append(json.loads(text))
 
     def elsewhere(self, kind: str, identity: dict[str, Any], field: str) -> dict[str, Any] | None:
-        """A line of that identity but for another value of one field, None where there is none."""
+        """Return a line that differs from this identity in the value of one field only, or None."""
         wanted = json.loads(json.dumps(identity))
         for line in self.lines:
             known = _with_defaults(line["identity"])
@@ -73,7 +76,7 @@ def _with_defaults(identity: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class StudyResults:
-    """What tables and figures are made of."""
+    """The study and the results that tables and figures show."""
 
     title: str
     study: dict[str, Any]
@@ -83,18 +86,22 @@ class StudyResults:
     def read(cls, folder: str | Path) -> StudyResults:
         study = read_json(Path(folder) / STUDY)
         if not isinstance(study, dict) or "config" not in study:
-            raise ValueError(f"{Path(folder) / STUDY}: not a study of this program")
+            raise ValueError(f"{Path(folder) / STUDY}: was not written by srm-iqa ablate")
         records = Records(folder)
         records.lines.sort(key=lambda line: _place(line["identity"], study))
         return cls(str(study.get("title", "Study")), study, records)
 
+    def unablated(self, kind: str) -> list[dict[str, Any]]:
+        """Return the lines of this kind that belong to models without an ablation."""
+        return [line for line in self.records.of(kind) if line["identity"]["variant"] == FULL]
+
 
 def _place(identity: dict[str, Any], study: dict[str, Any]) -> list[int | float]:
-    """Where a line stands: as the study lists things, whatever order several processes did them in."""
+    """Return the sort key of a line: the study's order, independent of the order in which processes finished."""
     listed = (
         ("data", list(study.get("data", ()))),
         ("backbone", study.get("backbones", ())),
-        ("variant", ["full", *study.get("ablations", ())]),
+        ("variant", [FULL, *study.get("ablations", ())]),
         ("neck", study.get("necks", ())),
         ("norm", tuple(NORMS)),
     )
@@ -105,30 +112,27 @@ def _place(identity: dict[str, Any], study: dict[str, Any]) -> list[int | float]
 
 
 def grouped(lines: Sequence[dict[str, Any]], *keys: str) -> list[list[dict[str, Any]]]:
-    """Lines by what they have in common in their identity, in the order of the first of each."""
+    """Group lines by the values of `keys` in their identity, in the order of each group's first line."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
         groups.setdefault(json.dumps([line["identity"].get(key) for key in keys]), []).append(line)
     return list(groups.values())
 
 
-def over_seeds(lines: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], Any]) -> str:
-    """Mean ± standard deviation (n − 1) over lines that differ by seed; the value alone where there is one."""
-    numbers = [
-        math.nan if item is None else float(item) for item in map(value, (line["values"] for line in lines))
-    ]
-    if not numbers:
-        return fixed(math.nan)
-    mean = fixed(float(np.mean(numbers)))
-    if len(numbers) == 1:
+def numbers_of(lines: Sequence[dict[str, Any]], *keys: str | int) -> np.ndarray:
+    """Return the number under nested `keys` in each line's values, (len(lines),) float64, NaN for null."""
+    found = (reduce(getitem, keys, line["values"]) for line in lines)
+    return np.array([math.nan if item is None else item for item in found], dtype=np.float64)
+
+
+def over_seeds(lines: Sequence[dict[str, Any]], *keys: str | int) -> str:
+    """Format `numbers_of` lines that differ by seed: mean ± standard deviation (n − 1), one number as it is."""
+    mean = fixed(mean_of(lines, *keys))
+    if len(lines) < 2:
         return mean
-    return f"{mean} {PLUS_MINUS} {fixed(float(np.std(numbers, ddof=1)))}"
+    return f"{mean} {PLUS_MINUS} {fixed(float(np.std(numbers_of(lines, *keys), ddof=1)))}"
 
 
-def mean_of(lines: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], Any]) -> float:
-    numbers = [value(line["values"]) for line in lines]
-    return (
-        float(np.mean([math.nan if item is None else float(item) for item in numbers]))
-        if numbers
-        else math.nan
-    )
+def mean_of(lines: Sequence[dict[str, Any]], *keys: str | int) -> float:
+    """Return the mean of `numbers_of`, NaN without lines."""
+    return float(np.mean(numbers_of(lines, *keys))) if lines else math.nan

@@ -1,4 +1,4 @@
-"""Correlations clean and attacked, and how far they can be trusted."""
+"""Clean and attacked correlations, and their uncertainty."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ UNKNOWN = Correlations(math.nan, math.nan)
 
 @dataclass(frozen=True)
 class Estimate:
-    """A SROCC, its bootstrap replicates, and the images both belong to."""
+    """A SROCC, its bootstrap replicates, and the names of the images."""
 
     srocc: float
     replicates: np.ndarray
@@ -33,7 +33,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Estimates:
-    """Per neck: SROCC on the clean test set, and clean and worst at each budget on the attacked images."""
+    """SROCC by neck: on the clean test set, and clean and worst at each budget on the attacked images."""
 
     test: dict[str, Estimate]
     clean: dict[tuple[str, Budget], Estimate]
@@ -41,7 +41,7 @@ class Estimates:
 
 
 def estimates(run: Run) -> Estimates:
-    """All of a run's SROCCs with replicates; the worst attack is chosen anew in each."""
+    """Estimate all SROCCs of a run. Each replicate has its own worst attack."""
     found = Estimates({}, {}, {})
     for neck in run.necks:
         if (tested := neck.evaluation) is not None:
@@ -57,42 +57,37 @@ def estimates(run: Run) -> Estimates:
 
 
 def results(run: Run, found: Estimates) -> Child:
-    """Summary, fall chart and a table of every attack."""
+    """Return the summary, the fall chart and the table of every attack."""
     if not found.test and not found.worst:
         return missing("No test scores and no attacks were found.")
     definitions = element(
         "p",
-        "SROCC is the rank correlation of scores and labels; PLCC the linear correlation after a logistic map "
-        "that was fitted on clean validation images and then frozen. 1 is perfect, 0 is chance, below 0 the order "
+        "SROCC is the rank correlation of scores and labels. PLCC is the linear correlation after a logistic map "
+        "that was fitted on clean validation images. 1 is perfect, 0 is chance, below 0 the order "
         "is reversed. “Worst” is the lowest value over all attacks at one budget.",
     )
     summary = element("div", element("div", _summary(run)), _falls(run, found), class_="results")
     if not run.budgets:
-        return [
-            definitions,
-            summary,
-            missing("No attack was run, so this page says nothing about robustness."),
-        ]
+        return [definitions, summary, missing("No attack was run, so robustness was not measured.")]
     return [definitions, summary, _doubts(run), element("h3", "Every attack"), _attack_table(run)]
 
 
 def limits(run: Run, found: Estimates) -> Child:
-    """What was small about the run, and whether the necks can be told apart."""
+    """Return the limits of the run, and the differences between its necks."""
     notes = [*_attack_notes(run)]
     if run.necks:
         seeds = sorted({neck.config["seed"] for neck in run.necks if "seed" in neck.config})
         each = "Each neck" if len(run.necks) > 1 else "The neck"
         notes.append(
-            f"{each} was trained once{f' (seed {listing(seeds)})' if seeds else ''}. How far the figures move with "
-            "another seed was not measured, and no interval on this page includes it."
+            f"{each} was trained once{f' (seed {listing(seeds)})' if seeds else ''}. The variation between seeds was "
+            "not measured, and no interval on this page includes it."
         )
     differences = _differences(run, found)
     if differences is not None or found.worst:
         notes.append(
             f"Intervals are percentile bootstraps over images: {bootstrap.REPLICATES:,} resamples (seed "
-            f"{bootstrap.SEED}), the same for every neck and attack, with the worst attack chosen anew in each. "
-            "Images made from one photograph resemble each other, which resampling them one by one ignores: the "
-            "true uncertainty is larger."
+            f"{bootstrap.SEED}), the same for every neck and attack. Each resample has its own worst attack. Images "
+            "of the same photograph are similar, which the bootstrap ignores, so the true uncertainty is larger."
         )
     return [element("ul", [element("li", note) for note in notes], class_="notes"), differences]
 
@@ -128,7 +123,6 @@ def _summary(run: Run) -> Markup:
 
 
 def _doubts(run: Run) -> Markup | None:
-    """Which of the attacked figures above may overstate robustness."""
     lines = [
         f"{neck.name}, {budget_text(budget)}, {doubt}"
         for budget in run.budgets
@@ -155,7 +149,7 @@ def _falls(run: Run, found: Estimates) -> Markup | None:
 
 
 def _attack_table(run: Run) -> Markup:
-    """Every attack: a group of rows per budget, two columns per neck."""
+    """Return the table of every attack: a group of rows per budget, two columns per neck."""
     necks = [neck.name for neck in run.necks if neck.attacks]
     rows, left_out = [], set()
     for budget in run.budgets:
@@ -174,14 +168,14 @@ def _attack_table(run: Run) -> Markup:
             rows.append(row(attack_text(name), *values, class_="total" if name == "worst" else None))
         left_out |= {attack_text(name) for item in items.values() for name in item.incomplete}
     columns = ["Attack", *(f"{name} {what}" for name in necks for what in ("SROCC", "PLCC"))]
-    note = f" Left out for want of a surrogate: {listing(sorted(left_out))}." if left_out else ""
+    note = f" Not run without a surrogate: {listing(sorted(left_out))}." if left_out else ""
     return table(columns, rows, title=f"Clean: the same images without an attack.{note}")
 
 
 def _attack_notes(run: Run) -> list[str]:
     items = [item for neck in run.necks for item in neck.attacks]
     if not items:
-        return ["No attack was run: this page says nothing about robustness."]
+        return ["No attack was run, so robustness was not measured."]
     strengths = sorted({(item.steps, item.restarts) for item in items})
     said = listing(
         f"{count(steps, 'step')} with {count(restarts, 'random start')}" for steps, restarts in strengths
@@ -194,19 +188,19 @@ def _attack_notes(run: Run) -> list[str]:
     full = protocol.attack_steps, protocol.attack_restarts
     if any(steps < full[0] or restarts < full[1] for steps, restarts in strengths):
         note += (
-            f" The protocol asks for {full[0]} steps with {full[1]} random starts: these attacks are weaker, so the "
-            "attacked figures flatter the models."
+            f" The protocol has {full[0]} steps with {full[1]} random starts: these attacks are weaker, so the "
+            "attacked figures overstate robustness."
         )
     shares = [share for item in items for share in item.zero_gradients.values()]
     if not shares:
         return [note]
     found = f"at most {100 * max(shares):.2g} % in any attack were" if max(shares) > 0 else "none was"
-    zero = "A model whose gradients vanish can look robust without being so. Of those that the attacks followed, "
+    zero = "A model with vanishing gradients can look robust without being robust. Of the gradients in the attacks, "
     return [note, f"{zero}{found} zero."]
 
 
 def _differences(run: Run, found: Estimates) -> Markup | None:
-    """SROCC of the first neck less that of each other one."""
+    """Return a table of the first neck's SROCC minus that of each other neck."""
     if len(run.necks) < 2:
         return None
     first = run.necks[0].name
@@ -229,10 +223,7 @@ def _difference(what: str, a: Estimate, b: Estimate) -> Markup:
     same = a.names == b.names
     interval = bootstrap.interval(a.replicates - b.replicates) if same else None
     if interval is None:
-        between, reading = (
-            "—",
-            "no interval: " + ("undefined correlations" if same else "not the same images"),
-        )
+        between, reading = "—", "no interval: " + ("undefined correlations" if same else "different images")
     else:
         low, high = interval
         between = f"{signed(low)} to {signed(high)}"

@@ -1,4 +1,4 @@
-"""Reading a run folder: what is there is checked, what is missing is None or empty."""
+"""Read a run folder. Its files are checked; parts that are missing are None or empty."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from srm_model.necks import NECKS
 from srm_model.norms import place_of
 
 T = TypeVar("T")
-Budget: TypeAlias = tuple[str, float]  # norm and ε: what the attacks on two necks have in common
+Budget: TypeAlias = tuple[str, float]  # norm and ε
 
 
 @dataclass(frozen=True)
 class Correlations:
-    """NaN where undefined."""
+    """SROCC and PLCC, NaN if undefined."""
 
     srocc: float
     plcc: float
@@ -45,12 +45,12 @@ class Evaluation:
     names: tuple[str, ...]
     labels: str
     logistic: LogisticMap | None
-    kernels: str | None  # which backends ran, and on whose verdict
+    kernels: str | None  # which backends ran, and by which verdict
 
 
 @dataclass(frozen=True)
 class Example:
-    """One attacked image kept for the eye; the three paths are None where the file is not there."""
+    """Pictures of one attacked image; a path is None if the file is missing."""
 
     name: str
     mos: float
@@ -76,15 +76,13 @@ class Attacked:
     names: tuple[str, ...]
     clean: Scores
     attacks: dict[str, Scores]
-    zero_gradients: dict[str, float]  # share of them, by attack, where it was recorded
-    doubts: tuple[
-        str, ...
-    ]  # on attacks whose gradients were zero or not finite, as `metrics.doubts` has them
-    worst: Correlations  # each over all attacks
+    zero_gradients: dict[str, float]  # share of zero gradients by attack, if it was recorded
+    doubts: tuple[str, ...]  # `metrics.doubts` of the attacks
+    worst: Correlations  # each the lowest over all attacks
     worst_attack: str  # by SROCC
-    incomplete: tuple[str, ...]  # attacks left out for want of a surrogate
+    incomplete: tuple[str, ...]  # attacks that were not run without a surrogate
     examples: tuple[Example, ...]
-    kernels: str | None = None  # which backends ran, and on whose verdict
+    kernels: str | None = None  # which backends ran, and by which verdict
 
     @property
     def budget(self) -> Budget:
@@ -93,7 +91,7 @@ class Attacked:
 
 @dataclass(frozen=True)
 class Photograph:
-    """What the pictures of a synthesised set were made from."""
+    """An original photograph of a synthesised dataset."""
 
     file: str
     source: str
@@ -102,7 +100,7 @@ class Photograph:
 
 @dataclass(frozen=True)
 class Neck:
-    """One trained neck's folder."""
+    """The folder of one trained neck."""
 
     name: str
     backbone: str | None
@@ -129,16 +127,16 @@ class Run:
 
     @property
     def budgets(self) -> list[Budget]:
-        """Every budget that any neck was attacked at, Linf first, small ones first."""
+        """All budgets of the attacks, Linf first, in ascending order."""
         return sorted({item.budget for neck in self.necks for item in neck.attacks}, key=_budget_order)
 
     def attacked(self, budget: Budget) -> list[tuple[Neck, Attacked]]:
-        """The necks that were attacked at this budget, and how."""
+        """Return the necks that were attacked at a budget, with the results."""
         return [(neck, item) for neck in self.necks for item in neck.attacks if item.budget == budget]
 
     @property
     def labels(self) -> str | None:
-        """Where the labels come from: "mos", "metric:<name>", "opinions:<set>", or None where nothing says so."""
+        """The kind of labels: "mos", "metric:<name>", "opinions:<dataset>", or None if unknown."""
         said = [self.dataset.get("labels")]
         for neck in self.necks:
             said.append(neck.evaluation.labels if neck.evaluation else None)
@@ -149,7 +147,11 @@ class Run:
 
 
 def read_run(folder: str | Path) -> Run:
-    """Everything a report shows of a run folder; ValueError in one sentence where it is absent or broken."""
+    """Read the parts of a run folder that a report shows.
+
+    Raises:
+        ValueError: The folder is missing or no run folder, or a file in it is malformed.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such run folder")
@@ -175,7 +177,7 @@ def read_run(folder: str | Path) -> Run:
 
 
 def numbers(value: Any) -> list[float]:
-    """Every finite number in a JSON value, in order, however nested."""
+    """Return every finite number in a nested JSON value, in order."""
     if isinstance(value, bool) or value is None:
         return []
     if isinstance(value, int | float):
@@ -200,7 +202,7 @@ def _read_neck(folder: Path) -> Neck:
 
 
 def _photographs(root: Any) -> tuple[Photograph, ...]:
-    """From `references.json` of a synthesised set, where that is still to be found."""
+    """Read `references.json` of a synthesised dataset, if the file still exists."""
     rows = _optional(Path(root) / "references.json", _list) if isinstance(root, str) else None
     return tuple(
         Photograph(*(str(row.get(key) or "unknown") for key in ("file", "source", "licence")))
@@ -296,7 +298,7 @@ def _shares(scores: dict[str, Any]) -> dict[str, float]:
 def _examples(folder: Path, rows: Any) -> tuple[Example, ...]:
     def image(row: dict[str, Any], key: str) -> Path | None:
         name = row.get(key)
-        # Only files of the run itself are shown, whatever a file says.
+        # Use the file's name only, so that no file outside of the run is embedded.
         path = folder / Path(name).name if isinstance(name, str) else None
         return path if path is not None and path.is_file() else None
 
@@ -340,7 +342,7 @@ def _list(value: Any) -> list[Any]:
 
 
 def _number(value: Any) -> float:
-    """JSON's null stands for NaN and the infinities."""
+    """Read a number; null means NaN or an infinity."""
     return float("nan") if value is None else float(value)
 
 

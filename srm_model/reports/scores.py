@@ -1,4 +1,4 @@
-"""Predictions against labels, and pictures of attacked images."""
+"""Scatter charts of predictions against labels, and pictures of attacked images."""
 
 from __future__ import annotations
 
@@ -18,23 +18,14 @@ EXAMPLES_PER_BUDGET = 3
 
 
 def label_words(labels: str) -> str:
-    """What labels are, as an axis names it."""
+    """Describe labels for an axis."""
     kind, _, name = labels.partition(":")
-    if kind == "metric":
-        return name.upper()
-    return (
-        "mean opinion"
-        if kind == "mos"
-        else "mean opinion of a similar image"
-        if kind == "opinions"
-        else labels
-    )
+    known = {"metric": name.upper(), "mos": "mean opinion", "opinions": "mean opinion of a similar image"}
+    return known.get(kind, labels)
 
 
 @dataclass(frozen=True)
 class _View:
-    """One scatter panel."""
-
     title: str
     srocc: float
     mos: np.ndarray
@@ -46,7 +37,7 @@ class _View:
 
 
 def scatters(run: Run) -> Child:
-    """Per neck, clean and under the worst attack of each budget, all on the same axes."""
+    """Draw for each neck the clean scores and the worst attack of each budget, all on the same axes."""
     views = {neck.name: _views(neck) for neck in run.necks}
     everything = [view for panels in views.values() for view in panels]
     if not everything:
@@ -59,7 +50,7 @@ def scatters(run: Run) -> Child:
         element(
             "p",
             "A dot is an image. The dashed line is the logistic map from score to label, fitted on clean validation "
-            "images. All panels share their axes; an arrow head on an edge is a score beyond it.",
+            "images. All panels have the same axes; an arrow head on an edge is a score outside of the axes.",
         )
     ]
     for neck in run.necks:
@@ -85,14 +76,16 @@ def scatters(run: Run) -> Child:
         if panels and logistic is None:
             parts.append(missing("No logistic map was found for this neck."))
         elif logistic is not None and not logistic.converged:
-            parts.append(caption(f"The map is a straight line for this neck: {logistic.reason}."))
+            parts.append(caption(f"The map of this neck is a straight line: {logistic.reason}."))
         elif logistic is not None and panels and _turns(logistic(np.linspace(*x_limits, 200))):
-            parts.append(caption("This neck's map turns round, so that its PLCC can contradict its SROCC."))
+            parts.append(
+                caption("The map of this neck is not monotonic, so its PLCC can contradict its SROCC.")
+            )
     return parts
 
 
 def pictures(run: Run) -> Child:
-    """Per attacked image: clean, then attacked and magnified difference for each neck, with the scores."""
+    """Show each attacked image: clean, then attacked and its magnified change for each neck, with the scores."""
     if not run.budgets:
         return missing("No attack was run.")
     strips = []
@@ -105,19 +98,18 @@ def pictures(run: Run) -> Child:
     if not strips:
         return missing("The attacks kept no pictures.")
     intro = (
-        "An image clean and attacked, and the change around mid-grey, magnified as stated. The arrow leads from the "
-        "neck's score of the clean image to that of the attacked one. Scores belong to the images as attacked, in "
+        "Each image is shown clean and attacked, with its change around mid-grey, magnified as stated. The arrow leads "
+        "from the neck's score of the clean image to its score of the attacked image. The scores are for images in "
         "floating point; the pictures are rounded to 8 bits."
     )
     return [element("p", intro), strips, _credits(run)]
 
 
 def _credits(run: Run) -> Markup | None:
-    """Whose photographs they are."""
     if not run.photographs:
         return None
     said = "; ".join(f"{p.file} of {p.source} ({p.licence})" for p in run.photographs)
-    return caption(f"Photographs of the data set: {said}.")
+    return caption(f"Photographs of the dataset: {said}.")
 
 
 def _views(neck: Neck) -> list[_View]:
@@ -136,7 +128,7 @@ def _views(neck: Neck) -> list[_View]:
 
 
 def _score_limits(clean: list[np.ndarray], everything: list[_View]) -> tuple[float, float]:
-    """Room for every clean score, and for attacked ones up to as wide a range again on either side."""
+    """Return limits that include all clean scores, and attacked scores within one clean range on either side."""
     low, high = _range(clean)
     least, most = _range([view.scores for view in everything])
     span = (high - low) or 1.0

@@ -1,8 +1,7 @@
-"""A study as one page, and its tables and figures as files."""
+"""The page of a study, and its tables and figures as files."""
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from srm_model.files import write_text
 from srm_model.reports.blocks import whole_page
 from srm_model.reports.figures import figures
 from srm_model.reports.markup import Markup, element, join
+from srm_model.reports.pictures import png_uri
 from srm_model.reports.records import StudyResults
 from srm_model.reports.tables import Table, html, markdown, tables
 
@@ -21,10 +21,21 @@ def write_study(
     figure_numbers: Sequence[int] | None = None,
     out: str | Path | None = None,
 ) -> tuple[list[Table], list[Path]]:
-    """Write tables (Markdown, HTML) and figures (SVG, PNG) of the study in `folder`; returns tables and files.
+    """Write tables (Markdown and HTML) and figures (SVG and PNG) of a study to `tables/` and `figures/` in its folder.
 
-    They go to `tables/` and `figures/` in the folder, and with nothing chosen by number all of them to one page
-    `report.html`, or `out`, too. A table without results says so.
+    Without numbers, all tables and figures are written, and a page with all of them.
+
+    Args:
+        folder: Folder of the study.
+        table_numbers: Numbers of the tables to write.
+        figure_numbers: Numbers of the figures to write.
+        out: File of the page. Default: `report.html` in the folder.
+
+    Returns:
+        The tables, and the paths of all files that were written.
+
+    Raises:
+        ValueError: The folder is no study's, or there is no table or figure with one of the numbers.
     """
     folder = Path(folder)
     results = StudyResults.read(folder)
@@ -50,12 +61,9 @@ def write_study(
 
 
 def _picture(path: Path) -> Markup:
-    number = path.stem.rpartition("-")[2]
-    data = base64.b64encode(path.read_bytes()).decode()
-    image = element(
-        "img", src=f"data:image/png;base64,{data}", alt=f"Figure {number}", style="max-width: 100%"
-    )
-    return element("figure", element("figcaption", f"Figure {number}"), image)
+    title = f"Figure {path.stem.rpartition('-')[2]}"
+    image = element("img", src=png_uri(path.read_bytes()), alt=title, style="max-width: 100%")
+    return element("figure", element("figcaption", title), image)
 
 
 def _page(title: str, content: Markup) -> Markup:

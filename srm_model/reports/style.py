@@ -1,4 +1,4 @@
-"""The report's style sheet. Series colours follow Okabe and Ito; s4 to s7 are an ordered ramp for the stages."""
+"""The style sheet of the pages. Series use Okabe and Ito's colours; s4 to s7 are an ordered ramp for stages."""
 
 STYLE = """
 :root {

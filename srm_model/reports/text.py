@@ -1,4 +1,4 @@
-"""Numbers, budgets and names as people write them."""
+"""Format numbers, budgets and names for readers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MINUS, DASH = "−", "—"
 
 
 def fixed(value: float, digits: int = 3) -> str:
-    """A number with a true minus sign; a dash for NaN."""
+    """Format a number with fixed digits and a minus sign, a dash if it is not finite."""
     return f"{value:.{digits}f}".replace("-", MINUS) if math.isfinite(value) else DASH
 
 
@@ -24,7 +24,7 @@ def signed(value: float) -> str:
 
 
 def bold(text: str) -> str:
-    """As Markdown has it; pages make it an element."""
+    """Mark text as bold in Markdown."""
     return f"**{text}**"
 
 
@@ -33,13 +33,13 @@ def significant(value: float) -> str:
 
 
 def spread(values: Sequence[float]) -> str:
-    """One value as it is; several as their median, and their range where it shows."""
+    """Format the median of values, and their range if it differs at three digits."""
     middle, low, high = map(significant, (float(np.median(values)), min(values), max(values)))
     return middle if low == high else f"{middle} [{low} … {high}]"
 
 
 def drop(clean: float, attacked: float) -> str:
-    """Clean less attacked, and its share of clean where that is above 0."""
+    """Format clean − attacked, and its share of the clean value if that is above 0."""
     if not math.isfinite(clean - attacked):
         return DASH
     share = f" ({100 * (clean - attacked) / clean:.0f} %)".replace("-", MINUS) if clean > 0 else ""
@@ -47,14 +47,14 @@ def drop(clean: float, attacked: float) -> str:
 
 
 def model_text(neck: str, variant: str) -> str:
-    """Neck and variant, each word of them once: "full" says nothing, "baseline" no more than `none`."""
+    """Join neck and variant without repetition: "full" and a leading "baseline, " or neck name are omitted."""
     if variant == "full":
         return neck
     return f"{neck}, {variant.removeprefix('baseline, ').removeprefix(f'{neck}, ')}"
 
 
 def budget_text(budget: tuple[str, float]) -> str:
-    """Norm and ε, also of a norm that is not known here."""
+    """Format norm and ε; the norm may be unknown."""
     norm, eps = budget
     return NORMS[norm].text(eps) if norm in NORMS else f"{norm} ε = {eps:.4g}"
 
@@ -64,7 +64,7 @@ def attack_text(name: str) -> str:
 
 
 def listing(items: Iterable[Any]) -> str:
-    """a, b and c."""
+    """Join items as in "a, b and c"."""
     texts = [str(item) for item in items]
     return " and ".join([", ".join(texts[:-1]), texts[-1]]) if len(texts) > 1 else "".join(texts)
 
@@ -82,7 +82,7 @@ def clock(seconds: float) -> str:
 
 
 def setting(value: Any) -> str:
-    """A configuration value."""
+    """Format a value of the configuration."""
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, list | tuple):

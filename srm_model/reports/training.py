@@ -1,4 +1,4 @@
-"""Training curves and what the neck's mechanism did meanwhile."""
+"""Training curves and the logged diagnostics of the neck."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from srm_model.reports.markup import Child, Markup, element
 from srm_model.reports.run import Neck, Run, numbers
 from srm_model.reports.text import DASH, clock, fixed, spread
 
-# Looks 4 and up are the style sheet's ordered ramp: parts and stages must not wear the necks' colours.
+# Looks from 4 on are the style sheet's ordered ramp, so that parts and stages differ from the necks' colours.
 RAMP = 4
 LOSS_PARTS = {
     "mse": "squared error",
@@ -23,7 +23,7 @@ LOSS_PARTS = {
     "balance": "gate balance",
     "gradient": "gradient norm",
 }
-# What the model logs, in words and in this order; anything else follows under its own name.
+# Names of logged quantities, in the order of the table. Other quantities follow under their own names.
 DIAGNOSTICS = {
     "links.logit_std": "standard deviation of the attention logits",
     "links.attention_entropy": "entropy of the landmark attention, as a share of uniform",
@@ -41,7 +41,7 @@ DIAGNOSTICS = {
 
 
 def training(run: Run) -> Child:
-    """Best epochs, validation SROCC, total loss and its parts."""
+    """Return best epochs, validation SROCC, total loss and its parts."""
     trained = [neck for neck in run.necks if neck.history]
     if not trained:
         return missing("No training history was found.")
@@ -52,16 +52,12 @@ def training(run: Run) -> Child:
         _curves(trained, "loss", "Training loss, total", "loss"),
         *map(_loss_parts, trained),
     ]
-    return [
-        table(
-            columns, rows, title="The best epoch by validation SROCC is the one that was tested and attacked."
-        ),
-        element("div", charts, class_="panels"),
-    ]
+    title = "The checkpoint of the best epoch by validation SROCC was tested and attacked."
+    return [table(columns, rows, title=title), element("div", charts, class_="panels")]
 
 
 def mechanism(run: Run) -> Child:
-    """Gate weights, activity of the gain cap, and every other logged diagnostic."""
+    """Return gate weights, activity of the gain cap, and every other logged diagnostic."""
     logged = [neck for neck in run.necks if any(map(_diagnostics, neck.history))]
     if not logged:
         return missing("No diagnostics of a neck were logged.")
@@ -109,7 +105,7 @@ def _curves(necks: Sequence[Neck], key: str, title: str, y_label: str) -> Markup
 
 
 def _loss_parts(neck: Neck) -> Markup | None:
-    """The parts as they enter the total, each times its weight."""
+    """Draw the parts of the loss, each times its weight in the total."""
     series = []
     for i, (part, label) in enumerate(LOSS_PARTS.items()):
         weight = 1 if part == "mse" else neck.config.get(f"weight_{part}")
@@ -140,7 +136,7 @@ def _gate(neck: Neck) -> Markup | None:
 
 
 def _cap(neck: Neck) -> Markup | None:
-    """Share of images with γ < 1: over the epoch's training images, and over the diagnosed validation images."""
+    """Draw the share of images with γ < 1, over an epoch's training images and over the diagnosed validation images."""
     diagnosed = [numbers(_diagnostics(entry).get("gain_active")) for entry in neck.history]
     found = {
         "training": _column(neck, "gain_active"),
@@ -153,7 +149,7 @@ def _cap(neck: Neck) -> Markup | None:
     ]
     if not series:
         return None
-    note = "share of images on which it binds (γ < 1)"
+    note = "share of images that it reduces (γ < 1)"
     return line_chart(
         series, title="Gain cap", note=note, x_label="epoch", y_label="share of images", y_limits=(0.0, 1.0)
     )
@@ -173,15 +169,12 @@ def _diagnostics_table(neck: Neck) -> Markup | None:
     if not rows:
         return None
     columns = ["first epoch", "last epoch"] if len(logged) > 1 else ["value"]
-    return table(
-        ["Quantity", *columns],
-        rows,
-        title="Medians over a batch of validation images; in brackets the range over links, stages or heads.",
-    )
+    title = "Medians over a batch of validation images; in brackets the range over links, stages or heads."
+    return table(["Quantity", *columns], rows, title=title)
 
 
 def _quantities(diagnostics: dict[str, Any]) -> dict[str, list[float]]:
-    """Each quantity's values: over links and heads where it has them, the median where quantiles were logged."""
+    """Return the values of each quantity, over links and heads if it has them; medians if quantiles were logged."""
     found: dict[str, list[float]] = {}
     for key, value in diagnostics.items():
         if key != "links" or not isinstance(value, dict):
@@ -198,12 +191,12 @@ def _values(value: Any) -> list[float]:
 
 
 def _epochs(neck: Neck) -> list[float]:
-    """Counted from 1."""
+    """Return the numbers of the epochs, counted from 1."""
     return [float(i) for i in range(1, len(neck.history) + 1)]
 
 
 def _column(neck: Neck, key: str) -> np.ndarray:
-    """A logged quantity, one value an epoch, NaN where it is missing."""
+    """Return a logged quantity, one value per epoch, NaN if missing."""
     found = [numbers(entry.get(key)) for entry in neck.history]
     return np.array([values[0] if values else math.nan for values in found])
 

@@ -1,4 +1,4 @@
-"""Run folders, checkpoints and data sets as commands and studies share them."""
+"""Run folders, checkpoints and datasets, for commands and studies."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ RUN = "run.json"
 
 @contextmanager
 def process_group() -> Iterator[bool]:
-    """The ranks that torchrun started, joined for the block; yields whether this process is the one that writes.
+    """Join the process group that torchrun started, and yield whether this process writes results.
 
-    One process alone is rank 0 of 1 and joins nothing. Gloo serves CPU tensors and what is pickled, NCCL the GPUs'.
+    A single process joins no group. Gloo transfers CPU tensors and pickled objects, NCCL transfers GPU tensors.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield True
@@ -55,9 +55,9 @@ def process_group() -> Iterator[bool]:
 
 
 def keep_memory() -> None:
-    """Have glibc keep freed memory: handing each large activation back costs most of a small model's time.
+    """Make glibc keep freed memory, because returning large activations takes most of a small model's time.
 
-    Does nothing where the C library is another one.
+    With another C library this does nothing.
     """
     if platform.libc_ver()[0] != "glibc":
         return
@@ -69,13 +69,17 @@ def keep_memory() -> None:
 
 @contextmanager
 def writing(folder: str | Path, *, shared: bool = False) -> Iterator[None]:
-    """Keep other commands from writing into `folder` for the block, `shared` ones excepted.
+    """Lock a folder against other commands that write to it, within the block.
 
-    A checkpoint of a run is held beside the run's other checkpoints, one of a study with the whole study: every process
-    of `srm-iqa ablate` may write into each of its folders. The first rank holds it for all.
+    A checkpoint in a run also takes a shared lock on the run. A checkpoint in a study locks the whole study, because
+    every process of `srm-iqa ablate` may write to each of its folders. The first rank holds the locks.
+
+    Args:
+        folder: Folder to lock.
+        shared: Whether other commands with `shared` may write to the folder at the same time.
 
     Raises:
-        ValueError: another process writes there; on every rank.
+        ValueError: Another process writes to the folder. Every rank raises it.
     """
     path = Path(folder).resolve()
     above = [
@@ -95,13 +99,20 @@ def writing(folder: str | Path, *, shared: bool = False) -> Iterator[None]:
 
 @contextmanager
 def recorded(folder: Path, arguments: Sequence[str], **about: Any) -> Iterator[dict[str, Any]]:
-    """Keep `folder/run.json`: what was said first stays, commands are listed, seconds add up.
+    """Write `folder/run.json`. Earlier contents stay, the command is added to the list, and seconds are summed.
 
-    Yields what the file will hold, to be added to. A block that raises before it has written anything else into the
-    folder leaves the folder as it was.
+    If the block raises before it has written other files to the folder, the folder is restored.
+
+    Args:
+        folder: Run folder.
+        arguments: Command line without the program's name.
+        about: Further contents of the file.
+
+    Yields:
+        The contents of the file, which the block may extend.
     """
     path = folder / RUN
-    before, content = _inside(folder), path.read_bytes() if path.is_file() else None
+    before, content = set(folder.rglob("*")), path.read_bytes() if path.is_file() else None
     known = read_json(path) if path.is_file() else {}
     if not isinstance(known, dict):
         raise ValueError(f"{path}: expected an object")
@@ -116,16 +127,15 @@ def recorded(folder: Path, arguments: Sequence[str], **about: Any) -> Iterator[d
         "versions": versions(),
     }
     write_json(path, record)
-    begun = _inside(folder)
+    begun = _files(folder)
     start = time.perf_counter()
     refused = False
     try:
         yield record
     except Exception:
-        now = _inside(folder)
-        refused = _files(now) == _files(begun)
+        refused = _files(folder) == begun
         if refused:
-            _restore(path, content, now.keys() - before.keys())
+            _restore(path, content, set(folder.rglob("*")) - before)
         raise
     finally:
         if not refused:
@@ -133,22 +143,19 @@ def recorded(folder: Path, arguments: Sequence[str], **about: Any) -> Iterator[d
             write_json(path, record)
 
 
-def _inside(folder: Path) -> dict[Path, tuple[int, int] | None]:
-    """Everything below a folder: of files their time and size, of folders None."""
-    found: dict[Path, tuple[int, int] | None] = {}
+def _files(folder: Path) -> dict[Path, tuple[int, int]]:
+    """Return time and size of every file below a folder."""
+    found = {}
     for path in folder.rglob("*"):
-        with suppress(FileNotFoundError):  # another process has removed it
+        with suppress(FileNotFoundError):  # another process may have removed it
             state = path.lstat()
-            found[path] = None if path.is_dir() else (state.st_mtime_ns, state.st_size)
+            if not path.is_dir():
+                found[path] = state.st_mtime_ns, state.st_size
     return found
 
 
-def _files(inside: dict[Path, tuple[int, int] | None]) -> dict[Path, tuple[int, int] | None]:
-    return {path: state for path, state in inside.items() if state is not None}
-
-
 def _restore(path: Path, content: bytes | None, made: Set[Path]) -> None:
-    """Give a file its earlier content, or remove it, and the folders that were made since."""
+    """Restore a file's earlier content, or remove it, and remove the folders in `made`."""
     if content is None:
         path.unlink()
     else:
@@ -160,18 +167,18 @@ def _restore(path: Path, content: bytes | None, made: Set[Path]) -> None:
 
 
 def kernels_of(config: SRMConfig, device: torch.device, found: dict[str, set[str]]) -> str:
-    """Which backends ran on a device, and on whose verdict: one sentence about what `running` collected."""
+    """Summarise in one sentence which backends ran on a device, and by which verdict, from what `running` collected."""
     return choice.ran(device, config.backend, found)
 
 
 def say_kernels(config: SRMConfig, device: torch.device, found: dict[str, set[str]]) -> None:
-    """Say `kernels_of` on stderr where there is something to say: on a GPU, or where a backend is named."""
+    """Print `kernels_of` on stderr if the device is a GPU or the config names a backend."""
     if device.type == "cuda" or config.backend is not None:
         say(f"kernels: {kernels_of(config, device, found)}")
 
 
 def versions() -> dict[str, str]:
-    """Of what results depend on."""
+    """Return the versions that results depend on."""
     found = {"python": platform.python_version()}
     for package in ("srm-iqa", "torch", "timm", "numpy"):
         try:
@@ -182,13 +189,17 @@ def versions() -> dict[str, str]:
 
 
 def checkpoints(folder: str) -> list[Path]:
-    """The checkpoint that `folder` is, or those of a run's necks; ValueError where there is none."""
+    """Return the checkpoint at a folder, or the checkpoints of a run's necks.
+
+    Raises:
+        ValueError: There is none.
+    """
     path = Path(folder)
     if (path / CONFIG).is_file():
         return [path]
     found = [path / neck for neck in NECKS if (path / neck / CONFIG).is_file()]
     if not found:
-        reason = "no such folder" if not path.is_dir() else "no checkpoint here"
+        reason = "no such folder" if not path.is_dir() else "has no checkpoint"
         raise ValueError(
             f"{folder}: {reason}; expected {CONFIG} with model.safetensors, in it or in {', '.join(NECKS)}"
         )
@@ -196,28 +207,41 @@ def checkpoints(folder: str) -> list[Path]:
 
 
 def checkpoints_of_study(folder: str) -> dict[str, Path]:
-    """By the name a table shows: every checkpoint of a study's folder, else those of a run."""
+    """Return every checkpoint of a study, or those of a run, by the name that a table shows."""
     root = Path(folder)
     if (root / STUDY).is_file():
         found = sorted(path.parent for path in (root / "runs").rglob(CONFIG))
         if not found:
-            raise ValueError(f"{folder}: a study of which nothing has been trained yet")
+            raise ValueError(f"{folder}: the study has no trained model yet")
         return {str(path.relative_to(root / "runs")): path for path in found}
     return {path.name: path for path in checkpoints(folder)}
 
 
 def one_checkpoint(folder: str) -> Path:
-    """The checkpoint at `folder`, or the only one in it."""
+    """Return the checkpoint at a folder, or the only one of a run.
+
+    Raises:
+        ValueError: There is none, or there are several.
+    """
     found = checkpoints(folder)
     if len(found) > 1:
-        raise ValueError(f"{folder}: holds several checkpoints; name one of {', '.join(map(str, found))}")
+        raise ValueError(f"{folder}: has several checkpoints; expected one of {', '.join(map(str, found))}")
     return found[0]
 
 
 def open_checkpoint(
     folder: Path, device: torch.device, backend: str | None = STORED
 ) -> tuple[Any, dict[str, Any]]:
-    """Model on `device` in channels-last, its operators by `backend`, and card."""
+    """Load a checkpoint.
+
+    Args:
+        folder: Folder of the checkpoint.
+        device: Device for the model, which is in channels-last format.
+        backend: Backend of the operators. Default: as in training.
+
+    Returns:
+        The model and the card.
+    """
     model, card = load_model(folder, backend=backend)
     check_size(model.backbone_name, model.config.image_size)
     model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -227,7 +251,7 @@ def open_checkpoint(
 def open_splits(
     root: str | Path, config: SRMConfig, cache: ImageCache | None = None, *, progress: bool
 ) -> dict[str, Any]:
-    """Every split; the first one opened has checked the files of all, on the first rank."""
+    """Open every split of a dataset. The first rank checks all files when it opens the first split."""
     return {
         split: open_dataset(
             root,
@@ -242,8 +266,14 @@ def open_splits(
     }
 
 
+def batches(dataset: Any, indices: Sequence[int], size: int) -> Iterator[torch.Tensor]:
+    """Yield batches of `size` images, (B, 3, H, W); the last batch may be smaller."""
+    for start in range(0, len(indices), size):
+        yield torch.stack([dataset[index][0] for index in indices[start : start + size]])
+
+
 def dataset_card(dataset: Any) -> dict[str, Any]:
-    """What cards and run.json say about a data set, by any of its splits."""
+    """Describe a dataset, given one of its splits, for cards and run.json."""
     ceiling = getattr(dataset, "type_level_srocc", None)
     return {
         "name": dataset.name,
@@ -259,10 +289,21 @@ def dataset_card(dataset: Any) -> dict[str, Any]:
 def dataset_for(
     card: dict[str, Any], config: SRMConfig, *, root: str | None, split: str, progress: bool
 ) -> Any:
-    """A split of `root`, by default of the set the checkpoint was trained on, which must not have changed."""
+    """Open a split for a checkpoint.
+
+    Args:
+        card: Card of the checkpoint.
+        config: Config with the seed of the split and the image size.
+        root: Folder of the dataset. Default: the dataset of training.
+        split: "train", "val" or "test".
+        progress: Whether to show a progress bar while files are checked.
+
+    Raises:
+        ValueError: No dataset is known, or the dataset of training has changed, or is faulty.
+    """
     trained = card.get("dataset") or {}
     if root is None and not trained.get("root"):
-        raise ValueError("the checkpoint does not say which data set it was trained on; name one with --data")
+        raise ValueError("the checkpoint does not name its dataset of training; name a dataset with --data")
     dataset = open_dataset(
         root or trained["root"],
         split,
@@ -273,16 +314,17 @@ def dataset_for(
     )
     if root is None and trained.get("fingerprint") != dataset.fingerprint:
         raise ValueError(
-            f"{trained['root']}: not the data set of training any more (images, labels or split differ); "
-            "give --data to use it all the same"
+            f"{trained['root']}: differs from the dataset of training (images, labels or split); to use it, name it "
+            "with --data"
         )
     return dataset
 
 
 def surrogate_of(folder: Path) -> Path | None:
-    """Where the transfer attack on a checkpoint is crafted: the neck `none`, for `none` itself `srm`.
+    """Return the checkpoint on which the transfer attack is crafted: the neck `none`, for `none` itself `srm`.
 
-    It lies beside the checkpoint; that of a study's variant beside the full model, a folder above.
+    It is a sibling of the checkpoint or, for an ablation of a study, a sibling of the parent folder. The result is None
+    if it does not exist.
     """
     other = NECKS[read_card(folder)["neck"]].surrogate
     studied = any((above / STUDY).is_file() for above in folder.resolve().parents)

@@ -1,4 +1,4 @@
-"""A suite run on a checkpoint, and its file."""
+"""Run a suite of attacks on a model and keep its result in a file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from srm_model.attacks import Suite, save_examples
 from srm_model.checkpoint import read_card
 from srm_model.config import SRMConfig
 from srm_model.files import read_json, write_json
-from srm_model.metrics import LogisticMap
 from srm_model.norms import norm_of
 from srm_model.runs.training import logistic_of
 
@@ -37,19 +36,35 @@ def attack_checkpoint(
     writes: bool = True,
     within: str = "",
 ) -> dict[str, Any]:
-    """Run a suite into `folder/attacks/`, or the folder `within` that; returns what the JSON file there holds.
+    """Attack a checkpoint and keep the result in `folder/attacks/`.
 
-    A result there that these very arguments gave is taken as it is; one that was cut off is continued. In a process
-    group every rank calls this, and the one that `writes` writes.
+    A result of the same arguments is not computed again; an interrupted one is resumed. In a process group every rank
+    calls this function.
+
+    Args:
+        folder: Folder of the checkpoint.
+        dataset: Split to attack.
+        norm, eps: Budget of the attacks.
+        config: Config with the settings of the attacks.
+        device: Device of the model.
+        surrogate: Checkpoint for the transfer attack, or None to leave it out.
+        limit: Number of images, evenly spaced. Default: all.
+        keep: Number of attacked images to keep as pictures.
+        suite: Name of the suite.
+        progress: Whether to report progress on stderr.
+        writes: Whether this rank writes the result.
+        within: Subfolder of `folder/attacks/`.
+
+    Returns:
+        The contents of the JSON file.
     """
+    chosen: dict[str, Any] = {"limit": limit, "keep": keep, "suite": suite}
     settings = {
         "checkpoint": read_card(folder)["sha256"],
         "surrogate": None if surrogate is None else read_card(surrogate)["sha256"],
         "dataset": dataset.fingerprint,
         "split": dataset.split,
-        "limit": limit,
-        "keep": keep,
-        "suite": suite,
+        **chosen,
         "seed": config.seed,
         "attack": config.attack_settings(),
     }
@@ -61,6 +76,7 @@ def attack_checkpoint(
     if device.type == "cpu":
         runs.keep_memory()
     model, card = runs.open_checkpoint(folder, device, config.backend)
+    other = None if surrogate is None else runs.open_checkpoint(surrogate, device, config.backend)[0]
     with runs.running() as ran:
         found = attack_model(
             model,
@@ -70,16 +86,12 @@ def attack_checkpoint(
             norm=norm,
             eps=eps,
             config=config,
-            surrogate=None
-            if surrogate is None
-            else runs.open_checkpoint(surrogate, device, config.backend)[0],
+            surrogate=other,
             logistic=logistic_of(card),
-            limit=limit,
-            keep=keep,
-            suite=suite,
             progress=progress,
             writes=writes,
             about=lambda: {"kernels": runs.kernels_of(model.config, device, ran)},
+            **chosen,
         )
     if progress:
         runs.say_kernels(model.config, device, ran)
@@ -87,12 +99,12 @@ def attack_checkpoint(
 
 
 def result_name(norm: str, eps: float) -> str:
-    """The file of a result among those of one model."""
+    """Return the file name of a result."""
     return f"{norm}-{eps:.6g}.json"
 
 
 def known_result(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """What a file holds, if these settings gave it; the same on every rank."""
+    """Return the contents of a result file with these settings, else None; the same on every rank."""
     found = ranks.from_first(lambda: read_json(path) if path.is_file() else None)
     return found if isinstance(found, dict) and found.get("settings") == settings else None
 
@@ -103,40 +115,41 @@ def attack_model(
     path: Path,
     settings: dict[str, Any],
     *,
-    norm: str,
-    eps: float,
     config: SRMConfig,
-    surrogate: nn.Module | None,
-    logistic: LogisticMap | None = None,
-    limit: int | None = None,
-    keep: int = 0,
-    suite: str = "paper",
-    progress: bool = True,
-    writes: bool = True,
+    suite: str,
+    progress: bool,
+    writes: bool,
     about: Callable[[], dict[str, Any]] = dict,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Run a suite on any model into the file `path`, pictures beside it; returns what the file holds.
+    """Attack any model and keep the result in a file, with pictures in a folder beside it.
 
-    `settings`, and what `about` returns afterwards, are kept in it. A run that was cut off is continued.
+    An interrupted attack is resumed.
+
+    Args:
+        model: Model to attack.
+        dataset, config, suite, progress, writes: As in `attack_checkpoint`.
+        path: File of the result.
+        settings: Settings to keep in the file, by which `known_result` recognises it.
+        about: Called after the attack; its result is kept in the file.
+        options: Further arguments of `Suite.run`: norm, eps, surrogate, logistic, limit and keep.
+
+    Returns:
+        The contents of the file.
     """
     pictures = path.with_suffix("")
     unfinished = pictures / "unfinished"
     with warnings.catch_warnings():
-        # The command prints these below its table instead.
+        # `srm-iqa attack` prints these warnings below its table.
         warnings.filterwarnings("ignore", message=".*may overstate robustness")
         result = Suite.named(suite, config).run(
             model,
             dataset,
-            norm=norm,
-            eps=eps,
-            surrogate=surrogate,
-            logistic=logistic,
             batch_size=config.attack_batch_size,
             seed=config.seed,
             progress=runs.bars(progress),
-            keep=keep,
-            limit=limit,
             resume=unfinished,
+            **options,
         )
     found = {**result.to_dict(), **about(), "settings": settings}
     if writes:

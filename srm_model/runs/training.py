@@ -1,4 +1,4 @@
-"""A neck trained into its folder, and evaluated."""
+"""Train a neck into its folder and evaluate it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EVALUATION = "evaluation.json"
 
 
 def new_model(backbone: str, neck: str, config: SRMConfig, *, pretrained: bool) -> IQAModel:
-    """A model whose initial weights are a function of the config's seed."""
+    """Build a model whose initial weights depend only on the config's seed, apart from pretrained ones."""
     with seeded(config.seed):
         return build_model(backbone, neck=neck, pretrained=pretrained, config=config)
 
@@ -38,9 +38,20 @@ def train_neck(
     progress: bool = True,
     **options: Any,
 ) -> None:
-    """Train into `folder` and write `evaluation.json` from the best epoch; what is finished is not repeated.
+    """Train a model and write `evaluation.json` of its best epoch, without repeating what is finished.
 
-    `options` are more of `train`'s. In a process group every rank calls this, and the first one writes.
+    In a process group every rank calls this function, and the first one writes.
+
+    Args:
+        model: Model to train.
+        folder: Folder of the checkpoint.
+        splits: Datasets by split: "train", "val" and "test".
+        device: Device of the training.
+        freeze_backbone: Whether to train neck and head only.
+        resume: Whether to continue an unfinished training in the folder.
+        workers: Processes that load images.
+        progress: Whether to report progress on stderr.
+        options: Further arguments of `srm_model.training.train`.
     """
     if device.type == "cpu":
         runs.keep_memory()
@@ -82,6 +93,6 @@ def train_neck(
 
 
 def logistic_of(card: dict[str, Any]) -> LogisticMap | None:
-    """The map fitted on validation, frozen in a checkpoint's card."""
+    """Return the logistic map that was fitted on validation, from a checkpoint's card."""
     values = card.get("logistic")
     return None if values is None else LogisticMap.from_dict(values)

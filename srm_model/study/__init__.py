@@ -1,1 +1,1 @@
-"""Studies: what a file declares, its jobs, and their results."""
+"""Studies: the declaration in a file, its jobs, and their results."""

@@ -1,4 +1,4 @@
-"""What every job of a study is measured with."""
+"""The context of all jobs of a study."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from srm_model.study.file import Model, Study
 
 @dataclass(frozen=True)
 class Context:
-    """A study, its folder, and how it is worked on."""
+    """A study, its folder, and how its jobs run."""
 
     study: Study
     out: Path
@@ -24,7 +24,7 @@ class Context:
     _splits: dict[Any, dict[str, Any]] = field(default_factory=dict)
 
     def splits(self, model: Model) -> dict[str, Any]:
-        """The data sets of a model by split; those of a set, seed and size are opened once."""
+        """Return a model's datasets by split. Each dataset, seed and size is opened once."""
         key = model.data, model.config.seed, model.config.image_size
         if key not in self._splits:
             root = self.study.data[model.data]
@@ -32,9 +32,9 @@ class Context:
         return self._splits[key]
 
     def test(self, model: Model) -> Any:
-        """The test split."""
+        """Return a model's test split."""
         return self.splits(model)["test"]
 
     def opened(self, model: Model) -> tuple[Any, dict[str, Any]]:
-        """The trained model on the device, and its card."""
+        """Load a trained model onto the device, with its card."""
         return runs.open_checkpoint(self.out / model.folder, self.device)

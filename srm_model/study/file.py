@@ -1,4 +1,4 @@
-"""The declarative file of `srm-iqa ablate`: which models are trained, attacked and compared."""
+"""The study file of `srm-iqa ablate`, which declares the models to train, attack and compare."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from srm_model.norms import NORMS
 from srm_model.suites import SUITES
 
 FULL = "full"  # the variant without overrides
-# One-out ablations of table 11 by name; a function where the override depends on the config.
+# One-out ablations of table 11 by name; a function if the override depends on the config.
 ABLATIONS: dict[str, Any] = {
     **{
         f"{method.title} landmarks": {"landmarks": name}
@@ -38,7 +38,7 @@ ABLATIONS: dict[str, Any] = {
     "Neumann m = 3": {"solver": "neumann", "neumann_order": 3},
     **{f"solver {name}": {"solver": name} for name in SOLVERS if name != "neumann"},
 }
-# To be named one by one: they are no part of "all".
+# Variants that are not part of "all" and must be named.
 DEFENCES: dict[str, Any] = {
     "gradient-norm training": {"weight_gradient": 1e-3},
     "adversarial training": {"adversarial_eps": 1 / 255},
@@ -60,21 +60,19 @@ class Model:
 
     @property
     def folder(self) -> Path:
-        """Where it lies in the study's folder: necks of one kind side by side, so that each finds its surrogate."""
-        place = Path("runs", self.data, self.backbone, f"seed{self.seed}")
-        if self.variant != FULL:
-            place = place / slug(self.variant)
-        return place / self.neck
+        """The folder relative to the study's. Necks of a variant are siblings, so that each finds its surrogate."""
+        variant = () if self.variant == FULL else (slug(self.variant),)
+        return Path("runs", self.data, self.backbone, f"seed{self.seed}", *variant, self.neck)
 
     @property
     def surrogate(self) -> Model:
-        """The surrogate of its transfer attack, as `runs.surrogate_of` finds it once it is trained."""
+        """The surrogate of the transfer attack, as `runs.surrogate_of` finds it after training."""
         other = NECKS[self.neck].surrogate
         return Model(self.data, self.backbone, other, FULL, self.seed, self.config)
 
     @property
     def label(self) -> str:
-        """As people read it."""
+        """A description for readers."""
         variant = "" if self.variant == FULL else f", {self.variant}"
         return f"{self.neck} on {self.backbone}, {self.data}{variant}, seed {self.seed}"
 
@@ -85,17 +83,17 @@ class Model:
 
 @dataclass(frozen=True)
 class Stronger:
-    """Trained models attacked again, with other settings of the attack than the study's."""
+    """Further attacks on trained models, with other settings than the study's."""
 
     models: tuple[str, ...]  # necks of the full model, and variants
     seeds: tuple[int, ...]
     budgets: tuple[tuple[str, float], ...]
     suite: str
-    config: dict[str, Any]  # of the attack alone
+    config: dict[str, Any]  # settings of the attack
 
     @property
     def name(self) -> str:
-        """A folder name for its settings."""
+        """A folder name from the settings."""
         return slug(" ".join([self.suite, *(f"{key} {value}" for key, value in self.config.items())]))
 
 
@@ -104,7 +102,7 @@ class Study:
     """The checked contents of a study file."""
 
     title: str
-    data: dict[str, str]  # name and root
+    data: dict[str, str]  # folder by name
     backbones: tuple[str, ...]
     necks: tuple[str, ...]
     seeds: tuple[int, ...]
@@ -114,43 +112,30 @@ class Study:
     budgets: tuple[tuple[str, float], ...] = ()  # norm and ε
     images: int | None = None  # attacked per model; None: all
     suite: str = "paper"
-    ablations: dict[str, dict[str, Any]] = field(
-        default_factory=dict
-    )  # overrides by variant, on the first of each
+    ablations: dict[str, dict[str, Any]] = field(default_factory=dict)  # overrides by variant
     ablation_seeds: dict[str, tuple[int, ...]] = field(default_factory=dict)  # by variant
     ablation_budgets: dict[str, tuple[tuple[str, float], ...]] = field(default_factory=dict)  # by variant
-    swaps: dict[str, dict[str, Any]] = field(
-        default_factory=dict
-    )  # changes to trained weights' model, by name
-    audit: int = 0  # images of each audit; 0: none
+    swaps: dict[str, dict[str, Any]] = field(default_factory=dict)  # changes of trained models by name
+    audit: int = 0  # images of each audit; 0: no audits
     audit_seeds: tuple[int, ...] = ()
-    audit_swaps: tuple[str, ...] = ()  # of `swaps`, audited beside the weights as trained
-    audit_ablations: tuple[str, ...] = ()  # variants that are audited too, as trained
+    audit_swaps: tuple[str, ...] = ()  # names of `swaps` that are audited too
+    audit_ablations: tuple[str, ...] = ()  # variants that are audited too
     stronger: tuple[Stronger, ...] = ()
-    transfer: tuple[tuple[str, str], ...] = ()  # pairs of backbones, beside the necks of one
+    transfer: tuple[tuple[str, str], ...] = ()  # pairs of backbones, in addition to pairs of necks
     sweep: bool = False
 
     def models(self) -> Iterator[Model]:
-        """Every training: the grid, then the ablations on the first data set and backbone."""
-        for data in self.data:
-            for backbone in self.backbones:
-                for seed in self.seeds:
-                    for neck in self.necks:
-                        yield Model(data, backbone, neck, FULL, seed, self.config.replace(seed=seed))
+        """Yield every model to train: the grid, then the ablations on the first dataset and backbone."""
+        for data, backbone, seed, neck in product(self.data, self.backbones, self.seeds, self.necks):
+            yield Model(data, backbone, neck, FULL, seed, self.config.replace(seed=seed))
         for variant, overrides in self.ablations.items():
             for seed in self.ablation_seeds[variant]:
-                changes = {key: value for key, value in overrides.items() if key != "neck"}
-                yield Model(
-                    next(iter(self.data)),
-                    self.backbones[0],
-                    overrides.get("neck", "srm"),
-                    variant,
-                    seed,
-                    self.config.replace(seed=seed, **changes),
-                )
+                config = self.config.replace(seed=seed, **_without(overrides, "neck"))
+                neck = overrides.get("neck", "srm")
+                yield Model(next(iter(self.data)), self.backbones[0], neck, variant, seed, config)
 
     def budgets_of(self, model: Model) -> tuple[tuple[str, float], ...]:
-        """An ablation's own; and the full neck that it is compared with is attacked at those too."""
+        """Return the budgets of a model. The full neck also has those of the ablations that it is compared with."""
         if model.variant != FULL:
             return self.ablation_budgets[model.variant]
         if (model.data, model.backbone, model.neck) != (next(iter(self.data)), self.backbones[0], "srm"):
@@ -158,17 +143,14 @@ class Study:
         return tuple(dict.fromkeys(chain(self.budgets, *self.ablation_budgets.values())))
 
     def audited(self, model: Model) -> bool:
-        """Whether it is audited as trained."""
+        """Return whether a model is audited."""
         chosen = model.variant == FULL or model.variant in self.audit_ablations
         return self.audit > 0 and model.seed in self.audit_seeds and chosen
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {
-            **vars(self),
-            "config": self.config.to_dict(),
-            "stronger": [vars(group) for group in self.stronger],
-        }
+        """Return the study in plain JSON values."""
+        stronger = [vars(group) for group in self.stronger]
+        return {**vars(self), "config": self.config.to_dict(), "stronger": stronger}
 
 
 _KEYS: dict[str, Any] = {
@@ -195,21 +177,25 @@ _ATTACK_KEYS = {*NORMS, "images", "suite"}
 
 
 def read_study(path: str | Path, roots: Mapping[str, str] | None = None) -> Study:
-    """A study from a TOML or JSON file; whatever does not fit is a ValueError or TypeError of one sentence.
+    """Read a study from a TOML or JSON file.
 
-    roots: folders of data sets by name, in place of the file's `data`. Where a protocol of the file is for a set so
-    named, its keys take the place of the file's own.
+    Args:
+        path: The file.
+        roots: Folders of datasets by name, instead of the file's `data`. If the file has a protocol for a dataset of
+            that name, the keys of the protocol replace those of the file.
+
+    Raises:
+        ValueError, TypeError: The file cannot be read, or a key or value is not accepted.
     """
     path = Path(path)
+    kind = "JSON" if path.suffix == ".json" else "TOML"
     try:
         text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        values = json.loads(text) if kind == "JSON" else tomllib.loads(text)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ValueError(
-            f"{path}: not readable as {'JSON' if path.suffix == '.json' else 'TOML'} ({error})"
-        ) from None
+        raise ValueError(f"{path}: not readable as {kind} ({error})") from None
     try:
         return _study(values, path.parent, roots or {})
     except (ValueError, TypeError) as error:
@@ -217,7 +203,7 @@ def read_study(path: str | Path, roots: Mapping[str, str] | None = None) -> Stud
 
 
 def slug(name: str) -> str:
-    """A folder name for a variant."""
+    """Make a folder name from a variant's name."""
     plain = name.lower().replace("τ", "tau").replace("++", "pp")
     return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
 
@@ -233,25 +219,24 @@ def _checked(values: Any) -> dict[str, Any]:
     for name, protocol in values.get("protocols", {}).items():
         if not isinstance(protocol, dict) or not isinstance(protocol.get("for"), list):
             raise ValueError(
-                f"protocol {name!r}: expected a table of keys whose `for` lists names of data sets"
+                f"protocol {name!r}: expected a table of keys whose `for` lists names of datasets"
             )
-        _checked({key: value for key, value in protocol.items() if key != "for"})
+        _checked(_without(protocol, "for"))
     return values
 
 
 def _under_protocol(values: dict[str, Any], roots: Mapping[str, str]) -> dict[str, Any]:
-    """The file's keys for the data sets of `roots`: those of the protocol that is for them, if there is one."""
+    """Return the file's keys for the datasets of `roots`, with those of their protocol if there is one."""
     chosen = set()
     for root in roots:
         named = [name for name, protocol in values.get("protocols", {}).items() if root in protocol["for"]]
         chosen.add(named[0] if named else None)
     if len(chosen) > 1:
         raise ValueError(
-            f"the data sets {', '.join(roots)} are under different protocols: run them one after another, "
-            "each with its own --out"
+            f"the datasets {', '.join(roots)} are under different protocols: run them one after another, each with "
+            "its own --out"
         )
-    changes = dict(values["protocols"][name]) if (name := next(iter(chosen))) else {}
-    changes.pop("for", None)
+    changes = _without(values["protocols"][name], "for") if (name := next(iter(chosen))) else {}
     return {**values, **changes, "data": dict(roots)}
 
 
@@ -310,7 +295,7 @@ def _study(values: Any, here: Path, roots: Mapping[str, str]) -> Study:
         other = folders.setdefault(slug(name), name)
         if other != name:
             raise ValueError(
-                f"ablations {other!r} and {name!r} would share the folder {slug(name)}: rename one"
+                f"ablations {other!r} and {name!r} have the same folder {slug(name)}; rename one"
             )
     return Study(
         title=values.get("title", "Study"),
@@ -342,7 +327,7 @@ def _study(values: Any, here: Path, roots: Mapping[str, str]) -> Study:
 
 
 def _ablations(values: Mapping[str, Any], config: SRMConfig) -> dict[str, dict[str, Any]]:
-    """`rows`, a list of names or "all", and `overrides`, a table of one's own rows."""
+    """Read ablations: `rows`, a list of names or "all", and `overrides`, a table of further rows."""
     if not isinstance(values, dict):
         raise TypeError(f"ablations has {values!r}: expected a table")
     _known(values, {"rows", "overrides", "seeds", *NORMS, "audit"}, "key of ablations")
@@ -366,12 +351,12 @@ def _ablations(values: Mapping[str, Any], config: SRMConfig) -> dict[str, dict[s
             raise ValueError(
                 f"ablation {name!r}: neck {overrides['neck']!r} is not one of {', '.join(NECKS)}"
             )
-        config.replace(**{key: value for key, value in overrides.items() if key != "neck"})
+        config.replace(**_without(overrides, "neck"))
     return found
 
 
 def _stronger(values: Any, config: SRMConfig, suite: str, trained: Mapping[str, tuple[int, ...]]) -> Stronger:
-    """One group; trained: the seeds of every name that `models` may hold."""
+    """Read one group of stronger attacks. `trained` has the seeds of every name that `models` may list."""
     if not isinstance(values, dict):
         raise TypeError(f"stronger has {values!r}: expected a table")
     _known(values, {"models", "seeds", *NORMS, "suite", "config"}, "key of stronger")
@@ -392,7 +377,9 @@ def _stronger(values: Any, config: SRMConfig, suite: str, trained: Mapping[str, 
     config.replace(**changes)
     own = _suite(values, suite)
     if not changes and own == suite:
-        raise ValueError("stronger changes nothing: expected another suite, or attack settings under config")
+        raise ValueError(
+            "stronger changes nothing: expected another suite, or settings of the attack in config"
+        )
     return Stronger(models, seeds, _budgets(values, config), own, changes)
 
 
@@ -403,7 +390,7 @@ def _suite(values: Mapping[str, Any], default: str) -> str:
 
 
 def _swaps(values: Mapping[str, Any], config: SRMConfig) -> dict[str, dict[str, Any]]:
-    """Tables of config fields, `neck`, and `beta`, the weight of every link."""
+    """Read swaps: tables of config fields, `neck`, and `beta`, the weight of every link."""
     for name, overrides in values.items():
         if not isinstance(overrides, dict):
             raise ValueError(f"swap {name!r}: expected a table of config fields, neck or beta")
@@ -412,25 +399,26 @@ def _swaps(values: Mapping[str, Any], config: SRMConfig) -> dict[str, dict[str, 
             raise ValueError(f"swap {name!r}: neck {overrides['neck']!r} is not one of {', '.join(mixing)}")
         if not isinstance(overrides.get("beta", 0.0), int | float):
             raise ValueError(f"swap {name!r}: beta {overrides['beta']!r}: expected a number")
-        config.replace(**{key: value for key, value in overrides.items() if key not in ("neck", "beta")})
+        config.replace(**_without(overrides, "neck", "beta"))
     return dict(values)
+
+
+def _without(values: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in keys}
 
 
 def _seeds(values: Any, key: str = "seeds") -> tuple[int, ...]:
     if not isinstance(values, list | tuple):
         raise TypeError(f"{key} is {values!r}: expected list")
     seeds = tuple(values)
-    if (
-        not seeds
-        or not all(type(seed) is int and seed >= 0 for seed in seeds)
-        or len(set(seeds)) < len(seeds)
-    ):
+    valid = all(type(seed) is int and seed >= 0 for seed in seeds)
+    if not seeds or not valid or len(set(seeds)) < len(seeds):
         raise ValueError(f"{key} is {list(seeds)}: expected different whole numbers of zero or more")
     return seeds
 
 
 def _budgets(values: Mapping[str, Any], config: SRMConfig) -> tuple[tuple[str, float], ...]:
-    """Norm and ε; the config's for the tables where no norm is named."""
+    """Read pairs of norm and ε. Without a norm they are the config's budgets of the tables."""
     for norm in NORMS:
         if not isinstance(values.get(norm, []), list):
             raise TypeError(f"{norm} is {values[norm]!r}: expected list")
@@ -444,7 +432,7 @@ def _budgets(values: Mapping[str, Any], config: SRMConfig) -> tuple[tuple[str, f
 def _known(values: Mapping[str, Any], keys: set[str], what: str) -> None:
     unknown = sorted(set(values) - keys)
     if unknown:
-        raise ValueError(f"unknown {what} {', '.join(unknown)}; known are {', '.join(sorted(keys))}")
+        raise ValueError(f"unknown {what} {', '.join(unknown)}; expected some of {', '.join(sorted(keys))}")
 
 
 def _budget(norm: str, value: Any) -> float:
@@ -457,7 +445,7 @@ def _budget(norm: str, value: Any) -> float:
 
 
 def _texts(values: Mapping[str, Any], *keys: str) -> None:
-    """Lists of different texts."""
+    """Raise ValueError if a key holds anything but different texts."""
     for key in keys:
         found = values.get(key, [])
         if not all(isinstance(text, str) for text in found) or len(set(found)) < len(found):

@@ -1,4 +1,4 @@
-"""The jobs that a study consists of: one for each line of its results."""
+"""The jobs of a study, one for each line of its results."""
 
 from __future__ import annotations
 
@@ -11,26 +11,30 @@ from srm_model.study import measuring
 from srm_model.study.context import Context
 from srm_model.study.file import FULL, Model, Stronger, slug
 
-CLEAN = "clean"  # the kind of a training's line, which all others of that model need
+CLEAN = "clean"  # the kind of a training's line; all other jobs of the model need the training
 
 
 class Job(NamedTuple):
-    """One line of results: what it is of, and how it is measured where it is missing."""
+    """One line of results, and the function that measures it."""
 
     kind: str
     identity: dict[str, Any]
     label: str
     measure: Callable[[], dict[str, Any]]
-    needs: tuple[Model, ...] = ()  # to be trained before
+    needs: tuple[Model, ...] = ()  # models to train first
 
     @property
     def name(self) -> str:
-        """What `--list` prints and `--job` takes; it depends on what the study file says of this job alone."""
+        """The name for `--list` and `--job`, which depends only on this job's declaration in the study file."""
         return slug(self.label)
 
 
 def jobs(c: Context) -> list[Job]:
-    """All of a study, in the order in which one process does them; ValueError where two have one name."""
+    """Return all jobs of a study in the order of a single process.
+
+    Raises:
+        ValueError: Two jobs have the same name.
+    """
     grid = list(c.study.models())
     full = [model for model in grid if model.variant == FULL]
     ablated = [model for model in grid if model.variant != FULL]
@@ -47,12 +51,12 @@ def jobs(c: Context) -> list[Job]:
     labels: dict[str, str] = {}
     for job in found:
         if (other := labels.setdefault(job.name, job.label)) != job.label:
-            raise ValueError(f"jobs {other!r} and {job.label!r} would share the name {job.name}: rename one")
+            raise ValueError(f"jobs {other!r} and {job.label!r} have the same name {job.name}; rename one")
     return found
 
 
 def model_jobs(c: Context, models: Iterable[Model]) -> Iterator[Job]:
-    """Trained, diagnosed and attacked."""
+    """Yield trainings and diagnoses of models, then their attacks."""
     models = list(models)
     for model in models:
         identity = {**model.identity, "fingerprint": c.test(model).fingerprint}
@@ -65,7 +69,7 @@ def model_jobs(c: Context, models: Iterable[Model]) -> Iterator[Job]:
 
 
 def attack_jobs(c: Context, model: Model, stronger: Stronger | None = None) -> Iterator[Job]:
-    """At each of the study's budgets with its settings, or at those and with those of a stronger group."""
+    """Yield an attack at each budget, with the settings of the study or of a stronger group."""
     for norm, eps in c.study.budgets_of(model) if stronger is None else stronger.budgets:
         suite = c.study.suite if stronger is None else stronger.suite
         identity = {**model.identity, "norm": norm, "eps": eps, "images": c.study.images, "suite": suite}
@@ -78,7 +82,7 @@ def attack_jobs(c: Context, model: Model, stronger: Stronger | None = None) -> I
 
 
 def swap_jobs(c: Context, models: Iterable[Model]) -> Iterator[Job]:
-    """What trained weights do under another attention, rank or link weight."""
+    """Yield evaluations of trained weights with another attention, rank or link weight."""
     for model in models:
         for name, changes in c.study.swaps.items() if model.neck == "srm" else ():
             identity = {**model.identity, "swap": name, "changes": changes}
@@ -87,7 +91,7 @@ def swap_jobs(c: Context, models: Iterable[Model]) -> Iterator[Job]:
 
 
 def audit_jobs(c: Context, models: Iterable[Model]) -> Iterator[Job]:
-    """At the article's larger budget, as trained, and the unablated with `audit_swaps` too."""
+    """Yield audits at the article's largest L∞ budget, of unablated models also with `audit_swaps`."""
     for model in filter(c.study.audited, models):
         eps = model.config.eps_linf_tables[-1]
         swappable = model.neck == "srm" and model.variant == FULL
@@ -101,7 +105,7 @@ def audit_jobs(c: Context, models: Iterable[Model]) -> Iterator[Job]:
 
 
 def stronger_jobs(c: Context, models: Iterable[Model]) -> Iterator[Job]:
-    """Table 15: whether more steps, restarts or kinds of attack find what the study's own did not."""
+    """Yield the attacks of table 15, with more steps, restarts or kinds than the study's own."""
     models = list(models)
     for group in c.study.stronger:
         for model in models:
@@ -111,7 +115,7 @@ def stronger_jobs(c: Context, models: Iterable[Model]) -> Iterator[Job]:
 
 
 def sweep_jobs(c: Context, models: Iterable[Model]) -> Iterator[Job]:
-    """Figure 5, on the first data set and backbone at the first budget."""
+    """Yield the sweeps of figure 5, on the first dataset and backbone at the first budget."""
     for norm, eps in c.study.budgets[:1] if c.study.sweep else ():
         for model in models:
             if (model.data, model.backbone) == (next(iter(c.study.data)), c.study.backbones[0]):
@@ -122,7 +126,7 @@ def sweep_jobs(c: Context, models: Iterable[Model]) -> Iterator[Job]:
 
 
 def transfer_jobs(c: Context, models: Iterable[Model]) -> Iterator[Job]:
-    """Table 10: between the necks of a backbone, and between backbones, in every direction."""
+    """Yield the transfers of table 10, between the necks of a backbone and between backbones, in every direction."""
     study, by_place = c.study, {(m.data, m.seed, m.backbone, m.neck): m for m in models}
     groups = [[(backbone, neck) for neck in study.necks] for backbone in study.backbones]
     groups += [[(backbone, neck) for backbone in pair] for pair in study.transfer for neck in study.necks]
@@ -133,14 +137,7 @@ def transfer_jobs(c: Context, models: Iterable[Model]) -> Iterator[Job]:
                 names = [f"{m.backbone}/{m.neck}" for m in members]
                 for norm, eps in study.budgets if len(group) > 1 else ():
                     label = f"transfer between {', '.join(names)}, {data}, seed {seed}, {norm} {eps:.4g}"
-                    identity = {
-                        "data": data,
-                        "seed": seed,
-                        "models": names,
-                        "config": members[0].config.to_dict(),
-                        "norm": norm,
-                        "eps": eps,
-                        "images": study.images,
-                    }
+                    identity = {"data": data, "seed": seed, "models": names, "norm": norm, "eps": eps}
+                    identity |= {"config": members[0].config.to_dict(), "images": study.images}
                     measure = partial(measuring.transferred, c, members, norm, eps, label)
                     yield Job("transfer", identity, label, measure, members)

@@ -1,4 +1,4 @@
-"""What a job of a study measures, as plain JSON values."""
+"""The measurements of a study's jobs, as plain JSON values."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from srm_model.training.loop import HISTORY
 
 
 def trained(c: Context, model: Model) -> dict[str, Any]:
-    """Train a model; clean figures of its best epoch."""
+    """Train a model and return the clean figures of its best epoch."""
     folder = c.out / model.folder
     train_neck(
         new_model(model.backbone, model.neck, model.config, pretrained=c.study.pretrained),
@@ -78,7 +78,7 @@ def attacked(
 
 
 def swap_evaluated(c: Context, model: Model, changes: dict[str, Any]) -> dict[str, Any]:
-    """Clean scores of trained weights under another attention, rank or link weight, with no training."""
+    """Evaluate trained weights with another attention, rank or link weight, without training."""
     loaded, card = c.opened(model)
     own, other = (
         evaluate(one, c.test(model), batch_size=model.config.batch_size, logistic=logistic_of(card))
@@ -98,7 +98,7 @@ def swap_evaluated(c: Context, model: Model, changes: dict[str, Any]) -> dict[st
 
 
 def swapped(model: Any, changes: dict[str, Any]) -> Any:
-    """The trained weights in a model with other config fields, `neck`, or every link weighted by `beta`."""
+    """Load trained weights into a model with other config fields or neck, or with all link weights equal to `beta`."""
     fields = {key: value for key, value in changes.items() if key not in ("neck", "beta")}
     other: Any = build_model(
         model.backbone_name, neck=changes.get("neck", model.neck_name), config=model.config.replace(**fields)
@@ -113,7 +113,7 @@ def swapped(model: Any, changes: dict[str, Any]) -> Any:
 
 
 def audited(c: Context, model: Model, eps: float, changes: dict[str, Any]) -> dict[str, Any]:
-    """Audit a trained model, or its weights swapped."""
+    """Audit a trained model, with its config changed as in `swapped`."""
     loaded, _ = c.opened(model)
     surrogate = runs.surrogate_of(c.out / model.folder)
     found = audit(
@@ -130,7 +130,7 @@ def audited(c: Context, model: Model, eps: float, changes: dict[str, Any]) -> di
 
 
 def swept(c: Context, model: Model, norm: str, eps: float, label: str) -> dict[str, Any]:
-    """Figure 5: PGD by its number of steps."""
+    """Attack a trained model with increasing numbers of PGD steps, for figure 5."""
     loaded, card = c.opened(model)
     pairs = PairInversion(margin=model.config.pair_margin, temperature=model.config.pair_temperature)
     with _unfinished(c, label) as resume:
@@ -150,7 +150,7 @@ def swept(c: Context, model: Model, norm: str, eps: float, label: str) -> dict[s
 
 
 def transferred(c: Context, models: Sequence[Model], norm: str, eps: float, label: str) -> dict[str, Any]:
-    """Table 10: attacks on each of these models, shown to the others."""
+    """Attack each model and score the result with the others, for table 10."""
     opened = {f"{m.backbone}/{m.neck}": c.opened(m) for m in models}
     config = models[0].config
     with _unfinished(c, label) as resume:
@@ -176,22 +176,20 @@ def transferred(c: Context, models: Sequence[Model], norm: str, eps: float, labe
 
 @contextmanager
 def _unfinished(c: Context, label: str) -> Iterator[Path]:
-    """A folder for what is finished of a job; it goes when the whole is."""
+    """Yield a folder for the unfinished results of a job, and remove it when the job is finished."""
     folder = c.out / "unfinished" / slug(label)
     yield folder
     shutil.rmtree(folder)
 
 
 def diagnosed(c: Context, model: Model) -> dict[str, Any]:
-    """Tables 1 and 2, figures 3 and 4: a neck's figures over all links, heads and test images, and over the epochs."""
+    """Measure a neck over all links, heads and test images, and over epochs, for tables 1, 2, 12, figures 3 and 4."""
     loaded, _ = c.opened(model)
-    dataset, size = c.test(model), model.config.batch_size
+    dataset = c.test(model)
     found = []
-    for start in range(0, len(dataset), size):
-        chosen = range(start, min(start + size, len(dataset)))
-        images = torch.stack([dataset[index][0] for index in chosen]).to(c.device)
+    for images in runs.batches(dataset, range(len(dataset)), model.config.batch_size):
         with torch.no_grad():
-            found.append(measure(loaded.neck, loaded.pyramid(images)))
+            found.append(measure(loaded.neck, loaded.pyramid(images.to(c.device))))
     links = [figures for one in found for figures in one.links.values()]
     ratios = [ratio for one in found for ratio in one.update_ratio.values()]
     kept = ("weights", "gain", "norm")
@@ -206,7 +204,7 @@ def diagnosed(c: Context, model: Model) -> dict[str, Any]:
 
 
 def _trajectory(path: Path) -> list[dict[str, Any]]:
-    """τ and the scale before and after it, medians over links and heads, and what the cap did, by epoch."""
+    """Return by epoch τ and the scale before and after it, medians over links and heads, and the cap's activity."""
     rows = []
     for text in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(text)

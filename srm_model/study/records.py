@@ -1,4 +1,4 @@
-"""The line that a job leaves in a study's results."""
+"""Write the line of a job to a study's results."""
 
 from __future__ import annotations
 
@@ -16,17 +16,23 @@ from srm_model.study.jobs import Job
 
 
 def record(job: Job, c: Context) -> None:
-    """Measure a job and add its line, or see that weights trained again are those of the line that is there."""
+    """Measure a job and add its line.
+
+    If the line exists because lost weights were trained again, check that the weights are the same.
+
+    Raises:
+        ValueError: They differ.
+    """
     start = time.perf_counter()
     values = job.measure()
     records = Records(c.out)
     known = records.find(job.kind, job.identity)
-    if known is not None:  # weights that were lost, trained again
+    if known is not None:
         if values["sha256"] != known["values"]["sha256"]:
             raise ValueError(
-                f"{job.label}: its weights were lost, and trained again, on other hardware or with other versions, "
-                "they are others; what is missing of this model would not belong to what is there. Expected the folder "
-                f"{known['values']['folder']} as it was, or another --out"
+                f"{job.label}: its weights were lost, and training again gave other weights (other hardware or other "
+                "versions), so new results would not match the stored ones; expected the original folder "
+                f"{known['values']['folder']}, or another --out"
             )
         return
     gpu = c.device.type == "cuda"
@@ -45,7 +51,7 @@ def record(job: Job, c: Context) -> None:
 
 
 def _commit() -> str | None:
-    """The commit that runs, with a + where files differ from it; None outside a checkout."""
+    """Return the commit of the code, with a + if files differ from it, or None outside of a checkout."""
     here = Path(__file__).resolve().parent
     try:
         command = ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]

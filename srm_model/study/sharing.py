@@ -1,4 +1,4 @@
-"""Doing what is missing of a study: all of it, shared with other processes on this machine, or one job."""
+"""Do the missing jobs of a study: all, shared with other processes on this machine, or one."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from srm_model.study.jobs import CLEAN, Job
 from srm_model.study.records import record
 
 CLAIMS = "claims.lock"
-WAIT = 2.0  # seconds between looks at what other processes have done
+WAIT = 2.0  # seconds between checks for results of other processes
 
 
 def missing(jobs: Sequence[Job], out: Path) -> list[Job]:
-    """Jobs without a line, and trainings whose weights are gone, or are others, while a job needs them."""
+    """Return jobs without a line, and trainings whose weights are lost or changed while a job needs them."""
     records = Records(out)
     without = [job for job in jobs if records.find(job.kind, job.identity) is None]
     trained = {
@@ -38,7 +38,7 @@ def missing(jobs: Sequence[Job], out: Path) -> list[Job]:
 
 
 def share(jobs: Sequence[Job], c: Context) -> None:
-    """Do what is missing and no other process that shares the folder has at hand; ends when nothing is missing."""
+    """Do the missing jobs that no other process is doing, until none is missing."""
     while left := missing(jobs, c.out):
         untrained, count, idle = _untrained(left), len(left), True
         for job in left:
@@ -52,46 +52,46 @@ def share(jobs: Sequence[Job], c: Context) -> None:
 
 
 def find_job(name: str, jobs: Sequence[Job], out: Path) -> Job | None:
-    """The job of that name, or None where its result is there.
+    """Return the job with a name, or None if its result exists.
 
     Raises:
-        ValueError: no job has that name, or its trainings are missing.
+        ValueError: No job has the name, or trainings that it needs are missing.
     """
     job = next((job for job in jobs if job.name == name), None)
     if job is None:
-        raise ValueError(f"job {name!r}: the study has none of that name; expected one that --list prints")
+        raise ValueError(f"job {name!r}: not in the study; expected a name that --list prints")
     left = missing(jobs, out)
     if job not in left:
         return None
     if waiting := _waits_for(job, _untrained(left)):
-        raise ValueError(f"job {name!r}: needs {', '.join(waiting)}; expected that to be done before")
+        raise ValueError(f"job {name!r}: needs {', '.join(waiting)}; run that first")
     return job
 
 
 def do_one(job: Job, jobs: Sequence[Job], c: Context) -> None:
-    """Do a job; ValueError where another process has it at hand."""
+    """Do a job; raise ValueError if another process is doing it."""
     if not _attempt(job, jobs, c, job.label):
-        raise ValueError(f"job {job.name!r}: another process on this machine has it at hand")
+        raise ValueError(f"job {job.name!r}: another process on this machine is doing it")
 
 
 def _untrained(left: Sequence[Job]) -> dict[str, str]:
-    """Folders of the models that are to be trained, and the names of those jobs."""
+    """Return the names of missing trainings by the folder of their model."""
     return {str(job.needs[0].folder): job.name for job in left if job.kind == CLEAN}
 
 
 def _waits_for(job: Job, untrained: dict[str, str]) -> list[str]:
-    """Names of the trainings that have to be done before this job."""
+    """Return the names of missing trainings that a job needs."""
     folders = () if job.kind == CLEAN else [str(model.folder) for model in job.needs]
     return [untrained[folder] for folder in folders if folder in untrained]
 
 
 def claim_of(job: Job) -> str:
-    """What a process claims while it does this job."""
+    """Return the name that a process locks while it does a job."""
     return f"{job.kind} {json.dumps(job.identity)}"
 
 
 def _attempt(job: Job, jobs: Sequence[Job], c: Context, note: str) -> bool:
-    """Do a job that no other process has at hand, nor has done since the last look; whether it was done here."""
+    """Do a job unless another process is doing it or has done it, and return whether it was done here."""
     with claimed(c.out / CLAIMS, claim_of(job)) as mine:
         if not mine or job not in missing(jobs, c.out):
             return False
@@ -102,13 +102,13 @@ def _attempt(job: Job, jobs: Sequence[Job], c: Context, note: str) -> bool:
 
 
 def check_sets(jobs: Sequence[Job], out: Path) -> None:
-    """ValueError where a model's line is of another set than is here: its other lines would be taken for this one's."""
+    """Raise ValueError if results of a model are from another version of its dataset, which must not be mixed."""
     records = Records(out)
     for job in (job for job in jobs if job.kind == CLEAN):
         line = records.elsewhere(CLEAN, job.identity, "fingerprint")
         if line is not None:
             raise ValueError(
-                f"{out}: its results are of another {job.identity['data']} (fingerprint "
-                f"{line['identity']['fingerprint'][:12]}) than is here ({job.identity['fingerprint'][:12]}); expected "
-                "the same set, or another folder with --out"
+                f"{out}: its results are from another version of the dataset {job.identity['data']} (fingerprint "
+                f"{line['identity']['fingerprint'][:12]}, now {job.identity['fingerprint'][:12]}); expected the same "
+                "dataset, or another folder with --out"
             )

@@ -294,14 +294,14 @@ def test_a_scheduler_lists_jobs_and_does_one(
     new = tmp_path / "new"
     code, shown, told = ablate(new, "--job", diagnosed)
     assert (code, shown) == (2, [])
-    assert told == f"srm-iqa ablate: job '{diagnosed}': needs {trained}; expected that to be done before\n"
-    for expected in ("done", "nothing to do, its result is there"):
+    assert told == f"srm-iqa ablate: job '{diagnosed}': needs {trained}; run that first\n"
+    for expected in ("done", "done already"):
         assert ablate(new, "--job", trained)[:2] == (0, [f"{trained}: {expected}"])
         assert [line["kind"] for line in Records(new).lines] == ["clean"]
     with claimed_elsewhere(new, diagnosed, place):
         code, shown, told = ablate(new, "--job", diagnosed)
         assert (code, shown) == (2, [])
-        assert "another process on this machine has it at hand" in told
+        assert "another process on this machine is doing it" in told
     assert ablate(new, "--job", diagnosed)[:2] == (0, [f"{diagnosed}: done"])
     own, first = (
         next(
@@ -316,7 +316,7 @@ def test_a_scheduler_lists_jobs_and_does_one(
     code, shown, told = ablate(new, "--job", "train-nothing")
     assert (code, shown) == (2, [])
     assert told == (
-        "srm-iqa ablate: job 'train-nothing': the study has none of that name; expected one that --list prints\n"
+        "srm-iqa ablate: job 'train-nothing': not in the study; expected a name that --list prints\n"
     )
 
 
@@ -345,7 +345,7 @@ def test_jobs_of_one_name_are_refused(place: Path):
     text = (place / "study.toml").read_text().replace('noise = "set"', 'noise = "set"\n"Noise!" = "set"')
     (place / "twice.toml").write_text(text)
     study = read_study(place / "twice.toml")
-    with pytest.raises(ValueError, match="would share the name train-none-on-test-convnext-noise-seed-0"):
+    with pytest.raises(ValueError, match="have the same name train-none-on-test-convnext-noise-seed-0"):
         jobs(Context(study, place / "nowhere", torch.device("cpu"), progress=False))
 
 
@@ -396,7 +396,7 @@ def test_weights_that_were_lost_and_come_out_otherwise_are_not_taken_for_the_old
     arguments = ["ablate", str(place / "study.toml"), "--out", str(copy), "--device", "cpu", "--no-progress"]
     for _ in range(2):  # nor by the next call, which finds them there
         assert main(arguments) == 2
-        assert "its weights were lost, and trained again" in capsys.readouterr().err
+        assert "its weights were lost, and training again gave other weights" in capsys.readouterr().err
         assert len(path.read_text().splitlines()) == len(left)
 
 
@@ -418,7 +418,7 @@ def test_results_of_another_set_are_not_added_to(
     study = shutil.copy(place / "study.toml", tmp_path)
     assert main(["ablate", str(study), "--out", str(copy), "--device", "cpu", "--dry-run"]) == 2
     told = capsys.readouterr().err
-    assert "its results are of another noise (fingerprint " in told
+    assert "its results are from another version of the dataset noise (fingerprint " in told
     assert (copy / "results.jsonl").read_text() == (out / "results.jsonl").read_text()
 
 
@@ -499,7 +499,7 @@ def test_a_protocol_takes_the_place_of_the_files_keys_for_its_sets(tmp_path: Pat
     assert (article.backbones, article.config.rank, article.audit) == (("e", "f"), SRMConfig().rank, 3)
     other = read_study(path, {"z": "z"})
     assert (other.data, other.backbones, other.config.rank) == ({"z": "z"}, ("b",), 8)
-    with pytest.raises(ValueError, match="the data sets c, z are under different protocols"):
+    with pytest.raises(ValueError, match="the datasets c, z are under different protocols"):
         read_study(path, {"c": "c", "z": "z"})
     with pytest.raises(ValueError, match="--data c: expected NAME=FOLDER"):
         named_folders(["c"])
@@ -560,9 +560,7 @@ def test_the_experiments_page_has_the_figures_of_its_rows():
                 and (line["identity"].get("norm"), line["identity"].get("eps")) == (norm, eps)
             ]
             assert len(lines) == 3 or (norm is not None and not lines)
-            cells.append(
-                over_seeds(lines, lambda v, n=norm: v["srocc"] if n is None else v["worst"]["srocc"])
-            )
+            cells.append(over_seeds(lines, *(("srocc",) if norm is None else ("worst", "srocc"))))
         assert f"| {label} | {' | '.join(cells)} |" in page
         summary = f"| {label} | {' | '.join(cells[:3])} |\n"
         assert summary in page or label in (
@@ -776,13 +774,13 @@ def test_the_figure_of_budgets_is_of_the_models_with_the_most_seeds(
 
 def test_what_is_not_there_is_a_sentence(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for arguments, words in (
-        (["--table", "3"], "table 3: the tables are 1, 2, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15"),
-        (["--figure", "2"], "figure 2: the ones drawn from results are 3, 4, 5, 6"),
+        (["--table", "3"], "table 3: expected one of 1, 2, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15"),
+        (["--figure", "2"], "figure 2: expected one of 3, 4, 5, 6"),
     ):
         assert main(["report", str(out), *arguments]) == 2
         assert words in capsys.readouterr().err
     assert main(["report", str(tmp_path), "--table", "1"]) == 2
-    assert "holds no study.json" in capsys.readouterr().err
+    assert "has no study.json" in capsys.readouterr().err
 
 
 def test_a_model_is_named_by_each_word_once():
@@ -794,9 +792,9 @@ def test_a_model_is_named_by_each_word_once():
 
 def test_mean_and_deviation_over_seeds():
     lines = [{"values": {"x": value}} for value in (0.1, 0.2, 0.6)]
-    assert over_seeds(lines, lambda values: values["x"]) == "0.300 ± 0.265"
-    assert over_seeds(lines[:1], lambda values: values["x"]) == "0.100"
-    assert over_seeds([*lines, {"values": {"x": None}}], lambda values: values["x"]) == "— ± —"
+    assert over_seeds(lines, "x") == "0.300 ± 0.265"
+    assert over_seeds(lines[:1], "x") == "0.100"
+    assert over_seeds([*lines, {"values": {"x": None}}], "x") == "— ± —"
 
 
 def test_all_ablations_of_the_article_are_named_and_valid(tmp_path: Path):
@@ -865,7 +863,7 @@ def test_all_ablations_of_the_article_are_named_and_valid(tmp_path: Path):
         ),
         (
             {"stronger": [{"models": ["srm"], "linf": [0], "config": {"rank": 2}}]},
-            "unknown attack setting rank; known are attack_",
+            "unknown attack setting rank; expected some of attack_",
         ),
         ({"stronger": [{"models": ["srm"], "linf": [0], "config": {"attack_steps": 0}}]}, "attack_steps=0"),
         ({"transfer": [["b", "c"]]}, "expected two of the study's backbones"),
@@ -884,7 +882,7 @@ def test_all_ablations_of_the_article_are_named_and_valid(tmp_path: Path):
         ({"audit": -3}, "audit is -3: expected a whole number of 2 or more, or 0"),
         (
             {"ablations": {"overrides": {"r 2": {"rank": 2}, "r-2": {"rank": 3}}}},
-            "ablations 'r 2' and 'r-2' would share the folder r-2: rename one",
+            "ablations 'r 2' and 'r-2' have the same folder r-2; rename one",
         ),
     ],
 )

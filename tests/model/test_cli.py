@@ -246,7 +246,7 @@ def test_a_data_set_that_changed_since_training_is_told(
     lines = (moved / "mos_with_names.txt").read_text().splitlines()
     (moved / "mos_with_names.txt").write_text("\n".join(lines[:-1]) + "\n")
     message = fails(capsys, "evaluate", copy, "--device", "cpu", "--no-progress")
-    assert "not the data set of training any more" in message
+    assert "differs from the dataset of training" in message
     assert main(["evaluate", str(copy), "--data", str(moved), "--device", "cpu", "--no-progress"]) == 0
 
 
@@ -340,25 +340,25 @@ def test_bad_arguments_are_one_sentence(
         (["fly"], "invalid choice: 'fly'"),
         ([*train, "--epochs", "many"], "invalid int value: 'many'"),
         ([*train, "--set", "rank"], "--set rank: expected KEY=VALUE"),
-        (["attack", run, "--set", "landmarks=uniform"], "landmarks: of the model as it was trained; --set"),
-        (["audit", run, "--set", "landmarks=uniform"], "landmarks: of the model as it was trained; --set"),
+        (["attack", run, "--set", "landmarks=uniform"], "landmarks: fixed by training; --set"),
+        (["audit", run, "--set", "landmarks=uniform"], "landmarks: fixed by training; --set"),
         ([*train, "--set", "rnak=3"], "unknown config key rnak"),
         ([*train, "--set", "rank=0"], "config rank=0: expected at least 1"),
         ([*train, "--set", "epochs=2.5"], "config epochs=2.5: expected int"),
         ([*train, "--config", tmp_path / "none.json"], "none.json: no such file"),
-        ([*train, "--device", "abacus"], "--device abacus: not a device that can be used here"),
+        ([*train, "--device", "abacus"], "--device abacus: cannot be used on this machine"),
         ([*train[:1], "--data", tmp_path, *train[3:]], "neither TID2013"),
         (
             [*train[:5], "--backbone", "test_convent"],
             "backbone 'test_convent': expected the name of a timm model",
         ),
         (["evaluate", tmp_path / "nowhere"], "nowhere: no such folder"),
-        (["evaluate", tmp_path], "no checkpoint here"),
-        (["evaluate", checkpoint], "does not say which data set it was trained on"),
-        (["attack", run, "--eps", "1/255"], "--eps needs one --norm"),
+        (["evaluate", tmp_path], "has no checkpoint"),
+        (["evaluate", checkpoint], "does not name its dataset of training"),
+        (["attack", run, "--eps", "1/255"], "--eps with --norm linf l2: expected one norm"),
         (["attack", run, "--norm", "l2", "--eps", "x"], "'x' is neither a number nor a fraction"),
-        (["score", run, "a.png"], "holds several checkpoints"),
-        (["score", tmp_path, "a.png"], "no checkpoint here"),
+        (["score", run, "a.png"], "has several checkpoints"),
+        (["score", tmp_path, "a.png"], "has no checkpoint"),
         (["report", tmp_path / "nowhere"], "no such run folder"),
         (["data", "check", tmp_path / "nowhere"], "no such folder"),
         (["data", "synthesize", tmp_path / "out", "--types", "25"], "types [25]"),
@@ -438,7 +438,7 @@ def test_ctrl_c_ends_with_130_and_leaves_the_last_epoch_whole(data: Path, tmp_pa
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in errors
-    assert errors.splitlines()[-1] == "srm-iqa: interrupted; what was finished is kept"
+    assert errors.splitlines()[-1] == "srm-iqa: interrupted; finished results are kept"
     assert not list(out.rglob(".*"))
     finished = len((out / "srm" / "history.jsonl").read_text().splitlines())
     assert 1 <= finished < 10000
@@ -448,7 +448,7 @@ def test_ctrl_c_ends_with_130_and_leaves_the_last_epoch_whole(data: Path, tmp_pa
 def test_help_tells_of_every_table_and_every_option(capsys: pytest.CaptureFixture[str]):
     main(["report", "--help"])
     assert list(tables._BUILDERS) == [1, 2, *range(5, 16)]
-    assert "only these tables, 1, 2 and 5 to 15, " in " ".join(capsys.readouterr().out.split())
+    assert "only these tables of a study, 1, 2 and 5 to 15, " in " ".join(capsys.readouterr().out.split())
     silent = []
     for name, parser in _commands(_parser()):
         silent += [f"{name} {a.dest}" for a in parser._actions if a.option_strings and not a.help]

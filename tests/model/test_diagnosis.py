@@ -195,7 +195,7 @@ def test_the_page_holds_what_was_found_and_nothing_from_outside(found):
     assert page.count("<figure") == 3 + 2 * 3 * len(drawn)  # three charts; two images, three links
     assert "http" not in page
     assert "<script" not in page
-    assert ", r = 8; every link" in " ".join(page.split())
+    assert ", r = 8. Every link" in " ".join(page.split())
 
 
 def test_no_more_landmarks_are_told_than_there_are_keys(batches):
@@ -204,7 +204,7 @@ def test_no_more_landmarks_are_told_than_there_are_keys(batches):
     found = diagnose(many, batches[1:], pictured=0)
     assert {link["rank"] for link in found["links"].values()} == {16}
     page = render(found, {"checkpoint": "c", "data": "d", "images": 1}, [])
-    assert "r = 16 of the 64 asked for, as there are no more keys" in page
+    assert "r = 16 instead of 64, because there are no more keys" in page
 
 
 def test_a_figure_that_is_not_finite_is_told_as_infinite(found):

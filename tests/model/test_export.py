@@ -43,14 +43,14 @@ def test_export_writes_a_folder_that_loads_and_a_program_that_agrees(tmp_path, c
     assert (program.module()(images) - model(images)).abs().max() <= 100 * torch.finfo(torch.float32).eps
     text = (tmp_path / "out" / "MODEL_CARD.md").read_text()
     for fact in (
-        "metric VSI, not people's opinion",
+        "metric VSI, not people's opinions",
         "SROCC 0.500, PLCC undefined",
-        "nothing is claimed",
+        "neither evaluated nor attacked",
         "Not audited",
         "epoch 3",
     ):
         assert fact in text
-    assert "differ by at most" in capsys.readouterr().out
+    assert "largest difference between the program and the model" in capsys.readouterr().out
 
 
 def test_the_card_tells_what_was_measured_of_these_weights_and_nothing_else(tmp_path, monkeypatch):
@@ -65,10 +65,10 @@ def test_the_card_tells_what_was_measured_of_these_weights_and_nothing_else(tmp_
 
     write_json(folder / "evaluation.json", {"srocc": 0.81, "plcc": 0.8, "n": 240, "sha256": digest})
     assert "| none | 240 | 0.810 | 0.800 |" in exported()
-    assert "It has not been attacked" in exported()
+    assert "The model has not been attacked" in exported()
     for other in ("other", None):
         write_json(folder / "evaluation.json", {"srocc": 0.9, "plcc": 0.9, "n": 240, "sha256": other})
-        assert "Neither evaluated nor attacked" in exported()
+        assert "neither evaluated nor attacked" in exported()
     write_json(folder / "evaluation.json", {"srocc": 0.81, "plcc": 0.8, "n": 240, "sha256": digest})
     worst = {"srocc": -0.3, "plcc": None, "srocc_attack": "pgd_mse"}
     attacked = {"norm": "linf", "eps": 4 / 255, "mos": [0.5] * 48, "worst": worst}
@@ -80,7 +80,7 @@ def test_the_card_tells_what_was_measured_of_these_weights_and_nothing_else(tmp_
     assert "| linf 4/255 | 48 | -0.300 | undefined | pgd_mse |" in text
     assert "may overstate" not in text
     assert text.count("| linf ") == 1
-    assert "It has not been attacked" not in text
+    assert "The model has not been attacked" not in text
     assert "Passed: none of 2 checks" in text
     entry = {"zero_gradients": 0.5, "nonfinite_gradients": None}
     write_json(

@@ -158,7 +158,7 @@ def test_what_is_there_is_not_attacked_again(images: Path, monkeypatch: pytest.M
 
 def test_scores_against_the_labels_are_pointed_out(images: Path, capsys: pytest.CaptureFixture[str]):
     assert attacked("theirs:Sharpness", images)["clean"]["srocc"] == pytest.approx(-1)
-    assert "its scores fall where the labels rise (SROCC -1.000)" in capsys.readouterr().err
+    assert "the scores fall as the labels rise (SROCC -1.000)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["theirs:made", "theirs:Sharpness"])
@@ -195,7 +195,7 @@ def test_a_model_without_gradient_is_attacked_by_queries_alone(
     found = attacked("theirs:Counted", images, "--lower-is-better")
     assert list(found["attacks"]) == ["square_mse", "square_raise", "square_lower"]
     assert found["worst"]["srocc"] <= found["clean"]["srocc"]
-    assert "attacked by queries alone" in capsys.readouterr().err
+    assert "only query attacks are run" in capsys.readouterr().err
 
 
 def test_the_audit_says_what_it_could_not_ask(images: Path, capsys: pytest.CaptureFixture[str]):
@@ -276,12 +276,12 @@ def test_what_is_no_model_is_one_sentence(
         (["attack", "--model", "theirs:made"], "--model needs --labels FILE"),
         (["attack", "--model", "theirs:made", "--labels", "l", "--out", "o"], "--images FOLDER"),
         (["attack", "--model", "theirs:made", "--labels", "l", "--out", "o", "--images", "4"], "--limit N"),
-        (["attack", "run", "--labels", "l"], "--labels: only for a model"),
+        (["attack", "run", "--labels", "l"], "--labels goes with --model"),
         (["attack", "run", "--images", "folder"], "expected a number"),
-        (["audit", "run", "--lower-is-better"], "--lower-is-better: only for"),
-        (["audit", "--model", "theirs:made", "--data", "d"], "--data: only for a checkpoint"),
+        (["audit", "run", "--lower-is-better"], "--lower-is-better goes with"),
+        (["audit", "--model", "theirs:made", "--data", "d"], "--data goes with a checkpoint"),
         (["score"], "expected CHECKPOINT, or --model"),
-        (["score", "--model", "theirs:made"], "nothing to score"),
+        (["score", "--model", "theirs:made"], "no image was given"),
         (["score", "--model", "theirs:made", "--imagenet", "--mean", "0", "0", "0", "x.png"], "one of them"),
         (["score", "--model", "theirs:made", "--std", "0", "1", "1", "x.png"], "three numbers above 0"),
         (["score", "--model", "theirs:made", "--peak", "0", "x.png"], "a number above 0"),
@@ -292,6 +292,15 @@ def test_options_that_do_not_go_together(
 ):
     assert main(arguments) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["attack", "audit", "score"])
+@pytest.mark.parametrize("option", ["--size 64", "--imagenet", "--mean 0 0 0", "--std 1 1 1", "--peak 255"])
+def test_an_option_of_another_model_needs_model(name: str, option: str, capsys: pytest.CaptureFixture[str]):
+    images = ["x.png"] if name == "score" else []
+    assert main([name, "run", *images, *option.split()]) == 2
+    expected = f"srm-iqa {name}: {option.split()[0]} goes with --model, which was not given\n"
+    assert capsys.readouterr().err == expected
 
 
 # Exported programs
@@ -435,9 +444,11 @@ def table(folder: Path, text: str) -> Path:
 
 def test_columns_are_guessed_only_if_unambiguous(images: Path, tmp_path: Path):
     two = table(tmp_path, "file;copy;a;b\n" + "".join(f"{i}.png;{i}.png;{i};{i + 1}\n" for i in range(3)))
-    with pytest.raises(ValueError, match=r"each of file, copy names a file .* name one with --image-column"):
+    with pytest.raises(
+        ValueError, match=r"each of file, copy names a file .* choose one with --image-column"
+    ):
         labelled_images(images, two)
-    with pytest.raises(ValueError, match=r"each of a, b has a number .* name one with --score-column"):
+    with pytest.raises(ValueError, match=r"each of a, b has a number .* choose one with --score-column"):
         labelled_images(images, two, image_column="copy")
     found = labelled_images(images, two, image_column="copy", score_column="b", image_size=SIZE)
     assert found.names == ["0.png", "1.png", "2.png"]
@@ -454,7 +465,7 @@ def test_columns_are_guessed_only_if_unambiguous(images: Path, tmp_path: Path):
         ("file,score\n0.png,nan\n1.png,2\n", {}, "the score nan is outside"),
         ("file,score\n0.png,1\n1.png,7\n", {"label_range": (0, 5)}, "the score 7 is outside 0 to 5"),
         ("file,score\n0.png,1\n1.png,1\n", {}, "all scores are 1"),
-        ("file,score\n0.png,1\n0.png,2\n", {}, "listed in row 2 already"),
+        ("file,score\n0.png,1\n0.png,2\n", {}, "already listed in row 2"),
         ("file,score\n", {}, "no rows below the header"),
         ("file,score\n0.png,1\n", {"score_column": "mos"}, "--score-column mos: .* columns file, score"),
     ],

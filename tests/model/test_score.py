@@ -135,14 +135,14 @@ def test_lists_as_editors_write_them(
         assert score(checkpoint, "--json", "--files-from", tmp_path / "list") == 0, encoding
         rows = [json.loads(line)["path"] for line in capsys.readouterr().out.splitlines()]
         assert rows == names
-    for data, reason in ((b"a.png\0b.png\0", "give --null"), (None, "not readable")):
+    for data, reason in ((b"a.png\0b.png\0", "--null reads names"), (None, "not readable")):
         (tmp_path / "list").unlink()
         if data is not None:
             (tmp_path / "list").write_bytes(data)
         assert score(checkpoint, "--files-from", tmp_path / "list") == 2
         assert reason in capsys.readouterr().err
     assert score(checkpoint) == 2
-    assert "nothing to score: expected IMAGE or --files-from FILE" in capsys.readouterr().err
+    assert "no image was given; expected IMAGE or --files-from FILE" in capsys.readouterr().err
 
 
 def test_folders(checkpoint: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -173,7 +173,7 @@ def test_a_score_that_is_no_number_is_an_error(
     captured = capsys.readouterr()
     row = json.loads(captured.out, parse_constant=lambda text: pytest.fail(text))
     assert row["score"] is None
-    assert row["error"] == f"{pictures}/plain.png: the model gives it the score nan"
+    assert row["error"] == f"{pictures}/plain.png: the model's score is nan"
     assert score(broken, pictures / "plain.png") == 2
     captured = capsys.readouterr()
     assert captured.out == ""

@@ -131,11 +131,11 @@ def test_an_option_may_stand_between_the_positions(capsys: pytest.CaptureFixture
 
 @pytest.mark.parametrize("name", ["mps", "xpu", "meta", "cuda:99", "abacus", "cpu:x"])
 def test_a_device_that_is_not_here_is_one_short_sentence(name: str):
-    with pytest.raises(ValueError, match=f"--device {name}: not a device that can be used here") as raised:
+    with pytest.raises(ValueError, match=f"--device {name}: cannot be used on this machine") as raised:
         device_from(name)
     assert len(str(raised.value)) < 260
     assert "\n" not in str(raised.value)
-    assert "expected such as cpu or cuda:0" in str(raised.value)
+    assert "expected a device such as cpu or cuda:0" in str(raised.value)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -152,7 +152,7 @@ def test_of_several_processes_the_first_prints(
     assert main(["report", str(tmp_path / "nowhere")]) == (2 if first else 0)
     captured = capsys.readouterr()
     assert captured.out == ""
-    expected = ["srm-iqa report: runs on one process, of several that were started", "no such run folder"]
+    expected = ["srm-iqa report: runs on one of the processes that were started", "no such run folder"]
     assert len(captured.err.splitlines()) == (2 if first else 0)
     assert all((text in captured.err) == first for text in expected)
 

@@ -118,5 +118,5 @@ def test_a_data_set_reads_the_same_through_it_with_workers(tid, tmp_path):
         found = [images for images, _ in DataLoader(kept, batch_size=2, num_workers=1)]
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert stored(cache.folder) > 0
-    with pytest.raises(ValueError, match="cache limit 0: expected at least one byte"):
+    with pytest.raises(ValueError, match="cache limit 0: expected at least 1 byte"):
         ImageCache(tmp_path, 0)

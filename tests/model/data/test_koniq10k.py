@@ -60,8 +60,8 @@ def test_the_true_table(tmp_path, shared, copies):
     with (tmp_path / SETS_FILE).open("w") as file:
         file.writelines(published.read_text().splitlines(keepends=True)[:-1])
     message = (
-        r"koniq10k_distributions_sets.csv: its images are train 7057, val 1000, test 2015, .* "
-        r"split train 7058, val 1000, test 2015: expected"
+        r"koniq10k_distributions_sets.csv: has the split train 7057, val 1000, test 2015; expected the published "
+        r"split, train 7058, val 1000, test 2015, or"
     )
     with pytest.raises(ValueError, match=message):
         KonIQ10k(tmp_path, "train", image_size=4)
@@ -69,7 +69,7 @@ def test_the_true_table(tmp_path, shared, copies):
 
 def test_a_few_under_the_published_name_are_not_the_set(koniq):
     (koniq / FEW).rename(koniq / SETS_FILE)
-    with pytest.raises(ValueError, match=r"its images are train 2, val 1, test 1, .*a list of another name"):
+    with pytest.raises(ValueError, match=r"has the split train 2, val 1, test 1; .*another file name"):
         KonIQ10k(koniq, "train")
 
 
@@ -180,8 +180,8 @@ def test_names_of_any_bytes(koniq):
     ("row", "message"),
     [
         (("5.jpg", 50.0, "test"), r"row 6: 5.jpg is not in .*1024x768 \(of 5 rows, 1 is faulty: 1 missing"),
-        (("3.jpg", 50.0, "test"), r"row 6: 3.jpg is listed in row 4 already"),
-        (("4.JPG", 50.0, "test"), r"row 6: 4.JPG is listed in row 5 already"),
+        (("3.jpg", 50.0, "test"), r"row 6: 3.jpg is already listed in row 4"),
+        (("4.JPG", 50.0, "test"), r"row 6: 4.JPG is already listed in row 5"),
         (("5.jpg", 101.0, "test"), r"row 6: 5.jpg: the score 101.0 is outside 0 to 100"),
         (("5.jpg", "", "test"), r"row 6: 5.jpg: the score '' is not a number"),
         (

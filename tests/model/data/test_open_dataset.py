@@ -39,7 +39,7 @@ def test_an_unfinished_set_is_named_as_such(tid):
     (root / "mos_with_names.txt").unlink()
     text = '{"format": "srm-iqa-labels/1", "metric": "vsi", "range": [0, 9], "direction": "higher is better"}'
     (root / "labels.json").write_text(text)
-    with pytest.raises(ValueError, match="the set is not finished"):
+    with pytest.raises(ValueError, match="an unfinished dataset"):
         open_dataset(root, "train")
 
 

@@ -164,7 +164,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, folder, monkeypat
     with pytest.raises(KeyboardInterrupt):
         synthesize(root, photographs=folder, **SMALL)
     assert not (root / "mos_with_names.txt").exists()
-    with pytest.raises(ValueError, match="the set is not finished"):
+    with pytest.raises(ValueError, match="an unfinished dataset"):
         open_dataset(root, "train")
     # SIGKILL leaves more behind than SIGINT: a temporary file and an incomplete line.
     (root / "distorted_images" / ".i04_17_5.abc.partial.bmp").write_bytes(b"half")
@@ -322,7 +322,7 @@ def test_the_packages_photographs(tmp_path, capsys):
 def test_a_package_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(
-        ValueError, match=r"package scikit-image are not here.*or give a folder of photographs"
+        ValueError, match=r"package scikit-image is not installed.*or name a folder of photographs"
     ):
         from_packages(Frame(64))
 
@@ -441,7 +441,7 @@ def test_opinions_that_do_not_fit_are_refused(tmp_path, numbered, opinions, chan
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("harbour.png", "harbour.png: no photograph's number in the name"),
+        ("harbour.png", "harbour.png: has no number in its name"),
         ("2.png", r"2.png and kodim02.png are both photograph 2"),
         ("25.png", "no opinion for 4 of 20 images, such as i25_01_1.bmp"),
     ],

@@ -99,7 +99,7 @@ GOOD = ["1 i01_01_1.bmp", "2 i02_01_1.bmp", "3 i03_01_1.bmp", "4 i04_01_1.bmp"]
         ),
         (
             [*GOOD, "", "3 i01_01_2.bmp", "3 I01_01_2.bmp"],
-            r"row 7: I01_01_2.bmp is listed in row 6 .*1 listed twice",
+            r"row 7: I01_01_2.bmp is already listed in row 6 .*1 listed twice",
         ),
         (
             [*GOOD, "i05_01_1.bmp 3"],
@@ -114,7 +114,7 @@ GOOD = ["1 i01_01_1.bmp", "2 i02_01_1.bmp", "3 i03_01_1.bmp", "4 i04_01_1.bmp"]
             [*GOOD, "x i05_01_1.bmp", "y i05_01_2.bmp"],
             r"row 5: i05.*the score 'x' is not a number .*2 with no valid",
         ),
-        ([], "no images are listed"),
+        ([], "lists no images"),
     ],
 )
 def test_a_faulty_list_is_one_error_with_the_row_and_the_count(tid, lines, message):
@@ -156,7 +156,7 @@ def test_a_fault_outside_the_split_counts_too(tid):
 def test_two_files_that_differ_in_case_only(tid, copies):
     root = tid()
     copies(root / "distorted_images", ["I02_01_1.BMP"])
-    with pytest.raises(ValueError, match=r"row 3: i02_01_1.bmp could be I02_01_1.BMP and i02_01_1.bmp in"):
+    with pytest.raises(ValueError, match=r"row 3: i02_01_1.bmp could be I02_01_1.BMP or i02_01_1.bmp in"):
         TID2013(root, "train")
 
 
@@ -208,7 +208,7 @@ def test_labels_that_are_not_understood_are_refused(tid, change):
 def test_a_synthesised_set_without_its_labels_file_is_not_taken_for_peoples(tid):
     root = tid()
     (root / "references.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"without its labels.json"):
+    with pytest.raises(ValueError, match=r"without labels.json"):
         TID2013(root, "test")
 
 

@@ -257,14 +257,14 @@ def test_ctrl_c_keeps_what_was_measured(
     assert main([*arguments, "--backend", "torch"]) == 130
     assert [row["neck"] for row in read(tmp_path / "cpu" / "neck.jsonl")] == ["srm", "quadratic"]
     captured = capsys.readouterr()
-    assert "interrupted; what was finished is kept" in captured.err
+    assert "interrupted; finished results are kept" in captured.err
     assert "srm [torch]" in captured.out
 
 
 def test_bad_arguments_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for arguments, sentence in [
-        (["--resolution", "0"], "0 is not at least 1"),
-        (["--seconds", "-1"], "-1 is not a span above 0"),
+        (["--resolution", "0"], "0 is less than 1"),
+        (["--seconds", "-1"], "-1 is not a finite number above 0"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
         (["--set", "rank=0"], "config rank=0"),
         (["--warmup", "-1"], "-1 is less than 0"),

@@ -12,7 +12,7 @@ from srm_model.files import read_json, write_json
 from srm_model.reports import bootstrap, write_report
 
 LINF = "linf-0.00392157"  # 1/255
-NOTICE = "The labels are not people's opinions"
+NOTICE = "The labels come from the metric"
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +70,7 @@ def test_budgets_are_told_apart_and_in_order(run_folder, page):
 
 def test_metric_labels_are_said_to_be_no_peoples(run_folder, page):
     found = page(write_report(run_folder(labels="metric:vsi")))
-    assert f"{NOTICE}: they come from the metric VSI." in found.text
+    assert f"{NOTICE} VSI, not from people." in found.text
     assert "agreement with VSI, not with human judgement" in found.text
     assert "label (VSI)" in found.text
 
@@ -91,7 +91,7 @@ def test_one_file_that_names_a_metric_is_enough(run_folder, page, said_in):
         edit(folder / "srm" / "evaluation.json", labels="metric:fsim")
     else:
         edit(folder / "srm" / "config.json", card={"dataset": {"labels": "metric:fsim"}})
-    assert f"{NOTICE}: they come from the metric FSIM." in page(write_report(folder)).text
+    assert f"{NOTICE} FSIM, not from people." in page(write_report(folder)).text
 
 
 def test_page_loads_nothing(run_folder, page):
@@ -171,7 +171,7 @@ def test_pictures_from_outside_the_run_are_not_shown(run_folder, page, tmp_path)
         (["srm/history.jsonl", "none/history.jsonl"], "No training history was found."),
         (["srm/evaluation.json", "none/evaluation.json"], "No test scores were found"),
         (["srm/config.json", "none/config.json"], "No configuration was found."),
-        (["run.json"], "The run does not say which command made it."),
+        (["run.json"], "The run did not record its command."),
         (["srm", "none"], "No trained neck was found in this run."),
         (["srm/attacks/linf-0.00392157", "none/attacks/linf-0.00392157"], "The attacks kept no pictures."),
         (["none"], "The neck srm was trained"),
@@ -233,7 +233,7 @@ def test_necks_on_different_images_get_no_interval(run_folder, page):
     names = read_json(folder / "srm" / "evaluation.json")["names"]
     edit(folder / "srm" / "evaluation.json", names=names[::-1])
     rows = page(write_report(folder)).rows("Difference in SROCC")
-    assert rows[1][2:] == ["—", "no interval: not the same images"]
+    assert rows[1][2:] == ["—", "no interval: different images"]
 
 
 def test_settings_that_differ_are_listed(run_folder, page):
@@ -265,17 +265,17 @@ def test_photographs_are_credited(run_folder, page):
     assert "Photographs of" not in page(write_report(folder)).text
     rows = [{"file": "china.jpg", "source": "scikit-learn 1.9", "licence": "A. Person, CC BY 2.0"}]
     write_json(folder / "data" / "references.json", rows)
-    credit = "Photographs of the data set: china.jpg of scikit-learn 1.9 (A. Person, CC BY 2.0)."
+    credit = "Photographs of the dataset: china.jpg of scikit-learn 1.9 (A. Person, CC BY 2.0)."
     assert credit in page(write_report(folder)).text
 
 
 def test_a_map_that_turns_round_is_said_to(run_folder, page):
     folder = run_folder(budgets=(), necks=("srm",))
-    assert "turns round" not in page(write_report(folder)).text
+    assert "is not monotonic" not in page(write_report(folder)).text
     path = folder / "srm" / "evaluation.json"
     logistic = read_json(path)["logistic"]
     edit(path, logistic=logistic | {"beta": [2.0, 5.0, 0.0, -0.5, 0.5]})
-    assert "turns round" in page(write_report(folder)).text
+    assert "is not monotonic" in page(write_report(folder)).text
 
 
 def test_one_epoch_is_enough(run_folder, page):
@@ -294,7 +294,7 @@ def test_loss_parts_are_named_with_their_weights(run_folder, page):
     chart = next(
         a["aria-label"] for _, a in found.elements if a.get("aria-label", "").startswith("Parts of the loss")
     )
-    assert "0.01 × τ loss: 0.009 at first, 0.00225 at last" in chart
+    assert "0.01 × τ loss: first 0.009, last 0.00225" in chart
 
 
 def test_report_goes_where_it_is_told(run_folder, tmp_path):

@@ -82,7 +82,7 @@ def test_lines_break_where_a_value_is_missing(drawn):
     )
     np.testing.assert_array_equal(drawn[0].lines[0].get_ydata(), [0.1, 0.2, np.nan, 0.4, np.nan])
     assert drawn[0].get_ylim()[0] == 0
-    assert 'aria-label="t. a: 0.1 at first, 0.4 at last"' in chart
+    assert 'aria-label="t. a: first 0.1, last 0.4"' in chart
 
 
 def test_a_fall_has_its_values_and_intervals(drawn):

@@ -1,4 +1,4 @@
-"""The necks by name: what command line, study files, reports and profiles know of them, without torch."""
+"""Names and properties of the necks, for modules that must not import torch."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ class Kind(NamedTuple):
     """A kind of neck.
 
     Attributes:
-        attention: How its links mix, "nystrom" or "full"; None for a neck without links.
-        surrogate: The neck on which transfer attacks against it are crafted.
-        look: Its colour, dash and marker in charts.
+        attention: Attention of its links, "nystrom" or "full"; None for a neck without links.
+        surrogate: Neck of the surrogate model for transfer attacks.
+        look: Index of its colour, dash and marker in charts.
     """
 
     attention: str | None
@@ -27,6 +27,6 @@ NECKS = {
 
 
 def check_neck(name: str) -> None:
-    """ValueError for a name that is no neck's."""
+    """Raise ValueError unless `name` is the name of a neck."""
     if name not in NECKS:
         raise ValueError(f"neck={name!r}: expected one of {', '.join(map(repr, NECKS))}")

@@ -144,7 +144,7 @@ class LogisticMap:
 def _fit_logistic(q: FloatArray, y: FloatArray, *, error_of_line: float) -> tuple[Beta | None, str]:
     if q.size < 5:
         return None, f"five parameters need at least 5 items, got {q.size}"
-    from scipy.optimize import least_squares  # half a second to import, and only needed here
+    from scipy.optimize import least_squares  # imported here because the import takes 0.5 s
 
     def jacobian(beta: FloatArray) -> FloatArray:
         b1, b2, b3, _, _ = beta

@@ -45,7 +45,7 @@ def test_a_model_without_the_pyramid_is_one_sentence(name, message):
 
 def test_a_size_the_backbone_was_not_built_for_is_one_sentence():
     backbone = Backbone("swin_tiny_patch4_window7_224", image_size=64).eval()
-    with pytest.raises(ValueError, match="images are 96×96: the backbone .* cannot take them"):
+    with pytest.raises(ValueError, match=r"images are 96×96: the backbone .* cannot take them"):
         backbone(torch.zeros(1, 3, 96, 96))
 
 

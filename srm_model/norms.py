@@ -178,15 +178,15 @@ class L2(Norm):
         precision, size = torch.finfo(images.dtype).eps, images[0].numel()
         # A sum of n squares has a relative error of at most n · eps_machine / 2, and its root half of that.
         row = images[0, :, 0].numel() * precision / 4
-        room = max(0.0, (1 - row) * (radius * (1 - 4 * precision) - math.sqrt(size) * precision / 2))
+        limit = max(0.0, (1 - row) * (radius * (1 - 4 * precision) - math.sqrt(size) * precision / 2))
         lower, upper = -images, 1 - images  # of δ, so that x + δ is in [0, 1]
 
         def share(delta: Tensor) -> Tensor:
-            """Return radius / length. Rows are summed in the dtype of δ, which is fast, and then in fp64."""
+            """Return limit / length. Rows are summed in the dtype of δ, which is fast, and then in fp64."""
             together = (2, 4) if delta.stride(2) == 1 else 4  # axes that are contiguous in memory
             rows = torch.linalg.vector_norm(delta, dim=together, keepdim=True)
             length = torch.linalg.vector_norm(rows, dim=(2, 3, 4), keepdim=True, dtype=torch.float64)
-            return room / length.clamp_min(torch.finfo(torch.float64).tiny)
+            return limit / length.clamp_min(torch.finfo(torch.float64).tiny)
 
         def project(points: Tensor) -> Tensor:
             delta = points - images

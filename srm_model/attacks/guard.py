@@ -206,6 +206,7 @@ def check_finite(scores: Tensor) -> None:
 
 
 def check_images(images: Tensor) -> None:
+    """Raise TypeError or ValueError unless images are (B, 3, H, W), float32 or float64, in [0, 1]."""
     if not isinstance(images, Tensor) or images.dtype not in (torch.float32, torch.float64):
         given = images.dtype if isinstance(images, Tensor) else type(images).__name__
         raise TypeError(f"images is {given}; expected a float32 or float64 tensor")

@@ -55,6 +55,7 @@ def check_number(name: str, value: float) -> float:
 
 
 def check_objective(objective: Objective) -> None:
+    """Raise TypeError unless the objective is callable and not a class."""
     if isinstance(objective, type) or not callable(objective):
         given = f"the class {objective.__name__}" if isinstance(objective, type) else repr(objective)
         raise TypeError(

@@ -68,15 +68,15 @@ def square_trace(
             if on_step is not None:
                 on_step()
             proposal = walk.propose(x, number / rounds)
-            asked = problem.scores(proposal)
+            proposed = problem.scores(proposal)
             if loss.ndim > 1:
-                raised = problem.loss_of(asked)
+                raised = problem.loss_of(proposed)
                 better = exceeds(raised, loss)
                 loss = torch.where(better, raised, loss)
-                scores = torch.where(better, asked, scores)
+                scores = torch.where(better, proposed, scores)
                 x = problem.choose(better, proposal, x)
             else:
-                accepted, loss, scores = _decide(problem, scores, asked, loss)
+                accepted, loss, scores = _decide(problem, scores, proposed, loss)
                 x = torch.where(accepted[:, None, None, None], proposal, x)
             losses.append(loss)
         if on_step is not None:
@@ -89,12 +89,14 @@ def square_trace(
 square = images_of(square_trace)
 
 
-def _decide(problem: Problem, scores: Tensor, asked: Tensor, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _decide(
+    problem: Problem, scores: Tensor, proposed: Tensor, loss: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Accept or reject the proposals of a batch one by one; return what was accepted, the loss and the scores."""
-    accepted = torch.zeros(asked.shape[1], dtype=torch.bool, device=asked.device)
+    accepted = torch.zeros(proposed.shape[1], dtype=torch.bool, device=proposed.device)
     for position in range(len(accepted)):
         tried = scores.clone()
-        tried[:, position] = asked[:, position]
+        tried[:, position] = proposed[:, position]
         raised = problem.loss_of(tried)
         better = exceeds(raised, loss)
         accepted[position] = better[0]

@@ -314,11 +314,12 @@ class Job:
     def work(self, attack: Attack) -> int:
         """Return the number of steps, or of rounds of queries, of an attack on a batch."""
         if attack.method == "square":
-            asked = self.config.attack_queries // self.samples(self.model)
-            return asked - bool(getattr(attack.objective, "uses_clean_scores", True))
+            queries = self.config.attack_queries // self.samples(self.model)
+            return queries - bool(getattr(attack.objective, "uses_clean_scores", True))
         return self.config.attack_restarts * self.config.attack_steps
 
     def samples(self, model: nn.Module) -> int:
+        """Return the number of passes to average for a model."""
         return self.config.eot_samples if is_stochastic(model) else 1
 
     def waiting(self, batch: Batch) -> list[Attack]:
@@ -331,6 +332,7 @@ class Job:
         return [row for batch, row in places if batch == number]
 
     def load(self, number: int) -> tuple[Tensor, Tensor]:
+        """Return the images (B, 3, H, W) and MOS (B,) of a batch; raise ValueError if the images differ in size."""
         items = [self.item(index) for index in self.batches[number]]
         images = [image for image, _ in items]
         for name, image in zip(self.names[number * self.batch_size :], images, strict=False):
@@ -382,6 +384,7 @@ class Job:
         mos: Tensor,
         tick: Callable[[], object] | None = None,
     ) -> PGDTrace:
+        """Run an attack on a batch; `tick` is called after each step."""
         model = self.model
         if attack.transfer:
             assert self.surrogate is not None

@@ -32,7 +32,7 @@ def calibrate(neck: SRMNeck, pyramid: Sequence[Tensor]) -> None:
             calibrate_link(neck.link(source, target), aligned[target], aligned[source])
         maps = neck.maps(pyramid, pool_sources=False)
         norm = gated_fusion(maps, neck.gate(maps.unbind(1)), cap=None, backend=c.backend).norm
-        neck.track_norms(norm / neck.root(maps), anew=True)
+        neck.track_norms(norm / neck.root(maps), reset=True)
 
 
 def scale_to_unit(conv: nn.Conv2d, m: Tensor, limit: float) -> None:

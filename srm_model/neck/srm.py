@@ -261,10 +261,10 @@ class SRMNeck(Mixer):
         return math.sqrt(maps[0, 0].numel())
 
     @torch.no_grad()
-    def track_norms(self, rms: Tensor, *, anew: bool = False) -> None:
-        """Update M₀ with a batch's root mean squares of M (B,), or start it `anew` with them."""
+    def track_norms(self, rms: Tensor, *, reset: bool = False) -> None:
+        """Update M₀ with a batch's root mean squares of M (B,), or `reset` it to their median."""
         median, old = rms.median().to(self.median_rms.dtype), self.median_rms
-        old = torch.full_like(old, UNSTARTED) if anew else old
+        old = torch.full_like(old, UNSTARTED) if reset else old
         decayed = self.config.ema * old + (1 - self.config.ema) * median
         taken = torch.where(old < UNSTARTED / 2, decayed, median)
         self.median_rms.copy_(torch.where(median.isfinite(), taken, old))

@@ -132,8 +132,10 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def mebibytes(value: float | None) -> str:
+    """Format bytes as MiB."""
     return number(None if value is None else value / MEBI)
 
 
 def percent(value: float | None) -> str:
+    """Format a share as percent."""
     return number(None if value is None else 100 * value, 2)

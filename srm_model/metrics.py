@@ -65,20 +65,13 @@ class LogisticMap:
 
     The map need not be monotone: if β₄ and β₁β₂ have opposite signs, f has turning points. Far from the fitted scores
     it is the line β₄ q + β₅ ± β₁/2. PLCC can therefore order attacked results differently from SROCC.
-
-    Attributes:
-        beta: β₁ to β₅.
-        center: Mean of the fitted scores.
-        scale: Standard deviation of the fitted scores.
-        converged: Whether the fit converged; otherwise f is a straight line.
-        reason: Why the fit fell back to a straight line; empty if it converged.
     """
 
-    beta: Beta
-    center: float
-    scale: float
-    converged: bool = True
-    reason: str = ""
+    beta: Beta  # β₁ to β₅
+    center: float  # mean of the fitted scores
+    scale: float  # standard deviation of the fitted scores
+    converged: bool = True  # whether the fit converged; otherwise f is a straight line
+    reason: str = ""  # why the fit fell back to a straight line; empty if it converged
 
     @classmethod
     def fit(cls, scores: Values, mos: Values) -> LogisticMap:

@@ -6,17 +6,11 @@ from typing import NamedTuple
 
 
 class Kind(NamedTuple):
-    """A kind of neck.
+    """A kind of neck."""
 
-    Attributes:
-        attention: Attention of its links, "nystrom" or "full"; None for a neck without links.
-        surrogate: Neck of the surrogate model for transfer attacks.
-        look: Index of its colour, dash and marker in charts.
-    """
-
-    attention: str | None
-    surrogate: str
-    look: int
+    attention: str | None  # attention of its links, "nystrom" or "full"; None for a neck without links
+    surrogate: str  # neck of the surrogate model for transfer attacks
+    look: int  # index of its colour, dash and marker in charts
 
 
 NECKS = {

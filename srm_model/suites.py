@@ -10,21 +10,13 @@ from typing import NamedTuple
 
 
 class Planned(NamedTuple):
-    """An attack of a suite.
+    """An attack of a suite."""
 
-    Attributes:
-        name: Name in result files.
-        label: Name in tables and figures.
-        objective: Key of `attacks.objectives.OBJECTIVES`.
-        method: Key of `attacks.suite.METHODS`.
-        transfer: Whether examples are crafted on the surrogate and scored on the target.
-    """
-
-    name: str
-    label: str
-    objective: str
-    method: str = "pgd"
-    transfer: bool = False
+    name: str  # name in result files
+    label: str  # name in tables and figures
+    objective: str  # key of `attacks.objectives.OBJECTIVES`
+    method: str = "pgd"  # key of `attacks.suite.METHODS`
+    transfer: bool = False  # whether examples are crafted on the surrogate and scored on the target
 
 
 PAPER = (

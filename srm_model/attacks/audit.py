@@ -51,50 +51,28 @@ _PASSES = 16  # over the same images, to detect randomness
 
 @dataclass(frozen=True)
 class Check:
-    """Result of one check.
-
-    Attributes:
-        name: Name of the check.
-        title: What a sound model satisfies.
-        passed: Whether the model passed; None if the check could not run.
-        figure: What was measured, in words, or why the check could not run.
-        meaning: What a failure means.
-        data: The measured values, as JSON values.
-    """
+    """Result of one check."""
 
     name: str
-    title: str
-    passed: bool | None
-    figure: str
-    meaning: str
-    data: dict[str, Any] = field(default_factory=dict)
+    title: str  # what a sound model satisfies
+    passed: bool | None  # None if the check could not run
+    figure: str  # what was measured, in words, or why the check could not run
+    meaning: str  # what a failure means
+    data: dict[str, Any] = field(default_factory=dict)  # the measured values, as JSON values
 
 
 @dataclass(frozen=True)
 class Audit:
-    """Checks of one model at one norm and budget.
+    """Checks of one model at one norm and budget."""
 
-    Attributes:
-        model: Class of the model.
-        norm: Norm of the perturbations.
-        eps: The given budget; "l2" budgets are stated at 512×512.
-        radius: Radius for each image.
-        images: Number of images.
-        steps: Steps of PGD and APGD.
-        restarts: Restarts of PGD.
-        queries: Queries per image of the square attack.
-        seed: Seed of the run.
-        checks: Results of the checks.
-    """
-
-    model: str
+    model: str  # its class
     norm: str
-    eps: float
+    eps: float  # the given budget; "l2" budgets are stated at 512×512
     radius: float
     images: int
-    steps: int
-    restarts: int
-    queries: int
+    steps: int  # steps of PGD and APGD
+    restarts: int  # restarts of PGD
+    queries: int  # queries per image of the square attack
     seed: int
     checks: list[Check]
 

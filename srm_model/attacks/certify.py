@@ -19,25 +19,15 @@ _DEFAULTS = SRMConfig()
 
 @dataclass(frozen=True)
 class Certificate:
-    """Smoothed scores of images, with bounds.
+    """Smoothed scores of images, with bounds."""
 
-    Attributes:
-        eps: L2 radius on an image's 3×H×W tensor.
-        sigma: Standard deviation of the noise, per pixel value.
-        samples: Noisy copies of each image.
-        confidence: Confidence of each image's interval.
-        median: Median of each image's samples.
-        lower: Lower bounds; -inf if the samples are too few.
-        upper: Upper bounds; inf if the samples are too few.
-    """
-
-    eps: float
-    sigma: float
-    samples: int
-    confidence: float
-    median: list[float]
-    lower: list[float]
-    upper: list[float]
+    eps: float  # L2 radius on an image's 3×H×W tensor
+    sigma: float  # standard deviation of the noise, per pixel value
+    samples: int  # noisy copies of each image
+    confidence: float  # of each image's interval
+    median: list[float]  # of each image's samples
+    lower: list[float]  # lower bounds; -inf if the samples are too few
+    upper: list[float]  # upper bounds; inf if the samples are too few
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values. `write_json` writes infinite bounds as null."""

@@ -30,21 +30,13 @@ _P = ParamSpec("_P")
 
 
 class PGDTrace(NamedTuple):
-    """Result of `pgd_trace`, `apgd_trace` or `square_trace`.
+    """Result of `pgd_trace`, `apgd_trace` or `square_trace`."""
 
-    Attributes:
-        images: Best iterates, (B, 3, H, W).
-        loss: Their losses, (B,), or 0-d for an objective defined on the batch.
-        losses: Losses of all iterates, random start first, (restarts, steps + 1, B) or (restarts, steps + 1).
-        zero_gradients: Share of gradients (one per image, step and restart) that were zero everywhere.
-        nonfinite_gradients: Share of gradients with a NaN or infinite element. Such elements count as zero.
-    """
-
-    images: Tensor
-    loss: Tensor
-    losses: Tensor
-    zero_gradients: float
-    nonfinite_gradients: float
+    images: Tensor  # best iterates, (B, 3, H, W)
+    loss: Tensor  # their losses, (B,), or 0-d for an objective defined on the batch
+    losses: Tensor  # of all iterates, start first: (restarts, steps + 1, B) or (restarts, steps + 1)
+    zero_gradients: float  # share of gradients (one per image, step and restart) that were zero
+    nonfinite_gradients: float  # share with a NaN or infinite element, which counts as zero
 
 
 def images_of(trace: Callable[_P, PGDTrace]) -> Callable[_P, Tensor]:

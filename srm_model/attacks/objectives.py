@@ -59,12 +59,9 @@ class Signed:
     """sign · f(x') per image: raise or lower the score.
 
     `MSE` and `Drift` may move each image's score in either direction; this objective fixes the direction.
-
-    Attributes:
-        sign: +1 to raise the score, −1 to lower it.
     """
 
-    sign: int
+    sign: int  # +1 to raise the score, −1 to lower it
 
     batch_defined: ClassVar[bool] = False
     uses_clean_scores: ClassVar[bool] = False
@@ -87,12 +84,9 @@ class SoftSpearman:
 
     The soft rank of image a is Σ_b sigmoid((f(x'_a) − f(x'_b)) / T), which tends to its rank for T → 0. The loss is in
     [−1, 1], and 0 if all MOS of the batch are equal.
-
-    Attributes:
-        temperature: T.
     """
 
-    temperature: float = _DEFAULTS.pair_temperature
+    temperature: float = _DEFAULTS.pair_temperature  # T
 
     name: ClassVar[str] = "soft_spearman"
     batch_defined: ClassVar[bool] = True
@@ -115,14 +109,10 @@ class PairInversion:
     """Mean of log(1 + exp(−(f(x'_a) − f(x'_b)) / T)) over pairs with y_a − y_b > margin; one loss per batch.
 
     It inverts the ranking (article, eq. 32). The loss is 0 if there is no such pair.
-
-    Attributes:
-        margin: Least difference of normalised MOS.
-        temperature: T.
     """
 
-    margin: float = _DEFAULTS.pair_margin
-    temperature: float = _DEFAULTS.pair_temperature
+    margin: float = _DEFAULTS.pair_margin  # least difference of normalised MOS
+    temperature: float = _DEFAULTS.pair_temperature  # T
 
     name: ClassVar[str] = "pair_inversion"
     batch_defined: ClassVar[bool] = True

@@ -19,19 +19,12 @@ _PREFIX = "batch-"
 
 @dataclass
 class Batch:
-    """Results of one batch.
+    """Results of one batch."""
 
-    Attributes:
-        mos: Normalised MOS of its images.
-        clean: Scores of the clean images.
-        attacks: Results by attack.
-        examples: Attacked images to show, by row.
-    """
-
-    mos: list[float] = field(default_factory=list)
-    clean: Any = None
-    attacks: dict[str, Any] = field(default_factory=dict)
-    examples: dict[int, Tensor] = field(default_factory=dict)
+    mos: list[float] = field(default_factory=list)  # normalised
+    clean: Any = None  # scores of the clean images
+    attacks: dict[str, Any] = field(default_factory=dict)  # by name
+    examples: dict[int, Tensor] = field(default_factory=dict)  # attacked images to show, by row
 
 
 class Records:

@@ -44,19 +44,12 @@ class Dataset(Protocol):
 
 @dataclass(frozen=True)
 class Attack:
-    """An attack of a suite.
-
-    Attributes:
-        name: Name in results.
-        objective: The objective to maximise.
-        transfer: Whether examples are crafted on the surrogate and scored on the target.
-        method: "pgd", "apgd" or "square".
-    """
+    """An attack of a suite."""
 
     name: str
     objective: Objective
-    transfer: bool = False
-    method: str = "pgd"
+    transfer: bool = False  # whether examples are crafted on the surrogate and scored on the target
+    method: str = "pgd"  # "pgd", "apgd" or "square"
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -64,20 +57,11 @@ class Attack:
 
 
 class Example(NamedTuple):
-    """An attacked image.
+    """An attacked image."""
 
-    Attributes:
-        position: Index in `SuiteResult.names`.
-        clean: Clean image (3, H, W) in [0, 1], on the CPU.
-        attacked: Attacked image, in the same form.
-        clean_score: Score of the clean image.
-        attacked_score: Score of the attacked image.
-        attack: Name of the attack.
-    """
-
-    position: int
-    clean: Tensor
-    attacked: Tensor
+    position: int  # index in `SuiteResult.names`
+    clean: Tensor  # clean image (3, H, W) in [0, 1], on the CPU
+    attacked: Tensor  # as `clean`
     clean_score: float
     attacked_score: float
     attack: str
@@ -85,46 +69,27 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class SuiteResult:
-    """Scores and correlations of one model, clean and under each attack, at one norm and budget.
-
-    Attributes:
-        norm: Norm of the perturbations.
-        eps: The given budget; "l2" budgets are stated at 512×512.
-        radius: Radius for each image: eps, scaled by √(HW)/512 for "l2".
-        steps: Steps of PGD and APGD.
-        step_size: Step size of PGD.
-        restarts: Restarts of PGD and APGD.
-        eot: Passes that are averaged per step and per score; more than 1 for stochastic models.
-        batch_size: Images that are attacked together.
-        seed: Seed of the run.
-        names: Names of the images.
-        mos: Normalised MOS of the images.
-        logistic: The logistic map before PLCC; None for plain Pearson correlation.
-        clean: Entries srocc, plcc and scores of the clean images.
-        attacks: The same by attack, with crafted_on, method, and the means loss, zero_gradients and
-            nonfinite_gradients.
-        worst: Minima srocc and plcc over the attacks, the attacks that they come from, the drops from clean, and
-            `doubts`, a warning for each attack whose gradients were zero or not finite.
-        incomplete: Attacks of the suite that did not run because they need a surrogate.
-        examples: Attacked images.
-    """
+    """Scores and correlations of one model, clean and under each attack, at one norm and budget."""
 
     norm: str
-    eps: float
-    radius: float
-    steps: int
-    step_size: float
-    restarts: int
-    eot: int
-    batch_size: int
+    eps: float  # the given budget; "l2" budgets are stated at 512×512
+    radius: float  # radius for each image: eps, scaled by √(HW)/512 for "l2"
+    steps: int  # of PGD and APGD
+    step_size: float  # of PGD
+    restarts: int  # of PGD and APGD
+    eot: int  # passes that are averaged per step and per score; more than 1 for stochastic models
+    batch_size: int  # images that are attacked together
     seed: int
     names: list[str]
-    mos: list[float]
-    logistic: dict[str, Any] | None
-    clean: dict[str, Any]
+    mos: list[float]  # normalised
+    logistic: dict[str, Any] | None  # the logistic map before PLCC; None for plain Pearson correlation
+    clean: dict[str, Any]  # entries srocc, plcc and scores of the clean images
+    # By attack: the same, crafted_on, method, and the means loss, zero_gradients and nonfinite_gradients.
     attacks: dict[str, dict[str, Any]]
+    # Minima srocc and plcc over the attacks, the attacks that they come from, the drops from clean, and `doubts`, a
+    # warning for each attack whose gradients were zero or not finite.
     worst: dict[str, Any]
-    incomplete: list[str]
+    incomplete: list[str]  # attacks of the suite that did not run because they need a surrogate
     examples: list[Example] = field(default_factory=list, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -253,35 +218,20 @@ class Suite:
 
 @dataclass
 class Job:
-    """The checked arguments of one run; it loads, scores and attacks batches.
-
-    Attributes:
-        config: Settings of the attacks.
-        model: The target.
-        surrogate: Model on which transfer attacks are crafted.
-        attacks: The attacks that can run.
-        numbers: Number of each attack in the suite, for its seed.
-        dataset: Pairs of image and normalised MOS.
-        norm: Norm of the perturbations.
-        eps: Budget, as in `Suite.run`.
-        batch_size: Images that are attacked together.
-        seed: Seed of the run.
-        limit: Number of images; None takes all.
-        keep: Number of examples.
-    """
+    """The checked arguments of one run; it loads, scores and attacks batches."""
 
     config: SRMConfig
-    model: nn.Module
-    surrogate: nn.Module | None
-    attacks: tuple[Attack, ...]
-    numbers: dict[str, int]
-    dataset: Dataset
+    model: nn.Module  # the target
+    surrogate: nn.Module | None  # model on which transfer attacks are crafted
+    attacks: tuple[Attack, ...]  # the attacks that can run
+    numbers: dict[str, int]  # number of each attack in the suite, for its seed
+    dataset: Dataset  # pairs of image and normalised MOS
     norm: str
-    eps: float
-    batch_size: int
+    eps: float  # budget, as in `Suite.run`
+    batch_size: int  # images that are attacked together
     seed: int
-    limit: int | None
-    keep: int = 0
+    limit: int | None  # number of images; None takes all
+    keep: int = 0  # number of examples to keep
 
     def __post_init__(self) -> None:
         self.eps = check_budget(self.norm, self.eps)

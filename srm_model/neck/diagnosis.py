@@ -22,16 +22,10 @@ SHARES = {"median": 0.5, "p90": 0.9}
 
 
 class Measured(NamedTuple):
-    """Measurements of one batch.
+    """Measurements of one batch."""
 
-    Attributes:
-        links: Values by link and name: (B, H), and (H,) for those of τ and σ̄.
-        update_ratio: ‖β U‖ / ‖F‖ of the pooled maps, by target stage.
-        output: Output of the neck.
-    """
-
-    links: dict[str, dict[str, Tensor]]
-    update_ratio: dict[int, float]
+    links: dict[str, dict[str, Tensor]]  # values by link and name: (B, H), and (H,) for those of τ and σ̄
+    update_ratio: dict[int, float]  # ‖β U‖ / ‖F‖ of the pooled maps, by target stage
     output: NeckOutput
 
 

@@ -16,23 +16,14 @@ from .calibration import scale_to_unit
 
 
 class NeckOutput(NamedTuple):
-    """Output of a neck. Values of the gate are None for a neck without one.
+    """Output of a neck. Values of the gate are None for a neck without one."""
 
-    Attributes:
-        fused: Map for the head, (B, C, P, P).
-        weights: Gate weights, (B, S).
-        gain: γ, (B,).
-        norm: ‖M‖_F before the cap, (B,).
-        losses: Unweighted scalars "tau", "entropy" and "balance".
-        pyramid: Four updated maps (B, C, h_s, w_s), or None if they were not requested.
-    """
-
-    fused: Tensor
-    weights: Tensor | None
-    gain: Tensor | None
-    norm: Tensor | None
-    losses: dict[str, Tensor]
-    pyramid: list[Tensor] | None
+    fused: Tensor  # (B, C, P, P), for the head
+    weights: Tensor | None  # (B, S), of the gate
+    gain: Tensor | None  # γ, (B,)
+    norm: Tensor | None  # ‖M‖_F before the cap, (B,)
+    losses: dict[str, Tensor]  # unweighted scalars "tau", "entropy" and "balance"
+    pyramid: list[Tensor] | None  # four updated maps (B, C, h_s, w_s), or None if they were not requested
 
 
 class PlainNeck(nn.Module):

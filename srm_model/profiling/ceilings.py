@@ -13,15 +13,10 @@ MATRIX_SIDE = {"cuda": 8192, "cpu": 768}
 
 
 class Ceilings(NamedTuple):
-    """Best of several measurements.
+    """Best of several measurements."""
 
-    Attributes:
-        bandwidth: Bytes per second, read and written, of a large copy.
-        matrix_rate: Multiply-accumulates per second of a large square matrix product.
-    """
-
-    bandwidth: float
-    matrix_rate: float
+    bandwidth: float  # bytes per second, read and written, of a large copy
+    matrix_rate: float  # multiply-accumulates per second of a large square matrix product
 
 
 def ceilings(device: torch.device, dtype: torch.dtype, *, small: bool = False) -> Ceilings:

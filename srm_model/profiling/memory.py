@@ -17,23 +17,14 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Peak(NamedTuple):
-    """Memory of a call in bytes; None where this device or system cannot measure it.
+    """Memory of a call in bytes; None where this device or system cannot measure it."""
 
-    Attributes:
-        held: Parameters, inputs and optimiser state before the call.
-        above: `allocated` minus `held`.
-        allocated: Peak of torch's allocator.
-        reserved: Peak of the memory that torch's allocator reserves.
-        resident: Peak of the process's memory, including libraries, on a CPU.
-        resident_above: `resident` minus the process's memory before the call.
-    """
-
-    held: int
-    above: int
-    allocated: int
-    reserved: int | None
-    resident: int | None
-    resident_above: int | None
+    held: int  # parameters, inputs and optimiser state before the call
+    above: int  # `allocated` minus `held`
+    allocated: int  # peak of torch's allocator
+    reserved: int | None  # peak of the memory that torch's allocator reserves
+    resident: int | None  # peak of the process's memory, including libraries, on a CPU
+    resident_above: int | None  # `resident` minus the process's memory before the call
 
 
 def peak(call: Callable[[], object], device: torch.device, *, held: int = 0) -> Peak:

@@ -28,27 +28,16 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Case:
-    """A neck on random maps, or a model on random images.
+    """A neck on random maps, or a model on random images."""
 
-    Attributes:
-        part: "neck" or "model".
-        backbone: Name of a timm model.
-        neck: "srm", "quadratic" or "none".
-        backend: Backend of the operators; None takes the fastest.
-        resolution: Side of the square images, in pixels.
-        batch: Images per call.
-        dtype: "fp32", or the dtype of autocast, "bf16" or "fp16".
-        direction: "forward" without gradients, "backward" for forward and backward pass, or "step", which adds
-            gradient clipping and AdamW.
-    """
-
-    part: str
-    backbone: str
-    neck: str
-    backend: str | None
-    resolution: int
-    batch: int
-    dtype: str
+    part: str  # "neck" or "model"
+    backbone: str  # name of a timm model
+    neck: str  # "srm", "quadratic" or "none"
+    backend: str | None  # None takes the fastest
+    resolution: int  # side of the square images, in pixels
+    batch: int  # images per call
+    dtype: str  # "fp32", or the dtype of autocast, "bf16" or "fp16"
+    # "forward" without gradients, "backward" for both passes, or "step", which adds gradient clipping and AdamW.
     direction: str
 
     @property

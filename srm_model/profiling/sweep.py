@@ -76,19 +76,12 @@ def cases(
 
 @dataclass
 class Sweep:
-    """Measures cases on one device in one run. Cases share counts and the best ceilings so far.
-
-    Attributes:
-        device: The device.
-        config: Constants of the neck.
-        effort: Number of repetitions. Default: `Effort.for_device`.
-        small: Whether to measure ceilings by small buffers.
-    """
+    """Measures cases on one device in one run. Cases share counts and the best ceilings so far."""
 
     device: torch.device
     config: SRMConfig = field(default_factory=SRMConfig)
-    effort: Effort | None = None
-    small: bool = False
+    effort: Effort | None = None  # default: `Effort.for_device`
+    small: bool = False  # whether to measure ceilings by small buffers
 
     def __post_init__(self) -> None:
         self.effort = self.effort or Effort.for_device(self.device)

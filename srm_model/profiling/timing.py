@@ -20,17 +20,11 @@ Now = Callable[[], float]
 
 @dataclass(frozen=True)
 class Effort:
-    """How often a call is repeated.
+    """How often a call is repeated."""
 
-    Attributes:
-        warmup: Calls that are not measured.
-        repeats: Most calls that are measured.
-        seconds: Approximate time limit of the measured calls.
-    """
-
-    warmup: int
-    repeats: int
-    seconds: float = 10.0
+    warmup: int  # calls that are not measured
+    repeats: int  # most calls that are measured
+    seconds: float = 10.0  # approximate time limit of the measured calls
 
     @classmethod
     def for_device(
@@ -49,25 +43,15 @@ class Effort:
 
 @dataclass(frozen=True)
 class Times:
-    """Percentiles of a call's time in milliseconds.
-
-    Attributes:
-        p20: 20th percentile.
-        p50: Median.
-        p80: 80th percentile.
-        least: Shortest time.
-        most: Longest time.
-        count: Number of measured calls.
-        processor: Median CPU time of the process over all threads, on a CPU. Unlike wall-clock time, it is barely
-            affected by other processes.
-    """
+    """Percentiles of a call's time in milliseconds."""
 
     p20: float
     p50: float
     p80: float
     least: float
     most: float
-    count: int
+    count: int  # of measured calls
+    # Median CPU time over all threads, on a CPU. Unlike wall-clock time, other processes barely affect it.
     processor: float | None = None
 
     @classmethod

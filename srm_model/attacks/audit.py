@@ -17,7 +17,7 @@ from srm_model.attacks.auto import apgd_trace
 from srm_model.attacks.gradient import PGDTrace, default_step_size, pgd_trace
 from srm_model.attacks.guard import (
     as_found,
-    check_model,
+    check_finite,
     derived_seed,
     generators_of,
     gradient_of,
@@ -145,9 +145,23 @@ def audit(
         TypeError: An argument has the wrong type.
         ValueError: An argument is out of range, or a clean score is not finite.
     """
-    check_model(model)
     config = config or SRMConfig()
-    subject = _Subject(model, surrogate, dataset, norm, eps, config, images, seed)
+    job = Job(
+        config=config,
+        model=model,
+        surrogate=surrogate,
+        attacks=(Attack("pgd", Signed(1)),),
+        numbers={"pgd": 1},
+        dataset=dataset,
+        norm=norm,
+        eps=eps,
+        batch_size=config.attack_batch_size,
+        seed=seed,
+        limit=images,
+    )
+    if eps == 0:
+        raise ValueError("eps=0: expected a budget above 0")
+    subject = _Subject(job)
     checks = []
     for name, check in _CHECKS.items():
         if progress is not None:
@@ -156,13 +170,13 @@ def audit(
     return Audit(
         model=type(unwrapped(model)).__qualname__,
         norm=norm,
-        eps=subject.eps,
-        radius=subject.radius,
+        eps=job.eps,
+        radius=job.radius,
         images=len(subject.clean),
         steps=config.attack_steps,
         restarts=config.attack_restarts,
         queries=config.attack_queries,
-        seed=subject.seed,
+        seed=job.seed,
         checks=checks,
     )
 
@@ -170,45 +184,17 @@ def audit(
 class _Subject:
     """The model, its images, and attacks on all of them. Results that several checks use are cached."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        surrogate: nn.Module | None,
-        dataset: Dataset,
-        norm: str,
-        eps: float,
-        config: SRMConfig,
-        images: int,
-        seed: int,
-    ) -> None:
-        self.model, self.surrogate, self.norm, self.config = model, surrogate, norm, config
-        job = Job(
-            config=config,
-            model=model,
-            surrogate=surrogate,
-            attacks=(Attack("pgd", Signed(1)),),
-            numbers={"pgd": 1},
-            dataset=dataset,
-            norm=norm,
-            eps=eps,
-            batch_size=config.attack_batch_size,
-            seed=seed,
-            limit=images,
-        )
-        if eps == 0:
-            raise ValueError("eps=0: expected a budget above 0")
-        self.eps, self.seed, self.radius = job.eps, job.seed, job.radius
+    def __init__(self, job: Job) -> None:
+        self.model, self.surrogate, self.norm, self.config = job.model, job.surrogate, job.norm, job.config
+        self.seed, self.radius = job.seed, job.radius
         self.batches = [job.load(number) for number in range(len(job.batches))]
-        self.eot = job.samples(model)
-        self.declared = is_stochastic(model)
-        self.clean = torch.cat([predict(model, x, samples=self.eot).double().cpu() for x, _ in self.batches])
+        self.eot = job.samples(self.model)
+        self.declared = is_stochastic(self.model)
+        self.clean = torch.cat(
+            [predict(self.model, x, samples=self.eot).double().cpu() for x, _ in self.batches]
+        )
+        check_finite(self.clean)
         self.mos = torch.cat([mos for _, mos in self.batches])
-        broken = int((~self.clean.isfinite()).sum())
-        if broken:
-            raise ValueError(
-                f"{broken} of {len(self.clean)} scores of clean images are not finite; expected a model with finite "
-                "scores"
-            )
         spread = float(self.clean.std()) if len(self.clean) > 1 else 0.0
         self.tolerance = SCORE_TOLERANCE * (spread if spread > 0 else 1.0)
 

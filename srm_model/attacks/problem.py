@@ -6,6 +6,7 @@ import math
 import numbers
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -108,45 +109,32 @@ def attacking(
         yield Problem(model, images, mos, objective, norm_of(norm), eps, eot, generator)
 
 
+@dataclass(eq=False)
 class Problem:
     """One batch under attack.
 
     Points are n copies of the batch, (n·B, 3, H, W), one per restart that runs at once. Losses are (n, B), or (n,) for
     an objective that is defined on the batch.
-
-    Args:
-        model: The model.
-        images: Clean images (B, 3, H, W) on the model's device.
-        mos: Normalised MOS (B,).
-        objective: The objective to maximise.
-        norm: Norm of the perturbations.
-        eps: Radius of the ball.
-        eot: Passes over which losses and gradients are averaged.
-        generator: Generator of the random starts.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        images: Tensor,
-        mos: Tensor,
-        objective: Objective,
-        norm: Norm,
-        eps: float,
-        eot: int,
-        generator: torch.Generator,
-    ) -> None:
-        self.model, self.images, self.mos, self.objective = model, images, mos, objective
-        self.norm, self.eps, self.eot, self.generator = norm, eps, eot, generator
+    model: nn.Module
+    images: Tensor  # clean, (B, 3, H, W), on the model's device
+    mos: Tensor  # normalised, (B,)
+    objective: Objective
+    norm: Norm
+    eps: float  # radius of the ball
+    eot: int  # passes over which losses and gradients are averaged
+    generator: torch.Generator  # of the random starts
+
+    def __post_init__(self) -> None:
         self.zero_gradients: int | Tensor = 0
         self.nonfinite_gradients: int | Tensor = 0
-        self._project = norm.projection(images, eps)
-        if getattr(objective, "uses_clean_scores", True):
-            with torch.no_grad():
-                self.clean_scores = torch.stack([scores_of(model, images) for _ in range(eot)]).mean(0)
+        self._project = self.norm.projection(self.images, self.eps)
+        if getattr(self.objective, "uses_clean_scores", True):
+            self.clean_scores = self.scores(self.images).mean(0)
             check_finite(self.clean_scores)
         else:
-            self.clean_scores = images.new_full((len(images),), math.nan)
+            self.clean_scores = self.images.new_full((len(self.images),), math.nan)
 
     def check_losses(self, losses: Tensor) -> None:
         """Raise ValueError if an image has no finite loss because its clean score is not finite.

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -123,9 +124,17 @@ def train(
     if isinstance(getattr(model, "backbone", None), Backbone):
         check_size(model.backbone.name, config.image_size)  # type: ignore[union-attr, arg-type]
     run = _Run(
-        model, train_set, val_set, Path(folder), config, workers, progress, _device(device), card or {}
+        model,
+        train_set,
+        val_set,
+        Path(folder),
+        config,
+        workers,
+        progress,
+        torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
+        card or {},
+        save_every,
     )
-    run.save_every = save_every
     if freeze_backbone:
         model.backbone.requires_grad_(False)  # type: ignore[union-attr]
     identity = {"freeze_backbone": freeze_backbone, "compile": compile}
@@ -133,27 +142,23 @@ def train(
         return run.fit(resume=resume, identity=identity)
 
 
+@dataclass
 class _Run:
-    def __init__(
-        self,
-        model: nn.Module,
-        train_set: Any,
-        val_set: Any,
-        folder: Path,
-        config: SRMConfig,
-        workers: int,
-        progress: bool,
-        device: torch.device,
-        card: dict[str, Any],
-    ) -> None:
-        self.model: Any = model
-        self.train_set, self.val_set = train_set, val_set
-        self.folder, self.config, self.card = folder, config, card
-        self.workers, self.device = workers, device
-        self.dtype = autocast_dtype(config.precision, device)
+    model: Any
+    train_set: Any
+    val_set: Any
+    folder: Path
+    config: SRMConfig
+    workers: int
+    progress: bool
+    device: torch.device
+    card: dict[str, Any]
+    save_every: int | None
+
+    def __post_init__(self) -> None:
+        self.dtype = autocast_dtype(self.config.precision, self.device)
         self.rank, self.world = ranks.place()
-        self.progress = progress and self.rank == 0
-        self.save_every: int | None = None
+        self.progress = self.progress and self.rank == 0
         self.termination = Termination()
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None
@@ -569,12 +574,6 @@ class _Run:
         images = torch.stack([self.val_set[int(i)][0] for i in chosen]).to(self.device)
         with evaluating(self._judged), torch.no_grad(), seeded(self.config.seed):
             return dict(self._judged.diagnose(images))
-
-
-def _device(device: torch.device | str | None) -> torch.device:
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)
 
 
 @contextmanager

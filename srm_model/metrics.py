@@ -37,20 +37,9 @@ def srocc(scores: Values, mos: Values) -> float:
 
 
 def plcc(scores: Values, mos: Values) -> float:
-    """Compute Pearson's linear correlation, without a logistic map.
+    """Compute Pearson's linear correlation, without a logistic map. Arguments, result and errors are as in `srocc`.
 
     To report PLCC as is usual, map the scores first: `plcc(LogisticMap.fit(val_scores, val_mos)(scores), mos)`.
-
-    Args:
-        scores: Predicted scores, (N,): a tensor of any device and dtype, an array or a list.
-        mos: Mean opinion scores, (N,).
-
-    Returns:
-        The correlation; NaN if one side is constant or a score is not finite.
-
-    Raises:
-        TypeError: An argument does not hold real numbers.
-        ValueError: Fewer than two items, unequal lengths, or a MOS that is not finite.
     """
     x, y = _pair(scores, mos)
     return _pearson(x, y) if np.isfinite(x).all() else math.nan

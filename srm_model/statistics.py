@@ -40,23 +40,11 @@ class BatchStatistics:
         self._parts = 1
 
     def add_link(self, name: str, y: Tensor, *, backend: str | None) -> None:
-        """Add one micro-batch's Y of a link, (B, H, N, d), detached.
-
-        Args:
-            name: Name of the link.
-            y: Output Y of its attention.
-            backend: Backend of `rms_scale`.
-        """
+        """Add one micro-batch's Y (B, H, N, d) of the link `name`, detached; `backend` is that of `rms_scale`."""
         self.add_scale(name, rms_scale(y, backend=backend), y.shape[0] * y.shape[2])
 
     def add_scale(self, name: str, scale: RMSScale, tokens: int) -> None:
-        """Add one micro-batch of a link by its statistic.
-
-        Args:
-            name: Name of the link.
-            scale: Mean and σ of Y.
-            tokens: Number of tokens of Y that `scale` covers.
-        """
+        """Add one micro-batch of the link `name` by the mean and σ of its Y over so many tokens."""
         mean, rms = (value.detach() for value in scale)
         self._single[name] = rms
         count = rms.new_full((len(rms), 1), tokens)
@@ -68,14 +56,7 @@ class BatchStatistics:
         self._gates.append(torch.cat([weights, norm[:, None]], 1))
 
     def check_again(self, again: BatchStatistics) -> None:
-        """Check that a forward pass repeated by gradient checkpointing had the same images. Checks on CPUs only.
-
-        Args:
-            again: Statistics of the repeated pass.
-
-        Raises:
-            RuntimeError: The gate weights or norms differ.
-        """
+        """Raise RuntimeError, on a CPU, if gradient checkpointing repeated the pass of another batch."""
         (one,), (other,) = self._gates, again._gates
         if one.device.type == "cpu" and (
             one.shape != other.shape or not one.allclose(other, 1e-3, equal_nan=True)

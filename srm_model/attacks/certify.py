@@ -43,22 +43,10 @@ def smoothed_scores(
     batch_size: int = 32,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Score noisy copies of each image. The copies are clipped to [0, 1]; clipping is part of the smoothed function.
+    """Return sorted scores of noisy copies of each image, (samples, B), on the CPU.
 
-    Args:
-        model: Any module that `pgd` accepts. It is left as it was.
-        images: Images (B, 3, H, W) in [0, 1].
-        sigma: Standard deviation of the Gaussian noise, per pixel value.
-        samples: Noisy copies of each image.
-        batch_size: Copies that run at once.
-        generator: Generator of the noise. Default: seed 0.
-
-    Returns:
-        Sorted scores (samples, B), on the CPU.
-
-    Raises:
-        TypeError: An argument has the wrong type.
-        ValueError: An argument is out of range, or a score is not finite.
+    The copies are clipped to [0, 1]; clipping is part of the smoothed function. Arguments and errors are as in
+    `certify`.
     """
     check_model(model)
     check_images(images)
@@ -152,13 +140,8 @@ def order_statistics(count: int, shift: float, confidence: float) -> tuple[int |
     """Return which sorted samples, counted from 1, bound the quantiles Φ(−shift) and Φ(shift); None if none does.
 
     The k-th sample is above the p-quantile with probability at most P(Bin(n, p) ≤ k − 1), and below it with probability
-    at most P(Bin(n, p) ≥ k). The bounds are the largest and the smallest k for which this is at most
+    at most P(Bin(n, p) ≥ k), with n = `count`. The bounds are the largest and the smallest k for which this is at most
     (1 − confidence)/2.
-
-    Args:
-        count: Number of samples n.
-        shift: eps/σ.
-        confidence: Confidence of the interval.
     """
     from scipy.stats import binom, norm  # imported here because the import takes 0.5 s
 

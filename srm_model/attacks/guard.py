@@ -22,11 +22,6 @@ def as_found(model: nn.Module, images: Tensor, *, seed: int) -> Iterator[None]:
     This restores the mode of every submodule, buffers (object and value), `requires_grad` of parameters, generators
     that are attributes of modules, and the global generators of Python, NumPy and PyTorch, on the CPU and on the device
     of `images`. In the block autocast is off, and gradients work even under an outer `no_grad` or `inference_mode`.
-
-    Args:
-        model: Any module.
-        images: Images on the device that the model runs on.
-        seed: Seed of the global generators.
     """
     with (
         seeded(images.device, seed),
@@ -111,12 +106,7 @@ def as_scores(output: object, batch: int) -> Tensor:
 
 
 def gradient_of(scores: Tensor, images: Tensor, pull: Tensor | None = None) -> Tensor | None:
-    """Return the gradient of scores with respect to the images, (B, 3, H, W), or None if autograd finds none.
-
-    Args:
-        scores: Scores (B,).
-        images: The images of these scores.
-        pull: Weights of the scores, (B,); default: ones.
+    """Return the gradient of scores (B,), weighted by `pull` (B,), with respect to their images, or None without one.
 
     Raises:
         ValueError: The backward pass of the model fails.
@@ -138,14 +128,7 @@ def gradient_of(scores: Tensor, images: Tensor, pull: Tensor | None = None) -> T
 
 
 def predict(model: nn.Module, images: Tensor, *, samples: int = 1, seed: int = 0) -> Tensor:
-    """Return scores (B,) without gradient, averaged over seeded passes; the model is left as `as_found` does.
-
-    Args:
-        model: Any module from images to scores.
-        images: Images (B, 3, H, W) in [0, 1].
-        samples: Number of passes; more than 1 for stochastic models.
-        seed: Seed of the random generators.
-    """
+    """Return scores (B,) without gradient, averaged over `samples` seeded passes. The model is left as it was."""
     images = to_model(model, images)
     with as_found(model, images, seed=seed), torch.no_grad():
         return torch.stack([scores_of(model, images) for _ in range(samples)]).mean(0)

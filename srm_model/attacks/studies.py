@@ -143,14 +143,11 @@ def sweep_steps(
 ) -> list[dict[str, Any]]:
     """Run a suite with different numbers of steps. The step size follows from each (docs/METHOD.md §6).
 
+    Arguments that are not listed are those of `Suite.run`. Under `resume`, each run has its own folder.
+
     Args:
         suite: The suite to run.
-        model: Any module that `pgd` accepts.
-        dataset: As in `Suite.run`.
-        norm: As in `Suite.run`.
-        eps: As in `Suite.run`.
         steps: Numbers of steps. Default: `attack_sweep_steps` of the suite's config.
-        arguments: Further arguments of `Suite.run`. Under `resume`, each run has its own folder.
 
     Returns:
         A row for each number of steps, with the entries steps, eps, clean, attacks (srocc, plcc, loss, zero_gradients
@@ -170,18 +167,11 @@ def sweep_eps(
     eps: Sequence[float] | None = None,
     **arguments: Any,
 ) -> list[dict[str, Any]]:
-    """Run a suite with different budgets.
+    """Run a suite with different budgets; arguments and rows are as in `sweep_steps`.
 
     Args:
         suite: The suite to run.
-        model: Any module that `pgd` accepts.
-        dataset: As in `Suite.run`.
-        norm: As in `Suite.run`.
         eps: Budgets. Default: those of the suite's config for the norm.
-        arguments: Further arguments of `Suite.run`. Under `resume`, each run has its own folder.
-
-    Returns:
-        A row for each budget, as in `sweep_steps`.
     """
     if eps is None:
         eps = norm_of(norm).sweep_of(suite.config)

@@ -13,16 +13,7 @@ from .srm import SRMNeck
 
 
 def make_neck(name: str, in_channels: Sequence[int], config: SRMConfig) -> SRMNeck | PlainNeck:
-    """Create a neck by its name.
-
-    Args:
-        name: "srm", "quadratic" or "none".
-        in_channels: Channels of the four maps, shallowest first.
-        config: Constants of the neck.
-
-    Raises:
-        ValueError: The name is unknown.
-    """
+    """Create a neck by its name, for maps of these channels, shallowest first; raise ValueError for an unknown name."""
     check_neck(name)
     attention = NECKS[name].attention
     if attention is None:

@@ -73,12 +73,7 @@ def _figures(link: Link, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
 
 
 def summary(measured: Measured, stages: int) -> dict[str, Any]:
-    """Summarise measurements as JSON values, with quantiles over images and heads.
-
-    Args:
-        measured: Measurements of one batch.
-        stages: Number of fused stages.
-    """
+    """Summarise measurements of a neck with so many fused stages as JSON values: quantiles over images and heads."""
     out = measured.output
     assert out.weights is not None
     assert out.gain is not None

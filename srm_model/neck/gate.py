@@ -63,16 +63,7 @@ class Gate(nn.Module):
     def convolved(
         self, maps: Sequence[Tensor], number: int, weights: dict[nn.Conv2d, Tensor] | None = None
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Run one convolution of every stage without its bias.
-
-        Args:
-            maps: Inputs of the stages.
-            number: 0 for the first convolution, 1 for the second.
-            weights: Weights by convolution; default: those of the modules.
-
-        Returns:
-            The outputs and the biases.
-        """
+        """Run convolution 0 or 1 of every stage without its bias; return the outputs and the biases."""
         results, biases = [], []
         for m, stage in zip(maps, cast(Iterable[nn.Sequential], self.stages), strict=True):
             half = len(stage) // 2

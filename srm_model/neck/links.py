@@ -82,14 +82,7 @@ class Link(nn.Module):
         return y
 
     def diagnosed(self, q: Tensor, k: Tensor, v: Tensor, **changes: Any) -> tuple[Tensor, LandmarkSolution]:
-        """Return Y of Nyström attention and diagnostics of its landmark systems.
-
-        Args:
-            q: Q, (B, H, N_q, d).
-            k: K, (B, H, N_k, d).
-            v: V, (B, H, N_k, d).
-            changes: Config fields to change for this call.
-        """
+        """Return Y of Nyström attention and diagnostics of its landmark systems; `changes` are config fields."""
         c = self.config.replace(**changes) if changes else self.config
         options = {**self.key_options(c), "solve_dtype": c.solve_dtype, "diagnostics": True}
         y, solution = nystrom_attention(q, k, v, c.rank, **options)

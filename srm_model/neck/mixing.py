@@ -44,16 +44,9 @@ def align_sources(maps: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Ten
 def key_sides(
     sources: Mapping[int, Tensor], affine: Mapping[int, Affine], links: Mapping[Pair, Link], c: SRMConfig
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Compute K̃ and X of every link. Links of one source share their launches.
+    """Return K̃ and X (B, H, r, d) of every link, from A F (B, C, h, w) and a of its source.
 
-    Args:
-        sources: A F of each source, (B, C, h, w), by stage.
-        affine: A and a of each source, by stage.
-        links: Links by source and target.
-        c: Constants of the neck.
-
-    Returns:
-        K̃ and X of all links, (B, H, r, d) each.
+    Links of one source share their launches.
     """
     groups = [[pair for pair in links if pair[0] == source] for source in sources]
     if METHODS[c.landmarks].evaluated is not None:

@@ -44,18 +44,11 @@ def map_sizes(height: int, width: int) -> list[tuple[int, int]]:
 def neck_macs(
     config: SRMConfig, neck: str, channels: Sequence[int], sizes: Sequence[tuple[int, int]]
 ) -> dict[str, int]:
-    """Compute the multiply-accumulates of a neck by a closed formula (docs/METHOD.md §2.2).
+    """Compute the multiply-accumulates of a neck by part, by a closed formula (docs/METHOD.md §2.2).
 
-    Args:
-        config: Constants of the neck.
-        neck: "srm", "quadratic" or "none".
-        channels: Channels of the four maps, shallowest first.
-        sizes: Height and width of the four maps.
-
-    Returns:
-        Counts by part: "align" and "gate" are convolutions, "projections" are W_Q, W_K, W_V and W_O, and "links" is
-        the attention of all links and heads. In the pooled form, the products by X and W_O are on the P×P grid, and
-        alignment runs for every source, for every link's target, and for the pooled maps of the fused stages.
+    "align" and "gate" are convolutions, "projections" are W_Q, W_K, W_V and W_O, and "links" is the attention of all
+    links and heads. In the pooled form, the products by X and W_O are on the P×P grid, and alignment runs for every
+    source, for every link's target, and for the pooled maps of the fused stages.
     """
     C, P2 = config.channels, config.pool_size**2
     tokens = dict(zip(STAGES, (height * width for height, width in sizes), strict=True))
@@ -83,12 +76,7 @@ def neck_macs(
 def link_macs(config: SRMConfig, neck: str, queries: int, keys: int, cells: int | None = None) -> int:
     """Compute the multiply-accumulates of one link's attention over all heads, without projections.
 
-    Args:
-        config: Constants of the neck.
-        neck: "srm" or "quadratic".
-        queries: Query tokens.
-        keys: Key tokens.
-        cells: Cells of the grid in the pooled form; None without pooling.
+    In the pooled form, `cells` is the number of cells of the grid.
     """
     d, H = config.head_dim, config.heads
     if neck == "quadratic":

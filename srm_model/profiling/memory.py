@@ -31,12 +31,7 @@ def peak(call: Callable[[], object], device: torch.device, *, held: int = 0) -> 
     """Measure the peak memory of a call.
 
     On a CPU, `above` counts torch's allocator only. Buffers of libraries such as oneDNN and BLAS are part of
-    `resident`, which is measured on Linux only.
-
-    Args:
-        call: The call to measure.
-        device: Its device.
-        held: Bytes that are held before the call, on a CPU. On a GPU the allocator knows them.
+    `resident`, which is measured on Linux only. `held` is used on a CPU; on a GPU the allocator knows it.
     """
     if device.type == "cuda":
         gc.collect()

@@ -51,16 +51,7 @@ class Case:
 
 
 class Subject:
-    """A case built on a device; `call` runs it once.
-
-    Args:
-        case: The case.
-        config: Constants of the neck; the case sets backend and image size.
-        device: The device.
-
-    Raises:
-        ValueError: Resolution or batch of the case is below 1.
-    """
+    """A case built on a device; `call` runs it once."""
 
     def __init__(self, case: Case, config: SRMConfig, device: torch.device) -> None:
         if min(case.resolution, case.batch) < 1:

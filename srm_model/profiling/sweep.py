@@ -48,16 +48,8 @@ def cases(
 ) -> list[Case]:
     """Return all combinations of the arguments as cases.
 
-    Args:
-        parts: "neck" and "model".
-        backbones: Names of timm models.
-        necks: Names of necks.
-        backend_names: Backends of the neck `srm`. None among them takes the default for the device. Default: all that
-            are available.
-        resolutions: Sides of the square images.
-        batches: Images per call.
-        dtypes: Keys of `DTYPES`.
-        directions: Values of `DIRECTIONS`.
+    `backend_names` are the backends of the neck `srm`, by default all that are available. None among them takes the
+    default for the device.
     """
     available = (name for name, status in backends().items() if status.available)
     names = list(map(current_name, backend_names or available))
@@ -94,9 +86,7 @@ class Sweep:
     ) -> Iterator[dict[str, Any]]:
         """Yield a row for every case, in order. A case that fails has an `error` and no measurements.
 
-        Args:
-            wanted: The cases.
-            also: Called with each subject after its measurement.
+        `also` is called with each subject after its measurement.
         """
         for case in wanted:
             yield self.row(case, also)
@@ -226,10 +216,8 @@ def kernels(profiled: Any) -> list[Any]:
 def article_cases(**narrowed: Iterable[Any]) -> list[Case]:
     """Return the cases of the article's table 3 and of its training throughput.
 
-    Table 3 has necks at 512², bf16, B = 1; the throughput is that of models with optimiser, B = 4.
-
-    Args:
-        narrowed: Arguments of `cases` that replace those of the article.
+    Table 3 has necks at 512², bf16, B = 1; the throughput is that of models with optimiser, B = 4. `narrowed` holds
+    arguments of `cases` that replace those of the article.
     """
     table: dict[str, Iterable[Any]] = {"parts": ["neck"], "batches": [1], "directions": ["forward"]}
     throughput: dict[str, Iterable[Any]] = {"parts": ["model"], "batches": [4], "directions": ["step"]}

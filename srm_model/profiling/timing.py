@@ -93,13 +93,7 @@ def measure(
     """Measure a call.
 
     On a GPU, calls are queued one after another, as in a training loop. Launch overhead therefore counts only if the
-    kernels do not hide it, and inputs may be in the cache.
-
-    Args:
-        call: The call to measure.
-        device: Its device.
-        effort: Number of repetitions.
-        now: Wall clock in seconds.
+    kernels do not hide it, and inputs may be in the cache. `now` is the wall clock in seconds.
     """
     return measure_together({"": call}, device, effort, now=now)[""]
 
@@ -111,14 +105,7 @@ def measure_together(
     *,
     now: Now = time.perf_counter,
 ) -> dict[str, Times]:
-    """Measure several calls in alternation, so that changes of the machine's speed affect all of them equally.
-
-    Args:
-        calls: Calls by name.
-        device: Their device.
-        effort: Number of repetitions of each.
-        now: Wall clock in seconds.
-    """
+    """Measure several calls in alternation, so that changes of the machine's speed affect all of them equally."""
     _wait(device)
     begun, spent = now(), 0.0
     for _ in range(max(effort.warmup, 1)):

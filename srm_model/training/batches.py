@@ -35,12 +35,6 @@ def deal(batch: Sequence[int], *, accumulate: int, rank: int, processes: int) ->
 
     No share is empty, and all processes have the same number of them. A batch with too few images for `accumulate`
     micro-batches is cut into fewer.
-
-    Args:
-        batch: Indices of the batch's images.
-        accumulate: Number of micro-batches.
-        rank: Rank of this process.
-        processes: Number of processes.
     """
     pieces = min(accumulate, len(batch) // processes)
     return [_piece(_piece(batch, number, pieces), rank, processes) for number in range(pieces)]

@@ -45,14 +45,9 @@ def gradient_norm(
     the same random numbers as the first and updates no running statistics.
 
     Args:
-        model: The model.
         images: Images (B, 3, H, W) that require a gradient.
         scores: Scores (B,) of these images.
-        config: `gradient_norm` and the step h, `gradient_step`.
         randomness: Random state before the pass that computed `scores`.
-
-    Returns:
-        A 0-d tensor, differentiable with respect to the weights.
     """
     with torch.autocast(images.device.type, enabled=False):
         (gradient,) = torch.autograd.grad(_SCALE * scores.float().sum(), images, retain_graph=True)
@@ -66,12 +61,7 @@ def gradient_norm(
 def adversarial(model: nn.Module, images: Tensor, mos: Tensor, config: SRMConfig, *seed: int) -> Tensor:
     """Return adversarial images for training: PGD on the squared error from one random start (Madry et al., 2018).
 
-    Args:
-        model: The model. The attack runs in evaluation mode and fp32.
-        images: Images (B, 3, H, W) in [0, 1].
-        mos: Normalised MOS, (B,).
-        config: `adversarial_norm`, `adversarial_steps` and the budget `adversarial_eps`, scaled as in `Suite`.
-        seed: Seed of the random start, as non-negative integers.
+    The attack runs in evaluation mode and fp32. The budget `config.adversarial_eps` is scaled as in `Suite`.
     """
     settings: dict[str, Any] = {
         "norm": config.adversarial_norm,

@@ -97,21 +97,14 @@ def evaluate(
 ) -> dict[str, Any]:
     """Compute SROCC on raw scores and PLCC after a logistic map (docs/METHOD.md §5).
 
+    Arguments that are not listed and errors are those of `predict`.
+
     Args:
-        model: As in `predict`.
         dataset: As in `predict`, with the attributes `mos`, `names` and `labels`.
-        batch_size: As in `predict`.
         logistic: Map fitted on clean validation scores. Default: plain Pearson correlation.
-        workers: As in `predict`.
-        device: As in `predict`.
-        progress: As in `predict`.
 
     Returns:
         The contents of `evaluation.json`: split, srocc, plcc, n, scores, mos, names, logistic and labels.
-
-    Raises:
-        ValueError: An image cannot be read.
-        WorkerError: A process that loads images was killed.
     """
     scores = predict(model, dataset, batch_size=batch_size, workers=workers, device=device, progress=progress)
     mapped = scores if logistic is None else logistic(scores)

@@ -16,10 +16,6 @@ def parameter_groups(model: nn.Module, config: SRMConfig) -> list[dict[str, Any]
 
     Parameters of at most one dimension (norms, biases, scalars) and tables of position biases have no weight decay.
     Frozen parameters are in no group. The schedule sets the `lr` of a group to a factor times its `base_lr`.
-
-    Args:
-        model: The model.
-        config: Learning rates and weight decay.
     """
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
@@ -44,12 +40,9 @@ def parameter_groups(model: nn.Module, config: SRMConfig) -> list[dict[str, Any]
 
 
 def lr_factor(step: int, *, steps: int, warmup: int) -> float:
-    """Return the factor of the learning rate: linear warm-up to 1, then a cosine to 0.
+    """Return the factor of the learning rate at `step`, from 0.
 
-    Args:
-        step: Number of the step, from 0. The factor of step 0 is 1/warmup.
-        steps: All steps of the training. The factor reaches 0 after the last.
-        warmup: Steps of warm-up.
+    It rises linearly from 1/warmup to 1 in `warmup` steps, then falls along a cosine to 0 after the last of `steps`.
     """
     if step < warmup:
         return (step + 1) / warmup
@@ -63,14 +56,7 @@ def warmup_steps(config: SRMConfig, steps_per_epoch: int) -> int:
 
 @torch.no_grad()
 def average_weights(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """Update an average of weights with decay min(decay, (1 + t) / (10 + t)). Buffers are copied.
-
-    Args:
-        average: The average, updated in place.
-        model: The model.
-        decay: Largest decay.
-        step: Number of the step t, from 0.
-    """
+    """Update an average of weights with decay min(decay, (1 + t) / (10 + t)) at step t. Buffers are copied."""
     weight = 1 - min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_([*average.parameters()], [*model.parameters()], weight)
     for own, other in zip(average.buffers(), model.buffers(), strict=True):

@@ -14,13 +14,7 @@ _KEPT = ("step", "seen", "counted", "seconds", "waited", "skipped", "failures")
 
 
 class Progress:
-    """Progress of an epoch. Losses are those of whole batches; times are those of this process.
-
-    Args:
-        epoch: Number of the epoch, from 0.
-        steps: Optimiser steps of the epoch.
-        device: Device of the losses.
-    """
+    """Progress of an epoch, which counts from 0. Losses are those of whole batches; times are those of this process."""
 
     def __init__(self, epoch: int, steps: int, device: torch.device) -> None:
         self.epoch, self.steps, self.device = epoch, steps, device
@@ -44,13 +38,7 @@ class Progress:
         return f"epoch {self.epoch + 1}, step {self.step} of {self.steps}"
 
     def add(self, losses: dict[str, Tensor] | None, images: int, *, skipped: bool) -> None:
-        """Add a step.
-
-        Args:
-            losses: Mean losses of the whole batch; None if they are not finite.
-            images: Images of the batch.
-            skipped: Whether the optimiser made no step.
-        """
+        """Add a step on a batch of so many images, with its mean losses, or None if they are not finite."""
         if losses is not None:
             for name, value in losses.items():
                 self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value * images

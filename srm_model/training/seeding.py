@@ -15,13 +15,9 @@ import torch.utils.deterministic
 
 @contextmanager
 def seeded(*entropy: int, rank: int = 0) -> Iterator[None]:
-    """Seed the generators of Python, NumPy and PyTorch for the block, then restore them.
+    """Seed the generators of Python, NumPy and PyTorch from non-negative integers for the block, then restore them.
 
     Ranks share the seeds of all generators except the GPU's. Draws for a whole batch are made on the CPU.
-
-    Args:
-        entropy: Non-negative integers that determine the seed.
-        rank: Rank of this process, which changes the seed of the GPU's generator.
     """
     seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 — the global state is restored

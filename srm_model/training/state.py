@@ -41,14 +41,7 @@ def save_state(
     values: dict[str, Any],
     average: nn.Module | None = None,
 ) -> None:
-    """Write a state atomically and keep the old one as the previous state.
-
-    Args:
-        folder: Folder of the state.
-        model: The model.
-        optimizer: Its optimiser.
-        values: Everything else, as JSON values.
-        average: The average of the model's weights, if there is one.
+    """Write a state, with JSON `values`, atomically, and keep the old one as the previous state.
 
     Raises:
         OSError: The file cannot be written, for example because the disk is full. The old state is unchanged.

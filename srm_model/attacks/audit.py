@@ -252,7 +252,7 @@ class _Subject:
 
     @cached_property
     def iterates(self) -> Tensor:
-        """Reach of the white-box attack at every iterate, (restarts, steps + 1, images), with common random numbers."""
+        """Reach of PGD at every iterate, (restarts, steps + 1, images); common random numbers for a stochastic model."""
         found = self.white_box
         if self.declared:
             same = _SameDraws(self.model, self.eot)
@@ -427,8 +427,8 @@ def _derivative(subject: _Subject) -> Finding:
     """
     largest = subject.radius / subject.largest  # change of a pixel along a sign direction
     widths = [min(largest / share, 0.25) for share in _WIDTHS]
-    said: list[Tensor] = []
-    seen: list[list[Tensor]] = [[] for _ in widths]
+    slopes: list[Tensor] = []
+    measured: list[list[Tensor]] = [[] for _ in widths]
     for number, (images, _) in enumerate(subject.batches):
         inner = to_model(subject.model, images.clamp(widths[0], 1 - widths[0]))
         generator = subject.generator(2000 + number)
@@ -438,15 +438,15 @@ def _derivative(subject: _Subject) -> Finding:
         for _ in range(_DIRECTIONS):
             signs = 2 * torch.randint(2, inner.shape, generator=generator) - 1
             direction = signs.to(inner.device, inner.dtype)
-            said.append((gradient * direction).double().sum((1, 2, 3)).cpu())
-            for h, found in zip(widths, seen, strict=True):
+            slopes.append((gradient * direction).double().sum((1, 2, 3)).cpu())
+            for h, found in zip(widths, measured, strict=True):
                 # The same seed, because a stochastic model's gradient belongs to one draw.
                 ahead = predict(subject.model, inner + h * direction, seed=seed).double()
                 behind = predict(subject.model, inner - h * direction, seed=seed).double()
                 found.append(((ahead - behind) / (2 * h)).cpu())
-    gradients = torch.cat(said)
+    gradients = torch.cat(slopes)
     errors = []
-    for found in seen:
+    for found in measured:
         differences = torch.cat(found)
         size = max(float(gradients.norm()), float(differences.norm()))
         errors.append(float((gradients - differences).norm()) / size if size > 0 else math.inf)

@@ -252,7 +252,7 @@ class _Subject:
 
     @cached_property
     def iterates(self) -> Tensor:
-        """Reach of PGD at every iterate, (restarts, steps + 1, images); common random numbers for a stochastic model."""
+        """Reach of PGD at every iterate, (restarts, steps + 1, images); stochastic models get common random numbers."""
         found = self.white_box
         if self.declared:
             same = _SameDraws(self.model, self.eot)

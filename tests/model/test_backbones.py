@@ -111,7 +111,9 @@ def test_an_image_size_whose_maps_do_not_fit_is_refused_when_the_model_is_built(
 )
 def test_images_whose_maps_do_not_fit_are_one_sentence(name, size, fitting):
     model = build_model(name, neck="none", config=SRMConfig(channels=16, heads=2, image_size=64))
-    with pytest.raises(ValueError, match=f"images are {size[0]}×{size[1]}: .* expected .*{fitting}") as caught:
+    with pytest.raises(
+        ValueError, match=f"images are {size[0]}×{size[1]}: .* expected .*{fitting}"
+    ) as caught:
         model(torch.rand(1, 3, *size))
     assert "\n" not in str(caught.value)
     with torch.no_grad():

@@ -396,7 +396,7 @@ class WithMask(Linear):
         (
             {"images": torch.zeros(4, 3, 8, 8, dtype=torch.uint8)},
             TypeError,
-            "torch.uint8: expected a float32",
+            "torch.uint8; expected a float32",
         ),
         ({"mos": [0.5] * 3}, ValueError, r"mos has shape \(3,\) for 4 images"),
         ({"mos": [0.5, 0.5, 0.5, math.nan]}, ValueError, "not finite"),
@@ -418,7 +418,7 @@ class WithMask(Linear):
         (
             {"model": torch.nn.Bilinear(3, 3, 1)},
             TypeError,
-            "forward needs input1, input2: expected a module that",
+            "forward needs input1, input2; expected a module that",
         ),
         (
             {"model": torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 1))},

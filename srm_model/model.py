@@ -192,6 +192,9 @@ def build_model(
             config must equal the given ones, except for `backend`.
         config: Constants of the model. Default: those of the checkpoint, or else `SRMConfig()`.
 
+    Returns:
+        The model, on the CPU.
+
     Raises:
         TypeError: `config` is not an `SRMConfig`.
         ValueError: A name is unknown, the backbone lacks a stride or cannot take images of `config.image_size`, or

@@ -141,6 +141,9 @@ def audit(
         seed: Seed of the attacks.
         progress: Called with the name of each check before it runs.
 
+    Returns:
+        The results of all checks.
+
     Raises:
         TypeError: An argument has the wrong type.
         ValueError: An argument is out of range, or a clean score is not finite.

@@ -103,6 +103,9 @@ def certify(
         batch_size: Copies that run at once.
         generator: Generator of the noise. Default: seed 0.
 
+    Returns:
+        The median of each image's smoothed scores, and its bounds.
+
     Raises:
         TypeError: An argument has the wrong type.
         ValueError: An argument is out of range, or a score is not finite.

@@ -24,6 +24,8 @@ _DEFAULTS = SRMConfig()
 
 
 class Objective(Protocol):
+    """Callable from scores, normalised MOS and clean scores, each (B,), to losses (B,) or one 0-d loss."""
+
     def __call__(self, scores: Tensor, mos: Tensor, clean_scores: Tensor, /) -> Tensor: ...
 
 

@@ -48,6 +48,7 @@ def transfer(
 
     Args:
         models: Two or more modules that `pgd` accepts, by name.
+        config: Settings of the attack. Default: `SRMConfig()`.
         logistics: Logistic map of each model, for PLCC. Default: plain Pearson correlation.
 
     Returns:
@@ -167,11 +168,15 @@ def sweep_eps(
     eps: Sequence[float] | None = None,
     **arguments: Any,
 ) -> list[dict[str, Any]]:
-    """Run a suite with different budgets; arguments and rows are as in `sweep_steps`.
+    """Run a suite with different budgets.
+
+    Arguments that are not listed are those of `sweep_steps`.
 
     Args:
-        suite: The suite to run.
         eps: Budgets. Default: those of the suite's config for the norm.
+
+    Returns:
+        A row for each budget, as in `sweep_steps`.
     """
     if eps is None:
         eps = norm_of(norm).sweep_of(suite.config)

@@ -117,7 +117,7 @@ def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
             "on a CPU, times are wall-clock time, and `processor` is the process's CPU time over all threads; if it is "
             "much less, other processes used the machine. With one thread, figures, shares and ratios use CPU time. "
             "Memory is that of torch's allocator; `resident` is the process's peak including libraries, on Linux only; "
-            "reserved memory and launches do not exist on a CPU"
+            "reserved memory and launches do not exist on a CPU and are not measured"
         )
     if good and all(row["macs"]["fvcore"] is None for row in good):
         found.append("fvcore is not installed, so its count is missing")

@@ -395,7 +395,7 @@ def test_an_output_that_is_no_tensor_is_refused():
         def forward(self, images: Tensor) -> dict[str, Tensor]:
             return {"score": images.mean((1, 2, 3))}
 
-    with pytest.raises(TypeError, match="returned a dict: expected a tensor"):
+    with pytest.raises(TypeError, match="returned a dict; expected a tensor"):
         ExternalModel(Several())(torch.rand(1, 3, 4, 4))
 
 

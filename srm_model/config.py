@@ -1,4 +1,4 @@
-"""Every constant of the system in one frozen object, carried by checkpoints, reports and the command line."""
+"""Constants of models, training and attacks, in one frozen object that checkpoints and reports carry."""
 
 from __future__ import annotations
 
@@ -21,59 +21,62 @@ STORED = "stored"  # in place of a backend: the one that a checkpoint was traine
 class SRMConfig:
     """Constants of the neck, the training protocol and the attacks.
 
-    Symbols and sections in the comments are those of the article; `(c)` marks a number the article's text
-    lost and this project chose. `SRMConfig.paper()` is the article's own reading where it differs.
-    Unknown keys, wrong types and values out of range are a `ValueError` or `TypeError` in one sentence.
+    Comments give the symbol of `docs/METHOD.md` and the unit. `(c)` marks a value that this project chose, because the
+    article's value is not known. `SRMConfig.paper()` gives the article's own settings where they differ.
+
+    Raises:
+        TypeError: A value has the wrong type.
+        ValueError: A value is out of range or not among the accepted names.
     """
 
-    # Neck, section 3.2
-    channels: int = 256  # C (c), aligned width of every stage
-    heads: int = 8  # H (c); head width d = C / H
-    links: tuple[tuple[int, int], ...] = ((4, 3), (4, 2), (4, 1))  # (source, target); 1 is shallowest
-    beta_init: float = 1.0  # β_t (c), learned residual weight at start
-    qk_norm: str | None = "keys"  # (c) RMS normalisation per head and token: None, "keys", "both"
-    kv_pool_prob: float = 0.0  # p, chance that a source map is 2×2 mean-pooled; training only
-    kv_pool_eval: bool = False  # pool at evaluation too: stochastic, so attacks need EOT
+    # Neck (docs/METHOD.md §1)
+    channels: int = 256  # C (c), channels of every aligned map
+    heads: int = 8  # H (c); d = C / H
+    links: tuple[tuple[int, int], ...] = ((4, 3), (4, 2), (4, 1))  # (source, target); stage 1 is shallowest
+    beta_init: float = 1.0  # β_t (c) at the start
+    qk_norm: str | None = "keys"  # (c) normalisation per head and token: None, "keys" or "both"
+    kv_pool_prob: float = 0.0  # p, probability that a source map is 2×2 mean-pooled; in training only
+    kv_pool_eval: bool = False  # pool at evaluation too; the model is then stochastic, and attacks need EOT
 
-    # Nyström attention, section 3.3
-    rank: int = 64  # r (c), landmarks; clamped to the number of keys
-    landmarks: str = "leverage"  # a name of srm_kernels.landmarks.METHODS
+    # Nyström attention (§2)
+    rank: int = 64  # r (c), number of landmarks; clamped to the number of keys
+    landmarks: str = "leverage"  # a key of srm_kernels.landmarks.METHODS
     gamma: float = 1e-3  # γ, ridge of the leverage scores
 
-    # Conditioning, section 3.4
-    solver: str = "cholesky"  # a name of srm_kernels.conditioning.SOLVERS; the article's is "auto"
+    # Landmark system (§2.1)
+    solver: str = "cholesky"  # one of srm_kernels.conditioning.SOLVERS; the article's is "auto"
     ridge: float = 1e-3  # λ₀, relative to tr(W)/r
     equilibrate: bool = False  # diagonal scaling before the ridge (ablation)
-    kappa_max: float = 1e6  # κ_max (c), "auto" takes LU below it
+    kappa_max: float = 1e6  # κ_max (c); "auto" takes LU below it
     neumann_order: int = 3  # m
-    neumann_gate: bool = True  # use the series only where it is shown to converge
-    solve_dtype: str = "fp32"  # "model": blocks formed in the model's dtype (ablation)
+    neumann_gate: bool = True  # use the series only if an estimate shows that it converges
+    solve_dtype: str = "fp32"  # "model" forms the blocks in the model's dtype (ablation)
 
-    # Scale, section 3.5
+    # Scale (§3)
     dyt: bool = True  # DyT on the tokens of both sides of every link
-    dyt_alpha: float = 0.5  # α at start
-    tau: bool = True  # per-link, per-head rescaler τ (ablation: False)
+    dyt_alpha: float = 0.5  # α at the start
+    tau: bool = True  # rescaler τ per link and head (ablation: False)
     tau_range: float = 16.0  # (c) τ stays in [1/16, 16]
     ema: float = 0.99  # (c) decay of σ̄ and M₀
     calibration_range: float = 16.0  # (c) each calibration factor stays in [1/16, 16]
 
-    # Gate, section 3.6
+    # Gate (§4)
     fused_stages: tuple[int, ...] = (1, 2, 3)
     pool_size: int = 8  # P (c)
     gate_temperature: float = 1.0  # T
     gate_dyt: bool = False  # DyT before each gate convolution
-    gain_cap: float | None = 1.2  # (c) times M₀·√(C·P·P) is the cap c; None switches it off
+    gain_cap: float | None = 1.2  # (c) the cap is c = gain_cap · M₀ · √(C·P·P); None switches it off
     entropy_floor: float = 0.7  # (c) H_min as a share of ln S
 
-    # Loss weights, section 3.8.3
+    # Loss weights (§4)
     weight_tau: float = 0.01  # (c)
     weight_entropy: float = 0.1  # (c)
     weight_balance: float = 0.1  # (c)
 
-    # Training, section 3.8.3
-    image_size: int = 512
-    batch_size: int = 8  # (c) images of one optimiser step, over all processes and micro-batches
-    accumulate: int = 1  # micro-batches that a batch is cut into: less memory, the same result
+    # Training (§5)
+    image_size: int = 512  # side in pixels
+    batch_size: int = 8  # (c) images per optimiser step, over all processes and micro-batches
+    accumulate: int = 1  # micro-batches per batch; more of them need less memory and give the same result
     epochs: int = 120
     warmup_epochs: int = 5
     lr_backbone: float = 2e-5  # (c)
@@ -81,58 +84,67 @@ class SRMConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.05  # (c) none on norms, biases and scalars
     clip_norm: float = 1.0
-    weights_ema: float = 0.0  # decay of an average of the weights, which is then judged and kept; 0 is off
+    weights_ema: float = 0.0  # decay of an average of the weights, which is evaluated and saved; 0 is off
     precision: str = "auto"  # "auto", "fp32", "bf16", "fp16"
     deterministic: bool = True
     seed: int = 0
 
-    # Defences to compare with, for any neck; both off
-    weight_gradient: float = 0.0  # λ of the gradient-norm penalty; the published one is 1e-3
+    # Other published defences, for any neck; both are off by default
+    weight_gradient: float = 0.0  # λ of the gradient-norm penalty; the published value is 1e-3
     gradient_step: float = 0.01  # h of its finite difference
-    gradient_norm: str = "l1"  # of ∇f: "l1" along its sign, "l2" along itself
+    gradient_norm: str = "l1"  # norm of ∇f: "l1" steps along its sign, "l2" along ∇f itself
     adversarial_eps: float = 0.0  # ε of PGD adversarial training; 0 is off; "l2" at 512², scaled by √(HW)/512
     adversarial_norm: str = "linf"  # one of NORMS
-    adversarial_steps: int = 3  # (c) of 2.5 ε/steps or 4 ε/steps each
+    adversarial_steps: int = 3  # (c) steps of 2.5 ε/steps ("linf") or 4 ε/steps ("l2")
 
-    # Attacks, section 3.8.4
+    # Attacks (§6)
     attack_steps: int = 40
     attack_restarts: int = 5
-    attack_sweep_steps: tuple[int, ...] = (1, 2, 5, 10, 20, 40, 80)  # of the steps sweep, figure 5
-    attack_restart_batch: int = 1  # restarts run at once; same starts, more memory
+    attack_sweep_steps: tuple[int, ...] = (1, 2, 5, 10, 20, 40, 80)  # of the sweep in figure 5
+    attack_restart_batch: int = 1  # restarts that run at once; the starts are the same, the memory grows
     attack_batch_size: int = 8
-    attack_step_linf: float = 2.5  # step = this · ε / steps
+    attack_step_linf: float = 2.5  # a step is this · ε / steps
     attack_step_l2: float = 4.0  # (c)
-    attack_queries: int = 1000  # (c) scores per image that the black-box square attack may ask for
-    attack_square_area: float = 0.3  # (c) of its first squares, as a share of the image
+    attack_queries: int = 1000  # (c) queries per image of the black-box square attack
+    attack_square_area: float = 0.3  # (c) area of its first squares, as a share of the image
     eot_samples: int = 20  # K, for stochastic models
-    pair_margin: float = 0.05  # (c) pairs with a larger difference of normalised MOS count
-    pair_temperature: float = 0.1  # T of the pair-inversion objective
+    pair_margin: float = 0.05  # (c) pair inversion uses pairs with a larger difference of normalised MOS
+    pair_temperature: float = 0.1  # T of pair inversion
     eps_linf: tuple[float, ...] = (0.25 / 255, 0.5 / 255, 1 / 255, 2 / 255, 4 / 255, 8 / 255)  # (c)
     eps_l2: tuple[float, ...] = (0.6, 1.25, 2.5, 5.0, 10.0, 20.0)  # (c) at 512², scaled by √(HW)/512
     eps_linf_tables: tuple[float, ...] = (1 / 255, 4 / 255)
     eps_l2_tables: tuple[float, ...] = (2.5, 10.0)
 
-    # Median smoothing, this project's own: what `srm-iqa audit --certify` proves
+    # Median smoothing, this project's own: bounds that `srm-iqa audit --certify` proves
     smoothing_sigma: float = 0.25  # (c) σ of the Gaussian noise, per pixel value
     smoothing_samples: int = 1000  # (c) noisy copies of each image
     smoothing_confidence: float = 0.999  # (c) of each image's interval
     eps_smoothing: tuple[float, ...] = (0.15, 0.3, 0.6)  # (c) L2 budgets at 512², scaled by √(HW)/512
 
-    backend: str | None = (
-        None  # None takes the fastest that is right on this device; a name is never overruled
-    )
+    backend: str | None = None  # None takes the fastest on this device; a name is never replaced by another
 
     @classmethod
     def paper(cls, **changes: Any) -> SRMConfig:
-        """The article's own reading: SVD with an LU fast path, and keys as they are.
+        """Return the article's own settings: the solver "auto", and keys without normalisation.
 
-        Without key normalisation no bound on the condition number or on the output's size holds.
+        Without normalised keys, neither the condition number nor the output's size is bounded (docs/METHOD.md §2.1).
+
+        Args:
+            changes: Fields with other values than these.
         """
         return cls(**{"solver": "auto", "qk_norm": None, **changes})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SRMConfig:
-        """The inverse of `to_dict`; lists become tuples, an unknown key is a ValueError that names it."""
+        """Create a config from the result of `to_dict`. Lists become tuples.
+
+        Args:
+            values: Fields by name; those that are missing take their default.
+
+        Raises:
+            ValueError: A key is unknown, or a value is not accepted.
+            TypeError: A value has the wrong type.
+        """
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
@@ -142,11 +154,11 @@ class SRMConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain JSON values."""
+        """Return all fields as values that fit into JSON."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def attack_settings(self) -> dict[str, Any]:
-        """Those of the fields that an attack on a trained model depends on, budgets apart."""
+        """Return the fields that change an attack on a trained model, without the budgets."""
         return {
             key: value
             for key, value in self.to_dict().items()
@@ -154,7 +166,15 @@ class SRMConfig:
         }
 
     def replace(self, **changes: Any) -> SRMConfig:
-        """A copy with some fields changed, checked like any other; an unknown name is a ValueError."""
+        """Return a checked copy with changed fields.
+
+        Args:
+            changes: New values by field name.
+
+        Raises:
+            ValueError: A name is unknown, or a value is not accepted.
+            TypeError: A value has the wrong type.
+        """
         return self.from_dict({**self.to_dict(), **changes})
 
     def __post_init__(self) -> None:
@@ -174,8 +194,8 @@ class SRMConfig:
 
 
 def _plain(value: Any) -> Any:
-    """Lists as tuples, NumPy's scalars and other kinds of numbers as Python's own."""
-    numpy = sys.modules.get("numpy")  # help of the command line loads this module and not NumPy
+    """Convert lists to tuples, and NumPy scalars and other numbers to Python's int and float."""
+    numpy = sys.modules.get("numpy")  # not imported here, so that `srm-iqa --help` stays fast
     if numpy is not None and isinstance(value, numpy.generic):
         value = value.item()
     if isinstance(value, list | tuple):
@@ -186,7 +206,6 @@ def _plain(value: Any) -> Any:
 
 
 _OPTIONAL = {"qk_norm": str, "gain_cap": float, "backend": str}
-_PAIRS = {"links"}
 _INT_TUPLES = {"fused_stages", "attack_sweep_steps"}
 
 
@@ -211,7 +230,7 @@ def _check_items(name: str, items: tuple[Any, ...]) -> None:
         kinds = int if integral else (int, float)
         return isinstance(item, kinds) and not isinstance(item, bool)
 
-    if name in _PAIRS:
+    if name == "links":
         good = all(isinstance(p, tuple) and len(p) == 2 and all(number(i, True) for i in p) for p in items)
         shape = "pairs of integers"
     else:
@@ -221,11 +240,12 @@ def _check_items(name: str, items: tuple[Any, ...]) -> None:
         raise TypeError(f"config {name}={items!r}: expected {shape}")
 
 
-REGISTERED = {"landmarks": "leverage", "solver": "cholesky", "backend": None}  # fields, and their defaults
+# Fields whose accepted values are registered in srm_kernels, with their defaults.
+REGISTERED = {"landmarks": "leverage", "solver": "cholesky", "backend": None}
 
 
 def registered(name: str) -> tuple[str | None, ...]:
-    """Accepted values of a field of `REGISTERED`, from the list beside the implementations; imports torch."""
+    """Return the accepted values of a field of `REGISTERED`. Imports torch."""
     from srm_kernels.conditioning import SOLVERS
     from srm_kernels.landmarks import METHODS
     from srm_kernels.runtime import BACKENDS
@@ -242,7 +262,7 @@ def _check_values(config: SRMConfig) -> None:
         require(getattr(config, name) in choices, name, "one of " + ", ".join(map(repr, choices)))
 
     for name, default in REGISTERED.items():
-        if getattr(config, name) != default:  # the default is listed: for it alone torch is not imported
+        if getattr(config, name) != default:  # the default needs no check, which would import torch
             one_of(name, registered(name))
     one_of("qk_norm", QK_NORMS)
     one_of("solve_dtype", ("fp32", "model"))
@@ -252,11 +272,12 @@ def _check_values(config: SRMConfig) -> None:
     for name in (
         "channels heads rank neumann_order pool_size image_size batch_size accumulate epochs attack_steps "
         "attack_restarts attack_restart_batch attack_batch_size attack_queries eot_samples smoothing_samples "
-        "adversarial_steps"
+        "adversarial_steps tau_range calibration_range"
     ).split():
         require(getattr(config, name) >= 1, name, "at least 1")
     for name in (
-        "warmup_epochs weight_tau weight_entropy weight_balance weight_gradient weight_decay pair_margin ridge"
+        "warmup_epochs weight_tau weight_entropy weight_balance weight_gradient weight_decay pair_margin ridge "
+        "seed"
     ).split():
         require(getattr(config, name) >= 0, name, "zero or more")
     for name in (
@@ -267,22 +288,19 @@ def _check_values(config: SRMConfig) -> None:
     require(config.channels % config.heads == 0, "channels", f"a multiple of heads={config.heads}")
     require(config.ridge > 0 or config.solver != "cholesky", "ridge", "above 0 with solver='cholesky'")
     require(0 <= config.kv_pool_prob <= 1, "kv_pool_prob", "a probability")
-    require(0 < config.gradient_step <= 0.01, "gradient_step", "above 0, at most 0.01: room beyond [0, 1]")
+    require(0 < config.gradient_step <= 0.01, "gradient_step", "above 0 and at most 0.01")
     reach = NORMS[config.adversarial_norm].largest
     accepted = f"zero or more, at most {reach:g} for norm {config.adversarial_norm!r}"
     require(0 <= config.adversarial_eps <= reach, "adversarial_eps", accepted)
     require(0 < config.smoothing_confidence < 1, "smoothing_confidence", "a probability below 1")
     require(0 < config.attack_square_area <= 1, "attack_square_area", "a share of the image in (0, 1]")
-    require(0 <= config.ema < 1, "ema", "a decay in [0, 1)")
-    require(0 <= config.weights_ema < 1, "weights_ema", "a decay in [0, 1)")
+    for name in ("ema", "weights_ema"):
+        require(0 <= getattr(config, name) < 1, name, "a decay in [0, 1)")
     require(0 <= config.entropy_floor <= 1, "entropy_floor", "a share of ln S in [0, 1]")
-    require(config.tau_range >= 1, "tau_range", "at least 1")
-    require(config.calibration_range >= 1, "calibration_range", "at least 1")
     require(config.gain_cap is None or config.gain_cap > 0, "gain_cap", "a positive number or None")
     require(
         len(config.betas) == 2 and all(0 <= b < 1 for b in config.betas), "betas", "two numbers in [0, 1)"
     )
-    require(config.seed >= 0, "seed", "zero or more")
     for name in "eps_linf eps_l2 eps_linf_tables eps_l2_tables eps_smoothing".split():
         require(all(eps >= 0 for eps in getattr(config, name)), name, "budgets of zero or more")
     require(

@@ -1,6 +1,6 @@
-"""How well the landmark systems of a trained neck are conditioned, and what that buys (article 3.4, Table 1).
+"""Measure the conditioning of a trained neck's landmark systems, and its effect (article, table 1).
 
-Everything is measured on the queries, keys and values that each link sees, head by head and batch by batch.
+All values are measured on the queries, keys and values of each link, per head and batch.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from srm_model.neck import Link, SRMNeck
 from srm_model.neck.diagnosis import attending, quantiles
 
 METHODS = tuple(name for name, method in LANDMARK_METHODS.items() if method.evaluated is None)
-QUERIES = 1024  # at most, evenly spaced: the error of the attention is a mean over them
+QUERIES = 1024  # at most, evenly spaced, over which the error of the attention is averaged
 FIGURES = ("kappa", "residual", "gain", "error")
 QUANTILES = {"median": 0.5, "p90": 0.9, "max": 1.0}
-STEPS = (1.0, 0.1, 0.01)  # of 1/255, by which every pixel is moved up or down to see whether landmarks change
+STEPS = (1.0, 0.1, 0.01)  # in units of 1/255, by which pixels are moved to see whether landmarks change
 
 
 def table_rows(config: SRMConfig) -> dict[str, dict[str, Any]]:
-    """Table 1: its rows, and what each changes in the checkpoint's own settings.
+    """Return the rows of table 1, with the config fields that each row changes.
 
-    Without a ridge the default solver is not defined; LU stands in for it where κ allows, else the SVD.
+    The default solver needs a ridge, so the row without one uses the solver "auto".
     """
     rows: dict[str, dict[str, Any]] = {
         "full": {},
@@ -51,20 +51,33 @@ def table_rows(config: SRMConfig) -> dict[str, dict[str, Any]]:
 
 @torch.no_grad()
 def diagnose(model: IQAModel, batches: Iterable[Tensor], *, pictured: int = 2) -> dict[str, Any]:
-    """Figures of every link of an `srm` model over batches of images (B, 3, H, W) in [0, 1], as plain JSON values.
+    """Measure every link of an `srm` model. The results are JSON values.
 
-    "table": κ, ρ, gain and the attention's error by row; "links": the same for the checkpoint's own settings by
-    link, head and batch, with the share of matrices that each solver served, κ itself, spectra, and "rank", how many
-    landmarks there are, at most the keys; "errors": the attention's error against exact attention by landmark method
-    and r; "changes": the share of landmark sets that are others once every pixel of the first batch is moved up or down
-    by a step, by method and step in units of 1/255; "landmarks": where the landmarks of the first `pictured` images
-    lie. Raises ValueError for a model without Nyström attention.
+    Args:
+        model: The model; wrappers are removed.
+        batches: Images (B, 3, H, W) in [0, 1].
+        pictured: Number of images whose landmark positions are returned.
+
+    Returns:
+        A dictionary with the entries
+
+        - "rank": r of the config;
+        - "table": κ, ρ, gain and the error against exact attention by row of table 1;
+        - "links": the same for the checkpoint's own settings by link, head and batch, with the share of matrices per
+          solver, all values of κ, spectra, and the number of landmarks as "rank";
+        - "errors": the error against exact attention by landmark method and r;
+        - "changes": the share of landmark sets that change when every pixel of the first batch moves by ±step, by
+          method and step, in units of 1/255;
+        - "landmarks": positions of the landmarks of the first `pictured` images.
+
+    Raises:
+        ValueError: The model has no Nyström attention, or there is no image or no link into a fused stage.
     """
     model = cast(IQAModel, unwrapped(model))
     neck = model.neck
     if not isinstance(neck, SRMNeck) or model.neck_name != "srm":
         raise ValueError(
-            f"the neck {model.neck_name!r} has no landmark system; expected a checkpoint of 'srm'"
+            f"the neck {model.neck_name!r} has no landmark system; expected a checkpoint with the neck 'srm'"
         )
     config = model.config
     device = next(model.parameters()).device
@@ -97,7 +110,7 @@ def diagnose(model: IQAModel, batches: Iterable[Tensor], *, pictured: int = 2) -
                 if number == 0:
                     landmarks += _positions(link, name, k, aligned[source].shape[-2:], pictured)
     if not links:
-        raise ValueError("no image and no link to diagnose; expected at least one batch and one acting link")
+        raise ValueError("nothing to diagnose; expected at least one batch and one link into a fused stage")
     return {
         "rank": config.rank,
         "table": {row: _summary(_joined(measured)) for row, measured in tables.items()},
@@ -112,7 +125,7 @@ def diagnose(model: IQAModel, batches: Iterable[Tensor], *, pictured: int = 2) -
 
 
 def _changes(model: IQAModel, images: Tensor) -> list[dict[str, Any]]:
-    """Whether a choice among keys jumps: shares of (link, image, head) whose set of landmarks a small step changes."""
+    """Return the share of (link, image, head) whose landmarks a small step changes, by method and step."""
     neck = cast(SRMNeck, model.neck)
 
     def chosen(images: Tensor) -> dict[str, list[Tensor]]:
@@ -144,7 +157,7 @@ def _attend(link: Link, q: Tensor, k: Tensor, v: Tensor, **changes: Any) -> tupl
 def _measured(
     link: Link, q: Tensor, k: Tensor, v: Tensor, exact: Tensor, **changes: Any
 ) -> dict[str, Tensor]:
-    """κ, ρ, gain, the solver and the attention's error, (B, H) each."""
+    """Return κ, ρ, gain, solver and error of the attention, (B, H) each."""
     y, solution = _attend(link, q, k, v, **changes)
     if changes.get("qk_norm", link.config.qk_norm) != link.config.qk_norm:
         exact = full_attention(q, k, v, qk_norm=changes["qk_norm"])
@@ -153,14 +166,14 @@ def _measured(
 
 
 def _error(y: Tensor, exact: Tensor) -> Tensor:
-    """‖Y − Y*‖_F / ‖Y*‖_F per (b, h)."""
+    """Return ‖Y − Y*‖_F / ‖Y*‖_F, (B, H)."""
     y, exact = y.double(), exact.double()
     norm = torch.linalg.vector_norm(exact, dim=(-2, -1))
     return (torch.linalg.vector_norm(y - exact, dim=(-2, -1)) / norm).cpu()
 
 
 def _spectrum(link: Link, k: Tensor, v: Tensor) -> Tensor:
-    """Singular values of W_λ (B, H, r), not equilibrated, falling."""
+    """Return the singular values of W_λ without equilibration, (B, H, r), in descending order."""
     c = link.config
     logits, _ = landmark_system(k, v, link.landmarks(k), 1 / math.sqrt(k.shape[-1]), c.qk_norm, "fp32")
     W = logits.double().softmax(-1)
@@ -170,7 +183,7 @@ def _spectrum(link: Link, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _sizes(config: SRMConfig, keys: int) -> list[tuple[str, int]]:
-    """Every landmark method at a quarter, a half, once and twice the rank, as far as there are keys."""
+    """Return every landmark method with r/4, r/2, r and 2r landmarks, up to the number of keys."""
     ranks = {max(1, config.rank * factor // 4) for factor in (1, 2, 4, 8)}
     return [(method, rank) for method in METHODS for rank in sorted(ranks) if rank <= keys]
 
@@ -178,7 +191,7 @@ def _sizes(config: SRMConfig, keys: int) -> list[tuple[str, int]]:
 def _positions(
     link: Link, name: str, k: Tensor, grid: tuple[int, ...], pictured: int
 ) -> list[dict[str, Any]]:
-    """How many heads choose each position of the source map, per image, for the methods that draw nothing."""
+    """Count the heads that choose each position of the source map, per image, for methods that do not sample."""
     height, width = grid
     found = []
     for method in METHODS:
@@ -200,13 +213,13 @@ def _positions(
 
 
 def _joined(measured: list[dict[str, Tensor]], head: slice | int = slice(None)) -> dict[str, Tensor]:
-    """Figures of all matrices of these batches, or of a head's."""
+    """Concatenate the values of all matrices of these batches, or of one head."""
     names = (*FIGURES, "solver")
     return {name: torch.cat([batch[name][:, head].flatten() for batch in measured]) for name in names}
 
 
 def _summary(values: dict[str, Tensor]) -> dict[str, Any]:
-    """Quantiles of each figure, how many matrices, and the share that each solver served."""
+    """Return quantiles, the number of matrices and the share of each solver."""
     served = values["solver"]
     shares = {solver.name.lower(): float((served == solver).double().mean()) for solver in Solver}
     return {

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Atomic writes, locks and JSON files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import IO, Any
 
 try:
     import fcntl
-except ImportError:  # no POSIX: nothing is locked, and studies do not work
+except ImportError:  # not POSIX: folders are not locked, and `append_line` and `claimed` do not work
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
@@ -22,9 +22,9 @@ LOCK = ".lock"
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary name beside `path` to write to; moved into place when the block ends, removed if it raises.
+    """Yield a temporary file to write to; the file replaces `path` when the block ends, unless it raises.
 
-    The temporary name keeps the suffix, for writers that choose a format by it. Parent folders are made.
+    The temporary name keeps the suffix, because some writers choose the format by it. Parent folders are created.
     """
     path = Path(path)
     make_folder(path.parent)
@@ -33,14 +33,18 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        temporary.chmod(0o666 & ~_umask())  # a temporary file is its owner's alone
+        temporary.chmod(0o666 & ~_umask())  # mkstemp gives access to the owner only
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def make_folder(path: str | Path) -> None:
-    """Make a folder and those above it, where they are not there; a file in the way is a ValueError that names it."""
+    """Create a folder and its parents where they are missing.
+
+    Raises:
+        ValueError: `path` or one of its parents is a file.
+    """
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -50,16 +54,16 @@ def make_folder(path: str | Path) -> None:
 
 
 def check_folder(path: str | Path) -> None:
-    """Raise the ValueError of `make_folder` where a file is in the way, and make nothing."""
+    """Raise ValueError if `make_folder` would; create nothing."""
     path = Path(path)
     file = next((place for place in (path, *path.parents) if place.exists()), path)
     if file.exists() and not file.is_dir():
-        raise ValueError(f"{path}: {file} is a file; expected a folder, or a name that is not taken")
+        raise ValueError(f"{path}: {file} is a file; expected a folder, or a name that does not exist")
 
 
 @contextmanager
 def utf8_path(path: str | Path) -> Iterator[Path]:
-    """What is at `path` under a name that is UTF-8, which safetensors and TensorBoard expect."""
+    """Yield a UTF-8 name for `path`, which safetensors and TensorBoard require."""
     path = Path(path)
     try:
         str(path).encode()
@@ -73,41 +77,44 @@ def utf8_path(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a UTF-8 text file atomically; bytes of file names that are not UTF-8 become `\\udc80` to `\\udcff`.
+    """Write a UTF-8 text file atomically.
 
-    In JSON these are escapes, by which the name is read back as it was.
+    Bytes of file names that are not UTF-8 become `\\udc80` to `\\udcff`, which JSON readers turn back into that name.
     """
     with atomic_path(path) as temporary:
         temporary.write_bytes(text.encode(errors="backslashreplace"))
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write a JSON file atomically; NaN and infinities are written as null, which every reader accepts."""
+    """Write a JSON file atomically. NaN and infinities become null."""
     write_text(path, json_text(value, indent=1) + "\n")
 
 
 def json_text(value: Any, *, indent: int | None = None) -> str:
-    """A value as JSON, on one line without `indent`; NaN and infinities are null, which every reader accepts."""
+    """Return a value as JSON, on one line unless `indent` is given. NaN and infinities become null."""
     return json.dumps(finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
 def append_line(path: str | Path, text: str) -> None:
-    """Add a line to a file that several processes may add to; one that a kill cut short stays a line of its own."""
+    """Append a line to a file that several processes write to. An incomplete last line gets its line break first."""
     make_folder(Path(path).parent)
     with Path(path).open("ab+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        whole = file.seek(0, os.SEEK_END) == 0
-        if not whole:
-            file.seek(-1, os.SEEK_END)
-            whole = file.read(1) == b"\n"
-        file.write(("" if whole else "\n").encode() + text.encode(errors="backslashreplace") + b"\n")
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - 1, 0))
+        start = b"" if file.read(1) in (b"", b"\n") else b"\n"
+        file.write(start + text.encode(errors="backslashreplace") + b"\n")
 
 
 @contextmanager
 def claimed(path: str | Path, name: str) -> Iterator[bool]:
-    """Whether this process holds `name` for the block; one that ends, however it does, has let go of all.
+    """Try to lock a name for the block, and yield whether that succeeded.
 
-    path: a file for the locks of everybody; it stays empty.
+    The operating system releases the locks of a process when it ends, even if it is killed.
+
+    Args:
+        path: The file that all processes lock. It stays empty.
+        name: The name to lock.
     """
     make_folder(Path(path).parent)
     offset = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
@@ -122,14 +129,17 @@ def claimed(path: str | Path, name: str) -> Iterator[bool]:
 
 @contextmanager
 def held(folder: str | Path, *, shared: bool = False) -> Iterator[None]:
-    """Hold a folder for the block: this process alone writes there, or with `shared` those that share it do.
+    """Lock a folder for the block, so that no other process writes there.
 
-    The folder is made where it is missing, and removed again if nothing was written. The lock belongs to the process:
-    the kernel releases it when the process ends, and processes that were forked do not keep it. A file system without
-    locks holds nothing.
+    The folder is created if it is missing, and removed again if it stays empty. The operating system releases the lock
+    when the process ends; forked processes do not inherit it. On a file system without locks nothing is locked.
+
+    Args:
+        folder: The folder to lock.
+        shared: Whether other processes that also pass `shared` may write there at the same time.
 
     Raises:
-        ValueError: another process holds the folder.
+        ValueError: Another process has locked the folder.
     """
     folder = Path(folder)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -150,12 +160,12 @@ def held(folder: str | Path, *, shared: bool = False) -> Iterator[None]:
 
 
 def _locked(folder: Path, shared: bool) -> IO[bytes]:
-    """The lock file of a folder, open and locked."""
-    # The last process that shares a folder takes the lock alone for a moment, in order to remove the file.
+    """Open and lock the lock file of a folder."""
+    # The last process that shares a folder takes the lock exclusively for a moment, in order to remove the file.
     pauses = iter((0.01, 0.1, 0.5))
     while True:
         make_folder(folder)
-        with suppress(FileNotFoundError):  # the process before this one removes what it made
+        with suppress(FileNotFoundError):  # another process may remove the folder or its lock file now
             file = (folder / LOCK).open("ab+")
             try:
                 if fcntl is not None:
@@ -176,7 +186,7 @@ def _locked(folder: Path, shared: bool) -> IO[bytes]:
 
 
 def _remove_unused(lock: Path) -> None:
-    """Remove a lock file that no process holds, of those that shared it."""
+    """Remove a shared lock file unless another process holds it."""
     with lock.open("rb+") as file:
         if fcntl is not None:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -185,7 +195,11 @@ def _remove_unused(lock: Path) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read a JSON file; a missing or broken one is a ValueError that names it."""
+    """Read a JSON file.
+
+    Raises:
+        ValueError: The file is missing or not readable as JSON.
+    """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -195,7 +209,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def finite(value: Any) -> Any:
-    """A JSON value with None for every number that is not finite, and text for every key."""
+    """Return a JSON value with None for every number that is not finite, and with keys as text."""
     if isinstance(value, float):
         return value if value - value == 0 else None
     if isinstance(value, dict):

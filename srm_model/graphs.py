@@ -1,4 +1,4 @@
-"""A forward pass at fixed shapes as one CUDA graph: its launches cost the host one call."""
+"""Run a forward pass at fixed shapes as one CUDA graph, which the host launches by one call."""
 
 from __future__ import annotations
 
@@ -10,31 +10,35 @@ from torch import Tensor, nn
 
 from srm_model.modules import is_stochastic
 
-WARMUP = 3  # calls that compile kernels and fill caches; none of it may happen while a graph is captured
+WARMUP = 3  # calls before the capture, which compile kernels and fill caches
 
 
 class Graphed:
-    """`module(maps)` for maps of the shapes, dtypes, strides and device of `maps`, captured once and then replayed.
+    """Capture `module(maps)` once and replay it for maps of the same shapes, dtypes and device.
 
-    module: in evaluation mode and not stochastic, such as an `SRMNeck`. maps: CUDA tensors. Gradients are not kept.
-    Weights may change in place afterwards; new tensors, as `Module.to` makes them, are not seen. Autocast is as it was
-    when the graph was made. Raises ValueError for a module in training, a stochastic one, or maps elsewhere.
+    Gradients are not computed. Weights may change in place after the capture; the graph does not see new tensors, such
+    as those that `Module.to` creates. Autocast stays as it was during the capture.
+
+    Args:
+        module: A deterministic module in evaluation mode, such as an `SRMNeck`.
+        maps: CUDA tensors. Their shapes, dtypes and strides are those of the graph.
+
+    Raises:
+        ValueError: The module is in training mode or stochastic, or a map is not a CUDA tensor.
     """
 
     def __init__(self, module: nn.Module, maps: Sequence[Tensor]) -> None:
         if module.training:
-            raise ValueError(
-                "module is in training mode; expected module.eval(), whose buffers stay as they are"
-            )
+            raise ValueError("module is in training mode; expected evaluation mode (call module.eval())")
         if is_stochastic(module):
-            raise ValueError("module is stochastic; a graph would repeat one draw for ever")
+            raise ValueError("module is stochastic; expected a deterministic one: a graph replays one draw")
         if not all(m.is_cuda for m in maps):
             raise ValueError(
                 f"maps are on {', '.join(sorted({str(m.device) for m in maps}))}; expected CUDA tensors"
             )
         self._maps = [m.detach().clone() for m in maps]
         self._graph = torch.cuda.CUDAGraph()
-        # A cast that autocast keeps from before the capture would be freed under the graph.
+        # With its cache, autocast would reuse a cast from before the capture and free it while the graph needs it.
         autocast = torch.autocast(
             "cuda",
             torch.get_autocast_dtype("cuda"),
@@ -52,7 +56,14 @@ class Graphed:
                 self._output = module(self._maps)
 
     def __call__(self, maps: Sequence[Tensor]) -> Any:
-        """What the module gives for these maps, in memory that the next call overwrites. ValueError: other shapes."""
+        """Return the module's output for `maps`. The next call overwrites its memory.
+
+        Args:
+            maps: Tensors of the captured shapes, dtypes and device.
+
+        Raises:
+            ValueError: The number, shape, dtype or device of the maps differs from the captured one.
+        """
         if len(maps) != len(self._maps):
             raise ValueError(f"maps has {len(maps)} entries; the graph was made for {len(self._maps)}")
         for number, (own, given) in enumerate(zip(self._maps, maps, strict=True)):

@@ -1,4 +1,4 @@
-"""Lines on standard error, for people who watch; standard output is for results."""
+"""Messages on standard error. Standard output is for results."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from contextlib import suppress
 
 
 def say(text: str) -> None:
-    """Write a line to stderr, where that is possible; stdout is for results."""
+    """Write a line to stderr; ignore a stderr that is closed."""
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError:
-        with suppress(OSError):  # or the interpreter would fail over it at exit
+        with suppress(OSError):  # otherwise the interpreter fails at exit, when it flushes stderr
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def bars(wanted: bool) -> bool:
-    """Whether libraries are to draw their bars: where they are wanted, and only on a terminal."""
+    """Return whether to show progress bars: only if `wanted`, and only on a terminal."""
     return wanted and sys.stderr.isatty()

@@ -1,37 +1,45 @@
-"""Agreement between predicted and human scores: SROCC, PLCC and the five-parameter logistic before PLCC."""
+"""SROCC, PLCC and the five-parameter logistic map that precedes PLCC (docs/METHOD.md §5)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-GRADIENTS_ALLOWED = 0.01  # the share of zero gradients up to which a gradient attack is taken at its word
+GRADIENTS_ALLOWED = 0.01  # share of zero gradients up to which the result of a gradient attack is trusted
 
+Beta = tuple[float, float, float, float, float]
 FloatArray = NDArray[np.float64]
 Values = ArrayLike | torch.Tensor
 
 
 def srocc(scores: Values, mos: Values) -> float:
-    """Spearman's rank-order correlation of two 1-D sequences of equal length, ties averaged.
+    """Compute Spearman's rank-order correlation. Ties take averaged ranks.
 
-    Tensors (any device and dtype), arrays and lists are accepted. The result is NaN where it is undefined:
-    one side constant, or a score that is not finite, so that a model that breaks down is seen to have broken
-    down. Fewer than two items, unequal lengths and a MOS that is not finite are a ValueError.
+    Args:
+        scores: Predicted scores, (N,): a tensor of any device and dtype, an array or a list.
+        mos: Mean opinion scores, (N,).
+
+    Returns:
+        The correlation; NaN if one side is constant or a score is not finite.
+
+    Raises:
+        TypeError: An argument does not hold real numbers.
+        ValueError: Fewer than two items, unequal lengths, or a MOS that is not finite.
     """
     x, y = _pair(scores, mos)
     return _pearson(_ranks(x), _ranks(y)) if np.isfinite(x).all() else math.nan
 
 
 def plcc(scores: Values, mos: Values) -> float:
-    """Pearson's linear correlation of two 1-D sequences as they are; NaN and errors as in `srocc`.
+    """Compute Pearson's linear correlation, without a logistic map. Arguments, result and errors are as in `srocc`.
 
-    The field reports it after a logistic map: `plcc(LogisticMap.fit(val_scores, val_mos)(scores), mos)`.
+    To report PLCC as is usual, map the scores first: `plcc(LogisticMap.fit(val_scores, val_mos)(scores), mos)`.
     """
     x, y = _pair(scores, mos)
     return _pearson(x, y) if np.isfinite(x).all() else math.nan
@@ -39,29 +47,35 @@ def plcc(scores: Values, mos: Values) -> float:
 
 @dataclass(frozen=True)
 class LogisticMap:
-    """f(q) = β1(½ − 1/(1 + exp(β2(q − β3)))) + β4 q + β5, with q = (score − center) / scale.
+    """f(q) = β₁(½ − 1/(1 + exp(β₂(q − β₃)))) + β₄ q + β₅, with q = (score − center) / scale.
 
-    docs/METHOD.md §5, equation (31) of the article. Fit it once per model on clean validation predictions and
-    keep it for the test set, clean and attacked: refitting on attacked scores would repair part of the damage.
+    Source: docs/METHOD.md §5, article, eq. 31. Fit the map once per model, on clean validation predictions, and use it
+    unchanged for the test set, clean and attacked. A new fit on attacked scores would hide part of the damage.
 
-    Nothing makes f monotone, here as elsewhere in the field: where β4 opposes β1β2, f turns round, and outside
-    the range of the fitted scores it is the line β4 q + β5 ± β1/2. So PLCC may rank attacked scores otherwise
-    than SROCC does.
+    The map need not be monotone: if β₄ and β₁β₂ have opposite signs, f has turning points. Far from the fitted scores
+    it is the line β₄ q + β₅ ± β₁/2. PLCC can therefore order attacked results differently from SROCC.
     """
 
-    beta: tuple[float, float, float, float, float]
-    center: float
-    scale: float
-    converged: bool = True
+    beta: Beta  # β₁ to β₅
+    center: float  # mean of the fitted scores
+    scale: float  # standard deviation of the fitted scores
+    converged: bool = True  # whether the fit converged; otherwise f is a straight line
     reason: str = ""  # why the fit fell back to a straight line; empty if it converged
 
     @classmethod
     def fit(cls, scores: Values, mos: Values) -> LogisticMap:
-        """Least squares (Levenberg-Marquardt) from β = (range of MOS, 1, 0, 0, mean of MOS).
+        """Fit by least squares (Levenberg-Marquardt), from β = (range of MOS, 1, 0, 0, mean of MOS).
 
-        A fit that does not converge, or that ends above the error of a straight line (which is within the
-        family), becomes the least-squares line, `converged` False and `reason` saying why. Inputs as in
-        `srocc`; scores that are not finite are a ValueError.
+        A fit that does not converge, or whose error exceeds that of a straight line, is replaced by the least-squares
+        line; `reason` then says why.
+
+        Args:
+            scores: Predicted scores, (N,).
+            mos: Mean opinion scores, (N,).
+
+        Raises:
+            TypeError: An argument does not hold real numbers.
+            ValueError: Fewer than two items, unequal lengths, or a value that is not finite.
         """
         x, y = _pair(scores, mos)
         bad = np.count_nonzero(~np.isfinite(x))
@@ -77,23 +91,21 @@ class LogisticMap:
         return cls(line if beta is None else beta, center, scale, beta is not None, reason)
 
     def __call__(self, scores: Values) -> FloatArray:
-        """Map scores of any shape to the scale of the MOS, in float64; NaN stays NaN."""
+        """Map scores of any shape to the scale of the MOS, in float64. NaN stays NaN."""
         return _logistic((_array("scores", scores) - self.center) / self.scale, self.beta)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {
-            "beta": list(self.beta),
-            "center": self.center,
-            "scale": self.scale,
-            "converged": self.converged,
-            "reason": self.reason,
-        }
+        """Return the fields as JSON values."""
+        return {**asdict(self), "beta": list(self.beta)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LogisticMap:
-        """The inverse of `to_dict`; missing, unknown or unusable entries are a ValueError."""
-        expected = {"beta", "center", "scale", "converged", "reason"}
+        """Create a map from the result of `to_dict`.
+
+        Raises:
+            ValueError: An entry is missing, unknown or not a usable number.
+        """
+        expected = {field.name for field in fields(cls)}
         if set(values) != expected:
             raise ValueError(
                 f"a logistic map has the keys {', '.join(sorted(expected))}; got {', '.join(sorted(values)) or 'none'}"
@@ -111,13 +123,10 @@ class LogisticMap:
         return cls((b1, b2, b3, b4, b5), center, scale, bool(values["converged"]), str(values["reason"]))
 
 
-Beta = tuple[float, float, float, float, float]
-
-
 def _fit_logistic(q: FloatArray, y: FloatArray, *, error_of_line: float) -> tuple[Beta | None, str]:
     if q.size < 5:
         return None, f"five parameters need at least 5 items, got {q.size}"
-    from scipy.optimize import least_squares  # half a second to import, and only needed here
+    from scipy.optimize import least_squares  # imported here because the import takes 0.5 s
 
     def jacobian(beta: FloatArray) -> FloatArray:
         b1, b2, b3, _, _ = beta
@@ -132,11 +141,11 @@ def _fit_logistic(q: FloatArray, y: FloatArray, *, error_of_line: float) -> tupl
             start,
             jac=jacobian,
             method="lm",
-            max_nfev=20_000,  # nearly straight data lead down a long flat valley; a tenth of a second on average
+            max_nfev=20_000,  # nearly linear data need many evaluations; about 0.1 s on average
         )
     if not found.success or not np.isfinite(found.x).all():
         return None, f"the logistic fit did not converge ({found.message.strip()})"
-    # A line is in the family, so ending above its error means a local minimum; 1e-9 allows for rounding.
+    # The family contains all lines, so a larger error means a local minimum; 1e-9 allows for rounding.
     if 2 * found.cost > error_of_line * (1 + 1e-9) + 1e-18 * float(y @ y):
         return None, "the logistic fit ended in a local minimum worse than a straight line"
     b1, b2, b3, b4, b5 = (float(value) for value in found.x)
@@ -145,21 +154,21 @@ def _fit_logistic(q: FloatArray, y: FloatArray, *, error_of_line: float) -> tupl
 
 def _logistic(q: FloatArray, beta: tuple[float, ...]) -> FloatArray:
     b1, b2, b3, b4, b5 = beta
-    # ½ − 1/(1 + exp(z)) is ½ tanh(z/2), which cannot overflow.
+    # ½ − 1/(1 + exp(z)) = ½ tanh(z/2), which cannot overflow.
     return b1 * 0.5 * np.tanh(0.5 * b2 * (q - b3)) + b4 * q + b5
 
 
 def _pearson(x: FloatArray, y: FloatArray) -> float:
     if x.min() == x.max() or y.min() == y.max():
         return math.nan
-    x, y = x / np.abs(x).max(), y / np.abs(y).max()  # keeps huge values from overflowing below
+    x, y = x / np.abs(x).max(), y / np.abs(y).max()  # prevents overflow below
     x, y = x - x.mean(), y - y.mean()
     norms = np.linalg.norm(x) * np.linalg.norm(y)
     return float(np.clip(x @ y / norms, -1.0, 1.0)) if norms > 0 else math.nan
 
 
 def _ranks(values: FloatArray) -> FloatArray:
-    """Ranks from 1, ties sharing the mean of theirs."""
+    """Return ranks from 1; ties take the mean of their ranks."""
     _, group, count = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(count) - (count - 1) / 2)[group]
 
@@ -168,7 +177,7 @@ def _pair(scores: Values, mos: Values) -> tuple[FloatArray, FloatArray]:
     x, y = _array("scores", scores), _array("mos", mos)
     if x.ndim != 1 or x.shape != y.shape:
         raise ValueError(
-            f"scores of shape {x.shape} and mos of shape {y.shape}: expected two 1-D sequences of one length"
+            f"scores has shape {x.shape} and mos has shape {y.shape}; expected two 1-D sequences of equal length"
         )
     if x.size < 2:
         raise ValueError(f"a correlation needs at least 2 items, got {x.size}")
@@ -184,18 +193,18 @@ def _array(name: str, values: Values) -> FloatArray:
         return np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError):
         raise TypeError(
-            f"{name} of type {type(values).__name__}: expected real numbers in a tensor, array or list"
+            f"{name} is a {type(values).__name__}; expected real numbers in a tensor, array or list"
         ) from None
 
 
 def doubts(attacks: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return a sentence for each attack whose gradients were zero (more than 1 %) or not finite.
+    """Return a warning for each attack of whose gradients more than 1 % were zero, or any was not finite.
 
-    Its correlation may overstate robustness: where there is no gradient, a gradient attack stands still.
+    Such an attack may overstate robustness, because it makes no progress without a gradient.
 
     Args:
-        attacks: Entries by name with the shares `zero_gradients` and `nonfinite_gradients`, as in
-            `SuiteResult.attacks` or in a file of it. A share that is missing, None or NaN says nothing.
+        attacks: Entries by attack name with the shares `zero_gradients` and `nonfinite_gradients`, as in
+            `SuiteResult.attacks`. A share that is missing, None or NaN is ignored.
     """
     found = []
     for name, entry in attacks.items():

@@ -1,4 +1,4 @@
-"""From pixels to a quality score: backbone, neck and head (docs/METHOD.md §1)."""
+"""Quality models: backbone, neck and regression head (docs/METHOD.md §1)."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from .neck import NeckOutput, SRMNeck, make_neck
 from .necks import check_neck
 from .statistics import BatchStatistics
 
-RANGE_TOLERANCE = 1e-2  # room for a finite-difference step at the edge of [0, 1]
+RANGE_TOLERANCE = 1e-2  # allows a finite-difference step at the edge of [0, 1]
 VARIANCE_FLOOR = 1e-6
 DEEPEST_STRIDE = 32
 
 
 class Head(nn.Module):
-    """3×3 convolution, mean and standard deviation over positions, two linear layers → one score.
+    """Regression head: one score from the fused map (docs/METHOD.md §1.7).
 
-    A plain average would see only the position-averaged attention. No normalisation (it would undo the gain cap)
-    and no clamp on the score.
+    Args:
+        channels: Channels C of the fused map.
     """
 
     def __init__(self, channels: int) -> None:
@@ -40,7 +40,7 @@ class Head(nn.Module):
         nn.init.constant_(self.score.bias, 0.5)  # the middle of normalised MOS
 
     def forward(self, fused: Tensor) -> Tensor:
-        """(B, C, P, P) → (B,)."""
+        """Return scores (B,) of fused maps (B, C, P, P)."""
         x = self.activation(self.conv(fused)).flatten(2)
         deviation = (x.var(-1, correction=0) + VARIANCE_FLOOR).sqrt()
         statistics = torch.cat([x.mean(-1), deviation], -1)
@@ -48,9 +48,18 @@ class Head(nn.Module):
 
 
 class IQAModel(nn.Module):
-    """A no-reference image quality model. Make one with `build_model`.
+    """No-reference image quality model. Use `build_model` to create one.
 
-    Images go in as pixels in [0, 1]; normalisation is inside, so attacks live in pixel space.
+    The model takes pixels in [0, 1] and normalises them itself, so that attacks act on pixels.
+
+    Args:
+        backbone: Name of a timm model.
+        neck: "srm", "quadratic" or "none".
+        config: Constants of the model.
+        pretrained: Whether to load ImageNet weights of the backbone.
+
+    Raises:
+        ValueError: Unknown name, or a backbone without maps at strides 4, 8, 16 and 32.
     """
 
     mean: Tensor
@@ -61,85 +70,93 @@ class IQAModel(nn.Module):
         check_neck(neck)
         self.backbone_name, self.neck_name, self.config = backbone, neck, config
         self.backbone = Backbone(backbone, pretrained=pretrained, image_size=config.image_size)
-        channels = self.backbone.channels
-        self.neck = make_neck(neck, channels, config)
+        self.neck = make_neck(neck, self.backbone.channels, config)
         self.head = Head(config.channels)
         self.register_buffer("mean", torch.empty(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.empty(1, 3, 1, 1), persistent=False)
-        self._state_pixels()
-        self.tensor_names = frozenset(self.state_dict())  # of a checkpoint
+        self._fill_normalisation()
+        self.tensor_names = frozenset(self.state_dict())  # those of a checkpoint
 
-    def _state_pixels(self) -> None:
-        """Put mean and deviation of the pixels into buffers that no checkpoint holds."""
+    def _fill_normalisation(self) -> None:
         for buffer, values in ((self.mean, self.backbone.mean), (self.std, self.backbone.std)):
             buffer.copy_(torch.tensor(values, device="cpu").view(1, 3, 1, 1))
 
     def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> IQAModel:
-        """As usual; what no checkpoint holds is filled, so that a checkpoint then completes the model."""
+        """Allocate as `Module.to_empty`, then fill the buffers that checkpoints do not hold."""
         super().to_empty(device=device, recurse=recurse)
-        self._state_constants()
+        self._fill_constants()
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> IQAModel:
-        """The same where a module around this one is given memory."""
+        # `to_empty` of a module around this one calls `_apply` here, not `to_empty`.
         without_memory = self.mean.is_meta
         super()._apply(fn, recurse)
         if without_memory and not self.mean.is_meta:
-            self._state_constants()
+            self._fill_constants()
         return self
 
-    def _state_constants(self) -> None:
-        self._state_pixels()
+    def _fill_constants(self) -> None:
+        self._fill_normalisation()
         self.backbone.state_constants()
 
     @property
     def stochastic(self) -> bool:
-        """Whether two evaluations of one image may differ; attacks then need EOT."""
+        """Whether two evaluations of one image may differ. Attacks then need EOT (docs/METHOD.md §6)."""
         return self.neck.stochastic
 
     def forward(
         self, images: Tensor, *, return_losses: bool = False, statistics: BatchStatistics | None = None
     ) -> Any:
-        """Scores (B,) of images (B, 3, H, W), floats in [0, 1]: normalised MOS, higher is better.
+        """Predict quality scores.
 
-        With `return_losses`, (scores, losses): the unweighted scalars "tau", "entropy", "balance" of the neck.
-        `statistics` are for a batch cut into micro-batches, as in `SRMNeck.forward`.
-        On the CPU, images outside [0, 1] or not finite are a ValueError; elsewhere asking would wait for the device.
+        Args:
+            images: Floating-point images (B, 3, H, W) in [0, 1].
+            return_losses: Whether to return the neck's losses too.
+            statistics: Statistics of a batch that is cut into micro-batches, as in `SRMNeck.forward`.
+
+        Returns:
+            Scores (B,) on the scale of normalised MOS; higher is better. With `return_losses`, a tuple of the scores
+            and the unweighted scalar losses "tau", "entropy" and "balance".
+
+        Raises:
+            TypeError: The images are not floating-point, or their dtype does not fit the model.
+            ValueError: The shape or the device is wrong, or, on a CPU, a value is outside [0, 1] or not finite. On
+                other devices values are not checked, because a check would wait for the device.
         """
         pyramid = self.pyramid(images)
         if images.requires_grad and isinstance(self.neck, SRMNeck):
-            self.neck.warn_uncalibrated()  # an attack, whatever is around this model
+            self.neck.warn_uncalibrated()  # gradients of images mean an attack
         output = self.neck(pyramid, statistics=statistics)
         scores = self.head(output.fused)
         return (scores, output.losses) if return_losses else scores
 
     def pyramid(self, images: Tensor) -> list[Tensor]:
-        """The backbone's four maps for images in [0, 1]."""
+        """Return the backbone's four maps of images (B, 3, H, W) in [0, 1], shallowest first."""
         _check_images(images, self.mean)
         return self.backbone((images - self.mean) / self.std)
 
     def neck_output(self, images: Tensor) -> NeckOutput:
-        """Everything the neck returns for images in [0, 1]."""
+        """Return the full output of the neck for images (B, 3, H, W) in [0, 1]."""
         return self.neck(self.pyramid(images))
 
     @torch.no_grad()
     def calibrate(self, images: Tensor) -> None:
-        """`SRMNeck.calibrate` on images in [0, 1]: once, on the first training batch."""
+        """Calibrate the neck on the first training batch, (B, 3, H, W) in [0, 1] (docs/METHOD.md §1.6)."""
         self.neck.calibrate(self.pyramid(images))
 
     def clamp_(self) -> None:
-        """Keep τ in its range; call after every optimiser step."""
+        """Clamp τ to its range. Call it after every optimiser step."""
         self.neck.clamp_()
 
     @torch.no_grad()
     def diagnose(self, images: Tensor) -> dict[str, Any]:
-        """`SRMNeck.diagnose` on images in [0, 1], in evaluation mode; plain JSON values."""
+        """Run `SRMNeck.diagnose` in evaluation mode on images (B, 3, H, W) in [0, 1]. Values fit into JSON."""
         with evaluating(self):
             return self.neck.diagnose(self.pyramid(images))
 
 
 def _check_images(images: Tensor, like: Tensor) -> None:
-    """Images that the model of which `like` is a buffer can take."""
+    """Raise unless a model can take `images`; `like` is one of its buffers."""
     if not isinstance(images, Tensor) or not images.is_floating_point():
         kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
         raise TypeError(f"images is {kind}; expected a floating-point tensor")
@@ -165,14 +182,23 @@ def build_model(
     weights: str | Path | None = None,
     config: SRMConfig | None = None,
 ) -> IQAModel:
-    """A quality model on any timm backbone with maps at strides 4, 8, 16 and 32.
+    """Create a quality model in evaluation mode.
 
-    neck: "srm", "quadratic" (exact attention, same schedule) or "none". pretrained: ImageNet weights of the
-    backbone. weights: a checkpoint folder, loaded strictly, with no network; its backbone, neck and config must
-    be those asked for, but for `backend`, and its config is used where none is given. The model comes in evaluation
-    mode.
-    Raises ValueError for unknown names, a backbone without those strides or that cannot take images of
-    `config.image_size`, or a checkpoint that does not fit.
+    Args:
+        backbone: Name of a timm model with maps at strides 4, 8, 16 and 32.
+        neck: "srm", "quadratic" (exact attention) or "none".
+        pretrained: Whether to load ImageNet weights of the backbone.
+        weights: Folder of a checkpoint, which is loaded strictly and without network access. Its backbone, neck and
+            config must equal the given ones, except for `backend`.
+        config: Constants of the model. Default: those of the checkpoint, or else `SRMConfig()`.
+
+    Returns:
+        The model, on the CPU.
+
+    Raises:
+        TypeError: `config` is not an `SRMConfig`.
+        ValueError: A name is unknown, the backbone lacks a stride or cannot take images of `config.image_size`, or
+            the checkpoint does not fit.
     """
     if config is not None and not isinstance(config, SRMConfig):
         raise TypeError(f"config is a {type(config).__name__}; expected an SRMConfig or None")
@@ -183,18 +209,25 @@ def build_model(
     model, _ = load_model(weights, backend=STORED if config is None else config.backend)
     for name, wanted, found in (("backbone", backbone, model.backbone_name), ("neck", neck, model.neck_name)):
         if wanted != found:
-            raise ValueError(f"{weights} holds a model with {name} {found!r}; {wanted!r} was asked for")
+            raise ValueError(f"{weights} holds a model with {name} {found!r}; expected {wanted!r}")
     if config is not None and config != model.config:
         differing = [key for key, value in config.to_dict().items() if model.config.to_dict()[key] != value]
-        raise ValueError(f"{weights} was made with another config; these differ: {', '.join(differing)}")
+        raise ValueError(f"{weights} has another config than the given one, in {', '.join(differing)}")
     return model.eval()
 
 
 def load_model(folder: str | Path, *, backend: str | None = STORED) -> tuple[IQAModel, dict[str, Any]]:
-    """The model stored in a checkpoint folder, on the CPU and in evaluation mode, and its card.
+    """Load the model of a checkpoint, on the CPU and in evaluation mode.
 
-    backend: as `SRMConfig.backend`, in place of the one that trained it, which "stored" keeps: weights fit them all.
-    A folder that is not a checkpoint, or not a whole one, is a ValueError of one sentence.
+    Args:
+        folder: Folder of the checkpoint.
+        backend: Value of `SRMConfig.backend` for the loaded model; "stored" keeps that of the checkpoint.
+
+    Returns:
+        The model and the checkpoint's card.
+
+    Raises:
+        ValueError: The folder is not a checkpoint, or an incomplete one.
     """
     document = read_card(folder)
     config = SRMConfig.from_dict(document["config"])

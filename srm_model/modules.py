@@ -1,4 +1,4 @@
-"""What several parts ask of modules, of torch's kind and of Python's."""
+"""Helpers for torch modules: modes, wrappers, dtypes and checks."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from srm_kernels.checks import transforming
 
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
-_schemas: list[torch.library.Library] = []  # a schema lives as long as its library
+_schemas: list[torch.library.Library] = []  # keeps libraries alive, and with them their schemas
 
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the length of a block; afterwards every submodule has the mode it was found in."""
+    """Set evaluation mode for the block, then restore the mode of every submodule."""
     modes = [(part, part.training) for part in module.modules() if hasattr(part, "training")]
     try:
         _evaluate(module)
@@ -30,37 +30,37 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def _evaluate(module: nn.Module) -> None:
-    """`module.eval()`; a part that refuses it, as an exported program does, has its attribute set alone."""
+    """Call `module.eval()`; for a part that refuses it, as exported programs do, set the attribute `training`."""
     try:
         module.eval()
-    except Exception:  # whatever a part chooses to refuse with
+    except Exception:  # a part may refuse with any exception
         module.training = False
         for child in module.children():
             _evaluate(child)
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where its parameters are, or else its buffers; the CPU for a module without any."""
+    """Return the device of the parameters, or else of the buffers, or else the CPU."""
     tensor = next(module.parameters(), next(module.buffers(), None))
     return torch.device("cpu") if tensor is None else tensor.device
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside torch.compile, `DataParallel`, `DistributedDataParallel` and `AveragedModel`."""
+    """Return the module inside torch.compile, `DataParallel`, `DistributedDataParallel` and `AveragedModel`."""
     while (name := _wrapped(module)) is not None:
         module = module.get_submodule(name)
     return module
 
 
 def _wrapped(module: nn.Module) -> str | None:
-    """The attribute that holds the module inside a wrapper; None for other modules."""
+    """Return the name of the attribute that holds a wrapper's module; None for other modules."""
     if isinstance(module, WRAPPERS):
         return "module"
     return "_orig_mod" if type(module).__name__ == "OptimizedModule" else None  # its class is slow to import
 
 
 def plain_names(module: nn.Module) -> dict[str, str]:
-    """The keys of `module.state_dict()`, and for each its name in a model whose parts are not wrapped."""
+    """Map each key of `module.state_dict()` to its name in the same model without wrappers."""
     names = {key: key for key in module.state_dict()}
     for path, part in reversed(list(module.named_modules())):  # inner wrappers first
         inner, start = _wrapped(part), f"{path}." if path else ""
@@ -74,7 +74,7 @@ def plain_names(module: nn.Module) -> dict[str, str]:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether the weights of a module are all that it does: no adapter, no parametrisation, no shards, no pruning."""
+    """Return whether a module's weights can be read directly: no adapter, parametrisation, sharding or pruning."""
     own = type(module).__module__.startswith(("torch.nn.modules.", "srm_model."))
     made = any(
         type(hook).__module__.startswith("torch.nn.utils") for hook in module._forward_pre_hooks.values()
@@ -83,19 +83,27 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def is_stochastic(model: nn.Module) -> bool:
-    """Whether the model says, wrapped or not, that two evaluations of one image may differ."""
+    """Return whether two evaluations of one image may differ, as the model's attribute `stochastic` says."""
     return bool(getattr(unwrapped(model), "stochastic", False))
 
 
 def in_backward() -> bool:
-    """Whether autograd is at work on this thread: gradient checkpointing then takes a forward pass again."""
+    """Return whether this thread is in a backward pass, where gradient checkpointing repeats the forward pass."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def check_like(name: str, given: Tensor, own: Tensor, *, promoted: bool = False) -> None:
-    """`given` is on the device of a module's `own` tensor and of its dtype, unless autocast is on.
+    """Check that a tensor has the device and, unless autocast is on, the dtype of a module.
 
-    `promoted`: it may be of a narrower dtype, since arithmetic with `own` comes first.
+    Args:
+        name: Name of the tensor in messages.
+        given: The tensor to check.
+        own: A tensor of the module.
+        promoted: Whether a narrower dtype is accepted, because arithmetic with `own` promotes it.
+
+    Raises:
+        ValueError: The devices differ.
+        TypeError: The dtype is not accepted.
     """
     if given.device != own.device:
         raise ValueError(f"{name} is on {given.device} and the model on {own.device}; expected one device")
@@ -105,17 +113,21 @@ def check_like(name: str, given: Tensor, own: Tensor, *, promoted: bool = False)
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype that a product takes this tensor in: its own without autocast, which leaves fp64 and shapes alone."""
+    """Return the dtype in which a product reads this tensor. Autocast does not change fp64 and meta tensors."""
     device = tensor.device.type
     own = device == "meta" or tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device)
     return tensor.dtype if own else torch.get_autocast_dtype(device)
 
 
 def rounded(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Every tensor as `tensor.to(dtype)` gives it, all that are not of it already by one launch.
+    """Cast tensors to a dtype by one launch.
 
-    Differentiable, any number of times; the gradients take one launch too. Under torch.func and in forward mode it is
-    a launch for each.
+    Differentiable to any order; the gradients take one launch too. Under torch.func and in forward mode there is one
+    launch per tensor.
+
+    Args:
+        tensors: Tensors of one device. Those of the dtype already are returned as they are.
+        dtype: The dtype of the results.
     """
     if transforming():
         return [tensor.to(dtype) for tensor in tensors]
@@ -144,10 +156,10 @@ class _Rounded(torch.autograd.Function):
 
 @cache
 def make_torchvision_importable() -> None:
-    """Call before importing a library that imports torchvision (timm, piq).
+    """Make the import of torchvision succeed. Call it before importing timm or piq.
 
-    A torchvision built for CUDA cannot register its operators on CPU torch and does not import. Two schemas are all
-    that it asks for; no operator of it is used here.
+    A torchvision built for CUDA fails to import beside a CPU build of torch, because two schemas are missing. They are
+    defined here; no operator of torchvision is used.
     """
     try:
         import torchvision  # noqa: F401

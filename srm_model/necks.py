@@ -1,4 +1,4 @@
-"""The necks by name: what command line, study files, reports and profiles know of them, without torch."""
+"""Names and properties of the necks, for modules that must not import torch."""
 
 from __future__ import annotations
 
@@ -6,17 +6,11 @@ from typing import NamedTuple
 
 
 class Kind(NamedTuple):
-    """A kind of neck.
+    """A kind of neck."""
 
-    Attributes:
-        attention: How its links mix, "nystrom" or "full"; None for a neck without links.
-        surrogate: The neck on which transfer attacks against it are crafted.
-        look: Its colour, dash and marker in charts.
-    """
-
-    attention: str | None
-    surrogate: str
-    look: int
+    attention: str | None  # attention of its links, "nystrom" or "full"; None for a neck without links
+    surrogate: str  # neck of the surrogate model for transfer attacks
+    look: int  # index of its colour, dash and marker in charts
 
 
 NECKS = {
@@ -27,6 +21,6 @@ NECKS = {
 
 
 def check_neck(name: str) -> None:
-    """ValueError for a name that is no neck's."""
+    """Raise ValueError unless `name` is the name of a neck."""
     if name not in NECKS:
         raise ValueError(f"neck={name!r}: expected one of {', '.join(map(repr, NECKS))}")

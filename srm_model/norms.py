@@ -1,7 +1,7 @@
-"""The norms that attacks' budgets are given in. All that depends on a norm is here: another one needs this file alone.
+"""Norms of perturbations (docs/METHOD.md §6). To add a norm, only this file has to change.
 
-Command line, study files, configs and results have a norm by its name, `NORMS` has the objects. Methods import torch
-themselves: `srm-iqa --help` need not wait for it.
+Other modules name a norm; `NORMS` holds the objects. Methods import torch when they are called, so that
+`srm-iqa --help` does not.
 """
 
 from __future__ import annotations
@@ -22,16 +22,18 @@ _PROJECTION_ROUNDS = 2
 class Norm(ABC):
     """A norm of perturbations (B, 3, H, W), per image.
 
+    The config fields `attack_step_NAME`, `eps_NAME` and `eps_NAME_tables` override `step`, `budgets` and `tables`.
+
     Attributes:
-        name: In files and on the command line.
-        symbol: In tables and figures.
-        largest: The largest radius that makes sense, since pixels lie in [0, 1].
-        step: A step of PGD is this times the radius over the number of steps.
-        step_words: Along what it goes.
-        budgets: Those of a sweep. tables: Those of the tables. A config's `eps_NAME`, `eps_NAME_tables` and
-            `attack_step_NAME`, where it has them, are taken instead.
-        axis: The label of an axis of budgets.
-        bumps: Whether the square attack moves Euclidean length between squares instead of setting them to ±eps.
+        name: Name in files and on the command line.
+        symbol: Symbol in tables and figures.
+        largest: Largest accepted radius, for pixels in [0, 1].
+        step: A step of PGD is `step` · radius / steps.
+        step_words: Direction of a step, in words.
+        budgets: Budgets of a sweep.
+        tables: Budgets of the tables.
+        axis: Label of an axis of budgets.
+        bumps: Whether the square attack moves Euclidean length between squares instead of setting them to ±ε.
     """
 
     name: ClassVar[str]
@@ -45,59 +47,59 @@ class Norm(ABC):
     bumps: ClassVar[bool] = False
 
     def sweep_of(self, config: Any) -> tuple[float, ...]:
-        """The budgets of a sweep."""
+        """Return the budgets of a sweep."""
         return tuple(getattr(config, f"eps_{self.name}", self.budgets))
 
     def tables_of(self, config: Any) -> tuple[float, ...]:
-        """The budgets of the tables."""
+        """Return the budgets of the tables."""
         return tuple(getattr(config, f"eps_{self.name}_tables", self.tables))
 
     def step_of(self, config: Any) -> float:
-        """The factor of a step."""
+        """Return the factor `step`."""
         return float(getattr(config, f"attack_step_{self.name}", self.step))
 
     def radius(self, stated: float, image: Tensor) -> float:
-        """What a stated budget means for an image (3, H, W)."""
+        """Return the radius of a stated budget for an image (3, H, W)."""
         return stated
 
     @abstractmethod
     def length(self, delta: Tensor) -> Tensor:
-        """The norm of each perturbation, (B,)."""
+        """Return the norm of each perturbation, (B,)."""
 
     def diameter(self, image: Tensor) -> float:
-        """A radius within which every image of this size lies."""
+        """Return the largest distance between two images of this size."""
         return float(self.length(image.new_ones(1, *image.shape)))
 
     @abstractmethod
     def direction(self, gradient: Tensor) -> Tensor:
-        """The perturbation of unit length that raises a linear function of this gradient; `gradient` is overwritten."""
+        """Return the steepest ascent direction of unit norm. Overwrites `gradient`."""
 
     @abstractmethod
     def noise(self, shape: torch.Size, radius: float, source: dict[str, Any]) -> Tensor:
-        """Drawn uniformly from the ball; `source` are arguments of torch.rand."""
+        """Draw uniformly from the ball of a radius; `source` holds keyword arguments of `torch.rand`."""
 
     @abstractmethod
     def projection(self, images: Tensor, radius: float) -> Callable[[Tensor], Tensor]:
-        """A function that takes points (n, B, 3, H, W) to points of the ball around `images` that lie in [0, 1].
+        """Return a function that projects points (n, B, 3, H, W) to the ball around `images` and clips them to [0, 1].
 
-        Rounding never takes a point out of either.
+        The results satisfy both constraints exactly, in spite of rounding.
         """
 
     def shown(self, eps: float) -> float:
-        """A budget in the unit of `axis`."""
+        """Return a budget in the unit of `axis`."""
         return eps
 
     def brief(self, eps: float) -> str:
-        """A budget as the command line takes it."""
+        """Format a budget as the command line takes it."""
         return f"{eps:.4g}"
 
     def text(self, eps: float) -> str:
-        """A budget as tables have it."""
+        """Format a budget for tables."""
         return f"{self.symbol} ε = {float(f'{self.shown(eps):.4g}'):g}"
 
 
 class LInf(Norm):
-    """The largest change of a pixel value."""
+    """The maximum norm."""
 
     name = "linf"
     symbol = "L∞"
@@ -123,7 +125,7 @@ class LInf(Norm):
         exact = images.double()
         low, high = (exact - radius).clamp_min(0), (exact + radius).clamp_max(1)
         lower, upper = low.to(images.dtype), high.to(images.dtype)
-        # Rounded inwards, so that the distance is at most the radius exactly.
+        # Round inwards, so that the distance never exceeds the radius.
         lower = torch.where(lower < low, lower.nextafter(torch.ones_like(lower)), lower)
         upper = torch.where(upper > high, upper.nextafter(torch.zeros_like(upper)), upper)
         return lambda points: points.clamp(lower, upper)
@@ -139,7 +141,7 @@ class LInf(Norm):
 
 
 class L2(Norm):
-    """The Euclidean norm on an image's whole 3×H×W tensor; budgets are stated at 512², scaled by √(HW)/512."""
+    """The Euclidean norm of an image's 3×H×W tensor. Budgets are stated for 512² pixels and scaled by √(HW)/512."""
 
     name = "l2"
     symbol = "L2"
@@ -165,26 +167,26 @@ class L2(Norm):
         return noise
 
     def projection(self, images: Tensor, radius: float) -> Callable[[Tensor], Tensor]:
-        """All but the nearest point, which is clip(s·δ) with the factor s ≤ 1 that spends the budget.
+        """As `Norm.projection`; approximates the nearest point, clip(s·δ) with the largest s ≤ 1 within the budget.
 
-        Clipping shortens δ, so scaling δ to the radius first leaves some of the budget unspent; each round takes s
-        closer, and never past the radius.
+        Clipping shortens δ, so a δ that is scaled to the radius and then clipped uses less than the budget. Each round
+        brings s closer to the largest one and never exceeds the radius.
         """
         import torch
 
-        # Room for rounding: each pixel of x + δ is off by eps_machine / 4 at most, when measured and in the end.
+        # Margin for rounding: each pixel of x + δ has an error of at most eps_machine / 4.
         precision, size = torch.finfo(images.dtype).eps, images[0].numel()
-        # And for lengths: n squares of a row are summed to n · eps_machine / 2 of theirs, the root to half that.
+        # A sum of n squares has a relative error of at most n · eps_machine / 2, and its root half of that.
         row = images[0, :, 0].numel() * precision / 4
-        room = max(0.0, (1 - row) * (radius * (1 - 4 * precision) - math.sqrt(size) * precision / 2))
+        limit = max(0.0, (1 - row) * (radius * (1 - 4 * precision) - math.sqrt(size) * precision / 2))
         lower, upper = -images, 1 - images  # of δ, so that x + δ is in [0, 1]
 
         def share(delta: Tensor) -> Tensor:
-            """The radius over each length: summed by rows in its own dtype, which is fast, then in fp64."""
-            together = (2, 4) if delta.stride(2) == 1 else 4  # what lies together in memory
+            """Return limit / length. Rows are summed in the dtype of δ, which is fast, and then in fp64."""
+            together = (2, 4) if delta.stride(2) == 1 else 4  # axes that are contiguous in memory
             rows = torch.linalg.vector_norm(delta, dim=together, keepdim=True)
             length = torch.linalg.vector_norm(rows, dim=(2, 3, 4), keepdim=True, dtype=torch.float64)
-            return room / length.clamp_min(torch.finfo(torch.float64).tiny)
+            return limit / length.clamp_min(torch.finfo(torch.float64).tiny)
 
         def project(points: Tensor) -> Tensor:
             delta = points - images
@@ -206,30 +208,30 @@ NORMS: dict[str, Norm] = {norm.name: norm for norm in (LInf(), L2())}
 
 
 def norm_of(name: str) -> Norm:
-    """The norm of a name; ValueError."""
+    """Return the norm of a name; raise ValueError for an unknown one."""
     if name not in NORMS:
         raise ValueError(f"norm={name!r}: expected one of {', '.join(map(repr, NORMS))}")
     return NORMS[name]
 
 
 def check_radius(norm: Norm, eps: float) -> None:
-    """ValueError unless the norm allows this radius."""
+    """Raise ValueError unless the norm accepts this radius."""
     if not (math.isfinite(eps) and eps >= 0):
         raise ValueError(f"eps={eps!r}: expected a finite number, zero or more")
     if eps > norm.largest:
         raise ValueError(
             f"eps={eps!r} for norm {norm.name!r}: expected at most {norm.largest:g}, as pixels lie in [0, 1] "
-            "(4/255, say)"
+            "(for example 4/255)"
         )
 
 
 def place_of(name: str) -> int:
-    """Where a norm stands among others in tables; behind them where it is not known."""
+    """Return the position of a norm in tables. Unknown norms come last."""
     return [*NORMS, name].index(name)
 
 
 def unit(vectors: Tensor) -> Tensor:
-    """Each image's tensor divided by its Euclidean norm; zero stays zero, and nothing over- or underflows."""
+    """Divide each image's tensor by its Euclidean norm, without over- or underflow. Zero stays zero."""
     import torch
 
     largest = vectors.abs().amax((1, 2, 3), keepdim=True)

@@ -1,4 +1,4 @@
-"""Work shared by the ranks of a torch.distributed process group; one process without a group is rank 0 of 1."""
+"""Collective operations over a torch.distributed process group. Without a group, a process is rank 0 of 1."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ T = TypeVar("T")
 
 
 def place() -> tuple[int, int]:
-    """This process's rank and how many there are."""
+    """Return the rank of this process and the number of ranks."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
 def gather(value: T) -> list[T]:
-    """Every rank's value, by rank, on every rank; values are pickled."""
-    _, world = place()
+    """Return the list of all ranks' values on every rank. Values are pickled."""
+    world = place()[1]
     if world == 1:
         return [value]
     found: list[Any] = [None] * world
@@ -30,7 +30,7 @@ def gather(value: T) -> list[T]:
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What `make` returns on rank 0, on every rank; a ValueError there is raised everywhere."""
+    """Call `make` on rank 0 and return its result on every rank. A ValueError there is raised on every rank."""
     rank, world = place()
     if world == 1:
         return make()
@@ -48,7 +48,7 @@ def from_first(make: Callable[[], T]) -> T:
 
 
 def total(values: Tensor) -> Tensor:
-    """The sum over ranks, on every rank."""
+    """Return the sum over ranks on every rank."""
     if place()[1] > 1:
         values = values.clone()
         dist.all_reduce(values)
@@ -56,8 +56,8 @@ def total(values: Tensor) -> Tensor:
 
 
 def stack(values: Tensor) -> Tensor:
-    """Every rank's tensor, (…) → (ranks, …); all of one shape."""
-    _, world = place()
+    """Stack the tensors of all ranks: (…) → (ranks, …). Every rank gives the same shape."""
+    world = place()[1]
     if world == 1:
         return values[None]
     found = [torch.empty_like(values, memory_format=torch.contiguous_format) for _ in range(world)]
@@ -66,7 +66,7 @@ def stack(values: Tensor) -> Tensor:
 
 
 def concatenate(rows: Tensor) -> tuple[Tensor, int]:
-    """The rows of every rank, by rank, and where this rank's begin; ranks may hold different numbers of rows."""
+    """Concatenate the rows of all ranks, which may differ in number; also return the index of this rank's first row."""
     rank, world = place()
     if world == 1:
         return rows, 0
@@ -78,7 +78,7 @@ def concatenate(rows: Tensor) -> tuple[Tensor, int]:
 
 
 def take_from_first(tensors: Iterable[Tensor]) -> None:
-    """Overwrite tensors with rank 0's."""
+    """Overwrite tensors with those of rank 0."""
     if place()[1] > 1:
         for tensor in tensors:
             own = tensor.detach().contiguous()

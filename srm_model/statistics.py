@@ -1,4 +1,4 @@
-"""Statistics of one optimiser step over micro-batches and ranks (docs/METHOD.md §3.1, 3.2 and 4)."""
+"""Batch statistics over micro-batches and ranks (docs/METHOD.md §3.1, §3.2 and §4)."""
 
 from __future__ import annotations
 
@@ -11,21 +11,27 @@ from . import ranks
 
 
 class BatchStatistics:
-    """σ of every link, ‖M‖_F and gate weights of every image, over the micro-batches of all ranks.
+    """Statistics of one batch, over its micro-batches on all ranks.
 
-    One forward pass of each micro-batch adds to it, `finish` combines, and then `sigma`, `norms` and `gate_losses`
-    are those of the whole batch. Every rank must add the same number of micro-batches, then finish.
+    The forward pass of each micro-batch adds its own. After `finish`, they are those of the whole batch. Every rank
+    must add the same number of micro-batches before it calls `finish`.
+
+    Attributes:
+        current: Index of the micro-batch whose gate weights carry gradients, in the order of adding.
+        finished: Whether `finish` was called.
+        sigma: σ of each link, (H,), by the link's name.
+        norms: Root mean square of M for each image, (N,).
+        median_rms: M₀ before this batch.
+        averages: σ̄ after this batch, by the link's name.
     """
 
     def __init__(self) -> None:
-        self.current = (
-            0  # the micro-batch whose gate weights carry gradients, in the order in which they were added
-        )
+        self.current = 0
         self.finished = False
-        self.sigma: dict[str, Tensor] = {}  # by link, (H,)
-        self.norms: Tensor | None = None  # (N,)
-        self.median_rms: Tensor | None = None  # M₀ before the batch
-        self.averages: dict[str, Tensor] = {}  # σ̄ after it, by link
+        self.sigma: dict[str, Tensor] = {}
+        self.norms: Tensor | None = None
+        self.median_rms: Tensor | None = None
+        self.averages: dict[str, Tensor] = {}
         self._moments: dict[str, list[Tensor]] = {}  # by link: rows of [count, mean, sum of squares]
         self._single: dict[str, Tensor] = {}
         self._gates: list[Tensor] = []  # rows of [weights, norm]
@@ -34,11 +40,11 @@ class BatchStatistics:
         self._parts = 1
 
     def add_link(self, name: str, y: Tensor, *, backend: str | None) -> None:
-        """One micro-batch's Y (B, H, N, d) of a link, detached."""
+        """Add one micro-batch's Y (B, H, N, d) of the link `name`, detached; `backend` is that of `rms_scale`."""
         self.add_scale(name, rms_scale(y, backend=backend), y.shape[0] * y.shape[2])
 
     def add_scale(self, name: str, scale: RMSScale, tokens: int) -> None:
-        """The same from the statistic of a link's Y over `tokens` tokens."""
+        """Add one micro-batch of the link `name` by the mean and σ of its Y over so many tokens."""
         mean, rms = (value.detach() for value in scale)
         self._single[name] = rms
         count = rms.new_full((len(rms), 1), tokens)
@@ -46,22 +52,22 @@ class BatchStatistics:
         self._moments.setdefault(name, []).append(packed)
 
     def add_gate(self, weights: Tensor, norm: Tensor) -> None:
-        """One micro-batch's gate weights (B, S) and norms (B,), detached."""
+        """Add one micro-batch's gate weights (B, S) and root mean squares of M (B,), detached."""
         self._gates.append(torch.cat([weights, norm[:, None]], 1))
 
     def check_again(self, again: BatchStatistics) -> None:
-        """RuntimeError, on a CPU, where a pass that is taken again is not of these images."""
+        """Raise RuntimeError, on a CPU, if gradient checkpointing repeated the pass of another batch."""
         (one,), (other,) = self._gates, again._gates
         if one.device.type == "cpu" and (
             one.shape != other.shape or not one.allclose(other, 1e-3, equal_nan=True)
         ):
             raise RuntimeError(
-                "gradient checkpointing takes another pass of the neck again than its last one; expected one training "
-                "pass before each backward pass, or finished `statistics`"
+                "gradient checkpointing repeats a forward pass of the neck that is not its last one; expected one "
+                "training pass before each backward pass, or finished `statistics`"
             )
 
     def finish(self) -> None:
-        """Combine what was added, on all ranks."""
+        """Combine the micro-batches of all ranks. Every rank calls this."""
         self._parts = max(len(self._gates), 1) * ranks.place()[1]
         self.finished = True
         if self._parts == 1:
@@ -80,9 +86,15 @@ class BatchStatistics:
     def gate_losses(
         self, weights: Tensor, *, entropy_floor: float, backend: str | None
     ) -> tuple[Tensor, Tensor]:
-        """Entropy and balance loss of the whole batch, where the `current` micro-batch's weights (B, S) are live.
+        """Return L_H and L_B of the whole batch (docs/METHOD.md §4).
 
-        Their gradients, averaged over micro-batches and ranks, are those of the whole batch.
+        Only the `current` micro-batch receives gradients. Averaged over micro-batches and ranks, they are the
+        gradients of the whole batch.
+
+        Args:
+            weights: Gate weights of the current micro-batch, (B, S).
+            entropy_floor: H_min, in nats.
+            backend: Backend of the operator.
         """
         if self._parts > 1:
             assert self._rows is not None
@@ -94,7 +106,7 @@ class BatchStatistics:
 
 
 def _combined(packed: Tensor) -> Tensor:
-    """σ of the union of samples, (…, H), from (parts, …, H, [count, mean, sum of squares]), by Chan's formula."""
+    """Return σ of the union, (…, H), from (parts, …, H, [count, mean, sum of squares]), by Chan's formula."""
     count, mean, squares = packed[..., 0], packed[..., 1:-1], packed[..., -1]
     share = count / count.sum(0)
     whole = (share[..., None] * mean).sum(0)

@@ -1,7 +1,7 @@
-"""The suites of attacks by name: what command line, study files and reports know of them, without torch.
+"""Names and attacks of the suites, for modules that must not import torch.
 
-A new attack of the extended suite is a line here; its objective is in `attacks/objectives.py`, its search, where that
-is new, beside `attacks/square.py`.
+To add an attack to the extended suite, add a line here. Objectives are defined in `attacks/objectives.py`; a new search
+method is a module beside `attacks/square.py`.
 """
 
 from __future__ import annotations
@@ -10,21 +10,13 @@ from typing import NamedTuple
 
 
 class Planned(NamedTuple):
-    """An attack of a suite.
+    """An attack of a suite."""
 
-    Attributes:
-        name: In results.
-        label: In tables and figures.
-        objective: One of `attacks.objectives.OBJECTIVES`.
-        method: One of `attacks.suite.METHODS`.
-        transfer: Crafted on the surrogate and scored on the target.
-    """
-
-    name: str
-    label: str
-    objective: str
-    method: str = "pgd"
-    transfer: bool = False
+    name: str  # name in result files
+    label: str  # name in tables and figures
+    objective: str  # key of `attacks.objectives.OBJECTIVES`
+    method: str = "pgd"  # key of `attacks.suite.METHODS`
+    transfer: bool = False  # whether examples are crafted on the surrogate and scored on the target
 
 
 PAPER = (

@@ -1,4 +1,4 @@
-"""PGD that sets its own step sizes by the progress of the loss: APGD (Croce and Hein, 2020) for any objective."""
+"""APGD: PGD with step sizes that follow the progress of the loss (Croce and Hein, ICML 2020), for any objective."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from srm_model.attacks.problem import Best, attacking, check_count, exceeds
 from srm_model.config import SRMConfig
 
 _DEFAULTS = SRMConfig()
-# The constants of APGD's paper: share of successful steps that keeps the step size, momentum, checkpoints.
+# Constants of the paper: share of successful steps that keeps the step size, momentum, checkpoints.
 _SUCCESS = 0.75
 _MOMENTUM = 0.75
 _FIRST_WINDOW, _WINDOW_SHRINKS, _LEAST_WINDOW = 0.22, 0.03, 0.06
@@ -35,15 +35,15 @@ def apgd_trace(
     generator: torch.Generator | None = None,
     on_step: Callable[[], object] | None = None,
 ) -> PGDTrace:
-    """`pgd` without a step size to choose: it starts at 2·eps and halves where the loss stops making progress.
+    """Maximise an objective by PGD that adapts its step size η, which starts at 2·eps.
 
-    Each step goes along z = P(x + η·direction) with momentum, x ← P(x + 0.75 (z − x) + 0.25 (x − x_before)). At
-    checkpoints, 22 % of the steps in and then in windows that shrink by 3 % of the steps down to 6 %, η is halved
-    and x put back, at rest, to the best point so far where fewer than three quarters of the window's steps raised
-    the loss, or where neither η nor the best loss has changed since the checkpoint before. Loss, η and best point
-    are each image's own, or the batch's for an objective that is defined on the batch.
+    A step is z = P(x + η·direction), then x ← P(x + 0.75 (z − x) + 0.25 (x − x_before)), with the projection P. The
+    first checkpoint comes after 22 % of the steps. Each window between checkpoints is shorter by 3 % of the steps than
+    the one before, down to 6 %. At a checkpoint η is halved and x returns to the best point, without momentum, if fewer
+    than 75 % of the window's steps raised the loss, or if neither η nor the best loss has changed since the last
+    checkpoint. η and the best point are kept per image, or per batch for an objective defined on the batch.
 
-    Arguments, result, errors and promises are those of `pgd`.
+    Arguments, result and errors are those of `pgd`; there is no `step_size`.
     """
     steps, restarts = check_count("steps", steps), check_count("restarts", restarts)
     checks = checkpoints(steps)
@@ -59,9 +59,8 @@ def apgd_trace(
             start, best_direction = 0, direction
             size = torch.full_like(loss, 2 * eps)
             successes = torch.zeros_like(loss)
-            halved = torch.ones_like(
-                loss, dtype=torch.bool
-            )  # so that the first checkpoint looks at successes only
+            # True at the start, so that the first checkpoint depends on successes only.
+            halved = torch.ones_like(loss, dtype=torch.bool)
             best_then = loss
             for step in range(1, steps + 1):
                 ahead = problem.project(torch.addcmul(x, direction, problem.per_image(size)))
@@ -97,10 +96,10 @@ apgd = images_of(apgd_trace)
 
 
 def checkpoints(steps: int) -> frozenset[int]:
-    """The steps after which APGD looks at its progress, counted from 1."""
+    """Return the steps, counted from 1, after which APGD checks its progress."""
     found, share, window = set(), _FIRST_WINDOW, _FIRST_WINDOW
     while share < 1:
-        found.add(math.ceil(share * steps - 1e-9))  # sums of shares are rounded
+        found.add(math.ceil(share * steps - 1e-9))  # allows for the rounding of `share`
         window = max(window - _WINDOW_SHRINKS, _LEAST_WINDOW)
         share += window
     return frozenset(found)

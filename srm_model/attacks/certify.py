@@ -1,4 +1,4 @@
-"""A statistical bound for scalar scores: median smoothing (Chiang et al., 2020, "Detection as Regression")."""
+"""Statistical bounds on scores by median smoothing (Chiang et al., "Detection as Regression", NeurIPS 2020)."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _DEFAULTS = SRMConfig()
 
 @dataclass(frozen=True)
 class Certificate:
-    """What the smoothed score of each image is, and the interval it cannot leave."""
+    """Smoothed scores of images, with bounds."""
 
-    eps: float  # the L2 radius on the whole 3×H×W tensor
-    sigma: float
-    samples: int
-    confidence: float
-    median: list[float]  # of the samples
-    lower: list[float]  # -inf where the samples are too few to bound it
-    upper: list[float]
+    eps: float  # L2 radius on an image's 3×H×W tensor
+    sigma: float  # standard deviation of the noise, per pixel value
+    samples: int  # noisy copies of each image
+    confidence: float  # of each image's interval
+    median: list[float]  # of each image's samples
+    lower: list[float]  # lower bounds; -inf if the samples are too few
+    upper: list[float]  # upper bounds; inf if the samples are too few
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; bounds that are infinite are written as null by `write_json`."""
+        """Return the fields as JSON values. `write_json` writes infinite bounds as null."""
         return dict(vars(self))
 
 
@@ -43,11 +43,10 @@ def smoothed_scores(
     batch_size: int = 32,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Scores of `samples` noisy copies of each image, sorted: (samples, B), on the CPU.
+    """Return sorted scores of noisy copies of each image, (samples, B), on the CPU.
 
-    The function that is smoothed is f(clip(z)) with z Gaussian about the image, standard deviation `sigma` per pixel
-    value: clipping to [0, 1] is part of it, so that the model sees images. `batch_size` copies run at once. The model
-    is left as found; a generator of None is seed 0.
+    The copies are clipped to [0, 1]; clipping is part of the smoothed function. Arguments and errors are as in
+    `certify`.
     """
     check_model(model)
     check_images(images)
@@ -72,7 +71,7 @@ def smoothed_scores(
     broken = int((~found.isfinite()).sum())
     if broken:
         raise ValueError(
-            f"{broken} of {found.numel()} scores of noisy images are not finite: nothing to bound"
+            f"{broken} of {found.numel()} scores of noisy images are not finite; expected finite scores"
         )
     return found.sort(0).values
 
@@ -88,14 +87,28 @@ def certify(
     batch_size: int = 32,
     generator: torch.Generator | None = None,
 ) -> Certificate:
-    """Per image, an interval that the median-smoothed score cannot leave within ‖δ‖₂ ≤ eps.
+    """Bound the median-smoothed score of each image within ‖δ‖₂ ≤ eps.
 
-    images: (B, 3, H, W) float32 in [0, 1]. eps: the actual radius on the whole image tensor.
+    The median at x + δ lies between the quantiles Φ(−eps/σ) and Φ(eps/σ) of the smoothed scores at x. Order statistics
+    of the samples bound these quantiles, each with error (1 − confidence)/2 over the drawn noise. The bounds hold for
+    the smoothed model, not for the given one.
 
-    For any measurable score the quantiles of its smoothed distribution move at most from p to Φ(Φ⁻¹(p) ± eps/σ). So the
-    median at x + δ lies between the quantiles Φ(−eps/σ) and Φ(eps/σ) at x, and order statistics of the samples bound
-    those two, each with error (1 − confidence)/2. The confidence is each image's own, over the drawn noise. The bound
-    is on the smoothed score, which is another model than the one given: nothing is said of f(x) itself.
+    Args:
+        model: Any module that `pgd` accepts. It is left as it was.
+        images: Images (B, 3, H, W) in [0, 1].
+        eps: L2 radius on an image's 3×H×W tensor.
+        sigma: Standard deviation of the Gaussian noise, per pixel value.
+        samples: Noisy copies of each image.
+        confidence: Confidence of each image's interval.
+        batch_size: Copies that run at once.
+        generator: Generator of the noise. Default: seed 0.
+
+    Returns:
+        The median of each image's smoothed scores, and its bounds.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of range, or a score is not finite.
     """
     scores = smoothed_scores(
         model, images, sigma=sigma, samples=samples, batch_size=batch_size, generator=generator
@@ -104,7 +117,7 @@ def certify(
 
 
 def certificate(scores: Tensor, *, eps: float, sigma: float, confidence: float) -> Certificate:
-    """The intervals for one budget from sorted samples (n, B), as `smoothed_scores` returns them."""
+    """Return the bounds for one radius from sorted scores (n, B), as returned by `smoothed_scores`."""
     eps, sigma = check_number("eps", eps), check_number("sigma", sigma)
     confidence = check_number("confidence", confidence)
     if not (math.isfinite(eps) and eps >= 0):
@@ -127,12 +140,13 @@ def certificate(scores: Tensor, *, eps: float, sigma: float, confidence: float) 
 
 
 def order_statistics(count: int, shift: float, confidence: float) -> tuple[int | None, int | None]:
-    """Which of `count` sorted samples (from 1) bound the quantiles Φ(−shift) and Φ(shift); None where none does.
+    """Return which sorted samples, counted from 1, bound the quantiles Φ(−shift) and Φ(shift); None if none does.
 
-    The k-th is above the p-quantile with probability P(Bin(n, p) ≤ k − 1) at most, and below it with P(Bin(n, p) ≥ k)
-    at most: the lower bound is the largest k, the upper one the smallest, at which that is (1 − confidence)/2 or less.
+    The k-th sample is above the p-quantile with probability at most P(Bin(n, p) ≤ k − 1), and below it with probability
+    at most P(Bin(n, p) ≥ k), with n = `count`. The bounds are the largest and the smallest k for which this is at most
+    (1 − confidence)/2.
     """
-    from scipy.stats import binom, norm  # half a second to import, and only needed here
+    from scipy.stats import binom, norm  # imported here because the import takes 0.5 s
 
     error = (1 - confidence) / 2
     places = np.arange(1, count + 1)

@@ -1,4 +1,4 @@
-"""Attacked images as files: clean, attacked, and their difference made visible."""
+"""Write attacked images as files: clean, attacked, and the magnified difference."""
 
 from __future__ import annotations
 
@@ -16,12 +16,18 @@ _MAX_MAGNIFICATION = 1000
 
 
 def save_examples(result: SuiteResult, folder: str | Path) -> list[dict[str, Any]]:
-    """Write `result.examples` to `folder` as PNG files and `examples.json`; returns what the latter holds.
+    """Write the examples of a result as PNG files and `examples.json`.
 
-    Each entry gives name, mos, clean_score, adversarial_score, attack, the file names clean, attacked and
-    difference (relative to the folder), and magnification: the difference picture is mid-grey plus so many
-    times the change, chosen so that 99.9 % of its values fit. The scores belong to the float images; the
-    pictures are rounded to 8 bits.
+    The scores belong to the float images; the files are rounded to 8 bits.
+
+    Args:
+        result: Result of `Suite.run` with `keep` above 0.
+        folder: Folder of the files.
+
+    Returns:
+        The entries of `examples.json`: name, mos, clean_score, adversarial_score, attack, the file names clean,
+        attacked and difference, relative to the folder, and magnification. A difference file is mid-grey plus
+        magnification times the change, so that 99.9 % of the values fit.
     """
     folder = Path(folder)
     entries = []
@@ -53,9 +59,9 @@ def save_examples(result: SuiteResult, folder: str | Path) -> list[dict[str, Any
 
 
 def _magnification(change: np.ndarray) -> int:
-    """The largest whole factor that keeps 99.9 % of the changes within half the range; 1 if nothing changed."""
+    """Return the largest whole factor that keeps 99.9 % of the changes within half the range."""
     largest = float(np.quantile(np.abs(change), 0.999))
-    # 1e-4: images are fp32, so a change of exactly 0.01 comes out a little above it.
+    # 0.5001 allows for the rounding of fp32 images, where a change of 0.01 may be slightly larger.
     return max(1, min(_MAX_MAGNIFICATION, int(0.5001 / largest))) if largest > 0 else 1
 
 

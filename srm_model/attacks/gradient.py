@@ -1,4 +1,4 @@
-"""FGSM and PGD on a regressor of image quality, docs/METHOD.md §6 (article section 3.8.4)."""
+"""FGSM and PGD (docs/METHOD.md §6)."""
 
 from __future__ import annotations
 
@@ -30,19 +30,17 @@ _P = ParamSpec("_P")
 
 
 class PGDTrace(NamedTuple):
-    """What `pgd_trace`, `apgd_trace` or `square_trace` found, and what happened on the way."""
+    """Result of `pgd_trace`, `apgd_trace` or `square_trace`."""
 
-    images: Tensor  # (B, 3, H, W), the kept iterates
-    loss: Tensor  # their losses: (B,), or 0-d for an objective defined on the batch
-    losses: Tensor  # of every iterate, random start first: (restarts, steps + 1, B) or (restarts, steps + 1)
-    # Shares of the gradients (one per image, step and restart) that were zero everywhere, and that had a NaN or
-    # infinite element, which counts as zero.
-    zero_gradients: float
-    nonfinite_gradients: float
+    images: Tensor  # best iterates, (B, 3, H, W)
+    loss: Tensor  # their losses, (B,), or 0-d for an objective defined on the batch
+    losses: Tensor  # of all iterates, start first: (restarts, steps + 1, B) or (restarts, steps + 1)
+    zero_gradients: float  # share of gradients (one per image, step and restart) that were zero
+    nonfinite_gradients: float  # share with a NaN or infinite element, which counts as zero
 
 
 def images_of(trace: Callable[_P, PGDTrace]) -> Callable[_P, Tensor]:
-    """The attack that returns the attacked images alone, of one that tells what happened: one signature for both."""
+    """Make an attack that returns only images from one that returns a trace. Both have the same signature."""
 
     @functools.wraps(trace)
     def attack(*args: _P.args, **kwargs: _P.kwargs) -> Tensor:
@@ -57,10 +55,9 @@ def images_of(trace: Callable[_P, PGDTrace]) -> Callable[_P, Tensor]:
 
 
 def _warn_without_gradients(share: float) -> None:
-    """Warn where every gradient was zero or not finite: the attack then searched nothing."""
     if share >= 1:
         warnings.warn(
-            "every gradient was zero or not finite, so the attack followed none: its result is no evidence of "
+            "every gradient was zero or not finite, so the attack made no progress; its result is no evidence of "
             "robustness",
             stacklevel=3,
         )
@@ -77,16 +74,18 @@ def fgsm(
     eot: int = 1,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """One step of size `eps` from the images along the gradient's sign ("linf") or its direction ("l2").
+    """Attack by one step of size `eps` along the sign ("linf") or the direction ("l2") of the gradient.
 
-    Arguments, result, errors and promises are those of `pgd`. An objective whose gradient is zero at the
-    images themselves (`Drift`) is a ValueError.
+    Arguments, result and errors are those of `pgd`.
+
+    Raises:
+        ValueError: As `pgd`, or the objective's gradient is zero at the clean images (`Drift`).
     """
     check_objective(objective)
     if getattr(objective, "flat_at_clean", False):
         raise ValueError(
-            f"{type(objective).__name__} has zero gradient at the clean images, where FGSM takes its step: "
-            "use pgd, which starts elsewhere"
+            f"{type(objective).__name__} has zero gradient at the clean images, where FGSM takes its step; "
+            "use pgd, which starts from another point"
         )
     with attacking(model, images, mos, objective, norm, eps, eot, generator) as problem:
         loss, direction = problem.ascend(problem.images)
@@ -112,32 +111,39 @@ def pgd_trace(
     generator: torch.Generator | None = None,
     on_step: Callable[[], object] | None = None,
 ) -> PGDTrace:
-    """Projected gradient ascent on `objective` within ‖x' − x‖ ≤ eps and [0, 1], from random starts.
+    """Maximise an objective by projected gradient ascent within ‖x' − x‖ ≤ eps and [0, 1] (docs/METHOD.md §6).
 
-    model: any module from (B, 3, H, W) in [0, 1] to scores (B,) or (B, 1). It runs on its own device, in
-        evaluation mode and fp32, and is left exactly as found; so are all global random generators.
-    images: (B, 3, H, W) float32 in [0, 1] (float64 for a float64 model). mos: (B,), finite.
-    objective: `(scores, mos, clean_scores)` → losses (B,) or one 0-d loss of the batch, maximised.
-    eps: radius, per image: largest change of a pixel value ("linf", at most 1) or Euclidean norm on the whole
-        3×H×W tensor ("l2"). It is the actual radius here; `Suite` scales its L2 budgets by the image's size.
-        Rounding never takes an image out of the ball or out of [0, 1].
-    step_size: None is 2.5·eps/steps along the sign ("linf") or 4·eps/steps along each image's normalised
-        gradient ("l2").
-    restarts: each from its own start, uniform in the ball.
-    restart_batch: so many of them run at once, as one large batch, from the same starts as one after another: the
-        same attack for a model whose score of an image does not depend on its batch, but for rounding. None runs
-        all, and half as many wherever a GPU's memory does not suffice.
-    eot: forward passes whose gradients and losses each step averages; above 1 for stochastic models.
-    generator: for the starts and the model's own randomness; None is seed 0.
-    on_step: called after each step of each restart.
+    The model runs on its own device, in evaluation mode and fp32. It and all global random generators are left exactly
+    as they were. `pgd` returns the images, `pgd_trace` a `PGDTrace`.
 
-    Returns the best iterate over all steps and restarts, starts included, per image or, where the objective is
-    defined on the batch, per batch; same shape, dtype and device as `images`. `pgd_trace` takes the same arguments
-    and returns a `PGDTrace`: these images, and what happened on the way. A NaN loss counts as the best there is: a
-    model that can be driven to NaN is broken, and its correlations become NaN rather than flattering.
+    Args:
+        model: Any module from images (B, 3, H, W) in [0, 1] to scores (B,) or (B, 1).
+        images: Images (B, 3, H, W) in [0, 1], float32, or float64 for a float64 model.
+        mos: Normalised MOS, (B,).
+        objective: The objective to maximise, a callable from `(scores, mos, clean_scores)` to losses (B,) or one 0-d
+            loss of the batch.
+        norm: "linf", the largest change of a pixel value, or "l2", the Euclidean norm of an image's 3×H×W tensor.
+        eps: Radius for each image. Rounding never moves an image out of the ball or out of [0, 1]. `Suite` scales L2
+            budgets by the image's size; this function does not.
+        steps: Steps of each restart.
+        step_size: Size of a step along the sign ("linf") or the normalised gradient ("l2"). Default: 2.5·eps/steps
+            ("linf") or 4·eps/steps ("l2").
+        restarts: Number of restarts, each from a point drawn uniformly from the ball.
+        restart_batch: Number of restarts that run at once as one batch, from the same starts. The result is the same
+            up to rounding if a score does not depend on the rest of its batch. None runs all at once, or fewer if a
+            GPU runs out of memory.
+        eot: Forward passes whose gradients and losses each step averages; more than 1 for stochastic models.
+        generator: Generator of the starts and of the model's randomness. Default: seed 0.
+        on_step: Called after each step of each restart.
 
-    Raises ValueError or TypeError, in one sentence, for arguments that are none of the above, and for a model whose
-    scores of the images as they are are not finite.
+    Returns:
+        The best iterates over all steps and restarts, starts included, in the shape, dtype and device of `images`.
+        They are chosen per image, or per batch for an objective defined on the batch. A NaN loss counts as the
+        highest, so that a model that an attack drives to NaN does not look robust.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of range, or a score of the clean images is not finite.
     """
     steps, restarts = check_count("steps", steps), check_count("restarts", restarts)
     with attacking(model, images, mos, objective, norm, eps, eot, generator) as problem:
@@ -173,10 +179,17 @@ pgd = images_of(pgd_trace)
 def run_restarts(
     problem: Problem, climb: Callable[[int, Best], Tensor], restarts: int, restart_batch: int | None
 ) -> tuple[Best, Tensor]:
-    """The best points over all restarts, and the losses of all, (restarts, iterates, …).
+    """Run all restarts of an attack.
 
-    `climb(copies, best)` runs so many restarts at once, offers its points to `best`, and returns the losses
-    (copies, iterates, …).
+    Args:
+        problem: The problem to solve.
+        climb: `climb(copies, best)` runs `copies` restarts at once, offers its points to `best` and returns the losses
+            (copies, iterates, …).
+        restarts: Number of restarts.
+        restart_batch: As in `pgd`.
+
+    Returns:
+        The best points over all restarts, and the losses of all, (restarts, iterates, …).
     """
     if restart_batch is not None:
         restart_batch = check_count("restart_batch", restart_batch)
@@ -203,17 +216,15 @@ def run_restarts(
 
 
 def trace_of(images: Tensor, problem: Problem, kept: Best, losses: Tensor, *, gradients: int) -> PGDTrace:
-    """What was kept, as the caller's images are, with shares of the gradients that were taken (NaN of none)."""
+    """Return the result of an attack that computed so many `gradients`; their shares are NaN if it computed none."""
     problem.check_losses(losses)
-    return PGDTrace(
-        like(images, kept.points),
-        kept.loss[0],
-        losses,
-        float(problem.zero_gradients) / gradients if gradients else math.nan,
-        float(problem.nonfinite_gradients) / gradients if gradients else math.nan,
+    zero, nonfinite = (
+        float(count) / gradients if gradients else math.nan
+        for count in (problem.zero_gradients, problem.nonfinite_gradients)
     )
+    return PGDTrace(like(images, kept.points), kept.loss[0], losses, zero, nonfinite)
 
 
 def default_step_size(norm: str, eps: float, steps: int, config: SRMConfig = _DEFAULTS) -> float:
-    """2.5·eps/steps for "linf" and 4·eps/steps for "l2", docs/METHOD.md §6."""
+    """Return the step size of docs/METHOD.md §6."""
     return norm_of(norm).step_of(config) * eps / steps

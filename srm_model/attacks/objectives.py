@@ -1,11 +1,11 @@
-"""What an attack maximises: callables `(scores, mos, clean_scores)` on one batch, docs/METHOD.md §6.
+"""Objectives that attacks maximise (docs/METHOD.md §6).
 
-`scores` (B,) are the model's on the attacked images and carry the gradient; `mos` (B,) is the normalised human
-score; `clean_scores` (B,) are the model's on the images as they were, without gradient. A result of shape (B,)
-is a loss per image, and the attack keeps each image's best iterate; a 0-d result is a loss of the whole batch,
-and the attack keeps the batch's best iterate. Any such callable serves as an objective. Two optional attributes
-are read: `flat_at_clean` (zero gradient at the images themselves, so no FGSM) and `uses_clean_scores` (False
-saves a forward pass; `clean_scores` is then NaN).
+An objective is any callable `(scores, mos, clean_scores)`: scores (B,) of the attacked images, with gradient,
+normalised MOS (B,), and scores (B,) of the clean images. It returns a loss per image, (B,), or one 0-d loss of the
+batch. The attack keeps the best iterate per image or per batch, accordingly.
+
+Two attributes are optional: `flat_at_clean` (the gradient is zero at the clean images, so FGSM is refused) and
+`uses_clean_scores` (False saves a forward pass; `clean_scores` is then NaN).
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ _DEFAULTS = SRMConfig()
 
 
 class Objective(Protocol):
+    """Callable from scores, normalised MOS and clean scores, each (B,), to losses (B,) or one 0-d loss."""
+
     def __call__(self, scores: Tensor, mos: Tensor, clean_scores: Tensor, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class MSE:
-    """(f(x') − y)² per image: push the score away from the human one."""
+    """(f(x') − y)² per image: move the score away from the MOS."""
 
     name: ClassVar[str] = "mse"
     batch_defined: ClassVar[bool] = False
@@ -41,9 +43,9 @@ class MSE:
 
 @dataclass(frozen=True)
 class Drift:
-    """(f(x') − f(x))² per image: move the score, whatever the human one.
+    """(f(x') − f(x))² per image: move the score, independently of the MOS.
 
-    Its gradient is zero at x itself, so `fgsm` refuses it; `pgd` starts elsewhere.
+    Its gradient is zero at x, so `fgsm` refuses it. `pgd` starts from another point.
     """
 
     name: ClassVar[str] = "drift"
@@ -56,13 +58,12 @@ class Drift:
 
 @dataclass(frozen=True)
 class Signed:
-    """sign · f(x') per image: raise the score (+1) or lower it (−1), whatever the human one.
+    """sign · f(x') per image: raise or lower the score.
 
-    What a cheat or a saboteur wants, and the signed form of `MSE` and of `Drift`, which take whichever side is the
-    easier for each image: with one side given, all three grow with the score.
+    `MSE` and `Drift` may move each image's score in either direction; this objective fixes the direction.
     """
 
-    sign: int
+    sign: int  # +1 to raise the score, −1 to lower it
 
     batch_defined: ClassVar[bool] = False
     uses_clean_scores: ClassVar[bool] = False
@@ -81,13 +82,13 @@ class Signed:
 
 @dataclass(frozen=True)
 class SoftSpearman:
-    """Minus the correlation of soft ranks with the ranks of MOS: a list-wise attack on SROCC itself.
+    """Negative correlation of soft ranks with the ranks of MOS, a smooth form of SROCC; one loss per batch.
 
-    The soft rank of image a is Σ_b sigmoid((f(x'_a) − f(x'_b)) / T), which tends to its rank for T → 0. One loss
-    for the batch, between −1 and 1; 0 where all MOS of the batch are equal.
+    The soft rank of image a is Σ_b sigmoid((f(x'_a) − f(x'_b)) / T), which tends to its rank for T → 0. The loss is in
+    [−1, 1], and 0 if all MOS of the batch are equal.
     """
 
-    temperature: float = _DEFAULTS.pair_temperature
+    temperature: float = _DEFAULTS.pair_temperature  # T
 
     name: ClassVar[str] = "soft_spearman"
     batch_defined: ClassVar[bool] = True
@@ -99,7 +100,7 @@ class SoftSpearman:
 
     def __call__(self, scores: Tensor, mos: Tensor, clean_scores: Tensor) -> Tensor:
         soft = torch.sigmoid((scores[:, None] - scores[None, :]) / self.temperature).sum(1)
-        ranks = (torch.sign(mos[:, None] - mos[None, :]).sum(1)).to(scores.dtype)  # ties share their mean
+        ranks = (torch.sign(mos[:, None] - mos[None, :]).sum(1)).to(scores.dtype)  # ties take their mean rank
         soft, ranks = soft - soft.mean(), ranks - ranks.mean()
         floor = torch.finfo(scores.dtype).eps
         return -(soft * ranks).sum() / (soft.square().sum() * ranks.square().sum() + floor).sqrt()
@@ -107,13 +108,13 @@ class SoftSpearman:
 
 @dataclass(frozen=True)
 class PairInversion:
-    """Mean over pairs with y_a − y_b > margin of log(1 + exp(−(f(x'_a) − f(x'_b)) / T)): reverse the ranking.
+    """Mean of log(1 + exp(−(f(x'_a) − f(x'_b)) / T)) over pairs with y_a − y_b > margin; one loss per batch.
 
-    One loss for the batch, article equation (32); 0 if no pair differs by more than the margin.
+    It inverts the ranking (article, eq. 32). The loss is 0 if there is no such pair.
     """
 
-    margin: float = _DEFAULTS.pair_margin
-    temperature: float = _DEFAULTS.pair_temperature
+    margin: float = _DEFAULTS.pair_margin  # least difference of normalised MOS
+    temperature: float = _DEFAULTS.pair_temperature  # T
 
     name: ClassVar[str] = "pair_inversion"
     batch_defined: ClassVar[bool] = True

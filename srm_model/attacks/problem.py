@@ -1,4 +1,4 @@
-"""What every attack stands on: one batch, the ball around it, and the loss that is to grow inside."""
+"""The optimisation problem of an attack: a batch, the ball around it, and the loss to maximise."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import numbers
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -24,22 +25,22 @@ from srm_model.attacks.guard import (
 from srm_model.attacks.objectives import Objective
 from srm_model.norms import Norm, check_radius, norm_of
 
-_BACKWARD_EXPONENT = 8  # of the loss's gradient in the scores: room for models that run in fp16 inside
+_BACKWARD_EXPONENT = 8  # scale of the scores' gradient, for models that run in fp16 inside
 
 
 class NoGradientError(ValueError):
-    """The scores do not depend on the images as far as autograd can see."""
+    """The scores carry no gradient to the images."""
 
 
 def check_budget(norm: str, eps: float) -> float:
-    """`eps` as a Python float, a radius that the norm allows; TypeError or ValueError."""
+    """Return `eps` as a Python float; raise TypeError or ValueError if the norm does not accept this radius."""
     found, radius = norm_of(norm), check_number("eps", eps)
     check_radius(found, eps)
     return radius
 
 
 def parse_budget(text: str) -> float:
-    """A decimal number or a fraction such as 4/255 or 0.5/255; ValueError."""
+    """Parse a decimal number or a fraction such as 4/255 or 0.5/255; raise ValueError for other text."""
     above, slash, below = text.partition("/")
     try:
         return float(Fraction(above) / Fraction(below if slash else 1))
@@ -48,23 +49,24 @@ def parse_budget(text: str) -> float:
 
 
 def check_number(name: str, value: float) -> float:
-    """`value` as a Python float: any real number, NumPy's included; else a TypeError."""
+    """Return a real number, such as a NumPy scalar, as a Python float; raise TypeError for others."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}={value!r}: expected a number")
     return float(value)
 
 
 def check_objective(objective: Objective) -> None:
+    """Raise TypeError unless the objective is callable and not a class."""
     if isinstance(objective, type) or not callable(objective):
         given = f"the class {objective.__name__}" if isinstance(objective, type) else repr(objective)
         raise TypeError(
-            f"objective is {given}: expected a callable (scores, mos, clean_scores) such as MSE(), Drift() or "
+            f"objective is {given}; expected a callable (scores, mos, clean_scores) such as MSE(), Drift() or "
             "PairInversion()"
         )
 
 
 def check_count(name: str, value: int, least: int = 1) -> int:
-    """`value` as a Python int of at least `least`: any integer, NumPy's included; TypeError or ValueError."""
+    """Return an integer of at least `least` as a Python int; raise TypeError or ValueError for others."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}={value!r}: expected an integer")
     if value < least:
@@ -83,79 +85,68 @@ def attacking(
     eot: int,
     generator: torch.Generator | None,
 ) -> Iterator[Problem]:
-    """Check the arguments and pose the problem, with the model as `as_found` has it."""
+    """Check the arguments of an attack and yield its `Problem`, with the model in the state of `as_found`."""
     check_model(model)
     check_images(images)
     check_objective(objective)
     eps, eot = check_budget(norm, eps), check_count("eot", eot)
     if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator of type {type(generator).__name__}: expected a torch.Generator or None")
+        raise TypeError(f"generator is a {type(generator).__name__}; expected a torch.Generator or None")
     mos = _numbers(mos)
     if mos.shape != (len(images),):
         raise ValueError(
-            f"mos of shape {tuple(mos.shape)} for {len(images)} images: expected one value per image"
+            f"mos has shape {tuple(mos.shape)} for {len(images)} images; expected one value per image"
         )
     if not mos.isfinite().all():
-        raise ValueError("mos holds a value that is not finite: expected one finite value per image")
+        raise ValueError("mos holds a value that is not finite; expected one finite value per image")
     if generator is None:
         generator = torch.Generator().manual_seed(0)
     seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
-    # Of values alone: gradients of the caller's end here, and what comes back requires none.
     images, mos = to_model(model, images.detach()), mos.detach()
     with as_found(model, images, seed=seed):
-        # Clones, because tensors made under an outer inference_mode could not be saved for backward.
-        yield Problem(
-            model,
-            images.clone(),
-            mos.to(images.device).clone(),
-            objective,
-            norm_of(norm),
-            eps,
-            eot,
-            generator,
-        )
+        # Tensors that were made under an outer inference_mode cannot be saved for backward, so clone them.
+        images, mos = images.clone(), mos.to(images.device).clone()
+        yield Problem(model, images, mos, objective, norm_of(norm), eps, eot, generator)
 
 
+@dataclass(eq=False)
 class Problem:
-    """One batch under attack: the ball around it, the loss on it and the direction in which the loss grows.
+    """One batch under attack.
 
-    Points are `n` copies of the batch, (n·B, 3, H, W), one copy per restart that is run at once; losses are
-    (n, B), or (n,) for an objective that is defined on the batch: it then sees each copy as a batch of its own.
+    Points are n copies of the batch, (n·B, 3, H, W), one per restart that runs at once. Losses are (n, B), or (n,) for
+    an objective that is defined on the batch.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        images: Tensor,
-        mos: Tensor,
-        objective: Objective,
-        norm: Norm,
-        eps: float,
-        eot: int,
-        generator: torch.Generator,
-    ) -> None:
-        self.model, self.images, self.mos, self.objective = model, images, mos, objective
-        self.norm, self.eps, self.eot, self.generator = norm, eps, eot, generator
+    model: nn.Module
+    images: Tensor  # clean, (B, 3, H, W), on the model's device
+    mos: Tensor  # normalised, (B,)
+    objective: Objective
+    norm: Norm
+    eps: float  # radius of the ball
+    eot: int  # passes over which losses and gradients are averaged
+    generator: torch.Generator  # of the random starts
+
+    def __post_init__(self) -> None:
         self.zero_gradients: int | Tensor = 0
         self.nonfinite_gradients: int | Tensor = 0
-        self._project = norm.projection(images, eps)
-        if getattr(objective, "uses_clean_scores", True):
-            with torch.no_grad():
-                self.clean_scores = torch.stack([scores_of(model, images) for _ in range(eot)]).mean(0)
+        self._project = self.norm.projection(self.images, self.eps)
+        if getattr(self.objective, "uses_clean_scores", True):
+            self.clean_scores = self.scores(self.images).mean(0)
             check_finite(self.clean_scores)
         else:
-            self.clean_scores = images.new_full((len(images),), math.nan)
+            self.clean_scores = self.images.new_full((len(self.images),), math.nan)
 
     def check_losses(self, losses: Tensor) -> None:
-        """A model that is not finite anywhere may be so on the images themselves, which no attack can make worse.
+        """Raise ValueError if an image has no finite loss because its clean score is not finite.
 
-        losses: of every iterate, (…, B) or (…,); the model is asked again only where an image has no finite one.
+        Args:
+            losses: Losses of all iterates, (restarts, iterates, B) or (restarts, iterates).
         """
         if not losses.isfinite().flatten(0, 1).any(0).all():
             check_finite(self.scores(self.images).mean(0))
 
     def random_starts(self, copies: int = 1) -> Tensor:
-        """Points drawn uniformly from the ball, then clipped to [0, 1]; drawn copy by copy."""
+        """Draw points uniformly from the ball, copy by copy, and clip them to [0, 1]."""
         starts = [self._random_start() for _ in range(copies)]
         return starts[0] if copies == 1 else torch.cat(starts)
 
@@ -166,54 +157,49 @@ class Problem:
         return self.project(self.images + noise.to(self.images.device))
 
     def project(self, x: Tensor) -> Tensor:
-        """Points of the ball that lie in [0, 1], as near as the norm's projection takes them."""
+        """Project points to the ball and to [0, 1]."""
         return self._project(x.unflatten(0, (-1, len(self.images)))).flatten(0, 1)
 
     def per_image(self, values: Tensor) -> Tensor:
-        """Values as losses have them, (n, B) or (n,), as factors of points: (n·B, 1, 1, 1)."""
+        """Reshape values with the shape of losses, (n, B) or (n,), to factors of points, (n·B, 1, 1, 1)."""
         spread = values.reshape(len(values), -1).expand(-1, len(self.images))
         return spread.reshape(-1, 1, 1, 1).to(self.images.dtype)
 
     def choose(self, where: Tensor, points: Tensor, others: Tensor) -> Tensor:
-        """`torch.where` for finite points, with `where` shaped as losses are; less than half its time on a CPU."""
+        """Select points as `torch.where`, with `where` in the shape of losses; twice as fast on a CPU."""
         return torch.lerp(others, points, self.per_image(where))  # exact for weights 0 and 1
 
     def loss(self, x: Tensor) -> Tensor:
-        """The objective at x, averaged over `eot` passes: (n, B) or (n,)."""
+        """Return the objective at x, averaged over `eot` passes, (n, B) or (n,)."""
         return self.loss_of(self.scores(x))
 
     def scores(self, x: Tensor) -> Tensor:
-        """The model's scores at x in `eot` passes, without gradient: (eot, n·B)."""
+        """Return the model's scores at x in `eot` passes, without gradient, (eot, n·B)."""
         with torch.no_grad():
             return torch.stack([scores_of(self.model, x) for _ in range(self.eot)])
 
     def loss_of(self, scores: Tensor) -> Tensor:
-        """The objective at scores (eot, n·B), averaged over the passes: (n, B) or (n,)."""
+        """Return the objective at scores (eot, n·B), averaged over the passes, (n, B) or (n,)."""
         return torch.stack([self._judge(sample) for sample in scores]).mean(0)
 
     def ascend(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The objective at x and, from the same passes, the direction of steepest ascent in the norm."""
+        """Return the objective at x and the direction of steepest ascent in the norm, from the same passes."""
         x = x.detach().requires_grad_()
         losses: list[Tensor] = []
         gradient = None
         scale = None
         for _ in range(self.eot):
-            scores = scores_of(self.model, x)
-            if not scores.requires_grad:
-                raise NoGradientError(
-                    "the model's scores carry no gradient to the images: a gradient attack needs a differentiable "
-                    "model"
-                )
+            scores = differentiable_scores(self.model, x)
             loss = self._judge(scores)
             losses.append(loss.detach())
             pull = _gradient(loss, scores)
             if pull is None:
                 continue
-            # A power of two, the same for every pass, changes no direction and keeps fp16 from underflowing.
+            # The same power of two for every pass prevents underflow in fp16 and changes no direction.
             scale = _power_of_two(pull) if scale is None else scale
             sample = gradient_of(scores, x, pull * scale)
             if sample is not None:
-                # A sum serves as well as a mean: only its direction is used.
+                # Only the direction is used, so the mean is not needed.
                 gradient = sample if gradient is None else gradient + sample
         if gradient is None:
             gradient = torch.zeros_like(x, requires_grad=False)
@@ -225,11 +211,10 @@ class Problem:
         for copy in scores.unflatten(0, (-1, size)):
             loss = self.objective(copy, self.mos, self.clean_scores)
             if not isinstance(loss, Tensor) or loss.shape not in ((size,), ()):
-                shape = (
-                    f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-                )
+                tensor = isinstance(loss, Tensor)
+                given = f"shape {tuple(loss.shape)}" if tensor else f"a {type(loss).__name__}"
                 raise ValueError(
-                    f"the objective returned {shape}: expected losses of shape ({size},) or one 0-d loss"
+                    f"the objective returned {given}; expected losses of shape ({size},) or one 0-d loss"
                 )
             losses.append(loss)
         return torch.stack(losses)
@@ -243,7 +228,7 @@ class Problem:
 
 
 class Best:
-    """The points of the highest loss so far, per image or per batch as the loss is, for each copy."""
+    """The points with the highest loss so far, per copy and per image, or per batch if the loss is."""
 
     points: Tensor
     loss: Tensor
@@ -253,7 +238,7 @@ class Best:
         self._empty = True
 
     def offer(self, points: Tensor, loss: Tensor) -> Tensor:
-        """Take what is better, NaN being the best there is; returns where, shaped as the loss."""
+        """Keep the points with a higher loss; return which, in the shape of the loss. NaN counts as highest."""
         if self._empty:
             self.points, self.loss, self._empty = points, loss, False
             return torch.ones_like(loss, dtype=torch.bool)
@@ -263,20 +248,30 @@ class Best:
         return better
 
     def offer_copies(self, other: Best) -> None:
-        """Take the other's copies one by one, as if they had been run one after another."""
+        """Offer the copies of another `Best` one by one, as if they had run one after another."""
         copies = other.points.unflatten(0, (len(other.loss), -1))
         for points, loss in zip(copies, other.loss, strict=True):
             self.offer(points, loss[None])
 
 
 def exceeds(loss: Tensor, before: Tensor) -> Tensor:
-    """Where a loss is higher; a NaN is higher than any number, and no higher than a NaN."""
+    """Return where a loss is higher. NaN is higher than any number."""
     return (loss > before) | (loss.isnan() & ~before.isnan())
 
 
 def like(images: Tensor, adversarial: Tensor) -> Tensor:
-    """The result as the caller's images are: their device, contiguous."""
+    """Return the result contiguous and on the device of the caller's images."""
     return adversarial.to(images.device).contiguous()
+
+
+def differentiable_scores(model: nn.Module, images: Tensor) -> Tensor:
+    """Return scores (B,) of images that require a gradient; raise NoGradientError if the scores carry none."""
+    scores = scores_of(model, images)
+    if not scores.requires_grad:
+        raise NoGradientError(
+            "the model's scores carry no gradient to the images; a gradient attack needs a differentiable model"
+        )
+    return scores
 
 
 def _numbers(mos: Tensor | Sequence[float]) -> Tensor:
@@ -286,18 +281,18 @@ def _numbers(mos: Tensor | Sequence[float]) -> Tensor:
             return values
     except (TypeError, ValueError, RuntimeError):
         pass
-    raise TypeError(f"mos of type {type(mos).__name__}: expected a tensor or a sequence of numbers") from None
+    raise TypeError(f"mos is a {type(mos).__name__}; expected a tensor or a sequence of numbers") from None
 
 
 def _gradient(loss: Tensor, scores: Tensor) -> Tensor | None:
     if not loss.requires_grad:
         return None
-    # The graph below the scores is walked only once, afterwards.
+    # The model's graph is used only afterwards, by `gradient_of`.
     return torch.autograd.grad(loss.sum(), scores, retain_graph=True, allow_unused=True)[0]
 
 
 def _power_of_two(pull: Tensor) -> Tensor:
-    """What brings the largest finite element to about 2⁸, without waiting for the device."""
+    """Return a factor that brings the largest finite element to about 2⁸, without synchronisation."""
     largest = pull.abs().nan_to_num(nan=0, posinf=0, neginf=0).max()
     return torch.ldexp(
         torch.ones_like(largest), (_BACKWARD_EXPONENT - largest.frexp().exponent).clamp_max(100)

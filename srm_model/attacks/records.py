@@ -1,4 +1,4 @@
-"""What is finished of a run of attacks: a file for each batch, written by the rank that attacks it."""
+"""Results of a run of attacks: one file per batch, written by the rank that attacks it."""
 
 from __future__ import annotations
 
@@ -19,19 +19,26 @@ _PREFIX = "batch-"
 
 @dataclass
 class Batch:
-    """Scores of one batch, clean and by attack, and the attacked images that are to be shown, by row."""
+    """Results of one batch."""
 
-    mos: list[float] = field(default_factory=list)
-    clean: Any = None
-    attacks: dict[str, Any] = field(default_factory=dict)
-    examples: dict[int, Tensor] = field(default_factory=dict)
+    mos: list[float] = field(default_factory=list)  # normalised
+    clean: Any = None  # scores of the clean images
+    attacks: dict[str, Any] = field(default_factory=dict)  # by name
+    examples: dict[int, Tensor] = field(default_factory=dict)  # attacked images to show, by row
 
 
 class Records:
-    """The batches of one run, and the folder, if any, that they are kept in.
+    """The batches of one run, which may be stored in a folder.
 
-    A file holds what its batch depends on beside what came out, so that each is good by itself: one that is missing
-    is a batch that is yet to be attacked. settings: JSON values; a file made with others is a ValueError.
+    Each file holds the results of one batch and the settings that they depend on.
+
+    Args:
+        folder: Folder of the files; None stores nothing.
+        settings: Settings of the run, as JSON values.
+        count: Number of batches.
+
+    Raises:
+        ValueError: A file is damaged or was written with other settings.
     """
 
     def __init__(self, folder: str | Path | None, settings: dict[str, Any], count: int) -> None:
@@ -43,7 +50,7 @@ class Records:
                 self.batches[number] = batch
 
     def save(self, number: int) -> None:
-        """Write a batch as it is now; a kill at any moment leaves this or what was there before."""
+        """Write the current results of a batch, atomically."""
         if self._folder is None:
             return
         from safetensors.torch import save_file
@@ -54,14 +61,14 @@ class Records:
             save_file(tensors, path, {"record": json.dumps(record)})
 
     def share(self, attacks: Iterable[str]) -> list[int]:
-        """Of the batches that lack one of these attacks, those that are dealt to this rank."""
+        """Return this rank's share of the batches that lack one of these attacks."""
         rank, world = ranks.place()
         wanted = set(attacks)
         unfinished = [number for number, batch in enumerate(self.batches) if wanted - batch.attacks.keys()]
         return unfinished[rank::world]
 
     def exchange(self, share: list[int]) -> None:
-        """Take from each rank the batches that it was dealt."""
+        """Exchange the results of all ranks; `share` are the batches of this rank."""
         for found in ranks.gather({number: self.batches[number] for number in share}):
             for number, batch in found.items():
                 self.batches[number] = batch
@@ -85,12 +92,12 @@ class Records:
             batch = Batch(record["mos"], record["clean"], record["attacks"], examples)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError):
             raise ValueError(
-                f"{path}: not a whole record of an attacked batch; remove this file, and its batch is attacked again"
+                f"{path}: not a whole record of an attacked batch; remove this file to attack its batch again"
             ) from None
         for name, value in self._settings.items():
             if settings.get(name) != value:
                 raise ValueError(
-                    f"{path}: made with {name} {settings.get(name)!r}, this run has {value!r}; "
+                    f"{path}: made with {name} {settings.get(name)!r}; this run has {value!r}; "
                     f"name another folder or remove {path.parent}"
                 )
         return batch

@@ -1,4 +1,4 @@
-"""An attack that only asks for scores: random search in squares (Andriushchenko et al., 2020) for any objective."""
+"""Square attack: random search that needs scores only (Andriushchenko et al., ECCV 2020), for any objective."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from srm_model.attacks.problem import Best, Problem, attacking, check_count, che
 from srm_model.config import SRMConfig
 
 _DEFAULTS = SRMConfig()
-# Shares of the query budget after which the squares' area is halved, as in the paper for its 10,000 queries.
+# Shares of the queries after which the squares' area is halved, from the paper's schedule for 10,000 queries.
 _HALVINGS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 
 
@@ -33,18 +33,20 @@ def square_trace(
     generator: torch.Generator | None = None,
     on_step: Callable[[], object] | None = None,
 ) -> PGDTrace:
-    """Raise the objective by asking the model for at most `queries` scores per image, and for no gradient.
+    """Maximise an objective by random search, with at most `queries` scores per image and without gradients.
 
-    A proposal changes one square of each image: for "linf" each channel of it to ±eps; for "l2" it is given a bump
-    of either sign and all the norm that is to be had, taken from another square and from what is unused of the
-    budget. What raises the loss is kept, image by image. For an objective defined on the batch the images are
-    decided one after another, each against those decided before, which costs no further query.
+    A proposal changes one square of each image. For "linf", each channel of the square becomes ±eps. For "l2", the
+    square gets a bump of random sign, with the norm of another square, which becomes zero, and the unused part of the
+    budget. Proposals that raise the loss are kept, per image. For an objective defined on the batch, the images are
+    decided one after another, which needs no further query.
 
-    queries: per image, the clean score included where the objective uses it; each of `eot` passes is one.
-    area: of the first squares, as a share of the image's; halved as the budget is spent.
-    on_step: called after each round of queries.
-    The model need not be differentiable. Other arguments, result, errors and promises are those of `pgd`; the losses
-    of `square_trace` are those of what was kept after each round, (1, rounds, …), and it has no share of gradients.
+    The model need not be differentiable. Arguments that are not listed, the result and errors are those of `pgd`. The
+    losses of `square_trace` are those of the kept images after each round, (1, rounds, …); its gradient shares are NaN.
+
+    Args:
+        queries: Scores per image, including the clean score if the objective uses it. Each of the `eot` passes counts.
+        area: Area of the first squares as a share of the image's. It shrinks with the queries.
+        on_step: Called after each round of queries.
     """
     queries, area = check_count("queries", queries), check_number("area", area)
     if not 0 < area <= 1:
@@ -66,15 +68,15 @@ def square_trace(
             if on_step is not None:
                 on_step()
             proposal = walk.propose(x, number / rounds)
-            asked = problem.scores(proposal)
+            proposed = problem.scores(proposal)
             if loss.ndim > 1:
-                raised = problem.loss_of(asked)
+                raised = problem.loss_of(proposed)
                 better = exceeds(raised, loss)
                 loss = torch.where(better, raised, loss)
-                scores = torch.where(better, asked, scores)
+                scores = torch.where(better, proposed, scores)
                 x = problem.choose(better, proposal, x)
             else:
-                accepted, loss, scores = _decide(problem, scores, asked, loss)
+                accepted, loss, scores = _decide(problem, scores, proposed, loss)
                 x = torch.where(accepted[:, None, None, None], proposal, x)
             losses.append(loss)
         if on_step is not None:
@@ -87,12 +89,14 @@ def square_trace(
 square = images_of(square_trace)
 
 
-def _decide(problem: Problem, scores: Tensor, asked: Tensor, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Which images of a batch take their proposals, decided one by one; the loss and scores that come of it."""
-    accepted = torch.zeros(asked.shape[1], dtype=torch.bool, device=asked.device)
+def _decide(
+    problem: Problem, scores: Tensor, proposed: Tensor, loss: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Accept or reject the proposals of a batch one by one; return what was accepted, the loss and the scores."""
+    accepted = torch.zeros(proposed.shape[1], dtype=torch.bool, device=proposed.device)
     for position in range(len(accepted)):
         tried = scores.clone()
-        tried[:, position] = asked[:, position]
+        tried[:, position] = proposed[:, position]
         raised = problem.loss_of(tried)
         better = exceeds(raised, loss)
         accepted[position] = better[0]
@@ -110,22 +114,22 @@ class _Squares:
         self._on: dict[str, Any] = {"generator": problem.generator, "device": problem.generator.device}
 
     def start(self) -> Tensor:
-        """Vertical stripes of ±eps; for a norm with bumps a board of them that fills the ball."""
+        """Return vertical stripes of ±eps, or a grid of bumps on the sphere for a norm with bumps."""
         images = self.problem.images
         if not self.problem.norm.bumps:
             delta = self._signs(self.batch, self.channels, 1, self.width) * self.problem.eps
             return self.problem.project(images + delta)
         side = max(1, min(self.height, self.width) // 5)
-        signs = self._signs(self.batch, self.channels, -(-self.height // side), -(-self.width // side))
-        tiles = signs.repeat_interleave(side, 2).repeat_interleave(side, 3)
         rows, columns = (-(-extent // side) for extent in (self.height, self.width))
+        signs = self._signs(self.batch, self.channels, rows, columns)
+        tiles = signs.repeat_interleave(side, 2).repeat_interleave(side, 3)
         delta = tiles * self._bump(side).repeat(rows, columns)
         delta = delta[..., : self.height, : self.width]
         length = torch.linalg.vector_norm(delta, dim=(1, 2, 3), keepdim=True)
         return self.problem.project(images + delta * (self.problem.eps / length))
 
     def propose(self, x: Tensor, spent: float) -> Tensor:
-        """One changed square per image; `spent` is the share of the budget that is gone."""
+        """Return images with one changed square each; `spent` is the share of the queries that are used."""
         halvings = sum(spent > share for share in _HALVINGS)
         shorter = min(self.height, self.width)
         side = round(math.sqrt(self.area * 0.5**halvings * self.height * self.width))
@@ -140,7 +144,7 @@ class _Squares:
         return self.problem.project(images + self._moved(x - images, max(side, min(3, shorter))))
 
     def _moved(self, delta: Tensor, side: int) -> Tensor:
-        """The perturbation with a square's norm moved into another, where it becomes a bump of either sign."""
+        """Move the norm of one square of a perturbation to another square, as a bump of random sign."""
         target, source = self._window(side), self._window(side)
         old = delta[target]  # [B, side, side, C]
         spare = (self.problem.eps**2 - delta.square().sum((1, 2, 3))).clamp_min(0) / self.channels  # [B]
@@ -157,7 +161,7 @@ class _Squares:
         return emptied
 
     def _window(self, side: int) -> tuple[Any, ...]:
-        """An index to a square per image, at random places: takes (B, C, H, W) to (B, side, side, C)."""
+        """Return an index of one random square per image, from (B, C, H, W) to (B, side, side, C)."""
         device = self.problem.images.device
         top, left = (
             torch.randint(extent - side + 1, (self.batch, 1, 1), **self._on).to(device)
@@ -168,7 +172,7 @@ class _Squares:
         return place, slice(None), top + reach[:, None], left + reach[None, :]
 
     def _bump(self, side: int) -> Tensor:
-        """Concentric squares that rise towards the middle, of Euclidean norm 1."""
+        """Return concentric squares that rise towards the middle, with Euclidean norm 1."""
         images = self.problem.images
         middle = (side - 1) / 2
         ramp = torch.arange(side, device=images.device, dtype=images.dtype).sub_(middle).abs_()

@@ -1,4 +1,4 @@
-"""Attacks between models, and over steps and budgets, as plain data for tables and figures (docs/METHOD.md §6)."""
+"""Transfer attacks between models, and sweeps over steps and budgets (docs/METHOD.md §6)."""
 
 from __future__ import annotations
 
@@ -7,14 +7,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from srm_model.attacks.objectives import MSE
 from srm_model.attacks.records import Records
-from srm_model.attacks.suite import Attack, Dataset, Job, Suite, fingerprint, settings_of
+from srm_model.attacks.suite import (
+    Attack,
+    Dataset,
+    Job,
+    Suite,
+    correlations,
+    fingerprint,
+    means,
+    settings_of,
+)
 from srm_model.config import SRMConfig
-from srm_model.metrics import LogisticMap, doubts, plcc, srocc
+from srm_model.metrics import LogisticMap, doubts
 from srm_model.norms import norm_of
 
 _DEFAULTS = SRMConfig()
@@ -34,20 +42,28 @@ def transfer(
     limit: int | None = None,
     resume: str | Path | None = None,
 ) -> dict[str, Any]:
-    """PGD-MSE crafted on each model and scored on every model: all directions, each attack crafted once.
+    """Craft PGD-MSE examples on each model and score them on every model.
 
-    models: two or more, by name, any modules that `pgd` accepts; necks, backbones and strangers alike.
-    logistics: the map of each model that its PLCC is taken after; none is plain Pearson.
-    Other arguments, the budget's meaning, seeds, the dealing to ranks and the going on from `resume` are those of
-    `Suite.run`.
+    Arguments that are not listed, ranks and errors are those of `Suite.run`.
 
-    Returns `clean`, srocc, plcc and scores by model, and `pairs`, a list of source, target, srocc, plcc, scores and the
-    shares zero_gradients and nonfinite_gradients of the source's attack, white-box pairs (source = target) included;
-    beside them norm, eps, names, mos and `doubts`, a sentence (and a warning) for each source whose gradients were zero
-    or not finite: its figures may overstate robustness.
+    Args:
+        models: Two or more modules that `pgd` accepts, by name.
+        config: Settings of the attack. Default: `SRMConfig()`.
+        logistics: Logistic map of each model, for PLCC. Default: plain Pearson correlation.
+
+    Returns:
+        A dictionary with the entries norm, eps, names and mos, and
+
+        - `clean`: srocc, plcc and scores by model;
+        - `pairs`: a list of source, target, srocc, plcc, scores, zero_gradients and nonfinite_gradients, including the
+          white-box pairs (source = target);
+        - `doubts`: a warning for each source whose gradients were zero or not finite.
+
+    Raises:
+        ValueError: As `Suite.run`, or there are fewer than two models.
     """
     if len(models) < 2:
-        raise ValueError(f"{len(models)} model: a transfer needs at least two")
+        raise ValueError(f"models has {len(models)} entries; a transfer needs at least two")
     attack = Attack("pgd_mse", MSE())
     jobs = {
         name: Job(
@@ -86,21 +102,8 @@ def transfer(
 
     batches = records.batches
     labels = [value for batch in batches for value in batch.mos]
-
-    def correlations(target: str, parts: list[list[float]]) -> dict[str, Any]:
-        scores = [value for part in parts for value in part]
-        logistic = (logistics or {}).get(target)
-        mapped = scores if logistic is None else logistic(scores)
-        return {"srocc": srocc(scores, labels), "plcc": plcc(mapped, labels), "scores": scores}
-
-    weights = [len(batch.mos) for batch in batches]
-    shares = {
-        source: {
-            kind: float(np.average([batch.attacks[source][kind] for batch in batches], weights=weights))
-            for kind in ("zero_gradients", "nonfinite_gradients")
-        }
-        for source in models
-    }
+    maps = logistics or {}
+    shares = {source: means(batches, source, ("zero_gradients", "nonfinite_gradients")) for source in models}
     found = doubts(shares)
     for doubt in found:
         warnings.warn(doubt, stacklevel=2)
@@ -110,12 +113,17 @@ def transfer(
         "names": first.names,
         "mos": labels,
         "doubts": found,
-        "clean": {name: correlations(name, [batch.clean[name] for batch in batches]) for name in models},
+        "clean": {
+            name: correlations([batch.clean[name] for batch in batches], labels, maps.get(name))
+            for name in models
+        },
         "pairs": [
             {
                 "source": source,
                 "target": target,
-                **correlations(target, [batch.attacks[source]["scores"][target] for batch in batches]),
+                **correlations(
+                    [batch.attacks[source]["scores"][target] for batch in batches], labels, maps.get(target)
+                ),
                 **shares[source],
             }
             for source in models
@@ -134,23 +142,21 @@ def sweep_steps(
     steps: Sequence[int] | None = None,
     **arguments: Any,
 ) -> list[dict[str, Any]]:
-    """`suite.run` at each number of steps, the step size following by its rule; a row for each.
+    """Run a suite with different numbers of steps. The step size follows from each (docs/METHOD.md §6).
 
-    steps: None is the config's `attack_sweep_steps`. `arguments` are further ones of `Suite.run`; under `resume` each
-    row has a folder of its own. A row has steps, eps, clean, attacks (srocc, plcc,
-    loss, zero_gradients and nonfinite_gradients by attack) and worst.
+    Arguments that are not listed are those of `Suite.run`. Under `resume`, each run has its own folder.
+
+    Args:
+        suite: The suite to run.
+        steps: Numbers of steps. Default: `attack_sweep_steps` of the suite's config.
+
+    Returns:
+        A row for each number of steps, with the entries steps, eps, clean, attacks (srocc, plcc, loss, zero_gradients
+        and nonfinite_gradients by attack) and worst.
     """
-    return [
-        _row(
-            Suite(suite.attacks, suite.config.replace(attack_steps=count)),
-            model,
-            dataset,
-            norm,
-            eps,
-            arguments,
-        )
-        for count in (suite.config.attack_sweep_steps if steps is None else steps)
-    ]
+    counts = suite.config.attack_sweep_steps if steps is None else steps
+    suites = [Suite(suite.attacks, suite.config.replace(attack_steps=count)) for count in counts]
+    return [_row(each, model, dataset, norm, eps, arguments) for each in suites]
 
 
 def sweep_eps(
@@ -162,7 +168,16 @@ def sweep_eps(
     eps: Sequence[float] | None = None,
     **arguments: Any,
 ) -> list[dict[str, Any]]:
-    """`suite.run` at each budget, by default all of the config's for that norm; rows as in `sweep_steps`."""
+    """Run a suite with different budgets.
+
+    Arguments that are not listed are those of `sweep_steps`.
+
+    Args:
+        eps: Budgets. Default: those of the suite's config for the norm.
+
+    Returns:
+        A row for each budget, as in `sweep_steps`.
+    """
     if eps is None:
         eps = norm_of(norm).sweep_of(suite.config)
     return [_row(suite, model, dataset, norm, budget, arguments) for budget in eps]

@@ -1,4 +1,4 @@
-"""A fixed set of attacks on a whole data set, and the correlations that are left (docs/METHOD.md §6)."""
+"""Run a set of attacks on a dataset and compute the correlations under attack (docs/METHOD.md §6)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Subset
 from srm_model import ranks
 from srm_model.attacks.auto import apgd_trace
 from srm_model.attacks.gradient import PGDTrace, default_step_size, pgd_trace
-from srm_model.attacks.guard import check_images, check_model, predict
+from srm_model.attacks.guard import check_images, check_model, derived_seed, predict
 from srm_model.attacks.objectives import OBJECTIVES, Objective
 from srm_model.attacks.problem import check_budget, check_count
 from srm_model.attacks.records import Batch, Records
@@ -36,7 +36,7 @@ METHODS = ("pgd", "apgd", "square")
 
 
 class Dataset(Protocol):
-    """`dataset[i]` is (image (3, H, W) float in [0, 1], normalised MOS); `.names` is used where it exists."""
+    """Items are pairs of an image (3, H, W), float in [0, 1], and its normalised MOS. `names` is optional."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> tuple[Tensor, float]: ...
@@ -44,15 +44,12 @@ class Dataset(Protocol):
 
 @dataclass(frozen=True)
 class Attack:
-    """An attack of the suite; with `transfer` it is crafted on the surrogate and scored on the target.
-
-    method: "pgd", "apgd" (step sizes by progress) or "square" (queries only).
-    """
+    """An attack of a suite."""
 
     name: str
     objective: Objective
-    transfer: bool = False
-    method: str = "pgd"
+    transfer: bool = False  # whether examples are crafted on the surrogate and scored on the target
+    method: str = "pgd"  # "pgd", "apgd" or "square"
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -60,11 +57,11 @@ class Attack:
 
 
 class Example(NamedTuple):
-    """One attacked image, to be looked at."""
+    """An attacked image."""
 
-    position: int  # in `SuiteResult.names`
-    clean: Tensor  # (3, H, W) in [0, 1], on the CPU
-    attacked: Tensor
+    position: int  # index in `SuiteResult.names`
+    clean: Tensor  # clean image (3, H, W) in [0, 1], on the CPU
+    attacked: Tensor  # as `clean`
     clean_score: float
     attacked_score: float
     attack: str
@@ -75,46 +72,53 @@ class SuiteResult:
     """Scores and correlations of one model, clean and under each attack, at one norm and budget."""
 
     norm: str
-    eps: float  # as asked for; "l2" budgets are stated at 512×512
-    radius: float  # what each image got: eps, scaled by √(HW)/512 for "l2"
-    steps: int
-    step_size: float
-    restarts: int
-    eot: int  # passes averaged per step and per score; above 1 for a stochastic model
-    batch_size: int
+    eps: float  # the given budget; "l2" budgets are stated at 512×512
+    radius: float  # radius for each image: eps, scaled by √(HW)/512 for "l2"
+    steps: int  # of PGD and APGD
+    step_size: float  # of PGD
+    restarts: int  # of PGD and APGD
+    eot: int  # passes that are averaged per step and per score; more than 1 for stochastic models
+    batch_size: int  # images that are attacked together
     seed: int
     names: list[str]
-    mos: list[float]
-    logistic: dict[str, Any] | None  # the frozen map PLCC is taken after; None: plain Pearson
-    clean: dict[str, Any]  # srocc, plcc, scores
-    attacks: dict[str, dict[str, Any]]  # the same and diagnostics, by attack
-    # srocc, plcc, which attacks they come from, the drops from clean, and `doubts`: a sentence on each attack whose
-    # gradients were zero (more than 1 %) or not finite.
+    mos: list[float]  # normalised
+    logistic: dict[str, Any] | None  # the logistic map before PLCC; None for plain Pearson correlation
+    clean: dict[str, Any]  # entries srocc, plcc and scores of the clean images
+    # By attack: the same, crafted_on, method, and the means loss, zero_gradients and nonfinite_gradients.
+    attacks: dict[str, dict[str, Any]]
+    # Minima srocc and plcc over the attacks, the attacks that they come from, the drops from clean, and `doubts`, a
+    # warning for each attack whose gradients were zero or not finite.
     worst: dict[str, Any]
-    incomplete: list[str]  # attacks of the suite that were left out for want of a surrogate
+    incomplete: list[str]  # attacks of the suite that did not run because they need a surrogate
     examples: list[Example] = field(default_factory=list, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the images, as plain JSON values (undefined correlations are NaN)."""
+        """Return everything but the images as JSON values. Undefined correlations are NaN."""
         values = {name: value for name, value in vars(self).items() if name != "examples"}
         return {**values, "plcc": "plain Pearson" if self.logistic is None else "after the frozen logistic"}
 
 
 class Suite:
-    """A fixed list of attacks with the settings of one `SRMConfig`; `Suite.paper()` is the article's."""
+    """A fixed list of attacks with the settings of one config.
+
+    Args:
+        attacks: Attacks with distinct names.
+        config: Settings of the attacks. Default: `SRMConfig()`.
+
+    Raises:
+        ValueError: There is no attack, or two have the same name.
+    """
 
     def __init__(self, attacks: Sequence[Attack], config: SRMConfig | None = None) -> None:
         self.attacks = tuple(attacks)
         self.config = SRMConfig() if config is None else config
         names = [attack.name for attack in self.attacks]
         if not names or len(set(names)) < len(names) or "clean" in names:
-            raise ValueError(
-                f"attacks named {', '.join(names) or 'nothing'}: expected one or more distinct names"
-            )
+            raise ValueError(f"attacks have the names {names}; expected one or more distinct names")
 
     @classmethod
     def named(cls, name: str, config: SRMConfig | None = None) -> Suite:
-        """A suite of `suites.SUITES`."""
+        """Return a suite of `srm_model.suites.SUITES` by its name."""
         config = SRMConfig() if config is None else config
         planned = SUITES[name]
         return cls(
@@ -123,21 +127,17 @@ class Suite:
 
     @classmethod
     def paper(cls, config: SRMConfig | None = None) -> Suite:
-        """PGD with MSE, drift and pair inversion, and PGD-MSE transferred from a surrogate."""
+        """Return the article's suite: PGD with three objectives, and a transfer attack."""
         return cls.named("paper", config)
 
     @classmethod
     def extended(cls, config: SRMConfig | None = None) -> Suite:
-        """The article's suite, and beyond it what it leaves open.
-
-        PGD that raises every score, that lowers every score, and on a list-wise objective; PGD that sets its own
-        step sizes, per image and per batch; and a search that only asks for scores.
-        """
+        """Return the article's suite with further objectives, APGD and square attack."""
         return cls.named("extended", config)
 
     @classmethod
     def queries(cls, config: SRMConfig | None = None) -> Suite:
-        """Searches that only ask for scores: for models without a gradient, and to compare any models alike."""
+        """Return square attacks only, which need no gradient."""
         return cls.named("queries", config)
 
     def run(
@@ -156,42 +156,43 @@ class Suite:
         limit: int | None = None,
         resume: str | Path | None = None,
     ) -> SuiteResult:
-        """Attack every image of `dataset` with every attack of the suite and correlate what is left with MOS.
+        """Attack every image of a dataset with every attack of the suite.
 
-        model, surrogate: any modules that `pgd` accepts. Without a surrogate the transfer attacks are left out,
-            `incomplete` names them, and the worst case is over those that ran.
-        eps: for "l2" the budget at 512×512, scaled by √(HW)/512 to the images at hand.
-        logistic: map fitted on clean validation scores (`LogisticMap`), applied as it is to clean and attacked
-            scores before PLCC; None gives plain Pearson.
-        batch_size: images attacked together, in the data set's order; it matters to the pair-inversion
-            objective. The last batch may be smaller.
-        seed: of the random starts and of a stochastic model's draws, by batch and attack; the starts are the
-            same for every model.
-        progress: a bar on stderr, one tick a step or query. keep: how many `examples` to return, evenly spaced over
-            the set, each under the attack that moved its score most.
-        limit: attack only so many images, evenly spaced over the set.
-        resume: a folder that holds what is finished, a file for each batch, rewritten after each attack; a later
-            call with the same arguments, on however many ranks, goes on from it and repeats nothing. A file made
-            by other settings, weights or images is a ValueError.
+        Scores are computed on the float images, not on images rounded to 8 bits. A model whose attribute `stochastic`
+        is true is attacked with EOT over `config.eot_samples` passes, and its scores are means of as many passes. A
+        correlation is NaN if the scores are constant or not finite, and NaN counts as the worst result. Attacks with
+        zero or not finite gradients may overstate robustness; each is named in a warning and in `worst["doubts"]`.
 
-        In a torch.distributed process group (`torchrun`) the batches are dealt to the ranks, each writes its own to
-        `resume`, which they share, and every rank returns the whole result, the same to the bit as one process's.
-        Rank 0 shows its own progress.
+        In a torch.distributed process group, the ranks share the batches and the folder `resume`. Every rank returns
+        the whole result, with the same bits as a single process. Rank 0 shows its own progress.
 
-        A model with a true `stochastic` attribute is attacked with EOT over `config.eot_samples` passes, and its
-        scores, clean and attacked alike, are means of as many. Scores are taken on the float images, not on
-        images rounded to 8 bits.
+        Args:
+            model: Any module that `pgd` accepts.
+            dataset: Pairs of image and normalised MOS, by index. All images have one size.
+            norm: "linf" or "l2".
+            eps: Budget. For "l2" it is stated at 512×512 and scaled by √(HW)/512.
+            surrogate: Model on which transfer attacks are crafted. Without it they are left out; `incomplete` names
+                them.
+            logistic: Map fitted on clean validation scores, for PLCC. Default: plain Pearson correlation.
+            batch_size: Images that are attacked together, in the order of the dataset. Objectives that are defined on
+                the batch depend on it.
+            seed: Seed of random starts and of a stochastic model, per batch and attack.
+            progress: Whether to show a progress bar on stderr.
+            keep: Number of `examples` to return, evenly spaced over the dataset, each under the attack that moved its
+                score most.
+            limit: Number of images to attack, evenly spaced over the dataset. Default: all.
+            resume: Folder for the results of finished attacks. A later call with the same arguments, on any number of
+                ranks, continues from them.
 
-        A clean score that is not finite is a ValueError. A correlation is NaN where a model's scores are constant, or
-        no longer finite under attack, and NaN is worse than any number in the worst case: what cannot be measured
-        is not counted as robust. Drops are clean minus worst. Attacks whose gradients were zero or not finite are
-        named in `worst["doubts"]`, and in a warning each: their figures may overstate robustness.
+        Raises:
+            TypeError: An argument has the wrong type.
+            ValueError: An argument is out of range, a clean score is not finite, the images differ in size, or
+                `resume` holds results of other settings, weights or images.
         """
-        config = self.config
         if logistic is not None and not isinstance(logistic, LogisticMap):
-            raise TypeError(f"logistic of type {type(logistic).__name__}: expected a LogisticMap or None")
+            raise TypeError(f"logistic is a {type(logistic).__name__}; expected a LogisticMap or None")
         job = Job(
-            config=config,
+            config=self.config,
             model=model,
             surrogate=surrogate,
             attacks=tuple(attack for attack in self.attacks if surrogate is not None or not attack.transfer),
@@ -217,20 +218,20 @@ class Suite:
 
 @dataclass
 class Job:
-    """The checked arguments of one run, and how a batch of it is loaded, scored and attacked."""
+    """The checked arguments of one run; it loads, scores and attacks batches."""
 
     config: SRMConfig
-    model: nn.Module
-    surrogate: nn.Module | None
-    attacks: tuple[Attack, ...]  # those that can run
-    numbers: dict[str, int]  # place of each attack in the suite, for its seed
-    dataset: Dataset
+    model: nn.Module  # the target
+    surrogate: nn.Module | None  # model on which transfer attacks are crafted
+    attacks: tuple[Attack, ...]  # the attacks that can run
+    numbers: dict[str, int]  # number of each attack in the suite, for its seed
+    dataset: Dataset  # pairs of image and normalised MOS
     norm: str
-    eps: float
-    batch_size: int
+    eps: float  # budget, as in `Suite.run`
+    batch_size: int  # images that are attacked together
     seed: int
-    limit: int | None
-    keep: int = 0
+    limit: int | None  # number of images; None takes all
+    keep: int = 0  # number of examples to keep
 
     def __post_init__(self) -> None:
         self.eps = check_budget(self.norm, self.eps)
@@ -238,7 +239,7 @@ class Job:
         if self.surrogate is not None:
             check_model(self.surrogate)
         if not self.attacks:
-            raise ValueError("every attack of the suite is a transfer attack: expected a surrogate, got None")
+            raise ValueError("surrogate is None; expected a model, because every attack is a transfer attack")
         self.batch_size = check_count("batch_size", self.batch_size, 1)
         self.seed = check_count("seed", self.seed, 0)
         self.keep = check_count("keep", self.keep, 0)
@@ -247,7 +248,7 @@ class Job:
         if self.limit is not None:
             self.limit = check_count("limit", self.limit, 2)
         if count < 2:
-            raise ValueError(f"a data set of {count} images: a correlation needs at least 2")
+            raise ValueError(f"the dataset has {count} images; a correlation needs at least 2")
         self.indices = spread(count, count if self.limit is None else self.limit)
         self.batches = [
             self.indices[start : start + self.batch_size]
@@ -261,57 +262,57 @@ class Job:
         self.step_size = default_step_size(self.norm, self.radius, self.config.attack_steps, self.config)
 
     def work(self, attack: Attack) -> int:
-        """How many steps or rounds of queries an attack on a batch takes."""
+        """Return the number of steps, or of rounds of queries, of an attack on a batch."""
         if attack.method == "square":
-            asked = self.config.attack_queries // self.samples(self.model)
-            return asked - bool(getattr(attack.objective, "uses_clean_scores", True))
+            queries = self.config.attack_queries // self.samples(self.model)
+            return queries - bool(getattr(attack.objective, "uses_clean_scores", True))
         return self.config.attack_restarts * self.config.attack_steps
 
     def samples(self, model: nn.Module) -> int:
+        """Return the number of passes to average for a model."""
         return self.config.eot_samples if is_stochastic(model) else 1
 
     def waiting(self, batch: Batch) -> list[Attack]:
-        """The attacks that a batch still lacks."""
+        """Return the attacks that a batch still lacks."""
         return [attack for attack in self.attacks if attack.name not in batch.attacks]
 
     def shown(self, number: int) -> list[int]:
-        """The rows of a batch that are among the `keep` evenly spaced examples."""
+        """Return the rows of a batch that are examples."""
         places = (divmod(place, self.batch_size) for place in spread(len(self.indices), self.keep))
         return [row for batch, row in places if batch == number]
 
     def load(self, number: int) -> tuple[Tensor, Tensor]:
+        """Return the images (B, 3, H, W) and MOS (B,) of a batch; raise ValueError if the images differ in size."""
         items = [self.item(index) for index in self.batches[number]]
         images = [image for image, _ in items]
         for name, image in zip(self.names[number * self.batch_size :], images, strict=False):
             if image.shape != self.first.shape:
                 raise ValueError(
-                    f"{name} has shape {tuple(image.shape)} and {self.names[0]} {tuple(self.first.shape)}: "
-                    "a suite needs images of one size"
+                    f"{name} has shape {tuple(image.shape)} and {self.names[0]} {tuple(self.first.shape)}; "
+                    "expected images of one size"
                 )
         return torch.stack(images), torch.tensor([mos for _, mos in items], dtype=torch.float64)
 
     def item(self, index: int) -> tuple[Tensor, float]:
-        """An image and its MOS; an item of another form is a TypeError."""
+        """Return an image and its MOS; raise TypeError for an item of another form."""
         found: Any = self.dataset[index]
         if isinstance(found, tuple | list) and len(found) == 2:
             with suppress(TypeError, ValueError, RuntimeError):
                 return torch.as_tensor(found[0]).detach(), float(found[1])
-        held = (
-            f"({', '.join(type(part).__name__ for part in found)})" if isinstance(found, tuple | list) else ""
-        )
+        given = type(found).__name__
+        if isinstance(found, tuple | list):
+            given += f" ({', '.join(type(part).__name__ for part in found)})"
         raise TypeError(
-            f"dataset[{index}] is a {type(found).__name__} {held}".rstrip()
-            + ": expected a pair (image, MOS) of a float tensor (3, H, W) and a number"
+            f"dataset[{index}] is a {given}; expected a pair (image, MOS) of a float tensor (3, H, W) and a number"
         )
 
     def score(self, number: int, images: Tensor) -> list[float]:
-        seed = self._seed(
-            number, 0
-        )  # one for clean and attacked, so that they share a stochastic model's draws
+        """Score a batch; clean and attacked images get the same random numbers."""
+        seed = derived_seed(self.seed, number, 0)
         return predict(self.model, images, samples=self.samples(self.model), seed=seed).tolist()
 
     def clean(self, number: int, images: Tensor) -> list[float]:
-        """Scores of a batch as it is; one that is not finite is a ValueError."""
+        """Score a clean batch; raise ValueError for a score that is not finite."""
         scores = self.score(number, images)
         broken = [
             name
@@ -320,8 +321,8 @@ class Job:
         ]
         if broken:
             raise ValueError(
-                f"the clean scores of {len(broken)} of {len(scores)} images of a batch are not finite, that of "
-                f"{broken[0]} first: a model that is broken already cannot be attacked"
+                f"the clean scores of {len(broken)} of {len(scores)} images of a batch are not finite, first that of "
+                f"{broken[0]}; expected a model with finite scores"
             )
         return scores
 
@@ -333,15 +334,17 @@ class Job:
         mos: Tensor,
         tick: Callable[[], object] | None = None,
     ) -> PGDTrace:
+        """Run an attack on a batch; `tick` is called after each step."""
         model = self.model
         if attack.transfer:
             assert self.surrogate is not None
             model = self.surrogate
+        seed = derived_seed(self.seed, number, self.numbers[attack.name])
         common: dict[str, Any] = {
             "norm": self.norm,
             "eps": self.radius,
             "eot": self.samples(model),
-            "generator": torch.Generator().manual_seed(self._seed(number, self.numbers[attack.name])),
+            "generator": torch.Generator().manual_seed(seed),
             "on_step": tick,
         }
         if attack.method == "square":
@@ -355,10 +358,6 @@ class Job:
         if attack.method == "apgd":
             return apgd_trace(model, images, mos, attack.objective, **common)
         return pgd_trace(model, images, mos, attack.objective, step_size=self.step_size or None, **common)
-
-    def _seed(self, number: int, purpose: int) -> int:
-        sequence = np.random.SeedSequence([self.seed, number, purpose])
-        return int(sequence.generate_state(1, np.uint64)[0] >> 1)
 
 
 def _attack_batch(job: Job, number: int, records: Records, tick: Callable[[], object] | None) -> None:
@@ -381,8 +380,13 @@ def _attack_batch(job: Job, number: int, records: Records, tick: Callable[[], ob
 
 
 def _furthest(batch: Batch, row: int) -> str:
-    """The attack, of those that are finished, that moved an image's score most."""
-    return max(batch.attacks, key=lambda name: _move(batch.attacks[name]["scores"][row], batch.clean[row]))
+    """Return the finished attack that moved an image's score most; a NaN counts as the largest move."""
+
+    def move(name: str) -> float:
+        moved = abs(batch.attacks[name]["scores"][row] - batch.clean[row])
+        return math.inf if math.isnan(moved) else moved
+
+    return max(batch.attacks, key=move)
 
 
 def _examples(job: Job, records: Records) -> list[Example]:
@@ -396,9 +400,22 @@ def _examples(job: Job, records: Records) -> list[Example]:
     return found
 
 
-def _move(score: float, clean: float) -> float:
-    move = abs(score - clean)
-    return math.inf if math.isnan(move) else move
+def correlations(
+    parts: Iterable[list[float]], mos: list[float], logistic: LogisticMap | None
+) -> dict[str, Any]:
+    """Return srocc, plcc and scores of a model whose scores are given in parts."""
+    scores = [score for part in parts for score in part]
+    mapped = scores if logistic is None else logistic(scores)
+    return {"srocc": srocc(scores, mos), "plcc": plcc(mapped, mos), "scores": scores}
+
+
+def means(batches: Sequence[Batch], attack: str, keys: Iterable[str]) -> dict[str, float]:
+    """Return means over the images of values that are stored per batch."""
+    weights = [len(batch.mos) for batch in batches]
+    return {
+        key: float(np.average([batch.attacks[attack][key] for batch in batches], weights=weights))
+        for key in keys
+    }
 
 
 def _result(
@@ -406,26 +423,16 @@ def _result(
 ) -> SuiteResult:
     batches = records.batches
     mos = [value for batch in batches for value in batch.mos]
-
-    def correlations(scores: list[float]) -> dict[str, Any]:
-        mapped = scores if logistic is None else logistic(scores)
-        return {"srocc": srocc(scores, mos), "plcc": plcc(mapped, mos), "scores": scores}
-
-    clean = correlations([score for batch in batches for score in batch.clean])
-    attacked: dict[str, dict[str, Any]] = {}
-    for attack in job.attacks:
-        parts = [batch.attacks[attack.name] for batch in batches]
-        weights = [len(part["scores"]) for part in parts]
-        attacked[attack.name] = {
-            **correlations([score for part in parts for score in part["scores"]]),
+    clean = correlations([batch.clean for batch in batches], mos, logistic)
+    attacked: dict[str, dict[str, Any]] = {
+        attack.name: {
+            **correlations([batch.attacks[attack.name]["scores"] for batch in batches], mos, logistic),
             "crafted_on": "surrogate" if attack.transfer else "model",
             "method": attack.method,
-            # Of the kept iterates, on the model they were crafted on; of no gradients the shares are NaN.
-            **{
-                mean: float(np.average([part[mean] for part in parts], weights=weights))
-                for mean in ("loss", "zero_gradients", "nonfinite_gradients")
-            },
+            **means(batches, attack.name, ("loss", "zero_gradients", "nonfinite_gradients")),
         }
+        for attack in job.attacks
+    }
     worst: dict[str, Any] = {}
     for metric in ("srocc", "plcc"):
         name = min(attacked, key=lambda name: _nan_first(attacked[name][metric]))
@@ -456,15 +463,12 @@ def _result(
 
 
 def check_dataset(dataset: Any) -> None:
-    """Something with a length and items by number; TypeError."""
-    given = type(dataset).__name__
+    """Raise TypeError unless the dataset has a length and items by index."""
     if isinstance(dataset, DataLoader):
-        raise TypeError(
-            "dataset is a DataLoader: expected the data set itself (loader.dataset); batches are made here"
-        )
+        raise TypeError("dataset is a DataLoader; expected the dataset itself (loader.dataset)")
     if isinstance(dataset, Mapping) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise TypeError(
-            f"dataset of type {given}: expected len(dataset) and dataset[i], a pair (image, MOS), for i from 0"
+            f"dataset is a {type(dataset).__name__}; expected len(dataset) and dataset[i], a pair (image, MOS)"
         )
 
 
@@ -473,7 +477,7 @@ def _nan_first(value: float) -> float:
 
 
 def _names(dataset: Any) -> list[str]:
-    """The data set's own names, through a `Subset` too; else the indices."""
+    """Return the names of a dataset, also through a `Subset`; without names, the indices."""
     if isinstance(dataset, Subset):
         names = _names(dataset.dataset)
         return [names[index] for index in dataset.indices]
@@ -481,7 +485,7 @@ def _names(dataset: Any) -> list[str]:
 
 
 def spread(count: int, wanted: int) -> list[int]:
-    """At most `wanted` of `count` positions, evenly spaced and in order."""
+    """Return at most `wanted` of `count` positions, evenly spaced and in ascending order."""
     wanted = min(wanted, count)
     return [(2 * i + 1) * count // (2 * wanted) for i in range(wanted)]
 
@@ -498,7 +502,7 @@ def _bar(shown: bool, total: int, done: int) -> Iterator[Callable[[], object] | 
 
 
 def settings_of(job: Job) -> dict[str, Any]:
-    """What a finished batch depends on, as JSON values."""
+    """Return the settings that a finished batch depends on, as JSON values."""
     images = hashlib.sha256(json.dumps(job.names).encode())
     images.update(str(getattr(job.dataset, "fingerprint", "")).encode())
     images.update(repr(tuple(job.first.shape)).encode() + _bytes(job.first))
@@ -532,7 +536,7 @@ def _describe(attack: Attack) -> str:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of the class, the config where there is one, and the weights and buffers."""
+    """Return a hash of a model's class, config (if it has one), weights and buffers."""
     model = unwrapped(model)
     digest = hashlib.sha256(type(model).__qualname__.encode())
     config = getattr(model, "config", None)

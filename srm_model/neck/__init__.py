@@ -1,4 +1,4 @@
-"""Necks between a backbone's pyramid and a regression head (docs/METHOD.md §1 to 4, article 3.2 to 3.6)."""
+"""Necks between the backbone's pyramid and the regression head (docs/METHOD.md §1 to §4)."""
 
 from __future__ import annotations
 
@@ -13,14 +13,12 @@ from .srm import SRMNeck
 
 
 def make_neck(name: str, in_channels: Sequence[int], config: SRMConfig) -> SRMNeck | PlainNeck:
-    """The neck of a name for maps of these channels, shallowest first."""
+    """Create a neck by its name, for maps of these channels, shallowest first; raise ValueError for an unknown name."""
     check_neck(name)
     attention = NECKS[name].attention
-    return (
-        PlainNeck(in_channels, config)
-        if attention is None
-        else SRMNeck(in_channels, config, attention=attention)
-    )
+    if attention is None:
+        return PlainNeck(in_channels, config)
+    return SRMNeck(in_channels, config, attention=attention)
 
 
 __all__ = ["Link", "NeckOutput", "PlainNeck", "SRMNeck", "link_name", "make_neck"]

@@ -1,4 +1,4 @@
-"""Constants of a fresh neck from its first training batch, LSUV-style (docs/METHOD.md §1.6)."""
+"""Calibration of a new neck on the first training batch (docs/METHOD.md §1.6)."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .links import Link, logits
 if TYPE_CHECKING:
     from .srm import SRMNeck
 
-MOST_LOGITS = 2**28  # at once: 1 GiB in fp32, a batch of 8 at 512×512 by exact attention
+MOST_LOGITS = 2**28  # computed at once; 1 GiB in fp32, enough for 8 images of 512×512 with exact attention
 
 
 @torch.no_grad()
 def calibrate(neck: SRMNeck, pyramid: Sequence[Tensor]) -> None:
-    """Scale the weights of a neck in place, and start M₀; its mode is kept."""
+    """Scale the weights of a neck in place and start M₀. The mode of the neck is kept."""
     c = neck.config
     with evaluating(neck):
         for conv, m in zip(neck.align, pyramid, strict=True):
@@ -32,11 +32,11 @@ def calibrate(neck: SRMNeck, pyramid: Sequence[Tensor]) -> None:
             calibrate_link(neck.link(source, target), aligned[target], aligned[source])
         maps = neck.maps(pyramid, pool_sources=False)
         norm = gated_fusion(maps, neck.gate(maps.unbind(1)), cap=None, backend=c.backend).norm
-        neck.track_norms(norm / neck.root(maps), anew=True)
+        neck.track_norms(norm / neck.root(maps), reset=True)
 
 
 def scale_to_unit(conv: nn.Conv2d, m: Tensor, limit: float) -> None:
-    """Scale the weight until the convolution of this map has RMS 1, within [1/limit, limit]."""
+    """Scale the weight by a factor in [1/limit, limit], so that the convolution of `m` has RMS 1."""
     rms = conv(m).square().mean().sqrt()
     conv.weight.mul_((1 / rms).clamp(1 / limit, limit))
 
@@ -45,9 +45,9 @@ def calibrate_link(link: Link, target: Tensor, source: Tensor) -> None:
     """Scale W_Q until logits over the landmarks have standard deviation 1, W_V until σ = σ_ref, per head."""
     c = link.config
     q, k, v = link.project(target, source)
-    if c.qk_norm != "both":  # else the scale of W_Q does not reach the logits
+    if c.qk_norm != "both":  # otherwise the logits do not depend on the scale of W_Q
         Q, K = normalised_query(q, c.qk_norm), link.attended(k)
-        # In pieces: all logits at once would be quadratic in the resolution, as neither attention is.
+        # In pieces, because the memory of all logits would be quadratic in the resolution.
         some = max(1, MOST_LOGITS // (Q.shape[0] * Q.shape[1] * K.shape[2]))
         spreads = [logits(piece, K).std(-1, correction=0) for piece in Q.split(some, 2)]
         _scale_heads(link, link.query.weight, torch.cat(spreads, 2).mean((0, 2)).reciprocal())

@@ -1,4 +1,4 @@
-"""What a neck does on a batch: figures of its links, its update and its gate (Tables 1 and 2, Figures 3 and 4)."""
+"""Measurements of a neck's links, updates and gate on one batch (article, tables 1 and 2, figures 3 and 4)."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ SHARES = {"median": 0.5, "p90": 0.9}
 
 
 class Measured(NamedTuple):
-    """Figures of one batch."""
+    """Measurements of one batch."""
 
-    links: dict[str, dict[str, Tensor]]  # by link and figure: (B, H), and (H,) for those of τ and σ̄
+    links: dict[str, dict[str, Tensor]]  # values by link and name: (B, H), and (H,) for those of τ and σ̄
     update_ratio: dict[int, float]  # ‖β U‖ / ‖F‖ of the pooled maps, by target stage
     output: NeckOutput
 
@@ -32,7 +32,7 @@ class Measured(NamedTuple):
 def attending(
     neck: SRMNeck, aligned: Mapping[int, Tensor]
 ) -> Iterator[tuple[tuple[int, int], tuple[Link, Tensor, Tensor, Tensor]]]:
-    """Source and target of every acting link; the link, and its Q, K and V of aligned maps (B, C, h, w) by stage."""
+    """Yield (source, target) and (link, Q, K, V) of every acting link, for aligned maps (B, C, h, w) by stage."""
     for source, target in neck.acting:
         link = neck.link(source, target)
         yield (source, target), (link, *link.project(aligned[target], aligned[source]))
@@ -40,7 +40,7 @@ def attending(
 
 @torch.no_grad()
 def measure(neck: SRMNeck, pyramid: Sequence[Tensor]) -> Measured:
-    """Every figure of a neck on one batch, in evaluation mode, sources not pooled."""
+    """Measure a neck on one batch, in evaluation mode and without stochastic pooling."""
     with evaluating(neck):
         aligned = neck.aligned(pyramid)
         links = {link_name(*pair): _figures(*one) for pair, one in attending(neck, aligned)}
@@ -56,7 +56,7 @@ def measure(neck: SRMNeck, pyramid: Sequence[Tensor]) -> Measured:
 def _figures(link: Link, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
     scores = logits(normalised_query(q, link.config.qk_norm), link.attended(k))
     entropy = torch.special.entr(scores.softmax(-1)).sum(-1).mean(-1)
-    # An average of weights that began before σ̄ holds the share `sigma_started` of it.
+    # An average of weights that started before σ̄ holds only the share `sigma_started` of σ̄.
     started = link.sigma_started.clamp(min=torch.finfo(link.sigma.dtype).tiny)
     sigma = link.sigma / started / link.reference_scale
     figures = {
@@ -73,7 +73,7 @@ def _figures(link: Link, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
 
 
 def summary(measured: Measured, stages: int) -> dict[str, Any]:
-    """Figures of one batch of a neck with so many fused stages as plain JSON values, images and heads by quantiles."""
+    """Summarise measurements of a neck with so many fused stages as JSON values: quantiles over images and heads."""
     out = measured.output
     assert out.weights is not None
     assert out.gain is not None
@@ -94,7 +94,7 @@ def summary(measured: Measured, stages: int) -> dict[str, Any]:
 
 
 def quantiles(values: Tensor, shares: Mapping[str, float] = SHARES) -> dict[str, float]:
-    """Entries of sorted values at shares of their number; NaN, which a singular matrix gives, counts as infinite."""
+    """Return quantiles of values by name. NaN, which a singular matrix gives, counts as infinite."""
     ordered = values.double().flatten().nan_to_num(nan=math.inf, posinf=math.inf).sort().values
     last = len(ordered) - 1
     return {name: float(ordered[math.ceil(share * last)]) for name, share in shares.items()}

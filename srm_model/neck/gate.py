@@ -1,4 +1,4 @@
-"""The gate: one logit for each fused stage and image (docs/METHOD.md §4, article 3.6)."""
+"""The gate: one logit per fused stage and image (docs/METHOD.md §4)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .links import DyT
 
 
 class Gate(nn.Module):
-    """One logit per stage and image: linear(GAP(φ_s(P_s))) (docs/METHOD.md §4)."""
+    """Compute one logit per stage and image, linear(GAP(φ_s(P_s))) (docs/METHOD.md §4)."""
 
     def __init__(self, config: SRMConfig) -> None:
         super().__init__()
@@ -38,9 +38,9 @@ class Gate(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """Pooled maps, each (B, C, P, P) → logits (B, S).
+        """Return logits (B, S) of the pooled maps of all stages, each (B, C, P, P).
 
-        Weights are read from plain modules only; adapters and parametrised modules are called.
+        The weights of plain modules are read and passed to operators. Adapters and parametrised modules are called.
         """
         if not all(map(is_plain, self.modules())):
             return self.called(maps)
@@ -50,7 +50,7 @@ class Gate(nn.Module):
         return gate_logits(*self.convolved(hidden.unbind(), 1, weights), readouts, backend=backend)
 
     def called(self, maps: Sequence[Tensor]) -> Tensor:
-        """The logits by calling every module, the readouts in the wide dtype as far as their weights allow."""
+        """Compute the logits by calling every module."""
         logits = []
         for m, stage, readout in zip(maps, self.stages, self.readouts, strict=True):
             hidden = stage(m)
@@ -63,7 +63,7 @@ class Gate(nn.Module):
     def convolved(
         self, maps: Sequence[Tensor], number: int, weights: dict[nn.Conv2d, Tensor] | None = None
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """What the first or second convolution of every stage gives without its bias, and the biases."""
+        """Run convolution 0 or 1 of every stage without its bias; return the outputs and the biases."""
         results, biases = [], []
         for m, stage in zip(maps, cast(Iterable[nn.Sequential], self.stages), strict=True):
             half = len(stage) // 2
@@ -77,7 +77,7 @@ class Gate(nn.Module):
         return results, biases
 
     def _weights(self) -> dict[nn.Conv2d, Tensor]:
-        """Of the convolutions, rounded by one launch; autocast would take one for each."""
+        """Cast the weights of all convolutions by one launch; autocast needs one launch each."""
         convs = [layer for layer in self.stages.modules() if isinstance(layer, nn.Conv2d)]
         weights = [conv.weight for conv in convs]
         return dict(zip(convs, rounded(weights, autocast_dtype(weights[0])), strict=True))

@@ -1,4 +1,4 @@
-"""One link: weights, projections, attention, and τ with its statistic (docs/METHOD.md §1.2, 1.3 and 3)."""
+"""A link: projections, attention, and τ with its statistic (docs/METHOD.md §1.2, §1.3 and §3)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from srm_model.config import SRMConfig
 
 
 class DyT(nn.Module):
-    """Dynamic tanh w ⊙ tanh(αx) + b over channels (docs/METHOD.md §3.4)."""
+    """Dynamic tanh w ⊙ tanh(αx) + b of (…, C), elementwise (docs/METHOD.md §3.4)."""
 
     def __init__(self, channels: int, alpha: float, backend: str | None) -> None:
         super().__init__()
@@ -30,12 +30,11 @@ class DyT(nn.Module):
         return self.alpha, self.weight, self.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, C) → (…, C)."""
         return dyt(x, self.alpha, self.weight, self.bias, backend=self.backend)
 
 
 class Link(nn.Module):
-    """Cross-attention from a source stage's keys to a target stage's queries (docs/METHOD.md §1.2, 1.3 and 3)."""
+    """Cross-attention of a target stage's queries to a source stage's keys (docs/METHOD.md §1.2, §1.3 and §3)."""
 
     sigma: Tensor
     sigma_started: Tensor
@@ -51,7 +50,7 @@ class Link(nn.Module):
         if config.tau:
             self.theta = nn.Parameter(torch.zeros(config.heads))
         self.register_buffer("sigma", torch.zeros(config.heads))  # σ̄, the EMA of σ
-        # 0 or 1; between them in an average of weights that began before σ̄ did. Not a bool, which has no average.
+        # 0 or 1; in between in an average of weights that started before σ̄. A bool cannot be averaged.
         self.register_buffer("sigma_started", torch.zeros(()))
 
     @property
@@ -60,7 +59,7 @@ class Link(nn.Module):
         return math.sqrt(self.config.head_dim)
 
     def project(self, target: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Maps (B, C, h, w) → Q (B, H, N_q, d) and K, V (B, H, N_k, d)."""
+        """Project maps (B, C, h, w) to Q (B, H, N_q, d) and K, V (B, H, N_k, d)."""
         tokens_t, tokens_s = target.flatten(2).mT, source.flatten(2).mT  # (B, N, C)
         if self.config.dyt:
             tokens_t, tokens_s = self.dyt_query(tokens_t), self.dyt_key(tokens_s)
@@ -71,11 +70,11 @@ class Link(nn.Module):
         return q, k, v
 
     def forward(self, target: Tensor, source: Tensor) -> Tensor:
-        """Y (B, H, N_q, d)."""
+        """Return Y (B, H, N_q, d) of the two stages' maps (B, C, h, w)."""
         return self.attend(*self.project(target, source))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Y (B, H, N_q, d)."""
+        """Return Y (B, H, N_q, d) of Q, K and V."""
         c = self.config
         if self.attention == "full":
             return full_attention(q, k, v, qk_norm=c.qk_norm)
@@ -83,14 +82,14 @@ class Link(nn.Module):
         return y
 
     def diagnosed(self, q: Tensor, k: Tensor, v: Tensor, **changes: Any) -> tuple[Tensor, LandmarkSolution]:
-        """Y of the Nyström form and what is known about its systems; `changes` are fields of another config."""
+        """Return Y of Nyström attention and diagnostics of its landmark systems; `changes` are config fields."""
         c = self.config.replace(**changes) if changes else self.config
         options = {**self.key_options(c), "solve_dtype": c.solve_dtype, "diagnostics": True}
         y, solution = nystrom_attention(q, k, v, c.rank, **options)
         return y, solution  # type: ignore[return-value]
 
     def key_options(self, config: SRMConfig | None = None) -> dict[str, Any]:
-        """How landmarks are chosen and their system solved, as the operators take it."""
+        """Return the operators' arguments for the choice of landmarks and the solver."""
         c = config or self.config
         return {
             **self._choice(c),
@@ -105,15 +104,15 @@ class Link(nn.Module):
         }
 
     def landmarks(self, k: Tensor, **changes: Any) -> Tensor:
-        """Indices (B, H, r) of the landmarks among the keys K (B, H, N_k, d)."""
+        """Return indices (B, H, r) of the landmarks among keys K (B, H, N_k, d); `changes` are config fields."""
         c = self.config.replace(**changes) if changes else self.config
         options, backend = self._choice(c), c.backend
         if backend == "triton" and options["method"] not in METHODS_OF_KERNELS:
-            backend = "reference"  # as attention by kernels has it
+            backend = "reference"  # as `nystrom_attention` does
         return select_landmarks(normalised_key(k, c.qk_norm), c.rank, backend=backend, **options)
 
     def _choice(self, c: SRMConfig) -> dict[str, Any]:
-        """Sampling is for training, each time from a fresh seed; evaluation takes the largest scores."""
+        """Return the arguments that choose landmarks; methods that sample do so in training only."""
         method, evaluated, generator = c.landmarks, METHODS[c.landmarks].evaluated, None
         if evaluated is not None:
             if self.training:
@@ -123,7 +122,7 @@ class Link(nn.Module):
         return {"method": method, "gamma": c.gamma, "generator": generator}
 
     def attended(self, k: Tensor) -> Tensor:
-        """K̃, normalised keys: the landmarks, or all of them in exact attention."""
+        """Return the normalised keys that queries attend to: the landmarks K̃, or all keys in exact attention."""
         K = normalised_key(k, self.config.qk_norm)
         if self.attention == "full":
             return K
@@ -131,39 +130,39 @@ class Link(nn.Module):
         return K.gather(-2, index[..., None].expand(*index.shape, K.shape[-1]))
 
     def merge(self, y: Tensor) -> Tensor:
-        """Y, pooled or not, (B, H, N, d) → U (B, N, C): Ŷ = τY, heads merged, times W_O."""
+        """Return U (B, N, C) of Y (B, H, N, d), which may be pooled: Ŷ = τY, heads concatenated, times W_O."""
         if self.config.tau:
             y = (y * self.tau()[:, None, None]).to(y.dtype)
         return self.output(y.transpose(1, 2).flatten(2))
 
     def tau(self) -> Tensor:
-        """τ_h = exp(θ_h), (H,); ones where the rescaler is off."""
+        """Return τ_h = exp(θ_h), (H,); ones if the rescaler is off."""
         return self.theta.exp() if self.config.tau else torch.ones_like(self.sigma)
 
     @torch.no_grad()
     def tracked(self, sigma: Tensor) -> Tensor:
-        """σ̄ after a batch of statistic `sigma` (H,): the first starts it, and what is not finite is left out."""
+        """Return σ̄ after a batch with the statistic σ (H,). Values that are not finite are ignored."""
         sigma = sigma.to(self.sigma.dtype)
         averaged = self.sigma.lerp(sigma, 1 - self.config.ema * self.sigma_started)
         return torch.where(sigma.isfinite(), averaged, self.sigma)
 
     @torch.no_grad()
     def track(self, sigma: Tensor) -> None:
-        """Take a batch's statistic into σ̄."""
+        """Update σ̄ with the statistic σ (H,) of a batch."""
         self.sigma.copy_(self.tracked(sigma))
         self.sigma_started.logical_or_(sigma.isfinite().all())
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if isinstance(started := state_dict.get(f"{prefix}sigma_started"), Tensor):
-            state_dict[f"{prefix}sigma_started"] = started.to(self.sigma_started.dtype)  # a bool in old ones
+            state_dict[f"{prefix}sigma_started"] = started.to(self.sigma_started.dtype)  # earlier: bool
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def logits(Q: Tensor, K: Tensor) -> Tensor:
-    """Q K̃ᵀ s of normalised queries and keys: (B, H, N_q, r or N_k)."""
+    """Return Q K̃ᵀ s of normalised queries and keys, (B, H, N_q, r or N_k)."""
     return Q @ K.mT / math.sqrt(Q.shape[-1])
 
 
 def link_name(source: int, target: int) -> str:
-    """The name of a link among a neck's modules."""
+    """Return the name of a link in the neck's state dict."""
     return f"{source}to{target}"

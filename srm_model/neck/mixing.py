@@ -1,8 +1,7 @@
-"""From a pyramid to the maps that the gate reads: alignment and links (docs/METHOD.md §1.1 to 1.5, article 3.2).
+"""Alignment and links: from a pyramid to the maps that the gate reads (docs/METHOD.md §1.1 to §1.5).
 
-Links run in the pooled form: P̄, their probabilities averaged over the cells of the P×P grid, then P̄ X, which is
-pool(L X), as pooling is linear. Exact attention, blocks in the model's dtype and the full-resolution pyramid have no
-pooled form, nor have weights that adapters or parametrisations stand in front of: these links are called one by one.
+Links run in the pooled form of §1.5 where they can. Exact attention, blocks in the model's dtype, the full-resolution
+pyramid, and weights behind adapters or parametrisations have no pooled form; these links are called one by one.
 """
 
 from __future__ import annotations
@@ -25,19 +24,19 @@ from srm_model.statistics import BatchStatistics
 from .links import Link, link_name
 
 Pair = tuple[int, int]  # source and target stage
-Affine = tuple[Tensor, Tensor]  # A and a
+Affine = tuple[Tensor, Tensor]  # weight A (C, C_s) and bias a (C,) of an alignment
 
 
 class Step(nn.Module):
-    """A step of the pooled form as a module, so that hooks see it. Its input is a call: no weight passes a hook."""
+    """A step of the pooled form as a module, so that hooks see it. Its input is a callable without arguments."""
 
     def forward(self, call: Callable[[], Any]) -> Any:
-        """What the call gives."""
+        """Return the result of `call`."""
         return call()
 
 
 def align_sources(maps: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
-    """A F (B, C, h, w) of sources, a left to the key sides: one product each, however F is laid out."""
+    """Return A F (B, C, h, w) of each source. `key_sides` adds the bias a."""
     products = [A.expand(m.shape[0], -1, -1) @ m.flatten(2) for m, A in zip(maps, weights, strict=True)]
     return [product.unflatten(-1, m.shape[2:]) for product, m in zip(products, maps, strict=True)]
 
@@ -45,13 +44,13 @@ def align_sources(maps: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Ten
 def key_sides(
     sources: Mapping[int, Tensor], affine: Mapping[int, Affine], links: Mapping[Pair, Link], c: SRMConfig
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """K̃ and X (B, H, r, d) of every link from A F and a of its source; those of one source take one launch together.
+    """Return K̃ and X (B, H, r, d) of every link, from A F (B, C, h, w) and a of its source.
 
-    Where landmarks are sampled, every link draws its own.
+    Links of one source share their launches.
     """
     groups = [[pair for pair in links if pair[0] == source] for source in sources]
     if METHODS[c.landmarks].evaluated is not None:
-        groups = [[pair] for pair in links]
+        groups = [[pair] for pair in links]  # each link samples its own landmarks
     sides: dict[Pair, tuple[Tensor, Tensor]] = {}
     for pairs in filter(None, groups):
         group, source = [links[pair] for pair in pairs], pairs[0][0]
@@ -88,36 +87,36 @@ class Mixer(nn.Module):
 
     @property
     def acting(self) -> list[Pair]:
-        """Links into a stage that is fused; the others reach nothing but the pyramid."""
+        """Links into fused stages; the other links only change the pyramid."""
         return [pair for pair in self.config.links if pair[1] in self.config.fused_stages]
 
     def link(self, source: int, target: int) -> Link:
-        """The link between two stages."""
+        """Return the link between two stages."""
         return cast(Link, self.links[link_name(source, target)])
 
     def aligned(self, pyramid: Sequence[Tensor], *, every: bool = False) -> dict[int, Tensor]:
-        """Maps (B, C_s, h, w) → those that links or the gate read, or `every` one, by stage, (B, C, h, w)."""
+        """Align maps (B, C_s, h, w) to (B, C, h, w), by stage: those that links or the gate read, or `every` map."""
         used = {*self.config.fused_stages, *(stage for pair in self.config.links for stage in pair)}
         return {
             stage: self.align[stage - 1](pyramid[stage - 1]) for stage in STAGES if every or stage in used
         }
 
     def pooled(self, m: Tensor) -> Tensor:
-        """(B, C, h, w) → (B, C, P, P)."""
+        """Average a map (B, C, h, w) to (B, C, P, P)."""
         P = self.config.pool_size
-        # What is traced must not ask: a program of any size would be one of all sizes but P.
-        there = not torch.compiler.is_compiling() and m.shape[-2:] == (P, P)
-        return m if there else F.adaptive_avg_pool2d(m, P)
+        # Do not compare shapes while tracing: a program for dynamic sizes would exclude the size P.
+        same = not torch.compiler.is_compiling() and m.shape[-2:] == (P, P)
+        return m if same else F.adaptive_avg_pool2d(m, P)
 
     def pools(self, pyramid: Sequence[Tensor]) -> bool:
-        """Whether links take the pooled form for maps like these."""
+        """Return whether links take the pooled form for maps like these."""
         c = self.config
         if self.attention != "nystrom" or c.solve_dtype != "fp32" or not self.acting:
             return False
         read = [self.align, *(self.link(*pair) for pair in self.acting)]
         if not all(is_plain(part) for one in read for part in one.modules()):
-            return False  # weights are read there, and adapters and parametrised modules have to be called
-        like = pyramid[0].new_empty(0, dtype=autocast_dtype(pyramid[0]))  # as they will be read
+            return False  # the pooled form reads weights; adapters and parametrised modules must be called
+        like = pyramid[0].new_empty(0, dtype=autocast_dtype(pyramid[0]))
         counts = [pyramid[source - 1][0, 0].numel() for source, _ in self.acting]
         held = c.channels if c.dyt or c.qk_norm == "both" else 0
         return serves_pooled_links(like, c.head_dim, c.rank, counts, c.pool_size, held, backend=c.backend)
@@ -125,9 +124,12 @@ class Mixer(nn.Module):
     def maps(
         self, pyramid: Sequence[Tensor], statistics: BatchStatistics | None = None, pool_sources: bool = True
     ) -> Tensor:
-        """Updated maps of the fused stages, pooled, (B, S, C, P, P); σ of every link goes to `statistics`.
+        """Return the updated maps of the fused stages, pooled, (B, S, C, P, P).
 
-        pool_sources: whether sources are 2×2 mean-pooled at random where the config has it.
+        Args:
+            pyramid: Four maps (B, C_s, h, w), shallowest first.
+            statistics: Where to add σ of every link, unless it is finished.
+            pool_sources: Whether to apply stochastic pooling (docs/METHOD.md §1.8) if the config enables it.
         """
         if self.pools(pyramid):
             return self._pooled_form(pyramid, statistics, pool_sources)
@@ -138,13 +140,12 @@ class Mixer(nn.Module):
     def whole(
         self, pyramid: Sequence[Tensor], statistics: BatchStatistics | None = None
     ) -> dict[int, Tensor]:
-        """All four updated maps (B, C, h, w) by stage, at full resolution."""
+        """Return all four updated maps (B, C, h, w) by stage, at full resolution."""
         return self._called(self.aligned(pyramid, every=True), statistics, pool_sources=True, pooled=False)
 
     def _pooled_form(
         self, pyramid: Sequence[Tensor], statistics: BatchStatistics | None, pool_sources: bool
     ) -> Tensor:
-        """Sources are aligned whole, targets read where they are."""
         c, dtype = self.config, autocast_dtype(pyramid[0])
         sources = sorted({source for source, _ in c.links})
         read = sorted({*sources, *c.fused_stages})
@@ -155,7 +156,7 @@ class Mixer(nn.Module):
         betas = [self._beta(target) for _, target in links]
         dyt = [link.dyt_query.tensors for link in links.values()] if c.dyt else None
         thetas = [link.theta for link in links.values()] if c.tau else None
-        with no_autocast(pyramid[:1]):  # operators choose their own precision
+        with no_autocast(pyramid[:1]):  # the operators choose their own precision
             taken = rounded([*(pyramid[s - 1] for s in read), *(affine[s][0] for s in sources)], dtype)
             maps = dict(zip(read, taken, strict=False))
             step: Callable[..., Any] = partial(
@@ -183,7 +184,7 @@ class Mixer(nn.Module):
     def _called(
         self, aligned: dict[int, Tensor], given: BatchStatistics | None, pool_sources: bool, *, pooled: bool
     ) -> dict[int, Tensor]:
-        """F_t + β_t fold(Σ U), at full resolution, or of the fused stages pooled to P×P before τ and W_O."""
+        """Return F_t + β_t fold(Σ U) by stage: all at full resolution, or the fused ones pooled to P×P."""
         sources = self._pool_sources({stage: aligned[stage] for stage, _ in self.config.links}, pool_sources)
         P, updates = self.config.pool_size, dict[int, Tensor]()
         for source, target in self.acting if pooled else self.config.links:
@@ -202,7 +203,7 @@ class Mixer(nn.Module):
         return aligned | {t: aligned[t] + self._beta(t) * update for t, update in updates.items()}
 
     def _pool_sources(self, sources: dict[int, Tensor], allowed: bool) -> dict[int, Tensor]:
-        """Each 2×2 mean-pooled with probability p where that is on."""
+        """Apply stochastic pooling (docs/METHOD.md §1.8)."""
         p, on = self.config.kv_pool_prob, self.training or self.config.kv_pool_eval
         for stage in sorted(sources) if allowed and p > 0 and on else ():
             if float(torch.rand(())) < p:
@@ -215,5 +216,5 @@ class Mixer(nn.Module):
         return conv.weight.flatten(1), conv.bias
 
     def _beta(self, target: int) -> Tensor:
-        """β of a stage as a scalar, which leaves the dtype of a map as it is; stored with an axis, which FSDP needs."""
+        """Return β as a scalar, which does not promote a map's dtype. It is stored with an axis, which FSDP needs."""
         return cast(Tensor, self.beta[str(target)]).reshape(())

@@ -1,4 +1,4 @@
-"""What every neck hands to the head, and the neck that mixes nothing."""
+"""The output of every neck, and the neck `none`."""
 
 from __future__ import annotations
 
@@ -16,18 +16,23 @@ from .calibration import scale_to_unit
 
 
 class NeckOutput(NamedTuple):
-    """What a neck hands to the head, and what it knows about itself."""
+    """Output of a neck. Values of the gate are None for a neck without one."""
 
-    fused: Tensor  # (B, C, P, P)
-    weights: Tensor | None  # (B, S) gate weights; None without a gate
-    gain: Tensor | None  # (B,) γ
-    norm: Tensor | None  # (B,) ‖M‖_F before the cap
-    losses: dict[str, Tensor]  # unweighted scalars "tau", "entropy", "balance"
-    pyramid: list[Tensor] | None  # four updated maps (B, C, h_s, w_s), on request
+    fused: Tensor  # (B, C, P, P), for the head
+    weights: Tensor | None  # (B, S), of the gate
+    gain: Tensor | None  # γ, (B,)
+    norm: Tensor | None  # ‖M‖_F before the cap, (B,)
+    losses: dict[str, Tensor]  # unweighted scalars "tau", "entropy" and "balance"
+    pyramid: list[Tensor] | None  # four updated maps (B, C, h_s, w_s), or None if they were not requested
 
 
 class PlainNeck(nn.Module):
-    """No neck: the deepest stage, aligned and pooled, goes to the head. The baseline `none`."""
+    """The baseline `none`: the deepest map, aligned and pooled.
+
+    Args:
+        in_channels: Channels of the four maps, shallowest first.
+        config: Constants of the model.
+    """
 
     stochastic = False
 
@@ -38,19 +43,19 @@ class PlainNeck(nn.Module):
         nn.init.zeros_(self.align.bias)  # type: ignore[arg-type]
 
     def forward(self, pyramid: Sequence[Tensor], *, statistics: BatchStatistics | None = None) -> NeckOutput:
-        """Four maps → the last one as `fused` (B, C, P, P); there are no statistics to keep."""
+        """Return the last of four maps as `fused`, (B, C, P, P). `statistics` stays as it is."""
         fused = F.adaptive_avg_pool2d(self.align(pyramid[-1]), self.config.pool_size)
         losses = {name: fused.new_zeros(()) for name in ("tau", "entropy", "balance")}
         return NeckOutput(fused, None, None, None, losses, None)
 
     @torch.no_grad()
     def calibrate(self, pyramid: Sequence[Tensor]) -> None:
-        """Scale the align weight until its map has RMS 1, as in `SRMNeck`."""
+        """Scale the alignment weight until its map has RMS 1, as in `SRMNeck`."""
         scale_to_unit(self.align, pyramid[-1], self.config.calibration_range)
 
     def clamp_(self) -> None:
-        """Nothing to keep in range."""
+        """Do nothing; this neck has no τ."""
 
     def diagnose(self, pyramid: Sequence[Tensor]) -> dict[str, Any]:
-        """Nothing to report."""
+        """Return nothing; this neck has no diagnostics."""
         return {}

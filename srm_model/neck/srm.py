@@ -1,4 +1,4 @@
-"""The Spectral Robustness Mixer: mixing, gate and their statistics (docs/METHOD.md §1, article 3.2)."""
+"""The Spectral Robustness Mixer: links, gate and their statistics (docs/METHOD.md §1 to §4)."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ from .plain import NeckOutput
 
 ATTENTIONS = ("nystrom", "full")
 TAU_FLOOR = 1e-6
-# M₀ before it is started: a cap that no map reaches. It is finite, so that an average of weights can begin with it:
-# above half of it, M₀ counts as not started.
+# M₀ before its first batch: a cap that no map reaches. It is finite, so that an average of weights may start with it.
+# M₀ counts as started below half of this value.
 UNSTARTED = 1024.0
 
-_asked = WeakTensorKeyDictionary()  # the M₀ of necks that were asked whether they are calibrated
+_asked = WeakTensorKeyDictionary()  # M₀ of the necks that `_warn_once` has checked
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _warn_once(m0: Tensor) -> None:
-    """`torch.compile` calls this with the buffer itself, and puts no trace of it into the program."""
+    # torch.compile calls this function while tracing, with the buffer itself, and does not add it to the program.
     if m0 in _asked or m0.is_meta or (m0.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
     _asked[m0] = True
     if not _started(m0):
         warnings.warn(
-            "the neck was never calibrated, or is an average of weights that was begun before: its attention may be "
-            "close to uniform, and its gain cap is off; call `calibrate` on the first training batch, or load trained "
-            "weights",
+            "the neck was never calibrated, or is an average of weights that started before calibration: its "
+            "attention may be almost uniform, and its gain cap is off; call `calibrate` on the first training batch, "
+            "or load trained weights",
             stacklevel=4,
         )
 
@@ -52,15 +52,19 @@ def _started(m0: Tensor) -> bool:
 
 
 class SRMNeck(Mixer):
-    """Deep-to-shallow Nyström mixing, scale control and the gain-capped gate (docs/METHOD.md §1 to 4).
+    """Spectral Robustness Mixer: deep-to-shallow cross-attention and a gain-capped gate (docs/METHOD.md §1 to §4).
 
-    in_channels: channels of the four maps, shallowest first. config: every switch and constant.
-    attention: "nystrom", or "full" for the quadratic baseline with the same schedule.
-    Raises ValueError for anything else, or a config whose links name a stage that is not there.
+    Args:
+        in_channels: Channels of the four maps, shallowest first.
+        config: Constants of the neck.
+        attention: "nystrom", or "full" for exact attention, the quadratic baseline.
+
+    Raises:
+        ValueError: `in_channels` has not four entries, or `attention` is unknown.
     """
 
-    median_rms: Tensor
-    _prepared = False  # calibrated, or filled with weights that were
+    median_rms: Tensor  # M₀
+    _prepared = False  # whether it was calibrated or has loaded calibrated weights
 
     def __init__(self, in_channels: Sequence[int], config: SRMConfig, *, attention: str = "nystrom") -> None:
         if len(in_channels) != len(STAGES):
@@ -71,9 +75,8 @@ class SRMNeck(Mixer):
             raise ValueError(f"attention={attention!r}: expected one of {', '.join(map(repr, ATTENTIONS))}")
         super().__init__(in_channels, config, attention)
         self.gate = Gate(config)
-        # M₀, the EMA of the batch median of M's root mean square.
         self.register_buffer("median_rms", torch.full((), UNSTARTED))
-        self._last: BatchStatistics | None = None  # of the last training pass, which autograd may take again
+        self._last: BatchStatistics | None = None  # of the last training pass, which checkpointing may repeat
 
     @property
     def stochastic(self) -> bool:
@@ -82,31 +85,31 @@ class SRMNeck(Mixer):
 
     @property
     def calibrated(self) -> bool:
-        """Whether `calibrate`, or a training batch without it, has started M₀; waits for the device."""
+        """Whether `calibrate` or a training batch has started M₀. Synchronises with the device."""
         return _started(self.median_rms)
 
     def warn_uncalibrated(self) -> None:
-        """Warn where `calibrated` is false, asked once of each neck, by torch.compile when it traces one.
+        """Warn if the neck is not calibrated. Each neck is checked once.
 
-        Not while a program is exported or a CUDA graph is captured, nor on meta.
+        Nothing is checked during export or the capture of a CUDA graph, or on the meta device.
         """
         tracing = torch.compiler.is_compiling()
         if tracing and (exporting() or not torch.compiler.is_dynamo_compiling()):
             return
-        # A program is shared by necks that only their buffers tell apart: this attribute it is guarded by.
+        # Necks that differ only in their buffers share a compiled program; this attribute is one of its guards.
         if not (tracing and self._prepared):
             _warn_once(self.median_rms)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if isinstance(median := state_dict.get(f"{prefix}median_rms"), Tensor):
-            # Earlier versions saved infinity for "not started", of which averages made NaN.
+            # Earlier versions stored infinity for "not started", which becomes NaN in an average.
             median = median.nan_to_num(nan=UNSTARTED, posinf=UNSTARTED)
             state_dict[f"{prefix}median_rms"] = median
             self._prepared = not median.is_meta and _started(median)
         for target in self.beta:
             name = f"{prefix}beta.{target}"
             if name in state_dict and state_dict[name].dim() == 0:
-                state_dict[name] = state_dict[name].reshape(1)  # earlier versions stored it without an axis
+                state_dict[name] = state_dict[name].reshape(1)  # earlier versions stored a scalar
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(
@@ -116,21 +119,27 @@ class SRMNeck(Mixer):
         return_pyramid: bool = False,
         statistics: BatchStatistics | None = None,
     ) -> NeckOutput:
-        """Four maps (B, C_s, h_s, w_s), shallowest first → `NeckOutput`.
+        """Mix and fuse a pyramid.
 
-        Unless the full-resolution pyramid is asked for, landmark probabilities are pooled before X, τ and W_O
-        (exact attention's updates before τ and W_O), as pooling is linear.
+        In training, σ̄ and M₀ are updated with the batch over all ranks of a process group, so every rank must call
+        this. The losses are those of the whole batch: averaged over ranks, as by `DistributedDataParallel`, their
+        gradients are its gradients.
 
-        In training σ̄ and M₀ take in the batch, over all ranks of a process group, and the losses are those of the
-        whole batch: their gradients, averaged over ranks as `DistributedDataParallel` does, are its gradients. Every
-        rank must then call this. `statistics` is for a batch cut into micro-batches: an unfinished one is added to
-        and its losses mean nothing, with a finished one the losses are the whole batch's, averaged over micro-batches
-        too; σ̄ and M₀ change by `track` alone.
+        With gradient checkpointing around the neck, the repeated pass changes no buffer and uses the M₀ and σ̄ of the
+        last training pass. Pass a finished `statistics` if several training passes come before one backward pass, or
+        if the neck is compiled. Checkpointing around the backbone alone needs nothing.
 
-        Inside gradient checkpointing the pass that autograd takes again changes no buffer, and finds M₀ and σ̄ as the
-        last training pass found them. A finished `statistics` is therefore needed where several training passes come
-        before one backward pass (on a CPU a RuntimeError says so), and with `torch.compile` around the neck or
-        around both: what is compiled cannot tell its passes apart. A checkpointed backbone before it needs nothing.
+        Args:
+            pyramid: Four maps (B, C_s, h_s, w_s), shallowest first.
+            return_pyramid: Whether to return the updated maps at full resolution too. This takes more memory.
+            statistics: Statistics of a batch that is cut into micro-batches. If unfinished, this micro-batch is added
+                and the losses have no meaning. If finished, the losses are those of the whole batch when averaged
+                over micro-batches and ranks. In both cases only `track` updates σ̄ and M₀.
+
+        Raises:
+            TypeError: A map has another dtype than the neck, without autocast.
+            ValueError: The maps have wrong shapes or devices, or, on a CPU, values that are not finite.
+            RuntimeError: On a CPU, gradient checkpointing repeats a pass that is not the last one.
         """
         self.check(pyramid)
         given, earlier = statistics is not None, None
@@ -154,14 +163,19 @@ class SRMNeck(Mixer):
 
     @torch.no_grad()
     def track(self, statistics: BatchStatistics) -> None:
-        """Take the finished statistics of a whole batch into σ̄ and M₀."""
+        """Update σ̄ and M₀ with the finished statistics of a batch."""
         for name, sigma in statistics.sigma.items():
             cast(Link, self.links[name]).track(sigma)
         assert statistics.norms is not None
         self.track_norms(statistics.norms)
 
     def check(self, pyramid: Sequence[Tensor]) -> None:
-        """Raise ValueError or TypeError for a pyramid that the neck does not take; on the CPU for a NaN too."""
+        """Check shapes, device and dtype of a pyramid, and on a CPU whether its values are finite.
+
+        Raises:
+            TypeError: A map has another dtype than the neck, without autocast.
+            ValueError: The neck cannot take these maps.
+        """
         if len(pyramid) != len(STAGES):
             raise ValueError(f"pyramid has {len(pyramid)} maps; expected {len(STAGES)}")
         for stage, (m, conv) in enumerate(zip(pyramid, self.align, strict=True), 1):
@@ -172,10 +186,9 @@ class SRMNeck(Mixer):
             if m.shape[0] != pyramid[0].shape[0]:
                 raise ValueError(f"stage {stage} has {m.shape[0]} images and stage 1 {pyramid[0].shape[0]}")
             check_like(f"stage {stage}", m, cast(nn.Conv2d, conv).weight)
-            # Where Python may not ask, a NaN reaches its own image's score and no other.
-            # One pass over the map: NaN and infinities show in its extremes.
-            asked = not torch.compiler.is_compiling() and may_ask(m)
-            if asked and not all(map(math.isfinite, m.detach().aminmax())):
+            # Without this check, a NaN changes the score of its own image only.
+            readable = not torch.compiler.is_compiling() and may_ask(m)
+            if readable and not all(map(math.isfinite, m.detach().aminmax())):
                 raise ValueError(f"stage {stage} holds NaN or infinite values; expected finite maps")
 
     def fuse(
@@ -187,10 +200,14 @@ class SRMNeck(Mixer):
         finish: bool = True,
         earlier: BatchStatistics | None = None,
     ) -> NeckOutput:
-        """Updated maps (B, S, C, P, P) → what the gate makes of them, and the losses.
+        """Fuse maps by the gate and compute the losses.
 
-        statistics: of the batch, finished here where `finish`. earlier: what this pass found the first time, where it
-        is taken again.
+        Args:
+            maps: Updated, pooled maps, (B, S, C, P, P).
+            pyramid: Updated maps at full resolution, for the output.
+            statistics: Statistics of the batch, to which unfinished ones are added.
+            finish: Whether to finish `statistics`.
+            earlier: Statistics of the first pass, if gradient checkpointing repeats it.
         """
         c = self.config
         fusion = gated_fusion(
@@ -218,7 +235,7 @@ class SRMNeck(Mixer):
         return NeckOutput(fusion.fused, fusion.weights, fusion.gain, fusion.norm, losses, pyramid)
 
     def tau_loss(self, statistics: BatchStatistics) -> Tensor:
-        """L_τ at σ̄ as it is, or as it will be after a finished batch; only θ receives its gradient."""
+        """Return L_τ (docs/METHOD.md §3.3), with σ̄ updated by the links' σ in `statistics`."""
         thetas, sigmas = [], []
         for pair in self.acting:
             link, name = self.link(*pair), link_name(*pair)
@@ -230,7 +247,7 @@ class SRMNeck(Mixer):
         return tau_loss(thetas, sigmas, reference=math.sqrt(c.head_dim), floor=TAU_FLOOR, backend=c.backend)
 
     def _cap(self, statistics: BatchStatistics | None) -> Tensor | None:
-        """M₀: as the batch of `statistics` finds it, for `track` may change it before the backward pass."""
+        """Return M₀ before the batch of `statistics`, because `track` may change it before the backward pass."""
         if self.config.gain_cap is None:
             return None
         if statistics is None:
@@ -240,24 +257,28 @@ class SRMNeck(Mixer):
         return statistics.median_rms
 
     def root(self, maps: Tensor) -> float:
-        """√(C·P·P), by which a root mean square is a norm: c = gain_cap · M₀ · √(C·P·P)."""
+        """Return √(C·P·P), the ratio of ‖M‖_F and the root mean square of M."""
         return math.sqrt(maps[0, 0].numel())
 
     @torch.no_grad()
-    def track_norms(self, rms: Tensor, *, anew: bool = False) -> None:
-        """Take a batch's root mean squares of M (B,) into M₀, or start it `anew` with them."""
+    def track_norms(self, rms: Tensor, *, reset: bool = False) -> None:
+        """Update M₀ with a batch's root mean squares of M (B,), or `reset` it to their median."""
         median, old = rms.median().to(self.median_rms.dtype), self.median_rms
-        old = torch.full_like(old, UNSTARTED) if anew else old
+        old = torch.full_like(old, UNSTARTED) if reset else old
         decayed = self.config.ema * old + (1 - self.config.ema) * median
         taken = torch.where(old < UNSTARTED / 2, decayed, median)
         self.median_rms.copy_(torch.where(median.isfinite(), taken, old))
 
     @torch.no_grad()
     def calibrate(self, pyramid: Sequence[Tensor]) -> None:
-        """Start the constants from the first training batch, once (docs/METHOD.md §1.6).
+        """Calibrate the weights and M₀ on the first training batch, once (docs/METHOD.md §1.6). The mode is kept.
 
-        Scales each align weight until its map has RMS 1, W_Q until logits over the landmarks have standard
-        deviation 1, W_V until σ = σ_ref, each factor within the configured range; starts M₀. The mode is kept.
+        Args:
+            pyramid: Four maps (B, C_s, h_s, w_s), shallowest first.
+
+        Raises:
+            TypeError: A map has another dtype than the neck.
+            ValueError: The neck cannot take these maps.
         """
         self.check(pyramid)
         calibration.calibrate(self, pyramid)
@@ -265,11 +286,15 @@ class SRMNeck(Mixer):
 
     @torch.no_grad()
     def clamp_(self) -> None:
-        """Keep τ within [1/range, range]; call after every optimiser step."""
+        """Clamp τ to its range. Call it after every optimiser step (docs/METHOD.md §3.3)."""
         limit = math.log(self.config.tau_range)
         for pair in self.config.links if self.config.tau else ():
             self.link(*pair).theta.clamp_(-limit, limit)
 
     def diagnose(self, pyramid: Sequence[Tensor]) -> dict[str, Any]:
-        """Figures of Tables 1 and 2 and Figures 3 and 4 on one batch, as plain JSON values."""
+        """Measure links, updates and gate on one batch; return JSON values (article, tables 1 and 2, figures 3 and 4).
+
+        Args:
+            pyramid: Four maps (B, C_s, h_s, w_s), shallowest first.
+        """
         return diagnosis.summary(diagnosis.measure(self, pyramid), len(self.config.fused_stages))

@@ -1,4 +1,4 @@
-"""What a neck costs: parameters, multiply-accumulates, time, memory, and where they go (article 3.7 and 3.8.5)."""
+"""Measure parameters, multiply-accumulates, time and memory of necks and models."""
 
 from srm_model.profiling.machines import folder_name, machine
 from srm_model.profiling.subjects import Case, Subject

@@ -1,4 +1,4 @@
-"""What a device can do at most, measured in the same run as what is held against it."""
+"""Measure the largest bandwidth and matrix rate of a device."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import torch
 
 from srm_model.profiling.timing import Effort, Times, measure
 
-COPY_BYTES = {"cuda": 1 << 28, "cpu": 1 << 26}  # far beyond the caches
+COPY_BYTES = {"cuda": 1 << 28, "cpu": 1 << 26}  # much larger than the caches
 MATRIX_SIDE = {"cuda": 8192, "cpu": 768}
 
 
 class Ceilings(NamedTuple):
-    """The best of several tries."""
+    """Best of several measurements."""
 
-    bandwidth: float  # bytes a second, read and written, of a large copy
-    matrix_rate: float  # multiply-accumulates a second, of a large square product in the dtype
+    bandwidth: float  # bytes per second, read and written, of a large copy
+    matrix_rate: float  # multiply-accumulates per second of a large square matrix product
 
 
 def ceilings(device: torch.device, dtype: torch.dtype, *, small: bool = False) -> Ceilings:
-    """Bandwidth by a copy and matrix rate by a product; `small` shrinks both, for a look rather than a figure."""
+    """Measure bandwidth by a copy and matrix rate by a product; `small` sizes are faster and less exact."""
     kind = "cuda" if device.type == "cuda" else "cpu"
     size, side = COPY_BYTES[kind] >> (4 if small else 0), MATRIX_SIDE[kind] >> (2 if small else 0)
     effort = Effort.for_device(device, warmup=3, repeats=10, seconds=1.0)
@@ -40,5 +40,5 @@ def _product(side: int, dtype: torch.dtype, device: torch.device, effort: Effort
 
 
 def _best(times: Times) -> float:
-    """The shortest try, or the processor's median where others kept even that one waiting."""
+    """Return the shortest time, or the median CPU time if it is shorter because other processes were running."""
     return min(times.least, times.typical)

@@ -1,7 +1,7 @@
-"""Parameters and multiply-accumulates, the latter in three ways that have to agree.
+"""Count parameters and multiply-accumulates, the latter in three ways that must agree.
 
-One multiply-add is one MAC, and only matrix products and convolutions are counted: element-wise work, normalisations
-and pooling are not, in any of the three. A count is for one image, forward, unless it says otherwise.
+One multiply-add is one MAC. Only matrix products and convolutions are counted. Counts are for one image, forward,
+unless stated otherwise.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CONVENTION = (
     "MAC = 1 multiply-add (2 FLOPs), of matrix products and convolutions only, one image, forward; "
     "normalisations, pooling and element-wise work are not counted"
 )
-# What fvcore counts beyond products; its own count of them is one per element or so.
+# Operators that fvcore counts although they are no products.
 _NOT_PRODUCTS = (
     "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d batch_norm group_norm instance_norm layer_norm "
     "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d "
@@ -32,24 +32,23 @@ _NOT_PRODUCTS = (
 
 
 def parameters(module: nn.Module) -> int:
-    """Number of trainable and frozen parameters; buffers are not counted."""
+    """Count the parameters of a module, trainable or frozen, without buffers."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def map_sizes(height: int, width: int) -> list[tuple[int, int]]:
-    """Height and width of the four maps of an image, rounded up."""
+    """Return height and width of the four maps of an image, rounded up."""
     return [(-(-height // stride), -(-width // stride)) for stride in STRIDES]
 
 
 def neck_macs(
     config: SRMConfig, neck: str, channels: Sequence[int], sizes: Sequence[tuple[int, int]]
 ) -> dict[str, int]:
-    """Closed form: multiply-accumulates of a neck by part, for maps of these channels and sizes.
+    """Compute the multiply-accumulates of a neck by part, by a closed formula (docs/METHOD.md §2.2).
 
-    "links" is the article's equation 30 times heads, summed over the links (for `quadratic` 2 N_q N_k d in its
-    place), where X of the pooled form meets the P×P grid in place of all queries; "projections" are W_Q, W_K, W_V and
-    W_O, the last on that grid; "align" and "gate" are convolutions. The pooled form aligns every source, the target of
-    every link, and the pooled maps of the fused stages.
+    "align" and "gate" are convolutions, "projections" are W_Q, W_K, W_V and W_O, and "links" is the attention of all
+    links and heads. In the pooled form, the products by X and W_O are on the P×P grid, and alignment runs for every
+    source, for every link's target, and for the pooled maps of the fused stages.
     """
     C, P2 = config.channels, config.pool_size**2
     tokens = dict(zip(STAGES, (height * width for height, width in sizes), strict=True))
@@ -75,9 +74,9 @@ def neck_macs(
 
 
 def link_macs(config: SRMConfig, neck: str, queries: int, keys: int, cells: int | None = None) -> int:
-    """Attention of one link over all heads, without its projections.
+    """Compute the multiply-accumulates of one link's attention over all heads, without projections.
 
-    cells: of the grid that probabilities are pooled to, or None where X meets every query's.
+    In the pooled form, `cells` is the number of cells of the grid.
     """
     d, H = config.head_dim, config.heads
     if neck == "quadratic":
@@ -89,13 +88,13 @@ def link_macs(config: SRMConfig, neck: str, queries: int, keys: int, cells: int 
 
 
 def head_macs(config: SRMConfig) -> int:
-    """The regression head on the P×P map."""
+    """Compute the multiply-accumulates of the regression head."""
     half = max(config.channels // 2, 1)
     return 9 * config.channels * half * config.pool_size**2 + 2 * half * half + half
 
 
 def torch_macs(module: nn.Module, inputs: Sequence[Any], *, backward: bool = False) -> int:
-    """By torch's FlopCounterMode; `module` and `inputs` on the meta device, so that nothing is computed.
+    """Count multiply-accumulates by torch's FlopCounterMode. Module and inputs may be on the meta device.
 
     With `backward`, forward and backward of every floating-point result.
     """
@@ -107,7 +106,7 @@ def torch_macs(module: nn.Module, inputs: Sequence[Any], *, backward: bool = Fal
 
 
 def fvcore_macs(module: nn.Module, inputs: Sequence[Any]) -> int | None:
-    """By fvcore, the article's tool, which runs the module once to trace it; None where it is not installed."""
+    """Count multiply-accumulates by fvcore, which traces the module; return None if fvcore is not installed."""
     try:
         from fvcore.nn import FlopCountAnalysis
     except ImportError:
@@ -133,7 +132,7 @@ def _attention_handle(inputs: list[Any], outputs: list[Any]) -> int:
 
 
 def _total(result: Any) -> Tensor:
-    """The sum of everything in a result that carries a gradient."""
+    """Return the sum of all tensors in a result that require a gradient."""
     if isinstance(result, Tensor):
         return result.float().sum() if result.requires_grad else result.new_zeros(())
     values = result.values() if isinstance(result, dict) else result or ()

@@ -1,4 +1,4 @@
-"""What every measurement says beside its figures: the machine, the versions and the commit."""
+"""The machine, versions and commit of a measurement."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 
-# Two measurements may stand in one table only where all of these are equal.
+# Measurements share a table only if all of these are equal.
 IDENTITY = ("device", "driver", "capability", "threads", "torch", "cuda", "triton", "commit")
 
 
 def machine(device: torch.device | str) -> dict[str, Any]:
-    """Device, driver, capability, threads, versions, commit ("+" where the checkout differs from it) and clocks.
+    """Describe a machine: device, driver, capability, memory, threads, versions, commit and clocks.
 
-    What a machine cannot tell is None: a CPU has no driver and no capability, a wheel no commit.
+    A "+" after the commit means that the checkout has changes. Unknown values are None: a CPU has no driver and no
+    capability, an installed wheel no commit.
     """
     device = torch.device(device)
     cuda = device.type == "cuda"
@@ -39,7 +40,7 @@ def machine(device: torch.device | str) -> dict[str, Any]:
 
 
 def clocks(device: torch.device) -> dict[str, float | None]:
-    """Clocks in MHz as seen now: of a GPU's multiprocessors and memory with their maxima, or a CPU's mean."""
+    """Return the current clocks in MHz: of a GPU's multiprocessors and memory with their maxima, or a CPU's mean."""
     if device.type == "cuda":
         names = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem")
         found = _nvidia_smi(device, *names)
@@ -53,14 +54,14 @@ def clocks(device: torch.device) -> dict[str, float | None]:
 
 
 def folder_name(about: dict[str, Any]) -> str:
-    """The folder of a machine's results: `cpu`, or the GPU's name in lower case with dashes."""
+    """Return the folder name of a machine's results: `cpu`, or the GPU's name in lower case with dashes."""
     if about["kind"] != "cuda":
         return str(about["kind"])
     return re.sub(r"[^a-z0-9]+", "-", str(about["device"]).lower()).strip("-")
 
 
 def sentence(about: dict[str, Any]) -> str:
-    """A machine and its versions in one line."""
+    """Describe a machine and its versions in one line."""
     parts = [str(about["device"])]
     if about["capability"]:
         parts.append(f"compute capability {about['capability']}, driver {about['driver']}")
@@ -82,7 +83,7 @@ def _processor() -> str:
 
 
 def _nvidia_smi(device: torch.device, *names: str) -> list[str | None]:
-    """Answers of nvidia-smi about a device, which it knows by its UUID; None where it cannot be asked."""
+    """Query nvidia-smi about a device, by its UUID; values are None if this fails."""
     identifier = str(torch.cuda.get_device_properties(device).uuid)
     query = [
         "nvidia-smi",
@@ -91,8 +92,8 @@ def _nvidia_smi(device: torch.device, *names: str) -> list[str | None]:
         f"--id=GPU-{identifier.removeprefix('GPU-')}",
     ]
     text = _output(query, None)
-    values = [value.strip() for value in text.split(",")] if text else []
-    return list(values) if len(values) == len(names) else [None] * len(names)
+    values: list[str | None] = [value.strip() for value in text.split(",")] if text else []
+    return values if len(values) == len(names) else [None] * len(names)
 
 
 def _number(text: str | None) -> float | None:
@@ -112,7 +113,7 @@ def _version(package: str) -> str | None:
 def _commit() -> str | None:
     root = Path(__file__).resolve().parent.parent.parent
     top = _output(["git", "rev-parse", "--show-toplevel"], root)
-    if top is None or Path(top).resolve() != root:  # installed: the checkout around it is another project
+    if top is None or Path(top).resolve() != root:  # not a checkout, or that of another project
         return None
     return _output(["git", "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"], root)
 

@@ -17,26 +17,21 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Peak(NamedTuple):
-    """Bytes; None where this device or system cannot tell.
+    """Memory of a call in bytes; None where this device or system cannot measure it."""
 
-    `held` is what parameters, inputs and optimiser state take before the call. `allocated` and `reserved` are the
-    peaks of torch's allocator, `above` the first of them less `held`. `resident` and `resident_above` are the
-    process's memory as the system sees it, on a CPU: everything counts, libraries included.
-    """
-
-    held: int
-    above: int
-    allocated: int
-    reserved: int | None
-    resident: int | None
-    resident_above: int | None
+    held: int  # parameters, inputs and optimiser state before the call
+    above: int  # `allocated` minus `held`
+    allocated: int  # peak of torch's allocator
+    reserved: int | None  # peak of the memory that torch's allocator reserves
+    resident: int | None  # peak of the process's memory, including libraries, on a CPU
+    resident_above: int | None  # `resident` minus the process's memory before the call
 
 
 def peak(call: Callable[[], object], device: torch.device, *, held: int = 0) -> Peak:
-    """Peak memory during one `call` after a reset of the peaks; `held` is taken from the allocator on a GPU.
+    """Measure the peak memory of a call.
 
-    On a CPU `above` sums what torch's allocator was asked for, exactly; what libraries take for themselves (oneDNN's
-    scratch, BLAS's buffers) is seen by `resident` alone, and by that only on Linux.
+    On a CPU, `above` counts torch's allocator only. Buffers of libraries such as oneDNN and BLAS are part of
+    `resident`, which is measured on Linux only. `held` is used on a CPU; on a GPU the allocator knows it.
     """
     if device.type == "cuda":
         gc.collect()
@@ -57,7 +52,7 @@ def peak(call: Callable[[], object], device: torch.device, *, held: int = 0) -> 
 
 
 def timeline(call: Callable[[], object]) -> list[tuple[float, int]]:
-    """(microseconds, bytes above what was held before) at every allocation and release of torch's CPU allocator."""
+    """Return (µs, bytes above those held before) at every allocation and release of torch's CPU allocator."""
     with undisturbed(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         kept = call()
     del kept
@@ -66,7 +61,7 @@ def timeline(call: Callable[[], object]) -> list[tuple[float, int]]:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """No garbage collection: it would release what earlier calls left behind, and lower a sum taken meanwhile."""
+    """Disable garbage collection for the block, because releases of older tensors would lower the measured sum."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -77,7 +72,7 @@ def undisturbed() -> Iterator[None]:
 
 
 def allocations(profiled: Any, kind: Any = torch.autograd.DeviceType.CPU) -> list[tuple[float, int]]:
-    """The timeline of one kind of device out of a profile that was taken with `profile_memory=True`."""
+    """Return the timeline of one kind of device from a profile with `profile_memory=True`."""
     events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     found, total = [], 0
@@ -90,7 +85,7 @@ def allocations(profiled: Any, kind: Any = torch.autograd.DeviceType.CPU) -> lis
 
 
 def bytes_of(*tensors: Any) -> int:
-    """What tensors, and those inside lists, tuples and dicts, take."""
+    """Return the bytes of tensors, including those in lists, tuples and dictionaries."""
     total = 0
     for value in tensors:
         if isinstance(value, torch.Tensor):
@@ -103,12 +98,12 @@ def bytes_of(*tensors: Any) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator gave up; the CPU's says so in words only."""
+    """Return whether memory ran out. The CPU's allocator raises a RuntimeError that only its message identifies."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _reset_resident() -> int | None:
-    """Give free memory back, start the process's high-water mark anew, and say what is resident; None off Linux."""
+    """Release free memory, reset the process's peak, and return its resident memory; None except on Linux."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
     try:

@@ -1,36 +1,25 @@
-"""Rows in a file that outlives the run that writes it: JSON lines, each appended whole."""
+"""Files of measured rows, as JSON lines."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from srm_model.files import json_text, make_folder
+from srm_model.files import append_line, json_text
 from srm_model.profiling.machines import IDENTITY
 
 
 def append(path: str | Path, row: dict[str, Any]) -> None:
-    """Add one row by a single write, so that an interruption leaves the earlier rows and never half of this one."""
-    path = Path(path)
-    make_folder(path.parent)
-    line = (json_text(row) + "\n").encode(errors="backslashreplace")
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-    try:
-        size = os.fstat(handle).st_size
-        torn = size > 0 and os.pread(handle, 1, size - 1) != b"\n"  # a power cut in the middle of a line
-        os.write(handle, b"\n" + line if torn else line)
-    finally:
-        os.close(handle)
+    """Append one row to a file."""
+    append_line(path, json_text(row))
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:
-    """All whole rows of a file; a line that a power cut tore is left out. A missing file is a ValueError."""
-    path = Path(path)
+    """Read all rows of a file, without incomplete lines; raise ValueError if the file is not readable."""
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = Path(path).read_text("utf-8").splitlines()
     except OSError:
         raise ValueError(f"{path}: no such file, or not readable") from None
     rows = []
@@ -45,9 +34,9 @@ def read(path: str | Path) -> list[dict[str, Any]]:
 
 
 def one_machine(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The machine that all rows were measured on; ValueError where machines, versions or commits are mixed."""
+    """Return the machine of all rows; raise ValueError if machines, versions or commits differ."""
     if not rows:
-        raise ValueError("no rows to tell of")
+        raise ValueError("no rows; expected at least one")
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
         about = row.get("machine")
@@ -68,7 +57,7 @@ def one_machine(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def latest(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows measured as the last one was: same machine, versions and commit."""
+    """Return the rows with the machine, versions and commit of the last row."""
     rows = list(rows)
     if not rows:
         return []
@@ -77,7 +66,7 @@ def latest(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def newest(rows: Iterable[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:
-    """Of rows that agree in `keys` the last one, in order of first appearance: a repeated measurement replaces."""
+    """Return the last of the rows that agree in `keys`, in order of first appearance."""
     found: dict[tuple[str, ...], dict[str, Any]] = {}
     for row in rows:
         found[tuple(json.dumps(row.get(key)) for key in keys)] = row

@@ -1,4 +1,4 @@
-"""Named parts of a model: ranges for a trace, and the time that each takes."""
+"""Named parts of a model: their times, and ranges for traces."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ from srm_model.modules import unwrapped
 from srm_model.neck import SRMNeck
 from srm_model.profiling.timing import FEWEST, Effort, cpu_clock
 
-REST = "rest"  # what lies between the named parts: pooling, folding, fusion
+REST = "rest"  # time outside the named parts, such as pooling, folding and fusion
 
 
 def stages(module: nn.Module) -> dict[str, list[nn.Module]]:
-    """Parts of a model or a neck that add up to it, but for `REST`: backbone, align, each link, gate, head.
+    """Return the named parts of a model or a neck, with their modules; with `REST` they make up the whole.
 
-    A link is its projections, its attention and W_O. Links in the pooled form share their steps, which stand in place
-    of align and of each link; a neck calls either the ones or the others.
+    In the pooled form, the links share steps that replace "align" and the single links. A neck calls either form.
     """
     module = unwrapped(module)
     if isinstance(module, IQAModel):
@@ -42,7 +41,7 @@ def stages(module: nn.Module) -> dict[str, list[nn.Module]]:
 def stage_times(
     module: nn.Module, call: Callable[[], object], device: torch.device, effort: Effort
 ) -> dict[str, float]:
-    """Median milliseconds of every stage called and of `REST` in a `call` of `module`, forward, within an effort."""
+    """Return the median time in ms of each part that a forward `call` of `module` uses, and of `REST`."""
     parts = stages(module)
     marks: list[tuple[str, Any, Any]] = []
 
@@ -77,8 +76,8 @@ def stage_times(
 
 @contextmanager
 def named_ranges(module: nn.Module) -> Iterator[None]:
-    """Ranges in a profile, forward, for every part of the neck and the head, and each child of the backbone."""
-    backbone = re.compile(r"backbone\.(?:[^.]*\.){2}")  # what lies deeper than its children's children
+    """Add ranges to a profile of the block for all modules of neck and head, and the top levels of the backbone."""
+    backbone = re.compile(r"backbone\.(?:[^.]*\.){2}")  # deeper modules
     named = [(name, part) for name, part in module.named_modules() if name and not backbone.match(name)]
     with _hooked(
         named,
@@ -92,7 +91,7 @@ def named_ranges(module: nn.Module) -> Iterator[None]:
 def _hooked(
     named: Iterable[tuple[str, nn.Module]], enter: Callable[[str], Any], leave: Callable[[str, Any], object]
 ) -> Iterator[None]:
-    """Call `enter` before each of these modules runs, and `leave` afterwards with what `enter` gave."""
+    """Call `enter` before each of these modules runs, and `leave` with its result afterwards."""
     open_: list[Any] = []
     handles = []
     for name, part in named:

@@ -1,4 +1,4 @@
-"""What is measured: one neck or whole model at one size, in one direction, ready to be called."""
+"""Cases to measure: a neck or a model at one size, in one direction."""
 
 from __future__ import annotations
 
@@ -28,45 +28,42 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Case:
-    """One row: a neck alone, on maps as the backbone's, or the whole model.
+    """A neck on random maps, or a model on random images."""
 
-    neck: "srm", "quadratic" or "none"; backend: of the operators, None for the fastest. resolution: side of the
-    square image. dtype: "fp32", or what autocast computes in, as in training. direction: "forward" without
-    gradients; "backward", which is forward and backward; "step", which adds gradient clipping and AdamW.
-    """
-
-    part: str
-    backbone: str
-    neck: str
-    backend: str | None
-    resolution: int
-    batch: int
-    dtype: str
+    part: str  # "neck" or "model"
+    backbone: str  # name of a timm model
+    neck: str  # "srm", "quadratic" or "none"
+    backend: str | None  # None takes the fastest
+    resolution: int  # side of the square images, in pixels
+    batch: int  # images per call
+    dtype: str  # "fp32", or the dtype of autocast, "bf16" or "fp16"
+    # "forward" without gradients, "backward" for both passes, or "step", which adds gradient clipping and AdamW.
     direction: str
 
     @property
     def label(self) -> str:
-        """The neck with its backend, as tables name it."""
+        """Name of the neck and its backend in tables."""
         return f"{self.neck} [{self.backend or 'default'}]" if self.neck == "srm" else self.neck
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
         return asdict(self)
 
 
 class Subject:
-    """A case built on a device: `call` runs it once."""
+    """A case built on a device; `call` runs it once."""
 
     def __init__(self, case: Case, config: SRMConfig, device: torch.device) -> None:
         if min(case.resolution, case.batch) < 1:
             raise ValueError(
-                f"resolution={case.resolution} and batch={case.batch}: expected at least 1 of each"
+                f"resolution={case.resolution} and batch={case.batch}: expected at least 1 for both"
             )
         self.case, self.device = case, device
         self.config = config.replace(backend=case.backend, image_size=case.resolution)
         self.dtype = DTYPES[case.dtype]
         with seeded(0):
             self.module = make_module(case, self.config)
-            # In channels-last, as training and scoring have it.
+            # Training and scoring use channels_last too.
             self.module.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
             self.inputs = make_inputs(case, device, self.dtype)
             self._calibrate()
@@ -85,16 +82,16 @@ class Subject:
 
     @property
     def held(self) -> int:
-        """Bytes of parameters, buffers, optimiser state and inputs."""
+        """Bytes of parameters, buffers, optimiser state and inputs between calls."""
         state = [dict(values) for values in self._optimizer.state.values()] if self._optimizer else []
         return bytes_of(*self.module.parameters(), *self.module.buffers(), *state, self.inputs)
 
     @property
     def compulsory(self) -> int:
-        """Bytes that have to cross the memory bus at least once, however well everything is fused.
+        """Bytes that a call must move at least, even if everything is fused.
 
-        Forward: inputs, parameters and the result. Backward doubles all three: each is read again and has a
-        gradient. A step reads gradient, weight and both moments and writes three of them: seven more passes.
+        Forward moves inputs, parameters and the result. Backward doubles this: each is read again and has a gradient. A
+        step adds seven passes over the parameters: it reads gradient, weight and two moments, and writes three of them.
         """
         weights = bytes_of(*self.module.parameters())
         result = self.case.batch * self.config.channels * self.config.pool_size**2 * self.dtype.itemsize
@@ -104,7 +101,7 @@ class Subject:
         return 2 * through + (7 * weights if self.case.direction == "step" else 0)
 
     def solve(self) -> Callable[[], object] | None:
-        """The landmark solves of this case alone, in its direction; None for a neck without any."""
+        """Return a call that runs only the landmark solves of this case, in its direction; None without solves."""
         if self.case.neck != "srm":
             return None
         systems = list(self._systems())
@@ -121,7 +118,7 @@ class Subject:
         return call
 
     def _systems(self) -> Any:
-        """Logits and right-hand sides of every link's solve, of unit keys as the neck's own are."""
+        """Yield logits and right-hand sides of every link's solve, from normalised random keys."""
         sizes = map_sizes(self.case.resolution, self.case.resolution)
         tokens = dict(zip(STAGES, (h * w for h, w in sizes), strict=True))
         make = torch.Generator(self.device).manual_seed(1)
@@ -140,7 +137,7 @@ class Subject:
             return self.module(*self.inputs)
 
     def _train(self) -> None:
-        """Gradients are gone afterwards, so that they are a part of every call's peak and of none's beginning."""
+        # Gradients are removed at the end, so that the peak of every call includes them and no call starts with them.
         with self._autocast():
             if isinstance(self.module, IQAModel):
                 scores, losses = self.module(*self.inputs, return_losses=True)
@@ -165,13 +162,13 @@ class Subject:
 
     @torch.no_grad()
     def _calibrate(self) -> None:
-        """As before training: without it attention is nearly uniform, and its systems unlike a real neck's."""
+        # Without calibration, attention is almost uniform and the landmark systems are untypical.
         with self._autocast():
             self.module.calibrate(*self.inputs)  # type: ignore[operator]
 
 
 def make_module(case: Case, config: SRMConfig) -> nn.Module:
-    """The neck or the model of a case, on the CPU, in evaluation mode."""
+    """Create the neck or the model of a case, on the CPU, in evaluation mode."""
     if case.part == "model":
         return build_model(case.backbone, neck=case.neck, config=config)
     channels = backbone_channels(case.backbone, case.resolution)
@@ -179,7 +176,7 @@ def make_module(case: Case, config: SRMConfig) -> nn.Module:
 
 
 def make_inputs(case: Case, device: torch.device | str, dtype: torch.dtype) -> tuple[Any, ...]:
-    """Images, or a pyramid of noise of the backbone's shapes in the dtype that it would compute in."""
+    """Create random images, or random maps in the shapes of the backbone's, in the given dtype."""
     layout = torch.channels_last
     if case.part == "model":
         images = torch.rand(case.batch, 3, case.resolution, case.resolution)
@@ -192,12 +189,12 @@ def make_inputs(case: Case, device: torch.device | str, dtype: torch.dtype) -> t
 
 @cache
 def backbone_channels(name: str, resolution: int) -> tuple[int, ...]:
-    """Channels of a backbone's four maps."""
+    """Return the channels of a backbone's four maps."""
     return tuple(Backbone(name, image_size=resolution).channels)
 
 
 def meta_copy(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[nn.Module, tuple[Any, ...]]:
-    """A module and inputs without memory, for counting; the module itself is moved."""
+    """Move a module and its inputs to the meta device, for counting. The module is moved in place."""
 
     def moved(value: Any) -> Any:
         return [moved(v) for v in value] if isinstance(value, list) else value.detach().to("meta")

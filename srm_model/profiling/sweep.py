@@ -1,4 +1,4 @@
-"""One row per case, and sweeps over cases that outlast a case which cannot run."""
+"""Measure cases, one row each; a case that fails does not end the sweep."""
 
 from __future__ import annotations
 
@@ -46,9 +46,10 @@ def cases(
     dtypes: Iterable[str] = ("fp32",),
     directions: Iterable[str] = ("forward",),
 ) -> list[Case]:
-    """The product of everything; `srm` once for each of `backend_names`, by default all that can run here.
+    """Return all combinations of the arguments as cases.
 
-    None among the names follows the verdict about the device.
+    `backend_names` are the backends of the neck `srm`, by default all that are available. None among them takes the
+    default for the device.
     """
     available = (name for name, status in backends().items() if status.available)
     names = list(map(current_name, backend_names or available))
@@ -67,12 +68,12 @@ def cases(
 
 @dataclass
 class Sweep:
-    """Measures cases on one device in one run: what they share, ceilings and counts, is found once."""
+    """Measures cases on one device in one run. Cases share counts and the best ceilings so far."""
 
     device: torch.device
     config: SRMConfig = field(default_factory=SRMConfig)
-    effort: Effort | None = None
-    small: bool = False  # ceilings by small buffers
+    effort: Effort | None = None  # default: `Effort.for_device`
+    small: bool = False  # whether to measure ceilings by small buffers
 
     def __post_init__(self) -> None:
         self.effort = self.effort or Effort.for_device(self.device)
@@ -83,15 +84,15 @@ class Sweep:
     def rows(
         self, wanted: Iterable[Case], *, also: Callable[[Subject], None] | None = None
     ) -> Iterator[dict[str, Any]]:
-        """A row for every case, in order; one that cannot run has `error`, a sentence, and no figures.
+        """Yield a row for every case, in order. A case that fails has an `error` and no measurements.
 
-        `also` is called with each subject after it was measured. Ctrl-C passes through, between rows or in one.
+        `also` is called with each subject after its measurement.
         """
         for case in wanted:
             yield self.row(case, also)
 
     def row(self, case: Case, also: Callable[[Subject], None] | None = None) -> dict[str, Any]:
-        """The figures of one case as plain JSON values: times in milliseconds, memory in bytes."""
+        """Measure one case; return JSON values, with times in milliseconds and memory in bytes."""
         usual = SRMConfig().to_dict()
         changed = {name: value for name, value in self.config.to_dict().items() if value != usual[name]}
         settings = ", ".join(f"{name}={value}" for name, value in changed.items())
@@ -101,10 +102,10 @@ class Sweep:
         row["when"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         try:
             row |= self._figures(case, also)
-        except Exception as error:  # whatever one case does, the next ones are to be measured
+        except Exception as error:  # the next cases can still be measured
             row["error"] = describe(error)
         if row["error"] and self.device.type == "cuda":
-            gc.collect()  # outside the handler, whose traceback keeps the case's tensors
+            gc.collect()  # outside the handler, because the traceback keeps the case's tensors alive
             torch.cuda.empty_cache()
         row["config"] = changed
         row["machine"] = {**self.machine, "clocks": clocks(self.device)}
@@ -118,7 +119,7 @@ class Sweep:
         together = {"all": subject.call} | ({"solve": solve} if solve else {})
         times = measure_together(together, self.device, self.effort)
         del solve, together
-        with running() as ran:  # the call that is timed; neither the calibration nor the solves alone
+        with running() as ran:  # records the timed call, without calibration and separate solves
             memory = peak(subject.call, self.device, held=subject.held)
         middle = times["all"].typical * 1e-3
         roof = self._roof(case.dtype)
@@ -149,14 +150,14 @@ class Sweep:
         return figures
 
     def _roof(self, dtype: str) -> Ceilings:
-        """The best seen so far: on a busy machine one look may come at a bad moment."""
+        """Return the best ceilings so far, because a busy machine makes single measurements too low."""
         found = ceilings(self.device, DTYPES[dtype], small=self.small)
         known = self._ceilings.get(dtype, found)
         self._ceilings[dtype] = Ceilings(*(max(pair) for pair in zip(found, known, strict=True)))
         return self._ceilings[dtype]
 
     def _count(self, case: Case) -> dict[str, Any]:
-        """Counts of a case, the same for every backend, batch and dtype: of the reference, one image, fp32."""
+        """Return the counts of a case, which do not depend on backend, batch and dtype."""
         trained = case.direction != "forward"
         key = (case.part, case.backbone, case.neck, case.resolution, trained)
         if key not in self._counts:
@@ -170,7 +171,7 @@ class Sweep:
             sizes = counting.map_sizes(case.resolution, case.resolution)
             parts = counting.neck_macs(config, case.neck, channels, sizes)
             found: dict[str, Any] = {"parameters": counting.parameters(module), "parts": parts}
-            # The backbone is timm's, and no formula here speaks of it.
+            # There is no formula for backbones.
             found["formula"] = sum(parts.values()) if case.part == "neck" else None
             found["fvcore"] = counting.fvcore_macs(module, inputs)
             module, inputs = meta_copy(module, inputs)
@@ -184,7 +185,7 @@ class Sweep:
 
 
 def _tf32() -> dict[str, bool]:
-    """Whether fp32 products may be taken in TF32: then a share of an fp32 ceiling means something else."""
+    """Return whether fp32 products may use TF32, which changes the meaning of an fp32 ceiling."""
     return {
         "matmul": torch.backends.cuda.matmul.allow_tf32,
         "convolution": torch.backends.cudnn.allow_tf32,
@@ -192,7 +193,7 @@ def _tf32() -> dict[str, bool]:
 
 
 def launches(call: Callable[[], object], device: torch.device) -> int | None:
-    """Kernels that one call starts, by the profiler; None on a CPU, which starts none."""
+    """Count the kernels that a call launches, by the profiler; None on a CPU."""
     if device.type != "cuda":
         return None
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
@@ -202,7 +203,7 @@ def launches(call: Callable[[], object], device: torch.device) -> int | None:
 
 
 def kernels(profiled: Any) -> list[Any]:
-    """The device's events of a profile that are kernels: no copies, no fills, no ranges."""
+    """Return the kernels of a profile, without copies, fills and ranges."""
     return [
         event
         for event in profiled.profiler.kineto_results.events()
@@ -213,9 +214,10 @@ def kernels(profiled: Any) -> list[Any]:
 
 
 def article_cases(**narrowed: Iterable[Any]) -> list[Case]:
-    """The article's Table 3 (necks at 512², bf16, B = 1) and its training throughput (model, B = 4, with optimiser).
+    """Return the cases of the article's table 3 and of its training throughput.
 
-    What is given takes the article's place in both.
+    Table 3 has necks at 512², bf16, B = 1; the throughput is that of models with optimiser, B = 4. `narrowed` holds
+    arguments of `cases` that replace those of the article.
     """
     table: dict[str, Iterable[Any]] = {"parts": ["neck"], "batches": [1], "directions": ["forward"]}
     throughput: dict[str, Iterable[Any]] = {"parts": ["model"], "batches": [4], "directions": ["step"]}
@@ -224,7 +226,7 @@ def article_cases(**narrowed: Iterable[Any]) -> list[Case]:
 
 
 def describe(error: BaseException) -> str:
-    """One sentence of an error for a row."""
+    """Return a one-line message of an error for a row."""
     words = " ".join(str(error).split())
     if is_out_of_memory(error):
         return f"out of memory: {words[:200]}"

@@ -1,4 +1,4 @@
-"""A sweep's rows as text."""
+"""Tables of a sweep's rows, as text."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ Table = tuple[list[str], list[list[str]]]
 
 
 def cost_table(rows: Iterable[dict[str, Any]]) -> Table:
-    """What does not depend on the machine: parameters, and multiply-accumulates in three ways.
+    """Return the table of parameters and of multiply-accumulates, counted in three ways.
 
-    "of it links" is the article's equation 30 over all heads and links, or exact attention's in its place.
+    "of it links" is the article's eq. 30 over all heads and links, or the count of exact attention.
     """
     seen: dict[tuple[Any, ...], list[str]] = {}
     for row in rows:
@@ -37,7 +37,7 @@ def cost_table(rows: Iterable[dict[str, Any]]) -> Table:
 
 
 def measured_table(rows: Iterable[dict[str, Any]]) -> Table:
-    """Times in ms, memory in MiB, shares in per cent; a case that could not run says why in its row."""
+    """Return the table of times in ms, memory in MiB and shares in percent; failed cases have their error."""
     header = (
         "part,backbone,neck,px,B,dtype,direction,p20,p50,p80,processor,above inputs,peak,reserved,resident,launches,"
         "bandwidth %,matrix %,solve %"
@@ -59,10 +59,9 @@ def measured_table(rows: Iterable[dict[str, Any]]) -> Table:
 
 
 def shares_table(rows: Iterable[dict[str, Any]]) -> Table:
-    """A neck's time as a multiple of the quadratic neck's, and as a share of the whole model's, of the same rows.
+    """Return the table of necks' times relative to the quadratic neck's, and as shares of the whole model's.
 
-    Times are `Times.typical`. Only what has a rival or a model beside it is told; a "none" is the
-    alignment of the last map alone.
+    Times are `Times.typical`. A neck without such a comparison has no row.
     """
     keys = ("backbone", "settings", "resolution", "batch", "dtype", "direction")
     groups: dict[tuple[Any, ...], dict[tuple[str, str], float]] = {}
@@ -88,19 +87,19 @@ def shares_table(rows: Iterable[dict[str, Any]]) -> Table:
 
 
 def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """How to read the tables, and what this device could not tell."""
+    """Return notes on how to read the tables, and on what this device cannot measure."""
     good = [row for row in rows if not row["error"]]
     found = [
-        "times in ms (20th, 50th and 80th percentile), memory in MiB; `above inputs` is the peak less what is held "
+        "times in ms (20th, 50th and 80th percentile), memory in MiB; `above inputs` is the peak minus the memory held "
         "before the call (parameters, inputs, optimiser state)",
-        "backward is forward and backward; step adds clipping and AdamW; loading of data is in neither",
-        "bandwidth %: bytes that have to move at least once, over time, against a large copy; matrix %: "
-        "multiply-accumulates over time, backward's included, against a large product; both ceilings of this run, the "
-        "best seen so far. Bandwidth above 100 % is the cache's; a product above it had a quieter machine than its "
-        "ceiling had",
-        "cases are measured one after the other; where two are close, bench.growth and bench.compare, where rivals "
-        "take turns, tell which is faster",
-        "solve %: the landmark solves timed alone, on systems of these shapes, as a share; a fused kernel hides them",
+        "backward is forward and backward; step adds clipping and AdamW; loading of data is not included",
+        "bandwidth %: bytes that must move at least once, per second, relative to a large copy; matrix %: "
+        "multiply-accumulates per second, including the backward pass, relative to a large product; copy and product "
+        "are the best of this run. Bandwidth above 100 % comes from the cache; a matrix rate above 100 % means that "
+        "the machine was busier when the product was measured",
+        "cases are measured one after the other; to compare two that are close, use bench.growth or bench.compare, "
+        "which alternate between them",
+        "solve %: time of the landmark solves alone, on systems of these shapes; a fused kernel may hide it",
     ]
     for dtype in dict.fromkeys(row["dtype"] for row in good):
         roofs = [row["ceilings"] for row in good if row["dtype"] == dtype]
@@ -111,15 +110,14 @@ def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
     if any(row.get("tf32") and row["dtype"] == "fp32" for row in good):
         allowed = next(row["tf32"] for row in good if row.get("tf32"))
         found.append(
-            f"TF32 may serve fp32: in products {allowed['matmul']}, in convolutions {allowed['convolution']}"
+            f"TF32 allowed for fp32: in products {allowed['matmul']}, in convolutions {allowed['convolution']}"
         )
     if any(row["machine"]["kind"] != "cuda" for row in rows):
         found.append(
-            "on a CPU times are wall clock, and `processor` is what this process had of it, over all threads: where "
-            "that is far less, others had the machine. With one thread, pictures, shares and ratios are of the latter. "
-            "Memory is what torch's allocator was asked for, and `resident` the process's peak, libraries included, on "
-            "Linux only; reserved memory and launches do not exist and are not measured; libraries' own scratch is in "
-            "`resident` alone"
+            "on a CPU, times are wall-clock time, and `processor` is the process's CPU time over all threads; if it is "
+            "much less, other processes used the machine. With one thread, figures, shares and ratios use CPU time. "
+            "Memory is that of torch's allocator; `resident` is the process's peak including libraries, on Linux only; "
+            "reserved memory and launches do not exist on a CPU and are not measured"
         )
     if good and all(row["macs"]["fvcore"] is None for row in good):
         found.append("fvcore is not installed, so its count is missing")
@@ -127,15 +125,17 @@ def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Three significant digits, or more before the point; – for what was not measured."""
+    """Format a number with `digits` significant digits, or all digits of its integer part; – for None and NaN."""
     if value is None or value != value:
         return "–"
     return f"{value:,.0f}" if round(abs(value)) >= 10**digits else f"{value:#.{digits}g}".rstrip(".")
 
 
 def mebibytes(value: float | None) -> str:
+    """Format bytes as MiB."""
     return number(None if value is None else value / MEBI)
 
 
 def percent(value: float | None) -> str:
+    """Format a share as percent."""
     return number(None if value is None else 100 * value, 2)

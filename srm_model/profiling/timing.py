@@ -1,4 +1,4 @@
-"""Times of a call: CUDA events on a GPU, the wall clock on a CPU, always as percentiles."""
+"""Measure times of calls: by CUDA events on a GPU, by the wall clock on a CPU."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Any
 import numpy as np
 import torch
 
-WARMUP = {"cuda": 50, "cpu": 2}  # article 3.8.5: 50 on a GPU
+WARMUP = {"cuda": 50, "cpu": 2}  # 50 on a GPU as in the article, section 3.8.5
 REPEATS = {"cuda": 100, "cpu": 10}
 FEWEST = 3
-WARMUP_SECONDS = 2  # times an effort's own are spent on warming up at most
+WARMUP_SECONDS = 2  # the warm-up takes at most this times the seconds of an effort
 Now = Callable[[], float]
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How often a call is repeated: `warmup` unmeasured calls, then at most `repeats` within about `seconds`."""
+    """How often a call is repeated."""
 
-    warmup: int
-    repeats: int
-    seconds: float = 10.0
+    warmup: int  # calls that are not measured
+    repeats: int  # most calls that are measured
+    seconds: float = 10.0  # approximate time limit of the measured calls
 
     @classmethod
     def for_device(
@@ -34,7 +34,7 @@ class Effort:
         repeats: int | None = None,
         seconds: float = 10.0,
     ) -> Effort:
-        """What is not given is the device's own: 50 and 100 calls on a GPU, 2 and 10 on a CPU."""
+        """Return an effort with the device's defaults: 50 and 100 calls on a GPU, 2 and 10 on a CPU."""
         kind = "cuda" if device.type == "cuda" else "cpu"
         return cls(
             WARMUP[kind] if warmup is None else warmup, REPEATS[kind] if repeats is None else repeats, seconds
@@ -43,22 +43,20 @@ class Effort:
 
 @dataclass(frozen=True)
 class Times:
-    """Percentiles of one call's time in milliseconds.
-
-    `processor` is the median of the time that this process's threads had a processor, on a CPU: on a busy machine the
-    wall clock also counts what others were given meanwhile.
-    """
+    """Percentiles of a call's time in milliseconds."""
 
     p20: float
     p50: float
     p80: float
     least: float
     most: float
-    count: int
+    count: int  # of measured calls
+    # Median CPU time over all threads, on a CPU. Unlike wall-clock time, other processes barely affect it.
     processor: float | None = None
 
     @classmethod
     def of(cls, milliseconds: Sequence[float], processor: Sequence[float] = ()) -> Times:
+        """Summarise measured times in milliseconds, and CPU times."""
         low, middle, high = np.percentile(milliseconds, [20, 50, 80])
         return cls(
             float(low),
@@ -72,15 +70,16 @@ class Times:
 
     @property
     def typical(self) -> float:
-        """The processor's median where one thread of a CPU does all, which others cannot lengthen; else the clock's."""
+        """Median CPU time on a CPU with one thread; otherwise the median."""
         return self.processor if self.processor is not None and torch.get_num_threads() == 1 else self.p50
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
         return asdict(self)
 
 
 def cpu_clock() -> float:
-    """Seconds by the clock that `Times.typical` is of on a CPU."""
+    """Return seconds of the clock that `Times.typical` uses on a CPU."""
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
@@ -91,10 +90,10 @@ def measure(
     *,
     now: Now = time.perf_counter,
 ) -> Times:
-    """Percentiles of `call` on `device`; `now` is the wall clock in seconds, read on a CPU only.
+    """Measure a call.
 
-    On a GPU calls are queued one behind the other, as in a loop that trains or serves: launch overhead counts where
-    it is not hidden by the kernels, and inputs may lie in the cache.
+    On a GPU, calls are queued one after another, as in a training loop. Launch overhead therefore counts only if the
+    kernels do not hide it, and inputs may be in the cache. `now` is the wall clock in seconds.
     """
     return measure_together({"": call}, device, effort, now=now)[""]
 
@@ -106,7 +105,7 @@ def measure_together(
     *,
     now: Now = time.perf_counter,
 ) -> dict[str, Times]:
-    """Several calls in turn, round by round, so that a drift of the machine reaches all of them alike."""
+    """Measure several calls in alternation, so that changes of the machine's speed affect all of them equally."""
     _wait(device)
     begun, spent = now(), 0.0
     for _ in range(max(effort.warmup, 1)):
@@ -114,9 +113,9 @@ def measure_together(
         for call in calls.values():
             call()
         _wait(device)
-        spent = now() - begin  # of the last round: the first ones pay for compilation and caches
+        spent = now() - begin  # of the last round, because the first ones include compilation
         if now() - begun > WARMUP_SECONDS * effort.seconds:
-            break  # a call of seconds is warm sooner
+            break
     affordable = int(effort.seconds / spent) if spent > 0 else effort.repeats
     rounds = min(effort.repeats, max(affordable, FEWEST))
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Traces: what ran when, which kernels cost most, and memory over time."""
+"""Write traces, the most expensive kernels, and memory over time."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ MOST_EXPENSIVE = 10
 
 
 def slug(case: Case) -> str:
-    """A case as the name of a file."""
+    """Return a file name for a case."""
     fields = (case.part, case.backbone, case.neck, case.backend, case.resolution, case.batch, case.dtype)
     return "-".join(str(field) for field in (*fields, case.direction) if field is not None)
 
 
 def write_trace(subject: Subject, folder: Path) -> list[Path]:
-    """`trace-<case>.json` for chrome://tracing or Perfetto, ranges named by part, and `trace-<case>.txt`."""
+    """Write `trace-<case>.json` for chrome://tracing or Perfetto, and `trace-<case>.txt`; return the paths."""
     cuda = subject.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     subject.call()
@@ -39,7 +39,7 @@ def write_trace(subject: Subject, folder: Path) -> list[Path]:
 
 
 def most_expensive(profiled: Any, *, cuda: bool) -> str:
-    """The ten kernels, or on a CPU the ten operators, that took most time themselves, a line each."""
+    """Return the ten kernels (on a CPU, operators) with the most time of their own, one per line."""
     ranges = {event.name for event in profiled.events() if event.is_user_annotation}
     averages = [row for row in profiled.key_averages() if row.key not in ranges]
     if cuda:
@@ -50,7 +50,7 @@ def most_expensive(profiled: Any, *, cuda: bool) -> str:
 
     total = sum(own(row) for row in averages) or 1.0
     averages.sort(key=own, reverse=True)
-    kind = "kernel" if cuda else "operator, by its own time on the CPU; a CPU starts no kernels"
+    kind = "kernel" if cuda else "operator, by its own CPU time (a CPU launches no kernels)"
     lines = [f"{'µs':>12} {'share':>7} {'calls':>7}  {kind}"]
     lines += [
         f"{own(row):12.1f} {own(row) / total:7.1%} {row.count:7}  {row.key}"
@@ -60,10 +60,11 @@ def most_expensive(profiled: Any, *, cuda: bool) -> str:
 
 
 def write_memory(subject: Subject, folder: Path) -> list[Path]:
-    """Memory over time: `memory-<case>.json`, points of (µs, bytes above what was held) and the open ranges' times.
+    """Write memory over time, `memory-<case>.json`; return the paths.
 
-    On a GPU also `memory-<case>.pickle`, the allocator's snapshot for pytorch.org/memory_viz. On a CPU only what
-    torch's allocator was asked for is seen.
+    The file has points of (µs, bytes above those held before the call) and the times of the ranges. On a GPU,
+    `memory-<case>.pickle` is a snapshot of the allocator for pytorch.org/memory_viz. On a CPU, only memory of torch's
+    allocator is counted.
     """
     cuda = subject.device.type == "cuda"
     path = folder / f"memory-{slug(subject.case)}.json"

@@ -1,4 +1,4 @@
-"""Training and evaluation, in one process or many (docs/METHOD.md §5; article section 3.8.3)."""
+"""Training and evaluation, in one process or many (docs/METHOD.md §5)."""
 
 from srm_model.training.evaluation import evaluate, predict
 from srm_model.training.faults import DivergenceError, Preempted, WorkerError

@@ -1,4 +1,4 @@
-"""Which images belong together in an optimiser step, and which process reads which of them."""
+"""Batches of an epoch, and each process's share of them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import numpy as np
 def epoch_batches(
     count: int, batch_size: int, *, seed: int, epoch: int, processes: int = 1
 ) -> list[list[int]]:
-    """The indices of an epoch's batches, shuffled by (seed, epoch).
+    """Return the indices of an epoch's batches, shuffled by (seed, epoch).
 
-    Dropped is a last batch of a single left-over image, or of fewer images than there are processes. ValueError where
-    no batch is left.
+    The last batch is dropped if it has a single image or fewer images than processes.
+
+    Raises:
+        ValueError: No batch is left.
     """
     order = np.random.default_rng((seed, epoch)).permutation(count).tolist()
     batches = [order[i : i + batch_size] for i in range(0, count, batch_size)]
@@ -22,16 +24,17 @@ def epoch_batches(
     batches = [batch for batch in batches if len(batch) >= processes]
     if not batches:
         raise ValueError(
-            f"{count} images in batches of {batch_size} for {processes} processes: "
+            f"{count} images in batches of {batch_size} for {processes} processes; "
             "expected at least one image of a batch for each process"
         )
     return batches
 
 
 def deal(batch: Sequence[int], *, accumulate: int, rank: int, processes: int) -> list[list[int]]:
-    """This process's share of each micro-batch, in order; none is empty, and all processes have as many.
+    """Return this process's share of each micro-batch of a batch.
 
-    A batch with too few images for `accumulate` micro-batches is cut into fewer.
+    No share is empty, and all processes have the same number of them. A batch with too few images for `accumulate`
+    micro-batches is cut into fewer.
     """
     pieces = min(accumulate, len(batch) // processes)
     return [_piece(_piece(batch, number, pieces), rank, processes) for number in range(pieces)]

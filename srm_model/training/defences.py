@@ -1,23 +1,23 @@
-"""Defences that a robust figure is compared with: gradient-norm regularisation and PGD adversarial training."""
+"""Published defences for comparison: gradient-norm regularisation and PGD adversarial training."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from srm_model.attacks import MSE, pgd
+from srm_model.attacks.guard import derived_seed
 from srm_model.config import SRMConfig
 from srm_model.norms import norm_of, unit
 
-_SCALE = 2.0**10  # keeps the gradient of a score from underflowing where the model runs in fp16
+_SCALE = 2.0**10  # prevents underflow of a score's gradient in fp16
 
 
 class Randomness:
-    """PyTorch's random state at the moment of creation, to run another pass with the same draws."""
+    """PyTorch's random state at the moment of creation, to run a second pass with the same draws."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -25,7 +25,7 @@ class Randomness:
         self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
     def replay(self, model: nn.Module, images: Tensor) -> Tensor:
-        """The model's scores with those draws; its buffers and the random state stay as they are."""
+        """Return the model's scores with the same draws. Buffers and the random state do not change."""
         with torch.random.fork_rng([self.device] if self._cuda is not None else []):
             torch.set_rng_state(self._cpu)
             if self._cuda is not None:
@@ -38,13 +38,16 @@ class Randomness:
 def gradient_norm(
     model: nn.Module, images: Tensor, scores: Tensor, config: SRMConfig, randomness: Randomness
 ) -> Tensor:
-    """mean over images of |f(x + h·d) − f(x)| / h, which is about ‖∇f(x)‖; 0-d, differentiable in the weights.
+    """Return the mean over images of |f(x + h·d) − f(x)| / h, which approximates ‖∇f(x)‖.
 
-    "l1": d = sign(∇f(x)), whose product with the gradient is its L1 norm: the norm-regularised training (NT) of Liu et
-    al., CVPR 2024, whose h is 0.01 and whose weight is 1e-3. "l2": d = ∇f(x)/‖∇f(x)‖₂. d is held constant. The second
-    pass makes the draws of the first and moves no running statistic.
+    With `config.gradient_norm` "l1", d = sign(∇f(x)): norm-regularised training (NT) of Liu et al., CVPR 2024, with
+    h = 0.01 and weight 1e-3. With "l2", d = ∇f(x)/‖∇f(x)‖₂. d is constant in the backward pass. The second pass draws
+    the same random numbers as the first and updates no running statistics.
 
-    images: those `scores` (B,) were computed from, requiring a gradient. randomness: taken before that pass.
+    Args:
+        images: Images (B, 3, H, W) that require a gradient.
+        scores: Scores (B,) of these images.
+        randomness: Random state before the pass that computed `scores`.
     """
     with torch.autocast(images.device.type, enabled=False):
         (gradient,) = torch.autograd.grad(_SCALE * scores.float().sum(), images, retain_graph=True)
@@ -56,16 +59,15 @@ def gradient_norm(
 
 
 def adversarial(model: nn.Module, images: Tensor, mos: Tensor, config: SRMConfig, *seed: int) -> Tensor:
-    """The batch to train on in place of `images`: PGD on the squared error, from one random start, by the seed.
+    """Return adversarial images for training: PGD on the squared error from one random start (Madry et al., 2018).
 
-    As Madry et al., 2018; crafted on the model in evaluation mode and fp32. Budgets mean what they mean in `Suite`.
+    The attack runs in evaluation mode and fp32. The budget `config.adversarial_eps` is scaled as in `Suite`.
     """
-    state = np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]
     settings: dict[str, Any] = {
         "norm": config.adversarial_norm,
         "eps": norm_of(config.adversarial_norm).radius(config.adversarial_eps, images[0]),
         "steps": config.adversarial_steps,
         "restarts": 1,
-        "generator": torch.Generator().manual_seed(int(state >> np.uint64(1))),
+        "generator": torch.Generator().manual_seed(derived_seed(*seed)),
     }
     return pgd(model, images, mos, MSE(), **settings).contiguous(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""Scores of a model over a data set, and their correlation with the labels."""
+"""Score a dataset and compute correlations with its labels."""
 
 from __future__ import annotations
 
@@ -27,13 +27,25 @@ def predict(
     device: torch.device | str | None = None,
     progress: bool = False,
 ) -> np.ndarray:
-    """Scores of every image in the data set's order, float64 (n,).
+    """Score every image of a dataset, in evaluation mode and fp32.
 
-    In eval mode and fp32, whatever the precision of training; the mode of every submodule is put back.
-    The scores do not depend on `batch_size`, except where the model is stochastic: it draws once a batch,
-    seeded. `device` defaults to where the model is.
-    In a process group every rank calls this; the batches are dealt to the ranks, and each gets all scores, those of
-    one process. An image that cannot be read is a ValueError, a worker that was killed a WorkerError.
+    The scores of a stochastic model depend on `batch_size`, because it draws once per batch, seeded. In a process
+    group every rank calls this function; the ranks share the batches, and each returns all scores.
+
+    Args:
+        model: Model from images (B, 3, H, W) to scores (B,). The modes of its modules are restored.
+        dataset: Pairs of image and label, by index.
+        batch_size: Images per forward pass.
+        workers: Processes that load images.
+        device: Device of the model. Default: that of its parameters.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Scores in the order of the dataset, float64, (n,).
+
+    Raises:
+        ValueError: An image cannot be read.
+        WorkerError: A process that loads images was killed.
     """
     device = torch.device(device) if device is not None else device_of(model)
     rank, world = ranks.place()
@@ -63,7 +75,7 @@ def predict(
         ):
             for start, (images, _) in zip(starts, items, strict=True):
                 batch = images.to(device, non_blocking=True, memory_format=torch.channels_last)
-                # What a batch draws must not depend on which rank scores it.
+                # A batch draws the same on every rank.
                 with seeded(0, start) if stochastic else nullcontext():
                     found[start] = model(batch).double().cpu().numpy()
                 bar.update(world * len(images))
@@ -83,9 +95,16 @@ def evaluate(
     device: torch.device | str | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """SROCC on raw scores and PLCC after `logistic`, the map frozen on validation (None: plain Pearson).
+    """Compute SROCC on raw scores and PLCC after a logistic map (docs/METHOD.md §5).
 
-    Returns the contents of `evaluation.json`: split, srocc, plcc, n, scores, mos, names, logistic, labels.
+    Arguments that are not listed and errors are those of `predict`.
+
+    Args:
+        dataset: As in `predict`, with the attributes `mos`, `names` and `labels`.
+        logistic: Map fitted on clean validation scores. Default: plain Pearson correlation.
+
+    Returns:
+        The contents of `evaluation.json`: split, srocc, plcc, n, scores, mos, names, logistic and labels.
     """
     scores = predict(model, dataset, batch_size=batch_size, workers=workers, device=device, progress=progress)
     mapped = scores if logistic is None else logistic(scores)

@@ -1,4 +1,4 @@
-"""What can end a training early, and the sentence for each."""
+"""Errors and signals that end a training early."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from typing import Any, Self
 from PIL import Image
 from torch.utils.data import DataLoader
 
-_PATIENCE = 5.0  # seconds for a thread that writes to a worker's pipe
+_PATIENCE = 5.0  # seconds to wait for a thread that writes to a worker's pipe
 
 
 class DivergenceError(RuntimeError):
-    """The loss or a gradient stopped being finite; the message names the images of that batch."""
+    """The loss or a gradient is not finite. The message names the images of the batch."""
 
 
 class WorkerError(RuntimeError):
@@ -27,13 +27,14 @@ class WorkerError(RuntimeError):
 
 
 class Preempted(BaseException):
-    """SIGTERM came, and the training is saved; like KeyboardInterrupt no `Exception`, which others might swallow."""
+    """SIGTERM arrived, and the training was saved. Like KeyboardInterrupt, this is not an `Exception`."""
 
 
 class Termination:
-    """SIGTERM noted instead of obeyed for the length of a block, then as it was before.
+    """Record SIGTERM during a block instead of ending the process. In other threads than the main one, do nothing.
 
-    received: whether it came. Only the main thread can do this; in others SIGTERM keeps its meaning.
+    Attributes:
+        received: Whether SIGTERM arrived.
     """
 
     def __init__(self) -> None:
@@ -43,7 +44,7 @@ class Termination:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """A block in which SIGTERM raises Preempted where the program stands, and at the start if it came before."""
+        """Raise Preempted as soon as SIGTERM arrives in the block, or at once if it arrived before."""
         self._at_once = True
         try:
             if self.received:
@@ -68,12 +69,12 @@ class Termination:
 
 
 def outlive_sigterm(worker: int) -> None:
-    """For workers: schedulers send SIGTERM to every process, and the one that trains ends its workers itself."""
+    """Ignore SIGTERM in a worker. Schedulers send it to every process, but the training process ends its workers."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def worker_start() -> Callable[[int], None]:
-    """What a worker does first: outlive SIGTERM, and take this process's limit of pixels, which only forks inherit."""
+    """Return a `worker_init_fn` that ignores SIGTERM and sets this process's limit of pixels per image."""
     return partial(_start, Image.MAX_IMAGE_PIXELS)
 
 
@@ -84,11 +85,11 @@ def _start(max_pixels: int | None, worker: int) -> None:
 
 @contextmanager
 def reading(loader: DataLoader[Any]) -> Iterator[Iterator[Any]]:
-    """The loader's batches; its workers end with the block, those of a loader that failed to start too.
+    """Yield an iterator over a loader's batches; end its workers with the block, even if the loader fails to start.
 
-    Python ends by SIGTERM, which they outlive, what is left of them at exit, and waits: an error whose traceback keeps
-    the iterator alive would keep the process alive too. And an iterator that the garbage collector ends closes its
-    pipes while its threads still write to them and close them, so that a file opened meanwhile may be closed instead.
+    At exit, Python sends SIGTERM to workers, which ignore it, and waits for them. A traceback that keeps the iterator
+    alive would therefore keep the process alive. If the garbage collector ended the iterator, its threads might close
+    a pipe twice, and with it a file that was opened in between.
     """
     workers, threads = set(multiprocessing.active_children()), set(threading.enumerate())
     items: Any = None
@@ -102,10 +103,10 @@ def reading(loader: DataLoader[Any]) -> Iterator[Iterator[Any]]:
     finally:
         if loader.num_workers > 0:
             if items is not None:
-                with suppress(AttributeError):  # one that failed before it had what this needs
+                with suppress(AttributeError):  # an iterator that failed early lacks attributes
                     items._shutdown_workers()
             for worker in set(multiprocessing.active_children()) - workers:
-                with suppress(RuntimeError):  # torch's word that one has died
+                with suppress(RuntimeError):  # torch raises it if a worker has died
                     worker.kill()
                     worker.join()
             for thread in set(threading.enumerate()) - threads:
@@ -114,7 +115,7 @@ def reading(loader: DataLoader[Any]) -> Iterator[Iterator[Any]]:
 
 
 def _half_made(error: BaseException) -> Any:
-    """The iterator in whose making the error was raised: nothing else holds it."""
+    """Return the iterator whose construction raised the error; only the traceback refers to it."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         made = frame.f_locals.get("self")
         if hasattr(made, "_shutdown_workers"):
@@ -123,20 +124,20 @@ def _half_made(error: BaseException) -> Any:
 
 
 def is_worker_death(error: BaseException) -> bool:
-    """Whether torch's DataLoader raised this for a worker that was killed."""
+    """Return whether torch's DataLoader raised this error because a worker was killed."""
     known = isinstance(error, RuntimeError) and not isinstance(error, WorkerError)
     return known and "DataLoader worker (pid" in str(error)
 
 
 def reading_fault(error: Exception) -> Exception:
-    """What went wrong in reading images, in one sentence; an error that is none of those known is returned as it is.
+    """Return a WorkerError or ValueError with a short message for an error of reading images, or other errors as is.
 
-    A worker's error arrives as its whole traceback, whose last line is the sentence.
+    The message of a worker's error is its whole traceback; its last line is the message that is kept.
     """
     if is_worker_death(error):
         return WorkerError(
-            f"a process that loads images was killed ({str(error).splitlines()[0]}); too little memory, shared memory "
-            "included, is the usual cause: try fewer --workers"
+            f"a process that loads images was killed ({str(error).splitlines()[0]}); the usual cause is too little "
+            "memory or shared memory; try fewer --workers"
         )
     if not isinstance(error, ValueError | OSError):
         return error

@@ -1,4 +1,4 @@
-"""The training loop: one process or many, resumable at any step, best epoch by validation SROCC."""
+"""The training loop, in one process or many (docs/METHOD.md §5)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,8 @@ from srm_model.training.seeding import deterministic, seeded
 from srm_model.training.state import Stored, load_tensors, read_state, save_state
 
 HISTORY = "history.jsonl"
-SKIPS = 3  # losses in a row that are not finite, at which even a training with a loss scaler ends
-STEPPED, SKIPPED, FAILED = "stepped", "skipped", "failed"  # what became of a step
+SKIPS = 3  # consecutive losses that are not finite, at which a training with a loss scaler ends
+STEPPED, SKIPPED, FAILED = "stepped", "skipped", "failed"  # outcomes of a step
 
 
 def train(
@@ -74,41 +75,66 @@ def train(
     compile: str | None = None,
     card: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """Train `model` by the protocol of docs/METHOD.md §5; returns the history, one dict per epoch (from 1).
+    """Train a model by the protocol of docs/METHOD.md §5.
 
-    `folder` then holds the best epoch by validation SROCC (`model.safetensors`, `config.json`; of equals the
-    earlier), the last state and the one before (`state.safetensors`, `state.previous.safetensors`), `history.jsonl`
-    and `tensorboard/`. `model` itself ends with the weights of the last epoch, on `device` (default: CUDA where
-    there is one). With `config.weights_ema` the average of the weights is what is validated and kept.
+    The folder receives the best epoch by validation SROCC as a checkpoint (`model.safetensors`, `config.json`), the
+    last state and the one before (`state.safetensors`, `state.previous.safetensors`), `history.jsonl` and
+    `tensorboard/`. The model ends with the weights of the last epoch. With `config.weights_ema`, the average of the
+    weights is validated and saved.
 
-    A state in `folder` is continued from its last step, with the same result as if never cut off;
-    ValueError where it belongs to another config, model or data set. `resume=False` starts anew over it. States are
-    written after every epoch and, with `save_every`, after that many steps; SIGTERM writes one and raises Preempted.
-    Random numbers, shuffling included, are a function of (config.seed, epoch). An epoch's last batch may be
-    short, but a single left-over image is skipped. `card` is stored in the checkpoint beside the epoch, the
-    validation figures and the logistic map fitted on the best epoch's clean validation scores.
+    A state is written after every epoch, and when SIGTERM arrives. A resumed training gives the same result as one that
+    was never interrupted. Random numbers, including the shuffling, depend only on `config.seed` and the epoch.
 
-    In a process group (torchrun) every rank calls this with the same arguments: a batch is dealt to the ranks, its
-    statistics and losses are those of one process, and rank 0 alone writes. `folder` must be one that all see.
-    compile: a backend of torch.compile for backbone and head ("inductor", "aot_eager", …).
+    In a process group (torchrun), every rank calls this function with the same arguments and the same folder. The ranks
+    share each batch; its statistics and losses are those of one process. Rank 0 writes.
 
-    A loss or gradient that is not finite is a DivergenceError naming the files of its batch, with a loss scaler
-    (fp16) after three such losses in a row. An image that cannot be read is a ValueError, a worker that was killed a
-    WorkerError, a full disk an OSError: what was trained until then is kept, and the same call goes on from there.
+    Args:
+        model: The model, not wrapped, with `backbone_name`, `neck_name` and `config` as `IQAModel`.
+        train_set: Pairs of image and normalised MOS, by index, with the attributes of `ImageQualityDataset`.
+        val_set: The validation set, in the same form.
+        folder: Folder of the results.
+        config: Settings of the training. Default: the model's.
+        workers: Processes that load images.
+        resume: Whether to resume from a state in the folder; otherwise start again and overwrite it.
+        progress: Whether to show progress on stderr.
+        device: Device of the training. Default: CUDA if available.
+        freeze_backbone: Whether to keep the backbone's weights fixed.
+        save_every: Number of steps after which a state is written within an epoch.
+        compile: Backend of torch.compile for backbone and head, such as "inductor".
+        card: Facts to store in the checkpoint, beside the epoch, the validation results and the logistic map.
+
+    Returns:
+        The history, one dictionary per epoch.
+
+    Raises:
+        TypeError: The model is wrapped.
+        ValueError: The state in the folder belongs to another config, model or dataset, or an image cannot be read.
+        DivergenceError: The loss or a gradient is not finite; with a loss scaler, three losses in a row.
+        WorkerError: A process that loads images was killed.
+        OSError: The folder cannot be written to, for example because the disk is full.
+        Preempted: SIGTERM arrived.
     """
     if unwrapped(model) is not model:
         raise TypeError(
-            f"model is a {type(model).__name__} around a {type(unwrapped(model)).__name__}; expected the model itself: "
-            "train distributes it under torchrun and compiles it by compile="
+            f"model is a {type(model).__name__} around a {type(unwrapped(model)).__name__}; expected the model itself "
+            "(train distributes it under torchrun and compiles it by compile=)"
         )
     config = config or model.config  # type: ignore[assignment]
     assert config is not None
     if isinstance(getattr(model, "backbone", None), Backbone):
         check_size(model.backbone.name, config.image_size)  # type: ignore[union-attr, arg-type]
     run = _Run(
-        model, train_set, val_set, Path(folder), config, workers, progress, _device(device), card or {}
+        model,
+        train_set,
+        val_set,
+        Path(folder),
+        config,
+        workers,
+        progress,
+        torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
+        card or {},
+        save_every,
     )
-    run.save_every = save_every
     if freeze_backbone:
         model.backbone.requires_grad_(False)  # type: ignore[union-attr]
     identity = {"freeze_backbone": freeze_backbone, "compile": compile}
@@ -116,27 +142,23 @@ def train(
         return run.fit(resume=resume, identity=identity)
 
 
+@dataclass
 class _Run:
-    def __init__(
-        self,
-        model: nn.Module,
-        train_set: Any,
-        val_set: Any,
-        folder: Path,
-        config: SRMConfig,
-        workers: int,
-        progress: bool,
-        device: torch.device,
-        card: dict[str, Any],
-    ) -> None:
-        self.model: Any = model
-        self.train_set, self.val_set = train_set, val_set
-        self.folder, self.config, self.card = folder, config, card
-        self.workers, self.device = workers, device
-        self.dtype = autocast_dtype(config.precision, device)
+    model: Any
+    train_set: Any
+    val_set: Any
+    folder: Path
+    config: SRMConfig
+    workers: int
+    progress: bool
+    device: torch.device
+    card: dict[str, Any]
+    save_every: int | None
+
+    def __post_init__(self) -> None:
+        self.dtype = autocast_dtype(self.config.precision, self.device)
         self.rank, self.world = ranks.place()
-        self.progress = progress and self.rank == 0
-        self.save_every: int | None = None
+        self.progress = self.progress and self.rank == 0
         self.termination = Termination()
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None
@@ -152,12 +174,12 @@ class _Run:
             "validation set": _identify(self.val_set),
             **identity,
         }
-        self.identity = json.loads(json.dumps(identity))  # tuples compare as the lists they are stored as
+        self.identity = json.loads(json.dumps(identity))  # turns tuples into lists, as in a stored identity
         stored = ranks.from_first(lambda: self._stored() if resume else None)
-        self._batches(0)  # refused before anything is written
+        self._batches(0)  # raises before anything is written
         if self.rank == 0:
             make_folder(self.folder)
-            for leftover in self.folder.glob(".*.partial*"):  # of a save that was killed
+            for leftover in self.folder.glob(".*.partial*"):  # of an interrupted save
                 leftover.unlink(missing_ok=True)
         self.model.to(device=self.device, memory_format=torch.channels_last)
         self.optimizer = torch.optim.AdamW(
@@ -207,7 +229,7 @@ class _Run:
         )
 
     def _has_idle_parameters(self) -> bool:
-        """Whether a score leaves some parameters out, such as those of links into a stage that is not fused."""
+        """Return whether a score does not depend on some parameters, such as links into a stage that is not fused."""
         side = self.config.image_size
         image = torch.full((1, 3, side, side), 0.5, device=self.device)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -227,10 +249,10 @@ class _Run:
             yield None
             return
         try:
-            from torch.utils.tensorboard import SummaryWriter  # seconds to import
+            from torch.utils.tensorboard import SummaryWriter  # here, because the import takes seconds
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
-                f"training writes its curves with tensorboard ({error}): pip install 'srm-iqa[model]'"
+                f"training needs tensorboard for its curves ({error}); run pip install 'srm-iqa[model]'"
             ) from None
 
         with (
@@ -240,7 +262,7 @@ class _Run:
             yield writer
 
     def _save(self, progress: dict[str, Any] | None) -> None:
-        """Write the state: after an epoch, or within one with how far it has come."""
+        """Write the state after an epoch, or with its `progress` within one."""
         values = {
             "identity": self.identity,
             "scaler": self.scaler.state_dict(),
@@ -249,28 +271,28 @@ class _Run:
             "progress": progress,
         }
         if self.rank == 0:
-            with self._told():
+            with self._write_errors():
                 save_state(self.folder, self.model, self.optimizer, values, self.average)
 
     def _publish(self, *, whole: bool = True) -> None:
-        """Write the best epoch and the history; the former only where the weights are those of a `whole` epoch."""
-        # All of this follows from the state, so a kill in between is mended on resuming.
+        """Write the history, and the checkpoint if the last epoch is the best and the weights are those of its end."""
+        # These files follow from the state, so resuming completes an interrupted write.
         if self.rank > 0:
             return
-        with self._told():
+        with self._write_errors():
             if whole and self.best is not None and self.best["epoch"] == self.history[-1]["epoch"]:
                 save_model(self._judged, self.folder, card={**self.card, **self.best})
             write_text(self.folder / HISTORY, "".join(json_text(row) + "\n" for row in self.history))
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _write_errors(self) -> Iterator[None]:
         try:
             yield
         except (OSError, SafetensorError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             raise OSError(
-                f"{self.folder}: cannot be written to ({reason}); the files in it are whole, those saved last: "
-                "make room there, and the same command goes on from them"
+                f"{self.folder}: cannot be written to ({reason}); the last saved files are intact; "
+                "make room there and run the same command to resume"
             ) from None
 
     @property
@@ -278,7 +300,7 @@ class _Run:
         return self.model if self.average is None else self.average
 
     def _train_epoch(self, epoch: int, begun: dict[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The epoch's row of the history, and the progress to save until it is validated."""
+        """Train an epoch; return its row of the history, and its progress to save until it is validated."""
         config = self.config
         batches = self._batches(epoch)
         shares = [
@@ -296,7 +318,7 @@ class _Run:
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=worker_start(),
-            # Its own: beginning to read would draw from the generator of training, once more after every resumption.
+            # Without its own generator, the loader would draw from the global one, again after every resume.
             generator=torch.Generator().manual_seed(config.seed),
         )
         self.model.train()
@@ -332,7 +354,7 @@ class _Run:
                 for group in self.optimizer.param_groups:
                     group["lr"] = factor * group["base_lr"]
                 if config.adversarial_eps > 0:
-                    seed = (config.seed, epoch, index, ranks.place()[0])
+                    seed = (config.seed, epoch, index, self.rank)
                     parts = [
                         (adversarial(self.model, images, mos, config, *seed, number), mos)
                         for number, (images, mos) in enumerate(parts)
@@ -359,7 +381,7 @@ class _Run:
         return {"epoch": epoch + 1, "lr": rates, **at.row(), **skipped}, at.to_dict()
 
     def _fetch(self, items: Iterator[Any], count: int, at: Progress) -> list[Any]:
-        """The micro-batches of a step; every rank raises if one cannot read its own, or if SIGTERM has come to one."""
+        """Load the micro-batches of a step. All ranks raise if one cannot read its own, or if SIGTERM reached one."""
         start = time.perf_counter()
         found, fault = [], None
         try:
@@ -367,7 +389,7 @@ class _Run:
         except Exception as error:
             fault = reading_fault(error)
         at.waited += time.perf_counter() - start
-        self._stop_if_asked(at)  # also where a worker died of the same signal
+        self._stop_if_asked(at)  # before the faults, because the same signal may have killed a worker
         faults = [error for error in ranks.gather(fault) if error is not None] if self._any(fault) else []
         if faults:
             self._save(at.to_dict())
@@ -380,7 +402,7 @@ class _Run:
             raise Preempted(str(at))
 
     def _any(self, condition: object) -> bool:
-        """Whether it holds on any rank."""
+        """Return whether the condition holds on any rank."""
         held = bool(condition)
         if self.world > 1:
             held = bool(ranks.total(torch.tensor(float(held), device=self.device)))
@@ -388,7 +410,7 @@ class _Run:
 
     @contextmanager
     def _kept_if_a_worker_dies(self, at: Progress) -> Iterator[None]:
-        """torch raises for a dead worker wherever the program stands: what can be saved there is saved."""
+        """Save what is possible if a worker dies; torch raises its error at any point of the program."""
         try:
             yield
         except RuntimeError as error:
@@ -400,7 +422,7 @@ class _Run:
 
     def _calibrate(self, batch: list[int], parts: list[tuple[Tensor, Tensor]]) -> None:
         images = parts[0][0]
-        if len(images) < len(batch):  # every rank looks at the whole batch
+        if len(images) < len(batch):  # every rank calibrates on the whole batch
             whole = default_collate([self.train_set[i][0] for i in batch])
             images = whole.to(self.device, memory_format=torch.channels_last)
         self.model.calibrate(images)
@@ -409,7 +431,7 @@ class _Run:
             self.average.load_state_dict(self.model.state_dict())
 
     def _step(self, parts: list[tuple[Tensor, Tensor]], count: int) -> tuple[dict[str, Tensor], str]:
-        """An optimiser step on this rank's share of a batch of `count` images: the batch's losses, the outcome."""
+        """Make an optimiser step on this rank's share of a batch of `count` images; return losses and outcome."""
         statistics = self._survey(parts) if len(parts) > 1 else None
         self.optimizer.zero_grad(set_to_none=True)
         found = []
@@ -430,7 +452,10 @@ class _Run:
     def _losses(
         self, images: Tensor, mos: Tensor, statistics: BatchStatistics | None, share: float
     ) -> dict[str, Tensor]:
-        """Losses whose means over micro-batches and ranks are the batch's; `share` is 1 where all are as large."""
+        """Return losses whose means over micro-batches and ranks are those of the batch.
+
+        share: Size of this micro-batch relative to the mean size.
+        """
         config = self.config
         regularised = config.weight_gradient > 0
         randomness = Randomness(self.device) if regularised else None
@@ -455,7 +480,7 @@ class _Run:
 
     @torch.no_grad()
     def _survey(self, parts: list[tuple[Tensor, Tensor]]) -> BatchStatistics | None:
-        """What the whole batch says together, by a first pass without gradients that draws what the second will."""
+        """Compute the statistics of a batch by a first pass without gradients, with the draws of the second pass."""
         if not isinstance(self.model.neck, SRMNeck):
             return None
         statistics = BatchStatistics()
@@ -469,30 +494,29 @@ class _Run:
         return statistics
 
     def _communicating(self, last: bool) -> AbstractContextManager[Any]:
-        """Gradients travel between ranks with the last micro-batch."""
+        """Exchange gradients between ranks with the last micro-batch only."""
         if last or not isinstance(self.forward, DistributedDataParallel):
             return nullcontext()
         return self.forward.no_sync()
 
     def _mean(self, found: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Losses of the whole batch, on every rank."""
+        """Return the losses of the whole batch, on every rank."""
         if len(found) * self.world == 1:
             return found[0]
         own = torch.stack([torch.stack([*losses.values()]) for losses in found]).mean(0)
         return dict(zip(found[0], ranks.total(own) / self.world, strict=True))
 
     def _update(self, loss: Tensor, norm: Tensor) -> str:
-        """Let the optimiser step if it can."""
-        scaled = self.scaler.is_enabled()
+        """Make the optimiser's step if loss and gradient are finite; return the outcome."""
         loss_finite, norm_finite = torch.isfinite(torch.stack([loss, norm.float()])).tolist()
         if loss_finite and norm_finite:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.model.clamp_()
             return STEPPED
-        if not scaled:
+        if not self.scaler.is_enabled():
             return FAILED
-        # Gradients that overflow at a scale above 1 are no divergence: the scaler skips the step and lowers its scale.
+        # An overflow of gradients at a scale above 1 is no divergence; the scaler skips the step and lowers its scale.
         outcome = FAILED if not loss_finite or self.scaler.get_scale() <= 1 else SKIPPED
         self.scaler.update()
         return outcome
@@ -509,7 +533,7 @@ class _Run:
         )
 
     def _validate(self, row: dict[str, Any], done: dict[str, Any]) -> dict[str, Any]:
-        """Judge the epoch; whatever stops that, the training of the epoch is saved."""
+        """Validate the epoch; on any error, save the training of the epoch first."""
         try:
             with self.termination.at_once():
                 return self._judge(row)
@@ -533,7 +557,7 @@ class _Run:
         correlation = srocc(scores, mos)
         linear = plcc(scores if logistic is None else logistic(scores), mos)
         row |= {"val_srocc": correlation, "val_plcc": linear, "diagnostics": self._diagnose()}
-        # NaN has no place in JSON: it becomes null, in the best epoch's figures too.
+        # JSON has no NaN; it becomes null, also in the results of the best epoch.
         row = json.loads(json.dumps(row), parse_constant=lambda _: None)
         if self.best is None or _exceeds(row["val_srocc"], self.best["val"]["srocc"]):
             self.best = {
@@ -544,7 +568,7 @@ class _Run:
         return row
 
     def _diagnose(self) -> dict[str, Any]:
-        # Spread over the set: neighbours in it show one photograph.
+        # Evenly spaced, because neighbours in the set show the same photograph.
         count = min(self.config.batch_size, len(self.val_set))
         chosen = np.linspace(0, len(self.val_set) - 1, count).round().astype(int)
         images = torch.stack([self.val_set[int(i)][0] for i in chosen]).to(self.device)
@@ -552,15 +576,9 @@ class _Run:
             return dict(self._judged.diagnose(images))
 
 
-def _device(device: torch.device | str | None) -> torch.device:
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)
-
-
 @contextmanager
 def _compiled(model: Any, backend: str | None) -> Iterator[None]:
-    """Backbone and head through torch.compile for the length of a block; the neck's operators stay as they are."""
+    """Compile backbone and head by torch.compile for the block. The neck is not compiled."""
     if backend is None:
         yield
         return
@@ -586,7 +604,7 @@ def _exceeds(value: float | None, best: float | None) -> bool:
 
 
 def _check_same(folder: Path, stored: dict[str, Any], now: dict[str, Any]) -> None:
-    # A field that came later than the training was at its default then.
+    # A config field that is newer than the stored training had its default value then.
     defaults = json.loads(json.dumps(SRMConfig().to_dict()))
 
     def flat(identity: dict[str, Any]) -> dict[str, Any]:
@@ -601,7 +619,7 @@ def _check_same(folder: Path, stored: dict[str, Any], now: dict[str, Any]) -> No
     if differences:
         raise ValueError(
             f"{folder}: holds a training that differs from this one ({'; '.join(differences)}); "
-            "give another folder, or start anew with --restart (resume=False)"
+            "give another folder, or start again with --restart (resume=False)"
         )
 
 

@@ -12,11 +12,10 @@ from srm_model.config import SRMConfig
 
 
 def parameter_groups(model: nn.Module, config: SRMConfig) -> list[dict[str, Any]]:
-    """Groups for AdamW: backbone and the rest, each with and without weight decay.
+    """Return parameter groups for AdamW: backbone and other parameters, each with and without weight decay.
 
-    No decay on parameters of at most one dimension (norms, biases, scalars) and on tables of position biases;
-    frozen parameters are in no group.
-    Every group has `name`, `lr` and `base_lr`; the schedule sets `lr` to a factor times `base_lr`.
+    Parameters of at most one dimension (norms, biases, scalars) and tables of position biases have no weight decay.
+    Frozen parameters are in no group. The schedule sets the `lr` of a group to a factor times its `base_lr`.
     """
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
@@ -41,9 +40,9 @@ def parameter_groups(model: nn.Module, config: SRMConfig) -> list[dict[str, Any]
 
 
 def lr_factor(step: int, *, steps: int, warmup: int) -> float:
-    """Linear warm-up over `warmup` steps to 1, then half a cosine that reaches 0 after the last of `steps`.
+    """Return the factor of the learning rate at `step`, from 0.
 
-    `step` counts from 0. The first step already moves: its factor is 1/warmup.
+    It rises linearly from 1/warmup to 1 in `warmup` steps, then falls along a cosine to 0 after the last of `steps`.
     """
     if step < warmup:
         return (step + 1) / warmup
@@ -51,16 +50,13 @@ def lr_factor(step: int, *, steps: int, warmup: int) -> float:
 
 
 def warmup_steps(config: SRMConfig, steps_per_epoch: int) -> int:
-    """The config's warm-up epochs, but at most a quarter of the run, so that short runs still train."""
+    """Return the steps of the config's warm-up epochs, but at most a quarter of all steps."""
     return min(config.warmup_epochs * steps_per_epoch, config.epochs * steps_per_epoch // 4)
 
 
 @torch.no_grad()
 def average_weights(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """Let the average follow after step `step` (from 0), closely at first: min(decay, (1 + t) / (10 + t)).
-
-    Buffers are the model's own: they are averages already, or constant.
-    """
+    """Update an average of weights with decay min(decay, (1 + t) / (10 + t)) at step t. Buffers are copied."""
     weight = 1 - min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_([*average.parameters()], [*model.parameters()], weight)
     for own, other in zip(average.buffers(), model.buffers(), strict=True):
@@ -68,7 +64,7 @@ def average_weights(average: nn.Module, model: nn.Module, decay: float, step: in
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """The dtype to autocast to, None for fp32; `auto`: bf16 on a GPU that has it, fp16 on others, fp32 on CPU."""
+    """Return the dtype of autocast, or None for fp32. "auto" is bf16 on GPUs that have it, fp16 on other GPUs."""
     if precision == "auto":
         if device.type != "cuda":
             return None

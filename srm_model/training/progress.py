@@ -1,4 +1,4 @@
-"""How far an epoch has come, and what it has measured on the way."""
+"""Progress and measurements of an epoch."""
 
 from __future__ import annotations
 
@@ -14,33 +14,31 @@ _KEPT = ("step", "seen", "counted", "seconds", "waited", "skipped", "failures")
 
 
 class Progress:
-    """An epoch in the making. What is measured in it is the whole batches', but times are this process's own."""
+    """Progress of an epoch, which counts from 0. Losses are those of whole batches; times are those of this process."""
 
     def __init__(self, epoch: int, steps: int, device: torch.device) -> None:
         self.epoch, self.steps, self.device = epoch, steps, device
-        self.step = 0  # optimiser steps taken
+        self.step = 0  # finished optimiser steps
         self.seen = 0  # images
-        self.counted = 0  # images whose losses are in `sums`: those of steps that failed are not
+        self.counted = 0  # images whose losses are in `sums`, without those of failed steps
         self.seconds = 0.0
-        self.waited = 0.0  # seconds of those in which the next batch was not there yet
+        self.waited = 0.0  # seconds of waiting for data
         self.skipped = 0  # steps that the loss scaler skipped
-        self.failures = 0  # losses in a row, up to now, that were not finite
-        self.whole = True  # no step is half done
+        self.failures = 0  # consecutive losses that were not finite
+        self.whole = True  # false within a step
         self.sums: dict[str, Tensor] = {}  # losses times images
-        self._capped = torch.zeros(
-            2, device=device
-        )  # this rank's images on which the gain cap acted, and all
+        self._capped = torch.zeros(2, device=device)  # this rank's images with an active gain cap, and all
 
     @property
     def done(self) -> bool:
-        """Whether every step of the epoch is taken."""
+        """Whether all steps of the epoch are finished."""
         return self.step == self.steps
 
     def __str__(self) -> str:
         return f"epoch {self.epoch + 1}, step {self.step} of {self.steps}"
 
     def add(self, losses: dict[str, Tensor] | None, images: int, *, skipped: bool) -> None:
-        """A step, with its whole batch's mean losses, None where they are not finite, and size."""
+        """Add a step on a batch of so many images, with its mean losses, or None if they are not finite."""
         if losses is not None:
             for name, value in losses.items():
                 self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value * images
@@ -50,14 +48,14 @@ class Progress:
         self.step += 1
 
     def count_capped(self, output: Any) -> None:
-        """Hear of a neck's output; nothing to count without a cap, or in a pass without gradients."""
+        """Count the images of a neck's output with an active gain cap, except in a pass without gradients."""
         gain = getattr(output, "gain", None)
         if gain is not None and torch.is_grad_enabled():
             acted = (gain.detach() < 1).sum()
             self._capped = self._capped + torch.stack([acted, torch.full_like(acted, len(gain))])
 
     def row(self) -> dict[str, Any]:
-        """Mean losses, share of capped images, speed and share of the time that was spent waiting for data."""
+        """Return mean losses, the share of capped images, the speed and the share of time spent waiting for data."""
         capped, images = ranks.total(self._capped).tolist()
         return {
             **{name: float(value) / self.counted for name, value in self.sums.items()},
@@ -68,7 +66,7 @@ class Progress:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values to go on from, the generators' states included; every rank calls this."""
+        """Return the progress and the states of random generators as JSON values. Every rank calls this."""
         return {
             **{name: getattr(self, name) for name in _KEPT},
             "sums": {name: float(value) for name, value in self.sums.items()},
@@ -77,7 +75,7 @@ class Progress:
         }
 
     def resume(self, values: dict[str, Any]) -> None:
-        """Go on from what `to_dict` gave, also with another number of ranks."""
+        """Restore the result of `to_dict`, also with another number of ranks."""
         rank, _ = ranks.place()
         for name in _KEPT:
             setattr(self, name, values[name])

@@ -1,4 +1,4 @@
-"""Randomness and determinism for the length of a block; outside it everything is as it was."""
+"""Seed random generators and enable deterministic algorithms for a block."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ import torch.utils.deterministic
 
 @contextmanager
 def seeded(*entropy: int, rank: int = 0) -> Iterator[None]:
-    """Seed Python, NumPy and PyTorch from non-negative integers, and restore all three at the end.
+    """Seed the generators of Python, NumPy and PyTorch from non-negative integers for the block, then restore them.
 
-    Ranks share all generators but the GPU's: what is drawn for a whole batch is drawn on the CPU.
+    Ranks share the seeds of all generators except the GPU's. Draws for a whole batch are made on the CPU.
     """
     seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 — the global state is what is kept
-    # Only a GPU that is in use has a state worth keeping; asking for the others' would start them.
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 — the global state is restored
+    # Only the GPU in use, because reading the state of another one would initialise it.
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices):
         random.seed(seed)
@@ -37,7 +37,7 @@ def seeded(*entropy: int, rank: int = 0) -> Iterator[None]:
 
 
 def random_state() -> dict[str, Any]:
-    """The state of Python's, NumPy's and PyTorch's generators, the GPU's in use included, as plain JSON values."""
+    """Return the states of Python's, NumPy's and PyTorch's generators, including the GPU's, as JSON values."""
     version, python, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
     return {
@@ -49,7 +49,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put back what `random_state` gave; inside `seeded`, which restores the caller's."""
+    """Restore the result of `random_state`. Call it inside `seeded`, which restores the caller's states."""
     version, python, gauss = state["python"]
     random.setstate((version, tuple(python), gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]
@@ -69,7 +69,7 @@ def _decoded(text: str) -> torch.Tensor:
 
 @contextmanager
 def deterministic(enabled: bool) -> Iterator[None]:
-    """Deterministic algorithms where PyTorch has them, a warning where it has not, restored at the end."""
+    """Use deterministic algorithms in the block; PyTorch warns where it has none. Then restore the settings."""
     if not enabled:
         yield
         return
@@ -79,7 +79,7 @@ def deterministic(enabled: bool) -> Iterator[None]:
     fill = memory.fill_uninitialized_memory
     benchmark, cudnn = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
     torch.use_deterministic_algorithms(True, warn_only=True)
-    memory.fill_uninitialized_memory = False  # a debugging aid that costs a pass over memory
+    memory.fill_uninitialized_memory = False  # only for debugging, and it takes a pass over memory
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
     try:
         yield

@@ -1,7 +1,7 @@
-"""What a cut-off training goes on from, in one file: `state.safetensors`; beside it the one saved before.
+"""Training states, from which an interrupted training resumes: `state.safetensors`, and the previous one beside it.
 
-Tensors are the model's, the optimiser's and, where there is one, the average's; everything else is JSON in the file's
-own metadata, so that one rename replaces all of it.
+The tensors are those of the model, the optimiser and, if there is one, the average. Everything else is JSON in the
+file's metadata, so that one rename replaces the whole state.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _FORMAT = "srm-iqa-state/1"
 
 
 class Stored(NamedTuple):
-    """A state that was found whole."""
+    """A readable state: its file and its JSON values."""
 
     path: Path
     values: dict[str, Any]
@@ -41,9 +41,10 @@ def save_state(
     values: dict[str, Any],
     average: nn.Module | None = None,
 ) -> None:
-    """Write model, optimiser, average and the JSON `values`; a kill at any moment leaves the old file or the new one.
+    """Write a state, with JSON `values`, atomically, and keep the old one as the previous state.
 
-    The file that was there becomes the previous one. A disk that is full is an OSError, and changes nothing.
+    Raises:
+        OSError: The file cannot be written, for example because the disk is full. The old state is unchanged.
     """
     tensors: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
@@ -54,16 +55,20 @@ def save_state(
     with atomic_path(folder / STATE) as temporary:
         try:
             save_file(plain_tensors(tensors), temporary, metadata)
-        except SafetensorError as error:  # how it tells of a failed write
+        except SafetensorError as error:  # a write failed
             raise OSError(str(error)) from None
         _flush(temporary)
         _rotate(folder)
 
 
 def read_state(folder: Path) -> Stored | None:
-    """The newest whole state in `folder`, None where there is none; ValueError where all that is there is damaged.
+    """Return the newest readable state in a folder, or None without one.
 
-    A damaged one beside a whole one is told in a warning and renamed, lest it become the previous one.
+    If the state is damaged and the previous one is not, warn and rename the damaged one, so that it cannot become the
+    previous state.
+
+    Raises:
+        ValueError: All states in the folder are damaged.
     """
     damaged = []
     for path in (folder / STATE, folder / PREVIOUS):
@@ -74,7 +79,7 @@ def read_state(folder: Path) -> Stored | None:
                 damaged.append(error)
                 continue
             if damaged:
-                warnings.warn(f"{damaged[0]}; going on from {path.name}", stacklevel=2)
+                warnings.warn(f"{damaged[0]}; resuming from {path.name}", stacklevel=2)
                 (folder / STATE).replace(folder / DAMAGED)
             return stored
     if damaged:
@@ -95,13 +100,13 @@ def _read_values(path: Path) -> dict[str, Any]:
 
 
 def _flush(path: Path) -> None:
-    # A machine that loses its power after the rename would else find an empty file under the name.
+    # Without this, a power failure after the rename may leave an empty file.
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def _rotate(folder: Path) -> None:
-    """Give the present state its second name first, so that there is one under its own at every moment."""
+    """Link the state to the previous state's name, so that the state's own name always exists."""
     if not (folder / STATE).exists():
         return
     with atomic_path(folder / PREVIOUS) as temporary:
@@ -115,7 +120,7 @@ def _rotate(folder: Path) -> None:
 def load_tensors(
     path: Path, model: nn.Module, optimizer: Optimizer, average: nn.Module | None = None
 ) -> None:
-    """Put the stored model, optimiser and average back; ValueError where they do not fit."""
+    """Load a state into model, optimiser and average; raise ValueError if the tensors do not fit."""
     modules: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}}
     states: dict[int, dict[str, Tensor]] = {}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -129,7 +134,7 @@ def load_tensors(
             tensor, parameter = file.get_tensor(key), parameters[int(index)]
             tensor = tensor if name == "step" else with_axis(tensor, parameter)
             if tensor.shape == parameter.shape:
-                # The fused optimiser walks raw memory: its state has to lie as its parameter does.
+                # The fused optimiser needs a state with the memory layout of its parameter.
                 tensor = torch.empty_like(parameter).copy_(tensor)
             states.setdefault(int(index), {})[name] = tensor
     copy_tensors(model, modules["model"], path)

@@ -97,11 +97,11 @@ def test_a_damaged_weights_file_is_told(tmp_path: Path):
     flipped[-3] ^= 1
     for broken in (whole[:-5], b"", bytes(flipped)):
         path.write_bytes(broken)
-        with pytest.raises(ValueError, match=r"model\.safetensors: damaged, or not the file"):
+        with pytest.raises(ValueError, match=r"model\.safetensors: damaged, or it does not belong"):
             load_weights(Small(), tmp_path)
     path.unlink()
     for read in (read_card, load_model, lambda file: build_model("test_convnext", weights=file)):
-        with pytest.raises(ValueError, match=r"config\.json: a file; expected the folder of a checkpoint"):
+        with pytest.raises(ValueError, match=r"config\.json is a file; expected the folder of a checkpoint"):
             read(tmp_path / "config.json")
     with pytest.raises(ValueError, match=r"model\.safetensors: no such file"):
         load_weights(Small(), tmp_path)
@@ -111,7 +111,7 @@ def test_a_damaged_weights_file_is_told(tmp_path: Path):
     ("change", "sentence"),
     [
         ({"format": "other/1"}, "not a checkpoint of this program"),
-        ({"format": "srm-iqa/2"}, "checkpoint format 'srm-iqa/2' is not 'srm-iqa/1'"),
+        ({"format": "srm-iqa/2"}, "checkpoint format 'srm-iqa/2' is not supported; expected 'srm-iqa/1'"),
         ({"optimizer": 1}, "unknown key optimizer"),
         ({"sha256": None}, "sha256 is None, expected str"),
         ({"neck": "mlp"}, "neck 'mlp' is not one of srm, quadratic, none"),

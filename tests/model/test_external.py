@@ -201,7 +201,7 @@ def test_a_model_without_gradient_is_attacked_by_queries_alone(
 def test_the_audit_says_what_it_could_not_ask(images: Path, capsys: pytest.CaptureFixture[str]):
     assert main(command("audit", "theirs:Counted", images, "--lower-is-better")) == 1
     checks = {check["name"]: check for check in read_json(Path("out/audit.json"))["checks"]}
-    unasked = [name for name, check in checks.items() if check["figure"].startswith("could not be asked")]
+    unasked = [name for name, check in checks.items() if check["figure"].startswith("not checked: the model")]
     assert unasked == ["steps", "eps", "restarts", "derivative", "black_box", "unbounded"]
     assert all(checks[name]["passed"] is None for name in unasked)
     assert checks["gradients"]["passed"] is False
@@ -404,7 +404,7 @@ def test_an_output_that_is_no_tensor_is_refused():
         def forward(self, images: Tensor) -> dict[str, Tensor]:
             return {"score": images.mean((1, 2, 3))}
 
-    with pytest.raises(TypeError, match="returned a dict: expected a tensor"):
+    with pytest.raises(TypeError, match="returned a dict; expected a tensor"):
         ExternalModel(Several())(torch.rand(1, 3, 4, 4))
 
 

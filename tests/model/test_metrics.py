@@ -87,7 +87,7 @@ def test_plcc_survives_huge_scores():
         ([[1.0], [2.0]], [[1.0], [2.0]], ValueError, "1-D"),
         ([1.0], [1.0], ValueError, "at least 2 items, got 1"),
         ([1.0, 2.0], [1.0, math.nan], ValueError, "1 of 2 mos"),
-        (["a", "b"], [1.0, 2.0], TypeError, "scores of type list"),
+        (["a", "b"], [1.0, 2.0], TypeError, "scores is a list"),
     ],
 )
 def test_bad_input_is_one_sentence(scores, mos, error, words):

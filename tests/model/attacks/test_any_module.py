@@ -211,7 +211,7 @@ class Replacing(nn.Module):
 def test_a_model_that_destroys_what_autograd_saved_is_one_sentence(make):
     images, mos = batch(2), [0.2, 0.8]
     data = Images(images)
-    words = "cannot be differentiated: it writes into a tensor that an earlier operation has saved"
+    words = "cannot be differentiated: it writes in place into a tensor that an earlier operation saved"
     for name in ("fgsm", "pgd", "apgd"):
         with pytest.raises(ValueError, match=words):
             ATTACKS[name](make(), images, mos)
@@ -315,17 +315,17 @@ class Triples(Images):
 @pytest.mark.parametrize(
     ("made", "said"),
     [
-        (lambda x: DataLoader(Images(x)), r"a DataLoader: expected the data set itself \(loader\.dataset\)"),
-        (lambda x: iter(Images(x)), "of type iterator: expected len"),
-        (lambda _: Stream(), "of type Stream: expected len"),
-        (lambda x: {"images": x, "mos": [0.5] * len(x)}, "of type dict: expected len"),
-        (Records, r"dataset\[0\] is a dict: expected a pair \(image, MOS\)"),
-        (Triples, r"dataset\[0\] is a tuple \(Tensor, float, str\): expected a pair"),
+        (lambda x: DataLoader(Images(x)), r"a DataLoader; expected the dataset itself \(loader\.dataset\)"),
+        (lambda x: iter(Images(x)), "is a iterator; expected len"),
+        (lambda _: Stream(), "is a Stream; expected len"),
+        (lambda x: {"images": x, "mos": [0.5] * len(x)}, "is a dict; expected len"),
+        (Records, r"dataset\[0\] is a dict; expected a pair \(image, MOS\)"),
+        (Triples, r"dataset\[0\] is a tuple \(Tensor, float, str\); expected a pair"),
         (
             lambda x: [(image, "good") for image in x],
-            r"dataset\[0\] is a tuple \(Tensor, str\): expected a pair",
+            r"dataset\[0\] is a tuple \(Tensor, str\); expected a pair",
         ),
-        (lambda x: list(x), r"dataset\[0\] is a Tensor: expected a pair"),
+        (lambda x: list(x), r"dataset\[0\] is a Tensor; expected a pair"),
     ],
 )
 def test_what_is_no_data_set_is_refused_in_one_sentence(made, said):

@@ -291,7 +291,7 @@ def test_the_model_is_left_as_found():
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        ({"eps": 0.0}, ValueError, "eps=0: an audit needs a budget"),
+        ({"eps": 0.0}, ValueError, "eps=0: expected a budget above 0"),
         ({"norm": "l1"}, ValueError, "norm='l1'"),
         ({"images": 1}, ValueError, "limit=1"),
         ({"model": 3}, TypeError, "torch.nn.Module"),

@@ -32,7 +32,7 @@ def test_transfer_has_every_direction_and_the_suites_white_box_attack():
     moved = torch.tensor(pairs["b", "a"]["scores"]) - torch.tensor(found["clean"]["a"]["scores"])
     reach = 4 / 255 * (models["a"].weight * models["b"].weight.sign()).sum().abs()
     assert moved.abs().max() <= reach + 1e-5
-    with pytest.raises(ValueError, match="1 model: a transfer needs at least two"):
+    with pytest.raises(ValueError, match="models has 1 entries; a transfer needs at least two"):
         transfer({"a": linear()}, dataset, norm="linf", eps=0.1)
 
 

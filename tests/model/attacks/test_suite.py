@@ -486,7 +486,7 @@ class Uneven(Images):
         ({"dataset": Images(1)}, ValueError, "1 images"),
         ({"dataset": Uneven()}, ValueError, r"image-02.png has shape \(3, 4, 8\)"),
         ({"model": 3}, TypeError, "torch.nn.Module"),
-        ({"model": Breaking(0.7)}, ValueError, r"4 of 4 images .* not finite, that of image-00.png first"),
+        ({"model": Breaking(0.7)}, ValueError, r"4 of 4 images .* not finite, first that of image-00.png"),
         ({"surrogate": 3}, TypeError, "torch.nn.Module"),
         ({"logistic": 3}, TypeError, "LogisticMap"),
         ({"suite": Suite([Attack("t", MSE(), transfer=True)])}, ValueError, "surrogate"),

@@ -44,6 +44,9 @@ def open_dataset(
     Args:
         root, split, seed, image_size, train, cache, verify, progress: As in `TID2013` and `KonIQ10k`.
 
+    Returns:
+        The dataset.
+
     Raises:
         ValueError: The folder holds neither type, or both, or a faulty dataset.
     """

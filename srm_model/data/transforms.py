@@ -17,6 +17,13 @@ LONGEST = 16  # `load_resized` keeps the middle of an image with a higher aspect
 def load_image(path: str | Path, image_size: int = SRMConfig.image_size) -> Tensor:
     """Load an image file with the evaluation transform: (3, S, S) float32 in [0, 1], S = `image_size`.
 
+    Args:
+        path: Path of the file.
+        image_size: S, height and width of the result.
+
+    Returns:
+        The image.
+
     Raises:
         ValueError: The image cannot be read.
     """

@@ -113,6 +113,7 @@ def synthesize(
     )
     references = dict(enumerate(photos, 1)) if opinions is None else _numbered(photos)
     settings: dict[str, Any] = {
+        "definition": distortions.DEFINITION,
         "seed": seed,
         "image_size": image_size,
         "types": types,

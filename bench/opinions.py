@@ -1,8 +1,8 @@
-"""How people's opinions of TID2013 fit images made anew from the Kodak photographs: `python -m bench.opinions`.
+"""Compare the opinions of TID2013 with images made from the Kodak photographs: `python -m bench.opinions`.
 
-Images of every photograph, type and level are distorted as `srm-iqa data synthesize --opinions` does it, and judged by
-three full-reference metrics of piq. A row holds the metrics of one photograph and type. The summary is Spearman's
-correlation of each metric with the opinions, per type and over all, beside what was published for the real set.
+The photographs are distorted as by `srm-iqa data synthesize --opinions`, and three full-reference metrics of piq score
+the images. A row holds the scores of one photograph and type. The summary is Spearman's correlation of each metric with
+the opinions, for each type and for all types, next to the figures published for TID2013.
 """
 
 from __future__ import annotations
@@ -79,12 +79,12 @@ def _batch(images: Sequence[npt.NDArray[np.uint8]]) -> torch.Tensor:
 
 
 def correlation(chosen: Sequence[Row], metric: str) -> float:
-    """Spearman's correlation of a metric with people's opinions."""
+    """Return Spearman's correlation of a metric with the opinions."""
     return srocc([x for row in chosen for x in row[metric]], [x for row in chosen for x in row["mos"]])
 
 
 def summary(found: Sequence[Row]) -> list[str]:
-    """Lines of a table: each type, then all of them, with the published figures; `!` marks what is too far off."""
+    """Return the lines of a table: each type, all types, and the published figures; `!` marks a larger difference."""
     lines = [f"{'type':56}" + "".join(f"{name:>12}" for name in METRICS)]
     for kind in sorted({row["type"] for row in found}):
         chosen = [row for row in found if row["type"] == kind]
@@ -101,7 +101,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m bench.opinions", description=__doc__)
     parser.add_argument(
-        "--photographs", type=Path, metavar="DIR", help="the Kodak photographs; else only summarise"
+        "--photographs",
+        type=Path,
+        metavar="DIR",
+        help="folder of the Kodak photographs (default: summarise the rows only)",
     )
     parser.add_argument("--opinions", type=Path, metavar="FILE", help="TID2013's mos_with_names.txt")
     parser.add_argument(

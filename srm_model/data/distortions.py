@@ -1,4 +1,4 @@
-"""TID2013's 24 types of distortion at 5 levels, for any photograph.
+"""The 24 types of distortion of TID2013 at 5 levels, for any photograph.
 
 Each type is a family of images of growing strength. For most types, a level is the image whose PSNR against the
 photograph is 33, 30, 27, 24 or 21 dB, the PSNR levels of TID2013. If a photograph does not reach one of them (a grey
@@ -38,26 +38,26 @@ Apply = Callable[[Planes, int, np.random.Generator], Pixels]
 Render = Callable[[float], npt.NDArray]
 
 LEVEL_PSNR = (33.0, 30.0, 27.0, 24.0, 21.0)
-"""dB for levels 1 to 5, TID2013's own ladder."""
+"""PSNR of levels 1 to 5 in dB, as in TID2013."""
 
 MIN_SIDE = 64
-"""Smallest side of a photograph, in pixels; blocks and patches have no meaning below it."""
+"""Smallest side of a photograph in pixels; below it, blocks and patches have no meaning."""
 
 BLOCKS = (32, 16, 8, 6, 4)
 BLOCK_PSNR = 24.0
-"""Blocks of type 15 at levels 1 to 5, and their PSNR in dB."""
+"""Number of blocks of type 15 at levels 1 to 5, and the PSNR of all levels in dB."""
 
 BLUR = (0.64, 0.85, 1.33, 2.81, 8.66)
 """Standard deviation of the blur of type 8 at levels 1 to 5, in pixels."""
 
 DENOISING = ((2.1, 0.034), (3.3, 0.068), (5.4, 0.16), (11.4, 0.54), (25.0, 2.0))
-"""Noise (standard deviation, of 255) and weight of the total variation of type 9 at levels 1 to 5."""
+"""Standard deviation of the noise (0 to 255) and weight of the total variation of type 9, levels 1 to 5."""
 
 JPEG_QUALITY = (65, 30, 12, 5, 1)
 """libjpeg's quality of type 10 at levels 1 to 5."""
 
 DEFINITION = 2
-"""Number of this definition of the types; a set that was begun with another one is not continued."""
+"""Version of these definitions. A dataset that was started with another version cannot be resumed."""
 
 _TOLERANCE = 0.1  # dB
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
@@ -65,13 +65,22 @@ _YCBCR_TO_RGB = np.array([[1, 0, 1.402], [1, -0.344136, -0.714136], [1, 1.772, 0
 
 
 class Distortion(NamedTuple):
-    """One of the 24 types; calling it distorts a photograph."""
+    """One of the 24 types. Call it to distort a photograph."""
 
     name: str
     apply: Apply
 
     def __call__(self, image: Pixels, level: int, rng: np.random.Generator) -> Pixels:
-        """Distort `image`, (H, W, 3) uint8 RGB, at level 1 to 5; the same generator state gives the same result."""
+        """Return a distorted copy of a photograph; the same state of the generator gives the same image.
+
+        Args:
+            image: RGB photograph, uint8 of shape (H, W, 3).
+            level: 1 (weak) to 5 (strong).
+            rng: Generator of the random numbers.
+
+        Raises:
+            ValueError: Another dtype, shape or level, or a side shorter than `MIN_SIDE`.
+        """
         if (
             image.dtype != np.uint8
             or image.ndim != 3
@@ -88,13 +97,13 @@ class Distortion(NamedTuple):
 
 
 def psnr(reference: npt.NDArray, distorted: npt.NDArray) -> float:
-    """Peak signal-to-noise ratio in dB over all pixels and channels, on the 0..255 scale; infinity where equal."""
+    """Return the PSNR in dB over all pixels and channels, for values from 0 to 255; infinity for equal images."""
     error = np.mean(np.square(np.subtract(reference, distorted, dtype=np.float32)), dtype=np.float64)
     return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 
 
 def _family(prepare: Callable[[Planes, int, np.random.Generator], Render]) -> Apply:
-    """A type whose `prepare` draws all that is random and gives the images of strength 0 to 1."""
+    """Make a type from `prepare`, which draws all random numbers and returns a function from strength to image."""
 
     @functools.wraps(prepare)
     def apply(image: Planes, level: int, rng: np.random.Generator) -> Pixels:
@@ -104,14 +113,17 @@ def _family(prepare: Callable[[Planes, int, np.random.Generator], Render]) -> Ap
 
 
 def _at_level(reference: Planes, render: Render, level: int) -> Pixels:
-    """The member of a family whose PSNR is the level's."""
+    """Return the image whose PSNR is that of the level."""
     return _at_psnr(reference, render, lambda weakest, strongest: _target(level, weakest, strongest))
 
 
 def _at_psnr(reference: Planes, render: Render, target_of: Callable[[float, float], float]) -> Pixels:
-    """The member of a family that comes nearest to a PSNR, by false position.
+    """Return the image whose PSNR is nearest to a target, by false position.
 
-    `target_of` gives the PSNR from those of the weakest and the strongest member.
+    Args:
+        reference: The photograph.
+        render: Function from strength, 0 to 1, to image.
+        target_of: Function from the PSNR of the weakest and of the strongest image to the target in dB.
     """
 
     def member(strength: float) -> tuple[float, Pixels]:
@@ -151,7 +163,7 @@ def _pixels(image: npt.NDArray) -> Pixels:
 
 
 def _between(weakest: float, strongest: float, strength: float) -> float:
-    """Geometric, so that PSNR is about linear in the strength."""
+    """Interpolate geometrically, so that the PSNR is roughly linear in the strength."""
     return weakest * (strongest / weakest) ** strength
 
 
@@ -179,7 +191,7 @@ def _gaussian_noise(image: Planes, level: int, rng: np.random.Generator) -> Rend
 
 @_family
 def _colour_noise(image: Planes, level: int, rng: np.random.Generator) -> Render:
-    """White Gaussian noise in YCbCr, four times stronger in the colour components than in luminance."""
+    """White Gaussian noise in YCbCr, four times as strong in Cb and Cr as in Y."""
     noise = _normal(image.shape, rng) * np.array([1, 4, 4], np.float32)
     return _additive(image, _unit(noise @ _YCBCR_TO_RGB.T))
 
@@ -192,17 +204,19 @@ def _correlated_noise(image: Planes, level: int, rng: np.random.Generator) -> Re
 
 @_family
 def _masked_noise(image: Planes, level: int, rng: np.random.Generator) -> Render:
-    """White Gaussian noise in proportion to the local contrast of luminance, where texture hides it."""
+    """White Gaussian noise in proportion to the local contrast of luminance; texture masks it."""
     luma = image @ _LUMA
     variance = _smooth(luma**2, 2.0) - _smooth(luma, 2.0) ** 2
     contrast = np.sqrt(np.maximum(variance, 0))
-    contrast = np.clip(contrast, 0.25 * contrast.mean() + 1, 2 * contrast.mean() + 1)  # no sparks along edges
+    contrast = np.clip(
+        contrast, 0.25 * contrast.mean() + 1, 2 * contrast.mean() + 1
+    )  # else edges get too much
     return _additive(image, _unit(_normal(image.shape, rng) * contrast[..., None]))
 
 
 @_family
 def _high_frequency_noise(image: Planes, level: int, rng: np.random.Generator) -> Render:
-    """Gaussian noise with its low frequencies taken out, the same in R, G and B."""
+    """Gaussian noise without its low frequencies, equal in R, G and B."""
     noise = _normal((*image.shape[:2], 1), rng)
     return _additive(image, _unit(noise - _smooth(noise, 0.8)))
 
@@ -232,7 +246,7 @@ def _gaussian_blur(image: Planes, level: int, rng: np.random.Generator) -> Pixel
 
 
 def _denoising(image: Planes, level: int, rng: np.random.Generator) -> Pixels:
-    """White Gaussian noise taken out again by total-variation denoising, with the texture that looks like it."""
+    """White Gaussian noise, then total-variation denoising, which also removes texture."""
     deviation, weight = DENOISING[level - 1]
     noisy = (image + np.float32(deviation) * _normal(image.shape, rng)) / 255
     return _pixels(255 * denoise_tv_chambolle(noisy, weight=weight, max_num_iter=40, channel_axis=-1))
@@ -251,20 +265,22 @@ def _jpeg2000(image: Planes, level: int, rng: np.random.Generator) -> Render:
 
 
 def _jpeg_transmission(image: Planes, level: int, rng: np.random.Generator) -> Pixels:
-    """A good JPEG file with altered bytes in its entropy-coded data, as a decoder shows it; restart markers after
-    every four blocks keep a fault local."""
+    """A JPEG file of good quality, decoded after random changes of bytes in its entropy-coded data.
+
+    Restart markers after every four blocks keep each error local.
+    """
     data = _jpeg_bytes(_pixels(image), 92, subsampling=0, restart_marker_blocks=4)
-    start = data.rfind(b"\xff\xda") + 14  # past the header of the one scan
+    start = data.rfind(b"\xff\xda") + 14  # after the header of the only scan
     stream = np.frombuffer(data, np.uint8)
-    marker = (stream == 0xFF) | (np.roll(stream, 1) == 0xFF)  # markers and stuffing stay as they are
+    marker = (stream == 0xFF) | (np.roll(stream, 1) == 0xFF)  # markers and stuffing stay intact
     return _damaged(image, data, start + np.flatnonzero(~marker[start:-2]), level, rng)
 
 
 def _jpeg2000_transmission(image: Planes, level: int, rng: np.random.Generator) -> Pixels:
-    """A good JPEG2000 codestream with altered bytes in the packets of its middle scales, as a decoder shows it.
+    """A JPEG2000 codestream of good quality, decoded after random changes of bytes in the packets of its middle scales.
 
-    The coarsest scales come first and keep their bytes: one error there is worse than level 5. The finest come last;
-    errors there are hardly seen.
+    The coarsest scales come first and stay intact, because one error there is worse than level 5. The finest scales
+    come last; errors there are hardly visible.
     """
     data = _jpeg2000_bytes(_pixels(image), 40, codeblock_size=(16, 16))
     start = data.find(b"\xff\x93") + 2  # start of data
@@ -274,7 +290,7 @@ def _jpeg2000_transmission(image: Planes, level: int, rng: np.random.Generator) 
 
 @_family
 def _pattern_noise(image: Planes, level: int, rng: np.random.Generator) -> Render:
-    """Small patches replaced by a neighbouring patch a few pixels away: hard to see, since the pattern stays."""
+    """Small patches replaced by patches a few pixels away; the pattern stays, so that the change is hard to see."""
     height, width = image.shape[:2]
     side = max(5, round(min(height, width) / 25))
     reach = max(2, side // 3)
@@ -296,10 +312,10 @@ def _pattern_noise(image: Planes, level: int, rng: np.random.Generator) -> Rende
 
 
 def _block_distortions(image: Planes, level: int, rng: np.random.Generator) -> Pixels:
-    """Square blocks of one colour, each another: fewer and stronger ones with every level, at one PSNR.
+    """Square blocks, each of one colour. Higher levels have fewer and stronger blocks, at the same PSNR.
 
-    People mind a few strong blocks less than many weak ones of the same PSNR: the opinions of TID2013 rise with the
-    level. The colour of a block is its mean, shifted; where that is too much for the PSNR, some texture stays.
+    Few strong blocks disturb people less than many weak ones of the same PSNR: opinions in TID2013 rise with the level.
+    The colour of a block is its mean plus an offset. If such blocks alone exceed the error, some texture stays.
     """
     height, width = image.shape[:2]
     side = round(min(height, width) / 12)
@@ -320,7 +336,7 @@ def _block_distortions(image: Planes, level: int, rng: np.random.Generator) -> P
 
 @_family
 def _mean_shift(image: Planes, level: int, rng: np.random.Generator) -> Render:
-    """Every sample brighter or every sample darker by one amount."""
+    """All samples brighter, or all samples darker, by the same amount."""
     sign = rng.choice([-1, 1])
     return lambda strength: image + np.float32(sign * _between(0.5, 128, strength))
 
@@ -339,7 +355,7 @@ def _contrast(image: Planes, level: int, rng: np.random.Generator) -> Render:
 
 @_family
 def _saturation(image: Planes, level: int, rng: np.random.Generator) -> Render:
-    """Colours drawn towards grey of the same luminance, and beyond it to the complementary colours."""
+    """Colours moved towards the grey of the same luminance, and past it to the complementary colours."""
     grey = (image @ _LUMA)[..., None]
     return lambda strength: grey + np.float32(1 - _between(0.01, 3, strength)) * (image - grey)
 
@@ -352,7 +368,7 @@ def _multiplicative_noise(image: Planes, level: int, rng: np.random.Generator) -
 
 @_family
 def _comfort_noise(image: Planes, level: int, rng: np.random.Generator) -> Render:
-    """JPEG2000, then noise of the local strength of what the coder took away, so that flat regions are not bare."""
+    """JPEG2000, then noise as strong, locally, as what the coder removed."""
     pixels = _pixels(image)
     noise = _normal((*image.shape[:2], 1), rng)
 
@@ -366,7 +382,7 @@ def _comfort_noise(image: Planes, level: int, rng: np.random.Generator) -> Rende
 
 @_family
 def _compressed_noise(image: Planes, level: int, rng: np.random.Generator) -> Render:
-    """White Gaussian noise, then JPEG; both grow."""
+    """White Gaussian noise, then JPEG; the strength of both grows with the level."""
     noise = _normal(image.shape, rng)
 
     def render(strength: float) -> npt.NDArray:
@@ -378,7 +394,7 @@ def _compressed_noise(image: Planes, level: int, rng: np.random.Generator) -> Re
 
 @_family
 def _colour_quantisation(image: Planes, level: int, rng: np.random.Generator) -> Render:
-    """A palette of the photograph's own colours by median cut, with Floyd-Steinberg dither."""
+    """A palette of the photograph's colours by median cut, with Floyd-Steinberg dither."""
     picture = Image.fromarray(_pixels(image))
 
     @functools.cache
@@ -392,7 +408,7 @@ def _colour_quantisation(image: Planes, level: int, rng: np.random.Generator) ->
 
 @_family
 def _chromatic_aberration(image: Planes, level: int, rng: np.random.Generator) -> Render:
-    """Red and blue moved apart from green in opposite directions, and blurred."""
+    """Red and blue shifted in opposite directions and blurred."""
     angle = rng.uniform(0, 2 * math.pi)
     direction = np.array([math.sin(angle), math.cos(angle)])
     side = min(image.shape[:2])
@@ -410,7 +426,7 @@ def _chromatic_aberration(image: Planes, level: int, rng: np.random.Generator) -
 
 @_family
 def _sparse_sampling(image: Planes, level: int, rng: np.random.Generator) -> Render:
-    """A random share of the pixels, the rest recovered by iterated soft thresholding of the cosine transform."""
+    """A random share of the pixels; the others are recovered by iterative soft thresholding of the cosine transform."""
     order = rng.random((*image.shape[:2], 1), dtype=np.float32)
     thresholds = np.geomspace(300, 3, 10, dtype=np.float32)
 
@@ -452,9 +468,9 @@ def _decode(data: bytes) -> Pixels:
 
 
 def _damaged(image: Planes, data: bytes, places: npt.NDArray, level: int, rng: np.random.Generator) -> Pixels:
-    """Alter bytes of `data` at random `places`, a few at a time, until its decoding falls to the level's PSNR.
+    """Change bytes of `data` at random `places`, a few at a time, until the decoded image has the PSNR of the level.
 
-    A step that falls more than half a rung below, or that no longer decodes, is taken back and tried with fewer.
+    A step that ends more than 1.5 dB below, or cannot be decoded, is undone and tried again with fewer bytes.
     """
     target = LEVEL_PSNR[level - 1]
     stream = np.frombuffer(data, np.uint8).copy()
@@ -506,4 +522,4 @@ DISTORTIONS: dict[int, Distortion] = {
     23: Distortion("chromatic aberrations", _chromatic_aberration),
     24: Distortion("sparse sampling and reconstruction", _sparse_sampling),
 }
-"""TID2013's types by number."""
+"""The types of TID2013 by number."""

@@ -1,4 +1,4 @@
-"""Sets in TID2013's layout from any photographs, labelled by a full-reference metric or by TID2013's own opinions."""
+"""Make datasets in TID2013's layout from any photographs, with labels of a metric or of TID2013."""
 
 from __future__ import annotations
 
@@ -58,33 +58,41 @@ def synthesize(
     labels: str | Path | None = None,
     progress: bool = True,
 ) -> Path:
-    """Make a set in TID2013's own layout in the folder `out`; returns `out`, which `TID2013(out, split)` opens.
+    """Make a dataset in TID2013's layout from photographs.
 
-    photographs: a folder; the images directly in it (PNG, JPEG, BMP, TIFF, WebP), 3 to 99 of them, each a reference
-        of its own scene, since the split is by reference: two shots of one scene leak between the splits.
-    packaged: whether the seven photographs that scikit-image and scikit-learn carry are references too, after those
-        of the folder; None: where there is no folder.
-    image_size: the photographs' centre squares brought down to this side; None keeps them as they are.
-    crop: width and height of the centre that is kept of each photograph, instead of image_size. With opinions and
-        without image_size it is 512×384, the size of TID2013's images.
-    types, levels: which of TID2013's 24 types and 5 levels (`srm_model.data.distortions`).
-    seed: every image depends on (seed, reference, type, level) only.
-    metric: "vsi" (the default), "fsim", "ssim" or "haarpsi" of piq against the reference, brought to 0 to 9 by the map
-        in `labels.json` (`labels.Scale`). The labels are the metric's and not people's: the set opens with `labels`
-        "metric:vsi".
-    opinions: TID2013's `mos_with_names.txt`, instead of a metric: an image gets the opinion of TID2013's image of the
-        same photograph, type and level. Photographs are matched by the number in their names (`opinions.number_of`),
-        which TID2013's references have too, never by their order. The images are made anew, so that these are
-        people's opinions of nearly these images: the set opens with `labels` "opinions:TID2013".
-    labels: a `mos_with_names.txt` of the same set made elsewhere, to have that very set: the metric's last digits
-        depend on the processor, and a set's fingerprint on every digit. A label further than `LABEL_TOLERANCE` from
-        what the metric gives here is refused.
-    progress: a bar on stderr.
+    The files are `reference_images/IRR.BMP`, `distorted_images/iRR_TT_L.bmp`, `mos_with_names.txt`, `labels.json` (what
+    the labels are, settings, versions) and `references.json` (the origin of the photographs). Each file appears
+    complete or not at all, the list of labels last. After an interruption, the same call resumes.
 
-    Files: `reference_images/IRR.BMP`, `distorted_images/iRR_TT_L.bmp`, `mos_with_names.txt`, `labels.json` (what the
-    labels are, settings, versions) and `references.json` (where the photographs are from). Each appears whole or not
-    at all, the list last. After an interruption the same call goes on where it stopped. A call with other settings,
-    or one that goes on with other versions of the libraries, is refused with a ValueError that tells the difference.
+    Args:
+        out: Folder of the dataset.
+        photographs: Folder with 3 to 99 images (PNG, JPEG, BMP, TIFF, WebP); subfolders are ignored. Each image must
+            show another scene, because datasets are split by reference.
+        packaged: Whether to add the seven photographs of scikit-image and scikit-learn after those of the folder. None
+            adds them only if there is no folder.
+        image_size: Side in pixels to which the central square of each photograph is reduced. None keeps the photograph.
+        crop: Width and height in pixels of the centre that is kept of each photograph, instead of `image_size`. With
+            `opinions` and without `image_size` the default is 512×384, the size of TID2013's images.
+        types: Types of distortion, 1 to 24 (`srm_model.data.distortions`).
+        levels: Levels, 1 to 5.
+        seed: Seed of the distortions. Each image depends only on the seed, its reference, its type and its level.
+        metric: Full-reference metric of piq that gives the labels: "vsi" (default), "fsim", "ssim" or "haarpsi". Its
+            values are mapped to 0 to 9; `labels.json` has the map. The dataset opens with `labels` "metric:vsi".
+        opinions: TID2013's `mos_with_names.txt`, instead of a metric. Each image gets the opinion of the image of the
+            same photograph, type and level in TID2013. The number in a photograph's name selects the reference
+            (`opinions.number_of`). The images are made again, so they are only similar to those that people saw. The
+            dataset opens with `labels` "opinions:TID2013".
+        labels: A `mos_with_names.txt` of the same dataset made on another machine. It replaces the last digits of the
+            metric, which depend on the processor, so that the fingerprints of both datasets are equal.
+        progress: Whether to show a progress bar on stderr.
+
+    Returns:
+        `out`, which `TID2013(out, split)` opens.
+
+    Raises:
+        ValueError: An argument or a photograph is not accepted; `out` holds a dataset with other settings, or an
+            unfinished one of other library versions; a given label differs from the metric's by more than
+            `LABEL_TOLERANCE`.
     """
     out = Path(out)
     types, levels = _choice("types", types, 24), _choice("levels", levels, 5)
@@ -170,7 +178,7 @@ def synthesize(
 
 
 def _given_labels(path: Path) -> dict[str, float]:
-    """The lines of a list of labels, ValueError where one is not a label and a name, or not the name's first."""
+    """Return the labels of a list by name; a malformed line or a repeated name is a ValueError."""
     given: dict[str, float] = {}
     for number, line in enumerate(read_list(path).splitlines(), 1):
         match = _LINE.fullmatch(f"{line}\n")
@@ -183,7 +191,7 @@ def _given_labels(path: Path) -> dict[str, float]:
 
 
 def _as_given(path: Path, given: dict[str, float], lines: dict[str, float]) -> dict[str, float]:
-    """The given labels of these images, once they are found to be the metric's but for its last digits."""
+    """Return the given labels of these images, if they differ from the metric's only in the last digits."""
     for name, label in lines.items():
         if abs(given[name] - label) > LABEL_TOLERANCE:
             raise ValueError(
@@ -211,7 +219,7 @@ def _import_distortions() -> ModuleType:
 
 
 def _numbered(photographs: Sequence[Photograph]) -> dict[int, Photograph]:
-    """The photographs by the numbers in their names, in the order of the numbers."""
+    """Return the photographs by the numbers in their names, in the order of the numbers."""
     found: dict[int, Photograph] = {}
     for photo in photographs:
         number = people.number_of(photo.file)
@@ -224,7 +232,7 @@ def _numbered(photographs: Sequence[Photograph]) -> dict[int, Photograph]:
 
 
 def _opinions_of(path: Path, names: Sequence[str]) -> dict[str, float]:
-    """The opinion for each image; ValueError that says which photographs, types and levels have none."""
+    """Return the opinion of each image; a ValueError names the photographs, types and levels without one."""
     known = people.read_opinions(path)
     missing = [name for name in names if people.key_of(name) not in known]
     if missing:
@@ -237,7 +245,7 @@ def _opinions_of(path: Path, names: Sequence[str]) -> dict[str, float]:
 
 
 def _spans(numbers: Iterable[int]) -> str:
-    """Numbers in words: "1 to 3, 5"."""
+    """Return numbers as text: "1 to 3, 5"."""
     parts: list[list[int]] = []
     for number in sorted(set(numbers)):
         if parts and number == parts[-1][-1] + 1:
@@ -248,7 +256,7 @@ def _spans(numbers: Iterable[int]) -> str:
 
 
 def _photographs(folder: str | Path | None, packaged: bool, frame: Frame, min_side: int) -> list[Photograph]:
-    """The photographs, checked: number, size, and no two alike."""
+    """Return the photographs after checks of their number and size; no two may be equal."""
     if frame.image_size is not None and frame.image_size < min_side:
         raise ValueError(f"image_size {frame.image_size}: expected at least {min_side}, or None")
     if frame.crop is not None and min(frame.crop) < min_side:
@@ -277,7 +285,7 @@ def _photographs(folder: str | Path | None, packaged: bool, frame: Frame, min_si
 
 
 def _described(metric: str | None) -> dict[str, str]:
-    """What labels are, as `labels.json` says it."""
+    """Return the description of the labels for `labels.json`."""
     if metric is not None:
         return {
             "metric": metric,
@@ -287,21 +295,27 @@ def _described(metric: str | None) -> dict[str, str]:
         }
     return {
         "opinions": people.SOURCE,
-        "note": f"People's opinions of nearly these images: the mean opinion scores that {people.SOURCE} has for its "
-        "images of the same photograph, type and level. These images were made anew and differ from those that people "
-        f"saw; this set is not {people.SOURCE}.",
+        "note": f"People's opinions of similar images: the mean opinion scores that {people.SOURCE} has for its "
+        "images of the same photograph, type and level. These images were made again and differ from those that people "
+        f"saw; this dataset is not {people.SOURCE}.",
     }
 
 
 def _claim(out: Path, settings: dict[str, Any], metric: str | None) -> str:
-    """Mark `out` as the place of a set with these settings; a difference of library versions is returned in words.
+    """Write the settings to `labels.json`, or compare them with those that are there.
 
-    A folder with anything else in it, or with a set of other settings, is a ValueError.
+    Returns:
+        The differences of library versions as text, empty without one.
+
+    Raises:
+        ValueError: The folder holds other files, or a dataset with other settings.
     """
     versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
     if not (out / LABELS).exists():
         if out.exists() and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir())):
-            raise ValueError(f"{out}: not an empty folder, nor one with a synthesised set; give another")
+            raise ValueError(
+                f"{out}: not an empty folder, nor one with a synthesised dataset; give another folder"
+            )
         description = {
             "format": LABELS_FORMAT,
             "range": list(LABEL_RANGE),
@@ -331,7 +345,7 @@ def _differences(there: dict[str, Any], here: dict[str, Any]) -> str:
 
 
 def _read_labels(out: Path) -> dict[str, float]:
-    """Labels of finished images, from the list or the journal; a line that a kill cut short is passed over."""
+    """Return the labels of finished images from the list or the journal; an incomplete last line is skipped."""
     labels = {}
     for path in (out / LIST, out / _JOURNAL):
         text = path.read_text(encoding="utf-8") if path.exists() else ""
@@ -343,7 +357,7 @@ def _read_labels(out: Path) -> dict[str, float]:
 
 
 def _lay_out(out: Path, references: dict[int, Photograph], labels: dict[str, float]) -> None:
-    """References, their origin and a clean journal; what is there already stays as it is."""
+    """Write the references, their origin and the journal; files that exist stay unchanged."""
     make_folder(out / IMAGES)
     for leftover in out.glob("*/.*.partial.*"):  # of a process that was killed
         leftover.unlink()
@@ -373,7 +387,7 @@ def _run(
     seed: int,
     metric: str | None,
 ) -> Iterator[tuple[_Task, list[float]]]:
-    """Do the tasks on all cores and give each with its labels, as they are finished."""
+    """Run the tasks on all cores and yield each finished task with its labels."""
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
         futures = {
@@ -389,7 +403,7 @@ def _run(
 def _distort(
     out: Path, task: _Task, reference: Pixels, levels: list[int], seed: int, metric: str | None
 ) -> list[float]:
-    """Write the images of one task, but for those that are there, and return the metric of each; none without one."""
+    """Write the missing images of a task and return their labels; without a metric, none."""
     from srm_model.data.distortions import DISTORTIONS
 
     images = []

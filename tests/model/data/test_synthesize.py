@@ -380,8 +380,8 @@ def test_opinions_are_those_of_photograph_type_and_level(tmp_path, numbered, opi
 def test_a_set_of_opinions_says_what_they_are(tmp_path, numbered, opinions):
     root = synthesize(tmp_path / "set", photographs=numbered, opinions=opinions, crop=(80, 64), **OPINIONS)
     said = json.loads((root / "labels.json").read_text())
-    assert said["note"].startswith("People's opinions of nearly these images")
-    assert "this set is not TID2013" in said["note"]
+    assert said["note"].startswith("People's opinions of similar images")
+    assert "this dataset is not TID2013" in said["note"]
     about = describe(root)
     assert (about["labels"], about["label_range"]) == ("opinions:TID2013", [0.0, 9.0])
     assert "TID2013 (" not in about["name"]

@@ -760,9 +760,11 @@ def _gather(
 ) -> None:
     heads = sizes.of_heads()
     del heads["RANKS"], heads["most"], heads["R"]
+    # One warp. If each lane holds one square, the compiler may turn a² + (another lane's b²) into fma(a, a, b²); then
+    # the lanes differ in the last bit. With several warps, Triton 3.8 lets all lanes write this sum to one address.
     _gather_kernel[(len(strips) * sizes.batch * sizes.heads,)](
         *parts, *wholes, sizes.batch, **heads, LINKS=len(strips), FIRSTS=firsts, TOGETHER=together,
-        STRIPS=strips, **sizes.of_links(), num_warps=4,
+        STRIPS=strips, **sizes.of_links(), num_warps=1,
     )  # fmt: skip
 
 

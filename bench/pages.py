@@ -106,7 +106,7 @@ def cost(folder: Path) -> str:
         macs = [number(row["macs"]["formula"] / 1e9), number(links / 1e9) if links else "–"]
         memory = f"{row['memory']['above'] / MEBI:.1f}"
         lines.append([f"`{row['neck']}`", f"{row['parameters'] / 1e6:.2f} M", *macs, memory])
-    header = ["neck", "parameters", "GMAC", "of it links (equation 30)", "peak MiB above inputs"]
+    header = ["neck", "parameters", "GMAC", "GMAC of the links (equation 30)", "peak MiB above inputs"]
     return markdown(header, lines)
 
 
@@ -117,7 +117,14 @@ def time(folder: Path) -> str:
         for backbone, side, cells in _shares(folder, "forward")
         if "–" not in cells
     ]
-    header = ["backbone", "side, px", "neck `srm`, ms", "of `quadratic`'s", "model, ms", "of `quadratic`'s"]
+    header = [
+        "backbone",
+        "side, px",
+        "neck `srm`, ms",
+        "neck, srm / quadratic",
+        "model `srm`, ms",
+        "model, srm / quadratic",
+    ]
     return markdown([*header, "the neck's share, %"], lines)
 
 
@@ -127,7 +134,7 @@ def backward(folder: Path) -> str:
     for _, side, cells in _shares(folder, "backward"):
         values.setdefault(int(side), []).append(float(cells[1]))
     lines = [[str(side), f"{min(found):.2f} to {max(found):.2f}"] for side, found in sorted(values.items())]
-    header = ["side, px", "`srm`, forward and backward, of `quadratic`'s time"]
+    header = ["side, px", "forward and backward of the neck, srm / quadratic (time)"]
     return markdown(header, lines, words=0)
 
 
@@ -144,7 +151,7 @@ def step(folder: Path) -> str:
         rival = taken["quadratic"]
         shares = [number(taken[neck] / rival) for neck in ("srm", "none")]
         lines.append([f"`{backbone}`", str(side), str(batch), number(rival), *shares])
-    header = ["backbone", "side, px", "B", "`quadratic`, ms", "`srm`, of it", "`none`, of it"]
+    header = ["backbone", "side, px", "B", "`quadratic`, ms", "srm / quadratic", "none / quadratic"]
     return markdown(header, lines)
 
 

@@ -213,7 +213,7 @@ def _import_distortions() -> ModuleType:
         from srm_model.data import distortions
     except ImportError as error:
         raise ValueError(
-            f"distortions need scipy and scikit-image ({error}); pip install 'srm-iqa[demo]'"
+            f"distortions need scipy ({error}); pip install 'srm-iqa[demo]'"
         ) from None
     return distortions
 

@@ -247,7 +247,12 @@ def _add_synthesize(parser: argparse.ArgumentParser) -> None:
         help="folder of 3 to 99 photographs of different scenes (default: those of installed packages)",
     )
     add("--packaged", action="store_true", help="add the photographs of installed packages after DIR's")
-    add("--image-size", type=positive, help="shorter side in pixels (default: not resized)")
+    add(
+        "--image-size",
+        type=positive,
+        metavar="S",
+        help="resize the central square of each photograph to S×S pixels (default: keep the photograph)",
+    )
     add(
         "--crop",
         type=width_and_height,

@@ -212,9 +212,7 @@ def _import_distortions() -> ModuleType:
     try:
         from srm_model.data import distortions
     except ImportError as error:
-        raise ValueError(
-            f"distortions need scipy ({error}); pip install 'srm-iqa[demo]'"
-        ) from None
+        raise ValueError(f"distortions need scipy ({error}); pip install 'srm-iqa[demo]'") from None
     return distortions
 
 

@@ -46,11 +46,15 @@ def make_folder(path: str | Path) -> None:
         ValueError: `path` or one of its parents is a file.
     """
     path = Path(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        check_folder(path)
-        raise
+    for attempt in range(100):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, FileNotFoundError, NotADirectoryError):
+            check_folder(path)
+            if attempt == 99:  # else another process removed the folder after mkdir had found it
+                raise
+        else:
+            return
 
 
 def check_folder(path: str | Path) -> None:

@@ -570,7 +570,7 @@ def test_the_experiments_page_has_the_figures_of_its_rows():
         )
         if label.endswith(", adversarial"):
             by_seed = [
-                over_seeds([line], lambda v: v["worst"]["srocc"])
+                over_seeds([line], "worst", "srocc")
                 for norm, eps in budgets[:2]
                 for line in sorted(records.of("attack"), key=lambda line: line["identity"]["seed"])
                 if (line["identity"]["neck"], line["identity"]["variant"]) == (neck, variant)

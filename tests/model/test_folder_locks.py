@@ -20,7 +20,7 @@ from srm_model import SRMConfig, build_model, load_model, runs
 from srm_model.checkpoint import save_model
 from srm_model.cli import _parser, main
 from srm_model.data.synthesize import synthesize
-from srm_model.files import LOCK, held, write_json
+from srm_model.files import LOCK, held, make_folder, write_json
 
 FORK = multiprocessing.get_context("fork")
 CONFIG = SRMConfig(channels=16, heads=2, rank=4, pool_size=2, image_size=32, batch_size=8, epochs=1)
@@ -210,6 +210,28 @@ def test_the_last_that_shares_a_folder_removes_its_lock(tmp_path: Path):
     with held(tmp_path, shared=True):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [FileExistsError, FileNotFoundError])
+def test_a_folder_that_another_process_removes_meanwhile_is_made_again(error, tmp_path: Path, monkeypatch):
+    mkdir, folder, calls = os.mkdir, tmp_path / "new", []
+
+    def removed_after_the_first(path, *arguments, **options):
+        calls.append(path)
+        if len(calls) == 1:
+            raise error(path)
+        return mkdir(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "mkdir", removed_after_the_first)
+    make_folder(folder)
+    assert folder.is_dir()
+    assert len(calls) > 1
+
+
+def test_a_link_to_nowhere_is_no_folder_and_ends(tmp_path: Path):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FileExistsError):
+        make_folder(tmp_path / "link")
 
 
 def test_many_processes_share_a_folder_and_none_is_refused(tmp_path: Path):

@@ -54,7 +54,7 @@ def no_narrower(tensors: Sequence[Tensor], like: Tensor) -> list[Tensor]:
 
 
 def widened(tensors: Sequence[Tensor], like: Tensor) -> list[Tensor]:
-    """Cast tensors to the dtype of statistics and solves that belongs to `like`."""
+    """Cast tensors to `wide_dtype` of the dtype of `like`."""
     if not enabled(like):
         return list(tensors)
     return [t.to(wide_dtype(like.dtype)) if enabled(t) else t for t in tensors]

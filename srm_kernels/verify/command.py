@@ -1,4 +1,4 @@
-"""The command `python -m srm_kernels verify`: check all cases, time those that are right, save and print results."""
+"""The command `python -m srm_kernels verify`: check all cases, time the correct ones, save and print results."""
 
 from __future__ import annotations
 
@@ -167,9 +167,10 @@ class Run:
         self.progress = table.Progress()
 
     def doubted(self, wanted: Sequence[Case]) -> list[Case]:
-        """Return cases of the same groups at other shapes with a stored fault that can disappear in another attempt.
+        """Return cases of the same groups, at other shapes, whose stored fault can disappear in another attempt.
 
-        They are measured too, because a fault at one shape decides for all shapes. `--again` repeats all faults.
+        These cases are measured too, because a fault at one shape rules out the implementation at all shapes. `--again`
+        repeats all cases with faults.
         """
         asked, groups = set(map(_label, wanted)), set(map(_group, wanted))
         faults = verdicts.faults(self.verdict.rows)
@@ -257,7 +258,7 @@ class Run:
             self.progress.show("")
 
     def _times(self, worker: Worker, case: Case, right: Sequence[str]) -> dict[str, Any]:
-        """Time implementations and those to compare with; if one fails, time each in its own process."""
+        """Time the implementations and the ones to compare with. If one fails, time each in its own process."""
         names = ["reference", *right, "eager", *(["compiled"] if self.options.compile else [])]
         about = {"seconds": self.seconds}
         answer = worker.ask(_request("fast", case, names) | about, self.options.limit)

@@ -9,7 +9,7 @@ from bench.resources import case_words
 
 
 class Limits(NamedTuple):
-    """Capacity of a multiprocessor; shared memory in bytes, in all and the most per block."""
+    """Capacity of a multiprocessor. Shared memory is in bytes: the total, and the largest amount per block."""
 
     warps: int
     blocks: int
@@ -33,7 +33,7 @@ _MOST_REGISTERS = 255  # per thread
 
 
 class Occupancy(NamedTuple):
-    """Resident blocks and warps, their share of the warps that a multiprocessor can hold, and the limiting resource."""
+    """Resident blocks and warps, the share of the possible warps that are resident, and the limiting resource."""
 
     blocks: int
     warps: int
@@ -42,7 +42,7 @@ class Occupancy(NamedTuple):
 
 
 def occupancy(registers: int, shared: int, warps: int, capability: int) -> Occupancy:
-    """Return the theoretical occupancy of a kernel; one that cannot be launched has 0 blocks.
+    """Return the theoretical occupancy of a kernel. A kernel that cannot be launched has 0 blocks.
 
     Args:
         registers: Registers per thread.

@@ -31,7 +31,7 @@ from srm_model.attacks import MSE, Drift, PairInversion, apgd, fgsm, pgd, square
 from srm_model.necks import NECKS
 from srm_model.runs import keep_memory
 
-LIMITS = {"cpu": 0.10, "cuda": 0.05}  # of PGD's overhead
+LIMITS = {"cpu": 0.10, "cuda": 0.05}  # largest accepted overhead of PGD
 OBJECTIVES = (MSE(), Drift(), PairInversion())
 EPS = {"linf": 1 / 255, "l2": 1.0}
 Tick = Callable[[], object]  # called after each step

@@ -44,7 +44,7 @@ from srm_kernels.checks import current_name
 ROOT = Path(__file__).resolve().parent.parent
 SETS = 20
 ROUNDS = 4
-TOLERANCE = 0.05  # smaller slowdowns are accepted
+TOLERANCE = 0.05  # largest accepted slowdown, relative
 ALPHA = 0.01  # probability of a wrong verdict anywhere in a run
 COPIES = ("A1", "B1", "B2", "A2")
 _WORKER = (

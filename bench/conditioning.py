@@ -32,19 +32,19 @@ from srm_kernels import backends, landmark_solve, nystrom_attention
 from srm_kernels.conditioning import SOLVERS, SOLVERS_OF_KERNELS
 
 BATCHES = (8, 64, 512)
-RANKS = (64, 32, 16, 128)  # the most needed first, as a run on a GPU may be stopped early
+RANKS = (64, 32, 16, 128)  # the most important first, because a run on a GPU may be stopped early
 WIDTHS = (32, 64)
-CPU_TARGET = 1 / 5  # of the SVD's time, on a CPU, at these ranks
+CPU_TARGET = 1 / 5  # largest share of the SVD's time on a CPU, at CPU_RANKS
 CPU_RANKS = (32, 64)
 FUSED = "cholesky@triton"
-GPU_TARGETS = {  # least speedup of the fused solver, and the ranks it holds for
+GPU_TARGETS = {  # least speedup of the fused solver, and the ranks to which it applies
     "torch.linalg.svd": (50, (64,)),
     "torch.linalg.lu_factor_ex": (2, RANKS),
     "torch.linalg.cholesky_ex": (2, RANKS),
 }
-LARGEST_SHARE = 0.3  # of the attention's time
-QUEUED = 10  # calls between two events of a GPU
-ROUNDING = 1e-6  # by which a computed ratio to a bound may exceed 1
+LARGEST_SHARE = 0.3  # largest time of the solve divided by the attention's time
+QUEUED = 10  # calls between two CUDA events
+ROUNDING = 1e-6  # a computed ratio to a bound may exceed 1 by this much
 TRUSTED = 1e12  # largest κ at which an fp64 solve is accurate enough to judge the gain
 
 
@@ -74,7 +74,7 @@ def plain(name: str, logits: Tensor, rhs: Tensor) -> Tensor:
 
 
 def calls(logits: Tensor, rhs: Tensor) -> dict[str, Call]:
-    """Return the solvers by name; those of kernels are named `solver@triton`."""
+    """Return the solvers by name; solvers by kernels are named `solver@triton`."""
 
     def solve(solver: str, backend: str) -> Tensor:
         return landmark_solve(logits, rhs, solver=solver, backend=backend).x

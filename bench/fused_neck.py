@@ -173,7 +173,7 @@ def floor_of(neck: SRMNeck, maps: list[Tensor], options: argparse.Namespace) -> 
 
 
 def compare(backbone: str, side: int, batch: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return a row for each neck with time, memory and launches, and their ratios to those of the quadratic neck."""
+    """Return a row for each neck: time, memory, launches, and time and memory relative to the quadratic neck."""
     device = torch.device(options.device)
     maps = maps_of(backbone, side, batch, options)
     calls = contestants(backbone, maps, options)

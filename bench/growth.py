@@ -34,7 +34,7 @@ Rows = list[dict[str, Any]]
 
 
 class Sizes(NamedTuple):
-    """Sizes of one call; the names are those of the sweeps."""
+    """Sizes of one call. The fields have the names of the sweeps."""
 
     B: int
     H: int

@@ -26,8 +26,8 @@ LIMITS = {
     90: Limits(64, 32, 65_536, 228 * _KI, 227 * _KI),
     120: Limits(48, 24, 65_536, 100 * _KI, 99 * _KI),
 }
-_PARTITIONS = 4  # of a multiprocessor, each with its own registers
-_REGISTER_UNIT = 256  # a warp is given a multiple of this many registers
+_PARTITIONS = 4  # partitions of a multiprocessor, each with its own registers
+_REGISTER_UNIT = 256  # the registers of a warp are a multiple of this number
 _SHARED_UNIT, _SHARED_RESERVED = 128, _KI  # bytes; the driver reserves 1 KiB per block
 _MOST_REGISTERS = 255  # per thread
 

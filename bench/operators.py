@@ -30,7 +30,7 @@ class Family(NamedTuple):
 
 FAMILIES = {
     "tiny": Family(1, 2, 64, 16, 4, 8),  # for tests
-    "stage 3": Family(1, 8, 1_024, 256, 64, 32),  # the stages are those of a 512² image
+    "stage 3": Family(1, 8, 1_024, 256, 64, 32),  # stages of a 512² image
     "stage 2": Family(1, 8, 4_096, 256, 64, 32),
     "stage 1": Family(1, 8, 16_384, 256, 64, 32),
     "stage 1, batch 8": Family(8, 8, 16_384, 256, 64, 32),

@@ -34,7 +34,7 @@ from bench.launches import OWN, count_launches, forward_of
 CAPABILITY = (9, 0)
 LIBRARY = ((torch, "bmm"), (torch, "_foreach_copy_"), (torch.nn.functional, "conv2d"))
 MOST_LAUNCHES, MOST_MICROSECONDS = 12, 150  # targets of a forward pass
-GATE_CONVOLUTIONS = 6  # which the target of launches excludes
+GATE_CONVOLUTIONS = 6  # launches that MOST_LAUNCHES does not include
 NAMES, REPEATS = ("forward", "training step"), (200, 50)
 
 

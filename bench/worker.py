@@ -13,7 +13,7 @@ import torch
 from bench.operators import FAMILIES, NumericsError, Timed
 from bench.stopwatch import milliseconds
 
-LEAST_MILLISECONDS = 2.0  # of one measurement; shorter calls are repeated within it
+LEAST_MILLISECONDS = 2.0  # least duration of a measurement; shorter calls are repeated within it
 MOST_CALLS = 1000
 
 

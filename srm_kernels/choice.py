@@ -103,7 +103,7 @@ class Table:
     def ranking(self, group: Group, classes: Sequence[int]) -> list[str]:
         """Return the implementations that are correct at every measured shape, the fastest first.
 
-        They are ranked by the geometric mean of the times of all directions at the nearest measured shapes.
+        Only implementations with times at all nearest measured shapes are ranked, by the geometric mean of these times.
         """
         if group not in self.groups:
             return []

@@ -20,7 +20,7 @@ from torch import Tensor
 
 FP32_UNITS = 8
 DRAWS = 8  # losses over which the error of a gradient of few numbers is measured
-FEW = 16  # a result of at most so many numbers has few
+FEW = 16  # largest number of elements of a result of "few numbers"
 
 
 def error_ratio(

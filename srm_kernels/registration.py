@@ -1,7 +1,7 @@
 """Register operators with torch as `srm::<name>` and `srm::<name>_backward`, for all backends.
 
 Eager mode, torch.compile, export, FLOP counters and CUDA graphs see only these two operators. Autograd cannot
-differentiate through kernels: a backend of kernels has its own derivative, or uses that of the reference. Under
+differentiate through kernels: a backend of kernels has its own derivative, or uses the reference's. Under
 function transforms (torch.func) and in forward mode a differentiable operator runs its reference in plain PyTorch.
 """
 
@@ -24,7 +24,7 @@ from .options import WRITTEN
 Implementation = Callable[..., Any]
 Place = tuple[
     int, int | None
-]  # of a tensor: index of the argument, and index in it if the argument is a list
+]  # place of a tensor: index of the argument, and index in the argument if it is a list
 OPAQUE = ("triton",)  # backends that autograd cannot differentiate
 _plain = False  # whether differentiable operators run the operations of their reference
 _library = torch.library.Library("srm", "FRAGMENT")  # operators exist as long as this object

@@ -48,12 +48,12 @@ RIGHT = "right"
 # "unsupported": the backend does not support these sizes; "memory": the device has too little. Neither is a fault.
 HARMLESS = (RIGHT, "unsupported", "memory")
 FAULTS = ("wrong", "refused", "error", "timeout", "crashed")
-# The environment can be the cause of these, so that the next run tries again.
+# The environment can cause these faults, so the next run tries again.
 PASSING = ("memory", "error", "timeout", "crashed")
 DIRECTIONS = ("forward", "backward")  # "backward" is the forward and the backward pass together
 
 Row = dict[str, Any]
-Group = tuple[str, str]  # an operator's name and a dtype's
+Group = tuple[str, str]  # name of an operator, name of a dtype
 
 
 class Key(NamedTuple):
@@ -420,7 +420,7 @@ def export(verdict: Verdict, path: Path) -> None:
 def shipped(key: Key, folder: Path | None = None) -> Verdict | None:
     """Return the verdict shipped for this device, capability, kernel sources and minor versions of torch and Triton.
 
-    The driver is not compared. A file with a line in another format than that of `export` is ignored, with a warning.
+    The driver is not compared. A file with a line that `export` could not have written is ignored, with a warning.
     """
     rows: list[Row] = []
     for path in sorted((folder or SHIPPED).glob("*.jsonl")):

@@ -66,7 +66,7 @@ def bound(launch: Launch, gpu: Gpu, *, batch: int = 1, use_sass: bool = True) ->
     sectors, asked = (sum(v[i] for v in counters.global_requests.values()) * scale for i in (1, 2))
     dram = min((len(counters.read) + len(counters.written)) * 32 * scale, launch.tensor_bytes * batch)
     products = _products(ptx, batch)
-    clocks = gpu.sms * gpu.ghz * 1000  # of all SMs per µs
+    clocks = gpu.sms * gpu.ghz * 1000  # clock cycles of all SMs per µs
     busy = {
         "issue": sum(v for name, v in units.items() if " " not in name) / 4 / clocks,
         "fp32": units["fp32"] * 32 / gpu.fp32 / clocks,
@@ -79,7 +79,7 @@ def bound(launch: Launch, gpu: Gpu, *, batch: int = 1, use_sass: bool = True) ->
     }
     resident = max(1, occupancy(registers, launch.shared, launch.warps, gpu.capability).blocks)
     blocks = counters.grid * batch
-    uneven = math.ceil(blocks / gpu.sms) * gpu.sms / blocks  # blocks of the fullest SM over the mean
+    uneven = math.ceil(blocks / gpu.sms) * gpu.sms / blocks  # blocks on the fullest SM / mean over SMs
     return {
         "kernel": launch.name,
         "blocks": blocks,

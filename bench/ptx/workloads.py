@@ -19,7 +19,7 @@ from srm_kernels.options import KeySide, LandmarkOptions, SolveOptions
 from .device import Launch, emulated_device
 
 HEADS, WIDTH, RANK, QUERIES, KEYS = 8, 32, 64, 128 * 128, 256
-LEAST_PROGRAMS = 8  # of a grid that run
+LEAST_PROGRAMS = 8  # least number of programs of a grid that run
 MOST_STRIDE = 32  # divides the number of the neck's programs of every kind except pooling, for one image
 
 

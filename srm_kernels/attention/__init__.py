@@ -186,7 +186,7 @@ def nystrom_attention(
         neumann_gate: As in `landmark_solve`.
         qk_norm: Tokens that are RMS-normalised per head before landmarks are chosen: None, "keys" or "both". Without
             normalised keys there is no bound on κ(W_λ) or on the output: one outlier among the keys can make the output
-            many orders of magnitude larger than that of exact attention.
+            many orders of magnitude larger than the output of exact attention.
         scale: s; 1/√d by default.
         solve_dtype: "fp32" computes L, W and R in fp32 (fp64 for fp64). "model" computes them in the dtype of the
             inputs and casts W before the solve, as in the article (an ablation).

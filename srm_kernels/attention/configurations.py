@@ -21,10 +21,10 @@ MOST_KEYS_OF_ONE_PROGRAM = 1024  # with more keys, several programs share the ke
 LEAST_KEYS_OF_A_PART = 512
 LEAST_QUERIES_OF_A_PART = 512
 LEAST_QUERIES_OF_A_GRADIENT = 1024  # each part writes 2 r d partial sums, which are read again
-MOST_HELD = 64 * 64  # numbers of an [r, d] tile of which two fit in 99 KiB in parts of 32 bits
+MOST_HELD = 64 * 64  # r·d of the largest tile of which two fit in 99 KiB, each split into 32-bit parts
 PIECE = 32  # landmarks of a larger tile that are read together
 MOST_REGISTERS = 255
-MOST_PARTS = 32  # of one (b, h), so that partial sums need O(r (r + d)) memory and not O(N r)
+MOST_PARTS = 32  # parts of one (b, h), so that partial sums need O(r (r + d)) memory and not O(N r)
 
 HALF_RATE = ((8, 6), (8, 9))  # GeForce: bf16 products at half rate are the bottleneck
 ROOMY = ((8, 0), (9, 0), (10, 0))  # data-centre GPUs: more shared memory per block

@@ -4,8 +4,8 @@ A program holds K̃ and X of one (b, h) and loops over a share of the queries in
 and the N_q×r block of probabilities stays in registers. X and the probabilities are fp32.
 
 If K̃ and X are too large for that (see `configurations.held`), a program reads them in pieces for every tile of queries,
-with an online softmax. Y is then attention over K̃ and X, and the backward pass is that of `key_kernels` with exchanged
-roles: one launch computes dQ and stores two numbers per query, another sums dX and dK̃.
+with an online softmax. Y is then attention with keys K̃ and values X. The backward pass works as in `key_kernels`, with
+exchanged roles: one launch computes dQ and stores two numbers per query, another sums dX and dK̃.
 
 τ multiplies Y before rounding. The statistic describes L X before τ and before rounding. It is the mean and
 M₂ = Σ‖y − mean‖² of every tile, merged by Chan's formula,

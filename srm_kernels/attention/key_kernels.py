@@ -574,7 +574,7 @@ def _tokens_backward_kernel(
     key = load_tokens(key_ptr, rows, inside, key_stride_n, key_stride_d, d, D)
     value = load_tokens(value_ptr, rows, inside, value_stride_n, value_stride_d, d, D)
     dvalue = tl.zeros([BLOCK, D], tl.float32)
-    dkey = tl.zeros([BLOCK, D], tl.float32)  # of the normalised keys, through R
+    dkey = tl.zeros([BLOCK, D], tl.float32)  # gradient of the normalised keys, through R
     gathered = tl.zeros([BLOCK, D], tl.float32)
     for first in range(0, rank, CHUNK):
         i = first + tl.arange(0, CHUNK)

@@ -275,7 +275,7 @@ def _solve_backward_kernel(
 ):  # fmt: skip
     """Compute the gradients of one matrix; they are zero if its logits are not finite.
 
-    The system is that of the solver used in the forward pass; `cholesky` used the symmetric part of the logits. The
+    The system is the one that the forward pass solved; `cholesky` used the symmetric part of the logits. The
     transposed system is eliminated without pivoting for `cholesky`, otherwise with pivoting.
     """
     matrix = tl.program_id(0).to(tl.int64)

@@ -27,8 +27,8 @@ from . import reference, tiled
 
 _KERNELS, _BACKWARD, _ENDS = (f"{__name__}.{part}kernels" for part in ("", "backward_", "end_"))
 LARGEST_GRID = 32
-LARGEST_TILE = 64 * 128  # r·d
-MOST_CHANNELS = 256  # of tokens that a program holds at once
+LARGEST_TILE = 64 * 128  # largest r·d of the kernels
+MOST_CHANNELS = 256  # channels of tokens that a program holds at once
 DyTParameters = tuple[Tensor, Tensor, Tensor]
 
 

@@ -241,7 +241,7 @@ def _attention_backward(
     keys = [k.contiguous() for k in keys]
     positions, launch = backward_tile(sizes.most, d, queries[0].dtype)
     tiles = [tile_of(sizes.widths[t], positions) for t in sizes.targets]
-    parts = tuple(sizes.size * tile.blocks for tile in tiles)  # of a (b, h)
+    parts = tuple(sizes.size * tile.blocks for tile in tiles)  # parts of one (b, h)
     firsts = firsts_of(H * count for count in parts)
     dqueries = [empty(tuple(q.shape), q, q.dtype) for q in queries]
     part = empty((sizes.batch * firsts[-1], sizes.most, d), keys[0], torch.float32)

@@ -152,7 +152,7 @@ def strip_warps(rank: int, d: int, dtype: torch.dtype, statistics: bool) -> int:
 
 
 def heavy(rank: int, d: int) -> bool:
-    """Return whether [r, d] tiles are larger than those of the default neck."""
+    """Return whether [r, d] tiles are larger than in the default neck."""
     return padded(rank) * padded(d) > 64 * 32
 
 

@@ -77,7 +77,7 @@ class Grid:
         into.baddbmm_(rows.expand(H, P, height), across.view(H, height, P * r))
 
     def pool_backward(self, logits: Tensor, tile: Tile, grad: Tensor, space: Workspace) -> Tensor:
-        """Return the gradient of logits (H, M, r) from `grad`, the gradient of the cell means; overwrite the logits."""
+        """Return the gradient of logits (H, M, r) and overwrite them; `grad` is d(cell means), (H, P, P·r)."""
         H, _, r = logits.shape
         rows, columns = self.rows[:, tile.rows], self.columns[:, tile.columns]
         (P, height), width = rows.shape, columns.shape[1]
@@ -179,7 +179,7 @@ def normalise_backward(grad: Tensor, x: Tensor) -> Tensor:
 class Moments:
     """Accumulate the mean (H, d) and Σ‖y − mean‖² (H,) of Y = L X over the tiles of an image.
 
-    X is centred, and every tile is summed about its own mean. This avoids cancellation when the mean is large.
+    X is centred, and squares are summed about the mean of each tile. This avoids cancellation when the mean is large.
     """
 
     def __init__(self, X: Tensor) -> None:

@@ -35,7 +35,7 @@ from .tile_steps import (
     queries_of,
 )
 
-POSITIONS = 512  # of a tile, approximately: the logits of 8 heads and 64 landmarks in fp32 are then 1 MiB
+POSITIONS = 512  # approximate number per tile: the logits of 8 heads and 64 landmarks in fp32 are then 1 MiB
 ALIGNMENT = 64  # bytes; the bits of a library's product can depend on the alignment of its operands
 
 

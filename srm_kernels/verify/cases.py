@@ -64,7 +64,7 @@ SHAPES = {
 QUICK = ("odd", "article")
 FAMILY = (*QUICK, "small", "large", "wide")
 WIDTH = 64  # channels of a backbone's map
-SCALE_OF_ATTENTION = 1e-3  # γ and the ridge
+SCALE_OF_ATTENTION = 1e-3  # γ and the ridge of attention
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ from .measure import sizes_of
 from .workers import Worker, ask_all
 
 MOST_WORKERS = 4
-LONGEST = 300  # characters of a reason
+LONGEST = 300  # characters of a printed reason
 Asked = tuple[Case, str]  # a case and a backend
-SECONDS = {False: 0.15, True: 0.05}  # of timed calls in one direction of a case, without and with --quick
+SECONDS = {False: 0.15, True: 0.05}  # for the timed calls of a case in one direction; True: with --quick
 DESCRIPTION = """Check the kernels on a GPU and time them. `backend=None` then follows the results.
 
 A kernel is right if its errors satisfy the numerics rule, two runs give the same bits, a sample alone and in a batch

@@ -21,7 +21,7 @@ from ..registration import plainly
 from .cases import Call, Case
 from .devices import Device
 
-SEED = 99  # of the losses
+SEED = 99  # seed of the random losses
 # The messages of drivers, libraries and Triton, which raise other errors than torch.
 OUT_OF_MEMORY = re.compile(r"out of memory|cannot allocate memory|_ALLOC_FAILED|bad_alloc", re.IGNORECASE)
 SAMPLE = 1  # index in the batch of the sample that is also computed alone

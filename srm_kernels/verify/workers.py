@@ -23,7 +23,7 @@ from typing import IO, Any
 from .. import verdicts
 from .devices import CannotRunError
 
-START_SECONDS = 180.0  # to import torch and Triton and to open the device
+START_SECONDS = 180.0  # limit for importing torch and Triton and opening the device
 Answer = dict[str, Any]
 
 

@@ -135,8 +135,8 @@ def _softmax(logits_ptr, r, stride_row, stride_col, R: tl.constexpr, SYMMETRIC: 
     """Return W, whether the logits are finite, and whether they are symmetric.
 
     If the logits are not finite, W is the softmax of zeros. With SYMMETRIC and `half`, W is the softmax of the
-    symmetric part of the logits. The logits are loaded again
-    wherever W is needed, which saves registers; a volatile load prevents the compiler from keeping them.
+    symmetric part of the logits. The logits are loaded again wherever W is needed, which saves registers; a volatile
+    load prevents the compiler from keeping them.
     """
     i = tl.arange(0, R)
     inside = (i[:, None] < r) & (i[None, :] < r)

@@ -55,8 +55,8 @@ def add_gram(
 def eliminate_below(matrix, d: tl.constexpr, D: tl.constexpr):
     """Factorise a symmetric matrix as L P Lᵀ, with L unit lower triangular and P diagonal, by forward elimination.
 
-    Columns are eliminated in chunks. The eliminated entries of a chunk are reused: they accumulate the factors that are
-    subtracted from each row. Returns the strictly lower triangle F, 1/√P [D], and whether every pivot is positive and
+    Columns are eliminated in chunks. The eliminated entries of a chunk are reused: they accumulate what is subtracted
+    from each row. Returns the strictly lower triangle F, 1/√P [D], and whether every pivot is positive and
     finite. To compute L⁻¹k, repeat k += F[:, chunk] k[chunk] for all chunks in order. Updates are bitwise symmetric, so
     that errors have the size of the rounding error of the matrix.
     """

@@ -292,7 +292,7 @@ def merge_links(
         align: (A (C, C_i), a (C,)) of each map.
         output_weights: W_O (C, C) of each link, as `torch.nn.Linear` stores it.
         targets: Index of the map of each link.
-        betas: β of each link's target map, one element per link.
+        betas: For each link, β of its target map, a tensor of one element.
         thetas: θ (H,) of each link, for τ = exp(θ); None means τ = 1.
         backend: A name of `backends()`, or None.
 

@@ -146,7 +146,7 @@ def token_tile(
 def strip_warps(rank: int, d: int, dtype: torch.dtype, statistics: bool) -> int:
     """Return the warps of a program.
 
-    The statistic's tile of 32 positions has 2 warps. It has two rows of products only, which more warps would repeat.
+    For the statistic, a tile of 32 positions gets 2 warps: it has two rows of products, which more warps would repeat.
     """
     return 2 if dtype == torch.bfloat16 and statistics and not heavy(rank, d) else warps(rank, d)
 
@@ -564,7 +564,7 @@ def _absorb_kernel(
 ):  # fmt: skip
     """Compute G [r, C_i] and g [r] of one (b, h) of a link in units of log 2; each program computes COLUMNS channels.
 
-    W_Q A and W_Q a are computed again for every image, because another launch would take as long as these products.
+    W_Q A and W_Q a are computed again for every image, because these small products cost no more than another launch.
     """
     program = tl.program_id(0).to(tl.int64)
     for link in tl.static_range(LINKS):
@@ -583,7 +583,7 @@ def absorb(
     d: tl.constexpr, D: tl.constexpr, NORMALISE_KEYS: tl.constexpr, COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store G and g of COLUMNS channels. Weights are rounded to the dtype of the maps and of `kind_ptr`."""
+    """Store G and g of COLUMNS channels. Weights are rounded to the maps' dtype, which `kind_ptr` has."""
     dtype = kind_ptr.dtype.element_ty
     groups: tl.constexpr = (channels + COLUMNS - 1) // COLUMNS
     head, group = program // groups, (program % groups).to(tl.int32)

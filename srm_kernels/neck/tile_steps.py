@@ -77,7 +77,7 @@ class Grid:
         into.baddbmm_(rows.expand(H, P, height), across.view(H, height, P * r))
 
     def pool_backward(self, logits: Tensor, tile: Tile, grad: Tensor, space: Workspace) -> Tensor:
-        """Return the gradient of logits (H, M, r) and overwrite them; `grad` is d(cell means), (H, P, P·r)."""
+        """Return the gradient of logits (H, M, r), overwriting them; `grad` (H, P, P·r) is the cell means' gradient."""
         H, _, r = logits.shape
         rows, columns = self.rows[:, tile.rows], self.columns[:, tile.columns]
         (P, height), width = rows.shape, columns.shape[1]

@@ -1,12 +1,13 @@
 """Measure images × steps per second of each attack, and its overhead: `python -m bench.attacks`.
 
-An attack takes turns with the bare passes that it needs: passes of the model, and of the gradient of the images, on the
-same batch and without gradients of the weights. Rates are medians of wall-clock time, the device's work included, or of
-CPU time with one thread on a CPU. The overhead is the least time of the attack divided by the least time of the bare
-passes, minus 1. On a GPU these are wall-clock times. On a CPU they are sums of CPU times, the least of each step over
-the repeats, because a whole attack never runs without interference from other processes. Work that an attack does
-once, such as drawing its start, is included, so it matters less with more steps. The default is half of the article's
-40 steps and 1 restart instead of 5. On a CPU memory is kept between calls, as in `srm-iqa attack`.
+Each attack takes turns with "bare" passes: the forward and backward passes that the attack needs, on the same batch and
+without gradients of the weights. Rates are computed from median times: CPU time on a CPU with one thread, otherwise
+wall-clock time, which includes the device's work. The overhead is the least time of the attack divided by the least
+time of the bare passes, minus 1. On a GPU the least wall-clock time counts. On a CPU it is the sum over all steps of
+the least CPU time of each step, because a whole attack never runs without interference from other processes. Work that
+an attack does once, such as drawing its start, is included, so more steps give a smaller overhead. By default an attack
+has half of the article's 40 steps, and 1 restart instead of 5. On a CPU, memory is kept between calls, as in
+`srm-iqa attack`.
 """
 
 from __future__ import annotations
@@ -30,14 +31,21 @@ from srm_model.attacks import MSE, Drift, PairInversion, apgd, fgsm, pgd, square
 from srm_model.necks import NECKS
 from srm_model.runs import keep_memory
 
-LIMITS = {"cpu": 0.10, "cuda": 0.05}  # of PGD's overhead
+LIMITS = {"cpu": 0.10, "cuda": 0.05}  # largest accepted overhead of PGD
 OBJECTIVES = (MSE(), Drift(), PairInversion())
 EPS = {"linf": 1 / 255, "l2": 1.0}
 Tick = Callable[[], object]  # called after each step
 
 
 class Plan(NamedTuple):
-    """An attack (model, tick) → result, its numbers of forward and backward passes, and of steps or queries."""
+    """How an attack runs, and how much it computes.
+
+    Attributes:
+        attack: (model, tick) → result.
+        forward: Number of forward passes without gradients.
+        backward: Number of passes with a gradient of the images.
+        units: Number of steps or queries.
+    """
 
     attack: Callable[[nn.Module, Tick], object]
     forward: int
@@ -46,7 +54,7 @@ class Plan(NamedTuple):
 
 
 def plans(images: Tensor, mos: Tensor, steps: int) -> dict[str, Plan]:
-    """Return every attack by name: method, objective and norm.
+    """Return every attack by its name, such as "pgd mse linf".
 
     Args:
         images: Images (B, 3, h, w) in [0, 1].
@@ -74,7 +82,7 @@ def plans(images: Tensor, mos: Tensor, steps: int) -> dict[str, Plan]:
 
 
 def bare(model: nn.Module, images: Tensor, *, forward: int, backward: int) -> Callable[[Tick], None]:
-    """Return a call of so many forward passes, and so many passes with a gradient of the images."""
+    """Return a call that runs `forward` forward passes, and `backward` passes with a gradient of the images."""
 
     def run(tick: Tick) -> None:
         for _ in range(backward):
@@ -90,14 +98,14 @@ def bare(model: nn.Module, images: Tensor, *, forward: int, backward: int) -> Ca
 
 
 class Timed(NamedTuple):
-    """Time of one call in seconds: `whole` for rates, and `parts` between ticks for overheads."""
+    """Time of one call in seconds: `whole` is used for rates, and `parts`, the times between ticks, for overheads."""
 
     whole: float
     parts: list[float]
 
 
 def timed(call: Callable[[Tick], object], device: torch.device) -> Timed:
-    """Time a call; on a GPU it has one part, because reading the clock at every tick would synchronise."""
+    """Time a call. On a GPU the call has one part, because reading the clock at every tick would synchronise."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         begin = time.perf_counter()
@@ -114,12 +122,12 @@ def timed(call: Callable[[Tick], object], device: torch.device) -> Timed:
 
 
 def least(calls: list[Timed]) -> float:
-    """Return the sum of the least time of each part."""
+    """Return the sum over all parts of the least time of the part."""
     return sum(map(min, zip(*(call.parts for call in calls), strict=True)))
 
 
 def measure(plan: Plan, model: nn.Module, images: Tensor, repeats: int) -> dict[str, float]:
-    """Time bare passes and attack in turn, after one unmeasured round."""
+    """Time the bare passes and the attack in turns, after one unmeasured round."""
     passes = bare(model, images, forward=plan.forward, backward=plan.backward)
     plain, taken = [], []
     for _ in range(1 + repeats):
@@ -158,7 +166,7 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print a line per row; PGD above its limit is marked."""
+    """Print a line per row; mark PGD if its overhead exceeds the limit."""
     made = parser("attacks", __doc__)
     made.add_argument("--device", default=DEVICE)
     made.add_argument("--backbones", nargs="+", default=["test_convnext"])

@@ -1,9 +1,14 @@
 """Compare Nyström attention with other implementations, as ratios of medians in one run: `python -m bench.attention`.
 
-The others are exact attention (torch's fused kernel), the same algorithm in eager PyTorch with Cholesky (`reference`)
-and with `torch.linalg.svd` (`svd`), the identity Y = SDPA(Q, K̃, X), R V = SDPA(K̃, K, V) with the Cholesky of torch
-(`torch`), and with --compile all of them under `torch.compile`. Calls take turns. A GPU is timed with CUDA events
-around queued calls. A CPU is timed by CPU time with one thread and by wall-clock time otherwise; compare only ratios.
+The other implementations are
+
+- `exact`: exact attention by torch's fused kernel;
+- `reference` and `svd`: the same algorithm in eager PyTorch, with Cholesky or with `torch.linalg.svd`;
+- `torch`: Y = SDPA(Q, K̃, X) and R V = SDPA(K̃, K, V), with torch's Cholesky;
+- with --compile, all of these under `torch.compile`.
+
+Calls take turns. A GPU is timed with CUDA events around queued calls. A CPU is timed by CPU time if torch has one
+thread, else by wall-clock time; compare only ratios.
 """
 
 from __future__ import annotations
@@ -77,7 +82,7 @@ def plain(function: Callable[..., Tensor], rank: int, solver: str = "cholesky") 
 
 
 def compare(queries: int, keys: int, options: argparse.Namespace) -> dict[str, Times]:
-    """Time each implementation at one shape, forward, or forward and backward."""
+    """Time each implementation at one shape: forward only, or forward and backward."""
     inputs = tokens(queries, keys, options)
     weight = torch.ones_like(inputs[0])
 
@@ -94,7 +99,7 @@ def compare(queries: int, keys: int, options: argparse.Namespace) -> dict[str, T
 def row_of(
     queries: int, keys: int, times: dict[str, Times], options: argparse.Namespace
 ) -> dict[str, object]:
-    """Return the row of one shape; `typical` has the time that is shown of each implementation, in milliseconds."""
+    """Return the row of one shape. `typical` holds the time of each implementation that is printed, in ms."""
     return {
         "B": options.batch,
         "H": options.heads,
@@ -112,9 +117,10 @@ def row_of(
 
 
 def query_side(options: argparse.Namespace) -> str:
-    """Time the query side alone at N_q = 16,384 and compare the rate of its reads and writes with that of a copy.
+    """Time the query side alone at N_q = 16,384, and compare its memory throughput with the throughput of a copy.
 
-    The two take turns: the next launch is queued while the device copies, and the copy evicts Q from the caches.
+    Query side and copy take turns: the next launch is queued while the device copies, and the copy evicts Q from the
+    caches.
     """
     from srm_kernels.attention import _query_side
 
@@ -147,7 +153,7 @@ def peak_memory(queries: int, keys: int, options: argparse.Namespace) -> str:
 
 
 def kernels(queries: int, keys: int, options: argparse.Namespace) -> str:
-    """List the ten most expensive kernels of one call of the fused form, or on a CPU its operators."""
+    """List the ten most expensive kernels of one call of the fused form; on a CPU, the most expensive operators."""
     cuda = options.device == "cuda"
     inputs = tokens(queries, keys, options)
     call = rivals(options)["triton" if cuda else "default"]

@@ -11,7 +11,8 @@ For every set of keys K̃ (r, d), with W = softmax(K̃K̃ᵀ/√d) and λ = λ�
   attention averages the values, so its gain is at most 1.
 
 Half of the sets are drawn from families (random, duplicated, collinear, graded, outlier, smooth, vanishing). The other
-half are the result of a gradient ascent from such a set: on log κ₂(W_λ), on its ratio to the bound, or on the gain.
+half result from a gradient ascent that starts from such a set. The ascent maximises log κ₂(W_λ), κ₂(W_λ) divided by its
+bound, or the gain.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ NORM_FLOOR = 1e-6
 
 
 class Case(NamedTuple):
-    """A batch of key sets: r, d, λ₀, the family, and the objective of the ascent, if any."""
+    """A batch of key sets, given by r, d, λ₀, the family, and the objective of the gradient ascent, if any."""
 
     rank: int
     width: int

@@ -1,17 +1,18 @@
-"""Find out whether one checkout or backend is slower than another: `python -m bench.compare`; exit code 1 if it is.
+"""Test whether one checkout or backend is slower than another: `python -m bench.compare`; exit code 1 if it is.
 
-Base and candidate run as two copies each, A1, A2, B1 and B2: four processes, started anew for each of the `--sets` in
-random order, each on inputs of its own. A process and the place of its inputs make an operator faster or slower for as
-long as the process lives. In a round each copy is timed once, in the order ABBA or BAAB at random, so that a drift of
-the machine cancels. A CPU is timed by CPU time, which other processes barely affect, with one thread unless
-OMP_NUM_THREADS is set. A set gives the median over its rounds, in logarithms, of
+Each of the `--sets` starts four new processes in random order: two copies of the base (A1, A2) and two of the candidate
+(B1, B2), each with its own inputs. New processes are needed because the memory layout of a process makes an operator
+faster or slower for as long as the process lives. A round times each copy once, in the order ABBA or BAAB at random, so
+that a drift of the machine cancels. A CPU is timed by CPU time, which other processes barely affect, with one thread
+unless OMP_NUM_THREADS is set. A set gives the medians over its rounds of these differences of logarithms of times:
 
     change = (B1 + B2 - A1 - A2) / 2        null = (A1 + B1 - A2 - B2) / 2
 
-Only chance moves the null. If B costs as much as A, swapping them changes the sign of the change, so Wilcoxon's
-signed-rank test is exact for it. `ratio` is the Hodges-Lehmann estimate of the change over all sets, with its
-signed-rank interval. `noise` is the farther end of the null's own interval: the run cannot detect smaller changes. All
-lines of a run hold together with 99 % (each has its share of the 1 %, after Bonferroni).
+The null compares copies of the same version, so it differs from 0 only by chance. If B is as fast as A, swapping A and
+B changes the sign of the change, so Wilcoxon's signed-rank test of the change is exact. `ratio` is the Hodges-Lehmann
+estimate of the change over all sets, with its signed-rank interval. `noise` is the largest absolute value in the
+signed-rank interval of the null: the run cannot detect smaller changes. The probability of any wrong verdict in a run
+is at most 1 % (Bonferroni over its lines).
 
 SLOWER is printed if the lower end of the interval exceeds the tolerance and the ratio exceeds the noise. Times of
 different runs are never compared.
@@ -43,7 +44,7 @@ from srm_kernels.checks import current_name
 ROOT = Path(__file__).resolve().parent.parent
 SETS = 20
 ROUNDS = 4
-TOLERANCE = 0.05  # smaller slowdowns are accepted
+TOLERANCE = 0.05  # largest accepted slowdown, relative
 ALPHA = 0.01  # probability of a wrong verdict anywhere in a run
 COPIES = ("A1", "B1", "B2", "A2")
 _WORKER = (
@@ -55,7 +56,7 @@ Pair = tuple[float, float]  # change and null of one set
 
 
 class Verdict(NamedTuple):
-    """Ratio of times, candidate to base, with its interval, and the noise of the run.
+    """The time of the candidate divided by the time of the base, its interval, and the noise of the run.
 
     A noise of 1.04 means that two copies of the same code may seem to differ by 4 %.
     """
@@ -68,10 +69,10 @@ class Verdict(NamedTuple):
 
 
 def one_set(copies: dict[str, Measure], rounds: int, random: np.random.Generator) -> Pair:
-    """Time the four copies in turn, and return change and null of the set.
+    """Time the four copies in turns; return the change and the null of the set.
 
     Args:
-        copies: Function that measures a copy, by the names of `COPIES`.
+        copies: Name in `COPIES` → function that measures this copy.
         rounds: How often each copy is timed.
         random: Source of the order.
     """
@@ -113,7 +114,7 @@ def judge(sets: Sequence[Pair], *, tolerance: float = TOLERANCE, lines: int = 1)
 def signed_rank(values: Sequence[float], level: float) -> tuple[float, float, float]:
     """Return the Hodges-Lehmann estimate of the centre of symmetry, and its confidence interval.
 
-    The interval holds the centres that Wilcoxon's test, by its exact distribution, does not reject.
+    The interval contains all centres that Wilcoxon's exact signed-rank test does not reject.
 
     Args:
         values: A sample of a symmetric distribution.
@@ -154,7 +155,7 @@ class Worker:
         """Prepare an operator and return a function that measures it in milliseconds.
 
         Raises:
-            NumericsError: The operator cannot run, or its numbers are wrong.
+            NumericsError: The operator cannot run, or its results are wrong.
         """
         answer = self._ask(json.dumps(request))
         if "error" in answer:
@@ -179,7 +180,7 @@ class Worker:
 
 
 class Line:
-    """One operator, family and direction, with its finished sets, or the reason why it is not compared."""
+    """One operator, family and direction, with the finished sets, or the reason why it is not compared."""
 
     def __init__(self, operator: str, family: str, direction: str, options: argparse.Namespace) -> None:
         self.name = f"{operator:22} {family:17} {direction:9} "
@@ -190,7 +191,7 @@ class Line:
         self.refusal = ""
 
     def measure(self, workers: dict[str, Worker], rounds: int, random: np.random.Generator) -> None:
-        """Measure one set; the numbers are verified in the first one, because all sets have the same inputs."""
+        """Measure one set. Results are checked in the first set only, because all sets have the same inputs."""
         request = {**self.request, "verify": not self.sets}
         try:
             copies = {

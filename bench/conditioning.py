@@ -1,11 +1,11 @@
 """Time the solvers of the landmark system, and search for keys that exceed its bounds: `python -m bench.conditioning`.
 
-Each solver is timed at each size as a share of the SVD's time in the same run, next to the factorisations of
-torch.linalg. The solve is also timed as a share of the whole attention. `!` marks a missed target:
+The time of each solver, and of the factorisations of torch.linalg, is divided by the time of the SVD at the same size
+in the same run. The time of the solve is also divided by the time of the whole attention. `!` marks a missed target:
 
 - on a CPU, the default solver takes at most a fifth of the SVD's time at r = 32 and 64;
-- on a GPU, the fused solver is at least 50 times as fast as the SVD at r = 64, and twice as fast as the LU and the
-  Cholesky factorisation of torch.linalg;
+- on a GPU, the fused solver is at least 50 times as fast as the SVD at r = 64, and at least twice as fast as the LU and
+  the Cholesky factorisation of torch.linalg;
 - the solve takes at most 30 % of the attention's time.
 
 `--search` looks for keys that exceed the bounds of docs/CONDITIONING.md and exits with 1 if it finds any. `--out` keeps
@@ -32,19 +32,19 @@ from srm_kernels import backends, landmark_solve, nystrom_attention
 from srm_kernels.conditioning import SOLVERS, SOLVERS_OF_KERNELS
 
 BATCHES = (8, 64, 512)
-RANKS = (64, 32, 16, 128)  # the most needed first, as a run on a GPU may be stopped early
+RANKS = (64, 32, 16, 128)  # the most important first, because a run on a GPU may be stopped early
 WIDTHS = (32, 64)
-CPU_TARGET = 1 / 5  # of the SVD's time, on a CPU, at these ranks
+CPU_TARGET = 1 / 5  # largest share of the SVD's time on a CPU, at CPU_RANKS
 CPU_RANKS = (32, 64)
 FUSED = "cholesky@triton"
-GPU_TARGETS = {  # least speedup of the fused solver, and the ranks it holds for
+GPU_TARGETS = {  # least speedup of the fused solver, and the ranks to which it applies
     "torch.linalg.svd": (50, (64,)),
     "torch.linalg.lu_factor_ex": (2, RANKS),
     "torch.linalg.cholesky_ex": (2, RANKS),
 }
-LARGEST_SHARE = 0.3  # of the attention's time
-QUEUED = 10  # calls between two events of a GPU
-ROUNDING = 1e-6  # by which a computed ratio to a bound may exceed 1
+LARGEST_SHARE = 0.3  # largest time of the solve divided by the attention's time
+QUEUED = 10  # calls between two CUDA events
+ROUNDING = 1e-6  # a computed ratio to a bound may exceed 1 by this much
 TRUSTED = 1e12  # largest κ at which an fp64 solve is accurate enough to judge the gain
 
 
@@ -56,7 +56,7 @@ def system(batch: int, r: int, d: int, device: torch.device) -> tuple[Tensor, Te
 
 
 def plain(name: str, logits: Tensor, rhs: Tensor) -> Tensor:
-    """Solve in the way of a user of torch.linalg: one factorisation of W_λ, or of S + λI for "cholesky_ex"."""
+    """Solve as a user of torch.linalg would: by one factorisation of W_λ, or of S + λI for "cholesky_ex"."""
     r = logits.shape[-1]
     eye = torch.eye(r, dtype=logits.dtype, device=logits.device)
     if name == "cholesky_ex":
@@ -74,7 +74,7 @@ def plain(name: str, logits: Tensor, rhs: Tensor) -> Tensor:
 
 
 def calls(logits: Tensor, rhs: Tensor) -> dict[str, Call]:
-    """Return the solvers by name; those of kernels are named `solver@triton`."""
+    """Return the solvers by name; solvers by kernels are named `solver@triton`."""
 
     def solve(solver: str, backend: str) -> Tensor:
         return landmark_solve(logits, rhs, solver=solver, backend=backend).x
@@ -90,8 +90,8 @@ def calls(logits: Tensor, rhs: Tensor) -> dict[str, Call]:
 def best(functions: dict[str, Call], device: torch.device, repeats: int) -> dict[str, float]:
     """Return the least milliseconds of calls that take turns.
 
-    The least and not the median, because other work on the machine only adds time. A call of more than a tenth of a
-    second is repeated twice and not queued.
+    The least time is used and not the median, because other work on the machine only adds time. A call that takes more
+    than a tenth of a second is timed twice only, and not queued.
     """
     first = {name: milliseconds(call, device, 1) for name, call in functions.items()}
     times: dict[str, list[float]] = {name: [] for name in functions}
@@ -119,7 +119,7 @@ def missed(times: dict[str, float], device: torch.device, r: int) -> list[str]:
 
 @torch.no_grad()
 def table(options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
-    """Yield the rows of the solve's share of the attention, then the rows of every solver, size by size."""
+    """Yield the rows of `shares`, then, for every size, the rows of all solvers."""
     device = torch.device(options.device)
     yield shares(device, options.repeats)
     shown = False
@@ -143,10 +143,11 @@ def table(options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
 
 
 def shares(device: torch.device, repeats: int) -> list[dict[str, Any]]:
-    """Return the solve's share of Nyström attention at H = 8, N_q = 16,384, N_k = 256, r = 64, d = 32.
+    """Return the time of the solve divided by the time of Nyström attention.
 
-    B is 8 on a GPU and 1 on a CPU. On a GPU the kernels are measured too. Their attention solves inside a launch of the
-    key side, so the share is that of a solve in a launch of its own.
+    Sizes: H = 8, N_q = 16,384, N_k = 256, r = 64, d = 32; B is 8 on a GPU and 1 on a CPU. On a GPU the kernels are
+    measured too. Attention by kernels solves inside a launch of the key side, so the solve is timed in a separate
+    launch.
     """
     batch = 8 if device.type == "cuda" else 1
     options = argparse.Namespace(device=device, dtype="fp32")
@@ -173,7 +174,7 @@ def shares(device: torch.device, repeats: int) -> list[dict[str, Any]]:
 
 
 def search(options: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
-    """Search for keys that exceed a bound; return the worst figures per family and the number of such key sets."""
+    """Search for keys that exceed a bound; return the worst figures per family, and how many key sets exceed one."""
     lines: list[dict[str, Any]] = []
     exceeded = 0
     for normalised, count in ((True, options.cases), (False, max(1, options.cases // 5))):
@@ -198,7 +199,7 @@ def search(options: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
 
 
 def print_search(normalised: bool, count: int, rows: list[dict[str, Any]]) -> None:
-    """Print the worst figures of each family, and over all."""
+    """Print the worst figures of each family and of all families together."""
     names = bounds.Figures._fields
     print(f"{count} key sets, keys {'normalised' if normalised else 'not normalised'}; the largest of")
     print(f"{'family':12} {'ascent on':10} " + " ".join(f"{name:>12}" for name in names))

@@ -36,7 +36,7 @@ MEMORY_TARGET = 1 / 4  # largest share of the quadratic neck's memory, in traini
 
 
 def not_compiled(call: Call) -> Call:
-    """Return the call as it runs where csrc was not built."""
+    """Return the call as it runs if the library of csrc is not built."""
 
     def plain() -> object:
         with mock.patch.object(native, "BUILT", False):
@@ -46,7 +46,7 @@ def not_compiled(call: Call) -> Call:
 
 
 def compare(side: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return a row for each neck: time, memory, and their shares of the quadratic neck's."""
+    """Return a row for each neck: time, memory, and both divided by the values of the quadratic neck."""
     maps = maps_of(options.backbone, side, 1, options)
     quadratic = neck_of(options.backbone, options, attention="full")
     call = call_of(neck_of(options.backbone, options), maps, options.direction)
@@ -70,7 +70,7 @@ def compare(side: int, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def line_of(row: dict[str, Any]) -> str:
-    """Return a row as a line of the table, with its target; `!` marks a missed one."""
+    """Return a row as a line of the table, with its target; `!` marks a missed target."""
     target = TARGETS.get((row["direction"], row["side"], row["dyt"]))
     compared = row["neck"] != "quadratic"
     late = compared and target is not None and row["share_of_time"] > target

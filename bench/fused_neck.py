@@ -3,8 +3,9 @@
 The necks are measured alone, on maps of the sizes that a backbone produces. They take turns within one run: forward in
 evaluation mode, or forward and backward in training mode. `plain` is the Nyström neck in plain PyTorch, `unfused` calls
 the kernels one by one, `fused` uses `pooled_links`. Memory is the peak above the maps. Launches are counted by the
-profiler. The floor is the larger of two times: reading the maps once, and the neck's matrix products, at the device's
-rates. A large copy and a large product measure the rates first, unless `--bandwidth` and `--rate` give them. On a CPU
+profiler. The floor is the larger of two times at the device's rates: the time to read the maps once, and the time of
+the neck's matrix products. A large copy and a large product measure the rates first, unless `--bandwidth` and `--rate`
+give them. On a CPU
 the necks run in plain PyTorch: `plain` and `fused` are then the same, and `unfused` computes its links one by one.
 """
 
@@ -79,7 +80,9 @@ def maps_of(backbone: str, side: int, batch: int, options: argparse.Namespace) -
 def neck_of(
     backbone: str, options: argparse.Namespace, *, backend: str | None = None, attention: str = "nystrom"
 ) -> SRMNeck:
-    """Return a neck that is calibrated on other maps of the same statistics.
+    """Build the neck to be timed.
+
+    It is calibrated on small random maps (64-pixel images, batch 2) from the same distribution as the timed maps.
 
     Args:
         backbone: A name of `WIDTHS`.
@@ -125,7 +128,7 @@ def call_of(neck: Any, maps: list[Tensor], direction: str) -> Call:
 def common_columns(
     benchmark: str, neck: str, backbone: str, side: int, batch: int, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Return the columns of a row that say what was measured."""
+    """Return the columns of a row that describe what was measured."""
     return {
         "benchmark": benchmark, "neck": neck, "backbone": backbone, "side": side, "batch": batch,
         "direction": options.direction, "dtype": options.dtype, "dyt": not options.no_dyt, "rank": options.rank,
@@ -160,7 +163,7 @@ def take_rates(options: argparse.Namespace) -> None:
 
 
 def floor_of(neck: SRMNeck, maps: list[Tensor], options: argparse.Namespace) -> float | None:
-    """Return the larger time of reading the maps once and of the products of a forward pass, in milliseconds."""
+    """Return the larger of two times in milliseconds: to read the maps once, and to compute the forward products."""
     if not options.bandwidth or not options.rate:
         return None
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -170,7 +173,7 @@ def floor_of(neck: SRMNeck, maps: list[Tensor], options: argparse.Namespace) -> 
 
 
 def compare(backbone: str, side: int, batch: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return a row for each neck: time, memory, launches, and their ratios to the quadratic neck's."""
+    """Return a row for each neck: time, memory, launches, and time and memory relative to the quadratic neck."""
     device = torch.device(options.device)
     maps = maps_of(backbone, side, batch, options)
     calls = contestants(backbone, maps, options)
@@ -196,7 +199,7 @@ def compare(backbone: str, side: int, batch: int, options: argparse.Namespace) -
 
 
 def launches_by_interpreter() -> str:
-    """Return the output of `bench.launches`, or why it failed; it needs a process of its own."""
+    """Run `bench.launches` in a separate process; return its output, or why it failed."""
     if find_spec("triton") is None:
         return "launches unknown: Triton is not installed\n"
     command = [sys.executable, "-m", "bench.launches"]

@@ -1,8 +1,8 @@
 """Measure how the cost of attention grows, and where Nyström overtakes exact attention: `python -m bench.growth`.
 
-The sweeps are over N_q, N_k, N (both at once), r, d, H and B, one at a time; each is fitted to time = c·x^p. Then the
-surface N_k × B shows Nyström's time as a share of exact attention's. All points of a sweep and all implementations take
-turns.
+Each sweep changes one of N_q, N_k, N (both at once), r, d, H and B, and is fitted to time = c·x^p. Then a table over
+N_k and B shows the time of Nyström attention divided by the time of exact attention. All points of a sweep and all
+implementations take turns.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Rows = list[dict[str, Any]]
 
 
 class Sizes(NamedTuple):
-    """Sizes of one call; the names are those of the sweeps."""
+    """Sizes of one call. The fields have the names of the sweeps."""
 
     B: int
     H: int
@@ -45,7 +45,7 @@ class Sizes(NamedTuple):
 
 
 class Scale(NamedTuple):
-    """Sizes to start from, the values of each sweep, and N_k and B of the crossover surface.
+    """The sizes to start from, the values of each sweep, and the values of N_k and B for the crossover table.
 
     The sweep N sets N_q and N_k alike.
     """
@@ -122,7 +122,7 @@ def power_law(x: Sequence[float], y: Sequence[float]) -> Fit:
 
 
 def macs(sizes: Sizes, implementation: str) -> int:
-    """Return the multiply-accumulates of a forward pass, by the article's eq. 30 or of exact attention."""
+    """Return the multiply-accumulates of a forward pass of Nyström attention (article, eq. 30) or exact attention."""
     heads = sizes.B * sizes.H
     if implementation == EXACT:
         return heads * 2 * sizes.N_q * sizes.N_k * sizes.d
@@ -151,7 +151,7 @@ def calls(sizes: Sizes, backends: Sequence[str], options: argparse.Namespace) ->
 
 
 def measured(points: Sequence[Sizes], backends: Sequence[str], options: argparse.Namespace) -> list[Rows]:
-    """Return, for every point, a row for each implementation; `error` says why one cannot run.
+    """Return, for every point, a row for each implementation; `error` says why an implementation cannot run.
 
     Points and implementations take turns, so that a drift of the machine affects neither a ratio nor an exponent.
     """
@@ -200,7 +200,7 @@ def _named(backend: str) -> str:
 
 
 def at(base: Sizes, variable: str, value: int) -> Sizes:
-    """Return the base with one size changed; "N" changes both numbers of tokens."""
+    """Return a copy of `base` with one size changed; "N" changes both numbers of tokens."""
     return base._replace(**({"N_q": value, "N_k": value} if variable == "N" else {variable: value}))
 
 
@@ -240,7 +240,7 @@ def growth_table(rows: Iterable[dict[str, Any]]) -> tuple[list[str], list[list[s
 
 
 class Surface(NamedTuple):
-    """Nyström's time as a share of exact attention's by (N_k, B); None where one of them could not run."""
+    """Time of Nyström attention divided by time of exact attention, by (N_k, B); None if one of them could not run."""
 
     keys: list[int]
     batches: list[int]
@@ -270,8 +270,8 @@ def surfaces(rows: Iterable[dict[str, Any]]) -> list[Surface]:
 def crossing(surface: Surface, batch: int) -> float | None:
     """Return the N_k above which Nyström is faster at a batch size.
 
-    It is interpolated between the last N_k at which Nyström is slower and the next one. Returns the smallest N_k if
-    Nyström is never slower, and None if it is slower at the largest.
+    The result is interpolated between the last N_k at which Nyström is slower and the next N_k. Returns the smallest
+    N_k if Nyström is never slower, and None if Nyström is slower at the largest N_k.
     """
     row = [(k, surface.share[k, batch]) for k in surface.keys]
     known = [(k, share) for k, share in row if share is not None]
@@ -286,7 +286,7 @@ def crossing(surface: Surface, batch: int) -> float | None:
 
 
 def guide(surface: Surface) -> str:
-    """Return a sentence on when to use which attention, within what was measured."""
+    """Return a sentence that says for which N_k each attention is faster, within the measured range."""
     found = [crossing(surface, batch) for batch in surface.batches]
     name = surface.implementation
     reached = [value for value in found if value is not None]
@@ -303,7 +303,7 @@ def guide(surface: Surface) -> str:
 
 
 def crossover_table(surface: Surface) -> tuple[list[str], list[list[str]]]:
-    """Return header and lines of the shares by N_k and B; shares of 1 or more are marked."""
+    """Return header and lines of a table of the shares by N_k and B. Shares of 1 or more are marked."""
     header = ["N_k", *(f"B = {batch}" for batch in surface.batches)]
     lines = []
     for k in surface.keys:

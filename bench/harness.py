@@ -71,7 +71,7 @@ def timing_parser(name: str, description: str | None, **defaults: Any) -> argpar
     Args:
         name: Name of the benchmark.
         description: Its description.
-        **defaults: Other defaults than the usual ones, by option.
+        **defaults: Defaults that differ from the usual ones, by option.
     """
     usual = {
         "warmup": "50 on a GPU, 2 on a CPU",
@@ -99,7 +99,7 @@ def timing_parser(name: str, description: str | None, **defaults: Any) -> argpar
 
 
 def effort_of(options: argparse.Namespace) -> Effort:
-    """Return the number of calls that the options ask for; unset ones follow the device."""
+    """Return how many calls the options ask for. The defaults of options that are not set depend on the device."""
     return Effort.for_device(torch.device(options.device), options.warmup, options.repeats, options.seconds)
 
 

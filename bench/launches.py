@@ -40,7 +40,7 @@ WIDTHS, STRIDES = (3, 4, 5, 6), (4, 8, 16, 32)
 
 
 class Launches(NamedTuple):
-    """Launches of one call by name: own kernels, library products, others, and convolutions of the gate."""
+    """Launches of one call by name, in four groups: own kernels, library products, others, convolutions of the gate."""
 
     kernels: Counter[str]
     products: Counter[str]
@@ -64,7 +64,7 @@ class Launches(NamedTuple):
 
 @contextmanager
 def _marked() -> Iterator[None]:
-    """Record the name of every interpreted kernel in the profile."""
+    """Record the name of every interpreted kernel in torch's profile."""
     from triton.runtime.interpreter import InterpretedFunction
 
     plain = InterpretedFunction.run
@@ -128,8 +128,8 @@ def _add(event: Any, found: Launches, gate: bool) -> bool:
 def forward_of(*, dyt: bool, side: int = 512, batch: int = 2) -> tuple[SRMNeck, list[Tensor]]:
     """Return a neck that runs by kernels, in evaluation mode, and maps (B, C_i, h, w).
 
-    Channels and rows are few, because the interpreter is slow. The number of launches depends on the schedule, on the
-    widths of the maps and on the number of keys of a source, up to 1,024 of which take one launch.
+    The maps have few channels and rows, because the interpreter is slow. The number of launches depends on the
+    schedule, the widths of the maps and the number of keys of a source: up to 1,024 keys need one launch.
 
     Args:
         dyt: Whether the neck has DyT.

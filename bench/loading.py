@@ -1,7 +1,7 @@
 """Measure where the time of loading an image goes: `python -m bench.loading IMAGES` (decoding, resizing, augmentation).
 
-The first images of a folder are read as in training. Times are milliseconds of CPU time per image on one worker, the
-least of several passes, so that other work on the machine barely affects them.
+The first images of a folder are read as in training. Times are CPU time in milliseconds per image on one worker. The
+least of several passes is reported, because other work on the machine barely affects the least time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
 
 
 def parts(paths: list[Path], size: int, folder: Path) -> dict[str, Call]:
-    """Return the work of one pass over all images, by name; `folder` is that of the cache."""
+    """Return, by name, a function for each step of loading.
+
+    Each call processes all images once. `folder` holds the image cache.
+    """
     cache = ImageCache(folder, 1 << 34)
     resized = [cache.get(path, size) for path in paths]
     rng = np.random.default_rng(0)
@@ -39,7 +42,7 @@ def parts(paths: list[Path], size: int, folder: Path) -> dict[str, Call]:
 
 
 def milliseconds(work: Callable[[], object], images: int, repeats: int) -> float:
-    """Return the least CPU time of a pass, per image."""
+    """Return the least CPU time of all passes, in milliseconds per image."""
     times = []
     for _ in range(repeats):
         start = time.process_time()
@@ -49,7 +52,7 @@ def milliseconds(work: Callable[[], object], images: int, repeats: int) -> float
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print a line for each image size and part, and write the rows."""
+    """Print a line for each image size and step, and write the rows."""
     made = parser("loading", __doc__)
     made.add_argument("images", type=Path, help="folder of images")
     made.add_argument("--image-size", type=int, nargs="+", default=[224, 384, 512])

@@ -1,10 +1,11 @@
 """Compare a training step of the fused neck with the reference neck, result by result.
 
-The rule holds for the fused map and for every loss, gradient and statistic. The largest error against the reference
-neck in fp64 is at most twice the error of the reference neck in the same precision, plus 64 units of rounding of fp32
-(2 of a reduced precision) of the largest entry. A gradient that is a small difference of larger ones is compared with
-the largest of its kind: the gradient of a bias with all gradients, and gradients of the gate, whose logits' gradients
-sum to 0 over the stages, with all gradients of the gate.
+The rule applies to the fused map and to every loss, gradient and statistic. Errors are measured against the reference
+neck in fp64. The largest error is at most twice the largest error of the reference neck in the same precision, plus 64
+units of rounding of the largest entry in fp32 (2 units in a reduced precision). Some gradients are small differences of
+larger numbers, so "the largest entry" is taken over more than their own entries. For the gradient of a bias it is taken
+over all gradients. For gradients of the gate, whose logits' gradients sum to 0 over the stages, it is taken over all
+gradients of the gate.
 
 The gradient of a single number (β, α, θ of one head, the bias of a readout) is a sum Σ tᵢ over channels and positions.
 Its error Σ tᵢ δᵢ, with roundings δᵢ of either sign, is of the order of the unit of rounding times √Σ tᵢ², whatever
@@ -45,7 +46,7 @@ def make_neck(
     seed: int = 0,
     device: str = "cpu",
 ) -> SRMNeck:
-    """Return a calibrated reference neck in training mode, with a gate that is not uniform and β and τ other than 1."""
+    """Return a calibrated reference neck in training mode. Its gate is not uniform, and β and τ are not 1."""
     torch.manual_seed(seed)
     neck = SRMNeck(channels, config.replace(backend="reference")).to(device)
     neck.calibrate(make_pyramid(3, grids, channels, seed=9, device=device))

@@ -9,7 +9,7 @@ from bench.resources import case_words
 
 
 class Limits(NamedTuple):
-    """Capacity of a multiprocessor; shared memory in bytes, in all and the most per block."""
+    """Capacity of a multiprocessor. Shared memory is in bytes: the total, and the largest amount per block."""
 
     warps: int
     blocks: int
@@ -26,14 +26,14 @@ LIMITS = {
     90: Limits(64, 32, 65_536, 228 * _KI, 227 * _KI),
     120: Limits(48, 24, 65_536, 100 * _KI, 99 * _KI),
 }
-_PARTITIONS = 4  # of a multiprocessor, each with its own registers
-_REGISTER_UNIT = 256  # a warp is given a multiple of this many registers
+_PARTITIONS = 4  # partitions of a multiprocessor, each with its own registers
+_REGISTER_UNIT = 256  # the registers of a warp are a multiple of this number
 _SHARED_UNIT, _SHARED_RESERVED = 128, _KI  # bytes; the driver reserves 1 KiB per block
 _MOST_REGISTERS = 255  # per thread
 
 
 class Occupancy(NamedTuple):
-    """Resident blocks and warps, their share of the warps that a multiprocessor can hold, and the limiting resource."""
+    """Resident blocks and warps, the share of the possible warps that are resident, and the limiting resource."""
 
     blocks: int
     warps: int
@@ -42,7 +42,7 @@ class Occupancy(NamedTuple):
 
 
 def occupancy(registers: int, shared: int, warps: int, capability: int) -> Occupancy:
-    """Return the theoretical occupancy of a kernel; one that cannot be launched has 0 blocks.
+    """Return the theoretical occupancy of a kernel. A kernel that cannot be launched has 0 blocks.
 
     Args:
         registers: Registers per thread.

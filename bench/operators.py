@@ -1,6 +1,6 @@
-"""Every operator at every family of shapes, with a check of its numbers on the inputs that are timed.
+"""Call every operator at every family of shapes, and check its results on the inputs that are timed.
 
-Imports torch and `srm_kernels` alone, because `bench.worker` times the `srm_kernels` of other checkouts with it.
+This module imports only torch and `srm_kernels`, because `bench.worker` uses it to time other checkouts.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Family(NamedTuple):
 
 FAMILIES = {
     "tiny": Family(1, 2, 64, 16, 4, 8),  # for tests
-    "stage 3": Family(1, 8, 1_024, 256, 64, 32),  # the stages are those of a 512² image
+    "stage 3": Family(1, 8, 1_024, 256, 64, 32),  # stages of a 512² image
     "stage 2": Family(1, 8, 4_096, 256, 64, 32),
     "stage 1": Family(1, 8, 16_384, 256, 64, 32),
     "stage 1, batch 8": Family(8, 8, 16_384, 256, 64, 32),
@@ -81,12 +81,12 @@ def _systems(family: Family, make: torch.Generator) -> list[Tensor]:
 
 
 def _maps(family: Family, make: torch.Generator) -> list[Tensor]:
-    """Maps of three stages, pooled to 8 × 8, and the logits of their gate."""
+    """Draw the maps of three stages, pooled to 8 × 8, and the logits of the gate."""
     return _normal(make, (family.batch, 3, family.heads * family.d, 8, 8), (family.batch, 3))
 
 
 def _gate_inputs(family: Family, make: torch.Generator) -> list[Tensor]:
-    """Output of a convolution of the gate, its bias, and the weight and bias of a readout."""
+    """Draw the output of a convolution of the gate, its bias, and the weight and bias of a readout."""
     C = max(family.heads * family.d // 4, 1)
     return _normal(make, (family.batch, C, 8, 8), (C,), (1, C), (1,))
 
@@ -97,13 +97,13 @@ def _dyt_inputs(family: Family, make: torch.Generator) -> list[Tensor]:
 
 
 def _first_keys(key: Tensor, rank: int) -> Tensor:
-    """Indices of landmarks that do not depend on rounding."""
+    """Return indices of landmarks that do not depend on rounding."""
     rank = min(rank, key.shape[2])
     return torch.arange(rank, device=key.device).expand(*key.shape[:2], rank)
 
 
 def _link_inputs(family: Family, make: torch.Generator) -> list[Tensor]:
-    """F, A, a, W_Q and X of one link."""
+    """Draw F, A, a, W_Q and X of one link."""
     C, width, side = family.heads * family.d, 64, round(family.queries**0.5)
     made = _normal(make, (family.batch, width, side, side), (C, width), (C,), (C, C))
     made[1] /= width**0.5
@@ -112,14 +112,14 @@ def _link_inputs(family: Family, make: torch.Generator) -> list[Tensor]:
 
 
 def _source_inputs(family: Family, make: torch.Generator) -> list[Tensor]:
-    """T of a source, then W_K and W_V of two links."""
+    """Draw T of a source, then W_K and W_V of two links."""
     C = family.heads * family.d
     tokens, *weights = _normal(make, (family.batch, family.keys, C), *[(C, C)] * 4)
     return [tokens, *(weight / C**0.5 for weight in weights)]
 
 
 def _merge_inputs(family: Family, make: torch.Generator) -> list[Tensor]:
-    """P̄, pool(F), X, A, a, W_O, β and θ of one link."""
+    """Draw P̄, pool(F), X, A, a, W_O, β and θ of one link."""
     B, H, r, d = family.batch, family.heads, family.rank, family.d
     C, width, cells = H * d, 64, 64
     weights = ((C, width), (C,), (C, C), (1,), (H,))
@@ -287,8 +287,8 @@ class Timed:
     def verify(self) -> float:
         """Return the largest error of a result, relative to its norm.
 
-        An error may be twice that of the reference in the same dtype against the reference in float64, plus eight units
-        of rounding of the result's dtype, because the reference may be exact by chance.
+        Errors are measured against the reference in float64. An error is accepted up to twice the error of the
+        reference in the same dtype, plus eight units of rounding, because that error can be zero by chance.
 
         Raises:
             NumericsError: An error is larger.

@@ -37,7 +37,7 @@ Row = dict[str, Any]
 def rows(
     folder: Path, opinions: Path, types: Sequence[int], seed: int, known: Sequence[Row]
 ) -> Iterator[Row]:
-    """Yield a row for each photograph and type that `known` lacks."""
+    """Yield a row for each photograph and type that are not in `known`."""
     piq, people = import_piq(), read_opinions(opinions)
     done = {(row["photograph"], row["type"], row["seed"]) for row in known}
     for photograph in from_folder(folder, Frame(crop=CROP)):
@@ -84,7 +84,7 @@ def correlation(chosen: Sequence[Row], metric: str) -> float:
 
 
 def summary(found: Sequence[Row]) -> list[str]:
-    """Return the lines of a table: each type, all types, and the published figures; `!` marks a larger difference."""
+    """Return a table with each type, all types and the published figures; `!` marks a difference above the limit."""
     lines = [f"{'type':56}" + "".join(f"{name:>12}" for name in METRICS)]
     for kind in sorted({row["type"] for row in found}):
         chosen = [row for row in found if row["type"] == kind]

@@ -1,8 +1,8 @@
 """Measure host time and launches of the fused neck without a GPU: `python -m bench.overhead`.
 
-Triton's own `JITFunction.run` binds and specialises the arguments of every launch, for a driver that claims to be a
-GPU. Only the compiled kernels are stubs. A pass therefore takes the host time of a real one, except for the C launcher
-and the CUDA driver (2 to 4 µs per launch). Times are CPU time of one thread in µs per pass:
+Triton's own `JITFunction.run` binds and specialises the arguments of every launch, with a driver that pretends to be a
+GPU. Only the compiled kernels are stubs. A pass therefore takes the same host time as a real pass, except for the C
+launcher and the CUDA driver (2 to 4 µs per launch). Times are CPU time of one thread in µs per pass:
 
 - `triton`: inside `JITFunction.run`;
 - `library`: inside the matrix products, convolutions and casts that the neck itself calls. They are computed here, on
@@ -34,7 +34,7 @@ from bench.launches import OWN, count_launches, forward_of
 CAPABILITY = (9, 0)
 LIBRARY = ((torch, "bmm"), (torch, "_foreach_copy_"), (torch.nn.functional, "conv2d"))
 MOST_LAUNCHES, MOST_MICROSECONDS = 12, 150  # targets of a forward pass
-GATE_CONVOLUTIONS = 6  # which the target of launches excludes
+GATE_CONVOLUTIONS = 6  # launches that MOST_LAUNCHES does not include
 NAMES, REPEATS = ("forward", "training step"), (200, 50)
 
 
@@ -79,7 +79,7 @@ class _Driver:
 
 
 def _stub(clock: Clock) -> Callable[..., Any]:
-    """Return a replacement of the compilation that makes kernels whose launch does nothing."""
+    """Return a replacement for compilation, which makes kernels whose launch does nothing."""
 
     def compiled(self: Any, key: str, *_: Any) -> Any:
         name = self.fn.__name__.strip("_")
@@ -101,7 +101,7 @@ def _stub(clock: Clock) -> Callable[..., Any]:
 
 @contextmanager
 def pretended() -> Iterator[Clock]:
-    """Bind Triton's launches inside for a GPU of `CAPABILITY` and drop them; kernels accept CPU tensors."""
+    """Let Triton bind the launches of the block for a GPU of `CAPABILITY`, then drop them; accept CPU tensors."""
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
@@ -142,7 +142,7 @@ def passes(*, dyt: bool, training: bool, dtype: torch.dtype) -> Call:
 
 
 def measured(call: Call, clock: Clock, repeats: int) -> dict[str, Any]:
-    """Return the median CPU time of one call in µs by part, and the least of the total."""
+    """Return the median CPU time of one call in µs by part, and the least total CPU time of a call."""
     for _ in range(3):
         call()
     rows = []
@@ -177,8 +177,8 @@ def calibration() -> dict[str, float]:
 def counted(call: Call) -> dict[str, int]:
     """Count the launches of one call: own kernels, library products, and everything else that a GPU runs as a kernel.
 
-    They are counted as in `bench.launches`, gradients included. Products include the convolutions of the gate, whose
-    backward pass is counted as one launch although it takes two or more.
+    Launches are counted as in `bench.launches`, but with gradients. Products include the convolutions of the gate; the
+    backward pass of a convolution is counted as one launch, although it takes two or more.
     """
     found = count_launches(call)
     return {

@@ -1,7 +1,7 @@
-"""Make the tables of docs/ from rows, so that every figure there has one.
+"""Make the tables of docs/ from result rows, so that a row exists for every figure there.
 
-Such a table stands between `<!-- rows: NAME -->` and `<!-- end -->`. `python -m bench.report FOLDER --pages PAGE`
-rewrites it, and a test compares the pages with the rows.
+A table is placed between `<!-- rows: NAME -->` and `<!-- end -->`. `python -m bench.report FOLDER --pages PAGE`
+rewrites the table, and a test compares the pages with the rows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PLAIN = ("torch", "sdpa")  # the backend, and its name in earlier rows
 
 
 def filled(text: str, folder: Path) -> str:
-    """Return the text of a page with every block made anew from the rows of a folder.
+    """Return the text of a page in which every table is made again from the rows of a folder.
 
     Raises:
         ValueError: The name of a block is unknown, or its rows are of several measurements.
@@ -64,12 +64,12 @@ def rows_of(folder: Path, name: str, keys: Sequence[str]) -> Rows:
 
 
 def share(time: float, rival: float) -> str:
-    """Return a time as a share of a rival's, marked if it is larger."""
+    """Return a time divided by a rival's time; mark the ratio if the time is larger."""
     return f"{number(time / rival)}{' (slower)' if time >= rival else ''}"
 
 
 def attention(folder: Path) -> str:
-    """Return Nyström attention by two backends as shares of exact attention's time."""
+    """Return the time of Nyström attention by two backends, divided by the time of exact attention."""
     rows = rows_of(folder, "attention", ("N_q", "N_k", "B", "H", "r", "d", "dtype", "direction"))
     lines = []
     for row in rows:
@@ -80,7 +80,7 @@ def attention(folder: Path) -> str:
 
 
 def solve(folder: Path) -> str:
-    """Return a sentence on the time of Cholesky as a share of the SVD's."""
+    """Return a sentence on the time of Cholesky divided by the time of the SVD."""
     shares = [
         row["share_of_svd"]
         for row in read(folder / "conditioning.jsonl")
@@ -111,7 +111,7 @@ def cost(folder: Path) -> str:
 
 
 def time(folder: Path) -> str:
-    """Return the time of `srm` as a share of the quadratic neck's, by image side, and its share of the model's."""
+    """Return the times of `srm` and its model by image side, with ratios to the quadratic neck and its model."""
     lines = [
         [f"`{backbone}`", side, *cells]
         for backbone, side, cells in _shares(folder, "forward")
@@ -129,7 +129,7 @@ def time(folder: Path) -> str:
 
 
 def backward(folder: Path) -> str:
-    """Return the time of the neck alone, forward and backward, as a share of the quadratic neck's."""
+    """Return the time of `srm` alone, forward and backward, divided by the time of the quadratic neck."""
     values: dict[int, list[float]] = {}
     for _, side, cells in _shares(folder, "backward"):
         values.setdefault(int(side), []).append(float(cells[1]))
@@ -156,7 +156,7 @@ def step(folder: Path) -> str:
 
 
 def grown(folder: Path) -> str:
-    """Return the exponents of time, with both numbers of tokens growing together and each alone."""
+    """Return the exponents of time if both numbers of tokens grow together, and if only one of them grows."""
     fits = growth.fits(rows_of(folder, "growth", POINT))
     lines = [
         [
@@ -173,7 +173,7 @@ def grown(folder: Path) -> str:
 
 
 def crossover(folder: Path) -> str:
-    """Return the shares by N_k over all batch sizes, losses included, and the N_k above which Nyström is faster."""
+    """Return the ratios by N_k over all batch sizes, also above 1, and the N_k above which Nyström is faster."""
     surfaces = growth.surfaces(rows_of(folder, "crossover", POINT))
     lines = []
     for keys in surfaces[0].keys:

@@ -27,14 +27,14 @@ HATCHES = ("", "//", "--", "||", "\\\\", "++", "..", "xx")
 
 
 class Line(NamedTuple):
-    """A series; points need not be sorted, and the name may contain line breaks."""
+    """A series of points. They need not be sorted, and the name may contain line breaks."""
 
     name: str
     points: Sequence[tuple[float, float]]
 
 
 class Bar(NamedTuple):
-    """A stack of segments: values by segment name."""
+    """A stacked bar: values by the name of the segment."""
 
     name: str
     parts: dict[str, float]
@@ -70,7 +70,7 @@ def lines(
 
 
 def roofline(series: Sequence[Line], bandwidth: float, rate: float, *, title: str, note: str) -> Figure:
-    """Draw lines of (MACs per byte, MACs per second), in the order of their points, under the measured ceilings.
+    """Draw lines of points (MACs per byte, MACs per second), in the given order, under the measured ceilings.
 
     Args:
         series: The lines.
@@ -95,7 +95,7 @@ def roofline(series: Sequence[Line], bandwidth: float, rate: float, *, title: st
 def stacked(bars: Sequence[Bar], segments: Sequence[str], *, title: str, note: str, x_label: str) -> Figure:
     """Draw horizontal stacks on a linear axis.
 
-    A segment looks the same in every picture with the same `segments`; those without a value are left out.
+    A segment looks the same in every picture with the same `segments`. Segments without a value are left out.
     """
     height = 1.4 + max(0.35 * len(bars), 0.19 * len(segments))
     with _axes(title, note, x_label, "", height=height) as (figure, axes):

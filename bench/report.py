@@ -1,7 +1,7 @@
 """Write results as tables and pictures: `python -m bench.report bench/results/cpu` writes report.md and SVGs there.
 
-Every table and picture is of one machine, one set of versions and one commit. Rows of several are refused, unless
-`--latest` selects the rows that were measured like the last one.
+Every table and picture shows results of one machine, one set of versions and one commit. Rows of several are refused,
+unless `--latest` selects the rows that were measured under the same conditions as the last row.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def report(folder: Path, *, last: bool = False) -> list[Path]:
 
     Args:
         folder: Folder with `neck.jsonl`, `growth.jsonl`, `crossover.jsonl` or `resources.jsonl`.
-        last: Use only the rows that were measured like the last one of each file.
+        last: Whether to use only rows that were measured under the same conditions as the last row of each file.
 
     Returns:
         The files that were written, the page first.
@@ -124,7 +124,7 @@ def growth_section(rows: Rows) -> Section:
 
 
 def crossover_section(rows: Rows) -> Section:
-    """Return where Nyström overtakes exact attention, losses included, and a sentence on when to use which."""
+    """Return where Nyström is faster and slower than exact attention, and a sentence on when to use which."""
     pictures: list[Picture] = []
 
     def surfaces_of(group: Rows) -> str:
@@ -152,7 +152,7 @@ def crossover_section(rows: Rows) -> Section:
 
 
 def resources_section(rows: Rows) -> Section:
-    """Return a table for each RTX architecture: every kernel as compiled, with its theoretical occupancy."""
+    """Return a table for each RTX architecture, with every compiled kernel and its theoretical occupancy."""
     parts = [
         "Compiled without a GPU and not run on one. Theoretical occupancy is the number of warps that registers, "
         "shared memory and blocks allow, as a share of the warps that a multiprocessor can hold. Registers and "
@@ -198,13 +198,13 @@ def _stages(rows: Rows) -> list[Picture]:
 
 
 def _scaled_stages(row: dict[str, Any]) -> dict[str, float]:
-    """Divide the row's time like its stages' times, which were measured in other calls."""
+    """Divide the row's time among its stages, in proportion to the stages' times, which other calls measured."""
     total = sum(row["stages"].values())
     return {name: taken / total * row["typical"] for name, taken in row["stages"].items()}
 
 
 def _against_resolution(rows: Rows) -> list[Picture]:
-    """Draw time and memory against the image side, where several were measured."""
+    """Draw time and memory over the image side, if several image sides were measured."""
     pictures = []
     for key, group in _grouped(rows, "part", "backbone", "batch", "dtype", "direction"):
         part, backbone, batch, dtype, direction = key
@@ -235,7 +235,7 @@ def _against_resolution(rows: Rows) -> list[Picture]:
 
 
 def _of_like_size(series: list[plots.Line]) -> tuple[list[plots.Line], list[str]]:
-    """Split off the lines that stay below a tenth of the largest value; return the others, and their names."""
+    """Return the lines that reach a tenth of the largest value, and the names of the other lines."""
     tops = {line.name: max(value for _, value in line.points) for line in series}
     small = [name for name, top in tops.items() if top < max(tops.values()) / 10]
     return [line for line in series if line.name not in small], small
@@ -256,7 +256,7 @@ def _merged(series: list[plots.Line]) -> list[plots.Line]:
 
 
 def _rooflines(rows: Rows) -> list[Picture]:
-    """Draw the rate of multiply-accumulates over their number per byte, under the measured ceilings."""
+    """Draw multiply-accumulates per second over multiply-accumulates per byte, under the measured ceilings."""
     pictures = []
     known = [row for row in rows if row["work_macs"]]
     for key, group in _grouped(known, "part", "backbone", "batch", "dtype", "direction"):
@@ -319,7 +319,7 @@ def _file(*parts: Any) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the reports of folders; return 2 after an error message where that is impossible."""
+    """Write the reports of folders; return 2 after an error message if a report cannot be written."""
     made = parser("report", __doc__)
     made.add_argument("folders", nargs="+", type=Path, help="bench/results/<gpu or cpu>")
     made.add_argument(

@@ -49,7 +49,7 @@ class Resources(NamedTuple):
 
 @contextmanager
 def recorded(capability: tuple[int, int]) -> Iterator[list[Launch]]:
-    """Collect the launches of Triton kernels inside, as on a device of this capability, instead of running them."""
+    """Record the launches of the block, as on a device of this capability, instead of running them."""
     from triton.runtime.jit import JITFunction
 
     from srm_kernels.attention import configurations
@@ -68,7 +68,7 @@ def recorded(capability: tuple[int, int]) -> Iterator[list[Launch]]:
 
 
 class Source(NamedTuple):
-    """Input of Triton's compiler: types by argument; values that are constant, and known attributes, by position."""
+    """Input of Triton's compiler: types by argument; constant values and known attributes by position."""
 
     signature: dict[str, Any]
     constants: dict[tuple[int, ...], Any]
@@ -77,7 +77,7 @@ class Source(NamedTuple):
 
 
 def source_of(launch: Launch) -> Source:
-    """Specialise integers and aligned pointers of a launch in the way of Triton."""
+    """Specialise integers and aligned pointers of a launch as Triton does."""
     kernel, args, options = launch
     launch_options = {
         name: options[name] for name in ("num_warps", "num_stages", "maxnreg") if name in options
@@ -85,7 +85,7 @@ def source_of(launch: Launch) -> Source:
     source = Source({}, {}, {}, launch_options)
 
     def kind_of(place: tuple[int, ...], value: Any, specialised: bool) -> Any:
-        """Return the type of an argument, or the types of a tuple, and note what is known at compile time."""
+        """Return the type of an argument, or the types of a tuple, and record what is known at compile time."""
         if isinstance(value, tuple):
             return tuple(kind_of((*place, i), part, specialised) for i, part in enumerate(value))
         if specialised and type(value) is int and value == 1:
@@ -111,7 +111,7 @@ def source_of(launch: Launch) -> Source:
 
 
 def _code(source: str) -> str:
-    """Return a function's code without its docstring and comments, and whatever its lines look like."""
+    """Return a function's code without its docstring, comments and formatting."""
     (function,) = ast.parse(source).body
     if ast.get_docstring(function) is not None:
         del function.body[0]
@@ -229,7 +229,7 @@ def rows(options: argparse.Namespace, known: dict[str, Resources]) -> Iterator[d
 
 
 class Table:
-    """The rows of a file: resources that are known are read from it, new rows are appended at once.
+    """The rows of a file. Known resources are read from the file; new rows are appended immediately.
 
     Attributes:
         known: Resources by digest.
@@ -260,7 +260,7 @@ class Table:
 
 
 def shape(case: Any) -> dict[str, Any]:
-    """Return a case in the form of a row that was read from JSON."""
+    """Return a case in the form that it has in a row read from JSON."""
     found: dict[str, Any] = json.loads(json.dumps(case._asdict()))
     return {name: value for name, value in found.items() if value is not None}
 
@@ -305,7 +305,7 @@ def _cases(family: str, options: argparse.Namespace) -> Sequence[Any]:
 
 
 def _selected(row: dict[str, Any], options: argparse.Namespace) -> bool:
-    """Return whether the options select a row; with all shapes, a row of a shape that no longer exists too."""
+    """Return whether the options select a row. With all shapes, rows of shapes that no longer exist count too."""
     if row["family"] not in options.families or row["architecture"] not in options.architectures:
         return False
     if options.kernels and row["kernel"] not in options.kernels:

@@ -1,6 +1,6 @@
 """Shapes for which `bench.resources` compiles the Triton kernels of the package, and the calls that launch them.
 
-Each function calls forward and backward like the operators do, on tensors of the meta device by default.
+Each function calls forward and backward as the operators do, on tensors of the meta device by default.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def without_memory(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 class Case(NamedTuple):
-    """Nyström attention: r, d, N_k, the dtype's name, and the options that decide which kernels run."""
+    """A case of Nyström attention, given by r, d, N_k, the dtype's name, and options that decide which kernels run."""
 
     rank: int
     d: int
@@ -34,7 +34,7 @@ class Case(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """Links of a neck: (C_i, h = w) of the maps they read, and the options that decide which kernels run."""
+    """The links of a neck, given by (C_i, h = w) of the maps they read, and options that decide which kernels run."""
 
     maps: tuple[tuple[int, int], ...]
     heads: int
@@ -47,7 +47,7 @@ class Schedule(NamedTuple):
 
 
 class System(NamedTuple):
-    """A landmark system: r, d and the solver."""
+    """A landmark system, given by r, d and the solver."""
 
     rank: int
     d: int
@@ -218,7 +218,7 @@ def solve(case: System) -> None:
 
 
 def choose(case: Choice) -> None:
-    """Launch the choice of landmarks alone, and leverage scores."""
+    """Launch the choice of landmarks alone, and the leverage scores."""
     from srm_kernels.landmarks import kernels
 
     key = without_memory(2, 4, case.keys, case.d, dtype=getattr(torch, case.dtype))

@@ -1,6 +1,7 @@
 """Run every kernel of attention once, forward and backward, on small odd shapes: `python -m bench.small_run`.
 
-Meant for compute-sanitizer: a launch takes a second and more under its racecheck, so a test suite would take hours.
+This command is meant for compute-sanitizer. With racecheck, a launch takes a second or more, so a test suite would
+take hours.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def run(device: str) -> None:
 
 
 def main() -> None:
-    """Run on the GPU; exit with a message without one."""
+    """Run on the GPU; exit with a message if there is no GPU."""
     if not torch.cuda.is_available():
         raise SystemExit("bench.small_run needs a CUDA device: " + backends()["triton"].reason)
     run("cuda")

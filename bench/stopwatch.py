@@ -1,4 +1,4 @@
-"""Time of a call. Needs torch alone, because `bench.worker` times other checkouts with it."""
+"""Time a call. This module imports only torch, because `bench.worker` uses it to time other checkouts."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 
 
 def milliseconds(call: Callable[[], object], device: torch.device, count: int = 1) -> float:
-    """Run `count` calls in a row and return the milliseconds of one.
+    """Run `count` calls in a row and return the milliseconds per call.
 
-    A GPU is timed with CUDA events. A CPU is timed by the CPU time of the process if torch has one thread, since other
-    processes barely affect that, and by wall-clock time otherwise.
+    A GPU is timed with CUDA events. If torch has one thread, a CPU is timed by the CPU time of the process, which
+    other processes barely affect; otherwise by wall-clock time.
     """
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

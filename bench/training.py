@@ -2,9 +2,9 @@
 `python -m bench.training`.
 
 The models of a backbone take turns in one process, and each is shown with its speed relative to the first neck; on a
-busy machine only that ratio is meaningful. A step is that of the training loop: forward under autocast, losses,
-backward, clipping, AdamW. Peak memory is measured on a GPU only, beyond weights and optimiser. For the share of time
-spent on data, the first model of each backbone reads JPEG files, decoded each time and then from a cache.
+busy machine only this ratio is meaningful. A step is a step of the training loop: forward under autocast, losses,
+backward, clipping, AdamW. Peak memory is measured on a GPU only, and excludes weights and optimiser. For the share of
+time spent on data, the first model of each backbone reads JPEG files: first decoded each time, then from a cache.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Files(torch.utils.data.Dataset[Any]):
 
 
 def cases(backbone: str, options: argparse.Namespace) -> list[Case]:
-    """Return every neck; those with operators once for each backend."""
+    """Return a case for every neck, and for every backend if the neck uses operators."""
     chosen = options.backends or [None, *available_backends()]
     return [
         Case(backbone, neck, backend, options)
@@ -99,7 +99,7 @@ def cases(backbone: str, options: argparse.Namespace) -> list[Case]:
 
 
 def compare(found: list[Case], options: argparse.Namespace) -> Rows:
-    """Return a row for each case: times of a step, images per second, speed over the first, peak memory on a GPU."""
+    """Return a row per case: times of a step, images per second, speed relative to the first case, peak GPU memory."""
     device, side = torch.device(options.device), options.image_size
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(options.batch_size, 3, side, side, generator=generator)
@@ -123,7 +123,7 @@ def compare(found: list[Case], options: argparse.Namespace) -> Rows:
 
 
 def data_shares(case: Case, options: argparse.Namespace) -> Rows:
-    """Return the share of time that training waits for images, decoded each time and read from a cache."""
+    """Return the share of time that training waits for images: decoded each time, and read from a cache."""
     side = options.image_size
     rng = np.random.default_rng(0)
     about = {name: value for name, value in case.about.items() if name != "backend"}

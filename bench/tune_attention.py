@@ -36,7 +36,7 @@ BLOCKS, WARPS, STAGES = (16, 32, 64, 128), (4, 8), (1, 2)
 
 
 class Trial(NamedTuple):
-    """An alternative to a rule at one size, and whether it is the rule's own choice."""
+    """A candidate configuration for a rule at one size, and whether the rule itself chooses it."""
 
     rule: str
     rank: int
@@ -45,7 +45,7 @@ class Trial(NamedTuple):
     chosen: bool
 
     def in_place(self) -> Any:
-        """Return a context in which the rule gives this alternative for every shape."""
+        """Return a context in which the rule returns this candidate for every shape."""
         # A mock with a `return_value` takes 30 µs per call.
         return mock.patch.object(configurations, self.rule, lambda *_: self.candidate)  # noqa: PT008
 
@@ -64,7 +64,7 @@ def trials(dtype: torch.dtype, device: torch.device) -> Iterator[Trial]:
 
 
 def call_of(trial: Trial, options: argparse.Namespace) -> Call:
-    """Return a forward pass, or the backward pass of one that was run before."""
+    """Return a call of a forward pass, or of the backward pass after a forward pass that runs first."""
     shape = (options.batch, options.heads)
     inputs = attention_inputs(shape, options.queries, options.keys, trial.d, options, gradients=True)
     forward = partial(nystrom_attention, *inputs, trial.rank, qk_norm="keys", backend="triton")
@@ -75,7 +75,7 @@ def call_of(trial: Trial, options: argparse.Namespace) -> Call:
 
 
 def check_device(trial: Trial, error: str, options: argparse.Namespace) -> None:
-    """Raise SystemExit if the device fails in this process from now on, so that no later trial seems to be refused."""
+    """Raise SystemExit if the device is unusable in this process: later trials would fail for the same reason."""
     if options.device == "cpu":
         return
     try:
@@ -88,7 +88,7 @@ def check_device(trial: Trial, error: str, options: argparse.Namespace) -> None:
 
 
 def compiled(trial: Trial, options: argparse.Namespace) -> str | None:
-    """Run a trial once and return its error, such as too much shared memory, or None."""
+    """Run a trial once; return the error as text, such as too much shared memory, or None."""
     try:
         with trial.in_place():
             call_of(trial, options)()
@@ -102,7 +102,7 @@ def compiled(trial: Trial, options: argparse.Namespace) -> str | None:
 
 
 def compiled_side_by_side(wanted: list[Trial], options: argparse.Namespace) -> dict[Trial, str | None]:
-    """Run `compiled` in several processes; trials after a launch that ends its process are missing in the result."""
+    """Run `compiled` in several processes. If a launch ends its process, the result lacks the trials after it."""
     context, found = multiprocessing.get_context("spawn"), {}
     try:
         with ProcessPoolExecutor(options.processes, mp_context=context) as pool:

@@ -13,7 +13,7 @@ import torch
 from bench.operators import FAMILIES, NumericsError, Timed
 from bench.stopwatch import milliseconds
 
-LEAST_MILLISECONDS = 2.0  # of one measurement; shorter calls are repeated within it
+LEAST_MILLISECONDS = 2.0  # least duration of a measurement; shorter calls are repeated within it
 MOST_CALLS = 1000
 
 
@@ -33,10 +33,10 @@ def prepared(request: dict[str, Any]) -> Callable[[], float]:
     """Return the stopwatch of one operator.
 
     Args:
-        request: The arguments of `Timed` by name, and `verify`: whether the numbers are checked first.
+        request: The arguments of `Timed` by name, and `verify`: whether the results are checked first.
 
     Raises:
-        NumericsError: The numbers are wrong.
+        NumericsError: The results are wrong.
     """
     arguments = {**request, "family": FAMILIES[request["family"]]}
     verify = arguments.pop("verify")

@@ -54,7 +54,7 @@ def no_narrower(tensors: Sequence[Tensor], like: Tensor) -> list[Tensor]:
 
 
 def widened(tensors: Sequence[Tensor], like: Tensor) -> list[Tensor]:
-    """Cast tensors to the dtype of statistics and solves that belongs to `like`."""
+    """Cast tensors to `wide_dtype` of the dtype of `like`."""
     if not enabled(like):
         return list(tensors)
     return [t.to(wide_dtype(like.dtype)) if enabled(t) else t for t in tensors]
@@ -68,7 +68,7 @@ def check_parameter(name: str, value: Tensor, shape: tuple[int, ...], like: Tens
     """Check a parameter against the tensor that it is applied to.
 
     Raises:
-        TypeError: `value` is no floating-point tensor, or its dtype is narrower than that of `like` without autocast.
+        TypeError: `value` is not a floating-point tensor, or without autocast its dtype is narrower than `like.dtype`.
         ValueError: `value` has another shape than `shape`, or another device than `like`.
     """
     # Modules check many parameters per call, so that the usual case has to be cheap.

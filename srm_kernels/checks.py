@@ -17,7 +17,7 @@ RENAMED = {"sdpa": "torch"}  # backend names of the last release, which this rel
 
 
 def current_name(backend: Any) -> Any:
-    """Return a backend's current name; a name of the last release gives a FutureWarning, once per process."""
+    """Return a backend's current name. A name from the last release causes a FutureWarning, once per process."""
     if not isinstance(backend, str) or backend not in RENAMED:
         return backend
     if not torch.compiler.is_compiling():
@@ -50,8 +50,8 @@ def _in_functorch() -> bool:
 def exporting() -> bool:
     """Return whether torch.export is active.
 
-    Under torch.compile of torch 2.11, `torch.compiler.is_exporting()` is always true. This flag is what it returns
-    elsewhere.
+    Under torch.compile of torch 2.11, `torch.compiler.is_exporting()` always returns True. Otherwise it returns the
+    flag that is used here.
     """
     return torch.compiler._is_exporting_flag
 
@@ -92,7 +92,7 @@ def _on_cuda(tensor: Tensor) -> bool:
 
 
 def check_tensors(**tensors: Tensor) -> None:
-    """Raise TypeError or ValueError unless all are non-empty floating-point tensors of one dtype on one device."""
+    """Raise TypeError or ValueError unless all are non-empty floating-point tensors of one dtype and device."""
     first_name, first = "", None
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):

@@ -1,10 +1,10 @@
-"""How `backend=None` chooses on a verified device: the fastest implementation whose results are right.
+"""Choose the backend for `backend=None` on a verified device: the fastest implementation with correct results.
 
-The choice depends on the operator, the dtype and the classes of its sizes. Batch and heads do not count, so that a
-sample is computed by the same implementation alone and in any batch. Training and evaluation use the same
+The choice depends on the operator, the dtype and the classes of the sizes. It does not depend on batch and heads, so
+that the same implementation computes a sample alone and in any batch. Training and evaluation use the same
 implementation. Each process reads the verdict of a device once. Verdicts are not used under torch.export, whose
-programs can run on another device, and not under torch.func. `torch.compile` chooses while it traces, by the same
-classes.
+programs can run on another device, and not under torch.func. Under `torch.compile` the choice is made while
+tracing, by the same classes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Explanation(NamedTuple):
         backend: The implementation.
         reason: The reason, in one sentence.
         origin: Origin of the verdict that the choice follows: "this machine" or "shipped"; None without a verdict.
-        measured: Date and time of that measurement, the first and the last if there are several; None without one.
+        measured: Date and time of the measurement; the first and the last if there are several; None without a verdict.
         milliseconds: Shape → direction → implementation → median time, for the nearest measured shapes.
         sizes: The sizes on which the choice depends.
     """
@@ -72,10 +72,10 @@ class Answer(Exception):  # noqa: N818 - not an error
 
 
 class Table:
-    """What is known about a device.
+    """The verdicts that apply to a device.
 
     Attributes:
-        groups: Group → the verdict that decides it, and its rows.
+        groups: Group → the verdict that decides the group, and the rows of the group.
         reason: Why there are no groups.
         unfinished: Groups whose measurement was interrupted.
     """
@@ -89,7 +89,7 @@ class Table:
         self.groups, self.reason, self.unfinished = groups, reason, unfinished
 
     def nearest(self, group: Group, classes: Sequence[int]) -> list[Row]:
-        """Return the rows of the shapes whose classes are nearest."""
+        """Return the rows of the measured shapes whose classes are nearest to `classes`."""
 
         def distance(row: Row) -> int:
             pairs = zip(map(class_of, row["sizes"]), classes, strict=True)
@@ -101,9 +101,9 @@ class Table:
         return [row for row in rows if distance(row) == least]
 
     def ranking(self, group: Group, classes: Sequence[int]) -> list[str]:
-        """Return the implementations that are right at every measured shape and timed at the nearest, fastest first.
+        """Return the implementations that are correct at every measured shape, the fastest first.
 
-        The time is the geometric mean over the directions of the nearest shapes.
+        Only implementations with times at all nearest measured shapes are ranked, by the geometric mean of these times.
         """
         if group not in self.groups:
             return []
@@ -118,7 +118,7 @@ class Table:
         return sorted(candidates, key=lambda name: sum(math.log(by_name[name]) for by_name in measured))
 
     def takes_kernels(self, group: Group) -> bool:
-        """Return whether kernels are the first choice of a group at one measured shape or more."""
+        """Return whether kernels are the first choice of a group for at least one measured shape."""
         sizes = {tuple(row["sizes"]) for row in self.groups[group][1]}
         return any(self.ranking(group, list(map(class_of, one)))[:1] == ["triton"] for one in sizes)
 
@@ -158,7 +158,7 @@ def refresh() -> None:
 
 @contextmanager
 def pretended(key: Key) -> Iterator[None]:
-    """Treat CPU tensors as tensors on the device of a key, for emulators of devices and Triton's interpreter."""
+    """Treat CPU tensors as tensors on the device that `key` describes. Emulators and Triton's interpreter need this."""
     global _pretended
     before, _pretended = _pretended, key
     refresh()
@@ -170,7 +170,7 @@ def pretended(key: Key) -> Iterator[None]:
 
 
 def cached(tensor: Tensor, operator: str, variant: str, call: tuple[Any, ...]) -> str | None:
-    """Return the earlier choice for such a call, or None."""
+    """Return the cached choice for the key `call`, or None."""
     if torch.compiler.is_compiling() or not (tensor.is_cuda or tensor.is_cpu) or transforming():
         return None
     try:
@@ -196,8 +196,8 @@ def measured(tensor: Tensor, operator: str, variant: str, sizes: Sizes, refusal:
         tensor: A tensor of the device and dtype of the call.
         operator: Name of the operator.
         variant: Options that are measured separately.
-        sizes: Returns the sizes on which the choice depends, without batch and heads.
-        refusal: Returns why an implementation cannot run the call, or None.
+        sizes: Function that returns the sizes on which the choice depends, without batch and heads.
+        refusal: Function that returns why an implementation cannot run the call, or None.
     """
     index = tensor.get_device() if tensor.is_cuda else CPU
     if (index == CPU and _pretended is None) or transforming():
@@ -215,7 +215,7 @@ def _ranking_of(index: int, operator: str, variant: str, dtype: torch.dtype, *cl
 
 
 def ranking(index: int, operator: str, variant: str, dtype: torch.dtype, classes: Sequence[int]) -> list[str]:
-    """Return the implementations in the order of preference; none without a verdict."""
+    """Return the implementations in the order of preference; an empty result without a verdict."""
     return table(index).ranking((named(operator, variant), dtype_name(dtype)), classes)
 
 
@@ -231,7 +231,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def table(index: int) -> Table:
-    """Return what is known about a CUDA device, or about the device that `pretended` gives to CPU tensors."""
+    """Return the table of a CUDA device, or of the device that `pretended` assigns to CPU tensors."""
     if index not in _tables:
         _tables[index] = _read(index)
     return _tables[index]
@@ -282,7 +282,7 @@ def sentence(found: Table) -> str:
 
 
 def _by_origin(found: Table) -> dict[str, list[Group]]:
-    """Return groups by a description of the verdict that decides them: its origin and date."""
+    """Return the groups that each verdict decides, by the origin and date of the verdict."""
     groups: dict[str, list[Group]] = {}
     for group, (verdict, _) in found.groups.items():
         groups.setdefault(verdict.origin, []).append(group)
@@ -322,7 +322,7 @@ def ran(device: torch.device, requested: str | None, found: Mapping[str, Collect
 def explained(
     default: str, tensor: Tensor | None, operator: str, variant: str, sizes: Sizes, refusal: Refusal
 ) -> Explanation:
-    """Return what `backend=None` uses for a call, and why; `default` is what it uses without a verdict."""
+    """Return which implementation `backend=None` uses for a call, and why. `default` is used without a verdict."""
     if tensor is None:
         return Explanation(operator, default, "the operator has no kernels")
     name, dtype = named(operator, variant), dtype_name(tensor.dtype)

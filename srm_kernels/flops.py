@@ -70,7 +70,7 @@ def _project_op(tokens: Shape, key_weights: Sequence[Shape], *_: Any) -> int:
 
 
 def _pooled_op(*args: Any) -> int:
-    """T, Q and the logits at every position, as in the formula, whether or not a backend folds the products."""
+    """Count T, Q and the logits at every position, as in the formula, even if a backend folds the products."""
     given = dict(zip(QuerySides.NAMES, args, strict=False))
     total = 0
     for target, align, key in zip(given["targets"], given["align_weights"], given["keys"], strict=True):
@@ -90,7 +90,7 @@ def _merge_op(
 
 
 def _logits_op(maps: Sequence[Shape], *_: Any) -> int:
-    """The readouts; GELUs and means are not counted."""
+    """Count the readouts; GELUs and means are not counted."""
     return len(maps) * maps[0][0] * maps[0][1]
 
 

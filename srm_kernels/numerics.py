@@ -5,9 +5,9 @@ inside), half a unit of the dtype, and 8 units of fp32, because kernels sum in a
 size of the exact result. The rule holds for the largest and for the mean absolute error.
 
 The error of a result of one number, such as the gradient of α, can be small by chance. The error of plain PyTorch then
-counts as at least half a unit of the dtype. It is better to measure it over several losses: such a gradient is a sum
-Σ tᵢ over many positions. Its error Σ tᵢ δᵢ has the order of the unit times √Σ tᵢ², whatever the value of the sum, and
-one loss gives one random sample of that error. Losses with other signs give more samples.
+counts as at least half a unit of the dtype. Several losses give a better measure of this error: such a gradient is a
+sum Σ tᵢ over many positions. The error Σ tᵢ δᵢ of the sum has the order of the unit times √Σ tᵢ², whatever the value
+of the sum, and one loss gives one random sample of the error. Losses with other signs give more samples.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 FP32_UNITS = 8
 DRAWS = 8  # losses over which the error of a gradient of few numbers is measured
-FEW = 16  # a result of at most so many numbers has few
+FEW = 16  # largest number of elements of a result of "few numbers"
 
 
 def error_ratio(
@@ -36,14 +36,14 @@ def error_ratio(
         found: The result of the kernels, any shape, floating point.
         plain: The same result by plain PyTorch in the dtype of `found`.
         exact: The same result in fp64.
-        together: Exact results that are computed together with this one, for instance all gradients of one call. The
-            fp32 units are relative to the largest of them. Default: to `exact`.
-        draws: (plain, exact) of the same result for other losses. The error of plain PyTorch is then the largest of
-            all draws, and the size is at least their root mean square.
+        together: Exact results computed in the same call, for instance all gradients. The fp32 term of the bound is
+            scaled by the largest of these results. Default: by `exact` itself.
+        draws: Pairs (plain, exact) of the same result for other losses. The error of plain PyTorch is then the largest
+            over all draws. The size of the result is at least the root mean square of the sizes of the exact draws.
 
     Returns:
-        The larger ratio of the two measures; infinity if NaN or infinity is at other places than in `exact`. Numbers
-        that overflow in plain PyTorch only have no bound and are ignored.
+        The larger of two ratios: one for the largest and one for the mean absolute error. The ratio is infinity if NaN
+        or ±infinity are not in the same positions as in `exact`. Elements that overflow only in `plain` are ignored.
 
     Raises:
         ValueError: The shapes differ.

@@ -100,7 +100,7 @@ class AttentionOptions:
 
 @dataclass(frozen=True)
 class KeySide(Written):
-    """The arguments of the key side of Nyström attention; landmarks are chosen where they are None."""
+    """The arguments of the key side of Nyström attention. If `landmarks` is None, the operator chooses them."""
 
     SCHEMA: ClassVar[str] = (
         "Tensor key, Tensor value, Tensor? landmarks, LandmarkOptions choice, float scale, str? qk_norm"
@@ -115,9 +115,10 @@ class KeySide(Written):
 
 @dataclass(frozen=True)
 class QuerySides(Written):
-    """The arguments of `pooled_links`, described in its docstring.
+    """The arguments of `pooled_links`, whose docstring describes them.
 
-    Every list except `maps` has one entry per link. The lists of DyT and X are empty without DyT and X.
+    All lists except `maps` have one entry per link. `alphas`, `weights` and `biases` are empty if the links have no
+    DyT; `xs` is empty if X was not given.
     """
 
     SCHEMA: ClassVar[str] = (

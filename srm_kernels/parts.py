@@ -48,7 +48,7 @@ def readable(tensor: Tensor) -> Tensor:
 
 
 def contiguous(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Return several small tensors as a kernel reads them, contiguous."""
+    """Return small tensors in the form in which a kernel reads them: contiguous, and fp32 if `readable` needs it."""
     return tuple([readable(t).contiguous() for t in tensors])
 
 
@@ -99,13 +99,13 @@ def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
 
 @triton.jit
 def token_offsets(rows, columns, n_stride, d_stride):
-    """Offsets [ROWS, COLUMNS] in 64 bits: a tensor can have more than 2³¹ elements."""
+    """Return offsets [ROWS, COLUMNS] in 64 bits, because a tensor can have more than 2³¹ elements."""
     return rows.to(tl.int64)[:, None] * n_stride + columns.to(tl.int64)[None, :] * d_stride
 
 
 @triton.jit
 def load_tokens(ptr, rows, valid, n_stride, d_stride, d: tl.constexpr, D: tl.constexpr):
-    """Load rows of a token matrix, [ROWS, D]; zeros in rows that are not valid and beyond d."""
+    """Load rows of a token matrix, [ROWS, D]. Rows that are not valid and columns beyond d are zero."""
     columns = tl.arange(0, D)
     offsets = token_offsets(rows, columns, n_stride, d_stride)
     return tl.load(ptr + offsets, mask=valid[:, None] & (columns < d)[None, :], other=0.0)
@@ -113,7 +113,7 @@ def load_tokens(ptr, rows, valid, n_stride, d_stride, d: tl.constexpr, D: tl.con
 
 @triton.jit
 def rms_factor(tokens, d: tl.constexpr, NORMALISE: tl.constexpr):
-    """√d / (‖x‖ + 1e-6) of every row, [ROWS], or ones.
+    """Return √d / (‖x‖ + 1e-6) of every row x, [ROWS], or ones without NORMALISE.
 
     Kernels multiply by this factor after a product, so that the stored numbers enter the product without rounding.
     """
@@ -124,7 +124,7 @@ def rms_factor(tokens, d: tl.constexpr, NORMALISE: tl.constexpr):
 
 @triton.jit
 def rms_factor_product(gradient, tokens, d: tl.constexpr, NORMALISE: tl.constexpr):
-    """The gradient of x, [ROWS, D], from the gradient of x·√d/(‖x‖ + 1e-6)."""
+    """Return the gradient of x, [ROWS, D], from the gradient of x·√d/(‖x‖ + 1e-6)."""
     if NORMALISE:
         wide = tokens.to(tl.float32)
         norm = tl.sqrt(tl.sum(wide * wide, 1))
@@ -144,9 +144,9 @@ def bf16_pair(x):
 
 @triton.jit
 def wide_dot(a, b, PRECISION: tl.constexpr):
-    """a b in fp32, where at least one factor is a computed tensor; see the module's docstring.
+    """Return the product a b in fp32, where at least one factor is a computed tensor (see the module's docstring).
 
-    The low part of an infinity gives NaN, which is replaced by 0, as in Triton's own passes.
+    The low part of an infinite entry is NaN and is replaced by 0, as in Triton's own passes.
     """
     if PRECISION == "bf16x3" and b.dtype == tl.bfloat16:
         high, low = bf16_pair(a)

@@ -1,7 +1,7 @@
 """Register operators with torch as `srm::<name>` and `srm::<name>_backward`, for all backends.
 
 Eager mode, torch.compile, export, FLOP counters and CUDA graphs see only these two operators. Autograd cannot
-differentiate through kernels: a backend of kernels has its own derivative, or uses that of the reference. Under
+differentiate through kernels: a backend of kernels has its own derivative, or uses the reference's. Under
 function transforms (torch.func) and in forward mode a differentiable operator runs its reference in plain PyTorch.
 """
 
@@ -24,7 +24,7 @@ from .options import WRITTEN
 Implementation = Callable[..., Any]
 Place = tuple[
     int, int | None
-]  # of a tensor: index of the argument, and index in it if the argument is a list
+]  # place of a tensor: index of the argument, and index in the argument if it is a list
 OPAQUE = ("triton",)  # backends that autograd cannot differentiate
 _plain = False  # whether differentiable operators run the operations of their reference
 _library = torch.library.Library("srm", "FRAGMENT")  # operators exist as long as this object
@@ -35,8 +35,8 @@ _running: list[dict[str, set[str]]] = []
 def running() -> Iterator[dict[str, set[str]]]:
     """Collect the implementations that run inside the context: operator → backends.
 
-    Operators count in eager and in compiled code; a CUDA graph counts when it is captured. A call that is
-    differentiated under torch.func or in forward mode runs its reference without an operator, and does not count.
+    Operators are recorded in eager and in compiled code, and in a CUDA graph when the graph is captured. A call that is
+    differentiated under torch.func or in forward mode runs its reference without an operator, and is not recorded.
     """
     found: dict[str, set[str]] = {}
     _running.append(found)
@@ -48,7 +48,7 @@ def running() -> Iterator[dict[str, set[str]]]:
 
 @contextmanager
 def plainly() -> Iterator[None]:
-    """Run the operations of the references inside the context, without the differentiable operators around them."""
+    """Let calls inside the context run the plain operations of the references, not the registered operators."""
     global _plain
     before, _plain = _plain, True
     try:
@@ -94,10 +94,10 @@ def register_operator(
         implementations: Backend → function of `arguments`. "reference" is required.
         fake: Function of `arguments` that returns empty results, for torch.compile and export.
         differentiable: Names of the differentiable arguments.
-        like: Name of the argument whose layout (that of `torch.empty_like`) the first result has.
+        like: Name of an argument. The first result has the layout that `torch.empty_like` gives for this argument.
         derivatives: Backend → function `(grads, results, *arguments)` that returns the gradients of the differentiable
-            arguments that are not None, in their order. Results are then saved for it. A backend of kernels without
-            one uses the derivative of the reference.
+            arguments that are not None, in their order. Results are then saved for this function. A backend of kernels
+            without such a function uses the derivative of the reference.
         constant: Indices of results without a gradient. Results that are not floating point never have one.
         recalled: Name of an argument → index of the result that replaces it in the derivative of the reference, so
             that the backward pass does not repeat a choice of the forward pass.
@@ -403,7 +403,7 @@ def _product(
 
 
 def _apart(product: Tensor, given: set[int]) -> Tensor:
-    """Return the product contiguous in its own memory: an operator must not return an input or a part of a tensor."""
+    """Return the product contiguous and in its own memory: an operator must not return an input or a view."""
     product = product.contiguous()
     memory = product.untyped_storage()
     alone = memory.nbytes() == product.numel() * product.element_size() and memory.data_ptr() not in given

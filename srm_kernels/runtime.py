@@ -117,7 +117,7 @@ def _copies_are_fenced() -> bool:
 
 
 def triton_refusal(tensor: torch.Tensor) -> str | None:
-    """Return why no Triton kernel can run on a tensor, or None: the conditions that all kernels share."""
+    """Return why no Triton kernel can run on a tensor, or None. Only conditions that all kernels share are checked."""
     reason: str | None = triton_missing()
     if reason is not None:
         return reason
@@ -133,7 +133,7 @@ def triton_refusal(tensor: torch.Tensor) -> str | None:
 
 
 def roomy(tensor: torch.Tensor, kibibytes: int = 160) -> bool:
-    """Return whether a block can use so much shared memory; only data-centre GPUs have 160 KiB."""
+    """Return whether a block can use this many KiB of shared memory; only data-centre GPUs have 160 KiB."""
     return launch_device(tensor).shared_memory >= kibibytes * 1024
 
 
@@ -176,15 +176,15 @@ def choose_backend(
 
     Args:
         requested: The value of `backend=`. None means SRM_KERNELS_BACKEND, if it is set. Without either, the verdict
-            about the device of `tensor` decides (see `choice`); without a verdict it is the first of
+            about the device of `tensor` decides (see `choice`). Without a verdict, the backend is the first of
             `implementations` that is not refused.
         implementations: Backends that the operator has, the default first.
         operator: Name of the operator.
-        refusal: Returns why a backend cannot run with these arguments, or None.
+        refusal: Function that returns why a backend cannot run with these arguments, or None.
         tensor: The tensor whose device and dtype select the verdict, or None.
         sizes: As in `choice.measured`.
         variant: As in `choice.measured`.
-        call: Everything that `refusal`, `sizes` and `variant` depend on: the key under which the choice is cached.
+        call: Key of the cached choice. It contains everything that `refusal`, `sizes` and `variant` depend on.
 
     Raises:
         ValueError: The name is not in `backends()`.
@@ -241,7 +241,7 @@ def named_by_environment() -> str | None:
 def kept(
     requested: str | None, tensor: torch.Tensor, operator: str, variant: str, call: tuple[Any, ...]
 ) -> str | None:
-    """Return the cached choice for such a call, or None: cheaper than to prepare the arguments of a new choice."""
+    """Return the cached choice for the key `call`, or None. This is cheaper than preparing a new choice."""
     if requested is None and named_by_environment() is None:
         return choice.cached(tensor, operator, variant, call)
     return None

@@ -48,12 +48,12 @@ RIGHT = "right"
 # "unsupported": the backend does not support these sizes; "memory": the device has too little. Neither is a fault.
 HARMLESS = (RIGHT, "unsupported", "memory")
 FAULTS = ("wrong", "refused", "error", "timeout", "crashed")
-# The environment can be the cause of these, so that the next run tries again.
+# The environment can cause these faults, so the next run tries again.
 PASSING = ("memory", "error", "timeout", "crashed")
 DIRECTIONS = ("forward", "backward")  # "backward" is the forward and the backward pass together
 
 Row = dict[str, Any]
-Group = tuple[str, str]  # an operator's name and a dtype's
+Group = tuple[str, str]  # name of an operator, name of a dtype
 
 
 class Key(NamedTuple):
@@ -68,7 +68,7 @@ class Key(NamedTuple):
 
 
 class UnusableError(ValueError):
-    """Why a file cannot be used as a verdict."""
+    """A file cannot be used as a verdict; the message gives the reason."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Verdict:
 
     Attributes:
         key: The device and the versions for which the rows hold.
-        rows: One for each operator, backend, dtype and shape; `checked_row` lists the fields.
+        rows: One row for each operator, backend, dtype and shape; `checked_row` lists the fields.
         unfinished: Groups whose measurement was interrupted: the verdict does not decide them.
         origin: "this machine" or "shipped".
     """
@@ -118,7 +118,7 @@ def is_done(row: Row) -> bool:
 
 
 def group_of(row: Row) -> Group:
-    """Return the group of a row, operator and dtype: rows of a group are decided together."""
+    """Return the group of a row, which is its operator and dtype. All rows of a group are decided together."""
     return row["operator"], row["dtype"]
 
 
@@ -220,8 +220,8 @@ def doubts(key: Key) -> Verdict | None:
     """Return the faults that an outdated verdict of this machine has, if a shipped verdict would hold for its versions.
 
     Returns:
-        An unfinished verdict of these faults, which decides only what must not run; None without faults. Faults that
-        the environment can have caused are left out.
+        An unfinished verdict that contains these faults and only excludes implementations; None without faults. Faults
+        that the environment can have caused are left out.
     """
     try:
         kept = read(path_of(key))
@@ -407,7 +407,7 @@ def held(key: Key) -> Iterator[bool]:
 
 
 def export(verdict: Verdict, path: Path) -> None:
-    """Write the finished rows as JSON lines with their machine, the format of `bench/results` and `SHIPPED`."""
+    """Write the finished rows and their machine as JSON lines, in the format of `bench/results` and `SHIPPED`."""
     machine = {**verdict.key._asdict(), "kind": "cuda", "cuda": torch.version.cuda}
     finished = [row for row in verdict.rows if group_of(row) not in verdict.unfinished]
     lines = [json.dumps({**row, "machine": machine}, allow_nan=False, ensure_ascii=False) for row in finished]
@@ -420,7 +420,7 @@ def export(verdict: Verdict, path: Path) -> None:
 def shipped(key: Key, folder: Path | None = None) -> Verdict | None:
     """Return the verdict shipped for this device, capability, kernel sources and minor versions of torch and Triton.
 
-    The driver is not compared. A file with a line in another format than that of `export` is ignored, with a warning.
+    The driver is not compared. A file with a line that `export` could not have written is ignored, with a warning.
     """
     rows: list[Row] = []
     for path in sorted((folder or SHIPPED).glob("*.jsonl")):
@@ -449,8 +449,8 @@ def _minor(text: str) -> list[str]:
 def governing(own: Verdict | None, others: Verdict | None) -> dict[Group, tuple[Verdict, list[Row]]]:
     """Return the verdict and the rows that decide each group.
 
-    The verdict of this machine decides the groups that it has measured, the shipped one decides the others. Of an
-    unfinished group only faults count, so that it decides only what must not run.
+    The verdict of this machine decides the groups that this machine has measured; the shipped verdict decides the
+    others. In an unfinished group only faults count, so the group only excludes implementations.
     """
     found: dict[Group, tuple[Verdict, list[Row]]] = {}
     for verdict in filter(None, (others, own)):
@@ -485,7 +485,7 @@ _warned: set[str] = set()
 
 
 def warn_once(text: str) -> None:
-    """Log a warning, each text once per process."""
+    """Log a warning, but each text only once per process."""
     if text not in _warned:
         _warned.add(text)
         logger.warning("%s", text)

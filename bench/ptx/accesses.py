@@ -1,4 +1,4 @@
-"""Memory accesses, warp operations and matrix products of PTX as calls of the execution."""
+"""Translate memory accesses, warp operations and matrix products of PTX to calls of the execution."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class AccessInstructions(Operands):
     """Emit memory accesses, warp operations and matrix products, each as a call of the execution."""
 
     def _access(self, ins: Instruction) -> tuple[str, int, str, int]:
-        """Return the memory space, the vector length, the type, and the bytes of an element."""
+        """Return the memory space, the vector length, the type, and the size of an element in bytes."""
         space = next((word for word in ins.op if word in ("global", "shared", "local", "param")), None)
         if space is None:
             raise Unsupported(f"{ins.text} (line {ins.line}): generic address")

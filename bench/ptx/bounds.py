@@ -2,7 +2,7 @@
 
 The emulator counts PTX instructions, which ptxas translates to SASS. If there is a cubin, its SASS is read, and each
 SASS instruction is counted as often as the PTX of its source line was executed on average. Both are estimates of what a
-GPU issues. Neither includes latencies, caches or how well units overlap.
+GPU issues. Neither estimate includes latencies, caches or how well units overlap.
 """
 
 from __future__ import annotations
@@ -27,15 +27,32 @@ def bound(launch: Launch, gpu: Gpu, *, batch: int = 1, use_sass: bool = True) ->
     Args:
         launch: A launch executed with `count=True`.
         gpu: The card, one of `rates.GPUS`.
-        batch: How many times the grid is launched at once.
+        batch: Number of copies of the grid that are launched at once.
         use_sass: Count the SASS of the cubin instead of the PTX, if there is a cubin.
 
     Returns:
-        "busy": µs by unit. "us": the largest of them, with blocks spread unevenly over SMs. "bottleneck": its unit.
-        "units", "ptx", "opcodes", "lines": warp instructions by unit, by PTX unit, by opcode and by source line.
-        "products": FMA by type. "repeated": how many warps of a block multiply the same fragments (wgmma aside).
-        "conflicts": wavefronts of shared memory over those without bank conflicts. "sector_bytes", "asked_bytes",
-        "dram_bytes": bytes of sectors, of lanes, and of distinct sectors. "registers", "resident", "waves", "uneven".
+        A dictionary with these entries:
+
+        - "kernel": name of the kernel.
+        - "blocks": blocks of all launches.
+        - "warps": warps per block.
+        - "registers": registers per thread; 128 if there is no SASS.
+        - "resident": blocks that one SM can hold at once.
+        - "waves": blocks / (SMs × resident).
+        - "uneven": blocks on the fullest SM divided by the mean over SMs.
+        - "busy": busy time of each unit, in µs.
+        - "bottleneck": the unit with the largest busy time.
+        - "us": the largest busy time, in µs, after all times except "dram" are multiplied by "uneven".
+        - "units": warp instructions by unit, from the SASS if it is counted, else from the PTX.
+        - "ptx": PTX instructions by unit, and matrix products by shape and type.
+        - "opcodes": warp instructions of the 25 most frequent SASS opcodes.
+        - "lines": SASS warp instructions of the 25 source lines with the most.
+        - "products": FMA of matrix products by type.
+        - "repeated": all matrix products divided by the distinct ones; wgmma is not counted.
+        - "conflicts": wavefronts of shared memory divided by the number without bank conflicts.
+        - "sector_bytes": bytes of all sectors that are accessed.
+        - "asked_bytes": bytes that the lanes request.
+        - "dram_bytes": bytes of the distinct sectors, at most the size of the tensors.
     """
     counters = launch.counters
     scale = counters.scale * batch
@@ -49,7 +66,7 @@ def bound(launch: Launch, gpu: Gpu, *, batch: int = 1, use_sass: bool = True) ->
     sectors, asked = (sum(v[i] for v in counters.global_requests.values()) * scale for i in (1, 2))
     dram = min((len(counters.read) + len(counters.written)) * 32 * scale, launch.tensor_bytes * batch)
     products = _products(ptx, batch)
-    clocks = gpu.sms * gpu.ghz * 1000  # of all SMs per µs
+    clocks = gpu.sms * gpu.ghz * 1000  # clock cycles of all SMs per µs
     busy = {
         "issue": sum(v for name, v in units.items() if " " not in name) / 4 / clocks,
         "fp32": units["fp32"] * 32 / gpu.fp32 / clocks,
@@ -62,7 +79,7 @@ def bound(launch: Launch, gpu: Gpu, *, batch: int = 1, use_sass: bool = True) ->
     }
     resident = max(1, occupancy(registers, launch.shared, launch.warps, gpu.capability).blocks)
     blocks = counters.grid * batch
-    uneven = math.ceil(blocks / gpu.sms) * gpu.sms / blocks  # blocks of the fullest SM over the mean
+    uneven = math.ceil(blocks / gpu.sms) * gpu.sms / blocks  # blocks on the fullest SM / mean over SMs
     return {
         "kernel": launch.name,
         "blocks": blocks,
@@ -99,6 +116,6 @@ def _products(ptx: Counter[str], batch: int) -> Counter[str]:
 
 
 def _ratio(entries: Iterable[list[int]]) -> float:
-    """Return the number of all products divided by that of the distinct ones."""
+    """Return the number of all products divided by the number of distinct products."""
     both = list(entries)
     return sum(e[0] for e in both) / max(1, sum(e[1] for e in both))

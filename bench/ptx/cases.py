@@ -49,7 +49,7 @@ def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float32, scale: fl
 
 
 class _LandmarksOfKernels:
-    """Attention whose reference uses the landmarks that the kernels chose."""
+    """Call attention such that the reference uses the landmarks that the kernels chose."""
 
     def __init__(self, rank: int, options: dict[str, Any]) -> None:
         self.rank, self.options, self.chosen = rank, options, torch.empty(0)
@@ -90,7 +90,7 @@ def attention(
     dtypes: tuple[str, ...] = NAMES,
     **options: Any,
 ) -> Case:
-    """Return a case of Y = τ L X and the gradients of Q, K, V and τ."""
+    """Return a case that computes Y = τ L X and the gradients of Q, K, V and τ."""
     words = "".join(f" {v if isinstance(v, str) else k}" for k, v in options.items() if v is not None)
 
     def make(dtype: torch.dtype) -> tuple[Call, list[Tensor]]:
@@ -104,7 +104,7 @@ def attention(
 def operator(
     name: str, shapes: list[tuple[int, ...]], call: Call, *sample: tuple[str, int], wide: tuple[int, ...] = ()
 ) -> Case:
-    """Return a case of an operator on normal inputs; `wide` are the indices of inputs that stay fp32."""
+    """Return a case of an operator on normal random inputs. `wide` lists the indices of inputs that stay fp32."""
 
     def make(dtype: torch.dtype) -> tuple[Call, list[Tensor]]:
         kinds = [torch.float32 if i in wide else dtype for i in range(len(shapes))]
@@ -114,7 +114,7 @@ def operator(
 
 
 def solve(r: int, d: int, solver: str, *sample: tuple[str, int]) -> Case:
-    """Return a case of X of the landmark system, with gradients of keys and right-hand side, in fp32."""
+    """Return a case in fp32 that solves the landmark system, with the gradients of keys and right-hand side."""
 
     def call(keys: Tensor, rhs: Tensor, *, backend: str) -> Tensor:
         logits = keys @ keys.mT / keys.shape[-1] ** 0.5
@@ -127,10 +127,10 @@ def solve(r: int, d: int, solver: str, *sample: tuple[str, int]) -> Case:
 
 
 def landmarks(keys: int, d: int, rank: int, method: str, *sample: tuple[str, int]) -> Case:
-    """Return a case of the indices of landmarks.
+    """Return a case that chooses landmarks.
 
-    Its result is 0 if the indices are distinct and at most 1 in 16 differs from the definition, because rounding may
-    break ties either way. Otherwise it is 1.
+    The case returns 0 if the indices are distinct and at most 1 in 16 differs from the definition, because rounding may
+    break ties either way. Otherwise the case returns 1.
     """
 
     def call(key: Tensor, *, backend: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Counters of a launch, and PTX instructions by unit, by place in the source and by line."""
+"""Count what a launch executes, and its PTX instructions by unit, by call chain and by source line."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Counters:
 
     Attributes:
         blocks: Number of warps that executed each basic block.
-        global_requests: Warps, sectors and bytes by instruction.
-        shared_requests: Warps, wavefronts, and wavefronts without bank conflicts by instruction.
-        products: Warps, and distinct products within a block by instruction.
+        global_requests: Instruction → [warps, sectors, bytes that the lanes request].
+        shared_requests: Instruction → [warps, wavefronts, wavefronts if there were no bank conflicts].
+        products: Instruction → [warps, distinct products within each block].
         read: Sectors of 32 bytes that were read.
         written: Sectors that were written.
         grid: Number of blocks of the launch.
@@ -47,7 +47,7 @@ class Counters:
 
     @property
     def scale(self) -> float:
-        """Factor from the executed blocks to the whole grid."""
+        """Return the blocks of the grid divided by the executed blocks."""
         return self.grid / max(1, self.ran)
 
     def count_global(self, number: int, address: Any, active: Any, size: int, touched: set[int]) -> None:
@@ -68,7 +68,7 @@ class Counters:
         touched.update(np.unique(sectors).tolist())
 
     def count_shared(self, number: int, offsets: Any, size: int) -> None:
-        """Count wavefronts: distinct words of the fullest bank in each phase of an access; -1 is an inactive lane."""
+        """Count wavefronts: distinct words in the fullest bank, in each phase of an access. −1 is an inactive lane."""
         phases = max(1, size // 4)
         rows = offsets.reshape(-1, 32)
         active = (rows >= 0).any(1)
@@ -172,10 +172,11 @@ def ptx_counts(launch: Launch) -> Counter[str]:
 
 
 def by_place(launch: Launch, library: tuple[str, ...] = ("standard.py",)) -> dict[str, Counter[str]]:
-    """Count PTX instructions of the whole grid by unit, for each place of the source and its calls.
+    """Count PTX instructions of the whole grid by call chain and by unit.
 
-    "all" is the sum over the units; "lsu" counts shuffles and wavefronts of shared memory. Frames of files whose names
-    start with one of `library` are omitted.
+    A call chain has the innermost frame first: "parts.py:120 < kernels.py:77". Frames of files whose names start with
+    an entry of `library` are left out. Moves are not counted. Two more entries are not units: "all" is the number of
+    counted instructions, and "lsu" is the number of shuffles plus the wavefronts of shared memory.
     """
     found: dict[str, Counter[str]] = defaultdict(Counter)
     requests, scale = launch.counters.shared_requests, launch.counters.scale
@@ -192,7 +193,7 @@ def by_place(launch: Launch, library: tuple[str, ...] = ("standard.py",)) -> dic
 
 
 def by_line(launch: Launch) -> dict[tuple[str, int], list[float]]:
-    """Return, for each file and line of the source, its number of PTX instructions, and of executions by warps."""
+    """Return, for each source file and line, the number of PTX instructions and how often warps executed them."""
     lines: dict[tuple[str, int], list[float]] = defaultdict(lambda: [0, 0.0])
     files = launch.program.kernel.files
     for ins, unit, times in executed(launch):

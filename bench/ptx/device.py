@@ -40,7 +40,7 @@ class Launch:
         shared: Bytes of shared memory per block.
         program: The translated kernel.
         execution: Its execution.
-        seconds: Time of the execution.
+        seconds: Duration of the execution.
         compiled: Triton's CompiledKernel.
         tensor_bytes: Bytes of the storages of all arguments.
         tensors: Tensor arguments, with `keep=True`.
@@ -90,7 +90,7 @@ class _Driver:
 
 
 class Device:
-    """An emulated device that executes launches and keeps their results; `emulated_device` documents the options.
+    """An emulated device that executes launches and keeps the results; `emulated_device` documents the options.
 
     Attributes:
         launches: Launches in order.
@@ -116,7 +116,7 @@ class Device:
         return [(launch.name, report) for launch in self.launches for report in launch.reports]
 
     def fault_texts(self) -> list[str]:
-        """Return the distinct faults as text, without "copies", which are none."""
+        """Return the distinct faults as text. "copies" are left out, because they are no faults."""
         return sorted({f"{name}: {report}" for name, report in self.reports() if report.kind != "copies"})
 
     def run(self, compile_: Callable[..., Any], kernel: Any, args: Any, grid: Any, options: Any) -> Any:
@@ -228,7 +228,7 @@ def emulated_device(
     blocks: Blocks | None = None,
     keep: bool = False,
 ) -> Iterator[Device]:
-    """Launch Triton kernels inside on an emulated device, for which `srm_kernels` accepts CPU tensors.
+    """Launch the Triton kernels of the block on an emulated device; `srm_kernels` then accepts CPU tensors.
 
     Args:
         architecture: Compute capability times ten: 80, 86, 89, 90 or 120.

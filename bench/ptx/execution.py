@@ -23,7 +23,7 @@ from .warpgroups import WarpgroupProducts
 from .warps import Warps
 
 EXITED = 2**30
-LANES = 4096  # approximate number that are executed together
+LANES = 4096  # approximate number of lanes that are executed together
 ORDERS = ("together", "forward", "reversed")
 
 

@@ -1,4 +1,4 @@
-"""Arithmetic, logic and conversions of PTX as Python expressions over arrays of lanes."""
+"""Translate arithmetic, logic and conversions of PTX to Python expressions over arrays of lanes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def is_mixed(ins: Instruction) -> bool:
 
 
 class ScalarInstructions(Operands):
-    """Emit arithmetic, logic and conversions; a method per instruction, named like it."""
+    """Emit arithmetic, logic and conversions. Each instruction has a method of the same name."""
 
     def _arithmetic(self, ins: Instruction, form: str) -> list[tuple[Any, str]]:
         """Emit arithmetic; form: a Python expression of {a}, {b} and {c}."""
@@ -78,7 +78,7 @@ class ScalarInstructions(Operands):
         return self._arithmetic(ins, form)
 
     def _only(self, ins: Instruction, *known: str) -> None:
-        """Refuse modifiers between name and type except the known ones."""
+        """Refuse unknown modifiers between the name and the type of an instruction."""
         for word in ins.op[1:-1]:
             if word not in known:
                 raise Unsupported(f"{ins.text} (line {ins.line})")

@@ -77,7 +77,7 @@ def runs(
 
 
 def judge(run: Run) -> Row:
-    """Execute a run and return its row; `passed` is whether there is no fault and no error above its bound."""
+    """Execute a run and return its row. `passed` says whether there is no fault and no error above its bound."""
     row = run.about()
     start = time.perf_counter()
     with emulated_device(run.architecture, order=run.order, poison=True) as device:
@@ -131,7 +131,7 @@ def configurations_of(run: Run) -> set[Configuration]:
 
 
 def _observed(device: Device) -> Row:
-    """Return the columns of a row that the emulated device gives: reports, refusals, and the code that ran."""
+    """Return the columns of a row that come from the emulated device: reports, refusals, and the code that ran."""
     ptx = [_normalised(launch.compiled.asm["ptx"]) for launch in device.launches]
     return {
         "reports": device.fault_texts(),
@@ -190,7 +190,7 @@ def key_of(row: Row) -> tuple[Any, ...]:
 
 
 def rows(wanted: Sequence[Run], known: Sequence[Row] = ()) -> Iterator[Row]:
-    """Yield a row for each run; code that an earlier row of the same case and dtype executed is not executed again.
+    """Yield a row for each run. Code that an earlier row of the same case and dtype executed does not run again.
 
     Args:
         wanted: Runs in the order of their execution.

@@ -40,7 +40,7 @@ class Allocation:
         self.shadow: tuple[np.ndarray, ...] | None = None
 
     def marks(self, word: int) -> tuple[np.ndarray, ...]:
-        """Return the moment and the warp of the last store and of the last load of each word of `word` bytes."""
+        """Return, for each word of `word` bytes, the moment and the warp of the last store, then of the last load."""
         if self.shadow is None:
             size = (self.end - self.start) // word + 1
             self.shadow = (np.zeros(size, i8), np.zeros(size, i2), np.zeros(size, i8), np.zeros(size, i2))
@@ -48,7 +48,7 @@ class Allocation:
 
 
 class GlobalMemory(State):
-    """Accesses to global memory; checks bounds, alignment and races between the warps of a block."""
+    """Execute accesses to global memory, and check bounds, alignment and races between the warps of a block."""
 
     def _split(
         self, group: Group, number: int, address: Any, size: int, mask: Any
@@ -148,7 +148,7 @@ class GlobalMemory(State):
         return None if mask is None else group.full(mask).reshape(-1, 32)
 
     def _moment(self, group: Group, lanes: Any) -> tuple[Any, Any]:
-        """Return the moment (a number for the time between two barriers of a block) and the warp of lanes."""
+        """Return the moment and the warp of lanes. A moment numbers the time between two barriers of a block."""
         block = group.block if lanes is None else group.block[lanes]
         times = (np.arange(len(self.epoch)) + (self.first + 1)) * i8(1 << 32) + self.epoch
         return times[block], group.warp if lanes is None else group.warp[lanes]
@@ -241,7 +241,7 @@ class GlobalMemory(State):
 
 
 class LocalMemory(State):
-    """Accesses to the local memory of threads."""
+    """Execute accesses to the local memory of threads."""
 
     def load_local(
         self, group: Group, number: int, address: Any, count: int, width: int, mask: Any

@@ -26,7 +26,7 @@ _EVEN = ((32, 32), (16, 16), (8, 8), (4, 4))
 _ODD = ((27, 25), (14, 13), (9, 8), (5, 5))
 _SQUARE = ((12, 12), (10, 10), (9, 9), (8, 8))  # 64 keys on a small grid
 _ARTICLE = SRMConfig(channels=256, heads=8, rank=64, pool_size=4, image_size=256)
-_HALF = _ARTICLE.replace(channels=128, heads=4)  # the same tiles of r, d and positions
+_HALF = _ARTICLE.replace(channels=128, heads=4)  # has the same tiles of r, d and positions
 
 
 def neck_cases() -> list[NeckCase]:

@@ -1,4 +1,4 @@
-"""Operands of PTX as Python expressions over arrays of lanes, and functions of basic blocks made of them."""
+"""Translate operands of PTX to Python expressions over arrays of lanes, and basic blocks to functions."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ class Unsupported(Exception):  # noqa: N818  # part of the public API
 
 @dataclass(frozen=True)
 class Reg:
-    """A register; the width is in bytes, 0 for a predicate."""
+    """A register. The width is in bytes, and 0 for a predicate."""
 
     index: int
     width: int
@@ -95,7 +95,7 @@ class Instruction:
 
 @dataclass
 class Block:
-    """A basic block; it ends with a branch, a return, an exit or a barrier, or falls through with None."""
+    """A basic block. It ends with a branch, a return, an exit or a barrier; or, if `end` is None, falls through."""
 
     instructions: list[Instruction] = field(default_factory=list)
     end: Instruction | None = None

@@ -27,10 +27,10 @@ def rows_of(x: Any, kind: str, depth: int) -> Any:
 
 
 class MatrixProducts(State):
-    """Products of a warp, mma.sync."""
+    """Execute products of a warp (mma.sync)."""
 
     def _fragment(self, group: Group, key: str, registers: tuple[Any, ...], make: Any) -> Any:
-        """Return the matrix in some registers; recent ones are cached, because products reuse their operands."""
+        """Return the matrix that some registers hold. Recent matrices are cached, because products reuse operands."""
         name = (key, *map(id, registers))
         kept = self.fragments.get(name)
         if kept is not None:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 
 class Gpu(NamedTuple):
-    """A card; rates are lanes (fp32, alu, imad, xu) or FMA (bf16, tf32) per clock and SM, `dram` is in GB/s."""
+    """A card. Rates are per clock and SM, in lanes (fp32, alu, imad, xu) or FMA (bf16, tf32); `dram` is in GB/s."""
 
     name: str
     capability: int

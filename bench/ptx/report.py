@@ -21,7 +21,7 @@ Row = dict[str, Any]
 
 
 class Aim(NamedTuple):
-    """Simulated times of a kernel in µs: before it was tuned by counting, and the target."""
+    """Two simulated times of a kernel in µs: the time before the kernel was tuned by these counts, and the target."""
 
     workload: str
     kernel: str
@@ -61,7 +61,7 @@ def rows(
     """Yield a row for each GPU, workload and launch.
 
     Args:
-        gpus: Names of `rates.GPUS`; each is counted with the code for its own architecture.
+        gpus: Names of `rates.GPUS`. The counted code of each GPU is compiled for its architecture.
         workloads: Launches for one image; bounds are for a batch of 8.
         dtype: Dtype of the tokens and maps.
     """
@@ -100,7 +100,7 @@ def row_of(workload: str, launch: Any, gpu: Gpu, dtype: str) -> Row:
 
 
 def floor_of(found: Row, gpu: Gpu) -> float:
-    """Return the floor in µs: the larger of bytes over bandwidth and distinct products over their rate."""
+    """Return the floor in µs: the larger of bytes / bandwidth and distinct products / rate of products."""
     products = found["products"]
     fma = products.get("bf16", 0) / gpu.bf16 + products.get("tf32", 0) / gpu.tf32
     useful = fma / max(1.0, found["repeated"]) / (gpu.sms * gpu.ghz * 1000)

@@ -29,7 +29,7 @@ UNITS = (
 
 
 class SassCounts(NamedTuple):
-    """Warp instructions of the whole grid by unit, opcode, and file and line; and registers per thread."""
+    """Warp instructions of the whole grid by unit, by opcode and by source line; and registers per thread."""
 
     units: Counter[str]
     opcodes: Counter[str]
@@ -79,7 +79,10 @@ def _output(*command: str | Path) -> str:
 
 
 def sass_counts(launch: Launch) -> SassCounts | None:
-    """Count SASS by the average executions of the PTX of its source line, or return None without a cubin."""
+    """Count SASS, or return None without a cubin.
+
+    Each instruction counts as often as the PTX of its source line was executed on average.
+    """
     read = read_sass(launch)
     if read is None:
         return None

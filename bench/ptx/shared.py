@@ -11,12 +11,12 @@ from .state import IN_FLIGHT, SEVERAL, UNWRITTEN, Group, State
 
 
 def by_another_warp(mark: Any, now: Any) -> Any:
-    """Return where a mark has the current moment and another warp than `now`; both are marks."""
+    """Return where `mark` has the same moment as `now`, but another warp. Both are marks."""
     return ((mark ^ now) - i4(1)).view(u4) < u4(SEVERAL)
 
 
 def _mark(array: Any, index: Any, mark: Any) -> None:
-    """Write marks, with SEVERAL where lanes of several warps access one granule."""
+    """Write marks. A granule that lanes of several warps access is marked SEVERAL."""
     array[index] = mark
     lost = array[index] != mark
     if lost.any():
@@ -25,7 +25,7 @@ def _mark(array: Any, index: Any, mark: Any) -> None:
 
 
 def _differ(kept: Any, given: Any) -> Any:
-    """Return where values differ; two NaN are equal, because their bits depend on the host."""
+    """Return where values differ. Two NaN count as equal, because the bits of a NaN depend on the host."""
     differs = kept != given
     if kept.dtype == u4 and differs.any():
         differs &= ~(np.isnan(kept.view(f4)) & np.isnan(given.view(f4)))
@@ -33,12 +33,17 @@ def _differ(kept: Any, given: Any) -> Any:
 
 
 class SharedMemory(State):
-    """Accesses to shared memory. Hazards are checked for each granule; an access covers a row of granules."""
+    """Execute accesses to shared memory. Hazards are checked per granule; an access covers a row of granules."""
 
     def _shared_index(
         self, group: Group, number: int, address: Any, size: int, mask: Any
     ) -> tuple[Any, Any, Any]:
-        """Return byte offsets, their lanes (None for all), and offsets within the block (−1: inactive)."""
+        """Check the bounds and alignment of a shared access and report violations.
+
+        Returns:
+            The byte offsets of the valid lanes into the memory of all blocks; the numbers of these lanes, or None if
+            all lanes are valid; and the byte offset of every lane within its block, −1 for invalid or inactive lanes.
+        """
         offset = group.full(address).astype(i8)
         if mask is not None:
             mask = group.full(mask)
@@ -57,7 +62,7 @@ class SharedMemory(State):
         return offset[lanes] + group.base[lanes], lanes, where(mask, offset, -1)
 
     def _history(self, group: Group, offsets: Any, lanes: Any, size: int) -> tuple[Any, Any, Any, Any]:
-        """Return rows of `size` bytes of `wrote` and `read`, the rows of an access, and the lanes' marks."""
+        """Return `wrote` and `read` as rows of `size` bytes, the indices of the accessed rows, and the lanes' marks."""
         now = self.now(group, lanes)
         count = size // self.program.granule
         if count == 1:
@@ -65,7 +70,7 @@ class SharedMemory(State):
         return self.wrote.reshape(-1, count), self.read.reshape(-1, count), offsets // size, now[:, None]
 
     def _race(self, number: int, what: str, offsets: Any, bad: Any) -> None:
-        """Report hazards; bad: (lanes,) or (lanes, granules of a lane)."""
+        """Report hazards. `bad` is (lanes,) or (lanes, granules of a lane)."""
         lane, *column = np.argwhere(bad)[0]
         byte = int(offsets[lane] + sum(column) * self.program.granule) % self.shared_size
         lanes = bad.reshape(len(bad), -1).any(1)
@@ -168,7 +173,8 @@ class SharedMemory(State):
         """Report threads that wrote different values to one place at once.
 
         Lanes of one warp may hold copies of a number that differ in the last bit, if a product is contracted with the
-        sum of a butterfly reduction: fma(x, x, shfl(x·x)). That is reported as "copies". Several warps are a race.
+        sum of a butterfly reduction: fma(x, x, shfl(x·x)). This case is reported as "copies". If the threads belong to
+        several warps, a race is reported.
         """
         lane, column = np.nonzero(differs)
         warps = (group.warp if lanes is None else group.warp[lanes])[lane]
@@ -262,7 +268,7 @@ class SharedMemory(State):
                 self.store_shared(group, number, place.ravel().astype(u4), (half,), 2, mask)
 
     def copy(self, group: Group, number: int, to: Any, of: Any, size: int, amount: Any, mask: Any) -> None:
-        """Start cp.async of `size` bytes per lane, of which `amount` are read and the others are zero."""
+        """Start cp.async of `size` bytes per lane. `amount` bytes are read, and the other bytes become zero."""
         width = min(size, 4)
         count = size // width
         amount = group.full(amount)

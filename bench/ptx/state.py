@@ -86,7 +86,7 @@ class Group:
         ]
         self.counter: np.ndarray | None = None  # program counter of every lane; None: all are at `at`
         self.at = 0
-        self.version = -1  # of `marks`
+        self.version = -1  # version of `marks`
         self.marks = np.zeros(0, i4)
         self.parameters = state.parameters
         self.local = np.zeros(self.lanes * state.program.kernel.local_bytes, np.uint8)
@@ -119,10 +119,10 @@ class State:
 
     program: Program
     grid: list[int]
-    warps: int  # of a block
+    warps: int  # per block
     parameters: np.ndarray
     shared_size: int  # bytes between the shared memory of two blocks
-    shared_limit: int  # bytes of a block
+    shared_limit: int  # bytes per block
     check: bool
     count: bool
     global_checks: bool
@@ -131,7 +131,7 @@ class State:
     starts: list[int]
     start_array: np.ndarray
 
-    first: int  # block of the grid that is first in the arrays below
+    first: int  # number of the block that is first in the arrays below
     epoch: np.ndarray  # per block: barriers passed
     shared: dict[int, np.ndarray]  # by width in bytes
     wrote: np.ndarray  # per granule: mark of the last write
@@ -139,7 +139,7 @@ class State:
     version: int  # changes with `epoch`
     reading: np.ndarray  # per granule: products in flight that read it
     stamp: np.ndarray  # per granule: proxy fences of the block before it was written
-    fences: np.ndarray  # per block
+    fences: np.ndarray  # per block: proxy fences passed
 
     def __init__(self) -> None:
         self.version = 0

@@ -1,4 +1,4 @@
-"""Emulated device for `python -m srm_kernels verify --device bench.ptx.verify:sm_89`, which needs no GPU then.
+"""Emulated device for `python -m srm_kernels verify --device bench.ptx.verify:sm_89`, which then needs no GPU.
 
 Kernels are compiled, executed as PTX and judged as on a GPU. Times are invented.
 """
@@ -54,7 +54,7 @@ class EmulatedDevice(devices.Device):
         return {name: self._times[name] for name in steps}
 
     def reports(self) -> list[str]:
-        """Return the faults that the memory checks found, and forget them."""
+        """Return the faults that the memory checks found since the last call."""
         if self._device is None:
             return []
         found = self._device.fault_texts()
@@ -62,7 +62,7 @@ class EmulatedDevice(devices.Device):
         return found
 
     def refusals(self) -> list[str]:
-        """Return the reasons for which launches were refused, and forget them."""
+        """Return the reasons for which launches were refused since the last call."""
         if self._device is None:
             return []
         found = sorted(set(self._device.refusals))

@@ -12,7 +12,7 @@ from .state import IN_FLIGHT, SEVERAL, UNWRITTEN, Group, State
 
 
 class WarpgroupProducts(State):
-    """Products of a warpgroup. They are computed immediately; their operands stay in use until a wait covers them."""
+    """Execute products of a warpgroup immediately. Their operands count as in use until a wait covers the product."""
 
     def proxy(self, group: Group, mask: Any) -> None:
         """Record a fence.proxy.async."""
@@ -230,7 +230,7 @@ class WarpgroupProducts(State):
         return results
 
     def _taken(self, group: Group, number: int, chunks: Any, owner: Any, active: Any) -> None:
-        """Look for hazards of the shared memory that a product reads; all warps of the warpgroup read it."""
+        """Look for hazards of the shared memory that a product reads, which all warps of the warpgroup read."""
         chosen = active[owner]
         chunks = chunks[chosen]
         if not len(chunks):

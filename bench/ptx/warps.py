@@ -11,7 +11,7 @@ from .state import Group, State
 
 
 class Warps(State):
-    """Shuffles, reductions and votes of a warp."""
+    """Execute shuffles, reductions and votes of a warp."""
 
     def shuffle(self, group: Group, kind: str, value: Any, lane: Any, clamp: Any) -> list[Any]:
         """Return the values of other lanes, and where those lanes are in range."""

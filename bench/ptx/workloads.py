@@ -1,8 +1,8 @@
 """Launches at the article's shapes, executed and counted on an emulated GPU.
 
 The shapes are one image of 512×512 pixels, pvt_v2_b2 maps, C = 256, H = 8, r = 64, links 4→3, 4→2 and 4→1. Of a large
-grid every n-th program runs, so that all kinds of programs run in their proportion. A bound is the time of the busiest
-unit of the GPU and includes no latency. Bounds are simulated times, not measurements.
+grid only every n-th program runs, which keeps the proportions of the kinds of programs. A bound is the time of the
+busiest unit of the GPU and includes no latency. Bounds are simulated times, not measurements.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from srm_kernels.options import KeySide, LandmarkOptions, SolveOptions
 from .device import Launch, emulated_device
 
 HEADS, WIDTH, RANK, QUERIES, KEYS = 8, 32, 64, 128 * 128, 256
-LEAST_PROGRAMS = 8  # of a grid that run
+LEAST_PROGRAMS = 8  # least number of programs of a grid that run
 MOST_STRIDE = 32  # divides the number of the neck's programs of every kind except pooling, for one image
 
 
@@ -36,7 +36,7 @@ def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def sample(name: str, grid: Sequence[int]) -> list[int] | None:
-    """Return the programs of a grid that run: every n-th, n a power of two, or None for all of a small grid."""
+    """Return the programs of a grid to run: every n-th, where n is a power of two; or None for all programs."""
     count = math.prod(grid)
     stride = min(MOST_STRIDE, 1 << max(0, (count // LEAST_PROGRAMS).bit_length() - 1))
     return None if stride == 1 else list(range(stride // 2, count, stride))

@@ -57,7 +57,7 @@ _KEY_KERNELS, _KERNELS = f"{__name__}.key_kernels", f"{__name__}.kernels"
 def _fake_key_side(
     key: Tensor, value: Tensor, landmarks: Tensor | None, rank: int, *_: object
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """K̃, X or R V, logsumexp, I."""
+    """Return empty results: K̃, X or R V, the logsumexp, and I."""
     wide = wide_dtype(key.dtype)
     index = (*key.shape[:2], rank)
     return (
@@ -166,8 +166,8 @@ def nystrom_attention(
     do not depend on the rest of the batch, and a NaN stays in its own (b, h).
 
     The backend "triton" supports float32, bfloat16 and float16, d from 8 to 128, r up to 128 and solve_dtype "fp32". It
-    has a kernel for the solvers "cholesky" and "lu" without equilibration. Other solves are those of torch.linalg; of
-    them "svd" and "auto" wait for the device, as does the exact κ of `diagnostics=True`.
+    has a kernel for the solvers "cholesky" and "lu" without equilibration. Other solves use torch.linalg. "svd",
+    "auto" and the exact κ of `diagnostics=True` wait for the device.
 
     Args:
         query: Q (B, H, N_q, d); float64, float32, bfloat16 or float16, any strides. Query, key and value have one dtype
@@ -186,7 +186,7 @@ def nystrom_attention(
         neumann_gate: As in `landmark_solve`.
         qk_norm: Tokens that are RMS-normalised per head before landmarks are chosen: None, "keys" or "both". Without
             normalised keys there is no bound on κ(W_λ) or on the output: one outlier among the keys can make the output
-            many orders of magnitude larger than that of exact attention.
+            many orders of magnitude larger than the output of exact attention.
         scale: s; 1/√d by default.
         solve_dtype: "fp32" computes L, W and R in fp32 (fp64 for fp64). "model" computes them in the dtype of the
             inputs and casts W before the solve, as in the article (an ablation).
@@ -232,7 +232,7 @@ def attention_with_scale(
     scale: float | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, RMSScale]:
-    """Compute Nyström cross-attention with the default solver, and the scale statistic of Y before τ, in one pass.
+    """Compute Nyström cross-attention by the default solver, and the scale statistic of Y before τ, in one pass.
 
     Args:
         query: As in `nystrom_attention`.
@@ -408,7 +408,7 @@ def _options(
 def _landmark_side(
     key: Tensor, value: Tensor, landmarks: Tensor | None, options: AttentionOptions, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return K̃, X and I. Kernels also choose the landmarks by their methods, and solve by the default solver."""
+    """Return K̃, X and I. Kernels also choose the landmarks, and solve by the default solver, where they can."""
     choice = options.choice
     if landmarks is not None:
         _check_landmarks(landmarks, key, choice.rank)
@@ -530,7 +530,7 @@ def _choose_backend(
 
 
 def _variant(landmarks: Tensor | None, options: AttentionOptions, diagnostics: bool = False) -> str:
-    """Return the variant of the operator whose choice of backend is separate, because other kernels run for it."""
+    """Return the variant of the operator. Each variant runs other kernels, so its backend is chosen separately."""
     method, solve = options.choice.method, options.solve
     if landmarks is not None or method not in METHODS_OF_KERNELS or method == METHODS_OF_KERNELS[0]:
         method = ""
@@ -541,7 +541,7 @@ def _variant(landmarks: Tensor | None, options: AttentionOptions, diagnostics: b
 
 
 def _over_batch(mean: Tensor, spread: Tensor, tokens: int) -> RMSScale:
-    """Return mean (H, d) and RMS (H,) over batch and tokens from the mean (B, H, d) and M₂ (B, H) of each sample."""
+    """Return the mean (H, d) and RMS (H,) over batch and tokens, given each sample's mean (B, H, d) and M₂ (B, H)."""
     overall = mean.mean(0)
     total = spread.sum(0) + tokens * (mean - overall).square().sum((0, -1))
     return RMSScale(overall, (total / (mean.shape[0] * tokens)).sqrt())

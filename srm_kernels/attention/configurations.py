@@ -21,19 +21,19 @@ MOST_KEYS_OF_ONE_PROGRAM = 1024  # with more keys, several programs share the ke
 LEAST_KEYS_OF_A_PART = 512
 LEAST_QUERIES_OF_A_PART = 512
 LEAST_QUERIES_OF_A_GRADIENT = 1024  # each part writes 2 r d partial sums, which are read again
-MOST_HELD = 64 * 64  # numbers of an [r, d] tile of which two fit in 99 KiB in parts of 32 bits
+MOST_HELD = 64 * 64  # r·d of the largest tile of which two fit in 99 KiB, each split into 32-bit parts
 PIECE = 32  # landmarks of a larger tile that are read together
 MOST_REGISTERS = 255
-MOST_PARTS = 32  # of one (b, h), so that partial sums need O(r (r + d)) memory and not O(N r)
+MOST_PARTS = 32  # parts of one (b, h), so that partial sums need O(r (r + d)) memory and not O(N r)
 
 HALF_RATE = ((8, 6), (8, 9))  # GeForce: bf16 products at half rate are the bottleneck
 ROOMY = ((8, 0), (9, 0), (10, 0))  # data-centre GPUs: more shared memory per block
 
 
 class Configuration(NamedTuple):
-    """Tokens of a tile, warps of a program, stages of the software pipeline, and registers of a thread.
+    """A launch configuration: tokens per tile, warps per program, pipeline stages and registers per thread.
 
-    With 8 warps and no limit of registers the compiler can spill some so that two programs share a multiprocessor.
+    With 8 warps and no limit of registers, the compiler can spill registers to let two programs share a multiprocessor.
     """
 
     block: int
@@ -48,14 +48,14 @@ class Configuration(NamedTuple):
 
 
 class Division(NamedTuple):
-    """Tokens of each of the `parts` programs of one (b, h); the last program can have fewer."""
+    """How the tokens of one (b, h) are divided among `parts` programs; the last program can have fewer tokens."""
 
     tokens: int
     parts: int
 
 
 def query_forward(rank: int, d: int, dtype: torch.dtype, capability: tuple[int, int]) -> Configuration:
-    """Return the configuration for Y: a tile of [block, r] probabilities and [block, d] tokens."""
+    """Return the configuration for Y. A program holds [block, r] probabilities and [block, d] tokens."""
     if _large(rank, d) or _heavy(rank, d, dtype):
         return Configuration(32, 8, 1)
     # Without a limit the compiler uses at most 128 or 168 registers and spills.
@@ -64,7 +64,7 @@ def query_forward(rank: int, d: int, dtype: torch.dtype, capability: tuple[int, 
 
 
 def query_backward(rank: int, d: int, dtype: torch.dtype, capability: tuple[int, int]) -> Configuration:
-    """Return the configuration for dQ and for the sums dX and dK̃, [r, d] or a piece, which stay in registers."""
+    """Return the configuration for dQ, dX and dK̃. The sums dX and dK̃, [r, d] or a piece, stay in registers."""
     if _padded(d) <= 32:
         return Configuration(16, 8 if dtype == torch.float32 and _padded(rank) > 32 else 4, 1)
     if _large(rank, d):
@@ -77,7 +77,7 @@ def query_backward(rank: int, d: int, dtype: torch.dtype, capability: tuple[int,
 
 
 def query_backward_exact(rank: int, d: int, dtype: torch.dtype, capability: tuple[int, int]) -> bool:
-    """Return whether the products of `query_backward` use no tensor cores: three passes would not fit in 99 KiB."""
+    """Return whether `query_backward` must multiply without tensor cores: three passes would need more than 99 KiB."""
     return held(rank, d) and _heavy(rank, d, dtype) and capability not in ROOMY
 
 
@@ -100,12 +100,12 @@ def held(rank: int, d: int) -> bool:
 
 
 def landmarks_of_a_program(rank: int, d: int) -> int:
-    """Return the rows of K̃ and X that a program holds at once: all, or a piece."""
+    """Return how many rows of K̃ and X a program holds at once: all, or a piece."""
     return _padded(rank) if held(rank, d) else PIECE
 
 
 def landmarks_of_a_gradient(rank: int, d: int, dtype: torch.dtype) -> int:
-    """Return the rows that a program holds at once while it sums the gradient of the landmarks in registers."""
+    """Return how many rows a program holds at once while it sums the gradient of the landmarks in registers."""
     rows = landmarks_of_a_program(rank, d)
     return min(PIECE, rows) if _heavy(rank, d, dtype) else rows
 
@@ -116,7 +116,7 @@ def one_launch(keys: int, rank: int, d: int) -> bool:
 
 
 def one_launch_backward(keys: int, rank: int, d: int, dtype: torch.dtype) -> bool:
-    """Return the same for the backward pass, whose r×r part leaves fewer registers for the loop."""
+    """Return whether one program loops over all keys in the backward pass, whose r×r part leaves fewer registers."""
     return one_launch(keys, rank, d) and not _heavy(rank, d, dtype)
 
 
@@ -126,12 +126,12 @@ def _large(rank: int, d: int) -> bool:
 
 
 def _heavy(rank: int, d: int, dtype: torch.dtype) -> bool:
-    """Return whether products of large tiles are in tf32, whose factors have two parts of 32 bits."""
+    """Return whether large tiles are multiplied in tf32, where each factor is split into two 32-bit parts."""
     return dtype != torch.bfloat16 and _padded(rank) * _padded(d) > 64 * 32
 
 
 def divide(tokens: int, block: int, least: int) -> Division:
-    """Divide tokens among at most `MOST_PARTS` programs: whole tiles, at least `least` tokens for each."""
+    """Divide tokens among at most `MOST_PARTS` programs, in whole tiles, at least `least` tokens per program."""
     share = max(least, -(-tokens // MOST_PARTS))
     share = -(-share // block) * block
     return Division(share, -(-tokens // share))

@@ -4,10 +4,10 @@ A program holds K̃ and X of one (b, h) and loops over a share of the queries in
 and the N_q×r block of probabilities stays in registers. X and the probabilities are fp32.
 
 If K̃ and X are too large for that (see `configurations.held`), a program reads them in pieces for every tile of queries,
-with an online softmax. Y is then attention over K̃ and X, and the backward pass is that of `key_kernels` with exchanged
-roles: one launch computes dQ and stores two numbers per query, another sums dX and dK̃.
+with an online softmax. Y is then attention with keys K̃ and values X. The backward pass works as in `key_kernels`, with
+exchanged roles: one launch computes dQ and stores two numbers per query, another sums dX and dK̃.
 
-τ multiplies Y before rounding. The statistic is that of L X before τ and before rounding: the mean and
+τ multiplies Y before rounding. The statistic describes L X before τ and before rounding. It is the mean and
 M₂ = Σ‖y − mean‖² of every tile, merged by Chan's formula,
 
     mean = (n₁ mean₁ + n₂ mean₂)/n      M₂ = M₂₁ + M₂₂ + ‖mean₂ − mean₁‖² n₁n₂/n,
@@ -64,7 +64,7 @@ def probabilities(
     NORMALISE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """L [BLOCK, R] of one tile of queries; zeros in the padding."""
+    """Return L [BLOCK, R] of one tile of queries. Padding is zero."""
     logits = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * column_scale[None, :]
     logits = logits * rms_factor(query, d, NORMALISE)[:, None]
     logits = tl.where((tl.arange(0, R) < rank)[None, :], logits, -INFINITY)
@@ -77,7 +77,7 @@ def streamed(
     query, row_scale, keys_ptr, x_ptr, rank: tl.constexpr, d: tl.constexpr, D: tl.constexpr,
     NORMALISE_KEYS: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """L X [BLOCK, D] of one tile of queries and the logsumexp [BLOCK]; K̃ and X are read in pieces."""
+    """Return L X [BLOCK, D] of one tile of queries, and its logsumexp [BLOCK]. K̃ and X are read in pieces."""
     mixed, top, total = mix_values(
         query, row_scale, keys_ptr, x_ptr, 0, rank, d, 1, d, 1, BLOCK, d, D, NORMALISE_KEYS, PIECE, PRECISION
     )
@@ -92,7 +92,7 @@ def _forward_kernel(
     NORMALISE_KEYS: tl.constexpr, TAU: tl.constexpr, STATISTICS: tl.constexpr, BLOCK: tl.constexpr,
     PIECE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Y of one share of the queries of a (b, h), and the mean [d] and M₂ of L X over them.
+    """Compute Y of one share of the queries of a (b, h), and the mean [d] and M₂ of L X over this share.
 
     K̃ and X are held in registers if a piece has all R rows.
     """
@@ -149,7 +149,7 @@ def _forward_kernel(
 def _statistics_kernel(
     part_mean_ptr, part_spread_ptr, mean_ptr, spread_ptr, N, share, parts, d: tl.constexpr, D: tl.constexpr
 ):
-    """Mean [d] and M₂ of one (b, h) from its parts, merged in order."""
+    """Merge the parts of one (b, h) into its mean [d] and M₂, in order."""
     head = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, D)
     count = 0.0
@@ -176,7 +176,7 @@ def _backward_kernel(
     NORMALISE_QUERY: tl.constexpr, NORMALISE_KEYS: tl.constexpr, TAU: tl.constexpr, BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dQ of one share of the queries, and their part of Lᵀ dY and of the gradient of the normalised landmarks."""
+    """Compute dQ of one share of the queries, and its part of Lᵀ dY and of the normalised landmarks' gradient."""
     program = tl.program_id(0).to(tl.int64)
     head, part = program // parts, (program % parts).to(tl.int32)
     b, h = head // heads, head % heads
@@ -220,7 +220,7 @@ def _queries_backward_kernel(
     NORMALISE_KEYS: tl.constexpr, TAU: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dQ of one tile of queries, their logsumexp and δ_n = Σ_e τ dY_ne (L X)_ne; K̃ and X are read in pieces."""
+    """Compute dQ, the logsumexp and δ_n = Σ_e τ dY_ne (L X)_ne of one tile of queries. K̃ and X are read in pieces."""
     program = tl.program_id(0).to(tl.int64)
     head, tile = program // tiles, program % tiles
     b, h = head // heads, head % heads
@@ -258,7 +258,7 @@ def _pieces_backward_kernel(
     NORMALISE_QUERY: tl.constexpr, NORMALISE_KEYS: tl.constexpr, TAU: tl.constexpr, BLOCK: tl.constexpr,
     PIECE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The part of one share of the queries in a piece of Lᵀ dY and of the gradient of the normalised landmarks."""
+    """Compute what one share of the queries adds to a piece of Lᵀ dY and of the normalised landmarks' gradient."""
     program = tl.program_id(0).to(tl.int64)
     first_landmark = (program % pieces).to(tl.int32) * PIECE
     program = program // pieces
@@ -299,7 +299,7 @@ def _sum_kernel(
     rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr, D: tl.constexpr, NORMALISE_KEYS: tl.constexpr,
     TAU: tl.constexpr,
 ):  # fmt: skip
-    """dX, dK̃ and the part of dτ of one (b, h); parts are added in order."""
+    """Compute dX, dK̃ and the contribution to dτ of one (b, h); parts are added in order."""
     head = tl.program_id(0).to(tl.int64)
     small = head * rank * d
     i = tl.arange(0, R)

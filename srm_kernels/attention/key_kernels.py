@@ -65,7 +65,7 @@ def gather(
     key_ptr, landmarks_ptr, first, N, n_stride, d_stride, rank: tl.constexpr, R: tl.constexpr,
     d: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """K̃ [R, D] in the stored dtype, its rows from `first` on.
+    """Return the rows of K̃ from `first` on, [R, D], in the stored dtype.
 
     Indices on a device are not checked; an index out of range gives a row of NaN.
     """
@@ -118,7 +118,7 @@ def landmark_logits(
     keys_ptr, key_ptr, factor, scale, rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr,
     CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """K̃K̃ᵀ s [R, R] in units of log 2, from the fp32 copy of K̃ in memory; the product uses the stored dtype."""
+    """Return K̃K̃ᵀ s [R, R] in units of log 2, from the fp32 copy of K̃ in memory; multiply in the stored dtype."""
     product = tl.zeros([R, R], tl.float32)
     for first in range(0, d, CHUNK):
         keys = load_columns(keys_ptr, first, rank, R, d, CHUNK).to(key_ptr.dtype.element_ty)
@@ -128,7 +128,7 @@ def landmark_logits(
 
 @triton.jit
 def landmark_softmax(logits, rank: tl.constexpr, R: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """W [R, R], or its transpose by the symmetry of the logits; zeros in the padding."""
+    """Return W [R, R], or its transpose by the symmetry of the logits. Padding is zero."""
     i = tl.arange(0, R)
     inside = (i < rank)[:, None] & (i < rank)[None, :]
     logits = tl.where(inside, logits, -INFINITY)
@@ -143,7 +143,7 @@ def landmark_softmax(logits, rank: tl.constexpr, R: tl.constexpr, TRANSPOSED: tl
 
 @triton.jit
 def add_ridge(weights, ridge, rank: tl.constexpr, R: tl.constexpr):
-    """A = W + λI with λ = ridge · tr(W)/r; the padding has ones on the diagonal."""
+    """Return A = W + λI with λ = ridge · tr(W)/r. The padding has ones on the diagonal."""
     i = tl.arange(0, R)
     diagonal = i[:, None] == i[None, :]
     lam = ridge * tl.sum(tl.sum(tl.where(diagonal, weights, 0.0), 1), 0) / rank
@@ -152,7 +152,7 @@ def add_ridge(weights, ridge, rank: tl.constexpr, R: tl.constexpr):
 
 @triton.jit
 def eliminate(matrix, rhs, rank: tl.constexpr, R: tl.constexpr):
-    """matrix⁻¹ rhs without pivoting, and whether every pivot is positive and finite."""
+    """Return matrix⁻¹ rhs, by elimination without pivoting, and whether every pivot is positive and finite."""
     i = tl.arange(0, R)
     good = 1
     for step in range(rank):
@@ -169,9 +169,10 @@ def eliminate(matrix, rhs, rank: tl.constexpr, R: tl.constexpr):
 
 @triton.jit
 def eliminate_pivoting(matrix, rhs, rank: tl.constexpr, R: tl.constexpr):
-    """matrix⁻¹ rhs with partial pivoting; row i of the result is row place[i] of the solution.
+    """Eliminate with partial pivoting; return rows of matrix⁻¹ rhs and their places.
 
-    NaN counts as the largest pivot, so that the chosen rows are distinct.
+    Row i of the result is row place[i] of the solution. NaN counts as the largest pivot, so that the chosen rows are
+    distinct.
     """
     i = tl.arange(0, R)
     place = tl.where(i < rank, -1, i)
@@ -193,7 +194,7 @@ def solve(
     solution_ptr, rhs_ptr, keys_ptr, key_ptr, factor, scale, ridge, rank: tl.constexpr, R: tl.constexpr,
     d: tl.constexpr, D: tl.constexpr, TRANSPOSED: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store A⁻¹ rhs, or A⁻ᵀ rhs, [r, d]; `solution_ptr` and `rhs_ptr` can be equal. NaN if a logit is not finite."""
+    """Store A⁻¹ rhs or A⁻ᵀ rhs, [r, d], or NaN if a logit is not finite. `solution_ptr` and `rhs_ptr` can be equal."""
     i = tl.arange(0, R)
     logits = landmark_logits(keys_ptr, key_ptr, factor, scale, rank, R, d, CHUNK, PRECISION)
     broken = tl.sum(tl.sum(tl.where(tl.abs(logits) < INFINITY, 0, 1), 1), 0) > 0
@@ -214,9 +215,10 @@ def mix_values(
     value_stride_d, R: tl.constexpr, d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr,
     BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Σ exp2(logit − top) v [R, D], top [R] and Σ exp2(logit − top) [R] over the keys start..stop.
+    """Return Σ exp2(logit − top) v [R, D], top [R] and Σ exp2(logit − top) [R] over the keys start..stop.
 
-    The rows are landmarks, and the keys all keys; or the rows are queries, and the keys landmarks in a wider dtype.
+    The rows are landmarks and the keys are all keys; or the rows are queries and the keys are landmarks in a wider
+    dtype.
     """
     mixed = tl.zeros([R, D], tl.float32)
     top = tl.full([R], -INFINITY, tl.float32)
@@ -266,7 +268,7 @@ def _context_kernel(
     SOLVE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
     CHOICE: tl.constexpr,
 ):  # fmt: skip
-    """The whole key side of one (b, h)."""
+    """Compute the whole key side of one (b, h)."""
     head = tl.program_id(0).to(tl.int64)
     b, h = head // heads, head % heads
     key_ptr += b * key_stride_b + h * key_stride_h
@@ -297,7 +299,7 @@ def _gram_kernel(
     key_ptr, gram_ptr, N, span, parts, heads, key_stride_b, key_stride_h, key_stride_n, key_stride_d,
     d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """KᵀK [d, d] of one part of the keys."""
+    """Compute KᵀK [d, d] of one part of the keys."""
     program = tl.program_id(0).to(tl.int64)
     head, part = program // parts, (program % parts).to(tl.int32)
     key_ptr += head // heads * key_stride_b + head % heads * key_stride_h
@@ -317,7 +319,7 @@ def _scores_kernel(
     key_stride_d, gamma, d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr, BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Leverage scores of one part of the keys; every part sums the Gram matrices in the same order."""
+    """Compute the leverage scores of one part of the keys; every part sums the Gram matrices in the same order."""
     program = tl.program_id(0).to(tl.int64)
     head, part = program // parts, (program % parts).to(tl.int32)
     key_ptr += head // heads * key_stride_b + head % heads * key_stride_h
@@ -347,7 +349,7 @@ def _mix_kernel(
     value_stride_d, scale, rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr, D: tl.constexpr,
     NORMALISE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The part of some keys in R rows of R V, without the factor of the softmax."""
+    """Compute what one part of the keys adds to R rows of R V, without the normalising factor of the softmax."""
     program = tl.program_id(0).to(tl.int64)
     first = (program % pieces).to(tl.int32) * R
     program = program // pieces
@@ -374,7 +376,7 @@ def _solve_kernel(
     R: tl.constexpr, d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr, SOLVE: tl.constexpr,
     CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """R V of one (b, h) from its parts, merged in order, then the steps of `_context_kernel`."""
+    """Merge the parts of R V of one (b, h), in order, then continue as `_context_kernel`."""
     head = tl.program_id(0).to(tl.int64)
     key_ptr += head // heads * key_stride_b + head % heads * key_stride_h
     i = tl.arange(0, R)
@@ -402,7 +404,7 @@ def _solve_kernel(
 
 @triton.jit
 def load_keys(keys_ptr, key_ptr, rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr, D: tl.constexpr):
-    """Load K̃ [R, D] from its fp32 copy in the stored dtype, which is exact."""
+    """Load K̃ [R, D] from its fp32 copy and cast it to the stored dtype, which is exact."""
     return load_matrix(keys_ptr, rank, R, d, D).to(key_ptr.dtype.element_ty)
 
 
@@ -411,7 +413,7 @@ def softmax_gradient(
     keys, row_scale, lse, du, delta, key, value, inside, d: tl.constexpr, NORMALISE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """R of one tile of keys, the gradient of its logits, [R, BLOCK] each, and the norm factors of its keys [BLOCK]."""
+    """Return R and the gradient of its logits for one tile of keys, [R, BLOCK], and the keys' norm factors [BLOCK]."""
     columns = rms_factor(key, d, NORMALISE)
     logits = tl.dot(keys, tl.trans(key), input_precision=PRECISION) * row_scale[:, None] * columns[None, :]
     weights = tl.where(inside[None, :], tl.exp2(logits - lse[:, None]), 0.0)
@@ -425,7 +427,7 @@ def landmark_gradient(
     value_stride_n, value_stride_d, scale, d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr,
     BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add to `gradient` [R, D], that of the normalised landmarks, the part of the keys start..stop through R."""
+    """Add the part through R of the keys start..stop to `gradient` [R, D], the normalised landmarks' gradient."""
     for first in range(start, stop, BLOCK):
         rows = first + tl.arange(0, BLOCK)
         key = load_tokens(key_ptr, rows, rows < stop, key_stride_n, key_stride_d, d, D).to(keys.dtype)
@@ -445,9 +447,9 @@ def _system_backward_kernel(
     d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr, SOLVE: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dU, δ_i = Σ_e dU_ie U_ie and the gradient of the gathered keys, of one (b, h).
+    """Compute dU, δ_i = Σ_e dU_ie U_ie and the gradient of the gathered keys, of one (b, h).
 
-    With WHOLE this gradient is complete. Otherwise it is that of the normalised landmarks, without the part of the keys
+    With WHOLE the gradient is complete. Otherwise it is the gradient of the normalised landmarks, and lacks the part
     through R.
     """
     head = tl.program_id(0).to(tl.int64)
@@ -512,7 +514,7 @@ def _landmarks_backward_kernel(
     value_stride_d, scale, rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr, D: tl.constexpr,
     NORMALISE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The part of some keys in the gradient of a piece of the normalised landmarks, through the matrix R."""
+    """Compute what one part of the keys adds through R to the gradient of a piece of the normalised landmarks."""
     program = tl.program_id(0).to(tl.int64)
     first = (program % pieces).to(tl.int32) * R
     program = program // pieces
@@ -540,7 +542,7 @@ def _gathered_kernel(
     keys_ptr, dkeys_ptr, partial_ptr, gathered_ptr, parts, rank: tl.constexpr, R: tl.constexpr,
     d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the gathered keys of one (b, h): all parts, in order, and the part of the query side."""
+    """Compute the gathered keys' gradient of one (b, h): add all parts in order, and the query side's gradient."""
     head = tl.program_id(0).to(tl.int64)
     small = head * rank * d
     gradient = load_matrix(gathered_ptr + small, rank, R, d, D)
@@ -560,7 +562,7 @@ def _tokens_backward_kernel(
     d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of one tile of keys; landmarks among them also receive the gradient of the gathered keys."""
+    """Compute dK and dV of one tile of keys. Landmarks in the tile also receive the gradient of the gathered keys."""
     program = tl.program_id(0).to(tl.int64)
     head, tile = program // tiles, program % tiles
     b, h = head // heads, head % heads
@@ -572,7 +574,7 @@ def _tokens_backward_kernel(
     key = load_tokens(key_ptr, rows, inside, key_stride_n, key_stride_d, d, D)
     value = load_tokens(value_ptr, rows, inside, value_stride_n, value_stride_d, d, D)
     dvalue = tl.zeros([BLOCK, D], tl.float32)
-    dkey = tl.zeros([BLOCK, D], tl.float32)  # of the normalised keys, through R
+    dkey = tl.zeros([BLOCK, D], tl.float32)  # gradient of the normalised keys, through R
     gathered = tl.zeros([BLOCK, D], tl.float32)
     for first in range(0, rank, CHUNK):
         i = first + tl.arange(0, CHUNK)
@@ -609,7 +611,10 @@ def landmark_blocks(side: KeySide) -> tuple[Tensor, Tensor, Tensor, Tensor, Tens
 
 
 def _context(side: KeySide, ridge: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return K̃, X, logsumexp, I and an empty tensor; with `ridge` None R V in place of X, and last the logits of W."""
+    """Return K̃, X, the logsumexp, I and an empty tensor.
+
+    If `ridge` is None, the second result is R V and the last one the logits of W.
+    """
     key, value, given, choice, scale = side.key, side.value, side.landmarks, side.choice, side.scale
     (B, H, N, d), rank, normalise = key.shape, choice.rank, side.qk_norm is not None
     key, value = readable(key), readable(value)

@@ -25,7 +25,7 @@ _KERNELS = f"{__name__}.kernels"
 
 
 class LandmarkSolution(NamedTuple):
-    """The solution of the landmark system and, with diagnostics, measures of each system, else None.
+    """The solution of the landmark system, and measures of each system, which are None without diagnostics.
 
     Attributes:
         x: X (…, r, d).
@@ -95,8 +95,8 @@ def landmark_solve(
       norm), and the derivative is then not defined. It is the least accurate solver in fp32 at large κ. It waits for
       the device (torch.linalg.svd).
     - "auto": for each matrix "lu" if κ(W_λ) < kappa_max, else "svd". κ is estimated from the LU factors by
-      `estimate_condition`: except for rounding at most κ₂, and at least 0.5 κ₂ in all measurements. It waits for the
-      device to find the matrices that need an SVD.
+      `estimate_condition`: the estimate exceeds κ₂ at most by rounding, and was at least 0.5 κ₂ in all measurements.
+      "auto" waits for the device to find the matrices that need an SVD.
     - "neumann": α Σ_{k≤m} (I − αW_λ)^k G with α = 1/(1 + λ), for each matrix whose spectral radius (by power iteration)
       is below 0.95 and whose residual is below 1e-2. Other matrices use the default solver ("lu" with ridge 0).
 

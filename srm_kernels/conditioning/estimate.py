@@ -45,7 +45,7 @@ def estimate_condition(A: Tensor, solve: Callable[[Tensor, bool], Tensor]) -> Te
 
 
 def _growth(apply: Callable[[Tensor, bool], Tensor], u: Tensor, steps: int) -> Tensor:
-    """Return ‖B u‖/‖u‖ of each column in the last of `steps` applications of B and Bᵀ in turn."""
+    """Apply B and Bᵀ in turn, `steps` times, and return ‖B u‖/‖u‖ of each column in the last application."""
     ratio = torch.ones_like(u[..., 0, :])
     for step in range(steps):
         u = u / torch.linalg.vector_norm(u, dim=-2, keepdim=True)

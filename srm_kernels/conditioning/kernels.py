@@ -71,9 +71,9 @@ def landmark_solve_backward(
 
 
 def launch_options(r: int, d: int) -> dict[str, int]:
-    """Return tile sizes, warps (16 to 64 numbers of a tile per thread) and registers.
+    """Return tile sizes, the number of warps, and the limit of registers. Each thread holds 16 to 64 numbers of a tile.
 
-    Without a limit of registers ptxas uses at most 128 and spills.
+    Without a limit, ptxas uses at most 128 registers and spills.
     """
     R, D = (max(16, triton.next_power_of_2(n)) for n in (r, d))
     warps = min(16, max(2, R * max(R, D) // 512))
@@ -114,7 +114,7 @@ def _row(a, k, R: tl.constexpr):
 
 @triton.jit
 def _product(a, b, K: tl.constexpr):
-    """a (M×K) times the transpose of b (N×K) in plain fp32, by one rank-one update per step.
+    """Multiply a (M×K) by the transpose of b (N×K) in plain fp32, with one rank-one update per step.
 
     A dot product of whole tiles spills registers, and by default rounds to TF32.
     """
@@ -132,10 +132,11 @@ def _entry(vector, k, R: tl.constexpr):
 
 @triton.jit
 def _softmax(logits_ptr, r, stride_row, stride_col, R: tl.constexpr, SYMMETRIC: tl.constexpr, half=True):
-    """W, whether the logits are finite (if not, W is that of zeros), and whether they are symmetric.
+    """Return W, whether the logits are finite, and whether they are symmetric.
 
-    With SYMMETRIC, W is that of the symmetric part of the logits if `half` is true. The logits are loaded again
-    wherever W is needed, which saves registers; a volatile load prevents the compiler from keeping them.
+    If the logits are not finite, W is the softmax of zeros. With SYMMETRIC and `half`, W is the softmax of the
+    symmetric part of the logits. The logits are loaded again wherever W is needed, which saves registers; a volatile
+    load prevents the compiler from keeping them.
     """
     i = tl.arange(0, R)
     inside = (i[:, None] < r) & (i[None, :] < r)
@@ -161,7 +162,7 @@ def _softmax(logits_ptr, r, stride_row, stride_col, R: tl.constexpr, SYMMETRIC: 
 def _system(
     logits_ptr, r, stride_row, stride_col, ridge, R: tl.constexpr, SYMMETRIC: tl.constexpr, half=True
 ):
-    """A = W + λI, padded with the identity; whether the logits are finite; whether they are symmetric."""
+    """Return A = W + λI, padded with the identity, whether the logits are finite, and whether they are symmetric."""
     W, finite, symmetric = _softmax(logits_ptr, r, stride_row, stride_col, R, SYMMETRIC, half)
     i = tl.arange(0, R)
     diagonal = i[:, None] == i[None, :]
@@ -179,7 +180,7 @@ def _load(ptr, r, d, stride_row, stride_col, R: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def _eliminate(a, b, r, R: tl.constexpr, PIVOTING: tl.constexpr):
-    """U on and above the diagonal, L⁻¹ P b, and the smallest and the largest pivot.
+    """Return U on and above the diagonal, L⁻¹ P b, the smallest pivot and the largest pivot.
 
     Without pivoting the smallest pivot keeps its sign, and is −1 if any pivot is not finite.
     """
@@ -215,7 +216,7 @@ def _eliminate(a, b, r, R: tl.constexpr, PIVOTING: tl.constexpr):
 
 @triton.jit
 def _back_substitute(lu, b, R: tl.constexpr):
-    """U⁻¹ b."""
+    """Return U⁻¹ b."""
     i = tl.arange(0, R)
     for step in range(R):
         k = R - 1 - step
@@ -232,7 +233,7 @@ def _solve_forward_kernel(
     stride_rhs, stride_rhs_row, stride_rhs_col, RIDGED: tl.constexpr, PIVOTING: tl.constexpr, R: tl.constexpr,
     D: tl.constexpr,
 ):  # fmt: skip
-    """X of one matrix and its `Solver`; x and used are contiguous.
+    """Compute X of one matrix and its `Solver`; x and used are contiguous.
 
     Without PIVOTING the kernel first uses the symmetric part of the logits without pivoting. If that fails, it uses
     the logits with pivoting.
@@ -272,9 +273,9 @@ def _solve_backward_kernel(
     stride_logits_col, stride_dx, stride_dx_row, stride_dx_col, SYMMETRIC: tl.constexpr, RIDGED: tl.constexpr,
     R: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one matrix; zero if its logits are not finite.
+    """Compute the gradients of one matrix; they are zero if its logits are not finite.
 
-    The system is that of the solver used in the forward pass; `cholesky` used the symmetric part of the logits. The
+    The system is the one that the forward pass solved; `cholesky` used the symmetric part of the logits. The
     transposed system is eliminated without pivoting for `cholesky`, otherwise with pivoting.
     """
     matrix = tl.program_id(0).to(tl.int64)

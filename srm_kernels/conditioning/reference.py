@@ -51,7 +51,7 @@ SOLVERS = {
 
 
 class System(NamedTuple):
-    """The system A Z = rhs with X = D_c Z; `left` and `right` are the diagonals of D_r and D_c, or None."""
+    """The system A Z = rhs, where X = D_c Z. `left` and `right` are the diagonals of D_r and D_c, or None."""
 
     matrix: Tensor  # A, (…, r, r)
     rhs: Tensor  # (…, r, d)
@@ -128,7 +128,7 @@ Solve = Callable[[Tensor, bool], Tensor]  # (right-hand side, transposed) → so
 
 
 class _Factors:
-    """The factors of a batch: pairs of a mask (…,) of matrices, None for all, and their solve."""
+    """The factors of a batch: pairs of a mask (…,) that selects matrices (None selects all), and their solve."""
 
     def __init__(self) -> None:
         self.parts: list[tuple[Tensor | None, Solve]] = []
@@ -154,7 +154,7 @@ def _solved(system: System, factors: _Factors) -> Tensor:
 
 
 class _ImplicitSolve(torch.autograd.Function):
-    """Z = A⁻¹ G or A⁻ᵀ G from given factors, with implicit differentiation to any order."""
+    """Compute Z = A⁻¹ G or A⁻ᵀ G from given factors, with implicit differentiation to any order."""
 
     @staticmethod
     def forward(ctx: Any, A: Tensor, G: Tensor, factors: _Factors, transposed: bool) -> Tensor:
@@ -172,7 +172,7 @@ class _ImplicitSolve(torch.autograd.Function):
 
 
 def _factorise(logits: Tensor, rhs: Tensor, options: SolveOptions) -> tuple[System, _Factors, Tensor]:
-    """Return the system, its factors and the `Solver` of each matrix; for "neumann" those of its fallback."""
+    """Return the system, its factors and the `Solver` of each matrix. For "neumann" these describe its fallback."""
     ridge, equilibrate, solver = options.ridge, options.equilibrate, options.solver
     if solver == "neumann":
         solver = "cholesky" if ridge > 0 else "lu"

@@ -156,7 +156,7 @@ def gate_logits(
 
 
 def _sizes(maps: Tensor) -> tuple[int, int]:
-    """Positions and channels of maps (…, C, h, w), on which the choice of a backend depends."""
+    """Return positions and channels of maps (…, C, h, w), on which the choice of a backend depends."""
     *_, C, h, w = maps.shape
     return h * w, C
 

@@ -28,7 +28,7 @@ SQRT_HALF = tl.constexpr(0.5**0.5)
 
 @triton.jit
 def softmax_weights(logits_ptr, stride, temperature, S: tl.constexpr, STAGES: tl.constexpr):
-    """a = softmax(g / T) [STAGES]; zeros in the padding."""
+    """Return the stage weights a = softmax(g / T), [STAGES]. Entries beyond S are zero."""
     s = tl.arange(0, STAGES)
     logits = tl.load(logits_ptr + s * stride, mask=s < S, other=-INFINITY).to(tl.float32) / temperature
     weights = tl.exp(logits - tl.max(logits, 0))
@@ -42,14 +42,14 @@ def pick(vector, index, STAGES: tl.constexpr):
 
 @triton.jit
 def element_offsets(element, h, w, stride_c, stride_h, stride_w):
-    """64-bit offsets of elements that are numbered over (C, h, w)."""
+    """Return 64-bit offsets of elements that are numbered over (C, h, w)."""
     c, y, x = element // (h * w), element // w % h, element % w
     return c.to(tl.int64) * stride_c + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
 
 
 @triton.jit
 def activated(map_ptr, bias_ptr, element, inside, h, w, stride_c, stride_h, stride_w):
-    """GELU(m + b) of some elements of an image, [BLOCK]; b is rounded to the dtype of m."""
+    """Return GELU(m + b) of some elements of an image, [BLOCK]; b is rounded to the dtype of m."""
     offsets = element_offsets(element, h, w, stride_c, stride_h, stride_w)
     bias = tl.load(bias_ptr + element // (h * w), mask=inside, other=0.0).to(map_ptr.dtype.element_ty)
     x = tl.load(map_ptr + offsets, mask=inside, other=0.0).to(tl.float32) + bias.to(tl.float32)
@@ -61,7 +61,7 @@ def _gelu_kernel(
     map_ptrs, bias_ptrs, out_ptr, batch, elements, h, w, parts, strides_b, strides_c, strides_h, strides_w,
     S: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """GELU(m + b) of one part of a stage's map of one image; out is (S, B, C, h, w)."""
+    """Compute GELU(m + b) of one part of one image's map of a stage; `out` is (S, B, C, h, w)."""
     program = tl.program_id(0).to(tl.int64)
     image, part = program // parts, (program % parts).to(tl.int32)
     stage, b = image // batch, image % batch
@@ -81,7 +81,7 @@ def _logits_kernel(
     map_ptrs, bias_ptrs, weight_ptrs, offset_ptrs, out_ptr, elements, h, w, strides_b, strides_c, strides_h,
     strides_w, S: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """g_s of one image and stage."""
+    """Compute g_s of one image and stage."""
     b, stage = tl.program_id(0).to(tl.int64), tl.program_id(1)
     total = tl.zeros([BLOCK], tl.float32)
     for s in tl.static_range(S):
@@ -103,7 +103,7 @@ def _logits_kernel(
 def mixture(
     maps_ptr, offsets, inside, weights, stride_s, S: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """M = Σ_s a_s P_s of some elements, [BLOCK]."""
+    """Return M = Σ_s a_s P_s of some elements, [BLOCK]."""
     mixed = tl.zeros([BLOCK], tl.float32)
     for s in range(S):
         stage = tl.load(maps_ptr + s * stride_s + offsets, mask=inside, other=0.0).to(tl.float32)
@@ -116,7 +116,7 @@ def _norm_kernel(
     maps_ptr, logits_ptr, parts_ptr, elements, h, w, parts, stride_b, stride_s, stride_c, stride_h, stride_w,
     logits_stride_b, logits_stride_s, temperature, S: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Σ M² of one part of an image."""
+    """Compute Σ M² of one part of an image."""
     program = tl.program_id(0).to(tl.int64)
     b, part = program // parts, (program % parts).to(tl.int32)
     weights = softmax_weights(logits_ptr + b * logits_stride_b, logits_stride_s, temperature, S, STAGES)
@@ -133,7 +133,7 @@ def _fuse_kernel(
     eps, margin, CAPPED: tl.constexpr, S: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """γM of one part of an image; the first part also writes a, γ and ‖M‖."""
+    """Compute γM of one part of an image; the program of the first part also writes a, γ and ‖M‖."""
     program = tl.program_id(0).to(tl.int64)
     b, part = program // parts, (program % parts).to(tl.int32)
     weights = softmax_weights(logits_ptr + b * logits_stride_b, logits_stride_s, temperature, S, STAGES)
@@ -162,7 +162,7 @@ def _products_kernel(
     stride_h, stride_w, dfused_stride_b, dfused_stride_c, dfused_stride_h, dfused_stride_w, S: tl.constexpr,
     STAGES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """⟨dF, P_s⟩ and ⟨M, P_s⟩ over one part of an image: parts [2, S]."""
+    """Compute ⟨dF, P_s⟩ and ⟨M, P_s⟩ over one part of an image; `parts` is [2, S] for each part."""
     program = tl.program_id(0).to(tl.int64)
     b, part = program // parts, (program % parts).to(tl.int32)
     s = tl.arange(0, STAGES)
@@ -187,7 +187,10 @@ def _fusion_backward_kernel(
     stride_w, dfused_stride_b, dfused_stride_c, dfused_stride_h, dfused_stride_w, temperature, eps, margin,
     CAPPED: tl.constexpr, S: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dP of one part of an image, dM = γ dF + (d‖M‖/‖M‖) M; the first part also writes the gradient of the logits."""
+    """Compute dP of one part of an image from dM = γ dF + (d‖M‖/‖M‖) M.
+
+    The program of the first part also writes the gradient of the logits.
+    """
     program = tl.program_id(0).to(tl.int64)
     b, part = program // parts, (program % parts).to(tl.int32)
     s = tl.arange(0, STAGES)
@@ -226,7 +229,7 @@ def _fusion_backward_kernel(
 def load_images(
     weights_ptr, first, batch, stride_b, stride_s, S: tl.constexpr, STAGES: tl.constexpr, IMAGES: tl.constexpr
 ):
-    """Load a of a tile of images [IMAGES, STAGES]; zeros in the padding."""
+    """Load the weights a of a tile of images, [IMAGES, STAGES]. Padding is zero."""
     b, s = first + tl.arange(0, IMAGES), tl.arange(0, STAGES)
     inside = (b < batch)[:, None] & (s < S)[None, :]
     offsets = b.to(tl.int64)[:, None] * stride_b + s[None, :] * stride_s
@@ -235,7 +238,7 @@ def load_images(
 
 @triton.jit
 def shortfall(weights, floor, inside):
-    """H_min − H(a_b) [IMAGES], and log a, finite for a = 0."""
+    """Return H_min − H(a_b) [IMAGES], and log a, which is finite for a = 0."""
     logs = tl.log(tl.maximum(weights, TINY, propagate_nan=tl.PropagateNan.ALL))
     return tl.where(inside, floor + tl.sum(weights * logs, 1), 0.0), logs
 
@@ -384,7 +387,7 @@ def gate_losses(weights: Tensor, entropy_floor: float) -> tuple[Tensor, Tensor]:
 def gate_losses_backward(
     grads: Sequence[Tensor], results: Sequence[Tensor], weights: Tensor, entropy_floor: float
 ) -> list[Tensor]:
-    """Return [da]."""
+    """Return [da], the gradient of the weights, from the gradients of both losses."""
     dtype, weights = weights.dtype, readable(weights)
     B, S = weights.shape
     dweights = empty((B, S), weights, weights.dtype)

@@ -45,7 +45,7 @@ def add_gram(
     gram, key_ptr, rows, valid, n_stride, d_stride, d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """gram [D, D] + KᵀK of one chunk of keys."""
+    """Return gram [D, D] plus KᵀK of one chunk of keys."""
     key = load_tokens(key_ptr, rows, valid, n_stride, d_stride, d, D)
     key = key.to(tl.float32) * rms_factor(key, d, NORMALISE)[:, None]
     return gram + wide_dot(tl.trans(key), key, PRECISION)
@@ -55,10 +55,10 @@ def add_gram(
 def eliminate_below(matrix, d: tl.constexpr, D: tl.constexpr):
     """Factorise a symmetric matrix as L P Lᵀ, with L unit lower triangular and P diagonal, by forward elimination.
 
-    Columns are eliminated in chunks; the zeros of a chunk accumulate what is subtracted from each row. Returns the
-    strictly lower triangle F, 1/√P [D], and whether every pivot is positive and finite. L⁻¹k is k after
-    k += F[:, chunk] k[chunk] for all chunks in order. Updates are bitwise symmetric, so that errors have the size of
-    the rounding error of the matrix.
+    Columns are eliminated in chunks. The eliminated entries of a chunk are reused: they accumulate what is subtracted
+    from each row. Returns the strictly lower triangle F, 1/√P [D], and whether every pivot is positive and
+    finite. To compute L⁻¹k, repeat k += F[:, chunk] k[chunk] for all chunks in order. Updates are bitwise symmetric, so
+    that errors have the size of the rounding error of the matrix.
     """
     i = tl.arange(0, D)
     good = 1
@@ -96,7 +96,7 @@ def factorise(gram, gamma, d: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def chunk_of_columns(matrix, chunk, ROWS: tl.constexpr, D: tl.constexpr):
-    """The columns of one chunk of [ROWS, D], [ROWS, CHUNK]."""
+    """Return the columns of one chunk, [ROWS, CHUNK], of a matrix [ROWS, D]."""
     chunks = tl.reshape(matrix, [ROWS, D // CHUNK, CHUNK])
     here = (tl.arange(0, D // CHUNK) == chunk)[None, :, None]
     return tl.sum(tl.where(here, chunks, 0.0), 1)
@@ -138,7 +138,7 @@ def store_leverage(
 
 @triton.jit
 def load_bits(scores_ptr, start, N):
-    """Load scores as integers of the same order, [TILE]; NaN counts as infinity, and beyond the last score is -1."""
+    """Load scores as integers of the same order, [TILE]. NaN counts as infinity; beyond the last score is -1."""
     rows = start + tl.arange(0, TILE)
     score = tl.load(scores_ptr + rows, mask=rows < N, other=0.0)
     bits = tl.where(score == score, score, INFINITY).to(tl.int32, bitcast=True)
@@ -259,7 +259,7 @@ def store_pivots(
 
 @triton.jit
 def _free(residual):
-    """A residual for comparison: at least 0; infinity for NaN, −∞ for a chosen key."""
+    """Return a residual for comparison: at least 0, infinity for NaN, and −∞ for a chosen key."""
     known = tl.where(residual == residual, tl.maximum(residual, 0.0), INFINITY)
     return tl.where(residual == -INFINITY, -INFINITY, known)
 
@@ -282,7 +282,7 @@ def _select_kernel(
     key_stride_d, gamma, scale, rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr, D: tl.constexpr,
     NORMALISE: tl.constexpr, PIVOTED: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Landmarks of one (b, h). With leverage the memory of the residual holds the scores."""
+    """Choose the landmarks of one (b, h). Without PIVOTED, the memory of the residual holds the leverage scores."""
     head = tl.program_id(0).to(tl.int64)
     key_ptr += head // heads * key_stride_b + head % heads * key_stride_h
     choose(

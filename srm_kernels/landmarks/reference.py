@@ -51,7 +51,7 @@ class Keys(NamedTuple):
 
     @property
     def scores(self) -> Tensor:
-        """Ridge leverage scores τ (B, H, N)."""
+        """Return the ridge leverage scores τ (B, H, N)."""
         return ridge_leverage_scores(self.key, self.options.gamma)
 
 
@@ -61,7 +61,7 @@ class Method(NamedTuple):
     Attributes:
         choose: Returns indices (B, H, r).
         title: Name in reports.
-        macs: (r, N, d) → multiply-accumulates of one (b, h); those of the leverage scores by default.
+        macs: (r, N, d) → multiply-accumulates of one (b, h). Default: the cost of the leverage scores.
         draws: (r, N) → number of uniform numbers that the method draws.
         evaluated: The method that replaces a sampling method in evaluation; None for other methods.
         kernels: Whether there are Triton kernels for the method.
@@ -101,7 +101,7 @@ def _leverage(keys: Keys) -> Tensor:
 
 
 def _leverage_sample(keys: Keys) -> Tensor:
-    """Return the r smallest of E_i / τ_i, E_i exponential: r draws without replacement, probability ∝ τ_i."""
+    """Draw r keys without replacement, with probability ∝ τ_i: the r smallest E_i / τ_i, where E_i is exponential."""
     return _largest(keys.scores / -keys.random.log(), keys.options.rank)
 
 
@@ -112,12 +112,12 @@ def _uniform(keys: Keys) -> Tensor:
 
 
 def _largest(scores: Tensor, count: int) -> Tensor:
-    """Indices of the largest scores in descending order, ties to the lower index."""
+    """Return the indices of the largest scores in descending order; ties go to the lower index."""
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count].contiguous()
 
 
 def _take(tokens: Tensor, index: Tensor) -> Tensor:
-    """Rows (B, H, n, d) of (B, H, N, d) at (B, H, n)."""
+    """Return the rows (B, H, n, d) of `tokens` (B, H, N, d) at the indices (B, H, n)."""
     return tokens.gather(-2, index[..., None].expand(*index.shape, tokens.shape[-1]))
 
 

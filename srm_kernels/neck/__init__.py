@@ -27,8 +27,8 @@ from . import reference, tiled
 
 _KERNELS, _BACKWARD, _ENDS = (f"{__name__}.{part}kernels" for part in ("", "backward_", "end_"))
 LARGEST_GRID = 32
-LARGEST_TILE = 64 * 128  # r·d
-MOST_CHANNELS = 256  # of tokens that a program holds at once
+LARGEST_TILE = 64 * 128  # largest r·d of the kernels
+MOST_CHANNELS = 256  # channels of tokens that a program holds at once
 DyTParameters = tuple[Tensor, Tensor, Tensor]
 
 
@@ -58,7 +58,7 @@ def _cast_project(tokens: Tensor, *parameters: Any) -> tuple[Any, ...]:
 
 
 def _cast_pooled(maps: Sequence[Tensor], *others: Any) -> tuple[Any, ...]:
-    """`others` starts with six groups of parameters, keys and xs."""
+    """Cast the arguments under autocast. `others` starts with six groups of parameters, keys and xs."""
     maps = autocast.lowered(*maps)
     if not maps:
         return maps, *others
@@ -67,7 +67,7 @@ def _cast_pooled(maps: Sequence[Tensor], *others: Any) -> tuple[Any, ...]:
 
 
 def _cast_merge(pooled: Tensor, probabilities: Tensor, xs: Sequence[Tensor], *others: Any) -> tuple[Any, ...]:
-    """`others` starts with five groups of parameters."""
+    """Cast the arguments under autocast. `others` starts with five groups of parameters."""
     probabilities, *xs = autocast.widened((probabilities, *xs), pooled)
     return pooled, probabilities, xs, *_cast_parameters(pooled, *others[:5]), *others[5:]
 
@@ -292,7 +292,7 @@ def merge_links(
         align: (A (C, C_i), a (C,)) of each map.
         output_weights: W_O (C, C) of each link, as `torch.nn.Linear` stores it.
         targets: Index of the map of each link.
-        betas: For each link β of its map, one element.
+        betas: For each link, β of its target map, a tensor of one element.
         thetas: θ (H,) of each link, for τ = exp(θ); None means τ = 1.
         backend: A name of `backends()`, or None.
 
@@ -357,12 +357,12 @@ def serves_pooled_links(
         rank: r, before it is clamped to the number of keys.
         keys: Number of keys of each link.
         size: P.
-        channels: C with DyT or normalised queries, else 0.
+        channels: C if the links have DyT or normalised queries, else 0.
         backend: A name of `backends()`, or None.
 
     Returns:
-        False if the kernels of the backend support attention of these sizes, but not `pooled_links`. With `backend`
-        None the verdict about the device selects the backend; its choice depends on the dtype and d only.
+        False if the kernels of the backend support attention of these sizes, but not `pooled_links`. If `backend` is
+        None, the verdict about the device selects the backend, from the dtype and d only.
 
     Raises:
         NotImplementedError: The backend cannot run.
@@ -377,7 +377,7 @@ def serves_pooled_links(
 def _choose_backend(
     requested: str | None, features: Tensor, rank: int, d: int, size: int, channels: int
 ) -> str:
-    """Choose by d only, because `serves_pooled_links` chooses before the other sizes are known."""
+    """Choose the backend. The choice depends on d only: `serves_pooled_links` runs before other sizes are known."""
     tiled_here = features.device.type == "cpu"
     chosen = choose_kernels(
         requested,

@@ -2,9 +2,10 @@
 
 A training step keeps F, K̃ and P̄ of a link. The backward pass computes everything between F and L again: Q by library
 products or, with DyT, by `squash_kernels`. Q and dQ of the links therefore exist at full resolution during the call.
-There are three launches: the attention of all links, the sums for dK̃, and the gradient of all maps, which adds the
-parts through Q and through pool(F). Every position belongs to one program, and gathers its gradient from the cells that
-contain it. Partial sums are written to memory and added in order, without atomics.
+There are three launches. The first computes dQ and parts of dK̃ for all links, the second adds the parts of dK̃, and
+the third computes the gradient of all maps: it adds the gradients through Q and through pool(F). Every position
+belongs to one program, which gathers the gradient from the cells that contain the position. Partial sums are written to
+memory and added in order, without atomics.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def strip_gradients(
     d: tl.constexpr, D: tl.constexpr, NORMALISE_QUERY: tl.constexpr, NORMALISE_KEYS: tl.constexpr,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dQ (B, h, w, H, d) of the positions of one row of cells and block of columns, and their part of dK̃."""
+    """Compute dQ (B, h, w, H, d) of one row of cells and block of columns, and the contribution of this tile to dK̃."""
     head, i, down, column = place(program, blocks, SIZE, COLUMNS, BLOCK)
     b, head_of_image = head // HEADS, head % HEADS
     keys = load_keys(keys_ptr + head * rank * d, query_ptr, rank, R, d, D)
@@ -126,7 +127,7 @@ def _keys_kernel(
     RANKS: tl.constexpr, HEADS: tl.constexpr, most: tl.constexpr, R: tl.constexpr, d: tl.constexpr,
     D: tl.constexpr, NORMALISE_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """dK̃ of one (b, h) of a link; parts are added in order."""
+    """Add the parts of dK̃ of one (b, h) of a link, in order."""
     program = tl.program_id(0).to(tl.int64)
     for link in tl.static_range(LINKS):
         if (program >= batch * (link * HEADS)) & (program < batch * ((link + 1) * HEADS)):
@@ -147,7 +148,10 @@ def map_gradient(
     offset: tl.constexpr, total_channels: tl.constexpr, LINKED: tl.constexpr, MOST_ROWS: tl.constexpr,
     MOST_COLUMNS: tl.constexpr, SIZE: tl.constexpr, POSITIONS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """dF (C_i, h, w) of a tile of positions and channels: the parts through Q, (h·w, C_i), and through pool(F)."""
+    """Compute dF (C_i, h, w) of a tile of positions and channels.
+
+    dF is the sum of the gradient through Q, which `rows_ptr` gives as (h·w, C_i), and the gradient through pool(F).
+    """
     tiles: tl.constexpr = (h * w + POSITIONS - 1) // POSITIONS
     groups: tl.constexpr = (channels + COLUMNS - 1) // COLUMNS
     b, tile = program // (tiles * groups), (program % (tiles * groups)).to(tl.int32)
@@ -237,7 +241,7 @@ def _attention_backward(
     keys = [k.contiguous() for k in keys]
     positions, launch = backward_tile(sizes.most, d, queries[0].dtype)
     tiles = [tile_of(sizes.widths[t], positions) for t in sizes.targets]
-    parts = tuple(sizes.size * tile.blocks for tile in tiles)  # of a (b, h)
+    parts = tuple(sizes.size * tile.blocks for tile in tiles)  # parts of one (b, h)
     firsts = firsts_of(H * count for count in parts)
     dqueries = [empty(tuple(q.shape), q, q.dtype) for q in queries]
     part = empty((sizes.batch * firsts[-1], sizes.most, d), keys[0], torch.float32)
@@ -267,7 +271,7 @@ def _attention_backward(
 def _maps_backward(
     rows: Sequence[Tensor | None], dpooled: Tensor, maps: Sequence[Tensor], sizes: Sizes
 ) -> list[Tensor]:
-    """Return dF of every map from its gradient through Q (B·N, C_i), None without a link, and that of pool(F)."""
+    """Return dF of every map from `rows`, the gradient through Q (B·N, C_i) or None without a link, and d pool(F)."""
     dpooled = readable(dpooled).contiguous()
     through = tuple(dpooled if r is None else readable(r).contiguous() for r in rows)
     dmaps = [empty(tuple(m.shape), m, readable(m).dtype) for m in maps]
@@ -290,7 +294,7 @@ def _maps_backward(
 
 
 class _Composed:
-    """The queries of a link by one product, Q = F (W_Q A)ᵀ + W_Q a, and their gradients."""
+    """Compute the queries of a link by one product, Q = F (W_Q A)ᵀ + W_Q a, and backpropagate through it."""
 
     def __init__(self, features: Tensor, align: Tensor, bias: Tensor, query: Tensor) -> None:
         self.rows = _rows(features)
@@ -306,7 +310,7 @@ class _Composed:
 
 
 class _Queries:
-    """The queries of a link from T, and their gradients."""
+    """Compute the queries of a link from T, and backpropagate through them."""
 
     def __init__(self, features: Tensor, align: Tensor, bias: Tensor, query: Tensor) -> None:
         self.rows, self.align, self.query = _rows(features), align, query
@@ -321,7 +325,7 @@ class _Queries:
 
 
 class _SquashedQueries:
-    """The queries of a link from DyT(T), and their gradients."""
+    """Compute the queries of a link from DyT(T), and backpropagate through them."""
 
     def __init__(
         self, features: Tensor, align: Tensor, bias: Tensor, query: Tensor, squashing: Sequence[Tensor]

@@ -28,7 +28,7 @@ def _project_kernel(
     N, stride_b, stride_n, stride_c, LINKS: tl.constexpr, C: tl.constexpr, SHIFT: tl.constexpr, DYT: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of K or V of one link, [ROWS, COLUMNS] of (L, M, C)."""
+    """Compute one tile [ROWS, COLUMNS] of K or V (L, M, C) of one link."""
     tiles: tl.constexpr = (C + COLUMNS - 1) // COLUMNS
     dtype = tokens_ptr.dtype.element_ty
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -71,7 +71,7 @@ def aligned(
     total_channels: tl.constexpr, SQUARE: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A pool(F) + a of some cells and channels, [ROWS, COLUMNS]."""
+    """Return A pool(F) + a of some cells and channels, [ROWS, COLUMNS]."""
     dtype = pooled_ptr.dtype.element_ty
     bias = tl.load(bias_ptr + n, mask=n < C, other=0.0).to(dtype).to(tl.float32)
     total = tl.zeros([cells.shape[0], n.shape[0]], tl.float32) + bias[None, :]
@@ -89,7 +89,7 @@ def update(
     rank: tl.constexpr, most: tl.constexpr, PIECE: tl.constexpr, d: tl.constexpr, D: tl.constexpr,
     SQUARE: tl.constexpr, C: tl.constexpr, TAU: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """τ P̄ X W_O of some cells and channels of one link and image, [ROWS, COLUMNS], PIECE landmarks at a time."""
+    """Return τ P̄ X W_O [ROWS, COLUMNS] of some cells and channels of one link and image, PIECE landmarks at a time."""
     dtype = kind_ptr.dtype.element_ty
     e = tl.arange(0, D)
     total = tl.zeros([cells.shape[0], n.shape[0]], tl.float32)
@@ -114,7 +114,7 @@ def _merge_links_kernel(
     D: tl.constexpr, SQUARE: tl.constexpr, C: tl.constexpr, TAU: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of a stage's map of one image; out is (S, B, C, P²)."""
+    """Compute one tile of one image's updated map of a stage; `out` is (S, B, C, P²)."""
     b, stage = (tl.program_id(0) // MAPS).to(tl.int64), tl.program_id(0) % MAPS
     cells = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     n = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)

@@ -54,7 +54,7 @@ from ..scale.kernels import add_tile, tanh
 
 
 class Tile(NamedTuple):
-    """Columns of a tile, and the number of blocks of columns of a map."""
+    """How the columns of a map are divided: `columns` per tile, in `blocks` tiles side by side."""
 
     columns: int
     blocks: int
@@ -67,10 +67,16 @@ def tile_of(width: int, positions: int) -> Tile:
 
 
 class Strips(NamedTuple):
-    """The division of a row of cells: cells of a strip, strips, columns of a tile, and tiles across a strip.
+    """How a row of pooling cells is divided into strips.
 
-    A strip has the cells that fit into the width of a tile, or one cell with several tiles across, so that P̄ of a cell
-    belongs to one strip.
+    A strip is a group of neighbouring cells that fits in one tile. A cell that is wider than a tile is a strip of
+    several tiles. No cell is split between strips, so one strip computes all of a cell's P̄ (pooled probabilities).
+
+    Attributes:
+        cells: Cells per strip.
+        strips: Strips per row.
+        columns: Map columns per tile.
+        across: Tiles side by side per strip.
     """
 
     cells: int
@@ -80,7 +86,7 @@ class Strips(NamedTuple):
 
 
 def strips_of(width: int, size: int, positions: int) -> Strips:
-    """Divide the cells of a row evenly among the smallest number of strips, for tiles of up to `positions`."""
+    """Divide a row of `size` cells evenly among as few strips as tiles of up to `positions` columns allow."""
 
     def widest(cells: int) -> int:
         starts = range(0, size, cells)
@@ -96,14 +102,21 @@ def strips_of(width: int, size: int, positions: int) -> Strips:
 def forward_positions(
     rank: int, d: int, dtype: torch.dtype, statistics: bool, capability: tuple[int, int]
 ) -> int:
-    """Return the positions of a tile that fit in registers with the [r, d] tiles, by `python -m bench.resources`."""
+    """Return how many positions a tile can have beside the [r, d] tiles in registers (`python -m bench.resources`)."""
     if not statistics:
         return 32 if capability >= (12, 0) else 64
     return 32 if dtype == torch.bfloat16 and not heavy(rank, d) else 16
 
 
 class TokenTile(NamedTuple):
-    """Positions of a tile, channels of T that are computed together, and channels of F that are read together."""
+    """Sizes of a tile of tokens.
+
+    Attributes:
+        positions: Positions per tile.
+        tokens: Channels of T that are computed together.
+        chunk: Channels of F that are read together.
+        warps: Warps per program.
+    """
 
     positions: int
     tokens: int
@@ -114,7 +127,10 @@ class TokenTile(NamedTuple):
 def token_tile(
     rank: int, d: int, dtype: torch.dtype, statistics: bool, capability: tuple[int, int]
 ) -> TokenTile:
-    """Return the tile that fits in registers; 8 warps repeat products of the statistic, but 4 spill on 9.0 and 12.0."""
+    """Return the tile that fits in registers.
+
+    With 8 warps, some warps repeat products of the statistic. With 4 warps, registers spill on 9.0 and 12.0.
+    """
     large = heavy(rank, d)
     chunk = 16 if dtype == torch.float32 and not (large and capability == (9, 0)) else 32
     wide = dtype == torch.float32 or (statistics and dtype != torch.bfloat16)
@@ -128,12 +144,15 @@ def token_tile(
 
 
 def strip_warps(rank: int, d: int, dtype: torch.dtype, statistics: bool) -> int:
-    """Return the warps: 2 for the statistic's tile of 32 positions, whose two rows of products more would repeat."""
+    """Return the warps of a program.
+
+    For the statistic, a tile of 32 positions gets 2 warps: it has two rows of products, which more warps would repeat.
+    """
     return 2 if dtype == torch.bfloat16 and statistics and not heavy(rank, d) else warps(rank, d)
 
 
 def heavy(rank: int, d: int) -> bool:
-    """Return whether [r, d] tiles are larger than those of the default neck."""
+    """Return whether [r, d] tiles are larger than in the default neck."""
     return padded(rank) * padded(d) > 64 * 32
 
 
@@ -147,7 +166,7 @@ def warps(rank: int, d: int) -> int:
 
 @triton.jit
 def pick(values: tl.constexpr, index, COUNT: tl.constexpr):
-    """values[index] for compile-time values and a run-time index."""
+    """Return values[index] for compile-time values and a run-time index."""
     chosen = index * 0 + values[0]
     for i in tl.static_range(1, COUNT):
         chosen = tl.where(index == i, values[i], chosen)
@@ -156,7 +175,7 @@ def pick(values: tl.constexpr, index, COUNT: tl.constexpr):
 
 @triton.jit
 def pick_pointer(pointers, index, COUNT: tl.constexpr):
-    """pointers[index] for pointers to one dtype."""
+    """Return pointers[index] for pointers to one dtype."""
     chosen = pointers[0]
     for i in tl.static_range(1, COUNT):
         if index == i:
@@ -166,7 +185,7 @@ def pick_pointer(pointers, index, COUNT: tl.constexpr):
 
 @triton.jit
 def place(program, blocks, SIZE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """(b·H + h, row of cells, row of each position within the tile [BLOCK], its column [BLOCK])."""
+    """Return b·H + h, the row of cells, and the row and column of each position within the tile, [BLOCK] each."""
     head = program // (SIZE * blocks)
     i = (program // blocks % SIZE).to(tl.int32)
     block = (program % blocks).to(tl.int32)
@@ -191,7 +210,7 @@ def load_block(ptr, rows, row_limit, columns, column_limit, stride):
 
 @triton.jit
 def softmax(logits, rank: tl.constexpr, R: tl.constexpr):
-    """Softmax [BLOCK, R] of rows of logits in units of log 2; zeros in the padding."""
+    """Return the softmax [BLOCK, R] of each row of logits in units of log 2. Padding is zero."""
     logits = tl.where((tl.arange(0, R) < rank)[None, :], logits, -INFINITY)
     weights = tl.exp2(logits - tl.max(logits, 1)[:, None])
     return weights / tl.sum(weights, 1)[:, None]
@@ -199,7 +218,7 @@ def softmax(logits, rank: tl.constexpr, R: tl.constexpr):
 
 @triton.jit
 def mixed_values(x, weights, PRECISION: tl.constexpr):
-    """y = L X of a tile, [BLOCK, D], from X [R, D] and L [BLOCK, R]."""
+    """Return y = L X of a tile, [BLOCK, D], from X [R, D] and L [BLOCK, R]."""
     return tl.trans(wide_dot(tl.trans(x), tl.trans(weights), PRECISION))
 
 
@@ -209,7 +228,7 @@ def pool_rows(
     h: tl.constexpr, w: tl.constexpr, offset: tl.constexpr, total_channels: tl.constexpr, SIZE: tl.constexpr,
     GROUP: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """pool(F) of one row of cells and GROUP channels of an image, stored in (B, P², ΣC) from column `offset` on."""
+    """Compute pool(F) of one row of cells and GROUP channels; store it in (B, P², ΣC) from column `offset` on."""
     groups: tl.constexpr = (channels + GROUP - 1) // GROUP
     b, i = program // (groups * SIZE), (program // groups % SIZE).to(tl.int32)
     c, columns = (program % groups).to(tl.int32) * GROUP + tl.arange(0, GROUP), tl.arange(0, WIDTH)
@@ -237,7 +256,7 @@ def absorbed_probabilities(
     map_ptr, offsets, inside, stride, matrix_ptr, shift, channels: tl.constexpr, CHUNK: tl.constexpr,
     rank: tl.constexpr, R: tl.constexpr, PAIR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """L [BLOCK, R] = softmax(F·G + g) of one tile; G is [r, channels] in units of log 2."""
+    """Return L = softmax(F·G + g) [BLOCK, R] of one tile; G is [r, channels] in units of log 2."""
     i = tl.arange(0, R)
     logits = tl.zeros([offsets.shape[0], R], tl.float32) + shift[None, :]
     for first in range(0, channels, CHUNK):
@@ -262,10 +281,10 @@ def strip(
     d: tl.constexpr, D: tl.constexpr, PAIR: tl.constexpr, STATISTICS: tl.constexpr, SIZE: tl.constexpr,
     CELLS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """P̄ of some cells of one row of a (b, h), and the mean and M₂ of y at the positions that the strip owns.
+    """Compute P̄ of the cells of one strip of a (b, h), and the mean and M₂ of y at the positions that the strip owns.
 
-    If the grid does not divide the map, neighbouring cells share positions. Each strip uses them for its cells, and the
-    statistic counts them in the last strip.
+    If the grid does not divide the map, neighbouring cells share positions. Each strip uses the shared positions for
+    its own cells, and the statistic counts a shared position in the last of these strips.
     """
     head = program // (SIZE * strips)
     i = (program // strips % SIZE).to(tl.int32)
@@ -351,7 +370,7 @@ def queries_of(
     channels: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
     HP: tl.constexpr, d: tl.constexpr, D: tl.constexpr, DYT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Q of one tile in the map's dtype, [BLOCK, HP·D], computed from TOKENS channels of DyT(A F + a) at a time.
+    """Return Q of one tile in the map's dtype, [BLOCK, HP·D], from TOKENS channels of DyT(A F + a) at a time.
 
     The number of heads is padded to HP and each head to D, with zeros. Values are rounded where the modules of the neck
     round.
@@ -393,10 +412,10 @@ def cell_probabilities(
     NORMALISE_QUERY: tl.constexpr, NORMALISE_KEYS: tl.constexpr, STATISTICS: tl.constexpr,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """P̄ of one cell of an image for every head, and the mean and M₂ of y at the positions that the cell owns.
+    """Compute P̄ of one cell of an image for every head, and the mean and M₂ of y at the positions that the cell owns.
 
-    `batch_index` numbers the images of all links. The statistic counts a position that is in several cells in the last
-    of them.
+    `batch_index` numbers the images of all links. If several cells contain a position, the statistic counts it in
+    the last of these cells.
     """
     b, cell = program // (SIZE * SIZE), (program % (SIZE * SIZE)).to(tl.int32)
     i, j = cell // SIZE, cell % SIZE
@@ -504,7 +523,7 @@ def _gather_kernel(
     TOGETHER: tl.constexpr, STRIPS: tl.constexpr, HEIGHTS: tl.constexpr, WIDTHS: tl.constexpr,
     HEADS: tl.constexpr, d: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """The statistic of one (b, h) of a link from all its parts (strips, or cells) about their common mean."""
+    """Merge the parts (strips or cells) of one (b, h) of a link into the statistic, about their common mean."""
     program = tl.program_id(0).to(tl.int64)
     link = (program // (batch * HEADS)).to(tl.int32)
     head = program % (batch * HEADS)
@@ -529,7 +548,7 @@ def _gather_kernel(
 
 @triton.jit
 def own_positions(part, cells, strips, h, w, SIZE: tl.constexpr):
-    """The number of positions that the statistic counts in a strip."""
+    """Return the number of positions that the statistic counts in a strip."""
     i, j = part // strips, part % strips * cells
     rows = cell_start(i + 1, h, SIZE) - cell_start(i, h, SIZE)
     columns = cell_start(tl.minimum(j + cells, SIZE), w, SIZE) - cell_start(j, w, SIZE)
@@ -543,9 +562,9 @@ def _absorb_kernel(
     HEADS: tl.constexpr, C: tl.constexpr, R: tl.constexpr, d: tl.constexpr, D: tl.constexpr,
     NORMALISE_KEYS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """G [r, C_i] and g [r] of one (b, h) of a link in units of log 2; a program computes COLUMNS channels.
+    """Compute G [r, C_i] and g [r] of one (b, h) of a link in units of log 2; each program computes COLUMNS channels.
 
-    W_Q A and W_Q a are computed again for every image: they are small, and another launch would cost as much.
+    W_Q A and W_Q a are computed again for every image, because these small products cost no more than another launch.
     """
     program = tl.program_id(0).to(tl.int64)
     for link in tl.static_range(LINKS):
@@ -564,7 +583,7 @@ def absorb(
     d: tl.constexpr, D: tl.constexpr, NORMALISE_KEYS: tl.constexpr, COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store G and g of COLUMNS channels. Weights are rounded to the maps' dtype (that of `kind_ptr`), as for tokens."""
+    """Store G and g of COLUMNS channels. Weights are rounded to the maps' dtype, which `kind_ptr` has."""
     dtype = kind_ptr.dtype.element_ty
     groups: tl.constexpr = (channels + COLUMNS - 1) // COLUMNS
     head, group = program // groups, (program % groups).to(tl.int32)
@@ -630,16 +649,16 @@ class Sizes:
         )
 
     def pool_firsts(self, before: int) -> tuple[int, ...]:
-        """Return the first program of an image that pools each map, after `before` others, and the total number."""
+        """Return the first pooling program of each map, after `before` others, and the number of all programs."""
         counts = (self.size * -(-c // g) for c, g in zip(self.channels, self._groups(), strict=True))
         return tuple(before + first for first in firsts_of(counts))
 
     def chunks(self) -> tuple[int, ...]:
-        """Return the channels of one product with G, for each link."""
+        """Return, for each link, the number of channels in one product with G."""
         return tuple(16 if self.channels[t] <= 16 or self.most > 64 else 32 for t in self.targets)
 
     def cell_blocks(self, most: int) -> tuple[int, ...]:
-        """Return the positions of a tile of a cell, for each link."""
+        """Return, for each link, the number of positions in a tile of a cell."""
         areas = (
             self._longest_cell(self.heights[t]) * self._longest_cell(self.widths[t]) for t in self.targets
         )
@@ -743,7 +762,7 @@ def _by_cells(
 
 
 def _outputs(sizes: Sizes, kind: Tensor, parts: int, statistics: bool) -> tuple[Tensor, ...]:
-    """Allocate memory for P̄, mean and M₂, and for mean and M₂ of every part."""
+    """Allocate memory for P̄, the mean and M₂, and for the mean and M₂ of every part."""
     B, H, L, d = sizes.batch, sizes.heads, len(sizes.ranks), sizes.d
     shapes = ((L, B, H, d), (L, B, H), (parts, d), (parts,))
     probabilities = empty((L, B, H, sizes.size**2, sizes.most), kind, torch.float32)

@@ -7,9 +7,9 @@ With the rows F (M, C_i) of a map, one row for each position:
 
 Forward: a program computes T and D of some positions, a group of channels at a time. It writes D, which dW_Q = dQᵀ D
 needs, and adds D W_Qᵀ to Q. Backward: a program computes T from F again and dD from dQ, for some positions and
-channels, and writes dT. T and dD are never written to memory: of full-resolution tensors the forward kernel writes D
-and Q, and the backward kernel reads dQ and writes dT. It also writes the part of each tile in dα, dw, db and da, which
-torch sums.
+channels, and writes dT. T and dD are never written to memory. At full resolution the forward kernel writes only D
+and Q, and the backward kernel only dT. The backward kernel also writes the contribution of each tile to dα, dw, db and
+da; torch adds the contributions.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .kernels import load_block
 
 
 class SquashTile(NamedTuple):
-    """Positions and channels of a tile, and the entries of an axis that one product sums over."""
+    """Sizes of a tile: its positions, its channels, and the entries of an axis that one product sums over."""
 
     positions: int
     channels: int
@@ -51,7 +51,7 @@ def aligned_tokens(
     rows_ptr, align_ptr, bias_ptr, row, M, t, channels: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """T of some rows and channels in fp32, rounded to the dtype of the rows."""
+    """Return T of some rows and channels in fp32, rounded to the dtype of the rows."""
     dtype = rows_ptr.dtype.element_ty
     aligned = tl.zeros([row.shape[0], t.shape[0]], tl.float32)
     for first in range(0, channels, CHUNK):
@@ -69,7 +69,7 @@ def _squash_kernel(
     M, channels: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """D and Q of a tile of positions."""
+    """Compute D and Q of a tile of positions."""
     dtype = rows_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     n = tl.arange(0, WIDTH)
@@ -95,7 +95,10 @@ def _squash_backward_kernel(
     channels: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dT of a tile of positions and channels, and its part of dα, dw, db and da: parts [tiles, 4, C]."""
+    """Compute dT of a tile of positions and channels, and the contribution of the tile to dα, dw, db and da.
+
+    Contributions are written to `parts` [tiles, 4, C].
+    """
     tile = tl.program_id(0).to(tl.int64)
     row = tile * BLOCK + tl.arange(0, BLOCK)
     t = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
@@ -123,7 +126,7 @@ def _squash_backward_kernel(
 
 
 class Squash:
-    """D and Q of a link from the rows of its map, and their gradients.
+    """Compute D and Q of a link from the rows of its map, and backpropagate through them.
 
     Args:
         rows: F (M, C_i).
@@ -155,7 +158,7 @@ class Squash:
         return squashed.to(self.dtype), queries.to(self.dtype)
 
     def backward(self, dqueries: Tensor) -> tuple[Tensor, Tensor]:
-        """Return dT (M, C), and in fp32 (4, C) the part of each channel in dα, and dw, db and da."""
+        """Return dT (M, C), and an fp32 tensor (4, C): the contribution of each channel to dα, then dw, db and da."""
         rows, C = self.given["rows_ptr"], len(self.shift)
         tile = backward_tile(rows.dtype)
         tiles = -(-len(rows) // tile.positions)

@@ -10,7 +10,7 @@ from .tile_steps import Grid, Tile, Workspace
 
 
 class NativeGrid(Grid):
-    """A grid with C++ code for softmax, pooling and tanh, one pass over a tile each."""
+    """A grid whose softmax, pooling and tanh run in C++, each in one pass over a tile."""
 
     def pool(self, logits: Tensor, tile: Tile, into: Tensor, space: Workspace) -> None:
         sizes = self.height, self.width, self.size, tile.start, tile.stop

@@ -1,4 +1,4 @@
-"""The steps of `tiled.py` for one tile of the fused neck, in plain PyTorch (docs/METHOD.md §1 and 3, article 3.2).
+"""The steps of one tile of the fused neck in plain PyTorch, for `tiled.py` (docs/METHOD.md §1 and 3, article 3.2).
 
 A tile is a range of M positions of one image. Tokens are (M, C); logits and probabilities are (H, M, r).
 """
@@ -77,7 +77,7 @@ class Grid:
         into.baddbmm_(rows.expand(H, P, height), across.view(H, height, P * r))
 
     def pool_backward(self, logits: Tensor, tile: Tile, grad: Tensor, space: Workspace) -> Tensor:
-        """Return the gradient of logits (H, M, r), which are overwritten, from that of the cell means (H, P, P·r)."""
+        """Return the gradient of logits (H, M, r), overwriting them; `grad` (H, P, P·r) is the cell means' gradient."""
         H, _, r = logits.shape
         rows, columns = self.rows[:, tile.rows], self.columns[:, tile.columns]
         (P, height), width = rows.shape, columns.shape[1]
@@ -95,7 +95,7 @@ class Grid:
         return adaptive_pool(image, self.size)
 
     def pool_map_backward(self, grad: Tensor, out: Tensor) -> None:
-        """Write to `out` (C, h, w) the gradient of a map from that of its cell means (P², C)."""
+        """Write the gradient of a map to `out` (C, h, w), from `grad`, the gradient of its cell means (P², C)."""
         cells = grad.mT.unflatten(-1, (self.size, self.size)).to(out.dtype).contiguous()
         torch.matmul(self.rows.mT @ cells, self.columns, out=out)
 
@@ -104,7 +104,7 @@ class Grid:
         return tokens.tanh_()
 
     def squash_backward_(self, grad: Tensor, tokens: Tensor) -> None:
-        """Replace the gradient of tokens = tanh(z) by that of z."""
+        """Replace `grad`, the gradient of tokens = tanh(z), by the gradient of z."""
         torch.ops.aten.tanh_backward.grad_input(grad, tokens, grad_input=grad)
 
 
@@ -144,7 +144,7 @@ def fold(align: Affine, query_weight: Tensor, dyt: DyT | None) -> Folded:
 
 
 def fold_backward(grads: Folded, align: Affine, query_weight: Tensor, dyt: DyT | None) -> list[Tensor]:
-    """Return the gradients of A, a, W_Q and, with DyT, of α, w and b from those of the folded weights."""
+    """Return the gradients of A, a, W_Q and, with DyT, α, w and b, from the gradients of the folded weights."""
     douter, dbias = grads.outer
     if dyt is None:
         dquery = douter @ align.weight.mT + dbias.outer(align.bias)
@@ -169,7 +169,7 @@ def queries_of(tokens: Tensor, outer: Affine, heads: int, space: Workspace) -> T
 
 
 def normalise_backward(grad: Tensor, x: Tensor) -> Tensor:
-    """Return the gradient of x from that of x·√d/(‖x‖ + 1e-6), by rows."""
+    """Return the gradient of x from `grad`, the gradient of x·√d/(‖x‖ + 1e-6), for each row."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     along = (x * grad).sum(-1, keepdim=True) / (norm * (norm + NORM_FLOOR))
     along = along.masked_fill(norm == 0, 0)  # the derivative of the norm at 0 is 0, as in torch
@@ -177,9 +177,9 @@ def normalise_backward(grad: Tensor, x: Tensor) -> Tensor:
 
 
 class Moments:
-    """Mean (H, d) and Σ‖y − mean‖² (H,) of Y = L X over the tiles of an image.
+    """Accumulate the mean (H, d) and Σ‖y − mean‖² (H,) of Y = L X over the tiles of an image.
 
-    X is centred, and each tile is merged with its own mean, which avoids cancellation when the mean is large.
+    X is centred, and squares are summed about the mean of each tile. This avoids cancellation when the mean is large.
     """
 
     def __init__(self, X: Tensor) -> None:

@@ -35,12 +35,12 @@ from .tile_steps import (
     queries_of,
 )
 
-POSITIONS = 512  # of a tile, approximately: the logits of 8 heads and 64 landmarks in fp32 are then 1 MiB
+POSITIONS = 512  # approximate number per tile: the logits of 8 heads and 64 landmarks in fp32 are then 1 MiB
 ALIGNMENT = 64  # bytes; the bits of a library's product can depend on the alignment of its operands
 
 
 class _Link:
-    """One link: its parameters, rounded to F's dtype and folded in the wide dtype, and the grid of its target."""
+    """One link and the grid of its target. Parameters are rounded to F's dtype and folded in the wide dtype."""
 
     def __init__(self, sides: QuerySides, number: int, space: Workspace) -> None:
         features, keys = sides.maps[sides.targets[number]], sides.keys[number]
@@ -110,7 +110,10 @@ class _Backward:
         self.outer = Affine(*map(torch.zeros_like, outer))
 
     def image(self, number: int, dpooled: Tensor, dmap: Tensor) -> Tensor:
-        """Add the gradients of one image from dP̄ (H, P, P·r), also to dF (C_i, h·w), and return dK̃ (H, r, d)."""
+        """Backpropagate dP̄ (H, P, P·r) of one image and return dK̃ (H, r, d).
+
+        The gradients of the folded weights are added to `self.inner` and `self.outer`, and dF (C_i, h·w) to `dmap`.
+        """
         link = self.link
         K = link.landmarks(number)
         dkeys = link.space("dkeys", *K.shape).zero_()
@@ -135,7 +138,10 @@ class _Backward:
         return dqueries
 
     def _tokens(self, F: Tensor, tokens: Tensor, dqueries: Tensor, dfeatures: Tensor) -> None:
-        """Add the gradients of the folded weights and dF (C_i, M) from dQ (M, C)."""
+        """Backpropagate dQ (M, C) of one tile.
+
+        Add the gradients of the folded weights to `self.inner` and `self.outer`, and dF (C_i, M) to `dfeatures`.
+        """
         inner, outer = self.link.folded
         _add(self.outer, dqueries, tokens)
         if inner is None or self.inner is None:
@@ -147,7 +153,7 @@ class _Backward:
         dfeatures.addmm_(inner.weight.mT, dtokens.mT)
 
     def parameters(self) -> list[Tensor]:
-        """Return the gradients of A, a, W_Q and, with DyT, α, w and b, in the shapes and dtypes of these."""
+        """Return the gradients of A, a, W_Q and, with DyT, α, w and b, each in the shape and dtype of its parameter."""
         link = self.link
         found = fold_backward(Folded(self.inner, self.outer), link.align, link.query_weight, link.dyt)
         return [
@@ -207,7 +213,7 @@ def pooled_links_backward(
 
 
 def _add(sums: Affine, grad: Tensor, inputs: Tensor) -> None:
-    """Add the gradients of an affine map's weight and bias from that of its output (M, C) and its inputs (M, c)."""
+    """Add the gradients of an affine map to `sums`, from the gradient of its output (M, C) and its inputs (M, c)."""
     sums.weight.addmm_(grad.mT, inputs)
     sums.bias.add_(grad.sum(0))
 

@@ -21,25 +21,25 @@ BLOCK = 1024
 
 @triton.jit
 def cell_start(i, length, cells):
-    """First row of cell i, or first column: the functions below also hold for both axes."""
+    """Return the first row of cell i. This and the following functions are used for columns too."""
     return i * length // cells
 
 
 @triton.jit
 def cell_stop(i, length, cells):
-    """One past the last row of cell i."""
+    """Return the last row of cell i plus 1."""
     return ((i + 1) * length + cells - 1) // cells
 
 
 @triton.jit
 def first_cell(y, length, cells):
-    """First cell that contains row y; other such cells follow it."""
+    """Return the first cell that contains row y."""
     return y * cells // length
 
 
 @triton.jit
 def last_cell(y, length, cells):
-    """Last cell that contains row y."""
+    """Return the last cell that contains row y."""
     return ((y + 1) * cells - 1) // length
 
 
@@ -53,7 +53,7 @@ def _pool_kernel(
     x_ptr, out_ptr, C, h, w, stride_b, stride_c, stride_h, stride_w, SIZE: tl.constexpr,
     CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """One row of cells of some channels of an image."""
+    """Compute one row of cells for some channels of an image."""
     b, i = tl.program_id(2).to(tl.int64), tl.program_id(1)
     channels, columns = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS), tl.arange(0, WIDTH)
     inside = (channels < C)[:, None] & (columns < w)[None, :]
@@ -76,7 +76,7 @@ def _pool_backward_kernel(
     dout_ptr, dx_ptr, elements, h, w, stride_b, stride_c, stride_h, stride_w, SIZE: tl.constexpr,
     MOST_ROWS: tl.constexpr, MOST_COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dx of some elements of an image."""
+    """Compute dx of some elements of an image."""
     b = tl.program_id(1).to(tl.int64)
     element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     c, y, x = element // (h * w), element // w % h, element % w
@@ -111,7 +111,7 @@ def adaptive_pool(x: Tensor, size: int) -> Tensor:
 def adaptive_pool_backward(
     grads: Sequence[Tensor], results: Sequence[Tensor], x: Tensor, size: int
 ) -> list[Tensor]:
-    """Return [dx]."""
+    """Return [dx] from the gradient of the result."""
     dout = readable(grads[0])
     B, C, h, w = x.shape
     dx = empty((B, C, h, w), x, dout.dtype)

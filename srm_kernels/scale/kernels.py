@@ -26,7 +26,7 @@ MOST_SHARES = 128
 
 @triton.jit
 def add_tile(count, mean, spread, y, inside):
-    """Merge count, mean [D] and M₂ with those of the rows `inside` of a tile y [BLOCK, D], which is 0 beyond d."""
+    """Add the rows `inside` of a tile y [BLOCK, D] to a count, mean [D] and M₂; y is 0 in columns beyond d."""
     tile_count = tl.sum(inside.to(tl.float32), 0)
     tile_mean = tl.sum(tl.where(inside[:, None], y, 0.0), 0) / tl.maximum(tile_count, 1.0)
     centred = tl.where(inside[:, None], y - tile_mean[None, :], 0.0)
@@ -42,7 +42,7 @@ def _moments_kernel(
     y_ptr, mean_ptr, spread_ptr, N, share, shares, heads, y_stride_b, y_stride_h, y_stride_n, y_stride_d,
     d: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Mean [d] and M₂ of one share of the tokens of a (b, h)."""
+    """Compute the mean [d] and M₂ of one share of the tokens of a (b, h)."""
     program = tl.program_id(0).to(tl.int64)
     head, part = program // shares, (program % shares).to(tl.int32)
     y_ptr += head // heads * y_stride_b + head % heads * y_stride_h
@@ -64,7 +64,7 @@ def _merge_kernel(
     part_mean_ptr, part_spread_ptr, mean_ptr, rms_ptr, N, share, shares, batch, heads, d: tl.constexpr,
     D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """μ_h [d] and σ_h of one head from the shares of all samples; one loop for the mean and one for σ_h."""
+    """Merge the shares of all samples into μ_h [d] and σ_h of one head: one loop for μ_h, another for σ_h."""
     h = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, D)
     total = batch.to(tl.float32) * N.to(tl.float32)
@@ -95,7 +95,7 @@ def _rms_backward_kernel(
     y_ptr, mean_ptr, rms_ptr, dmean_ptr, drms_ptr, dy_ptr, N, tiles, batch, heads, y_stride_b, y_stride_h,
     y_stride_n, y_stride_d, d: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dY of one tile: dμ/(B N) + dσ (y − μ)/(B N σ)."""
+    """Compute dY = dμ/(B N) + dσ (y − μ)/(B N σ) of one tile."""
     program = tl.program_id(0).to(tl.int64)
     head, tile = program // tiles, (program % tiles).to(tl.int32)
     h = head % heads
@@ -164,7 +164,7 @@ def rms_scale_backward(grads: Sequence[Tensor], results: Sequence[Tensor], y: Te
 
 @triton.jit
 def tanh(x):
-    """tanh in fp32, accurate to 2 ulp: an odd polynomial below 0.55, 1 − 2/(1 + e^{2|x|}) above."""
+    """Return tanh(x) in fp32, accurate to 2 ulp: an odd polynomial for |x| below 0.55, else 1 − 2/(1 + e^{2|x|})."""
     size = tl.abs(x)
     square = x * x
     small = 0.0164107 * square - 0.05265554
@@ -176,7 +176,7 @@ def tanh(x):
 
 @triton.jit
 def row_offsets(rows, inner, outer_stride, inner_stride):
-    """64-bit offsets of rows that are numbered over two axes."""
+    """Return 64-bit offsets of rows that are numbered over two axes."""
     return (rows // inner).to(tl.int64) * outer_stride + (rows % inner).to(tl.int64) * inner_stride
 
 
@@ -185,7 +185,7 @@ def _dyt_kernel(
     x_ptr, alpha_ptr, weight_ptr, bias_ptr, out_ptr, M, inner, x_outer, x_inner, x_column, C: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """w tanh(αx) + b of one tile."""
+    """Compute w tanh(αx) + b of one tile."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     mask = (rows < M)[:, None] & (columns < C)[None, :]
@@ -203,7 +203,10 @@ def _dyt_backward_kernel(
     x_ptr, alpha_ptr, weight_ptr, dout_ptr, dx_ptr, parts_ptr, M, inner, share, x_outer, x_inner, x_column,
     dout_outer, dout_inner, dout_column, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """dx of one share of the rows, and its part of dα, dw and db of every column: parts [shares, 3, C]."""
+    """Compute dx of one share of the rows, and the contribution of the share to dα, dw and db.
+
+    Contributions are written per column to `parts` [shares, 3, C].
+    """
     part = tl.program_id(0)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     alpha = tl.load(alpha_ptr).to(tl.float32)
@@ -241,7 +244,7 @@ def _dyt_sum_kernel(
     parts_ptr, dalpha_ptr, dweight_ptr, dbias_ptr, shares, C: tl.constexpr, SHARES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """dα, dw and db from the shares, in one program, because dα is a sum over all columns."""
+    """Add the contributions of all shares to dα, dw and db; one program, because dα is a sum over all columns."""
     dalpha = 0.0
     for first in range(0, C, COLUMNS):
         columns = first + tl.arange(0, COLUMNS)
@@ -297,7 +300,7 @@ def dyt_backward(
     weight: Tensor,
     bias: Tensor,
 ) -> list[Tensor]:
-    """Return [dx, dα, dw, db]."""
+    """Return [dx, dα, dw, db] from [dout]."""
     (dout,) = grads
     dtypes = x.dtype, alpha.dtype, weight.dtype, bias.dtype
     shape, rows, upstream = x.shape, as_rows(readable(x)), as_rows(readable(dout))
@@ -332,7 +335,7 @@ def _row_strides(**rows: Tensor) -> dict[str, int]:
 
 
 def divide(count: int, block: int, least: int, most: int = 32) -> tuple[int, int]:
-    """Divide items into at most `most` shares of whole blocks and at least `least` items; return (items, shares)."""
+    """Divide items into at most `most` shares of whole blocks, at least `least` items each; return (items, shares)."""
     share = max(least, -(-count // most))
     share = -(-share // block) * block
     return share, -(-count // share)

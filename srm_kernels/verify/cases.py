@@ -44,12 +44,12 @@ class Shape(NamedTuple):
 
     @property
     def channels(self) -> int:
-        """C = H·d."""
+        """Return C = H·d."""
         return self.heads * self.d
 
     @property
     def queries(self) -> int:
-        """N_q."""
+        """Return N_q, the number of positions of the target map."""
         return self.height * self.width
 
 
@@ -64,7 +64,7 @@ SHAPES = {
 QUICK = ("odd", "article")
 FAMILY = (*QUICK, "small", "large", "wide")
 WIDTH = 64  # channels of a backbone's map
-SCALE_OF_ATTENTION = 1e-3  # γ and the ridge
+SCALE_OF_ATTENTION = 1e-3  # γ and the ridge of attention
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Operator:
         backends: The backends to check against the reference.
         shares_size: Whether errors of gradients are relative to the largest result of the call.
         reference: (shape, inputs, backend) → the call that computes exact results from the choices of the backend; None
-            if a backend makes no choices.
+            if backends make no choices.
         ratio: (shape, inputs, results) → error divided by its bound, for results that are not floating point.
     """
 
@@ -107,7 +107,7 @@ class Operator:
 
     @property
     def label(self) -> str:
-        """The name of the operator and its variant in the rows of a verdict."""
+        """Return the name of the operator and its variant in the rows of a verdict."""
         return named(self.name, self.variant)
 
 
@@ -120,29 +120,29 @@ class Case(NamedTuple):
 
     @property
     def sizes(self) -> Shape:
-        """The sizes of the shape."""
+        """Return the sizes of the shape."""
         return SHAPES[self.shape]
 
     @property
     def call(self) -> Call:
-        """The call that is timed, and whose sizes are those of the case."""
+        """Return the call that is timed and whose sizes the case records."""
         return self.operator.call(self.sizes)
 
     @property
     def trained(self) -> Call:
-        """The call that is timed with its gradients."""
+        """Return the call that is timed with its gradients."""
         return (self.operator.trained or self.operator.call)(self.sizes)
 
     @property
     def calls(self) -> tuple[Call, ...]:
-        """All calls under the same verdict."""
+        """Return all calls that one verdict covers."""
         operator = self.operator
         trained = () if operator.trained is None else (self.trained,)
         return self.call, *trained, *operator.forms(self.sizes)
 
     @property
     def judged(self) -> Call:
-        """The call that is checked: all calls together, with all their results."""
+        """Return the call that is checked: it runs all calls and returns all their results."""
         return _together(self.calls)
 
     def inputs(self, device: torch.device | str = "cpu", seed: int = 0) -> list[Tensor]:
@@ -182,7 +182,7 @@ def _attend(s: Shape, **more: Any) -> Call:
 
 
 def _attend_otherwise(s: Shape, landmarks: Tensor | None = None) -> tuple[Call, ...]:
-    """Calls with given landmarks, the layout of a projection's output and no τ; and with the statistic."""
+    """Return two other calls: one with given landmarks, permuted strides and no τ, and one with the statistic."""
 
     def given(q: Tensor, k: Tensor, v: Tensor, tau: Tensor, *, backend: str | None) -> Any:
         q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
@@ -220,7 +220,7 @@ def _side(s: Shape, choose: Callable[[Tensor], Tensor | None]) -> Call:
 
 
 def _sides(s: Shape, index: Tensor | None = None) -> tuple[Call, Call]:
-    """Calls of the key side with given landmarks, and with `index`, or chosen landmarks if that is None."""
+    """Return two calls of the key side: one with given landmarks, one with `index` (None: chosen landmarks)."""
     return _side(s, lambda k: _first_keys(k, s.rank)), _side(s, lambda k: index)
 
 
@@ -232,8 +232,8 @@ def _first_keys(key: Tensor, rank: int) -> Tensor:
 def _landmark_ratio(method: str) -> Callable[[Shape, Sequence[Tensor], Sequence[Tensor]], float]:
     """Return the ratio of a choice of landmarks: infinity unless they are distinct and in range.
 
-    The bound for the number of landmarks that differ from the definition's is the larger of 1 in 16 and twice the
-    number by which the reference differs in the same dtype. Implementations can break ties differently, and after one
+    The number of landmarks that differ from the definition is at most the larger of two bounds: 1 in 16, and twice the
+    number in which the reference in the same dtype differs. Implementations can break ties differently, and after one
     different landmark the later ones can differ too.
     """
 
@@ -267,7 +267,7 @@ def _systems(s: Shape, draw: Callable[..., Tensor]) -> list[Tensor]:
 
 
 def _pyramid(s: Shape, draw: Callable[..., Tensor]) -> list[Tensor]:
-    """F, A, a, W_Q, K̃, X and, with DyT, α, w and b."""
+    """Draw F, A, a, W_Q, K̃, X and, with DyT, α, w and b."""
     C = s.channels
     made = [
         draw(s.batch, WIDTH, s.height, s.width), draw(C, WIDTH) / WIDTH**0.5, draw(C), draw(C, C) / C**0.5,
@@ -277,7 +277,7 @@ def _pyramid(s: Shape, draw: Callable[..., Tensor]) -> list[Tensor]:
 
 
 def _pool_links(s: Shape, *, statistics: bool = False) -> Call:
-    """A call with one link, with the statistic of its Y in training."""
+    """Return a call with one link; in training it also computes the statistic of Y."""
 
     def call(m: Tensor, *weights: Tensor, backend: str | None) -> Any:
         align, shift, query, keys, x, *dyt = weights
@@ -290,7 +290,7 @@ def _pool_links(s: Shape, *, statistics: bool = False) -> Call:
 
 
 def _pool_several_links(s: Shape) -> tuple[Call]:
-    """A call with two links of different r that read two maps, the larger one channels-last; with the statistic."""
+    """Return a call with the statistic and two links of different r, which read two maps, the larger channels-last."""
 
     def call(m: Tensor, *weights: Tensor, backend: str | None) -> Any:
         align, shift, query, keys, x, *dyt = weights
@@ -306,7 +306,7 @@ def _pool_several_links(s: Shape) -> tuple[Call]:
 
 
 def _merge(s: Shape, draw: Callable[..., Tensor]) -> list[Tensor]:
-    """P̄, pool(F), X, A, a, W_O, β and θ of one link."""
+    """Draw P̄, pool(F), X, A, a, W_O, β and θ of one link."""
     C, cells = s.channels, s.size**2
     return [
         draw(1, s.batch, s.heads, cells, s.rank).softmax(-1), draw(s.batch, cells, WIDTH),
@@ -327,7 +327,7 @@ def _merge_links(s: Shape) -> Call:
 
 
 def _merge_several_links(s: Shape) -> tuple[Call]:
-    """A call with two links of different r into two maps, without τ."""
+    """Return a call without τ, with two links of different r that update two maps."""
 
     def call(p: Tensor, maps: Tensor, x: Tensor, *weights: Tensor, backend: str | None) -> Any:
         align, shift, output, beta, _ = weights
@@ -343,7 +343,7 @@ def _merge_several_links(s: Shape) -> tuple[Call]:
 
 
 def _sources(s: Shape, draw: Callable[..., Tensor]) -> list[Tensor]:
-    """T, and W_K and W_V of two links; with DyT also a, α, w and b."""
+    """Draw T, W_K and W_V of two links; with DyT also a, α, w and b."""
     C = s.channels
     made = [draw(s.batch, s.keys, C), *(draw(C, C) / C**0.5 for _ in range(4))]
     return [*made, draw(C), draw(1) * 0.1 + 0.5, draw(C), draw(C)] if s.dyt else made
@@ -361,7 +361,7 @@ def _project(s: Shape) -> Call:
 
 
 def _project_alone(s: Shape) -> tuple[Call]:
-    """A call with one link and T = A F + a, without DyT."""
+    """Return a call with one link and T = A F + a, without DyT."""
 
     def call(t: Tensor, *weights: Tensor, backend: str | None) -> Any:
         return ops.project_sources(t, weights[:1], weights[2:3], shift=weights[0][0], backend=backend)
@@ -370,7 +370,7 @@ def _project_alone(s: Shape) -> tuple[Call]:
 
 
 def _stages(s: Shape, draw: Callable[..., Tensor]) -> list[Tensor]:
-    """Outputs of a convolution of the gate for two stages, their biases, and their readouts."""
+    """Draw, for two stages, the output of a convolution of the gate, its bias and its readout."""
     C, P = max(s.channels // 4, 1), s.size
     return [
         *(draw(s.batch, C, P, P) for _ in range(2)), *(draw(C) for _ in range(2)),

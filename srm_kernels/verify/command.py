@@ -1,4 +1,4 @@
-"""The command `python -m srm_kernels verify`: check all cases, time those that are right, save and print results."""
+"""The command `python -m srm_kernels verify`: check all cases, time the correct ones, save and print results."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from .measure import sizes_of
 from .workers import Worker, ask_all
 
 MOST_WORKERS = 4
-LONGEST = 300  # characters of a reason
+LONGEST = 300  # characters of a printed reason
 Asked = tuple[Case, str]  # a case and a backend
-SECONDS = {False: 0.15, True: 0.05}  # of timed calls in one direction of a case, without and with --quick
+SECONDS = {False: 0.15, True: 0.05}  # for the timed calls of a case in one direction; True: with --quick
 DESCRIPTION = """Check the kernels on a GPU and time them. `backend=None` then follows the results.
 
 A kernel is right if its errors satisfy the numerics rule, two runs give the same bits, a sample alone and in a batch
@@ -167,9 +167,10 @@ class Run:
         self.progress = table.Progress()
 
     def doubted(self, wanted: Sequence[Case]) -> list[Case]:
-        """Return cases of the same groups at other shapes with a stored fault that can disappear in another attempt.
+        """Return cases of the same groups, at other shapes, whose stored fault can disappear in another attempt.
 
-        They are measured too, because a fault at one shape decides for all shapes. `--again` repeats all faults.
+        These cases are measured too, because a fault at one shape rules out the implementation at all shapes. `--again`
+        repeats all cases with faults.
         """
         asked, groups = set(map(_label, wanted)), set(map(_group, wanted))
         faults = verdicts.faults(self.verdict.rows)
@@ -257,7 +258,7 @@ class Run:
             self.progress.show("")
 
     def _times(self, worker: Worker, case: Case, right: Sequence[str]) -> dict[str, Any]:
-        """Time implementations and those to compare with; if one fails, time each in its own process."""
+        """Time the implementations and the ones to compare with. If one fails, time each in its own process."""
         names = ["reference", *right, "eager", *(["compiled"] if self.options.compile else [])]
         about = {"seconds": self.seconds}
         answer = worker.ask(_request("fast", case, names) | about, self.options.limit)

@@ -22,7 +22,7 @@ FEWEST, MOST = 5, 60  # rounds of a measurement
 
 
 class CannotRunError(RuntimeError):
-    """Nothing can be measured here, for the reason given."""
+    """Nothing can be measured on this device; the message gives the reason."""
 
 
 class Device:
@@ -31,7 +31,7 @@ class Device:
     Attributes:
         key: The key of verdicts about the device.
         torch_device: The torch device of its tensors.
-        shapes: The shapes to measure; None for those of the command.
+        shapes: The shapes to measure; None means the default shapes of the command.
     """
 
     key: verdicts.Key
@@ -44,7 +44,7 @@ class Device:
         yield
 
     def probe(self) -> None:
-        """Launch a trivial kernel: if it fails, the cause is the environment and not a kernel of the package.
+        """Launch a trivial kernel. If it fails, the environment is the cause and not a kernel of this package.
 
         Errors of Triton and of the driver pass through.
 
@@ -65,7 +65,7 @@ class Device:
         raise NotImplementedError
 
     def release(self) -> None:
-        """Free cached memory that other processes could need."""
+        """Free cached memory, which other processes could need."""
 
     def reports(self) -> list[str]:
         """Return faults that the device detected since the last call."""
@@ -97,7 +97,7 @@ class CudaDevice(Device):
         torch.cuda.empty_cache()
 
     def times(self, steps: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
-        """Return medians of CUDA events, with every round in the same order."""
+        """Return medians of times between CUDA events. Every round has the same order."""
         for step in steps.values():
             for _ in range(WARMUP):
                 step()

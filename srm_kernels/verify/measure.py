@@ -21,21 +21,21 @@ from ..registration import plainly
 from .cases import Call, Case
 from .devices import Device
 
-SEED = 99  # of the losses
+SEED = 99  # seed of the random losses
 # The messages of drivers, libraries and Triton, which raise other errors than torch.
 OUT_OF_MEMORY = re.compile(r"out of memory|cannot allocate memory|_ALLOC_FAILED|bad_alloc", re.IGNORECASE)
 SAMPLE = 1  # index in the batch of the sample that is also computed alone
 
 
 class Alone(NamedTuple):
-    """One sample of a batch: the batch size, and the batch axis of every result."""
+    """What is needed to run one sample of a batch alone: the batch size, and the batch axis of every result."""
 
     batch: int
     axes: tuple[int | None, ...]
 
 
 class Found(NamedTuple):
-    """Results of a call, and gradients by the index of the input."""
+    """The results of a call, and its gradients by the index of the input."""
 
     outputs: list[Tensor]
     gradients: dict[int, Tensor]
@@ -58,7 +58,7 @@ def results(
 ) -> Found:
     """Return the results of a call and the gradients of a random loss.
 
-    With `alone` the inputs are one sample, and its loss is its part of the loss of the batch.
+    With `alone`, the inputs are one sample, and the loss is the sample's part of the loss of the batch.
     """
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     outputs = flat(call(*leaves))
@@ -74,7 +74,7 @@ def results(
 
 
 def _upstream(x: Tensor, generator: torch.Generator, axis: int | None, alone: Alone | None) -> Tensor:
-    """Return a random gradient of a result; for one sample, its part of the gradient of the batch."""
+    """Return a random gradient of a result; with `alone`, the sample's part of the gradient of the batch."""
     shape = list(x.shape)
     if alone is not None and axis is not None:
         shape[axis] = alone.batch
@@ -92,8 +92,8 @@ def ratios(
 ) -> dict[str, float]:
     """Return the error divided by its bound of every result and gradient, by the numerics rule.
 
-    `call` is the call of the reference. Errors of gradients of few numbers are measured over several losses; with
-    `redrawn`, which returns other inputs, errors of results of few numbers too.
+    `call` is the call of the reference. For a gradient of few numbers, the error is measured over several losses. If
+    `redrawn` is given, it returns other inputs, and the error of a result of few numbers is measured over them too.
     """
     wide = [x.double() for x in inputs]
     plain, exact = (results(call, x).named() for x in (inputs, wide))

@@ -27,7 +27,7 @@ def line(cells: Sequence[str]) -> str:
 
 
 def speedup(row: Row, direction: str) -> float | None:
-    """Return how many times faster the row's implementation is than the fastest other one."""
+    """Return the speedup of the row's implementation over the fastest other implementation."""
     times = row["milliseconds"].get(direction, {})
     others = [time for name, time in times.items() if name != row["backend"]]
     if row["backend"] not in times or not others:
@@ -51,7 +51,7 @@ def _label(operator: str, backend: str) -> str:
 
 
 def summary(rows: Iterable[Row]) -> list[str]:
-    """Return a table of operator × dtype: the result, and the geometric mean over shapes of the speedups."""
+    """Return a table with a row per operator and dtype: the result, and the geometric mean speedup over shapes."""
     cells: dict[tuple[str, str], dict[str, str]] = {}
     for (operator, dtype), found in grouped(rows).items():
         for backend in dict.fromkeys(row["backend"] for row in found):

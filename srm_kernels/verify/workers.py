@@ -1,4 +1,4 @@
-"""Child processes that run kernels: each request has a time limit, and a child that hangs or dies fails one request."""
+"""Child processes that run kernels. Each request has a time limit; if a child hangs or dies, one request fails."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from typing import IO, Any
 from .. import verdicts
 from .devices import CannotRunError
 
-START_SECONDS = 180.0  # to import torch and Triton and to open the device
+START_SECONDS = 180.0  # limit for importing torch and Triton and opening the device
 Answer = dict[str, Any]
 
 
 class Worker:
-    """One child process, started with the first request and again after it has ended."""
+    """A child process. It starts with the first request, and again if it has ended before a later request."""
 
     def __init__(self, device: str) -> None:
         self._device = device
@@ -63,7 +63,7 @@ class Worker:
             self.close()
 
     def _start(self) -> Answer | None:
-        """Start a child; return None if it is ready, else its failure."""
+        """Start a child; return None if the child is ready, else the failure."""
         paths = os.pathsep.join(path for path in sys.path if path)
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         self._pending = b""

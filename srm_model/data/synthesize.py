@@ -357,7 +357,11 @@ def _read_labels(out: Path) -> dict[str, float]:
 
 
 def _lay_out(out: Path, references: dict[int, Photograph], labels: dict[str, float]) -> None:
-    """Write the references, their origin and the journal; files that exist stay unchanged."""
+    """Write the reference images, `references.json` and the journal of labels.
+
+    Existing reference images are kept; the JSON file and the journal are rewritten. Leftovers of a killed process are
+    removed.
+    """
     make_folder(out / IMAGES)
     for leftover in out.glob("*/.*.partial.*"):  # of a process that was killed
         leftover.unlink()

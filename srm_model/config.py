@@ -1,4 +1,4 @@
-"""Constants of models, training and attacks, in one frozen object that checkpoints and reports carry."""
+"""Constants of models, training and attacks in one frozen object, which checkpoints and reports store."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ STORED = "stored"  # in place of a backend: the one that a checkpoint was traine
 class SRMConfig:
     """Constants of the neck, the training protocol and the attacks.
 
-    Comments give the symbol of `docs/METHOD.md` and the unit. `(c)` marks a value that this project chose, because the
-    article's value is not known. `SRMConfig.paper()` gives the article's own settings where they differ.
+    The comment at a field gives the symbol of `docs/METHOD.md` and the unit. `(c)` marks a value that this project
+    chose, because the article's value is not known. `SRMConfig.paper()` returns the article's own settings.
 
     Raises:
         TypeError: A value has the wrong type.
@@ -130,7 +130,7 @@ class SRMConfig:
         Without normalised keys, neither the condition number nor the output's size is bounded (docs/METHOD.md §2.1).
 
         Args:
-            changes: Fields with other values than these.
+            changes: Fields that get other values, by name.
         """
         return cls(**{"solver": "auto", "qk_norm": None, **changes})
 
@@ -139,7 +139,7 @@ class SRMConfig:
         """Create a config from the result of `to_dict`. Lists become tuples.
 
         Args:
-            values: Fields by name; those that are missing take their default.
+            values: Fields by name. A missing field gets its default.
 
         Raises:
             ValueError: A key is unknown, or a value is not accepted.
@@ -158,7 +158,7 @@ class SRMConfig:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def attack_settings(self) -> dict[str, Any]:
-        """Return the fields that change an attack on a trained model, without the budgets."""
+        """Return the fields that change an attack on a trained model, except the budgets."""
         return {
             key: value
             for key, value in self.to_dict().items()
@@ -189,12 +189,12 @@ class SRMConfig:
 
     @property
     def head_dim(self) -> int:
-        """d = C / H."""
+        """Dimension of a head, d = C / H."""
         return self.channels // self.heads
 
 
 def _plain(value: Any) -> Any:
-    """Convert lists to tuples, and NumPy scalars and other numbers to Python's int and float."""
+    """Convert lists to tuples; convert NumPy scalars and other numbers to Python's int and float."""
     numpy = sys.modules.get("numpy")  # not imported here, so that `srm-iqa --help` stays fast
     if numpy is not None and isinstance(value, numpy.generic):
         value = value.item()

@@ -217,7 +217,7 @@ def run_restarts(
 
 
 def trace_of(images: Tensor, problem: Problem, kept: Best, losses: Tensor, *, gradients: int) -> PGDTrace:
-    """Return the result of an attack that computed so many `gradients`; their shares are NaN if it computed none."""
+    """Return the trace of an attack that computed `gradients` gradients; with 0, the gradient shares are NaN."""
     problem.check_losses(losses)
     zero, nonfinite = (
         float(count) / gradients if gradients else math.nan

@@ -36,7 +36,7 @@ METHODS = ("pgd", "apgd", "square")
 
 
 class Dataset(Protocol):
-    """Items are pairs of an image (3, H, W), float in [0, 1], and its normalised MOS. `names` is optional."""
+    """A dataset of pairs: an image (3, H, W), float in [0, 1], and its normalised MOS. `names` is optional."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> tuple[Tensor, float]: ...

@@ -40,7 +40,7 @@ FULL_IMAGES, QUICK_IMAGES = 48, 16
 
 
 def run(args: argparse.Namespace) -> None:
-    """Synthesise, train, attack and report, without repeating what an earlier call finished."""
+    """Synthesise a dataset, train, attack and write the report. Steps that an earlier call finished are skipped."""
     with runs.writing(args.out):
         _run(args)
 

@@ -94,7 +94,7 @@ class ExternalModel(nn.Module):
         return scores * slope + offset
 
     def match(self, scores: npt.ArrayLike, labels: npt.ArrayLike) -> None:
-        """Set slope and offset so that scores have the mean and standard deviation of labels, in unchanged order.
+        """Set slope and offset so that scores have the mean and standard deviation of the labels, in the same order.
 
         Args:
             scores: Scores of this model, (n,).

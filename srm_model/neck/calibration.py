@@ -42,7 +42,7 @@ def scale_to_unit(conv: nn.Conv2d, m: Tensor, limit: float) -> None:
 
 
 def calibrate_link(link: Link, target: Tensor, source: Tensor) -> None:
-    """Per head, scale W_Q so that the logits have standard deviation 1, and W_V so that σ = σ_ref."""
+    """Per head, scale W_Q so that logits over the keys have standard deviation 1, and W_V so that σ = σ_ref."""
     c = link.config
     q, k, v = link.project(target, source)
     if c.qk_norm != "both":  # otherwise the logits do not depend on the scale of W_Q

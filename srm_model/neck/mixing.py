@@ -29,7 +29,7 @@ Affine = tuple[Tensor, Tensor]  # weight A (C, C_s) and bias a (C,) of an alignm
 
 
 class Step(nn.Module):
-    """A step of the pooled form as a module, so that hooks see it. Its input is a callable without arguments."""
+    """A step of the pooled form, as a module that hooks can observe. Its input is a callable without arguments."""
 
     def forward(self, call: Callable[[], Any]) -> Any:
         """Return the result of `call`."""

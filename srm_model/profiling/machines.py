@@ -42,7 +42,7 @@ def machine(device: torch.device | str) -> dict[str, Any]:
 def clocks(device: torch.device) -> dict[str, float | None]:
     """Return the current clock rates in MHz.
 
-    For a GPU: multiprocessors and memory, with the maximum of both. For a CPU: the mean over its cores.
+    For a GPU: multiprocessors and memory, with the maximum of each. For a CPU: the mean over its cores.
     """
     if device.type == "cuda":
         names = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem")

@@ -68,7 +68,7 @@ def cases(
 
 @dataclass
 class Sweep:
-    """Measure cases on one device in one run. Cases share the counts and the best ceilings that were measured so far."""
+    """Measure cases on one device in one run. Cases share the counts and the best ceilings measured so far."""
 
     device: torch.device
     config: SRMConfig = field(default_factory=SRMConfig)

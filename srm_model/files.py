@@ -34,7 +34,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        temporary.chmod(0o666 & ~_umask())  # mkstemp gives access to the owner only
+        temporary.chmod(0o666 & ~_umask())  # mkstemp gives access only to the owner
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -133,7 +133,7 @@ def _fit_logistic(q: FloatArray, y: FloatArray, *, error_of_line: float) -> tupl
     def jacobian(beta: FloatArray) -> FloatArray:
         b1, b2, b3, _, _ = beta
         half = 0.5 * np.tanh(0.5 * b2 * (q - b3))
-        slope = b1 * (0.25 - half**2)  # of the sigmoid in its argument β2(q − β3)
+        slope = b1 * (0.25 - half**2)  # slope of the sigmoid with respect to its argument β2(q − β3)
         return np.stack([half, slope * (q - b3), -slope * b2, q, np.ones_like(q)], axis=1)
 
     start = np.array([np.ptp(y), 1.0, 0.0, 0.0, y.mean()])

@@ -18,7 +18,7 @@ from .neck import NeckOutput, SRMNeck, make_neck
 from .necks import check_neck
 from .statistics import BatchStatistics
 
-RANGE_TOLERANCE = 1e-2  # allows a finite-difference step at the edge of [0, 1]
+RANGE_TOLERANCE = 1e-2  # permits small finite-difference steps out of [0, 1]
 VARIANCE_FLOOR = 1e-6
 DEEPEST_STRIDE = 32
 
@@ -75,7 +75,7 @@ class IQAModel(nn.Module):
         self.register_buffer("mean", torch.empty(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.empty(1, 3, 1, 1), persistent=False)
         self._fill_normalisation()
-        self.tensor_names = frozenset(self.state_dict())  # those of a checkpoint
+        self.tensor_names = frozenset(self.state_dict())  # the names of a checkpoint
 
     def _fill_normalisation(self) -> None:
         for buffer, values in ((self.mean, self.backbone.mean), (self.std, self.backbone.std)):
@@ -125,7 +125,7 @@ class IQAModel(nn.Module):
         """
         pyramid = self.pyramid(images)
         if images.requires_grad and isinstance(self.neck, SRMNeck):
-            self.neck.warn_uncalibrated()  # gradients of images mean an attack
+            self.neck.warn_uncalibrated()  # images that require gradients indicate an attack
         output = self.neck(pyramid, statistics=statistics)
         scores = self.head(output.fused)
         return (scores, output.losses) if return_losses else scores

@@ -36,17 +36,17 @@ from srm_model.modules import is_stochastic, unwrapped
 from srm_model.norms import norm_of
 
 # Tolerances of the checks, the same for every model. Tests verify them on sound and on masked models.
-FALL_ALLOWED = 0.05  # as a share of the loss's whole rise, over the steps
-EPS_FALL_ALLOWED = 0.01  # as a share of the largest rise, from one budget to the next
+FALL_ALLOWED = 0.05  # largest fall over the steps, as a share of the total rise
+EPS_FALL_ALLOWED = 0.01  # largest fall from one budget to the next, as a share of the largest reach
 RESTART_GAIN_ALLOWED = 0.25
 DERIVATIVE_ERROR_ALLOWED = 0.2
 SCORE_TOLERANCE = 1e-3  # as a share of the spread of clean scores; allows rounding, not randomness
 
 _EPS_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 _DIRECTIONS = 8
-_WIDTHS = (4, 32, 256)  # the budget divided by these is the width of a central difference
+_WIDTHS = (4, 32, 256)  # divisors of the budget that give the widths of central differences
 _REPLICATES = 2000
-_PASSES = 16  # over the same images, to detect randomness
+_PASSES = 16  # passes over the same images, to detect randomness
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Check:
     name: str
     title: str  # what a sound model satisfies
     passed: bool | None  # None if the check could not run
-    figure: str  # what was measured, in words, or why the check could not run
+    figure: str  # text that says what was measured, or why the check could not run
     meaning: str  # what a failure means
     data: dict[str, Any] = field(default_factory=dict)  # the measured values, as JSON values
 
@@ -65,7 +65,7 @@ class Check:
 class Audit:
     """Checks of one model at one norm and budget."""
 
-    model: str  # its class
+    model: str  # name of the model's class
     norm: str
     eps: float  # the given budget; "l2" budgets are stated at 512×512
     radius: float

@@ -60,7 +60,7 @@ def apgd_trace(
             start, best_direction = 0, direction
             size = torch.full_like(loss, 2 * eps)
             successes = torch.zeros_like(loss)
-            # True at the start, so that the first checkpoint depends on successes only.
+            # True at the start, so that the first checkpoint depends only on successful steps.
             halved = torch.ones_like(loss, dtype=torch.bool)
             best_then = loss
             for step in range(1, steps + 1):

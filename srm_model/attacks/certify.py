@@ -24,8 +24,8 @@ class Certificate:
     eps: float  # L2 radius on an image's 3×H×W tensor
     sigma: float  # standard deviation of the noise, per pixel value
     samples: int  # noisy copies of each image
-    confidence: float  # of each image's interval
-    median: list[float]  # of each image's samples
+    confidence: float  # confidence of each image's interval
+    median: list[float]  # median of each image's samples
     lower: list[float]  # lower bounds; -inf if the samples are too few
     upper: list[float]  # upper bounds; inf if the samples are too few
 

@@ -34,9 +34,9 @@ class PGDTrace(NamedTuple):
 
     images: Tensor  # best iterates, (B, 3, H, W)
     loss: Tensor  # their losses, (B,), or 0-d for an objective defined on the batch
-    losses: Tensor  # of all iterates, start first: (restarts, steps + 1, B) or (restarts, steps + 1)
+    losses: Tensor  # losses of all iterates, start first: (restarts, steps + 1, B) or (restarts, steps + 1)
     zero_gradients: float  # share of gradients (one per image, step and restart) that were zero
-    nonfinite_gradients: float  # share with a NaN or infinite element, which counts as zero
+    nonfinite_gradients: float  # share of gradients with a NaN or infinite element, which counts as zero
 
 
 def images_of(trace: Callable[_P, PGDTrace]) -> Callable[_P, Tensor]:

@@ -123,8 +123,8 @@ class Problem:
     objective: Objective
     norm: Norm
     eps: float  # radius of the ball
-    eot: int  # passes over which losses and gradients are averaged
-    generator: torch.Generator  # of the random starts
+    eot: int  # number of passes over which losses and gradients are averaged
+    generator: torch.Generator  # generator of the random starts
 
     def __post_init__(self) -> None:
         self.zero_gradients: int | Tensor = 0

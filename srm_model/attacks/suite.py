@@ -74,9 +74,9 @@ class SuiteResult:
     norm: str
     eps: float  # the given budget; "l2" budgets are stated at 512×512
     radius: float  # radius for each image: eps, scaled by √(HW)/512 for "l2"
-    steps: int  # of PGD and APGD
-    step_size: float  # of PGD
-    restarts: int  # of PGD and APGD
+    steps: int  # steps of PGD and APGD
+    step_size: float  # step size of PGD
+    restarts: int  # restarts of PGD and APGD
     eot: int  # passes that are averaged per step and per score; more than 1 for stochastic models
     batch_size: int  # images that are attacked together
     seed: int
@@ -84,9 +84,9 @@ class SuiteResult:
     mos: list[float]  # normalised
     logistic: dict[str, Any] | None  # the logistic map before PLCC; None for plain Pearson correlation
     clean: dict[str, Any]  # entries srocc, plcc and scores of the clean images
-    # By attack: the same, crafted_on, method, and the means loss, zero_gradients and nonfinite_gradients.
+    # By attack: srocc, plcc, scores, crafted_on, method, and the means loss, zero_gradients, nonfinite_gradients.
     attacks: dict[str, dict[str, Any]]
-    # Minima srocc and plcc over the attacks, the attacks that they come from, the drops from clean, and `doubts`, a
+    # The lowest srocc and plcc of all attacks, the attacks that gave them, the drops from clean, and `doubts`, a
     # warning for each attack whose gradients were zero or not finite.
     worst: dict[str, Any]
     incomplete: list[str]  # attacks of the suite that did not run because they need a surrogate

@@ -22,7 +22,7 @@ NECKS = ("srm", "none")
 EPS = 1 / 255
 TITLE = "Demo: two necks trained and attacked on distorted photographs"
 
-# A few photographs in a few minutes: larger and fewer training steps than the protocol's.
+# For a few photographs and minutes: fewer training steps than the protocol, with larger learning rates.
 FULL: dict[str, Any] = {
     "image_size": 160,
     "batch_size": 16,

@@ -36,7 +36,7 @@ class Output:
         if self._fault is None:
             return None
         with suppress(OSError, AttributeError):  # the stream may have no file descriptor
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())  # else the flush at exit would fail
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())  # otherwise the flush at exit would fail
         return self._fault.strerror or str(self._fault)
 
     def __getattr__(self, name: str) -> Any:

@@ -69,7 +69,7 @@ class ImageCache:
                 if fcntl is not None:
                     fcntl.flock(lock, fcntl.LOCK_EX)
                 lock.seek(0)
-                # The file is empty at first, and after a process was killed between truncating and writing it.
+                # The file is empty at first, and also if a process was killed after truncating and before writing it.
                 used = int(lock.read() or sum(path.stat().st_size for path in self.folder.glob("*.npy")))
                 size = pixels.nbytes + 128  # numpy's header
                 self._full = used + size > self.limit

@@ -21,7 +21,7 @@ from tqdm import tqdm
 Pixels = npt.NDArray[np.uint8]
 
 VERIFY = ("full", "fast")
-_REMEMBERED_FROM = 1000  # files; a smaller dataset is checked every time, in about a second
+_REMEMBERED_FROM = 1000  # number of files; smaller datasets are checked every time, in about a second
 _TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -251,7 +251,7 @@ def find_faults(paths: Sequence[Path], *, verify: str, progress: bool = True) ->
     finally:
         pool.shutdown(cancel_futures=True)  # so that Ctrl-C does not wait for the remaining files
     if seal is not None and not faults:
-        with suppress(OSError):  # without a writable folder, the next run checks again
+        with suppress(OSError):  # without a writable folder, the next run checks the files again
             seal.parent.mkdir(parents=True, exist_ok=True)
             seal.touch()
     return faults

@@ -12,7 +12,7 @@ import torch
 from srm_model.data.images import Pixels
 from srm_model.modules import make_torchvision_importable
 
-LABEL_RANGE = (0.0, 9.0)  # TID2013's
+LABEL_RANGE = (0.0, 9.0)  # the range of TID2013
 
 
 class Scale(NamedTuple):

@@ -363,7 +363,7 @@ def _lay_out(out: Path, references: dict[int, Photograph], labels: dict[str, flo
     removed.
     """
     make_folder(out / IMAGES)
-    for leftover in out.glob("*/.*.partial.*"):  # of a process that was killed
+    for leftover in out.glob("*/.*.partial.*"):  # a file of a process that was killed
         leftover.unlink()
     origin = []
     for number, photo in references.items():

@@ -45,9 +45,7 @@ LINE = re.compile(
 class Labels(NamedTuple):
     """Kind and range of the labels in a list."""
 
-    kind: (
-        str  # "mos": opinions of these images; "opinions:<dataset>": of similar images there; "metric:<name>"
-    )
+    kind: str  # "mos": opinions of these images; "opinions:<dataset>": of that dataset's images; "metric:<name>"
     range: tuple[float, float]
 
 

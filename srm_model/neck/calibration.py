@@ -47,7 +47,7 @@ def calibrate_link(link: Link, target: Tensor, source: Tensor) -> None:
     q, k, v = link.project(target, source)
     if c.qk_norm != "both":  # otherwise the logits do not depend on the scale of W_Q
         Q, K = normalised_query(q, c.qk_norm), link.attended(k)
-        # In pieces, because the memory of all logits would be quadratic in the resolution.
+        # Compute the logits in pieces, because the memory of all logits is quadratic in the number of pixels.
         some = max(1, MOST_LOGITS // (Q.shape[0] * Q.shape[1] * K.shape[2]))
         spreads = [logits(piece, K).std(-1, correction=0) for piece in Q.split(some, 2)]
         _scale_heads(link, link.query.weight, torch.cat(spreads, 2).mean((0, 2)).reciprocal())

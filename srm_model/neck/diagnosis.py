@@ -24,7 +24,7 @@ SHARES = {"median": 0.5, "p90": 0.9}
 class Measured(NamedTuple):
     """Measurements of one batch."""
 
-    links: dict[str, dict[str, Tensor]]  # values by link and name: (B, H), and (H,) for those of τ and σ̄
+    links: dict[str, dict[str, Tensor]]  # values by link and name: (B, H), or (H,) for values of τ and σ̄
     update_ratio: dict[int, float]  # ‖β U‖ / ‖F‖ of the pooled maps, by target stage
     output: NeckOutput
 
@@ -56,7 +56,7 @@ def measure(neck: SRMNeck, pyramid: Sequence[Tensor]) -> Measured:
 def _figures(link: Link, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
     scores = logits(normalised_query(q, link.config.qk_norm), link.attended(k))
     entropy = torch.special.entr(scores.softmax(-1)).sum(-1).mean(-1)
-    # An average of weights that started before σ̄ holds only the share `sigma_started` of σ̄.
+    # If an average of weights started before σ̄, it contains only the share `sigma_started` of σ̄.
     started = link.sigma_started.clamp(min=torch.finfo(link.sigma.dtype).tiny)
     sigma = link.sigma / started / link.reference_scale
     figures = {

@@ -25,7 +25,7 @@ from .plain import NeckOutput
 
 ATTENTIONS = ("nystrom", "full")
 TAU_FLOOR = 1e-6
-# M₀ before its first batch: a cap that no map reaches. It is finite, so that an average of weights may start with it.
+# M₀ before the first batch: a cap that no map reaches. It is finite, so that averages of weights can include it.
 # M₀ counts as started below half of this value.
 UNSTARTED = 1024.0
 
@@ -64,7 +64,7 @@ class SRMNeck(Mixer):
     """
 
     median_rms: Tensor  # M₀
-    _prepared = False  # whether it was calibrated or has loaded calibrated weights
+    _prepared = False  # whether the neck was calibrated or has loaded calibrated weights
 
     def __init__(self, in_channels: Sequence[int], config: SRMConfig, *, attention: str = "nystrom") -> None:
         if len(in_channels) != len(STAGES):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-# Measurements share a table only if all of these are equal.
+# Measurements are put in one table only if all these values are equal.
 IDENTITY = ("device", "driver", "capability", "threads", "torch", "cuda", "triton", "commit")
 
 
@@ -116,7 +116,7 @@ def _version(package: str) -> str | None:
 def _commit() -> str | None:
     root = Path(__file__).resolve().parent.parent.parent
     top = _output(["git", "rev-parse", "--show-toplevel"], root)
-    if top is None or Path(top).resolve() != root:  # not a checkout, or that of another project
+    if top is None or Path(top).resolve() != root:  # not a checkout, or a checkout of another project
         return None
     return _output(["git", "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"], root)
 

@@ -19,7 +19,7 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 class Peak(NamedTuple):
     """Memory of a call in bytes. A value is None if this device or system cannot measure it."""
 
-    held: int  # parameters, inputs and optimiser state before the call
+    held: int  # bytes of parameters, inputs and optimiser state before the call
     above: int  # `allocated` minus `held`
     allocated: int  # peak of torch's allocator
     reserved: int | None  # peak of the memory that torch's allocator reserves

@@ -33,11 +33,11 @@ class Case:
     part: str  # "neck" or "model"
     backbone: str  # name of a timm model
     neck: str  # "srm", "quadratic" or "none"
-    backend: str | None  # None takes the fastest
+    backend: str | None  # None selects the fastest backend
     resolution: int  # side of the square images, in pixels
     batch: int  # images per call
     dtype: str  # "fp32", or the dtype of autocast, "bf16" or "fp16"
-    # "forward" without gradients, "backward" for both passes, or "step", which adds gradient clipping and AdamW.
+    # "forward" (no gradients), "backward" (both passes), or "step" (both passes, gradient clipping and AdamW).
     direction: str
 
     @property
@@ -141,7 +141,7 @@ class Subject:
             return self.module(*self.inputs)
 
     def _train(self) -> None:
-        # Gradients are removed at the end, so that the peak of every call includes them and no call starts with them.
+        # Gradients are removed at the end, so that every call allocates them and its peak memory includes them.
         with self._autocast():
             if isinstance(self.module, IQAModel):
                 scores, losses = self.module(*self.inputs, return_losses=True)

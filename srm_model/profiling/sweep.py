@@ -73,7 +73,7 @@ class Sweep:
     device: torch.device
     config: SRMConfig = field(default_factory=SRMConfig)
     effort: Effort | None = None  # default: `Effort.for_device`
-    small: bool = False  # whether to measure ceilings by small buffers
+    small: bool = False  # whether to measure ceilings with small buffers
 
     def __post_init__(self) -> None:
         self.effort = self.effort or Effort.for_device(self.device)

@@ -14,7 +14,7 @@ import torch
 WARMUP = {"cuda": 50, "cpu": 2}  # 50 on a GPU as in the article, section 3.8.5
 REPEATS = {"cuda": 100, "cpu": 10}
 FEWEST = 3
-WARMUP_SECONDS = 2  # the warm-up takes at most this times the seconds of an effort
+WARMUP_SECONDS = 2  # upper limit of the warm-up time, as a multiple of `Effort.seconds`
 Now = Callable[[], float]
 
 
@@ -22,8 +22,8 @@ Now = Callable[[], float]
 class Effort:
     """The number of repetitions of a call."""
 
-    warmup: int  # calls that are not measured
-    repeats: int  # most calls that are measured
+    warmup: int  # number of calls that are not measured
+    repeats: int  # largest number of measured calls
     seconds: float = 10.0  # approximate time limit of the measured calls
 
     @classmethod
@@ -50,8 +50,8 @@ class Times:
     p80: float
     least: float
     most: float
-    count: int  # of measured calls
-    # Median CPU time over all threads, on a CPU. Unlike wall-clock time, other processes barely affect it.
+    count: int  # number of measured calls
+    # Median CPU time over all threads, on a CPU. Other processes affect CPU time much less than wall-clock time.
     processor: float | None = None
 
     @classmethod
@@ -114,7 +114,7 @@ def measure_together(
         for call in calls.values():
             call()
         _wait(device)
-        spent = now() - begin  # of the last round, because the first ones include compilation
+        spent = now() - begin  # time of the last round, because the first rounds include compilation
         if now() - begun > WARMUP_SECONDS * effort.seconds:
             break
     affordable = int(effort.seconds / spent) if spent > 0 else effort.repeats

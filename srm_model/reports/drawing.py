@@ -64,7 +64,7 @@ def inline(figure: Figure, alt: str, style: dict[Any, Any], variables: dict[str,
     text = svg(figure, style)
     body = text[text.index(">", text.index("<svg")) + 1 : text.rindex("</svg>")]
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
-    body = re.sub(r' id="[A-Za-z]\w*_\d+"', "", body)  # ids would repeat among the figures of a page
+    body = re.sub(r' id="[A-Za-z]\w*_\d+"', "", body)  # several figures of a page would have the same ids
     body = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", body)
     body = re.sub(r"\s*\n\s*", " ", body)
     for colour, variable in variables.items():

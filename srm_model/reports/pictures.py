@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-SIDE = 288  # pixels; larger pictures are shown reduced
+SIDE = 288  # pixels; larger pictures are reduced to this size
 
 
 def data_uri(path: Path) -> str:

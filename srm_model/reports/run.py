@@ -78,8 +78,8 @@ class Attacked:
     attacks: dict[str, Scores]
     zero_gradients: dict[str, float]  # share of zero gradients by attack, if it was recorded
     doubts: tuple[str, ...]  # `metrics.doubts` of the attacks
-    worst: Correlations  # each the lowest over all attacks
-    worst_attack: str  # by SROCC
+    worst: Correlations  # lowest SROCC and lowest PLCC over all attacks
+    worst_attack: str  # the attack with the lowest SROCC
     incomplete: tuple[str, ...]  # attacks that were not run without a surrogate
     examples: tuple[Example, ...]
     kernels: str | None = None  # which backends ran, and by which verdict

@@ -20,7 +20,7 @@ from srm_model.norms import NORMS
 from srm_model.suites import SUITES
 
 FULL = "full"  # the variant without overrides
-# One-out ablations of table 11 by name; a function if the override depends on the config.
+# Ablations of table 11 by name, each with one change; a function if the override depends on the config.
 ABLATIONS: dict[str, Any] = {
     **{
         f"{method.title} landmarks": {"landmarks": name}
@@ -102,7 +102,7 @@ class Study:
     """The checked contents of a study file."""
 
     title: str
-    data: dict[str, str]  # folder by name
+    data: dict[str, str]  # folders of datasets by name
     backbones: tuple[str, ...]
     necks: tuple[str, ...]
     seeds: tuple[int, ...]
@@ -110,13 +110,13 @@ class Study:
     pretrained: bool = False
     freeze_backbone: bool = False
     budgets: tuple[tuple[str, float], ...] = ()  # norm and ε
-    images: int | None = None  # attacked per model; None: all
+    images: int | None = None  # number of attacked images per model; None: all
     suite: str = "paper"
     ablations: dict[str, dict[str, Any]] = field(default_factory=dict)  # overrides by variant
     ablation_seeds: dict[str, tuple[int, ...]] = field(default_factory=dict)  # by variant
     ablation_budgets: dict[str, tuple[tuple[str, float], ...]] = field(default_factory=dict)  # by variant
     swaps: dict[str, dict[str, Any]] = field(default_factory=dict)  # changes of trained models by name
-    audit: int = 0  # images of each audit; 0: no audits
+    audit: int = 0  # number of images of each audit; 0: no audits
     audit_seeds: tuple[int, ...] = ()
     audit_swaps: tuple[str, ...] = ()  # names of `swaps` that are audited too
     audit_ablations: tuple[str, ...] = ()  # variants that are audited too

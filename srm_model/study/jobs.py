@@ -11,7 +11,7 @@ from srm_model.study import measuring
 from srm_model.study.context import Context
 from srm_model.study.file import FULL, Model, Stronger, slug
 
-CLEAN = "clean"  # the kind of a training's line; all other jobs of the model need the training
+CLEAN = "clean"  # kind of the line of a training; all other jobs of a model need this training
 
 
 class Job(NamedTuple):

@@ -104,7 +104,7 @@ def reading(loader: DataLoader[Any]) -> Iterator[Iterator[Any]]:
     finally:
         if loader.num_workers > 0:
             if items is not None:
-                with suppress(AttributeError):  # an iterator that failed early lacks attributes
+                with suppress(AttributeError):  # an iterator that failed early may not have these attributes
                     items._shutdown_workers()
             for worker in set(multiprocessing.active_children()) - workers:
                 with suppress(RuntimeError):  # torch raises it if a worker has died

@@ -55,7 +55,7 @@ from srm_model.training.seeding import deterministic, seeded
 from srm_model.training.state import Stored, load_tensors, read_state, save_state
 
 HISTORY = "history.jsonl"
-SKIPS = 3  # consecutive losses that are not finite, at which a training with a loss scaler ends
+SKIPS = 3  # with a loss scaler, training ends after this many consecutive losses that are not finite
 STEPPED, SKIPPED, FAILED = "stepped", "skipped", "failed"  # outcomes of a step
 
 
@@ -182,7 +182,7 @@ class _Run:
         self._batches(0)  # raises before anything is written
         if self.rank == 0:
             make_folder(self.folder)
-            for leftover in self.folder.glob(".*.partial*"):  # of an interrupted save
+            for leftover in self.folder.glob(".*.partial*"):  # files of an interrupted save
                 leftover.unlink(missing_ok=True)
         self.model.to(device=self.device, memory_format=torch.channels_last)
         self.optimizer = torch.optim.AdamW(
@@ -483,7 +483,10 @@ class _Run:
 
     @torch.no_grad()
     def _survey(self, parts: list[tuple[Tensor, Tensor]]) -> BatchStatistics | None:
-        """Compute a batch's statistics in a first pass without gradients, which draws the same numbers as the second."""
+        """Compute a batch's statistics in a first pass without gradients.
+
+        The first pass draws the same random numbers as the second pass.
+        """
         if not isinstance(self.model.neck, SRMNeck):
             return None
         statistics = BatchStatistics()
@@ -519,7 +522,7 @@ class _Run:
             return STEPPED
         if not self.scaler.is_enabled():
             return FAILED
-        # An overflow of gradients at a scale above 1 is no divergence; the scaler skips the step and lowers its scale.
+        # Gradients that overflow at a scale above 1 are no divergence. The scaler skips the step and lowers the scale.
         outcome = FAILED if not loss_finite or self.scaler.get_scale() <= 1 else SKIPPED
         self.scaler.update()
         return outcome

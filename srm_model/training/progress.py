@@ -20,14 +20,16 @@ class Progress:
         self.epoch, self.steps, self.device = epoch, steps, device
         self.step = 0  # finished optimiser steps
         self.seen = 0  # images
-        self.counted = 0  # images whose losses are in `sums`, without those of failed steps
+        self.counted = 0  # images whose losses are in `sums`; images of failed steps are not counted
         self.seconds = 0.0
-        self.waited = 0.0  # seconds of waiting for data
+        self.waited = 0.0  # seconds spent waiting for data
         self.skipped = 0  # steps that the loss scaler skipped
         self.failures = 0  # consecutive losses that were not finite
         self.whole = True  # false within a step
         self.sums: dict[str, Tensor] = {}  # losses times images
-        self._capped = torch.zeros(2, device=device)  # this rank's images with an active gain cap, and all
+        self._capped = torch.zeros(
+            2, device=device
+        )  # this rank's numbers of images: with an active gain cap, and all
 
     @property
     def done(self) -> bool:
@@ -55,7 +57,7 @@ class Progress:
             self._capped = self._capped + torch.stack([acted, torch.full_like(acted, len(gain))])
 
     def row(self) -> dict[str, Any]:
-        """Return mean losses, the share of capped images, the throughput and the share of time spent waiting for data."""
+        """Return mean losses, the share of capped images, the throughput and the share of time spent on loading."""
         capped, images = ranks.total(self._capped).tolist()
         return {
             **{name: float(value) / self.counted for name, value in self.sums.items()},

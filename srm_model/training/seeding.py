@@ -21,7 +21,7 @@ def seeded(*entropy: int, rank: int = 0) -> Iterator[None]:
     """
     seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 — the global state is restored
-    # Only the GPU in use, because reading the state of another one would initialise it.
+    # Only the current GPU, because reading the state of another GPU would initialise that GPU.
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices):
         random.seed(seed)

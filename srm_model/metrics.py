@@ -26,7 +26,7 @@ def srocc(scores: Values, mos: Values) -> float:
         mos: Mean opinion scores, (N,).
 
     Returns:
-        The correlation; NaN if one side is constant or a score is not finite.
+        The correlation. It is NaN if the scores or the MOS are constant, or if a score is not finite.
 
     Raises:
         TypeError: An argument does not hold real numbers.

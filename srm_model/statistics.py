@@ -13,7 +13,7 @@ from . import ranks
 class BatchStatistics:
     """Statistics of one batch, which combine its micro-batches on all ranks.
 
-    The forward pass of each micro-batch adds the statistics of this micro-batch. `finish` combines them to the
+    The forward pass of each micro-batch adds the statistics of this micro-batch. `finish` combines them into the
     statistics of the whole batch. Every rank must add the same number of micro-batches before it calls `finish`.
 
     Attributes:

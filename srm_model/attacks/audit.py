@@ -120,7 +120,7 @@ def audit(
       images and directions) at one of the widths ε/4, ε/32 and ε/256. For a stochastic model, both use the same random
       draw.
     - transfer and black_box: The reach of a transfer attack, or of an attack that uses only scores, is not larger than
-      that of the best white-box attack (PGD or APGD). The lower end of the 95 % bootstrap interval of the mean
+      the reach of the best white-box attack (PGD or APGD). The lower end of the 95 % bootstrap interval of the mean
       difference over the images must not be above 0.
     - unbounded: PGD on pair inversion inverts the ranking (SROCC below 0) if the radius allows any image. The check
       does not run if the clean ranking is already inverted.

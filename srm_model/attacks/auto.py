@@ -41,8 +41,8 @@ def apgd_trace(
     first checkpoint comes after 22 % of the steps. Each window between two checkpoints is 3 % of the steps shorter than
     the previous window, and at least 6 % of the steps long. At a checkpoint, η is halved and x returns to the best
     point, without momentum, in two cases: fewer than 75 % of the window's steps raised the loss, or neither η nor the
-    best loss has changed since the last checkpoint. Each image has its own η and best point. An objective that is
-    defined on the batch has one of both per batch.
+    best loss has changed since the last checkpoint. Each image has its own η and best point. For an objective that is
+    defined on the batch, both are kept per batch.
 
     Arguments, result and errors are those of `pgd`, without `step_size`.
     """

@@ -18,7 +18,7 @@ _MAX_MAGNIFICATION = 1000
 def save_examples(result: SuiteResult, folder: str | Path) -> list[dict[str, Any]]:
     """Write the examples of a result as PNG files and `examples.json`.
 
-    The scores are those of the float images. The files are rounded to 8 bits.
+    The scores were computed on the float images. The pixels in the files are rounded to 8 bits.
 
     Args:
         result: Result of `Suite.run` with `keep` above 0.

@@ -129,9 +129,9 @@ def pgd_trace(
         step_size: Size of a step along the sign ("linf") or the normalised gradient ("l2"). Default: 2.5·eps/steps
             ("linf") or 4·eps/steps ("l2").
         restarts: Number of restarts, each from a point drawn uniformly from the ball.
-        restart_batch: Number of restarts that run at once as one batch. The starts do not depend on it, and the result
-            only by rounding if a score does not depend on the other images of its batch. None runs all restarts at
-            once, or fewer if a GPU runs out of memory.
+        restart_batch: Number of restarts that run at once as one batch. The starts are the same for every value. If a
+            score does not depend on the other images of its batch, the results differ only by rounding. None runs all
+            restarts at once, or fewer if a GPU runs out of memory.
         eot: Number of forward passes per step, whose gradients and losses are averaged. Use more than 1 for stochastic
             models.
         generator: Generator of the starts and of the model's randomness. Default: seed 0.

@@ -1,4 +1,4 @@
-"""Run any model on images in [0, 1] without changing its state or that of the process."""
+"""Run any model on images in [0, 1] without changing the state of the model or of the process."""
 
 from __future__ import annotations
 

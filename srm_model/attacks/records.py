@@ -61,7 +61,7 @@ class Records:
             save_file(tensors, path, {"record": json.dumps(record)})
 
     def share(self, attacks: Iterable[str]) -> list[int]:
-        """Return this rank's share of the batches that lack one of these attacks."""
+        """Return this rank's share of the batches for which results of these attacks are missing."""
         rank, world = ranks.place()
         wanted = set(attacks)
         unfinished = [number for number, batch in enumerate(self.batches) if wanted - batch.attacks.keys()]

@@ -170,7 +170,7 @@ class Suite:
 
         Args:
             model: Any module that `pgd` accepts.
-            dataset: Pairs of image and normalised MOS, by index. All images have one size.
+            dataset: Dataset of pairs (image, normalised MOS), which are read by index. All images have the same size.
             norm: "linf" or "l2".
             eps: Budget. An "l2" budget is stated for 512×512 pixels and scaled by √(HW)/512.
             surrogate: Model on which transfer attacks are crafted. Without a surrogate, transfer attacks are skipped
@@ -188,8 +188,8 @@ class Suite:
 
         Raises:
             TypeError: An argument has the wrong type.
-            ValueError: An argument is out of range, a clean score is not finite, the images differ in size, or
-                `resume` holds results of other settings, weights or images.
+            ValueError: An argument is out of range, a clean score is not finite, the images differ in size, or `resume`
+                has results for other settings, weights or images.
         """
         if logistic is not None and not isinstance(logistic, LogisticMap):
             raise TypeError(f"logistic is a {type(logistic).__name__}; expected a LogisticMap or None")

@@ -79,7 +79,7 @@ def config_from(args: argparse.Namespace, base: SRMConfig | None = None) -> SRMC
         base: Config to change. Default: `SRMConfig()`.
 
     Raises:
-        ValueError: `--set` has no "=", the file of `--config` holds no fields, or `SRMConfig` rejects a value.
+        ValueError: `--set` has no "=", the file of `--config` has no fields, or `SRMConfig` rejects a value.
     """
     changes: dict[str, Any] = {}
     if args.config is not None:

@@ -97,8 +97,8 @@ def from_folder(folder: Path, frame: Frame) -> list[Photograph]:
     Files with other suffixes than `SUFFIXES`, hidden files and subfolders are ignored.
 
     Raises:
-        ValueError: Photographs cannot be read or are too small. The message names the first faulty photograph and the
-            number of faulty ones.
+        ValueError: Photographs cannot be read or are too small. The message names the first faulty photograph and says
+            how many are faulty.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder of photographs")

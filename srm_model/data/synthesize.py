@@ -90,8 +90,8 @@ def synthesize(
         `out`, which `TID2013(out, split)` opens.
 
     Raises:
-        ValueError: An argument or a photograph is not accepted; `out` holds a dataset with other settings, or an
-            unfinished one of other library versions; a given label differs from the metric's by more than
+        ValueError: An argument or a photograph is not accepted; `out` contains a dataset with other settings, or an
+            unfinished dataset of other library versions; or a given label differs from the computed label by more than
             `LABEL_TOLERANCE`.
     """
     out = Path(out)
@@ -308,7 +308,7 @@ def _claim(out: Path, settings: dict[str, Any], metric: str | None) -> str:
         The differences of library versions as text, or an empty text if there are none.
 
     Raises:
-        ValueError: The folder holds other files, or a dataset with other settings.
+        ValueError: The folder contains other files, or a dataset with other settings.
     """
     versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
     if not (out / LABELS).exists():

@@ -136,7 +136,7 @@ class Link(nn.Module):
         return self.output(y.transpose(1, 2).flatten(2))
 
     def tau(self) -> Tensor:
-        """Return τ_h = exp(θ_h), (H,); ones if the rescaler is off."""
+        """Return τ_h = exp(θ_h), (H,), or ones if the rescaler is disabled."""
         return self.theta.exp() if self.config.tau else torch.ones_like(self.sigma)
 
     @torch.no_grad()

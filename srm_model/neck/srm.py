@@ -52,7 +52,9 @@ def _started(m0: Tensor) -> bool:
 
 
 class SRMNeck(Mixer):
-    """Spectral Robustness Mixer: deep-to-shallow cross-attention and a gain-capped gate (docs/METHOD.md §1 to §4).
+    """Spectral Robustness Mixer: cross-attention from deep to shallow maps, and a gate with a gain cap.
+
+    Source: docs/METHOD.md §1 to §4.
 
     Args:
         in_channels: Channels of the four maps, shallowest first.
@@ -60,7 +62,7 @@ class SRMNeck(Mixer):
         attention: "nystrom", or "full" for exact attention, the quadratic baseline.
 
     Raises:
-        ValueError: `in_channels` has not four entries, or `attention` is unknown.
+        ValueError: `in_channels` does not have four entries, or `attention` is unknown.
     """
 
     median_rms: Tensor  # M₀

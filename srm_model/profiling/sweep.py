@@ -226,7 +226,7 @@ def article_cases(**narrowed: Iterable[Any]) -> list[Case]:
 
 
 def describe(error: BaseException) -> str:
-    """Return a one-line message of an error for a row."""
+    """Convert an error to a one-line message, which is stored in a row."""
     words = " ".join(str(error).split())
     if is_out_of_memory(error):
         return f"out of memory: {words[:200]}"

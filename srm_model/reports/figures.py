@@ -31,7 +31,7 @@ def figures(results: StudyResults, folder: str | Path, numbers: Sequence[int] | 
         The paths that were written.
 
     Raises:
-        ValueError: There is no figure with one of the numbers.
+        ValueError: A number is not the number of a figure.
     """
     for number in numbers or ():
         if number not in _BUILDERS:

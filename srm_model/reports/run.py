@@ -150,7 +150,7 @@ def read_run(folder: str | Path) -> Run:
     """Read the parts of a run folder that a report shows.
 
     Raises:
-        ValueError: The folder is missing or no run folder, or a file in it is malformed.
+        ValueError: The folder is missing or is not a run folder, or a file in it is malformed.
     """
     folder = Path(folder)
     if not folder.is_dir():

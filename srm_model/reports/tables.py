@@ -54,7 +54,7 @@ def tables(results: StudyResults, numbers: Sequence[int] | None = None) -> list[
         numbers: Numbers of the tables. Default: all.
 
     Raises:
-        ValueError: There is no table with one of the numbers.
+        ValueError: A number is not the number of a table.
     """
     for number in numbers or ():
         if number not in _BUILDERS:

@@ -12,7 +12,7 @@ def epoch_batches(
 ) -> list[list[int]]:
     """Return the indices of an epoch's batches, shuffled by (seed, epoch).
 
-    The last batch is dropped if it has a single image or fewer images than processes.
+    The last batch is dropped if it has only one image or fewer images than there are processes.
 
     Raises:
         ValueError: No batch is left.

@@ -35,7 +35,7 @@ def predict(
 
     Args:
         model: Model from images (B, 3, H, W) to scores (B,). The modes of its modules are restored.
-        dataset: Pairs of image and label, by index.
+        dataset: Dataset of pairs (image, label), which are read by index.
         batch_size: Images per forward pass.
         workers: Processes that load images.
         device: Device of the model. Default: the device of its parameters.

@@ -133,7 +133,7 @@ def is_worker_death(error: BaseException) -> bool:
 def reading_fault(error: Exception) -> Exception:
     """Return a WorkerError or ValueError with a short message for an error of reading; return other errors unchanged.
 
-    The message of a worker's error is a whole traceback. Only the last line of it is kept.
+    The message of a worker's error is a whole traceback. Only its last line is kept.
     """
     if is_worker_death(error):
         return WorkerError(

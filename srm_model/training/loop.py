@@ -86,13 +86,14 @@ def train(
     uninterrupted training. Random numbers, including those of shuffling, depend only on `config.seed` and the epoch.
 
     In a process group (torchrun), every rank calls this function with the same arguments and the same folder. Each
-    batch is divided among the ranks. The statistics and losses of a batch are the same as in one process. Rank 0
-    writes.
+    batch is divided among the ranks. The statistics and losses of a batch are the same as in one process. Only rank 0
+    writes files.
 
     Args:
         model: The model without wrappers. It has the attributes `backbone_name`, `neck_name` and `config`, like
             `IQAModel`.
-        train_set: Pairs of image and normalised MOS, by index, with the attributes of `ImageQualityDataset`.
+        train_set: Dataset of pairs (image, normalised MOS), which are read by index. It has the attributes of
+            `ImageQualityDataset`.
         val_set: The validation set, in the same form.
         folder: Folder of the results.
         config: Settings of the training. Default: the model's config.

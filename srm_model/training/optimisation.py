@@ -14,9 +14,8 @@ from srm_model.config import SRMConfig
 def parameter_groups(model: nn.Module, config: SRMConfig) -> list[dict[str, Any]]:
     """Return parameter groups for AdamW: backbone and other parameters, each with and without weight decay.
 
-    Weight decay does not apply to parameters of at most one dimension (norms, biases, scalars) and to tables of
-    position biases. Frozen parameters are in no group. The schedule sets the `lr` of each group to its `base_lr` times
-    a factor.
+    Parameters with at most one dimension (norms, biases, scalars) and tables of position biases have no weight decay.
+    Frozen parameters are in no group. The schedule sets the `lr` of each group to its `base_lr` times a factor.
     """
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():

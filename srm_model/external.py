@@ -34,8 +34,8 @@ class Interface:
         mean, std: Mean and standard deviation of each channel of images in [0, 1]. The model's input is peak·(image −
             mean)/std.
         peak: Value of white in the model's input: 1 or 255.
-        lower_is_better: Whether low scores mean high quality. None reads the model's attribute `lower_better`, which
-            pyiqa's metrics have; without this attribute, it means False.
+        lower_is_better: Whether low scores mean high quality. None uses the model's attribute `lower_better`, which
+            pyiqa's metrics have, or False if there is no such attribute.
     """
 
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
@@ -84,7 +84,7 @@ class ExternalModel(nn.Module):
 
         Raises:
             TypeError: The model does not return a tensor.
-            ValueError: The tensor has integers or another shape than (B,) or (B, 1).
+            ValueError: The tensor is not floating point, or its shape is not (B,) or (B, 1).
         """
         output = self.model((images - self.mean.to(images)) * self.gain.to(images))
         scores = as_scores(

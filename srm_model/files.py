@@ -1,4 +1,4 @@
-"""Atomic writes, locks and JSON files."""
+"""Write files atomically, lock names and folders, and read and write JSON."""
 
 from __future__ import annotations
 

@@ -87,7 +87,8 @@ def interface_of(args: argparse.Namespace, *, lower_is_better: bool | None) -> I
 
 
 def check_model_options(args: argparse.Namespace) -> None:
-    """Raise ValueError for an option that needs `--model` if `--model` is missing; otherwise set `args.size`."""
+    """Raise ValueError if an option needs `--model` and it is missing. With `--model`, set the default of `args.size`.
+    """
     if args.model is not None:
         args.size = args.size or SIZE
         return

@@ -1,4 +1,4 @@
-"""Datasets of images with quality scores: TID2013, KonIQ-10k, and synthesised datasets in TID2013's layout."""
+"""Open datasets of images with quality scores: TID2013, KonIQ-10k, and synthesised datasets in TID2013's layout."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def stage_times(
 
 @contextmanager
 def named_ranges(module: nn.Module) -> Iterator[None]:
-    """Add ranges to profiles: all modules of neck and head, and the top levels of the backbone."""
+    """In the block, add ranges to profiles: all modules of neck and head, and top levels of the backbone."""
     backbone = re.compile(r"backbone\.(?:[^.]*\.){2}")  # deeper modules
     named = [(name, part) for name, part in module.named_modules() if name and not backbone.match(name)]
     with _hooked(

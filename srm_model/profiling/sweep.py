@@ -216,8 +216,8 @@ def kernels(profiled: Any) -> list[Any]:
 def article_cases(**narrowed: Iterable[Any]) -> list[Case]:
     """Return the cases of the article's table 3 and of its training throughput.
 
-    The cases of table 3 are necks at 512², bf16, B = 1. The cases of the throughput are training steps of models, B =
-    4. `narrowed` contains arguments of `cases` that replace the article's values.
+    The cases of table 3 are necks at 512², bf16, B = 1. The cases of the throughput are models with B = 4, in training
+    steps. `narrowed` contains arguments of `cases` that replace the article's values.
     """
     table: dict[str, Iterable[Any]] = {"parts": ["neck"], "batches": [1], "directions": ["forward"]}
     throughput: dict[str, Iterable[Any]] = {"parts": ["model"], "batches": [4], "directions": ["step"]}

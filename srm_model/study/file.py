@@ -327,7 +327,7 @@ def _study(values: Any, here: Path, roots: Mapping[str, str]) -> Study:
 
 
 def _ablations(values: Mapping[str, Any], config: SRMConfig) -> dict[str, dict[str, Any]]:
-    """Read ablations: `rows`, a list of names or "all", and `overrides`, a table of further rows."""
+    """Read ablations. `rows` is a list of names or "all", and `overrides` is a table of further rows."""
     if not isinstance(values, dict):
         raise TypeError(f"ablations has {values!r}: expected a table")
     _known(values, {"rows", "overrides", "seeds", *NORMS, "audit"}, "key of ablations")
@@ -390,7 +390,7 @@ def _suite(values: Mapping[str, Any], default: str) -> str:
 
 
 def _swaps(values: Mapping[str, Any], config: SRMConfig) -> dict[str, dict[str, Any]]:
-    """Read swaps: tables of config fields, `neck`, and `beta`, the weight of every link."""
+    """Read swaps. A swap is a table of config fields, and may have `neck` and `beta` (the weight of every link)."""
     for name, overrides in values.items():
         if not isinstance(overrides, dict):
             raise ValueError(f"swap {name!r}: expected a table of config fields, neck or beta")

@@ -25,7 +25,7 @@ class Job(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The name for `--list` and `--job`, which depends only on this job's declaration in the study file."""
+        """The name for `--list` and `--job`. It depends only on the declaration of this job in the study file."""
         return slug(self.label)
 
 

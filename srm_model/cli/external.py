@@ -87,7 +87,7 @@ def interface_of(args: argparse.Namespace, *, lower_is_better: bool | None) -> I
 
 
 def check_model_options(args: argparse.Namespace) -> None:
-    """Raise ValueError if `--model` is missing but an option needs it. With `--model`, set a default for `args.size`."""
+    """Raise ValueError if `--model` is missing but an option needs it. With `--model`, set the default of the size."""
     if args.model is not None:
         args.size = args.size or SIZE
         return

@@ -1,6 +1,6 @@
 """Robust no-reference image quality assessment with the Spectral Robustness Mixer.
 
-Names are imported on first use, so that `srm-iqa --help` does not import torch.
+Public names are imported on first use, so that `srm-iqa --help` does not import torch.
 """
 
 from importlib import import_module

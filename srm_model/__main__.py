@@ -1,4 +1,4 @@
-"""`python -m srm_model` is `srm-iqa`."""
+"""Run the command `srm-iqa` by `python -m srm_model`."""
 
 import sys
 

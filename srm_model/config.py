@@ -1,4 +1,4 @@
-"""Constants of models, training and attacks, in one frozen object that checkpoints and reports carry."""
+"""Constants of models, training and attacks in one frozen object, which checkpoints and reports store."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from srm_model.norms import NORMS
 
 QK_NORMS = (None, "keys", "both")
 STAGES = (1, 2, 3, 4)
-STORED = "stored"  # in place of a backend: the one that a checkpoint was trained with
+STORED = "stored"  # instead of a backend's name: the backend that the checkpoint was trained with
 
 
 @dataclass(frozen=True)
 class SRMConfig:
     """Constants of the neck, the training protocol and the attacks.
 
-    Comments give the symbol of `docs/METHOD.md` and the unit. `(c)` marks a value that this project chose, because the
-    article's value is not known. `SRMConfig.paper()` gives the article's own settings where they differ.
+    The comment at a field gives the symbol of `docs/METHOD.md` and the unit. `(c)` marks a value that this project
+    chose, because the article's value is not known. `SRMConfig.paper()` returns the article's own settings.
 
     Raises:
         TypeError: A value has the wrong type.
@@ -34,9 +34,9 @@ class SRMConfig:
     heads: int = 8  # H (c); d = C / H
     links: tuple[tuple[int, int], ...] = ((4, 3), (4, 2), (4, 1))  # (source, target); stage 1 is shallowest
     beta_init: float = 1.0  # β_t (c) at the start
-    qk_norm: str | None = "keys"  # (c) normalisation per head and token: None, "keys" or "both"
+    qk_norm: str | None = "keys"  # (c) what is normalised, per head and token: None, "keys" or "both"
     kv_pool_prob: float = 0.0  # p, probability that a source map is 2×2 mean-pooled; in training only
-    kv_pool_eval: bool = False  # pool at evaluation too; the model is then stochastic, and attacks need EOT
+    kv_pool_eval: bool = False  # also pool at evaluation; the model is then stochastic, and attacks need EOT
 
     # Nyström attention (§2)
     rank: int = 64  # r (c), number of landmarks; clamped to the number of keys
@@ -100,13 +100,13 @@ class SRMConfig:
     # Attacks (§6)
     attack_steps: int = 40
     attack_restarts: int = 5
-    attack_sweep_steps: tuple[int, ...] = (1, 2, 5, 10, 20, 40, 80)  # of the sweep in figure 5
-    attack_restart_batch: int = 1  # restarts that run at once; the starts are the same, the memory grows
+    attack_sweep_steps: tuple[int, ...] = (1, 2, 5, 10, 20, 40, 80)  # steps of the sweep in figure 5
+    attack_restart_batch: int = 1  # restarts that run at once; more of them need more memory
     attack_batch_size: int = 8
     attack_step_linf: float = 2.5  # a step is this · ε / steps
     attack_step_l2: float = 4.0  # (c)
     attack_queries: int = 1000  # (c) queries per image of the black-box square attack
-    attack_square_area: float = 0.3  # (c) area of its first squares, as a share of the image
+    attack_square_area: float = 0.3  # (c) area of the first squares, as a share of the image
     eot_samples: int = 20  # K, for stochastic models
     pair_margin: float = 0.05  # (c) pair inversion uses pairs with a larger difference of normalised MOS
     pair_temperature: float = 0.1  # T of pair inversion
@@ -115,13 +115,13 @@ class SRMConfig:
     eps_linf_tables: tuple[float, ...] = (1 / 255, 4 / 255)
     eps_l2_tables: tuple[float, ...] = (2.5, 10.0)
 
-    # Median smoothing, this project's own: bounds that `srm-iqa audit --certify` proves
+    # Median smoothing (not part of the article): bounds that `srm-iqa audit --certify` computes
     smoothing_sigma: float = 0.25  # (c) σ of the Gaussian noise, per pixel value
     smoothing_samples: int = 1000  # (c) noisy copies of each image
-    smoothing_confidence: float = 0.999  # (c) of each image's interval
+    smoothing_confidence: float = 0.999  # (c) confidence of each image's interval
     eps_smoothing: tuple[float, ...] = (0.15, 0.3, 0.6)  # (c) L2 budgets at 512², scaled by √(HW)/512
 
-    backend: str | None = None  # None takes the fastest on this device; a name is never replaced by another
+    backend: str | None = None  # None selects the fastest on this device; a named backend is always used
 
     @classmethod
     def paper(cls, **changes: Any) -> SRMConfig:
@@ -130,7 +130,7 @@ class SRMConfig:
         Without normalised keys, neither the condition number nor the output's size is bounded (docs/METHOD.md §2.1).
 
         Args:
-            changes: Fields with other values than these.
+            changes: Fields that get other values, by name.
         """
         return cls(**{"solver": "auto", "qk_norm": None, **changes})
 
@@ -139,7 +139,7 @@ class SRMConfig:
         """Create a config from the result of `to_dict`. Lists become tuples.
 
         Args:
-            values: Fields by name; those that are missing take their default.
+            values: Fields by name. A missing field gets its default.
 
         Raises:
             ValueError: A key is unknown, or a value is not accepted.
@@ -158,7 +158,7 @@ class SRMConfig:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def attack_settings(self) -> dict[str, Any]:
-        """Return the fields that change an attack on a trained model, without the budgets."""
+        """Return the fields that change an attack on a trained model, except the budgets."""
         return {
             key: value
             for key, value in self.to_dict().items()
@@ -189,12 +189,12 @@ class SRMConfig:
 
     @property
     def head_dim(self) -> int:
-        """d = C / H."""
+        """Dimension of a head, d = C / H."""
         return self.channels // self.heads
 
 
 def _plain(value: Any) -> Any:
-    """Convert lists to tuples, and NumPy scalars and other numbers to Python's int and float."""
+    """Convert lists to tuples; convert NumPy scalars and other numbers to Python's int and float."""
     numpy = sys.modules.get("numpy")  # not imported here, so that `srm-iqa --help` stays fast
     if numpy is not None and isinstance(value, numpy.generic):
         value = value.item()

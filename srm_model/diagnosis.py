@@ -1,6 +1,6 @@
-"""Measure the conditioning of a trained neck's landmark systems, and its effect (article, table 1).
+"""Measure how the landmark systems of a trained neck are conditioned, and the effect on attention (article, table 1).
 
-All values are measured on the queries, keys and values of each link, per head and batch.
+All values are measured on the queries, keys and values of each link, separately for each head and batch.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from srm_model.neck import Link, SRMNeck
 from srm_model.neck.diagnosis import attending, quantiles
 
 METHODS = tuple(name for name, method in LANDMARK_METHODS.items() if method.evaluated is None)
-QUERIES = 1024  # at most, evenly spaced, over which the error of the attention is averaged
+QUERIES = 1024  # largest number of queries, evenly spaced, over which the error of the attention is averaged
 FIGURES = ("kappa", "residual", "gain", "error")
 QUANTILES = {"median": 0.5, "p90": 0.9, "max": 1.0}
-STEPS = (1.0, 0.1, 0.01)  # in units of 1/255, by which pixels are moved to see whether landmarks change
+STEPS = (1.0, 0.1, 0.01)  # changes of the pixels, in units of 1/255, to test whether landmarks change
 
 
 def table_rows(config: SRMConfig) -> dict[str, dict[str, Any]]:
-    """Return the rows of table 1, with the config fields that each row changes.
+    """Return the rows of table 1: a dict from row name to the config fields that the row changes.
 
-    The default solver needs a ridge, so the row without one uses the solver "auto".
+    The default solver needs a ridge, so the row without a ridge uses the solver "auto".
     """
     rows: dict[str, dict[str, Any]] = {
         "full": {},
@@ -54,20 +54,20 @@ def diagnose(model: IQAModel, batches: Iterable[Tensor], *, pictured: int = 2) -
     """Measure every link of an `srm` model. The results are JSON values.
 
     Args:
-        model: The model; wrappers are removed.
+        model: The model, which may be wrapped.
         batches: Images (B, 3, H, W) in [0, 1].
         pictured: Number of images whose landmark positions are returned.
 
     Returns:
-        A dictionary with the entries
+        A dictionary with these entries:
 
         - "rank": r of the config;
-        - "table": κ, ρ, gain and the error against exact attention by row of table 1;
-        - "links": the same for the checkpoint's own settings by link, head and batch, with the share of matrices per
-          solver, all values of κ, spectra, and the number of landmarks as "rank";
-        - "errors": the error against exact attention by landmark method and r;
-        - "changes": the share of landmark sets that change when every pixel of the first batch moves by ±step, by
-          method and step, in units of 1/255;
+        - "table": for each row of table 1, κ, ρ, gain and the error against exact attention;
+        - "links": the same values for the checkpoint's own settings, by link, head and batch; also the share of
+          matrices per solver, all values of κ, the spectra, and the number of landmarks ("rank");
+        - "errors": for each landmark method and r, the error against exact attention;
+        - "changes": for each method and step, the share of landmark sets that change when every pixel of the first
+          batch changes by ±step/255;
         - "landmarks": positions of the landmarks of the first `pictured` images.
 
     Raises:
@@ -125,7 +125,10 @@ def diagnose(model: IQAModel, batches: Iterable[Tensor], *, pictured: int = 2) -
 
 
 def _changes(model: IQAModel, images: Tensor) -> list[dict[str, Any]]:
-    """Return the share of (link, image, head) whose landmarks a small step changes, by method and step."""
+    """Return, for each method and step, the share of landmark sets that a small change of the pixels changes.
+
+    Each link, image and head has one set.
+    """
     neck = cast(SRMNeck, model.neck)
 
     def chosen(images: Tensor) -> dict[str, list[Tensor]]:
@@ -157,7 +160,7 @@ def _attend(link: Link, q: Tensor, k: Tensor, v: Tensor, **changes: Any) -> tupl
 def _measured(
     link: Link, q: Tensor, k: Tensor, v: Tensor, exact: Tensor, **changes: Any
 ) -> dict[str, Tensor]:
-    """Return κ, ρ, gain, solver and error of the attention, (B, H) each."""
+    """Measure κ, ρ, gain, solver and error of the attention, (B, H) each."""
     y, solution = _attend(link, q, k, v, **changes)
     if changes.get("qk_norm", link.config.qk_norm) != link.config.qk_norm:
         exact = full_attention(q, k, v, qk_norm=changes["qk_norm"])
@@ -173,7 +176,7 @@ def _error(y: Tensor, exact: Tensor) -> Tensor:
 
 
 def _spectrum(link: Link, k: Tensor, v: Tensor) -> Tensor:
-    """Return the singular values of W_λ without equilibration, (B, H, r), in descending order."""
+    """Return the singular values of W_λ, computed without equilibration, (B, H, r), in descending order."""
     c = link.config
     logits, _ = landmark_system(k, v, link.landmarks(k), 1 / math.sqrt(k.shape[-1]), c.qk_norm, "fp32")
     W = logits.double().softmax(-1)
@@ -183,7 +186,7 @@ def _spectrum(link: Link, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _sizes(config: SRMConfig, keys: int) -> list[tuple[str, int]]:
-    """Return every landmark method with r/4, r/2, r and 2r landmarks, up to the number of keys."""
+    """Return all pairs of a landmark method and r/4, r/2, r or 2r landmarks, at most the number of keys."""
     ranks = {max(1, config.rank * factor // 4) for factor in (1, 2, 4, 8)}
     return [(method, rank) for method in METHODS for rank in sorted(ranks) if rank <= keys]
 
@@ -191,7 +194,10 @@ def _sizes(config: SRMConfig, keys: int) -> list[tuple[str, int]]:
 def _positions(
     link: Link, name: str, k: Tensor, grid: tuple[int, ...], pictured: int
 ) -> list[dict[str, Any]]:
-    """Count the heads that choose each position of the source map, per image, for methods that do not sample."""
+    """Count, for each image and position of the source map, the heads that choose this position as a landmark.
+
+    Methods that sample are left out.
+    """
     height, width = grid
     found = []
     for method in METHODS:
@@ -213,7 +219,7 @@ def _positions(
 
 
 def _joined(measured: list[dict[str, Tensor]], head: slice | int = slice(None)) -> dict[str, Tensor]:
-    """Concatenate the values of all matrices of these batches, or of one head."""
+    """Concatenate the values of all matrices of these batches, for all heads or for one head."""
     names = (*FIGURES, "solver")
     return {name: torch.cat([batch[name][:, head].flatten() for batch in measured]) for name in names}
 

@@ -1,4 +1,4 @@
-"""Models from elsewhere, loaded by name or from an exported program."""
+"""Load models of other projects, by name or from an exported program."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ class Interface:
     """The format of a model's input and the direction of its scores.
 
     Args:
-        mean, std: Per channel, of images in [0, 1]. The input of the model is peak·(image − mean)/std.
-        peak: Value of white: 1, or 255.
-        lower_is_better: Whether low scores mean high quality. None: the model's attribute `lower_better`, as in pyiqa's
-            metrics, or False without it.
+        mean, std: Mean and standard deviation of each channel of images in [0, 1]. The model's input is peak·(image −
+            mean)/std.
+        peak: Value of white in the model's input: 1 or 255.
+        lower_is_better: Whether low scores mean high quality. None uses the model's attribute `lower_better`, which
+            pyiqa's metrics have, or False if there is no such attribute.
     """
 
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
@@ -50,15 +51,17 @@ class Interface:
 
 
 class ExternalModel(nn.Module):
-    """A wrapper with the interface of this package: images (B, 3, H, W) in [0, 1] → scores (B,), higher is better.
+    """A wrapper that gives a model this package's interface.
+
+    The wrapper maps images (B, 3, H, W) in [0, 1] to scores (B,), higher is better.
 
     Args:
         model: Model to wrap.
-        interface: Format of its input and direction of its scores. Default: `Interface()`.
+        interface: Format of the model's input and direction of its scores. Default: `Interface()`.
 
     Attributes:
         model: The wrapped model.
-        line: Slope and offset, which are applied to the scores; see `match`.
+        line: Slope and offset that are applied to the scores (see `match`).
     """
 
     mean: Tensor
@@ -81,7 +84,7 @@ class ExternalModel(nn.Module):
 
         Raises:
             TypeError: The model does not return a tensor.
-            ValueError: The tensor has integers or another shape than (B,) or (B, 1).
+            ValueError: The tensor is not floating point, or its shape is not (B,) or (B, 1).
         """
         output = self.model((images - self.mean.to(images)) * self.gain.to(images))
         scores = as_scores(
@@ -91,7 +94,7 @@ class ExternalModel(nn.Module):
         return scores * slope + offset
 
     def match(self, scores: npt.ArrayLike, labels: npt.ArrayLike) -> None:
-        """Set slope and offset so that scores have the mean and standard deviation of labels, in unchanged order.
+        """Set slope and offset so that scores have the mean and standard deviation of the labels, in the same order.
 
         Args:
             scores: Scores of this model, (n,).
@@ -117,13 +120,14 @@ def open_model(name: str, interface: Interface | None = None) -> ExternalModel:
     """Load a model in evaluation mode.
 
     Args:
-        name: "MODULE:NAME": a module that can be imported, also from the current folder, and in it an `nn.Module`, or a
-            callable that returns one without arguments. Importing MODULE runs its code. Or the path of an exported
-            program, which ends in .pt2. It is loaded without pickle and runs no code of its own.
+        name: "MODULE:NAME" or the path of an exported program. MODULE is an importable module, which may be in the
+            current folder. NAME is an `nn.Module` in it, or a callable without arguments that returns an `nn.Module`.
+            Importing MODULE runs its code. The path of an exported program ends in .pt2. A program is loaded without
+            pickle and runs no code of its own.
         interface: Format of the model's input and direction of its scores. Default: `Interface()`.
 
     Raises:
-        ValueError: The module, name or file does not exist; the callable fails; the program has pickled objects; the
+        ValueError: The module, name or file does not exist, the callable fails, the program has pickled objects, or the
             model needs a reference image.
         TypeError: The object is not a model.
     """
@@ -189,7 +193,7 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def _current_folder_first() -> Iterator[None]:
-    """Make modules of the current folder importable, as `python -m` does."""
+    """Make modules of the current folder importable in the block, as `python -m` does."""
     folder = os.getcwd()  # noqa: PTH109, sys.path holds strings
     sys.path.insert(0, folder)
     try:
@@ -223,7 +227,10 @@ def _program(path: Path) -> nn.Module:
 
 @contextmanager
 def _weights_only() -> Iterator[None]:
-    """Make every `torch.load` reject all but tensors, which torch's loader of programs does not ask for."""
+    """Make every `torch.load` in the block reject objects other than tensors.
+
+    torch's loader of programs does not request this itself.
+    """
     variable = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(variable)
     os.environ[variable] = "1"

@@ -1,4 +1,4 @@
-"""Atomic writes, locks and JSON files."""
+"""Write files atomically, lock names and folders, and read and write JSON."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ LOCK = ".lock"
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary file to write to; the file replaces `path` when the block ends, unless it raises.
+    """Yield the path of a temporary file, which replaces `path` when the block ends, unless the block raises.
 
-    The temporary name keeps the suffix, because some writers choose the format by it. Parent folders are created.
+    The temporary name keeps the suffix, because some writers choose the format by the suffix. Parent folders are
+    created.
     """
     path = Path(path)
     make_folder(path.parent)
@@ -33,14 +34,14 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        temporary.chmod(0o666 & ~_umask())  # mkstemp gives access to the owner only
+        temporary.chmod(0o666 & ~_umask())  # mkstemp gives access only to the owner
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def make_folder(path: str | Path) -> None:
-    """Create a folder and its parents where they are missing.
+    """Create a folder and its parents if they are missing.
 
     Raises:
         ValueError: `path` or one of its parents is a file.
@@ -58,7 +59,7 @@ def make_folder(path: str | Path) -> None:
 
 
 def check_folder(path: str | Path) -> None:
-    """Raise ValueError if `make_folder` would; create nothing."""
+    """Raise ValueError if `make_folder` would raise it. Nothing is created."""
     path = Path(path)
     file = next((place for place in (path, *path.parents) if place.exists()), path)
     if file.exists() and not file.is_dir():
@@ -83,7 +84,8 @@ def utf8_path(path: str | Path) -> Iterator[Path]:
 def write_text(path: str | Path, text: str) -> None:
     """Write a UTF-8 text file atomically.
 
-    Bytes of file names that are not UTF-8 become `\\udc80` to `\\udcff`, which JSON readers turn back into that name.
+    Bytes of file names that are not UTF-8 become `\\udc80` to `\\udcff`, which JSON readers decode to the original
+    name.
     """
     with atomic_path(path) as temporary:
         temporary.write_bytes(text.encode(errors="backslashreplace"))
@@ -100,7 +102,10 @@ def json_text(value: Any, *, indent: int | None = None) -> str:
 
 
 def append_line(path: str | Path, text: str) -> None:
-    """Append a line to a file that several processes write to. An incomplete last line gets its line break first."""
+    """Append a line to a file that several processes write to.
+
+    If the last line has no line break, a line break is written first.
+    """
     make_folder(Path(path).parent)
     with Path(path).open("ab+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -133,14 +138,14 @@ def claimed(path: str | Path, name: str) -> Iterator[bool]:
 
 @contextmanager
 def held(folder: str | Path, *, shared: bool = False) -> Iterator[None]:
-    """Lock a folder for the block, so that no other process writes there.
+    """Lock a folder for the block, so that no other process writes to the folder.
 
-    The folder is created if it is missing, and removed again if it stays empty. The operating system releases the lock
-    when the process ends; forked processes do not inherit it. On a file system without locks nothing is locked.
+    The folder is created if it is missing, and removed if it stays empty. The operating system releases the lock when
+    the process ends. Forked processes do not inherit the lock. On a file system without locks, nothing is locked.
 
     Args:
         folder: The folder to lock.
-        shared: Whether other processes that also pass `shared` may write there at the same time.
+        shared: Whether other processes that also pass `shared` may write to the folder at the same time.
 
     Raises:
         ValueError: Another process has locked the folder.
@@ -190,7 +195,7 @@ def _locked(folder: Path, shared: bool) -> IO[bytes]:
 
 
 def _remove_unused(lock: Path) -> None:
-    """Remove a shared lock file unless another process holds it."""
+    """Remove a shared lock file unless another process holds the lock."""
     with lock.open("rb+") as file:
         if fcntl is not None:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

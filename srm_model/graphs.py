@@ -1,4 +1,4 @@
-"""Run a forward pass at fixed shapes as one CUDA graph, which the host launches by one call."""
+"""Run a forward pass at fixed shapes as a CUDA graph, which takes a single launch."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ WARMUP = 3  # calls before the capture, which compile kernels and fill caches
 class Graphed:
     """Capture `module(maps)` once and replay it for maps of the same shapes, dtypes and device.
 
-    Gradients are not computed. Weights may change in place after the capture; the graph does not see new tensors, such
-    as those that `Module.to` creates. Autocast stays as it was during the capture.
+    Gradients are not computed. Weights may change in place after the capture. The graph does not use new tensors, such
+    as the tensors that `Module.to` creates. The graph keeps the autocast state of the capture.
 
     Args:
         module: A deterministic module in evaluation mode, such as an `SRMNeck`.
-        maps: CUDA tensors. Their shapes, dtypes and strides are those of the graph.
+        maps: CUDA tensors. The graph is captured for their shapes, dtypes and strides.
 
     Raises:
         ValueError: The module is in training mode or stochastic, or a map is not a CUDA tensor.
@@ -56,7 +56,7 @@ class Graphed:
                 self._output = module(self._maps)
 
     def __call__(self, maps: Sequence[Tensor]) -> Any:
-        """Return the module's output for `maps`. The next call overwrites its memory.
+        """Return the module's output for `maps`. The next call overwrites the memory of the output.
 
         Args:
             maps: Tensors of the captured shapes, dtypes and device.

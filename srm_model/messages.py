@@ -1,4 +1,4 @@
-"""Messages on standard error. Standard output is for results."""
+"""Write messages to standard error. Standard output is for results."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import suppress
 
 
 def say(text: str) -> None:
-    """Write a line to stderr; ignore a stderr that is closed."""
+    """Write a line to stderr. If stderr is closed, do nothing."""
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError:
@@ -17,5 +17,5 @@ def say(text: str) -> None:
 
 
 def bars(wanted: bool) -> bool:
-    """Return whether to show progress bars: only if `wanted`, and only on a terminal."""
+    """Return whether to show progress bars: if `wanted` and if stderr is a terminal."""
     return wanted and sys.stderr.isatty()

@@ -1,4 +1,4 @@
-"""SROCC, PLCC and the five-parameter logistic map that precedes PLCC (docs/METHOD.md §5)."""
+"""Compute SROCC, PLCC, and the five-parameter logistic map that precedes PLCC (docs/METHOD.md §5)."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Values = ArrayLike | torch.Tensor
 
 
 def srocc(scores: Values, mos: Values) -> float:
-    """Compute Spearman's rank-order correlation. Ties take averaged ranks.
+    """Compute Spearman's rank-order correlation. Equal values get the mean of their ranks.
 
     Args:
-        scores: Predicted scores, (N,): a tensor of any device and dtype, an array or a list.
+        scores: Predicted scores, (N,): a tensor on any device and of any dtype, an array or a list.
         mos: Mean opinion scores, (N,).
 
     Returns:
-        The correlation; NaN if one side is constant or a score is not finite.
+        The correlation. It is NaN if the scores or the MOS are constant, or if a score is not finite.
 
     Raises:
         TypeError: An argument does not hold real numbers.
@@ -39,7 +39,8 @@ def srocc(scores: Values, mos: Values) -> float:
 def plcc(scores: Values, mos: Values) -> float:
     """Compute Pearson's linear correlation, without a logistic map. Arguments, result and errors are as in `srocc`.
 
-    To report PLCC as is usual, map the scores first: `plcc(LogisticMap.fit(val_scores, val_mos)(scores), mos)`.
+    The usual PLCC of the literature is computed on mapped scores: `plcc(LogisticMap.fit(val_scores, val_mos)(scores),
+    mos)`.
     """
     x, y = _pair(scores, mos)
     return _pearson(x, y) if np.isfinite(x).all() else math.nan
@@ -49,11 +50,12 @@ def plcc(scores: Values, mos: Values) -> float:
 class LogisticMap:
     """f(q) = β₁(½ − 1/(1 + exp(β₂(q − β₃)))) + β₄ q + β₅, with q = (score − center) / scale.
 
-    Source: docs/METHOD.md §5, article, eq. 31. Fit the map once per model, on clean validation predictions, and use it
-    unchanged for the test set, clean and attacked. A new fit on attacked scores would hide part of the damage.
+    Source: docs/METHOD.md §5 and article, eq. 31. Fit the map once per model, on predictions for the clean validation
+    set. Use the same map for the test set, clean and attacked. A new fit on attacked scores would hide part of the
+    damage.
 
-    The map need not be monotone: if β₄ and β₁β₂ have opposite signs, f has turning points. Far from the fitted scores
-    it is the line β₄ q + β₅ ± β₁/2. PLCC can therefore order attacked results differently from SROCC.
+    The map need not be monotone: if β₄ and β₁β₂ have opposite signs, f has turning points. Far from the fitted scores,
+    f approaches the line β₄ q + β₅ ± β₁/2. Therefore PLCC and SROCC can rank attacked results differently.
     """
 
     beta: Beta  # β₁ to β₅
@@ -66,8 +68,8 @@ class LogisticMap:
     def fit(cls, scores: Values, mos: Values) -> LogisticMap:
         """Fit by least squares (Levenberg-Marquardt), from β = (range of MOS, 1, 0, 0, mean of MOS).
 
-        A fit that does not converge, or whose error exceeds that of a straight line, is replaced by the least-squares
-        line; `reason` then says why.
+        If the fit does not converge, or if a straight line has a smaller error, the result is the least-squares line,
+        and `reason` explains why.
 
         Args:
             scores: Predicted scores, (N,).
@@ -131,7 +133,7 @@ def _fit_logistic(q: FloatArray, y: FloatArray, *, error_of_line: float) -> tupl
     def jacobian(beta: FloatArray) -> FloatArray:
         b1, b2, b3, _, _ = beta
         half = 0.5 * np.tanh(0.5 * b2 * (q - b3))
-        slope = b1 * (0.25 - half**2)  # of the sigmoid in its argument β2(q − β3)
+        slope = b1 * (0.25 - half**2)  # slope of the sigmoid with respect to its argument β2(q − β3)
         return np.stack([half, slope * (q - b3), -slope * b2, q, np.ones_like(q)], axis=1)
 
     start = np.array([np.ptp(y), 1.0, 0.0, 0.0, y.mean()])
@@ -168,7 +170,7 @@ def _pearson(x: FloatArray, y: FloatArray) -> float:
 
 
 def _ranks(values: FloatArray) -> FloatArray:
-    """Return ranks from 1; ties take the mean of their ranks."""
+    """Return ranks from 1. Equal values get the mean of their ranks."""
     _, group, count = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(count) - (count - 1) / 2)[group]
 
@@ -198,9 +200,9 @@ def _array(name: str, values: Values) -> FloatArray:
 
 
 def doubts(attacks: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return a warning for each attack of whose gradients more than 1 % were zero, or any was not finite.
+    """Return a warning for each attack with more than 1 % zero gradients, or with a gradient that is not finite.
 
-    Such an attack may overstate robustness, because it makes no progress without a gradient.
+    The result of such an attack may overstate robustness, because the attack makes no progress without a gradient.
 
     Args:
         attacks: Entries by attack name with the shares `zero_gradients` and `nonfinite_gradients`, as in

@@ -18,13 +18,13 @@ from .neck import NeckOutput, SRMNeck, make_neck
 from .necks import check_neck
 from .statistics import BatchStatistics
 
-RANGE_TOLERANCE = 1e-2  # allows a finite-difference step at the edge of [0, 1]
+RANGE_TOLERANCE = 1e-2  # permits small finite-difference steps out of [0, 1]
 VARIANCE_FLOOR = 1e-6
 DEEPEST_STRIDE = 32
 
 
 class Head(nn.Module):
-    """Regression head: one score from the fused map (docs/METHOD.md §1.7).
+    """Regression head, which computes one score from the fused map (docs/METHOD.md §1.7).
 
     Args:
         channels: Channels C of the fused map.
@@ -59,7 +59,7 @@ class IQAModel(nn.Module):
         pretrained: Whether to load ImageNet weights of the backbone.
 
     Raises:
-        ValueError: Unknown name, or a backbone without maps at strides 4, 8, 16 and 32.
+        ValueError: A name is unknown, or the backbone has no maps at strides 4, 8, 16 and 32.
     """
 
     mean: Tensor
@@ -75,14 +75,14 @@ class IQAModel(nn.Module):
         self.register_buffer("mean", torch.empty(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.empty(1, 3, 1, 1), persistent=False)
         self._fill_normalisation()
-        self.tensor_names = frozenset(self.state_dict())  # those of a checkpoint
+        self.tensor_names = frozenset(self.state_dict())  # the names of a checkpoint
 
     def _fill_normalisation(self) -> None:
         for buffer, values in ((self.mean, self.backbone.mean), (self.std, self.backbone.std)):
             buffer.copy_(torch.tensor(values, device="cpu").view(1, 3, 1, 1))
 
     def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> IQAModel:
-        """Allocate as `Module.to_empty`, then fill the buffers that checkpoints do not hold."""
+        """Allocate like `Module.to_empty`, then fill the buffers that checkpoints do not contain."""
         super().to_empty(device=device, recurse=recurse)
         self._fill_constants()
         return self
@@ -112,7 +112,7 @@ class IQAModel(nn.Module):
         Args:
             images: Floating-point images (B, 3, H, W) in [0, 1].
             return_losses: Whether to return the neck's losses too.
-            statistics: Statistics of a batch that is cut into micro-batches, as in `SRMNeck.forward`.
+            statistics: Statistics of a batch that is split into micro-batches, as in `SRMNeck.forward`.
 
         Returns:
             Scores (B,) on the scale of normalised MOS; higher is better. With `return_losses`, a tuple of the scores
@@ -121,11 +121,11 @@ class IQAModel(nn.Module):
         Raises:
             TypeError: The images are not floating-point, or their dtype does not fit the model.
             ValueError: The shape or the device is wrong, or, on a CPU, a value is outside [0, 1] or not finite. On
-                other devices values are not checked, because a check would wait for the device.
+                other devices, values are not checked, because such a check would synchronise with the device.
         """
         pyramid = self.pyramid(images)
         if images.requires_grad and isinstance(self.neck, SRMNeck):
-            self.neck.warn_uncalibrated()  # gradients of images mean an attack
+            self.neck.warn_uncalibrated()  # images that require gradients indicate an attack
         output = self.neck(pyramid, statistics=statistics)
         scores = self.head(output.fused)
         return (scores, output.losses) if return_losses else scores
@@ -145,18 +145,18 @@ class IQAModel(nn.Module):
         self.neck.calibrate(self.pyramid(images))
 
     def clamp_(self) -> None:
-        """Clamp τ to its range. Call it after every optimiser step."""
+        """Clamp τ to its range. Call this method after every optimiser step."""
         self.neck.clamp_()
 
     @torch.no_grad()
     def diagnose(self, images: Tensor) -> dict[str, Any]:
-        """Run `SRMNeck.diagnose` in evaluation mode on images (B, 3, H, W) in [0, 1]. Values fit into JSON."""
+        """Run `SRMNeck.diagnose` in evaluation mode on images (B, 3, H, W) in [0, 1]; return JSON values."""
         with evaluating(self):
             return self.neck.diagnose(self.pyramid(images))
 
 
 def _check_images(images: Tensor, like: Tensor) -> None:
-    """Raise unless a model can take `images`; `like` is one of its buffers."""
+    """Raise TypeError or ValueError unless the model accepts `images`. `like` is one of the model's buffers."""
     if not isinstance(images, Tensor) or not images.is_floating_point():
         kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
         raise TypeError(f"images is {kind}; expected a floating-point tensor")
@@ -188,16 +188,16 @@ def build_model(
         backbone: Name of a timm model with maps at strides 4, 8, 16 and 32.
         neck: "srm", "quadratic" (exact attention) or "none".
         pretrained: Whether to load ImageNet weights of the backbone.
-        weights: Folder of a checkpoint, which is loaded strictly and without network access. Its backbone, neck and
-            config must equal the given ones, except for `backend`.
-        config: Constants of the model. Default: those of the checkpoint, or else `SRMConfig()`.
+        weights: Folder of a checkpoint, which is loaded strictly and without network access. The backbone, neck and
+            config of the checkpoint must equal the given ones, except for `backend`.
+        config: Constants of the model. Default: the checkpoint's config, or `SRMConfig()` without a checkpoint.
 
     Returns:
         The model, on the CPU.
 
     Raises:
         TypeError: `config` is not an `SRMConfig`.
-        ValueError: A name is unknown, the backbone lacks a stride or cannot take images of `config.image_size`, or
+        ValueError: A name is unknown, the backbone lacks a stride or does not accept images of `config.image_size`, or
             the checkpoint does not fit.
     """
     if config is not None and not isinstance(config, SRMConfig):
@@ -221,13 +221,13 @@ def load_model(folder: str | Path, *, backend: str | None = STORED) -> tuple[IQA
 
     Args:
         folder: Folder of the checkpoint.
-        backend: Value of `SRMConfig.backend` for the loaded model; "stored" keeps that of the checkpoint.
+        backend: Value of `SRMConfig.backend` for the loaded model; "stored" keeps the value of the checkpoint.
 
     Returns:
         The model and the checkpoint's card.
 
     Raises:
-        ValueError: The folder is not a checkpoint, or an incomplete one.
+        ValueError: The folder is not a checkpoint, or the checkpoint is incomplete.
     """
     document = read_card(folder)
     config = SRMConfig.from_dict(document["config"])

@@ -30,7 +30,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def _evaluate(module: nn.Module) -> None:
-    """Call `module.eval()`; for a part that refuses it, as exported programs do, set the attribute `training`."""
+    """Set evaluation mode. Where `eval()` raises, as in exported programs, set the attribute `training` instead."""
     try:
         module.eval()
     except Exception:  # a part may refuse with any exception
@@ -46,7 +46,10 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Return the module inside torch.compile, `DataParallel`, `DistributedDataParallel` and `AveragedModel`."""
+    """Remove all wrappers and return the inner module.
+
+    Wrappers are torch.compile, `DataParallel`, `DistributedDataParallel` and `AveragedModel`.
+    """
     while (name := _wrapped(module)) is not None:
         module = module.get_submodule(name)
     return module
@@ -83,7 +86,7 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def is_stochastic(model: nn.Module) -> bool:
-    """Return whether two evaluations of one image may differ, as the model's attribute `stochastic` says."""
+    """Return the model's attribute `stochastic`: whether two evaluations of one image may differ."""
     return bool(getattr(unwrapped(model), "stochastic", False))
 
 
@@ -120,13 +123,13 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def rounded(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Cast tensors to a dtype by one launch.
+    """Cast tensors to a dtype with a single kernel launch.
 
-    Differentiable to any order; the gradients take one launch too. Under torch.func and in forward mode there is one
-    launch per tensor.
+    The result is differentiable to any order, and the backward pass is also a single launch. Under torch.func and in
+    forward mode there is one launch per tensor.
 
     Args:
-        tensors: Tensors of one device. Those of the dtype already are returned as they are.
+        tensors: Tensors on one device. A tensor that already has this dtype is returned unchanged.
         dtype: The dtype of the results.
     """
     if transforming():

@@ -1,4 +1,4 @@
-"""Names and properties of the necks, for modules that must not import torch."""
+"""Define the names and properties of the necks, for modules that must not import torch."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Norms of perturbations (docs/METHOD.md §6). To add a norm, only this file has to change.
 
-Other modules name a norm; `NORMS` holds the objects. Methods import torch when they are called, so that
-`srm-iqa --help` does not.
+Other modules refer to a norm by name, and `NORMS` has the objects. Methods import torch when they are called, so that
+`srm-iqa --help` does not import torch.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ class Norm(ABC):
         name: Name in files and on the command line.
         symbol: Symbol in tables and figures.
         largest: Largest accepted radius, for pixels in [0, 1].
-        step: A step of PGD is `step` · radius / steps.
+        step: Factor of PGD's step size, which is `step` · radius / steps.
         step_words: Direction of a step, in words.
         budgets: Budgets of a sweep.
         tables: Budgets of the tables.
         axis: Label of an axis of budgets.
-        bumps: Whether the square attack moves Euclidean length between squares instead of setting them to ±ε.
+        bumps: Whether the square attack moves Euclidean norm from one square to another, instead of setting squares to
+            ±ε.
     """
 
     name: ClassVar[str]
@@ -59,7 +60,7 @@ class Norm(ABC):
         return float(getattr(config, f"attack_step_{self.name}", self.step))
 
     def radius(self, stated: float, image: Tensor) -> float:
-        """Return the radius of a stated budget for an image (3, H, W)."""
+        """Convert a stated budget to the radius for an image (3, H, W)."""
         return stated
 
     @abstractmethod
@@ -72,17 +73,17 @@ class Norm(ABC):
 
     @abstractmethod
     def direction(self, gradient: Tensor) -> Tensor:
-        """Return the steepest ascent direction of unit norm. Overwrites `gradient`."""
+        """Return the steepest ascent direction of unit norm. The result overwrites `gradient`."""
 
     @abstractmethod
     def noise(self, shape: torch.Size, radius: float, source: dict[str, Any]) -> Tensor:
-        """Draw uniformly from the ball of a radius; `source` holds keyword arguments of `torch.rand`."""
+        """Draw uniformly from the ball of a radius. `source` contains keyword arguments of `torch.rand`."""
 
     @abstractmethod
     def projection(self, images: Tensor, radius: float) -> Callable[[Tensor], Tensor]:
         """Return a function that projects points (n, B, 3, H, W) to the ball around `images` and clips them to [0, 1].
 
-        The results satisfy both constraints exactly, in spite of rounding.
+        The results satisfy both constraints exactly, despite rounding.
         """
 
     def shown(self, eps: float) -> float:
@@ -90,7 +91,7 @@ class Norm(ABC):
         return eps
 
     def brief(self, eps: float) -> str:
-        """Format a budget as the command line takes it."""
+        """Format a budget as the command line accepts it."""
         return f"{eps:.4g}"
 
     def text(self, eps: float) -> str:
@@ -141,7 +142,10 @@ class LInf(Norm):
 
 
 class L2(Norm):
-    """The Euclidean norm of an image's 3×H×W tensor. Budgets are stated for 512² pixels and scaled by √(HW)/512."""
+    """The Euclidean norm of an image's 3×H×W tensor.
+
+    Budgets are stated for 512² pixels and scaled by √(HW)/512.
+    """
 
     name = "l2"
     symbol = "L2"
@@ -167,10 +171,12 @@ class L2(Norm):
         return noise
 
     def projection(self, images: Tensor, radius: float) -> Callable[[Tensor], Tensor]:
-        """As `Norm.projection`; approximates the nearest point, clip(s·δ) with the largest s ≤ 1 within the budget.
+        """Return the projection, as in `Norm.projection`. It approximates the nearest point by clipping a scaled δ.
 
-        Clipping shortens δ, so a δ that is scaled to the radius and then clipped uses less than the budget. Each round
-        brings s closer to the largest one and never exceeds the radius.
+        The result is clip(s·δ) with the largest s ≤ 1 that satisfies the budget.
+
+        Clipping shortens δ, so scaling δ to the radius and then clipping uses less than the budget. Each round brings s
+        closer to its largest value and never exceeds the radius.
         """
         import torch
 
@@ -208,7 +214,7 @@ NORMS: dict[str, Norm] = {norm.name: norm for norm in (LInf(), L2())}
 
 
 def norm_of(name: str) -> Norm:
-    """Return the norm of a name; raise ValueError for an unknown one."""
+    """Return the norm with this name; raise ValueError if the name is unknown."""
     if name not in NORMS:
         raise ValueError(f"norm={name!r}: expected one of {', '.join(map(repr, NORMS))}")
     return NORMS[name]

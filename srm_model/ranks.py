@@ -20,7 +20,7 @@ def place() -> tuple[int, int]:
 
 
 def gather(value: T) -> list[T]:
-    """Return the list of all ranks' values on every rank. Values are pickled."""
+    """Return the list of the values of all ranks, on every rank. Values are pickled."""
     world = place()[1]
     if world == 1:
         return [value]
@@ -30,7 +30,7 @@ def gather(value: T) -> list[T]:
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """Call `make` on rank 0 and return its result on every rank. A ValueError there is raised on every rank."""
+    """Call `make` on rank 0 and return its result on every rank. If it raises ValueError, every rank raises it."""
     rank, world = place()
     if world == 1:
         return make()
@@ -48,7 +48,7 @@ def from_first(make: Callable[[], T]) -> T:
 
 
 def total(values: Tensor) -> Tensor:
-    """Return the sum over ranks on every rank."""
+    """Return the sum over all ranks, on every rank."""
     if place()[1] > 1:
         values = values.clone()
         dist.all_reduce(values)
@@ -56,7 +56,7 @@ def total(values: Tensor) -> Tensor:
 
 
 def stack(values: Tensor) -> Tensor:
-    """Stack the tensors of all ranks: (…) → (ranks, …). Every rank gives the same shape."""
+    """Stack the tensors of all ranks: (…) → (ranks, …). All ranks must pass the same shape."""
     world = place()[1]
     if world == 1:
         return values[None]
@@ -66,7 +66,10 @@ def stack(values: Tensor) -> Tensor:
 
 
 def concatenate(rows: Tensor) -> tuple[Tensor, int]:
-    """Concatenate the rows of all ranks, which may differ in number; also return the index of this rank's first row."""
+    """Concatenate the rows of all ranks; return the result and the index of this rank's first row.
+
+    The number of rows may differ between ranks.
+    """
     rank, world = place()
     if world == 1:
         return rows, 0
@@ -78,7 +81,7 @@ def concatenate(rows: Tensor) -> tuple[Tensor, int]:
 
 
 def take_from_first(tensors: Iterable[Tensor]) -> None:
-    """Overwrite tensors with those of rank 0."""
+    """Overwrite tensors with the tensors of rank 0."""
     if place()[1] > 1:
         for tensor in tensors:
             own = tensor.detach().contiguous()

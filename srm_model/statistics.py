@@ -11,13 +11,13 @@ from . import ranks
 
 
 class BatchStatistics:
-    """Statistics of one batch, over its micro-batches on all ranks.
+    """Statistics of one batch, which combine its micro-batches on all ranks.
 
-    The forward pass of each micro-batch adds its own. After `finish`, they are those of the whole batch. Every rank
-    must add the same number of micro-batches before it calls `finish`.
+    The forward pass of each micro-batch adds the statistics of this micro-batch. `finish` combines them into the
+    statistics of the whole batch. Every rank must add the same number of micro-batches before it calls `finish`.
 
     Attributes:
-        current: Index of the micro-batch whose gate weights carry gradients, in the order of adding.
+        current: Index, in the order of addition, of the micro-batch whose gate weights have gradients.
         finished: Whether `finish` was called.
         sigma: σ of each link, (H,), by the link's name.
         norms: Root mean square of M for each image, (N,).
@@ -40,11 +40,11 @@ class BatchStatistics:
         self._parts = 1
 
     def add_link(self, name: str, y: Tensor, *, backend: str | None) -> None:
-        """Add one micro-batch's Y (B, H, N, d) of the link `name`, detached; `backend` is that of `rms_scale`."""
+        """Add a micro-batch's Y (B, H, N, d), detached, of the link `name`. `backend` is passed to `rms_scale`."""
         self.add_scale(name, rms_scale(y, backend=backend), y.shape[0] * y.shape[2])
 
     def add_scale(self, name: str, scale: RMSScale, tokens: int) -> None:
-        """Add one micro-batch of the link `name` by the mean and σ of its Y over so many tokens."""
+        """Add a micro-batch of the link `name`, given the mean and σ of its Y over a number of tokens."""
         mean, rms = (value.detach() for value in scale)
         self._single[name] = rms
         count = rms.new_full((len(rms), 1), tokens)
@@ -88,8 +88,8 @@ class BatchStatistics:
     ) -> tuple[Tensor, Tensor]:
         """Return L_H and L_B of the whole batch (docs/METHOD.md §4).
 
-        Only the `current` micro-batch receives gradients. Averaged over micro-batches and ranks, they are the
-        gradients of the whole batch.
+        Only the `current` micro-batch receives gradients. The mean of these gradients over micro-batches and ranks is
+        the gradient of the whole batch.
 
         Args:
             weights: Gate weights of the current micro-batch, (B, S).
@@ -106,7 +106,7 @@ class BatchStatistics:
 
 
 def _combined(packed: Tensor) -> Tensor:
-    """Return σ of the union, (…, H), from (parts, …, H, [count, mean, sum of squares]), by Chan's formula."""
+    """Combine parts, (parts, …, H, [count, mean, sum of squares]), by Chan's formula; return σ, (…, H)."""
     count, mean, squares = packed[..., 0], packed[..., 1:-1], packed[..., -1]
     share = count / count.sum(0)
     whole = (share[..., None] * mean).sum(0)

@@ -36,17 +36,17 @@ from srm_model.modules import is_stochastic, unwrapped
 from srm_model.norms import norm_of
 
 # Tolerances of the checks, the same for every model. Tests verify them on sound and on masked models.
-FALL_ALLOWED = 0.05  # as a share of the loss's whole rise, over the steps
-EPS_FALL_ALLOWED = 0.01  # as a share of the largest rise, from one budget to the next
+FALL_ALLOWED = 0.05  # largest fall over the steps, as a share of the total rise
+EPS_FALL_ALLOWED = 0.01  # largest fall from one budget to the next, as a share of the largest reach
 RESTART_GAIN_ALLOWED = 0.25
 DERIVATIVE_ERROR_ALLOWED = 0.2
 SCORE_TOLERANCE = 1e-3  # as a share of the spread of clean scores; allows rounding, not randomness
 
 _EPS_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 _DIRECTIONS = 8
-_WIDTHS = (4, 32, 256)  # the budget divided by these is the width of a central difference
+_WIDTHS = (4, 32, 256)  # divisors of the budget that give the widths of central differences
 _REPLICATES = 2000
-_PASSES = 16  # over the same images, to detect randomness
+_PASSES = 16  # passes over the same images, to detect randomness
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Check:
     name: str
     title: str  # what a sound model satisfies
     passed: bool | None  # None if the check could not run
-    figure: str  # what was measured, in words, or why the check could not run
+    figure: str  # text that says what was measured, or why the check could not run
     meaning: str  # what a failure means
     data: dict[str, Any] = field(default_factory=dict)  # the measured values, as JSON values
 
@@ -65,7 +65,7 @@ class Check:
 class Audit:
     """Checks of one model at one norm and budget."""
 
-    model: str  # its class
+    model: str  # name of the model's class
     norm: str
     eps: float  # the given budget; "l2" budgets are stated at 512×512
     radius: float
@@ -105,37 +105,38 @@ def audit(
 ) -> Audit:
     """Check whether attacks measure this model's robustness, or only fail to find its weakness.
 
-    The white-box attack is PGD that raises, and PGD that lowers, each image's score. Its "reach" is how far it moves
-    the score, as the mean of both over the images. A model passes
+    The white-box attack runs PGD twice on each image: once to raise the score and once to lower it. Its "reach" is the
+    change of the score, averaged over both directions and all images. A model passes a check under this condition:
 
-    - steps: if the reach, with a fixed step size and start, grows with the steps and never falls by more than 5 % of
-      its whole rise. A stochastic model is attacked with common random numbers: the passes of every step draw the same
-      numbers, so that the reach has no noise of its own;
-    - eps: if the reach grows from a quarter of the budget to four times the budget, and never falls by more than 1 % of
-      the largest reach;
-    - gradients: if at most 1 % of the gradients are zero everywhere, and none has a NaN or infinite element;
-    - restarts: if the best of all restarts reaches at most 25 % further than one restart on average, for a stochastic
-      model with common random numbers;
-    - derivative: if gradients and central differences along 8 random sign directions agree within 20 % (relative, over
-      all images and directions) at one of the widths ε/4, ε/32 and ε/256, for a stochastic model within one draw;
-    - transfer and black_box: if a transfer attack, and an attack that needs scores only, do not reach further than the
-      best white-box attack (PGD or APGD). The lower end of the 95 % bootstrap interval of the mean difference over the
-      images must not be above 0;
-    - unbounded: if PGD on pair inversion inverts the ranking (SROCC below 0) when any image is allowed. The check does
-      not run if the clean ranking is inverted already;
-    - randomness: if 16 passes over the same images give the same scores within 0.1 % of their spread, or if the model's
-      attribute `stochastic` is true, which declares its randomness;
-    - batch: if the scores of an image alone and in a batch agree within 0.1 % of their spread. The check does not run
-      for a stochastic model.
+    - steps: The reach grows with the number of steps, at a fixed step size and start, and never falls by more than 5 %
+      of its total rise. For a stochastic model, all steps use the same random numbers, so that randomness does not
+      change the reach between steps.
+    - eps: The reach grows from a quarter of the budget to four times the budget, and never falls by more than 1 % of
+      the largest reach.
+    - gradients: At most 1 % of the gradients are zero everywhere, and no gradient has a NaN or infinite element.
+    - restarts: The reach of the best restart exceeds the mean reach of single restarts by at most 25 %. For a
+      stochastic model, all steps use the same random numbers.
+    - derivative: Gradients and central differences along 8 random sign directions agree within 20 % (relative, over all
+      images and directions) at one of the widths ε/4, ε/32 and ε/256. For a stochastic model, both use the same random
+      draw.
+    - transfer and black_box: The reach of a transfer attack, or of an attack that uses only scores, is not larger than
+      the reach of the best white-box attack (PGD or APGD). The lower end of the 95 % bootstrap interval of the mean
+      difference over the images must not be above 0.
+    - unbounded: PGD on pair inversion inverts the ranking (SROCC below 0) if the radius allows any image. The check
+      does not run if the clean ranking is already inverted.
+    - randomness: Scores of the same images in 16 passes agree within 0.1 % of the spread of clean scores, or the model
+      declares its randomness by the attribute `stochastic`.
+    - batch: The scores of an image alone and in a batch agree within 0.1 % of the spread of clean scores. The check
+      does not run for a stochastic model.
 
-    The model is left as it was.
+    The call does not change the state of the model.
 
     Args:
         model: Any module that `pgd` accepts.
         dataset: As in `Suite.run`.
         norm: As in `Suite.run`.
         eps: As in `Suite.run`, above 0.
-        surrogate: Another model for the check "transfer", which needs one.
+        surrogate: Another model. The check "transfer" runs only with a surrogate.
         config: Steps, restarts, queries and batch size of the attacks. Default: `SRMConfig()`.
         images: Number of images to use, evenly spaced over the dataset.
         seed: Seed of the attacks.
@@ -219,7 +220,7 @@ class _Subject:
         model: nn.Module | None = None,
         **changes: Any,
     ) -> PGDTrace:
-        """Attack a batch so that its scores rise or fall; different `number`s give different random numbers."""
+        """Raise (`sign` = 1) or lower (−1) the scores of a batch. `number` selects the random numbers."""
         settings: dict[str, Any] = {"norm": self.norm, "eps": self.radius, "eot": self.eot, **changes}
         generator = self.generator(number + 2 * batch + (sign > 0))
         subject = self.model if model is None else model
@@ -242,11 +243,11 @@ class _Subject:
 
     @cached_property
     def white_box(self) -> list[tuple[int, list[PGDTrace]]]:
-        """PGD with all restarts."""
+        """The result of PGD with all restarts."""
         return self.both_ways(self.pgd)
 
     def reach(self, found: list[tuple[int, list[PGDTrace]]]) -> Tensor:
-        """Return how far each image's score moved, (images,), as the mean of up and down."""
+        """Return the change of each image's score, (images,), averaged over both directions."""
         ways = [
             torch.cat([trace.loss.double().cpu() for trace in traces]) - sign * self.clean
             for sign, traces in found
@@ -255,7 +256,10 @@ class _Subject:
 
     @cached_property
     def iterates(self) -> Tensor:
-        """Reach of PGD at every iterate, (restarts, steps + 1, images); stochastic models get common random numbers."""
+        """Reach of PGD at every iterate, (restarts, steps + 1, images).
+
+        All steps of a stochastic model use the same random numbers.
+        """
         found = self.white_box
         if self.declared:
             same = _SameDraws(self.model, self.eot)
@@ -268,7 +272,7 @@ class _Subject:
 
     @cached_property
     def variation(self) -> float:
-        """Largest difference of scores between passes over the same images."""
+        """The largest difference between the scores of one image in several passes."""
         differences = []
         for images, _ in self.batches:
             x = to_model(self.model, images)
@@ -280,7 +284,7 @@ class _Subject:
 
     @cached_property
     def best_white_box(self) -> Tensor:
-        """Larger reach of PGD and APGD, per image."""
+        """The reach of PGD or of APGD for each image, whichever is larger."""
 
         def tuned(batch: int, sign: int) -> PGDTrace:
             steps = self.config.attack_steps
@@ -290,7 +294,7 @@ class _Subject:
 
 
 class _SameDraws(nn.Module):
-    """A stochastic model that draws the same in every `passes`-th pass, so that EOT gives a deterministic function."""
+    """A stochastic model that repeats its random numbers every `passes` passes, which makes EOT deterministic."""
 
     def __init__(self, model: nn.Module, passes: int) -> None:
         super().__init__()
@@ -425,8 +429,8 @@ def _restarts(subject: _Subject) -> Finding:
 def _derivative(subject: _Subject) -> Finding:
     """Compare ⟨∇f, d⟩ with (f(x + hd) − f(x − hd)) / 2h, where both points are images.
 
-    A true gradient agrees if h is small enough for the score to be almost linear and large enough for fp32. A false
-    one agrees at no h. Therefore the best of three widths counts.
+    A correct gradient agrees if h is small enough for the score to be almost linear and large enough for fp32. A wrong
+    gradient agrees at no h. Therefore the check uses the best of three widths.
     """
     largest = subject.radius / subject.largest  # change of a pixel along a sign direction
     widths = [min(largest / share, 0.25) for share in _WIDTHS]

@@ -38,12 +38,13 @@ def apgd_trace(
     """Maximise an objective by PGD that adapts its step size η, which starts at 2·eps.
 
     A step is z = P(x + η·direction), then x ← P(x + 0.75 (z − x) + 0.25 (x − x_before)), with the projection P. The
-    first checkpoint comes after 22 % of the steps. Each window between checkpoints is shorter by 3 % of the steps than
-    the one before, down to 6 %. At a checkpoint η is halved and x returns to the best point, without momentum, if fewer
-    than 75 % of the window's steps raised the loss, or if neither η nor the best loss has changed since the last
-    checkpoint. η and the best point are kept per image, or per batch for an objective defined on the batch.
+    first checkpoint comes after 22 % of the steps. Each window between two checkpoints is 3 % of the steps shorter than
+    the previous window, and at least 6 % of the steps long. At a checkpoint, η is halved and x returns to the best
+    point, without momentum, in two cases: fewer than 75 % of the window's steps raised the loss, or neither η nor the
+    best loss has changed since the last checkpoint. Each image has its own η and best point. For an objective that is
+    defined on the batch, both are kept per batch.
 
-    Arguments, result and errors are those of `pgd`; there is no `step_size`.
+    Arguments, result and errors are those of `pgd`, without `step_size`.
     """
     steps, restarts = check_count("steps", steps), check_count("restarts", restarts)
     checks = checkpoints(steps)
@@ -59,7 +60,7 @@ def apgd_trace(
             start, best_direction = 0, direction
             size = torch.full_like(loss, 2 * eps)
             successes = torch.zeros_like(loss)
-            # True at the start, so that the first checkpoint depends on successes only.
+            # True at the start, so that the first checkpoint depends only on successful steps.
             halved = torch.ones_like(loss, dtype=torch.bool)
             best_then = loss
             for step in range(1, steps + 1):

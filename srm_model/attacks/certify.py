@@ -24,8 +24,8 @@ class Certificate:
     eps: float  # L2 radius on an image's 3×H×W tensor
     sigma: float  # standard deviation of the noise, per pixel value
     samples: int  # noisy copies of each image
-    confidence: float  # of each image's interval
-    median: list[float]  # of each image's samples
+    confidence: float  # confidence of each image's interval
+    median: list[float]  # median of each image's samples
     lower: list[float]  # lower bounds; -inf if the samples are too few
     upper: list[float]  # upper bounds; inf if the samples are too few
 
@@ -45,7 +45,7 @@ def smoothed_scores(
 ) -> Tensor:
     """Return sorted scores of noisy copies of each image, (samples, B), on the CPU.
 
-    The copies are clipped to [0, 1]; clipping is part of the smoothed function. Arguments and errors are as in
+    The copies are clipped to [0, 1], and this clipping is part of the smoothed function. Arguments and errors are as in
     `certify`.
     """
     check_model(model)
@@ -90,11 +90,11 @@ def certify(
     """Bound the median-smoothed score of each image within ‖δ‖₂ ≤ eps.
 
     The median at x + δ lies between the quantiles Φ(−eps/σ) and Φ(eps/σ) of the smoothed scores at x. Order statistics
-    of the samples bound these quantiles, each with error (1 − confidence)/2 over the drawn noise. The bounds hold for
-    the smoothed model, not for the given one.
+    of the samples bound these quantiles. Each bound fails with probability at most (1 − confidence)/2 over the noise.
+    The bounds hold for the smoothed model, not for the given model.
 
     Args:
-        model: Any module that `pgd` accepts. It is left as it was.
+        model: Any module that `pgd` accepts. Its state does not change.
         images: Images (B, 3, H, W) in [0, 1].
         eps: L2 radius on an image's 3×H×W tensor.
         sigma: Standard deviation of the Gaussian noise, per pixel value.
@@ -140,11 +140,13 @@ def certificate(scores: Tensor, *, eps: float, sigma: float, confidence: float) 
 
 
 def order_statistics(count: int, shift: float, confidence: float) -> tuple[int | None, int | None]:
-    """Return which sorted samples, counted from 1, bound the quantiles Φ(−shift) and Φ(shift); None if none does.
+    """Return the positions, counted from 1, of the sorted samples that bound the quantiles Φ(−shift) and Φ(shift).
+
+    A position is None if no sample is a bound.
 
     The k-th sample is above the p-quantile with probability at most P(Bin(n, p) ≤ k − 1), and below it with probability
-    at most P(Bin(n, p) ≥ k), with n = `count`. The bounds are the largest and the smallest k for which this is at most
-    (1 − confidence)/2.
+    at most P(Bin(n, p) ≥ k), with n = `count`. The lower bound is the largest k, and the upper bound the smallest k,
+    for which this probability is at most (1 − confidence)/2.
     """
     from scipy.stats import binom, norm  # imported here because the import takes 0.5 s
 

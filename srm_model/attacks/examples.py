@@ -1,4 +1,4 @@
-"""Write attacked images as files: clean, attacked, and the magnified difference."""
+"""Write the clean image, the attacked image and their magnified difference as files."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _MAX_MAGNIFICATION = 1000
 def save_examples(result: SuiteResult, folder: str | Path) -> list[dict[str, Any]]:
     """Write the examples of a result as PNG files and `examples.json`.
 
-    The scores belong to the float images; the files are rounded to 8 bits.
+    The scores were computed on the float images. The pixels in the files are rounded to 8 bits.
 
     Args:
         result: Result of `Suite.run` with `keep` above 0.
         folder: Folder of the files.
 
     Returns:
-        The entries of `examples.json`: name, mos, clean_score, adversarial_score, attack, the file names clean,
-        attacked and difference, relative to the folder, and magnification. A difference file is mid-grey plus
-        magnification times the change, so that 99.9 % of the values fit.
+        The entries of `examples.json`. Each has the keys name, mos, clean_score, adversarial_score, attack and
+        magnification, and the keys clean, attacked and difference with file names relative to the folder. A difference
+        file shows mid-grey plus magnification times the change. The magnification keeps 99.9 % of the values in range.
     """
     folder = Path(folder)
     entries = []

@@ -34,13 +34,13 @@ class PGDTrace(NamedTuple):
 
     images: Tensor  # best iterates, (B, 3, H, W)
     loss: Tensor  # their losses, (B,), or 0-d for an objective defined on the batch
-    losses: Tensor  # of all iterates, start first: (restarts, steps + 1, B) or (restarts, steps + 1)
+    losses: Tensor  # losses of all iterates, start first: (restarts, steps + 1, B) or (restarts, steps + 1)
     zero_gradients: float  # share of gradients (one per image, step and restart) that were zero
-    nonfinite_gradients: float  # share with a NaN or infinite element, which counts as zero
+    nonfinite_gradients: float  # share of gradients with a NaN or infinite element, which counts as zero
 
 
 def images_of(trace: Callable[_P, PGDTrace]) -> Callable[_P, Tensor]:
-    """Make an attack that returns only images from one that returns a trace. Both have the same signature."""
+    """Convert an attack that returns a trace to an attack with the same signature that returns only the images."""
 
     @functools.wraps(trace)
     def attack(*args: _P.args, **kwargs: _P.kwargs) -> Tensor:
@@ -79,7 +79,7 @@ def fgsm(
     Arguments, result and errors are those of `pgd`.
 
     Raises:
-        ValueError: As `pgd`, or the objective's gradient is zero at the clean images (`Drift`).
+        ValueError: As in `pgd`, or the objective's gradient is zero at the clean images (`Drift`).
     """
     check_objective(objective)
     if getattr(objective, "flat_at_clean", False):
@@ -113,8 +113,8 @@ def pgd_trace(
 ) -> PGDTrace:
     """Maximise an objective by projected gradient ascent within ‖x' − x‖ ≤ eps and [0, 1] (docs/METHOD.md §6).
 
-    The model runs on its own device, in evaluation mode and fp32. It and all global random generators are left exactly
-    as they were. `pgd` returns the images, `pgd_trace` a `PGDTrace`.
+    The model runs on its own device, in evaluation mode and fp32. The call does not change the state of the model or of
+    any global random generator. `pgd` returns the images, and `pgd_trace` returns a `PGDTrace`.
 
     Args:
         model: Any module from images (B, 3, H, W) in [0, 1] to scores (B,) or (B, 1).
@@ -129,17 +129,18 @@ def pgd_trace(
         step_size: Size of a step along the sign ("linf") or the normalised gradient ("l2"). Default: 2.5·eps/steps
             ("linf") or 4·eps/steps ("l2").
         restarts: Number of restarts, each from a point drawn uniformly from the ball.
-        restart_batch: Number of restarts that run at once as one batch, from the same starts. The result is the same
-            up to rounding if a score does not depend on the rest of its batch. None runs all at once, or fewer if a
-            GPU runs out of memory.
-        eot: Forward passes whose gradients and losses each step averages; more than 1 for stochastic models.
+        restart_batch: Number of restarts that run at once as one batch. The starts are the same for every value. If a
+            score does not depend on the other images of its batch, the results differ only by rounding. None runs all
+            restarts at once, or fewer if a GPU runs out of memory.
+        eot: Number of forward passes per step, whose gradients and losses are averaged. Use more than 1 for stochastic
+            models.
         generator: Generator of the starts and of the model's randomness. Default: seed 0.
         on_step: Called after each step of each restart.
 
     Returns:
-        The best iterates over all steps and restarts, starts included, in the shape, dtype and device of `images`.
-        They are chosen per image, or per batch for an objective defined on the batch. A NaN loss counts as the
-        highest, so that a model that an attack drives to NaN does not look robust.
+        The best iterates over all steps and restarts, including the starts, in the shape, dtype and device of `images`.
+        The best iterate is chosen per image, or per batch for an objective defined on the batch. A NaN loss counts as
+        the highest loss, so that a model with NaN scores does not look robust.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -189,7 +190,7 @@ def run_restarts(
         restart_batch: As in `pgd`.
 
     Returns:
-        The best points over all restarts, and the losses of all, (restarts, iterates, …).
+        The best points over all restarts, and the losses of all restarts, (restarts, iterates, …).
     """
     if restart_batch is not None:
         restart_batch = check_count("restart_batch", restart_batch)
@@ -216,7 +217,7 @@ def run_restarts(
 
 
 def trace_of(images: Tensor, problem: Problem, kept: Best, losses: Tensor, *, gradients: int) -> PGDTrace:
-    """Return the result of an attack that computed so many `gradients`; their shares are NaN if it computed none."""
+    """Return the trace of an attack that computed `gradients` gradients; with 0, the gradient shares are NaN."""
     problem.check_losses(losses)
     zero, nonfinite = (
         float(count) / gradients if gradients else math.nan

@@ -1,4 +1,4 @@
-"""Run any model on images in [0, 1] without changing its state or that of the process."""
+"""Run any model on images in [0, 1] without changing the state of the model or of the process."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from srm_model.neck import SRMNeck
 def as_found(model: nn.Module, images: Tensor, *, seed: int) -> Iterator[None]:
     """Run the block in evaluation mode and fp32, with seeded random generators; restore everything afterwards.
 
-    This restores the mode of every submodule, buffers (object and value), `requires_grad` of parameters, generators
-    that are attributes of modules, and the global generators of Python, NumPy and PyTorch, on the CPU and on the device
-    of `images`. In the block autocast is off, and gradients work even under an outer `no_grad` or `inference_mode`.
+    Restored are the mode of every submodule, all buffers (objects and values), `requires_grad` of parameters, and
+    random generators: attributes of modules and the global generators of Python, NumPy and PyTorch, on the CPU and on
+    the device of `images`. In the block, autocast is off and gradients are enabled, even under an outer `no_grad` or
+    `inference_mode`.
     """
     with (
         seeded(images.device, seed),
@@ -106,7 +107,9 @@ def as_scores(output: object, batch: int) -> Tensor:
 
 
 def gradient_of(scores: Tensor, images: Tensor, pull: Tensor | None = None) -> Tensor | None:
-    """Return the gradient of scores (B,), weighted by `pull` (B,), with respect to their images, or None without one.
+    """Return the gradient of Σ pull · scores with respect to the images, or None if there is no gradient.
+
+    `scores` and `pull` have the shape (B,); the default of `pull` is one.
 
     Raises:
         ValueError: The backward pass of the model fails.
@@ -128,14 +131,14 @@ def gradient_of(scores: Tensor, images: Tensor, pull: Tensor | None = None) -> T
 
 
 def predict(model: nn.Module, images: Tensor, *, samples: int = 1, seed: int = 0) -> Tensor:
-    """Return scores (B,) without gradient, averaged over `samples` seeded passes. The model is left as it was."""
+    """Return scores (B,) without gradient, averaged over `samples` seeded passes. The model's state does not change."""
     images = to_model(model, images)
     with as_found(model, images, seed=seed), torch.no_grad():
         return torch.stack([scores_of(model, images) for _ in range(samples)]).mean(0)
 
 
 def to_model(model: nn.Module, images: Tensor) -> Tensor:
-    """Move images to the model's device, in channels_last layout if its first convolution has it."""
+    """Move images to the model's device, in channels_last layout if the first convolution uses this layout."""
     tensors = [*model.parameters(), *model.buffers()]
     if tensors:
         images = images.to(tensors[0].device)
@@ -170,7 +173,7 @@ def check_model(model: nn.Module) -> None:
 
 
 def _needed(model: nn.Module) -> list[str]:
-    """Return the names of forward's arguments without default."""
+    """Return the names of the arguments of `forward` that have no default."""
     try:
         parameters = inspect.signature(model.forward).parameters.values()
     except (TypeError, ValueError):  # compiled and scripted modules may have no signature

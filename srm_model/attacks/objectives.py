@@ -1,8 +1,8 @@
 """Objectives that attacks maximise (docs/METHOD.md §6).
 
-An objective is any callable `(scores, mos, clean_scores)`: scores (B,) of the attacked images, with gradient,
-normalised MOS (B,), and scores (B,) of the clean images. It returns a loss per image, (B,), or one 0-d loss of the
-batch. The attack keeps the best iterate per image or per batch, accordingly.
+An objective is any callable `(scores, mos, clean_scores)`: scores (B,) of the attacked images, with gradient;
+normalised MOS (B,); and scores (B,) of the clean images. The objective returns one loss per image, (B,), or one 0-d
+loss for the batch. The attack keeps the best iterate per image in the first case and per batch in the second.
 
 Two attributes are optional: `flat_at_clean` (the gradient is zero at the clean images, so FGSM is refused) and
 `uses_clean_scores` (False saves a forward pass; `clean_scores` is then NaN).
@@ -24,7 +24,7 @@ _DEFAULTS = SRMConfig()
 
 
 class Objective(Protocol):
-    """Callable from scores, normalised MOS and clean scores, each (B,), to losses (B,) or one 0-d loss."""
+    """A callable that maps scores, normalised MOS and clean scores, each (B,), to losses (B,) or one 0-d loss."""
 
     def __call__(self, scores: Tensor, mos: Tensor, clean_scores: Tensor, /) -> Tensor: ...
 
@@ -45,7 +45,7 @@ class MSE:
 class Drift:
     """(f(x') − f(x))² per image: move the score, independently of the MOS.
 
-    Its gradient is zero at x, so `fgsm` refuses it. `pgd` starts from another point.
+    The gradient is zero at x, so `fgsm` rejects this objective. `pgd` works, because it starts from another point.
     """
 
     name: ClassVar[str] = "drift"
@@ -82,10 +82,12 @@ class Signed:
 
 @dataclass(frozen=True)
 class SoftSpearman:
-    """Negative correlation of soft ranks with the ranks of MOS, a smooth form of SROCC; one loss per batch.
+    """Negative correlation between soft ranks and the ranks of MOS; one loss per batch.
 
-    The soft rank of image a is Σ_b sigmoid((f(x'_a) − f(x'_b)) / T), which tends to its rank for T → 0. The loss is in
-    [−1, 1], and 0 if all MOS of the batch are equal.
+    The negative loss is a smooth form of SROCC.
+
+    The soft rank of image a is Σ_b sigmoid((f(x'_a) − f(x'_b)) / T), which converges to the rank of a for T → 0. The
+    loss is in [−1, 1]. It is 0 if all MOS of the batch are equal.
     """
 
     temperature: float = _DEFAULTS.pair_temperature  # T
@@ -110,7 +112,7 @@ class SoftSpearman:
 class PairInversion:
     """Mean of log(1 + exp(−(f(x'_a) − f(x'_b)) / T)) over pairs with y_a − y_b > margin; one loss per batch.
 
-    It inverts the ranking (article, eq. 32). The loss is 0 if there is no such pair.
+    Maximising this loss inverts the ranking (article, eq. 32). The loss is 0 if no pair exceeds the margin.
     """
 
     margin: float = _DEFAULTS.pair_margin  # least difference of normalised MOS

@@ -29,7 +29,7 @@ _BACKWARD_EXPONENT = 8  # scale of the scores' gradient, for models that run in 
 
 
 class NoGradientError(ValueError):
-    """The scores carry no gradient to the images."""
+    """The scores have no gradient with respect to the images."""
 
 
 def check_budget(norm: str, eps: float) -> float:
@@ -49,7 +49,7 @@ def parse_budget(text: str) -> float:
 
 
 def check_number(name: str, value: float) -> float:
-    """Return a real number, such as a NumPy scalar, as a Python float; raise TypeError for others."""
+    """Return a real number, such as a NumPy scalar, as a Python float; raise TypeError for other values."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}={value!r}: expected a number")
     return float(value)
@@ -66,7 +66,7 @@ def check_objective(objective: Objective) -> None:
 
 
 def check_count(name: str, value: int, least: int = 1) -> int:
-    """Return an integer of at least `least` as a Python int; raise TypeError or ValueError for others."""
+    """Return an integer of at least `least` as a Python int; raise TypeError or ValueError for other values."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}={value!r}: expected an integer")
     if value < least:
@@ -123,8 +123,8 @@ class Problem:
     objective: Objective
     norm: Norm
     eps: float  # radius of the ball
-    eot: int  # passes over which losses and gradients are averaged
-    generator: torch.Generator  # of the random starts
+    eot: int  # number of passes over which losses and gradients are averaged
+    generator: torch.Generator  # generator of the random starts
 
     def __post_init__(self) -> None:
         self.zero_gradients: int | Tensor = 0
@@ -166,7 +166,7 @@ class Problem:
         return spread.reshape(-1, 1, 1, 1).to(self.images.dtype)
 
     def choose(self, where: Tensor, points: Tensor, others: Tensor) -> Tensor:
-        """Select points as `torch.where`, with `where` in the shape of losses; twice as fast on a CPU."""
+        """Select points like `torch.where`, by a mask in the shape of losses; twice as fast on a CPU."""
         return torch.lerp(others, points, self.per_image(where))  # exact for weights 0 and 1
 
     def loss(self, x: Tensor) -> Tensor:
@@ -183,7 +183,7 @@ class Problem:
         return torch.stack([self._judge(sample) for sample in scores]).mean(0)
 
     def ascend(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the objective at x and the direction of steepest ascent in the norm, from the same passes."""
+        """Return the objective at x and the direction of steepest ascent in the norm, from the same forward passes."""
         x = x.detach().requires_grad_()
         losses: list[Tensor] = []
         gradient = None
@@ -228,7 +228,7 @@ class Problem:
 
 
 class Best:
-    """The points with the highest loss so far, per copy and per image, or per batch if the loss is."""
+    """The points with the highest loss so far, per copy and image, or per copy and batch if the loss is per batch."""
 
     points: Tensor
     loss: Tensor
@@ -238,7 +238,7 @@ class Best:
         self._empty = True
 
     def offer(self, points: Tensor, loss: Tensor) -> Tensor:
-        """Keep the points with a higher loss; return which, in the shape of the loss. NaN counts as highest."""
+        """Keep the points with a higher loss; return a mask of them in the shape of the loss. NaN counts as highest."""
         if self._empty:
             self.points, self.loss, self._empty = points, loss, False
             return torch.ones_like(loss, dtype=torch.bool)
@@ -248,14 +248,14 @@ class Best:
         return better
 
     def offer_copies(self, other: Best) -> None:
-        """Offer the copies of another `Best` one by one, as if they had run one after another."""
+        """Offer the copies of another `Best` one by one, as if the restarts had run one after another."""
         copies = other.points.unflatten(0, (len(other.loss), -1))
         for points, loss in zip(copies, other.loss, strict=True):
             self.offer(points, loss[None])
 
 
 def exceeds(loss: Tensor, before: Tensor) -> Tensor:
-    """Return where a loss is higher. NaN is higher than any number."""
+    """Return a mask of the elements whose loss is higher. NaN is higher than any number."""
     return (loss > before) | (loss.isnan() & ~before.isnan())
 
 
@@ -265,7 +265,7 @@ def like(images: Tensor, adversarial: Tensor) -> Tensor:
 
 
 def differentiable_scores(model: nn.Module, images: Tensor) -> Tensor:
-    """Return scores (B,) of images that require a gradient; raise NoGradientError if the scores carry none."""
+    """Return scores (B,) of images that require a gradient; raise NoGradientError if the scores have no gradient."""
     scores = scores_of(model, images)
     if not scores.requires_grad:
         raise NoGradientError(

@@ -1,4 +1,4 @@
-"""Results of a run of attacks: one file per batch, written by the rank that attacks it."""
+"""Results of a run of attacks: one file per batch, written by the rank that attacks the batch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Batch:
 class Records:
     """The batches of one run, which may be stored in a folder.
 
-    Each file holds the results of one batch and the settings that they depend on.
+    Each file holds the results of one batch and the settings that determine these results.
 
     Args:
         folder: Folder of the files; None stores nothing.
@@ -61,14 +61,14 @@ class Records:
             save_file(tensors, path, {"record": json.dumps(record)})
 
     def share(self, attacks: Iterable[str]) -> list[int]:
-        """Return this rank's share of the batches that lack one of these attacks."""
+        """Return this rank's share of the batches for which results of these attacks are missing."""
         rank, world = ranks.place()
         wanted = set(attacks)
         unfinished = [number for number, batch in enumerate(self.batches) if wanted - batch.attacks.keys()]
         return unfinished[rank::world]
 
     def exchange(self, share: list[int]) -> None:
-        """Exchange the results of all ranks; `share` are the batches of this rank."""
+        """Exchange the results between ranks. `share` lists the batches of this rank."""
         for found in ranks.gather({number: self.batches[number] for number in share}):
             for number, batch in found.items():
                 self.batches[number] = batch

@@ -35,17 +35,20 @@ def square_trace(
 ) -> PGDTrace:
     """Maximise an objective by random search, with at most `queries` scores per image and without gradients.
 
-    A proposal changes one square of each image. For "linf", each channel of the square becomes ±eps. For "l2", the
-    square gets a bump of random sign, with the norm of another square, which becomes zero, and the unused part of the
-    budget. Proposals that raise the loss are kept, per image. For an objective defined on the batch, the images are
-    decided one after another, which needs no further query.
+    A proposal changes one square of each image. For "linf", the perturbation in the square becomes ±eps, with one sign
+    per channel. For "l2", the square gets a bump of random sign, and the perturbation of another square becomes zero.
+    The bump takes the norm of that square and the unused part of the budget. A proposal that raises the loss is kept,
+    per image. For an objective defined on the batch, the proposals are accepted or rejected image by image, which needs
+    no further query.
 
     The model need not be differentiable. Arguments that are not listed, the result and errors are those of `pgd`. The
-    losses of `square_trace` are those of the kept images after each round, (1, rounds, …); its gradient shares are NaN.
+    losses of `square_trace` are the losses of the kept images after each round, (1, rounds, …). The gradient shares are
+    NaN.
 
     Args:
-        queries: Scores per image, including the clean score if the objective uses it. Each of the `eot` passes counts.
-        area: Area of the first squares as a share of the image's. It shrinks with the queries.
+        queries: Number of scores per image, including the clean score if the objective uses it. Each of the `eot`
+            passes counts.
+        area: Area of the first squares as a share of the image area. The area shrinks as queries are used.
         on_step: Called after each round of queries.
     """
     queries, area = check_count("queries", queries), check_number("area", area)
@@ -114,7 +117,7 @@ class _Squares:
         self._on: dict[str, Any] = {"generator": problem.generator, "device": problem.generator.device}
 
     def start(self) -> Tensor:
-        """Return vertical stripes of ±eps, or a grid of bumps on the sphere for a norm with bumps."""
+        """Return the start: vertical stripes of ±eps, or, for a norm with bumps, a grid of bumps with norm eps."""
         images = self.problem.images
         if not self.problem.norm.bumps:
             delta = self._signs(self.batch, self.channels, 1, self.width) * self.problem.eps
@@ -129,7 +132,7 @@ class _Squares:
         return self.problem.project(images + delta * (self.problem.eps / length))
 
     def propose(self, x: Tensor, spent: float) -> Tensor:
-        """Return images with one changed square each; `spent` is the share of the queries that are used."""
+        """Return the images with one changed square each. `spent` is the share of queries that were used."""
         halvings = sum(spent > share for share in _HALVINGS)
         shorter = min(self.height, self.width)
         side = round(math.sqrt(self.area * 0.5**halvings * self.height * self.width))
@@ -161,7 +164,7 @@ class _Squares:
         return emptied
 
     def _window(self, side: int) -> tuple[Any, ...]:
-        """Return an index of one random square per image, from (B, C, H, W) to (B, side, side, C)."""
+        """Return an index that selects one random square per image: (B, C, H, W) → (B, side, side, C)."""
         device = self.problem.images.device
         top, left = (
             torch.randint(extent - side + 1, (self.batch, 1, 1), **self._on).to(device)
@@ -172,7 +175,7 @@ class _Squares:
         return place, slice(None), top + reach[:, None], left + reach[None, :]
 
     def _bump(self, side: int) -> Tensor:
-        """Return concentric squares that rise towards the middle, with Euclidean norm 1."""
+        """Return a bump of concentric squares, highest in the middle, with Euclidean norm 1."""
         images = self.problem.images
         middle = (side - 1) / 2
         ramp = torch.arange(side, device=images.device, dtype=images.dtype).sub_(middle).abs_()

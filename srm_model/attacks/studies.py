@@ -42,7 +42,7 @@ def transfer(
     limit: int | None = None,
     resume: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Craft PGD-MSE examples on each model and score them on every model.
+    """Craft PGD-MSE examples on each model, and score all examples with every model.
 
     Arguments that are not listed, ranks and errors are those of `Suite.run`.
 
@@ -52,7 +52,7 @@ def transfer(
         logistics: Logistic map of each model, for PLCC. Default: plain Pearson correlation.
 
     Returns:
-        A dictionary with the entries norm, eps, names and mos, and
+        A dictionary with norm, eps, names, mos and these entries:
 
         - `clean`: srocc, plcc and scores by model;
         - `pairs`: a list of source, target, srocc, plcc, scores, zero_gradients and nonfinite_gradients, including the
@@ -142,17 +142,17 @@ def sweep_steps(
     steps: Sequence[int] | None = None,
     **arguments: Any,
 ) -> list[dict[str, Any]]:
-    """Run a suite with different numbers of steps. The step size follows from each (docs/METHOD.md §6).
+    """Run a suite with different numbers of steps. Each number determines its step size (docs/METHOD.md §6).
 
-    Arguments that are not listed are those of `Suite.run`. Under `resume`, each run has its own folder.
+    Arguments that are not listed are those of `Suite.run`. Each run has its own folder inside `resume`.
 
     Args:
         suite: The suite to run.
         steps: Numbers of steps. Default: `attack_sweep_steps` of the suite's config.
 
     Returns:
-        A row for each number of steps, with the entries steps, eps, clean, attacks (srocc, plcc, loss, zero_gradients
-        and nonfinite_gradients by attack) and worst.
+        A row for each number of steps. It has the entries steps, eps, clean, attacks and worst. `attacks` has srocc,
+        plcc, loss, zero_gradients and nonfinite_gradients of each attack.
     """
     counts = suite.config.attack_sweep_steps if steps is None else steps
     suites = [Suite(suite.attacks, suite.config.replace(attack_steps=count)) for count in counts]
@@ -173,7 +173,7 @@ def sweep_eps(
     Arguments that are not listed are those of `sweep_steps`.
 
     Args:
-        eps: Budgets. Default: those of the suite's config for the norm.
+        eps: Budgets. Default: the budgets of the suite's config for the norm.
 
     Returns:
         A row for each budget, as in `sweep_steps`.

@@ -36,7 +36,7 @@ METHODS = ("pgd", "apgd", "square")
 
 
 class Dataset(Protocol):
-    """Items are pairs of an image (3, H, W), float in [0, 1], and its normalised MOS. `names` is optional."""
+    """A dataset of pairs: an image (3, H, W), float in [0, 1], and its normalised MOS. `names` is optional."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> tuple[Tensor, float]: ...
@@ -69,14 +69,14 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class SuiteResult:
-    """Scores and correlations of one model, clean and under each attack, at one norm and budget."""
+    """Scores and correlations of one model without attack and under each attack, at one norm and budget."""
 
     norm: str
     eps: float  # the given budget; "l2" budgets are stated at 512×512
     radius: float  # radius for each image: eps, scaled by √(HW)/512 for "l2"
-    steps: int  # of PGD and APGD
-    step_size: float  # of PGD
-    restarts: int  # of PGD and APGD
+    steps: int  # steps of PGD and APGD
+    step_size: float  # step size of PGD
+    restarts: int  # restarts of PGD and APGD
     eot: int  # passes that are averaged per step and per score; more than 1 for stochastic models
     batch_size: int  # images that are attacked together
     seed: int
@@ -84,9 +84,9 @@ class SuiteResult:
     mos: list[float]  # normalised
     logistic: dict[str, Any] | None  # the logistic map before PLCC; None for plain Pearson correlation
     clean: dict[str, Any]  # entries srocc, plcc and scores of the clean images
-    # By attack: the same, crafted_on, method, and the means loss, zero_gradients and nonfinite_gradients.
+    # By attack: srocc, plcc, scores, crafted_on, method, and the means loss, zero_gradients, nonfinite_gradients.
     attacks: dict[str, dict[str, Any]]
-    # Minima srocc and plcc over the attacks, the attacks that they come from, the drops from clean, and `doubts`, a
+    # The lowest srocc and plcc of all attacks, the attacks that gave them, the drops from clean, and `doubts`, a
     # warning for each attack whose gradients were zero or not finite.
     worst: dict[str, Any]
     incomplete: list[str]  # attacks of the suite that did not run because they need a surrogate
@@ -159,35 +159,37 @@ class Suite:
         """Attack every image of a dataset with every attack of the suite.
 
         Scores are computed on the float images, not on images rounded to 8 bits. A model whose attribute `stochastic`
-        is true is attacked with EOT over `config.eot_samples` passes, and its scores are means of as many passes. A
-        correlation is NaN if the scores are constant or not finite, and NaN counts as the worst result. Attacks with
-        zero or not finite gradients may overstate robustness; each is named in a warning and in `worst["doubts"]`.
+        is true is attacked with EOT over `config.eot_samples` passes, and its scores are averaged over the same number
+        of passes. A correlation is NaN if the scores are constant or not finite, and NaN counts as the worst result. An
+        attack whose gradients are zero or not finite may overstate robustness; a warning and `worst["doubts"]` name
+        such attacks.
 
-        In a torch.distributed process group, the ranks share the batches and the folder `resume`. Every rank returns
-        the whole result, with the same bits as a single process. Rank 0 shows its own progress.
+        In a torch.distributed process group, the batches are distributed over the ranks, and all ranks use the same
+        folder `resume`. Every rank returns the whole result, bitwise equal to the result of a single process. Rank 0
+        shows its own progress.
 
         Args:
             model: Any module that `pgd` accepts.
-            dataset: Pairs of image and normalised MOS, by index. All images have one size.
+            dataset: Dataset of pairs (image, normalised MOS), which are read by index. All images have the same size.
             norm: "linf" or "l2".
-            eps: Budget. For "l2" it is stated at 512×512 and scaled by √(HW)/512.
-            surrogate: Model on which transfer attacks are crafted. Without it they are left out; `incomplete` names
-                them.
+            eps: Budget. An "l2" budget is stated for 512×512 pixels and scaled by √(HW)/512.
+            surrogate: Model on which transfer attacks are crafted. Without a surrogate, transfer attacks are skipped
+                and `incomplete` names them.
             logistic: Map fitted on clean validation scores, for PLCC. Default: plain Pearson correlation.
-            batch_size: Images that are attacked together, in the order of the dataset. Objectives that are defined on
-                the batch depend on it.
-            seed: Seed of random starts and of a stochastic model, per batch and attack.
+            batch_size: Number of images that are attacked together, in the order of the dataset. It changes the results
+                of objectives that are defined on the batch.
+            seed: Seed from which every batch and attack gets its own random starts and draws of a stochastic model.
             progress: Whether to show a progress bar on stderr.
-            keep: Number of `examples` to return, evenly spaced over the dataset, each under the attack that moved its
-                score most.
+            keep: Number of `examples` to return, evenly spaced over the dataset. Each shows the attack that changed the
+                image's score most.
             limit: Number of images to attack, evenly spaced over the dataset. Default: all.
             resume: Folder for the results of finished attacks. A later call with the same arguments, on any number of
                 ranks, continues from them.
 
         Raises:
             TypeError: An argument has the wrong type.
-            ValueError: An argument is out of range, a clean score is not finite, the images differ in size, or
-                `resume` holds results of other settings, weights or images.
+            ValueError: An argument is out of range, a clean score is not finite, the images differ in size, or `resume`
+                has results for other settings, weights or images.
         """
         if logistic is not None and not isinstance(logistic, LogisticMap):
             raise TypeError(f"logistic is a {type(logistic).__name__}; expected a LogisticMap or None")
@@ -218,7 +220,7 @@ class Suite:
 
 @dataclass
 class Job:
-    """The checked arguments of one run; it loads, scores and attacks batches."""
+    """One run of a suite with checked arguments. It loads, scores and attacks batches."""
 
     config: SRMConfig
     model: nn.Module  # the target
@@ -262,7 +264,7 @@ class Job:
         self.step_size = default_step_size(self.norm, self.radius, self.config.attack_steps, self.config)
 
     def work(self, attack: Attack) -> int:
-        """Return the number of steps, or of rounds of queries, of an attack on a batch."""
+        """Return the number of steps of an attack on a batch, or of query rounds for the square attack."""
         if attack.method == "square":
             queries = self.config.attack_queries // self.samples(self.model)
             return queries - bool(getattr(attack.objective, "uses_clean_scores", True))
@@ -273,11 +275,11 @@ class Job:
         return self.config.eot_samples if is_stochastic(model) else 1
 
     def waiting(self, batch: Batch) -> list[Attack]:
-        """Return the attacks that a batch still lacks."""
+        """Return the attacks whose results a batch does not have yet."""
         return [attack for attack in self.attacks if attack.name not in batch.attacks]
 
     def shown(self, number: int) -> list[int]:
-        """Return the rows of a batch that are examples."""
+        """Return the rows of a batch that are kept as examples."""
         places = (divmod(place, self.batch_size) for place in spread(len(self.indices), self.keep))
         return [row for batch, row in places if batch == number]
 
@@ -380,7 +382,7 @@ def _attack_batch(job: Job, number: int, records: Records, tick: Callable[[], ob
 
 
 def _furthest(batch: Batch, row: int) -> str:
-    """Return the finished attack that moved an image's score most; a NaN counts as the largest move."""
+    """Return the finished attack that changed an image's score most. NaN counts as the largest change."""
 
     def move(name: str) -> float:
         moved = abs(batch.attacks[name]["scores"][row] - batch.clean[row])
@@ -403,14 +405,14 @@ def _examples(job: Job, records: Records) -> list[Example]:
 def correlations(
     parts: Iterable[list[float]], mos: list[float], logistic: LogisticMap | None
 ) -> dict[str, Any]:
-    """Return srocc, plcc and scores of a model whose scores are given in parts."""
+    """Concatenate a model's scores; return srocc, plcc and the scores."""
     scores = [score for part in parts for score in part]
     mapped = scores if logistic is None else logistic(scores)
     return {"srocc": srocc(scores, mos), "plcc": plcc(mapped, mos), "scores": scores}
 
 
 def means(batches: Sequence[Batch], attack: str, keys: Iterable[str]) -> dict[str, float]:
-    """Return means over the images of values that are stored per batch."""
+    """Return the mean over all images of values that are stored per batch."""
     weights = [len(batch.mos) for batch in batches]
     return {
         key: float(np.average([batch.attacks[attack][key] for batch in batches], weights=weights))
@@ -477,7 +479,7 @@ def _nan_first(value: float) -> float:
 
 
 def _names(dataset: Any) -> list[str]:
-    """Return the names of a dataset, also through a `Subset`; without names, the indices."""
+    """Return the names of a dataset or of a `Subset`; return indices if it has no names."""
     if isinstance(dataset, Subset):
         names = _names(dataset.dataset)
         return [names[index] for index in dataset.indices]
@@ -485,7 +487,7 @@ def _names(dataset: Any) -> list[str]:
 
 
 def spread(count: int, wanted: int) -> list[int]:
-    """Return at most `wanted` of `count` positions, evenly spaced and in ascending order."""
+    """Return at most `wanted` positions below `count`, evenly spaced and in ascending order."""
     wanted = min(wanted, count)
     return [(2 * i + 1) * count // (2 * wanted) for i in range(wanted)]
 
@@ -502,7 +504,7 @@ def _bar(shown: bool, total: int, done: int) -> Iterator[Callable[[], object] | 
 
 
 def settings_of(job: Job) -> dict[str, Any]:
-    """Return the settings that a finished batch depends on, as JSON values."""
+    """Return, as JSON values, the settings that determine the results of a batch."""
     images = hashlib.sha256(json.dumps(job.names).encode())
     images.update(str(getattr(job.dataset, "fingerprint", "")).encode())
     images.update(repr(tuple(job.first.shape)).encode() + _bytes(job.first))

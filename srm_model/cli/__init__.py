@@ -1,4 +1,4 @@
-"""The command line `srm-iqa`. A subcommand imports its module only when it runs, so that --help stays fast."""
+"""The command line `srm-iqa`. The module of a subcommand is imported when the subcommand runs, to keep --help fast."""
 
 from __future__ import annotations
 
@@ -61,14 +61,16 @@ read or scored on stderr; the exit code is then 2."""
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `srm-iqa` and return its exit code.
 
-    Under torchrun, commands that do not share their work run on the first process only. Only that process prints.
+    Under torchrun, commands without support for several processes run on the first process only. Only the first process
+    prints.
 
     Args:
-        arguments: command line without the program's name. Default: that of this process.
+        arguments: Command line without the program's name. Default: the command line of this process.
 
     Returns:
-        0 on success; 1 if a check of an audit failed; 2, with one sentence on stderr, for bad input and if standard
-        output cannot be written; 130 after Ctrl-C; 143 if SIGTERM stopped a training, which is saved first.
+        The exit code. 0: success. 1: a check of an audit failed. 2: bad input, or standard output cannot be written;
+        stderr has one sentence about the error. 130: Ctrl-C. 143: SIGTERM stopped a training, after its state was
+        saved.
     """
     if arguments is None:
         _set_environment()
@@ -141,7 +143,7 @@ def _number(variable: str, default: int) -> int:
 
 
 def _set_environment() -> None:
-    """Set defaults of variables that libraries read once, at import."""
+    """Set defaults of environment variables that libraries read at import."""
     # Spinning OpenMP threads take cores from other processes: beside a busy process, training was 4 to 10 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler logs every start and stop

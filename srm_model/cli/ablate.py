@@ -19,7 +19,7 @@ from srm_model.study.sharing import check_sets, do_one, find_job, missing, share
 
 
 def run(args: argparse.Namespace) -> None:
-    """Do the jobs whose results are missing, or one of them, and print a summary; or list jobs."""
+    """Run all jobs whose results are missing, or one job, and print a summary; or list the jobs."""
     study = read_study(args.study, named_folders(args.data or ()))
     for backbone in study.backbones:
         check_backbone(backbone)

@@ -21,7 +21,7 @@ HEADER = "model,norm,eps,clean SROCC,worst SROCC,clean PLCC,worst PLCC,worst att
 
 
 def run(args: argparse.Namespace) -> None:
-    """Attack each checkpoint at each budget and print clean and worst correlations."""
+    """Attack each checkpoint at each budget; print correlations on clean images and under the worst attack."""
     if args.eps is not None and len(args.norm) > 1:
         raise ValueError(
             f"--eps with --norm {' '.join(args.norm)}: expected one norm, which the budgets are in"
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def print_table(results: Sequence[tuple[Path, dict[str, Any]]]) -> None:
-    """Print one line per result, then a warning for each result that may overstate robustness."""
+    """Print one line per result. Then print a warning for each result that may overstate robustness."""
     print(table(HEADER, [row(folder, result) for folder, result in results]))
     for folder, result in results:
         for doubt in doubts(result.get("attacks", {})):
@@ -83,7 +83,7 @@ def _attack_all(
 
 
 def row(folder: Path, result: dict[str, Any]) -> list[Any]:
-    """Return the cells of a result under `HEADER`."""
+    """Return the cells of a result, one for each column of `HEADER`."""
     clean, worst = result["clean"], result["worst"]
     return [
         folder.name,

@@ -28,7 +28,7 @@ VERDICTS = {True: "passed", False: "failed", None: "not run"}
 
 
 def run(args: argparse.Namespace) -> int:
-    """Audit each checkpoint, or the model, and return 1 if a check failed."""
+    """Audit each checkpoint, or the model of `--model`; return 1 if a check failed and 0 otherwise."""
     external.check_options(args)
     args.limit = args.limit or (args.images if isinstance(args.images, int) else IMAGES)
     if args.model is not None:
@@ -106,12 +106,12 @@ def certificates(model: nn.Module, dataset: Any, config: SRMConfig, limit: int) 
     Args:
         model: Model under audit.
         dataset: Dataset whose items are `(image, label)`.
-        config: Config with the `smoothing_*` fields and `eps_smoothing`, L2 budgets stated at 512×512.
+        config: Config with the `smoothing_*` fields. Its `eps_smoothing` are L2 budgets stated for 512×512 pixels.
         limit: Number of images, evenly spaced.
 
     Returns:
-        For each budget of `config.eps_smoothing` the fields of its certificate, "stated" (the budget) and "ordered"
-        (the share of image pairs whose intervals do not overlap).
+        A dict for each budget of `config.eps_smoothing`: the fields of the certificate, "stated" (the budget) and
+        "ordered" (the share of image pairs whose intervals do not overlap).
     """
     indices = spread(len(dataset), limit)
     images = torch.stack([torch.as_tensor(dataset[index][0]) for index in indices])

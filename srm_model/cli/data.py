@@ -10,7 +10,7 @@ from srm_model.data.synthesize import synthesize as synthesize_set
 
 
 def synthesize(args: argparse.Namespace) -> None:
-    """Make a dataset and describe it."""
+    """Synthesise a dataset and print its description."""
     choices = {key: getattr(args, key) for key in ("types", "levels") if getattr(args, key) is not None}
     with runs.writing(args.out):
         synthesize_set(
@@ -30,7 +30,7 @@ def synthesize(args: argparse.Namespace) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Check every file of a dataset and describe it."""
+    """Check every file of a dataset and print its description."""
     _print(args.root, args)
 
 

@@ -22,7 +22,7 @@ NECKS = ("srm", "none")
 EPS = 1 / 255
 TITLE = "Demo: two necks trained and attacked on distorted photographs"
 
-# A few photographs in a few minutes: larger and fewer training steps than the protocol's.
+# For a few photographs and minutes: fewer training steps than the protocol, with larger learning rates.
 FULL: dict[str, Any] = {
     "image_size": 160,
     "batch_size": 16,
@@ -40,7 +40,7 @@ FULL_IMAGES, QUICK_IMAGES = 48, 16
 
 
 def run(args: argparse.Namespace) -> None:
-    """Synthesise, train, attack and report, without repeating what an earlier call finished."""
+    """Synthesise a dataset, train, attack and write the report. Steps that an earlier call finished are skipped."""
     with runs.writing(args.out):
         _run(args)
 

@@ -24,7 +24,7 @@ AUDIT = "audit.json"
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the checkpoint without its training state, a program of the reference backend and a model card."""
+    """Write the checkpoint without training state, an exported program (reference backend) and a model card."""
     folder, out = runs.one_checkpoint(args.checkpoint), Path(args.out)
     if out.resolve() == folder.resolve():
         raise ValueError(f"{out}: is the checkpoint itself; expected another folder")
@@ -41,7 +41,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _export_program(model: IQAModel, folder: Path, path: Path) -> float:
-    """Export the reference backend for any batch size and return the largest difference from the model's scores."""
+    """Export a program for any batch size; return the largest difference between its scores and the model's.
+
+    The program uses the reference backend.
+    """
     plain = IQAModel(model.backbone_name, model.neck_name, model.config.replace(backend="reference"))
     load_weights(plain, folder)
     plain.eval().requires_grad_(False)
@@ -106,7 +109,7 @@ def _model_card(model: IQAModel, card: dict[str, Any], folder: Path) -> str:
 
 
 def _measured(folder: Path, digest: str) -> list[str]:
-    """Return a table of the clean test and of every attack on the weights with this sha256."""
+    """Return a table of the results, on clean images and under every attack, of the weights with this sha256."""
     rows: list[list[Any]] = []
     weak: list[str] = []
     clean = read_json(folder / EVALUATION) if (folder / EVALUATION).is_file() else None
@@ -129,7 +132,7 @@ def _measured(folder: Path, digest: str) -> list[str]:
 
 
 def _verdict(folder: Path, digest: str) -> str:
-    """Summarise the audit of the weights with this sha256."""
+    """Summarise the audit of the weights that have this sha256."""
     path = folder / AUDIT
     found = read_json(path) if path.is_file() else {}
     if found.get("sha256") != digest:

@@ -1,4 +1,4 @@
-"""The options of `attack`, `audit` and `score` for models and images that this package did not make."""
+"""The options of `attack`, `audit` and `score` for the user's own models and images."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def add_labels(group: argparse._ArgumentGroup) -> None:
 
 
 def images_of(text: str) -> int | str:
-    """Read a number of images, or a folder of images, for argparse."""
+    """Parse a number of images or a folder of images, for argparse."""
     return positive(text) if text.isdecimal() and not Path(text).is_dir() else text
 
 
@@ -87,7 +87,7 @@ def interface_of(args: argparse.Namespace, *, lower_is_better: bool | None) -> I
 
 
 def check_model_options(args: argparse.Namespace) -> None:
-    """Raise ValueError for an option that needs `--model` if `--model` is missing; otherwise set `args.size`."""
+    """Raise ValueError if `--model` is missing but an option needs it. With `--model`, set the default of the size."""
     if args.model is not None:
         args.size = args.size or SIZE
         return
@@ -117,7 +117,7 @@ def check_options(args: argparse.Namespace) -> None:
 
 
 class Subject:
-    """The model and the images that the arguments name. The scores are matched to the labels."""
+    """The model and the images that the arguments name. The model's scores are mapped to the scale of the labels."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         import numpy as np
@@ -174,7 +174,7 @@ def attack(args: argparse.Namespace, writes: bool) -> list[tuple[Path, dict[str,
         writes: Whether this rank writes results and progress.
 
     Returns:
-        The model's name and the contents of the result file, for each budget.
+        A pair for each budget: the model's name and the contents of the result file.
     """
     from srm_model import runs
     from srm_model.attacks.suite import fingerprint

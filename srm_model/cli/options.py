@@ -1,4 +1,4 @@
-"""Arguments that several subcommands share, and the config that they describe."""
+"""Arguments that several subcommands share, and the config that follows from these arguments."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def add_config(parser: argparse.ArgumentParser, *fields: str) -> None:
 
 
 class _Registered:
-    """The accepted values of registered fields. Only `--help` prints them, and only that imports their modules."""
+    """The accepted values of registered fields. Their modules are imported only when `--help` prints the values."""
 
     def __str__(self) -> str:
         return "; ".join(
@@ -72,14 +72,14 @@ class _Registered:
 
 
 def config_from(args: argparse.Namespace, base: SRMConfig | None = None) -> SRMConfig:
-    """Return a config with the changes that the arguments of `add_config` ask for.
+    """Return a config with the changes that are given by the arguments of `add_config`.
 
     Args:
         args: Parsed arguments.
         base: Config to change. Default: `SRMConfig()`.
 
     Raises:
-        ValueError: `--set` has no "=", the file of `--config` holds no fields, or `SRMConfig` rejects a value.
+        ValueError: `--set` has no "=", the file of `--config` has no fields, or `SRMConfig` rejects a value.
     """
     changes: dict[str, Any] = {}
     if args.config is not None:
@@ -98,14 +98,14 @@ def config_from(args: argparse.Namespace, base: SRMConfig | None = None) -> SRMC
 
 
 def attack_config_from(args: argparse.Namespace, trained: SRMConfig) -> SRMConfig:
-    """Return the config of a trained model with the attack settings that the arguments ask for.
+    """Return the config of a trained model with the attack settings that are given by the arguments.
 
     Args:
         args: Parsed arguments of `add_config`.
         trained: Config of the model.
 
     Raises:
-        ValueError: A changed field is fixed by training, so that the trained weights would not follow it.
+        ValueError: An argument changes a field that cannot change after training.
     """
     config = config_from(args, trained)
     followed = (*config.attack_settings(), "attack_sweep_steps", "seed", "backend")
@@ -153,17 +153,17 @@ def add_backend(parser: argparse.ArgumentParser) -> None:
 
 
 def backend_name(text: str) -> str | None:
-    """Read a backend's name for argparse, "none" as None."""
+    """Parse the name of a backend for argparse; return None for "none"."""
     return None if text.lower() == "none" else text
 
 
 def positive(text: str) -> int:
-    """Read a whole number of at least 1 for argparse."""
+    """Parse an integer of at least 1, for argparse."""
     return not_negative(text, 1)
 
 
 def not_negative(text: str, least: int = 0) -> int:
-    """Read a whole number of at least `least` for argparse."""
+    """Parse an integer of at least `least`, for argparse."""
     number = int(text)
     if number < least:
         raise argparse.ArgumentTypeError(f"{text} is less than {least}")
@@ -171,7 +171,7 @@ def not_negative(text: str, least: int = 0) -> int:
 
 
 def seconds(text: str) -> float:
-    """Read a finite number above 0 for argparse."""
+    """Parse a finite number above 0, for argparse."""
     number = float(text)
     if not 0 < number < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
@@ -179,7 +179,7 @@ def seconds(text: str) -> float:
 
 
 def byte_count(text: str) -> int:
-    """Read a size such as 500MB or 20GB, in decimal units, for argparse."""
+    """Parse a size in decimal units, such as 500MB or 20GB, for argparse; return bytes."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT]?B?)", text)
     size = int(float(match[1]) * 1000 ** " kMGT".index(match[2].rstrip("B") or " ")) if match else 0
     if size < 1:
@@ -188,7 +188,7 @@ def byte_count(text: str) -> int:
 
 
 def width_and_height(text: str) -> tuple[int, int]:
-    """Read a size in pixels such as 512x384 for argparse."""
+    """Parse a size in pixels, such as 512x384, for argparse."""
     match = re.fullmatch(r"([1-9]\d{0,5})[x×]([1-9]\d{0,5})", text)
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a width and a height such as 512x384")
@@ -206,10 +206,11 @@ def budget(text: str) -> float:
 
 
 def device_from(name: str | None) -> torch.device:
-    """Return a device.
+    """Return a device after a check that it works.
 
     Args:
-        name: Name for `torch.device`. Default: CUDA if available, under torchrun the GPU of the local rank, else "cpu".
+        name: Name for `torch.device`. Default: CUDA if available (under torchrun, the GPU of the local rank), otherwise
+            "cpu".
 
     Raises:
         ValueError: The device cannot be used on this machine.
@@ -231,7 +232,7 @@ def device_from(name: str | None) -> torch.device:
 
 
 def named_folders(pairs: Sequence[str]) -> dict[str, str]:
-    """Split arguments NAME=FOLDER into folders by name."""
+    """Convert arguments NAME=FOLDER to a dict from name to folder."""
     found = {}
     for pair in pairs:
         name, equals, folder = pair.partition("=")

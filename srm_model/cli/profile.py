@@ -30,7 +30,10 @@ _OPTIONS = {
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure every case, append its row to the file at once, print the tables, and return 2 if no case could run."""
+    """Measure every case and print the tables; return 2 if no case could run.
+
+    The row of a case is appended to the file as soon as the case is measured.
+    """
     device = device_from(args.device)
     chosen = {name: getattr(args, option) for name, option in _OPTIONS.items()}
     given = {name: values for name, values in chosen.items() if values is not None}

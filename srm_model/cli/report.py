@@ -14,7 +14,7 @@ from srm_model.reports.tables import markdown
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the page of a run or a study, or some of a study's tables and figures, and print the paths."""
+    """Write the page of a run or a study, or the requested tables and figures of a study; print the paths."""
     folder = Path(args.folder)
     # A study's results are appended in whole lines, so a report can be written while jobs run.
     study = (folder / STUDY).is_file()

@@ -27,7 +27,7 @@ from srm_model.external import open_model
 
 
 class _Source(NamedTuple):
-    """A file to score, or the reason why the name does not lead to one."""
+    """A name to score: its file, or the reason why there is no such file."""
 
     path: str
     fault: str | None = None
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _listed(file: str, *, null: bool) -> list[str]:
-    """Return the names in a file ("-": stdin), separated by line breaks or NUL bytes."""
+    """Return the names in a list file ("-": stdin). Line breaks or NUL bytes separate the names."""
     try:
         data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
     except OSError as error:
@@ -93,7 +93,7 @@ def _sources(names: Iterable[str], *, recursive: bool) -> Iterator[_Source]:
 
 
 def _inside(folder: str) -> Iterator[_Source]:
-    """Yield the images in a folder and its subfolders, sorted by name, without hidden files and folders."""
+    """Yield the images of a folder and its subfolders, sorted by name. Hidden files and folders are skipped."""
     faults: list[OSError] = []
     empty = True
     for place, folders, files in os.walk(folder, onerror=faults.append):
@@ -116,7 +116,7 @@ def _batches(sources: Iterator[_Source], size: int) -> Iterator[list[_Source]]:
 def _scored(
     model: Any, size: int, device: torch.device, batch: list[_Source]
 ) -> list[tuple[str, float | None, str | None]]:
-    """Return path, score and, if there is no score, the reason, for each source."""
+    """Return, for each source, its path, its score or None, and the reason if there is no score."""
     loaded = [source.fault or _load(source.path, size) for source in batch]
     images = [image for image in loaded if isinstance(image, Tensor)]
     scores = _scores(model, device, images)
@@ -135,7 +135,7 @@ def _scored(
 
 
 def _scores(model: Any, device: torch.device, images: list[Tensor]) -> list[Any]:
-    """Return the score of each image, or the reason if the model fails on it."""
+    """Return the score of each image, or the reason if the model fails on this image."""
     if not images:
         return []
     try:

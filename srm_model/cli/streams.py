@@ -1,4 +1,4 @@
-"""Standard output and error, robust to file names of any bytes, closed pipes and full disks."""
+"""Standard output and standard error that work with undecodable file names, closed pipes and full disks."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class Output:
         self._try(lambda stream: stream.flush())
 
     def lost(self) -> str | None:
-        """Return the reason of the first failed write, or None. After a failure nothing more is written."""
+        """Return the reason of the first failed write, or None. After a failed write, further output is dropped."""
         if self._fault is None and self._stream is not None:
             with suppress(OSError):
                 self.flush()
         if self._fault is None:
             return None
         with suppress(OSError, AttributeError):  # the stream may have no file descriptor
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())  # else the flush at exit would fail
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())  # otherwise the flush at exit would fail
         return self._fault.strerror or str(self._fault)
 
     def __getattr__(self, name: str) -> Any:
@@ -56,7 +56,8 @@ class Output:
 def prepared() -> Iterator[Output]:
     """Let standard output and error accept any text within the block, and yield standard output.
 
-    Undecodable bytes of a file name are written unchanged. Characters that the encoding lacks are written as escapes.
+    Undecodable bytes of a file name are written unchanged. Characters that the stream's encoding does not have are
+    written as escapes.
     """
     _replace_closed()
     output = Output(sys.stdout)
@@ -94,14 +95,14 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def cell(value: Any) -> str:
-    """Format a value for a table: numbers with three decimals, "undefined" for None and NaN."""
+    """Format a value for a table. Numbers get three decimals; None and NaN become "undefined"."""
     if value is None or value != value:
         return "undefined"
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def as_named(path: str | os.PathLike[str]) -> str:
-    """Return a path as text that standard output encodes to the bytes of its name, in any locale."""
+    """Return a path as text. In any locale, standard output encodes this text to the original bytes of the path."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     if "/".encode(encoding) != b"/":  # encodings such as UTF-16 cannot represent single bytes
         return os.fspath(path)
@@ -109,7 +110,7 @@ def as_named(path: str | os.PathLike[str]) -> str:
 
 
 def _replace_closed() -> None:
-    """Replace standard streams that were closed at start, so that no other file gets their descriptors."""
+    """Replace standard streams that were closed at start. Otherwise another file could get their file descriptors."""
     if sys.stdin is None or sys.stdout is None or sys.stderr is None:
         while os.open(os.devnull, os.O_RDWR) < 3:
             pass
@@ -120,7 +121,7 @@ def _replace_closed() -> None:
 
 
 def _encode_rest(error: UnicodeError) -> tuple[bytes, int]:
-    """Encode characters that an encoding lacks: surrogate escapes as their bytes, others as escapes."""
+    """Encode characters that an encoding does not have: surrogate escapes as their bytes, others as escapes."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     rest = error.object[error.start : error.end]

@@ -18,7 +18,7 @@ from srm_model.training import evaluate as evaluate_model
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train each neck into its folder, evaluate it on the test split and print clean correlations."""
+    """Train each neck, save it in its folder, evaluate it on the test split and print the correlations."""
     with runs.process_group() as writes, runs.writing(args.out):
         folders = _train_all(args, writes)
     if writes:
@@ -56,7 +56,7 @@ def _train_all(args: argparse.Namespace, writes: bool) -> list[Path]:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Evaluate checkpoints; keep the result in `evaluation.json` for the test split of the dataset of training."""
+    """Evaluate checkpoints. A result on the test split of the training dataset is saved in `evaluation.json`."""
     kept = args.data is None and args.split == "test"
     found = runs.checkpoints_of_study(args.folder)
     with runs.process_group() as writes, runs.writing(args.folder) if kept else nullcontext():
@@ -93,7 +93,7 @@ def _evaluate_all(
 
 
 def clean_table(folders: list[Path]) -> str:
-    """Format the clean correlations of trained checkpoints as a table."""
+    """Format a table of the correlations of trained checkpoints on clean images."""
     found = [(folder.name, read_json(folder / EVALUATION)) for folder in folders]
     rows = [[name, values["srocc"], values["plcc"], values["n"]] for name, values in found]
     return table(["neck", "SROCC", "PLCC", "test images"], rows)

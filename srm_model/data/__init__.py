@@ -1,4 +1,4 @@
-"""Datasets of images with quality scores: TID2013, KonIQ-10k, and synthesised datasets in TID2013's layout."""
+"""Open datasets of images with quality scores: TID2013, KonIQ-10k, and synthesised datasets in TID2013's layout."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def open_dataset(
 ) -> TID2013 | KonIQ10k:
     """Open a dataset whose type is detected from its files.
 
-    A folder with `mos_with_names.txt`, or with `labels.json` of an unfinished synthesised dataset, is TID2013. A folder
-    with a table that has KonIQ-10k's columns is KonIQ-10k.
+    A folder is opened as TID2013 if it has `mos_with_names.txt`, or `labels.json` of an unfinished synthesised dataset.
+    It is opened as KonIQ-10k if it has a table with KonIQ-10k's columns.
 
     Args:
         root, split, seed, image_size, train, cache, verify, progress: As in `TID2013` and `KonIQ10k`.
@@ -48,7 +48,7 @@ def open_dataset(
         The dataset.
 
     Raises:
-        ValueError: The folder holds neither type, or both, or a faulty dataset.
+        ValueError: The folder has files of neither type or of both types, or the dataset is faulty.
     """
     root = Path(root)
     if not root.is_dir():
@@ -88,9 +88,9 @@ def describe(
         root, seed, verify, progress: As in `TID2013` and `KonIQ10k`.
 
     Returns:
-        name, root, labels ("mos", "metric:<name>" or "opinions:<dataset>"), label_range ([low, high]), images, splits
-        (number of images in each), seed and fingerprint. In TID2013's layout also references (ids in each split) and,
-        if the labels are opinions, type_level_srocc. For KonIQ-10k also image_folder.
+        A dict with name, root, labels ("mos", "metric:<name>" or "opinions:<dataset>"), label_range ([low, high]),
+        images, splits (number of images in each), seed and fingerprint. Datasets in TID2013's layout add references
+        (ids in each split) and, if the labels are opinions, type_level_srocc. KonIQ-10k adds image_folder.
 
     Raises:
         ValueError: The dataset is faulty, as in `TID2013` and `KonIQ10k`.

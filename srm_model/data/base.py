@@ -1,4 +1,4 @@
-"""The common part of the image quality datasets."""
+"""Base class and helpers of the image quality datasets."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SPLITS = ("train", "val", "test")
 
 
 def published_name(name: str, images: int, published: int) -> str:
-    """Return the dataset's name, with the number of images if the list is not the whole published one."""
+    """Return the dataset's name. The number of images is added if the list is not the complete published list."""
     return name if images == published else f"{name} ({images} of its {published} images)"
 
 
@@ -48,7 +48,7 @@ class Entry(NamedTuple):
 
 
 class Faults:
-    """All faults of a list and its images, reported in one error."""
+    """Collect all faults of a list and its images, and report them in one error."""
 
     def __init__(self, source: Path) -> None:
         self.source = source
@@ -56,11 +56,11 @@ class Faults:
         self._faults: list[tuple[int, str, str]] = []  # row, kind, sentence
 
     def add(self, row: int, kind: str, sentence: str) -> None:
-        """Add a fault: its row, a word to count faults by, and a sentence that begins with the image's name."""
+        """Add a fault: its row, its kind, and a sentence that begins with the image's name."""
         self._faults.append((row, kind, sentence))
 
     def raise_if_any(self) -> None:
-        """Raise ValueError with the first faulty row and the number of faults by kind."""
+        """Raise ValueError with the first faulty row and the number of faults of each kind."""
         if not self._faults:
             return
         row, _, sentence = min(self._faults)
@@ -76,12 +76,13 @@ class Faults:
 def find_images(
     rows: Sequence[Row], folder: Path, faults: Faults, *, verify: str, progress: bool
 ) -> list[Entry]:
-    """Find the files of a list's rows in a folder, ignoring the case of their names.
+    """Find the image file of each row of a list, ignoring case in file names.
 
     Args:
         rows: Valid rows of the list.
         folder: Folder of the images.
-        faults: Faults so far. Names that are listed twice, missing or ambiguous, and unreadable images are added.
+        faults: Collects the faults. This function adds names that are listed twice, missing or ambiguous, and images
+            that cannot be read.
         verify, progress: As in `find_faults`.
 
     Raises:
@@ -118,7 +119,7 @@ def find_images(
 
 
 def parse_mos(text: str, low: float, high: float) -> float:
-    """Read a score; raise ValueError if it is no number from `low` to `high`."""
+    """Parse a score; raise ValueError if the text is not a number from `low` to `high`."""
     try:
         value = number(text)
     except ValueError:
@@ -131,19 +132,21 @@ def parse_mos(text: str, low: float, high: float) -> float:
 class ImageQualityDataset(Dataset[tuple[Tensor, float]]):
     """Images of one split with normalised labels. `TID2013` and `KonIQ10k` construct it from files.
 
-    An item is `(image, mos)`: (3, S, S) float32 in [0, 1] and a float in [0, 1], higher is better, which `DataLoader`
-    collates to float64. The train transform (default for the train split) takes a random crop, mirrored half the time,
-    that depends only on seed, epoch and index. The test transform takes the centre crop.
+    An item is `(image, mos)`: (3, S, S) float32 in [0, 1] and a float in [0, 1], higher is better. `DataLoader`
+    collates `mos` to float64. The train transform (default for the train split) takes a random crop and mirrors it half
+    the time. Both draws depend only on seed, epoch and index. The test transform takes the centre crop.
 
     Attributes:
         name: Name of the dataset.
         root: Folder of the dataset.
         split: "train", "val" or "test".
-        labels: "mos" for scores of people, "opinions:<dataset>", or "metric:<name>".
-        label_range: Lowest and highest label, which are normalised to 0 and 1.
+        labels: "mos" for people's scores of these images, "opinions:<dataset>" for people's scores of similar images in
+            that dataset, or "metric:<name>" for values of a metric.
+        label_range: Lowest and highest label. Normalisation maps them to 0 and 1.
         mos: Normalised labels, (n,) float64.
         names: File names in the list's order.
-        fingerprint: sha256 in hex of all names, labels and splits of the dataset; the same for the three splits.
+        fingerprint: sha256 in hex of all names, labels and splits of the dataset. The three splits have the same
+            fingerprint.
     """
 
     def __init__(
@@ -185,7 +188,7 @@ class ImageQualityDataset(Dataset[tuple[Tensor, float]]):
 
     @property
     def epoch(self) -> int:
-        """The epoch that the random crops depend on. Persistent workers see a change too."""
+        """The epoch that determines the random crops. A change also reaches persistent workers."""
         return int(self._epoch)
 
     @epoch.setter
@@ -237,7 +240,7 @@ class ImageQualityDataset(Dataset[tuple[Tensor, float]]):
 
 
 def check_arguments(split: str, seed: int, image_size: int) -> None:
-    """Raise ValueError for arguments that no dataset accepts."""
+    """Check the arguments that all datasets share; raise ValueError for a value that is not accepted."""
     if split not in SPLITS:
         raise ValueError(f"split {split!r}: expected one of {', '.join(map(repr, SPLITS))}")
     if seed < 0:

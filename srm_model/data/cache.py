@@ -1,4 +1,4 @@
-"""A cache of decoded and resized images in a folder, limited in size and shared by processes."""
+"""A cache of decoded and resized images: a folder with a size limit, which several processes can share."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _FORMAT = 2  # version of the stored arrays; since 2, images are rotated by thei
 class ImageCache:
     """A cache for `load_resized`.
 
-    A full cache replaces nothing, because every image is read once per epoch in random order. A file whose size or time
-    has changed is decoded again. Workers, ranks and trainings at several image sizes can share a folder. It may be
-    deleted at any time. If the disk is full, images are read but no longer stored.
+    A full cache evicts nothing, because every image is read once per epoch in random order. A file is decoded again if
+    its size or modification time has changed. Workers, ranks and trainings with different image sizes can share a
+    folder. The folder may be deleted at any time. If the disk is full, images are read but no longer stored.
 
     Args:
         folder: Folder of the cache, on a disk or in memory (/dev/shm). It is created with the first image.
-        limit: Upper limit of its size in bytes.
+        limit: Upper limit of the cache's size in bytes.
 
     Raises:
         ValueError: The limit is below 1, or `folder` is a file.
@@ -69,7 +69,7 @@ class ImageCache:
                 if fcntl is not None:
                     fcntl.flock(lock, fcntl.LOCK_EX)
                 lock.seek(0)
-                # The file is empty at first, and after a process was killed between truncating and writing it.
+                # The file is empty at first, and also if a process was killed after truncating and before writing it.
                 used = int(lock.read() or sum(path.stat().st_size for path in self.folder.glob("*.npy")))
                 size = pixels.nbytes + 128  # numpy's header
                 self._full = used + size > self.limit

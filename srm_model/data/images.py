@@ -21,7 +21,7 @@ from tqdm import tqdm
 Pixels = npt.NDArray[np.uint8]
 
 VERIFY = ("full", "fast")
-_REMEMBERED_FROM = 1000  # files; a smaller dataset is checked every time, in about a second
+_REMEMBERED_FROM = 1000  # number of files; smaller datasets are checked every time, in about a second
 _TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -44,7 +44,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     as on an empty web page. Colour profiles are ignored.
 
     Raises:
-        ValueError: The pixels are 32-bit integers or floats, whose range is not known.
+        ValueError: The pixels are 32-bit integers or floats, so their range is unknown.
     """
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
@@ -59,16 +59,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def check_regular(path: str | Path) -> None:
-    """Raise OSError for a pipe, a socket or a device, because reading one may block forever."""
+    """Raise OSError for a pipe, a socket or a device, because reading from such a file may block forever."""
     mode = Path(path).stat().st_mode
     if not stat.S_ISREG(mode):
         raise OSError("it is a folder" if stat.S_ISDIR(mode) else "it is not a regular file")
 
 
 class Picture:
-    """A decoded image. Its parts are converted to RGB and rotated as its EXIF orientation says.
+    """A decoded image. Its parts are converted to RGB and rotated by its EXIF orientation.
 
-    Only the part that is taken is copied, which limits memory to the decoded image and that part.
+    Only the requested part is copied, so peak memory is the decoded image plus this part.
     """
 
     def __init__(self, image: Image.Image) -> None:
@@ -76,7 +76,7 @@ class Picture:
         self.size: tuple[int, int] = image.size[::-1] if self._orientation in _SIDEWAYS else image.size
 
     def part(self, left: int, top: int, right: int, bottom: int) -> Image.Image:
-        """Return the pixels of a box, in coordinates of the rotated image, as RGB.
+        """Return the pixels of a box as RGB. Its coordinates refer to the image after its EXIF orientation is applied.
 
         Raises:
             ValueError: As in `to_rgb`.
@@ -99,14 +99,14 @@ class Picture:
     def resized(
         self, size: tuple[int, int], box: tuple[float, float, float, float] | None = None
     ) -> Image.Image:
-        """Return a box, resized to `size` (width, height), bicubic and antialiased, as RGB.
+        """Return the part of the image inside `box` as RGB, resized to `size` with antialiased bicubic interpolation.
 
         The values equal those of `Image.resize` on the whole RGB image. To limit memory, a large image is converted and
         resized to its new width band by band.
 
         Args:
             size: Width and height of the result.
-            box: Left, top, right and bottom, in coordinates of the rotated image. Default: the whole image.
+            box: Left, top, right and bottom in pixels, after the EXIF orientation is applied. Default: the whole image.
         """
         box = (0, 0, *self.size) if box is None else box
         (left, right), (top, bottom) = (
@@ -126,7 +126,7 @@ class Picture:
 
 
 def _reached(start: float, end: float, size: int, side: int) -> tuple[int, int]:
-    """Return the range of a side's pixels that have bicubic weights when a span of it is resized to `size` pixels."""
+    """Return the range of pixels, along one side, that bicubic resizing of `start` to `end` reads."""
     reach = ceil(2 * max(1, (end - start) / size)) + 1
     return max(0, floor(start) - reach), min(side, ceil(end) + reach)
 
@@ -151,7 +151,7 @@ def decoded(path: str | Path) -> Iterator[Picture]:
 
 
 def open_rgb(path: str | Path) -> Image.Image:
-    """Return the first frame of an image file as RGB, rotated as its EXIF orientation says.
+    """Return the first frame of an image file as RGB, rotated by its EXIF orientation.
 
     Raises:
         ValueError: The image cannot be read or has more pixels than Pillow's limit (see `pixel_limit`).
@@ -164,10 +164,10 @@ def open_rgb(path: str | Path) -> Image.Image:
 def pixel_limit(pixels: int | None) -> Iterator[None]:
     """Set Pillow's limit of an image's pixels within the block, for the whole process.
 
-    Warnings about images above half the limit and about broken EXIF data are ignored, because both can be read.
+    Warnings about images above half the limit and about broken EXIF data are ignored, because such images can be read.
 
     Args:
-        pixels: The limit; 0: no limit; None: unchanged.
+        pixels: The limit. 0 removes the limit; None leaves it unchanged.
     """
     before = Image.MAX_IMAGE_PIXELS
     if pixels is not None:
@@ -187,8 +187,8 @@ def fault(path: Path, *, full: bool) -> str | None:
 
     Args:
         path: Image file.
-        full: Whether to decode all of it, a JPEG at 1/8 of its size, which reads every byte at a third of the cost.
-            Otherwise only the header is read.
+        full: Whether to decode the whole file; otherwise only the header is read. A JPEG is decoded at 1/8 of its size,
+            which reads every byte and takes a third of the time.
     """
     try:
         check_regular(path)
@@ -217,8 +217,8 @@ def find_faults(paths: Sequence[Path], *, verify: str, progress: bool = True) ->
     """Find files that cannot be read as images.
 
     Decoding takes about a second of CPU time for TID2013 (3,000 files) and half a minute for KonIQ-10k (10,073 files at
-    1024×768). If 1,000 files or more have no fault, this is stored in the user's cache folder, if there is one. The
-    files are then not decoded again until the size or time of one changes.
+    1024×768). If none of 1,000 or more files has a fault, this result is stored in the user's cache folder, if there is
+    one. The files are then not decoded again until the size or modification time of a file changes.
 
     Args:
         paths: Files to check.
@@ -226,7 +226,7 @@ def find_faults(paths: Sequence[Path], *, verify: str, progress: bool = True) ->
         progress: Whether to show a progress bar if stderr is a terminal.
 
     Returns:
-        The reason by position in `paths`, for files that cannot be read.
+        A dict from position in `paths` to the reason, for each file that cannot be read.
     """
     if verify not in VERIFY:
         raise ValueError(f"verify={verify!r}: expected one of {', '.join(map(repr, VERIFY))}")
@@ -251,16 +251,16 @@ def find_faults(paths: Sequence[Path], *, verify: str, progress: bool = True) ->
     finally:
         pool.shutdown(cancel_futures=True)  # so that Ctrl-C does not wait for the remaining files
     if seal is not None and not faults:
-        with suppress(OSError):  # without a writable folder, the next run checks again
+        with suppress(OSError):  # without a writable folder, the next run checks the files again
             seal.parent.mkdir(parents=True, exist_ok=True)
             seal.touch()
     return faults
 
 
 def _seal(paths: Sequence[Path]) -> Path | None:
-    """Return the file that exists if these files, unchanged, were decoded without a fault.
+    """Return the path of the file whose existence means that these files were decoded without a fault.
 
-    The result is None if the user has no cache folder, or if a file is missing, which the check reports.
+    Return None if the user has no cache folder or if a file is missing. The check itself reports missing files.
     """
     listing = hashlib.sha256()
     try:

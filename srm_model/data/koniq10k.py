@@ -35,24 +35,24 @@ _AGREEMENT = 0.1  # tolerance on the scale 0 to 100; rounding errors are much sm
 
 
 class KonIQ10k(ImageQualityDataset):
-    """KonIQ-10k: 10,073 photographs with people's opinions, 7058/1000/2015 of them for train, val and test.
+    """KonIQ-10k: 10,073 photographs with people's opinions, split 7058/1000/2015 into train, val and test.
 
-    `koniq10k_distributions_sets.csv` has the MOS on 0 to 100 and the split. If
-    `koniq10k_scores_and_distributions.csv` (MOS on 1 to 5, MOS_zscore on 0 to 100, no split) is there too, its
-    MOS_zscore must agree with the labels. The two are recognised by their columns, with any name (`.csv` or `.tsv`),
-    separator and encoding (see `lists`). A list with the published name must have the published split, so that a
-    truncated list is rejected; a list of a subset needs another name.
+    `koniq10k_distributions_sets.csv` has the MOS on 0 to 100 and the split. If `koniq10k_scores_and_distributions.csv`
+    (MOS on 1 to 5, MOS_zscore on 0 to 100, no split) exists too, its MOS_zscore must agree with the labels. Both lists
+    are recognised by their columns. They may have any name (`.csv` or `.tsv`), separator and encoding (see `lists`). A
+    list with the published name must have the published split, so that a truncated list is rejected. A list of a subset
+    needs another name.
 
     Args:
-        root: Folder with the list, and with the images in `1024x768/` or `512x384/`.
+        root: Folder that contains the list and the folder of images, `1024x768/` or `512x384/`.
         split: "train", "val" or "test".
         seed: Seed of the train transform.
-        images: Folder of the images in `root`. Default: `1024x768` if it exists, else `512x384`.
+        images: Name of the folder of images inside `root`. Default: `1024x768` if it exists, otherwise `512x384`.
         image_size, train, cache, verify, progress: As in `TID2013`.
 
     Raises:
         ValueError: An image of the dataset is missing or cannot be decoded, a row is malformed, a score is out of
-            range, or a name is listed twice. The message has the first such row and the number of faults.
+            range, or a name is listed twice. The message names the first faulty row and the number of faults.
     """
 
     def __init__(
@@ -116,10 +116,11 @@ def find_lists(root: Path) -> tuple[Path, Path | None]:
         root: Folder of the dataset.
 
     Returns:
-        The list with the split, and the list with the scores on both scales or None.
+        The path of the list with the split, and the path of the list with the scores on both scales or None.
 
     Raises:
-        ValueError: No file, or several, have the columns of the list with the split, or several those of the other.
+        ValueError: No file, or more than one, has the columns of the list with the split; more than one file has the
+            columns of the other list; or one file has the columns of both.
     """
     sets, scores, others = [], [], []
     for path in sorted(path for path in root.iterdir() if path.suffix.lower() in _SUFFIXES):

@@ -1,4 +1,4 @@
-"""A dataset of any folder of images and a table of scores."""
+"""Make a dataset from a folder of images and a table of scores."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ def labelled_images(
     image_size: int = SRMConfig.image_size,
     progress: bool = False,
 ) -> ImageQualityDataset:
-    """Return the images that a table of scores lists, all in the split "test".
+    """Return a dataset of the images that a table of scores lists. All images are in the split "test".
 
     Args:
         folder: Folder of the images.
         table: File with a header and one row per image. A comma, semicolon, tab or | separates the fields.
-        image_column: Column of file names. Default: the only column whose entries are all files of the folder.
-        score_column: Column of scores, higher is better. Default: the only other column of numbers.
-        label_range: Worst and best score, normalised to 0 and 1. Default: lowest and highest score in the table.
+        image_column: Column of file names. Default: the only column whose entries are all names of files in the folder.
+        score_column: Column of scores, higher is better. Default: the only other column that contains numbers only.
+        label_range: Worst and best score, which become 0 and 1. Default: lowest and highest score in the table.
         image_size: Side of the square that is scored, in pixels, as in `load_image`.
         progress: Whether to show a progress bar while images are checked.
 
     Raises:
-        ValueError: No column, or several, can be the image or score column; a row has no image or no number; an image
-            cannot be read; all scores are equal.
+        ValueError: The image or score column is not found or is ambiguous, a row has no image or no number, an image
+            cannot be read, or all scores are equal.
     """
     folder, table = Path(folder), Path(table)
     if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""Labels of synthesised datasets: a full-reference metric of piq on a documented scale, not people's opinions."""
+"""Label synthesised datasets by a full-reference metric of piq, on a documented scale. Labels are not opinions."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 from srm_model.data.images import Pixels
 from srm_model.modules import make_torchvision_importable
 
-LABEL_RANGE = (0.0, 9.0)  # TID2013's
+LABEL_RANGE = (0.0, 9.0)  # the range of TID2013
 
 
 class Scale(NamedTuple):
-    """Map a metric to a label: 9·(1 − √((1 − metric) / worst)), at least 0, and 9 for an undistorted image.
+    """Map a metric to a label: max(0, 9·(1 − √((1 − metric) / worst))). An undistorted image gets 9.
 
-    Most metric values of distorted photographs are near 1; the square root spreads them and keeps their order.
-    1 − `worst` is a value that almost no image of TID2013's five levels falls below.
+    Most metric values of distorted photographs are close to 1. The square root increases the differences between them
+    and keeps their order. Almost no image of TID2013's five levels has a metric below 1 − `worst`.
     """
 
     worst: float

@@ -1,4 +1,4 @@
-"""Lists of images and scores, as text editors and spreadsheets write them."""
+"""Read lists of images and scores in the encodings and separators that text editors and spreadsheets write."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def read_list(path: Path) -> str:
 
 
 def decode(data: bytes, *, errors: str = "strict") -> str:
-    """Decode bytes as `read_list` does. `errors` is for UTF-16 and UTF-32, as in `bytes.decode`."""
+    """Decode bytes as `read_list` does. `errors` is the argument of `bytes.decode` for UTF-16 and UTF-32."""
     for mark, encoding in _MARKS:
         if data.startswith(mark):
             return data.decode(encoding, errors)
@@ -54,7 +54,7 @@ def decode(data: bytes, *, errors: str = "strict") -> str:
 
 
 def header(path: Path) -> tuple[list[str], str]:
-    """Return a table's column names and its separator, the one that gives the most columns.
+    """Return a table's column names and its separator, which is the character that gives the most columns.
 
     Raises:
         OSError: The file cannot be read.
@@ -67,7 +67,7 @@ def header(path: Path) -> tuple[list[str], str]:
 
 
 def records(path: Path) -> list[tuple[int, dict[str, str]]]:
-    """Return the line number and the fields by column of every row of a table.
+    """Return, for every row of a table, its line number and a dict of its fields by column name.
 
     Raises:
         ValueError: The file cannot be read as a table.

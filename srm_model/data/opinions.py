@@ -1,7 +1,7 @@
-"""TID2013's opinion scores for synthesised images, matched by photograph, distortion type and level.
+"""Label synthesised images with TID2013's opinion scores, matched by photograph, distortion type and level.
 
-The references 1 to 24 of TID2013 are photographs of the Kodak dataset. An image that is synthesised from the same
-photograph with the same type and level can take the mean opinion score of the image in TID2013.
+The references 1 to 24 of TID2013 are photographs of the Kodak dataset. A synthesised image gets the mean opinion score
+of the image in TID2013 with the same photograph, type and level.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Key = tuple[int, int, int]  # photograph, type, level
 
 
 def read_opinions(path: str | Path) -> dict[Key, float]:
-    """Return the mean opinion score of every (photograph, type, level) in TID2013's `mos_with_names.txt`.
+    """Read TID2013's `mos_with_names.txt`; return the mean opinion score of every (photograph, type, level).
 
     Raises:
         ValueError: A line is not a score from 0 to 9 and a name, or a name is listed twice.
@@ -49,7 +49,7 @@ def read_opinions(path: str | Path) -> dict[Key, float]:
 
 
 def key_of(name: str) -> Key:
-    """Return photograph, type and level of an image's name, such as i01_02_3.bmp."""
+    """Parse photograph, type and level from the name of an image, such as i01_02_3.bmp."""
     match = _NAME.fullmatch(name)
     if match is None:
         raise ValueError(f"{name!r}: expected a name like i01_02_3.bmp")

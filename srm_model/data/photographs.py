@@ -1,4 +1,4 @@
-"""The references of a synthesised dataset: a folder of photographs, or those of installed packages."""
+"""Load the reference photographs of a synthesised dataset from a folder or from installed packages."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ _PACKAGED = (
 
 
 class Frame(NamedTuple):
-    """The part of a photograph to keep: its centre of size `crop` (width, height), its square centre, or all of it.
+    """The part of a photograph that is kept: the centre of size `crop`, the square centre, or the whole photograph.
 
-    The square centre is resized to `image_size`.
+    `crop` is (width, height). The square centre is resized to `image_size`.
     """
 
     image_size: int | None = None
@@ -97,7 +97,8 @@ def from_folder(folder: Path, frame: Frame) -> list[Photograph]:
     Files with other suffixes than `SUFFIXES`, hidden files and subfolders are ignored.
 
     Raises:
-        ValueError: Photographs cannot be read or are too small; the message has the first one and their number.
+        ValueError: Photographs cannot be read or are too small. The message names the first faulty photograph and says
+            how many are faulty.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder of photographs")

@@ -1,4 +1,4 @@
-"""Make datasets in TID2013's layout from any photographs, with labels of a metric or of TID2013."""
+"""Synthesise datasets in TID2013's layout from any photographs, with labels from a metric or from TID2013."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _LIBRARIES = ("numpy", "pillow", "scipy", "scikit-image", "piq", "torch")
 
 
 class _Task(NamedTuple):
-    """One reference under one type of distortion."""
+    """One reference and one type of distortion."""
 
     reference: int
     kind: int
@@ -61,8 +61,8 @@ def synthesize(
     """Make a dataset in TID2013's layout from photographs.
 
     The files are `reference_images/IRR.BMP`, `distorted_images/iRR_TT_L.bmp`, `mos_with_names.txt`, `labels.json` (what
-    the labels are, settings, versions) and `references.json` (the origin of the photographs). Each file appears
-    complete or not at all, the list of labels last. After an interruption, the same call resumes.
+    the labels are, settings, versions) and `references.json` (the origin of the photographs). Each file is written
+    atomically, the list of labels last. After an interruption, the same call resumes.
 
     Args:
         out: Folder of the dataset.
@@ -70,28 +70,28 @@ def synthesize(
             show another scene, because datasets are split by reference.
         packaged: Whether to add the seven photographs of scikit-image and scikit-learn after those of the folder. None
             adds them only if there is no folder.
-        image_size: Side in pixels to which the central square of each photograph is reduced. None keeps the photograph.
-        crop: Width and height in pixels of the centre that is kept of each photograph, instead of `image_size`. With
-            `opinions` and without `image_size` the default is 512×384, the size of TID2013's images.
+        image_size: Side in pixels to which the central square of each photograph is resized. None keeps the size.
+        crop: Width and height in pixels of the centre crop of each photograph, instead of `image_size`. With `opinions`
+            and without `image_size` the default is 512×384, the size of TID2013's images.
         types: Types of distortion, 1 to 24 (`srm_model.data.distortions`).
         levels: Levels, 1 to 5.
         seed: Seed of the distortions. Each image depends only on the seed, its reference, its type and its level.
         metric: Full-reference metric of piq that gives the labels: "vsi" (default), "fsim", "ssim" or "haarpsi". Its
             values are mapped to 0 to 9; `labels.json` has the map. The dataset opens with `labels` "metric:vsi".
-        opinions: TID2013's `mos_with_names.txt`, instead of a metric. Each image gets the opinion of the image of the
-            same photograph, type and level in TID2013. The number in a photograph's name selects the reference
-            (`opinions.number_of`). The images are made again, so they are only similar to those that people saw. The
-            dataset opens with `labels` "opinions:TID2013".
-        labels: A `mos_with_names.txt` of the same dataset made on another machine. It replaces the last digits of the
-            metric, which depend on the processor, so that the fingerprints of both datasets are equal.
+        opinions: TID2013's `mos_with_names.txt`, instead of a metric. Each image gets the opinion score of the TID2013
+            image with the same photograph, type and level. The number in a photograph's name selects the reference
+            (`opinions.number_of`). The distortions are computed anew, so the images are only similar to the images that
+            people saw. The dataset opens with `labels` "opinions:TID2013".
+        labels: A `mos_with_names.txt` of the same dataset from another machine. Its labels replace the computed labels,
+            whose last digits depend on the processor. The fingerprints of both datasets are then equal.
         progress: Whether to show a progress bar on stderr.
 
     Returns:
         `out`, which `TID2013(out, split)` opens.
 
     Raises:
-        ValueError: An argument or a photograph is not accepted; `out` holds a dataset with other settings, or an
-            unfinished one of other library versions; a given label differs from the metric's by more than
+        ValueError: An argument or a photograph is not accepted; `out` contains a dataset with other settings, or an
+            unfinished dataset of other library versions; or a given label differs from the computed label by more than
             `LABEL_TOLERANCE`.
     """
     out = Path(out)
@@ -178,7 +178,7 @@ def synthesize(
 
 
 def _given_labels(path: Path) -> dict[str, float]:
-    """Return the labels of a list by name; a malformed line or a repeated name is a ValueError."""
+    """Return the labels of a list by image name; raise ValueError for a malformed line or a repeated name."""
     given: dict[str, float] = {}
     for number, line in enumerate(read_list(path).splitlines(), 1):
         match = _LINE.fullmatch(f"{line}\n")
@@ -191,7 +191,7 @@ def _given_labels(path: Path) -> dict[str, float]:
 
 
 def _as_given(path: Path, given: dict[str, float], lines: dict[str, float]) -> dict[str, float]:
-    """Return the given labels of these images, if they differ from the metric's only in the last digits."""
+    """Return the given labels of these images; raise ValueError if a label differs too much from the metric's."""
     for name, label in lines.items():
         if abs(given[name] - label) > LABEL_TOLERANCE:
             raise ValueError(
@@ -217,7 +217,7 @@ def _import_distortions() -> ModuleType:
 
 
 def _numbered(photographs: Sequence[Photograph]) -> dict[int, Photograph]:
-    """Return the photographs by the numbers in their names, in the order of the numbers."""
+    """Return a dict from the number in each photograph's name to the photograph, sorted by number."""
     found: dict[int, Photograph] = {}
     for photo in photographs:
         number = people.number_of(photo.file)
@@ -230,7 +230,7 @@ def _numbered(photographs: Sequence[Photograph]) -> dict[int, Photograph]:
 
 
 def _opinions_of(path: Path, names: Sequence[str]) -> dict[str, float]:
-    """Return the opinion of each image; a ValueError names the photographs, types and levels without one."""
+    """Return the opinion score of each image; raise ValueError if photographs, types or levels have none."""
     known = people.read_opinions(path)
     missing = [name for name in names if people.key_of(name) not in known]
     if missing:
@@ -243,7 +243,7 @@ def _opinions_of(path: Path, names: Sequence[str]) -> dict[str, float]:
 
 
 def _spans(numbers: Iterable[int]) -> str:
-    """Return numbers as text: "1 to 3, 5"."""
+    """Format numbers as ranges, such as "1 to 3, 5"."""
     parts: list[list[int]] = []
     for number in sorted(set(numbers)):
         if parts and number == parts[-1][-1] + 1:
@@ -254,7 +254,7 @@ def _spans(numbers: Iterable[int]) -> str:
 
 
 def _photographs(folder: str | Path | None, packaged: bool, frame: Frame, min_side: int) -> list[Photograph]:
-    """Return the photographs after checks of their number and size; no two may be equal."""
+    """Load the photographs; check their number, their size, and that no two are equal."""
     if frame.image_size is not None and frame.image_size < min_side:
         raise ValueError(f"image_size {frame.image_size}: expected at least {min_side}, or None")
     if frame.crop is not None and min(frame.crop) < min_side:
@@ -300,13 +300,13 @@ def _described(metric: str | None) -> dict[str, str]:
 
 
 def _claim(out: Path, settings: dict[str, Any], metric: str | None) -> str:
-    """Write the settings to `labels.json`, or compare them with those that are there.
+    """Write the settings to `labels.json`, or compare them with the settings in an existing file.
 
     Returns:
-        The differences of library versions as text, empty without one.
+        The differences of library versions as text, or an empty text if there are none.
 
     Raises:
-        ValueError: The folder holds other files, or a dataset with other settings.
+        ValueError: The folder contains other files, or a dataset with other settings.
     """
     versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
     if not (out / LABELS).exists():
@@ -343,7 +343,7 @@ def _differences(there: dict[str, Any], here: dict[str, Any]) -> str:
 
 
 def _read_labels(out: Path) -> dict[str, float]:
-    """Return the labels of finished images from the list or the journal; an incomplete last line is skipped."""
+    """Read the labels of finished images from the list or the journal. An incomplete last line is skipped."""
     labels = {}
     for path in (out / LIST, out / _JOURNAL):
         text = path.read_text(encoding="utf-8") if path.exists() else ""
@@ -355,9 +355,13 @@ def _read_labels(out: Path) -> dict[str, float]:
 
 
 def _lay_out(out: Path, references: dict[int, Photograph], labels: dict[str, float]) -> None:
-    """Write the references, their origin and the journal; files that exist stay unchanged."""
+    """Write the reference images, `references.json` and the journal of labels.
+
+    Existing reference images are kept; the JSON file and the journal are rewritten. Leftovers of a killed process are
+    removed.
+    """
     make_folder(out / IMAGES)
-    for leftover in out.glob("*/.*.partial.*"):  # of a process that was killed
+    for leftover in out.glob("*/.*.partial.*"):  # a file of a process that was killed
         leftover.unlink()
     origin = []
     for number, photo in references.items():
@@ -401,7 +405,7 @@ def _run(
 def _distort(
     out: Path, task: _Task, reference: Pixels, levels: list[int], seed: int, metric: str | None
 ) -> list[float]:
-    """Write the missing images of a task and return their labels; without a metric, none."""
+    """Write the missing images of a task; return the labels of all its images, or an empty list without a metric."""
     from srm_model.data.distortions import DISTORTIONS
 
     images = []

@@ -1,4 +1,4 @@
-"""TID2013, and synthesised datasets in its layout (docs/METHOD.md §5)."""
+"""Read TID2013 and synthesised datasets in the same layout (docs/METHOD.md §5)."""
 
 from __future__ import annotations
 
@@ -43,41 +43,42 @@ LINE = re.compile(
 
 
 class Labels(NamedTuple):
-    """The kind and the range of a list's labels."""
+    """Kind and range of the labels in a list."""
 
-    kind: (
-        str  # "mos": opinions of these images; "opinions:<dataset>": of similar images there; "metric:<name>"
-    )
+    kind: str  # "mos": opinions of these images; "opinions:<dataset>": of that dataset's images; "metric:<name>"
     range: tuple[float, float]
 
 
 class TID2013(ImageQualityDataset):
     """TID2013: 25 references × 24 types × 5 levels of distortion, split by reference.
 
-    A line of the list is a score and a name, separated by spaces, tabs, semicolons or commas (see `lists`). Names match
-    files regardless of case. The reference images are not needed. Splits are 60/20/20 % of the references (see
-    `split_by_reference`), so that no content is in two splits.
+    Each line of the list has a score and a name, separated by spaces, tabs, semicolons or commas (see `lists`). File
+    names are matched regardless of case. The reference images are not needed. Splits are 60/20/20 % of the references
+    (see `split_by_reference`), so that no content is in two splits.
 
-    Datasets of `srm_model.data.synthesize` have the same layout and a `labels.json`, which states kind and range of the
-    labels. Without it, the labels are people's opinions from 0 to 9.
+    Datasets of `srm_model.data.synthesize` have the same layout and a `labels.json`, which contains the kind and range
+    of the labels. Without this file, the labels are people's opinions from 0 to 9.
 
     Args:
         root: Folder with `mos_with_names.txt` and `distorted_images/`.
         split: "train", "val" or "test".
         seed: Seed of the split and of the train transform.
         image_size: S of the (3, S, S) items, in pixels.
-        train: Whether items are randomly cropped. Default: in the train split only.
-        cache: Keep resized images: True in memory, in each process; an `ImageCache` in its folder.
-        verify: "full" decodes every image of the dataset first; "fast" reads the headers only (see `find_faults`).
+        train: Whether items are cropped at random. Default: True for the train split, False for the others.
+        cache: Where to cache resized images. True: in memory, separately in each process. An `ImageCache`: in its
+            folder.
+        verify: "full" decodes every image of the dataset at the start; "fast" reads the headers only (see
+            `find_faults`).
         progress: Whether to show a progress bar if stderr is a terminal and checking takes seconds.
 
     Attributes:
-        type_level_srocc: For opinions of similar images, the SROCC on the test split of the mean training label of the
-            same type and level. A model that only recognises distortions reaches it.
+        type_level_srocc: SROCC on the test split of a simple predictor: the mean training label of the same distortion
+            type and level. A model that only recognises distortions reaches this value. None unless the labels are
+            opinions of similar images.
 
     Raises:
         ValueError: An image of the dataset is missing, ambiguous or cannot be decoded, a row is malformed, a score is
-            out of range, or a name is listed twice. The message has the first such row and the number of faults.
+            out of range, or a name is listed twice. The message names the first faulty row and the number of faults.
     """
 
     def __init__(
@@ -120,17 +121,19 @@ class TID2013(ImageQualityDataset):
 
 
 def split_by_reference(references: Iterable[str], seed: int) -> dict[str, str]:
-    """Assign each reference to a split: 60/20/20 % of them, rounded, at least one each; 15/5/5 of TID2013's 25.
+    """Assign 60/20/20 % of the references to train, val and test, at least one each.
 
-    The sorted distinct ids are permuted by `numpy.random.default_rng(seed)`. The first ones are "train", then "val",
-    then "test".
+    TID2013's 25 references are split 15/5/5.
+
+    The sorted distinct ids are permuted by `numpy.random.default_rng(seed)`. The first ids are assigned to "train", the
+    next ids to "val" and the rest to "test".
 
     Args:
         references: Reference ids, with repetitions.
         seed: Seed of the permutation.
 
     Returns:
-        "train", "val" or "test" by reference id.
+        A dict from reference id to "train", "val" or "test".
 
     Raises:
         ValueError: There are fewer than three references.
@@ -148,7 +151,7 @@ def split_by_reference(references: Iterable[str], seed: int) -> dict[str, str]:
 
 
 def _type_level_srocc(entries: Sequence[Entry], parts: dict[str, str]) -> float | None:
-    """Return the SROCC on the test split of the training split's means by type and level, None if undefined."""
+    """Return the SROCC on the test split of the training means by type and level, or None if undefined."""
     scores: dict[str, list[float]] = {}
     for entry in entries:
         if parts[entry.group] == "train":
@@ -168,7 +171,7 @@ def type_and_level(name: str) -> str:
 
 
 def read_labels(root: Path) -> Labels:
-    """Read kind and range of a dataset's labels.
+    """Read the kind and range of a dataset's labels.
 
     Raises:
         ValueError: `labels.json` is missing from a synthesised dataset, or malformed.

@@ -51,7 +51,7 @@ def load_resized(path: str | Path, image_size: int) -> Pixels:
 
 
 def _span(side: int, shorter: int, size: int) -> tuple[float, float, int]:
-    """Return start and end of the kept part of a side in the file's pixels, and its length after resizing."""
+    """Return the kept range of a side: start and end in pixels of the file, and its length after resizing."""
     whole = max(size, round(side * size / shorter))
     kept = min(whole, LONGEST * size)
     start = (whole - size) // 2 - (kept - size) // 2

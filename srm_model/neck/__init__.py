@@ -13,7 +13,10 @@ from .srm import SRMNeck
 
 
 def make_neck(name: str, in_channels: Sequence[int], config: SRMConfig) -> SRMNeck | PlainNeck:
-    """Create a neck by its name, for maps of these channels, shallowest first; raise ValueError for an unknown name."""
+    """Create a neck by name; raise ValueError if the name is unknown.
+
+    `in_channels` are the channels of the four maps, shallowest first.
+    """
     check_neck(name)
     attention = NECKS[name].attention
     if attention is None:

@@ -1,4 +1,4 @@
-"""Calibration of a new neck on the first training batch (docs/METHOD.md §1.6)."""
+"""Calibrate a new neck on the first training batch (docs/METHOD.md §1.6)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MOST_LOGITS = 2**28  # computed at once; 1 GiB in fp32, enough for 8 images of 5
 
 @torch.no_grad()
 def calibrate(neck: SRMNeck, pyramid: Sequence[Tensor]) -> None:
-    """Scale the weights of a neck in place and start M₀. The mode of the neck is kept."""
+    """Scale the weights of a neck in place and initialise M₀. The mode of the neck is kept."""
     c = neck.config
     with evaluating(neck):
         for conv, m in zip(neck.align, pyramid, strict=True):
@@ -36,18 +36,18 @@ def calibrate(neck: SRMNeck, pyramid: Sequence[Tensor]) -> None:
 
 
 def scale_to_unit(conv: nn.Conv2d, m: Tensor, limit: float) -> None:
-    """Scale the weight by a factor in [1/limit, limit], so that the convolution of `m` has RMS 1."""
+    """Scale the weight of a convolution so that its output for `m` has RMS 1. The factor is in [1/limit, limit]."""
     rms = conv(m).square().mean().sqrt()
     conv.weight.mul_((1 / rms).clamp(1 / limit, limit))
 
 
 def calibrate_link(link: Link, target: Tensor, source: Tensor) -> None:
-    """Scale W_Q until logits over the landmarks have standard deviation 1, W_V until σ = σ_ref, per head."""
+    """Per head, scale W_Q so that logits over the keys have standard deviation 1, and W_V so that σ = σ_ref."""
     c = link.config
     q, k, v = link.project(target, source)
     if c.qk_norm != "both":  # otherwise the logits do not depend on the scale of W_Q
         Q, K = normalised_query(q, c.qk_norm), link.attended(k)
-        # In pieces, because the memory of all logits would be quadratic in the resolution.
+        # Compute the logits in pieces, because the memory of all logits is quadratic in the number of pixels.
         some = max(1, MOST_LOGITS // (Q.shape[0] * Q.shape[1] * K.shape[2]))
         spreads = [logits(piece, K).std(-1, correction=0) for piece in Q.split(some, 2)]
         _scale_heads(link, link.query.weight, torch.cat(spreads, 2).mean((0, 2)).reciprocal())

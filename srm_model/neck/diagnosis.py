@@ -1,4 +1,4 @@
-"""Measurements of a neck's links, updates and gate on one batch (article, tables 1 and 2, figures 3 and 4)."""
+"""Measure a neck's links, updates and gate on one batch (article, tables 1 and 2, figures 3 and 4)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHARES = {"median": 0.5, "p90": 0.9}
 class Measured(NamedTuple):
     """Measurements of one batch."""
 
-    links: dict[str, dict[str, Tensor]]  # values by link and name: (B, H), and (H,) for those of τ and σ̄
+    links: dict[str, dict[str, Tensor]]  # values by link and name: (B, H), or (H,) for values of τ and σ̄
     update_ratio: dict[int, float]  # ‖β U‖ / ‖F‖ of the pooled maps, by target stage
     output: NeckOutput
 
@@ -32,7 +32,7 @@ class Measured(NamedTuple):
 def attending(
     neck: SRMNeck, aligned: Mapping[int, Tensor]
 ) -> Iterator[tuple[tuple[int, int], tuple[Link, Tensor, Tensor, Tensor]]]:
-    """Yield (source, target) and (link, Q, K, V) of every acting link, for aligned maps (B, C, h, w) by stage."""
+    """Yield (source, target) and (link, Q, K, V) for every acting link. `aligned` has maps (B, C, h, w) by stage."""
     for source, target in neck.acting:
         link = neck.link(source, target)
         yield (source, target), (link, *link.project(aligned[target], aligned[source]))
@@ -56,7 +56,7 @@ def measure(neck: SRMNeck, pyramid: Sequence[Tensor]) -> Measured:
 def _figures(link: Link, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
     scores = logits(normalised_query(q, link.config.qk_norm), link.attended(k))
     entropy = torch.special.entr(scores.softmax(-1)).sum(-1).mean(-1)
-    # An average of weights that started before σ̄ holds only the share `sigma_started` of σ̄.
+    # If an average of weights started before σ̄, it contains only the share `sigma_started` of σ̄.
     started = link.sigma_started.clamp(min=torch.finfo(link.sigma.dtype).tiny)
     sigma = link.sigma / started / link.reference_scale
     figures = {
@@ -73,7 +73,10 @@ def _figures(link: Link, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
 
 
 def summary(measured: Measured, stages: int) -> dict[str, Any]:
-    """Summarise measurements of a neck with so many fused stages as JSON values: quantiles over images and heads."""
+    """Summarise measurements as JSON values: quantiles over images and heads.
+
+    `stages` is the number of fused stages of the neck.
+    """
     out = measured.output
     assert out.weights is not None
     assert out.gain is not None
@@ -94,7 +97,7 @@ def summary(measured: Measured, stages: int) -> dict[str, Any]:
 
 
 def quantiles(values: Tensor, shares: Mapping[str, float] = SHARES) -> dict[str, float]:
-    """Return quantiles of values by name. NaN, which a singular matrix gives, counts as infinite."""
+    """Return a dict from name to quantile. NaN, the result for a singular matrix, counts as infinite."""
     ordered = values.double().flatten().nan_to_num(nan=math.inf, posinf=math.inf).sort().values
     last = len(ordered) - 1
     return {name: float(ordered[math.ceil(share * last)]) for name, share in shares.items()}

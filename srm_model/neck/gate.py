@@ -77,7 +77,7 @@ class Gate(nn.Module):
         return results, biases
 
     def _weights(self) -> dict[nn.Conv2d, Tensor]:
-        """Cast the weights of all convolutions by one launch; autocast needs one launch each."""
+        """Cast the weights of all convolutions with a single launch. Autocast would need one launch for each."""
         convs = [layer for layer in self.stages.modules() if isinstance(layer, nn.Conv2d)]
         weights = [conv.weight for conv in convs]
         return dict(zip(convs, rounded(weights, autocast_dtype(weights[0])), strict=True))

@@ -1,4 +1,4 @@
-"""A link: projections, attention, and τ with its statistic (docs/METHOD.md §1.2, §1.3 and §3)."""
+"""A link: projections, attention, and the rescaler τ with its statistic σ̄ (docs/METHOD.md §1.2, §1.3 and §3)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class DyT(nn.Module):
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """α, w and b."""
+        """The parameters α, w and b."""
         return self.alpha, self.weight, self.bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,11 +70,11 @@ class Link(nn.Module):
         return q, k, v
 
     def forward(self, target: Tensor, source: Tensor) -> Tensor:
-        """Return Y (B, H, N_q, d) of the two stages' maps (B, C, h, w)."""
+        """Compute Y (B, H, N_q, d) from the maps (B, C, h, w) of the two stages."""
         return self.attend(*self.project(target, source))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Return Y (B, H, N_q, d) of Q, K and V."""
+        """Compute Y (B, H, N_q, d) from Q, K and V."""
         c = self.config
         if self.attention == "full":
             return full_attention(q, k, v, qk_norm=c.qk_norm)
@@ -82,14 +82,14 @@ class Link(nn.Module):
         return y
 
     def diagnosed(self, q: Tensor, k: Tensor, v: Tensor, **changes: Any) -> tuple[Tensor, LandmarkSolution]:
-        """Return Y of Nyström attention and diagnostics of its landmark systems; `changes` are config fields."""
+        """Return Y of Nyström attention and diagnostics of its landmark systems. `changes` override config fields."""
         c = self.config.replace(**changes) if changes else self.config
         options = {**self.key_options(c), "solve_dtype": c.solve_dtype, "diagnostics": True}
         y, solution = nystrom_attention(q, k, v, c.rank, **options)
         return y, solution  # type: ignore[return-value]
 
     def key_options(self, config: SRMConfig | None = None) -> dict[str, Any]:
-        """Return the operators' arguments for the choice of landmarks and the solver."""
+        """Return the arguments of the operators that choose the landmarks and the solver."""
         c = config or self.config
         return {
             **self._choice(c),
@@ -104,7 +104,7 @@ class Link(nn.Module):
         }
 
     def landmarks(self, k: Tensor, **changes: Any) -> Tensor:
-        """Return indices (B, H, r) of the landmarks among keys K (B, H, N_k, d); `changes` are config fields."""
+        """Return indices (B, H, r) of the landmarks among keys K (B, H, N_k, d). `changes` override config fields."""
         c = self.config.replace(**changes) if changes else self.config
         options, backend = self._choice(c), c.backend
         if backend == "triton" and options["method"] not in METHODS_OF_KERNELS:
@@ -112,7 +112,7 @@ class Link(nn.Module):
         return select_landmarks(normalised_key(k, c.qk_norm), c.rank, backend=backend, **options)
 
     def _choice(self, c: SRMConfig) -> dict[str, Any]:
-        """Return the arguments that choose landmarks; methods that sample do so in training only."""
+        """Return the arguments that choose landmarks. Methods that sample do so only in training."""
         method, evaluated, generator = c.landmarks, METHODS[c.landmarks].evaluated, None
         if evaluated is not None:
             if self.training:
@@ -122,7 +122,7 @@ class Link(nn.Module):
         return {"method": method, "gamma": c.gamma, "generator": generator}
 
     def attended(self, k: Tensor) -> Tensor:
-        """Return the normalised keys that queries attend to: the landmarks K̃, or all keys in exact attention."""
+        """Return the normalised keys that queries attend to: the landmarks K̃, or all keys for exact attention."""
         K = normalised_key(k, self.config.qk_norm)
         if self.attention == "full":
             return K
@@ -130,13 +130,13 @@ class Link(nn.Module):
         return K.gather(-2, index[..., None].expand(*index.shape, K.shape[-1]))
 
     def merge(self, y: Tensor) -> Tensor:
-        """Return U (B, N, C) of Y (B, H, N, d), which may be pooled: Ŷ = τY, heads concatenated, times W_O."""
+        """Compute U (B, N, C) from Y (B, H, N, d): Ŷ = τY, concatenate the heads, multiply by W_O. Y may be pooled."""
         if self.config.tau:
             y = (y * self.tau()[:, None, None]).to(y.dtype)
         return self.output(y.transpose(1, 2).flatten(2))
 
     def tau(self) -> Tensor:
-        """Return τ_h = exp(θ_h), (H,); ones if the rescaler is off."""
+        """Return τ_h = exp(θ_h), (H,), or ones if the rescaler is disabled."""
         return self.theta.exp() if self.config.tau else torch.ones_like(self.sigma)
 
     @torch.no_grad()

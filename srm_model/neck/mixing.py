@@ -1,7 +1,8 @@
-"""Alignment and links: from a pyramid to the maps that the gate reads (docs/METHOD.md §1.1 to §1.5).
+"""Align a pyramid and apply the links; the results are the maps that the gate reads (docs/METHOD.md §1.1 to §1.5).
 
-Links run in the pooled form of §1.5 where they can. Exact attention, blocks in the model's dtype, the full-resolution
-pyramid, and weights behind adapters or parametrisations have no pooled form; these links are called one by one.
+Links run in the pooled form of §1.5 where possible. There is no pooled form for exact attention, for blocks in the
+model's dtype, for the full-resolution pyramid, or for weights with adapters or parametrisations. In these cases the
+links are called one by one.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ Affine = tuple[Tensor, Tensor]  # weight A (C, C_s) and bias a (C,) of an alignm
 
 
 class Step(nn.Module):
-    """A step of the pooled form as a module, so that hooks see it. Its input is a callable without arguments."""
+    """A step of the pooled form, as a module that hooks can observe. Its input is a callable without arguments."""
 
     def forward(self, call: Callable[[], Any]) -> Any:
         """Return the result of `call`."""
@@ -36,7 +37,7 @@ class Step(nn.Module):
 
 
 def align_sources(maps: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
-    """Return A F (B, C, h, w) of each source. `key_sides` adds the bias a."""
+    """Compute A F (B, C, h, w) for each source. `key_sides` adds the bias a."""
     products = [A.expand(m.shape[0], -1, -1) @ m.flatten(2) for m, A in zip(maps, weights, strict=True)]
     return [product.unflatten(-1, m.shape[2:]) for product, m in zip(products, maps, strict=True)]
 
@@ -44,9 +45,9 @@ def align_sources(maps: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Ten
 def key_sides(
     sources: Mapping[int, Tensor], affine: Mapping[int, Affine], links: Mapping[Pair, Link], c: SRMConfig
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Return K̃ and X (B, H, r, d) of every link, from A F (B, C, h, w) and a of its source.
+    """Compute K̃ and X (B, H, r, d) of every link from A F (B, C, h, w) and the bias a of its source.
 
-    Links of one source share their launches.
+    Links with the same source are computed in the same launches, unless the landmarks are sampled.
     """
     groups = [[pair for pair in links if pair[0] == source] for source in sources]
     if METHODS[c.landmarks].evaluated is not None:
@@ -87,7 +88,7 @@ class Mixer(nn.Module):
 
     @property
     def acting(self) -> list[Pair]:
-        """Links into fused stages; the other links only change the pyramid."""
+        """The links into fused stages. Other links change only the pyramid."""
         return [pair for pair in self.config.links if pair[1] in self.config.fused_stages]
 
     def link(self, source: int, target: int) -> Link:
@@ -95,7 +96,10 @@ class Mixer(nn.Module):
         return cast(Link, self.links[link_name(source, target)])
 
     def aligned(self, pyramid: Sequence[Tensor], *, every: bool = False) -> dict[int, Tensor]:
-        """Align maps (B, C_s, h, w) to (B, C, h, w), by stage: those that links or the gate read, or `every` map."""
+        """Align maps (B, C_s, h, w); return maps (B, C, h, w) by stage.
+
+        Only the maps that links or the gate read are aligned, or all maps with `every`.
+        """
         used = {*self.config.fused_stages, *(stage for pair in self.config.links for stage in pair)}
         return {
             stage: self.align[stage - 1](pyramid[stage - 1]) for stage in STAGES if every or stage in used
@@ -109,7 +113,7 @@ class Mixer(nn.Module):
         return m if same else F.adaptive_avg_pool2d(m, P)
 
     def pools(self, pyramid: Sequence[Tensor]) -> bool:
-        """Return whether links take the pooled form for maps like these."""
+        """Return whether links run in the pooled form for maps like these."""
         c = self.config
         if self.attention != "nystrom" or c.solve_dtype != "fp32" or not self.acting:
             return False
@@ -128,7 +132,7 @@ class Mixer(nn.Module):
 
         Args:
             pyramid: Four maps (B, C_s, h, w), shallowest first.
-            statistics: Where to add σ of every link, unless it is finished.
+            statistics: Statistics to which σ of every link is added, unless the statistics are finished.
             pool_sources: Whether to apply stochastic pooling (docs/METHOD.md §1.8) if the config enables it.
         """
         if self.pools(pyramid):
@@ -184,7 +188,7 @@ class Mixer(nn.Module):
     def _called(
         self, aligned: dict[int, Tensor], given: BatchStatistics | None, pool_sources: bool, *, pooled: bool
     ) -> dict[int, Tensor]:
-        """Return F_t + β_t fold(Σ U) by stage: all at full resolution, or the fused ones pooled to P×P."""
+        """Return F_t + β_t fold(Σ U) by stage, for all stages at full resolution or for fused stages pooled to P×P."""
         sources = self._pool_sources({stage: aligned[stage] for stage, _ in self.config.links}, pool_sources)
         P, updates = self.config.pool_size, dict[int, Tensor]()
         for source, target in self.acting if pooled else self.config.links:
@@ -216,5 +220,5 @@ class Mixer(nn.Module):
         return conv.weight.flatten(1), conv.bias
 
     def _beta(self, target: int) -> Tensor:
-        """Return β as a scalar, which does not promote a map's dtype. It is stored with an axis, which FSDP needs."""
+        """Return β as a scalar, which does not promote a map's dtype. FSDP needs the axis of the stored vector."""
         return cast(Tensor, self.beta[str(target)]).reshape(())

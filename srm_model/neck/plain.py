@@ -1,4 +1,4 @@
-"""The output of every neck, and the neck `none`."""
+"""The output that all necks share, and the neck `none`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .calibration import scale_to_unit
 
 
 class NeckOutput(NamedTuple):
-    """Output of a neck. Values of the gate are None for a neck without one."""
+    """Output of a neck. For a neck without a gate, the gate's values are None."""
 
     fused: Tensor  # (B, C, P, P), for the head
     weights: Tensor | None  # (B, S), of the gate
@@ -43,14 +43,14 @@ class PlainNeck(nn.Module):
         nn.init.zeros_(self.align.bias)  # type: ignore[arg-type]
 
     def forward(self, pyramid: Sequence[Tensor], *, statistics: BatchStatistics | None = None) -> NeckOutput:
-        """Return the last of four maps as `fused`, (B, C, P, P). `statistics` stays as it is."""
+        """Align and pool the last of four maps; return it as `fused`, (B, C, P, P). `statistics` is ignored."""
         fused = F.adaptive_avg_pool2d(self.align(pyramid[-1]), self.config.pool_size)
         losses = {name: fused.new_zeros(()) for name in ("tau", "entropy", "balance")}
         return NeckOutput(fused, None, None, None, losses, None)
 
     @torch.no_grad()
     def calibrate(self, pyramid: Sequence[Tensor]) -> None:
-        """Scale the alignment weight until its map has RMS 1, as in `SRMNeck`."""
+        """Scale the alignment weight so that the aligned map has RMS 1, as in `SRMNeck`."""
         scale_to_unit(self.align, pyramid[-1], self.config.calibration_range)
 
     def clamp_(self) -> None:

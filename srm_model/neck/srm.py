@@ -25,7 +25,7 @@ from .plain import NeckOutput
 
 ATTENTIONS = ("nystrom", "full")
 TAU_FLOOR = 1e-6
-# M₀ before its first batch: a cap that no map reaches. It is finite, so that an average of weights may start with it.
+# M₀ before the first batch: a cap that no map reaches. It is finite, so that averages of weights can include it.
 # M₀ counts as started below half of this value.
 UNSTARTED = 1024.0
 
@@ -52,7 +52,9 @@ def _started(m0: Tensor) -> bool:
 
 
 class SRMNeck(Mixer):
-    """Spectral Robustness Mixer: deep-to-shallow cross-attention and a gain-capped gate (docs/METHOD.md §1 to §4).
+    """Spectral Robustness Mixer: cross-attention from deep to shallow maps, and a gate with a gain cap.
+
+    Source: docs/METHOD.md §1 to §4.
 
     Args:
         in_channels: Channels of the four maps, shallowest first.
@@ -60,11 +62,11 @@ class SRMNeck(Mixer):
         attention: "nystrom", or "full" for exact attention, the quadratic baseline.
 
     Raises:
-        ValueError: `in_channels` has not four entries, or `attention` is unknown.
+        ValueError: `in_channels` does not have four entries, or `attention` is unknown.
     """
 
     median_rms: Tensor  # M₀
-    _prepared = False  # whether it was calibrated or has loaded calibrated weights
+    _prepared = False  # whether the neck was calibrated or has loaded calibrated weights
 
     def __init__(self, in_channels: Sequence[int], config: SRMConfig, *, attention: str = "nystrom") -> None:
         if len(in_channels) != len(STAGES):
@@ -85,13 +87,13 @@ class SRMNeck(Mixer):
 
     @property
     def calibrated(self) -> bool:
-        """Whether `calibrate` or a training batch has started M₀. Synchronises with the device."""
+        """Whether `calibrate` or a training batch has initialised M₀. Reading it synchronises with the device."""
         return _started(self.median_rms)
 
     def warn_uncalibrated(self) -> None:
         """Warn if the neck is not calibrated. Each neck is checked once.
 
-        Nothing is checked during export or the capture of a CUDA graph, or on the meta device.
+        The check is skipped during export, during the capture of a CUDA graph, and on the meta device.
         """
         tracing = torch.compiler.is_compiling()
         if tracing and (exporting() or not torch.compiler.is_dynamo_compiling()):
@@ -121,20 +123,21 @@ class SRMNeck(Mixer):
     ) -> NeckOutput:
         """Mix and fuse a pyramid.
 
-        In training, σ̄ and M₀ are updated with the batch over all ranks of a process group, so every rank must call
-        this. The losses are those of the whole batch: averaged over ranks, as by `DistributedDataParallel`, their
-        gradients are its gradients.
+        In training, σ̄ and M₀ are updated with the batch of all ranks of a process group, so every rank must call this
+        method. The losses are losses of the whole batch. The gradients of the whole batch are the mean over ranks of
+        the gradients on each rank, as `DistributedDataParallel` computes it.
 
         With gradient checkpointing around the neck, the repeated pass changes no buffer and uses the M₀ and σ̄ of the
-        last training pass. Pass a finished `statistics` if several training passes come before one backward pass, or
-        if the neck is compiled. Checkpointing around the backbone alone needs nothing.
+        last training pass. Pass a finished `statistics` if several training passes precede one backward pass, or if the
+        neck is compiled. Checkpointing of the backbone alone needs no extra argument.
 
         Args:
             pyramid: Four maps (B, C_s, h_s, w_s), shallowest first.
             return_pyramid: Whether to return the updated maps at full resolution too. This takes more memory.
-            statistics: Statistics of a batch that is cut into micro-batches. If unfinished, this micro-batch is added
-                and the losses have no meaning. If finished, the losses are those of the whole batch when averaged
-                over micro-batches and ranks. In both cases only `track` updates σ̄ and M₀.
+            statistics: Statistics of a batch that is split into micro-batches. If they are not finished, this
+                micro-batch is added and the returned losses have no meaning. If they are finished, the mean of the
+                losses over micro-batches and ranks is the loss of the whole batch. In both cases only `track` updates
+                σ̄ and M₀.
 
         Raises:
             TypeError: A map has another dtype than the neck, without autocast.
@@ -205,7 +208,7 @@ class SRMNeck(Mixer):
         Args:
             maps: Updated, pooled maps, (B, S, C, P, P).
             pyramid: Updated maps at full resolution, for the output.
-            statistics: Statistics of the batch, to which unfinished ones are added.
+            statistics: Statistics of the batch. If they are not finished, this micro-batch is added.
             finish: Whether to finish `statistics`.
             earlier: Statistics of the first pass, if gradient checkpointing repeats it.
         """
@@ -247,7 +250,7 @@ class SRMNeck(Mixer):
         return tau_loss(thetas, sigmas, reference=math.sqrt(c.head_dim), floor=TAU_FLOOR, backend=c.backend)
 
     def _cap(self, statistics: BatchStatistics | None) -> Tensor | None:
-        """Return M₀ before the batch of `statistics`, because `track` may change it before the backward pass."""
+        """Return M₀ from before the batch of `statistics`, because `track` may change M₀ before the backward pass."""
         if self.config.gain_cap is None:
             return None
         if statistics is None:
@@ -262,7 +265,7 @@ class SRMNeck(Mixer):
 
     @torch.no_grad()
     def track_norms(self, rms: Tensor, *, reset: bool = False) -> None:
-        """Update M₀ with a batch's root mean squares of M (B,), or `reset` it to their median."""
+        """Update M₀ with the root mean squares of M for a batch, (B,). With `reset`, set M₀ to their median."""
         median, old = rms.median().to(self.median_rms.dtype), self.median_rms
         old = torch.full_like(old, UNSTARTED) if reset else old
         decayed = self.config.ema * old + (1 - self.config.ema) * median
@@ -271,7 +274,7 @@ class SRMNeck(Mixer):
 
     @torch.no_grad()
     def calibrate(self, pyramid: Sequence[Tensor]) -> None:
-        """Calibrate the weights and M₀ on the first training batch, once (docs/METHOD.md §1.6). The mode is kept.
+        """Calibrate the weights and M₀ on the first training batch (docs/METHOD.md §1.6). The neck's mode is kept.
 
         Args:
             pyramid: Four maps (B, C_s, h_s, w_s), shallowest first.
@@ -286,7 +289,7 @@ class SRMNeck(Mixer):
 
     @torch.no_grad()
     def clamp_(self) -> None:
-        """Clamp τ to its range. Call it after every optimiser step (docs/METHOD.md §3.3)."""
+        """Clamp τ to its range. Call this method after every optimiser step (docs/METHOD.md §3.3)."""
         limit = math.log(self.config.tau_range)
         for pair in self.config.links if self.config.tau else ():
             self.link(*pair).theta.clamp_(-limit, limit)

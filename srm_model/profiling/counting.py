@@ -1,7 +1,7 @@
-"""Count parameters and multiply-accumulates, the latter in three ways that must agree.
+"""Count parameters and multiply-accumulates (MACs). MACs are counted in three ways, which must agree.
 
-One multiply-add is one MAC. Only matrix products and convolutions are counted. Counts are for one image, forward,
-unless stated otherwise.
+One multiply-add is one MAC. Only matrix products and convolutions are counted. Counts are for the forward pass of one
+image, unless stated otherwise.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ _NOT_PRODUCTS = (
 
 
 def parameters(module: nn.Module) -> int:
-    """Count the parameters of a module, trainable or frozen, without buffers."""
+    """Count all parameters of a module, trainable and frozen. Buffers are not counted."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def map_sizes(height: int, width: int) -> list[tuple[int, int]]:
-    """Return height and width of the four maps of an image, rounded up."""
+    """Return the height and width, rounded up, of the four maps of an image."""
     return [(-(-height // stride), -(-width // stride)) for stride in STRIDES]
 
 
 def neck_macs(
     config: SRMConfig, neck: str, channels: Sequence[int], sizes: Sequence[tuple[int, int]]
 ) -> dict[str, int]:
-    """Compute the multiply-accumulates of a neck by part, by a closed formula (docs/METHOD.md §2.2).
+    """Compute the MACs of each part of a neck by a closed formula (docs/METHOD.md §2.2).
 
-    "align" and "gate" are convolutions, "projections" are W_Q, W_K, W_V and W_O, and "links" is the attention of all
-    links and heads. In the pooled form, the products by X and W_O are on the P×P grid, and alignment runs for every
-    source, for every link's target, and for the pooled maps of the fused stages.
+    "align" and "gate" are the convolutions, "projections" are the products with W_Q, W_K, W_V and W_O, and "links" is
+    the attention of all links and heads. In the pooled form, the products with X and W_O are computed on the P×P grid.
+    Alignment is computed for every source, for the target of every link, and for the pooled maps of the fused stages.
     """
     C, P2 = config.channels, config.pool_size**2
     tokens = dict(zip(STAGES, (height * width for height, width in sizes), strict=True))
@@ -74,7 +74,7 @@ def neck_macs(
 
 
 def link_macs(config: SRMConfig, neck: str, queries: int, keys: int, cells: int | None = None) -> int:
-    """Compute the multiply-accumulates of one link's attention over all heads, without projections.
+    """Compute the MACs of one link's attention over all heads, without projections.
 
     In the pooled form, `cells` is the number of cells of the grid.
     """
@@ -88,15 +88,15 @@ def link_macs(config: SRMConfig, neck: str, queries: int, keys: int, cells: int 
 
 
 def head_macs(config: SRMConfig) -> int:
-    """Compute the multiply-accumulates of the regression head."""
+    """Compute the MACs of the regression head."""
     half = max(config.channels // 2, 1)
     return 9 * config.channels * half * config.pool_size**2 + 2 * half * half + half
 
 
 def torch_macs(module: nn.Module, inputs: Sequence[Any], *, backward: bool = False) -> int:
-    """Count multiply-accumulates by torch's FlopCounterMode. Module and inputs may be on the meta device.
+    """Count MACs with torch's FlopCounterMode. Module and inputs may be on the meta device.
 
-    With `backward`, forward and backward of every floating-point result.
+    With `backward`, count the forward pass and the backward pass of all floating-point results.
     """
     with FlopCounterMode(display=False) as counter:
         result = module(*inputs)
@@ -106,7 +106,7 @@ def torch_macs(module: nn.Module, inputs: Sequence[Any], *, backward: bool = Fal
 
 
 def fvcore_macs(module: nn.Module, inputs: Sequence[Any]) -> int | None:
-    """Count multiply-accumulates by fvcore, which traces the module; return None if fvcore is not installed."""
+    """Count MACs with fvcore, which traces the module; return None if fvcore is not installed."""
     try:
         from fvcore.nn import FlopCountAnalysis
     except ImportError:

@@ -1,4 +1,4 @@
-"""The machine, versions and commit of a measurement."""
+"""Describe the machine, versions and commit of a measurement."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
-# Measurements share a table only if all of these are equal.
+# Measurements are put in one table only if all these values are equal.
 IDENTITY = ("device", "driver", "capability", "threads", "torch", "cuda", "triton", "commit")
 
 
 def machine(device: torch.device | str) -> dict[str, Any]:
     """Describe a machine: device, driver, capability, memory, threads, versions, commit and clocks.
 
-    A "+" after the commit means that the checkout has changes. Unknown values are None: a CPU has no driver and no
-    capability, an installed wheel no commit.
+    A "+" after the commit means that the checkout has uncommitted changes. Unknown values are None: a CPU has no driver
+    and no capability, and an installed wheel has no commit.
     """
     device = torch.device(device)
     cuda = device.type == "cuda"
@@ -40,7 +40,10 @@ def machine(device: torch.device | str) -> dict[str, Any]:
 
 
 def clocks(device: torch.device) -> dict[str, float | None]:
-    """Return the current clocks in MHz: of a GPU's multiprocessors and memory with their maxima, or a CPU's mean."""
+    """Return the current clock rates in MHz.
+
+    For a GPU: multiprocessors and memory, with the maximum of each. For a CPU: the mean over its cores.
+    """
     if device.type == "cuda":
         names = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem")
         found = _nvidia_smi(device, *names)
@@ -83,7 +86,7 @@ def _processor() -> str:
 
 
 def _nvidia_smi(device: torch.device, *names: str) -> list[str | None]:
-    """Query nvidia-smi about a device, by its UUID; values are None if this fails."""
+    """Query nvidia-smi about a device by its UUID. Values are None if the query fails."""
     identifier = str(torch.cuda.get_device_properties(device).uuid)
     query = [
         "nvidia-smi",
@@ -113,7 +116,7 @@ def _version(package: str) -> str | None:
 def _commit() -> str | None:
     root = Path(__file__).resolve().parent.parent.parent
     top = _output(["git", "rev-parse", "--show-toplevel"], root)
-    if top is None or Path(top).resolve() != root:  # not a checkout, or that of another project
+    if top is None or Path(top).resolve() != root:  # not a checkout, or a checkout of another project
         return None
     return _output(["git", "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"], root)
 

@@ -1,4 +1,4 @@
-"""Peak memory of a call, and memory over time."""
+"""Measure the peak memory of a call, and memory over time."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Peak(NamedTuple):
-    """Memory of a call in bytes; None where this device or system cannot measure it."""
+    """Memory of a call in bytes. A value is None if this device or system cannot measure it."""
 
-    held: int  # parameters, inputs and optimiser state before the call
+    held: int  # bytes of parameters, inputs and optimiser state before the call
     above: int  # `allocated` minus `held`
     allocated: int  # peak of torch's allocator
     reserved: int | None  # peak of the memory that torch's allocator reserves
@@ -30,8 +30,9 @@ class Peak(NamedTuple):
 def peak(call: Callable[[], object], device: torch.device, *, held: int = 0) -> Peak:
     """Measure the peak memory of a call.
 
-    On a CPU, `above` counts torch's allocator only. Buffers of libraries such as oneDNN and BLAS are part of
-    `resident`, which is measured on Linux only. `held` is used on a CPU; on a GPU the allocator knows it.
+    On a CPU, `above` includes only memory of torch's allocator. Buffers of libraries such as oneDNN and BLAS are part
+    of `resident`, which is measured on Linux only. The argument `held` is used on a CPU only; on a GPU the allocator
+    reports this value.
     """
     if device.type == "cuda":
         gc.collect()
@@ -52,7 +53,7 @@ def peak(call: Callable[[], object], device: torch.device, *, held: int = 0) -> 
 
 
 def timeline(call: Callable[[], object]) -> list[tuple[float, int]]:
-    """Return (µs, bytes above those held before) at every allocation and release of torch's CPU allocator."""
+    """Return (µs, bytes above the initial memory) at every allocation and release of torch's CPU allocator."""
     with undisturbed(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         kept = call()
     del kept
@@ -61,7 +62,7 @@ def timeline(call: Callable[[], object]) -> list[tuple[float, int]]:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Disable garbage collection for the block, because releases of older tensors would lower the measured sum."""
+    """Disable garbage collection for the block, because releases of older tensors would lower the measurement."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -72,7 +73,7 @@ def undisturbed() -> Iterator[None]:
 
 
 def allocations(profiled: Any, kind: Any = torch.autograd.DeviceType.CPU) -> list[tuple[float, int]]:
-    """Return the timeline of one kind of device from a profile with `profile_memory=True`."""
+    """Return the memory timeline of one type of device from a profile with `profile_memory=True`."""
     events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     found, total = [], 0
@@ -85,7 +86,7 @@ def allocations(profiled: Any, kind: Any = torch.autograd.DeviceType.CPU) -> lis
 
 
 def bytes_of(*tensors: Any) -> int:
-    """Return the bytes of tensors, including those in lists, tuples and dictionaries."""
+    """Return the total bytes of tensors, including tensors in lists, tuples and dictionaries."""
     total = 0
     for value in tensors:
         if isinstance(value, torch.Tensor):
@@ -98,7 +99,7 @@ def bytes_of(*tensors: Any) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether memory ran out. The CPU's allocator raises a RuntimeError that only its message identifies."""
+    """Return whether an error means that memory ran out. The CPU allocator's RuntimeError is known by its message."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 

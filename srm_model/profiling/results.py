@@ -1,4 +1,4 @@
-"""Files of measured rows, as JSON lines."""
+"""Read and write files of measured rows, as JSON lines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def append(path: str | Path, row: dict[str, Any]) -> None:
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:
-    """Read all rows of a file, without incomplete lines; raise ValueError if the file is not readable."""
+    """Read all rows of a file, without incomplete lines; raise ValueError if the file cannot be read."""
     try:
         lines = Path(path).read_text("utf-8").splitlines()
     except OSError:
@@ -57,7 +57,7 @@ def one_machine(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def latest(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows with the machine, versions and commit of the last row."""
+    """Return the rows whose machine, versions and commit equal those of the last row."""
     rows = list(rows)
     if not rows:
         return []
@@ -66,7 +66,7 @@ def latest(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def newest(rows: Iterable[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the last of the rows that agree in `keys`, in order of first appearance."""
+    """For each combination of the values of `keys`, return the last row, in order of first appearance."""
     found: dict[tuple[str, ...], dict[str, Any]] = {}
     for row in rows:
         found[tuple(json.dumps(row.get(key)) for key in keys)] = row

@@ -1,4 +1,4 @@
-"""Named parts of a model: their times, and ranges for traces."""
+"""Measure the times of the named parts of a model, and add the parts to traces as ranges."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ REST = "rest"  # time outside the named parts, such as pooling, folding and fusi
 
 
 def stages(module: nn.Module) -> dict[str, list[nn.Module]]:
-    """Return the named parts of a model or a neck, with their modules; with `REST` they make up the whole.
+    """Return the named parts of a model or a neck, with their modules. `REST` is everything else.
 
-    In the pooled form, the links share steps that replace "align" and the single links. A neck calls either form.
+    In the pooled form, common steps of all links replace "align" and the single links. A forward pass uses one of the
+    two forms.
     """
     module = unwrapped(module)
     if isinstance(module, IQAModel):
@@ -41,7 +42,7 @@ def stages(module: nn.Module) -> dict[str, list[nn.Module]]:
 def stage_times(
     module: nn.Module, call: Callable[[], object], device: torch.device, effort: Effort
 ) -> dict[str, float]:
-    """Return the median time in ms of each part that a forward `call` of `module` uses, and of `REST`."""
+    """Return the median time in ms of `REST` and of each part that `call`, a forward pass of `module`, uses."""
     parts = stages(module)
     marks: list[tuple[str, Any, Any]] = []
 
@@ -76,7 +77,7 @@ def stage_times(
 
 @contextmanager
 def named_ranges(module: nn.Module) -> Iterator[None]:
-    """Add ranges to a profile of the block for all modules of neck and head, and the top levels of the backbone."""
+    """In the block, add ranges to profiles: all modules of neck and head, and top levels of the backbone."""
     backbone = re.compile(r"backbone\.(?:[^.]*\.){2}")  # deeper modules
     named = [(name, part) for name, part in module.named_modules() if name and not backbone.match(name)]
     with _hooked(
@@ -91,7 +92,7 @@ def named_ranges(module: nn.Module) -> Iterator[None]:
 def _hooked(
     named: Iterable[tuple[str, nn.Module]], enter: Callable[[str], Any], leave: Callable[[str, Any], object]
 ) -> Iterator[None]:
-    """Call `enter` before each of these modules runs, and `leave` with its result afterwards."""
+    """Call `enter` before each of these modules runs, and call `leave` with the module's result afterwards."""
     open_: list[Any] = []
     handles = []
     for name, part in named:

@@ -1,4 +1,4 @@
-"""Cases to measure: a neck or a model at one size, in one direction."""
+"""Cases to measure: a neck or a model at one size, for the forward pass, both passes, or a training step."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ class Case:
     part: str  # "neck" or "model"
     backbone: str  # name of a timm model
     neck: str  # "srm", "quadratic" or "none"
-    backend: str | None  # None takes the fastest
+    backend: str | None  # None selects the fastest backend
     resolution: int  # side of the square images, in pixels
     batch: int  # images per call
     dtype: str  # "fp32", or the dtype of autocast, "bf16" or "fp16"
-    # "forward" without gradients, "backward" for both passes, or "step", which adds gradient clipping and AdamW.
+    # "forward" (no gradients), "backward" (both passes), or "step" (both passes, gradient clipping and AdamW).
     direction: str
 
     @property
     def label(self) -> str:
-        """Name of the neck and its backend in tables."""
+        """Name of the neck and its backend, for tables."""
         return f"{self.neck} [{self.backend or 'default'}]" if self.neck == "srm" else self.neck
 
     def to_dict(self) -> dict[str, Any]:
@@ -51,7 +51,7 @@ class Case:
 
 
 class Subject:
-    """A case built on a device; `call` runs it once."""
+    """A case whose module and inputs are on a device. `call` runs the case once."""
 
     def __init__(self, case: Case, config: SRMConfig, device: torch.device) -> None:
         if min(case.resolution, case.batch) < 1:
@@ -82,16 +82,17 @@ class Subject:
 
     @property
     def held(self) -> int:
-        """Bytes of parameters, buffers, optimiser state and inputs between calls."""
+        """Bytes that stay allocated between calls: parameters, buffers, optimiser state and inputs."""
         state = [dict(values) for values in self._optimizer.state.values()] if self._optimizer else []
         return bytes_of(*self.module.parameters(), *self.module.buffers(), *state, self.inputs)
 
     @property
     def compulsory(self) -> int:
-        """Bytes that a call must move at least, even if everything is fused.
+        """Lower bound of the bytes that a call moves, even if all operations are fused.
 
-        Forward moves inputs, parameters and the result. Backward doubles this: each is read again and has a gradient. A
-        step adds seven passes over the parameters: it reads gradient, weight and two moments, and writes three of them.
+        "forward" moves the inputs, the parameters and the result. "backward" doubles this, because each of these
+        tensors is read again and has a gradient. "step" adds seven passes over the parameters: it reads the gradient,
+        the weight and two moments, and writes the weight and the moments.
         """
         weights = bytes_of(*self.module.parameters())
         result = self.case.batch * self.config.channels * self.config.pool_size**2 * self.dtype.itemsize
@@ -101,7 +102,10 @@ class Subject:
         return 2 * through + (7 * weights if self.case.direction == "step" else 0)
 
     def solve(self) -> Callable[[], object] | None:
-        """Return a call that runs only the landmark solves of this case, in its direction; None without solves."""
+        """Return a function that runs only the landmark solves of this case, or None if it has no solves.
+
+        The function includes the backward pass unless the direction of the case is "forward".
+        """
         if self.case.neck != "srm":
             return None
         systems = list(self._systems())
@@ -118,7 +122,7 @@ class Subject:
         return call
 
     def _systems(self) -> Any:
-        """Yield logits and right-hand sides of every link's solve, from normalised random keys."""
+        """Yield the logits and right-hand sides of every link's solve, computed from normalised random keys."""
         sizes = map_sizes(self.case.resolution, self.case.resolution)
         tokens = dict(zip(STAGES, (h * w for h, w in sizes), strict=True))
         make = torch.Generator(self.device).manual_seed(1)
@@ -137,7 +141,7 @@ class Subject:
             return self.module(*self.inputs)
 
     def _train(self) -> None:
-        # Gradients are removed at the end, so that the peak of every call includes them and no call starts with them.
+        # Gradients are removed at the end, so that every call allocates them and its peak memory includes them.
         with self._autocast():
             if isinstance(self.module, IQAModel):
                 scores, losses = self.module(*self.inputs, return_losses=True)
@@ -176,7 +180,7 @@ def make_module(case: Case, config: SRMConfig) -> nn.Module:
 
 
 def make_inputs(case: Case, device: torch.device | str, dtype: torch.dtype) -> tuple[Any, ...]:
-    """Create random images, or random maps in the shapes of the backbone's, in the given dtype."""
+    """Create random images, or random maps with the shapes of the backbone's maps, in the given dtype."""
     layout = torch.channels_last
     if case.part == "model":
         images = torch.rand(case.batch, 3, case.resolution, case.resolution)

@@ -1,4 +1,4 @@
-"""Measure cases, one row each; a case that fails does not end the sweep."""
+"""Measure cases, with one row for each case. A case that fails does not end the sweep."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def cases(
 ) -> list[Case]:
     """Return all combinations of the arguments as cases.
 
-    `backend_names` are the backends of the neck `srm`, by default all that are available. None among them takes the
-    default for the device.
+    `backend_names` are the backends of the neck `srm`. By default, all available backends are used. A None among the
+    names selects the default of the device.
     """
     available = (name for name, status in backends().items() if status.available)
     names = list(map(current_name, backend_names or available))
@@ -68,12 +68,12 @@ def cases(
 
 @dataclass
 class Sweep:
-    """Measures cases on one device in one run. Cases share counts and the best ceilings so far."""
+    """Measure cases on one device in one run. Cases share the counts and the best ceilings measured so far."""
 
     device: torch.device
     config: SRMConfig = field(default_factory=SRMConfig)
     effort: Effort | None = None  # default: `Effort.for_device`
-    small: bool = False  # whether to measure ceilings by small buffers
+    small: bool = False  # whether to measure ceilings with small buffers
 
     def __post_init__(self) -> None:
         self.effort = self.effort or Effort.for_device(self.device)
@@ -86,13 +86,13 @@ class Sweep:
     ) -> Iterator[dict[str, Any]]:
         """Yield a row for every case, in order. A case that fails has an `error` and no measurements.
 
-        `also` is called with each subject after its measurement.
+        After each measurement, `also` is called with the subject.
         """
         for case in wanted:
             yield self.row(case, also)
 
     def row(self, case: Case, also: Callable[[Subject], None] | None = None) -> dict[str, Any]:
-        """Measure one case; return JSON values, with times in milliseconds and memory in bytes."""
+        """Measure one case; return JSON values. Times are in milliseconds, memory is in bytes."""
         usual = SRMConfig().to_dict()
         changed = {name: value for name, value in self.config.to_dict().items() if value != usual[name]}
         settings = ", ".join(f"{name}={value}" for name, value in changed.items())
@@ -150,7 +150,7 @@ class Sweep:
         return figures
 
     def _roof(self, dtype: str) -> Ceilings:
-        """Return the best ceilings so far, because a busy machine makes single measurements too low."""
+        """Return the best ceilings so far. A single measurement on a busy machine is too low."""
         found = ceilings(self.device, DTYPES[dtype], small=self.small)
         known = self._ceilings.get(dtype, found)
         self._ceilings[dtype] = Ceilings(*(max(pair) for pair in zip(found, known, strict=True)))
@@ -193,7 +193,7 @@ def _tf32() -> dict[str, bool]:
 
 
 def launches(call: Callable[[], object], device: torch.device) -> int | None:
-    """Count the kernels that a call launches, by the profiler; None on a CPU."""
+    """Count the kernels that a call launches, with the profiler; return None on a CPU."""
     if device.type != "cuda":
         return None
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
@@ -203,7 +203,7 @@ def launches(call: Callable[[], object], device: torch.device) -> int | None:
 
 
 def kernels(profiled: Any) -> list[Any]:
-    """Return the kernels of a profile, without copies, fills and ranges."""
+    """Return the kernels in a profile, without copies, fills and ranges."""
     return [
         event
         for event in profiled.profiler.kineto_results.events()
@@ -216,8 +216,8 @@ def kernels(profiled: Any) -> list[Any]:
 def article_cases(**narrowed: Iterable[Any]) -> list[Case]:
     """Return the cases of the article's table 3 and of its training throughput.
 
-    Table 3 has necks at 512², bf16, B = 1; the throughput is that of models with optimiser, B = 4. `narrowed` holds
-    arguments of `cases` that replace those of the article.
+    The cases of table 3 are necks at 512², bf16, B = 1. The cases of the throughput are models with B = 4, in training
+    steps. `narrowed` contains arguments of `cases` that replace the article's values.
     """
     table: dict[str, Iterable[Any]] = {"parts": ["neck"], "batches": [1], "directions": ["forward"]}
     throughput: dict[str, Iterable[Any]] = {"parts": ["model"], "batches": [4], "directions": ["step"]}
@@ -226,7 +226,7 @@ def article_cases(**narrowed: Iterable[Any]) -> list[Case]:
 
 
 def describe(error: BaseException) -> str:
-    """Return a one-line message of an error for a row."""
+    """Convert an error to a one-line message, which is stored in a row."""
     words = " ".join(str(error).split())
     if is_out_of_memory(error):
         return f"out of memory: {words[:200]}"

@@ -1,4 +1,4 @@
-"""Tables of a sweep's rows, as text."""
+"""Format the rows of a sweep as tables of text."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ Table = tuple[list[str], list[list[str]]]
 
 
 def cost_table(rows: Iterable[dict[str, Any]]) -> Table:
-    """Return the table of parameters and of multiply-accumulates, counted in three ways.
+    """Return the table of parameters and of multiply-accumulates, which are counted in three ways.
 
-    "of it links" is the article's eq. 30 over all heads and links, or the count of exact attention.
+    "of it links" is the article's eq. 30, summed over all heads and links, or the count for exact attention.
     """
     seen: dict[tuple[Any, ...], list[str]] = {}
     for row in rows:
@@ -37,7 +37,7 @@ def cost_table(rows: Iterable[dict[str, Any]]) -> Table:
 
 
 def measured_table(rows: Iterable[dict[str, Any]]) -> Table:
-    """Return the table of times in ms, memory in MiB and shares in percent; failed cases have their error."""
+    """Return the table of times in ms, memory in MiB and shares in percent. The row of a failed case has its error."""
     header = (
         "part,backbone,neck,px,B,dtype,direction,p20,p50,p80,processor,above inputs,peak,reserved,resident,launches,"
         "bandwidth %,matrix %,solve %"
@@ -59,9 +59,9 @@ def measured_table(rows: Iterable[dict[str, Any]]) -> Table:
 
 
 def shares_table(rows: Iterable[dict[str, Any]]) -> Table:
-    """Return the table of necks' times relative to the quadratic neck's, and as shares of the whole model's.
+    """Return the table of necks' times, relative to the quadratic neck and as shares of the whole model's time.
 
-    Times are `Times.typical`. A neck without such a comparison has no row.
+    Times are `Times.typical`. A neck has no row if neither comparison was measured.
     """
     keys = ("backbone", "settings", "resolution", "batch", "dtype", "direction")
     groups: dict[tuple[Any, ...], dict[tuple[str, str], float]] = {}

@@ -1,4 +1,4 @@
-"""Measure times of calls: by CUDA events on a GPU, by the wall clock on a CPU."""
+"""Measure times of calls, with CUDA events on a GPU and with the wall clock on a CPU."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import torch
 WARMUP = {"cuda": 50, "cpu": 2}  # 50 on a GPU as in the article, section 3.8.5
 REPEATS = {"cuda": 100, "cpu": 10}
 FEWEST = 3
-WARMUP_SECONDS = 2  # the warm-up takes at most this times the seconds of an effort
+WARMUP_SECONDS = 2  # upper limit of the warm-up time, as a multiple of `Effort.seconds`
 Now = Callable[[], float]
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How often a call is repeated."""
+    """The number of repetitions of a call."""
 
-    warmup: int  # calls that are not measured
-    repeats: int  # most calls that are measured
+    warmup: int  # number of calls that are not measured
+    repeats: int  # largest number of measured calls
     seconds: float = 10.0  # approximate time limit of the measured calls
 
     @classmethod
@@ -34,7 +34,7 @@ class Effort:
         repeats: int | None = None,
         seconds: float = 10.0,
     ) -> Effort:
-        """Return an effort with the device's defaults: 50 and 100 calls on a GPU, 2 and 10 on a CPU."""
+        """Return the default effort of a device: 50 warm-up and 100 measured calls on a GPU, 2 and 10 on a CPU."""
         kind = "cuda" if device.type == "cuda" else "cpu"
         return cls(
             WARMUP[kind] if warmup is None else warmup, REPEATS[kind] if repeats is None else repeats, seconds
@@ -50,13 +50,13 @@ class Times:
     p80: float
     least: float
     most: float
-    count: int  # of measured calls
-    # Median CPU time over all threads, on a CPU. Unlike wall-clock time, other processes barely affect it.
+    count: int  # number of measured calls
+    # Median CPU time over all threads, on a CPU. Other processes affect CPU time much less than wall-clock time.
     processor: float | None = None
 
     @classmethod
     def of(cls, milliseconds: Sequence[float], processor: Sequence[float] = ()) -> Times:
-        """Summarise measured times in milliseconds, and CPU times."""
+        """Summarise measured times and CPU times, both in milliseconds."""
         low, middle, high = np.percentile(milliseconds, [20, 50, 80])
         return cls(
             float(low),
@@ -70,7 +70,7 @@ class Times:
 
     @property
     def typical(self) -> float:
-        """Median CPU time on a CPU with one thread; otherwise the median."""
+        """The median CPU time on a CPU with one thread, otherwise the median time."""
         return self.processor if self.processor is not None and torch.get_num_threads() == 1 else self.p50
 
     def to_dict(self) -> dict[str, Any]:
@@ -92,8 +92,9 @@ def measure(
 ) -> Times:
     """Measure a call.
 
-    On a GPU, calls are queued one after another, as in a training loop. Launch overhead therefore counts only if the
-    kernels do not hide it, and inputs may be in the cache. `now` is the wall clock in seconds.
+    On a GPU, calls are queued one after another, as in a training loop. The times therefore include launch overhead
+    only if the kernels do not hide this overhead, and inputs may be in the cache. `now` returns the wall clock in
+    seconds.
     """
     return measure_together({"": call}, device, effort, now=now)[""]
 
@@ -105,7 +106,7 @@ def measure_together(
     *,
     now: Now = time.perf_counter,
 ) -> dict[str, Times]:
-    """Measure several calls in alternation, so that changes of the machine's speed affect all of them equally."""
+    """Measure several calls in alternation, so that changes of the machine's speed affect all calls equally."""
     _wait(device)
     begun, spent = now(), 0.0
     for _ in range(max(effort.warmup, 1)):
@@ -113,7 +114,7 @@ def measure_together(
         for call in calls.values():
             call()
         _wait(device)
-        spent = now() - begin  # of the last round, because the first ones include compilation
+        spent = now() - begin  # time of the last round, because the first rounds include compilation
         if now() - begun > WARMUP_SECONDS * effort.seconds:
             break
     affordable = int(effort.seconds / spent) if spent > 0 else effort.repeats

@@ -17,7 +17,7 @@ MOST_EXPENSIVE = 10
 
 
 def slug(case: Case) -> str:
-    """Return a file name for a case."""
+    """Return the part of a file name that identifies a case."""
     fields = (case.part, case.backbone, case.neck, case.backend, case.resolution, case.batch, case.dtype)
     return "-".join(str(field) for field in (*fields, case.direction) if field is not None)
 
@@ -39,7 +39,7 @@ def write_trace(subject: Subject, folder: Path) -> list[Path]:
 
 
 def most_expensive(profiled: Any, *, cuda: bool) -> str:
-    """Return the ten kernels (on a CPU, operators) with the most time of their own, one per line."""
+    """Return the ten kernels (on a CPU, operators) with the largest self time, one per line."""
     ranges = {event.name for event in profiled.events() if event.is_user_annotation}
     averages = [row for row in profiled.key_averages() if row.key not in ranges]
     if cuda:
@@ -62,9 +62,9 @@ def most_expensive(profiled: Any, *, cuda: bool) -> str:
 def write_memory(subject: Subject, folder: Path) -> list[Path]:
     """Write memory over time, `memory-<case>.json`; return the paths.
 
-    The file has points of (µs, bytes above those held before the call) and the times of the ranges. On a GPU,
-    `memory-<case>.pickle` is a snapshot of the allocator for pytorch.org/memory_viz. On a CPU, only memory of torch's
-    allocator is counted.
+    The file has points (µs, bytes above the memory before the call) and the times of the ranges. On a GPU,
+    `memory-<case>.pickle` is a snapshot of the allocator for pytorch.org/memory_viz. On a CPU, the values include only
+    memory of torch's allocator.
     """
     cuda = subject.device.type == "cuda"
     path = folder / f"memory-{slug(subject.case)}.json"

@@ -1,4 +1,4 @@
-"""Self-contained HTML reports of runs, studies and audits."""
+"""Write self-contained HTML reports of runs, studies and audits."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ __all__ = ["write_audit", "write_report", "write_study"]
 
 
 def write_report(run: str | Path, out: str | Path | None = None) -> Path:
-    """Write the report of a run as one page: pictures as data URIs, charts as inline SVG, no scripts.
+    """Write the report of a run as a single page, with pictures as data URIs, charts as inline SVG and no scripts.
 
-    The page states which parts the run lacks.
+    The page names the parts that are missing from the run.
 
     Args:
         run: Run folder.
@@ -26,7 +26,7 @@ def write_report(run: str | Path, out: str | Path | None = None) -> Path:
         The path of the page.
 
     Raises:
-        ValueError: The folder is missing or no run folder, or a file in it is malformed.
+        ValueError: The folder is missing or is not a run folder, or a file in it is malformed.
     """
     run = Path(run)
     path = Path(out) if out is not None else run / "report.html"

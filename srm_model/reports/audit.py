@@ -1,4 +1,4 @@
-"""The page of an audit: the verdict, every check and its curves."""
+"""Write the page of an audit: the verdict, and every check with its curves."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from srm_model.reports.text import setting
 
 
 def look(neck: str) -> int:
-    """Return the number of the neck's colour, dash and marker, the same in every chart."""
+    """Return the index of the neck's colour, dash and marker, which are the same in every chart."""
     return NECKS[neck].look
 
 
@@ -34,7 +34,7 @@ def section(title: str, *content: Child) -> Markup:
 
 
 def missing(text: str) -> Markup:
-    """Return a note on a missing part of the run."""
+    """Return a note that says which part of the run is missing."""
     return element("p", text, class_="missing")
 
 
@@ -49,7 +49,10 @@ def neck_heading(neck: str) -> Markup:
 def table(
     columns: Sequence[str], rows: Sequence[Markup], *, words: Iterable[int] = (0,), title: str | None = None
 ) -> Markup:
-    """Return a scrollable table. Columns hold right-aligned numbers, except those in `words`."""
+    """Return a scrollable table.
+
+    Columns are right-aligned for numbers, except the columns whose indices are in `words`.
+    """
     left = set(words)
     head = [
         element("th", name, class_=None if i in left else "n", scope="col") for i, name in enumerate(columns)
@@ -64,7 +67,10 @@ def table(
 
 
 def row(head: Child, *cells: Child, words: Iterable[int] = (), class_: str | None = None) -> Markup:
-    """Return a table row: its heading, then cells of numbers, except those (counted from 1) in `words`."""
+    """Return a table row: a heading, then cells.
+
+    Cells are right-aligned for numbers, except the cells whose positions, counted from 1, are in `words`.
+    """
     left = set(words)
     data = [element("td", cell, class_=None if i in left else "n") for i, cell in enumerate(cells, start=1)]
     return element("tr", element("th", head, scope="row"), data, class_=class_)
@@ -76,12 +82,12 @@ def neck_row(neck: str, *cells: Child) -> Markup:
 
 
 def group(title: str, columns: int) -> Markup:
-    """Return a heading across the table."""
+    """Return a heading that spans all columns of a table."""
     return element("tr", element("th", title, colspan=columns, scope="rowgroup"), class_="group")
 
 
 def pairs(values: Mapping[str, Any]) -> Markup:
-    """Return a table of names and values; a nested object gets a row for each of its pairs, `outer.inner`."""
+    """Return a table of names and values. The entries of a nested dict become rows named `outer.inner`."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         nested = isinstance(value, dict)

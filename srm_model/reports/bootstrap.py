@@ -1,4 +1,4 @@
-"""Percentile bootstrap of rank correlations over test images, paired between models and attacks."""
+"""Percentile bootstrap of rank correlations over test images. All models and attacks share the resamples."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ SEED = 0
 def resampled_srocc(mos: np.ndarray, scores: Sequence[np.ndarray]) -> np.ndarray:
     """Compute the SROCC of every score vector on the same resamples of the images.
 
-    Images are drawn independently, with replacement. Images of the same photograph are not independent, so intervals
-    may be too narrow.
+    Images are drawn independently, with replacement. Because images of the same photograph are not independent,
+    intervals may be too narrow.
 
     Args:
         mos: Labels, (n,).
         scores: Score vectors, (n,) each.
 
     Returns:
-        (len(scores), REPLICATES), NaN where labels or scores of a resample are constant, or any score is not finite.
+        SROCC, (len(scores), REPLICATES). A value is NaN if labels or scores of the resample are constant, or if any
+        score of the vector is not finite.
     """
     n = len(mos)
     draws = np.random.default_rng(SEED).integers(n, size=(n, REPLICATES))
@@ -32,7 +33,7 @@ def resampled_srocc(mos: np.ndarray, scores: Sequence[np.ndarray]) -> np.ndarray
 
 
 def interval(replicates: np.ndarray) -> tuple[float, float] | None:
-    """Return the central 95 % interval of the finite replicates, None if more than 5 % are not finite."""
+    """Return the central 95 % interval of the finite replicates, or None if more than 5 % are not finite."""
     finite = replicates[np.isfinite(replicates)]
     if len(finite) < 0.95 * len(replicates):
         return None
@@ -41,7 +42,10 @@ def interval(replicates: np.ndarray) -> tuple[float, float] | None:
 
 
 def _centred_ranks(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Return each image's rank, ties averaged, minus the mean rank, in resamples with `counts` (n, R) of each image."""
+    """Return the ranks of the images in each resample, with averaged ties, minus the mean rank, (n, R).
+
+    `counts` (n, R) is the number of times that each image occurs in each resample.
+    """
     if not np.isfinite(values).all():
         return np.full(counts.shape, np.nan)
     order = np.argsort(values, kind="stable")

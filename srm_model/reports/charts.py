@@ -1,6 +1,6 @@
-"""Charts of the pages, with the colours of the page's style sheet, for light and dark screens.
+"""Draw the charts of the pages with the colours of the page's style sheet, for light and dark screens.
 
-Series differ in colour, dash and marker, so that they can be distinguished in grey and by colour-blind readers.
+Series differ in colour, dash and marker, so that readers can distinguish them in greyscale or with colour blindness.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ STYLE = drawing.STYLE | {
 
 @dataclass(frozen=True)
 class Series:
-    """A line of a chart; `look` chooses colour (--s0, --s1, …), dash and marker."""
+    """A line of a chart. `look` is the index of its colour (--s0, --s1, …), dash and marker."""
 
     name: str
     x: Sequence[float] | np.ndarray
@@ -53,7 +53,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Fall:
-    """A row of the fall chart: clean and attacked value, each with its 95 % interval or None."""
+    """A row of the fall chart: the clean and the attacked value, each with a 95 % interval or None."""
 
     name: str
     clean: float
@@ -73,9 +73,9 @@ def line_chart(
     y_limits: tuple[float, float] | None = None,
     epochs: bool = True,
 ) -> Markup:
-    """Draw lines with a legend; a missing value leaves a gap.
+    """Draw lines with a legend. A missing value leaves a gap in the line.
 
-    With `epochs`, x values are whole numbers, y includes 0, and lines have markers.
+    With `epochs`, x values are integers, the y axis includes 0, and lines have markers.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -111,7 +111,7 @@ def scatter(
     y_label: str,
     curve: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Markup:
-    """Draw points inside the limits as dots, points outside as arrow heads on the edge, and `curve` as a line."""
+    """Draw points inside the limits as dots, points outside as arrowheads on the edge, and `curve` as a line."""
     low, high = x_limits
     with _axes(SCATTER_HEIGHT, x_label, y_label) as (figure, axes):
         finite = np.isfinite(x) & np.isfinite(y)
@@ -135,7 +135,10 @@ def scatter(
 def fall_chart(
     groups: Sequence[tuple[str, Sequence[Fall]]], *, title: str, note: str, x_label: str
 ) -> Markup:
-    """For each group a row per model: filled marker clean, hollow marker attacked, 95 % intervals as bars."""
+    """Draw a row for each model of each group.
+
+    A filled marker shows the clean value, a hollow marker the attacked value, and a bar the 95 % interval.
+    """
     rows: list[tuple[str, Fall | None]] = []
     for name, falls in groups:
         rows += [(name, None), *((fall.name, fall) for fall in falls)]

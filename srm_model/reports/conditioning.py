@@ -1,4 +1,4 @@
-"""The page of `srm-iqa diagnose`: tables, curves and maps of the conditioning."""
+"""Write the page of `srm-iqa diagnose`, with tables, curves and maps of the conditioning."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ COLUMNS = ("κ median", "p90", "max", "ρ median", "p90", "max", "error median",
 
 
 def render(found: Mapping[str, Any], about: Mapping[str, Any], images: Sequence[Image.Image]) -> Markup:
-    """Return the whole document.
+    """Return the page as HTML.
 
     Args:
         found: Result of `diagnose`.
-        about: Texts "checkpoint" and "data", and "images", their number.
-        images: The images whose landmarks `found` has.
+        about: The texts "checkpoint" and "data", and the number of "images".
+        images: The images whose landmark positions are in `found`.
     """
     lede = (
         f"Checkpoint {about['checkpoint']}, {count(int(about['images']), 'image')} of {about['data']}, "
@@ -48,7 +48,7 @@ def render(found: Mapping[str, Any], about: Mapping[str, Any], images: Sequence[
 
 
 def _landmark_count(found: Mapping[str, Any]) -> str:
-    """Return the number of landmarks in use: a map with fewer keys than `rank` gives all of its keys."""
+    """Return the number of landmarks in use, which is the number of keys if a map has fewer keys than `rank`."""
     counts = sorted({link["rank"] for link in found["links"].values()})
     used = f"r = {' or '.join(map(str, counts))}"
     few = "" if counts == [found["rank"]] else f" instead of {found['rank']}, because there are no more keys"
@@ -56,7 +56,7 @@ def _landmark_count(found: Mapping[str, Any]) -> str:
 
 
 def markdown(found: Mapping[str, Any]) -> str:
-    """Format Table 1, the links, the errors and the changes by landmarks as Markdown."""
+    """Format as Markdown: table 1, the links, the errors and the changes by landmark method."""
     ranks, methods = _ranks(found), _methods(found)
     links = {name: _cells(link["all"]) for name, link in found["links"].items()}
     tables = [
@@ -83,7 +83,7 @@ def _grid(corner: str, columns: Sequence[str], rows: Mapping[str, Sequence[str]]
 
 
 def _methods(found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return name and title of the landmark methods that were measured."""
+    """Return the names and titles of the landmark methods that were measured."""
     return [(name, METHODS[name].title) for name in dict.fromkeys(e["method"] for e in found["errors"])]
 
 

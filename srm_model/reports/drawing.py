@@ -1,4 +1,4 @@
-"""The common part of all charts: matplotlib's settings, the look of series, and SVG for files and pages."""
+"""Helpers for all charts: matplotlib's settings, the style of series, and SVG for files and pages."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def look(number: int) -> dict[str, Any]:
 
 
 def svg(figure: Figure, style: dict[Any, Any] = STYLE) -> str:
-    """Return a figure as an SVG document, reproducibly."""
+    """Return a figure as an SVG document. The same figure always gives the same text."""
     from matplotlib import rc_context
 
     buffer = io.StringIO()
@@ -53,18 +53,18 @@ def svg(figure: Figure, style: dict[Any, Any] = STYLE) -> str:
 
 
 def inline(figure: Figure, alt: str, style: dict[Any, Any], variables: dict[str, str]) -> Markup:
-    """Return a figure as an element of a page.
+    """Return a figure as an HTML element.
 
     Args:
         figure: The figure.
-        alt: Text for readers who do not see the chart.
+        alt: Alternative text, for readers who cannot see the chart.
         style: matplotlib settings.
-        variables: Variables of the style sheet that replace colours.
+        variables: A dict from colour to the style sheet's variable that replaces the colour.
     """
     text = svg(figure, style)
     body = text[text.index(">", text.index("<svg")) + 1 : text.rindex("</svg>")]
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
-    body = re.sub(r' id="[A-Za-z]\w*_\d+"', "", body)  # ids would repeat among the figures of a page
+    body = re.sub(r' id="[A-Za-z]\w*_\d+"', "", body)  # several figures of a page would have the same ids
     body = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", body)
     body = re.sub(r"\s*\n\s*", " ", body)
     for colour, variable in variables.items():

@@ -1,4 +1,4 @@
-"""Figures 3 to 5 of the article and figure 6, from a study's results, as SVG and PNG."""
+"""Draw figures 3 to 6 from a study's results, as SVG and PNG. Figures 3 to 5 are those of the article."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def figures(results: StudyResults, folder: str | Path, numbers: Sequence[int] | 
         The paths that were written.
 
     Raises:
-        ValueError: There is no figure with one of the numbers.
+        ValueError: A number is not the number of a figure.
     """
     for number in numbers or ():
         if number not in _BUILDERS:
@@ -54,7 +54,7 @@ def figures(results: StudyResults, folder: str | Path, numbers: Sequence[int] | 
 
 
 def _legend(figure: Any) -> None:
-    """Add one legend for all axes below them, and enlarge the figure by its height."""
+    """Add one legend below all axes, and enlarge the figure by the height of the legend."""
     known: dict[str, Any] = {}
     for axis in figure.axes:
         handles, labels = axis.get_legend_handles_labels()
@@ -71,7 +71,7 @@ def _name(identity: dict[str, Any]) -> str:
 
 
 def _scale(results: StudyResults, figure: Any) -> bool:
-    """Draw figure 3: the scale before and after τ, and τ, over the epochs; mean over seeds."""
+    """Draw figure 3: τ, and the scale before and after τ, over the epochs. Values are means over seeds."""
     groups = grouped(results.unablated("diagnostics"), "data", "backbone", "neck")
     if not groups:
         return False
@@ -95,7 +95,7 @@ def _scale(results: StudyResults, figure: Any) -> bool:
 
 
 def _gate(results: StudyResults, figure: Any) -> bool:
-    """Draw figure 4: entropy, mean weights, γ and ‖M‖ of the gate over the test images of all seeds.
+    """Draw figure 4: entropy, mean weights, γ and ‖M‖ of the gate, for the test images of all seeds.
 
     Distributions are cumulative, because bars of many series would overlap.
     """
@@ -131,7 +131,7 @@ def _gate(results: StudyResults, figure: Any) -> bool:
 
 
 def _steps(results: StudyResults, figure: Any) -> bool:
-    """Draw figure 5: SROCC against PGD's steps, mean and standard deviation over seeds."""
+    """Draw figure 5: SROCC against the steps of PGD, with mean and standard deviation over seeds."""
     groups = grouped(results.unablated("sweep"), "data", "backbone", "neck", "norm", "eps")
     if not groups:
         return False
@@ -157,9 +157,9 @@ def _steps(results: StudyResults, figure: Any) -> bool:
 
 
 def _budgets(results: StudyResults, figure: Any) -> bool:
-    """Draw figure 6: the worst SROCC of the suite against the budget, mean and standard deviation over seeds.
+    """Draw figure 6: the worst SROCC of the suite against the budget, with mean and standard deviation over seeds.
 
-    It shows the models with the highest number of seeds. Table 11 has the other models.
+    The figure shows the models with the highest number of seeds. Table 11 has the other models.
     """
     lines = [line for line in results.records.of("attack") if len(_budgets_of(results, line)) > 1]
     groups = [
@@ -196,7 +196,7 @@ def _budgets(results: StudyResults, figure: Any) -> bool:
 
 
 def _budgets_of(results: StudyResults, line: dict[str, Any]) -> set[float]:
-    """Return the budgets at which the model of a line was attacked in the line's norm."""
+    """Return the budgets, in the norm of a line, at which the model of this line was attacked."""
     keys = (*_SERIES, "norm")
     return {
         other["identity"]["eps"]
@@ -206,7 +206,7 @@ def _budgets_of(results: StudyResults, line: dict[str, Any]) -> set[float]:
 
 
 def _variant(identity: dict[str, Any], among: Sequence[dict[str, Any]]) -> str:
-    """Return neck and variant, with backbone and dataset if the lines have several."""
+    """Return neck and variant as text. Backbone and dataset are added if the lines have several of them."""
     places = {(line["identity"]["data"], line["identity"]["backbone"]) for line in among}
     place = f", {identity['backbone']}, {identity['data']}" if len(places) > 1 else ""
     return f"{model_text(identity['neck'], identity['variant'])}{place}"

@@ -1,4 +1,4 @@
-"""HTML and SVG built from elements, which escape all text that is not `Markup`."""
+"""Build HTML and SVG from elements. All text that is not `Markup` is escaped."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ VOID = {"br", "circle", "img", "line", "meta", "path", "rect"}
 
 
 class Markup(str):
-    """HTML text, which is not escaped again."""
+    """HTML text that is already escaped."""
 
     __slots__ = ()
 
@@ -19,7 +19,7 @@ Child: TypeAlias = "str | int | Sequence[Child] | None"
 
 
 def join(*children: Child) -> Markup:
-    """Concatenate children: text is escaped, None omitted, lists are flattened."""
+    """Concatenate children. Text is escaped, None is omitted, and lists are flattened."""
     return Markup("".join(_render(child) for child in children))
 
 

@@ -1,4 +1,4 @@
-"""The page of a run: its results, limits, pictures, training and settings."""
+"""Build the page of a run: results, limits, pictures, training and settings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PACKAGES = ("srm-iqa", "torch", "timm", "numpy", "scipy")
 
 
 def render(run: Run) -> Markup:
-    """Return the whole document."""
+    """Return the page as HTML."""
     title = run.title or f"Run {run.folder.resolve().name}"
     found = estimates(run)
     main = element(
@@ -52,7 +52,7 @@ def _header(run: Run, title: str) -> Markup:
 
 
 def _moment(created: str | None) -> str | None:
-    """Format a time stamp; other text stays unchanged."""
+    """Format a timestamp. Other text stays unchanged."""
     try:
         return f"{datetime.fromisoformat(created):%d %B %Y, %H:%M %Z}".strip(", ") if created else None
     except ValueError:
@@ -169,7 +169,7 @@ def _versions(run: Run) -> Child:
 
 
 def _kernels(run: Run) -> dict[str, str]:
-    """Return by neck which backends evaluated and attacked it, and by which verdict."""
+    """Return, for each neck, the backends of its evaluation and attacks, and the verdict that chose them."""
     found = {}
     for neck in run.necks:
         sentences = [neck.evaluation.kernels if neck.evaluation else None]

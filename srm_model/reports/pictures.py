@@ -1,4 +1,4 @@
-"""Pictures of attacked images, embedded in the page."""
+"""Embed pictures of attacked images in the page."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from pathlib import Path
 
 from PIL import Image
 
-SIDE = 288  # pixels; larger pictures are shown reduced
+SIDE = 288  # pixels; larger pictures are reduced to this size
 
 
 def data_uri(path: Path) -> str:
-    """Return a picture as a data URI: a small PNG unchanged, other files as a PNG of at most SIDE pixels a side.
+    """Return a picture as a data URI.
+
+    A small PNG is embedded unchanged. Other files become a PNG with sides of at most SIDE pixels.
 
     Raises:
         ValueError: The file cannot be read.

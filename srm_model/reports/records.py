@@ -1,4 +1,4 @@
-"""A study's results: JSON lines, one for each measurement."""
+"""Read a study's results: JSON lines, one for each measurement."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class Records:
                     self.lines.append(line)
 
     def find(self, kind: str, identity: dict[str, Any]) -> dict[str, Any] | None:
-        """Return the line of this identity, or None if it is not measured yet.
+        """Return the line with this identity, or None if it is not measured yet.
 
-        Fields of SRMConfig that are newer than a line count as their defaults in that line.
+        If a line is older than a field of SRMConfig, the field's default is used for this line.
         """
         wanted = json.loads(json.dumps(identity))  # turns tuples into lists, as in the file
         for line in self.lines:
@@ -56,7 +56,7 @@ class Records:
         self.lines.append(json.loads(text))
 
     def elsewhere(self, kind: str, identity: dict[str, Any], field: str) -> dict[str, Any] | None:
-        """Return a line that differs from this identity in the value of one field only, or None."""
+        """Return a line whose identity differs from this one only in the value of one field, or None."""
         wanted = json.loads(json.dumps(identity))
         for line in self.lines:
             known = _with_defaults(line["identity"])
@@ -97,7 +97,7 @@ class StudyResults:
 
 
 def _place(identity: dict[str, Any], study: dict[str, Any]) -> list[int | float]:
-    """Return the sort key of a line: the study's order, independent of the order in which processes finished."""
+    """Return a sort key that puts lines in the study's order, whichever process finished first."""
     listed = (
         ("data", list(study.get("data", ()))),
         ("backbone", study.get("backbones", ())),
@@ -120,13 +120,13 @@ def grouped(lines: Sequence[dict[str, Any]], *keys: str) -> list[list[dict[str, 
 
 
 def numbers_of(lines: Sequence[dict[str, Any]], *keys: str | int) -> np.ndarray:
-    """Return the number under nested `keys` in each line's values, (len(lines),) float64, NaN for null."""
+    """Return the number at nested `keys` in the values of each line, (len(lines),) float64. null becomes NaN."""
     found = (reduce(getitem, keys, line["values"]) for line in lines)
     return np.array([math.nan if item is None else item for item in found], dtype=np.float64)
 
 
 def over_seeds(lines: Sequence[dict[str, Any]], *keys: str | int) -> str:
-    """Format `numbers_of` lines that differ by seed: mean ± standard deviation (n − 1), one number as it is."""
+    """Format `numbers_of` lines that differ by seed: mean ± standard deviation (n − 1), or the only number."""
     mean = fixed(mean_of(lines, *keys))
     if len(lines) < 2:
         return mean
@@ -134,5 +134,5 @@ def over_seeds(lines: Sequence[dict[str, Any]], *keys: str | int) -> str:
 
 
 def mean_of(lines: Sequence[dict[str, Any]], *keys: str | int) -> float:
-    """Return the mean of `numbers_of`, NaN without lines."""
+    """Return the mean of `numbers_of`, or NaN without lines."""
     return float(np.mean(numbers_of(lines, *keys))) if lines else math.nan

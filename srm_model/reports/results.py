@@ -1,4 +1,4 @@
-"""Clean and attacked correlations, and their uncertainty."""
+"""Show clean and attacked correlations, and their uncertainty."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Estimates:
-    """SROCC by neck: on the clean test set, and clean and worst at each budget on the attacked images."""
+    """SROCC by neck on the clean test set, and clean and worst SROCC on the attacked images at each budget."""
 
     test: dict[str, Estimate]
     clean: dict[tuple[str, Budget], Estimate]
@@ -41,7 +41,7 @@ class Estimates:
 
 
 def estimates(run: Run) -> Estimates:
-    """Estimate all SROCCs of a run. Each replicate has its own worst attack."""
+    """Estimate all SROCCs of a run. The worst attack is chosen separately for each bootstrap replicate."""
     found = Estimates({}, {}, {})
     for neck in run.necks:
         if (tested := neck.evaluation) is not None:
@@ -73,7 +73,7 @@ def results(run: Run, found: Estimates) -> Child:
 
 
 def limits(run: Run, found: Estimates) -> Child:
-    """Return the limits of the run, and the differences between its necks."""
+    """Return notes on the limits of the run, and a table of the differences between its necks."""
     notes = [*_attack_notes(run)]
     if run.necks:
         seeds = sorted({neck.config["seed"] for neck in run.necks if "seed" in neck.config})
@@ -149,7 +149,7 @@ def _falls(run: Run, found: Estimates) -> Markup | None:
 
 
 def _attack_table(run: Run) -> Markup:
-    """Return the table of every attack: a group of rows per budget, two columns per neck."""
+    """Return the table of all attacks, with a group of rows per budget and two columns per neck."""
     necks = [neck.name for neck in run.necks if neck.attacks]
     rows, left_out = [], set()
     for budget in run.budgets:
@@ -200,7 +200,7 @@ def _attack_notes(run: Run) -> list[str]:
 
 
 def _differences(run: Run, found: Estimates) -> Markup | None:
-    """Return a table of the first neck's SROCC minus that of each other neck."""
+    """Return a table of differences: the SROCC of the first neck minus the SROCC of each other neck."""
     if len(run.necks) < 2:
         return None
     first = run.necks[0].name

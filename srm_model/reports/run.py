@@ -1,4 +1,4 @@
-"""Read a run folder. Its files are checked; parts that are missing are None or empty."""
+"""Read and check the files of a run folder. Missing parts are None or empty."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ class Correlations:
 
 @dataclass(frozen=True)
 class Scores(Correlations):
-    """One model's scores of a set of images, in the images' order."""
+    """One model's scores of a set of images, in the order of the images."""
 
     values: np.ndarray  # (n,)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`evaluation.json`: the clean test set."""
+    """Contents of `evaluation.json`: results on the clean test set."""
 
     scores: Scores
     mos: np.ndarray  # (n,)
@@ -65,7 +65,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Attacked:
-    """`attacks/<norm>-<eps>.json`: one suite at one budget."""
+    """Contents of `attacks/<norm>-<eps>.json`: results of one suite at one budget."""
 
     norm: str
     eps: float
@@ -78,8 +78,8 @@ class Attacked:
     attacks: dict[str, Scores]
     zero_gradients: dict[str, float]  # share of zero gradients by attack, if it was recorded
     doubts: tuple[str, ...]  # `metrics.doubts` of the attacks
-    worst: Correlations  # each the lowest over all attacks
-    worst_attack: str  # by SROCC
+    worst: Correlations  # lowest SROCC and lowest PLCC over all attacks
+    worst_attack: str  # the attack with the lowest SROCC
     incomplete: tuple[str, ...]  # attacks that were not run without a surrogate
     examples: tuple[Example, ...]
     kernels: str | None = None  # which backends ran, and by which verdict
@@ -150,7 +150,7 @@ def read_run(folder: str | Path) -> Run:
     """Read the parts of a run folder that a report shows.
 
     Raises:
-        ValueError: The folder is missing or no run folder, or a file in it is malformed.
+        ValueError: The folder is missing or is not a run folder, or a file in it is malformed.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -177,7 +177,7 @@ def read_run(folder: str | Path) -> Run:
 
 
 def numbers(value: Any) -> list[float]:
-    """Return every finite number in a nested JSON value, in order."""
+    """Return all finite numbers in a nested JSON value, in order."""
     if isinstance(value, bool) or value is None:
         return []
     if isinstance(value, int | float):
@@ -342,7 +342,7 @@ def _list(value: Any) -> list[Any]:
 
 
 def _number(value: Any) -> float:
-    """Read a number; null means NaN or an infinity."""
+    """Read a number. null represents NaN or an infinity."""
     return float("nan") if value is None else float(value)
 
 

@@ -1,4 +1,4 @@
-"""Scatter charts of predictions against labels, and pictures of attacked images."""
+"""Draw scatter charts of predictions against labels, and show pictures of attacked images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EXAMPLES_PER_BUDGET = 3
 
 
 def label_words(labels: str) -> str:
-    """Describe labels for an axis."""
+    """Return the title of an axis that shows labels."""
     kind, _, name = labels.partition(":")
     known = {"metric": name.upper(), "mos": "mean opinion", "opinions": "mean opinion of a similar image"}
     return known.get(kind, labels)
@@ -37,7 +37,7 @@ class _View:
 
 
 def scatters(run: Run) -> Child:
-    """Draw for each neck the clean scores and the worst attack of each budget, all on the same axes."""
+    """Draw a scatter chart for each neck: clean scores and the worst attack at each budget, with the same limits."""
     views = {neck.name: _views(neck) for neck in run.necks}
     everything = [view for panels in views.values() for view in panels]
     if not everything:
@@ -85,7 +85,10 @@ def scatters(run: Run) -> Child:
 
 
 def pictures(run: Run) -> Child:
-    """Show each attacked image: clean, then attacked and its magnified change for each neck, with the scores."""
+    """Show each attacked image with its scores: the clean image, then the attacked image and change for each neck.
+
+    The change is magnified.
+    """
     if not run.budgets:
         return missing("No attack was run.")
     strips = []
@@ -128,7 +131,10 @@ def _views(neck: Neck) -> list[_View]:
 
 
 def _score_limits(clean: list[np.ndarray], everything: list[_View]) -> tuple[float, float]:
-    """Return limits that include all clean scores, and attacked scores within one clean range on either side."""
+    """Return axis limits that include all clean scores.
+
+    On either side, the limits extend to the attacked scores, but by no more than the range of clean scores.
+    """
     low, high = _range(clean)
     least, most = _range([view.scores for view in everything])
     span = (high - low) or 1.0

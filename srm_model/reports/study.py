@@ -1,4 +1,4 @@
-"""The page of a study, and its tables and figures as files."""
+"""Write the page of a study, and its tables and figures as files."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ def write_study(
     figure_numbers: Sequence[int] | None = None,
     out: str | Path | None = None,
 ) -> tuple[list[Table], list[Path]]:
-    """Write tables (Markdown and HTML) and figures (SVG and PNG) of a study to `tables/` and `figures/` in its folder.
+    """Write a study's tables (Markdown, HTML) and figures (SVG, PNG) to `tables/` and `figures/` in its folder.
 
-    Without numbers, all tables and figures are written, and a page with all of them.
+    Without numbers, all tables and figures are written, together with a page that shows all of them.
 
     Args:
         folder: Folder of the study.
         table_numbers: Numbers of the tables to write.
         figure_numbers: Numbers of the figures to write.
-        out: File of the page. Default: `report.html` in the folder.
+        out: File of the page. Default: `report.html` in the study's folder.
 
     Returns:
-        The tables, and the paths of all files that were written.
+        The tables, and the paths of all written files.
 
     Raises:
-        ValueError: The folder is no study's, or there is no table or figure with one of the numbers.
+        ValueError: The folder is not the folder of a study, or a number is not the number of a table or figure.
     """
     folder = Path(folder)
     results = StudyResults.read(folder)

@@ -1,4 +1,4 @@
-"""Tables of the article, except 3 and 4, and further tables, from a study's results."""
+"""Make the tables of the article, except tables 3 and 4, and further tables from a study's results."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Content = tuple[list[str], list[list[str]], str]  # columns, rows and note
 
 
 class Table(NamedTuple):
-    """A table of text cells. The first `words` columns hold words, the others numbers."""
+    """A table of text cells. The first `words` columns contain words, the other columns numbers."""
 
     number: int
     title: str
@@ -47,14 +47,14 @@ _BUILDERS: dict[int, Callable[[StudyResults], Table]] = {}
 
 
 def tables(results: StudyResults, numbers: Sequence[int] | None = None) -> list[Table]:
-    """Return tables of a study. A table whose results are missing has no rows, and its note says so.
+    """Return tables of a study. A table without results has no rows and a note that explains why.
 
     Args:
         results: Results of the study.
         numbers: Numbers of the tables. Default: all.
 
     Raises:
-        ValueError: There is no table with one of the numbers.
+        ValueError: A number is not the number of a table.
     """
     for number in numbers or ():
         if number not in _BUILDERS:
@@ -91,7 +91,10 @@ def _strong(cell: str) -> str:
 def _table(
     number: int, title: str, *, needs: str, words: int = 3
 ) -> Callable[[Callable[[StudyResults], Content]], Callable[[StudyResults], Table]]:
-    """Register a function that returns a table's columns, rows and note; `needs` explains a table without rows."""
+    """Register a function that returns the columns, rows and note of a table.
+
+    If the table has no rows, `needs` is the explanation.
+    """
 
     def decorated(content: Callable[[StudyResults], Content]) -> Callable[[StudyResults], Table]:
         def build(results: StudyResults) -> Table:
@@ -106,7 +109,7 @@ def _table(
 
 
 def _rows(lines: Lines, keys: Sequence[str], cells: Callable[[Lines], Iterable[str]]) -> list[list[str]]:
-    """Return a row for each group of lines with the same `keys` of their identity: its model, then its cells."""
+    """Group lines by the values of `keys` in their identity; return a row per group: its model, then its cells."""
     return [[*_where(group[0]["identity"]), *cells(group)] for group in grouped(lines, *keys)]
 
 
@@ -348,7 +351,7 @@ def _ablations(results: StudyResults) -> Content:
 
 
 def _delta(full: Lines, lines: Lines, keys: Sequence[str]) -> float:
-    """Return a variant's mean minus the full neck's mean over the common seeds, NaN if there are none."""
+    """Return the variant's mean minus the full neck's mean over their common seeds, or NaN without common seeds."""
     by_seed = [{line["identity"]["seed"]: line for line in found} for found in (full, lines)]
     seeds = by_seed[0].keys() & by_seed[1].keys()
     before, after = (mean_of([found[seed] for seed in seeds], *keys) for found in by_seed)

@@ -15,7 +15,7 @@ MINUS, DASH = "−", "—"
 
 
 def fixed(value: float, digits: int = 3) -> str:
-    """Format a number with fixed digits and a minus sign, a dash if it is not finite."""
+    """Format a number with a fixed number of digits and "−" for minus; return a dash if it is not finite."""
     return f"{value:.{digits}f}".replace("-", MINUS) if math.isfinite(value) else DASH
 
 
@@ -33,13 +33,13 @@ def significant(value: float) -> str:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Format the median of values, and their range if it differs at three digits."""
+    """Format the median of values, and their range if its ends differ at three digits."""
     middle, low, high = map(significant, (float(np.median(values)), min(values), max(values)))
     return middle if low == high else f"{middle} [{low} … {high}]"
 
 
 def drop(clean: float, attacked: float) -> str:
-    """Format clean − attacked, and its share of the clean value if that is above 0."""
+    """Format the drop clean − attacked. If the clean value is above 0, add the drop as a share of it."""
     if not math.isfinite(clean - attacked):
         return DASH
     share = f" ({100 * (clean - attacked) / clean:.0f} %)".replace("-", MINUS) if clean > 0 else ""
@@ -47,14 +47,14 @@ def drop(clean: float, attacked: float) -> str:
 
 
 def model_text(neck: str, variant: str) -> str:
-    """Join neck and variant without repetition: "full" and a leading "baseline, " or neck name are omitted."""
+    """Join neck and variant. "full" and a leading "baseline, " or neck name are omitted, to avoid repetition."""
     if variant == "full":
         return neck
     return f"{neck}, {variant.removeprefix('baseline, ').removeprefix(f'{neck}, ')}"
 
 
 def budget_text(budget: tuple[str, float]) -> str:
-    """Format norm and ε; the norm may be unknown."""
+    """Format norm and ε. The norm may be unknown."""
     norm, eps = budget
     return NORMS[norm].text(eps) if norm in NORMS else f"{norm} ε = {eps:.4g}"
 

@@ -1,4 +1,4 @@
-"""Training curves and the logged diagnostics of the neck."""
+"""Show training curves and the logged diagnostics of the neck."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ DIAGNOSTICS = {
 
 
 def training(run: Run) -> Child:
-    """Return best epochs, validation SROCC, total loss and its parts."""
+    """Return the content on training: best epochs, validation SROCC, total loss and its parts."""
     trained = [neck for neck in run.necks if neck.history]
     if not trained:
         return missing("No training history was found.")
@@ -57,7 +57,7 @@ def training(run: Run) -> Child:
 
 
 def mechanism(run: Run) -> Child:
-    """Return gate weights, activity of the gain cap, and every other logged diagnostic."""
+    """Return the content on the neck: gate weights, activity of the gain cap, and all other logged diagnostics."""
     logged = [neck for neck in run.necks if any(map(_diagnostics, neck.history))]
     if not logged:
         return missing("No diagnostics of a neck were logged.")
@@ -105,7 +105,7 @@ def _curves(necks: Sequence[Neck], key: str, title: str, y_label: str) -> Markup
 
 
 def _loss_parts(neck: Neck) -> Markup | None:
-    """Draw the parts of the loss, each times its weight in the total."""
+    """Draw the parts of the loss, each multiplied by its weight in the total loss."""
     series = []
     for i, (part, label) in enumerate(LOSS_PARTS.items()):
         weight = 1 if part == "mse" else neck.config.get(f"weight_{part}")
@@ -136,7 +136,7 @@ def _gate(neck: Neck) -> Markup | None:
 
 
 def _cap(neck: Neck) -> Markup | None:
-    """Draw the share of images with γ < 1, over an epoch's training images and over the diagnosed validation images."""
+    """Draw the share of images with γ < 1 by epoch: of the training images and of the diagnosed validation images."""
     diagnosed = [numbers(_diagnostics(entry).get("gain_active")) for entry in neck.history]
     found = {
         "training": _column(neck, "gain_active"),
@@ -174,7 +174,7 @@ def _diagnostics_table(neck: Neck) -> Markup | None:
 
 
 def _quantities(diagnostics: dict[str, Any]) -> dict[str, list[float]]:
-    """Return the values of each quantity, over links and heads if it has them; medians if quantiles were logged."""
+    """Return the values of each quantity for all links and heads. If quantiles were logged, return the medians."""
     found: dict[str, list[float]] = {}
     for key, value in diagnostics.items():
         if key != "links" or not isinstance(value, dict):
@@ -196,7 +196,7 @@ def _epochs(neck: Neck) -> list[float]:
 
 
 def _column(neck: Neck, key: str) -> np.ndarray:
-    """Return a logged quantity, one value per epoch, NaN if missing."""
+    """Return the values of a logged quantity, one per epoch. Missing values are NaN."""
     found = [numbers(entry.get(key)) for entry in neck.history]
     return np.array([values[0] if values else math.nan for values in found])
 

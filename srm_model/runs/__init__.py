@@ -1,4 +1,4 @@
-"""Run folders, checkpoints and datasets, for commands and studies."""
+"""Open run folders, checkpoints and datasets, for commands and studies."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ RUN = "run.json"
 
 @contextmanager
 def process_group() -> Iterator[bool]:
-    """Join the process group that torchrun started, and yield whether this process writes results.
+    """Join the process group of torchrun, and yield whether this process writes results.
 
     A single process joins no group. Gloo transfers CPU tensors and pickled objects, NCCL transfers GPU tensors.
     """
@@ -55,9 +55,9 @@ def process_group() -> Iterator[bool]:
 
 
 def keep_memory() -> None:
-    """Make glibc keep freed memory, because returning large activations takes most of a small model's time.
+    """Make glibc keep freed memory. Returning memory to the system takes most of the time of a small model.
 
-    With another C library this does nothing.
+    With other C libraries, do nothing.
     """
     if platform.libc_ver()[0] != "glibc":
         return
@@ -69,10 +69,10 @@ def keep_memory() -> None:
 
 @contextmanager
 def writing(folder: str | Path, *, shared: bool = False) -> Iterator[None]:
-    """Lock a folder against other commands that write to it, within the block.
+    """Within the block, lock a folder against other commands that write to this folder.
 
-    A checkpoint in a run also takes a shared lock on the run. A checkpoint in a study locks the whole study, because
-    every process of `srm-iqa ablate` may write to each of its folders. The first rank holds the locks.
+    For a checkpoint in a run, the run also gets a shared lock. For a checkpoint in a study, the whole study is locked,
+    because every process of `srm-iqa ablate` may write to any folder of the study. The first rank holds the locks.
 
     Args:
         folder: Folder to lock.
@@ -99,7 +99,7 @@ def writing(folder: str | Path, *, shared: bool = False) -> Iterator[None]:
 
 @contextmanager
 def recorded(folder: Path, arguments: Sequence[str], **about: Any) -> Iterator[dict[str, Any]]:
-    """Write `folder/run.json`. Earlier contents stay, the command is added to the list, and seconds are summed.
+    """Write `folder/run.json`. Earlier contents are kept, the command is added to the list, and seconds are summed.
 
     If the block raises before it has written other files to the folder, the folder is restored.
 
@@ -144,7 +144,7 @@ def recorded(folder: Path, arguments: Sequence[str], **about: Any) -> Iterator[d
 
 
 def _files(folder: Path) -> dict[Path, tuple[int, int]]:
-    """Return time and size of every file below a folder."""
+    """Return the modification time and size of every file below a folder."""
     found = {}
     for path in folder.rglob("*"):
         with suppress(FileNotFoundError):  # another process may have removed it
@@ -155,7 +155,7 @@ def _files(folder: Path) -> dict[Path, tuple[int, int]]:
 
 
 def _restore(path: Path, content: bytes | None, made: Set[Path]) -> None:
-    """Restore a file's earlier content, or remove it, and remove the folders in `made`."""
+    """Restore a file's earlier content, or remove a file that is new. Remove the folders in `made`."""
     if content is None:
         path.unlink()
     else:
@@ -167,18 +167,18 @@ def _restore(path: Path, content: bytes | None, made: Set[Path]) -> None:
 
 
 def kernels_of(config: SRMConfig, device: torch.device, found: dict[str, set[str]]) -> str:
-    """Summarise in one sentence which backends ran on a device, and by which verdict, from what `running` collected."""
+    """Summarise, from the record of `running`, which backends ran on a device and which verdict chose them."""
     return choice.ran(device, config.backend, found)
 
 
 def say_kernels(config: SRMConfig, device: torch.device, found: dict[str, set[str]]) -> None:
-    """Print `kernels_of` on stderr if the device is a GPU or the config names a backend."""
+    """Print the sentence of `kernels_of` on stderr if the device is a GPU or the config names a backend."""
     if device.type == "cuda" or config.backend is not None:
         say(f"kernels: {kernels_of(config, device, found)}")
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that results depend on."""
+    """Return the versions of the software that results depend on."""
     found = {"python": platform.python_version()}
     for package in ("srm-iqa", "torch", "timm", "numpy"):
         try:
@@ -189,10 +189,10 @@ def versions() -> dict[str, str]:
 
 
 def checkpoints(folder: str) -> list[Path]:
-    """Return the checkpoint at a folder, or the checkpoints of a run's necks.
+    """Return the checkpoint in a folder, or the checkpoints of all necks of a run.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is no checkpoint.
     """
     path = Path(folder)
     if (path / CONFIG).is_file():
@@ -207,7 +207,7 @@ def checkpoints(folder: str) -> list[Path]:
 
 
 def checkpoints_of_study(folder: str) -> dict[str, Path]:
-    """Return every checkpoint of a study, or those of a run, by the name that a table shows."""
+    """Return all checkpoints of a study or a run, by the name that tables show."""
     root = Path(folder)
     if (root / STUDY).is_file():
         found = sorted(path.parent for path in (root / "runs").rglob(CONFIG))
@@ -218,10 +218,10 @@ def checkpoints_of_study(folder: str) -> dict[str, Path]:
 
 
 def one_checkpoint(folder: str) -> Path:
-    """Return the checkpoint at a folder, or the only one of a run.
+    """Return the checkpoint in a folder, or the only checkpoint of a run.
 
     Raises:
-        ValueError: There is none, or there are several.
+        ValueError: There is no checkpoint, or there are several.
     """
     found = checkpoints(folder)
     if len(found) > 1:
@@ -236,8 +236,8 @@ def open_checkpoint(
 
     Args:
         folder: Folder of the checkpoint.
-        device: Device for the model, which is in channels-last format.
-        backend: Backend of the operators. Default: as in training.
+        device: Device of the model. The model is converted to channels-last format.
+        backend: Backend of the operators. Default: the backend of training.
 
     Returns:
         The model and the card.
@@ -251,7 +251,7 @@ def open_checkpoint(
 def open_splits(
     root: str | Path, config: SRMConfig, cache: ImageCache | None = None, *, progress: bool
 ) -> dict[str, Any]:
-    """Open every split of a dataset. The first rank checks all files when it opens the first split."""
+    """Open all splits of a dataset. The first rank checks all files when it opens the first split."""
     return {
         split: open_dataset(
             root,
@@ -294,12 +294,12 @@ def dataset_for(
     Args:
         card: Card of the checkpoint.
         config: Config with the seed of the split and the image size.
-        root: Folder of the dataset. Default: the dataset of training.
+        root: Folder of the dataset. Default: the dataset that was used for training.
         split: "train", "val" or "test".
         progress: Whether to show a progress bar while files are checked.
 
     Raises:
-        ValueError: No dataset is known, or the dataset of training has changed, or is faulty.
+        ValueError: No dataset is known, the dataset of training has changed, or the dataset is faulty.
     """
     trained = card.get("dataset") or {}
     if root is None and not trained.get("root"):
@@ -321,10 +321,10 @@ def dataset_for(
 
 
 def surrogate_of(folder: Path) -> Path | None:
-    """Return the checkpoint on which the transfer attack is crafted: the neck `none`, for `none` itself `srm`.
+    """Return the checkpoint on which the transfer attack is crafted: `none`, or `srm` when attacking `none`.
 
-    It is a sibling of the checkpoint or, for an ablation of a study, a sibling of the parent folder. The result is None
-    if it does not exist.
+    This checkpoint is a sibling of the attacked checkpoint or, for an ablation in a study, a sibling of the parent
+    folder. Return None if it does not exist.
     """
     other = NECKS[read_card(folder)["neck"]].surrogate
     studied = any((above / STUDY).is_file() for above in folder.resolve().parents)

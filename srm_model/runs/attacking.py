@@ -36,10 +36,10 @@ def attack_checkpoint(
     writes: bool = True,
     within: str = "",
 ) -> dict[str, Any]:
-    """Attack a checkpoint and keep the result in `folder/attacks/`.
+    """Attack a checkpoint and save the result in `folder/attacks/`.
 
-    A result of the same arguments is not computed again; an interrupted one is resumed. In a process group every rank
-    calls this function.
+    An existing result for the same arguments is not computed again. An interrupted attack is resumed. In a process
+    group, every rank calls this function.
 
     Args:
         folder: Folder of the checkpoint.
@@ -49,7 +49,7 @@ def attack_checkpoint(
         device: Device of the model.
         surrogate: Checkpoint for the transfer attack, or None to leave it out.
         limit: Number of images, evenly spaced. Default: all.
-        keep: Number of attacked images to keep as pictures.
+        keep: Number of attacked images to save as pictures.
         suite: Name of the suite.
         progress: Whether to report progress on stderr.
         writes: Whether this rank writes the result.
@@ -104,7 +104,7 @@ def result_name(norm: str, eps: float) -> str:
 
 
 def known_result(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the contents of a result file with these settings, else None; the same on every rank."""
+    """Return the contents of a result file, or None if its settings differ or it is missing; equal on all ranks."""
     found = ranks.from_first(lambda: read_json(path) if path.is_file() else None)
     return found if isinstance(found, dict) and found.get("settings") == settings else None
 
@@ -122,7 +122,7 @@ def attack_model(
     about: Callable[[], dict[str, Any]] = dict,
     **options: Any,
 ) -> dict[str, Any]:
-    """Attack any model and keep the result in a file, with pictures in a folder beside it.
+    """Attack any model and save the result in a file, with pictures in a folder next to the file.
 
     An interrupted attack is resumed.
 
@@ -130,8 +130,8 @@ def attack_model(
         model: Model to attack.
         dataset, config, suite, progress, writes: As in `attack_checkpoint`.
         path: File of the result.
-        settings: Settings to keep in the file, by which `known_result` recognises it.
-        about: Called after the attack; its result is kept in the file.
+        settings: Settings to save in the file. `known_result` compares these settings.
+        about: Function that is called after the attack. Its result is saved in the file.
         options: Further arguments of `Suite.run`: norm, eps, surrogate, logistic, limit and keep.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Train a neck into its folder and evaluate it."""
+"""Train a model, save it in its folder and evaluate it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EVALUATION = "evaluation.json"
 
 
 def new_model(backbone: str, neck: str, config: SRMConfig, *, pretrained: bool) -> IQAModel:
-    """Build a model whose initial weights depend only on the config's seed, apart from pretrained ones."""
+    """Build a model. Its initial weights depend only on the config's seed, except for pretrained weights."""
     with seeded(config.seed):
         return build_model(backbone, neck=neck, pretrained=pretrained, config=config)
 
@@ -38,16 +38,16 @@ def train_neck(
     progress: bool = True,
     **options: Any,
 ) -> None:
-    """Train a model and write `evaluation.json` of its best epoch, without repeating what is finished.
+    """Train a model and write `evaluation.json` for its best epoch. Finished steps are not repeated.
 
-    In a process group every rank calls this function, and the first one writes.
+    In a process group, every rank calls this function, and the first rank writes.
 
     Args:
         model: Model to train.
         folder: Folder of the checkpoint.
         splits: Datasets by split: "train", "val" and "test".
         device: Device of the training.
-        freeze_backbone: Whether to train neck and head only.
+        freeze_backbone: Whether to train only the neck and the head.
         resume: Whether to continue an unfinished training in the folder.
         workers: Processes that load images.
         progress: Whether to report progress on stderr.
@@ -93,6 +93,6 @@ def train_neck(
 
 
 def logistic_of(card: dict[str, Any]) -> LogisticMap | None:
-    """Return the logistic map that was fitted on validation, from a checkpoint's card."""
+    """Return the logistic map in a checkpoint's card, which was fitted on the validation set."""
     values = card.get("logistic")
     return None if values is None else LogisticMap.from_dict(values)

@@ -1,1 +1,1 @@
-"""Studies: the declaration in a file, its jobs, and their results."""
+"""Studies: the study file, the jobs that it declares, and their results."""

@@ -1,4 +1,4 @@
-"""The context of all jobs of a study."""
+"""The context that all jobs of a study share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from srm_model.study.file import Model, Study
 
 @dataclass(frozen=True)
 class Context:
-    """A study, its folder, and how its jobs run."""
+    """A study, its folder, and the settings with which its jobs run."""
 
     study: Study
     out: Path
@@ -36,5 +36,5 @@ class Context:
         return self.splits(model)["test"]
 
     def opened(self, model: Model) -> tuple[Any, dict[str, Any]]:
-        """Load a trained model onto the device, with its card."""
+        """Load a trained model onto the device; return the model and its card."""
         return runs.open_checkpoint(self.out / model.folder, self.device)

@@ -1,4 +1,4 @@
-"""The study file of `srm-iqa ablate`, which declares the models to train, attack and compare."""
+"""Read the study file of `srm-iqa ablate`, which declares the models to train, attack and compare."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from srm_model.norms import NORMS
 from srm_model.suites import SUITES
 
 FULL = "full"  # the variant without overrides
-# One-out ablations of table 11 by name; a function if the override depends on the config.
+# Ablations of table 11 by name, each with one change; a function if the override depends on the config.
 ABLATIONS: dict[str, Any] = {
     **{
         f"{method.title} landmarks": {"landmarks": name}
@@ -49,7 +49,7 @@ DEFENCES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Model:
-    """One training of the study."""
+    """A model that the study trains."""
 
     data: str
     backbone: str
@@ -60,13 +60,13 @@ class Model:
 
     @property
     def folder(self) -> Path:
-        """The folder relative to the study's. Necks of a variant are siblings, so that each finds its surrogate."""
+        """The folder, relative to the study's folder. Necks of a variant are siblings, so that surrogates are found."""
         variant = () if self.variant == FULL else (slug(self.variant),)
         return Path("runs", self.data, self.backbone, f"seed{self.seed}", *variant, self.neck)
 
     @property
     def surrogate(self) -> Model:
-        """The surrogate of the transfer attack, as `runs.surrogate_of` finds it after training."""
+        """The surrogate of the transfer attack. After training, `runs.surrogate_of` finds the same model."""
         other = NECKS[self.neck].surrogate
         return Model(self.data, self.backbone, other, FULL, self.seed, self.config)
 
@@ -83,7 +83,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Stronger:
-    """Further attacks on trained models, with other settings than the study's."""
+    """Further attacks on trained models, with settings that differ from those of the study."""
 
     models: tuple[str, ...]  # necks of the full model, and variants
     seeds: tuple[int, ...]
@@ -93,7 +93,7 @@ class Stronger:
 
     @property
     def name(self) -> str:
-        """A folder name from the settings."""
+        """A folder name that is made from the settings."""
         return slug(" ".join([self.suite, *(f"{key} {value}" for key, value in self.config.items())]))
 
 
@@ -102,7 +102,7 @@ class Study:
     """The checked contents of a study file."""
 
     title: str
-    data: dict[str, str]  # folder by name
+    data: dict[str, str]  # folders of datasets by name
     backbones: tuple[str, ...]
     necks: tuple[str, ...]
     seeds: tuple[int, ...]
@@ -110,13 +110,13 @@ class Study:
     pretrained: bool = False
     freeze_backbone: bool = False
     budgets: tuple[tuple[str, float], ...] = ()  # norm and ε
-    images: int | None = None  # attacked per model; None: all
+    images: int | None = None  # number of attacked images per model; None: all
     suite: str = "paper"
     ablations: dict[str, dict[str, Any]] = field(default_factory=dict)  # overrides by variant
     ablation_seeds: dict[str, tuple[int, ...]] = field(default_factory=dict)  # by variant
     ablation_budgets: dict[str, tuple[tuple[str, float], ...]] = field(default_factory=dict)  # by variant
     swaps: dict[str, dict[str, Any]] = field(default_factory=dict)  # changes of trained models by name
-    audit: int = 0  # images of each audit; 0: no audits
+    audit: int = 0  # number of images of each audit; 0: no audits
     audit_seeds: tuple[int, ...] = ()
     audit_swaps: tuple[str, ...] = ()  # names of `swaps` that are audited too
     audit_ablations: tuple[str, ...] = ()  # variants that are audited too
@@ -135,7 +135,7 @@ class Study:
                 yield Model(next(iter(self.data)), self.backbones[0], neck, variant, seed, config)
 
     def budgets_of(self, model: Model) -> tuple[tuple[str, float], ...]:
-        """Return the budgets of a model. The full neck also has those of the ablations that it is compared with."""
+        """Return the budgets of a model. The full neck also has the budgets of the ablations."""
         if model.variant != FULL:
             return self.ablation_budgets[model.variant]
         if (model.data, model.backbone, model.neck) != (next(iter(self.data)), self.backbones[0], "srm"):
@@ -181,8 +181,8 @@ def read_study(path: str | Path, roots: Mapping[str, str] | None = None) -> Stud
 
     Args:
         path: The file.
-        roots: Folders of datasets by name, instead of the file's `data`. If the file has a protocol for a dataset of
-            that name, the keys of the protocol replace those of the file.
+        roots: Folders of datasets by name, which replace the file's `data`. If the file has a protocol for a dataset
+            with this name, the protocol's keys replace the keys of the file.
 
     Raises:
         ValueError, TypeError: The file cannot be read, or a key or value is not accepted.
@@ -226,7 +226,7 @@ def _checked(values: Any) -> dict[str, Any]:
 
 
 def _under_protocol(values: dict[str, Any], roots: Mapping[str, str]) -> dict[str, Any]:
-    """Return the file's keys for the datasets of `roots`, with those of their protocol if there is one."""
+    """Return the keys of the file for the datasets in `roots`. Keys of a dataset's protocol replace other keys."""
     chosen = set()
     for root in roots:
         named = [name for name, protocol in values.get("protocols", {}).items() if root in protocol["for"]]
@@ -327,7 +327,7 @@ def _study(values: Any, here: Path, roots: Mapping[str, str]) -> Study:
 
 
 def _ablations(values: Mapping[str, Any], config: SRMConfig) -> dict[str, dict[str, Any]]:
-    """Read ablations: `rows`, a list of names or "all", and `overrides`, a table of further rows."""
+    """Read ablations. `rows` is a list of names or "all", and `overrides` is a table of further rows."""
     if not isinstance(values, dict):
         raise TypeError(f"ablations has {values!r}: expected a table")
     _known(values, {"rows", "overrides", "seeds", *NORMS, "audit"}, "key of ablations")
@@ -356,7 +356,7 @@ def _ablations(values: Mapping[str, Any], config: SRMConfig) -> dict[str, dict[s
 
 
 def _stronger(values: Any, config: SRMConfig, suite: str, trained: Mapping[str, tuple[int, ...]]) -> Stronger:
-    """Read one group of stronger attacks. `trained` has the seeds of every name that `models` may list."""
+    """Read one group of stronger attacks. `trained` maps each name that `models` may list to its seeds."""
     if not isinstance(values, dict):
         raise TypeError(f"stronger has {values!r}: expected a table")
     _known(values, {"models", "seeds", *NORMS, "suite", "config"}, "key of stronger")
@@ -390,7 +390,7 @@ def _suite(values: Mapping[str, Any], default: str) -> str:
 
 
 def _swaps(values: Mapping[str, Any], config: SRMConfig) -> dict[str, dict[str, Any]]:
-    """Read swaps: tables of config fields, `neck`, and `beta`, the weight of every link."""
+    """Read swaps. A swap is a table of config fields, and may have `neck` and `beta` (the weight of every link)."""
     for name, overrides in values.items():
         if not isinstance(overrides, dict):
             raise ValueError(f"swap {name!r}: expected a table of config fields, neck or beta")
@@ -418,7 +418,7 @@ def _seeds(values: Any, key: str = "seeds") -> tuple[int, ...]:
 
 
 def _budgets(values: Mapping[str, Any], config: SRMConfig) -> tuple[tuple[str, float], ...]:
-    """Read pairs of norm and ε. Without a norm they are the config's budgets of the tables."""
+    """Read pairs of norm and ε. Without a norm, use the config's budgets for tables."""
     for norm in NORMS:
         if not isinstance(values.get(norm, []), list):
             raise TypeError(f"{norm} is {values[norm]!r}: expected list")
@@ -445,7 +445,7 @@ def _budget(norm: str, value: Any) -> float:
 
 
 def _texts(values: Mapping[str, Any], *keys: str) -> None:
-    """Raise ValueError if a key holds anything but different texts."""
+    """Raise ValueError unless a key has a list of distinct texts."""
     for key in keys:
         found = values.get(key, [])
         if not all(isinstance(text, str) for text in found) or len(set(found)) < len(found):

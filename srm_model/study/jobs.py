@@ -1,4 +1,4 @@
-"""The jobs of a study, one for each line of its results."""
+"""Derive the jobs of a study, one for each line of its results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from srm_model.study import measuring
 from srm_model.study.context import Context
 from srm_model.study.file import FULL, Model, Stronger, slug
 
-CLEAN = "clean"  # the kind of a training's line; all other jobs of the model need the training
+CLEAN = "clean"  # kind of the line of a training; all other jobs of a model need this training
 
 
 class Job(NamedTuple):
@@ -25,12 +25,12 @@ class Job(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The name for `--list` and `--job`, which depends only on this job's declaration in the study file."""
+        """The name for `--list` and `--job`. It depends only on the declaration of this job in the study file."""
         return slug(self.label)
 
 
 def jobs(c: Context) -> list[Job]:
-    """Return all jobs of a study in the order of a single process.
+    """Return all jobs of a study, in the order in which a single process runs them.
 
     Raises:
         ValueError: Two jobs have the same name.
@@ -56,7 +56,7 @@ def jobs(c: Context) -> list[Job]:
 
 
 def model_jobs(c: Context, models: Iterable[Model]) -> Iterator[Job]:
-    """Yield trainings and diagnoses of models, then their attacks."""
+    """Yield the trainings and diagnoses of models, then the attacks on these models."""
     models = list(models)
     for model in models:
         identity = {**model.identity, "fingerprint": c.test(model).fingerprint}
@@ -69,7 +69,7 @@ def model_jobs(c: Context, models: Iterable[Model]) -> Iterator[Job]:
 
 
 def attack_jobs(c: Context, model: Model, stronger: Stronger | None = None) -> Iterator[Job]:
-    """Yield an attack at each budget, with the settings of the study or of a stronger group."""
+    """Yield an attack at each budget, with the settings of the study or of a group of stronger attacks."""
     for norm, eps in c.study.budgets_of(model) if stronger is None else stronger.budgets:
         suite = c.study.suite if stronger is None else stronger.suite
         identity = {**model.identity, "norm": norm, "eps": eps, "images": c.study.images, "suite": suite}
@@ -91,7 +91,7 @@ def swap_jobs(c: Context, models: Iterable[Model]) -> Iterator[Job]:
 
 
 def audit_jobs(c: Context, models: Iterable[Model]) -> Iterator[Job]:
-    """Yield audits at the article's largest L∞ budget, of unablated models also with `audit_swaps`."""
+    """Yield audits at the article's largest L∞ budget. Models without ablation are also audited with `audit_swaps`."""
     for model in filter(c.study.audited, models):
         eps = model.config.eps_linf_tables[-1]
         swappable = model.neck == "srm" and model.variant == FULL
@@ -105,7 +105,7 @@ def audit_jobs(c: Context, models: Iterable[Model]) -> Iterator[Job]:
 
 
 def stronger_jobs(c: Context, models: Iterable[Model]) -> Iterator[Job]:
-    """Yield the attacks of table 15, with more steps, restarts or kinds than the study's own."""
+    """Yield the attacks of table 15, which use more steps, restarts or kinds of attacks than the study."""
     models = list(models)
     for group in c.study.stronger:
         for model in models:
@@ -126,7 +126,7 @@ def sweep_jobs(c: Context, models: Iterable[Model]) -> Iterator[Job]:
 
 
 def transfer_jobs(c: Context, models: Iterable[Model]) -> Iterator[Job]:
-    """Yield the transfers of table 10, between the necks of a backbone and between backbones, in every direction."""
+    """Yield the transfer attacks of table 10: between all necks of a backbone, and between backbones."""
     study, by_place = c.study, {(m.data, m.seed, m.backbone, m.neck): m for m in models}
     groups = [[(backbone, neck) for neck in study.necks] for backbone in study.backbones]
     groups += [[(backbone, neck) for backbone in pair] for pair in study.transfer for neck in study.necks]

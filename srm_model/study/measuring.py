@@ -1,4 +1,4 @@
-"""The measurements of a study's jobs, as plain JSON values."""
+"""Measure a study's jobs and return plain JSON values."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from srm_model.training.loop import HISTORY
 
 
 def trained(c: Context, model: Model) -> dict[str, Any]:
-    """Train a model and return the clean figures of its best epoch."""
+    """Train a model and return the clean correlations of its best epoch."""
     folder = c.out / model.folder
     train_neck(
         new_model(model.backbone, model.neck, model.config, pretrained=c.study.pretrained),
@@ -51,7 +51,7 @@ def trained(c: Context, model: Model) -> dict[str, Any]:
 def attacked(
     c: Context, model: Model, norm: str, eps: float, stronger: Stronger | None = None
 ) -> dict[str, Any]:
-    """Attack a trained model with the study's settings, or with those of a stronger group."""
+    """Attack a trained model with the settings of the study or of a group of stronger attacks."""
     folder = c.out / model.folder
     found = attack_checkpoint(
         folder,
@@ -98,7 +98,7 @@ def swap_evaluated(c: Context, model: Model, changes: dict[str, Any]) -> dict[st
 
 
 def swapped(model: Any, changes: dict[str, Any]) -> Any:
-    """Load trained weights into a model with other config fields or neck, or with all link weights equal to `beta`."""
+    """Load trained weights into a model with another config or neck, or with all link weights set to `beta`."""
     fields = {key: value for key, value in changes.items() if key not in ("neck", "beta")}
     other: Any = build_model(
         model.backbone_name, neck=changes.get("neck", model.neck_name), config=model.config.replace(**fields)
@@ -150,7 +150,7 @@ def swept(c: Context, model: Model, norm: str, eps: float, label: str) -> dict[s
 
 
 def transferred(c: Context, models: Sequence[Model], norm: str, eps: float, label: str) -> dict[str, Any]:
-    """Attack each model and score the result with the others, for table 10."""
+    """Attack each model and score the attacked images with the other models, for table 10."""
     opened = {f"{m.backbone}/{m.neck}": c.opened(m) for m in models}
     config = models[0].config
     with _unfinished(c, label) as resume:
@@ -183,7 +183,10 @@ def _unfinished(c: Context, label: str) -> Iterator[Path]:
 
 
 def diagnosed(c: Context, model: Model) -> dict[str, Any]:
-    """Measure a neck over all links, heads and test images, and over epochs, for tables 1, 2, 12, figures 3 and 4."""
+    """Measure a neck for tables 1, 2 and 12 and figures 3 and 4.
+
+    Measurements include all links, heads and test images, and the epochs of the training.
+    """
     loaded, _ = c.opened(model)
     dataset = c.test(model)
     found = []
@@ -204,7 +207,10 @@ def diagnosed(c: Context, model: Model) -> dict[str, Any]:
 
 
 def _trajectory(path: Path) -> list[dict[str, Any]]:
-    """Return by epoch τ and the scale before and after it, medians over links and heads, and the cap's activity."""
+    """Return, for each epoch, τ, the scale before and after τ, and the share of images with an active cap.
+
+    τ and scales are medians over links and heads.
+    """
     rows = []
     for text in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(text)

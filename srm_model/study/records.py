@@ -1,4 +1,4 @@
-"""Write the line of a job to a study's results."""
+"""Measure a job and write its line to a study's results."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from srm_model.study.jobs import Job
 
 
 def record(job: Job, c: Context) -> None:
-    """Measure a job and add its line.
+    """Measure a job and append its line to the results.
 
-    If the line exists because lost weights were trained again, check that the weights are the same.
+    If the line already exists because lost weights were trained again, check that the weights are equal.
 
     Raises:
-        ValueError: They differ.
+        ValueError: The weights differ.
     """
     start = time.perf_counter()
     values = job.measure()
@@ -51,7 +51,7 @@ def record(job: Job, c: Context) -> None:
 
 
 def _commit() -> str | None:
-    """Return the commit of the code, with a + if files differ from it, or None outside of a checkout."""
+    """Return the commit of the code, or None outside a checkout. A "+" marks uncommitted changes."""
     here = Path(__file__).resolve().parent
     try:
         command = ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]

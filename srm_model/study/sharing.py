@@ -1,4 +1,4 @@
-"""Do the missing jobs of a study: all, shared with other processes on this machine, or one."""
+"""Run the missing jobs of a study: one job, or all jobs together with other processes on this machine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WAIT = 2.0  # seconds between checks for results of other processes
 
 
 def missing(jobs: Sequence[Job], out: Path) -> list[Job]:
-    """Return jobs without a line, and trainings whose weights are lost or changed while a job needs them."""
+    """Return jobs without a result, and trainings whose weights are lost or changed if another job needs them."""
     records = Records(out)
     without = [job for job in jobs if records.find(job.kind, job.identity) is None]
     trained = {
@@ -38,7 +38,7 @@ def missing(jobs: Sequence[Job], out: Path) -> list[Job]:
 
 
 def share(jobs: Sequence[Job], c: Context) -> None:
-    """Do the missing jobs that no other process is doing, until none is missing."""
+    """Run missing jobs that no other process runs, until no job is missing."""
     while left := missing(jobs, c.out):
         untrained, count, idle = _untrained(left), len(left), True
         for job in left:
@@ -52,10 +52,10 @@ def share(jobs: Sequence[Job], c: Context) -> None:
 
 
 def find_job(name: str, jobs: Sequence[Job], out: Path) -> Job | None:
-    """Return the job with a name, or None if its result exists.
+    """Return the job with this name, or None if its result exists.
 
     Raises:
-        ValueError: No job has the name, or trainings that it needs are missing.
+        ValueError: No job has this name, or trainings that the job needs are missing.
     """
     job = next((job for job in jobs if job.name == name), None)
     if job is None:
@@ -69,13 +69,13 @@ def find_job(name: str, jobs: Sequence[Job], out: Path) -> Job | None:
 
 
 def do_one(job: Job, jobs: Sequence[Job], c: Context) -> None:
-    """Do a job; raise ValueError if another process is doing it."""
+    """Run a job; raise ValueError if another process runs this job."""
     if not _attempt(job, jobs, c, job.label):
         raise ValueError(f"job {job.name!r}: another process on this machine is doing it")
 
 
 def _untrained(left: Sequence[Job]) -> dict[str, str]:
-    """Return the names of missing trainings by the folder of their model."""
+    """Return the names of missing trainings, by the folder of the model."""
     return {str(job.needs[0].folder): job.name for job in left if job.kind == CLEAN}
 
 
@@ -86,12 +86,12 @@ def _waits_for(job: Job, untrained: dict[str, str]) -> list[str]:
 
 
 def claim_of(job: Job) -> str:
-    """Return the name that a process locks while it does a job."""
+    """Return the name that a process locks while it runs a job."""
     return f"{job.kind} {json.dumps(job.identity)}"
 
 
 def _attempt(job: Job, jobs: Sequence[Job], c: Context, note: str) -> bool:
-    """Do a job unless another process is doing it or has done it, and return whether it was done here."""
+    """Run a job unless another process runs it or has finished it; return whether this process ran it."""
     with claimed(c.out / CLAIMS, claim_of(job)) as mine:
         if not mine or job not in missing(jobs, c.out):
             return False
@@ -102,7 +102,7 @@ def _attempt(job: Job, jobs: Sequence[Job], c: Context, note: str) -> bool:
 
 
 def check_sets(jobs: Sequence[Job], out: Path) -> None:
-    """Raise ValueError if results of a model are from another version of its dataset, which must not be mixed."""
+    """Raise ValueError if results of a model were measured on another version of its dataset."""
     records = Records(out)
     for job in (job for job in jobs if job.kind == CLEAN):
         line = records.elsewhere(CLEAN, job.identity, "fingerprint")

@@ -1,4 +1,4 @@
-"""Training and evaluation, in one process or many (docs/METHOD.md §5)."""
+"""Train and evaluate models, in one or several processes (docs/METHOD.md §5)."""
 
 from srm_model.training.evaluation import evaluate, predict
 from srm_model.training.faults import DivergenceError, Preempted, WorkerError

@@ -1,4 +1,4 @@
-"""Batches of an epoch, and each process's share of them."""
+"""Divide an epoch into batches, and divide each batch among processes and micro-batches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def epoch_batches(
 ) -> list[list[int]]:
     """Return the indices of an epoch's batches, shuffled by (seed, epoch).
 
-    The last batch is dropped if it has a single image or fewer images than processes.
+    The last batch is dropped if it has only one image or fewer images than there are processes.
 
     Raises:
         ValueError: No batch is left.
@@ -33,8 +33,8 @@ def epoch_batches(
 def deal(batch: Sequence[int], *, accumulate: int, rank: int, processes: int) -> list[list[int]]:
     """Return this process's share of each micro-batch of a batch.
 
-    No share is empty, and all processes have the same number of them. A batch with too few images for `accumulate`
-    micro-batches is cut into fewer.
+    No share is empty, and all processes get the same number of shares. A batch with too few images for `accumulate`
+    micro-batches is split into fewer micro-batches.
     """
     pieces = min(accumulate, len(batch) // processes)
     return [_piece(_piece(batch, number, pieces), rank, processes) for number in range(pieces)]

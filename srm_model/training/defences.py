@@ -1,4 +1,4 @@
-"""Published defences for comparison: gradient-norm regularisation and PGD adversarial training."""
+"""Published defences, for comparison: gradient-norm regularisation and PGD adversarial training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SCALE = 2.0**10  # prevents underflow of a score's gradient in fp16
 
 
 class Randomness:
-    """PyTorch's random state at the moment of creation, to run a second pass with the same draws."""
+    """PyTorch's random state when the object is created, for a second pass with the same random numbers."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -25,7 +25,7 @@ class Randomness:
         self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
     def replay(self, model: nn.Module, images: Tensor) -> Tensor:
-        """Return the model's scores with the same draws. Buffers and the random state do not change."""
+        """Return the model's scores, with the same random numbers. Buffers and the random state do not change."""
         with torch.random.fork_rng([self.device] if self._cuda is not None else []):
             torch.set_rng_state(self._cpu)
             if self._cuda is not None:
@@ -40,9 +40,9 @@ def gradient_norm(
 ) -> Tensor:
     """Return the mean over images of |f(x + h·d) − f(x)| / h, which approximates ‖∇f(x)‖.
 
-    With `config.gradient_norm` "l1", d = sign(∇f(x)): norm-regularised training (NT) of Liu et al., CVPR 2024, with
-    h = 0.01 and weight 1e-3. With "l2", d = ∇f(x)/‖∇f(x)‖₂. d is constant in the backward pass. The second pass draws
-    the same random numbers as the first and updates no running statistics.
+    If `config.gradient_norm` is "l1", d = sign(∇f(x)); with h = 0.01 and weight 1e-3, this is norm-regularised training
+    (NT) of Liu et al., CVPR 2024. If it is "l2", d = ∇f(x)/‖∇f(x)‖₂. The backward pass treats d as a constant. The
+    second pass draws the same random numbers as the first pass and updates no running statistics.
 
     Args:
         images: Images (B, 3, H, W) that require a gradient.
@@ -59,7 +59,7 @@ def gradient_norm(
 
 
 def adversarial(model: nn.Module, images: Tensor, mos: Tensor, config: SRMConfig, *seed: int) -> Tensor:
-    """Return adversarial images for training: PGD on the squared error from one random start (Madry et al., 2018).
+    """Return adversarial images for training, by PGD on the squared error from one random start (Madry et al., 2018).
 
     The attack runs in evaluation mode and fp32. The budget `config.adversarial_eps` is scaled as in `Suite`.
     """

@@ -1,4 +1,4 @@
-"""Score a dataset and compute correlations with its labels."""
+"""Score a dataset and compute the correlations of the scores with its labels."""
 
 from __future__ import annotations
 
@@ -29,15 +29,16 @@ def predict(
 ) -> np.ndarray:
     """Score every image of a dataset, in evaluation mode and fp32.
 
-    The scores of a stochastic model depend on `batch_size`, because it draws once per batch, seeded. In a process
-    group every rank calls this function; the ranks share the batches, and each returns all scores.
+    The scores of a stochastic model depend on `batch_size`, because the model draws seeded random numbers once per
+    batch. In a process group, every rank calls this function. The batches are distributed over the ranks, and every
+    rank returns all scores.
 
     Args:
         model: Model from images (B, 3, H, W) to scores (B,). The modes of its modules are restored.
-        dataset: Pairs of image and label, by index.
+        dataset: Dataset of pairs (image, label), which are read by index.
         batch_size: Images per forward pass.
         workers: Processes that load images.
-        device: Device of the model. Default: that of its parameters.
+        device: Device of the model. Default: the device of its parameters.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -95,16 +96,16 @@ def evaluate(
     device: torch.device | str | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Compute SROCC on raw scores and PLCC after a logistic map (docs/METHOD.md §5).
+    """Compute SROCC on raw scores and PLCC on scores after a logistic map (docs/METHOD.md §5).
 
     Arguments that are not listed and errors are those of `predict`.
 
     Args:
-        dataset: As in `predict`, with the attributes `mos`, `names` and `labels`.
+        dataset: Dataset as in `predict`, with the attributes `mos`, `names` and `labels`.
         logistic: Map fitted on clean validation scores. Default: plain Pearson correlation.
 
     Returns:
-        The contents of `evaluation.json`: split, srocc, plcc, n, scores, mos, names, logistic and labels.
+        The contents of `evaluation.json`, with the keys split, srocc, plcc, n, scores, mos, names, logistic and labels.
     """
     scores = predict(model, dataset, batch_size=batch_size, workers=workers, device=device, progress=progress)
     mapped = scores if logistic is None else logistic(scores)

@@ -27,11 +27,11 @@ class WorkerError(RuntimeError):
 
 
 class Preempted(BaseException):
-    """SIGTERM arrived, and the training was saved. Like KeyboardInterrupt, this is not an `Exception`."""
+    """SIGTERM arrived, and the training was saved. Like KeyboardInterrupt, this class is not an `Exception`."""
 
 
 class Termination:
-    """Record SIGTERM during a block instead of ending the process. In other threads than the main one, do nothing.
+    """Record SIGTERM during a block instead of ending the process. Outside the main thread, do nothing.
 
     Attributes:
         received: Whether SIGTERM arrived.
@@ -44,7 +44,7 @@ class Termination:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Raise Preempted as soon as SIGTERM arrives in the block, or at once if it arrived before."""
+        """Raise Preempted when SIGTERM arrives in the block, or at once if SIGTERM arrived before."""
         self._at_once = True
         try:
             if self.received:
@@ -69,7 +69,7 @@ class Termination:
 
 
 def outlive_sigterm(worker: int) -> None:
-    """Ignore SIGTERM in a worker. Schedulers send it to every process, but the training process ends its workers."""
+    """Ignore SIGTERM in a worker. Schedulers send it to all processes, but the training process ends the workers."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
@@ -85,11 +85,12 @@ def _start(max_pixels: int | None, worker: int) -> None:
 
 @contextmanager
 def reading(loader: DataLoader[Any]) -> Iterator[Iterator[Any]]:
-    """Yield an iterator over a loader's batches; end its workers with the block, even if the loader fails to start.
+    """Yield an iterator over a loader's batches. The workers end with the block, even if the loader fails to start.
 
-    At exit, Python sends SIGTERM to workers, which ignore it, and waits for them. A traceback that keeps the iterator
-    alive would therefore keep the process alive. If the garbage collector ended the iterator, its threads might close
-    a pipe twice, and with it a file that was opened in between.
+    At exit, Python sends SIGTERM to the workers, which ignore the signal, and waits for the workers to end. A traceback
+    that keeps the iterator alive would therefore keep the process alive. If the garbage collector ended the iterator,
+    the iterator's threads might close the descriptor of a pipe twice, and thereby close a file that was opened in
+    between.
     """
     workers, threads = set(multiprocessing.active_children()), set(threading.enumerate())
     items: Any = None
@@ -103,7 +104,7 @@ def reading(loader: DataLoader[Any]) -> Iterator[Iterator[Any]]:
     finally:
         if loader.num_workers > 0:
             if items is not None:
-                with suppress(AttributeError):  # an iterator that failed early lacks attributes
+                with suppress(AttributeError):  # an iterator that failed early may not have these attributes
                     items._shutdown_workers()
             for worker in set(multiprocessing.active_children()) - workers:
                 with suppress(RuntimeError):  # torch raises it if a worker has died
@@ -115,7 +116,7 @@ def reading(loader: DataLoader[Any]) -> Iterator[Iterator[Any]]:
 
 
 def _half_made(error: BaseException) -> Any:
-    """Return the iterator whose construction raised the error; only the traceback refers to it."""
+    """Return the iterator whose construction raised the error. Only the traceback has a reference to this iterator."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         made = frame.f_locals.get("self")
         if hasattr(made, "_shutdown_workers"):
@@ -130,9 +131,9 @@ def is_worker_death(error: BaseException) -> bool:
 
 
 def reading_fault(error: Exception) -> Exception:
-    """Return a WorkerError or ValueError with a short message for an error of reading images, or other errors as is.
+    """Return a WorkerError or ValueError with a short message for an error of reading; return other errors unchanged.
 
-    The message of a worker's error is its whole traceback; its last line is the message that is kept.
+    The message of a worker's error is a whole traceback. Only its last line is kept.
     """
     if is_worker_death(error):
         return WorkerError(

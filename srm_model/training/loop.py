@@ -1,4 +1,4 @@
-"""The training loop, in one process or many (docs/METHOD.md §5)."""
+"""The training loop, in one or several processes (docs/METHOD.md §5)."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ from srm_model.training.seeding import deterministic, seeded
 from srm_model.training.state import Stored, load_tensors, read_state, save_state
 
 HISTORY = "history.jsonl"
-SKIPS = 3  # consecutive losses that are not finite, at which a training with a loss scaler ends
+SKIPS = 3  # with a loss scaler, training ends after this many consecutive losses that are not finite
 STEPPED, SKIPPED, FAILED = "stepped", "skipped", "failed"  # outcomes of a step
 
 
@@ -77,34 +77,38 @@ def train(
 ) -> list[dict[str, Any]]:
     """Train a model by the protocol of docs/METHOD.md §5.
 
-    The folder receives the best epoch by validation SROCC as a checkpoint (`model.safetensors`, `config.json`), the
-    last state and the one before (`state.safetensors`, `state.previous.safetensors`), `history.jsonl` and
-    `tensorboard/`. The model ends with the weights of the last epoch. With `config.weights_ema`, the average of the
-    weights is validated and saved.
+    The folder receives a checkpoint of the epoch with the best validation SROCC (`model.safetensors`, `config.json`),
+    the last state and the previous state (`state.safetensors`, `state.previous.safetensors`), `history.jsonl` and
+    `tensorboard/`. After training, the model has the weights of the last epoch. With `config.weights_ema`, the average
+    of the weights is validated and saved.
 
-    A state is written after every epoch, and when SIGTERM arrives. A resumed training gives the same result as one that
-    was never interrupted. Random numbers, including the shuffling, depend only on `config.seed` and the epoch.
+    A state is written after every epoch, and when SIGTERM arrives. A resumed training gives the same result as an
+    uninterrupted training. Random numbers, including those of shuffling, depend only on `config.seed` and the epoch.
 
-    In a process group (torchrun), every rank calls this function with the same arguments and the same folder. The ranks
-    share each batch; its statistics and losses are those of one process. Rank 0 writes.
+    In a process group (torchrun), every rank calls this function with the same arguments and the same folder. Each
+    batch is divided among the ranks. The statistics and losses of a batch are the same as in one process. Only rank 0
+    writes files.
 
     Args:
-        model: The model, not wrapped, with `backbone_name`, `neck_name` and `config` as `IQAModel`.
-        train_set: Pairs of image and normalised MOS, by index, with the attributes of `ImageQualityDataset`.
+        model: The model without wrappers. It has the attributes `backbone_name`, `neck_name` and `config`, like
+            `IQAModel`.
+        train_set: Dataset of pairs (image, normalised MOS), which are read by index. It has the attributes of
+            `ImageQualityDataset`.
         val_set: The validation set, in the same form.
         folder: Folder of the results.
-        config: Settings of the training. Default: the model's.
+        config: Settings of the training. Default: the model's config.
         workers: Processes that load images.
-        resume: Whether to resume from a state in the folder; otherwise start again and overwrite it.
+        resume: Whether to resume from a state in the folder. Otherwise training starts from the beginning and
+            overwrites the state.
         progress: Whether to show progress on stderr.
         device: Device of the training. Default: CUDA if available.
         freeze_backbone: Whether to keep the backbone's weights fixed.
-        save_every: Number of steps after which a state is written within an epoch.
+        save_every: Number of steps after which a state is also written within an epoch.
         compile: Backend of torch.compile for backbone and head, such as "inductor".
-        card: Facts to store in the checkpoint, beside the epoch, the validation results and the logistic map.
+        card: Facts to store in the checkpoint, in addition to the epoch, the validation results and the logistic map.
 
     Returns:
-        The history, one dictionary per epoch.
+        The history: a dictionary for each epoch.
 
     Raises:
         TypeError: The model is wrapped.
@@ -179,7 +183,7 @@ class _Run:
         self._batches(0)  # raises before anything is written
         if self.rank == 0:
             make_folder(self.folder)
-            for leftover in self.folder.glob(".*.partial*"):  # of an interrupted save
+            for leftover in self.folder.glob(".*.partial*"):  # files of an interrupted save
                 leftover.unlink(missing_ok=True)
         self.model.to(device=self.device, memory_format=torch.channels_last)
         self.optimizer = torch.optim.AdamW(
@@ -229,7 +233,7 @@ class _Run:
         )
 
     def _has_idle_parameters(self) -> bool:
-        """Return whether a score does not depend on some parameters, such as links into a stage that is not fused."""
+        """Return whether some parameters do not change the score, such as links into a stage that is not fused."""
         side = self.config.image_size
         image = torch.full((1, 3, side, side), 0.5, device=self.device)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -262,7 +266,7 @@ class _Run:
             yield writer
 
     def _save(self, progress: dict[str, Any] | None) -> None:
-        """Write the state after an epoch, or with its `progress` within one."""
+        """Write the state after an epoch, or, given the `progress`, within an epoch."""
         values = {
             "identity": self.identity,
             "scaler": self.scaler.state_dict(),
@@ -275,7 +279,7 @@ class _Run:
                 save_state(self.folder, self.model, self.optimizer, values, self.average)
 
     def _publish(self, *, whole: bool = True) -> None:
-        """Write the history, and the checkpoint if the last epoch is the best and the weights are those of its end."""
+        """Write the history. Write the checkpoint if the last epoch is the best and the weights are from its end."""
         # These files follow from the state, so resuming completes an interrupted write.
         if self.rank > 0:
             return
@@ -300,7 +304,7 @@ class _Run:
         return self.model if self.average is None else self.average
 
     def _train_epoch(self, epoch: int, begun: dict[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Train an epoch; return its row of the history, and its progress to save until it is validated."""
+        """Train an epoch; return its row of the history, and its progress, which is saved until validation ends."""
         config = self.config
         batches = self._batches(epoch)
         shares = [
@@ -381,7 +385,7 @@ class _Run:
         return {"epoch": epoch + 1, "lr": rates, **at.row(), **skipped}, at.to_dict()
 
     def _fetch(self, items: Iterator[Any], count: int, at: Progress) -> list[Any]:
-        """Load the micro-batches of a step. All ranks raise if one cannot read its own, or if SIGTERM reached one."""
+        """Load the micro-batches of a step. If one rank cannot read its images or gets SIGTERM, all ranks raise."""
         start = time.perf_counter()
         found, fault = [], None
         try:
@@ -402,7 +406,7 @@ class _Run:
             raise Preempted(str(at))
 
     def _any(self, condition: object) -> bool:
-        """Return whether the condition holds on any rank."""
+        """Return whether the condition is true on any rank."""
         held = bool(condition)
         if self.world > 1:
             held = bool(ranks.total(torch.tensor(float(held), device=self.device)))
@@ -410,7 +414,7 @@ class _Run:
 
     @contextmanager
     def _kept_if_a_worker_dies(self, at: Progress) -> Iterator[None]:
-        """Save what is possible if a worker dies; torch raises its error at any point of the program."""
+        """If a worker dies, save the progress if possible. torch raises the error at any point of the program."""
         try:
             yield
         except RuntimeError as error:
@@ -431,7 +435,7 @@ class _Run:
             self.average.load_state_dict(self.model.state_dict())
 
     def _step(self, parts: list[tuple[Tensor, Tensor]], count: int) -> tuple[dict[str, Tensor], str]:
-        """Make an optimiser step on this rank's share of a batch of `count` images; return losses and outcome."""
+        """Run an optimiser step on this rank's share of a batch of `count` images; return losses and outcome."""
         statistics = self._survey(parts) if len(parts) > 1 else None
         self.optimizer.zero_grad(set_to_none=True)
         found = []
@@ -452,9 +456,9 @@ class _Run:
     def _losses(
         self, images: Tensor, mos: Tensor, statistics: BatchStatistics | None, share: float
     ) -> dict[str, Tensor]:
-        """Return losses whose means over micro-batches and ranks are those of the batch.
+        """Return losses whose means over micro-batches and ranks are the losses of the batch.
 
-        share: Size of this micro-batch relative to the mean size.
+        share: Size of this micro-batch, relative to the mean size.
         """
         config = self.config
         regularised = config.weight_gradient > 0
@@ -480,7 +484,10 @@ class _Run:
 
     @torch.no_grad()
     def _survey(self, parts: list[tuple[Tensor, Tensor]]) -> BatchStatistics | None:
-        """Compute the statistics of a batch by a first pass without gradients, with the draws of the second pass."""
+        """Compute a batch's statistics in a first pass without gradients.
+
+        The first pass draws the same random numbers as the second pass.
+        """
         if not isinstance(self.model.neck, SRMNeck):
             return None
         statistics = BatchStatistics()
@@ -494,7 +501,7 @@ class _Run:
         return statistics
 
     def _communicating(self, last: bool) -> AbstractContextManager[Any]:
-        """Exchange gradients between ranks with the last micro-batch only."""
+        """Exchange gradients between ranks only after the last micro-batch."""
         if last or not isinstance(self.forward, DistributedDataParallel):
             return nullcontext()
         return self.forward.no_sync()
@@ -507,7 +514,7 @@ class _Run:
         return dict(zip(found[0], ranks.total(own) / self.world, strict=True))
 
     def _update(self, loss: Tensor, norm: Tensor) -> str:
-        """Make the optimiser's step if loss and gradient are finite; return the outcome."""
+        """Run the optimiser's step if loss and gradient are finite; return the outcome."""
         loss_finite, norm_finite = torch.isfinite(torch.stack([loss, norm.float()])).tolist()
         if loss_finite and norm_finite:
             self.scaler.step(self.optimizer)
@@ -516,7 +523,7 @@ class _Run:
             return STEPPED
         if not self.scaler.is_enabled():
             return FAILED
-        # An overflow of gradients at a scale above 1 is no divergence; the scaler skips the step and lowers its scale.
+        # Gradients that overflow at a scale above 1 are no divergence. The scaler skips the step and lowers the scale.
         outcome = FAILED if not loss_finite or self.scaler.get_scale() <= 1 else SKIPPED
         self.scaler.update()
         return outcome
@@ -533,7 +540,7 @@ class _Run:
         )
 
     def _validate(self, row: dict[str, Any], done: dict[str, Any]) -> dict[str, Any]:
-        """Validate the epoch; on any error, save the training of the epoch first."""
+        """Validate the epoch. On any error, save the training of this epoch before raising the error."""
         try:
             with self.termination.at_once():
                 return self._judge(row)

@@ -1,4 +1,4 @@
-"""Parameter groups, learning-rate schedule and precision (docs/METHOD.md §5)."""
+"""Parameter groups, learning-rate schedule and precision of training (docs/METHOD.md §5)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from srm_model.config import SRMConfig
 def parameter_groups(model: nn.Module, config: SRMConfig) -> list[dict[str, Any]]:
     """Return parameter groups for AdamW: backbone and other parameters, each with and without weight decay.
 
-    Parameters of at most one dimension (norms, biases, scalars) and tables of position biases have no weight decay.
-    Frozen parameters are in no group. The schedule sets the `lr` of a group to a factor times its `base_lr`.
+    Parameters with at most one dimension (norms, biases, scalars) and tables of position biases have no weight decay.
+    Frozen parameters are in no group. The schedule sets the `lr` of each group to its `base_lr` times a factor.
     """
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
@@ -40,9 +40,10 @@ def parameter_groups(model: nn.Module, config: SRMConfig) -> list[dict[str, Any]
 
 
 def lr_factor(step: int, *, steps: int, warmup: int) -> float:
-    """Return the factor of the learning rate at `step`, from 0.
+    """Return the factor of the learning rate at `step`, which counts from 0.
 
-    It rises linearly from 1/warmup to 1 in `warmup` steps, then falls along a cosine to 0 after the last of `steps`.
+    The factor rises linearly from 1/warmup to 1 in `warmup` steps. Then it decays by a cosine and reaches 0 after
+    `steps` steps.
     """
     if step < warmup:
         return (step + 1) / warmup
@@ -50,13 +51,13 @@ def lr_factor(step: int, *, steps: int, warmup: int) -> float:
 
 
 def warmup_steps(config: SRMConfig, steps_per_epoch: int) -> int:
-    """Return the steps of the config's warm-up epochs, but at most a quarter of all steps."""
+    """Return the number of steps in the config's warm-up epochs, at most a quarter of all steps."""
     return min(config.warmup_epochs * steps_per_epoch, config.epochs * steps_per_epoch // 4)
 
 
 @torch.no_grad()
 def average_weights(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """Update an average of weights with decay min(decay, (1 + t) / (10 + t)) at step t. Buffers are copied."""
+    """Update the average of the weights with decay min(decay, (1 + t) / (10 + t)) at step t. Buffers are copied."""
     weight = 1 - min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_([*average.parameters()], [*model.parameters()], weight)
     for own, other in zip(average.buffers(), model.buffers(), strict=True):

@@ -1,4 +1,4 @@
-"""Progress and measurements of an epoch."""
+"""Track the progress and the measurements of an epoch."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ _KEPT = ("step", "seen", "counted", "seconds", "waited", "skipped", "failures")
 
 
 class Progress:
-    """Progress of an epoch, which counts from 0. Losses are those of whole batches; times are those of this process."""
+    """Progress of an epoch. Epochs count from 0, losses are losses of whole batches, and times are of this process."""
 
     def __init__(self, epoch: int, steps: int, device: torch.device) -> None:
         self.epoch, self.steps, self.device = epoch, steps, device
         self.step = 0  # finished optimiser steps
         self.seen = 0  # images
-        self.counted = 0  # images whose losses are in `sums`, without those of failed steps
+        self.counted = 0  # images whose losses are in `sums`; images of failed steps are not counted
         self.seconds = 0.0
-        self.waited = 0.0  # seconds of waiting for data
+        self.waited = 0.0  # seconds spent waiting for data
         self.skipped = 0  # steps that the loss scaler skipped
         self.failures = 0  # consecutive losses that were not finite
         self.whole = True  # false within a step
         self.sums: dict[str, Tensor] = {}  # losses times images
-        self._capped = torch.zeros(2, device=device)  # this rank's images with an active gain cap, and all
+        self._capped = torch.zeros(
+            2, device=device
+        )  # this rank's numbers of images: with an active gain cap, and all
 
     @property
     def done(self) -> bool:
@@ -38,7 +40,7 @@ class Progress:
         return f"epoch {self.epoch + 1}, step {self.step} of {self.steps}"
 
     def add(self, losses: dict[str, Tensor] | None, images: int, *, skipped: bool) -> None:
-        """Add a step on a batch of so many images, with its mean losses, or None if they are not finite."""
+        """Add a step on a batch of `images` images. `losses` are mean losses, or None if they are not finite."""
         if losses is not None:
             for name, value in losses.items():
                 self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value * images
@@ -55,7 +57,7 @@ class Progress:
             self._capped = self._capped + torch.stack([acted, torch.full_like(acted, len(gain))])
 
     def row(self) -> dict[str, Any]:
-        """Return mean losses, the share of capped images, the speed and the share of time spent waiting for data."""
+        """Return mean losses, the share of capped images, the throughput and the share of time spent on loading."""
         capped, images = ranks.total(self._capped).tolist()
         return {
             **{name: float(value) / self.counted for name, value in self.sums.items()},
@@ -75,7 +77,7 @@ class Progress:
         }
 
     def resume(self, values: dict[str, Any]) -> None:
-        """Restore the result of `to_dict`, also with another number of ranks."""
+        """Restore the result of `to_dict`. The number of ranks may differ."""
         rank, _ = ranks.place()
         for name in _KEPT:
             setattr(self, name, values[name])

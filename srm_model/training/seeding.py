@@ -17,11 +17,11 @@ import torch.utils.deterministic
 def seeded(*entropy: int, rank: int = 0) -> Iterator[None]:
     """Seed the generators of Python, NumPy and PyTorch from non-negative integers for the block, then restore them.
 
-    Ranks share the seeds of all generators except the GPU's. Draws for a whole batch are made on the CPU.
+    All ranks use the same seeds, except for the generator of the GPU. Draws for a whole batch are made on the CPU.
     """
     seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 — the global state is restored
-    # Only the GPU in use, because reading the state of another one would initialise it.
+    # Only the current GPU, because reading the state of another GPU would initialise that GPU.
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices):
         random.seed(seed)
@@ -69,7 +69,10 @@ def _decoded(text: str) -> torch.Tensor:
 
 @contextmanager
 def deterministic(enabled: bool) -> Iterator[None]:
-    """Use deterministic algorithms in the block; PyTorch warns where it has none. Then restore the settings."""
+    """Use deterministic algorithms in the block, then restore the settings.
+
+    If PyTorch has no deterministic algorithm for an operation, it warns.
+    """
     if not enabled:
         yield
         return

@@ -1,7 +1,8 @@
-"""Training states, from which an interrupted training resumes: `state.safetensors`, and the previous one beside it.
+"""Save and load training states, from which an interrupted training resumes.
 
-The tensors are those of the model, the optimiser and, if there is one, the average. Everything else is JSON in the
-file's metadata, so that one rename replaces the whole state.
+`state.safetensors` is the last state, and the previous state is in the same folder. A state has the tensors of the
+model, of the optimiser and, if it exists, of the average. All other values are JSON in the file's metadata, so that a
+single rename replaces the whole state.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def save_state(
     values: dict[str, Any],
     average: nn.Module | None = None,
 ) -> None:
-    """Write a state, with JSON `values`, atomically, and keep the old one as the previous state.
+    """Write a state with JSON `values` atomically. The old state becomes the previous state.
 
     Raises:
         OSError: The file cannot be written, for example because the disk is full. The old state is unchanged.
@@ -62,10 +63,10 @@ def save_state(
 
 
 def read_state(folder: Path) -> Stored | None:
-    """Return the newest readable state in a folder, or None without one.
+    """Return the newest readable state in a folder, or None if there is no state.
 
-    If the state is damaged and the previous one is not, warn and rename the damaged one, so that it cannot become the
-    previous state.
+    If the last state is damaged and the previous state is readable, warn and rename the damaged file, so that it cannot
+    become the previous state.
 
     Raises:
         ValueError: All states in the folder are damaged.
@@ -106,7 +107,7 @@ def _flush(path: Path) -> None:
 
 
 def _rotate(folder: Path) -> None:
-    """Link the state to the previous state's name, so that the state's own name always exists."""
+    """Link the state to the name of the previous state. Unlike a rename, this keeps the state's own name."""
     if not (folder / STATE).exists():
         return
     with atomic_path(folder / PREVIOUS) as temporary:

@@ -30,6 +30,7 @@ LANGUAGES = {"python", "sh", "toml", "text"}  # `text` is what a command prints,
 # Blocks tagged `slow`: they install, run the test suite, or train and measure for minutes. None else is skipped.
 SLOW = {
     "README.md": 2,
+    "docs/DATASETS.md": 1,
     "docs/GUIDE.md": 1,
     "CONTRIBUTING.md": 1,
     "experiments/README.md": 1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from bench import opinions
+from srm_model.profiling.results import read
 
 
 def row(kind: int, mos: list[float], metric: list[float]) -> dict[str, object]:
@@ -50,3 +52,22 @@ def test_rows_are_added_and_none_twice(tmp_path: Path, capsys: pytest.CaptureFix
     assert (found["photograph"], found["type"], found["mos"]) == (7, 16, [5.5, 4.5, 3.5, 2.5, 1.5])
     assert all(0 < value <= 1 for name in opinions.METRICS for value in found[name])
     assert "mean shift" in capsys.readouterr().out
+
+
+def test_the_page_of_the_datasets_has_the_figures_of_the_rows():
+    rows = read(opinions.RESULTS / "cpu" / "opinions.jsonl")
+    assert {(found["photograph"], found["type"]) for found in rows} == set(
+        product(range(1, 25), range(1, 25))
+    )
+    page = (Path(__file__).parents[2] / "docs" / "DATASETS.md").read_text(encoding="utf-8")
+    for name, chosen in (
+        ("these images", rows),
+        (
+            "these images without type 18, change of colour saturation",
+            [found for found in rows if found["type"] != 18],
+        ),
+    ):
+        cells = [f"{opinions.correlation(chosen, metric):.3f}" for metric in opinions.METRICS]
+        assert f"| {name} | {' | '.join(cells)} |" in page
+    published = [f"{opinions.PUBLISHED[metric]:.3f}" for metric in opinions.METRICS]
+    assert f"| published for TID2013 | {' | '.join(published)} |" in page

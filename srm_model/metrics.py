@@ -39,8 +39,8 @@ def srocc(scores: Values, mos: Values) -> float:
 def plcc(scores: Values, mos: Values) -> float:
     """Compute Pearson's linear correlation, without a logistic map. Arguments, result and errors are as in `srocc`.
 
-    The usual PLCC of the literature is computed on mapped scores: `plcc(LogisticMap.fit(val_scores, val_mos)(scores),
-    mos)`.
+    The usual PLCC of the literature is computed on mapped scores: ``plcc(LogisticMap.fit(val_scores, val_mos)(scores),
+    mos)``.
     """
     x, y = _pair(scores, mos)
     return _pearson(x, y) if np.isfinite(x).all() else math.nan

@@ -20,25 +20,25 @@ NAMES = {"mma": "tensor cores", "alu": "integer", "imad": "integer multiply", "x
 Row = dict[str, Any]
 
 
-class Aim(NamedTuple):
+class Target(NamedTuple):
     """Two simulated times of a kernel in µs: the time before the kernel was tuned by these counts, and the target."""
 
     workload: str
     kernel: str
     before: float
-    aim: float
+    target: float
 
 
 TUNED = "RTX 4090"
-AIMS = (
-    Aim("neck, DyT, training", "tokens_kernel", 645, 330),
-    Aim("neck, training", "absorbed_kernel", 386, 220),
-    Aim("neck, DyT, training", "attention_backward_kernel", 466, 250),
-    Aim("neck, key sides", "tokens_backward_kernel", 83, 25),
-    Aim("attention", "backward_kernel", 338, 240),
-    Aim("neck, key sides", "context_kernel", 64, 40),
-    Aim("neck, key sides", "system_backward_kernel", 42, 25),
-    Aim("attention", "forward_kernel", 134, 134),
+TARGETS = (
+    Target("neck, DyT, training", "tokens_kernel", 645, 330),
+    Target("neck, training", "absorbed_kernel", 386, 220),
+    Target("neck, DyT, training", "attention_backward_kernel", 466, 250),
+    Target("neck, key sides", "tokens_backward_kernel", 83, 25),
+    Target("attention", "backward_kernel", 338, 240),
+    Target("neck, key sides", "context_kernel", 64, 40),
+    Target("neck, key sides", "system_backward_kernel", 42, 25),
+    Target("attention", "forward_kernel", 134, 134),
 )
 
 
@@ -111,7 +111,7 @@ def page(found: Iterable[Row]) -> str:
     """Return the rows as a page of tables, one for each GPU."""
     parts = [
         "# Simulated limits of the kernels\n",
-        "Written by `python -m bench.ptx --report`; the rows are in `kernels.jsonl` beside this page. **No GPU has run "
+        "Written by `python -m bench.ptx --report`; the rows are in `kernels.jsonl` in the same folder. **No GPU has run "
         "this.** Instructions are counted on the PTX emulator at the article's shapes (512² image, pvt_v2_b2 maps, "
         f"C = 256, H = 8, r = 64, B = {BATCH}). A time is that of the busiest unit and includes no latency. The floor "
         "is the larger of bytes over bandwidth and distinct matrix products over their rate; the share of the floor "
@@ -122,7 +122,7 @@ def page(found: Iterable[Row]) -> str:
     for row in found:
         by_gpu.setdefault(row["gpu"], []).append(row)
     if TUNED in by_gpu:
-        parts += [_aims(by_gpu[TUNED])]
+        parts += [_targets(by_gpu[TUNED])]
     header = ["workload", "kernel", "time, µs", "limited by", "floor, µs", "share of the floor, %"]
     header += [f"{NAMES.get(unit, unit)}, µs" for unit in UNITS] + ["products repeated", "warps", "registers"]
     for gpu, lines in by_gpu.items():
@@ -139,25 +139,25 @@ def page(found: Iterable[Row]) -> str:
     return "\n".join(parts)
 
 
-def _aims(rows: Sequence[Row]) -> str:
+def _targets(rows: Sequence[Row]) -> str:
     """Return the table of what tuning by these counts has reached on one GPU."""
     times = {(row["workload"], row["kernel"]): row for row in rows}
     lines = []
-    for workload, kernel, before, aim in AIMS:
+    for workload, kernel, before, target in TARGETS:
         row = times.get((workload, kernel))
         if row is not None:
-            missed = round(row["us"]) > aim
+            missed = round(row["us"]) > target
             lines.append(
                 [
-                    workload, kernel, f"{before:.0f}", f"{aim:.0f}",
+                    workload, kernel, f"{before:.0f}", f"{target:.0f}",
                     f"{row['us']:.0f}{' (missed)' if missed else ''}", f"{100 * row['share_of_floor']:.0f}",
                     NAMES.get(row["limit"], row["limit"]),
                 ]
             )  # fmt: skip
-    header = ["workload", "kernel", "before, µs", "aim, µs", "now, µs", "share of the floor, %", "limited by"]
+    header = ["workload", "kernel", "before, µs", "target, µs", "now, µs", "share of the floor, %", "limited by"]
     words = (
         "Before: the kernels as they were when this emulator first counted them. DyT and its gradient were passes of "
         "their own over full-resolution tensors, 175 and 267 µs; `squash_kernel` and `squash_backward_kernel` now "
-        "compute them beside the matrix products, in the time that their bytes take.\n"
+        "compute them together with the matrix products, in the time that their bytes take.\n"
     )
     return f"## Tuned by these counts: {TUNED}\n\n{markdown(header, lines, words=2)}\n{words}"

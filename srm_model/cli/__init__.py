@@ -261,7 +261,13 @@ def _add_synthesize(parser: argparse.ArgumentParser) -> None:
         metavar="WxH",
         help="keep the centre of each photograph at this size (default: 512x384 with --opinions)",
     )
-    add("--types", type=positive, nargs="+", metavar="T", help="distortion types, 1 to 24 (default: all)")
+    add(
+        "--types",
+        type=positive,
+        nargs="+",
+        metavar="T",
+        help="distortion types, 1 to 24 (default: all; with --opinions, all but 16, 17 and 18)",
+    )
     add("--levels", type=positive, nargs="+", metavar="L", help="levels, 1 to 5 (default: all)")
     add("--metric", help="label images by this metric of piq (default: vsi)")
     add(

@@ -50,7 +50,7 @@ def synthesize(
     packaged: bool | None = None,
     image_size: int | None = None,
     crop: tuple[int, int] | None = None,
-    types: Iterable[int] = range(1, 25),
+    types: Iterable[int] | None = None,
     levels: Iterable[int] = range(1, 6),
     seed: int = SRMConfig.seed,
     metric: str | None = None,
@@ -73,7 +73,8 @@ def synthesize(
         image_size: Side in pixels to which the central square of each photograph is resized. None keeps the size.
         crop: Width and height in pixels of the centre crop of each photograph, instead of `image_size`. With `opinions`
             and without `image_size` the default is 512×384, the size of TID2013's images.
-        types: Types of distortion, 1 to 24 (`srm_model.data.distortions`).
+        types: Types of distortion, 1 to 24 (`srm_model.data.distortions`). None selects all types, and with `opinions` all
+            but `opinions.LEFT_OUT`.
         levels: Levels, 1 to 5.
         seed: Seed of the distortions. Each image depends only on the seed, its reference, its type and its level.
         metric: Full-reference metric of piq that gives the labels: "vsi" (default), "fsim", "ssim" or "haarpsi". Its
@@ -95,6 +96,8 @@ def synthesize(
             `LABEL_TOLERANCE`.
     """
     out = Path(out)
+    if types is None:
+        types = [kind for kind in range(1, 25) if opinions is None or kind not in people.LEFT_OUT]
     types, levels = _choice("types", types, 24), _choice("levels", levels, 5)
     if opinions is not None and (metric is not None or labels is not None or packaged):
         raise ValueError(

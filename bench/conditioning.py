@@ -88,10 +88,10 @@ def calls(logits: Tensor, rhs: Tensor) -> dict[str, Call]:
 
 
 def best(functions: dict[str, Call], device: torch.device, repeats: int) -> dict[str, float]:
-    """Return the least milliseconds of calls that take turns.
+    """Time several calls in turns (first, second, …, first, second, …); return the shortest time of each in ms.
 
-    The least time is used and not the median, because other work on the machine only adds time. A call that takes more
-    than a tenth of a second is timed twice only, and not queued.
+    The shortest time is used instead of the median, because other work on the machine can only add time. On a GPU, a
+    measurement is the mean of `QUEUED` launches. A call that takes longer than 0.1 s is timed twice, one launch each.
     """
     first = {name: milliseconds(call, device, 1) for name, call in functions.items()}
     times: dict[str, list[float]] = {name: [] for name in functions}

@@ -1,7 +1,8 @@
 """How operators cast their arguments under autocast.
 
-Tensors of one dtype keep it, so that autocast alone never changes an operator's precision. As in torch, fp64 is never
-cast. Without autocast nothing is cast, and tensors of different dtypes are a TypeError.
+If all tensors of a call have the same dtype, they keep it, so that autocast alone never changes an operator's
+precision. If their dtypes differ, the functions of this module cast them to a common dtype. As in torch, fp64 is never
+cast. Without autocast nothing is cast, and tensors of different dtypes raise a TypeError.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ class Verdict:
     Attributes:
         key: The device and the versions for which the rows hold.
         rows: One row for each operator, backend, dtype and shape; `checked_row` lists the fields.
-        unfinished: Groups whose measurement was interrupted: the verdict does not decide them.
+        unfinished: Pairs of operator and dtype whose measurement was interrupted. The verdict does not cover them.
         origin: "this machine" or "shipped".
     """
 

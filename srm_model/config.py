@@ -96,6 +96,7 @@ class SRMConfig:
     adversarial_eps: float = 0.0  # ε of PGD adversarial training; 0 is off; "l2" at 512², scaled by √(HW)/512
     adversarial_norm: str = "linf"  # one of NORMS
     adversarial_steps: int = 3  # (c) steps of 2.5 ε/steps ("linf") or 4 ε/steps ("l2")
+    adversarial_warmup: int = 0  # epochs in which ε rises linearly to `adversarial_eps`
 
     # Attacks (§6)
     attack_steps: int = 40
@@ -276,7 +277,7 @@ def _check_values(config: SRMConfig) -> None:
     ).split():
         require(getattr(config, name) >= 1, name, "at least 1")
     for name in (
-        "warmup_epochs weight_tau weight_entropy weight_balance weight_gradient weight_decay pair_margin ridge "
+        "warmup_epochs adversarial_warmup weight_tau weight_entropy weight_balance weight_gradient weight_decay pair_margin ridge "
         "seed"
     ).split():
         require(getattr(config, name) >= 0, name, "zero or more")

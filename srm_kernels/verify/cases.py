@@ -1,8 +1,9 @@
 """The cases to verify: every operator with kernels, at several shapes.
 
-Inputs are standard normal numbers in float64, equal for all dtypes up to rounding. A shape is one link of a neck and
-its maps. Options that select other kernels (normalisation, DyT) differ between shapes, so that all kernels are checked.
-Other calls under the same verdict are checked at every shape: the `forms` of an operator and its call in training.
+Inputs are standard normal numbers in float64, equal for all dtypes up to rounding. A "shape" means the sizes of one
+link of a neck and of the maps that this link reads. Options that select other kernels (normalisation, DyT) differ
+between shapes, so that all kernels are checked. The verdict on an operator also covers its other variants (`forms`) and
+its call in training, so these are checked at every shape too.
 """
 
 from __future__ import annotations

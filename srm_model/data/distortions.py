@@ -326,7 +326,8 @@ def _block_distortions(image: Planes, level: int, rng: np.random.Generator) -> P
     """Square blocks, each of one colour. Higher levels have fewer and stronger blocks, at the same PSNR.
 
     Few strong blocks disturb people less than many weak ones of the same PSNR: opinions in TID2013 rise with the level.
-    The colour of a block is its mean plus an offset. If such blocks alone exceed the error, some texture stays.
+    The colour of a block is the mean of the photograph there plus an offset. If the error exceeds that of `BLOCK_PSNR`
+    even without the offset, the blocks keep some of the photograph's texture.
     """
     height, width = image.shape[:2]
     side = round(min(height, width) / 12)

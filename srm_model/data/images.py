@@ -162,7 +162,9 @@ def open_rgb(path: str | Path) -> Image.Image:
 
 @contextmanager
 def pixel_limit(pixels: int | None) -> Iterator[None]:
-    """Set Pillow's limit of an image's pixels within the block, for the whole process.
+    """Within the `with` block, set Pillow's limit on the number of pixels per image.
+
+    The limit applies to the whole process, so also to other threads.
 
     Warnings about images above half the limit and about broken EXIF data are ignored, because such images can be read.
 

@@ -58,14 +58,16 @@ def gradient_norm(
     return (moved.float() - scores.float()).abs().mean() / config.gradient_step
 
 
-def adversarial(model: nn.Module, images: Tensor, mos: Tensor, config: SRMConfig, *seed: int) -> Tensor:
+def adversarial(
+    model: nn.Module, images: Tensor, mos: Tensor, config: SRMConfig, *seed: int, share: float = 1.0
+) -> Tensor:
     """Return adversarial images for training, by PGD on the squared error from one random start (Madry et al., 2018).
 
-    The attack runs in evaluation mode and fp32. The budget `config.adversarial_eps` is scaled as in `Suite`.
+    The attack runs in evaluation mode and fp32. The budget is `share` of `config.adversarial_eps`, scaled as in `Suite`.
     """
     settings: dict[str, Any] = {
         "norm": config.adversarial_norm,
-        "eps": norm_of(config.adversarial_norm).radius(config.adversarial_eps, images[0]),
+        "eps": norm_of(config.adversarial_norm).radius(share * config.adversarial_eps, images[0]),
         "steps": config.adversarial_steps,
         "restarts": 1,
         "generator": torch.Generator().manual_seed(derived_seed(*seed)),

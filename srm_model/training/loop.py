@@ -48,6 +48,7 @@ from srm_model.training.optimisation import (
     average_weights,
     lr_factor,
     parameter_groups,
+    warmup_share,
     warmup_steps,
 )
 from srm_model.training.progress import Progress
@@ -359,8 +360,9 @@ class _Run:
                     group["lr"] = factor * group["base_lr"]
                 if config.adversarial_eps > 0:
                     seed = (config.seed, epoch, index, self.rank)
+                    share = warmup_share(step, config.adversarial_warmup * len(batches))
                     parts = [
-                        (adversarial(self.model, images, mos, config, *seed, number), mos)
+                        (adversarial(self.model, images, mos, config, *seed, number, share=share), mos)
                         for number, (images, mos) in enumerate(parts)
                     ]
                 losses, outcome = self._step(parts, len(batch))

@@ -46,8 +46,13 @@ def lr_factor(step: int, *, steps: int, warmup: int) -> float:
     `steps` steps.
     """
     if step < warmup:
-        return (step + 1) / warmup
+        return warmup_share(step, warmup)
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+def warmup_share(step: int, warmup: int) -> float:
+    """Return a factor that rises linearly from 1/warmup to 1 in `warmup` steps. `step` counts from 0."""
+    return 1.0 if step >= warmup else (step + 1) / warmup
 
 
 def warmup_steps(config: SRMConfig, steps_per_epoch: int) -> int:

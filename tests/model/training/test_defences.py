@@ -131,8 +131,8 @@ def test_adversarial_batches_are_pgd_s_of_their_seed(monkeypatch: pytest.MonkeyP
     seeds: list[tuple[int, ...]] = []
     genuine = loop.adversarial
 
-    def spy(model: Any, images: Tensor, *rest: Any) -> Tensor:
-        attacked = genuine(model, images, *rest)
+    def spy(model: Any, images: Tensor, *rest: Any, **options: Any) -> Tensor:
+        attacked = genuine(model, images, *rest, **options)
         seen.append((images.clone(), attacked.clone()))
         seeds.append(rest[2:])
         return attacked
@@ -161,6 +161,22 @@ def test_adversarial_batches_are_pgd_s_of_their_seed(monkeypatch: pytest.MonkeyP
     far = CONFIG.replace(adversarial_eps=64.0, adversarial_norm="l2")
     moved = (adversarial(model, images, mos, far, 0) - images).flatten(1).norm(dim=1)
     assert (moved <= 64 * 8 / 512).all()  # stated at 512²
+
+
+def test_the_budget_rises_linearly_during_its_warm_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Five steps an epoch: the warm-up of one epoch gives 1/5 to 5/5 of the budget, the second epoch all of it."""
+    config = CONFIG.replace(adversarial_eps=0.05, adversarial_steps=2, adversarial_warmup=1, epochs=2)
+    largest: list[float] = []
+    genuine = loop.adversarial
+
+    def spy(model: Any, images: Tensor, *rest: Any, **options: Any) -> Tensor:
+        attacked = genuine(model, images, *rest, **options)
+        largest.append(float((attacked - images).abs().max()))
+        return attacked
+
+    monkeypatch.setattr(loop, "adversarial", spy)
+    fit(tmp_path, config)
+    assert largest == pytest.approx([0.01, 0.02, 0.03, 0.04, 0.05, *[0.05] * 5], abs=1e-6)
 
 
 @pytest.mark.parametrize("neck", ["srm", "quadratic", "none"])

@@ -277,8 +277,8 @@ def _check_values(config: SRMConfig) -> None:
     ).split():
         require(getattr(config, name) >= 1, name, "at least 1")
     for name in (
-        "warmup_epochs adversarial_warmup weight_tau weight_entropy weight_balance weight_gradient weight_decay pair_margin ridge "
-        "seed"
+        "warmup_epochs weight_tau weight_entropy weight_balance weight_gradient weight_decay pair_margin ridge "
+        "adversarial_warmup seed"
     ).split():
         require(getattr(config, name) >= 0, name, "zero or more")
     for name in (

@@ -111,8 +111,8 @@ def page(found: Iterable[Row]) -> str:
     """Return the rows as a page of tables, one for each GPU."""
     parts = [
         "# Simulated limits of the kernels\n",
-        "Written by `python -m bench.ptx --report`; the rows are in `kernels.jsonl` in the same folder. **No GPU has run "
-        "this.** Instructions are counted on the PTX emulator at the article's shapes (512² image, pvt_v2_b2 maps, "
+        "Written by `python -m bench.ptx --report`; the rows are in `kernels.jsonl` in the same folder. **No GPU has "
+        "run this.** Instructions are counted on the PTX emulator at the article's shapes (512² image, pvt_v2_b2 maps, "
         f"C = 256, H = 8, r = 64, B = {BATCH}). A time is that of the busiest unit and includes no latency. The floor "
         "is the larger of bytes over bandwidth and distinct matrix products over their rate; the share of the floor "
         "is the floor divided by the time. The H100 appears twice because its mma.sync reaches half of the rate of "
@@ -154,7 +154,15 @@ def _targets(rows: Sequence[Row]) -> str:
                     NAMES.get(row["limit"], row["limit"]),
                 ]
             )  # fmt: skip
-    header = ["workload", "kernel", "before, µs", "target, µs", "now, µs", "share of the floor, %", "limited by"]
+    header = [
+        "workload",
+        "kernel",
+        "before, µs",
+        "target, µs",
+        "now, µs",
+        "share of the floor, %",
+        "limited by",
+    ]
     words = (
         "Before: the kernels as they were when this emulator first counted them. DyT and its gradient were passes of "
         "their own over full-resolution tensors, 175 and 267 µs; `squash_kernel` and `squash_backward_kernel` now "

@@ -73,8 +73,8 @@ def synthesize(
         image_size: Side in pixels to which the central square of each photograph is resized. None keeps the size.
         crop: Width and height in pixels of the centre crop of each photograph, instead of `image_size`. With `opinions`
             and without `image_size` the default is 512×384, the size of TID2013's images.
-        types: Types of distortion, 1 to 24 (`srm_model.data.distortions`). None selects all types, and with `opinions` all
-            but `opinions.LEFT_OUT`.
+        types: Types of distortion, 1 to 24 (`srm_model.data.distortions`). None selects all types, and with
+            `opinions` all but `opinions.LEFT_OUT`.
         levels: Levels, 1 to 5.
         seed: Seed of the distortions. Each image depends only on the seed, its reference, its type and its level.
         metric: Full-reference metric of piq that gives the labels: "vsi" (default), "fsim", "ssim" or "haarpsi". Its

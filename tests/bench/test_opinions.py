@@ -8,9 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from bench import opinions
+from srm_model.data.labels import import_piq
+from srm_model.data.opinions import LEFT_OUT
 from srm_model.profiling.results import read
 
 
@@ -25,7 +28,21 @@ def test_the_summary_has_each_type_and_all_beside_the_published_figures():
     assert lines[2].split()[-3:] == ["-1.000"] * 3
     assert [text[-1] for text in lines[3].split()[1:]] == ["!"] * 3
     assert [float(text[:-1]) for text in lines[3].split()[1:]] == pytest.approx([0.0] * 3, abs=1e-3)
-    assert lines[4].split()[-3:] == ["0.897", "0.802", "0.637"]
+    assert lines[4].split()[:2] == ["without", "types"]
+    assert lines[4].split()[-3:] == ["1.000!"] * 3  # type 17 is left out
+    assert lines[5].split()[-3:] == ["0.897", "0.802", "0.637"]
+
+
+def test_ssim_is_that_of_the_luminance_at_full_resolution():
+    """Chroma that leaves the luminance unchanged does not change the score; downsampling would, for fine noise."""
+    rng = np.random.default_rng(0)
+    grey = torch.full((1, 3, 384, 384), 0.5)
+    chroma = torch.tensor([0.587, -0.299, 0.0]).view(1, 3, 1, 1) * 0.2  # of luminance 0
+    piq = import_piq()
+    assert float(opinions._scores(piq, grey + chroma, grey)["ssim"]) == pytest.approx(1.0, abs=1e-4)
+    noisy = (grey + 0.1 * torch.from_numpy(rng.standard_normal((1, 1, 384, 384), np.float32))).clamp(0, 1)
+    full = float(opinions._scores(piq, noisy, grey)["ssim"])
+    assert full < 0.5 * float(piq.ssim(noisy, grey, data_range=1.0))
 
 
 def test_rows_are_added_and_none_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -61,13 +78,13 @@ def test_the_page_of_the_datasets_has_the_figures_of_the_rows():
     )
     page = (Path(__file__).parents[2] / "docs" / "DATASETS.md").read_text(encoding="utf-8")
     for name, chosen in (
-        ("these images", rows),
+        ("these images, all types", rows),
         (
-            "these images without type 18, change of colour saturation",
-            [found for found in rows if found["type"] != 18],
+            "these images without types 16, 17 and 18 (default)",
+            [found for found in rows if found["type"] not in LEFT_OUT],
         ),
     ):
         cells = [f"{opinions.correlation(chosen, metric):.3f}" for metric in opinions.METRICS]
         assert f"| {name} | {' | '.join(cells)} |" in page
     published = [f"{opinions.PUBLISHED[metric]:.3f}" for metric in opinions.METRICS]
-    assert f"| published for TID2013 | {' | '.join(published)} |" in page
+    assert f"| published for TID2013, all types | {' | '.join(published)} |" in page

@@ -377,6 +377,23 @@ def test_opinions_are_those_of_photograph_type_and_level(tmp_path, numbered, opi
     np.testing.assert_array_equal(reference, np.array(Image.open(numbered / "10.png"))[13:77, 20:100])
 
 
+def test_opinions_leave_out_types_unless_they_are_named(tmp_path, numbered, opinions):
+    lines = [f"5.0 i{photo:02}_{kind:02}_1.bmp" for photo in range(1, 25) for kind in range(1, 25)]
+    opinions.write_text("\n".join(lines))
+    settings = {
+        "photographs": numbered,
+        "opinions": opinions,
+        "crop": (80, 64),
+        "levels": [1],
+        "progress": False,
+    }
+    root = synthesize(tmp_path / "default", **settings)
+    made = {int(path.name[4:6]) for path in (root / "distorted_images").iterdir()}
+    assert made == set(range(1, 25)) - {16, 17, 18}
+    root = synthesize(tmp_path / "named", types=[16], **settings)
+    assert {int(path.name[4:6]) for path in (root / "distorted_images").iterdir()} == {16}
+
+
 def test_a_set_of_opinions_says_what_they_are(tmp_path, numbered, opinions):
     root = synthesize(tmp_path / "set", photographs=numbered, opinions=opinions, crop=(80, 64), **OPINIONS)
     said = json.loads((root / "labels.json").read_text())

@@ -75,6 +75,7 @@ class SRMConfig:
 
     # Training (§5)
     image_size: int = 512  # side in pixels
+    crop_size: int | None = None  # side in pixels of the crops in training; None is image_size
     batch_size: int = 8  # (c) images per optimiser step, over all processes and micro-batches
     accumulate: int = 1  # micro-batches per batch; more of them need less memory and give the same result
     epochs: int = 120
@@ -206,7 +207,7 @@ def _plain(value: Any) -> Any:
     return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
-_OPTIONAL = {"qk_norm": str, "gain_cap": float, "backend": str}
+_OPTIONAL = {"qk_norm": str, "gain_cap": float, "backend": str, "crop_size": int}
 _INT_TUPLES = {"fused_stages", "attack_sweep_steps"}
 
 
@@ -293,6 +294,12 @@ def _check_values(config: SRMConfig) -> None:
     reach = NORMS[config.adversarial_norm].largest
     accepted = f"zero or more, at most {reach:g} for norm {config.adversarial_norm!r}"
     require(0 <= config.adversarial_eps <= reach, "adversarial_eps", accepted)
+    crop = config.crop_size
+    require(
+        crop is None or 1 <= crop <= config.image_size,
+        "crop_size",
+        f"1 to image_size={config.image_size}, or None",
+    )
     require(0 < config.smoothing_confidence < 1, "smoothing_confidence", "a probability below 1")
     require(0 < config.attack_square_area <= 1, "attack_square_area", "a share of the image in (0, 1]")
     for name in ("ema", "weights_ema"):

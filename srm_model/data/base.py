@@ -133,8 +133,9 @@ class ImageQualityDataset(Dataset[tuple[Tensor, float]]):
     """Images of one split with normalised labels. `TID2013` and `KonIQ10k` construct it from files.
 
     An item is `(image, mos)`: (3, S, S) float32 in [0, 1] and a float in [0, 1], higher is better. `DataLoader`
-    collates `mos` to float64. The train transform (default for the train split) takes a random crop and mirrors it half
-    the time. Both draws depend only on seed, epoch and index. The test transform takes the centre crop.
+    collates `mos` to float64. The train transform (default for the train split) takes a random crop of side `crop_size`
+    and mirrors it half the time. Both draws depend only on seed, epoch and index. The test transform takes the centre
+    crop.
 
     Attributes:
         name: Name of the dataset.
@@ -143,6 +144,8 @@ class ImageQualityDataset(Dataset[tuple[Tensor, float]]):
         labels: "mos" for people's scores of these images, "opinions:<dataset>" for people's scores of similar images in
             that dataset, or "metric:<name>" for values of a metric.
         label_range: Lowest and highest label. Normalisation maps them to 0 and 1.
+        crop_size: Side of the crops of the train transform in pixels, at most S and S by default. `train` sets it to
+            `SRMConfig.crop_size`.
         mos: Normalised labels, (n,) float64.
         names: File names in the list's order.
         fingerprint: sha256 in hex of all names, labels and splits of the dataset. The three splits have the same
@@ -174,7 +177,7 @@ class ImageQualityDataset(Dataset[tuple[Tensor, float]]):
         self.labels = labels
         self.label_range = label_range
         self.seed = seed
-        self.image_size = image_size
+        self.image_size = self.crop_size = image_size
         self.train = split == "train" if train is None else train
         self.names = [entry.name for entry in chosen]
         self.groups = [entry.group for entry in chosen]
@@ -220,7 +223,7 @@ class ImageQualityDataset(Dataset[tuple[Tensor, float]]):
         pixels = self._resized(index)
         if self.train:
             rng = np.random.default_rng([self.seed, self.epoch, index])
-            pixels = random_crop_and_flip(pixels, self.image_size, rng)
+            pixels = random_crop_and_flip(pixels, self.crop_size, rng)
         else:
             pixels = centre_crop(pixels, self.image_size)
         return to_tensor(pixels), float(self.mos[index])

@@ -94,7 +94,7 @@ def train(
         model: The model without wrappers. It has the attributes `backbone_name`, `neck_name` and `config`, like
             `IQAModel`.
         train_set: Dataset of pairs (image, normalised MOS), which are read by index. It has the attributes of
-            `ImageQualityDataset`.
+            `ImageQualityDataset`. If `config.crop_size` is given, it becomes the dataset's `crop_size`.
         val_set: The validation set, in the same form.
         folder: Folder of the results.
         config: Settings of the training. Default: the model's config.
@@ -128,6 +128,8 @@ def train(
     assert config is not None
     if isinstance(getattr(model, "backbone", None), Backbone):
         check_size(model.backbone.name, config.image_size)  # type: ignore[union-attr, arg-type]
+    if config.crop_size is not None:
+        train_set.crop_size = config.crop_size
     run = _Run(
         model,
         train_set,

@@ -107,6 +107,9 @@ def test_a_landmark_method_that_is_registered_is_known_everywhere(monkeypatch, c
         ({"gradient_step": 0.02}, ValueError, "at most 0.01"),
         ({"weight_gradient": -1.0}, ValueError, "weight_gradient=-1.0: expected zero or more"),
         ({"adversarial_eps": 4.0}, ValueError, "at most 1 for norm 'linf'"),
+        ({"crop_size": 513}, ValueError, "crop_size=513: expected 1 to image_size=512, or None"),
+        ({"crop_size": 0}, ValueError, "crop_size=0: expected 1 to image_size=512, or None"),
+        ({"crop_size": 2.5}, TypeError, "crop_size=2.5: expected int"),
         ({"smoothing_confidence": 1.0}, ValueError, "a probability below 1"),
     ],
 )

@@ -160,6 +160,22 @@ def test_two_files_that_differ_in_case_only(tid, copies):
         TID2013(root, "train")
 
 
+def test_the_train_transform_crops_to_crop_size(tid):
+    root = tid()
+    whole = TID2013(root, "train", image_size=16, train=False)
+    part = TID2013(root, "train", image_size=16)
+    assert part.crop_size == 16
+    part.crop_size = whole.crop_size = 6
+    assert whole[0][0].shape == (3, 16, 16)
+    seen = set()
+    for epoch in range(20):
+        part.epoch = epoch
+        crop = part[0][0]
+        assert crop.shape == (3, 6, 6)
+        seen.add(crop.numpy().tobytes())
+    assert len(seen) > 10
+
+
 def test_missing_list_folder_and_arguments(tmp_path, tid):
     with pytest.raises(ValueError, match=r"mos_with_names.txt: no such file"):
         TID2013(tmp_path, "train")

@@ -320,3 +320,12 @@ def test_the_data_set_learns_the_epoch_before_it_is_read(tmp_path: Path):
 
     fit(tmp_path, train_set=Watching(8))
     assert seen == [0] * 8 + [1] * 8 + [2] * 8
+
+
+def test_the_config_s_crop_size_reaches_the_training_set_only(tmp_path: Path):
+    train_set, val_set = ToySet(), ToySet(seed=1)
+    train_set.crop_size = val_set.crop_size = 8  # type: ignore[attr-defined]
+    for crop, expected in ((4, 4), (None, 4)):  # None leaves what the caller set
+        config = CONFIG.replace(epochs=1, crop_size=crop)
+        train(ToyModel(config), train_set, val_set, tmp_path / str(crop), config=config, progress=False)
+        assert (train_set.crop_size, val_set.crop_size) == (expected, 8)  # type: ignore[attr-defined]

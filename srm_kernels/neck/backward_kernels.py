@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..attention import configurations
-from ..attention.kernels import probabilities
+from ..attention import launch_rules
 from ..attention.key_kernels import load_keys, load_matrix, store_matrix
+from ..attention.query_kernels import probabilities
 from ..options import QuerySides
 from ..parts import (
     LOG2E,
@@ -33,7 +33,7 @@ from ..parts import (
     wide_dot,
 )
 from ..pool.kernels import cell_start, cell_stop, first_cell, last_cell, most_cells
-from .kernels import Sizes, firsts_of, heavy, load_positions, place, tile_of
+from .forward_kernels import Sizes, firsts_of, heavy, load_positions, place, tile_of
 from .squash_kernels import Squash
 
 GRADIENT_TILE = 32  # positions and channels of a tile of dF
@@ -46,9 +46,9 @@ def backward_tile(rank: int, d: int, dtype: torch.dtype) -> tuple[int, dict[str,
     among warps.
     """
     if dtype == torch.bfloat16 and not heavy(rank, d):
-        return 64, {"num_warps": 4, "num_stages": 1, "maxnreg": configurations.MOST_REGISTERS}
+        return 64, {"num_warps": 4, "num_stages": 1, "maxnreg": launch_rules.MOST_REGISTERS}
     if heavy(rank, d):  # without a limit the compiler spills, so that two programs share a multiprocessor
-        return 16, {"num_warps": 8, "num_stages": 1, "maxnreg": configurations.MOST_REGISTERS}
+        return 16, {"num_warps": 8, "num_stages": 1, "maxnreg": launch_rules.MOST_REGISTERS}
     return 16, {"num_warps": 4 if padded(rank) * padded(d) < 64 * 32 else 8, "num_stages": 1}
 
 

@@ -22,7 +22,8 @@ from PIL import Image
 
 from srm_model import SRMConfig, build_model
 from srm_model.checkpoint import read_card, save_model
-from srm_model.cli import _parser, main
+from srm_model.cli import main
+from srm_model.cli.parser import make_parser
 from srm_model.data import load_image, open_dataset
 from srm_model.data.synthesize import synthesize
 from srm_model.files import read_json, write_json
@@ -450,7 +451,7 @@ def test_help_tells_of_every_table_and_every_option(capsys: pytest.CaptureFixtur
     assert list(tables._BUILDERS) == [1, 2, *range(5, 16)]
     assert "only these tables of a study, 1, 2 and 5 to 15, " in " ".join(capsys.readouterr().out.split())
     silent = []
-    for name, parser in _commands(_parser()):
+    for name, parser in _commands(make_parser()):
         silent += [f"{name} {a.dest}" for a in parser._actions if a.option_strings and not a.help]
     assert silent == []
 

@@ -24,7 +24,7 @@ from unittest import mock
 import torch
 
 from bench.harness import DTYPES, Call, Recorder, attention_inputs, effort_of, timing_parser
-from srm_kernels import backends, nystrom_attention
+from srm_kernels import backends, devices, nystrom_attention
 from srm_kernels.attention import launch_rules
 from srm_kernels.attention.launch_rules import Configuration
 from srm_model.profiling import measure
@@ -52,7 +52,7 @@ class Trial(NamedTuple):
 
 def trials(dtype: torch.dtype, device: torch.device) -> Iterator[Trial]:
     """Yield every alternative, the rule's own choice included."""
-    target = launch_rules.capability(torch.empty(0, device=device))
+    target = devices.capability(torch.empty(0, device=device))
     for (rank, d), name in product(SIZES, RULES):
         choice = getattr(launch_rules, name)(rank, d, dtype, target)
         candidates = [

@@ -12,10 +12,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from .. import autocast
 from ..checks import check_choice, check_number, check_tensors, check_tokens, transforming, wide_dtype
 from ..conditioning import DIAGNOSTICS, LandmarkSolution, diagnosed, has_kernels, solve_options, solved
+from ..dispatch import choose_backend, choose_kernels, few_threads, kept
 from ..landmarks import METHODS_OF_KERNELS, kernel_limits, landmark_options, selected
 from ..options import AttentionOptions, LandmarkOptions, SolveOptions
 from ..registration import later, no_autocast, register_operator
-from ..runtime import choose_backend, choose_kernels, few_threads, kept
 from ..scale import RMSScale, rms_scale
 from . import reference, sdpa
 

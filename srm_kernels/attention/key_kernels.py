@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import devices
 from ..landmarks.kernels import (
     add_gram,
     choose,
@@ -623,7 +624,7 @@ def _context(side: KeySide, ridge: float | None) -> tuple[Tensor, Tensor, Tensor
     lse = empty((B, H, rank), key, torch.float32)
     logits = empty((B, H, rank, rank) if ridge is None else (0,), key, torch.float32)
     shape = {"rank": rank, "R": padded(rank), "d": d, "D": padded(d), "NORMALISE": normalise}
-    tile = launch_rules.key_side(rank, d, key.dtype, launch_rules.capability(key))
+    tile = launch_rules.key_side(rank, d, key.dtype, devices.capability(key))
     run = {"BLOCK": tile.block, "PRECISION": precision(key.dtype), **tile.options()}
     results = {"keys_ptr": keys, "x_ptr": x, "lse_ptr": lse, "logits_ptr": logits}
     system = {"scale": scale, "ridge": ridge or 0.0, "SOLVE": ridge is not None, "CHUNK": CHUNK}
@@ -707,7 +708,7 @@ def _context_backward(
     tokens = {"key_ptr": key, "value_ptr": value, "N": N, "heads": H, **strides(key=key, value=value)}
     system = {"keys_ptr": keys, "lse_ptr": lse, "du_ptr": du, "delta_ptr": delta, "scale": side.scale}
     shape = {"rank": rank, "R": padded(rank), "d": d, "D": padded(d), "NORMALISE": side.qk_norm is not None}
-    target = launch_rules.capability(key)
+    target = devices.capability(key)
     tile = launch_rules.key_side(rank, d, key.dtype, target)
     run = {"BLOCK": tile.block, "PRECISION": precision(key.dtype), **tile.options()}
     whole = launch_rules.one_launch_backward(N, rank, d, key.dtype)

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import devices
 from ..parts import (
     INFINITY,
     LOG2E,
@@ -332,7 +333,7 @@ def landmark_attention(
     B, H, N, d = query.shape
     rank = keys.shape[-2]
     y = empty_like(query)
-    tile = launch_rules.query_forward(rank, d, query.dtype, launch_rules.capability(query))
+    tile = launch_rules.query_forward(rank, d, query.dtype, devices.capability(query))
     share, parts = launch_rules.divide(N, tile.block, launch_rules.LEAST_QUERIES_OF_A_PART)
     division = {"N": N, "share": share, "parts": parts}
     mean, spread, part_mean, part_spread = (
@@ -373,7 +374,7 @@ def landmark_attention_backward(
     B, H, N, d = query.shape
     rank = keys.shape[-2]
     keys, x = keys.contiguous(), x.contiguous()
-    target = launch_rules.capability(query)
+    target = devices.capability(query)
     tile = launch_rules.query_backward(rank, d, query.dtype, target)
     share, parts = launch_rules.divide(N, tile.block, launch_rules.LEAST_QUERIES_OF_A_GRADIENT)
     dquery = empty((B, H, N, d), query, query.dtype)

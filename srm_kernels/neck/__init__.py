@@ -18,10 +18,11 @@ from .. import autocast
 from ..attention import QK_NORMS, _over_batch
 from ..autocast import check_parameter
 from ..checks import check_choice, check_count, check_number, check_tensors, wide_dtype
+from ..devices import interpreting, roomy
+from ..dispatch import choose_kernels
 from ..landmarks import kernel_limits
 from ..options import QuerySides
 from ..registration import later, register_operator
-from ..runtime import choose_kernels, interpreting, roomy
 from ..scale import RMSScale
 from . import reference, tiled
 

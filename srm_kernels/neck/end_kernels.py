@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..attention import launch_rules
+from .. import devices
 from ..parts import contiguous, empty, on_device, padded, precision, readable, strides, wide_dot
 from ..scale.kernels import row_offsets, tanh
 from .forward_kernels import firsts_of, heavy, load_block, pick_pointer, warps
@@ -167,7 +167,7 @@ def project_sources(
             tokens_ptr=tokens, shift_ptr=contiguous([tokens if shift is None else shift])[0], **parameters,
             keys_ptr=keys, values_ptr=values, M=B * N, N=N, **strides(tokens, axes="bnc"), LINKS=L, C=C,
             SHIFT=shift is not None, DYT=bool(alphas), ROWS=ROWS, COLUMNS=COLUMNS, CHUNK=CHUNK,
-            PRECISION=precision(tokens.dtype), num_warps=4, num_stages=launch_rules.stages(tokens),
+            PRECISION=precision(tokens.dtype), num_warps=4, num_stages=devices.stages(tokens),
         )  # fmt: skip
     return keys.to(dtype), values.to(dtype)
 
@@ -200,6 +200,6 @@ def merge_links(
             RANKS=tuple(x.shape[2] for x in xs), OFFSETS=firsts_of(w.shape[1] for w in align_weights), HEADS=H,
             most=most, PIECE=min(piece, padded(most)), d=d, D=padded(d), SQUARE=square, C=C, TAU=bool(thetas),
             ROWS=ROWS, COLUMNS=columns, CHUNK=CHUNK, PRECISION=precision(pooled.dtype),
-            num_warps=warps(most, d), num_stages=launch_rules.stages(pooled),
+            num_warps=warps(most, d), num_stages=devices.stages(pooled),
         )  # fmt: skip
     return out.to(dtype)

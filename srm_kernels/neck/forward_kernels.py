@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..attention import launch_rules
+from .. import devices
 from ..attention.key_kernels import load_columns, load_keys, load_matrix
 from ..attention.query_kernels import probabilities
 from ..options import QuerySides
@@ -720,7 +720,7 @@ def _by_strips(
     """Return P̄, mean and M₂ with absorbed queries, and write pool(F)."""
     B, H, d, size, pooled = sizes.batch, sizes.heads, sizes.d, sizes.size, tensors["pooled_ptr"]
     dtype = pooled.dtype
-    positions = forward_positions(sizes.most, d, dtype, statistics, launch_rules.capability(pooled))
+    positions = forward_positions(sizes.most, d, dtype, statistics, devices.capability(pooled))
     divided = [strips_of(sizes.widths[t], size, positions) for t in sizes.targets]
     together, strips, columns, across = zip(*divided, strict=True)
     firsts = firsts_of(H * size * count for count in strips)
@@ -733,7 +733,7 @@ def _by_strips(
         TARGETS=sizes.targets, FIRSTS=firsts, POOLS=pools, TOGETHER=together, STRIPS=strips, COLUMNS=columns,
         ACROSS=across, CHUNKS=sizes.chunks(), PAIR=dtype != torch.float32, STATISTICS=statistics, CELLS=padded(size),
         BLOCK=positions, PRECISION=precision(dtype), num_warps=strip_warps(sizes.most, d, dtype, statistics),
-        num_stages=launch_rules.stages(pooled),
+        num_stages=devices.stages(pooled),
     )  # fmt: skip
     if statistics:
         _gather(sizes, (part_mean, part_spread), (mean, spread), firsts, together, strips)
@@ -748,7 +748,7 @@ def _by_cells(
     dtype, firsts = pooled.dtype, firsts_of([H * size * size] * L)
     probabilities, mean, spread, part_mean, part_spread = _outputs(sizes, pooled, B * firsts[-1], statistics)
     pools = sizes.pool_firsts(L * size * size)
-    tile = token_tile(sizes.most, sizes.d, dtype, statistics, launch_rules.capability(pooled))
+    tile = token_tile(sizes.most, sizes.d, dtype, statistics, devices.capability(pooled))
     _tokens_kernel[(B * pools[-1],)](
         **tensors, out_ptr=probabilities, mean_ptr=part_mean, spread_ptr=part_spread, batch=B, scale=scale,
         **sizes.of_pooling(), **sizes.of_heads(), LINKS=L, TARGETS=sizes.targets, POOLS=pools, CHUNK=tile.chunk,
@@ -808,6 +808,6 @@ def _absorbed(
         **parameters, matrix_ptrs=matrices, shift_ptrs=shifts, kind_ptr=kind, batch=B, scale=scale, **heads,
         LINKS=len(sizes.ranks), FIRSTS=firsts, CHANNELS=channels, C=H * sizes.d,
         NORMALISE_KEYS=qk_norm is not None, COLUMNS=columns, CHUNK=32, PRECISION=precision(torch.float32),
-        num_warps=warps(sizes.most, sizes.d), num_stages=launch_rules.stages(kind),
+        num_warps=warps(sizes.most, sizes.d), num_stages=devices.stages(kind),
     )  # fmt: skip
     return matrices, shifts

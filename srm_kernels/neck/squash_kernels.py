@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import devices
 from ..attention import launch_rules
 from ..parts import contiguous, empty, on_device, padded, precision, readable
 from ..scale.kernels import tanh
@@ -152,7 +153,7 @@ class Squash:
         with on_device(rows):
             _squash_kernel[(-(-len(rows) // tile.positions),)](
                 **self.given, dyt_bias_ptr=self.shift, squashed_ptr=squashed, queries_ptr=queries, WIDTH=padded(C),
-                **self._shape(tile), num_warps=8, num_stages=launch_rules.stages(rows),
+                **self._shape(tile), num_warps=8, num_stages=devices.stages(rows),
                 maxnreg=launch_rules.MOST_REGISTERS,  # otherwise the compiler spills to run two programs at once
             )  # fmt: skip
         return squashed.to(self.dtype), queries.to(self.dtype)
@@ -167,7 +168,7 @@ class Squash:
         with on_device(rows):
             _squash_backward_kernel[(tiles, -(-C // tile.channels))](
                 **self.given, dqueries_ptr=readable(dqueries).contiguous(), daligned_ptr=daligned, parts_ptr=parts,
-                **self._shape(tile), num_warps=8, num_stages=launch_rules.stages(rows),
+                **self._shape(tile), num_warps=8, num_stages=devices.stages(rows),
             )  # fmt: skip
         return daligned.to(self.dtype), parts.sum(0)
 

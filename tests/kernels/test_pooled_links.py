@@ -33,7 +33,7 @@ from srm_kernels import (
 from srm_kernels.neck import PooledLinks
 
 pytest.importorskip("triton")
-from srm_kernels.neck import backward_kernels, end_kernels, forward_kernels
+from srm_kernels.neck import backward_kernels, end_kernels, forward_kernels, launch_rules
 from srm_kernels.scale import kernels as scale_kernels
 
 
@@ -322,7 +322,7 @@ def test_opcheck():
 def test_strips_are_whole_cells_that_fit_in_their_tiles(size, positions):
     """Of one cell where a tile is narrower than a cell; no fewer strips would do."""
     for width in (1, 2, 7, 16, 17, 31, 64, 70, 128, 300):
-        strips = forward_kernels.strips_of(width, size, positions)
+        strips = launch_rules.strips_of(width, size, positions)
 
         def widest(cells: int, width: int = width) -> int:
             starts = range(0, size, cells)

@@ -28,7 +28,6 @@ from srm_model.data import load_image, open_dataset
 from srm_model.data.synthesize import synthesize
 from srm_model.files import read_json, write_json
 from srm_model.metrics import LogisticMap, plcc, srocc
-from srm_model.reports import tables
 
 SMALL = {
     "channels": 16,
@@ -448,7 +447,7 @@ def test_ctrl_c_ends_with_130_and_leaves_the_last_epoch_whole(data: Path, tmp_pa
 
 def test_help_tells_of_every_table_and_every_option(capsys: pytest.CaptureFixture[str]):
     main(["report", "--help"])
-    assert list(tables._BUILDERS) == [1, 2, *range(5, 16)]
+    assert list(study_tables._BUILDERS) == [1, 2, *range(5, 16)]
     assert "only these tables of a study, 1, 2 and 5 to 15, " in " ".join(capsys.readouterr().out.split())
     silent = []
     for name, parser in _commands(make_parser()):

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from srm_model import SRMConfig, build_model
 from srm_model.attacks import MSE, Attack, Suite, audit, certify, fgsm, pgd, square
-from srm_model.attacks.auto import apgd
+from srm_model.attacks.apgd import apgd
 from srm_model.attacks.guard import predict
 from srm_model.cli.attack import print_results
 from srm_model.modules import evaluating

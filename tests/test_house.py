@@ -18,7 +18,7 @@ FLOORS = (
     {"reports", "training", "attacks", "diagnosis"},
     {"data"},
     {"model"},
-    {"neck", "backbones", "metrics", "checkpoint"},
+    {"neck", "backbones", "head", "metrics", "checkpoint"},
     {"statistics"},
     {"config", "files", "graphs", "messages", "modules", "ranks"},
     {"necks", "norms", "suites"},

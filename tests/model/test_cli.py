@@ -28,6 +28,7 @@ from srm_model.data import load_image, open_dataset
 from srm_model.data.synthesize import synthesize
 from srm_model.files import read_json, write_json
 from srm_model.metrics import LogisticMap, plcc, srocc
+from srm_model.reports import study_tables
 
 SMALL = {
     "channels": 16,

@@ -356,7 +356,7 @@ def _show_point(where: str, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _print(grown: Rows, crossed: Rows) -> None:
-    from srm_model.cli.streams import table
+    from srm_model.cli.tables import print_table
 
     if not grown and not crossed:
         return
@@ -364,12 +364,13 @@ def _print(grown: Rows, crossed: Rows) -> None:
     print(sentence(first["machine"]))
     print(f"dtype={first['dtype']}, direction={first['direction']}")
     if grown:
-        print(f"\n{table(*growth_table(grown))}")
+        print()
+        print_table(*growth_table(grown))
         print("fixed costs lower the exponents of time and memory below that of the MACs")
     for surface in surfaces(crossed):
         title = "time as a share of exact attention's"
         print(f"\n{surface.implementation}: {title}, N_q = {crossed[0]['N_q']:,}")
-        print(table(*crossover_table(surface)))
+        print_table(*crossover_table(surface))
         print(guide(surface))
 
 

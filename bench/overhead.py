@@ -105,11 +105,11 @@ def pretended() -> Iterator[Clock]:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from srm_kernels import runtime
+    from srm_kernels import devices
 
-    target = runtime.LaunchDevice(CAPABILITY, 227 * 1024)
+    target = devices.LaunchDevice(CAPABILITY, 227 * 1024)
 
-    def device() -> runtime.LaunchDevice:  # a mock would cost 30 µs per call
+    def device() -> devices.LaunchDevice:  # a mock would cost 30 µs per call
         return target
 
     clock, before = Clock(), driver._active
@@ -119,7 +119,7 @@ def pretended() -> Iterator[Clock]:
         enter(mock.patch.object(JITFunction, "run", clock.watch("triton", JITFunction.run)))
         for owner, name in LIBRARY:
             enter(mock.patch.object(owner, name, clock.watch("library", getattr(owner, name))))
-        enter(mock.patch.object(runtime, "cpu_launch_device", device))
+        enter(mock.patch.object(devices, "cpu_launch_device", device))
         stack.callback(setattr, driver, "_active", before)
         driver.set_active(_Driver())  # type: ignore[arg-type]
         yield clock

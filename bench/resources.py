@@ -52,19 +52,19 @@ def recorded(capability: tuple[int, int]) -> Iterator[list[Launch]]:
     """Record the launches of the block, as on a device of this capability, instead of running them."""
     from triton.runtime.jit import JITFunction
 
-    from srm_kernels.attention import configurations
+    from srm_kernels import devices
 
     launches: list[Launch] = []
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         launches.append((self, args, options))
 
-    kept = JITFunction.run, configurations.capability
-    JITFunction.run, configurations.capability = run, lambda tensor: capability
+    kept = JITFunction.run, devices.capability
+    JITFunction.run, devices.capability = run, lambda tensor: capability
     try:
         yield launches
     finally:
-        JITFunction.run, configurations.capability = kept
+        JITFunction.run, devices.capability = kept
 
 
 class Source(NamedTuple):

@@ -124,7 +124,7 @@ CHOICES = (
 
 def attention(case: Case) -> None:
     """Launch Nyström attention; leverage scores and landmarks alone with "pivoted_cholesky" in half precision."""
-    from srm_kernels.attention import kernels, key_kernels
+    from srm_kernels.attention import key_kernels, query_kernels
     from srm_kernels.conditioning import kernels as conditioning
     from srm_kernels.landmarks import kernels as landmarks
 
@@ -146,8 +146,8 @@ def attention(case: Case) -> None:
         for method in METHODS_OF_KERNELS:
             landmarks.select_landmarks(key, None, LandmarkOptions(case.rank, method), scale)
     arguments = (query, results[0], results[0], tau, scale, case.qk_norm, True)
-    outputs = kernels.landmark_attention(*arguments)
-    kernels.landmark_attention_backward(outputs[:1], outputs, *arguments)
+    outputs = query_kernels.landmark_attention(*arguments)
+    query_kernels.landmark_attention_backward(outputs[:1], outputs, *arguments)
 
 
 def neck(case: Schedule, make: Callable[..., Tensor] = without_memory, batch: int = 2) -> None:
@@ -161,7 +161,7 @@ def neck(case: Schedule, make: Callable[..., Tensor] = without_memory, batch: in
     from srm_kernels.gate import kernels as gate
     from srm_kernels.neck import backward_kernels as backward
     from srm_kernels.neck import end_kernels as ends
-    from srm_kernels.neck import kernels
+    from srm_kernels.neck import forward_kernels as forward
     from srm_kernels.pool import kernels as pool
     from srm_kernels.scale import kernels as scale
 
@@ -190,7 +190,7 @@ def neck(case: Schedule, make: Callable[..., Tensor] = without_memory, batch: in
         squashing = [group[0] for group in dyt]
         scale.dyt(tokens, *squashing)
         scale.dyt_backward([tokens], [], tokens, *squashing)
-    results = kernels.pooled_links(sides)
+    results = forward.pooled_links(sides)
     backward.pooled_links_backward(results[:2], results, sides)
     ends.merge_links(results[1], results[0], keys, *align, square, theta, [wide()] * L, targets)
     scale.tau_loss(theta, theta, 1.0, 1e-6)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from srm_kernels import backends, nystrom_attention
-from srm_kernels.attention import attention_with_scale, configurations
+from srm_kernels.attention import attention_with_scale, launch_rules
 
 # (largest N_k of one program, most K̃ and X held): one launch; keys divided among programs; K̃ and X read in pieces
 LIMITS = ((1024, 64 * 64), (16, 64 * 64), (16, 0))
@@ -19,10 +19,10 @@ METHODS = (("leverage", "cholesky"), ("pivoted_cholesky", "cholesky"), ("leverag
 
 def run(device: str) -> None:
     """Launch every kernel and check that all gradients are finite."""
-    configurations.LEAST_KEYS_OF_A_PART = configurations.LEAST_QUERIES_OF_A_PART = 32
-    configurations.LEAST_QUERIES_OF_A_GRADIENT = 32
+    launch_rules.LEAST_KEYS_OF_A_PART = launch_rules.LEAST_QUERIES_OF_A_PART = 32
+    launch_rules.LEAST_QUERIES_OF_A_GRADIENT = 32
     for most_keys, most_held in LIMITS:
-        configurations.MOST_KEYS_OF_ONE_PROGRAM, configurations.MOST_HELD = most_keys, most_held
+        launch_rules.MOST_KEYS_OF_ONE_PROGRAM, launch_rules.MOST_HELD = most_keys, most_held
         for dtype in DTYPES:
             tokens = [torch.randn(1, 2, 70, 40, device=device, dtype=dtype) for _ in range(3)]
             inputs = [x.requires_grad_() for x in (*tokens, torch.ones(2, device=device))]

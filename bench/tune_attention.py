@@ -1,6 +1,6 @@
 """Time launch configurations of the Triton attention kernels on a GPU: `python -m bench.tune_attention`.
 
-For every rule of `srm_kernels/attention/configurations.py` and the usual sizes, each alternative replaces the rule in
+For every rule of `srm_kernels/attention/launch_rules.py` and the usual sizes, each alternative replaces the rule in
 turn. The medians of a forward or backward pass are printed, with the rule's own choice marked. Change the numbers of a
 rule by hand afterwards; nothing is tuned at run time.
 
@@ -24,9 +24,9 @@ from unittest import mock
 import torch
 
 from bench.harness import DTYPES, Call, Recorder, attention_inputs, effort_of, timing_parser
-from srm_kernels import backends, nystrom_attention
-from srm_kernels.attention import configurations
-from srm_kernels.attention.configurations import Configuration
+from srm_kernels import backends, devices, nystrom_attention
+from srm_kernels.attention import launch_rules
+from srm_kernels.attention.launch_rules import Configuration
 from srm_model.profiling import measure
 
 # Rules, and whether the backward pass is timed.
@@ -47,14 +47,14 @@ class Trial(NamedTuple):
     def in_place(self) -> Any:
         """Return a context in which the rule returns this candidate for every shape."""
         # A mock with a `return_value` takes 30 µs per call.
-        return mock.patch.object(configurations, self.rule, lambda *_: self.candidate)  # noqa: PT008
+        return mock.patch.object(launch_rules, self.rule, lambda *_: self.candidate)  # noqa: PT008
 
 
 def trials(dtype: torch.dtype, device: torch.device) -> Iterator[Trial]:
     """Yield every alternative, the rule's own choice included."""
-    target = configurations.capability(torch.empty(0, device=device))
+    target = devices.capability(torch.empty(0, device=device))
     for (rank, d), name in product(SIZES, RULES):
-        choice = getattr(configurations, name)(rank, d, dtype, target)
+        choice = getattr(launch_rules, name)(rank, d, dtype, target)
         candidates = [
             choice._replace(block=block, warps=warps, stages=stages)
             for block, warps, stages in product(BLOCKS, WARPS, STAGES)

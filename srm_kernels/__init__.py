@@ -9,11 +9,11 @@ from . import flops
 from .attention import full_attention, landmark_side, nystrom_attention
 from .choice import Explanation, explain
 from .conditioning import LandmarkSolution, Solver, landmark_solve
+from .dispatch import BackendStatus, backends
 from .gate import GatedFusion, GateLosses, biased_gelu, gate_logits, gate_losses, gated_fusion
 from .landmarks import ridge_leverage_scores, select_landmarks
 from .neck import PooledLinks, merge_links, pooled_links, project_sources, serves_pooled_links
 from .pool import adaptive_pool
-from .runtime import BackendStatus, backends
 from .scale import RMSScale, dyt, rms_scale, tau_loss
 
 __all__ = [

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from . import backends, choice, native, runtime, verdicts
+from . import backends, choice, devices, dispatch, native, verdicts
 from .verify.table import tolerate
 
 USAGE = """usage: python -m srm_kernels           print which backends can run, and the verdict about each GPU
@@ -52,7 +52,7 @@ def _verdicts() -> list[str]:
 
 
 def _environment() -> list[str]:
-    named = runtime.named_by_environment()
+    named = dispatch.named_by_environment()
     lines = [
         f"python     {platform.python_version()} on {platform.platform()}",
         f"torch      {torch.__version__}, CUDA {torch.version.cuda or 'absent'}",
@@ -62,7 +62,7 @@ def _environment() -> list[str]:
         f"kernels    {verdicts.sources_digest()}",
         f"driver     {verdicts.driver_version()}",
         f"cache      {verdicts.cache_folder()}",
-        f"{runtime.ENVIRONMENT_VARIABLE}={named or ''} TRITON_INTERPRET={int(runtime.interpreting())}",
+        f"{dispatch.ENVIRONMENT_VARIABLE}={named or ''} TRITON_INTERPRET={int(devices.interpreting())}",
     ]
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         about = torch.cuda.get_device_properties(index)

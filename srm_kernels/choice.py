@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import verdicts
+from . import devices, verdicts
 from .checks import exporting, transforming
 from .verdicts import Group, Key, Row, Verdict
 
@@ -241,12 +241,10 @@ def _read(index: int) -> Table:
     global _logged
     if index == CPU and _pretended is None:
         return Table({}, "verdicts exist for CUDA devices only, and the tensors are on the CPU")
-    from . import runtime
-
-    refusal = runtime.triton_missing()
+    refusal = devices.triton_missing()
     if refusal is not None:
         return Table({}, refusal)
-    if index != CPU and runtime.interpreting():
+    if index != CPU and devices.interpreting():
         return Table({}, "TRITON_INTERPRET=1 is set, and verdicts hold for compiled kernels only")
     key = verdicts.key_of_cuda(index) if index != CPU else _pretended
     assert key is not None
@@ -301,7 +299,7 @@ def ran(device: torch.device, requested: str | None, found: Mapping[str, Collect
         requested: The backend that was given to them, or None.
         found: Operator → implementations that ran, as `registration.running` collects it.
     """
-    from . import runtime
+    from . import dispatch
 
     taken = Counter(name for names in found.values() for name in names)
     if not taken:
@@ -310,8 +308,8 @@ def ran(device: torch.device, requested: str | None, found: Mapping[str, Collect
         f"{name} for {count} operator{'s' * (count > 1)}"
         for name, count in sorted(taken.items(), reverse=True)
     )
-    if requested or runtime.named_by_environment():
-        return f"{counts}; set by {'the config' if requested else runtime.ENVIRONMENT_VARIABLE}"
+    if requested or dispatch.named_by_environment():
+        return f"{counts}; set by {'the config' if requested else dispatch.ENVIRONMENT_VARIABLE}"
     index = CPU
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index

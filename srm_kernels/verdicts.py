@@ -125,8 +125,8 @@ def group_of(row: Row) -> Group:
 @cache
 def sources_digest() -> str:
     """Return a digest of the sources of the operators with kernels and of `SOURCES`."""
-    files = [path for kernels in PACKAGE.glob("*/kernels.py") for path in kernels.parent.glob("*.py")]
-    files += [path for name in SOURCES if (path := PACKAGE / name).is_file()]
+    files = {path for kernels in PACKAGE.glob("*/*kernels.py") for path in kernels.parent.glob("*.py")}
+    files |= {path for name in SOURCES if (path := PACKAGE / name).is_file()}
     digest = hashlib.sha256()
     for path in sorted(files):
         content = path.read_bytes()

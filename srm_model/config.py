@@ -249,8 +249,8 @@ REGISTERED = {"landmarks": "leverage", "solver": "cholesky", "backend": None}
 def registered(name: str) -> tuple[str | None, ...]:
     """Return the accepted values of a field of `REGISTERED`. Imports torch."""
     from srm_kernels.conditioning import SOLVERS
+    from srm_kernels.dispatch import BACKENDS
     from srm_kernels.landmarks import METHODS
-    from srm_kernels.runtime import BACKENDS
 
     return {"landmarks": (*METHODS,), "solver": (*SOLVERS,), "backend": (None, *BACKENDS)}[name]
 

@@ -1,4 +1,4 @@
-"""Quality models: backbone, neck and regression head (docs/METHOD.md §1)."""
+"""Quality models: backbone, neck and head (docs/METHOD.md §1)."""
 
 from __future__ import annotations
 
@@ -13,38 +13,14 @@ from srm_kernels.checks import may_ask
 from .backbones import Backbone, check_backbone, check_size
 from .checkpoint import load_weights, read_card
 from .config import STORED, SRMConfig
+from .head import Head
 from .modules import check_like, evaluating
 from .neck import NeckOutput, SRMNeck, make_neck
 from .necks import check_neck
 from .statistics import BatchStatistics
 
 RANGE_TOLERANCE = 1e-2  # permits small finite-difference steps out of [0, 1]
-VARIANCE_FLOOR = 1e-6
 DEEPEST_STRIDE = 32
-
-
-class Head(nn.Module):
-    """Regression head, which computes one score from the fused map (docs/METHOD.md §1.7).
-
-    Args:
-        channels: Channels C of the fused map.
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        half = max(channels // 2, 1)
-        self.conv = nn.Conv2d(channels, half, 3, padding=1)
-        self.hidden = nn.Linear(2 * half, half)
-        self.score = nn.Linear(half, 1)
-        self.activation = nn.GELU()
-        nn.init.constant_(self.score.bias, 0.5)  # the middle of normalised MOS
-
-    def forward(self, fused: Tensor) -> Tensor:
-        """Return scores (B,) of fused maps (B, C, P, P)."""
-        x = self.activation(self.conv(fused)).flatten(2)
-        deviation = (x.var(-1, correction=0) + VARIANCE_FLOOR).sqrt()
-        statistics = torch.cat([x.mean(-1), deviation], -1)
-        return self.score(self.activation(self.hidden(statistics))).squeeze(-1)
 
 
 class IQAModel(nn.Module):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import pytest
 
-from srm_model.cli import _parser
+from srm_model.cli.parser import make_parser
 from srm_model.study.file import read_study
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -106,7 +106,7 @@ def test_commands_of_a_shell_block_exist_and_take_these_options(block: Block):
         if "srm_model" in words:  # python -m srm_model, under torchrun
             words = ["srm-iqa", *words[words.index("srm_model") + 1 :]]
         if words[0] == "srm-iqa":
-            _parser().parse_args(words[1:])
+            make_parser().parse_args(words[1:])
         elif words[0] == "make":
             assert {word for word in words[1:] if "=" not in word} <= targets
         elif words[:2] == ["bash", ".ci/run"]:

@@ -258,7 +258,7 @@ def emulated_device(
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from srm_kernels import runtime
+    from srm_kernels import devices
 
     device = Device(
         architecture,
@@ -278,10 +278,10 @@ def emulated_device(
         return device.run(compile_, kernel, args, grid, given)
 
     capability = divmod(architecture, 10)
-    target = runtime.LaunchDevice(capability, SHARED_LIMIT[architecture] * 1024)
+    target = devices.LaunchDevice(capability, SHARED_LIMIT[architecture] * 1024)
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(JITFunction, "run", run))
-        stack.enter_context(mock.patch.object(runtime, "cpu_launch_device", return_value=target))
+        stack.enter_context(mock.patch.object(devices, "cpu_launch_device", return_value=target))
         if poison:
             stack.enter_context(_poisoned_memory())
         stack.callback(setattr, driver, "_active", active)

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 
 from srm_kernels import verdicts
-from srm_kernels.verify import devices
+from srm_kernels.verify import target
 
 from .device import Device, emulated_device
 
 PRETENDED = {"triton": 1.0, "torch": 2.0, "reference": 3.0, "eager": 4.0, "compiled": 5.0}  # milliseconds
 
 
-class EmulatedDevice(devices.Device):
+class EmulatedDevice(target.Device):
     """Emulated device.
 
     Args:

@@ -44,14 +44,14 @@ def sample(name: str, grid: Sequence[int]) -> list[int] | None:
 
 def attention(dtype: torch.dtype) -> None:
     """Launch the query side of Nyström attention, forward and backward."""
-    from srm_kernels.attention import kernels
+    from srm_kernels.attention import query_kernels
 
     query = random(1, HEADS, QUERIES, WIDTH, dtype=dtype)
     keys = random(1, HEADS, RANK, WIDTH, dtype=dtype).float()
     x = random(1, HEADS, RANK, WIDTH, dtype=torch.float32)
     side = (keys, x, torch.ones(HEADS), WIDTH**-0.5, "keys", False)
-    results = kernels.landmark_attention(query, *side)
-    kernels.landmark_attention_backward(results[:1], results, query, *side)
+    results = query_kernels.landmark_attention(query, *side)
+    query_kernels.landmark_attention_backward(results[:1], results, query, *side)
 
 
 def key_sides(links: int) -> Callable[[torch.dtype], None]:

@@ -12,10 +12,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from .. import autocast
 from ..checks import check_choice, check_number, check_tensors, check_tokens, transforming, wide_dtype
 from ..conditioning import DIAGNOSTICS, LandmarkSolution, diagnosed, has_kernels, solve_options, solved
+from ..dispatch import choose_backend, choose_kernels, few_threads, kept
 from ..landmarks import METHODS_OF_KERNELS, kernel_limits, landmark_options, selected
 from ..options import AttentionOptions, LandmarkOptions, SolveOptions
 from ..registration import later, no_autocast, register_operator
-from ..runtime import choose_backend, choose_kernels, few_threads, kept
 from ..scale import RMSScale, rms_scale
 from . import reference, sdpa
 
@@ -51,7 +51,7 @@ _system = register_operator(
     autocast=_cast_key_side,
 )
 
-_KEY_KERNELS, _KERNELS = f"{__name__}.key_kernels", f"{__name__}.kernels"
+_KEY_KERNELS, _QUERY_KERNELS = f"{__name__}.key_kernels", f"{__name__}.query_kernels"
 
 
 def _fake_key_side(
@@ -126,11 +126,11 @@ _query_side = register_operator(
     "landmark_attention",
     "Tensor query, Tensor keys, Tensor x, Tensor? tau, float scale, str? qk_norm, bool statistics",
     "(Tensor, Tensor, Tensor)",
-    {"reference": reference.landmark_attention, "triton": later(_KERNELS, "landmark_attention")},
+    {"reference": reference.landmark_attention, "triton": later(_QUERY_KERNELS, "landmark_attention")},
     fake=_fake_query_side,
     differentiable=("query", "keys", "x", "tau"),
     like="query",
-    derivatives={"triton": later(_KERNELS, "landmark_attention_backward")},
+    derivatives={"triton": later(_QUERY_KERNELS, "landmark_attention_backward")},
     constant=(1, 2),
     autocast=lambda query, keys, x, *rest: (query, *autocast.widened((keys, x), query), *rest),
 )

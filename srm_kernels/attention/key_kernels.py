@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import devices
 from ..landmarks.kernels import (
     add_gram,
     choose,
@@ -55,7 +56,7 @@ from ..parts import (
     token_offsets,
     wide_dot,
 )
-from . import configurations
+from . import launch_rules
 
 CHUNK = 16  # entries of an axis over which a product is computed in pieces
 
@@ -623,13 +624,13 @@ def _context(side: KeySide, ridge: float | None) -> tuple[Tensor, Tensor, Tensor
     lse = empty((B, H, rank), key, torch.float32)
     logits = empty((B, H, rank, rank) if ridge is None else (0,), key, torch.float32)
     shape = {"rank": rank, "R": padded(rank), "d": d, "D": padded(d), "NORMALISE": normalise}
-    tile = configurations.key_side(rank, d, key.dtype, configurations.capability(key))
+    tile = launch_rules.key_side(rank, d, key.dtype, devices.capability(key))
     run = {"BLOCK": tile.block, "PRECISION": precision(key.dtype), **tile.options()}
     results = {"keys_ptr": keys, "x_ptr": x, "lse_ptr": lse, "logits_ptr": logits}
     system = {"scale": scale, "ridge": ridge or 0.0, "SOLVE": ridge is not None, "CHUNK": CHUNK}
     tokens = {"key_ptr": key, "value_ptr": value, **strides(key=key, value=value)}
     with on_device(key):
-        if configurations.one_launch(N, rank, d):
+        if launch_rules.one_launch(N, rank, d):
             residual, factor = workspace(key, choice) if given is None else (x, x)
             _context_kernel[(B * H,)](
                 **tokens, landmarks_ptr=landmarks, residual_ptr=residual, pivot_factor_ptr=factor, **results, N=N,
@@ -637,7 +638,7 @@ def _context(side: KeySide, ridge: float | None) -> tuple[Tensor, Tensor, Tensor
                 PIVOTED=choice.method == "pivoted_cholesky", CHOICE=finest_precision(key.dtype, d), **run,
             )  # fmt: skip
             return keys, x, lse, landmarks, logits
-        span, parts = configurations.divide(N, tile.block, configurations.LEAST_KEYS_OF_A_PART)
+        span, parts = launch_rules.divide(N, tile.block, launch_rules.LEAST_KEYS_OF_A_PART)
         division = {"N": N, "parts": parts, "heads": H}
         if given is None and choice.method == "pivoted_cholesky":
             landmarks = selected(key, choice, scale, normalise=normalise)
@@ -646,7 +647,7 @@ def _context(side: KeySide, ridge: float | None) -> tuple[Tensor, Tensor, Tensor
         mixed = empty((B, H, parts, rank, d), key, torch.float32)
         top, total = (empty((B, H, parts, rank), key, torch.float32) for _ in range(2))
         sums = {"mixed_ptr": mixed, "top_ptr": top, "total_ptr": total, "landmarks_ptr": landmarks}
-        piece = configurations.landmarks_of_a_program(rank, d)
+        piece = launch_rules.landmarks_of_a_program(rank, d)
         pieces = -(-rank // piece)
         _mix_kernel[(B * H * parts * pieces,)](
             **tokens, **sums, **division, span=span, pieces=pieces, scale=scale, **shape | {"R": piece}, **run
@@ -707,10 +708,10 @@ def _context_backward(
     tokens = {"key_ptr": key, "value_ptr": value, "N": N, "heads": H, **strides(key=key, value=value)}
     system = {"keys_ptr": keys, "lse_ptr": lse, "du_ptr": du, "delta_ptr": delta, "scale": side.scale}
     shape = {"rank": rank, "R": padded(rank), "d": d, "D": padded(d), "NORMALISE": side.qk_norm is not None}
-    target = configurations.capability(key)
-    tile = configurations.key_side(rank, d, key.dtype, target)
+    target = devices.capability(key)
+    tile = launch_rules.key_side(rank, d, key.dtype, target)
     run = {"BLOCK": tile.block, "PRECISION": precision(key.dtype), **tile.options()}
-    whole = configurations.one_launch_backward(N, rank, d, key.dtype)
+    whole = launch_rules.one_launch_backward(N, rank, d, key.dtype)
     solved = dlogits is None
     dlogits = empty((B, H, rank, rank), key, torch.float32) if dlogits is None else dlogits
     with on_device(key):
@@ -719,16 +720,16 @@ def _context_backward(
             ridge=ridge, **shape, SOLVE=solved, WHOLE=whole, CHUNK=CHUNK, **run,
         )  # fmt: skip
         if not whole:
-            span, parts = configurations.divide(N, tile.block, configurations.LEAST_KEYS_OF_A_PART)
+            span, parts = launch_rules.divide(N, tile.block, launch_rules.LEAST_KEYS_OF_A_PART)
             partial = empty((B, H, parts, rank, d), key, torch.float32)
-            piece = configurations.landmarks_of_a_gradient(rank, d, key.dtype)
+            piece = launch_rules.landmarks_of_a_gradient(rank, d, key.dtype)
             pieces = -(-rank // piece)
             _landmarks_backward_kernel[(B * H * parts * pieces,)](
                 **tokens, **system, partial_ptr=partial, span=span, parts=parts, pieces=pieces,
                 **shape | {"R": piece}, **run,
             )  # fmt: skip
             _gathered_kernel[(B * H,)](keys, dkeys, partial, gathered, parts, **shape, **tile.options())
-        tile = configurations.key_tokens(rank, d, key.dtype, target)
+        tile = launch_rules.key_tokens(rank, d, key.dtype, target)
         tiles = -(-N // tile.block)
         del shape["R"]
         _tokens_backward_kernel[(B * H * tiles,)](

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from .. import autocast
 from ..checks import check_choice, check_count, check_flag, check_number, check_tensors, wide_dtype
+from ..dispatch import choose_kernels
 from ..options import SolveOptions
 from ..registration import later, register_operator
-from ..runtime import choose_kernels
 from . import cpu, reference
 from .reference import SOLVERS, Solver
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .. import autocast
 from ..checks import check_number, check_tensors, wide_dtype
+from ..dispatch import choose_kernels
 from ..registration import later, register_operator
-from ..runtime import choose_kernels
 from . import reference
 
 _PLAIN, _KERNELS = ("reference", "torch"), f"{__name__}.kernels"

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_count, check_number, check_tokens, wide_dtype
+from ..dispatch import choose_kernels, few_threads
 from ..options import LandmarkOptions
 from ..registration import later, register_operator
-from ..runtime import choose_kernels, few_threads
 from . import reference
 from .reference import METHODS
 

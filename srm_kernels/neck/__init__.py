@@ -18,14 +18,15 @@ from .. import autocast
 from ..attention import QK_NORMS, _over_batch
 from ..autocast import check_parameter
 from ..checks import check_choice, check_count, check_number, check_tensors, wide_dtype
+from ..devices import interpreting, roomy
+from ..dispatch import choose_kernels
 from ..landmarks import kernel_limits
 from ..options import QuerySides
 from ..registration import later, register_operator
-from ..runtime import choose_kernels, interpreting, roomy
 from ..scale import RMSScale
 from . import reference, tiled
 
-_KERNELS, _BACKWARD, _ENDS = (f"{__name__}.{part}kernels" for part in ("", "backward_", "end_"))
+_FORWARD, _BACKWARD, _ENDS = (f"{__name__}.{part}_kernels" for part in ("forward", "backward", "end"))
 LARGEST_GRID = 32
 LARGEST_TILE = 64 * 128  # largest r·d of the kernels
 MOST_CHANNELS = 256  # channels of tokens that a program holds at once
@@ -109,7 +110,7 @@ _pooled = register_operator(
     {
         "reference": reference.pooled_links,
         "torch": tiled.pooled_links,
-        "triton": later(_KERNELS, "pooled_links"),
+        "triton": later(_FORWARD, "pooled_links"),
     },
     fake=_fake_links,
     differentiable=QuerySides.NAMES[:8],  # from the maps to the keys

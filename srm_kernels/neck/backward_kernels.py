@@ -17,15 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..attention import configurations
-from ..attention.kernels import probabilities
 from ..attention.key_kernels import load_keys, load_matrix, store_matrix
+from ..attention.query_kernels import probabilities
 from ..options import QuerySides
 from ..parts import (
     LOG2E,
     empty,
     on_device,
-    padded,
     precision,
     readable,
     rms_factor,
@@ -33,23 +31,11 @@ from ..parts import (
     wide_dot,
 )
 from ..pool.kernels import cell_start, cell_stop, first_cell, last_cell, most_cells
-from .kernels import Sizes, firsts_of, heavy, load_positions, place, tile_of
+from . import launch_rules
+from .forward_kernels import Sizes, firsts_of, load_positions, place
 from .squash_kernels import Squash
 
 GRADIENT_TILE = 32  # positions and channels of a tile of dF
-
-
-def backward_tile(rank: int, d: int, dtype: torch.dtype) -> tuple[int, dict[str, int]]:
-    """Return the positions of a tile and the launch options.
-
-    With as many positions as landmarks, Triton distributes warps along positions. The softmax then needs no exchange
-    among warps.
-    """
-    if dtype == torch.bfloat16 and not heavy(rank, d):
-        return 64, {"num_warps": 4, "num_stages": 1, "maxnreg": configurations.MOST_REGISTERS}
-    if heavy(rank, d):  # without a limit the compiler spills, so that two programs share a multiprocessor
-        return 16, {"num_warps": 8, "num_stages": 1, "maxnreg": configurations.MOST_REGISTERS}
-    return 16, {"num_warps": 4 if padded(rank) * padded(d) < 64 * 32 else 8, "num_stages": 1}
 
 
 @triton.jit
@@ -239,8 +225,8 @@ def _attention_backward(
     dtype, L, H, d = queries[0].dtype, len(queries), sizes.heads, sizes.d
     queries = [readable(q) for q in queries]
     keys = [k.contiguous() for k in keys]
-    positions, launch = backward_tile(sizes.most, d, queries[0].dtype)
-    tiles = [tile_of(sizes.widths[t], positions) for t in sizes.targets]
+    positions, launch = launch_rules.backward_tile(sizes.most, d, queries[0].dtype)
+    tiles = [launch_rules.tile_of(sizes.widths[t], positions) for t in sizes.targets]
     parts = tuple(sizes.size * tile.blocks for tile in tiles)  # parts of one (b, h)
     firsts = firsts_of(H * count for count in parts)
     dqueries = [empty(tuple(q.shape), q, q.dtype) for q in queries]

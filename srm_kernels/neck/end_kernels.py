@@ -14,10 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..attention import configurations
+from .. import devices
 from ..parts import contiguous, empty, on_device, padded, precision, readable, strides, wide_dot
 from ..scale.kernels import row_offsets, tanh
-from .kernels import firsts_of, heavy, load_block, pick_pointer, warps
+from . import launch_rules
+from .forward_kernels import firsts_of, load_block, pick_pointer
 
 ROWS, COLUMNS, CHUNK = 32, 64, 32  # sizes of the tiles of a product
 
@@ -167,7 +168,7 @@ def project_sources(
             tokens_ptr=tokens, shift_ptr=contiguous([tokens if shift is None else shift])[0], **parameters,
             keys_ptr=keys, values_ptr=values, M=B * N, N=N, **strides(tokens, axes="bnc"), LINKS=L, C=C,
             SHIFT=shift is not None, DYT=bool(alphas), ROWS=ROWS, COLUMNS=COLUMNS, CHUNK=CHUNK,
-            PRECISION=precision(tokens.dtype), num_warps=4, num_stages=configurations.stages(tokens),
+            PRECISION=precision(tokens.dtype), num_warps=4, num_stages=devices.stages(tokens),
         )  # fmt: skip
     return keys.to(dtype), values.to(dtype)
 
@@ -189,8 +190,8 @@ def merge_links(
     C, d, S = output_weights[0].shape[0], xs[0].shape[3], len(align_weights)
     size = round(square**0.5)
     out = empty((S, B, C, size, size), pooled, pooled.dtype)
-    rows, columns = min(ROWS, padded(square)), 32 if heavy(most, d) else COLUMNS
-    piece = 32 if heavy(most, d) else 64  # landmarks that are read together
+    rows, columns = min(ROWS, padded(square)), 32 if launch_rules.heavy(most, d) else COLUMNS
+    piece = 32 if launch_rules.heavy(most, d) else 64  # landmarks that are read together
     groups = {"x": xs, "align": align_weights, "bias": align_biases, "output": output_weights, "beta": betas}
     parameters = {f"{name}_ptrs": contiguous(g) for name, g in (groups | {"theta": thetas or betas}).items()}
     with on_device(pooled):
@@ -200,6 +201,6 @@ def merge_links(
             RANKS=tuple(x.shape[2] for x in xs), OFFSETS=firsts_of(w.shape[1] for w in align_weights), HEADS=H,
             most=most, PIECE=min(piece, padded(most)), d=d, D=padded(d), SQUARE=square, C=C, TAU=bool(thetas),
             ROWS=ROWS, COLUMNS=columns, CHUNK=CHUNK, PRECISION=precision(pooled.dtype),
-            num_warps=warps(most, d), num_stages=configurations.stages(pooled),
+            num_warps=launch_rules.warps(most, d), num_stages=devices.stages(pooled),
         )  # fmt: skip
     return out.to(dtype)

@@ -15,35 +15,18 @@ da; torch adds the contributions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..attention import configurations
+from .. import devices
+from ..attention.launch_rules import MOST_REGISTERS
 from ..parts import contiguous, empty, on_device, padded, precision, readable
 from ..scale.kernels import tanh
-from .kernels import load_block
-
-
-class SquashTile(NamedTuple):
-    """Sizes of a tile: its positions, its channels, and the entries of an axis that one product sums over."""
-
-    positions: int
-    channels: int
-    chunk: int
-
-
-def forward_tile(dtype: torch.dtype) -> SquashTile:
-    """Return the tile of the forward kernel: Q of all channels, up to 256, stays in registers."""
-    return SquashTile(32, 32, 16) if dtype == torch.float32 else SquashTile(64, 64, 32)
-
-
-def backward_tile(dtype: torch.dtype) -> SquashTile:
-    """Return the tile of the backward kernel: T and dD stay in registers."""
-    return SquashTile(64, 64, 16) if dtype == torch.float32 else SquashTile(128, 64, 32)
+from . import launch_rules
+from .forward_kernels import load_block
 
 
 @triton.jit
@@ -148,30 +131,30 @@ class Squash:
         """Return D and Q, (M, C) each."""
         rows, C = self.given["rows_ptr"], len(self.shift)
         squashed, queries = (empty((len(rows), C), rows, rows.dtype) for _ in range(2))
-        tile = forward_tile(rows.dtype)
+        tile = launch_rules.squash_forward_tile(rows.dtype)
         with on_device(rows):
             _squash_kernel[(-(-len(rows) // tile.positions),)](
                 **self.given, dyt_bias_ptr=self.shift, squashed_ptr=squashed, queries_ptr=queries, WIDTH=padded(C),
-                **self._shape(tile), num_warps=8, num_stages=configurations.stages(rows),
-                maxnreg=configurations.MOST_REGISTERS,  # otherwise the compiler spills to run two programs at once
+                **self._shape(tile), num_warps=8, num_stages=devices.stages(rows),
+                maxnreg=MOST_REGISTERS,  # otherwise the compiler spills to run two programs at once
             )  # fmt: skip
         return squashed.to(self.dtype), queries.to(self.dtype)
 
     def backward(self, dqueries: Tensor) -> tuple[Tensor, Tensor]:
         """Return dT (M, C), and an fp32 tensor (4, C): the contribution of each channel to dα, then dw, db and da."""
         rows, C = self.given["rows_ptr"], len(self.shift)
-        tile = backward_tile(rows.dtype)
+        tile = launch_rules.squash_backward_tile(rows.dtype)
         tiles = -(-len(rows) // tile.positions)
         daligned = empty((len(rows), C), rows, rows.dtype)
         parts = empty((tiles, 4, C), rows, torch.float32)
         with on_device(rows):
             _squash_backward_kernel[(tiles, -(-C // tile.channels))](
                 **self.given, dqueries_ptr=readable(dqueries).contiguous(), daligned_ptr=daligned, parts_ptr=parts,
-                **self._shape(tile), num_warps=8, num_stages=configurations.stages(rows),
+                **self._shape(tile), num_warps=8, num_stages=devices.stages(rows),
             )  # fmt: skip
         return daligned.to(self.dtype), parts.sum(0)
 
-    def _shape(self, tile: SquashTile) -> dict[str, int | str]:
+    def _shape(self, tile: launch_rules.SquashTile) -> dict[str, int | str]:
         rows = self.given["rows_ptr"]
         return {
             "M": len(rows),

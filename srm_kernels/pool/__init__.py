@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..checks import check_count, check_tensors
+from ..dispatch import choose_kernels
 from ..registration import later, register_operator
-from ..runtime import choose_kernels
 from . import reference
 
 _KERNELS = f"{__name__}.kernels"

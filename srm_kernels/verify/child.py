@@ -16,7 +16,7 @@ from typing import IO, Any
 from .. import verdicts
 from . import measure
 from .cases import case_of
-from .devices import Device, open_device
+from .target import Device, open_device
 
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>: sets the signal that the process gets when its parent exits
 

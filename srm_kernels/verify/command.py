@@ -19,8 +19,8 @@ from .. import choice, verdicts
 from ..verdicts import COMMAND, FAULTS, PASSING, RIGHT, Group, Row, Verdict
 from . import table
 from .cases import DTYPES, FAMILY, NAMES, OPERATORS, QUICK, SHAPES, Case, cases
-from .devices import CannotRunError, Device, open_device
 from .measure import sizes_of
+from .target import CannotRunError, Device, open_device
 from .workers import Worker, ask_all
 
 MOST_WORKERS = 4

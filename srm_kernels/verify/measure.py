@@ -19,7 +19,7 @@ from ..choice import Answer, Question
 from ..numerics import DRAWS, FEW, error_ratio
 from ..registration import plainly
 from .cases import Call, Case
-from .devices import Device
+from .target import Device
 
 SEED = 99  # seed of the random losses
 # The messages of drivers, libraries and Triton, which raise other errors than torch.

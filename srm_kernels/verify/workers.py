@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from .. import verdicts
-from .devices import CannotRunError
+from .target import CannotRunError
 
 START_SECONDS = 180.0  # limit for importing torch and Triton and opening the device
 Answer = dict[str, Any]

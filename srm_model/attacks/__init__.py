@@ -1,7 +1,7 @@
 """Attacks on image quality models: objectives, gradient and query attacks, suites, audits (docs/METHOD.md §6)."""
 
+from srm_model.attacks.apgd import apgd, apgd_trace
 from srm_model.attacks.audit import Audit, Check, audit
-from srm_model.attacks.auto import apgd, apgd_trace
 from srm_model.attacks.certify import Certificate, certify
 from srm_model.attacks.examples import save_examples
 from srm_model.attacks.gradient import PGDTrace, fgsm, pgd, pgd_trace

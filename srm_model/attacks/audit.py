@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from srm_model.attacks.auto import apgd_trace
+from srm_model.attacks.apgd import apgd_trace
 from srm_model.attacks.gradient import PGDTrace, default_step_size, pgd_trace
 from srm_model.attacks.guard import (
     as_found,

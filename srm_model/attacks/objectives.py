@@ -34,7 +34,6 @@ class MSE:
     """(f(x') − y)² per image: move the score away from the MOS."""
 
     name: ClassVar[str] = "mse"
-    batch_defined: ClassVar[bool] = False
     uses_clean_scores: ClassVar[bool] = False
 
     def __call__(self, scores: Tensor, mos: Tensor, clean_scores: Tensor) -> Tensor:
@@ -49,7 +48,6 @@ class Drift:
     """
 
     name: ClassVar[str] = "drift"
-    batch_defined: ClassVar[bool] = False
     flat_at_clean: ClassVar[bool] = True
 
     def __call__(self, scores: Tensor, mos: Tensor, clean_scores: Tensor) -> Tensor:
@@ -65,7 +63,6 @@ class Signed:
 
     sign: int  # +1 to raise the score, −1 to lower it
 
-    batch_defined: ClassVar[bool] = False
     uses_clean_scores: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -93,7 +90,6 @@ class SoftSpearman:
     temperature: float = _DEFAULTS.pair_temperature  # T
 
     name: ClassVar[str] = "soft_spearman"
-    batch_defined: ClassVar[bool] = True
     uses_clean_scores: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -119,7 +115,6 @@ class PairInversion:
     temperature: float = _DEFAULTS.pair_temperature  # T
 
     name: ClassVar[str] = "pair_inversion"
-    batch_defined: ClassVar[bool] = True
     uses_clean_scores: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

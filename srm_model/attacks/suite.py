@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from srm_model import ranks
-from srm_model.attacks.auto import apgd_trace
+from srm_model.attacks.apgd import apgd_trace
 from srm_model.attacks.gradient import PGDTrace, default_step_size, pgd_trace
 from srm_model.attacks.guard import check_images, check_model, derived_seed, predict
 from srm_model.attacks.objectives import OBJECTIVES, Objective

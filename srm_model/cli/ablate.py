@@ -9,7 +9,7 @@ from pathlib import Path
 from srm_model import runs
 from srm_model.backbones import check_backbone, check_size
 from srm_model.cli.options import device_from, named_folders
-from srm_model.cli.streams import table
+from srm_model.cli.tables import print_table
 from srm_model.files import write_json
 from srm_model.reports.records import STUDY, Records
 from srm_model.study.context import Context
@@ -61,5 +61,5 @@ def _do(found: list[Job], c: Context, args: argparse.Namespace) -> None:
     lines = Records(c.out).lines
     kinds = dict.fromkeys(job.kind for job in found)
     rows = [[kind, sum(line["kind"] == kind for line in lines)] for kind in kinds]
-    print(table(["results", "lines"], rows))
+    print_table(["results", "lines"], rows)
     print(f"tables and figures: srm-iqa report {c.out}")

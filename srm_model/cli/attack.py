@@ -11,7 +11,7 @@ from srm_model import runs
 from srm_model.checkpoint import read_card
 from srm_model.cli import external
 from srm_model.cli.options import attack_config_from, device_from
-from srm_model.cli.streams import table
+from srm_model.cli.tables import print_table
 from srm_model.config import SRMConfig
 from srm_model.metrics import doubts
 from srm_model.norms import norm_of
@@ -35,12 +35,12 @@ def run(args: argparse.Namespace) -> None:
         with runs.process_group() as writes, runs.writing(args.folder):
             results = _attack_all(args, folders, writes)
     if writes:
-        print_table(results)
+        print_results(results)
 
 
-def print_table(results: Sequence[tuple[Path, dict[str, Any]]]) -> None:
+def print_results(results: Sequence[tuple[Path, dict[str, Any]]]) -> None:
     """Print one line per result. Then print a warning for each result that may overstate robustness."""
-    print(table(HEADER, [row(folder, result) for folder, result in results]))
+    print_table(HEADER, [row(folder, result) for folder, result in results])
     for folder, result in results:
         for doubt in doubts(result.get("attacks", {})):
             print(f"{folder.name}, {result['norm']} {norm_of(result['norm']).brief(result['eps'])}, {doubt}")

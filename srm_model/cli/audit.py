@@ -17,7 +17,8 @@ from srm_model.attacks.suite import spread
 from srm_model.checkpoint import read_card
 from srm_model.cli import external
 from srm_model.cli.options import attack_config_from, device_from
-from srm_model.cli.streams import as_named, table
+from srm_model.cli.streams import as_named
+from srm_model.cli.tables import print_table
 from srm_model.config import SRMConfig
 from srm_model.files import write_json
 from srm_model.norms import NORMS, norm_of
@@ -95,7 +96,7 @@ def _audit(
     write_json(folder / "audit.json", result)
     page = write_audit(result, folder / "audit.html")
     rows = [[check.title, VERDICTS[check.passed], check.figure] for check in found.checks]
-    print(table(["check", "verdict", "measured"], rows))
+    print_table(["check", "verdict", "measured"], rows)
     print(f"{as_named(page)}: {len(found.failed)} of {len(found.checks)} checks failed")
     return found.passed
 

@@ -9,7 +9,7 @@ from typing import Any
 from srm_model import runs
 from srm_model.cli import attack
 from srm_model.cli.options import device_from
-from srm_model.cli.train import clean_table
+from srm_model.cli.train import print_clean
 from srm_model.config import SRMConfig
 from srm_model.data.synthesize import synthesize
 from srm_model.files import make_folder
@@ -80,9 +80,9 @@ def _run(args: argparse.Namespace) -> None:
     report = write_report(out)
 
     print("Clean test images, from photographs that training has not seen:")
-    print(clean_table([out / neck for neck in NECKS]))
+    print_clean([out / neck for neck in NECKS])
     print(f"\nAttacked, {images} of those images:")
-    attack.print_table(results)
+    attack.print_results(results)
     print(
         f"\nThe labels come from the metric {splits['test'].labels.partition(':')[2].upper()}, which compares each "
         "image with its original, and not from people.\n"

@@ -11,7 +11,7 @@ import torch
 from srm_model import runs
 from srm_model.backbones import check_size
 from srm_model.checkpoint import load_weights, read_card, save_model
-from srm_model.cli.streams import cell
+from srm_model.cli.tables import cell
 from srm_model.files import atomic_path, read_json, write_text
 from srm_model.metrics import doubts
 from srm_model.model import IQAModel, load_model

@@ -8,7 +8,7 @@ from typing import Any
 
 from srm_model import runs
 from srm_model.cli.options import config_from, device_from
-from srm_model.cli.streams import table
+from srm_model.cli.tables import print_table
 from srm_model.profiling import Effort, Subject, Sweep, article_cases, cases, folder_name
 from srm_model.profiling.counting import CONVENTION
 from srm_model.profiling.machines import sentence
@@ -74,11 +74,15 @@ def _print(rows: list[dict[str, Any]]) -> None:
     print(sentence(rows[0]["machine"]))
     print(CONVENTION)
     if not all(row["error"] for row in rows):
-        print(f"\n{table(*cost_table(rows))}")
-    print(f"\n{table(*measured_table([row for row in rows if not row['error']]))}\n")
+        print()
+        print_table(*cost_table(rows))
+    print()
+    print_table(*measured_table([row for row in rows if not row["error"]]))
+    print()
     shares = shares_table(rows)
     if shares[1]:
-        print(f"{table(*shares)}\n")
+        print_table(*shares)
+        print()
     for kernels in dict.fromkeys(row["kernels"] for row in rows if row["kernels"]):
         print(f"kernels: {kernels}")
     for row in rows:

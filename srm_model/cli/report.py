@@ -10,7 +10,7 @@ from srm_model import runs
 from srm_model.cli.streams import as_named
 from srm_model.reports import write_report, write_study
 from srm_model.reports.records import STUDY
-from srm_model.reports.tables import markdown
+from srm_model.reports.study_tables import markdown
 
 
 def run(args: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any, TextIO, cast
 
@@ -79,26 +79,6 @@ def prepared() -> Iterator[Output]:
 def sentence(text: str) -> str:
     """Put a text on one line."""
     return re.sub(r"\s*[\r\n]+\s*", " ", text).strip()
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Format a table as plain text, the first column left-aligned, the others right-aligned."""
-    cells = [list(header), *([cell(value) for value in row] for row in rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    return "\n".join(
-        "  ".join(
-            text.ljust(width) if column == 0 else text.rjust(width)
-            for column, (text, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in cells
-    )
-
-
-def cell(value: Any) -> str:
-    """Format a value for a table. Numbers get three decimals; None and NaN become "undefined"."""
-    if value is None or value != value:
-        return "undefined"
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def as_named(path: str | os.PathLike[str]) -> str:

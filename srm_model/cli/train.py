@@ -10,7 +10,7 @@ from typing import Any
 from srm_model import runs
 from srm_model.checkpoint import read_card
 from srm_model.cli.options import config_from, device_from
-from srm_model.cli.streams import table
+from srm_model.cli.tables import print_table
 from srm_model.data import ImageCache
 from srm_model.files import read_json, write_json
 from srm_model.runs.training import EVALUATION, logistic_of, new_model, train_neck
@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> None:
     with runs.process_group() as writes, runs.writing(args.out):
         folders = _train_all(args, writes)
     if writes:
-        print(clean_table(folders))
+        print_clean(folders)
 
 
 def _train_all(args: argparse.Namespace, writes: bool) -> list[Path]:
@@ -62,7 +62,7 @@ def evaluate(args: argparse.Namespace) -> None:
     with runs.process_group() as writes, runs.writing(args.folder) if kept else nullcontext():
         rows = _evaluate_all(args, found, writes and kept, progress=writes and not args.no_progress)
     if writes:
-        print(table(["checkpoint", "SROCC", "PLCC", "images"], rows))
+        print_table(["checkpoint", "SROCC", "PLCC", "images"], rows)
 
 
 def _evaluate_all(
@@ -92,8 +92,8 @@ def _evaluate_all(
     return rows
 
 
-def clean_table(folders: list[Path]) -> str:
-    """Format a table of the correlations of trained checkpoints on clean images."""
+def print_clean(folders: list[Path]) -> None:
+    """Print the correlations of trained checkpoints on clean images."""
     found = [(folder.name, read_json(folder / EVALUATION)) for folder in folders]
     rows = [[name, values["srocc"], values["plcc"], values["n"]] for name, values in found]
-    return table(["neck", "SROCC", "PLCC", "test images"], rows)
+    print_table(["neck", "SROCC", "PLCC", "test images"], rows)

@@ -87,12 +87,6 @@ def link_macs(config: SRMConfig, neck: str, queries: int, keys: int, cells: int 
     return H * (flops.attention_macs(queries, keys, rank, d) - saved + choice)
 
 
-def head_macs(config: SRMConfig) -> int:
-    """Compute the MACs of the regression head."""
-    half = max(config.channels // 2, 1)
-    return 9 * config.channels * half * config.pool_size**2 + 2 * half * half + half
-
-
 def torch_macs(module: nn.Module, inputs: Sequence[Any], *, backward: bool = False) -> int:
     """Count MACs with torch's FlopCounterMode. Module and inputs may be on the meta device.
 

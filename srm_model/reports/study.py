@@ -7,11 +7,11 @@ from pathlib import Path
 
 from srm_model.files import write_text
 from srm_model.reports.blocks import whole_page
-from srm_model.reports.figures import figures
 from srm_model.reports.markup import Markup, element, join
 from srm_model.reports.pictures import png_uri
 from srm_model.reports.records import StudyResults
-from srm_model.reports.tables import Table, html, markdown, tables
+from srm_model.reports.study_figures import figures
+from srm_model.reports.study_tables import Table, html, markdown, tables
 
 
 def write_study(

@@ -7,14 +7,14 @@ import torch
 
 pytest.importorskip("triton")
 from bench import small_run
-from srm_kernels.attention import configurations
+from srm_kernels.attention import launch_rules
 
 
 def test_every_method_runs_with_keys_divided_among_programs(monkeypatch: pytest.MonkeyPatch):
-    for name in vars(configurations):
+    for name in vars(launch_rules):
         if name.startswith(("MOST_", "LEAST_")):
-            monkeypatch.setattr(configurations, name, getattr(configurations, name))  # restored at the end
+            monkeypatch.setattr(launch_rules, name, getattr(launch_rules, name))  # restored at the end
     monkeypatch.setattr(small_run, "LIMITS", small_run.LIMITS[1:2])
     monkeypatch.setattr(small_run, "DTYPES", (torch.float32,))
     small_run.run("cpu")
-    assert configurations.MOST_KEYS_OF_ONE_PROGRAM == 16
+    assert launch_rules.MOST_KEYS_OF_ONE_PROGRAM == 16

@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 from bench import tune_attention
-from srm_kernels.attention import configurations
+from srm_kernels.attention import launch_rules
 from srm_model.profiling.results import read
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for where no GPU is")
@@ -48,7 +48,7 @@ def run(out: Path, *more: str) -> list[dict[str, object]]:
 def test_each_alternative_is_timed_and_each_rules_own_choice_is_marked(
     small, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    rules = {name: getattr(configurations, name) for name in tune_attention.RULES}
+    rules = {name: getattr(launch_rules, name) for name in tune_attention.RULES}
     rows = run(tmp_path, "--processes", "1")
     for name, rule in rules.items():
         own = [row for row in rows if row["rule"] == name]
@@ -56,7 +56,7 @@ def test_each_alternative_is_timed_and_each_rules_own_choice_is_marked(
         (chosen,) = (row for row in own if row["chosen"])
         choice = rule(16, 16, tune_attention.DTYPES["fp32"], (8, 9))
         assert [chosen[field] for field in choice._fields] == list(choice)
-        assert getattr(configurations, name) is rule  # as it was
+        assert getattr(launch_rules, name) is rule  # as it was
     assert all(row["error"] is None and row["typical"] > 0 for row in rows)
     assert capsys.readouterr().out.count("<- the rule") == len(rules)
 

@@ -9,7 +9,7 @@ import torch
 from oracle import tokens
 
 import srm_kernels
-from srm_kernels import backends, checks, nystrom_attention, runtime
+from srm_kernels import backends, checks, dispatch, nystrom_attention
 
 NAMES = ("reference", "torch", "triton")
 REFUSED = (NotImplementedError, RuntimeError, ValueError)
@@ -156,9 +156,9 @@ def test_small_work_of_the_key_side_stays_on_one_thread(keys, expected):
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        runtime.few_threads(work)(torch.empty(keys, 32), False)
+        dispatch.few_threads(work)(torch.empty(keys, 32), False)
         with pytest.raises(RuntimeError, match="failed"):
-            runtime.few_threads(work)(torch.empty(keys, 32), True)
+            dispatch.few_threads(work)(torch.empty(keys, 32), True)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 import srm_kernels
-from srm_kernels import attention, choice, explain, runtime, verdicts
+from srm_kernels import attention, choice, devices, dispatch, explain, verdicts
 from srm_kernels.choice import BOUNDS, class_of
+from srm_kernels.dispatch import choose_backend, choose_kernels
 from srm_kernels.options import AttentionOptions, LandmarkOptions, SolveOptions
 from srm_kernels.registration import running
-from srm_kernels.runtime import choose_backend, choose_kernels
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="CPU tensors pretend to be on the device")
@@ -96,11 +96,11 @@ def test_kernels_that_are_interpreted_are_taken_by_no_verdict(monkeypatch):
     """A CUDA device: CPU tensors that pretend to be on one are interpreted in these tests."""
     verified(row("dyt", [64, 24], FAST))
     monkeypatch.setattr(verdicts, "key_of_cuda", lambda index: KEY)
-    monkeypatch.setattr(runtime, "interpreting", lambda: False)
-    monkeypatch.setattr(runtime, "triton_missing", lambda: None)
+    monkeypatch.setattr(devices, "interpreting", lambda: False)
+    monkeypatch.setattr(devices, "triton_missing", lambda: None)
     assert choice.ranking(0, "dyt", "", torch.float32, [3, 2]) == ["triton", "reference"]
     choice.refresh()
-    monkeypatch.setattr(runtime, "interpreting", lambda: True)
+    monkeypatch.setattr(devices, "interpreting", lambda: True)
     assert choice.ranking(0, "dyt", "", torch.float32, [3, 2]) == []
     assert "TRITON_INTERPRET=1" in str(choice.table(0).reason)
 
@@ -460,7 +460,7 @@ def test_a_choice_that_was_made_before_costs_less_than_two_microseconds(where: s
 
     of_attention()
     with monkeypatch.context() as patch:
-        patch.setattr(runtime, "choose_backend", None)  # which a cached choice does not reach
+        patch.setattr(dispatch, "choose_backend", None)  # which a cached choice does not reach
         assert of_attention() in ("torch", "reference")
     assert [by_kernels(), by_backend()] == ["triton"] * 2 if where == "decided" else ["reference", "torch"]
 
@@ -501,8 +501,8 @@ def test_many_shapes_do_not_fill_the_memory(monkeypatch):
 
 
 def test_the_variable_is_read_where_it_is_set_later(monkeypatch):
-    assert runtime.named_by_environment() is None
+    assert dispatch.named_by_environment() is None
     monkeypatch.setenv("SRM_KERNELS_BACKEND", "torch")
-    assert runtime.named_by_environment() == "torch"
-    monkeypatch.setattr(runtime, "_variables", None)
-    assert runtime.named_by_environment() == "torch"
+    assert dispatch.named_by_environment() == "torch"
+    monkeypatch.setattr(dispatch, "_variables", None)
+    assert dispatch.named_by_environment() == "torch"

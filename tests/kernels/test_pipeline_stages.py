@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from srm_kernels import runtime
+from srm_kernels import devices
 
 
 @pytest.mark.parametrize(
@@ -13,8 +13,8 @@ from srm_kernels import runtime
 def test_copies_run_ahead_of_wgmma_only_where_they_are_fenced(
     triton: str, hopper: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(runtime, "version", lambda _: triton)
-    runtime._copies_are_fenced.cache_clear()
-    found = [runtime.pipeline_stages(capability) for capability in ((8, 0), (8, 9), (9, 0), (12, 0))]
-    runtime._copies_are_fenced.cache_clear()
+    monkeypatch.setattr(devices, "version", lambda _: triton)
+    devices._copies_are_fenced.cache_clear()
+    found = [devices.pipeline_stages(capability) for capability in ((8, 0), (8, 9), (9, 0), (12, 0))]
+    devices._copies_are_fenced.cache_clear()
     assert found == [2, 2, hopper, 2]

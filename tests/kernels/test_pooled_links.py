@@ -33,13 +33,13 @@ from srm_kernels import (
 from srm_kernels.neck import PooledLinks
 
 pytest.importorskip("triton")
-from srm_kernels.neck import backward_kernels, end_kernels, kernels
+from srm_kernels.neck import backward_kernels, end_kernels, forward_kernels, launch_rules
 from srm_kernels.scale import kernels as scale_kernels
 
 
 @pytest.fixture(autouse=True, scope="module")
 def poison():
-    with poisoned(kernels, backward_kernels, end_kernels, scale_kernels):
+    with poisoned(forward_kernels, backward_kernels, end_kernels, scale_kernels):
         yield
 
 
@@ -275,14 +275,14 @@ def test_what_is_kept_for_the_backward_pass_is_the_map_and_small_things(dyt):
 def test_nothing_of_full_resolution_is_written_in_the_forward_pass(monkeypatch):
     """Every output and workspace, of both forms: far less than the map, where T and Q would each be twice as large."""
     sizes: list[int] = []
-    plain = kernels.empty
+    plain = forward_kernels.empty
 
     def counted(*arguments: Any) -> Tensor:
         made = plain(*arguments)
         sizes.append(made.numel())
         return made
 
-    monkeypatch.setattr(kernels, "empty", counted)
+    monkeypatch.setattr(forward_kernels, "empty", counted)
     for dyt in (False, True):
         f, a, bias, w, k, x, *of_dyt = inputs(
             19, b=1, channels=8, heads=2, d=8, grid=(40, 48), rank=4, dyt=dyt
@@ -322,7 +322,7 @@ def test_opcheck():
 def test_strips_are_whole_cells_that_fit_in_their_tiles(size, positions):
     """Of one cell where a tile is narrower than a cell; no fewer strips would do."""
     for width in (1, 2, 7, 16, 17, 31, 64, 70, 128, 300):
-        strips = kernels.strips_of(width, size, positions)
+        strips = launch_rules.strips_of(width, size, positions)
 
         def widest(cells: int, width: int = width) -> int:
             starts = range(0, size, cells)

@@ -19,7 +19,7 @@ from oracle import tokens
 from torch import Tensor, library
 from torch.autograd import gradcheck, gradgradcheck
 
-from srm_kernels import adaptive_pool, native, neck, runtime
+from srm_kernels import adaptive_pool, dispatch, native, neck
 from srm_kernels.neck import tile_steps, tiled
 from srm_kernels.neck.tile_native import NativeGrid, grid_of
 from srm_model.profiling.memory import peak
@@ -207,7 +207,7 @@ def test_no_block_of_all_positions_is_ever_in_memory(dyt, monkeypatch):
 
 def test_it_is_the_default_on_the_cpu_and_nowhere_else(monkeypatch):
     """Off the CPU "torch" is the reference: there all images and positions at once are faster."""
-    monkeypatch.delenv(runtime.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
     f, *rest = without_x(made(11))
     for name, expected in ((None, "torch"), ("torch", "torch"), ("reference", "reference")):
         assert neck._choose_backend(name, f, 5, 8, 4, 0) == expected

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton")
 from srm_kernels import nystrom_attention, rms_scale, select_landmarks
-from srm_kernels.attention import attention_with_scale, configurations, kernels, key_kernels
+from srm_kernels.attention import attention_with_scale, key_kernels, launch_rules, query_kernels
 from srm_kernels.conditioning import SOLVERS, SOLVERS_OF_KERNELS
 from srm_kernels.landmarks import kernels as landmark_kernels
 from srm_kernels.options import KeySide, LandmarkOptions
@@ -44,10 +44,10 @@ def poisoned():
         return tensor.fill_(math.nan if tensor.is_floating_point() else 2**40)
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        for module in (kernels, key_kernels, landmark_kernels):
+        for module in (query_kernels, key_kernels, landmark_kernels):
             plain = module.empty
             monkeypatch.setattr(module, "empty", lambda *a, plain=plain: poison(plain(*a)))
-        monkeypatch.setattr(kernels, "empty_like", lambda tensor: poison(torch.empty_like(tensor)))
+        monkeypatch.setattr(query_kernels, "empty_like", lambda tensor: poison(torch.empty_like(tensor)))
         yield
 
 
@@ -58,16 +58,16 @@ def divided(monkeypatch):
 
 
 def divide(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(configurations, "MOST_KEYS_OF_ONE_PROGRAM", 16)
-    monkeypatch.setattr(configurations, "LEAST_KEYS_OF_A_PART", 32)
-    monkeypatch.setattr(configurations, "LEAST_QUERIES_OF_A_PART", 32)
-    monkeypatch.setattr(configurations, "LEAST_QUERIES_OF_A_GRADIENT", 32)
+    monkeypatch.setattr(launch_rules, "MOST_KEYS_OF_ONE_PROGRAM", 16)
+    monkeypatch.setattr(launch_rules, "LEAST_KEYS_OF_A_PART", 32)
+    monkeypatch.setattr(launch_rules, "LEAST_QUERIES_OF_A_PART", 32)
+    monkeypatch.setattr(launch_rules, "LEAST_QUERIES_OF_A_GRADIENT", 32)
 
 
 def take_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where K̃ and X are too large to be held: read, or divided, 16 landmarks at a time."""
-    monkeypatch.setattr(configurations, "MOST_HELD", 0)
-    monkeypatch.setattr(configurations, "PIECE", 16)
+    monkeypatch.setattr(launch_rules, "MOST_HELD", 0)
+    monkeypatch.setattr(launch_rules, "PIECE", 16)
 
 
 def inputs(
@@ -380,7 +380,7 @@ def test_strides_do_not_matter_and_nothing_is_copied_for_them(layout, pieces, di
     weight = tokens(12, *plain[0].shape, dtype=plain[0].dtype).to(DEVICE)
     expected = value_and_gradients(lambda *x: attend(*x, 16), plain, weight)
     seen: dict[str, set[tuple[int, tuple[int, ...]]]] = {}
-    for module in (kernels, key_kernels):
+    for module in (query_kernels, key_kernels):
         for name in [n for n in vars(module) if n.startswith("_") and n.endswith("_kernel")]:
             seen[name] = set()
             monkeypatch.setattr(module, name, Watched(getattr(module, name), seen[name]))
@@ -560,7 +560,7 @@ def test_what_the_kernels_cannot_take_is_refused_with_the_reason_and_served_othe
 
 
 def test_kernels_run_only_by_name(monkeypatch):
-    monkeypatch.setattr(kernels, "landmark_attention", None)
+    monkeypatch.setattr(query_kernels, "landmark_attention", None)
     assert nystrom_attention(*inputs(), 16) is not None
 
 

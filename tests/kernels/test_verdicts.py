@@ -329,7 +329,9 @@ def test_a_row_replaces_that_of_the_same_case():
 
 
 def test_the_digest_follows_the_sources_of_kernels_and_of_the_check(tmp_path: Path, monkeypatch):
-    for name in ("scale/kernels.py", "scale/__init__.py", "parts.py", "verify/cases.py", "runtime.py"):
+    of_kernels = ("scale/kernels.py", "scale/__init__.py", "neck/end_kernels.py", "neck/tiled.py")
+    followed = (*of_kernels, "parts.py", "verify/cases.py")
+    for name in (*followed, "dispatch.py"):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_text("one")
@@ -341,9 +343,9 @@ def test_the_digest_follows_the_sources_of_kernels_and_of_the_check(tmp_path: Pa
 
     try:
         first = digest()
-        (tmp_path / "runtime.py").write_text("two")
+        (tmp_path / "dispatch.py").write_text("two")
         assert digest() == first
-        for name in ("scale/kernels.py", "scale/__init__.py", "parts.py", "verify/cases.py"):
+        for name in followed:
             (tmp_path / name).write_text("two")
             assert digest() != first
             (tmp_path / name).write_text("one")

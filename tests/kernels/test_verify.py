@@ -19,11 +19,11 @@ from torch import Tensor
 
 import srm_kernels
 from srm_kernels import __main__ as program
-from srm_kernels import runtime, verdicts
+from srm_kernels import devices, verdicts
 from srm_kernels.choice import Answer, Question
-from srm_kernels.verify import child, command, devices, measure, table, workers
+from srm_kernels.verify import child, command, measure, table, target, workers
 from srm_kernels.verify.cases import FAMILY, NAMES, OPERATORS, QUICK, SHAPES, Case, cases
-from srm_kernels.verify.devices import CannotRunError, CudaDevice, Device, cuda_missing, open_device
+from srm_kernels.verify.target import CannotRunError, CudaDevice, Device, cuda_missing, open_device
 
 KEY = verdicts.key_of("NVIDIA Pretended", (8, 9), "580.1")
 
@@ -317,14 +317,14 @@ def test_a_cuda_device_is_timed_by_events_in_turns(monkeypatch):
     assert order[:6] == ["one"] * 3 + ["two"] * 3
     rest = order[6:]
     assert rest == ["one", "two"] * (len(rest) // 2)
-    assert devices.FEWEST <= len(rest) // 2 - 1 <= devices.MOST
+    assert target.FEWEST <= len(rest) // 2 - 1 <= target.MOST
 
 
 # Whether anything can be measured
 
 
 def test_each_reason_for_not_running_is_named(monkeypatch, capsys):
-    monkeypatch.setattr(runtime, "triton_missing", lambda: None)
+    monkeypatch.setattr(devices, "triton_missing", lambda: None)
     monkeypatch.setattr(torch.version, "cuda", None)
     assert "built without CUDA" in str(cuda_missing())
     assert command.main([]) == 2
@@ -358,12 +358,12 @@ def test_each_reason_for_not_running_is_named(monkeypatch, capsys):
         with pytest.raises(CannotRunError, match=words):
             open_device(name)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 9))
-    monkeypatch.setattr(runtime, "interpreting", lambda: True)
+    monkeypatch.setattr(devices, "interpreting", lambda: True)
     with pytest.raises(CannotRunError, match="TRITON_INTERPRET"):
         open_device("cuda")
-    monkeypatch.setattr(runtime, "interpreting", lambda: False)
+    monkeypatch.setattr(devices, "interpreting", lambda: False)
     assert open_device("cuda").key.device == "NVIDIA Old"
-    monkeypatch.setattr(runtime, "triton_missing", lambda: "Triton is not installed")
+    monkeypatch.setattr(devices, "triton_missing", lambda: "Triton is not installed")
     with pytest.raises(CannotRunError, match="Triton is not installed"):
         open_device("cuda")
 

@@ -24,9 +24,9 @@ from srm_model.cli.options import named_folders
 from srm_model.data.synthesize import synthesize
 from srm_model.files import claimed, read_json, write_json
 from srm_model.reports import write_study
-from srm_model.reports.figures import _BUILDERS
 from srm_model.reports.records import Records, StudyResults, over_seeds
-from srm_model.reports.tables import markdown, tables
+from srm_model.reports.study_figures import _BUILDERS
+from srm_model.reports.study_tables import markdown, tables
 from srm_model.reports.text import model_text, signed
 from srm_model.runs import surrogate_of
 from srm_model.study.context import Context

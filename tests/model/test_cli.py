@@ -22,12 +22,13 @@ from PIL import Image
 
 from srm_model import SRMConfig, build_model
 from srm_model.checkpoint import read_card, save_model
-from srm_model.cli import _parser, main
+from srm_model.cli import main
+from srm_model.cli.parser import make_parser
 from srm_model.data import load_image, open_dataset
 from srm_model.data.synthesize import synthesize
 from srm_model.files import read_json, write_json
 from srm_model.metrics import LogisticMap, plcc, srocc
-from srm_model.reports import tables
+from srm_model.reports import study_tables
 
 SMALL = {
     "channels": 16,
@@ -447,10 +448,10 @@ def test_ctrl_c_ends_with_130_and_leaves_the_last_epoch_whole(data: Path, tmp_pa
 
 def test_help_tells_of_every_table_and_every_option(capsys: pytest.CaptureFixture[str]):
     main(["report", "--help"])
-    assert list(tables._BUILDERS) == [1, 2, *range(5, 16)]
+    assert list(study_tables._BUILDERS) == [1, 2, *range(5, 16)]
     assert "only these tables of a study, 1, 2 and 5 to 15, " in " ".join(capsys.readouterr().out.split())
     silent = []
-    for name, parser in _commands(_parser()):
+    for name, parser in _commands(make_parser()):
         silent += [f"{name} {a.dest}" for a in parser._actions if a.option_strings and not a.help]
     assert silent == []
 

@@ -18,7 +18,8 @@ from PIL import Image
 
 from srm_model import SRMConfig, build_model, load_model, runs
 from srm_model.checkpoint import save_model
-from srm_model.cli import _parser, main
+from srm_model.cli import main
+from srm_model.cli.parser import make_parser
 from srm_model.data.synthesize import synthesize
 from srm_model.files import LOCK, held, make_folder, write_json
 
@@ -103,7 +104,7 @@ def test_a_folder_in_use_is_refused_in_one_sentence(
 
 
 def test_every_command_is_one_of_these():
-    (commands,) = (a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction))
+    (commands,) = (a for a in make_parser()._actions if isinstance(a, argparse._SubParsersAction))
     assert commands.choices.keys() == WRITING.keys() | ELSEWHERE
 
 

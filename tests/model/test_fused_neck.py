@@ -20,7 +20,7 @@ from training_run import Run, agree, training_run
 pytest.importorskip("triton")
 from bench import neck_numerics
 from bench.launches import count_launches, forward_of
-from srm_kernels.neck import backward_kernels, end_kernels, kernels
+from srm_kernels.neck import end_kernels, launch_rules
 from srm_model import NeckOutput, SRMConfig, SRMNeck, build_model
 from srm_model.attacks import MSE, fgsm
 from srm_model.statistics import BatchStatistics
@@ -34,9 +34,9 @@ CHANNELS = (3, 4, 5, 6)
 def larger_tiles(monkeypatch):
     """The interpreter takes its time for every tile."""
     if DEVICE == "cpu":
-        monkeypatch.setattr(kernels, "forward_positions", lambda *a: 64)
-        monkeypatch.setattr(kernels, "token_tile", lambda *a: kernels.TokenTile(64, 64, 32))
-        monkeypatch.setattr(backward_kernels, "backward_tile", lambda *a: (64, {}))
+        monkeypatch.setattr(launch_rules, "forward_positions", lambda *a: 64)
+        monkeypatch.setattr(launch_rules, "token_tile", lambda *a: launch_rules.TokenTile(64, 64, 32))
+        monkeypatch.setattr(launch_rules, "backward_tile", lambda *a: (64, {}))
 
 
 SQUARE = [(8, 8), (4, 4), (2, 2), (2, 2)]

@@ -19,7 +19,8 @@ from srm_kernels.verify.cases import OPERATORS, cases
 from srm_kernels.verify.measure import sizes_of
 from srm_model import SRMConfig, build_model
 from srm_model.checkpoint import save_model
-from srm_model.cli import _parser, main
+from srm_model.cli import main
+from srm_model.cli.parser import make_parser
 from srm_model.files import read_json, write_json
 from srm_model.neck import SRMNeck
 from srm_model.neck import make_neck as build_neck
@@ -209,7 +210,7 @@ def test_srm_iqa_verify_is_the_same_command(monkeypatch, capsys):
     own = argparse.ArgumentParser()
     command.add_options(own)
     options = {name for action in own._actions for name in action.option_strings}
-    (commands,) = (a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction))
+    (commands,) = (a for a in make_parser()._actions if isinstance(a, argparse._SubParsersAction))
     passed = {name for action in commands.choices["verify"]._actions for name in action.option_strings}
     assert passed == options
     assert all(name in text for name in options)

@@ -14,7 +14,7 @@ from triton.runtime.jit import JITFunction
 
 from bench.ptx import emulated_device
 from srm_kernels import backends, rms_scale
-from srm_kernels.runtime import launch_device, roomy
+from srm_kernels.devices import launch_device, roomy
 
 FACTOR = tl.constexpr(2.0)
 

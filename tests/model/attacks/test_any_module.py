@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from srm_model import SRMConfig, build_model
 from srm_model.attacks import MSE, Attack, Suite, audit, certify, fgsm, pgd, square
-from srm_model.attacks.auto import apgd
+from srm_model.attacks.apgd import apgd
 from srm_model.attacks.guard import predict
-from srm_model.cli.attack import print_table
+from srm_model.cli.attack import print_results
 from srm_model.modules import evaluating
 from srm_model.training import predict as predict_dataset
 
@@ -346,7 +346,7 @@ def test_the_command_prints_which_figures_had_no_gradient(capsys):
         "attacks": {"pgd_mse": entry, "square_mse": dict.fromkeys(entry), "apgd_mse": dict.fromkeys(entry, 0.0)},
         "mos": [0.5, 0.6],
     }  # fmt: skip
-    print_table([(Path("run/srm"), result)])
+    print_results([(Path("run/srm"), result)])
     *_, last = capsys.readouterr().out.splitlines()
     assert last.startswith(
         "srm, linf 4/255, pgd_mse: 100 % of its gradients were zero and 0 % not finite, so"

@@ -7,7 +7,7 @@ import torch
 from attack_models import Convolutional, Linear, OfFirstPixel, batch, weight
 
 from srm_model.attacks import MSE, Drift, PairInversion, Signed, apgd, apgd_trace, pgd_trace
-from srm_model.attacks.auto import checkpoints
+from srm_model.attacks.apgd import checkpoints
 
 
 def test_checkpoints_are_those_of_the_paper():

@@ -24,16 +24,16 @@ batch size, and the division of an image does not depend on the batch.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..attention import configurations
-from ..attention.kernels import probabilities
+from .. import devices
 from ..attention.key_kernels import load_columns, load_keys, load_matrix
+from ..attention.query_kernels import probabilities
 from ..options import QuerySides
 from ..parts import (
     INFINITY,
@@ -51,117 +51,7 @@ from ..parts import (
 )
 from ..pool.kernels import cell_start, cell_stop
 from ..scale.kernels import add_tile, tanh
-
-
-class Tile(NamedTuple):
-    """How the columns of a map are divided: `columns` per tile, in `blocks` tiles side by side."""
-
-    columns: int
-    blocks: int
-
-
-def tile_of(width: int, positions: int) -> Tile:
-    """Return a tile that is as wide as the map, up to `positions` columns."""
-    columns = min(positions, power_of_two(width))
-    return Tile(columns, -(-width // columns))
-
-
-class Strips(NamedTuple):
-    """How a row of pooling cells is divided into strips.
-
-    A strip is a group of neighbouring cells that fits in one tile. A cell that is wider than a tile is a strip of
-    several tiles. No cell is split between strips, so one strip computes all of a cell's P̄ (pooled probabilities).
-
-    Attributes:
-        cells: Cells per strip.
-        strips: Strips per row.
-        columns: Map columns per tile.
-        across: Tiles side by side per strip.
-    """
-
-    cells: int
-    strips: int
-    columns: int
-    across: int
-
-
-def strips_of(width: int, size: int, positions: int) -> Strips:
-    """Divide a row of `size` cells evenly among as few strips as tiles of up to `positions` columns allow."""
-
-    def widest(cells: int) -> int:
-        starts = range(0, size, cells)
-        return max(-(-min(j + cells, size) * width // size) - j * width // size for j in starts)
-
-    fitting = [cells for cells in range(1, size + 1) if widest(cells) <= positions] or [1]
-    strips = -(-size // fitting[-1])
-    cells = next(cells for cells in fitting if -(-size // cells) == strips)
-    columns = min(positions, power_of_two(widest(cells)))
-    return Strips(cells, strips, columns, -(-widest(cells) // columns))
-
-
-def forward_positions(
-    rank: int, d: int, dtype: torch.dtype, statistics: bool, capability: tuple[int, int]
-) -> int:
-    """Return how many positions a tile can have beside the [r, d] tiles in registers (`python -m bench.resources`)."""
-    if not statistics:
-        return 32 if capability >= (12, 0) else 64
-    return 32 if dtype == torch.bfloat16 and not heavy(rank, d) else 16
-
-
-class TokenTile(NamedTuple):
-    """Sizes of a tile of tokens.
-
-    Attributes:
-        positions: Positions per tile.
-        tokens: Channels of T that are computed together.
-        chunk: Channels of F that are read together.
-        warps: Warps per program.
-    """
-
-    positions: int
-    tokens: int
-    chunk: int
-    warps: int = 8
-
-
-def token_tile(
-    rank: int, d: int, dtype: torch.dtype, statistics: bool, capability: tuple[int, int]
-) -> TokenTile:
-    """Return the tile that fits in registers.
-
-    With 8 warps, some warps repeat products of the statistic. With 4 warps, registers spill on 9.0 and 12.0.
-    """
-    large = heavy(rank, d)
-    chunk = 16 if dtype == torch.float32 and not (large and capability == (9, 0)) else 32
-    wide = dtype == torch.float32 or (statistics and dtype != torch.bfloat16)
-    if wide or padded(rank) * padded(d) > 64 * 64:
-        return TokenTile(16, 32, chunk)
-    if statistics and not large and capability < (9, 0):
-        return TokenTile(32, 64, chunk, 4)
-    if large or statistics or capability >= (12, 0):
-        return TokenTile(32, 32, chunk)
-    return TokenTile(64, 64, chunk)
-
-
-def strip_warps(rank: int, d: int, dtype: torch.dtype, statistics: bool) -> int:
-    """Return the warps of a program.
-
-    For the statistic, a tile of 32 positions gets 2 warps: it has two rows of products, which more warps would repeat.
-    """
-    return 2 if dtype == torch.bfloat16 and statistics and not heavy(rank, d) else warps(rank, d)
-
-
-def heavy(rank: int, d: int) -> bool:
-    """Return whether [r, d] tiles are larger than in the default neck."""
-    return padded(rank) * padded(d) > 64 * 32
-
-
-POOLED_ELEMENTS = 2048  # elements of a tile of channels and columns for pooling
-
-
-def warps(rank: int, d: int) -> int:
-    """Return the warps of a program that holds [positions, r] and [r, d] tiles."""
-    return 8 if heavy(rank, d) else 4
+from . import launch_rules
 
 
 @triton.jit
@@ -644,7 +534,7 @@ class Sizes:
 
     def _groups(self) -> tuple[int, ...]:
         return tuple(
-            max(1, min(POOLED_ELEMENTS // power_of_two(w), power_of_two(c)))
+            max(1, min(launch_rules.POOLED_ELEMENTS // power_of_two(w), power_of_two(c)))
             for w, c in zip(self.widths, self.channels, strict=True)
         )
 
@@ -720,8 +610,8 @@ def _by_strips(
     """Return P̄, mean and M₂ with absorbed queries, and write pool(F)."""
     B, H, d, size, pooled = sizes.batch, sizes.heads, sizes.d, sizes.size, tensors["pooled_ptr"]
     dtype = pooled.dtype
-    positions = forward_positions(sizes.most, d, dtype, statistics, configurations.capability(pooled))
-    divided = [strips_of(sizes.widths[t], size, positions) for t in sizes.targets]
+    positions = launch_rules.forward_positions(sizes.most, d, dtype, statistics, devices.capability(pooled))
+    divided = [launch_rules.strips_of(sizes.widths[t], size, positions) for t in sizes.targets]
     together, strips, columns, across = zip(*divided, strict=True)
     firsts = firsts_of(H * size * count for count in strips)
     probabilities, mean, spread, part_mean, part_spread = _outputs(sizes, pooled, B * firsts[-1], statistics)
@@ -732,8 +622,8 @@ def _by_strips(
         spread_ptr=part_spread, batch=B, **sizes.of_pooling(), **sizes.of_heads(), LINKS=len(sizes.ranks),
         TARGETS=sizes.targets, FIRSTS=firsts, POOLS=pools, TOGETHER=together, STRIPS=strips, COLUMNS=columns,
         ACROSS=across, CHUNKS=sizes.chunks(), PAIR=dtype != torch.float32, STATISTICS=statistics, CELLS=padded(size),
-        BLOCK=positions, PRECISION=precision(dtype), num_warps=strip_warps(sizes.most, d, dtype, statistics),
-        num_stages=configurations.stages(pooled),
+        BLOCK=positions, PRECISION=precision(dtype), num_stages=devices.stages(pooled),
+        num_warps=launch_rules.strip_warps(sizes.most, d, dtype, statistics),
     )  # fmt: skip
     if statistics:
         _gather(sizes, (part_mean, part_spread), (mean, spread), firsts, together, strips)
@@ -748,7 +638,7 @@ def _by_cells(
     dtype, firsts = pooled.dtype, firsts_of([H * size * size] * L)
     probabilities, mean, spread, part_mean, part_spread = _outputs(sizes, pooled, B * firsts[-1], statistics)
     pools = sizes.pool_firsts(L * size * size)
-    tile = token_tile(sizes.most, sizes.d, dtype, statistics, configurations.capability(pooled))
+    tile = launch_rules.token_tile(sizes.most, sizes.d, dtype, statistics, devices.capability(pooled))
     _tokens_kernel[(B * pools[-1],)](
         **tensors, out_ptr=probabilities, mean_ptr=part_mean, spread_ptr=part_spread, batch=B, scale=scale,
         **sizes.of_pooling(), **sizes.of_heads(), LINKS=L, TARGETS=sizes.targets, POOLS=pools, CHUNK=tile.chunk,
@@ -800,7 +690,7 @@ def _absorbed(
     shapes = [(B, H, rank, c) for rank, c in zip(sizes.ranks, channels, strict=True)]
     matrices = tuple(empty(shape, kind, torch.float32) for shape in shapes)
     shifts = tuple(empty(shape[:3], kind, torch.float32) for shape in shapes)
-    columns = 32 if heavy(sizes.most, sizes.d) else 64  # channels of a program
+    columns = 32 if launch_rules.heavy(sizes.most, sizes.d) else 64  # channels of a program
     firsts = firsts_of(H * -(-c // columns) for c in channels)
     heads = sizes.of_heads()
     del heads["most"], heads["SIZE"]
@@ -808,6 +698,6 @@ def _absorbed(
         **parameters, matrix_ptrs=matrices, shift_ptrs=shifts, kind_ptr=kind, batch=B, scale=scale, **heads,
         LINKS=len(sizes.ranks), FIRSTS=firsts, CHANNELS=channels, C=H * sizes.d,
         NORMALISE_KEYS=qk_norm is not None, COLUMNS=columns, CHUNK=32, PRECISION=precision(torch.float32),
-        num_warps=warps(sizes.most, sizes.d), num_stages=configurations.stages(kind),
+        num_warps=launch_rules.warps(sizes.most, sizes.d), num_stages=devices.stages(kind),
     )  # fmt: skip
     return matrices, shifts

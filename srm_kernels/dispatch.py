@@ -1,22 +1,15 @@
-"""Which implementations of an operator can run here, and why the others cannot.
-
-Only this module queries the hardware and the environment.
-"""
+"""Which implementation of an operator a call runs, and why another one cannot run."""
 
 from __future__ import annotations
 
 import os
-import re
-import sys
 from collections.abc import Callable
-from functools import cache, wraps
-from importlib.metadata import version
-from importlib.util import find_spec
+from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
 
-from . import choice, native
+from . import choice, devices, native
 from .checks import current_name
 
 ENVIRONMENT_VARIABLE = "SRM_KERNELS_BACKEND"
@@ -27,7 +20,6 @@ BACKENDS = {
     + " and the neck's query side in tiles; other operators run as in the reference",
     "triton": "fused Triton kernels for landmarks, their solve, attention, scale, gate, pooling and the neck",
 }
-LEAST_CAPABILITY = (8, 0)
 WORTH_THREADS = 2**26  # multiply-adds; one thread takes a few milliseconds
 
 
@@ -47,94 +39,8 @@ def backends() -> dict[str, BackendStatus]:
         Backend name → whether it can run here, and its description or the reason why it cannot.
     """
     found = {name: BackendStatus(True, description) for name, description in BACKENDS.items()}
-    missing = triton_missing()
+    missing = devices.triton_missing()
     return found if missing is None else found | {"triton": BackendStatus(False, missing)}
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def triton_missing() -> str | None:
-    """Return why no Triton kernel can run here, or None."""
-    if not _has_triton():
-        return "Triton is not installed: pip install triton"
-    if torch.version.hip is not None:
-        return "its kernels are written for NVIDIA GPUs, and this torch is built for AMD GPUs"
-    if not torch.cuda.is_available() and cpu_launch_device() is None:
-        return "there is no CUDA device; only TRITON_INTERPRET=1 runs kernels on the CPU, and it is not set"
-    return None
-
-
-@cache
-def _has_triton() -> bool:
-    try:
-        return find_spec("triton") is not None
-    except ValueError:  # sys.modules has the module without a specification
-        return False
-
-
-def interpreting() -> bool:
-    """Return whether Triton kernels run in Triton's interpreter, on CPU tensors: slow, and only for tests."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-class LaunchDevice(NamedTuple):
-    """The target of Triton kernels: compute capability, and bytes of shared memory that a block can use."""
-
-    capability: tuple[int, int]
-    shared_memory: int
-
-
-def cpu_launch_device() -> LaunchDevice | None:
-    """Return the device that Triton kernels on CPU tensors are compiled for, or None if they cannot run.
-
-    The interpreter uses the configurations of compute capability 8.9 and has no limit of shared memory. An emulator
-    replaces this function.
-    """
-    return LaunchDevice((8, 9), sys.maxsize) if interpreting() else None
-
-
-def launch_device(tensor: torch.Tensor) -> LaunchDevice:
-    """Return the device that launches on this tensor are compiled for; a meta tensor counts as a CPU tensor."""
-    if tensor.is_cuda:
-        properties = torch.cuda.get_device_properties(tensor.device)
-        shared = int(getattr(properties, "shared_memory_per_block_optin", 0))
-        return LaunchDevice(torch.cuda.get_device_capability(tensor.device), shared)
-    return cpu_launch_device() or LaunchDevice((8, 9), sys.maxsize)
-
-
-def pipeline_stages(capability: tuple[int, int]) -> int:
-    """Return the number of stages of a kernel's software pipeline: 2, or 1 where 2 would be a data race.
-
-    On compute capability 9.x, Triton before 3.7.1 inserts no fence between a copy by cp.async and the wgmma that reads
-    it (triton-lang/triton, pull request 10537).
-    """
-    return 1 if capability[0] == 9 and not _copies_are_fenced() else 2
-
-
-@cache
-def _copies_are_fenced() -> bool:
-    found = re.match(r"(\d+)\.(\d+)\.(\d+)", version("triton"))
-    return found is None or tuple(map(int, found.groups())) >= (3, 7, 1)
-
-
-def triton_refusal(tensor: torch.Tensor) -> str | None:
-    """Return why no Triton kernel can run on a tensor, or None. Only conditions that all kernels share are checked."""
-    reason: str | None = triton_missing()
-    if reason is not None:
-        return reason
-    if tensor.dtype == torch.float64:
-        return "its kernels accept float32, bfloat16 and float16, and the tensors are float64"
-    if tensor.device.type not in ("cuda", "cpu", "meta"):
-        return f"its kernels run on CUDA devices, and the tensors are on {tensor.device}"
-    if tensor.device.type == "cpu" and cpu_launch_device() is None:
-        return "the tensors are on the CPU; only TRITON_INTERPRET=1 runs its kernels there"
-    if launch_device(tensor).capability < LEAST_CAPABILITY:
-        return f"its kernels need compute capability {'.'.join(map(str, LEAST_CAPABILITY))} or higher"
-    return None
-
-
-def roomy(tensor: torch.Tensor, kibibytes: int = 160) -> bool:
-    """Return whether a block can use this many KiB of shared memory; only data-centre GPUs have 160 KiB."""
-    return launch_device(tensor).shared_memory >= kibibytes * 1024
 
 
 def few_threads(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -213,7 +119,7 @@ def choose_backend(
         raise ValueError(f"{origin}={name!r}: expected None or one of {', '.join(BACKENDS)}")
     reason = refusal(name)
     if name not in implementations or reason is not None:
-        missing = triton_missing() if name == "triton" else None
+        missing = devices.triton_missing() if name == "triton" else None
         only = f"for these arguments expected one of {', '.join(implementations)}"
         raise NotImplementedError(f"backend {name!r} cannot run {operator}: {missing or reason or only}")
     if asked:
@@ -261,14 +167,14 @@ def choose_kernels(
     """Return the backend to run for an operator that has Triton kernels.
 
     `plain` names its other backends, the default first. `refusal` returns why its kernels cannot run with these
-    arguments, or None. It is called only if `triton_refusal` has no objection, so that torch.export guards no shape
-    without need. The other arguments are those of `choose_backend`.
+    arguments, or None. It is called only if `devices.triton_refusal` has no objection, so that torch.export guards no
+    shape without need. The other arguments are those of `choose_backend`.
     """
     return kept(requested, tensor, operator, variant, call) or choose_backend(
         requested,
         (*plain, "triton"),
         operator,
-        lambda name: (triton_refusal(tensor) or refusal()) if name == "triton" else None,
+        lambda name: (devices.triton_refusal(tensor) or refusal()) if name == "triton" else None,
         tensor=tensor,
         sizes=sizes,
         variant=variant,

@@ -3,7 +3,7 @@
 A program holds K̃ and X of one (b, h) and loops over a share of the queries in tiles. It reads Q once and writes Y once,
 and the N_q×r block of probabilities stays in registers. X and the probabilities are fp32.
 
-If K̃ and X are too large for that (see `configurations.held`), a program reads them in pieces for every tile of queries,
+If K̃ and X are too large for that (see `launch_rules.held`), a program reads them in pieces for every tile of queries,
 with an online softmax. Y is then attention with keys K̃ and values X. The backward pass works as in `key_kernels`, with
 exchanged roles: one launch computes dQ and stores two numbers per query, another sums dX and dK̃.
 
@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import devices
 from ..parts import (
     INFINITY,
     LOG2E,
@@ -41,7 +42,7 @@ from ..parts import (
     token_offsets,
     wide_dot,
 )
-from . import configurations
+from . import launch_rules
 from .key_kernels import (
     landmark_gradient,
     load_keys,
@@ -332,8 +333,8 @@ def landmark_attention(
     B, H, N, d = query.shape
     rank = keys.shape[-2]
     y = empty_like(query)
-    tile = configurations.query_forward(rank, d, query.dtype, configurations.capability(query))
-    share, parts = configurations.divide(N, tile.block, configurations.LEAST_QUERIES_OF_A_PART)
+    tile = launch_rules.query_forward(rank, d, query.dtype, devices.capability(query))
+    share, parts = launch_rules.divide(N, tile.block, launch_rules.LEAST_QUERIES_OF_A_PART)
     division = {"N": N, "share": share, "parts": parts}
     mean, spread, part_mean, part_spread = (
         empty(size if statistics else (0,), query, torch.float32)
@@ -346,7 +347,7 @@ def landmark_attention(
             spread_ptr=part_spread, **division, heads=H, **strides(query=query, y=y), scale=scale, rank=rank,
             R=padded(rank), d=d, D=padded(d), NORMALISE_QUERY=qk_norm == "both",
             NORMALISE_KEYS=qk_norm is not None, TAU=tau is not None, STATISTICS=statistics, BLOCK=tile.block,
-            PIECE=configurations.landmarks_of_a_program(rank, d), PRECISION=precision(query.dtype),
+            PIECE=launch_rules.landmarks_of_a_program(rank, d), PRECISION=precision(query.dtype),
             **tile.options(),
         )  # fmt: skip
         if statistics:
@@ -373,9 +374,9 @@ def landmark_attention_backward(
     B, H, N, d = query.shape
     rank = keys.shape[-2]
     keys, x = keys.contiguous(), x.contiguous()
-    target = configurations.capability(query)
-    tile = configurations.query_backward(rank, d, query.dtype, target)
-    share, parts = configurations.divide(N, tile.block, configurations.LEAST_QUERIES_OF_A_GRADIENT)
+    target = devices.capability(query)
+    tile = launch_rules.query_backward(rank, d, query.dtype, target)
+    share, parts = launch_rules.divide(N, tile.block, launch_rules.LEAST_QUERIES_OF_A_GRADIENT)
     dquery = empty((B, H, N, d), query, query.dtype)
     dkeys, dx = (empty((B, H, rank, d), query, torch.float32) for _ in range(2))
     part_dkeys, part_dx = (empty((B, H, parts, rank, d), query, torch.float32) for _ in range(2))
@@ -384,7 +385,7 @@ def landmark_attention_backward(
     tokens = {"query_ptr": query, "dy_ptr": dy, "N": N, "scale": scale, **strides(query=query, dy=dy)}
     size = {"heads": H, "rank": rank, "d": d, "D": padded(d)}
     form = {"NORMALISE_KEYS": qk_norm is not None, "TAU": tau is not None}
-    exact = configurations.query_backward_exact(rank, d, query.dtype, target)
+    exact = launch_rules.query_backward_exact(rank, d, query.dtype, target)
     walk = form | {
         "NORMALISE_QUERY": qk_norm == "both",
         "BLOCK": tile.block,
@@ -393,13 +394,13 @@ def landmark_attention_backward(
     }
     sums = {"dx_ptr": part_dx, "dkeys_ptr": part_dkeys, "share": share, "parts": parts}
     with on_device(query):
-        if configurations.held(rank, d):
+        if launch_rules.held(rank, d):
             _backward_kernel[(B * H * parts,)](
                 **tokens, **held, **sums, dquery_ptr=dquery, **size, R=padded(rank), **walk
             )
         else:
             lse, delta = (empty((B, H, N), query, torch.float32) for _ in range(2))
-            piece = configurations.landmarks_of_a_program(rank, d)
+            piece = launch_rules.landmarks_of_a_program(rank, d)
             tiles, pieces = -(-N // tile.block), -(-rank // piece)
             tokens |= {"lse_ptr": lse, "delta_ptr": delta, "PIECE": piece}
             _queries_backward_kernel[(B * H * tiles,)](

@@ -11,9 +11,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from ..runtime import launch_device, pipeline_stages
+from ..devices import pipeline_stages
 
 RANKS = (1, 128)
 WIDTHS = (8, 128)
@@ -135,16 +134,6 @@ def divide(tokens: int, block: int, least: int) -> Division:
     share = max(least, -(-tokens // MOST_PARTS))
     share = -(-share // block) * block
     return Division(share, -(-tokens // share))
-
-
-def capability(tensor: Tensor) -> tuple[int, int]:
-    """Return the compute capability that launches on the tensor are compiled for."""
-    return launch_device(tensor).capability
-
-
-def stages(tensor: Tensor) -> int:
-    """Return the stages of the software pipeline for launches on the tensor."""
-    return pipeline_stages(capability(tensor))
 
 
 def _padded(size: int) -> int:

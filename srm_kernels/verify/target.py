@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .. import runtime, verdicts
+from .. import devices, verdicts
 
 WARMUP = 3
 FEWEST, MOST = 5, 60  # rounds of a measurement
@@ -144,19 +144,19 @@ def open_device(name: str) -> Device:
         raise CannotRunError(f"--device {name}: expected cuda or cuda:NUMBER") from None
     if device.type != "cuda":
         raise CannotRunError(f"--device {name}: expected a CUDA device")
-    reason = cuda_missing() or runtime.triton_missing()
+    reason = cuda_missing() or devices.triton_missing()
     if reason is not None:
         raise CannotRunError(reason)
     index = torch.cuda.current_device() if device.index is None else device.index
     if index >= torch.cuda.device_count():
         raise CannotRunError(f"--device {name}: the number of CUDA devices is {torch.cuda.device_count()}")
     capability = torch.cuda.get_device_capability(index)
-    if capability < runtime.LEAST_CAPABILITY:
-        found, least = (".".join(map(str, one)) for one in (capability, runtime.LEAST_CAPABILITY))
+    if capability < devices.LEAST_CAPABILITY:
+        found, least = (".".join(map(str, one)) for one in (capability, devices.LEAST_CAPABILITY))
         raise CannotRunError(
             f"{torch.cuda.get_device_name(index)} has compute capability {found}; the kernels need {least} or higher"
         )
-    if runtime.interpreting():
+    if devices.interpreting():
         raise CannotRunError(
             "TRITON_INTERPRET=1 is set; unset it, because only compiled kernels can be verified"
         )

@@ -1,0 +1,115 @@
+"""Which devices can run the Triton kernels, and what launches need to know about a device.
+
+Only this module, `dispatch` and `verdicts` query the hardware and the environment.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from functools import cache
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LEAST_CAPABILITY = (8, 0)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def triton_missing() -> str | None:
+    """Return why no Triton kernel can run here, or None."""
+    if not _has_triton():
+        return "Triton is not installed: pip install triton"
+    if torch.version.hip is not None:
+        return "its kernels are written for NVIDIA GPUs, and this torch is built for AMD GPUs"
+    if not torch.cuda.is_available() and cpu_launch_device() is None:
+        return "there is no CUDA device; only TRITON_INTERPRET=1 runs kernels on the CPU, and it is not set"
+    return None
+
+
+@cache
+def _has_triton() -> bool:
+    try:
+        return find_spec("triton") is not None
+    except ValueError:  # sys.modules has the module without a specification
+        return False
+
+
+def interpreting() -> bool:
+    """Return whether Triton kernels run in Triton's interpreter, on CPU tensors: slow, and only for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class LaunchDevice(NamedTuple):
+    """The target of Triton kernels: compute capability, and bytes of shared memory that a block can use."""
+
+    capability: tuple[int, int]
+    shared_memory: int
+
+
+def cpu_launch_device() -> LaunchDevice | None:
+    """Return the device that Triton kernels on CPU tensors are compiled for, or None if they cannot run.
+
+    The interpreter uses the configurations of compute capability 8.9 and has no limit of shared memory. An emulator
+    replaces this function.
+    """
+    return LaunchDevice((8, 9), sys.maxsize) if interpreting() else None
+
+
+def launch_device(tensor: Tensor) -> LaunchDevice:
+    """Return the device that launches on this tensor are compiled for; a meta tensor counts as a CPU tensor."""
+    if tensor.is_cuda:
+        properties = torch.cuda.get_device_properties(tensor.device)
+        shared = int(getattr(properties, "shared_memory_per_block_optin", 0))
+        return LaunchDevice(torch.cuda.get_device_capability(tensor.device), shared)
+    return cpu_launch_device() or LaunchDevice((8, 9), sys.maxsize)
+
+
+def capability(tensor: Tensor) -> tuple[int, int]:
+    """Return the compute capability that launches on the tensor are compiled for."""
+    return launch_device(tensor).capability
+
+
+def stages(tensor: Tensor) -> int:
+    """Return the stages of the software pipeline for launches on the tensor."""
+    return pipeline_stages(capability(tensor))
+
+
+def pipeline_stages(capability: tuple[int, int]) -> int:
+    """Return the number of stages of a kernel's software pipeline: 2, or 1 where 2 would be a data race.
+
+    On compute capability 9.x, Triton before 3.7.1 inserts no fence between a copy by cp.async and the wgmma that reads
+    it (triton-lang/triton, pull request 10537).
+    """
+    return 1 if capability[0] == 9 and not _copies_are_fenced() else 2
+
+
+@cache
+def _copies_are_fenced() -> bool:
+    found = re.match(r"(\d+)\.(\d+)\.(\d+)", version("triton"))
+    return found is None or tuple(map(int, found.groups())) >= (3, 7, 1)
+
+
+def triton_refusal(tensor: Tensor) -> str | None:
+    """Return why no Triton kernel can run on a tensor, or None. Only conditions that all kernels share are checked."""
+    reason: str | None = triton_missing()
+    if reason is not None:
+        return reason
+    if tensor.dtype == torch.float64:
+        return "its kernels accept float32, bfloat16 and float16, and the tensors are float64"
+    if tensor.device.type not in ("cuda", "cpu", "meta"):
+        return f"its kernels run on CUDA devices, and the tensors are on {tensor.device}"
+    if tensor.device.type == "cpu" and cpu_launch_device() is None:
+        return "the tensors are on the CPU; only TRITON_INTERPRET=1 runs its kernels there"
+    if launch_device(tensor).capability < LEAST_CAPABILITY:
+        return f"its kernels need compute capability {'.'.join(map(str, LEAST_CAPABILITY))} or higher"
+    return None
+
+
+def roomy(tensor: Tensor, kibibytes: int = 160) -> bool:
+    """Return whether a block can use this many KiB of shared memory; only data-centre GPUs have 160 KiB."""
+    return launch_device(tensor).shared_memory >= kibibytes * 1024

@@ -1,0 +1,152 @@
+"""Launch rules of the fused neck's Triton kernels: sizes of tiles, warps and registers by shape, dtype and device."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ..attention.launch_rules import MOST_REGISTERS
+from ..parts import padded, power_of_two
+
+
+class Tile(NamedTuple):
+    """How the columns of a map are divided: `columns` per tile, in `blocks` tiles side by side."""
+
+    columns: int
+    blocks: int
+
+
+def tile_of(width: int, positions: int) -> Tile:
+    """Return a tile that is as wide as the map, up to `positions` columns."""
+    columns = min(positions, power_of_two(width))
+    return Tile(columns, -(-width // columns))
+
+
+class Strips(NamedTuple):
+    """How a row of pooling cells is divided into strips.
+
+    A strip is a group of neighbouring cells that fits in one tile. A cell that is wider than a tile is a strip of
+    several tiles. No cell is split between strips, so one strip computes all of a cell's P̄ (pooled probabilities).
+
+    Attributes:
+        cells: Cells per strip.
+        strips: Strips per row.
+        columns: Map columns per tile.
+        across: Tiles side by side per strip.
+    """
+
+    cells: int
+    strips: int
+    columns: int
+    across: int
+
+
+def strips_of(width: int, size: int, positions: int) -> Strips:
+    """Divide a row of `size` cells evenly among as few strips as tiles of up to `positions` columns allow."""
+
+    def widest(cells: int) -> int:
+        starts = range(0, size, cells)
+        return max(-(-min(j + cells, size) * width // size) - j * width // size for j in starts)
+
+    fitting = [cells for cells in range(1, size + 1) if widest(cells) <= positions] or [1]
+    strips = -(-size // fitting[-1])
+    cells = next(cells for cells in fitting if -(-size // cells) == strips)
+    columns = min(positions, power_of_two(widest(cells)))
+    return Strips(cells, strips, columns, -(-widest(cells) // columns))
+
+
+def forward_positions(
+    rank: int, d: int, dtype: torch.dtype, statistics: bool, capability: tuple[int, int]
+) -> int:
+    """Return how many positions a tile can have beside the [r, d] tiles in registers (`python -m bench.resources`)."""
+    if not statistics:
+        return 32 if capability >= (12, 0) else 64
+    return 32 if dtype == torch.bfloat16 and not heavy(rank, d) else 16
+
+
+class TokenTile(NamedTuple):
+    """Sizes of a tile of tokens.
+
+    Attributes:
+        positions: Positions per tile.
+        tokens: Channels of T that are computed together.
+        chunk: Channels of F that are read together.
+        warps: Warps per program.
+    """
+
+    positions: int
+    tokens: int
+    chunk: int
+    warps: int = 8
+
+
+def token_tile(
+    rank: int, d: int, dtype: torch.dtype, statistics: bool, capability: tuple[int, int]
+) -> TokenTile:
+    """Return the tile that fits in registers.
+
+    With 8 warps, some warps repeat products of the statistic. With 4 warps, registers spill on 9.0 and 12.0.
+    """
+    large = heavy(rank, d)
+    chunk = 16 if dtype == torch.float32 and not (large and capability == (9, 0)) else 32
+    wide = dtype == torch.float32 or (statistics and dtype != torch.bfloat16)
+    if wide or padded(rank) * padded(d) > 64 * 64:
+        return TokenTile(16, 32, chunk)
+    if statistics and not large and capability < (9, 0):
+        return TokenTile(32, 64, chunk, 4)
+    if large or statistics or capability >= (12, 0):
+        return TokenTile(32, 32, chunk)
+    return TokenTile(64, 64, chunk)
+
+
+def strip_warps(rank: int, d: int, dtype: torch.dtype, statistics: bool) -> int:
+    """Return the warps of a program.
+
+    For the statistic, a tile of 32 positions gets 2 warps: it has two rows of products, which more warps would repeat.
+    """
+    return 2 if dtype == torch.bfloat16 and statistics and not heavy(rank, d) else warps(rank, d)
+
+
+def heavy(rank: int, d: int) -> bool:
+    """Return whether [r, d] tiles are larger than in the default neck."""
+    return padded(rank) * padded(d) > 64 * 32
+
+
+POOLED_ELEMENTS = 2048  # elements of a tile of channels and columns for pooling
+
+
+def warps(rank: int, d: int) -> int:
+    """Return the warps of a program that holds [positions, r] and [r, d] tiles."""
+    return 8 if heavy(rank, d) else 4
+
+
+def backward_tile(rank: int, d: int, dtype: torch.dtype) -> tuple[int, dict[str, int]]:
+    """Return the positions of a tile and the launch options.
+
+    With as many positions as landmarks, Triton distributes warps along positions. The softmax then needs no exchange
+    among warps.
+    """
+    if dtype == torch.bfloat16 and not heavy(rank, d):
+        return 64, {"num_warps": 4, "num_stages": 1, "maxnreg": MOST_REGISTERS}
+    if heavy(rank, d):  # without a limit the compiler spills, so that two programs share a multiprocessor
+        return 16, {"num_warps": 8, "num_stages": 1, "maxnreg": MOST_REGISTERS}
+    return 16, {"num_warps": 4 if padded(rank) * padded(d) < 64 * 32 else 8, "num_stages": 1}
+
+
+class SquashTile(NamedTuple):
+    """Sizes of a tile: its positions, its channels, and the entries of an axis that one product sums over."""
+
+    positions: int
+    channels: int
+    chunk: int
+
+
+def squash_forward_tile(dtype: torch.dtype) -> SquashTile:
+    """Return the tile of the forward pass through DyT: Q of all channels, up to 256, stays in registers."""
+    return SquashTile(32, 32, 16) if dtype == torch.float32 else SquashTile(64, 64, 32)
+
+
+def squash_backward_tile(dtype: torch.dtype) -> SquashTile:
+    """Return the tile of the backward pass through DyT: T and dD stay in registers."""
+    return SquashTile(64, 64, 16) if dtype == torch.float32 else SquashTile(128, 64, 32)

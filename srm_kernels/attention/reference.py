@@ -64,9 +64,10 @@ def landmark_context(
 
 
 def landmark_blocks(side: KeySide) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return K̃ without normalisation, the logits of W, R V, the base-2 logsumexp of R's rows, and I.
+    """Return K̃ without normalisation, the logits of W, R V, the base-2 logsumexp of each row of K̃ Kᵀ s, and I.
 
-    The logsumexp of a row is its largest score minus the logarithm of its largest probability: one pass over R less.
+    The logsumexp of a row is computed as the largest logit minus the logarithm of the largest probability. This needs
+    one pass less over the r×N_k block than `torch.logsumexp`.
     """
     K, landmarks = normalised_key(side.key, side.qk_norm), side.landmarks
     if landmarks is None:

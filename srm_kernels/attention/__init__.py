@@ -163,7 +163,7 @@ def nystrom_attention(
 
     With r = N_k and ridge = 0 the result is exact attention. There are no masks. The operator is differentiable in
     query, key, value and tau, with constant landmarks; a second derivative uses the reference. The output and gradient
-    of a sample do not depend on the rest of the batch. A NaN in one (b, h) affects only the output of this (b, h).
+    of a sample do not depend on the rest of the batch. A NaN affects only the results of its own (b, h).
 
     The backend "triton" supports float32, bfloat16 and float16, d from 8 to 128, r up to 128 and solve_dtype "fp32". It
     has kernels for the solvers "cholesky" and "lu" without equilibration, and uses torch.linalg for other solvers. The

@@ -1,7 +1,7 @@
 """Launch configurations of the Triton kernels of Nyström attention: fixed rules on shape and device, no autotuning.
 
 The division of tokens among programs depends on N_q or N_k only, never on the batch, so that the sums of a sample are
-computed in the same order in every batch. The numbers below are chosen by the registers and shared memory that
+computed in the same order in every batch. The numbers below are based on the registers and shared memory that
 `python -m bench.resources` prints. They have not been tuned on a GPU yet; `python -m bench.tune_attention` measures
 the alternatives on a GPU.
 """

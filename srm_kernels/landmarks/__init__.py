@@ -40,8 +40,8 @@ _select = register_operator(
 def ridge_leverage_scores(key: Tensor, *, gamma: float = 1e-3, backend: str | None = None) -> Tensor:
     """Compute the ridge leverage scores τ_i = k_iᵀ (KᵀK + γI)⁻¹ k_i of all keys (docs/METHOD.md §2.0, article 3.3).
 
-    If rounding makes the Cholesky factorisation of a Gram matrix fail, its ridge γ is increased by the size of the
-    rounding error. The operator is differentiable; a second derivative uses the reference.
+    If rounding makes the Cholesky factorisation of a Gram matrix fail, γ is increased for this matrix by the size of
+    the rounding error. The operator is differentiable; a second derivative uses the reference.
 
     Args:
         key: K (B, H, N_k, d); float64, float32, bfloat16 or float16, any strides.
@@ -93,8 +93,7 @@ def select_landmarks(
 
     The indices are not differentiable. Except for "uniform", they also change discontinuously with the keys: at a
     change of the choice, results computed from the landmarks jump. With N_k ≤ d linearly independent keys, all leverage
-    scores are close to 1 (their differences are of the order of γ), so that a small change of the keys can change the
-    choice.
+    scores differ from 1 only by amounts of the order of γ. A small change of the keys can then change the choice.
 
     Args:
         key: K (B, H, N_k, d); float64, float32, bfloat16 or float16, any strides.

@@ -209,8 +209,8 @@ def pooled_links(
 
     P̄ = pool(softmax(Q K̃ᵀ s)) with Q = DyT(A F + a) W_Q. Then pool(L X) = P̄ X, and dX = P̄ᵀ dY with dY the gradient of
     pool(L X). The operator is differentiable in all tensors except X; a second derivative uses the reference. A NaN in
-    an image and head affects only the results of this image and head. All parameters have the dtype of F or a wider
-    one; A, a and W_Q are rounded to F's dtype.
+    F affects P̄ and pool(F) of its own image only. A NaN in K̃ affects P̄ of its own image and head only. All parameters
+    have the dtype of F or a wider one; A, a and W_Q are rounded to F's dtype.
 
     Backends:
 

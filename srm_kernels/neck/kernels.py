@@ -110,7 +110,7 @@ def forward_positions(
 ) -> int:
     """Return the number of positions of a tile that fits in registers together with the [r, d] tiles.
 
-    The numbers are chosen by the registers that `python -m bench.resources` prints.
+    The numbers are based on the registers that `python -m bench.resources` prints.
     """
     if not statistics:
         return 32 if capability >= (12, 0) else 64

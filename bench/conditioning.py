@@ -143,11 +143,11 @@ def table(options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
 
 
 def shares(device: torch.device, repeats: int) -> list[dict[str, Any]]:
-    """Return the time of the solve divided by the time of Nyström attention.
+    """Measure the time of the solve divided by the time of Nyström attention; return one row per backend.
 
-    Sizes: H = 8, N_q = 16,384, N_k = 256, r = 64, d = 32; B is 8 on a GPU and 1 on a CPU. On a GPU the kernels are
-    measured too. Attention by kernels solves inside a launch of the key side, so the solve is timed in a separate
-    launch.
+    The sizes are H = 8, N_q = 16,384, N_k = 256, r = 64 and d = 32; B is 8 on a GPU and 1 on a CPU. The default backend
+    is measured and, on a GPU, also the backend "triton". Attention by "triton" solves within the launch of the key
+    side. This part of a launch cannot be timed alone, so the solve is timed as a launch of its own.
     """
     batch = 8 if device.type == "cuda" else 1
     options = argparse.Namespace(device=device, dtype="fp32")

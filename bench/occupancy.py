@@ -80,9 +80,12 @@ def _up(value: int, unit: int) -> int:
 
 
 def kernel_table(rows: Iterable[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Return header and lines of the rows of `bench.resources` with theoretical occupancy.
+    """Return a table of the resources and the theoretical occupancy of kernels: its header and its lines.
 
-    Shapes for which a kernel needs the same resources share a line.
+    If a kernel needs the same resources for several shapes, the table has one line for them, with the first shape.
+
+    Args:
+        rows: Rows of `bench.resources`.
 
     Raises:
         ValueError: A row lacks a column.

@@ -24,10 +24,11 @@ PLAIN = ("torch", "sdpa")  # the backend, and its name in earlier rows
 
 
 def filled(text: str, folder: Path) -> str:
-    """Return the text of a page in which every table is made again from the rows of a folder.
+    """Make all tables of a page again, from the result rows in a folder; return the text of the page.
 
     Raises:
-        ValueError: The name of a block is unknown, or its rows are of several measurements.
+        ValueError: The name of a table is unknown, or the rows of a table are from different machines, versions or
+            commits.
     """
 
     def block(found: re.Match[str]) -> str:
@@ -56,7 +57,7 @@ def rows_of(folder: Path, name: str, keys: Sequence[str]) -> Rows:
         keys: Columns that identify a row; the last of equal rows counts.
 
     Raises:
-        ValueError: The rows are of several measurements.
+        ValueError: The rows are from different machines, versions or commits.
     """
     rows = newest(read(folder / f"{name}.jsonl"), keys)
     one_machine(rows)

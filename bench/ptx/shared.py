@@ -170,11 +170,11 @@ class SharedMemory(State):
     def _differing(
         self, group: Group, number: int, lanes: Any, offsets: Any, kept: Any, given: Any, differs: Any
     ) -> None:
-        """Report threads that wrote different values to one place at once.
+        """Report lanes that wrote different values to the same address in the same instruction.
 
-        Lanes of one warp may hold copies of a number that differ in the last bit, if a product is contracted with the
-        sum of a butterfly reduction: fma(x, x, shfl(x·x)). This case is reported as "copies". If the threads belong to
-        several warps, a race is reported.
+        If the lanes belong to several warps, the report is a "race". Otherwise it is "copies", which is not a fault:
+        after a butterfly reduction, every lane of a warp holds a copy of the sum. These copies can differ in the last
+        bit if the compiler contracts a product with an addition of the reduction, as in fma(x, x, shfl(x·x)).
         """
         lane, column = np.nonzero(differs)
         warps = (group.warp if lanes is None else group.warp[lanes])[lane]

@@ -57,7 +57,7 @@ _KEY_KERNELS, _QUERY_KERNELS = f"{__name__}.key_kernels", f"{__name__}.query_ker
 def _fake_key_side(
     key: Tensor, value: Tensor, landmarks: Tensor | None, rank: int, *_: object
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return empty results: K̃, X or R V, the logsumexp, and I."""
+    """Return empty results: K̃, X (or R V), the logsumexp of each row of K̃ Kᵀ s, and I."""
     wide = wide_dtype(key.dtype)
     index = (*key.shape[:2], rank)
     return (
@@ -161,13 +161,13 @@ def nystrom_attention(
 ) -> Tensor | tuple[Tensor, LandmarkSolution]:
     """Compute Nyström cross-attention on r landmark keys, linear in N_q and N_k (docs/METHOD.md §2, article 3.3).
 
-    With r = N_k and ridge = 0 it is exact attention. There are no masks. The operator is differentiable in query, key,
-    value and tau, with constant landmarks; a second derivative uses the reference. The output and gradient of a sample
-    do not depend on the rest of the batch, and a NaN stays in its own (b, h).
+    With r = N_k and ridge = 0 the result is exact attention. There are no masks. The operator is differentiable in
+    query, key, value and tau, with constant landmarks; a second derivative uses the reference. The output and gradient
+    of a sample do not depend on the rest of the batch. A NaN affects only the results of its own (b, h).
 
     The backend "triton" supports float32, bfloat16 and float16, d from 8 to 128, r up to 128 and solve_dtype "fp32". It
-    has a kernel for the solvers "cholesky" and "lu" without equilibration. Other solves use torch.linalg. "svd",
-    "auto" and the exact κ of `diagnostics=True` wait for the device.
+    has kernels for the solvers "cholesky" and "lu" without equilibration, and uses torch.linalg for other solvers. The
+    solvers "svd" and "auto" and the exact κ of `diagnostics=True` wait for the device.
 
     Args:
         query: Q (B, H, N_q, d); float64, float32, bfloat16 or float16, any strides. Query, key and value have one dtype
@@ -175,7 +175,7 @@ def nystrom_attention(
         key: K (B, H, N_k, d).
         value: V (B, H, N_k, d).
         rank: r, at least 1; clamped to N_k.
-        landmarks: Indices (B, H, r), int64, of the landmarks. `rank` must be their number. None chooses them.
+        landmarks: Indices (B, H, r) of the landmarks, int64, with r = `rank`. None chooses the landmarks by `method`.
         method: As in `select_landmarks`.
         gamma: As in `select_landmarks`.
         ridge: As in `landmark_solve`.
@@ -188,8 +188,8 @@ def nystrom_attention(
             normalised keys there is no bound on κ(W_λ) or on the output: one outlier among the keys can make the output
             many orders of magnitude larger than the output of exact attention.
         scale: s; 1/√d by default.
-        solve_dtype: "fp32" computes L, W and R in fp32 (fp64 for fp64). "model" computes them in the dtype of the
-            inputs and casts W before the solve, as in the article (an ablation).
+        solve_dtype: "fp32" computes L, W and R in fp32 (fp64 for fp64). "model" computes L, W and R in the dtype of the
+            inputs and casts W to fp32 before the solve, as in the article (an ablation).
         generator: As in `select_landmarks`.
         tau: τ (H,), floating point: a factor of Y for each head (docs/METHOD.md §3.3). None means 1.
         diagnostics: True or "estimate" also returns diagnostics, as in `landmark_solve`.
@@ -246,7 +246,7 @@ def attention_with_scale(
         backend: A name of `backends()`, or None.
 
     Returns:
-        Y, and μ and σ as `rms_scale` computes them, without a gradient.
+        Y, and the scale statistic (μ and σ) as `rms_scale` computes it, without a gradient.
     """
     query, key, value = autocast.lowered(query, key, value)
     d = _check_attention(query, key, value, qk_norm, scale)
@@ -336,8 +336,8 @@ def landmark_side(
     Y is softmax(Q K̃ᵀ s) X, where K̃ is normalised according to `qk_norm`. The operator is differentiable in key and
     value; a second derivative uses the reference.
 
-    The backend "torch" uses C++ for the solver "cholesky" on the CPU, if the library is built. "triton" has the limits
-    of `nystrom_attention`.
+    The backend "torch" uses C++ for the solver "cholesky" on the CPU, if the library is built. The backend "triton" has
+    the same limits as for `nystrom_attention`.
 
     Args:
         key: As in `nystrom_attention`.
@@ -408,7 +408,11 @@ def _options(
 def _landmark_side(
     key: Tensor, value: Tensor, landmarks: Tensor | None, options: AttentionOptions, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return K̃, X and I. Kernels also choose the landmarks, and solve by the default solver, where they can."""
+    """Return K̃, X and I.
+
+    The backend "triton" also chooses the landmarks if it has kernels for the method. The default solver is a part of
+    the operator; another solver runs after the operator.
+    """
     choice = options.choice
     if landmarks is not None:
         _check_landmarks(landmarks, key, choice.rank)
@@ -445,7 +449,7 @@ def full_attention(
 ) -> Tensor:
     """Compute exact cross-attention softmax(Q Kᵀ s) V, the quadratic baseline (article 3.8.5).
 
-    A second derivative needs the backend "reference", because torch's kernel for the CPU has none.
+    A second derivative needs the backend "reference", because torch's kernel for the CPU has no second derivative.
 
     Args:
         query: As in `nystrom_attention`.
@@ -453,8 +457,8 @@ def full_attention(
         value: As in `nystrom_attention`.
         qk_norm: As in `nystrom_attention`.
         scale: As in `nystrom_attention`.
-        backend: "torch", scaled_dot_product_attention; "reference", an explicit softmax; or None: "reference" under
-            torch.func and in forward mode, else "torch".
+        backend: "torch" (scaled_dot_product_attention), "reference" (an explicit softmax) or None. None selects
+            "reference" under torch.func and in forward mode, and "torch" otherwise.
 
     Returns:
         (B, H, N_q, d) in the query's dtype.
@@ -530,7 +534,7 @@ def _choose_backend(
 
 
 def _variant(landmarks: Tensor | None, options: AttentionOptions, diagnostics: bool = False) -> str:
-    """Return the variant of the operator. Each variant runs other kernels, so its backend is chosen separately."""
+    """Return the variant of the operator. Variants run different kernels, so each has its own choice of backend."""
     method, solve = options.choice.method, options.solve
     if landmarks is not None or method not in METHODS_OF_KERNELS or method == METHODS_OF_KERNELS[0]:
         method = ""
@@ -541,7 +545,7 @@ def _variant(landmarks: Tensor | None, options: AttentionOptions, diagnostics: b
 
 
 def _over_batch(mean: Tensor, spread: Tensor, tokens: int) -> RMSScale:
-    """Return the mean (H, d) and RMS (H,) over batch and tokens, given each sample's mean (B, H, d) and M₂ (B, H)."""
+    """Return μ (H, d) and σ (H,) over batch and tokens, from the mean (B, H, d) and Σ‖y − mean‖² (B, H) per sample."""
     overall = mean.mean(0)
     total = spread.sum(0) + tokens * (mean - overall).square().sum((0, -1))
     return RMSScale(overall, (total / (mean.shape[0] * tokens)).sqrt())

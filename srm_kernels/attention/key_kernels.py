@@ -1,21 +1,23 @@
-"""Triton kernels of the key side of Nyström attention: from K and V of a (b, h) to K̃ and X, and their gradients.
+"""Triton kernels of the key side of Nyström attention: K̃ and X from K and V of a (b, h), and the gradients of K and V.
 
-Forward with at most 1,024 keys and r, d ≤ 64 is one launch: it chooses the landmarks, gathers K̃, computes W and R V (by
-an online softmax) and solves (W + λI) X = R V. With more keys, several programs share the scores and R V, and the
-choice and the solve are separate launches. Many or wide landmarks are also divided in pieces for R V.
-Backward first computes the transposed solve and the other r×r steps, then dK and dV of every tile of keys.
+With at most 1,024 keys and r, d ≤ 64, the forward pass is one launch. The launch chooses the landmarks, gathers K̃,
+computes W and R V (by an online softmax) and solves (W + λI) X = R V. With more keys, several programs per (b, h)
+compute the leverage scores and R V, and the choice and the solve are separate launches. If r·d is large, the rows of
+R V are also divided among programs, in pieces of landmarks. The backward pass first computes the transposed solve and
+the other r×r steps, and then dK and dV of every tile of keys.
 
-The solve is Gauss–Jordan elimination of W + λI without pivoting. A diagonal matrix makes W similar to a symmetric
-positive semidefinite matrix, so its pivots are those of Cholesky (docs/METHOD.md §2.1): positive except for rounding.
-The transposed matrix has the same pivots. If a pivot is not positive, because rounding cancels λ, this matrix is formed
-again and eliminated with partial pivoting, as in the reference. A non-finite logit gives NaN in the X of its own
-matrix.
+The solve is Gauss–Jordan elimination of A = W + λI without pivoting. A is similar to the symmetric positive definite
+matrix S + λI by a diagonal matrix, and both matrices have the same pivots (docs/METHOD.md §2.1). The pivots are
+therefore positive except for rounding. Aᵀ has the same pivots too. If a pivot is not positive because rounding cancels
+λ, the matrix is formed again and eliminated with partial pivoting, as in the reference. A non-finite logit gives NaN in
+the X of its own matrix.
 
-K̃ is passed on without normalisation. Its entries are then exact in the tokens' dtype, in which Q K̃ᵀ can be computed,
-and the normalisation is a factor for every column. The disadvantage: tokens above about 10¹⁸ overflow in the product
-and give NaN, while the reference normalises first. Logits are in units of log 2.
-Symbols: U = R V, dU = A⁻ᵀ dX, and therefore dA = −dU Xᵀ and dR = dU Vᵀ. Sums over keys have a fixed order without
-atomics, so that results are bitwise reproducible.
+K̃ is stored without normalisation. The entries of K̃ are then exact in the dtype of the tokens, and Q K̃ᵀ can be computed
+in this dtype. The normalisation is a factor for every column of the product. The disadvantage is that tokens above
+about 10¹⁸ overflow in the product and give NaN. The reference normalises before the product.
+
+Logits are in units of log 2, for exp2. Symbols: U = R V, dU = A⁻ᵀ dX, and therefore dA = −dU Xᵀ and dR = dU Vᵀ. Sums
+over keys have a fixed order without atomics, so that results are bitwise reproducible.
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ from ..parts import (
 )
 from . import launch_rules
 
-CHUNK = 16  # entries of an axis over which a product is computed in pieces
+CHUNK = 16  # entries of the inner axis of a product that are read together
 
 
 @triton.jit
@@ -89,7 +91,7 @@ def load_matrix(ptr, rows: tl.constexpr, R: tl.constexpr, columns: tl.constexpr,
 def load_columns(ptr, first, rows: tl.constexpr, R: tl.constexpr, columns: tl.constexpr, CHUNK: tl.constexpr):
     """Load the columns first..first + CHUNK of a contiguous rows×columns matrix, [R, CHUNK].
 
-    A product over a long axis uses such chunks if its factors do not fit in registers.
+    Products whose factors do not fit in registers are computed chunk by chunk.
     """
     i, j = tl.arange(0, R), first + tl.arange(0, CHUNK)
     inside = (i < rows)[:, None] & (j < columns)[None, :]
@@ -119,7 +121,7 @@ def landmark_logits(
     keys_ptr, key_ptr, factor, scale, rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr,
     CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return K̃K̃ᵀ s [R, R] in units of log 2, from the fp32 copy of K̃ in memory; multiply in the stored dtype."""
+    """Return K̃K̃ᵀ s [R, R] in units of log 2. K̃ is read from its fp32 copy and multiplied in the dtype of the keys."""
     product = tl.zeros([R, R], tl.float32)
     for first in range(0, d, CHUNK):
         keys = load_columns(keys_ptr, first, rank, R, d, CHUNK).to(key_ptr.dtype.element_ty)
@@ -129,7 +131,7 @@ def landmark_logits(
 
 @triton.jit
 def landmark_softmax(logits, rank: tl.constexpr, R: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """Return W [R, R], or its transpose by the symmetry of the logits. Padding is zero."""
+    """Return W [R, R], or with TRANSPOSED Wᵀ, as a softmax along columns of the symmetric logits. Padding is zero."""
     i = tl.arange(0, R)
     inside = (i < rank)[:, None] & (i < rank)[None, :]
     logits = tl.where(inside, logits, -INFINITY)
@@ -170,9 +172,9 @@ def eliminate(matrix, rhs, rank: tl.constexpr, R: tl.constexpr):
 
 @triton.jit
 def eliminate_pivoting(matrix, rhs, rank: tl.constexpr, R: tl.constexpr):
-    """Eliminate with partial pivoting; return rows of matrix⁻¹ rhs and their places.
+    """Eliminate with partial pivoting; return the rows of matrix⁻¹ rhs in another order, and `place` [R].
 
-    Row i of the result is row place[i] of the solution. NaN counts as the largest pivot, so that the chosen rows are
+    Row i of the result is row place[i] of matrix⁻¹ rhs. NaN counts as the largest pivot, so that the chosen rows are
     distinct.
     """
     i = tl.arange(0, R)
@@ -218,8 +220,8 @@ def mix_values(
 ):  # fmt: skip
     """Return Σ exp2(logit − top) v [R, D], top [R] and Σ exp2(logit − top) [R] over the keys start..stop.
 
-    The rows are landmarks and the keys are all keys; or the rows are queries and the keys are landmarks in a wider
-    dtype.
+    There are two uses. On the key side, `keys` [R, D] are landmarks, and `key_ptr` and `value_ptr` are K and V. On the
+    query side, `keys` are queries, and `key_ptr` and `value_ptr` are K̃ and X, which have a wider dtype.
     """
     mixed = tl.zeros([R, D], tl.float32)
     top = tl.full([R], -INFINITY, tl.float32)
@@ -248,7 +250,7 @@ def finish(
     rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr, D: tl.constexpr, SOLVE: tl.constexpr,
     CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute X from the sums over all keys, or R V and the logits for another solver."""
+    """Compute X from the sums over all keys. Without SOLVE, compute R V and the logits of W, for another solver."""
     i = tl.arange(0, R)
     tl.store(lse_ptr + i, top + tl.log2(total), mask=i < rank)
     store_matrix(x_ptr, mixed / total[:, None], i, rank, R, d, D)
@@ -320,7 +322,10 @@ def _scores_kernel(
     key_stride_d, gamma, d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr, BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute the leverage scores of one part of the keys; every part sums the Gram matrices in the same order."""
+    """Compute the leverage scores of one part of the keys.
+
+    Every program adds the Gram matrices of all parts, in the same order.
+    """
     program = tl.program_id(0).to(tl.int64)
     head, part = program // parts, (program % parts).to(tl.int32)
     key_ptr += head // heads * key_stride_b + head % heads * key_stride_h
@@ -350,7 +355,7 @@ def _mix_kernel(
     value_stride_d, scale, rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr, D: tl.constexpr,
     NORMALISE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute what one part of the keys adds to R rows of R V, without the normalising factor of the softmax."""
+    """Compute what one part of the keys adds to R V, for one piece of landmarks, before the softmax is normalised."""
     program = tl.program_id(0).to(tl.int64)
     first = (program % pieces).to(tl.int32) * R
     program = program // pieces
@@ -377,7 +382,7 @@ def _solve_kernel(
     R: tl.constexpr, d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr, SOLVE: tl.constexpr,
     CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Merge the parts of R V of one (b, h), in order, then continue as `_context_kernel`."""
+    """Merge the parts of R V of one (b, h), in order, then compute the same results as `_context_kernel`."""
     head = tl.program_id(0).to(tl.int64)
     key_ptr += head // heads * key_stride_b + head % heads * key_stride_h
     i = tl.arange(0, R)
@@ -405,7 +410,7 @@ def _solve_kernel(
 
 @triton.jit
 def load_keys(keys_ptr, key_ptr, rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr, D: tl.constexpr):
-    """Load K̃ [R, D] from its fp32 copy and cast it to the stored dtype, which is exact."""
+    """Load K̃ [R, D] from its fp32 copy, and cast it to the dtype of `key_ptr`. The cast is exact."""
     return load_matrix(keys_ptr, rank, R, d, D).to(key_ptr.dtype.element_ty)
 
 
@@ -414,7 +419,10 @@ def softmax_gradient(
     keys, row_scale, lse, du, delta, key, value, inside, d: tl.constexpr, NORMALISE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return R and the gradient of its logits for one tile of keys, [R, BLOCK], and the keys' norm factors [BLOCK]."""
+    """Return the probabilities of one tile of keys, the gradient of the logits, and the keys' norm factors [BLOCK].
+
+    The probabilities and the gradient have one row for each row of `keys` and one column for each key of the tile.
+    """
     columns = rms_factor(key, d, NORMALISE)
     logits = tl.dot(keys, tl.trans(key), input_precision=PRECISION) * row_scale[:, None] * columns[None, :]
     weights = tl.where(inside[None, :], tl.exp2(logits - lse[:, None]), 0.0)
@@ -428,7 +436,7 @@ def landmark_gradient(
     value_stride_n, value_stride_d, scale, d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr,
     BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add the part through R of the keys start..stop to `gradient` [R, D], the normalised landmarks' gradient."""
+    """Add to `gradient`, the gradient of the normalised landmarks, what keys start..stop add through the matrix R."""
     for first in range(start, stop, BLOCK):
         rows = first + tl.arange(0, BLOCK)
         key = load_tokens(key_ptr, rows, rows < stop, key_stride_n, key_stride_d, d, D).to(keys.dtype)
@@ -448,10 +456,10 @@ def _system_backward_kernel(
     d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr, SOLVE: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute dU, δ_i = Σ_e dU_ie U_ie and the gradient of the gathered keys, of one (b, h).
+    """Compute dU, δ_i = Σ_e dU_ie U_ie and the gradient of the gathered keys K̃ of one (b, h).
 
-    With WHOLE the gradient is complete. Otherwise it is the gradient of the normalised landmarks, and lacks the part
-    through R.
+    With WHOLE, the gradient of K̃ is complete. Otherwise the kernel stores the gradient of the normalised K̃ without
+    the part through the matrix R, and `_gathered_kernel` completes this gradient.
     """
     head = tl.program_id(0).to(tl.int64)
     b, h = head // heads, head % heads
@@ -515,7 +523,7 @@ def _landmarks_backward_kernel(
     value_stride_d, scale, rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr, D: tl.constexpr,
     NORMALISE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute what one part of the keys adds through R to the gradient of a piece of the normalised landmarks."""
+    """Compute what one part of the keys adds, through the matrix R, to the gradient of a piece of normalised K̃."""
     program = tl.program_id(0).to(tl.int64)
     first = (program % pieces).to(tl.int32) * R
     program = program // pieces
@@ -543,7 +551,10 @@ def _gathered_kernel(
     keys_ptr, dkeys_ptr, partial_ptr, gathered_ptr, parts, rank: tl.constexpr, R: tl.constexpr,
     d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gathered keys' gradient of one (b, h): add all parts in order, and the query side's gradient."""
+    """Complete the gradient of the gathered keys K̃ of one (b, h).
+
+    The kernel adds the parts through the matrix R in order, and then the gradient of K̃ from the query side.
+    """
     head = tl.program_id(0).to(tl.int64)
     small = head * rank * d
     gradient = load_matrix(gathered_ptr + small, rank, R, d, D)
@@ -563,7 +574,7 @@ def _tokens_backward_kernel(
     d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute dK and dV of one tile of keys. Landmarks in the tile also receive the gradient of the gathered keys."""
+    """Compute dK and dV of one tile of keys. For a key that is a landmark, dK includes the gradient of its row of K̃."""
     program = tl.program_id(0).to(tl.int64)
     head, tile = program // tiles, program % tiles
     b, h = head // heads, head % heads
@@ -601,12 +612,12 @@ def _tokens_backward_kernel(
 
 
 def landmark_context(side: KeySide, ridge: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return K̃, X, the logsumexp of R's rows and I as `reference.landmark_context` does."""
+    """Return K̃, X, the logsumexp and I as `reference.landmark_context` does."""
     return _context(side, ridge)[:4]
 
 
 def landmark_blocks(side: KeySide) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return K̃, the logits of W, R V, the logsumexp of R's rows and I as `reference.landmark_blocks` does."""
+    """Return K̃, the logits of W, R V, the logsumexp and I as `reference.landmark_blocks` does."""
     keys, rhs, lse, landmarks, logits = _context(side, None)
     return keys, logits, rhs, lse, landmarks
 
@@ -614,7 +625,7 @@ def landmark_blocks(side: KeySide) -> tuple[Tensor, Tensor, Tensor, Tensor, Tens
 def _context(side: KeySide, ridge: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return K̃, X, the logsumexp, I and an empty tensor.
 
-    If `ridge` is None, the second result is R V and the last one the logits of W.
+    If `ridge` is None, the second result is R V instead of X, and the last result is the logits of W.
     """
     key, value, given, choice, scale = side.key, side.value, side.landmarks, side.choice, side.scale
     (B, H, N, d), rank, normalise = key.shape, choice.rank, side.qk_norm is not None

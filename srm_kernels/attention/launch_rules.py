@@ -1,9 +1,9 @@
 """Launch configurations of the Triton kernels of Nyström attention: fixed rules on shape and device, no autotuning.
 
 The division of tokens among programs depends on N_q or N_k only, never on the batch, so that the sums of a sample are
-computed in the same order in every batch. The numbers below follow from the registers and shared memory that
+computed in the same order in every batch. The numbers below are based on the registers and shared memory that
 `python -m bench.resources` prints. They have not been tuned on a GPU yet; `python -m bench.tune_attention` measures
-the alternatives there.
+the alternatives on a GPU.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ MOST_KEYS_OF_ONE_PROGRAM = 1024  # with more keys, several programs share the ke
 LEAST_KEYS_OF_A_PART = 512
 LEAST_QUERIES_OF_A_PART = 512
 LEAST_QUERIES_OF_A_GRADIENT = 1024  # each part writes 2 r d partial sums, which are read again
-MOST_HELD = 64 * 64  # r·d of the largest tile of which two fit in 99 KiB, each split into 32-bit parts
-PIECE = 32  # landmarks of a larger tile that are read together
+MOST_HELD = 64 * 64  # largest r·d for which two tiles, each split into two 32-bit parts, fit in 99 KiB
+PIECE = 32  # landmarks in a piece of a tile that is too large
 MOST_REGISTERS = 255
 MOST_PARTS = 32  # parts of one (b, h), so that partial sums need O(r (r + d)) memory and not O(N r)
 
@@ -54,7 +54,7 @@ class Division(NamedTuple):
 
 
 def query_forward(rank: int, d: int, dtype: torch.dtype, capability: tuple[int, int]) -> Configuration:
-    """Return the configuration for Y. A program holds [block, r] probabilities and [block, d] tokens."""
+    """Return the configuration of the kernel for Y. A program holds [block, r] probabilities and [block, d] tokens."""
     if _large(rank, d) or _heavy(rank, d, dtype):
         return Configuration(32, 8, 1)
     # Without a limit the compiler uses at most 128 or 168 registers and spills.
@@ -63,20 +63,26 @@ def query_forward(rank: int, d: int, dtype: torch.dtype, capability: tuple[int, 
 
 
 def query_backward(rank: int, d: int, dtype: torch.dtype, capability: tuple[int, int]) -> Configuration:
-    """Return the configuration for dQ, dX and dK̃. The sums dX and dK̃, [r, d] or a piece, stay in registers."""
+    """Return the configuration of the kernels for dQ, dX and dK̃.
+
+    The sums dX and dK̃ stay in registers. Each is [r, d], or [PIECE, d] if K̃ and X are read in pieces.
+    """
     if _padded(d) <= 32:
         return Configuration(16, 8 if dtype == torch.float32 and _padded(rank) > 32 else 4, 1)
     if _large(rank, d):
         return Configuration(16, 8, 1, MOST_REGISTERS)
     if dtype == torch.float32 and not _heavy(rank, d, dtype):
         return Configuration(16, 8, 1)
-    # With a limit of 255 the compiler spills in bf16 on 12.0; without a limit it spills for exact products on 8.6.
+    # With a limit of 255 registers, bf16 kernels spill on 12.0. Without a limit, exact products spill on 8.6.
     limit = MOST_REGISTERS if query_backward_exact(rank, d, dtype, capability) else None
     return Configuration(32, 8, 1, limit)
 
 
 def query_backward_exact(rank: int, d: int, dtype: torch.dtype, capability: tuple[int, int]) -> bool:
-    """Return whether `query_backward` must multiply without tensor cores: three passes would need more than 99 KiB."""
+    """Return whether the kernels of `query_backward` must multiply in plain fp32, without tensor cores.
+
+    Products in three tf32 passes would need more than 99 KiB of shared memory.
+    """
     return held(rank, d) and _heavy(rank, d, dtype) and capability not in ROOMY
 
 
@@ -86,20 +92,21 @@ def key_side(rank: int, d: int, dtype: torch.dtype, capability: tuple[int, int])
 
 
 def key_tokens(rank: int, d: int, dtype: torch.dtype, capability: tuple[int, int]) -> Configuration:
-    """Return the configuration for dK and dV of a tile of keys."""
+    """Return the configuration of the kernel for dK and dV of a tile of keys."""
     if dtype == torch.bfloat16 and not _large(rank, d):
-        # With more warps than rows of products, warps repeat products. Two warps spill a few registers on 8.0 and 12.0.
+        # If there are more warps than blocks of rows of a product, some warps repeat the products of others. Two warps
+        # per program spill a few registers on 8.0 and 12.0.
         return Configuration(32, 2 if _padded(d) <= 32 and capability in HALF_RATE else 4, 1)
     return Configuration(16, 4 if _padded(d) <= 32 else 8, 1)
 
 
 def held(rank: int, d: int) -> bool:
-    """Return whether a program holds all of K̃ and X of a (b, h); larger ones are read or divided in pieces."""
+    """Return whether a program holds all of K̃ and X of a (b, h). If not, K̃ and X are read or divided in pieces."""
     return _padded(rank) * _padded(d) <= MOST_HELD
 
 
 def landmarks_of_a_program(rank: int, d: int) -> int:
-    """Return how many rows of K̃ and X a program holds at once: all, or a piece."""
+    """Return how many rows of K̃ and X a program holds at once: all r rows (padded), or PIECE."""
     return _padded(rank) if held(rank, d) else PIECE
 
 
@@ -115,7 +122,10 @@ def one_launch(keys: int, rank: int, d: int) -> bool:
 
 
 def one_launch_backward(keys: int, rank: int, d: int, dtype: torch.dtype) -> bool:
-    """Return whether one program loops over all keys in the backward pass, whose r×r part leaves fewer registers."""
+    """Return whether one program loops over all keys of a (b, h) in the backward pass.
+
+    The r×r steps of the backward pass leave fewer registers, so the limits are lower than in the forward pass.
+    """
     return one_launch(keys, rank, d) and not _heavy(rank, d, dtype)
 
 

@@ -3,17 +3,18 @@
 A program holds K̃ and X of one (b, h) and loops over a share of the queries in tiles. It reads Q once and writes Y once,
 and the N_q×r block of probabilities stays in registers. X and the probabilities are fp32.
 
-If K̃ and X are too large for that (see `launch_rules.held`), a program reads them in pieces for every tile of queries,
-with an online softmax. Y is then attention with keys K̃ and values X. The backward pass works as in `key_kernels`, with
-exchanged roles: one launch computes dQ and stores two numbers per query, another sums dX and dK̃.
+If K̃ and X are too large to be held (see `launch_rules.held`), a program reads K̃ and X in pieces for every tile of
+queries, with an online softmax. Y is then computed as attention with the keys K̃ and the values X. The backward pass
+works as in `key_kernels`, with the roles of queries and keys exchanged: one launch computes dQ and stores two numbers
+per query, and another launch sums dX and dK̃.
 
-τ multiplies Y before rounding. The statistic describes L X before τ and before rounding. It is the mean and
-M₂ = Σ‖y − mean‖² of every tile, merged by Chan's formula,
+τ multiplies Y before rounding. The statistic is the mean and M₂ = Σ‖y − mean‖² of the rows y of L X, before τ and
+before rounding. The mean and M₂ of every tile are merged by Chan's formula, first over tiles and then over programs:
 
-    mean = (n₁ mean₁ + n₂ mean₂)/n      M₂ = M₂₁ + M₂₂ + ‖mean₂ − mean₁‖² n₁n₂/n,
+    mean = (n₁ mean₁ + n₂ mean₂)/n      M₂ = M₂₁ + M₂₂ + ‖mean₂ − mean₁‖² n₁n₂/n.
 
-first over tiles and then over programs, which avoids cancellation when the mean is large. The backward pass computes
-the probabilities again. Every program writes its own sums for dX and dK̃, and a second launch adds them in order.
+This avoids cancellation when the mean is large. The backward pass computes the probabilities again. Every program
+writes its own sums for dX and dK̃, and a last launch adds the sums of all programs in order.
 """
 
 from __future__ import annotations
@@ -78,7 +79,10 @@ def streamed(
     query, row_scale, keys_ptr, x_ptr, rank: tl.constexpr, d: tl.constexpr, D: tl.constexpr,
     NORMALISE_KEYS: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return L X [BLOCK, D] of one tile of queries, and its logsumexp [BLOCK]. K̃ and X are read in pieces."""
+    """Return L X [BLOCK, D] of one tile of queries, and the base-2 logsumexp [BLOCK] of each query's logits.
+
+    K̃ and X are read in pieces.
+    """
     mixed, top, total = mix_values(
         query, row_scale, keys_ptr, x_ptr, 0, rank, d, 1, d, 1, BLOCK, d, D, NORMALISE_KEYS, PIECE, PRECISION
     )
@@ -95,7 +99,7 @@ def _forward_kernel(
 ):  # fmt: skip
     """Compute Y of one share of the queries of a (b, h), and the mean [d] and M₂ of L X over this share.
 
-    K̃ and X are held in registers if a piece has all R rows.
+    K̃ and X are held in registers if PIECE is R. Otherwise, K̃ and X are read in pieces of PIECE rows.
     """
     program = tl.program_id(0).to(tl.int64)
     head, part = program // parts, (program % parts).to(tl.int32)
@@ -177,7 +181,7 @@ def _backward_kernel(
     NORMALISE_QUERY: tl.constexpr, NORMALISE_KEYS: tl.constexpr, TAU: tl.constexpr, BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute dQ of one share of the queries, and its part of Lᵀ dY and of the normalised landmarks' gradient."""
+    """Compute dQ of one share of the queries, and what this share adds to Lᵀ dY and to the gradient of normalised K̃."""
     program = tl.program_id(0).to(tl.int64)
     head, part = program // parts, (program % parts).to(tl.int32)
     b, h = head // heads, head % heads
@@ -221,7 +225,10 @@ def _queries_backward_kernel(
     NORMALISE_KEYS: tl.constexpr, TAU: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute dQ, the logsumexp and δ_n = Σ_e τ dY_ne (L X)_ne of one tile of queries. K̃ and X are read in pieces."""
+    """Compute dQ, the logsumexp of the logits, and δ_n = Σ_e τ dY_ne (L X)_ne of one tile of queries.
+
+    K̃ and X are read in pieces.
+    """
     program = tl.program_id(0).to(tl.int64)
     head, tile = program // tiles, program % tiles
     b, h = head // heads, head % heads
@@ -259,7 +266,7 @@ def _pieces_backward_kernel(
     NORMALISE_QUERY: tl.constexpr, NORMALISE_KEYS: tl.constexpr, TAU: tl.constexpr, BLOCK: tl.constexpr,
     PIECE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute what one share of the queries adds to a piece of Lᵀ dY and of the normalised landmarks' gradient."""
+    """Compute what one share of the queries adds to Lᵀ dY and to the gradient of normalised K̃, for PIECE landmarks."""
     program = tl.program_id(0).to(tl.int64)
     first_landmark = (program % pieces).to(tl.int32) * PIECE
     program = program // pieces
@@ -300,7 +307,7 @@ def _sum_kernel(
     rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr, D: tl.constexpr, NORMALISE_KEYS: tl.constexpr,
     TAU: tl.constexpr,
 ):  # fmt: skip
-    """Compute dX, dK̃ and the contribution to dτ of one (b, h); parts are added in order."""
+    """Compute dX and dK̃ of one (b, h), and its contribution to dτ, from the sums of all programs, added in order."""
     head = tl.program_id(0).to(tl.int64)
     small = head * rank * d
     i = tl.arange(0, R)

@@ -3,7 +3,7 @@
     K̃ = K[I]   L = softmax(Q K̃ᵀ s)   R = softmax(K̃ Kᵀ s)   X = (W + λI)⁻¹ (R V)   Y = L X
     N_q×r      r×N_k                  W = softmax(K̃ K̃ᵀ s), r×r
 
-Q (B, H, N_q, d); K, V (B, H, N_k, d); I (B, H, r).
+Q is (B, H, N_q, d); K and V are (B, H, N_k, d); I is (B, H, r).
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ def landmark_system(
 def landmark_context(
     side: KeySide, ridge: float, *, solve: Solve | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return K̃ without normalisation, X by the default solver, the base-2 logsumexp of R's rows (B, H, r), and I.
+    """Return K̃ without normalisation, X by the default solver, the base-2 logsumexp of each row of K̃ Kᵀ s, and I.
 
-    The first three have the wide dtype. `solve` replaces the solve of the reference.
+    K̃, X and the logsumexp (B, H, r) have the wide dtype. `solve` replaces `conditioning.landmark_solve`.
     """
     keys, logits, rhs, lse, landmarks = landmark_blocks(side)
     X, _ = (solve or conditioning.landmark_solve)(logits, rhs, SolveOptions(ridge))
@@ -64,9 +64,10 @@ def landmark_context(
 
 
 def landmark_blocks(side: KeySide) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return K̃ without normalisation, the logits of W, R V, the base-2 logsumexp of R's rows, and I.
+    """Return K̃ without normalisation, the logits of W, R V, the base-2 logsumexp of each row of K̃ Kᵀ s, and I.
 
-    The logsumexp of a row is its largest score minus the logarithm of its largest probability: one pass over R less.
+    The logsumexp of a row is computed as the largest logit minus the logarithm of the largest probability. This needs
+    one pass less over the r×N_k block than `torch.logsumexp`.
     """
     K, landmarks = normalised_key(side.key, side.qk_norm), side.landmarks
     if landmarks is None:
@@ -90,8 +91,8 @@ def landmark_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return τ softmax(Q K̃ᵀ s) X in the query's dtype; `keys` is K̃ without normalisation, τ is (H,) or None.
 
-    With `statistics` also return the mean (B, H, d) over tokens of Y before τ, and Σ‖y − mean‖² (B, H); otherwise two
-    empty tensors.
+    With `statistics`, also return two moments of Y = softmax(Q K̃ᵀ s) X over the tokens, before the product by τ: the
+    mean (B, H, d) and Σ‖y − mean‖² (B, H). Without `statistics`, return two empty tensors instead.
     """
     Q, K = normalised_query(query, qk_norm), normalised_key(keys, qk_norm)
     Y = _block(Q, K, scale, Q.dtype) @ x
@@ -113,7 +114,7 @@ def _key_side(
     R = _block(keys, K, scale, block_dtype)
     logits = keys @ keys.mT * scale
     if block_dtype != K.dtype:
-        # W in the model's dtype; adding the logsumexp of its rows makes the logits symmetric again.
+        # W has the precision of the model's dtype. log W plus the logsumexp of each row gives symmetric logits again.
         rounded = logits.to(block_dtype)
         W = rounded.softmax(-1).to(K.dtype)
         tiny = torch.finfo(block_dtype).smallest_normal
@@ -122,7 +123,11 @@ def _key_side(
 
 
 def take_landmarks(K: Tensor, landmarks: Tensor) -> Tensor:
-    """Return K̃ = K[I], (B, H, r, d); raise ValueError for an index out of range if Python may read the indices."""
+    """Return K̃ = K[I], (B, H, r, d).
+
+    Raises:
+        ValueError: An index is out of range. Indices are checked only if Python may read them (`may_ask`).
+    """
     if may_ask(landmarks):
         low, high = int(landmarks.min()), int(landmarks.max())
         if low < 0 or high >= K.shape[-2]:
@@ -131,13 +136,13 @@ def take_landmarks(K: Tensor, landmarks: Tensor) -> Tensor:
 
 
 def normalised_query(query: Tensor, qk_norm: str | None) -> Tensor:
-    """Return queries in the wide dtype, RMS-normalised per head and token with "both"."""
+    """Return queries in the wide dtype, RMS-normalised per head and token if `qk_norm` is "both"."""
     wide = query.to(wide_dtype(query.dtype))
     return rms_normalise(wide) if qk_norm == "both" else wide
 
 
 def normalised_key(key: Tensor, qk_norm: str | None) -> Tensor:
-    """Return keys in the wide dtype, RMS-normalised per head and token with "keys" or "both"."""
+    """Return keys in the wide dtype, RMS-normalised per head and token if `qk_norm` is "keys" or "both"."""
     wide = key.to(wide_dtype(key.dtype))
     return wide if qk_norm is None else rms_normalise(wide)
 
@@ -149,7 +154,7 @@ def rms_normalise(x: Tensor) -> Tensor:
 
 
 def _block(rows: Tensor, columns: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """Return softmax(rows columnsᵀ s), computed in `dtype`, in the dtype of `rows`."""
+    """Compute softmax(rows columnsᵀ s), with the softmax in `dtype`; return the result in the dtype of `rows`."""
     logits = rows @ columns.mT * scale
     return logits.to(dtype).softmax(-1).to(rows.dtype)
 

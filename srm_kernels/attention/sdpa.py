@@ -1,6 +1,7 @@
 """Nyström attention by two calls of scaled_dot_product_attention (docs/METHOD.md §2, article 3.3).
 
-R V = SDPA(K̃, K, V) and Y = SDPA(Q, K̃, X): torch's fused kernels form no N×r block. On the CPU the solve is in C++.
+R V = SDPA(K̃, K, V) and Y = SDPA(Q, K̃, X), where SDPA is scaled_dot_product_attention. torch's fused kernels form no
+N×r block. On the CPU, C++ code solves the landmark system if the library is built.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def nystrom_attention(
     keys = take_landmarks(K, landmarks)
     rhs = scaled_dot_product_attention(keys, K, value.to(K.dtype), scale=scale)
     X, _ = conditioning.landmark_solve(keys @ keys.mT * scale, rhs, solve)
-    # The solve of the reference returns column-major matrices, with which attention is four times slower.
+    # The solve of the reference returns X in column-major order, and attention with such an X is four times slower.
     return scaled_dot_product_attention(Q, keys, X.contiguous(), scale=scale).to(query.dtype)
 
 

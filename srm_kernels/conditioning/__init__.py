@@ -25,14 +25,16 @@ _KERNELS = f"{__name__}.kernels"
 
 
 class LandmarkSolution(NamedTuple):
-    """The solution of the landmark system, and measures of each system, which are None without diagnostics.
+    """The solution X of the landmark system, and diagnostics of each matrix.
+
+    All attributes except `x` are None if no diagnostics were requested.
 
     Attributes:
         x: X (…, r, d).
-        kappa: κ (…,), σ_max/σ_min of W_λ, or of W̃ + λI with equilibration; or an estimate of it.
-        residual: ρ (…,), ‖A Z − G‖_F / (‖G‖_F + 1e-12) of the system that was solved.
+        kappa: κ (…,), the condition number σ_max/σ_min of W_λ (with equilibration, of W̃ + λI), or an estimate of κ.
+        residual: ρ (…,), ‖A Z − G‖_F / (‖G‖_F + 1e-12) of the system A Z = G that was solved (docs/METHOD.md §2.1).
         gain: (…,), ‖X‖_F / ‖R V‖_F.
-        solver: (…,) int64, the `Solver` of each matrix.
+        solver: (…,) int64, the `Solver` that was used for each matrix.
     """
 
     x: Tensor

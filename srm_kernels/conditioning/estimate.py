@@ -1,17 +1,19 @@
 """Estimate κ₂ from a factorisation, without singular values and without waiting for the device (docs/METHOD.md §2.1).
 
-Power iterations give lower bounds: every ‖A u‖/‖u‖ is at most σ_max and every ‖A⁻¹ u‖/‖u‖ is at most 1/σ_min. The
-estimate therefore exceeds κ₂ at most by rounding. Its largest shortfall:
+The estimate is the product of two lower bounds from power iterations: ‖A u‖/‖u‖ is at most σ_max, and ‖A⁻¹ u‖/‖u‖ is at
+most 1/σ_min. Except for rounding, the estimate is therefore never larger than κ₂. It can be smaller than κ₂:
 
-- σ_max: A is non-negative, so its leading singular vector is non-negative too, and the component of the ones vector
-  along it is at least 1/√r. After k applications the ratio is at least r^(−1/(2k)) σ_max for every matrix; k = 8 gives
-  0.77 at r = 64.
-- 1/σ_min: for k = 3 applications of A⁻¹ and A⁻ᵀ in turn to a normal vector, the ratio is too small by more than a
-  factor t with probability at most 0.8 √r t⁻³ (Dixon 1983, SIAM J. Numer. Anal. 20). The largest of 8 independent
-  ratios counts: at r = 64 it is more than 10 times too small with probability 3e-18, more than 3 times with 1e-5.
+- σ_max: the iteration starts from the vector of ones and applies A and Aᵀ in turn, k = 8 times in all. A is
+  non-negative, so its leading singular vector is non-negative too. The cosine of the angle between this vector and the
+  vector of ones is at least 1/√r. The lower bound is therefore at least r^(−1/(2k)) σ_max for every matrix: 0.77 σ_max
+  at r = 64.
+- 1/σ_min: the iteration starts from a random normal vector and applies A⁻¹ and A⁻ᵀ in turn, k = 3 times in all. The
+  lower bound is less than 1/(t σ_min) with probability at most 0.8 √r t⁻³ (Dixon 1983, SIAM J. Numer. Anal. 20). The
+  largest lower bound of 8 independent vectors is used. At r = 64, its ratio to 1/σ_min is less than 1/10 with
+  probability at most 3e-18, and less than 1/3 with probability at most 1e-5.
 
-Vectors of ±1 are not suitable: among 64 rows of signs some are equal, and such a pair does not detect the difference
-of two duplicated landmarks.
+Random vectors of ±1 are not suitable as starts. With 8 such vectors and r = 64, each landmark has a row of 8 signs, and
+some of these rows are equal. If two duplicated landmarks have equal rows, the estimate misses them.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Triton kernels for the landmark solve by elimination, one program per matrix (docs/METHOD.md §2.1).
 
 A program holds A (R×R) and its right-hand side (R×D) in registers, where R and D are r and d rounded up to powers of
-two. A is padded with the identity and the right-hand side with zeros. The kernel itself detects a matrix for which
-`cholesky` fails or is not allowed. Arithmetic is fp32.
+two. A is padded with the identity and the right-hand side with zeros. Arithmetic is fp32.
 
-Elimination of A = W + λI without pivoting has the squared pivots of the Cholesky factorisation of the similar symmetric
-matrix S + λI. The kernels use it for `cholesky`.
+For the solver `cholesky`, the kernels eliminate A = W + λI without pivoting. The pivots of this elimination are the
+squares of the diagonal of the Cholesky factor of S + λI, the symmetric matrix similar to A. The kernel itself detects a
+matrix for which `cholesky` fails or is not allowed, and solves this matrix as `lu` does, with partial pivoting.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def _row(a, k, R: tl.constexpr):
 def _product(a, b, K: tl.constexpr):
     """Multiply a (M×K) by the transpose of b (N×K) in plain fp32, with one rank-one update per step.
 
-    A dot product of whole tiles spills registers, and by default rounds to TF32.
+    `tl.dot` of whole tiles would spill registers. With its default precision it would also round a and b to TF32.
     """
     c = _column(a, 0, K)[:, None] * _column(b, 0, K)[None, :]
     for k in range(1, K):

@@ -40,8 +40,8 @@ _select = register_operator(
 def ridge_leverage_scores(key: Tensor, *, gamma: float = 1e-3, backend: str | None = None) -> Tensor:
     """Compute the ridge leverage scores τ_i = k_iᵀ (KᵀK + γI)⁻¹ k_i of all keys (docs/METHOD.md §2.0, article 3.3).
 
-    If rounding makes the Cholesky factorisation of a Gram matrix fail, this matrix gets a ridge of rounding size. The
-    operator is differentiable, twice through the reference.
+    If rounding makes the Cholesky factorisation of a Gram matrix fail, γ is increased for this matrix by the size of
+    the rounding error. The operator is differentiable; a second derivative uses the reference.
 
     Args:
         key: K (B, H, N_k, d); float64, float32, bfloat16 or float16, any strides.
@@ -87,13 +87,13 @@ def select_landmarks(
     - "leverage_sample": r keys without replacement, with probability proportional to the score. Random; for training.
     - "uniform": the indices ⌊(i + 0.5) N_k / r⌋.
     - "kmeans++": k-means++ seeding and five Lloyd steps on the 2r keys of the largest leverage, then for each centre
-      the nearest free key. Random.
-    - "pivoted_cholesky": r times the key with the largest residual diagonal of exp(K Kᵀ s); ties (within 1e-5 of the
-      value) go to the lower index. O(N_k r²).
+      the nearest key that is not chosen yet. Random.
+    - "pivoted_cholesky": in each of r steps, the key with the largest residual diagonal of exp(K Kᵀ s). Ties (relative
+      differences up to 1e-5) go to the lower index. The cost is O(N_k r²).
 
-    The result is not differentiable. Except for "uniform" it is not continuous either: when the order of the keys
-    changes, results computed from the landmarks jump. With N_k ≤ d independent keys all leverage scores differ from 1
-    only by the order of γ, so that a small change of the keys changes the choice.
+    The indices are not differentiable. Except for "uniform", they also change discontinuously with the keys: at a
+    change of the choice, results computed from the landmarks jump. With N_k ≤ d linearly independent keys, all leverage
+    scores differ from 1 only by amounts of the order of γ. A small change of the keys can then change the choice.
 
     Args:
         key: K (B, H, N_k, d); float64, float32, bfloat16 or float16, any strides.
@@ -101,7 +101,7 @@ def select_landmarks(
         method: A key of `landmarks.METHODS`.
         gamma: γ of the leverage scores, above 0.
         scale: s of "pivoted_cholesky"; 1/√d by default.
-        generator: Source of the numbers of random methods, which are the same for every (b, h). None means seed 0.
+        generator: Generator for the random methods. All (b, h) use the same random numbers. None means seed 0.
         backend: A name of `backends()`, or None.
 
     Returns:
@@ -152,7 +152,10 @@ def landmark_options(
 
 
 def kernel_limits(d: int, rank: int = 1) -> str | None:
-    """Return why no kernel supports these sizes, or None; within the limits all kernels fit in 99 KiB."""
+    """Return the reason why no kernel supports these sizes, or None.
+
+    Within these limits, all kernels fit in 99 KiB of shared memory.
+    """
     if not 8 <= d <= 128:
         return f"its kernels support d from 8 to 128, and d is {d}"
     if rank > 128:

@@ -1,15 +1,16 @@
-"""Triton kernels for the choice of landmarks: leverage scores, the largest of them, and pivoted Cholesky.
+"""Triton kernels for the choice of landmarks: leverage scores, the choice of the largest scores, and pivoted Cholesky.
 
-One program computes one (b, h) and loops over its keys in chunks. No sample depends on another, and results do not
-depend on the batch. Three steps differ from the textbook:
+One program computes one (b, h) and loops over the keys of this (b, h) in chunks. The result of a sample does not depend
+on the rest of the batch. Implementation:
 
-- Scores are ‖P^-½ L⁻¹ k‖² with KᵀK + γI = L P Lᵀ, which is never negative. L⁻¹ is applied in chunks of 16 columns and
-  never formed: if the keys span fewer than d directions, an explicit L⁻¹ has 2 to 10 times the error of a triangular
-  solve.
-- The r largest scores are found without sorting. Scores that are not negative are ordered like their bits, so the r-th
-  largest is found bit by bit, by counting. Ties go to the lower index. NaN counts as infinity, as in torch, so that
-  indices are distinct and in range for all keys.
-- Pivoted Cholesky stores its factor, r rows of N numbers, in memory. A chosen key has the residual −∞.
+- The score of a key is ‖P^-½ L⁻¹ k‖² with KᵀK + γI = L P Lᵀ. This form is never negative. L⁻¹ is applied in chunks of
+  16 columns and never formed: if the keys span fewer than d directions, an explicit L⁻¹ has 2 to 10 times the error of
+  a triangular solve.
+- The r largest scores are found without sorting. Non-negative numbers have the same order as their bits read as
+  integers. The r-th largest score is therefore found bit by bit: each step counts the scores that are at least a
+  candidate. Ties go to the lower index. NaN counts as infinity, as in torch, so that indices are distinct and in range
+  for all keys.
+- Pivoted Cholesky stores its factor, r rows of N numbers, in memory. The residual of a chosen key is set to −∞.
 """
 
 from __future__ import annotations
@@ -55,10 +56,13 @@ def add_gram(
 def eliminate_below(matrix, d: tl.constexpr, D: tl.constexpr):
     """Factorise a symmetric matrix as L P Lᵀ, with L unit lower triangular and P diagonal, by forward elimination.
 
-    Columns are eliminated in chunks. The eliminated entries of a chunk are reused: they accumulate what is subtracted
-    from each row. Returns the strictly lower triangle F, 1/√P [D], and whether every pivot is positive and
-    finite. To compute L⁻¹k, repeat k += F[:, chunk] k[chunk] for all chunks in order. Updates are bitwise symmetric, so
-    that errors have the size of the rounding error of the matrix.
+    Columns are eliminated in chunks. The entries below the diagonal of a chunk are zero after the elimination, so they
+    store the row operations of the chunk instead: a strictly lower triangular matrix F. To compute L⁻¹k from F, repeat
+    k += F[:, chunk] k[chunk] for all chunks in order. Updates are bitwise symmetric, so that errors have the size of
+    the rounding error of the matrix.
+
+    Returns:
+        F, 1/√P [D], and whether every pivot is positive and finite.
     """
     i = tl.arange(0, D)
     good = 1
@@ -79,12 +83,12 @@ def eliminate_below(matrix, d: tl.constexpr, D: tl.constexpr):
 def factorise(gram, gamma, d: tl.constexpr, D: tl.constexpr):
     """Apply `eliminate_below` to gram + γI.
 
-    Keys that span fewer than d directions give pivots of rounding size. Only a matrix whose factorisation fails gets a
-    ridge of the size of its own rounding error.
+    If the keys span fewer than d directions, some pivots are as small as the rounding error. The ridge of a matrix
+    whose factorisation fails is increased by the rounding error of this matrix.
     """
     i = tl.arange(0, D)
     diagonal = i[:, None] == i[None, :]
-    # Products in three passes are not bitwise symmetric.
+    # Products in three tf32 passes are not bitwise symmetric, so the lower triangle replaces the upper one.
     gram = tl.where(i[:, None] >= i[None, :], gram, tl.trans(gram))
     factor, scales, good = eliminate_below(tl.where(diagonal, gram + gamma, gram), d, D)
     if good == 0:
@@ -122,7 +126,7 @@ def store_leverage(
     scores_ptr, key_ptr, N, n_stride, d_stride, gamma, d: tl.constexpr, D: tl.constexpr,
     NORMALISE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store the scores of all keys of one (b, h)."""
+    """Store the leverage scores of all keys of one (b, h)."""
     gram = tl.zeros([D, D], tl.float32)
     for start in range(0, N, BLOCK):
         rows = start + tl.arange(0, BLOCK)
@@ -138,7 +142,7 @@ def store_leverage(
 
 @triton.jit
 def load_bits(scores_ptr, start, N):
-    """Load scores as integers of the same order, [TILE]. NaN counts as infinity; beyond the last score is -1."""
+    """Load a tile of scores as integers with the same order, [TILE]. NaN becomes infinity; padding is -1."""
     rows = start + tl.arange(0, TILE)
     score = tl.load(scores_ptr + rows, mask=rows < N, other=0.0)
     bits = tl.where(score == score, score, INFINITY).to(tl.int32, bitcast=True)
@@ -147,7 +151,7 @@ def load_bits(scores_ptr, start, N):
 
 @triton.jit
 def count_from(first, scores_ptr, N, least):
-    """Count the scores that are at least `least`; `first` is the first tile of the scores."""
+    """Count the scores that are at least `least`. `first` is the first tile of scores, already loaded."""
     count = (first >= least).to(tl.int32)
     for start in range(TILE, N, TILE):
         count += (load_bits(scores_ptr, start, N) >= least).to(tl.int32)
@@ -156,14 +160,14 @@ def count_from(first, scores_ptr, N, least):
 
 @triton.jit
 def store_largest(landmarks_ptr, scores_ptr, N, rank: tl.constexpr, R: tl.constexpr):
-    """Store the indices of the `rank` largest scores, which are not negative, in descending order."""
+    """Store the indices of the `rank` largest scores, in descending order of the scores. No score is negative."""
     first = load_bits(scores_ptr, 0, N)
     threshold = 0  # becomes the smallest of the `rank` largest scores
     for step in range(31):
         candidate = threshold | (1 << (30 - step))
         threshold = tl.where(count_from(first, scores_ptr, N, candidate) >= rank, candidate, threshold)
     ties = rank - count_from(first, scores_ptr, N, threshold + 1)
-    above, equal = 0, 0  # counts before the tile
+    above, equal = 0, 0  # numbers of scores above and equal to the threshold, before this tile
     for start in range(0, N, TILE):
         bits = load_bits(scores_ptr, start, N)
         both = (bits > threshold).to(tl.int32) * 65536 + (bits == threshold).to(tl.int32)
@@ -176,7 +180,7 @@ def store_largest(landmarks_ptr, scores_ptr, N, rank: tl.constexpr, R: tl.conste
         above += total >> 16
         equal += total & 65535
     tl.debug_barrier()
-    # Slots are in the order of the indices: among equal scores the earlier slot comes first.
+    # The chosen indices are ascending here. Sort them by score; among equal scores, the lower index comes first.
     i = tl.arange(0, R)
     index = tl.load(landmarks_ptr + i, mask=i < rank, other=0)
     score = load_scores(scores_ptr, index, i < rank)
@@ -198,7 +202,10 @@ def store_pivots(
     landmarks_ptr, residual_ptr, factor_ptr, key_ptr, N, n_stride, d_stride, scale, rank: tl.constexpr,
     R: tl.constexpr, d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Store the greedy pivots of exp(K Kᵀ s) for one (b, h). residual: [N], factor: [rank, N], fp32."""
+    """Store the pivots of pivoted Cholesky of exp(K Kᵀ s) for one (b, h).
+
+    `residual_ptr` points to memory for [N] fp32 numbers, `factor_ptr` to memory for [rank, N].
+    """
     columns = tl.arange(0, D)
     steps = tl.arange(0, R)
     shift = -INFINITY
@@ -211,7 +218,7 @@ def store_pivots(
         shift = tl.maximum(shift, tl.max(norm, 0))
         tl.store(residual_ptr + rows, norm, mask=rows < N)
     tl.debug_barrier()
-    # A common factor keeps exp in range and changes no comparison.
+    # A common factor exp(−shift) of all entries keeps exp in range and changes no comparison.
     largest = -INFINITY
     for start in range(0, N, BLOCK):
         rows = start + tl.arange(0, BLOCK)
@@ -221,7 +228,7 @@ def store_pivots(
         largest = tl.maximum(largest, tl.max(tl.where(rows < N, _free(residual), -INFINITY), 0))
     for step in range(rank):
         tl.debug_barrier()
-        # Normalised keys have equal diagonals at the start: rounding must not decide among them.
+        # Normalised keys have equal diagonals at the start. The tolerance makes the choice independent of rounding.
         least = largest * (1.0 - TIE_TOLERANCE)
         pivot = N
         for start in range(0, N, BLOCK):
@@ -259,7 +266,7 @@ def store_pivots(
 
 @triton.jit
 def _free(residual):
-    """Return a residual for comparison: at least 0, infinity for NaN, and −∞ for a chosen key."""
+    """Return a residual for comparison: −∞ for a chosen key, infinity for NaN, otherwise at least 0."""
     known = tl.where(residual == residual, tl.maximum(residual, 0.0), INFINITY)
     return tl.where(residual == -INFINITY, -INFINITY, known)
 
@@ -297,7 +304,7 @@ def choose(
     R: tl.constexpr, d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr, PIVOTED: tl.constexpr,
     BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store the landmarks of one (b, h); the caller needs a barrier before it reads them."""
+    """Store the landmarks of one (b, h). The caller needs a barrier before it reads the landmarks."""
     if PIVOTED:
         store_pivots(
             landmarks_ptr, residual_ptr, factor_ptr, key_ptr, N, n_stride, d_stride, scale, rank, R, d, D,
@@ -328,7 +335,7 @@ def select_landmarks(key: Tensor, random: Tensor | None, options: LandmarkOption
 
 
 def selected(key: Tensor, options: LandmarkOptions, scale: float, *, normalise: bool) -> Tensor:
-    """Choose as `select_landmarks` does, after RMS-normalising the keys if `normalise` is true."""
+    """Choose landmarks as `select_landmarks` does; first RMS-normalise the keys if `normalise` is true."""
     B, H, N, d = key.shape
     keys, rank = readable(key), options.rank
     landmarks = empty((B, H, rank), key, torch.int64)

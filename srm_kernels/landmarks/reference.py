@@ -25,8 +25,8 @@ def ridge_leverage_scores(key: Tensor, gamma: float) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(gram + gamma * eye)
     failed = info > 0
     if not nowhere(failed):
-        # Keys that span fewer than d directions give pivots of rounding size, and γ can be smaller than the rounding
-        # error. Only a matrix whose factorisation fails gets a ridge of the size of its own rounding error.
+        # If the keys span fewer than d directions, some pivots are as small as the rounding error, which can be larger
+        # than γ. The ridge of a matrix whose factorisation fails is increased by the rounding error of this matrix.
         rounding = d * torch.finfo(K.dtype).eps * gram.detach().diagonal(dim1=-2, dim2=-1).sum(-1)
         ridge = torch.where(failed, gamma + rounding, gamma)[..., None, None]
         factor, _ = torch.linalg.cholesky_ex(gram + ridge * eye)
@@ -101,7 +101,10 @@ def _leverage(keys: Keys) -> Tensor:
 
 
 def _leverage_sample(keys: Keys) -> Tensor:
-    """Draw r keys without replacement, with probability ∝ τ_i: the r smallest E_i / τ_i, where E_i is exponential."""
+    """Draw r keys without replacement, with probability proportional to τ_i.
+
+    These are the keys with the r smallest E_i / τ_i, for independent random numbers E_i with exponential distribution.
+    """
     return _largest(keys.scores / -keys.random.log(), keys.options.rank)
 
 
@@ -126,7 +129,10 @@ def _squared_distance(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _kmeans(chosen_from: Keys) -> Tensor:
-    """Run k-means++ seeding and Lloyd steps on the best candidates, then take the nearest free key of each centre."""
+    """Run k-means++ seeding and Lloyd steps on the 2r keys of the largest leverage.
+
+    Then choose for each centre the nearest key that is not chosen yet.
+    """
     scores, random, rank = chosen_from.scores, chosen_from.random, chosen_from.options.rank
     keys = chosen_from.key.to(scores.dtype)
     points = _take(keys, _largest(scores, min(2 * rank, scores.shape[-1])))  # (B, H, m, d)
@@ -153,17 +159,20 @@ def _kmeans(chosen_from: Keys) -> Tensor:
     for row in distance.unbind(-2):
         taken = torch.cat(picked, -1) if picked else None
         free = row if taken is None else row.scatter(-1, taken, math.inf)
-        # Rounding must not decide for a centre midway between two keys.
+        # The tolerance makes the choice independent of rounding if two keys are equally near to a centre.
         nearest_free = free <= free.amin(-1, keepdim=True) * (1 + TIE_TOLERANCE)
         picked.append(nearest_free.to(torch.uint8).argmax(-1, keepdim=True))
     return torch.cat(picked, -1)
 
 
 def _pivoted_cholesky(keys: Keys) -> Tensor:
-    """Take r times the key with the largest residual diagonal of exp(K Kᵀ s); ties go to the lower index."""
+    """Choose in each of r steps the key with the largest residual diagonal of exp(K Kᵀ s).
+
+    Ties go to the lower index.
+    """
     K, rank, scale = keys.key.to(wide_dtype(keys.key.dtype)), keys.options.rank, keys.scale
     diagonal = K.square().sum(-1) * scale
-    # A common factor keeps exp in range and changes no comparison.
+    # A common factor exp(−shift) of all entries keeps exp in range and changes no comparison.
     shift = diagonal.amax(-1, keepdim=True)
     residual = (diagonal - shift).exp()  # (B, H, N)
     factor = K.new_zeros(*residual.shape, rank)
@@ -172,7 +181,7 @@ def _pivoted_cholesky(keys: Keys) -> Tensor:
         free = residual.clamp(min=0).nan_to_num(nan=math.inf)
         if picked:
             free = free.scatter(-1, torch.cat(picked, -1), -math.inf)
-        # Normalised keys have equal diagonals at the start: rounding must not decide among them.
+        # Normalised keys have equal diagonals at the start. The tolerance makes the choice independent of rounding.
         largest = free >= free.amax(-1, keepdim=True) * (1 - TIE_TOLERANCE)
         pivot = largest.to(torch.uint8).argmax(-1, keepdim=True)
         picked.append(pivot)

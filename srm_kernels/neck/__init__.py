@@ -40,7 +40,7 @@ class PooledLinks(NamedTuple):
         probabilities: P̄ (L, B, H, P², r) in fp32 (fp64 for fp64), with the largest r of all links. Entries beyond a
             link's own r are 0.
         maps: pool(F) (B, P², ΣC_i), the pooled maps side by side.
-        scales: The scale statistic of Y = L X of each link; None if X was not given.
+        scales: The scale statistic of Y = L X for each link, or None if X was not given.
     """
 
     probabilities: Tensor
@@ -156,7 +156,7 @@ def project_sources(
     """Compute K = DyT(T) W_K and V = DyT(T) W_V of all links with one source, in one launch (docs/METHOD.md §1.2).
 
     All parameters have the dtype of T or a wider one; weights and `shift` are rounded to T's dtype. The operator is
-    differentiable in all tensors, twice.
+    twice differentiable in all tensors.
 
     Args:
         tokens: T (B, N, C), or A F if `shift` is given; float64, float32, bfloat16 or float16, any strides.
@@ -208,20 +208,21 @@ def pooled_links(
 ) -> PooledLinks:
     """Compute the pooled landmark probabilities P̄ of all links, and the pooled maps (docs/METHOD.md §1.5).
 
-    P̄ = pool(softmax(Q K̃ᵀ s)) with Q = DyT(A F + a) W_Q. Then pool(L X) = P̄ X, and the gradient of X is P̄ᵀ times that of
-    the pooled Y. The operator is differentiable in all tensors except X; a second derivative uses the reference. A NaN
-    stays in its own image and head. All parameters have the dtype of F or a wider one; A, a and W_Q are rounded to F's
-    dtype.
+    P̄ = pool(softmax(Q K̃ᵀ s)) with Q = DyT(A F + a) W_Q. Then pool(L X) = P̄ X, and dX = P̄ᵀ dY with dY the gradient of
+    pool(L X). The operator is differentiable in all tensors except X; a second derivative uses the reference. A NaN in
+    F affects P̄ and pool(F) of its own image only. A NaN in K̃ affects P̄ of its own image and head only. All parameters
+    have the dtype of F or a wider one; A, a and W_Q are rounded to F's dtype.
 
     Backends:
 
-    - "torch", the default on CPU tensors, works on tiles of about 512 positions of one image, forward and backward, so
-      that tokens, queries and probabilities never exist at full resolution. On CUDA tensors it is the reference, which
-      is also the default there.
-    - "triton" writes nothing at full resolution in the forward pass. The backward pass holds Q, dQ and, with DyT,
-      DyT(T) at full resolution during the call, and F, K̃, the weights and P̄ are kept for it. The kernels support
-      float32, bfloat16 and float16, d from 8 to 128, r up to 128, r·d up to 8,192 and P up to 32; with `dyt` or
-      normalised queries also C up to 256.
+    - "torch", the default on CPU tensors, works on tiles of about 512 positions of one image, forward and backward.
+      Tokens, queries and probabilities therefore never exist at full resolution. On CUDA tensors, "torch" runs the
+      reference.
+    - "reference" is the default on CUDA tensors where the kernels are not used.
+    - "triton" writes nothing at full resolution in the forward pass. For the backward pass, F, K̃, the weights and P̄
+      are kept. During the backward pass, Q and dQ exist at full resolution; with DyT or normalised queries, the input
+      of W_Q and the gradient of T exist too. The kernels support float32, bfloat16 and float16, d from 8 to 128, r up
+      to 128, r·d up to 8,192 and P up to 32; with `dyt` or normalised queries, C up to 256.
 
     Args:
         maps: F (B, C_i, h, w) of the backbone's stages, of one dtype, contiguous or channels-last; float64, float32,
@@ -233,8 +234,8 @@ def pooled_links(
         targets: Index of the map of each link. A map can have no link.
         size: P of the P×P grid, whose cells are those of adaptive average pooling.
         dyt: (α, w, b) of each link, or None without DyT.
-        xs: X (B, H, r, d) of each link, in the dtype of the keys, for the scale statistic of Y = L X. It receives no
-            gradient. None computes no statistic.
+        xs: X (B, H, r, d) of each link, in the dtype of the keys, for the scale statistic of Y = L X. X receives no
+            gradient. With None, no statistic is computed.
         qk_norm: As in `nystrom_attention`.
         scale: As in `nystrom_attention`.
         backend: A name of `backends()`, or None.
@@ -284,8 +285,8 @@ def merge_links(
 ) -> Tensor:
     """Compute the pooled updated maps pool(F_t + β_t Σ τ L X W_O) from P̄ and pool(F) (docs/METHOD.md §1.3 to 1.5).
 
-    Pooling is linear, so that pool(L X) = P̄ X. This product is computed in fp32, because X can be far larger than Y.
-    All parameters have the maps' dtype or a wider one. The operator is differentiable in all tensors, twice.
+    Pooling is linear, so that pool(L X) = P̄ X. P̄ X is computed in fp32 (fp64 for fp64), because X can be far larger
+    than Y. All parameters have the maps' dtype or a wider one. The operator is twice differentiable in all tensors.
 
     Args:
         pooled: The result of `pooled_links`.
@@ -298,7 +299,7 @@ def merge_links(
         backend: A name of `backends()`, or None.
 
     Returns:
-        (B, S, C, P, P) in the maps' dtype; the part of each stage is contiguous.
+        The updated maps (B, S, C, P, P) of all S stages, in the maps' dtype; the map of each stage is contiguous.
 
     Raises:
         TypeError: A dtype is not accepted.
@@ -350,7 +351,7 @@ def serves_pooled_links(
 ) -> bool:
     """Return whether `pooled_links` supports these sizes with the backend that would run.
 
-    A neck calls its links one by one if the result is False.
+    If the result is False, the neck computes its links one by one, without `pooled_links`.
 
     Args:
         features: A map of the dtype and device.
@@ -363,14 +364,14 @@ def serves_pooled_links(
 
     Returns:
         False if the kernels of the backend support attention of these sizes, but not `pooled_links`. If `backend` is
-        None, the verdict about the device selects the backend, from the dtype and d only.
+        None, the backend depends on the device's verdict, the dtype and d only, as in `pooled_links`.
 
     Raises:
         NotImplementedError: The backend cannot run.
     """
     chosen = choose_kernels(backend, features, "pooled_links", sizes=lambda: (d,), call=("any sizes", d))
     if chosen != "triton":
-        return True  # before any condition on shapes, which torch.export would guard
+        return True  # before any condition on a shape, because torch.export would add a guard for it
     rank = max(min(rank, count) for count in keys)
     return rank * d <= LARGEST_TILE and size <= LARGEST_GRID and channels <= MOST_CHANNELS
 
@@ -378,7 +379,10 @@ def serves_pooled_links(
 def _choose_backend(
     requested: str | None, features: Tensor, rank: int, d: int, size: int, channels: int
 ) -> str:
-    """Choose the backend. The choice depends on d only: `serves_pooled_links` runs before other sizes are known."""
+    """Choose the backend.
+
+    Of the sizes, only d affects the choice, because `serves_pooled_links` runs before the other sizes are known.
+    """
     tiled_here = features.device.type == "cpu"
     chosen = choose_kernels(
         requested,

@@ -2,8 +2,8 @@
 
 A training step keeps F, K̃ and P̄ of a link. The backward pass computes everything between F and L again: Q by library
 products or, with DyT, by `squash_kernels`. Q and dQ of the links therefore exist at full resolution during the call.
-There are three launches. The first computes dQ and parts of dK̃ for all links, the second adds the parts of dK̃, and
-the third computes the gradient of all maps: it adds the gradients through Q and through pool(F). Every position
+There are three launches. The first computes dQ and parts of dK̃ for all links, and the second adds the parts of dK̃. The
+third computes dF of all maps, as the sum of the gradient through Q and the gradient through pool(F). Every position
 belongs to one program, which gathers the gradient from the cells that contain the position. Partial sums are written to
 memory and added in order, without atomics.
 """
@@ -257,7 +257,11 @@ def _attention_backward(
 def _maps_backward(
     rows: Sequence[Tensor | None], dpooled: Tensor, maps: Sequence[Tensor], sizes: Sizes
 ) -> list[Tensor]:
-    """Return dF of every map from `rows`, the gradient through Q (B·N, C_i) or None without a link, and d pool(F)."""
+    """Return dF of every map.
+
+    `rows` has the gradient of each map through Q, (B·N, C_i), or None for a map without a link. `dpooled` is the
+    gradient of pool(F).
+    """
     dpooled = readable(dpooled).contiguous()
     through = tuple(dpooled if r is None else readable(r).contiguous() for r in rows)
     dmaps = [empty(tuple(m.shape), m, readable(m).dtype) for m in maps]
@@ -280,7 +284,7 @@ def _maps_backward(
 
 
 class _Composed:
-    """Compute the queries of a link by one product, Q = F (W_Q A)ᵀ + W_Q a, and backpropagate through it."""
+    """Compute the queries of a link by one product, Q = F (W_Q A)ᵀ + W_Q a, and backpropagate through this product."""
 
     def __init__(self, features: Tensor, align: Tensor, bias: Tensor, query: Tensor) -> None:
         self.rows = _rows(features)
@@ -296,7 +300,7 @@ class _Composed:
 
 
 class _Queries:
-    """Compute the queries of a link from T, and backpropagate through them."""
+    """Compute the queries of a link from T, Q = T W_Qᵀ, and backpropagate dQ to F and the parameters."""
 
     def __init__(self, features: Tensor, align: Tensor, bias: Tensor, query: Tensor) -> None:
         self.rows, self.align, self.query = _rows(features), align, query
@@ -311,7 +315,7 @@ class _Queries:
 
 
 class _SquashedQueries:
-    """Compute the queries of a link from DyT(T), and backpropagate through them."""
+    """Compute the queries of a link from DyT(T), and backpropagate dQ to F and the parameters."""
 
     def __init__(
         self, features: Tensor, align: Tensor, bias: Tensor, query: Tensor, squashing: Sequence[Tensor]
@@ -329,5 +333,5 @@ class _SquashedQueries:
 
 
 def _rows(features: Tensor) -> Tensor:
-    """Return a map as tokens (B·N, C_i): a view of a channels-last map, a copy of another."""
+    """Return a map as rows (B·N, C_i). The result is a view of a channels-last map, and a copy of any other map."""
     return features.permute(0, 2, 3, 1).reshape(-1, features.shape[1])

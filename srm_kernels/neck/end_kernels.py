@@ -1,9 +1,9 @@
-"""Triton kernels of the two ends of the fused neck, one launch each.
+"""Triton kernels of the first and the last operator of the fused neck, one launch each.
 
-`project_sources` computes K and V of all links from the tokens of their source. `merge_links` computes the maps that
-the gate reads from P̄ and pool(F). Products are computed in the tokens' dtype and rounded where the modules of the neck
-round. P̄ X is fp32, because X can be many times larger than Y. Both operators read small tensors, so their derivatives
-are those of the reference, by library products.
+`project_sources` computes K and V of all links from the tokens of their source. `merge_links` computes, from P̄ and
+pool(F), the maps that the gate reads. Products are computed in the tokens' dtype and rounded where the modules of the
+neck round. P̄ X is computed in fp32, because X can be many times larger than Y. Both operators read small tensors.
+Derivatives therefore use the reference, with library products.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def _merge_links_kernel(
     D: tl.constexpr, SQUARE: tl.constexpr, C: tl.constexpr, TAU: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute one tile of one image's updated map of a stage; `out` is (S, B, C, P²)."""
+    """Compute one tile of the updated map of one stage and image. `out` is (S, B, C, P²)."""
     b, stage = (tl.program_id(0) // MAPS).to(tl.int64), tl.program_id(0) % MAPS
     cells = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     n = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)

@@ -2,24 +2,26 @@
 
 There are two ways to compute the logits. Neither writes T, Q, L or Y to memory.
 
-- Absorbed, without DyT and query normalisation: Q K̃ᵀ s = F·G + g with G = (W_Q A)ᵀ K̃ᵀ s (C_i×r per head). A separate
-  launch computes G for all links. G is fp32. In half precision it is split into high and low parts for two products,
-  because rounding G once would cause an error of 4e-3 of the result, which pooling does not average out. A program
-  computes some cells of one row and one (b, h). It adds the probabilities of its positions and sums them by cell at the
-  end.
-- By tokens, otherwise: a program computes one cell of an image. It computes T = A F + a of some positions for all
-  channels, applies DyT, and then computes Q, logits and probabilities of one head after the other; A and W_Q are read
-  in pieces. Between tiles it keeps only the sums of all heads, [H, r]. If the grid does not divide the map, a position
-  that is in several cells is computed once for each.
+- Absorbed queries, if there is no DyT and no query normalisation. The logits are Q K̃ᵀ s = F·G + g, with
+  G = (W_Q A)ᵀ K̃ᵀ s (C_i×r per head) and g = (W_Q a)ᵀ K̃ᵀ s. A separate launch computes G and g of all links in fp32. In
+  half precision, G is split into a high and a low part for two products. Rounding G once would cause an error of 4e-3
+  of the result, and pooling would not average out this error. A program computes some cells of one row of cells for
+  one (b, h). It adds the probabilities of its positions, and sums them by cell at the end.
+- Queries from tokens, otherwise. A program computes one cell of an image. It computes T = A F + a of some positions for
+  all channels, applies DyT, and then computes Q, logits and probabilities of one head after the other. A and W_Q are
+  read in pieces. From tile to tile, the program keeps only the sums of all heads, [H, r]. If P does not divide the
+  height and width of the map, neighbouring cells overlap, and a position is computed once for each cell that contains
+  it.
 
 Other programs of the same launch pool the maps.
 
-The statistic is computed from y = L X, tile by tile with Chan's formula, and not as tr Xᵀ(LᵀL)X from second moments of
-L. X can be many times larger than Y, so that large squares would cancel, and r×r moments need more products than r×d.
-X is therefore an input, from the launch that computes K̃. Evaluation computes no statistic.
+The statistic is computed from y = L X, tile by tile with Chan's formula. X is therefore an input; the launch that
+computes K̃ also computes X. The alternative, tr Xᵀ(LᵀL)X from second moments of L, has two disadvantages. X can be many
+times larger than Y, so that large squares would cancel; and the r×r moments need more products than the r×d ones of
+L X. No statistic is computed in evaluation.
 
-The number of programs of an image is a compile-time constant. The programs of a link start at its offset times the
-batch size, and the division of an image does not depend on the batch.
+The number of programs per image is a compile-time constant. The programs of a link start at the link's offset times the
+batch size. The division of an image does not depend on the batch.
 """
 
 from __future__ import annotations
@@ -93,7 +95,7 @@ def load_positions(ptr, offsets, inside, stride, d: tl.constexpr, D: tl.constexp
 
 @triton.jit
 def load_block(ptr, rows, row_limit, columns, column_limit, stride):
-    """Load [ROWS, COLUMNS] of a matrix with a stride of rows; zeros outside."""
+    """Load [ROWS, COLUMNS] of a matrix whose rows are `stride` elements apart; zeros outside."""
     inside = (rows < row_limit)[:, None] & (columns < column_limit)[None, :]
     return tl.load(ptr + rows[:, None] * stride + columns[None, :], mask=inside, other=0.0)
 
@@ -173,8 +175,9 @@ def strip(
 ):  # fmt: skip
     """Compute P̄ of the cells of one strip of a (b, h), and the mean and M₂ of y at the positions that the strip owns.
 
-    If the grid does not divide the map, neighbouring cells share positions. Each strip uses the shared positions for
-    its own cells, and the statistic counts a shared position in the last of these strips.
+    If P does not divide the height and width of the map, neighbouring cells and strips share positions. Each strip uses
+    shared positions for the P̄ of its own cells. For the statistic, only the last strip that contains a position owns
+    this position.
     """
     head = program // (SIZE * strips)
     i = (program // strips % SIZE).to(tl.int32)
@@ -304,8 +307,8 @@ def cell_probabilities(
 ):  # fmt: skip
     """Compute P̄ of one cell of an image for every head, and the mean and M₂ of y at the positions that the cell owns.
 
-    `batch_index` numbers the images of all links. If several cells contain a position, the statistic counts it in
-    the last of these cells.
+    `batch_index` numbers the images of all links. If several cells contain a position, the last of these cells owns the
+    position: the statistic counts it only there.
     """
     b, cell = program // (SIZE * SIZE), (program % (SIZE * SIZE)).to(tl.int32)
     i, j = cell // SIZE, cell % SIZE
@@ -315,8 +318,9 @@ def cell_probabilities(
     count = rows * width
     map_ptr += b * stride_b
     heads, r, e = tl.arange(0, HP), tl.arange(0, R), tl.arange(0, D)
-    # For exact products of large tiles, computing some columns of y at a time saves registers for the queries. If y is
-    # square, Triton would distribute all warps along its columns, of which there are too few.
+    # In two cases y is computed in two halves of its columns. For exact products of large tiles, this leaves more
+    # registers for the queries. If y is square, Triton would distribute all warps along the columns of y, which are too
+    # few for all warps.
     EXACT: tl.constexpr = R * D > 2048 and map_ptr.dtype.element_ty == tl.float32
     SQUARE: tl.constexpr = BLOCK == D and D > 16 and map_ptr.dtype.element_ty == tl.bfloat16
     PARTS: tl.constexpr = 2 if EXACT or SQUARE else 1
@@ -413,7 +417,7 @@ def _gather_kernel(
     TOGETHER: tl.constexpr, STRIPS: tl.constexpr, HEIGHTS: tl.constexpr, WIDTHS: tl.constexpr,
     HEADS: tl.constexpr, d: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Merge the parts (strips or cells) of one (b, h) of a link into the statistic, about their common mean."""
+    """Merge the parts (strips or cells) of one (b, h) of a link: compute their common mean, then M₂ about this mean."""
     program = tl.program_id(0).to(tl.int64)
     link = (program // (batch * HEADS)).to(tl.int32)
     head = program % (batch * HEADS)
@@ -438,7 +442,7 @@ def _gather_kernel(
 
 @triton.jit
 def own_positions(part, cells, strips, h, w, SIZE: tl.constexpr):
-    """Return the number of positions that the statistic counts in a strip."""
+    """Return the number of positions that a strip owns."""
     i, j = part // strips, part % strips * cells
     rows = cell_start(i + 1, h, SIZE) - cell_start(i, h, SIZE)
     columns = cell_start(tl.minimum(j + cells, SIZE), w, SIZE) - cell_start(j, w, SIZE)
@@ -473,7 +477,7 @@ def absorb(
     d: tl.constexpr, D: tl.constexpr, NORMALISE_KEYS: tl.constexpr, COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store G and g of COLUMNS channels. Weights are rounded to the maps' dtype, which `kind_ptr` has."""
+    """Store G of COLUMNS channels, and g. Weights are rounded to the maps' dtype, the element type of `kind_ptr`."""
     dtype = kind_ptr.dtype.element_ty
     groups: tl.constexpr = (channels + COLUMNS - 1) // COLUMNS
     head, group = program // groups, (program % groups).to(tl.int32)
@@ -539,7 +543,10 @@ class Sizes:
         )
 
     def pool_firsts(self, before: int) -> tuple[int, ...]:
-        """Return the first pooling program of each map, after `before` others, and the number of all programs."""
+        """Return the index of the first pooling program of each map, and the number of all programs.
+
+        `before` is the number of programs that precede the pooling programs.
+        """
         counts = (self.size * -(-c // g) for c, g in zip(self.channels, self._groups(), strict=True))
         return tuple(before + first for first in firsts_of(counts))
 
@@ -548,7 +555,7 @@ class Sizes:
         return tuple(16 if self.channels[t] <= 16 or self.most > 64 else 32 for t in self.targets)
 
     def cell_blocks(self, most: int) -> tuple[int, ...]:
-        """Return, for each link, the number of positions in a tile of a cell."""
+        """Return, for each link, the number of positions of a tile, at most `most`. A cell is computed in tiles."""
         areas = (
             self._longest_cell(self.heights[t]) * self._longest_cell(self.widths[t]) for t in self.targets
         )
@@ -607,7 +614,7 @@ def _by_strips(
     qk_norm: str | None,
     statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return P̄, mean and M₂ with absorbed queries, and write pool(F)."""
+    """Return P̄, mean and M₂, computed with absorbed queries, and write pool(F)."""
     B, H, d, size, pooled = sizes.batch, sizes.heads, sizes.d, sizes.size, tensors["pooled_ptr"]
     dtype = pooled.dtype
     positions = launch_rules.forward_positions(sizes.most, d, dtype, statistics, devices.capability(pooled))
@@ -633,7 +640,7 @@ def _by_strips(
 def _by_cells(
     sizes: Sizes, tensors: dict[str, Any], scale: float, qk_norm: str | None, statistics: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return P̄, mean and M₂ by tokens, and write pool(F)."""
+    """Return P̄, mean and M₂, computed with queries from tokens, and write pool(F)."""
     B, H, L, size, pooled = sizes.batch, sizes.heads, len(sizes.ranks), sizes.size, tensors["pooled_ptr"]
     dtype, firsts = pooled.dtype, firsts_of([H * size * size] * L)
     probabilities, mean, spread, part_mean, part_spread = _outputs(sizes, pooled, B * firsts[-1], statistics)
@@ -669,8 +676,9 @@ def _gather(
 ) -> None:
     heads = sizes.of_heads()
     del heads["RANKS"], heads["most"], heads["R"]
-    # One warp. If each lane holds one square, the compiler may turn a² + (another lane's b²) into fma(a, a, b²); then
-    # the lanes differ in the last bit. With several warps, Triton 3.8 lets all lanes write this sum to one address.
+    # The kernel uses one warp. If each lane holds one square, the compiler may turn a² + (another lane's b²) into
+    # fma(a, a, b²), and the sums of the lanes then differ in the last bit. With several warps, Triton 3.8 would let all
+    # lanes write their sums to one address.
     _gather_kernel[(len(strips) * sizes.batch * sizes.heads,)](
         *parts, *wholes, sizes.batch, **heads, LINKS=len(strips), FIRSTS=firsts, TOGETHER=together,
         STRIPS=strips, **sizes.of_links(), num_warps=1,

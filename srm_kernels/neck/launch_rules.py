@@ -43,7 +43,11 @@ class Strips(NamedTuple):
 
 
 def strips_of(width: int, size: int, positions: int) -> Strips:
-    """Divide a row of `size` cells evenly among as few strips as tiles of up to `positions` columns allow."""
+    """Divide a row of `size` cells evenly among strips.
+
+    The number of strips is the smallest for which each strip fits in one tile of at most `positions` columns. If a
+    single cell does not fit, each cell is a strip.
+    """
 
     def widest(cells: int) -> int:
         starts = range(0, size, cells)
@@ -59,7 +63,10 @@ def strips_of(width: int, size: int, positions: int) -> Strips:
 def forward_positions(
     rank: int, d: int, dtype: torch.dtype, statistics: bool, capability: tuple[int, int]
 ) -> int:
-    """Return how many positions a tile can have beside the [r, d] tiles in registers (`python -m bench.resources`)."""
+    """Return the number of positions of a tile that fits in registers together with the [r, d] tiles.
+
+    The numbers are based on the registers that `python -m bench.resources` prints.
+    """
     if not statistics:
         return 32 if capability >= (12, 0) else 64
     return 32 if dtype == torch.bfloat16 and not heavy(rank, d) else 16
@@ -86,7 +93,8 @@ def token_tile(
 ) -> TokenTile:
     """Return the tile that fits in registers.
 
-    With 8 warps, some warps repeat products of the statistic. With 4 warps, registers spill on 9.0 and 12.0.
+    For the statistic in bf16, a program has 4 warps if the [r, d] tiles are not large and the compute capability is
+    below 9.0: with 8 warps, some warps would repeat the products of others. On 9.0 and 12.0, 4 warps spill registers.
     """
     large = heavy(rank, d)
     chunk = 16 if dtype == torch.float32 and not (large and capability == (9, 0)) else 32
@@ -103,7 +111,8 @@ def token_tile(
 def strip_warps(rank: int, d: int, dtype: torch.dtype, statistics: bool) -> int:
     """Return the warps of a program.
 
-    For the statistic, a tile of 32 positions gets 2 warps: it has two rows of products, which more warps would repeat.
+    For the statistic, a tile of 32 positions in bf16 has 2 warps. The products of the tile have two blocks of rows, and
+    more than two warps would repeat products.
     """
     return 2 if dtype == torch.bfloat16 and statistics and not heavy(rank, d) else warps(rank, d)
 
@@ -124,8 +133,8 @@ def warps(rank: int, d: int) -> int:
 def backward_tile(rank: int, d: int, dtype: torch.dtype) -> tuple[int, dict[str, int]]:
     """Return the positions of a tile and the launch options.
 
-    With as many positions as landmarks, Triton distributes warps along positions. The softmax then needs no exchange
-    among warps.
+    If a tile has as many positions as landmarks, Triton distributes the warps along the positions. The softmax over the
+    landmarks then needs no exchange between warps.
     """
     if dtype == torch.bfloat16 and not heavy(rank, d):
         return 64, {"num_warps": 4, "num_stages": 1, "maxnreg": MOST_REGISTERS}
@@ -135,7 +144,7 @@ def backward_tile(rank: int, d: int, dtype: torch.dtype) -> tuple[int, dict[str,
 
 
 class SquashTile(NamedTuple):
-    """Sizes of a tile: its positions, its channels, and the entries of an axis that one product sums over."""
+    """Sizes of a tile: positions, channels, and entries of the inner axis of one product."""
 
     positions: int
     channels: int

@@ -2,8 +2,8 @@
 
     T = A F + a   Q = W_Q DyT(T)   L = softmax(Q K̃ᵀ s)   P̄ = pool(L)
 
-F (B, C_i, h, w) is a map of the backbone, T its tokens (B, N, C), Q and L are (B, H, N, d) and (B, H, N, r), and P̄
-(B, H, P², r) holds the mean of L over every cell of a P×P grid. Pooling is linear, so that with a target's links ℓ
+F (B, C_i, h, w) is a map of the backbone and T (B, N, C) its tokens. Q is (B, H, N, d), L is (B, H, N, r), and P̄
+(B, H, P², r) holds the mean of L over every cell of a P×P grid. Pooling is linear. For a target t with the links ℓ:
 
     pool(F_t + β_t Σ_ℓ τ_ℓ L_ℓ X_ℓ W_O,ℓ) = A_t pool(F_t) + a_t + β_t Σ_ℓ τ_ℓ P̄_ℓ X_ℓ W_O,ℓ.
 """
@@ -32,7 +32,10 @@ def project_sources(
     biases: Sequence[Tensor],
     shift: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return K and V (L, B, N, C) of all links from the tokens (B, N, C) of their source, after adding `shift`."""
+    """Return K and V (L, B, N, C) of all links from the tokens (B, N, C) of their source.
+
+    If `shift` is given, it is added to the tokens first.
+    """
     keys, values = [], []
     if shift is not None:
         tokens = tokens + shift.to(tokens.dtype)
@@ -47,8 +50,8 @@ def pooled_links(sides: QuerySides) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return P̄, pool(F) and the moments of Y = L X.
 
     P̄ is (L, B, H, P², r) in the wide dtype, with zeros beyond a link's own r. pool(F) is (B, P², ΣC_i). With X, the
-    moments are the mean (L, B, H, d) over all N positions and Σ‖y − mean‖² (L, B, H); without X they are empty. T,
-    DyT(T) and Q have the dtype of F, as in the modules of the unfused neck.
+    moments are the mean (L, B, H, d) over all N positions and Σ‖y − mean‖² (L, B, H); without X, the moments are empty.
+    T, DyT(T) and Q have the dtype of F, as in the modules of the unfused neck.
     """
     most, size, qk_norm = max(k.shape[2] for k in sides.keys), sides.size, sides.qk_norm
     probabilities, means, spreads = [], [], []
@@ -95,11 +98,11 @@ def merge_links(
         for base, weight, bias in zip(bases, align_weights, align_biases, strict=True)
     ]
     for link, (target, X) in enumerate(zip(targets, xs, strict=True)):
-        y = (probabilities[link, ..., : X.shape[2]] @ X).to(dtype)  # X may be far larger than Y: fp32
+        y = (probabilities[link, ..., : X.shape[2]] @ X).to(dtype)  # P̄ X in fp32: X may be far larger than Y
         if thetas:
             y = (y * thetas[link].exp()[:, None, None]).to(dtype)
         update = F.linear(y.transpose(1, 2).flatten(2), output_weights[link].to(dtype))
-        # With an axis, β U has the dtype of β, in which its terms are summed for dβ.
+        # Because β has an axis here, β U has the dtype of β, and the terms of dβ are summed in this dtype.
         maps[target] = (maps[target] + betas[link].reshape(1) * update).to(dtype)
     size = round(pooled.shape[1] ** 0.5)
     return torch.stack(maps).mT.unflatten(-1, (size, size))

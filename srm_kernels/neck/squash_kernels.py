@@ -1,15 +1,15 @@
 """Triton kernels that compute the queries through DyT for the backward pass of the pooled links, and their gradients.
 
-With the rows F (M, C_i) of a map, one row for each position:
+F (M, C_i) has one row for each position of a map:
 
     T = F Aᵀ + a    D = w ∘ tanh(αT) + b    Q = D W_Qᵀ
     dD = dQ W_Q     dT = α w ∘ (1 − tanh²(αT)) ∘ dD
 
-Forward: a program computes T and D of some positions, a group of channels at a time. It writes D, which dW_Q = dQᵀ D
-needs, and adds D W_Qᵀ to Q. Backward: a program computes T from F again and dD from dQ, for some positions and
-channels, and writes dT. T and dD are never written to memory. At full resolution the forward kernel writes only D
-and Q, and the backward kernel only dT. The backward kernel also writes the contribution of each tile to dα, dw, db and
-da; torch adds the contributions.
+A program of the forward kernel computes T and D of some positions, a group of channels at a time. It writes D, because
+dW_Q = dQᵀ D needs D, and adds D W_Qᵀ to Q. A program of the backward kernel computes T from F again and dD from dQ, for
+some positions and channels, and writes dT. T and dD are never written to memory. At full resolution the forward kernel
+writes only D and Q, and the backward kernel only dT. The backward kernel also writes the contribution of each tile to
+dα, dw, db and da; torch adds the contributions.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def _squash_backward_kernel(
 
 
 class Squash:
-    """Compute D and Q of a link from the rows of its map, and backpropagate through them.
+    """Compute D and Q of a link from the rows of its map, and backpropagate dQ.
 
     Args:
         rows: F (M, C_i).

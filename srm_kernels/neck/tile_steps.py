@@ -18,7 +18,7 @@ DyT = tuple[Tensor, Tensor, Tensor]  # α, w and b
 
 
 class Affine(NamedTuple):
-    """The map x → weight x + bias."""
+    """The affine function x → weight x + bias."""
 
     weight: Tensor
     bias: Tensor
@@ -27,7 +27,7 @@ class Affine(NamedTuple):
 class Folded(NamedTuple):
     """The folded weights of a link's queries, in the wide dtype.
 
-    With DyT Q = outer(tanh(inner(F))); without DyT Q = outer(F).
+    With DyT, Q = outer(tanh(inner(F))). Without DyT, Q = outer(F).
     """
 
     inner: Affine | None  # αA (C, C_i) and αa
@@ -67,7 +67,7 @@ class Grid:
         self.tiles = tiles_of(height, width, positions)
 
     def pool(self, logits: Tensor, tile: Tile, into: Tensor, space: Workspace) -> None:
-        """Replace logits (H, M, r) by probabilities, and add their part of the cell means to `into` (H, P, P·r)."""
+        """Replace logits (H, M, r) by probabilities, and add their part to the cell means, `into` (H, P, P·r)."""
         H, _, r = logits.shape
         rows, columns = self.rows[:, tile.rows], self.columns[:, tile.columns]
         (P, height), width = rows.shape, columns.shape[1]
@@ -77,7 +77,10 @@ class Grid:
         into.baddbmm_(rows.expand(H, P, height), across.view(H, height, P * r))
 
     def pool_backward(self, logits: Tensor, tile: Tile, grad: Tensor, space: Workspace) -> Tensor:
-        """Return the gradient of logits (H, M, r), overwriting them; `grad` (H, P, P·r) is the cell means' gradient."""
+        """Return the gradient of logits (H, M, r) from `grad` (H, P, P·r), the gradient of the cell means.
+
+        The logits are overwritten.
+        """
         H, _, r = logits.shape
         rows, columns = self.rows[:, tile.rows], self.columns[:, tile.columns]
         (P, height), width = rows.shape, columns.shape[1]
@@ -179,7 +182,8 @@ def normalise_backward(grad: Tensor, x: Tensor) -> Tensor:
 class Moments:
     """Accumulate the mean (H, d) and Σ‖y − mean‖² (H,) of Y = L X over the tiles of an image.
 
-    X is centred, and squares are summed about the mean of each tile. This avoids cancellation when the mean is large.
+    The mean of X is subtracted first, and squares are summed about the mean of each tile. This avoids cancellation when
+    the mean of Y is large.
     """
 
     def __init__(self, X: Tensor) -> None:
@@ -199,5 +203,5 @@ class Moments:
         self.count = count
 
     def results(self) -> tuple[Tensor, Tensor]:
-        """Return the mean and the sum of squares."""
+        """Return the mean (H, d) and Σ‖y − mean‖² (H,)."""
         return self.mean + self.centre[:, 0], self.spread

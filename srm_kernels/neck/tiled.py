@@ -3,10 +3,11 @@
     T = A F + a   Q = W_Q DyT(T)   L = softmax(Q K̃ᵀ s)   P̄ = pool(L)
 
 A tile has about 512 positions, so that tokens, queries and probabilities stay in the cache and never exist at full
-resolution. Linear steps are folded into the weights, and the scale and the norm into K̃; a tile writes only P̄. The
-backward pass computes each tile again. Images are computed one by one, so that an image alone and in a batch gives the
-same bits. Results are computed in the wide dtype, from F, A, a and W_Q rounded to F's dtype. Products are torch's.
-Softmax, pooling and tanh are C++ if the library is built (`tile_native.py`), otherwise torch's (`tile_steps.py`).
+resolution. Consecutive linear steps are folded into one weight. The scale s and the normalisation of the keys are
+folded into K̃. A tile writes only its contribution to P̄. The backward pass computes each tile again. Images are computed
+one by one, so that the results of an image are bitwise equal alone and in a batch. Results are computed in the wide
+dtype, from F, A, a and W_Q rounded to F's dtype. torch computes the products. C++ code computes softmax, pooling and
+tanh if the library is built (`tile_native.py`); otherwise torch computes them (`tile_steps.py`).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from .tile_steps import (
     queries_of,
 )
 
-POSITIONS = 512  # approximate number per tile: the logits of 8 heads and 64 landmarks in fp32 are then 1 MiB
+POSITIONS = 512  # approximate positions per tile; logits of 8 heads and 64 landmarks in fp32 are then 1 MiB
 ALIGNMENT = 64  # bytes; the bits of a library's product can depend on the alignment of its operands
 
 

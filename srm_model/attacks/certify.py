@@ -140,13 +140,14 @@ def certificate(scores: Tensor, *, eps: float, sigma: float, confidence: float) 
 
 
 def order_statistics(count: int, shift: float, confidence: float) -> tuple[int | None, int | None]:
-    """Return the positions, counted from 1, of the sorted samples that bound the quantiles Φ(−shift) and Φ(shift).
+    """Return the positions of two sorted samples: a lower bound of the quantile Φ(−shift), an upper bound of Φ(shift).
 
-    A position is None if no sample is a bound.
+    Positions count from 1. A position is None if no sample is a bound with this confidence.
 
-    The k-th sample is above the p-quantile with probability at most P(Bin(n, p) ≤ k − 1), and below it with probability
-    at most P(Bin(n, p) ≥ k), with n = `count`. The lower bound is the largest k, and the upper bound the smallest k,
-    for which this probability is at most (1 − confidence)/2.
+    Let n = `count`. The k-th of n sorted samples is above the p-quantile with probability at most P(Bin(n, p) ≤ k − 1),
+    and below the p-quantile with probability at most P(Bin(n, p) ≥ k). The lower bound is the largest k for which the
+    first probability at p = Φ(−shift) is at most (1 − confidence)/2. The upper bound is the smallest k for which the
+    second probability at p = Φ(shift) is at most (1 − confidence)/2.
     """
     from scipy.stats import binom, norm  # imported here because the import takes 0.5 s
 

@@ -321,10 +321,11 @@ def dataset_for(
 
 
 def surrogate_of(folder: Path) -> Path | None:
-    """Return the checkpoint on which the transfer attack is crafted: `none`, or `srm` when attacking `none`.
+    """Return the folder of the surrogate for a transfer attack on the checkpoint in `folder`, or None if none exists.
 
-    This checkpoint is a sibling of the attacked checkpoint or, for an ablation in a study, a sibling of the parent
-    folder. Return None if it does not exist.
+    The surrogate is the checkpoint with the neck `none`; if the attacked checkpoint has the neck `none`, it is the
+    checkpoint with the neck `srm`. The folder of the surrogate has the name of its neck and is in the same parent
+    folder as `folder`. In a study, the folder can also be one level higher, next to that parent folder.
     """
     other = NECKS[read_card(folder)["neck"]].surrogate
     studied = any((above / STUDY).is_file() for above in folder.resolve().parents)

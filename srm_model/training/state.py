@@ -65,8 +65,9 @@ def save_state(
 def read_state(folder: Path) -> Stored | None:
     """Return the newest readable state in a folder, or None if there is no state.
 
-    If the last state is damaged and the previous state is readable, warn and rename the damaged file, so that it cannot
-    become the previous state.
+    If the last state is damaged and the previous state is readable, return the previous state, warn, and rename the
+    damaged file. Without the new name, the next `save_state` would replace the readable previous state by the damaged
+    file.
 
     Raises:
         ValueError: All states in the folder are damaged.

@@ -120,8 +120,8 @@ def audit(
       images and directions) at one of the widths ε/4, ε/32 and ε/256. For a stochastic model, both use the same random
       draw.
     - transfer and black_box: The reach of a transfer attack, or of an attack that uses only scores, is not larger than
-      the reach of the best white-box attack (PGD or APGD). The lower end of the 95 % bootstrap interval of the mean
-      difference over the images must not be above 0.
+      the reach of the best white-box attack (PGD or APGD). The difference of the two reaches is averaged over the
+      images; the lower end of its 95 % bootstrap interval must not be above 0.
     - unbounded: PGD on pair inversion inverts the ranking (SROCC below 0) if the radius allows any image. The check
       does not run if the clean ranking is already inverted.
     - randomness: Scores of the same images in 16 passes agree within 0.1 % of the spread of clean scores, or the model
@@ -304,7 +304,7 @@ class _SameDraws(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         seed = self.calls % self.passes
         self.calls += 1
-        for generator in self.generators:  # the attack restores their state
+        for generator in self.generators:  # the attack restores the state of the generators
             generator.manual_seed(seed)
         with seeded(images.device, seed):
             scores: Tensor = self.model(images)

@@ -35,12 +35,12 @@ from srm_model.metrics import GRADIENTS_ALLOWED, srocc
 from srm_model.modules import is_stochastic, unwrapped
 from srm_model.norms import norm_of
 
-# Tolerances of the checks, the same for every model. Tests verify them on sound and on masked models.
-FALL_ALLOWED = 0.05  # largest fall over the steps, as a share of the total rise
-EPS_FALL_ALLOWED = 0.01  # largest fall from one budget to the next, as a share of the largest reach
+# Tolerances of the checks, the same for every model. Tests apply the checks to sound models and to masked models.
+FALL_ALLOWED = 0.05  # largest fall of the reach over the steps, as a share of its total rise
+EPS_FALL_ALLOWED = 0.01  # largest fall of the reach from one budget to the next, as a share of the largest
 RESTART_GAIN_ALLOWED = 0.25
 DERIVATIVE_ERROR_ALLOWED = 0.2
-SCORE_TOLERANCE = 1e-3  # as a share of the spread of clean scores; allows rounding, not randomness
+SCORE_TOLERANCE = 1e-3  # largest difference of scores, as a share of the spread of clean scores
 
 _EPS_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 _DIRECTIONS = 8

@@ -190,7 +190,7 @@ def fault(path: Path, *, full: bool) -> str | None:
     Args:
         path: Image file.
         full: Whether to decode the whole file; otherwise only the header is read. A JPEG is decoded at 1/8 of its size,
-            which reads every byte and takes a third of the time.
+            which reads every byte and takes a third of the time of decoding at full size.
     """
     try:
         check_regular(path)

@@ -2,12 +2,15 @@
 
 Each attack takes turns with "bare" passes: the forward and backward passes that the attack needs, on the same batch and
 without gradients of the weights. Rates are computed from median times: CPU time on a CPU with one thread, otherwise
-wall-clock time, which includes the device's work. The overhead is the least time of the attack divided by the least
-time of the bare passes, minus 1. On a GPU the least wall-clock time counts. On a CPU it is the sum over all steps of
-the least CPU time of each step, because a whole attack never runs without interference from other processes. Work that
-an attack does once, such as drawing its start, is included, so more steps give a smaller overhead. By default an attack
-has half of the article's 40 steps, and 1 restart instead of 5. On a CPU, memory is kept between calls, as in
-`srm-iqa attack`.
+wall-clock time, which includes the device's work.
+
+The overhead is the least time of the attack divided by the least time of the bare passes, minus 1. On a GPU the least
+time is the shortest wall-clock time of a call. On a CPU the least time is the sum, over the steps of a call, of the
+shortest CPU time of each step, because other processes disturb some steps of every call. The time of the attack
+includes work that is done once, such as drawing the start, so more steps give a smaller overhead.
+
+By default an attack has 20 steps and 1 restart; the article has 40 steps and 5 restarts. On a CPU, glibc keeps freed
+memory between calls, as in `srm-iqa attack`.
 """
 
 from __future__ import annotations

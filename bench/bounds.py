@@ -5,7 +5,7 @@ For every set of keys K̃ (r, d), with W = softmax(K̃K̃ᵀ/√d) and λ = λ�
 - `symmetric`: κ₂(S + λI) divided by its bound (1 + λ)/λ;
 - `certificate`: κ₂(W_λ) divided by ϱ(1 + λ)/λ, where ϱ is the ratio of the largest to the smallest row sum of
   exp(K̃K̃ᵀ/√d);
-- `landmark`: κ₂(W_λ) divided by r (1 + λ)/λ, its bound for keys of equal norm;
+- `landmark`: κ₂(W_λ) divided by r (1 + λ)/λ, the bound on κ₂(W_λ) for keys of equal norm;
 - `kappa`: κ₂(W_λ);
 - `gain`: max|Y| / max|V| for queries K and random V, with N_k = 2r keys of which the first r are landmarks. Exact
   attention averages the values, so its gain is at most 1.

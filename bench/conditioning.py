@@ -42,7 +42,7 @@ GPU_TARGETS = {  # least speedup of the fused solver, and the ranks to which it 
     "torch.linalg.lu_factor_ex": (2, RANKS),
     "torch.linalg.cholesky_ex": (2, RANKS),
 }
-LARGEST_SHARE = 0.3  # largest time of the solve divided by the attention's time
+LARGEST_SHARE = 0.3  # largest accepted ratio of the time of the solve to the time of attention
 QUEUED = 10  # calls between two CUDA events
 ROUNDING = 1e-6  # a computed ratio to a bound may exceed 1 by this much
 TRUSTED = 1e12  # largest κ at which an fp64 solve is accurate enough to judge the gain

@@ -5,8 +5,8 @@ evaluation mode, or forward and backward in training mode. `plain` is the NystrÃ
 the kernels one by one, `fused` uses `pooled_links`. Memory is the peak above the maps. Launches are counted by the
 profiler. The floor is the larger of two times at the device's rates: the time to read the maps once, and the time of
 the neck's matrix products. A large copy and a large product measure the rates first, unless `--bandwidth` and `--rate`
-give them. On a CPU
-the necks run in plain PyTorch: `plain` and `fused` are then the same, and `unfused` computes its links one by one.
+give them. On a CPU the necks run in plain PyTorch: `plain` and `fused` are then the same, and `unfused` computes its
+links one by one.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def contestants(backbone: str, maps: list[Tensor], options: argparse.Namespace) 
 
 
 def take_rates(options: argparse.Namespace) -> None:
-    """Measure the rates of the device that the options do not give."""
+    """Measure the bandwidth and the rate of the device, and use them where the options give no value."""
     if options.bandwidth and options.rate:
         return
     device = torch.device(options.device)
@@ -258,7 +258,7 @@ def line_of(row: dict[str, Any]) -> str:
 
 
 def misses(row: dict[str, Any]) -> bool:
-    """Return whether a row misses a target of time or memory; tests hold the target of launches."""
+    """Return whether a row misses its target for time or memory. Tests check the target for launches."""
     target = TARGETS.get((row["direction"], row["side"]))
     if target is None:
         return False

@@ -168,7 +168,7 @@ def measured(points: Sequence[Sizes], backends: Sequence[str], options: argparse
         )
         try:
             made = calls(sizes, backends, options)
-        except Exception as error:  # such as too little memory; the other points go on
+        except Exception as error:  # for example too little memory; the other points are still measured
             made = {}
             for row in rows[-1].values():
                 row["error"] = describe(error)

@@ -29,7 +29,7 @@ class Recorder:
         out: Folder of results.
         name: Name of the benchmark.
         device: Device that is measured.
-        note: Text that every row keeps, or None.
+        note: Text that is written into every row, or None.
     """
 
     def __init__(

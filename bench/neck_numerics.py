@@ -2,16 +2,17 @@
 
 The rule applies to the fused map and to every loss, gradient and statistic. Errors are measured against the reference
 neck in fp64. The largest error is at most twice the largest error of the reference neck in the same precision, plus 64
-units of rounding of the largest entry in fp32 (2 units in a reduced precision). Some gradients are small differences of
-larger numbers, so "the largest entry" is taken over more than their own entries. For the gradient of a bias it is taken
-over all gradients. For gradients of the gate, whose logits' gradients sum to 0 over the stages, it is taken over all
-gradients of the gate.
+units of rounding of the largest entry in fp32 (2 units in a reduced precision).
+
+Some gradients are small differences of larger numbers. Their "largest entry" is therefore the largest entry of several
+gradients: of all gradients for the gradient of a bias, and of all gradients of the gate for a gradient of the gate,
+because the gradients of the gate's logits sum to 0 over the stages.
 
 The gradient of a single number (β, α, θ of one head, the bias of a readout) is a sum Σ tᵢ over channels and positions.
 Its error Σ tᵢ δᵢ, with roundings δᵢ of either sign, is of the order of the unit of rounding times √Σ tᵢ², whatever
 the sum itself is. One sample of such an error may be close to 0 by chance, so it does not bound another sample. The
-error of the reference is therefore the largest over `DRAWS` losses with other signs. In fp32 the size is at least the
-root mean square of the gradient over these losses.
+error of the reference is therefore the largest error over `DRAWS` losses, which differ in their signs. In fp32 the
+"largest entry" is at least the root mean square of the gradient over these losses.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def ratios(
         run: Function that runs the step of the neck by kernels.
 
     Raises:
-        AssertionError: The kernels have other results than the reference.
+        AssertionError: The kernels and the reference return results with different names.
     """
     device = pyramid[0].device.type
     draws: list[tuple[Step, Step]] = []  # (fp64, this precision)

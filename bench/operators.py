@@ -288,7 +288,8 @@ class Timed:
         """Return the largest error of a result, relative to its norm.
 
         Errors are measured against the reference in float64. An error is accepted up to twice the error of the
-        reference in the same dtype, plus eight units of rounding, because that error can be zero by chance.
+        reference in the same dtype, plus eight units of rounding. These units are needed because the error of the
+        reference can be zero by chance.
 
         Raises:
             NumericsError: An error is larger.

@@ -5,8 +5,8 @@ GPU. Only the compiled kernels are stubs. A pass therefore takes the same host t
 launcher and the CUDA driver (2 to 4 µs per launch). Times are CPU time of one thread in µs per pass:
 
 - `triton`: inside `JITFunction.run`;
-- `library`: inside the matrix products, convolutions and casts that the neck itself calls. They are computed here, on
-  small maps, while a GPU only receives their launch;
+- `library`: inside the matrix products, convolutions and casts that the neck itself calls. This benchmark computes them
+  on small maps; with a GPU, the host would only launch them;
 - `package`: everything else: this package's Python, the dispatch of its operators, autograd, views and allocations.
 
 The neck is narrow (C = 16), because host time depends on the schedule and not on widths.

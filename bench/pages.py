@@ -54,7 +54,7 @@ def rows_of(folder: Path, name: str, keys: Sequence[str]) -> Rows:
     Args:
         folder: Folder of results.
         name: Name of the file without its suffix.
-        keys: Columns that identify a row; the last of equal rows counts.
+        keys: Columns that identify a row. Of several rows with the same values, the last one is used.
 
     Raises:
         ValueError: The rows are from different machines, versions or commits.

@@ -45,14 +45,14 @@ Section = tuple[str, str, list[Picture]]  # title, text and pictures
 
 
 def report(folder: Path, *, last: bool = False) -> list[Path]:
-    """Write the page and its pictures into a folder of rows.
+    """Write `report.md` and its pictures into the folder that contains the rows.
 
     Args:
         folder: Folder with `neck.jsonl`, `growth.jsonl`, `crossover.jsonl` or `resources.jsonl`.
         last: Whether to use only rows that were measured under the same conditions as the last row of each file.
 
     Returns:
-        The files that were written, the page first.
+        The paths of the written files, `report.md` first.
 
     Raises:
         ValueError: There are no rows, or rows of several measurements.

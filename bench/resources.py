@@ -201,7 +201,7 @@ def operator(kernel: Any) -> str:
 
 
 def rows(options: argparse.Namespace, known: dict[str, Resources]) -> Iterator[dict[str, Any]]:
-    """Yield a row for each kernel, shape and architecture that the options select; equal code is one launch.
+    """Yield a row for each kernel, shape and architecture that the options select. Equal launches share a row.
 
     Args:
         options: Options of the command line.

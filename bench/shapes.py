@@ -65,8 +65,8 @@ class Choice(NamedTuple):
     method: str
 
 
-# First every kernel at the largest size that may not spill, with every option; then smaller sizes, for the other sides
-# of the launch rules; then larger ones, which may spill.
+# The first cases run every kernel, with every option, at the largest size at which it must not spill. Smaller sizes
+# follow, because the launch rules have other branches for them. The last cases are larger sizes, which may spill.
 CASES = (
     Case(64, 64, keys=4096),
     Case(64, 64, dtype="float32", method="pivoted_cholesky"),
@@ -123,7 +123,10 @@ CHOICES = (
 
 
 def attention(case: Case) -> None:
-    """Launch Nyström attention; leverage scores and landmarks alone with "pivoted_cholesky" in half precision."""
+    """Launch Nyström attention.
+
+    With "pivoted_cholesky" in half precision, also launch the leverage scores and the choice of landmarks alone.
+    """
     from srm_kernels.attention import key_kernels, query_kernels
     from srm_kernels.conditioning import kernels as conditioning
     from srm_kernels.landmarks import kernels as landmarks

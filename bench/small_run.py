@@ -11,7 +11,8 @@ import torch
 from srm_kernels import backends, nystrom_attention
 from srm_kernels.attention import attention_with_scale, launch_rules
 
-# (largest N_k of one program, most K̃ and X held): one launch; keys divided among programs; K̃ and X read in pieces
+# Values of (MOST_KEYS_OF_ONE_PROGRAM, MOST_HELD). The first pair gives one launch, the second divides the keys among
+# programs, and the third also reads K̃ and X in pieces.
 LIMITS = ((1024, 64 * 64), (16, 64 * 64), (16, 0))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 METHODS = (("leverage", "cholesky"), ("pivoted_cholesky", "cholesky"), ("leverage", "lu"))

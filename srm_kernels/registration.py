@@ -89,16 +89,17 @@ def register_operator(
 
     Args:
         name: Name of the operator.
-        arguments: Its arguments as in a schema of torch. Types of `options.WRITTEN` are expanded for torch.
+        arguments: Its arguments as in a schema of torch. An argument whose type is in `options.WRITTEN` is replaced by
+            the fields of this type, because torch does not know the type.
         returns: Its results as in a schema of torch. Results are contiguous, except the first if `like` is given.
         implementations: Backend → function of `arguments`. "reference" is required.
         fake: Function of `arguments` that returns empty results, for torch.compile and export.
         differentiable: Names of the differentiable arguments.
         like: Name of an argument. The first result has the layout that `torch.empty_like` gives for this argument.
-        derivatives: Backend → function `(grads, results, *arguments)` that returns the gradients of the differentiable
-            arguments that are not None, in their order. Results are then saved for this function. A backend of kernels
-            without such a function uses the derivative of the reference.
-        constant: Indices of results without a gradient. Results that are not floating point never have one.
+        derivatives: Backend → function `(grads, results, *arguments)`. The function returns a gradient for each tensor
+            among the differentiable arguments, in the order of the arguments. If there is such a function, the results
+            are saved for it. A backend of kernels without such a function uses the derivative of the reference.
+        constant: Indices of results without a gradient. Results that are not floating point never have a gradient.
         recalled: Name of an argument → index of the result that replaces it in the derivative of the reference, so
             that the backward pass does not repeat a choice of the forward pass.
         autocast: Function that casts `arguments` under autocast; see `autocast.py`.

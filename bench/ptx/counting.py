@@ -174,9 +174,9 @@ def ptx_counts(launch: Launch) -> Counter[str]:
 def by_place(launch: Launch, library: tuple[str, ...] = ("standard.py",)) -> dict[str, Counter[str]]:
     """Count PTX instructions of the whole grid by call chain and by unit.
 
-    A call chain has the innermost frame first: "parts.py:120 < kernels.py:77". Frames of files whose names start with
-    an entry of `library` are left out. Moves are not counted. Two more entries are not units: "all" is the number of
-    counted instructions, and "lsu" is the number of shuffles plus the wavefronts of shared memory.
+    A call chain lists frames, the innermost first, as in "parts.py:120 < kernels.py:77". It omits frames of files whose
+    names start with an entry of `library`. Moves are not counted. Besides the units, a counter has two sums: "all" is
+    the number of counted instructions, and "lsu" is the number of shuffles plus the wavefronts of shared memory.
     """
     found: dict[str, Counter[str]] = defaultdict(Counter)
     requests, scale = launch.counters.shared_requests, launch.counters.scale

@@ -1,8 +1,9 @@
-"""Execution of a launch: many blocks of the grid at once, with every register an array over their lanes.
+"""Execute a launch. Many blocks of the grid run at once; a register is an array with one element per lane.
 
-Lanes execute a basic block together. If they diverge, the lanes at the lowest basic block run first. With the order
-"together" all warps run in lockstep and pass through barriers. With "forward" and "reversed" the warps of a block run
-one after the other between barriers, starting with the first or the last one.
+Lanes execute a basic block together. If lanes diverge, the lanes at the lowest basic block run first. The order of an
+execution says how the warps of a block take turns. With "together", all warps run in lockstep and do not stop at
+barriers. With "forward", the warps run one after the other, each up to the next barrier, and the first warp starts.
+With "reversed", the last warp starts.
 """
 
 from __future__ import annotations

@@ -61,8 +61,9 @@ def rows(
     """Yield a row for each GPU, workload and launch.
 
     Args:
-        gpus: Names of `rates.GPUS`. The counted code of each GPU is compiled for its architecture.
-        workloads: Launches for one image; bounds are for a batch of 8.
+        gpus: Names of GPUs in `rates.GPUS`. The code is compiled, and its instructions are counted, for the
+            architecture of each GPU.
+        workloads: Workloads to launch and count for one image. The times in the rows are for a batch of 8 images.
         dtype: Dtype of the tokens and maps.
     """
     for group in by_architecture(gpus):

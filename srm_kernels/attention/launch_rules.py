@@ -30,9 +30,9 @@ ROOMY = ((8, 0), (9, 0), (10, 0))  # data-centre GPUs: more shared memory per bl
 
 
 class Configuration(NamedTuple):
-    """A launch configuration: tokens per tile, warps per program, pipeline stages and registers per thread.
+    """A launch configuration: tokens per tile, warps per program, pipeline stages and register limit per thread.
 
-    With 8 warps and no limit of registers, the compiler can spill registers to let two programs share a multiprocessor.
+    With 8 warps and `registers=None`, the compiler can spill registers so that two programs fit on one multiprocessor.
     """
 
     block: int

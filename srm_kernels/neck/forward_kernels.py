@@ -263,10 +263,10 @@ def queries_of(
     channels: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
     HP: tl.constexpr, d: tl.constexpr, D: tl.constexpr, DYT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return Q of one tile in the map's dtype, [BLOCK, HP·D], from TOKENS channels of DyT(A F + a) at a time.
+    """Return Q of one tile, [BLOCK, HP·D], in the dtype of the map.
 
-    The number of heads is padded to HP and each head to D, with zeros. Values are rounded where the modules of the neck
-    round.
+    A loop computes TOKENS channels of DyT(A F + a) and multiplies them by W_Q. Zeros pad the number of heads to HP and
+    the channels of a head to D. Values are rounded at the same places as in the modules of the neck.
     """
     dtype = map_ptr.dtype.element_ty
     n = tl.arange(0, HP * D)

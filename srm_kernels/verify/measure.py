@@ -58,7 +58,8 @@ def results(
 ) -> Found:
     """Return the results of a call and the gradients of a random loss.
 
-    With `alone`, the inputs are one sample, and the loss is the sample's part of the loss of the batch.
+    The loss of a batch is a sum over its samples. If `alone` is given, `inputs` are one sample of the batch, and the
+    loss is the term of this sample.
     """
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     outputs = flat(call(*leaves))

@@ -42,7 +42,7 @@ def apgd_trace(
     the previous window, and at least 6 % of the steps long. At a checkpoint, η is halved and x returns to the best
     point, without momentum, in two cases: fewer than 75 % of the window's steps raised the loss, or neither η nor the
     best loss has changed since the last checkpoint. Each image has its own η and best point. For an objective that is
-    defined on the batch, both are kept per batch.
+    defined on the batch, each batch has one η and one best point.
 
     Arguments, result and errors are those of `pgd`, without `step_size`.
     """

@@ -35,12 +35,12 @@ from srm_model.metrics import GRADIENTS_ALLOWED, srocc
 from srm_model.modules import is_stochastic, unwrapped
 from srm_model.norms import norm_of
 
-# Tolerances of the checks, the same for every model. Tests verify them on sound and on masked models.
-FALL_ALLOWED = 0.05  # largest fall over the steps, as a share of the total rise
-EPS_FALL_ALLOWED = 0.01  # largest fall from one budget to the next, as a share of the largest reach
+# Tolerances of the checks, the same for every model. Tests apply the checks to sound models and to masked models.
+FALL_ALLOWED = 0.05  # largest fall of the reach over the steps, as a share of its total rise
+EPS_FALL_ALLOWED = 0.01  # largest fall of the reach from one budget to the next, as a share of the largest
 RESTART_GAIN_ALLOWED = 0.25
 DERIVATIVE_ERROR_ALLOWED = 0.2
-SCORE_TOLERANCE = 1e-3  # as a share of the spread of clean scores; allows rounding, not randomness
+SCORE_TOLERANCE = 1e-3  # largest difference of scores, as a share of the spread of clean scores
 
 _EPS_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 _DIRECTIONS = 8
@@ -120,8 +120,8 @@ def audit(
       images and directions) at one of the widths ε/4, ε/32 and ε/256. For a stochastic model, both use the same random
       draw.
     - transfer and black_box: The reach of a transfer attack, or of an attack that uses only scores, is not larger than
-      the reach of the best white-box attack (PGD or APGD). The lower end of the 95 % bootstrap interval of the mean
-      difference over the images must not be above 0.
+      the reach of the best white-box attack (PGD or APGD). The difference of the two reaches is averaged over the
+      images; the lower end of its 95 % bootstrap interval must not be above 0.
     - unbounded: PGD on pair inversion inverts the ranking (SROCC below 0) if the radius allows any image. The check
       does not run if the clean ranking is already inverted.
     - randomness: Scores of the same images in 16 passes agree within 0.1 % of the spread of clean scores, or the model
@@ -304,7 +304,7 @@ class _SameDraws(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         seed = self.calls % self.passes
         self.calls += 1
-        for generator in self.generators:  # the attack restores their state
+        for generator in self.generators:  # the attack restores the state of the generators
             generator.manual_seed(seed)
         with seeded(images.device, seed):
             scores: Tensor = self.model(images)

@@ -59,7 +59,7 @@ def save_examples(result: SuiteResult, folder: str | Path) -> list[dict[str, Any
 
 
 def _magnification(change: np.ndarray) -> int:
-    """Return the largest whole factor that keeps 99.9 % of the changes within half the range."""
+    """Return the largest whole factor that keeps 99.9 % of the changes within ±0.5."""
     largest = float(np.quantile(np.abs(change), 0.999))
     # 0.5001 allows for the rounding of fp32 images, where a change of 0.01 may be slightly larger.
     return max(1, min(_MAX_MAGNIFICATION, int(0.5001 / largest))) if largest > 0 else 1

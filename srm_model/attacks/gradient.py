@@ -33,7 +33,7 @@ class PGDTrace(NamedTuple):
     """Result of `pgd_trace`, `apgd_trace` or `square_trace`."""
 
     images: Tensor  # best iterates, (B, 3, H, W)
-    loss: Tensor  # their losses, (B,), or 0-d for an objective defined on the batch
+    loss: Tensor  # losses of the best iterates, (B,), or 0-d for an objective defined on the batch
     losses: Tensor  # losses of all iterates, start first: (restarts, steps + 1, B) or (restarts, steps + 1)
     zero_gradients: float  # share of gradients (one per image, step and restart) that were zero
     nonfinite_gradients: float  # share of gradients with a NaN or infinite element, which counts as zero

@@ -19,10 +19,10 @@ from srm_model.neck import SRMNeck
 def as_found(model: nn.Module, images: Tensor, *, seed: int) -> Iterator[None]:
     """Run the block in evaluation mode and fp32, with seeded random generators; restore everything afterwards.
 
-    Restored are the mode of every submodule, all buffers (objects and values), `requires_grad` of parameters, and
-    random generators: attributes of modules and the global generators of Python, NumPy and PyTorch, on the CPU and on
-    the device of `images`. In the block, autocast is off and gradients are enabled, even under an outer `no_grad` or
-    `inference_mode`.
+    After the block, these have the same state as before: the mode of every submodule, all buffers (objects and values),
+    `requires_grad` of parameters, random generators that are attributes of modules, and the global generators of
+    Python, NumPy and PyTorch, on the CPU and on the device of `images`. In the block, autocast is off and gradients are
+    enabled, even under an outer `no_grad` or `inference_mode`.
     """
     with (
         seeded(images.device, seed),

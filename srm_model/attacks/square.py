@@ -36,9 +36,9 @@ def square_trace(
     """Maximise an objective by random search, with at most `queries` scores per image and without gradients.
 
     A proposal changes one square of each image. For "linf", the perturbation in the square becomes ±eps, with one sign
-    per channel. For "l2", the square gets a bump of random sign, and the perturbation of another square becomes zero.
-    The bump takes the norm of that square and the unused part of the budget. A proposal that raises the loss is kept,
-    per image. For an objective defined on the batch, the proposals are accepted or rejected image by image, which needs
+    per channel. For "l2", the perturbation of a second square becomes zero, and its norm moves to the first square as a
+    bump of random sign. The bump also uses the unused part of the budget. A proposal is kept for each image whose loss
+    it raises. For an objective defined on the batch, the proposals are accepted or rejected image by image, which needs
     no further query.
 
     The model need not be differentiable. Arguments that are not listed, the result and errors are those of `pgd`. The

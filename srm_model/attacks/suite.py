@@ -184,7 +184,7 @@ class Suite:
                 image's score most.
             limit: Number of images to attack, evenly spaced over the dataset. Default: all.
             resume: Folder for the results of finished attacks. A later call with the same arguments, on any number of
-                ranks, continues from them.
+                ranks, uses these results and computes the missing ones.
 
         Raises:
             TypeError: An argument has the wrong type.

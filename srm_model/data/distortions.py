@@ -1,20 +1,20 @@
 """The 24 types of distortion of TID2013 at 5 levels, for any photograph.
 
 Each type is a family of images of growing strength. For most types, a level is the image whose PSNR against the
-photograph is 33, 30, 27, 24 or 21 dB, the PSNR levels of TID2013. If a photograph does not reach one of them (a grey
-photograph has no colour to lose), the five levels are spread evenly, in dB, over the range that it reaches. A type that
-cannot change a photograph returns it unchanged. Three kinds of type differ:
+photograph is 33, 30, 27, 24 or 21 dB, the PSNR levels of TID2013. If a photograph does not reach one of these values (a
+grey photograph has no colour to lose), the five levels are spread evenly, in dB, over the range that the photograph
+reaches. A type that cannot change a photograph returns the photograph unchanged. Some types differ from these rules:
 
-- Blur, denoising and JPEG (types 8, 9 and 10) use the same parameters for every photograph. Their PSNR is that of the
-  level on average over the Kodak photographs. At equal PSNR, busy photographs would be blurred less than others, and
-  people's opinions of TID2013 show that they were not.
+- Blur, denoising and JPEG (types 8, 9 and 10) use the same parameters for every photograph. On average over the Kodak
+  photographs, the PSNR of a level is the value above. With equal PSNR, photographs with much texture would be blurred
+  less than others. People's opinions of TID2013 show that the photographs of TID2013 were not blurred in this way.
 - The levels of type 15 have one PSNR and differ in the number of blocks.
 - The levels of type 17 lower and raise the contrast in turn.
 
 The types follow the descriptions in TID2013's paper (Ponomarenko et al., "Image database TID2013: Peculiarities,
 results and perspectives", Signal Processing: Image Communication 30, 2015). TID2013's own programs are not public, so
-each type is an approximation, which its docstring describes. `python -m bench.opinions` compares them with people's
-opinions.
+each type is an approximation, which its docstring describes. `python -m bench.opinions` compares the images with
+people's opinions.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def _family(prepare: Callable[[Planes, int, np.random.Generator], Render]) -> Ap
 
 
 def _at_level(reference: Planes, render: Render, level: int) -> Pixels:
-    """Return the image whose PSNR is that of the level."""
+    """Return the image whose PSNR is the PSNR of the level."""
     return _at_psnr(reference, render, lambda weakest, strongest: _target(level, weakest, strongest))
 
 
@@ -185,26 +185,26 @@ def _additive(image: Planes, noise: npt.NDArray) -> Render:
 
 @_family
 def _gaussian_noise(image: Planes, level: int, rng: np.random.Generator) -> Render:
-    """White Gaussian noise, independent in R, G and B."""
+    """Add white Gaussian noise, independent in R, G and B."""
     return _additive(image, _normal(image.shape, rng))
 
 
 @_family
 def _colour_noise(image: Planes, level: int, rng: np.random.Generator) -> Render:
-    """White Gaussian noise in YCbCr, four times as strong in Cb and Cr as in Y."""
+    """Add white Gaussian noise in YCbCr, four times as strong in Cb and Cr as in Y."""
     noise = _normal(image.shape, rng) * np.array([1, 4, 4], np.float32)
     return _additive(image, _unit(noise @ _YCBCR_TO_RGB.T))
 
 
 @_family
 def _correlated_noise(image: Planes, level: int, rng: np.random.Generator) -> Render:
-    """Gaussian noise smoothed over about three pixels."""
+    """Add Gaussian noise that is smoothed over about three pixels."""
     return _additive(image, _unit(_smooth(_normal(image.shape, rng), 1.0)))
 
 
 @_family
 def _masked_noise(image: Planes, level: int, rng: np.random.Generator) -> Render:
-    """White Gaussian noise in proportion to the local contrast of luminance; texture masks it."""
+    """Add white Gaussian noise in proportion to the local contrast of luminance, so that texture masks the noise."""
     luma = image @ _LUMA
     variance = _smooth(luma**2, 2.0) - _smooth(luma, 2.0) ** 2
     contrast = np.sqrt(np.maximum(variance, 0))
@@ -216,14 +216,14 @@ def _masked_noise(image: Planes, level: int, rng: np.random.Generator) -> Render
 
 @_family
 def _high_frequency_noise(image: Planes, level: int, rng: np.random.Generator) -> Render:
-    """Gaussian noise without its low frequencies, equal in R, G and B."""
+    """Add Gaussian noise without low frequencies, equal in R, G and B."""
     noise = _normal((*image.shape[:2], 1), rng)
     return _additive(image, _unit(noise - _smooth(noise, 0.8)))
 
 
 @_family
 def _impulse_noise(image: Planes, level: int, rng: np.random.Generator) -> Render:
-    """Samples of R, G and B replaced by 0 or 255 at random places."""
+    """Replace samples of R, G and B by 0 or 255 at random places."""
     places = rng.random(image.shape, dtype=np.float32)
     impulses = 255 * rng.integers(0, 2, image.shape).astype(np.float32)
     return lambda strength: np.where(places < _between(1e-4, 0.5, strength), impulses, image)
@@ -231,7 +231,7 @@ def _impulse_noise(image: Planes, level: int, rng: np.random.Generator) -> Rende
 
 @_family
 def _quantisation_noise(image: Planes, level: int, rng: np.random.Generator) -> Render:
-    """Uniform quantisation of R, G and B with one step."""
+    """Quantise R, G and B uniformly, with the same step."""
 
     def render(strength: float) -> npt.NDArray:
         step = _between(2, 160, strength)
@@ -241,12 +241,12 @@ def _quantisation_noise(image: Planes, level: int, rng: np.random.Generator) -> 
 
 
 def _gaussian_blur(image: Planes, level: int, rng: np.random.Generator) -> Pixels:
-    """Gaussian blur."""
+    """Blur with a Gaussian filter."""
     return _pixels(_smooth(image, BLUR[level - 1]))
 
 
 def _denoising(image: Planes, level: int, rng: np.random.Generator) -> Pixels:
-    """White Gaussian noise, then a sliding filter that drops weak coefficients of the 8×8 cosine transform."""
+    """Add white Gaussian noise, then denoise with a sliding 8×8 cosine transform that drops weak coefficients."""
     deviation = np.float32(DENOISING[level - 1])
     noisy = image + deviation * _normal(image.shape, rng)
     height, width = image.shape[:2]
@@ -264,19 +264,19 @@ def _denoising(image: Planes, level: int, rng: np.random.Generator) -> Pixels:
 
 
 def _jpeg(image: Planes, level: int, rng: np.random.Generator) -> Pixels:
-    """Baseline JPEG, 4:2:0, of one quality."""
+    """Compress with baseline JPEG, 4:2:0, with the same quality for every photograph."""
     return _decode(_jpeg_bytes(_pixels(image), JPEG_QUALITY[level - 1]))
 
 
 @_family
 def _jpeg2000(image: Planes, level: int, rng: np.random.Generator) -> Render:
-    """JPEG2000 with the irreversible wavelet."""
+    """Compress with JPEG2000 and the irreversible wavelet."""
     pixels = _pixels(image)
     return lambda strength: _decode(_jpeg2000_bytes(pixels, 48 - 36 * strength))
 
 
 def _jpeg_transmission(image: Planes, level: int, rng: np.random.Generator) -> Pixels:
-    """A JPEG file of good quality, decoded after random changes of bytes in its entropy-coded data.
+    """Write a JPEG file of high quality, change random bytes of its entropy-coded data, and decode the file.
 
     Restart markers after every four blocks keep each error local.
     """
@@ -288,10 +288,10 @@ def _jpeg_transmission(image: Planes, level: int, rng: np.random.Generator) -> P
 
 
 def _jpeg2000_transmission(image: Planes, level: int, rng: np.random.Generator) -> Pixels:
-    """A JPEG2000 codestream of good quality, decoded after random changes of bytes in the packets of its middle scales.
+    """Write JPEG2000 of high quality, change random bytes in the packets of the middle scales, and decode.
 
-    The coarsest scales come first and stay intact, because one error there is worse than level 5. The finest scales
-    come last; errors there are hardly visible.
+    The packets of the coarsest scales come first. They stay intact, because one error in them is worse than level 5.
+    The packets of the finest scales come last. They also stay intact, because errors in them are hardly visible.
     """
     data = _jpeg2000_bytes(_pixels(image), 40, codeblock_size=(16, 16))
     start = data.find(b"\xff\x93") + 2  # start of data
@@ -301,7 +301,7 @@ def _jpeg2000_transmission(image: Planes, level: int, rng: np.random.Generator) 
 
 @_family
 def _pattern_noise(image: Planes, level: int, rng: np.random.Generator) -> Render:
-    """Small patches replaced by patches a few pixels away; the pattern stays, so that the change is hard to see."""
+    """Replace small patches by patches a few pixels away. The change is hard to see, because the pattern stays."""
     height, width = image.shape[:2]
     side = max(5, round(min(height, width) / 25))
     reach = max(2, side // 3)
@@ -323,11 +323,11 @@ def _pattern_noise(image: Planes, level: int, rng: np.random.Generator) -> Rende
 
 
 def _block_distortions(image: Planes, level: int, rng: np.random.Generator) -> Pixels:
-    """Square blocks, each of one colour. Higher levels have fewer and stronger blocks, at the same PSNR.
+    """Replace square blocks by one colour each. Higher levels have fewer and stronger blocks, at the same PSNR.
 
-    Few strong blocks disturb people less than many weak ones of the same PSNR: opinions in TID2013 rise with the level.
-    The colour of a block is the mean of the photograph there plus an offset. If the error exceeds that of `BLOCK_PSNR`
-    even without the offset, the blocks keep some of the photograph's texture.
+    Few strong blocks disturb people less than many weak blocks of the same PSNR: opinions in TID2013 rise with the
+    level. The colour of a block is the mean colour of the photograph in the block plus an offset. If the PSNR is below
+    `BLOCK_PSNR` even without the offset, the blocks keep some of the photograph's texture.
     """
     height, width = image.shape[:2]
     side = round(min(height, width) / 12)
@@ -348,14 +348,14 @@ def _block_distortions(image: Planes, level: int, rng: np.random.Generator) -> P
 
 @_family
 def _mean_shift(image: Planes, level: int, rng: np.random.Generator) -> Render:
-    """All samples brighter, or all samples darker, by the same amount."""
+    """Make all samples brighter, or all samples darker, by the same amount."""
     sign = rng.choice([-1, 1])
     return lambda strength: image + np.float32(sign * _between(0.5, 128, strength))
 
 
 @_family
 def _contrast(image: Planes, level: int, rng: np.random.Generator) -> Render:
-    """Contrast about the mean luminance: lower at levels 1, 3 and 5, higher at 2 and 4, as in TID2013."""
+    """Change the contrast about the mean luminance: lower at levels 1, 3 and 5, higher at 2 and 4, as in TID2013."""
     mean = np.float32((image @ _LUMA).mean())
 
     def render(strength: float) -> npt.NDArray:
@@ -367,20 +367,20 @@ def _contrast(image: Planes, level: int, rng: np.random.Generator) -> Render:
 
 @_family
 def _saturation(image: Planes, level: int, rng: np.random.Generator) -> Render:
-    """Colours moved towards the grey of the same luminance, and past it to the complementary colours."""
+    """Move colours towards the grey of the same luminance, at high strength past grey to the complementary colours."""
     grey = (image @ _LUMA)[..., None]
     return lambda strength: grey + np.float32(1 - _between(0.01, 3, strength)) * (image - grey)
 
 
 @_family
 def _multiplicative_noise(image: Planes, level: int, rng: np.random.Generator) -> Render:
-    """White Gaussian noise in proportion to each sample."""
+    """Add white Gaussian noise in proportion to each sample."""
     return _additive(image, _normal(image.shape, rng) * image / 128)
 
 
 @_family
 def _comfort_noise(image: Planes, level: int, rng: np.random.Generator) -> Render:
-    """JPEG2000, then noise as strong, locally, as what the coder removed."""
+    """Compress with JPEG2000, then add noise in proportion to the local error of the compression."""
     pixels = _pixels(image)
     noise = _normal((*image.shape[:2], 1), rng)
 
@@ -394,7 +394,7 @@ def _comfort_noise(image: Planes, level: int, rng: np.random.Generator) -> Rende
 
 @_family
 def _compressed_noise(image: Planes, level: int, rng: np.random.Generator) -> Render:
-    """White Gaussian noise, then JPEG; the strength of both grows with the level."""
+    """Add white Gaussian noise, then compress with JPEG. Both become stronger with the level."""
     noise = _normal(image.shape, rng)
 
     def render(strength: float) -> npt.NDArray:
@@ -406,7 +406,7 @@ def _compressed_noise(image: Planes, level: int, rng: np.random.Generator) -> Re
 
 @_family
 def _colour_quantisation(image: Planes, level: int, rng: np.random.Generator) -> Render:
-    """A palette of the photograph's colours by median cut, with Floyd-Steinberg dither."""
+    """Reduce the photograph to a palette, chosen by median cut, with Floyd-Steinberg dither."""
     picture = Image.fromarray(_pixels(image))
 
     @functools.cache
@@ -420,7 +420,7 @@ def _colour_quantisation(image: Planes, level: int, rng: np.random.Generator) ->
 
 @_family
 def _chromatic_aberration(image: Planes, level: int, rng: np.random.Generator) -> Render:
-    """Red and blue shifted in opposite directions and blurred."""
+    """Shift red and blue in opposite directions, and blur both."""
     angle = rng.uniform(0, 2 * math.pi)
     direction = np.array([math.sin(angle), math.cos(angle)])
     side = min(image.shape[:2])
@@ -438,7 +438,7 @@ def _chromatic_aberration(image: Planes, level: int, rng: np.random.Generator) -
 
 @_family
 def _sparse_sampling(image: Planes, level: int, rng: np.random.Generator) -> Render:
-    """A random share of the pixels; the others are recovered by iterative soft thresholding of the cosine transform."""
+    """Drop random pixels and recover them by iterative soft thresholding of the cosine transform."""
     order = rng.random((*image.shape[:2], 1), dtype=np.float32)
     thresholds = np.geomspace(300, 3, 10, dtype=np.float32)
 
@@ -482,7 +482,8 @@ def _decode(data: bytes) -> Pixels:
 def _damaged(image: Planes, data: bytes, places: npt.NDArray, level: int, rng: np.random.Generator) -> Pixels:
     """Change bytes of `data` at random `places`, a few at a time, until the decoded image has the PSNR of the level.
 
-    A step that ends more than 1.5 dB below, or cannot be decoded, is undone and tried again with fewer bytes.
+    If the image of a step cannot be decoded, or its PSNR is more than 1.5 dB below the PSNR of the level, the step is
+    undone and tried again with fewer bytes.
     """
     target = LEVEL_PSNR[level - 1]
     stream = np.frombuffer(data, np.uint8).copy()

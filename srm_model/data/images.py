@@ -32,7 +32,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# EXIF orientations whose coordinates in the file have x and y exchanged, then x or y counted from the other side.
+# EXIF orientations for which `Picture.part` exchanges x and y, and then counts x from the right or y from the bottom.
 _SIDEWAYS, _FROM_RIGHT, _FROM_BOTTOM = (5, 6, 7, 8), (2, 3, 7, 8), (3, 4, 6, 7)
 _BAND = 1 << 20  # pixels that are converted at a time
 
@@ -76,7 +76,7 @@ class Picture:
         self.size: tuple[int, int] = image.size[::-1] if self._orientation in _SIDEWAYS else image.size
 
     def part(self, left: int, top: int, right: int, bottom: int) -> Image.Image:
-        """Return the pixels of a box as RGB. Its coordinates refer to the image after its EXIF orientation is applied.
+        """Return the pixels of a box as RGB. The box is given in the image after its EXIF orientation is applied.
 
         Raises:
             ValueError: As in `to_rgb`.
@@ -190,7 +190,7 @@ def fault(path: Path, *, full: bool) -> str | None:
     Args:
         path: Image file.
         full: Whether to decode the whole file; otherwise only the header is read. A JPEG is decoded at 1/8 of its size,
-            which reads every byte and takes a third of the time.
+            which reads every byte and takes a third of the time of decoding at full size.
     """
     try:
         check_regular(path)

@@ -11,7 +11,7 @@ from pathlib import Path
 _SEPARATORS = (",", ";", "\t", "|")
 _HEAD = 1 << 16  # bytes that are read to find a table's first line
 _MARKS = (
-    (codecs.BOM_UTF32_LE, "utf-32"),  # starts with UTF-16's mark, so it is tried first
+    (codecs.BOM_UTF32_LE, "utf-32"),  # tried before UTF-16, because this mark starts with the mark of UTF-16
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),

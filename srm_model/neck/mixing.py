@@ -132,7 +132,8 @@ class Mixer(nn.Module):
 
         Args:
             pyramid: Four maps (B, C_s, h, w), shallowest first.
-            statistics: Statistics to which σ of every link is added, unless the statistics are finished.
+            statistics: Object that collects the σ of every link. Finished statistics are not changed; None collects
+                nothing.
             pool_sources: Whether to apply stochastic pooling (docs/METHOD.md §1.8) if the config enables it.
         """
         if self.pools(pyramid):

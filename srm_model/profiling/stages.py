@@ -24,8 +24,8 @@ REST = "rest"  # time outside the named parts, such as pooling, folding and fusi
 def stages(module: nn.Module) -> dict[str, list[nn.Module]]:
     """Return the named parts of a model or a neck, with their modules. `REST` is everything else.
 
-    In the pooled form, common steps of all links replace "align" and the single links. A forward pass uses one of the
-    two forms.
+    A forward pass of an `SRMNeck` uses only some of its parts. If links run one by one, it uses "align", "link s→t" and
+    "gate". In the pooled form (docs/METHOD.md §1.5), it uses "sources", "key sides", "query sides", "merge" and "gate".
     """
     module = unwrapped(module)
     if isinstance(module, IQAModel):

@@ -56,7 +56,7 @@ class Records:
         self.lines.append(json.loads(text))
 
     def elsewhere(self, kind: str, identity: dict[str, Any], field: str) -> dict[str, Any] | None:
-        """Return a line whose identity differs from this one only in the value of one field, or None."""
+        """Return a line whose identity differs from `identity` only in the value of `field`, or None."""
         wanted = json.loads(json.dumps(identity))
         for line in self.lines:
             known = _with_defaults(line["identity"])

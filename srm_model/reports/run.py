@@ -45,7 +45,7 @@ class Evaluation:
     names: tuple[str, ...]
     labels: str
     logistic: LogisticMap | None
-    kernels: str | None  # which backends ran, and by which verdict
+    kernels: str | None  # which backends ran, and the verdict that chose them
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Attacked:
     worst_attack: str  # the attack with the lowest SROCC
     incomplete: tuple[str, ...]  # attacks that were not run without a surrogate
     examples: tuple[Example, ...]
-    kernels: str | None = None  # which backends ran, and by which verdict
+    kernels: str | None = None  # which backends ran, and the verdict that chose them
 
     @property
     def budget(self) -> Budget:

@@ -131,9 +131,10 @@ def _views(neck: Neck) -> list[_View]:
 
 
 def _score_limits(clean: list[np.ndarray], everything: list[_View]) -> tuple[float, float]:
-    """Return axis limits that include all clean scores.
+    """Return axis limits that include all clean scores, and attacked scores near the clean scores.
 
-    On either side, the limits extend to the attacked scores, but by no more than the range of clean scores.
+    At both ends, the axis extends beyond the clean scores to the farthest attacked score. This extension is at most the
+    difference between the highest and the lowest clean score.
     """
     low, high = _range(clean)
     least, most = _range([view.scores for view in everything])

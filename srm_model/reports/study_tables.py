@@ -439,7 +439,7 @@ def _stronger(results: StudyResults) -> Content:
             for name, value in identity["attack"].items()
             if name not in ("attack_steps", "attack_restarts")
         ]
-        # The same models under the study's own attack.
+        # Find the results of the same models under the study's own attack.
         before = [
             line
             for line in results.records.of("attack")

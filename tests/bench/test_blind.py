@@ -120,6 +120,8 @@ def test_the_table_and_its_rows(
     assert f"{QUERIES} queries: SROCC of 3 images" in lines[1]
     assert len(lines) == 5
     assert lines[3].startswith(str(checkpoint))
+    start = lines[2].index("PLCC")
+    assert {line[start - 1] for line in lines[2:]} == {" "}
     assert lines[4].split()[:2] == ["roughness", "1.000"]  # noise lowers the quality and raises the metric
     clean = {row["model"]: row for row in rows if row["kind"] == "clean"}
     assert list(clean) == [str(checkpoint), "roughness"]

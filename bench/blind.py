@@ -1,0 +1,339 @@
+"""Compare checkpoints with BRISQUE, NIQE and PIQE on a dataset: `python -m bench.blind --data DIR --checkpoint CKPT`.
+
+All models score the same images: the test split of the dataset, at the image size of the checkpoints. Each model is
+attacked by the square attack, which needs scores only, with the objective `square_mse` of the suites, the same batches
+and the same random numbers. Before the attack, the scores of each model are mapped linearly to the mean and standard
+deviation of the labels of the validation split. The logistic map before PLCC is fitted on the validation split.
+
+A row holds the clean scores of one model, or one attacked batch. Metrics whose packages are missing are left out.
+`bench/README.md` lists the packages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from bench.classical import METRICS, Classical
+from bench.harness import DEVICE, RESULTS, machine_with_load, parser
+from srm_model import runs
+from srm_model.attacks import Suite
+from srm_model.attacks.guard import predict
+from srm_model.attacks.problem import parse_budget
+from srm_model.attacks.suite import Job
+from srm_model.checkpoint import read_card
+from srm_model.cli.options import device_from, positive
+from srm_model.external import ExternalModel
+from srm_model.metrics import LogisticMap, plcc, srocc
+from srm_model.profiling.results import append, newest, read
+from srm_model.reports.bootstrap import REPLICATES, SEED, interval, resampled_srocc
+
+Row = dict[str, Any]
+Scores = npt.NDArray[np.float64]
+BUDGETS = ("1/255", "2/255", "4/255")
+KEYS = ("kind", "model", "version", "settings", "eps", "batch")
+
+
+class Subject(NamedTuple):
+    """A model of the comparison. `version` is the hash of the weights, or the versions of the packages."""
+
+    name: str
+    version: str
+    model: ExternalModel
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Images and settings that all models share."""
+
+    val: Any  # dataset
+    test: Any  # dataset
+    config: Any  # SRMConfig of the first checkpoint, with the number of queries
+    budgets: tuple[str, ...]
+    images: int  # number of attacked images
+    batch_size: int
+    machine: Row
+
+    def settings(self, kind: str) -> Row:
+        """Return the settings that determine a row of this kind."""
+        data = {"dataset": self.test.fingerprint, "seed": self.test.seed, "size": self.test.image_size}
+        if kind == "clean":
+            return data
+        about = {"queries": self.config.attack_queries, "images": self.images, "batch_size": self.batch_size}
+        return {**data, **about, "area": self.config.attack_square_area}
+
+    def row(self, kind: str, subject: Subject, **about: Any) -> Row:
+        """Return the entries that identify a row, and the machine."""
+        identity = {"kind": kind, "model": subject.name, "version": subject.version}
+        return {**identity, "settings": self.settings(kind), **about, "machine": self.machine}
+
+
+def key_of(row: Row) -> str:
+    """Return the identity of a row: its kind, model, version, settings, budget and batch."""
+    return json.dumps([row.get(name) for name in KEYS], sort_keys=True)
+
+
+def checkpoints(folders: Sequence[str], device: str) -> list[Subject]:
+    """Open checkpoints."""
+    found = []
+    for folder in folders:
+        path = runs.one_checkpoint(folder)
+        model, _ = runs.open_checkpoint(path, device_from(device))
+        found.append(Subject(folder, read_card(path)["sha256"], ExternalModel(model).eval()))
+        found[-1].model.to(device_from(device))
+    return found
+
+
+def metrics() -> list[Subject]:
+    """Open the classical metrics that are installed; print a line on stderr for each of the others."""
+    found = []
+    for metric in METRICS:
+        try:
+            subject = Subject(metric.name, metric.version(), ExternalModel(Classical(metric.load())).eval())
+        except Exception as error:  # an unsuitable version of a package can raise anything
+            about = f"{type(error).__name__}: {error}".partition("\n")[0]
+            print(
+                f"{metric.name}: left out, needs {' and '.join(metric.packages)} ({about})", file=sys.stderr
+            )
+        else:
+            found.append(subject)
+    return found
+
+
+def clean_row(bench: Bench, subject: Subject) -> Row:
+    """Score the validation and the test split; the row has an `error` if a score is not finite."""
+    row, start = bench.row("clean", subject), time.process_time()
+    try:
+        for split in ("val", "test"):
+            dataset = getattr(bench, split)
+            batches = runs.batches(dataset, range(len(dataset)), bench.batch_size)
+            scores = [score for images in batches for score in predict(subject.model, images).tolist()]
+            if broken := int((~np.isfinite(scores)).sum()):
+                raise ValueError(f"{broken} of {len(scores)} scores of the {split} split are not finite")
+            row[split] = {"mos": dataset.mos.tolist(), "scores": scores}
+    except ValueError as error:
+        return {**row, "error": str(error)}
+    row["cpu_seconds"] = round((time.process_time() - start) / (len(bench.val) + len(bench.test)), 4)
+    return row
+
+
+def attacked_row(bench: Bench, subject: Subject, eps: str, number: int) -> Row:
+    """Attack one batch. The model's scores are on the scale of the labels."""
+    (attack, *_) = Suite.queries(bench.config).attacks
+    job = Job(
+        config=bench.config,
+        model=subject.model,
+        surrogate=None,
+        attacks=(attack,),
+        numbers={attack.name: 1},
+        dataset=bench.test,
+        norm="linf",
+        eps=parse_budget(eps),
+        batch_size=bench.batch_size,
+        seed=bench.config.seed,
+        limit=bench.images,
+    )
+    row, start = bench.row("attack", subject, eps=eps, batch=number), time.process_time()
+    try:
+        images, mos = job.load(number)
+        clean = job.clean(number, images)
+        attacked = job.score(number, job.craft(number, attack, images, mos).images)
+    except ValueError as error:
+        return {**row, "error": str(error)}
+    seconds = (time.process_time() - start) / (len(mos) * (bench.config.attack_queries + 2))
+    return {
+        **row,
+        "attack": attack.name,
+        "mos": mos.tolist(),
+        "clean": clean,
+        "attacked": attacked,
+        "cpu_seconds": round(seconds, 4),
+    }
+
+
+def rows(bench: Bench, subjects: Sequence[Subject], known: Sequence[Row]) -> Iterator[Row]:
+    """Yield the rows that are not in `known`, batch by batch, so that all models have the same images at any time."""
+    done = {key_of(row): row for row in known if "error" not in row}
+    ready = []
+    for subject in subjects:
+        row = done.get(key_of(bench.row("clean", subject)))
+        if row is None:
+            row = clean_row(bench, subject)
+            yield row
+        if "error" not in row:
+            subject.model.match(row["val"]["scores"], row["val"]["mos"])
+            ready.append(subject)
+    count = min(bench.images, len(bench.test))
+    for number in range(-(-count // bench.batch_size)):
+        for eps in bench.budgets:
+            for subject in ready:
+                if key_of(bench.row("attack", subject, eps=eps, batch=number)) not in done:
+                    yield attacked_row(bench, subject, eps, number)
+
+
+def resampled_plcc(mos: Scores, scores: Scores) -> Scores:
+    """Compute Pearson's correlation on the resamples of `resampled_srocc`, (REPLICATES,)."""
+    draws = np.random.default_rng(SEED).integers(len(mos), size=(len(mos), REPLICATES))
+    x, y = scores[draws], mos[draws]
+    x, y = x - x.mean(0), y - y.mean(0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (x * y).sum(0) / np.sqrt(np.square(x).sum(0) * np.square(y).sum(0))
+
+
+def cell(value: float, replicates: Scores) -> str:
+    """Return a correlation and its interval as text."""
+    found = interval(replicates)
+    return f"{value:.3f} [{found[0]:.3f}, {found[1]:.3f}]" if found else f"{value:.3f}"
+
+
+def table(bench: Bench, subjects: Sequence[Subject], known: Sequence[Row]) -> list[str]:
+    """Return the lines of the table: a line per model, with the budgets whose batches are all finished."""
+    count = min(bench.images, len(bench.test))
+    size = bench.test.image_size
+    titles = ["SROCC", "PLCC", f"SROCC of {count}", *bench.budgets]
+    cells_of = [["model", *titles, "CPU s/score"]]
+    for subject in subjects:
+        own = [row for row in newest(known, KEYS) if (row["model"], row["version"]) == subject[:2]]
+        clean = [row for row in own if row["kind"] == "clean" and row["settings"] == bench.settings("clean")]
+        cells, seconds = [""] * len(titles), ""
+        if clean and "error" in clean[-1]:
+            cells[0] = clean[-1]["error"]
+        elif clean:
+            val, test = clean[-1]["val"], clean[-1]["test"]
+            mos, scores = np.array(test["mos"]), np.array(test["scores"])
+            mapped = LogisticMap.fit(val["scores"], val["mos"])(scores)
+            cells[0] = cell(srocc(scores, mos), resampled_srocc(mos, [scores])[0])
+            cells[1] = cell(plcc(mapped, mos), resampled_plcc(mos, mapped))
+            seconds = f"{clean[-1]['cpu_seconds']:.3f}"
+        for column, eps in enumerate(bench.budgets, 3):
+            attacked = [
+                row
+                for row in own
+                if row["kind"] == "attack"
+                and row["settings"] == bench.settings("attack")
+                and row["eps"] == eps
+            ]
+            attacked.sort(key=lambda row: row["batch"])
+            if not attacked or any("error" in row for row in attacked):
+                cells[column] = "error" if attacked else ""
+                continue
+            mos, before, after = (
+                np.array([value for row in attacked for value in row[name]])
+                for name in ("mos", "clean", "attacked")
+            )
+            if len(mos) < count:
+                cells[column] = f"{len(mos)} of {count} images"
+                continue
+            replicates = resampled_srocc(mos, [before, after])
+            cells[2] = cell(srocc(before, mos), replicates[0])
+            cells[column] = cell(srocc(after, mos), replicates[1])
+        cells_of.append([subject.name, *cells, seconds])
+    widths = [max(map(len, column)) for column in zip(*cells_of, strict=True)]
+    lines = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in cells_of]
+    return [
+        f"{bench.test.name}, test split: {len(bench.test)} images, {size}×{size}; 95 % bootstrap intervals",
+        f"square attack, L∞, {bench.config.attack_queries} queries: SROCC of {count} images, clean and by budget",
+        *lines,
+    ]
+
+
+def opened(options: argparse.Namespace) -> tuple[Bench, list[Subject]]:
+    """Open the models and the dataset.
+
+    Raises:
+        ValueError: A checkpoint or the dataset is faulty, or the checkpoints differ in image size or seed.
+    """
+    cards = [read_card(runs.one_checkpoint(folder)) for folder in options.checkpoint]
+    pairs = {(card["config"]["image_size"], card["config"]["seed"]) for card in cards}
+    if len(pairs) > 1:
+        raise ValueError(
+            f"the checkpoints have the image sizes and seeds {sorted(pairs)}; expected equal ones, because all models "
+            "score the same images"
+        )
+    subjects = checkpoints(options.checkpoint, options.device)
+    config = subjects[0].model.model.config.replace(attack_queries=options.queries)  # type: ignore[union-attr, operator]
+    val, test = (
+        runs.dataset_for(cards[0]["card"], config, root=options.data, split=split, progress=False)
+        for split in ("val", "test")
+    )
+    for folder, card in zip(options.checkpoint, cards, strict=True):
+        if (card["card"].get("dataset") or {}).get("fingerprint") != test.fingerprint:
+            runs.say(f"{folder}: trained on another dataset or split, so training may have used test images")
+    budgets, images = tuple(options.eps), min(options.images, len(test))
+    machine = machine_with_load(options.device)
+    bench = Bench(val, test, config, budgets, images, options.batch_size, machine)
+    return bench, [*subjects, *metrics()]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    made = parser("blind", __doc__)
+    add = made.add_argument
+    add("--data", required=True, metavar="DIR", help="folder of a dataset, as for srm-iqa train")
+    add(
+        "--checkpoint",
+        required=True,
+        action="append",
+        metavar="CKPT",
+        help="folder of a checkpoint; repeat the option for several checkpoints of the same image size and seed",
+    )
+    add("--queries", type=positive, default=200, help="scores per image and budget (default: %(default)s)")
+    add(
+        "--images",
+        type=positive,
+        default=48,
+        help="attack this many images of the test split, evenly spaced (default: %(default)s)",
+    )
+    add(
+        "--eps",
+        nargs="+",
+        default=list(BUDGETS),
+        metavar="BUDGET",
+        help=f"L∞ budgets (default: {' '.join(BUDGETS)})",
+    )
+    add("--batch-size", type=positive, default=8, help="images that are attacked together (default: 8)")
+    add("--device", default=DEVICE, help="device of the checkpoints (default: %(default)s)")
+    add(
+        "--out",
+        type=Path,
+        default=RESULTS / "cpu" / "blind.jsonl",
+        metavar="FILE",
+        help="append rows to FILE",
+    )
+    add(
+        "--resume",
+        action="store_true",
+        help="keep the rows of FILE that have no error, and compute the others",
+    )
+    options = made.parse_args(arguments)
+    if device_from(options.device).type == "cpu":
+        runs.keep_memory()
+    try:
+        for eps in options.eps:
+            parse_budget(eps)
+        bench, subjects = opened(options)
+    except ValueError as error:
+        made.error(str(error))
+    known = read(options.out) if options.out.is_file() else []
+    if known and not options.resume:
+        made.error(f"{options.out}: has {len(known)} rows; give --resume to keep them, or another --out")
+    for row in rows(bench, subjects, list(known)):
+        append(options.out, row)
+        known.append(row)
+        about = f", {row['eps']}, batch {row['batch']}" if row["kind"] == "attack" else ""
+        runs.say(f"{row['model']}: {row['kind']}{about}" + (f": {row['error']}" if "error" in row else ""))
+    print("\n".join(table(bench, subjects, known)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -26,7 +26,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch.profiler import record_function
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench.harness import DTYPES, RESULTS, Call, Recorder, parser
 from bench.launches import OWN, count_launches, forward_of
@@ -175,17 +175,21 @@ def calibration() -> dict[str, float]:
 
 
 def counted(call: Call) -> dict[str, int]:
-    """Count the launches of one call: own kernels, library products, and everything else that a GPU runs as a kernel.
+    """Count the launches of one call, and the calls of this package's operators.
 
-    Launches are counted as in `bench.launches`, but with gradients. Products include the convolutions of the gate; the
-    backward pass of a convolution is counted as one launch, although it takes two or more.
+    Launches are own kernels, library products, and everything else that a GPU runs as a kernel. They are counted as in
+    `bench.launches`, but with gradients. Products include the convolutions of the gate; the backward pass of a
+    convolution is counted as one launch, although it takes two or more.
     """
     found = count_launches(call)
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        call()
     return {
         "launches": found.total,
         "own": found.kernels.total(),
         "products": found.products.total(),
         "others": found.others.total(),
+        "operators": sum(event.name.startswith("srm::") for event in profiled.events()),
     }
 
 
@@ -216,7 +220,8 @@ def line(row: dict[str, Any]) -> str:
     )
     return (
         f"{row['pass']}, DyT {'on' if row['dyt'] else 'off'}, {row['dtype']}: {row['launches']} launches "
-        f"({row['own']} own kernels, {row['products']} products, {row['others']} others); {row['total_us']} µs "
+        f"({row['own']} own kernels, {row['products']} products, {row['others']} others), "
+        f"{row['operators']} operators; {row['total_us']} µs "
         f"(Triton {row['triton_us']}, library {row['library_us']}, package {row['package_us']}; "
         f"least {row['least_us']}){' !' if missed else ''}"
     )

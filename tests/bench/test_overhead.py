@@ -43,6 +43,12 @@ def test_a_forward_pass_takes_twelve_launches_beside_the_gates_convolutions(rows
         assert row["own"] + 1 + 6 == row["launches"] <= 12 + 6
 
 
+def test_no_launch_and_no_call_of_an_operator_is_added(rows):
+    """Four operators of the links, two of the gate, the fusion and two losses; the backward pass calls as many."""
+    assert [(row["launches"], row["operators"]) for row in rows[:2]] == [(17, 9), (18, 9)]
+    assert [row["operators"] for row in rows[2:]] == [18, 18]
+
+
 def test_a_training_step_launches_the_backward_kernels_too(rows):
     """Which shows that Triton takes them: its check of globals at every launch is part of what runs."""
     for forward, step in zip(rows[:2], rows[2:], strict=True):

@@ -1,6 +1,6 @@
 """Measure how the landmark systems of a trained neck are conditioned, and the effect on attention (article, table 1).
 
-Each measurement is for one link, head and batch. It uses the queries, keys and values of this link.
+The measurements use the queries, keys and values of each link. Each link, head and batch is measured separately.
 """
 
 from __future__ import annotations

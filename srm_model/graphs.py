@@ -38,7 +38,7 @@ class Graphed:
             )
         self._maps = [m.detach().clone() for m in maps]
         self._graph = torch.cuda.CUDAGraph()
-        # Without autocast's cache: a cached cast from before the capture could be freed while the graph needs it.
+        # The autocast cache is off, because a cast from before the capture could be freed while the graph needs it.
         autocast = torch.autocast(
             "cuda",
             torch.get_autocast_dtype("cuda"),

@@ -77,7 +77,7 @@ class Norm(ABC):
 
     @abstractmethod
     def noise(self, shape: torch.Size, radius: float, source: dict[str, Any]) -> Tensor:
-        """Draw uniformly from the ball of a radius. `source` contains keyword arguments of `torch.rand`."""
+        """Draw uniformly from the ball of this radius. `source` contains keyword arguments of `torch.rand`."""
 
     @abstractmethod
     def projection(self, images: Tensor, radius: float) -> Callable[[Tensor], Tensor]:
@@ -171,7 +171,7 @@ class L2(Norm):
         return noise
 
     def projection(self, images: Tensor, radius: float) -> Callable[[Tensor], Tensor]:
-        """Return the projection, as in `Norm.projection`. Its results are close to the nearest points.
+        """Return the projection, as in `Norm.projection`. Its results are close to the nearest points of the ball.
 
         Let δ be the difference between a point and its image x. The result is clip(x + s·δ), where s is the largest
         factor up to 1 that satisfies the budget. Clipping shortens δ, so s = radius/‖δ‖ can be too small. Each of

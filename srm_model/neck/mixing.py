@@ -45,7 +45,9 @@ def align_sources(maps: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Ten
 def key_sides(
     sources: Mapping[int, Tensor], affine: Mapping[int, Affine], links: Mapping[Pair, Link], c: SRMConfig
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Compute K̃ and X (B, H, r, d) of every link from the product A F (B, C, h, w) and the bias a of its source.
+    """Compute K̃ and X (B, H, r, d) of every link.
+
+    `sources` has the product A F (B, C, h, w) by stage, and `affine` has the bias a of the alignment.
 
     Links with the same source are computed in the same launches, unless the landmarks are sampled.
     """

@@ -46,8 +46,8 @@ def neck_macs(
 ) -> dict[str, int]:
     """Compute the MACs of each part of a neck by a closed formula (docs/METHOD.md §2.2).
 
-    "align" and "gate" are the convolutions, "projections" are the products with W_Q, W_K, W_V and W_O, and "links" is
-    the attention of all links and heads. In the pooled form, the products with X and W_O are computed on the P×P grid.
+    "align" and "gate" are the convolutions. "projections" are the products with W_Q, W_K, W_V and W_O. "links" is the
+    attention of all links and heads. In the pooled form, the products with X and W_O are computed on the P×P grid.
     Alignment is computed for every source, for the target of every link, and for the pooled maps of the fused stages.
     """
     C, P2 = config.channels, config.pool_size**2

@@ -77,8 +77,11 @@ def stage_times(
 
 @contextmanager
 def named_ranges(module: nn.Module) -> Iterator[None]:
-    """Within the block, add a profiler range for each module of neck and head and for upper backbone modules."""
-    backbone = re.compile(r"backbone\.(?:[^.]*\.){2}")  # modules below the upper levels of the backbone
+    """Within the block, add a profiler range for each module of a model.
+
+    In the backbone, only the two upper levels of modules get ranges.
+    """
+    backbone = re.compile(r"backbone\.(?:[^.]*\.){2}")  # modules below these levels
     named = [(name, part) for name, part in module.named_modules() if name and not backbone.match(name)]
     with _hooked(
         named,

@@ -72,8 +72,8 @@ def writing(folder: str | Path, *, shared: bool = False) -> Iterator[None]:
     """Within the block, lock a folder against other commands that write to this folder.
 
     If the folder is a checkpoint of a run, the run's folder also gets a shared lock. If the folder is in a study, the
-    study's folder gets an exclusive lock, because each process of `srm-iqa ablate` may write to any folder of the
-    study. The first rank holds the locks.
+    study's folder gets an exclusive lock. Each process of `srm-iqa ablate` may write to any folder of its study. The
+    first rank holds the locks.
 
     Args:
         folder: Folder to lock.
@@ -170,7 +170,7 @@ def _restore(path: Path, content: bytes | None, made: Set[Path]) -> None:
 
 
 def kernels_of(config: SRMConfig, device: torch.device, found: dict[str, set[str]]) -> str:
-    """Return a sentence that names the backends that ran on a device, and the verdict that chose these backends.
+    """Return a sentence that names the backends that ran on a device, and why these backends were chosen.
 
     `found` maps each operator to the backends that ran, as `srm_kernels.registration.running` collects them.
     """

@@ -78,10 +78,14 @@ def train(
 ) -> list[dict[str, Any]]:
     """Train a model by the protocol of docs/METHOD.md §5.
 
-    The folder receives a checkpoint of the epoch with the best validation SROCC (`model.safetensors`, `config.json`),
-    the last state and the previous state (`state.safetensors`, `state.previous.safetensors`), `history.jsonl` and
-    `tensorboard/`. After training, the model has the weights of the last epoch. With `config.weights_ema`, the average
-    of the weights is validated and saved.
+    The folder receives these files:
+
+    - `model.safetensors` and `config.json`: the checkpoint of the epoch with the best validation SROCC;
+    - `state.safetensors` and `state.previous.safetensors`: the last state and the previous state of the training;
+    - `history.jsonl` and `tensorboard/`: losses, validation results and diagnostics of every epoch.
+
+    After training, the model has the weights of the last epoch. With `config.weights_ema`, the average of the weights
+    is validated and saved.
 
     A state is written after every epoch, and when SIGTERM arrives. A resumed training gives the same result as an
     uninterrupted training. Random numbers, including those of shuffling, depend only on `config.seed` and the epoch.
@@ -114,7 +118,7 @@ def train(
     Raises:
         TypeError: The model is wrapped.
         ValueError: The state in the folder belongs to another config, model or dataset, or an image cannot be read.
-        DivergenceError: The loss or a gradient is not finite. With a loss scaler, this was so in three steps in a row.
+        DivergenceError: The loss or a gradient is not finite, with a loss scaler in three consecutive steps.
         WorkerError: A process that loads images was killed.
         OSError: The folder cannot be written to, for example because the disk is full.
         Preempted: SIGTERM arrived.

@@ -92,7 +92,7 @@ class SRMConfig:
 
     # Other published defences, for any neck; both are off by default
     weight_gradient: float = 0.0  # λ of the gradient-norm penalty; the published value is 1e-3
-    gradient_step: float = 0.01  # h of its finite difference
+    gradient_step: float = 0.01  # h, step of the penalty's finite difference
     gradient_norm: str = "l1"  # norm of ∇f; the step is along sign(∇f) for "l1", along ∇f for "l2"
     adversarial_eps: float = 0.0  # ε of PGD adversarial training; 0 is off; for "l2" as in eps_l2
     adversarial_norm: str = "linf"  # one of NORMS

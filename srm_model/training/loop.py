@@ -118,7 +118,8 @@ def train(
     Raises:
         TypeError: The model is wrapped.
         ValueError: The state in the folder belongs to another config, model or dataset, or an image cannot be read.
-        DivergenceError: The loss or a gradient is not finite, with a loss scaler in three consecutive steps.
+        DivergenceError: The loss or a gradient is not finite. With a loss scaler, this error is raised after three such
+            steps in a row.
         WorkerError: A process that loads images was killed.
         OSError: The folder cannot be written to, for example because the disk is full.
         Preempted: SIGTERM arrived.

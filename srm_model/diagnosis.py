@@ -1,6 +1,6 @@
 """Measure how the landmark systems of a trained neck are conditioned, and the effect on attention (article, table 1).
 
-All values are measured on the queries, keys and values of each link, separately for each head and batch.
+The measurements use the queries, keys and values of each link. Each link, head and batch is measured separately.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from srm_model.neck import Link, SRMNeck
 from srm_model.neck.diagnosis import attending, quantiles
 
 METHODS = tuple(name for name, method in LANDMARK_METHODS.items() if method.evaluated is None)
-QUERIES = 1024  # largest number of queries, evenly spaced, over which the error of the attention is averaged
+QUERIES = 1024  # largest number of queries, evenly spaced, on which the error of the attention is measured
 FIGURES = ("kappa", "residual", "gain", "error")
 QUANTILES = {"median": 0.5, "p90": 0.9, "max": 1.0}
 STEPS = (1.0, 0.1, 0.01)  # changes of the pixels, in units of 1/255, to test whether landmarks change
@@ -125,9 +125,9 @@ def diagnose(model: IQAModel, batches: Iterable[Tensor], *, pictured: int = 2) -
 
 
 def _changes(model: IQAModel, images: Tensor) -> list[dict[str, Any]]:
-    """Return, for each method and step, the share of landmark sets that a small change of the pixels changes.
+    """Return the share of landmark sets that change when the pixels change by a small step.
 
-    Each link, image and head has one set.
+    The result has an entry for each landmark method and each step of `STEPS`. Each link, image and head has one set.
     """
     neck = cast(SRMNeck, model.neck)
 
@@ -160,7 +160,7 @@ def _attend(link: Link, q: Tensor, k: Tensor, v: Tensor, **changes: Any) -> tupl
 def _measured(
     link: Link, q: Tensor, k: Tensor, v: Tensor, exact: Tensor, **changes: Any
 ) -> dict[str, Tensor]:
-    """Measure κ, ρ, gain, solver and error of the attention, (B, H) each."""
+    """Measure κ, ρ, gain, solver and the attention's error against `exact`, (B, H) each."""
     y, solution = _attend(link, q, k, v, **changes)
     if changes.get("qk_norm", link.config.qk_norm) != link.config.qk_norm:
         exact = full_attention(q, k, v, qk_norm=changes["qk_norm"])

@@ -121,9 +121,9 @@ def open_model(name: str, interface: Interface | None = None) -> ExternalModel:
 
     Args:
         name: "MODULE:NAME" or the path of an exported program. MODULE is an importable module, which may be in the
-            current folder. NAME is an `nn.Module` in it, or a callable without arguments that returns an `nn.Module`.
-            Importing MODULE runs its code. The path of an exported program ends in .pt2. A program is loaded without
-            pickle and runs no code of its own.
+            current folder. NAME is an `nn.Module` in MODULE, or a callable without arguments that returns an
+            `nn.Module`. Importing MODULE runs its code. The path of an exported program ends in .pt2. A program is
+            loaded without pickle and runs no code of its own.
         interface: Format of the model's input and direction of its scores. Default: `Interface()`.
 
     Raises:

@@ -84,8 +84,8 @@ def utf8_path(path: str | Path) -> Iterator[Path]:
 def write_text(path: str | Path, text: str) -> None:
     """Write a UTF-8 text file atomically.
 
-    Bytes of file names that are not UTF-8 become `\\udc80` to `\\udcff`, which JSON readers decode to the original
-    name.
+    In `text`, surrogate escapes stand for the bytes of a file name that are not UTF-8. They are written as `\\udc80` to
+    `\\udcff`. JSON readers decode these sequences to the same surrogate escapes.
     """
     with atomic_path(path) as temporary:
         temporary.write_bytes(text.encode(errors="backslashreplace"))
@@ -170,7 +170,7 @@ def held(folder: str | Path, *, shared: bool = False) -> Iterator[None]:
 
 def _locked(folder: Path, shared: bool) -> IO[bytes]:
     """Open and lock the lock file of a folder."""
-    # The last process that shares a folder takes the lock exclusively for a moment, in order to remove the file.
+    # Retry, because the last process of a shared folder holds an exclusive lock while it removes the lock file.
     pauses = iter((0.01, 0.1, 0.5))
     while True:
         make_folder(folder)

@@ -16,8 +16,8 @@ WARMUP = 3  # calls before the capture, which compile kernels and fill caches
 class Graphed:
     """Capture `module(maps)` once and replay it for maps of the same shapes, dtypes and device.
 
-    Gradients are not computed. Weights may change in place after the capture. The graph does not use new tensors, such
-    as the tensors that `Module.to` creates. The graph keeps the autocast state of the capture.
+    Gradients are not computed. Weights may change in place after the capture. If a weight gets new memory, for example
+    by `Module.to`, the graph still reads the old memory. The graph keeps the autocast state of the capture.
 
     Args:
         module: A deterministic module in evaluation mode, such as an `SRMNeck`.
@@ -38,7 +38,7 @@ class Graphed:
             )
         self._maps = [m.detach().clone() for m in maps]
         self._graph = torch.cuda.CUDAGraph()
-        # With its cache, autocast would reuse a cast from before the capture and free it while the graph needs it.
+        # The autocast cache is off, because a cast from before the capture could be freed while the graph needs it.
         autocast = torch.autocast(
             "cuda",
             torch.get_autocast_dtype("cuda"),

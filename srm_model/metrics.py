@@ -66,10 +66,10 @@ class LogisticMap:
 
     @classmethod
     def fit(cls, scores: Values, mos: Values) -> LogisticMap:
-        """Fit by least squares (Levenberg-Marquardt), from β = (range of MOS, 1, 0, 0, mean of MOS).
+        """Fit by least squares (Levenberg-Marquardt), starting at β = (range of MOS, 1, 0, 0, mean of MOS).
 
-        If the fit does not converge, or if a straight line has a smaller error, the result is the least-squares line,
-        and `reason` explains why.
+        The result is the least-squares line if the fit does not converge, or if the line has a smaller error. `reason`
+        explains why.
 
         Args:
             scores: Predicted scores, (N,).
@@ -147,7 +147,8 @@ def _fit_logistic(q: FloatArray, y: FloatArray, *, error_of_line: float) -> tupl
         )
     if not found.success or not np.isfinite(found.x).all():
         return None, f"the logistic fit did not converge ({found.message.strip()})"
-    # The family contains all lines, so a larger error means a local minimum; 1e-9 allows for rounding.
+    # The logistic family contains all lines, so an error above `error_of_line` means a local minimum.
+    # 1e-9 allows for rounding.
     if 2 * found.cost > error_of_line * (1 + 1e-9) + 1e-18 * float(y @ y):
         return None, "the logistic fit ended in a local minimum worse than a straight line"
     b1, b2, b3, b4, b5 = (float(value) for value in found.x)

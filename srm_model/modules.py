@@ -77,7 +77,7 @@ def plain_names(module: nn.Module) -> dict[str, str]:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Return whether a module's weights can be read directly: no adapter, parametrisation, sharding or pruning."""
+    """Return whether a module's weights can be read directly, without adapter, parametrisation, sharding or pruning."""
     own = type(module).__module__.startswith(("torch.nn.modules.", "srm_model."))
     made = any(
         type(hook).__module__.startswith("torch.nn.utils") for hook in module._forward_pre_hooks.values()
@@ -126,7 +126,7 @@ def rounded(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Cast tensors to a dtype with a single kernel launch.
 
     The result is differentiable to any order, and the backward pass is also a single launch. Under torch.func and in
-    forward mode there is one launch per tensor.
+    forward-mode differentiation, there is one launch per tensor.
 
     Args:
         tensors: Tensors on one device. A tensor that already has this dtype is returned unchanged.
@@ -161,8 +161,8 @@ class _Rounded(torch.autograd.Function):
 def make_torchvision_importable() -> None:
     """Make the import of torchvision succeed. Call it before importing timm or piq.
 
-    A torchvision built for CUDA fails to import beside a CPU build of torch, because two schemas are missing. They are
-    defined here; no operator of torchvision is used.
+    A torchvision that is built for CUDA cannot be imported with a CPU build of torch, because two operator schemas are
+    missing. This function defines these schemas. The package uses no operator of torchvision.
     """
     try:
         import torchvision  # noqa: F401

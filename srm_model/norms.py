@@ -1,7 +1,7 @@
 """Norms of perturbations (docs/METHOD.md §6). To add a norm, only this file has to change.
 
-Other modules refer to a norm by name, and `NORMS` has the objects. Methods import torch when they are called, so that
-`srm-iqa --help` does not import torch.
+Other modules refer to a norm by its name, which is its key in `NORMS`. Methods import torch when they are called, so
+that `srm-iqa --help` does not import torch.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class Norm(ABC):
         name: Name in files and on the command line.
         symbol: Symbol in tables and figures.
         largest: Largest accepted radius, for pixels in [0, 1].
-        step: Factor of PGD's step size, which is `step` · radius / steps.
+        step: Factor of PGD's step size. The step size is `step` · radius / (number of steps).
         step_words: Direction of a step, in words.
         budgets: Budgets of a sweep.
         tables: Budgets of the tables.
-        axis: Label of an axis of budgets.
-        bumps: Whether the square attack moves Euclidean norm from one square to another, instead of setting squares to
-            ±ε.
+        axis: Label of the budget axis in charts.
+        bumps: Whether the square attack moves a part of the Euclidean norm of δ from one square to another. Otherwise
+            it sets the pixels of a square to ±ε.
     """
 
     name: ClassVar[str]
@@ -77,7 +77,7 @@ class Norm(ABC):
 
     @abstractmethod
     def noise(self, shape: torch.Size, radius: float, source: dict[str, Any]) -> Tensor:
-        """Draw uniformly from the ball of a radius. `source` contains keyword arguments of `torch.rand`."""
+        """Draw uniformly from the ball of this radius. `source` contains keyword arguments of `torch.rand`."""
 
     @abstractmethod
     def projection(self, images: Tensor, radius: float) -> Callable[[Tensor], Tensor]:
@@ -171,21 +171,20 @@ class L2(Norm):
         return noise
 
     def projection(self, images: Tensor, radius: float) -> Callable[[Tensor], Tensor]:
-        """Return the projection, as in `Norm.projection`. It approximates the nearest point by clipping a scaled δ.
+        """Return the projection, as in `Norm.projection`. Its results are close to the nearest points of the ball.
 
-        The result is clip(s·δ) with the largest s ≤ 1 that satisfies the budget.
-
-        Clipping shortens δ, so scaling δ to the radius and then clipping uses less than the budget. Each round brings s
-        closer to its largest value and never exceeds the radius.
+        Let δ be the difference between a point and its image x. The result is clip(x + s·δ), where s is the largest
+        factor up to 1 that satisfies the budget. Clipping shortens δ, so s = radius/‖δ‖ can be too small. Each of
+        `_PROJECTION_ROUNDS` rounds therefore increases s towards the largest factor, and never exceeds the radius.
         """
         import torch
 
         # Margin for rounding: each pixel of x + δ has an error of at most eps_machine / 4.
         precision, size = torch.finfo(images.dtype).eps, images[0].numel()
-        # A sum of n squares has a relative error of at most n · eps_machine / 2, and its root half of that.
+        # A sum of n squares has a relative error of at most n · eps_machine / 2. Its root has half of this error.
         row = images[0, :, 0].numel() * precision / 4
         limit = max(0.0, (1 - row) * (radius * (1 - 4 * precision) - math.sqrt(size) * precision / 2))
-        lower, upper = -images, 1 - images  # of δ, so that x + δ is in [0, 1]
+        lower, upper = -images, 1 - images  # bounds of δ, so that x + δ is in [0, 1]
 
         def share(delta: Tensor) -> Tensor:
             """Return limit / length. Rows are summed in the dtype of δ, which is fast, and then in fp64."""

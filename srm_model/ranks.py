@@ -30,7 +30,7 @@ def gather(value: T) -> list[T]:
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """Call `make` on rank 0 and return its result on every rank. If it raises ValueError, every rank raises it."""
+    """Call `make` on rank 0 and return its result on every rank. If `make` raises ValueError, every rank raises it."""
     rank, world = place()
     if world == 1:
         return make()

@@ -17,10 +17,11 @@ class BatchStatistics:
     statistics of the whole batch. Every rank must add the same number of micro-batches before it calls `finish`.
 
     Attributes:
-        current: Index, in the order of addition, of the micro-batch whose gate weights have gradients.
+        current: Index of the micro-batch whose gate weights have gradients. Micro-batches are numbered in the order in
+            which they were added.
         finished: Whether `finish` was called.
         sigma: σ of each link, (H,), by the link's name.
-        norms: Root mean square of M for each image, (N,).
+        norms: Root mean square of M for each image of the batch, (N,).
         median_rms: M₀ before this batch.
         averages: σ̄ after this batch, by the link's name.
     """
@@ -32,7 +33,7 @@ class BatchStatistics:
         self.norms: Tensor | None = None
         self.median_rms: Tensor | None = None
         self.averages: dict[str, Tensor] = {}
-        self._moments: dict[str, list[Tensor]] = {}  # by link: rows of [count, mean, sum of squares]
+        self._moments: dict[str, list[Tensor]] = {}  # by link: rows as `_combined` reads
         self._single: dict[str, Tensor] = {}
         self._gates: list[Tensor] = []  # rows of [weights, norm]
         self._rows: Tensor | None = None
@@ -56,7 +57,7 @@ class BatchStatistics:
         self._gates.append(torch.cat([weights, norm[:, None]], 1))
 
     def check_again(self, again: BatchStatistics) -> None:
-        """Raise RuntimeError, on a CPU, if gradient checkpointing repeated the pass of another batch."""
+        """On a CPU, raise RuntimeError if gradient checkpointing repeated the forward pass of another batch."""
         (one,), (other,) = self._gates, again._gates
         if one.device.type == "cpu" and (
             one.shape != other.shape or not one.allclose(other, 1e-3, equal_nan=True)
@@ -106,7 +107,10 @@ class BatchStatistics:
 
 
 def _combined(packed: Tensor) -> Tensor:
-    """Combine parts, (parts, …, H, [count, mean, sum of squares]), by Chan's formula; return σ, (…, H)."""
+    """Combine the moments of all parts by Chan's formula; return σ, (…, H).
+
+    `packed` is (parts, …, H, 1 + d + 1). Its last axis has the count, the mean, and the sum of squared deviations.
+    """
     count, mean, squares = packed[..., 0], packed[..., 1:-1], packed[..., -1]
     share = count / count.sum(0)
     whole = (share[..., None] * mean).sum(0)

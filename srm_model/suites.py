@@ -1,7 +1,7 @@
 """Define the names and attacks of the suites, for modules that must not import torch.
 
-To add an attack to the extended suite, add a line here. Objectives are defined in `attacks/objectives.py`. A new search
-method is a module in the folder `attacks`, like `attacks/square.py`.
+To add an attack to the extended suite, add a line to `BEYOND`. Objectives are defined in `attacks/objectives.py`. A
+search method is a module in the folder `attacks`, such as `attacks/square.py`.
 """
 
 from __future__ import annotations

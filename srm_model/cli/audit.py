@@ -111,8 +111,8 @@ def certificates(model: nn.Module, dataset: Any, config: SRMConfig, limit: int) 
         limit: Number of images, evenly spaced.
 
     Returns:
-        A dict for each budget of `config.eps_smoothing`: the fields of the certificate, "stated" (the budget) and
-        "ordered" (the share of image pairs whose intervals do not overlap).
+        A dict for each budget of `config.eps_smoothing`. Each dict has the fields of the certificate, "stated" (the
+        budget) and "ordered" (the share of image pairs whose intervals do not overlap).
     """
     indices = spread(len(dataset), limit)
     images = torch.stack([torch.as_tensor(dataset[index][0]) for index in indices])

@@ -22,7 +22,7 @@ NECKS = ("srm", "none")
 EPS = 1 / 255
 TITLE = "Demo: two necks trained and attacked on distorted photographs"
 
-# For a few photographs and minutes: fewer training steps than the protocol, with larger learning rates.
+# The demo has few images and takes minutes, so it has fewer steps and larger learning rates than the protocol.
 FULL: dict[str, Any] = {
     "image_size": 160,
     "batch_size": 16,

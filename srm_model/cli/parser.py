@@ -1,4 +1,4 @@
-"""The parser of `srm-iqa`. A command is named by its module and function, which is imported when the command runs."""
+"""The parser of `srm-iqa`. Each command names a module and a function; the module is imported when the command runs."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ _HANDLER = "srm-iqa"
 
 
 class Output:
-    """Standard output that remembers a failed write. `stream` is None if it was closed from the start."""
+    """Standard output that remembers a failed write. `stream` is None if standard output was closed at the start."""
 
     def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream

@@ -17,7 +17,7 @@ from .links import Link, logits
 if TYPE_CHECKING:
     from .srm import SRMNeck
 
-MOST_LOGITS = 2**28  # computed at once; 1 GiB in fp32, enough for 8 images of 512×512 with exact attention
+MOST_LOGITS = 2**28  # computed at once; 1 GiB in fp32, enough for exact attention on 8 images of 512×512
 
 
 @torch.no_grad()
@@ -42,7 +42,7 @@ def scale_to_unit(conv: nn.Conv2d, m: Tensor, limit: float) -> None:
 
 
 def calibrate_link(link: Link, target: Tensor, source: Tensor) -> None:
-    """Per head, scale W_Q so that logits over the keys have standard deviation 1, and W_V so that σ = σ_ref."""
+    """Scale W_Q and W_V of each head so that the logits have standard deviation 1 and σ = σ_ref."""
     c = link.config
     q, k, v = link.project(target, source)
     if c.qk_norm != "both":  # otherwise the logits do not depend on the scale of W_Q

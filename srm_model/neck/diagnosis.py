@@ -73,7 +73,7 @@ def _figures(link: Link, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
 
 
 def summary(measured: Measured, stages: int) -> dict[str, Any]:
-    """Summarise measurements as JSON values: quantiles over images and heads.
+    """Return quantiles of the measurements over images and heads, as JSON values.
 
     `stages` is the number of fused stages of the neck.
     """
@@ -97,7 +97,7 @@ def summary(measured: Measured, stages: int) -> dict[str, Any]:
 
 
 def quantiles(values: Tensor, shares: Mapping[str, float] = SHARES) -> dict[str, float]:
-    """Return a dict from name to quantile. NaN, the result for a singular matrix, counts as infinite."""
+    """Return a dict from name to quantile. NaN occurs for singular matrices and counts as infinite."""
     ordered = values.double().flatten().nan_to_num(nan=math.inf, posinf=math.inf).sort().values
     last = len(ordered) - 1
     return {name: float(ordered[math.ceil(share * last)]) for name, share in shares.items()}

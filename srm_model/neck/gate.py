@@ -40,8 +40,8 @@ class Gate(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Return logits (B, S) of the pooled maps of all stages, each (B, C, P, P).
 
-        Plain submodules are not called: their weights are passed to the operators directly. If a submodule is an
-        adapter or is parametrised, all submodules are called as usual.
+        The operators get the weights of the submodules directly; no submodule is called. If a submodule is an adapter
+        or is parametrised, all submodules are called as usual.
         """
         if not all(map(is_plain, self.modules())):
             return self.called(maps)

@@ -50,7 +50,8 @@ class Link(nn.Module):
         if config.tau:
             self.theta = nn.Parameter(torch.zeros(config.heads))
         self.register_buffer("sigma", torch.zeros(config.heads))  # σ̄, the EMA of σ
-        # 0 or 1; in between in an average of weights that started before σ̄. A bool cannot be averaged.
+        # 0 before σ̄ is initialised, then 1. It is not a bool, because averages of weights include it.
+        # An average that started before σ̄ was initialised has a value between 0 and 1.
         self.register_buffer("sigma_started", torch.zeros(()))
 
     @property
@@ -154,12 +155,12 @@ class Link(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if isinstance(started := state_dict.get(f"{prefix}sigma_started"), Tensor):
-            state_dict[f"{prefix}sigma_started"] = started.to(self.sigma_started.dtype)  # earlier: bool
+            state_dict[f"{prefix}sigma_started"] = started.to(self.sigma_started.dtype)  # earlier: a bool
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def logits(Q: Tensor, K: Tensor) -> Tensor:
-    """Return Q K̃ᵀ s of normalised queries and keys, (B, H, N_q, r or N_k)."""
+    """Return the logits Q K̃ᵀ s, (B, H, N_q, r or N_k), of queries and keys that are already normalised."""
     return Q @ K.mT / math.sqrt(Q.shape[-1])
 
 

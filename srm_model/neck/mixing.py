@@ -1,8 +1,8 @@
 """Align a pyramid and apply the links; the results are the maps that the gate reads (docs/METHOD.md §1.1 to §1.5).
 
-Links run in the pooled form of §1.5 where possible. There is no pooled form for exact attention, for blocks in the
-model's dtype, for the full-resolution pyramid, or for weights with adapters or parametrisations. In these cases the
-links are called one by one.
+Links run in the pooled form of §1.5 where possible. In other cases, the links are called one by one. These cases are
+exact attention, `solve_dtype="model"`, `return_pyramid=True`, weights with adapters or parametrisations, and sizes that
+the kernels of the pooled form do not support.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Step(nn.Module):
 
 
 def align_sources(maps: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
-    """Compute A F (B, C, h, w) for each source. `key_sides` adds the bias a."""
+    """Compute the product A F (B, C, h, w) for each source map. `key_sides` adds the bias a of the alignment."""
     products = [A.expand(m.shape[0], -1, -1) @ m.flatten(2) for m, A in zip(maps, weights, strict=True)]
     return [product.unflatten(-1, m.shape[2:]) for product, m in zip(products, maps, strict=True)]
 
@@ -45,7 +45,9 @@ def align_sources(maps: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Ten
 def key_sides(
     sources: Mapping[int, Tensor], affine: Mapping[int, Affine], links: Mapping[Pair, Link], c: SRMConfig
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Compute K̃ and X (B, H, r, d) of every link from A F (B, C, h, w) and the bias a of its source.
+    """Compute K̃ and X (B, H, r, d) of every link.
+
+    `sources` has the product A F (B, C, h, w) by stage, and `affine` has the bias a of the alignment.
 
     Links with the same source are computed in the same launches, unless the landmarks are sampled.
     """
@@ -132,8 +134,8 @@ class Mixer(nn.Module):
 
         Args:
             pyramid: Four maps (B, C_s, h, w), shallowest first.
-            statistics: Object that collects the σ of every link. Finished statistics are not changed; None collects
-                nothing.
+            statistics: Object that collects the σ of every link. Finished statistics are not changed. Default: no σ is
+                collected.
             pool_sources: Whether to apply stochastic pooling (docs/METHOD.md §1.8) if the config enables it.
         """
         if self.pools(pyramid):
@@ -189,7 +191,10 @@ class Mixer(nn.Module):
     def _called(
         self, aligned: dict[int, Tensor], given: BatchStatistics | None, pool_sources: bool, *, pooled: bool
     ) -> dict[int, Tensor]:
-        """Return F_t + β_t fold(Σ U) by stage, for all stages at full resolution or for fused stages pooled to P×P."""
+        """Return F_t + β_t fold(Σ U) by stage.
+
+        With `pooled`, the result has the fused stages, averaged to P×P. Otherwise it has all stages at full resolution.
+        """
         sources = self._pool_sources({stage: aligned[stage] for stage, _ in self.config.links}, pool_sources)
         P, updates = self.config.pool_size, dict[int, Tensor]()
         for source, target in self.acting if pooled else self.config.links:
@@ -221,5 +226,5 @@ class Mixer(nn.Module):
         return conv.weight.flatten(1), conv.bias
 
     def _beta(self, target: int) -> Tensor:
-        """Return β as a scalar, which does not promote a map's dtype. FSDP needs the axis of the stored vector."""
+        """Return β as a scalar, which does not promote a map's dtype. FSDP requires the stored shape (1,)."""
         return cast(Tensor, self.beta[str(target)]).reshape(())

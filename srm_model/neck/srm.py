@@ -25,8 +25,8 @@ from .plain import NeckOutput
 
 ATTENTIONS = ("nystrom", "full")
 TAU_FLOOR = 1e-6
-# M₀ before the first batch: a cap that no map reaches. It is finite, so that averages of weights can include it.
-# M₀ counts as started below half of this value.
+# Value of M₀ before the first batch. No map reaches a cap with this M₀. The value is finite, because averages of
+# weights include M₀. A neck counts as calibrated if its M₀ is below half of this value.
 UNSTARTED = 1024.0
 
 _asked = WeakTensorKeyDictionary()  # M₀ of the necks that `_warn_once` has checked
@@ -34,7 +34,7 @@ _asked = WeakTensorKeyDictionary()  # M₀ of the necks that `_warn_once` has ch
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _warn_once(m0: Tensor) -> None:
-    # torch.compile calls this function while tracing, with the buffer itself, and does not add it to the program.
+    # While tracing, torch.compile calls this function with the buffer, but adds no call to the compiled program.
     if m0 in _asked or m0.is_meta or (m0.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
     _asked[m0] = True
@@ -98,7 +98,8 @@ class SRMNeck(Mixer):
         tracing = torch.compiler.is_compiling()
         if tracing and (exporting() or not torch.compiler.is_dynamo_compiling()):
             return
-        # Necks that differ only in their buffers share a compiled program; this attribute is one of its guards.
+        # Necks that differ only in their buffers share a compiled program. Reading `_prepared` makes it a guard, so
+        # that torch.compile traces again, and warns, for a neck that is not prepared.
         if not (tracing and self._prepared):
             _warn_once(self.median_rms)
 
@@ -124,20 +125,20 @@ class SRMNeck(Mixer):
         """Mix and fuse a pyramid.
 
         In training, σ̄ and M₀ are updated with the batch of all ranks of a process group, so every rank must call this
-        method. The losses are losses of the whole batch. The gradients of the whole batch are the mean over ranks of
-        the gradients on each rank, as `DistributedDataParallel` computes it.
+        method. The losses are losses of the whole batch. `DistributedDataParallel` averages the gradients of all ranks;
+        the average is the gradient of the whole batch.
 
-        With gradient checkpointing around the neck, the repeated pass changes no buffer and uses the M₀ and σ̄ of the
-        last training pass. Pass a finished `statistics` if several training passes precede one backward pass, or if the
-        neck is compiled. Checkpointing of the backbone alone needs no extra argument.
+        Gradient checkpointing around the neck repeats the forward pass. The repeated pass changes no buffer and uses
+        the M₀ and σ̄ of the last training pass. Pass finished `statistics` if several training passes precede one
+        backward pass, or if the neck is compiled. Checkpointing of the backbone alone needs no extra argument.
 
         Args:
             pyramid: Four maps (B, C_s, h_s, w_s), shallowest first.
             return_pyramid: Whether to return the updated maps at full resolution too. This takes more memory.
             statistics: Statistics of a batch that is split into micro-batches. If they are not finished, this
                 micro-batch is added and the returned losses have no meaning. If they are finished, the mean of the
-                losses over micro-batches and ranks is the loss of the whole batch. In both cases only `track` updates
-                σ̄ and M₀.
+                losses over micro-batches and ranks is the loss of the whole batch. If `statistics` are given, this
+                method does not update σ̄ and M₀; call `track` to update them.
 
         Raises:
             TypeError: A map has another dtype than the neck, without autocast.
@@ -189,7 +190,7 @@ class SRMNeck(Mixer):
             if m.shape[0] != pyramid[0].shape[0]:
                 raise ValueError(f"stage {stage} has {m.shape[0]} images and stage 1 {pyramid[0].shape[0]}")
             check_like(f"stage {stage}", m, cast(nn.Conv2d, conv).weight)
-            # Without this check, a NaN changes the score of its own image only.
+            # Where this check is skipped, a NaN changes the score of its own image only.
             readable = not torch.compiler.is_compiling() and may_ask(m)
             if readable and not all(map(math.isfinite, m.detach().aminmax())):
                 raise ValueError(f"stage {stage} holds NaN or infinite values; expected finite maps")
@@ -238,7 +239,7 @@ class SRMNeck(Mixer):
         return NeckOutput(fusion.fused, fusion.weights, fusion.gain, fusion.norm, losses, pyramid)
 
     def tau_loss(self, statistics: BatchStatistics) -> Tensor:
-        """Return L_τ (docs/METHOD.md §3.3), with σ̄ updated by the links' σ in `statistics`."""
+        """Return L_τ (docs/METHOD.md §3.3) with σ̄ updated by the σ in `statistics`. The buffer σ̄ does not change."""
         thetas, sigmas = [], []
         for pair in self.acting:
             link, name = self.link(*pair), link_name(*pair)
@@ -250,7 +251,7 @@ class SRMNeck(Mixer):
         return tau_loss(thetas, sigmas, reference=math.sqrt(c.head_dim), floor=TAU_FLOOR, backend=c.backend)
 
     def _cap(self, statistics: BatchStatistics | None) -> Tensor | None:
-        """Return M₀ from before the batch of `statistics`, because `track` may change M₀ before the backward pass."""
+        """Return M₀ as it was before the batch of `statistics`, because `track` may run before the backward pass."""
         if self.config.gain_cap is None:
             return None
         if statistics is None:
@@ -265,7 +266,7 @@ class SRMNeck(Mixer):
 
     @torch.no_grad()
     def track_norms(self, rms: Tensor, *, reset: bool = False) -> None:
-        """Update M₀ with the root mean squares of M for a batch, (B,). With `reset`, set M₀ to their median."""
+        """Update M₀ with the root mean squares of M in a batch, (B,). With `reset`, set M₀ to the median of `rms`."""
         median, old = rms.median().to(self.median_rms.dtype), self.median_rms
         old = torch.full_like(old, UNSTARTED) if reset else old
         decayed = self.config.ema * old + (1 - self.config.ema) * median

@@ -1,4 +1,4 @@
-"""Count parameters and multiply-accumulates (MACs). MACs are counted in three ways, which must agree.
+"""Count parameters and multiply-accumulates (MACs). A formula, torch and fvcore count MACs; the counts must agree.
 
 One multiply-add is one MAC. Only matrix products and convolutions are counted. Counts are for the forward pass of one
 image, unless stated otherwise.
@@ -23,7 +23,7 @@ CONVENTION = (
     "MAC = 1 multiply-add (2 FLOPs), of matrix products and convolutions only, one image, forward; "
     "normalisations, pooling and element-wise work are not counted"
 )
-# Operators that fvcore counts although they are no products.
+# Operators that fvcore counts although they are not matrix products or convolutions.
 _NOT_PRODUCTS = (
     "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d batch_norm group_norm instance_norm layer_norm "
     "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d "
@@ -46,8 +46,8 @@ def neck_macs(
 ) -> dict[str, int]:
     """Compute the MACs of each part of a neck by a closed formula (docs/METHOD.md §2.2).
 
-    "align" and "gate" are the convolutions, "projections" are the products with W_Q, W_K, W_V and W_O, and "links" is
-    the attention of all links and heads. In the pooled form, the products with X and W_O are computed on the P×P grid.
+    "align" and "gate" are the convolutions. "projections" are the products with W_Q, W_K, W_V and W_O. "links" is the
+    attention of all links and heads. In the pooled form, the products with X and W_O are computed on the P×P grid.
     Alignment is computed for every source, for the target of every link, and for the pooled maps of the fused stages.
     """
     C, P2 = config.channels, config.pool_size**2
@@ -90,7 +90,7 @@ def link_macs(config: SRMConfig, neck: str, queries: int, keys: int, cells: int 
 def torch_macs(module: nn.Module, inputs: Sequence[Any], *, backward: bool = False) -> int:
     """Count MACs with torch's FlopCounterMode. Module and inputs may be on the meta device.
 
-    With `backward`, count the forward pass and the backward pass of all floating-point results.
+    With `backward`, the count includes the backward pass through all floating-point results.
     """
     with FlopCounterMode(display=False) as counter:
         result = module(*inputs)

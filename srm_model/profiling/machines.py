@@ -42,7 +42,8 @@ def machine(device: torch.device | str) -> dict[str, Any]:
 def clocks(device: torch.device) -> dict[str, float | None]:
     """Return the current clock rates in MHz.
 
-    For a GPU: multiprocessors and memory, with the maximum of each. For a CPU: the mean over its cores.
+    For a GPU, the result has the rates of the multiprocessors and of the memory, and the maximum of each rate. For a
+    CPU, it has the mean rate of the cores.
     """
     if device.type == "cuda":
         names = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem")

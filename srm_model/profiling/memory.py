@@ -31,8 +31,8 @@ def peak(call: Callable[[], object], device: torch.device, *, held: int = 0) -> 
     """Measure the peak memory of a call.
 
     On a CPU, `above` includes only memory of torch's allocator. Buffers of libraries such as oneDNN and BLAS are part
-    of `resident`, which is measured on Linux only. The argument `held` is used on a CPU only; on a GPU the allocator
-    reports this value.
+    of `resident`, which is measured on Linux only. The argument `held` becomes the field `held` on a CPU. On a GPU,
+    the allocator reports this value.
     """
     if device.type == "cuda":
         gc.collect()
@@ -99,7 +99,7 @@ def bytes_of(*tensors: Any) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error means that memory ran out. The CPU allocator's RuntimeError is known by its message."""
+    """Return whether an error means that memory ran out. On a CPU, the message of the RuntimeError shows this."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 

@@ -66,7 +66,7 @@ def latest(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def newest(rows: Iterable[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:
-    """For each combination of the values of `keys`, return the last row, in order of first appearance."""
+    """Return the last row for each combination of values of `keys`, in the order of the combinations' first rows."""
     found: dict[tuple[str, ...], dict[str, Any]] = {}
     for row in rows:
         found[tuple(json.dumps(row.get(key)) for key in keys)] = row

@@ -22,7 +22,7 @@ REST = "rest"  # time outside the named parts, such as pooling, folding and fusi
 
 
 def stages(module: nn.Module) -> dict[str, list[nn.Module]]:
-    """Return the named parts of a model or a neck, with their modules. `REST` is everything else.
+    """Return the named parts of a model or a neck, with their modules. `REST` is not included.
 
     A forward pass of an `SRMNeck` uses only some of its parts. If links run one by one, it uses "align", "link s→t" and
     "gate". In the pooled form (docs/METHOD.md §1.5), it uses "sources", "key sides", "query sides", "merge" and "gate".
@@ -77,8 +77,11 @@ def stage_times(
 
 @contextmanager
 def named_ranges(module: nn.Module) -> Iterator[None]:
-    """In the block, add ranges to profiles: all modules of neck and head, and top levels of the backbone."""
-    backbone = re.compile(r"backbone\.(?:[^.]*\.){2}")  # deeper modules
+    """Within the block, add a profiler range for each module of a model.
+
+    In the backbone, only the two upper levels of modules get ranges.
+    """
+    backbone = re.compile(r"backbone\.(?:[^.]*\.){2}")  # modules below these levels
     named = [(name, part) for name, part in module.named_modules() if name and not backbone.match(name)]
     with _hooked(
         named,

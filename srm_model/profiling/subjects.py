@@ -90,9 +90,9 @@ class Subject:
     def compulsory(self) -> int:
         """Lower bound of the bytes that a call moves, even if all operations are fused.
 
-        "forward" moves the inputs, the parameters and the result. "backward" doubles this, because each of these
-        tensors is read again and has a gradient. "step" adds seven passes over the parameters: it reads the gradient,
-        the weight and two moments, and writes the weight and the moments.
+        "forward" moves the inputs, the parameters and the result. "backward" moves as many bytes again, because each of
+        these tensors has a gradient. "step" adds seven passes over the parameters: it reads the gradient, the weight
+        and two moments, and writes the weight and both moments.
         """
         weights = bytes_of(*self.module.parameters())
         result = self.case.batch * self.config.channels * self.config.pool_size**2 * self.dtype.itemsize

@@ -49,7 +49,7 @@ def cases(
     """Return all combinations of the arguments as cases.
 
     `backend_names` are the backends of the neck `srm`. By default, all available backends are used. A None among the
-    names selects the default of the device.
+    names stands for the device's default backend.
     """
     available = (name for name, status in backends().items() if status.available)
     names = list(map(current_name, backend_names or available))
@@ -150,7 +150,7 @@ class Sweep:
         return figures
 
     def _roof(self, dtype: str) -> Ceilings:
-        """Return the best ceilings so far. A single measurement on a busy machine is too low."""
+        """Measure again and return the largest ceilings so far. A measurement on a busy machine can be too low."""
         found = ceilings(self.device, DTYPES[dtype], small=self.small)
         known = self._ceilings.get(dtype, found)
         self._ceilings[dtype] = Ceilings(*(max(pair) for pair in zip(found, known, strict=True)))
@@ -216,8 +216,9 @@ def kernels(profiled: Any) -> list[Any]:
 def article_cases(**narrowed: Iterable[Any]) -> list[Case]:
     """Return the cases of the article's table 3 and of its training throughput.
 
-    The cases of table 3 are necks at 512², bf16, B = 1. The cases of the throughput are models with B = 4, in training
-    steps. `narrowed` contains arguments of `cases` that replace the article's values.
+    All cases have images of 512×512 and bf16. The cases of table 3 are forward passes of necks with B = 1. The cases of
+    the throughput are training steps of models with B = 4. `narrowed` contains arguments of `cases` that replace the
+    article's values.
     """
     table: dict[str, Iterable[Any]] = {"parts": ["neck"], "batches": [1], "directions": ["forward"]}
     throughput: dict[str, Iterable[Any]] = {"parts": ["model"], "batches": [4], "directions": ["step"]}

@@ -12,7 +12,8 @@ Table = tuple[list[str], list[list[str]]]
 def cost_table(rows: Iterable[dict[str, Any]]) -> Table:
     """Return the table of parameters and of multiply-accumulates, which are counted in three ways.
 
-    "of it links" is the article's eq. 30, summed over all heads and links, or the count for exact attention.
+    The column "of it links" is the article's eq. 30, summed over all heads and links. For exact attention, it is the
+    count of the attention.
     """
     seen: dict[tuple[Any, ...], list[str]] = {}
     for row in rows:

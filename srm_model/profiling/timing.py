@@ -93,8 +93,7 @@ def measure(
     """Measure a call.
 
     On a GPU, calls are queued one after another, as in a training loop. The times therefore include launch overhead
-    only if the kernels do not hide this overhead, and inputs may be in the cache. `now` returns the wall clock in
-    seconds.
+    only if the kernels do not hide this overhead. Inputs may be in the cache. `now` returns the wall clock in seconds.
     """
     return measure_together({"": call}, device, effort, now=now)[""]
 

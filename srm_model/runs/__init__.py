@@ -37,7 +37,7 @@ RUN = "run.json"
 def process_group() -> Iterator[bool]:
     """Join the process group of torchrun, and yield whether this process writes results.
 
-    A single process joins no group. Gloo transfers CPU tensors and pickled objects, NCCL transfers GPU tensors.
+    A single process joins no group. Gloo transfers CPU tensors and pickled objects. NCCL transfers GPU tensors.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield True
@@ -71,8 +71,9 @@ def keep_memory() -> None:
 def writing(folder: str | Path, *, shared: bool = False) -> Iterator[None]:
     """Within the block, lock a folder against other commands that write to this folder.
 
-    For a checkpoint in a run, the run also gets a shared lock. For a checkpoint in a study, the whole study is locked,
-    because every process of `srm-iqa ablate` may write to any folder of the study. The first rank holds the locks.
+    If the folder is a checkpoint of a run, the run's folder also gets a shared lock. If the folder is in a study, the
+    study's folder gets an exclusive lock. Each process of `srm-iqa ablate` may write to any folder of its study. The
+    first rank holds the locks.
 
     Args:
         folder: Folder to lock.
@@ -99,7 +100,9 @@ def writing(folder: str | Path, *, shared: bool = False) -> Iterator[None]:
 
 @contextmanager
 def recorded(folder: Path, arguments: Sequence[str], **about: Any) -> Iterator[dict[str, Any]]:
-    """Write `folder/run.json`. Earlier contents are kept, the command is added to the list, and seconds are summed.
+    """Record a command and its duration in `folder/run.json`.
+
+    Earlier contents are kept: the command is added to the list of commands, and the duration to the total duration.
 
     If the block raises before it has written other files to the folder, the folder is restored.
 
@@ -167,7 +170,10 @@ def _restore(path: Path, content: bytes | None, made: Set[Path]) -> None:
 
 
 def kernels_of(config: SRMConfig, device: torch.device, found: dict[str, set[str]]) -> str:
-    """Summarise, from the record of `running`, which backends ran on a device and which verdict chose them."""
+    """Return a sentence that names the backends that ran on a device, and why these backends were chosen.
+
+    `found` maps each operator to the backends that ran, as `srm_kernels.registration.running` collects them.
+    """
     return choice.ran(device, config.backend, found)
 
 
@@ -323,9 +329,8 @@ def dataset_for(
 def surrogate_of(folder: Path) -> Path | None:
     """Return the folder of the surrogate for a transfer attack on the checkpoint in `folder`, or None if none exists.
 
-    The surrogate is the checkpoint with the neck `none`; if the attacked checkpoint has the neck `none`, it is the
-    checkpoint with the neck `srm`. The folder of the surrogate has the name of its neck and is in the same parent
-    folder as `folder`. In a study, the folder can also be one level higher, next to that parent folder.
+    The surrogate has the neck `none`, or the neck `srm` if the attacked checkpoint has the neck `none`. Its folder has
+    the name of its neck and is next to `folder`. In a study, its folder can also be next to the parent of `folder`.
     """
     other = NECKS[read_card(folder)["neck"]].surrogate
     studied = any((above / STUDY).is_file() for above in folder.resolve().parents)

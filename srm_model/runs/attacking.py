@@ -44,7 +44,7 @@ def attack_checkpoint(
     Args:
         folder: Folder of the checkpoint.
         dataset: Split to attack.
-        norm, eps: Budget of the attacks.
+        norm, eps: Norm and budget ε of the attacks.
         config: Config with the settings of the attacks.
         device: Device of the model.
         surrogate: Checkpoint for the transfer attack, or None to leave it out.
@@ -104,7 +104,7 @@ def result_name(norm: str, eps: float) -> str:
 
 
 def known_result(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the contents of a result file, or None if its settings differ or it is missing; equal on all ranks."""
+    """Return a result file's contents on all ranks, or None if the file is missing or has other settings."""
     found = ranks.from_first(lambda: read_json(path) if path.is_file() else None)
     return found if isinstance(found, dict) and found.get("settings") == settings else None
 

@@ -20,7 +20,7 @@ from srm_model.norms import NORMS
 from srm_model.suites import SUITES
 
 FULL = "full"  # the variant without overrides
-# Ablations of table 11 by name, each with one change; a function if the override depends on the config.
+# The ablations of table 11: from name to overrides of the config, or to a function from config to overrides.
 ABLATIONS: dict[str, Any] = {
     **{
         f"{method.title} landmarks": {"landmarks": name}
@@ -85,7 +85,7 @@ class Model:
 class Stronger:
     """Further attacks on trained models, with settings that differ from those of the study."""
 
-    models: tuple[str, ...]  # necks of the full model, and variants
+    models: tuple[str, ...]  # names of necks (without overrides) or of variants
     seeds: tuple[int, ...]
     budgets: tuple[tuple[str, float], ...]
     suite: str
@@ -125,7 +125,11 @@ class Study:
     sweep: bool = False
 
     def models(self) -> Iterator[Model]:
-        """Yield every model to train: the grid, then the ablations on the first dataset and backbone."""
+        """Yield every model to train.
+
+        First come all combinations of dataset, backbone, seed and neck. Then come the ablations, on the first dataset
+        and backbone.
+        """
         for data, backbone, seed, neck in product(self.data, self.backbones, self.seeds, self.necks):
             yield Model(data, backbone, neck, FULL, seed, self.config.replace(seed=seed))
         for variant, overrides in self.ablations.items():
@@ -135,7 +139,10 @@ class Study:
                 yield Model(next(iter(self.data)), self.backbones[0], neck, variant, seed, config)
 
     def budgets_of(self, model: Model) -> tuple[tuple[str, float], ...]:
-        """Return the budgets of a model. The full neck also has the budgets of the ablations."""
+        """Return the budgets of a model.
+
+        The model with which the ablations are compared also has the budgets of the ablations.
+        """
         if model.variant != FULL:
             return self.ablation_budgets[model.variant]
         if (model.data, model.backbone, model.neck) != (next(iter(self.data)), self.backbones[0], "srm"):
@@ -181,8 +188,8 @@ def read_study(path: str | Path, roots: Mapping[str, str] | None = None) -> Stud
 
     Args:
         path: The file.
-        roots: Folders of datasets by name, which replace the file's `data`. If the file has a protocol for a dataset
-            with this name, the protocol's keys replace the keys of the file.
+        roots: Folders of datasets by name, which replace the file's `data`. If the file has a protocol for these
+            datasets, the keys of the protocol replace the keys of the file.
 
     Raises:
         ValueError, TypeError: The file cannot be read, or a key or value is not accepted.
@@ -226,7 +233,7 @@ def _checked(values: Any) -> dict[str, Any]:
 
 
 def _under_protocol(values: dict[str, Any], roots: Mapping[str, str]) -> dict[str, Any]:
-    """Return the keys of the file for the datasets in `roots`. Keys of a dataset's protocol replace other keys."""
+    """Return the file's keys with `roots` as `data`. The keys of the datasets' protocol replace the file's keys."""
     chosen = set()
     for root in roots:
         named = [name for name, protocol in values.get("protocols", {}).items() if root in protocol["for"]]

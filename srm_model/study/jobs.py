@@ -11,7 +11,7 @@ from srm_model.study import measuring
 from srm_model.study.context import Context
 from srm_model.study.file import FULL, Model, Stronger, slug
 
-CLEAN = "clean"  # kind of the line of a training; all other jobs of a model need this training
+CLEAN = "clean"  # kind of a training's line of results; all other jobs of a model need the training
 
 
 class Job(NamedTuple):

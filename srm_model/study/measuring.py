@@ -185,7 +185,7 @@ def _unfinished(c: Context, label: str) -> Iterator[Path]:
 def diagnosed(c: Context, model: Model) -> dict[str, Any]:
     """Measure a neck for tables 1, 2 and 12 and figures 3 and 4.
 
-    Measurements include all links, heads and test images, and the epochs of the training.
+    The measurements cover all links, heads and test images. They also include values from each epoch of the training.
     """
     loaded, _ = c.opened(model)
     dataset = c.test(model)

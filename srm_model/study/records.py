@@ -18,10 +18,11 @@ from srm_model.study.jobs import Job
 def record(job: Job, c: Context) -> None:
     """Measure a job and append its line to the results.
 
-    If the line already exists because lost weights were trained again, check that the weights are equal.
+    If the weights of a finished training are lost, the training runs again. Its line already exists, so no line is
+    added, but the new weights must equal the lost weights.
 
     Raises:
-        ValueError: The weights differ.
+        ValueError: The new weights differ from the lost weights.
     """
     start = time.perf_counter()
     values = job.measure()

@@ -20,7 +20,10 @@ WAIT = 2.0  # seconds between checks for results of other processes
 
 
 def missing(jobs: Sequence[Job], out: Path) -> list[Job]:
-    """Return jobs without a result, and trainings whose weights are lost or changed if another job needs them."""
+    """Return jobs without a result, and finished trainings whose weights are lost or changed.
+
+    Such a training is returned only if a job without a result needs its weights.
+    """
     records = Records(out)
     without = [job for job in jobs if records.find(job.kind, job.identity) is None]
     trained = {

@@ -10,7 +10,7 @@ import numpy as np
 def epoch_batches(
     count: int, batch_size: int, *, seed: int, epoch: int, processes: int = 1
 ) -> list[list[int]]:
-    """Return the indices of an epoch's batches, shuffled by (seed, epoch).
+    """Return the image indices of each batch of an epoch, in an order that depends only on seed and epoch.
 
     The last batch is dropped if it has only one image or fewer images than there are processes.
 
@@ -31,7 +31,7 @@ def epoch_batches(
 
 
 def deal(batch: Sequence[int], *, accumulate: int, rank: int, processes: int) -> list[list[int]]:
-    """Return this process's share of each micro-batch of a batch.
+    """Split a batch into micro-batches, and return the share of process `rank` in each micro-batch.
 
     No share is empty, and all processes get the same number of shares. A batch with too few images for `accumulate`
     micro-batches is split into fewer micro-batches.

@@ -25,7 +25,7 @@ class Randomness:
         self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
     def replay(self, model: nn.Module, images: Tensor) -> Tensor:
-        """Return the model's scores, with the same random numbers. Buffers and the random state do not change."""
+        """Score images from the stored random state. Afterwards, buffers and the current random state are unchanged."""
         with torch.random.fork_rng([self.device] if self._cuda is not None else []):
             torch.set_rng_state(self._cpu)
             if self._cuda is not None:
@@ -40,9 +40,14 @@ def gradient_norm(
 ) -> Tensor:
     """Return the mean over images of |f(x + h·d) − f(x)| / h, which approximates ‖∇f(x)‖.
 
-    If `config.gradient_norm` is "l1", d = sign(∇f(x)); with h = 0.01 and weight 1e-3, this is norm-regularised training
-    (NT) of Liu et al., CVPR 2024. If it is "l2", d = ∇f(x)/‖∇f(x)‖₂. The backward pass treats d as a constant. The
-    second pass draws the same random numbers as the first pass and updates no running statistics.
+    The step h is `config.gradient_step`. The direction d depends on `config.gradient_norm`:
+
+    - "l1": d = sign(∇f(x)). With h = 0.01 and `config.weight_gradient` = 1e-3, this is the norm-regularised training
+      (NT) of Liu et al., CVPR 2024.
+    - "l2": d = ∇f(x)/‖∇f(x)‖₂.
+
+    The backward pass treats d as a constant. The forward pass at x + h·d draws the same random numbers as the pass at
+    x, and updates no running statistics.
 
     Args:
         images: Images (B, 3, H, W) that require a gradient.

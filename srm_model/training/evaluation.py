@@ -76,7 +76,7 @@ def predict(
         ):
             for start, (images, _) in zip(starts, items, strict=True):
                 batch = images.to(device, non_blocking=True, memory_format=torch.channels_last)
-                # A batch draws the same on every rank.
+                # The random numbers of a batch do not depend on the rank.
                 with seeded(0, start) if stochastic else nullcontext():
                     found[start] = model(batch).double().cpu().numpy()
                 bar.update(world * len(images))
@@ -98,7 +98,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Compute SROCC on raw scores and PLCC on scores after a logistic map (docs/METHOD.md §5).
 
-    Arguments that are not listed and errors are those of `predict`.
+    The other arguments and the errors are those of `predict`.
 
     Args:
         dataset: Dataset as in `predict`, with the attributes `mos`, `names` and `labels`.

@@ -69,7 +69,7 @@ class Termination:
 
 
 def outlive_sigterm(worker: int) -> None:
-    """Ignore SIGTERM in a worker. Schedulers send it to all processes, but the training process ends the workers."""
+    """Ignore SIGTERM in a worker. Schedulers send SIGTERM to all processes; the training process ends the workers."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
@@ -87,10 +87,12 @@ def _start(max_pixels: int | None, worker: int) -> None:
 def reading(loader: DataLoader[Any]) -> Iterator[Iterator[Any]]:
     """Yield an iterator over a loader's batches. The workers end with the block, even if the loader fails to start.
 
-    At exit, Python sends SIGTERM to the workers, which ignore the signal, and waits for the workers to end. A traceback
-    that keeps the iterator alive would therefore keep the process alive. If the garbage collector ended the iterator,
-    the iterator's threads might close the descriptor of a pipe twice, and thereby close a file that was opened in
-    between.
+    The block ends the workers itself for two reasons:
+
+    - The workers ignore SIGTERM, which Python sends to the workers at exit. Python then waits for the workers. If a
+      traceback kept the iterator alive, the process would never end.
+    - If the garbage collector ended the iterator, the iterator's threads could close the descriptor of a pipe twice.
+      The second time, the descriptor could belong to another file.
     """
     workers, threads = set(multiprocessing.active_children()), set(threading.enumerate())
     items: Any = None

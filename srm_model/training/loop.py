@@ -78,10 +78,14 @@ def train(
 ) -> list[dict[str, Any]]:
     """Train a model by the protocol of docs/METHOD.md §5.
 
-    The folder receives a checkpoint of the epoch with the best validation SROCC (`model.safetensors`, `config.json`),
-    the last state and the previous state (`state.safetensors`, `state.previous.safetensors`), `history.jsonl` and
-    `tensorboard/`. After training, the model has the weights of the last epoch. With `config.weights_ema`, the average
-    of the weights is validated and saved.
+    The folder receives these files:
+
+    - `model.safetensors` and `config.json`: the checkpoint of the epoch with the best validation SROCC;
+    - `state.safetensors` and `state.previous.safetensors`: the last state and the previous state of the training;
+    - `history.jsonl` and `tensorboard/`: losses, validation results and diagnostics of every epoch.
+
+    After training, the model has the weights of the last epoch. With `config.weights_ema`, the average of the weights
+    is validated and saved.
 
     A state is written after every epoch, and when SIGTERM arrives. A resumed training gives the same result as an
     uninterrupted training. Random numbers, including those of shuffling, depend only on `config.seed` and the epoch.
@@ -94,7 +98,7 @@ def train(
         model: The model without wrappers. It has the attributes `backbone_name`, `neck_name` and `config`, like
             `IQAModel`.
         train_set: Dataset of pairs (image, normalised MOS), which are read by index. It has the attributes of
-            `ImageQualityDataset`. If `config.crop_size` is given, it becomes the dataset's `crop_size`.
+            `ImageQualityDataset`. If `config.crop_size` is given, the dataset's `crop_size` is set to this value.
         val_set: The validation set, in the same form.
         folder: Folder of the results.
         config: Settings of the training. Default: the model's config.
@@ -104,7 +108,7 @@ def train(
         progress: Whether to show progress on stderr.
         device: Device of the training. Default: CUDA if available.
         freeze_backbone: Whether to keep the backbone's weights fixed.
-        save_every: Number of steps after which a state is also written within an epoch.
+        save_every: Number of steps between two states within an epoch. Default: no states within an epoch.
         compile: Backend of torch.compile for backbone and head, such as "inductor".
         card: Facts to store in the checkpoint, in addition to the epoch, the validation results and the logistic map.
 
@@ -114,7 +118,8 @@ def train(
     Raises:
         TypeError: The model is wrapped.
         ValueError: The state in the folder belongs to another config, model or dataset, or an image cannot be read.
-        DivergenceError: The loss or a gradient is not finite; with a loss scaler, three losses in a row.
+        DivergenceError: The loss or a gradient is not finite. With a loss scaler, this error is raised after three such
+            steps in a row.
         WorkerError: A process that loads images was killed.
         OSError: The folder cannot be written to, for example because the disk is full.
         Preempted: SIGTERM arrived.
@@ -282,8 +287,11 @@ class _Run:
                 save_state(self.folder, self.model, self.optimizer, values, self.average)
 
     def _publish(self, *, whole: bool = True) -> None:
-        """Write the history. Write the checkpoint if the last epoch is the best and the weights are from its end."""
-        # These files follow from the state, so resuming completes an interrupted write.
+        """Write the history, and also the checkpoint if the last epoch is the best.
+
+        `whole` is False if training has gone on since that epoch. The checkpoint is then not written.
+        """
+        # These files are derived from the state. If a write is interrupted, a resumed training writes them again.
         if self.rank > 0:
             return
         with self._write_errors():
@@ -307,7 +315,7 @@ class _Run:
         return self.model if self.average is None else self.average
 
     def _train_epoch(self, epoch: int, begun: dict[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Train an epoch; return its row of the history, and its progress, which is saved until validation ends."""
+        """Train an epoch; return its row of the history, and its progress, which is saved if the validation fails."""
         config = self.config
         batches = self._batches(epoch)
         shares = [
@@ -325,7 +333,7 @@ class _Run:
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=worker_start(),
-            # Without its own generator, the loader would draw from the global one, again after every resume.
+            # Without this argument, the loader would draw a seed from the global generator after every resume.
             generator=torch.Generator().manual_seed(config.seed),
         )
         self.model.train()
@@ -397,7 +405,7 @@ class _Run:
         except Exception as error:
             fault = reading_fault(error)
         at.waited += time.perf_counter() - start
-        self._stop_if_asked(at)  # before the faults, because the same signal may have killed a worker
+        self._stop_if_asked(at)  # first, because the signal may have caused the fault
         faults = [error for error in ranks.gather(fault) if error is not None] if self._any(fault) else []
         if faults:
             self._save(at.to_dict())
@@ -418,7 +426,11 @@ class _Run:
 
     @contextmanager
     def _kept_if_a_worker_dies(self, at: Progress) -> Iterator[None]:
-        """If a worker dies, save the progress if possible. torch raises the error at any point of the program."""
+        """If a worker dies, save the progress and raise a WorkerError.
+
+        torch may raise its error anywhere in the block. The progress is not saved if a step has begun or if there are
+        several ranks.
+        """
         try:
             yield
         except RuntimeError as error:
@@ -462,7 +474,7 @@ class _Run:
     ) -> dict[str, Tensor]:
         """Return losses whose means over micro-batches and ranks are the losses of the batch.
 
-        share: Size of this micro-batch, relative to the mean size.
+        `share` is the number of these images, divided by the mean number over all micro-batches and ranks.
         """
         config = self.config
         regularised = config.weight_gradient > 0
@@ -488,9 +500,9 @@ class _Run:
 
     @torch.no_grad()
     def _survey(self, parts: list[tuple[Tensor, Tensor]]) -> BatchStatistics | None:
-        """Compute a batch's statistics in a first pass without gradients.
+        """Compute a batch's statistics in a first pass without gradients; return None for a neck without statistics.
 
-        The first pass draws the same random numbers as the second pass.
+        The second pass, with gradients, draws the same random numbers.
         """
         if not isinstance(self.model.neck, SRMNeck):
             return None
@@ -568,7 +580,7 @@ class _Run:
         correlation = srocc(scores, mos)
         linear = plcc(scores if logistic is None else logistic(scores), mos)
         row |= {"val_srocc": correlation, "val_plcc": linear, "diagnostics": self._diagnose()}
-        # JSON has no NaN; it becomes null, also in the results of the best epoch.
+        # JSON has no NaN. Convert NaN to None here, so that the results of the best epoch have None too.
         row = json.loads(json.dumps(row), parse_constant=lambda _: None)
         if self.best is None or _exceeds(row["val_srocc"], self.best["val"]["srocc"]):
             self.best = {
@@ -579,7 +591,7 @@ class _Run:
         return row
 
     def _diagnose(self) -> dict[str, Any]:
-        # Evenly spaced, because neighbours in the set show the same photograph.
+        # Take evenly spaced images, because neighbouring images of a dataset may show the same photograph.
         count = min(self.config.batch_size, len(self.val_set))
         chosen = np.linspace(0, len(self.val_set) - 1, count).round().astype(int)
         images = torch.stack([self.val_set[int(i)][0] for i in chosen]).to(self.device)
@@ -615,7 +627,7 @@ def _exceeds(value: float | None, best: float | None) -> bool:
 
 
 def _check_same(folder: Path, stored: dict[str, Any], now: dict[str, Any]) -> None:
-    # A config field that is newer than the stored training had its default value then.
+    # If the stored config lacks a field, the field was added later. The stored training used its default value.
     defaults = json.loads(json.dumps(SRMConfig().to_dict()))
 
     def flat(identity: dict[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ class Progress:
         self.sums: dict[str, Tensor] = {}  # losses times images
         self._capped = torch.zeros(
             2, device=device
-        )  # this rank's numbers of images: with an active gain cap, and all
+        )  # on this rank: the number of images with an active gain cap, and the number of all images
 
     @property
     def done(self) -> bool:

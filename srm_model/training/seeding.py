@@ -17,11 +17,12 @@ import torch.utils.deterministic
 def seeded(*entropy: int, rank: int = 0) -> Iterator[None]:
     """Seed the generators of Python, NumPy and PyTorch from non-negative integers for the block, then restore them.
 
-    All ranks use the same seeds, except for the generator of the GPU. Draws for a whole batch are made on the CPU.
+    All ranks use the same seeds for the CPU, so that they agree on the random numbers of a whole batch. `rank` changes
+    the seed of the GPU.
     """
     seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 — the global state is restored
-    # Only the current GPU, because reading the state of another GPU would initialise that GPU.
+    # Restore only the current GPU, because reading the state of another GPU would initialise that GPU.
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices):
         random.seed(seed)
@@ -71,7 +72,7 @@ def _decoded(text: str) -> torch.Tensor:
 def deterministic(enabled: bool) -> Iterator[None]:
     """Use deterministic algorithms in the block, then restore the settings.
 
-    If PyTorch has no deterministic algorithm for an operation, it warns.
+    PyTorch warns about operations that have no deterministic algorithm.
     """
     if not enabled:
         yield
@@ -82,7 +83,7 @@ def deterministic(enabled: bool) -> Iterator[None]:
     fill = memory.fill_uninitialized_memory
     benchmark, cudnn = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
     torch.use_deterministic_algorithms(True, warn_only=True)
-    memory.fill_uninitialized_memory = False  # only for debugging, and it takes a pass over memory
+    memory.fill_uninitialized_memory = False  # filling is for debugging only, and takes time
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
     try:
         yield

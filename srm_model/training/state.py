@@ -1,8 +1,8 @@
 """Save and load training states, from which an interrupted training resumes.
 
-`state.safetensors` is the last state, and the previous state is in the same folder. A state has the tensors of the
-model, of the optimiser and, if it exists, of the average. All other values are JSON in the file's metadata, so that a
-single rename replaces the whole state.
+`state.safetensors` is the last state, and `state.previous.safetensors` is the previous state. A state has the tensors
+of the model and of the optimiser. With `config.weights_ema`, it also has the average of the weights. All other values
+are JSON in the file's metadata, so that a single rename replaces the whole state.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def _flush(path: Path) -> None:
 
 
 def _rotate(folder: Path) -> None:
-    """Link the state to the name of the previous state. Unlike a rename, this keeps the state's own name."""
+    """Give the state also the name of the previous state, by a hard link. The state keeps its own name."""
     if not (folder / STATE).exists():
         return
     with atomic_path(folder / PREVIOUS) as temporary:

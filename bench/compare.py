@@ -1,9 +1,8 @@
 """Test whether a candidate (checkout or backend) is slower than a base: `python -m bench.compare`.
 
-The exit code is 1 if the candidate is slower. Measurements are repeated in `--sets` sets. Each set
-starts four new processes in random order: two copies of the base (A1, A2) and two of the candidate (B1, B2), each with
-its own inputs. The memory layout of a process makes an operator faster or slower for as long as the process lives. Each
-set therefore starts new processes.
+The exit code is 1 if the candidate is slower. Measurements are repeated in `--sets` sets. Each set starts four new
+processes in random order: two copies of the base (A1, A2) and two of the candidate (B1, B2), each with its own inputs.
+Each set needs new processes, because the memory layout of a process can make an operator faster or slower.
 
 A set has several rounds. A round times each copy once, in the order ABBA or BAAB at random, so that a drift of the
 machine cancels. A CPU is timed by CPU time, which other processes barely affect. One thread is used unless

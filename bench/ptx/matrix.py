@@ -191,7 +191,7 @@ def key_of(row: Row) -> tuple[Any, ...]:
 
 
 def rows(wanted: Sequence[Run], known: Sequence[Row] = ()) -> Iterator[Row]:
-    """Yield a row for each run. If an earlier row of the same case and dtype ran the same code, it does not run again.
+    """Yield a row for each run. Code that ran for an earlier row of the same case and dtype does not run again.
 
     Args:
         wanted: Runs in the order of their execution.

@@ -1,16 +1,16 @@
 """Measure images × steps per second of each attack, and its overhead: `python -m bench.attacks`.
 
-Each attack takes turns with "bare" passes: the forward and backward passes that the attack needs, on the same batch and
-without gradients of the weights. Rates are computed from median times: CPU time on a CPU with one thread, otherwise
-wall-clock time, which includes the device's work.
+Bare passes are the forward and backward passes that an attack needs, without the work of the attack itself. Attack and
+bare passes take turns on the same batch, without gradients of the weights. Rates are computed from median times. A CPU
+with one thread is timed by CPU time. Otherwise rates use wall-clock time, which includes the work of the GPU.
 
-The overhead is the least time of the attack divided by the least time of the bare passes, minus 1. On a GPU the least
-time is the shortest wall-clock time of a call. On a CPU the least time is the sum, over the steps of a call, of the
-shortest CPU time of each step, because other processes disturb some steps of every call. The time of the attack
-includes work that is done once, such as drawing the start, so more steps give a smaller overhead.
+The overhead is the least time of the attack divided by the least time of the bare passes, minus 1. On a GPU, the least
+time is the shortest wall-clock time of a call. Calls on a CPU are timed step by step, because other processes disturb
+some steps of every call. The least time is then the shortest CPU time of each step, summed over the steps. The attack
+also does work once per call, such as drawing the random start. More steps therefore give a smaller overhead.
 
-By default an attack has 20 steps and 1 restart; the article has 40 steps and 5 restarts. On a CPU, glibc keeps freed
-memory between calls, as in `srm-iqa attack`.
+By default an attack has 20 steps and 1 restart; the article has 40 steps and 5 restarts. On a CPU, glibc is set to keep
+freed memory between calls, as in `srm-iqa attack`.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ Tick = Callable[[], object]  # called after each step
 
 
 class Plan(NamedTuple):
-    """How an attack runs, and how much it computes.
+    """Function that runs an attack, and the number of passes that the attack needs.
 
     Attributes:
-        attack: (model, tick) → result.
+        attack: Function (model, tick) → result. It calls `tick()` after each step.
         forward: Number of forward passes without gradients.
         backward: Number of passes with a gradient of the images.
         units: Number of steps or queries.
@@ -57,12 +57,12 @@ class Plan(NamedTuple):
 
 
 def plans(images: Tensor, mos: Tensor, steps: int) -> dict[str, Plan]:
-    """Return every attack by its name, such as "pgd mse linf".
+    """Return a dictionary from the name of each attack, such as "pgd mse linf", to its plan.
 
     Args:
         images: Images (B, 3, h, w) in [0, 1].
         mos: Opinion scores (B,).
-        steps: Steps or queries.
+        steps: Number of steps, or of queries for the square search.
     """
 
     def stepped(call: Callable[..., object], objective: Any) -> Callable[[nn.Module, Tick], object]:
@@ -78,7 +78,7 @@ def plans(images: Tensor, mos: Tensor, steps: int) -> dict[str, Plan]:
         for norm, eps in EPS.items():
             call = partial(method, norm=norm, eps=eps, steps=steps, restarts=1)
             for objective in OBJECTIVES if method is pgd else OBJECTIVES[:1]:
-                forward = 1 + getattr(objective, "uses_clean_scores", True)  # the last iterate; the images
+                forward = 1 + getattr(objective, "uses_clean_scores", True)  # last iterate; clean images
                 plan = Plan(stepped(call, objective), forward, steps, steps)
                 found[f"{method.__name__} {objective.name} {norm}"] = plan
     return found
@@ -101,7 +101,7 @@ def bare(model: nn.Module, images: Tensor, *, forward: int, backward: int) -> Ca
 
 
 class Timed(NamedTuple):
-    """Time of one call in seconds: `whole` is used for rates, and `parts`, the times between ticks, for overheads."""
+    """Time of one call in seconds. Rates use `whole`; overheads use `parts`, the times between ticks."""
 
     whole: float
     parts: list[float]
@@ -125,7 +125,7 @@ def timed(call: Callable[[Tick], object], device: torch.device) -> Timed:
 
 
 def least(calls: list[Timed]) -> float:
-    """Return the sum over all parts of the least time of the part."""
+    """Return the least time of each part over all calls, summed over the parts."""
     return sum(map(min, zip(*(call.parts for call in calls), strict=True)))
 
 

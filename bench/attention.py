@@ -8,7 +8,7 @@ The other implementations are
 - with --compile, all of these under `torch.compile`.
 
 Calls take turns. A GPU is timed with CUDA events around queued calls. A CPU is timed by CPU time if torch has one
-thread, else by wall-clock time; compare only ratios.
+thread, else by wall-clock time. Compare only ratios, not times of different runs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from srm_model.profiling import Effort, Times, measure_together
 from srm_model.profiling.memory import bytes_of, peak
 from srm_model.profiling.traces import most_expensive
 
-# (N_q, N_k, target: the default backend takes at most this share of the time of exact attention)
+# (N_q, N_k, target). The target is the largest time of the default backend divided by the time of exact attention.
 SHAPES = ((16_384, 256, 1 / 3), (65_536, 1_024, 1 / 6), (65_536, 4_096, 1 / 20))
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -119,8 +119,8 @@ def row_of(
 def query_side(options: argparse.Namespace) -> str:
     """Time the query side alone at N_q = 16,384, and compare its memory throughput with the throughput of a copy.
 
-    Query side and copy take turns: the next launch is queued while the device copies, and the copy evicts Q from the
-    caches.
+    Query side and copy take turns. The launch of the query side is queued during the copy, so its host time is hidden.
+    The copy also evicts Q from the caches.
     """
     from srm_kernels.attention import _query_side
 

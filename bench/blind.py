@@ -1,12 +1,13 @@
 """Compare checkpoints with BRISQUE, NIQE and PIQE on a dataset: `python -m bench.blind --data DIR --checkpoint CKPT`.
 
 All models score the same images: the test split of the dataset, at the image size of the checkpoints. Each model is
-attacked by the square attack, which needs scores only, with the objective `square_mse` of the suites, the same batches
-and the same random numbers. Before the attack, the scores of each model are mapped linearly to the mean and standard
-deviation of the labels of the validation split. The logistic map before PLCC is fitted on the validation split.
+then attacked by the attack `square_mse`. This square attack needs scores only, no gradients. It uses the same batches
+and random numbers for all models. Before the attack, the scores of each model are mapped linearly, so that they have
+the mean and standard deviation of the labels on the validation split. PLCC is computed after a logistic map, which is
+also fitted on the validation split.
 
-A row holds the clean scores of one model, or one attacked batch. Metrics whose packages are missing are left out.
-`bench/README.md` lists the packages.
+A row has the clean scores of one model, or the result of one attacked batch. Metrics whose packages are missing are
+left out. `bench/README.md` lists the packages.
 """
 
 from __future__ import annotations
@@ -127,7 +128,7 @@ def clean_row(bench: Bench, subject: Subject) -> Row:
 
 
 def attacked_row(bench: Bench, subject: Subject, eps: str, number: int) -> Row:
-    """Attack one batch. The model's scores are on the scale of the labels."""
+    """Attack one batch of the model, whose scores must already be mapped to the scale of the labels."""
     (attack, *_) = Suite.queries(bench.config).attacks
     job = Job(
         config=bench.config,
@@ -161,7 +162,7 @@ def attacked_row(bench: Bench, subject: Subject, eps: str, number: int) -> Row:
 
 
 def rows(bench: Bench, subjects: Sequence[Subject], known: Sequence[Row]) -> Iterator[Row]:
-    """Yield the rows that are not in `known`, batch by batch, so that all models have the same images at any time."""
+    """Yield the rows that are not in `known`. All models are attacked on a batch before the next batch starts."""
     done = {key_of(row): row for row in known if "error" not in row}
     ready = []
     for subject in subjects:
@@ -250,7 +251,7 @@ def opened(options: argparse.Namespace) -> tuple[Bench, list[Subject]]:
     """Open the models and the dataset.
 
     Raises:
-        ValueError: A checkpoint or the dataset is faulty, or the checkpoints differ in image size or seed.
+        ValueError: A checkpoint or the dataset cannot be read, or the checkpoints differ in image size or seed.
     """
     cards = [read_card(runs.one_checkpoint(folder)) for folder in options.checkpoint]
     pairs = {(card["config"]["image_size"], card["config"]["seed"]) for card in cards}

@@ -1,18 +1,18 @@
 """Search for keys that exceed the bounds of docs/CONDITIONING.md, and for the worst keys without normalisation.
 
-For every set of keys K̃ (r, d), with W = softmax(K̃K̃ᵀ/√d) and λ = λ₀ tr(W)/r, the figures are, in fp64:
+W = softmax(K̃K̃ᵀ/√d) and λ = λ₀ tr(W)/r. For every set of keys K̃ (r, d), these figures are computed in fp64:
 
 - `symmetric`: κ₂(S + λI) divided by its bound (1 + λ)/λ;
 - `certificate`: κ₂(W_λ) divided by ϱ(1 + λ)/λ, where ϱ is the ratio of the largest to the smallest row sum of
   exp(K̃K̃ᵀ/√d);
 - `landmark`: κ₂(W_λ) divided by r (1 + λ)/λ, the bound on κ₂(W_λ) for keys of equal norm;
 - `kappa`: κ₂(W_λ);
-- `gain`: max|Y| / max|V| for queries K and random V, with N_k = 2r keys of which the first r are landmarks. Exact
-  attention averages the values, so its gain is at most 1.
+- `gain`: max|Y| / max|V|, where the queries are the keys K and V is random. There are N_k = 2r keys, and the first r
+  are the landmarks. Exact attention averages the values, so its gain is at most 1.
 
 Half of the sets are drawn from families (random, duplicated, collinear, graded, outlier, smooth, vanishing). The other
-half result from a gradient ascent that starts from such a set. The ascent maximises log κ₂(W_λ), κ₂(W_λ) divided by its
-bound, or the gain.
+half are drawn in the same way and then changed by gradient ascent. The ascent maximises the logarithm of κ₂(W_λ), of
+κ₂(W_λ) divided by its bound, or of the gain.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def ascend(keys: Tensor, case: Case, normalised: bool, steps: int, seed: int) ->
         seed: Seed of V.
 
     Returns:
-        Keys (n, 2r, d); a set whose gradient is not finite keeps its last finite keys.
+        Keys (n, 2r, d). If the gradient of a set becomes NaN or infinite, the last finite keys of the set.
     """
     variable = keys.clone().requires_grad_()
     optimiser = torch.optim.Adam([variable], lr=0.1)

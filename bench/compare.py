@@ -1,18 +1,23 @@
-"""Test whether one checkout or backend is slower than another: `python -m bench.compare`; exit code 1 if it is.
+"""Test whether a candidate (checkout or backend) is slower than a base: `python -m bench.compare`.
 
-Each of the `--sets` starts four new processes in random order: two copies of the base (A1, A2) and two of the candidate
-(B1, B2), each with its own inputs. New processes are needed because the memory layout of a process makes an operator
-faster or slower for as long as the process lives. A round times each copy once, in the order ABBA or BAAB at random, so
-that a drift of the machine cancels. A CPU is timed by CPU time, which other processes barely affect, with one thread
-unless OMP_NUM_THREADS is set. A set gives the medians over its rounds of these differences of logarithms of times:
+The exit code is 1 if the candidate is slower. Measurements are repeated in `--sets` sets. Each set starts four new
+processes in random order: two copies of the base (A1, A2) and two of the candidate (B1, B2), each with its own inputs.
+Each set needs new processes, because the memory layout of a process can make an operator faster or slower.
+
+A set has several rounds. A round times each copy once, in the order ABBA or BAAB at random, so that a drift of the
+machine cancels. A CPU is timed by CPU time, which other processes barely affect. One thread is used unless
+OMP_NUM_THREADS is set. In each round, two differences are computed from the logarithms of the four times:
 
     change = (B1 + B2 - A1 - A2) / 2        null = (A1 + B1 - A2 - B2) / 2
 
-The null compares copies of the same version, so it differs from 0 only by chance. If B is as fast as A, swapping A and
-B changes the sign of the change, so Wilcoxon's signed-rank test of the change is exact. `ratio` is the Hodges-Lehmann
-estimate of the change over all sets, with its signed-rank interval. `noise` is the largest absolute value in the
-signed-rank interval of the null: the run cannot detect smaller changes. The probability of any wrong verdict in a run
-is at most 1 % (Bonferroni over its lines).
+The change and the null of a set are the medians over its rounds. The null compares copies of the same version, so it
+differs from 0 only by chance. If B is as fast as A, swapping A and B changes only the sign of the change. Wilcoxon's
+signed-rank test of the change is therefore exact.
+
+`ratio` is the Hodges-Lehmann estimate of the change over all sets, with its signed-rank interval. `noise` is the
+largest absolute value in the signed-rank interval of the null. The run cannot detect changes smaller than the noise.
+The ratio, its interval and the noise are printed as ratios of times. The probability of any wrong verdict in a run is
+at most 1 % (Bonferroni over the lines of the run).
 
 SLOWER is printed if the lower end of the interval exceeds the tolerance and the ratio exceeds the noise. Times of
 different runs are never compared.
@@ -56,9 +61,9 @@ Pair = tuple[float, float]  # change and null of one set
 
 
 class Verdict(NamedTuple):
-    """The time of the candidate divided by the time of the base, its interval, and the noise of the run.
+    """Time of the candidate divided by the time of the base, with its interval, and the noise of the run.
 
-    A noise of 1.04 means that two copies of the same code may seem to differ by 4 %.
+    A noise of 1.04 means that the times of two copies of the same code may differ by 4 %.
     """
 
     ratio: float
@@ -72,9 +77,9 @@ def one_set(copies: dict[str, Measure], rounds: int, random: np.random.Generator
     """Time the four copies in turns; return the change and the null of the set.
 
     Args:
-        copies: Name in `COPIES` → function that measures this copy.
+        copies: Function that measures a copy, by the name of the copy in `COPIES`.
         rounds: How often each copy is timed.
-        random: Source of the order.
+        random: Random generator of the order.
     """
     changes, nulls = [], []
     for _ in range(rounds):
@@ -88,12 +93,14 @@ def one_set(copies: dict[str, Measure], rounds: int, random: np.random.Generator
 
 
 def judge(sets: Sequence[Pair], *, tolerance: float = TOLERANCE, lines: int = 1) -> Verdict:
-    """Apply the rule of this module to the sets of one line.
+    """Decide from the sets of one line whether the candidate is slower.
+
+    The docstring of this module gives the rule. A line is one operator, family and direction.
 
     Args:
         sets: Change and null of each set.
-        tolerance: Largest slowdown that is accepted, relative.
-        lines: How many lines the run has.
+        tolerance: Largest accepted slowdown, relative: 0.05 accepts 5 %.
+        lines: Number of lines in the run.
 
     Raises:
         ValueError: There are too few sets to detect any slowdown.
@@ -118,10 +125,10 @@ def signed_rank(values: Sequence[float], level: float) -> tuple[float, float, fl
 
     Args:
         values: A sample of a symmetric distribution.
-        level: Largest probability of an error at each end of the interval.
+        level: Largest probability, for each end of the interval, that the centre is beyond this end.
     """
     means = sorted((a + b) / 2 for a, b in itertools.combinations_with_replacement(values, 2))
-    ways = np.zeros(len(means) + 1)  # to choose the signs, by the sum of the positive ranks
+    ways = np.zeros(len(means) + 1)  # number of sign patterns, by the sum of the positive ranks
     ways[0] = 1
     for rank in range(1, len(values) + 1):
         ways[rank:] += ways[:-rank].copy()
@@ -135,7 +142,7 @@ class Worker:
     """Process that times the operators of a checkout.
 
     Raises:
-        ValueError: The folder is no checkout.
+        ValueError: The folder is not a checkout of this project.
     """
 
     def __init__(self, checkout: Path) -> None:

@@ -1,15 +1,17 @@
 """Time the solvers of the landmark system, and search for keys that exceed its bounds: `python -m bench.conditioning`.
 
-The time of each solver, and of the factorisations of torch.linalg, is divided by the time of the SVD at the same size
-in the same run. The time of the solve is also divided by the time of the whole attention. `!` marks a missed target:
+The times of the solvers and of the factorisations of torch.linalg are divided by the time of the SVD. The SVD is timed
+at the same size in the same run. The time of the solve is also divided by the time of the whole attention. `!` marks a
+missed target:
 
 - on a CPU, the default solver takes at most a fifth of the SVD's time at r = 32 and 64;
 - on a GPU, the fused solver is at least 50 times as fast as the SVD at r = 64, and at least twice as fast as the LU and
   the Cholesky factorisation of torch.linalg;
 - the solve takes at most 30 % of the attention's time.
 
-`--search` looks for keys that exceed the bounds of docs/CONDITIONING.md and exits with 1 if it finds any. `--out` keeps
-JSON lines, the machine first; times are written after each size, so that Ctrl-C keeps what was measured.
+`--search` looks for keys that exceed the bounds of docs/CONDITIONING.md and exits with 1 if it finds any. `--out`
+writes JSON lines; the first line describes the machine. Times are written after each size, so all finished sizes are
+kept after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -91,7 +93,8 @@ def best(functions: dict[str, Call], device: torch.device, repeats: int) -> dict
     """Time several calls in turns (first, second, …, first, second, …); return the shortest time of each in ms.
 
     The shortest time is used instead of the median, because other work on the machine can only add time. On a GPU, a
-    measurement is the mean of `QUEUED` launches. A call that takes longer than 0.1 s is timed twice, one launch each.
+    measurement is the mean over `QUEUED` launches. A call that takes longer than 0.1 s is only timed twice, with one
+    launch for each measurement.
     """
     first = {name: milliseconds(call, device, 1) for name, call in functions.items()}
     times: dict[str, list[float]] = {name: [] for name in functions}
@@ -146,8 +149,8 @@ def shares(device: torch.device, repeats: int) -> list[dict[str, Any]]:
     """Measure the time of the solve divided by the time of Nyström attention; return one row per backend.
 
     The sizes are H = 8, N_q = 16,384, N_k = 256, r = 64 and d = 32; B is 8 on a GPU and 1 on a CPU. The default backend
-    is measured and, on a GPU, also the backend "triton". Attention by "triton" solves within the launch of the key
-    side. This part of a launch cannot be timed alone, so the solve is timed as a launch of its own.
+    is measured, and on a GPU also the backend "triton". The attention of "triton" solves inside the kernel of the key
+    side. The solve inside this kernel cannot be timed alone, so a separate launch of the solve is timed.
     """
     batch = 8 if device.type == "cuda" else 1
     options = argparse.Namespace(device=device, dtype="fp32")

@@ -1,9 +1,9 @@
 """Compare the `srm` neck with the quadratic neck on one thread of a CPU: `python -m bench.cpu_neck`.
 
-The necks are measured alone, in fp32 with one image, on maps of the sizes that a backbone produces. The quadratic neck
-uses scaled_dot_product_attention. Times are CPU time, medians of calls that take turns within one run. Memory is the
-peak above the maps, including the gradients that backward leaves. `srm, not compiled` is the same neck without the
-library of csrc. `!` marks a missed target.
+The necks are measured without a backbone, in fp32 and with one image. Their inputs are random maps of the sizes that a
+backbone produces. The quadratic neck uses scaled_dot_product_attention. Calls take turns within one run, and times are
+medians of CPU time. Memory is the peak memory beyond the maps; it includes the gradients of a backward pass. The row
+`srm, not compiled` is the `srm` neck without the compiled library of csrc/. `!` marks a missed target.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
 """Compare the fused neck with the quadratic neck and with its own unfused parts: `python -m bench.fused_neck`.
 
-The necks are measured alone, on maps of the sizes that a backbone produces. They take turns within one run: forward in
-evaluation mode, or forward and backward in training mode. `plain` is the Nyström neck in plain PyTorch, `unfused` calls
-the kernels one by one, `fused` uses `pooled_links`. Memory is the peak above the maps. Launches are counted by the
-profiler. The floor is the larger of two times at the device's rates: the time to read the maps once, and the time of
-the neck's matrix products. A large copy and a large product measure the rates first, unless `--bandwidth` and `--rate`
-give them. On a CPU the necks run in plain PyTorch: `plain` and `fused` are then the same, and `unfused` computes its
-links one by one.
+The necks are measured without a backbone, on random maps of the sizes that a backbone produces. They take turns within
+one run. Either the forward pass is timed in evaluation mode, or forward and backward in training mode. `plain` is the
+Nyström neck in plain PyTorch, `unfused` calls the kernels one by one, and `fused` uses `pooled_links`. Memory is the
+peak memory beyond the maps. The profiler counts the launches.
+
+The floor is the larger of two times: the time to read the maps once at the bandwidth of the device, and the time of the
+neck's matrix products at its rate. Bandwidth and rate are measured first, by a large copy and a large matrix product.
+`--bandwidth` and `--rate` replace the measured values. On a CPU the necks run in plain PyTorch. `plain` and `fused` are
+then the same, and `unfused` computes its links one by one.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ WIDTHS = {
     "mobilenetv3_large_100": (24, 40, 112, 960),
 }
 STRIDES = (4, 8, 16, 32)
-# (least speedup over the quadratic neck, largest share of its memory) by direction and image side
+# (direction, image side): (least speedup over the quadratic neck, largest memory divided by that of the quadratic neck)
 TARGETS = {
     ("forward", 512): (3, 1 / 4),
     ("forward", 1024): (6, 1 / 4),
@@ -47,7 +49,7 @@ TARGETS = {
 FORWARD_TARGETS = {
     True: (3, 2),
     False: (5, 3),
-}  # by DyT: speedups over the eager and the compiled quadratic neck
+}  # whether DyT is on: (least speedup over the eager quadratic neck, over the compiled quadratic neck)
 MOST_FLOORS = 3
 
 
@@ -82,7 +84,8 @@ def neck_of(
 ) -> SRMNeck:
     """Build the neck to be timed.
 
-    It is calibrated on small random maps (64-pixel images, batch 2) from the same distribution as the timed maps.
+    The neck is calibrated on small random maps, for two images of 64 pixels. They have the same distribution as the
+    timed maps.
 
     Args:
         backbone: A name of `WIDTHS`.

@@ -1,8 +1,8 @@
 """Measure how the cost of attention grows, and where Nyström overtakes exact attention: `python -m bench.growth`.
 
-Each sweep changes one of N_q, N_k, N (both at once), r, d, H and B, and is fitted to time = c·x^p. Then a table over
-N_k and B shows the time of Nyström attention divided by the time of exact attention. All points of a sweep and all
-implementations take turns.
+Each sweep changes one size: N_q, N_k, N (N_q and N_k together), r, d, H or B. The times of a sweep are fitted to
+time = c·x^p, where x is the size. The crossover table then shows the time of Nyström attention divided by the time of
+exact attention, for several N_k and B. All points of a sweep and all implementations take turns.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Sizes(NamedTuple):
 class Scale(NamedTuple):
     """The sizes to start from, the values of each sweep, and the values of N_k and B for the crossover table.
 
-    The sweep N sets N_q and N_k alike.
+    The sweep N sets N_q and N_k to the same value.
     """
 
     base: Sizes
@@ -151,9 +151,10 @@ def calls(sizes: Sizes, backends: Sequence[str], options: argparse.Namespace) ->
 
 
 def measured(points: Sequence[Sizes], backends: Sequence[str], options: argparse.Namespace) -> list[Rows]:
-    """Return, for every point, a row for each implementation; `error` says why an implementation cannot run.
+    """Measure every implementation at every point; return a list of rows for each point.
 
-    Points and implementations take turns, so that a drift of the machine affects neither a ratio nor an exponent.
+    If an implementation cannot run at a point, its row has an `error` with the reason. Points and implementations take
+    turns, so that a drift of the machine affects neither ratios nor exponents.
     """
     device, effort = torch.device(options.device), effort_of(options)
     rows: list[dict[str, dict[str, Any]]] = []
@@ -268,10 +269,11 @@ def surfaces(rows: Iterable[dict[str, Any]]) -> list[Surface]:
 
 
 def crossing(surface: Surface, batch: int) -> float | None:
-    """Return the N_k above which Nyström is faster at a batch size.
+    """Return the N_k above which Nyström attention is faster at a batch size.
 
-    The result is interpolated between the last N_k at which Nyström is slower and the next N_k. Returns the smallest
-    N_k if Nyström is never slower, and None if Nyström is slower at the largest N_k.
+    The result is interpolated between the largest N_k at which Nyström attention is not faster and the next measured
+    N_k. If Nyström attention is always faster, the result is the smallest N_k. If Nyström attention is not faster at
+    the largest N_k, the result is None.
     """
     row = [(k, surface.share[k, batch]) for k in surface.keys]
     known = [(k, share) for k, share in row if share is not None]

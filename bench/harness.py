@@ -70,8 +70,8 @@ def timing_parser(name: str, description: str | None, **defaults: Any) -> argpar
 
     Args:
         name: Name of the benchmark.
-        description: Its description.
-        **defaults: Defaults that differ from the usual ones, by option.
+        description: Description of the benchmark in `--help`.
+        **defaults: Default values of options, where they differ from the common defaults.
     """
     usual = {
         "warmup": "50 on a GPU, 2 on a CPU",

@@ -1,9 +1,9 @@
 """Count the launches of a forward pass of the fused neck without a GPU: `python -m bench.launches`.
 
-The package's own kernels are counted where Triton's interpreter starts them. The rest is counted in torch's profile of
-the CPU: library products and convolutions, and other operations, such as elementwise ones and reductions. Views and
-allocations launch nothing. On a GPU the profiler counts the same in `bench.fused_neck`. The convolutions of the gate
-are counted separately.
+A launch of one of the package's own kernels is counted when Triton's interpreter starts the kernel. Other launches are
+counted in torch's CPU profile. They are matrix products and convolutions of libraries, and other operations, such as
+elementwise operations and reductions. Views and allocations launch nothing. The convolutions of the gate are counted
+separately. `bench.fused_neck` counts the launches on a GPU with the profiler.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NOTHING = {  # views, allocations and queries
     "unflatten", "unsafe_split", "unsqueeze", "view", "view_as", "_reshape_alias", "_unsafe_view", "numpy_T", "mT",
     "item", "to", "_nnpack_available", "_local_scalar_dense", "is_nonzero", "resize_",
 }  # fmt: skip
-# One kernel each on a GPU, although they may call several operators on a CPU.
+# Each of these operators is one kernel on a GPU, although it may call several operators on a CPU.
 WHOLE = {"add", "div", "mean", "mul", "rsub", "sub", "sum", "_foreach_copy"}
 OWN, GATE = "own kernel ", "gate"
 WIDTHS, STRIDES = (3, 4, 5, 6), (4, 8, 16, 32)
@@ -81,7 +81,7 @@ def count_launches(call: Callable[[], object], gate: torch.nn.Module | None = No
     """Count the launches of one call.
 
     Args:
-        call: The call; its kernels run in Triton's interpreter or in `overhead.pretended`.
+        call: Function to call. Its Triton kernels run in the interpreter, or as stubs within `overhead.pretended()`.
         gate: Module whose convolutions are counted separately.
     """
     hooks = []
@@ -126,14 +126,14 @@ def _add(event: Any, found: Launches, gate: bool) -> bool:
 
 
 def forward_of(*, dyt: bool, side: int = 512, batch: int = 2) -> tuple[SRMNeck, list[Tensor]]:
-    """Return a neck that runs by kernels, in evaluation mode, and maps (B, C_i, h, w).
+    """Return a neck with the backend "triton", in evaluation mode, and its maps (B, C_i, h, w).
 
-    The maps have few channels and rows, because the interpreter is slow. The number of launches depends on the
-    schedule, the widths of the maps and the number of keys of a source: up to 1,024 keys need one launch.
+    The maps have few channels and rows, because the interpreter is slow. The number of launches depends on the links of
+    the neck, the widths of the maps and the number of keys. The key side needs one launch for at most 1,024 keys.
 
     Args:
         dyt: Whether the neck has DyT.
-        side: Image side in pixels, which sets the widths of the maps; their heights are a sixteenth of it.
+        side: Image side in pixels. The maps have the width of maps for this side, and a sixteenth of the height.
         batch: B.
     """
     torch.manual_seed(0)

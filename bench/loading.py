@@ -1,7 +1,7 @@
 """Measure where the time of loading an image goes: `python -m bench.loading IMAGES` (decoding, resizing, augmentation).
 
-The first images of a folder are read as in training. Times are CPU time in milliseconds per image on one worker. The
-least of several passes is reported, because other work on the machine barely affects the least time.
+The first images of a folder are read as in training. Times are CPU time in milliseconds per image, for one worker. Each
+step is timed in several passes, and the least time is reported, because other processes barely affect it.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
 
 
 def parts(paths: list[Path], size: int, folder: Path) -> dict[str, Call]:
-    """Return, by name, a function for each step of loading.
+    """Return a dictionary from the name of each loading step to its function.
 
-    Each call processes all images once. `folder` holds the image cache.
+    A call of the function processes all images once. `folder` is the folder of the image cache.
     """
     cache = ImageCache(folder, 1 << 34)
     resized = [cache.get(path, size) for path in paths]

@@ -1,18 +1,23 @@
 """Compare a training step of the fused neck with the reference neck, result by result.
 
-The rule applies to the fused map and to every loss, gradient and statistic. Errors are measured against the reference
-neck in fp64. The largest error is at most twice the largest error of the reference neck in the same precision, plus 64
-units of rounding of the largest entry in fp32 (2 units in a reduced precision).
+The results are the fused map, and every loss, gradient and statistic. Errors are measured against the reference neck in
+fp64. The error of a result is the largest error of its entries. It may be at most the sum of two terms:
 
-Some gradients are small differences of larger numbers. Their "largest entry" is therefore the largest entry of several
-gradients: of all gradients for the gradient of a bias, and of all gradients of the gate for a gradient of the gate,
-because the gradients of the gate's logits sum to 0 over the stages.
+- twice the error of the reference neck in the same precision;
+- 64 eps times the largest entry of the result in fp32, or 2 eps times this entry in a reduced precision.
 
-The gradient of a single number (β, α, θ of one head, the bias of a readout) is a sum Σ tᵢ over channels and positions.
-Its error Σ tᵢ δᵢ, with roundings δᵢ of either sign, is of the order of the unit of rounding times √Σ tᵢ², whatever
-the sum itself is. One sample of such an error may be close to 0 by chance, so it does not bound another sample. The
-error of the reference is therefore the largest error over `DRAWS` losses, which differ in their signs. In fp32 the
-"largest entry" is at least the root mean square of the gradient over these losses.
+Some gradients are small differences of larger numbers. For these gradients, the second term uses the largest entry of
+several gradients:
+
+- for the gradient of a bias, the largest entry of all gradients;
+- for another gradient of the gate, the largest entry of all gradients of the gate. The gradients of the gate's logits
+  sum to 0 over the stages.
+
+A gradient with one element (of β, α, θ of one head, the bias of a readout) is a sum Σ tᵢ over channels and positions.
+Each term tᵢ has a relative rounding error δᵢ, which may be positive or negative. The error Σ tᵢ δᵢ of the sum is about
+eps·√Σ tᵢ², even if the sum itself is small. In one step the error may be close to 0 by chance. The reference neck
+therefore runs with `DRAWS` losses, which differ in their signs, and its largest error is used. In fp32, the second term
+uses at least the root mean square of the gradient over these losses.
 """
 
 from __future__ import annotations
@@ -71,8 +76,8 @@ def step(neck: SRMNeck, pyramid: Sequence[Tensor], draw: int = 0) -> Step:
 
     Args:
         neck: Neck in training or evaluation mode.
-        pyramid: Its maps (B, C_i, h, w).
-        draw: Number of the loss; losses differ in their signs.
+        pyramid: Maps (B, C_i, h, w).
+        draw: Number of the loss. A loss is a weighted sum of the fused map; the signs of the weights depend on `draw`.
 
     Returns:
         Outputs, buffers and gradients by name, on the CPU.
@@ -100,13 +105,13 @@ def ratios(
     dtype: torch.dtype | None = None,
     run: Callable[[SRMNeck, Sequence[Tensor]], Step] = step,
 ) -> dict[str, float]:
-    """Return error divided by bound for every result of a training step by kernels.
+    """Run a training step by kernels; return the error of every result, divided by its bound.
 
     Args:
         neck: Reference neck.
         pyramid: Maps (B, C_i, h, w) in fp32.
         dtype: Dtype of autocast, or None for fp32.
-        run: Function that runs the step of the neck by kernels.
+        run: Function that runs the training step of the neck with the backend "triton".
 
     Raises:
         AssertionError: The kernels and the reference return results with different names.

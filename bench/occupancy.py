@@ -80,9 +80,10 @@ def _up(value: int, unit: int) -> int:
 
 
 def kernel_table(rows: Iterable[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Return a table of the resources and the theoretical occupancy of kernels: its header and its lines.
+    """Return the header and the lines of a table of the resources and the theoretical occupancy of kernels.
 
-    If a kernel needs the same resources for several shapes, the table has one line for them, with the first shape.
+    If a kernel needs the same resources for several shapes, the table has one line for these shapes, which shows the
+    first shape.
 
     Args:
         rows: Rows of `bench.resources`.

@@ -48,8 +48,8 @@ class Operator(NamedTuple):
     """How an operator is called.
 
     Attributes:
-        inputs: (family, generator) → inputs in float64 on the CPU.
-        run: (inputs, backend, family) → floating-point results.
+        inputs: Function (family, generator) → inputs in float64 on the CPU.
+        run: Function (inputs, backend, family) → floating-point results.
         gradients: Indices of the inputs that are differentiated; empty for an operator without a derivative.
     """
 
@@ -251,7 +251,7 @@ class Timed:
         operator: A name of `OPERATORS`.
         family: Sizes of the inputs.
         backend: Implementation to time.
-        direction: "forward", or "backward" for forward and backward.
+        direction: "forward" times the forward pass, "backward" times forward and backward passes together.
         dtype: A name of `DTYPES`.
         device: Device of the inputs.
 
@@ -287,12 +287,12 @@ class Timed:
     def verify(self) -> float:
         """Return the largest error of a result, relative to its norm.
 
-        Errors are measured against the reference in float64. An error is accepted up to twice the error of the
-        reference in the same dtype, plus eight units of rounding. These units are needed because the error of the
+        Errors are measured against the reference in float64. The largest accepted error is twice the error of the
+        reference in the same dtype, plus 8 eps of this dtype. The second term is needed because the error of the
         reference can be zero by chance.
 
         Raises:
-            NumericsError: An error is larger.
+            NumericsError: An error is larger than accepted.
         """
         found = self.call()
         if self.name == "select_landmarks":

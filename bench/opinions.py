@@ -1,10 +1,11 @@
 """Compare the opinions of TID2013 with images made from the Kodak photographs: `python -m bench.opinions`.
 
-The photographs are distorted as by `srm-iqa data synthesize --opinions`, and three full-reference metrics of piq score
-the images. FSIM and SSIM score the luminance, and SSIM does not downsample, as for the published figures. A row holds
-the scores of one photograph and type. The summary is Spearman's correlation of each metric with the opinions, for each
-type, for all types, and for the types that `srm-iqa data synthesize --opinions` makes by default, next to the figures
-published for TID2013.
+The photographs are distorted as by `srm-iqa data synthesize --opinions`. Three full-reference metrics of piq (VSI, FSIM
+and SSIM) score the distorted images. FSIM and SSIM are computed on the luminance, and SSIM does not downsample, as for
+the published figures. A row has the scores of one photograph and distortion type.
+
+The summary has Spearman's correlation of each metric with the opinions: for each type, for all types, and for the types
+that `srm-iqa data synthesize --opinions` makes by default. The last line has the figures published for TID2013.
 """
 
 from __future__ import annotations
@@ -89,9 +90,9 @@ def correlation(chosen: Sequence[Row], metric: str) -> float:
 
 
 def summary(found: Sequence[Row]) -> list[str]:
-    """Return a table with each type, all types, the types that are kept, and the published figures.
+    """Return a table of correlations: for each type, for all types, without `LEFT_OUT`, and as published.
 
-    `!` marks a difference above the limit.
+    `!` marks a correlation that differs from the published figure by more than `WITHIN`.
     """
     lines = [f"{'type':56}" + "".join(f"{name:>12}" for name in METRICS)]
     for kind in sorted({row["type"] for row in found}):

@@ -1,15 +1,16 @@
 """Measure host time and launches of the fused neck without a GPU: `python -m bench.overhead`.
 
-Triton's own `JITFunction.run` binds and specialises the arguments of every launch, with a driver that pretends to be a
-GPU. Only the compiled kernels are stubs. A pass therefore takes the same host time as a real pass, except for the C
-launcher and the CUDA driver (2 to 4 µs per launch). Times are CPU time of one thread in µs per pass:
+Triton's own `JITFunction.run` binds and specialises the arguments of every launch, as on a GPU. A fake driver reports a
+GPU, and stubs replace the compiled kernels. A pass therefore takes the same host time as a pass on a GPU, except for
+the time of the C launcher and the CUDA driver (2 to 4 µs per launch). Times are CPU time of one thread in µs per pass:
 
 - `triton`: inside `JITFunction.run`;
 - `library`: inside the matrix products, convolutions and casts that the neck itself calls. This benchmark computes them
   on small maps; with a GPU, the host would only launch them;
-- `package`: everything else: this package's Python, the dispatch of its operators, autograd, views and allocations.
+- `package`: everything else, such as this package's Python code, the dispatch of its operators, autograd, views and
+  allocations.
 
-The neck is narrow (C = 16), because host time depends on the schedule and not on widths.
+The neck is narrow (C = 16), because host time depends on the links of the neck and not on its width.
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ NAMES, REPEATS = ("forward", "training step"), (200, 50)
 
 
 class Clock:
-    """CPU time spent inside the functions that it watches, in ns by part.
+    """Measure the CPU time spent inside watched functions.
 
     Attributes:
-        spent: CPU time by part.
+        spent: CPU time in ns, by part.
         mark: Whether stub kernels record their names in torch's profile.
     """
 
@@ -101,7 +102,7 @@ def _stub(clock: Clock) -> Callable[..., Any]:
 
 @contextmanager
 def pretended() -> Iterator[Clock]:
-    """Let Triton bind the launches of the block for a GPU of `CAPABILITY`, then drop them; accept CPU tensors."""
+    """Bind the launches of the `with` block for a GPU of `CAPABILITY`, then drop them; accept CPU tensors."""
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 

@@ -1,7 +1,7 @@
-"""Make the tables of docs/ from result rows, so that a row exists for every figure there.
+"""Write tables in pages of docs/ from result rows, so that every figure in these tables has a row.
 
 A table is placed between `<!-- rows: NAME -->` and `<!-- end -->`. `python -m bench.report FOLDER --pages PAGE`
-rewrites the table, and a test compares the pages with the rows.
+rewrites the table. A test compares the tables with the rows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PLAIN = ("torch", "sdpa")  # the backend, and its name in earlier rows
 
 
 def filled(text: str, folder: Path) -> str:
-    """Make all tables of a page again, from the result rows in a folder; return the text of the page.
+    """Rewrite all tables of a page from the result rows in a folder; return the new text of the page.
 
     Raises:
         ValueError: The name of a table is unknown, or the rows of a table are from different machines, versions or
@@ -49,12 +49,12 @@ def markdown(header: Sequence[str], lines: Sequence[Sequence[str]], *, words: in
 
 
 def rows_of(folder: Path, name: str, keys: Sequence[str]) -> Rows:
-    """Return the rows without an error.
+    """Return the rows of a file that have no `error`.
 
     Args:
         folder: Folder of results.
         name: Name of the file without its suffix.
-        keys: Columns that identify a row. Of several rows with the same values, the last one is used.
+        keys: Columns that identify a row. If several rows have the same values in these columns, the last row is used.
 
     Raises:
         ValueError: The rows are from different machines, versions or commits.

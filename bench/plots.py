@@ -1,6 +1,6 @@
-"""Draw results: logarithmic axes with units, readable without colour.
+"""Draw results, mostly on logarithmic axes with units.
 
-Series differ by colour, dash and marker, and bars by shade and hatching.
+The pictures are readable without colour: series also differ by dash and marker, and bars by shade and hatching.
 """
 
 from __future__ import annotations
@@ -70,12 +70,12 @@ def lines(
 
 
 def roofline(series: Sequence[Line], bandwidth: float, rate: float, *, title: str, note: str) -> Figure:
-    """Draw lines of points (MACs per byte, MACs per second), in the given order, under the measured ceilings.
+    """Draw a roofline plot: lines of points (MACs per byte, MACs per second) under the measured ceilings.
 
     Args:
-        series: The lines.
-        bandwidth: Bytes per second.
-        rate: MACs per second.
+        series: Lines, whose points are joined in the given order.
+        bandwidth: Measured memory bandwidth in bytes per second.
+        rate: Measured rate of matrix products in MACs per second.
         title: Title.
         note: Text below the title.
     """
@@ -93,7 +93,7 @@ def roofline(series: Sequence[Line], bandwidth: float, rate: float, *, title: st
 
 
 def stacked(bars: Sequence[Bar], segments: Sequence[str], *, title: str, note: str, x_label: str) -> Figure:
-    """Draw horizontal stacks on a linear axis.
+    """Draw horizontal stacked bars on a linear axis.
 
     A segment looks the same in every picture with the same `segments`. Segments without a value are left out.
     """

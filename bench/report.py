@@ -1,7 +1,7 @@
 """Write results as tables and pictures: `python -m bench.report bench/results/cpu` writes report.md and SVGs there.
 
-Every table and picture shows results of one machine, one set of versions and one commit. Rows of several are refused,
-unless `--latest` selects the rows that were measured under the same conditions as the last row.
+Every table and picture shows results of one machine, one set of versions and one commit. Other rows in the same file
+are an error. With `--latest`, only the rows with the same machine, versions and commit as the last row are used.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ def report(folder: Path, *, last: bool = False) -> list[Path]:
 
     Args:
         folder: Folder with `neck.jsonl`, `growth.jsonl`, `crossover.jsonl` or `resources.jsonl`.
-        last: Whether to use only rows that were measured under the same conditions as the last row of each file.
+        last: Whether to use only rows with the same machine, versions and commit as the last row of their file.
 
     Returns:
         The paths of the written files, `report.md` first.
 
     Raises:
-        ValueError: There are no rows, or rows of several measurements.
+        ValueError: There are no rows, or the rows of a file are from different machines, versions or commits.
     """
     sections: list[str] = []
     pictures: list[Picture] = []

@@ -1,11 +1,11 @@
 """List registers, shared memory and spills of every Triton kernel, compiled without a GPU: `python -m bench.resources`.
 
-The launches that the package makes for a shape and a device are recorded instead of run. Each is compiled for the
-architecture of the device, and the log of ptxas is read. This shows whether a kernel fits, not how fast it is.
+The launches of the package for a shape and an architecture are recorded instead of run. Each launch is compiled for the
+architecture, and its resources are read from the log of ptxas. They show whether a kernel fits, not how fast it is.
 
-`--out FILE` keeps a row of each launch, with a digest of everything that it was compiled from: the code of the kernel
-and of the functions it calls, its constants and options, the architecture and the version of Triton. A launch whose
-digest is in FILE is not compiled again. Rows of launches that no longer exist are dropped.
+`--out FILE` writes a row for each launch. The row has a digest of everything that determines the compiled code: the
+code of the kernel and of the functions that it calls, its constants and options, the architecture and the version of
+Triton. A launch whose digest is in FILE is not compiled again. Rows of launches that no longer exist are dropped.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Resources(NamedTuple):
 
 @contextmanager
 def recorded(capability: tuple[int, int]) -> Iterator[list[Launch]]:
-    """Record the launches of the block, as on a device of this capability, instead of running them."""
+    """Record the launches of the `with` block, as on a device of this capability, instead of running them."""
     from triton.runtime.jit import JITFunction
 
     from srm_kernels import devices
@@ -170,9 +170,9 @@ class Family(NamedTuple):
     """Kernels that are launched together.
 
     Attributes:
-        call: Launches the kernels for a case.
-        cases: All shapes.
-        article: The shapes of the article.
+        call: Function that launches the kernels for a case.
+        cases: All cases.
+        article: Cases for `--article`.
     """
 
     call: Callable[[Any], None]
@@ -205,7 +205,7 @@ def rows(options: argparse.Namespace, known: dict[str, Resources]) -> Iterator[d
 
     Args:
         options: Options of the command line.
-        known: Resources by digest; launches whose digest is missing are compiled and added.
+        known: Resources by digest. Launches whose digest is missing are compiled, and their resources are added.
     """
     for family in options.families:
         for case in _cases(family, options):

@@ -1,6 +1,7 @@
-"""Shapes for which `bench.resources` compiles the Triton kernels of the package, and the calls that launch them.
+"""Shapes for which `bench.resources` compiles the Triton kernels of the package, and functions that launch the kernels.
 
-Each function calls forward and backward as the operators do, on tensors of the meta device by default.
+Each function launches the kernels of forward and backward as the operators do. Tensors are on the meta device by
+default.
 """
 
 from __future__ import annotations
@@ -65,8 +66,9 @@ class Choice(NamedTuple):
     method: str
 
 
-# The first cases run every kernel, with every option, at the largest size at which it must not spill. Smaller sizes
-# follow, because the launch rules have other branches for them. The last cases are larger sizes, which may spill.
+# The first cases launch every kernel, with every option, at the largest size at which the kernel must not spill.
+# Smaller sizes follow, because the launch rules have other branches for them. The last cases are larger sizes, at which
+# kernels may spill.
 CASES = (
     Case(64, 64, keys=4096),
     Case(64, 64, dtype="float32", method="pivoted_cholesky"),
@@ -93,8 +95,8 @@ CASES = (
     Case(128, 32, dtype="float32"),
     Case(128, 128),
 )
-# The default schedule of pvt_v2_b2 at 512², then the widest and narrowest stages of the four backbones, with DyT and
-# without, other heads, and grids that P = 8 does not divide.
+# The first schedules are the default links with pvt_v2_b2 at 512². The others cover the widest and narrowest stages of
+# the four backbones, both values of `dyt`, other values of H and d, and grids that P = 8 does not divide.
 PVT = ((64, 128), (128, 64), (320, 32))
 SCHEDULES = (
     Schedule(PVT, 8, 32, 64, "bfloat16", dyt=False),
@@ -125,7 +127,8 @@ CHOICES = (
 def attention(case: Case) -> None:
     """Launch Nyström attention.
 
-    With "pivoted_cholesky" in half precision, also launch the leverage scores and the choice of landmarks alone.
+    With the method "pivoted_cholesky" in half precision, also launch the leverage scores and the choice of landmarks as
+    separate operators.
     """
     from srm_kernels.attention import key_kernels, query_kernels
     from srm_kernels.conditioning import kernels as conditioning
@@ -158,7 +161,7 @@ def neck(case: Schedule, make: Callable[..., Tensor] = without_memory, batch: in
 
     Args:
         case: The links.
-        make: (*shape, dtype=…) → tensor.
+        make: Function (*shape, dtype=…) → tensor.
         batch: B.
     """
     from srm_kernels.gate import kernels as gate

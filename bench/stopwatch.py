@@ -11,8 +11,8 @@ import torch
 def milliseconds(call: Callable[[], object], device: torch.device, count: int = 1) -> float:
     """Run `count` calls in a row and return the milliseconds per call.
 
-    A GPU is timed with CUDA events. If torch has one thread, a CPU is timed by the CPU time of the process, which
-    other processes barely affect; otherwise by wall-clock time.
+    A GPU is timed with CUDA events. If torch has one thread, a CPU is timed by the CPU time of the process, which other
+    processes barely affect. If torch has several threads, a CPU is timed by wall-clock time.
     """
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -1,10 +1,13 @@
 """Measure training steps of every backbone, neck and backend, and the share of time spent on data:
 `python -m bench.training`.
 
-The models of a backbone take turns in one process, and each is shown with its speed relative to the first neck; on a
-busy machine only this ratio is meaningful. A step is a step of the training loop: forward under autocast, losses,
-backward, clipping, AdamW. Peak memory is measured on a GPU only, and excludes weights and optimiser. For the share of
-time spent on data, the first model of each backbone reads JPEG files: first decoded each time, then from a cache.
+The models of a backbone take turns in one process. The speed of each model is also shown relative to the first neck. On
+a busy machine only this ratio is meaningful. A training step consists of the forward pass under autocast, the losses,
+the backward pass, gradient clipping and AdamW. Peak memory is measured on a GPU only. It excludes the weights and the
+optimiser state.
+
+The share of time spent on data is measured twice with the first model of each backbone: with JPEG files that are
+decoded at each step, and with images from a cache.
 """
 
 from __future__ import annotations

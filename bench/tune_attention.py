@@ -1,10 +1,10 @@
 """Time launch configurations of the Triton attention kernels on a GPU: `python -m bench.tune_attention`.
 
-For every rule of `srm_kernels/attention/launch_rules.py` and the usual sizes, each alternative replaces the rule in
-turn. The medians of a forward or backward pass are printed, with the rule's own choice marked. Change the numbers of a
-rule by hand afterwards; nothing is tuned at run time.
+Every rule of `srm_kernels/attention/launch_rules.py` is compared with alternative configurations at the usual sizes.
+For each configuration, the median time of a forward or backward pass is printed. The configuration that the rule
+chooses is marked. Afterwards, change the numbers of a rule by hand; nothing is tuned at run time.
 
-Several processes that share Triton's cache compile all alternatives first; one process then times them.
+Several processes compile all configurations first, with a shared Triton cache. One process then times them.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Trial(NamedTuple):
 
 
 def trials(dtype: torch.dtype, device: torch.device) -> Iterator[Trial]:
-    """Yield every alternative, the rule's own choice included."""
+    """Yield every candidate configuration, including the configuration that the rule chooses."""
     target = devices.capability(torch.empty(0, device=device))
     for (rank, d), name in product(SIZES, RULES):
         choice = getattr(launch_rules, name)(rank, d, dtype, target)
@@ -64,7 +64,7 @@ def trials(dtype: torch.dtype, device: torch.device) -> Iterator[Trial]:
 
 
 def call_of(trial: Trial, options: argparse.Namespace) -> Call:
-    """Return a call of a forward pass, or of the backward pass after a forward pass that runs first."""
+    """Return a call of the forward pass, or of the backward pass alone if the rule times the backward pass."""
     shape = (options.batch, options.heads)
     inputs = attention_inputs(shape, options.queries, options.keys, trial.d, options, gradients=True)
     forward = partial(nystrom_attention, *inputs, trial.rank, qk_norm="keys", backend="triton")
@@ -102,7 +102,7 @@ def compiled(trial: Trial, options: argparse.Namespace) -> str | None:
 
 
 def compiled_side_by_side(wanted: list[Trial], options: argparse.Namespace) -> dict[Trial, str | None]:
-    """Run `compiled` in several processes. If a launch ends its process, the result lacks the trials after it."""
+    """Run `compiled` in several processes. If a trial ends its process, the result lacks this and later trials."""
     context, found = multiprocessing.get_context("spawn"), {}
     try:
         with ProcessPoolExecutor(options.processes, mp_context=context) as pool:

@@ -30,10 +30,10 @@ def stopwatch(call: Callable[[], object], device: str) -> Callable[[], float]:
 
 
 def prepared(request: dict[str, Any]) -> Callable[[], float]:
-    """Return the stopwatch of one operator.
+    """Return a function that measures one operator, in milliseconds per call.
 
     Args:
-        request: The arguments of `Timed` by name, and `verify`: whether the results are checked first.
+        request: Arguments of `Timed` by name. The additional entry `verify` says whether results are checked first.
 
     Raises:
         NumericsError: The results are wrong.

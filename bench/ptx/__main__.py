@@ -1,8 +1,10 @@
 """Run compiled Triton kernels on the PTX emulator.
 
-`python -m bench.ptx --matrix` checks every kernel at every branch of its launch rules against the numerics rule.
-`python -m bench.ptx --report` counts what the kernels execute at the article's shapes and writes a simulation of which
-unit of a GPU limits each.
+`python -m bench.ptx --matrix` checks every kernel at every branch of its launch rules. The errors must satisfy the
+numerics rule of `srm_kernels/numerics.py`.
+
+`python -m bench.ptx --report` counts the instructions of the kernels at the article's shapes. The report shows which
+unit of a GPU limits each kernel in this simulation.
 """
 
 from __future__ import annotations

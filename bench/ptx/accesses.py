@@ -13,7 +13,7 @@ from .operands import Operands, indices
 from .parse import WIDTH, Address, Instruction, Reg, Unsupported
 
 ATOMIC_TYPES = ("u32", "s32", "b32", "f32", "u64", "s64", "b64", "f64", "f16", "bf16")
-# Shapes of mma.sync with the types of their operands.
+# The types of the operands of mma.sync, by shape.
 MMA = {"m16n8k16": ("f16", "bf16"), "m16n8k8": ("tf32", "f16", "bf16"), "m16n8k4": ("tf32",)}
 
 

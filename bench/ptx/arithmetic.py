@@ -1,6 +1,6 @@
 """Arithmetic of PTX on arrays of lanes.
 
-A register is an unsigned array with an entry per lane, or a scalar that all lanes share.
+The value of a register is an unsigned array with one entry per lane, or a scalar that all lanes share.
 """
 
 from __future__ import annotations

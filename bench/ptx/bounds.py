@@ -1,8 +1,9 @@
 """Estimate the busy time of a GPU's units for a launch, and the unit that limits it.
 
-The emulator counts PTX instructions, which ptxas translates to SASS. If there is a cubin, its SASS is read, and each
-SASS instruction is counted as often as the PTX of its source line was executed on average. Both are estimates of what a
-GPU issues. Neither estimate includes latencies, caches or how well units overlap.
+The emulator counts PTX instructions. A GPU executes SASS, into which ptxas translates the PTX. If there is a cubin, its
+SASS is read. The executions of a SASS instruction are then estimated: they are the average executions of the PTX
+instructions of the same source line. Without a cubin, the PTX instructions are counted instead. Both counts are
+estimates of what a GPU issues. They include neither latencies nor caches, and assume that all units overlap perfectly.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def bound(launch: Launch, gpu: Gpu, *, batch: int = 1, use_sass: bool = True) ->
 
     Args:
         launch: A launch executed with `count=True`.
-        gpu: The card, one of `rates.GPUS`.
+        gpu: The GPU, one of `rates.GPUS`.
         batch: Number of copies of the grid that are launched at once.
         use_sass: Count the SASS of the cubin instead of the PTX, if there is a cubin.
 
@@ -34,24 +35,24 @@ def bound(launch: Launch, gpu: Gpu, *, batch: int = 1, use_sass: bool = True) ->
         A dictionary with these entries:
 
         - "kernel": name of the kernel.
-        - "blocks": blocks of all launches.
+        - "blocks": number of blocks of all copies of the grid.
         - "warps": warps per block.
         - "registers": registers per thread; 128 if there is no SASS.
         - "resident": blocks that one SM can hold at once.
         - "waves": blocks / (SMs × resident).
-        - "uneven": blocks on the fullest SM divided by the mean over SMs.
+        - "uneven": number of blocks on the SM with the most blocks, divided by the mean over all SMs.
         - "busy": busy time of each unit, in µs.
         - "bottleneck": the unit with the largest busy time.
-        - "us": the largest busy time, in µs, after all times except "dram" are multiplied by "uneven".
+        - "us": the largest of these times in µs: "busy" of "dram", and "busy" of every other unit times "uneven".
         - "units": warp instructions by unit, from the SASS if it is counted, else from the PTX.
         - "ptx": PTX instructions by unit, and matrix products by shape and type.
         - "opcodes": warp instructions of the 25 most frequent SASS opcodes.
-        - "lines": SASS warp instructions of the 25 source lines with the most.
-        - "products": FMA of matrix products by type.
-        - "repeated": all matrix products divided by the distinct ones; wgmma is not counted.
-        - "conflicts": wavefronts of shared memory divided by the number without bank conflicts.
-        - "sector_bytes": bytes of all sectors that are accessed.
-        - "asked_bytes": bytes that the lanes request.
+        - "lines": SASS warp instructions of the 25 source lines that have the most of them.
+        - "products": fused multiply-adds of matrix products, by type.
+        - "repeated": number of matrix products divided by the number of distinct ones. Every wgmma counts as distinct.
+        - "conflicts": wavefronts of shared memory divided by the number that is needed without bank conflicts.
+        - "sector_bytes": bytes of all accessed sectors of global memory.
+        - "asked_bytes": bytes that the lanes request from global memory.
         - "dram_bytes": bytes of the distinct sectors, at most the size of the tensors.
     """
     counters = launch.counters

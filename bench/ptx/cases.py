@@ -1,7 +1,7 @@
 """Cases of the compiled matrix: every kernel of the package at every branch of its launch rules.
 
-A case makes the inputs of a call and defines how its results are judged. Sizes are small, because the code of a program
-does not depend on the grid. Ranks, widths and methods cover the branches of the launch rules.
+A case makes the inputs of a call and defines how its results are judged. Sizes are small, because the code of a kernel
+does not depend on the size of its grid. The values of r and d and the methods cover all branches of the launch rules.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Case:
 
     Attributes:
         name: Name of the case in rows and on the command line.
-        make: dtype → (call, inputs).
+        make: Function dtype → (call, inputs).
         dtypes: Dtypes of the case.
         sample: (dtype, architecture) pairs that continuous integration runs.
-        shares_size: Whether errors are relative to the largest result of the call.
+        shares_size: Whether errors are relative to the largest result of the call, and not each to its own result.
     """
 
     name: str
@@ -129,8 +129,8 @@ def solve(r: int, d: int, solver: str, *sample: tuple[str, int]) -> Case:
 def landmarks(keys: int, d: int, rank: int, method: str, *sample: tuple[str, int]) -> Case:
     """Return a case that chooses landmarks.
 
-    The case returns 0 if the indices are distinct and at most 1 in 16 differs from the definition, because rounding may
-    break ties either way. Otherwise the case returns 1.
+    The call returns 0 if the indices are distinct and at most 1 in 16 differs from the exact choice. A few may differ,
+    because rounding may break ties either way. Otherwise the call returns 1.
     """
 
     def call(key: Tensor, *, backend: str) -> Tensor:
@@ -160,7 +160,7 @@ def _attention_cases() -> Iterator[Case]:
         sample = [("fp16", 90)] if (method, norm) == ("pivoted_cholesky", None) else []
         yield attention(77, 50, 32, 17, *sample, method=method, qk_norm=norm)
     yield attention(77, 50, 32, 17, ("bf16", 89), solver="lu", qk_norm="keys", method="uniform")
-    # Keys of one (b, h) are divided among programs, and so are the queries in the backward pass.
+    # The keys of one image and head are divided among programs. In the backward pass, so are the queries.
     yield attention(40, 1056, 32, 16, ("bf16", 80), ("fp32", 89), heads=1, qk_norm="keys")
     yield attention(1030, 1056, 32, 64, ("fp16", 90), heads=1, qk_norm="both")
     yield attention(40, 1056, 64, 64, ("fp32", 120), heads=1, qk_norm="keys")

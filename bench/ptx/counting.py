@@ -25,13 +25,16 @@ FLOAT_TYPES = ("f32", "f32x2", "bf16x2", "f16x2", "f16", "bf16", "f64")
 class Counters:
     """Counters of an execution. All except `blocks`, `grid` and `ran` need `count=True`.
 
+    The keys of the dictionaries are numbers of instructions.
+
     Attributes:
         blocks: Number of warps that executed each basic block.
-        global_requests: Instruction → [warps, sectors, bytes that the lanes request].
-        shared_requests: Instruction → [warps, wavefronts, wavefronts if there were no bank conflicts].
-        products: Instruction → [warps, distinct products within each block].
-        read: Sectors of 32 bytes that were read.
-        written: Sectors that were written.
+        global_requests: [warps, sectors, bytes that the lanes request] by instruction.
+        shared_requests: [warps, wavefronts, wavefronts if there were no bank conflicts] by instruction.
+        products: [all products, products that are distinct within their block] by instruction. A warp executes one
+            product at a time.
+        read: Sectors of 32 bytes of global memory that were read.
+        written: Sectors of 32 bytes of global memory that were written.
         grid: Number of blocks of the launch.
         ran: Number of blocks that were executed.
     """
@@ -68,7 +71,7 @@ class Counters:
         touched.update(np.unique(sectors).tolist())
 
     def count_shared(self, number: int, offsets: Any, size: int) -> None:
-        """Count wavefronts: distinct words in the fullest bank, in each phase of an access. −1 is an inactive lane."""
+        """Count wavefronts: in each phase of an access, the distinct words in the fullest bank. −1: inactive lane."""
         phases = max(1, size // 4)
         rows = offsets.reshape(-1, 32)
         active = (rows >= 0).any(1)
@@ -87,14 +90,16 @@ class Counters:
         _add(self.shared_requests, number, len(rows) if first else 0, int(fullest.sum()), len(rows))
 
     def count_products(self, number: int, blocks: Any, first: Any, second: Any, active: Any) -> None:
-        """Count all products and the distinct ones; warps of a block that multiply equal fragments repeat work.
+        """Count all products and the distinct ones.
+
+        If several warps of a block multiply equal fragments, their products count as one distinct product.
 
         Args:
-            number: The instruction.
-            blocks: (warps,) block of each warp.
-            first: (warps, …) left fragments.
-            second: (warps, …) right fragments.
-            active: (warps,) which warps take part.
+            number: Number of the instruction.
+            blocks: Block of each warp (warps,).
+            first: Left fragments (warps, …).
+            second: Right fragments (warps, …).
+            active: Whether each warp takes part (warps,).
         """
         mark = np.random.default_rng(0)
         keys = [blocks] + [
@@ -158,7 +163,7 @@ def executed(launch: Launch) -> Iterator[tuple[Instruction, str, float]]:
 def ptx_counts(launch: Launch) -> Counter[str]:
     """Count warp instructions of the whole grid by unit, and matrix products by shape and type.
 
-    wgmma counts once per warpgroup under its shape, and once per warp under "mma".
+    A wgmma counts once per warpgroup in the entry of its shape, and once per warp in the entry "mma".
     """
     found: Counter[str] = Counter()
     for ins, unit, times in executed(launch):
@@ -174,9 +179,10 @@ def ptx_counts(launch: Launch) -> Counter[str]:
 def by_place(launch: Launch, library: tuple[str, ...] = ("standard.py",)) -> dict[str, Counter[str]]:
     """Count PTX instructions of the whole grid by call chain and by unit.
 
-    A call chain lists frames, the innermost first, as in "parts.py:120 < kernels.py:77". It omits frames of files whose
-    names start with an entry of `library`. Moves are not counted. Besides the units, a counter has two sums: "all" is
-    the number of counted instructions, and "lsu" is the number of shuffles plus the wavefronts of shared memory.
+    A call chain lists frames, the innermost first, as in "parts.py:120 < kernels.py:77". Frames of files whose names
+    start with an entry of `library` are omitted. Moves are not counted. Besides the units, a counter has two sums:
+    "all" is the number of counted instructions, and "lsu" is the number of shuffles plus the wavefronts of shared
+    memory.
     """
     found: dict[str, Counter[str]] = defaultdict(Counter)
     requests, scale = launch.counters.shared_requests, launch.counters.scale

@@ -1,7 +1,7 @@
-"""Emulated device: Triton compiles for it and launches on it as on a GPU, with CPU tensors.
+"""Emulated device: Triton compiles kernels for this device and launches them as on a GPU, with CPU tensors.
 
-Triton compiles in its own `JITFunction.run`, which specialises arguments and checks globals as for a real launch. Only
-the driver, which names the device, and the launch itself are replaced.
+Triton's own `JITFunction.run` compiles. It specialises arguments and checks global variables as for a launch on a GPU.
+Only two parts are replaced: the driver, which names the device, and the launch itself.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class Launch:
         grid: The grid.
         warps: Warps per block.
         shared: Bytes of shared memory per block.
-        program: The translated kernel.
-        execution: Its execution.
-        seconds: Duration of the execution.
+        program: The kernel, with its basic blocks translated to Python functions.
+        execution: Execution of the program, with its reports and counters.
+        seconds: Duration of the execution on the CPU.
         compiled: Triton's CompiledKernel.
         tensor_bytes: Bytes of the storages of all arguments.
         tensors: Tensor arguments, with `keep=True`.
@@ -93,8 +93,8 @@ class Device:
     """An emulated device that executes launches and keeps the results; `emulated_device` documents the options.
 
     Attributes:
-        launches: Launches in order.
-        refusals: Reasons for which launches were refused; each one is raised too.
+        launches: Executed launches in order.
+        refusals: Reasons why launches were refused. Each refusal also raises RuntimeError.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Device:
         return sorted({f"{name}: {report}" for name, report in self.reports() if report.kind != "copies"})
 
     def run(self, compile_: Callable[..., Any], kernel: Any, args: Any, grid: Any, options: Any) -> Any:
-        """Compile and execute a launch; stands in for `JITFunction.run`.
+        """Compile and execute a launch in place of `JITFunction.run`.
 
         Raises:
             RuntimeError: Triton or the device refuses the launch.
@@ -228,7 +228,7 @@ def emulated_device(
     blocks: Blocks | None = None,
     keep: bool = False,
 ) -> Iterator[Device]:
-    """Launch the Triton kernels of the block on an emulated device; `srm_kernels` then accepts CPU tensors.
+    """Run the Triton kernels of the `with` block on an emulated device; `srm_kernels` then accepts CPU tensors.
 
     Args:
         architecture: Compute capability times ten: 80, 86, 89, 90 or 120.
@@ -238,13 +238,13 @@ def emulated_device(
             between barriers.
         global_checks: With `check`, look for races through global memory too.
         poison: Fill memory that PyTorch allocates uninitialised with NaN, or with the largest integer.
-        names: Kernels to execute, without leading underscores; others are skipped. None: all.
-        blocks: Function from a kernel's name and grid to the blocks to execute, or None for all.
+        names: Names of the kernels to execute, without leading underscores; other kernels are skipped. None: all.
+        blocks: Function (name of a kernel, grid) → numbers of the blocks to execute. None: all blocks.
         keep: Keep the tensors of every launch in `Launch.tensors`.
 
     Raises:
-        RuntimeError: TRITON_INTERPRET=1 is set, under which kernels cannot be compiled; or a launch is refused that a
-            GPU would refuse too.
+        RuntimeError: TRITON_INTERPRET=1 is set, so that kernels cannot be compiled; or Triton or the device refuses a
+            launch, as on a GPU.
         ValueError: The architecture or the order is unknown.
         Unsupported: A kernel contains an instruction that is not modelled.
     """

@@ -1,9 +1,11 @@
 """Execute a launch. Many blocks of the grid run at once; a register is an array with one element per lane.
 
 Lanes execute a basic block together. If lanes diverge, the lanes at the lowest basic block run first. The order of an
-execution says how the warps of a block take turns. With "together", all warps run in lockstep and do not stop at
-barriers. With "forward", the warps run one after the other, each up to the next barrier, and the first warp starts.
-With "reversed", the last warp starts.
+execution says how the warps of a block take turns:
+
+- "together": all warps run in lockstep and do not stop at barriers.
+- "forward": the warps run one after the other, the first warp first, each up to the next barrier.
+- "reversed": the same, the last warp first.
 """
 
 from __future__ import annotations
@@ -84,7 +86,8 @@ class Execution(GlobalMemory, LocalMemory, SharedMemory, Warps, MatrixProducts, 
         """Execute all blocks of the grid, or the given ones."""
         numbers = np.arange(int(np.prod(self.grid))) if blocks is None else np.asarray(blocks)
         self.counters.ran = len(numbers)
-        # Warps that run one after the other need all lanes of a group at one barrier; blocks may branch differently.
+        # If warps run one after the other, all lanes of a group must reach the same barrier. Blocks may branch
+        # differently, so each group then has one block.
         together = max(1, self.lanes // (self.warps * 32)) if self.order == "together" else 1
         with np.errstate(all="ignore"):
             for first in range(0, len(numbers), together):
@@ -128,9 +131,9 @@ class Execution(GlobalMemory, LocalMemory, SharedMemory, Warps, MatrixProducts, 
             self.fences = np.zeros(count, i4)
 
     def _advance(self, group: Group) -> bool:
-        """Run until all lanes wait at a barrier (True) or have exited (False).
+        """Run a group until all lanes wait at a barrier (return True) or have exited (return False).
 
-        With the order "together" the group passes through barriers.
+        With the order "together", a group does not wait at barriers.
         """
         blocks, program, counts = self.program.kernel.blocks, self.program, self.counters.blocks
         warps = group.lanes // 32

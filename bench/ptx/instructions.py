@@ -11,7 +11,7 @@ from .operands import FLOATS, Operands, is_float
 from .parse import WIDTH, Imm, Instruction, Reg, Unsupported
 
 ROUNDING = ("rn", "rz", "rm", "rp", "rna", "rni", "rzi", "rmi", "rpi")
-# Types of two numbers in a register: how one of them is read from its bits, and written to them.
+# Types with two numbers in one register: (expression that reads a number from its bits, expression that writes it).
 PACKED = {
     "f16x2": ("half_wide({})", "half_round({})"),
     "bf16x2": ("bf_wide({})", "bf_round({})"),
@@ -57,7 +57,7 @@ class ScalarInstructions(Operands):
         return [(ins.args[0], self._result(form.format(**names), kind, ins))]
 
     def _mixed(self, ins: Instruction) -> Any:
-        """Emit fma, add or sub in fp32 with bf16 or f16 factors or first term."""
+        """Emit fma, add or sub in fp32. All operands except the last are bf16 or f16."""
         if ins.op[1:-2] not in ([], ["rn"]):
             raise Unsupported(f"{ins.text} (line {ins.line})")
         narrow = [self.typed(arg, ins.op[-1]) for arg in ins.args[1:-1]]

@@ -1,7 +1,8 @@
 """Execute the compiled kernels as PTX on a CPU and judge them by the numerics rule: `python -m bench.ptx --matrix`.
 
-There is a row for each case, dtype and architecture: the largest error divided by its bound, the reports of the memory
-checks, refused launches, and a digest of the code that ran. Code that is the same for two architectures runs once.
+The rule is in `srm_kernels/numerics.py`. There is a row for each case, dtype and architecture. A row has the largest
+error divided by its bound, the reports of the memory checks, refused launches, and a digest of the code that ran. Code
+that is the same for two architectures runs once.
 """
 
 from __future__ import annotations
@@ -190,11 +191,11 @@ def key_of(row: Row) -> tuple[Any, ...]:
 
 
 def rows(wanted: Sequence[Run], known: Sequence[Row] = ()) -> Iterator[Row]:
-    """Yield a row for each run. Code that an earlier row of the same case and dtype executed does not run again.
+    """Yield a row for each run. Code that ran for an earlier row of the same case and dtype does not run again.
 
     Args:
         wanted: Runs in the order of their execution.
-        known: Rows of an interrupted command.
+        known: Rows that an interrupted command has already written.
     """
     done: dict[tuple[Any, ...], list[Row]] = {}
     for row in known:

@@ -27,7 +27,7 @@ ATOMIC: dict[str, Callable[..., Any]] = {
 
 
 class Allocation:
-    """Host memory that a kernel may access: `size` bytes at the address `start`; reports show the name."""
+    """Host memory that a kernel may access: `size` bytes at the address `start`. Reports show `name`."""
 
     def __init__(self, start: int, size: int, name: str) -> None:
         self.start, self.end, self.name = start, start + size, name

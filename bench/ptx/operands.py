@@ -16,7 +16,7 @@ SKIPPED = ("createpolicy", "membar", "nanosleep", "griddepcontrol", "prefetch", 
 
 
 class Operands:
-    """Translate basic blocks to functions of (execution, group, registers, mask of active lanes or None)."""
+    """Translate basic blocks to functions (execution, group, registers, mask of active lanes or None) → branch."""
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
@@ -32,12 +32,15 @@ class Operands:
                 self.operands |= indices(ins.args[1]) if isinstance(ins.args[1], list) else set()
 
     def block(self, block: Block, number: int, masked: bool) -> Callable[..., Any]:
-        """Compile a basic block to a function that returns where its branch is taken, or None.
+        """Compile a basic block to a Python function.
+
+        The function returns which lanes take the conditional branch or exit at the end of the block. It returns None if
+        the block has no conditional end.
 
         Args:
             block: The basic block.
-            number: Its number, for the name of the function.
-            masked: Whether only the lanes of a mask are active.
+            number: Number of the basic block, for the name of the function.
+            masked: Whether the function runs only the lanes of a mask.
         """
         lines = [f"def block_{number}(M, G, R, mask):"]
         self.masked = masked
@@ -115,7 +118,7 @@ class Operands:
         return self.bits(arg, 4)
 
     def _touches(self, ins: Instruction) -> list[str]:
-        """Emit a check where an instruction uses registers of wgmma."""
+        """Return the code of a check if an instruction uses registers of wgmma, otherwise no code."""
         if not self.accumulators or ins.op[0] == "wgmma":
             return []
         stores = ins.op[0] in ("st", "red", "stmatrix", "cp")

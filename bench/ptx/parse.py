@@ -67,14 +67,14 @@ class Instruction:
     """An instruction.
 
     Attributes:
-        op: Parts of the name: ["add", "f32"].
+        op: Parts of the name, such as ["add", "f32"].
         args: Operands.
-        guard: Predicate, or None.
+        guard: Predicate that decides which lanes execute the instruction, or None.
         negated: Whether the predicate is negated.
-        text: The statement.
-        line: Line of the PTX.
-        loc: File number and line of the source.
-        chain: Call chain of the source line, innermost first: "parts.py:120 < kernels.py:77".
+        text: Text of the instruction.
+        line: Line number in the PTX.
+        loc: Number of the source file and line number in this file.
+        chain: Call chain of the source line, the innermost frame first, as in "parts.py:120 < kernels.py:77".
         number: Index among the instructions of the kernel.
     """
 
@@ -106,17 +106,17 @@ class Kernel:
     """A parsed kernel.
 
     Attributes:
-        name: Its name.
+        name: Name of the kernel.
         params: (type, name) of each parameter.
         places: Offset of each parameter in bytes.
         registers: All registers.
         blocks: Basic blocks in order.
-        targets: Number of the basic block by label.
+        targets: Number of the basic block that each label starts.
         shared: Offset of each static array in shared memory, in bytes.
-        shared_bytes: Bytes of these arrays.
+        shared_bytes: Size of all static arrays in shared memory, in bytes.
         local: Offset of each array in local memory, in bytes.
-        local_bytes: Bytes of these arrays.
-        files: Name of each source file by number.
+        local_bytes: Size of all arrays in local memory, in bytes.
+        files: Name of each source file, by the number of the file.
         instructions: All instructions in order.
     """
 
@@ -143,7 +143,7 @@ def parse(text: str) -> Kernel:
     """Parse a PTX module with one kernel.
 
     Raises:
-        Unsupported: The module has other contents than one kernel, or an unknown directive or operand.
+        Unsupported: The module does not consist of one kernel, or has an unknown directive or operand.
     """
     starts = [0] + [m.end() for m in re.finditer("\n", text)]
     clean = re.sub(r"/\*.*?\*/", lambda m: re.sub(r"[^\n]", " ", m.group()), text, flags=re.S)

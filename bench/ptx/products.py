@@ -48,8 +48,8 @@ class MatrixProducts(State):
         """Return the accumulators of mma.sync.
 
         Args:
-            group: The lanes.
-            number: The instruction.
+            group: Lanes that execute the instruction.
+            number: Number of the instruction.
             mask: Active lanes, or None for all.
             shape: "m16n8k16", "m16n8k8" or "m16n8k4".
             kind: Type of the operands: "f16", "bf16" or "tf32".

@@ -18,9 +18,9 @@ class Program:
     """A kernel whose basic blocks are translated when they are first executed.
 
     Attributes:
-        granule: Bytes of the narrowest access to shared memory, at most 4; hazards are recorded per granule.
-        word: Bytes of the narrowest access to global memory, at most 4.
-        wgmma: Whether the kernel uses products of warpgroups.
+        granule: Size in bytes of the narrowest access to shared memory, at most 4. Hazards are recorded per granule.
+        word: Size in bytes of the narrowest access to global memory, at most 4. Hazards are recorded per word.
+        wgmma: Whether the kernel uses wgmma, the matrix products of warpgroups.
     """
 
     def __init__(self, kernel: Kernel) -> None:

@@ -61,9 +61,8 @@ def rows(
     """Yield a row for each GPU, workload and launch.
 
     Args:
-        gpus: Names of GPUs in `rates.GPUS`. The code is compiled, and its instructions are counted, for the
-            architecture of each GPU.
-        workloads: Workloads to launch and count for one image. The times in the rows are for a batch of 8 images.
+        gpus: Names of GPUs in `rates.GPUS`. For each GPU, the code of its architecture is compiled and counted.
+        workloads: Workloads to launch and count, for one image. The times in the rows are for a batch of 8 images.
         dtype: Dtype of the tokens and maps.
     """
     for group in by_architecture(gpus):
@@ -141,7 +140,7 @@ def page(found: Iterable[Row]) -> str:
 
 
 def _targets(rows: Sequence[Row]) -> str:
-    """Return the table of what tuning by these counts has reached on one GPU."""
+    """Return a table of simulated times on one GPU: before tuning by these counts, the target, and now."""
     times = {(row["workload"], row["kernel"]): row for row in rows}
     lines = []
     for workload, kernel, before, target in TARGETS:

@@ -79,9 +79,10 @@ def _output(*command: str | Path) -> str:
 
 
 def sass_counts(launch: Launch) -> SassCounts | None:
-    """Count SASS, or return None without a cubin.
+    """Count the SASS instructions of a launch, or return None without a cubin.
 
-    Each instruction counts as often as the PTX of its source line was executed on average.
+    The executions of a SASS instruction are estimated by the average executions of the PTX instructions of the same
+    source line.
     """
     read = read_sass(launch)
     if read is None:

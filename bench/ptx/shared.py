@@ -38,11 +38,16 @@ class SharedMemory(State):
     def _shared_index(
         self, group: Group, number: int, address: Any, size: int, mask: Any
     ) -> tuple[Any, Any, Any]:
-        """Check the bounds and alignment of a shared access and report violations.
+        """Check the bounds and alignment of an access to shared memory; report violations.
+
+        A lane is valid if it is active and its access has no violation.
 
         Returns:
-            The byte offsets of the valid lanes into the memory of all blocks; the numbers of these lanes, or None if
-            all lanes are valid; and the byte offset of every lane within its block, −1 for invalid or inactive lanes.
+            A tuple of three entries:
+
+            - the byte offsets of the valid lanes into the shared memory of all blocks;
+            - the numbers of the valid lanes, or None if all lanes are valid;
+            - the byte offset of every lane within its block, −1 for lanes that are not valid.
         """
         offset = group.full(address).astype(i8)
         if mask is not None:
@@ -172,9 +177,9 @@ class SharedMemory(State):
     ) -> None:
         """Report lanes that wrote different values to the same address in the same instruction.
 
-        If the lanes belong to several warps, the report is a "race". Otherwise it is "copies", which is not a fault:
-        after a butterfly reduction, every lane of a warp holds a copy of the sum. These copies can differ in the last
-        bit if the compiler contracts a product with an addition of the reduction, as in fma(x, x, shfl(x·x)).
+        If the lanes belong to several warps, the report is a "race". Otherwise the report is "copies", which is not a
+        fault. After a butterfly reduction, every lane of a warp holds a copy of the sum. These copies can differ in the
+        last bit if the compiler contracts a product with an addition of the reduction, as in fma(x, x, shfl(x·x)).
         """
         lane, column = np.nonzero(differs)
         warps = (group.warp if lanes is None else group.warp[lanes])[lane]

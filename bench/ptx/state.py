@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from .memory import Allocation
     from .program import Program
 
-# Take the place of the number of a warp that read or wrote a word of global memory.
+# These numbers replace the number of the warp that read or wrote a word of global memory, if several warps did.
 SEVERAL_READERS, SEVERAL_WRITERS = -2, -3
-# A mark of shared memory is the number of barriers passed, times 1024, plus a warp, or SEVERAL for several warps.
+# A mark of shared memory is 1024 times the number of barriers passed, plus the number of the warp. If several warps
+# made the access, SEVERAL replaces the number of the warp.
 SEVERAL = 1023
 UNWRITTEN, IN_FLIGHT = -1, -2  # IN_FLIGHT: a cp.async that has not completed
 
@@ -28,12 +29,12 @@ class Report:
     """A fault of one instruction.
 
     Attributes:
-        kind: A kind of the table in README.md.
-        text: The instruction.
-        line: Line of the PTX.
+        kind: A report of the table "Checks" in README.md, such as "race".
+        text: Text of the instruction.
+        line: Line number in the PTX.
         source: File and line of the Triton source.
         detail: What was wrong.
-        count: Number of lanes over all blocks.
+        count: Number of lanes with this fault, over all blocks.
     """
 
     kind: str
@@ -48,12 +49,12 @@ class Report:
 
 
 class Group:
-    """Lanes that execute basic blocks together: some warps of several blocks of the grid.
+    """Lanes that execute basic blocks together. They belong to the same warps of one or several blocks of the grid.
 
     Args:
         state: The execution that the group belongs to.
         blocks: Numbers of the blocks within the grid.
-        warps: Numbers of the warps of each block.
+        warps: Numbers of the warps within each block.
     """
 
     def __init__(self, state: State, blocks: np.ndarray, warps: np.ndarray) -> None:

@@ -1,6 +1,6 @@
 """Emulated device for `python -m srm_kernels verify --device bench.ptx.verify:sm_89`, which then needs no GPU.
 
-Kernels are compiled, executed as PTX and judged as on a GPU. Times are invented.
+Kernels are compiled, executed as PTX and judged as on a GPU. Times are constants and not measured.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ class EmulatedDevice(target.Device):
 
     Args:
         architecture: Compute capability times ten.
-        plant: Context that may change kernels while the device runs.
-        times: Milliseconds to report, by step.
+        plant: Function that returns a context manager. It is entered while the device runs, for example to change a
+            kernel.
+        times: Time to report for each step, in milliseconds.
     """
 
     torch_device = torch.device("cpu")
@@ -48,7 +49,7 @@ class EmulatedDevice(target.Device):
             yield
 
     def times(self, steps: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
-        """Run every step once, and return invented times in milliseconds."""
+        """Run every step once; return the constant time of each step in milliseconds."""
         for step in steps.values():
             step()
         return {name: self._times[name] for name in steps}

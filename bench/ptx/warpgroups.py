@@ -21,7 +21,7 @@ class WarpgroupProducts(State):
         self.fences[np.arange(group.count) if mask is None else np.unique(group.block[group.full(mask)])] += 1
 
     def wgmma_fence(self, group: Group, mask: Any) -> None:
-        """Record a wgmma.fence: registers that were written before may be used by products."""
+        """Record a wgmma.fence: later products may use the registers that were written before the fence."""
         if mask is None:
             group.unfenced.clear()
             return
@@ -55,11 +55,11 @@ class WarpgroupProducts(State):
         """Look for registers of products in flight that another instruction reads or writes.
 
         Args:
-            group: The lanes.
-            number: The instruction.
-            reads: Indices of the registers that it reads.
-            writes: Indices of the registers that it writes.
-            fresh: Whether written registers need a wgmma.fence before the next product.
+            group: Lanes that execute the instruction.
+            number: Number of the instruction.
+            reads: Indices of the registers that the instruction reads.
+            writes: Indices of the registers that the instruction writes.
+            fresh: Whether the written registers need a wgmma.fence before the next product.
             mask: Active lanes, or None for all.
         """
         active = group.active(mask)
@@ -151,21 +151,23 @@ class WarpgroupProducts(State):
         majors: tuple[bool, bool],
         registers: Any,
     ) -> list[Any]:
-        """Return the new accumulators; each warp owns 16 rows, so warps may run one after the other.
+        """Return the new accumulators.
+
+        Each warp computes 16 rows of the product on its own, so warps may run one after the other.
 
         Args:
-            group: The lanes.
-            number: The instruction.
+            group: Lanes that execute the instruction.
+            number: Number of the instruction.
             mask: Active lanes, or None for all.
             shape: (n, k).
             kind: Type of the operands: "f16", "bf16" or "tf32".
             to: Accumulators.
             a: Left operand: a tuple of registers, or a descriptor.
             b: Descriptor of the right operand.
-            keep: Whether the accumulators are added.
-            scales: Signs of the operands.
-            majors: Whether each operand is stored along its other dimension than k.
-            registers: Indices of the accumulators, and of the registers of the left operand.
+            keep: Whether the product is added to the accumulators or replaces them.
+            scales: Signs (1 or −1) by which the two operands are multiplied.
+            majors: For each operand, whether its elements are contiguous along the dimension other than k.
+            registers: Two sets of indices: of the accumulators, and of the registers of the left operand.
         """
         size, depth = shape
         warps = group.lanes // 32
@@ -230,7 +232,7 @@ class WarpgroupProducts(State):
         return results
 
     def _taken(self, group: Group, number: int, chunks: Any, owner: Any, active: Any) -> None:
-        """Look for hazards of the shared memory that a product reads, which all warps of the warpgroup read."""
+        """Look for hazards of the shared memory that a product reads. All warps of the warpgroup read it."""
         chosen = active[owner]
         chunks = chunks[chosen]
         if not len(chunks):

@@ -1,8 +1,8 @@
 """Launches at the article's shapes, executed and counted on an emulated GPU.
 
-The shapes are one image of 512×512 pixels, pvt_v2_b2 maps, C = 256, H = 8, r = 64, links 4→3, 4→2 and 4→1. Of a large
-grid only every n-th program runs, which keeps the proportions of the kinds of programs. A bound is the time of the
-busiest unit of the GPU and includes no latency. Bounds are simulated times, not measurements.
+The shapes are those of one image of 512×512 pixels, with pvt_v2_b2 maps, C = 256, H = 8, r = 64 and the links 4→3, 4→2
+and 4→1. Only every n-th program of a large grid runs. A grid may have several kinds of programs, and their proportions
+stay the same.
 """
 
 from __future__ import annotations
@@ -110,10 +110,10 @@ def counted(
     """Yield every launch of the workloads with its counters.
 
     Args:
-        workloads: What to launch.
+        workloads: Workloads to launch.
         architecture: Compute capability times ten.
         dtype: Dtype of tokens and maps.
-        names: Kernels to execute, or None for all.
+        names: Names of the kernels to execute, or None for all.
     """
     for workload in workloads:
         with emulated_device(architecture, check=False, count=True, blocks=sample, names=names) as device:

@@ -20,8 +20,15 @@ version = release = installed_version(project)
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "docs/index"
-include_patterns = ["*.md", "docs/**", "bench/**.md", "csrc/*.md", "experiments/**.md"]
-exclude_patterns = [".*", "**/.*", "build", "dist", "runs", "srm_kernels", "srm_model", "tests"]
+include_patterns = [
+    "*.md",
+    "docs/**",
+    "bench/**.md",
+    "csrc/*.md",
+    "experiments/**.md",
+    "srm_model/shipped/*.md",
+]
+exclude_patterns = [".*", "**/.*", "build", "dist", "runs", "srm_kernels", "tests"]
 
 html_theme = "furo"
 html_title = f"{project} {version}"

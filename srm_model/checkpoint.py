@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 FORMAT = "srm-iqa/1"
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
+SHIPPED = Path(__file__).resolve().parent / "shipped"  # the checkpoint that comes with the package
 # Weights are written completely under this name, then config.json is written, then they are renamed.
 _PENDING = "model.next.safetensors"
 _KEYS = {"format": str, "backbone": str, "neck": str, "config": dict, "sha256": str, "card": dict}
@@ -42,8 +43,6 @@ def save_model(model: nn.Module, folder: str | Path, *, card: dict[str, Any]) ->
         TypeError: The model is another module.
         ValueError: The model has other tensors than it was built with, such as tensors of an adapter.
     """
-    from safetensors.torch import save_file
-
     from srm_model import ranks
     from srm_model.modules import unwrapped
 
@@ -57,19 +56,75 @@ def save_model(model: nn.Module, folder: str | Path, *, card: dict[str, Any]) ->
     tensors, sharded = _own_tensors(model)
     if sharded and ranks.place()[0] != 0:
         return
-    with atomic_path(folder / _PENDING) as temporary:
-        save_file(tensors, temporary)
-        digest = _sha256(temporary)
     document = {
-        "format": FORMAT,
         "backbone": model.backbone_name,
         "neck": model.neck_name,
         "config": model.config.to_dict(),  # type: ignore[operator, union-attr]
-        "sha256": digest,
         "card": card,
     }
-    write_json(folder / CONFIG, document)
+    _write(tensors, folder, document)
+
+
+def _write(tensors: dict[str, Tensor], folder: Path, document: dict[str, Any]) -> None:
+    """Write a checkpoint. `document` has the contents of `config.json` without the format and the digest."""
+    from safetensors.torch import save_file
+
+    with atomic_path(folder / _PENDING) as temporary:
+        save_file(tensors, temporary)
+        digest = _sha256(temporary)
+    about = {key: document[key] for key in ("backbone", "neck", "config")}
+    write_json(folder / CONFIG, {"format": FORMAT, **about, "sha256": digest, "card": document["card"]})
     (folder / _PENDING).replace(folder / WEIGHTS)
+
+
+def pack(folder: str | Path, out: str | Path) -> None:
+    """Copy a checkpoint with its weight matrices in fp16, which halves the file.
+
+    Tensors with fewer than two dimensions keep their dtype: biases, statistics of BatchNorm, τ, and the buffers σ̄ and
+    M₀. A matrix with a value beyond the range of fp16 keeps its dtype too. `load_weights` loads the copy into a model
+    in fp32. The card is kept, except for the dataset's folder on this machine.
+
+    Args:
+        folder: Folder of the checkpoint.
+        out: Folder of the copy.
+
+    Raises:
+        ValueError: `out` is `folder`, or the checkpoint is incomplete or damaged.
+    """
+    folder, out = Path(folder), Path(out)
+    if out.resolve() == folder.resolve():
+        raise ValueError(f"{out}: is the checkpoint itself; expected another folder")
+    document = read_card(folder)
+    card = dict(document["card"])
+    if isinstance(card.get("dataset"), dict):
+        card["dataset"] = {key: value for key, value in card["dataset"].items() if key != "root"}
+    tensors = _read_tensors(_weights_path(folder, document["sha256"]))
+    _write({name: _halved(tensor) for name, tensor in tensors.items()}, out, {**document, "card": card})
+
+
+def _halved(tensor: Tensor) -> Tensor:
+    """Return a matrix in fp16 if its values are in the range of fp16; otherwise return the tensor unchanged."""
+    import torch
+
+    if tensor.dim() < 2 or tensor.dtype not in (torch.float32, torch.float64):
+        return tensor
+    half = tensor.to(torch.float16)
+    return half if half.isfinite().all() else tensor
+
+
+def shipped() -> Path:
+    """Return the folder of the checkpoint that comes with the package.
+
+    Raises:
+        ValueError: This installation has no such checkpoint.
+    """
+    missing = [name for name in (CONFIG, WEIGHTS) if not (SHIPPED / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"{SHIPPED} has no {missing[0]}, so this installation of srm-iqa has no checkpoint of its own; name a "
+            "checkpoint, install a release, or make one with python -m bench.checkpoint in a source checkout"
+        )
+    return SHIPPED
 
 
 def _own_tensors(model: nn.Module) -> tuple[dict[str, Tensor], bool]:
@@ -141,7 +196,7 @@ def read_card(folder: str | Path) -> dict[str, Any]:
 
 
 def load_weights(model: nn.Module, folder: str | Path) -> None:
-    """Load the weights of a checkpoint into a model, strictly.
+    """Load the weights of a checkpoint into a model, strictly. The model keeps its dtypes.
 
     For a model sharded by FSDP, every rank calls this function.
 
@@ -153,16 +208,19 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
         ValueError: A file is damaged, or a tensor is missing, is unexpected or has another shape. The model then stays
             unchanged.
     """
+    path = _weights_path(Path(folder), read_card(folder)["sha256"])
+    copy_tensors(model, _read_tensors(path), path)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = _weights_path(Path(folder), read_card(folder)["sha256"])
     try:
         with utf8_path(path) as readable:
-            tensors = load_file(readable)
+            return load_file(readable)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not readable as safetensors ({error})") from None
-    copy_tensors(model, tensors, path)
 
 
 def plain_tensors(tensors: dict[str, Any]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from srm_kernels.checks import may_ask
 
 from .backbones import Backbone, check_backbone, check_size
-from .checkpoint import load_weights, read_card
+from .checkpoint import load_weights, read_card, shipped
 from .config import STORED, SRMConfig
 from .head import Head
 from .modules import check_like, evaluating
@@ -192,19 +192,23 @@ def build_model(
     return model.eval()
 
 
-def load_model(folder: str | Path, *, backend: str | None = STORED) -> tuple[IQAModel, dict[str, Any]]:
-    """Load the model of a checkpoint, on the CPU and in evaluation mode.
+def load_model(
+    folder: str | Path | None = None, *, backend: str | None = STORED
+) -> tuple[IQAModel, dict[str, Any]]:
+    """Load the model of a checkpoint, on the CPU, in fp32 and in evaluation mode.
 
     Args:
-        folder: Folder of the checkpoint.
+        folder: Folder of the checkpoint. Default: the checkpoint that comes with the package.
         backend: Value of `SRMConfig.backend` for the loaded model; "stored" keeps the value of the checkpoint.
 
     Returns:
         The model and the checkpoint's card.
 
     Raises:
-        ValueError: The folder is not a checkpoint, or the checkpoint is incomplete.
+        ValueError: The folder is not a checkpoint, the checkpoint is incomplete or damaged, or no checkpoint comes with
+            this installation.
     """
+    folder = shipped() if folder is None else folder
     document = read_card(folder)
     config = SRMConfig.from_dict(document["config"])
     if backend != STORED:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
     {"cli", "__main__"},
     {"study", "profiling"},
-    {"runs", "external"},
+    {"runs", "external", "quality_map"},
     {"reports", "training", "attacks", "diagnosis"},
     {"data"},
     {"model"},

@@ -379,7 +379,10 @@ def _add_diagnose(parser: argparse.ArgumentParser) -> None:
 def _add_score(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     checkpoint = add(
-        "checkpoint", metavar="CHECKPOINT", help="checkpoint folder, or a run with one; omitted with --model"
+        "checkpoint",
+        metavar="[CHECKPOINT]",
+        help="checkpoint folder, or a run with one; anything else is an IMAGE, and the checkpoint that comes with the "
+        "package scores it (default, without --model)",
     )
     checkpoint.required = False  # with nargs="?", an option before the images would leave it empty
     images = add("images", nargs="+", default=[], metavar="IMAGE", help="image file; folder with --recursive")
@@ -400,8 +403,14 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
     add(
         "--json",
         action="store_true",
-        help='print a JSON object {"path", "score"} per line, and {"path", "score": null, "error"} for a file '
+        help='print a JSON object {"path", "score", "model"} per line, with a null score and an "error" for a file '
         "without a score; bytes of a path that are not UTF-8 become lone surrogates, as in Python",
+    )
+    add(
+        "--map",
+        metavar="OUT",
+        help="also draw where quality is lost, by gradient-free occlusion: the change of the score if other parts of "
+        "the image replace a window. OUT is a PNG file, or a folder for several images (197 passes per image)",
     )
     _add_batch_size(parser)
     add_max_pixels(parser)

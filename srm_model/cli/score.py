@@ -17,7 +17,9 @@ from torch import Tensor
 
 from srm_model import runs
 from srm_model.attacks.guard import scores_of
+from srm_model.checkpoint import CONFIG, WEIGHTS, read_card, shipped
 from srm_model.cli.external import check_model_options, interface_of
+from srm_model.cli.maps import Maps
 from srm_model.cli.options import device_from
 from srm_model.cli.streams import as_named, sentence
 from srm_model.data import load_image
@@ -33,35 +35,80 @@ class _Source(NamedTuple):
     fault: str | None = None
 
 
+class _Result(NamedTuple):
+    """A score, or the reason why there is none."""
+
+    path: str
+    score: float | None
+    fault: str | None
+    image: Tensor | None = None
+
+
 def run(args: argparse.Namespace) -> int:
     """Print one line per scored file and return 2 if a file could not be read or scored."""
     check_model_options(args)
     names = list(args.images)
-    if args.model is not None and args.checkpoint is not None:
-        names.insert(0, args.checkpoint)  # without a checkpoint, the first positional argument is an image
-    elif args.model is None:
-        if args.checkpoint is None:
-            raise ValueError("no model was given; expected CHECKPOINT, or --model")
-        folder = runs.one_checkpoint(args.checkpoint)
+    chosen: Path | None = None
+    first = args.checkpoint
+    if first is not None and runs.has_checkpoint(first):
+        if args.model is not None:
+            raise ValueError(f"{first} and --model {args.model} were given; expected one of them")
+        chosen = runs.one_checkpoint(first)
+    elif first is not None:
+        if args.model is None:
+            _check_first(first, recursive=args.recursive)
+        names.insert(0, first)
     if not names and args.files_from is None:
         raise ValueError("no image was given; expected IMAGE or --files-from FILE")
+    maps = None if args.map is None else Maps(args.map, names, more=args.files_from is not None)
     names += [] if args.files_from is None else _listed(args.files_from, null=args.null)
     device = device_from(args.device)
     if args.model is None:
-        model, _ = runs.open_checkpoint(folder, device, args.backend)
+        folder = shipped() if chosen is None else chosen
+        model, card = runs.open_checkpoint(folder, device, args.backend)
         size = model.config.image_size
+        named = _model_name(folder)
+        origin = "that comes with the package" if chosen is None else f"in {folder}"
+        trained = "" if "epoch" in card else ", which is not trained"
+        about = f"scoring with the checkpoint {named} {origin}{trained}"
     else:
         model, size = open_model(args.model, interface_of(args, lower_is_better=False)).to(device), args.size
+        named = args.model
+        about = f"scoring with the model {named}"
     failed = False
     with runs.running() as ran:
-        for batch in _batches(_sources(names, recursive=args.recursive), args.batch_size):
-            for path, score, fault in _scored(model, size, device, batch):
-                failed |= fault is not None
-                _print(path, score, fault, args)
+        for number, batch in enumerate(_batches(_sources(names, recursive=args.recursive), args.batch_size)):
+            results = _scored(model, size, device, batch)
+            if number == 0:
+                runs.say(about)  # not before, because a model that cannot run scores nothing
+            for result in results:
+                failed |= result.fault is not None
+                drawn = None if maps is None else _draw(maps, model, result, named, args)
+                failed |= maps is not None and result.fault is None and drawn is None
+                _print(result, named, drawn, args)
+                if maps is not None:
+                    sys.stdout.flush()  # a map takes seconds
             sys.stdout.flush()
     if args.model is None:
         runs.say_kernels(model.config, device, ran)
     return 2 if failed else 0
+
+
+def _check_first(name: str, *, recursive: bool) -> None:
+    """Raise ValueError if the first argument may be a mistyped checkpoint, so that no other model scores the images."""
+    if not os.path.exists(name):  # noqa: PTH110, the name may contain NUL bytes
+        raise ValueError(f"{name}: no such folder or file; expected a checkpoint or an image")
+    if not recursive and os.path.isdir(name):  # noqa: PTH112
+        raise ValueError(
+            f"{name}: is a folder and has no checkpoint; expected a checkpoint, an image, or --recursive to score the "
+            "images of a folder"
+        )
+
+
+def _model_name(folder: Path) -> str:
+    """Return backbone, neck and the first digits of the weights' digest, which identify a checkpoint."""
+    document = read_card(folder)
+    return f"{document['backbone']}/{document['neck']}@{document['sha256'][:12]}"
 
 
 def _listed(file: str, *, null: bool) -> list[str]:
@@ -84,8 +131,14 @@ def _listed(file: str, *, null: bool) -> list[str]:
 
 def _sources(names: Iterable[str], *, recursive: bool) -> Iterator[_Source]:
     for name in names:
-        if not os.path.isdir(name):  # noqa: PTH112, names may contain NUL bytes
+        if os.path.basename(name) in (CONFIG, WEIGHTS):  # noqa: PTH119, names may contain NUL bytes
+            yield _Source(
+                name, f"{name}: is a file of a checkpoint; expected its folder, as the first argument"
+            )
+        elif not os.path.isdir(name):  # noqa: PTH112
             yield _Source(name)
+        elif runs.has_checkpoint(name):
+            yield _Source(name, f"{name}: is a checkpoint or a run; expected it as the first argument only")
         elif recursive:
             yield from _inside(name)
         else:
@@ -113,24 +166,22 @@ def _batches(sources: Iterator[_Source], size: int) -> Iterator[list[_Source]]:
         yield batch
 
 
-def _scored(
-    model: Any, size: int, device: torch.device, batch: list[_Source]
-) -> list[tuple[str, float | None, str | None]]:
-    """Return, for each source, its path, its score or None, and the reason if there is no score."""
+def _scored(model: Any, size: int, device: torch.device, batch: list[_Source]) -> list[_Result]:
+    """Score the images of a batch."""
     loaded = [source.fault or _load(source.path, size) for source in batch]
     images = [image for image in loaded if isinstance(image, Tensor)]
     scores = _scores(model, device, images)
-    found: list[tuple[str, float | None, str | None]] = []
-    for source, image in zip(batch, loaded, strict=True):
+    found = []
+    for (path, _), image in zip(batch, loaded, strict=True):
         score = scores.pop(0) if isinstance(image, Tensor) else image
-        if isinstance(image, str):
-            found.append((source.path, None, image))
+        if not isinstance(image, Tensor):
+            found.append(_Result(path, None, image))
         elif isinstance(score, str):
-            found.append((source.path, None, f"{source.path}: {score}"))
+            found.append(_Result(path, None, f"{path}: {score}"))
         elif math.isfinite(score):
-            found.append((source.path, score, None))
+            found.append(_Result(path, score, None, image))
         else:
-            found.append((source.path, None, f"{source.path}: the model's score is {score}"))
+            found.append(_Result(path, None, f"{path}: the model's score is {score}"))
     return found
 
 
@@ -154,15 +205,41 @@ def _load(path: str, image_size: int) -> Tensor | str:
         return sentence(str(error))
 
 
-def _print(path: str, score: float | None, fault: str | None, args: argparse.Namespace) -> None:
+def _draw(maps: Maps, model: Any, result: _Result, named: str, args: argparse.Namespace) -> str | None:
+    """Write the map of a scored image and return its path. If there is no map, return None and report the reason."""
+    if result.image is None:
+        return None
+    try:
+        return str(
+            maps.write(
+                model,
+                result.image,
+                result.path,
+                name=named,
+                batch_size=args.batch_size,
+                progress=not args.no_progress,
+            )
+        )
+    except (OSError, ValueError) as error:
+        runs.say(f"srm-iqa score: {sentence(str(error))}")
+        return None
+
+
+def _print(result: _Result, model: str, drawn: str | None, args: argparse.Namespace) -> None:
+    path, score, fault, _ = result
     if fault is not None:
         runs.say(f"srm-iqa score: {sentence(fault)}")
     if args.json:
-        name = os.fsencode(path).decode(errors="surrogateescape")
-        row = {"path": name, "score": score} | ({} if fault is None else {"error": sentence(fault)})
+        row = {"path": _as_json(path), "score": score, "model": model}
+        row |= {} if drawn is None else {"map": _as_json(drawn)}
+        row |= {} if fault is None else {"error": sentence(fault)}
         print(json.dumps(row, allow_nan=False))
     elif score is not None:
         name = as_named(path)
         if not args.null:
             name = name.replace("\n", "\\n").replace("\r", "\\r")
         print(f"{score:.4f}\t{name}", end="\0" if args.null else "\n")
+
+
+def _as_json(path: str) -> str:
+    return os.fsencode(path).decode(errors="surrogateescape")

@@ -1,4 +1,4 @@
-"""Percentile bootstrap of rank correlations over test images. All models and attacks share the resamples."""
+"""Percentile bootstrap of correlations over test images. All models and attacks share the resamples."""
 
 from __future__ import annotations
 
@@ -24,12 +24,34 @@ def resampled_srocc(mos: np.ndarray, scores: Sequence[np.ndarray]) -> np.ndarray
         SROCC, (len(scores), REPLICATES). A value is NaN if labels or scores of the resample are constant, or if any
         score of the vector is not finite.
     """
-    n = len(mos)
-    draws = np.random.default_rng(SEED).integers(n, size=(n, REPLICATES))
-    counts = np.bincount((draws * REPLICATES + np.arange(REPLICATES)).ravel(), minlength=n * REPLICATES)
-    counts = counts.reshape(n, REPLICATES)
+    counts = _counts(len(mos))
     labels = _centred_ranks(mos, counts)
     return np.stack([_correlation(_centred_ranks(values, counts), labels, counts) for values in scores])
+
+
+def resampled_plcc(mos: np.ndarray, scores: Sequence[np.ndarray]) -> np.ndarray:
+    """Compute the PLCC of every score vector on the resamples of `resampled_srocc`.
+
+    Arguments and result are those of `resampled_srocc`, with scores after the logistic map.
+    """
+    counts = _counts(len(mos))
+    labels = _centred(mos, counts)
+    return np.stack([_correlation(_centred(values, counts), labels, counts) for values in scores])
+
+
+def _counts(n: int) -> np.ndarray:
+    """Return how often each of n images is in each resample, (n, REPLICATES)."""
+    draws = np.random.default_rng(SEED).integers(n, size=(n, REPLICATES))
+    counts = np.bincount((draws * REPLICATES + np.arange(REPLICATES)).ravel(), minlength=n * REPLICATES)
+    return counts.reshape(n, REPLICATES)
+
+
+def _centred(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Return the values minus their mean in each resample, (n, R)."""
+    if not np.isfinite(values).all():
+        return np.full(counts.shape, np.nan)
+    values = values - values[0]  # so that constant values are exactly 0
+    return values[:, None] - values @ counts / len(values)
 
 
 def interval(replicates: np.ndarray) -> tuple[float, float] | None:

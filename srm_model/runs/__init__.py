@@ -212,6 +212,14 @@ def checkpoints(folder: str) -> list[Path]:
     return found
 
 
+def has_checkpoint(folder: str | Path) -> bool:
+    """Return whether a folder is a checkpoint, or a run with a checkpoint."""
+    path = Path(folder)
+    with suppress(OSError, ValueError):  # a name that is too long or has NUL bytes
+        return any((place / CONFIG).is_file() for place in (path, *(path / neck for neck in NECKS)))
+    return False
+
+
 def checkpoints_of_study(folder: str) -> dict[str, Path]:
     """Return all checkpoints of a study or a run, by the name that tables show."""
     root = Path(folder)

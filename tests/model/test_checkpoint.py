@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 
 import srm_model.checkpoint as checkpoint
 from srm_model import build_model, load_model
-from srm_model.checkpoint import load_weights, read_card, save_model
+from srm_model.checkpoint import load_weights, pack, read_card, save_model
 from srm_model.config import SRMConfig
 
 
@@ -214,3 +215,76 @@ def test_a_checkpoint_of_earlier_versions_with_a_cap_that_never_started(tmp_path
     (gradient,) = torch.autograd.grad(model(images).sum(), images)
     assert gradient.isfinite().all()
     assert gradient.abs().max() > 0
+
+
+def test_a_packed_checkpoint_has_half_the_size_and_the_same_scores(tmp_path: Path):
+    torch.manual_seed(0)
+    config = SRMConfig(channels=16, heads=2, rank=4, pool_size=2, image_size=64, landmarks="uniform")
+    model = build_model("test_convnext", config=config)
+    images = torch.rand(4, 3, 64, 64)
+    model.calibrate(images)
+    model.neck.median_rms.fill_(1e6)  # beyond fp16, as σ̄ and M₀ may be
+    card = {**CARD, "dataset": {"name": "toy", "root": "/home/user/toy"}}
+    save_model(model, tmp_path / "full", card=card)
+    pack(tmp_path / "full", tmp_path / "packed")
+    loaded, read = load_model(tmp_path / "packed")
+    assert read == CARD, "all but the dataset's folder on this machine"
+    assert loaded.config == config
+    assert {tensor.dtype for tensor in loaded.state_dict().values()} == {torch.float32}
+    assert (loaded(images) - model(images)).abs().max() < 1e-3
+    stored = load_file(tmp_path / "packed" / "model.safetensors")
+    for name, tensor in model.state_dict().items():
+        assert stored[name].dtype == (torch.float16 if tensor.dim() >= 2 else torch.float32), name
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("full", "packed")]
+    assert sizes[1] < 0.6 * sizes[0]
+
+
+def test_packing_keeps_what_fp16_cannot_hold(tmp_path: Path):
+    model = Small()
+    with torch.no_grad():
+        model.conv.weight[0, 0, 0, 0] = 1e5
+    save_model(model, tmp_path / "full", card={})
+    pack(tmp_path / "full", tmp_path / "packed")
+    other = Small(1.0)
+    load_weights(other, tmp_path / "packed")
+    assert equal(model, other)
+    with pytest.raises(ValueError, match="is the checkpoint itself; expected another folder"):
+        pack(tmp_path / "full", tmp_path / "full")
+
+
+def test_the_shipped_checkpoint_loads_without_an_argument_and_is_small():
+    model, card = load_model()
+    document = read_card(checkpoint.SHIPPED)
+    assert (model.backbone_name, model.neck_name) == (document["backbone"], document["neck"])
+    assert not model.training
+    assert card == document["card"]
+    assert "root" not in card.get("dataset", {})
+    files = {path.name: path.stat().st_size for path in checkpoint.SHIPPED.iterdir()}
+    assert files.keys() == {"model.safetensors", "config.json", "MODEL_CARD.md"}
+    assert files["model.safetensors"] <= 12_000_000
+    about = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    assert "shipped/*" in about["tool"]["setuptools"]["package-data"]["srm_model"]
+
+
+def test_a_damaged_or_missing_shipped_checkpoint_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = tmp_path / "shipped"
+    monkeypatch.setattr(checkpoint, "SHIPPED", folder)
+    config = SRMConfig(channels=8, heads=2, rank=4, pool_size=2, image_size=32)
+    save_model(build_model("test_convnext", neck="none", config=config), folder, card=CARD)
+    assert load_model()[1] == CARD
+    path = folder / "model.safetensors"
+    whole = bytearray(path.read_bytes())
+    whole[-3] ^= 1
+    path.write_bytes(bytes(whole))
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors: damaged, or it does not belong to config\.json"
+    ):
+        load_model()
+    for name in ("model.safetensors", "config.json"):
+        (folder / name).unlink()
+        with pytest.raises(
+            ValueError, match=f"shipped has no {name}, .* make one with python -m bench.checkpoint"
+        ):
+            load_model()

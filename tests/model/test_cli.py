@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -263,7 +264,9 @@ def test_score_prints_a_line_per_photograph(
         expected = model(images)
     assert main(["score", str(checkpoint), *map(str, paths), "--batch-size", "2", "--device", "cpu"]) == 0
     captured = capsys.readouterr()
-    assert captured.err == ""
+    assert re.fullmatch(
+        rf"scoring with the checkpoint test_convnext/\w+@[0-9a-f]{{12}} in {checkpoint}.*\n", captured.err
+    )
     rows = [line.split("\t") for line in captured.out.splitlines()]
     assert [row[1] for row in rows] == [str(path) for path in paths]
     # four decimals are printed
@@ -309,16 +312,17 @@ def test_score_tells_of_bad_files_and_scores_the_good_ones(
     assert main(arguments) == 2
     captured = capsys.readouterr()
     assert [line.split("\t")[1] for line in captured.out.splitlines()] == [str(good)]
-    errors = captured.err.splitlines()
+    said, *errors = captured.err.splitlines()
+    assert said.startswith("scoring with the checkpoint ")
     assert len(errors) == 2
     assert str(text) in errors[0]
     assert f"{absent}: no such image" in errors[1]
     assert main([*arguments, "--json"]) == 2
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [sorted(row) for row in rows] == [
-        ["error", "path", "score"],
-        ["path", "score"],
-        ["error", "path", "score"],
+        ["error", "model", "path", "score"],
+        ["model", "path", "score"],
+        ["error", "model", "path", "score"],
     ]
 
 

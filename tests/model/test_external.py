@@ -280,7 +280,7 @@ def test_what_is_no_model_is_one_sentence(
         (["attack", "run", "--images", "folder"], "expected a number"),
         (["audit", "run", "--lower-is-better"], "--lower-is-better goes with"),
         (["audit", "--model", "theirs:made", "--data", "d"], "--data goes with a checkpoint"),
-        (["score"], "expected CHECKPOINT, or --model"),
+        (["score"], "no image was given; expected IMAGE or --files-from FILE"),
         (["score", "--model", "theirs:made"], "no image was given"),
         (["score", "--model", "theirs:made", "--imagenet", "--mean", "0", "0", "0", "x.png"], "one of them"),
         (["score", "--model", "theirs:made", "--std", "0", "1", "1", "x.png"], "three numbers above 0"),

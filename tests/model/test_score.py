@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from srm_model import SRMConfig, build_model
-from srm_model.checkpoint import save_model
+from srm_model.checkpoint import read_card, save_model
 from srm_model.cli import main
 
 NAMES = [b"plain.png", "Größe.png".encode(), b"\xff\xfe.png", b"two\nlines.png", b"tab\there.png", b" .png"]
@@ -49,6 +49,12 @@ def pictures(tmp_path: Path) -> Path:
     return folder
 
 
+def line_of(checkpoint: Path) -> str:
+    """The line on stderr that says which model scores."""
+    digest = read_card(checkpoint)["sha256"]
+    return f"scoring with the checkpoint test_convnext/none@{digest[:12]} in {checkpoint}, which is not trained\n"
+
+
 def score(checkpoint: Path, *arguments: Any) -> int:
     return main(["score", str(checkpoint), "--device", "cpu", *map(str, arguments)])
 
@@ -72,8 +78,9 @@ def test_names_of_any_bytes_are_printed_in_any_locale(
     assert found.returncode == 2
     lines = found.stdout.split(b"\n")
     assert [line.partition(b"\t")[2] for line in lines[:-1]] == [*paths[:3], paths[4]]
-    assert found.stderr.count(b"\n") == 1
-    assert b"broken" in found.stderr
+    said, fault = found.stderr.splitlines(keepends=True)
+    assert said == os.fsencode(line_of(checkpoint))
+    assert b"broken" in fault
 
 
 def test_json_names_of_any_bytes_are_read_back(
@@ -177,7 +184,7 @@ def test_a_score_that_is_no_number_is_an_error(
     assert score(broken, pictures / "plain.png") == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err == f"srm-iqa score: {row['error']}\n"
+    assert captured.err == f"{line_of(broken)}srm-iqa score: {row['error']}\n"
 
 
 def test_no_image_ends_the_run(checkpoint: Path, pictures: Path, capsys: pytest.CaptureFixture[str]):
@@ -199,8 +206,84 @@ def test_the_limit_of_pixels_is_a_sentence_and_an_option(
     assert score(checkpoint, pictures / "plain.png", "--max-pixels", "1998") == 2
     told = capsys.readouterr().err
     assert "plain.png: not readable as an image (it has more than 1,998 pixels; --max-pixels" in told
-    assert told.count("\n") == 1
+    assert told.startswith(line_of(checkpoint))
+    assert told.count("\n") == 2
     for enough in ("2000", "0"):
         assert score(checkpoint, pictures / "plain.png", "--max-pixels", enough) == 0
-        assert capsys.readouterr().err == ""
+        assert capsys.readouterr().err == line_of(checkpoint)
     assert before == Image.MAX_IMAGE_PIXELS
+
+
+@pytest.fixture
+def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkpoint in the place of the one that comes with the package, which is larger."""
+    folder = _saved(tmp_path / "shipped", bias=0.1)
+    monkeypatch.setattr("srm_model.checkpoint.SHIPPED", folder)
+    return folder
+
+
+def rows_of(capsys: pytest.CaptureFixture[str]) -> tuple[list[dict[str, Any]], list[str]]:
+    said = capsys.readouterr()
+    return [json.loads(line) for line in said.out.splitlines()], said.err.splitlines()
+
+
+def test_without_a_checkpoint_the_shipped_one_scores(
+    shipped: Path, checkpoint: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    plain, options = str(pictures / "plain.png"), ["--json", "--device", "cpu"]
+    (tmp_path / "list").write_text(plain)
+    assert main(["score", str(shipped), plain, *options]) == 0
+    ((named,), _) = rows_of(capsys)
+    assert score(checkpoint, plain, "--json") == 0
+    ((other,), _) = rows_of(capsys)
+    assert abs(other["score"] - named["score"]) > 1e-3
+    assert other["model"] != named["model"] == f"test_convnext/none@{read_card(shipped)['sha256'][:12]}"
+    for images in ([plain], ["--recursive", str(pictures)], ["--files-from", str(tmp_path / "list")]):
+        assert main(["score", *images, *options]) == 0
+        rows, said = rows_of(capsys)
+        (row,) = (row for row in rows if row["path"] == plain)
+        assert row == {**named, "score": pytest.approx(named["score"], abs=1e-5)}
+        assert said == [
+            f"scoring with the checkpoint {named['model']} that comes with the package, which is not trained"
+        ]
+
+
+def test_only_a_folder_with_a_checkpoint_is_one(
+    shipped: Path, checkpoint: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    plain = str(pictures / "plain.png")
+    run = tmp_path / "run"
+    shutil.copytree(checkpoint, run / "none")
+    assert main(["score", str(run), plain, "--json"]) == 0
+    assert rows_of(capsys)[0][0]["model"].endswith(read_card(checkpoint)["sha256"][:12])
+    (tmp_path / "empty").mkdir()
+    typo = str(tmp_path / "rnu")
+    for arguments, sentence in (
+        ([str(run)], "no image was given; expected IMAGE or --files-from FILE"),
+        ([], "no image was given"),
+        ([typo, plain], f"{typo}: no such folder or file; expected a checkpoint or an image"),
+        ([plain, str(run)], f"{run}: is a checkpoint or a run; expected it as the first argument only"),
+        (
+            [str(tmp_path / "empty"), plain],
+            "empty: is a folder and has no checkpoint; expected a checkpoint",
+        ),
+        ([str(run / "none" / "config.json"), plain], "is a file of a checkpoint; expected its folder"),
+        ([str(run), plain, "--model", "m:N"], f"{run} and --model m:N were given; expected one of them"),
+    ):
+        assert main(["score", *arguments]) == 2, arguments
+        faults = [
+            line for line in capsys.readouterr().err.splitlines() if not line.startswith("scoring with")
+        ]
+        assert len(faults) == 1, arguments
+        assert sentence in faults[0], arguments
+
+
+def test_an_installation_without_a_checkpoint_says_what_to_do(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("srm_model.checkpoint.SHIPPED", tmp_path / "shipped")
+    assert main(["score", str(pictures / "plain.png")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "shipped has no config.json, so this installation of srm-iqa has no checkpoint of its own" in said
+    assert "name a checkpoint, install a release, or make one with python -m bench.checkpoint" in said

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
+from srm_model.metrics import plcc
 from srm_model.reports import bootstrap, drawing
 from srm_model.reports.charts import Fall, Series, fall_chart, line_chart, scatter
 from srm_model.reports.markup import Markup, element, join
@@ -30,6 +31,16 @@ def test_bootstrap_is_srocc_of_shared_resamples(scored):
         for values, replicates in zip(scores, found, strict=True):
             expected = spearmanr(values[draws[i]], mos[draws[i]]).statistic
             assert replicates[i] == pytest.approx(expected, abs=1e-12)
+
+
+def test_bootstrap_of_plcc_has_the_same_resamples(scored):
+    mos, scores = scored
+    found = bootstrap.resampled_plcc(mos, scores)
+    draws = np.random.default_rng(bootstrap.SEED).integers(40, size=(40, bootstrap.REPLICATES)).T
+    for i in (0, 7, 1999):
+        for values, replicates in zip(scores, found, strict=True):
+            assert replicates[i] == pytest.approx(plcc(values[draws[i]], mos[draws[i]]), abs=1e-12)
+    assert np.isnan(bootstrap.resampled_plcc(mos, [np.full(40, 0.1)])).all()
 
 
 def test_bootstrap_leaves_the_global_generator_alone(scored):

@@ -1,0 +1,73 @@
+"""`srm-iqa score --map`: choose the files of the maps, and write them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from srm_model import runs
+from srm_model.files import check_folder
+from srm_model.quality_map import quality_map
+from srm_model.reports.maps import draw_map
+
+CAPTION = (
+    "Gradient-free occlusion: each of {windows} overlapping windows is replaced by {parts} other parts of the same "
+    "image.\nRed: the score rises, so quality is lost here. Blue: the score falls."
+)
+
+
+class Maps:
+    """Write a map for each image, to one file or into a folder.
+
+    Args:
+        out: PNG file for one image; folder for several images.
+        names: Images and folders that the command line names.
+        more: Whether a list names further images.
+
+    Raises:
+        ValueError: `out` is not the name of a PNG file, or not a folder, as needed.
+    """
+
+    def __init__(self, out: str, names: Sequence[str], *, more: bool) -> None:
+        self._out, self._used = Path(out), set[str]()
+        self._several = more or len(names) != 1 or os.path.isdir(names[0])  # noqa: PTH112, names may have NUL bytes
+        is_picture = self._out.suffix.lower() == ".png" and not self._out.is_dir()
+        if self._several and is_picture:
+            raise ValueError(f"--map {out}: expected a folder, because several images may be scored")
+        if not self._several and not is_picture and not self._out.is_dir():
+            raise ValueError(f"--map {out}: expected a name that ends in .png, or a folder that exists")
+        check_folder(self._out.parent if is_picture else self._out)
+
+    def write(
+        self, model: Any, image: Tensor, source: str, *, name: str, batch_size: int, progress: bool
+    ) -> Path:
+        """Write the map of an image, and return its path.
+
+        Raises:
+            ValueError: The map would replace the image itself, or a score is not finite.
+            OSError: The file cannot be written.
+        """
+        path = self._path(source)
+        if path.exists() and path.samefile(source):
+            raise ValueError(f"--map {path}: is the image itself; expected another name")
+        found = quality_map(model, image, batch_size=batch_size, progress=runs.bars(progress))
+        pixels = image.permute(1, 2, 0).numpy()
+        caption = CAPTION.format(windows=found.windows, parts=found.parts)
+        draw_map(path, pixels, found.change, score=found.score, caption=caption, model=name)
+        return path
+
+    def _path(self, source: str) -> Path:
+        """Return the file of a map; in a folder, its name is that of the image with .map.png."""
+        if not self._several and not self._out.is_dir():
+            return self._out
+        base, number = Path(source).name, 1
+        name = f"{base}.map.png"
+        while name in self._used:  # images of several folders may have one name
+            number += 1
+            name = f"{base}-{number}.map.png"
+        self._used.add(name)
+        return self._out / name

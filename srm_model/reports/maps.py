@@ -1,0 +1,53 @@
+"""Draw where an image loses quality: the image, the map over it, and a colour bar."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from srm_model.files import atomic_path
+from srm_model.reports.drawing import STYLE
+from srm_model.reports.text import fixed
+
+_LEAST = 1e-6  # end of the colour bar of a constant map
+
+
+def draw_map(
+    path: str | Path,
+    image: npt.NDArray[np.floating],
+    change: npt.NDArray[np.float64],
+    *,
+    score: float,
+    caption: str,
+    model: str,
+) -> None:
+    """Write the picture of a quality map as PNG. The same map gives the same file.
+
+    Args:
+        path: File to write.
+        image: The scored image, (H, W, 3) in [0, 1].
+        change: Change of the score at each pixel, (H, W).
+        score: Score of the image.
+        caption: How the map was computed.
+        model: Name of the model.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    end = max(float(np.abs(change).max()), _LEAST)
+    with rc_context(STYLE | {"axes.grid": False}):
+        figure = Figure(figsize=(9, 4.6))
+        left, right = figure.subplots(1, 2)
+        left.imshow(image, vmin=0, vmax=1)
+        left.set_title(f"score {fixed(score, 4)}")
+        right.imshow(image.mean(-1), cmap="gray", vmin=0, vmax=1)
+        shown = right.imshow(change, cmap="RdBu_r", vmin=-end, vmax=end, alpha=0.6)
+        right.set_title("where quality is lost (red)")
+        figure.colorbar(shown, ax=right, label="change of score if the window is replaced", shrink=0.85)
+        for axes in (left, right):
+            axes.set(xticks=[], yticks=[])
+        figure.supxlabel(f"{caption}\n{model}", fontsize=8)
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None})

@@ -89,9 +89,10 @@ def certify(
 ) -> Certificate:
     """Bound the median-smoothed score of each image within ‖δ‖₂ ≤ eps.
 
-    The median at x + δ lies between the quantiles Φ(−eps/σ) and Φ(eps/σ) of the smoothed scores at x. Order statistics
-    of the samples bound these quantiles. Each bound fails with probability at most (1 − confidence)/2 over the noise.
-    The bounds hold for the smoothed model, not for the given model.
+    The median-smoothed score is the median of the scores of noisy copies of an image. At x + δ it lies between the
+    quantiles Φ(−eps/σ) and Φ(eps/σ) of the scores of noisy copies of x, with Φ the standard normal distribution
+    function. Order statistics of the samples bound these quantiles. Each bound fails with probability at most
+    (1 − confidence)/2 over the noise. The bounds hold for the smoothed model, not for the given model.
 
     Args:
         model: Any module that `pgd` accepts. Its state does not change.
@@ -104,7 +105,7 @@ def certify(
         generator: Generator of the noise. Default: seed 0.
 
     Returns:
-        The median of each image's smoothed scores, and its bounds.
+        The median of the samples of each image, and bounds of the median-smoothed score.
 
     Raises:
         TypeError: An argument has the wrong type.

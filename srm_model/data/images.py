@@ -40,8 +40,8 @@ _BAND = 1 << 20  # pixels that are converted at a time
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert an image of any Pillow mode to RGB.
 
-    Grey values and palettes are expanded. 16-bit grey is reduced to its high byte. Transparency is composited on white,
-    as on an empty web page. Colour profiles are ignored.
+    Grey values and palettes are expanded. 16-bit grey values are reduced to their high byte. Transparent images are
+    composited on white, as on an empty web page. Colour profiles are ignored.
 
     Raises:
         ValueError: The pixels are 32-bit integers or floats, so their range is unknown.

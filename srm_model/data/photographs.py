@@ -15,7 +15,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 
 class Photograph(NamedTuple):
-    """A photograph to distort, its pixels (H, W, 3) uint8."""
+    """A photograph to distort. Its pixels are (H, W, 3) uint8."""
 
     file: str
     source: str

@@ -13,8 +13,8 @@ SEED = 0
 def resampled_srocc(mos: np.ndarray, scores: Sequence[np.ndarray]) -> np.ndarray:
     """Compute the SROCC of every score vector on the same resamples of the images.
 
-    Images are drawn independently, with replacement. Because images of the same photograph are not independent,
-    intervals may be too narrow.
+    Images are drawn independently, with replacement. Images of the same photograph are not independent, so intervals
+    may be too narrow.
 
     Args:
         mos: Labels, (n,).

@@ -44,9 +44,10 @@ _PACKAGED = (
 
 
 class Frame(NamedTuple):
-    """The part of a photograph that is kept: the centre of size `crop`, the square centre, or the whole photograph.
+    """The part of a photograph that is kept.
 
-    `crop` is (width, height). The square centre is resized to `image_size`.
+    With `crop`, a (width, height), this is the centre of that size. With `image_size` only, it is the square centre,
+    resized to `image_size`. With neither, it is the whole photograph.
     """
 
     image_size: int | None = None

@@ -33,7 +33,7 @@ def resampled_srocc(mos: np.ndarray, scores: Sequence[np.ndarray]) -> np.ndarray
 
 
 def interval(replicates: np.ndarray) -> tuple[float, float] | None:
-    """Return the central 95 % interval of the finite replicates, or None if more than 5 % are not finite."""
+    """Return the central 95 % interval of the finite replicates. Return None if more than 5 % are not finite."""
     finite = replicates[np.isfinite(replicates)]
     if len(finite) < 0.95 * len(replicates):
         return None

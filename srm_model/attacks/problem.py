@@ -113,8 +113,8 @@ def attacking(
 class Problem:
     """One batch under attack.
 
-    Points are n copies of the batch, (n·B, 3, H, W), one per restart that runs at once. Losses are (n, B), or (n,) for
-    an objective that is defined on the batch.
+    Points are n copies of the batch, (n·B, 3, H, W), one copy for each restart that runs at the same time. Losses are
+    (n, B), or (n,) for an objective that is defined on the batch.
     """
 
     model: nn.Module

@@ -219,8 +219,8 @@ def find_faults(paths: Sequence[Path], *, verify: str, progress: bool = True) ->
     """Find files that cannot be read as images.
 
     Decoding takes about a second of CPU time for TID2013 (3,000 files) and half a minute for KonIQ-10k (10,073 files at
-    1024×768). If none of 1,000 or more files has a fault, this result is stored in the user's cache folder, if there is
-    one. The files are then not decoded again until the size or modification time of a file changes.
+    1024×768). If there are 1,000 or more files and none has a fault, this result is stored in the user's cache folder,
+    if there is one. The files are then not decoded again until the size or modification time of a file changes.
 
     Args:
         paths: Files to check.

@@ -14,7 +14,8 @@ from srm_model.attacks.problem import Best, attacking, check_count, exceeds
 from srm_model.config import SRMConfig
 
 _DEFAULTS = SRMConfig()
-# Constants of the paper: share of successful steps that keeps the step size, momentum, checkpoints.
+# Constants of the paper: the share of successful steps below which the step size is halved, the momentum, and the
+# lengths of the windows between checkpoints as shares of the steps.
 _SUCCESS = 0.75
 _MOMENTUM = 0.75
 _FIRST_WINDOW, _WINDOW_SHRINKS, _LEAST_WINDOW = 0.22, 0.03, 0.06
@@ -37,12 +38,14 @@ def apgd_trace(
 ) -> PGDTrace:
     """Maximise an objective by PGD that adapts its step size η, which starts at 2·eps.
 
-    A step is z = P(x + η·direction), then x ← P(x + 0.75 (z − x) + 0.25 (x − x_before)), with the projection P. The
-    first checkpoint comes after 22 % of the steps. Each window between two checkpoints is 3 % of the steps shorter than
-    the previous window, and at least 6 % of the steps long. At a checkpoint, η is halved and x returns to the best
-    point, without momentum, in two cases: fewer than 75 % of the window's steps raised the loss, or neither η nor the
-    best loss has changed since the last checkpoint. Each image has its own η and best point. For an objective that is
-    defined on the batch, each batch has one η and one best point.
+    A step is z = P(x + η·direction), then x ← P(x + 0.75 (z − x) + 0.25 (x − x_before)). P is the projection to the
+    ball and to [0, 1], and x_before is the point before x. The first checkpoint comes after 22 % of the steps. Each
+    window between two checkpoints is 3 % of the steps shorter than the previous window, and at least 6 % of the steps
+    long.
+
+    At a checkpoint, η is halved and x returns to the best point, without momentum, in two cases: fewer than 75 % of the
+    window's steps raised the loss, or neither η nor the best loss has changed since the last checkpoint. Each image has
+    its own η and best point. For an objective that is defined on the batch, each batch has one η and one best point.
 
     Arguments, result and errors are those of `pgd`, without `step_size`.
     """

@@ -294,7 +294,7 @@ class _Subject:
 
 
 class _SameDraws(nn.Module):
-    """A stochastic model that repeats its random numbers every `passes` passes, which makes EOT deterministic."""
+    """Make a stochastic model repeat its random numbers every `passes` passes, so that EOT is deterministic."""
 
     def __init__(self, model: nn.Module, passes: int) -> None:
         super().__init__()
@@ -320,7 +320,7 @@ def _check(
 ) -> Callable[[Callable[[_Subject], Finding]], Callable[[_Subject], Check]]:
     """Register a function `_name` as the check `name`.
 
-    A model without gradient fails the check "gradients"; other checks that need gradients cannot run.
+    If the scores have no gradient, the check "gradients" fails, and other checks that need gradients cannot run.
     """
 
     def register(find: Callable[[_Subject], Finding]) -> Callable[[_Subject], Check]:
@@ -427,10 +427,11 @@ def _restarts(subject: _Subject) -> Finding:
     "rounded or replaced, and it misleads gradient attacks.",
 )
 def _derivative(subject: _Subject) -> Finding:
-    """Compare ⟨∇f, d⟩ with (f(x + hd) − f(x − hd)) / 2h, where both points are images.
+    """Compare ⟨∇f, d⟩ with the central difference (f(x + hd) − f(x − hd)) / 2h for sign directions d.
 
-    A correct gradient agrees if h is small enough for the score to be almost linear and large enough for fp32. A wrong
-    gradient agrees at no h. Therefore the check uses the best of three widths.
+    x is clipped so that x + hd and x − hd are in [0, 1]. A correct gradient agrees if h is small enough for the score
+    to be almost linear and large enough for fp32. A wrong gradient agrees at no h. Therefore the check uses the best of
+    three widths h.
     """
     largest = subject.radius / subject.largest  # change of a pixel along a sign direction
     widths = [min(largest / share, 0.25) for share in _WIDTHS]

@@ -89,9 +89,10 @@ def certify(
 ) -> Certificate:
     """Bound the median-smoothed score of each image within ‖δ‖₂ ≤ eps.
 
-    The median at x + δ lies between the quantiles Φ(−eps/σ) and Φ(eps/σ) of the smoothed scores at x. Order statistics
-    of the samples bound these quantiles. Each bound fails with probability at most (1 − confidence)/2 over the noise.
-    The bounds hold for the smoothed model, not for the given model.
+    The median-smoothed score is the median of the scores of noisy copies of an image. At x + δ it lies between the
+    Φ(−eps/σ)-quantile and the Φ(eps/σ)-quantile of the scores of noisy copies of x. Φ is the standard normal
+    distribution function. Order statistics of the samples bound these quantiles. Each bound fails with probability at
+    most (1 − confidence)/2 over the noise. The bounds hold for the smoothed model, not for the given model.
 
     Args:
         model: Any module that `pgd` accepts. Its state does not change.
@@ -104,7 +105,7 @@ def certify(
         generator: Generator of the noise. Default: seed 0.
 
     Returns:
-        The median of each image's smoothed scores, and its bounds.
+        The median of the samples of each image, and bounds of the median-smoothed score.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -140,9 +141,11 @@ def certificate(scores: Tensor, *, eps: float, sigma: float, confidence: float) 
 
 
 def order_statistics(count: int, shift: float, confidence: float) -> tuple[int | None, int | None]:
-    """Return the positions of two sorted samples: a lower bound of the quantile Φ(−shift), an upper bound of Φ(shift).
+    """Return the positions of two sorted samples that bound quantiles.
 
-    Positions count from 1. A position is None if no sample is a bound with this confidence.
+    The first sample is a lower bound of the Φ(−shift)-quantile, the second an upper bound of the Φ(shift)-quantile.
+    Φ is the standard normal distribution function. Positions count from 1. A position is None if no sample is a bound
+    with this confidence.
 
     Let n = `count`. The k-th of n sorted samples is above the p-quantile with probability at most P(Bin(n, p) ≤ k − 1),
     and below the p-quantile with probability at most P(Bin(n, p) ≥ k). The lower bound is the largest k for which the

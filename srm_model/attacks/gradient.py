@@ -217,7 +217,7 @@ def run_restarts(
 
 
 def trace_of(images: Tensor, problem: Problem, kept: Best, losses: Tensor, *, gradients: int) -> PGDTrace:
-    """Return the trace of an attack that computed `gradients` gradients; with 0, the gradient shares are NaN."""
+    """Return the trace of an attack that computed `gradients` gradients; with 0, the shares of gradients are NaN."""
     problem.check_losses(losses)
     zero, nonfinite = (
         float(count) / gradients if gradients else math.nan

@@ -79,12 +79,10 @@ class Signed:
 
 @dataclass(frozen=True)
 class SoftSpearman:
-    """Negative correlation between soft ranks and the ranks of MOS; one loss per batch.
+    """Negative correlation between soft ranks of the scores and ranks of the MOS; one loss per batch.
 
-    The negative loss is a smooth form of SROCC.
-
-    The soft rank of image a is Σ_b sigmoid((f(x'_a) − f(x'_b)) / T), which converges to the rank of a for T → 0. The
-    loss is in [−1, 1]. It is 0 if all MOS of the batch are equal.
+    The correlation is a smooth form of SROCC. The soft rank of image a is Σ_b sigmoid((f(x'_a) − f(x'_b)) / T), which
+    converges to the rank of a for T → 0. The loss is in [−1, 1]. It is 0 if all MOS of the batch are equal.
     """
 
     temperature: float = _DEFAULTS.pair_temperature  # T

@@ -113,8 +113,8 @@ def attacking(
 class Problem:
     """One batch under attack.
 
-    Points are n copies of the batch, (n·B, 3, H, W), one per restart that runs at once. Losses are (n, B), or (n,) for
-    an objective that is defined on the batch.
+    Points are n copies of the batch, (n·B, 3, H, W), one copy for each restart that runs at the same time. Losses are
+    (n, B), or (n,) for an objective that is defined on the batch.
     """
 
     model: nn.Module
@@ -161,7 +161,7 @@ class Problem:
         return self._project(x.unflatten(0, (-1, len(self.images)))).flatten(0, 1)
 
     def per_image(self, values: Tensor) -> Tensor:
-        """Reshape values with the shape of losses, (n, B) or (n,), to factors of points, (n·B, 1, 1, 1)."""
+        """Expand values in the shape of losses, (n, B) or (n,), to (n·B, 1, 1, 1), which broadcasts over points."""
         spread = values.reshape(len(values), -1).expand(-1, len(self.images))
         return spread.reshape(-1, 1, 1, 1).to(self.images.dtype)
 

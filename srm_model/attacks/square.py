@@ -37,13 +37,13 @@ def square_trace(
 
     A proposal changes one square of each image. For "linf", the perturbation in the square becomes ±eps, with one sign
     per channel. For "l2", the perturbation of a second square becomes zero, and its norm moves to the first square as a
-    bump of random sign. The bump also uses the unused part of the budget. A proposal is kept for each image whose loss
-    it raises. For an objective defined on the batch, the proposals are accepted or rejected image by image, which needs
-    no further query.
+    bump of random sign. The bump also uses the unused part of the budget. The changed square of an image is kept if it
+    raises the loss of this image. For an objective defined on the batch, the proposals are accepted or rejected image
+    by image, which needs no further query.
 
-    The model need not be differentiable. Arguments that are not listed, the result and errors are those of `pgd`. The
-    losses of `square_trace` are the losses of the kept images after each round, (1, rounds, …). The gradient shares are
-    NaN.
+    The model need not be differentiable. Arguments that are not listed, the result and errors are those of `pgd`. In
+    the trace, `losses` has the losses of the kept images after each round, (1, rounds, …), and the shares of gradients
+    are NaN.
 
     Args:
         queries: Number of scores per image, including the clean score if the objective uses it. Each of the `eot`
@@ -95,7 +95,7 @@ square = images_of(square_trace)
 def _decide(
     problem: Problem, scores: Tensor, proposed: Tensor, loss: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Accept or reject the proposals of a batch one by one; return what was accepted, the loss and the scores."""
+    """Accept or reject the proposals one by one; return a mask of the accepted images, the loss and the scores."""
     accepted = torch.zeros(proposed.shape[1], dtype=torch.bool, device=proposed.device)
     for position in range(len(accepted)):
         tried = scores.clone()

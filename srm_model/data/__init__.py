@@ -90,7 +90,8 @@ def describe(
     Returns:
         A dict with name, root, labels ("mos", "metric:<name>" or "opinions:<dataset>"), label_range ([low, high]),
         images, splits (number of images in each), seed and fingerprint. Datasets in TID2013's layout add references
-        (ids in each split) and, if the labels are opinions, type_level_srocc. KonIQ-10k adds image_folder.
+        (ids in each split). If their labels are "opinions:<dataset>", they also add type_level_srocc. KonIQ-10k adds
+        image_folder.
 
     Raises:
         ValueError: The dataset is faulty, as in `TID2013` and `KonIQ10k`.

@@ -118,7 +118,7 @@ def _at_level(reference: Planes, render: Render, level: int) -> Pixels:
 
 
 def _at_psnr(reference: Planes, render: Render, target_of: Callable[[float, float], float]) -> Pixels:
-    """Return the image whose PSNR is nearest to a target, by false position.
+    """Return the image whose PSNR is nearest to a target. The strength is found by false position.
 
     Args:
         reference: The photograph.

@@ -40,8 +40,8 @@ _BAND = 1 << 20  # pixels that are converted at a time
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert an image of any Pillow mode to RGB.
 
-    Grey values and palettes are expanded. 16-bit grey is reduced to its high byte. Transparency is composited on white,
-    as on an empty web page. Colour profiles are ignored.
+    Grey values and palettes are expanded. 16-bit grey values are reduced to their high byte. Transparent images are
+    composited on white, as on an empty web page. Colour profiles are ignored.
 
     Raises:
         ValueError: The pixels are 32-bit integers or floats, so their range is unknown.
@@ -219,8 +219,8 @@ def find_faults(paths: Sequence[Path], *, verify: str, progress: bool = True) ->
     """Find files that cannot be read as images.
 
     Decoding takes about a second of CPU time for TID2013 (3,000 files) and half a minute for KonIQ-10k (10,073 files at
-    1024×768). If none of 1,000 or more files has a fault, this result is stored in the user's cache folder, if there is
-    one. The files are then not decoded again until the size or modification time of a file changes.
+    1024×768). If there are 1,000 or more files and none has a fault, this result is stored in the user's cache folder,
+    if there is one. The files are then not decoded again until the size or modification time of a file changes.
 
     Args:
         paths: Files to check.

@@ -15,7 +15,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 
 class Photograph(NamedTuple):
-    """A photograph to distort, its pixels (H, W, 3) uint8."""
+    """A photograph to distort. Its pixels are (H, W, 3) uint8."""
 
     file: str
     source: str
@@ -44,9 +44,10 @@ _PACKAGED = (
 
 
 class Frame(NamedTuple):
-    """The part of a photograph that is kept: the centre of size `crop`, the square centre, or the whole photograph.
+    """The part of a photograph that is kept.
 
-    `crop` is (width, height). The square centre is resized to `image_size`.
+    With `crop`, a (width, height), this is the centre of that size. With `image_size` only, it is the square centre,
+    resized to `image_size`. With neither, it is the whole photograph.
     """
 
     image_size: int | None = None

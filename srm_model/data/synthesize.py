@@ -69,7 +69,7 @@ def synthesize(
         photographs: Folder with 3 to 99 images (PNG, JPEG, BMP, TIFF, WebP); subfolders are ignored. Each image must
             show another scene, because datasets are split by reference.
         packaged: Whether to add the seven photographs of scikit-image and scikit-learn after those of the folder. None
-            adds them only if there is no folder.
+            adds the seven photographs only if `photographs` is None.
         image_size: Side in pixels to which the central square of each photograph is resized. None keeps the size.
         crop: Width and height in pixels of the centre crop of each photograph, instead of `image_size`. With `opinions`
             and without `image_size` the default is 512×384, the size of TID2013's images.
@@ -194,7 +194,7 @@ def _given_labels(path: Path) -> dict[str, float]:
 
 
 def _as_given(path: Path, given: dict[str, float], lines: dict[str, float]) -> dict[str, float]:
-    """Return the given labels of these images; raise ValueError if a label differs too much from the metric's."""
+    """Return the given labels of these images; raise ValueError if a label differs too much from the computed label."""
     for name, label in lines.items():
         if abs(given[name] - label) > LABEL_TOLERANCE:
             raise ValueError(

@@ -13,8 +13,8 @@ SEED = 0
 def resampled_srocc(mos: np.ndarray, scores: Sequence[np.ndarray]) -> np.ndarray:
     """Compute the SROCC of every score vector on the same resamples of the images.
 
-    Images are drawn independently, with replacement. Because images of the same photograph are not independent,
-    intervals may be too narrow.
+    Images are drawn independently, with replacement. Images of the same photograph are not independent, so intervals
+    may be too narrow.
 
     Args:
         mos: Labels, (n,).
@@ -55,7 +55,7 @@ def _centred(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def interval(replicates: np.ndarray) -> tuple[float, float] | None:
-    """Return the central 95 % interval of the finite replicates, or None if more than 5 % are not finite."""
+    """Return the central 95 % interval of the finite replicates. Return None if more than 5 % are not finite."""
     finite = replicates[np.isfinite(replicates)]
     if len(finite) < 0.95 * len(replicates):
         return None

@@ -42,7 +42,7 @@ class Records:
     def find(self, kind: str, identity: dict[str, Any]) -> dict[str, Any] | None:
         """Return the line with this identity, or None if it is not measured yet.
 
-        If a line is older than a field of SRMConfig, the field's default is used for this line.
+        If a line was written before a field of SRMConfig existed, the default of this field is used for the line.
         """
         wanted = json.loads(json.dumps(identity))  # turns tuples into lists, as in the file
         for line in self.lines:

@@ -33,7 +33,11 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Estimates:
-    """SROCC by neck on the clean test set, and clean and worst SROCC on the attacked images at each budget."""
+    """SROCC of each neck.
+
+    `test` is measured on the clean test set. `clean` and `worst` are measured at each budget on the images that were
+    attacked: `clean` without attack, `worst` under the worst attack.
+    """
 
     test: dict[str, Estimate]
     clean: dict[tuple[str, Budget], Estimate]

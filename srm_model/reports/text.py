@@ -33,7 +33,7 @@ def significant(value: float) -> str:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Format the median of values, and their range if its ends differ when rounded to three digits."""
+    """Format the median of values. Add their range if the lowest and the highest value differ after rounding."""
     middle, low, high = map(significant, (float(np.median(values)), min(values), max(values)))
     return middle if low == high else f"{middle} [{low} … {high}]"
 

@@ -14,7 +14,8 @@ from srm_model.reports.markup import Child, Markup, element
 from srm_model.reports.run import Neck, Run, numbers
 from srm_model.reports.text import DASH, clock, fixed, spread
 
-# Looks from 4 on are the style sheet's ordered ramp, so that parts and stages differ from the necks' colours.
+# Index of the first colour of the style sheet's ordered ramp. Loss parts and stages use the ramp; necks use the
+# colours before the ramp.
 RAMP = 4
 LOSS_PARTS = {
     "mse": "squared error",

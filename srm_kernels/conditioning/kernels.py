@@ -31,7 +31,7 @@ SYMMETRY_TOLERANCE: tl.constexpr = tl.constexpr(1e-3)
 
 
 def landmark_solve(logits: Tensor, rhs: Tensor, options: SolveOptions) -> tuple[Tensor, Tensor]:
-    """Return X (…, r, d), fp32, and the `Solver` (…,) of each matrix; r, d ≤ 128, no fp64."""
+    """Return X (…, r, d) in fp32 and the `Solver` (…,) of each matrix, for r, d ≤ 128 and inputs other than fp64."""
     a, g = _matrices(logits), _matrices(rhs)
     count, r, d = g.shape
     x = torch.empty(rhs.shape, dtype=torch.float32, device=rhs.device)

@@ -200,7 +200,7 @@ def gated_fusion(
         logits: g (B, S), in the maps' dtype or fp32.
         cap: A number above 0, a tensor of one element, or None for no cap; c = cap_factor · cap. `cap` receives no
             gradient. A tensor is not copied to the CPU. It can be 0 (the result is 0) or infinite (no cap).
-        cap_factor: Factor of `cap` in c, above 0. If `cap` is a buffer, a factor needs no launch of its own.
+        cap_factor: Factor of `cap` in c, above 0. It saves a separate launch for the product.
         temperature: T, above 0.
         eps: Summand in the denominator of γ, at least 0.
         backend: A name of `backends()`, or None.

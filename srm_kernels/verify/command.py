@@ -170,7 +170,7 @@ class Run:
         """Return cases at other shapes, in the groups of `wanted`, whose stored fault can disappear if repeated.
 
         A fault at one shape rules out the implementation at all shapes of its group. The returned cases are therefore
-        measured again. They have faults that the environment can cause; with `--again`, they have any fault.
+        measured again. Their faults are faults that the environment can cause, or any faults with `--again`.
         """
         asked, groups = set(map(_label, wanted)), set(map(_group, wanted))
         faults = verdicts.faults(self.verdict.rows)

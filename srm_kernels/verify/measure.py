@@ -1,8 +1,8 @@
 """Check whether an implementation is right, and time it.
 
-An implementation is right if its results and gradients satisfy the numerics rule against the reference in fp64, and the
-device reports no fault and refuses no launch. Kernels must also give the same bits twice, and the same bits for a
-sample alone and in its batch.
+An implementation is right if its results and gradients satisfy the numerics rule against the reference in fp64. In
+addition, the device must report no fault and refuse no launch. Kernels must also give the same bits in two runs, and
+the same bits for a sample alone and in its batch.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def ratios(
     """Return the error divided by its bound of every result and gradient, by the numerics rule.
 
     `call` is the call of the reference. The error of a gradient of few numbers is measured over several losses.
-    `redrawn` returns other inputs. If it is given, the error of a result of few numbers is measured over these inputs.
+    `redrawn` returns other inputs. If it is given, the error of a result of few numbers is measured over them too.
     """
     wide = [x.double() for x in inputs]
     plain, exact = (results(call, x).named() for x in (inputs, wide))

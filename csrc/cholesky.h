@@ -1,8 +1,10 @@
-// X = (W + λI)⁻¹ G of one matrix on one thread, W = softmax of the symmetric part of the logits, λ = ridge · tr(W)/r.
+// Computes X = (W + λI)⁻¹ G of one matrix on one thread (docs/METHOD.md §2.1). W is the softmax of the symmetric part
+// of the logits, and λ = ridge · tr(W)/r.
 //
-// W + λI = E⁻¹ (S + λI) E with S symmetric and E diagonal (docs/CONDITIONING.md). Elimination of W + λI without pivoting
-// therefore has the pivots of Cholesky on S + λI, and needs neither S nor E. The loops over columns are plain, so that
-// the compiler vectorises them (reductions with -fopenmp-simd).
+// The code eliminates W + λI without pivoting. W + λI = E⁻¹ (S + λI) E, with S symmetric and E diagonal
+// (docs/CONDITIONING.md). The pivots are therefore the squares of the diagonal of the Cholesky factor of S + λI. The
+// code needs neither S nor E. The compiler vectorises the simple loops over columns; for reductions it needs
+// -fopenmp-simd.
 #pragma once
 
 #include <algorithm>
@@ -14,9 +16,9 @@
 
 namespace srm {
 
-// Writes softmax(l) + λI to a (r×r), where l is the symmetric part of the logits. Returns false where the logits are not
-// finite, not symmetric within 1e-3·(1 + max|l|), or their rows' logsumexp differ so much that S underflows. The
-// reference does not use Cholesky for such a matrix either.
+// Writes softmax(l) + λI to a (r×r), where l is the symmetric part of the logits. Returns false if the logits are not
+// finite or not symmetric within 1e-3·(1 + max|l|). Also returns false if the logsumexp values of two rows differ so
+// much that S underflows. In these cases, the reference does not use Cholesky either.
 template <class T>
 SRM_INLINE bool landmark_matrix(const T* logits, T* a, int64_t r, T ridge) {
   using limits = std::numeric_limits<T>;
@@ -65,8 +67,9 @@ SRM_INLINE void subtract(T* __restrict from, const T* __restrict rows, int64_t s
     from[j] -= (a * rows[j] + b * rows[stride + j]) + (c * rows[2 * stride + j] + d * rows[3 * stride + j]);
 }
 
-// Overwrites x (r×d), which holds G, with X; a is scratch memory of r·r numbers. Returns false, with x invalid, where
-// landmark_matrix does or where a pivot is not positive and finite: the reference then does not use Cholesky.
+// x (r×d) contains G at the call and X on return. a is scratch memory of r·r numbers. Returns false if landmark_matrix
+// returns false, or if a pivot is not positive and finite. x is then invalid. In these cases, the reference does not
+// use Cholesky either.
 template <class T>
 SRM_INLINE bool symmetric_solve(const T* logits, T* x, T* a, int64_t r, int64_t d, T ridge) {
   if (!landmark_matrix(logits, a, r, ridge)) return false;

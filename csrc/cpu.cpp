@@ -1,5 +1,5 @@
-// torch.ops.srm_cpu: the default landmark solve and the elementwise steps of the neck's tiles.
-// It uses torch's stable ABI, so that one build works with every torch from TORCH_TARGET_VERSION on.
+// Registers the operators of torch.ops.srm_cpu: the default landmark solve, and softmax, tanh and pooling for the fused
+// neck. The code uses torch's stable ABI, so one build works with every torch version from TORCH_TARGET_VERSION on.
 #include <algorithm>
 #include <cstdint>
 #include <stdexcept>
@@ -21,7 +21,7 @@ using torch::stable::Tensor;
 constexpr int64_t kGrain = 1 << 16;  // multiply-adds per thread, at least
 constexpr int64_t kRank = 64;        // the default r
 
-// Compile each function twice, for every processor and for those with AVX2 and FMA; the loader chooses.
+// Compiles each function twice: for every processor, and for processors with AVX2 and FMA. The dynamic loader chooses.
 #if defined(__x86_64__) && defined(__GLIBC__) && __GNUC__ >= 12
 #define SRM_CLONES __attribute__((target_clones("arch=x86-64-v3", "default")))
 #else
@@ -48,8 +48,8 @@ void solve(const Tensor& logits, const Tensor& x, bool* served, int64_t batch, d
   });
 }
 
-// Overwrites x (…, r, d), which holds G, with X. logits is (…, r, r). served (…), bool, becomes true for each matrix that
-// was solved. Returns the number of matrices that were not.
+// logits is (…, r, r). x (…, r, d) contains G at the call and X on return. served (…) is bool: it becomes true for each
+// matrix that was solved. Returns the number of matrices that were not solved.
 int64_t symmetric_solve(const Tensor& logits, const Tensor& x, const Tensor& served, double ridge) {
   const ScalarType dtype = logits.scalar_type();
   const int64_t batch = served.numel(), r = x.size(x.dim() - 2), d = x.size(x.dim() - 1);
@@ -115,7 +115,8 @@ SRM_CLONES void pool_head_backward(double* logits, const double* grad, double* w
   srm::softmax_pool_backward(logits, grad, work, r, tile);
 }
 
-// Calls `call` for each head with its part of logits (H, M, r) and of pooled (H, P, P·r), one thread per head.
+// Calls `call` for each head, with the logits (M, r) of the head from logits (H, M, r) and its cells (P, P·r) from
+// pooled (H, P, P·r). One thread processes a head.
 template <class Call>
 void of_heads(const Tensor& logits, const Tensor& pooled, const srm::Tile& tile, Call call) {
   const ScalarType dtype = logits.scalar_type();
@@ -138,13 +139,13 @@ void of_heads(const Tensor& logits, const Tensor& pooled, const srm::Tile& tile,
   });
 }
 
-// Replaces logits by their softmax and adds the tile's part of the cell means to pooled.
+// Replaces logits by their softmax, and adds the contribution of the tile to the cell means, pooled.
 void softmax_pool_(const Tensor& logits, const Tensor& pooled, int64_t height, int64_t width, int64_t size, int64_t start,
                    int64_t stop) {
   of_heads(logits, pooled, {height, width, size, start, stop}, [](auto... a) { pool_head(a...); });
 }
 
-// Replaces logits by their gradient, computed from the gradient of the cell means.
+// Replaces logits by their gradient. grad is the gradient of the cell means.
 void softmax_pool_backward_(const Tensor& logits, const Tensor& grad, int64_t height, int64_t width, int64_t size,
                             int64_t start, int64_t stop) {
   of_heads(logits, grad, {height, width, size, start, stop}, [](auto... a) { pool_head_backward(a...); });

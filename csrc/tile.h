@@ -1,7 +1,9 @@
-// Softmax and pooling of one tile of the fused neck (srm_kernels/neck/tiled.py), one head at a time; and cell means.
+// Computes the softmax over the landmarks, and the average of the result over the cells of the P×P grid. The functions
+// process one head of one tile of the fused neck (srm_kernels/neck/tiled.py). cell_means averages a whole channel.
 //
-// A tile is the positions from start to stop of a map of height × width. Cell (i, j) of a P×P grid has the rows from
-// ⌊i h/P⌋ to ⌈(i + 1) h/P⌉ and the columns likewise. Cells can overlap, so a position is in one cell or in several.
+// A map has height × width positions, in row-major order. A tile contains the positions from start to stop − 1, and
+// size is P. Cell (i, j) of the grid contains the rows from ⌊i·height/P⌋ to ⌈(i + 1)·height/P⌉ − 1. Its columns follow
+// from j and width in the same way. Neighbouring cells can overlap, so a position can be in several cells.
 #pragma once
 
 #include <algorithm>
@@ -62,7 +64,8 @@ SRM_INLINE void add(T* __restrict into, const T* __restrict from, T factor, int6
   for (int64_t c = 0; c < r; ++c) into[c] += factor * from[c];
 }
 
-// Calls call(y, left, right, logits of the first position) for each run of positions in one row.
+// Splits the tile by map rows, and calls call(y, left, right, row) for each part. The part contains the columns from
+// left to right − 1 of map row y. row points to the logits of its first position.
 template <class T, class Call>
 SRM_INLINE void by_rows(T* logits, int64_t r, const Tile& tile, Call call) {
   for (int64_t at = tile.start; at < tile.stop;) {
@@ -73,7 +76,8 @@ SRM_INLINE void by_rows(T* logits, int64_t r, const Tile& tile, Call call) {
   }
 }
 
-// Replaces logits (M×r) by their softmax and adds their part of all cell means to pooled (P×P×r). work has P·r numbers.
+// Replaces the logits (M×r) of the tile's M positions by their softmax. Adds the contribution of these positions to the
+// cell means, pooled (P×P×r). work is scratch memory of P·r numbers.
 template <class T>
 SRM_INLINE void softmax_pool(T* logits, T* pooled, T* work, int64_t r, const Tile& tile) {
   const Cells rows{tile.height, tile.size}, columns{tile.width, tile.size};
@@ -97,8 +101,8 @@ SRM_INLINE void softmax_pool(T* logits, T* pooled, T* work, int64_t r, const Til
   });
 }
 
-// Replaces logits (M×r) by their gradient, computed from that of the cell means, pooled (P×P×r). work has (P + 1)·r
-// numbers.
+// Replaces the logits (M×r) by their gradient. pooled (P×P×r) is the gradient of the cell means. work is scratch memory
+// of (P + 1)·r numbers.
 template <class T>
 SRM_INLINE void softmax_pool_backward(T* logits, const T* pooled, T* work, int64_t r, const Tile& tile) {
   const Cells rows{tile.height, tile.size}, columns{tile.width, tile.size};
@@ -134,7 +138,7 @@ SRM_INLINE void softmax_pool_backward(T* logits, const T* pooled, T* work, int64
   });
 }
 
-// Writes means (P×P) of one channel (height × width). work has width numbers.
+// Writes the cell means (P×P) of one channel (height × width) to means. work is scratch memory of width numbers.
 template <class T>
 SRM_INLINE void cell_means(const T* channel, T* means, T* work, int64_t height, int64_t width, int64_t size) {
   const Cells rows{height, size}, columns{width, size};

@@ -1,8 +1,8 @@
-"""How operators cast their arguments under autocast.
+"""Cast the arguments of operators under autocast.
 
-If all tensors of a call have the same dtype, they keep it, so that autocast alone never changes an operator's
-precision. If their dtypes differ, the functions of this module cast them to a common dtype. As in torch, fp64 is never
-cast. Without autocast nothing is cast, and tensors of different dtypes raise a TypeError.
+If all tensors of a call have the same dtype, they are not cast. Autocast alone therefore never changes the precision of
+an operator. If the dtypes differ, the functions of this module cast the tensors to a common dtype. As in torch, fp64
+tensors are never cast. Without autocast nothing is cast, and operators raise a TypeError for dtypes that do not match.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def promoted(*tensors: Tensor) -> list[Tensor]:
 
 
 def no_narrower(tensors: Sequence[Tensor], like: Tensor) -> list[Tensor]:
-    """Cast parameters whose dtype cannot represent the dtype of `like` to one that represents both."""
+    """Cast parameters whose dtype cannot represent all values of `like.dtype` to a dtype that represents both."""
     if not enabled(like):
         return list(tensors)
     holding = (like.dtype, torch.float32)
@@ -72,7 +72,7 @@ def check_parameter(name: str, value: Tensor, shape: tuple[int, ...], like: Tens
         TypeError: `value` is not a floating-point tensor, or without autocast its dtype is narrower than `like.dtype`.
         ValueError: `value` has another shape than `shape`, or another device than `like`.
     """
-    # Modules check many parameters per call, so that the usual case has to be cheap.
+    # Modules check many parameters per call, so the usual case must be cheap.
     if (
         isinstance(value, Tensor)
         and value.shape == shape

@@ -50,8 +50,8 @@ def _in_functorch() -> bool:
 def exporting() -> bool:
     """Return whether torch.export is active.
 
-    Under torch.compile of torch 2.11, `torch.compiler.is_exporting()` always returns True. Otherwise it returns the
-    flag that is used here.
+    The function reads the flag behind `torch.compiler.is_exporting()`, because that function always returns True under
+    torch.compile in torch 2.11.
     """
     return torch.compiler._is_exporting_flag
 
@@ -59,7 +59,8 @@ def exporting() -> bool:
 def may_ask(tensor: Tensor) -> bool:
     """Return whether Python may read values of the tensor.
 
-    On a GPU reading would wait for the device; torch.func.vmap, make_fx and torch.func.linearize do not allow it.
+    The result is False for a tensor on a GPU, because reading it would wait for the device. The result is also False
+    under torch.func and make_fx, because torch.func.vmap, torch.func.linearize and make_fx do not allow reading.
     """
     return tensor.device.type == "cpu" and not _is_symbolic()
 
@@ -78,8 +79,8 @@ def nowhere(mask: Tensor, *, wait: bool = False) -> bool:
 
     Args:
         mask: Elements that need extra work, bool.
-        wait: Also read the mask on a GPU, and wait for it, except during the capture of a CUDA graph. Use it where
-            the extra work costs more than the wait.
+        wait: Whether to read a mask on a GPU too, which waits for the device. During the capture of a CUDA graph, the
+            mask is never read. Use True where the extra work costs more than the wait.
     """
     asked = may_ask(mask) or (
         wait and _on_cuda(mask) and not _is_symbolic() and not torch.cuda.is_current_stream_capturing()
@@ -92,7 +93,7 @@ def _on_cuda(tensor: Tensor) -> bool:
 
 
 def check_tensors(**tensors: Tensor) -> None:
-    """Raise TypeError or ValueError unless all are non-empty floating-point tensors of one dtype and device."""
+    """Raise TypeError or ValueError unless all are non-empty floating-point tensors of one dtype and one device."""
     first_name, first = "", None
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):

@@ -1,10 +1,14 @@
-"""Choose the backend for `backend=None` on a verified device: the fastest implementation with correct results.
+"""Choose the implementation for `backend=None` on a device that was verified.
 
-The choice depends on the operator, the dtype and the classes of the sizes. It does not depend on batch and heads, so
-that the same implementation computes a sample alone and in any batch. Training and evaluation use the same
-implementation. Each process reads the verdict of a device once. Verdicts are not used under torch.export, whose
-programs can run on another device, and not under torch.func. Under `torch.compile` the choice is made while
-tracing, by the same classes.
+A verdict contains the results of `python -m srm_kernels verify` for a device (see `verdicts.py`). The chosen
+implementation is the fastest one with correct results. Each process reads the verdict of a device once.
+
+The choice depends on the operator, the dtype and the size classes (see `class_of`). It does not depend on the batch
+size or the number of heads, so a sample uses the same implementation alone and in any batch. Training and evaluation
+use the same implementation.
+
+Under torch.compile, the choice is made during tracing, from the same size classes. Verdicts are not used under
+torch.func. They are not used under torch.export either, because an exported program can run on another device.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from . import devices, verdicts
 from .checks import exporting, transforming
 from .verdicts import Group, Key, Row, Verdict
 
-# Sizes between two bounds are one class; its geometric middle is a power of four.
+# Sizes from one bound up to the next form one class. The geometric mean of the two bounds is a power of four.
 BOUNDS = (8, 32, 128, 512, 2_048, 8_192, 32_768, 131_072)
 MOST_CACHED = 10_000
 CPU = -1  # in place of a CUDA device's number
@@ -38,8 +42,10 @@ class Explanation(NamedTuple):
         operator: The operator, with its variant if variants are measured separately.
         backend: The implementation.
         reason: The reason, in one sentence.
-        origin: Origin of the verdict that the choice follows: "this machine" or "shipped"; None without a verdict.
-        measured: Date and time of the measurement; the first and the last if there are several; None without a verdict.
+        origin: "this machine" if the verdict was measured here, "shipped" if the package contains it, None without a
+            verdict.
+        measured: Date and time of the measurement, or the first and the last if there are several. None without a
+            verdict.
         milliseconds: Shape → direction → implementation → median time, for the nearest measured shapes.
         sizes: The sizes on which the choice depends.
     """
@@ -72,7 +78,7 @@ class Answer(Exception):  # noqa: N818 - not an error
 
 
 class Table:
-    """The verdicts that apply to a device.
+    """The verdicts that apply to a device. A group is a pair of an operator and a dtype.
 
     Attributes:
         groups: Group → the verdict that decides the group, and the rows of the group.
@@ -103,7 +109,8 @@ class Table:
     def ranking(self, group: Group, classes: Sequence[int]) -> list[str]:
         """Return the implementations that are correct at every measured shape, the fastest first.
 
-        Only implementations with times at all nearest measured shapes are ranked, by the geometric mean of these times.
+        The rank is the geometric mean of the times at the nearest measured shapes. Implementations without a time at
+        one of these shapes are left out.
         """
         if group not in self.groups:
             return []
@@ -135,7 +142,8 @@ def times_of(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, float]]]:
 def class_of(size: int) -> int:
     """Return the class of a size.
 
-    The function only compares, so that torch.compile guards the class of a symbolic size and not the size itself.
+    The function only compares the size with bounds. torch.compile therefore guards the class of a symbolic size, and
+    not the size itself.
     """
     number = 0
     for bound in BOUNDS:
@@ -195,7 +203,7 @@ def measured(tensor: Tensor, operator: str, variant: str, sizes: Sizes, refusal:
     Args:
         tensor: A tensor of the device and dtype of the call.
         operator: Name of the operator.
-        variant: Options that are measured separately.
+        variant: The options of the call that are measured separately, as text.
         sizes: Function that returns the sizes on which the choice depends, without batch and heads.
         refusal: Function that returns why an implementation cannot run the call, or None.
     """
@@ -215,7 +223,7 @@ def _ranking_of(index: int, operator: str, variant: str, dtype: torch.dtype, *cl
 
 
 def ranking(index: int, operator: str, variant: str, dtype: torch.dtype, classes: Sequence[int]) -> list[str]:
-    """Return the implementations in the order of preference; an empty result without a verdict."""
+    """Return the implementations in order of preference, or an empty list without a verdict."""
     return table(index).ranking((named(operator, variant), dtype_name(dtype)), classes)
 
 
@@ -296,7 +304,7 @@ def ran(device: torch.device, requested: str | None, found: Mapping[str, Collect
 
     Args:
         device: The device of the operators.
-        requested: The backend that was given to them, or None.
+        requested: The backend that was given to the operators, or None.
         found: Operator → implementations that ran, as `registration.running` collects it.
     """
     from . import dispatch
@@ -363,8 +371,8 @@ def explain(operator: str, *tensors: Any, **options: Any) -> Explanation:
 
     Args:
         operator: Name of a public operator, for instance "nystrom_attention".
-        *tensors: Its arguments. `value` can be omitted if it has the shape and dtype of `key`.
-        **options: Its options; `backend` is None or a name.
+        *tensors: Positional arguments of the operator. `value` can be omitted if it has the shape and dtype of `key`.
+        **options: Keyword arguments of the operator. `backend` is None or a name of `backends()`.
 
     Returns:
         The implementation, the reason, and the measurement that the choice follows.

@@ -1,4 +1,4 @@
-"""Which devices can run the Triton kernels, and what launches need to know about a device.
+"""Return which devices can run the Triton kernels, and the properties of a device that launches depend on.
 
 Only this module, `dispatch` and `verdicts` query the hardware and the environment.
 """
@@ -80,10 +80,10 @@ def stages(tensor: Tensor) -> int:
 
 
 def pipeline_stages(capability: tuple[int, int]) -> int:
-    """Return the number of stages of a kernel's software pipeline: 2, or 1 where 2 would be a data race.
+    """Return the number of stages of a kernel's software pipeline: 2, or 1 where 2 would cause a data race.
 
-    On compute capability 9.x, Triton before 3.7.1 inserts no fence between a copy by cp.async and the wgmma that reads
-    it (triton-lang/triton, pull request 10537).
+    On compute capability 9.x, Triton before 3.7.1 inserts no fence between a copy by cp.async and the wgmma instruction
+    that reads the copied data (triton-lang/triton, pull request 10537).
     """
     return 1 if capability[0] == 9 and not _copies_are_fenced() else 2
 

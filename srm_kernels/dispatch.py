@@ -1,4 +1,4 @@
-"""Which implementation of an operator a call runs, and why another one cannot run."""
+"""Choose the backend of an operator call, and state why another backend cannot run."""
 
 from __future__ import annotations
 
@@ -46,9 +46,10 @@ def backends() -> dict[str, BackendStatus]:
 def few_threads(function: Callable[..., Any]) -> Callable[..., Any]:
     """Make `function(key, ...)` run on one thread if its CPU tensor `key` (…, N, d) is small.
 
-    Between many small steps threads wait for one another by spinning. On a busy machine this takes far longer than the
-    steps. The number of threads is set for the calling thread only, and is restored. torch.compile traces `function`
-    without this wrapper. The first argument can also be an object with an attribute `key`.
+    `function` runs many small steps. After each step, the threads wait for each other in a loop. On a busy machine, the
+    waiting takes far longer than the steps. The number of threads is set for the calling thread only, and is restored
+    afterwards. torch.compile traces `function` without this wrapper. The first argument can also be an object
+    with an attribute `key`.
     """
 
     @wraps(function)
@@ -81,9 +82,9 @@ def choose_backend(
     """Return the backend to run. A request for a backend never falls back to another one.
 
     Args:
-        requested: The value of `backend=`. None means SRM_KERNELS_BACKEND, if it is set. Without either, the verdict
-            about the device of `tensor` decides (see `choice`). Without a verdict, the backend is the first of
-            `implementations` that is not refused.
+        requested: The value of `backend=`. None means the value of SRM_KERNELS_BACKEND. If this variable is not set
+            either, the verdict about the device of `tensor` decides (see `choice`). Without a verdict, the backend is
+            the first of `implementations` that is not refused.
         implementations: Backends that the operator has, the default first.
         operator: Name of the operator.
         refusal: Function that returns why a backend cannot run with these arguments, or None.
@@ -136,8 +137,8 @@ _variable = os.environ.encodekey(ENVIRONMENT_VARIABLE)  # type: ignore[attr-defi
 def named_by_environment() -> str | None:
     """Return the value of SRM_KERNELS_BACKEND, or None.
 
-    `os.environ` raises and catches an error for a variable that is not set. This costs more than the whole choice, so
-    the function looks up the dictionary behind `os.environ` first.
+    For a variable that is not set, `os.environ` raises and catches an exception. The exception takes longer than the
+    whole choice of a backend. The function therefore first looks up the dictionary that `os.environ` wraps.
     """
     if not torch.compiler.is_compiling() and _variables is not None and _variable not in _variables:
         return None
@@ -166,9 +167,9 @@ def choose_kernels(
 ) -> str:
     """Return the backend to run for an operator that has Triton kernels.
 
-    `plain` names its other backends, the default first. `refusal` returns why its kernels cannot run with these
-    arguments, or None. It is called only if `devices.triton_refusal` has no objection, so that torch.export guards no
-    shape without need. The other arguments are those of `choose_backend`.
+    `plain` names the other backends of the operator, the default first. `refusal` returns why the kernels cannot run
+    with these arguments, or None. `refusal` is called only if `devices.triton_refusal` returns None, because
+    torch.export adds a guard for every shape that `refusal` reads. The other arguments are those of `choose_backend`.
     """
     return kept(requested, tensor, operator, variant, call) or choose_backend(
         requested,

@@ -1,8 +1,11 @@
-"""Multiply-accumulates of the operators, for the FLOP counters of torch and fvcore (docs/METHOD.md §2.2, equation 30).
+"""Count the multiply-accumulates of the operators, for the FLOP counters of torch and fvcore (docs/METHOD.md §2.2).
 
-Per image and head: 2 N_q r d + 2 r N_k d + r² d (W) + 2 N_k d² (Gram, scores) + d³/3 + r³/3 + r² d (solve).
-Importing `srm_kernels` registers these formulas with torch's counter, for which n multiply-accumulates are 2n FLOPs.
-`fvcore_handles()` gives the arguments of fvcore's `FlopCountAnalysis.set_op_handle`.
+The article's equation 30 gives the count of a link per image and head:
+
+    2 N_q r d + 2 r N_k d + r² d (W) + 2 N_k d² (Gram matrix and scores) + d³/3 + r³/3 + r² d (solve)
+
+`import srm_kernels` registers the formulas of all operators with torch's counter. The counter reports two FLOPs for
+each multiply-accumulate. `fvcore_handles()` returns the arguments for fvcore's `FlopCountAnalysis.set_op_handle`.
 """
 
 from __future__ import annotations
@@ -132,7 +135,7 @@ MACS: dict[Any, Callable[..., int]] = {
     _leverage: _leverage_op,
     _select: _select_op,
 }
-# A backward pass computes the forward pass again and two products for each of its products.
+# A backward pass repeats the forward pass, and computes two products for each product of the forward pass.
 BACKWARD_FACTOR = 3
 
 

@@ -1,13 +1,22 @@
-"""The numerics rule: the largest error that a kernel's result may have against the definition in fp64.
+"""The numerics rule: the largest error that the result of a kernel may have.
 
-The error of a result is at most the sum of three terms: twice the error of plain PyTorch in the same dtype (with fp32
-inside), half a unit of the dtype, and 8 units of fp32, because kernels sum in another order. Units are relative to the
-size of the exact result. The rule holds for the largest and for the mean absolute error.
+The exact result is the definition (docs/METHOD.md), computed in fp64. An error is the difference from the exact result.
+A unit of a dtype is its machine epsilon times the size of the exact result. The error of a kernel is at most the sum of
+three terms:
 
-The error of a result of one number, such as the gradient of α, can be small by chance. The error of plain PyTorch then
-counts as at least half a unit of the dtype. Several losses give a better measure of this error: such a gradient is a
-sum Σ tᵢ over many positions. The error Σ tᵢ δᵢ of the sum has the order of the unit times √Σ tᵢ², whatever the value
-of the sum, and one loss gives one random sample of the error. Losses with other signs give more samples.
+- twice the error of plain PyTorch in the same dtype, with intermediate results in fp32;
+- half a unit of the dtype;
+- 8 units of fp32, because kernels sum in another order.
+
+The rule holds for the largest absolute error and for the mean absolute error.
+
+If the result is a single number, such as the gradient of α, the error of plain PyTorch can be small by chance. The rule
+then assumes that this error is at least half a unit of the dtype.
+
+The error of a gradient of few numbers is measured over several random losses. Each number is a sum Σ tᵢ over many
+positions. The error of the sum is Σ tᵢ δᵢ with random rounding errors δᵢ, and is of the order of ε √Σ tᵢ², where ε is
+the machine epsilon. The sum itself can be much smaller. Each loss gives one random sample of the error, and the rule
+uses the largest error of plain PyTorch over all losses.
 """
 
 from __future__ import annotations
@@ -37,7 +46,7 @@ def error_ratio(
         plain: The same result by plain PyTorch in the dtype of `found`.
         exact: The same result in fp64.
         together: Exact results computed in the same call, for instance all gradients. The fp32 term of the bound is
-            scaled by the largest of these results. Default: by `exact` itself.
+            scaled by the largest of these results. By default, the term is scaled by `exact`.
         draws: Pairs (plain, exact) of the same result for other losses. The error of plain PyTorch is then the largest
             over all draws. The size of the result is at least the root mean square of the sizes of the exact draws.
 

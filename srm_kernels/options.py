@@ -1,7 +1,7 @@
-"""Groups of arguments that several operators, or several implementations of one, share.
+"""Groups of arguments that several operators, or several implementations of one operator, share.
 
-An operator registered with torch has a flat signature. `registration` expands each object into the arguments of its
-`SCHEMA`, and builds the object again for the implementations. Public functions check the values.
+An operator registered with torch has a flat signature. `registration` replaces each group by the arguments of its
+`SCHEMA`, and builds the group again for the implementations. Public functions check the values.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ class SolveOptions(Written):
         ridge: λ₀.
         solver: A key of `conditioning.SOLVERS`.
         equilibrate: Whether rows and columns of W are scaled first.
-        kappa_max: "auto" uses LU for κ below this.
+        kappa_max: "auto" uses LU for κ below this value.
         neumann_order: m of the series of "neumann".
-        neumann_gate: Whether the series is used only where its convergence is checked.
+        neumann_gate: Whether "neumann" uses the series only for matrices that pass the convergence checks.
     """
 
     SCHEMA: ClassVar[str] = (
@@ -85,7 +85,7 @@ class AttentionOptions:
 
     Attributes:
         choice: How landmarks are chosen if they are not given.
-        solve: How their system is solved.
+        solve: How the landmark system is solved.
         scale: s, the scale of the logits.
         qk_norm: Which tokens are RMS-normalised: None, "keys" or "both".
         solve_dtype: "fp32", or "model" for blocks in the dtype of the inputs.

@@ -1,17 +1,18 @@
 """Functions that the Triton kernels of several operators share, and helpers for their launches.
 
-This module imports Triton; only `kernels` modules may import it.
+This module imports Triton. Only modules of kernels may import this module.
 
 Precision of products:
 
-- Stored tensors (queries, keys, values) are multiplied in their dtype and accumulated in fp32, where every product of
-  two bf16 or fp16 numbers is exact. Two fp32 tensors are multiplied in "tf32x3".
-- Computed tensors (softmax blocks, X and their gradients) stay fp32. `wide_dot` multiplies them in three passes of the
-  tensor cores: "tf32x3" keeps 22 bits of both factors; "bf16x3", used with bf16 tokens, keeps 16. A factor that is
-  stored in bf16 has no low part, which leaves two passes. One pass would keep only 11 or 8 bits, and X can be many
-  times larger than Y, so that the rounding error would be amplified.
-- The choice of landmarks depends on the last bits of the scores. It uses "tf32x3" at least, and plain fp32 for fp32
-  tokens.
+- Stored tensors (queries, keys, values) are multiplied in their dtype and accumulated in fp32. A product of two bf16 or
+  fp16 numbers is exact in fp32. Two fp32 tensors are multiplied in the precision "tf32x3".
+- Computed tensors (softmax blocks, X and their gradients) stay in fp32. `wide_dot` multiplies them in three passes of
+  the tensor cores. The precision "tf32x3" keeps 22 bits of both factors. "bf16x3", which is used with bf16 tokens,
+  keeps 16 bits. A pass multiplies the high or low parts of both factors. A factor that is stored in bf16 has no low
+  part, so two passes suffice. One pass would keep only 11 bits (TF32) or 8 bits (bf16). X can be many times larger
+  than Y, and the rounding error would then be large relative to Y.
+- The choice of landmarks depends on the last bits of the scores. The products for the scores use at least "tf32x3", and
+  plain fp32 for fp32 tokens.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def precision(dtype: torch.dtype) -> str:
 def finest_precision(dtype: torch.dtype, d: int) -> str:
     """Return the `input_precision` for the choice of landmarks.
 
-    Above d = 64 three passes over a d×d matrix would need 128 KiB of shared memory, so products are plain fp32 there.
+    For d above 64, three passes over a d×d matrix would need 128 KiB of shared memory. Products then use plain fp32.
     """
     return "ieee" if INTERPRETED or dtype == torch.float32 or d > 64 else "tf32x3"
 
@@ -115,7 +116,8 @@ def load_tokens(ptr, rows, valid, n_stride, d_stride, d: tl.constexpr, D: tl.con
 def rms_factor(tokens, d: tl.constexpr, NORMALISE: tl.constexpr):
     """Return √d / (‖x‖ + 1e-6) of every row x, [ROWS], or ones without NORMALISE.
 
-    Kernels multiply by this factor after a product, so that the stored numbers enter the product without rounding.
+    Kernels apply the factor to the result of a product. The product itself therefore uses the stored numbers, which are
+    not rounded again.
     """
     wide = tokens.to(tl.float32)
     norm = tl.sqrt(tl.sum(wide * wide, 1))
@@ -146,7 +148,7 @@ def bf16_pair(x):
 def wide_dot(a, b, PRECISION: tl.constexpr):
     """Return the product a b in fp32, where at least one factor is a computed tensor (see the module's docstring).
 
-    The low part of an infinite entry is NaN and is replaced by 0, as in Triton's own passes.
+    For an infinite entry, the product with the low part is NaN. The NaN is replaced by 0, as in Triton's "bf16x3".
     """
     if PRECISION == "bf16x3" and b.dtype == tl.bfloat16:
         high, low = bf16_pair(a)

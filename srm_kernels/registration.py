@@ -1,8 +1,9 @@
 """Register operators with torch as `srm::<name>` and `srm::<name>_backward`, for all backends.
 
-Eager mode, torch.compile, export, FLOP counters and CUDA graphs see only these two operators. Autograd cannot
-differentiate through kernels: a backend of kernels has its own derivative, or uses the reference's. Under
-function transforms (torch.func) and in forward mode a differentiable operator runs its reference in plain PyTorch.
+Eager mode, torch.compile, torch.export, FLOP counters and CUDA graphs see only these two operators. Autograd cannot
+differentiate through Triton kernels. The backend "triton" therefore has its own derivative, or uses the derivative of
+the reference. A call that is differentiated under torch.func or in forward mode runs the reference in plain PyTorch
+instead of the operator.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ _running: list[dict[str, set[str]]] = []
 def running() -> Iterator[dict[str, set[str]]]:
     """Collect the implementations that run inside the context: operator → backends.
 
-    Operators are recorded in eager and in compiled code, and in a CUDA graph when the graph is captured. A call that is
-    differentiated under torch.func or in forward mode runs its reference without an operator, and is not recorded.
+    Operators are recorded in eager and in compiled code, and in a CUDA graph when the graph is captured. Calls that are
+    differentiated under torch.func or in forward mode are not recorded, because they run no registered operator.
     """
     found: dict[str, set[str]] = {}
     _running.append(found)
@@ -48,7 +49,7 @@ def running() -> Iterator[dict[str, set[str]]]:
 
 @contextmanager
 def plainly() -> Iterator[None]:
-    """Let calls inside the context run the plain operations of the references, not the registered operators."""
+    """Make operator calls inside the context run the reference in plain PyTorch, without the registered operators."""
     global _plain
     before, _plain = _plain, True
     try:
@@ -82,26 +83,27 @@ def register_operator(
 ) -> OpOverload:
     """Register `srm::name(arguments, str backend) -> returns` with its fake implementation and its derivative.
 
-    The derivative is the vector-Jacobian product of the implementation. `srm::name_backward` computes it from the saved
-    inputs. A second derivative (`create_graph=True`) uses the reference, whose operations autograd knows. Under
-    torch.func and in forward mode a call that is differentiated runs the reference instead of the operator. Gradients
-    are contiguous.
+    `srm::name_backward` computes the derivative, a vector-Jacobian product, from the saved inputs. Gradients are
+    contiguous. A second derivative (`create_graph=True`) uses the reference, which autograd can differentiate. A call
+    that is differentiated under torch.func or in forward mode also runs the reference, instead of the operator.
 
     Args:
         name: Name of the operator.
-        arguments: Its arguments as in a schema of torch. An argument whose type is in `options.WRITTEN` is replaced by
-            the fields of this type, because torch does not know the type.
-        returns: Its results as in a schema of torch. Results are contiguous, except the first if `like` is given.
+        arguments: Arguments of the operator, as in a torch schema. An argument whose type is in `options.WRITTEN` is
+            replaced by the fields of this type, because torch does not know the type.
+        returns: Results of the operator, as in a torch schema. Results are contiguous, except the first if `like` is
+            given.
         implementations: Backend → function of `arguments`. "reference" is required.
-        fake: Function of `arguments` that returns empty results, for torch.compile and export.
+        fake: Function of `arguments` that returns empty tensors of the right shapes, for torch.compile and export.
         differentiable: Names of the differentiable arguments.
         like: Name of an argument. The first result has the layout that `torch.empty_like` gives for this argument.
         derivatives: Backend → function `(grads, results, *arguments)`. The function returns a gradient for each tensor
-            among the differentiable arguments, in the order of the arguments. If there is such a function, the results
-            are saved for it. A backend of kernels without such a function uses the derivative of the reference.
+            among the differentiable arguments, in the order of the arguments. If any backend has such a function, the
+            forward pass saves its results. Without such a function, "triton" uses the derivative of the reference, and
+            autograd differentiates the other backends.
         constant: Indices of results without a gradient. Results that are not floating point never have a gradient.
-        recalled: Name of an argument → index of the result that replaces it in the derivative of the reference, so
-            that the backward pass does not repeat a choice of the forward pass.
+        recalled: Name of an argument → index of a result. The derivative of the reference uses the result instead of
+            the argument. The backward pass then does not repeat a choice of the forward pass, such as the landmarks.
         autocast: Function that casts `arguments` under autocast; see `autocast.py`.
 
     Returns:
@@ -239,7 +241,10 @@ def _kinds(arguments: str) -> list[str]:
 
 
 def _packed(function: Implementation, kinds: Sequence[str], ahead: int = 0) -> Implementation:
-    """Turn a function of objects into one of flat arguments, after `ahead` arguments that stay as they are."""
+    """Return a function that takes the fields of each `options.WRITTEN` object as separate arguments.
+
+    The first `ahead` arguments are passed on unchanged.
+    """
     if not WRITTEN.keys() & set(kinds):
         return function
 
@@ -281,7 +286,7 @@ def _register_autocast(operator: OpOverload, rule: Callable[..., tuple[Any, ...]
     @torch._disable_dynamo
     def kernel(*args: Any) -> Any:
         *inputs, backend = args
-        cast = rule(*inputs)  # outside the guard, inside which autocast seems to be off
+        cast = rule(*inputs)  # before the guard, because autocast appears disabled inside it
         with torch._C._ExcludeDispatchKeyGuard(keys):
             return operator(*cast, backend)
 
@@ -313,7 +318,7 @@ class _Recorded(torch.autograd.Function):
 
 
 def _register_autograd(operator: OpOverload, rules: _Rules | None = None) -> None:
-    """Register how autograd sees an operator; without rules its results are constants."""
+    """Register the autograd behaviour of an operator. Without rules, its results have no gradient."""
     node: Any = type(operator._opname, (_Recorded,), {})  # the name that profilers show
 
     @torch._disable_dynamo

@@ -217,11 +217,14 @@ def load(key: Key) -> tuple[Verdict | None, str | None]:
 
 
 def doubts(key: Key) -> Verdict | None:
-    """Return the faults that an outdated verdict of this machine has, if a shipped verdict would hold for its versions.
+    """Return the faults in an outdated verdict of this machine that also count for the current versions.
+
+    A shipped verdict holds for any driver and for any patch version of torch and Triton. Faults that this machine found
+    with another driver or patch version therefore still exclude implementations. Faults that the environment can have
+    caused do not count.
 
     Returns:
-        An unfinished verdict that contains these faults and only excludes implementations; None without faults. Faults
-        that the environment can have caused are left out.
+        An unfinished verdict with only these faults, or None if there are none.
     """
     try:
         kept = read(path_of(key))
@@ -300,9 +303,17 @@ def _checked(found: Any) -> Verdict:
 def checked_row(row: Any) -> Row:
     """Return a row after checking its fields, without fields that are not listed here.
 
-    Fields: `operator`, `backend`, `dtype`, `shape` (names), `sizes` (integers), `status` (one of `HARMLESS` or
-    `FAULTS`), `reason` (text or None), `ratio` (error divided by its bound, or None), `milliseconds` (direction →
-    implementation → median) and `measured` (date and time of the run in ISO 8601, UTC). Texts must be printable.
+    A row has these fields:
+
+    - `operator`, `backend`, `dtype` and `shape`: names.
+    - `sizes`: integers.
+    - `status`: one of `HARMLESS` or `FAULTS`.
+    - `reason`: text or None.
+    - `ratio`: the error divided by its bound, or None.
+    - `milliseconds`: direction → implementation → median time.
+    - `measured`: date and time of the run in ISO 8601, UTC.
+
+    All text must be printable.
 
     Raises:
         UnusableError: A field is missing or has the wrong type.
@@ -383,7 +394,8 @@ def _write(path: Path, text: str) -> None:
 def held(key: Key) -> Iterator[bool]:
     """Lock a device for measurement, and yield whether no other process holds the lock.
 
-    The lock ends with the process. If the lock file cannot be written or locked, the result is True.
+    The lock ends with the process at the latest. If the system cannot write or lock the lock file, the context yields
+    True.
     """
     try:
         folder = cache_folder()
@@ -449,8 +461,8 @@ def _minor(text: str) -> list[str]:
 def governing(own: Verdict | None, others: Verdict | None) -> dict[Group, tuple[Verdict, list[Row]]]:
     """Return the verdict and the rows that decide each group.
 
-    The verdict of this machine decides the groups that this machine has measured; the shipped verdict decides the
-    others. In an unfinished group only faults count, so the group only excludes implementations.
+    The verdict of this machine, `own`, decides the groups that this machine has measured. The shipped verdict `others`
+    decides the other groups. For an unfinished group, only the faults are returned. They exclude implementations.
     """
     found: dict[Group, tuple[Verdict, list[Row]]] = {}
     for verdict in filter(None, (others, own)):

@@ -1,7 +1,11 @@
 """Nyström cross-attention in plain PyTorch (docs/METHOD.md §2, article 3.3).
 
-    K̃ = K[I]   L = softmax(Q K̃ᵀ s)   R = softmax(K̃ Kᵀ s)   X = (W + λI)⁻¹ (R V)   Y = L X
-    N_q×r      r×N_k                  W = softmax(K̃ K̃ᵀ s), r×r
+    K̃ = K[I]                  (r × d)
+    L = softmax(Q K̃ᵀ s)       (N_q × r)
+    W = softmax(K̃ K̃ᵀ s)       (r × r)
+    R = softmax(K̃ Kᵀ s)       (r × N_k)
+    X = (W + λI)⁻¹ (R V)      (r × d)
+    Y = L X                   (N_q × d)
 
 Q is (B, H, N_q, d); K and V are (B, H, N_k, d); I is (B, H, r).
 """

@@ -88,43 +88,50 @@ def landmark_solve(
 
     Solvers:
 
-    - "cholesky": Cholesky of the similar symmetric system, for which κ₂ ≤ (1 + λ)/λ. It uses the symmetric part of the
-      logits and needs ridge > 0. A matrix is solved by "lu" instead if its factorisation fails, its logits are not
-      symmetric within 1e-3·(1 + max|l|), or the logsumexp of its rows differ so much (41 in fp32) that the symmetric
-      form underflows.
-    - "lu": LU with partial pivoting. With ridge 0 a singular matrix gives NaN.
-    - "svd": pseudo-inverse, the article's default. With ridge 0, singular values up to r·eps·σ_max are dropped (minimum
-      norm), and the derivative is then not defined. It is the least accurate solver in fp32 at large κ. It waits for
-      the device (torch.linalg.svd).
-    - "auto": for each matrix "lu" if κ(W_λ) < kappa_max, else "svd". κ is estimated from the LU factors by
-      `estimate_condition`: the estimate exceeds κ₂ at most by rounding, and was at least 0.5 κ₂ in all measurements.
-      "auto" waits for the device to find the matrices that need an SVD.
-    - "neumann": α Σ_{k≤m} (I − αW_λ)^k G with α = 1/(1 + λ), for each matrix whose spectral radius (by power iteration)
-      is below 0.95 and whose residual is below 1e-2. Other matrices use the default solver ("lu" with ridge 0).
+    - "cholesky": Cholesky factorisation of S + λI, the symmetric matrix similar to W + λI, with κ₂ ≤ (1 + λ)/λ. This
+      solver uses the symmetric part of the logits and needs ridge > 0. In three cases, "lu" solves a matrix instead:
+      the factorisation fails; the logits are not symmetric within 1e-3·(1 + max|l|); or the logsumexp values of two
+      rows differ by more than 41 (in fp32), so that S underflows.
+    - "lu": LU with partial pivoting. With ridge 0, a singular matrix gives NaN.
+    - "svd": pseudo-inverse, the article's default. With ridge 0, singular values up to r·eps·σ_max are dropped, which
+      gives the minimum-norm solution. If any are dropped, the derivative is not defined. "svd" is the least accurate
+      solver in fp32 at large κ. torch.linalg.svd waits for the device.
+    - "auto": for each matrix "lu" if κ(W_λ) < kappa_max, else "svd". `estimate_condition` estimates κ from the LU
+      factors. The estimate exceeds κ₂ only by rounding errors. In all measurements, it was at least 0.5 κ₂. "auto"
+      waits for the device to find the matrices that need an SVD.
+    - "neumann": the series α Σ_{k≤m} (I − αW_λ)^k G with α = 1/(1 + λ). A matrix uses the series if its residual is
+      below 1e-2 and a power iteration estimates a spectral radius of I − αW_λ below 0.95. Other matrices use the
+      default solver ("lu" with ridge 0).
 
-    "cholesky", "lu" and "neumann" never wait for the device. A non-finite logit gives NaN in the X of its own matrix
-    only. Gradients are exact, by implicit differentiation (for "neumann" through the polynomial).
+    "lu" never waits for the device. "cholesky" does not wait with the backend "triton". Where the reference runs on a
+    GPU, "cholesky" and "neumann" wait to find the matrices that need "lu", except during the capture of a CUDA graph.
 
-    Backends: "triton" is one launch for "cholesky" and "lu" without equilibration, r and d ≤ 128, all dtypes except
-    float64; a singular matrix has NaN gradients. "torch", the default, uses C++ for "cholesky" on the CPU without
-    equilibration, r ≤ 128, if the library is built; otherwise it is the reference.
+    A non-finite logit gives NaN in the X of its own matrix only. Gradients are exact. They are computed by implicit
+    differentiation, and for "neumann" through the series.
+
+    Backends:
+
+    - "torch", the default, uses C++ for "cholesky" on the CPU if the library is built. The C++ code supports r up to
+      128 and no equilibration. In all other cases, "torch" runs the reference.
+    - "triton" solves all matrices in one launch. The kernels support "cholesky" and "lu" without equilibration, r and d
+      up to 128, and all dtypes except float64. A singular matrix has NaN gradients.
 
     Args:
         logits: l = K̃K̃ᵀs (…, r, r); float64, float32, bfloat16 or float16.
         rhs: G = R V (…, r, d), with the leading axes, dtype and device of `logits`.
         ridge: λ₀, at least 0.
         solver: A key of `conditioning.SOLVERS`.
-        equilibrate: Solve D_r W D_c + λI instead, with D_r, D_c = (row or column norm + 1e-12)^-½; X is the same up to
-            the ridge.
-        kappa_max: "auto" uses "lu" for κ below this; above 0.
+        equilibrate: Whether to scale W to D_r W D_c before the ridge is added (docs/METHOD.md §2.1). D_r and D_c are
+            diagonal, with the entries (row or column norm + 1e-12)^-½. With ridge 0, X does not change.
+        kappa_max: "auto" uses "lu" for κ below this value, which is above 0.
         neumann_order: m of "neumann", at least 0.
-        neumann_gate: Whether "neumann" checks convergence; if not, it uses the series for every matrix.
+        neumann_gate: Whether "neumann" checks convergence. If not, every matrix uses the series.
         diagnostics: True computes κ from singular values and waits for the device. "estimate" estimates κ as "auto"
             does, without waiting. False computes no diagnostics.
         backend: A name of `backends()`, or None.
 
     Returns:
-        X in fp32 (fp64 for fp64) and, with diagnostics, κ, residual, gain and solver, which carry no gradient.
+        X in fp32 (fp64 for fp64). With diagnostics, also κ, residual, gain and solver, which carry no gradient.
 
     Raises:
         TypeError: A dtype or type is not accepted.

@@ -1,7 +1,8 @@
-"""Estimate κ₂ from a factorisation, without singular values and without waiting for the device (docs/METHOD.md §2.1).
+"""Estimate κ₂ of a matrix A from a factorisation of A, without singular values (docs/METHOD.md §2.1).
 
-The estimate is the product of two lower bounds from power iterations: ‖A u‖/‖u‖ is at most σ_max, and ‖A⁻¹ u‖/‖u‖ is at
-most 1/σ_min. Except for rounding, the estimate is therefore never larger than κ₂. It can be smaller than κ₂:
+The computation does not wait for the device. The estimate is the product of two lower bounds from power iterations:
+‖A u‖/‖u‖ is at most σ_max, and ‖A⁻¹ u‖/‖u‖ is at most 1/σ_min. Except for rounding, the estimate is therefore never
+larger than κ₂. The two lower bounds can be smaller than σ_max and 1/σ_min:
 
 - σ_max: the iteration starts from the vector of ones and applies A and Aᵀ in turn, k = 8 times in all. A is
   non-negative, so its leading singular vector is non-negative too. The cosine of the angle between this vector and the
@@ -12,8 +13,9 @@ most 1/σ_min. Except for rounding, the estimate is therefore never larger than 
   largest lower bound of 8 independent vectors is used. At r = 64, its ratio to 1/σ_min is less than 1/10 with
   probability at most 3e-18, and less than 1/3 with probability at most 1e-5.
 
-Random vectors of ±1 are not suitable as starts. With 8 such vectors and r = 64, each landmark has a row of 8 signs, and
-some of these rows are equal. If two duplicated landmarks have equal rows, the estimate misses them.
+Random vectors of ±1 are not suitable as start vectors. With 8 such vectors and r = 64, each landmark has a row of 8
+signs, and some of these rows are equal. If two landmarks with equal keys also have equal rows, all start vectors are
+orthogonal to the singular vector of σ_min. The estimate can then be far below κ₂.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ def estimate_condition(A: Tensor, solve: Callable[[Tensor, bool], Tensor]) -> Te
         solve: Function `(rhs, transposed)` that returns A⁻¹ rhs or A⁻ᵀ rhs.
 
     Returns:
-        The estimate; NaN or infinite where the factors of `solve` are.
+        The estimate. It is NaN or infinite for a matrix whose factors contain NaN or infinity.
     """
     probes = normal_probes(A.shape[-1], A.dtype, A.device).expand(*A.shape[:-1], PROBES)
     shrinkage = _growth(solve, probes, INVERSE_STEPS)
@@ -47,7 +49,7 @@ def estimate_condition(A: Tensor, solve: Callable[[Tensor, bool], Tensor]) -> Te
 
 
 def _growth(apply: Callable[[Tensor, bool], Tensor], u: Tensor, steps: int) -> Tensor:
-    """Apply B and Bᵀ in turn, `steps` times, and return ‖B u‖/‖u‖ of each column in the last application."""
+    """Apply B and Bᵀ in turn, `steps` times in all, and return ‖B u‖/‖u‖ of each column u in the last step."""
     ratio = torch.ones_like(u[..., 0, :])
     for step in range(steps):
         u = u / torch.linalg.vector_norm(u, dim=-2, keepdim=True)

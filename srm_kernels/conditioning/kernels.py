@@ -31,7 +31,7 @@ SYMMETRY_TOLERANCE: tl.constexpr = tl.constexpr(1e-3)
 
 
 def landmark_solve(logits: Tensor, rhs: Tensor, options: SolveOptions) -> tuple[Tensor, Tensor]:
-    """Return X (…, r, d), fp32, and the `Solver` (…,) of each matrix; r, d ≤ 128, no fp64."""
+    """Return X (…, r, d) in fp32 and the `Solver` (…,) of each matrix, for r, d ≤ 128 and inputs other than fp64."""
     a, g = _matrices(logits), _matrices(rhs)
     count, r, d = g.shape
     x = torch.empty(rhs.shape, dtype=torch.float32, device=rhs.device)
@@ -71,9 +71,9 @@ def landmark_solve_backward(
 
 
 def launch_options(r: int, d: int) -> dict[str, int]:
-    """Return tile sizes, the number of warps, and the limit of registers. Each thread holds 16 to 64 numbers of a tile.
+    """Return tile sizes, the number of warps, and the largest number of registers of a thread.
 
-    Without a limit, ptxas uses at most 128 registers and spills.
+    Each thread holds 16 to 64 numbers of a tile. By default, ptxas uses at most 128 registers per thread and spills.
     """
     R, D = (max(16, triton.next_power_of_2(n)) for n in (r, d))
     warps = min(16, max(2, R * max(R, D) // 512))
@@ -135,8 +135,8 @@ def _softmax(logits_ptr, r, stride_row, stride_col, R: tl.constexpr, SYMMETRIC: 
     """Return W, whether the logits are finite, and whether they are symmetric.
 
     If the logits are not finite, W is the softmax of zeros. With SYMMETRIC and `half`, W is the softmax of the
-    symmetric part of the logits. The logits are loaded again wherever W is needed, which saves registers; a volatile
-    load prevents the compiler from keeping them.
+    symmetric part of the logits. Kernels call this function again wherever they need W, which saves registers. The
+    loads are volatile, so that the compiler does not keep the logits in registers.
     """
     i = tl.arange(0, R)
     inside = (i[:, None] < r) & (i[None, :] < r)
@@ -182,7 +182,8 @@ def _load(ptr, r, d, stride_row, stride_col, R: tl.constexpr, D: tl.constexpr):
 def _eliminate(a, b, r, R: tl.constexpr, PIVOTING: tl.constexpr):
     """Return U on and above the diagonal, L⁻¹ P b, the smallest pivot and the largest pivot.
 
-    Without pivoting the smallest pivot keeps its sign, and is −1 if any pivot is not finite.
+    With PIVOTING, the two pivots are absolute values. Otherwise they have a sign, and a pivot that is NaN or infinity
+    counts as −1.
     """
     i = tl.arange(0, R)
     smallest = float("inf")
@@ -235,8 +236,8 @@ def _solve_forward_kernel(
 ):  # fmt: skip
     """Compute X of one matrix and its `Solver`; x and used are contiguous.
 
-    Without PIVOTING the kernel first uses the symmetric part of the logits without pivoting. If that fails, it uses
-    the logits with pivoting.
+    Without PIVOTING, the kernel first eliminates the system of the symmetric part of the logits, without pivoting. If
+    this elimination fails, the kernel eliminates the system of the logits with pivoting.
     """
     matrix = tl.program_id(0).to(tl.int64)
     logits_ptr += matrix * stride_logits
@@ -275,8 +276,8 @@ def _solve_backward_kernel(
 ):  # fmt: skip
     """Compute the gradients of one matrix; they are zero if its logits are not finite.
 
-    The system is the one that the forward pass solved; `cholesky` used the symmetric part of the logits. The
-    transposed system is eliminated without pivoting for `cholesky`, otherwise with pivoting.
+    The kernel solves the transpose of the system of the forward pass, which used the symmetric part of the logits for
+    `cholesky`. The elimination is without pivoting for `cholesky`, and with pivoting for `lu`.
     """
     matrix = tl.program_id(0).to(tl.int64)
     logits_ptr += matrix * stride_logits

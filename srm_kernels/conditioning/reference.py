@@ -1,12 +1,14 @@
 """The landmark solve in plain PyTorch (docs/METHOD.md §2.1, article 3.4).
 
-From logits l = K̃K̃ᵀs (…, r, r) and G = RV (…, r, d):
+The inputs are the logits l = K̃K̃ᵀs (…, r, r) and G = R V (…, r, d):
 
     W = softmax(l)    A = W + λI,  λ = λ₀ tr(W)/r    X = A⁻¹ G
 
-W is similar to the symmetric S_ij = exp(l_ij − (ℓ_i + ℓ_j)/2) = (W_ij W_ji)^½, where ℓ is the logsumexp of the rows:
-S = E W E⁻¹ with E = diag(e^{ℓ/2}). Cholesky therefore solves (S + λI) (E X) = E G. Equilibration replaces W by
-W̃ = D_r W D_c, G by D_r G and X by D_c⁻¹ X; the same holds with E = (D_c/D_r)^½ diag(e^{ℓ/2}).
+Let ℓ_i be the logsumexp of row i of l, and E = diag(e^{ℓ/2}). W is similar to the symmetric matrix S = E W E⁻¹. The
+entries of S are S_ij = exp(l_ij − (ℓ_i + ℓ_j)/2) = (W_ij W_ji)^½. The solver `cholesky` solves (S + λI) (E X) = E G.
+
+Equilibration replaces W by W̃ = D_r W D_c, G by D_r G and X by Z = D_c⁻¹ X. E is then (D_c D_r⁻¹)^½ diag(e^{ℓ/2}), and
+S = E W̃ E⁻¹ is again symmetric.
 """
 
 from __future__ import annotations
@@ -128,7 +130,10 @@ Solve = Callable[[Tensor, bool], Tensor]  # (right-hand side, transposed) → so
 
 
 class _Factors:
-    """The factors of a batch: pairs of a mask (…,) that selects matrices (None selects all), and their solve."""
+    """The factors of a batch of matrices.
+
+    Each element of `parts` is a mask (…,) of matrices, or None for all matrices, and a function that solves them.
+    """
 
     def __init__(self) -> None:
         self.parts: list[tuple[Tensor | None, Solve]] = []
@@ -172,7 +177,7 @@ class _ImplicitSolve(torch.autograd.Function):
 
 
 def _factorise(logits: Tensor, rhs: Tensor, options: SolveOptions) -> tuple[System, _Factors, Tensor]:
-    """Return the system, its factors and the `Solver` of each matrix. For "neumann" these describe its fallback."""
+    """Return the system, its factors and the `Solver` of each matrix; for "neumann", those of the fallback."""
     ridge, equilibrate, solver = options.ridge, options.equilibrate, options.solver
     if solver == "neumann":
         solver = "cholesky" if ridge > 0 else "lu"
@@ -288,7 +293,8 @@ def _neumann(system: System, order: int) -> Tensor:
 def _neumann_accepts(system: System, series: Tensor) -> Tensor:
     """Return for which matrices the series is used.
 
-    Power iterations on I − αA start from fixed signs minus their mean, because I − αA maps constants to zero.
+    The power iteration on I − αA starts from a fixed vector of signs minus its mean, because I − αA maps a constant
+    vector to zero.
     """
     A = system.matrix
     r = A.shape[-1]

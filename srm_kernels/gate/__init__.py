@@ -97,7 +97,7 @@ _losses = register_operator(
 def biased_gelu(maps: Sequence[Tensor], biases: Sequence[Tensor], *, backend: str | None = None) -> Tensor:
     """Compute GELU(m + b) for the maps of all stages, in one kernel launch (docs/METHOD.md §4).
 
-    The operator follows a convolution without bias. It is differentiable in all tensors, twice.
+    m is the output of a convolution without bias. The operator is twice differentiable in all tensors.
 
     Args:
         maps: One map (B, C, h, w) for each stage, all of one shape, any strides; float64, float32, bfloat16 or float16.
@@ -129,7 +129,7 @@ def gate_logits(
 ) -> Tensor:
     """Compute the gate logits g_s = w_s · GAP(GELU(m_s + b_s)) + v_s, in one kernel launch (docs/METHOD.md §4).
 
-    The operator is differentiable in all tensors, twice.
+    The operator is twice differentiable in all tensors.
 
     Args:
         maps: As in `biased_gelu`.
@@ -191,17 +191,18 @@ def gated_fusion(
 ) -> GatedFusion:
     """Fuse stage maps by a convex combination with a capped norm (docs/METHOD.md §4, article 3.6).
 
-    a = softmax(g / T), M = Σ_s a_s P_s, γ = min(1, c(1 − 2u)/(‖M‖_F + eps)). u is the unit roundoff of a half-precision
-    output, so that ‖γM‖_F ≤ c holds after rounding. NaN stays NaN. The operator is differentiable in maps and logits.
+    The result is γM, with a = softmax(g / T), M = Σ_s a_s P_s and γ = min(1, c(1 − 2u)/(‖M‖_F + eps)). u is the unit
+    roundoff of the output's dtype if it is bfloat16 or float16, and 0 otherwise. ‖γM‖_F ≤ c therefore holds after
+    rounding. NaN stays NaN. The operator is differentiable in maps and logits.
 
     Args:
         maps: P (B, S, C, h, w); float64, float32, bfloat16 or float16, any strides.
         logits: g (B, S), in the maps' dtype or fp32.
-        cap: c: a number above 0, a tensor of one element, or None for no cap. It receives no gradient. A tensor can
-            stay on its device, and can be 0 (the result is 0) or infinite (no cap).
-        cap_factor: Factor of `cap`, above 0. With a factor, c can follow a buffer without another launch.
+        cap: A number above 0, a tensor of one element, or None for no cap; c = cap_factor · cap. `cap` receives no
+            gradient. A tensor is not copied to the CPU. It can be 0 (the result is 0) or infinite (no cap).
+        cap_factor: Factor of `cap` in c, above 0. It saves a separate launch for the product.
         temperature: T, above 0.
-        eps: At least 0.
+        eps: Summand in the denominator of γ, at least 0.
         backend: A name of `backends()`, or None.
 
     Returns:
@@ -235,7 +236,7 @@ def gated_fusion(
         cap = cap.detach().reshape(())
     elif cap is not None:
         check_number("cap", cap, above=0)
-        # Converted by way of fp64: a number beyond the range of fp32 becomes infinite, which is no cap.
+        # The conversion starts from fp64: a number beyond the range of fp32 becomes infinite, which means no cap.
         cap = torch.tensor(float(cap), dtype=torch.float64).to(maps.device, wide)
     chosen = choose_kernels(backend, maps, "gated_fusion", sizes=lambda: _sizes(maps), call=(maps.shape,))
     factors = float(cap_factor), float(temperature), float(eps)

@@ -1,11 +1,15 @@
 """Triton kernels of the gate: GELU, logits, gain-capped fusion and losses.
 
-`biased_gelu` and `gate_logits` are one launch each for all stages. The maps are small, so their derivatives are those
-of the reference, by library products.
-Fusion has two launches: the first computes partial sums of ‖M‖² of every image, the second γ and γM. The second one
-computes M again from the stage maps, which are small and in the cache. The backward pass is similar: first the inner
-products for the gradients of γ and the weights, then all gradients. The parts of an image depend on its shape only,
-and are added in order. The losses are one program for all batch sizes.
+`biased_gelu` and `gate_logits` process all stages in one launch each. Their backward passes have no kernels and use the
+derivative of the reference, because the maps are small.
+
+The fusion has two launches. The first launch computes partial sums of ‖M‖² of every image. The second launch computes γ
+and γM. It computes M again from the stage maps, which are small and in the cache. The backward pass has two launches
+too. The first launch computes the inner products for the gradients of γ and the weights. The second launch computes all
+gradients.
+
+Each image is divided into parts. The division depends only on the shape of the image, and the sums of the parts are
+added in a fixed order. One program computes the losses, for every batch size.
 """
 
 from __future__ import annotations

@@ -91,9 +91,9 @@ def select_landmarks(
     - "pivoted_cholesky": in each of r steps, the key with the largest residual diagonal of exp(K Kᵀ s). Ties (relative
       differences up to 1e-5) go to the lower index. The cost is O(N_k r²).
 
-    The indices are not differentiable. Except for "uniform", they also change discontinuously with the keys: at a
-    change of the choice, results computed from the landmarks jump. With N_k ≤ d linearly independent keys, all leverage
-    scores differ from 1 only by amounts of the order of γ. A small change of the keys can then change the choice.
+    The indices are not differentiable. Except for "uniform", a small change of the keys can change the indices. Results
+    that are computed from the landmarks then jump. With N_k ≤ d linearly independent keys, all leverage scores differ
+    from 1 only by amounts of the order of γ. A very small change of the keys can then change the indices.
 
     Args:
         key: K (B, H, N_k, d); float64, float32, bfloat16 or float16, any strides.

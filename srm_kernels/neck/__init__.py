@@ -1,7 +1,7 @@
 """The fused neck: all links of a schedule, from the backbone's maps to the gate's input (docs/METHOD.md §1 and 3).
 
-`project_sources` and `landmark_side` compute the key side, `pooled_links` the query side, `merge_links` the updated
-maps.
+`project_sources` and `landmark_side` compute the key side of the links. `pooled_links` computes the query side, and
+`merge_links` computes the updated maps.
 """
 
 from __future__ import annotations
@@ -354,7 +354,7 @@ def serves_pooled_links(
     If the result is False, the neck computes its links one by one, without `pooled_links`.
 
     Args:
-        features: A map of the dtype and device.
+        features: A map with the dtype and device of the call.
         d: Channels of one head.
         rank: r, before it is clamped to the number of keys.
         keys: Number of keys of each link.

@@ -1,6 +1,6 @@
 """The fused neck in plain PyTorch, all links of a schedule at once (docs/METHOD.md §1 and 3, article 3.2).
 
-    T = A F + a   Q = W_Q DyT(T)   L = softmax(Q K̃ᵀ s)   P̄ = pool(L)
+    T = A F + a   Q = DyT(T) W_Q   L = softmax(Q K̃ᵀ s)   P̄ = pool(L)
 
 F (B, C_i, h, w) is a map of the backbone and T (B, N, C) its tokens. Q is (B, H, N, d), L is (B, H, N, r), and P̄
 (B, H, P², r) holds the mean of L over every cell of a P×P grid. Pooling is linear. For a target t with the links ℓ:

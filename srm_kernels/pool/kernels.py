@@ -1,8 +1,11 @@
-"""Triton kernels of adaptive average pooling, and the bounds of its cells, which the fused neck uses too.
+"""Triton kernels of adaptive average pooling. The fused neck also uses the functions for the bounds of the cells.
 
-Forward: a program sums the map rows of one row of cells for some channels, and then the columns of every cell. It reads
-a map once if the grid divides the map. Backward: every position gathers from the cells that contain it. This is one
-cell if the grid divides the map, otherwise up to two along each axis, or more if the grid is finer than the map.
+Forward pass: a program computes one row of cells for some channels. It sums the rows of the map that are in these
+cells, and then the columns of every cell. If P divides the height of the map, every row of the map is read once.
+
+Backward pass: the gradient of a position is a sum over the cells that contain the position. This is one cell if P
+divides both sides of the map. Otherwise a position is in up to two cells along each axis, or in more cells if the grid
+is finer than the map.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ def dyt(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor, *, backend: str 
         backend: A name of `backends()`, or None.
 
     Returns:
-        The shape and dtype of `x`.
+        A tensor with the shape and dtype of `x`.
 
     Raises:
         TypeError: A dtype is not accepted.
@@ -140,14 +140,14 @@ def tau_loss(
 ) -> Tensor:
     """Compute the loss L_τ of all links, in one kernel launch (docs/METHOD.md §3.3).
 
-    L_τ = mean over links and heads of (log((τ σ̄ + floor)/σ_ref))² with τ = exp(θ). The operator is differentiable in θ,
-    twice.
+    L_τ = mean over links and heads of (log((τ σ̄ + floor)/σ_ref))² with τ = exp(θ). The operator is twice
+    differentiable in θ.
 
     Args:
-        thetas: θ (H,) of each link; float64, float32, bfloat16 or float16, one dtype and device with `sigmas`.
+        thetas: θ (H,) of each link; float64, float32, bfloat16 or float16, with the dtype and device of `sigmas`.
         sigmas: σ̄ (H,) of each link. It receives no gradient.
         reference: σ_ref, above 0.
-        floor: At least 0.
+        floor: Summand in the logarithm, at least 0.
         backend: A name of `backends()`, or None.
 
     Returns:

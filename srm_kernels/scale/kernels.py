@@ -1,9 +1,13 @@
 """Triton kernels of the scale statistic, DyT and the τ loss.
 
-Scale statistic: every program computes the mean and M₂ = Σ‖y − mean‖² of its share of a (b, h), tile by tile with
-Chan's formula. A second launch merges the shares of a head about their common mean. This avoids cancellation when the
-mean is large, and the order of the sums is fixed. DyT: the backward pass writes dx and, for each share of the rows, its
-part of dα, dw and db; a second launch adds the shares in order. There are no atomics.
+Scale statistic: the tokens of each image and head are divided into shares. A program computes the mean and
+M₂ = Σ‖y − mean‖² of one share, and adds the tiles of the share by Chan's formula. A second launch merges the shares of
+a head about their common mean. This avoids cancellation when the mean is large.
+
+DyT: the backward pass writes dx. It also writes the contribution of each share of the rows to dα, dw and db. A second
+launch adds the contributions.
+
+All sums have a fixed order, and the kernels use no atomics.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The cases to verify: every operator with kernels, at several shapes.
 
-Inputs are standard normal numbers in float64, equal for all dtypes up to rounding. A "shape" means the sizes of one
-link of a neck and of the maps that this link reads. Options that select other kernels (normalisation, DyT) differ
-between shapes, so that all kernels are checked. The verdict on an operator also covers its other variants (`forms`) and
-its call in training, so these are checked at every shape too.
+Inputs are standard normal numbers, drawn in float64 and rounded to the dtype of the case. A "shape" means the sizes of
+one link of a neck and of the maps that this link reads. Options that select other kernels (normalisation, DyT) differ
+between shapes, so that all kernels are checked. The verdict on an operator also covers `Operator.forms` and the call in
+training. Both are therefore checked at every shape too.
 """
 
 from __future__ import annotations
@@ -78,16 +78,17 @@ class Operator:
         call: shape → the call, (*inputs, backend=…) → results.
         trained: shape → the call of training, if it differs. It is also checked, and timed with gradients instead of
             `call`.
-        forms: shape → other calls under the same verdict. They are checked and not timed.
-        inputs: The batch axis of each input, or None.
-        outputs: The batch axis of each result of `Case.judged`, or None; None in total if results mix the batch.
+        forms: shape → other calls of the operator that the same verdict covers. They are checked and not timed.
+        inputs: The batch axis of each input, or None for an input without a batch axis.
+        outputs: The batch axis of each result of `Case.judged`, or None for a result that mixes the samples of a batch.
+            None in place of the tuple means that samples are not computed alone.
         wide: Indices of the inputs that are fp32 in every dtype.
         variant: Options that are measured separately, as in `explain`.
         dtypes: The dtypes to measure.
         backends: The backends to check against the reference.
         shares_size: Whether errors of gradients are relative to the largest result of the call.
-        reference: (shape, inputs, backend) → the call that computes exact results from the choices of the backend; None
-            if backends make no choices.
+        reference: (shape, inputs, backend) → the call that computes exact results from the landmarks that the backend
+            chooses. None for an operator that chooses no landmarks.
         ratio: (shape, inputs, results) → error divided by its bound, for results that are not floating point.
     """
 
@@ -231,11 +232,12 @@ def _first_keys(key: Tensor, rank: int) -> Tensor:
 
 
 def _landmark_ratio(method: str) -> Callable[[Shape, Sequence[Tensor], Sequence[Tensor]], float]:
-    """Return the ratio of a choice of landmarks: infinity unless they are distinct and in range.
+    """Return a function that computes the error ratio of chosen landmarks.
 
-    The number of landmarks that differ from the definition is at most the larger of two bounds: 1 in 16, and twice the
-    number in which the reference in the same dtype differs. Implementations can break ties differently, and after one
-    different landmark the later ones can differ too.
+    The ratio is infinite if landmarks are not distinct or not in range. The error is the number of landmarks that
+    differ from the choice of the reference in fp64. The bound is the larger of two numbers: 1/16 of all landmarks, and
+    twice the error of the reference in the same dtype. Implementations can break ties differently. After one different
+    landmark, the later landmarks can differ too.
     """
 
     def ratio(s: Shape, inputs: Sequence[Tensor], results: Sequence[Tensor]) -> float:

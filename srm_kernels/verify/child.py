@@ -1,6 +1,7 @@
 """The child process that runs kernels: `python -m srm_kernels.verify.child DEVICE` answers requests in JSON lines.
 
-It exits after a failure, because an error of a kernel can break its CUDA context. The command then starts another one.
+The process exits after a failure, because an error of a kernel can break its CUDA context. The command then starts
+another child process.
 """
 
 from __future__ import annotations

@@ -167,10 +167,10 @@ class Run:
         self.progress = table.Progress()
 
     def doubted(self, wanted: Sequence[Case]) -> list[Case]:
-        """Return cases of the same groups, at other shapes, whose stored fault can disappear in another attempt.
+        """Return cases at other shapes, in the groups of `wanted`, whose stored fault can disappear if repeated.
 
-        These cases are measured too, because a fault at one shape rules out the implementation at all shapes. `--again`
-        repeats all cases with faults.
+        A fault at one shape rules out the implementation at all shapes of its group. The returned cases are therefore
+        measured again. Their faults are faults that the environment can cause, or any faults with `--again`.
         """
         asked, groups = set(map(_label, wanted)), set(map(_group, wanted))
         faults = verdicts.faults(self.verdict.rows)

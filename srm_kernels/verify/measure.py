@@ -1,8 +1,8 @@
 """Check whether an implementation is right, and time it.
 
-An implementation is right if its results and gradients satisfy the numerics rule against the reference in fp64, and the
-device reports no fault and refuses no launch. Kernels must also give the same bits twice, and the same bits for a
-sample alone and in its batch.
+An implementation is right if its results and gradients satisfy the numerics rule against the reference in fp64. In
+addition, the device must report no fault and refuse no launch. Kernels must also give the same bits in two runs, and
+the same bits for a sample alone and in its batch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .cases import Call, Case
 from .target import Device
 
 SEED = 99  # seed of the random losses
-# The messages of drivers, libraries and Triton, which raise other errors than torch.
+# Out-of-memory messages of drivers, libraries and Triton, which do not raise torch's exception.
 OUT_OF_MEMORY = re.compile(r"out of memory|cannot allocate memory|_ALLOC_FAILED|bad_alloc", re.IGNORECASE)
 SAMPLE = 1  # index in the batch of the sample that is also computed alone
 
@@ -93,8 +93,8 @@ def ratios(
 ) -> dict[str, float]:
     """Return the error divided by its bound of every result and gradient, by the numerics rule.
 
-    `call` is the call of the reference. For a gradient of few numbers, the error is measured over several losses. If
-    `redrawn` is given, it returns other inputs, and the error of a result of few numbers is measured over them too.
+    `call` is the call of the reference. The error of a gradient of few numbers is measured over several losses.
+    `redrawn` returns other inputs. If it is given, the error of a result of few numbers is measured over them too.
     """
     wide = [x.double() for x in inputs]
     plain, exact = (results(call, x).named() for x in (inputs, wide))
@@ -224,8 +224,8 @@ def failure(error: Exception, device: Device) -> dict[str, str]:
 def timed(case: Case, names: Sequence[str], device: Device, seconds: float) -> dict[str, Any]:
     """Return median times in milliseconds by direction and implementation, measured in turns.
 
-    Names are backends, "eager" (the operations of the reference without operators around them) and "compiled" (the same
-    under torch.compile). Errors of implementations pass through.
+    `names` contains backends, "eager" (the reference in plain PyTorch, without the registered operator) and "compiled"
+    (the same operations under torch.compile). Errors of implementations are not caught.
     """
     inputs = case.inputs(device.torch_device)
     times = {}

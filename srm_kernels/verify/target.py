@@ -1,4 +1,4 @@
-"""Devices to measure: how to synchronise, time and identify them.
+"""Devices to measure, with methods to synchronise, time and identify them.
 
 `open_device` returns a CUDA device by its name. For tests, "module:function" names a function that returns another
 `Device`, for instance an emulated one.
@@ -44,9 +44,9 @@ class Device:
         yield
 
     def probe(self) -> None:
-        """Launch a trivial kernel. If it fails, the environment is the cause and not a kernel of this package.
+        """Launch a trivial kernel. If it fails, the cause is the environment and not a kernel of this package.
 
-        Errors of Triton and of the driver pass through.
+        Errors of Triton and of the driver are not caught.
 
         Raises:
             CannotRunError: The kernel gives wrong numbers.

@@ -166,7 +166,7 @@ def ask_all(
     lock, workers = threading.Lock(), [Worker(device) for _ in range(min(count, len(requests)))]
     failures: list[BaseException] = []
     stopped = threading.Event()
-    # Replaces Thread.join: if a signal interrupts it, Python 3.11 believes that the thread has ended.
+    # Replaces Thread.join: if a signal interrupts `join`, Python 3.11 assumes that the thread has ended.
     ended = [threading.Event() for _ in workers]
 
     def work(worker: Worker, end: threading.Event) -> None:

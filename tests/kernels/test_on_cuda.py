@@ -87,8 +87,8 @@ def test_every_solver(solver):
     ("solver", "backend"), [("lu", "reference"), ("lu", "triton"), ("cholesky", "triton")]
 )
 def test_solvers_that_do_not_wait_for_the_device(solver, backend):
-    key = torch.nn.functional.normalize(tokens(32, 5), dim=-1).cuda() * 24**0.5
-    logits, rhs = key @ key.mT / 24**0.5, tokens(32, 6).cuda()
+    key = torch.nn.functional.normalize(tokens(32, 5, torch.float32), dim=-1).cuda() * 24**0.5
+    logits, rhs = key @ key.mT / 24**0.5, tokens(32, 6, torch.float32).cuda()
     options = {
         "solver": solver,
         "backend": backend,

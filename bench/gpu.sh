@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Test and measure on a GPU, in two parts of at most six minutes each: `bench/gpu.sh a`, then `bench/gpu.sh b`.
-#   a  tests: `python -m srm_kernels verify --quick`, every kernel once, then the tests marked `gpu`, the most important
+#   a  tests: `python -m srm_kernels verify --quick`, the attention kernels once, then the tests marked `gpu`, the most important
 #      files first, one line per test.
 #   b  benchmarks one at a time, the most important first; then compute-sanitizer, if it is installed.
 # A part may be stopped at any time with Ctrl-C: every step writes its results as they come. A step that reaches its

@@ -41,7 +41,7 @@ def main() -> None:
         raise SystemExit("bench.small_run needs a CUDA device: " + backends()["triton"].reason)
     run("cuda")
     torch.cuda.synchronize()
-    print("every kernel ran")
+    print("every kernel of attention ran")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Run compiled Triton kernels on the PTX emulator.
 
-`python -m bench.ptx --matrix` checks every kernel at every branch of its launch rules. The errors must satisfy the
+`python -m bench.ptx --matrix` checks every kernel on five architectures and in three dtypes. The errors must satisfy the
 numerics rule of `srm_kernels/numerics.py`.
 
 `python -m bench.ptx --report` counts the instructions of the kernels at the article's shapes. The report shows which

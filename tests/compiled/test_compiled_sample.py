@@ -1,4 +1,4 @@
-"""The sample of the compiled matrix covers every kernel and every branch of the launch rules."""
+"""The sample covers every kernel, number of warps, stages and register limit of the compiled matrix."""
 
 from __future__ import annotations
 

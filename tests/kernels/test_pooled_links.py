@@ -400,7 +400,7 @@ def test_a_source_may_have_any_strides_and_any_batch():
     whole, other = projected(*made, backend="triton"), projected(strided, *made[1:], backend="triton")
     alone = projected(made[0][:1], *made[1:], backend="triton")
     for x, y, z in zip(whole, other, alone, strict=True):
-        assert torch.equal(x, y)
+        torch.testing.assert_close(x, y)  # other strides can be other code
         assert torch.equal(x[:, :1], z)
 
 

@@ -1,7 +1,7 @@
 """Run compiled Triton kernels on the PTX emulator.
 
-`python -m bench.ptx --matrix` checks every kernel on five architectures and in three dtypes. The errors must satisfy the
-numerics rule of `srm_kernels/numerics.py`.
+`python -m bench.ptx --matrix` checks every kernel on five architectures and in three dtypes. The errors must satisfy
+the numerics rule of `srm_kernels/numerics.py`.
 
 `python -m bench.ptx --report` counts the instructions of the kernels at the article's shapes. The report shows which
 unit of a GPU limits each kernel in this simulation.

@@ -1,8 +1,8 @@
 """Cases of the compiled matrix: every kernel of the package.
 
 A case makes the inputs of a call and defines how its results are judged. Sizes are small, because the code of a kernel
-does not depend on the size of its grid. The values of r and d and the methods are chosen so that the launch rules choose
-each of their numbers of warps, pipeline stages and registers. Not every tile size is among them.
+does not depend on the size of its grid. The values of r and d and the methods are chosen so that the launch rules
+choose each of their numbers of warps, pipeline stages and registers. Not every tile size is among them.
 """
 
 from __future__ import annotations

@@ -212,6 +212,11 @@ def _write(options: argparse.Namespace, trained: Path, packed: Path) -> None:
         notes.append(
             f"largest change of a score by the fp16 weights, on the clean test images: {difference:.1e}"
         )
+    low, middle, high = np.quantile(read_json(source / EVALUATION)["scores"], (0, 0.5, 1))
+    notes.append(
+        f"scores of the test images: from {low:.3f} to {high:.3f}, half of them above {middle:.3f}; images without "
+        "strong damage therefore differ little"
+    )
     if options.small or options.backbone != BACKBONE:
         notes.append("a miniature that shows that the pipeline works; its numbers have no meaning")
     licences = [*LICENCES, BACKBONE_LICENCE] if options.backbone == BACKBONE else LICENCES

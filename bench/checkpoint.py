@@ -212,6 +212,11 @@ def _write(options: argparse.Namespace, trained: Path, packed: Path) -> None:
         notes.append(
             f"largest change of a score by the fp16 weights, on the clean test images: {difference:.1e}"
         )
+    for path in sorted((source / "attacks").glob("*.json"))[:1]:
+        found = read_json(path)
+        notes.append(
+            f"SROCC of the {len(found['names'])} attacked test images without attack: {found['clean']['srocc']:.3f}"
+        )
     low, middle, high = np.quantile(read_json(source / EVALUATION)["scores"], (0, 0.5, 1))
     notes.append(
         f"scores of the test images: from {low:.3f} to {high:.3f}, half of them above {middle:.3f}; images without "

@@ -204,7 +204,7 @@ def _write(options: argparse.Namespace, trained: Path, packed: Path) -> None:
         lines += [f"`{neck}`", "", *card.table(results), ""]
     write_lines(options.out / "results.jsonl", rows)
     text = "\n".join(lines)
-    write_text(options.out / "table.md", text)
+    write_text(options.out / "table.md", f"# Results of the packed checkpoints\n\n{text}")
     source = packed / NECKS[0]
     difference = _difference(trained / NECKS[0], source)
     notes = ["weight matrices in fp16, computed in fp32; all results are measured with these weights"]

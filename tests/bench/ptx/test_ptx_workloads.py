@@ -57,10 +57,10 @@ def test_a_page_says_which_aims_are_missed():
     assert "| 64 | 40 | 65 (missed) | 10 | issue |" in report.page([row | {"us": 65.2}])
 
 
-def test_every_aim_is_of_a_kernel_that_was_counted():
+def test_every_target_is_of_a_kernel_that_was_counted():
     path = Path(report.__file__).parent.parent / "results/simulated/kernels.jsonl"
     counted = {(row["workload"], row["kernel"]) for row in read(path) if row["gpu"] == report.TUNED}
-    assert {(aim.workload, aim.kernel) for aim in report.AIMS} <= counted
+    assert {(target.workload, target.kernel) for target in report.TARGETS} <= counted
 
 
 def test_a_report_counts_a_kernel_for_every_card_of_an_architecture():

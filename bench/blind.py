@@ -36,7 +36,7 @@ from srm_model.cli.options import device_from, positive
 from srm_model.external import ExternalModel
 from srm_model.metrics import LogisticMap, plcc, srocc
 from srm_model.profiling.results import append, newest, read
-from srm_model.reports.bootstrap import REPLICATES, SEED, interval, resampled_srocc
+from srm_model.reports.bootstrap import interval, resampled_plcc, resampled_srocc
 
 Row = dict[str, Any]
 Scores = npt.NDArray[np.float64]
@@ -181,15 +181,6 @@ def rows(bench: Bench, subjects: Sequence[Subject], known: Sequence[Row]) -> Ite
                     yield attacked_row(bench, subject, eps, number)
 
 
-def resampled_plcc(mos: Scores, scores: Scores) -> Scores:
-    """Compute Pearson's correlation on the resamples of `resampled_srocc`, (REPLICATES,)."""
-    draws = np.random.default_rng(SEED).integers(len(mos), size=(len(mos), REPLICATES))
-    x, y = scores[draws], mos[draws]
-    x, y = x - x.mean(0), y - y.mean(0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (x * y).sum(0) / np.sqrt(np.square(x).sum(0) * np.square(y).sum(0))
-
-
 def cell(value: float, replicates: Scores) -> str:
     """Return a correlation and its interval as text."""
     found = interval(replicates)
@@ -213,7 +204,7 @@ def table(bench: Bench, subjects: Sequence[Subject], known: Sequence[Row]) -> li
             mos, scores = np.array(test["mos"]), np.array(test["scores"])
             mapped = LogisticMap.fit(val["scores"], val["mos"])(scores)
             cells[0] = cell(srocc(scores, mos), resampled_srocc(mos, [scores])[0])
-            cells[1] = cell(plcc(mapped, mos), resampled_plcc(mos, mapped))
+            cells[1] = cell(plcc(mapped, mos), resampled_plcc(mos, [mapped])[0])
             seconds = f"{clean[-1]['cpu_seconds']:.3f}"
         for column, eps in enumerate(bench.budgets, 3):
             attacked = [

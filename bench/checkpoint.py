@@ -272,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="N",
         help="test images of the audit (default: 16)",
     )
-    add("--small", action="store_true", help="run a miniature of all steps, in 2 to 3 minutes on one core")
+    add("--small", action="store_true", help="run a miniature of all steps")
     add(
         "--backbone",
         default=BACKBONE,

@@ -102,7 +102,7 @@ def test_a_libsvm_model_is_read_and_evaluated(tmp_path: Path):
 def test_the_intervals_of_plcc_use_the_resamples_of_srocc():
     rng = np.random.default_rng(1)
     mos, scores = rng.standard_normal((2, 12))
-    found = blind.resampled_plcc(mos, mos + scores)
+    found = blind.resampled_plcc(mos, [mos + scores])[0]
     draws = np.random.default_rng(SEED).integers(12, size=(12, REPLICATES))
     for number in (0, 7, REPLICATES - 1):
         own = draws[:, number]

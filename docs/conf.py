@@ -43,7 +43,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:obj", ".*"),
     ("py:.*", r"(?!srm_(kernels|model)\.).*"),  # types of other packages
-    ("myst", r"(\.\./)+[\w/-]+|robustness"),  # links to folders
+    ("myst", r"(\.\./)+[\w/-]+|robustness|checkpoint"),  # links to folders
 ]
 
 autodoc_inherit_docstrings = False

@@ -129,7 +129,7 @@ def forward_of(*, dyt: bool, side: int = 512, batch: int = 2) -> tuple[SRMNeck, 
     """Return a neck with the backend "triton", in evaluation mode, and its maps (B, C_i, h, w).
 
     The maps have few channels and rows, because the interpreter is slow. The number of launches depends on the links of
-    the neck, the widths of the maps and the number of keys. The key side needs one launch for at most 1,024 keys.
+    the neck, the widths of the maps and the number of keys. The key side needs one launch for at most 512 keys.
 
     Args:
         dyt: Whether the neck has DyT.
@@ -138,7 +138,8 @@ def forward_of(*, dyt: bool, side: int = 512, batch: int = 2) -> tuple[SRMNeck, 
     """
     torch.manual_seed(0)
     neck = SRMNeck(
-        WIDTHS, SRMConfig(channels=16, heads=1, rank=4, pool_size=2, dyt=dyt, backend="triton")
+        WIDTHS,
+        SRMConfig(channels=16, heads=1, rank=4, landmarks="leverage", pool_size=2, dyt=dyt, backend="triton"),
     ).eval()
     neck.median_rms.fill_(1.0)
     neck.check = lambda pyramid: None  # type: ignore[method-assign]  # synchronises on a CPU but not on a GPU

@@ -85,6 +85,7 @@ CASES = (
     Case(32, 64, dtype="float32"),
     Case(32, 64, dtype="float16"),
     Case(32, 32, solver="lu"),
+    Case(64, 32, method="uniform"),
     Case(16, 24, dtype="float32", qk_norm=None),
     Case(128, 128, dtype="float32"),
     Case(128, 128, dtype="float16", method="pivoted_cholesky"),

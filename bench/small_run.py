@@ -15,7 +15,12 @@ from srm_kernels.attention import attention_with_scale, launch_rules
 # programs, and the third also reads K̃ and X in pieces.
 LIMITS = ((1024, 64 * 64), (16, 64 * 64), (16, 0))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-METHODS = (("leverage", "cholesky"), ("pivoted_cholesky", "cholesky"), ("leverage", "lu"))
+METHODS = (
+    ("leverage", "cholesky"),
+    ("uniform", "cholesky"),
+    ("pivoted_cholesky", "cholesky"),
+    ("leverage", "lu"),
+)
 
 
 def run(device: str) -> None:

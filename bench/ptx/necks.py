@@ -20,12 +20,12 @@ class NeckCase(NamedTuple):
     architectures: tuple[int, ...] = (80, 86, 89, 90, 120)
 
 
-_SMALL = SRMConfig(channels=64, heads=2, rank=16, pool_size=4, image_size=128)
+_SMALL = SRMConfig(channels=64, heads=2, rank=16, pool_size=4, image_size=128, landmarks="leverage")
 _UNIFORM = _SMALL.replace(landmarks="uniform")  # for cases in which rounding could change the landmarks
 _EVEN = ((32, 32), (16, 16), (8, 8), (4, 4))
 _ODD = ((27, 25), (14, 13), (9, 8), (5, 5))
 _SQUARE = ((12, 12), (10, 10), (9, 9), (8, 8))  # 64 keys on a small grid
-_ARTICLE = SRMConfig(channels=256, heads=8, rank=64, pool_size=4, image_size=256)
+_ARTICLE = SRMConfig(channels=256, heads=8, rank=64, pool_size=4, image_size=256, landmarks="leverage")
 _HALF = _ARTICLE.replace(channels=128, heads=4)  # has the same tiles of r, d and positions
 
 
@@ -59,6 +59,14 @@ def neck_cases() -> list[NeckCase]:
         NeckCase(
             "128 landmarks", _UNIFORM.replace(channels=128, rank=128, dyt=False, links=((4, 2),)),
             ((12, 12),) * 4, batch=1, architectures=(80, 90), sample=(("bf16", 80), ("bf16", 90)),
+        ),
+        NeckCase(
+            "128 landmarks, DyT", _UNIFORM.replace(channels=128, rank=128, links=((4, 2),)), ((12, 12),) * 4,
+            batch=1, architectures=(80, 90),
+        ),
+        NeckCase(
+            "heads of 128, DyT", _UNIFORM.replace(channels=256, rank=64, links=((4, 2),)), _SQUARE,
+            batch=1, architectures=(80, 90),
         ),
         NeckCase(
             "another solver, pivoted Cholesky",

@@ -2,16 +2,17 @@
 
 The shapes are those of one image of 512×512 pixels, with pvt_v2_b2 maps, C = 256, H = 8, r = 64 and the links 4→3, 4→2
 and 4→1. Only every n-th program of a large grid runs. A grid may have several kinds of programs, and their proportions
-stay the same.
+stay the same. What the other programs would have written has fixed values.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import shapes
 from srm_kernels.options import KeySide, LandmarkOptions, SolveOptions
@@ -24,10 +25,37 @@ MOST_STRIDE = 32  # divides the number of the neck's programs of every kind exce
 
 
 class Workload(NamedTuple):
-    """Launches for one image; `call` takes the dtype of tokens and maps."""
+    """Launches for one image; `call` takes the dtype of tokens and maps. The times are for `batch` images."""
 
     name: str
     call: Callable[[torch.dtype], None]
+    batch: int = 8
+
+
+class _FilledMemory(TorchDispatchMode):
+    """Fill memory that PyTorch allocates uninitialised, so that counts do not depend on what was in it.
+
+    Results of programs that do not run are inputs of later launches. Floating-point numbers are between 0.5 and 1.5,
+    which are valid sums, norms and probabilities, and differ from each other, as the products of equal numbers would
+    be counted as repeated. Integers are valid and distinct landmarks.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func in _UNINITIALISED:
+            if made.is_floating_point():
+                made.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(0))
+            elif made.dtype == torch.int64:
+                made.copy_(torch.arange(made.numel()).reshape(made.shape) % RANK)
+        return made
+
+
+_UNINITIALISED = (
+    torch.ops.aten.empty.memory_format,
+    torch.ops.aten.empty_like.default,
+    torch.ops.aten.empty_strided.default,
+    torch.ops.aten.new_empty.default,
+)
 
 
 def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -54,13 +82,13 @@ def attention(dtype: torch.dtype) -> None:
     query_kernels.landmark_attention_backward(results[:1], results, query, *side)
 
 
-def key_sides(links: int) -> Callable[[torch.dtype], None]:
+def key_sides(links: int, keys: int = KEYS) -> Callable[[torch.dtype], None]:
     """Return a call that launches the key sides of several links together, forward and backward."""
 
     def call(dtype: torch.dtype) -> None:
         from srm_kernels.attention import key_kernels
 
-        key, value = (random(1, links * HEADS, KEYS, WIDTH, dtype=dtype) for _ in range(2))
+        key, value = (random(1, links * HEADS, keys, WIDTH, dtype=dtype) for _ in range(2))
         side = (KeySide(key, value, None, LandmarkOptions(RANK), WIDTH**-0.5, "keys"), 1e-3)
         results = key_kernels.landmark_context(*side)
         key_kernels.landmark_context_backward(results[:2], results, *side)
@@ -92,6 +120,9 @@ def solve(dtype: torch.dtype) -> None:
 WORKLOADS = (
     Workload("attention", attention),
     Workload("key side", key_sides(1)),
+    Workload("key side, B = 1", key_sides(1), batch=1),
+    Workload("key side, 1,024 keys", key_sides(1, 1024)),
+    Workload("key side, 1,024 keys, B = 1", key_sides(1, 1024), batch=1),
     Workload("neck, key sides", key_sides(3)),
     Workload("neck, DyT, training", neck(dyt=True, statistics=True)),
     Workload("neck, DyT, evaluation", neck(dyt=True, statistics=False)),
@@ -116,7 +147,8 @@ def counted(
         names: Names of the kernels to execute, or None for all.
     """
     for workload in workloads:
-        with emulated_device(architecture, check=False, count=True, blocks=sample, names=names) as device:
+        emulated = emulated_device(architecture, check=False, count=True, blocks=sample, names=names)
+        with emulated as device, _FilledMemory():
             workload.call(dtype)
         for launch in device.launches:
             yield workload, launch

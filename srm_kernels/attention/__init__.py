@@ -534,9 +534,12 @@ def _choose_backend(
 
 
 def _variant(landmarks: Tensor | None, options: AttentionOptions, diagnostics: bool = False) -> str:
-    """Return the variant of the operator. Variants run different kernels, so each has its own choice of backend."""
+    """Return the variant of the operator. Variants run different kernels, so each has its own choice of backend.
+
+    One verdict covers leverage, uniform and given landmarks: `verify` checks all three and times leverage, the slowest.
+    """
     method, solve = options.choice.method, options.solve
-    if landmarks is not None or method not in METHODS_OF_KERNELS or method == METHODS_OF_KERNELS[0]:
+    if landmarks is not None or method not in METHODS_OF_KERNELS or method in ("leverage", "uniform"):
         method = ""
     if solve.default and not diagnostics:
         return method

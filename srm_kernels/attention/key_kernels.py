@@ -1,6 +1,6 @@
 """Triton kernels of the key side of Nyström attention: K̃ and X from K and V of a (b, h), and the gradients of K and V.
 
-With at most 1,024 keys and r, d ≤ 64, the forward pass is one launch. The launch chooses the landmarks, gathers K̃,
+With at most 512 keys and r, d ≤ 64, the forward pass is one launch. The launch chooses the landmarks, gathers K̃,
 computes W and R V (by an online softmax) and solves (W + λI) X = R V. With more keys, several programs per (b, h)
 compute the leverage scores and R V, and the choice and the solve are separate launches. If r·d is large, the rows of
 R V are also divided among programs, in pieces of landmarks. The backward pass first computes the transposed solve and
@@ -267,7 +267,7 @@ def _context_kernel(
     key_ptr, value_ptr, landmarks_ptr, residual_ptr, pivot_factor_ptr, keys_ptr, x_ptr, lse_ptr, logits_ptr,
     N, heads, key_stride_b, key_stride_h, key_stride_n, key_stride_d, value_stride_b, value_stride_h,
     value_stride_n, value_stride_d, gamma, scale, ridge, rank: tl.constexpr, R: tl.constexpr,
-    d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr, CHOOSE: tl.constexpr, PIVOTED: tl.constexpr,
+    d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr, CHOOSE: tl.constexpr, METHOD: tl.constexpr,
     SOLVE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
     CHOICE: tl.constexpr,
 ):  # fmt: skip
@@ -280,7 +280,7 @@ def _context_kernel(
     if CHOOSE:
         choose(
             key_ptr, landmarks_ptr, residual_ptr + head * N, pivot_factor_ptr + head * rank * N, N,
-            key_stride_n, key_stride_d, gamma, scale, rank, R, d, D, NORMALISE, PIVOTED, BLOCK, CHOICE,
+            key_stride_n, key_stride_d, gamma, scale, rank, R, d, D, NORMALISE, METHOD, BLOCK, CHOICE,
         )  # fmt: skip
         tl.debug_barrier()
     i = tl.arange(0, R)
@@ -646,15 +646,15 @@ def _context(side: KeySide, ridge: float | None) -> tuple[Tensor, Tensor, Tensor
             _context_kernel[(B * H,)](
                 **tokens, landmarks_ptr=landmarks, residual_ptr=residual, pivot_factor_ptr=factor, **results, N=N,
                 heads=H, gamma=choice.gamma, **system, **shape, CHOOSE=given is None,
-                PIVOTED=choice.method == "pivoted_cholesky", CHOICE=finest_precision(key.dtype, d), **run,
+                METHOD=choice.method, CHOICE=finest_precision(key.dtype, d), **run,
             )  # fmt: skip
             return keys, x, lse, landmarks, logits
         span, parts = launch_rules.divide(N, tile.block, launch_rules.LEAST_KEYS_OF_A_PART)
         division = {"N": N, "parts": parts, "heads": H}
-        if given is None and choice.method == "pivoted_cholesky":
-            landmarks = selected(key, choice, scale, normalise=normalise)
-        elif given is None:
+        if given is None and choice.method == "leverage":
             _choose_by_leverage(key, landmarks, choice.gamma, division | {"span": span}, shape, run)
+        elif given is None:
+            landmarks = selected(key, choice, scale, normalise=normalise)
         mixed = empty((B, H, parts, rank, d), key, torch.float32)
         top, total = (empty((B, H, parts, rank), key, torch.float32) for _ in range(2))
         sums = {"mixed_ptr": mixed, "top_ptr": top, "total_ptr": total, "landmarks_ptr": landmarks}

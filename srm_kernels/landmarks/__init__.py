@@ -166,4 +166,5 @@ def kernel_limits(d: int, rank: int = 1) -> str | None:
 def _without_kernels(method: str) -> str | None:
     if method in METHODS_OF_KERNELS:
         return None
-    return f"it has kernels for {' and '.join(METHODS_OF_KERNELS)}, not for {method}"
+    *others, last = METHODS_OF_KERNELS
+    return f"it has kernels for {', '.join(others)} and {last}, not for {method}"

@@ -11,6 +11,7 @@ on the rest of the batch. Implementation:
   candidate. Ties go to the lower index. NaN counts as infinity, as in torch, so that indices are distinct and in range
   for all keys.
 - Pivoted Cholesky stores its factor, r rows of N numbers, in memory. The residual of a chosen key is set to −∞.
+- Uniform landmarks have kernels only to save launches: the program that needs them computes their indices.
 """
 
 from __future__ import annotations
@@ -287,25 +288,32 @@ def _leverage_kernel(
 def _select_kernel(
     key_ptr, landmarks_ptr, residual_ptr, factor_ptr, N, heads, key_stride_b, key_stride_h, key_stride_n,
     key_stride_d, gamma, scale, rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr, D: tl.constexpr,
-    NORMALISE: tl.constexpr, PIVOTED: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    NORMALISE: tl.constexpr, METHOD: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Choose the landmarks of one (b, h). Without PIVOTED, the memory of the residual holds the leverage scores."""
+    """Choose the landmarks of one (b, h)."""
     head = tl.program_id(0).to(tl.int64)
     key_ptr += head // heads * key_stride_b + head % heads * key_stride_h
     choose(
         key_ptr, landmarks_ptr + head * rank, residual_ptr + head * N, factor_ptr + head * rank * N, N,
-        key_stride_n, key_stride_d, gamma, scale, rank, R, d, D, NORMALISE, PIVOTED, BLOCK, PRECISION,
+        key_stride_n, key_stride_d, gamma, scale, rank, R, d, D, NORMALISE, METHOD, BLOCK, PRECISION,
     )  # fmt: skip
 
 
 @triton.jit
 def choose(
     key_ptr, landmarks_ptr, residual_ptr, factor_ptr, N, n_stride, d_stride, gamma, scale, rank: tl.constexpr,
-    R: tl.constexpr, d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr, PIVOTED: tl.constexpr,
+    R: tl.constexpr, d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr, METHOD: tl.constexpr,
     BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store the landmarks of one (b, h). The caller needs a barrier before it reads the landmarks."""
-    if PIVOTED:
+    """Store the landmarks of one (b, h). The caller needs a barrier before it reads the landmarks.
+
+    For leverage, `residual_ptr` points to memory for the scores.
+    """
+    if METHOD == "uniform":
+        i = tl.arange(0, R)
+        index = (2 * i + 1).to(tl.int64) * N // (2 * rank)
+        tl.store(landmarks_ptr + i, index, mask=i < rank)
+    elif METHOD == "pivoted_cholesky":
         store_pivots(
             landmarks_ptr, residual_ptr, factor_ptr, key_ptr, N, n_stride, d_stride, scale, rank, R, d, D,
             NORMALISE, BLOCK,
@@ -330,7 +338,7 @@ def ridge_leverage_scores(key: Tensor, gamma: float) -> Tensor:
 
 
 def select_landmarks(key: Tensor, random: Tensor | None, options: LandmarkOptions, scale: float) -> Tensor:
-    """Return the indices (B, H, r) by "leverage" or "pivoted_cholesky"."""
+    """Return the indices (B, H, r) by a method that has kernels."""
     return selected(key, options, scale, normalise=False)
 
 
@@ -344,7 +352,7 @@ def selected(key: Tensor, options: LandmarkOptions, scale: float, *, normalise: 
         _select_kernel[(B * H,)](
             key_ptr=keys, landmarks_ptr=landmarks, residual_ptr=residual, factor_ptr=factor, N=N, heads=H,
             **strides(key=keys), gamma=options.gamma, scale=scale, rank=rank, R=padded(rank), d=d, D=padded(d),
-            NORMALISE=normalise, PIVOTED=options.method == "pivoted_cholesky", BLOCK=BLOCK,
+            NORMALISE=normalise, METHOD=options.method, BLOCK=BLOCK,
             PRECISION=finest_precision(keys.dtype, d), **launch(d),
         )  # fmt: skip
     return landmarks
@@ -353,6 +361,9 @@ def selected(key: Tensor, options: LandmarkOptions, scale: float, *, normalise: 
 def workspace(key: Tensor, options: LandmarkOptions) -> tuple[Tensor, Tensor]:
     """Allocate memory for scores or residuals (B, H, N), and for the factor of pivoted Cholesky (B, H, r, N)."""
     B, H, N, _ = key.shape
+    if options.method == "uniform":
+        unused = empty((1,), key, torch.float32)
+        return unused, unused
     residual = empty((B, H, N), key, torch.float32)
     if options.method != "pivoted_cholesky":
         return residual, residual

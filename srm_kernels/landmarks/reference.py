@@ -200,7 +200,7 @@ METHODS = {
     "leverage_sample": Method(
         _leverage_sample, "leverage sampling", draws=lambda rank, keys: keys, evaluated="leverage"
     ),
-    "uniform": Method(_uniform, "uniform", lambda rank, keys, d: 0),
+    "uniform": Method(_uniform, "uniform", lambda rank, keys, d: 0, kernels=True),
     "kmeans++": Method(_kmeans, "k-means++", draws=lambda rank, keys: rank),
     "pivoted_cholesky": Method(  # each step computes a row of the kernel and a row of the factor
         _pivoted_cholesky,

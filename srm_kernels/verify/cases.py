@@ -184,7 +184,7 @@ def _attend(s: Shape, **more: Any) -> Call:
 
 
 def _attend_otherwise(s: Shape, landmarks: Tensor | None = None) -> tuple[Call, ...]:
-    """Return two other calls: one with given landmarks, permuted strides and no τ, and one with the statistic."""
+    """Return other calls: with given landmarks, other strides and no τ; with the statistic; with uniform landmarks."""
 
     def given(q: Tensor, k: Tensor, v: Tensor, tau: Tensor, *, backend: str | None) -> Any:
         q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
@@ -196,7 +196,12 @@ def _attend_otherwise(s: Shape, landmarks: Tensor | None = None) -> tuple[Call, 
             q, k, v, s.rank, landmarks=landmarks, qk_norm=s.qk_norm, tau=tau, backend=backend
         )
 
-    return given, with_scale
+    def uniform(q: Tensor, k: Tensor, v: Tensor, tau: Tensor, *, backend: str | None) -> Any:
+        return ops.nystrom_attention(
+            q, k, v, s.rank, method="uniform", qk_norm=s.qk_norm, tau=tau, backend=backend
+        )
+
+    return given, with_scale, uniform
 
 
 def _chosen(s: Shape, key: Tensor, value: Tensor, backend: str) -> Tensor:
@@ -214,16 +219,19 @@ def _attend_as_chosen(s: Shape, inputs: Sequence[Tensor], backend: str) -> Call:
     return _together((_attend(s, landmarks=index), *_attend_otherwise(s, index)))
 
 
-def _side(s: Shape, choose: Callable[[Tensor], Tensor | None]) -> Call:
+def _side(s: Shape, choose: Callable[[Tensor], Tensor | None], method: str = "leverage") -> Call:
     def call(k: Tensor, v: Tensor, *, backend: str | None) -> Any:
-        return ops.landmark_side(k, v, s.rank, landmarks=choose(k), qk_norm=s.qk_norm, backend=backend)
+        return ops.landmark_side(
+            k, v, s.rank, landmarks=choose(k), method=method, qk_norm=s.qk_norm, backend=backend
+        )
 
     return call
 
 
-def _sides(s: Shape, index: Tensor | None = None) -> tuple[Call, Call]:
-    """Return two calls of the key side: one with given landmarks, one with `index` (None: chosen landmarks)."""
-    return _side(s, lambda k: _first_keys(k, s.rank)), _side(s, lambda k: index)
+def _sides(s: Shape, index: Tensor | None = None) -> tuple[Call, ...]:
+    """Return calls of the key side with given landmarks, with `index` (None: by leverage), and with uniform ones."""
+    given = _side(s, lambda k: _first_keys(k, s.rank))
+    return given, _side(s, lambda k: index), _side(s, lambda k: None, "uniform")
 
 
 def _first_keys(key: Tensor, rank: int) -> Tensor:
@@ -403,11 +411,11 @@ OPERATORS = (
     Operator(
         "nystrom_attention",
         lambda s, draw: [*_tokens("queries", "keys", "keys")(s, draw), draw(s.heads) * 0.1 + 1],
-        _attend, (0, 0, 0, None), (0, 0, 0, None, None), wide=(3,), backends=("torch", "triton"),
+        _attend, (0, 0, 0, None), (0, 0, 0, None, None, 0), wide=(3,), backends=("torch", "triton"),
         shares_size=True, forms=_attend_otherwise, reference=_attend_as_chosen,
     ),
     Operator(
-        "landmark_side", _tokens("keys", "keys"), lambda s: _sides(s)[0], _EVERY, (0, 0, 0, 0),
+        "landmark_side", _tokens("keys", "keys"), lambda s: _sides(s)[0], _EVERY, (0,) * 6,
         shares_size=True, forms=lambda s: _sides(s)[1:],
         reference=lambda s, inputs, backend: _together(_sides(s, _chosen(s, inputs[0], inputs[1], backend))),
     ),

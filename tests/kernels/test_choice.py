@@ -145,6 +145,7 @@ SIZES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "rms_scale": ((130, 24), {"y": (2, 3, 130, 24)}),
     "select_landmarks (leverage)": ((50, 9, 24), {"key": (2, 3, 50, 24), "rank": 9}),
     "select_landmarks (uniform)": ((50, 9, 24), {"key": (2, 3, 50, 24), "rank": 9, "method": "uniform"}),
+    "select_landmarks (kmeans++)": ((50, 9, 24), {"key": (2, 3, 50, 24), "rank": 9, "method": "kmeans++"}),
     "ridge_leverage_scores": ((50, 24), {"key": (2, 3, 50, 24)}),
     "landmark_solve (cholesky)": ((9, 24), {"logits": (2, 9, 9), "rhs": (2, 9, 24)}),
     "landmark_solve (lu)": ((9, 24), {"logits": (2, 9, 9), "rhs": (2, 9, 24), "solver": "lu"}),
@@ -193,7 +194,7 @@ def test_sizes_leave_out_batch_and_heads_and_variants_are_measured_apart(name: s
     bad = row("dyt", [1, 2], FAST)
     good = row(name, list(sizes), FAST)
     verified(bad, good)
-    no_kernel = "uniform" in name or "equilibrated" in name
+    no_kernel = "kmeans++" in name or "equilibrated" in name
     expected = "reference" if no_kernel else "triton"
     assert explain(name.split()[0], **options).backend == expected
 

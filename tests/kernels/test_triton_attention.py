@@ -139,8 +139,7 @@ def test_values_and_gradients(shape, rank, dtype, qk_norm, method, split, pieces
         q, k, v = inputs(rank, dtype=dtype, **shape)
         weight = tokens(7, *q.shape).to(DEVICE)
         r, s = min(rank, k.shape[2]), k.shape[-1] ** -0.5
-        given_indices = select_landmarks(k, r, method=method) if method == "uniform" else None
-        side = KeySide(k, v, given_indices, LandmarkOptions(r, method), s, qk_norm)
+        side = KeySide(k, v, None, LandmarkOptions(r, method), s, qk_norm)
         used = key_kernels.landmark_context(side, 1e-3)[3]
         found = value_and_gradients(
             lambda *x: attend(*x, rank, method=method, qk_norm=qk_norm), [q, k, v], weight
@@ -527,7 +526,7 @@ def test_diagnostics_are_the_references(kind, solver):
 
 
 @pytest.mark.parametrize("solver", ["cholesky", "lu"])
-@pytest.mark.parametrize("method", ["leverage", "uniform"])
+@pytest.mark.parametrize("method", ["leverage", "uniform", "kmeans++"])
 def test_the_flop_counter_sees_what_it_sees_of_the_other_backends(method, solver):
     tensors = inputs(21, nq=50, nk=20)
     counts = []

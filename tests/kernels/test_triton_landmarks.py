@@ -99,6 +99,13 @@ def test_the_largest_are_those_of_a_stable_sort(n, r):
     assert bool((found[6] == -1).all())
 
 
+@pytest.mark.parametrize(("n", "r"), [(1, 1), (5, 4), (40, 40), (257, 64), (70_000, 128)])
+def test_uniform_landmarks_are_those_of_the_reference(n, r):
+    key = torch.zeros(1, 1, 1, 8, device=DEVICE).expand(2, 3, n, 8)
+    found = select_landmarks(key, r, method="uniform", backend="triton")
+    assert torch.equal(found, select_landmarks(key, r, method="uniform", backend="reference"))
+
+
 def test_ties_go_to_the_lower_index():
     """Every key twice: equal scores are equal to the bit, since each is computed as the other is."""
     key = keys(4, 20, 8).repeat(1, 1, 2, 1)
@@ -142,7 +149,7 @@ def test_duplicated_keys_stay_distinct_landmarks_when_every_residual_is_spent():
     assert all(len(set(row)) == 12 for row in found.flatten(0, 1).tolist())
 
 
-@pytest.mark.parametrize("method", ["leverage_sample", "uniform", "kmeans++"])
+@pytest.mark.parametrize("method", ["leverage_sample", "kmeans++"])
 def test_methods_without_a_kernel_are_refused_with_the_reason(method):
-    with pytest.raises(NotImplementedError, match=r"triton.*leverage and pivoted_cholesky"):
+    with pytest.raises(NotImplementedError, match=r"triton.*leverage, uniform and pivoted_cholesky"):
         select_landmarks(keys(8, 9, 8), 4, method=method, backend="triton")

@@ -47,14 +47,27 @@ def test_a_page_of_two_cards():
     assert "| attention | forward_kernel | 134 | 134 | 12 | 49 | shared memory |" in page
 
 
+def test_the_launches_of_a_tuned_kernel_are_added():
+    row = {
+        "gpu": report.TUNED, "workload": "neck, DyT, training", "kernel": "squash_kernel", "us": 60.0, "limit": "dram",
+        "busy_us": dict.fromkeys(report.UNITS, 1.0), "floor_us": 30.0, "share_of_floor": 0.5,
+        "repeated_products": 1.0, "warps": 8, "registers": 96,
+    }  # fmt: skip
+    page = report.page([row, row | {"us": 40.0, "floor_us": 30.0}])
+    line = (
+        "| neck, DyT, training | squash_kernel ×2, before dyt_kernel | 175 | 88 | 100 (missed) | 60 | DRAM |"
+    )
+    assert line in page
+
+
 def test_a_page_says_which_aims_are_missed():
     row = {
         "gpu": report.TUNED, "workload": "neck, key sides", "kernel": "context_kernel", "us": 40.4, "limit": "issue",
         "busy_us": dict.fromkeys(report.UNITS, 1.0), "floor_us": 6.0, "share_of_floor": 0.1,
         "repeated_products": 1.0, "warps": 8, "registers": 96,
     }  # fmt: skip
-    assert "| 64 | 40 | 40 | 10 | issue |" in report.page([row])
-    assert "| 64 | 40 | 65 (missed) | 10 | issue |" in report.page([row | {"us": 65.2}])
+    assert "| 64 | 40 | 40 | 15 | issue |" in report.page([row])
+    assert "| 64 | 40 | 65 (missed) | 9 | issue |" in report.page([row | {"us": 65.2}])
 
 
 def test_every_target_is_of_a_kernel_that_was_counted():
@@ -75,3 +88,16 @@ def test_a_report_counts_a_kernel_for_every_card_of_an_architecture():
         assert 0 < row["share_of_floor"] <= 1
         assert row["us"] >= max(row["busy_us"].values()) - 0.01  # rounded to two places
         assert row["busy_us"][row["limit"]] == max(row["busy_us"].values())
+
+
+def test_results_of_programs_that_do_not_run_are_no_repeated_products():
+    """No other kernel runs, so every sum that the gradient of the keys reads is filled memory."""
+    small = workloads.Workload("key side", workloads.key_sides(1))
+    counts = [
+        launch.counters.products
+        for _ in range(2)
+        for _, launch in workloads.counted([small], names={"tokens_backward_kernel"})
+    ]
+    assert counts[0] == counts[1]
+    assert counts[0]
+    assert all(2 * distinct > total for total, distinct in counts[0].values())

@@ -98,6 +98,7 @@ def neck_of(
         channels=options.channels,
         heads=options.heads,
         rank=options.rank,
+        landmarks="leverage",  # the article's
         dyt=not options.no_dyt,
         backend=backend,
     )

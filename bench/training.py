@@ -45,7 +45,7 @@ class Case:
     def __init__(self, backbone: str, neck: str, backend: str | None, options: argparse.Namespace) -> None:
         self.device = torch.device(options.device)
         sizes = {"image_size": options.image_size, "batch_size": options.batch_size}
-        self.config = SRMConfig(**sizes, precision=options.dtype, backend=backend)
+        self.config = SRMConfig(**sizes, landmarks="leverage", precision=options.dtype, backend=backend)
         self.about = {
             "backbone": backbone,
             "neck": neck,

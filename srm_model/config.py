@@ -40,7 +40,7 @@ class SRMConfig:
 
     # Nyström attention (§2)
     rank: int = 64  # r (c), number of landmarks; clamped to the number of keys
-    landmarks: str = "leverage"  # a key of srm_kernels.landmarks.METHODS
+    landmarks: str = "uniform"  # (c) a key of srm_kernels.landmarks.METHODS; the article's is "leverage"
     gamma: float = 1e-3  # γ, ridge of the leverage scores
 
     # Landmark system (§2.1)
@@ -127,14 +127,15 @@ class SRMConfig:
 
     @classmethod
     def paper(cls, **changes: Any) -> SRMConfig:
-        """Return the article's own settings: the solver "auto", and keys without normalisation.
+        """Return the article's own settings: leverage landmarks, the solver "auto", and keys without normalisation.
 
-        Without normalised keys, neither the condition number nor the output's size is bounded (docs/METHOD.md §2.1).
+        With leverage landmarks the score is discontinuous (docs/METHOD.md §2.0). Without normalised keys, neither the
+        condition number nor the output's size is bounded (docs/METHOD.md §2.1).
 
         Args:
             changes: Values of further fields, by field name.
         """
-        return cls(**{"solver": "auto", "qk_norm": None, **changes})
+        return cls(**{"landmarks": "leverage", "solver": "auto", "qk_norm": None, **changes})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SRMConfig:
@@ -243,7 +244,7 @@ def _check_items(name: str, items: tuple[Any, ...]) -> None:
 
 
 # Fields whose accepted values are registered in srm_kernels, with their defaults.
-REGISTERED = {"landmarks": "leverage", "solver": "cholesky", "backend": None}
+REGISTERED = {"landmarks": "uniform", "solver": "cholesky", "backend": None}
 
 
 def registered(name: str) -> tuple[str | None, ...]:

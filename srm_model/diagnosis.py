@@ -38,7 +38,7 @@ def table_rows(config: SRMConfig) -> dict[str, dict[str, Any]]:
         **{
             f"{LANDMARK_METHODS[name].title} landmarks": {"landmarks": name}
             for name in METHODS
-            if name != SRMConfig.landmarks
+            if name != config.landmarks
         },
         "no ridge": {"ridge": 0.0, "solver": "auto"},
         "no fp32": {"solve_dtype": "model"},

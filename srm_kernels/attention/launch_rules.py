@@ -3,10 +3,10 @@
 The division of tokens among programs depends on N_q or N_k only, never on the batch, so that the sums of a sample are
 computed in the same order in every batch. A small batch therefore has no division of its own. The PTX emulator counts,
 for an RTX 4090 in bf16 with r = 64 and d = 32, the busy time of the forward pass of the key side. For 1,024 keys it is
-98 µs in one program, and 44 (B·H = 1) or 72 µs (B·H = 64) in parts of 256. For 512 keys it is 49, and 44 or 47 µs, which
-does not pay for four more launches. The other numbers are based on the registers and shared
-memory that `python -m bench.resources` prints. They have not been tuned on a GPU yet; `python -m bench.tune_attention`
-measures the alternatives on a GPU.
+98 µs in one program, and 44 (B·H = 1) or 72 µs (B·H = 64) in parts of 256. For 512 keys it is 49, and 44 or 45 µs,
+which does not pay for four more launches. The other numbers are based on the registers and shared memory that
+`python -m bench.resources` prints. They have not been tuned on a GPU yet; `python -m bench.tune_attention` measures the
+alternatives on a GPU.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ ABLATIONS: dict[str, Any] = {
     **{
         f"{method.title} landmarks": {"landmarks": name}
         for name, method in METHODS.items()
-        if method.evaluated is None and name != SRMConfig.landmarks
+        if method.evaluated is None
     },
     "no τ": {"tau": False},
     "no DyT": {"dyt": False},
@@ -334,7 +334,11 @@ def _study(values: Any, here: Path, roots: Mapping[str, str]) -> Study:
 
 
 def _ablations(values: Mapping[str, Any], config: SRMConfig) -> dict[str, dict[str, Any]]:
-    """Read ablations. `rows` is a list of names or "all", and `overrides` is a table of further rows."""
+    """Read ablations.
+
+    `rows` is a list of names, or "all" for those that differ from the study's landmarks. `overrides` is a table of
+    further rows.
+    """
     if not isinstance(values, dict):
         raise TypeError(f"ablations has {values!r}: expected a table")
     _known(values, {"rows", "overrides", "seeds", *NORMS, "audit"}, "key of ablations")
@@ -343,7 +347,8 @@ def _ablations(values: Mapping[str, Any], config: SRMConfig) -> dict[str, dict[s
     rows = values.get("rows", [])
     named = {**ABLATIONS, **DEFENCES}
     found = {}
-    for name in ABLATIONS if rows == "all" else rows:
+    every = [name for name, changes in ABLATIONS.items() if changes != {"landmarks": config.landmarks}]
+    for name in every if rows == "all" else rows:
         if name not in named:
             raise ValueError(f"ablation {name!r}: expected 'all' or some of {', '.join(map(repr, named))}")
         overrides = named[name]

@@ -48,7 +48,7 @@ def test_rows_and_matrices(found):
     assert list(found["table"]) == list(table_rows(SMALL))
     assert set(found["table"]) >= {
         "full",
-        "uniform landmarks",
+        "leverage landmarks",
         "pivoted Cholesky landmarks",
         "no ridge",
         "no fp32",
@@ -73,16 +73,18 @@ def test_rows_and_matrices(found):
 
 def test_figures_are_those_of_the_operators(model, batches, found):
     """κ, ρ and error of one link by its own words, for the settings as they are and for one changed row."""
-    expected: dict[str, list[torch.Tensor]] = {name: [] for name in ("kappa", "residual", "error", "uniform")}
+    expected: dict[str, list[torch.Tensor]] = {
+        name: [] for name in ("kappa", "residual", "error", "leverage")
+    }
     neck = model.neck
     with torch.no_grad():
         for images in batches:
             aligned = neck.aligned(model.pyramid(images))
             q, k, v = neck.link(4, 3).project(aligned[3], aligned[4])
             exact = full_attention(q, k, v, qk_norm="keys")
-            y, solution = nystrom_attention(q, k, v, 8, qk_norm="keys", diagnostics=True)
-            other = nystrom_attention(q, k, v, 8, qk_norm="keys", method="uniform")
-            for name, value in (("error", y), ("uniform", other)):
+            y, solution = nystrom_attention(q, k, v, 8, qk_norm="keys", method="uniform", diagnostics=True)
+            other = nystrom_attention(q, k, v, 8, qk_norm="keys", method="leverage")
+            for name, value in (("error", y), ("leverage", other)):
                 norm = exact.flatten(2).norm(dim=-1)
                 expected[name].append(((value - exact).flatten(2).norm(dim=-1) / norm).flatten())
             expected["kappa"].append(solution.kappa.flatten())
@@ -99,14 +101,14 @@ def test_figures_are_those_of_the_operators(model, batches, found):
     ratio = [high / low for high, low in zip(spectrum["median"][:1], spectrum["median"][-1:], strict=True)]
     assert min(link["kappas"]) * 0.5 < ratio[0] < max(link["kappas"]) * 2
     assert (
-        found["table"]["uniform landmarks"]["error"]["max"]
-        >= float(torch.cat(expected["uniform"]).max()) * 0.999
+        found["table"]["leverage landmarks"]["error"]["max"]
+        >= float(torch.cat(expected["leverage"]).max()) * 0.999
     )
 
 
 ROWS = {
     "full": {},
-    "uniform landmarks": {"method": "uniform"},
+    "leverage landmarks": {"method": "leverage"},
     "pivoted Cholesky landmarks": {"method": "pivoted_cholesky"},
     "no ridge": {"ridge": 0.0, "solver": "auto"},
     "no fp32": {"solve_dtype": "model"},
@@ -119,7 +121,7 @@ ROWS = {
 @pytest.mark.parametrize("row", ROWS)
 def test_every_row_of_the_table_is_what_its_name_says(model, batches, found, row):
     """κ and error of all links by the operator with that one setting changed; without fp32 the inputs are bf16."""
-    neck, settings = model.neck, {"qk_norm": "keys", **ROWS[row]}
+    neck, settings = model.neck, {"method": "uniform", "qk_norm": "keys", **ROWS[row]}
     kappas, errors = [], []
     with torch.no_grad():
         for images in batches:

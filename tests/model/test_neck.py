@@ -303,7 +303,7 @@ def test_stochastic_pooling_draws_once_per_source_in_training_only():
 
 def test_leverage_sampling_varies_in_training_and_is_plain_leverage_in_evaluation():
     sampled = make_neck(SMALL.replace(landmarks="leverage_sample"))
-    plain = make_neck(SMALL, calibrate=False)
+    plain = make_neck(SMALL.replace(landmarks="leverage"), calibrate=False)
     plain.load_state_dict(sampled.state_dict())
     pyramid = make_pyramid(side=32)
     assert torch.equal(sampled(pyramid).fused, plain(pyramid).fused)

@@ -72,6 +72,12 @@ def step(neck: SRMNeck, pyramid: list[Tensor], *, called: bool, draw: int = 0) -
     return values, gradients | {f"map {i}": m.grad for i, m in enumerate(maps) if m.grad is not None}
 
 
+def _balance_terms(weights: Tensor) -> Tensor:
+    """Return Σ |∂(balance)/∂ā · ā|: balance is a sum of squared differences, with the rounding errors of ā."""
+    mean = weights.mean(0)
+    return 2 * ((mean - 1 / mean.numel()).abs() * mean).sum()
+
+
 def ratios(neck: SRMNeck, other: SRMNeck) -> dict[str, float]:
     """Of every result of a step of `other` in the pooled form, against `neck` called."""
     pyramid, wide = make_pyramid(), copy.deepcopy(neck).double()
@@ -88,7 +94,8 @@ def ratios(neck: SRMNeck, other: SRMNeck) -> dict[str, float]:
             others = (
                 [(p[kind][name], e[kind][name]) for p, e in zip(plain, exact, strict=True)] if few else ()
             )
-            judged[name] = error_ratio(value, plain[0][kind][name], exact[0][kind][name], together, others)
+            scale = [_balance_terms(exact[0][0]["weights"])] if name == "balance" else together
+            judged[name] = error_ratio(value, plain[0][kind][name], exact[0][kind][name], scale, others)
     return judged
 
 

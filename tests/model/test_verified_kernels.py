@@ -124,7 +124,7 @@ def test_a_named_backend_is_not_overruled(neck: SRMNeck):
 
 
 @pytest.mark.parametrize("name", ["srm", "quadratic"])
-@pytest.mark.parametrize("landmarks", ["leverage", "uniform"])
+@pytest.mark.parametrize("landmarks", ["leverage", "uniform", "kmeans++"])
 def test_no_step_beside_the_forward_pass_overrules_a_name(name: str, landmarks: str):
     """Calibration and diagnosis choose landmarks and take statistics themselves."""
     verify()
@@ -143,7 +143,7 @@ def test_no_step_beside_the_forward_pass_overrules_a_name(name: str, landmarks: 
         neck = build_neck(name, (8, 8, 8, 8), CONFIG.replace(backend="triton", landmarks=landmarks))
         with running() as found:
             calibrate(neck, pyramid)
-        assert found["select_landmarks"] == {"triton" if landmarks == "leverage" else "reference"}
+        assert found["select_landmarks"] == {"reference" if landmarks == "kmeans++" else "triton"}
 
 
 def test_what_ran_and_whose_verdict_is_one_sentence(neck: SRMNeck, monkeypatch):

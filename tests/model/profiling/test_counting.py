@@ -69,7 +69,7 @@ def _has_fvcore() -> bool:
 
 
 def test_a_link_is_the_articles_equation():
-    config = SRMConfig(channels=64, heads=4, rank=8)
+    config = SRMConfig(channels=64, heads=4, rank=8, landmarks="leverage")
     nq, nk, r, d = 100, 30, 8, 16
     eq30 = 2 * nq * r * d + 2 * r * nk * d + r * r * d + 2 * nk * d * d + d**3 / 3 + r**3 / 3 + r * r * d
     # each of the two cubes is rounded down

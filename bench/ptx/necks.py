@@ -34,14 +34,12 @@ def neck_cases() -> list[NeckCase]:
     cases = [
         NeckCase("article, DyT", _ARTICLE, _SQUARE, batch=1, sample=(("bf16", 89),)),
         NeckCase("half as wide, DyT", _HALF, _SQUARE, batch=1, sample=(("fp32", 90),)),
-        NeckCase(
-            "half as wide", _HALF.replace(dyt=False), _SQUARE, batch=1, sample=(("bf16", 90), ("fp16", 86))
-        ),
+        NeckCase("half as wide", _HALF.replace(dyt=False), _SQUARE, batch=1, sample=(("bf16", 90),)),
         NeckCase("even maps, DyT", _SMALL, _EVEN, sample=(("fp16", 120),)),
-        NeckCase("even maps", _SMALL.replace(dyt=False), _EVEN, sample=(("bf16", 80),)),
+        NeckCase("even maps", _SMALL.replace(dyt=False), _EVEN),
         NeckCase(
             "odd maps, DyT, normalised queries", _UNIFORM.replace(heads=4, rank=17, qk_norm="both"), _ODD,
-            sample=(("fp32", 89), ("bf16", 120)),
+            sample=(("fp32", 89),),
         ),
         NeckCase(
             "odd maps, no normalisation", _UNIFORM.replace(heads=4, rank=17, qk_norm=None, dyt=False), _ODD,

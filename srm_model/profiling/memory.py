@@ -58,7 +58,7 @@ def peak(call: Callable[[], object], device: torch.device, *, held: int = 0) -> 
 
 
 def timeline(call: Callable[[], object]) -> list[tuple[float, int]]:
-    """Run a call. Return (µs, bytes above the initial memory) after each allocation and release of torch's allocator."""
+    """Run a call; return (µs, bytes above the initial memory) at each allocation and release of torch's allocator."""
     with undisturbed(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         kept = call()
     del kept

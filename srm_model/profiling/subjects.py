@@ -90,7 +90,7 @@ class Subject:
     def compulsory(self) -> int:
         """Lower bound of the bytes that a call moves, even if all operations are fused.
 
-        "forward" moves the inputs, the parameters and the result. "backward" moves as many bytes again, because each of
+        "forward" moves the inputs, the parameters and the result. "backward" moves twice as many bytes, because each of
         these tensors has a gradient. "step" adds seven passes over the parameters: it reads the gradient, the weight
         and two moments, and writes the weight and both moments.
         """

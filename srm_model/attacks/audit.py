@@ -106,8 +106,7 @@ def audit(
     """Check whether attacks measure this model's robustness, or only fail to find its weakness.
 
     Each attack runs twice on each image: once to raise the score and once to lower it. The "reach" of an attack is the
-    change of the score, averaged over both directions and all images. A model passes these checks if their conditions
-    hold:
+    change of the score, averaged over both directions and all images. Each check has a condition to pass:
 
     - steps: The reach of PGD grows with the number of steps, at a fixed step size and start. It never falls by more
       than 5 % of its total rise.
@@ -115,8 +114,8 @@ def audit(
       never falls by more than 1 % of the largest reach.
     - gradients: At most 1 % of the gradients are zero everywhere, and no gradient has a NaN or infinite element.
     - restarts: The reach of the best restart of PGD is at most 1.25 times the average reach of the restarts.
-    - derivative: Gradients agree with central differences along 8 random sign directions. The relative error over all
-      images and directions is at most 20 % at one of the widths ε/4, ε/32 and ε/256.
+    - derivative: Gradients agree with central differences along 8 random sign directions. The differences have the
+      widths ε/4, ε/32 and ε/256. The relative error over all images and directions is at most 20 % at one width.
     - transfer: A transfer attack is not stronger than the best white-box attack (PGD or APGD). The white-box reach of
       each image is subtracted from the transfer reach. The 95 % bootstrap interval of the mean difference must not lie
       above 0.
@@ -128,8 +127,8 @@ def audit(
     - batch: The scores of an image alone and in a batch agree within 0.1 % of the spread of clean scores. The check
       does not run for a stochastic model.
 
-    If the model is stochastic, the checks steps and restarts use the same random numbers in every step. The check
-    derivative uses the same random numbers for the gradient and the differences.
+    If the model is stochastic, the checks "steps" and "restarts" use the same random numbers in every step. The check
+    "derivative" uses the same random numbers for the gradient and the differences.
 
     The call does not change the state of the model.
 

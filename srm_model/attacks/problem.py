@@ -239,7 +239,7 @@ class Best:
         self._empty = True
 
     def offer(self, points: Tensor, loss: Tensor) -> Tensor:
-        """Keep points whose loss is the highest so far; return their mask in the shape of `loss`. NaN is highest."""
+        """Keep points whose loss is the highest so far; return their mask, in the shape of `loss`. NaN is highest."""
         if self._empty:
             self.points, self.loss, self._empty = points, loss, False
             return torch.ones_like(loss, dtype=torch.bool)

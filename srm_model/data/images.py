@@ -68,7 +68,7 @@ def check_regular(path: str | Path) -> None:
 class Picture:
     """A decoded image. The methods return parts of the image as RGB, rotated by the EXIF orientation.
 
-    Only the requested part is copied. Peak memory is the size of the decoded image and of this part.
+    Only the requested part is copied. Peak memory is the memory of the decoded image plus the memory of this part.
     """
 
     def __init__(self, image: Image.Image) -> None:
@@ -126,7 +126,7 @@ class Picture:
 
 
 def _reached(start: float, end: float, size: int, side: int) -> tuple[int, int]:
-    """Return the first and last pixel, along one side, that bicubic resizing of the range `start` to `end` reads."""
+    """Return (first, last + 1) of the pixels along one side that bicubic resizing of `start` to `end` reads."""
     reach = ceil(2 * max(1, (end - start) / size)) + 1
     return max(0, floor(start) - reach), min(side, ceil(end) + reach)
 

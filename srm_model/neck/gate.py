@@ -40,8 +40,8 @@ class Gate(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Return logits (B, S) of the pooled maps of all stages, each (B, C, P, P).
 
-        By default, no submodule is called: operators compute the logits from the weights of the submodules. But if a
-        submodule is an adapter or is parametrised, all submodules are called as usual.
+        If a submodule is an adapter or is parametrised, all submodules are called. Otherwise no submodule is called,
+        because operators compute the logits directly from the weights.
         """
         if not all(map(is_plain, self.modules())):
             return self.called(maps)

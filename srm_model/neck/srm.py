@@ -87,7 +87,7 @@ class SRMNeck(Mixer):
 
     @property
     def calibrated(self) -> bool:
-        """Whether `calibrate` or a training batch has initialised M₀. Reading it synchronises with the device."""
+        """Whether `calibrate` or a training batch has initialised M₀. This property synchronises with the device."""
         return _started(self.median_rms)
 
     def warn_uncalibrated(self) -> None:

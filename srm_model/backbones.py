@@ -34,7 +34,8 @@ class Backbone(nn.Module):
         name: Name of a timm model.
         pretrained: Whether to load ImageNet weights. The weights of `tf_efficientnet_lite0` come from an installed
             package. timm loads all other weights.
-        image_size: Side in pixels of the square images, for models that are built for one size (Swin).
+        image_size: Side in pixels of the square images, for models that are built for one size, such as Swin. Other
+            models do not use this argument.
 
     Raises:
         ValueError: The model is unknown, does not support `features_only=True`, or has no map at one of the strides.
@@ -128,7 +129,7 @@ class Backbone(nn.Module):
 
 
 def check_backbone(name: Any) -> None:
-    """Raise ValueError, with similar names, unless timm has a model of this name. No model is built."""
+    """Raise ValueError unless timm has a model of this name. The message has similar names. No model is built."""
     make_torchvision_importable()
     import timm
 
@@ -140,7 +141,7 @@ def check_backbone(name: Any) -> None:
 
 @cache
 def check_size(name: str, image_size: int) -> None:
-    """Raise ValueError, with accepted sizes, unless a backbone built for `image_size` accepts images of this size."""
+    """Build a backbone for `image_size`; raise ValueError, with accepted sizes, if it rejects images of this size."""
 
     def fits(side: int) -> bool:
         try:

@@ -22,7 +22,7 @@ FORMAT = "srm-iqa/1"
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 SHIPPED = Path(__file__).resolve().parent / "shipped"  # the checkpoint that comes with the package
-# Weights are written completely under this name, then config.json is written, then they are renamed.
+# New weights are first written to this file. It is renamed to model.safetensors after config.json was written.
 _PENDING = "model.next.safetensors"
 _KEYS = {"format": str, "backbone": str, "neck": str, "config": dict, "sha256": str, "card": dict}
 
@@ -40,8 +40,8 @@ def save_model(model: nn.Module, folder: str | Path, *, card: dict[str, Any]) ->
         card: Facts about the training, as JSON values.
 
     Raises:
-        TypeError: The model is another module.
-        ValueError: The model has other tensors than it was built with, such as tensors of an adapter.
+        TypeError: The model is not an `IQAModel`.
+        ValueError: The model lacks a tensor that it was built with, or has another one, such as a tensor of an adapter.
     """
     from srm_model import ranks
     from srm_model.modules import unwrapped
@@ -78,11 +78,11 @@ def _write(tensors: dict[str, Tensor], folder: Path, document: dict[str, Any]) -
 
 
 def pack(folder: str | Path, out: str | Path) -> None:
-    """Copy a checkpoint with its weight matrices in fp16, which halves the file.
+    """Copy a checkpoint with its weight matrices in fp16. The copy has about half the size.
 
-    Tensors with fewer than two dimensions keep their dtype: biases, statistics of BatchNorm, τ, and the buffers σ̄ and
-    M₀. A matrix with a value beyond the range of fp16 keeps its dtype too. `load_weights` loads the copy into a model
-    in fp32. The card is kept, except for the dataset's folder on this machine.
+    Tensors with fewer than two dimensions keep their dtype: biases, BatchNorm statistics, θ, σ̄ and M₀. A matrix with a
+    value beyond the range of fp16 keeps its dtype too. `load_weights` loads the copy into a model in fp32. The card is
+    copied without the path of the dataset's folder.
 
     Args:
         folder: Folder of the checkpoint.
@@ -265,7 +265,7 @@ def copy_tensors(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> 
 
 
 def _as_sharded(tensor: Tensor, own: Tensor) -> Tensor:
-    """Shard `tensor` like `own`, without communication, because every rank has the whole tensor."""
+    """Shard `tensor` like `own`. No communication is needed, because every rank has the whole tensor."""
     if not hasattr(own, "full_tensor"):
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -275,7 +275,7 @@ def _as_sharded(tensor: Tensor, own: Tensor) -> Tensor:
 
 def _weights_path(folder: Path, digest: str) -> Path:
     path = folder / WEIGHTS
-    # A save that was interrupted after config.json leaves its weights under the pending name.
+    # If a save was interrupted after config.json was written, the weights still have the pending name.
     for candidate in (path, folder / _PENDING):
         if candidate.is_file() and _sha256(candidate) == digest:
             return candidate

@@ -161,7 +161,7 @@ class SRMConfig:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def attack_settings(self) -> dict[str, Any]:
-        """Return the fields that change an attack on a trained model, except the budgets."""
+        """Return the fields that influence attacks on a trained model, except the budgets."""
         return {
             key: value
             for key, value in self.to_dict().items()

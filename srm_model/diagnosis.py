@@ -62,12 +62,13 @@ def diagnose(model: IQAModel, batches: Iterable[Tensor], *, pictured: int = 2) -
         A dictionary with these entries:
 
         - "rank": r of the config;
-        - "table": for each row of table 1, κ, ρ, gain and the error against exact attention;
-        - "links": the same values for the checkpoint's own settings, by link, head and batch; also the share of
-          matrices per solver, all values of κ, the spectra, and the number of landmarks ("rank");
-        - "errors": for each landmark method and r, the error against exact attention;
-        - "changes": for each method and step, the share of landmark sets that change when every pixel of the first
-          batch changes by ±step/255;
+        - "table": for each row of table 1, quantiles of κ, ρ, the gain and the error against exact attention;
+        - "links": for each link, with the settings of the checkpoint: the same quantiles (of all matrices, by head, and
+          by batch), the share of matrices that each solver solved, all values of κ, quantiles of the singular values,
+          and the number of landmarks ("rank");
+        - "errors": for each landmark method and number of landmarks, the error against exact attention;
+        - "changes": for each landmark method and step, the share of landmark sets that change if every pixel of the
+          first batch changes by ±step/255. Each link, image and head has one landmark set;
         - "landmarks": positions of the landmarks of the first `pictured` images.
 
     Raises:
@@ -160,7 +161,7 @@ def _attend(link: Link, q: Tensor, k: Tensor, v: Tensor, **changes: Any) -> tupl
 def _measured(
     link: Link, q: Tensor, k: Tensor, v: Tensor, exact: Tensor, **changes: Any
 ) -> dict[str, Tensor]:
-    """Measure κ, ρ, gain, solver and the attention's error against `exact`, (B, H) each."""
+    """Measure κ, ρ, the gain, the solver and the error of Y against `exact`, the exact Y; (B, H) each."""
     y, solution = _attend(link, q, k, v, **changes)
     if changes.get("qk_norm", link.config.qk_norm) != link.config.qk_norm:
         exact = full_attention(q, k, v, qk_norm=changes["qk_norm"])
@@ -186,7 +187,7 @@ def _spectrum(link: Link, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _sizes(config: SRMConfig, keys: int) -> list[tuple[str, int]]:
-    """Return all pairs of a landmark method and r/4, r/2, r or 2r landmarks, at most the number of keys."""
+    """Return all pairs (method, number of landmarks) with r/4, r/2, r or 2r landmarks, but not more than `keys`."""
     ranks = {max(1, config.rank * factor // 4) for factor in (1, 2, 4, 8)}
     return [(method, rank) for method in METHODS for rank in sorted(ranks) if rank <= keys]
 
@@ -194,9 +195,9 @@ def _sizes(config: SRMConfig, keys: int) -> list[tuple[str, int]]:
 def _positions(
     link: Link, name: str, k: Tensor, grid: tuple[int, ...], pictured: int
 ) -> list[dict[str, Any]]:
-    """Count, for each image and position of the source map, the heads that choose this position as a landmark.
+    """Count the heads that choose a position of the source map as a landmark, for each image and each position.
 
-    Methods that sample are left out.
+    Landmark methods that sample at random are left out.
     """
     height, width = grid
     found = []

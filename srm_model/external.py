@@ -74,7 +74,8 @@ class ExternalModel(nn.Module):
         lower = interface.lower_is_better
         lower = bool(getattr(model, "lower_better", False)) if lower is None else lower
         self.model = model
-        # Buffers are part of the model's fingerprint, so results with another interface are not mixed up.
+        # Store the interface in buffers, because the fingerprint of a model includes its buffers. With another
+        # interface, the fingerprint is different, so old results are not reused.
         self.register_buffer("mean", torch.tensor(interface.mean).view(3, 1, 1))
         self.register_buffer("gain", interface.peak / torch.tensor(interface.std).view(3, 1, 1))
         self.register_buffer("line", torch.tensor([-1.0 if lower else 1.0, 0.0], dtype=torch.float64))
@@ -94,7 +95,9 @@ class ExternalModel(nn.Module):
         return scores * slope + offset
 
     def match(self, scores: npt.ArrayLike, labels: npt.ArrayLike) -> None:
-        """Set slope and offset so that scores have the mean and standard deviation of the labels, in the same order.
+        """Set slope and offset so that the scores get the mean and standard deviation of the labels.
+
+        The ranking of the images does not change.
 
         Args:
             scores: Scores of this model, (n,).
@@ -120,10 +123,10 @@ def open_model(name: str, interface: Interface | None = None) -> ExternalModel:
     """Load a model in evaluation mode.
 
     Args:
-        name: "MODULE:NAME" or the path of an exported program. MODULE is an importable module, which may be in the
-            current folder. NAME is an `nn.Module` in MODULE, or a callable without arguments that returns an
-            `nn.Module`. Importing MODULE runs its code. The path of an exported program ends in .pt2. A program is
-            loaded without pickle and runs no code of its own.
+        name: "MODULE:NAME", or the path of an exported program (.pt2). MODULE is an importable module, which may be in
+            the current folder. Importing MODULE runs its code. NAME is an `nn.Module` in MODULE, or a callable in
+            MODULE that takes no arguments and returns an `nn.Module`. An exported program is loaded without pickle and
+            runs no code of its own.
         interface: Format of the model's input and direction of its scores. Default: `Interface()`.
 
     Raises:

@@ -22,10 +22,10 @@ LOCK = ".lock"
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield the path of a temporary file, which replaces `path` when the block ends, unless the block raises.
+    """Yield the path of a temporary file. If the block ends without an exception, this file replaces `path`.
 
-    The temporary name keeps the suffix, because some writers choose the format by the suffix. Parent folders are
-    created.
+    The temporary file has the suffix of `path`, because some writers choose the format by the suffix. Missing parent
+    folders are created.
     """
     path = Path(path)
     make_folder(path.parent)
@@ -52,7 +52,7 @@ def make_folder(path: str | Path) -> None:
             path.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, FileNotFoundError, NotADirectoryError):
             check_folder(path)
-            if attempt == 99:  # else another process removed the folder after mkdir had found it
+            if attempt == 99:  # retry before: another process may have removed the folder during mkdir
                 raise
         else:
             return
@@ -68,7 +68,7 @@ def check_folder(path: str | Path) -> None:
 
 @contextmanager
 def utf8_path(path: str | Path) -> Iterator[Path]:
-    """Yield a UTF-8 name for `path`, which safetensors and TensorBoard require."""
+    """Yield `path`, or a link to it if its name is not UTF-8. safetensors and TensorBoard require names in UTF-8."""
     path = Path(path)
     try:
         str(path).encode()
@@ -117,9 +117,9 @@ def append_line(path: str | Path, text: str) -> None:
 
 @contextmanager
 def claimed(path: str | Path, name: str) -> Iterator[bool]:
-    """Try to lock a name for the block, and yield whether that succeeded.
+    """Try to lock a name for the block, and yield whether this process has the lock.
 
-    The operating system releases the locks of a process when it ends, even if it is killed.
+    The operating system releases the lock when the process ends, even if the process is killed.
 
     Args:
         path: The file that all processes lock. It stays empty.
@@ -170,7 +170,8 @@ def held(folder: str | Path, *, shared: bool = False) -> Iterator[None]:
 
 def _locked(folder: Path, shared: bool) -> IO[bytes]:
     """Open and lock the lock file of a folder."""
-    # Retry, because the last process of a shared folder holds an exclusive lock while it removes the lock file.
+    # Retry, because an exclusive lock may be short: the last process that uses a shared folder takes such a lock while
+    # it removes the lock file.
     pauses = iter((0.01, 0.1, 0.5))
     while True:
         make_folder(folder)

@@ -30,7 +30,7 @@ def srocc(scores: Values, mos: Values) -> float:
 
     Raises:
         TypeError: An argument does not hold real numbers.
-        ValueError: Fewer than two items, unequal lengths, or a MOS that is not finite.
+        ValueError: There are fewer than two items, the lengths differ, or a MOS is not finite.
     """
     x, y = _pair(scores, mos)
     return _pearson(_ranks(x), _ranks(y)) if np.isfinite(x).all() else math.nan
@@ -50,8 +50,8 @@ def plcc(scores: Values, mos: Values) -> float:
 class LogisticMap:
     """f(q) = β₁(½ − 1/(1 + exp(β₂(q − β₃)))) + β₄ q + β₅, with q = (score − center) / scale.
 
-    Source: docs/METHOD.md §5 and article, eq. 31. Fit the map once per model, on predictions for the clean validation
-    set. Use the same map for the test set, clean and attacked. A new fit on attacked scores would hide part of the
+    Source: docs/METHOD.md §5 and article, eq. 31. Fit the map once per model, on the scores of the clean validation
+    set. Use this map for the clean and for the attacked test set. A new fit on attacked scores would hide part of the
     damage.
 
     The map need not be monotone: if β₄ and β₁β₂ have opposite signs, f has turning points. Far from the fitted scores,
@@ -77,7 +77,7 @@ class LogisticMap:
 
         Raises:
             TypeError: An argument does not hold real numbers.
-            ValueError: Fewer than two items, unequal lengths, or a value that is not finite.
+            ValueError: There are fewer than two items, the lengths differ, or a value is not finite.
         """
         x, y = _pair(scores, mos)
         bad = np.count_nonzero(~np.isfinite(x))
@@ -147,8 +147,8 @@ def _fit_logistic(q: FloatArray, y: FloatArray, *, error_of_line: float) -> tupl
         )
     if not found.success or not np.isfinite(found.x).all():
         return None, f"the logistic fit did not converge ({found.message.strip()})"
-    # The logistic family contains all lines, so an error above `error_of_line` means a local minimum.
-    # 1e-9 allows for rounding.
+    # Every line is a logistic map with β₁ = 0. An error above `error_of_line` is therefore a local minimum. The factor
+    # with 1e-9 allows for rounding.
     if 2 * found.cost > error_of_line * (1 + 1e-9) + 1e-18 * float(y @ y):
         return None, "the logistic fit ended in a local minimum worse than a straight line"
     b1, b2, b3, b4, b5 = (float(value) for value in found.x)

@@ -64,7 +64,7 @@ class IQAModel(nn.Module):
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> IQAModel:
-        # `to_empty` of a module around this one calls `_apply` here, not `to_empty`.
+        # If an outer module is moved by its `to_empty`, PyTorch calls `_apply` of this module, but not its `to_empty`.
         without_memory = self.mean.is_meta
         super()._apply(fn, recurse)
         if without_memory and not self.mean.is_meta:
@@ -164,8 +164,8 @@ def build_model(
         backbone: Name of a timm model with maps at strides 4, 8, 16 and 32.
         neck: "srm", "quadratic" (exact attention) or "none".
         pretrained: Whether to load ImageNet weights of the backbone.
-        weights: Folder of a checkpoint, which is loaded strictly and without network access. The backbone, neck and
-            config of the checkpoint must equal the given ones, except for `backend`.
+        weights: Folder of a checkpoint. Its weights are loaded strictly and without network access. `backbone`, `neck`
+            and `config` must be the same as in the checkpoint; only the field `backend` of the config may differ.
         config: Constants of the model. Default: the checkpoint's config, or `SRMConfig()` without a checkpoint.
 
     Returns:

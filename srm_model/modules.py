@@ -40,7 +40,7 @@ def _evaluate(module: nn.Module) -> None:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Return the device of the parameters, or else of the buffers, or else the CPU."""
+    """Return the device of the first parameter; without parameters, of the first buffer; without both, the CPU."""
     tensor = next(module.parameters(), next(module.buffers(), None))
     return torch.device("cpu") if tensor is None else tensor.device
 
@@ -77,7 +77,7 @@ def plain_names(module: nn.Module) -> dict[str, str]:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Return whether a module's weights can be read directly, without adapter, parametrisation, sharding or pruning."""
+    """Return whether code may read a module's weights directly: no adapter, parametrisation, sharding or pruning."""
     own = type(module).__module__.startswith(("torch.nn.modules.", "srm_model."))
     made = any(
         type(hook).__module__.startswith("torch.nn.utils") for hook in module._forward_pre_hooks.values()

@@ -33,8 +33,8 @@ class Norm(ABC):
         budgets: Budgets of a sweep.
         tables: Budgets of the tables.
         axis: Label of the budget axis in charts.
-        bumps: Whether the square attack moves a part of the Euclidean norm of δ from one square to another. Otherwise
-            it sets the pixels of a square to ±ε.
+        bumps: How the square attack changes δ. True: the attack moves a part of the Euclidean norm of δ from one square
+            to another. False: the attack sets δ in one square to ±ε.
     """
 
     name: ClassVar[str]
@@ -81,9 +81,9 @@ class Norm(ABC):
 
     @abstractmethod
     def projection(self, images: Tensor, radius: float) -> Callable[[Tensor], Tensor]:
-        """Return a function that projects points (n, B, 3, H, W) to the ball around `images` and clips them to [0, 1].
+        """Return a function that projects points (n, B, 3, H, W) to the ball around `images` and to [0, 1].
 
-        The results satisfy both constraints exactly, despite rounding.
+        Rounding never moves a result out of the ball or out of [0, 1].
         """
 
     def shown(self, eps: float) -> float:
@@ -187,7 +187,7 @@ class L2(Norm):
         lower, upper = -images, 1 - images  # bounds of δ, so that x + δ is in [0, 1]
 
         def share(delta: Tensor) -> Tensor:
-            """Return limit / length. Rows are summed in the dtype of δ, which is fast, and then in fp64."""
+            """Return limit / ‖δ‖. Squares are summed along rows in the dtype of δ (fast), and over rows in fp64."""
             together = (2, 4) if delta.stride(2) == 1 else 4  # axes that are contiguous in memory
             rows = torch.linalg.vector_norm(delta, dim=together, keepdim=True)
             length = torch.linalg.vector_norm(rows, dim=(2, 3, 4), keepdim=True, dtype=torch.float64)

@@ -1,8 +1,8 @@
 """Find where an image loses quality, by gradient-free occlusion.
 
-A quality score has no reference image, and blank or blurred parts are damage themselves. Therefore a window is replaced
-by other parts of the same image, as permutation importance replaces a feature by its values elsewhere. If the score
-rises, the window was worse than the rest of the image.
+A window of the image is replaced by other parts of the same image. If the score rises, the window was worse than the
+rest of the image. A blank or blurred part would not be a good replacement, because it is damage itself. The method
+follows permutation importance, which replaces a feature by its values in other samples.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def quality_map(
 ) -> QualityMap:
     """Compute how the score changes if other parts of the image replace each window.
 
-    The map needs `WINDOWS`² · `PARTS` + 1 passes and no gradient. The same image and model give the same map. Damage
-    that covers most of the image does not show, because the parts that replace a window are damaged too.
+    The map needs `WINDOWS`² · `PARTS` + 1 forward passes and no gradient. It is deterministic. Damage that covers most
+    of the image is not visible in the map, because the parts that replace a window are damaged too.
 
     Args:
         model: Model from images (B, 3, H, W) in [0, 1] to scores (B,). Its state does not change.
@@ -88,9 +88,10 @@ def _corners(image: Tensor, height: int, width: int, count: int) -> list[tuple[i
 
 
 def _occluded(image: Tensor, corners: list[tuple[int, int]], height: int, width: int) -> Iterator[Tensor]:
-    """Yield the image with each window replaced by `PARTS` parts, one at a time.
+    """Yield `PARTS` images for each window. In each of these images, another part of the image replaces the window.
 
-    The parts are evenly spaced among the windows of a grid without overlap that do not touch the replaced window.
+    The parts are cells of a grid. Cells that overlap the replaced window are left out. `PARTS` of the remaining cells
+    are used, evenly spaced in row order.
     """
     mask = _rim(height)[:, None] * _rim(width)[None]
     grid = _corners(image, height, width, SHARE)
@@ -105,7 +106,7 @@ def _occluded(image: Tensor, corners: list[tuple[int, int]], height: int, width:
 
 
 def _rim(side: int) -> Tensor:
-    """Return weights from the edge of a window to its middle and back, which avoid a seam."""
+    """Return blending weights along one side of a window: 1 inside, falling towards both edges to avoid a seam."""
     distance = torch.arange(1, side + 1)
     return (torch.minimum(distance, distance.flip(0)) / (side // _RIM + 1)).clamp(max=1)
 

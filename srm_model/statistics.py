@@ -11,10 +11,10 @@ from . import ranks
 
 
 class BatchStatistics:
-    """Statistics of one batch, which combine its micro-batches on all ranks.
+    """Statistics of one batch that may be split into micro-batches and over ranks.
 
-    The forward pass of each micro-batch adds the statistics of this micro-batch. `finish` combines them into the
-    statistics of the whole batch. Every rank must add the same number of micro-batches before it calls `finish`.
+    Each forward pass adds the statistics of its micro-batch. `finish` then computes the statistics of the whole batch,
+    over all micro-batches of all ranks. Every rank must add the same number of micro-batches before it calls `finish`.
 
     Attributes:
         current: Index of the micro-batch whose gate weights have gradients. Micro-batches are numbered in the order in
@@ -45,7 +45,7 @@ class BatchStatistics:
         self.add_scale(name, rms_scale(y, backend=backend), y.shape[0] * y.shape[2])
 
     def add_scale(self, name: str, scale: RMSScale, tokens: int) -> None:
-        """Add a micro-batch of the link `name`, given the mean and σ of its Y over a number of tokens."""
+        """Add the mean and σ of the link `name` for one micro-batch. `tokens` is the number of tokens in its Y."""
         mean, rms = (value.detach() for value in scale)
         self._single[name] = rms
         count = rms.new_full((len(rms), 1), tokens)
@@ -89,8 +89,8 @@ class BatchStatistics:
     ) -> tuple[Tensor, Tensor]:
         """Return L_H and L_B of the whole batch (docs/METHOD.md §4).
 
-        Only the `current` micro-batch receives gradients. The mean of these gradients over micro-batches and ranks is
-        the gradient of the whole batch.
+        The losses have gradients for the `current` micro-batch only. The mean of these gradients over all micro-batches
+        and ranks is the gradient of the whole batch.
 
         Args:
             weights: Gate weights of the current micro-batch, (B, S).
@@ -109,7 +109,8 @@ class BatchStatistics:
 def _combined(packed: Tensor) -> Tensor:
     """Combine the moments of all parts by Chan's formula; return σ, (…, H).
 
-    `packed` is (parts, …, H, 1 + d + 1). Its last axis has the count, the mean, and the sum of squared deviations.
+    `packed` is (parts, …, H, 1 + d + 1). Along its last axis, the first element is the number of tokens, the next d
+    elements are the mean, and the last element is the sum of squared deviations.
     """
     count, mean, squares = packed[..., 0], packed[..., 1:-1], packed[..., -1]
     share = count / count.sum(0)

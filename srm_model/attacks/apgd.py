@@ -14,9 +14,8 @@ from srm_model.attacks.problem import Best, attacking, check_count, exceeds
 from srm_model.config import SRMConfig
 
 _DEFAULTS = SRMConfig()
-# Constants of the paper: the share of successful steps below which the step size is halved, the momentum, and the
-# lengths of the windows between checkpoints as shares of the steps.
-_SUCCESS = 0.75
+# Constants of the paper. A window is the steps between two checkpoints; its length is a share of all steps.
+_SUCCESS = 0.75  # the step size is halved if a smaller share of a window's steps raised the loss
 _MOMENTUM = 0.75
 _FIRST_WINDOW, _WINDOW_SHRINKS, _LEAST_WINDOW = 0.22, 0.03, 0.06
 
@@ -38,14 +37,16 @@ def apgd_trace(
 ) -> PGDTrace:
     """Maximise an objective by PGD that adapts its step size η, which starts at 2·eps.
 
-    A step is z = P(x + η·direction), then x ← P(x + 0.75 (z − x) + 0.25 (x − x_before)). P is the projection to the
-    ball and to [0, 1], and x_before is the point before x. The first checkpoint comes after 22 % of the steps. Each
-    window between two checkpoints is 3 % of the steps shorter than the previous window, and at least 6 % of the steps
-    long.
+    A step computes z = P(x + η·direction), and then x ← P(x + 0.75 (z − x) + 0.25 (x − x_before)). P is the projection
+    to the ball and to [0, 1]. x_before is the point before x.
 
-    At a checkpoint, η is halved and x returns to the best point, without momentum, in two cases: fewer than 75 % of the
-    window's steps raised the loss, or neither η nor the best loss has changed since the last checkpoint. Each image has
-    its own η and best point. For an objective that is defined on the batch, each batch has one η and one best point.
+    Progress is checked at checkpoints. A window is the steps between two checkpoints. The first window has 22 % of all
+    steps. The next windows have 19 %, 16 %, 13 %, 10 % and 7 %, and all later windows have 6 %.
+
+    A checkpoint halves η if fewer than 75 % of the window's steps raised the loss. It also halves η if neither η nor
+    the best loss has changed since the previous checkpoint. After halving, the search continues from the best point,
+    and the first step has no momentum. Each image has its own η and its own best point. For an objective that is
+    defined on the batch, each batch has one η and one best point.
 
     Arguments, result and errors are those of `pgd`, without `step_size`.
     """
@@ -63,7 +64,7 @@ def apgd_trace(
             start, best_direction = 0, direction
             size = torch.full_like(loss, 2 * eps)
             successes = torch.zeros_like(loss)
-            # True at the start, so that the first checkpoint depends only on successful steps.
+            # Start with True: the first checkpoint then checks only the share of successful steps.
             halved = torch.ones_like(loss, dtype=torch.bool)
             best_then = loss
             for step in range(1, steps + 1):

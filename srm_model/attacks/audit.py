@@ -35,9 +35,9 @@ from srm_model.metrics import GRADIENTS_ALLOWED, srocc
 from srm_model.modules import is_stochastic, unwrapped
 from srm_model.norms import norm_of
 
-# Tolerances of the checks, the same for every model. Tests apply the checks to sound models and to masked models.
-FALL_ALLOWED = 0.05  # largest fall of the reach over the steps, as a share of its total rise
-EPS_FALL_ALLOWED = 0.01  # largest fall of the reach from one budget to the next, as a share of the largest
+# Tolerances of the checks, the same for every model. Tests run the checks on models with and without masked gradients.
+FALL_ALLOWED = 0.05  # largest fall of the reach over the steps, as a share of the total rise of the reach
+EPS_FALL_ALLOWED = 0.01  # largest fall of the reach between adjacent budgets, as a share of the largest reach
 RESTART_GAIN_ALLOWED = 0.25
 DERIVATIVE_ERROR_ALLOWED = 0.2
 SCORE_TOLERANCE = 1e-3  # largest difference of scores, as a share of the spread of clean scores
@@ -105,37 +105,38 @@ def audit(
 ) -> Audit:
     """Check whether attacks measure this model's robustness, or only fail to find its weakness.
 
-    The white-box attack runs PGD twice on each image: once to raise the score and once to lower it. Its "reach" is the
-    change of the score, averaged over both directions and all images. A model passes a check under this condition:
+    Each attack runs twice on each image: once to raise the score and once to lower it. The "reach" of an attack is the
+    change of the score, averaged over both directions and all images. Each check has a condition to pass:
 
-    - steps: The reach grows with the number of steps, at a fixed step size and start, and never falls by more than 5 %
-      of its total rise. For a stochastic model, all steps use the same random numbers, so that randomness does not
-      change the reach between steps.
-    - eps: The reach grows from a quarter of the budget to four times the budget, and never falls by more than 1 % of
-      the largest reach.
+    - steps: The reach of PGD grows with the number of steps, at a fixed step size and start. It never falls by more
+      than 5 % of its total rise.
+    - eps: The reach of PGD grows from a quarter of the budget to four times the budget. From one budget to the next, it
+      never falls by more than 1 % of the largest reach.
     - gradients: At most 1 % of the gradients are zero everywhere, and no gradient has a NaN or infinite element.
-    - restarts: The reach of the best restart exceeds the mean reach of single restarts by at most 25 %. For a
-      stochastic model, all steps use the same random numbers.
-    - derivative: Gradients and central differences along 8 random sign directions agree within 20 % (relative, over all
-      images and directions) at one of the widths ε/4, ε/32 and ε/256. For a stochastic model, both use the same random
-      draw.
-    - transfer and black_box: The reach of a transfer attack, or of an attack that uses only scores, is not larger than
-      the reach of the best white-box attack (PGD or APGD). The difference of the two reaches is averaged over the
-      images; the lower end of its 95 % bootstrap interval must not be above 0.
-    - unbounded: PGD on pair inversion inverts the ranking (SROCC below 0) if the radius allows any image. The check
-      does not run if the clean ranking is already inverted.
-    - randomness: Scores of the same images in 16 passes agree within 0.1 % of the spread of clean scores, or the model
+    - restarts: The reach of the best restart of PGD is at most 1.25 times the average reach of the restarts.
+    - derivative: Gradients agree with central differences along 8 random sign directions. The differences have the
+      widths ε/4, ε/32 and ε/256. The relative error over all images and directions is at most 20 % at one width.
+    - transfer: A transfer attack is not stronger than the best white-box attack (PGD or APGD). The white-box reach of
+      each image is subtracted from the transfer reach. The 95 % bootstrap interval of the mean difference must not lie
+      above 0.
+    - black_box: As transfer, for an attack that uses only scores.
+    - unbounded: With a radius that allows any image, PGD on pair inversion inverts the ranking (SROCC below 0). The
+      check does not run if the clean ranking is already inverted.
+    - randomness: The scores of an image in 16 passes agree within 0.1 % of the spread of clean scores. Or the model
       declares its randomness by the attribute `stochastic`.
     - batch: The scores of an image alone and in a batch agree within 0.1 % of the spread of clean scores. The check
       does not run for a stochastic model.
+
+    If the model is stochastic, the checks "steps" and "restarts" use the same random numbers in every step. The check
+    "derivative" uses the same random numbers for the gradient and the differences.
 
     The call does not change the state of the model.
 
     Args:
         model: Any module that `pgd` accepts.
-        dataset: As in `Suite.run`.
-        norm: As in `Suite.run`.
-        eps: As in `Suite.run`, above 0.
+        dataset: Dataset of pairs (image, normalised MOS), as in `Suite.run`.
+        norm: "linf" or "l2".
+        eps: Budget ε, above 0. An "l2" budget is stated for 512×512 pixels, as in `Suite.run`.
         surrogate: Another model. The check "transfer" runs only with a surrogate.
         config: Steps, restarts, queries and batch size of the attacks. Default: `SRMConfig()`.
         images: Number of images to use, evenly spaced over the dataset.
@@ -220,7 +221,7 @@ class _Subject:
         model: nn.Module | None = None,
         **changes: Any,
     ) -> PGDTrace:
-        """Raise (`sign` = 1) or lower (−1) the scores of a batch. `number` selects the random numbers."""
+        """Raise (`sign` = 1) or lower (`sign` = −1) the scores of a batch. `number` is part of the seed."""
         settings: dict[str, Any] = {"norm": self.norm, "eps": self.radius, "eot": self.eot, **changes}
         generator = self.generator(number + 2 * batch + (sign > 0))
         subject = self.model if model is None else model
@@ -258,7 +259,7 @@ class _Subject:
     def iterates(self) -> Tensor:
         """Reach of PGD at every iterate, (restarts, steps + 1, images).
 
-        All steps of a stochastic model use the same random numbers.
+        A stochastic model uses the same random numbers in every step.
         """
         found = self.white_box
         if self.declared:
@@ -277,7 +278,7 @@ class _Subject:
         for images, _ in self.batches:
             x = to_model(self.model, images)
             with as_found(self.model, x, seed=0), torch.no_grad():
-                # Many passes, because a model that chooses among few values may repeat one.
+                # Two passes are not enough: a model that draws from few values may draw the same value twice.
                 scores = torch.stack([scores_of(self.model, x) for _ in range(_PASSES)])
             differences.append(float((scores - scores[0]).abs().max()))
         return _largest(differences)
@@ -294,7 +295,7 @@ class _Subject:
 
 
 class _SameDraws(nn.Module):
-    """Make a stochastic model repeat its random numbers every `passes` passes, so that EOT is deterministic."""
+    """Make EOT deterministic: a stochastic model repeats the same random numbers every `passes` passes."""
 
     def __init__(self, model: nn.Module, passes: int) -> None:
         super().__init__()
@@ -448,7 +449,7 @@ def _derivative(subject: _Subject) -> Finding:
             direction = signs.to(inner.device, inner.dtype)
             slopes.append((gradient * direction).double().sum((1, 2, 3)).cpu())
             for h, found in zip(widths, measured, strict=True):
-                # The same seed, because a stochastic model's gradient belongs to one draw.
+                # Use the seed of the gradient, because the gradient of a stochastic model is for one random draw.
                 ahead = predict(subject.model, inner + h * direction, seed=seed).double()
                 behind = predict(subject.model, inner - h * direction, seed=seed).double()
                 found.append(((ahead - behind) / (2 * h)).cpu())

@@ -43,10 +43,10 @@ def smoothed_scores(
     batch_size: int = 32,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Return sorted scores of noisy copies of each image, (samples, B), on the CPU.
+    """Return the scores of noisy copies of each image, (samples, B), sorted per image, on the CPU.
 
-    The copies are clipped to [0, 1], and this clipping is part of the smoothed function. Arguments and errors are as in
-    `certify`.
+    The noisy copies are clipped to [0, 1]. The bounds of `certify` hold for scores with this clipping. Arguments and
+    errors are as in `certify`.
     """
     check_model(model)
     check_images(images)
@@ -87,12 +87,14 @@ def certify(
     batch_size: int = 32,
     generator: torch.Generator | None = None,
 ) -> Certificate:
-    """Bound the median-smoothed score of each image within ‖δ‖₂ ≤ eps.
+    """Bound the median-smoothed score of each image x for all perturbations δ with ‖δ‖₂ ≤ eps.
 
-    The median-smoothed score is the median of the scores of noisy copies of an image. At x + δ it lies between the
-    Φ(−eps/σ)-quantile and the Φ(eps/σ)-quantile of the scores of noisy copies of x. Φ is the standard normal
-    distribution function. Order statistics of the samples bound these quantiles. Each bound fails with probability at
-    most (1 − confidence)/2 over the noise. The bounds hold for the smoothed model, not for the given model.
+    The median-smoothed score of an image is the median of the scores of its noisy copies. The noise is Gaussian with
+    standard deviation σ. The median-smoothed score of x + δ lies between two quantiles of the scores of noisy copies of
+    x: the Φ(−eps/σ)-quantile and the Φ(eps/σ)-quantile. Φ is the standard normal distribution function.
+
+    The quantiles are bounded by order statistics of the samples. Each bound fails with probability at most
+    (1 − confidence)/2 over the noise. The bounds hold for the smoothed model, not for the given model.
 
     Args:
         model: Any module that `pgd` accepts. Its state does not change.
@@ -141,16 +143,16 @@ def certificate(scores: Tensor, *, eps: float, sigma: float, confidence: float) 
 
 
 def order_statistics(count: int, shift: float, confidence: float) -> tuple[int | None, int | None]:
-    """Return the positions of two sorted samples that bound quantiles.
+    """Return the positions of two sorted samples that bound quantiles. Positions count from 1.
 
-    The first sample is a lower bound of the Φ(−shift)-quantile, the second an upper bound of the Φ(shift)-quantile.
-    Φ is the standard normal distribution function. Positions count from 1. A position is None if no sample is a bound
-    with this confidence.
+    The sample at the lower position is a lower bound of the Φ(−shift)-quantile. The sample at the upper position is an
+    upper bound of the Φ(shift)-quantile. Φ is the standard normal distribution function. A position is None if no
+    sample is a bound with this confidence.
 
-    Let n = `count`. The k-th of n sorted samples is above the p-quantile with probability at most P(Bin(n, p) ≤ k − 1),
-    and below the p-quantile with probability at most P(Bin(n, p) ≥ k). The lower bound is the largest k for which the
-    first probability at p = Φ(−shift) is at most (1 − confidence)/2. The upper bound is the smallest k for which the
-    second probability at p = Φ(shift) is at most (1 − confidence)/2.
+    Let n = `count`. The k-th of n sorted samples is above the p-quantile with probability at most P(Bin(n, p) ≤ k − 1).
+    It is below the p-quantile with probability at most P(Bin(n, p) ≥ k). The lower position is the largest k for which
+    the first probability, at p = Φ(−shift), is at most (1 − confidence)/2. The upper position is the smallest k for
+    which the second probability, at p = Φ(shift), is at most (1 − confidence)/2.
     """
     from scipy.stats import binom, norm  # imported here because the import takes 0.5 s
 

@@ -25,9 +25,13 @@ def save_examples(result: SuiteResult, folder: str | Path) -> list[dict[str, Any
         folder: Folder of the files.
 
     Returns:
-        The entries of `examples.json`. Each has the keys name, mos, clean_score, adversarial_score, attack and
-        magnification, and the keys clean, attacked and difference with file names relative to the folder. A difference
-        file shows mid-grey plus magnification times the change. The magnification keeps 99.9 % of the values in range.
+        The entries of `examples.json`. Each entry has these keys:
+
+        - name, mos, clean_score, adversarial_score, attack and magnification;
+        - clean, attacked and difference: file names, relative to the folder.
+
+        The difference file shows the change, multiplied by the magnification, on mid-grey. With this magnification,
+        99.9 % of the pixel values of the difference are in range.
     """
     folder = Path(folder)
     entries = []

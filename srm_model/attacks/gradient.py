@@ -36,11 +36,11 @@ class PGDTrace(NamedTuple):
     loss: Tensor  # losses of the best iterates, (B,), or 0-d for an objective defined on the batch
     losses: Tensor  # losses of all iterates, start first: (restarts, steps + 1, B) or (restarts, steps + 1)
     zero_gradients: float  # share of gradients (one per image, step and restart) that were zero
-    nonfinite_gradients: float  # share of gradients with a NaN or infinite element, which counts as zero
+    nonfinite_gradients: float  # share of gradients with NaN or infinite elements, which are set to 0
 
 
 def images_of(trace: Callable[_P, PGDTrace]) -> Callable[_P, Tensor]:
-    """Convert an attack that returns a trace to an attack with the same signature that returns only the images."""
+    """Make an attack that returns images from an attack that returns a trace. Both take the same arguments."""
 
     @functools.wraps(trace)
     def attack(*args: _P.args, **kwargs: _P.kwargs) -> Tensor:
@@ -113,8 +113,8 @@ def pgd_trace(
 ) -> PGDTrace:
     """Maximise an objective by projected gradient ascent within ‖x' − x‖ ≤ eps and [0, 1] (docs/METHOD.md §6).
 
-    The model runs on its own device, in evaluation mode and fp32. The call does not change the state of the model or of
-    any global random generator. `pgd` returns the images, and `pgd_trace` returns a `PGDTrace`.
+    The model runs on its own device, in evaluation mode and fp32. The call changes neither the state of the model nor
+    the state of a global random generator. `pgd` returns the images only; `pgd_trace` returns a `PGDTrace` with them.
 
     Args:
         model: Any module from images (B, 3, H, W) in [0, 1] to scores (B,) or (B, 1).
@@ -129,18 +129,19 @@ def pgd_trace(
         step_size: Size of a step along the sign ("linf") or the normalised gradient ("l2"). Default: 2.5·eps/steps
             ("linf") or 4·eps/steps ("l2").
         restarts: Number of restarts, each from a point drawn uniformly from the ball.
-        restart_batch: Number of restarts that run at once as one batch. The starts are the same for every value. If a
-            score does not depend on the other images of its batch, the results differ only by rounding. None runs all
-            restarts at once, or fewer if a GPU runs out of memory.
-        eot: Number of forward passes per step, whose gradients and losses are averaged. Use more than 1 for stochastic
+        restart_batch: Number of restarts that run at once as one batch. None runs all restarts at once, or fewer if a
+            GPU runs out of memory. Every value gives the same starts. It also gives the same results up to rounding,
+            unless a score depends on the other images of the batch.
+        eot: Number of forward passes per step. Their gradients and losses are averaged. Use more than 1 for stochastic
             models.
         generator: Generator of the starts and of the model's randomness. Default: seed 0.
         on_step: Called after each step of each restart.
 
     Returns:
-        The best iterates over all steps and restarts, including the starts, in the shape, dtype and device of `images`.
-        The best iterate is chosen per image, or per batch for an objective defined on the batch. A NaN loss counts as
-        the highest loss, so that a model with NaN scores does not look robust.
+        The best iterates, with the shape, dtype and device of `images`. The iterate with the highest loss over all
+        steps and restarts is chosen for each image, or for each batch if the objective is defined on the batch. The
+        starts are iterates too. A NaN loss counts as the highest loss, so that a model with NaN scores does not look
+        robust.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -184,8 +185,8 @@ def run_restarts(
 
     Args:
         problem: The problem to solve.
-        climb: `climb(copies, best)` runs `copies` restarts at once, offers its points to `best` and returns the losses
-            (copies, iterates, …).
+        climb: Function `climb(copies, best)` that runs `copies` restarts at once. It offers its points to `best` and
+            returns the losses (copies, iterates, …).
         restarts: Number of restarts.
         restart_batch: As in `pgd`.
 
@@ -217,7 +218,7 @@ def run_restarts(
 
 
 def trace_of(images: Tensor, problem: Problem, kept: Best, losses: Tensor, *, gradients: int) -> PGDTrace:
-    """Return the trace of an attack that computed `gradients` gradients; with 0, the shares of gradients are NaN."""
+    """Return the trace of an attack. `gradients` is the number of computed gradients; with 0, their shares are NaN."""
     problem.check_losses(losses)
     zero, nonfinite = (
         float(count) / gradients if gradients else math.nan

@@ -19,10 +19,16 @@ from srm_model.neck import SRMNeck
 def as_found(model: nn.Module, images: Tensor, *, seed: int) -> Iterator[None]:
     """Run the block in evaluation mode and fp32, with seeded random generators; restore everything afterwards.
 
-    After the block, these have the same state as before: the mode of every submodule, all buffers (objects and values),
-    `requires_grad` of parameters, random generators that are attributes of modules, and the global generators of
-    Python, NumPy and PyTorch, on the CPU and on the device of `images`. In the block, autocast is off and gradients are
-    enabled, even under an outer `no_grad` or `inference_mode`.
+    In the block, autocast is off and gradients are enabled, even under an outer `no_grad` or `inference_mode`.
+
+    The following state is the same after the block as before the block:
+
+    - the mode of every submodule;
+    - all buffers: the tensor objects and their values;
+    - `requires_grad` of the parameters;
+    - random generators that are attributes of modules;
+    - the global random generators of Python and NumPy;
+    - PyTorch's global random generators, on the CPU and on the device of `images`.
     """
     with (
         seeded(images.device, seed),
@@ -39,7 +45,7 @@ def as_found(model: nn.Module, images: Tensor, *, seed: int) -> Iterator[None]:
         generators = [(generator, generator.get_state()) for generator in generators_of(model)]
         try:
             for parameter in trained:
-                parameter.requires_grad_(False)  # so that no activation is kept for a weight's gradient
+                parameter.requires_grad_(False)  # saves memory: autograd keeps no activations for weights
             with evaluating(model):
                 yield
         finally:
@@ -109,7 +115,7 @@ def as_scores(output: object, batch: int) -> Tensor:
 def gradient_of(scores: Tensor, images: Tensor, pull: Tensor | None = None) -> Tensor | None:
     """Return the gradient of Σ pull · scores with respect to the images, or None if there is no gradient.
 
-    `scores` and `pull` have the shape (B,); the default of `pull` is one.
+    `scores` and `pull` have the shape (B,). The default of `pull` is a tensor of ones.
 
     Raises:
         ValueError: The backward pass of the model fails.

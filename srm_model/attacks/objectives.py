@@ -1,11 +1,18 @@
 """Objectives that attacks maximise (docs/METHOD.md §6).
 
-An objective is any callable `(scores, mos, clean_scores)`: scores (B,) of the attacked images, with gradient;
-normalised MOS (B,); and scores (B,) of the clean images. The objective returns one loss per image, (B,), or one 0-d
-loss for the batch. The attack keeps the best iterate per image in the first case and per batch in the second.
+An objective is any callable with three arguments of shape (B,):
 
-Two attributes are optional: `flat_at_clean` (the gradient is zero at the clean images, so FGSM is refused) and
-`uses_clean_scores` (False saves a forward pass; `clean_scores` is then NaN).
+- `scores`: scores of the attacked images, with gradient;
+- `mos`: normalised MOS;
+- `clean_scores`: scores of the clean images.
+
+The objective returns either one loss per image, (B,), or one 0-d loss for the batch. With losses per image, the attack
+keeps the best iterate of each image. With one loss for the batch, the attack keeps the best iterate of the batch.
+
+An objective may have two attributes:
+
+- `flat_at_clean`: True means that the gradient is zero at the clean images. FGSM then rejects the objective.
+- `uses_clean_scores`: False saves the forward pass of the clean images. `clean_scores` is then NaN.
 """
 
 from __future__ import annotations
@@ -44,7 +51,8 @@ class MSE:
 class Drift:
     """(f(x') − f(x))² per image: move the score, independently of the MOS.
 
-    The gradient is zero at x, so `fgsm` rejects this objective. `pgd` works, because it starts from another point.
+    The gradient is zero at x, so `fgsm` rejects this objective. `pgd` accepts it, because `pgd` starts at a random
+    point.
     """
 
     name: ClassVar[str] = "drift"
@@ -82,7 +90,7 @@ class SoftSpearman:
     """Negative correlation between soft ranks of the scores and ranks of the MOS; one loss per batch.
 
     The correlation is a smooth form of SROCC. The soft rank of image a is Σ_b sigmoid((f(x'_a) − f(x'_b)) / T), which
-    converges to the rank of a for T → 0. The loss is in [−1, 1]. It is 0 if all MOS of the batch are equal.
+    converges to the rank of a for T → 0. The loss is in [−1, 1]. The loss is 0 if all MOS of the batch are equal.
     """
 
     temperature: float = _DEFAULTS.pair_temperature  # T

@@ -113,8 +113,8 @@ def attacking(
 class Problem:
     """One batch under attack.
 
-    Points are n copies of the batch, (n·B, 3, H, W), one copy for each restart that runs at the same time. Losses are
-    (n, B), or (n,) for an objective that is defined on the batch.
+    n restarts run at the same time, and each restart has its own copy of the batch. Points have the shape
+    (n·B, 3, H, W). Losses have the shape (n, B), or (n,) for an objective that is defined on the batch.
     """
 
     model: nn.Module
@@ -166,7 +166,7 @@ class Problem:
         return spread.reshape(-1, 1, 1, 1).to(self.images.dtype)
 
     def choose(self, where: Tensor, points: Tensor, others: Tensor) -> Tensor:
-        """Select points like `torch.where`, by a mask in the shape of losses; twice as fast on a CPU."""
+        """Select points like `torch.where`, in half its time on a CPU. The mask `where` has the shape of losses."""
         return torch.lerp(others, points, self.per_image(where))  # exact for weights 0 and 1
 
     def loss(self, x: Tensor) -> Tensor:
@@ -183,7 +183,7 @@ class Problem:
         return torch.stack([self._judge(sample) for sample in scores]).mean(0)
 
     def ascend(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the objective at x and the direction of steepest ascent in the norm, from the same forward passes."""
+        """Return the objective at x and its direction of steepest ascent in the norm, averaged over `eot` passes."""
         x = x.detach().requires_grad_()
         losses: list[Tensor] = []
         gradient = None
@@ -195,11 +195,12 @@ class Problem:
             pull = _gradient(loss, scores)
             if pull is None:
                 continue
-            # The same power of two for every pass prevents underflow in fp16 and changes no direction.
+            # The factor prevents underflow in fp16. It is the same power of two for every pass, so the direction of
+            # the summed gradient does not change.
             scale = _power_of_two(pull) if scale is None else scale
             sample = gradient_of(scores, x, pull * scale)
             if sample is not None:
-                # Only the direction is used, so the mean is not needed.
+                # Only the direction is used, so the sum replaces the mean.
                 gradient = sample if gradient is None else gradient + sample
         if gradient is None:
             gradient = torch.zeros_like(x, requires_grad=False)
@@ -238,7 +239,7 @@ class Best:
         self._empty = True
 
     def offer(self, points: Tensor, loss: Tensor) -> Tensor:
-        """Keep the points with a higher loss; return a mask of them in the shape of the loss. NaN counts as highest."""
+        """Keep points whose loss is the highest so far; return their mask, in the shape of `loss`. NaN is highest."""
         if self._empty:
             self.points, self.loss, self._empty = points, loss, False
             return torch.ones_like(loss, dtype=torch.bool)
@@ -255,12 +256,12 @@ class Best:
 
 
 def exceeds(loss: Tensor, before: Tensor) -> Tensor:
-    """Return a mask of the elements whose loss is higher. NaN is higher than any number."""
+    """Return the mask of elements where `loss` is higher than `before`. NaN is higher than any number."""
     return (loss > before) | (loss.isnan() & ~before.isnan())
 
 
 def like(images: Tensor, adversarial: Tensor) -> Tensor:
-    """Return the result contiguous and on the device of the caller's images."""
+    """Return `adversarial` as a contiguous tensor on the device of `images`."""
     return adversarial.to(images.device).contiguous()
 
 
@@ -292,7 +293,7 @@ def _gradient(loss: Tensor, scores: Tensor) -> Tensor | None:
 
 
 def _power_of_two(pull: Tensor) -> Tensor:
-    """Return a factor that brings the largest finite element to about 2⁸, without synchronisation."""
+    """Return the power of two that scales the largest finite element to about 2⁸, without synchronisation."""
     largest = pull.abs().nan_to_num(nan=0, posinf=0, neginf=0).max()
     return torch.ldexp(
         torch.ones_like(largest), (_BACKWARD_EXPONENT - largest.frexp().exponent).clamp_max(100)

@@ -61,14 +61,14 @@ class Records:
             save_file(tensors, path, {"record": json.dumps(record)})
 
     def share(self, attacks: Iterable[str]) -> list[int]:
-        """Return this rank's share of the batches for which results of these attacks are missing."""
+        """Return the indices of this rank's batches: its share of all batches that lack results of `attacks`."""
         rank, world = ranks.place()
         wanted = set(attacks)
         unfinished = [number for number, batch in enumerate(self.batches) if wanted - batch.attacks.keys()]
         return unfinished[rank::world]
 
     def exchange(self, share: list[int]) -> None:
-        """Exchange the results between ranks. `share` lists the batches of this rank."""
+        """Exchange the results between ranks. `share` has the indices of the batches that this rank attacked."""
         for found in ranks.gather({number: self.batches[number] for number in share}):
             for number, batch in found.items():
                 self.batches[number] = batch

@@ -15,7 +15,8 @@ from srm_model.attacks.problem import Best, Problem, attacking, check_count, che
 from srm_model.config import SRMConfig
 
 _DEFAULTS = SRMConfig()
-# Shares of the queries after which the squares' area is halved, from the paper's schedule for 10,000 queries.
+# After each of these shares of the queries, the area of the squares is halved. Source: the paper's schedule for 10,000
+# queries.
 _HALVINGS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 
 
@@ -35,15 +36,15 @@ def square_trace(
 ) -> PGDTrace:
     """Maximise an objective by random search, with at most `queries` scores per image and without gradients.
 
-    A proposal changes one square of each image. For "linf", the perturbation in the square becomes ±eps, with one sign
-    per channel. For "l2", the perturbation of a second square becomes zero, and its norm moves to the first square as a
-    bump of random sign. The bump also uses the unused part of the budget. The changed square of an image is kept if it
-    raises the loss of this image. For an objective defined on the batch, the proposals are accepted or rejected image
-    by image, which needs no further query.
+    Each round of queries proposes a change of each image. With "linf", the perturbation in a random square becomes
+    ±eps, with one sign per channel. With "l2", the perturbation in one random square becomes zero. Its norm, and the
+    unused part of the budget, are added to a second square as a bump of random sign. An image keeps the change if the
+    change raises its loss. For an objective defined on the batch, the changes of the images are tried one after another
+    on the batch's loss. This needs no further query.
 
     The model need not be differentiable. Arguments that are not listed, the result and errors are those of `pgd`. In
-    the trace, `losses` has the losses of the kept images after each round, (1, rounds, …), and the shares of gradients
-    are NaN.
+    the trace, `losses` has the losses of the kept images after each round, (1, rounds, …). The shares of zero and
+    non-finite gradients are NaN.
 
     Args:
         queries: Number of scores per image, including the clean score if the objective uses it. Each of the `eot`
@@ -117,7 +118,7 @@ class _Squares:
         self._on: dict[str, Any] = {"generator": problem.generator, "device": problem.generator.device}
 
     def start(self) -> Tensor:
-        """Return the start: vertical stripes of ±eps, or, for a norm with bumps, a grid of bumps with norm eps."""
+        """Return the start: vertical stripes of ±eps, or a grid of bumps with total norm eps for a norm with bumps."""
         images = self.problem.images
         if not self.problem.norm.bumps:
             delta = self._signs(self.batch, self.channels, 1, self.width) * self.problem.eps
@@ -132,7 +133,7 @@ class _Squares:
         return self.problem.project(images + delta * (self.problem.eps / length))
 
     def propose(self, x: Tensor, spent: float) -> Tensor:
-        """Return the images with one changed square each. `spent` is the share of queries that were used."""
+        """Return one proposal for each image. `spent` is the share of queries that were used."""
         halvings = sum(spent > share for share in _HALVINGS)
         shorter = min(self.height, self.width)
         side = round(math.sqrt(self.area * 0.5**halvings * self.height * self.width))
@@ -147,7 +148,7 @@ class _Squares:
         return self.problem.project(images + self._moved(x - images, max(side, min(3, shorter))))
 
     def _moved(self, delta: Tensor, side: int) -> Tensor:
-        """Move the norm of one square of a perturbation to another square, as a bump of random sign."""
+        """Set one square of a perturbation to zero and add its norm to another square as a bump of random sign."""
         target, source = self._window(side), self._window(side)
         old = delta[target]  # [B, side, side, C]
         spare = (self.problem.eps**2 - delta.square().sum((1, 2, 3))).clamp_min(0) / self.channels  # [B]

@@ -54,10 +54,10 @@ def transfer(
     Returns:
         A dictionary with norm, eps, names, mos and these entries:
 
-        - `clean`: srocc, plcc and scores by model;
-        - `pairs`: a list of source, target, srocc, plcc, scores, zero_gradients and nonfinite_gradients, including the
-          white-box pairs (source = target);
-        - `doubts`: a warning for each source whose gradients were zero or not finite.
+        - `clean`: for each model, a dict with srocc, plcc and scores;
+        - `pairs`: for each pair of models, a dict with source, target, srocc, plcc, scores, zero_gradients and
+          nonfinite_gradients. White-box pairs (source = target) are included;
+        - `doubts`: a warning for each source with more than 1 % zero gradients, or with a gradient that is not finite.
 
     Raises:
         ValueError: As `Suite.run`, or there are fewer than two models.
@@ -142,17 +142,18 @@ def sweep_steps(
     steps: Sequence[int] | None = None,
     **arguments: Any,
 ) -> list[dict[str, Any]]:
-    """Run a suite with different numbers of steps. Each number determines its step size (docs/METHOD.md §6).
+    """Run a suite with different numbers of steps. Each number of steps has its step size (docs/METHOD.md §6).
 
-    Arguments that are not listed are those of `Suite.run`. Each run has its own folder inside `resume`.
+    Arguments that are not listed are those of `Suite.run`. Each run of the suite has its own folder inside `resume`.
 
     Args:
         suite: The suite to run.
         steps: Numbers of steps. Default: `attack_sweep_steps` of the suite's config.
 
     Returns:
-        A row for each number of steps. It has the entries steps, eps, clean, attacks and worst. `attacks` has srocc,
-        plcc, loss, zero_gradients and nonfinite_gradients of each attack.
+        A row for each number of steps. Each row has the entries steps, eps, clean, attacks and worst. `attacks` has,
+        for each attack, a dict with srocc, plcc, loss, zero_gradients and nonfinite_gradients. `clean` has the
+        correlations on clean images. `worst` has the lowest correlations over all attacks.
     """
     counts = suite.config.attack_sweep_steps if steps is None else steps
     suites = [Suite(suite.attacks, suite.config.replace(attack_steps=count)) for count in counts]

@@ -16,23 +16,27 @@ from srm_model.messages import say
 
 # Errors that the user can fix, printed as one sentence. Any other exception is a bug and keeps its traceback.
 _EXPECTED = (ValueError, TypeError, NotImplementedError, OSError, ModuleNotFoundError)
-# Commands that use several processes under torchrun. Processes of `ablate` share the missing results.
+# Commands that use several processes under torchrun. The processes of `ablate` divide the missing results among them.
 _PARALLEL = ("train", "evaluate", "attack", "ablate")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `srm-iqa` and return its exit code.
 
-    Under torchrun, commands without support for several processes run on the first process only. Only the first process
-    prints.
+    Under torchrun, only the first process prints. Commands that do not support several processes run on the first
+    process only.
 
     Args:
         arguments: Command line without the program's name. Default: the command line of this process.
 
     Returns:
-        The exit code. 0: success. 1: a check of an audit failed. 2: bad input, or standard output cannot be written;
-        stderr has one sentence about the error. 130: Ctrl-C. 143: SIGTERM stopped a training, after its state was
-        saved.
+        The exit code:
+
+        - 0: success;
+        - 1: a check of an audit failed;
+        - 2: the input is not accepted, or standard output cannot be written. stderr has one sentence about the error;
+        - 130: Ctrl-C;
+        - 143: SIGTERM stopped a training. The state of the training was saved.
     """
     if arguments is None:
         _set_environment()
@@ -106,7 +110,8 @@ def _number(variable: str, default: int) -> int:
 
 def _set_environment() -> None:
     """Set defaults of environment variables that libraries read at import."""
-    # Spinning OpenMP threads take cores from other processes: beside a busy process, training was 4 to 10 times slower.
+    # By default, OpenMP threads that wait keep their core busy. With another busy process on the machine, training was
+    # 4 to 10 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler logs every start and stop
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is not deterministic without it

@@ -19,7 +19,7 @@ from srm_model.study.sharing import check_sets, do_one, find_job, missing, share
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run all jobs whose results are missing, or one job, and print a summary; or list the jobs."""
+    """Run one job, or all jobs whose results are missing, and print a summary. Or only list the jobs."""
     study = read_study(args.study, named_folders(args.data or ()))
     for backbone in study.backbones:
         check_backbone(backbone)
@@ -49,7 +49,7 @@ def _do(found: list[Job], c: Context, args: argparse.Namespace) -> None:
     write_json(c.out / STUDY, c.study.to_dict())
     if c.device.type == "cpu":
         runs.keep_memory()
-    # Record one command for all jobs that a scheduler starts.
+    # A scheduler starts the same command with different job names. Record all these calls as one command.
     arguments = ["NAME" if args.job and word == args.job else word for word in args.arguments]
     with runs.recorded(c.out, arguments, title=c.study.title):
         if args.job:

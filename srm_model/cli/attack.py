@@ -21,7 +21,7 @@ HEADER = "model,norm,eps,clean SROCC,worst SROCC,clean PLCC,worst PLCC,worst att
 
 
 def run(args: argparse.Namespace) -> None:
-    """Attack each checkpoint at each budget; print correlations on clean images and under the worst attack."""
+    """Attack each checkpoint at each budget; print the correlations on clean images and under the strongest attack."""
     if args.eps is not None and len(args.norm) > 1:
         raise ValueError(
             f"--eps with --norm {' '.join(args.norm)}: expected one norm, which the budgets are in"

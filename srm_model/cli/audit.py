@@ -107,12 +107,13 @@ def certificates(model: nn.Module, dataset: Any, config: SRMConfig, limit: int) 
     Args:
         model: Model under audit.
         dataset: Dataset whose items are `(image, label)`.
-        config: Config with the `smoothing_*` fields. Its `eps_smoothing` are L2 budgets stated for 512×512 pixels.
-        limit: Number of images, evenly spaced.
+        config: Config with the fields `smoothing_*` and `eps_smoothing`. The budgets `eps_smoothing` are L2 budgets,
+            stated for 512×512 pixels.
+        limit: Number of images to use, evenly spaced over the dataset.
 
     Returns:
-        A dict for each budget of `config.eps_smoothing`. Each dict has the fields of the certificate, "stated" (the
-        budget) and "ordered" (the share of image pairs whose intervals do not overlap).
+        A dict for each budget of `config.eps_smoothing`, with the fields of `Certificate` and two further entries.
+        "stated" is the budget. "ordered" is the share of image pairs whose intervals do not overlap.
     """
     indices = spread(len(dataset), limit)
     images = torch.stack([torch.as_tensor(dataset[index][0]) for index in indices])

@@ -18,7 +18,7 @@ PROGRAM = "program.pt2"
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the checkpoint without training state, an exported program (reference backend) and a model card."""
+    """Write three things: a checkpoint without training state, an exported program, and a model card."""
     folder, out = runs.one_checkpoint(args.checkpoint), Path(args.out)
     if out.resolve() == folder.resolve():
         raise ValueError(f"{out}: is the checkpoint itself; expected another folder")

@@ -87,7 +87,7 @@ def interface_of(args: argparse.Namespace, *, lower_is_better: bool | None) -> I
 
 
 def check_model_options(args: argparse.Namespace) -> None:
-    """Raise ValueError if `--model` is missing but an option needs it. With `--model`, set the default of the size."""
+    """Raise ValueError if an option is given without the `--model` that it needs. Set the default of `args.size`."""
     if args.model is not None:
         args.size = args.size or SIZE
         return
@@ -117,7 +117,7 @@ def check_options(args: argparse.Namespace) -> None:
 
 
 class Subject:
-    """The model and the images that the arguments name. The model's scores are mapped to the scale of the labels."""
+    """The model and the dataset that the arguments name. The model's scores are mapped to the scale of the labels."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         import numpy as np
@@ -174,7 +174,7 @@ def attack(args: argparse.Namespace, writes: bool) -> list[tuple[Path, dict[str,
         writes: Whether this rank writes results and progress.
 
     Returns:
-        A pair for each budget: the model's name and the contents of the result file.
+        For each norm and budget, a pair: the model's name, and the contents of the result file.
     """
     from srm_model import runs
     from srm_model.attacks.suite import fingerprint

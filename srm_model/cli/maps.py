@@ -25,11 +25,12 @@ class Maps:
 
     Args:
         out: PNG file for one image; folder for several images.
-        names: Images and folders that the command line names.
-        more: Whether a list names further images.
+        names: Images and folders that are named on the command line.
+        more: Whether further images are named in a list file.
 
     Raises:
-        ValueError: `out` is not the name of a PNG file, or not a folder, as needed.
+        ValueError: `out` is a PNG file, but several images may be scored. Or `out` is neither a PNG file nor a folder,
+            and one image is scored.
     """
 
     def __init__(self, out: str, names: Sequence[str], *, more: bool) -> None:
@@ -61,12 +62,12 @@ class Maps:
         return path
 
     def _path(self, source: str) -> Path:
-        """Return the file of a map; in a folder, its name is that of the image with .map.png."""
+        """Return the path of a map. In a folder, a map has the name of its image with the suffix .map.png."""
         if not self._several and not self._out.is_dir():
             return self._out
         base, number = Path(source).name, 1
         name = f"{base}.map.png"
-        while name in self._used:  # images of several folders may have one name
+        while name in self._used:  # images in different folders may have the same name
             number += 1
             name = f"{base}-{number}.map.png"
         self._used.add(name)

@@ -63,7 +63,7 @@ def add_config(parser: argparse.ArgumentParser, *fields: str) -> None:
 
 
 class _Registered:
-    """The accepted values of registered fields. Their modules are imported only when `--help` prints the values."""
+    """The accepted values of registered fields, as text for `--help`. Modules are imported only to print this text."""
 
     def __str__(self) -> str:
         return "; ".join(
@@ -72,7 +72,7 @@ class _Registered:
 
 
 def config_from(args: argparse.Namespace, base: SRMConfig | None = None) -> SRMConfig:
-    """Return a config with the changes that are given by the arguments of `add_config`.
+    """Return a config, changed by the arguments of `add_config`.
 
     Args:
         args: Parsed arguments.
@@ -98,7 +98,7 @@ def config_from(args: argparse.Namespace, base: SRMConfig | None = None) -> SRMC
 
 
 def attack_config_from(args: argparse.Namespace, trained: SRMConfig) -> SRMConfig:
-    """Return the config of a trained model with the attack settings that are given by the arguments.
+    """Return the config of a trained model, changed by the attack settings in the arguments.
 
     Args:
         args: Parsed arguments of `add_config`.
@@ -209,8 +209,8 @@ def device_from(name: str | None) -> torch.device:
     """Return a device after a check that it works.
 
     Args:
-        name: Name for `torch.device`. Default: CUDA if available (under torchrun, the GPU of the local rank), otherwise
-            "cpu".
+        name: Name for `torch.device`. Default: "cuda" if CUDA is available, otherwise "cpu". Under torchrun, "cuda" is
+            the GPU of the local rank.
 
     Raises:
         ValueError: The device cannot be used on this machine.

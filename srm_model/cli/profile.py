@@ -32,7 +32,7 @@ _OPTIONS = {
 def run(args: argparse.Namespace) -> int:
     """Measure every case and print the tables; return 2 if no case could run.
 
-    The row of each case is appended to the file of rows as soon as this case is measured.
+    After each case, its row is appended to the file of rows.
     """
     device = device_from(args.device)
     chosen = {name: getattr(args, option) for name, option in _OPTIONS.items()}

@@ -14,9 +14,9 @@ from srm_model.reports.study_tables import markdown
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the page of a run or a study, or the requested tables and figures of a study; print the paths."""
+    """Write the page of a run or study, or only the requested tables and figures of a study. Print the paths."""
     folder = Path(args.folder)
-    # A study's results are appended in whole lines, so a report can be written while jobs run.
+    # A report can be written while jobs of a study run, because jobs append whole lines to the study's results.
     study = (folder / STUDY).is_file()
     writes = folder.is_dir() and (study or args.out is None)
     with runs.writing(folder, shared=study) if writes else nullcontext():

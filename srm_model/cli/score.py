@@ -29,14 +29,14 @@ from srm_model.external import open_model
 
 
 class _Source(NamedTuple):
-    """A name to score: its file, or the reason why there is no such file."""
+    """A file to score, or, in `fault`, the reason why a name on the command line cannot be scored."""
 
     path: str
     fault: str | None = None
 
 
 class _Result(NamedTuple):
-    """A score, or the reason why there is none."""
+    """The score of a file, or, in `fault`, the reason why the file has no score."""
 
     path: str
     score: float | None
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         for number, batch in enumerate(_batches(_sources(names, recursive=args.recursive), args.batch_size)):
             results = _scored(model, size, device, batch)
             if number == 0:
-                runs.say(about)  # not before, because a model that cannot run scores nothing
+                runs.say(about)  # after the first batch, which shows that the model can run
             for result in results:
                 failed |= result.fault is not None
                 drawn = None if maps is None else _draw(maps, model, result, named, args)
@@ -95,7 +95,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_first(name: str, *, recursive: bool) -> None:
-    """Raise ValueError if the first argument may be a mistyped checkpoint, so that no other model scores the images."""
+    """Raise ValueError if the first argument may be a mistyped checkpoint.
+
+    Without this check, the default checkpoint would score the images.
+    """
     if not os.path.exists(name):  # noqa: PTH110, the name may contain NUL bytes
         raise ValueError(f"{name}: no such folder or file; expected a checkpoint or an image")
     if not recursive and os.path.isdir(name):  # noqa: PTH112
@@ -106,7 +109,7 @@ def _check_first(name: str, *, recursive: bool) -> None:
 
 
 def _model_name(folder: Path) -> str:
-    """Return backbone, neck and the first digits of the weights' digest, which identify a checkpoint."""
+    """Return a name that identifies a checkpoint: backbone, neck, and the first digits of the digest of the weights."""
     document = read_card(folder)
     return f"{document['backbone']}/{document['neck']}@{document['sha256'][:12]}"
 

@@ -54,10 +54,10 @@ class Output:
 
 @contextmanager
 def prepared() -> Iterator[Output]:
-    """Let standard output and error accept any text within the block, and yield standard output.
+    """Let standard output and standard error accept any text within the block, and yield standard output.
 
-    Undecodable bytes of a file name are written unchanged. Characters that the stream's encoding does not have are
-    written as escapes.
+    Standard output gets undecodable bytes of a file name unchanged. Characters that the encoding of a stream does not
+    have are written as escape sequences such as \\u2192.
     """
     _replace_closed()
     output = Output(sys.stdout)
@@ -90,7 +90,7 @@ def as_named(path: str | os.PathLike[str]) -> str:
 
 
 def _replace_closed() -> None:
-    """Replace standard streams that were closed at start. Otherwise another file could get their file descriptors."""
+    """Replace standard streams that were closed at the start, so that no other file gets their file descriptors."""
     if sys.stdin is None or sys.stdout is None or sys.stderr is None:
         while os.open(os.devnull, os.O_RDWR) < 3:
             pass
@@ -101,7 +101,11 @@ def _replace_closed() -> None:
 
 
 def _encode_rest(error: UnicodeError) -> tuple[bytes, int]:
-    """Encode characters that an encoding does not have: surrogate escapes as their bytes, others as escapes."""
+    """Encode characters that an encoding does not have.
+
+    A surrogate escape becomes the byte that it stands for. Any other character becomes an escape sequence such as
+    \\u2192.
+    """
     if not isinstance(error, UnicodeEncodeError):
         raise error
     rest = error.object[error.start : error.end]

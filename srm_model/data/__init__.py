@@ -38,8 +38,8 @@ def open_dataset(
 ) -> TID2013 | KonIQ10k:
     """Open a dataset whose type is detected from its files.
 
-    A folder is opened as TID2013 if it has `mos_with_names.txt`, or `labels.json` of an unfinished synthesised dataset.
-    It is opened as KonIQ-10k if it has a table with KonIQ-10k's columns.
+    A folder with `mos_with_names.txt` or `labels.json` is opened as TID2013. (An unfinished synthesised dataset has
+    `labels.json` only.) A folder with a table that has KonIQ-10k's columns is opened as KonIQ-10k.
 
     Args:
         root, split, seed, image_size, train, cache, verify, progress: As in `TID2013` and `KonIQ10k`.
@@ -88,10 +88,16 @@ def describe(
         root, seed, verify, progress: As in `TID2013` and `KonIQ10k`.
 
     Returns:
-        A dict with name, root, labels ("mos", "metric:<name>" or "opinions:<dataset>"), label_range ([low, high]),
-        images, splits (number of images in each), seed and fingerprint. Datasets in TID2013's layout add references
-        (ids in each split). If their labels are "opinions:<dataset>", they also add type_level_srocc. KonIQ-10k adds
-        image_folder.
+        A dict with these entries:
+
+        - name, root, seed and fingerprint of the dataset;
+        - labels: "mos", "metric:<name>" or "opinions:<dataset>";
+        - label_range: [lowest, highest] label;
+        - images: number of images;
+        - splits: number of images in each split;
+        - references, only in TID2013's layout: ids of the references in each split;
+        - type_level_srocc, only with labels "opinions:<dataset>": as in `TID2013`;
+        - image_folder, only for KonIQ-10k: name of the folder of images.
 
     Raises:
         ValueError: The dataset is faulty, as in `TID2013` and `KonIQ10k`.

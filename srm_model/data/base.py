@@ -25,7 +25,7 @@ SPLITS = ("train", "val", "test")
 
 
 def published_name(name: str, images: int, published: int) -> str:
-    """Return the dataset's name. The number of images is added if the list is not the complete published list."""
+    """Return the dataset's name. For a list that differs in length from the published one, add its number of images."""
     return name if images == published else f"{name} ({images} of its {published} images)"
 
 
@@ -81,8 +81,8 @@ def find_images(
     Args:
         rows: Valid rows of the list.
         folder: Folder of the images.
-        faults: Collects the faults. This function adds names that are listed twice, missing or ambiguous, and images
-            that cannot be read.
+        faults: Collects the faults. This function adds a fault for each name that is listed twice, for each name with
+            no file or several files in the folder, and for each image that cannot be read.
         verify, progress: As in `find_faults`.
 
     Raises:
@@ -132,24 +132,27 @@ def parse_mos(text: str, low: float, high: float) -> float:
 class ImageQualityDataset(Dataset[tuple[Tensor, float]]):
     """Images of one split with normalised labels. `TID2013` and `KonIQ10k` construct it from files.
 
-    An item is `(image, mos)`: (3, S, S) float32 in [0, 1] and a float in [0, 1], higher is better. `DataLoader`
-    collates `mos` to float64. The train transform (default for the train split) takes a random crop of side `crop_size`
-    and mirrors it half the time. Both draws depend only on seed, epoch and index. The test transform takes the centre
-    crop.
+    An item is a pair `(image, mos)`. `image` is (3, S, S), float32, in [0, 1]. `mos` is a float in [0, 1]; higher is
+    better. `DataLoader` collates `mos` to float64.
+
+    The train split uses the train transform by default. This transform takes a random crop of side `crop_size` and
+    mirrors it with probability 0.5. The crop and the mirroring depend only on seed, epoch and index. The test transform
+    takes the centre crop of side S.
 
     Attributes:
         name: Name of the dataset.
         root: Folder of the dataset.
         split: "train", "val" or "test".
-        labels: "mos" for people's scores of these images, "opinions:<dataset>" for people's scores of similar images in
-            that dataset, or "metric:<name>" for values of a metric.
+        labels: Source of the labels. "mos": people's scores of these images. "opinions:<dataset>": people's scores of
+            similar images in another dataset. "metric:<name>": values of a metric. `labelled_images` sets a text that
+            names the table and column.
         label_range: Lowest and highest label. Normalisation maps them to 0 and 1.
-        crop_size: Side of the crops of the train transform in pixels, at most S and S by default. `train` sets it to
-            `SRMConfig.crop_size`.
+        crop_size: Side in pixels of the train transform's crops, at most S. Default: S. The function `train` assigns
+            `SRMConfig.crop_size` to this attribute.
         mos: Normalised labels, (n,) float64.
         names: File names in the list's order.
-        fingerprint: sha256 in hex of all names, labels and splits of the dataset. The three splits have the same
-            fingerprint.
+        fingerprint: SHA-256, in hexadecimal, of the name, label and split of every image of the whole dataset. The
+            three splits of a dataset have the same fingerprint.
     """
 
     def __init__(
@@ -191,7 +194,7 @@ class ImageQualityDataset(Dataset[tuple[Tensor, float]]):
 
     @property
     def epoch(self) -> int:
-        """The epoch that determines the random crops. A change also reaches persistent workers."""
+        """The epoch that determines the random crops. Persistent workers also see a new value."""
         return int(self._epoch)
 
     @epoch.setter
@@ -205,7 +208,7 @@ class ImageQualityDataset(Dataset[tuple[Tensor, float]]):
         return self._paths[index]
 
     def subset(self, indices: Sequence[int]) -> Self:
-        """Return the dataset with only these items, in this order, and an unchanged fingerprint."""
+        """Return a dataset with only these items, in this order. The fingerprint stays that of the whole dataset."""
         part = copy.copy(self)
         part.names = [self.names[i] for i in indices]
         part.groups = [self.groups[i] for i in indices]
@@ -229,7 +232,7 @@ class ImageQualityDataset(Dataset[tuple[Tensor, float]]):
         return to_tensor(pixels), float(self.mos[index])
 
     def __getstate__(self) -> dict[str, Any]:
-        # A spawned worker gets an empty cache, so that no pixels are pickled.
+        # Give a spawned worker an empty cache; otherwise all cached pixels would be pickled.
         return {**self.__dict__, "_cache": None if self._cache is None else {}}
 
     def _resized(self, index: int) -> Pixels:

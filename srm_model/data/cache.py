@@ -13,7 +13,7 @@ from srm_model.files import atomic_path, check_folder, make_folder
 
 try:
     import fcntl
-except ImportError:  # Windows: each process that stores at the same time may exceed the limit by one image
+except ImportError:  # Windows: no lock, so each process may exceed the limit by the image that it stores
     fcntl = None  # type: ignore[assignment]
 
 _FORMAT = 2  # version of the stored arrays; since 2, images are rotated by their EXIF orientation
@@ -22,12 +22,13 @@ _FORMAT = 2  # version of the stored arrays; since 2, images are rotated by thei
 class ImageCache:
     """A cache for `load_resized`.
 
-    A full cache evicts nothing, because every image is read once per epoch in random order. A file is decoded again if
-    its size or modification time has changed. Workers, ranks and trainings with different image sizes can share a
-    folder. The folder may be deleted at any time. If the disk is full, images are read but no longer stored.
+    If the cache is full, further images are not stored and no stored image is removed. Removal would not help, because
+    every image is read once per epoch, in random order. A file is decoded again if its size or modification time has
+    changed. Workers, ranks and trainings with different image sizes can share a folder. The folder may be deleted at
+    any time. If the disk is full, images are still read, but no longer stored.
 
     Args:
-        folder: Folder of the cache, on a disk or in memory (/dev/shm). It is created with the first image.
+        folder: Folder of the cache, on a disk or in memory (/dev/shm). It is created when the first image is stored.
         limit: Upper limit of the cache's size in bytes.
 
     Raises:
@@ -69,7 +70,8 @@ class ImageCache:
                 if fcntl is not None:
                     fcntl.flock(lock, fcntl.LOCK_EX)
                 lock.seek(0)
-                # The file is empty at first, and also if a process was killed after truncating and before writing it.
+                # The lock file has the number of used bytes. A new lock file is empty. It is also empty if a process
+                # was killed between the calls of truncate and write below.
                 used = int(lock.read() or sum(path.stat().st_size for path in self.folder.glob("*.npy")))
                 size = pixels.nbytes + 128  # numpy's header
                 self._full = used + size > self.limit

@@ -1,14 +1,15 @@
 """The 24 types of distortion of TID2013 at 5 levels, for any photograph.
 
-Each type is a family of images of growing strength. For most types, a level is the image whose PSNR against the
-photograph is 33, 30, 27, 24 or 21 dB, the PSNR levels of TID2013. If a photograph does not reach one of these values (a
-grey photograph has no colour to lose), the five levels are spread evenly, in dB, over the range that the photograph
-reaches. A type that cannot change a photograph returns the photograph unchanged. Some types differ from these rules:
+Each type has a strength. For most types, the strength of a level is chosen by the PSNR of the distorted image against
+the photograph: 33, 30, 27, 24 and 21 dB for levels 1 to 5, as in TID2013. Some photographs cannot reach all these
+values; for example, a grey photograph has no colour to lose. The PSNRs of the five levels are then evenly spaced, in
+dB, down to the lowest PSNR that the photograph can reach. A type that cannot change a photograph returns the photograph
+unchanged. Some types differ from these rules:
 
-- Blur, denoising and JPEG (types 8, 9 and 10) use the same parameters for every photograph. On average over the Kodak
-  photographs, the PSNR of a level is the value above. With equal PSNR, photographs with much texture would be blurred
-  less than others. People's opinions of TID2013 show that the photographs of TID2013 were not blurred in this way.
-- The levels of type 15 have one PSNR and differ in the number of blocks.
+- Blur, denoising and JPEG (types 8, 9 and 10) use the same parameters for every photograph. The average PSNR of a level
+  over the Kodak photographs is the value above. If the PSNR were equal for every photograph, photographs with much
+  texture would be blurred less than others. People's opinions of TID2013 show that TID2013 did not do this.
+- All levels of type 15 have the same PSNR. The levels differ in the number of blocks.
 - The levels of type 17 lower and raise the contrast in turn.
 
 The types follow the descriptions in TID2013's paper (Ponomarenko et al., "Image database TID2013: Peculiarities,
@@ -103,7 +104,7 @@ def psnr(reference: npt.NDArray, distorted: npt.NDArray) -> float:
 
 
 def _family(prepare: Callable[[Planes, int, np.random.Generator], Render]) -> Apply:
-    """Make a type from `prepare`, which draws all random numbers and returns a function from strength to image."""
+    """Make a type of distortion from `prepare`, which draws random numbers and returns a function of the strength."""
 
     @functools.wraps(prepare)
     def apply(image: Planes, level: int, rng: np.random.Generator) -> Pixels:
@@ -123,7 +124,8 @@ def _at_psnr(reference: Planes, render: Render, target_of: Callable[[float, floa
     Args:
         reference: The photograph.
         render: Function from strength, 0 to 1, to image.
-        target_of: Function from the PSNR of the weakest and of the strongest image to the target in dB.
+        target_of: Function that returns the target in dB. Its arguments are two PSNRs, of the weakest and of the
+            strongest image.
     """
 
     def member(strength: float) -> tuple[float, Pixels]:
@@ -290,8 +292,8 @@ def _jpeg_transmission(image: Planes, level: int, rng: np.random.Generator) -> P
 def _jpeg2000_transmission(image: Planes, level: int, rng: np.random.Generator) -> Pixels:
     """Write JPEG2000 of high quality, change random bytes in the packets of the middle scales, and decode.
 
-    The packets of the coarsest scales come first. They stay intact, because one error in them is worse than level 5.
-    The packets of the finest scales come last. They also stay intact, because errors in them are hardly visible.
+    The first packets, of the coarsest scales, stay intact: one error in them is worse than level 5. The last packets,
+    of the finest scales, also stay intact: errors in them are hardly visible.
     """
     data = _jpeg2000_bytes(_pixels(image), 40, codeblock_size=(16, 16))
     start = data.find(b"\xff\x93") + 2  # start of data
@@ -301,7 +303,7 @@ def _jpeg2000_transmission(image: Planes, level: int, rng: np.random.Generator) 
 
 @_family
 def _pattern_noise(image: Planes, level: int, rng: np.random.Generator) -> Render:
-    """Replace small patches by patches a few pixels away. The change is hard to see, because the pattern stays."""
+    """Replace small patches by patches a few pixels away. The change is hard to see, because the texture is similar."""
     height, width = image.shape[:2]
     side = max(5, round(min(height, width) / 25))
     reach = max(2, side // 3)
@@ -325,9 +327,9 @@ def _pattern_noise(image: Planes, level: int, rng: np.random.Generator) -> Rende
 def _block_distortions(image: Planes, level: int, rng: np.random.Generator) -> Pixels:
     """Replace square blocks by one colour each. Higher levels have fewer and stronger blocks, at the same PSNR.
 
-    Few strong blocks disturb people less than many weak blocks of the same PSNR: opinions in TID2013 rise with the
-    level. The colour of a block is the mean colour of the photograph in the block plus an offset. If the PSNR is below
-    `BLOCK_PSNR` even without the offset, the blocks keep some of the photograph's texture.
+    In TID2013, the opinion scores of this type rise with the level. Few strong blocks disturb people less than many
+    weak blocks of the same PSNR. The colour of a block is the mean colour of the photograph in the block plus an
+    offset. If the PSNR is below `BLOCK_PSNR` even without the offset, the blocks keep some of the photograph's texture.
     """
     height, width = image.shape[:2]
     side = round(min(height, width) / 12)
@@ -367,7 +369,7 @@ def _contrast(image: Planes, level: int, rng: np.random.Generator) -> Render:
 
 @_family
 def _saturation(image: Planes, level: int, rng: np.random.Generator) -> Render:
-    """Move colours towards the grey of the same luminance, at high strength past grey to the complementary colours."""
+    """Move colours towards the grey of the same luminance. High strengths go past grey, to complementary colours."""
     grey = (image @ _LUMA)[..., None]
     return lambda strength: grey + np.float32(1 - _between(0.01, 3, strength)) * (image - grey)
 
@@ -482,8 +484,8 @@ def _decode(data: bytes) -> Pixels:
 def _damaged(image: Planes, data: bytes, places: npt.NDArray, level: int, rng: np.random.Generator) -> Pixels:
     """Change bytes of `data` at random `places`, a few at a time, until the decoded image has the PSNR of the level.
 
-    If the image of a step cannot be decoded, or its PSNR is more than 1.5 dB below the PSNR of the level, the step is
-    undone and tried again with fewer bytes.
+    A step changes several bytes and decodes the data. A step is undone if the data cannot be decoded, or if the PSNR is
+    more than 1.5 dB below the PSNR of the level. The next step then changes fewer bytes.
     """
     target = LEVEL_PSNR[level - 1]
     stream = np.frombuffer(data, np.uint8).copy()

@@ -32,7 +32,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# EXIF orientations for which `Picture.part` exchanges x and y, and then counts x from the right or y from the bottom.
+# EXIF orientations for which `Picture.part` exchanges x and y, counts x from the right, or counts y from the bottom.
 _SIDEWAYS, _FROM_RIGHT, _FROM_BOTTOM = (5, 6, 7, 8), (2, 3, 7, 8), (3, 4, 6, 7)
 _BAND = 1 << 20  # pixels that are converted at a time
 
@@ -66,9 +66,9 @@ def check_regular(path: str | Path) -> None:
 
 
 class Picture:
-    """A decoded image. Its parts are converted to RGB and rotated by its EXIF orientation.
+    """A decoded image. The methods return parts of the image as RGB, rotated by the EXIF orientation.
 
-    Only the requested part is copied, so peak memory is the decoded image plus this part.
+    Only the requested part is copied. Peak memory is the memory of the decoded image plus the memory of this part.
     """
 
     def __init__(self, image: Image.Image) -> None:
@@ -76,7 +76,7 @@ class Picture:
         self.size: tuple[int, int] = image.size[::-1] if self._orientation in _SIDEWAYS else image.size
 
     def part(self, left: int, top: int, right: int, bottom: int) -> Image.Image:
-        """Return the pixels of a box as RGB. The box is given in the image after its EXIF orientation is applied.
+        """Return the pixels of a box as RGB. Coordinates are pixels of the image after its EXIF orientation is applied.
 
         Raises:
             ValueError: As in `to_rgb`.
@@ -101,8 +101,8 @@ class Picture:
     ) -> Image.Image:
         """Return the part of the image inside `box` as RGB, resized to `size` with antialiased bicubic interpolation.
 
-        The values equal those of `Image.resize` on the whole RGB image. To limit memory, a large image is converted and
-        resized to its new width band by band.
+        The result equals the result of Pillow's `Image.resize` with this box on the whole RGB image. To limit memory, a
+        large image is converted in bands of rows, and each band is resized to the new width.
 
         Args:
             size: Width and height of the result.
@@ -126,7 +126,7 @@ class Picture:
 
 
 def _reached(start: float, end: float, size: int, side: int) -> tuple[int, int]:
-    """Return the range of pixels, along one side, that bicubic resizing of `start` to `end` reads."""
+    """Return (first, last + 1) of the pixels along one side that bicubic resizing of `start` to `end` reads."""
     reach = ceil(2 * max(1, (end - start) / size)) + 1
     return max(0, floor(start) - reach), min(side, ceil(end) + reach)
 
@@ -164,9 +164,10 @@ def open_rgb(path: str | Path) -> Image.Image:
 def pixel_limit(pixels: int | None) -> Iterator[None]:
     """Within the `with` block, set Pillow's limit on the number of pixels per image.
 
-    The limit applies to the whole process, so also to other threads.
+    The limit applies to the whole process, including other threads.
 
-    Warnings about images above half the limit and about broken EXIF data are ignored, because such images can be read.
+    Two kinds of warnings are ignored, because the images can be read: images above half the limit, and broken EXIF
+    data.
 
     Args:
         pixels: The limit. 0 removes the limit; None leaves it unchanged.
@@ -189,8 +190,8 @@ def fault(path: Path, *, full: bool) -> str | None:
 
     Args:
         path: Image file.
-        full: Whether to decode the whole file; otherwise only the header is read. A JPEG is decoded at 1/8 of its size,
-            which reads every byte and takes a third of the time of decoding at full size.
+        full: Whether to decode the image. Otherwise only the header is read. A JPEG is decoded at 1/8 of its width and
+            height. This reads every byte of the file, and takes a third of the time of decoding at full size.
     """
     try:
         check_regular(path)
@@ -200,7 +201,7 @@ def fault(path: Path, *, full: bool) -> str | None:
         data = path.read_bytes()
         with Image.open(io.BytesIO(data)) as image:
             if image.format == "JPEG":
-                # Pillow accepts a file that ends in zeros, as an interrupted download leaves it.
+                # An interrupted download can leave a file that ends in zeros. Pillow accepts such a file.
                 if data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
                     return "its data end before the image does"
                 image.draft("L", (1, 1))
@@ -218,9 +219,10 @@ def fault(path: Path, *, full: bool) -> str | None:
 def find_faults(paths: Sequence[Path], *, verify: str, progress: bool = True) -> dict[int, str]:
     """Find files that cannot be read as images.
 
-    Decoding takes about a second of CPU time for TID2013 (3,000 files) and half a minute for KonIQ-10k (10,073 files at
-    1024×768). If there are 1,000 or more files and none has a fault, this result is stored in the user's cache folder,
-    if there is one. The files are then not decoded again until the size or modification time of a file changes.
+    Decoding takes about a second of CPU time for TID2013 (3,000 files), and half a minute for KonIQ-10k (10,073 files
+    at 1024×768). If 1,000 or more files are decoded without a fault, this is recorded in the user's cache folder. Later
+    calls then do not decode the files again, unless the size or modification time of a file has changed. Without a
+    cache folder, nothing is recorded.
 
     Args:
         paths: Files to check.
@@ -228,7 +230,7 @@ def find_faults(paths: Sequence[Path], *, verify: str, progress: bool = True) ->
         progress: Whether to show a progress bar if stderr is a terminal.
 
     Returns:
-        A dict from position in `paths` to the reason, for each file that cannot be read.
+        A dict from the file's index in `paths` to the reason, for each file that cannot be read.
     """
     if verify not in VERIFY:
         raise ValueError(f"verify={verify!r}: expected one of {', '.join(map(repr, VERIFY))}")
@@ -260,9 +262,9 @@ def find_faults(paths: Sequence[Path], *, verify: str, progress: bool = True) ->
 
 
 def _seal(paths: Sequence[Path]) -> Path | None:
-    """Return the path of the file whose existence means that these files were decoded without a fault.
+    """Return the path of the record for these files. If the record exists, they were decoded without a fault.
 
-    Return None if the user has no cache folder or if a file is missing. The check itself reports missing files.
+    Return None if the user has no cache folder, or if one of the files is missing. `find_faults` reports missing files.
     """
     listing = hashlib.sha256()
     try:
@@ -272,7 +274,7 @@ def _seal(paths: Sequence[Path]) -> Path | None:
                 f"{path.absolute()}\0{state.st_size}\0{state.st_mtime_ns}\n".encode(errors="surrogateescape")
             )
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except (OSError, RuntimeError):  # RuntimeError: neither HOME nor an entry in the user database
+    except (OSError, RuntimeError):  # RuntimeError: the home folder is unknown
         return None
     return cache / "srm-iqa" / "verified" / listing.hexdigest() if cache.is_absolute() else None
 

@@ -37,11 +37,13 @@ _AGREEMENT = 0.1  # tolerance on the scale 0 to 100; rounding errors are much sm
 class KonIQ10k(ImageQualityDataset):
     """KonIQ-10k: 10,073 photographs with people's opinions, split 7058/1000/2015 into train, val and test.
 
-    `koniq10k_distributions_sets.csv` has the MOS on 0 to 100 and the split. If `koniq10k_scores_and_distributions.csv`
-    (MOS on 1 to 5, MOS_zscore on 0 to 100, no split) exists too, its MOS_zscore must agree with the labels. Both lists
-    are recognised by their columns. They may have any name (`.csv` or `.tsv`), separator and encoding (see `lists`). A
-    list with the published name must have the published split, so that a truncated list is rejected. A list of a subset
-    needs another name.
+    The list `koniq10k_distributions_sets.csv` has the MOS, on 0 to 100, and the split. The second list,
+    `koniq10k_scores_and_distributions.csv`, is optional. It has no split. It has the MOS on 1 to 5, and MOS_zscore on 0
+    to 100, which must agree with the MOS of the first list.
+
+    Both lists are recognised by their columns, not by their names. The suffix is `.csv` or `.tsv`. Any separator and
+    encoding of `lists` is accepted. A list named `koniq10k_distributions_sets.csv` must have the published split, so
+    that a truncated list is rejected. A list of a subset therefore needs another name.
 
     Args:
         root: Folder that contains the list and the folder of images, `1024x768/` or `512x384/`.
@@ -116,11 +118,12 @@ def find_lists(root: Path) -> tuple[Path, Path | None]:
         root: Folder of the dataset.
 
     Returns:
-        The path of the list with the split, and the path of the list with the scores on both scales or None.
+        Two paths: of the list with the split, and of the list with the scores on both scales. The second path is None
+        if there is no such list.
 
     Raises:
-        ValueError: No file, or more than one, has the columns of the list with the split; more than one file has the
-            columns of the other list; or one file has the columns of both.
+        ValueError: The list with the split is missing, several files have the columns of one list, or one file has the
+            columns of both lists.
     """
     sets, scores, others = [], [], []
     for path in sorted(path for path in root.iterdir() if path.suffix.lower() in _SUFFIXES):
@@ -181,7 +184,7 @@ def _read_sets(path: Path, faults: Faults) -> list[Row]:
 
 
 def _compare(rows: list[Row], faults: Faults, scores: Path) -> None:
-    """Add a fault for each image whose MOS_zscore in the file of scores differs from its MOS."""
+    """Add a fault for each row whose MOS differs from the MOS_zscore of the same image in the file `scores`."""
     on_both_scales = {fields.get("image_name"): fields.get("MOS_zscore") for _, fields in records(scores)}
     for row in rows:
         text = on_both_scales.get(row.name)

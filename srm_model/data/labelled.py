@@ -24,15 +24,16 @@ def labelled_images(
     image_size: int = SRMConfig.image_size,
     progress: bool = False,
 ) -> ImageQualityDataset:
-    """Return a dataset of the images that a table of scores lists. All images are in the split "test".
+    """Return a dataset of the images that are listed in a table of scores. All images are in the split "test".
 
     Args:
         folder: Folder of the images.
         table: File with a header and one row per image. A comma, semicolon, tab or | separates the fields.
         image_column: Column of file names. Default: the only column whose entries are all names of files in the folder.
         score_column: Column of scores, higher is better. Default: the only other column that contains numbers only.
-        label_range: Worst and best score, which become 0 and 1. Default: lowest and highest score in the table.
-        image_size: Side of the square that is scored, in pixels, as in `load_image`.
+        label_range: Worst and best score. Normalisation maps them to 0 and 1. Default: the lowest and the highest score
+            in the table.
+        image_size: Side in pixels of the square images of the dataset, as in `load_image`.
         progress: Whether to show a progress bar while images are checked.
 
     Raises:

@@ -16,10 +16,10 @@ LABEL_RANGE = (0.0, 9.0)  # the range of TID2013
 
 
 class Scale(NamedTuple):
-    """Map a metric to a label: max(0, 9·(1 − √((1 − metric) / worst))). An undistorted image gets 9.
+    """Map the value of a metric to a label: max(0, 9·(1 − √((1 − value) / worst))). An undistorted image gets 9.
 
-    Most metric values of distorted photographs are close to 1. The square root increases the differences between them
-    and keeps their order. Almost no image of TID2013's five levels has a metric below 1 − `worst`.
+    Most values of distorted photographs are close to 1. The square root enlarges the differences between these values,
+    and keeps their order. Almost no image of TID2013's five levels has a value below 1 − `worst`.
     """
 
     worst: float
@@ -43,7 +43,7 @@ def metric_labels(metric: str, distorted: list[Pixels], reference: Pixels) -> li
     Args:
         metric: Name in `METRICS`.
         distorted: Images, (H, W, 3) uint8 each.
-        reference: The common original, (H, W, 3) uint8.
+        reference: The undistorted original of all these images, (H, W, 3) uint8.
 
     Returns:
         A label from 0 to 9 for each image, rounded to five decimals.

@@ -15,8 +15,8 @@ from srm_model.data.tid2013 import LINE, MOS_RANGE
 
 SOURCE = "TID2013"
 CROP = (512, 384)  # size of TID2013's images in pixels
-# Mean shift, contrast and saturation. People do not judge them by the size of the error, and the re-made images do not
-# fit the opinions (docs/DATASETS.md).
+# Types that are left out by default: mean shift, contrast and saturation. People do not judge these types by the size
+# of the error. The opinions of TID2013 do not fit the synthesised images of these types (docs/DATASETS.md).
 LEFT_OUT = (16, 17, 18)
 _NUMBER = re.compile(r"\D*0*(\d{1,2})")
 _NAME = re.compile(r"i(\d+)_(\d+)_(\d+)\.bmp", re.IGNORECASE)

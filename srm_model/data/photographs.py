@@ -46,8 +46,8 @@ _PACKAGED = (
 class Frame(NamedTuple):
     """The part of a photograph that is kept.
 
-    With `crop`, a (width, height), this is the centre of that size. With `image_size` only, it is the square centre,
-    resized to `image_size`. With neither, it is the whole photograph.
+    With `crop`, the centre of this width and height is kept. With `image_size` only, the central square is kept and
+    resized to this side. With neither, the whole photograph is kept.
     """
 
     image_size: int | None = None
@@ -73,7 +73,7 @@ class Frame(NamedTuple):
 
 
 def from_packages(frame: Frame) -> list[Photograph]:
-    """Return the seven photographs of scikit-image and scikit-learn, without importing either.
+    """Return the seven photographs of scikit-image and scikit-learn. Neither package is imported.
 
     Raises:
         ValueError: A package, or its file, is not installed.

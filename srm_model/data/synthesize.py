@@ -27,7 +27,8 @@ from srm_model.files import LOCK, atomic_path, make_folder, read_json, write_jso
 
 MAX_REFERENCES = 99  # two digits in TID2013's names
 MIN_REFERENCES = 3  # one each for train, val and test
-LABEL_TOLERANCE = 1e-3  # of labels from 0 to 9; processors with and without AVX2 differ by up to 5e-5
+# Tolerance of given labels, on the scale 0 to 9. Labels from processors with and without AVX2 differ by up to 5e-5.
+LABEL_TOLERANCE = 1e-3
 _JOURNAL = f"{LIST}.partial"
 _LINE = re.compile(r"(\d\.\d{5}) (i\d\d_\d\d_\d\.bmp)\n")
 _LIBRARIES = ("numpy", "pillow", "scipy", "scikit-image", "piq", "torch")
@@ -60,40 +61,47 @@ def synthesize(
 ) -> Path:
     """Make a dataset in TID2013's layout from photographs.
 
-    The files are `reference_images/IRR.BMP`, `distorted_images/iRR_TT_L.bmp`, `mos_with_names.txt`, `labels.json` (what
-    the labels are, settings, versions) and `references.json` (the origin of the photographs). Each file is written
-    atomically, the list of labels last. After an interruption, the same call resumes.
+    The dataset has these files, with RR the reference, TT the type and L the level:
+
+    - `reference_images/IRR.BMP` and `distorted_images/iRR_TT_L.bmp`: the images;
+    - `mos_with_names.txt`: the list of labels;
+    - `labels.json`: the kind of the labels, the settings and the library versions;
+    - `references.json`: the origin of the photographs.
+
+    Each file is written atomically. `mos_with_names.txt` is written last. After an interruption, the same call resumes.
 
     Args:
         out: Folder of the dataset.
-        photographs: Folder with 3 to 99 images (PNG, JPEG, BMP, TIFF, WebP); subfolders are ignored. Each image must
-            show another scene, because datasets are split by reference.
-        packaged: Whether to add the seven photographs of scikit-image and scikit-learn after those of the folder. None
-            adds the seven photographs only if `photographs` is None.
+        photographs: Folder with 3 to 99 images (PNG, JPEG, BMP, TIFF, WebP). Subfolders are ignored. No two images may
+            show the same scene, because datasets are split by reference.
+        packaged: Whether to add the seven photographs of scikit-image and scikit-learn after the images of the folder.
+            Default: True if `photographs` and `opinions` are None, otherwise False.
         image_size: Side in pixels to which the central square of each photograph is resized. None keeps the size.
         crop: Width and height in pixels of the centre crop of each photograph, instead of `image_size`. With `opinions`
             and without `image_size` the default is 512×384, the size of TID2013's images.
-        types: Types of distortion, 1 to 24 (`srm_model.data.distortions`). None selects all types, and with
-            `opinions` all but `opinions.LEFT_OUT`.
-        levels: Levels, 1 to 5.
+        types: Types of distortion, 1 to 24 (see `srm_model.data.distortions`). Default: all types; with `opinions`, all
+            except 16, 17 and 18 (mean shift, contrast and saturation).
+        levels: Levels of distortion, 1 to 5.
         seed: Seed of the distortions. Each image depends only on the seed, its reference, its type and its level.
-        metric: Full-reference metric of piq that gives the labels: "vsi" (default), "fsim", "ssim" or "haarpsi". Its
-            values are mapped to 0 to 9; `labels.json` has the map. The dataset opens with `labels` "metric:vsi".
-        opinions: TID2013's `mos_with_names.txt`, instead of a metric. Each image gets the opinion score of the TID2013
-            image with the same photograph, type and level. The number in a photograph's name selects the reference
-            (`opinions.number_of`). The distortions are computed anew, so the images are only similar to the images that
-            people saw. The dataset opens with `labels` "opinions:TID2013".
-        labels: A `mos_with_names.txt` of the same dataset from another machine. Its labels replace the computed labels,
-            whose last digits depend on the processor. The fingerprints of both datasets are then equal.
+        metric: Full-reference metric of piq that gives the labels: "vsi" (default), "fsim", "ssim" or "haarpsi". The
+            values of the metric are mapped to labels from 0 to 9; `labels.json` has the formula. The attribute `labels`
+            of the opened dataset is "metric:<name>".
+        opinions: Path of TID2013's `mos_with_names.txt`, instead of a metric. Each image gets the opinion score of the
+            TID2013 image with the same photograph, type and level. The number in a photograph's file name selects the
+            reference of TID2013. The distortions are computed anew, so the images are only similar to the images that
+            people saw. The attribute `labels` of the opened dataset is "opinions:TID2013".
+        labels: Path of the `mos_with_names.txt` that the same call wrote on another machine. Its labels replace the
+            computed labels, because the last digits of computed labels depend on the processor. The datasets on both
+            machines then have the same fingerprint.
         progress: Whether to show a progress bar on stderr.
 
     Returns:
         `out`, which `TID2013(out, split)` opens.
 
     Raises:
-        ValueError: An argument or a photograph is not accepted; `out` contains a dataset with other settings, or an
-            unfinished dataset of other library versions; or a given label differs from the computed label by more than
-            `LABEL_TOLERANCE`.
+        ValueError: An argument or a photograph is not accepted. Or `out` contains a dataset with other settings, or an
+            unfinished dataset from other library versions. Or a label of `labels` differs from the computed label by
+            more than 0.001.
     """
     out = Path(out)
     if types is None:
@@ -194,7 +202,11 @@ def _given_labels(path: Path) -> dict[str, float]:
 
 
 def _as_given(path: Path, given: dict[str, float], lines: dict[str, float]) -> dict[str, float]:
-    """Return the given labels of these images; raise ValueError if a label differs too much from the computed label."""
+    """Return the given labels of the images in `lines`. `lines` has the computed labels.
+
+    Raises:
+        ValueError: A given label differs from the computed label by more than `LABEL_TOLERANCE`.
+    """
     for name, label in lines.items():
         if abs(given[name] - label) > LABEL_TOLERANCE:
             raise ValueError(
@@ -257,7 +269,7 @@ def _spans(numbers: Iterable[int]) -> str:
 
 
 def _photographs(folder: str | Path | None, packaged: bool, frame: Frame, min_side: int) -> list[Photograph]:
-    """Load the photographs; check their number, their size, and that no two are equal."""
+    """Load the photographs. Check how many they are, that none is too small, and that no two are equal."""
     if frame.image_size is not None and frame.image_size < min_side:
         raise ValueError(f"image_size {frame.image_size}: expected at least {min_side}, or None")
     if frame.crop is not None and min(frame.crop) < min_side:
@@ -306,7 +318,8 @@ def _claim(out: Path, settings: dict[str, Any], metric: str | None) -> str:
     """Write the settings to `labels.json`, or compare them with the settings in an existing file.
 
     Returns:
-        The differences of library versions as text, or an empty text if there are none.
+        Text that lists the library versions that differ from the versions in an existing file. The text is empty if
+        no version differs.
 
     Raises:
         ValueError: The folder contains other files, or a dataset with other settings.
@@ -346,7 +359,7 @@ def _differences(there: dict[str, Any], here: dict[str, Any]) -> str:
 
 
 def _read_labels(out: Path) -> dict[str, float]:
-    """Read the labels of finished images from the list or the journal. An incomplete last line is skipped."""
+    """Read the labels of finished images from the list and the journal. An incomplete last line is skipped."""
     labels = {}
     for path in (out / LIST, out / _JOURNAL):
         text = path.read_text(encoding="utf-8") if path.exists() else ""
@@ -360,8 +373,8 @@ def _read_labels(out: Path) -> dict[str, float]:
 def _lay_out(out: Path, references: dict[int, Photograph], labels: dict[str, float]) -> None:
     """Write the reference images, `references.json` and the journal of labels.
 
-    Existing reference images are kept; the JSON file and the journal are rewritten. Leftovers of a killed process are
-    removed.
+    Existing reference images are kept. The JSON file and the journal are rewritten. Temporary files of a killed process
+    are removed.
     """
     make_folder(out / IMAGES)
     for leftover in out.glob("*/.*.partial.*"):  # a file of a process that was killed
@@ -408,7 +421,7 @@ def _run(
 def _distort(
     out: Path, task: _Task, reference: Pixels, levels: list[int], seed: int, metric: str | None
 ) -> list[float]:
-    """Write the missing images of a task; return the labels of all its images, or an empty list without a metric."""
+    """Write the missing images of a task. Return the labels of all images of the task; without a metric, return []."""
     from srm_model.data.distortions import DISTORTIONS
 
     images = []

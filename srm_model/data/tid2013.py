@@ -52,29 +52,29 @@ class Labels(NamedTuple):
 class TID2013(ImageQualityDataset):
     """TID2013: 25 references × 24 types × 5 levels of distortion, split by reference.
 
-    Each line of the list has a score and a name, separated by spaces, tabs, semicolons or commas (see `lists`). File
-    names are matched regardless of case. The reference images are not needed. Splits are 60/20/20 % of the references
-    (see `split_by_reference`), so that no content is in two splits.
+    Each line of `mos_with_names.txt` has a score and a file name, separated by spaces, tabs, semicolons or commas. The
+    case of file names is ignored. The reference images are not needed. The train, val and test splits have 60 %, 20 %
+    and 20 % of the references (see `split_by_reference`). No two splits have images of the same reference.
 
-    Datasets of `srm_model.data.synthesize` have the same layout and a `labels.json`, which contains the kind and range
-    of the labels. Without this file, the labels are people's opinions from 0 to 9.
+    Datasets of `srm_model.data.synthesize` have the same layout and an additional file, `labels.json`. It has the kind
+    and range of the labels. Without this file, the labels are people's opinions from 0 to 9.
 
     Args:
         root: Folder with `mos_with_names.txt` and `distorted_images/`.
         split: "train", "val" or "test".
         seed: Seed of the split and of the train transform.
-        image_size: S of the (3, S, S) items, in pixels.
-        train: Whether items are cropped at random. Default: True for the train split, False for the others.
-        cache: Where to cache resized images. True: in memory, separately in each process. An `ImageCache`: in its
-            folder.
+        image_size: S, side in pixels of the images (3, S, S).
+        train: Whether images are cropped at random. Default: True for the train split, False for the other splits.
+        cache: Where to cache resized images. False: nowhere. True: in memory, separately in each process. An
+            `ImageCache`: in its folder.
         verify: "full" decodes every image of the dataset at the start; "fast" reads the headers only (see
             `find_faults`).
         progress: Whether to show a progress bar if stderr is a terminal and checking takes seconds.
 
     Attributes:
-        type_level_srocc: SROCC on the test split of a simple predictor: the mean training label of the same distortion
-            type and level. A model that only recognises distortions reaches this value. None unless the labels are
-            opinions of similar images.
+        type_level_srocc: Test SROCC of a simple predictor. Its score for an image is the mean label of all training
+            images with the same distortion type and level. A model that only recognises distortions reaches this SROCC.
+            None unless the labels are "opinions:<dataset>".
 
     Raises:
         ValueError: An image of the dataset is missing, ambiguous or cannot be decoded, a row is malformed, a score is
@@ -121,12 +121,11 @@ class TID2013(ImageQualityDataset):
 
 
 def split_by_reference(references: Iterable[str], seed: int) -> dict[str, str]:
-    """Assign 60/20/20 % of the references to train, val and test, at least one each.
+    """Assign 60 % of the references to train, 20 % to val and 20 % to test, and at least one to each split.
 
-    TID2013's 25 references are split 15/5/5.
-
-    The sorted distinct ids are permuted by `numpy.random.default_rng(seed)`. The first ids are assigned to "train", the
-    next ids to "val" and the rest to "test".
+    TID2013's 25 references are split 15/5/5. Repeated ids are removed, and the remaining ids are sorted. The sorted ids
+    are permuted by `numpy.random.default_rng(seed)`. In the permuted order, the first ids are assigned to "train", the
+    next ids to "val" and the remaining ids to "test".
 
     Args:
         references: Reference ids, with repetitions.
@@ -151,7 +150,7 @@ def split_by_reference(references: Iterable[str], seed: int) -> dict[str, str]:
 
 
 def _type_level_srocc(entries: Sequence[Entry], parts: dict[str, str]) -> float | None:
-    """Return the SROCC on the test split of the training means by type and level, or None if undefined."""
+    """Return the attribute `type_level_srocc` of `TID2013`, or None if the SROCC is undefined."""
     scores: dict[str, list[float]] = {}
     for entry in entries:
         if parts[entry.group] == "train":

@@ -33,8 +33,8 @@ def load_image(path: str | Path, image_size: int = SRMConfig.image_size) -> Tens
 def load_resized(path: str | Path, image_size: int) -> Pixels:
     """Load an image and resize its shorter side to `image_size`, bicubic and antialiased.
 
-    An image with an aspect ratio above `LONGEST` is first cropped to that ratio around its centre, which limits memory
-    and does not change the centre crop.
+    An image with an aspect ratio above `LONGEST` is first cropped around its centre to the aspect ratio `LONGEST`. This
+    limits memory. It does not change the result of `centre_crop`.
 
     Returns:
         Pixels, (H, W, 3) uint8.

@@ -17,7 +17,9 @@ from .links import Link, logits
 if TYPE_CHECKING:
     from .srm import SRMNeck
 
-MOST_LOGITS = 2**28  # computed at once; 1 GiB in fp32, enough for exact attention on 8 images of 512×512
+# Largest number of logits that are computed at once. They take 1 GiB in fp32. This is enough for all logits of a link
+# with exact attention on 8 images of 512×512 pixels.
+MOST_LOGITS = 2**28
 
 
 @torch.no_grad()
@@ -42,7 +44,7 @@ def scale_to_unit(conv: nn.Conv2d, m: Tensor, limit: float) -> None:
 
 
 def calibrate_link(link: Link, target: Tensor, source: Tensor) -> None:
-    """Scale W_Q and W_V of each head so that the logits have standard deviation 1 and σ = σ_ref."""
+    """Scale W_Q of each head so that the logits have standard deviation 1, and W_V so that σ = σ_ref."""
     c = link.config
     q, k, v = link.project(target, source)
     if c.qk_norm != "both":  # otherwise the logits do not depend on the scale of W_Q

@@ -56,7 +56,8 @@ def measure(neck: SRMNeck, pyramid: Sequence[Tensor]) -> Measured:
 def _figures(link: Link, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
     scores = logits(normalised_query(q, link.config.qk_norm), link.attended(k))
     entropy = torch.special.entr(scores.softmax(-1)).sum(-1).mean(-1)
-    # If an average of weights started before σ̄, it contains only the share `sigma_started` of σ̄.
+    # If a moving average of the weights started before σ̄ was initialised, its σ̄ is too small. Division by
+    # `sigma_started` corrects this.
     started = link.sigma_started.clamp(min=torch.finfo(link.sigma.dtype).tiny)
     sigma = link.sigma / started / link.reference_scale
     figures = {

@@ -40,8 +40,8 @@ class Gate(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Return logits (B, S) of the pooled maps of all stages, each (B, C, P, P).
 
-        The operators get the weights of the submodules directly; no submodule is called. If a submodule is an adapter
-        or is parametrised, all submodules are called as usual.
+        If a submodule is an adapter or is parametrised, all submodules are called. Otherwise no submodule is called,
+        because operators compute the logits directly from the weights.
         """
         if not all(map(is_plain, self.modules())):
             return self.called(maps)
@@ -64,7 +64,10 @@ class Gate(nn.Module):
     def convolved(
         self, maps: Sequence[Tensor], number: int, weights: dict[nn.Conv2d, Tensor] | None = None
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Run convolution 0 or 1 of every stage without its bias; return the outputs and the biases."""
+        """Run one convolution of every stage without its bias; return the outputs and the biases.
+
+        `number` is the index of the convolution in a stage, 0 or 1. `weights` replaces the weights of the modules.
+        """
         results, biases = [], []
         for m, stage in zip(maps, cast(Iterable[nn.Sequential], self.stages), strict=True):
             half = len(stage) // 2
@@ -78,7 +81,7 @@ class Gate(nn.Module):
         return results, biases
 
     def _weights(self) -> dict[nn.Conv2d, Tensor]:
-        """Cast the weights of all convolutions with a single launch. Autocast would need one launch for each."""
+        """Cast the weights of all convolutions with a single launch. Autocast would need one launch per weight."""
         convs = [layer for layer in self.stages.modules() if isinstance(layer, nn.Conv2d)]
         weights = [conv.weight for conv in convs]
         return dict(zip(convs, rounded(weights, autocast_dtype(weights[0])), strict=True))

@@ -50,8 +50,8 @@ class Link(nn.Module):
         if config.tau:
             self.theta = nn.Parameter(torch.zeros(config.heads))
         self.register_buffer("sigma", torch.zeros(config.heads))  # σ̄, the EMA of σ
-        # 0 before σ̄ is initialised, then 1. It is not a bool, because averages of weights include it.
-        # An average that started before σ̄ was initialised has a value between 0 and 1.
+        # 0 before σ̄ is initialised, then 1. The buffer is not a bool, because a moving average of the model averages
+        # buffers too. If the moving average starts before σ̄ is initialised, its `sigma_started` is between 0 and 1.
         self.register_buffer("sigma_started", torch.zeros(()))
 
     @property
@@ -83,14 +83,14 @@ class Link(nn.Module):
         return y
 
     def diagnosed(self, q: Tensor, k: Tensor, v: Tensor, **changes: Any) -> tuple[Tensor, LandmarkSolution]:
-        """Return Y of Nyström attention and diagnostics of its landmark systems. `changes` override config fields."""
+        """Return Y of Nyström attention, and diagnostics of its landmark systems. `changes` overrides config fields."""
         c = self.config.replace(**changes) if changes else self.config
         options = {**self.key_options(c), "solve_dtype": c.solve_dtype, "diagnostics": True}
         y, solution = nystrom_attention(q, k, v, c.rank, **options)
         return y, solution  # type: ignore[return-value]
 
     def key_options(self, config: SRMConfig | None = None) -> dict[str, Any]:
-        """Return the arguments of the operators that choose the landmarks and the solver."""
+        """Return the operators' keyword arguments for landmarks, solver, normalisation and backend."""
         c = config or self.config
         return {
             **self._choice(c),
@@ -105,7 +105,7 @@ class Link(nn.Module):
         }
 
     def landmarks(self, k: Tensor, **changes: Any) -> Tensor:
-        """Return indices (B, H, r) of the landmarks among keys K (B, H, N_k, d). `changes` override config fields."""
+        """Return indices (B, H, r) of the landmarks among keys K (B, H, N_k, d). `changes` overrides config fields."""
         c = self.config.replace(**changes) if changes else self.config
         options, backend = self._choice(c), c.backend
         if backend == "triton" and options["method"] not in METHODS_OF_KERNELS:
@@ -113,7 +113,7 @@ class Link(nn.Module):
         return select_landmarks(normalised_key(k, c.qk_norm), c.rank, backend=backend, **options)
 
     def _choice(self, c: SRMConfig) -> dict[str, Any]:
-        """Return the arguments that choose landmarks. Methods that sample do so only in training."""
+        """Return the operators' keyword arguments for landmarks. Evaluation mode replaces sampling methods."""
         method, evaluated, generator = c.landmarks, METHODS[c.landmarks].evaluated, None
         if evaluated is not None:
             if self.training:
@@ -142,14 +142,14 @@ class Link(nn.Module):
 
     @torch.no_grad()
     def tracked(self, sigma: Tensor) -> Tensor:
-        """Return σ̄ after a batch with the statistic σ (H,). Values that are not finite are ignored."""
+        """Return the updated σ̄, given a batch's σ (H,). Values of σ that are not finite are ignored."""
         sigma = sigma.to(self.sigma.dtype)
         averaged = self.sigma.lerp(sigma, 1 - self.config.ema * self.sigma_started)
         return torch.where(sigma.isfinite(), averaged, self.sigma)
 
     @torch.no_grad()
     def track(self, sigma: Tensor) -> None:
-        """Update σ̄ with the statistic σ (H,) of a batch."""
+        """Update σ̄ with a batch's σ (H,)."""
         self.sigma.copy_(self.tracked(sigma))
         self.sigma_started.logical_or_(sigma.isfinite().all())
 

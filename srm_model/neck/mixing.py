@@ -1,8 +1,10 @@
 """Align a pyramid and apply the links; the results are the maps that the gate reads (docs/METHOD.md §1.1 to §1.5).
 
-Links run in the pooled form of §1.5 where possible. In other cases, the links are called one by one. These cases are
-exact attention, `solve_dtype="model"`, `return_pyramid=True`, weights with adapters or parametrisations, and sizes that
-the kernels of the pooled form do not support.
+Links run in the pooled form of §1.5 where possible. In these cases, the links are called one by one instead:
+
+- exact attention, `solve_dtype="model"` or `return_pyramid=True`;
+- modules with adapters or parametrisations;
+- sizes that the kernels of the pooled form do not support.
 """
 
 from __future__ import annotations
@@ -47,9 +49,9 @@ def key_sides(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Compute K̃ and X (B, H, r, d) of every link.
 
-    `sources` has the product A F (B, C, h, w) by stage, and `affine` has the bias a of the alignment.
+    `sources` has the product A F (B, C, h, w) of each source stage. `affine` has A and a of each stage.
 
-    Links with the same source are computed in the same launches, unless the landmarks are sampled.
+    Links with the same source share their launches. If landmarks are sampled, every link has its own launches.
     """
     groups = [[pair for pair in links if pair[0] == source] for source in sources]
     if METHODS[c.landmarks].evaluated is not None:
@@ -100,7 +102,7 @@ class Mixer(nn.Module):
     def aligned(self, pyramid: Sequence[Tensor], *, every: bool = False) -> dict[int, Tensor]:
         """Align maps (B, C_s, h, w); return maps (B, C, h, w) by stage.
 
-        Only the maps that links or the gate read are aligned, or all maps with `every`.
+        With `every`, all maps are aligned. Otherwise only the maps that a link or the gate reads are aligned.
         """
         used = {*self.config.fused_stages, *(stage for pair in self.config.links for stage in pair)}
         return {
@@ -226,5 +228,5 @@ class Mixer(nn.Module):
         return conv.weight.flatten(1), conv.bias
 
     def _beta(self, target: int) -> Tensor:
-        """Return β as a scalar, which does not promote a map's dtype. FSDP requires the stored shape (1,)."""
+        """Return β as a 0-d tensor, which does not promote a map's dtype. FSDP requires the shape (1,) for storage."""
         return cast(Tensor, self.beta[str(target)]).reshape(())

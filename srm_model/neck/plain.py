@@ -16,7 +16,7 @@ from .calibration import scale_to_unit
 
 
 class NeckOutput(NamedTuple):
-    """Output of a neck. For a neck without a gate, the gate's values are None."""
+    """Output of a neck. For a neck without a gate, `weights`, `gain` and `norm` are None."""
 
     fused: Tensor  # (B, C, P, P), for the head
     weights: Tensor | None  # (B, S), of the gate

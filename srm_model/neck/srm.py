@@ -25,8 +25,8 @@ from .plain import NeckOutput
 
 ATTENTIONS = ("nystrom", "full")
 TAU_FLOOR = 1e-6
-# Value of M₀ before the first batch. No map reaches a cap with this M₀. The value is finite, because averages of
-# weights include M₀. A neck counts as calibrated if its M₀ is below half of this value.
+# Value of M₀ before the first batch. With this M₀, the cap is so large that it has no effect. The value is finite,
+# because moving averages of the weights also average M₀. A neck is calibrated if its M₀ is below half of this value.
 UNSTARTED = 1024.0
 
 _asked = WeakTensorKeyDictionary()  # M₀ of the necks that `_warn_once` has checked
@@ -87,7 +87,7 @@ class SRMNeck(Mixer):
 
     @property
     def calibrated(self) -> bool:
-        """Whether `calibrate` or a training batch has initialised M₀. Reading it synchronises with the device."""
+        """Whether `calibrate` or a training batch has initialised M₀. This property synchronises with the device."""
         return _started(self.median_rms)
 
     def warn_uncalibrated(self) -> None:
@@ -98,8 +98,9 @@ class SRMNeck(Mixer):
         tracing = torch.compiler.is_compiling()
         if tracing and (exporting() or not torch.compiler.is_dynamo_compiling()):
             return
-        # Necks that differ only in their buffers share a compiled program. Reading `_prepared` makes it a guard, so
-        # that torch.compile traces again, and warns, for a neck that is not prepared.
+        # torch.compile uses one compiled program for all necks that differ only in their buffers. `_prepared` is read
+        # here so that it becomes a guard of this program. For a neck that is not prepared, torch.compile then traces
+        # again, and the warning appears.
         if not (tracing and self._prepared):
             _warn_once(self.median_rms)
 
@@ -124,21 +125,22 @@ class SRMNeck(Mixer):
     ) -> NeckOutput:
         """Mix and fuse a pyramid.
 
-        In training, σ̄ and M₀ are updated with the batch of all ranks of a process group, so every rank must call this
-        method. The losses are losses of the whole batch. `DistributedDataParallel` averages the gradients of all ranks;
-        the average is the gradient of the whole batch.
+        In training, this method updates σ̄ and M₀. With a process group, the update uses the batch of all ranks, so
+        every rank must call this method. The losses are those of the batch of all ranks. `DistributedDataParallel`
+        averages the gradients of all ranks. This average is the gradient of the losses.
 
-        Gradient checkpointing around the neck repeats the forward pass. The repeated pass changes no buffer and uses
-        the M₀ and σ̄ of the last training pass. Pass finished `statistics` if several training passes precede one
-        backward pass, or if the neck is compiled. Checkpointing of the backbone alone needs no extra argument.
+        Gradient checkpointing of the neck repeats the forward pass during the backward pass. The repeated forward pass
+        changes no buffer, and uses the M₀ and σ̄ of the last training pass. A checkpointed neck needs finished
+        `statistics` in two cases: if several training passes precede one backward pass, and if the neck is compiled.
+        Checkpointing of the backbone alone needs no extra argument.
 
         Args:
             pyramid: Four maps (B, C_s, h_s, w_s), shallowest first.
             return_pyramid: Whether to return the updated maps at full resolution too. This takes more memory.
-            statistics: Statistics of a batch that is split into micro-batches. If they are not finished, this
-                micro-batch is added and the returned losses have no meaning. If they are finished, the mean of the
-                losses over micro-batches and ranks is the loss of the whole batch. If `statistics` are given, this
-                method does not update σ̄ and M₀; call `track` to update them.
+            statistics: Statistics of a batch that is split into micro-batches. If they are not finished, this call adds
+                a micro-batch, and the returned losses have no meaning. If they are finished, the loss of the whole
+                batch is the mean of the returned losses over all micro-batches and ranks. With this argument, the call
+                does not update σ̄ and M₀; call `track` to update them.
 
         Raises:
             TypeError: A map has another dtype than the neck, without autocast.
@@ -211,7 +213,7 @@ class SRMNeck(Mixer):
             pyramid: Updated maps at full resolution, for the output.
             statistics: Statistics of the batch. If they are not finished, this micro-batch is added.
             finish: Whether to finish `statistics`.
-            earlier: Statistics of the first pass, if gradient checkpointing repeats it.
+            earlier: Statistics of the first forward pass, if gradient checkpointing repeats this pass.
         """
         c = self.config
         fusion = gated_fusion(
@@ -251,7 +253,7 @@ class SRMNeck(Mixer):
         return tau_loss(thetas, sigmas, reference=math.sqrt(c.head_dim), floor=TAU_FLOOR, backend=c.backend)
 
     def _cap(self, statistics: BatchStatistics | None) -> Tensor | None:
-        """Return M₀ as it was before the batch of `statistics`, because `track` may run before the backward pass."""
+        """Return M₀ as it was before the batch of `statistics`. `track` may already have updated the buffer."""
         if self.config.gain_cap is None:
             return None
         if statistics is None:

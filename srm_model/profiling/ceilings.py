@@ -13,14 +13,14 @@ MATRIX_SIDE = {"cuda": 8192, "cpu": 768}
 
 
 class Ceilings(NamedTuple):
-    """The largest values of several measurements."""
+    """Largest bandwidth and matrix rate that were measured on a device."""
 
-    bandwidth: float  # bytes per second, read and written, of a large copy
+    bandwidth: float  # bytes that a large copy reads and writes per second
     matrix_rate: float  # multiply-accumulates per second of a large square matrix product
 
 
 def ceilings(device: torch.device, dtype: torch.dtype, *, small: bool = False) -> Ceilings:
-    """Measure bandwidth with a copy and matrix rate with a product. `small` sizes are faster but less accurate."""
+    """Measure the bandwidth of a copy and the rate of a matrix product. `small` sizes are faster but less accurate."""
     kind = "cuda" if device.type == "cuda" else "cpu"
     size, side = COPY_BYTES[kind] >> (4 if small else 0), MATRIX_SIDE[kind] >> (2 if small else 0)
     effort = Effort.for_device(device, warmup=3, repeats=10, seconds=1.0)
@@ -40,5 +40,8 @@ def _product(side: int, dtype: torch.dtype, device: torch.device, effort: Effort
 
 
 def _best(times: Times) -> float:
-    """Return the shortest time, or the median CPU time if this is shorter because other processes were running."""
+    """Return the shortest time, or the typical time if this is shorter.
+
+    The typical time may be a CPU time, which is shorter than wall-clock times if other processes are running.
+    """
     return min(times.least, times.typical)

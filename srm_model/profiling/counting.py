@@ -1,7 +1,8 @@
-"""Count parameters and multiply-accumulates (MACs). A formula, torch and fvcore count MACs; the counts must agree.
+"""Count parameters and multiply-accumulates (MACs) of necks and models.
 
-One multiply-add is one MAC. Only matrix products and convolutions are counted. Counts are for the forward pass of one
-image, unless stated otherwise.
+MACs are counted in three ways: by a formula, by torch and by fvcore. The three counts must agree. One multiply-add is
+one MAC. Only matrix products and convolutions are counted. Counts are for the forward pass of one image, unless stated
+otherwise.
 """
 
 from __future__ import annotations
@@ -46,9 +47,11 @@ def neck_macs(
 ) -> dict[str, int]:
     """Compute the MACs of each part of a neck by a closed formula (docs/METHOD.md §2.2).
 
-    "align" and "gate" are the convolutions. "projections" are the products with W_Q, W_K, W_V and W_O. "links" is the
-    attention of all links and heads. In the pooled form, the products with X and W_O are computed on the P×P grid.
-    Alignment is computed for every source, for the target of every link, and for the pooled maps of the fused stages.
+    - "align": the alignment. In the pooled form, it is computed for every source map, for the target map of every link,
+      and for the pooled maps of the fused stages.
+    - "projections": the products with W_Q, W_K, W_V and W_O. The product with W_O is computed on the P×P grid.
+    - "links": the attention of all links and heads. In the pooled form, the product with X is computed on the P×P grid.
+    - "gate": the convolutions and the linear layers of the gate.
     """
     C, P2 = config.channels, config.pool_size**2
     tokens = dict(zip(STAGES, (height * width for height, width in sizes), strict=True))
@@ -74,9 +77,9 @@ def neck_macs(
 
 
 def link_macs(config: SRMConfig, neck: str, queries: int, keys: int, cells: int | None = None) -> int:
-    """Compute the MACs of one link's attention over all heads, without projections.
+    """Compute the MACs of the attention of one link over all heads, without projections.
 
-    In the pooled form, `cells` is the number of cells of the grid.
+    `cells` is the number of cells of the grid in the pooled form, and None in the unpooled form.
     """
     d, H = config.head_dim, config.heads
     if neck == "quadratic":
@@ -126,7 +129,7 @@ def _attention_handle(inputs: list[Any], outputs: list[Any]) -> int:
 
 
 def _total(result: Any) -> Tensor:
-    """Return the sum of all tensors in a result that require a gradient."""
+    """Return the sum over all elements of the tensors in `result` that require a gradient."""
     if isinstance(result, Tensor):
         return result.float().sum() if result.requires_grad else result.new_zeros(())
     values = result.values() if isinstance(result, dict) else result or ()

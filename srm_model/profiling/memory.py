@@ -17,9 +17,9 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Peak(NamedTuple):
-    """Memory of a call in bytes. A value is None if this device or system cannot measure it."""
+    """Memory of a call in bytes. A value is None if it cannot be measured on this device or operating system."""
 
-    held: int  # bytes of parameters, inputs and optimiser state before the call
+    held: int  # allocated before the call, such as parameters, inputs and optimiser state
     above: int  # `allocated` minus `held`
     allocated: int  # peak of torch's allocator
     reserved: int | None  # peak of the memory that torch's allocator reserves
@@ -30,9 +30,14 @@ class Peak(NamedTuple):
 def peak(call: Callable[[], object], device: torch.device, *, held: int = 0) -> Peak:
     """Measure the peak memory of a call.
 
-    On a CPU, `above` includes only memory of torch's allocator. Buffers of libraries such as oneDNN and BLAS are part
-    of `resident`, which is measured on Linux only. The argument `held` becomes the field `held` on a CPU. On a GPU,
-    the allocator reports this value.
+    On a CPU, `above` includes only memory of torch's allocator. Buffers of libraries such as oneDNN and BLAS are
+    included only in `resident`, which is measured on Linux only.
+
+    Args:
+        call: The call. On a CPU it runs twice.
+        device: Device of the call.
+        held: On a CPU, the field `held` of the result. On a GPU this argument is ignored, and the field is the number
+            of bytes that torch's allocator holds before the call.
     """
     if device.type == "cuda":
         gc.collect()
@@ -53,7 +58,7 @@ def peak(call: Callable[[], object], device: torch.device, *, held: int = 0) -> 
 
 
 def timeline(call: Callable[[], object]) -> list[tuple[float, int]]:
-    """Return (µs, bytes above the initial memory) at every allocation and release of torch's CPU allocator."""
+    """Run a call; return (µs, bytes above the initial memory) at each allocation and release of torch's allocator."""
     with undisturbed(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         kept = call()
     del kept
@@ -62,7 +67,7 @@ def timeline(call: Callable[[], object]) -> list[tuple[float, int]]:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Disable garbage collection for the block, because releases of older tensors would lower the measurement."""
+    """Disable garbage collection in the block, because the release of older tensors would lower the measured memory."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -73,7 +78,7 @@ def undisturbed() -> Iterator[None]:
 
 
 def allocations(profiled: Any, kind: Any = torch.autograd.DeviceType.CPU) -> list[tuple[float, int]]:
-    """Return the memory timeline of one type of device from a profile with `profile_memory=True`."""
+    """Return the result of `timeline` for one type of device, from a profile with `profile_memory=True`."""
     events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     found, total = [], 0
@@ -99,12 +104,12 @@ def bytes_of(*tensors: Any) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error means that memory ran out. On a CPU, the message of the RuntimeError shows this."""
+    """Return whether an error means that memory ran out. The CPU's RuntimeError is recognised by its message."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _reset_resident() -> int | None:
-    """Release free memory, reset the process's peak, and return its resident memory; None except on Linux."""
+    """Release free memory, reset the peak of the process, and return its resident memory. Only for Linux; else None."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
     try:

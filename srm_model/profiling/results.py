@@ -17,7 +17,7 @@ def append(path: str | Path, row: dict[str, Any]) -> None:
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:
-    """Read all rows of a file, without incomplete lines; raise ValueError if the file cannot be read."""
+    """Read all rows of a file; raise ValueError if the file cannot be read. Incomplete lines are ignored."""
     try:
         lines = Path(path).read_text("utf-8").splitlines()
     except OSError:
@@ -66,7 +66,10 @@ def latest(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def newest(rows: Iterable[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the last row for each combination of values of `keys`, in the order of the combinations' first rows."""
+    """Return the last row for each combination of values of `keys`.
+
+    The combinations are in the order in which they first occur.
+    """
     found: dict[tuple[str, ...], dict[str, Any]] = {}
     for row in rows:
         found[tuple(json.dumps(row.get(key)) for key in keys)] = row

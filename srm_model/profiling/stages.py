@@ -95,7 +95,7 @@ def named_ranges(module: nn.Module) -> Iterator[None]:
 def _hooked(
     named: Iterable[tuple[str, nn.Module]], enter: Callable[[str], Any], leave: Callable[[str, Any], object]
 ) -> Iterator[None]:
-    """Call `enter` before each of these modules runs, and call `leave` with the module's result afterwards."""
+    """Call `x = enter(name)` before each of these modules runs, and `leave(name, x)` after it has run."""
     open_: list[Any] = []
     handles = []
     for name, part in named:

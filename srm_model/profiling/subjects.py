@@ -90,7 +90,7 @@ class Subject:
     def compulsory(self) -> int:
         """Lower bound of the bytes that a call moves, even if all operations are fused.
 
-        "forward" moves the inputs, the parameters and the result. "backward" moves as many bytes again, because each of
+        "forward" moves the inputs, the parameters and the result. "backward" moves twice as many bytes, because each of
         these tensors has a gradient. "step" adds seven passes over the parameters: it reads the gradient, the weight
         and two moments, and writes the weight and both moments.
         """
@@ -102,7 +102,7 @@ class Subject:
         return 2 * through + (7 * weights if self.case.direction == "step" else 0)
 
     def solve(self) -> Callable[[], object] | None:
-        """Return a function that runs only the landmark solves of this case, or None if it has no solves.
+        """Return a function that runs only the landmark solves of this case, or None for a case without such solves.
 
         The function includes the backward pass unless the direction of the case is "forward".
         """
@@ -122,7 +122,7 @@ class Subject:
         return call
 
     def _systems(self) -> Any:
-        """Yield the logits and right-hand sides of every link's solve, computed from normalised random keys."""
+        """Yield the logits of normalised random keys, and a random right-hand side, for the solve of every link."""
         sizes = map_sizes(self.case.resolution, self.case.resolution)
         tokens = dict(zip(STAGES, (h * w for h, w in sizes), strict=True))
         make = torch.Generator(self.device).manual_seed(1)
@@ -180,7 +180,10 @@ def make_module(case: Case, config: SRMConfig) -> nn.Module:
 
 
 def make_inputs(case: Case, device: torch.device | str, dtype: torch.dtype) -> tuple[Any, ...]:
-    """Create random images, or random maps with the shapes of the backbone's maps, in the given dtype."""
+    """Create random fp32 images for a model, or random maps for a neck.
+
+    The maps have the given dtype, and the shapes of the backbone's maps.
+    """
     layout = torch.channels_last
     if case.part == "model":
         images = torch.rand(case.batch, 3, case.resolution, case.resolution)

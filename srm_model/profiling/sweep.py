@@ -84,7 +84,7 @@ class Sweep:
     def rows(
         self, wanted: Iterable[Case], *, also: Callable[[Subject], None] | None = None
     ) -> Iterator[dict[str, Any]]:
-        """Yield a row for every case, in order. A case that fails has an `error` and no measurements.
+        """Yield a row for every case, in order. The row of a case that fails has an `error` and no measurements.
 
         After each measurement, `also` is called with the subject.
         """
@@ -185,7 +185,7 @@ class Sweep:
 
 
 def _tf32() -> dict[str, bool]:
-    """Return whether fp32 products may use TF32, which changes the meaning of an fp32 ceiling."""
+    """Return whether fp32 operations may use TF32. Ceilings for fp32 can be higher with TF32."""
     return {
         "matmul": torch.backends.cuda.matmul.allow_tf32,
         "convolution": torch.backends.cudnn.allow_tf32,
@@ -216,9 +216,9 @@ def kernels(profiled: Any) -> list[Any]:
 def article_cases(**narrowed: Iterable[Any]) -> list[Case]:
     """Return the cases of the article's table 3 and of its training throughput.
 
-    All cases have images of 512×512 and bf16. The cases of table 3 are forward passes of necks with B = 1. The cases of
-    the throughput are training steps of models with B = 4. `narrowed` contains arguments of `cases` that replace the
-    article's values.
+    All cases have images of 512×512 pixels and the dtype bf16. The cases of table 3 are forward passes of necks with
+    one image. The cases of the throughput are training steps of models with four images. `narrowed` contains arguments
+    of `cases` that replace the article's values.
     """
     table: dict[str, Iterable[Any]] = {"parts": ["neck"], "batches": [1], "directions": ["forward"]}
     throughput: dict[str, Iterable[Any]] = {"parts": ["model"], "batches": [4], "directions": ["step"]}

@@ -12,8 +12,7 @@ Table = tuple[list[str], list[list[str]]]
 def cost_table(rows: Iterable[dict[str, Any]]) -> Table:
     """Return the table of parameters and of multiply-accumulates, which are counted in three ways.
 
-    The column "of it links" is the article's eq. 30, summed over all heads and links. For exact attention, it is the
-    count of the attention.
+    The column "of it links" is the part "links" of `neck_macs`: the attention of all links and heads.
     """
     seen: dict[tuple[Any, ...], list[str]] = {}
     for row in rows:
@@ -60,9 +59,10 @@ def measured_table(rows: Iterable[dict[str, Any]]) -> Table:
 
 
 def shares_table(rows: Iterable[dict[str, Any]]) -> Table:
-    """Return the table of necks' times, relative to the quadratic neck and as shares of the whole model's time.
+    """Return the table that compares the times of necks, and the times of models with these necks.
 
-    Times are `Times.typical`. A neck has no row if neither comparison was measured.
+    Times are `Times.typical`. Times of necks and of models are divided by the time with the neck `quadratic`. The time
+    of a neck is also divided by the time of its model. A neck has no row if none of these ratios was measured.
     """
     keys = ("backbone", "settings", "resolution", "batch", "dtype", "direction")
     groups: dict[tuple[Any, ...], dict[tuple[str, str], float]] = {}
@@ -126,7 +126,7 @@ def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Format a number with `digits` significant digits, or all digits of its integer part; – for None and NaN."""
+    """Format a number with `digits` significant digits, but with all digits before the point. None and NaN become –."""
     if value is None or value != value:
         return "–"
     return f"{value:,.0f}" if round(abs(value)) >= 10**digits else f"{value:#.{digits}g}".rstrip(".")

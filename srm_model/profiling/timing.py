@@ -51,7 +51,7 @@ class Times:
     least: float
     most: float
     count: int  # number of measured calls
-    # Median CPU time over all threads, on a CPU. Other processes affect CPU time much less than wall-clock time.
+    # Median of the CPU time of all threads together; None on a GPU. Other processes affect CPU time only a little.
     processor: float | None = None
 
     @classmethod

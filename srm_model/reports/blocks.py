@@ -51,7 +51,7 @@ def table(
 ) -> Markup:
     """Return a scrollable table.
 
-    Columns are right-aligned for numbers, except the columns whose indices are in `words`.
+    Columns whose indices are in `words` contain words and are left-aligned. The other columns are right-aligned.
     """
     left = set(words)
     head = [
@@ -69,7 +69,7 @@ def table(
 def row(head: Child, *cells: Child, words: Iterable[int] = (), class_: str | None = None) -> Markup:
     """Return a table row: a heading, then cells.
 
-    Cells are right-aligned for numbers, except the cells whose positions, counted from 1, are in `words`.
+    Cells whose positions, counted from 1, are in `words` are left-aligned. The other cells are right-aligned.
     """
     left = set(words)
     data = [element("td", cell, class_=None if i in left else "n") for i, cell in enumerate(cells, start=1)]

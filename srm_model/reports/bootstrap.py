@@ -32,7 +32,7 @@ def resampled_srocc(mos: np.ndarray, scores: Sequence[np.ndarray]) -> np.ndarray
 def resampled_plcc(mos: np.ndarray, scores: Sequence[np.ndarray]) -> np.ndarray:
     """Compute the PLCC of every score vector on the resamples of `resampled_srocc`.
 
-    Arguments and result are those of `resampled_srocc`, with scores after the logistic map.
+    Arguments and result are those of `resampled_srocc`. The scores must have passed through the logistic map.
     """
     counts = _counts(len(mos))
     labels = _centred(mos, counts)
@@ -50,7 +50,7 @@ def _centred(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Return the values minus their mean in each resample, (n, R)."""
     if not np.isfinite(values).all():
         return np.full(counts.shape, np.nan)
-    values = values - values[0]  # so that constant values are exactly 0
+    values = values - values[0]  # constant values become exactly 0
     return values[:, None] - values @ counts / len(values)
 
 
@@ -64,9 +64,9 @@ def interval(replicates: np.ndarray) -> tuple[float, float] | None:
 
 
 def _centred_ranks(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Return the ranks of the images in each resample, with averaged ties, minus the mean rank, (n, R).
+    """Return the ranks of the images in each resample, minus the mean rank, (n, R).
 
-    `counts` (n, R) is the number of times that each image occurs in each resample.
+    Equal values get the mean of their ranks. `counts` (n, R) is how often each image occurs in each resample.
     """
     if not np.isfinite(values).all():
         return np.full(counts.shape, np.nan)

@@ -1,4 +1,4 @@
-"""Write the model card of a checkpoint from the results beside it, as Markdown."""
+"""Write the model card of a checkpoint as Markdown, from the results in the checkpoint's folder."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class Result(NamedTuple):
 
 
 def results_of(folder: str | Path) -> list[Result]:
-    """Return the results in a checkpoint's folder that were measured with its weights.
+    """Return the results in a checkpoint's folder that were measured with the checkpoint's weights.
 
-    Intervals are central 95 % intervals of a bootstrap over the images (`srm_model.reports.bootstrap`), each resample
-    with its own worst attack. An interval is None if the file of the result has no scores.
+    Intervals are central 95 % intervals of a bootstrap over the images (`srm_model.reports.bootstrap`). The worst
+    attack is chosen separately for each resample. An interval is None if the file of the result has no scores.
 
     Args:
         folder: Folder of the checkpoint.
@@ -80,9 +80,9 @@ def model_card(
     """Return the text of a model card.
 
     Args:
-        folder: Folder of the checkpoint. Its results are those of `results_of`, and `audit.json`.
+        folder: Folder of the checkpoint. The card has the results of `results_of` and of `audit.json`.
         notes: Further facts about the model, one line each.
-        licences: Licences of its parts, one line each.
+        licences: Licences of the model's parts, one line each.
         use: Line of Python that loads the model.
         program: File name of an exported program.
     """

@@ -1,6 +1,6 @@
 """Draw the charts of the pages with the colours of the page's style sheet, for light and dark screens.
 
-Series differ in colour, dash and marker, so that readers can distinguish them in greyscale or with colour blindness.
+Series differ in colour, dash and marker. Readers can therefore distinguish them without seeing colours.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def render(found: Mapping[str, Any], about: Mapping[str, Any], images: Sequence[
 
     Args:
         found: Result of `diagnose`.
-        about: The texts "checkpoint" and "data", and the number of "images".
+        about: Name of the checkpoint ("checkpoint"), name of the dataset ("data") and number of images ("images").
         images: The images whose landmark positions are in `found`.
     """
     lede = (
@@ -48,7 +48,7 @@ def render(found: Mapping[str, Any], about: Mapping[str, Any], images: Sequence[
 
 
 def _landmark_count(found: Mapping[str, Any]) -> str:
-    """Return the number of landmarks in use, which is the number of keys if a map has fewer keys than `rank`."""
+    """Describe the number of landmarks in use. A map with fewer keys than `rank` has as many landmarks as keys."""
     counts = sorted({link["rank"] for link in found["links"].values()})
     used = f"r = {' or '.join(map(str, counts))}"
     few = "" if counts == [found["rank"]] else f" instead of {found['rank']}, because there are no more keys"

@@ -11,8 +11,8 @@ from srm_model.reports.markup import Markup, element
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, as on the report's page. Four dashes and nine markers have no common factor, so 36 series
-# differ without colour.
+# Okabe and Ito's colours, as on the report's page. There are four dashes and nine markers, and 4 and 9 have no common
+# factor. Up to 36 series therefore differ in dash or marker, even without colour.
 COLOURS = ("#0072b2", "#c8540a", "#00805f", "#9a4f80", "#5f45a8", "#56b4e9")
 DASHES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "X", "<", "P", "*")

@@ -97,7 +97,7 @@ class StudyResults:
 
 
 def _place(identity: dict[str, Any], study: dict[str, Any]) -> list[int | float]:
-    """Return a sort key that puts lines in the study's order, whichever process finished first."""
+    """Return a sort key for the order of the study. The order does not depend on which process finished first."""
     listed = (
         ("data", list(study.get("data", ()))),
         ("backbone", study.get("backbones", ())),
@@ -126,7 +126,10 @@ def numbers_of(lines: Sequence[dict[str, Any]], *keys: str | int) -> np.ndarray:
 
 
 def over_seeds(lines: Sequence[dict[str, Any]], *keys: str | int) -> str:
-    """Format `numbers_of` lines that differ by seed: mean ± standard deviation (n − 1), or the only number."""
+    """Format `numbers_of` for lines that differ in their seed.
+
+    The result is the mean ± standard deviation (n − 1), or the number itself if there is only one line.
+    """
     mean = fixed(mean_of(lines, *keys))
     if len(lines) < 2:
         return mean

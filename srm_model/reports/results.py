@@ -35,8 +35,10 @@ class Estimate:
 class Estimates:
     """SROCC of each neck.
 
-    `test` is measured on the clean test set. `clean` and `worst` are measured at each budget on the images that were
-    attacked: `clean` without attack, `worst` under the worst attack.
+    Attributes:
+        test: SROCC on the clean test set, by neck.
+        clean: SROCC on the images that were attacked, but without attack, by neck and budget.
+        worst: SROCC on the same images under the worst attack, by neck and budget.
     """
 
     test: dict[str, Estimate]

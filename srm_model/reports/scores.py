@@ -85,9 +85,10 @@ def scatters(run: Run) -> Child:
 
 
 def pictures(run: Run) -> Child:
-    """Show each attacked image with its scores: the clean image, then the attacked image and change for each neck.
+    """Show pictures of attacked images, with their scores.
 
-    The change is magnified.
+    For each image, the first picture is the clean image. Then come two pictures for each neck: the attacked image, and
+    the magnified change.
     """
     if not run.budgets:
         return missing("No attack was run.")
@@ -133,7 +134,7 @@ def _views(neck: Neck) -> list[_View]:
 def _score_limits(clean: list[np.ndarray], everything: list[_View]) -> tuple[float, float]:
     """Return axis limits that include all clean scores, and attacked scores near the clean scores.
 
-    At both ends, the axis extends beyond the clean scores to the farthest attacked score. This extension is at most the
+    At each end, the axis extends to the farthest attacked score. It extends beyond the clean scores by at most the
     difference between the highest and the lowest clean score.
     """
     low, high = _range(clean)

@@ -97,7 +97,7 @@ def _scale(results: StudyResults, figure: Any) -> bool:
 def _gate(results: StudyResults, figure: Any) -> bool:
     """Draw figure 4: entropy, mean weights, γ and ‖M‖ of the gate, for the test images of all seeds.
 
-    Distributions are cumulative, because bars of many series would overlap.
+    Distributions are drawn as cumulative curves, because bars of many series would overlap.
     """
     groups = grouped(results.unablated("diagnostics"), "data", "backbone", "neck")
     if not groups:
@@ -196,7 +196,7 @@ def _budgets(results: StudyResults, figure: Any) -> bool:
 
 
 def _budgets_of(results: StudyResults, line: dict[str, Any]) -> set[float]:
-    """Return the budgets, in the norm of a line, at which the model of this line was attacked."""
+    """Return all budgets at which the model of a line was attacked in the norm of this line."""
     keys = (*_SERIES, "norm")
     return {
         other["identity"]["eps"]

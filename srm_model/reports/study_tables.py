@@ -1,4 +1,4 @@
-"""Make the tables of the article, except tables 3 and 4, and further tables from a study's results."""
+"""Make tables from a study's results: the tables of the article except tables 3 and 4, and further tables."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _table(
 ) -> Callable[[Callable[[StudyResults], Content]], Callable[[StudyResults], Table]]:
     """Register a function that returns the columns, rows and note of a table.
 
-    If the table has no rows, `needs` is the explanation.
+    `needs` is the text that says which results the table needs. It is shown if the table has no rows.
     """
 
     def decorated(content: Callable[[StudyResults], Content]) -> Callable[[StudyResults], Table]:
@@ -109,7 +109,7 @@ def _table(
 
 
 def _rows(lines: Lines, keys: Sequence[str], cells: Callable[[Lines], Iterable[str]]) -> list[list[str]]:
-    """Group lines by the values of `keys` in their identity; return a row per group: its model, then its cells."""
+    """Return a row for each group of lines with the same values of `keys` in their identity: the model, then cells."""
     return [[*_where(group[0]["identity"]), *cells(group)] for group in grouped(lines, *keys)]
 
 

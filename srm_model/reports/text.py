@@ -33,13 +33,13 @@ def significant(value: float) -> str:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Format the median of values. Add their range if the lowest and the highest value differ after rounding."""
+    """Format the median of values. Add the range if the lowest and the highest value differ after rounding."""
     middle, low, high = map(significant, (float(np.median(values)), min(values), max(values)))
     return middle if low == high else f"{middle} [{low} … {high}]"
 
 
 def drop(clean: float, attacked: float) -> str:
-    """Format the drop clean − attacked. If the clean value is above 0, add the drop as a share of it."""
+    """Format the drop clean − attacked. If the clean value is above 0, add the drop in percent of the clean value."""
     if not math.isfinite(clean - attacked):
         return DASH
     share = f" ({100 * (clean - attacked) / clean:.0f} %)".replace("-", MINUS) if clean > 0 else ""
@@ -47,7 +47,10 @@ def drop(clean: float, attacked: float) -> str:
 
 
 def model_text(neck: str, variant: str) -> str:
-    """Join neck and variant. "full" and a leading "baseline, " or neck name are omitted, to avoid repetition."""
+    """Return the name of a model: its neck, then its variant unless this is "full".
+
+    If the variant starts with "baseline, " or with the name of the neck, this part of the variant is omitted.
+    """
     if variant == "full":
         return neck
     return f"{neck}, {variant.removeprefix('baseline, ').removeprefix(f'{neck}, ')}"

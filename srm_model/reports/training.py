@@ -137,7 +137,7 @@ def _gate(neck: Neck) -> Markup | None:
 
 
 def _cap(neck: Neck) -> Markup | None:
-    """Draw the share of images with γ < 1 by epoch: of the training images and of the diagnosed validation images."""
+    """Draw the share of images with γ < 1 in each epoch, for training images and for diagnosed validation images."""
     diagnosed = [numbers(_diagnostics(entry).get("gain_active")) for entry in neck.history]
     found = {
         "training": _column(neck, "gain_active"),

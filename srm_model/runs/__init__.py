@@ -71,9 +71,9 @@ def keep_memory() -> None:
 def writing(folder: str | Path, *, shared: bool = False) -> Iterator[None]:
     """Within the block, lock a folder against other commands that write to this folder.
 
-    If the folder is a checkpoint of a run, the run's folder also gets a shared lock. If the folder is in a study, the
-    study's folder gets an exclusive lock. Each process of `srm-iqa ablate` may write to any folder of its study. The
-    first rank holds the locks.
+    Folders above this folder are locked too. The folder of a run gets a shared lock, so other commands can write to
+    other checkpoints of the run. The folder of a study gets an exclusive lock, because each process of `srm-iqa ablate`
+    may write to any folder of its study. The first rank holds the locks.
 
     Args:
         folder: Folder to lock.

@@ -38,7 +38,7 @@ def train_neck(
     progress: bool = True,
     **options: Any,
 ) -> None:
-    """Train a model and write `evaluation.json` for its best epoch. Finished steps are not repeated.
+    """Train a model and write `evaluation.json` for its best epoch. What is already finished is not repeated.
 
     In a process group, every rank calls this function, and the first rank writes.
 

@@ -60,7 +60,7 @@ class Model:
 
     @property
     def folder(self) -> Path:
-        """The folder, relative to the study's folder. Necks of a variant are siblings, so that surrogates are found."""
+        """The folder, relative to the study's folder. `runs.surrogate_of` depends on the arrangement of the folders."""
         variant = () if self.variant == FULL else (slug(self.variant),)
         return Path("runs", self.data, self.backbone, f"seed{self.seed}", *variant, self.neck)
 
@@ -336,8 +336,8 @@ def _study(values: Any, here: Path, roots: Mapping[str, str]) -> Study:
 def _ablations(values: Mapping[str, Any], config: SRMConfig) -> dict[str, dict[str, Any]]:
     """Read ablations.
 
-    `rows` is a list of names, or "all" for those that differ from the study's landmarks. `overrides` is a table of
-    further rows.
+    `rows` is a list of names, or "all". "all" means every name of `ABLATIONS`, except the one that sets the landmark
+    method that the study already uses. `overrides` is a table of further rows.
     """
     if not isinstance(values, dict):
         raise TypeError(f"ablations has {values!r}: expected a table")

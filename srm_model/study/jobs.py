@@ -91,7 +91,7 @@ def swap_jobs(c: Context, models: Iterable[Model]) -> Iterator[Job]:
 
 
 def audit_jobs(c: Context, models: Iterable[Model]) -> Iterator[Job]:
-    """Yield audits at the article's largest L∞ budget. Models without ablation are also audited with `audit_swaps`."""
+    """Yield audits at the article's largest L∞ budget. Full `srm` models are also audited with each audit swap."""
     for model in filter(c.study.audited, models):
         eps = model.config.eps_linf_tables[-1]
         swappable = model.neck == "srm" and model.variant == FULL

@@ -98,7 +98,7 @@ def swap_evaluated(c: Context, model: Model, changes: dict[str, Any]) -> dict[st
 
 
 def swapped(model: Any, changes: dict[str, Any]) -> Any:
-    """Load trained weights into a model with another config or neck, or with all link weights set to `beta`."""
+    """Return a copy of a trained model with another config, another neck, or all link weights β set to "beta"."""
     fields = {key: value for key, value in changes.items() if key not in ("neck", "beta")}
     other: Any = build_model(
         model.backbone_name, neck=changes.get("neck", model.neck_name), config=model.config.replace(**fields)
@@ -113,7 +113,7 @@ def swapped(model: Any, changes: dict[str, Any]) -> Any:
 
 
 def audited(c: Context, model: Model, eps: float, changes: dict[str, Any]) -> dict[str, Any]:
-    """Audit a trained model, with its config changed as in `swapped`."""
+    """Audit a trained model, after `changes` as in `swapped`."""
     loaded, _ = c.opened(model)
     surrogate = runs.surrogate_of(c.out / model.folder)
     found = audit(

@@ -18,8 +18,8 @@ from srm_model.study.jobs import Job
 def record(job: Job, c: Context) -> None:
     """Measure a job and append its line to the results.
 
-    If the weights of a finished training are lost, the training runs again. Its line already exists, so no line is
-    added, but the new weights must equal the lost weights.
+    If the weights of a finished training are lost, the training runs again. The new weights must equal the lost
+    weights. No line is added, because the line of this training already exists.
 
     Raises:
         ValueError: The new weights differ from the lost weights.

@@ -98,7 +98,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Compute SROCC on raw scores and PLCC on scores after a logistic map (docs/METHOD.md §5).
 
-    The other arguments and the errors are those of `predict`.
+    Arguments that are not listed, and the errors, are those of `predict`.
 
     Args:
         dataset: Dataset as in `predict`, with the attributes `mos`, `names` and `labels`.

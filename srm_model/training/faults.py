@@ -44,7 +44,7 @@ class Termination:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Raise Preempted when SIGTERM arrives in the block, or at once if SIGTERM arrived before."""
+        """Raise Preempted when SIGTERM arrives in the block. Raise it at once if SIGTERM arrived before the block."""
         self._at_once = True
         try:
             if self.received:
@@ -89,8 +89,8 @@ def reading(loader: DataLoader[Any]) -> Iterator[Iterator[Any]]:
 
     The block ends the workers itself for two reasons:
 
-    - The workers ignore SIGTERM, which Python sends to the workers at exit. Python then waits for the workers. If a
-      traceback kept the iterator alive, the process would never end.
+    - At exit, Python sends SIGTERM to the workers and waits for them, but the workers ignore SIGTERM. If a traceback
+      kept the iterator alive until then, the process would never end.
     - If the garbage collector ended the iterator, the iterator's threads could close the descriptor of a pipe twice.
       The second time, the descriptor could belong to another file.
     """

@@ -287,9 +287,9 @@ class _Run:
                 save_state(self.folder, self.model, self.optimizer, values, self.average)
 
     def _publish(self, *, whole: bool = True) -> None:
-        """Write the history, and also the checkpoint if the last epoch is the best.
+        """Write the history, and also the checkpoint if the last finished epoch is the best epoch.
 
-        `whole` is False if training has gone on since that epoch. The checkpoint is then not written.
+        `whole` is False if the weights already have steps of the next epoch. The checkpoint is then not written.
         """
         # These files are derived from the state. If a write is interrupted, a resumed training writes them again.
         if self.rank > 0:
@@ -474,7 +474,7 @@ class _Run:
     ) -> dict[str, Tensor]:
         """Return losses whose means over micro-batches and ranks are the losses of the batch.
 
-        `share` is the number of these images, divided by the mean number over all micro-batches and ranks.
+        `share` is the number of `images`, divided by the mean number of images over all micro-batches and ranks.
         """
         config = self.config
         regularised = config.weight_gradient > 0

@@ -50,14 +50,14 @@ class Progress:
         self.step += 1
 
     def count_capped(self, output: Any) -> None:
-        """Count the images of a neck's output with an active gain cap, except in a pass without gradients."""
+        """Count the images whose gain cap is active in a neck's output. Passes without gradients are not counted."""
         gain = getattr(output, "gain", None)
         if gain is not None and torch.is_grad_enabled():
             acted = (gain.detach() < 1).sum()
             self._capped = self._capped + torch.stack([acted, torch.full_like(acted, len(gain))])
 
     def row(self) -> dict[str, Any]:
-        """Return mean losses, the share of capped images, the throughput and the share of time spent on loading."""
+        """Return mean losses, the share of capped images, the throughput and the share of time spent on waiting."""
         capped, images = ranks.total(self._capped).tolist()
         return {
             **{name: float(value) / self.counted for name, value in self.sums.items()},

@@ -15,10 +15,10 @@ import torch.utils.deterministic
 
 @contextmanager
 def seeded(*entropy: int, rank: int = 0) -> Iterator[None]:
-    """Seed the generators of Python, NumPy and PyTorch from non-negative integers for the block, then restore them.
+    """Seed the generators of Python, NumPy and PyTorch for the block, and restore their states afterwards.
 
-    All ranks use the same seeds for the CPU, so that they agree on the random numbers of a whole batch. `rank` changes
-    the seed of the GPU.
+    The seeds are derived from `entropy`, which are non-negative integers. On the CPU, all ranks use the same seeds,
+    because they must agree on the random numbers of a whole batch. On the GPU, the seed also depends on `rank`.
     """
     seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 — the global state is restored

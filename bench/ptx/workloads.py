@@ -82,14 +82,14 @@ def attention(dtype: torch.dtype) -> None:
     query_kernels.landmark_attention_backward(results[:1], results, query, *side)
 
 
-def key_sides(links: int, keys: int = KEYS) -> Callable[[torch.dtype], None]:
+def key_sides(links: int, keys: int = KEYS, method: str = "leverage") -> Callable[[torch.dtype], None]:
     """Return a call that launches the key sides of several links together, forward and backward."""
 
     def call(dtype: torch.dtype) -> None:
         from srm_kernels.attention import key_kernels
 
         key, value = (random(1, links * HEADS, keys, WIDTH, dtype=dtype) for _ in range(2))
-        side = (KeySide(key, value, None, LandmarkOptions(RANK), WIDTH**-0.5, "keys"), 1e-3)
+        side = (KeySide(key, value, None, LandmarkOptions(RANK, method), WIDTH**-0.5, "keys"), 1e-3)
         results = key_kernels.landmark_context(*side)
         key_kernels.landmark_context_backward(results[:2], results, *side)
 
@@ -124,6 +124,7 @@ WORKLOADS = (
     Workload("key side, 1,024 keys", key_sides(1, 1024)),
     Workload("key side, 1,024 keys, B = 1", key_sides(1, 1024), batch=1),
     Workload("neck, key sides", key_sides(3)),
+    Workload("neck, key sides, uniform landmarks", key_sides(3, method="uniform")),
     Workload("neck, DyT, training", neck(dyt=True, statistics=True)),
     Workload("neck, DyT, evaluation", neck(dyt=True, statistics=False)),
     Workload("neck, training", neck(dyt=False, statistics=True)),

@@ -70,7 +70,7 @@ def check_parameter(name: str, value: Tensor, shape: tuple[int, ...], like: Tens
     """Check a parameter against the tensor that it is applied to.
 
     Raises:
-        TypeError: `value` is not a floating-point tensor. Without autocast also: its dtype is narrower than
+        TypeError: `value` is not a floating-point tensor, or autocast is off and the dtype of `value` is narrower than
             `like.dtype`.
         ValueError: The shape of `value` is not `shape`, or `value` is on another device than `like`.
     """

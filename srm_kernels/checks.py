@@ -41,7 +41,8 @@ def transforming() -> bool:
     return _in_functorch() or forward_ad._current_level >= 0
 
 
-# torch 2.11 would otherwise trace this call into the graph. torch.compile has a guard on the stack of transforms.
+# Without the decorator, torch 2.11 traces this call into the graph. The result can be a constant of the graph, because
+# torch.compile adds a guard for the stack of transforms.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _in_functorch() -> bool:
     return torch._C._are_functorch_transforms_active()
@@ -50,8 +51,8 @@ def _in_functorch() -> bool:
 def exporting() -> bool:
     """Return whether torch.export is active.
 
-    Under torch.compile in torch 2.11, `torch.compiler.is_exporting()` always returns True. `exporting` therefore reads
-    the flag that `is_exporting` is meant to return.
+    The function reads the flag behind `torch.compiler.is_exporting()`. Under torch.compile in torch 2.11,
+    `is_exporting` itself always returns True.
     """
     return torch.compiler._is_exporting_flag
 

@@ -33,8 +33,8 @@ class BackendStatus(NamedTuple):
 def backends() -> dict[str, BackendStatus]:
     """Return the backends that `backend=` accepts, and whether each can run here.
 
-    A backend that can run here does not support every operator with all arguments. An operator raises
-    NotImplementedError for a call that the requested backend does not support.
+    A backend that can run here does not necessarily support every operator and every argument. If the requested backend
+    does not support a call, the operator raises NotImplementedError.
 
     Returns:
         Backend name → its `BackendStatus`: True and a description, or False and the reason why the backend cannot run.
@@ -48,7 +48,8 @@ def few_threads(function: Callable[..., Any]) -> Callable[..., Any]:
     """Make `function(key, ...)` run on one thread if its CPU tensor `key` (…, N, d) is small.
 
     The first argument of `function` can also be an object with the attribute `key`. `function` runs many small steps.
-    After each step, the threads wait for each other in a loop. On a busy machine, this takes far longer than the steps.
+    With several threads, the threads wait for each other after each step. On a busy machine, the waiting takes far
+    longer than the steps.
     The number of threads is set for the calling thread only, and is restored afterwards. torch.compile traces
     `function` without this wrapper.
     """
@@ -149,7 +150,7 @@ def named_by_environment() -> str | None:
 def kept(
     requested: str | None, tensor: torch.Tensor, operator: str, variant: str, call: tuple[Any, ...]
 ) -> str | None:
-    """Return the cached choice for the key `call`. Return None without one, or if a backend was requested."""
+    """Return the cached choice for the key `call`, or None if there is none or if a backend was requested."""
     if requested is None and named_by_environment() is None:
         return choice.cached(tensor, operator, variant, call)
     return None

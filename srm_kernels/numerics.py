@@ -50,8 +50,8 @@ def error_ratio(
         together: Exact results computed in the same call, for instance all gradients. The fp32 term of the bound is
             proportional to the largest of their sizes. By default, it is proportional to the size of `exact`.
         draws: Pairs (plain, exact) of the same result for other losses. The bound then uses the largest error of plain
-            PyTorch over all losses. It also uses a larger size of the result: at least the root mean square of the
-            sizes of the exact results in `draws`.
+            PyTorch over all losses. As the size of the result, it uses the larger of two numbers: the size of `exact`,
+            and the root mean square of the sizes of the exact results in `draws`.
 
     Returns:
         The larger of two ratios: one for the largest and one for the mean absolute error. The ratio is infinity unless

@@ -118,8 +118,8 @@ def load_tokens(ptr, rows, valid, n_stride, d_stride, d: tl.constexpr, D: tl.con
 def rms_factor(tokens, d: tl.constexpr, NORMALISE: tl.constexpr):
     """Return √d / (‖x‖ + 1e-6) of every row x, [ROWS], or ones without NORMALISE.
 
-    Kernels multiply the result of a product of tokens by the factor. The product itself therefore uses the stored
-    tokens, without a second rounding.
+    Kernels first multiply the stored tokens, and then apply the factor to the product. The tokens are therefore not
+    rounded a second time.
     """
     wide = tokens.to(tl.float32)
     norm = tl.sqrt(tl.sum(wide * wide, 1))

@@ -60,7 +60,7 @@ def plainly() -> Iterator[None]:
 
 
 def later(module: str, name: str) -> Implementation:
-    """Return a function that imports `module` when it is first called: kernels must not be imported without Triton."""
+    """Return a function that calls `module.name`. Its first call imports `module`, which can need Triton."""
 
     def call(*args: Any) -> Any:
         return getattr(import_module(module), name)(*args)
@@ -93,16 +93,16 @@ def register_operator(
         name: Name of the operator.
         arguments: Arguments of the operator, as in a torch schema. An argument whose type is in `options.WRITTEN` is
             replaced by the fields of this type, because torch does not know the type.
-        returns: Results of the operator, as in a torch schema. All results are contiguous. With `like`, all results
-            after the first are contiguous.
+        returns: Results of the operator, as in a torch schema. Results are contiguous; `like` gives the first result
+            another layout.
         implementations: Backend → function of `arguments`. "reference" is required.
         fake: Function of `arguments` that returns empty tensors of the right shapes, for torch.compile and export.
         differentiable: Names of the differentiable arguments.
         like: Name of an argument. The first result has the layout that `torch.empty_like` gives for this argument.
         derivatives: Backend → function `(grads, results, *arguments)`. The function returns a gradient for each tensor
             among the differentiable arguments, in the order of the arguments. If any backend has such a function, the
-            forward pass saves its results. If "triton" has no such function, it uses the derivative of the reference.
-            If another backend has none, autograd differentiates the code of this backend.
+            forward pass saves the results of the operator. If "triton" has no such function, it uses the derivative of
+            the reference. If another backend has none, autograd differentiates the code of this backend.
         constant: Indices of results without a gradient. Results that are not floating point never have a gradient.
         recalled: Name of an argument → index of a result. The derivative of the reference uses the result instead of
             the argument. The backward pass then does not repeat a choice of the forward pass, such as the landmarks.
@@ -347,7 +347,7 @@ def _has_tangent(tensor: Tensor | None) -> bool:
 
 
 def _is_tensors(value: Any) -> bool:
-    """Return whether an argument is a list of tensors; an empty list counts as one, as in torch."""
+    """Return whether an argument is a list of tensors. An empty list counts as a list of tensors, as in torch."""
     return isinstance(value, list) and all(isinstance(t, Tensor) or t is None for t in value)
 
 

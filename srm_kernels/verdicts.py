@@ -46,8 +46,8 @@ SOURCES = ("parts.py", "registration.py", "numerics.py", "verify/cases.py", "ver
 
 IMPLEMENTATIONS = ("reference", "torch", "triton")
 RIGHT = "right"
-# "unsupported": the backend does not support these sizes. "memory": the device has too little memory. Both are no
-# faults.
+# "unsupported": the backend does not support these sizes. "memory": the device has too little memory. These two are
+# not faults.
 HARMLESS = (RIGHT, "unsupported", "memory")
 FAULTS = ("wrong", "refused", "error", "timeout", "crashed")
 # The environment can cause these faults, so the next run tries again.
@@ -90,7 +90,7 @@ class Verdict:
     origin: str = OWN
 
     def with_row(self, row: Row) -> Verdict:
-        """Return a copy with a row added; it replaces an earlier row of the same case."""
+        """Return a copy with `row` added. `row` replaces an earlier row of the same case."""
         kept = [one for one in self.rows if identity(one) != identity(row)]
         return replace(self, rows=(*kept, row))
 
@@ -115,7 +115,7 @@ def identity(row: Row) -> tuple[str, str, str, str]:
 
 
 def is_done(row: Row) -> bool:
-    """Return whether nothing is left to measure: a row that is right must have times."""
+    """Return whether the measurement of a row is complete. A row with the status "right" needs times."""
     return row["status"] != RIGHT or bool(row["milliseconds"])
 
 
@@ -221,9 +221,9 @@ def load(key: Key) -> tuple[Verdict | None, str | None]:
 def doubts(key: Key) -> Verdict | None:
     """Return the faults in an outdated verdict of this machine that still exclude implementations.
 
-    A shipped verdict holds for any driver and for any patch version of torch and Triton. This machine can have found
-    faults with another driver or patch version. These faults exclude implementations of the shipped verdict. Faults
-    that the environment can have caused do not exclude implementations.
+    Faults count if the outdated verdict differs only in the driver, or in the patch version of torch or Triton. A
+    shipped verdict holds for all drivers and patch versions. Faults that count therefore also exclude implementations
+    of a shipped verdict. Faults that the environment can have caused do not count.
 
     Returns:
         An unfinished verdict with only these faults, or None if there are none.
@@ -303,7 +303,9 @@ def _checked(found: Any) -> Verdict:
 
 
 def checked_row(row: Any) -> Row:
-    """Check a row of a verdict, and return it with only the fields of this list:
+    """Check a row of a verdict, and return the row without unknown fields.
+
+    A row has these fields:
 
     - `operator`, `backend`, `dtype` and `shape`: names.
     - `sizes`: integers.
@@ -392,7 +394,7 @@ def _write(path: Path, text: str) -> None:
 
 @contextmanager
 def held(key: Key) -> Iterator[bool]:
-    """Lock a device for measurement, and yield whether no other process holds the lock.
+    """Lock a device for measurement. Yield False if another process holds the lock, and True otherwise.
 
     The lock ends with the context, or with the process if the process ends first. If the system cannot write or lock
     the lock file, the context yields True.
@@ -463,8 +465,8 @@ def governing(own: Verdict | None, others: Verdict | None) -> dict[Group, tuple[
     """Return the verdict and the rows that decide each group.
 
     The verdict of this machine, `own`, decides the groups that this machine has measured. The shipped verdict `others`
-    decides the other groups. For an unfinished group, only the rows with faults are returned, because faults exclude
-    implementations in any case.
+    decides the other groups. For an unfinished group, only the rows with faults are returned. A fault excludes its
+    implementation even if the measurement of the group is not finished.
     """
     found: dict[Group, tuple[Verdict, list[Row]]] = {}
     for verdict in filter(None, (others, own)):

@@ -11,11 +11,11 @@ also divided among programs, in pieces of landmarks.
 The backward pass first computes the transposed solve and the other r×r steps. It then computes dK and dV of every tile
 of keys.
 
-The solve is Gauss–Jordan elimination of A = W + λI without pivoting. A diagonal matrix transforms A to the symmetric
-positive definite matrix S + λI, which has the same pivots (docs/METHOD.md §2.1). The pivots are therefore positive
-except for rounding. Aᵀ has the same pivots too. If rounding cancels λ, a pivot can be zero or negative. The program
-then computes the matrix again and eliminates it with partial pivoting, as in the reference. A non-finite logit gives
-NaN in the X of its own matrix only.
+The solve is Gauss–Jordan elimination of A = W + λI without pivoting. A is similar, by a diagonal matrix, to the
+symmetric positive definite matrix S + λI (docs/METHOD.md §2.1). A, Aᵀ and S + λI have the same pivots. The pivots are
+therefore positive except for rounding. If rounding cancels λ, a pivot can be zero or negative. The program then
+computes the matrix again and eliminates it with partial pivoting, as in the reference. A non-finite logit gives NaN in
+the X of its own matrix only.
 
 K̃ is stored without normalisation. The entries of K̃ are then exact in the dtype of the tokens, and Q K̃ᵀ can be computed
 in this dtype. The normalisation is a factor of every column of the product. The disadvantage is that tokens above about
@@ -75,7 +75,7 @@ def gather(
 ):  # fmt: skip
     """Return R rows of K̃ from row `first` on, [R, D], in the dtype of the keys in memory.
 
-    An index of a landmark that is out of range gives a row of NaN, because Python does not check indices on a GPU.
+    Python does not check the indices of landmarks on a GPU. Here, an index that is out of range gives a row of NaN.
     """
     i = first + tl.arange(0, R)
     index = tl.load(landmarks_ptr + i, mask=i < rank, other=0)

@@ -10,8 +10,8 @@ larger than κ₂. The two lower bounds can be smaller than σ_max and 1/σ_min:
   for every matrix: 0.77 σ_max at r = 64.
 - 1/σ_min: the iteration starts from a random normal vector and applies A⁻¹ and A⁻ᵀ in turn, k = 3 times in all. The
   lower bound is less than 1/(t σ_min) with probability at most 0.8 √r t⁻³ (Dixon 1983, SIAM J. Numer. Anal. 20). The
-  largest lower bound of 8 independent vectors is used. At r = 64, its ratio to 1/σ_min is less than 1/10 with
-  probability at most 3e-18, and less than 1/3 with probability at most 1e-5.
+  estimate uses the largest lower bound from 8 independent vectors. At r = 64, this largest lower bound is less than
+  1/(10 σ_min) with probability at most 3e-18, and less than 1/(3 σ_min) with probability at most 1e-5.
 
 Random vectors of ±1 are not suitable as start vectors. In a matrix with 8 such columns, each landmark has a row of 8
 signs. With r = 64, some of these rows are probably equal. If two landmarks with equal keys also have equal rows, all

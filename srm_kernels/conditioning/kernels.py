@@ -1,7 +1,7 @@
 """Triton kernels for the landmark solve by elimination, one program per matrix (docs/METHOD.md §2.1).
 
-A program holds A (R×R) and its right-hand side (R×D) in registers, where R and D are r and d rounded up to powers of
-two. A is padded with the identity and the right-hand side with zeros. Arithmetic is fp32.
+A program holds A (R×R) and its right-hand side (R×D) in registers. R and D are r and d, rounded up to powers of two and
+at least 16. A is padded with the identity, and the right-hand side is padded with zeros. Arithmetic is fp32.
 
 For the solver `cholesky`, the kernels eliminate A = W + λI without pivoting. The pivots of this elimination are the
 squares of the diagonal entries of the Cholesky factor of S + λI, the symmetric matrix similar to A. The kernel itself
@@ -278,9 +278,10 @@ def _solve_backward_kernel(
 ):  # fmt: skip
     """Compute the gradients of one matrix; they are zero if its logits are not finite.
 
-    The kernel solves a system with Aᵀ, where A is the matrix of the forward pass. If the forward pass solved a matrix
-    by `cholesky`, A comes from the symmetric part of the logits, and the elimination has no pivoting. If the forward
-    pass used `lu`, A comes from the logits, and the elimination has pivoting.
+    The kernel solves a system with Aᵀ, where A is the matrix of the forward pass. If the forward pass used `cholesky`
+    for this matrix, A comes from the symmetric part of the logits, and the elimination is without pivoting. If the
+    forward pass used `lu`, A comes from the logits, and the elimination is with pivoting. An elimination without
+    pivoting that fails is repeated with pivoting.
     """
     matrix = tl.program_id(0).to(tl.int64)
     logits_ptr += matrix * stride_logits

@@ -156,7 +156,7 @@ def landmark_options(
 def kernel_limits(d: int, rank: int = 1) -> str | None:
     """Return the reason why no kernel supports these sizes, or None.
 
-    With sizes for which the result is None, every kernel fits in 99 KiB of shared memory.
+    With supported sizes, every kernel needs at most 99 KiB of shared memory.
     """
     if not 8 <= d <= 128:
         return f"its kernels support d from 8 to 128, and d is {d}"

@@ -18,11 +18,11 @@ Other programs of the same launch pool the maps.
 
 The statistic is computed from y = L X, tile by tile with Chan's formula. X is therefore an input. No statistic is
 computed in evaluation. The alternative, tr Xᵀ(LᵀL)X from second moments of L, has two disadvantages. X can be many
-times larger than Y, so that large squares would cancel. The r×r moments also need more products than L X.
+times larger than Y, and large squares would then cancel. The r×r moments also need more products than L X.
 
 The number of programs per image is a compile-time constant, and does not depend on the batch. Programs are ordered by
-link, then by image. The first program of a link has the index batch size × number of programs per image of all earlier
-links.
+link, then by image. FIRSTS contains the number of programs per image before each link. The first program of a link has
+the index FIRSTS[link] · B.
 """
 
 from __future__ import annotations

@@ -145,7 +145,10 @@ class Squash:
         return squashed.to(self.dtype), queries.to(self.dtype)
 
     def backward(self, dqueries: Tensor) -> tuple[Tensor, Tensor]:
-        """Return dT (M, C), and an fp32 tensor (4, C): the contribution of each channel to dα, then dw, db and da."""
+        """Return dT (M, C), and an fp32 tensor (4, C).
+
+        The rows of this tensor are the contributions of the channels to dα, then dw, db and da.
+        """
         rows, C = self.given["rows_ptr"], len(self.shift)
         tile = launch_rules.squash_backward_tile(rows.dtype)
         tiles = -(-len(rows) // tile.positions)

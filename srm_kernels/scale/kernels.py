@@ -210,7 +210,7 @@ def _dyt_backward_kernel(
 ):  # fmt: skip
     """Compute dx of one share of the rows, and the contribution of the share to dα, dw and db.
 
-    Contributions are written per column to `parts` [shares, 3, C].
+    Contributions are written per column to `parts` [shares, 3, C], in this order.
     """
     part = tl.program_id(0)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

@@ -60,7 +60,7 @@ def plainly() -> Iterator[None]:
 
 
 def later(module: str, name: str) -> Implementation:
-    """Return a function that calls `module.name`. Its first call imports `module`, which can need Triton."""
+    """Return a function that calls `module.name`. The module, which can need Triton, is imported by the first call."""
 
     def call(*args: Any) -> Any:
         return getattr(import_module(module), name)(*args)

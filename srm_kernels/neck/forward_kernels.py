@@ -21,8 +21,8 @@ computed in evaluation. The alternative, tr Xᵀ(LᵀL)X from second moments of 
 times larger than Y, and large squares would then cancel. The r×r moments also need more products than L X.
 
 The number of programs per image is a compile-time constant, and does not depend on the batch. Programs are ordered by
-link, then by image. FIRSTS contains the number of programs per image before each link. The first program of a link has
-the index FIRSTS[link] · B.
+link, then by image. The first program of a link has the index n·B, where n is the number of programs per image of all
+earlier links.
 """
 
 from __future__ import annotations

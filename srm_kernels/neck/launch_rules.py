@@ -95,8 +95,8 @@ def token_tile(
     """Return a tile that fits in registers.
 
     A program has 8 warps. With the statistic, bf16 and [r, d] tiles that are not large, some of the 8 warps would
-    repeat the work of others. In this case, a program has 4 warps on compute capability below 9.0. On 9.0 and 12.0, it
-    still has 8 warps, because 4 warps spill registers there.
+    repeat the work of others. In this case, a program has 4 warps on compute capability below 9.0. From 9.0 on, it
+    still has 8 warps, because 4 warps spill registers on 9.0 and 12.0.
     """
     large = heavy(rank, d)
     chunk = 16 if dtype == torch.float32 and not (large and capability == (9, 0)) else 32

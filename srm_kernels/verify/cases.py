@@ -1,8 +1,8 @@
 """The cases to verify: every operator with kernels, at several shapes.
 
 Inputs are standard normal numbers, drawn in float64 and rounded to the dtype of the case. A "shape" means the sizes of
-one link of a neck and of the maps that this link reads. Normalisation and DyT have kernels of their own. These options
-differ between shapes, so that all kernels are checked.
+one link of a neck and of the maps that this link reads. The options for normalisation and DyT select different kernels.
+These options differ between shapes, so that all kernels are checked.
 
 The verdict on an operator covers three kinds of calls: the call that is timed, the call in training, and
 `Operator.forms`. All three are checked at every shape.

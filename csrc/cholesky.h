@@ -1,10 +1,11 @@
-// Computes X = (W + λI)⁻¹ G of one matrix on one thread (docs/METHOD.md §2.1). W is the softmax of the symmetric part
+// Computes X = (W + λI)⁻¹ G for one matrix, on one thread (docs/METHOD.md §2.1). W is the softmax of the symmetric part
 // of the logits, and λ = ridge · tr(W)/r.
 //
-// The code eliminates W + λI without pivoting. W + λI = E⁻¹ (S + λI) E, with S symmetric and E diagonal
-// (docs/CONDITIONING.md). The pivots are therefore the squares of the diagonal of the Cholesky factor of S + λI. The
-// code needs neither S nor E. The compiler vectorises the simple loops over columns; for reductions it needs
-// -fopenmp-simd.
+// The code applies Gaussian elimination without pivoting to W + λI. This matrix is E⁻¹ (S + λI) E, with S symmetric and
+// E diagonal (docs/CONDITIONING.md). The factors E⁻¹ and E do not change the pivots. The pivots are therefore the
+// squares of the diagonal entries of the Cholesky factor of S + λI. The code computes neither S nor E.
+//
+// The compiler vectorises the simple loops over columns. It vectorises reductions only with -fopenmp-simd.
 #pragma once
 
 #include <algorithm>
@@ -16,9 +17,9 @@
 
 namespace srm {
 
-// Writes softmax(l) + λI to a (r×r), where l is the symmetric part of the logits. Returns false if the logits are not
-// finite or not symmetric within 1e-3·(1 + max|l|). Also returns false if the logsumexp values of two rows differ so
-// much that S underflows. In these cases, the reference does not use Cholesky either.
+// Writes softmax(l) + λI to a (r×r), where l is the symmetric part of the logits. Returns false in three cases: a logit
+// is not finite; the logits are not symmetric within 1e-3·(1 + max|l|); the logsumexp values of two rows differ so much
+// that S underflows. In these cases, the reference does not use Cholesky either.
 template <class T>
 SRM_INLINE bool landmark_matrix(const T* logits, T* a, int64_t r, T ridge) {
   using limits = std::numeric_limits<T>;
@@ -59,7 +60,7 @@ SRM_INLINE void subtract(T* __restrict from, const T* __restrict row, T factor, 
   for (int64_t j = 0; j < count; ++j) from[j] -= factor * row[j];
 }
 
-// Subtracts four rows at once, with fewer passes over `from` and fewer rounding errors.
+// Subtracts four scaled rows in one pass over `from`, with fewer memory accesses and fewer rounding errors.
 template <class T>
 SRM_INLINE void subtract(T* __restrict from, const T* __restrict rows, int64_t stride, const T* factor, int64_t count) {
   const T a = factor[0], b = factor[1], c = factor[2], d = factor[3];
@@ -68,8 +69,8 @@ SRM_INLINE void subtract(T* __restrict from, const T* __restrict rows, int64_t s
 }
 
 // x (r×d) contains G at the call and X on return. a is scratch memory of r·r numbers. Returns false if landmark_matrix
-// returns false, or if a pivot is not positive and finite. x is then invalid. In these cases, the reference does not
-// use Cholesky either.
+// returns false, or if a pivot is not positive or not finite. The content of x is then invalid. In these cases, the
+// reference does not use Cholesky either.
 template <class T>
 SRM_INLINE bool symmetric_solve(const T* logits, T* x, T* a, int64_t r, int64_t d, T ridge) {
   if (!landmark_matrix(logits, a, r, ridge)) return false;

@@ -1,5 +1,5 @@
 // Registers the operators of torch.ops.srm_cpu: the default landmark solve, and softmax, tanh and pooling for the fused
-// neck. The code uses torch's stable ABI, so one build works with every torch version from TORCH_TARGET_VERSION on.
+// neck. The code uses torch's stable ABI. One build therefore works with TORCH_TARGET_VERSION and later torch versions.
 #include <algorithm>
 #include <cstdint>
 #include <stdexcept>
@@ -18,10 +18,11 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kGrain = 1 << 16;  // multiply-adds per thread, at least
+constexpr int64_t kGrain = 1 << 16;  // minimum number of multiply-adds per thread
 constexpr int64_t kRank = 64;        // the default r
 
-// Compiles each function twice: for every processor, and for processors with AVX2 and FMA. The dynamic loader chooses.
+// Compiles each function twice: once for all x86-64 processors, and once for processors with AVX2 and FMA. The dynamic
+// loader chooses one of the two versions.
 #if defined(__x86_64__) && defined(__GLIBC__) && __GNUC__ >= 12
 #define SRM_CLONES __attribute__((target_clones("arch=x86-64-v3", "default")))
 #else
@@ -48,8 +49,8 @@ void solve(const Tensor& logits, const Tensor& x, bool* served, int64_t batch, d
   });
 }
 
-// logits is (…, r, r). x (…, r, d) contains G at the call and X on return. served (…) is bool: it becomes true for each
-// matrix that was solved. Returns the number of matrices that were not solved.
+// logits is (…, r, r). x (…, r, d) contains G at the call and X on return. served (…), of dtype bool, becomes true for
+// each matrix that was solved, and false for the others. Returns the number of matrices that were not solved.
 int64_t symmetric_solve(const Tensor& logits, const Tensor& x, const Tensor& served, double ridge) {
   const ScalarType dtype = logits.scalar_type();
   const int64_t batch = served.numel(), r = x.size(x.dim() - 2), d = x.size(x.dim() - 1);
@@ -96,7 +97,7 @@ void tanh_(const Tensor& x) {
   });
 }
 
-// With the default r as a compile-time constant the time falls by a quarter.
+// With the default r as a compile-time constant, pool_head takes a quarter less time.
 SRM_CLONES void pool_head(float* logits, float* pooled, float* work, int64_t r, srm::Tile tile) {
   if (r == kRank) return srm::softmax_pool(logits, pooled, work, kRank, tile);
   srm::softmax_pool(logits, pooled, work, r, tile);
@@ -115,8 +116,8 @@ SRM_CLONES void pool_head_backward(double* logits, const double* grad, double* w
   srm::softmax_pool_backward(logits, grad, work, r, tile);
 }
 
-// Calls `call` for each head, with the logits (M, r) of the head from logits (H, M, r) and its cells (P, P·r) from
-// pooled (H, P, P·r). One thread processes a head.
+// Calls `call` once for each head, with the head's part (M, r) of logits (H, M, r) and the head's part (P, P·r) of
+// pooled (H, P, P·r). Each head is processed by one thread.
 template <class Call>
 void of_heads(const Tensor& logits, const Tensor& pooled, const srm::Tile& tile, Call call) {
   const ScalarType dtype = logits.scalar_type();
@@ -139,13 +140,13 @@ void of_heads(const Tensor& logits, const Tensor& pooled, const srm::Tile& tile,
   });
 }
 
-// Replaces logits by their softmax, and adds the contribution of the tile to the cell means, pooled.
+// Replaces logits by their softmax. pooled accumulates the cell means: the operator adds the contribution of the tile.
 void softmax_pool_(const Tensor& logits, const Tensor& pooled, int64_t height, int64_t width, int64_t size, int64_t start,
                    int64_t stop) {
   of_heads(logits, pooled, {height, width, size, start, stop}, [](auto... a) { pool_head(a...); });
 }
 
-// Replaces logits by their gradient. grad is the gradient of the cell means.
+// Replaces logits by the gradient of the logits. grad is the gradient of the cell means.
 void softmax_pool_backward_(const Tensor& logits, const Tensor& grad, int64_t height, int64_t width, int64_t size,
                             int64_t start, int64_t stop) {
   of_heads(logits, grad, {height, width, size, start, stop}, [](auto... a) { pool_head_backward(a...); });
@@ -159,7 +160,7 @@ SRM_CLONES void means_of(const double* m, double* means, double* work, int64_t h
   srm::cell_means(m, means, work, h, w, size);
 }
 
-// Writes to means (C, P, P) the means of a map (C, h, w) over the cells of adaptive average pooling.
+// Writes the means of a map (C, h, w) over the cells of adaptive average pooling to means (C, P, P).
 void cell_means_(const Tensor& means, const Tensor& map) {
   const ScalarType dtype = map.scalar_type();
   if (!usable(map, dtype) || !usable(means, dtype) || map.dim() != 3 || means.dim() != 3 ||

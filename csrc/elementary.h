@@ -1,4 +1,4 @@
-// exp and tanh, written so that compilers can vectorise them. The standard library has no vector versions of them.
+// exp and tanh. Compilers can vectorise the float versions. The standard library has no vector versions.
 #pragma once
 
 #include <bit>
@@ -11,7 +11,8 @@ namespace srm {
 
 SRM_INLINE double exponential(double x) { return std::exp(x); }
 
-// Returns exp(x) for x ≤ 0, accurate to 2 ulp; 0 for x ≤ −87. NaN stays NaN. The polynomial is from the Cephes library.
+// Returns exp(x) with an error of at most 2 ulp. x must be at most 0. For x ≤ −87, the result is 0. NaN stays NaN. The
+// polynomial is from the Cephes library.
 SRM_INLINE float exponential(float x) {
   constexpr float kToInteger = 12582912.0f;  // 1.5 · 2²³: adding it rounds to an integer in the lowest bits
   const float shifted = x * 1.44269504f + kToInteger, n = shifted - kToInteger;
@@ -25,7 +26,7 @@ SRM_INLINE float exponential(float x) {
 
 SRM_INLINE double hyperbolic_tangent(double x) { return std::tanh(x); }
 
-// Returns tanh(x), accurate to 2 ulp of the result, also near 0. The polynomial is from the Cephes library.
+// Returns tanh(x) with an error of at most 2 ulp, also near 0. The polynomial is from the Cephes library.
 SRM_INLINE float hyperbolic_tangent(float x) {
   const float size = std::abs(x), z = x * x, e = exponential(-2.0f * size);
   float p = -5.70498872745e-3f * z + 2.06390887954e-2f;

@@ -1,9 +1,11 @@
-// Computes the softmax over the landmarks, and the average of the result over the cells of the P×P grid. The functions
-// process one head of one tile of the fused neck (srm_kernels/neck/tiled.py). cell_means averages a whole channel.
+// softmax_pool processes one head of one tile of the fused neck (srm_kernels/neck/tiled.py). It computes the softmax
+// over the landmarks, and averages the probabilities over the cells of the P×P grid. softmax_pool_backward is its
+// backward pass. cell_means averages one channel of a whole map over the same cells.
 //
-// A map has height × width positions, in row-major order. A tile contains the positions from start to stop − 1, and
-// size is P. Cell (i, j) of the grid contains the rows from ⌊i·height/P⌋ to ⌈(i + 1)·height/P⌉ − 1. Its columns follow
-// from j and width in the same way. Neighbouring cells can overlap, so a position can be in several cells.
+// A map has height × width positions, in row-major order. A tile contains the positions from start to stop − 1. The
+// variable size is P. Cell (i, j) of the grid contains the map rows from ⌊i·height/P⌋ to ⌈(i + 1)·height/P⌉ − 1. Its
+// columns follow from j and width in the same way. Neighbouring cells can overlap, so a position can be in several
+// cells.
 #pragma once
 
 #include <algorithm>
@@ -32,7 +34,7 @@ struct Cells {  // cells along one axis
 
 constexpr int64_t kBlock = 16;  // rows of logits processed together, to overlap their long dependency chains
 
-// Replaces at most kBlock rows of r logits by exp(logit − row maximum), and writes 1 / row sum to factors.
+// Replaces the logits (rows×r) by exp(logit − row maximum), and writes 1 / row sum to factors (rows). rows ≤ kBlock.
 template <class T>
 SRM_INLINE void exponentials(T* logits, T* factors, int64_t rows, int64_t r) {
   for (int64_t q = 0; q < rows; ++q) {
@@ -65,7 +67,7 @@ SRM_INLINE void add(T* __restrict into, const T* __restrict from, T factor, int6
 }
 
 // Splits the tile by map rows, and calls call(y, left, right, row) for each part. The part contains the columns from
-// left to right − 1 of map row y. row points to the logits of its first position.
+// left to right − 1 of map row y. row points to the logits of the part's first position.
 template <class T, class Call>
 SRM_INLINE void by_rows(T* logits, int64_t r, const Tile& tile, Call call) {
   for (int64_t at = tile.start; at < tile.stop;) {
@@ -76,8 +78,8 @@ SRM_INLINE void by_rows(T* logits, int64_t r, const Tile& tile, Call call) {
   }
 }
 
-// Replaces the logits (M×r) of the tile's M positions by their softmax. Adds the contribution of these positions to the
-// cell means, pooled (P×P×r). work is scratch memory of P·r numbers.
+// Replaces the logits (M×r) of the tile's M positions by their softmax. pooled (P×P×r) accumulates the cell means over
+// the tiles of a map: the function adds the contribution of its tile. work is scratch memory of P·r numbers.
 template <class T>
 SRM_INLINE void softmax_pool(T* logits, T* pooled, T* work, int64_t r, const Tile& tile) {
   const Cells rows{tile.height, tile.size}, columns{tile.width, tile.size};
@@ -101,8 +103,8 @@ SRM_INLINE void softmax_pool(T* logits, T* pooled, T* work, int64_t r, const Til
   });
 }
 
-// Replaces the logits (M×r) by their gradient. pooled (P×P×r) is the gradient of the cell means. work is scratch memory
-// of (P + 1)·r numbers.
+// Replaces the logits (M×r) by the gradient of the logits. pooled (P×P×r) is the gradient of the cell means. work is
+// scratch memory of (P + 1)·r numbers.
 template <class T>
 SRM_INLINE void softmax_pool_backward(T* logits, const T* pooled, T* work, int64_t r, const Tile& tile) {
   const Cells rows{tile.height, tile.size}, columns{tile.width, tile.size};

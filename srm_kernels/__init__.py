@@ -1,9 +1,9 @@
 """Operators of the Spectral Robustness Mixer: landmarks, conditioning, attention, scale, pooling, gate, neck.
 
-Every operator accepts CPU and CUDA tensors, and has an argument `backend`. `backends()` lists the backends that can run
-here. `python -m srm_kernels verify` checks and times the operators on a GPU. After this command, `backend=None` uses
-the fastest implementation that gives correct results on this GPU. `import srm_kernels` needs no GPU, no Triton and no
-compiler.
+Every operator accepts CPU and CUDA tensors, and has an argument `backend`. `backends()` returns which backends can run
+on this machine. `python -m srm_kernels verify` checks and times the operators on a GPU. After this command,
+`backend=None` uses the fastest implementation that gives correct results on this GPU. `import srm_kernels` needs no
+GPU, no Triton and no compiler.
 """
 
 from . import flops

@@ -1,8 +1,9 @@
 """Cast the arguments of operators under autocast.
 
 If all tensors of a call have the same dtype, they are not cast. Autocast alone therefore never changes the precision of
-an operator. If the dtypes differ, the functions of this module cast the tensors to a common dtype. As in torch, fp64
-tensors are never cast. Without autocast nothing is cast, and operators raise a TypeError for dtypes that do not match.
+an operator. If autocast is enabled and the dtypes differ, the functions of this module cast the tensors. As in torch,
+fp64 tensors are never cast. Without autocast no tensor is cast, and operators raise a TypeError for dtypes that do not
+match.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def promoted(*tensors: Tensor) -> list[Tensor]:
 
 
 def no_narrower(tensors: Sequence[Tensor], like: Tensor) -> list[Tensor]:
-    """Cast parameters whose dtype cannot represent all values of `like.dtype` to a dtype that represents both."""
+    """Cast each parameter that cannot represent all values of `like.dtype` to a dtype that can."""
     if not enabled(like):
         return list(tensors)
     holding = (like.dtype, torch.float32)
@@ -69,8 +70,9 @@ def check_parameter(name: str, value: Tensor, shape: tuple[int, ...], like: Tens
     """Check a parameter against the tensor that it is applied to.
 
     Raises:
-        TypeError: `value` is not a floating-point tensor, or without autocast its dtype is narrower than `like.dtype`.
-        ValueError: `value` has another shape than `shape`, or another device than `like`.
+        TypeError: `value` is not a floating-point tensor, or autocast is off and the dtype of `value` is narrower than
+            `like.dtype`.
+        ValueError: The shape of `value` is not `shape`, or `value` is on another device than `like`.
     """
     # Modules check many parameters per call, so the usual case must be cheap.
     if (

@@ -41,7 +41,8 @@ def transforming() -> bool:
     return _in_functorch() or forward_ad._current_level >= 0
 
 
-# torch.compile guards the stack of transforms; torch 2.11 would otherwise trace this call into the graph.
+# Without the decorator, torch 2.11 traces this call into the graph. The result can be a constant of the graph, because
+# torch.compile adds a guard for the stack of transforms.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _in_functorch() -> bool:
     return torch._C._are_functorch_transforms_active()
@@ -50,8 +51,8 @@ def _in_functorch() -> bool:
 def exporting() -> bool:
     """Return whether torch.export is active.
 
-    The function reads the flag behind `torch.compiler.is_exporting()`, because that function always returns True under
-    torch.compile in torch 2.11.
+    The function reads the flag behind `torch.compiler.is_exporting()`. Under torch.compile in torch 2.11,
+    `is_exporting` itself always returns True.
     """
     return torch.compiler._is_exporting_flag
 
@@ -75,12 +76,12 @@ def _in_make_fx() -> bool:
 
 
 def nowhere(mask: Tensor, *, wait: bool = False) -> bool:
-    """Return whether Python may read the mask and no element of it is true.
+    """Return True if Python may read the mask and no element of the mask is true. Otherwise return False.
 
     Args:
         mask: Elements that need extra work, bool.
-        wait: Whether to read a mask on a GPU too, which waits for the device. During the capture of a CUDA graph, the
-            mask is never read. Use True where the extra work costs more than the wait.
+        wait: Whether to read also a mask on a GPU. Reading waits for the device, so use True only where the extra work
+            costs more than the wait. During the capture of a CUDA graph, the mask is never read.
     """
     asked = may_ask(mask) or (
         wait and _on_cuda(mask) and not _is_symbolic() and not torch.cuda.is_current_stream_capturing()
@@ -134,7 +135,7 @@ def check_number(
 
     Raises:
         TypeError: `value` is not a real number. Numbers of NumPy are accepted.
-        ValueError: `value` is not finite, not greater than `above` or less than `at_least`.
+        ValueError: `value` is not finite, or it is not greater than `above`, or it is less than `at_least`.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real | torch.SymInt | torch.SymFloat):
         raise TypeError(f"{name} is a {type(value).__name__}; expected a number")

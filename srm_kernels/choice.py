@@ -27,10 +27,11 @@ from . import devices, verdicts
 from .checks import exporting, transforming
 from .verdicts import Group, Key, Row, Verdict
 
-# Sizes from one bound up to the next form one class. The geometric mean of the two bounds is a power of four.
+# A class contains the sizes from one bound to the next, without the next bound itself. The geometric mean of the two
+# bounds is a power of four.
 BOUNDS = (8, 32, 128, 512, 2_048, 8_192, 32_768, 131_072)
 MOST_CACHED = 10_000
-CPU = -1  # in place of a CUDA device's number
+CPU = -1  # stands for the CPU where other integers are indices of CUDA devices
 Sizes = Callable[[], tuple[int, ...]]
 Refusal = Callable[[str], str | None]
 
@@ -39,15 +40,17 @@ class Explanation(NamedTuple):
     """Which implementation a call uses, and why.
 
     Attributes:
-        operator: The operator, with its variant if variants are measured separately.
-        backend: The implementation.
-        reason: The reason, in one sentence.
-        origin: "this machine" if the verdict was measured here, "shipped" if the package contains it, None without a
-            verdict.
-        measured: Date and time of the measurement, or the first and the last if there are several. None without a
-            verdict.
-        milliseconds: Shape → direction → implementation → median time, for the nearest measured shapes.
-        sizes: The sizes on which the choice depends.
+        operator: Name of the operator. If variants of the operator are measured separately, the variant follows in
+            parentheses.
+        backend: Name of the implementation that the call uses.
+        reason: Why the call uses this implementation.
+        origin: "this machine" if the verdict was measured here, "shipped" if the package contains the verdict, None
+            without a verdict.
+        measured: Date and time of the measurement that the choice follows. If there were several measurements, the
+            first and the last date. None without a verdict.
+        milliseconds: Shape → direction → implementation → median time in milliseconds. The shapes are the measured
+            shapes that are nearest to the shape of the call.
+        sizes: The sizes of the call on which the choice depends.
     """
 
     operator: str
@@ -82,7 +85,7 @@ class Table:
 
     Attributes:
         groups: Group → the verdict that decides the group, and the rows of the group.
-        reason: Why there are no groups.
+        reason: Why `groups` is empty. It has no meaning if `groups` is not empty.
         unfinished: Groups whose measurement was interrupted.
     """
 
@@ -109,8 +112,8 @@ class Table:
     def ranking(self, group: Group, classes: Sequence[int]) -> list[str]:
         """Return the implementations that are correct at every measured shape, the fastest first.
 
-        The rank is the geometric mean of the times at the nearest measured shapes. Implementations without a time at
-        one of these shapes are left out.
+        The order follows the geometric means of the times at the nearest measured shapes. Implementations without a
+        time at one of these shapes are left out.
         """
         if group not in self.groups:
             return []
@@ -140,10 +143,10 @@ def times_of(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def class_of(size: int) -> int:
-    """Return the class of a size.
+    """Return the index of the class of a size.
 
-    The function only compares the size with bounds. torch.compile therefore guards the class of a symbolic size, and
-    not the size itself.
+    The function only compares the size with bounds. For a symbolic size, torch.compile therefore adds a guard on the
+    class, and not on the size itself.
     """
     number = 0
     for bound in BOUNDS:
@@ -201,11 +204,12 @@ def measured(tensor: Tensor, operator: str, variant: str, sizes: Sizes, refusal:
     """Return the implementation that the verdict about the device gives for a call, or None without a verdict.
 
     Args:
-        tensor: A tensor of the device and dtype of the call.
+        tensor: A tensor with the device and the dtype of the call.
         operator: Name of the operator.
         variant: The options of the call that are measured separately, as text.
-        sizes: Function that returns the sizes on which the choice depends, without batch and heads.
-        refusal: Function that returns why an implementation cannot run the call, or None.
+        sizes: Function that returns the sizes on which the choice depends. They do not include batch and heads.
+        refusal: Function of an implementation's name. It returns why this implementation cannot run the call, or None
+            if it can.
     """
     index = tensor.get_device() if tensor.is_cuda else CPU
     if (index == CPU and _pretended is None) or transforming():

@@ -1,4 +1,4 @@
-"""Return which devices can run the Triton kernels, and the properties of a device that launches depend on.
+"""Return which devices can run the Triton kernels, and the device properties that kernel launches depend on.
 
 Only this module, `dispatch` and `verdicts` query the hardware and the environment.
 """
@@ -45,7 +45,7 @@ def interpreting() -> bool:
 
 
 class LaunchDevice(NamedTuple):
-    """The target of Triton kernels: compute capability, and bytes of shared memory that a block can use."""
+    """The target of Triton kernels: compute capability, and bytes of shared memory that a thread block can use."""
 
     capability: tuple[int, int]
     shared_memory: int
@@ -54,8 +54,8 @@ class LaunchDevice(NamedTuple):
 def cpu_launch_device() -> LaunchDevice | None:
     """Return the device that Triton kernels on CPU tensors are compiled for, or None if they cannot run.
 
-    The interpreter uses the configurations of compute capability 8.9 and has no limit of shared memory. An emulator
-    replaces this function.
+    The interpreter uses the launch configurations of compute capability 8.9, without a limit of shared memory. An
+    emulator can replace this function.
     """
     return LaunchDevice((8, 9), sys.maxsize) if interpreting() else None
 
@@ -82,8 +82,8 @@ def stages(tensor: Tensor) -> int:
 def pipeline_stages(capability: tuple[int, int]) -> int:
     """Return the number of stages of a kernel's software pipeline: 2, or 1 where 2 would cause a data race.
 
-    On compute capability 9.x, Triton before 3.7.1 inserts no fence between a copy by cp.async and the wgmma instruction
-    that reads the copied data (triton-lang/triton, pull request 10537).
+    The data race occurs on compute capability 9.x with Triton before 3.7.1. These versions insert no fence between a
+    copy by cp.async and the wgmma instruction that reads the copied data (triton-lang/triton, pull request 10537).
     """
     return 1 if capability[0] == 9 and not _copies_are_fenced() else 2
 
@@ -111,5 +111,5 @@ def triton_refusal(tensor: Tensor) -> str | None:
 
 
 def roomy(tensor: Tensor, kibibytes: int = 160) -> bool:
-    """Return whether a block can use this many KiB of shared memory; only data-centre GPUs have 160 KiB."""
+    """Return whether a thread block can use this many KiB of shared memory; only data-centre GPUs have 160 KiB."""
     return launch_device(tensor).shared_memory >= kibibytes * 1024

@@ -33,10 +33,11 @@ class BackendStatus(NamedTuple):
 def backends() -> dict[str, BackendStatus]:
     """Return the backends that `backend=` accepts, and whether each can run here.
 
-    An operator can still raise NotImplementedError for an available backend, if it has no implementation for it.
+    A backend that can run here does not necessarily support every operator and every argument. If the requested backend
+    does not support a call, the operator raises NotImplementedError.
 
     Returns:
-        Backend name → whether it can run here, and its description or the reason why it cannot.
+        Backend name → its `BackendStatus`: True and a description, or False and the reason why the backend cannot run.
     """
     found = {name: BackendStatus(True, description) for name, description in BACKENDS.items()}
     missing = devices.triton_missing()
@@ -46,10 +47,11 @@ def backends() -> dict[str, BackendStatus]:
 def few_threads(function: Callable[..., Any]) -> Callable[..., Any]:
     """Make `function(key, ...)` run on one thread if its CPU tensor `key` (…, N, d) is small.
 
-    `function` runs many small steps. After each step, the threads wait for each other in a loop. On a busy machine, the
-    waiting takes far longer than the steps. The number of threads is set for the calling thread only, and is restored
-    afterwards. torch.compile traces `function` without this wrapper. The first argument can also be an object
-    with an attribute `key`.
+    The first argument of `function` can also be an object with the attribute `key`. `function` runs many small steps.
+    With several threads, the threads wait for each other after each step. On a busy machine, the waiting takes far
+    longer than the steps.
+    The number of threads is set for the calling thread only, and is restored afterwards. torch.compile traces
+    `function` without this wrapper.
     """
 
     @wraps(function)
@@ -85,13 +87,13 @@ def choose_backend(
         requested: The value of `backend=`. None means the value of SRM_KERNELS_BACKEND. If this variable is not set
             either, the verdict about the device of `tensor` decides (see `choice`). Without a verdict, the backend is
             the first of `implementations` that is not refused.
-        implementations: Backends that the operator has, the default first.
+        implementations: Backends that have an implementation of the operator, the default first.
         operator: Name of the operator.
-        refusal: Function that returns why a backend cannot run with these arguments, or None.
-        tensor: The tensor whose device and dtype select the verdict, or None.
+        refusal: Function of a backend's name. It returns why the backend cannot run the call, or None if it can.
+        tensor: The tensor whose device and dtype select the verdict. With None, no verdict is used.
         sizes: As in `choice.measured`.
         variant: As in `choice.measured`.
-        call: Key of the cached choice. It contains everything that `refusal`, `sizes` and `variant` depend on.
+        call: Key of the cached choice. The key contains everything that `refusal`, `sizes` and `variant` depend on.
 
     Raises:
         ValueError: The name is not in `backends()`.
@@ -137,8 +139,8 @@ _variable = os.environ.encodekey(ENVIRONMENT_VARIABLE)  # type: ignore[attr-defi
 def named_by_environment() -> str | None:
     """Return the value of SRM_KERNELS_BACKEND, or None.
 
-    For a variable that is not set, `os.environ` raises and catches an exception. The exception takes longer than the
-    whole choice of a backend. The function therefore first looks up the dictionary that `os.environ` wraps.
+    For a variable that is not set, `os.environ` raises and catches an exception. This takes longer than the whole
+    choice of a backend. The function therefore first looks in the dictionary that `os.environ` wraps.
     """
     if not torch.compiler.is_compiling() and _variables is not None and _variable not in _variables:
         return None
@@ -148,7 +150,7 @@ def named_by_environment() -> str | None:
 def kept(
     requested: str | None, tensor: torch.Tensor, operator: str, variant: str, call: tuple[Any, ...]
 ) -> str | None:
-    """Return the cached choice for the key `call`, or None. This is cheaper than preparing a new choice."""
+    """Return the cached choice for the key `call`, or None if there is none or if a backend was requested."""
     if requested is None and named_by_environment() is None:
         return choice.cached(tensor, operator, variant, call)
     return None
@@ -167,8 +169,8 @@ def choose_kernels(
 ) -> str:
     """Return the backend to run for an operator that has Triton kernels.
 
-    `plain` names the other backends of the operator, the default first. `refusal` returns why the kernels cannot run
-    with these arguments, or None. `refusal` is called only if `devices.triton_refusal` returns None, because
+    `plain` contains the names of the operator's other backends, the default first. `refusal` returns why the kernels
+    cannot run the call, or None if they can. It is called only if `devices.triton_refusal` returns None, because
     torch.export adds a guard for every shape that `refusal` reads. The other arguments are those of `choose_backend`.
     """
     return kept(requested, tensor, operator, variant, call) or choose_backend(

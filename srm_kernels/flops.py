@@ -31,7 +31,7 @@ Shape = tuple[int, ...]
 
 
 def attention_macs(queries: int, keys: int, rank: int, d: int) -> int:
-    """Count one head without the choice of landmarks: L, L X, R, R V, W and the solve."""
+    """Count L, L X, R, R V, W and the solve of one head, without the choice of landmarks."""
     return query_side_macs(queries, rank, d) + key_side_macs(keys, rank, d) + solve_macs(rank, d)
 
 
@@ -171,10 +171,10 @@ def _register() -> None:
 
 
 def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
-    """Return handles for fvcore, which counts multiply-accumulates.
+    """Return the handles with which fvcore counts multiply-accumulates of the operators.
 
     Returns:
-        Operator name → handle, the arguments of `FlopCountAnalysis.set_op_handle`.
+        Operator name → handle. Each pair is the arguments of one call of `FlopCountAnalysis.set_op_handle`.
     """
 
     def handle(macs: Callable[..., int]) -> Callable[[list[Any], list[Any]], int]:

@@ -1,22 +1,24 @@
 """The numerics rule: the largest error that the result of a kernel may have.
 
-The exact result is the definition (docs/METHOD.md), computed in fp64. An error is the difference from the exact result.
-A unit of a dtype is its machine epsilon times the size of the exact result. The error of a kernel is at most the sum of
-three terms:
+The exact result is computed in fp64 from the definition in docs/METHOD.md. An error is the difference from the exact
+result. A unit of a dtype is its machine epsilon times the size of the exact result. The error of a kernel must be at
+most the sum of three terms:
 
 - twice the error of plain PyTorch in the same dtype, with intermediate results in fp32;
 - half a unit of the dtype;
-- 8 units of fp32, because kernels sum in another order.
+- 8 units of fp32, because kernels sum in another order than plain PyTorch.
 
-The rule holds for the largest absolute error and for the mean absolute error.
+The rule is applied twice. First, errors and sizes are the largest absolute values of a tensor. Then they are the mean
+absolute values.
 
 If the result is a single number, such as the gradient of α, the error of plain PyTorch can be small by chance. The rule
-then assumes that this error is at least half a unit of the dtype.
+then assumes that the error of plain PyTorch is at least half a unit of the dtype.
 
-The error of a gradient of few numbers is measured over several random losses. Each number is a sum Σ tᵢ over many
-positions. The error of the sum is Σ tᵢ δᵢ with random rounding errors δᵢ, and is of the order of ε √Σ tᵢ², where ε is
-the machine epsilon. The sum itself can be much smaller. Each loss gives one random sample of the error, and the rule
-uses the largest error of plain PyTorch over all losses.
+Some gradients have few elements. Each element is a sum Σ tᵢ over many positions. The error of the sum is Σ tᵢ δᵢ, where
+the δᵢ are random rounding errors. The size of this error is of the order of ε √Σ tᵢ², where ε is the machine epsilon.
+The sum itself can be much smaller than √Σ tᵢ². The error for one loss is one random sample. The error of such a
+gradient is therefore measured for several random losses. The rule uses the largest error of plain PyTorch over all
+losses.
 """
 
 from __future__ import annotations
@@ -46,13 +48,15 @@ def error_ratio(
         plain: The same result by plain PyTorch in the dtype of `found`.
         exact: The same result in fp64.
         together: Exact results computed in the same call, for instance all gradients. The fp32 term of the bound is
-            scaled by the largest of these results. By default, the term is scaled by `exact`.
-        draws: Pairs (plain, exact) of the same result for other losses. The error of plain PyTorch is then the largest
-            over all draws. The size of the result is at least the root mean square of the sizes of the exact draws.
+            proportional to the largest of their sizes. By default, it is proportional to the size of `exact`.
+        draws: Pairs (plain, exact) of the same result for other losses. The bound then uses the largest error of plain
+            PyTorch over all losses. As the size of the result, it uses the larger of two numbers: the size of `exact`,
+            and the root mean square of the sizes of the exact results in `draws`.
 
     Returns:
-        The larger of two ratios: one for the largest and one for the mean absolute error. The ratio is infinity if NaN
-        or ±infinity are not in the same positions as in `exact`. Elements that overflow only in `plain` are ignored.
+        The larger of two ratios: one for the largest and one for the mean absolute error. The ratio is infinity unless
+        `found` has NaN and ±infinity in the same positions as `exact`. Elements that overflow only in `plain` are
+        ignored.
 
     Raises:
         ValueError: The shapes differ.

@@ -1,7 +1,8 @@
 """Groups of arguments that several operators, or several implementations of one operator, share.
 
-An operator registered with torch has a flat signature. `registration` replaces each group by the arguments of its
-`SCHEMA`, and builds the group again for the implementations. Public functions check the values.
+The signature of an operator in torch has no groups. `registration` replaces each group by the arguments of its
+`SCHEMA`. Before a call of an implementation, `registration` builds the group again from these arguments. Public
+functions check the values.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class LandmarkOptions(Written):
         rank: r, at least 1.
         method: A key of `landmarks.METHODS`.
         gamma: γ of the ridge leverage scores.
-        generator: Source of the numbers of a random method; None means seed 0. It is not passed to operators.
+        generator: Random number generator of the random methods; None means seed 0. It is not passed to operators.
     """
 
     SCHEMA: ClassVar[str] = "SymInt rank, str method, float gamma"
@@ -75,7 +76,7 @@ class SolveOptions(Written):
 
     @property
     def default(self) -> bool:
-        """Whether the kernels and C++ code that fuse the solve with other steps support these options."""
+        """Whether the kernels and the C++ code that fuse the solve with other steps support these options."""
         return self.solver == "cholesky" and not self.equilibrate
 
 
@@ -118,7 +119,7 @@ class QuerySides(Written):
     """The arguments of `pooled_links`, whose docstring describes them.
 
     All lists except `maps` have one entry per link. `alphas`, `weights` and `biases` are empty if the links have no
-    DyT; `xs` is empty if X was not given.
+    DyT. `xs` is empty if X was not given.
     """
 
     SCHEMA: ClassVar[str] = (

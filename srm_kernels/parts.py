@@ -4,15 +4,16 @@ This module imports Triton. Only modules of kernels may import this module.
 
 Precision of products:
 
-- Stored tensors (queries, keys, values) are multiplied in their dtype and accumulated in fp32. A product of two bf16 or
-  fp16 numbers is exact in fp32. Two fp32 tensors are multiplied in the precision "tf32x3".
-- Computed tensors (softmax blocks, X and their gradients) stay in fp32. `wide_dot` multiplies them in three passes of
-  the tensor cores. The precision "tf32x3" keeps 22 bits of both factors. "bf16x3", which is used with bf16 tokens,
-  keeps 16 bits. A pass multiplies the high or low parts of both factors. A factor that is stored in bf16 has no low
-  part, so two passes suffice. One pass would keep only 11 bits (TF32) or 8 bits (bf16). X can be many times larger
-  than Y, and the rounding error would then be large relative to Y.
-- The choice of landmarks depends on the last bits of the scores. The products for the scores use at least "tf32x3", and
-  plain fp32 for fp32 tokens.
+- Stored tensors (queries, keys, values) are multiplied in their dtype, and the products are accumulated in fp32. A
+  product of two bf16 or fp16 numbers is exact in fp32. Two fp32 tensors are multiplied in the precision "tf32x3".
+- Computed tensors (L, W, R, X and their gradients) stay in fp32. `wide_dot` multiplies them in three passes of the
+  tensor cores. Each factor is the sum of a high part and a low part, and each pass multiplies one part of each factor.
+  The precision "tf32x3" keeps 22 bits of both factors. With bf16 tokens, the precision is "bf16x3", which keeps 16
+  bits. A factor that is stored in bf16 has no low part, so two passes suffice.
+- One pass would keep only 11 bits (TF32) or 8 bits (bf16). X can be many times larger than Y. The rounding error of X
+  would then be large relative to Y.
+- The choice of landmarks depends on the last bits of the scores. The products for the scores therefore use "tf32x3" or
+  plain fp32 (`finest_precision`).
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def contiguous(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def strides(*unnamed: Tensor, axes: str = "bhnd", **named: Tensor) -> dict[str, int]:
-    """Return strides by the names that kernels use: "stride_b" of the unnamed tensor, "key_stride_b" of `key=`."""
+    """Return strides by the names of the kernels' parameters: "stride_b" (unnamed tensor), "key_stride_b" (`key=`)."""
     tensors = [("", tensor) for tensor in unnamed] + [(f"{name}_", tensor) for name, tensor in named.items()]
     return {
         f"{prefix}stride_{axis}": stride
@@ -64,7 +65,7 @@ def strides(*unnamed: Tensor, axes: str = "bhnd", **named: Tensor) -> dict[str, 
 
 
 def strides_of(maps: Sequence[Tensor]) -> dict[str, tuple[int, ...]]:
-    """Return the strides of all maps by image, channel, row and column, by the names that kernels use."""
+    """Return the strides of all maps: "strides_b" (image), "strides_c" (channel), "strides_h" and "strides_w"."""
     return {f"strides_{axis}": tuple(m.stride(number) for m in maps) for number, axis in enumerate("bchw")}
 
 
@@ -78,7 +79,8 @@ def precision(dtype: torch.dtype) -> str:
 def finest_precision(dtype: torch.dtype, d: int) -> str:
     """Return the `input_precision` for the choice of landmarks.
 
-    For d above 64, three passes over a d×d matrix would need 128 KiB of shared memory. Products then use plain fp32.
+    The result is "ieee" (plain fp32) for fp32 tokens and for d above 64. For d above 64, three passes over a d×d matrix
+    would need 128 KiB of shared memory.
     """
     return "ieee" if INTERPRETED or dtype == torch.float32 or d > 64 else "tf32x3"
 
@@ -116,8 +118,8 @@ def load_tokens(ptr, rows, valid, n_stride, d_stride, d: tl.constexpr, D: tl.con
 def rms_factor(tokens, d: tl.constexpr, NORMALISE: tl.constexpr):
     """Return √d / (‖x‖ + 1e-6) of every row x, [ROWS], or ones without NORMALISE.
 
-    Kernels apply the factor to the result of a product. The product itself therefore uses the stored numbers, which are
-    not rounded again.
+    Kernels first multiply the stored tokens, and then apply the factor to the product. The tokens are therefore not
+    rounded a second time.
     """
     wide = tokens.to(tl.float32)
     norm = tl.sqrt(tl.sum(wide * wide, 1))
@@ -139,7 +141,7 @@ def rms_factor_product(gradient, tokens, d: tl.constexpr, NORMALISE: tl.constexp
 
 @triton.jit
 def bf16_pair(x):
-    """Split x into a sum of two bf16 tensors, which keeps 16 bits."""
+    """Split x into two bf16 tensors whose sum keeps 16 bits of x."""
     high = x.to(tl.bfloat16)
     return high, (x - high.to(tl.float32)).to(tl.bfloat16)
 
@@ -148,7 +150,8 @@ def bf16_pair(x):
 def wide_dot(a, b, PRECISION: tl.constexpr):
     """Return the product a b in fp32, where at least one factor is a computed tensor (see the module's docstring).
 
-    For an infinite entry, the product with the low part is NaN. The NaN is replaced by 0, as in Triton's "bf16x3".
+    An infinite entry has a low part of NaN, so the product with the low part is NaN. The function replaces this NaN by
+    0, as Triton's "bf16x3" does.
     """
     if PRECISION == "bf16x3" and b.dtype == tl.bfloat16:
         high, low = bf16_pair(a)

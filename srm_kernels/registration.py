@@ -1,9 +1,9 @@
 """Register operators with torch as `srm::<name>` and `srm::<name>_backward`, for all backends.
 
 Eager mode, torch.compile, torch.export, FLOP counters and CUDA graphs see only these two operators. Autograd cannot
-differentiate through Triton kernels. The backend "triton" therefore has its own derivative, or uses the derivative of
-the reference. A call that is differentiated under torch.func or in forward mode runs the reference in plain PyTorch
-instead of the operator.
+differentiate through Triton kernels. For the backend "triton", an operator therefore has its own derivative, or uses
+the derivative of the reference. A call that is differentiated under torch.func or by forward-mode differentiation does
+not run the operator. It runs the reference in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ _running: list[dict[str, set[str]]] = []
 def running() -> Iterator[dict[str, set[str]]]:
     """Collect the implementations that run inside the context: operator → backends.
 
-    Operators are recorded in eager and in compiled code, and in a CUDA graph when the graph is captured. Calls that are
-    differentiated under torch.func or in forward mode are not recorded, because they run no registered operator.
+    Operators are recorded in eager and in compiled code. In a CUDA graph, they are recorded during the capture, not
+    during a replay. Calls that are differentiated under torch.func or by forward-mode differentiation are not recorded,
+    because they run no registered operator.
     """
     found: dict[str, set[str]] = {}
     _running.append(found)
@@ -59,7 +60,7 @@ def plainly() -> Iterator[None]:
 
 
 def later(module: str, name: str) -> Implementation:
-    """Return a function that imports `module` when it is first called: kernels must not be imported without Triton."""
+    """Return a function that calls `module.name`. The module, which can need Triton, is imported by the first call."""
 
     def call(*args: Any) -> Any:
         return getattr(import_module(module), name)(*args)
@@ -85,22 +86,23 @@ def register_operator(
 
     `srm::name_backward` computes the derivative, a vector-Jacobian product, from the saved inputs. Gradients are
     contiguous. A second derivative (`create_graph=True`) uses the reference, which autograd can differentiate. A call
-    that is differentiated under torch.func or in forward mode also runs the reference, instead of the operator.
+    that is differentiated under torch.func or by forward-mode differentiation runs the reference instead of the
+    operator.
 
     Args:
         name: Name of the operator.
         arguments: Arguments of the operator, as in a torch schema. An argument whose type is in `options.WRITTEN` is
             replaced by the fields of this type, because torch does not know the type.
-        returns: Results of the operator, as in a torch schema. Results are contiguous, except the first if `like` is
-            given.
+        returns: Results of the operator, as in a torch schema. Results are contiguous; `like` gives the first result
+            another layout.
         implementations: Backend → function of `arguments`. "reference" is required.
         fake: Function of `arguments` that returns empty tensors of the right shapes, for torch.compile and export.
         differentiable: Names of the differentiable arguments.
         like: Name of an argument. The first result has the layout that `torch.empty_like` gives for this argument.
         derivatives: Backend → function `(grads, results, *arguments)`. The function returns a gradient for each tensor
             among the differentiable arguments, in the order of the arguments. If any backend has such a function, the
-            forward pass saves its results. Without such a function, "triton" uses the derivative of the reference, and
-            autograd differentiates the other backends.
+            forward pass saves the results of the operator. If "triton" has no such function, it uses the derivative of
+            the reference. If another backend has none, autograd differentiates the code of this backend.
         constant: Indices of results without a gradient. Results that are not floating point never have a gradient.
         recalled: Name of an argument → index of a result. The derivative of the reference uses the result instead of
             the argument. The backward pass then does not repeat a choice of the forward pass, such as the landmarks.
@@ -241,7 +243,7 @@ def _kinds(arguments: str) -> list[str]:
 
 
 def _packed(function: Implementation, kinds: Sequence[str], ahead: int = 0) -> Implementation:
-    """Return a function that takes the fields of each `options.WRITTEN` object as separate arguments.
+    """Return `function` with another signature: the fields of each `options.WRITTEN` object are separate arguments.
 
     The first `ahead` arguments are passed on unchanged.
     """
@@ -345,7 +347,7 @@ def _has_tangent(tensor: Tensor | None) -> bool:
 
 
 def _is_tensors(value: Any) -> bool:
-    """Return whether an argument is a list of tensors; an empty list counts as one, as in torch."""
+    """Return whether an argument is a list of tensors. An empty list counts as a list of tensors, as in torch."""
     return isinstance(value, list) and all(isinstance(t, Tensor) or t is None for t in value)
 
 

@@ -1,7 +1,8 @@
 """Verdicts: the results of `python -m srm_kernels verify`, in one file per device.
 
-A verdict holds for one device, driver, torch, Triton and state of the kernel sources. A file is ignored if it is
-incomplete, has wrong types, belongs to another user, can be written by other users or is a symbolic link.
+A verdict holds for one device, one version each of the driver, torch and Triton, and one state of the kernel sources. A
+file is ignored if it is incomplete, has wrong types, belongs to another user, can be written by other users, or is a
+symbolic link.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ SOURCES = ("parts.py", "registration.py", "numerics.py", "verify/cases.py", "ver
 
 IMPLEMENTATIONS = ("reference", "torch", "triton")
 RIGHT = "right"
-# "unsupported": the backend does not support these sizes; "memory": the device has too little. Neither is a fault.
+# "unsupported": the backend does not support these sizes. "memory": the device has too little memory. These two are
+# not faults.
 HARMLESS = (RIGHT, "unsupported", "memory")
 FAULTS = ("wrong", "refused", "error", "timeout", "crashed")
 # The environment can cause these faults, so the next run tries again.
@@ -78,7 +80,7 @@ class Verdict:
     Attributes:
         key: The device and the versions for which the rows hold.
         rows: One row for each operator, backend, dtype and shape; `checked_row` lists the fields.
-        unfinished: Pairs of operator and dtype whose measurement was interrupted. The verdict does not cover them.
+        unfinished: Groups (operator, dtype) whose measurement was interrupted. The verdict does not decide them.
         origin: "this machine" or "shipped".
     """
 
@@ -88,7 +90,7 @@ class Verdict:
     origin: str = OWN
 
     def with_row(self, row: Row) -> Verdict:
-        """Return a copy with a row added; it replaces an earlier row of the same case."""
+        """Return a copy with `row` added. `row` replaces an earlier row of the same case."""
         kept = [one for one in self.rows if identity(one) != identity(row)]
         return replace(self, rows=(*kept, row))
 
@@ -113,7 +115,7 @@ def identity(row: Row) -> tuple[str, str, str, str]:
 
 
 def is_done(row: Row) -> bool:
-    """Return whether nothing is left to measure: a row that is right must have times."""
+    """Return whether the measurement of a row is complete. A row with the status "right" needs times."""
     return row["status"] != RIGHT or bool(row["milliseconds"])
 
 
@@ -196,8 +198,8 @@ def load(key: Key) -> tuple[Verdict | None, str | None]:
     """Read the verdict of a device.
 
     Returns:
-        The verdict and None; or None and the reason: nothing was measured (`NOT_VERIFIED`), other versions were
-        measured, or the file cannot be used.
+        The verdict and None, if the verdict holds. Otherwise None and the reason: nothing was measured
+        (`NOT_VERIFIED`), other versions were measured, or the file cannot be used.
     """
     path = path_of(key)
     try:
@@ -217,11 +219,11 @@ def load(key: Key) -> tuple[Verdict | None, str | None]:
 
 
 def doubts(key: Key) -> Verdict | None:
-    """Return the faults in an outdated verdict of this machine that also count for the current versions.
+    """Return the faults in an outdated verdict of this machine that still exclude implementations.
 
-    A shipped verdict holds for any driver and for any patch version of torch and Triton. Faults that this machine found
-    with another driver or patch version therefore still exclude implementations. Faults that the environment can have
-    caused do not count.
+    Faults count if the outdated verdict differs only in the driver, or in the patch version of torch or Triton. A
+    shipped verdict holds for all drivers and patch versions. Faults that count therefore also exclude implementations
+    of a shipped verdict. Faults that the environment can have caused do not count.
 
     Returns:
         An unfinished verdict with only these faults, or None if there are none.
@@ -301,7 +303,7 @@ def _checked(found: Any) -> Verdict:
 
 
 def checked_row(row: Any) -> Row:
-    """Return a row after checking its fields, without fields that are not listed here.
+    """Check a row of a verdict, and return the row without unknown fields.
 
     A row has these fields:
 
@@ -392,10 +394,10 @@ def _write(path: Path, text: str) -> None:
 
 @contextmanager
 def held(key: Key) -> Iterator[bool]:
-    """Lock a device for measurement, and yield whether no other process holds the lock.
+    """Lock a device for measurement. Yield False if another process holds the lock, and True otherwise.
 
-    The lock ends with the process at the latest. If the system cannot write or lock the lock file, the context yields
-    True.
+    The lock ends with the context, or with the process if the process ends first. If the system cannot write or lock
+    the lock file, the context yields True.
     """
     try:
         folder = cache_folder()
@@ -419,7 +421,7 @@ def held(key: Key) -> Iterator[bool]:
 
 
 def export(verdict: Verdict, path: Path) -> None:
-    """Write the finished rows and their machine as JSON lines, in the format of `bench/results` and `SHIPPED`."""
+    """Write the rows of finished groups and their machine as JSON lines, as in `bench/results` and `SHIPPED`."""
     machine = {**verdict.key._asdict(), "kind": "cuda", "cuda": torch.version.cuda}
     finished = [row for row in verdict.rows if group_of(row) not in verdict.unfinished]
     lines = [json.dumps({**row, "machine": machine}, allow_nan=False, ensure_ascii=False) for row in finished]
@@ -432,7 +434,8 @@ def export(verdict: Verdict, path: Path) -> None:
 def shipped(key: Key, folder: Path | None = None) -> Verdict | None:
     """Return the verdict shipped for this device, capability, kernel sources and minor versions of torch and Triton.
 
-    The driver is not compared. A file with a line that `export` could not have written is ignored, with a warning.
+    The driver version is not compared. If a file has a line that `export` could not have written, the file is ignored
+    with a warning.
     """
     rows: list[Row] = []
     for path in sorted((folder or SHIPPED).glob("*.jsonl")):
@@ -462,7 +465,8 @@ def governing(own: Verdict | None, others: Verdict | None) -> dict[Group, tuple[
     """Return the verdict and the rows that decide each group.
 
     The verdict of this machine, `own`, decides the groups that this machine has measured. The shipped verdict `others`
-    decides the other groups. For an unfinished group, only the faults are returned. They exclude implementations.
+    decides the other groups. For an unfinished group, only the rows with faults are returned. A fault excludes its
+    implementation even if the measurement of the group is not finished.
     """
     found: dict[Group, tuple[Verdict, list[Row]]] = {}
     for verdict in filter(None, (others, own)):

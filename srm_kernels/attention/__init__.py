@@ -162,12 +162,14 @@ def nystrom_attention(
     """Compute Nyström cross-attention on r landmark keys, linear in N_q and N_k (docs/METHOD.md §2, article 3.3).
 
     With r = N_k and ridge = 0 the result is exact attention. There are no masks. The operator is differentiable in
-    query, key, value and tau, with constant landmarks; a second derivative uses the reference. The output and gradient
-    of a sample do not depend on the rest of the batch. A NaN affects only the results of its own (b, h).
+    query, key, value and tau. For the derivative, the landmarks are constants. A second derivative uses the reference.
+    The output and the gradient of an image do not depend on the other images of the batch. A NaN affects only the
+    results of its own image and head.
 
     The backend "triton" supports float32, bfloat16 and float16, d from 8 to 128, r up to 128 and solve_dtype "fp32". It
-    has kernels for the solvers "cholesky" and "lu" without equilibration, and uses torch.linalg for other solvers. The
-    solvers "svd" and "auto" and the exact κ of `diagnostics=True` wait for the device.
+    has kernels for the solvers "cholesky" and "lu" without equilibration, and uses torch.linalg for other solvers.
+
+    With every backend, the solvers "svd" and "auto" wait for the device, and so does the exact κ of `diagnostics=True`.
 
     Args:
         query: Q (B, H, N_q, d); float64, float32, bfloat16 or float16, any strides. Query, key and value have one dtype
@@ -175,7 +177,8 @@ def nystrom_attention(
         key: K (B, H, N_k, d).
         value: V (B, H, N_k, d).
         rank: r, at least 1; clamped to N_k.
-        landmarks: Indices (B, H, r) of the landmarks, int64, with r = `rank`. None chooses the landmarks by `method`.
+        landmarks: Indices (B, H, r) of the landmarks, int64, with r = `rank`. With None, `method` chooses the
+            landmarks.
         method: As in `select_landmarks`.
         gamma: As in `select_landmarks`.
         ridge: As in `landmark_solve`.
@@ -184,20 +187,20 @@ def nystrom_attention(
         kappa_max: As in `landmark_solve`.
         neumann_order: As in `landmark_solve`.
         neumann_gate: As in `landmark_solve`.
-        qk_norm: Tokens that are RMS-normalised per head before landmarks are chosen: None, "keys" or "both". Without
-            normalised keys there is no bound on κ(W_λ) or on the output: one outlier among the keys can make the output
-            many orders of magnitude larger than the output of exact attention.
+        qk_norm: Which tokens are RMS-normalised per head, before landmarks are chosen: None, "keys" or "both" (queries
+            and keys). Without normalised keys, neither κ(W_λ) nor the output has a bound. One outlier among the keys
+            can then make the output many orders of magnitude larger than the output of exact attention.
         scale: s; 1/√d by default.
-        solve_dtype: "fp32" computes L, W and R in fp32 (fp64 for fp64). "model" computes L, W and R in the dtype of the
-            inputs and casts W to fp32 before the solve, as in the article (an ablation).
+        solve_dtype: "fp32" computes L, W and R in fp32 (fp64 for fp64 inputs). "model" computes L, W and R in the dtype
+            of the inputs and casts W to fp32 before the solve, as in the article (an ablation).
         generator: As in `select_landmarks`.
         tau: τ (H,), floating point: a factor of Y for each head (docs/METHOD.md §3.3). None means 1.
         diagnostics: True or "estimate" also returns diagnostics, as in `landmark_solve`.
         backend: A name of `backends()`, or None.
 
     Returns:
-        Y (B, H, N_q, d) in the dtype and layout of the query. With diagnostics, Y and a `LandmarkSolution`, which
-        carries no gradient.
+        Y (B, H, N_q, d) in the dtype and layout of the query. With diagnostics, Y and a `LandmarkSolution`. The
+        `LandmarkSolution` carries no gradient.
 
     Raises:
         TypeError: A dtype or type is not accepted.
@@ -246,7 +249,8 @@ def attention_with_scale(
         backend: A name of `backends()`, or None.
 
     Returns:
-        Y, and the scale statistic (μ and σ) as `rms_scale` computes it, without a gradient.
+        Y with the factor τ, and the scale statistic (μ and σ) of Y before τ. The statistic is as from `rms_scale`, but
+        carries no gradient.
     """
     query, key, value = autocast.lowered(query, key, value)
     d = _check_attention(query, key, value, qk_norm, scale)
@@ -333,8 +337,8 @@ def landmark_side(
 ) -> tuple[Tensor, Tensor]:
     """Compute the key side of Nyström attention: the landmark keys K̃ and X (docs/METHOD.md §2, article 3.3).
 
-    Y is softmax(Q K̃ᵀ s) X, where K̃ is normalised according to `qk_norm`. The operator is differentiable in key and
-    value; a second derivative uses the reference.
+    With these two results, Y = softmax(Q K̃ᵀ s) X, if Q and K̃ are first normalised according to `qk_norm`. The operator
+    is differentiable in key and value; a second derivative uses the reference.
 
     The backend "torch" uses C++ for the solver "cholesky" on the CPU, if the library is built. The backend "triton" has
     the same limits as for `nystrom_attention`.
@@ -358,8 +362,8 @@ def landmark_side(
         backend: A name of `backends()`, or None.
 
     Returns:
-        K̃ = key[I] without normalisation, exact in the key's dtype, and X = (W + λI)⁻¹ (R V). Both are (B, H, r, d) in
-        fp32 (fp64 for fp64).
+        K̃ = key[I] without normalisation, and X = (W + λI)⁻¹ (R V). Both are (B, H, r, d) in fp32 (fp64 for fp64
+        inputs). A cast of K̃ to the dtype of `key` is exact.
 
     Raises:
         TypeError: A dtype or type is not accepted.
@@ -410,8 +414,8 @@ def _landmark_side(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return K̃, X and I.
 
-    The backend "triton" also chooses the landmarks if it has kernels for the method. The default solver is a part of
-    the operator; another solver runs after the operator.
+    With the backend "triton", the operator also chooses the landmarks, if there are kernels for the method. The default
+    solver is a part of the operator. Any other solver runs after the operator.
     """
     choice = options.choice
     if landmarks is not None:
@@ -458,7 +462,7 @@ def full_attention(
         qk_norm: As in `nystrom_attention`.
         scale: As in `nystrom_attention`.
         backend: "torch" (scaled_dot_product_attention), "reference" (an explicit softmax) or None. None selects
-            "reference" under torch.func and in forward mode, and "torch" otherwise.
+            "reference" under torch.func and forward-mode differentiation, and "torch" otherwise.
 
     Returns:
         (B, H, N_q, d) in the query's dtype.
@@ -536,7 +540,8 @@ def _choose_backend(
 def _variant(landmarks: Tensor | None, options: AttentionOptions, diagnostics: bool = False) -> str:
     """Return the variant of the operator. Variants run different kernels, so each has its own choice of backend.
 
-    One verdict covers leverage, uniform and given landmarks: `verify` checks all three and times leverage, the slowest.
+    Landmarks by leverage, uniform landmarks and given landmarks are one variant. `verify` checks all three of them, and
+    times only leverage, the slowest.
     """
     method, solve = options.choice.method, options.solve
     if landmarks is not None or method not in METHODS_OF_KERNELS or method in ("leverage", "uniform"):

@@ -1,23 +1,28 @@
 """Triton kernels of the key side of Nyström attention: K̃ and X from K and V of a (b, h), and the gradients of K and V.
 
-With at most 512 keys and r, d ≤ 64, the forward pass is one launch. The launch chooses the landmarks, gathers K̃,
-computes W and R V (by an online softmax) and solves (W + λI) X = R V. With more keys, several programs per (b, h)
-compute the leverage scores and R V, and the choice and the solve are separate launches. If r·d is large, the rows of
-R V are also divided among programs, in pieces of landmarks. The backward pass first computes the transposed solve and
-the other r×r steps, and then dK and dV of every tile of keys.
+(b, h) is one image and head. With at most 512 keys and r, d ≤ 64, the forward pass is one launch, with one program per
+(b, h). The program chooses the landmarks, gathers K̃, computes W and R V (by an online softmax) and solves
+(W + λI) X = R V.
 
-The solve is Gauss–Jordan elimination of A = W + λI without pivoting. A is similar to the symmetric positive definite
-matrix S + λI by a diagonal matrix, and both matrices have the same pivots (docs/METHOD.md §2.1). The pivots are
-therefore positive except for rounding. Aᵀ has the same pivots too. If a pivot is not positive because rounding cancels
-λ, the matrix is formed again and eliminated with partial pivoting, as in the reference. A non-finite logit gives NaN in
-the X of its own matrix.
+With more keys or larger r or d, the forward pass has several launches. Several programs per (b, h) compute the leverage
+scores and R V. The choice of landmarks and the solve have launches of their own. If r·d is large, the rows of R V are
+also divided among programs, in pieces of landmarks.
+
+The backward pass first computes the transposed solve and the other r×r steps. It then computes dK and dV of every tile
+of keys.
+
+The solve is Gauss–Jordan elimination of A = W + λI without pivoting. A is similar, by a diagonal matrix, to the
+symmetric positive definite matrix S + λI (docs/METHOD.md §2.1). A, Aᵀ and S + λI have the same pivots. The pivots are
+therefore positive except for rounding. If rounding cancels λ, a pivot can be zero or negative. The program then
+computes the matrix again and eliminates it with partial pivoting, as in the reference. A non-finite logit gives NaN in
+the X of its own matrix only.
 
 K̃ is stored without normalisation. The entries of K̃ are then exact in the dtype of the tokens, and Q K̃ᵀ can be computed
-in this dtype. The normalisation is a factor for every column of the product. The disadvantage is that tokens above
-about 10¹⁸ overflow in the product and give NaN. The reference normalises before the product.
+in this dtype. The normalisation is a factor of every column of the product. The disadvantage is that tokens above about
+10¹⁸ overflow in the product and give NaN. The reference has no such overflow, because it normalises before the product.
 
-Logits are in units of log 2, for exp2. Symbols: U = R V, dU = A⁻ᵀ dX, and therefore dA = −dU Xᵀ and dR = dU Vᵀ. Sums
-over keys have a fixed order without atomics, so that results are bitwise reproducible.
+Logits are in units of log 2, for exp2. Symbols: U = R V and dU = A⁻ᵀ dX. It follows that dA = −dU Xᵀ and dR = dU Vᵀ.
+Sums over keys have a fixed order without atomics. Results are therefore bitwise reproducible.
 """
 
 from __future__ import annotations
@@ -68,9 +73,9 @@ def gather(
     key_ptr, landmarks_ptr, first, N, n_stride, d_stride, rank: tl.constexpr, R: tl.constexpr,
     d: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Return the rows of K̃ from `first` on, [R, D], in the stored dtype.
+    """Return R rows of K̃ from row `first` on, [R, D], in the dtype of the keys in memory.
 
-    Indices on a device are not checked; an index out of range gives a row of NaN.
+    Python does not check the indices of landmarks on a GPU. Here, an index that is out of range gives a row of NaN.
     """
     i = first + tl.arange(0, R)
     index = tl.load(landmarks_ptr + i, mask=i < rank, other=0)
@@ -89,9 +94,9 @@ def load_matrix(ptr, rows: tl.constexpr, R: tl.constexpr, columns: tl.constexpr,
 
 @triton.jit
 def load_columns(ptr, first, rows: tl.constexpr, R: tl.constexpr, columns: tl.constexpr, CHUNK: tl.constexpr):
-    """Load the columns first..first + CHUNK of a contiguous rows×columns matrix, [R, CHUNK].
+    """Load CHUNK columns of a contiguous rows×columns matrix, from column `first` on, [R, CHUNK].
 
-    Products whose factors do not fit in registers are computed chunk by chunk.
+    If the factors of a product do not fit in registers, kernels compute the product chunk by chunk.
     """
     i, j = tl.arange(0, R), first + tl.arange(0, CHUNK)
     inside = (i < rows)[:, None] & (j < columns)[None, :]
@@ -100,7 +105,7 @@ def load_columns(ptr, first, rows: tl.constexpr, R: tl.constexpr, columns: tl.co
 
 @triton.jit
 def load_rows(ptr, first, rows: tl.constexpr, CHUNK: tl.constexpr, columns: tl.constexpr, D: tl.constexpr):
-    """Load the rows first..first + CHUNK of a contiguous rows×columns matrix, [CHUNK, D]."""
+    """Load CHUNK rows of a contiguous rows×columns matrix, from row `first` on, [CHUNK, D]."""
     i, j = first + tl.arange(0, CHUNK), tl.arange(0, D)
     inside = (i < rows)[:, None] & (j < columns)[None, :]
     return tl.load(ptr + i[:, None] * columns + j[None, :], mask=inside, other=0.0)
@@ -121,7 +126,7 @@ def landmark_logits(
     keys_ptr, key_ptr, factor, scale, rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr,
     CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return K̃K̃ᵀ s [R, R] in units of log 2. K̃ is read from its fp32 copy and multiplied in the dtype of the keys."""
+    """Return K̃K̃ᵀ s [R, R] in units of log 2. K̃ is loaded from its fp32 copy, and multiplied in the dtype of K."""
     product = tl.zeros([R, R], tl.float32)
     for first in range(0, d, CHUNK):
         keys = load_columns(keys_ptr, first, rank, R, d, CHUNK).to(key_ptr.dtype.element_ty)
@@ -131,7 +136,7 @@ def landmark_logits(
 
 @triton.jit
 def landmark_softmax(logits, rank: tl.constexpr, R: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """Return W [R, R], or with TRANSPOSED Wᵀ, as a softmax along columns of the symmetric logits. Padding is zero."""
+    """Return W [R, R], or Wᵀ with TRANSPOSED: the softmax of the symmetric logits over each column. Padding is zero."""
     i = tl.arange(0, R)
     inside = (i < rank)[:, None] & (i < rank)[None, :]
     logits = tl.where(inside, logits, -INFINITY)
@@ -172,10 +177,10 @@ def eliminate(matrix, rhs, rank: tl.constexpr, R: tl.constexpr):
 
 @triton.jit
 def eliminate_pivoting(matrix, rhs, rank: tl.constexpr, R: tl.constexpr):
-    """Eliminate with partial pivoting; return the rows of matrix⁻¹ rhs in another order, and `place` [R].
+    """Eliminate with partial pivoting. Return the rows of matrix⁻¹ rhs in another order, and `place` [R].
 
-    Row i of the result is row place[i] of matrix⁻¹ rhs. NaN counts as the largest pivot, so that the chosen rows are
-    distinct.
+    Row i of the result is row place[i] of matrix⁻¹ rhs. NaN counts as the largest pivot. The pivot rows are therefore
+    distinct even if the matrix contains NaN.
     """
     i = tl.arange(0, R)
     place = tl.where(i < rank, -1, i)
@@ -218,10 +223,11 @@ def mix_values(
     value_stride_d, R: tl.constexpr, d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr,
     BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return Σ exp2(logit − top) v [R, D], top [R] and Σ exp2(logit − top) [R] over the keys start..stop.
+    """Return Σ exp2(logit − top) v [R, D], top [R] and Σ exp2(logit − top) [R] over the keys from start to stop − 1.
 
-    There are two uses. On the key side, `keys` [R, D] are landmarks, and `key_ptr` and `value_ptr` are K and V. On the
-    query side, `keys` are queries, and `key_ptr` and `value_ptr` are K̃ and X, which have a wider dtype.
+    `top` is the largest logit of each row. The function has two uses. On the key side, `keys` [R, D] are landmarks, and
+    `key_ptr` and `value_ptr` point to K and V. On the query side, `keys` are queries, and the two pointers point to K̃
+    and X, which have a wider dtype than the queries.
     """
     mixed = tl.zeros([R, D], tl.float32)
     top = tl.full([R], -INFINITY, tl.float32)
@@ -419,9 +425,10 @@ def softmax_gradient(
     keys, row_scale, lse, du, delta, key, value, inside, d: tl.constexpr, NORMALISE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return the probabilities of one tile of keys, the gradient of the logits, and the keys' norm factors [BLOCK].
+    """Return the probabilities for one tile of keys, the gradient of the logits, and the tile's norm factors [BLOCK].
 
-    The probabilities and the gradient have one row for each row of `keys` and one column for each key of the tile.
+    The tile of keys is `key`. The probabilities and the gradient have one row for each row of `keys` and one column for
+    each row of `key`.
     """
     columns = rms_factor(key, d, NORMALISE)
     logits = tl.dot(keys, tl.trans(key), input_precision=PRECISION) * row_scale[:, None] * columns[None, :]
@@ -436,7 +443,7 @@ def landmark_gradient(
     value_stride_n, value_stride_d, scale, d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr,
     BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add to `gradient`, the gradient of the normalised landmarks, what keys start..stop add through the matrix R."""
+    """Add to the gradient of the normalised landmarks what the keys from start to stop − 1 contribute through R."""
     for first in range(start, stop, BLOCK):
         rows = first + tl.arange(0, BLOCK)
         key = load_tokens(key_ptr, rows, rows < stop, key_stride_n, key_stride_d, d, D).to(keys.dtype)
@@ -458,8 +465,8 @@ def _system_backward_kernel(
 ):  # fmt: skip
     """Compute dU, δ_i = Σ_e dU_ie U_ie and the gradient of the gathered keys K̃ of one (b, h).
 
-    With WHOLE, the gradient of K̃ is complete. Otherwise the kernel stores the gradient of the normalised K̃ without
-    the part through the matrix R, and `_gathered_kernel` completes this gradient.
+    With WHOLE, the gradient of K̃ is complete. Without WHOLE, the kernel stores the gradient of the normalised K̃ through
+    the matrix W only. `_gathered_kernel` then adds the other parts.
     """
     head = tl.program_id(0).to(tl.int64)
     b, h = head // heads, head % heads
@@ -553,7 +560,8 @@ def _gathered_kernel(
 ):  # fmt: skip
     """Complete the gradient of the gathered keys K̃ of one (b, h).
 
-    The kernel adds the parts through the matrix R in order, and then the gradient of K̃ from the query side.
+    The kernel first adds, in order, the gradients through the matrix R from all parts of the keys. It then adds the
+    gradient of K̃ from the query side.
     """
     head = tl.program_id(0).to(tl.int64)
     small = head * rank * d
@@ -574,7 +582,7 @@ def _tokens_backward_kernel(
     d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute dK and dV of one tile of keys. For a key that is a landmark, dK includes the gradient of its row of K̃."""
+    """Compute dK and dV of one tile of keys. For a landmark, dK includes the gradient of its row of K̃."""
     program = tl.program_id(0).to(tl.int64)
     head, tile = program // tiles, program % tiles
     b, h = head // heads, head % heads

@@ -1,12 +1,20 @@
 """Launch configurations of the Triton kernels of Nyström attention: fixed rules on shape and device, no autotuning.
 
-The division of tokens among programs depends on N_q or N_k only, never on the batch, so that the sums of a sample are
-computed in the same order in every batch. A small batch therefore has no division of its own. The PTX emulator counts,
-for an RTX 4090 in bf16 with r = 64 and d = 32, the busy time of the forward pass of the key side. For 1,024 keys it is
-98 µs in one program, and 44 (B·H = 1) or 72 µs (B·H = 64) in parts of 256. For 512 keys it is 49, and 44 or 45 µs,
-which does not pay for four more launches. The other numbers are based on the registers and shared memory that
-`python -m bench.resources` prints. They have not been tuned on a GPU yet; `python -m bench.tune_attention` measures the
-alternatives on a GPU.
+The division of tokens among programs depends only on N_q or N_k, never on the batch. The sums of an image are therefore
+computed in the same order in every batch. The disadvantage is that small and large batches use the same division.
+
+The PTX emulator estimated the busy time of the forward pass of the key side, for an RTX 4090 in bf16 with r = 64 and
+d = 32. The table compares one program per (b, h) with programs that share the keys in parts of 256:
+
+    keys     one program    parts, B·H = 1    parts, B·H = 64
+    1,024    98 µs          44 µs             72 µs
+      512    49 µs          44 µs             45 µs
+
+The division of 512 keys would need four more launches, which cost more time than it saves. One program therefore
+processes up to 512 keys.
+
+The other numbers of this module are based on the registers and shared memory that `python -m bench.resources` prints.
+They have not been tuned on a GPU yet. `python -m bench.tune_attention` measures alternatives on a GPU.
 """
 
 from __future__ import annotations
@@ -26,7 +34,7 @@ LEAST_QUERIES_OF_A_GRADIENT = 1024  # each part writes 2 r d partial sums, which
 MOST_HELD = 64 * 64  # largest r·d for which two tiles, each split into two 32-bit parts, fit in 99 KiB
 PIECE = 32  # landmarks in a piece of a tile that is too large
 MOST_REGISTERS = 255
-MOST_PARTS = 32  # parts of one (b, h), so that partial sums need O(r (r + d)) memory and not O(N r)
+MOST_PARTS = 32  # limit of the parts of one (b, h): partial sums need O(r (r + d)) memory and not O(N r)
 
 HALF_RATE = ((8, 6), (8, 9))  # GeForce: bf16 products at half rate are the bottleneck
 ROOMY = ((8, 0), (9, 0), (10, 0))  # data-centre GPUs: more shared memory per block
@@ -35,7 +43,8 @@ ROOMY = ((8, 0), (9, 0), (10, 0))  # data-centre GPUs: more shared memory per bl
 class Configuration(NamedTuple):
     """A launch configuration: tokens per tile, warps per program, pipeline stages and register limit per thread.
 
-    With 8 warps and `registers=None`, the compiler can spill registers so that two programs fit on one multiprocessor.
+    With 8 warps and `registers=None`, the compiler makes two programs fit on one multiprocessor. For this, it can spill
+    registers.
     """
 
     block: int
@@ -60,7 +69,7 @@ def query_forward(rank: int, d: int, dtype: torch.dtype, capability: tuple[int, 
     """Return the configuration of the kernel for Y. A program holds [block, r] probabilities and [block, d] tokens."""
     if _large(rank, d) or _heavy(rank, d, dtype):
         return Configuration(32, 8, 1)
-    # Without a limit the compiler uses at most 128 or 168 registers and spills.
+    # Without an explicit limit, the compiler uses at most 128 or 168 registers per thread, and spills.
     limit = None if dtype == torch.bfloat16 else MOST_REGISTERS
     return Configuration(64, 4, pipeline_stages(capability) if capability in ROOMY else 1, limit)
 
@@ -76,7 +85,8 @@ def query_backward(rank: int, d: int, dtype: torch.dtype, capability: tuple[int,
         return Configuration(16, 8, 1, MOST_REGISTERS)
     if dtype == torch.float32 and not _heavy(rank, d, dtype):
         return Configuration(16, 8, 1)
-    # With a limit of 255 registers, bf16 kernels spill on 12.0. Without a limit, exact products spill on 8.6.
+    # With a limit of 255 registers, bf16 kernels spill on compute capability 12.0. Without a limit, exact products
+    # spill on 8.6.
     limit = MOST_REGISTERS if query_backward_exact(rank, d, dtype, capability) else None
     return Configuration(32, 8, 1, limit)
 
@@ -84,7 +94,7 @@ def query_backward(rank: int, d: int, dtype: torch.dtype, capability: tuple[int,
 def query_backward_exact(rank: int, d: int, dtype: torch.dtype, capability: tuple[int, int]) -> bool:
     """Return whether the kernels of `query_backward` must multiply in plain fp32, without tensor cores.
 
-    Products in three tf32 passes would need more than 99 KiB of shared memory.
+    The result is True where products in three tf32 passes would need more than 99 KiB of shared memory.
     """
     return held(rank, d) and _heavy(rank, d, dtype) and capability not in ROOMY
 
@@ -97,14 +107,15 @@ def key_side(rank: int, d: int, dtype: torch.dtype, capability: tuple[int, int])
 def key_tokens(rank: int, d: int, dtype: torch.dtype, capability: tuple[int, int]) -> Configuration:
     """Return the configuration of the kernel for dK and dV of a tile of keys."""
     if dtype == torch.bfloat16 and not _large(rank, d):
-        # If there are more warps than blocks of rows of a product, some warps repeat the products of others. Two warps
-        # per program spill a few registers on 8.0 and 12.0.
+        # The warps of a program divide the rows of a product in groups of rows. If there are more warps than groups,
+        # some warps repeat the work of others. With two warps per program, a few registers spill on compute capability
+        # 8.0 and 12.0.
         return Configuration(32, 2 if _padded(d) <= 32 and capability in HALF_RATE else 4, 1)
     return Configuration(16, 4 if _padded(d) <= 32 else 8, 1)
 
 
 def held(rank: int, d: int) -> bool:
-    """Return whether a program holds all of K̃ and X of a (b, h). If not, K̃ and X are read or divided in pieces."""
+    """Return whether a program holds all of K̃ and X of a (b, h). If not, it reads or holds K̃ and X in pieces."""
     return _padded(rank) * _padded(d) <= MOST_HELD
 
 
@@ -127,7 +138,8 @@ def one_launch(keys: int, rank: int, d: int) -> bool:
 def one_launch_backward(keys: int, rank: int, d: int, dtype: torch.dtype) -> bool:
     """Return whether one program loops over all keys of a (b, h) in the backward pass.
 
-    The r×r steps of the backward pass leave fewer registers, so the limits are lower than in the forward pass.
+    The r×r steps of the backward pass leave fewer registers for this loop than the steps of the forward pass. The
+    limits are therefore lower.
     """
     return one_launch(keys, rank, d) and not _heavy(rank, d, dtype)
 

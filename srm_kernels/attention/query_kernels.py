@@ -1,20 +1,23 @@
 """Triton kernels of the query side of Nyström attention: Y = softmax(Q K̃ᵀ s) X, its statistic and its gradients.
 
-A program holds K̃ and X of one (b, h) and loops over a share of the queries in tiles. It reads Q once and writes Y once,
-and the N_q×r block of probabilities stays in registers. X and the probabilities are fp32.
+A program holds K̃ and X of one image b and head h, and loops over a share of the queries in tiles. It reads Q once and
+writes Y once. The probabilities L stay in registers. X and the probabilities are fp32.
 
-If K̃ and X are too large to be held (see `launch_rules.held`), a program reads K̃ and X in pieces for every tile of
-queries, with an online softmax. Y is then computed as attention with the keys K̃ and the values X. The backward pass
-works as in `key_kernels`, with the roles of queries and keys exchanged: one launch computes dQ and stores two numbers
-per query, and another launch sums dX and dK̃.
+The backward pass computes the probabilities again. Every program writes its own sums for dX and dK̃. A last launch adds
+the sums of all programs in order.
+
+K̃ and X can be too large to be held (see `launch_rules.held`). A program then reads K̃ and X in pieces for every tile of
+queries, with an online softmax. This is attention with the keys K̃ and the values X. The backward pass is then as in
+`key_kernels`, with the roles of queries and keys exchanged: one launch computes dQ and stores two numbers per query,
+and another launch computes the sums for dX and dK̃.
 
 τ multiplies Y before rounding. The statistic is the mean and M₂ = Σ‖y − mean‖² of the rows y of L X, before τ and
-before rounding. The mean and M₂ of every tile are merged by Chan's formula, first over tiles and then over programs:
+before rounding. Every tile has its own mean and M₂. Chan's formula merges them, first over the tiles of a program and
+then over programs. For two sets of n₁ and n₂ rows, n = n₁ + n₂:
 
-    mean = (n₁ mean₁ + n₂ mean₂)/n      M₂ = M₂₁ + M₂₂ + ‖mean₂ − mean₁‖² n₁n₂/n.
+    mean = (n₁ mean₁ + n₂ mean₂)/n      M₂ = M₂₁ + M₂₂ + ‖mean₂ − mean₁‖² n₁n₂/n
 
-This avoids cancellation when the mean is large. The backward pass computes the probabilities again. Every program
-writes its own sums for dX and dK̃, and a last launch adds the sums of all programs in order.
+This avoids cancellation when the mean is large.
 """
 
 from __future__ import annotations
@@ -99,7 +102,7 @@ def _forward_kernel(
 ):  # fmt: skip
     """Compute Y of one share of the queries of a (b, h), and the mean [d] and M₂ of L X over this share.
 
-    K̃ and X are held in registers if PIECE is R. Otherwise, K̃ and X are read in pieces of PIECE rows.
+    If PIECE is R, K̃ and X are held in registers. Otherwise, K̃ and X are read in pieces of PIECE rows.
     """
     program = tl.program_id(0).to(tl.int64)
     head, part = program // parts, (program % parts).to(tl.int32)
@@ -307,7 +310,7 @@ def _sum_kernel(
     rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr, D: tl.constexpr, NORMALISE_KEYS: tl.constexpr,
     TAU: tl.constexpr,
 ):  # fmt: skip
-    """Compute dX and dK̃ of one (b, h), and its contribution to dτ, from the sums of all programs, added in order."""
+    """Add the sums of all programs of a (b, h) in order. Compute dX, dK̃ and the contribution of the (b, h) to dτ."""
     head = tl.program_id(0).to(tl.int64)
     small = head * rank * d
     i = tl.arange(0, R)

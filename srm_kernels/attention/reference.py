@@ -37,7 +37,7 @@ def nystrom_attention(
     solve_dtype: str,
     solve: SolveOptions,
 ) -> Tensor:
-    """Return Y (B, H, N_q, d) in the query's dtype; intermediate results are fp32 (fp64 for fp64)."""
+    """Return Y (B, H, N_q, d) in the query's dtype; intermediate results are fp32 (fp64 for fp64 inputs)."""
     Q = normalised_query(query, qk_norm)
     block_dtype = query.dtype if solve_dtype == "model" else Q.dtype
     keys, logits, rhs = _key_side(key, value, landmarks, scale, qk_norm, block_dtype)
@@ -71,7 +71,7 @@ def landmark_blocks(side: KeySide) -> tuple[Tensor, Tensor, Tensor, Tensor, Tens
     """Return K̃ without normalisation, the logits of W, R V, the base-2 logsumexp of each row of K̃ Kᵀ s, and I.
 
     The logsumexp of a row is computed as the largest logit minus the logarithm of the largest probability. This needs
-    one pass less over the r×N_k block than `torch.logsumexp`.
+    one pass less over the r×N_k logits than `torch.logsumexp`.
     """
     K, landmarks = normalised_key(side.key, side.qk_norm), side.landmarks
     if landmarks is None:
@@ -158,12 +158,12 @@ def rms_normalise(x: Tensor) -> Tensor:
 
 
 def _block(rows: Tensor, columns: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """Compute softmax(rows columnsᵀ s), with the softmax in `dtype`; return the result in the dtype of `rows`."""
+    """Compute softmax(rows columnsᵀ s), with the softmax in `dtype`. Return it in the dtype of `rows`."""
     logits = rows @ columns.mT * scale
     return logits.to(dtype).softmax(-1).to(rows.dtype)
 
 
 def full_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Return softmax(Q Kᵀ s) V in the query's dtype; intermediate results are fp32 (fp64 for fp64)."""
+    """Return softmax(Q Kᵀ s) V in the query's dtype; intermediate results are fp32 (fp64 for fp64 inputs)."""
     Q, K, V = (tokens.to(wide_dtype(tokens.dtype)) for tokens in (query, key, value))
     return ((Q @ K.mT * scale).softmax(-1) @ V).to(query.dtype)

@@ -1,7 +1,7 @@
 """Nyström attention by two calls of scaled_dot_product_attention (docs/METHOD.md §2, article 3.3).
 
-R V = SDPA(K̃, K, V) and Y = SDPA(Q, K̃, X), where SDPA is scaled_dot_product_attention. torch's fused kernels form no
-N×r block. On the CPU, C++ code solves the landmark system if the library is built.
+R V = SDPA(K̃, K, V) and Y = SDPA(Q, K̃, X), where SDPA is scaled_dot_product_attention. torch's fused kernels do not
+store the matrices R and L. On the CPU, C++ code solves the landmark system if the library is built.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def nystrom_attention(
     solve_dtype: str,
     solve: SolveOptions,
 ) -> Tensor:
-    """Return Y (B, H, N_q, d) in the query's dtype; intermediate results are fp32 (fp64 for fp64)."""
+    """Return Y (B, H, N_q, d) in the query's dtype; intermediate results are fp32 (fp64 for fp64 inputs)."""
     if landmarks.shape[-1] < FEWEST_KEYS:
         return reference.nystrom_attention(query, key, value, landmarks, scale, qk_norm, solve_dtype, solve)
     Q, K = normalised_query(query, qk_norm), normalised_key(key, qk_norm)
     keys = take_landmarks(K, landmarks)
     rhs = scaled_dot_product_attention(keys, K, value.to(K.dtype), scale=scale)
     X, _ = conditioning.landmark_solve(keys @ keys.mT * scale, rhs, solve)
-    # The solve of the reference returns X in column-major order, and attention with such an X is four times slower.
+    # The solve of the reference returns X in column-major order. Attention with such an X is four times slower.
     return scaled_dot_product_attention(Q, keys, X.contiguous(), scale=scale).to(query.dtype)
 
 

@@ -31,7 +31,8 @@ class LandmarkSolution(NamedTuple):
 
     Attributes:
         x: X (…, r, d).
-        kappa: κ (…,), the condition number σ_max/σ_min of W_λ (with equilibration, of W̃ + λI), or an estimate of κ.
+        kappa: κ (…,), the condition number σ_max/σ_min of W_λ; with equilibration, of W̃ + λI. With
+            `diagnostics="estimate"`, an estimate of κ.
         residual: ρ (…,), ‖A Z − G‖_F / (‖G‖_F + 1e-12) of the system A Z = G that was solved (docs/METHOD.md §2.1).
         gain: (…,), ‖X‖_F / ‖R V‖_F.
         solver: (…,) int64, the `Solver` that was used for each matrix.
@@ -88,26 +89,27 @@ def landmark_solve(
 
     Solvers:
 
-    - "cholesky": Cholesky factorisation of S + λI, the symmetric matrix similar to W + λI, with κ₂ ≤ (1 + λ)/λ. This
-      solver uses the symmetric part of the logits and needs ridge > 0. In three cases, "lu" solves a matrix instead:
-      the factorisation fails; the logits are not symmetric within 1e-3·(1 + max|l|); or the logsumexp values of two
-      rows differ by more than 41 (in fp32), so that S underflows.
+    - "cholesky": Cholesky factorisation of S + λI. This symmetric matrix is similar to W + λI, and its κ₂ is at most
+      (1 + λ)/λ. The solver uses the symmetric part of the logits and needs ridge > 0. In three cases, "lu" solves a
+      matrix instead: the factorisation fails; the logits are not symmetric within 1e-3·(1 + max|l|); or S underflows,
+      because the logsumexp values of two rows differ by more than 41 (in fp32).
     - "lu": LU with partial pivoting. With ridge 0, a singular matrix gives NaN.
-    - "svd": pseudo-inverse, the article's default. With ridge 0, singular values up to r·eps·σ_max are dropped, which
-      gives the minimum-norm solution. If any are dropped, the derivative is not defined. "svd" is the least accurate
-      solver in fp32 at large κ. torch.linalg.svd waits for the device.
+    - "svd": pseudo-inverse, the article's default. With ridge 0, singular values up to r·eps·σ_max are dropped. If any
+      are dropped, X is the minimum-norm solution, and its derivative is not defined. At large κ in fp32, "svd" is the
+      least accurate solver. torch.linalg.svd waits for the device.
     - "auto": for each matrix "lu" if κ(W_λ) < kappa_max, else "svd". `estimate_condition` estimates κ from the LU
-      factors. The estimate exceeds κ₂ only by rounding errors. In all measurements, it was at least 0.5 κ₂. "auto"
-      waits for the device to find the matrices that need an SVD.
+      factors. The estimate exceeds κ₂ only by rounding errors. In all measurements, the estimate was at least 0.5 κ₂.
+      To find the matrices that need an SVD, "auto" waits for the device.
     - "neumann": the series α Σ_{k≤m} (I − αW_λ)^k G with α = 1/(1 + λ). A matrix uses the series if its residual is
       below 1e-2 and a power iteration estimates a spectral radius of I − αW_λ below 0.95. Other matrices use the
       default solver ("lu" with ridge 0).
 
-    "lu" never waits for the device. "cholesky" does not wait with the backend "triton". Where the reference runs on a
-    GPU, "cholesky" and "neumann" wait to find the matrices that need "lu", except during the capture of a CUDA graph.
+    "lu" never waits for the device. "cholesky" does not wait with the backend "triton". If the reference runs on a GPU,
+    "cholesky" and "neumann" wait for the device, to find the matrices that need "lu". They do not wait during the
+    capture of a CUDA graph.
 
     A non-finite logit gives NaN in the X of its own matrix only. Gradients are exact. They are computed by implicit
-    differentiation, and for "neumann" through the series.
+    differentiation. If "neumann" used the series, they are computed through the series.
 
     Backends:
 
@@ -122,16 +124,17 @@ def landmark_solve(
         ridge: λ₀, at least 0.
         solver: A key of `conditioning.SOLVERS`.
         equilibrate: Whether to scale W to D_r W D_c before the ridge is added (docs/METHOD.md §2.1). D_r and D_c are
-            diagonal, with the entries (row or column norm + 1e-12)^-½. With ridge 0, X does not change.
-        kappa_max: "auto" uses "lu" for κ below this value, which is above 0.
+            diagonal, with the entries (row or column norm + 1e-12)^-½. With ridge 0, equilibration does not change X.
+        kappa_max: Number above 0. "auto" uses "lu" for κ below this number.
         neumann_order: m of "neumann", at least 0.
-        neumann_gate: Whether "neumann" checks convergence. If not, every matrix uses the series.
+        neumann_gate: Whether "neumann" checks convergence. If False, every matrix uses the series.
         diagnostics: True computes κ from singular values and waits for the device. "estimate" estimates κ as "auto"
             does, without waiting. False computes no diagnostics.
         backend: A name of `backends()`, or None.
 
     Returns:
-        X in fp32 (fp64 for fp64). With diagnostics, also κ, residual, gain and solver, which carry no gradient.
+        X in fp32 (in fp64 for fp64 inputs). With diagnostics, also κ, residual, gain and solver. The diagnostics carry
+        no gradient.
 
     Raises:
         TypeError: A dtype or type is not accepted.

@@ -1,4 +1,4 @@
-"""The default landmark solve in C++ for CPU tensors. The reference is used where the C++ code does not apply."""
+"""The default landmark solve in C++ for CPU tensors. The reference runs calls that the C++ code does not support."""
 
 from __future__ import annotations
 

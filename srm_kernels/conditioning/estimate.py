@@ -4,18 +4,18 @@ The computation does not wait for the device. The estimate is the product of two
 ‖A u‖/‖u‖ is at most σ_max, and ‖A⁻¹ u‖/‖u‖ is at most 1/σ_min. Except for rounding, the estimate is therefore never
 larger than κ₂. The two lower bounds can be smaller than σ_max and 1/σ_min:
 
-- σ_max: the iteration starts from the vector of ones and applies A and Aᵀ in turn, k = 8 times in all. A is
-  non-negative, so its leading singular vector is non-negative too. The cosine of the angle between this vector and the
-  vector of ones is at least 1/√r. The lower bound is therefore at least r^(−1/(2k)) σ_max for every matrix: 0.77 σ_max
-  at r = 64.
+- σ_max: the iteration starts from the vector of ones and applies A and Aᵀ in turn, k = 8 times in all. The entries of A
+  are non-negative, so the entries of its leading singular vector are non-negative too. The cosine of the angle between
+  this singular vector and the vector of ones is at least 1/√r. The lower bound is therefore at least r^(−1/(2k)) σ_max
+  for every matrix: 0.77 σ_max at r = 64.
 - 1/σ_min: the iteration starts from a random normal vector and applies A⁻¹ and A⁻ᵀ in turn, k = 3 times in all. The
   lower bound is less than 1/(t σ_min) with probability at most 0.8 √r t⁻³ (Dixon 1983, SIAM J. Numer. Anal. 20). The
-  largest lower bound of 8 independent vectors is used. At r = 64, its ratio to 1/σ_min is less than 1/10 with
-  probability at most 3e-18, and less than 1/3 with probability at most 1e-5.
+  estimate uses the largest lower bound from 8 independent vectors. At r = 64, this largest lower bound is less than
+  1/(10 σ_min) with probability at most 3e-18, and less than 1/(3 σ_min) with probability at most 1e-5.
 
-Random vectors of ±1 are not suitable as start vectors. With 8 such vectors and r = 64, each landmark has a row of 8
-signs, and some of these rows are equal. If two landmarks with equal keys also have equal rows, all start vectors are
-orthogonal to the singular vector of σ_min. The estimate can then be far below κ₂.
+Random vectors of ±1 are not suitable as start vectors. In a matrix with 8 such columns, each landmark has a row of 8
+signs. With r = 64, some of these rows are probably equal. If two landmarks with equal keys also have equal rows, all
+start vectors are orthogonal to the singular vector of σ_min. The estimate can then be far below κ₂.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ def estimate_condition(A: Tensor, solve: Callable[[Tensor, bool], Tensor]) -> Te
 
     Args:
         A: (…, r, r), non-negative.
-        solve: Function `(rhs, transposed)` that returns A⁻¹ rhs or A⁻ᵀ rhs.
+        solve: Function `(rhs, transposed)` that returns A⁻¹ rhs, or A⁻ᵀ rhs if `transposed` is true.
 
     Returns:
-        The estimate. It is NaN or infinite for a matrix whose factors contain NaN or infinity.
+        The estimate (…,). It is NaN or infinite for a matrix whose factors contain NaN or infinity.
     """
     probes = normal_probes(A.shape[-1], A.dtype, A.device).expand(*A.shape[:-1], PROBES)
     shrinkage = _growth(solve, probes, INVERSE_STEPS)

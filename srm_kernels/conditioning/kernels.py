@@ -1,11 +1,12 @@
 """Triton kernels for the landmark solve by elimination, one program per matrix (docs/METHOD.md §2.1).
 
-A program holds A (R×R) and its right-hand side (R×D) in registers, where R and D are r and d rounded up to powers of
-two. A is padded with the identity and the right-hand side with zeros. Arithmetic is fp32.
+A program holds A (R×R) and its right-hand side (R×D) in registers. R and D are r and d, rounded up to powers of two and
+at least 16. A is padded with the identity, and the right-hand side is padded with zeros. Arithmetic is fp32.
 
 For the solver `cholesky`, the kernels eliminate A = W + λI without pivoting. The pivots of this elimination are the
-squares of the diagonal of the Cholesky factor of S + λI, the symmetric matrix similar to A. The kernel itself detects a
-matrix for which `cholesky` fails or is not allowed, and solves this matrix as `lu` does, with partial pivoting.
+squares of the diagonal entries of the Cholesky factor of S + λI, the symmetric matrix similar to A. The kernel itself
+detects a matrix for which `cholesky` fails or is not allowed. It solves such a matrix as `lu` does, with partial
+pivoting.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ def landmark_solve_backward(
 def launch_options(r: int, d: int) -> dict[str, int]:
     """Return tile sizes, the number of warps, and the largest number of registers of a thread.
 
-    Each thread holds 16 to 64 numbers of a tile. By default, ptxas uses at most 128 registers per thread and spills.
+    Each thread holds 16 to 64 elements of a tile. With ptxas's default limit, 128 registers per thread, the kernels
+    spill.
     """
     R, D = (max(16, triton.next_power_of_2(n)) for n in (r, d))
     warps = min(16, max(2, R * max(R, D) // 512))
@@ -81,7 +83,7 @@ def launch_options(r: int, d: int) -> dict[str, int]:
 
 
 def _strides(**matrices: Tensor) -> dict[str, int]:
-    """Return the strides of (batch, m, n) by the names that kernels use."""
+    """Return the strides of matrices (batch, m, n), by the names of the kernels' parameters."""
     return {
         f"stride_{name}{axis}": stride
         for name, matrix in matrices.items()
@@ -135,8 +137,8 @@ def _softmax(logits_ptr, r, stride_row, stride_col, R: tl.constexpr, SYMMETRIC: 
     """Return W, whether the logits are finite, and whether they are symmetric.
 
     If the logits are not finite, W is the softmax of zeros. With SYMMETRIC and `half`, W is the softmax of the
-    symmetric part of the logits. Kernels call this function again wherever they need W, which saves registers. The
-    loads are volatile, so that the compiler does not keep the logits in registers.
+    symmetric part of the logits. To save registers, kernels call this function again wherever they need W. The loads
+    are volatile, so that the compiler does not keep the logits in registers.
     """
     i = tl.arange(0, R)
     inside = (i[:, None] < r) & (i[None, :] < r)
@@ -180,10 +182,10 @@ def _load(ptr, r, d, stride_row, stride_col, R: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def _eliminate(a, b, r, R: tl.constexpr, PIVOTING: tl.constexpr):
-    """Return U on and above the diagonal, L⁻¹ P b, the smallest pivot and the largest pivot.
+    """Eliminate a, and return U, L⁻¹ P b, the smallest pivot and the largest pivot.
 
-    With PIVOTING, the two pivots are absolute values. Otherwise they have a sign, and a pivot that is NaN or infinity
-    counts as −1.
+    U is on and above the diagonal of the first result. With PIVOTING, the two pivots are absolute values. Without
+    PIVOTING, pivots keep their sign, and a pivot that is NaN or infinity counts as −1.
     """
     i = tl.arange(0, R)
     smallest = float("inf")
@@ -260,7 +262,7 @@ def _solve_forward_kernel(
         g = _load(rhs_ptr, r, d, stride_rhs_row, stride_rhs_col, R, D)
         lu, b, smallest, largest = _eliminate(A, g, r, R, True)
         if not RIDGED:
-            # The last pivot of a singular matrix has the size of the rounding error; the solution would look valid.
+            # Rounding leaves a small last pivot in a singular matrix. Without this check, the solution looks valid.
             regular = smallest > r * EPS * largest
     i, c = tl.arange(0, R), tl.arange(0, D)
     x = tl.where(finite & regular, _back_substitute(lu, b, R), float("nan"))
@@ -276,8 +278,10 @@ def _solve_backward_kernel(
 ):  # fmt: skip
     """Compute the gradients of one matrix; they are zero if its logits are not finite.
 
-    The kernel solves the transpose of the system of the forward pass, which used the symmetric part of the logits for
-    `cholesky`. The elimination is without pivoting for `cholesky`, and with pivoting for `lu`.
+    The kernel solves a system with Aᵀ, where A is the matrix of the forward pass. If the forward pass used `cholesky`
+    for this matrix, A comes from the symmetric part of the logits, and the elimination is without pivoting. If the
+    forward pass used `lu`, A comes from the logits, and the elimination is with pivoting. An elimination without
+    pivoting that fails is repeated with pivoting.
     """
     matrix = tl.program_id(0).to(tl.int64)
     logits_ptr += matrix * stride_logits

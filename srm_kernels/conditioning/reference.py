@@ -7,8 +7,8 @@ The inputs are the logits l = K̃K̃ᵀs (…, r, r) and G = R V (…, r, d):
 Let ℓ_i be the logsumexp of row i of l, and E = diag(e^{ℓ/2}). W is similar to the symmetric matrix S = E W E⁻¹. The
 entries of S are S_ij = exp(l_ij − (ℓ_i + ℓ_j)/2) = (W_ij W_ji)^½. The solver `cholesky` solves (S + λI) (E X) = E G.
 
-Equilibration replaces W by W̃ = D_r W D_c, G by D_r G and X by Z = D_c⁻¹ X. E is then (D_c D_r⁻¹)^½ diag(e^{ℓ/2}), and
-S = E W̃ E⁻¹ is again symmetric.
+Equilibration replaces three matrices: W by W̃ = D_r W D_c, G by D_r G, and X by Z = D_c⁻¹ X. With the new matrix
+E = (D_c D_r⁻¹)^½ diag(e^{ℓ/2}), S = E W̃ E⁻¹ is again symmetric.
 """
 
 from __future__ import annotations
@@ -84,9 +84,10 @@ def landmark_solve(logits: Tensor, rhs: Tensor, options: SolveOptions) -> tuple[
 def landmark_diagnostics(
     logits: Tensor, rhs: Tensor, x: Tensor, used: Tensor, ridge: float, equilibrate: bool, estimate: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return κ = σ_max/σ_min of A, ‖A Z − G‖_F/(‖G‖_F + 1e-12) and ‖X‖_F/‖R V‖_F of each matrix, (…,) each.
+    """Return κ, ρ and the gain of each matrix. Each of the three results has the shape (…,).
 
-    With `estimate`, κ is computed by `estimate_condition` and not from singular values.
+    κ is σ_max/σ_min of A, ρ is ‖A Z − G‖_F/(‖G‖_F + 1e-12), and the gain is ‖X‖_F/‖R V‖_F. With `estimate`, κ is
+    computed by `estimate_condition` and not from singular values.
     """
     logits, rhs = logits.to(x.dtype), rhs.to(x.dtype)
     finite = logits.isfinite().all(-1).all(-1)
@@ -132,7 +133,8 @@ Solve = Callable[[Tensor, bool], Tensor]  # (right-hand side, transposed) → so
 class _Factors:
     """The factors of a batch of matrices.
 
-    Each element of `parts` is a mask (…,) of matrices, or None for all matrices, and a function that solves them.
+    `parts` is a list of pairs (mask, solve). The mask (…,) selects matrices; None selects all matrices. The function
+    `solve` solves the systems of the selected matrices. Where masks overlap, the later pair is used.
     """
 
     def __init__(self) -> None:
@@ -151,7 +153,7 @@ def _solved(system: System, factors: _Factors) -> Tensor:
     A, G = system.matrix, system.rhs
     if not transforming():
         return cast(Tensor, _ImplicitSolve.apply(A, G, factors, False))
-    # The factors are constants here. Each refinement step makes the derivatives of one more order exact.
+    # The factors have no derivative. Each step of iterative refinement makes the derivatives of one more order exact.
     Z = factors.solve(G.detach(), False).detach()
     for _ in range(TRANSFORMED_ORDERS):
         Z = Z + factors.solve(G - A @ Z, False)
@@ -177,7 +179,7 @@ class _ImplicitSolve(torch.autograd.Function):
 
 
 def _factorise(logits: Tensor, rhs: Tensor, options: SolveOptions) -> tuple[System, _Factors, Tensor]:
-    """Return the system, its factors and the `Solver` of each matrix; for "neumann", those of the fallback."""
+    """Return the system, its factors and the `Solver` of each matrix. For "neumann", return those of the fallback."""
     ridge, equilibrate, solver = options.ridge, options.equilibrate, options.solver
     if solver == "neumann":
         solver = "cholesky" if ridge > 0 else "lu"
@@ -238,7 +240,7 @@ def _lu(A: Tensor, ridge: float) -> Solve:
     factor, pivots, _ = torch.linalg.lu_factor_ex(A)
     poison = torch.zeros_like(A[..., :1, :1])
     if ridge == 0:
-        # The last pivot of a singular matrix has the size of the rounding error; the solution would look valid.
+        # Rounding leaves a small last pivot in a singular matrix. Without this check, the solution looks valid.
         pivot = factor.diagonal(dim1=-2, dim2=-1).abs()
         limit = A.shape[-1] * torch.finfo(A.dtype).eps * pivot.amax(-1)
         poison = torch.where(pivot.amin(-1) > limit, 0.0, torch.nan).to(A.dtype)[..., None, None]
@@ -250,7 +252,7 @@ def _lu(A: Tensor, ridge: float) -> Solve:
 
 
 def _svd(A: Tensor, ridge: float, mask: Tensor | None) -> Solve:
-    """Factorise the matrices in the mask; the solution of the others is zero, or is discarded by the caller."""
+    """Factorise the matrices in the mask. The solution of the other matrices is zero, or the caller discards it."""
     if mask is not None and not transforming():
         # An SVD waits for the device in any case and costs far more than reading the mask.
         if not mask.any():
@@ -293,8 +295,8 @@ def _neumann(system: System, order: int) -> Tensor:
 def _neumann_accepts(system: System, series: Tensor) -> Tensor:
     """Return for which matrices the series is used.
 
-    The power iteration on I − αA starts from a fixed vector of signs minus its mean, because I − αA maps a constant
-    vector to zero.
+    The power iteration on I − αA starts from a fixed vector of signs, from which its mean is subtracted. A vector of
+    equal entries would not be suitable, because I − αA maps it to zero.
     """
     A = system.matrix
     r = A.shape[-1]

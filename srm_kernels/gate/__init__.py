@@ -34,7 +34,7 @@ class GatedFusion(NamedTuple):
 
 
 class GateLosses(NamedTuple):
-    """The losses L_H and L_B of the gate: unweighted scalars."""
+    """The losses L_H (`entropy`) and L_B (`balance`) of the gate, scalars without their weights in the total loss."""
 
     entropy: Tensor
     balance: Tensor
@@ -101,7 +101,8 @@ def biased_gelu(maps: Sequence[Tensor], biases: Sequence[Tensor], *, backend: st
 
     Args:
         maps: One map (B, C, h, w) for each stage, all of one shape, any strides; float64, float32, bfloat16 or float16.
-        biases: One bias (C,) for each stage, in the maps' dtype or a wider one; rounded to the maps' dtype.
+        biases: One bias (C,) for each stage, in the maps' dtype or a wider one. The operator rounds biases to the maps'
+            dtype.
         backend: A name of `backends()`, or None.
 
     Returns:
@@ -138,7 +139,7 @@ def gate_logits(
         backend: A name of `backends()`, or None.
 
     Returns:
-        (B, S) in fp32 (fp64 for fp64). The mean over positions and all later steps are computed in this dtype.
+        (B, S) in fp32 (fp64 for fp64 inputs). The mean over positions and all later steps are computed in this dtype.
 
     Raises:
         TypeError: A dtype is not accepted.
@@ -191,22 +192,23 @@ def gated_fusion(
 ) -> GatedFusion:
     """Fuse stage maps by a convex combination with a capped norm (docs/METHOD.md §4, article 3.6).
 
-    The result is γM, with a = softmax(g / T), M = Σ_s a_s P_s and γ = min(1, c(1 − 2u)/(‖M‖_F + eps)). u is the unit
-    roundoff of the output's dtype if it is bfloat16 or float16, and 0 otherwise. ‖γM‖_F ≤ c therefore holds after
-    rounding. NaN stays NaN. The operator is differentiable in maps and logits.
+    The result is γM, with a = softmax(g / T), M = Σ_s a_s P_s and γ = min(1, c(1 − 2u)/(‖M‖_F + eps)). For bfloat16 and
+    float16 maps, u is the unit roundoff of their dtype; otherwise u is 0. ‖γM‖_F ≤ c therefore holds after rounding.
+    NaN stays NaN. The operator is differentiable in maps and logits.
 
     Args:
         maps: P (B, S, C, h, w); float64, float32, bfloat16 or float16, any strides.
         logits: g (B, S), in the maps' dtype or fp32.
         cap: A number above 0, a tensor of one element, or None for no cap; c = cap_factor · cap. `cap` receives no
-            gradient. A tensor is not copied to the CPU. It can be 0 (the result is 0) or infinite (no cap).
-        cap_factor: Factor of `cap` in c, above 0. It saves a separate launch for the product.
+            gradient. The element of a tensor can be 0 (the result is then 0) or infinite (no cap). A tensor is not
+            copied to the CPU.
+        cap_factor: Factor of `cap` in c, above 0. With this argument, the product needs no launch of its own.
         temperature: T, above 0.
         eps: Summand in the denominator of γ, at least 0.
         backend: A name of `backends()`, or None.
 
     Returns:
-        (γM, a, γ, ‖M‖_F). γM has the maps' dtype; the others are fp32 (fp64 for fp64).
+        (γM, a, γ, ‖M‖_F). γM has the maps' dtype; the others are fp32 (fp64 for fp64 inputs).
 
     Raises:
         TypeError: A dtype is not accepted.
@@ -246,8 +248,8 @@ def gated_fusion(
 def gate_losses(weights: Tensor, *, entropy_floor: float, backend: str | None = None) -> GateLosses:
     """Compute the losses L_H and L_B of the gate (docs/METHOD.md §4, article 3.6, equations 27 and 28).
 
-    L_H = mean_b max(0, H_min − H(a_b)), with 0·log 0 = 0 and finite gradients for a one-hot row.
-    L_B = Σ_s (mean_b a_bs − 1/S)². The operator is differentiable in `weights`.
+    L_H = mean_b max(0, H_min − H(a_b)) and L_B = Σ_s (mean_b a_bs − 1/S)². In the entropy H, 0·log 0 is 0. The gradient
+    of a one-hot row is finite. The operator is differentiable in `weights`.
 
     Args:
         weights: a (B, S), whose rows sum to 1; float64, float32, bfloat16 or float16.
@@ -255,7 +257,7 @@ def gate_losses(weights: Tensor, *, entropy_floor: float, backend: str | None = 
         backend: A name of `backends()`, or None.
 
     Returns:
-        L_H and L_B, unweighted scalars in fp32 (fp64 for fp64).
+        L_H and L_B, scalars in fp32 (fp64 for fp64 inputs), without their weights in the total loss.
 
     Raises:
         TypeError: The dtype is not accepted.

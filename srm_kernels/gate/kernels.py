@@ -1,15 +1,16 @@
 """Triton kernels of the gate: GELU, logits, gain-capped fusion and losses.
 
-`biased_gelu` and `gate_logits` process all stages in one launch each. Their backward passes have no kernels and use the
-derivative of the reference, because the maps are small.
+`biased_gelu` processes all stages in one launch, and so does `gate_logits`. Their backward passes have no kernels and
+use the derivative of the reference, because the maps are small.
 
-The fusion has two launches. The first launch computes partial sums of ‖M‖² of every image. The second launch computes γ
-and γM. It computes M again from the stage maps, which are small and in the cache. The backward pass has two launches
-too. The first launch computes the inner products for the gradients of γ and the weights. The second launch computes all
-gradients.
+The forward pass of the fusion has two launches. The first launch computes partial sums of ‖M‖² of every image. The
+second launch computes γ and γM. It computes M again from the stage maps, which are small and in the cache.
 
-Each image is divided into parts. The division depends only on the shape of the image, and the sums of the parts are
-added in a fixed order. One program computes the losses, for every batch size.
+The backward pass of the fusion also has two launches. The first launch computes the inner products for the gradients of
+γ and the weights. The second launch computes all gradients.
+
+In both passes, each image is divided into parts. The division depends only on the shape of the image, and the sums of
+the parts are added in a fixed order. The losses are computed by one program, for every batch size.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ def gate_logits(
     weights: Sequence[Tensor],
     offsets: Sequence[Tensor],
 ) -> Tensor:
-    """Return g_s = w_s · mean(GELU(m_s + b_s)) + v_s, (B, S); from the mean over positions on in the wide dtype."""
+    """Return g_s = w_s · mean(GELU(m_s + b_s)) + v_s, (B, S). The mean and the later steps use the wide dtype."""
     wide = wide_dtype(maps[0].dtype)
     logits = [
         F.linear(m.mean((2, 3), dtype=wide), weight.to(wide), offset.to(wide))
@@ -52,7 +52,7 @@ def gated_fusion(
         gain = torch.where(norm.isnan(), norm, 1)
     else:
         limit = cap.to(wide) * (cap_factor * (1 - 2 * unit_roundoff(maps.dtype)))
-        # Replace both by 1 before the division where the cap is not active: inf/norm and 1/0 have NaN derivatives.
+        # Where the cap is not active, divide 1 by 1: inf/norm and 1/0 have NaN derivatives.
         length = norm + eps
         fits = length <= limit
         gain = torch.where(fits, 1, limit) / torch.where(fits, 1, length)

@@ -40,8 +40,8 @@ _select = register_operator(
 def ridge_leverage_scores(key: Tensor, *, gamma: float = 1e-3, backend: str | None = None) -> Tensor:
     """Compute the ridge leverage scores τ_i = k_iᵀ (KᵀK + γI)⁻¹ k_i of all keys (docs/METHOD.md §2.0, article 3.3).
 
-    If rounding makes the Cholesky factorisation of a Gram matrix fail, γ is increased for this matrix by the size of
-    the rounding error. The operator is differentiable; a second derivative uses the reference.
+    The Cholesky factorisation of KᵀK + γI can fail because of rounding. For such a matrix, γ is increased by the size
+    of the rounding error. The operator is differentiable; a second derivative uses the reference.
 
     Args:
         key: K (B, H, N_k, d); float64, float32, bfloat16 or float16, any strides.
@@ -49,7 +49,7 @@ def ridge_leverage_scores(key: Tensor, *, gamma: float = 1e-3, backend: str | No
         backend: A name of `backends()`, or None.
 
     Returns:
-        τ (B, H, N_k) in fp32 (fp64 for fp64), in [0, 1).
+        τ (B, H, N_k) in fp32 (fp64 for fp64 inputs), in [0, 1).
 
     Raises:
         TypeError: The dtype is not accepted.
@@ -79,21 +79,22 @@ def select_landmarks(
     generator: torch.Generator | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Choose the r landmark keys of every (b, h), independently of the rest of the batch (docs/METHOD.md §2.0).
+    """Choose the r landmark keys of every image and head, independently of the other images (docs/METHOD.md §2.0).
 
     The methods are:
 
     - "leverage": the r largest ridge leverage scores, in descending order; ties go to the lower index.
     - "leverage_sample": r keys without replacement, with probability proportional to the score. Random; for training.
     - "uniform": the indices ⌊(i + 0.5) N_k / r⌋.
-    - "kmeans++": k-means++ seeding and five Lloyd steps on the 2r keys of the largest leverage, then for each centre
-      the nearest key that is not chosen yet. Random.
+    - "kmeans++": k-means++ seeding and five Lloyd steps give r centres among the 2r keys of the largest leverage. Then
+      each centre in turn chooses the nearest key that is not chosen yet. Random.
     - "pivoted_cholesky": in each of r steps, the key with the largest residual diagonal of exp(K Kᵀ s). Ties (relative
       differences up to 1e-5) go to the lower index. The cost is O(N_k r²).
 
-    The indices are not differentiable. Except for "uniform", a small change of the keys can change the indices. Results
-    that are computed from the landmarks then jump. With N_k ≤ d linearly independent keys, all leverage scores differ
-    from 1 only by amounts of the order of γ. A very small change of the keys can then change the indices.
+    The indices are not differentiable. With every method except "uniform", a small change of the keys can change the
+    indices. Results that are computed from the landmarks then jump. If there are N_k ≤ d keys and they are linearly
+    independent, all leverage scores are nearly equal: they differ from 1 by amounts of the order of γ. Even a very
+    small change of these keys can then change the indices.
 
     Args:
         key: K (B, H, N_k, d); float64, float32, bfloat16 or float16, any strides.
@@ -101,7 +102,8 @@ def select_landmarks(
         method: A key of `landmarks.METHODS`.
         gamma: γ of the leverage scores, above 0.
         scale: s of "pivoted_cholesky"; 1/√d by default.
-        generator: Generator for the random methods. All (b, h) use the same random numbers. None means seed 0.
+        generator: Generator for the random methods. All images and heads use the same random numbers. None means seed
+            0.
         backend: A name of `backends()`, or None.
 
     Returns:
@@ -154,7 +156,7 @@ def landmark_options(
 def kernel_limits(d: int, rank: int = 1) -> str | None:
     """Return the reason why no kernel supports these sizes, or None.
 
-    Within these limits, all kernels fit in 99 KiB of shared memory.
+    With supported sizes, every kernel needs at most 99 KiB of shared memory.
     """
     if not 8 <= d <= 128:
         return f"its kernels support d from 8 to 128, and d is {d}"

@@ -1,17 +1,19 @@
 """Triton kernels for the choice of landmarks: leverage scores, the choice of the largest scores, and pivoted Cholesky.
 
-One program computes one (b, h) and loops over the keys of this (b, h) in chunks. The result of a sample does not depend
-on the rest of the batch. Implementation:
+One program processes one image b and head h, and loops over the keys of this (b, h) in chunks. The result of an image
+does not depend on the other images of the batch. Implementation:
 
-- The score of a key is ‖P^-½ L⁻¹ k‖² with KᵀK + γI = L P Lᵀ. This form is never negative. L⁻¹ is applied in chunks of
-  16 columns and never formed: if the keys span fewer than d directions, an explicit L⁻¹ has 2 to 10 times the error of
-  a triangular solve.
-- The r largest scores are found without sorting. Non-negative numbers have the same order as their bits read as
-  integers. The r-th largest score is therefore found bit by bit: each step counts the scores that are at least a
-  candidate. Ties go to the lower index. NaN counts as infinity, as in torch, so that indices are distinct and in range
-  for all keys.
-- Pivoted Cholesky stores its factor, r rows of N numbers, in memory. The residual of a chosen key is set to −∞.
-- Uniform landmarks have kernels only to save launches: the program that needs them computes their indices.
+- Leverage: the score of a key is ‖P^-½ L⁻¹ k‖² with KᵀK + γI = L P Lᵀ. This form is never negative. The kernels apply
+  L⁻¹ to a key by a triangular solve, in chunks of 16 columns. They do not compute the matrix L⁻¹. If the keys span
+  fewer than d directions, a product with this matrix has 2 to 10 times the error of the triangular solve.
+- The r largest scores are found without sorting. If the bits of non-negative floating-point numbers are read as
+  integers, these integers have the same order as the numbers. A search sets the bits of the r-th largest score one by
+  one, from the highest bit. In each step, the candidate is the score so far with one more bit set. If r or more scores
+  are greater than or equal to the candidate, the bit stays set.
+- Ties go to the lower index. NaN counts as infinity, as in torch. The indices are therefore distinct and in range for
+  all keys, even if keys contain NaN.
+- Pivoted Cholesky stores its factor, r rows of N numbers, in global memory. The residual of a chosen key is set to −∞.
+- Uniform landmarks have kernels only to save launches: the program that needs the landmarks computes their indices.
 """
 
 from __future__ import annotations
@@ -57,10 +59,13 @@ def add_gram(
 def eliminate_below(matrix, d: tl.constexpr, D: tl.constexpr):
     """Factorise a symmetric matrix as L P Lᵀ, with L unit lower triangular and P diagonal, by forward elimination.
 
-    Columns are eliminated in chunks. The entries below the diagonal of a chunk are zero after the elimination, so they
-    store the row operations of the chunk instead: a strictly lower triangular matrix F. To compute L⁻¹k from F, repeat
-    k += F[:, chunk] k[chunk] for all chunks in order. Updates are bitwise symmetric, so that errors have the size of
-    the rounding error of the matrix.
+    Columns are eliminated in chunks of CHUNK columns. After the elimination of a chunk, the entries below its diagonal
+    would be zero. The function does not store these zeros. It uses their place for the row operations of the chunk. The
+    row operations of all chunks form the strictly lower triangular matrix F. To compute L⁻¹k from F, apply
+    k += F[:, chunk] k[chunk] for each chunk, from the first to the last.
+
+    The updates of the remaining matrix are bitwise symmetric. The error is therefore of the size of the rounding error
+    of the matrix.
 
     Returns:
         F, 1/√P [D], and whether every pivot is positive and finite.
@@ -84,8 +89,8 @@ def eliminate_below(matrix, d: tl.constexpr, D: tl.constexpr):
 def factorise(gram, gamma, d: tl.constexpr, D: tl.constexpr):
     """Apply `eliminate_below` to gram + γI.
 
-    If the keys span fewer than d directions, some pivots are as small as the rounding error. The ridge of a matrix
-    whose factorisation fails is increased by the rounding error of this matrix.
+    If the keys span fewer than d directions, some pivots are as small as the rounding error, and the factorisation can
+    fail. In this case, the function adds the size of the rounding error to γ, and factorises again.
     """
     i = tl.arange(0, D)
     diagonal = i[:, None] == i[None, :]
@@ -152,7 +157,7 @@ def load_bits(scores_ptr, start, N):
 
 @triton.jit
 def count_from(first, scores_ptr, N, least):
-    """Count the scores that are at least `least`. `first` is the first tile of scores, already loaded."""
+    """Count the scores greater than or equal to `least`. `first` is the first tile of scores, already loaded."""
     count = (first >= least).to(tl.int32)
     for start in range(TILE, N, TILE):
         count += (load_bits(scores_ptr, start, N) >= least).to(tl.int32)
@@ -168,7 +173,7 @@ def store_largest(landmarks_ptr, scores_ptr, N, rank: tl.constexpr, R: tl.conste
         candidate = threshold | (1 << (30 - step))
         threshold = tl.where(count_from(first, scores_ptr, N, candidate) >= rank, candidate, threshold)
     ties = rank - count_from(first, scores_ptr, N, threshold + 1)
-    above, equal = 0, 0  # numbers of scores above and equal to the threshold, before this tile
+    above, equal = 0, 0  # counts of scores above the threshold and equal to it, in the tiles before this one
     for start in range(0, N, TILE):
         bits = load_bits(scores_ptr, start, N)
         both = (bits > threshold).to(tl.int32) * 65536 + (bits == threshold).to(tl.int32)
@@ -205,7 +210,7 @@ def store_pivots(
 ):  # fmt: skip
     """Store the pivots of pivoted Cholesky of exp(K Kᵀ s) for one (b, h).
 
-    `residual_ptr` points to memory for [N] fp32 numbers, `factor_ptr` to memory for [rank, N].
+    `residual_ptr` points to memory for N fp32 numbers. `factor_ptr` points to memory for rank × N fp32 numbers.
     """
     columns = tl.arange(0, D)
     steps = tl.arange(0, R)
@@ -229,7 +234,7 @@ def store_pivots(
         largest = tl.maximum(largest, tl.max(tl.where(rows < N, _free(residual), -INFINITY), 0))
     for step in range(rank):
         tl.debug_barrier()
-        # Normalised keys have equal diagonals at the start. The tolerance makes the choice independent of rounding.
+        # Normalised keys have equal residuals at the start. The tolerance makes the choice independent of rounding.
         least = largest * (1.0 - TIE_TOLERANCE)
         pivot = N
         for start in range(0, N, BLOCK):

@@ -37,9 +37,9 @@ class PooledLinks(NamedTuple):
     """The query side of L links, pooled to the P×P grid.
 
     Attributes:
-        probabilities: P̄ (L, B, H, P², r) in fp32 (fp64 for fp64), with the largest r of all links. Entries beyond a
-            link's own r are 0.
-        maps: pool(F) (B, P², ΣC_i), the pooled maps side by side.
+        probabilities: P̄ (L, B, H, P², r) in fp32 (fp64 for fp64 inputs), with the largest r of all links. Entries
+            beyond a link's own r are 0.
+        maps: pool(F) (B, P², ΣC_i), the pooled maps of all stages, concatenated along the channels.
         scales: The scale statistic of Y = L X for each link, or None if X was not given.
     """
 
@@ -162,8 +162,8 @@ def project_sources(
         tokens: T (B, N, C), or A F if `shift` is given; float64, float32, bfloat16 or float16, any strides.
         key_weights: W_K (C, C) of each link, as `torch.nn.Linear` stores it.
         value_weights: W_V (C, C) of each link.
-        shift: a (C,), for T = A F + a; or None.
-        dyt: (α, w, b) of each link; or None, for K = T W_K and V = T W_V.
+        shift: a (C,). If it is given, T is `tokens` + a. With None, T is `tokens`.
+        dyt: (α, w, b) of each link. None means no DyT: K = T W_K and V = T W_V.
         backend: A name of `backends()`, or None.
 
     Returns:
@@ -208,30 +208,30 @@ def pooled_links(
 ) -> PooledLinks:
     """Compute the pooled landmark probabilities P̄ of all links, and the pooled maps (docs/METHOD.md §1.5).
 
-    P̄ = pool(softmax(Q K̃ᵀ s)) with Q = DyT(A F + a) W_Q. Then pool(L X) = P̄ X, and dX = P̄ᵀ dY with dY the gradient of
-    pool(L X). The operator is differentiable in all tensors except X; a second derivative uses the reference. A NaN in
-    F affects P̄ and pool(F) of its own image only. A NaN in K̃ affects P̄ of its own image and head only. All parameters
-    have the dtype of F or a wider one; A, a and W_Q are rounded to F's dtype.
+    P̄ = pool(L) with L = softmax(Q K̃ᵀ s) and Q = DyT(A F + a) W_Q. From P̄ follow pool(L X) = P̄ X and, with dY the
+    gradient of pool(L X), dX = P̄ᵀ dY. The operator is differentiable in all tensors except X; a second derivative uses
+    the reference. A NaN in F affects P̄ and pool(F) of its own image only. A NaN in K̃ affects P̄ of its own image and
+    head only. All parameters have the dtype of F or a wider one; A, a and W_Q are rounded to F's dtype.
 
     Backends:
 
-    - "torch", the default on CPU tensors, works on tiles of about 512 positions of one image, forward and backward.
+    - "torch" is the default on CPU tensors. Both passes process one image at a time, in tiles of about 512 positions.
       Tokens, queries and probabilities therefore never exist at full resolution. On CUDA tensors, "torch" runs the
       reference.
-    - "reference" is the default on CUDA tensors where the kernels are not used.
-    - "triton" writes nothing at full resolution in the forward pass. For the backward pass, F, K̃, the weights and P̄
-      are kept. During the backward pass, Q and dQ exist at full resolution; with DyT or normalised queries, the input
-      of W_Q and the gradient of T exist too. The kernels support float32, bfloat16 and float16, d from 8 to 128, r up
-      to 128, r·d up to 8,192 and P up to 32; with `dyt` or normalised queries, C up to 256.
+    - "reference" is the default on CUDA tensors if the kernels are not used.
+    - "triton": the forward pass writes nothing at full resolution, and saves F, K̃, the weights and P̄ for the backward
+      pass. The backward pass writes Q and dQ at full resolution. With DyT or normalised queries, it also writes the
+      input of W_Q and the gradient of T at full resolution. The kernels support float32, bfloat16 and float16, d from 8
+      to 128, r up to 128, r·d up to 8,192 and P up to 32. With `dyt` or normalised queries, they support C up to 256.
 
     Args:
         maps: F (B, C_i, h, w) of the backbone's stages, of one dtype, contiguous or channels-last; float64, float32,
             bfloat16 or float16.
         align: (A (C, C_i), a (C,)) of each link, with C = H·d.
         query_weights: W_Q (C, C) of each link, as `torch.nn.Linear` stores it.
-        keys: K̃ (B, H, r, d) of each link, as `landmark_side` returns it, in fp32 (fp64 for fp64). Links can have
+        keys: K̃ (B, H, r, d) of each link, as `landmark_side` returns it, in fp32 (fp64 for fp64 inputs). Links can have
             different r.
-        targets: Index of the map of each link. A map can have no link.
+        targets: For each link, the index of its target in `maps`. A map without a link is allowed.
         size: P of the P×P grid, whose cells are those of adaptive average pooling.
         dyt: (α, w, b) of each link, or None without DyT.
         xs: X (B, H, r, d) of each link, in the dtype of the keys, for the scale statistic of Y = L X. X receives no
@@ -241,7 +241,7 @@ def pooled_links(
         backend: A name of `backends()`, or None.
 
     Returns:
-        P̄, pool(F) and the statistics.
+        P̄, pool(F) and, with `xs`, the scale statistics.
 
     Raises:
         TypeError: A dtype is not accepted.
@@ -285,21 +285,23 @@ def merge_links(
 ) -> Tensor:
     """Compute the pooled updated maps pool(F_t + β_t Σ τ L X W_O) from P̄ and pool(F) (docs/METHOD.md §1.3 to 1.5).
 
-    Pooling is linear, so that pool(L X) = P̄ X. P̄ X is computed in fp32 (fp64 for fp64), because X can be far larger
-    than Y. All parameters have the maps' dtype or a wider one. The operator is twice differentiable in all tensors.
+    Pooling is linear. Therefore pool(L X) = P̄ X. This product is computed in fp32 (fp64 for fp64 inputs), because X can
+    be far larger than Y. All parameters have the maps' dtype or a wider one. The operator is twice differentiable in
+    all tensors.
 
     Args:
         pooled: The result of `pooled_links`.
         xs: X (B, H, r, d) of each link, as `landmark_side` returns it.
         align: (A (C, C_i), a (C,)) of each map.
         output_weights: W_O (C, C) of each link, as `torch.nn.Linear` stores it.
-        targets: Index of the map of each link.
+        targets: For each link, the index of its target map.
         betas: For each link, β of its target map, a tensor of one element.
         thetas: θ (H,) of each link, for τ = exp(θ); None means τ = 1.
         backend: A name of `backends()`, or None.
 
     Returns:
-        The updated maps (B, S, C, P, P) of all S stages, in the maps' dtype; the map of each stage is contiguous.
+        The updated maps (B, S, C, P, P) of all S stages, in the maps' dtype. The part `[:, s]` of each stage s is
+        contiguous.
 
     Raises:
         TypeError: A dtype is not accepted.
@@ -363,8 +365,9 @@ def serves_pooled_links(
         backend: A name of `backends()`, or None.
 
     Returns:
-        False if the kernels of the backend support attention of these sizes, but not `pooled_links`. If `backend` is
-        None, the backend depends on the device's verdict, the dtype and d only, as in `pooled_links`.
+        True if `pooled_links` supports these sizes. False if the backend is "triton" and `pooled_links` exceeds its
+        limits. With `backend=None`, the choice of the backend depends only on the device's verdict, the dtype and d.
+        `pooled_links` makes the same choice.
 
     Raises:
         NotImplementedError: The backend cannot run.
@@ -381,7 +384,8 @@ def _choose_backend(
 ) -> str:
     """Choose the backend.
 
-    Of the sizes, only d affects the choice, because `serves_pooled_links` runs before the other sizes are known.
+    Of all sizes, only d affects the choice. `serves_pooled_links` makes the same choice before the other sizes are
+    known.
     """
     tiled_here = features.device.type == "cpu"
     chosen = choose_kernels(

@@ -1,11 +1,15 @@
 """Triton kernels for the gradients of the pooled links.
 
-A training step keeps F, K̃ and P̄ of a link. The backward pass computes everything between F and L again: Q by library
-products or, with DyT, by `squash_kernels`. Q and dQ of the links therefore exist at full resolution during the call.
-There are three launches. The first computes dQ and parts of dK̃ for all links, and the second adds the parts of dK̃. The
-third computes dF of all maps, as the sum of the gradient through Q and the gradient through pool(F). Every position
-belongs to one program, which gathers the gradient from the cells that contain the position. Partial sums are written to
-memory and added in order, without atomics.
+For the backward pass, only F, K̃ and P̄ of a link are saved, no results between F and L. The backward pass computes
+these results again: Q by library products or, with DyT, by `squash_kernels`. During the call, Q and dQ of all links
+exist at full resolution. There are three launches:
+
+1. The first launch computes dQ and parts of dK̃ for all links.
+2. The second launch adds the parts of dK̃.
+3. The third launch computes dF of all maps. dF is the sum of the gradient through Q and the gradient through pool(F).
+
+Every position belongs to one program. This program reads the gradients of all cells that contain the position, and adds
+them. Partial sums of dK̃ are written to memory and added in order, without atomics.
 """
 
 from __future__ import annotations
@@ -46,7 +50,10 @@ def strip_gradients(
     d: tl.constexpr, D: tl.constexpr, NORMALISE_QUERY: tl.constexpr, NORMALISE_KEYS: tl.constexpr,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute dQ (B, h, w, H, d) of one row of cells and block of columns, and the contribution of this tile to dK̃."""
+    """Compute dQ (B, h, w, H, d) for one tile of a (b, h), and the contribution of the tile to dK̃.
+
+    The tile contains the map rows of one row of cells, in COLUMNS columns of the map.
+    """
     head, i, down, column = place(program, blocks, SIZE, COLUMNS, BLOCK)
     b, head_of_image = head // HEADS, head % HEADS
     keys = load_keys(keys_ptr + head * rank * d, query_ptr, rank, R, d, D)
@@ -136,7 +143,8 @@ def map_gradient(
 ):  # fmt: skip
     """Compute dF (C_i, h, w) of a tile of positions and channels.
 
-    dF is the sum of the gradient through Q, which `rows_ptr` gives as (h·w, C_i), and the gradient through pool(F).
+    dF is the sum of the gradient through Q and the gradient through pool(F). `rows_ptr` points to the gradient through
+    Q of all images, (B·h·w, C_i).
     """
     tiles: tl.constexpr = (h * w + POSITIONS - 1) // POSITIONS
     groups: tl.constexpr = (channels + COLUMNS - 1) // COLUMNS
@@ -259,7 +267,7 @@ def _maps_backward(
 ) -> list[Tensor]:
     """Return dF of every map.
 
-    `rows` has the gradient of each map through Q, (B·N, C_i), or None for a map without a link. `dpooled` is the
+    `rows` contains the gradient through Q, (B·N, C_i), of each map, or None for a map without a link. `dpooled` is the
     gradient of pool(F).
     """
     dpooled = readable(dpooled).contiguous()

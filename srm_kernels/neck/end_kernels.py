@@ -2,8 +2,10 @@
 
 `project_sources` computes K and V of all links from the tokens of their source. `merge_links` computes, from P̄ and
 pool(F), the maps that the gate reads. Products are computed in the tokens' dtype and rounded where the modules of the
-neck round. P̄ X is computed in fp32, because X can be many times larger than Y. Both operators read small tensors.
-Derivatives therefore use the reference, with library products.
+neck round. P̄ X is computed in fp32, because X can be many times larger than Y.
+
+Both operators read only small tensors. Their derivatives therefore have no kernels. The derivatives use the reference,
+whose products are calls of torch's libraries.
 """
 
 from __future__ import annotations
@@ -90,7 +92,10 @@ def update(
     rank: tl.constexpr, most: tl.constexpr, PIECE: tl.constexpr, d: tl.constexpr, D: tl.constexpr,
     SQUARE: tl.constexpr, C: tl.constexpr, TAU: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return τ P̄ X W_O [ROWS, COLUMNS] of some cells and channels of one link and image, PIECE landmarks at a time."""
+    """Return τ P̄ X W_O [ROWS, COLUMNS] of some cells and channels of one link and image.
+
+    P̄ X is computed in steps of PIECE landmarks.
+    """
     dtype = kind_ptr.dtype.element_ty
     e = tl.arange(0, D)
     total = tl.zeros([cells.shape[0], n.shape[0]], tl.float32)

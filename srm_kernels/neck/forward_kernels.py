@@ -4,24 +4,25 @@ There are two ways to compute the logits. Neither writes T, Q, L or Y to memory.
 
 - Absorbed queries, if there is no DyT and no query normalisation. The logits are Q K̃ᵀ s = F·G + g, with
   G = (W_Q A)ᵀ K̃ᵀ s (C_i×r per head) and g = (W_Q a)ᵀ K̃ᵀ s. A separate launch computes G and g of all links in fp32. In
-  half precision, G is split into a high and a low part for two products. Rounding G once would cause an error of 4e-3
-  of the result, and pooling would not average out this error. A program computes some cells of one row of cells for
-  one (b, h). It adds the probabilities of its positions, and sums them by cell at the end.
-- Queries from tokens, otherwise. A program computes one cell of an image. It computes T = A F + a of some positions for
-  all channels, applies DyT, and then computes Q, logits and probabilities of one head after the other. A and W_Q are
-  read in pieces. From tile to tile, the program keeps only the sums of all heads, [H, r]. If P does not divide the
-  height and width of the map, neighbouring cells overlap, and a position is computed once for each cell that contains
-  it.
+  half precision, G is split into a high and a low part, and F is multiplied by both. Rounding G once would cause an
+  error of 4e-3 of the result, and pooling would not average out this error. A program computes some cells of one row of
+  cells for one image b and head h. It first adds the probabilities of all its tiles. At the end, it sums over the
+  columns of each cell.
+- Queries from tokens, otherwise. A program computes one cell of an image, tile by tile. For each tile, it computes
+  T = A F + a for all channels, and applies DyT. It then computes Q, logits and probabilities of one head after the
+  other. A and W_Q are read in pieces. From tile to tile, the program keeps only the sums of the probabilities of all
+  heads, [H, r], and the statistic. If P does not divide the height and width of the map, neighbouring cells overlap. A
+  position is then computed once for each cell that contains it.
 
 Other programs of the same launch pool the maps.
 
-The statistic is computed from y = L X, tile by tile with Chan's formula. X is therefore an input; the launch that
-computes K̃ also computes X. The alternative, tr Xᵀ(LᵀL)X from second moments of L, has two disadvantages. X can be many
-times larger than Y, so that large squares would cancel; and the r×r moments need more products than the r×d ones of
-L X. No statistic is computed in evaluation.
+The statistic is computed from y = L X, tile by tile with Chan's formula. X is therefore an input. No statistic is
+computed in evaluation. The alternative, tr Xᵀ(LᵀL)X from second moments of L, has two disadvantages. X can be many
+times larger than Y, and large squares would then cancel. The r×r moments also need more products than L X.
 
-The number of programs per image is a compile-time constant. The programs of a link start at the link's offset times the
-batch size. The division of an image does not depend on the batch.
+The number of programs per image is a compile-time constant, and does not depend on the batch. Programs are ordered by
+link, then by image. The first program of a link has the index n·B, where n is the number of programs per image of all
+earlier links.
 """
 
 from __future__ import annotations
@@ -175,9 +176,9 @@ def strip(
 ):  # fmt: skip
     """Compute P̄ of the cells of one strip of a (b, h), and the mean and M₂ of y at the positions that the strip owns.
 
-    If P does not divide the height and width of the map, neighbouring cells and strips share positions. Each strip uses
-    shared positions for the P̄ of its own cells. For the statistic, only the last strip that contains a position owns
-    this position.
+    If P does not divide the height and width of the map, neighbouring cells and strips share positions. For P̄, each
+    strip uses all positions of its cells, including shared positions. The statistic must count each position once. The
+    last strip that contains a position owns this position and counts it.
     """
     head = program // (SIZE * strips)
     i = (program // strips % SIZE).to(tl.int32)
@@ -265,8 +266,9 @@ def queries_of(
 ):  # fmt: skip
     """Return Q of one tile, [BLOCK, HP·D], in the dtype of the map.
 
-    A loop computes TOKENS channels of DyT(A F + a) and multiplies them by W_Q. Zeros pad the number of heads to HP and
-    the channels of a head to D. Values are rounded at the same places as in the modules of the neck.
+    Each step of a loop computes TOKENS channels of DyT(A F + a), multiplies them by W_Q, and adds the product to Q.
+    Zeros pad the number of heads to HP and the channels of a head to D. Values are rounded at the same places as in the
+    modules of the neck.
     """
     dtype = map_ptr.dtype.element_ty
     n = tl.arange(0, HP * D)
@@ -307,8 +309,8 @@ def cell_probabilities(
 ):  # fmt: skip
     """Compute P̄ of one cell of an image for every head, and the mean and M₂ of y at the positions that the cell owns.
 
-    `batch_index` numbers the images of all links. If several cells contain a position, the last of these cells owns the
-    position: the statistic counts it only there.
+    `batch_index` is an index over the images of all links: link · B + b. If several cells contain a position, the last
+    of these cells owns the position. The statistic counts a position only in the cell that owns it.
     """
     b, cell = program // (SIZE * SIZE), (program % (SIZE * SIZE)).to(tl.int32)
     i, j = cell // SIZE, cell % SIZE
@@ -318,9 +320,9 @@ def cell_probabilities(
     count = rows * width
     map_ptr += b * stride_b
     heads, r, e = tl.arange(0, HP), tl.arange(0, R), tl.arange(0, D)
-    # In two cases y is computed in two halves of its columns. For exact products of large tiles, this leaves more
-    # registers for the queries. If y is square, Triton would distribute all warps along the columns of y, which are too
-    # few for all warps.
+    # In two cases, the two halves of the columns of y are computed one after the other. EXACT: for fp32 products of
+    # large tiles, this leaves more registers for the queries. SQUARE: if y is square, Triton would distribute all warps
+    # along the columns of y, but there are too few columns for all warps.
     EXACT: tl.constexpr = R * D > 2048 and map_ptr.dtype.element_ty == tl.float32
     SQUARE: tl.constexpr = BLOCK == D and D > 16 and map_ptr.dtype.element_ty == tl.bfloat16
     PARTS: tl.constexpr = 2 if EXACT or SQUARE else 1
@@ -417,7 +419,7 @@ def _gather_kernel(
     TOGETHER: tl.constexpr, STRIPS: tl.constexpr, HEIGHTS: tl.constexpr, WIDTHS: tl.constexpr,
     HEADS: tl.constexpr, d: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Merge the parts (strips or cells) of one (b, h) of a link: compute their common mean, then M₂ about this mean."""
+    """Merge the parts (strips or cells) of one (b, h) of a link: first their common mean, then M₂ about this mean."""
     program = tl.program_id(0).to(tl.int64)
     link = (program // (batch * HEADS)).to(tl.int32)
     head = program % (batch * HEADS)
@@ -456,9 +458,9 @@ def _absorb_kernel(
     HEADS: tl.constexpr, C: tl.constexpr, R: tl.constexpr, d: tl.constexpr, D: tl.constexpr,
     NORMALISE_KEYS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute G [r, C_i] and g [r] of one (b, h) of a link in units of log 2; each program computes COLUMNS channels.
+    """Compute COLUMNS channels of G [r, C_i], and g [r], of one (b, h) of a link, in units of log 2.
 
-    W_Q A and W_Q a are computed again for every image, because these small products cost no more than another launch.
+    W_Q A and W_Q a are computed again for every image. These small products cost no more than one more launch.
     """
     program = tl.program_id(0).to(tl.int64)
     for link in tl.static_range(LINKS):
@@ -543,9 +545,9 @@ class Sizes:
         )
 
     def pool_firsts(self, before: int) -> tuple[int, ...]:
-        """Return the index of the first pooling program of each map, and the number of all programs.
+        """Return the index of the first pooling program of each map, and the number of all programs, for one image.
 
-        `before` is the number of programs that precede the pooling programs.
+        `before` is the number of programs per image that precede the pooling programs.
         """
         counts = (self.size * -(-c // g) for c, g in zip(self.channels, self._groups(), strict=True))
         return tuple(before + first for first in firsts_of(counts))
@@ -676,9 +678,9 @@ def _gather(
 ) -> None:
     heads = sizes.of_heads()
     del heads["RANKS"], heads["most"], heads["R"]
-    # The kernel uses one warp. If each lane holds one square, the compiler may turn a² + (another lane's b²) into
-    # fma(a, a, b²), and the sums of the lanes then differ in the last bit. With several warps, Triton 3.8 would let all
-    # lanes write their sums to one address.
+    # The kernel uses one warp, so that its result is reproducible. If each lane holds one square, the compiler can turn
+    # a² + b², with b² from another lane, into fma(a, a, b²). The sums of the lanes then differ in the last bit. With
+    # several warps, Triton 3.8 would let all lanes write their sums to one address.
     _gather_kernel[(len(strips) * sizes.batch * sizes.heads,)](
         *parts, *wholes, sizes.batch, **heads, LINKS=len(strips), FIRSTS=firsts, TOGETHER=together,
         STRIPS=strips, **sizes.of_links(), num_warps=1,

@@ -11,7 +11,7 @@ from ..parts import padded, power_of_two
 
 
 class Tile(NamedTuple):
-    """How the columns of a map are divided: `columns` per tile, in `blocks` tiles side by side."""
+    """How the columns of a map are divided: into `blocks` tiles of `columns` columns."""
 
     columns: int
     blocks: int
@@ -26,14 +26,15 @@ def tile_of(width: int, positions: int) -> Tile:
 class Strips(NamedTuple):
     """How a row of pooling cells is divided into strips.
 
-    A strip is a group of neighbouring cells that fits in one tile. A cell that is wider than a tile is a strip of
-    several tiles. No cell is split between strips, so one strip computes all of a cell's P̄ (pooled probabilities).
+    A strip is a group of neighbouring cells that together are at most as wide as one tile. A cell that is wider than a
+    tile is a strip of its own, and this strip has several tiles side by side. No cell is divided among strips. One
+    strip therefore computes all pooled probabilities P̄ of a cell.
 
     Attributes:
         cells: Cells per strip.
-        strips: Strips per row.
+        strips: Strips per row of cells.
         columns: Map columns per tile.
-        across: Tiles side by side per strip.
+        across: Number of tiles side by side in one strip.
     """
 
     cells: int
@@ -63,7 +64,7 @@ def strips_of(width: int, size: int, positions: int) -> Strips:
 def forward_positions(
     rank: int, d: int, dtype: torch.dtype, statistics: bool, capability: tuple[int, int]
 ) -> int:
-    """Return the number of positions of a tile that fits in registers together with the [r, d] tiles.
+    """Return a number of positions for which a tile fits in registers together with the [r, d] tiles.
 
     The numbers are based on the registers that `python -m bench.resources` prints.
     """
@@ -91,10 +92,11 @@ class TokenTile(NamedTuple):
 def token_tile(
     rank: int, d: int, dtype: torch.dtype, statistics: bool, capability: tuple[int, int]
 ) -> TokenTile:
-    """Return the tile that fits in registers.
+    """Return a tile that fits in registers.
 
-    For the statistic in bf16, a program has 4 warps if the [r, d] tiles are not large and the compute capability is
-    below 9.0: with 8 warps, some warps would repeat the products of others. On 9.0 and 12.0, 4 warps spill registers.
+    A program has 8 warps. With the statistic, bf16 and [r, d] tiles that are not large, some of the 8 warps would
+    repeat the work of others. In this case, a program has 4 warps on compute capability below 9.0. From 9.0 on, it
+    still has 8 warps, because 4 warps spill registers on 9.0 and 12.0.
     """
     large = heavy(rank, d)
     chunk = 16 if dtype == torch.float32 and not (large and capability == (9, 0)) else 32
@@ -111,8 +113,8 @@ def token_tile(
 def strip_warps(rank: int, d: int, dtype: torch.dtype, statistics: bool) -> int:
     """Return the warps of a program.
 
-    For the statistic, a tile of 32 positions in bf16 has 2 warps. The products of the tile have two blocks of rows, and
-    more than two warps would repeat products.
+    With the statistic, bf16 and [r, d] tiles that are not large, a tile has 32 positions, and a program has 2 warps.
+    Two warps cover the 32 rows of a product. Further warps would repeat the work of these two.
     """
     return 2 if dtype == torch.bfloat16 and statistics and not heavy(rank, d) else warps(rank, d)
 
@@ -131,14 +133,14 @@ def warps(rank: int, d: int) -> int:
 
 
 def backward_tile(rank: int, d: int, dtype: torch.dtype) -> tuple[int, dict[str, int]]:
-    """Return the positions of a tile and the launch options.
+    """Return the number of positions of a tile, and the launch options.
 
     If a tile has as many positions as landmarks, Triton distributes the warps along the positions. The softmax over the
     landmarks then needs no exchange between warps.
     """
     if dtype == torch.bfloat16 and not heavy(rank, d):
         return 64, {"num_warps": 4, "num_stages": 1, "maxnreg": MOST_REGISTERS}
-    if heavy(rank, d):  # without a limit the compiler spills, so that two programs share a multiprocessor
+    if heavy(rank, d):  # without a limit, the compiler spills to run two programs on one multiprocessor
         return 16, {"num_warps": 8, "num_stages": 1, "maxnreg": MOST_REGISTERS}
     return 16, {"num_warps": 4 if padded(rank) * padded(d) < 64 * 32 else 8, "num_stages": 1}
 

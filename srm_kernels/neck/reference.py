@@ -50,8 +50,9 @@ def pooled_links(sides: QuerySides) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return P̄, pool(F), the mean of Y = L X and the spread Σ‖y − mean‖².
 
     P̄ is (L, B, H, P², r) in the wide dtype, with the largest r of all links. Entries beyond a link's own r are 0.
-    pool(F) is (B, P², ΣC_i). The mean (L, B, H, d) and the spread (L, B, H) are taken over all N positions of a link;
-    both are empty if `sides.xs` is empty. T, DyT(T) and Q have the dtype of F, as in the modules of the unfused neck.
+    pool(F) is (B, P², ΣC_i). The mean (L, B, H, d) and the spread (L, B, H) are computed over all N positions of a
+    target map. Both are empty if `sides.xs` is empty. T, DyT(T) and Q have the dtype of F, as in the modules of the
+    unfused neck.
     """
     most, size, qk_norm = max(k.shape[2] for k in sides.keys), sides.size, sides.qk_norm
     probabilities, means, spreads = [], [], []

@@ -1,15 +1,19 @@
-"""Triton kernels that compute the queries through DyT for the backward pass of the pooled links, and their gradients.
+"""Triton kernels for the backward pass of the pooled links with DyT: the queries, and the gradients through DyT.
 
+The backward pass first computes the queries again, by the forward kernel. The backward kernel then computes gradients.
 F (M, C_i) has one row for each position of a map:
 
     T = F Aᵀ + a    D = w ∘ tanh(αT) + b    Q = D W_Qᵀ
     dD = dQ W_Q     dT = α w ∘ (1 − tanh²(αT)) ∘ dD
 
-A program of the forward kernel computes T and D of some positions, a group of channels at a time. It writes D, because
-dW_Q = dQᵀ D needs D, and adds D W_Qᵀ to Q. A program of the backward kernel computes T from F again and dD from dQ, for
-some positions and channels, and writes dT. T and dD are never written to memory. At full resolution the forward kernel
-writes only D and Q, and the backward kernel only dT. The backward kernel also writes the contribution of each tile to
-dα, dw, db and da; torch adds the contributions.
+A program of the forward kernel processes some positions, one group of channels after the other. For each group, it
+computes T and D, and adds D W_Qᵀ to Q. It writes Q, and also D, because dW_Q = dQᵀ D needs D.
+
+A program of the backward kernel processes some positions and channels. It computes T from F again and dD from dQ, and
+writes dT. It also writes the contribution of its tile to dα, dw, db and da. torch adds the contributions of all tiles.
+
+T and dD are never written to memory. At full resolution, the forward kernel writes only D and Q, and the backward
+kernel writes only dT.
 """
 
 from __future__ import annotations
@@ -80,7 +84,7 @@ def _squash_backward_kernel(
 ):  # fmt: skip
     """Compute dT of a tile of positions and channels, and the contribution of the tile to dα, dw, db and da.
 
-    Contributions are written to `parts` [tiles, 4, C].
+    Contributions are written to `parts` [tiles of positions, 4, C], in this order.
     """
     tile = tl.program_id(0).to(tl.int64)
     row = tile * BLOCK + tl.arange(0, BLOCK)
@@ -109,7 +113,7 @@ def _squash_backward_kernel(
 
 
 class Squash:
-    """Compute D and Q of a link from the rows of its map, and backpropagate dQ.
+    """Compute D and Q of a link from F, and backpropagate dQ.
 
     Args:
         rows: F (M, C_i).
@@ -141,7 +145,10 @@ class Squash:
         return squashed.to(self.dtype), queries.to(self.dtype)
 
     def backward(self, dqueries: Tensor) -> tuple[Tensor, Tensor]:
-        """Return dT (M, C), and an fp32 tensor (4, C): the contribution of each channel to dα, then dw, db and da."""
+        """Return dT (M, C), and an fp32 tensor (4, C).
+
+        The rows of this tensor are the contributions of the channels to dα, then dw, db and da.
+        """
         rows, C = self.given["rows_ptr"], len(self.shift)
         tile = launch_rules.squash_backward_tile(rows.dtype)
         tiles = -(-len(rows) // tile.positions)

@@ -40,7 +40,7 @@ def grid_of(height: int, width: int, size: int, positions: int, like: Tensor) ->
 
 
 def _is_built() -> bool:
-    """Return whether the library is built and has the steps of `NativeGrid`. An old library does not have them."""
+    """Return whether the library is built and has the steps of `NativeGrid`. Old libraries do not have these steps."""
     if not native.BUILT:
         return False
     native.load()

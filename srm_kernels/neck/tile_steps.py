@@ -35,7 +35,7 @@ class Folded(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """The positions from `start` to `stop` of a map: whole rows, or a part of one row."""
+    """The positions from `start` to `stop` − 1 of a map: whole rows, or a part of one row."""
 
     start: int
     stop: int
@@ -67,7 +67,10 @@ class Grid:
         self.tiles = tiles_of(height, width, positions)
 
     def pool(self, logits: Tensor, tile: Tile, into: Tensor, space: Workspace) -> None:
-        """Replace logits (H, M, r) by probabilities, and add their part to the cell means, `into` (H, P, P·r)."""
+        """Replace logits (H, M, r) by probabilities, and add the tile's contribution to the cell means `into`.
+
+        `into` is (H, P, P·r).
+        """
         H, _, r = logits.shape
         rows, columns = self.rows[:, tile.rows], self.columns[:, tile.columns]
         (P, height), width = rows.shape, columns.shape[1]
@@ -182,8 +185,8 @@ def normalise_backward(grad: Tensor, x: Tensor) -> Tensor:
 class Moments:
     """Accumulate the mean (H, d) and Σ‖y − mean‖² (H,) of Y = L X over the tiles of an image.
 
-    The mean of X is subtracted first, and squares are summed about the mean of each tile. This avoids cancellation when
-    the mean of Y is large.
+    The mean of X over the landmarks is first subtracted from X. For each tile, squares are summed about the mean of the
+    tile. Both steps avoid cancellation when the mean of Y is large.
     """
 
     def __init__(self, X: Tensor) -> None:

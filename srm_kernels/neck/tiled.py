@@ -2,12 +2,15 @@
 
     T = A F + a   Q = W_Q DyT(T)   L = softmax(Q K̃ᵀ s)   P̄ = pool(L)
 
-A tile has about 512 positions, so that tokens, queries and probabilities stay in the cache and never exist at full
-resolution. Consecutive linear steps are folded into one weight. The scale s and the normalisation of the keys are
-folded into K̃. A tile writes only its contribution to P̄. The backward pass computes each tile again. Images are computed
-one by one, so that the results of an image are bitwise equal alone and in a batch. Results are computed in the wide
-dtype, from F, A, a and W_Q rounded to F's dtype. torch computes the products. C++ code computes softmax, pooling and
-tanh if the library is built (`tile_native.py`); otherwise torch computes them (`tile_steps.py`).
+A tile has about 512 positions. The tokens, queries and probabilities of a tile stay in the cache, and never exist at
+full resolution. Consecutive linear steps are folded into one weight. The scale s and the normalisation of the keys are
+folded into K̃. Each tile adds only its contribution to P̄. The backward pass computes each tile again.
+
+Images are computed one by one. The results of an image are therefore bitwise equal alone and in a batch. Results are
+computed in the wide dtype, from F, A, a and W_Q in F's dtype.
+
+torch computes the products. If the library is built, C++ code computes softmax, pooling and tanh (`tile_native.py`).
+Otherwise torch computes softmax, pooling and tanh (`tile_steps.py`).
 """
 
 from __future__ import annotations
@@ -113,7 +116,7 @@ class _Backward:
     def image(self, number: int, dpooled: Tensor, dmap: Tensor) -> Tensor:
         """Backpropagate dP̄ (H, P, P·r) of one image and return dK̃ (H, r, d).
 
-        The gradients of the folded weights are added to `self.inner` and `self.outer`, and dF (C_i, h·w) to `dmap`.
+        Add the gradients of the folded weights to `self.inner` and `self.outer`. Add dF (C_i, h·w) to `dmap`.
         """
         link = self.link
         K = link.landmarks(number)
@@ -141,7 +144,7 @@ class _Backward:
     def _tokens(self, F: Tensor, tokens: Tensor, dqueries: Tensor, dfeatures: Tensor) -> None:
         """Backpropagate dQ (M, C) of one tile.
 
-        Add the gradients of the folded weights to `self.inner` and `self.outer`, and dF (C_i, M) to `dfeatures`.
+        Add the gradients of the folded weights to `self.inner` and `self.outer`. Add dF (C_i, M) to `dfeatures`.
         """
         inner, outer = self.link.folded
         _add(self.outer, dqueries, tokens)

@@ -83,7 +83,7 @@ def rms_scale(y: Tensor, *, backend: str | None = None) -> RMSScale:
         backend: A name of `backends()`, or None.
 
     Returns:
-        μ (H, d) and σ (H,) in fp32 (fp64 for fp64).
+        μ (H, d) and σ (H,) in fp32 (fp64 for fp64 inputs).
 
     Raises:
         TypeError: The dtype is not accepted.
@@ -98,11 +98,11 @@ def rms_scale(y: Tensor, *, backend: str | None = None) -> RMSScale:
 def dyt(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor, *, backend: str | None = None) -> Tensor:
     """Compute the dynamic tanh w ⊙ tanh(αx) + b along the last axis (docs/METHOD.md §3.4, article 3.5).
 
-    tanh is computed in fp32 (fp64 for fp64). The operator is differentiable in all tensors.
+    tanh is computed in fp32 (fp64 for fp64 inputs). The operator is differentiable in all tensors.
 
     Args:
         x: (…, C); float64, float32, bfloat16 or float16, any strides.
-        alpha: α, one element. All three parameters have one dtype: that of `x` or a wider one.
+        alpha: α, one element. `alpha`, `weight` and `bias` have one dtype: the dtype of `x` or a wider dtype.
         weight: w (C,).
         bias: b (C,).
         backend: A name of `backends()`, or None.
@@ -145,13 +145,13 @@ def tau_loss(
 
     Args:
         thetas: θ (H,) of each link; float64, float32, bfloat16 or float16, with the dtype and device of `sigmas`.
-        sigmas: σ̄ (H,) of each link. It receives no gradient.
+        sigmas: σ̄ (H,) of each link. The operator gives no gradient for σ̄.
         reference: σ_ref, above 0.
         floor: Summand in the logarithm, at least 0.
         backend: A name of `backends()`, or None.
 
     Returns:
-        A scalar in fp32 (fp64 for fp64).
+        A scalar in fp32 (fp64 for fp64 inputs).
 
     Raises:
         TypeError: A dtype is not accepted.

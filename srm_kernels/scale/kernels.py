@@ -1,11 +1,12 @@
 """Triton kernels of the scale statistic, DyT and the τ loss.
 
-Scale statistic: the tokens of each image and head are divided into shares. A program computes the mean and
-M₂ = Σ‖y − mean‖² of one share, and adds the tiles of the share by Chan's formula. A second launch merges the shares of
-a head about their common mean. This avoids cancellation when the mean is large.
+Scale statistic: the tokens of each image and head are divided into shares. In the first launch, a program computes the
+mean and M₂ = Σ‖y − mean‖² of one share. The program reads the share in tiles, and adds the mean and M₂ of each tile by
+Chan's formula. In the second launch, a program computes the common mean of all shares of a head, and then σ from the
+distances to this mean. This avoids cancellation when the mean is large.
 
-DyT: the backward pass writes dx. It also writes the contribution of each share of the rows to dα, dw and db. A second
-launch adds the contributions.
+DyT: the rows are divided into shares. The backward pass writes dx, and for each share its contribution to dα, dw and
+db. A second launch adds the contributions of all shares.
 
 All sums have a fixed order, and the kernels use no atomics.
 """
@@ -68,7 +69,7 @@ def _merge_kernel(
     part_mean_ptr, part_spread_ptr, mean_ptr, rms_ptr, N, share, shares, batch, heads, d: tl.constexpr,
     D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Merge the shares of all samples into μ_h [d] and σ_h of one head: one loop for μ_h, another for σ_h."""
+    """Compute μ_h [d] and σ_h of one head from the shares of all images: one loop for μ_h, another for σ_h."""
     h = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, D)
     total = batch.to(tl.float32) * N.to(tl.float32)
@@ -209,7 +210,7 @@ def _dyt_backward_kernel(
 ):  # fmt: skip
     """Compute dx of one share of the rows, and the contribution of the share to dα, dw and db.
 
-    Contributions are written per column to `parts` [shares, 3, C].
+    Contributions are written per column to `parts` [shares, 3, C], in this order.
     """
     part = tl.program_id(0)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -330,7 +331,7 @@ def dyt_backward(
 
 
 def _row_strides(**rows: Tensor) -> dict[str, int]:
-    """Return the strides of (outer, inner, C) by the names that kernels use."""
+    """Return the strides of tensors (outer, inner, C), by the names of the kernels' parameters."""
     return {
         f"{name}_{axis}": stride
         for name, tensor in rows.items()
@@ -339,7 +340,10 @@ def _row_strides(**rows: Tensor) -> dict[str, int]:
 
 
 def divide(count: int, block: int, least: int, most: int = 32) -> tuple[int, int]:
-    """Divide items into at most `most` shares of whole blocks, at least `least` items each; return (items, shares)."""
+    """Divide `count` items into at most `most` shares. Return the number of items of a share and the number of shares.
+
+    The number of items of a share is a multiple of `block` and at least `least`. The last share can have fewer items.
+    """
     share = max(least, -(-count // most))
     share = -(-share // block) * block
     return share, -(-count // share)

@@ -1,9 +1,11 @@
 """The cases to verify: every operator with kernels, at several shapes.
 
 Inputs are standard normal numbers, drawn in float64 and rounded to the dtype of the case. A "shape" means the sizes of
-one link of a neck and of the maps that this link reads. Options that select other kernels (normalisation, DyT) differ
-between shapes, so that all kernels are checked. The verdict on an operator also covers `Operator.forms` and the call in
-training. Both are therefore checked at every shape too.
+one link of a neck and of the maps that this link reads. The options for normalisation and DyT select different kernels.
+These options differ between shapes, so that all kernels are checked.
+
+The verdict on an operator covers three kinds of calls: the call that is timed, the call in training, and
+`Operator.forms`. All three are checked at every shape.
 """
 
 from __future__ import annotations
@@ -76,20 +78,22 @@ class Operator:
         name: Name of the public function.
         make: (shape, draw) → inputs, where draw(*sizes) returns random numbers.
         call: shape → the call, (*inputs, backend=…) → results.
-        trained: shape → the call of training, if it differs. It is also checked, and timed with gradients instead of
-            `call`.
-        forms: shape → other calls of the operator that the same verdict covers. They are checked and not timed.
+        trained: shape → the call in training. None if the call in training is `call`. `trained` is also checked, and is
+            timed with its gradients instead of `call`.
+        forms: shape → other calls of the operator that the same verdict covers. They are checked, but not timed.
         inputs: The batch axis of each input, or None for an input without a batch axis.
         outputs: The batch axis of each result of `Case.judged`, or None for a result that mixes the samples of a batch.
-            None in place of the tuple means that samples are not computed alone.
-        wide: Indices of the inputs that are fp32 in every dtype.
+            If `outputs` itself is None, no sample is computed alone for comparison with its batch.
+        wide: Indices of the inputs that are fp32 for every dtype of the case.
         variant: Options that are measured separately, as in `explain`.
         dtypes: The dtypes to measure.
         backends: The backends to check against the reference.
-        shares_size: Whether errors of gradients are relative to the largest result of the call.
-        reference: (shape, inputs, backend) → the call that computes exact results from the landmarks that the backend
+        shares_size: Whether the error bounds use the size of the largest result or gradient of the call, as with
+            `together` in `error_ratio`.
+        reference: (shape, inputs, backend) → the call that computes exact results with the landmarks that the backend
             chooses. None for an operator that chooses no landmarks.
-        ratio: (shape, inputs, results) → error divided by its bound, for results that are not floating point.
+        ratio: (shape, inputs, results) → error divided by its bound, for results that are not floating point. None for
+            other results.
     """
 
     name: str
@@ -184,7 +188,11 @@ def _attend(s: Shape, **more: Any) -> Call:
 
 
 def _attend_otherwise(s: Shape, landmarks: Tensor | None = None) -> tuple[Call, ...]:
-    """Return other calls: with given landmarks, other strides and no τ; with the statistic; with uniform landmarks."""
+    """Return three other calls.
+
+    The first call has given landmarks, other strides and no τ. The second call computes the statistic. The third call
+    has uniform landmarks.
+    """
 
     def given(q: Tensor, k: Tensor, v: Tensor, tau: Tensor, *, backend: str | None) -> Any:
         q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
@@ -229,7 +237,10 @@ def _side(s: Shape, choose: Callable[[Tensor], Tensor | None], method: str = "le
 
 
 def _sides(s: Shape, index: Tensor | None = None) -> tuple[Call, ...]:
-    """Return calls of the key side with given landmarks, with `index` (None: by leverage), and with uniform ones."""
+    """Return three calls of the key side: with given landmarks, with landmarks `index`, and with uniform landmarks.
+
+    If `index` is None, the landmarks of the second call are chosen by leverage.
+    """
     given = _side(s, lambda k: _first_keys(k, s.rank))
     return given, _side(s, lambda k: index), _side(s, lambda k: None, "uniform")
 
@@ -244,8 +255,10 @@ def _landmark_ratio(method: str) -> Callable[[Shape, Sequence[Tensor], Sequence[
 
     The ratio is infinite if landmarks are not distinct or not in range. The error is the number of landmarks that
     differ from the choice of the reference in fp64. The bound is the larger of two numbers: 1/16 of all landmarks, and
-    twice the error of the reference in the same dtype. Implementations can break ties differently. After one different
-    landmark, the later landmarks can differ too.
+    twice the error of the reference in the dtype of the keys.
+
+    The bound is not zero for two reasons. Implementations can break ties differently. After one different landmark, the
+    later landmarks can differ too.
     """
 
     def ratio(s: Shape, inputs: Sequence[Tensor], results: Sequence[Tensor]) -> float:
@@ -301,7 +314,7 @@ def _pool_links(s: Shape, *, statistics: bool = False) -> Call:
 
 
 def _pool_several_links(s: Shape) -> tuple[Call]:
-    """Return a call with the statistic and two links of different r, which read two maps, the larger channels-last."""
+    """Return a call with the statistic and two links of different r. The links read two maps; one is channels-last."""
 
     def call(m: Tensor, *weights: Tensor, backend: str | None) -> Any:
         align, shift, query, keys, x, *dyt = weights

@@ -1,7 +1,7 @@
 """The child process that runs kernels: `python -m srm_kernels.verify.child DEVICE` answers requests in JSON lines.
 
-The process exits after a failure, because an error of a kernel can break its CUDA context. The command then starts
-another child process.
+An error of a kernel can break the CUDA context of its process. The child process therefore exits after a failure, and
+the command starts another child process.
 """
 
 from __future__ import annotations

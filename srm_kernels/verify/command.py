@@ -167,10 +167,11 @@ class Run:
         self.progress = table.Progress()
 
     def doubted(self, wanted: Sequence[Case]) -> list[Case]:
-        """Return cases at other shapes, in the groups of `wanted`, whose stored fault can disappear if repeated.
+        """Return further cases to measure again: cases with a stored fault, in the groups of `wanted`.
 
-        A fault at one shape rules out the implementation at all shapes of its group. The returned cases are therefore
-        measured again. Their faults are faults that the environment can cause, or any faults with `--again`.
+        A fault at one shape excludes the implementation at all shapes of its group. A fault that the environment has
+        caused can disappear if the case is measured again. Cases with such a fault are returned. With `--again`, cases
+        with any fault are returned.
         """
         asked, groups = set(map(_label, wanted)), set(map(_group, wanted))
         faults = verdicts.faults(self.verdict.rows)
@@ -204,7 +205,7 @@ class Run:
             kept = len(wanted) - len(todo)
             print(f"{kept} of {len(wanted)} cases are in the stored verdict; --again repeats them")
         if todo:
-            # Saved with the first row: if no kernel can run, an earlier verdict stays as it is.
+            # The verdict is saved with its first row. If no kernel can run, the file of an earlier verdict is kept.
             unfinished = self.verdict.unfinished | set(map(_group, todo))
             self.verdict = replace(self.verdict, unfinished=unfinished)
             self._judge(asked, judged)

@@ -1,8 +1,8 @@
 """Check whether an implementation is right, and time it.
 
-An implementation is right if its results and gradients satisfy the numerics rule against the reference in fp64. In
-addition, the device must report no fault and refuse no launch. Kernels must also give the same bits in two runs, and
-the same bits for a sample alone and in its batch.
+An implementation is right if its results and gradients satisfy the numerics rule, where the exact result is the
+reference in fp64. In addition, the device must report no fault and refuse no launch. For kernels there are two more
+conditions. Two runs must give the same bits. A sample must give the same bits alone and in its batch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SAMPLE = 1  # index in the batch of the sample that is also computed alone
 
 
 class Alone(NamedTuple):
-    """What is needed to run one sample of a batch alone: the batch size, and the batch axis of every result."""
+    """What a call with one sample of a batch needs: the size of the whole batch, and the batch axis of every result."""
 
     batch: int
     axes: tuple[int | None, ...]
@@ -91,10 +91,11 @@ def ratios(
     shares_size: bool = False,
     redrawn: Callable[[int], Sequence[Tensor]] | None = None,
 ) -> dict[str, float]:
-    """Return the error divided by its bound of every result and gradient, by the numerics rule.
+    """Return the ratio of error to bound for every result and gradient in `found`, by the numerics rule.
 
-    `call` is the call of the reference. The error of a gradient of few numbers is measured over several losses.
-    `redrawn` returns other inputs. If it is given, the error of a result of few numbers is measured over them too.
+    `call` is the call of the reference. For a gradient with at most `FEW` elements, the error of the reference is
+    measured over several losses. `redrawn` is a function that returns other inputs, or None. If it is given, the same
+    holds for a result with at most `FEW` elements, and each loss has other inputs.
     """
     wide = [x.double() for x in inputs]
     plain, exact = (results(call, x).named() for x in (inputs, wide))
@@ -117,7 +118,7 @@ def ratios(
 
 
 def sizes_of(case: Case) -> list[int]:
-    """Return the sizes on which the choice depends for a case, without computing anything."""
+    """Return the sizes of a case on which the choice of the backend depends, without computing anything."""
     inputs = case.inputs("meta")
     try:
         case.call(*inputs, backend=Question("reference"))
@@ -267,7 +268,7 @@ def _step(call: Call, inputs: Sequence[Tensor], backend: str, direction: str) ->
 
 
 def _compiled(call: Call, inputs: Sequence[Tensor], direction: str) -> Callable[[], Any]:
-    """Trace the operations of the reference and its gradients below autograd, and compile them."""
+    """Trace the operations of the reference and of its gradients below autograd, and compile these operations."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     def traced(*tensors: Tensor) -> Any:

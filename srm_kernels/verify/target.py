@@ -44,7 +44,7 @@ class Device:
         yield
 
     def probe(self) -> None:
-        """Launch a trivial kernel. If it fails, the cause is the environment and not a kernel of this package.
+        """Launch a trivial kernel. If this kernel fails, the cause is the environment, not a kernel of this package.
 
         Errors of Triton and of the driver are not caught.
 
@@ -77,7 +77,7 @@ class Device:
 
 
 class CudaDevice(Device):
-    """A CUDA device by its number."""
+    """The CUDA device with a given index."""
 
     def __init__(self, index: int) -> None:
         self.torch_device = torch.device("cuda", index)

@@ -9,7 +9,7 @@ from bench.resources import case_words
 
 
 class Limits(NamedTuple):
-    """Capacity of a multiprocessor. Shared memory is in bytes: the total, and the largest amount per block."""
+    """Capacity of a multiprocessor. `shared` and `shared_block` are bytes of shared memory, in total and per block."""
 
     warps: int
     blocks: int
@@ -82,8 +82,8 @@ def _up(value: int, unit: int) -> int:
 def kernel_table(rows: Iterable[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Return the header and the lines of a table of the resources and the theoretical occupancy of kernels.
 
-    If a kernel needs the same resources for several shapes, the table has one line for these shapes, which shows the
-    first shape.
+    If a kernel needs the same resources for several shapes, these shapes share one line of the table. The line shows
+    the first shape.
 
     Args:
         rows: Rows of `bench.resources`.

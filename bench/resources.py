@@ -1,7 +1,8 @@
 """List registers, shared memory and spills of every Triton kernel, compiled without a GPU: `python -m bench.resources`.
 
-The launches of the package for a shape and an architecture are recorded instead of run. Each launch is compiled for the
-architecture, and its resources are read from the log of ptxas. They show whether a kernel fits, not how fast it is.
+The launches of the package for a shape and an architecture are recorded, and no kernel runs. Each recorded launch is
+compiled for the architecture, and its resources are read from the log of ptxas. The resources show whether a kernel
+fits, not how fast it is.
 
 `--out FILE` writes a row for each launch. The row has a digest of everything that determines the compiled code: the
 code of the kernel and of the functions that it calls, its constants and options, the architecture and the version of
@@ -68,7 +69,7 @@ def recorded(capability: tuple[int, int]) -> Iterator[list[Launch]]:
 
 
 class Source(NamedTuple):
-    """Input of Triton's compiler: types by argument; constant values and known attributes by position."""
+    """Input of Triton's compiler: type of each argument; constants and attributes by position of the argument."""
 
     signature: dict[str, Any]
     constants: dict[tuple[int, ...], Any]
@@ -201,7 +202,7 @@ def operator(kernel: Any) -> str:
 
 
 def rows(options: argparse.Namespace, known: dict[str, Resources]) -> Iterator[dict[str, Any]]:
-    """Yield a row for each kernel, shape and architecture that the options select. Equal launches share a row.
+    """Yield a row for each shape, architecture and distinct launch that the options select.
 
     Args:
         options: Options of the command line.
@@ -255,7 +256,7 @@ class Table:
             append(self.path, row)
 
     def close(self, replaced: Callable[[dict[str, Any]], bool]) -> None:
-        """Rewrite the file: the earlier rows that are not replaced, then the added ones."""
+        """Rewrite the file: first the earlier rows for which `replaced` returns False, then the added rows."""
         write_lines(self.path, [row for row in self.before if not replaced(row)] + self.after)
 
 
@@ -305,7 +306,7 @@ def _cases(family: str, options: argparse.Namespace) -> Sequence[Any]:
 
 
 def _selected(row: dict[str, Any], options: argparse.Namespace) -> bool:
-    """Return whether the options select a row. With all shapes, rows of shapes that no longer exist count too."""
+    """Return whether the options select a row. Options for all shapes also select shapes that no longer exist."""
     if row["family"] not in options.families or row["architecture"] not in options.architectures:
         return False
     if options.kernels and row["kernel"] not in options.kernels:

@@ -44,7 +44,7 @@ class EmulatedDevice(target.Device):
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Execute launches; uninitialised memory is NaN."""
+        """Execute the launches of the `with` block on the emulator; uninitialised memory is filled with NaN."""
         with emulated_device(self._architecture, poison=True) as self._device, self._plant():
             yield
 

@@ -1,8 +1,8 @@
 """Write results as tables and pictures: `python -m bench.report bench/results/cpu` writes report.md and SVGs there.
 
 Every table and picture shows results of one machine, one set of versions and one commit. If the rows of a file differ
-in these, the report fails. With `--latest`, it uses only the rows with the same machine, versions and commit as the
-last row.
+in one of these, the report fails. With `--latest`, the report uses only the rows with the same machine, versions and
+commit as the last row.
 """
 
 from __future__ import annotations

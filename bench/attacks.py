@@ -48,7 +48,8 @@ class Plan(NamedTuple):
     Attributes:
         attack: Function (model, tick) → result. It calls `tick()` after each step.
         forward: Number of forward passes without gradients.
-        backward: Number of forward and backward passes. The backward pass computes the gradient of the images.
+        backward: Number of pairs of a forward and a backward pass. The backward pass computes the gradient of the
+            images.
         units: Number of steps, or of queries for the square search.
     """
 

@@ -37,10 +37,10 @@ from srm_model.training import evaluate
 
 RECIPE = Path(__file__).resolve().parent.parent / "experiments" / "checkpoint.json"
 BACKBONE = "tf_efficientnet_lite0"
-NECKS = ("srm", "none")  # the first is shipped, the others are baselines and surrogates
+NECKS = ("srm", "none")  # the first is shipped; the second is baseline and surrogate
 MOST_BYTES = 12_000_000  # of the packed weights
 PACKED = "packed.json"  # file with the hash of the weights that were packed
-# Changes of the recipe with --small. The run takes minutes and only shows that the steps work.
+# With --small, these values replace fields of the recipe. Such a run only shows that the steps work.
 SMALL: dict[str, Any] = {
     "image_size": 96,
     "epochs": 1,

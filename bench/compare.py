@@ -1,8 +1,8 @@
 """Test whether a candidate (checkout or backend) is slower than a base: `python -m bench.compare`.
 
 The exit code is 1 if the candidate is slower. Measurements are repeated in `--sets` sets. Each set starts four new
-processes in random order: two copies of the base (A1, A2) and two of the candidate (B1, B2), each with its own inputs.
-Each set needs new processes, because the memory layout of a process can make an operator faster or slower.
+processes in random order: two copies of the base (A1, A2) and two of the candidate (B1, B2). All processes make the
+same inputs. Each set needs new processes, because the memory layout of a process can make an operator faster or slower.
 
 A set has several rounds. A round times each copy once, in the order ABBA or BAAB at random, so that a drift of the
 machine cancels. A CPU is timed by CPU time, which other processes barely affect. One thread is used unless
@@ -15,13 +15,13 @@ The change and the null of a set are the medians over its rounds. The null compa
 null differs from 0 only by chance. If B is as fast as A, swapping A and B only changes the sign of the change. The
 change is then symmetric around 0, and Wilcoxon's signed-rank test of the change is exact.
 
-`ratio` is the Hodges-Lehmann estimate of the change over all sets, with its signed-rank interval. `noise` is the
-largest absolute value in the signed-rank interval of the null. The run cannot detect changes smaller than the noise.
+`ratio` is the Hodges-Lehmann estimate of the change over all sets. `noise` is the largest absolute value in the
+signed-rank interval of the null. The run cannot detect changes smaller than the noise.
 The ratio, its interval and the noise are printed as ratios of times. The probability of any wrong verdict in a run is
 at most 1 % (Bonferroni over the lines of the run).
 
-SLOWER is printed under two conditions: the lower end of the ratio's interval exceeds the tolerance, and the ratio
-exceeds the noise. Times of different runs are never compared.
+SLOWER is printed under two conditions: the lower end of the signed-rank interval of the change exceeds the tolerance,
+and the ratio exceeds the noise. Times of different runs are never compared.
 
     python -m bench.compare --checkouts OLD NEW
     python -m bench.compare --backends reference torch
@@ -68,8 +68,7 @@ class Verdict(NamedTuple):
         ratio: Time of the candidate divided by the time of the base.
         low: Lower end of the interval of `ratio`.
         high: Upper end of the interval of `ratio`.
-        noise: Noise of the run, as a ratio of times. With 1.04, the times of two copies of the same code may differ by
-            4 %.
+        noise: Noise as a ratio of times. With 1.04, the times of two copies of the same code may differ by 4 %.
         slower: Whether the candidate is slower.
     """
 
@@ -205,7 +204,7 @@ class Line:
         self.refusal = ""
 
     def measure(self, workers: dict[str, Worker], rounds: int, random: np.random.Generator) -> None:
-        """Measure one set. Results are checked in the first set only, because all sets have the same inputs."""
+        """Measure one set. Results are checked in the first set only, because the inputs are the same in all sets."""
         request = {**self.request, "verify": not self.sets}
         try:
             copies = {

@@ -149,8 +149,8 @@ def shares(device: torch.device, repeats: int) -> list[dict[str, Any]]:
     """Measure the time of the solve divided by the time of Nyström attention; return one row per backend.
 
     The sizes are H = 8, N_q = 16,384, N_k = 256, r = 64 and d = 32; B is 8 on a GPU and 1 on a CPU. The default backend
-    is measured, and on a GPU also the backend "triton". The kernel of the key side of "triton" contains the solve,
-    which cannot be timed alone there. A separate launch of the solve is timed instead.
+    is measured, and on a GPU also the backend "triton". With "triton", the solve is a part of the key side's kernel and
+    cannot be timed alone. A separate launch of the solve is timed instead.
     """
     batch = 8 if device.type == "cuda" else 1
     options = argparse.Namespace(device=device, dtype="fp32")

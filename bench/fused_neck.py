@@ -1,9 +1,9 @@
 """Compare the fused neck with the quadratic neck and with the unfused neck: `python -m bench.fused_neck`.
 
-The necks are measured without a backbone, on random maps of the sizes that a backbone produces. They take turns within
-one run. Either the forward pass is timed in evaluation mode, or forward and backward in training mode. `plain` is the
-Nyström neck in plain PyTorch, `unfused` calls the kernels one by one, and `fused` uses `pooled_links`. Memory is the
-peak memory beyond the maps. The profiler counts the launches.
+The necks are measured without a backbone, on random maps of the sizes that a backbone produces. The necks take turns
+within one run. Either the forward pass is timed in evaluation mode, or forward and backward in training mode. `plain`
+is the Nyström neck in plain PyTorch, `unfused` calls the kernels one by one, and `fused` uses `pooled_links`. Memory is
+the peak memory beyond the maps. The profiler counts the launches.
 
 The floor is a lower bound of the forward time. It is the larger of two times: reading the maps once at the device's
 memory bandwidth, and computing the neck's matrix products at the device's rate of matrix products. Bandwidth and rate
@@ -174,7 +174,7 @@ def take_rates(options: argparse.Namespace) -> None:
 
 
 def floor_of(neck: SRMNeck, maps: list[Tensor], options: argparse.Namespace) -> float | None:
-    """Return the floor in milliseconds, which the docstring of the module defines; None without bandwidth or rate."""
+    """Return the floor (see the docstring of the module) in milliseconds; None without bandwidth or rate."""
     if not options.bandwidth or not options.rate:
         return None
     with FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -300,7 +300,7 @@ def crossing(surface: Surface, batch: int) -> float | None:
 
 
 def guide(surface: Surface) -> str:
-    """Return a sentence that says for which measured N_k exact attention and Nyström attention are faster."""
+    """Return a sentence on the N_k below which exact attention is faster than Nyström attention."""
     found = [crossing(surface, batch) for batch in surface.batches]
     name = surface.implementation
     reached = [value for value in found if value is not None]

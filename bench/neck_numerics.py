@@ -3,8 +3,8 @@
 The results are the fused map, and every loss, gradient and statistic. Errors are measured against the reference neck in
 fp64. The error of a result is the largest error of its entries. The error may be at most the sum of two terms:
 
-- twice the error of the reference neck in the same precision;
-- 64 eps times the largest entry of the result in fp32, or 2 eps times this entry in a reduced precision.
+- twice the error of the reference neck in the precision of the fused neck;
+- in fp32, 64 eps times the largest entry of the result; in a reduced precision, 2 eps times this entry.
 
 Some gradients are small differences of larger numbers. For these gradients, the second term uses the largest entry of
 several gradients:

@@ -86,7 +86,7 @@ def _maps(family: Family, make: torch.Generator) -> list[Tensor]:
 
 
 def _gate_inputs(family: Family, make: torch.Generator) -> list[Tensor]:
-    """Draw the output of a convolution of the gate, its bias, and the weight and bias of a readout."""
+    """Draw the output and the bias of a convolution of the gate, and the weight and the bias of a readout."""
     C = max(family.heads * family.d // 4, 1)
     return _normal(make, (family.batch, C, 8, 8), (C,), (1, C), (1,))
 
@@ -97,7 +97,7 @@ def _dyt_inputs(family: Family, make: torch.Generator) -> list[Tensor]:
 
 
 def _first_keys(key: Tensor, rank: int) -> Tensor:
-    """Return the indices of the first keys. Unlike a choice by scores, they do not depend on rounding."""
+    """Return the indices of the first keys. Unlike a choice by scores, these indices do not depend on rounding."""
     rank = min(rank, key.shape[2])
     return torch.arange(rank, device=key.device).expand(*key.shape[:2], rank)
 

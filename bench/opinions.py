@@ -1,4 +1,4 @@
-"""Compare the opinions of TID2013 with images made from the Kodak photographs: `python -m bench.opinions`.
+"""Compare opinions of TID2013 with metrics of images made from the Kodak photographs: `python -m bench.opinions`.
 
 The photographs are distorted as by `srm-iqa data synthesize --opinions`. Three full-reference metrics of piq (VSI, FSIM
 and SSIM) score the distorted images. As for the published figures, FSIM and SSIM are computed on the luminance, and

@@ -5,8 +5,9 @@ compiled for the architecture, and its resources are read from the log of ptxas.
 fits, not how fast it is.
 
 `--out FILE` writes a row for each launch. The row has a digest of everything that determines the compiled code: the
-code of the kernel and of the functions that it calls, its constants and options, the architecture and the version of
-Triton. A launch whose digest is in FILE is not compiled again. Rows of launches that no longer exist are dropped.
+code of the kernel and of the functions that it calls, the constants and options of the launch, the architecture, and
+the version of Triton. A launch whose digest is in FILE is not compiled again. Rows of launches that no longer exist are
+dropped.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from srm_model.profiling.results import append, read
 
 Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]  # kernel, arguments, options
 ARCHITECTURES = (80, 86, 89, 90, 120)
-SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}  # KiB per block
+SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}  # KiB per thread block
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64"}
 
 
@@ -42,10 +43,10 @@ class Resources(NamedTuple):
     """Resources of a compiled kernel."""
 
     kernel: str
-    warps: int  # per block
+    warps: int  # per thread block
     registers: int  # per thread
     spilled: int  # bytes per thread that do not fit into registers
-    shared: int  # bytes per block
+    shared: int  # bytes per thread block
 
 
 @contextmanager

@@ -35,7 +35,7 @@ class Case(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """The links of a neck, given by (C_i, h = w) of the maps they read, and options that decide which kernels run."""
+    """The links of a neck: (C_i, h = w) of the maps that they read, and options that decide which kernels run."""
 
     maps: tuple[tuple[int, int], ...]
     heads: int

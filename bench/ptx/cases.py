@@ -132,8 +132,8 @@ def landmarks(keys: int, d: int, rank: int, method: str, *sample: tuple[str, int
     """Return a case that chooses landmarks.
 
     With the backend "triton", the call returns 0 if the chosen indices are valid, distinct and close to the exact
-    choice, otherwise 1. At most 1/16 of the indices (at least one index) may differ from the exact choice, because
-    rounding changes the order of nearly equal scores. With another backend, the call returns 0.
+    choice, otherwise 1. One index, or up to 1/16 of all indices, may differ from the exact choice, because rounding
+    changes the order of nearly equal scores. With another backend, the call returns 0.
     """
 
     def call(key: Tensor, *, backend: str) -> Tensor:

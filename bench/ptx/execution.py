@@ -1,7 +1,7 @@
 """Execute a launch. Many thread blocks run at once; a register is an array with one element per lane.
 
-All lanes of a group execute basic blocks together. If lanes diverge, the lanes whose next basic block has the lowest
-index run first. The order of an execution says how the warps of a thread block take turns:
+A group (`state.Group`) is a set of lanes that execute basic blocks together. If lanes diverge, the lanes whose next
+basic block has the lowest index run first. The order of an execution says how the warps of a thread block take turns:
 
 - "together": all warps run in lockstep and do not stop at barriers.
 - "forward": the warps run one after the other, the first warp first, each up to the next barrier.

@@ -15,13 +15,13 @@ The change and the null of a set are the medians over its rounds. The null compa
 null differs from 0 only by chance. If B is as fast as A, swapping A and B only changes the sign of the change. The
 change is then symmetric around 0, and Wilcoxon's signed-rank test of the change is exact.
 
-`ratio` is the Hodges-Lehmann estimate of the change over all sets. `noise` is the largest absolute value in the
-signed-rank interval of the null. The run cannot detect changes smaller than the noise.
-The ratio, its interval and the noise are printed as ratios of times. The probability of any wrong verdict in a run is
-at most 1 % (Bonferroni over the lines of the run).
+`ratio` is the Hodges-Lehmann estimate of the change over all sets. `low` and `high` are the ends of the signed-rank
+interval of the change. `noise` is the largest absolute value in the signed-rank interval of the null. The run cannot
+detect changes smaller than the noise. All four values are printed as ratios of times. The probability of any wrong
+verdict in a run is at most 1 % (Bonferroni over the lines of the run).
 
-SLOWER is printed under two conditions: the lower end of the signed-rank interval of the change exceeds the tolerance,
-and the ratio exceeds the noise. Times of different runs are never compared.
+SLOWER is printed under two conditions: `low` exceeds the tolerance, and `ratio` exceeds the noise. Times of different
+runs are never compared.
 
     python -m bench.compare --checkouts OLD NEW
     python -m bench.compare --backends reference torch

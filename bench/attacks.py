@@ -1,16 +1,18 @@
-"""Measure images × steps per second of each attack, and its overhead: `python -m bench.attacks`.
+"""Measure the throughput (images × steps per second) and the overhead of each attack: `python -m bench.attacks`.
 
-Bare passes are the forward and backward passes that an attack needs, without the work of the attack itself. Attack and
-bare passes take turns on the same batch, without gradients of the weights. Rates are computed from median times. A CPU
-with one thread is timed by CPU time. Otherwise rates use wall-clock time, which includes the work of the GPU.
+Bare passes are the forward and backward passes that an attack needs, without the other work of the attack. An attack
+and its bare passes run in turns on the same batch. No gradients of the weights are computed. Rates are computed from
+median times. On a CPU with one thread, rates use CPU time. On a CPU with several threads and on a GPU, rates use
+wall-clock time. On a GPU, the clock is read when the GPU has finished.
 
 The overhead is the least time of the attack divided by the least time of the bare passes, minus 1. On a GPU, the least
-time is the shortest wall-clock time of a call. Calls on a CPU are timed step by step, because other processes disturb
-some steps of every call. The least time is then the shortest CPU time of each step, summed over the steps. The attack
-also does work once per call, such as drawing the random start. More steps therefore give a smaller overhead.
+time is the shortest wall-clock time of a call. On a CPU, calls are timed step by step, because other processes disturb
+some steps of every call. For each step, the shortest CPU time over all calls is taken. The least time is the sum of
+these times. An attack also does work once per call, such as drawing the random start. The overhead is therefore smaller
+with more steps.
 
-By default an attack has 20 steps and 1 restart; the article has 40 steps and 5 restarts. On a CPU, glibc is set to keep
-freed memory between calls, as in `srm-iqa attack`.
+By default an attack has 20 steps and 1 restart; the article uses 40 steps and 5 restarts. On a CPU, glibc is set to
+keep freed memory between calls, as in `srm-iqa attack`.
 """
 
 from __future__ import annotations
@@ -46,8 +48,9 @@ class Plan(NamedTuple):
     Attributes:
         attack: Function (model, tick) → result. It calls `tick()` after each step.
         forward: Number of forward passes without gradients.
-        backward: Number of passes with a gradient of the images.
-        units: Number of steps or queries.
+        backward: Number of pairs of a forward and a backward pass. The backward pass computes the gradient of the
+            images.
+        units: Number of steps, or of queries for the square search.
     """
 
     attack: Callable[[nn.Module, Tick], object]
@@ -78,14 +81,14 @@ def plans(images: Tensor, mos: Tensor, steps: int) -> dict[str, Plan]:
         for norm, eps in EPS.items():
             call = partial(method, norm=norm, eps=eps, steps=steps, restarts=1)
             for objective in OBJECTIVES if method is pgd else OBJECTIVES[:1]:
-                forward = 1 + getattr(objective, "uses_clean_scores", True)  # last iterate; clean images
+                forward = 1 + getattr(objective, "uses_clean_scores", True)  # last iterate; clean scores
                 plan = Plan(stepped(call, objective), forward, steps, steps)
                 found[f"{method.__name__} {objective.name} {norm}"] = plan
     return found
 
 
 def bare(model: nn.Module, images: Tensor, *, forward: int, backward: int) -> Callable[[Tick], None]:
-    """Return a call that runs `forward` forward passes, and `backward` passes with a gradient of the images."""
+    """Return a function that runs the bare passes of an attack once. `Plan` explains `forward` and `backward`."""
 
     def run(tick: Tick) -> None:
         for _ in range(backward):
@@ -101,14 +104,14 @@ def bare(model: nn.Module, images: Tensor, *, forward: int, backward: int) -> Ca
 
 
 class Timed(NamedTuple):
-    """Time of one call in seconds. Rates use `whole`; overheads use `parts`, the times between ticks."""
+    """Time of one call in seconds. Rates use `whole`. Overheads use `parts`, the times between two ticks."""
 
     whole: float
     parts: list[float]
 
 
 def timed(call: Callable[[Tick], object], device: torch.device) -> Timed:
-    """Time a call. On a GPU the call has one part, because reading the clock at every tick would synchronise."""
+    """Time a call. On a GPU the whole call is one part, because timing each step would synchronise the GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         begin = time.perf_counter()
@@ -125,12 +128,12 @@ def timed(call: Callable[[Tick], object], device: torch.device) -> Timed:
 
 
 def least(calls: list[Timed]) -> float:
-    """Return the least time of each part over all calls, summed over the parts."""
+    """Find the shortest time of each part over all calls; return the sum of these times."""
     return sum(map(min, zip(*(call.parts for call in calls), strict=True)))
 
 
 def measure(plan: Plan, model: nn.Module, images: Tensor, repeats: int) -> dict[str, float]:
-    """Time the bare passes and the attack in turns, after one unmeasured round."""
+    """Time the bare passes and the attack in turns, `repeats` times after one unmeasured round."""
     passes = bare(model, images, forward=plan.forward, backward=plan.backward)
     plain, taken = [], []
     for _ in range(1 + repeats):
@@ -145,7 +148,7 @@ def measure(plan: Plan, model: nn.Module, images: Tensor, repeats: int) -> dict[
 
 
 def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yield a row per backbone, image size, neck, backend and attack."""
+    """Yield a row for each combination of image size, backbone, neck, backend and attack."""
     device = torch.device(options.device)
     changes = {key: int(value) for key, value in (pair.split("=") for pair in options.set)}
     for side in options.image_size:

@@ -1,14 +1,18 @@
-"""Compare Nyström attention with other implementations, as ratios of medians in one run: `python -m bench.attention`.
+"""Compare the time of Nyström attention with other implementations: `python -m bench.attention`.
 
-The other implementations are
+`default` is Nyström attention with the default backend. The other implementations are
 
 - `exact`: exact attention by torch's fused kernel;
-- `reference` and `svd`: the same algorithm in eager PyTorch, with Cholesky or with `torch.linalg.svd`;
-- `torch`: Y = SDPA(Q, K̃, X) and R V = SDPA(K̃, K, V), with torch's Cholesky;
+- `triton`: Nyström attention with the backend `triton`, on a GPU only;
+- `reference`: Nyström attention in eager PyTorch, with Cholesky as the solver;
+- `svd`: the same as `reference`, with `torch.linalg.svd` as the solver;
+- `torch`: Nyström attention by two calls of torch's fused attention, Y = SDPA(Q, K̃, X) and R V = SDPA(K̃, K, V), with
+  torch's Cholesky;
 - with --compile, all of these under `torch.compile`.
 
-Calls take turns. A GPU is timed with CUDA events around queued calls. A CPU is timed by CPU time if torch has one
-thread, else by wall-clock time. Compare only ratios, not times of different runs.
+All implementations run in turns. The results are ratios of median times of one run. Do not compare times of different
+runs. A GPU is timed with CUDA events around queued calls. A CPU is timed by CPU time if torch has one thread, else by
+wall-clock time.
 """
 
 from __future__ import annotations
@@ -37,19 +41,19 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def times_of(calls: dict[str, Call], options: argparse.Namespace, least_repeats: int = 1) -> dict[str, Times]:
-    """Time the calls in turn."""
+    """Time the calls in turns."""
     effort = Effort(options.warmup, max(options.repeats, least_repeats), options.seconds)
     return measure_together(calls, torch.device(options.device), effort)
 
 
 def tokens(queries: int, keys: int, options: argparse.Namespace) -> list[Tensor]:
-    """Return Q, K and V; they require gradients if the backward pass is timed too."""
+    """Return Q, K and V. The three tensors require gradients if the backward pass is timed too."""
     shape = (options.batch, options.heads)
     return attention_inputs(shape, queries, keys, options.width, options, gradients=options.backward)
 
 
 def rivals(options: argparse.Namespace) -> dict[str, Attention]:
-    """Return the implementations by name; ratios are relative to `exact`."""
+    """Return a dictionary from names to implementations. Speedups are relative to `exact`."""
     nystrom = partial(nystrom_attention, rank=options.rank, qk_norm="keys")
     calls: dict[str, Attention] = {"exact": partial(full_attention, qk_norm="keys"), "default": nystrom}
     if options.device == "cuda":
@@ -69,7 +73,10 @@ def rivals(options: argparse.Namespace) -> dict[str, Attention]:
 
 
 def plain(function: Callable[..., Tensor], rank: int, solver: str = "cholesky") -> Attention:
-    """Return an operator's body in plain PyTorch, landmarks included: torch.compile does not trace operators."""
+    """Return attention as plain PyTorch code, because torch.compile does not trace operators.
+
+    The returned function chooses the landmarks and then calls `function`, the body of an operator.
+    """
 
     def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         scale = key.shape[-1] ** -0.5
@@ -82,7 +89,7 @@ def plain(function: Callable[..., Tensor], rank: int, solver: str = "cholesky") 
 
 
 def compare(queries: int, keys: int, options: argparse.Namespace) -> dict[str, Times]:
-    """Time each implementation at one shape: forward only, or forward and backward."""
+    """Time each implementation at one shape, either forward only or forward and backward."""
     inputs = tokens(queries, keys, options)
     weight = torch.ones_like(inputs[0])
 
@@ -99,7 +106,7 @@ def compare(queries: int, keys: int, options: argparse.Namespace) -> dict[str, T
 def row_of(
     queries: int, keys: int, times: dict[str, Times], options: argparse.Namespace
 ) -> dict[str, object]:
-    """Return the row of one shape. `typical` holds the time of each implementation that is printed, in ms."""
+    """Return the row of one shape. Its entry `typical` has the printed time of each implementation, in ms."""
     return {
         "B": options.batch,
         "H": options.heads,
@@ -119,8 +126,8 @@ def row_of(
 def query_side(options: argparse.Namespace) -> str:
     """Time the query side alone at N_q = 16,384, and compare its memory throughput with the throughput of a copy.
 
-    Query side and copy take turns. The launch of the query side is queued during the copy, so its host time is hidden.
-    The copy also evicts Q from the caches.
+    The query side and the copy run in turns. On a GPU, the query side is launched while the copy still runs. The host
+    time of the launch is therefore not measured. The copy also evicts Q from the caches.
     """
     from srm_kernels.attention import _query_side
 
@@ -143,7 +150,7 @@ def query_side(options: argparse.Namespace) -> str:
 
 
 def peak_memory(queries: int, keys: int, options: argparse.Namespace) -> str:
-    """Measure the peak memory of a forward pass beyond inputs and output, on a GPU."""
+    """Return a line with the peak memory of each implementation's forward pass, without inputs and output."""
     inputs = [x.detach() for x in tokens(queries, keys, options)]
     found = []
     for name, call in rivals(options).items():
@@ -153,7 +160,7 @@ def peak_memory(queries: int, keys: int, options: argparse.Namespace) -> str:
 
 
 def kernels(queries: int, keys: int, options: argparse.Namespace) -> str:
-    """List the ten most expensive kernels of one call of the fused form; on a CPU, the most expensive operators."""
+    """List the ten most expensive kernels of one call of `triton`; on a CPU, the operators of one call of `default`."""
     cuda = options.device == "cuda"
     inputs = tokens(queries, keys, options)
     call = rivals(options)["triton" if cuda else "default"]

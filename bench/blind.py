@@ -1,10 +1,10 @@
 """Compare checkpoints with BRISQUE, NIQE and PIQE on a dataset: `python -m bench.blind --data DIR --checkpoint CKPT`.
 
 All models score the same images: the test split of the dataset, at the image size of the checkpoints. Each model is
-then attacked by the attack `square_mse`. This square attack needs scores only, no gradients. It uses the same batches
-and random numbers for all models. Before the attack, the scores of each model are mapped linearly, so that they have
-the mean and standard deviation of the labels on the validation split. PLCC is computed after a logistic map, which is
-also fitted on the validation split.
+then attacked by `square_mse`, a square attack. The attack needs only scores, no gradients. It uses the same batches and
+random numbers for all models. Before the attack, a linear map is applied to the scores of each model. On the validation
+split, the mapped scores have the same mean and standard deviation as the labels. PLCC is computed after a logistic map,
+which is also fitted on the validation split.
 
 A row has the clean scores of one model, or the result of one attacked batch. Metrics whose packages are missing are
 left out. `bench/README.md` lists the packages.
@@ -45,7 +45,7 @@ KEYS = ("kind", "model", "version", "settings", "eps", "batch")
 
 
 class Subject(NamedTuple):
-    """A model of the comparison. `version` is the hash of the weights, or the versions of the packages."""
+    """A compared model. `version` is the hash of a checkpoint's weights, or the versions of a metric's packages."""
 
     name: str
     version: str
@@ -58,14 +58,14 @@ class Bench:
 
     val: Any  # dataset
     test: Any  # dataset
-    config: Any  # SRMConfig of the first checkpoint, with the number of queries
+    config: Any  # SRMConfig of the first checkpoint, with attack_queries from the command line
     budgets: tuple[str, ...]
     images: int  # number of attacked images
     batch_size: int
     machine: Row
 
     def settings(self, kind: str) -> Row:
-        """Return the settings that determine a row of this kind."""
+        """Return the settings that a row depends on; `kind` is "clean" or "attack"."""
         data = {"dataset": self.test.fingerprint, "seed": self.test.seed, "size": self.test.image_size}
         if kind == "clean":
             return data
@@ -73,18 +73,18 @@ class Bench:
         return {**data, **about, "area": self.config.attack_square_area}
 
     def row(self, kind: str, subject: Subject, **about: Any) -> Row:
-        """Return the entries that identify a row, and the machine."""
+        """Return the entries that identify a row, and a description of the machine."""
         identity = {"kind": kind, "model": subject.name, "version": subject.version}
         return {**identity, "settings": self.settings(kind), **about, "machine": self.machine}
 
 
 def key_of(row: Row) -> str:
-    """Return the identity of a row: its kind, model, version, settings, budget and batch."""
+    """Return the entries that identify a row as text: kind, model, version, settings, budget and batch."""
     return json.dumps([row.get(name) for name in KEYS], sort_keys=True)
 
 
 def checkpoints(folders: Sequence[str], device: str) -> list[Subject]:
-    """Open checkpoints."""
+    """Open the checkpoints in some folders."""
     found = []
     for folder in folders:
         path = runs.one_checkpoint(folder)
@@ -95,7 +95,7 @@ def checkpoints(folders: Sequence[str], device: str) -> list[Subject]:
 
 
 def metrics() -> list[Subject]:
-    """Open the classical metrics that are installed; print a line on stderr for each of the others."""
+    """Open the classical metrics that are installed; print a line on stderr for each metric that is not."""
     found = []
     for metric in METRICS:
         try:
@@ -128,7 +128,10 @@ def clean_row(bench: Bench, subject: Subject) -> Row:
 
 
 def attacked_row(bench: Bench, subject: Subject, eps: str, number: int) -> Row:
-    """Attack one batch of the model, whose scores must already be mapped to the scale of the labels."""
+    """Attack one batch of test images and return its row.
+
+    The model must already map its scores to the scale of the labels. `number` is the index of the batch.
+    """
     (attack, *_) = Suite.queries(bench.config).attacks
     job = Job(
         config=bench.config,
@@ -188,7 +191,10 @@ def cell(value: float, replicates: Scores) -> str:
 
 
 def table(bench: Bench, subjects: Sequence[Subject], known: Sequence[Row]) -> list[str]:
-    """Return the lines of the table: a line per model, with the budgets whose batches are all finished."""
+    """Return the table as lines of text, with a line for each model.
+
+    While batches of a budget are missing, the cell shows the number of attacked images instead of a result.
+    """
     count = min(bench.images, len(bench.test))
     size = bench.test.image_size
     titles = ["SROCC", "PLCC", f"SROCC of {count}", *bench.budgets]

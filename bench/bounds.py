@@ -1,18 +1,19 @@
-"""Search for keys that exceed the bounds of docs/CONDITIONING.md, and for the worst keys without normalisation.
+"""Search for keys that exceed the bounds of docs/CONDITIONING.md.
 
-W = softmax(K̃K̃ᵀ/√d) and λ = λ₀ tr(W)/r. For every set of keys K̃ (r, d), these figures are computed in fp64:
+The search covers normalised keys and keys without normalisation. W = softmax(K̃K̃ᵀ/√d) and λ = λ₀ tr(W)/r. For every
+set of keys K̃ (r, d), these figures are computed in fp64:
 
 - `symmetric`: κ₂(S + λI) divided by its bound (1 + λ)/λ;
 - `certificate`: κ₂(W_λ) divided by ϱ(1 + λ)/λ, where ϱ is the ratio of the largest to the smallest row sum of
   exp(K̃K̃ᵀ/√d);
 - `landmark`: κ₂(W_λ) divided by r (1 + λ)/λ, the bound on κ₂(W_λ) for keys of equal norm;
 - `kappa`: κ₂(W_λ);
-- `gain`: max|Y| / max|V|, where the queries are the keys K and V is random. There are N_k = 2r keys, and the first r
-  are the landmarks. Exact attention averages the values, so its gain is at most 1.
+- `gain`: max|Y| / max|V|, where Q = K and V is random. There are N_k = 2r keys, and the first r are the landmarks.
+  Exact attention averages the values, so its gain is at most 1.
 
 Half of the sets are drawn from families (random, duplicated, collinear, graded, outlier, smooth, vanishing). The other
-half are drawn in the same way and then changed by gradient ascent. The ascent maximises the logarithm of κ₂(W_λ), of
-κ₂(W_λ) divided by its bound, or of the gain.
+half are drawn in the same way and then changed by gradient ascent. The ascent maximises the logarithm of `kappa`, of
+`landmark` or of `gain`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ NORM_FLOOR = 1e-6
 
 
 class Case(NamedTuple):
-    """A batch of key sets, given by r, d, λ₀, the family, and the objective of the gradient ascent, if any."""
+    """Description of a batch of key sets: r, d, λ₀, the family, and the objective of the gradient ascent or None."""
 
     rank: int
     width: int
@@ -42,7 +43,7 @@ class Case(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """Figures of n key sets, (n,) each; the docstring of the module defines them."""
+    """Figures of n key sets, each of shape (n,). The docstring of the module defines the figures."""
 
     symmetric: Tensor
     certificate: Tensor
@@ -56,8 +57,8 @@ def draw_keys(case: Case, count: int, generator: torch.Generator) -> Tensor:
 
     Args:
         case: r, d and the family.
-        count: How many sets.
-        generator: Source of the numbers.
+        count: Number of sets.
+        generator: Source of the random numbers.
 
     Returns:
         Keys (count, 2r, d), the first r of which are the landmarks.
@@ -94,7 +95,7 @@ def normalise(keys: Tensor) -> Tensor:
 
 
 def evaluate(keys: Tensor, ridge: float, generator: torch.Generator) -> Figures:
-    """Compute the figures, with gradients.
+    """Compute the figures of n key sets. The figures are differentiable with respect to the keys.
 
     Args:
         keys: Keys (n, 2r, d).
@@ -127,17 +128,17 @@ def evaluate(keys: Tensor, ridge: float, generator: torch.Generator) -> Figures:
 
 
 def ascend(keys: Tensor, case: Case, normalised: bool, steps: int, seed: int) -> Tensor:
-    """Ascend on the logarithm of the objective with Adam.
+    """Maximise the logarithm of the case's objective by gradient ascent with Adam.
 
     Args:
         keys: Keys (n, 2r, d) to start from.
         case: Case with an objective.
-        normalised: Whether keys are normalised first.
-        steps: Steps of Adam.
+        normalised: Whether the keys are normalised before the figures are computed.
+        steps: Number of steps of Adam.
         seed: Seed of V.
 
     Returns:
-        Keys (n, 2r, d). If the gradient of a set becomes NaN or infinite, the last finite keys of the set.
+        Keys (n, 2r, d). For each set, these are the last keys at which the gradient was finite.
     """
     variable = keys.clone().requires_grad_()
     optimiser = torch.optim.Adam([variable], lr=0.1)
@@ -157,7 +158,7 @@ def ascend(keys: Tensor, case: Case, normalised: bool, steps: int, seed: int) ->
 
 
 def cases(count: int) -> Iterator[tuple[Case, int]]:
-    """Yield cases and their numbers of key sets, `count` in all; half of the cases are optimised."""
+    """Yield (case, number of key sets); the numbers add up to `count`. Half of the cases have an objective."""
     combined = [Case(r, d, ridge, family, None) for r, d in SIZES for ridge in RIDGES for family in FAMILIES]
     combined += [
         case._replace(optimised=OBJECTIVES[index % len(OBJECTIVES)]) for index, case in enumerate(combined)
@@ -172,10 +173,10 @@ def search(count: int, *, normalised: bool, steps: int = 25, seed: int = 0) -> I
     """Yield the figures of `count` key sets, case by case.
 
     Args:
-        count: Key sets in all.
-        normalised: Whether keys are normalised first.
-        steps: Steps of the ascent.
-        seed: Seed of all numbers.
+        count: Total number of key sets.
+        normalised: Whether the keys are normalised before the figures are computed.
+        steps: Number of steps of the gradient ascent.
+        seed: Seed of all random numbers.
     """
     generator = torch.Generator().manual_seed(seed)
     for case, share in cases(count):

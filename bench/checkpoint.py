@@ -1,14 +1,15 @@
 """Train, pack and measure the checkpoint that comes with the package: `python -m bench.checkpoint`.
 
-The steps are commands of srm-iqa. A finished step is not repeated, and an interrupted one is resumed:
+The command runs these steps. A finished step is not repeated; an interrupted step is resumed.
 
-1. distort the Kodak photographs, labelled by TID2013's opinions, into OUT/data;
-2. train the necks srm and none with the recipe, into OUT/run;
-3. pack both checkpoints, into OUT/packed: weight matrices in fp16;
-4. evaluate and attack the packed checkpoints, and audit srm;
-5. write OUT/results.jsonl, OUT/table.md and OUT/shipped, the folder for srm_model/shipped.
+1. Distort the Kodak photographs and label them with TID2013's opinions, into OUT/data.
+2. Train the necks srm and none with the recipe, into OUT/run.
+3. Convert the weight matrices of both checkpoints to fp16, into OUT/packed.
+4. Evaluate and attack the packed checkpoints, and audit the packed srm checkpoint.
+5. Write OUT/results.jsonl, OUT/table.md and OUT/shipped. The files of OUT/shipped are for srm_model/shipped.
 
-The recipe is a JSON file of fields of SRMConfig. Its eps_linf_tables are the budgets of the attacks (Suite.paper()).
+The recipe is a JSON file with fields of SRMConfig. Its field eps_linf_tables has the budgets of the attacks. The
+attacks are the suite `paper`.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ from srm_model.training import evaluate
 
 RECIPE = Path(__file__).resolve().parent.parent / "experiments" / "checkpoint.json"
 BACKBONE = "tf_efficientnet_lite0"
-NECKS = ("srm", "none")  # the first is shipped, the others are baselines and surrogates
+NECKS = ("srm", "none")  # the first is shipped; the second is baseline and surrogate
 MOST_BYTES = 12_000_000  # of the packed weights
-PACKED = "packed.json"  # which weights were packed
-# For a run of minutes, which only shows that the steps work.
+PACKED = "packed.json"  # file with the hash of the weights that were packed
+# With --small, these values replace fields of the recipe. Such a run only shows that the steps work.
 SMALL: dict[str, Any] = {
     "image_size": 96,
     "epochs": 1,
@@ -99,7 +100,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _check_recipe(options: argparse.Namespace) -> None:
-    """Check the recipe, and write the fields that are used to OUT/recipe.json."""
+    """Check the recipe. Write its fields, with the changes of --small, to OUT/recipe.json."""
     fields = read_json(options.recipe)
     if not isinstance(fields, dict):
         raise ValueError(f"{options.recipe}: expected an object of SRMConfig fields")
@@ -184,7 +185,7 @@ def _audited(folder: Path, config: SRMConfig, eps: float, images: int) -> bool:
 
 
 def _difference(trained: Path, packed: Path) -> float | None:
-    """Return the largest difference between the scores of the test images before and after packing, if known."""
+    """Return the largest change of a test image's score by packing, or None if the earlier scores are not known."""
     path = trained / EVALUATION
     before = read_json(path) if path.is_file() else {}
     after = read_json(packed / EVALUATION)
@@ -194,7 +195,7 @@ def _difference(trained: Path, packed: Path) -> float | None:
 
 
 def _write(options: argparse.Namespace, trained: Path, packed: Path) -> None:
-    """Write the rows, the table, and the folder for the package with its model card."""
+    """Write the rows, the table, and the folder OUT/shipped with its model card."""
     rows: list[dict[str, Any]] = []
     lines = []
     for neck in NECKS:

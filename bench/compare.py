@@ -1,26 +1,27 @@
 """Test whether a candidate (checkout or backend) is slower than a base: `python -m bench.compare`.
 
 The exit code is 1 if the candidate is slower. Measurements are repeated in `--sets` sets. Each set starts four new
-processes in random order: two copies of the base (A1, A2) and two of the candidate (B1, B2), each with its own inputs.
-Each set needs new processes, because the memory layout of a process can make an operator faster or slower.
+processes in random order: two copies of the base (A1, A2) and two of the candidate (B1, B2). All processes make the
+same inputs. Each set needs new processes, because the memory layout of a process can make an operator faster or slower.
 
 A set has several rounds. A round times each copy once, in the order ABBA or BAAB at random, so that a drift of the
 machine cancels. A CPU is timed by CPU time, which other processes barely affect. One thread is used unless
-OMP_NUM_THREADS is set. In each round, two differences are computed from the logarithms of the four times:
+OMP_NUM_THREADS is set. Let A1, A2, B1 and B2 now be the logarithms of the four times of a round. Each round gives two
+differences:
 
     change = (B1 + B2 - A1 - A2) / 2        null = (A1 + B1 - A2 - B2) / 2
 
-The change and the null of a set are the medians over its rounds. The null compares copies of the same version, so it
-differs from 0 only by chance. If B is as fast as A, swapping A and B changes only the sign of the change. Wilcoxon's
-signed-rank test of the change is therefore exact.
+The change and the null of a set are the medians over its rounds. The null compares copies of the same version, so the
+null differs from 0 only by chance. If B is as fast as A, swapping A and B only changes the sign of the change. The
+change is then symmetric around 0, and Wilcoxon's signed-rank test of the change is exact.
 
-`ratio` is the Hodges-Lehmann estimate of the change over all sets, with its signed-rank interval. `noise` is the
-largest absolute value in the signed-rank interval of the null. The run cannot detect changes smaller than the noise.
-The ratio, its interval and the noise are printed as ratios of times. The probability of any wrong verdict in a run is
-at most 1 % (Bonferroni over the lines of the run).
+`ratio` is the Hodges-Lehmann estimate of the change over all sets. `low` and `high` are the ends of the signed-rank
+interval of the change. `noise` is the largest absolute value in the signed-rank interval of the null. The run cannot
+detect changes smaller than the noise. All four values are printed as ratios of times. The probability of any wrong
+verdict in a run is at most 1 % (Bonferroni over the lines of the run).
 
-SLOWER is printed if the lower end of the interval exceeds the tolerance and the ratio exceeds the noise. Times of
-different runs are never compared.
+SLOWER is printed under two conditions: `low` exceeds the tolerance, and `ratio` exceeds the noise. Times of different
+runs are never compared.
 
     python -m bench.compare --checkouts OLD NEW
     python -m bench.compare --backends reference torch
@@ -61,9 +62,14 @@ Pair = tuple[float, float]  # change and null of one set
 
 
 class Verdict(NamedTuple):
-    """Time of the candidate divided by the time of the base, with its interval, and the noise of the run.
+    """Result for one operator, family and direction.
 
-    A noise of 1.04 means that the times of two copies of the same code may differ by 4 %.
+    Attributes:
+        ratio: Time of the candidate divided by the time of the base.
+        low: Lower end of the interval of `ratio`.
+        high: Upper end of the interval of `ratio`.
+        noise: Noise as a ratio of times. With 1.04, the times of two copies of the same code may differ by 4 %.
+        slower: Whether the candidate is slower.
     """
 
     ratio: float
@@ -77,9 +83,9 @@ def one_set(copies: dict[str, Measure], rounds: int, random: np.random.Generator
     """Time the four copies in turns; return the change and the null of the set.
 
     Args:
-        copies: Function that measures a copy, by the name of the copy in `COPIES`.
+        copies: Dictionary from each name in `COPIES` to the function that times this copy.
         rounds: How often each copy is timed.
-        random: Random generator of the order.
+        random: Generator for the random order of the copies.
     """
     changes, nulls = [], []
     for _ in range(rounds):
@@ -155,7 +161,7 @@ class Worker:
             text=True,
             cwd=checkout,
             env={"OMP_NUM_THREADS": "1", **os.environ},
-            process_group=0,  # so that Ctrl-C reaches this process only and workers print no tracebacks
+            process_group=0,  # Ctrl-C then does not reach the workers, which would print tracebacks
         )
 
     def prepare(self, request: dict[str, Any]) -> Measure:
@@ -187,7 +193,7 @@ class Worker:
 
 
 class Line:
-    """One operator, family and direction, with the finished sets, or the reason why it is not compared."""
+    """One operator, family and direction: its finished sets, or the reason why they are not compared."""
 
     def __init__(self, operator: str, family: str, direction: str, options: argparse.Namespace) -> None:
         self.name = f"{operator:22} {family:17} {direction:9} "
@@ -198,7 +204,7 @@ class Line:
         self.refusal = ""
 
     def measure(self, workers: dict[str, Worker], rounds: int, random: np.random.Generator) -> None:
-        """Measure one set. Results are checked in the first set only, because all sets have the same inputs."""
+        """Measure one set. Results are checked in the first set only, because the inputs are the same in all sets."""
         request = {**self.request, "verify": not self.sets}
         try:
             copies = {
@@ -211,11 +217,11 @@ class Line:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print a line per operator, family and direction; return 1 if any is slower and 2 if none could be compared."""
+    """Print a line per operator, family and direction; return 1 if one is slower, 2 if none could be compared."""
     options = _options(arguments)
     try:
         return _run(options)
-    except ValueError as error:  # not 1, which means slower
+    except ValueError as error:  # the exit code is 2, because 1 means slower
         print(f"python -m bench.compare: {error}", file=sys.stderr)
         return 2
 

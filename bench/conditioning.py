@@ -2,7 +2,7 @@
 
 The times of the solvers and of the factorisations of torch.linalg are divided by the time of the SVD. The SVD is timed
 at the same size in the same run. The time of the solve is also divided by the time of the whole attention. `!` marks a
-missed target:
+missed target. These are the targets:
 
 - on a CPU, the default solver takes at most a fifth of the SVD's time at r = 32 and 64;
 - on a GPU, the fused solver is at least 50 times as fast as the SVD at r = 64, and at least twice as fast as the LU and
@@ -46,12 +46,12 @@ GPU_TARGETS = {  # least speedup of the fused solver, and the ranks to which it 
 }
 LARGEST_SHARE = 0.3  # largest accepted ratio of the time of the solve to the time of attention
 QUEUED = 10  # calls between two CUDA events
-ROUNDING = 1e-6  # a computed ratio to a bound may exceed 1 by this much
+ROUNDING = 1e-6  # a computed κ divided by its bound may exceed 1 by this much
 TRUSTED = 1e12  # largest κ at which an fp64 solve is accurate enough to judge the gain
 
 
 def system(batch: int, r: int, d: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the logits (batch, r, r) of normalised random landmarks and R V (batch, r, d), fp32."""
+    """Return the logits (batch, r, r) of random normalised landmarks, and a random R V (batch, r, d), in fp32."""
     make = torch.Generator().manual_seed(0)
     keys = bounds.normalise(torch.randn(batch, r, d, generator=make)).to(device)
     return keys @ keys.mT / math.sqrt(d), torch.randn(batch, r, d, generator=make).to(device)
@@ -76,7 +76,7 @@ def plain(name: str, logits: Tensor, rhs: Tensor) -> Tensor:
 
 
 def calls(logits: Tensor, rhs: Tensor) -> dict[str, Call]:
-    """Return the solvers by name; solvers by kernels are named `solver@triton`."""
+    """Return a dictionary from names to solvers. The solvers of the Triton kernels are named `solver@triton`."""
 
     def solve(solver: str, backend: str) -> Tensor:
         return landmark_solve(logits, rhs, solver=solver, backend=backend).x
@@ -149,8 +149,8 @@ def shares(device: torch.device, repeats: int) -> list[dict[str, Any]]:
     """Measure the time of the solve divided by the time of Nyström attention; return one row per backend.
 
     The sizes are H = 8, N_q = 16,384, N_k = 256, r = 64 and d = 32; B is 8 on a GPU and 1 on a CPU. The default backend
-    is measured, and on a GPU also the backend "triton". The attention of "triton" solves inside the kernel of the key
-    side. The solve inside this kernel cannot be timed alone, so a separate launch of the solve is timed.
+    is measured, and on a GPU also the backend "triton". With "triton", the solve is a part of the key side's kernel and
+    cannot be timed alone. A separate launch of the solve is timed instead.
     """
     batch = 8 if device.type == "cuda" else 1
     options = argparse.Namespace(device=device, dtype="fp32")
@@ -177,7 +177,7 @@ def shares(device: torch.device, repeats: int) -> list[dict[str, Any]]:
 
 
 def search(options: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
-    """Search for keys that exceed a bound; return the worst figures per family, and how many key sets exceed one."""
+    """Search for keys that exceed a bound; return the worst figures per family, and how often a bound was exceeded."""
     lines: list[dict[str, Any]] = []
     exceeded = 0
     for normalised, count in ((True, options.cases), (False, max(1, options.cases // 5))):

@@ -36,7 +36,7 @@ MEMORY_TARGET = 1 / 4  # largest share of the quadratic neck's memory, in traini
 
 
 def not_compiled(call: Call) -> Call:
-    """Return the call as it runs if the library of csrc is not built."""
+    """Return a function that makes the call without the compiled library of csrc/."""
 
     def plain() -> object:
         with mock.patch.object(native, "BUILT", False):
@@ -46,7 +46,7 @@ def not_compiled(call: Call) -> Call:
 
 
 def compare(side: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return a row for each neck: time, memory, and both divided by the values of the quadratic neck."""
+    """Return a row for each neck: time, memory, and both as shares of the quadratic neck's time and memory."""
     maps = maps_of(options.backbone, side, 1, options)
     quadratic = neck_of(options.backbone, options, attention="full")
     call = call_of(neck_of(options.backbone, options), maps, options.direction)

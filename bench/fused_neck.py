@@ -1,14 +1,15 @@
-"""Compare the fused neck with the quadratic neck and with its own unfused parts: `python -m bench.fused_neck`.
+"""Compare the fused neck with the quadratic neck and with the unfused neck: `python -m bench.fused_neck`.
 
-The necks are measured without a backbone, on random maps of the sizes that a backbone produces. They take turns within
-one run. Either the forward pass is timed in evaluation mode, or forward and backward in training mode. `plain` is the
-Nyström neck in plain PyTorch, `unfused` calls the kernels one by one, and `fused` uses `pooled_links`. Memory is the
-peak memory beyond the maps. The profiler counts the launches.
+The necks are measured without a backbone, on random maps of the sizes that a backbone produces. The necks take turns
+within one run. Either the forward pass is timed in evaluation mode, or forward and backward in training mode. `plain`
+is the Nyström neck in plain PyTorch, `unfused` calls the kernels one by one, and `fused` uses `pooled_links`. Memory is
+the peak memory beyond the maps. The profiler counts the launches.
 
-The floor is the larger of two times: the time to read the maps once at the bandwidth of the device, and the time of the
-neck's matrix products at its rate. Bandwidth and rate are measured first, by a large copy and a large matrix product.
-`--bandwidth` and `--rate` replace the measured values. On a CPU the necks run in plain PyTorch. `plain` and `fused` are
-then the same, and `unfused` computes its links one by one.
+The floor is a lower bound of the forward time. It is the larger of two times: reading the maps once at the device's
+memory bandwidth, and computing the neck's matrix products at the device's rate of matrix products. Bandwidth and rate
+are measured first, by a large copy and a large matrix product. `--bandwidth` and `--rate` replace the measured values.
+On a CPU the necks run in plain PyTorch. `plain` and `fused` are then the same, and `unfused` computes its links one by
+one.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def add_neck_options(parser: argparse.ArgumentParser) -> None:
 
 
 def maps_of(backbone: str, side: int, batch: int, options: argparse.Namespace) -> list[Tensor]:
-    """Return the maps (B, C_i, h, w) that a backbone produces from images of `side` pixels.
+    """Return random maps (B, C_i, h, w) of the shapes that a backbone produces from images of `side` pixels.
 
     Args:
         backbone: A name of `WIDTHS`.
@@ -84,8 +85,8 @@ def neck_of(
 ) -> SRMNeck:
     """Build the neck to be timed.
 
-    The neck is calibrated on small random maps, for two images of 64 pixels. They have the same distribution as the
-    timed maps.
+    The neck is calibrated on random maps with the shapes for two images of 64×64 pixels. These maps have the same
+    distribution as the timed maps.
 
     Args:
         backbone: A name of `WIDTHS`.
@@ -112,7 +113,10 @@ def neck_of(
 
 
 def call_of(neck: Any, maps: list[Tensor], direction: str) -> Call:
-    """Return a call of the neck: "forward" without gradients, or "both" with gradients of the maps and parameters."""
+    """Return a function that runs the neck once.
+
+    `direction` is "forward" (without gradients) or "both" (forward and backward, gradients of the maps and parameters).
+    """
 
     def forward() -> object:
         with torch.no_grad():
@@ -140,12 +144,20 @@ def common_columns(
 
 
 def contestants(backbone: str, maps: list[Tensor], options: argparse.Namespace) -> dict[str, Call]:
-    """Return the calls by name, without those that need a compiler or kernels that this device lacks."""
+    """Return a dictionary from names to functions that run the necks.
+
+    On a CPU, the compiled quadratic neck and the CUDA graph of the fused neck are left out.
+    """
     cuda = options.device == "cuda"
     fused, unfused = (neck_of(backbone, options, backend="triton" if cuda else None) for _ in range(2))
     unfused.pools = lambda pyramid: False  # type: ignore[method-assign]
     quadratic = neck_of(backbone, options, attention="full")
-    necks = {"quadratic": quadratic, "plain": neck_of(backbone, options), "unfused": unfused, "fused": fused}
+    necks = {
+        "quadratic": quadratic,
+        "plain": neck_of(backbone, options, backend="torch" if cuda else None),
+        "unfused": unfused,
+        "fused": fused,
+    }
     calls = {name: call_of(neck, maps, options.direction) for name, neck in necks.items()}
     if cuda:
         torch.compiler.reset()
@@ -157,7 +169,7 @@ def contestants(backbone: str, maps: list[Tensor], options: argparse.Namespace) 
 
 
 def take_rates(options: argparse.Namespace) -> None:
-    """Measure the bandwidth and the rate of the device, and use them where the options give no value."""
+    """Set `bandwidth` and `rate` of the options to measured values, unless the command line gives them."""
     if options.bandwidth and options.rate:
         return
     device = torch.device(options.device)
@@ -167,7 +179,7 @@ def take_rates(options: argparse.Namespace) -> None:
 
 
 def floor_of(neck: SRMNeck, maps: list[Tensor], options: argparse.Namespace) -> float | None:
-    """Return the larger of two times in milliseconds: to read the maps once, and to compute the forward products."""
+    """Return the floor (see the docstring of the module) in milliseconds; None without bandwidth or rate."""
     if not options.bandwidth or not options.rate:
         return None
     with FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -1,8 +1,8 @@
 """Measure how the cost of attention grows, and where Nyström overtakes exact attention: `python -m bench.growth`.
 
-Each sweep changes one size: N_q, N_k, N (N_q and N_k together), r, d, H or B. The times of a sweep are fitted to
-time = c·x^p, where x is the size. The crossover table then shows the time of Nyström attention divided by the time of
-exact attention, for several N_k and B. All points of a sweep and all implementations take turns.
+Each sweep changes one size: N_q, N_k, N (N_q and N_k together), r, d, H or B. The times of a sweep are fitted to the
+power law c·x^p, where x is the size. The crossover table then shows the time of Nyström attention divided by the time
+of exact attention, for several N_k and B. All points of a sweep and all implementations are timed in turns.
 """
 
 from __future__ import annotations
@@ -45,9 +45,14 @@ class Sizes(NamedTuple):
 
 
 class Scale(NamedTuple):
-    """The sizes to start from, the values of each sweep, and the values of N_k and B for the crossover table.
+    """Sizes of all sweeps and of the crossover table.
 
-    The sweep N sets N_q and N_k to the same value.
+    Attributes:
+        base: Sizes from which a sweep starts. A sweep changes one of them.
+        values: Dictionary from the name of a sweep to the values of its size. The sweep N sets N_q and N_k to the same
+            value.
+        keys: Values of N_k for the crossover table.
+        batches: Values of B for the crossover table.
     """
 
     base: Sizes
@@ -95,7 +100,7 @@ SCALES = {
 
 
 class Fit(NamedTuple):
-    """Least-squares fit of y = c·x^exponent in logarithms."""
+    """Least-squares fit of log y = log c + exponent · log x."""
 
     exponent: float
     error: float  # standard error of the exponent; NaN with two points
@@ -106,7 +111,7 @@ class Fit(NamedTuple):
 
 
 def power_law(x: Sequence[float], y: Sequence[float]) -> Fit:
-    """Fit an exponent and its standard error.
+    """Fit the exponent of a power law y = c·x^exponent and its standard error.
 
     Raises:
         ValueError: There are fewer than two points, or values that are not positive.
@@ -130,7 +135,7 @@ def macs(sizes: Sizes, implementation: str) -> int:
 
 
 def calls(sizes: Sizes, backends: Sequence[str], options: argparse.Namespace) -> dict[str, Call]:
-    """Return exact attention and Nyström attention by each backend, on the same tensors."""
+    """Return functions that run exact attention, and Nyström attention by each backend, on the same tensors."""
     gradients = options.direction == "backward"
     shape = (sizes.B, sizes.H)
     inputs = attention_inputs(shape, sizes.N_q, sizes.N_k, sizes.d, options, gradients=gradients)
@@ -201,7 +206,7 @@ def _named(backend: str) -> str:
 
 
 def at(base: Sizes, variable: str, value: int) -> Sizes:
-    """Return a copy of `base` with one size changed; "N" changes both numbers of tokens."""
+    """Return a copy of `base` with one size changed; "N" changes N_q and N_k."""
     return base._replace(**({"N_q": value, "N_k": value} if variable == "N" else {variable: value}))
 
 
@@ -241,7 +246,14 @@ def growth_table(rows: Iterable[dict[str, Any]]) -> tuple[list[str], list[list[s
 
 
 class Surface(NamedTuple):
-    """Time of Nyström attention divided by time of exact attention, by (N_k, B); None if one of them could not run."""
+    """Time of Nyström attention divided by the time of exact attention, for several N_k and B.
+
+    Attributes:
+        keys: Values of N_k.
+        batches: Values of B.
+        share: Dictionary from (N_k, B) to the ratio, or to None if one of the two implementations could not run.
+        implementation: Name of the implementation of Nyström attention.
+    """
 
     keys: list[int]
     batches: list[int]
@@ -272,8 +284,8 @@ def crossing(surface: Surface, batch: int) -> float | None:
     """Return the N_k above which Nyström attention is faster at a batch size.
 
     The result is interpolated between the largest N_k at which Nyström attention is not faster and the next measured
-    N_k. If Nyström attention is always faster, the result is the smallest N_k. If Nyström attention is not faster at
-    the largest N_k, the result is None.
+    N_k. If Nyström attention is always faster, the result is the smallest measured N_k. If Nyström attention is not
+    faster at the largest measured N_k, the result is None.
     """
     row = [(k, surface.share[k, batch]) for k in surface.keys]
     known = [(k, share) for k, share in row if share is not None]
@@ -288,7 +300,7 @@ def crossing(surface: Surface, batch: int) -> float | None:
 
 
 def guide(surface: Surface) -> str:
-    """Return a sentence that says for which N_k each attention is faster, within the measured range."""
+    """Return a sentence on the N_k below which exact attention is faster than Nyström attention."""
     found = [crossing(surface, batch) for batch in surface.batches]
     name = surface.implementation
     reached = [value for value in found if value is not None]
@@ -305,7 +317,7 @@ def guide(surface: Surface) -> str:
 
 
 def crossover_table(surface: Surface) -> tuple[list[str], list[list[str]]]:
-    """Return header and lines of a table of the shares by N_k and B. Shares of 1 or more are marked."""
+    """Return header and lines of a table of time ratios by N_k and B. Ratios of 1 or more are marked."""
     header = ["N_k", *(f"B = {batch}" for batch in surface.batches)]
     lines = []
     for k in surface.keys:

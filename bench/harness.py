@@ -39,7 +39,7 @@ class Recorder:
         self.path = Path(out) / folder_name(self.machine) / f"{name}.jsonl"
 
     def write(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Append a row and return it as written."""
+        """Append a row with the machine and the note; return the complete row."""
         row = {**row, "note": self.note, "machine": self.machine}
         append(self.path, row)
         return row
@@ -117,7 +117,7 @@ def attention_inputs(
     *,
     gradients: bool = False,
 ) -> list[Tensor]:
-    """Return standard normal Q, K and V, the same for the same sizes.
+    """Return standard normal Q, K and V. Equal arguments give equal tensors.
 
     Args:
         shape: (B, H).

@@ -1,9 +1,9 @@
 """Count the launches of a forward pass of the fused neck without a GPU: `python -m bench.launches`.
 
-A launch of one of the package's own kernels is counted when Triton's interpreter starts the kernel. Other launches are
-counted in torch's CPU profile. They are matrix products and convolutions of libraries, and other operations, such as
-elementwise operations and reductions. Views and allocations launch nothing. The convolutions of the gate are counted
-separately. `bench.fused_neck` counts the launches on a GPU with the profiler.
+A launch of one of the package's own kernels is counted when Triton's interpreter starts the kernel. All other launches
+are counted in torch's CPU profile. These are matrix products and convolutions of libraries, elementwise operations,
+reductions and the like. Views and allocations are not counted, because they launch nothing. The convolutions of the
+gate are counted separately. `bench.fused_neck` counts the launches on a GPU with the profiler.
 """
 
 from __future__ import annotations
@@ -128,8 +128,9 @@ def _add(event: Any, found: Launches, gate: bool) -> bool:
 def forward_of(*, dyt: bool, side: int = 512, batch: int = 2) -> tuple[SRMNeck, list[Tensor]]:
     """Return a neck with the backend "triton", in evaluation mode, and its maps (B, C_i, h, w).
 
-    The maps have few channels and rows, because the interpreter is slow. The number of launches depends on the links of
-    the neck, the widths of the maps and the number of keys. The key side needs one launch for at most 512 keys.
+    The interpreter is slow, so the maps have few channels and few rows. This does not change the number of launches.
+    The number depends on the links of the neck, on the widths w of the maps, and on whether a source has more than 512
+    keys.
 
     Args:
         dyt: Whether the neck has DyT.

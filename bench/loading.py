@@ -1,7 +1,7 @@
 """Measure where the time of loading an image goes: `python -m bench.loading IMAGES` (decoding, resizing, augmentation).
 
 The first images of a folder are read as in training. Times are CPU time in milliseconds per image, for one worker. Each
-step is timed in several passes, and the least time is reported, because other processes barely affect it.
+step is timed in several passes. The shortest time is reported, because other processes affect it least.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def parts(paths: list[Path], size: int, folder: Path) -> dict[str, Call]:
 
 
 def milliseconds(work: Callable[[], object], images: int, repeats: int) -> float:
-    """Return the least CPU time of all passes, in milliseconds per image."""
+    """Run `work` several times; return the shortest CPU time of a run, in milliseconds per image."""
     times = []
     for _ in range(repeats):
         start = time.process_time()

@@ -1,4 +1,4 @@
-"""Cost of a neck: `python -m bench.neck` is `srm-iqa profile` with its rows in bench/results/<gpu or cpu>/."""
+"""Measure necks: `python -m bench.neck` runs `srm-iqa profile` and writes rows to bench/results/<gpu or cpu>/."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from srm_model.cli import main
 
 
 def run() -> int:
-    """Run `srm-iqa profile` with the arguments of the command line; a later `--out` takes precedence."""
+    """Run `srm-iqa profile` with the arguments of the command line; an `--out` among them takes precedence."""
     return main(["profile", "--out", str(RESULTS), *sys.argv[1:]])
 
 

@@ -1,23 +1,24 @@
 """Compare a training step of the fused neck with the reference neck, result by result.
 
 The results are the fused map, and every loss, gradient and statistic. Errors are measured against the reference neck in
-fp64. The error of a result is the largest error of its entries. It may be at most the sum of two terms:
+fp64. The error of a result is the largest error of its entries. The error may be at most the sum of two terms:
 
-- twice the error of the reference neck in the same precision;
-- 64 eps times the largest entry of the result in fp32, or 2 eps times this entry in a reduced precision.
+- twice the error of the reference neck in the precision of the fused neck;
+- in fp32, 64 eps times the largest entry of the result; in a reduced precision, 2 eps times this entry.
 
 Some gradients are small differences of larger numbers. For these gradients, the second term uses the largest entry of
 several gradients:
 
 - for the gradient of a bias, the largest entry of all gradients;
-- for another gradient of the gate, the largest entry of all gradients of the gate. The gradients of the gate's logits
-  sum to 0 over the stages.
+- for any other gradient of the gate, the largest entry of all gradients of the gate, because the gradients of the
+  gate's logits sum to 0 over the stages.
 
-A gradient with one element (of β, α, θ of one head, the bias of a readout) is a sum Σ tᵢ over channels and positions.
-Each term tᵢ has a relative rounding error δᵢ, which may be positive or negative. The error Σ tᵢ δᵢ of the sum is about
-eps·√Σ tᵢ², even if the sum itself is small. In one step the error may be close to 0 by chance. The reference neck
-therefore runs with `DRAWS` losses, which differ in their signs, and its largest error is used. In fp32, the second term
-uses at least the root mean square of the gradient over these losses.
+Some gradients have one element: those of β, of α, of θ with one head, and of the bias of a readout. Such a gradient is
+a sum Σ tᵢ over channels and positions. Each term tᵢ has a relative rounding error δᵢ, which may be positive or
+negative. The sum then has the error Σ tᵢ δᵢ, which is about eps·√(Σ tᵢ²), even if the sum itself is small. In one step,
+this error of the reference neck may be close to 0 by chance, and the first term would be too small. The reference neck
+therefore runs `DRAWS` steps, whose losses have different signs. The first term uses the largest error of these steps.
+In fp32, the second term uses at least the root mean square of the gradient over these steps.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def make_neck(
     seed: int = 0,
     device: str = "cpu",
 ) -> SRMNeck:
-    """Return a calibrated reference neck in training mode. Its gate is not uniform, and β and τ are not 1."""
+    """Return a calibrated reference neck in training mode. Its stage weights are not uniform, and β and τ are not 1."""
     torch.manual_seed(seed)
     neck = SRMNeck(channels, config.replace(backend="reference")).to(device)
     neck.calibrate(make_pyramid(3, grids, channels, seed=9, device=device))
@@ -77,7 +78,8 @@ def step(neck: SRMNeck, pyramid: Sequence[Tensor], draw: int = 0) -> Step:
     Args:
         neck: Neck in training or evaluation mode.
         pyramid: Maps (B, C_i, h, w).
-        draw: Number of the loss. A loss is a weighted sum of the fused map; the signs of the weights depend on `draw`.
+        draw: Index of the loss. The loss is a weighted sum of the fused map plus the losses of the neck. `draw` selects
+            the signs of the weights.
 
     Returns:
         Outputs, buffers and gradients by name, on the CPU.

@@ -1,4 +1,4 @@
-"""Theoretical occupancy of compiled kernels: the blocks and warps that a multiprocessor can hold at once."""
+"""Theoretical occupancy of compiled kernels: the thread blocks and warps that a multiprocessor can hold at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bench.resources import case_words
 
 
 class Limits(NamedTuple):
-    """Capacity of a multiprocessor. Shared memory is in bytes: the total, and the largest amount per block."""
+    """Capacity of a multiprocessor. `shared` and `shared_block` are bytes of shared memory: in total, per block."""
 
     warps: int
     blocks: int
@@ -28,12 +28,12 @@ LIMITS = {
 }
 _PARTITIONS = 4  # partitions of a multiprocessor, each with its own registers
 _REGISTER_UNIT = 256  # the registers of a warp are a multiple of this number
-_SHARED_UNIT, _SHARED_RESERVED = 128, _KI  # bytes; the driver reserves 1 KiB per block
+_SHARED_UNIT, _SHARED_RESERVED = 128, _KI  # bytes; the driver reserves 1 KiB per thread block
 _MOST_REGISTERS = 255  # per thread
 
 
 class Occupancy(NamedTuple):
-    """Resident blocks and warps, the share of the possible warps that are resident, and the limiting resource."""
+    """Resident thread blocks and warps, the share of resident warps among possible warps, the limiting resource."""
 
     blocks: int
     warps: int
@@ -42,12 +42,12 @@ class Occupancy(NamedTuple):
 
 
 def occupancy(registers: int, shared: int, warps: int, capability: int) -> Occupancy:
-    """Return the theoretical occupancy of a kernel. A kernel that cannot be launched has 0 blocks.
+    """Return the theoretical occupancy of a kernel. A kernel that cannot be launched has 0 resident thread blocks.
 
     Args:
         registers: Registers per thread.
-        shared: Bytes of shared memory per block.
-        warps: Warps per block.
+        shared: Bytes of shared memory per thread block.
+        warps: Warps per thread block.
         capability: 80, 86, 89, 90 or 120.
 
     Raises:
@@ -82,8 +82,8 @@ def _up(value: int, unit: int) -> int:
 def kernel_table(rows: Iterable[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Return the header and the lines of a table of the resources and the theoretical occupancy of kernels.
 
-    If a kernel needs the same resources for several shapes, the table has one line for these shapes, which shows the
-    first shape.
+    If a kernel needs the same resources for several shapes, these shapes share one line of the table. The line shows
+    the first shape.
 
     Args:
         rows: Rows of `bench.resources`.

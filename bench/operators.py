@@ -86,7 +86,7 @@ def _maps(family: Family, make: torch.Generator) -> list[Tensor]:
 
 
 def _gate_inputs(family: Family, make: torch.Generator) -> list[Tensor]:
-    """Draw the output of a convolution of the gate, its bias, and the weight and bias of a readout."""
+    """Draw the output and the bias of a convolution of the gate, and the weight and the bias of a readout."""
     C = max(family.heads * family.d // 4, 1)
     return _normal(make, (family.batch, C, 8, 8), (C,), (1, C), (1,))
 
@@ -97,13 +97,13 @@ def _dyt_inputs(family: Family, make: torch.Generator) -> list[Tensor]:
 
 
 def _first_keys(key: Tensor, rank: int) -> Tensor:
-    """Return indices of landmarks that do not depend on rounding."""
+    """Return the indices of the first keys. Unlike a choice by scores, these indices do not depend on rounding."""
     rank = min(rank, key.shape[2])
     return torch.arange(rank, device=key.device).expand(*key.shape[:2], rank)
 
 
 def _link_inputs(family: Family, make: torch.Generator) -> list[Tensor]:
-    """Draw F, A, a, W_Q and X of one link."""
+    """Draw F, A, its bias a, W_Q and X of one link."""
     C, width, side = family.heads * family.d, 64, round(family.queries**0.5)
     made = _normal(make, (family.batch, width, side, side), (C, width), (C,), (C, C))
     made[1] /= width**0.5
@@ -119,7 +119,7 @@ def _source_inputs(family: Family, make: torch.Generator) -> list[Tensor]:
 
 
 def _merge_inputs(family: Family, make: torch.Generator) -> list[Tensor]:
-    """Draw P̄, pool(F), X, A, a, W_O, β and θ of one link."""
+    """Draw P̄, pool(F), X, A, its bias a, W_O, β and θ of one link."""
     B, H, r, d = family.batch, family.heads, family.rank, family.d
     C, width, cells = H * d, 64, 64
     weights = ((C, width), (C,), (C, C), (1,), (H,))
@@ -285,7 +285,7 @@ class Timed:
         return torch.autograd.grad(total, [leaves[i] for i in wanted])
 
     def verify(self) -> float:
-        """Return the largest error of a result, relative to its norm.
+        """Return the largest error of all results. The error of a result is relative to the norm of the result.
 
         Errors are measured against the reference in float64. The largest accepted error is twice the error of the
         reference in the same dtype, plus 8 eps of this dtype. The second term is needed because the error of the
@@ -313,7 +313,7 @@ class Timed:
         return worst
 
     def _verify_landmarks(self, chosen: Tensor) -> float:
-        """Check that the keys are distinct and score no less than the r-th best key, up to rounding of the scores."""
+        """Check that the chosen keys are distinct, and that none scores less than the r-th best, up to rounding."""
         key = self.inputs[0]
         truth = ops.ridge_leverage_scores(key.double(), backend="reference")
         rounding = (ops.ridge_leverage_scores(key, backend="reference").double() - truth).abs().max()

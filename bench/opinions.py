@@ -1,8 +1,8 @@
-"""Compare the opinions of TID2013 with images made from the Kodak photographs: `python -m bench.opinions`.
+"""Compare opinions of TID2013 with metrics of images made from the Kodak photographs: `python -m bench.opinions`.
 
 The photographs are distorted as by `srm-iqa data synthesize --opinions`. Three full-reference metrics of piq (VSI, FSIM
-and SSIM) score the distorted images. FSIM and SSIM are computed on the luminance, and SSIM does not downsample, as for
-the published figures. A row has the scores of one photograph and distortion type.
+and SSIM) score the distorted images. As for the published figures, FSIM and SSIM are computed on the luminance, and
+SSIM does not downsample. A row has the scores for one photograph and one distortion type.
 
 The summary has Spearman's correlation of each metric with the opinions: for each type, for all types, and for the types
 that `srm-iqa data synthesize --opinions` makes by default. The last line has the figures published for TID2013.
@@ -41,7 +41,7 @@ Row = dict[str, Any]
 def rows(
     folder: Path, opinions: Path, types: Sequence[int], seed: int, known: Sequence[Row]
 ) -> Iterator[Row]:
-    """Yield a row for each photograph and type that are not in `known`."""
+    """Yield a row for each pair of photograph and distortion type that `known` lacks."""
     piq, people = import_piq(), read_opinions(opinions)
     done = {(row["photograph"], row["type"], row["seed"]) for row in known}
     for photograph in from_folder(folder, Frame(crop=CROP)):
@@ -69,7 +69,7 @@ def rows(
 
 
 def _scores(piq: ModuleType, distorted: Tensor, original: Tensor) -> dict[str, Tensor]:
-    """Return the scores (B,) of images (B, 3, H, W) by the name of the metric."""
+    """Return a dictionary from the name of each metric to the scores (B,) of images (B, 3, H, W)."""
     options: dict[str, Any] = {"data_range": 1.0, "reduction": "none"}
     luma = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
     grey = [(luma * images).sum(1, keepdim=True) for images in (distorted, original)]
@@ -90,7 +90,7 @@ def correlation(chosen: Sequence[Row], metric: str) -> float:
 
 
 def summary(found: Sequence[Row]) -> list[str]:
-    """Return a table of correlations: for each type, for all types, without `LEFT_OUT`, and as published.
+    """Return a table of correlations: for each type, all types, all types except `LEFT_OUT`, and as published.
 
     `!` marks a correlation that differs from the published figure by more than `WITHIN`.
     """

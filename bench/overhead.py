@@ -5,8 +5,8 @@ GPU, and stubs replace the compiled kernels. A pass therefore takes the same hos
 the time of the C launcher and the CUDA driver (2 to 4 µs per launch). Times are CPU time of one thread in µs per pass:
 
 - `triton`: inside `JITFunction.run`;
-- `library`: inside the matrix products, convolutions and casts that the neck itself calls. This benchmark computes them
-  on small maps; with a GPU, the host would only launch them;
+- `library`: inside the matrix products, convolutions and casts that the neck itself calls. Here the CPU computes them
+  on small maps; with a GPU, the host only launches them;
 - `package`: everything else, such as this package's Python code, the dispatch of its operators, autograd, views and
   allocations.
 
@@ -52,7 +52,7 @@ class Clock:
         self.mark = False
 
     def watch(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the function with its CPU time added to a part."""
+        """Return the function with a timer, which adds the CPU time of each call to `spent[part]`."""
 
         def timed(*args: Any, **options: Any) -> Any:
             start = time.thread_time_ns()
@@ -80,7 +80,7 @@ class _Driver:
 
 
 def _stub(clock: Clock) -> Callable[..., Any]:
-    """Return a replacement for compilation, which makes kernels whose launch does nothing."""
+    """Return a replacement for Triton's compilation. Launches of the resulting kernels do nothing."""
 
     def compiled(self: Any, key: str, *_: Any) -> Any:
         name = self.fn.__name__.strip("_")
@@ -102,7 +102,7 @@ def _stub(clock: Clock) -> Callable[..., Any]:
 
 @contextmanager
 def pretended() -> Iterator[Clock]:
-    """Bind the launches of the `with` block for a GPU of `CAPABILITY`, then drop them; accept CPU tensors."""
+    """Let the `with` block launch kernels on CPU tensors as on a GPU of `CAPABILITY`; no kernel runs."""
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
@@ -178,9 +178,9 @@ def calibration() -> dict[str, float]:
 def counted(call: Call) -> dict[str, int]:
     """Count the launches of one call, and the calls of this package's operators.
 
-    Launches are own kernels, library products, and everything else that a GPU runs as a kernel. They are counted as in
-    `bench.launches`, but with gradients. Products include the convolutions of the gate; the backward pass of a
-    convolution is counted as one launch, although it takes two or more.
+    The launches are own kernels, library products, and everything else that a GPU runs as a kernel. `bench.launches`
+    defines how they are counted. Here the launches of a backward pass are counted too. Products include the
+    convolutions of the gate. The backward pass of a convolution counts as one launch, although it takes two or more.
     """
     found = count_launches(call)
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
@@ -195,7 +195,7 @@ def counted(call: Call) -> dict[str, int]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print and write a row for each pass: forward and training step, with DyT and without."""
+    """Print and write four rows: forward pass and training step, each with DyT and without."""
     if os.environ.get("TRITON_INTERPRET") == "1":  # Triton reads it when it is imported
         raise SystemExit("bench.overhead binds real launches; expected TRITON_INTERPRET to be unset")
     options = _options(arguments)

@@ -70,7 +70,7 @@ def share(time: float, rival: float) -> str:
 
 
 def attention(folder: Path) -> str:
-    """Return the time of Nyström attention by two backends, divided by the time of exact attention."""
+    """Return a table of the time of Nyström attention by two backends, divided by the time of exact attention."""
     rows = rows_of(folder, "attention", ("N_q", "N_k", "B", "H", "r", "d", "dtype", "direction"))
     lines = []
     for row in rows:
@@ -94,7 +94,7 @@ def solve(folder: Path) -> str:
 
 
 def cost(folder: Path) -> str:
-    """Return parameters, multiply-accumulates and peak memory of one backbone's necks at the article's resolution."""
+    """Return a table of parameters, MACs and peak memory of the necks of `pvt_v2_b2` at the article's resolution."""
     lines = []
     for row in rows_of(folder, "neck", NECK):
         subject = (row["part"], row["backbone"], row["resolution"])
@@ -112,7 +112,7 @@ def cost(folder: Path) -> str:
 
 
 def time(folder: Path) -> str:
-    """Return the times of `srm` and its model by image side, with ratios to the quadratic neck and its model."""
+    """Return a table of forward times: of the `srm` neck, of its whole model, and relative to `quadratic`."""
     lines = [
         [f"`{backbone}`", side, *cells]
         for backbone, side, cells in _shares(folder, "forward")
@@ -130,7 +130,7 @@ def time(folder: Path) -> str:
 
 
 def backward(folder: Path) -> str:
-    """Return the time of `srm` alone, forward and backward, divided by the time of the quadratic neck."""
+    """Return a table of the `srm` neck's time, forward and backward, divided by the quadratic neck's time."""
     values: dict[int, list[float]] = {}
     for _, side, cells in _shares(folder, "backward"):
         values.setdefault(int(side), []).append(float(cells[1]))
@@ -140,7 +140,7 @@ def backward(folder: Path) -> str:
 
 
 def step(folder: Path) -> str:
-    """Return the time of training steps of whole models."""
+    """Return a table of the times of training steps of whole models."""
     times: dict[tuple[Any, ...], dict[str, float]] = {}
     for row in rows_of(folder, "neck", NECK):
         case = (row["part"], row["direction"], row["dtype"], row["settings"])
@@ -157,7 +157,7 @@ def step(folder: Path) -> str:
 
 
 def grown(folder: Path) -> str:
-    """Return the exponents of time if both numbers of tokens grow together, and if only one of them grows."""
+    """Return a table of the exponents of time when N_q and N_k grow together, and when only one of them grows."""
     fits = growth.fits(rows_of(folder, "growth", POINT))
     lines = [
         [
@@ -174,7 +174,7 @@ def grown(folder: Path) -> str:
 
 
 def crossover(folder: Path) -> str:
-    """Return the ratios by N_k over all batch sizes, also above 1, and the N_k above which Nyström is faster."""
+    """Return a table of time ratios by N_k, as ranges over B, and the N_k above which Nyström is faster."""
     surfaces = growth.surfaces(rows_of(folder, "crossover", POINT))
     lines = []
     for keys in surfaces[0].keys:
@@ -194,7 +194,7 @@ def crossover(folder: Path) -> str:
 
 
 def _shares(folder: Path, direction: str) -> Iterable[tuple[str, str, list[str]]]:
-    """Yield backbone, image side and the figures of `srm` by its fastest backend on a CPU, fp32, one image."""
+    """Yield (backbone, image side, table cells) for `srm` with the backend `torch`, in fp32 and for one image."""
     _, lines = shares_table(rows_of(folder, "neck", NECK))
     for line in sorted(lines, key=lambda line: (line[0], int(line[1]))):
         if line[2:6] in [["1", "fp32", direction, f"srm [{name}]"] for name in PLAIN]:
@@ -202,7 +202,7 @@ def _shares(folder: Path, direction: str) -> Iterable[tuple[str, str, list[str]]
 
 
 def _plain(implementation: str) -> str:
-    """Return the name of an implementation of bench.growth as pages show it."""
+    """Return the name that pages show for an implementation of bench.growth."""
     name = implementation.removeprefix("nystrom ").strip("[]")
     return "exact" if name == growth.EXACT else f"Nyström, `{name}`"
 

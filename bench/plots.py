@@ -27,14 +27,14 @@ HATCHES = ("", "//", "--", "||", "\\\\", "++", "..", "xx")
 
 
 class Line(NamedTuple):
-    """A series of points. They need not be sorted, and the name may contain line breaks."""
+    """A series of points. The points need not be sorted. The name may contain line breaks."""
 
     name: str
     points: Sequence[tuple[float, float]]
 
 
 class Bar(NamedTuple):
-    """A stacked bar: values by the name of the segment."""
+    """A stacked bar; `parts` is a dictionary from the name of each segment to its value."""
 
     name: str
     parts: dict[str, float]
@@ -49,7 +49,7 @@ def lines(
     y_label: str,
     slopes: Sequence[float] = (),
 ) -> Figure:
-    """Draw lines with markers on two logarithmic axes, and a faint guide for each exponent in `slopes`."""
+    """Draw lines with markers on two logarithmic axes, and a faint line for each power law in `slopes`."""
     with _axes(title, note, x_label, y_label) as (figure, axes):
         for i, line in enumerate(series):
             axes.plot(*zip(*sorted(line.points), strict=True), **look(i), label=line.name)
@@ -127,7 +127,7 @@ def surface(
     row_label: str,
     column_label: str,
 ) -> Figure:
-    """Draw ratios as a grid of numbers, lighter below 1 and darker above, with a thick line where they cross 1."""
+    """Draw ratios as a grid of numbers: larger ratios on a darker ground, a thick line where ratios cross 1."""
     logs = np.log(np.array(values, dtype=float))
     most = max(float(np.nanmax(np.abs(logs), initial=0)), math.log(2))
     with _axes(title, note, column_label, row_label, height=1.4 + 0.36 * len(rows)) as (figure, axes):

@@ -1,7 +1,8 @@
 """Write results as tables and pictures: `python -m bench.report bench/results/cpu` writes report.md and SVGs there.
 
-Every table and picture shows results of one machine, one set of versions and one commit. Other rows in the same file
-are an error. With `--latest`, only the rows with the same machine, versions and commit as the last row are used.
+Every table and picture shows results of one machine, one set of versions and one commit. If the rows of a file differ
+in one of these, the report fails. With `--latest`, the report uses only the rows with the same machine, versions and
+commit as the last row.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def report(folder: Path, *, last: bool = False) -> list[Path]:
 
 
 def neck_section(rows: Rows) -> Section:
-    """Return tables of cost and of measurements; pictures of stages, growth with resolution, and rooflines."""
+    """Return tables of cost and measurements, and pictures of stages, growth with resolution, and rooflines."""
     good = [row for row in rows if not row["error"]]
     parts = [CONVENTION + ".", markdown(*cost_table(rows)), markdown(*measured_table(rows))]
     shares = shares_table(rows)
@@ -124,7 +125,7 @@ def growth_section(rows: Rows) -> Section:
 
 
 def crossover_section(rows: Rows) -> Section:
-    """Return where Nyström is faster and slower than exact attention, and a sentence on when to use which."""
+    """Return tables of where Nyström attention is faster than exact attention, and a sentence on when to use it."""
     pictures: list[Picture] = []
 
     def surfaces_of(group: Rows) -> str:
@@ -179,7 +180,7 @@ SECTIONS: tuple[tuple[str, tuple[str, ...], Callable[[Rows], Section]], ...] = (
 
 
 def _stages(rows: Rows) -> list[Picture]:
-    """Draw the stages of each part and backbone at its largest resolution."""
+    """Draw the times of the stages of each part (neck, model) and backbone, at the largest measured resolution."""
     pictures = []
     staged = [row for row in rows if row["stages"]]
     for (part, backbone, batch, dtype), group in _grouped(staged, "part", "backbone", "batch", "dtype"):
@@ -198,7 +199,7 @@ def _stages(rows: Rows) -> list[Picture]:
 
 
 def _scaled_stages(row: dict[str, Any]) -> dict[str, float]:
-    """Divide the row's time among its stages, in proportion to the stages' times, which other calls measured."""
+    """Divide the row's time among its stages, in proportion to times that separate calls measured for stages."""
     total = sum(row["stages"].values())
     return {name: taken / total * row["typical"] for name, taken in row["stages"].items()}
 

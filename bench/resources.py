@@ -1,11 +1,13 @@
 """List registers, shared memory and spills of every Triton kernel, compiled without a GPU: `python -m bench.resources`.
 
-The launches of the package for a shape and an architecture are recorded instead of run. Each launch is compiled for the
-architecture, and its resources are read from the log of ptxas. They show whether a kernel fits, not how fast it is.
+The launches of the package for a shape and an architecture are recorded, and no kernel runs. Each recorded launch is
+compiled for the architecture, and its resources are read from the log of ptxas. The resources show whether a kernel
+fits, not how fast it is.
 
 `--out FILE` writes a row for each launch. The row has a digest of everything that determines the compiled code: the
-code of the kernel and of the functions that it calls, its constants and options, the architecture and the version of
-Triton. A launch whose digest is in FILE is not compiled again. Rows of launches that no longer exist are dropped.
+code of the kernel and of the functions that it calls, the constants and options of the launch, the architecture, and
+the version of Triton. A launch whose digest is in FILE is not compiled again. Rows of launches that no longer exist are
+dropped.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from srm_model.profiling.results import append, read
 
 Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]  # kernel, arguments, options
 ARCHITECTURES = (80, 86, 89, 90, 120)
-SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}  # KiB per block
+SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}  # KiB per thread block
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64"}
 
 
@@ -41,10 +43,10 @@ class Resources(NamedTuple):
     """Resources of a compiled kernel."""
 
     kernel: str
-    warps: int  # per block
+    warps: int  # per thread block
     registers: int  # per thread
     spilled: int  # bytes per thread that do not fit into registers
-    shared: int  # bytes per block
+    shared: int  # bytes per thread block
 
 
 @contextmanager
@@ -68,7 +70,7 @@ def recorded(capability: tuple[int, int]) -> Iterator[list[Launch]]:
 
 
 class Source(NamedTuple):
-    """Input of Triton's compiler: types by argument; constant values and known attributes by position."""
+    """Input of Triton's compiler: type of each argument; constants and attributes by position of the argument."""
 
     signature: dict[str, Any]
     constants: dict[tuple[int, ...], Any]
@@ -201,7 +203,7 @@ def operator(kernel: Any) -> str:
 
 
 def rows(options: argparse.Namespace, known: dict[str, Resources]) -> Iterator[dict[str, Any]]:
-    """Yield a row for each kernel, shape and architecture that the options select. Equal launches share a row.
+    """Yield a row for each shape, architecture and distinct launch that the options select.
 
     Args:
         options: Options of the command line.
@@ -255,7 +257,7 @@ class Table:
             append(self.path, row)
 
     def close(self, replaced: Callable[[dict[str, Any]], bool]) -> None:
-        """Rewrite the file: the earlier rows that are not replaced, then the added ones."""
+        """Rewrite the file: first the earlier rows for which `replaced` returns False, then the added rows."""
         write_lines(self.path, [row for row in self.before if not replaced(row)] + self.after)
 
 
@@ -305,7 +307,7 @@ def _cases(family: str, options: argparse.Namespace) -> Sequence[Any]:
 
 
 def _selected(row: dict[str, Any], options: argparse.Namespace) -> bool:
-    """Return whether the options select a row. With all shapes, rows of shapes that no longer exist count too."""
+    """Return whether the options select a row. Options for all shapes also select shapes that no longer exist."""
     if row["family"] not in options.families or row["architecture"] not in options.architectures:
         return False
     if options.kernels and row["kernel"] not in options.kernels:

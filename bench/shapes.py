@@ -1,7 +1,7 @@
 """Shapes for which `bench.resources` compiles the Triton kernels of the package, and functions that launch the kernels.
 
-Each function launches the kernels of forward and backward as the operators do. Tensors are on the meta device by
-default.
+Each of these functions launches the forward and backward kernels in the same way as the operators. Tensors are on the
+meta device by default.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def without_memory(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 class Case(NamedTuple):
-    """A case of Nyström attention, given by r, d, N_k, the dtype's name, and options that decide which kernels run."""
+    """A case of Nyström attention: r, d, N_k, the name of the dtype, and options that decide which kernels run."""
 
     rank: int
     d: int
@@ -35,7 +35,7 @@ class Case(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """The links of a neck, given by (C_i, h = w) of the maps they read, and options that decide which kernels run."""
+    """The links of a neck: (C_i, h = w) of the maps that they read, and options that decide which kernels run."""
 
     maps: tuple[tuple[int, int], ...]
     heads: int
@@ -57,7 +57,7 @@ class System(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """A choice of r landmarks out of N_k keys of width d, with the dtype's name and the method."""
+    """A choice of r landmarks among N_k keys of width d, by a method and in a dtype given by its name."""
 
     rank: int
     d: int
@@ -66,7 +66,7 @@ class Choice(NamedTuple):
     method: str
 
 
-# The first cases launch every kernel, with every option, at the largest size at which the kernel must not spill.
+# The first cases launch every kernel, with every option, at the largest size at which no kernel may spill.
 # Smaller sizes follow, because the launch rules have other branches for them. The last cases are larger sizes, at which
 # kernels may spill.
 CASES = (

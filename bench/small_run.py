@@ -1,7 +1,7 @@
 """Run every kernel of attention once, forward and backward, on small odd shapes: `python -m bench.small_run`.
 
-Run this command under compute-sanitizer. With its tool racecheck, a launch takes a second or more, so a run of the test
-suite would take hours.
+This command is for runs under compute-sanitizer. With its tool racecheck, a launch takes a second or more, so the whole
+test suite would take hours.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
-"""Measure training steps of every backbone, neck and backend, and the share of time spent on data:
-`python -m bench.training`.
+"""Measure training steps, and the share of time spent on data loading: `python -m bench.training`.
 
-The models of a backbone take turns in one process. The speed of each model is also shown relative to the first neck. On
-a busy machine only this ratio is meaningful. A training step consists of the forward pass under autocast, the losses,
-the backward pass, gradient clipping and AdamW. Peak memory is measured on a GPU only. It excludes the weights and the
-optimiser state.
+There is a model for each backbone, neck and backend. The models of a backbone take turns in one process. The speed of
+each model is also shown relative to the first neck. On a busy machine only this ratio is meaningful. A training step
+consists of the forward pass under autocast, the losses, the backward pass, gradient clipping and AdamW. Peak memory is
+measured on a GPU only. It excludes the weights and the optimiser state.
 
 The share of time spent on data is measured twice with the first model of each backbone: with JPEG files that are
 decoded at each step, and with images from a cache.
@@ -35,7 +34,7 @@ from srm_model.profiling.machines import sentence
 from srm_model.profiling.memory import peak
 from srm_model.training.optimisation import autocast_dtype, parameter_groups
 
-TARGET = 1.3  # speed of the fused neck over the quadratic one on a GPU, at 512² and a small backbone
+TARGET = 1.3  # least speedup of the fused neck over the quadratic neck on a GPU, at 512²
 Rows = list[dict[str, Any]]
 
 
@@ -126,7 +125,7 @@ def compare(found: list[Case], options: argparse.Namespace) -> Rows:
 
 
 def data_shares(case: Case, options: argparse.Namespace) -> Rows:
-    """Return the share of time that training waits for images: decoded each time, and read from a cache."""
+    """Return the shares of time that training waits for images: for decoded images, and for cached images."""
     side = options.image_size
     rng = np.random.default_rng(0)
     about = {name: value for name, value in case.about.items() if name != "backend"}

@@ -2,7 +2,7 @@
 
 Every rule of `srm_kernels/attention/launch_rules.py` is compared with alternative configurations at the usual sizes.
 For each configuration, the median time of a forward or backward pass is printed. The configuration that the rule
-chooses is marked. Afterwards, change the numbers of a rule by hand; nothing is tuned at run time.
+chooses is marked. The results do not change any rule. To use a faster configuration, edit the rule by hand.
 
 Several processes compile all configurations first, with a shared Triton cache. One process then times them.
 """
@@ -29,7 +29,7 @@ from srm_kernels.attention import launch_rules
 from srm_kernels.attention.launch_rules import Configuration
 from srm_model.profiling import measure
 
-# Rules, and whether the backward pass is timed.
+# Rule → whether the backward pass is timed instead of the forward pass.
 RULES = {"query_forward": False, "query_backward": True, "key_side": True, "key_tokens": True}
 SIZES = ((32, 32), (64, 32), (64, 64), (128, 64))  # r, d
 BLOCKS, WARPS, STAGES = (16, 32, 64, 128), (4, 8), (1, 2)
@@ -64,7 +64,7 @@ def trials(dtype: torch.dtype, device: torch.device) -> Iterator[Trial]:
 
 
 def call_of(trial: Trial, options: argparse.Namespace) -> Call:
-    """Return a call of the forward pass, or of the backward pass alone if the rule times the backward pass."""
+    """Return a function that runs the forward pass, or the backward pass alone if `RULES` says so."""
     shape = (options.batch, options.heads)
     inputs = attention_inputs(shape, options.queries, options.keys, trial.d, options, gradients=True)
     forward = partial(nystrom_attention, *inputs, trial.rank, qk_norm="keys", backend="triton")
@@ -88,7 +88,7 @@ def check_device(trial: Trial, error: str, options: argparse.Namespace) -> None:
 
 
 def compiled(trial: Trial, options: argparse.Namespace) -> str | None:
-    """Run a trial once; return the error as text, such as too much shared memory, or None."""
+    """Run a trial once, which compiles its kernels; return None, or the error as text."""
     try:
         with trial.in_place():
             call_of(trial, options)()

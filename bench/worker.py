@@ -47,7 +47,7 @@ def prepared(request: dict[str, Any]) -> Callable[[], float]:
 
 
 def serve(checkout: str) -> None:
-    """Answer requests until stdin ends: an object prepares an operator, an empty line measures it once."""
+    """Answer requests until stdin ends: a JSON object prepares an operator, an empty line measures it once."""
     import srm_kernels
 
     if Path(checkout).resolve() not in Path(srm_kernels.__file__).resolve().parents:

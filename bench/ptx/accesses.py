@@ -1,4 +1,4 @@
-"""Translate memory accesses, warp operations and matrix products of PTX to calls of the execution."""
+"""Translate memory accesses, warp operations and matrix products of PTX to calls of `Execution`'s methods."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MMA = {"m16n8k16": ("f16", "bf16"), "m16n8k8": ("tf32", "f16", "bf16"), "m16n8k4
 
 
 class AccessInstructions(Operands):
-    """Emit memory accesses, warp operations and matrix products, each as a call of the execution."""
+    """Emit memory accesses, warp operations and matrix products, each as a call of a method of `Execution`."""
 
     def _access(self, ins: Instruction) -> tuple[str, int, str, int]:
         """Return the memory space, the vector length, the type, and the size of an element in bytes."""
@@ -121,7 +121,7 @@ class AccessInstructions(Operands):
         if ins.op[2] == "commit_group":
             return [(None, f"M.commit(G, {mask})")]
         if ins.op[2] in ("wait_group", "wait_all"):
-            count = ins.args[0].value if ins.args else -1  # wait_all: uncommitted copies too
+            count = ins.args[0].value if ins.args else -1  # wait_all also completes uncommitted copies
             return [(None, f"M.wait(G, {count}, {mask})")]
         if ins.op[2] not in ("ca", "cg"):
             raise Unsupported(ins.text)
@@ -196,7 +196,7 @@ class AccessInstructions(Operands):
         rest = [one.value for one in ins.args[4:]]
         if len(d) != size // 2 or len(rest) != 2 + (kind != "tf32") * (2 - held):
             raise Unsupported(f"{ins.text} (line {ins.line})")
-        transposed = [one == 1 for one in rest[2:]]  # none for tf32, only b's for a in registers
+        transposed = [one == 1 for one in rest[2:]]  # none for tf32; only that of b if a is in registers
         majors = tuple([False] * (2 - len(transposed)) + transposed)
         left = f"({', '.join(self.bits(one, 4) for one in a)},)" if held else self.bits(a, 8)
         old = ", ".join(self.bits(one, 4) for one in d)

@@ -78,7 +78,7 @@ def ftz(x: Any) -> Any:
 
 
 def pairs(group: Any, x: Any) -> Any:
-    """Return the two floats of every lane, one after the other."""
+    """Return the two fp32 numbers in the 64-bit register of each lane, lane by lane."""
     return np.ascontiguousarray(group.full(x)).view(f4)
 
 
@@ -93,13 +93,13 @@ def saturate(x: Any) -> Any:
 
 
 def shl(x: Any, n: Any) -> Any:
-    """Shift left; a count of at least the width gives 0."""
+    """Shift left. If n is greater than or equal to the width, the result is 0."""
     bits = x.dtype.itemsize * 8
     return where(n < u4(bits), x << np.minimum(n, u4(bits - 1)).astype(x.dtype), x.dtype.type(0))
 
 
 def shr(x: Any, n: Any) -> Any:
-    """Shift right, arithmetically for signed types; a count of at least the width fills with the sign or 0."""
+    """Shift right, arithmetically for signed types. If n reaches the width, only sign bits or zeros remain."""
     bits = x.dtype.itemsize * 8
     if x.dtype.kind == "i":
         return x >> np.minimum(n, u4(bits - 1)).astype(x.dtype)
@@ -107,7 +107,7 @@ def shr(x: Any, n: Any) -> Any:
 
 
 def _funnel(lo: Any, hi: Any, n: Any, wrap: bool) -> tuple[Any, Any]:
-    """Return hi and lo as 64 bits, and the count: modulo 32 with `wrap`, otherwise at most 32."""
+    """Return hi and lo joined to 64 bits, and the shift count: n mod 32 with `wrap`, otherwise min(n, 32)."""
     n = (n & u4(31)) if wrap else np.minimum(n, u4(32))
     return _joined(lo, hi), np.asarray(n).astype(u8)
 

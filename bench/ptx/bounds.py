@@ -1,9 +1,10 @@
-"""Estimate the busy time of a GPU's units for a launch, and the unit that limits it.
+"""Estimate the busy time of a GPU's units for a launch, and which unit limits the launch.
 
-The emulator counts PTX instructions. A GPU executes SASS, into which ptxas translates the PTX. If there is a cubin, its
-SASS is read. The executions of a SASS instruction are then estimated: they are the average executions of the PTX
-instructions of the same source line. Without a cubin, the PTX instructions are counted instead. Both counts are
-estimates of what a GPU issues. They include neither latencies nor caches, and assume that all units overlap perfectly.
+The emulator counts how often each PTX instruction is executed. A GPU executes SASS, into which ptxas translates the
+PTX. If there is a cubin, the instructions of its SASS are counted. A SASS instruction is assumed to be executed as
+often as the PTX instructions of the same source line, on average. Without a cubin, the PTX instructions are counted
+instead. Both counts are estimates of what a GPU issues. The busy times include neither latencies nor caches, and assume
+that all units overlap perfectly.
 """
 
 from __future__ import annotations
@@ -35,25 +36,26 @@ def bound(launch: Launch, gpu: Gpu, *, batch: int = 1, use_sass: bool = True) ->
         A dictionary with these entries:
 
         - "kernel": name of the kernel.
-        - "blocks": number of blocks of all copies of the grid.
-        - "warps": warps per block.
+        - "blocks": number of thread blocks in all copies of the grid.
+        - "warps": warps per thread block.
         - "registers": registers per thread; 128 if there is no SASS.
-        - "resident": blocks that one SM can hold at once.
+        - "resident": thread blocks that one SM can hold at once.
         - "waves": blocks / (SMs × resident).
-        - "uneven": number of blocks on the SM with the most blocks, divided by the mean over all SMs.
+        - "uneven": thread blocks on the SM with the most thread blocks, divided by the mean over all SMs.
         - "busy": busy time of each unit, in µs.
         - "bottleneck": the unit with the largest busy time.
-        - "us": the largest of these times in µs: "busy" of "dram", and "busy" of every other unit times "uneven".
+        - "us": estimated time of the launch in µs. For each unit except "dram", the busy time is multiplied by
+          "uneven". "us" is the largest of these products and of the busy time of "dram".
         - "units": warp instructions by unit, from the SASS if it is counted, else from the PTX.
         - "ptx": PTX instructions by unit, and matrix products by shape and type.
         - "opcodes": warp instructions of the 25 most frequent SASS opcodes.
-        - "lines": SASS warp instructions of the 25 source lines that have the most of them.
+        - "lines": SASS warp instructions of the 25 source lines with the most SASS warp instructions.
         - "products": fused multiply-adds of matrix products, by type.
-        - "repeated": number of matrix products divided by the number of distinct ones. Every wgmma counts as distinct.
-        - "conflicts": wavefronts of shared memory divided by the number that is needed without bank conflicts.
+        - "repeated": number of matrix products divided by the number of distinct products. Every wgmma is distinct.
+        - "conflicts": wavefronts of shared memory divided by the number of wavefronts without bank conflicts.
         - "sector_bytes": bytes of all accessed sectors of global memory.
         - "asked_bytes": bytes that the lanes request from global memory.
-        - "dram_bytes": bytes of the distinct sectors, at most the size of the tensors.
+        - "dram_bytes": bytes of the distinct accessed sectors, but at most the size of the tensors.
     """
     counters = launch.counters
     scale = counters.scale * batch
@@ -80,7 +82,7 @@ def bound(launch: Launch, gpu: Gpu, *, batch: int = 1, use_sass: bool = True) ->
     }
     resident = max(1, occupancy(registers, launch.shared, launch.warps, gpu.capability).blocks)
     blocks = counters.grid * batch
-    uneven = math.ceil(blocks / gpu.sms) * gpu.sms / blocks  # blocks on the fullest SM / mean over SMs
+    uneven = math.ceil(blocks / gpu.sms) * gpu.sms / blocks  # thread blocks on the fullest SM / mean over SMs
     return {
         "kernel": launch.name,
         "blocks": blocks,
@@ -106,7 +108,7 @@ def bound(launch: Launch, gpu: Gpu, *, batch: int = 1, use_sass: bool = True) ->
 
 
 def _products(ptx: Counter[str], batch: int) -> Counter[str]:
-    """Count FMA of matrix products by type; fp16 counts as "bf16", because both have the same rate."""
+    """Count fused multiply-adds of matrix products by type; fp16 counts as "bf16", because both have the same rate."""
     products: Counter[str] = Counter()
     for name, times in ptx.items():
         found = re.match(r"w?g?mma m(\d+)n(\d+)k(\d+) (\w+)", name)

@@ -1,8 +1,8 @@
 """Cases of the compiled matrix: every kernel of the package.
 
 A case makes the inputs of a call and defines how its results are judged. Sizes are small, because the code of a kernel
-does not depend on the size of its grid. The values of r and d and the methods are chosen so that the launch rules
-choose each of their numbers of warps, pipeline stages and registers. Not every tile size is among them.
+does not depend on the size of its grid. The cases differ in r, d and the method. Together they cover every number of
+warps, pipeline stages and registers in the launch rules, but not every tile size.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class Case:
         make: Function dtype → (call, inputs).
         dtypes: Dtypes of the case.
         sample: (dtype, architecture) pairs that continuous integration runs.
-        shares_size: Whether errors are relative to the largest result of the call, and not each to its own result.
+        shares_size: Whether the errors of all results are relative to the largest result of the call. Otherwise the
+            error of a result is relative to this result.
     """
 
     name: str
@@ -44,13 +45,13 @@ class Case:
 
 
 def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
-    """Return standard normal numbers, the same in every dtype up to rounding."""
+    """Return normal numbers with standard deviation `scale`, the same in every dtype up to rounding."""
     generator = torch.Generator().manual_seed(seed)
     return (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
 
 
 class _LandmarksOfKernels:
-    """Call attention such that the reference uses the landmarks that the kernels chose."""
+    """Call attention. The reference uses the landmarks that an earlier call of the kernels chose."""
 
     def __init__(self, rank: int, options: dict[str, Any]) -> None:
         self.rank, self.options, self.chosen = rank, options, torch.empty(0)
@@ -74,7 +75,7 @@ class _LandmarksOfKernels:
 
 
 def _flat(outputs: Any) -> tuple[Tensor, ...]:
-    """Return the tensors of an output that may be nested."""
+    """Return the tensors of a possibly nested output as a flat tuple."""
     if isinstance(outputs, Tensor):
         return (outputs,)
     return sum((_flat(one) for one in outputs if one is not None), ())
@@ -130,8 +131,9 @@ def solve(r: int, d: int, solver: str, *sample: tuple[str, int]) -> Case:
 def landmarks(keys: int, d: int, rank: int, method: str, *sample: tuple[str, int]) -> Case:
     """Return a case that chooses landmarks.
 
-    The call returns 0 if the indices are distinct and at most 1 in 16 differs from the exact choice. A few may differ,
-    because rounding may break ties either way. Otherwise the call returns 1.
+    With the backend "triton", the call returns 0 if the chosen indices are valid, distinct and close to the exact
+    choice, otherwise 1. One index, or up to 1/16 of all indices, may differ from the exact choice, because rounding
+    changes the order of nearly equal scores. With another backend, the call returns 0.
     """
 
     def call(key: Tensor, *, backend: str) -> Tensor:
@@ -150,7 +152,7 @@ def landmarks(keys: int, d: int, rank: int, method: str, *sample: tuple[str, int
 
 def _attention_cases() -> Iterator[Case]:
     methods, norms = ("leverage", "uniform", "pivoted_cholesky"), (None, "keys", "both")
-    # Every tile of the launch rules: (d, r) up to 64 × 64, with both values of `heavy` and `held`.
+    # Every tile (d, r) up to 64 × 64 in the launch rules, with both values of `heavy` and `held`.
     yield attention(77, 33, 24, 9, ("fp32", 80), ("bf16", 90), method="leverage", qk_norm="both")
     yield attention(130, 70, 32, 64, ("bf16", 89), ("fp32", 90), method="leverage", qk_norm="keys")
     yield attention(130, 256, 32, 64, ("fp16", 120), method="leverage", qk_norm="keys", heads=1)
@@ -161,7 +163,7 @@ def _attention_cases() -> Iterator[Case]:
         sample = [("fp16", 90)] if (method, norm) == ("pivoted_cholesky", None) else []
         yield attention(77, 50, 32, 17, *sample, method=method, qk_norm=norm)
     yield attention(77, 50, 32, 17, ("bf16", 89), solver="lu", qk_norm="keys", method="uniform")
-    # The keys of one image and head are divided among programs. In the backward pass, so are the queries.
+    # The keys of one image and head are divided among programs. In the backward pass, the queries are divided too.
     yield attention(40, 560, 32, 16, ("bf16", 80), ("fp32", 89), heads=1, qk_norm="keys")
     yield attention(1030, 560, 32, 64, ("fp16", 90), heads=1, qk_norm="both")
     yield attention(40, 560, 64, 64, ("fp32", 120), heads=1, qk_norm="keys")

@@ -1,4 +1,4 @@
-"""Count what a launch executes, and its PTX instructions by unit, by call chain and by source line."""
+"""Counters of an execution, and counts of its PTX instructions by unit, by call chain and by source line."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ FLOAT_TYPES = ("f32", "f32x2", "bf16x2", "f16x2", "f16", "bf16", "f64")
 class Counters:
     """Counters of an execution. All except `blocks`, `grid` and `ran` need `count=True`.
 
-    The keys of the dictionaries are numbers of instructions.
+    Keys of `global_requests`, `shared_requests` and `products` are indices of instructions in the kernel.
 
     Attributes:
         blocks: Number of warps that executed each basic block.
-        global_requests: [warps, sectors, bytes that the lanes request] by instruction.
-        shared_requests: [warps, wavefronts, wavefronts if there were no bank conflicts] by instruction.
-        products: [all products, products that are distinct within their block] by instruction. A warp executes one
-            product at a time.
+        global_requests: For each instruction, [warps, sectors, bytes that the lanes request].
+        shared_requests: For each instruction, [warps, wavefronts, wavefronts without bank conflicts].
+        products: For each instruction, [all products, distinct products]. A warp that executes a matrix instruction
+            once computes one product. Products with equal operands in one thread block count as one distinct product.
         read: Sectors of 32 bytes of global memory that were read.
         written: Sectors of 32 bytes of global memory that were written.
-        grid: Number of blocks of the launch.
-        ran: Number of blocks that were executed.
+        grid: Number of thread blocks in the grid.
+        ran: Number of thread blocks that were executed.
     """
 
     blocks: np.ndarray
@@ -50,7 +50,7 @@ class Counters:
 
     @property
     def scale(self) -> float:
-        """Return the blocks of the grid divided by the executed blocks."""
+        """Return the number of thread blocks in the grid divided by the number of executed thread blocks."""
         return self.grid / max(1, self.ran)
 
     def count_global(self, number: int, address: Any, active: Any, size: int, touched: set[int]) -> None:
@@ -71,7 +71,11 @@ class Counters:
         touched.update(np.unique(sectors).tolist())
 
     def count_shared(self, number: int, offsets: Any, size: int) -> None:
-        """Count wavefronts: in each phase of an access, the distinct words in the fullest bank. −1: inactive lane."""
+        """Count the wavefronts of an access to shared memory with `size` bytes per lane.
+
+        A warp accesses at most 128 bytes in one phase. A phase takes as many wavefronts as there are distinct accessed
+        words in its fullest bank. The offset of an inactive lane is −1.
+        """
         phases = max(1, size // 4)
         rows = offsets.reshape(-1, 32)
         active = (rows >= 0).any(1)
@@ -84,7 +88,11 @@ class Counters:
         _add(self.shared_requests, number, int(active.sum()), int(fullest.sum()), int((fullest > 0).sum()))
 
     def count_rows(self, number: int, rows: Any, first: bool) -> None:
-        """Count the wavefronts of one 8×8 matrix of ldmatrix; rows: (warps, 8) offsets of 16 bytes each."""
+        """Count the wavefronts of one 8×8 matrix of ldmatrix.
+
+        `rows` (warps, 8) has the byte offsets of the rows of 16 bytes. `first` says whether the matrix is the first of
+        the instruction.
+        """
         words = (rows[:, :, None] // 4 + np.arange(4)).reshape(len(rows), -1)
         fullest = _fullest_bank(words, np.ones(words.shape, bool))
         _add(self.shared_requests, number, len(rows) if first else 0, int(fullest.sum()), len(rows))
@@ -92,11 +100,11 @@ class Counters:
     def count_products(self, number: int, blocks: Any, first: Any, second: Any, active: Any) -> None:
         """Count all products and the distinct ones.
 
-        If several warps of a block multiply equal fragments, their products count as one distinct product.
+        If several warps of a thread block multiply equal fragments, their products count as one distinct product.
 
         Args:
-            number: Number of the instruction.
-            blocks: Block of each warp (warps,).
+            number: Index of the instruction in the kernel.
+            blocks: Thread block of each warp (warps,).
             first: Left fragments (warps, …).
             second: Right fragments (warps, …).
             active: Whether each warp takes part (warps,).
@@ -116,7 +124,7 @@ def _add(table: dict[int, list[int]], number: int, *amounts: int) -> None:
 
 
 def _fullest_bank(words: Any, chosen: Any) -> Any:
-    """Return, for each row, the number of chosen words in its fullest bank."""
+    """Return, for each row, the number of chosen words in the bank with the most chosen words."""
     bank = words % 32 + 32 * np.arange(len(words))[:, None]
     return np.bincount(bank[chosen], minlength=32 * len(words)).reshape(-1, 32).max(1)
 
@@ -153,7 +161,7 @@ _UNITS = {
 
 
 def executed(launch: Launch) -> Iterator[tuple[Instruction, str, float]]:
-    """Yield every PTX instruction, its unit, and the number of warps of the whole grid that executed it."""
+    """Yield (PTX instruction, its unit, how often warps of the whole grid executed it)."""
     counters = launch.counters
     for block, times in zip(launch.program.kernel.blocks, counters.blocks, strict=True):
         for ins in [*block.instructions, *([block.end] if block.end else [])]:
@@ -163,7 +171,8 @@ def executed(launch: Launch) -> Iterator[tuple[Instruction, str, float]]:
 def ptx_counts(launch: Launch) -> Counter[str]:
     """Count warp instructions of the whole grid by unit, and matrix products by shape and type.
 
-    A wgmma counts once per warpgroup in the entry of its shape, and once per warp in the entry "mma".
+    A warp instruction is one execution of an instruction by one warp. A wgmma counts once per warpgroup in the entry of
+    its shape, and once per warp in the entry "mma".
     """
     found: Counter[str] = Counter()
     for ins, unit, times in executed(launch):
@@ -179,8 +188,8 @@ def ptx_counts(launch: Launch) -> Counter[str]:
 def by_place(launch: Launch, library: tuple[str, ...] = ("standard.py",)) -> dict[str, Counter[str]]:
     """Count PTX instructions of the whole grid by call chain and by unit.
 
-    A call chain lists frames, the innermost first, as in "parts.py:120 < kernels.py:77". Frames of files whose names
-    start with an entry of `library` are omitted. Moves are not counted. Besides the units, a counter has two sums:
+    A call chain lists frames, the innermost first, as in "parts.py:120 < kernels.py:77". A frame is omitted if the name
+    of its file starts with an entry of `library`. Moves are not counted. Besides the units, a counter has two sums:
     "all" is the number of counted instructions, and "lsu" is the number of shuffles plus the wavefronts of shared
     memory.
     """
@@ -199,7 +208,7 @@ def by_place(launch: Launch, library: tuple[str, ...] = ("standard.py",)) -> dic
 
 
 def by_line(launch: Launch) -> dict[tuple[str, int], list[float]]:
-    """Return, for each source file and line, the number of PTX instructions and how often warps executed them."""
+    """Return (file, line) → [number of PTX instructions, how often warps executed these instructions]."""
     lines: dict[tuple[str, int], list[float]] = defaultdict(lambda: [0, 0.0])
     files = launch.program.kernel.files
     for ins, unit, times in executed(launch):

@@ -1,7 +1,7 @@
 """Emulated device: Triton compiles kernels for this device and launches them as on a GPU, with CPU tensors.
 
-Triton's own `JITFunction.run` compiles. It specialises arguments and checks global variables as for a launch on a GPU.
-Only two parts are replaced: the driver, which names the device, and the launch itself.
+Triton's own `JITFunction.run` compiles the kernels. It specialises arguments and checks global variables as for a
+launch on a GPU. Only two parts are replaced: the driver, which names the device, and the launch itself.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ class Launch:
 
     Attributes:
         name: Name of the kernel.
-        grid: The grid.
-        warps: Warps per block.
-        shared: Bytes of shared memory per block.
+        grid: Size of the grid in one to three dimensions.
+        warps: Warps per thread block.
+        shared: Bytes of shared memory per thread block.
         program: The kernel, with its basic blocks translated to Python functions.
         execution: Execution of the program, with its reports and counters.
         seconds: Duration of the execution on the CPU.
         compiled: Triton's CompiledKernel.
         tensor_bytes: Bytes of the storages of all arguments.
-        tensors: Tensor arguments, with `keep=True`.
+        tensors: Tensor arguments; empty without `keep=True`.
     """
 
     name: str
@@ -116,7 +116,7 @@ class Device:
         return [(launch.name, report) for launch in self.launches for report in launch.reports]
 
     def fault_texts(self) -> list[str]:
-        """Return the distinct faults as text. "copies" are left out, because they are no faults."""
+        """Return the distinct faults as text. Reports of the kind "copies" are left out, because they are no faults."""
         return sorted({f"{name}: {report}" for name, report in self.reports() if report.kind != "copies"})
 
     def run(self, compile_: Callable[..., Any], kernel: Any, args: Any, grid: Any, options: Any) -> Any:
@@ -234,17 +234,18 @@ def emulated_device(
         architecture: Compute capability times ten: 80, 86, 89, 90 or 120.
         check: Look for memory faults and races.
         count: Count memory transactions and repeated products.
-        order: "together" runs all warps of a block in lockstep; "forward" and "reversed" run them one after the other
-            between barriers.
+        order: "together" runs all warps of a thread block in lockstep. "forward" and "reversed" run the warps one after
+            the other between barriers.
         global_checks: With `check`, look for races through global memory too.
         poison: Fill memory that PyTorch allocates uninitialised with NaN, or with the largest integer.
         names: Names of the kernels to execute, without leading underscores; other kernels are skipped. None: all.
-        blocks: Function (name of a kernel, grid) → numbers of the blocks to execute. None: all blocks.
+        blocks: Function (name of a kernel, grid) → indices of the thread blocks to execute, or None for all. Without
+            this function, all thread blocks are executed.
         keep: Keep the tensors of every launch in `Launch.tensors`.
 
     Raises:
-        RuntimeError: TRITON_INTERPRET=1 is set, so that kernels cannot be compiled; or Triton or the device refuses a
-            launch, as on a GPU.
+        RuntimeError: TRITON_INTERPRET=1 is set, which prevents compilation; or Triton or the device refuses a launch,
+            as on a GPU.
         ValueError: The architecture or the order is unknown.
         Unsupported: A kernel contains an instruction that is not modelled.
     """
@@ -291,7 +292,7 @@ def emulated_device(
 
 @contextmanager
 def _poisoned_memory() -> Iterator[None]:
-    """Fill memory that PyTorch allocates uninitialised, which PyTorch does in deterministic mode."""
+    """Switch PyTorch to deterministic mode, in which PyTorch fills memory that it allocates uninitialised."""
     kept = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -1,7 +1,7 @@
-"""Execute a launch. Many blocks of the grid run at once; a register is an array with one element per lane.
+"""Execute a launch. Many thread blocks run at once; a register is an array with one element per lane.
 
-Lanes execute a basic block together. If lanes diverge, the lanes at the lowest basic block run first. The order of an
-execution says how the warps of a block take turns:
+A group (`state.Group`) is a set of lanes that execute basic blocks together. If lanes diverge, the lanes whose next
+basic block has the lowest index run first. The order of an execution says how the warps of a thread block take turns:
 
 - "together": all warps run in lockstep and do not stop at barriers.
 - "forward": the warps run one after the other, the first warp first, each up to the next barrier.
@@ -36,10 +36,10 @@ class Execution(GlobalMemory, LocalMemory, SharedMemory, Warps, MatrixProducts, 
     Args:
         program: The translated kernel.
         grid: One to three dimensions.
-        warps: Warps per block.
+        warps: Warps per thread block.
         parameters: Bytes of every parameter, by name.
         allocations: Memory that the kernel may access.
-        shared: Bytes of shared memory per block.
+        shared: Bytes of shared memory per thread block.
         check: Look for memory faults and races.
         count: Count memory transactions and repeated products.
         order: One of `ORDERS`.
@@ -83,11 +83,11 @@ class Execution(GlobalMemory, LocalMemory, SharedMemory, Warps, MatrixProducts, 
         super().__init__()
 
     def run(self, blocks: Sequence[int] | None = None) -> Execution:
-        """Execute all blocks of the grid, or the given ones."""
+        """Execute the thread blocks with the given indices, or all thread blocks of the grid."""
         numbers = np.arange(int(np.prod(self.grid))) if blocks is None else np.asarray(blocks)
         self.counters.ran = len(numbers)
-        # If warps run one after the other, all lanes of a group must reach the same barrier. Blocks may branch
-        # differently, so each group then has one block.
+        # If warps run one after the other, all lanes of a group must reach the same barrier. Thread blocks may branch
+        # differently, so a group then has lanes of one thread block only.
         together = max(1, self.lanes // (self.warps * 32)) if self.order == "together" else 1
         with np.errstate(all="ignore"):
             for first in range(0, len(numbers), together):
@@ -115,7 +115,7 @@ class Execution(GlobalMemory, LocalMemory, SharedMemory, Warps, MatrixProducts, 
             self.version += 1
 
     def _clear_shared(self, count: int) -> None:
-        """Allocate unwritten shared memory for `count` blocks, and clear its history."""
+        """Allocate unwritten shared memory for `count` thread blocks, and clear its history."""
         size = count * self.shared_size
         raw = np.full(size + 128, 0xFF, u1)
         shift = -raw.ctypes.data % 128
@@ -131,7 +131,7 @@ class Execution(GlobalMemory, LocalMemory, SharedMemory, Warps, MatrixProducts, 
             self.fences = np.zeros(count, i4)
 
     def _advance(self, group: Group) -> bool:
-        """Run a group until all lanes wait at a barrier (return True) or have exited (return False).
+        """Run a group until its lanes wait at a barrier (return True) or have exited (return False).
 
         With the order "together", a group does not wait at barriers.
         """
@@ -184,7 +184,7 @@ class Execution(GlobalMemory, LocalMemory, SharedMemory, Warps, MatrixProducts, 
             group.counter[mask] = to
 
     def _branch(self, group: Group, mask: Any, taken: Any, to: int, otherwise: int) -> None:
-        """Move lanes to a basic block, or to one of two for a conditional branch."""
+        """Move the lanes of `mask` to the basic block `to`, or to `otherwise` where `taken` is False."""
         if taken is None:
             self._go(group, mask, to)
         elif mask is not None:

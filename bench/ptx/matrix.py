@@ -1,8 +1,8 @@
 """Execute the compiled kernels as PTX on a CPU and judge them by the numerics rule: `python -m bench.ptx --matrix`.
 
 The rule is in `srm_kernels/numerics.py`. There is a row for each case, dtype and architecture. A row has the largest
-error divided by its bound, the reports of the memory checks, refused launches, and a digest of the code that ran. Code
-that is the same for two architectures runs once.
+error divided by its bound, the reports of the memory checks, the refused launches, and a digest of the code that ran.
+If a case has the same code on two architectures, the code runs once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Row = dict[str, Any]
 
 
 class Run(NamedTuple):
-    """A case in one dtype on one architecture, with the warps of a block in one order."""
+    """A case in one dtype on one architecture. `order` says how the warps of a thread block take turns."""
 
     case: Case | NeckCase
     dtype: str
@@ -78,7 +78,7 @@ def runs(
 
 
 def judge(run: Run) -> Row:
-    """Execute a run and return its row. `passed` says whether there is no fault and no error above its bound."""
+    """Execute a run and return its row. `passed` is False after a fault, a refusal or too large an error."""
     row = run.about()
     start = time.perf_counter()
     with emulated_device(run.architecture, order=run.order, poison=True) as device:
@@ -143,7 +143,7 @@ def _observed(device: Device) -> Row:
 
 
 def _normalised(ptx: str) -> str:
-    """Return PTX without the name of its target, which does not change the computation."""
+    """Return PTX without the lines of its version and target, which do not change the computation."""
     return re.sub(r"^\.(target|version)\b.*$", "", ptx, flags=re.M)
 
 
@@ -191,7 +191,9 @@ def key_of(row: Row) -> tuple[Any, ...]:
 
 
 def rows(wanted: Sequence[Run], known: Sequence[Row] = ()) -> Iterator[Row]:
-    """Yield a row for each run. Code that ran for an earlier row of the same case and dtype does not run again.
+    """Yield a row for each run.
+
+    If an earlier row of the same case, dtype and order has the same code and passed, its results are copied.
 
     Args:
         wanted: Runs in the order of their execution.

@@ -1,4 +1,4 @@
-"""Global and local memory: allocations, bounds, and hazards between the warps of a block."""
+"""Global and local memory: allocations, bounds, and hazards between the warps of a thread block."""
 
 from __future__ import annotations
 
@@ -40,7 +40,10 @@ class Allocation:
         self.shadow: tuple[np.ndarray, ...] | None = None
 
     def marks(self, word: int) -> tuple[np.ndarray, ...]:
-        """Return, for each word of `word` bytes, the moment and the warp of the last store, then of the last load."""
+        """Return four arrays with an entry per word of `word` bytes.
+
+        The arrays are the moment and the warp of the last store, and the moment and the warp of the last load.
+        """
         if self.shadow is None:
             size = (self.end - self.start) // word + 1
             self.shadow = (np.zeros(size, i8), np.zeros(size, i2), np.zeros(size, i8), np.zeros(size, i2))
@@ -48,12 +51,16 @@ class Allocation:
 
 
 class GlobalMemory(State):
-    """Execute accesses to global memory, and check bounds, alignment and races between the warps of a block."""
+    """Execute accesses to global memory, and check bounds, alignment, and races within a thread block."""
 
     def _split(
         self, group: Group, number: int, address: Any, size: int, mask: Any
     ) -> list[tuple[Allocation, Any]]:
-        """Return (allocation, lanes or None for all) of an access; report and omit lanes outside of all allocations."""
+        """Return (allocation, indices of its lanes) for each allocation that an access touches.
+
+        None instead of the indices means all lanes. Lanes that are misaligned or outside of all allocations are
+        reported and omitted.
+        """
         address = group.full(address).view(i8)
         if mask is not None:
             mask = group.full(mask)
@@ -148,7 +155,7 @@ class GlobalMemory(State):
         return None if mask is None else group.full(mask).reshape(-1, 32)
 
     def _moment(self, group: Group, lanes: Any) -> tuple[Any, Any]:
-        """Return the moment and the warp of lanes. A moment numbers the time between two barriers of a block."""
+        """Return the moment and the warp of lanes. A moment is the index of an interval between two barriers."""
         block = group.block if lanes is None else group.block[lanes]
         times = (np.arange(len(self.epoch)) + (self.first + 1)) * i8(1 << 32) + self.epoch
         return times[block], group.warp if lanes is None else group.warp[lanes]
@@ -172,7 +179,7 @@ class GlobalMemory(State):
             loader[index] = mark
             loaded[index] = now
             several = loader[index] != mark
-            if several.any():  # the last block wins; mark it if several of its warps load
+            if several.any():  # the last thread block wins; mark it if several of its warps load
                 several &= loaded[index] == now
                 loader[index[several]] = SEVERAL_READERS
 
@@ -264,7 +271,7 @@ class LocalMemory(State):
                 view[index[chosen] + k] = one[chosen]
 
     def _local(self, group: Group, number: int, address: Any, size: int, mask: Any) -> Any:
-        """Return the byte offsets of an access in the local memory of all lanes."""
+        """Return the byte offset of each lane's access in one array with the local memory of all lanes."""
         limit = self.program.kernel.local_bytes
         offset = group.full(address).astype(i8)
         bad = offset + size > limit

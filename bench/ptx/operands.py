@@ -16,7 +16,10 @@ SKIPPED = ("createpolicy", "membar", "nanosleep", "griddepcontrol", "prefetch", 
 
 
 class Operands:
-    """Translate basic blocks to functions (execution, group, registers, mask of active lanes or None) → branch."""
+    """Translate basic blocks to Python functions.
+
+    The arguments of a function are the execution, the group, the registers, and the mask of active lanes or None.
+    """
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
@@ -34,12 +37,12 @@ class Operands:
     def block(self, block: Block, number: int, masked: bool) -> Callable[..., Any]:
         """Compile a basic block to a Python function.
 
-        The function returns which lanes take the conditional branch or exit at the end of the block. It returns None if
-        the block has no conditional end.
+        The function returns which lanes take the conditional branch or exit at the end of the basic block. If the basic
+        block has no conditional end, the function returns None.
 
         Args:
             block: The basic block.
-            number: Number of the basic block, for the name of the function.
+            number: Index of the basic block, which becomes part of the function's name.
             masked: Whether the function runs only the lanes of a mask.
         """
         lines = [f"def block_{number}(M, G, R, mask):"]
@@ -114,7 +117,7 @@ class Operands:
         return f"{text}.view(i{width})" if kind[0] == "s" else text
 
     def shift(self, arg: Any) -> str:
-        """Return a shift count of 32 bits."""
+        """Return an operand as a shift count of 32 bits."""
         return self.bits(arg, 4)
 
     def _touches(self, ins: Instruction) -> list[str]:
@@ -128,7 +131,7 @@ class Operands:
         if not reads and not writes:
             return []
         names = [f"({''.join(f'{i}, ' for i in sorted(one))})" for one in (reads, writes)]
-        fresh = ins.op[0] != "mov"  # LLVM sinks zeros below wgmma.fence, which ptxas orders
+        fresh = ins.op[0] != "mov"  # LLVM moves zeros below wgmma.fence; ptxas corrects the order
         return [
             f"    M.touch(G, {ins.number}, {names[0]}, {names[1]}, {fresh}, {'mask' if self.masked else 'None'})"
         ]
@@ -165,7 +168,7 @@ class Operands:
         method = getattr(self, f"_{op}", None)
         if method is not None:
             return list(method(ins, mask))
-        if ins.op[:3] == ["bar", "warp", "sync"]:  # lanes of a warp run together here
+        if ins.op[:3] == ["bar", "warp", "sync"]:  # the emulator runs the lanes of a warp together
             return []
         if op in SKIPPED:
             if op == "createpolicy":

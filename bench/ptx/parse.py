@@ -73,9 +73,9 @@ class Instruction:
         negated: Whether the predicate is negated.
         text: Text of the instruction.
         line: Line number in the PTX.
-        loc: Number of the source file and line number in this file.
+        loc: Index of the source file in `Kernel.files`, and line number in this file.
         chain: Call chain of the source line, the innermost frame first, as in "parts.py:120 < kernels.py:77".
-        number: Index among the instructions of the kernel.
+        number: Index of the instruction in the kernel.
     """
 
     op: list[str]
@@ -95,7 +95,11 @@ class Instruction:
 
 @dataclass
 class Block:
-    """A basic block. It ends with a branch, a return, an exit or a barrier; or, if `end` is None, falls through."""
+    """A basic block.
+
+    `end` is its last instruction: a branch, a return, an exit or a barrier. If `end` is None, the next basic block
+    follows.
+    """
 
     instructions: list[Instruction] = field(default_factory=list)
     end: Instruction | None = None
@@ -111,12 +115,12 @@ class Kernel:
         places: Offset of each parameter in bytes.
         registers: All registers.
         blocks: Basic blocks in order.
-        targets: Number of the basic block that each label starts.
+        targets: Dictionary from each label to the index of the basic block that starts there.
         shared: Offset of each static array in shared memory, in bytes.
         shared_bytes: Size of all static arrays in shared memory, in bytes.
         local: Offset of each array in local memory, in bytes.
         local_bytes: Size of all arrays in local memory, in bytes.
-        files: Name of each source file, by the number of the file.
+        files: Dictionary from the index of each source file to its name.
         instructions: All instructions in order.
     """
 
@@ -230,7 +234,7 @@ def parse(text: str) -> Kernel:
 
 
 def _place(kernel: Kernel, space: str, align: str, name: str, size: str) -> None:
-    """Place an array behind the earlier ones of its space."""
+    """Place an array behind the earlier arrays of its memory space."""
     start = -(-getattr(kernel, f"{space}_bytes") // int(align)) * int(align)
     getattr(kernel, space)[name] = start
     setattr(kernel, f"{space}_bytes", start + int(size or 0))

@@ -30,7 +30,7 @@ class MatrixProducts(State):
     """Execute products of a warp (mma.sync)."""
 
     def _fragment(self, group: Group, key: str, registers: tuple[Any, ...], make: Any) -> Any:
-        """Return the matrix that some registers hold. Recent matrices are cached, because products reuse operands."""
+        """Return the matrix in some registers. Recent matrices are cached, because products reuse their operands."""
         name = (key, *map(id, registers))
         kept = self.fragments.get(name)
         if kept is not None:
@@ -49,7 +49,7 @@ class MatrixProducts(State):
 
         Args:
             group: Lanes that execute the instruction.
-            number: Number of the instruction.
+            number: Index of the instruction in the kernel.
             mask: Active lanes, or None for all.
             shape: "m16n8k16", "m16n8k8" or "m16n8k4".
             kind: Type of the operands: "f16", "bf16" or "tf32".

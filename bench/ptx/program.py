@@ -32,7 +32,7 @@ class Program:
         self.wgmma = any(ins.op[:2] == ["wgmma", "mma_async"] for ins in kernel.instructions)
 
     def function(self, number: int, masked: bool) -> Callable[..., Any]:
-        """Return the function of a basic block, for all lanes or for the lanes of a mask."""
+        """Return the function of the basic block with this index, for all lanes or for the lanes of a mask."""
         key = (number, masked)
         if key not in self._functions:
             self._functions[key] = self._translator.block(self.kernel.blocks[number], number, masked)
@@ -43,7 +43,7 @@ _PROGRAMS: dict[str, Program] = {}
 
 
 def program_of(text: str) -> Program:
-    """Return the program of a PTX text; launches of the same text share the translated blocks."""
+    """Return the program of a PTX text. Launches of the same text share the translated basic blocks."""
     if text not in _PROGRAMS:
         _PROGRAMS[text] = Program(parse(text))
     return _PROGRAMS[text]

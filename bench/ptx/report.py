@@ -22,8 +22,8 @@ Row = dict[str, Any]
 class Target(NamedTuple):
     """Two simulated times of a kernel in µs: the time before the kernel was tuned by these counts, and the target.
 
-    If a workload launches a kernel several times, the times are sums over the launches. `replaced` names the kernel
-    that was launched before.
+    If a workload launches a kernel several times, the times are sums over these launches. `replaced` is the name of the
+    earlier kernel that this kernel replaced, if it has another name.
     """
 
     workload: str
@@ -55,7 +55,7 @@ def place(row: Row) -> tuple[int, int]:
 
 
 def by_architecture(gpus: Iterable[str]) -> list[tuple[str, ...]]:
-    """Return the GPUs in groups that run the same code."""
+    """Return the names of the GPUs in groups; GPUs of a group have one architecture and run the same code."""
     groups: dict[int, list[str]] = {}
     for name in gpus:
         groups.setdefault(GPUS[name].capability, []).append(name)
@@ -69,7 +69,8 @@ def rows(
 
     Args:
         gpus: Names of GPUs in `rates.GPUS`. For each GPU, the code of its architecture is compiled and counted.
-        workloads: Workloads to launch and count, for one image. The times are for the batch of each workload.
+        workloads: Workloads to launch. Instructions are counted for one image. For the times, the counts are multiplied
+            by the batch size of the workload.
         dtype: Dtype of the tokens and maps.
     """
     for group in by_architecture(gpus):
@@ -107,7 +108,7 @@ def row_of(workload: Workload, launch: Any, gpu: Gpu, dtype: str) -> Row:
 
 
 def floor_of(found: Row, gpu: Gpu) -> float:
-    """Return the floor in µs: the larger of bytes / bandwidth and distinct products / rate of products."""
+    """Return the floor in µs: the larger of bytes / bandwidth and (FMA of distinct products) / rate."""
     products = found["products"]
     fma = products.get("bf16", 0) / gpu.bf16 + products.get("tf32", 0) / gpu.tf32
     useful = fma / max(1.0, found["repeated"]) / (gpu.sms * gpu.ghz * 1000)
@@ -147,7 +148,7 @@ def page(found: Iterable[Row]) -> str:
 
 
 def _targets(rows: Sequence[Row]) -> str:
-    """Return a table of simulated times on one GPU: before tuning by these counts, the target, and now."""
+    """Return a table for one GPU: simulated time before tuning by these counts, target, simulated time now."""
     lines = []
     for target in TARGETS:
         launches = [

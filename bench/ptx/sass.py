@@ -1,4 +1,4 @@
-"""Count the SASS of a launch's cubin by unit, opcode and source line, from the executions of its PTX."""
+"""Estimate the SASS instructions that a launch executes, by unit, opcode and source line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import NamedTuple
 from .counting import by_line
 from .device import Launch
 
-# Patterns of opcodes; the first match decides, and opcodes without a match are "alu".
+# (pattern of an opcode, unit). The first match decides; the unit of opcodes without a match is "alu".
 UNITS = (
     (r"HMMA|IMMA|QMMA|OMMA|HGMMA", "mma"),
     (r"FFMA|FADD|FMUL|HFMA2|HADD2|HMUL2", "fp32"),
@@ -81,8 +81,8 @@ def _output(*command: str | Path) -> str:
 def sass_counts(launch: Launch) -> SassCounts | None:
     """Count the SASS instructions of a launch, or return None without a cubin.
 
-    The executions of a SASS instruction are estimated by the average executions of the PTX instructions of the same
-    source line.
+    A SASS instruction counts as often as the PTX instructions of the same source line are executed on average. If the
+    source line has no PTX instructions, the average over all source lines is used.
     """
     read = read_sass(launch)
     if read is None:

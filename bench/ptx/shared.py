@@ -11,12 +11,12 @@ from .state import IN_FLIGHT, SEVERAL, UNWRITTEN, Group, State
 
 
 def by_another_warp(mark: Any, now: Any) -> Any:
-    """Return where `mark` has the same moment as `now`, but another warp. Both are marks."""
+    """Return where two marks have the same moment but different warps."""
     return ((mark ^ now) - i4(1)).view(u4) < u4(SEVERAL)
 
 
 def _mark(array: Any, index: Any, mark: Any) -> None:
-    """Write marks. A granule that lanes of several warps access is marked SEVERAL."""
+    """Write marks. If lanes of several warps access a granule, its mark has SEVERAL as the warp."""
     array[index] = mark
     lost = array[index] != mark
     if lost.any():
@@ -33,7 +33,7 @@ def _differ(kept: Any, given: Any) -> Any:
 
 
 class SharedMemory(State):
-    """Execute accesses to shared memory. Hazards are checked per granule; an access covers a row of granules."""
+    """Execute accesses to shared memory. Hazards are checked per granule; a lane accesses a row of granules."""
 
     def _shared_index(
         self, group: Group, number: int, address: Any, size: int, mask: Any
@@ -45,9 +45,9 @@ class SharedMemory(State):
         Returns:
             A tuple of three entries:
 
-            - the byte offsets of the valid lanes into the shared memory of all blocks;
-            - the numbers of the valid lanes, or None if all lanes are valid;
-            - the byte offset of every lane within its block, −1 for lanes that are not valid.
+            - the byte offsets of the valid lanes into the shared memory of all thread blocks;
+            - the indices of the valid lanes, or None if all lanes are valid;
+            - the byte offset of every lane within its thread block, −1 for lanes that are not valid.
         """
         offset = group.full(address).astype(i8)
         if mask is not None:
@@ -67,7 +67,7 @@ class SharedMemory(State):
         return offset[lanes] + group.base[lanes], lanes, where(mask, offset, -1)
 
     def _history(self, group: Group, offsets: Any, lanes: Any, size: int) -> tuple[Any, Any, Any, Any]:
-        """Return `wrote` and `read` as rows of `size` bytes, the indices of the accessed rows, and the lanes' marks."""
+        """Return `wrote` and `read` in rows of `size` bytes, the row that each lane accesses, and the lanes' marks."""
         now = self.now(group, lanes)
         count = size // self.program.granule
         if count == 1:
@@ -75,7 +75,7 @@ class SharedMemory(State):
         return self.wrote.reshape(-1, count), self.read.reshape(-1, count), offsets // size, now[:, None]
 
     def _race(self, number: int, what: str, offsets: Any, bad: Any) -> None:
-        """Report hazards. `bad` is (lanes,) or (lanes, granules of a lane)."""
+        """Report a race where `bad` is True. `bad` has the shape (lanes,) or (lanes, granules per lane)."""
         lane, *column = np.argwhere(bad)[0]
         byte = int(offsets[lane] + sum(column) * self.program.granule) % self.shared_size
         lanes = bad.reshape(len(bad), -1).any(1)
@@ -117,7 +117,7 @@ class SharedMemory(State):
         _mark(wrote, index, np.broadcast_to(now, last.shape))
 
     def _proxied(self, group: Group, number: int, offsets: Any, lanes: Any, size: int, changed: Any) -> None:
-        """Look for writes to memory that products in flight read, and record the proxy fences passed so far."""
+        """Look for writes to memory that a wgmma in flight reads, and record the number of proxy fences so far."""
         count = size // self.program.granule
         index = offsets // size
         busy = (self.reading.reshape(-1, count)[index] > 0) & (
@@ -227,7 +227,7 @@ class SharedMemory(State):
         return results
 
     def _fetch(self, group: Group, number: int, offset: Any, width: int, lanes: Any) -> Any:
-        """Load the words that a warp-wide load distributes to its lanes."""
+        """Load one word of `width` bytes for each lane, as a part of ldmatrix."""
         bad = offset + width > self.shared_limit
         if bad.any():
             self.report(
@@ -305,14 +305,14 @@ class SharedMemory(State):
         wrote[index] = IN_FLIGHT
 
     def commit(self, group: Group, mask: Any) -> None:
-        """Close a group of copies."""
+        """Commit the copies of the active lanes as a cp.async group."""
         if mask is None:
             group.committed += 1
         else:
             group.committed[group.full(mask)] += 1
 
     def wait(self, group: Group, count: int, mask: Any) -> None:
-        """Complete all groups of copies except the last `count`; -1 completes copies without a group too."""
+        """Complete all cp.async groups except the last `count`. With −1, complete uncommitted copies too."""
         kept = []
         for entry in group.copies:
             number_of, who, index, data, number = entry

@@ -1,4 +1,4 @@
-"""Data that all parts of an execution use: reports, groups of lanes, and the arrays of the running blocks."""
+"""Data that all parts of an execution use: reports, groups of lanes, and arrays of the running thread blocks."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from .memory import Allocation
     from .program import Program
 
-# These numbers replace the number of the warp that read or wrote a word of global memory, if several warps did.
+# For each word of global memory, the index of the last reading or writing warp is stored. If several warps read or
+# wrote the word, one of these values is stored instead of the index.
 SEVERAL_READERS, SEVERAL_WRITERS = -2, -3
-# A mark of shared memory is 1024 times the number of barriers passed, plus the number of the warp. If several warps
-# made the access, SEVERAL replaces the number of the warp.
+# A mark describes an access to shared memory. It is 1024 times the number of barriers that the thread block has passed,
+# plus the index of the warp. If several warps made the access, SEVERAL replaces the index.
 SEVERAL = 1023
 UNWRITTEN, IN_FLIGHT = -1, -2  # IN_FLIGHT: a cp.async that has not completed
 
@@ -34,7 +35,7 @@ class Report:
         line: Line number in the PTX.
         source: File and line of the Triton source.
         detail: What was wrong.
-        count: Number of lanes with this fault, over all blocks.
+        count: Number of lanes with this fault, over all thread blocks.
     """
 
     kind: str
@@ -49,12 +50,12 @@ class Report:
 
 
 class Group:
-    """Lanes that execute basic blocks together. They belong to the same warps of one or several blocks of the grid.
+    """Lanes that execute basic blocks together: all lanes of the given warps in each of the given thread blocks.
 
     Args:
         state: The execution that the group belongs to.
-        blocks: Numbers of the blocks within the grid.
-        warps: Numbers of the warps within each block.
+        blocks: Indices of the thread blocks in the grid.
+        warps: Indices of the warps in each thread block.
     """
 
     def __init__(self, state: State, blocks: np.ndarray, warps: np.ndarray) -> None:
@@ -85,45 +86,45 @@ class Group:
         self.registers: list[Any] = [
             np.bool_(False) if r.width == 0 else UNSIGNED[r.width](0) for r in state.program.kernel.registers
         ]
-        self.counter: np.ndarray | None = None  # program counter of every lane; None: all are at `at`
+        self.counter: np.ndarray | None = None  # next basic block of every lane; None: all at `at`
         self.at = 0
         self.version = -1  # version of `marks`
         self.marks = np.zeros(0, i4)
         self.parameters = state.parameters
         self.local = np.zeros(self.lanes * state.program.kernel.local_bytes, np.uint8)
-        self.committed = np.zeros(self.lanes, i4)  # groups of cp.async that each lane committed
+        self.committed = np.zeros(self.lanes, i4)  # cp.async groups per lane
         self.copies: list[list[Any]] = []  # cp.async in flight
-        self.products = np.zeros(self.lanes // 32, i4)  # groups of wgmma that each warp committed
+        self.products = np.zeros(self.lanes // 32, i4)  # wgmma groups per warp
         self.pending: list[list[Any]] = []  # wgmma in flight
         self.unfenced: dict[
             int, Any
-        ] = {}  # register of wgmma: the warps that wrote it since their last wgmma.fence
+        ] = {}  # register of wgmma → warps that wrote the register since their last wgmma.fence
 
     def param(self, address: Any, width: int) -> Any:
-        """Load from the parameters of the kernel."""
+        """Load a value of `width` bytes from the parameters of the kernel."""
         whole = self.parameters[: len(self.parameters) // width * width]
         return whole.view(UNSIGNED[width])[address // UNSIGNED[8](width)]
 
     def full(self, x: Any) -> np.ndarray:
-        """Broadcast a value that all lanes share to one entry per lane."""
+        """Return a value as an array with one entry per lane; a scalar is broadcast."""
         return x if getattr(x, "ndim", 0) else np.broadcast_to(x, (self.lanes,))
 
     def active(self, mask: Any) -> np.ndarray:
-        """Return which warps take part, where `mask` holds the active lanes, or None for all."""
+        """Return which warps have an active lane; `mask` has the active lanes, and None means all lanes."""
         if mask is None:
             return np.ones(self.lanes // 32, bool)
         return self.full(mask).reshape(-1, 32).any(1)
 
 
 class State:
-    """Data of one execution. A granule is the smallest piece of shared memory that the kernel accesses."""
+    """Data of one execution. A granule is the smallest unit of shared memory that the kernel accesses."""
 
     program: Program
     grid: list[int]
-    warps: int  # per block
+    warps: int  # per thread block
     parameters: np.ndarray
-    shared_size: int  # bytes between the shared memory of two blocks
-    shared_limit: int  # bytes per block
+    shared_size: int  # bytes from one thread block's shared memory to the next
+    shared_limit: int  # bytes per thread block
     check: bool
     count: bool
     global_checks: bool
@@ -132,15 +133,15 @@ class State:
     starts: list[int]
     start_array: np.ndarray
 
-    first: int  # number of the block that is first in the arrays below
-    epoch: np.ndarray  # per block: barriers passed
+    first: int  # index of the first thread block in the arrays below
+    epoch: np.ndarray  # per thread block: barriers passed
     shared: dict[int, np.ndarray]  # by width in bytes
     wrote: np.ndarray  # per granule: mark of the last write
     read: np.ndarray  # per granule: mark of the last read
     version: int  # changes with `epoch`
-    reading: np.ndarray  # per granule: products in flight that read it
-    stamp: np.ndarray  # per granule: proxy fences of the block before it was written
-    fences: np.ndarray  # per block: proxy fences passed
+    reading: np.ndarray  # per granule: wgmma in flight that read the granule
+    stamp: np.ndarray  # per granule: value of `fences` at the last write
+    fences: np.ndarray  # per thread block: proxy fences passed
 
     def __init__(self) -> None:
         self.version = 0
@@ -150,7 +151,7 @@ class State:
         )
 
     def report(self, kind: str, number: int, detail: str, count: int) -> None:
-        """Record a fault of the instruction with this number; repeated ones are summed."""
+        """Record a fault of the instruction with the index `number`; the lanes of repeated faults are summed."""
         key = (kind, number)
         if key in self.reports:
             self.reports[key].count += count
@@ -165,12 +166,12 @@ class State:
         return Unsupported(f"{ins.text} (line {ins.line}): {reason}")
 
     def now(self, group: Group, lanes: Any) -> np.ndarray:
-        """Return the marks of the present moment for lanes of a group, None for all."""
+        """Return the marks that the given lanes of a group would write now; None means all lanes."""
         if group.version != self.version:
             group.marks = (self.epoch[group.block] << 10) | group.warp
             group.version = self.version
         return group.marks if lanes is None else group.marks[lanes]
 
     def chunks(self, array: np.ndarray) -> np.ndarray:
-        """View an array over granules by chunks of 16 bytes."""
+        """View an array with one entry per granule as (chunks of 16 bytes, granules per chunk)."""
         return array.reshape(-1, 16 // self.program.granule)

@@ -24,8 +24,8 @@ class EmulatedDevice(target.Device):
 
     Args:
         architecture: Compute capability times ten.
-        plant: Function that returns a context manager. It is entered while the device runs, for example to change a
-            kernel.
+        plant: Function that returns a context manager. The device enters this context while it runs. A test can change
+            a kernel in this way.
         times: Time to report for each step, in milliseconds.
     """
 
@@ -44,7 +44,7 @@ class EmulatedDevice(target.Device):
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Execute launches; uninitialised memory is NaN."""
+        """Execute the launches of the `with` block on the emulator; uninitialised memory is filled with NaN."""
         with emulated_device(self._architecture, poison=True) as self._device, self._plant():
             yield
 

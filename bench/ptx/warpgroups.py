@@ -12,7 +12,7 @@ from .state import IN_FLIGHT, SEVERAL, UNWRITTEN, Group, State
 
 
 class WarpgroupProducts(State):
-    """Execute products of a warpgroup immediately. Their operands count as in use until a wait covers the product."""
+    """Execute products of a warpgroup immediately. A product counts as in flight until a wait covers it."""
 
     def proxy(self, group: Group, mask: Any) -> None:
         """Record a fence.proxy.async."""
@@ -30,11 +30,11 @@ class WarpgroupProducts(State):
             warps &= ~active
 
     def wgmma_commit(self, group: Group, mask: Any) -> None:
-        """Close a group of products."""
+        """Commit the products of the active warps as a wgmma group."""
         group.products += group.active(mask)
 
     def wgmma_wait(self, group: Group, count: int, mask: Any) -> None:
-        """Complete all groups of products except the last `count`."""
+        """Complete all wgmma groups except the last `count`."""
         active = group.active(mask)
         kept = []
         for entry in group.pending:
@@ -52,11 +52,11 @@ class WarpgroupProducts(State):
         group.pending = kept
 
     def touch(self, group: Group, number: int, reads: Any, writes: Any, fresh: bool, mask: Any) -> None:
-        """Look for registers of products in flight that another instruction reads or writes.
+        """Report an instruction that reads or writes registers of a wgmma in flight.
 
         Args:
             group: Lanes that execute the instruction.
-            number: Number of the instruction.
+            number: Index of the instruction in the kernel.
             reads: Indices of the registers that the instruction reads.
             writes: Indices of the registers that the instruction writes.
             fresh: Whether the written registers need a wgmma.fence before the next product.
@@ -80,7 +80,11 @@ class WarpgroupProducts(State):
     def _matrix(
         self, group: Group, number: int, one: Any, size: int, kind: str, major: bool, active: Any
     ) -> tuple[Any, Any]:
-        """Return the matrix (units, size, depth) of a descriptor, and the chunks of 16 bytes that it was read from."""
+        """Return the matrices that descriptors describe, and the 16-byte chunks of shared memory that hold them.
+
+        The matrices have the shape (units, size, depth). A unit is a warpgroup, or one warp if warps run one after the
+        other.
+        """
         width = 4 if kind == "tf32" else 2
         units = len(active)
         words = group.full(one).reshape(units, -1)
@@ -157,17 +161,17 @@ class WarpgroupProducts(State):
 
         Args:
             group: Lanes that execute the instruction.
-            number: Number of the instruction.
+            number: Index of the instruction in the kernel.
             mask: Active lanes, or None for all.
             shape: (n, k).
             kind: Type of the operands: "f16", "bf16" or "tf32".
             to: Accumulators.
             a: Left operand: a tuple of registers, or a descriptor.
             b: Descriptor of the right operand.
-            keep: Whether the product is added to the accumulators or replaces them.
+            keep: Whether the product is added to the accumulators. Otherwise the product replaces the accumulators.
             scales: Signs (1 or −1) by which the two operands are multiplied.
             majors: For each operand, whether its elements are contiguous along the dimension other than k.
-            registers: Two sets of indices: of the accumulators, and of the registers of the left operand.
+            registers: Indices of the accumulator registers, and indices of the registers of the left operand.
         """
         size, depth = shape
         warps = group.lanes // 32
@@ -232,7 +236,7 @@ class WarpgroupProducts(State):
         return results
 
     def _taken(self, group: Group, number: int, chunks: Any, owner: Any, active: Any) -> None:
-        """Look for hazards of the shared memory that a product reads. All warps of the warpgroup read it."""
+        """Look for hazards of the shared memory that a product reads. All warps of the warpgroup read this memory."""
         chosen = active[owner]
         chunks = chunks[chosen]
         if not len(chunks):

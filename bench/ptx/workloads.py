@@ -1,8 +1,8 @@
 """Launches at the article's shapes, executed and counted on an emulated GPU.
 
 The shapes are those of one image of 512×512 pixels, with pvt_v2_b2 maps, C = 256, H = 8, r = 64 and the links 4→3, 4→2
-and 4→1. Only every n-th program of a large grid runs. A grid may have several kinds of programs, and their proportions
-stay the same. What the other programs would have written has fixed values.
+and 4→1. Only every n-th program of a large grid runs. If a grid has several kinds of programs, their proportions stay
+the same. Fixed values replace the results of the programs that do not run.
 """
 
 from __future__ import annotations
@@ -21,11 +21,17 @@ from .device import Launch, emulated_device
 
 HEADS, WIDTH, RANK, QUERIES, KEYS = 8, 32, 64, 128 * 128, 256
 LEAST_PROGRAMS = 8  # least number of programs of a grid that run
-MOST_STRIDE = 32  # divides the number of the neck's programs of every kind except pooling, for one image
+MOST_STRIDE = 32  # divides the neck's number of programs of each kind except pooling, for one image
 
 
 class Workload(NamedTuple):
-    """Launches for one image; `call` takes the dtype of tokens and maps. The times are for `batch` images."""
+    """Launches that are counted together.
+
+    Attributes:
+        name: Name of the workload in rows.
+        call: Function that makes the launches for one image. Its argument is the dtype of tokens and maps.
+        batch: Batch size of the times. The counts for one image are multiplied by this number.
+    """
 
     name: str
     call: Callable[[torch.dtype], None]
@@ -35,9 +41,10 @@ class Workload(NamedTuple):
 class _FilledMemory(TorchDispatchMode):
     """Fill memory that PyTorch allocates uninitialised, so that counts do not depend on what was in it.
 
-    Results of programs that do not run are inputs of later launches. Floating-point numbers are between 0.5 and 1.5,
-    which are valid sums, norms and probabilities, and differ from each other, as the products of equal numbers would
-    be counted as repeated. Integers are valid and distinct landmarks.
+    Later launches read results of programs that did not run, so these results must have valid values. Floating-point
+    numbers are random and between 0.5 and 1.5. Such values can be used as sums, norms and probabilities. Equal numbers
+    are avoided, because products of equal numbers would be counted as repeated. Integers are valid and distinct indices
+    of landmarks.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -64,7 +71,7 @@ def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def sample(name: str, grid: Sequence[int]) -> list[int] | None:
-    """Return the programs of a grid to run: every n-th, where n is a power of two; or None for all programs."""
+    """Return the indices of every n-th program of a grid, where n is a power of two; None means all programs."""
     count = math.prod(grid)
     stride = min(MOST_STRIDE, 1 << max(0, (count // LEAST_PROGRAMS).bit_length() - 1))
     return None if stride == 1 else list(range(stride // 2, count, stride))
@@ -83,7 +90,7 @@ def attention(dtype: torch.dtype) -> None:
 
 
 def key_sides(links: int, keys: int = KEYS, method: str = "leverage") -> Callable[[torch.dtype], None]:
-    """Return a call that launches the key sides of several links together, forward and backward."""
+    """Return a function that launches the key sides of several links together, forward and backward."""
 
     def call(dtype: torch.dtype) -> None:
         from srm_kernels.attention import key_kernels
@@ -97,7 +104,7 @@ def key_sides(links: int, keys: int = KEYS, method: str = "leverage") -> Callabl
 
 
 def neck(dyt: bool, statistics: bool) -> Callable[[torch.dtype], None]:
-    """Return a call that launches the fused neck after the key sides, forward and backward, with gate and pooling."""
+    """Return a function that launches the fused neck without its key sides, forward and backward."""
 
     def call(dtype: torch.dtype) -> None:
         name = str(dtype).removeprefix("torch.")

@@ -100,4 +100,5 @@ def test_results_of_programs_that_do_not_run_are_no_repeated_products():
     ]
     assert counts[0] == counts[1]
     assert counts[0]
-    assert all(2 * distinct > total for total, distinct in counts[0].values())
+    # Two warps repeat the products whose result has 16 rows; no product is repeated more often.
+    assert all(2 * distinct >= total for total, distinct in counts[0].values())

@@ -1,6 +1,6 @@
 """Return which devices can run the Triton kernels, and the device properties that kernel launches depend on.
 
-Only this module, `dispatch` and `verdicts` query the hardware and the environment.
+Kernel launches get the device properties from this module only.
 """
 
 from __future__ import annotations

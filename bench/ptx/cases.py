@@ -1,8 +1,8 @@
-"""Cases of the compiled matrix: every kernel of the package.
+"""Test cases of single operators for `python -m bench.ptx --matrix`, which runs compiled kernels on the PTX emulator.
 
 A case makes the inputs of a call and defines how its results are judged. Sizes are small, because the code of a kernel
-does not depend on the size of its grid. The cases differ in r, d and the method. Together they cover every number of
-warps, pipeline stages and registers in the launch rules, but not every tile size.
+does not depend on the size of its grid. Together with the cases in `necks`, they cover every kernel of the package, and
+every number of warps and pipeline stages and every register limit in the launch rules, but not every tile size.
 """
 
 from __future__ import annotations

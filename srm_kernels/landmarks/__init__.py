@@ -86,8 +86,8 @@ def select_landmarks(
     - "leverage": the r largest ridge leverage scores, in descending order; ties go to the lower index.
     - "leverage_sample": r keys without replacement, with probability proportional to the score. Random; for training.
     - "uniform": the indices ⌊(i + 0.5) N_k / r⌋.
-    - "kmeans++": k-means++ seeding and five Lloyd steps give r centres among the 2r keys of the largest leverage. Then
-      each centre in turn chooses the nearest key that is not chosen yet. Random.
+    - "kmeans++": the 2r keys of the largest leverage are clustered by k-means++ seeding and five Lloyd steps, which
+      gives r centres. Then each centre in turn chooses the nearest of all N_k keys that is not chosen yet. Random.
     - "pivoted_cholesky": in each of r steps, the key with the largest residual diagonal of exp(K Kᵀ s). Ties (relative
       differences up to 1e-5) go to the lower index. The cost is O(N_k r²).
 

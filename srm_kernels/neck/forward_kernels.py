@@ -651,7 +651,7 @@ def _by_cells(
     _tokens_kernel[(B * pools[-1],)](
         **tensors, out_ptr=probabilities, mean_ptr=part_mean, spread_ptr=part_spread, batch=B, scale=scale,
         **sizes.of_pooling(), **sizes.of_heads(), LINKS=L, TARGETS=sizes.targets, POOLS=pools, CHUNK=tile.chunk,
-        HP=power_of_two(H), C=H * sizes.d, TOKENS=tile.tokens, NORMALISE_QUERY=qk_norm == "both",
+        HP=power_of_two(H), C=H * sizes.d, TOKENS=tile.channels, NORMALISE_QUERY=qk_norm == "both",
         NORMALISE_KEYS=qk_norm is not None, STATISTICS=statistics, BLOCKS=sizes.cell_blocks(tile.positions),
         PRECISION=precision(dtype), num_warps=tile.warps, num_stages=1,
     )  # fmt: skip

@@ -64,9 +64,10 @@ def strips_of(width: int, size: int, positions: int) -> Strips:
 def forward_positions(
     rank: int, d: int, dtype: torch.dtype, statistics: bool, capability: tuple[int, int]
 ) -> int:
-    """Return a number of positions for which a tile fits in registers together with the [r, d] tiles.
+    """Return the number of positions of a tile for absorbed queries.
 
-    The numbers are based on the registers that `python -m bench.resources` prints.
+    A tile of this size fits in registers, with the statistic also next to X [r, d]. The sizes were chosen by the register
+    counts that `python -m bench.resources` prints.
     """
     if not statistics:
         return 32 if capability >= (12, 0) else 64
@@ -74,17 +75,17 @@ def forward_positions(
 
 
 class TokenTile(NamedTuple):
-    """Sizes of a tile of tokens.
+    """Sizes of a tile of T = A F + a, positions × channels.
 
     Attributes:
-        positions: Positions per tile.
-        tokens: Channels of T that are computed together.
-        chunk: Channels of F that are read together.
+        positions: Largest number of positions (tokens) per tile.
+        channels: Number of channels of T that one step computes.
+        chunk: Number of channels of F that are read at a time.
         warps: Warps per program.
     """
 
     positions: int
-    tokens: int
+    channels: int
     chunk: int
     warps: int = 8
 

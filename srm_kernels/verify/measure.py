@@ -1,7 +1,7 @@
 """Check whether an implementation is right, and time it.
 
-An implementation is right if its results and gradients satisfy the numerics rule, where the exact result is the
-reference in fp64. In addition, the device must report no fault and refuse no launch. For kernels there are two more
+An implementation is right if the errors of its results and gradients satisfy the numerics rule
+(`srm_kernels/numerics.py`). Errors are measured against the reference computed in fp64. In addition, the device must report no fault and refuse no launch. For kernels there are two more
 conditions. Two runs must give the same bits. A sample must give the same bits alone and in its batch.
 """
 

@@ -66,8 +66,8 @@ def forward_positions(
 ) -> int:
     """Return the number of positions of a tile for absorbed queries.
 
-    A tile of this size fits in registers, with the statistic also next to X [r, d]. The sizes were chosen by the register
-    counts that `python -m bench.resources` prints.
+    A tile of this size fits in registers, with the statistic also next to X [r, d]. The sizes were chosen by the
+    register counts that `python -m bench.resources` prints.
     """
     if not statistics:
         return 32 if capability >= (12, 0) else 64

@@ -1,8 +1,9 @@
 """Check whether an implementation is right, and time it.
 
 An implementation is right if the errors of its results and gradients satisfy the numerics rule
-(`srm_kernels/numerics.py`). Errors are measured against the reference computed in fp64. In addition, the device must report no fault and refuse no launch. For kernels there are two more
-conditions. Two runs must give the same bits. A sample must give the same bits alone and in its batch.
+(`srm_kernels/numerics.py`). Errors are measured against the reference computed in fp64. In addition, the device must
+report no fault and refuse no launch. For kernels there are two more conditions. Two runs must give the same bits. A
+sample must give the same bits alone and in its batch.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ FLOORS = (
     {"neck", "backbones", "head", "metrics", "checkpoint"},
     {"statistics"},
     {"config", "files", "graphs", "messages", "modules", "ranks"},
-    {"necks", "norms", "suites"},
+    {"necks", "norms", "attack_suites"},
 )
 NEIGHBOURS = {("__main__", "cli"), ("training", "attacks"), ("graphs", "modules")}
 

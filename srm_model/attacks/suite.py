@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from srm_model import ranks
+from srm_model.attack_suites import SUITES
 from srm_model.attacks.apgd import apgd_trace
 from srm_model.attacks.gradient import PGDTrace, default_step_size, pgd_trace
 from srm_model.attacks.guard import check_images, check_model, derived_seed, predict
@@ -29,7 +30,6 @@ from srm_model.config import SRMConfig
 from srm_model.metrics import LogisticMap, doubts, plcc, srocc
 from srm_model.modules import is_stochastic, unwrapped
 from srm_model.norms import norm_of
-from srm_model.suites import SUITES
 
 _DEFAULTS = SRMConfig()
 METHODS = ("pgd", "apgd", "square")
@@ -118,7 +118,7 @@ class Suite:
 
     @classmethod
     def named(cls, name: str, config: SRMConfig | None = None) -> Suite:
-        """Return a suite of `srm_model.suites.SUITES` by its name."""
+        """Return a suite of `srm_model.attack_suites.SUITES` by its name."""
         config = SRMConfig() if config is None else config
         planned = SUITES[name]
         return cls(

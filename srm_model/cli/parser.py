@@ -6,6 +6,7 @@ import argparse
 from functools import partial
 from typing import Any, NoReturn
 
+from srm_model.attack_suites import SUITES
 from srm_model.cli.external import add_labels, add_model, images_of
 from srm_model.cli.options import (
     add_backend,
@@ -23,7 +24,6 @@ from srm_model.cli.options import (
 )
 from srm_model.necks import NECKS
 from srm_model.norms import NORMS
-from srm_model.suites import SUITES
 
 _AUDIT = (
     "Writes audit.json and audit.html into the checkpoint's folder. The exit code is 1 if a check failed."

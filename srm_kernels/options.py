@@ -34,7 +34,7 @@ class LandmarkOptions(Written):
 
     Attributes:
         rank: r, at least 1.
-        method: A key of `landmarks.METHODS`.
+        method: A key of `landmarks.LANDMARK_METHODS`.
         gamma: γ of the ridge leverage scores.
         generator: Source of the numbers of a random method; None means seed 0. It is not passed to operators.
     """

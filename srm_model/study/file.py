@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from srm_kernels.conditioning import SOLVERS
-from srm_kernels.landmarks import METHODS
+from srm_kernels.landmarks import LANDMARK_METHODS
 from srm_model.attack_suites import SUITES
 from srm_model.attacks.problem import check_budget, parse_budget
 from srm_model.config import SRMConfig
@@ -24,7 +24,7 @@ FULL = "full"  # the variant without overrides
 ABLATIONS: dict[str, Any] = {
     **{
         f"{method.title} landmarks": {"landmarks": name}
-        for name, method in METHODS.items()
+        for name, method in LANDMARK_METHODS.items()
         if method.evaluated is None and name != SRMConfig.landmarks
     },
     "no τ": {"tau": False},

@@ -249,8 +249,8 @@ def _add_attack(parser: argparse.ArgumentParser) -> None:
         "--suite",
         default="paper",
         choices=tuple(SUITES),
-        help="paper: the article's four attacks (default); extended: six more (signed, list-wise, adaptive, "
-        "query-only); queries: three that only use scores",
+        help="paper: the article's attacks (default); extended: more attacks (signed, list-wise, adaptive, "
+        "query-only); queries: attacks that only use scores",
     )
     add_labels(add_model(parser))
     add_config(parser, "attack_steps", "attack_restarts", "attack_batch_size", "seed")

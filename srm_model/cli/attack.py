@@ -10,7 +10,7 @@ from typing import Any
 from srm_model import runs
 from srm_model.checkpoint import read_card
 from srm_model.cli import external
-from srm_model.cli.options import attack_config_from, device_from
+from srm_model.cli.options import attack_config_from, budgets_of, device_from
 from srm_model.cli.tables import print_table
 from srm_model.config import SRMConfig
 from srm_model.metrics import doubts
@@ -56,29 +56,29 @@ def _attack_all(
         trained = SRMConfig.from_dict(document["config"])
         config = attack_config_from(args, trained)
         progress = writes and not args.no_progress
+        budgets = [(norm, eps) for norm in args.norm for eps in budgets_of(norm, args.eps, config)]
         dataset = runs.dataset_for(
             document["card"], trained, root=args.data, split=args.split, progress=progress
         )
         surrogate = Path(args.surrogate) if args.surrogate else runs.surrogate_of(folder)
         if surrogate is None and writes:
             runs.say(f"{folder}: no sibling checkpoint as surrogate, so the transfer attack is left out")
-        for norm in args.norm:
-            for eps in args.eps or norm_of(norm).tables_of(config):
-                result = attack_checkpoint(
-                    folder,
-                    dataset,
-                    norm=norm,
-                    eps=eps,
-                    config=config,
-                    device=device,
-                    surrogate=surrogate,
-                    limit=args.limit or args.images,
-                    keep=args.keep,
-                    suite=args.suite,
-                    progress=progress,
-                    writes=writes,
-                )
-                results.append((folder, result))
+        for norm, eps in budgets:
+            result = attack_checkpoint(
+                folder,
+                dataset,
+                norm=norm,
+                eps=eps,
+                config=config,
+                device=device,
+                surrogate=surrogate,
+                limit=args.limit or args.images,
+                keep=args.keep,
+                suite=args.suite,
+                progress=progress,
+                writes=writes,
+            )
+            results.append((folder, result))
     return results
 
 

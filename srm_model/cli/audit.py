@@ -16,12 +16,12 @@ from srm_model.attacks.certify import certificate, smoothed_scores
 from srm_model.attacks.suite import spread
 from srm_model.checkpoint import read_card
 from srm_model.cli import external
-from srm_model.cli.options import attack_config_from, device_from
+from srm_model.cli.options import attack_config_from, budgets_of, device_from
 from srm_model.cli.streams import as_named
 from srm_model.cli.tables import print_table
 from srm_model.config import SRMConfig
 from srm_model.files import write_json
-from srm_model.norms import NORMS, norm_of
+from srm_model.norms import NORMS
 from srm_model.reports import write_audit
 
 IMAGES = 16
@@ -76,7 +76,7 @@ def _audit(
     folder: Path,
     about: dict[str, Any],
 ) -> bool:
-    eps = norm_of(args.norm).tables_of(config)[-1] if args.eps is None else args.eps
+    eps = budgets_of(args.norm, None if args.eps is None else [args.eps], config)[-1]
     found = audit(
         model,
         dataset,

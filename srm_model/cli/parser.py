@@ -16,7 +16,9 @@ from srm_model.cli.options import (
     add_seed,
     backend_name,
     budget,
+    budget_help,
     byte_count,
+    default_norms,
     not_negative,
     positive,
     seconds,
@@ -234,13 +236,20 @@ def _add_attack(parser: argparse.ArgumentParser) -> None:
     _add_checkpoint(parser, or_model=True)
     _add_data_choice(parser)
     add = parser.add_argument
-    add("--norm", nargs="+", default=list(NORMS), choices=tuple(NORMS), help="norms (default: all)")
+    norms = default_norms()
+    add(
+        "--norm",
+        nargs="+",
+        default=norms,
+        choices=tuple(NORMS),
+        help=f"norms (default: {'all' if norms == list(NORMS) else ' '.join(norms)})",
+    )
     add(
         "--eps",
         nargs="+",
         type=budget,
         metavar="E",
-        help="budgets, such as 4/255, in the norm of --norm; an L2 budget is for 512×512 (default: the article's)",
+        help=f"budgets, such as 4/255, in the norm of --norm; {budget_help()}",
     )
     _add_images(parser, "all")
     add("--keep", type=not_negative, default=4, metavar="N", help="attacked images to keep (default: 4)")
@@ -266,7 +275,7 @@ def _add_audit(parser: argparse.ArgumentParser) -> None:
         "--eps",
         type=budget,
         metavar="E",
-        help="budget, such as 4/255; an L2 budget is for 512×512 (default: 4/255 for linf, 10 for l2)",
+        help=f"budget, such as 4/255; {budget_help(last=True)}",
     )
     _add_images(parser, "16")
     _add_surrogate(parser, "check")

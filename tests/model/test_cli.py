@@ -29,6 +29,7 @@ from srm_model.data import load_image, open_dataset
 from srm_model.data.synthesize import synthesize
 from srm_model.files import read_json, write_json
 from srm_model.metrics import LogisticMap, plcc, srocc
+from srm_model.norms import NORMS, LInf
 from srm_model.reports import study_tables
 
 SMALL = {
@@ -222,6 +223,30 @@ def test_attack_writes_results_and_pictures_and_goes_on_where_it_stopped(
         assert capsys.readouterr().out.splitlines() == table
         with pytest.raises(AssertionError, match="attacked again"):
             main([*arguments, "--steps", "3"])
+
+
+def test_a_norm_without_default_budgets_needs_eps(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    class Bare(LInf):
+        name = "bare"
+        stated = "a bare budget is for any size"
+
+    monkeypatch.setitem(NORMS, "bare", Bare())
+    folder = shutil.copytree(run, tmp_path / "run") / "none"
+    quiet = ("--norm", "bare", "--device", "cpu", "--no-progress")
+    for command in ("attack", "audit"):
+        told = fails(capsys, command, folder, *quiet)
+        assert told == f"srm-iqa {command}: --norm bare: has no default budget; expected --eps\n"
+        assert main([command, "--help"]) == 0
+        text = " ".join(capsys.readouterr().out.split())
+        assert "an L2 budget is for 512×512; a bare budget is for any size (default: " in text
+        assert ("(default: linf l2)" in text) == (command == "attack")
+        assert "(default: 1/255 and 4/255 for linf, 2.5 and 10 for l2)" in text or command == "audit"
+        assert "(default: 4/255 for linf, 10 for l2)" in text or command == "attack"
+    arguments = [*quiet, "--eps", "1/255", "--steps", "1", "--restarts", "1", "--keep", "0"]
+    assert main(["attack", str(folder), *arguments]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[:3] == ["none", "bare", "1/255"]
 
 
 def test_report_of_the_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

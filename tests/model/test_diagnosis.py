@@ -242,4 +242,18 @@ def test_the_command_writes_three_files(model, tmp_path: Path, capsys: pytest.Ca
     assert document["config"]["rank"] == 8
     assert (out / "diagnosis.md").read_text("utf-8") in printed
     assert "<!doctype html>" in (out / "diagnosis.html").read_text("utf-8")
+    assert main([*arguments, "--device", "cpu", "--json"]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == f"{out / 'diagnosis.html'}\n"
+    rows = [json.loads(text) for text in shown.out.splitlines()]
+    assert {row.pop("checkpoint") for row in rows} == {str(out)}
+    tables = {row["table"]: [] for row in rows}
+    for row in rows:
+        tables[row.pop("table")].append(row)
+    assert list(tables) == ["settings", "links", "errors", "changes"]
+    assert tables["settings"] == [{"setting": name, **found} for name, found in document["table"].items()]
+    assert [row["kappa"] for row in tables["links"]] == [
+        link["all"]["kappa"] for link in document["links"].values()
+    ]
+    assert [tables["errors"], tables["changes"]] == [document["errors"], document["changes"]]
     assert main(["diagnose", str(tmp_path / "nowhere")]) == 2

@@ -29,7 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 from bench.harness import Call, Recorder, attention_inputs, timing_parser
 from srm_kernels import backends, full_attention, nystrom_attention
 from srm_kernels.attention import reference, sdpa
-from srm_kernels.landmarks import reference as landmarks
+from srm_kernels.landmarks import methods as landmarks
 from srm_kernels.options import LandmarkOptions, SolveOptions
 from srm_model.profiling import Effort, Times, measure_together
 from srm_model.profiling.memory import bytes_of, peak

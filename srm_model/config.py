@@ -40,7 +40,9 @@ class SRMConfig:
 
     # Nyström attention (§2)
     rank: int = 64  # r (c), number of landmarks; clamped to the number of keys
-    landmarks: str = "uniform"  # (c) a key of srm_kernels.landmarks.METHODS; the article's is "leverage"
+    landmarks: str = (
+        "uniform"  # (c) a key of srm_kernels.landmarks.LANDMARK_METHODS; the article's is "leverage"
+    )
     gamma: float = 1e-3  # γ, ridge of the leverage scores
 
     # Landmark system (§2.1)
@@ -251,9 +253,9 @@ def registered(name: str) -> tuple[str | None, ...]:
     """Return the accepted values of a field of `REGISTERED`. Imports torch."""
     from srm_kernels.conditioning import SOLVERS
     from srm_kernels.dispatch import BACKENDS
-    from srm_kernels.landmarks import METHODS
+    from srm_kernels.landmarks import LANDMARK_METHODS
 
-    return {"landmarks": (*METHODS,), "solver": (*SOLVERS,), "backend": (None, *BACKENDS)}[name]
+    return {"landmarks": (*LANDMARK_METHODS,), "solver": (*SOLVERS,), "backend": (None, *BACKENDS)}[name]
 
 
 def _check_values(config: SRMConfig) -> None:

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from srm_kernels import LandmarkSolution, Solver, full_attention
 from srm_kernels.attention.reference import landmark_system
-from srm_kernels.landmarks import METHODS as LANDMARK_METHODS
+from srm_kernels.landmarks import LANDMARK_METHODS
 from srm_model.config import SRMConfig
 from srm_model.model import IQAModel
 from srm_model.modules import evaluating, unwrapped
 from srm_model.neck import Link, SRMNeck
 from srm_model.neck.diagnosis import attending, quantiles
 
-METHODS = tuple(name for name, method in LANDMARK_METHODS.items() if method.evaluated is None)
+MEASURED_METHODS = tuple(name for name, method in LANDMARK_METHODS.items() if method.evaluated is None)
 QUERIES = 1024  # largest number of queries, evenly spaced, on which the error of the attention is measured
 FIGURES = ("kappa", "residual", "gain", "error")
 QUANTILES = {"median": 0.5, "p90": 0.9, "max": 1.0}
@@ -37,7 +37,7 @@ def table_rows(config: SRMConfig) -> dict[str, dict[str, Any]]:
         "full": {},
         **{
             f"{LANDMARK_METHODS[name].title} landmarks": {"landmarks": name}
-            for name in METHODS
+            for name in MEASURED_METHODS
             if name != config.landmarks
         },
         "no ridge": {"ridge": 0.0, "solver": "auto"},
@@ -133,7 +133,7 @@ def _changes(model: IQAModel, images: Tensor) -> list[dict[str, Any]]:
     neck = cast(SRMNeck, model.neck)
 
     def chosen(images: Tensor) -> dict[str, list[Tensor]]:
-        sets: dict[str, list[Tensor]] = {method: [] for method in METHODS}
+        sets: dict[str, list[Tensor]] = {method: [] for method in MEASURED_METHODS}
         for _, (link, _, k, _) in attending(neck, neck.aligned(model.pyramid(images))):
             for method, found in sets.items():
                 index = link.landmarks(k, landmarks=method)
@@ -145,7 +145,7 @@ def _changes(model: IQAModel, images: Tensor) -> list[dict[str, Any]]:
     found = []
     for step in STEPS:
         moved = chosen(images + step / 255 * signs.to(images))
-        for method in METHODS:
+        for method in MEASURED_METHODS:
             pairs = zip(own[method], moved[method], strict=True)
             others = torch.cat([(a != b).any(-1) for a, b in pairs])
             found.append({"method": method, "step": step, "share": float(others.double().mean())})
@@ -189,7 +189,7 @@ def _spectrum(link: Link, k: Tensor, v: Tensor) -> Tensor:
 def _sizes(config: SRMConfig, keys: int) -> list[tuple[str, int]]:
     """Return all pairs (method, number of landmarks) with r/4, r/2, r or 2r landmarks, but not more than `keys`."""
     ranks = {max(1, config.rank * factor // 4) for factor in (1, 2, 4, 8)}
-    return [(method, rank) for method in METHODS for rank in sorted(ranks) if rank <= keys]
+    return [(method, rank) for method in MEASURED_METHODS for rank in sorted(ranks) if rank <= keys]
 
 
 def _positions(
@@ -201,7 +201,7 @@ def _positions(
     """
     height, width = grid
     found = []
-    for method in METHODS:
+    for method in MEASURED_METHODS:
         if LANDMARK_METHODS[method].draws(link.config.rank, k.shape[2]):
             continue
         index = link.landmarks(k, landmarks=method).cpu()

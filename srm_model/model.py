@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from srm_kernels.checks import may_ask
 
-from .backbones import Backbone, check_backbone, check_size
+from .backbones import DEEPEST_STRIDE, Backbone, check_backbone, check_size
 from .checkpoint import load_weights, read_card, shipped
 from .config import STORED, SRMConfig
 from .head import Head
@@ -20,7 +20,6 @@ from .necks import check_neck
 from .statistics import BatchStatistics
 
 RANGE_TOLERANCE = 1e-2  # permits small finite-difference steps out of [0, 1]
-DEEPEST_STRIDE = 32
 
 
 class IQAModel(nn.Module):

@@ -31,10 +31,13 @@ class Norm(ABC):
         step: Factor of PGD's step size. The step size is `step` · radius / (number of steps).
         step_words: Direction of a step, in words.
         budgets: Budgets of a sweep.
-        tables: Budgets of the tables.
+        tables: Budgets of the tables, and the default budgets of the command line; the last is the audit's. Without
+            them, the command line needs --eps.
+        stated: Note on stated budgets, for the help of --eps.
         axis: Label of the budget axis in charts.
         bumps: How the square attack changes δ. True: the attack moves a part of the Euclidean norm of δ from one square
-            to another. False: the attack sets δ in one square to ±ε.
+            to another. False: the attack sets δ in one square to ±ε. False fits the maximum norm only. Under another
+            norm, the projection shrinks the squares, and the square attack is weaker.
     """
 
     name: ClassVar[str]
@@ -44,6 +47,7 @@ class Norm(ABC):
     step_words: ClassVar[str]
     budgets: ClassVar[tuple[float, ...]] = ()
     tables: ClassVar[tuple[float, ...]] = ()
+    stated: ClassVar[str] = ""
     axis: ClassVar[str] = "ε"
     bumps: ClassVar[bool] = False
 
@@ -151,6 +155,7 @@ class L2(Norm):
     symbol = "L2"
     step = 4.0
     step_words = "along the normalised gradient"
+    stated = "an L2 budget is for 512×512"
     axis = "ε, as stated at 512×512"
     bumps = True
 

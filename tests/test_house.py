@@ -21,7 +21,7 @@ FLOORS = (
     {"neck", "backbones", "head", "metrics", "checkpoint"},
     {"statistics"},
     {"config", "files", "graphs", "messages", "modules", "ranks"},
-    {"necks", "norms", "suites"},
+    {"necks", "norms", "attack_suites"},
 )
 NEIGHBOURS = {("__main__", "cli"), ("training", "attacks"), ("graphs", "modules")}
 
@@ -55,7 +55,10 @@ def test_kernels_know_nothing_of_models():
         ], path
 
 
-@pytest.mark.parametrize(("one", "other"), [("reference", "kernels"), ("kernels", "reference")])
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("reference", "kernels"), ("kernels", "reference"), ("methods", "kernels"), ("kernels", "methods")],
+)
 def test_mathematics_and_kernels_do_not_meet(one, other):
     for path in modules("srm_kernels"):
         if path.stem.endswith(one):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..checks import may_ask, wide_dtype
 from ..conditioning import reference as conditioning
-from ..landmarks import reference as landmark_choice
+from ..landmarks import methods as landmark_methods
 from ..options import KeySide, SolveOptions
 
 Solve = Callable[[Tensor, Tensor, SolveOptions], tuple[Tensor, Tensor]]
@@ -75,7 +75,7 @@ def landmark_blocks(side: KeySide) -> tuple[Tensor, Tensor, Tensor, Tensor, Tens
     """
     K, landmarks = normalised_key(side.key, side.qk_norm), side.landmarks
     if landmarks is None:
-        landmarks = landmark_choice.select_landmarks(K.detach(), None, side.choice, side.scale)
+        landmarks = landmark_methods.select_landmarks(K.detach(), None, side.choice, side.scale)
     normalised = take_landmarks(K, landmarks)
     scores = normalised @ K.mT * side.scale
     R = scores.softmax(-1)

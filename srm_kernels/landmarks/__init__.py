@@ -11,10 +11,10 @@ from ..checks import check_choice, check_count, check_number, check_tokens, wide
 from ..dispatch import choose_kernels, few_threads
 from ..options import LandmarkOptions
 from ..registration import later, register_operator
-from . import reference
-from .reference import METHODS
+from . import methods, reference
+from .methods import LANDMARK_METHODS
 
-METHODS_OF_KERNELS = tuple(name for name, method in METHODS.items() if method.kernels)
+METHODS_OF_KERNELS = tuple(name for name, method in LANDMARK_METHODS.items() if method.kernels)
 _KERNELS = f"{__name__}.kernels"
 
 _leverage = register_operator(
@@ -31,7 +31,7 @@ _select = register_operator(
     "select_landmarks",
     "Tensor key, Tensor? random, LandmarkOptions options, float scale",
     "Tensor",
-    dict.fromkeys(("reference", "torch"), few_threads(reference.select_landmarks))
+    dict.fromkeys(("reference", "torch"), few_threads(methods.select_landmarks))
     | {"triton": later(_KERNELS, "select_landmarks")},
     fake=lambda key, random, rank, *_: key.new_empty((*key.shape[:2], rank), dtype=torch.int64),
 )
@@ -81,16 +81,6 @@ def select_landmarks(
 ) -> Tensor:
     """Choose the r landmark keys of every image and head, independently of the other images (docs/METHOD.md §2.0).
 
-    The methods are:
-
-    - "leverage": the r largest ridge leverage scores, in descending order; ties go to the lower index.
-    - "leverage_sample": r keys without replacement, with probability proportional to the score. Random; for training.
-    - "uniform": the indices ⌊(i + 0.5) N_k / r⌋.
-    - "kmeans++": the 2r keys of the largest leverage are clustered by k-means++ seeding and five Lloyd steps, which
-      gives r centres. Then each centre in turn chooses the nearest of all N_k keys that is not chosen yet. Random.
-    - "pivoted_cholesky": in each of r steps, the key with the largest residual diagonal of exp(K Kᵀ s). Ties (relative
-      differences up to 1e-5) go to the lower index. The cost is O(N_k r²).
-
     The indices are not differentiable. With every method except "uniform", a small change of the keys can change the
     indices. Results that are computed from the landmarks then jump. If there are N_k ≤ d keys and they are linearly
     independent, all leverage scores are nearly equal: they differ from 1 by amounts of the order of γ. Even a very
@@ -99,7 +89,7 @@ def select_landmarks(
     Args:
         key: K (B, H, N_k, d); float64, float32, bfloat16 or float16, any strides.
         rank: r, at least 1; clamped to N_k.
-        method: A key of `landmarks.METHODS`.
+        method: A key of `LANDMARK_METHODS`; `srm_kernels.landmarks.methods` describes the methods.
         gamma: γ of the leverage scores, above 0.
         scale: s of "pivoted_cholesky"; 1/√d by default.
         generator: Generator for the random methods. All images and heads use the same random numbers. None means seed
@@ -127,8 +117,8 @@ def selected(key: Tensor, options: LandmarkOptions, scale: float, backend: str |
     options = options.clamped(key.shape[2])
     rank, method, random = options.rank, options.method, None
     if options.generator is not None:
-        count = METHODS[method].draws(rank, key.shape[2])
-        random = reference.uniform_numbers(count, options.generator).to(key.device) if count else None
+        count = LANDMARK_METHODS[method].draws(rank, key.shape[2])
+        random = methods.uniform_numbers(count, options.generator).to(key.device) if count else None
     chosen = choose_kernels(
         backend,
         key,
@@ -146,7 +136,7 @@ def landmark_options(
 ) -> LandmarkOptions:
     """Return checked options for the choice of landmarks; raise ValueError or TypeError."""
     rank = check_count("rank", rank)
-    check_choice("method", method, tuple(METHODS))
+    check_choice("method", method, tuple(LANDMARK_METHODS))
     check_number("gamma", gamma, above=0)
     if not isinstance(generator, torch.Generator | None):
         raise TypeError(f"generator is a {type(generator).__name__}; expected a torch.Generator or None")

@@ -18,21 +18,19 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from srm_model import ranks
-from srm_model.attacks.apgd import apgd_trace
-from srm_model.attacks.gradient import PGDTrace, default_step_size, pgd_trace
+from srm_model.attack_suites import SUITES
+from srm_model.attacks.gradient import PGDTrace, default_step_size
 from srm_model.attacks.guard import check_images, check_model, derived_seed, predict
+from srm_model.attacks.methods import ATTACK_METHODS
 from srm_model.attacks.objectives import OBJECTIVES, Objective
 from srm_model.attacks.problem import check_budget, check_count
 from srm_model.attacks.records import Batch, Records
-from srm_model.attacks.square import square_trace
 from srm_model.config import SRMConfig
 from srm_model.metrics import LogisticMap, doubts, plcc, srocc
 from srm_model.modules import is_stochastic, unwrapped
 from srm_model.norms import norm_of
-from srm_model.suites import SUITES
 
 _DEFAULTS = SRMConfig()
-METHODS = ("pgd", "apgd", "square")
 
 
 class Dataset(Protocol):
@@ -49,11 +47,13 @@ class Attack:
     name: str
     objective: Objective
     transfer: bool = False  # whether examples are crafted on the surrogate and scored on the target
-    method: str = "pgd"  # "pgd", "apgd" or "square"
+    method: str = "pgd"  # a key of `ATTACK_METHODS`
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"method={self.method!r}: expected one of {', '.join(map(repr, METHODS))}")
+        if self.method not in ATTACK_METHODS:
+            raise ValueError(
+                f"method={self.method!r}: expected one of {', '.join(map(repr, ATTACK_METHODS))}"
+            )
 
 
 class Example(NamedTuple):
@@ -118,7 +118,7 @@ class Suite:
 
     @classmethod
     def named(cls, name: str, config: SRMConfig | None = None) -> Suite:
-        """Return a suite of `srm_model.suites.SUITES` by its name."""
+        """Return a suite of `srm_model.attack_suites.SUITES` by its name."""
         config = SRMConfig() if config is None else config
         planned = SUITES[name]
         return cls(
@@ -264,11 +264,8 @@ class Job:
         self.step_size = default_step_size(self.norm, self.radius, self.config.attack_steps, self.config)
 
     def work(self, attack: Attack) -> int:
-        """Return the number of steps of an attack on a batch, or of query rounds for the square attack."""
-        if attack.method == "square":
-            queries = self.config.attack_queries // self.samples(self.model)
-            return queries - bool(getattr(attack.objective, "uses_clean_scores", True))
-        return self.config.attack_restarts * self.config.attack_steps
+        """Return the number of steps or query rounds of an attack on a batch."""
+        return ATTACK_METHODS[attack.method].work(self.config, self.samples(self.model), attack.objective)
 
     def samples(self, model: nn.Module) -> int:
         """Return the number of passes to average for a model."""
@@ -342,24 +339,22 @@ class Job:
             assert self.surrogate is not None
             model = self.surrogate
         seed = derived_seed(self.seed, number, self.numbers[attack.name])
-        common: dict[str, Any] = {
-            "norm": self.norm,
-            "eps": self.radius,
-            "eot": self.samples(model),
-            "generator": torch.Generator().manual_seed(seed),
-            "on_step": tick,
-        }
-        if attack.method == "square":
-            queries, area = self.config.attack_queries, self.config.attack_square_area
-            return square_trace(model, images, mos, attack.objective, queries=queries, area=area, **common)
-        common |= {
-            "steps": self.config.attack_steps,
-            "restarts": self.config.attack_restarts,
-            "restart_batch": self.config.attack_restart_batch,
-        }
-        if attack.method == "apgd":
-            return apgd_trace(model, images, mos, attack.objective, **common)
-        return pgd_trace(model, images, mos, attack.objective, step_size=self.step_size or None, **common)
+        method = ATTACK_METHODS[attack.method]
+        arguments = method.arguments(self.config)
+        if method.step_size:
+            arguments["step_size"] = self.step_size or None
+        return method.trace(
+            model,
+            images,
+            mos,
+            attack.objective,
+            norm=self.norm,
+            eps=self.radius,
+            eot=self.samples(model),
+            generator=torch.Generator().manual_seed(seed),
+            on_step=tick,
+            **arguments,
+        )
 
 
 def _attack_batch(job: Job, number: int, records: Records, tick: Callable[[], object] | None) -> None:
@@ -508,15 +503,13 @@ def settings_of(job: Job) -> dict[str, Any]:
     images = hashlib.sha256(json.dumps(job.names).encode())
     images.update(str(getattr(job.dataset, "fingerprint", "")).encode())
     images.update(repr(tuple(job.first.shape)).encode() + _bytes(job.first))
+    methods = [ATTACK_METHODS[attack.method] for attack in job.attacks]
+    fields = {field for method in methods for field in method.settings.values()}
     return {
         "norm": job.norm,
         "eps": job.eps,
-        "steps": job.config.attack_steps,
-        "step_size": job.step_size,
-        "restarts": job.config.attack_restarts,
-        "restart_batch": job.config.attack_restart_batch,
-        "queries": job.config.attack_queries,
-        "square_area": job.config.attack_square_area,
+        **{field.removeprefix("attack_"): getattr(job.config, field) for field in sorted(fields)},
+        **({"step_size": job.step_size} if any(method.step_size for method in methods) else {}),
         "eot_samples": job.config.eot_samples,
         "batch_size": job.batch_size,
         "seed": job.seed,

@@ -9,7 +9,7 @@ from pathlib import Path
 from srm_model import runs
 from srm_model.backbones import check_backbone, check_size
 from srm_model.cli.options import device_from, named_folders
-from srm_model.cli.tables import print_table
+from srm_model.cli.tables import print_rows, print_text
 from srm_model.files import write_json
 from srm_model.reports.records import STUDY, Records
 from srm_model.study.context import Context
@@ -20,6 +20,10 @@ from srm_model.study.sharing import check_sets, do_one, find_job, missing, share
 
 def run(args: argparse.Namespace) -> None:
     """Run one job, or all jobs whose results are missing, and print a summary. Or only list the jobs."""
+    if args.json and (args.list or args.dry_run or args.job):
+        raise ValueError(
+            "--json: --list, --dry-run and --job print no table; expected none of them with --json"
+        )
     study = read_study(args.study, named_folders(args.data or ()))
     for backbone in study.backbones:
         check_backbone(backbone)
@@ -60,6 +64,6 @@ def _do(found: list[Job], c: Context, args: argparse.Namespace) -> None:
         share(found, c)
     lines = Records(c.out).lines
     kinds = dict.fromkeys(job.kind for job in found)
-    rows = [[kind, sum(line["kind"] == kind for line in lines)] for kind in kinds]
-    print_table(["results", "lines"], rows)
-    print(f"tables and figures: srm-iqa report {c.out}")
+    rows = [{"results": kind, "lines": sum(line["kind"] == kind for line in lines)} for kind in kinds]
+    print_rows(rows, {"results": "results", "lines": "lines"}, as_json=args.json)
+    print_text(f"tables and figures: srm-iqa report {c.out}", as_json=args.json)

@@ -10,14 +10,24 @@ from typing import Any
 from srm_model import runs
 from srm_model.checkpoint import read_card
 from srm_model.cli import external
-from srm_model.cli.options import attack_config_from, device_from
-from srm_model.cli.tables import print_table
+from srm_model.cli.options import attack_config_from, budgets_of, device_from
+from srm_model.cli.tables import Columns, print_rows
 from srm_model.config import SRMConfig
 from srm_model.metrics import doubts
 from srm_model.norms import norm_of
 from srm_model.runs.attacking import attack_checkpoint
 
-HEADER = "model,norm,eps,clean SROCC,worst SROCC,clean PLCC,worst PLCC,worst attack,images".split(",")
+COLUMNS: Columns = {
+    "model": "model",
+    "norm": "norm",
+    "eps": lambda row: norm_of(row["norm"]).brief(row["eps"]),
+    "clean SROCC": "clean_srocc",
+    "worst SROCC": "worst_srocc",
+    "clean PLCC": "clean_plcc",
+    "worst PLCC": "worst_plcc",
+    "worst attack": "worst_attack",
+    "images": "images",
+}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -35,15 +45,18 @@ def run(args: argparse.Namespace) -> None:
         with runs.process_group() as writes, runs.writing(args.folder):
             results = _attack_all(args, folders, writes)
     if writes:
-        print_results(results)
+        print_results(results, as_json=args.json)
 
 
-def print_results(results: Sequence[tuple[Path, dict[str, Any]]]) -> None:
-    """Print one line per result. Then print a warning for each result that may overstate robustness."""
-    print_table(HEADER, [row(folder, result) for folder, result in results])
-    for folder, result in results:
-        for doubt in doubts(result.get("attacks", {})):
-            print(f"{folder.name}, {result['norm']} {norm_of(result['norm']).brief(result['eps'])}, {doubt}")
+def print_results(
+    results: Sequence[tuple[Path, dict[str, Any]]], *, as_json: bool = False, table: str | None = None
+) -> None:
+    """Print one row per result, as in `print_rows`. Text also has a line for each attack that may be too weak."""
+    rows = [row(folder, result) for folder, result in results]
+    print_rows(rows, COLUMNS, as_json=as_json, table=table)
+    for found in [] if as_json else rows:
+        for doubt in found["doubts"]:
+            print(f"{found['model']}, {found['norm']} {norm_of(found['norm']).brief(found['eps'])}, {doubt}")
 
 
 def _attack_all(
@@ -56,43 +69,44 @@ def _attack_all(
         trained = SRMConfig.from_dict(document["config"])
         config = attack_config_from(args, trained)
         progress = writes and not args.no_progress
+        budgets = [(norm, eps) for norm in args.norm for eps in budgets_of(norm, args.eps, config)]
         dataset = runs.dataset_for(
             document["card"], trained, root=args.data, split=args.split, progress=progress
         )
         surrogate = Path(args.surrogate) if args.surrogate else runs.surrogate_of(folder)
         if surrogate is None and writes:
             runs.say(f"{folder}: no sibling checkpoint as surrogate, so the transfer attack is left out")
-        for norm in args.norm:
-            for eps in args.eps or norm_of(norm).tables_of(config):
-                result = attack_checkpoint(
-                    folder,
-                    dataset,
-                    norm=norm,
-                    eps=eps,
-                    config=config,
-                    device=device,
-                    surrogate=surrogate,
-                    limit=args.limit or args.images,
-                    keep=args.keep,
-                    suite=args.suite,
-                    progress=progress,
-                    writes=writes,
-                )
-                results.append((folder, result))
+        for norm, eps in budgets:
+            result = attack_checkpoint(
+                folder,
+                dataset,
+                norm=norm,
+                eps=eps,
+                config=config,
+                device=device,
+                surrogate=surrogate,
+                limit=args.limit or args.images,
+                keep=args.keep,
+                suite=args.suite,
+                progress=progress,
+                writes=writes,
+            )
+            results.append((folder, result))
     return results
 
 
-def row(folder: Path, result: dict[str, Any]) -> list[Any]:
-    """Return the cells of a result, one for each column of `HEADER`."""
+def row(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """Return the row of a result, with a warning in "doubts" for each attack that may overstate robustness."""
     clean, worst = result["clean"], result["worst"]
-    return [
-        folder.name,
-        result["norm"],
-        norm_of(result["norm"]).brief(result["eps"]),
-        clean["srocc"],
-        worst["srocc"],
-        clean["plcc"],
-        worst["plcc"],
-        worst["srocc_attack"],
-        len(result["mos"]),
-    ]
+    return {
+        "model": folder.name,
+        "norm": result["norm"],
+        "eps": result["eps"],
+        "clean_srocc": clean["srocc"],
+        "worst_srocc": worst["srocc"],
+        "clean_plcc": clean["plcc"],
+        "worst_plcc": worst["plcc"],
+        "worst_attack": worst["srocc_attack"],
+        "images": len(result["mos"]),
+        "doubts": doubts(result.get("attacks", {})),
+    }

@@ -16,16 +16,21 @@ from srm_model.attacks.certify import certificate, smoothed_scores
 from srm_model.attacks.suite import spread
 from srm_model.checkpoint import read_card
 from srm_model.cli import external
-from srm_model.cli.options import attack_config_from, device_from
+from srm_model.cli.options import attack_config_from, budgets_of, device_from
 from srm_model.cli.streams import as_named
-from srm_model.cli.tables import print_table
+from srm_model.cli.tables import Columns, print_rows, print_text
 from srm_model.config import SRMConfig
 from srm_model.files import write_json
-from srm_model.norms import NORMS, norm_of
+from srm_model.norms import NORMS
 from srm_model.reports import write_audit
 
 IMAGES = 16
 VERDICTS = {True: "passed", False: "failed", None: "not run"}
+COLUMNS: Columns = {
+    "check": "title",
+    "verdict": lambda row: VERDICTS[row["passed"]],
+    "measured": "figure",
+}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -76,7 +81,7 @@ def _audit(
     folder: Path,
     about: dict[str, Any],
 ) -> bool:
-    eps = norm_of(args.norm).tables_of(config)[-1] if args.eps is None else args.eps
+    eps = budgets_of(args.norm, None if args.eps is None else [args.eps], config)[-1]
     found = audit(
         model,
         dataset,
@@ -95,9 +100,15 @@ def _audit(
         result["certificates"] = certificates(model, dataset, config, args.limit)
     write_json(folder / "audit.json", result)
     page = write_audit(result, folder / "audit.html")
-    rows = [[check.title, VERDICTS[check.passed], check.figure] for check in found.checks]
-    print_table(["check", "verdict", "measured"], rows)
-    print(f"{as_named(page)}: {len(found.failed)} of {len(found.checks)} checks failed")
+    subject = {"model": about.get("model_name", folder.name), "norm": found.norm, "eps": found.eps}
+    keys = ("title", "passed", "figure", "data")
+    rows = [
+        {**subject, "check": check.name, **{key: getattr(check, key) for key in keys}}
+        for check in found.checks
+    ]
+    print_rows(rows, COLUMNS, as_json=args.json)
+    failed = f"{len(found.failed)} of {len(found.checks)} checks failed"
+    print_text(f"{as_named(page)}: {failed}", as_json=args.json)
     return found.passed
 
 

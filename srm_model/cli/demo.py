@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from srm_model import runs
 from srm_model.cli import attack
 from srm_model.cli.options import device_from
+from srm_model.cli.tables import print_text
 from srm_model.cli.train import print_clean
 from srm_model.config import SRMConfig
 from srm_model.data.synthesize import synthesize
@@ -79,13 +81,14 @@ def _run(args: argparse.Namespace) -> None:
             results.append((out / neck, result))
     report = write_report(out)
 
-    print("Clean test images, from photographs that training has not seen:")
-    print_clean([out / neck for neck in NECKS])
-    print(f"\nAttacked, {images} of those images:")
-    attack.print_results(results)
-    print(
+    text = partial(print_text, as_json=args.json)
+    text("Clean test images, from photographs that training has not seen:")
+    print_clean([out / neck for neck in NECKS], as_json=args.json, table="clean")
+    text(f"\nAttacked, {images} of those images:")
+    attack.print_results(results, as_json=args.json, table="attacked")
+    text(
         f"\nThe labels come from the metric {splits['test'].labels.partition(':')[2].upper()}, which compares each "
         "image with its original, and not from people.\n"
         "The test set is too small to compare the necks."
     )
-    print(f"\nReport: {report}")
+    text(f"\nReport: {report}")

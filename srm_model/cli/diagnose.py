@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -13,6 +14,7 @@ from srm_model import runs
 from srm_model.attacks.suite import spread
 from srm_model.cli.options import device_from
 from srm_model.cli.streams import as_named
+from srm_model.cli.tables import print_json, print_text
 from srm_model.diagnosis import diagnose
 from srm_model.files import write_json, write_text
 from srm_model.necks import NECKS
@@ -51,8 +53,24 @@ def _diagnose_all(args: argparse.Namespace, folders: list[Path]) -> None:
         write_text(out / "diagnosis.md", markdown(found))
         pictures = [_picture(dataset[index][0]) for index in indices[:PICTURED]]
         write_text(out / "diagnosis.html", render(found, about, pictures))
-        print(markdown(found))
-        print(as_named(out / "diagnosis.html"))
+        if args.json:
+            for table, rows in _rows(found).items():
+                print_json([{"checkpoint": str(folder), **row} for row in rows], table)
+        else:
+            print(markdown(found))
+        print_text(as_named(out / "diagnosis.html"), as_json=args.json)
+
+
+def _rows(found: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Return the rows of the tables that `markdown` formats, by table."""
+    return {
+        "settings": [{"setting": name, **summary} for name, summary in found["table"].items()],
+        "links": [
+            {"link": name, "rank": link["rank"], **link["all"]} for name, link in found["links"].items()
+        ],
+        "errors": found["errors"],
+        "changes": found["changes"],
+    }
 
 
 def _picture(image: Tensor) -> Image.Image:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from srm_model.cli.options import attack_config_from, device_from, positive
+from srm_model.cli.options import attack_config_from, budgets_of, device_from, positive
 from srm_model.config import SRMConfig
 
 if TYPE_CHECKING:
@@ -183,6 +183,7 @@ def attack(args: argparse.Namespace, writes: bool) -> list[tuple[Path, dict[str,
 
     subject = Subject(args)
     config = subject.config
+    budgets = [(norm, eps) for norm in args.norm for eps in budgets_of(norm, args.eps, config)]
     suite = args.suite if subject.has_gradient else "queries"
     chosen: dict[str, Any] = {"limit": args.limit, "keep": args.keep, "suite": suite}
     settings = {
@@ -197,25 +198,24 @@ def attack(args: argparse.Namespace, writes: bool) -> list[tuple[Path, dict[str,
     }
     progress = writes and not args.no_progress
     results = []
-    for norm in args.norm:
-        for eps in args.eps or norm_of(norm).tables_of(config):
-            path = Path(args.out, "attacks", result_name(norm, eps))
-            found = known_result(path, settings)
-            if found is None:
-                if progress:
-                    runs.say(f"attacking {args.model} with {norm} {norm_of(norm).brief(eps)}")
-                found = attack_model(
-                    subject.model,
-                    subject.dataset,
-                    path,
-                    settings,
-                    norm=norm,
-                    eps=eps,
-                    config=config,
-                    surrogate=subject.surrogate,
-                    progress=progress,
-                    writes=writes,
-                    **chosen,
-                )
-            results.append((Path(args.model), found))
+    for norm, eps in budgets:
+        path = Path(args.out, "attacks", result_name(norm, eps))
+        found = known_result(path, settings)
+        if found is None:
+            if progress:
+                runs.say(f"attacking {args.model} with {norm} {norm_of(norm).brief(eps)}")
+            found = attack_model(
+                subject.model,
+                subject.dataset,
+                path,
+                settings,
+                norm=norm,
+                eps=eps,
+                config=config,
+                surrogate=subject.surrogate,
+                progress=progress,
+                writes=writes,
+                **chosen,
+            )
+        results.append((Path(args.model), found))
     return results

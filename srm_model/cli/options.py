@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from srm_model.config import REGISTERED, STORED, SRMConfig, registered
 from srm_model.files import read_json
+from srm_model.norms import NORMS, norm_of
 
 if TYPE_CHECKING:
     import torch
@@ -203,6 +204,43 @@ def budget(text: str) -> float:
         return parse_budget(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def default_norms() -> list[str]:
+    """Return the norms that have default budgets."""
+    return [name for name, norm in NORMS.items() if norm.tables_of(SRMConfig())]
+
+
+def budget_help(*, last: bool = False) -> str:
+    """Return the part of the help of `--eps` that depends on the norms.
+
+    Args:
+        last: Whether the default is only the last budget of the tables, and not all of them.
+    """
+    config, start = SRMConfig(), -1 if last else None
+    notes = [norm.stated for norm in NORMS.values() if norm.stated]
+    defaults = [
+        f"{' and '.join(map(NORMS[name].brief, NORMS[name].tables_of(config)[start:]))} for {name}"
+        for name in default_norms()
+    ]
+    return f"{'; '.join(notes)} (default: {', '.join(defaults)})"
+
+
+def budgets_of(norm: str, given: Sequence[float] | None, config: SRMConfig) -> tuple[float, ...]:
+    """Return the budgets of `--eps`, or the default budgets of the norm.
+
+    Args:
+        norm: Name of the norm.
+        given: Budgets of `--eps`, or None.
+        config: Config with the default budgets.
+
+    Raises:
+        ValueError: No budget is given, and the norm has no default budget.
+    """
+    found = norm_of(norm).tables_of(config) if given is None else tuple(given)
+    if not found:
+        raise ValueError(f"--norm {norm}: has no default budget; expected --eps")
+    return found
 
 
 def device_from(name: str | None) -> torch.device:

@@ -6,6 +6,7 @@ import argparse
 from functools import partial
 from typing import Any, NoReturn
 
+from srm_model.attack_suites import SUITES
 from srm_model.cli.external import add_labels, add_model, images_of
 from srm_model.cli.options import (
     add_backend,
@@ -15,15 +16,17 @@ from srm_model.cli.options import (
     add_seed,
     backend_name,
     budget,
+    budget_help,
     byte_count,
+    default_norms,
     not_negative,
     positive,
     seconds,
     width_and_height,
 )
+from srm_model.cli.tables import add_json
 from srm_model.necks import NECKS
 from srm_model.norms import NORMS
-from srm_model.suites import SUITES
 
 _AUDIT = (
     "Writes audit.json and audit.html into the checkpoint's folder. The exit code is 1 if a check failed."
@@ -69,7 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     command = partial(_command, commands)
 
-    _add_demo(command("demo", "run the full pipeline on bundled photographs"))
+    _add_demo(command("demo", "run the full pipeline on bundled photographs", table=True))
     data = commands.add_parser("data", help="make or check a dataset", description="Make or check a dataset.")
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
     _add_synthesize(
@@ -84,15 +87,28 @@ def make_parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="check and time the kernels on the GPU", add_help=False)
     verify.set_defaults(run="verify:run", traceback=False)
     _add_verify(verify)
-    _add_train(command("train", "train necks on a dataset, then evaluate them on its test split"))
-    _add_evaluate(command("evaluate", "compute clean SROCC and PLCC of checkpoints", run="train:evaluate"))
-    _add_attack(command("attack", "attack checkpoints and report the correlation with the labels"))
-    _add_audit(command("audit", "run ten checks for masked gradients", _AUDIT))
-    _add_ablate(command("ablate", "train, attack and measure what a study file declares", _ABLATE))
-    _add_diagnose(
-        command("diagnose", "report condition numbers, solvers and landmarks of a checkpoint", _DIAGNOSE)
+    _add_train(command("train", "train necks on a dataset, then evaluate them on its test split", table=True))
+    _add_evaluate(
+        command("evaluate", "compute clean SROCC and PLCC of checkpoints", run="train:evaluate", table=True)
     )
-    _add_profile(command("profile", "measure parameters, MACs, time and memory of necks", _PROFILE))
+    _add_attack(
+        command("attack", "attack checkpoints and report the correlation with the labels", table=True)
+    )
+    _add_audit(command("audit", "run ten checks for masked gradients", _AUDIT, table=True))
+    _add_ablate(
+        command("ablate", "train, attack and measure what a study file declares", _ABLATE, table=True)
+    )
+    _add_diagnose(
+        command(
+            "diagnose",
+            "report condition numbers, solvers and landmarks of a checkpoint",
+            _DIAGNOSE,
+            table=True,
+        )
+    )
+    _add_profile(
+        command("profile", "measure parameters, MACs, time and memory of necks", _PROFILE, table=True)
+    )
     _add_score(command("score", "score image files, folders or lists", _SCORE))
     exported = command("export", "write weights, an exported program and a model card")
     exported.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint folder, or a run with one")
@@ -102,12 +118,21 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _command(
-    commands: argparse._SubParsersAction[_Parser], name: str, summary: str, details: str = "", run: str = ""
+    commands: argparse._SubParsersAction[_Parser],
+    name: str,
+    summary: str,
+    details: str = "",
+    run: str = "",
+    *,
+    table: bool = False,
 ) -> _Parser:
+    """Add a command with the options of every command, and `--json` if the command prints a table."""
     description = f"{summary[0].upper()}{summary[1:]}. {details}".strip()
     made = commands.add_parser(name, help=summary, description=description)
     made.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     made.add_argument("--no-progress", action="store_true", help="show no progress on stderr")
+    if table:
+        add_json(made)
     made.set_defaults(run=run or f"{name}:run")
     return made
 
@@ -234,13 +259,20 @@ def _add_attack(parser: argparse.ArgumentParser) -> None:
     _add_checkpoint(parser, or_model=True)
     _add_data_choice(parser)
     add = parser.add_argument
-    add("--norm", nargs="+", default=list(NORMS), choices=tuple(NORMS), help="norms (default: all)")
+    norms = default_norms()
+    add(
+        "--norm",
+        nargs="+",
+        default=norms,
+        choices=tuple(NORMS),
+        help=f"norms (default: {'all' if norms == list(NORMS) else ' '.join(norms)})",
+    )
     add(
         "--eps",
         nargs="+",
         type=budget,
         metavar="E",
-        help="budgets, such as 4/255, in the norm of --norm; an L2 budget is for 512×512 (default: the article's)",
+        help=f"budgets, such as 4/255, in the norm of --norm; {budget_help()}",
     )
     _add_images(parser, "all")
     add("--keep", type=not_negative, default=4, metavar="N", help="attacked images to keep (default: 4)")
@@ -249,8 +281,8 @@ def _add_attack(parser: argparse.ArgumentParser) -> None:
         "--suite",
         default="paper",
         choices=tuple(SUITES),
-        help="paper: the article's four attacks (default); extended: six more (signed, list-wise, adaptive, "
-        "query-only); queries: three that only use scores",
+        help="paper: the article's attacks (default); extended: more attacks (signed, list-wise, adaptive, "
+        "query-only); queries: attacks that only use scores",
     )
     add_labels(add_model(parser))
     add_config(parser, "attack_steps", "attack_restarts", "attack_batch_size", "seed")
@@ -266,7 +298,7 @@ def _add_audit(parser: argparse.ArgumentParser) -> None:
         "--eps",
         type=budget,
         metavar="E",
-        help="budget, such as 4/255; an L2 budget is for 512×512 (default: 4/255 for linf, 10 for l2)",
+        help=f"budget, such as 4/255; {budget_help(last=True)}",
     )
     _add_images(parser, "16")
     _add_surrogate(parser, "check")
@@ -400,10 +432,9 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="separate names in FILE, and printed lines, by NUL bytes instead of line breaks",
     )
-    add(
-        "--json",
-        action="store_true",
-        help='print a JSON object {"path", "score", "model"} per line, with a null score and an "error" for a file '
+    add_json(
+        parser,
+        'print a JSON object {"path", "score", "model"} per line, with a null score and an "error" for a file '
         "without a score; bytes of a path that are not UTF-8 become lone surrogates, as in Python",
     )
     add(

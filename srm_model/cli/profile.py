@@ -8,12 +8,12 @@ from typing import Any
 
 from srm_model import runs
 from srm_model.cli.options import config_from, device_from
-from srm_model.cli.tables import print_table
+from srm_model.cli.tables import print_json, print_table, print_text
 from srm_model.profiling import Effort, Subject, Sweep, article_cases, cases, folder_name
 from srm_model.profiling.counting import CONVENTION
 from srm_model.profiling.machines import sentence
 from srm_model.profiling.results import append
-from srm_model.profiling.tables import cost_table, measured_table, notes, shares_table
+from srm_model.profiling.tables import cost_table, measured_table, notes, shares, shares_table
 from srm_model.profiling.traces import write_memory, write_trace
 
 ROWS = "neck.jsonl"
@@ -57,8 +57,12 @@ def run(args: argparse.Namespace) -> int:
                 runs.say(f"{len(rows)}/{len(wanted)}  {_outcome(row)}")
     finally:
         if rows:
-            _print(rows)
-            print(f"rows: {folder / ROWS}")
+            if args.json:
+                print_json(rows, "cases")
+                print_json(shares(rows), "shares")
+            else:
+                _print(rows)
+            print_text(f"rows: {folder / ROWS}", as_json=args.json)
     return 0 if any(not row["error"] for row in rows) else 2
 
 
@@ -79,9 +83,9 @@ def _print(rows: list[dict[str, Any]]) -> None:
     print()
     print_table(*measured_table([row for row in rows if not row["error"]]))
     print()
-    shares = shares_table(rows)
-    if shares[1]:
-        print_table(*shares)
+    compared = shares_table(rows)
+    if compared[1]:
+        print_table(*compared)
         print()
     for kernels in dict.fromkeys(row["kernels"] for row in rows if row["kernels"]):
         print(f"kernels: {kernels}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -22,6 +21,7 @@ from srm_model.cli.external import check_model_options, interface_of
 from srm_model.cli.maps import Maps
 from srm_model.cli.options import device_from
 from srm_model.cli.streams import as_named, sentence
+from srm_model.cli.tables import print_json
 from srm_model.data import load_image
 from srm_model.data.lists import decode
 from srm_model.data.photographs import SUFFIXES
@@ -236,7 +236,7 @@ def _print(result: _Result, model: str, drawn: str | None, args: argparse.Namesp
         row = {"path": _as_json(path), "score": score, "model": model}
         row |= {} if drawn is None else {"map": _as_json(drawn)}
         row |= {} if fault is None else {"error": sentence(fault)}
-        print(json.dumps(row, allow_nan=False))
+        print_json([row])
     elif score is not None:
         name = as_named(path)
         if not args.null:

@@ -1,13 +1,66 @@
-"""The tables that commands print, as plain text."""
+"""The tables that commands print: rows of values, as plain text or, with `--json`, as one JSON object per row.
+
+Every command that prints a table has `--json` by `add_json`, and prints by `print_rows` or `print_json`. The exception
+is `report --table`, which prints the tables of a study as Markdown; their values are in the study's `results.jsonl`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+
+from srm_model.files import finite
+from srm_model.messages import say
+
+Row = Mapping[str, Any]
+# From the heading of a column to the name of its value, or to a function that returns the cell of a row.
+Columns = Mapping[str, str | Callable[[Row], Any]]
+_HELP = "print one JSON object per row of each table, with unrounded values, and all other text on stderr"
+
+
+def add_json(parser: argparse.ArgumentParser, text: str = _HELP) -> None:
+    """Add `--json`, with this help text."""
+    parser.add_argument("--json", action="store_true", help=text)
+
+
+def print_rows(
+    rows: Sequence[Row], columns: Columns, *, as_json: bool = False, table: str | None = None
+) -> None:
+    """Print a table of text, or its rows as JSON.
+
+    Args:
+        rows: Values by name. JSON has all of them, text only those in a column.
+        columns: The columns of the text.
+        as_json: Whether to print JSON.
+        table: Name of the table in JSON, for a command that prints several tables.
+    """
+    if as_json:
+        print_json(rows, table)
+        return
+    sources = columns.values()
+    cells = [[row[find] if isinstance(find, str) else find(row) for find in sources] for row in rows]
+    print_table(list(columns), cells)
+
+
+def print_json(rows: Iterable[Row], table: str | None = None) -> None:
+    """Print each row as a JSON object, with the name of its table if there is one. NaN and infinities become null."""
+    about = {} if table is None else {"table": table}
+    for row in rows:
+        print(json.dumps(finite({**about, **row}), allow_nan=False))
+
+
+def print_text(text: str, *, as_json: bool = False) -> None:
+    """Print text beside a table. With JSON, print the text on stderr, so that standard output has only JSON."""
+    if as_json:
+        say(text.strip("\n"))
+    else:
+        print(text)
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Print a table, the first column left-aligned, the others right-aligned."""
+    """Print a table of text, the first column left-aligned, the others right-aligned."""
     cells = [list(header), *([cell(value) for value in row] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     for row in cells:

@@ -10,7 +10,7 @@ from typing import Any
 from srm_model import runs
 from srm_model.checkpoint import read_card
 from srm_model.cli.options import config_from, device_from
-from srm_model.cli.tables import print_table
+from srm_model.cli.tables import print_rows
 from srm_model.data import ImageCache
 from srm_model.files import read_json, write_json
 from srm_model.runs.training import EVALUATION, logistic_of, new_model, train_neck
@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> None:
     with runs.process_group() as writes, runs.writing(args.out):
         folders = _train_all(args, writes)
     if writes:
-        print_clean(folders)
+        print_clean(folders, as_json=args.json)
 
 
 def _train_all(args: argparse.Namespace, writes: bool) -> list[Path]:
@@ -62,12 +62,13 @@ def evaluate(args: argparse.Namespace) -> None:
     with runs.process_group() as writes, runs.writing(args.folder) if kept else nullcontext():
         rows = _evaluate_all(args, found, writes and kept, progress=writes and not args.no_progress)
     if writes:
-        print_table(["checkpoint", "SROCC", "PLCC", "images"], rows)
+        columns = {"checkpoint": "checkpoint", "SROCC": "srocc", "PLCC": "plcc", "images": "images"}
+        print_rows(rows, columns, as_json=args.json)
 
 
 def _evaluate_all(
     args: argparse.Namespace, folders: dict[str, Path], writes: bool, *, progress: bool
-) -> list[list[Any]]:
+) -> list[dict[str, Any]]:
     device = device_from(args.device)
     rows = []
     for name, folder in folders.items():
@@ -88,12 +89,16 @@ def _evaluate_all(
             write_json(folder / EVALUATION, {**found, **about})
         if progress:
             runs.say_kernels(model.config, device, ran)
-        rows.append([name, found["srocc"], found["plcc"], found["n"]])
+        rows.append({"checkpoint": name, **_correlations(found)})
     return rows
 
 
-def print_clean(folders: list[Path]) -> None:
-    """Print the correlations of trained checkpoints on clean images."""
-    found = [(folder.name, read_json(folder / EVALUATION)) for folder in folders]
-    rows = [[name, values["srocc"], values["plcc"], values["n"]] for name, values in found]
-    print_table(["neck", "SROCC", "PLCC", "test images"], rows)
+def print_clean(folders: list[Path], *, as_json: bool = False, table: str | None = None) -> None:
+    """Print the correlations of trained checkpoints on clean images, as in `print_rows`."""
+    rows = [{"neck": folder.name, **_correlations(read_json(folder / EVALUATION))} for folder in folders]
+    columns = {"neck": "neck", "SROCC": "srocc", "PLCC": "plcc", "test images": "images"}
+    print_rows(rows, columns, as_json=as_json, table=table)
+
+
+def _correlations(evaluation: dict[str, Any]) -> dict[str, Any]:
+    return {"srocc": evaluation["srocc"], "plcc": evaluation["plcc"], "images": evaluation["n"]}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from srm_kernels import LandmarkSolution, dyt, full_attention, nystrom_attention, select_landmarks
 from srm_kernels.attention.reference import normalised_key
-from srm_kernels.landmarks import METHODS, METHODS_OF_KERNELS
+from srm_kernels.landmarks import LANDMARK_METHODS, METHODS_OF_KERNELS
 from srm_model.config import SRMConfig
 
 
@@ -114,7 +114,7 @@ class Link(nn.Module):
 
     def _choice(self, c: SRMConfig) -> dict[str, Any]:
         """Return the operators' keyword arguments for landmarks. Evaluation mode replaces sampling methods."""
-        method, evaluated, generator = c.landmarks, METHODS[c.landmarks].evaluated, None
+        method, evaluated, generator = c.landmarks, LANDMARK_METHODS[c.landmarks].evaluated, None
         if evaluated is not None:
             if self.training:
                 generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))

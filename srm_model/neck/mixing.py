@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srm_kernels import landmark_side, merge_links, pooled_links, project_sources, serves_pooled_links
-from srm_kernels.landmarks import METHODS
+from srm_kernels.landmarks import LANDMARK_METHODS
 from srm_kernels.registration import no_autocast
 from srm_model.config import STAGES, SRMConfig
 from srm_model.modules import autocast_dtype, is_plain, rounded
@@ -54,7 +54,7 @@ def key_sides(
     Links with the same source share their launches. If landmarks are sampled, every link has its own launches.
     """
     groups = [[pair for pair in links if pair[0] == source] for source in sources]
-    if METHODS[c.landmarks].evaluated is not None:
+    if LANDMARK_METHODS[c.landmarks].evaluated is not None:
         groups = [[pair] for pair in links]  # each link samples its own landmarks
     sides: dict[Pair, tuple[Tensor, Tensor]] = {}
     for pairs in filter(None, groups):

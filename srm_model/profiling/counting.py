@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from srm_kernels import flops
-from srm_kernels.landmarks import METHODS
+from srm_kernels.landmarks import LANDMARK_METHODS
 from srm_model.backbones import STRIDES
 from srm_model.config import STAGES, SRMConfig
 from srm_model.necks import NECKS
@@ -85,7 +85,7 @@ def link_macs(config: SRMConfig, neck: str, queries: int, keys: int, cells: int 
     if neck == "quadratic":
         return H * 2 * queries * keys * d
     rank = min(config.rank, keys)
-    choice = METHODS[config.landmarks].macs(rank, keys, d)
+    choice = LANDMARK_METHODS[config.landmarks].macs(rank, keys, d)
     saved = 0 if cells is None else (queries - cells) * rank * d
     return H * (flops.attention_macs(queries, keys, rank, d) - saved + choice)
 

@@ -58,11 +58,12 @@ def measured_table(rows: Iterable[dict[str, Any]]) -> Table:
     return header, lines
 
 
-def shares_table(rows: Iterable[dict[str, Any]]) -> Table:
-    """Return the table that compares the times of necks, and the times of models with these necks.
+def shares(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return rows that compare the times of necks, and the times of models with these necks.
 
-    Times are `Times.typical`. Times of necks and of models are divided by the time with the neck `quadratic`. The time
-    of a neck is also divided by the time of its model. A neck has no row if none of these ratios was measured.
+    Times are `Times.typical`, in ms. Times of necks and of models are divided by the time with the neck `quadratic`.
+    The time of a neck is also divided by the time of its model. A neck has no row if none of these ratios was measured.
+    A value that was not measured is None.
     """
     keys = ("backbone", "settings", "resolution", "batch", "dtype", "direction")
     groups: dict[tuple[Any, ...], dict[tuple[str, str], float]] = {}
@@ -70,20 +71,38 @@ def shares_table(rows: Iterable[dict[str, Any]]) -> Table:
         if not row["error"]:
             taken = groups.setdefault(tuple(row[key] for key in keys), {})
             taken[row["part"], row["label"]] = row["typical"]
-    header = ["backbone", "px", "B", "dtype", "direction", "neck", "neck, ms", "of quadratic"]
-    header += ["model, ms", "of quadratic", "neck's share %"]
-    lines = []
-    for (backbone, settings, *shape), taken in groups.items():
+    found = []
+    for shape, taken in groups.items():
+        settings = shape[keys.index("settings")]
         rival = f"quadratic ({settings})" if settings else "quadratic"
         for label in dict.fromkeys(label for _, label in taken):
-            cells: list[str] = []
+            line: dict[str, Any] = {**dict(zip(keys, shape, strict=True)), "neck": label}
             for part in ("neck", "model"):
                 own, other = taken.get((part, label)), taken.get((part, rival))
-                cells += [number(own), number(own / other if own and other else None)]
+                line[f"{part}_ms"] = own
+                line[f"{part}_of_quadratic"] = own / other if own and other else None
             neck, model = taken.get(("neck", label)), taken.get(("model", label))
-            cells.append(percent(neck / model if neck and model else None))
-            if (label != rival and cells[1::2] != ["–", "–"]) or cells[-1] != "–":
-                lines.append([backbone, *map(str, shape), label, *cells])
+            line["neck_share"] = neck / model if neck and model else None
+            ratios = [line["neck_of_quadratic"], line["model_of_quadratic"]]
+            if (label != rival and ratios != [None, None]) or line["neck_share"] is not None:
+                found.append(line)
+    return found
+
+
+def shares_table(rows: Iterable[dict[str, Any]]) -> Table:
+    """Return the table of `shares`."""
+    header = ["backbone", "px", "B", "dtype", "direction", "neck", "neck, ms", "of quadratic"]
+    header += ["model, ms", "of quadratic", "neck's share %"]
+    words = ("backbone", "resolution", "batch", "dtype", "direction", "neck")
+    figures = ("neck_ms", "neck_of_quadratic", "model_ms", "model_of_quadratic")
+    lines = [
+        [
+            *(str(line[key]) for key in words),
+            *(number(line[key]) for key in figures),
+            percent(line["neck_share"]),
+        ]
+        for line in shares(rows)
+    ]
     return header, lines
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from srm_kernels.landmarks import METHODS
+from srm_kernels.landmarks import LANDMARK_METHODS
 from srm_model.reports.blocks import caption, missing, row, section, table, whole_page
 from srm_model.reports.charts import Series, line_chart
 from srm_model.reports.markup import Child, Markup, element
@@ -84,7 +84,9 @@ def _grid(corner: str, columns: Sequence[str], rows: Mapping[str, Sequence[str]]
 
 def _methods(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the names and titles of the landmark methods that were measured."""
-    return [(name, METHODS[name].title) for name in dict.fromkeys(e["method"] for e in found["errors"])]
+    return [
+        (name, LANDMARK_METHODS[name].title) for name in dict.fromkeys(e["method"] for e in found["errors"])
+    ]
 
 
 def _ranks(found: Mapping[str, Any]) -> list[int]:
@@ -248,6 +250,8 @@ def _map(image: Image.Image, entry: Mapping[str, Any]) -> Markup:
         discs.append(element("circle", **place, **_DISC))
     shown = png_bytes(image.convert("RGB").resize((240, 240)))
     picture = element("image", href=png_uri(shown), width=240, height=240)
-    label = f"{METHODS[entry['method']].title}: {count(int((counts > 0).sum()), 'key')} of {counts.size}"
+    label = (
+        f"{LANDMARK_METHODS[entry['method']].title}: {count(int((counts > 0).sum()), 'key')} of {counts.size}"
+    )
     svg = element("svg", picture, discs, viewBox="0 0 240 240", role="img", aria_label=label)
     return element("figure", svg, element("figcaption", label))

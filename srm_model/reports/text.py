@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from srm_model.attack_suites import LABELS
 from srm_model.norms import NORMS
-from srm_model.suites import LABELS
 
 MINUS, DASH = "−", "—"
 

@@ -12,19 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from srm_kernels.conditioning import SOLVERS
-from srm_kernels.landmarks import METHODS
+from srm_kernels.landmarks import LANDMARK_METHODS
+from srm_model.attack_suites import SUITES
 from srm_model.attacks.problem import check_budget, parse_budget
 from srm_model.config import SRMConfig
 from srm_model.necks import NECKS
 from srm_model.norms import NORMS
-from srm_model.suites import SUITES
 
 FULL = "full"  # the variant without overrides
 # The ablations of table 11: from name to overrides of the config, or to a function from config to overrides.
 ABLATIONS: dict[str, Any] = {
     **{
         f"{method.title} landmarks": {"landmarks": name}
-        for name, method in METHODS.items()
+        for name, method in LANDMARK_METHODS.items()
         if method.evaluated is None
     },
     "no τ": {"tau": False},

@@ -11,7 +11,7 @@ from oracle import tokens
 from torch import Tensor
 
 from srm_kernels import full_attention, landmark_solve, nystrom_attention, select_landmarks
-from srm_kernels.landmarks import METHODS
+from srm_kernels.landmarks import LANDMARK_METHODS
 
 DIRECT = ("cholesky", "lu", "svd", "auto")
 LOW = (torch.float32, torch.bfloat16, torch.float16)
@@ -130,7 +130,7 @@ def test_the_order_of_landmarks_does_not_matter(solver):
 
 
 @pytest.mark.parametrize("qk_norm", QK_NORMS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", LANDMARK_METHODS)
 def test_landmarks_are_chosen_among_the_normalised_keys(method, qk_norm):
     q, k, v = inputs(7, nk=40)
     k = k * torch.linspace(0.1, 4, 40, dtype=torch.float64)[:, None]
@@ -151,7 +151,7 @@ def test_gamma_and_generator_reach_the_choice_of_landmarks():
     oracle.agree(y, oracle.nystrom(q, k, v, landmarks))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", LANDMARK_METHODS)
 def test_no_generator_means_seed_zero_and_leaves_the_global_generator_alone(method):
     q, k, v = inputs(9)
     before = torch.get_rng_state()
@@ -308,7 +308,7 @@ def test_inputs_are_left_as_they_are():
 
 
 @pytest.mark.parametrize("solver", [*DIRECT, "neumann"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", LANDMARK_METHODS)
 def test_nan_in_a_key_stays_in_its_head_and_sample(method, solver):
     q, k, v = inputs(21, dtype=torch.float32)
     expected = nystrom_attention(q, k, v, RANK, method=method, solver=solver)

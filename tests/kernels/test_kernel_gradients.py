@@ -27,7 +27,7 @@ from srm_kernels import (
     select_landmarks,
 )
 from srm_kernels.conditioning import SOLVERS
-from srm_kernels.landmarks import METHODS
+from srm_kernels.landmarks import LANDMARK_METHODS
 
 QK_NORMS = (None, "keys", "both")
 
@@ -108,7 +108,7 @@ def test_nystrom_attention(solver, equilibrate, qk_norm):
 
 
 @pytest.mark.parametrize("solve_dtype", ["fp32", "model"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", LANDMARK_METHODS)
 def test_nystrom_attention_with_its_own_landmarks(method, solve_dtype):
     tensors, _ = attention_inputs()
     assert gradcheck(
@@ -323,5 +323,5 @@ def test_torchs_own_attention_says_that_it_has_no_second_derivative(backend):
 
 def test_indices_and_backends_carry_no_gradient():
     (key,) = leaves(tokens(12, 1, 1, 8, 3))
-    for method in METHODS:
+    for method in LANDMARK_METHODS:
         assert not srm_kernels.select_landmarks(key, 4, method=method).requires_grad

@@ -11,9 +11,14 @@ from oracle import tokens
 from torch import Tensor
 
 from srm_kernels import ridge_leverage_scores, select_landmarks
-from srm_kernels.landmarks import METHODS
+from srm_kernels.landmarks import LANDMARK_METHODS, methods
 
 HALF = (torch.bfloat16, torch.float16)
+
+
+def test_every_method_is_described():
+    for name in LANDMARK_METHODS:
+        assert f'\n- "{name}": ' in (methods.__doc__ or "")
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -198,7 +203,7 @@ def test_leverage_sample_can_take_keys_of_no_leverage_when_nothing_else_is_left(
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", LANDMARK_METHODS)
 def test_indices_are_distinct_int64_and_in_range(method, dtype):
     key = tokens(13, 2, 3, 30, 7, dtype=dtype)
     for rank in (1, 9, 30):
@@ -210,20 +215,20 @@ def test_indices_are_distinct_int64_and_in_range(method, dtype):
         assert bool(picks.sort(-1).values.diff(dim=-1).gt(0).all())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", LANDMARK_METHODS)
 def test_rank_over_the_number_of_keys_is_clamped(method):
     key = tokens(14, 1, 2, 6, 4)
     assert torch.equal(select_landmarks(key, 50, method=method), select_landmarks(key, 6, method=method))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", LANDMARK_METHODS)
 def test_duplicated_keys_still_give_distinct_indices(method):
     key = tokens(15, 1, 2, 4, 6, dtype=torch.float32).repeat(1, 1, 5, 1)
     picks = select_landmarks(key, 15, method=method)
     assert bool(picks.sort(-1).values.diff(dim=-1).gt(0).all())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", LANDMARK_METHODS)
 def test_no_generator_means_seed_zero_and_leaves_the_global_generator_alone(method):
     key = tokens(16, 2, 2, 40, 6)
     before = torch.get_rng_state()
@@ -250,7 +255,7 @@ def test_a_generator_advances_from_draw_to_draw():
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", LANDMARK_METHODS)
 def test_every_head_and_sample_sees_the_same_random_numbers(method):
     key = tokens(19, 1, 1, 40, 6).expand(3, 2, 40, 6)
     picks = select_landmarks(key, 9, method=method)
@@ -258,7 +263,7 @@ def test_every_head_and_sample_sees_the_same_random_numbers(method):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", LANDMARK_METHODS)
 def test_a_sample_chooses_the_same_landmarks_alone_and_in_a_batch(method, dtype):
     key = tokens(20, 4, 2, 50, 16, dtype=dtype)
     together = select_landmarks(key, 12, method=method)
@@ -266,7 +271,7 @@ def test_a_sample_chooses_the_same_landmarks_alone_and_in_a_batch(method, dtype)
         assert torch.equal(select_landmarks(key[i : i + 1], 12, method=method)[0], together[i])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", LANDMARK_METHODS)
 def test_strides_do_not_matter(method):
     key = tokens(21, 2, 3, 30, 8)
     picks = select_landmarks(key, 7, method=method)
@@ -277,7 +282,7 @@ def test_strides_do_not_matter(method):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", LANDMARK_METHODS)
 def test_a_non_finite_key_leaves_valid_indices_and_the_other_matrices_alone(method, bad):
     key = tokens(22, 2, 2, 24, 6, dtype=torch.float32)
     expected = select_landmarks(key, 8, method=method)

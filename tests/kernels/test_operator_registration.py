@@ -36,7 +36,7 @@ from srm_kernels import (
     select_landmarks,
     tau_loss,
 )
-from srm_kernels.landmarks import METHODS
+from srm_kernels.landmarks import LANDMARK_METHODS
 
 # Reached by backend="triton" alone, and checked in test_triton_attention.py.
 KERNELS_ROAD = {"srm::landmark_attention"}
@@ -154,7 +154,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[..., tuple[Tensor, ...]]]] =
             lambda k, m=m: select_landmarks(k, 3, method=m),
             lambda *a: attention(*a)[1:2],
         )
-        for m in METHODS
+        for m in LANDMARK_METHODS
     },
 }
 
@@ -241,7 +241,7 @@ def test_compiles_without_graph_breaks(name):
 
 def test_landmark_selection_compiles_without_graph_breaks():
     def choose(key: Tensor) -> list[Tensor]:
-        return [select_landmarks(key, 3, method=m) for m in METHODS]
+        return [select_landmarks(key, 3, method=m) for m in LANDMARK_METHODS]
 
     torch.compiler.reset()
     key = attention()[1]
@@ -364,7 +364,7 @@ RANKED: dict[str, Callable[..., Any]] = {
     "diagnostics": lambda q, k, v: nystrom_attention(q, k, v, k.shape[2] // 4, diagnostics=True)[0],
     **{
         f"select_landmarks {m}": lambda q, k, v, m=m: select_landmarks(k, k.shape[2] // 4, method=m)
-        for m in METHODS
+        for m in LANDMARK_METHODS
     },
 }
 

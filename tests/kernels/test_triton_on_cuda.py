@@ -15,7 +15,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-METHODS = ("leverage", "pivoted_cholesky")
+METHODS = ("leverage", "uniform", "pivoted_cholesky")
 
 
 def inputs(

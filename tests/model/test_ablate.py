@@ -350,6 +350,22 @@ def test_jobs_of_one_name_are_refused(place: Path):
         jobs(Context(study, place / "nowhere", torch.device("cpu"), progress=False))
 
 
+def test_the_summary_is_also_json(place: Path, out: Path, capsys: pytest.CaptureFixture[str]):
+    arguments = ["ablate", str(place / "study.toml"), "--out", str(out), "--device", "cpu", "--no-progress"]
+    assert main(arguments) == 0
+    text = capsys.readouterr().out.splitlines()
+    assert main([*arguments, "--json"]) == 0
+    shown = capsys.readouterr()
+    rows = [json.loads(line) for line in shown.out.splitlines()]
+    assert shown.err.splitlines() == text[-1:]
+    assert [line.split() for line in text[:-1]] == [
+        ["results", "lines"],
+        *([row["results"], str(row["lines"])] for row in rows),
+    ]
+    assert main([*arguments, "--json", "--list"]) == 2
+    assert "--json: --list, --dry-run and --job print no table" in capsys.readouterr().err
+
+
 def test_one_rule_finds_the_surrogate_of_every_model(place: Path, out: Path):
     for model in read_study(place / "study.toml").models():
         assert surrogate_of(out / model.folder) == out / model.surrogate.folder

@@ -21,14 +21,15 @@ import torch
 import torch.multiprocessing as mp
 from PIL import Image
 
-from srm_model import SRMConfig, build_model
+from srm_model import SRMConfig, build_model, cli
 from srm_model.checkpoint import read_card, save_model
-from srm_model.cli import main
+from srm_model.cli import main, tables
 from srm_model.cli.parser import make_parser
 from srm_model.data import load_image, open_dataset
 from srm_model.data.synthesize import synthesize
 from srm_model.files import read_json, write_json
 from srm_model.metrics import LogisticMap, plcc, srocc
+from srm_model.norms import NORMS, LInf
 from srm_model.reports import study_tables
 
 SMALL = {
@@ -224,6 +225,131 @@ def test_attack_writes_results_and_pictures_and_goes_on_where_it_stopped(
             main([*arguments, "--steps", "3"])
 
 
+def test_a_norm_without_default_budgets_needs_eps(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    class Bare(LInf):
+        name = "bare"
+        stated = "a bare budget is for any size"
+
+    monkeypatch.setitem(NORMS, "bare", Bare())
+    folder = shutil.copytree(run, tmp_path / "run") / "none"
+    quiet = ("--norm", "bare", "--device", "cpu", "--no-progress")
+    for command in ("attack", "audit"):
+        told = fails(capsys, command, folder, *quiet)
+        assert told == f"srm-iqa {command}: --norm bare: has no default budget; expected --eps\n"
+        assert main([command, "--help"]) == 0
+        text = " ".join(capsys.readouterr().out.split())
+        assert "an L2 budget is for 512×512; a bare budget is for any size (default: " in text
+        assert ("(default: linf l2)" in text) == (command == "attack")
+        assert "(default: 1/255 and 4/255 for linf, 2.5 and 10 for l2)" in text or command == "audit"
+        assert "(default: 4/255 for linf, 10 for l2)" in text or command == "attack"
+    arguments = [*quiet, "--eps", "1/255", "--steps", "1", "--restarts", "1", "--keep", "0"]
+    assert main(["attack", str(folder), *arguments]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[:3] == ["none", "bare", "1/255"]
+
+
+PRINTS = re.compile(r"\bprint_(?:rows|json|table|clean|results)\(")
+
+
+def test_every_command_that_prints_a_table_has_json():
+    folder = Path(cli.__file__).parent
+    printing, with_json = set(), set()
+    for name, parser in _commands(make_parser()):
+        if (run := parser.get_default("run")) is None:
+            continue
+        module = folder / f"{run.partition(':')[0]}.py"
+        printing |= {name} if PRINTS.search(module.read_text(encoding="utf-8")) else set()
+        with_json |= {name} if "--json" in parser._option_string_actions else set()
+    assert printing == with_json
+    assert len(printing) == 9
+    for path in folder.glob("*.py"):
+        assert path.name == "tables.py" or '"--json"' not in path.read_text(encoding="utf-8"), path
+
+
+def in_both_forms(
+    capsys: pytest.CaptureFixture[str], *arguments: Any
+) -> tuple[list[list[str]], list[dict[str, Any]]]:
+    """The lines of a command's table, split into words, and the rows that --json prints."""
+    texts = []
+    for more in ([], ["--json"]):
+        assert main([*map(str, arguments), "--device", "cpu", "--no-progress", *more]) in (0, 1)
+        texts.append(capsys.readouterr().out.splitlines())
+    return [line.split() for line in texts[0]], [json.loads(line) for line in texts[1]]
+
+
+def test_json_has_the_values_of_the_table(
+    run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder = shutil.copytree(run, tmp_path / "run")
+
+    def figures(*values: float | None) -> list[str]:
+        return ["undefined" if value is None else f"{value:.3f}" for value in values]
+
+    table, rows = in_both_forms(capsys, "evaluate", folder)
+    assert table[0] == ["checkpoint", "SROCC", "PLCC", "images"]
+    assert table[1:] == [
+        [row["checkpoint"], *figures(row["srocc"], row["plcc"]), str(row["images"])] for row in rows
+    ]
+    evaluation = read_json(folder / "srm" / "evaluation.json")
+    assert rows[0] == {"checkpoint": "srm", **{k: evaluation[k] for k in ("srocc", "plcc")}, "images": 6}
+
+    trained = ["--data", data, "--out", folder, "--neck", "srm", "none", *SETTINGS]
+    table, rows = in_both_forms(capsys, "train", *trained, "--backbone", "test_convnext")
+    assert table[0] == ["neck", "SROCC", "PLCC", "test", "images"]
+    assert table[1:] == [
+        [row["neck"], *figures(row["srocc"], row["plcc"]), str(row["images"])] for row in rows
+    ]
+
+    brief = ("--steps", "1", "--restarts", "1", "--limit", "4")
+    table, rows = in_both_forms(capsys, "attack", folder, "--norm", "linf", "--eps", "4/255", *brief)
+    assert len(rows) == 2
+    for line, row in zip(table[1:], rows, strict=False):
+        correlations = [row[f"{which}_{name}"] for name in ("srocc", "plcc") for which in ("clean", "worst")]
+        assert line == [
+            row["model"],
+            "linf",
+            "4/255",
+            *figures(*correlations),
+            row["worst_attack"],
+            str(row["images"]),
+        ]
+        assert row["eps"] == 4 / 255
+        result = read_json(folder / row["model"] / "attacks" / "linf-0.0156863.json")
+        assert row["worst_srocc"] == result["worst"]["srocc"]
+        assert row["doubts"] == result["worst"]["doubts"]
+
+    table, rows = in_both_forms(capsys, "audit", folder / "none", *brief, "--queries", "5")
+    checks = read_json(folder / "none" / "audit.json")["checks"]
+    assert len(rows) == len(checks) == len(table) - 2 == 10
+    for line, row, check in zip(table[1:-1], rows, checks, strict=True):
+        verdict = {True: "passed", False: "failed", None: "not run"}[row["passed"]]
+        assert " ".join(line) == f"{row['title']} {verdict} {row['figure']}"
+        assert row.pop("check") == check["name"]
+        assert row == {"model": "none", "norm": "linf", "eps": 4 / 255} | {
+            key: check[key] for key in ("title", "passed", "figure", "data")
+        }
+
+
+def test_json_keeps_other_text_off_standard_output(capsys: pytest.CaptureFixture[str]):
+    rows = [
+        {"name": "κ\udcff", "value": float("nan"), "hidden": 1 / 3},
+        {"name": "b", "value": 2, "hidden": None},
+    ]
+    columns: tables.Columns = {"name": "name", "doubled": lambda row: 2 * row["value"]}
+    tables.print_rows(rows[1:], columns)
+    tables.print_text("beside")
+    assert capsys.readouterr() == ("name  doubled\nb           4\nbeside\n", "")
+    tables.print_rows(rows, columns, as_json=True, table="first")
+    tables.print_text("\nbeside\n", as_json=True)
+    printed, said = capsys.readouterr()
+    assert [json.loads(line) for line in printed.splitlines()] == [
+        {"table": "first", "name": "κ\udcff", "value": None, "hidden": 1 / 3},
+        {"table": "first", **rows[1]},
+    ]
+    assert said == "beside\n"
+
+
 def test_report_of_the_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "page.html"
     assert main(["report", str(run), "--out", str(out)]) == 0
@@ -345,8 +471,8 @@ def test_bad_arguments_are_one_sentence(
         (["fly"], "invalid choice: 'fly'"),
         ([*train, "--epochs", "many"], "invalid int value: 'many'"),
         ([*train, "--set", "rank"], "--set rank: expected KEY=VALUE"),
-        (["attack", run, "--set", "landmarks=uniform"], "landmarks: fixed by training; --set"),
-        (["audit", run, "--set", "landmarks=uniform"], "landmarks: fixed by training; --set"),
+        (["attack", run, "--set", "landmarks=leverage"], "landmarks: fixed by training; --set"),
+        (["audit", run, "--set", "landmarks=leverage"], "landmarks: fixed by training; --set"),
         ([*train, "--set", "rnak=3"], "unknown config key rnak"),
         ([*train, "--set", "rank=0"], "config rank=0: expected at least 1"),
         ([*train, "--set", "epochs=2.5"], "config epochs=2.5: expected int"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from srm_kernels import backends, checks, nystrom_attention, select_landmarks
-from srm_kernels.landmarks.reference import METHODS, Keys, Method
+from srm_kernels.landmarks.methods import LANDMARK_METHODS, Keys, LandmarkMethod
 from srm_model import SRMConfig
 from srm_model.cli import main
 from srm_model.config import REGISTERED, registered
@@ -60,7 +60,9 @@ def test_a_landmark_method_that_is_registered_is_known_everywhere(monkeypatch, c
     def first(keys: Keys) -> torch.Tensor:
         return torch.arange(keys.options.rank).expand(*keys.key.shape[:2], -1).clone()
 
-    monkeypatch.setitem(METHODS, "first", Method(first, "the first keys", lambda rank, keys, d: 0))
+    monkeypatch.setitem(
+        LANDMARK_METHODS, "first", LandmarkMethod(first, "the first keys", lambda rank, keys, d: 0)
+    )
     key = torch.randn(1, 2, 9, 8)
     assert select_landmarks(key, 3, method="first")[0].tolist() == [[0, 1, 2]] * 2
     assert nystrom_attention(key, key, key, 3, method="first").shape == key.shape

@@ -17,7 +17,7 @@ from srm_model import SRMConfig, build_model
 from srm_model.checkpoint import save_model
 from srm_model.cli import main
 from srm_model.data.synthesize import synthesize
-from srm_model.diagnosis import METHODS, diagnose, table_rows
+from srm_model.diagnosis import MEASURED_METHODS, diagnose, table_rows
 from srm_model.reports.conditioning import markdown, render
 
 SMALL = SRMConfig(channels=16, heads=2, rank=8, pool_size=2, image_size=128)
@@ -147,8 +147,8 @@ def test_errors_by_method_and_rank(found):
     """16 keys at r = 8: a quarter, a half, once and twice the rank; every key as a landmark leaves the ridge alone."""
     ranks = {entry["rank"] for entry in found["errors"]}
     assert ranks == {2, 4, 8, 16}
-    assert {entry["method"] for entry in found["errors"]} == set(METHODS)
-    for method in METHODS:
+    assert {entry["method"] for entry in found["errors"]} == set(MEASURED_METHODS)
+    for method in MEASURED_METHODS:
         by_rank = {e["rank"]: e["median"] for e in found["errors"] if e["method"] == method}
         assert by_rank[16] < 0.05 < by_rank[2]
 
@@ -244,4 +244,18 @@ def test_the_command_writes_three_files(model, tmp_path: Path, capsys: pytest.Ca
     assert document["config"]["rank"] == 8
     assert (out / "diagnosis.md").read_text("utf-8") in printed
     assert "<!doctype html>" in (out / "diagnosis.html").read_text("utf-8")
+    assert main([*arguments, "--device", "cpu", "--json"]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == f"{out / 'diagnosis.html'}\n"
+    rows = [json.loads(text) for text in shown.out.splitlines()]
+    assert {row.pop("checkpoint") for row in rows} == {str(out)}
+    tables = {row["table"]: [] for row in rows}
+    for row in rows:
+        tables[row.pop("table")].append(row)
+    assert list(tables) == ["settings", "links", "errors", "changes"]
+    assert tables["settings"] == [{"setting": name, **found} for name, found in document["table"].items()]
+    assert [row["kappa"] for row in tables["links"]] == [
+        link["all"]["kappa"] for link in document["links"].values()
+    ]
+    assert [tables["errors"], tables["changes"]] == [document["errors"], document["changes"]]
     assert main(["diagnose", str(tmp_path / "nowhere")]) == 2

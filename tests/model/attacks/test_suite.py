@@ -12,7 +12,7 @@ from safetensors.torch import save
 from torch.utils.data import Subset
 
 from srm_model.attacks import MSE, Attack, Drift, PairInversion, Suite, pgd
-from srm_model.attacks import suite as suite_module
+from srm_model.attacks.methods import ATTACK_METHODS
 from srm_model.config import SRMConfig
 from srm_model.files import read_json, write_json
 from srm_model.metrics import LogisticMap, plcc, srocc
@@ -164,13 +164,13 @@ def test_eps_zero_leaves_every_score():
 
 def test_settings_come_from_the_config_and_batches_of_eight_from_the_order(monkeypatch):
     seen = []
-    genuine = suite_module.pgd_trace
+    genuine = ATTACK_METHODS["pgd"]
 
     def spy(model, images, mos, objective, **arguments):
         seen.append((len(images), arguments["steps"], arguments["restarts"], arguments["eot"]))
-        return genuine(model, images, mos, objective, **arguments)
+        return genuine.trace(model, images, mos, objective, **arguments)
 
-    monkeypatch.setattr(suite_module, "pgd_trace", spy)
+    monkeypatch.setitem(ATTACK_METHODS, "pgd", genuine._replace(trace=spy))
     result = Suite.paper(CONFIG).run(linear(), Images(), norm="linf", eps=4 / 255)
     assert seen == [(8, 4, 2, 1)] * 3 + [(3, 4, 2, 1)] * 3
     assert (result.steps, result.restarts, result.batch_size, result.eot) == (4, 2, 8, 1)
@@ -197,13 +197,13 @@ def test_the_seed_decides_and_the_global_state_does_not():
 
 def test_each_batch_and_attack_has_its_own_random_starts(monkeypatch):
     starts = []
-    genuine = suite_module.pgd_trace
+    genuine = ATTACK_METHODS["pgd"]
 
     def spy(*arguments, generator, **more):
         starts.append(generator.initial_seed())
-        return genuine(*arguments, generator=generator, **more)
+        return genuine.trace(*arguments, generator=generator, **more)
 
-    monkeypatch.setattr(suite_module, "pgd_trace", spy)
+    monkeypatch.setitem(ATTACK_METHODS, "pgd", genuine._replace(trace=spy))
     run()
     assert len(set(starts)) == len(starts) == 9
 
@@ -322,13 +322,13 @@ class Interrupting(Images):
 
 def attacks_made(monkeypatch):
     made = []
-    genuine = suite_module.pgd_trace
+    genuine = ATTACK_METHODS["pgd"]
 
     def spy(model, images, mos, objective, **arguments):
         made.append((mos.tolist(), objective))
-        return genuine(model, images, mos, objective, **arguments)
+        return genuine.trace(model, images, mos, objective, **arguments)
 
-    monkeypatch.setattr(suite_module, "pgd_trace", spy)
+    monkeypatch.setitem(ATTACK_METHODS, "pgd", genuine._replace(trace=spy))
     return made
 
 

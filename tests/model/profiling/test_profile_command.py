@@ -21,6 +21,7 @@ from srm_model.profiling.ceilings import Ceilings
 from srm_model.profiling.memory import timeline
 from srm_model.profiling.results import append, latest, newest, one_machine, read
 from srm_model.profiling.stages import REST, stage_times
+from srm_model.profiling.tables import number, shares_table
 
 TINY = ["--set=channels=16", "--set=heads=2", "--set=rank=4", "--set=pool_size=2", "--device", "cpu"]
 QUICK = [
@@ -73,6 +74,27 @@ def test_every_direction_and_neck(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "GMAC formula" in printed
 
 
+def test_json_has_the_measured_rows_and_the_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    rows = profile(tmp_path, "--resolution", "32", "--backend", "torch", "--json")
+    shown = capsys.readouterr()
+    found = [json.loads(line) for line in shown.out.splitlines()]
+    assert shown.err == f"rows: {tmp_path / 'cpu' / 'neck.jsonl'}\n"
+    assert [row for row in found if row["table"] == "cases"] == [{"table": "cases", **row} for row in rows]
+    compared = [row for row in found if row["table"] == "shares"]
+    by = {row["label"]: row["typical"] for row in rows}
+    quadratic = next(label for label in by if label.startswith("quadratic"))
+    assert [row["neck"] for row in compared] == [label for label in by if label != quadratic]
+    for row in compared:
+        assert row["neck_ms"] == by[row["neck"]]
+        assert row["neck_of_quadratic"] == by[row["neck"]] / by[quadratic]
+        assert (row["resolution"], row["model_ms"], row["neck_share"]) == (32, None, None)
+    table = shares_table(rows)[1]
+    assert [line[5] for line in table] == [row["neck"] for row in compared]
+    assert [line[-4:] for line in table] == [
+        [number(row["neck_of_quadratic"]), "–", "–", "–"] for row in compared
+    ]
+
+
 def test_other_dtypes_batches_and_backends(tmp_path: Path):
     common = ["--part", "model", "--resolution", "32", "--dtype", "bf16", "--neck", "srm", "--set=heads=1"]
     rows = profile(tmp_path, *common, "--batch", "1", "2", "--backend", "reference", "torch")
@@ -115,7 +137,7 @@ def test_every_flag_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "config.json").write_text(json.dumps({"rank": 8, "gain_cap": 2.0}))
     sizes = ["--resolution", "32", "--batch", "2", "--dtype", "fp16", "--direction", "step"]
     which = ["--article", "--part", "model", "--neck", "srm", "--backend", "torch", *sizes]
-    more = ["--traceback", "--trace", "--memory", "--config", str(tmp_path / "config.json")]
+    more = ["--traceback", "--json", "--trace", "--memory", "--config", str(tmp_path / "config.json")]
     given = [*which, *more]
     (row,) = {row["part"]: row for row in profile(tmp_path, *given)}.values()
     assert row["error"] is None

@@ -1,7 +1,7 @@
 """Define the names and attacks of the suites, for modules that must not import torch.
 
-To add an attack to the extended suite, add a line to `BEYOND`. Objectives are defined in `attacks/objectives.py`. A
-search method is a module in the folder `attacks`, such as `attacks/square.py`.
+To add an attack to the extended suite, add a line to `BEYOND`. Objectives are listed in `attacks/objectives.py`, and
+search methods in `attacks/methods.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ class Planned(NamedTuple):
     name: str  # name in result files
     label: str  # name in tables and figures
     objective: str  # key of `attacks.objectives.OBJECTIVES`
-    method: str = "pgd"  # key of `attacks.suite.METHODS`
+    method: str = "pgd"  # key of `attacks.methods.ATTACK_METHODS`
     transfer: bool = False  # whether examples are crafted on the surrogate and scored on the target
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness import RESULTS, parser, write_lines
+from bench.ptx.rates import GPUS
 from srm_model.files import write_text
 from srm_model.profiling import machine
 from srm_model.profiling.results import append, read
@@ -51,6 +52,11 @@ def _report(options: argparse.Namespace) -> int:
     out = options.out or SIMULATED
     path, about = out / "kernels.jsonl", _about()
     workloads = [one for one in report.WORKLOADS if options.only in one.name]
+    if not workloads:
+        names = "; ".join(one.name for one in report.WORKLOADS)
+        raise SystemExit(
+            f"--only {options.only!r}: no workload has this in its name; expected a part of one of {names}"
+        )
     counted = {one.name for one in workloads}
     for gpus in report.by_architecture(options.gpus or tuple(report.GPUS)):
         found = []
@@ -80,6 +86,10 @@ def _matrix(options: argparse.Namespace) -> int:
         )
         if options.only in "{kind} {case}".format(**run.about()) and run.dtype in options.dtypes
     ]
+    if not wanted:
+        raise SystemExit(
+            f"--only {options.only!r}: no case on these architectures and dtypes has this in its name"
+        )
     kept: list[dict[str, Any]] = []
     about = _about()
     if options.out and options.out.is_file():
@@ -139,7 +149,9 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     matrix.add_argument("--resume", action="store_true", help="keep the rows of PATH that passed")
     report = made.add_argument_group("with --report")
-    report.add_argument("--gpus", nargs="+", metavar="NAME", help="RTX 3090, RTX 4090, … (default: all)")
+    report.add_argument(
+        "--gpus", nargs="+", choices=GPUS, metavar="NAME", help=f"{', '.join(GPUS)} (default: all)"
+    )
     return made
 
 

@@ -50,6 +50,13 @@ def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float32, scale: fl
     return (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
 
 
+def strided(tokens: Tensor, *, heads_inside: bool) -> Tensor:
+    """Return tokens (B, H, N, d) in another layout: (B, N, H, d) in memory with `heads_inside`, else (B, H, d, N)."""
+    if heads_inside:
+        return tokens.transpose(1, 2).contiguous().transpose(1, 2)
+    return tokens.mT.contiguous().mT
+
+
 class _LandmarksOfKernels:
     """Call attention. The reference uses the landmarks that an earlier call of the kernels chose."""
 
@@ -60,6 +67,11 @@ class _LandmarksOfKernels:
         options = dict(self.options, tau=tau, backend=backend)
         with_scale = options.pop("statistics", False)
         attend = attention_module.attention_with_scale if with_scale else ops.nystrom_attention
+        if options.pop("strided", False):  # K and V have different strides
+            key, value = strided(key, heads_inside=True), strided(value, heads_inside=False)
+        if options.pop("given", False):
+            index = torch.arange(self.rank).expand(*key.shape[:2], self.rank)
+            return _flat(attend(query, key, value, self.rank, landmarks=index, **options))
         if backend != "triton":
             rank = min(self.rank, key.shape[2])
             return _flat(attend(query, key, value, rank, landmarks=self.chosen, **options))
@@ -164,16 +176,20 @@ def _attention_cases() -> Iterator[Case]:
         yield attention(77, 50, 32, 17, *sample, method=method, qk_norm=norm)
     yield attention(77, 50, 32, 17, ("bf16", 89), solver="lu", qk_norm="keys", method="uniform")
     # The keys of one image and head are divided among programs. In the backward pass, the queries are divided too.
-    yield attention(40, 560, 32, 16, ("bf16", 80), ("fp32", 89), heads=1, qk_norm="keys")
+    yield attention(40, 1056, 32, 16, ("bf16", 80), ("fp32", 89), heads=1, qk_norm="keys")
     yield attention(1030, 560, 32, 64, ("fp16", 90), heads=1, qk_norm="both")
     yield attention(40, 560, 64, 64, ("fp32", 120), heads=1, qk_norm="keys")
     yield attention(40, 560, 32, 16, heads=1, method="pivoted_cholesky", qk_norm="keys")
+    yield attention(40, 560, 32, 16, ("fp16", 120), heads=1, method="uniform", qk_norm="keys")
     # Tiles larger than 64: K̃ and X are read in pieces.
     yield attention(40, 140, 128, 64, ("bf16", 80), heads=1, qk_norm="keys")
     yield attention(40, 140, 64, 128, ("fp16", 90), heads=1, qk_norm="keys")
     yield attention(40, 140, 128, 128, ("fp32", 80), heads=1, qk_norm="keys")
     yield attention(130, 50, 40, 9, ("bf16", 89), statistics=True, qk_norm="keys")
     yield attention(1, 1, 16, 4, ("fp32", 120), qk_norm="both")
+    yield attention(77, 50, 32, 17, ("bf16", 90), batch=2, qk_norm="keys", strided=True)
+    yield attention(40, 560, 32, 16, batch=2, qk_norm="keys", strided=True)
+    yield attention(77, 50, 32, 17, ("fp16", 86), qk_norm="keys", given=True)
 
 
 def _solve_cases() -> Iterator[Case]:
@@ -252,10 +268,8 @@ def _pool_and_landmark_cases() -> Iterator[Case]:
             *{24: [("fp32", 80)], 64: [("bf16", 89), ("fp16", 90)], 128: [("fp32", 90)]}.get(d, []),
         )  # fmt: skip
     for keys, d, rank in ((33, 24, 9), (256, 32, 64), (50, 64, 32), (140, 128, 128)):
-        for method in ("leverage", "pivoted_cholesky"):
-            sample = {9: [("bf16", 120), ("fp32", 89)], 32: [("fp16", 86)]}.get(rank, [])
-            if (rank, method) == (128, "leverage"):
-                sample = [("bf16", 80)]
+        for method in ("leverage", "pivoted_cholesky", "uniform"):
+            sample = {9: [("bf16", 120), ("fp32", 89)], 32: [("fp16", 86)], 128: [("bf16", 80)]}.get(rank, [])
             yield landmarks(keys, d, rank, method, *sample)
 
 

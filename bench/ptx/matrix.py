@@ -52,12 +52,14 @@ class Configuration(NamedTuple):
     warps: int
     stages: int | None
     registers: int | None
+    landmarks: str = ""  # how a kernel gets its landmarks: the method, or "given"
 
     @classmethod
     def of(cls, kernel: Any, options: dict[str, Any]) -> Configuration:
         """Return the configuration of a launch from its keyword arguments."""
         values = (options.get("num_warps", 4), options.get("num_stages"), options.get("maxnreg"))
-        return cls(kernel.__name__.strip("_"), *values)
+        landmarks = options.get("METHOD", "") if options.get("CHOOSE", True) else "given"
+        return cls(kernel.__name__.strip("_"), *values, landmarks)
 
 
 def runs(
@@ -143,8 +145,13 @@ def _observed(device: Device) -> Row:
 
 
 def _normalised(ptx: str) -> str:
-    """Return PTX without the lines of its version and target, which do not change the computation."""
-    return re.sub(r"^\.(target|version)\b.*$", "", ptx, flags=re.M)
+    """Return PTX without what does not change the computation: version, target, comments and debug information."""
+    ptx = re.split(r"^\s*\.section\s+\.debug", ptx, maxsplit=1, flags=re.M)[0]
+    ptx = re.sub(r"//.*$", "", ptx, flags=re.M)
+    ptx = re.sub(
+        r"^\s*(\.(target|version|loc|file)\b.*|\$L__(tmp|func_begin|func_end)\d+:)$", "", ptx, flags=re.M
+    )
+    return re.sub(r"\s*\n\s*", "\n", ptx)
 
 
 def _operator_ratios(run: Run) -> tuple[dict[str, float], str]:

@@ -72,7 +72,11 @@ def test_the_statistic_is_the_same_twice():
         assert torch.equal(one, other)
 
 
-SMALL = ("attention Nq=77 Nk=33 d=24 r=9 leverage both", "even maps", "no statistics, P=3, DyT in the gate")
+SMALL = (
+    "attention Nq=77 Nk=33 d=24 r=9 leverage both",
+    "even maps, DyT",
+    "no statistics, P=3, DyT in the gate",
+)
 REVERSED = [run for run in matrix.runs(sample=True, orders=("reversed",)) if run.case.name in SMALL]
 
 

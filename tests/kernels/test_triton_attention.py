@@ -400,6 +400,20 @@ def test_strides_do_not_matter_and_nothing_is_copied_for_them(layout, pieces, di
         assert {(x.data_ptr(), x.stride()) for x in read} <= seen[name], name
 
 
+@pytest.mark.parametrize("split", [False, True])
+def test_keys_and_values_may_have_different_strides(split, monkeypatch):
+    if split:
+        divide(monkeypatch)
+    plain = inputs(11)
+    weight = tokens(12, *plain[0].shape, dtype=plain[0].dtype).to(DEVICE)
+    expected = value_and_gradients(lambda *x: attend(*x, 16), plain, weight)
+    q, k, v = plain
+    mixed = [q, k.transpose(1, 2).contiguous().transpose(1, 2), v.mT.contiguous().mT]
+    found = value_and_gradients(lambda *x: attend(*x, 16), mixed, weight)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
 def test_one_memory_for_all_heads():
     shared = [x[:1, :1].expand_as(x) for x in inputs(11)]
     assert torch.equal(attend(*shared, 16), attend(*(x.contiguous() for x in shared), 16))

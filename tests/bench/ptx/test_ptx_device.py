@@ -12,7 +12,7 @@ from ptx_kernels import add_kernel, faults, large_kernel, softmax_kernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from bench.ptx import emulated_device
+from bench.ptx import emulated_device, matrix
 from srm_kernels import backends, rms_scale
 from srm_kernels.devices import launch_device, roomy
 
@@ -123,3 +123,14 @@ def test_the_interpreter_is_refused(monkeypatch):
 def test_unknown_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message), emulated_device(**options):
         pass
+
+
+def test_the_digest_of_code_ignores_comments_and_debug_information():
+    code = "\t.loc\t1 {line} 3\n$L__tmp{line}:\n\tadd.s32 \t%r1, %r2, {value};  // f.py:{line}\n"
+    tail = '\t.file\t1 "/{line}/f.py"\n\t.section\t.debug_info\n\t{{\n.b32 {line}\n\t}}\n'
+    one, moved, other = (
+        matrix._normalised((".version 8.7\n.target sm_89\n" + code + tail).format(line=line, value=value))
+        for line, value in ((7, 1), (9, 1), (7, 2))
+    )
+    assert one == moved != other
+    assert one.strip() == "add.s32 \t%r1, %r2, 1;"

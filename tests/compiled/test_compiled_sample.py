@@ -12,7 +12,9 @@ from triton.runtime.jit import JITFunction
 
 import srm_kernels
 from bench import resources
+from bench.harness import RESULTS
 from bench.ptx import matrix
+from srm_model.profiling.results import read
 
 
 @pytest.fixture(scope="module")
@@ -44,3 +46,9 @@ def test_every_branch_of_the_launch_rules_is_executed(sampled):
                 for kernel, _, options in family.launches(case, architecture):
                     branches.add(matrix.Configuration.of(kernel, options))
     assert branches - sampled == set()
+
+
+def test_the_committed_rows_are_those_of_the_matrix_and_passed():
+    rows = read(RESULTS / "compiled/matrix.jsonl")
+    assert [matrix.key_of(row) for row in rows] == [matrix.key_of(run.about()) for run in matrix.runs()]
+    assert all(row["passed"] for row in rows)

@@ -10,8 +10,9 @@ d = 32. The table compares one program per (b, h) with programs that share the k
     1,024    98 µs          44 µs             72 µs
       512    49 µs          44 µs             45 µs
 
-The division of 512 keys would need four more launches, which cost more time than it saves. One program therefore
-processes up to 512 keys.
+With 512 keys, parts would save at most 5 µs and need four more launches. One program therefore processes up to 512
+keys. To count the other column, change `MOST_KEYS_OF_ONE_PROGRAM`: `bench/results/simulated` has only rows of these
+rules.
 
 The other numbers of this module are based on the registers and shared memory that `python -m bench.resources` prints.
 They have not been tuned on a GPU yet. `python -m bench.tune_attention` measures alternatives on a GPU.

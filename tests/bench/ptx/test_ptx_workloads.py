@@ -34,12 +34,17 @@ def test_the_floor_counts_bytes_and_distinct_products():
     assert report.floor_of(found | {"dram_bytes": 10**7}, gpu) == pytest.approx(10.0)
 
 
-def test_a_page_of_two_cards():
+def row_of(workload: str, kernel: str, **values: object) -> dict[str, object]:
+    """Return a row of the report for the GPU of the targets."""
     row = {
-        "gpu": "RTX 4090", "workload": "attention", "kernel": "forward_kernel", "us": 12.34, "limit": "lsu",
-        "busy_us": dict.fromkeys(report.UNITS, 1.0), "floor_us": 6.0, "share_of_floor": 0.486,
-        "repeated_products": 2.0, "warps": 4, "registers": 96,
+        "gpu": report.TUNED, "workload": workload, "kernel": kernel, "limit": "lsu", "share_of_floor": 0.1,
+        "busy_us": dict.fromkeys(report.UNITS, 1.0), "repeated_products": 2.0, "warps": 4, "registers": 96,
     }  # fmt: skip
+    return row | values
+
+
+def test_a_page_of_two_cards():
+    row = row_of("attention", "forward_kernel", us=12.34, floor_us=6.0, share_of_floor=0.486)
     page = report.page([row, row | {"gpu": "A100", "us": 99.9}])
     assert page.index("## RTX 4090") < page.index("## A100")
     assert "| attention | forward_kernel | 12.3 | shared memory | 6.0 | 49 |" in page
@@ -48,11 +53,7 @@ def test_a_page_of_two_cards():
 
 
 def test_the_launches_of_a_tuned_kernel_are_added():
-    row = {
-        "gpu": report.TUNED, "workload": "neck, DyT, training", "kernel": "squash_kernel", "us": 60.0, "limit": "dram",
-        "busy_us": dict.fromkeys(report.UNITS, 1.0), "floor_us": 30.0, "share_of_floor": 0.5,
-        "repeated_products": 1.0, "warps": 8, "registers": 96,
-    }  # fmt: skip
+    row = row_of("neck, DyT, training", "squash_kernel", us=60.0, floor_us=30.0, limit="dram")
     page = report.page([row, row | {"us": 40.0, "floor_us": 30.0}])
     line = (
         "| neck, DyT, training | squash_kernel ×2, before dyt_kernel | 175 | 88 | 100 (missed) | 60 | DRAM |"
@@ -61,11 +62,7 @@ def test_the_launches_of_a_tuned_kernel_are_added():
 
 
 def test_a_page_says_which_aims_are_missed():
-    row = {
-        "gpu": report.TUNED, "workload": "neck, key sides", "kernel": "context_kernel", "us": 40.4, "limit": "issue",
-        "busy_us": dict.fromkeys(report.UNITS, 1.0), "floor_us": 6.0, "share_of_floor": 0.1,
-        "repeated_products": 1.0, "warps": 8, "registers": 96,
-    }  # fmt: skip
+    row = row_of("neck, key sides", "context_kernel", us=40.4, floor_us=6.0, limit="issue")
     assert "| 64 | 40 | 40 | 15 | issue |" in report.page([row])
     assert "| 64 | 40 | 65 (missed) | 9 | issue |" in report.page([row | {"us": 65.2}])
 

@@ -22,7 +22,7 @@ from bench.harness import RESULTS, parser, write_lines
 from bench.ptx.rates import GPUS
 from srm_model.files import write_text
 from srm_model.profiling import machine
-from srm_model.profiling.results import append, read
+from srm_model.profiling.results import read
 
 ARCHITECTURES = (80, 86, 89, 90, 120)
 SIMULATED = RESULTS / "simulated"
@@ -90,20 +90,19 @@ def _matrix(options: argparse.Namespace) -> int:
         raise SystemExit(
             f"--only {options.only!r}: no case on these architectures and dtypes has this in its name"
         )
-    kept: list[dict[str, Any]] = []
     about = _about()
+    place = {key: number for number, key in enumerate(matrix.every_key())}
+    written = {}  # the rows of the file by their key, replaced one after the other
     if options.out and options.out.is_file():
-        known = {matrix.key_of(run.about()) for run in wanted}
-        kept = [row for row in read(options.out) if row["machine"]["triton"] == about["triton"]]
-        done = {matrix.key_of(row) for row in kept if row["passed"]} if options.resume else set()
-        kept = [row for row in kept if matrix.key_of(row) not in known or matrix.key_of(row) in done]
-        wanted = [run for run in wanted if matrix.key_of(run.about()) not in done]
-        write_lines(options.out, kept)
+        found = [row for row in read(options.out) if row["machine"]["triton"] == about["triton"]]
+        written = {matrix.key_of(row): row for row in found if matrix.key_of(row) in place}
     failed, start = 0, time.monotonic()
-    for number, row in enumerate(matrix.rows(wanted, kept), 1):
+    known = list(written.values()) if options.resume else []
+    for number, row in enumerate(matrix.rows(wanted, known), 1):
         failed += not row["passed"]
-        if options.out:
-            append(options.out, row | {"machine": about})
+        row.setdefault("machine", about)
+        written[matrix.key_of(row)] = row
+        write_lines(options.out, sorted(written.values(), key=lambda row: place[matrix.key_of(row)]))
         print(_line(row), f"[{number}/{len(wanted)}, {time.monotonic() - start:.0f} s]", flush=True)
         for text in (*row["reports"], *row["refusals"], *filter(None, [row.get("error")])):
             print("    ", text, flush=True)
@@ -147,7 +146,9 @@ def _parser() -> argparse.ArgumentParser:
         "--orders", nargs="+", default=("together",), choices=("together", "forward", "reversed"),
         help="order of the warps of a block between barriers",
     )  # fmt: skip
-    matrix.add_argument("--resume", action="store_true", help="keep the rows of PATH that passed")
+    matrix.add_argument(
+        "--resume", action="store_true", help="keep a row of PATH that passed, if its code is the same now"
+    )
     report = made.add_argument_group("with --report")
     report.add_argument(
         "--gpus", nargs="+", choices=GPUS, metavar="NAME", help=f"{', '.join(GPUS)} (default: all)"

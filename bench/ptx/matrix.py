@@ -26,6 +26,7 @@ from .device import Device, emulated_device
 from .necks import NeckCase, neck_cases
 
 ARCHITECTURES = (89, 90, 120, 80, 86)
+ORDERS = ("together", "forward", "reversed")  # of the warps of a thread block between barriers
 Row = dict[str, Any]
 
 
@@ -197,14 +198,20 @@ def key_of(row: Row) -> tuple[Any, ...]:
     return tuple(row[name] for name in ("kind", "case", "dtype", "architecture", "order"))
 
 
+def every_key() -> Iterator[tuple[Any, ...]]:
+    """Yield the key of every row that the matrix can have, in the order of the file."""
+    return (key_of(run.about()) for order in ORDERS for run in runs(orders=(order,)))
+
+
 def rows(wanted: Sequence[Run], known: Sequence[Row] = ()) -> Iterator[Row]:
     """Yield a row for each run.
 
-    If an earlier row of the same case, dtype and order has the same code and passed, its results are copied.
+    A row of the same case, dtype and order that passed with the same code stands for the run: the row of the same
+    architecture is yielded unchanged, and the results of another architecture's row are copied.
 
     Args:
         wanted: Runs in the order of their execution.
-        known: Rows that an interrupted command has already written.
+        known: Rows of earlier commands.
     """
     done: dict[tuple[Any, ...], list[Row]] = {}
     for row in known:
@@ -213,11 +220,11 @@ def rows(wanted: Sequence[Run], known: Sequence[Row] = ()) -> Iterator[Row]:
         about = run.about()
         earlier = done.setdefault((about["kind"], about["case"], about["dtype"], run.order), [])
         code = code_of(run) if earlier else None
-        same = next((row for row in earlier if row["code"] == code and row["passed"]), None)
-        if same:
-            first = same.get("same_code_as", same["architecture"])
-            row = {**same, **about, "same_code_as": first, "seconds": 0}
-        else:
-            row = judge(run)
+        same = [row for row in earlier if row["code"] == code and row["passed"]]
+        own = next((row for row in same if row["architecture"] == run.architecture), None)
+        if own is None and same:
+            first = same[0].get("same_code_as", same[0]["architecture"])
+            own = {**same[0], **about, "same_code_as": first, "seconds": 0}
+        row = own or judge(run)
         earlier.append(row)
         yield row

@@ -12,9 +12,12 @@ from ptx_kernels import add_kernel, faults, large_kernel, softmax_kernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from bench.harness import write_lines
 from bench.ptx import emulated_device, matrix
+from bench.ptx.__main__ import main as ptx_command
 from srm_kernels import backends, rms_scale
 from srm_kernels.devices import launch_device, roomy
+from srm_model.profiling.results import read
 
 FACTOR = tl.constexpr(2.0)
 
@@ -134,3 +137,29 @@ def test_the_digest_of_code_ignores_comments_and_debug_information():
     )
     assert one == moved != other
     assert one.strip() == "add.s32 \t%r1, %r2, 1;"
+
+
+def test_a_resumed_matrix_keeps_the_rows_whose_code_is_unchanged(tmp_path, monkeypatch):
+    path = tmp_path / "matrix.jsonl"
+    command = ["--matrix", "--only", "biased_gelu", "--dtypes", "fp32", "--out", str(path)]
+    assert ptx_command([*command, "--architectures", "89"]) == 0
+    (first,) = read(path)
+    other = {**first, "architecture": 90, "code": "other"}
+    stale = {**first, "case": "a case of an earlier version"}
+    write_lines(path, [other, stale, first])
+    judged = []
+    judge = matrix.judge
+    monkeypatch.setattr(matrix, "judge", lambda run: judged.append(run.architecture) or judge(run))
+    monkeypatch.setattr(matrix, "code_of", lambda run: first["code"] if run.architecture == 89 else "new")
+    assert ptx_command([*command, "--architectures", "89", "90", "--resume"]) == 0
+    kept, again = read(path)
+    assert (kept, judged, again["architecture"]) == (first, [90], 90)
+    assert again["code"] != "other"
+    monkeypatch.setattr(matrix, "code_of", lambda run: first["code"])
+    assert ptx_command([*command, "--architectures", "89", "80", "--resume"]) == 0
+    assert [(row["architecture"], row.get("same_code_as")) for row in read(path)] == [
+        (89, None),
+        (90, None),
+        (80, 89),
+    ]
+    assert judged == [90]

@@ -131,7 +131,7 @@ def signed_rank(values: Sequence[float], level: float) -> tuple[float, float, fl
 
     Args:
         values: A sample of a symmetric distribution.
-        level: Largest probability, for each end of the interval, that the centre is beyond this end.
+        level: Error probability of each end of the interval. The interval of 0.025 has a confidence of 95 %.
     """
     means = sorted((a + b) / 2 for a, b in itertools.combinations_with_replacement(values, 2))
     ways = np.zeros(len(means) + 1)  # number of sign patterns, by the sum of the positive ranks

@@ -137,7 +137,7 @@ class Problem:
             self.clean_scores = self.images.new_full((len(self.images),), math.nan)
 
     def check_losses(self, losses: Tensor) -> None:
-        """Raise ValueError if an image has no finite loss because its clean score is not finite.
+        """Raise ValueError if some image has neither a finite loss nor a finite clean score.
 
         Args:
             losses: Losses of all iterates, (restarts, iterates, B) or (restarts, iterates).

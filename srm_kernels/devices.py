@@ -1,6 +1,7 @@
 """Return which devices can run the Triton kernels, and the device properties that kernel launches depend on.
 
-Kernel launches get the device properties from this module only.
+Kernel launches get the device properties from this module only. A port to GPUs of another vendor begins here; it also
+needs other values of `parts.precision`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 LEAST_CAPABILITY = (8, 0)
+MOST_REGISTERS = 255  # of a thread
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -92,6 +94,11 @@ def pipeline_stages(capability: tuple[int, int]) -> int:
 def _copies_are_fenced() -> bool:
     found = re.match(r"(\d+)\.(\d+)\.(\d+)", version("triton"))
     return found is None or tuple(map(int, found.groups())) >= (3, 7, 1)
+
+
+def register_limit(registers: int | None = MOST_REGISTERS) -> dict[str, int]:
+    """Return the launch option that limits the registers of a thread; None sets no limit. Only NVIDIA GPUs have it."""
+    return {} if registers is None else {"maxnreg": registers}
 
 
 def triton_refusal(tensor: Tensor) -> str | None:

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..devices import pipeline_stages
+from ..devices import MOST_REGISTERS, pipeline_stages, register_limit
 
 RANKS = (1, 128)
 WIDTHS = (8, 128)
@@ -34,7 +34,6 @@ LEAST_QUERIES_OF_A_PART = 512
 LEAST_QUERIES_OF_A_GRADIENT = 1024  # each part writes 2 r d partial sums, which are read again
 MOST_HELD = 64 * 64  # largest r·d for which two tiles, each split into two 32-bit parts, fit in 99 KiB
 PIECE = 32  # landmarks in a piece of a tile that is too large
-MOST_REGISTERS = 255
 MOST_PARTS = 32  # limit of the parts of one (b, h): partial sums need O(r (r + d)) memory and not O(N r)
 
 HALF_RATE = ((8, 6), (8, 9))  # GeForce: bf16 products at half rate are the bottleneck
@@ -55,8 +54,7 @@ class Configuration(NamedTuple):
 
     def options(self) -> dict[str, int]:
         """Return the options of a launch."""
-        limit = {} if self.registers is None else {"maxnreg": self.registers}
-        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
+        return {"num_warps": self.warps, "num_stages": self.stages, **register_limit(self.registers)}
 
 
 class Division(NamedTuple):

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..devices import MOST_REGISTERS, register_limit
 from ..options import SolveOptions
 from ..parts import INTERPRETED, on_device
 
@@ -79,7 +80,7 @@ def launch_options(r: int, d: int) -> dict[str, int]:
     """
     R, D = (max(16, triton.next_power_of_2(n)) for n in (r, d))
     warps = min(16, max(2, R * max(R, D) // 512))
-    return {"R": R, "D": D, "num_warps": warps, "maxnreg": 255 if warps <= 8 else 128}
+    return {"R": R, "D": D, "num_warps": warps, **register_limit(MOST_REGISTERS if warps <= 8 else 128)}
 
 
 def _strides(**matrices: Tensor) -> dict[str, int]:

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..devices import register_limit
 from ..options import LandmarkOptions
 from ..parts import (
     INFINITY,
@@ -377,4 +378,4 @@ def workspace(key: Tensor, options: LandmarkOptions) -> tuple[Tensor, Tensor]:
 
 def launch(d: int) -> dict[str, int]:
     """Return the launch options of a program that holds a d×d tile."""
-    return {"num_warps": 4 if d <= 64 else 8, "maxnreg": 255}
+    return {"num_warps": 4 if d <= 64 else 8, **register_limit()}

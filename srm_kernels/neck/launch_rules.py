@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..attention.launch_rules import MOST_REGISTERS
+from ..devices import register_limit
 from ..parts import padded, power_of_two
 
 
@@ -140,9 +140,9 @@ def backward_tile(rank: int, d: int, dtype: torch.dtype) -> tuple[int, dict[str,
     landmarks then needs no exchange between warps.
     """
     if dtype == torch.bfloat16 and not heavy(rank, d):
-        return 64, {"num_warps": 4, "num_stages": 1, "maxnreg": MOST_REGISTERS}
+        return 64, {"num_warps": 4, "num_stages": 1, **register_limit()}
     if heavy(rank, d):  # without a limit, the compiler spills to run two programs on one multiprocessor
-        return 16, {"num_warps": 8, "num_stages": 1, "maxnreg": MOST_REGISTERS}
+        return 16, {"num_warps": 8, "num_stages": 1, **register_limit()}
     return 16, {"num_warps": 4 if padded(rank) * padded(d) < 64 * 32 else 8, "num_stages": 1}
 
 

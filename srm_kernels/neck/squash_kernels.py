@@ -26,7 +26,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import devices
-from ..attention.launch_rules import MOST_REGISTERS
 from ..parts import contiguous, empty, on_device, padded, precision, readable
 from ..scale.kernels import tanh
 from . import launch_rules
@@ -140,7 +139,7 @@ class Squash:
             _squash_kernel[(-(-len(rows) // tile.positions),)](
                 **self.given, dyt_bias_ptr=self.shift, squashed_ptr=squashed, queries_ptr=queries, WIDTH=padded(C),
                 **self._shape(tile), num_warps=8, num_stages=devices.stages(rows),
-                maxnreg=MOST_REGISTERS,  # otherwise the compiler spills to run two programs at once
+                **devices.register_limit(),  # otherwise the compiler spills to run two programs at once
             )  # fmt: skip
         return squashed.to(self.dtype), queries.to(self.dtype)
 

@@ -1,7 +1,8 @@
 """The tables that commands print: rows of values, as plain text or, with `--json`, as one JSON object per row.
 
-Every command that prints a table has `--json` by `add_json`, and prints by `print_rows` or `print_json`. The exception
-is `report --table`, which prints the tables of a study as Markdown; their values are in the study's `results.jsonl`.
+Every command that prints a table has `--json` by `add_json`, and prints by `print_rows` or `print_json`. There are two
+exceptions. `report --table` prints the tables of a study as Markdown; their values are in the study's `results.jsonl`.
+`verify` belongs to `srm_kernels` and writes its rows with `--export FILE`.
 """
 
 from __future__ import annotations

@@ -192,6 +192,19 @@ class ImageQualityDataset(Dataset[tuple[Tensor, float]]):
         self._cache: dict[int, Pixels] | None = {} if cache is True else None
         self._epoch = _shared_counter()
 
+    @staticmethod
+    def missing(root: Path) -> str | None:
+        """Return why the folder does not hold this dataset, or None if it does."""
+        raise NotImplementedError
+
+    def details(self, sets: Mapping[str, ImageQualityDataset]) -> dict[str, Any]:
+        """Return the entries of `describe` that only this dataset has.
+
+        Args:
+            sets: The three splits by their names.
+        """
+        return {}
+
     @property
     def epoch(self) -> int:
         """The epoch that determines the random crops. Persistent workers also see a new value."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from srm_model.config import SRMConfig
 from srm_model.data.base import (
@@ -95,6 +97,19 @@ class KonIQ10k(ImageQualityDataset):
             cache=cache,
         )
         self.image_folder = folder.name
+
+    @staticmethod
+    def missing(root: Path) -> str | None:
+        """Return why no table of the folder has KonIQ-10k's columns, or None if one has them."""
+        try:
+            find_lists(root)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def details(self, sets: Mapping[str, ImageQualityDataset]) -> dict[str, Any]:
+        """Return the name of the folder of images."""
+        return {"image_folder": self.image_folder}
 
 
 def _check_whole(entries: list[Entry], sets: Path) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -118,6 +119,20 @@ class TID2013(ImageQualityDataset):
             train=train,
             cache=cache,
         )
+
+    @staticmethod
+    def missing(root: Path) -> str | None:
+        """Return None if the folder has the list, or if it has the labels of an unfinished synthesised dataset."""
+        return None if (root / LIST).exists() or (root / LABELS).exists() else f"no {LIST}"
+
+    def details(self, sets: Mapping[str, ImageQualityDataset]) -> dict[str, Any]:
+        """Return the ids of the references in each split, and `type_level_srocc` if it is known."""
+        found: dict[str, Any] = {
+            "references": {split: sorted(Counter(part.groups)) for split, part in sets.items()}
+        }
+        if self.type_level_srocc is not None:
+            found["type_level_srocc"] = self.type_level_srocc
+        return found
 
 
 def split_by_reference(references: Iterable[str], seed: int) -> dict[str, str]:

@@ -30,7 +30,7 @@ def test_folders_with_no_set_or_two(tmp_path, tid):
         open_dataset(tmp_path / "empty", "train")
     root = tid()
     (root / "koniq10k_distributions_sets.csv").write_text(TABLE)
-    with pytest.raises(ValueError, match="holds both"):
+    with pytest.raises(ValueError, match="holds files of TID2013 and KonIQ-10k"):
         open_dataset(root, "train")
 
 

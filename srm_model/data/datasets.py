@@ -1,0 +1,107 @@
+"""List the datasets that a folder can hold, and open the dataset of a folder.
+
+A new dataset is a subclass of `ImageQualityDataset` in a module of its own, and an entry of `DATASETS`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from srm_model.config import SRMConfig
+from srm_model.data.base import SPLITS
+from srm_model.data.cache import ImageCache
+from srm_model.data.koniq10k import KonIQ10k
+from srm_model.data.tid2013 import TID2013
+
+DATASETS: dict[str, type[TID2013 | KonIQ10k]] = {"TID2013": TID2013, "KonIQ-10k": KonIQ10k}
+
+
+def open_dataset(
+    root: str | Path,
+    split: str,
+    *,
+    seed: int = SRMConfig.seed,
+    image_size: int = SRMConfig.image_size,
+    train: bool | None = None,
+    cache: bool | ImageCache = False,
+    verify: str = "full",
+    progress: bool = True,
+) -> TID2013 | KonIQ10k:
+    """Open a dataset whose type is detected from its files.
+
+    A folder with `mos_with_names.txt` or `labels.json` is opened as TID2013. (An unfinished synthesised dataset has
+    `labels.json` only.) A folder with a table that has KonIQ-10k's columns is opened as KonIQ-10k.
+
+    Args:
+        root, split, seed, image_size, train, cache, verify, progress: As in `TID2013` and `KonIQ10k`.
+
+    Returns:
+        The dataset.
+
+    Raises:
+        ValueError: The folder has files of neither type or of both types, or the dataset is faulty.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise ValueError(f"{root}: no such folder")
+    missing = {name: dataset.missing(root) for name, dataset in DATASETS.items()}
+    held = [name for name, reason in missing.items() if reason is None]
+    if not held:
+        reasons = " nor ".join(f"{name} ({reason})" for name, reason in missing.items())
+        raise ValueError(f"{root}: neither {reasons}")
+    if len(held) > 1:
+        raise ValueError(f"{root}: holds files of {' and '.join(held)}; expected one dataset per folder")
+    return DATASETS[held[0]](
+        root,
+        split,
+        seed=seed,
+        image_size=image_size,
+        train=train,
+        cache=cache,
+        verify=verify,
+        progress=progress,
+    )
+
+
+def describe(
+    root: str | Path, *, seed: int = SRMConfig.seed, verify: str = "full", progress: bool = True
+) -> dict[str, Any]:
+    """Check all files of a dataset and describe it in plain JSON values.
+
+    Args:
+        root, seed, verify, progress: As in `TID2013` and `KonIQ10k`.
+
+    Returns:
+        A dict with these entries:
+
+        - name, root, seed and fingerprint of the dataset;
+        - labels: "mos", "metric:<name>" or "opinions:<dataset>";
+        - label_range: [lowest, highest] label;
+        - images: number of images;
+        - splits: number of images in each split;
+        - references, only in TID2013's layout: ids of the references in each split;
+        - type_level_srocc, only with labels "opinions:<dataset>": as in `TID2013`;
+        - image_folder, only for KonIQ-10k: name of the folder of images.
+
+    Raises:
+        ValueError: The dataset is faulty, as in `TID2013` and `KonIQ10k`.
+    """
+    sets = {
+        split: open_dataset(
+            root, split, seed=seed, verify=verify if split == SPLITS[0] else "fast", progress=progress
+        )
+        for split in SPLITS
+    }
+    first = sets["train"]
+    return {
+        "name": first.name,
+        "root": str(root),
+        "labels": first.labels,
+        "label_range": list(first.label_range),
+        "images": sum(map(len, sets.values())),
+        "splits": {split: len(part) for split, part in sets.items()},
+        "seed": seed,
+        "fingerprint": first.fingerprint,
+        **first.details(sets),
+    }

@@ -1,24 +1,24 @@
 """The numerics rule: the largest error that the result of a kernel may have.
 
-The exact result is computed in fp64 from the definition in docs/METHOD.md. An error is the difference from the exact
-result. A unit of a dtype is its machine epsilon times the size of the exact result. The error of a kernel must be at
-most the sum of three terms:
+The exact result is computed in fp64 from the definition in docs/METHOD.md. The rule compares magnitudes: the magnitude
+of a tensor is one number. The error of a result is the magnitude of its difference from the exact result. A unit of a
+dtype is its machine epsilon times the magnitude of the exact result. The error of a kernel must be at most the sum of
+three terms:
 
 - twice the error of plain PyTorch in the same dtype, with intermediate results in fp32;
 - half a unit of the dtype;
 - 8 units of fp32, because kernels sum in another order than plain PyTorch.
 
-The rule is applied twice. First, errors and sizes are the largest absolute values of a tensor. Then they are the mean
-absolute values.
+The rule must hold for two definitions of the magnitude: the largest absolute value of the tensor, and its mean absolute
+value.
 
 If the result is a single number, such as the gradient of α, the error of plain PyTorch can be small by chance. The rule
 then assumes that the error of plain PyTorch is at least half a unit of the dtype.
 
-Some gradients have few elements. Each element is a sum Σ tᵢ over many positions. The error of the sum is Σ tᵢ δᵢ, where
-the δᵢ are random rounding errors. The size of this error is of the order of ε √Σ tᵢ², where ε is the machine epsilon.
-The sum itself can be much smaller than √Σ tᵢ². The error for one loss is one random sample. The error of such a
-gradient is therefore measured for several random losses. The rule uses the largest error of plain PyTorch over all
-losses.
+Some gradients have few elements, and each element is a sum Σ tᵢ over many positions. The error of the sum is Σ tᵢ δᵢ,
+where the δᵢ are random rounding errors. This error is of the order of ε √Σ tᵢ², where ε is the machine epsilon. The sum
+itself can be much smaller than √Σ tᵢ². One loss gives only one random sample of the error. The error of plain PyTorch
+is therefore measured for several random losses, and the rule uses the largest.
 """
 
 from __future__ import annotations
@@ -47,16 +47,15 @@ def error_ratio(
         found: The result of the kernels, any shape, floating point.
         plain: The same result by plain PyTorch in the dtype of `found`.
         exact: The same result in fp64.
-        together: Exact results computed in the same call, for instance all gradients. The fp32 term of the bound is
-            proportional to the largest of their sizes. By default, it is proportional to the size of `exact`.
+        together: All exact results of the call, for instance all gradients. The term "8 units of fp32" then uses the
+            largest magnitude of these results. By default, it uses the magnitude of `exact`.
         draws: Pairs (plain, exact) of the same result for other losses. The bound then uses the largest error of plain
-            PyTorch over all losses. As the size of the result, it uses the larger of two numbers: the size of `exact`,
-            and the root mean square of the sizes of the exact results in `draws`.
+            PyTorch over all losses. Let m be the root mean square of the magnitudes of the exact results in `draws`. If
+            m is larger than the magnitude of `exact`, the bound uses m instead.
 
     Returns:
-        The larger of two ratios: one for the largest and one for the mean absolute error. The ratio is infinity unless
-        `found` has NaN and ±infinity in the same positions as `exact`. Elements that overflow only in `plain` are
-        ignored.
+        The larger of the ratios for the two magnitudes. The ratio is infinity unless `found` has NaN and ±infinity in
+        the same positions as `exact`. Elements that overflow only in `plain` are ignored.
 
     Raises:
         ValueError: The shapes differ.

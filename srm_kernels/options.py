@@ -1,7 +1,7 @@
 """Groups of arguments that several operators, or several implementations of one operator, share.
 
-The signature of an operator in torch has no groups. `registration` replaces each group by the arguments of its
-`SCHEMA`. Before a call of an implementation, `registration` builds the group again from these arguments. Public
+torch does not accept a group as an argument of an operator. The `SCHEMA` of a group therefore lists its fields as
+single arguments. Before a call of an implementation, `registration` builds the group from these arguments. Public
 functions check the values.
 """
 

@@ -10,8 +10,8 @@ Precision of products:
   tensor cores. Each factor is the sum of a high part and a low part, and each pass multiplies one part of each factor.
   The precision "tf32x3" keeps 22 bits of both factors. With bf16 tokens, the precision is "bf16x3", which keeps 16
   bits. A factor that is stored in bf16 has no low part, so two passes suffice.
-- One pass would keep only 11 bits (TF32) or 8 bits (bf16). X can be many times larger than Y. The rounding error of X
-  would then be large relative to Y.
+- One pass would keep only 11 bits (TF32) or 8 bits (bf16) of each factor. In the product Y = L X, the entries of X can
+  be much larger than those of Y. The rounding errors of X would then be large relative to Y.
 - The choice of landmarks depends on the last bits of the scores. The products for the scores therefore use "tf32x3" or
   plain fp32 (`finest_precision`).
 """
@@ -116,10 +116,10 @@ def load_tokens(ptr, rows, valid, n_stride, d_stride, d: tl.constexpr, D: tl.con
 
 @triton.jit
 def rms_factor(tokens, d: tl.constexpr, NORMALISE: tl.constexpr):
-    """Return √d / (‖x‖ + 1e-6) of every row x, [ROWS], or ones without NORMALISE.
+    """Return a factor for each row x of `tokens`, [ROWS]: √d / (‖x‖ + 1e-6), or 1 if NORMALISE is false.
 
-    Kernels first multiply the stored tokens, and then apply the factor to the product. The tokens are therefore not
-    rounded a second time.
+    Kernels compute a product with the stored tokens, and multiply this product by the factor. Normalising the tokens
+    before the product would round them a second time.
     """
     wide = tokens.to(tl.float32)
     norm = tl.sqrt(tl.sum(wide * wide, 1))
@@ -150,7 +150,7 @@ def bf16_pair(x):
 def wide_dot(a, b, PRECISION: tl.constexpr):
     """Return the product a b in fp32, where at least one factor is a computed tensor (see the module's docstring).
 
-    An infinite entry has a low part of NaN, so the product with the low part is NaN. The function replaces this NaN by
+    If an entry is infinite, its low part is ∞ − ∞ = NaN. The function replaces a NaN in the product of the low part by
     0, as Triton's "bf16x3" does.
     """
     if PRECISION == "bf16x3" and b.dtype == tl.bfloat16:

@@ -93,16 +93,17 @@ def register_operator(
         name: Name of the operator.
         arguments: Arguments of the operator, as in a torch schema. An argument whose type is in `options.WRITTEN` is
             replaced by the fields of this type, because torch does not know the type.
-        returns: Results of the operator, as in a torch schema. Results are contiguous; `like` gives the first result
-            another layout.
+        returns: Results of the operator, as in a torch schema. All results are contiguous, except for the first one if
+            `like` is given.
         implementations: Backend → function of `arguments`. "reference" is required.
         fake: Function of `arguments` that returns empty tensors of the right shapes, for torch.compile and export.
         differentiable: Names of the differentiable arguments.
         like: Name of an argument. The first result has the layout that `torch.empty_like` gives for this argument.
         derivatives: Backend → function `(grads, results, *arguments)`. The function returns a gradient for each tensor
-            among the differentiable arguments, in the order of the arguments. If any backend has such a function, the
-            forward pass saves the results of the operator. If "triton" has no such function, it uses the derivative of
-            the reference. If another backend has none, autograd differentiates the code of this backend.
+            among the differentiable arguments, in the order of the arguments. For a backend that is not in
+            `derivatives`, autograd differentiates the implementation of this backend. For "triton", autograd
+            differentiates the reference instead. With `derivatives` or `recalled`, the forward pass also saves the
+            results of the operator.
         constant: Indices of results without a gradient. Results that are not floating point never have a gradient.
         recalled: Name of an argument → index of a result. The derivative of the reference uses the result instead of
             the argument. The backward pass then does not repeat a choice of the forward pass, such as the landmarks.
@@ -243,9 +244,15 @@ def _kinds(arguments: str) -> list[str]:
 
 
 def _packed(function: Implementation, kinds: Sequence[str], ahead: int = 0) -> Implementation:
-    """Return `function` with another signature: the fields of each `options.WRITTEN` object are separate arguments.
+    """Wrap `function`, which has arguments of the types in `options.WRITTEN`.
 
-    The first `ahead` arguments are passed on unchanged.
+    The wrapper takes the fields of such an argument instead, builds the argument from the fields, and calls `function`.
+    It passes its first `ahead` arguments on unchanged.
+
+    Args:
+        function: The function to wrap.
+        kinds: Types of the arguments of `function` after the first `ahead`, as in a torch schema.
+        ahead: Number of arguments at the start that `kinds` does not contain.
     """
     if not WRITTEN.keys() & set(kinds):
         return function

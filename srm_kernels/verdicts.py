@@ -80,7 +80,8 @@ class Verdict:
     Attributes:
         key: The device and the versions for which the rows hold.
         rows: One row for each operator, backend, dtype and shape; `checked_row` lists the fields.
-        unfinished: Groups (operator, dtype) whose measurement was interrupted. The verdict does not decide them.
+        unfinished: Groups (operator, dtype) whose measurement was interrupted. Of these groups, only rows with a fault
+            count.
         origin: "this machine" or "shipped".
     """
 
@@ -198,7 +199,7 @@ def load(key: Key) -> tuple[Verdict | None, str | None]:
     """Read the verdict of a device.
 
     Returns:
-        The verdict and None, if the verdict holds. Otherwise None and the reason: nothing was measured
+        If the verdict holds, the verdict and None. Otherwise None and the reason: nothing was measured
         (`NOT_VERIFIED`), other versions were measured, or the file cannot be used.
     """
     path = path_of(key)
@@ -219,14 +220,14 @@ def load(key: Key) -> tuple[Verdict | None, str | None]:
 
 
 def doubts(key: Key) -> Verdict | None:
-    """Return the faults in an outdated verdict of this machine that still exclude implementations.
+    """Return the faults that this machine measured with another driver or patch version of torch or Triton.
 
-    Faults count if the outdated verdict differs only in the driver, or in the patch version of torch or Triton. A
-    shipped verdict holds for all drivers and patch versions. Faults that count therefore also exclude implementations
-    of a shipped verdict. Faults that the environment can have caused do not count.
+    A shipped verdict holds for all drivers and patch versions. These faults restrict the shipped verdict: an
+    implementation with such a fault is not used, even if the shipped verdict allows it. Faults that the environment can
+    cause are left out.
 
     Returns:
-        An unfinished verdict with only these faults, or None if there are none.
+        An unfinished verdict with only these faults, or None if there are no such faults.
     """
     try:
         kept = read(path_of(key))
@@ -308,8 +309,8 @@ def checked_row(row: Any) -> Row:
     A row has these fields:
 
     - `operator`, `backend`, `dtype` and `shape`: names.
-    - `sizes`: integers.
-    - `status`: one of `HARMLESS` or `FAULTS`.
+    - `sizes`: list of integers.
+    - `status`: an element of `HARMLESS` or of `FAULTS`.
     - `reason`: text or None.
     - `ratio`: the error divided by its bound, or None.
     - `milliseconds`: direction → implementation → median time.
@@ -462,11 +463,11 @@ def _minor(text: str) -> list[str]:
 
 
 def governing(own: Verdict | None, others: Verdict | None) -> dict[Group, tuple[Verdict, list[Row]]]:
-    """Return the verdict and the rows that decide each group.
+    """Return, for each group, the verdict that decides the group, and the rows of this verdict that count.
 
-    The verdict of this machine, `own`, decides the groups that this machine has measured. The shipped verdict `others`
-    decides the other groups. For an unfinished group, only the rows with faults are returned. A fault excludes its
-    implementation even if the measurement of the group is not finished.
+    `own` is the verdict of this machine, and `others` is the shipped verdict. `own` decides the groups that this
+    machine has measured, and `others` decides the other groups. An unfinished group of `own` counts as measured if one
+    of its rows has a fault. For such a group, only the rows with a fault count.
     """
     found: dict[Group, tuple[Verdict, list[Row]]] = {}
     for verdict in filter(None, (others, own)):

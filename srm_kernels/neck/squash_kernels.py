@@ -1,19 +1,18 @@
-"""Triton kernels for the backward pass of the pooled links with DyT: the queries, and the gradients through DyT.
+"""Two Triton kernels for the backward pass of the pooled links with DyT.
 
-The backward pass first computes the queries again, by the forward kernel. The backward kernel then computes gradients.
-F (M, C_i) has one row for each position of a map:
+The forward kernel computes the queries Q again. The backward kernel computes the gradients of T, of DyT's parameters
+and of the bias a. Every row of F (M, C_i) is one position of a map. The kernels compute:
 
-    T = F Aᵀ + a    D = w ∘ tanh(αT) + b    Q = D W_Qᵀ
-    dD = dQ W_Q     dT = α w ∘ (1 − tanh²(αT)) ∘ dD
+    forward kernel:     T = F Aᵀ + a    D = w ∘ tanh(αT) + b    Q = D W_Qᵀ
+    backward kernel:    dD = dQ W_Q     dT = α w ∘ (1 − tanh²(αT)) ∘ dD
 
-A program of the forward kernel processes some positions, one group of channels after the other. For each group, it
-computes T and D, and adds D W_Qᵀ to Q. It writes Q, and also D, because dW_Q = dQᵀ D needs D.
+A program of the forward kernel processes a block of positions, one group of channels after the other. For each group,
+it computes T and D, and adds D W_Qᵀ to Q. It writes Q, and also D, because dW_Q = dQᵀ D needs D.
 
-A program of the backward kernel processes some positions and channels. It computes T from F again and dD from dQ, and
-writes dT. It also writes the contribution of its tile to dα, dw, db and da. torch adds the contributions of all tiles.
+A program of the backward kernel processes a tile of positions and channels. It computes T again from F, and dD from
+dQ. It writes dT, and the contribution of the tile to dα, dw, db and da. torch adds the contributions of all tiles.
 
-T and dD are never written to memory. At full resolution, the forward kernel writes only D and Q, and the backward
-kernel writes only dT.
+Neither kernel writes T or dD to memory.
 """
 
 from __future__ import annotations
@@ -83,7 +82,8 @@ def _squash_backward_kernel(
 ):  # fmt: skip
     """Compute dT of a tile of positions and channels, and the contribution of the tile to dα, dw, db and da.
 
-    Contributions are written to `parts` [tiles of positions, 4, C], in this order.
+    The contributions are written per channel to `parts` [tiles of positions, 4, C]. The second index of `parts` is 0
+    for dα, 1 for dw, 2 for db and 3 for da.
     """
     tile = tl.program_id(0).to(tl.int64)
     row = tile * BLOCK + tl.arange(0, BLOCK)
@@ -146,7 +146,7 @@ class Squash:
     def backward(self, dqueries: Tensor) -> tuple[Tensor, Tensor]:
         """Return dT (M, C), and an fp32 tensor (4, C).
 
-        The rows of this tensor are the contributions of the channels to dα, then dw, db and da.
+        The sum of row 0 of this tensor is dα. Row 1 is dw, row 2 is db and row 3 is da.
         """
         rows, C = self.given["rows_ptr"], len(self.shift)
         tile = launch_rules.squash_backward_tile(rows.dtype)

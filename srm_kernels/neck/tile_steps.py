@@ -185,8 +185,9 @@ def normalise_backward(grad: Tensor, x: Tensor) -> Tensor:
 class Moments:
     """Accumulate the mean (H, d) and Σ‖y − mean‖² (H,) of Y = L X over the tiles of an image.
 
-    The mean of X over the landmarks is first subtracted from X. For each tile, squares are summed about the mean of the
-    tile. Both steps avoid cancellation when the mean of Y is large.
+    Two steps avoid cancellation when the mean of Y is large. First, `add` computes L (X − c), where c is the mean of X
+    over the landmarks. As each row of L sums to 1, this is Y − c, and `results` adds c to the mean. Second, `add`
+    computes Σ‖y − mean‖² of each tile with the mean of that tile.
     """
 
     def __init__(self, X: Tensor) -> None:

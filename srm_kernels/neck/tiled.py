@@ -2,15 +2,15 @@
 
     T = A F + a   Q = W_Q DyT(T)   L = softmax(Q K̃ᵀ s)   P̄ = pool(L)
 
-A tile has about 512 positions. The tokens, queries and probabilities of a tile stay in the cache, and never exist at
-full resolution. Consecutive linear steps are folded into one weight. The scale s and the normalisation of the keys are
-folded into K̃. Each tile adds only its contribution to P̄. The backward pass computes each tile again.
+A tile has about 512 positions. The tokens, queries and probabilities of a tile stay in the cache. They are never stored
+for a whole map. Consecutive linear steps are folded into one weight. The scale s and the normalisation of the keys are
+folded into K̃. Each tile adds its contribution to P̄. The backward pass computes each tile again.
 
-Images are computed one by one. The results of an image are therefore bitwise equal alone and in a batch. Results are
-computed in the wide dtype, from F, A, a and W_Q in F's dtype.
+Images are computed one by one, so an image gives the same bits alone and in a batch. A, a and W_Q are first rounded to
+the dtype of F. All computations then use the wide dtype: fp64 if F is fp64, else fp32.
 
-torch computes the products. If the library is built, C++ code computes softmax, pooling and tanh (`tile_native.py`).
-Otherwise torch computes softmax, pooling and tanh (`tile_steps.py`).
+torch computes the products. The other steps are softmax, pooling and tanh. If the C++ library is built, it computes
+these steps (`tile_native.py`). Otherwise torch computes these steps (`tile_steps.py`).
 """
 
 from __future__ import annotations

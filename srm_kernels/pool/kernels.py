@@ -1,7 +1,8 @@
 """Triton kernels of adaptive average pooling. The fused neck also uses the functions for the bounds of the cells.
 
-Forward pass: a program computes one row of cells for some channels. It first sums the map rows of these cells. In this
-sum, it then adds the columns of each cell. If P divides the height of the map, every map row is read once.
+Forward pass: a program computes one row of cells for some channels. It first adds the map rows that these cells
+contain. The result has one number for each column of the map. Then, for each cell, the program adds the numbers of the
+cell's columns. If P divides the height of the map, every map row is read once.
 
 Backward pass: the gradient of a position is a sum over the cells that contain the position. If P divides both sides of
 the map, this is one cell. Otherwise a position is in up to two cells along each axis, or in more cells if the grid is

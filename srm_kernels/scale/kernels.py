@@ -2,11 +2,11 @@
 
 Scale statistic: the tokens of each image and head are divided into shares. In the first launch, a program computes the
 mean and M₂ = Σ‖y − mean‖² of one share. The program reads the share in tiles, and adds the mean and M₂ of each tile by
-Chan's formula. In the second launch, a program computes the common mean of all shares of a head, and then σ from the
-distances to this mean. This avoids cancellation when the mean is large.
+Chan's formula. In the second launch, a program computes the mean μ and σ of one head. It computes σ from the M₂ of all
+shares and from the distance of each share's mean to μ. This avoids cancellation when the mean is large.
 
-DyT: the rows are divided into shares. The backward pass writes dx, and for each share its contribution to dα, dw and
-db. A second launch adds the contributions of all shares.
+DyT: the rows are divided into shares. In the backward pass, the first launch computes dx, and the contribution of each
+share to dα, dw and db. The second launch adds the contributions of all shares.
 
 All sums have a fixed order, and the kernels use no atomics.
 """
@@ -210,7 +210,8 @@ def _dyt_backward_kernel(
 ):  # fmt: skip
     """Compute dx of one share of the rows, and the contribution of the share to dα, dw and db.
 
-    Contributions are written per column to `parts` [shares, 3, C], in this order.
+    The contributions are written per column to `parts` [shares, 3, C]. The second index of `parts` is 0 for dα, 1 for
+    dw and 2 for db.
     """
     part = tl.program_id(0)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

@@ -4,8 +4,8 @@ Inputs are standard normal numbers, drawn in float64 and rounded to the dtype of
 one link of a neck and of the maps that this link reads. The options for normalisation and DyT select different kernels.
 These options differ between shapes, so that all kernels are checked.
 
-The verdict on an operator covers three kinds of calls: the call that is timed, the call in training, and
-`Operator.forms`. All three are checked at every shape.
+An operator can be called in several ways, for instance with other options. One verdict covers the call that is timed,
+the call in training, and the calls in `Operator.forms`. All these calls are checked at every shape.
 """
 
 from __future__ import annotations
@@ -78,9 +78,9 @@ class Operator:
         name: Name of the public function.
         make: (shape, draw) → inputs, where draw(*sizes) returns random numbers.
         call: shape → the call, (*inputs, backend=…) → results.
-        trained: shape → the call in training. None if the call in training is `call`. `trained` is also checked, and is
-            timed with its gradients instead of `call`.
-        forms: shape → other calls of the operator that the same verdict covers. They are checked, but not timed.
+        trained: shape → the call in training. None means that training uses `call`. The call in training is checked,
+            and is timed together with its backward pass.
+        forms: shape → further calls that the same verdict covers. They are checked, but not timed.
         inputs: The batch axis of each input, or None for an input without a batch axis.
         outputs: The batch axis of each result of `Case.judged`, or None for a result that mixes the samples of a batch.
             If `outputs` itself is None, no sample is computed alone for comparison with its batch.
@@ -88,8 +88,7 @@ class Operator:
         variant: Options that are measured separately, as in `explain`.
         dtypes: The dtypes to measure.
         backends: The backends to check against the reference.
-        shares_size: Whether the error bounds use the size of the largest result or gradient of the call, as with
-            `together` in `error_ratio`.
+        shares_size: Whether all results and gradients of the call are passed to `error_ratio` as `together`.
         reference: (shape, inputs, backend) → the call that computes exact results with the landmarks that the backend
             chooses. None for an operator that chooses no landmarks.
         ratio: (shape, inputs, results) → error divided by its bound, for results that are not floating point. None for
@@ -188,10 +187,10 @@ def _attend(s: Shape, **more: Any) -> Call:
 
 
 def _attend_otherwise(s: Shape, landmarks: Tensor | None = None) -> tuple[Call, ...]:
-    """Return three other calls.
+    """Return three further calls of Nyström attention, for `Operator.forms`.
 
-    The first call has given landmarks, other strides and no τ. The second call computes the statistic. The third call
-    has uniform landmarks.
+    The first call has given landmarks, other strides and no τ. The second call also computes the scale statistic, with
+    the given `landmarks` or, by default, landmarks chosen by leverage. The third call has uniform landmarks.
     """
 
     def given(q: Tensor, k: Tensor, v: Tensor, tau: Tensor, *, backend: str | None) -> Any:

@@ -167,11 +167,11 @@ class Run:
         self.progress = table.Progress()
 
     def doubted(self, wanted: Sequence[Case]) -> list[Case]:
-        """Return further cases to measure again: cases with a stored fault, in the groups of `wanted`.
+        """Return the cases outside `wanted` that must be measured again because the verdict has a fault for them.
 
-        A fault at one shape excludes the implementation at all shapes of its group. A fault that the environment has
-        caused can disappear if the case is measured again. Cases with such a fault are returned. With `--again`, cases
-        with any fault are returned.
+        The cases belong to the groups of `wanted`, because a fault at one shape excludes the implementation at all
+        shapes of its group. Faults that the environment can cause may disappear in a new measurement. Cases with such
+        a fault are returned. With `--again`, cases with any fault are returned.
         """
         asked, groups = set(map(_label, wanted)), set(map(_group, wanted))
         faults = verdicts.faults(self.verdict.rows)

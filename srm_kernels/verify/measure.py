@@ -95,8 +95,8 @@ def ratios(
     """Return the ratio of error to bound for every result and gradient in `found`, by the numerics rule.
 
     `call` is the call of the reference. For a gradient with at most `FEW` elements, the error of the reference is
-    measured over several losses. `redrawn` is a function that returns other inputs, or None. If it is given, the same
-    holds for a result with at most `FEW` elements, and each loss has other inputs.
+    measured for several losses. If the function `redrawn` is given, it returns new inputs for each of these losses. For
+    a result with at most `FEW` elements, the error of the reference is then also measured for these inputs.
     """
     wide = [x.double() for x in inputs]
     plain, exact = (results(call, x).named() for x in (inputs, wide))

@@ -37,16 +37,17 @@ def apgd_trace(
 ) -> PGDTrace:
     """Maximise an objective by PGD that adapts its step size η, which starts at 2·eps.
 
-    A step computes z = P(x + η·direction), and then x ← P(x + 0.75 (z − x) + 0.25 (x − x_before)). P is the projection
-    to the ball and to [0, 1]. x_before is the point before x.
+    A step computes z = P(x + ηg), and then x ← P(x + 0.75 (z − x) + 0.25 (x − x_before)). g is the sign ("linf") or
+    the direction ("l2") of the gradient at x. P is the projection to the ball and to [0, 1]. x_before is the point
+    before x. The first step is x ← z.
 
     Progress is checked at checkpoints. A window is the steps between two checkpoints. The first window has 22 % of all
     steps. The next windows have 19 %, 16 %, 13 %, 10 % and 7 %, and all later windows have 6 %.
 
-    A checkpoint halves η if fewer than 75 % of the window's steps raised the loss. It also halves η if neither η nor
-    the best loss has changed since the previous checkpoint. After halving, the search continues from the best point,
-    and the first step has no momentum. Each image has its own η and its own best point. For an objective that is
-    defined on the batch, each batch has one η and one best point.
+    A checkpoint halves η if fewer than 75 % of the window's steps raised the loss. From the second checkpoint on, it
+    also halves η if the best loss has not risen in the window and the previous checkpoint did not halve η. After
+    halving, the search continues from the best point, and x_before is also the best point. Each image has its own η and
+    its own best point. For an objective that is defined on the batch, each batch has one η and one best point.
 
     Arguments, result and errors are those of `pgd`, without `step_size`.
     """

@@ -115,10 +115,11 @@ def audit(
     - gradients: At most 1 % of the gradients are zero everywhere, and no gradient has a NaN or infinite element.
     - restarts: The reach of the best restart of PGD is at most 1.25 times the average reach of the restarts.
     - derivative: Gradients agree with central differences along 8 random sign directions. The differences have the
-      widths ε/4, ε/32 and ε/256. The relative error over all images and directions is at most 20 % at one width.
-    - transfer: A transfer attack is not stronger than the best white-box attack (PGD or APGD). The white-box reach of
-      each image is subtracted from the transfer reach. The 95 % bootstrap interval of the mean difference must not lie
-      above 0.
+      widths ε/4, ε/32 and ε/256. For at least one width, the relative error over all images and directions is at most
+      20 %.
+    - transfer: A transfer attack is not stronger than the best white-box attack (PGD or APGD). For each image, the
+      white-box reach is subtracted from the transfer reach. The 95 % bootstrap interval of the mean difference must not
+      lie above 0.
     - black_box: As transfer, for an attack that uses only scores.
     - unbounded: With a radius that allows any image, PGD on pair inversion inverts the ranking (SROCC below 0). The
       check does not run if the clean ranking is already inverted.

@@ -43,10 +43,10 @@ def smoothed_scores(
     batch_size: int = 32,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Return the scores of noisy copies of each image, (samples, B), sorted per image, on the CPU.
+    """Score noisy copies of each image; return the scores, (samples, B), on the CPU.
 
-    The noisy copies are clipped to [0, 1]. The bounds of `certify` hold for scores with this clipping. Arguments and
-    errors are as in `certify`.
+    Column i has the scores of image i in ascending order. The noisy copies are clipped to [0, 1]. The bounds of
+    `certify` hold for scores with this clipping. Arguments and errors are as in `certify`.
     """
     check_model(model)
     check_images(images)
@@ -143,7 +143,7 @@ def certificate(scores: Tensor, *, eps: float, sigma: float, confidence: float) 
 
 
 def order_statistics(count: int, shift: float, confidence: float) -> tuple[int | None, int | None]:
-    """Return the positions of two sorted samples that bound quantiles. Positions count from 1.
+    """Return a lower and an upper position in `count` sorted samples. Positions count from 1.
 
     The sample at the lower position is a lower bound of the Φ(−shift)-quantile. The sample at the upper position is an
     upper bound of the Φ(shift)-quantile. Φ is the standard normal distribution function. A position is None if no

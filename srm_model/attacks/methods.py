@@ -19,8 +19,9 @@ class AttackMethod(NamedTuple):
     """A search method.
 
     Attributes:
-        trace: Searches and returns a `PGDTrace`. Takes a model, images, MOS and an objective, the keyword arguments
-            `norm`, `eps`, `eot`, `generator` and `on_step` of `pgd_trace`, and those of `settings`.
+        trace: Function that searches and returns a `PGDTrace`. Its arguments are a model, images, MOS and an objective.
+            Its keyword arguments are `norm`, `eps`, `eot`, `generator` and `on_step`, as in `pgd_trace`, and the keys
+            of `settings`.
         settings: Further keyword arguments of `trace`, each with the field of `SRMConfig` that gives its value. The
             fields start with `attack_`. A run cannot be resumed with other values of these fields.
         work: (config, passes per score, objective) → number of calls of `on_step` for one batch.

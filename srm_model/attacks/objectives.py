@@ -12,7 +12,8 @@ keeps the best iterate of each image. With one loss for the batch, the attack ke
 An objective may have two attributes:
 
 - `flat_at_clean`: True means that the gradient is zero at the clean images. FGSM then rejects the objective.
-- `uses_clean_scores`: False saves the forward pass of the clean images. `clean_scores` is then NaN.
+- `uses_clean_scores`: False means that the objective ignores `clean_scores`. The clean images are then not scored for
+  the objective, and `clean_scores` is NaN.
 """
 
 from __future__ import annotations

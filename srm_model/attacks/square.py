@@ -37,10 +37,13 @@ def square_trace(
     """Maximise an objective by random search, with at most `queries` scores per image and without gradients.
 
     Each round of queries proposes a change of each image. With "linf", the perturbation in a random square becomes
-    ±eps, with one sign per channel. With "l2", the perturbation in one random square becomes zero. Its norm, and the
-    unused part of the budget, are added to a second square as a bump of random sign. An image keeps the change if the
-    change raises its loss. For an objective defined on the batch, the changes of the images are tried one after another
-    on the batch's loss. This needs no further query.
+    ±eps, with one sign per channel. With "l2", the perturbation in one random square becomes zero. A bump of random
+    sign is added to the normalised perturbation in a second random square. The result is then scaled, so that it uses
+    the norm that both squares had, and the unused part of the budget.
+
+    An image keeps the change if the change raises its loss. If the objective is defined on the batch, the changes of
+    the images are tried one after another. A change is kept if it raises the loss of the batch. The scores of the round
+    are sufficient for these trials, so they need no further query.
 
     The model need not be differentiable. Arguments that are not listed, the result and errors are those of `pgd`. In
     the trace, `losses` has the losses of the kept images after each round, (1, rounds, …). The shares of zero and

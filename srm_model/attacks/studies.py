@@ -44,7 +44,8 @@ def transfer(
 ) -> dict[str, Any]:
     """Craft PGD-MSE examples on each model, and score all examples with every model.
 
-    Arguments that are not listed, the behaviour in a process group, and errors are those of `Suite.run`.
+    Arguments that are not listed are those of `Suite.run`. Errors and the behaviour in a process group are also as in
+    `Suite.run`.
 
     Args:
         models: Two or more modules that `pgd` accepts, by name.

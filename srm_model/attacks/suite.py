@@ -178,7 +178,8 @@ class Suite:
             logistic: Map fitted on clean validation scores, for PLCC. Default: plain Pearson correlation.
             batch_size: Number of images that are attacked together, in the order of the dataset. It changes the results
                 of objectives that are defined on the batch.
-            seed: Seed from which every batch and attack gets its own random starts and draws of a stochastic model.
+            seed: Seed of the random starts and of the randomness of stochastic models. Every batch and attack gets its
+                own seed, which is derived from this seed.
             progress: Whether to show a progress bar on stderr.
             keep: Number of `examples` to return, evenly spaced over the dataset. Each shows the attack that changed the
                 image's score most.

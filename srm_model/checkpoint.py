@@ -41,7 +41,8 @@ def save_model(model: nn.Module, folder: str | Path, *, card: dict[str, Any]) ->
 
     Raises:
         TypeError: The model is not an `IQAModel`.
-        ValueError: The model lacks a tensor that it was built with, or has another one, such as a tensor of an adapter.
+        ValueError: The model lacks a tensor that it was built with, or has an additional tensor, such as a tensor of an
+            adapter.
     """
     from srm_model import ranks
     from srm_model.modules import unwrapped
@@ -159,8 +160,8 @@ def read_card(folder: str | Path) -> dict[str, Any]:
         The contents of `config.json`. The entry `card` has the facts about the training.
 
     Raises:
-        ValueError: The folder is a file. Or `config.json` is missing, is unreadable, has another format, lacks a key,
-            or has an unknown key or an invalid config.
+        ValueError: `folder` is a file, or its `config.json` is missing or invalid. `config.json` is invalid if it is
+            not readable, has another format, lacks a key, or has an unknown key or an invalid config.
     """
     path = Path(folder) / CONFIG
     if Path(folder).is_file():

@@ -131,11 +131,11 @@ class SRMConfig:
     def paper(cls, **changes: Any) -> SRMConfig:
         """Return the article's own settings: leverage landmarks, the solver "auto", and keys without normalisation.
 
-        With leverage landmarks the score is discontinuous (docs/METHOD.md §2.0). Without normalised keys, neither the
-        condition number nor the output's size is bounded (docs/METHOD.md §2.1).
+        With leverage landmarks, the score is discontinuous (docs/METHOD.md §2.0). Without normalised keys, the
+        condition number and the norm of the output have no upper bound (docs/METHOD.md §2.1).
 
         Args:
-            changes: Values of further fields, by field name.
+            changes: Values of other fields, by field name. They override the settings above.
         """
         return cls(**{"landmarks": "leverage", "solver": "auto", "qk_norm": None, **changes})
 

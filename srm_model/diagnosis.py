@@ -62,14 +62,16 @@ def diagnose(model: IQAModel, batches: Iterable[Tensor], *, pictured: int = 2) -
         A dictionary with these entries:
 
         - "rank": r of the config;
-        - "table": for each row of table 1, quantiles of κ, ρ, the gain and the error against exact attention;
-        - "links": for each link, with the settings of the checkpoint: the same quantiles (of all matrices, by head, and
-          by batch), the share of matrices that each solver solved, all values of κ, quantiles of the singular values,
-          and the number of landmarks ("rank");
-        - "errors": for each landmark method and number of landmarks, the error against exact attention;
+        - "table": for each row of table 1, a summary of all matrices. A summary has quantiles of κ, of ρ, of the gain
+          and of the error against exact attention. It also has the share of matrices that each solver solved;
+        - "links": for each link, values with the settings of the checkpoint. "all" is a summary of all matrices,
+          "heads" has a summary for each head, and "batches" has a summary for each batch. "kappas" has all values of κ,
+          and "spectrum" has quantiles of the singular values. "rank" is the number of landmarks;
+        - "errors": for each landmark method and number of landmarks, quantiles of the error against exact attention;
         - "changes": for each landmark method and step, the share of landmark sets that change if every pixel of the
           first batch changes by ±step/255. Each link, image and head has one landmark set;
-        - "landmarks": positions of the landmarks of the first `pictured` images.
+        - "landmarks": for each link, each landmark method and each of the first `pictured` images, the number of heads
+          that have a landmark at each position.
 
     Raises:
         ValueError: The model has no Nyström attention, or there is no image or no link into a fused stage.
@@ -195,9 +197,10 @@ def _sizes(config: SRMConfig, keys: int) -> list[tuple[str, int]]:
 def _positions(
     link: Link, name: str, k: Tensor, grid: tuple[int, ...], pictured: int
 ) -> list[dict[str, Any]]:
-    """Count the heads that choose a position of the source map as a landmark, for each image and each position.
+    """For each position of a link's source map, count the heads that have a landmark there.
 
-    Landmark methods that sample at random are left out.
+    The result has an entry for each landmark method and each of the first `pictured` images. Methods that sample at
+    random are left out.
     """
     height, width = grid
     found = []

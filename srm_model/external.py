@@ -35,7 +35,7 @@ class Interface:
             mean)/std.
         peak: Value of white in the model's input: 1 or 255.
         lower_is_better: Whether low scores mean high quality. None uses the model's attribute `lower_better`, which
-            pyiqa's metrics have, or False if there is no such attribute.
+            pyiqa's metrics have. If the model has no such attribute, None means False.
     """
 
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)

@@ -84,8 +84,9 @@ def utf8_path(path: str | Path) -> Iterator[Path]:
 def write_text(path: str | Path, text: str) -> None:
     """Write a UTF-8 text file atomically.
 
-    In `text`, surrogate escapes stand for the bytes of a file name that are not UTF-8. They are written as `\\udc80` to
-    `\\udcff`. JSON readers decode these sequences to the same surrogate escapes.
+    A file name may contain bytes that are not UTF-8. Python represents each of these bytes in `text` by a surrogate
+    escape. The file gets an escape sequence from `\\udc80` to `\\udcff` for each surrogate escape. JSON readers decode
+    this sequence to the same surrogate escape.
     """
     with atomic_path(path) as temporary:
         temporary.write_bytes(text.encode(errors="backslashreplace"))

@@ -147,8 +147,8 @@ def _fit_logistic(q: FloatArray, y: FloatArray, *, error_of_line: float) -> tupl
         )
     if not found.success or not np.isfinite(found.x).all():
         return None, f"the logistic fit did not converge ({found.message.strip()})"
-    # Every line is a logistic map with β₁ = 0. An error above `error_of_line` is therefore a local minimum. The factor
-    # with 1e-9 allows for rounding.
+    # Every line is a logistic map with β₁ = 0. A fit with an error above `error_of_line` has therefore ended in a local
+    # minimum. The terms with 1e-9 and 1e-18 allow for rounding.
     if 2 * found.cost > error_of_line * (1 + 1e-9) + 1e-18 * float(y @ y):
         return None, "the logistic fit ended in a local minimum worse than a straight line"
     b1, b2, b3, b4, b5 = (float(value) for value in found.x)

@@ -95,8 +95,8 @@ class IQAModel(nn.Module):
 
         Raises:
             TypeError: The images are not floating-point, or their dtype does not fit the model.
-            ValueError: The shape or the device is wrong, or, on a CPU, a value is outside [0, 1] or not finite. On
-                other devices, values are not checked, because such a check would synchronise with the device.
+            ValueError: The shape or the device is wrong, or a value is outside [0, 1] or not finite. Values are checked
+                only on a CPU, because on other devices such a check would wait for the device.
         """
         pyramid = self.pyramid(images)
         if images.requires_grad and isinstance(self.neck, SRMNeck):

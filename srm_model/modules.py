@@ -96,13 +96,13 @@ def in_backward() -> bool:
 
 
 def check_like(name: str, given: Tensor, own: Tensor, *, promoted: bool = False) -> None:
-    """Check that a tensor has the device and, unless autocast is on, the dtype of a module.
+    """Check that a tensor has the device and the dtype of a module. Under autocast, only check the device.
 
     Args:
         name: Name of the tensor in messages.
         given: The tensor to check.
         own: A tensor of the module.
-        promoted: Whether a narrower dtype is accepted, because arithmetic with `own` promotes it.
+        promoted: Whether to accept a narrower dtype too. Arithmetic with `own` converts such a tensor.
 
     Raises:
         ValueError: The devices differ.

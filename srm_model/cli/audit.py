@@ -124,7 +124,8 @@ def certificates(model: nn.Module, dataset: Any, config: SRMConfig, limit: int) 
 
     Returns:
         A dict for each budget of `config.eps_smoothing`, with the fields of `Certificate` and two further entries.
-        "stated" is the budget. "ordered" is the share of image pairs whose intervals do not overlap.
+        "stated" is the budget of the config. "ordered" is the share of image pairs whose score intervals do not
+        overlap. The score interval of an image is [lower, upper].
     """
     indices = spread(len(dataset), limit)
     images = torch.stack([torch.as_tensor(dataset[index][0]) for index in indices])

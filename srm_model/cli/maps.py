@@ -29,8 +29,8 @@ class Maps:
         more: Whether further images are named in a list file.
 
     Raises:
-        ValueError: `out` is a PNG file, but several images may be scored. Or `out` is neither a PNG file nor a folder,
-            and one image is scored.
+        ValueError: `out` does not fit the number of images. If several images may be scored, `out` must be a folder.
+            For one image, `out` must be a name that ends in .png, or a folder that exists.
     """
 
     def __init__(self, out: str, names: Sequence[str], *, more: bool) -> None:

@@ -212,10 +212,11 @@ def default_norms() -> list[str]:
 
 
 def budget_help(*, last: bool = False) -> str:
-    """Return the part of the help of `--eps` that depends on the norms.
+    """Return the part of the help of `--eps` that depends on the norms: notes on budgets, and the default budgets.
 
     Args:
-        last: Whether the default is only the last budget of the tables, and not all of them.
+        last: Whether the option has only one default budget per norm: the last budget of `Norm.tables_of`. Otherwise
+            all budgets of `Norm.tables_of` are the default.
     """
     config, start = SRMConfig(), -1 if last else None
     notes = [norm.stated for norm in NORMS.values() if norm.stated]

@@ -97,7 +97,8 @@ def run(args: argparse.Namespace) -> int:
 def _check_first(name: str, *, recursive: bool) -> None:
     """Raise ValueError if the first argument may be a mistyped checkpoint.
 
-    Without this check, the default checkpoint would score the images.
+    Without this check, a mistyped checkpoint would count as an image that cannot be read. The default checkpoint would
+    then score the other images.
     """
     if not os.path.exists(name):  # noqa: PTH110, the name may contain NUL bytes
         raise ValueError(f"{name}: no such folder or file; expected a checkpoint or an image")

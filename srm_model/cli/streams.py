@@ -54,10 +54,11 @@ class Output:
 
 @contextmanager
 def prepared() -> Iterator[Output]:
-    """Let standard output and standard error accept any text within the block, and yield standard output.
+    """Make standard output and standard error accept any text within the block; yield standard output.
 
-    Standard output gets undecodable bytes of a file name unchanged. Characters that the encoding of a stream does not
-    have are written as escape sequences such as \\u2192.
+    A file name may contain bytes that cannot be decoded. Standard output writes these bytes unchanged. Standard error
+    writes an escape sequence such as \\udcff for each byte. Any other character that the
+    encoding of a stream cannot represent is written as an escape sequence such as \\u2192.
     """
     _replace_closed()
     output = Output(sys.stdout)
@@ -101,10 +102,10 @@ def _replace_closed() -> None:
 
 
 def _encode_rest(error: UnicodeError) -> tuple[bytes, int]:
-    """Encode characters that an encoding does not have.
+    """Encode the characters that the encoding of standard output cannot represent. This is a codec error handler.
 
-    A surrogate escape becomes the byte that it stands for. Any other character becomes an escape sequence such as
-    \\u2192.
+    A surrogate escape stands for a byte that could not be decoded, and becomes this byte. Any other character becomes
+    an escape sequence such as \\u2192.
     """
     if not isinstance(error, UnicodeEncodeError):
         raise error

@@ -1,7 +1,7 @@
 """The tables that commands print: rows of values, as plain text or, with `--json`, as one JSON object per row.
 
-Every command that prints a table has `--json` by `add_json`, and prints by `print_rows` or `print_json`. There are two
-exceptions. `report --table` prints the tables of a study as Markdown; their values are in the study's `results.jsonl`.
+`add_json` adds `--json` to a command. Commands print their tables with `print_rows` or `print_json`. There are two
+exceptions. `report --table` prints the tables of a study as Markdown; the study's file `results.jsonl` has the values.
 `verify` belongs to `srm_kernels` and writes its rows with `--export FILE`.
 """
 
@@ -16,7 +16,7 @@ from srm_model.files import finite
 from srm_model.messages import say
 
 Row = Mapping[str, Any]
-# From the heading of a column to the name of its value, or to a function that returns the cell of a row.
+# A dict from a column's heading to the name of a value, or to a function that computes the column's cell from a row.
 Columns = Mapping[str, str | Callable[[Row], Any]]
 _HELP = "print one JSON object per row of each table, with unrounded values, and all other text on stderr"
 
@@ -32,10 +32,11 @@ def print_rows(
     """Print a table of text, or its rows as JSON.
 
     Args:
-        rows: Values by name. JSON has all of them, text only those in a column.
-        columns: The columns of the text.
+        rows: Rows of the table, each a dict from name to value. JSON has all values of a row. Text has only the values
+            that `columns` selects.
+        columns: Columns of the text (see `Columns`). JSON ignores them.
         as_json: Whether to print JSON.
-        table: Name of the table in JSON, for a command that prints several tables.
+        table: Name of the table, which is added to each JSON object. For commands that print several tables.
     """
     if as_json:
         print_json(rows, table)

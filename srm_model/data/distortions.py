@@ -6,9 +6,10 @@ values; for example, a grey photograph has no colour to lose. The PSNRs of the f
 dB, down to the lowest PSNR that the photograph can reach. A type that cannot change a photograph returns the photograph
 unchanged. Some types differ from these rules:
 
-- Blur, denoising and JPEG (types 8, 9 and 10) use the same parameters for every photograph. The average PSNR of a level
-  over the Kodak photographs is the value above. If the PSNR were equal for every photograph, photographs with much
-  texture would be blurred less than others. People's opinions of TID2013 show that TID2013 did not do this.
+- Blur, denoising and JPEG (types 8, 9 and 10) use fixed parameters for each level. The PSNR therefore depends on the
+  photograph. Averaged over the Kodak photographs, the PSNRs of levels 1 to 5 are the values above. With the same PSNR
+  for every photograph, photographs with much texture would be blurred less than others. The opinion scores of TID2013
+  show that its photographs with much texture are not blurred less.
 - All levels of type 15 have the same PSNR. The levels differ in the number of blocks.
 - The levels of type 17 lower and raise the contrast in turn.
 
@@ -80,7 +81,7 @@ class Distortion(NamedTuple):
             rng: Generator of the random numbers.
 
         Raises:
-            ValueError: Another dtype, shape or level, or a side shorter than `MIN_SIDE`.
+            ValueError: The dtype, the shape or the level is not as above, or a side is shorter than `MIN_SIDE`.
         """
         if (
             image.dtype != np.uint8
@@ -123,9 +124,9 @@ def _at_psnr(reference: Planes, render: Render, target_of: Callable[[float, floa
 
     Args:
         reference: The photograph.
-        render: Function from strength, 0 to 1, to image.
-        target_of: Function that returns the target in dB. Its arguments are two PSNRs, of the weakest and of the
-            strongest image.
+        render: Function that returns the distorted image for a strength from 0 to 1.
+        target_of: Function that returns the target. Its two arguments are the PSNRs of the images with strength 0 and
+            with strength 1. All PSNRs are in dB.
     """
 
     def member(strength: float) -> tuple[float, Pixels]:
@@ -292,8 +293,8 @@ def _jpeg_transmission(image: Planes, level: int, rng: np.random.Generator) -> P
 def _jpeg2000_transmission(image: Planes, level: int, rng: np.random.Generator) -> Pixels:
     """Write JPEG2000 of high quality, change random bytes in the packets of the middle scales, and decode.
 
-    The first packets, of the coarsest scales, stay intact: one error in them is worse than level 5. The last packets,
-    of the finest scales, also stay intact: errors in them are hardly visible.
+    The first packets have the coarsest scales. They stay intact, because one changed byte there distorts the image more
+    than level 5. The last packets have the finest scales. They stay intact, because changes there are hardly visible.
     """
     data = _jpeg2000_bytes(_pixels(image), 40, codeblock_size=(16, 16))
     start = data.find(b"\xff\x93") + 2  # start of data
@@ -329,7 +330,7 @@ def _block_distortions(image: Planes, level: int, rng: np.random.Generator) -> P
 
     In TID2013, the opinion scores of this type rise with the level. Few strong blocks disturb people less than many
     weak blocks of the same PSNR. The colour of a block is the mean colour of the photograph in the block plus an
-    offset. If the PSNR is below `BLOCK_PSNR` even without the offset, the blocks keep some of the photograph's texture.
+    offset. If the mean colours alone already give a PSNR below `BLOCK_PSNR`, a block keeps some texture.
     """
     height, width = image.shape[:2]
     side = round(min(height, width) / 12)
@@ -482,10 +483,10 @@ def _decode(data: bytes) -> Pixels:
 
 
 def _damaged(image: Planes, data: bytes, places: npt.NDArray, level: int, rng: np.random.Generator) -> Pixels:
-    """Change bytes of `data` at random `places`, a few at a time, until the decoded image has the PSNR of the level.
+    """Change random bytes of `data` until the decoded image has the PSNR of the level, in at most 60 steps.
 
-    A step changes several bytes and decodes the data. A step is undone if the data cannot be decoded, or if the PSNR is
-    more than 1.5 dB below the PSNR of the level. The next step then changes fewer bytes.
+    A step changes bytes at some of the indices `places` and decodes the data. A step is undone if the data cannot be
+    decoded, or if the PSNR is more than 1.5 dB below the PSNR of the level. The next step then changes fewer bytes.
     """
     target = LEVEL_PSNR[level - 1]
     stream = np.frombuffer(data, np.uint8).copy()

@@ -133,11 +133,11 @@ def _reached(start: float, end: float, size: int, side: int) -> tuple[int, int]:
 
 @contextmanager
 def decoded(path: str | Path) -> Iterator[Picture]:
-    """Decode the first frame of an image file.
+    """Decode the first frame of an image file, and yield it to the `with` block.
 
     Raises:
-        ValueError: The image cannot be read, has more pixels than Pillow's limit (see `pixel_limit`), or the block
-            raised an exception.
+        ValueError: The image cannot be read or has more pixels than Pillow's limit (see `pixel_limit`). An exception of
+            the `with` block also becomes a ValueError.
     """
     try:
         check_regular(path)
@@ -166,8 +166,8 @@ def pixel_limit(pixels: int | None) -> Iterator[None]:
 
     The limit applies to the whole process, including other threads.
 
-    Two kinds of warnings are ignored, because the images can be read: images above half the limit, and broken EXIF
-    data.
+    Two warnings of Pillow are suppressed: for an image with more than half of the allowed pixels, and for broken EXIF
+    data. Such images can be read.
 
     Args:
         pixels: The limit. 0 removes the limit; None leaves it unchanged.
@@ -190,8 +190,8 @@ def fault(path: Path, *, full: bool) -> str | None:
 
     Args:
         path: Image file.
-        full: Whether to decode the image. Otherwise only the header is read. A JPEG is decoded at 1/8 of its width and
-            height. This reads every byte of the file, and takes a third of the time of decoding at full size.
+        full: True decodes the image; False reads only the header. A JPEG is decoded at 1/8 of its width and height.
+            This takes a third of the time of decoding at full size, and still reads every byte of the file.
     """
     try:
         check_regular(path)
@@ -220,8 +220,8 @@ def find_faults(paths: Sequence[Path], *, verify: str, progress: bool = True) ->
     """Find files that cannot be read as images.
 
     Decoding takes about a second of CPU time for TID2013 (3,000 files), and half a minute for KonIQ-10k (10,073 files
-    at 1024×768). If 1,000 or more files are decoded without a fault, this is recorded in the user's cache folder. Later
-    calls then do not decode the files again, unless the size or modification time of a file has changed. Without a
+    at 1024×768). If 1,000 or more files are decoded without a fault, a record in the user's cache folder says so. Later
+    calls do not decode the same files again, unless the size or modification time of a file has changed. Without a
     cache folder, nothing is recorded.
 
     Args:
@@ -262,8 +262,9 @@ def find_faults(paths: Sequence[Path], *, verify: str, progress: bool = True) ->
 
 
 def _seal(paths: Sequence[Path]) -> Path | None:
-    """Return the path of the record for these files. If the record exists, they were decoded without a fault.
+    """Return the path of the record that `find_faults` creates after it has decoded all these files without a fault.
 
+    The record is an empty file. Its name depends on the path, size and modification time of every file of `paths`.
     Return None if the user has no cache folder, or if one of the files is missing. `find_faults` reports missing files.
     """
     listing = hashlib.sha256()

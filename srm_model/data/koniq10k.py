@@ -39,16 +39,18 @@ _AGREEMENT = 0.1  # tolerance on the scale 0 to 100; rounding errors are much sm
 class KonIQ10k(ImageQualityDataset):
     """KonIQ-10k: 10,073 photographs with people's opinions, split 7058/1000/2015 into train, val and test.
 
-    The list `koniq10k_distributions_sets.csv` has the MOS, on 0 to 100, and the split. The second list,
-    `koniq10k_scores_and_distributions.csv`, is optional. It has no split. It has the MOS on 1 to 5, and MOS_zscore on 0
-    to 100, which must agree with the MOS of the first list.
+    The first list, `koniq10k_distributions_sets.csv`, has the split and the MOS on 0 to 100. The second list,
+    `koniq10k_scores_and_distributions.csv`, is optional. It has no split. It has the MOS on 1 to 5, and MOS_zscore on
+    0 to 100. Its MOS_zscore must agree with the MOS of the first list.
 
-    Both lists are recognised by their columns, not by their names. The suffix is `.csv` or `.tsv`. Any separator and
-    encoding of `lists` is accepted. A list named `koniq10k_distributions_sets.csv` must have the published split, so
-    that a truncated list is rejected. A list of a subset therefore needs another name.
+    Both lists are recognised by their columns, not by their names. The suffix is `.csv` or `.tsv`. The separator is a
+    comma, a semicolon, a tab or |. The encodings are as in `srm_model.data.lists.read_list`.
+
+    A list named `koniq10k_distributions_sets.csv` must have the published split. This check rejects truncated lists. A
+    list of a subset needs another name.
 
     Args:
-        root: Folder that contains the list and the folder of images, `1024x768/` or `512x384/`.
+        root: Folder that contains the lists and the folder of images, `1024x768/` or `512x384/`.
         split: "train", "val" or "test".
         seed: Seed of the train transform.
         images: Name of the folder of images inside `root`. Default: `1024x768` if it exists, otherwise `512x384`.
@@ -133,8 +135,8 @@ def find_lists(root: Path) -> tuple[Path, Path | None]:
         root: Folder of the dataset.
 
     Returns:
-        Two paths: of the list with the split, and of the list with the scores on both scales. The second path is None
-        if there is no such list.
+        The path of the list with the split, and the path of the list with the scores on both scales. The second path is
+        None if there is no such list.
 
     Raises:
         ValueError: The list with the split is missing, several files have the columns of one list, or one file has the

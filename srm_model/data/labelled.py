@@ -30,7 +30,7 @@ def labelled_images(
         folder: Folder of the images.
         table: File with a header and one row per image. A comma, semicolon, tab or | separates the fields.
         image_column: Column of file names. Default: the only column whose entries are all names of files in the folder.
-        score_column: Column of scores, higher is better. Default: the only other column that contains numbers only.
+        score_column: Column of scores, higher is better. Default: the only other column that has a number in every row.
         label_range: Worst and best score. Normalisation maps them to 0 and 1. Default: the lowest and the highest score
             in the table.
         image_size: Side in pixels of the square images of the dataset, as in `load_image`.

@@ -21,7 +21,8 @@ _MARKS = (
 def read_list(path: Path) -> str:
     """Read a file in UTF-8, UTF-16 or UTF-32, with or without a byte order mark.
 
-    Bytes that are not UTF-8 are decoded as by `os.fsdecode`, so that they can be part of a file name.
+    Bytes that are not valid UTF-8 become surrogate escapes, as in `os.fsdecode`. Lists can therefore contain file names
+    that are not UTF-8.
 
     Raises:
         ValueError: The file cannot be read.

@@ -76,7 +76,7 @@ def from_packages(frame: Frame) -> list[Photograph]:
     """Return the seven photographs of scikit-image and scikit-learn. Neither package is imported.
 
     Raises:
-        ValueError: A package, or its file, is not installed.
+        ValueError: A package is not installed, or the installed package lacks a photograph.
     """
     found = []
     for package, distribution, file, licence in _PACKAGED:

@@ -99,9 +99,9 @@ def synthesize(
         `out`, which `TID2013(out, split)` opens.
 
     Raises:
-        ValueError: An argument or a photograph is not accepted. Or `out` contains a dataset with other settings, or an
-            unfinished dataset from other library versions. Or a label of `labels` differs from the computed label by
-            more than 0.001.
+        ValueError: An argument or a photograph is not accepted, or a label of `labels` differs from the computed label
+            by more than 0.001. The error is also raised if `out` contains a dataset with other settings, or an
+            unfinished dataset from other library versions.
     """
     out = Path(out)
     if types is None:
@@ -202,7 +202,9 @@ def _given_labels(path: Path) -> dict[str, float]:
 
 
 def _as_given(path: Path, given: dict[str, float], lines: dict[str, float]) -> dict[str, float]:
-    """Return the given labels of the images in `lines`. `lines` has the computed labels.
+    """Replace computed labels by given labels: return a dict with the names of `lines` and the labels of `given`.
+
+    `lines` has the computed labels by image name. `path` is the file of the given labels, for messages.
 
     Raises:
         ValueError: A given label differs from the computed label by more than `LABEL_TOLERANCE`.

@@ -38,10 +38,10 @@ class Gate(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """Return logits (B, S) of the pooled maps of all stages, each (B, C, P, P).
+        """Return logits (B, S). `maps` has the pooled map (B, C, P, P) of each of the S stages.
 
-        If a submodule is an adapter or is parametrised, all submodules are called. Otherwise no submodule is called,
-        because operators compute the logits directly from the weights.
+        If a submodule is an adapter or is parametrised, the logits are computed by calling the submodules. Otherwise
+        operators read the weights directly, and no convolution, GELU or linear module is called.
         """
         if not all(map(is_plain, self.modules())):
             return self.called(maps)
@@ -64,9 +64,10 @@ class Gate(nn.Module):
     def convolved(
         self, maps: Sequence[Tensor], number: int, weights: dict[nn.Conv2d, Tensor] | None = None
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Run one convolution of every stage without its bias; return the outputs and the biases.
+        """Run one convolution of every stage without adding the bias; return the outputs and the biases of all stages.
 
-        `number` is the index of the convolution in a stage, 0 or 1. `weights` replaces the weights of the modules.
+        `number` selects the first (0) or the second (1) convolution of a stage. `weights` has weights to use instead of
+        `conv.weight`, by module.
         """
         results, biases = [], []
         for m, stage in zip(maps, cast(Iterable[nn.Sequential], self.stages), strict=True):

@@ -1,6 +1,6 @@
 """Align a pyramid and apply the links; the results are the maps that the gate reads (docs/METHOD.md §1.1 to §1.5).
 
-Links run in the pooled form of §1.5 where possible. In these cases, the links are called one by one instead:
+By default, the links run in the pooled form of §1.5. In these cases, the links are called one by one instead:
 
 - exact attention, `solve_dtype="model"` or `return_pyramid=True`;
 - modules with adapters or parametrisations;
@@ -49,9 +49,11 @@ def key_sides(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Compute K̃ and X (B, H, r, d) of every link.
 
-    `sources` has the product A F (B, C, h, w) of each source stage. `affine` has A and a of each stage.
+    A and a are the weight and the bias of a stage's alignment, and F is the backbone's map. `sources` maps each source
+    stage to A F (B, C, h, w). `affine` maps each stage to the pair (A, a).
 
-    Links with the same source share their launches. If landmarks are sampled, every link has its own launches.
+    Links with the same source share kernel launches. If landmarks are sampled at random, every link has its own
+    launches.
     """
     groups = [[pair for pair in links if pair[0] == source] for source in sources]
     if LANDMARK_METHODS[c.landmarks].evaluated is not None:
@@ -132,12 +134,12 @@ class Mixer(nn.Module):
     def maps(
         self, pyramid: Sequence[Tensor], statistics: BatchStatistics | None = None, pool_sources: bool = True
     ) -> Tensor:
-        """Return the updated maps of the fused stages, pooled, (B, S, C, P, P).
+        """Update the maps of the S fused stages, average each map to P×P, and return them as (B, S, C, P, P).
 
         Args:
             pyramid: Four maps (B, C_s, h, w), shallowest first.
-            statistics: Object that collects the σ of every link. Finished statistics are not changed. Default: no σ is
-                collected.
+            statistics: Object that collects the σ of every link. Nothing is added if `statistics.finished` is True.
+                Default: no σ is collected.
             pool_sources: Whether to apply stochastic pooling (docs/METHOD.md §1.8) if the config enables it.
         """
         if self.pools(pyramid):
@@ -193,9 +195,10 @@ class Mixer(nn.Module):
     def _called(
         self, aligned: dict[int, Tensor], given: BatchStatistics | None, pool_sources: bool, *, pooled: bool
     ) -> dict[int, Tensor]:
-        """Return F_t + β_t fold(Σ U) by stage.
+        """Call the links and return the updated maps F_t + β_t fold(Σ U) by stage.
 
-        With `pooled`, the result has the fused stages, averaged to P×P. Otherwise it has all stages at full resolution.
+        With `pooled`, the result has only the maps of the fused stages, averaged to P×P. Otherwise the result has the
+        maps of all stages at full resolution.
         """
         sources = self._pool_sources({stage: aligned[stage] for stage, _ in self.config.links}, pool_sources)
         P, updates = self.config.pool_size, dict[int, Tensor]()

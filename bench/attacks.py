@@ -5,11 +5,11 @@ and its bare passes run in turns on the same batch. No gradients of the weights 
 median times. On a CPU with one thread, rates use CPU time. On a CPU with several threads and on a GPU, rates use
 wall-clock time. On a GPU, the clock is read when the GPU has finished.
 
-The overhead is the least time of the attack divided by the least time of the bare passes, minus 1. On a GPU, the least
-time is the shortest wall-clock time of a call. On a CPU, calls are timed step by step, because other processes disturb
-some steps of every call. For each step, the shortest CPU time over all calls is taken. The least time is the sum of
-these times. An attack also does work once per call, such as drawing the random start. The overhead is therefore smaller
-with more steps.
+The overhead is the shortest time of the attack divided by the shortest time of the bare passes, minus 1. On a GPU, the
+shortest time is the wall-clock time of the fastest call. On a CPU, the CPU time of each step is measured, because other
+processes disturb some steps of every call. For each step, the shortest time over all calls is taken. The sum of these
+times is the shortest time of a call. An attack also does work once per call, such as drawing the random start. The
+overhead is therefore smaller with more steps.
 
 By default an attack has 20 steps and 1 restart; the article uses 40 steps and 5 restarts. On a CPU, glibc is set to
 keep freed memory between calls, as in `srm-iqa attack`.

@@ -126,8 +126,8 @@ def row_of(
 def query_side(options: argparse.Namespace) -> str:
     """Time the query side alone at N_q = 16,384, and compare its memory throughput with the throughput of a copy.
 
-    The query side and the copy run in turns. On a GPU, the query side is launched while the copy still runs. The host
-    time of the launch is therefore not measured. The copy also evicts Q from the caches.
+    The query side and the copy run in turns. On a GPU, the host launches the query side while the copy still runs. The
+    measured time therefore includes no launch overhead. The copy also evicts Q from the caches.
     """
     from srm_kernels.attention import _query_side
 

@@ -193,7 +193,8 @@ def cell(value: float, replicates: Scores) -> str:
 def table(bench: Bench, subjects: Sequence[Subject], known: Sequence[Row]) -> list[str]:
     """Return the table as lines of text, with a line for each model.
 
-    While batches of a budget are missing, the cell shows the number of attacked images instead of a result.
+    The cell of a model and a budget has a result only if all batches are attacked. Until then, the cell has the number
+    of attacked images.
     """
     count = min(bench.images, len(bench.test))
     size = bench.test.image_size

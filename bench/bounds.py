@@ -1,15 +1,15 @@
 """Search for keys that exceed the bounds of docs/CONDITIONING.md.
 
-The search covers normalised keys and keys without normalisation. W = softmax(K̃K̃ᵀ/√d) and λ = λ₀ tr(W)/r. For every
-set of keys K̃ (r, d), these figures are computed in fp64:
+The search covers normalised keys and keys without normalisation. A set has 2r keys. The first r keys are the landmarks
+K̃ (r, d). Let W = softmax(K̃K̃ᵀ/√d), λ = λ₀ tr(W)/r and W_λ = W + λI. D is the diagonal matrix of the row sums of
+exp(K̃K̃ᵀ/√d), and S = D^½ W D^-½ is symmetric. For every set, these figures are computed in fp64:
 
 - `symmetric`: κ₂(S + λI) divided by its bound (1 + λ)/λ;
-- `certificate`: κ₂(W_λ) divided by ϱ(1 + λ)/λ, where ϱ is the ratio of the largest to the smallest row sum of
-  exp(K̃K̃ᵀ/√d);
+- `certificate`: κ₂(W_λ) divided by its bound ϱ(1 + λ)/λ, where ϱ is the largest row sum divided by the smallest;
 - `landmark`: κ₂(W_λ) divided by r (1 + λ)/λ, the bound on κ₂(W_λ) for keys of equal norm;
 - `kappa`: κ₂(W_λ);
-- `gain`: max|Y| / max|V|, where Q = K and V is random. There are N_k = 2r keys, and the first r are the landmarks.
-  Exact attention averages the values, so its gain is at most 1.
+- `gain`: max|Y| / max|V|, where Y is the output of Nyström attention with Q = K and random V. Exact attention averages
+  the values, so its gain is at most 1.
 
 Half of the sets are drawn from families (random, duplicated, collinear, graded, outlier, smooth, vanishing). The other
 half are drawn in the same way and then changed by gradient ascent. The ascent maximises the logarithm of `kappa`, of
@@ -53,7 +53,7 @@ class Figures(NamedTuple):
 
 
 def draw_keys(case: Case, count: int, generator: torch.Generator) -> Tensor:
-    """Draw sets of keys of a family, each with a random scale.
+    """Draw sets of keys of a family, and multiply each set by a random scale.
 
     Args:
         case: r, d and the family.
@@ -61,7 +61,7 @@ def draw_keys(case: Case, count: int, generator: torch.Generator) -> Tensor:
         generator: Source of the random numbers.
 
     Returns:
-        Keys (count, 2r, d), the first r of which are the landmarks.
+        Keys (count, 2r, d). In each set, the first r keys are the landmarks.
     """
     r, d = case.rank, case.width
 

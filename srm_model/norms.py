@@ -31,13 +31,15 @@ class Norm(ABC):
         step: Factor of PGD's step size. The step size is `step` · radius / (number of steps).
         step_words: Direction of a step, in words.
         budgets: Budgets of a sweep.
-        tables: Budgets of the tables, and the default budgets of the command line; the last is the audit's. Without
-            them, the command line needs --eps.
-        stated: Note on stated budgets, for the help of --eps.
+        tables: Budgets of the tables, and the default of --eps. For audits, the default is only the last of these
+            budgets. If `tables` is empty, --eps is required.
+        stated: Note for the help of --eps: the image size for which a budget is given. Empty if budgets do not depend
+            on the image size.
         axis: Label of the budget axis in charts.
-        bumps: How the square attack changes δ. True: the attack moves a part of the Euclidean norm of δ from one square
-            to another. False: the attack sets δ in one square to ±ε. False fits the maximum norm only. Under another
-            norm, the projection shrinks the squares, and the square attack is weaker.
+        bumps: How the square attack changes δ. True, for the Euclidean norm: the attack sets δ to zero in one square,
+            and uses the freed budget for a bump in another square. False, for the maximum norm: the attack sets δ to
+            ±ε in one square. For another norm, False makes the attack weaker, because the projection shrinks the
+            squares.
     """
 
     name: ClassVar[str]
@@ -64,7 +66,7 @@ class Norm(ABC):
         return float(getattr(config, f"attack_step_{self.name}", self.step))
 
     def radius(self, stated: float, image: Tensor) -> float:
-        """Convert a stated budget to the radius for an image (3, H, W)."""
+        """Convert the budget `stated` to the radius for an image (3, H, W)."""
         return stated
 
     @abstractmethod
@@ -178,9 +180,10 @@ class L2(Norm):
     def projection(self, images: Tensor, radius: float) -> Callable[[Tensor], Tensor]:
         """Return the projection, as in `Norm.projection`. Its results are close to the nearest points of the ball.
 
-        Let δ be the difference between a point and its image x. The result is clip(x + s·δ), where s is the largest
-        factor up to 1 that satisfies the budget. Clipping shortens δ, so s = radius/‖δ‖ can be too small. Each of
-        `_PROJECTION_ROUNDS` rounds therefore increases s towards the largest factor, and never exceeds the radius.
+        Let δ be the difference between a point and its image x. The result is clip(x + s·δ) with a factor s of at most
+        1. At first, s is the smaller of 1 and radius/‖δ‖. Clipping shortens s·δ, so a larger s can satisfy the budget
+        too. Each of `_PROJECTION_ROUNDS` rounds increases s towards the largest such value. The distance between the
+        result and x never exceeds the radius.
         """
         import torch
 

@@ -1,8 +1,8 @@
 """Find where an image loses quality, by gradient-free occlusion.
 
 A window of the image is replaced by other parts of the same image. If the score rises, the window was worse than the
-rest of the image. A blank or blurred part would not be a good replacement, because it is damage itself. The method
-follows permutation importance, which replaces a feature by its values in other samples.
+rest of the image. A blank or blurred replacement would itself be damage. The method follows permutation importance,
+which replaces a feature by its values in other samples.
 """
 
 from __future__ import annotations

@@ -89,8 +89,8 @@ class BatchStatistics:
     ) -> tuple[Tensor, Tensor]:
         """Return L_H and L_B of the whole batch (docs/METHOD.md §4).
 
-        The losses have gradients for the `current` micro-batch only. The mean of these gradients over all micro-batches
-        and ranks is the gradient of the whole batch.
+        Only the gate weights of the `current` micro-batch get gradients. The mean of these gradients over all
+        micro-batches and ranks is the gradient of the losses of the whole batch.
 
         Args:
             weights: Gate weights of the current micro-batch, (B, S).

@@ -125,9 +125,9 @@ class SRMNeck(Mixer):
     ) -> NeckOutput:
         """Mix and fuse a pyramid.
 
-        In training, this method updates σ̄ and M₀. With a process group, the update uses the batch of all ranks, so
-        every rank must call this method. The losses are those of the batch of all ranks. `DistributedDataParallel`
-        averages the gradients of all ranks. This average is the gradient of the losses.
+        In training mode, this method updates σ̄ and M₀. In a process group, the update and the returned losses use the
+        images of all ranks, so every rank must call this method. `DistributedDataParallel` averages the gradients over
+        the ranks. This average is the gradient of the returned losses.
 
         Gradient checkpointing of the neck repeats the forward pass during the backward pass. The repeated forward pass
         changes no buffer, and uses the M₀ and σ̄ of the last training pass. A checkpointed neck needs finished
@@ -145,7 +145,8 @@ class SRMNeck(Mixer):
         Raises:
             TypeError: A map has another dtype than the neck, without autocast.
             ValueError: The maps have wrong shapes or devices, or, on a CPU, values that are not finite.
-            RuntimeError: On a CPU, gradient checkpointing repeats a pass that is not the last one.
+            RuntimeError: Gradient checkpointing repeats a forward pass that is not the last training pass. This is
+                checked only on a CPU.
         """
         self.check(pyramid)
         given, earlier = statistics is not None, None
@@ -213,7 +214,7 @@ class SRMNeck(Mixer):
             pyramid: Updated maps at full resolution, for the output.
             statistics: Statistics of the batch. If they are not finished, this micro-batch is added.
             finish: Whether to finish `statistics`.
-            earlier: Statistics of the first forward pass, if gradient checkpointing repeats this pass.
+            earlier: If gradient checkpointing repeats a forward pass, the statistics of its first run. Otherwise None.
         """
         c = self.config
         fusion = gated_fusion(

@@ -40,8 +40,9 @@ def _product(side: int, dtype: torch.dtype, device: torch.device, effort: Effort
 
 
 def _best(times: Times) -> float:
-    """Return the shortest time, or the typical time if this is shorter.
+    """Return `times.least` or `times.typical`, whichever is shorter.
 
-    The typical time may be a CPU time, which is shorter than wall-clock times if other processes are running.
+    On a CPU with one thread, `least` is a wall-clock time and `typical` is a CPU time. Other processes lengthen
+    wall-clock times, but affect CPU times only a little.
     """
     return min(times.least, times.typical)

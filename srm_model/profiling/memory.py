@@ -36,8 +36,8 @@ def peak(call: Callable[[], object], device: torch.device, *, held: int = 0) -> 
     Args:
         call: The call. On a CPU it runs twice.
         device: Device of the call.
-        held: On a CPU, the field `held` of the result. On a GPU this argument is ignored, and the field is the number
-            of bytes that torch's allocator holds before the call.
+        held: On a CPU, the number of bytes that are allocated before the call. On a GPU, torch's allocator counts these
+            bytes, and this argument is ignored.
     """
     if device.type == "cuda":
         gc.collect()

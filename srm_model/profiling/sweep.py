@@ -86,7 +86,7 @@ class Sweep:
     ) -> Iterator[dict[str, Any]]:
         """Yield a row for every case, in order. The row of a case that fails has an `error` and no measurements.
 
-        After each measurement, `also` is called with the subject.
+        After a case has been measured, `also` is called with the `Subject` of this case.
         """
         for case in wanted:
             yield self.row(case, also)

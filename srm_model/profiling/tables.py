@@ -61,9 +61,14 @@ def measured_table(rows: Iterable[dict[str, Any]]) -> Table:
 def shares(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return rows that compare the times of necks, and the times of models with these necks.
 
-    Times are `Times.typical`, in ms. Times of necks and of models are divided by the time with the neck `quadratic`.
-    The time of a neck is also divided by the time of its model. A neck has no row if none of these ratios was measured.
-    A value that was not measured is None.
+    Times are `Times.typical`, in ms. The row of a neck has three ratios:
+
+    - the time of the neck, divided by the time of the neck `quadratic`;
+    - the time of the model with this neck, divided by the time of the model with the neck `quadratic`;
+    - the time of the neck, divided by the time of the model with this neck.
+
+    A value is None if it was not measured. A neck without any of the three ratios has no row. For `quadratic`, only the
+    third ratio counts.
     """
     keys = ("backbone", "settings", "resolution", "batch", "dtype", "direction")
     groups: dict[tuple[Any, ...], dict[tuple[str, str], float]] = {}

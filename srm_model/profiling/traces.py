@@ -62,10 +62,10 @@ def most_expensive(profiled: Any, *, cuda: bool) -> str:
 def write_memory(subject: Subject, folder: Path) -> list[Path]:
     """Write the memory during a call, over time, to `memory-<case>.json`; return the paths of all files written.
 
-    The file has points and ranges. A point is a time in µs and the number of bytes allocated at this time, above the
-    memory before the call. A range has the times in µs at which a named part of the model starts and ends. On a CPU,
-    the bytes include only memory of torch's allocator. On a GPU, the function also writes `memory-<case>.pickle`, a
-    snapshot of the allocator for pytorch.org/memory_viz.
+    The file has points and ranges. A point has a time in µs and a number of bytes: the memory allocated at this time,
+    minus the memory allocated before the call. A range has the times in µs at which a named part of the model starts
+    and ends. On a CPU, the bytes include only memory of torch's allocator. On a GPU, the function also writes
+    `memory-<case>.pickle`, a snapshot of the allocator for pytorch.org/memory_viz.
     """
     cuda = subject.device.type == "cuda"
     path = folder / f"memory-{slug(subject.case)}.json"

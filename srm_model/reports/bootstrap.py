@@ -32,7 +32,8 @@ def resampled_srocc(mos: np.ndarray, scores: Sequence[np.ndarray]) -> np.ndarray
 def resampled_plcc(mos: np.ndarray, scores: Sequence[np.ndarray]) -> np.ndarray:
     """Compute the PLCC of every score vector on the resamples of `resampled_srocc`.
 
-    Arguments and result are those of `resampled_srocc`. The scores must have passed through the logistic map.
+    Arguments and result are those of `resampled_srocc`. The scores must already be mapped by a logistic map
+    (docs/METHOD.md §5).
     """
     counts = _counts(len(mos))
     labels = _centred(mos, counts)

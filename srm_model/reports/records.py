@@ -40,9 +40,9 @@ class Records:
                     self.lines.append(line)
 
     def find(self, kind: str, identity: dict[str, Any]) -> dict[str, Any] | None:
-        """Return the line with this identity, or None if it is not measured yet.
+        """Return the line with this kind and identity, or None if there is no such line yet.
 
-        If a line was written before a field of SRMConfig existed, the default of this field is used for the line.
+        A line can be older than a field of SRMConfig. For this line, the field has its default value.
         """
         wanted = json.loads(json.dumps(identity))  # turns tuples into lists, as in the file
         for line in self.lines:
@@ -126,9 +126,10 @@ def numbers_of(lines: Sequence[dict[str, Any]], *keys: str | int) -> np.ndarray:
 
 
 def over_seeds(lines: Sequence[dict[str, Any]], *keys: str | int) -> str:
-    """Format `numbers_of` for lines that differ in their seed.
+    """Return the mean ± standard deviation (n − 1) of a number over lines, as text.
 
-    The result is the mean ± standard deviation (n − 1), or the number itself if there is only one line.
+    The lines are the same measurement with different seeds. The number of a line is at `keys`, as in `numbers_of`. For
+    one line, the text is the number alone.
     """
     mean = fixed(mean_of(lines, *keys))
     if len(lines) < 2:

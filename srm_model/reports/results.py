@@ -37,8 +37,8 @@ class Estimates:
 
     Attributes:
         test: SROCC on the clean test set, by neck.
-        clean: SROCC on the images that were attacked, but without attack, by neck and budget.
-        worst: SROCC on the same images under the worst attack, by neck and budget.
+        clean: SROCC on the clean versions of the attacked images, by neck and budget.
+        worst: SROCC on the attacked images, for the attack with the lowest SROCC, by neck and budget.
     """
 
     test: dict[str, Estimate]

@@ -134,8 +134,8 @@ def _views(neck: Neck) -> list[_View]:
 def _score_limits(clean: list[np.ndarray], everything: list[_View]) -> tuple[float, float]:
     """Return axis limits that include all clean scores, and attacked scores near the clean scores.
 
-    At each end, the axis extends to the farthest attacked score. It extends beyond the clean scores by at most the
-    difference between the highest and the lowest clean score.
+    Let the span be the difference between the highest and the lowest clean score. The limits include attacked scores
+    that are at most one span above the highest clean score, or at most one span below the lowest clean score.
     """
     low, high = _range(clean)
     least, most = _range([view.scores for view in everything])

@@ -55,9 +55,9 @@ def process_group() -> Iterator[bool]:
 
 
 def keep_memory() -> None:
-    """Make glibc keep freed memory. Returning memory to the system takes most of the time of a small model.
+    """Make glibc keep freed memory. With other C libraries, do nothing.
 
-    With other C libraries, do nothing.
+    By default, glibc returns freed memory to the system. This takes more time than the computations of a small model.
     """
     if platform.libc_ver()[0] != "glibc":
         return
@@ -71,16 +71,16 @@ def keep_memory() -> None:
 def writing(folder: str | Path, *, shared: bool = False) -> Iterator[None]:
     """Within the block, lock a folder against other commands that write to this folder.
 
-    Folders above this folder are locked too. The folder of a run gets a shared lock, so other commands can write to
-    other checkpoints of the run. The folder of a study gets an exclusive lock, because each process of `srm-iqa ablate`
-    may write to any folder of its study. The first rank holds the locks.
+    If this folder is inside the folder of a run or of a study, the outer folder is locked too. A run gets a shared
+    lock, so other commands can write to other checkpoints of the run. A study gets an exclusive lock, because each
+    process of `srm-iqa ablate` may write to any folder of its study. The first rank holds the locks.
 
     Args:
         folder: Folder to lock.
         shared: Whether other commands with `shared` may write to the folder at the same time.
 
     Raises:
-        ValueError: Another process writes to the folder. Every rank raises it.
+        ValueError: Another process writes to the folder. Every rank raises this error.
     """
     path = Path(folder).resolve()
     above = [

@@ -188,8 +188,8 @@ def read_study(path: str | Path, roots: Mapping[str, str] | None = None) -> Stud
 
     Args:
         path: The file.
-        roots: Folders of datasets by name, which replace the file's `data`. If the file has a protocol for these
-            datasets, the keys of the protocol replace the keys of the file.
+        roots: Folders of datasets by name. They replace the file's `data`. If a table in the file's `protocols` names
+            these datasets, the other keys of this table replace the keys of the file (docs/RECIPES.md).
 
     Raises:
         ValueError, TypeError: The file cannot be read, or a key or value is not accepted.
@@ -336,8 +336,8 @@ def _study(values: Any, here: Path, roots: Mapping[str, str]) -> Study:
 def _ablations(values: Mapping[str, Any], config: SRMConfig) -> dict[str, dict[str, Any]]:
     """Read ablations.
 
-    `rows` is a list of names, or "all". "all" means every name of `ABLATIONS`, except the one that sets the landmark
-    method that the study already uses. `overrides` is a table of further rows.
+    `rows` is a list of names, or "all" for the names of `ABLATIONS`. "all" omits an ablation that only sets the
+    landmark method of the study, because this ablation changes nothing. `overrides` is a table of further ablations.
     """
     if not isinstance(values, dict):
         raise TypeError(f"ablations has {values!r}: expected a table")

@@ -207,9 +207,10 @@ def diagnosed(c: Context, model: Model) -> dict[str, Any]:
 
 
 def _trajectory(path: Path) -> list[dict[str, Any]]:
-    """Return, for each epoch, τ, the scale before and after τ, and the share of images with an active cap.
+    """Return a dict for each epoch: its number, τ, two scales of Y, and the share of images with an active cap.
 
-    τ and scales are medians over links and heads.
+    The scales are σ̄ and τ·σ̄, each divided by the link's `reference_scale`. τ and the scales are medians over links and
+    heads.
     """
     rows = []
     for text in path.read_text(encoding="utf-8").splitlines():

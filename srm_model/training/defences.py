@@ -68,8 +68,8 @@ def adversarial(
 ) -> Tensor:
     """Return adversarial images for training, by PGD on the squared error from one random start (Madry et al., 2018).
 
-    The attack runs in evaluation mode and fp32. The budget is `share` times `config.adversarial_eps`, scaled
-    as in `Suite`.
+    The attack runs in evaluation mode and fp32. The budget is `share` · `config.adversarial_eps`. `Norm.radius` scales
+    this budget to the image size, as in `Suite`.
     """
     settings: dict[str, Any] = {
         "norm": config.adversarial_norm,

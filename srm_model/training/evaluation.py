@@ -102,7 +102,7 @@ def evaluate(
 
     Args:
         dataset: Dataset as in `predict`, with the attributes `mos`, `names` and `labels`.
-        logistic: Map fitted on clean validation scores. Default: plain Pearson correlation.
+        logistic: Logistic map, fitted on clean validation scores. Default: no map; PLCC uses the raw scores.
 
     Returns:
         The contents of `evaluation.json`, with the keys split, srocc, plcc, n, scores, mos, names, logistic and labels.

@@ -87,12 +87,12 @@ def _start(max_pixels: int | None, worker: int) -> None:
 def reading(loader: DataLoader[Any]) -> Iterator[Iterator[Any]]:
     """Yield an iterator over a loader's batches. The workers end with the block, even if the loader fails to start.
 
-    The block ends the workers itself for two reasons:
+    The block ends the workers before Python would end them, for two reasons:
 
-    - At exit, Python sends SIGTERM to the workers and waits for them, but the workers ignore SIGTERM. If a traceback
-      kept the iterator alive until then, the process would never end.
-    - If the garbage collector ended the iterator, the iterator's threads could close the descriptor of a pipe twice.
-      The second time, the descriptor could belong to another file.
+    - A traceback can keep the iterator and its workers alive until Python exits. Python then sends SIGTERM to the
+      workers and waits for them. The workers ignore SIGTERM, so Python would wait forever.
+    - If the garbage collector removes the iterator, the iterator's threads can close the descriptor of a pipe twice.
+      The second time, the descriptor can belong to another file.
     """
     workers, threads = set(multiprocessing.active_children()), set(threading.enumerate())
     items: Any = None

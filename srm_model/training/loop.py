@@ -428,8 +428,8 @@ class _Run:
     def _kept_if_a_worker_dies(self, at: Progress) -> Iterator[None]:
         """If a worker dies, save the progress and raise a WorkerError.
 
-        torch may raise its error anywhere in the block. The progress is not saved if a step has begun or if there are
-        several ranks.
+        torch can raise the error of a dead worker anywhere in the block. The progress is not saved if the error is
+        raised during a step, or if there are several ranks.
         """
         try:
             yield
@@ -472,9 +472,10 @@ class _Run:
     def _losses(
         self, images: Tensor, mos: Tensor, statistics: BatchStatistics | None, share: float
     ) -> dict[str, Tensor]:
-        """Return losses whose means over micro-batches and ranks are the losses of the batch.
+        """Return the losses of one micro-batch of this rank.
 
-        `share` is the number of `images`, divided by the mean number of images over all micro-batches and ranks.
+        The mean of each loss over all micro-batches and ranks is the loss of the batch. `share` is the weight of this
+        micro-batch: the number of `images`, divided by the mean number of images over all micro-batches and ranks.
         """
         config = self.config
         regularised = config.weight_gradient > 0

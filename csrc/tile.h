@@ -1,11 +1,11 @@
 // softmax_pool processes one head of one tile of the fused neck (srm_kernels/neck/tiled.py). It computes the softmax
-// over the landmarks, and averages the probabilities over the cells of the P×P grid. softmax_pool_backward is its
-// backward pass. cell_means averages one channel of a whole map over the same cells.
+// over the landmarks, which gives probabilities. Pooling divides a map into P×P cells, and averages the probabilities
+// over each cell. softmax_pool adds the contribution of its tile to these averages. softmax_pool_backward is the
+// backward pass of softmax_pool. cell_means averages one channel of a whole map over each cell.
 //
 // A map has height × width positions, in row-major order. A tile contains the positions from start to stop − 1. The
-// variable size is P. Cell (i, j) of the grid contains the map rows from ⌊i·height/P⌋ to ⌈(i + 1)·height/P⌉ − 1. Its
-// columns follow from j and width in the same way. Neighbouring cells can overlap, so a position can be in several
-// cells.
+// variable size is P. Cell (i, j) contains the map rows from ⌊i·height/P⌋ to ⌈(i + 1)·height/P⌉ − 1. Its columns follow
+// from j and width in the same way. Neighbouring cells can overlap, so a position can be in several cells.
 #pragma once
 
 #include <algorithm>

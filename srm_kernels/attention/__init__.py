@@ -161,15 +161,19 @@ def nystrom_attention(
 ) -> Tensor | tuple[Tensor, LandmarkSolution]:
     """Compute Nyström cross-attention on r landmark keys, linear in N_q and N_k (docs/METHOD.md §2, article 3.3).
 
-    With r = N_k and ridge = 0 the result is exact attention. There are no masks. The operator is differentiable in
-    query, key, value and tau. For the derivative, the landmarks are constants. A second derivative uses the reference.
-    The output and the gradient of an image do not depend on the other images of the batch. A NaN affects only the
-    results of its own image and head.
+    The output is τ Y with Y = L (W + λI)⁻¹ (R V). K̃ are the r landmark keys, and L = softmax(Q K̃ᵀ s),
+    W = softmax(K̃ K̃ᵀ s) and R = softmax(K̃ Kᵀ s). With r = N_k and ridge = 0, Y is exact attention. Attention masks are
+    not supported.
+
+    The operator is differentiable in query, key, value and tau. The choice of the landmarks is not differentiated. A
+    second derivative uses the reference. The output and the gradient of an image do not depend on the other images of
+    the batch. A NaN affects only the results of its own image and head.
 
     The backend "triton" supports float32, bfloat16 and float16, d from 8 to 128, r up to 128 and solve_dtype "fp32". It
     has kernels for the solvers "cholesky" and "lu" without equilibration, and uses torch.linalg for other solvers.
 
-    With every backend, the solvers "svd" and "auto" wait for the device, and so does the exact κ of `diagnostics=True`.
+    With every backend, the solvers "svd" and "auto" wait for the device. `diagnostics=True` also waits for the device,
+    because it computes the exact κ.
 
     Args:
         query: Q (B, H, N_q, d); float64, float32, bfloat16 or float16, any strides. Query, key and value have one dtype
@@ -188,19 +192,20 @@ def nystrom_attention(
         neumann_order: As in `landmark_solve`.
         neumann_gate: As in `landmark_solve`.
         qk_norm: Which tokens are RMS-normalised per head, before landmarks are chosen: None, "keys" or "both" (queries
-            and keys). Without normalised keys, neither κ(W_λ) nor the output has a bound. One outlier among the keys
-            can then make the output many orders of magnitude larger than the output of exact attention.
-        scale: s; 1/√d by default.
+            and keys). Without normalised keys, the condition number of W + λI has no bound, and the output has no
+            bound. A single outlier among the keys can then make the output many orders of magnitude larger than the
+            output of exact attention.
+        scale: s, the factor of the logits. None means 1/√d.
         solve_dtype: "fp32" computes L, W and R in fp32 (fp64 for fp64 inputs). "model" computes L, W and R in the dtype
-            of the inputs and casts W to fp32 before the solve, as in the article (an ablation).
+            of the inputs, and casts W to fp32 before the solve. The article uses "model".
         generator: As in `select_landmarks`.
         tau: τ (H,), floating point: a factor of Y for each head (docs/METHOD.md §3.3). None means 1.
         diagnostics: True or "estimate" also returns diagnostics, as in `landmark_solve`.
         backend: A name of `backends()`, or None.
 
     Returns:
-        Y (B, H, N_q, d) in the dtype and layout of the query. With diagnostics, Y and a `LandmarkSolution`. The
-        `LandmarkSolution` carries no gradient.
+        The output (B, H, N_q, d) in the dtype and layout of the query. With `diagnostics`, a pair: the output and a
+        `LandmarkSolution` without gradient.
 
     Raises:
         TypeError: A dtype or type is not accepted.
@@ -235,7 +240,9 @@ def attention_with_scale(
     scale: float | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, RMSScale]:
-    """Compute Nyström cross-attention by the default solver, and the scale statistic of Y before τ, in one pass.
+    """Compute Nyström cross-attention τ Y with the default solver, and the scale statistic of Y.
+
+    The backend "triton" computes the statistic together with the output, without reading the output again.
 
     Args:
         query: As in `nystrom_attention`.
@@ -249,8 +256,8 @@ def attention_with_scale(
         backend: A name of `backends()`, or None.
 
     Returns:
-        Y with the factor τ, and the scale statistic (μ and σ) of Y before τ. The statistic is as from `rms_scale`, but
-        carries no gradient.
+        A pair: the output τ Y as in `nystrom_attention`, and the scale statistic (μ and σ) of Y without τ. `rms_scale`
+        defines this statistic. In this function, the statistic carries no gradient.
     """
     query, key, value = autocast.lowered(query, key, value)
     d = _check_attention(query, key, value, qk_norm, scale)
@@ -337,11 +344,12 @@ def landmark_side(
 ) -> tuple[Tensor, Tensor]:
     """Compute the key side of Nyström attention: the landmark keys K̃ and X (docs/METHOD.md §2, article 3.3).
 
-    With these two results, Y = softmax(Q K̃ᵀ s) X, if Q and K̃ are first normalised according to `qk_norm`. The operator
-    is differentiable in key and value; a second derivative uses the reference.
+    From K̃ and X, attention computes Y = softmax(Q K̃ᵀ s) X. In this formula, K̃ is normalised if `qk_norm` is "keys" or
+    "both", and Q is normalised if `qk_norm` is "both".
 
-    The backend "torch" uses C++ for the solver "cholesky" on the CPU, if the library is built. The backend "triton" has
-    the same limits as for `nystrom_attention`.
+    The operator is differentiable in key and value. A second derivative uses the reference. The backend "torch" uses
+    C++ for the solver "cholesky" on the CPU, if the C++ library is built. The backend "triton" has the same limits as
+    for `nystrom_attention`.
 
     Args:
         key: As in `nystrom_attention`.
@@ -414,8 +422,9 @@ def _landmark_side(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return K̃, X and I.
 
-    With the backend "triton", the operator also chooses the landmarks, if there are kernels for the method. The default
-    solver is a part of the operator. Any other solver runs after the operator.
+    The default solver is a part of the operator `_context`. For other solvers, the operator `_blocks` computes the
+    logits of W and R V, and the solver runs after it. With the backend "triton", both operators also choose the
+    landmarks, if there are kernels for the method. In all other cases, the landmarks are chosen before the operator.
     """
     choice = options.choice
     if landmarks is not None:
@@ -540,8 +549,8 @@ def _choose_backend(
 def _variant(landmarks: Tensor | None, options: AttentionOptions, diagnostics: bool = False) -> str:
     """Return the variant of the operator. Variants run different kernels, so each has its own choice of backend.
 
-    Landmarks by leverage, uniform landmarks and given landmarks are one variant. `verify` checks all three of them, and
-    times only leverage, the slowest.
+    Landmarks by leverage, uniform landmarks and given landmarks belong to the same variant. `verify` checks the results
+    with each of the three. It measures times with leverage only, because leverage is the slowest.
     """
     method, solve = options.choice.method, options.solve
     if landmarks is not None or method not in METHODS_OF_KERNELS or method in ("leverage", "uniform"):

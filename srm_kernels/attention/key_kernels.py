@@ -4,25 +4,28 @@
 (b, h). The program chooses the landmarks, gathers K̃, computes W and R V (by an online softmax) and solves
 (W + λI) X = R V.
 
-With more keys or larger r or d, the forward pass has several launches. Several programs per (b, h) compute the leverage
-scores and R V. The choice of landmarks and the solve have launches of their own. If r·d is large, the rows of R V are
-also divided among programs, in pieces of landmarks.
+With more keys or larger r or d, the forward pass has several launches. The keys of a (b, h) are divided into parts. In
+the launches for the leverage scores and for R V, each part has its own program. If r·d is large, a part has several
+programs for R V, with `launch_rules.PIECE` rows of R V per program. Further launches choose the landmarks and solve the
+system.
 
 The backward pass first computes the transposed solve and the other r×r steps. It then computes dK and dV of every tile
 of keys.
 
-The solve is Gauss–Jordan elimination of A = W + λI without pivoting. A is similar, by a diagonal matrix, to the
-symmetric positive definite matrix S + λI (docs/METHOD.md §2.1). A, Aᵀ and S + λI have the same pivots. The pivots are
-therefore positive except for rounding. If rounding cancels λ, a pivot can be zero or negative. The program then
-computes the matrix again and eliminates it with partial pivoting, as in the reference. A non-finite logit gives NaN in
-the X of its own matrix only.
+The solve is Gauss–Jordan elimination of A = W + λI without pivoting. The matrix A is D^-½ (S + λI) D^½, where S + λI is
+symmetric positive definite and D is diagonal (docs/METHOD.md §2.1). A, Aᵀ and S + λI therefore have the same pivots. In
+exact arithmetic, the pivots are positive. If rounding errors cancel λ, a pivot can be zero or negative. The program
+then computes A again and eliminates with partial pivoting, as the reference does. If a logit of W is not finite, X of
+the same (b, h) is NaN. Other (b, h) are not affected.
 
 K̃ is stored without normalisation. The entries of K̃ are then exact in the dtype of the tokens, and Q K̃ᵀ can be computed
-in this dtype. The normalisation is a factor of every column of the product. The disadvantage is that tokens above about
-10¹⁸ overflow in the product and give NaN. The reference has no such overflow, because it normalises before the product.
+in this dtype. The columns of this product belong to the landmarks; each column is multiplied by the norm factor of its
+landmark. The disadvantage is that tokens above about 10¹⁸ overflow in the product and give NaN. The reference has no
+such overflow, because it normalises before the product.
 
-Logits are in units of log 2, for exp2. Symbols: U = R V and dU = A⁻ᵀ dX. It follows that dA = −dU Xᵀ and dR = dU Vᵀ.
-Sums over keys have a fixed order without atomics. Results are therefore bitwise reproducible.
+The kernels multiply logits by log₂ e and use exp2 in place of exp. Symbols: U = R V and dU = A⁻ᵀ dX. It follows that
+dA = −dU Xᵀ and dR = dU Vᵀ. Sums over keys have a fixed order without atomics. Results are therefore bitwise
+reproducible.
 """
 
 from __future__ import annotations
@@ -73,9 +76,9 @@ def gather(
     key_ptr, landmarks_ptr, first, N, n_stride, d_stride, rank: tl.constexpr, R: tl.constexpr,
     d: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Return R rows of K̃ from row `first` on, [R, D], in the dtype of the keys in memory.
+    """Return the R rows of K̃ from row `first` on, as [R, D], in the dtype of the keys in memory.
 
-    Python does not check the indices of landmarks on a GPU. Here, an index that is out of range gives a row of NaN.
+    A landmark index that is out of range gives a row of NaN. Python does not check the indices on a GPU.
     """
     i = first + tl.arange(0, R)
     index = tl.load(landmarks_ptr + i, mask=i < rank, other=0)
@@ -94,7 +97,7 @@ def load_matrix(ptr, rows: tl.constexpr, R: tl.constexpr, columns: tl.constexpr,
 
 @triton.jit
 def load_columns(ptr, first, rows: tl.constexpr, R: tl.constexpr, columns: tl.constexpr, CHUNK: tl.constexpr):
-    """Load CHUNK columns of a contiguous rows×columns matrix, from column `first` on, [R, CHUNK].
+    """Load CHUNK columns of a contiguous rows×columns matrix, from column `first` on, as [R, CHUNK].
 
     If the factors of a product do not fit in registers, kernels compute the product chunk by chunk.
     """
@@ -105,7 +108,7 @@ def load_columns(ptr, first, rows: tl.constexpr, R: tl.constexpr, columns: tl.co
 
 @triton.jit
 def load_rows(ptr, first, rows: tl.constexpr, CHUNK: tl.constexpr, columns: tl.constexpr, D: tl.constexpr):
-    """Load CHUNK rows of a contiguous rows×columns matrix, from row `first` on, [CHUNK, D]."""
+    """Load CHUNK rows of a contiguous rows×columns matrix, from row `first` on, as [CHUNK, D]."""
     i, j = first + tl.arange(0, CHUNK), tl.arange(0, D)
     inside = (i < rows)[:, None] & (j < columns)[None, :]
     return tl.load(ptr + i[:, None] * columns + j[None, :], mask=inside, other=0.0)
@@ -126,7 +129,7 @@ def landmark_logits(
     keys_ptr, key_ptr, factor, scale, rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr,
     CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return K̃K̃ᵀ s [R, R] in units of log 2. K̃ is loaded from its fp32 copy, and multiplied in the dtype of K."""
+    """Return K̃K̃ᵀ s log₂ e [R, R]. K̃ is loaded from its fp32 copy, and multiplied in the dtype of K."""
     product = tl.zeros([R, R], tl.float32)
     for first in range(0, d, CHUNK):
         keys = load_columns(keys_ptr, first, rank, R, d, CHUNK).to(key_ptr.dtype.element_ty)
@@ -179,8 +182,8 @@ def eliminate(matrix, rhs, rank: tl.constexpr, R: tl.constexpr):
 def eliminate_pivoting(matrix, rhs, rank: tl.constexpr, R: tl.constexpr):
     """Eliminate with partial pivoting. Return the rows of matrix⁻¹ rhs in another order, and `place` [R].
 
-    Row i of the result is row place[i] of matrix⁻¹ rhs. NaN counts as the largest pivot. The pivot rows are therefore
-    distinct even if the matrix contains NaN.
+    Row i of the result is row place[i] of matrix⁻¹ rhs. In the search for a pivot, NaN is treated as infinity. No row
+    is therefore chosen twice, even if the matrix contains NaN.
     """
     i = tl.arange(0, R)
     place = tl.where(i < rank, -1, i)
@@ -225,9 +228,9 @@ def mix_values(
 ):  # fmt: skip
     """Return Σ exp2(logit − top) v [R, D], top [R] and Σ exp2(logit − top) [R] over the keys from start to stop − 1.
 
-    `top` is the largest logit of each row. The function has two uses. On the key side, `keys` [R, D] are landmarks, and
-    `key_ptr` and `value_ptr` point to K and V. On the query side, `keys` are queries, and the two pointers point to K̃
-    and X, which have a wider dtype than the queries.
+    The logits have one row for each row of `keys` [R, D]. `top` is the largest logit of each row. The key side passes
+    landmarks as `keys`, and pointers to K and V. The query side passes queries as `keys`, and pointers to K̃ and X. K̃
+    and X are fp32, and the function casts K̃ to the dtype of the queries.
     """
     mixed = tl.zeros([R, D], tl.float32)
     top = tl.full([R], -INFINITY, tl.float32)
@@ -425,10 +428,10 @@ def softmax_gradient(
     keys, row_scale, lse, du, delta, key, value, inside, d: tl.constexpr, NORMALISE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return the probabilities for one tile of keys, the gradient of the logits, and the tile's norm factors [BLOCK].
+    """Return probabilities, the gradient of their logits, and the norm factors [BLOCK] of the tile `key`.
 
-    The tile of keys is `key`. The probabilities and the gradient have one row for each row of `keys` and one column for
-    each row of `key`.
+    The probabilities and the gradient have one row for each row of `keys`, and one column for each row of `key`. The
+    key side passes landmarks as `keys` and a tile of K as `key`. The query side passes queries and a tile of K̃.
     """
     columns = rms_factor(key, d, NORMALISE)
     logits = tl.dot(keys, tl.trans(key), input_precision=PRECISION) * row_scale[:, None] * columns[None, :]
@@ -465,8 +468,9 @@ def _system_backward_kernel(
 ):  # fmt: skip
     """Compute dU, δ_i = Σ_e dU_ie U_ie and the gradient of the gathered keys K̃ of one (b, h).
 
-    With WHOLE, the gradient of K̃ is complete. Without WHOLE, the kernel stores the gradient of the normalised K̃ through
-    the matrix W only. `_gathered_kernel` then adds the other parts.
+    The gradient of K̃ has three terms: the gradient through W, the gradient through R, and the gradient of K̃ from the
+    query side. With WHOLE, the kernel computes the sum of all terms. Without WHOLE, it stores only the gradient of the
+    normalised K̃ through W. `_gathered_kernel` then adds the other terms.
     """
     head = tl.program_id(0).to(tl.int64)
     b, h = head // heads, head % heads
@@ -560,8 +564,9 @@ def _gathered_kernel(
 ):  # fmt: skip
     """Complete the gradient of the gathered keys K̃ of one (b, h).
 
-    The kernel first adds, in order, the gradients through the matrix R from all parts of the keys. It then adds the
-    gradient of K̃ from the query side.
+    `_system_backward_kernel` has stored the gradient of the normalised K̃ through W. This kernel adds the gradients
+    through R, which `_landmarks_backward_kernel` has computed for each part of the keys. It then applies the derivative
+    of the normalisation, and adds the gradient of K̃ from the query side.
     """
     head = tl.program_id(0).to(tl.int64)
     small = head * rank * d
@@ -631,7 +636,7 @@ def landmark_blocks(side: KeySide) -> tuple[Tensor, Tensor, Tensor, Tensor, Tens
 
 
 def _context(side: KeySide, ridge: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return K̃, X, the logsumexp, I and an empty tensor.
+    """Return K̃, X, the base-2 logsumexp of each row of K̃ Kᵀ s, I and an empty tensor.
 
     If `ridge` is None, the second result is R V instead of X, and the last result is the logits of W.
     """

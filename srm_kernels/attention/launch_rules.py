@@ -11,8 +11,8 @@ d = 32. The table compares one program per (b, h) with programs that share the k
       512    49 µs          44 µs             45 µs
 
 With 512 keys, parts would save at most 5 µs and need four more launches. One program therefore processes up to 512
-keys. To count the other column, change `MOST_KEYS_OF_ONE_PROGRAM`: `bench/results/simulated` has only rows of these
-rules.
+keys. `bench/results/simulated` contains only the times for this limit. To simulate another limit, change
+`MOST_KEYS_OF_ONE_PROGRAM`.
 
 The other numbers of this module are based on the registers and shared memory that `python -m bench.resources` prints.
 They have not been tuned on a GPU yet. `python -m bench.tune_attention` measures alternatives on a GPU.
@@ -43,8 +43,8 @@ ROOMY = ((8, 0), (9, 0), (10, 0))  # data-centre GPUs: more shared memory per bl
 class Configuration(NamedTuple):
     """A launch configuration: tokens per tile, warps per program, pipeline stages and register limit per thread.
 
-    With 8 warps and `registers=None`, the compiler makes two programs fit on one multiprocessor. For this, it can spill
-    registers.
+    With 8 warps and `registers=None`, the compiler limits the registers so that two programs fit on one multiprocessor.
+    This limit can cause register spills.
     """
 
     block: int
@@ -137,8 +137,8 @@ def one_launch(keys: int, rank: int, d: int) -> bool:
 def one_launch_backward(keys: int, rank: int, d: int, dtype: torch.dtype) -> bool:
     """Return whether one program loops over all keys of a (b, h) in the backward pass.
 
-    The r×r steps of the backward pass leave fewer registers for this loop than the steps of the forward pass. The
-    limits are therefore lower.
+    In the backward pass, the r×r steps leave fewer registers for this loop than in the forward pass. Except in bf16,
+    the largest accepted r and d are therefore smaller.
     """
     return one_launch(keys, rank, d) and not _heavy(rank, d, dtype)
 

@@ -1,7 +1,7 @@
-"""Triton kernels of the query side of Nyström attention: Y = softmax(Q K̃ᵀ s) X, its statistic and its gradients.
+"""Triton kernels of the query side of Nyström attention: Y = softmax(Q K̃ᵀ s) X, its scale statistic and its gradients.
 
-A program holds K̃ and X of one image b and head h, and loops over a share of the queries in tiles. It reads Q once and
-writes Y once. The probabilities L stay in registers. X and the probabilities are fp32.
+A program holds K̃ and X of one image b and head h, and loops over a share of the queries in tiles. It reads each query
+once, and writes each row of Y once. The probabilities L stay in registers. X and the probabilities are fp32.
 
 The backward pass computes the probabilities again. Every program writes its own sums for dX and dK̃. A last launch adds
 the sums of all programs in order.
@@ -12,12 +12,12 @@ queries, with an online softmax. This is attention with the keys K̃ and the val
 and another launch computes the sums for dX and dK̃.
 
 τ multiplies Y before rounding. The statistic is the mean and M₂ = Σ‖y − mean‖² of the rows y of L X, before τ and
-before rounding. Every tile has its own mean and M₂. Chan's formula merges them, first over the tiles of a program and
-then over programs. For two sets of n₁ and n₂ rows, n = n₁ + n₂:
+before rounding. The mean and M₂ are first computed for each tile. Chan's formula merges the results of tiles, and then
+the results of programs. For two sets of n₁ and n₂ rows, with n = n₁ + n₂:
 
     mean = (n₁ mean₁ + n₂ mean₂)/n      M₂ = M₂₁ + M₂₂ + ‖mean₂ − mean₁‖² n₁n₂/n
 
-This avoids cancellation when the mean is large.
+Unlike Σ‖y‖² − n‖mean‖², this formula has no cancellation when the mean is large.
 """
 
 from __future__ import annotations

@@ -60,7 +60,8 @@ def landmark_context(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return K̃ without normalisation, X by the default solver, the base-2 logsumexp of each row of K̃ Kᵀ s, and I.
 
-    K̃, X and the logsumexp (B, H, r) have the wide dtype. `solve` replaces `conditioning.landmark_solve`.
+    K̃ and X are (B, H, r, d). The logsumexp is (B, H, r). All three are fp32 (fp64 for fp64 inputs). `solve` computes X;
+    None means `conditioning.landmark_solve`.
     """
     keys, logits, rhs, lse, landmarks = landmark_blocks(side)
     X, _ = (solve or conditioning.landmark_solve)(logits, rhs, SolveOptions(ridge))
@@ -93,10 +94,11 @@ def landmark_attention(
     qk_norm: str | None,
     statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return τ softmax(Q K̃ᵀ s) X in the query's dtype; `keys` is K̃ without normalisation, τ is (H,) or None.
+    """Return τ Y in the query's dtype with Y = softmax(Q K̃ᵀ s) X, and two moments of Y.
 
-    With `statistics`, also return two moments of Y = softmax(Q K̃ᵀ s) X over the tokens, before the product by τ: the
-    mean (B, H, d) and Σ‖y − mean‖² (B, H). Without `statistics`, return two empty tensors instead.
+    The first moment is the mean (B, H, d) of the rows of Y. The second moment is Σ‖y − mean‖² (B, H) over the rows y of
+    Y. Without `statistics`, both moments are empty tensors. `keys` is K̃ without normalisation. `tau` is τ (H,), or None
+    for τ = 1.
     """
     Q, K = normalised_query(query, qk_norm), normalised_key(keys, qk_norm)
     Y = _block(Q, K, scale, Q.dtype) @ x
@@ -118,7 +120,7 @@ def _key_side(
     R = _block(keys, K, scale, block_dtype)
     logits = keys @ keys.mT * scale
     if block_dtype != K.dtype:
-        # W has the precision of the model's dtype. log W plus the logsumexp of each row gives symmetric logits again.
+        # Round W to the model's dtype. The solvers need symmetric logits: log W plus the logsumexp of each row.
         rounded = logits.to(block_dtype)
         W = rounded.softmax(-1).to(K.dtype)
         tiny = torch.finfo(block_dtype).smallest_normal
@@ -130,7 +132,7 @@ def take_landmarks(K: Tensor, landmarks: Tensor) -> Tensor:
     """Return K̃ = K[I], (B, H, r, d).
 
     Raises:
-        ValueError: An index is out of range. Indices are checked only if Python may read them (`may_ask`).
+        ValueError: An index is out of range. Indices on a GPU or under torch.func are not checked (see `may_ask`).
     """
     if may_ask(landmarks):
         low, high = int(landmarks.min()), int(landmarks.max())
@@ -140,13 +142,13 @@ def take_landmarks(K: Tensor, landmarks: Tensor) -> Tensor:
 
 
 def normalised_query(query: Tensor, qk_norm: str | None) -> Tensor:
-    """Return queries in the wide dtype, RMS-normalised per head and token if `qk_norm` is "both"."""
+    """Return queries in fp32 (fp64 stays fp64), RMS-normalised per head and token if `qk_norm` is "both"."""
     wide = query.to(wide_dtype(query.dtype))
     return rms_normalise(wide) if qk_norm == "both" else wide
 
 
 def normalised_key(key: Tensor, qk_norm: str | None) -> Tensor:
-    """Return keys in the wide dtype, RMS-normalised per head and token if `qk_norm` is "keys" or "both"."""
+    """Return keys in fp32 (fp64 stays fp64), RMS-normalised per head and token if `qk_norm` is "keys" or "both"."""
     wide = key.to(wide_dtype(key.dtype))
     return wide if qk_norm is None else rms_normalise(wide)
 

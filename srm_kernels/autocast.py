@@ -1,9 +1,10 @@
 """Cast the arguments of operators under autocast.
 
-If all tensors of a call have the same dtype, they are not cast. Autocast alone therefore never changes the precision of
-an operator. If autocast is enabled and the dtypes differ, the functions of this module cast the tensors. As in torch,
-fp64 tensors are never cast. Without autocast no tensor is cast, and operators raise a TypeError for dtypes that do not
-match.
+Without autocast, arguments are not cast, and an operator raises a TypeError if their dtypes do not match. With
+autocast, an operator casts such arguments by the functions of this module. Each function documents the new dtype. As
+in torch, fp64 tensors are never cast.
+
+Arguments that are all fp32 are not cast. Unlike in torch, autocast therefore never lowers the precision of such a call.
 """
 
 from __future__ import annotations

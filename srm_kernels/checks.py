@@ -76,12 +76,14 @@ def _in_make_fx() -> bool:
 
 
 def nowhere(mask: Tensor, *, wait: bool = False) -> bool:
-    """Return True if Python may read the mask and no element of the mask is true. Otherwise return False.
+    """Return True if Python may read the mask and every element of the mask is False. Otherwise return False.
+
+    If the result is True, the caller can skip the work for the masked elements.
 
     Args:
-        mask: Elements that need extra work, bool.
-        wait: Whether to read also a mask on a GPU. Reading waits for the device, so use True only where the extra work
-            costs more than the wait. During the capture of a CUDA graph, the mask is never read.
+        mask: A bool tensor. It is True for each element that needs the work.
+        wait: If True, a mask on a GPU is read too, except during the capture of a CUDA graph. Reading waits for the
+            device. Use True only where the work costs more than the wait.
     """
     asked = may_ask(mask) or (
         wait and _on_cuda(mask) and not _is_symbolic() and not torch.cuda.is_current_stream_capturing()
@@ -131,7 +133,9 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
 def check_number(
     name: str, value: float, *, above: float | None = None, at_least: float | None = None
 ) -> float:
-    """Return a finite real number as a Python float, or as torch.export's symbol if it comes from a shape.
+    """Return a finite real number as a Python float.
+
+    A symbolic number (torch.SymInt or torch.SymFloat) is returned unchanged.
 
     Raises:
         TypeError: `value` is not a real number. Numbers of NumPy are accepted.
@@ -150,7 +154,9 @@ def check_number(
 
 
 def check_count(name: str, value: int, *, at_least: int = 1) -> int:
-    """Return an integer as a Python int, or as torch.export's symbol for one.
+    """Return an integer as a Python int.
+
+    A symbolic integer (torch.SymInt) is returned unchanged.
 
     Raises:
         TypeError: `value` is not an integer. Integers of NumPy are accepted.

@@ -48,8 +48,8 @@ class Explanation(NamedTuple):
             without a verdict.
         measured: Date and time of the measurement that the choice follows. If there were several measurements, the
             first and the last date. None without a verdict.
-        milliseconds: Shape → direction → implementation → median time in milliseconds. The shapes are the measured
-            shapes that are nearest to the shape of the call.
+        milliseconds: Shape → direction → implementation → median time in milliseconds. The direction is "forward" or
+            "backward". The shapes are the measured shapes that are nearest to the shape of the call.
         sizes: The sizes of the call on which the choice depends.
     """
 
@@ -84,7 +84,8 @@ class Table:
     """The verdicts that apply to a device. A group is a pair of an operator and a dtype.
 
     Attributes:
-        groups: Group → the verdict that decides the group, and the rows of the group.
+        groups: Group → (verdict, rows). The verdict decides the group. The rows are the rows of this verdict for the
+            group.
         reason: Why `groups` is empty. It has no meaning if `groups` is not empty.
         unfinished: Groups whose measurement was interrupted.
     """
@@ -112,8 +113,8 @@ class Table:
     def ranking(self, group: Group, classes: Sequence[int]) -> list[str]:
         """Return the implementations that are correct at every measured shape, the fastest first.
 
-        The order follows the geometric means of the times at the nearest measured shapes. Implementations without a
-        time at one of these shapes are left out.
+        The order follows the geometric means of the times at the measured shapes that are nearest to `classes`. An
+        implementation is left out if any of these times is missing.
         """
         if group not in self.groups:
             return []
@@ -375,15 +376,16 @@ def explain(operator: str, *tensors: Any, **options: Any) -> Explanation:
 
     Args:
         operator: Name of a public operator, for instance "nystrom_attention".
-        *tensors: Positional arguments of the operator. `value` can be omitted if it has the shape and dtype of `key`.
+        *tensors: Positional arguments of the operator. For an operator with the parameters `key` and `value`, `value`
+            can be omitted if it has the shape and dtype of `key`.
         **options: Keyword arguments of the operator. `backend` is None or a name of `backends()`.
 
     Returns:
         The implementation, the reason, and the measurement that the choice follows.
 
     Raises:
-        ValueError: There is no such operator, or it does not accept these arguments.
-        TypeError: The operator does not accept these arguments.
+        ValueError: There is no such operator, or the operator does not accept a shape, device or value.
+        TypeError: An argument is missing or unknown, or the operator does not accept a type or dtype.
         NotImplementedError: The named backend cannot run.
     """
     import srm_kernels

@@ -1,4 +1,4 @@
-"""Return which devices can run the Triton kernels, and the device properties that kernel launches depend on.
+"""Devices that can run the Triton kernels, and the device properties that kernel launches depend on.
 
 Kernel launches get the device properties from this module only. A port to GPUs of another vendor begins here; it also
 needs other values of `parts.precision`.
@@ -54,10 +54,10 @@ class LaunchDevice(NamedTuple):
 
 
 def cpu_launch_device() -> LaunchDevice | None:
-    """Return the device that Triton kernels on CPU tensors are compiled for, or None if they cannot run.
+    """Return the GPU that is assumed for Triton kernels on CPU tensors, or None if no kernel can run there.
 
-    The interpreter uses the launch configurations of compute capability 8.9, without a limit of shared memory. An
-    emulator can replace this function.
+    In Triton's interpreter, this GPU has compute capability 8.9 and unlimited shared memory. Emulators of a GPU replace
+    this function by one that returns the emulated GPU.
     """
     return LaunchDevice((8, 9), sys.maxsize) if interpreting() else None
 

@@ -98,7 +98,7 @@ def choose_backend(
     Raises:
         ValueError: The name is not in `backends()`.
         NotImplementedError: The operator cannot run the named backend.
-        choice.Answer: `requested` is a `choice.Question`.
+        choice.Answer: `requested` is a `choice.Question`. The exception contains the explanation of the choice.
     """
     given = requested.requested if isinstance(requested, choice.Question) else requested
     asked = given is not requested
@@ -170,8 +170,10 @@ def choose_kernels(
     """Return the backend to run for an operator that has Triton kernels.
 
     `plain` contains the names of the operator's other backends, the default first. `refusal` returns why the kernels
-    cannot run the call, or None if they can. It is called only if `devices.triton_refusal` returns None, because
-    torch.export adds a guard for every shape that `refusal` reads. The other arguments are those of `choose_backend`.
+    cannot run the call, or None if they can. The other arguments are those of `choose_backend`.
+
+    Under torch.export, every shape that `refusal` reads adds a guard to the exported program. `refusal` is therefore
+    called only if `devices.triton_refusal` returns None.
     """
     return kept(requested, tensor, operator, variant, call) or choose_backend(
         requested,

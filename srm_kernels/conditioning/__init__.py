@@ -27,13 +27,14 @@ _KERNELS = f"{__name__}.kernels"
 class LandmarkSolution(NamedTuple):
     """The solution X of the landmark system, and diagnostics of each matrix.
 
-    All attributes except `x` are None if no diagnostics were requested.
+    All attributes except `x` are None if no diagnostics were requested. The diagnostics describe the system A Z = G
+    that was solved. Without equilibration, this system is (W + λI) X = R V. docs/METHOD.md §2.1 has the system with
+    equilibration.
 
     Attributes:
         x: X (…, r, d).
-        kappa: κ (…,), the condition number σ_max/σ_min of W_λ; with equilibration, of W̃ + λI. With
-            `diagnostics="estimate"`, an estimate of κ.
-        residual: ρ (…,), ‖A Z − G‖_F / (‖G‖_F + 1e-12) of the system A Z = G that was solved (docs/METHOD.md §2.1).
+        kappa: κ (…,), the condition number σ_max/σ_min of A. With `diagnostics="estimate"`, an estimate of κ.
+        residual: ρ (…,), ‖A Z − G‖_F / (‖G‖_F + 1e-12).
         gain: (…,), ‖X‖_F / ‖R V‖_F.
         solver: (…,) int64, the `Solver` that was used for each matrix.
     """
@@ -85,31 +86,36 @@ def landmark_solve(
     diagnostics: bool | str = False,
     backend: str | None = None,
 ) -> LandmarkSolution:
-    """Solve the landmark system X = (W + λI)⁻¹ G of each matrix, W = softmax(l), λ = λ₀ tr(W)/r (docs/METHOD.md §2.1).
+    """Solve the landmark system A X = G for each matrix of logits l (docs/METHOD.md §2.1).
+
+    A = W + λI with W = softmax(l) and λ = λ₀ tr(W)/r.
 
     Solvers:
 
-    - "cholesky": Cholesky factorisation of S + λI. This symmetric matrix is similar to W + λI, and its κ₂ is at most
-      (1 + λ)/λ. The solver uses the symmetric part of the logits and needs ridge > 0. In three cases, "lu" solves a
-      matrix instead: the factorisation fails; the logits are not symmetric within 1e-3·(1 + max|l|); or S underflows,
-      because the logsumexp values of two rows differ by more than 41 (in fp32).
+    - "cholesky": Cholesky factorisation of S + λI, where S is symmetric and similar to W. κ₂(S + λI) is at most
+      (1 + λ)/λ. The solver needs ridge > 0, and uses the symmetric part (l + lᵀ)/2 of the logits. "lu" solves a matrix
+      instead if the factorisation fails or if the logits are not symmetric within 1e-3·(1 + max|l|). In fp32, "lu" also
+      solves a matrix if the logsumexp values of two rows of l differ by more than 41, because S could underflow. The
+      backend "triton" does not compute S, and has no such limit.
     - "lu": LU with partial pivoting. With ridge 0, a singular matrix gives NaN.
     - "svd": pseudo-inverse, the article's default. With ridge 0, singular values up to r·eps·σ_max are dropped. If any
       are dropped, X is the minimum-norm solution, and its derivative is not defined. At large κ in fp32, "svd" is the
       least accurate solver. torch.linalg.svd waits for the device.
-    - "auto": for each matrix "lu" if κ(W_λ) < kappa_max, else "svd". `estimate_condition` estimates κ from the LU
-      factors. The estimate exceeds κ₂ only by rounding errors. In all measurements, the estimate was at least 0.5 κ₂.
-      To find the matrices that need an SVD, "auto" waits for the device.
-    - "neumann": the series α Σ_{k≤m} (I − αW_λ)^k G with α = 1/(1 + λ). A matrix uses the series if its residual is
-      below 1e-2 and a power iteration estimates a spectral radius of I − αW_λ below 0.95. Other matrices use the
-      default solver ("lu" with ridge 0).
+    - "auto": "lu" for each matrix whose estimate of κ₂(A) is below kappa_max, "svd" for the others.
+      `estimate_condition` computes the estimate from the LU factors. The estimate exceeds κ₂ only by rounding errors.
+      In all measurements, the estimate was at least 0.5 κ₂. To find the matrices that need an SVD, "auto" waits for the
+      device.
+    - "neumann": the series α Σ_{k≤m} (I − αA)^k G with α = 1/(1 + λ). A matrix uses the series if two conditions hold:
+      the residual of the series is below 1e-2, and a power iteration gives a spectral radius of I − αA below 0.95.
+      "cholesky" solves the other matrices ("lu" if ridge is 0).
 
-    "lu" never waits for the device. "cholesky" does not wait with the backend "triton". If the reference runs on a GPU,
-    "cholesky" and "neumann" wait for the device, to find the matrices that need "lu". They do not wait during the
+    "lu" never waits for the device. "cholesky" does not wait with the backend "triton". With the other backends on a
+    GPU, "cholesky" and "neumann" wait for the device, to find the matrices that need "lu". They do not wait during the
     capture of a CUDA graph.
 
-    A non-finite logit gives NaN in the X of its own matrix only. Gradients are exact. They are computed by implicit
-    differentiation. If "neumann" used the series, they are computed through the series.
+    A non-finite logit gives NaN in the X of its own matrix only. Gradients are exact. For a matrix that uses the series
+    of "neumann", the gradients are those of the series. For other matrices, they are computed by implicit
+    differentiation.
 
     Backends:
 
@@ -128,8 +134,8 @@ def landmark_solve(
         kappa_max: Number above 0. "auto" uses "lu" for κ below this number.
         neumann_order: m of "neumann", at least 0.
         neumann_gate: Whether "neumann" checks convergence. If False, every matrix uses the series.
-        diagnostics: True computes κ from singular values and waits for the device. "estimate" estimates κ as "auto"
-            does, without waiting. False computes no diagnostics.
+        diagnostics: True computes κ from singular values, and waits for the device. "estimate" estimates κ by
+            `estimate_condition`, and does not wait. False computes no diagnostics.
         backend: A name of `backends()`, or None.
 
     Returns:

@@ -13,9 +13,9 @@ larger than κ₂. The two lower bounds can be smaller than σ_max and 1/σ_min:
   estimate uses the largest lower bound from 8 independent vectors. At r = 64, this largest lower bound is less than
   1/(10 σ_min) with probability at most 3e-18, and less than 1/(3 σ_min) with probability at most 1e-5.
 
-Random vectors of ±1 are not suitable as start vectors. In a matrix with 8 such columns, each landmark has a row of 8
-signs. With r = 64, some of these rows are probably equal. If two landmarks with equal keys also have equal rows, all
-start vectors are orthogonal to the singular vector of σ_min. The estimate can then be far below κ₂.
+Vectors of random signs (±1) would not be suitable as the 8 start vectors. Such vectors give each landmark 8 signs, one
+per vector. With r = 64, two landmarks probably have the same 8 signs. If these two landmarks also have equal keys,
+all start vectors are orthogonal to the singular vector of σ_min. The estimate can then be far below κ₂.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def estimate_condition(A: Tensor, solve: Callable[[Tensor, bool], Tensor]) -> Te
         solve: Function `(rhs, transposed)` that returns A⁻¹ rhs, or A⁻ᵀ rhs if `transposed` is true.
 
     Returns:
-        The estimate (…,). It is NaN or infinite for a matrix whose factors contain NaN or infinity.
+        The estimate (…,). It is NaN or infinite for a matrix if `solve` returns NaN or infinity for this matrix.
     """
     probes = normal_probes(A.shape[-1], A.dtype, A.device).expand(*A.shape[:-1], PROBES)
     shrinkage = _growth(solve, probes, INVERSE_STEPS)

@@ -3,10 +3,10 @@
 A program holds A (R×R) and its right-hand side (R×D) in registers. R and D are r and d, rounded up to powers of two and
 at least 16. A is padded with the identity, and the right-hand side is padded with zeros. Arithmetic is fp32.
 
-For the solver `cholesky`, the kernels eliminate A = W + λI without pivoting. The pivots of this elimination are the
-squares of the diagonal entries of the Cholesky factor of S + λI, the symmetric matrix similar to A. The kernel itself
-detects a matrix for which `cholesky` fails or is not allowed. It solves such a matrix as `lu` does, with partial
-pivoting.
+For the solver `cholesky`, the kernels eliminate A = W + λI without pivoting. A is similar to the symmetric matrix
+S + λI of `reference`. The pivots are the squares of the diagonal entries of the Cholesky factor of S + λI. The
+Cholesky factorisation therefore exists if all pivots are positive. If a pivot is not positive or the logits are not
+symmetric, the kernel solves the matrix as `lu` does, with partial pivoting.
 """
 
 from __future__ import annotations
@@ -93,9 +93,9 @@ def _strides(**matrices: Tensor) -> dict[str, int]:
 
 
 def _matrices(tensor: Tensor) -> Tensor:
-    """Return (…, m, n) as (batch, m, n), copied if offsets within a matrix need more than 32 bits.
+    """Reshape a tensor (…, m, n) to (batch, m, n). Copy it if offsets within a matrix need more than 32 bits.
 
-    In the interpreter, whose bf16 and fp16 arithmetic is not reliable, the result is fp32.
+    In Triton's interpreter, the result is fp32, because bf16 and fp16 arithmetic is not reliable there.
     """
     flat = tensor.reshape(-1, *tensor.shape[-2:])
     if sum((n - 1) * stride for n, stride in zip(flat.shape[1:], flat.stride()[1:], strict=True)) >= 2**31:
@@ -137,9 +137,9 @@ def _entry(vector, k, R: tl.constexpr):
 def _softmax(logits_ptr, r, stride_row, stride_col, R: tl.constexpr, SYMMETRIC: tl.constexpr, half=True):
     """Return W, whether the logits are finite, and whether they are symmetric.
 
-    If the logits are not finite, W is the softmax of zeros. With SYMMETRIC and `half`, W is the softmax of the
-    symmetric part of the logits. To save registers, kernels call this function again wherever they need W. The loads
-    are volatile, so that the compiler does not keep the logits in registers.
+    If a logit is not finite, W is the softmax of zeros. With SYMMETRIC and `half`, W is the softmax of the symmetric
+    part of the logits. To save registers, kernels call this function again wherever they need W. The loads are
+    volatile, so that the compiler does not keep the logits in registers.
     """
     i = tl.arange(0, R)
     inside = (i[:, None] < r) & (i[None, :] < r)
@@ -183,10 +183,11 @@ def _load(ptr, r, d, stride_row, stride_col, R: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def _eliminate(a, b, r, R: tl.constexpr, PIVOTING: tl.constexpr):
-    """Eliminate a, and return U, L⁻¹ P b, the smallest pivot and the largest pivot.
+    """Factorise P a = L U, and return U, L⁻¹ P b, the smallest pivot and the largest pivot.
 
-    U is on and above the diagonal of the first result. With PIVOTING, the two pivots are absolute values. Without
-    PIVOTING, pivots keep their sign, and a pivot that is NaN or infinity counts as −1.
+    U is on and above the diagonal of the first result. With PIVOTING, P is a permutation, and the two pivots are
+    absolute values. Without PIVOTING, P is the identity, pivots keep their sign, and a pivot that is NaN or infinity
+    counts as −1.
     """
     i = tl.arange(0, R)
     smallest = float("inf")
@@ -237,10 +238,11 @@ def _solve_forward_kernel(
     stride_rhs, stride_rhs_row, stride_rhs_col, RIDGED: tl.constexpr, PIVOTING: tl.constexpr, R: tl.constexpr,
     D: tl.constexpr,
 ):  # fmt: skip
-    """Compute X of one matrix and its `Solver`; x and used are contiguous.
+    """Compute X and the `Solver` of one matrix; x and used are contiguous.
 
-    Without PIVOTING, the kernel first eliminates the system of the symmetric part of the logits, without pivoting. If
-    this elimination fails, the kernel eliminates the system of the logits with pivoting.
+    Without PIVOTING, the kernel first computes A from the symmetric part of the logits, and eliminates A without
+    pivoting. This attempt fails if a pivot is not positive or the logits are not symmetric. After a failure or with
+    PIVOTING, the kernel computes A from the logits, and eliminates A with pivoting.
     """
     matrix = tl.program_id(0).to(tl.int64)
     logits_ptr += matrix * stride_logits
@@ -277,12 +279,12 @@ def _solve_backward_kernel(
     stride_logits_col, stride_dx, stride_dx_row, stride_dx_col, SYMMETRIC: tl.constexpr, RIDGED: tl.constexpr,
     R: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradients of one matrix; they are zero if its logits are not finite.
+    """Compute the gradients of the logits and right-hand side of one matrix. With a non-finite logit, they are zero.
 
     The kernel solves a system with Aᵀ, where A is the matrix of the forward pass. If the forward pass used `cholesky`
-    for this matrix, A comes from the symmetric part of the logits, and the elimination is without pivoting. If the
-    forward pass used `lu`, A comes from the logits, and the elimination is with pivoting. An elimination without
-    pivoting that fails is repeated with pivoting.
+    for this matrix, A is computed from the symmetric part of the logits, and Aᵀ is eliminated without pivoting. If the
+    forward pass used `lu`, A is computed from the logits, and Aᵀ is eliminated with pivoting. If an elimination without
+    pivoting fails, it is repeated with pivoting.
     """
     matrix = tl.program_id(0).to(tl.int64)
     logits_ptr += matrix * stride_logits

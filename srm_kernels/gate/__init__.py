@@ -202,7 +202,8 @@ def gated_fusion(
         cap: A number above 0, a tensor of one element, or None for no cap; c = cap_factor · cap. `cap` receives no
             gradient. The element of a tensor can be 0 (the result is then 0) or infinite (no cap). A tensor is not
             copied to the CPU.
-        cap_factor: Factor of `cap` in c, above 0. With this argument, the product needs no launch of its own.
+        cap_factor: The factor of `cap` in c = cap_factor · cap, a number above 0. A caller that multiplies a tensor
+            `cap` by the factor itself needs another launch.
         temperature: T, above 0.
         eps: Summand in the denominator of γ, at least 0.
         backend: A name of `backends()`, or None.

@@ -167,7 +167,7 @@ def _products_kernel(
     stride_h, stride_w, dfused_stride_b, dfused_stride_c, dfused_stride_h, dfused_stride_w, S: tl.constexpr,
     STAGES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Compute ⟨dF, P_s⟩ and ⟨M, P_s⟩ over one part of an image; `parts` is [2, S] for each part."""
+    """Compute ⟨dF, P_s⟩ and ⟨M, P_s⟩ over one part of an image, [2, S]. dF is the gradient of γM."""
     program = tl.program_id(0).to(tl.int64)
     b, part = program // parts, (program % parts).to(tl.int32)
     s = tl.arange(0, STAGES)
@@ -192,9 +192,10 @@ def _fusion_backward_kernel(
     stride_w, dfused_stride_b, dfused_stride_c, dfused_stride_h, dfused_stride_w, temperature, eps, margin,
     CAPPED: tl.constexpr, S: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Compute dP of one part of an image from dM = γ dF + (d‖M‖/‖M‖) M.
+    """Compute dP, the gradient of the stage maps, for one part of an image: dP_s = a_s dM.
 
-    The program of the first part also writes the gradient of the logits.
+    dM = γ dF + (d‖M‖/‖M‖) M, where dF is the gradient of γM and d‖M‖ is the gradient of ‖M‖. d‖M‖ includes the gradient
+    through γ. The program of the first part also writes the gradient of the logits.
     """
     program = tl.program_id(0).to(tl.int64)
     b, part = program // parts, (program % parts).to(tl.int32)

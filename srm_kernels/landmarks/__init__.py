@@ -40,8 +40,9 @@ _select = register_operator(
 def ridge_leverage_scores(key: Tensor, *, gamma: float = 1e-3, backend: str | None = None) -> Tensor:
     """Compute the ridge leverage scores τ_i = k_iᵀ (KᵀK + γI)⁻¹ k_i of all keys (docs/METHOD.md §2.0, article 3.3).
 
-    The Cholesky factorisation of KᵀK + γI can fail because of rounding. For such a matrix, γ is increased by the size
-    of the rounding error. The operator is differentiable; a second derivative uses the reference.
+    The Cholesky factorisation of KᵀK + γI can fail because of rounding. In this case, γ is increased by an estimate of
+    the rounding error, and the matrix is factorised again. The operator is differentiable; a second derivative uses the
+    reference.
 
     Args:
         key: K (B, H, N_k, d); float64, float32, bfloat16 or float16, any strides.

@@ -7,13 +7,13 @@ does not depend on the other images of the batch. Implementation:
   L⁻¹ to a key by a triangular solve, in chunks of 16 columns. They do not compute the matrix L⁻¹. If the keys span
   fewer than d directions, a product with this matrix has 2 to 10 times the error of the triangular solve.
 - The r largest scores are found without sorting. If the bits of non-negative floating-point numbers are read as
-  integers, these integers have the same order as the numbers. A search sets the bits of the r-th largest score one by
-  one, from the highest bit. In each step, the candidate is the score so far with one more bit set. If r or more scores
-  are greater than or equal to the candidate, the bit stays set.
+  integers, these integers have the same order as the numbers. A search finds the r-th largest score, the threshold, bit
+  by bit. The threshold starts as 0. For each bit, from the highest to the lowest, the candidate is the threshold with
+  this bit set. If r or more scores are greater than or equal to the candidate, it becomes the new threshold.
 - Ties go to the lower index. NaN counts as infinity, as in torch. The indices are therefore distinct and in range for
   all keys, even if keys contain NaN.
 - Pivoted Cholesky stores its factor, r rows of N numbers, in global memory. The residual of a chosen key is set to −∞.
-- Uniform landmarks have kernels only to save launches: the program that needs the landmarks computes their indices.
+- Uniform landmarks need no scores. A kernel that uses them computes their indices itself, which saves launches.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ def add_gram(
 def eliminate_below(matrix, d: tl.constexpr, D: tl.constexpr):
     """Factorise a symmetric matrix as L P Lᵀ, with L unit lower triangular and P diagonal, by forward elimination.
 
-    Columns are eliminated in chunks of CHUNK columns. After the elimination of a chunk, the entries below its diagonal
-    would be zero. The function does not store these zeros. It uses their place for the row operations of the chunk. The
-    row operations of all chunks form the strictly lower triangular matrix F. To compute L⁻¹k from F, apply
-    k += F[:, chunk] k[chunk] for each chunk, from the first to the last.
+    Row operations eliminate the columns in chunks of CHUNK columns. F is the strictly lower triangular matrix of these
+    operations. Applied to a vector k, the operations of one chunk are k += F[:, chunk] k[chunk]. To compute L⁻¹ k,
+    apply the operations of all chunks, from the first to the last. F is stored in place of the entries below the
+    diagonal, which the elimination would set to zero.
 
-    The updates of the remaining matrix are bitwise symmetric. The error is therefore of the size of the rounding error
-    of the matrix.
+    Each step keeps the rest of the matrix bitwise symmetric. The error of the factorisation is therefore about as large
+    as the rounding error of the matrix.
 
     Returns:
         F, 1/√P [D], and whether every pivot is positive and finite.
@@ -91,7 +91,8 @@ def factorise(gram, gamma, d: tl.constexpr, D: tl.constexpr):
     """Apply `eliminate_below` to gram + γI.
 
     If the keys span fewer than d directions, some pivots are as small as the rounding error, and the factorisation can
-    fail. In this case, the function adds the size of the rounding error to γ, and factorises again.
+    fail. In this case, the function increases γ by an estimate of the rounding error, d·2⁻²³·tr(gram), and factorises
+    again.
     """
     i = tl.arange(0, D)
     diagonal = i[:, None] == i[None, :]

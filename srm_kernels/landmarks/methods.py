@@ -3,8 +3,9 @@
 - "leverage": the r largest ridge leverage scores, in descending order; ties go to the lower index.
 - "leverage_sample": r keys without replacement, with probability proportional to the score. Random; for training.
 - "uniform": the indices ⌊(i + 0.5) N / r⌋.
-- "kmeans++": the 2r keys of the largest leverage are clustered by k-means++ seeding and five Lloyd steps, which gives r
-  centres. Then each centre in turn chooses the nearest of all N keys that is not chosen yet. Random.
+- "kmeans++": k-means++ seeding and five Lloyd steps on the 2r keys with the largest leverage give r centres. For one
+  centre after the other, the nearest key that is not a landmark yet becomes a landmark. All N keys are candidates.
+  Random.
 - "pivoted_cholesky": in each of r steps, the key with the largest residual diagonal of exp(K Kᵀ s). Ties (relative
   differences up to 1e-5) go to the lower index. The cost is O(N r (d + r)).
 
@@ -34,7 +35,7 @@ class Keys(NamedTuple):
 
     Attributes:
         key: K (B, H, N, d).
-        options: r, at most N, and γ.
+        options: The options r (at most N) and γ.
         scale: s of the kernel exp(K Kᵀ s).
         random: The uniform numbers in (0, 1) that the method draws, the same for every (b, h).
     """
@@ -119,9 +120,9 @@ def _squared_distance(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _kmeans(chosen_from: Keys) -> Tensor:
-    """Run k-means++ seeding and Lloyd steps on the 2r keys of the largest leverage.
+    """Run k-means++ seeding and Lloyd steps on the 2r keys with the largest leverage.
 
-    Then choose for each centre the nearest key that is not chosen yet.
+    Then, for one centre after the other, choose the nearest key that is not chosen yet. All N keys are candidates.
     """
     scores, random, rank = chosen_from.scores, chosen_from.random, chosen_from.options.rank
     keys = chosen_from.key.to(scores.dtype)

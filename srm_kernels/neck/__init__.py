@@ -40,7 +40,7 @@ class PooledLinks(NamedTuple):
         probabilities: P̄ (L, B, H, P², r) in fp32 (fp64 for fp64 inputs), with the largest r of all links. Entries
             beyond a link's own r are 0.
         maps: pool(F) (B, P², ΣC_i), the pooled maps of all stages, concatenated along the channels.
-        scales: The scale statistic of Y = L X for each link, or None if X was not given.
+        scales: The scale statistic of Y = L X for each link (docs/METHOD.md §3.1), or None if X was not given.
     """
 
     probabilities: Tensor
@@ -208,10 +208,10 @@ def pooled_links(
 ) -> PooledLinks:
     """Compute the pooled landmark probabilities P̄ of all links, and the pooled maps (docs/METHOD.md §1.5).
 
-    P̄ = pool(L) with L = softmax(Q K̃ᵀ s) and Q = DyT(A F + a) W_Q. From P̄ follow pool(L X) = P̄ X and, with dY the
-    gradient of pool(L X), dX = P̄ᵀ dY. The operator is differentiable in all tensors except X; a second derivative uses
-    the reference. A NaN in F affects P̄ and pool(F) of its own image only. A NaN in K̃ affects P̄ of its own image and
-    head only. All parameters have the dtype of F or a wider one; A, a and W_Q are rounded to F's dtype.
+    P̄ = pool(L) with L = softmax(Q K̃ᵀ s) and Q = DyT(A F + a) W_Q. Pooling is linear, so pool(L X) = P̄ X. If dY is the
+    gradient of pool(L X), the gradient of X is P̄ᵀ dY. The operator is differentiable in all tensors except X; a second
+    derivative uses the reference. A NaN in F affects P̄ and pool(F) of its own image only. A NaN in K̃ affects P̄ of its
+    own image and head only. All parameters have the dtype of F or a wider one; A, a and W_Q are rounded to F's dtype.
 
     Backends:
 
@@ -234,8 +234,8 @@ def pooled_links(
         targets: For each link, the index of its target in `maps`. A map without a link is allowed.
         size: P of the P×P grid, whose cells are those of adaptive average pooling.
         dyt: (α, w, b) of each link, or None without DyT.
-        xs: X (B, H, r, d) of each link, in the dtype of the keys, for the scale statistic of Y = L X. X receives no
-            gradient. With None, no statistic is computed.
+        xs: X (B, H, r, d) of each link, in the dtype of the keys. Only the scale statistic of Y = L X uses X
+            (docs/METHOD.md §3.1). X receives no gradient. With None, no statistic is computed.
         qk_norm: As in `nystrom_attention`.
         scale: As in `nystrom_attention`.
         backend: A name of `backends()`, or None.

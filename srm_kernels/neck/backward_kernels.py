@@ -1,8 +1,8 @@
 """Triton kernels for the gradients of the pooled links.
 
-For the backward pass, only F, K̃ and P̄ of a link are saved, no results between F and L. The backward pass computes
-these results again: Q by library products or, with DyT, by `squash_kernels`. During the call, Q and dQ of all links
-exist at full resolution. There are three launches:
+The forward pass does not save Q and L. The backward pass computes them again from F, K̃ and the parameters. Matrix
+products of torch compute Q. With DyT, `squash_kernels` computes Q instead. During the backward pass, Q and dQ of all
+links exist at full resolution. This module launches three kernels:
 
 1. The first launch computes dQ and parts of dK̃ for all links.
 2. The second launch adds the parts of dK̃.
@@ -50,9 +50,10 @@ def strip_gradients(
     d: tl.constexpr, D: tl.constexpr, NORMALISE_QUERY: tl.constexpr, NORMALISE_KEYS: tl.constexpr,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute dQ (B, h, w, H, d) for one tile of a (b, h), and the contribution of the tile to dK̃.
+    """Compute dQ of one tile of positions of a (b, h), and the contribution of this tile to dK̃.
 
-    The tile contains the map rows of one row of cells, in COLUMNS columns of the map.
+    The tile contains COLUMNS columns of the map. Its rows begin where a row of cells begins, and end where the next row
+    of cells begins. `dquery_ptr` points to dQ (B, h, w, H, d) of the whole map.
     """
     head, i, down, column = place(program, blocks, SIZE, COLUMNS, BLOCK)
     b, head_of_image = head // HEADS, head % HEADS
@@ -141,10 +142,10 @@ def map_gradient(
     offset: tl.constexpr, total_channels: tl.constexpr, LINKED: tl.constexpr, MOST_ROWS: tl.constexpr,
     MOST_COLUMNS: tl.constexpr, SIZE: tl.constexpr, POSITIONS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Compute dF (C_i, h, w) of a tile of positions and channels.
+    """Compute dF of one map for a tile of positions and channels.
 
     dF is the sum of the gradient through Q and the gradient through pool(F). `rows_ptr` points to the gradient through
-    Q of all images, (B·h·w, C_i).
+    Q, a matrix with a row of C_i channels for each position of each image.
     """
     tiles: tl.constexpr = (h * w + POSITIONS - 1) // POSITIONS
     groups: tl.constexpr = (channels + COLUMNS - 1) // COLUMNS
@@ -267,8 +268,8 @@ def _maps_backward(
 ) -> list[Tensor]:
     """Return dF of every map.
 
-    `rows` contains the gradient through Q, (B·N, C_i), of each map, or None for a map without a link. `dpooled` is the
-    gradient of pool(F).
+    `rows` has one entry per map: the gradient dF through Q as a matrix (B·N, C_i), or None for a map without a link.
+    `dpooled` is the gradient of pool(F).
     """
     dpooled = readable(dpooled).contiguous()
     through = tuple(dpooled if r is None else readable(r).contiguous() for r in rows)

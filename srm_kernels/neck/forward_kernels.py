@@ -1,13 +1,16 @@
 """Triton kernels of the pooled links: from the backbone's maps to P̄ and pool(F), all links in one launch.
 
+If X is given, the kernels also compute the scale statistic of Y = L X (docs/METHOD.md §3.1): for each image and head,
+the mean of the rows y of Y, and M₂ = Σ‖y − mean‖². The neck gives X in training only.
+
 There are two ways to compute the logits. Neither writes T, Q, L or Y to memory.
 
 - Absorbed queries, if there is no DyT and no query normalisation. The logits are Q K̃ᵀ s = F·G + g, with
   G = (W_Q A)ᵀ K̃ᵀ s (C_i×r per head) and g = (W_Q a)ᵀ K̃ᵀ s. A separate launch computes G and g of all links in fp32. In
-  half precision, G is split into a high and a low part, and F is multiplied by both. Rounding G once would cause an
-  error of 4e-3 of the result, and pooling would not average out this error. A program computes some cells of one row of
-  cells for one image b and head h. It first adds the probabilities of all its tiles. At the end, it sums over the
-  columns of each cell.
+  half precision, G is split into a high and a low part, and F is multiplied by both. Without the low part, the relative
+  error of the result would be 4e-3, and pooling would not average out this error. A program computes P̄ of a strip,
+  which is a group of neighbouring cells in one row of cells, for one image b and head h. All tiles of the program have
+  the same shape. The program adds their probabilities elementwise. At the end, it sums over the columns of each cell.
 - Queries from tokens, otherwise. A program computes one cell of an image, tile by tile. For each tile, it computes
   T = A F + a for all channels, and applies DyT. It then computes Q, logits and probabilities of one head after the
   other. A and W_Q are read in pieces. From tile to tile, the program keeps only the sums of the probabilities of all
@@ -16,9 +19,10 @@ There are two ways to compute the logits. Neither writes T, Q, L or Y to memory.
 
 Other programs of the same launch pool the maps.
 
-The statistic is computed from y = L X, tile by tile with Chan's formula. X is therefore an input. No statistic is
-computed in evaluation. The alternative, tr Xᵀ(LᵀL)X from second moments of L, has two disadvantages. X can be many
-times larger than Y, and large squares would then cancel. The r×r moments also need more products than L X.
+If X is given, a program also computes y = L X for each tile, and adds the mean and M₂ of the tile by Chan's formula.
+Another launch merges the results of the programs. The alternative, the statistic from X and the second moments LᵀL, has
+two disadvantages. X can be many times larger than Y, and large squares would then cancel. The r×r moments also need
+more products than L X.
 
 The number of programs per image is a compile-time constant, and does not depend on the batch. Programs are ordered by
 link, then by image. The first program of a link has the index n·B, where n is the number of programs per image of all
@@ -103,7 +107,7 @@ def load_block(ptr, rows, row_limit, columns, column_limit, stride):
 
 @triton.jit
 def softmax(logits, rank: tl.constexpr, R: tl.constexpr):
-    """Return the softmax [BLOCK, R] of each row of logits in units of log 2. Padding is zero."""
+    """Return the softmax [BLOCK, R] of logits that contain the factor log₂ e, row by row. Padding is zero."""
     logits = tl.where((tl.arange(0, R) < rank)[None, :], logits, -INFINITY)
     weights = tl.exp2(logits - tl.max(logits, 1)[:, None])
     return weights / tl.sum(weights, 1)[:, None]
@@ -149,7 +153,7 @@ def absorbed_probabilities(
     map_ptr, offsets, inside, stride, matrix_ptr, shift, channels: tl.constexpr, CHUNK: tl.constexpr,
     rank: tl.constexpr, R: tl.constexpr, PAIR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return L = softmax(F·G + g) [BLOCK, R] of one tile; G is [r, channels] in units of log 2."""
+    """Return L = softmax(F·G + g) [BLOCK, R] of one tile; G [r, channels] and g contain the factor log₂ e."""
     i = tl.arange(0, R)
     logits = tl.zeros([offsets.shape[0], R], tl.float32) + shift[None, :]
     for first in range(0, channels, CHUNK):
@@ -174,11 +178,11 @@ def strip(
     d: tl.constexpr, D: tl.constexpr, PAIR: tl.constexpr, STATISTICS: tl.constexpr, SIZE: tl.constexpr,
     CELLS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute P̄ of the cells of one strip of a (b, h), and the mean and M₂ of y at the positions that the strip owns.
+    """Compute P̄ of the cells of one strip of a (b, h), and the statistic of the positions that the strip owns.
 
-    If P does not divide the height and width of the map, neighbouring cells and strips share positions. For P̄, each
-    strip uses all positions of its cells, including shared positions. The statistic must count each position once. The
-    last strip that contains a position owns this position and counts it.
+    If P does not divide the height and width of the map, neighbouring cells and strips share positions. P̄ of a cell
+    uses all positions of the cell. The statistic (mean and M₂ of the rows of Y = L X) must count each position once. If
+    several strips contain a position, the last of these strips owns the position.
     """
     head = program // (SIZE * strips)
     i = (program // strips % SIZE).to(tl.int32)
@@ -307,10 +311,11 @@ def cell_probabilities(
     NORMALISE_QUERY: tl.constexpr, NORMALISE_KEYS: tl.constexpr, STATISTICS: tl.constexpr,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute P̄ of one cell of an image for every head, and the mean and M₂ of y at the positions that the cell owns.
+    """Compute P̄ of one cell of an image for every head, and the statistic of the positions that the cell owns.
 
-    `batch_index` is an index over the images of all links: link · B + b. If several cells contain a position, the last
-    of these cells owns the position. The statistic counts a position only in the cell that owns it.
+    The statistic (mean and M₂ of the rows of Y = L X) must count each position once. If several cells contain a
+    position, the last of these cells owns the position. `batch_index` is link · B + b, an index over the images of all
+    links.
     """
     b, cell = program // (SIZE * SIZE), (program % (SIZE * SIZE)).to(tl.int32)
     i, j = cell // SIZE, cell % SIZE
@@ -458,9 +463,10 @@ def _absorb_kernel(
     HEADS: tl.constexpr, C: tl.constexpr, R: tl.constexpr, d: tl.constexpr, D: tl.constexpr,
     NORMALISE_KEYS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute COLUMNS channels of G [r, C_i], and g [r], of one (b, h) of a link, in units of log 2.
+    """Compute COLUMNS channels of G [r, C_i], and g [r], of one (b, h) of a link.
 
-    W_Q A and W_Q a are computed again for every image. These small products cost no more than one more launch.
+    G and g contain the factor log₂ e, because the softmax uses exp2. W_Q A and W_Q a are computed again for every
+    image. Another launch that computes them once for all images would cost at least as much.
     """
     program = tl.program_id(0).to(tl.int64)
     for link in tl.static_range(LINKS):
@@ -545,9 +551,10 @@ class Sizes:
         )
 
     def pool_firsts(self, before: int) -> tuple[int, ...]:
-        """Return the index of the first pooling program of each map, and the number of all programs, for one image.
+        """Return the index of the first pooling program of each map, counted among the programs of one image.
 
-        `before` is the number of programs per image that precede the pooling programs.
+        `before` is the number of programs of one image that precede the pooling programs. The last entry of the result
+        is the number of all programs of one image.
         """
         counts = (self.size * -(-c // g) for c, g in zip(self.channels, self._groups(), strict=True))
         return tuple(before + first for first in firsts_of(counts))

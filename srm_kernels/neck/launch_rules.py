@@ -66,8 +66,8 @@ def forward_positions(
 ) -> int:
     """Return the number of positions of a tile for absorbed queries.
 
-    A tile of this size fits in registers, with the statistic also next to X [r, d]. The sizes were chosen by the
-    register counts that `python -m bench.resources` prints.
+    The tile fits in registers. With `statistics`, X [r, d] fits in registers too. The numbers are based on the register
+    counts that `python -m bench.resources` prints.
     """
     if not statistics:
         return 32 if capability >= (12, 0) else 64
@@ -95,9 +95,9 @@ def token_tile(
 ) -> TokenTile:
     """Return a tile that fits in registers.
 
-    A program has 8 warps. With the statistic, bf16 and [r, d] tiles that are not large, some of the 8 warps would
-    repeat the work of others. In this case, a program has 4 warps on compute capability below 9.0. From 9.0 on, it
-    still has 8 warps, because 4 warps spill registers on 9.0 and 12.0.
+    A program has 8 warps, with one exception. If `statistics` is true, the dtype is bf16 and `heavy(rank, d)` is false,
+    some of 8 warps would repeat the work of others. A program then has 4 warps on compute capability below 9.0. From
+    9.0 on, it still has 8 warps, because 4 warps spill registers on 9.0 and 12.0.
     """
     large = heavy(rank, d)
     chunk = 16 if dtype == torch.float32 and not (large and capability == (9, 0)) else 32
@@ -112,10 +112,10 @@ def token_tile(
 
 
 def strip_warps(rank: int, d: int, dtype: torch.dtype, statistics: bool) -> int:
-    """Return the warps of a program.
+    """Return the number of warps of a program for absorbed queries.
 
-    With the statistic, bf16 and [r, d] tiles that are not large, a tile has 32 positions, and a program has 2 warps.
-    Two warps cover the 32 rows of a product. Further warps would repeat the work of these two.
+    If `statistics` is true, the dtype is bf16 and `heavy(rank, d)` is false, a tile has 32 positions, and a program has
+    2 warps. Two warps cover the 32 rows of a product. Further warps would repeat the work of these two.
     """
     return 2 if dtype == torch.bfloat16 and statistics and not heavy(rank, d) else warps(rank, d)
 

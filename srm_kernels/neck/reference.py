@@ -47,11 +47,11 @@ def project_sources(
 
 
 def pooled_links(sides: QuerySides) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return P̄, pool(F), the mean of Y = L X and the spread Σ‖y − mean‖².
+    """Return P̄, pool(F), the mean of the rows y of Y = L X, and the spread Σ‖y − mean‖².
 
-    P̄ is (L, B, H, P², r) in the wide dtype, with the largest r of all links. Entries beyond a link's own r are 0.
-    pool(F) is (B, P², ΣC_i). The mean (L, B, H, d) and the spread (L, B, H) are computed over all N positions of a
-    target map. Both are empty if `sides.xs` is empty. T, DyT(T) and Q have the dtype of F, as in the modules of the
+    P̄ is (L, B, H, P², r) in fp32 (fp64 for fp64 inputs), with the largest r of all links. Entries beyond a link's own r
+    are 0. pool(F) is (B, P², ΣC_i). The mean (L, B, H, d) and the spread (L, B, H) are computed over all N positions of
+    a target map. Both are empty if `sides.xs` is empty. T, DyT(T) and Q have the dtype of F, as in the modules of the
     unfused neck.
     """
     most, size, qk_norm = max(k.shape[2] for k in sides.keys), sides.size, sides.qk_norm

@@ -29,7 +29,7 @@ PAGES = [
 LANGUAGES = {"python", "sh", "toml", "text"}  # `text` is what a command prints, or a drawing
 # Blocks tagged `slow`: they install, run the test suite, or train and measure for minutes. None else is skipped.
 SLOW = {
-    "README.md": 2,
+    "README.md": 1,
     "docs/DATASETS.md": 1,
     "docs/GUIDE.md": 1,
     "CONTRIBUTING.md": 1,

@@ -27,7 +27,10 @@ def gate_logits(
     weights: Sequence[Tensor],
     offsets: Sequence[Tensor],
 ) -> Tensor:
-    """Return g_s = w_s · mean(GELU(m_s + b_s)) + v_s, (B, S). The mean and the later steps use the wide dtype."""
+    """Return g_s = w_s · mean(GELU(m_s + b_s)) + v_s, (B, S).
+
+    The mean and the later steps use fp32, or fp64 for fp64 maps.
+    """
     wide = wide_dtype(maps[0].dtype)
     logits = [
         F.linear(m.mean((2, 3), dtype=wide), weight.to(wide), offset.to(wide))

@@ -1,4 +1,4 @@
-"""The elementwise steps of a tile in C++, on CPU tensors of the wide dtype."""
+"""The elementwise steps of a tile in C++, on CPU tensors in fp32 or fp64."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class Affine(NamedTuple):
 
 
 class Folded(NamedTuple):
-    """The folded weights of a link's queries, in the wide dtype.
+    """The folded weights of a link's queries, in fp32 or fp64.
 
     With DyT, Q = outer(tanh(inner(F))). Without DyT, Q = outer(F).
     """
@@ -141,7 +141,7 @@ def cell_weights(length: int, size: int, like: Tensor) -> Tensor:
 
 
 def fold(align: Affine, query_weight: Tensor, dyt: DyT | None) -> Folded:
-    """Fold A, a, W_Q and the parameters of DyT, all in the wide dtype."""
+    """Fold A, a, W_Q and the parameters of DyT, all in fp32 or fp64."""
     if dyt is None:
         return Folded(None, Affine(query_weight @ align.weight, query_weight @ align.bias))
     alpha, weight, bias = dyt

@@ -7,7 +7,7 @@ for a whole map. Consecutive linear steps are folded into one weight. The scale 
 folded into K̃. Each tile adds its contribution to P̄. The backward pass computes each tile again.
 
 Images are computed one by one, so an image gives the same bits alone and in a batch. A, a and W_Q are first rounded to
-the dtype of F. All computations then use the wide dtype: fp64 if F is fp64, else fp32.
+the dtype of F. All computations then use fp64 if F is fp64, else fp32. This module calls this dtype the wide dtype.
 
 torch computes the products. The other steps are softmax, pooling and tanh. If the C++ library is built, it computes
 these steps (`tile_native.py`). Otherwise torch computes these steps (`tile_steps.py`).

@@ -73,8 +73,8 @@ class Counters:
     def count_shared(self, number: int, offsets: Any, size: int) -> None:
         """Count the wavefronts of an access to shared memory with `size` bytes per lane.
 
-        A warp accesses at most 128 bytes in one phase. A phase takes as many wavefronts as there are distinct accessed
-        words in its fullest bank. The offset of an inactive lane is −1.
+        A warp accesses at most 128 bytes in one phase. For each bank, count the distinct words that the phase accesses.
+        The largest of these counts is the number of wavefronts of the phase. The offset of an inactive lane is −1.
         """
         phases = max(1, size // 4)
         rows = offsets.reshape(-1, 32)

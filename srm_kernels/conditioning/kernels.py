@@ -75,8 +75,7 @@ def landmark_solve_backward(
 def launch_options(r: int, d: int) -> dict[str, int]:
     """Return tile sizes, the number of warps, and the largest number of registers of a thread.
 
-    Each thread holds 16 to 64 elements of a tile. With ptxas's default limit, 128 registers per thread, the kernels
-    spill.
+    Each thread holds 16 to 64 elements of a tile. If ptxas chooses the number of registers, the kernels spill.
     """
     R, D = (max(16, triton.next_power_of_2(n)) for n in (r, d))
     warps = min(16, max(2, R * max(R, D) // 512))

@@ -2,7 +2,7 @@
 
 `project_sources` computes K and V of all links from the tokens of their source. `merge_links` computes, from P̄ and
 pool(F), the maps that the gate reads. Products are computed in the tokens' dtype and rounded where the modules of the
-neck round. P̄ X is computed in fp32, because X can be many times larger than Y.
+neck round. The values of X can be many times larger than those of P̄ X, so the product P̄ X is computed in fp32.
 
 Both operators read only small tensors. Their derivatives therefore have no kernels. The derivatives use the reference,
 whose products are calls of torch's libraries.

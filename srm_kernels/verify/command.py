@@ -169,9 +169,10 @@ class Run:
     def doubted(self, wanted: Sequence[Case]) -> list[Case]:
         """Return the cases outside `wanted` that must be measured again because the verdict has a fault for them.
 
-        The cases belong to the groups of `wanted`, because a fault at one shape excludes the implementation at all
-        shapes of its group. Faults that the environment can cause may disappear in a new measurement. Cases with such
-        a fault are returned. With `--again`, cases with any fault are returned.
+        A fault at one shape excludes the implementation at all shapes of its group. Only cases that share a group with
+        a case of `wanted` are returned. Without `--again`, these are the cases with a fault that the environment can
+        cause, because such a fault can disappear in a new measurement. With `--again`, cases with any fault are
+        returned.
         """
         asked, groups = set(map(_label, wanted)), set(map(_group, wanted))
         faults = verdicts.faults(self.verdict.rows)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 from .accesses import AccessInstructions
 from .instructions import ScalarInstructions
 from .parse import WIDTH, Instruction, Kernel, parse
+
+MOST_PROGRAMS = 64  # kept translated; each takes about 10 MB
 
 
 class Translator(ScalarInstructions, AccessInstructions):
@@ -39,14 +42,10 @@ class Program:
         return self._functions[key]
 
 
-_PROGRAMS: dict[str, Program] = {}
-
-
+@lru_cache(MOST_PROGRAMS)
 def program_of(text: str) -> Program:
     """Return the program of a PTX text. Launches of the same text share the translated basic blocks."""
-    if text not in _PROGRAMS:
-        _PROGRAMS[text] = Program(parse(text))
-    return _PROGRAMS[text]
+    return Program(parse(text))
 
 
 def _shared_width(ins: Instruction) -> int:

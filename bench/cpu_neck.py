@@ -2,8 +2,9 @@
 
 The necks are measured without a backbone, in fp32 and with one image. Their inputs are random maps of the sizes that a
 backbone produces. The quadratic neck uses scaled_dot_product_attention. Calls take turns within one run, and times are
-medians of CPU time. Memory is the peak memory beyond the maps; it includes the gradients of a backward pass. The row
-`srm, not compiled` is the `srm` neck without the compiled library of csrc/. `!` marks a missed target.
+medians of CPU time. Memory is the peak memory that a call allocates. It includes the gradients of a backward pass, but
+not the maps and the parameters. The row `srm, not compiled` is the `srm` neck without the compiled library of csrc/.
+`!` marks a missed target.
 """
 
 from __future__ import annotations

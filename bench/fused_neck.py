@@ -1,14 +1,16 @@
 """Compare the fused neck with the quadratic neck and with the unfused neck: `python -m bench.fused_neck`.
 
 The necks are measured without a backbone, on random maps of the sizes that a backbone produces. The necks take turns
-within one run. Either the forward pass is timed in evaluation mode, or forward and backward in training mode. `plain`
-is the Nyström neck in plain PyTorch, `unfused` calls the kernels one by one, and `fused` uses `pooled_links`. Memory is
-the peak memory beyond the maps. The profiler counts the launches.
+within one run. `--direction forward` times the forward pass in evaluation mode. `--direction both` times forward and
+backward together in training mode. `plain` is the Nyström neck in plain PyTorch, `unfused` calls the kernels one by
+one, and `fused` uses `pooled_links`. Memory is the peak memory that a call allocates, without the maps and the
+parameters. On a GPU, the profiler counts the launches.
 
 The floor is a lower bound of the forward time. It is the larger of two times: reading the maps once at the device's
 memory bandwidth, and computing the neck's matrix products at the device's rate of matrix products. Bandwidth and rate
 are measured first, by a large copy and a large matrix product. `--bandwidth` and `--rate` replace the measured values.
-On a CPU the necks run in plain PyTorch. `plain` and `fused` are then the same, and `unfused` computes its links one by
+
+On a CPU all necks run in plain PyTorch. `plain` and `fused` are then the same, and `unfused` computes its links one by
 one.
 """
 
@@ -83,10 +85,10 @@ def maps_of(backbone: str, side: int, batch: int, options: argparse.Namespace) -
 def neck_of(
     backbone: str, options: argparse.Namespace, *, backend: str | None = None, attention: str = "nystrom"
 ) -> SRMNeck:
-    """Build the neck to be timed.
+    """Build the neck to be timed, and calibrate it.
 
-    The neck is calibrated on random maps with the shapes for two images of 64×64 pixels. These maps have the same
-    distribution as the timed maps.
+    The calibration uses the maps that `maps_of` returns for two images of 64×64 pixels. The timed maps have the same
+    distribution.
 
     Args:
         backbone: A name of `WIDTHS`.
@@ -115,7 +117,8 @@ def neck_of(
 def call_of(neck: Any, maps: list[Tensor], direction: str) -> Call:
     """Return a function that runs the neck once.
 
-    `direction` is "forward" (without gradients) or "both" (forward and backward, gradients of the maps and parameters).
+    If `direction` is "forward", the function runs the forward pass without gradients. If `direction` is "both", the
+    function runs forward and backward, with gradients of the maps and of the parameters.
     """
 
     def forward() -> object:

@@ -111,10 +111,10 @@ class Fit(NamedTuple):
 
 
 def power_law(x: Sequence[float], y: Sequence[float]) -> Fit:
-    """Fit the exponent of a power law y = c·x^exponent and its standard error.
+    """Fit a power law y = c·x^exponent; return the exponent and the standard error of the exponent.
 
     Raises:
-        ValueError: There are fewer than two points, or values that are not positive.
+        ValueError: `x` and `y` have fewer than two values, different lengths, or a value that is not positive.
     """
     if len(x) < 2 or len(x) != len(y) or min(*x, *y) <= 0:
         raise ValueError(f"x={list(x)}, y={list(y)}: expected at least two pairs of positive numbers")

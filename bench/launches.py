@@ -134,7 +134,8 @@ def forward_of(*, dyt: bool, side: int = 512, batch: int = 2) -> tuple[SRMNeck, 
 
     Args:
         dyt: Whether the neck has DyT.
-        side: Image side in pixels. The maps have the width of maps for this side, and a sixteenth of the height.
+        side: Image side in pixels. A map of a stage with stride s has the width w = side / s. Its height is w / 16, but
+            at least 1.
         batch: B.
     """
     torch.manual_seed(0)

@@ -10,15 +10,16 @@ Some gradients are small differences of larger numbers. For these gradients, the
 several gradients:
 
 - for the gradient of a bias, the largest entry of all gradients;
-- for any other gradient of the gate, the largest entry of all gradients of the gate, because the gradients of the
-  gate's logits sum to 0 over the stages.
+- for any other gradient of the gate, the largest entry of all gradients of the gate. These gradients are small
+  differences because the gradients of the gate's logits sum to 0 over the stages.
 
 Some gradients have one element: those of β, of α, of θ with one head, and of the bias of a readout. Such a gradient is
 a sum Σ tᵢ over channels and positions. Each term tᵢ has a relative rounding error δᵢ, which may be positive or
-negative. The sum then has the error Σ tᵢ δᵢ, which is about eps·√(Σ tᵢ²), even if the sum itself is small. In one step,
-this error of the reference neck may be close to 0 by chance, and the first term would be too small. The reference neck
-therefore runs `DRAWS` steps, whose losses have different signs. The first term uses the largest error of these steps.
-In fp32, the second term uses at least the root mean square of the gradient over these steps.
+negative. The error of the sum is Σ tᵢ δᵢ, which is about eps·√(Σ tᵢ²), even if the sum itself is small. In a single
+step, the rounding errors of the reference neck can cancel by chance. The first term would then be too small. The
+reference neck therefore runs `DRAWS` steps with different losses. For a gradient with one element, the first term uses
+the largest error of these steps. In fp32, the second term uses at least the root mean square of this gradient over
+these steps.
 """
 
 from __future__ import annotations
@@ -107,7 +108,9 @@ def ratios(
     dtype: torch.dtype | None = None,
     run: Callable[[SRMNeck, Sequence[Tensor]], Step] = step,
 ) -> dict[str, float]:
-    """Run a training step by kernels; return the error of every result, divided by its bound.
+    """Run a training step with the backend "triton"; return error / bound for every result.
+
+    The docstring of the module defines the error and its bound.
 
     Args:
         neck: Reference neck.
@@ -116,7 +119,7 @@ def ratios(
         run: Function that runs the training step of the neck with the backend "triton".
 
     Raises:
-        AssertionError: The kernels and the reference return results with different names.
+        AssertionError: The kernels and the reference neck return results with different names.
     """
     device = pyramid[0].device.type
     draws: list[tuple[Step, Step]] = []  # (fp64, this precision)

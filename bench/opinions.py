@@ -1,11 +1,13 @@
-"""Compare opinions of TID2013 with metrics of images made from the Kodak photographs: `python -m bench.opinions`.
+"""Correlate metrics of distorted Kodak photographs with the opinions of TID2013: `python -m bench.opinions`.
 
-The photographs are distorted as by `srm-iqa data synthesize --opinions`. Three full-reference metrics of piq (VSI, FSIM
-and SSIM) score the distorted images. As for the published figures, FSIM and SSIM are computed on the luminance, and
-SSIM does not downsample. A row has the scores for one photograph and one distortion type.
+The photographs are distorted as by `srm-iqa data synthesize --opinions`. Three full-reference metrics of piq score the
+distorted images: VSI, FSIM and SSIM. FSIM and SSIM are computed on the luminance, and SSIM without downsampling. The
+published correlations for TID2013 were computed in the same way. A row has the scores of one photograph with one
+distortion type at five levels.
 
-The summary has Spearman's correlation of each metric with the opinions: for each type, for all types, and for the types
-that `srm-iqa data synthesize --opinions` makes by default. The last line has the figures published for TID2013.
+The summary has Spearman's correlation of each metric with the mean opinion scores of TID2013. It is computed for each
+type, for all types, and for the types that `srm-iqa data synthesize --opinions` makes by default. The last line has the
+published correlations.
 """
 
 from __future__ import annotations
@@ -90,9 +92,10 @@ def correlation(chosen: Sequence[Row], metric: str) -> float:
 
 
 def summary(found: Sequence[Row]) -> list[str]:
-    """Return a table of correlations: for each type, all types, all types except `LEFT_OUT`, and as published.
+    """Return the lines of a table of correlations.
 
-    `!` marks a correlation that differs from the published figure by more than `WITHIN`.
+    There is a line for each type, for all types, for all types except `LEFT_OUT`, and for the published correlations.
+    `!` marks a correlation over several types that differs from the published one by more than `WITHIN`.
     """
     lines = [f"{'type':56}" + "".join(f"{name:>12}" for name in METRICS)]
     for kind in sorted({row["type"] for row in found}):

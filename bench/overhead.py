@@ -178,9 +178,10 @@ def calibration() -> dict[str, float]:
 def counted(call: Call) -> dict[str, int]:
     """Count the launches of one call, and the calls of this package's operators.
 
-    The launches are own kernels, library products, and everything else that a GPU runs as a kernel. `bench.launches`
-    defines how they are counted. Here the launches of a backward pass are counted too. Products include the
-    convolutions of the gate. The backward pass of a convolution counts as one launch, although it takes two or more.
+    Launches are counted in three groups: the package's own kernels, matrix products and convolutions of libraries, and
+    all others. `bench.launches` describes how launches are counted. Here the convolutions of the gate are counted in
+    the second group. If the call has a backward pass, its launches are included. The backward pass of a convolution
+    counts as one launch, although a GPU needs two or more.
     """
     found = count_launches(call)
     with profile(activities=[ProfilerActivity.CPU]) as profiled:

@@ -1,4 +1,4 @@
-"""Write tables in pages of docs/ from result rows, so that every figure in these tables has a row.
+"""Write the tables of benchmark results in the pages of docs/. The tables are computed from rows.
 
 A table is placed between `<!-- rows: NAME -->` and `<!-- end -->`. `python -m bench.report FOLDER --pages PAGE`
 rewrites the table. A test compares the tables with the rows.

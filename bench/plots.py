@@ -70,10 +70,10 @@ def lines(
 
 
 def roofline(series: Sequence[Line], bandwidth: float, rate: float, *, title: str, note: str) -> Figure:
-    """Draw a roofline plot: lines of points (MACs per byte, MACs per second) under the measured ceilings.
+    """Draw a roofline plot. The roof is the limit that the measured bandwidth and rate set.
 
     Args:
-        series: Lines, whose points are joined in the given order.
+        series: Lines of points (MACs per byte, MACs per second). The points of a line are joined in the given order.
         bandwidth: Measured memory bandwidth in bytes per second.
         rate: Measured rate of matrix products in MACs per second.
         title: Title.
@@ -95,7 +95,8 @@ def roofline(series: Sequence[Line], bandwidth: float, rate: float, *, title: st
 def stacked(bars: Sequence[Bar], segments: Sequence[str], *, title: str, note: str, x_label: str) -> Figure:
     """Draw horizontal stacked bars on a linear axis.
 
-    A segment looks the same in every picture with the same `segments`. Segments without a value are left out.
+    The shade and the hatching of a segment depend only on its position in `segments`. Segments that are 0 in all bars
+    are left out.
     """
     height = 1.4 + max(0.35 * len(bars), 0.19 * len(segments))
     with _axes(title, note, x_label, "", height=height) as (figure, axes):

@@ -203,7 +203,9 @@ def operator(kernel: Any) -> str:
 
 
 def rows(options: argparse.Namespace, known: dict[str, Resources]) -> Iterator[dict[str, Any]]:
-    """Yield a row for each shape, architecture and distinct launch that the options select.
+    """Yield a row for each launch of the selected kernels, for each selected shape and architecture.
+
+    Launches of one shape and architecture with the same digest share one row.
 
     Args:
         options: Options of the command line.

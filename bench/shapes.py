@@ -158,7 +158,9 @@ def attention(case: Case) -> None:
 
 
 def neck(case: Schedule, make: Callable[..., Tensor] = without_memory, batch: int = 2) -> None:
-    """Launch the links of a neck, the projections of their key sides, and the scale, gate and pooling after them.
+    """Launch the kernels of a neck: projections of the sources, links, scale, gate and pooling.
+
+    The choice of landmarks and the solve are not launched. The function `attention` launches them.
 
     Args:
         case: The links.

@@ -18,7 +18,7 @@ MOST_CALLS = 1000
 
 
 def stopwatch(call: Callable[[], object], device: str) -> Callable[[], float]:
-    """Warm a call up and return a function that measures it, in milliseconds per call.
+    """Warm a call up; return a function that measures the milliseconds per call.
 
     A call shorter than `LEAST_MILLISECONDS` is repeated within one measurement.
     """
@@ -30,7 +30,7 @@ def stopwatch(call: Callable[[], object], device: str) -> Callable[[], float]:
 
 
 def prepared(request: dict[str, Any]) -> Callable[[], float]:
-    """Return a function that measures one operator, in milliseconds per call.
+    """Return a function that measures the milliseconds per call of an operator.
 
     Args:
         request: Arguments of `Timed` by name. The additional entry `verify` says whether results are checked first.

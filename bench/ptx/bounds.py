@@ -1,10 +1,9 @@
-"""Estimate the busy time of a GPU's units for a launch, and which unit limits the launch.
+"""Estimate how long a launch keeps each unit of a GPU busy, and which unit limits the launch.
 
 The emulator counts how often each PTX instruction is executed. A GPU executes SASS, into which ptxas translates the
-PTX. If there is a cubin, the instructions of its SASS are counted. A SASS instruction is assumed to be executed as
-often as the PTX instructions of the same source line, on average. Without a cubin, the PTX instructions are counted
-instead. Both counts are estimates of what a GPU issues. The busy times include neither latencies nor caches, and assume
-that all units overlap perfectly.
+PTX. If the launch has a cubin, the SASS instructions of the cubin are counted instead. The number of executions of a
+SASS instruction is then estimated. The estimate is the mean number of executions of the PTX instructions of the same
+source line. Latencies and caches are not modelled. All units are assumed to work at the same time.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from .sass import sass_counts
 
 
 def bound(launch: Launch, gpu: Gpu, *, batch: int = 1, use_sass: bool = True) -> dict[str, Any]:
-    """Estimate the busy time of every unit of a GPU for a launch that was counted.
+    """Estimate the busy time of every unit of a GPU for a launch whose instructions were counted.
 
     Args:
         launch: A launch executed with `count=True`.
@@ -41,21 +40,21 @@ def bound(launch: Launch, gpu: Gpu, *, batch: int = 1, use_sass: bool = True) ->
         - "registers": registers per thread; 128 if there is no SASS.
         - "resident": thread blocks that one SM can hold at once.
         - "waves": blocks / (SMs × resident).
-        - "uneven": thread blocks on the SM with the most thread blocks, divided by the mean over all SMs.
+        - "uneven": the largest number of thread blocks on one SM, divided by the mean number per SM.
         - "busy": busy time of each unit, in µs.
         - "bottleneck": the unit with the largest busy time.
-        - "us": estimated time of the launch in µs. For each unit except "dram", the busy time is multiplied by
-          "uneven". "us" is the largest of these products and of the busy time of "dram".
+        - "us": estimated time of the launch in µs. The busy time of every unit except "dram" is multiplied by
+          "uneven". The largest of the resulting times is "us".
         - "units": warp instructions by unit, from the SASS if it is counted, else from the PTX.
         - "ptx": PTX instructions by unit, and matrix products by shape and type.
-        - "opcodes": warp instructions of the 25 most frequent SASS opcodes.
-        - "lines": SASS warp instructions of the 25 source lines with the most SASS warp instructions.
+        - "opcodes": SASS warp instructions by opcode, for the 25 most frequent opcodes.
+        - "lines": SASS warp instructions by source line, for the 25 most frequent source lines.
         - "products": fused multiply-adds of matrix products, by type.
         - "repeated": number of matrix products divided by the number of distinct products. Every wgmma is distinct.
         - "conflicts": wavefronts of shared memory divided by the number of wavefronts without bank conflicts.
         - "sector_bytes": bytes of all accessed sectors of global memory.
         - "asked_bytes": bytes that the lanes request from global memory.
-        - "dram_bytes": bytes of the distinct accessed sectors, but at most the size of the tensors.
+        - "dram_bytes": bytes of the distinct accessed sectors, but at most the bytes of all tensor arguments.
     """
     counters = launch.counters
     scale = counters.scale * batch

@@ -1,8 +1,9 @@
 """Test cases of single operators for `python -m bench.ptx --matrix`, which runs compiled kernels on the PTX emulator.
 
 A case makes the inputs of a call and defines how its results are judged. Sizes are small, because the code of a kernel
-does not depend on the size of its grid. Together with the cases in `necks`, they cover every kernel of the package, and
-every number of warps and pipeline stages and every register limit in the launch rules, but not every tile size.
+does not depend on the size of its grid. The cases of this module and of `necks` cover every kernel of the package. They
+also cover every number of warps, every number of pipeline stages and every register limit of the launch rules. They do
+not cover every tile size.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ class Case:
         make: Function dtype → (call, inputs).
         dtypes: Dtypes of the case.
         sample: (dtype, architecture) pairs that continuous integration runs.
-        shares_size: Whether the errors of all results are relative to the largest result of the call. Otherwise the
-            error of a result is relative to this result.
+        shares_size: Whether the term "8 units of fp32" of the numerics rule uses the largest magnitude of all results
+            of the call. If False, the term uses the magnitude of the result that is judged.
     """
 
     name: str
@@ -143,8 +144,8 @@ def solve(r: int, d: int, solver: str, *sample: tuple[str, int]) -> Case:
 def landmarks(keys: int, d: int, rank: int, method: str, *sample: tuple[str, int]) -> Case:
     """Return a case that chooses landmarks.
 
-    With the backend "triton", the call returns 0 if the chosen indices are valid, distinct and close to the exact
-    choice, otherwise 1. One index, or up to 1/16 of all indices, may differ from the exact choice, because rounding
+    With the backend "triton", the call returns 0 if it accepts the choice, otherwise 1. The chosen indices must be
+    valid and distinct. Of n indices in total, at most max(1, n/16) may differ from the exact choice, because rounding
     changes the order of nearly equal scores. With another backend, the call returns 0.
     """
 

@@ -90,8 +90,8 @@ class Counters:
     def count_rows(self, number: int, rows: Any, first: bool) -> None:
         """Count the wavefronts of one 8×8 matrix of ldmatrix.
 
-        `rows` (warps, 8) has the byte offsets of the rows of 16 bytes. `first` says whether the matrix is the first of
-        the instruction.
+        A row of the matrix has 16 bytes. `rows` (warps, 8) has the byte offset of each row. `first` says whether the
+        matrix is the first of the instruction.
         """
         words = (rows[:, :, None] // 4 + np.arange(4)).reshape(len(rows), -1)
         fullest = _fullest_bank(words, np.ones(words.shape, bool))
@@ -171,8 +171,8 @@ def executed(launch: Launch) -> Iterator[tuple[Instruction, str, float]]:
 def ptx_counts(launch: Launch) -> Counter[str]:
     """Count warp instructions of the whole grid by unit, and matrix products by shape and type.
 
-    A warp instruction is one execution of an instruction by one warp. A wgmma counts once per warpgroup in the entry of
-    its shape, and once per warp in the entry "mma".
+    A warp instruction is one execution of an instruction by one warp. A wgmma is executed by the four warps of a
+    warpgroup. It counts as four warp instructions of the unit "mma", but as one matrix product of its shape.
     """
     found: Counter[str] = Counter()
     for ins, unit, times in executed(launch):

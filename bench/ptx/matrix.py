@@ -206,8 +206,9 @@ def every_key() -> Iterator[tuple[Any, ...]]:
 def rows(wanted: Sequence[Run], known: Sequence[Row] = ()) -> Iterator[Row]:
     """Yield a row for each run.
 
-    A row of the same case, dtype and order that passed with the same code stands for the run: the row of the same
-    architecture is yielded unchanged, and the results of another architecture's row are copied.
+    A run is not executed if an earlier row passed with the same case, dtype, order and code. Earlier rows are the rows
+    in `known` and the rows that were already yielded. If the earlier row has the architecture of the run, it is yielded
+    unchanged. Otherwise a copy with the architecture of the run is yielded.
 
     Args:
         wanted: Runs in the order of their execution.

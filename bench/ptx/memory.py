@@ -40,9 +40,10 @@ class Allocation:
         self.shadow: tuple[np.ndarray, ...] | None = None
 
     def marks(self, word: int) -> tuple[np.ndarray, ...]:
-        """Return four arrays with an entry per word of `word` bytes.
+        """Return four arrays, each with one entry for each word of `word` bytes.
 
-        The arrays are the moment and the warp of the last store, and the moment and the warp of the last load.
+        The first two arrays have the moment and the warp of the last store to a word. The other two have the moment and
+        the warp of the last load. A moment is the index of an interval between two barriers.
         """
         if self.shadow is None:
             size = (self.end - self.start) // word + 1
@@ -56,10 +57,10 @@ class GlobalMemory(State):
     def _split(
         self, group: Group, number: int, address: Any, size: int, mask: Any
     ) -> list[tuple[Allocation, Any]]:
-        """Return (allocation, indices of its lanes) for each allocation that an access touches.
+        """Return (allocation, indices of the lanes that access it) for each allocation that an access touches.
 
-        None instead of the indices means all lanes. Lanes that are misaligned or outside of all allocations are
-        reported and omitted.
+        If all lanes access the allocation, None replaces the indices. Lanes whose address is misaligned or outside of
+        all allocations are reported and omitted.
         """
         address = group.full(address).view(i8)
         if mask is not None:

@@ -8,9 +8,9 @@ Sources:
 - Tensor cores: NVIDIA's whitepapers. Numbers are dense FMA per clock and SM, with fp32 accumulation:
   - A100 whitepaper, table 2: 1,024 in bf16 and 512 in tf32.
   - H100 whitepaper: 2,048 in bf16 and 1,024 in tf32 with wgmma. mma.sync reaches about half of these rates.
-  - Ampere GA102 and Ada whitepapers, appendix A: 256 in bf16 and 128 in tf32 on GeForce cards of 8.6 and 8.9. The rate
-    in bf16 follows from the dense bf16 throughput: 71 TFLOPS for the RTX 3090 and 165.2 TFLOPS for the RTX 4090. The
-    headline rate of these cards is twice as high. It holds for fp16 products with fp16 accumulation.
+  - Ampere GA102 and Ada whitepapers, appendix A: 256 in bf16 and 128 in tf32 on GeForce cards of 8.6 and 8.9. On these
+    cards, products with fp32 accumulation have half of the rate of products with fp16 accumulation. The rate in bf16 is
+    computed from the dense bf16 throughput: 71 TFLOPS for the RTX 3090 and 165.2 TFLOPS for the RTX 4090.
   - Blackwell RTX whitepaper, appendix A: the same rates, 256 and 128, on 12.0. The dense bf16 throughput of the RTX
     5090 is 209.5 TFLOPS.
 - SMs, boost clock and memory bandwidth: the specification tables of the same whitepapers. The A100 is the SXM card with

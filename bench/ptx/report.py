@@ -20,10 +20,11 @@ Row = dict[str, Any]
 
 
 class Target(NamedTuple):
-    """Two simulated times of a kernel in µs: the time before the kernel was tuned by these counts, and the target.
+    """Target of a kernel's simulated time.
 
-    If a workload launches a kernel several times, the times are sums over these launches. `replaced` is the name of the
-    earlier kernel that this kernel replaced, if it has another name.
+    `before` is the time in µs before the kernel was tuned. `target` is the largest accepted time in µs. If the workload
+    launches the kernel several times, both are sums over these launches. If the kernel replaced an earlier kernel with
+    another name, `replaced` is this name.
     """
 
     workload: str
@@ -148,7 +149,7 @@ def page(found: Iterable[Row]) -> str:
 
 
 def _targets(rows: Sequence[Row]) -> str:
-    """Return a table for one GPU: simulated time before tuning by these counts, target, simulated time now."""
+    """Return a table for one GPU: simulated time before tuning, target, and simulated time now."""
     lines = []
     for target in TARGETS:
         launches = [

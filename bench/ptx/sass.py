@@ -81,8 +81,9 @@ def _output(*command: str | Path) -> str:
 def sass_counts(launch: Launch) -> SassCounts | None:
     """Count the SASS instructions of a launch, or return None without a cubin.
 
-    A SASS instruction counts as often as the PTX instructions of the same source line are executed on average. If the
-    source line has no PTX instructions, the average over all source lines is used.
+    The number of executions of a SASS instruction is estimated. The estimate is the mean number of executions of the
+    PTX instructions of the same source line. If the source line has no PTX instructions, the estimate is the mean over
+    all PTX instructions of the kernel. Moves are left out of both means.
     """
     read = read_sass(launch)
     if read is None:

@@ -177,9 +177,10 @@ class SharedMemory(State):
     ) -> None:
         """Report lanes that wrote different values to the same address in the same instruction.
 
-        If the lanes belong to several warps, the report is a "race". Otherwise the report is "copies", which is not a
-        fault. After a butterfly reduction, every lane of a warp holds a copy of the sum. These copies can differ in the
-        last bit if the compiler contracts a product with an addition of the reduction, as in fma(x, x, shfl(x·x)).
+        If the lanes belong to several warps, a "race" is reported, which is a fault. If they belong to one warp,
+        "copies" is reported, which is not a fault. An example of "copies" is a butterfly reduction, after which every
+        lane of a warp holds a copy of the sum. These copies can differ in the last bit if the compiler contracts a
+        product with an addition of the reduction, as in fma(x, x, shfl(x·x)).
         """
         lane, column = np.nonzero(differs)
         warps = (group.warp if lanes is None else group.warp[lanes])[lane]

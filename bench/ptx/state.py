@@ -27,15 +27,15 @@ UNWRITTEN, IN_FLIGHT = -1, -2  # IN_FLIGHT: a cp.async that has not completed
 
 @dataclass
 class Report:
-    """A fault of one instruction.
+    """A report on one instruction. It is a fault, unless its kind is "copies".
 
     Attributes:
-        kind: A report of the table "Checks" in README.md, such as "race".
+        kind: Name of the report in the table "Checks" of README.md, such as "race".
         text: Text of the instruction.
         line: Line number in the PTX.
         source: File and line of the Triton source.
         detail: What was wrong.
-        count: Number of lanes with this fault, over all thread blocks.
+        count: Number of affected lanes, over all thread blocks.
     """
 
     kind: str

@@ -80,10 +80,10 @@ class WarpgroupProducts(State):
     def _matrix(
         self, group: Group, number: int, one: Any, size: int, kind: str, major: bool, active: Any
     ) -> tuple[Any, Any]:
-        """Return the matrices that descriptors describe, and the 16-byte chunks of shared memory that hold them.
+        """Return the matrices that the descriptors `one` describe, and the indices of their chunks.
 
-        The matrices have the shape (units, size, depth). A unit is a warpgroup, or one warp if warps run one after the
-        other.
+        The matrices have the shape (units, size, k). For the left operand, size is 64; for the right operand, it is n.
+        A unit is a warpgroup, or one warp if warps run one after the other. A chunk is 16 bytes of shared memory.
         """
         width = 4 if kind == "tf32" else 2
         units = len(active)
@@ -170,7 +170,8 @@ class WarpgroupProducts(State):
             b: Descriptor of the right operand.
             keep: Whether the product is added to the accumulators. Otherwise the product replaces the accumulators.
             scales: Signs (1 or −1) by which the two operands are multiplied.
-            majors: For each operand, whether its elements are contiguous along the dimension other than k.
+            majors: For each operand, False if its elements are contiguous along k, or True if they are contiguous along
+                the other dimension.
             registers: Indices of the accumulator registers, and indices of the registers of the left operand.
         """
         size, depth = shape

@@ -1,8 +1,8 @@
-"""Launches at the article's shapes, executed and counted on an emulated GPU.
+"""Launches at the article's shapes, whose instructions are counted on an emulated GPU.
 
 The shapes are those of one image of 512×512 pixels, with pvt_v2_b2 maps, C = 256, H = 8, r = 64 and the links 4→3, 4→2
 and 4→1. Only every n-th program of a large grid runs. If a grid has several kinds of programs, their proportions stay
-the same. Fixed values replace the results of the programs that do not run.
+the same. `_FilledMemory` replaces the results of the other programs by valid values.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Workload(NamedTuple):
 
 
 class _FilledMemory(TorchDispatchMode):
-    """Fill memory that PyTorch allocates uninitialised, so that counts do not depend on what was in it.
+    """Fill memory that PyTorch allocates uninitialised, so that counts do not depend on its previous content.
 
     Later launches read results of programs that did not run, so these results must have valid values. Floating-point
     numbers are random and between 0.5 and 1.5. Such values can be used as sums, norms and probabilities. Equal numbers

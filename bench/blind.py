@@ -6,8 +6,8 @@ random numbers for all models. Before the attack, a linear map is applied to the
 split, the mapped scores have the same mean and standard deviation as the labels. PLCC is computed after a logistic map,
 which is also fitted on the validation split.
 
-A row has the clean scores of one model, or the result of one attacked batch. Metrics whose packages are missing are
-left out. `bench/README.md` lists the packages.
+A row has the clean scores of one model, or the result of one attacked batch. BRISQUE, NIQE or PIQE
+is left out if its package is missing. `bench/README.md` lists the packages.
 """
 
 from __future__ import annotations

@@ -47,14 +47,15 @@ def error_ratio(
         found: The result of the kernels, any shape, floating point.
         plain: The same result by plain PyTorch in the dtype of `found`.
         exact: The same result in fp64.
-        together: All exact results of the call, for instance all gradients. The term "8 units of fp32" then uses the
-            largest magnitude of these results. By default, it uses the magnitude of `exact`.
+        together: All exact results of the call, for instance all gradients. The bound contains 8 units of fp32. With
+            `together`, the unit is computed from the largest magnitude of these results, otherwise from `exact`.
         draws: Pairs (plain, exact) of the same result for other losses. The bound then uses the largest error of plain
             PyTorch over all losses. Let m be the root mean square of the magnitudes of the exact results in `draws`. If
             m is larger than the magnitude of `exact`, the bound uses m instead.
 
     Returns:
-        The larger of the ratios for the two magnitudes. The ratio is infinity unless `found` has NaN and ±infinity in
+        The ratio is computed once with the largest absolute value and once with the mean absolute value as magnitude.
+        The larger ratio is returned. The ratio is infinity unless `found` has NaN and ±infinity in
         the same positions as `exact`. Elements that overflow only in `plain` are ignored.
 
     Raises:

@@ -85,8 +85,8 @@ def register_operator(
     """Register `srm::name(arguments, str backend) -> returns` with its fake implementation and its derivative.
 
     `srm::name_backward` computes the derivative, a vector-Jacobian product, from the saved inputs. Gradients are
-    contiguous. A second derivative (`create_graph=True`) uses the reference, which autograd can differentiate. A call
-    that is differentiated under torch.func or by forward-mode differentiation runs the reference instead of the
+    contiguous. Second derivatives (`create_graph=True`) use the backend "reference", which autograd can differentiate.
+    A call that is differentiated under torch.func or by forward-mode differentiation runs the reference instead of the
     operator.
 
     Args:

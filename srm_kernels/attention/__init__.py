@@ -1,4 +1,4 @@
-"""Nyström cross-attention, and exact attention as a baseline (docs/METHOD.md §2, article 3.3)."""
+"""Nyström cross-attention, and exact attention as a baseline (docs/METHOD.md §2; section 3.3 of the article)."""
 
 from __future__ import annotations
 
@@ -159,15 +159,17 @@ def nystrom_attention(
     diagnostics: bool | str = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, LandmarkSolution]:
-    """Compute Nyström cross-attention on r landmark keys, linear in N_q and N_k (docs/METHOD.md §2, article 3.3).
+    """Compute Nyström cross-attention on r landmark keys, linear in N_q and N_k.
+
+    Source: docs/METHOD.md §2; section 3.3 of the article.
 
     The output is τ Y with Y = L (W + λI)⁻¹ (R V). K̃ are the r landmark keys, and L = softmax(Q K̃ᵀ s),
     W = softmax(K̃ K̃ᵀ s) and R = softmax(K̃ Kᵀ s). With r = N_k and ridge = 0, Y is exact attention. Attention masks are
     not supported.
 
-    The operator is differentiable in query, key, value and tau. The choice of the landmarks is not differentiated. A
-    second derivative uses the reference. The output and the gradient of an image do not depend on the other images of
-    the batch. A NaN affects only the results of its own image and head.
+    The operator is differentiable in query, key, value and tau. The choice of the landmarks is not differentiated.
+    The backend "reference" computes second derivatives. The output and the gradient of an image do not depend on the
+    other images of the batch. A NaN affects only the results of its own image and head.
 
     The backend "triton" supports float32, bfloat16 and float16, d from 8 to 128, r up to 128 and solve_dtype "fp32". It
     has kernels for the solvers "cholesky" and "lu" without equilibration, and uses torch.linalg for other solvers.
@@ -342,14 +344,16 @@ def landmark_side(
     generator: torch.Generator | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the key side of Nyström attention: the landmark keys K̃ and X (docs/METHOD.md §2, article 3.3).
+    """Compute the key side of Nyström attention: the landmark keys K̃ and X.
+
+    Source: docs/METHOD.md §2; section 3.3 of the article.
 
     From K̃ and X, attention computes Y = softmax(Q K̃ᵀ s) X. In this formula, K̃ is normalised if `qk_norm` is "keys" or
     "both", and Q is normalised if `qk_norm` is "both".
 
-    The operator is differentiable in key and value. A second derivative uses the reference. The backend "torch" uses
-    C++ for the solver "cholesky" on the CPU, if the C++ library is built. The backend "triton" has the same limits as
-    for `nystrom_attention`.
+    The operator is differentiable in key and value. The backend "reference" computes second derivatives. The backend
+    "torch" uses C++ for the solver "cholesky" on the CPU, if the C++ library is built. The backend "triton" has the
+    same limits as for `nystrom_attention`.
 
     Args:
         key: As in `nystrom_attention`.
@@ -460,7 +464,7 @@ def full_attention(
     scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Compute exact cross-attention softmax(Q Kᵀ s) V, the quadratic baseline (article 3.8.5).
+    """Compute exact cross-attention softmax(Q Kᵀ s) V, the quadratic baseline (section 3.8.5 of the article).
 
     A second derivative needs the backend "reference", because torch's kernel for the CPU has no second derivative.
 

@@ -1,4 +1,4 @@
-"""Nyström cross-attention in plain PyTorch (docs/METHOD.md §2, article 3.3).
+"""Nyström cross-attention in plain PyTorch (docs/METHOD.md §2; section 3.3 of the article).
 
     K̃ = K[I]                  (r × d)
     L = softmax(Q K̃ᵀ s)       (N_q × r)

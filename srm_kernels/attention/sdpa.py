@@ -1,4 +1,4 @@
-"""Nyström attention by two calls of scaled_dot_product_attention (docs/METHOD.md §2, article 3.3).
+"""Nyström attention by two calls of scaled_dot_product_attention (docs/METHOD.md §2; section 3.3 of the article).
 
 R V = SDPA(K̃, K, V) and Y = SDPA(Q, K̃, X), where SDPA is scaled_dot_product_attention. torch's fused kernels do not
 store the matrices R and L. On the CPU, C++ code solves the landmark system if the library is built.

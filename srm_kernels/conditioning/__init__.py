@@ -1,4 +1,4 @@
-"""The small landmark solve and its diagnostics (docs/METHOD.md §2.1, article 3.4)."""
+"""The small landmark solve and its diagnostics (docs/METHOD.md §2.1; section 3.4 of the article)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The landmark solve in plain PyTorch (docs/METHOD.md §2.1, article 3.4).
+"""The landmark solve in plain PyTorch (docs/METHOD.md §2.1; section 3.4 of the article).
 
 The inputs are the logits l = K̃K̃ᵀs (…, r, r) and G = R V (…, r, d):
 

@@ -1,4 +1,4 @@
-"""The gate's logits, gain-capped fusion of stages and its losses (docs/METHOD.md §4, article 3.6)."""
+"""The gate's logits, gain-capped fusion of stages and its losses (docs/METHOD.md §4; section 3.6 of the article)."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ def gated_fusion(
     eps: float = 1e-6,
     backend: str | None = None,
 ) -> GatedFusion:
-    """Fuse stage maps by a convex combination with a capped norm (docs/METHOD.md §4, article 3.6).
+    """Fuse stage maps by a convex combination with a capped norm (docs/METHOD.md §4; section 3.6 of the article).
 
     The result is γM, with a = softmax(g / T), M = Σ_s a_s P_s and γ = min(1, c(1 − 2u)/(‖M‖_F + eps)). For bfloat16 and
     float16 maps, u is the unit roundoff of their dtype; otherwise u is 0. ‖γM‖_F ≤ c therefore holds after rounding.
@@ -247,7 +247,7 @@ def gated_fusion(
 
 
 def gate_losses(weights: Tensor, *, entropy_floor: float, backend: str | None = None) -> GateLosses:
-    """Compute the losses L_H and L_B of the gate (docs/METHOD.md §4, article 3.6, equations 27 and 28).
+    """Compute the losses L_H and L_B of the gate (docs/METHOD.md §4; section 3.6 of the article, equations 27 and 28).
 
     L_H = mean_b max(0, H_min − H(a_b)) and L_B = Σ_s (mean_b a_bs − 1/S)². In the entropy H, 0·log 0 is 0. The gradient
     of a one-hot row is finite. The operator is differentiable in `weights`.

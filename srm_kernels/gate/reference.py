@@ -1,4 +1,4 @@
-"""The gate, gain-capped fusion and its losses in plain PyTorch (docs/METHOD.md §4, article 3.6)."""
+"""The gate, gain-capped fusion and its losses in plain PyTorch (docs/METHOD.md §4; section 3.6 of the article)."""
 
 from __future__ import annotations
 

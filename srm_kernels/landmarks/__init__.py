@@ -1,4 +1,4 @@
-"""The choice of the landmark keys (docs/METHOD.md §2.0, article 3.3)."""
+"""The choice of the landmark keys (docs/METHOD.md §2.0; section 3.3 of the article)."""
 
 from __future__ import annotations
 
@@ -38,11 +38,13 @@ _select = register_operator(
 
 
 def ridge_leverage_scores(key: Tensor, *, gamma: float = 1e-3, backend: str | None = None) -> Tensor:
-    """Compute the ridge leverage scores τ_i = k_iᵀ (KᵀK + γI)⁻¹ k_i of all keys (docs/METHOD.md §2.0, article 3.3).
+    """Compute the ridge leverage scores τ_i = k_iᵀ (KᵀK + γI)⁻¹ k_i of all keys.
+
+    Source: docs/METHOD.md §2.0; section 3.3 of the article.
 
     The Cholesky factorisation of KᵀK + γI can fail because of rounding. In this case, γ is increased by an estimate of
-    the rounding error, and the matrix is factorised again. The operator is differentiable; a second derivative uses the
-    reference.
+    the rounding error, and the matrix is factorised again. The operator is differentiable. The backend
+    "reference" computes second derivatives.
 
     Args:
         key: K (B, H, N_k, d); float64, float32, bfloat16 or float16, any strides.

@@ -1,4 +1,4 @@
-"""The landmark methods in plain PyTorch, for keys K (B, H, N, d) (docs/METHOD.md §2.0, article 3.3).
+"""The landmark methods in plain PyTorch, for keys K (B, H, N, d) (docs/METHOD.md §2.0; section 3.3 of the article).
 
 - "leverage": the r largest ridge leverage scores, in descending order; ties go to the lower index.
 - "leverage_sample": r keys without replacement, with probability proportional to the score. Random; for training.

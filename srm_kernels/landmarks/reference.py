@@ -1,4 +1,4 @@
-"""Ridge leverage scores in plain PyTorch, for keys K (B, H, N, d) (docs/METHOD.md §2.0, article 3.3)."""
+"""Ridge leverage scores in plain PyTorch, for keys K (B, H, N, d) (docs/METHOD.md §2.0; section 3.3 of the article)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fused neck in plain PyTorch, all links of a schedule at once (docs/METHOD.md §1 and 3, article 3.2).
+"""The fused neck in plain PyTorch, all links at once (docs/METHOD.md §1 and 3; section 3.2 of the article).
 
     T = A F + a   Q = DyT(T) W_Q   L = softmax(Q K̃ᵀ s)   P̄ = pool(L)
 

@@ -1,4 +1,4 @@
-"""The steps of one tile of the fused neck in plain PyTorch, for `tiled.py` (docs/METHOD.md §1 and 3, article 3.2).
+"""The steps of one tile of the fused neck in plain PyTorch, for `tiled.py` (docs/METHOD.md §1 and 3).
 
 A tile is a range of M positions of one image. Tokens are (M, C); logits and probabilities are (H, M, r).
 """

@@ -1,4 +1,4 @@
-"""The query side of the fused neck on a CPU, tile by tile (docs/METHOD.md §1 and 3, article 3.2).
+"""The query side of the fused neck on a CPU, tile by tile (docs/METHOD.md §1 and 3; section 3.2 of the article).
 
     T = A F + a   Q = W_Q DyT(T)   L = softmax(Q K̃ᵀ s)   P̄ = pool(L)
 

@@ -1,4 +1,4 @@
-"""The scale statistic of an attention output, and DyT (docs/METHOD.md §3, article 3.5)."""
+"""The scale statistic of an attention output, and DyT (docs/METHOD.md §3; section 3.5 of the article)."""
 
 from __future__ import annotations
 
@@ -73,7 +73,9 @@ _tau_loss = register_operator(
 
 
 def rms_scale(y: Tensor, *, backend: str | None = None) -> RMSScale:
-    """Compute the scale statistic of a link's output over batch and tokens (docs/METHOD.md §3.1, article 3.5).
+    """Compute the scale statistic of a link's output over batch and tokens.
+
+    Source: docs/METHOD.md §3.1; section 3.5 of the article.
 
     μ_h = mean(Y_h), σ_h = sqrt(mean ‖Y_h − μ_h‖²). Two passes over Y avoid cancellation when the mean is large. The
     operator is differentiable where σ > 0.
@@ -96,7 +98,7 @@ def rms_scale(y: Tensor, *, backend: str | None = None) -> RMSScale:
 
 
 def dyt(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor, *, backend: str | None = None) -> Tensor:
-    """Compute the dynamic tanh w ⊙ tanh(αx) + b along the last axis (docs/METHOD.md §3.4, article 3.5).
+    """Compute the dynamic tanh w ⊙ tanh(αx) + b along the last axis (docs/METHOD.md §3.4; section 3.5 of the article).
 
     tanh is computed in fp32 (fp64 for fp64 inputs). The operator is differentiable in all tensors.
 

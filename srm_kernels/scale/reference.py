@@ -1,4 +1,4 @@
-"""Scale statistics and DyT in plain PyTorch (docs/METHOD.md §3, article 3.5)."""
+"""Scale statistics and DyT in plain PyTorch (docs/METHOD.md §3; section 3.5 of the article)."""
 
 from __future__ import annotations
 

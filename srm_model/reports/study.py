@@ -23,7 +23,7 @@ def write_study(
 ) -> tuple[list[Table], list[Path]]:
     """Write a study's tables (Markdown, HTML) and figures (SVG, PNG) to `tables/` and `figures/` in its folder.
 
-    Without numbers, all tables and figures are written, together with a page that shows all of them.
+    Without `table_numbers` and `figure_numbers`, all tables and figures are written, and a page that shows all of them.
 
     Args:
         folder: Folder of the study.

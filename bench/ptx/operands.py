@@ -18,8 +18,9 @@ SKIPPED = ("createpolicy", "membar", "nanosleep", "griddepcontrol", "prefetch", 
 class Operands:
     """Translate basic blocks to Python functions.
 
-    Each Python function executes one basic block for a group of lanes (`state.Group`). Its arguments are the `Execution`, the group,
-    the registers of the group, and the mask of active lanes. The mask is None if all lanes are active.
+    Each Python function executes one basic block for a group of lanes (`state.Group`). Its arguments are the
+    `Execution`, the group, the registers of the group, and the mask of active lanes. The mask is None if all lanes are
+    active.
     """
 
     def __init__(self, kernel: Kernel) -> None:

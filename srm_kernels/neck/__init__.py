@@ -208,10 +208,11 @@ def pooled_links(
 ) -> PooledLinks:
     """Compute the pooled landmark probabilities P̄ of all links, and the pooled maps (docs/METHOD.md §1.5).
 
-    P̄ = pool(L) with L = softmax(Q K̃ᵀ s) and Q = DyT(A F + a) W_Q. Pooling is linear, so pool(L X) = P̄ X. If dY is the
-    gradient of pool(L X), the gradient of X is P̄ᵀ dY. The operator is differentiable in all tensors except X. The
-    backend "reference" computes second derivatives. A NaN in F affects P̄ and pool(F) of its own image only. A NaN in K̃
-    affects P̄ of its own image and head only. All parameters have the dtype of F or a wider one; A, a and W_Q are rounded to F's dtype.
+    P̄ = pool(L) with L = softmax(Q K̃ᵀ s) and Q = DyT(A F + a) W_Q. Pooling is linear, so pool(L X) = P̄ X. If dY
+    is the gradient of pool(L X), the gradient of X is P̄ᵀ dY. The operator is differentiable in all tensors except
+    X. The backend "reference" computes second derivatives. A NaN in F affects P̄ and pool(F) of its own image only.
+    A NaN in K̃ affects P̄ of its own image and head only. All parameters have the dtype of F or a wider one; A, a
+    and W_Q are rounded to F's dtype.
 
     Backends:
 

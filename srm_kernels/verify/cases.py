@@ -189,8 +189,9 @@ def _attend(s: Shape, **more: Any) -> Call:
 def _attend_otherwise(s: Shape, landmarks: Tensor | None = None) -> tuple[Call, ...]:
     """Return three further calls of Nyström attention, for `Operator.forms`.
 
-    The first call has given landmarks, other strides and no τ. The second call also computes the scale statistic, with
-    the given `landmarks` or, by default, landmarks chosen by leverage. The third call has uniform landmarks.
+    The first call uses the first r keys as landmarks, other strides and no τ. The second call also computes the scale
+    statistic. It uses the argument `landmarks`, or landmarks chosen by leverage if this argument is None. The third
+    call uses uniform landmarks.
     """
 
     def given(q: Tensor, k: Tensor, v: Tensor, tau: Tensor, *, backend: str | None) -> Any:

@@ -89,8 +89,7 @@ class AttentionOptions:
         solve: How the landmark system is solved.
         scale: s, the scale of the logits.
         qk_norm: Which tokens are RMS-normalised: None, "keys" or "both".
-        solve_dtype: dtype in which the matrices W and R are computed and solved: "fp32", or "model" for the dtype of
-            the inputs.
+        solve_dtype: "fp32" computes L, W and R in fp32. "model" computes L, W and R in the dtype of the inputs.
     """
 
     choice: LandmarkOptions

@@ -107,7 +107,7 @@ def cost(folder: Path) -> str:
         macs = [number(row["macs"]["formula"] / 1e9), number(links / 1e9) if links else "–"]
         memory = f"{row['memory']['above'] / MEBI:.1f}"
         lines.append([f"`{row['neck']}`", f"{row['parameters'] / 1e6:.2f} M", *macs, memory])
-    header = ["neck", "parameters", "GMAC", "GMAC of the links (equation 30)", "peak MiB above inputs"]
+    header = ["neck", "parameters", "GMAC", "GMAC of the links", "peak MiB above inputs"]
     return markdown(header, lines)
 
 

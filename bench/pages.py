@@ -13,7 +13,7 @@ from typing import Any
 
 from bench import growth
 from srm_model.profiling.results import newest, one_machine, read
-from srm_model.profiling.tables import MEBI, number, shares_table
+from srm_model.profiling.tables import MEBI, number, percent, shares
 
 BLOCK = re.compile(r"(<!-- rows: (.*?) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 NECK = ("part", "backbone", "neck", "backend", "resolution", "batch", "dtype", "direction", "config")
@@ -195,10 +195,13 @@ def crossover(folder: Path) -> str:
 
 def _shares(folder: Path, direction: str) -> Iterable[tuple[str, str, list[str]]]:
     """Yield (backbone, image side, table cells) for `srm` with the backend `torch`, in fp32 and for one image."""
-    _, lines = shares_table(rows_of(folder, "neck", NECK))
-    for line in sorted(lines, key=lambda line: (line[0], int(line[1]))):
-        if line[2:6] in [["1", "fp32", direction, f"srm [{name}]"] for name in PLAIN]:
-            yield line[0], line[1], line[6:]
+    lines = shares(rows_of(folder, "neck", NECK))
+    for line in sorted(lines, key=lambda line: (line["backbone"], line["resolution"])):
+        case = (line["batch"], line["dtype"], line["direction"], line["neck"])
+        if case in [(1, "fp32", direction, f"srm [{name}]") for name in PLAIN]:
+            times = ("neck_ms", "neck_of_quadratic", "model_ms", "model_of_quadratic")
+            cells = [number(line[key]) for key in times]
+            yield line["backbone"], str(line["resolution"]), [*cells, percent(line["neck_share"])]
 
 
 def _plain(implementation: str) -> str:

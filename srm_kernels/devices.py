@@ -1,7 +1,7 @@
 """Devices that can run the Triton kernels, and the device properties that kernel launches depend on.
 
-Kernel launches get the device properties from this module only. A port to GPUs of another vendor begins here; it also
-needs other values of `parts.precision`.
+Kernel launches get the device properties from this module only. A port to GPUs of another vendor begins here. It also
+needs other values of `parts.precision` and `parts.finest_precision`, and launch rules for its capabilities.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Build timm backbones that return four maps at strides 4, 8, 16 and 32 (docs/METHOD.md §1)."""
+"""Build timm backbones that return four maps at strides 4, 8, 16 and 32 (docs/METHOD.md §1).
+
+Another number of maps also needs other `STAGES` in `config.py`.
+"""
 
 from __future__ import annotations
 

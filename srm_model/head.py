@@ -1,4 +1,7 @@
-"""Regression head: from the fused map to a score (docs/METHOD.md §1.7)."""
+"""Regression head: from the fused map to a score (docs/METHOD.md §1.7).
+
+`IQAModel` in `model.py` builds the head. To choose between several heads, it needs a field of `SRMConfig`.
+"""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ def audit(
     Args:
         model: Any module that `pgd` accepts.
         dataset: Dataset of pairs (image, normalised MOS), as in `Suite.run`.
-        norm: "linf" or "l2".
+        norm: A key of `norms.NORMS`, such as "linf".
         eps: Budget ε, above 0. An "l2" budget is stated for 512×512 pixels, as in `Suite.run`.
         surrogate: Another model. The check "transfer" runs only with a surrogate.
         config: Steps, restarts, queries and batch size of the attacks. Default: `SRMConfig()`.

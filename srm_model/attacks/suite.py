@@ -171,7 +171,7 @@ class Suite:
         Args:
             model: Any module that `pgd` accepts.
             dataset: Dataset of pairs (image, normalised MOS), which are read by index. All images have the same size.
-            norm: "linf" or "l2".
+            norm: A key of `norms.NORMS`, such as "linf".
             eps: Budget. An "l2" budget is stated for 512×512 pixels and scaled by √(HW)/512.
             surrogate: Model on which transfer attacks are crafted. Without a surrogate, transfer attacks are skipped
                 and `incomplete` names them.

@@ -1,4 +1,4 @@
-"""Format the rows of a sweep as tables of text."""
+"""Format the rows of a sweep as tables of text. `sweep.py` measures the values of the rows."""
 
 from __future__ import annotations
 

@@ -78,9 +78,9 @@ def test_the_page_of_the_datasets_has_the_figures_of_the_rows():
     )
     page = (Path(__file__).parents[2] / "docs" / "DATASETS.md").read_text(encoding="utf-8")
     for name, chosen in (
-        ("these images, all types", rows),
+        ("synthesised images, all types", rows),
         (
-            "these images without types 16, 17 and 18 (default)",
+            "synthesised images without types 16, 17 and 18 (default)",
             [found for found in rows if found["type"] not in LEFT_OUT],
         ),
     ):

@@ -178,6 +178,7 @@ def _attention_cases() -> Iterator[Case]:
     yield attention(77, 50, 32, 17, ("bf16", 89), solver="lu", qk_norm="keys", method="uniform")
     # The keys of one image and head are divided among programs. In the backward pass, the queries are divided too.
     yield attention(40, 1056, 32, 16, ("bf16", 80), ("fp32", 89), heads=1, qk_norm="keys")
+    yield attention(40, 1500, 32, 64, heads=1, dtypes=("fp16",), method="leverage", qk_norm="keys")
     yield attention(1030, 560, 32, 64, ("fp16", 90), heads=1, qk_norm="both")
     yield attention(40, 560, 64, 64, ("fp32", 120), heads=1, qk_norm="keys")
     yield attention(40, 560, 32, 16, heads=1, method="pivoted_cholesky", qk_norm="keys")

@@ -63,7 +63,7 @@ def error_ratio(
     """
     if not found.shape == plain.shape == exact.shape:
         shapes = ", ".join(str(tuple(x.shape)) for x in (found, plain, exact))
-        raise ValueError(f"results have shapes {shapes}; expected the same shape three times")
+        raise ValueError(f"results have shapes {shapes}; expected three results of the same shape")
     found, plain, exact = (x.detach().to(found.device) for x in (found, plain, exact))
     infinite = exact.isinf()
     if not torch.equal(found.isnan(), exact.isnan()):

@@ -31,7 +31,9 @@ class Graphed:
         if module.training:
             raise ValueError("module is in training mode; expected evaluation mode (call module.eval())")
         if is_stochastic(module):
-            raise ValueError("module is stochastic; expected a deterministic one: a graph replays one draw")
+            raise ValueError(
+                "module is stochastic; expected a deterministic module, because a graph would repeat one random draw"
+            )
         if not all(m.is_cuda for m in maps):
             raise ValueError(
                 f"maps are on {', '.join(sorted({str(m.device) for m in maps}))}; expected CUDA tensors"

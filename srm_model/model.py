@@ -187,7 +187,9 @@ def build_model(
             raise ValueError(f"{weights} holds a model with {name} {found!r}; expected {wanted!r}")
     if config is not None and config != model.config:
         differing = [key for key, value in config.to_dict().items() if model.config.to_dict()[key] != value]
-        raise ValueError(f"{weights} has another config than the given one, in {', '.join(differing)}")
+        raise ValueError(
+            f"{weights}: the config differs from the given config in {', '.join(differing)}; expected the same config"
+        )
     return model.eval()
 
 

@@ -157,7 +157,7 @@ class L2(Norm):
     symbol = "L2"
     step = 4.0
     step_words = "along the normalised gradient"
-    stated = "an L2 budget is for 512×512"
+    stated = "an L2 budget is stated for 512×512 pixels and scaled to other sizes"
     axis = "ε, as stated at 512×512"
     bumps = True
 

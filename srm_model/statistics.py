@@ -63,8 +63,8 @@ class BatchStatistics:
             one.shape != other.shape or not one.allclose(other, 1e-3, equal_nan=True)
         ):
             raise RuntimeError(
-                "gradient checkpointing repeats a forward pass of the neck that is not its last one; expected one "
-                "training pass before each backward pass, or finished `statistics`"
+                "gradient checkpointing repeated an earlier forward pass of the neck instead of the last one; expected "
+                "one forward pass before each backward pass, or `statistics` whose method `finish` was called"
             )
 
     def finish(self) -> None:

@@ -154,7 +154,7 @@ def landmark_solve(
         raise ValueError(f"logits has shape {tuple(logits.shape)}; expected (…, r, r)")
     if rhs.shape[:-1] != logits.shape[:-1]:
         raise ValueError(
-            f"rhs has shape {tuple(rhs.shape)}; expected {tuple(logits.shape[:-1])} and one more axis"
+            f"rhs has shape {tuple(rhs.shape)}; expected {tuple(logits.shape[:-1])} followed by one more axis"
         )
     options = solve_options(ridge, solver, equilibrate, kappa_max, neumann_order, neumann_gate)
     check_choice("diagnostics", diagnostics, DIAGNOSTICS)

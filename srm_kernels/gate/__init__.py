@@ -169,7 +169,7 @@ def _check_stages(maps: Sequence[Tensor], **parameters: Sequence[Tensor]) -> Non
     first = maps[0]
     if first.dim() != 4 or any(m.shape != first.shape for m in maps):
         raise ValueError(
-            f"maps have shapes {[tuple(m.shape) for m in maps]}; expected one shape (B, C, h, w)"
+            f"maps have shapes {[tuple(m.shape) for m in maps]}; expected the same shape (B, C, h, w)"
         )
     C = first.shape[1]
     shapes = {"biases": (C,), "weights": (1, C), "offsets": (1,)}

@@ -445,11 +445,13 @@ def _check_links(
         "keys", len(keys), align=align, query_weights=query_weights, targets=targets, dyt=dyt, xs=xs
     )
     if any(m.dim() != 4 or m.shape[0] != features.shape[0] for m in maps):
-        raise ValueError(f"maps have shapes {[tuple(m.shape) for m in maps]}; expected (B, C_i, h, w), one B")
+        raise ValueError(
+            f"maps have shapes {[tuple(m.shape) for m in maps]}; expected (B, C_i, h, w) with the same B"
+        )
     one = (features.shape[0], *first.shape[1::2])
     if any(k.dim() != 4 or (k.shape[0], *k.shape[1::2]) != one for k in keys):
         raise ValueError(
-            f"keys have shapes {[tuple(k.shape) for k in keys]}; expected (B, H, r, d), one B, H and d"
+            f"keys have shapes {[tuple(k.shape) for k in keys]}; expected (B, H, r, d) with the same B, H and d"
         )
     C = first.shape[1] * first.shape[3]
     targets = _check_targets(targets, len(maps))

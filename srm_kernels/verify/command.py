@@ -27,10 +27,10 @@ MOST_WORKERS = 4
 LONGEST = 300  # characters of a printed reason
 Asked = tuple[Case, str]  # a case and a backend
 SECONDS = {False: 0.15, True: 0.05}  # for the timed calls of a case in one direction; True: with --quick
-DESCRIPTION = """Check the kernels on a GPU and time them. `backend=None` then follows the results.
+DESCRIPTION = """Check the kernels on a GPU and time them. `backend=None` then selects backends from the results.
 
-A kernel is right if its errors satisfy the numerics rule, two runs give the same bits, a sample alone and in a batch
-gives the same bits, and the device refuses no launch.
+A kernel is right if it passes four checks: its errors satisfy the numerics rule; two runs give the same bits; a sample
+gives the same bits alone and in a batch; the device accepts every launch.
 Exit code: 0 if everything is right, 1 if something is wrong, 2 if nothing can be measured, 130 after Ctrl-C.
 The next run resumes an interrupted run."""
 
@@ -45,11 +45,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--only", nargs="+", metavar="NAME", choices=names, help="operators to measure (default: all)")
     add(
         "--dtypes", nargs="+", metavar="DTYPE", choices=tuple(DTYPES), default=tuple(DTYPES),
-        help=f"dtypes to measure, of {' '.join(DTYPES)} (default: all)",
+        help=f"dtypes to measure: {', '.join(DTYPES)} (default: all)",
     )  # fmt: skip
     add(
         "--shapes", nargs="+", metavar="SHAPE", choices=tuple(SHAPES),
-        help=f"shapes to measure, of {' '.join(SHAPES)} (default: {' '.join(FAMILY)})",
+        help=f"shapes to measure: {', '.join(SHAPES)} (default: {' '.join(FAMILY)})",
     )  # fmt: skip
     add("--compile", action="store_true", help="also time the reference under torch.compile")
     add("--again", action="store_true", help="also repeat cases that the stored verdict contains")
@@ -284,7 +284,8 @@ class Run:
     def report(self, rows: Sequence[Row]) -> int:
         """Print the summary and return the exit code."""
         print(
-            "\nSpeedup over the fastest other implementation, geometric mean over shapes: forward / with backward"
+            "\nSpeedup over the fastest other implementation (geometric mean over shapes): forward pass / forward and "
+            "backward pass"
         )
         print("\n".join(table.summary(rows)))
         wrong = verdicts.faults(rows)

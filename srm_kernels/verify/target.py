@@ -136,7 +136,9 @@ def open_device(name: str) -> Device:
                 f"--device {name}: no such device ({' '.join(str(error).split())})"
             ) from None
         if not isinstance(made, Device):
-            raise CannotRunError(f"--device {name}: it returned a {type(made).__name__}; expected a Device")
+            raise CannotRunError(
+                f"--device {name}: {function} returned a {type(made).__name__}; expected a Device"
+            )
         return made
     try:
         device = torch.device(name)

@@ -367,8 +367,8 @@ def _steps(subject: _Subject) -> Finding:
 
 @_check(
     "Loss grows with ε",
-    "A larger budget contains the smaller ones. If it gains nothing, the attack makes no progress; the model need not "
-    "be robust.",
+    "A larger budget contains the smaller ones. If it gains nothing, the attack makes no progress; the model is not "
+    "necessarily robust.",
 )
 def _eps(subject: _Subject) -> Finding:
     factors = [factor for factor in _EPS_FACTORS if factor * subject.radius <= subject.largest]

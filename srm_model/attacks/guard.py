@@ -166,7 +166,8 @@ def check_model(model: nn.Module) -> None:
     needed = _needed(model)
     if len(needed) > 1:
         raise TypeError(
-            f"the model's forward needs {', '.join(needed)}; expected a module that takes images alone, so wrap it"
+            f"the model's forward needs {', '.join(needed)}; expected a module that takes only images; wrap the model "
+            "in one"
         )
     half = {p.dtype for p in model.parameters()} & {torch.float16, torch.bfloat16}
     if half:

@@ -270,7 +270,8 @@ def differentiable_scores(model: nn.Module, images: Tensor) -> Tensor:
     scores = scores_of(model, images)
     if not scores.requires_grad:
         raise NoGradientError(
-            "the model's scores carry no gradient to the images; a gradient attack needs a differentiable model"
+            "the model's scores have no gradient with respect to the images; expected a differentiable model for a "
+            "gradient attack"
         )
     return scores
 

@@ -92,7 +92,7 @@ class Records:
             batch = Batch(record["mos"], record["clean"], record["attacks"], examples)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError):
             raise ValueError(
-                f"{path}: not a whole record of an attacked batch; remove this file to attack its batch again"
+                f"{path}: incomplete record of an attacked batch; remove this file to attack the batch again"
             ) from None
         for name, value in self._settings.items():
             if settings.get(name) != value:

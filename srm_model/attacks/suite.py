@@ -288,8 +288,8 @@ class Job:
         for name, image in zip(self.names[number * self.batch_size :], images, strict=False):
             if image.shape != self.first.shape:
                 raise ValueError(
-                    f"{name} has shape {tuple(image.shape)} and {self.names[0]} {tuple(self.first.shape)}; "
-                    "expected images of one size"
+                    f"{name} has shape {tuple(image.shape)} and {self.names[0]} has shape {tuple(self.first.shape)}; "
+                    "expected images of the same size"
                 )
         return torch.stack(images), torch.tensor([mos for _, mos in items], dtype=torch.float64)
 
@@ -321,8 +321,8 @@ class Job:
         ]
         if broken:
             raise ValueError(
-                f"the clean scores of {len(broken)} of {len(scores)} images of a batch are not finite, first that of "
-                f"{broken[0]}; expected a model with finite scores"
+                f"the clean scores of {len(broken)} of {len(scores)} images of a batch are not finite, for example "
+                f"that of {broken[0]}; expected a model with finite scores"
             )
         return scores
 

@@ -63,7 +63,7 @@ def _run(arguments: list[str], output: Output) -> int:
     if _number("WORLD_SIZE", 1) > 1 and parsed.command not in _PARALLEL:
         if not first:
             return 0
-        say(f"srm-iqa {parsed.command}: runs on one of the processes that were started")
+        say(f"srm-iqa {parsed.command}: runs only in the process of rank 0; the other processes do nothing")
     try:
         return _call(parsed)
     except KeyboardInterrupt:

@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> None:
     """Run one job, or all jobs whose results are missing, and print a summary. Or only list the jobs."""
     if args.json and (args.list or args.dry_run or args.job):
         raise ValueError(
-            "--json: --list, --dry-run and --job print no table; expected none of them with --json"
+            "--json was given with --list, --dry-run or --job, which print no table; expected --json without them"
         )
     study = read_study(args.study, named_folders(args.data or ()))
     for backbone in study.backbones:

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     """Attack each checkpoint at each budget; print the correlations on clean images and under the strongest attack."""
     if args.eps is not None and len(args.norm) > 1:
         raise ValueError(
-            f"--eps with --norm {' '.join(args.norm)}: expected one norm, which the budgets are in"
+            f"--eps was given with --norm {' '.join(args.norm)}; expected only the norm of these budgets"
         )
     external.check_options(args)
     if args.model is not None:
@@ -75,7 +75,9 @@ def _attack_all(
         )
         surrogate = Path(args.surrogate) if args.surrogate else runs.surrogate_of(folder)
         if surrogate is None and writes:
-            runs.say(f"{folder}: no sibling checkpoint as surrogate, so the transfer attack is left out")
+            runs.say(
+                f"{folder}: has no sibling checkpoint to use as surrogate; the transfer attack is skipped"
+            )
         for norm, eps in budgets:
             result = attack_checkpoint(
                 folder,

@@ -26,7 +26,9 @@ def run(args: argparse.Namespace) -> None:
         model, card = load_model(folder)
         check_size(model.backbone_name, model.config.image_size)
         if model.stochastic:
-            raise ValueError(f"{folder}: pools at random in evaluation, so it cannot be exported")
+            raise ValueError(
+                f"{folder}: the model pools at random in evaluation mode; expected a deterministic model for export"
+            )
         save_model(model, out, card=card)
         difference = _export_program(model, folder, out / PROGRAM)
         write_text(out / CARD, model_card(folder, program=PROGRAM))

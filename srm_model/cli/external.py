@@ -24,15 +24,21 @@ def add_model(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Add the options that name a model and describe its input."""
     group = parser.add_argument_group(
         "another model",
-        "Any model instead of a checkpoint. Importing MODULE runs its code; no other module is imported by name.",
+        "Use any model instead of a checkpoint. --model MODULE:NAME imports MODULE, which runs its code. No other "
+        "option imports a module.",
     )
     add = group.add_argument
     add(
         "--model",
         metavar="NAME",
-        help="MODULE:NAME, an nn.Module or a callable that returns one, or an exported program, FILE.pt2",
+        help="MODULE:NAME of an nn.Module or of a callable that returns one; or FILE.pt2, an exported program",
     )
-    add("--size", type=positive, metavar="PX", help=f"side of its square input (default: {SIZE})")
+    add(
+        "--size",
+        type=positive,
+        metavar="PX",
+        help=f"side of the model's square input in pixels (default: {SIZE})",
+    )
     add("--imagenet", action="store_true", default=None, help="normalise images as for ImageNet")
     for option, default in (("mean", 0), ("std", 1)):
         add(
@@ -56,8 +62,16 @@ def add_labels(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--lower-is-better", action="store_true", default=None, help="low scores mean high quality")
     add("--labels", metavar="FILE", help="table of scores for the images, with a header")
-    add("--image-column", metavar="NAME", help="column of file names (default: the only one that fits)")
-    add("--score-column", metavar="NAME", help="column of scores, higher is better (default: the only one)")
+    add(
+        "--image-column",
+        metavar="NAME",
+        help="column of file names (default: the only column where every row names an image of --images)",
+    )
+    add(
+        "--score-column",
+        metavar="NAME",
+        help="column of scores, higher is better (default: the only other column of numbers)",
+    )
     add(
         "--label-range",
         type=float,

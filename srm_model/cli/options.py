@@ -26,7 +26,7 @@ _HELP = {
     "attack_batch_size": "images attacked together",
     "attack_queries": "queries per image of the black-box attack",
     "image_size": "side of the square input in pixels",
-    "precision": "fp32, bf16, fp16 or auto: bf16 or fp16 on a GPU, fp32 on a CPU",
+    "precision": "fp32, bf16, fp16 or auto; auto is bf16 or fp16 on a GPU and fp32 on a CPU",
     "lr_backbone": "learning rate of the backbone",
     "lr_neck": "learning rate of neck and head",
     "seed": "seed of the split, the initial weights, the order of images and the attacks",
@@ -51,7 +51,9 @@ def add_config(parser: argparse.ArgumentParser, *fields: str) -> None:
             metavar="RATE" if field.startswith("lr_") else field.rpartition("_")[2].upper(),
             help=f"{texts[field]} (default: {default})",
         )
-    group.add_argument("--config", metavar="FILE", help="JSON of some fields, or a checkpoint's config.json")
+    group.add_argument(
+        "--config", metavar="FILE", help="JSON file with some fields, or a checkpoint's config.json"
+    )
     values = group.add_argument(
         "--set",
         action="append",
@@ -118,8 +120,8 @@ def attack_config_from(args: argparse.Namespace, trained: SRMConfig) -> SRMConfi
     ]
     if kept:
         raise ValueError(
-            f"{', '.join(kept)}: fixed by training; --set and --config can change attack_*, pair_*, eps_*, "
-            "smoothing_*, eot_samples, seed and backend here (a study's swaps change other fields)"
+            f"{', '.join(kept)}: fixed by training; here, --set and --config can change only attack_*, pair_*, "
+            "eps_*, smoothing_*, eot_samples, seed and backend (a study's swaps change other fields)"
         )
     return config
 
@@ -149,7 +151,8 @@ def add_backend(parser: argparse.ArgumentParser) -> None:
         type=backend_name,
         default=STORED,
         metavar="NAME",
-        help="backend of the operators; none chooses by the verdict about the device (default: as in training)",
+        help="backend of the operators, such as triton; none selects it from the results of srm-iqa verify (default: "
+        "as in training)",
     )
 
 
@@ -286,7 +289,7 @@ def _read(path: str) -> dict[str, Any]:
     if isinstance(values, dict) and "format" in values:  # a checkpoint's config.json
         values = values.get("config")
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected an object of config fields")
+        raise ValueError(f"{path}: expected a JSON object of config fields")
     return values
 
 

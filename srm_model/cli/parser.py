@@ -111,7 +111,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_score(command("score", "score image files, folders or lists", _SCORE))
     exported = command("export", "write weights, an exported program and a model card")
-    exported.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint folder, or a run with one")
+    exported.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="checkpoint folder, or run folder with one checkpoint"
+    )
     exported.add_argument("out", metavar="OUT", help="folder to write")
     _add_report(command("report", "write the report of a run as one self-contained HTML page"))
     return parser
@@ -159,9 +161,14 @@ def _add_synthesize(parser: argparse.ArgumentParser) -> None:
     add(
         "--photographs",
         metavar="DIR",
-        help="folder of 3 to 99 photographs of different scenes (default: those of installed packages)",
+        help="folder of 3 to 99 photographs of different scenes (default: the photographs in scikit-image "
+        "and scikit-learn)",
     )
-    add("--packaged", action="store_true", help="add the photographs of installed packages after DIR's")
+    add(
+        "--packaged",
+        action="store_true",
+        help="also use the photographs in scikit-image and scikit-learn, after those in DIR",
+    )
     add(
         "--image-size",
         type=positive,
@@ -172,7 +179,7 @@ def _add_synthesize(parser: argparse.ArgumentParser) -> None:
         "--crop",
         type=width_and_height,
         metavar="WxH",
-        help="keep the centre of each photograph at this size (default: 512x384 with --opinions)",
+        help="crop the centre of each photograph to this size (default: 512x384 with --opinions)",
     )
     add(
         "--types",
@@ -192,14 +199,15 @@ def _add_synthesize(parser: argparse.ArgumentParser) -> None:
     add(
         "--labels",
         metavar="FILE",
-        help="mos_with_names.txt of the same dataset made on another processor, whose last digits may differ",
+        help="take the labels from the mos_with_names.txt that the same command wrote on another machine; the last "
+        "digits of computed labels depend on the processor",
     )
     add_seed(parser, "the distortions")
     add_max_pixels(parser)
 
 
 def _add_check(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("root", metavar="ROOT")
+    parser.add_argument("root", metavar="ROOT", help="TID2013, KonIQ-10k or a synthesised dataset")
     add_seed(parser, "the split by reference")
     add_max_pixels(parser)
 
@@ -275,7 +283,13 @@ def _add_attack(parser: argparse.ArgumentParser) -> None:
         help=f"budgets, such as 4/255, in the norm of --norm; {budget_help()}",
     )
     _add_images(parser, "all")
-    add("--keep", type=not_negative, default=4, metavar="N", help="attacked images to keep (default: 4)")
+    add(
+        "--keep",
+        type=not_negative,
+        default=4,
+        metavar="N",
+        help="attacked images to save as pictures (default: 4)",
+    )
     _add_surrogate(parser, "attack")
     add(
         "--suite",
@@ -316,19 +330,20 @@ def _add_ablate(parser: argparse.ArgumentParser) -> None:
         "--data",
         action="append",
         metavar="NAME=FOLDER",
-        help="use this dataset instead of the file's (repeatable); the file may have a protocol for NAME",
+        help="use this dataset instead of the datasets in STUDY (repeatable); if STUDY has a protocol for NAME, the "
+        "keys of the protocol apply",
     )
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--dry-run", action="store_true", help="only list the missing results")
     only.add_argument(
         "--list",
         action="store_true",
-        help="only print the name of every job, one a line, each training before the jobs that need it",
+        help="only print the name of every job, one per line; a training comes before the jobs that need it",
     )
     only.add_argument(
         "--job",
         metavar="NAME",
-        help="do only this job, as a Slurm array, GNU parallel or Ray runs it; a finished job is not repeated",
+        help="run only this job, for Slurm arrays, GNU parallel or Ray; a finished job is not repeated",
     )
     add_max_pixels(parser)
     add_device(parser, workers=True)
@@ -340,7 +355,8 @@ def _add_profile(parser: argparse.ArgumentParser) -> None:
     several(
         "--part",
         choices=("neck", "model"),
-        help="the neck alone, on noise of the backbone's shapes (default), or the whole model",
+        help="neck: only the neck, on random maps in the shapes of the backbone's maps (default); model: the whole "
+        "model",
     )
     several("--backbone", metavar="NAME", help="timm models (default: pvt_v2_b2)")
     several("--neck", choices=tuple(NECKS), help="necks (default: all)")
@@ -348,11 +364,14 @@ def _add_profile(parser: argparse.ArgumentParser) -> None:
         "--backend",
         type=backend_name,
         metavar="NAME",
-        help="backends of srm's operators; none chooses by the verdict about the device (default: all that can run)",
+        help="backends of srm's operators, such as triton; none selects them from the results of srm-iqa verify "
+        "(default: all that can run)",
     )
     several("--resolution", type=positive, metavar="PX", help="sides of the square image (default: 512)")
     several("--batch", type=positive, metavar="B", help="batch sizes (default: 1)")
-    several("--dtype", choices=("fp32", "bf16", "fp16"), help="fp32 (default), or the dtype of autocast")
+    several(
+        "--dtype", choices=("fp32", "bf16", "fp16"), help="fp32 (default), or bf16 or fp16 under autocast"
+    )
     several(
         "--direction",
         choices=("forward", "backward", "step"),
@@ -378,7 +397,7 @@ def _add_profile(parser: argparse.ArgumentParser) -> None:
         "--repeats",
         type=positive,
         metavar="N",
-        help="measured calls at most (default: 100 on a GPU, 10 on a CPU)",
+        help="maximum number of measured calls (default: 100 on a GPU, 10 on a CPU)",
     )
     add(
         "--seconds",
@@ -390,7 +409,7 @@ def _add_profile(parser: argparse.ArgumentParser) -> None:
     add(
         "--small-ceilings",
         action="store_true",
-        help="measure the machine's ceilings with small buffers, only to test the installation",
+        help="measure the machine's peak bandwidth and matrix rate with small buffers, only to test the installation",
     )
     add("--out", default="runs/profile", metavar="DIR", help="folder to write (default: %(default)s)")
     add_config(parser)
@@ -401,7 +420,13 @@ def _add_diagnose(parser: argparse.ArgumentParser) -> None:
     _add_checkpoint(parser)
     _add_data_choice(parser)
     add = parser.add_argument
-    add("--images", type=positive, default=64, metavar="N", help="evenly spaced images (default: 64)")
+    add(
+        "--images",
+        type=positive,
+        default=64,
+        metavar="N",
+        help="number of images, evenly spaced (default: 64)",
+    )
     _add_batch_size(parser)
     add("--out", metavar="DIR", help="folder to write (default: the checkpoint's)")
     add_backend(parser)
@@ -413,13 +438,13 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
     checkpoint = add(
         "checkpoint",
         metavar="[CHECKPOINT]",
-        help="checkpoint folder, or a run with one; anything else is an IMAGE, and the checkpoint that comes with the "
-        "package scores it (default, without --model)",
+        help="checkpoint folder, or run folder with one checkpoint (default: the checkpoint that comes with the "
+        "package, unless --model is given); any other first argument is an IMAGE",
     )
     checkpoint.required = False  # with nargs="?", an option before the images would leave it empty
     images = add("images", nargs="+", default=[], metavar="IMAGE", help="image file; folder with --recursive")
     images.required = False  # with nargs="*", an option before the first image would leave it empty
-    add("--files-from", metavar="FILE", help='also score the files named in FILE, one a line ("-": stdin)')
+    add("--files-from", metavar="FILE", help='also score the files named in FILE, one per line ("-": stdin)')
     add(
         "-r",
         "--recursive",
@@ -440,8 +465,9 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
     add(
         "--map",
         metavar="OUT",
-        help="also draw where quality is lost, by gradient-free occlusion: the change of the score if other parts of "
-        "the image replace a window. OUT is a PNG file, or a folder for several images (197 passes per image)",
+        help="also draw a map of where quality is lost. The map shows how the score changes when other parts of the "
+        "image replace a window (occlusion without gradients, 197 passes per image). OUT is a PNG file, or a folder "
+        "for several images",
     )
     _add_batch_size(parser)
     add_max_pixels(parser)
@@ -474,9 +500,11 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
         type=positive,
         nargs="+",
         metavar="N",
-        help="write only these tables of a study, 1, 2 and 5 to 15, and print them as Markdown",
+        help="write only these tables of a study (1, 2, and 5 to 15), and print them as Markdown",
     )
-    add("--figure", type=positive, nargs="+", metavar="N", help="write only these figures of a study, 3 to 6")
+    add(
+        "--figure", type=positive, nargs="+", metavar="N", help="write only these figures of a study (3 to 6)"
+    )
 
 
 def _add_checkpoint(parser: argparse.ArgumentParser, *, or_model: bool = False) -> None:
@@ -493,7 +521,7 @@ def _add_images(parser: argparse.ArgumentParser, default: str) -> None:
         "--images",
         type=images_of,
         metavar="N|FOLDER",
-        help="folder of images with --model; otherwise the same as --limit",
+        help="with --model: folder of images; with RUN: the same as --limit",
     )
     parser.add_argument(
         "--limit", type=positive, metavar="N", help=f"use only N images, evenly spaced (default: {default})"
@@ -504,7 +532,8 @@ def _add_surrogate(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument(
         "--surrogate",
         metavar="FOLDER",
-        help=f"checkpoint for the transfer {what} (default: the sibling none checkpoint; for none, the sibling srm)",
+        help=f"checkpoint for the transfer {what} (default: the sibling none checkpoint; srm when "
+        "attacking none)",
     )
 
 
@@ -513,6 +542,8 @@ def _add_batch_size(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_data_choice(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", metavar="ROOT", help="dataset (default: the one of training)")
+    parser.add_argument(
+        "--data", metavar="ROOT", help="dataset (default: the dataset that RUN was trained on)"
+    )
     parser.add_argument("--split", default="test", choices=("train", "val", "test"), help="default: test")
     add_max_pixels(parser)

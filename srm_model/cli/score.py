@@ -128,7 +128,10 @@ def _listed(file: str, *, null: bool) -> list[str]:
     except UnicodeDecodeError as error:
         raise ValueError(f"--files-from {file}: not readable as {error.encoding} ({error.reason})") from None
     if "\0" in text:
-        raise ValueError(f"--files-from {file}: has NUL bytes; --null reads names that they separate")
+        raise ValueError(
+            f"--files-from {file}: has NUL bytes; expected one name per line, or --null for names separated by NUL "
+            "bytes"
+        )
     names = (line.removesuffix("\r") for line in text.split("\n"))
     return [os.fsdecode(name.encode(errors="surrogateescape")) for name in names if name]
 

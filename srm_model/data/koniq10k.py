@@ -124,7 +124,8 @@ def _check_whole(entries: list[Entry], sets: Path) -> None:
         for numbers in (counts, PUBLISHED_SPLIT)
     )
     raise ValueError(
-        f"{sets}: has the split {here}; expected the published split, {published}, or another file name for a subset"
+        f"{sets}: has the split {here}; expected the published split, {published}; give the list of a subset "
+        "another file name"
     )
 
 
@@ -151,7 +152,8 @@ def find_lists(root: Path) -> tuple[Path, Path | None]:
             continue
         if columns >= _SETS_COLUMNS and columns >= _SCORES_COLUMNS:
             raise ValueError(
-                f"{path}: has the columns set and MOS_zscore; expected only one of them, which shows the scale of MOS"
+                f"{path}: has the columns set and MOS_zscore, so the scale of MOS is ambiguous; expected only one of "
+                "these columns"
             )
         if columns >= _SETS_COLUMNS:
             sets.append(path)

@@ -109,7 +109,8 @@ def synthesize(
     types, levels = _choice("types", types, 24), _choice("levels", levels, 5)
     if opinions is not None and (metric is not None or labels is not None or packaged):
         raise ValueError(
-            "opinions are labels of the folder's photographs; expected no metric, labels or packaged ones"
+            "opinions was given with metric, labels or packaged; expected opinions without these, because opinions "
+            "label only the photographs of the folder"
         )
     if opinions is None:
         metric = "vsi" if metric is None else metric
@@ -148,8 +149,8 @@ def synthesize(
     names = [task.name(level) for task in tasks for level in levels]
     if given is not None and given.keys() != set(names):
         raise ValueError(
-            f"{labels}: labels of {len(given)} images, of which {len(given.keys() & set(names))} are among the "
-            f"{len(names)} of this set; expected a label for each of them and no other"
+            f"{labels}: has labels of {len(given)} images; {len(given.keys() & set(names))} of these are among the "
+            f"{len(names)} images of this dataset; expected a label for each image of this dataset and no others"
         )
     scores: dict[str, float] | None = None
     if opinions is not None:
@@ -162,7 +163,9 @@ def synthesize(
     todo = [task for task in tasks if not {task.name(level) for level in levels} <= done]
     if todo or not (out / LIST).exists():
         if other_versions:
-            raise ValueError(f"{out}: begun with {other_versions}; go on with those, or give another folder")
+            raise ValueError(
+                f"{out}: started with {other_versions}; expected the versions of the first run, or another folder"
+            )
         _lay_out(out, references, known)
         total = len(tasks) * len(levels)
         bar = tqdm(
@@ -195,7 +198,7 @@ def _given_labels(path: Path) -> dict[str, float]:
         match = _LINE.fullmatch(f"{line}\n")
         if not match or match[2] in given:
             raise ValueError(
-                f"{path}, line {number}: {line.strip()!r}: expected a label and the name of an image, each once"
+                f"{path}, line {number}: {line.strip()!r}: expected a label and the name of an image, no image twice"
             )
         given[match[2]] = float(match[1])
     return given
@@ -221,7 +224,7 @@ def _as_given(path: Path, given: dict[str, float], lines: dict[str, float]) -> d
 def _choice(name: str, values: Iterable[int], count: int) -> list[int]:
     chosen = sorted(values)
     if not chosen or not set(chosen) <= set(range(1, count + 1)) or len(set(chosen)) < len(chosen):
-        raise ValueError(f"{name} {chosen}: expected different numbers of 1 to {count}")
+        raise ValueError(f"{name} {chosen}: expected distinct numbers from 1 to {count}")
     return chosen
 
 
@@ -252,9 +255,9 @@ def _opinions_of(path: Path, names: Sequence[str]) -> dict[str, float]:
     missing = [name for name in names if people.key_of(name) not in known]
     if missing:
         raise ValueError(
-            f"{path}: no opinion for {len(missing)} of {len(names)} images, such as {missing[0]}; it has those of "
-            f"photographs {_spans(key[0] for key in known)}, types {_spans(key[1] for key in known)} and levels "
-            f"{_spans(key[2] for key in known)}"
+            f"{path}: no opinion for {len(missing)} of {len(names)} images, such as {missing[0]}; the file has "
+            f"opinions of photographs {_spans(key[0] for key in known)}, types {_spans(key[1] for key in known)} and "
+            f"levels {_spans(key[2] for key in known)}"
         )
     return {name: known[people.key_of(name)] for name in names}
 
@@ -277,14 +280,16 @@ def _photographs(folder: str | Path | None, packaged: bool, frame: Frame, min_si
     if frame.crop is not None and min(frame.crop) < min_side:
         raise ValueError(f"crop {frame.crop[0]}×{frame.crop[1]}: expected sides of at least {min_side}")
     if folder is None and not packaged:
-        raise ValueError("no photographs: expected a folder of them, or those that packages carry")
+        raise ValueError(
+            "no photographs were given; expected a folder of photographs, or those of scikit-image and scikit-learn"
+        )
     photographs = [] if folder is None else from_folder(Path(folder), frame)
     if packaged:
         photographs += from_packages(frame)
     if not MIN_REFERENCES <= len(photographs) <= MAX_REFERENCES:
         raise ValueError(
-            f"{folder}: {len(photographs)} photographs ({', '.join(SUFFIXES)}) directly in this folder"
-            f"{' and from packages' if packaged else ''}; expected {MIN_REFERENCES} to {MAX_REFERENCES}"
+            f"{folder}: found {len(photographs)} photographs ({', '.join(SUFFIXES)}) in this folder (subfolders are "
+            f"ignored){' and in packages' if packaged else ''}; expected {MIN_REFERENCES} to {MAX_REFERENCES}"
         )
     seen: dict[str, str] = {}
     for photo in photographs:

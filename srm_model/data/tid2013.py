@@ -193,7 +193,9 @@ def read_labels(root: Path) -> Labels:
     path = root / LABELS
     if not path.exists():
         if (root / REFERENCES).exists():
-            raise ValueError(f"{root}: a synthesised dataset without {LABELS}, which states its labels")
+            raise ValueError(
+                f"{root}: a synthesised dataset without {LABELS}; expected this file, which describes the labels"
+            )
         return Labels("mos", MOS_RANGE)
     value = read_json(path)
     known = isinstance(value, dict) and value.get("format") == LABELS_FORMAT

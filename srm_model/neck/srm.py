@@ -40,9 +40,9 @@ def _warn_once(m0: Tensor) -> None:
     _asked[m0] = True
     if not _started(m0):
         warnings.warn(
-            "the neck was never calibrated, or is an average of weights that started before calibration: its "
-            "attention may be almost uniform, and its gain cap is off; call `calibrate` on the first training batch, "
-            "or load trained weights",
+            "the neck was never calibrated, or its weights are an average that includes weights from before "
+            "calibration. Its attention may be almost uniform, and its gain cap is off. Call `calibrate` on the first "
+            "training batch, or load trained weights",
             stacklevel=4,
         )
 
@@ -191,7 +191,10 @@ class SRMNeck(Mixer):
                     f"stage {stage} has shape {tuple(m.shape)}; expected (B, {conv.in_channels}, h, w)"
                 )
             if m.shape[0] != pyramid[0].shape[0]:
-                raise ValueError(f"stage {stage} has {m.shape[0]} images and stage 1 {pyramid[0].shape[0]}")
+                raise ValueError(
+                    f"stage {stage} has {m.shape[0]} images and stage 1 has {pyramid[0].shape[0]}; expected the same "
+                    "number"
+                )
             check_like(f"stage {stage}", m, cast(nn.Conv2d, conv).weight)
             # Where this check is skipped, a NaN changes the score of its own image only.
             readable = not torch.compiler.is_compiling() and may_ask(m)

@@ -119,9 +119,9 @@ def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
         "before the call (parameters, inputs, optimiser state)",
         "backward is forward and backward; step adds clipping and AdamW; loading of data is not included",
         "bandwidth %: bytes that must move at least once, per second, relative to a large copy; matrix %: "
-        "multiply-accumulates per second, including the backward pass, relative to a large product; copy and product "
-        "are the best of this run. Bandwidth above 100 % comes from the cache; a matrix rate above 100 % means that "
-        "the machine was busier when the product was measured",
+        "multiply-accumulates per second, including the backward pass, relative to a large matrix product. The copy "
+        "and the product are the fastest of this run. Bandwidth above 100 % comes from the cache; a matrix rate above "
+        "100 % means that the machine was busier when the product was measured",
         "cases are measured one after the other; to compare two that are close, use bench.growth or bench.compare, "
         "which alternate between them",
         "solve %: time of the landmark solves alone, on systems of these shapes; a fused kernel may hide it",

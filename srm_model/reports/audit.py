@@ -46,8 +46,9 @@ def _render(document: Mapping[str, Any]) -> Markup:
 _LIMITS = (
     "The checks find attacks that do not work; they do not prove that a model is robust. Another attack may still "
     "break a model that passes all checks. If a model fails a check, its robust figures are not reliable.",
-    "Reach is the change of a score that an attack causes, in units of the score: the mean over raising and "
-    "lowering it and over the images. It is measured on a few images; if a check passes narrowly, repeat it with more.",
+    "Reach is how far an attack moves a score, in units of the score. It is the mean over attacks that raise the score "
+    "and attacks that lower it, and over the images. It is measured on a few images; if a check passes narrowly, "
+    "repeat it with more images.",
 )
 
 

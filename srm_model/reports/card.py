@@ -182,11 +182,11 @@ def _labels(dataset: Mapping[str, Any]) -> list[str]:
     if kind == "opinions":
         lines.append(
             f"- the labels are people's opinions of similar images: those of {source} with the same photograph, "
-            "distortion type and level. The images of the training and the test are not those of "
+            "distortion type and level. The training and test images are not images of "
             f"{source}, and no result here is a result on {source}"
         )
         lines.append(
-            "- type and level alone reach an SROCC of "
+            "- distortion type and level alone reach an SROCC of "
             f"{cell(dataset.get('type_level_srocc'))} on the test images, so a high correlation is not evidence that "
             "the model perceives quality"
         )
@@ -230,7 +230,7 @@ def _limits(dataset: Mapping[str, Any], results: Sequence[Result]) -> list[str]:
     lines = []
     if labels.startswith(("metric:", "opinions:")):
         lines.append(
-            "- Camera photographs, such as those of KonIQ-10k: all images of the training and the test are synthetic "
+            "- Camera photographs, such as those of KonIQ-10k: all training and test images are synthetic "
             "distortions of a few photographs. The model was not tested on camera photographs, and nothing is claimed "
             "about them."
         )

@@ -208,7 +208,7 @@ def _errors(found: Mapping[str, Any]) -> Child:
             y_label="log₁₀ error",
             epochs=False,
         )
-    title = "Median of ‖Y − Y*‖/‖Y*‖ over links, heads and images, the solver as in the checkpoint."
+    title = "Median of ‖Y − Y*‖/‖Y*‖ over links, heads and images, with the solver of the checkpoint."
     numbers = table(["Landmarks", *(f"r = {rank}" for rank in ranks)], rows, title=title)
     return element("div", numbers, chart, class_="pair")
 
@@ -218,9 +218,9 @@ def _changes(found: Mapping[str, Any]) -> Child:
     return [
         table(["Landmarks", *_steps(found)], rows),
         caption(
-            "Share of landmark sets, over the links, heads and images of one batch, that change when every pixel "
-            "is moved up or down by this step. When a set changes, the score jumps, which no gradient shows: gradient "
-            "attacks may then overstate robustness."
+            "Share of landmark sets that change when every pixel moves up or down by this step, over the links, heads "
+            "and images of one batch. When a set changes, the score jumps. No gradient shows this jump, so gradient "
+            "attacks may overstate robustness."
         ),
     ]
 

@@ -113,7 +113,7 @@ def _summary(run: Run) -> Markup:
     for budget in run.budgets:
         attacked = run.attacked(budget)
         sizes = listing(sorted({len(item.mos) for _, item in attacked}))
-        rows.append(group(f"Worst at {budget_text(budget)}, {sizes} of them", 3 + len(drops)))
+        rows.append(group(f"Worst at {budget_text(budget)}, {sizes} images", 3 + len(drops)))
         rows += [
             neck_row(
                 neck.name,
@@ -124,7 +124,7 @@ def _summary(run: Run) -> Markup:
             )
             for neck, item in attacked
         ]
-    title = "Drops: from the same images, clean." if drops else None
+    title = "Drop: clean minus worst, on the same images." if drops else None
     return table(["Neck", "SROCC", "PLCC", *drops], rows, title=title)
 
 
@@ -200,8 +200,12 @@ def _attack_notes(run: Run) -> list[str]:
     shares = [share for item in items for share in item.zero_gradients.values()]
     if not shares:
         return [note]
-    found = f"at most {100 * max(shares):.2g} % in any attack were" if max(shares) > 0 else "none was"
-    zero = "A model with vanishing gradients can look robust without being robust. Of the gradients in the attacks, "
+    found = (
+        f"at most {100 * max(shares):.2g} % of the gradients of an attack were"
+        if max(shares) > 0
+        else "no gradient was"
+    )
+    zero = "A model with vanishing gradients can look robust without being robust. In these attacks, "
     return [note, f"{zero}{found} zero."]
 
 
@@ -222,7 +226,7 @@ def _differences(run: Run, found: Estimates) -> Markup | None:
     if not rows:
         return None
     columns = ["Difference in SROCC", "value", "95 % interval", "reading"]
-    return table(columns, rows, words=(0, 3), title="Between the necks, on the same images.")
+    return table(columns, rows, words=(0, 3), title="Differences between the necks, on the same images.")
 
 
 def _difference(what: str, a: Estimate, b: Estimate) -> Markup:

@@ -243,7 +243,7 @@ def _read(path: Path, parse: Callable[[Any], T]) -> T:
     try:
         return parse(value)
     except KeyError as error:
-        raise ValueError(f"{path}: no {error}") from None
+        raise ValueError(f"{path}: has no key {error}") from None
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
 

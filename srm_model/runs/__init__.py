@@ -118,7 +118,7 @@ def recorded(folder: Path, arguments: Sequence[str], **about: Any) -> Iterator[d
     before, content = set(folder.rglob("*")), path.read_bytes() if path.is_file() else None
     known = read_json(path) if path.is_file() else {}
     if not isinstance(known, dict):
-        raise ValueError(f"{path}: expected an object")
+        raise ValueError(f"{path}: expected a JSON object")
     command = shlex.join(["srm-iqa", *arguments])
     earlier = known.get("command", [])
     commands = [earlier] if isinstance(earlier, str) else list(earlier)
@@ -207,7 +207,8 @@ def checkpoints(folder: str) -> list[Path]:
     if not found:
         reason = "no such folder" if not path.is_dir() else "has no checkpoint"
         raise ValueError(
-            f"{folder}: {reason}; expected {CONFIG} with model.safetensors, in it or in {', '.join(NECKS)}"
+            f"{folder}: {reason}; expected {CONFIG} and model.safetensors in this folder or in its "
+            f"subfolder {' or '.join(NECKS)}"
         )
     return found
 

@@ -217,7 +217,7 @@ def slug(name: str) -> str:
 
 def _checked(values: Any) -> dict[str, Any]:
     if not isinstance(values, dict):
-        raise ValueError("expected an object of keys")
+        raise ValueError("expected a JSON object at the top level")
     _known(values, set(_KEYS), "key")
     for key, value in values.items():
         if not isinstance(value, _KEYS[key]) or (_KEYS[key] is int and isinstance(value, bool)):
@@ -226,7 +226,7 @@ def _checked(values: Any) -> dict[str, Any]:
     for name, protocol in values.get("protocols", {}).items():
         if not isinstance(protocol, dict) or not isinstance(protocol.get("for"), list):
             raise ValueError(
-                f"protocol {name!r}: expected a table of keys whose `for` lists names of datasets"
+                f"protocol {name!r}: expected a table with the key `for`, a list of names of datasets"
             )
         _checked(_without(protocol, "for"))
     return values
@@ -379,7 +379,9 @@ def _stronger(values: Any, config: SRMConfig, suite: str, trained: Mapping[str, 
     common = sorted(set.intersection(*(set(trained[name]) for name in models)))
     seeds = _seeds(values.get("seeds", common), "seeds of stronger")
     if not set(seeds) <= set(common):
-        raise ValueError(f"seeds of stronger is {list(seeds)}: expected some that its models have, {common}")
+        raise ValueError(
+            f"seeds of stronger is {list(seeds)}: expected some of the seeds that all its models have, {common}"
+        )
     if not values.keys() & NORMS.keys():
         raise ValueError(f"stronger has no budget: expected {' or '.join(NORMS)}")
     changes = values.get("config", {})
@@ -425,7 +427,7 @@ def _seeds(values: Any, key: str = "seeds") -> tuple[int, ...]:
     seeds = tuple(values)
     valid = all(type(seed) is int and seed >= 0 for seed in seeds)
     if not seeds or not valid or len(set(seeds)) < len(seeds):
-        raise ValueError(f"{key} is {list(seeds)}: expected different whole numbers of zero or more")
+        raise ValueError(f"{key} is {list(seeds)}: expected distinct integers of zero or more")
     return seeds
 
 
@@ -461,4 +463,4 @@ def _texts(values: Mapping[str, Any], *keys: str) -> None:
     for key in keys:
         found = values.get(key, [])
         if not all(isinstance(text, str) for text in found) or len(set(found)) < len(found):
-            raise ValueError(f"{key} is {found}: expected different texts")
+            raise ValueError(f"{key} is {found}: expected distinct strings")

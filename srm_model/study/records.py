@@ -31,9 +31,9 @@ def record(job: Job, c: Context) -> None:
     if known is not None:
         if values["sha256"] != known["values"]["sha256"]:
             raise ValueError(
-                f"{job.label}: its weights were lost, and training again gave other weights (other hardware or other "
-                "versions), so new results would not match the stored ones; expected the original folder "
-                f"{known['values']['folder']}, or another --out"
+                f"{job.label}: its weights were lost, and a repeated training gave different weights, so new results "
+                "would not match the stored results (cause: other hardware or other versions); expected the original "
+                f"folder {known['values']['folder']}, or another --out"
             )
         return
     gpu = c.device.type == "cuda"

@@ -111,7 +111,7 @@ def check_sets(jobs: Sequence[Job], out: Path) -> None:
         line = records.elsewhere(CLEAN, job.identity, "fingerprint")
         if line is not None:
             raise ValueError(
-                f"{out}: its results are from another version of the dataset {job.identity['data']} (fingerprint "
-                f"{line['identity']['fingerprint'][:12]}, now {job.identity['fingerprint'][:12]}); expected the same "
-                "dataset, or another folder with --out"
+                f"{out}: its results were measured on another version of the dataset {job.identity['data']} "
+                f"(fingerprint {line['identity']['fingerprint'][:12]}, now {job.identity['fingerprint'][:12]}); "
+                "expected the same dataset, or another folder with --out"
             )

@@ -24,8 +24,8 @@ def epoch_batches(
     batches = [batch for batch in batches if len(batch) >= processes]
     if not batches:
         raise ValueError(
-            f"{count} images in batches of {batch_size} for {processes} processes; "
-            "expected at least one image of a batch for each process"
+            f"{count} images in batches of {batch_size}: no batch has an image for each of {processes} processes; "
+            "expected more images, larger batches or fewer processes"
         )
     return batches
 

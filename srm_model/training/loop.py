@@ -126,8 +126,8 @@ def train(
     """
     if unwrapped(model) is not model:
         raise TypeError(
-            f"model is a {type(model).__name__} around a {type(unwrapped(model)).__name__}; expected the model itself "
-            "(train distributes it under torchrun and compiles it by compile=)"
+            f"model is a {type(model).__name__} around a {type(unwrapped(model)).__name__}; expected the model "
+            "without a wrapper (train itself distributes the model under torchrun, and compiles it if compile is given)"
         )
     config = config or model.config  # type: ignore[assignment]
     assert config is not None

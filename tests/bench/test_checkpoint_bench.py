@@ -133,7 +133,7 @@ def replaced(given: list[str], option: str, *values: str) -> list[str]:
     [
         (
             {"types": ("2",)},
-            "no opinion for 15 of 15 images, such as i01_02_1.bmp; it has those of photographs 1 to",
+            "no opinion for 15 of 15 images, such as i01_02_1.bmp; the file has opinions of photographs 1 to",
         ),
         ({"photographs": "kodim77.png"}, "no opinion for 6 of 36 images, such as i77_01_1.bmp"),
         ({"photographs": "sunset.png"}, "sunset.png: has no number in its name"),

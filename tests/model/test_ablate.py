@@ -363,7 +363,7 @@ def test_the_summary_is_also_json(place: Path, out: Path, capsys: pytest.Capture
         *([row["results"], str(row["lines"])] for row in rows),
     ]
     assert main([*arguments, "--json", "--list"]) == 2
-    assert "--json: --list, --dry-run and --job print no table" in capsys.readouterr().err
+    assert "--json was given with --list, --dry-run or --job, which print no table" in capsys.readouterr().err
 
 
 def test_one_rule_finds_the_surrogate_of_every_model(place: Path, out: Path):
@@ -413,7 +413,9 @@ def test_weights_that_were_lost_and_come_out_otherwise_are_not_taken_for_the_old
     arguments = ["ablate", str(place / "study.toml"), "--out", str(copy), "--device", "cpu", "--no-progress"]
     for _ in range(2):  # nor by the next call, which finds them there
         assert main(arguments) == 2
-        assert "its weights were lost, and training again gave other weights" in capsys.readouterr().err
+        assert (
+            "its weights were lost, and a repeated training gave different weights" in capsys.readouterr().err
+        )
         assert len(path.read_text().splitlines()) == len(left)
 
 
@@ -435,7 +437,7 @@ def test_results_of_another_set_are_not_added_to(
     study = shutil.copy(place / "study.toml", tmp_path)
     assert main(["ablate", str(study), "--out", str(copy), "--device", "cpu", "--dry-run"]) == 2
     told = capsys.readouterr().err
-    assert "its results are from another version of the dataset noise (fingerprint " in told
+    assert "its results were measured on another version of the dataset noise (fingerprint " in told
     assert (copy / "results.jsonl").read_text() == (out / "results.jsonl").read_text()
 
 
@@ -858,7 +860,7 @@ def test_all_ablations_of_the_article_are_named_and_valid(tmp_path: Path):
             {
                 "protocols": {"p": {"backbones": ["b"]}},
             },
-            "protocol 'p': expected a table of keys whose `for`",
+            "protocol 'p': expected a table with the key `for`",
         ),
         ({"protocols": {"p": {"for": ["c"], "date": 1}}}, "unknown key date"),
         ({"ablations": [1]}, "ablations has 1: expected a table"),
@@ -870,7 +872,7 @@ def test_all_ablations_of_the_article_are_named_and_valid(tmp_path: Path):
         ({"stronger": [{"models": ["full"]}]}, "models of stronger is ['full']: expected some of none, srm"),
         (
             {"stronger": [{"models": ["srm"], "seeds": [3], "linf": [0], "suite": "extended"}]},
-            "seeds of stronger is [3]: expected some that its models have, [0, 1, 2]",
+            "seeds of stronger is [3]: expected some of the seeds that all its models have, [0, 1, 2]",
         ),
         (
             {"stronger": [{"models": ["srm"], "suite": "extended"}]},
@@ -887,11 +889,11 @@ def test_all_ablations_of_the_article_are_named_and_valid(tmp_path: Path):
         ({"stronger": [{"models": ["srm"], "linf": [0], "config": {"attack_steps": 0}}]}, "attack_steps=0"),
         ({"transfer": [["b", "c"]]}, "expected two of the study's backbones"),
         # What would else be found after the trainings.
-        ({"backbones": ["b", "b"]}, "backbones is ['b', 'b']: expected different texts"),
-        ({"backbones": [1]}, "backbones is [1]: expected different texts"),
+        ({"backbones": ["b", "b"]}, "backbones is ['b', 'b']: expected distinct strings"),
+        ({"backbones": [1]}, "backbones is [1]: expected distinct strings"),
         ({"data": {"a": 3}}, "data has a = 3: expected a name and a folder"),
-        ({"seeds": [0, 0]}, "seeds is [0, 0]: expected different whole numbers"),
-        ({"seeds": [True]}, "seeds is [True]: expected different whole numbers"),
+        ({"seeds": [0, 0]}, "seeds is [0, 0]: expected distinct integers"),
+        ({"seeds": [True]}, "seeds is [True]: expected distinct integers"),
         ({"ablations": {"seeds": 1}}, "seeds is 1: expected list"),
         ({"attacks": {"linf": [4]}}, "eps=4.0 for norm 'linf': expected at most 1"),
         ({"attacks": {"l2": [-1]}}, "eps=-1.0: expected a finite number, zero or more"),

@@ -240,7 +240,7 @@ def test_a_norm_without_default_budgets_needs_eps(
         assert told == f"srm-iqa {command}: --norm bare: has no default budget; expected --eps\n"
         assert main([command, "--help"]) == 0
         text = " ".join(capsys.readouterr().out.split())
-        assert "an L2 budget is for 512×512; a bare budget is for any size (default: " in text
+        assert "512×512 pixels and scaled to other sizes; a bare budget is for any size (default: " in text
         assert ("(default: linf l2)" in text) == (command == "attack")
         assert "(default: 1/255 and 4/255 for linf, 2.5 and 10 for l2)" in text or command == "audit"
         assert "(default: 4/255 for linf, 10 for l2)" in text or command == "attack"
@@ -471,8 +471,8 @@ def test_bad_arguments_are_one_sentence(
         (["fly"], "invalid choice: 'fly'"),
         ([*train, "--epochs", "many"], "invalid int value: 'many'"),
         ([*train, "--set", "rank"], "--set rank: expected KEY=VALUE"),
-        (["attack", run, "--set", "landmarks=leverage"], "landmarks: fixed by training; --set"),
-        (["audit", run, "--set", "landmarks=leverage"], "landmarks: fixed by training; --set"),
+        (["attack", run, "--set", "landmarks=leverage"], "landmarks: fixed by training; here, --set"),
+        (["audit", run, "--set", "landmarks=leverage"], "landmarks: fixed by training; here, --set"),
         ([*train, "--set", "rnak=3"], "unknown config key rnak"),
         ([*train, "--set", "rank=0"], "config rank=0: expected at least 1"),
         ([*train, "--set", "epochs=2.5"], "config epochs=2.5: expected int"),
@@ -486,7 +486,7 @@ def test_bad_arguments_are_one_sentence(
         (["evaluate", tmp_path / "nowhere"], "nowhere: no such folder"),
         (["evaluate", tmp_path], "has no checkpoint"),
         (["evaluate", checkpoint], "does not name its dataset of training"),
-        (["attack", run, "--eps", "1/255"], "--eps with --norm linf l2: expected one norm"),
+        (["attack", run, "--eps", "1/255"], "--eps was given with --norm linf l2; expected only the norm"),
         (["attack", run, "--norm", "l2", "--eps", "x"], "'x' is neither a number nor a fraction"),
         (["score", run, "a.png"], "has several checkpoints"),
         (["score", tmp_path, "a.png"], "has no checkpoint"),

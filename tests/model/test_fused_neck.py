@@ -274,7 +274,7 @@ def test_another_pass_than_the_last_is_not_taken_again(reentrant):
         return checkpoint(run, *maps, use_reentrant=reentrant)
 
     if DEVICE == "cpu":
-        with pytest.raises(RuntimeError, match="one training pass before each backward pass"):
+        with pytest.raises(RuntimeError, match="one forward pass before each backward pass"):
             gradients([None, None], again)
     given = [BatchStatistics() for _ in batches]
     with torch.no_grad():

@@ -104,7 +104,7 @@ def test_weights_by_folder_and_refusals(tmp_path):
         build_model("resnet18", weights=tmp_path / "m")
     with pytest.raises(ValueError, match="neck 'srm'; expected 'none'"):
         build_model("test_convnext", neck="none", weights=tmp_path / "m")
-    with pytest.raises(ValueError, match="config than the given one, in rank"):
+    with pytest.raises(ValueError, match="config differs from the given config in rank"):
         build_model("test_convnext", weights=tmp_path / "m", config=CONFIG.replace(rank=3))
 
 

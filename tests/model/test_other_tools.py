@@ -101,7 +101,7 @@ def test_a_model_with_other_tensors_is_refused_before_anything_is_written(tmp_pa
 
 def test_training_takes_the_model_itself(tmp_path):
     for wrapped in (torch.compile(made()), nn.DataParallel(made())):
-        with pytest.raises(TypeError, match="around a IQAModel; expected the model itself"):
+        with pytest.raises(TypeError, match="around a IQAModel; expected the model without a wrapper"):
             train(wrapped, [], [], tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -142,7 +142,7 @@ def test_lists_as_editors_write_them(
         assert score(checkpoint, "--json", "--files-from", tmp_path / "list") == 0, encoding
         rows = [json.loads(line)["path"] for line in capsys.readouterr().out.splitlines()]
         assert rows == names
-    for data, reason in ((b"a.png\0b.png\0", "--null reads names"), (None, "not readable")):
+    for data, reason in ((b"a.png\0b.png\0", "--null for names"), (None, "not readable")):
         (tmp_path / "list").unlink()
         if data is not None:
             (tmp_path / "list").write_bytes(data)

@@ -179,7 +179,7 @@ def test_masked_models_are_flagged(model, flags):
         assert check.figure
         assert check.meaning.count(".") >= 1
     if type(model) is Blind:
-        asked = {check.name for check in result.checks if "carry no gradient" not in check.figure}
+        asked = {check.name for check in result.checks if "have no gradient" not in check.figure}
         assert asked == {"randomness", "batch"}
         assert {check.name for check in result.checks if check.passed} == asked
 

@@ -439,7 +439,7 @@ class WithMask(Linear):
         ({"model": WithMask()}, ValueError, r"the model fails on .* \(4, 3, 8, 8\): unsupported operand"),
         ({"model": Linear(weight()).half()}, TypeError, "torch.float16 parameters"),
         ({"model": OfFirstPixel(lambda p: (p, {}))}, TypeError, "returned a tuple"),
-        ({"model": OfFirstPixel(lambda p: p.detach())}, ValueError, "carry no gradient"),
+        ({"model": OfFirstPixel(lambda p: p.detach())}, ValueError, "have no gradient"),
         (
             {"model": OfFirstPixel(lambda p: p / 0)},
             ValueError,

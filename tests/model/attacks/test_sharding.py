@@ -86,7 +86,7 @@ def test_two_ranks_do_the_work_of_one_to_the_bit(tmp_path):
     def job(rank: int) -> None:
         dataset = Images()
         found = {"whole": plain(run(tmp_path / "two", dataset)), "reads": dataset.reads}
-        with pytest.raises(ValueError, match="not a whole record") as caught:
+        with pytest.raises(ValueError, match="incomplete record") as caught:
             run(foreign.parent)
         (tmp_path / f"rank{rank}.json").write_text(json.dumps(found | {"foreign": str(caught.value)}))
 

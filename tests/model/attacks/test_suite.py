@@ -443,7 +443,7 @@ def test_a_batch_whose_file_is_gone_is_attacked_again_and_one_that_is_not_whole_
     ):
         second.write_bytes(damaged)
         with pytest.raises(
-            ValueError, match=r"batch-000001.safetensors: not a whole record .* remove this file"
+            ValueError, match=r"batch-000001.safetensors: incomplete record .* remove this file"
         ) as caught:
             run(resume=tmp_path)
         assert "\n" not in str(caught.value)
@@ -486,7 +486,11 @@ class Uneven(Images):
         ({"dataset": Images(1)}, ValueError, "1 images"),
         ({"dataset": Uneven()}, ValueError, r"image-02.png has shape \(3, 4, 8\)"),
         ({"model": 3}, TypeError, "torch.nn.Module"),
-        ({"model": Breaking(0.7)}, ValueError, r"4 of 4 images .* not finite, first that of image-00.png"),
+        (
+            {"model": Breaking(0.7)},
+            ValueError,
+            r"4 of 4 images .* not finite, for example that of image-00.png",
+        ),
         ({"surrogate": 3}, TypeError, "torch.nn.Module"),
         ({"logistic": 3}, TypeError, "LogisticMap"),
         ({"suite": Suite([Attack("t", MSE(), transfer=True)])}, ValueError, "surrogate"),

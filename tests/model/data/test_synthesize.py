@@ -129,7 +129,7 @@ def test_given_labels_are_kept_to_the_last_digit(tmp_path, folder):
     [
         (
             lambda lines: lines[1:],
-            f"labels of {len(NAMES) - 1} images, of which {len(NAMES) - 1} are among the",
+            f"labels of {len(NAMES) - 1} images; {len(NAMES) - 1} of these are among the",
         ),
         (
             lambda lines: ["one i01_01_1.bmp", *lines[1:]],
@@ -236,7 +236,7 @@ def test_other_versions_are_refused_only_where_work_is_left(tmp_path, folder):
     (root / "labels.json").write_text(json.dumps(said))
     synthesize(root, photographs=folder, **SMALL)
     (root / "distorted_images" / NAMES[0]).unlink()
-    with pytest.raises(ValueError, match=r"begun with pillow 1.0 instead of \d+"):
+    with pytest.raises(ValueError, match=r"started with pillow 1.0 instead of \d+"):
         synthesize(root, photographs=folder, **SMALL)
 
 
@@ -251,9 +251,9 @@ def test_a_folder_with_something_else_is_refused(tmp_path, folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"types": [0, 1]}, r"types \[0, 1\]: expected different numbers of 1 to 24"),
+        ({"types": [0, 1]}, r"types \[0, 1\]: expected distinct numbers from 1 to 24"),
         ({"types": []}, r"types \[\]"),
-        ({"levels": [1, 1]}, r"levels \[1, 1\]: expected different numbers of 1 to 5"),
+        ({"levels": [1, 1]}, r"levels \[1, 1\]: expected distinct numbers from 1 to 5"),
         ({"metric": "mos"}, "metric 'mos': expected one of 'vsi', 'fsim', 'ssim', 'haarpsi'"),
         ({"seed": -1}, "seed -1"),
         ({"image_size": 32}, "image_size 32: expected at least 64"),
@@ -287,7 +287,7 @@ def test_bad_photographs(tmp_path, folder, photograph):
     refused("104 photographs .*expected 3 to 99")
     few = tmp_path / "few"
     few.mkdir()
-    refused(r"few: 0 photographs \(.png, .jpg.*\) directly in this folder", photographs=few)
+    refused(r"few: found 0 photographs \(.png, .jpg.*\) in this folder", photographs=few)
 
 
 def test_photographs_of_their_own_sizes(tmp_path, folder, photograph):
@@ -441,8 +441,8 @@ def test_what_type_and_level_alone_predict_is_told(tmp_path, numbered, opinions)
             {"types": [1, 12]},
             r"no opinion for 8 of 16 images, such as i02_12_1.bmp; .*types 1 to 11 and levels 1 to 5",
         ),
-        ({"metric": "ssim"}, "expected no metric"),
-        ({"packaged": True}, "expected no metric, labels or packaged"),
+        ({"metric": "ssim"}, "opinions was given with metric"),
+        ({"packaged": True}, "opinions was given with metric, labels or packaged"),
         ({"image_size": 64}, "expected one of them"),
         ({"crop": (200, 64)}, r"120×90 is smaller than the crop 200×64 \(4 of 4"),
         ({"crop": (80, 20)}, "crop 80×20: expected sides of at least 64"),

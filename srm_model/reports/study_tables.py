@@ -139,9 +139,9 @@ def _conditioning(results: StudyResults) -> Content:
 
     lines = [line for line in results.records.of("diagnostics") if "kappa" in line["values"]["links"]]
     note = (
-        "Over all links, heads and test images, in fp32: the median over links and batches of each batch's median and "
-        "90th percentile, then the mean over seeds. κ = σ_max/σ_min of W_λ, ρ is the residual of the solve, gain is "
-        "‖X‖/‖RV‖."
+        "The median and the 90th percentile over all links, heads and test images, in fp32, then the mean over seeds. "
+        "Values measured before 2026-11-29 are medians over links and batches of each batch's values. "
+        "κ = σ_max/σ_min of W_λ, ρ is the residual of the solve, gain is ‖X‖/‖RV‖."
     )
     return (
         [*_PLACE, "κ median", "κ p90", "ρ median", "ρ p90", "gain median", "gain p90"],

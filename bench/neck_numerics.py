@@ -79,8 +79,8 @@ def step(neck: SRMNeck, pyramid: Sequence[Tensor], draw: int = 0) -> Step:
     Args:
         neck: Neck in training or evaluation mode.
         pyramid: Maps (B, C_i, h, w).
-        draw: Index of the loss. The loss is a weighted sum of the fused map plus the losses of the neck. `draw` selects
-            the signs of the weights.
+        draw: Which of several losses is used. Each loss is the sum of two terms: the fused map times random weights,
+            summed over its elements, and the neck's own losses. `draw` selects the signs of the weights.
 
     Returns:
         Outputs, buffers and gradients by name, on the CPU.

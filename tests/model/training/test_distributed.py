@@ -276,5 +276,5 @@ def test_every_image_of_a_batch_is_dealt_once_and_no_share_is_empty(
 
 def test_batches_with_too_few_images_for_the_processes_are_dropped_or_refused():
     assert [len(batch) for batch in epoch_batches(10, 4, seed=0, epoch=0, processes=3)] == [4, 4]
-    with pytest.raises(ValueError, match="2 images in batches of 4 for 3 processes"):
+    with pytest.raises(ValueError, match="no batch has an image for each of 3 processes"):
         epoch_batches(2, 4, seed=0, epoch=0, processes=3)

@@ -579,7 +579,7 @@ def test_ctrl_c_ends_with_130_and_leaves_the_last_epoch_whole(data: Path, tmp_pa
 def test_help_tells_of_every_table_and_every_option(capsys: pytest.CaptureFixture[str]):
     main(["report", "--help"])
     assert list(study_tables._BUILDERS) == [1, 2, *range(5, 16)]
-    assert "only these tables of a study, 1, 2 and 5 to 15, " in " ".join(capsys.readouterr().out.split())
+    assert "only these tables of a study (1, 2, and 5 to 15), " in " ".join(capsys.readouterr().out.split())
     silent = []
     for name, parser in _commands(make_parser()):
         silent += [f"{name} {a.dest}" for a in parser._actions if a.option_strings and not a.help]

@@ -60,7 +60,7 @@ def test_nan_and_infinity_must_be_where_they_are_in_the_definition(value):
 
 
 def test_other_shapes_are_an_error():
-    with pytest.raises(ValueError, match="expected the same shape"):
+    with pytest.raises(ValueError, match="expected three results of the same shape"):
         error_ratio(EXACT[:3], EXACT, EXACT)
 
 

@@ -8,11 +8,11 @@ import pkgutil
 import pytest
 
 pytest.importorskip("triton")
+from sampled import MATRIX
 from triton.runtime.jit import JITFunction
 
 import srm_kernels
 from bench import resources
-from bench.harness import RESULTS
 from bench.ptx import matrix
 from srm_model.profiling.results import read
 
@@ -49,6 +49,16 @@ def test_every_branch_of_the_launch_rules_is_executed(sampled):
 
 
 def test_the_committed_rows_are_those_of_the_matrix_and_passed():
-    rows = read(RESULTS / "compiled/matrix.jsonl")
-    assert [matrix.key_of(row) for row in rows] == [matrix.key_of(run.about()) for run in matrix.runs()]
+    rows = read(MATRIX)
+    together = [matrix.key_of(row) for row in rows if row["order"] == "together"]
+    assert together == [matrix.key_of(run.about()) for run in matrix.runs()]
     assert all(row["passed"] for row in rows)
+
+
+def test_no_result_of_the_committed_rows_depends_on_the_order_of_the_warps():
+    rows = read(MATRIX)
+    bits = {matrix.key_of(row): row["bits"] for row in rows if row["order"] == "together"}
+    turned = [row for row in rows if row["order"] == "reversed"]
+    assert {row["case"] for row in turned} >= {"even maps", "even maps, DyT"}
+    assert {row["dtype"] for row in turned} == {"bf16", "fp16", "fp32"}
+    assert [row for row in turned if row["bits"] != bits[matrix.key_of({**row, "order": "together"})]] == []

@@ -21,7 +21,9 @@ def rows_test(chosen: Callable[[str], bool]) -> Callable[[matrix.Run], None]:
     committed = {matrix.key_of(row): row for row in read(MATRIX) if row["order"] == "together"}
 
     @pytest.mark.parametrize("run", runs, ids="{0.case.name}-{0.dtype}-sm_{0.architecture}".format)
-    def test_it_follows_the_rule_no_check_reports_and_the_committed_row_ran_this_code(run: matrix.Run) -> None:
+    def test_it_follows_the_rule_no_check_reports_and_the_committed_row_ran_this_code(
+        run: matrix.Run,
+    ) -> None:
         row = matrix.judge(run)
         assert row["passed"], {name: value for name, value in row.items() if name != "seconds"}
         known = committed[matrix.key_of(row)]

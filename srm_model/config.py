@@ -113,11 +113,11 @@ class SRMConfig:
     attack_square_area: float = 0.3  # (c) area of the first squares, as a share of the image
     eot_samples: int = 20  # K, for stochastic models
     pair_margin: float = 0.05  # (c) pair inversion uses pairs with a larger difference of normalised MOS
-    pair_temperature: float = 0.1  # T of pair inversion
+    pair_temperature: float = 0.1  # T of pair inversion (c)
     eps_linf: tuple[float, ...] = (0.25 / 255, 0.5 / 255, 1 / 255, 2 / 255, 4 / 255, 8 / 255)  # (c)
     eps_l2: tuple[float, ...] = (0.6, 1.25, 2.5, 5.0, 10.0, 20.0)  # (c) for 512×512, scaled by √(HW)/512
-    eps_linf_tables: tuple[float, ...] = (1 / 255, 4 / 255)
-    eps_l2_tables: tuple[float, ...] = (2.5, 10.0)
+    eps_linf_tables: tuple[float, ...] = (1 / 255, 4 / 255)  # (c)
+    eps_l2_tables: tuple[float, ...] = (2.5, 10.0)  # (c)
 
     # Median smoothing (not part of the article): bounds that `srm-iqa audit --certify` computes
     smoothing_sigma: float = 0.25  # (c) σ of the Gaussian noise, per pixel value

@@ -44,7 +44,7 @@ class KonIQ10k(ImageQualityDataset):
     0 to 100. Its MOS_zscore must agree with the MOS of the first list.
 
     Both lists are recognised by their columns, not by their names. The suffix is `.csv` or `.tsv`. The separator is a
-    comma, a semicolon, a tab or |. The encodings are as in `srm_model.data.lists.read_list`.
+    comma, a semicolon, a tab or a bar. The encodings are as in `srm_model.data.lists.read_list`.
 
     A list named `koniq10k_distributions_sets.csv` must have the published split. This check rejects truncated lists. A
     list of a subset needs another name.

@@ -159,7 +159,9 @@ def _evaluate(options: argparse.Namespace, root: Path, folder: Path) -> None:
         root, "test", seed=model.config.seed, image_size=model.config.image_size, progress=False
     )
     if (about.get("dataset") or {}).get("fingerprint") != dataset.fingerprint:
-        raise ValueError(f"{root}: is not the dataset of the training of {folder}")
+        raise ValueError(
+            f"{root}: is another dataset than that of the training of {folder}; expected the same"
+        )
     progress = not options.no_progress
     found = evaluate(
         model, dataset, batch_size=model.config.batch_size, logistic=logistic_of(about), progress=progress

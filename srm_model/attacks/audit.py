@@ -286,7 +286,7 @@ class _Subject:
 
     @cached_property
     def best_white_box(self) -> Tensor:
-        """The reach of PGD or of APGD for each image, whichever is larger."""
+        """Return the reach of PGD or of APGD for each image, whichever is larger."""
 
         def tuned(batch: int, sign: int) -> PGDTrace:
             steps = self.config.attack_steps

@@ -42,7 +42,7 @@ _PROFILE = """\
 Measures every combination of the options and appends each result to DIR/<device>/neck.jsonl. A combination that cannot
 run gets a line with the reason. Ctrl-C keeps the results so far."""
 _SCORE = """\
-Rotates each image as its EXIF orientation says, composites transparency on white, resizes the shorter side to the
+Rotates each image according to its EXIF orientation, composites transparency on white, resizes the shorter side to the
 checkpoint's image size and scores the centre square. Prints one line per file: the score (normalised quality, about 0
 to 1, higher is better), a tab and the path, with line breaks in the path as \\n and \\r. Reports files that cannot be
 read or scored on stderr; the exit code is then 2."""

@@ -44,7 +44,7 @@ def open_dataset(
     """
     root = Path(root)
     if not root.is_dir():
-        raise ValueError(f"{root}: no such folder")
+        raise ValueError(f"{root}: no such folder; expected the folder of a dataset")
     missing = {name: dataset.missing(root) for name, dataset in DATASETS.items()}
     held = [name for name, reason in missing.items() if reason is None]
     if not held:

@@ -42,7 +42,7 @@ def labelled_images(
     """
     folder, table = Path(folder), Path(table)
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder")
+        raise ValueError(f"{folder}: no such folder; expected a folder of images")
     listed = records(table)
     if not listed:
         raise ValueError(f"{table}: has no rows below the header")

@@ -102,7 +102,7 @@ def from_folder(folder: Path, frame: Frame) -> list[Photograph]:
             how many are faulty.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder of photographs")
+        raise ValueError(f"{folder}: no such folder; expected a folder of photographs")
     paths = sorted(
         (p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file() and p.name[0] != "."),
         key=lambda path: (path.name.casefold(), path.name),

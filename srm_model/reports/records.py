@@ -86,7 +86,9 @@ class StudyResults:
     def read(cls, folder: str | Path) -> StudyResults:
         study = read_json(Path(folder) / STUDY)
         if not isinstance(study, dict) or "config" not in study:
-            raise ValueError(f"{Path(folder) / STUDY}: was not written by srm-iqa ablate")
+            raise ValueError(
+                f"{Path(folder) / STUDY}: was not written by srm-iqa ablate; expected the folder of a study"
+            )
         records = Records(folder)
         records.lines.sort(key=lambda line: _place(line["identity"], study))
         return cls(str(study.get("title", "Study")), study, records)

@@ -1,8 +1,9 @@
-"""Tests of compiled Triton kernels, beside tests that run kernels in Triton's interpreter.
+"""Run tests of compiled Triton kernels in the same session as tests that use Triton's interpreter.
 
-Triton decides at import whether a process interprets or compiles. Without a GPU most tests need the interpreter, and
-the tests in `FOLDERS` need the compiler. Given only paths in `FOLDERS`, pytest runs their tests in its own process. In
-any other session each file in `FOLDERS` is one test, which runs the file in a pytest process of its own.
+When Triton is imported, it decides for the whole process whether kernels are interpreted or compiled. Without a GPU,
+most tests need the interpreter, but the tests in `FOLDERS` need the compiler. If pytest is given only paths in
+`FOLDERS`, it runs these tests in its own process. Otherwise each file in `FOLDERS` is one test, which runs the file
+in a new pytest process.
 """
 
 from __future__ import annotations
@@ -25,20 +26,20 @@ def is_compiled(path: Path) -> bool:
 
 
 def only_compiled(config: pytest.Config) -> bool:
-    """Return whether the session is given nothing but paths in `FOLDERS`."""
+    """Return whether pytest is given only paths in `FOLDERS`."""
     here = config.invocation_params.dir
     return bool(config.args) and all(is_compiled((here / a.split("::")[0]).resolve()) for a in config.args)
 
 
 class CompiledModule(pytest.Module):
-    """A test file that is one test, run in another process."""
+    """A test file that is collected as one test, which runs in another process."""
 
     def collect(self) -> Iterator[pytest.Item]:
         yield CompiledTests.from_parent(self, name="in_a_process_that_compiles")
 
 
 class CompiledTests(pytest.Item):
-    """All tests of a file, in a pytest process without TRITON_INTERPRET."""
+    """One test that runs all tests of a file in a pytest process without TRITON_INTERPRET."""
 
     def runtest(self) -> None:
         hidden = ("TRITON_INTERPRET", "PYTEST_ADDOPTS", "PYTEST_CURRENT_TEST")
@@ -68,4 +69,4 @@ class CompiledTests(pytest.Item):
 
 
 class CompiledTestsFailedError(Exception):
-    """What the other process printed."""
+    """The tests in the other process failed. The message is the output of this process."""

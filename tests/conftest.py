@@ -1,9 +1,11 @@
-"""What every test relies on: one thread, reproducible hypothesis examples, the optional shared data, and Triton's
-interpreter, which runs kernels on CPU tensors, where there is no GPU. It is chosen before Triton is imported;
-`compiled_module.py` says how tests of compiled kernels run.
+"""Configure all tests.
 
-The interpreter multiplies by NumPy's BLAS, whose order of summation depends on the processor and on the other rows of a
-tile. Here products are computed in fp64 and rounded once, so that tests judge the kernels and not the BLAS."""
+Tests use one thread and reproducible hypothesis examples. Without a GPU, kernels run on CPU tensors in Triton's
+interpreter, which is selected before Triton is imported. `compiled_module.py` runs the tests of compiled kernels.
+
+The interpreter computes matrix products with NumPy's BLAS. Its order of summation depends on the processor and on the
+other rows of a tile. Here, products are computed in fp64 and rounded once, so that results do not depend on the BLAS.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +28,9 @@ settings.load_profile("srm")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let no test follow a verdict of this machine; and choose Triton's interpreter where there is no GPU.
+    """Use an empty folder for stored verdicts, and select Triton's interpreter if there is no GPU.
 
-    Tests that need compiled kernels, where there are no others, run without the interpreter.
+    The interpreter is not selected in a session that has only tests of compiled kernels.
     """
     folder = tempfile.TemporaryDirectory(prefix="srm-kernels-")
     config.add_cleanup(folder.cleanup)
@@ -55,17 +57,17 @@ def _multiply_in_fp64() -> None:
 
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
-    """Run the tests of compiled kernels in a process of their own where this one interprets."""
+    """Run the tests of compiled kernels in another process if this process uses Triton's interpreter."""
     if os.environ.get("TRITON_INTERPRET") == "1" and is_compiled(module_path):
         return CompiledModule.from_parent(parent, path=module_path)
     return None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What runs kernels on a module's DEVICE is asked of a GPU, where there is one, as what only a GPU shows is.
+    """Mark the tests of a module as `gpu` tests if its DEVICE is "cuda"; run the tests that fork first.
 
-    Tests that fork come first: with a CUDA build of torch, code that torch.compile traced leaves threads of autograd
-    behind, and a process that has them cannot be forked.
+    With a CUDA build of torch, code traced by torch.compile leaves autograd threads behind. A process with such threads
+    cannot be forked.
     """
     items.sort(key=lambda item: item.get_closest_marker("forks") is None)
     for item in items:
@@ -75,7 +77,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def no_pretended_device() -> Iterator[None]:
-    """No test leaves CPU tensors as those of a pretended device to the next."""
+    """Check after each test that CPU tensors are not treated as tensors of a pretended device any more."""
     from srm_kernels import choice
 
     yield
@@ -84,10 +86,10 @@ def no_pretended_device() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def exact_libraries() -> Iterator[None]:
-    """On a GPU torch takes fp32 convolutions and products in fp32, not in TF32, and by the same algorithm each time.
+    """On a GPU, compute fp32 convolutions and matrix products in fp32 instead of TF32, with deterministic algorithms.
 
-    With TF32, 11 bits, the reference would be the inexact side of a comparison; and a test that two passes agree to the
-    bit would judge cuDNN's choice between algorithms.
+    TF32 has 11 significant bits, so the reference would be less accurate than the tested kernel. Without deterministic
+    algorithms, two passes could give different bits because cuDNN selects different algorithms.
     """
     cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.allow_tf32, products.allow_tf32, cudnn.deterministic, cudnn.benchmark
@@ -98,9 +100,9 @@ def exact_libraries() -> Iterator[None]:
 
 @pytest.fixture
 def shared() -> Callable[[str], Path]:
-    """A function from a name under the shared folder to its path; the test is skipped where it is not there.
+    """Return a function that locates a file in the shared folder, or skips the test if the file is missing.
 
-    The folder is named by SRM_SHARED, or is called `shared` and lies beside the checkout.
+    The environment variable SRM_SHARED has the path of the folder. The default is `shared` beside the checkout.
     """
     checkout = Path(__file__).resolve().parent.parent
     folder = Path(os.environ.get("SRM_SHARED") or checkout.parent / "shared")

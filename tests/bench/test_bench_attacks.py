@@ -1,4 +1,4 @@
-"""The benchmark of the attacks times every one of them, and its committed rows keep the limit."""
+"""Test `bench.attacks`, and that the overheads in the committed rows are within the limit."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_it_writes_rows_with_the_machine(tmp_path, capsys):
 
 
 def committed(path: Path) -> dict[tuple[str, ...], dict[str, dict[str, Any]]]:
-    """Rows by attack, for each backbone, side, neck and backend."""
+    """Return the rows of a file, by (backbone, image size, neck, backend) and then by attack."""
     header, *rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     assert not header["commit"].endswith("+")
     found: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}

@@ -1,4 +1,4 @@
-"""The remaining benchmarks' commands run at a tiny size on a CPU, with every flag that one has."""
+"""Test `bench.attention`, `bench.conditioning`, `bench.neck` and `bench.loading` at tiny sizes on a CPU."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def given(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 def test_attention_as_ratios(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(torch, "compile", lambda call, dynamic: call)  # takes a compiler and half a minute
+    # Compilation needs a C compiler and takes half a minute.
+    monkeypatch.setattr(torch, "compile", lambda call, dynamic: call)
     more = ["--dtype", "bf16", "--compile", "--out", str(tmp_path), "--note", "a look", "--kernels"]
     given(monkeypatch, *ATTENTION, "--shapes", "64", "16", "--batch", "2", *more)
     attention.main()
@@ -69,7 +70,7 @@ def test_attention_as_ratios(
 
 
 def test_a_compiled_rival_is_seen_through_and_computes_the_same(monkeypatch: pytest.MonkeyPatch):
-    """An operator of this project would be one node, and nothing of it compiled."""
+    """An operator of this package would be a single node of the graph, and torch.compile would not compile it."""
     sizes = {"device": "cpu", "dtype": "fp32", "batch": 1, "heads": 2, "width": 8, "rank": 16}
     compiling = argparse.Namespace(**sizes, backward=False, compile=True)
     seen: list[str] = []
@@ -126,7 +127,7 @@ def test_solvers_and_the_search_write_their_machine_first(
 def test_a_run_that_is_cut_short_keeps_the_sizes_it_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    """The signal meets the second size."""
+    """Ctrl-C interrupts the measurement of the second batch size."""
     for name, values in (("BATCHES", (2, 3)), ("RANKS", (4,)), ("WIDTHS", (8,))):
         monkeypatch.setattr(conditioning, name, values)
     monkeypatch.setattr(conditioning, "shares", lambda device, repeats: [])

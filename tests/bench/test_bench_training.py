@@ -1,4 +1,4 @@
-"""The benchmark runs at any size and tells one run's ratios."""
+"""Test `bench.training` at a tiny size: its rows, its table, and the mark of a missed target."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-training = pytest.importorskip("bench.training")  # beside the packages, in a checkout
+training = pytest.importorskip("bench.training")  # only in a checkout; `bench` is not installed
 
 
 def test_it_runs_at_a_tiny_size_on_the_cpu(tmp_path, capsys):
@@ -22,7 +22,7 @@ def test_it_runs_at_a_tiny_size_on_the_cpu(tmp_path, capsys):
         ("none", None),
     ]
     assert steps[0]["speed_over_first"] == 1
-    assert steps[2]["speed_over_first"] > 1  # no neck is the least work
+    assert steps[2]["speed_over_first"] > 1  # the model without a neck does the least work
     assert all(row["images_per_second"] > 0 and row["peak_mib"] is None for row in steps)
     assert [row["images"] for row in data] == ["decoded", "cached"]
     assert all(0 < row["data_share"] < 1 for row in data)

@@ -1,4 +1,4 @@
-"""The comparison with classical metrics: their wrapper, the rows, resuming, and the table."""
+"""Test `bench.blind`, the comparison with classical metrics: the wrapper, the rows, resuming, and the table."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ QUERIES = 6
 
 
 def roughness(image: np.ndarray) -> float:
-    """A metric for which low values mean high quality."""
+    """Return a score for which low values mean high quality."""
     return float(np.abs(np.diff(image.astype(float), axis=0)).mean())
 
 
@@ -34,7 +34,7 @@ BROKEN = Metric("broken", ("numpy",), lambda: lambda image: float("nan"))
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five references in TID2013's layout, with five levels of noise each."""
+    """Write a dataset in the layout of TID2013: five references, each with five levels of noise."""
     root = tmp_path_factory.mktemp("tid")
     (root / "distorted_images").mkdir()
     rng, lines = np.random.default_rng(0), []
@@ -63,7 +63,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(
     dataset: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Path]:
-    """A function that runs the command with these metrics and returns the file of the rows."""
+    """Return a function that runs `bench.blind` with the given metrics and returns the file of the rows."""
 
     def command(*more: str, metrics: tuple[Metric, ...] = (ROUGHNESS, ABSENT)) -> Path:
         monkeypatch.setattr(blind, "METRICS", metrics)
@@ -176,7 +176,7 @@ def test_an_interrupted_run_is_resumed_and_rows_are_not_mixed(
         line.split()[:-1]
         for line in table.splitlines()[3:]  # the last column is a time
     ]
-    run("--resume", "--queries", "7")  # another attack: only the clean rows are used again
+    run("--resume", "--queries", "7")  # a different attack: only the clean rows are reused
     assert len(read(out)) == len(whole) + len(blind.BUDGETS) * 4
 
 
@@ -217,7 +217,7 @@ def test_an_installed_metric_prefers_a_photograph_to_its_noisy_copy(metric: Metr
 
 
 def test_brisque_has_the_value_in_the_readme_of_image_quality(shared: Callable[[str], Path]):
-    """The package image-quality has the same model; the photograph is in its tests."""
+    """The package image-quality has the same model. The photograph is from the tests of image-quality."""
     pytest.importorskip("brisque")
     (score,) = (metric.load() for metric in METRICS if metric.packages == ("brisque",))
     photograph = np.asarray(Image.open(shared("data/kodak") / "5.png").convert("RGB"))

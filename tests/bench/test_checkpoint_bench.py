@@ -1,4 +1,4 @@
-"""`bench.checkpoint`: a miniature from photographs to the shipped folder, and bad input as one sentence."""
+"""Test `bench.checkpoint` at a small size, from the photographs to the shipped folder, and its error messages."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ RECIPE = {
 
 @pytest.fixture
 def given(tmp_path: Path) -> list[str]:
-    """The arguments of a run on five small photographs, with opinions of types 1 and 8."""
+    """Return the arguments of a run on five small photographs, with opinions of types 1 and 8."""
     photographs = tmp_path / "photographs"
     photographs.mkdir()
     for number in range(1, 6):
@@ -65,7 +65,7 @@ def given(tmp_path: Path) -> list[str]:
 
 
 def written(out: Path) -> dict[str, int]:
-    """The results that cost time, with the time at which each was written."""
+    """Return the files that take long to compute, with the time when each was written."""
     found = [*out.glob("packed/*/model.safetensors"), *out.glob("packed/*/*.json")]
     found += out.glob("packed/*/attacks/*.json")
     return {str(path): path.stat().st_mtime_ns for path in found}

@@ -1,4 +1,4 @@
-"""The regression script flags a planted slowdown, and nothing else."""
+"""Test that `bench.compare` reports a planted slowdown, and only a slowdown."""
 
 from __future__ import annotations
 
@@ -23,9 +23,11 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 class Machine:
-    """Operators of known cost on a busy machine: each time is off by a few per cent, one in twenty is three times as
-    long, and the machine itself slows down to a tenth of its speed in the course of a run. A process is faster or
-    slower than the next for as long as it lives, by `placement` as a standard deviation."""
+    """Simulate the times of operators on a busy machine.
+
+    Each time has an error of about 8 %. One time in twenty is three times as long. The machine gets slower during a
+    run. Each process has a constant relative speed; the standard deviation of its logarithm is `placement`.
+    """
 
     def __init__(self, seed: int, placement: float = 0.05) -> None:
         self.random = np.random.default_rng(seed)
@@ -73,13 +75,13 @@ def test_faster_is_no_alarm_and_less_than_the_tolerance_neither(seed: int):
 
 @pytest.mark.parametrize("seed", range(10))
 def test_what_a_process_happens_to_be_is_no_slowdown(seed: int):
-    """As measured on two equal checkouts: one preparation differed from the next by a sixth."""
+    """In a measurement of two equal checkouts, the times of two processes differed by one sixth."""
     assert not Machine(seed, placement=0.16).judged(1.0).slower
     assert Machine(seed, placement=0.16).judged(2.0).slower
 
 
 def test_the_interval_errs_as_seldom_as_it_says():
-    """Of 2,000 runs without a slowdown about 1 % may have an interval off 1: by the binomial 99.9 % quantile, 34."""
+    """About 1 % of 2,000 intervals may not contain the true value. The 99.9 % quantile of their number is 34."""
     random = np.random.default_rng(0)
     missed = 0
     for _ in range(2000):
@@ -89,7 +91,7 @@ def test_the_interval_errs_as_seldom_as_it_says():
 
 
 def test_the_signed_rank_interval_is_the_textbooks():
-    """By enumeration: 1 of 2⁸ signs leaves no positive rank, and 10 leave a sum of at most 5."""
+    """Of the 2⁸ combinations of signs, 1 has no positive rank, and 10 have positive ranks with a sum of at most 5."""
     values = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0]
     means = sorted((a + b) / 2 for a, b in itertools.combinations_with_replacement(values, 2))
     sums = [
@@ -152,7 +154,7 @@ def test_more_lines_need_more_evidence():
 
 
 def slowed(call: Callable[[], object], slowdown: float) -> Callable[[], object]:
-    """`call`, and then busy until the processor was had `slowdown` times as long."""
+    """Return a function that runs `call` and stays busy until it used `slowdown` times the CPU time of `call`."""
 
     def longer() -> None:
         begin = time.process_time()
@@ -166,7 +168,7 @@ def slowed(call: Callable[[], object], slowdown: float) -> Callable[[], object]:
 
 @pytest.mark.parametrize("slowdown", [1.0, 1.2])
 def test_ten_repeats_on_this_machine(slowdown: float, monkeypatch: pytest.MonkeyPatch):
-    """Real work by the real clock, however busy the machine is."""
+    """Time real work with the real clock. The verdicts must also be right on a busy machine."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     monkeypatch.setattr("bench.worker.LEAST_MILLISECONDS", 0.5)
     random = np.random.default_rng(0)
@@ -199,7 +201,7 @@ TINY = ["--families", "tiny", "--rounds", "1", "--device", "cpu", "--sets", "10"
 
 
 class Here:
-    """What a process would answer, by this one: starting one takes seconds."""
+    """Replace `Worker` and measure in this process, because starting a process takes seconds."""
 
     def __init__(self, checkout: Path) -> None:
         assert checkout == ROOT
@@ -238,13 +240,13 @@ def test_what_cannot_run_is_not_compared(monkeypatch: pytest.MonkeyPatch, capsys
 
 
 def test_a_checkout_is_timed_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch):
-    """One process and not the four of a set: each takes seconds to start. It has one thread unless told otherwise."""
+    """The process uses one thread by default. Only one process is started, because each start takes seconds."""
     for variable in ("OMP_NUM_THREADS", "TRITON_INTERPRET"):
         monkeypatch.delenv(variable, raising=False)
     request = {"operator": "dyt", "family": "tiny", "direction": "forward", "dtype": "fp32", "device": "cpu"}
     worker = Worker(ROOT)
     try:
-        # A terminal's Ctrl-C goes to a whole group: this process answers it, and its workers print no tracebacks.
+        # Ctrl-C in a terminal interrupts a whole process group. A worker has its own group and prints no traceback.
         assert os.getpgid(worker.process.pid) != os.getpgid(0)
         environment = Path(f"/proc/{worker.process.pid}/environ")
         assert worker.prepare({**request, "backend": "reference", "verify": True})() > 0
@@ -321,7 +323,7 @@ def test_ctrl_c_tells_what_the_finished_sets_say(
     assert main([*arguments, *TINY]) == 130
     captured = capsys.readouterr()
     assert ("1 compared" in captured.out) == told
-    assert bool(captured.out) == told  # no table without lines
+    assert bool(captured.out) == told  # a table without lines is not printed
     assert "interrupted" in captured.err
     assert ("3 sets cannot detect a slowdown" in captured.err) == (not told)
 
@@ -335,7 +337,7 @@ def test_the_rule_is_in_the_help(capsys: pytest.CaptureFixture[str]):
 
 
 def test_bad_arguments_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """With another code than that of a slowdown."""
+    """The exit code is 2, because 1 means a slowdown."""
     for arguments, sentence in (
         (["--checkouts", str(tmp_path), str(tmp_path), *TINY], "no srm_kernels in it"),
         (["--backends", "reference", "torch", *TINY, "--rounds", "0"], "rounds=0: expected at least 1"),

@@ -1,4 +1,4 @@
-"""`bench.cpu_neck` at sizes that take seconds: rows, shares, and the mark at what misses its aim."""
+"""Test `bench.cpu_neck` at small sizes: its rows, the ratios, and the mark of a missed target."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The picture of the README."""
+"""Test `bench.diagram`, which draws the picture of the README."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`bench.fused_neck` at sizes that a CPU takes in seconds: rows, ratios, and the mark at what misses."""
+"""Test `bench.fused_neck` at small sizes on a CPU: its rows, the ratios, and the mark of a missed target."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_every_neck_has_a_row_with_its_ratios(direction, tmp_path, monkeypatch, 
     monkeypatch.setenv("SRM_KERNELS_BACKEND", "reference")
     monkeypatch.setattr(
         fused_neck, "launches_by_interpreter", lambda: "counted\n"
-    )  # tests/model/test_fused_neck.py
+    )  # tests/model/test_fused_neck.py tests the launches
     fused_neck.main()
     (written,) = tmp_path.rglob("fused_neck.jsonl")
     rows = [json.loads(line) for line in written.read_text("utf-8").splitlines()]
@@ -32,7 +32,7 @@ def test_every_neck_has_a_row_with_its_ratios(direction, tmp_path, monkeypatch, 
     printed = capsys.readouterr().out
     assert printed.count("pvt_v2_b2") == 4
     assert "counted\n" in printed
-    assert ("times_the_floor" in quadratic) == (direction == "forward")  # at rates that were measured
+    assert ("times_the_floor" in quadratic) == (direction == "forward")  # at the measured rates
 
 
 def test_a_fused_neck_that_misses_what_is_asked_is_marked():
@@ -48,8 +48,8 @@ def test_a_fused_neck_that_misses_what_is_asked_is_marked():
         {"memory_of_quadratic": 0.3},
         {"times_the_floor": 3.1},
         {"neck": "fused, one graph", "faster_than_quadratic": 2.9},
-        {"dyt": False, "faster_than_compiled": 3.1},  # eager: 5 without DyT
-        {"dyt": False, "faster_than_quadratic": 5.1},  # compiled: 3
+        {"dyt": False, "faster_than_compiled": 3.1},  # without DyT, the target over eager is 5
+        {"dyt": False, "faster_than_quadratic": 5.1},  # without DyT, the target over compiled is 3
         {"side": 1024, "faster_than_quadratic": 5.9},
         {"direction": "both", "faster_than_quadratic": 1.9},
     ):
@@ -59,7 +59,7 @@ def test_a_fused_neck_that_misses_what_is_asked_is_marked():
 
 
 def test_the_floor_is_the_larger_of_reading_and_multiplying(monkeypatch):
-    """At 1 GB/s and a rate without bound the maps' bytes, at the other extreme the products."""
+    """At a low bandwidth, reading the maps sets the floor. At a low rate of products, the products set the floor."""
     import argparse
 
     options = argparse.Namespace(

@@ -1,5 +1,8 @@
-"""`bench/gpu.sh` against stand-ins for the tools: each part runs its steps alone and in order, a failure or a missing
-tool does not end it, and Ctrl-C keeps what was written."""
+"""Test `bench/gpu.sh` with scripts that replace its tools.
+
+Each part runs its steps one at a time and in order. A failed step or a missing tool does not end a part. After Ctrl-C,
+the output of finished and interrupted steps is kept.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,10 @@ pytestmark = pytest.mark.skipif(shutil.which("timeout") is None, reason="coreuti
 def started(
     tmp_path: Path, part: str, python: str = "true", sanitizer: str | None = "true"
 ) -> subprocess.Popen[bytes]:
-    """A part of the script with a `python3` of these shell commands; its results go to `out`.
+    """Start a part of the script. Results go to the folder `out`.
 
-    `started`, beside it, has a line for every command when it starts, and `ended` when it ends.
+    The shell commands `python` and `sanitizer` replace python3 and compute-sanitizer. Each call of python3 appends a
+    line to the file `started` when it starts, and to the file `ended` when it ends.
     """
     tools = tmp_path / "tools"
     tools.mkdir()
@@ -35,7 +39,7 @@ def started(
         (tools / name).write_text(f"#!/bin/sh\n{body}\n")
         (tools / name).chmod(0o755)
     env = os.environ | {"PATH": f"{tools}:/usr/bin:/bin", "PYTHON": str(tools / "python3")}
-    # A test runner started in the background ignores SIGINT, and what it starts would too.
+    # A test runner in the background ignores SIGINT, and its child processes inherit this. Restore the default.
     return subprocess.Popen(
         ["bash", str(ROOT / "bench/gpu.sh"), part, str(tmp_path / "out")],
         env=env,
@@ -47,13 +51,13 @@ def started(
 
 
 def commands(tmp_path: Path) -> list[str]:
-    """What was started, less the questions that the script asks."""
+    """Return the commands that were started, without the `python3 -c` calls of the script itself."""
     lines = (tmp_path / "started").read_text().splitlines()
     return [line for line in lines if not line.startswith("-c ")]
 
 
 def test_part_a_runs_every_kernel_and_then_the_tests_alone(tmp_path: Path):
-    """The telling files first, all others after, nothing twice, a line a test; an earlier run's output is gone."""
+    """The most important test files run first, then all others, each file once. Earlier output of part a is removed."""
     out = tmp_path / "out/a-card-80gb"
     out.mkdir(parents=True)
     (out / "tests.txt").write_text("of an earlier run")
@@ -88,7 +92,7 @@ def test_part_b_runs_benchmarks_one_at_a_time_the_most_wanted_first(tmp_path: Pa
     for module in ("bench.neck", "bench.growth", "bench.attacks"):
         assert any(module in line for line in found)
     ended = [line for line in (tmp_path / "ended").read_text().splitlines() if not line.startswith("-c ")]
-    assert ended == found  # none started before the one before it had ended
+    assert ended == found  # each command ended before the next one started
     out = tmp_path / "out/a-card-80gb"
     for tool in ("memcheck", "racecheck"):
         assert f"--tool {tool}" in (out / f"sanitizer-{tool}.txt").read_text()
@@ -145,7 +149,7 @@ def test_another_part_is_refused(tmp_path: Path):
 )
 def test_ctrl_c_ends_the_step_and_keeps_what_was_written(tmp_path: Path, part: str, step: str, later: str):
     pid = tmp_path / "pid"
-    # Python ends at TERM without a word; at INT, benchmarks write what they have.
+    # The script must send SIGINT: benchmarks then write what they have measured. SIGTERM ends Python at once.
     ending = f"echo kept > {tmp_path}/kept; kill \\$!; exit 1"
     sleeping = (
         f'case "$*" in *"{step}"*) echo a line; trap "{ending}" INT; echo $$ > {pid}; sleep 60 & wait;; esac'

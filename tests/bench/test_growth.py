@@ -1,4 +1,4 @@
-"""Exponents of known laws, crossings of known surfaces, and the command at a tiny size."""
+"""Test `bench.growth`: exponents of known power laws, crossover points, and the command at a tiny size."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_the_standard_error_is_that_of_least_squares():
 
 
 def test_the_work_itself_grows_as_the_article_says():
-    """Equation 30: linear in N_q and N_k, and where both grow exact attention alone is quadratic."""
+    """By the article's eq. 30, work is linear in N_q and in N_k. If both grow, only exact attention is quadratic."""
     large = {
         "N_q": (1 << 20, 1 << 22, 1 << 24),
         "N_k": (1 << 20, 1 << 22, 1 << 24),
@@ -47,7 +47,7 @@ def test_the_work_itself_grows_as_the_article_says():
     for variable, values in large.items():
         for name, expected in ((EXACT, 2.0 if variable == "N" else 1.0), ("nystrom [torch]", 1.0)):
             work = [growth.macs(growth.at(BASE, variable, value), name) for value in values]
-            # the constant part of equation 30 is under a hundredth of it at these sizes
+            # At these sizes, the constant part of eq. 30 is less than 1 % of the work.
             assert power_law(values, work).exponent == pytest.approx(expected, abs=0.01), (variable, name)
     assert growth.macs(BASE._replace(N_k=16), "nystrom [torch]") == growth.macs(
         BASE._replace(N_k=16, r=16), "nystrom [torch]"
@@ -62,7 +62,7 @@ def test_a_crossing_is_interpolated_between_loss_and_win():
     found = surface(
         {(100, 1): 2.0, (400, 1): 0.5, (100, 2): 0.9, (400, 2): 0.3, (100, 4): 3.0, (400, 4): 1.2}
     )
-    assert crossing(found, 1) == pytest.approx(200)  # halfway, in logarithms
+    assert crossing(found, 1) == pytest.approx(200)  # the middle on a logarithmic scale
     assert crossing(found, 2) == 100
     assert crossing(found, 4) is None
     said = guide(found)
@@ -87,7 +87,7 @@ def rows_of(seconds: Any) -> list[dict[str, Any]]:
             "value": keys,
             **BASE._replace(N_k=keys)._asdict(),
             "implementation": name,
-            "milliseconds": {"p50": 1.0},  # others had the machine
+            "milliseconds": {"p50": 1.0},  # disturbed by other processes; `typical` is used
             "typical": seconds(name, keys),
             "memory": {"above": keys},
             "macs": keys,

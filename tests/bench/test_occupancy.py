@@ -1,4 +1,4 @@
-"""Theoretical occupancy against hand-worked cases, and the table of compiled kernels."""
+"""Test the theoretical occupancy against cases computed by hand, and the table of compiled kernels."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from bench.occupancy import kernel_table, occupancy
 @pytest.mark.parametrize(
     ("registers", "shared", "warps", "capability", "blocks", "share", "limit"),
     [
-        # 32 registers × 32 threads = 1024 a warp, 16 of them in each quarter of the registers: all 64 warps
+        # A warp needs 32 × 32 = 1024 registers. Each quarter of the register file holds 16 warps: all 64 warps fit.
         (32, 0, 8, 80, 8, 1.0, "warps"),
-        # 128 × 32 = 4096 a warp, 4 in a quarter: 16 warps, 4 blocks of 4
+        # A warp needs 128 × 32 = 4096 registers. A quarter holds 4 warps: 16 warps fit, 4 blocks of 4.
         (128, 0, 4, 86, 4, 16 / 48, "registers"),
-        # 255 × 32 = 8160, rounded to 8192, 2 in a quarter: 8 warps, one block of 8
+        # 255 × 32 = 8160 is rounded up to 8192. A quarter holds 2 warps: 8 warps fit, one block of 8.
         (255, 0, 8, 90, 1, 8 / 64, "registers"),
-        # 129 × 32 = 4128, rounded to 4352, 3 in a quarter: 12 warps, 3 blocks of 4
+        # 129 × 32 = 4128 is rounded up to 4352. A quarter holds 3 warps: 12 warps fit, 3 blocks of 4.
         (129, 0, 4, 89, 3, 12 / 48, "registers"),
-        # the same 12 warps, not the 15 that undivided registers would hold: two blocks of 5
+        # Again 12 warps fit: two blocks of 5. An undivided register file would hold 15 warps.
         (129, 0, 5, 89, 2, 10 / 48, "registers"),
-        # 49 KiB and the KiB kept: two in 100 KiB; a byte more and there is one
+        # A block needs 49 KiB and 1 KiB for the driver: two blocks fit in 100 KiB. With one byte more, one fits.
         (32, 49 * 1024, 4, 89, 2, 8 / 48, "shared memory"),
         (32, 49 * 1024 + 1, 4, 120, 1, 4 / 48, "shared memory"),
-        # a single block may have 99 KiB on a consumer card, 227 on an H100
+        # A block may use at most 99 KiB on a consumer GPU, and at most 227 KiB on an H100.
         (32, 99 * 1024, 4, 86, 1, 4 / 48, "shared memory"),
         (32, 100 * 1024, 4, 86, 0, 0.0, "shared memory"),
         (32, 227 * 1024, 4, 90, 1, 4 / 64, "shared memory"),
-        # small blocks: 16 of one warp on sm_86, 24 on sm_89
+        # Small blocks of one warp: at most 16 blocks on sm_86, and at most 24 on sm_89.
         (16, 0, 1, 86, 16, 16 / 48, "blocks"),
         (16, 0, 1, 89, 24, 24 / 48, "blocks"),
-        # more than a thread may have
+        # A thread cannot have 256 registers.
         (256, 0, 1, 80, 0, 0.0, "registers"),
-        # a block that needs more registers than there are
+        # A block needs more registers than the register file has.
         (255, 0, 16, 80, 0, 0.0, "registers"),
     ],
 )
@@ -62,7 +62,7 @@ ROW = {
 
 
 def test_a_line_of_the_table():
-    """128 registers leave room for 4 blocks; 50 KiB and the one that the driver keeps leave room for one."""
+    """The registers hold 4 blocks. The shared memory holds one block of 50 KiB and 1 KiB for the driver."""
     header, (line,) = kernel_table([ROW])
     assert dict(zip(header, line, strict=True)) == {
         "operator": "neck", "kernel": "query_side", "sm": "120", "warps": "4", "registers": "128", "spilled B": "0",

@@ -1,4 +1,4 @@
-"""How opinions fit re-made images: rows and their summary."""
+"""Test `bench.opinions`, which correlates metrics of distorted photographs with opinions: rows and summary."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def test_the_summary_has_each_type_and_all_beside_the_published_figures():
 
 
 def test_ssim_is_that_of_the_luminance_at_full_resolution():
-    """Chroma that leaves the luminance unchanged does not change the score; downsampling would, for fine noise."""
+    """A change of chroma alone does not change the score. Fine noise lowers it; downsampling would hide the noise."""
     rng = np.random.default_rng(0)
     grey = torch.full((1, 3, 384, 384), 0.5)
-    chroma = torch.tensor([0.587, -0.299, 0.0]).view(1, 3, 1, 1) * 0.2  # of luminance 0
+    chroma = torch.tensor([0.587, -0.299, 0.0]).view(1, 3, 1, 1) * 0.2  # its luminance is 0
     piq = import_piq()
     assert float(opinions._scores(piq, grey + chroma, grey)["ssim"]) == pytest.approx(1.0, abs=1e-4)
     noisy = (grey + 0.1 * torch.from_numpy(rng.standard_normal((1, 1, 384, 384), np.float32))).clamp(0, 1)

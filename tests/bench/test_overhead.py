@@ -1,4 +1,4 @@
-"""`bench.overhead`: launches are bound by Triton itself and dropped, rows say what was counted and timed."""
+"""Test the rows of `bench.overhead`, which counts and times the launches of the fused neck without a GPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Of a process without Triton's interpreter, which these tests may run in."""
+    """Return the rows of a run in another process, because this process may use Triton's interpreter."""
     out = tmp_path_factory.mktemp("overhead")
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "bench.overhead", "--repeats", "2", "--out", str(out)]
@@ -44,13 +44,13 @@ def test_a_forward_pass_takes_twelve_launches_beside_the_gates_convolutions(rows
 
 
 def test_no_launch_and_no_call_of_an_operator_is_added(rows):
-    """Four operators of the links, two of the gate, the fusion and two losses; the backward pass calls as many."""
+    """The forward pass calls 9 operators: 4 for links, 2 for the gate, the fusion and 2 losses; backward also 9."""
     assert [(row["launches"], row["operators"]) for row in rows[:2]] == [(17, 9), (18, 9)]
     assert [row["operators"] for row in rows[2:]] == [18, 18]
 
 
 def test_a_training_step_launches_the_backward_kernels_too(rows):
-    """Which shows that Triton takes them: its check of globals at every launch is part of what runs."""
+    """Triton checks the globals of a kernel at every launch, and it accepts these launches."""
     for forward, step in zip(rows[:2], rows[2:], strict=True):
         assert step["own"] >= forward["own"] + 8
 

@@ -1,4 +1,4 @@
-"""The table of compiled kernels: what it takes over, what it compiles anew, and what it drops."""
+"""Test the table of compiled kernels: which rows are kept, replaced or dropped, and the digest of a launch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_rows_are_taken_over_replaced_and_dropped(tmp_path: Path):
     assert table.known["b"] == Resources("same", 4, 32, 0, 64)
     table.add(row("same", "b"))
     table.add(row("new", "d"))
-    assert [each["code"] for each in read(path)] == ["a", "b", "c", "d"]  # what an interruption leaves
+    assert [each["code"] for each in read(path)] == ["a", "b", "c", "d"]  # after an interruption
     table.close(lambda each: each["family"] == "neck")
     found = read(path)
     assert [each["code"] for each in found] == ["c", "b", "d"]
@@ -37,7 +37,7 @@ def test_rows_are_taken_over_replaced_and_dropped(tmp_path: Path):
 
 
 def test_a_digest_is_of_sources_constants_and_architecture():
-    """Each counts, as do the number of warps and the code of what a kernel calls; comments and lines do not."""
+    """The digest also depends on the number of warps and on called functions, but not on comments or line breaks."""
     pytest.importorskip("triton")
     code = """
 from bench import resources, shapes

@@ -1,4 +1,4 @@
-"""Rows become one page with pictures; rows of different machines or versions never meet."""
+"""Test the page and pictures of `bench.report`, which does not mix rows of different machines or versions."""
 
 from __future__ import annotations
 
@@ -108,10 +108,10 @@ def test_every_table_and_picture_is_written(folder: Path):
     assert "Some CPU, 1 thread, torch 2.13.0" in page
     assert "MAC = 1 multiply-add" in page
     assert "out of memory: tried 9 GiB" in page
-    assert "| 1.00 | – | 1.00 | 0.300 |" in page  # GMAC by formula, fvcore, torch, and the links' part
+    assert "| 1.00 | – | 1.00 | 0.300 |" in page  # GMAC by formula, by fvcore, by torch, and of the links
     assert "below N_k ≈ 70, use exact attention" in page or "below N_k ≈ 7" in page
     assert "(slower)" in page
-    assert "1.00 ± 0.00" in page  # exact, in N_k
+    assert "1.00 ± 0.00" in page  # exponent of exact attention in N_k
     kinds = {path.name.split("-")[0] for path in written if path.suffix == ".svg"}
     assert kinds == {"stages", "time", "memory", "roofline", "growth", "crossover"}
     for path in written:
@@ -273,7 +273,7 @@ def test_the_border_runs_between_wins_and_losses():
         column_label="c",
     )
     edges = [line.get_xydata().tolist() for line in figure.axes[0].lines]
-    # One cell of three wins: an edge above it and one to its right.
+    # One of the three measured cells is a win. The border has an edge above it and an edge to its right.
     assert edges == [[[-0.5, 0.5], [0.5, 0.5]], [[0.5, 0.5], [0.5, 1.5]]]
     assert [text.get_text() for text in figure.axes[0].texts][1:] == ["2.0", "–", "0.50", "1.2"]
 
@@ -288,7 +288,7 @@ def test_what_was_measured_is_on_the_axis():
 
 
 def test_lines_that_lie_on_each_other_are_one_with_both_names(tmp_path: Path):
-    """Of two such lines only the upper one would be seen; one that is far below would press the others together."""
+    """Lines that coincide are drawn once. A line far below the others would stretch the axis, so it is left out."""
     for side in (64, 128):
         for neck, milliseconds in (("srm", 100), ("quadratic", 100.5), ("none", 1)):
             append(tmp_path / "neck.jsonl", neck_row(neck, side) | {"typical": milliseconds * side})
@@ -343,7 +343,7 @@ def test_pages_are_filled_from_rows(folder: Path, capsys: pytest.CaptureFixture[
         pages.filled(BLOCK, folder)
 
 
-@pytest.mark.parametrize("backend", ["torch", "sdpa"])  # and its name in earlier rows
+@pytest.mark.parametrize("backend", ["torch", "sdpa"])  # `sdpa` is its name in earlier rows
 def test_a_step_is_told_as_a_share_of_the_quadratic_necks(backend: str, tmp_path: Path):
     for neck, milliseconds in (("srm", 15.0), ("quadratic", 20.0), ("none", 5.0)):
         row = neck_row(neck) | {"part": "model", "direction": "step", "typical": milliseconds}

@@ -1,4 +1,4 @@
-"""`bench.small_run` launches by the options that attention has, here in Triton's interpreter."""
+"""Test that `bench.small_run` runs every method of attention, in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from srm_kernels.attention import launch_rules
 def test_every_method_runs_with_keys_divided_among_programs(monkeypatch: pytest.MonkeyPatch):
     for name in vars(launch_rules):
         if name.startswith(("MOST_", "LEAST_")):
-            monkeypatch.setattr(launch_rules, name, getattr(launch_rules, name))  # restored at the end
+            monkeypatch.setattr(launch_rules, name, getattr(launch_rules, name))  # restored after the test
     monkeypatch.setattr(small_run, "LIMITS", small_run.LIMITS[1:2])
     monkeypatch.setattr(small_run, "DTYPES", (torch.float32,))
     small_run.run("cpu")

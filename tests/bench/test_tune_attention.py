@@ -1,4 +1,4 @@
-"""`bench.tune_attention` in Triton's interpreter: every alternative takes its rule's place and is timed."""
+"""Test `bench.tune_attention` in Triton's interpreter: each alternative configuration is launched and timed."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def test_each_alternative_is_timed_and_each_rules_own_choice_is_marked(
         (chosen,) = (row for row in own if row["chosen"])
         choice = rule(16, 16, tune_attention.DTYPES["fp32"], (8, 9))
         assert [chosen[field] for field in choice._fields] == list(choice)
-        assert getattr(launch_rules, name) is rule  # as it was
+        assert getattr(launch_rules, name) is rule  # the rule is restored
     assert all(row["error"] is None and row["typical"] > 0 for row in rows)
     assert capsys.readouterr().out.count("<- the rule") == len(rules)
 
 
 def test_what_cannot_run_is_a_row_that_says_why(small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(tune_attention, "BLOCKS", (16, 24))  # no power of two
+    monkeypatch.setattr(tune_attention, "BLOCKS", (16, 24))  # 24 is not a power of two
     rows = run(tmp_path, "--processes", "1")
     refused = [row for row in rows if row["error"]]
     assert {row["block"] for row in refused} == {24}
@@ -93,7 +93,7 @@ def test_a_process_that_is_ended_ends_the_compiling_and_not_the_measuring(
 def test_a_launch_that_leaves_the_device_unusable_ends_the_run(
     small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """What is launched after it would be refused whatever it is."""
+    """After such a launch, the device refuses every launch, so no later row would be valid."""
 
     def illegal(*_: object) -> None:
         raise RuntimeError("illegal memory access")

@@ -1,4 +1,4 @@
-"""A device with a fault planted in each of several operators, for `--device planted:faulty`."""
+"""Emulated devices with planted faults, for options such as `--device planted:faulty`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def wrong_dyt_kernel(
     x_ptr, alpha_ptr, weight_ptr, bias_ptr, out_ptr, M, inner, x_outer, x_inner, x_column, C: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """DyT with 1.001 in place of 1."""
+    """Compute DyT with a weight that is too large by 0.1 %."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     mask = (rows < M)[:, None] & (columns < C)[None, :]
@@ -40,7 +40,7 @@ def wrong_dyt_kernel(
 
 @triton.jit
 def racing_kernel(x_ptr, BLOCK: tl.constexpr):
-    """Reads what another warp writes, with no barrier between; the numbers are the right ones by luck."""
+    """Read what another warp writes, without a barrier. The results are correct only by chance."""
     i = tl.arange(0, BLOCK)
     tl.store(x_ptr + i, 1.0 + i)
     mirrored = tl.load(x_ptr + BLOCK - 1 - i)
@@ -49,7 +49,7 @@ def racing_kernel(x_ptr, BLOCK: tl.constexpr):
 
 @triton.jit
 def large_kernel(x_ptr, SIZE: tl.constexpr):
-    """A product whose operands need more shared memory than a block has."""
+    """Multiply matrices that need more shared memory than a block has."""
     i, j = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
     at = x_ptr + i * SIZE + j
     tl.store(at, tl.dot(tl.load(at), tl.load(at), input_precision="tf32"))
@@ -63,7 +63,7 @@ def endless_kernel(x_ptr):
 
 
 def before(plain: Any, fault: Any) -> Any:
-    """A function that does something else first."""
+    """Return a function that calls `fault` and then `plain`."""
 
     def planted(*args: Any) -> Any:
         fault()
@@ -88,7 +88,7 @@ _broken = False
 
 
 def illegal_access() -> None:
-    """A fault after which nothing works in this process, as with a CUDA context."""
+    """Raise an error and break this process for later calls, as an illegal access breaks a CUDA context."""
     global _broken
     _broken = True
     raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -108,7 +108,7 @@ def out_of_memory() -> None:
 
 
 def wrong_bits(plain: Any) -> Any:
-    """The same function, with another last bit from call to call."""
+    """Return `plain` with results whose last bit changes from call to call."""
     calls = 0
 
     def planted(*args: Any) -> tuple[Tensor, ...]:
@@ -154,7 +154,7 @@ def plant_no_compiler() -> Iterator[None]:
 
 @contextmanager
 def plant_yardstick() -> Iterator[None]:
-    """Make the step "eager" end the process, as an error of a library can."""
+    """Make the step "eager" abort the process, as an error in a library can."""
     step = measure._step
 
     def planted(call: Any, inputs: Any, backend: str, direction: str) -> Callable[[], Any]:

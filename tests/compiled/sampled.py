@@ -1,4 +1,4 @@
-"""Tests of one part of the sample: each run of it is a test."""
+"""Make a test for each run of one part of the sample of `bench.ptx.matrix`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ AGAIN = f"python -m bench.ptx --matrix --resume --out {MATRIX.relative_to(RESULT
 
 
 def rows_test(chosen: Callable[[str], bool]) -> Callable[[matrix.Run], None]:
-    """Return a test of the runs whose kind and case are chosen."""
+    """Return a test of the runs that `chosen` accepts. `chosen` is called with the kind and the case as one string."""
     runs = [run for run in matrix.runs(sample=True) if chosen("{kind} {case}".format(**run.about()))]
     committed = {matrix.key_of(row): row for row in read(MATRIX) if row["order"] == "together"}
 

@@ -1,4 +1,4 @@
-"""Nyström attention as compiled code: the sample of `bench.ptx.matrix`."""
+"""Test the compiled code of Nyström attention on the sample of `bench.ptx.matrix`."""
 
 from __future__ import annotations
 

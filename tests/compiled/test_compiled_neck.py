@@ -1,4 +1,4 @@
-"""The fused neck as compiled code: the sample of `bench.ptx.matrix`."""
+"""Test the compiled code of the fused neck on the sample of `bench.ptx.matrix`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The operators beside attention as compiled code: the sample of `bench.ptx.matrix`."""
+"""Test the compiled code of all operators except attention on the sample of `bench.ptx.matrix`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What compiled kernels promise to the bit: the same results twice, alone and in a batch, whatever warp runs first."""
+"""Test that results have the same bits in every call, in every batch, and for every order of the warps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sample covers every kernel, number of warps, stages and register limit of the compiled matrix."""
+"""Test that the sample covers every kernel and every combination of launch options, and test the committed rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from srm_model.profiling.results import read
 
 @pytest.fixture(scope="module")
 def sampled() -> set[matrix.Configuration]:
-    """Return what the sample launches."""
+    """Return the kernels that the sample launches, with their launch options."""
     return set().union(*(matrix.configurations_of(run) for run in matrix.runs(sample=True)))
 
 
@@ -38,7 +38,7 @@ def test_every_kernel_of_the_package_is_executed(sampled):
 
 
 def test_every_branch_of_the_launch_rules_is_executed(sampled):
-    """What `bench.resources` compiles are all branches."""
+    """`bench.resources` compiles the kernels of every branch."""
     branches = set()
     for family in resources.FAMILIES.values():
         for case in family.cases:

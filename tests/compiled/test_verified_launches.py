@@ -1,4 +1,4 @@
-"""Every kernel of the package is launched by a case of `python -m srm_kernels verify`."""
+"""Test that the cases of `python -m srm_kernels verify` launch every kernel of the package."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from srm_kernels.verify.measure import results
 
 
 def kernels() -> set[str]:
-    """Names of all kernels that operators launch."""
+    """Return the names of all kernels of the package."""
     found = set()
     for module in pkgutil.walk_packages(srm_kernels.__path__, "srm_kernels."):
         if module.name.endswith("kernels") and module.name != "srm_kernels":
@@ -37,7 +37,7 @@ def kernels() -> set[str]:
 
 @contextmanager
 def launches() -> Iterator[set[str]]:
-    """Names of the kernels that are launched inside, which do not run: memory is zeros."""
+    """Collect the names of the kernels that are launched inside. The kernels do not run; their outputs are zeros."""
     found: set[str] = set()
     with (
         emulated_device(89, check=False),
@@ -50,7 +50,7 @@ def launches() -> Iterator[set[str]]:
 
 
 def test_every_kernel_is_launched_by_a_case_of_the_family():
-    """In both dtypes that kernels tell apart, at the family's sizes with one sample and one head."""
+    """The shapes of the family run with one sample and one head, in bf16 and fp32: kernels can depend on the dtype."""
     everywhere = set()
     for shape in FAMILY:
         small = SHAPES[shape]._replace(batch=1, heads=1)

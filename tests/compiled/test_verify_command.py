@@ -1,4 +1,7 @@
-"""`python -m srm_kernels verify` on an emulated device: right kernels pass, planted faults are found, never taken."""
+"""Test `python -m srm_kernels verify` on an emulated device.
+
+Correct kernels pass and are used from then on. Kernels with planted faults are reported and never used.
+"""
 
 from __future__ import annotations
 
@@ -57,10 +60,10 @@ def test_right_kernels_pass_and_are_taken_from_then_on(folder: Path, tmp_path: P
         dyt(*call)
         assert [launch.name for launch in device.launches] == ["dyt_kernel"]
         assert explain("rms_scale", torch.zeros(1, 1, 4, 8)).backend == "reference"
-    # A second run measures nothing and says so.
+    # A second run measures nothing and prints the reason.
     assert verify("--only", "dyt", "gate_losses") == 0
     assert "2 of 2 cases are in the stored verdict" in capsys.readouterr().out
-    # What was exported can be shipped.
+    # The exported file is also a valid shipped verdict.
     rows = [json.loads(line) for line in exported.read_text().splitlines()]
     assert [row["operator"] for row in rows] == ["dyt", "gate_losses"]
     shipped = verdicts.shipped(KEY, exported.parent)

@@ -1,4 +1,4 @@
-"""Small Triton kernels of every kind that the package uses, and hand-written PTX with room for a body."""
+"""Small Triton kernels like those of the package, and a PTX kernel whose body is given by a test."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def product_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """C = A B; LEFT and RIGHT say which of A, B is stored transposed."""
+    """Compute C = A B. A is stored transposed if LEFT, and B is stored transposed if RIGHT."""
     m, n = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
     total = tl.zeros([BM, BN], tl.float32)
     rows, columns = (m < M)[:, None], (n < N)[None, :]
@@ -60,7 +60,7 @@ def product_kernel(
 def chain_kernel(
     a_ptr, b_ptr, c_ptr, out_ptr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """(A B) C, A (M, K), B (K, N), C (N, K): the left operand of the second product is in registers."""
+    """Compute (A B) C for A (M, K), B (K, N), C (N, K). The left operand of the second product is in registers."""
     m, n, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
     a = tl.load(a_ptr + m[:, None] * K + k[None, :])
     b = tl.load(b_ptr + k[:, None] * N + n[None, :])
@@ -88,7 +88,7 @@ def order_kernel(x_ptr, sorted_ptr, summed_ptr, BLOCK: tl.constexpr):
 
 @triton.jit
 def collatz_kernel(x_ptr, steps_ptr):
-    """A loop whose length differs between blocks."""
+    """Run a loop whose length differs between blocks."""
     i = tl.program_id(0)
     x = tl.load(x_ptr + i)
     steps = 0
@@ -106,14 +106,14 @@ def off_by_one_kernel(x_ptr, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def large_kernel(a_ptr, b_ptr, c_ptr, SIZE: tl.constexpr):
-    """A product whose operands need SIZE² · 8 bytes of shared memory."""
+    """Multiply matrices that need SIZE² · 8 bytes of shared memory."""
     i, j = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
     at = i * SIZE + j
     tl.store(c_ptr + at, tl.dot(tl.load(a_ptr + at), tl.load(b_ptr + at), input_precision="tf32"))
 
 
 def faults(device: Device) -> list[str]:
-    """Return the faults of all launches; kind "copies" is not one."""
+    """Return the faults of all launches. Reports of the kind "copies" are not faults."""
     return [str(report) for _, report in device.reports() if report.kind != "copies"]
 
 
@@ -126,7 +126,7 @@ def product(
     right: bool,
     **options: int,
 ) -> torch.Tensor:
-    """A B by `product_kernel`, of A or B stored transposed."""
+    """Return A B by `product_kernel`. A is stored transposed if `left`, and B is stored transposed if `right`."""
     (M, K), N = a.shape, b.shape[1]
     c = torch.full((M, N), torch.nan)
     BM, BN, BK = tile
@@ -148,7 +148,8 @@ def product(
     return c
 
 
-# 64 threads; %r1 is the thread, %r4 the address of its word in shared memory; %r7 is stored to its word of the output.
+# The kernel has 64 threads. %r1 is the thread index, and %r4 is the address of the thread's word in shared memory. The
+# last instruction stores %r7 to the thread's word of the output.
 HEAD = """
 .version 8.4
 .target sm_89
@@ -178,13 +179,13 @@ TAIL = """
 def planted(
     body: str, order: str = "together", out: torch.Tensor | None = None
 ) -> tuple[Execution, np.ndarray]:
-    """Run hand-written PTX with two warps; return its execution and the output of 64 words."""
+    """Run hand-written PTX with two warps; return its execution and the 64 words of its output."""
     out = torch.zeros(64, dtype=torch.int32) if out is None else out
     return execute(HEAD + body + TAIL, out, warps=2, shared=256, order=order), out.numpy()
 
 
 def execute(text: str, out: torch.Tensor, *, warps: int, shared: int, order: str = "together") -> Execution:
-    """Run the kernel `planted` in one block, whose only parameter is a tensor."""
+    """Run the kernel `planted` in one block. Its only parameter is the address of `out`."""
     address = out.data_ptr()
     allocation = Allocation(address, out.nbytes, "out")
     parameters = {"planted_param_0": address.to_bytes(8, "little")}

@@ -1,4 +1,4 @@
-"""Counts of launches of known work, and the bounds that follow."""
+"""Test the counts of launches with known work, and the bounds that are computed from these counts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The emulated device stands in for a GPU: what the package and Triton see of it, and what it leaves behind."""
+"""Test that the package and Triton use the emulated device like a GPU, and that it restores what it changes."""
 
 from __future__ import annotations
 

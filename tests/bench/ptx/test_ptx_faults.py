@@ -1,4 +1,4 @@
-"""Every kind of report is found where a fault is planted, and is absent where the same code is correct."""
+"""Test that every kind of fault is reported in code with a planted fault, and not reported in correct code."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ptx_kernels import execute, kinds, off_by_one_kernel, planted
 
 from bench.ptx import Unsupported, emulated_device
 
-# %r6 is the address of the word of the thread that mirrors this one, which is in the other warp.
+# %r6 is the address of the word of thread 63 - %r1 in shared memory. This thread is in the other warp.
 MIRROR = "sub.s32 %r5, 63, %r1; shl.b32 %r6, %r5, 2; add.s32 %r6, %r6, %r3;\n"
 # %rd3 is the address of the thread's word in global memory.
 PLACE = "cvt.u64.u32 %rd2, %r2; add.s64 %rd3, %rd1, %rd2;\n"
@@ -120,20 +120,20 @@ def test_a_trap():
 MIRROR_GLOBAL = PLACE + "sub.s32 %r5, 252, %r2; cvt.u64.u32 %rd2, %r5; add.s64 %rd2, %rd1, %rd2;\n"
 LOAD, STORE = "ld.global.b32 %r6, [%rd2];\n", "st.global.b32 [%rd3], %r1;\n"
 SAME = "ld.global.b32 %r7, [%rd3]; st.global.b32 [%rd3], %r7;\n"
-END = "ld.global.b32 %r7, [%rd3];"  # what the last instruction stores again
+END = "ld.global.b32 %r7, [%rd3];"  # the last instruction stores this value to the same word
 
 
 @pytest.mark.parametrize("order", ["together", "reversed"])
 @pytest.mark.parametrize(
     ("body", "races"),
     [
-        (LOAD + STORE, True),  # each overwrites what the other loads
+        (LOAD + STORE, True),  # a thread overwrites a word that another thread loads
         (LOAD + BARRIER + STORE, False),
         (STORE + LOAD, True),
         (STORE + BARRIER + LOAD, False),
-        (END + STORE, False),  # its own word
-        (LOAD + SAME, False),  # the same value
-        ("st.global.b32 [%rd1], %r1; bar.sync 0;", True),  # one place, from all threads
+        (END + STORE, False),  # each thread uses its own word
+        (LOAD + SAME, False),  # the stored value does not change the word
+        ("st.global.b32 [%rd1], %r1; bar.sync 0;", True),  # all threads store to one word
     ],
 )
 def test_races_in_global_memory(body, races, order):
@@ -141,7 +141,7 @@ def test_races_in_global_memory(body, races, order):
 
 
 def test_lanes_whose_copies_of_a_sum_differ():
-    """fma(x, x, shfl(x·x)) rounds differently in the two lanes of a butterfly."""
+    """The two lanes of a butterfly round fma(x, x, shfl(x·x)) differently."""
     body = (
         "cvt.rn.f32.u32 %r5, %r1; mul.f32 %r5, %r5, 0f3DCCCCCD; mul.f32 %r6, %r5, %r5;"
         "shfl.sync.bfly.b32 %r7, %r6, 1, 31, -1; fma.rn.f32 %r7, %r5, %r5, %r7;"
@@ -150,7 +150,7 @@ def test_lanes_whose_copies_of_a_sum_differ():
     assert found(body) == ["copies"]
 
 
-# A row is 16 half-precision ones, A (16, 16) and B (16, 8); A's third column is 2 in rows 8 to 15 only.
+# A (16, 16) and B (16, 8) are fp16 matrices of ones, except that rows 8 to 15 of the third column of A are 2.
 MMA = """
     and.b32 %r5, %r1, 3;
     mov.b32 %r8, 0x3c003c00; mov.b32 %r9, 0x3c003c00; mov.b32 %r10, 0x3c003c00; mov.b32 %r11, 0x3c003c00;
@@ -170,7 +170,7 @@ def rows_of_a_product(fragment: str, result: str) -> list[float]:
 
 
 def test_a_wrong_fragment_of_a_product_changes_its_values():
-    right = "%r8, %r9, %r10, %r11"  # a1 holds rows 8 to 15 of the first columns
+    right = "%r8, %r9, %r10, %r11"  # %r9 has rows 8 to 15 of the first 8 columns
     assert rows_of_a_product(right, "%r12") == [16.0] * 8
     assert rows_of_a_product(right, "%r14") == [17.0] * 8
     swapped = "%r9, %r8, %r10, %r11"

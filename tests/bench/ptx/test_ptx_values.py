@@ -1,4 +1,4 @@
-"""Small Triton kernels on the emulated device agree with PyTorch, on a sample of architectures."""
+"""Test that small Triton kernels on the emulated device agree with PyTorch, on several architectures."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_masked_loads_and_stores(architecture, dtype):
     assert faults(device) == []
 
 
-# Every precision with every transposition; architectures and stages rotate, so that each pair with a precision occurs.
+# Each precision is tested with each transposition. Architectures and numbers of stages rotate over these pairs.
 PRODUCTS = [
     (name, left, right, ARCHITECTURES[(i + 2 * j) % 5], (1, 3)[(i + j) % 2])
     for i, name in enumerate(PRECISIONS)
@@ -84,7 +84,7 @@ def check_product(c, a, b, precision, tolerance):
     assert precision != "tf32" or error >= 1e-5, "one pass must show the rounding of its operands"
 
 
-# Before 3.7.1 Triton puts no fence.proxy.async between cp.async and wgmma (triton-lang/triton, pull request 10537).
+# Triton before 3.7.1 emits no fence.proxy.async between cp.async and wgmma (triton-lang/triton, pull request 10537).
 COPIES_ARE_FENCED = tuple(map(int, triton.__version__.split(".")[:3])) >= (3, 7, 1)
 TILES = ((64, 32, 64, 4), (128, 64, 32, 4), (128, 128, 16, 8))  # BM, BN, BK, warps
 WARPGROUPS = [
@@ -173,7 +173,7 @@ def test_pairs_of_integers():
 
 
 def test_saturation_turns_nan_into_zero():
-    """As the PTX manual defines .sat."""
+    """The PTX manual defines .sat in this way."""
     x = np.array([math.nan, -1, 0.25, 2, math.inf, -math.inf], np.float32)
     assert saturate(x).tolist() == [0, 0, 0.25, 1, 1, 0]
 

@@ -1,4 +1,4 @@
-"""The programs of a grid that are counted."""
+"""Test which programs of a grid are counted, and the report of the simulated times."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from srm_model.profiling.results import read
 
 
 def test_programs_of_every_kind_run_in_the_proportion_in_which_they_are_launched():
-    """The attention of the neck's backward pass: three kinds, 16, 8 and 8 programs for each of 8 heads."""
+    """The kernel has three kinds of programs. Each of its 8 heads has 16, 8 and 8 programs of these kinds."""
     chosen = workloads.sample("attention_backward_kernel", (256,))
     assert chosen is not None
     kinds = Counter(0 if program < 128 else 1 if program < 192 else 2 for program in chosen)
@@ -30,12 +30,12 @@ def test_a_small_grid_runs_whole():
 def test_the_floor_counts_bytes_and_distinct_products():
     gpu = Gpu("a card", 89, 100, 1.0, 1000, 128, 256, 128)
     found = {"dram_bytes": 10**6, "products": {"bf16": 256 * 10**5 * 8}, "repeated": 2.0}
-    assert report.floor_of(found, gpu) == pytest.approx(4.0)  # µs; bytes take 1
+    assert report.floor_of(found, gpu) == pytest.approx(4.0)  # µs; reading the bytes takes 1 µs
     assert report.floor_of(found | {"dram_bytes": 10**7}, gpu) == pytest.approx(10.0)
 
 
 def row_of(workload: str, kernel: str, **values: object) -> dict[str, object]:
-    """Return a row of the report for the GPU of the targets."""
+    """Return a row of the report for the GPU that the targets are for."""
     row = {
         "gpu": report.TUNED, "workload": workload, "kernel": kernel, "limit": "lsu", "share_of_floor": 0.1,
         "busy_us": dict.fromkeys(report.UNITS, 1.0), "repeated_products": 2.0, "warps": 4, "registers": 96,
@@ -74,7 +74,7 @@ def test_every_target_is_of_a_kernel_that_was_counted():
 
 
 def test_a_report_counts_a_kernel_for_every_card_of_an_architecture():
-    """The statistic of one small launch: the rows of two cards come from one count."""
+    """Both GPUs have the same architecture, so the launches are counted once."""
     small = workloads.Workload(
         "statistic", lambda dtype: rms_scale(torch.ones(1, 2, 64, 16, dtype=dtype), backend="triton")
     )
@@ -88,7 +88,7 @@ def test_a_report_counts_a_kernel_for_every_card_of_an_architecture():
 
 
 def test_results_of_programs_that_do_not_run_are_no_repeated_products():
-    """No other kernel runs, so every sum that the gradient of the keys reads is filled memory."""
+    """Only the kernel of the key gradients runs. It reads filled memory in place of the results of other kernels."""
     small = workloads.Workload("key side", workloads.key_sides(1))
     counts = [
         launch.counters.products
@@ -97,5 +97,5 @@ def test_results_of_programs_that_do_not_run_are_no_repeated_products():
     ]
     assert counts[0] == counts[1]
     assert counts[0]
-    # Two warps repeat the products whose result has 16 rows; no product is repeated more often.
+    # If a result has 16 rows, two warps compute the same products. No product is computed more than twice.
     assert all(2 * distinct >= total for total, distinct in counts[0].values())

@@ -345,9 +345,7 @@ def test_a_stopped_run_goes_on_without_repeating_and_ends_the_same(tmp_path, mon
     assert len(made) == 8
     made.clear()
     result = resumed()
-    assert [len(mos) for mos, _ in made] == [
-        3
-    ] * 4  # only the last batch; no examples are recomputed
+    assert [len(mos) for mos, _ in made] == [3] * 4  # only the last batch; no examples are recomputed
     assert plain(result) == plain(whole)
     for ours, theirs in zip(result.examples, whole.examples, strict=True):
         assert torch.equal(ours.attacked, theirs.attacked)
@@ -381,8 +379,9 @@ def test_a_stop_within_a_batch_keeps_its_finished_attacks(tmp_path, monkeypatch)
 
 
 class Breaking(Linear):
-    """A linear model that returns NaN for images with a pixel above `most`. No clean image of `Images` has a pixel
-    above 0.75.
+    """A linear model that returns NaN for images with a pixel above `most`.
+
+    No clean image of `Images` has a pixel above 0.75.
     """
 
     def __init__(self, most: float) -> None:

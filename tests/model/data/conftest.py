@@ -50,9 +50,7 @@ def copies() -> Callable[..., None]:
 
 @pytest.fixture
 def tid(tmp_path, copies) -> Callable[..., Path]:
-    """Return a function that creates a small dataset in TID2013's layout: one distortion type, two levels per
-    reference.
-    """
+    """Return a function that creates a small dataset in TID2013's layout, with one distortion type and two levels."""
 
     def lay_out(references: int = 5, lines: list[str] | None = None) -> Path:
         root = tmp_path / "tid"

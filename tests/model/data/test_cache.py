@@ -48,7 +48,8 @@ def test_the_bound_is_kept_by_processes_that_store_at_once(tmp_path, pictures):
 
     def read(first: int) -> None:
         save = np.save
-        np.save = lambda *arguments: (time.sleep(0.05), save(*arguments))  # a delay, so that the processes overlap
+        # a delay, so that the processes overlap
+        np.save = lambda *arguments: (time.sleep(0.05), save(*arguments))
         cache = ImageCache(folder, 3 * BYTES + 5)
         for path in pictures[first:] + pictures[:first]:
             assert np.array_equal(cache.get(path, 24), load_resized(path, 24))
@@ -62,7 +63,8 @@ def test_the_bound_is_kept_by_processes_that_store_at_once(tmp_path, pictures):
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert stored(folder) == 3 * BYTES
-    (folder / "lock").write_text("")  # SIGKILL can leave an empty lock file; the next process counts the files again
+    # SIGKILL can leave an empty lock file; the next process counts the files again
+    (folder / "lock").write_text("")
     ImageCache(folder, 3 * BYTES + 5).get(pictures[5], 24)
     ImageCache(folder, 3 * BYTES + 5).get(pictures[0], 24)
     assert stored(folder) == 3 * BYTES

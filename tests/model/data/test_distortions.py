@@ -106,7 +106,8 @@ def test_blur_and_jpeg_have_the_same_parameters_for_every_photograph(photographs
 def test_their_psnr_is_the_levels_on_average_over_the_kodak_photographs(shared):
     photographs = list(from_folder(shared("data/kodak"), Frame(crop=CROP)))
     assert len(photographs) == 24
-    for kind, tolerance in ((8, 0.3), (9, 0.3), (10, 0.5)):  # JPEG quality is an integer, so its tolerance is larger
+    # JPEG quality is an integer, so its tolerance is larger
+    for kind, tolerance in ((8, 0.3), (9, 0.3), (10, 0.5)):
         found = [
             [psnr(photo.pixels, distort(photo.pixels, kind, level)) for level in LEVELS]
             for photo in photographs
@@ -115,9 +116,7 @@ def test_their_psnr_is_the_levels_on_average_over_the_kodak_photographs(shared):
 
 
 def test_pale_colours_go_past_grey_to_their_complements(photographs):
-    """At the last level, type 18 changes pale colours to their complements, since grey alone does not lower the PSNR
-    enough.
-    """
+    """At level 5, type 18 inverts pale colours. Grey alone does not lower the PSNR enough."""
     photo = photographs[0].astype(float)
     grey = photo.mean(-1, keepdims=True)
     pale = (grey + 0.4 * (photo - grey)).round().astype(np.uint8)
@@ -129,8 +128,9 @@ def test_pale_colours_go_past_grey_to_their_complements(photographs):
 
 @pytest.mark.parametrize("kind", FALLING)
 def test_quality_falls_with_the_level(photographs, distorted, kind):
-    """The default metric falls with the level, averaged over the photographs. The test takes levels 1, 3 and 5,
-    because type 17 alternates the sign of its contrast change.
+    """The default metric falls with the level, averaged over the photographs.
+
+    The test takes levels 1, 3 and 5, because type 17 alternates the sign of its contrast change.
     """
     labels = [metric_labels("vsi", distorted[i, kind][::2], photo) for i, photo in enumerate(photographs)]
     first, middle, last = np.mean(labels, axis=0)

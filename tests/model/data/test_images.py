@@ -102,8 +102,9 @@ def test_a_cache_folder_that_cannot_be_written_does_not_matter(tmp_path, photogr
 
 @pytest.mark.parametrize("home", [None, "", "/proc/none", "relative"])
 def test_without_a_cache_folder_every_call_checks(tmp_path, photograph, monkeypatch, home):
-    """Without a usable cache folder, every call checks the files. HOME is unset for a user without a passwd entry,
-    empty, not writable or relative.
+    """Without a usable cache folder, every call checks the files.
+
+    HOME is unset for a user without a passwd entry, empty, not writable or relative.
     """
     monkeypatch.setattr(images, "_REMEMBERED_FROM", 1)
     monkeypatch.delenv("XDG_CACHE_HOME")
@@ -186,8 +187,9 @@ DEEP = ("I;16", "I;16B", "I;16L")
 @pytest.mark.parametrize("mode", [*MODES, *DEEP, "P and transparency", "RGB and transparency", "I of PNG"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_parts_are_those_of_the_whole_image(photograph, mode, orientation):
-    """`Picture.part` equals a crop of the whole converted and rotated image, bit for bit, in every mode. Resizing in
-    bands equals resizing in one step.
+    """`Picture.part` equals a crop of the whole converted and rotated image, bit for bit, in every mode.
+
+    Resizing in bands equals resizing in one step.
     """
     colour = Image.fromarray(np.ascontiguousarray(photograph(40)[:, :29]))
     if mode in DEEP or mode == "I of PNG":

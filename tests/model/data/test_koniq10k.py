@@ -74,8 +74,9 @@ def test_a_few_under_the_published_name_are_not_the_set(koniq):
 
 
 def test_the_scale_is_that_of_the_table_with_the_split(koniq):
-    """The labels come from the table with the split. A second table on a scale of 1 to 5 changes nothing, whichever
-    names the two files have.
+    """The labels come from the table with the split.
+
+    A second table on a scale of 1 to 5 changes nothing, whichever names the two files have.
     """
     alone = {split: KonIQ10k(koniq, split).mos.tolist() for split in SPLITS}
     assert alone == {"train": [0.8, 0.04], "val": [0.035], "test": [0.555]}

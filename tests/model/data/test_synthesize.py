@@ -102,7 +102,8 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path, folder):
         f"distorted_images/{name}" for name in NAMES if "_01_" in name
     }  # JPEG and contrast changes are not random
     part = contents(synthesize(tmp_path / "d", photographs=folder, **(SMALL | {"types": [1], "levels": [5]})))
-    assert all(part[name] == first[name] for name in part if "images" in name)  # whatever other images are generated
+    # whatever other images are generated
+    assert all(part[name] == first[name] for name in part if "images" in name)
 
 
 def test_given_labels_are_kept_to_the_last_digit(tmp_path, folder):
@@ -412,8 +413,9 @@ def test_a_set_of_opinions_says_what_they_are(tmp_path, numbered, opinions):
 
 
 def test_what_type_and_level_alone_predict_is_told(tmp_path, numbered, opinions):
-    """`type_level_srocc` is 1 if scores depend almost only on type and level. It is -1 if the test scores are
-    reversed.
+    """`type_level_srocc` is 1 if scores depend almost only on type and level.
+
+    It is -1 if the test scores are reversed.
     """
     lines = [
         f"{kind + level / 10 + photo / 1000:.5f} i{photo:02}_{kind:02}_{level}.bmp"

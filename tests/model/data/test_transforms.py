@@ -25,8 +25,10 @@ def test_the_shorter_side_is_brought_to_the_size(tmp_path, width, height, size):
     ("long", "short", "size"), [(1203, 3, 8), (2000, 40, 16), (700, 8, 8), (1001, 9, 16)]
 )
 def test_of_a_long_image_the_middle_is_resized(tmp_path, photograph, long, short, size, turned):
-    """Only the middle of a long image is resized. Its centre crop equals the crop of the whole image resized, to
-    within one level of 255, because coefficients are rounded differently.
+    """Only the middle of a long image is resized.
+
+    Its centre crop equals the crop of the whole image resized, to within one level of 255, because coefficients are
+    rounded differently.
     """
     pixels = np.resize(photograph(96), (short, long, 3))
     image = Image.fromarray(pixels.transpose(1, 0, 2) if turned else pixels)

@@ -1,4 +1,4 @@
-"""A study from its file to tables and figures, and that a second call only does what is missing."""
+"""Tests of a study from its file to tables and figures. A second call only runs what is missing."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ BASELINE = "baseline, gradient-norm training"
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a data set and a study file."""
+    """Create a folder with a dataset and a study file."""
     folder = tmp_path_factory.mktemp("study")
     photographs = folder / "photographs"
     photographs.mkdir()
@@ -108,12 +108,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def out(place: Path) -> Path:
-    """The study, done: once cut short on the way, then finished."""
+    """Run the study: interrupt it twice, then finish it."""
     out = place / "out"
     arguments = ["ablate", str(place / "study.toml"), "--out", str(out), "--device", "cpu", "--no-progress"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("srm_model.study.jobs.sweep_jobs", _interrupt)
-        assert main(arguments) == 130  # before anything is measured: the list of jobs is not whole
+        assert main(arguments) == 130  # while the jobs are listed, before any measurement
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("srm_model.study.measuring.diagnosed", _interrupt)
         assert main(arguments) == 130
@@ -131,9 +131,10 @@ def test_every_result_is_a_line_with_all_that_it_depends_on(out: Path):
     counts: dict[str, int] = {}
     for line in lines:
         counts[line["kind"]] = counts.get(line["kind"], 0) + 1
-    # Two necks and two variants on two seeds, one variant on one; a budget each, and for the full neck that variant's
-    # too; one swap and one variant are audited; two are attacked again on the seed that both have; both necks are
-    # swept; a pair per seed.
+    # Clean: two necks and two variants on two seeds, and one variant on one seed. Attack: one budget for each of
+    # these, and the L2 budget of the last variant also for the full neck. Audit: both necks, one swap and one variant,
+    # on one seed. Stronger: two models, on the one seed that both have. Sweep: two necks on two seeds. Transfer: one
+    # pair of models per seed.
     assert counts == {
         "clean": 9,
         "diagnostics": 5,
@@ -194,7 +195,11 @@ def test_swaps_change_trained_weights_model_and_nothing_else(out: Path):
 
 
 def test_without_links_nothing_of_the_attention_arrives():
-    """Rule: two attentions leave the same maps, up to 8 units of fp32 of the largest entry; with links they do not."""
+    """With beta = 0, Nyström and quadratic attention give the same maps.
+
+    The tolerance is 8 fp32 eps, relative to the largest entry. With beta = 1, the maps differ by more than 10 times
+    the tolerance.
+    """
     torch.manual_seed(0)
     config = SRMConfig(channels=16, heads=2, rank=4, pool_size=2, image_size=32)
     model = build_model("test_convnext", config=config)
@@ -258,7 +263,7 @@ def test_trained_models_are_attacked_again_by_a_stronger_attack(out: Path):
     own = read_json(attacks / "linf-0.0156863.json")
     assert [(stored["steps"], stored["restarts"]) for stored in (own, again)] == [(2, 1), (4, 2)]
     assert lines[0]["values"]["worst"] == again["worst"] != own["worst"]
-    # The best of more steps and starts.
+    # More steps and restarts find a larger loss.
     assert np.mean(again["attacks"]["pgd_mse"]["loss"]) > np.mean(own["attacks"]["pgd_mse"]["loss"])
     assert main(["report", str(out), "--table", "15"]) == 0
     rows = [
@@ -269,7 +274,7 @@ def test_trained_models_are_attacked_again_by_a_stronger_attack(out: Path):
     assert [row[0] for row in rows] == ["srm", "srm, no key norm"]
     shown = [f"{stored['worst']['srocc']:.3f}".replace("-", "−") for stored in (own, again)]
     assert rows[0][-2:] == shown
-    assert rows[1][-2] == "—"  # which was not attacked at that budget before
+    assert rows[1][-2] == "—"  # this variant was not attacked at that budget before
 
 
 def test_a_scheduler_lists_jobs_and_does_one(
@@ -284,7 +289,7 @@ def test_a_scheduler_lists_jobs_and_does_one(
     code, names, _ = ablate(tmp_path / "new", "--list")
     assert code == 0
     assert not (tmp_path / "new").exists()
-    assert names == ablate(out, "--list")[1]  # whatever is done
+    assert names == ablate(out, "--list")[1]  # the list does not depend on what is done
     assert len(set(names)) == len(names) == 41
     assert all(re.fullmatch(r"[a-z0-9-]+", name) for name in names)
     trained, diagnosed = (
@@ -313,7 +318,7 @@ def test_a_scheduler_lists_jobs_and_does_one(
         for folder in (new, out)
     )
     assert own == first
-    assert len(read_json(new / "run.json")["command"]) == 1  # for all of an array's jobs
+    assert len(read_json(new / "run.json")["command"]) == 1  # one command for all jobs of an array
     code, shown, told = ablate(new, "--job", "train-nothing")
     assert (code, shown) == (2, [])
     assert told == (
@@ -323,7 +328,7 @@ def test_a_scheduler_lists_jobs_and_does_one(
 
 @contextmanager
 def claimed_elsewhere(folder: Path, name: str, place: Path) -> Iterator[None]:
-    """Another process that does the job of that name meanwhile."""
+    """Hold the claim on the job of this name in another process."""
     study = read_study(place / "study.toml")
     job = next(job for job in jobs(Context(study, folder, torch.device("cpu"))) if job.name == name)
     context = multiprocessing.get_context("fork")
@@ -411,7 +416,7 @@ def test_weights_that_were_lost_and_come_out_otherwise_are_not_taken_for_the_old
     path.write_text("\n".join(text.replace(digest, "0" * 64) for text in left) + "\n")
     shutil.rmtree(_srm(copy, 0))
     arguments = ["ablate", str(place / "study.toml"), "--out", str(copy), "--device", "cpu", "--no-progress"]
-    for _ in range(2):  # nor by the next call, which finds them there
+    for _ in range(2):  # the second call finds the new weights and must refuse them too
         assert main(arguments) == 2
         assert (
             "its weights were lost, and a repeated training gave different weights" in capsys.readouterr().err
@@ -514,7 +519,7 @@ def test_a_protocol_takes_the_place_of_the_files_keys_for_its_sets(tmp_path: Pat
     own = read_study(path)
     assert (own.data, own.backbones, own.config.rank) == ({"a": str(tmp_path / "x")}, ("b",), 8)
     article = read_study(path, {"c": "here/c", "d": "/there/d"})
-    assert article.data == {"c": "here/c", "d": "/there/d"}  # from where the command runs
+    assert article.data == {"c": "here/c", "d": "/there/d"}  # relative to the working directory
     assert (article.backbones, article.config.rank, article.audit) == (("e", "f"), SRMConfig().rank, 3)
     other = read_study(path, {"z": "z"})
     assert (other.data, other.backbones, other.config.rank) == ({"z": "z"}, ("b",), 8)
@@ -546,15 +551,16 @@ def test_the_experiments_tables_are_those_of_their_rows():
         assert (folder / "tables" / f"table-{table.number:02d}.md").read_text() == markdown(table)
     declared = json.loads(json.dumps(read_study(EXPERIMENTS / "robustness.toml").to_dict()))
     stored = read_json(folder / "study.json")
-    # A config field that is newer than the stored study had its default value then.
+    # A config field that was added after the study was stored has its default value.
     stored["config"] = {**json.loads(json.dumps(SRMConfig().to_dict())), **stored["config"]}
-    assert {**declared, "data": None} == {**stored, "data": None}  # but for the folder of the data
+    assert {**declared, "data": None} == {**stored, "data": None}  # only the data folders may differ
 
 
 def test_the_experiments_page_has_the_figures_of_its_rows():
-    """Mean and standard deviation over three seeds, clean and at every budget that was attacked.
+    """The page has the mean and standard deviation over three seeds, for clean images and every attacked budget.
 
-    The summary has the first columns of most models, and another table each seed of those trained adversarially.
+    The summary table has the first columns of most models. Another table has each seed of the adversarially trained
+    models.
     """
     records = Records(EXPERIMENTS / "robustness")
     page = (EXPERIMENTS / "README.md").read_text()
@@ -611,7 +617,8 @@ def test_a_second_call_repeats_nothing_and_a_lost_line_is_measured_again(
     assert capsys.readouterr().out == "0 of 41 results are missing\n"
     lines = before.splitlines()
     lost = next(i for i, text in enumerate(lines) if json.loads(text)["kind"] == "sweep")
-    path.write_text("\n".join([*lines[:lost], *lines[lost + 1 :], lines[0][:50]]) + "\n")  # and one cut short
+    # drop one line and append a truncated one
+    path.write_text("\n".join([*lines[:lost], *lines[lost + 1 :], lines[0][:50]]) + "\n")
     assert main([*arguments, "--dry-run"]) == 0
     listed = capsys.readouterr().out.splitlines()
     assert len(listed) == 2
@@ -654,7 +661,7 @@ def test_all_tables_are_made_and_their_figures_are_the_lines(out: Path, capsys: 
         if len(row := [cell.strip() for cell in line.split("|")]) > 2
     }
     assert list(cells) == ["Variant", ":---", "full SRM", "uniform landmarks", BASELINE, "no key norm"]
-    # At the budget that one variant alone was attacked at, the full neck was too.
+    # The full neck is also attacked at the budget that only one variant has.
     attacked = ["worst SROCC, L∞ ε = 4/255", "Δ", "worst SROCC, L2 ε = 10 at 512²", "Δ"]
     assert cells["Variant"][2:-1] == ["seeds", "clean SROCC", "Δ", *attacked]
     assert [cells[name][2].strip("*") for name in list(cells)[2:]] == ["2", "2", "2", "1"]
@@ -673,7 +680,7 @@ def test_all_tables_are_made_and_their_figures_are_the_lines(out: Path, capsys: 
         assert marked - {"full SRM"} <= highest
         assert marked & highest
     assert "<strong>full SRM</strong>" in page
-    # Of one variant there is one seed: the difference is from that seed's full neck.
+    # One variant has only one seed. Its difference is taken from the full neck of the same seed.
     srocc = {
         (line["identity"]["variant"], line["identity"]["seed"]): line["values"]["srocc"]
         for line in Records(out).of("clean")
@@ -721,7 +728,7 @@ def test_figures_are_drawn_as_vectors_and_pixels(
     shutil.copy(out / "results.jsonl", tmp_path)
     shutil.copy(out / "study.json", tmp_path)
     out = tmp_path
-    study = Records(out)  # figure 6 needs a second budget, which the study has not got
+    study = Records(out)  # figure 6 needs a second budget, which the study lacks
     for line in study.of("attack"):
         study.add({**line, "identity": {**line["identity"], "eps": 2 * line["identity"]["eps"]}})
     assert main(["report", str(out), "--figure", "3", "4", "5", "6"]) == 0
@@ -731,7 +738,7 @@ def test_figures_are_drawn_as_vectors_and_pixels(
         with Image.open(out / "figures" / f"figure-{number}.png") as picture:
             assert picture.width > 1000
         drawing = (out / "figures" / f"figure-{number}.svg").read_text()
-        assert ("test_convnext" in drawing) == (number < 6)  # it labels models by neck and variant
+        assert ("test_convnext" in drawing) == (number < 6)  # figure 6 labels models by neck and variant only
     for label in ("PGD steps", "worst SROCC over the suite"):
         assert label in drawing + (out / "figures" / "figure-5.svg").read_text()
     assert ">uniform landmarks<" not in drawing
@@ -749,7 +756,7 @@ def test_twenty_series_are_told_apart_without_colour(out: Path, tmp_path: Path):
     for line in Records(out).lines:
         for number in range(20):
             identity = {**line["identity"], "backbone": f"b{number}"}
-            if line["kind"] == "attack":  # at two budgets in one norm, and of the first few in the other
+            if line["kind"] == "attack":  # two L∞ budgets; two L2 budgets for the last two backbones only
                 for norm, eps in (("linf", 0.1), ("linf", 0.2), ("l2", 1.0), ("l2", 2.0)):
                     if identity["variant"] == FULL and (norm == "linf" or number > 17):
                         records.add({**line, "identity": {**identity, "norm": norm, "eps": eps}})
@@ -766,7 +773,7 @@ def test_twenty_series_are_told_apart_without_colour(out: Path, tmp_path: Path):
                 looks.setdefault(label, set()).add((line.get_linestyle(), line.get_marker()))
         assert len(looks) == series == len(figure.legends[0].get_texts())
         assert all(len(look) == 1 for look in looks.values())  # the same in every panel
-        # Of 36 looks, 40 series must share some.
+        # There are 36 combinations of line style and marker, so 40 series must share some.
         assert len({look for found in looks.values() for look in found}) == min(series, 36)
 
 
@@ -888,7 +895,7 @@ def test_all_ablations_of_the_article_are_named_and_valid(tmp_path: Path):
         ),
         ({"stronger": [{"models": ["srm"], "linf": [0], "config": {"attack_steps": 0}}]}, "attack_steps=0"),
         ({"transfer": [["b", "c"]]}, "expected two of the study's backbones"),
-        # What would else be found after the trainings.
+        # Errors that would otherwise be found only after training.
         ({"backbones": ["b", "b"]}, "backbones is ['b', 'b']: expected distinct strings"),
         ({"backbones": [1]}, "backbones is [1]: expected distinct strings"),
         ({"data": {"a": 3}}, "data has a = 3: expected a name and a folder"),

@@ -1,4 +1,4 @@
-"""Pyramids of real timm models, and ImageNet weights with no hub."""
+"""Tests of the pyramids of real timm models, and of packaged ImageNet weights that need no download."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_packaged_imagenet_weights_load_strictly_and_change_the_features():
     one, two = trained.backbone.state_dict(), again.backbone.state_dict()
     assert all(torch.equal(one[name], two[name]) for name in one)
     stem = one["features.conv_stem.weight"]
-    assert stem.std() > 0.1  # an ImageNet stem; timm's initialisation has 0.25 / sqrt(...) without structure
+    assert stem.std() > 0.1  # timm's random initialization has a smaller standard deviation
     assert one["features.bn1.running_var"].std() > 0
 
 
@@ -155,7 +155,7 @@ def test_training_refuses_a_size_before_anything_is_written(tmp_path):
 
 
 def test_asking_for_a_size_draws_no_random_numbers():
-    """Else the weights of a model would depend on what was asked before."""
+    """A size check must not change the random weights of a model that is built later."""
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
@@ -170,7 +170,7 @@ def test_a_size_below_the_deepest_stride_is_refused_when_the_model_is_built():
 
 
 def test_an_index_that_only_real_tensors_find_out_of_range_is_one_sentence():
-    """MViT looks positions up in tables, of which tensors without memory say nothing."""
+    """MViT indexes position tables. Tensors without memory do not detect an index that is out of range."""
     with pytest.raises(
         ValueError, match="image_size 100: the backbone 'mvitv2_tiny' cannot take images of this size"
     ):

@@ -223,7 +223,7 @@ def test_a_packed_checkpoint_has_half_the_size_and_the_same_scores(tmp_path: Pat
     model = build_model("test_convnext", config=config)
     images = torch.rand(4, 3, 64, 64)
     model.calibrate(images)
-    model.neck.median_rms.fill_(1e6)  # beyond fp16, as σ̄ and M₀ may be
+    model.neck.median_rms.fill_(1e6)  # beyond the range of fp16, as σ̄ and M₀ can be
     card = {**CARD, "dataset": {"name": "toy", "root": "/home/user/toy"}}
     save_model(model, tmp_path / "full", card=card)
     pack(tmp_path / "full", tmp_path / "packed")

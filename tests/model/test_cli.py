@@ -46,7 +46,7 @@ SETTINGS = [f"--set={key}={value}" for key, value in SMALL.items()]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five photographs of noise and gradients, distorted in two ways."""
+    """Synthesize a dataset from five photographs of gradients and noise, with two distortion types."""
     folder = tmp_path_factory.mktemp("photographs")
     rng = np.random.default_rng(0)
     ramp = np.linspace(0, 200, 64)
@@ -61,7 +61,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two necks, trained and evaluated."""
+    """Train and evaluate two necks."""
     out = tmp_path_factory.mktemp("run") / "run"
     arguments = ["train", "--data", str(data), "--out", str(out), "--neck", "srm", "none", *SETTINGS]
     assert main([*arguments, "--backbone", "test_convnext", "--no-progress", "--device", "cpu"]) == 0
@@ -77,7 +77,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
-    """The one sentence of a command that ends with exit code 2."""
+    """Return the one-line error message of a command that exits with code 2."""
     assert main([str(argument) for argument in arguments]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -270,7 +270,7 @@ def test_every_command_that_prints_a_table_has_json():
 def in_both_forms(
     capsys: pytest.CaptureFixture[str], *arguments: Any
 ) -> tuple[list[list[str]], list[dict[str, Any]]]:
-    """The lines of a command's table, split into words, and the rows that --json prints."""
+    """Return the lines of a command's table, split into words, and the rows that `--json` prints."""
     texts = []
     for more in ([], ["--json"]):
         assert main([*map(str, arguments), "--device", "cpu", "--no-progress", *more]) in (0, 1)
@@ -407,7 +407,7 @@ def test_score_prints_a_line_per_photograph(
 def test_backends_of_a_checkpoint_are_changed_by_an_argument(
     run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Kernels never run on CPU tensors."""
+    """A checkpoint with the Triton backend fails on a CPU. `--backend` and `--set` select another backend."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     shutil.copytree(run, tmp_path / "run")
     folder = tmp_path / "run" / "srm"
@@ -558,7 +558,7 @@ def test_ctrl_c_ends_with_130_and_leaves_the_last_epoch_whole(data: Path, tmp_pa
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        # A shell starts what is in the background with SIGINT ignored, and its children inherit that.
+        # Shells start background jobs with SIGINT ignored, and child processes inherit this.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     limit = time.monotonic() + 100
@@ -681,7 +681,7 @@ def test_under_torchrun_the_ranks_share_the_batches_and_one_writes(run: Path, tm
 
 
 def test_a_set_is_synthesised_by_the_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """A new folder, and one that is there and empty."""
+    """The output folder can be new, or existing and empty."""
     photographs = tmp_path / "photographs"
     photographs.mkdir()
     for path in (data / "reference_images").iterdir():

@@ -1,4 +1,4 @@
-"""SRMConfig: round trip, the article's reading, and one sentence for everything that does not fit."""
+"""Tests of SRMConfig: round trip, the article's settings, and one-line errors for invalid values."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_its_backends_are_those_of_the_operators():
 
 @pytest.mark.parametrize("field", REGISTERED)
 def test_registered_fields_take_what_is_registered_and_nothing_else(field):
-    """The default is taken without a look at the list, which must hold it."""
+    """The default is not checked against the registered names, so this test checks that they include it."""
     assert REGISTERED[field] == getattr(SRMConfig, field)
     assert REGISTERED[field] in registered(field)
     for name in registered(field):
@@ -55,7 +55,7 @@ def test_registered_fields_take_what_is_registered_and_nothing_else(field):
 
 
 def test_a_landmark_method_that_is_registered_is_known_everywhere(monkeypatch, capsys):
-    """One entry in the list, nothing else."""
+    """An entry in `LANDMARK_METHODS` is enough for the operators, the config and the command line."""
 
     def first(keys: Keys) -> torch.Tensor:
         return torch.arange(keys.options.rank).expand(*keys.key.shape[:2], -1).clone()
@@ -143,7 +143,10 @@ def test_numpys_scalars_are_kept_as_pythons():
 
 
 def test_a_config_of_the_last_release_names_the_backend_anew():
-    """As a checkpoint's config.json, `--set` and `--backend` hand it over."""
+    """A renamed backend is accepted with a warning.
+
+    `from_dict` and `replace` handle the values from config.json, `--set` and `--backend`.
+    """
     checks._warn_renamed.cache_clear()
     with pytest.warns(FutureWarning, match="now called 'torch'"):
         assert SRMConfig.from_dict({**SRMConfig().to_dict(), "backend": "sdpa"}).backend == "torch"

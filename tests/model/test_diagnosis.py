@@ -1,4 +1,4 @@
-"""`diagnose` and its page: what it measures against the definitions, on a small model with random weights."""
+"""Tests of `diagnose` and its page. The measurements match their definitions on a small model with random weights."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def found(model: Any, batches: list[torch.Tensor]) -> dict[str, Any]:
 
 
 def test_rows_and_matrices(found):
-    """Three links, two heads, three images: 18 systems in every row of Table 1."""
+    """Three links, two heads and three images give 18 systems in every row of Table 1."""
     assert list(found["table"]) == list(table_rows(SMALL))
     assert set(found["table"]) >= {
         "full",
@@ -72,7 +72,7 @@ def test_rows_and_matrices(found):
 
 
 def test_figures_are_those_of_the_operators(model, batches, found):
-    """κ, ρ and error of one link by its own words, for the settings as they are and for one changed row."""
+    """κ, ρ and the error of one link match the operators' values. The error is also checked for one changed setting."""
     expected: dict[str, list[torch.Tensor]] = {
         name: [] for name in ("kappa", "residual", "error", "leverage")
     }
@@ -120,7 +120,7 @@ ROWS = {
 
 @pytest.mark.parametrize("row", ROWS)
 def test_every_row_of_the_table_is_what_its_name_says(model, batches, found, row):
-    """κ and error of all links by the operator with that one setting changed; without fp32 the inputs are bf16."""
+    """κ and the error of all links match the operator with one setting changed. Without fp32, the inputs are bf16."""
     neck, settings = model.neck, {"method": "uniform", "qk_norm": "keys", **ROWS[row]}
     kappas, errors = [], []
     with torch.no_grad():
@@ -144,7 +144,10 @@ def test_every_row_of_the_table_is_what_its_name_says(model, batches, found, row
 
 
 def test_errors_by_method_and_rank(found):
-    """16 keys at r = 8: a quarter, a half, once and twice the rank; every key as a landmark leaves the ridge alone."""
+    """Errors are measured at 1/4, 1/2, 1 and 2 times the rank of 8.
+
+    There are 16 keys; with all of them as landmarks, only the ridge causes an error.
+    """
     ranks = {entry["rank"] for entry in found["errors"]}
     assert ranks == {2, 4, 8, 16}
     assert {entry["method"] for entry in found["errors"]} == set(MEASURED_METHODS)
@@ -154,7 +157,7 @@ def test_errors_by_method_and_rank(found):
 
 
 def test_landmark_sets_that_a_small_step_changes(model, batches, found):
-    """Of 12 sets, three links and two heads of the first batch's two images; counted here one by one."""
+    """The share of changed landmark sets matches a count over 12 sets: three links, two heads and two images."""
     seen: list[torch.Tensor] = []
     images = batches[0]
     signs = 2.0 * torch.randint(2, images.shape, generator=torch.Generator().manual_seed(0)) - 1
@@ -191,7 +194,7 @@ def test_the_page_holds_what_was_found_and_nothing_from_outside(found):
     assert "a &lt;checkpoint&gt;" in page
     for name in found["table"]:
         assert name in page
-    drawn = {entry["method"] for entry in found["landmarks"]}  # those that draw no random numbers
+    drawn = {entry["method"] for entry in found["landmarks"]}  # methods that draw no random numbers
     assert drawn >= {"leverage", "uniform", "pivoted_cholesky"}
     assert "kmeans++" not in drawn
     assert page.count("<figure") == 3 + 2 * 3 * len(drawn)  # three charts; two images, three links
@@ -201,7 +204,7 @@ def test_the_page_holds_what_was_found_and_nothing_from_outside(found):
 
 
 def test_no_more_landmarks_are_told_than_there_are_keys(batches):
-    """16 keys at 128²."""
+    """An image of 128×128 pixels has 16 keys, fewer than the rank of 64."""
     many = build_model("test_convnext", config=SMALL.replace(rank=64))
     found = diagnose(many, batches[1:], pictured=0)
     assert {link["rank"] for link in found["links"].values()} == {16}

@@ -1,4 +1,7 @@
-"""`srm-iqa export`: the folder loads, the program agrees, the card says what is known and nothing more."""
+"""Tests of `srm-iqa export`.
+
+The folder loads, the program agrees with the model, and the card states only known facts.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ def test_export_writes_a_folder_that_loads_and_a_program_that_agrees(tmp_path, c
     assert read == card
     assert torch.equal(loaded(images), model(images))
     program = torch.export.load(tmp_path / "out" / "program.pt2")
-    # another implementation of the same fp32 mathematics: 100 units of rounding
+    # The program uses another fp32 implementation; the tolerance is 100 eps.
     assert (program.module()(images) - model(images)).abs().max() <= 100 * torch.finfo(torch.float32).eps
     text = (tmp_path / "out" / "MODEL_CARD.md").read_text()
     for fact in (

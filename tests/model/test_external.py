@@ -1,4 +1,4 @@
-"""`--model`: attacks, audits and scores of models that this package did not make."""
+"""Tests of `--model`: attacks, audits and scores of models from outside this package."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def broken():
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight images of noise that grows, with labels that fall."""
+    """Create eight images with increasing noise and decreasing labels."""
     folder = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     rows = ["file,opinion"]
@@ -117,7 +117,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The current folder holds a module `theirs`."""
+    """Create a module `theirs` in the current folder."""
     (tmp_path / "theirs.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(__import__("sys").modules, "theirs", raising=False)
@@ -307,7 +307,7 @@ def test_an_option_of_another_model_needs_model(name: str, option: str, capsys: 
 
 
 class Weighted(nn.Module):
-    """Sharpness times a weight, with a constant."""
+    """Sharpness times a learned weight, with a constant buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -344,14 +344,14 @@ def test_an_exported_program_is_attacked_and_audited(
 
 
 class Hostile:
-    """What unpickling it would run."""
+    """An object that creates a folder when it is unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (os.mkdir, ("harmed",))
 
 
 def with_pickle(program: Path, target: Path, *, member: str, payload: bytes, config: bool) -> None:
-    """A copy of a program in which a payload is unpickled by torch's own loader."""
+    """Copy a program and add a payload that torch's own loader would unpickle."""
     with zipfile.ZipFile(program) as old, zipfile.ZipFile(target, "w") as new:
         for name in old.namelist():
             content = old.read(name)

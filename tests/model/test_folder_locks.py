@@ -1,4 +1,7 @@
-"""Commands that write into one folder: the second is refused while the first runs, whatever ends the first."""
+"""Tests of the locks on folders that commands write to.
+
+A second command is refused until the first one ends, even if the first one is killed.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ WRITING = {
     "data": ["data", "synthesize", "RUN"],
 }
 IN_USE = "another process writes here; expected a folder that no other command is using"
-# The first writes nothing, the second adds lines to a file of all its calls, the third writes to the user's cache.
+# `score` writes nothing, `profile` appends lines to a shared file, and `verify` writes to the user's cache.
 ELSEWHERE = {"score", "profile", "verify"}
 
 
@@ -57,7 +60,7 @@ def noise_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """RUN, a run folder with one checkpoint, and STUDY.toml, beside one another in the working directory."""
+    """Create RUN, a run folder with one checkpoint, and STUDY.toml in the working directory."""
     monkeypatch.chdir(tmp_path)
     Path("STUDY.toml").write_text(STUDY)
     torch.manual_seed(0)
@@ -68,7 +71,7 @@ def run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @contextmanager
 def another_process(work: Callable[[], AbstractContextManager[None]]) -> Iterator[int]:
-    """The id of a process that has entered `work()` and stays in it for the block."""
+    """Yield the id of another process that stays inside `work()` during the block."""
     inside = FORK.Event()
 
     def stay() -> None:
@@ -109,7 +112,7 @@ def test_every_command_is_one_of_these():
 
 
 def test_a_killed_process_leaves_no_lock(tmp_path: Path):
-    """Nor do its children, such as the workers of a data loader, which end some seconds after it."""
+    """The lock is released even if children of the killed process, such as data loader workers, end later."""
     child = FORK.Value("i", 0)
 
     @contextmanager
@@ -142,7 +145,7 @@ def test_a_folder_that_was_made_for_nothing_is_removed(tmp_path: Path):
 
 
 SMALL = "--backbone test_convnext --set channels=16 --set heads=2 --set rank=4 --set pool_size=2 --set image_size=32"
-# A command and what its refusal names.
+# Commands that are refused, each with a text that its error message contains.
 REFUSED = {
     "no data": ("train --data DATA --out RUN", "DATA"),
     "no data, new folder": ("train --data DATA --out NEW/out", "DATA"),
@@ -190,7 +193,7 @@ def test_a_refusal_leaves_nothing_behind(
 
 
 def test_an_attack_of_a_model_that_fails_leaves_nothing_behind(run_folder: Path, noise_set: Path):
-    """Found out once the model runs, when the folder of unfinished batches would be there."""
+    """The error appears only when the model runs. The folder of unfinished batches must not remain."""
     model, _ = load_model(run_folder / "srm")
     with torch.no_grad():
         next(model.head.parameters()).fill_(float("nan"))
@@ -205,7 +208,7 @@ def test_the_last_that_shares_a_folder_removes_its_lock(tmp_path: Path):
     with another_process(lambda: held(tmp_path, shared=True)):
         with held(tmp_path, shared=True):
             pass
-        assert (tmp_path / LOCK).exists()  # the other holds it
+        assert (tmp_path / LOCK).exists()  # the other process holds it
         with pytest.raises(ValueError, match="another process"), held(tmp_path):
             pass
     with held(tmp_path, shared=True):
@@ -236,7 +239,7 @@ def test_a_link_to_nowhere_is_no_folder_and_ends(tmp_path: Path):
 
 
 def test_many_processes_share_a_folder_and_none_is_refused(tmp_path: Path):
-    """Each comes and goes at any time, so that some find the lock file as it is removed."""
+    """Processes take and release the lock at any time, so some open the lock file while it is removed."""
     refused, folder = FORK.Value("i", 0), tmp_path / "new"
 
     def come_and_go() -> None:

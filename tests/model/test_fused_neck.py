@@ -1,6 +1,6 @@
-"""The neck by kernels, in Triton's interpreter where there is no GPU, against the neck in plain PyTorch.
+"""Tests of the neck with Triton kernels against the reference neck in PyTorch.
 
-The rule is that of `bench.neck_numerics`.
+Without a GPU, the kernels run in Triton's interpreter. `bench.neck_numerics` defines the tolerances.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CHANNELS = (3, 4, 5, 6)
 
 @pytest.fixture(autouse=True)
 def larger_tiles(monkeypatch):
-    """The interpreter takes its time for every tile."""
+    """Use larger tiles in the interpreter, whose time grows with the number of tiles."""
     if DEVICE == "cpu":
         monkeypatch.setattr(launch_rules, "forward_positions", lambda *a: 64)
         monkeypatch.setattr(launch_rules, "token_tile", lambda *a: launch_rules.TokenTile(64, 64, 32))
@@ -52,7 +52,7 @@ def make_neck(config: SRMConfig, grids=SQUARE, channels=CHANNELS, seed: int = 0)
 
 
 def check(neck: SRMNeck, pyramid: list[Tensor], dtype: torch.dtype | None = None) -> None:
-    """The rule; `dtype` is autocast's."""
+    """Check a training step within the bounds of `bench.neck_numerics`. `dtype` is the dtype of autocast, or None."""
     assert by_kernels(neck).pools(pyramid)
     wrong = {name: r for name, r in neck_numerics.ratios(neck, pyramid, dtype).items() if not r <= 1}
     assert wrong == {}
@@ -86,25 +86,25 @@ def test_a_training_step_is_that_of_the_reference(name, dtype):
 
 
 def test_a_rank_beyond_the_kernels_is_that_of_the_keys_there_are():
-    """200 landmarks asked for, 4 keys: the kernels hold those, and the reference takes no more."""
+    """The rank is 200, but there are 4 keys. The kernels and the reference both use 4 landmarks."""
     check(make_neck(TINY.replace(rank=200, links=((4, 1),), dyt=False)), make_pyramid(1, SQUARE))
 
 
 def test_a_grid_beyond_the_fused_kernels_takes_the_unfused_ones():
-    """P = 33: what attention's kernels can serve is not refused for the pooled form's sake."""
+    """The pooled form has no kernels for P = 33. The neck then computes its links one by one, without an error."""
     neck = by_kernels(make_neck(TINY.replace(links=((4, 1),), pool_size=33)).eval())
     assert not neck.pools(make_pyramid(1, SQUARE))
 
 
 def test_tokens_beyond_the_fused_kernels_take_the_unfused_ones():
-    """C = 264 with DyT; without it nothing is held, and any C goes."""
+    """With DyT, C = 264 exceeds the limit of the fused kernels. Without DyT, C has no limit."""
     for dyt in (True, False):
         config = TINY.replace(channels=264, heads=11, links=((4, 1),), dyt=dyt, backend="triton")
         assert SRMNeck(CHANNELS, config).pools(make_pyramid(1, SQUARE)) is not dyt
 
 
 def test_the_path_is_decided_by_the_dtype_that_maps_are_read_in(monkeypatch: pytest.MonkeyPatch):
-    """Under autocast that is not their own: some sizes are served in bf16 alone."""
+    """Under autocast, its dtype decides and not the dtype of the maps. Some sizes are supported in bf16 only."""
     asked = []
     neck, pyramid = by_kernels(make_neck(TINY)), make_pyramid(1, SQUARE)
     monkeypatch.setattr(
@@ -119,18 +119,24 @@ def test_the_path_is_decided_by_the_dtype_that_maps_are_read_in(monkeypatch: pyt
 @pytest.mark.parametrize("scale", [1e-4, 1e4])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
 def test_the_cap_holds_for_maps_of_any_scale(scale, dtype):
-    """‖fused‖_F ≤ c after rounding, c being half of what maps of scale 1 have; with 1e-4 biases are what is left."""
+    """‖fused‖_F is at most the cap after rounding.
+
+    The cap is half the median norm for maps of scale 1. For maps of scale 1e-4, the biases dominate.
+    """
     neck = by_kernels(make_neck(TINY.replace(links=((4, 1),), gain_cap=0.5))).eval()
     with torch.no_grad(), torch.autocast(DEVICE, dtype, enabled=dtype is not None):
         out = neck([scale * m for m in make_pyramid(2, SQUARE)])
     cap = float(neck.median_rms) * 0.5 * out.fused[0].numel() ** 0.5
     assert scale < 1 or (out.gain < 1).all()
     assert out.fused.isfinite().all()
-    assert out.fused.double().flatten(1).norm(dim=1).max() <= cap * (1 + 2**-20)  # the cap's own rounding
+    assert out.fused.double().flatten(1).norm(dim=1).max() <= cap * (1 + 2**-20)  # rounding of the cap itself
 
 
 def test_backends_change_between_training_and_evaluation():
-    """A step by kernels, evaluated by the reference, and the other way: what both say agrees to the step's rule."""
+    """A neck trained by the kernels and one trained by the reference agree.
+
+    Each is evaluated with both backends, with a relative tolerance of 1e-4.
+    """
     config, pyramid = TINY.replace(links=((4, 1),)), make_pyramid(2, SQUARE)
     neck = make_neck(config)
     scores = []
@@ -157,7 +163,7 @@ def test_channels_last_maps():
 @pytest.mark.parametrize("dyt", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_under_autocast(dtype, dyt):
-    """The exact neck is that without autocast, in fp64."""
+    """Errors are measured against the neck in fp64 without autocast."""
     check(make_neck(TINY.replace(links=((4, 1),), dyt=dyt)), make_pyramid(2, SQUARE), dtype)
 
 
@@ -167,10 +173,10 @@ def test_under_autocast(dtype, dyt):
 @pytest.mark.parametrize("dyt", [True, False])
 @pytest.mark.parametrize("dtype", [None, torch.float16])
 def test_the_default_schedule_takes_twelve_launches(dyt, dtype):
-    """Links, key sides, pooling, merging, gate and losses of a forward pass, all but the gate's six convolutions.
+    """A forward pass takes at most 12 launches, without the six convolutions of the gate.
 
-    Autocast over maps and weights in fp32 takes two more: what is read by products is rounded before the links, and
-    before the gate.
+    Autocast takes two more launches if maps and weights are in fp32: it casts the operands of products before the
+    links, and again before the gate.
     """
     neck, maps = forward_of(dyt=dyt)
     assert neck.config.links == SRMConfig().links
@@ -179,14 +185,17 @@ def test_the_default_schedule_takes_twelve_launches(dyt, dtype):
     if dtype is not None:
         assert found.others.pop("_foreach_copy") == 2, str(found)
     assert found.total <= 12, str(found)
-    assert found.kernels.total() >= 8  # what is counted is this path
-    assert found.products.total() == 1, str(found)  # the source's alignment
+    assert found.kernels.total() >= 8  # the launches of the fused kernels are counted
+    assert found.products.total() == 1, str(found)  # the alignment of the source map
     assert found.others.total() == 0, str(found)  # no copy, no cast
     assert found.gate.total() == 6, str(found)
 
 
 def test_compiled_and_checkpointed_it_is_the_same():
-    """No graph break, and a forward pass taken twice; in evaluation mode, where the second changes no buffer."""
+    """Gradient checkpointing, and compilation without graph breaks, give the same results.
+
+    The neck is in evaluation mode, where a repeated forward pass changes no buffer.
+    """
     neck, pyramid = by_kernels(make_neck(TINY.replace(links=((4, 1),))).eval()), make_pyramid(1, SQUARE)
     torch.compiler.reset()
     compiled = torch.compile(neck, fullgraph=True, backend="aot_eager")
@@ -207,12 +216,15 @@ def test_compiled_and_checkpointed_it_is_the_same():
 
 
 def summed(out: NeckOutput) -> Tensor:
-    """A loss whose backward pass keeps something of after the neck: no second pass ends within it."""
+    """Return a loss whose backward pass needs tensors computed after the neck.
+
+    A repeated forward pass therefore runs the whole neck.
+    """
     return (out.fused * out.fused.detach().cos()).sum() + sum(out.losses.values())
 
 
 def trained(neck: SRMNeck, passes: list[list[Tensor]], call: Callable[..., Tensor]) -> dict[str, Tensor]:
-    """Gradients and buffers after a training pass and a backward pass for each of `passes`."""
+    """Return the gradients and buffers after a forward and a backward pass in training mode for each of `passes`."""
     neck.zero_grad()
     maps = [[m.clone().requires_grad_() for m in pyramid] for pyramid in passes]
     for number, pyramid in enumerate(maps):
@@ -227,8 +239,11 @@ def trained(neck: SRMNeck, passes: list[list[Tensor]], call: Callable[..., Tenso
 @pytest.mark.parametrize("kernels_serve", [False, True])
 @pytest.mark.parametrize("dyt", [False, True])
 def test_checkpointed_training_steps_are_the_same(kernels_serve, reentrant, dyt):
-    """To the bit, three steps, the cap binding, keys sampled and pooled or not, and maps that are made inside too: the
-    pass that is taken again draws the same, tracks nothing and finds σ̄ and M₀ as they were."""
+    """Gradients and buffers after three steps are bitwise equal with and without gradient checkpointing.
+
+    The cap is active, keys are sampled and sometimes pooled, and the maps are computed inside the checkpoint. The
+    repeated pass must draw the same random numbers, track nothing, and use the same σ̄ and M₀ as the first pass.
+    """
     config = TINY.replace(
         links=((4, 1),), dyt=dyt, gain_cap=0.5, ema=0.5, landmarks="leverage_sample", kv_pool_prob=0.5
     )
@@ -253,9 +268,11 @@ def test_checkpointed_training_steps_are_the_same(kernels_serve, reentrant, dyt)
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_another_pass_than_the_last_is_not_taken_again(reentrant):
-    """Two training passes before one backward pass: refused. With finished statistics each, the same, to the bit.
+    """Two training passes before one backward pass are refused.
 
-    Where each pass has a backward pass of its own, a weight that is read in several places is summed in another order.
+    If each pass has finished statistics, gradients are bitwise equal with and without gradient checkpointing.
+    Reentrant checkpointing sums the gradients of a shared weight in another order. Parameter gradients are then
+    compared with a tolerance.
     """
     neck = make_neck(TINY.replace(links=((4, 1),), gain_cap=0.5))
     batches = [make_pyramid(2, SQUARE, seed=seed) for seed in range(2)]
@@ -291,7 +308,10 @@ def test_another_pass_than_the_last_is_not_taken_again(reentrant):
 
 @pytest.mark.parametrize("kernels_serve", [False, True])
 def test_a_checkpointed_training_step_with_finished_statistics_is_the_same(kernels_serve):
-    """To the bit, the cap binding; compiled, except for rounding. σ̄ and M₀ wait for `track`."""
+    """With finished statistics and an active cap, gradient checkpointing gives bitwise equal gradients.
+
+    Compiled steps are equal up to rounding. σ̄ and M₀ do not change before `track`.
+    """
     neck = make_neck(TINY.replace(links=((4, 1),), dyt=False, gain_cap=0.5))
     neck = by_kernels(neck) if kernels_serve else neck
     pyramid = make_pyramid(2, SQUARE)
@@ -336,7 +356,10 @@ def test_the_pyramid_on_request_agrees_with_the_fused_path():
 
 
 def test_three_steps_of_training_follow_the_reference():
-    """Rule: losses within 1e-4 of one another, relatively; AdamW divides by gradients, and small ones are rounding."""
+    """Losses agree with a relative tolerance of 1e-4.
+
+    AdamW divides by gradients, so it amplifies the rounding errors of small gradients.
+    """
     config = TINY.replace(links=((4, 1),))
     losses = []
     neck = make_neck(config)
@@ -354,12 +377,12 @@ def test_three_steps_of_training_follow_the_reference():
 
 
 def test_a_training_run_ends_where_the_references_does(monkeypatch: pytest.MonkeyPatch):
-    """The rule of `training_run`, in few small steps where there is no GPU; other weights break it."""
+    """Runs with both backends agree within the tolerances of `training_run`. A run with another seed does not."""
     config = TINY.replace(links=((4, 1),), dyt=False)
     launches: Counter[str] = Counter()
     launcher = type(
         end_kernels._merge_links_kernel
-    )  # Triton's own class on a GPU, its interpreter's elsewhere
+    )  # Triton's JIT class on a GPU, its interpreter's class otherwise
     plain_run = launcher.run
 
     def counted_run(kernel: Any, *args: Any, **options: Any) -> Any:
@@ -376,7 +399,7 @@ def test_a_training_run_ends_where_the_references_does(monkeypatch: pytest.Monke
         )  # fmt: skip
 
     found = trained_by("triton", 0)
-    assert launches["_merge_links_kernel"] == 8 + 1  # every step, and the evaluation
+    assert launches["_merge_links_kernel"] == 8 + 1  # one for each step and one for the evaluation
     plain = trained_by("reference", 0)
     assert launches.total() == 0
     other = trained_by("reference", 1)
@@ -386,7 +409,7 @@ def test_a_training_run_ends_where_the_references_does(monkeypatch: pytest.Monke
 
 
 def test_micro_batches_give_the_statistic_of_the_whole_batch():
-    """σ̄ and M₀ from two halves are those of the batch in one, by kernels as by the reference."""
+    """σ̄ and M₀ from two halves by the kernels equal those from the whole batch by the reference."""
     config = TINY.replace(links=((4, 1),), dyt=False)
     neck, pyramid = make_neck(config), make_pyramid(4, SQUARE)
     with torch.no_grad():
@@ -405,8 +428,11 @@ def test_micro_batches_give_the_statistic_of_the_whole_batch():
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_what_a_training_step_keeps_is_maps_the_key_side_and_the_grid(dtype, layout, dyt):
-    """Of stage 1 (32×24 positions, 16 channels once aligned) only the map of three channels; under autocast from maps
-    in its dtype too. All else together, cast weights included, is less than half of T of that stage."""
+    """Of stage 1, a training step saves only the input map, which has three channels.
+
+    This also holds under autocast with maps in its dtype. Stage 1 has 32×24 positions and 16 aligned channels. All
+    other saved tensors together, including cast weights, are smaller than half of T of stage 1.
+    """
     neck = by_kernels(make_neck(TINY.replace(links=((4, 1),), dyt=dyt)))
     pyramid = make_pyramid(1, [(32, 24), (2, 2), (2, 2), (2, 2)])
     pyramid = [m.to(dtype or m.dtype).contiguous(memory_format=layout).requires_grad_() for m in pyramid]
@@ -426,7 +452,7 @@ def test_what_a_training_step_keeps_is_maps_the_key_side_and_the_grid(dtype, lay
 
 
 def test_a_model_of_kernels_trains_and_is_attacked():
-    """Scores, gradients of every parameter and an FGSM step, whose direction is the reference's."""
+    """Scores and the direction of an FGSM step match the reference, and the same parameters have gradients."""
     config = TINY.replace(links=((4, 1),))
     torch.manual_seed(0)
     plain = build_model("test_convnext", config=config.replace(backend="reference")).to(DEVICE)

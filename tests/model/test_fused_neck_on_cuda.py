@@ -1,4 +1,4 @@
-"""What only a CUDA device shows of the fused neck; skipped where there is none."""
+"""Tests of the fused neck that need a CUDA device. They are skipped without one."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def neck(dtype: torch.dtype = torch.bfloat16, backend: str | None = "triton", **
 @pytest.mark.parametrize("dyt", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_by_the_rule(dtype, dyt):
-    """At most twice the reference's error in the same dtype, plus 64 units of fp32 (2 of others).
+    """The error is at most twice that of the reference in the same dtype, plus 64 eps in fp32 (2 eps in others).
 
-    Stage 4 has 64 keys, all of them landmarks: what is chosen does not depend on rounding.
+    All 64 keys of stage 4 are landmarks, so the choice of landmarks does not depend on rounding.
     """
     maps = pyramid(dtype=dtype)
     with torch.no_grad():
@@ -96,11 +96,12 @@ def test_nothing_waits_for_the_device():
 
 @pytest.mark.parametrize("dyt", [True, False])
 def test_forward_takes_no_memory_of_full_resolution(dyt):
-    """Above its inputs no more than what must be alive, and a tenth for indices, logsumexps and workspaces.
+    """Peak memory above the inputs is at most 1.1 times the size of the tensors that must be alive.
 
-    K̃ and X of every link live to the end. Beside them are first A F of the source, K and V, then P̄ and pool(F) and,
-    without DyT, G, the queries' weights absorbed into K̃, of every link's target channels. The tenth is less than the
-    smallest map at full resolution that could be written, stage 3's tokens.
+    K̃ and X of every link are alive until the end. The other tensors are first A F of the source, K and V. Later they
+    are P̄, pool(F) and, without DyT, G: the query weights absorbed into K̃, for the target channels of every link. The
+    extra tenth is for indices, logsumexps and workspaces. It is smaller than the tokens of stage 3, the smallest map
+    at full resolution that could be written.
     """
     B, L, H, r, d, P, keys = 4, 3, 8, 64, 32, 8, 16 * 16
     C, channels = H * d, sum(CHANNELS[:3])
@@ -121,7 +122,7 @@ def test_forward_takes_no_memory_of_full_resolution(dyt):
 
 @pytest.mark.parametrize("dyt", [True, False])
 def test_two_hundred_steps_end_where_the_references_do(dyt):
-    """Losses and the final SROCC by the rule of `training_run`; fp32, from the same seed."""
+    """Losses and the final SROCC agree within the tolerances of `training_run`, in fp32 and from the same seed."""
     found, plain = (
         training_run(
             backend, SRMConfig(dyt=dyt), CHANNELS, steps=200, side=64, device="cuda", lr=2e-4, batch=4
@@ -133,7 +134,7 @@ def test_two_hundred_steps_end_where_the_references_do(dyt):
 
 @pytest.mark.parametrize("dyt", [True, False])
 def test_launches_of_a_forward_pass(dyt):
-    """Twelve at most for the default schedule, the gate's convolutions not counted."""
+    """The default links take at most 12 launches, without the convolutions of the gate."""
     module, maps = neck(dyt=dyt), pyramid(side=128)
 
     def launches(call) -> int:

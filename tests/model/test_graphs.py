@@ -1,4 +1,4 @@
-"""What `Graphed` refuses; that a graph gives what the neck gives is in test_fused_neck_on_cuda.py."""
+"""Tests of the errors of `Graphed`. test_fused_neck_on_cuda.py tests that a graph gives the results of the neck."""
 
 from __future__ import annotations
 

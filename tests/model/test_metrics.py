@@ -26,7 +26,7 @@ def sigmoid_data(n: int = 200, noise: float = 0.0, seed: int = 0) -> tuple[np.nd
     return scores, logistic(q, (1.0, 4.0, -0.4, 0.02, 0.4)) + noise * rng.normal(size=n)
 
 
-# Few distinct integers, so that most draws hold ties.
+# Few distinct integers, so that most examples have ties.
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=2, max_size=40))
 def test_srocc_is_scipys_with_ties_and_without_warnings(pairs):
     x, y = np.array(pairs, dtype=float).T
@@ -36,7 +36,7 @@ def test_srocc_is_scipys_with_ties_and_without_warnings(pairs):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = stats.spearmanr(x, y).statistic
-    assert ours == pytest.approx(theirs, abs=1e-12, nan_ok=True)  # both in float64; n · eps
+    assert ours == pytest.approx(theirs, abs=1e-12, nan_ok=True)  # both use float64; errors are about n · eps
 
 
 @given(
@@ -47,7 +47,7 @@ def test_srocc_is_scipys_with_ties_and_without_warnings(pairs):
 def test_plcc_is_scipys(pairs):
     x, y = np.array(pairs).T
     if np.ptp(x) < 1e-6 or np.ptp(y) < 1e-6:
-        return  # nearly constant: rounding decides
+        return  # nearly constant, so rounding errors dominate
     assert plcc(x, y) == pytest.approx(stats.pearsonr(x, y).statistic, abs=1e-8)
 
 
@@ -104,8 +104,8 @@ def test_a_known_logistic_is_recovered(beta):
     fitted = LogisticMap.fit(scores, mos)
     assert fitted.converged
     assert fitted.reason == ""
-    assert np.abs(fitted(scores) - mos).max() < 1e-6  # least squares stops at 1e-8 relative
-    # The values of β are unique but for (β1, β2) → (−β1, −β2).
+    assert np.abs(fitted(scores) - mos).max() < 1e-6  # least squares stops at a relative tolerance of 1e-8
+    # β is unique up to the sign change (β1, β2) → (−β1, −β2).
     sign = np.sign(fitted.beta[1])
     assert np.array([sign * fitted.beta[0], sign * fitted.beta[1], *fitted.beta[2:]]) == pytest.approx(
         np.array(beta), abs=1e-3

@@ -1,4 +1,4 @@
-"""From pixels to scores: batch and padding invariance, gradients to the pixels, checkpoints by name."""
+"""Tests of the model: invariance to batch and padding, gradients with respect to pixels, and checkpoints."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_scores_do_not_depend_on_the_batch_they_come_in(model):
         padded = model(torch.cat([x, torch.zeros(3, 3, 64, 64)]))[:5]
     assert together.shape == (5,)
     assert len(set(together.tolist())) == 5
-    # rounding of library products over different batch sizes: 100 units of the score
+    # Matrix products round differently for other batch sizes; the tolerance is 100 eps.
     assert (together - alone).abs().max() <= 100 * torch.finfo(torch.float32).eps
     assert (together - padded).abs().max() <= 100 * torch.finfo(torch.float32).eps
 
@@ -109,7 +109,7 @@ def test_weights_by_folder_and_refusals(tmp_path):
 
 
 def test_a_checkpoint_is_evaluated_by_another_backend_than_it_was_trained_with(tmp_path, monkeypatch):
-    """What trained on a GPU is scored where there is none: kernels never run on CPU tensors."""
+    """A checkpoint trained with the Triton backend on a GPU can be evaluated on a CPU with another backend."""
     from srm_model import load_model
     from srm_model.checkpoint import save_model
 

@@ -28,7 +28,7 @@ def test_transfer_has_every_direction_and_the_suites_white_box_attack():
         for source in "abc"
     }
     assert errors["a"] > max(errors["b"], errors["c"])
-    # Crafted on b, an image moves a's score by ε⟨sign w_b, w_a⟩ at most.
+    # A perturbation crafted on b changes a's score by at most ε⟨sign w_b, w_a⟩.
     moved = torch.tensor(pairs["b", "a"]["scores"]) - torch.tensor(found["clean"]["a"]["scores"])
     reach = 4 / 255 * (models["a"].weight * models["b"].weight.sign()).sum().abs()
     assert moved.abs().max() <= reach + 1e-5
@@ -37,7 +37,7 @@ def test_transfer_has_every_direction_and_the_suites_white_box_attack():
 
 
 class Flat(torch.nn.Module):
-    """Scores in steps, which have no gradient."""
+    """A model whose scores are rounded, so that its gradient is zero."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return (
@@ -75,7 +75,7 @@ def test_sweeps_are_suites_at_other_settings():
 
 
 class Stopping(Images):
-    """Ends the run when so many images have been read."""
+    """A dataset that raises KeyboardInterrupt once `after` images have been read."""
 
     def __init__(self, after: int) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ def test_a_stopped_study_goes_on_without_repeating(tmp_path, monkeypatch, study,
     monkeypatch.setattr(Job, "craft", lambda *arguments: crafted.append(arguments[1]) or craft(*arguments))
     with pytest.raises(KeyboardInterrupt):
         done(Stopping(reads), resume=tmp_path)
-    assert len(crafted) == 4  # of 6: two models or numbers of steps, three batches
+    assert len(crafted) == 4  # 6 batches in all: 3 for each of the two models or step counts
     assert done(Images(), resume=tmp_path) == whole
     assert len(crafted) == 6
     if study == "transfer":

@@ -22,7 +22,7 @@ ATTACKS = ["pgd_mse", "pgd_drift", "pgd_pair_inversion", "transfer"]
 
 
 class Images:
-    """A data set in memory, with MOS that a linear model knows."""
+    """An in-memory dataset whose MOS are the scores of a linear model plus noise."""
 
     def __init__(self, count: int = 11, side: int = 8, seed: int = 0) -> None:
         self.images = batch(count, seed=seed, side=side)
@@ -41,7 +41,7 @@ class Images:
 
 
 def linear(seed: int = 0, scale: float = 0.1) -> Linear:
-    """The model that knows the MOS (seed 0), or another."""
+    """Return the linear model behind the MOS (seed 0), or another linear model."""
     return Linear(weight(seed) * scale)
 
 
@@ -51,7 +51,7 @@ def run(model=None, dataset=None, *, suite=None, **changes):
 
 
 def plain(result):
-    """The result as text, so that NaN equals NaN."""
+    """Serialize the result to JSON text, in which NaN equals NaN."""
     return json.dumps(result.to_dict())
 
 
@@ -90,7 +90,8 @@ def test_scores_and_correlations_are_those_of_the_attacked_images():
     for entry in (result.clean, *result.attacks.values()):
         assert entry["srocc"] == srocc(entry["scores"], dataset.mos)
         assert entry["plcc"] == plcc(entry["scores"], dataset.mos)
-    # A linear model: every score moves by ε‖w‖₁ at most, away from the MOS under pgd_mse.
+    # For a linear model, the attack changes every score by at most ε‖w‖₁. Under pgd_mse, scores move away from the
+    # MOS.
     reach = 4 / 255 * model.weight.abs().sum().item()
     moved = np.array(result.attacks["pgd_mse"]["scores"]) - result.clean["scores"]
     away = np.sign(np.array(result.clean["scores"]) - dataset.mos)
@@ -140,7 +141,7 @@ def test_without_a_surrogate_transfer_is_left_out_and_the_result_says_so():
     assert list(result.attacks) == ATTACKS[:3]
     assert result.incomplete == ["transfer"]
     assert result.to_dict()["incomplete"] == ["transfer"]
-    # and the others are what they are with one
+    # The other attacks give the same results as in a run with a surrogate.
     assert result.attacks == {name: run(surrogate=linear(3)).attacks[name] for name in ATTACKS[:3]}
 
 
@@ -179,7 +180,8 @@ def test_settings_come_from_the_config_and_batches_of_eight_from_the_order(monke
 def test_a_stochastic_model_is_attacked_and_scored_with_eot():
     model = Noisy(weight() * 0.1, spread=0.05)
     result = run(model, Images(4))
-    # One batch: clean score; then per attack restarts · (steps + 1) evaluations and a score; drift needs f(x) too.
+    # Passes for one batch: 1 clean score, restarts · (steps + 1) evaluations and 1 score for each of the 3 attacks,
+    # and 1 more f(x) for drift. EOT repeats each pass 3 times.
     assert model.passes == 3 * (1 + 3 * (2 * 5 + 1) + 1)
     assert result.eot == 3
     assert plain(run(Noisy(weight() * 0.1, spread=0.05), Images(4))) == plain(result)
@@ -230,7 +232,7 @@ def test_a_model_that_breaks_under_attack_is_the_worst_case():
 
     dataset, model = Images(), Fragile(weight() * 0.1)
     model.limit = linear()(dataset.images).max().item() + 0.1
-    # Scores move by 0.24; under an attack without gradient, at its random start, by a tenth of that.
+    # Attacks change scores by 0.24. Without a gradient, the random start changes them by only a tenth of that.
     result = run(model, dataset, surrogate=Linear(0 * weight()), keep=11)
     assert math.isfinite(result.clean["srocc"])
     assert math.isfinite(result.attacks["transfer"]["srocc"])
@@ -238,7 +240,7 @@ def test_a_model_that_breaks_under_attack_is_the_worst_case():
     assert math.isnan(result.worst["srocc"])
     assert math.isnan(result.worst["plcc_drop"])
     assert result.worst["plcc_attack"] != "transfer"
-    # and an example shows it
+    # The examples include the images whose attacked score is NaN.
     broken = {e.position for e in result.examples if math.isnan(e.attacked_score)}
     assert broken == {
         i for i in range(11) if any(math.isnan(entry["scores"][i]) for entry in result.attacks.values())
@@ -264,7 +266,8 @@ def test_diagnostics_count_the_images_without_gradient():
             return super().forward(x) * (x[:, 0, 0, 0] > 0.5)
 
     dataset = Images(11)
-    dataset.images[:, 0, 0, 0] = torch.tensor([0.3, 0.7]).repeat(6)[:11]  # 2 + 2 + 2 of 4 + 4 + 3 have none
+    # 2 images of each batch (of 4, 4 and 3) have no gradient
+    dataset.images[:, 0, 0, 0] = torch.tensor([0.3, 0.7]).repeat(6)[:11]
     entries = run(Partly(weight() * 0.1), dataset).attacks
     assert entries["pgd_mse"]["zero_gradients"] == pytest.approx(6 / 11)
     assert entries["pgd_mse"]["nonfinite_gradients"] == 0
@@ -302,11 +305,11 @@ def test_examples_are_the_attack_that_moved_the_score_most():
     assert run(model, dataset).examples == []
 
 
-# Going on.
+# Resuming.
 
 
 class Interrupting(Images):
-    """Stops the run when an image is asked for the second time after so many reads."""
+    """A dataset that raises KeyboardInterrupt after `after` reads."""
 
     def __init__(self, after: int) -> None:
         super().__init__()
@@ -342,9 +345,7 @@ def test_a_stopped_run_goes_on_without_repeating_and_ends_the_same(tmp_path, mon
     assert len(made) == 8
     made.clear()
     result = resumed()
-    assert [len(mos) for mos, _ in made] == [
-        3
-    ] * 4  # the last batch, and nothing for the examples of the others
+    assert [len(mos) for mos, _ in made] == [3] * 4  # only the last batch; no examples are recomputed
     assert plain(result) == plain(whole)
     for ours, theirs in zip(result.examples, whole.examples, strict=True):
         assert torch.equal(ours.attacked, theirs.attacked)
@@ -356,7 +357,7 @@ def test_a_stopped_run_goes_on_without_repeating_and_ends_the_same(tmp_path, mon
 
 
 def test_a_stop_within_a_batch_keeps_its_finished_attacks(tmp_path, monkeypatch):
-    class Weak(MSE):  # a loss without gradient: its random starts move the scores less than PGD does
+    class Weak(MSE):  # no gradient: its random starts change scores less than PGD does
         stop = True
 
         def __call__(self, scores, mos, clean_scores):
@@ -370,7 +371,7 @@ def test_a_stop_within_a_batch_keeps_its_finished_attacks(tmp_path, monkeypatch)
     made = attacks_made(monkeypatch)
     Weak.stop = False
     result = run(suite=suite, resume=tmp_path, keep=11)
-    # What was left of the first batch, and the two others.
+    # The second attack on the first batch, then both attacks on the other two batches.
     assert [type(objective) for _, objective in made] == [Weak, MSE, Weak, MSE, Weak]
     assert {example.attack for example in result.examples} == {"strong"}
     for example in result.examples:
@@ -378,7 +379,10 @@ def test_a_stop_within_a_batch_keeps_its_finished_attacks(tmp_path, monkeypatch)
 
 
 class Breaking(Linear):
-    """NaN for an image that has a pixel above `most`: 0.75 is what none of `Images` exceeds before an attack."""
+    """A linear model that returns NaN for images with a pixel above `most`.
+
+    No clean image of `Images` has a pixel above 0.75.
+    """
 
     def __init__(self, most: float) -> None:
         super().__init__(weight())

@@ -16,7 +16,7 @@ def _own_cache_folder(tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def photograph() -> Callable[..., np.ndarray]:
-    """A function to a smooth, coloured, textured (side, side, 3) uint8 picture; another one for every seed."""
+    """Return a function that draws a smooth, coloured, textured (side, side, 3) uint8 picture for a given seed."""
 
     def draw(side: int = 96, seed: int = 0) -> np.ndarray:
         rng = np.random.default_rng(seed)
@@ -35,7 +35,7 @@ def photograph() -> Callable[..., np.ndarray]:
 
 @pytest.fixture
 def copies() -> Callable[..., None]:
-    """A function that puts one tiny picture into a folder under many names, as links to one file."""
+    """Return a function that stores one tiny picture in a folder under many names, as hard links to one file."""
 
     def link(folder: Path, names: list[str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ def copies() -> Callable[..., None]:
 
 @pytest.fixture
 def tid(tmp_path, copies) -> Callable[..., Path]:
-    """A function that lays out a small set like TID2013's, two levels of one type for each of `references`."""
+    """Return a function that creates a small dataset in TID2013's layout, with one distortion type and two levels."""
 
     def lay_out(references: int = 5, lines: list[str] | None = None) -> Path:
         root = tmp_path / "tid"

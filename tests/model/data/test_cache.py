@@ -17,7 +17,7 @@ import srm_model.data.cache as cache_module
 from srm_model.data import TID2013, ImageCache
 from srm_model.data.transforms import load_resized
 
-BYTES = 24 * 32 * 3 + 128  # of an image below
+BYTES = 24 * 32 * 3 + 128  # bytes of one cached image in the tests below
 
 
 @pytest.fixture
@@ -48,7 +48,8 @@ def test_the_bound_is_kept_by_processes_that_store_at_once(tmp_path, pictures):
 
     def read(first: int) -> None:
         save = np.save
-        np.save = lambda *arguments: (time.sleep(0.05), save(*arguments))  # time for the others to interfere
+        # a delay, so that the processes overlap
+        np.save = lambda *arguments: (time.sleep(0.05), save(*arguments))
         cache = ImageCache(folder, 3 * BYTES + 5)
         for path in pictures[first:] + pictures[:first]:
             assert np.array_equal(cache.get(path, 24), load_resized(path, 24))
@@ -62,7 +63,8 @@ def test_the_bound_is_kept_by_processes_that_store_at_once(tmp_path, pictures):
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert stored(folder) == 3 * BYTES
-    (folder / "lock").write_text("")  # as SIGKILL may leave it: the next process counts the files
+    # SIGKILL can leave an empty lock file; the next process counts the files again
+    (folder / "lock").write_text("")
     ImageCache(folder, 3 * BYTES + 5).get(pictures[5], 24)
     ImageCache(folder, 3 * BYTES + 5).get(pictures[0], 24)
     assert stored(folder) == 3 * BYTES

@@ -87,7 +87,7 @@ def test_a_large_set_is_decoded_once_until_a_file_changes(tmp_path, photograph, 
     paths[1].write_bytes(data[:-200] + bytes(200))  # of the same size
     os.utime(paths[1], ns=(0, 1))
     assert list(find_faults(paths, verify="full")) == [1]
-    assert list(find_faults(paths, verify="full")) == [1]  # a faulty set is never taken for whole
+    assert list(find_faults(paths, verify="full")) == [1]  # a faulty dataset is checked again on every call
     assert len(read) == 6
 
 
@@ -102,7 +102,10 @@ def test_a_cache_folder_that_cannot_be_written_does_not_matter(tmp_path, photogr
 
 @pytest.mark.parametrize("home", [None, "", "/proc/none", "relative"])
 def test_without_a_cache_folder_every_call_checks(tmp_path, photograph, monkeypatch, home):
-    """HOME that is not set for a user without an entry, that cannot be written to, or that is no place."""
+    """Without a usable cache folder, every call checks the files.
+
+    HOME is unset for a user without a passwd entry, empty, not writable or relative.
+    """
     monkeypatch.setattr(images, "_REMEMBERED_FROM", 1)
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.chdir(tmp_path)
@@ -184,7 +187,10 @@ DEEP = ("I;16", "I;16B", "I;16L")
 @pytest.mark.parametrize("mode", [*MODES, *DEEP, "P and transparency", "RGB and transparency", "I of PNG"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_parts_are_those_of_the_whole_image(photograph, mode, orientation):
-    """Converted and turned alone, to the bit, whatever the mode; and resized in bands as in one piece."""
+    """`Picture.part` equals a crop of the whole converted and rotated image, bit for bit, in every mode.
+
+    Resizing in bands equals resizing in one step.
+    """
     colour = Image.fromarray(np.ascontiguousarray(photograph(40)[:, :29]))
     if mode in DEEP or mode == "I of PNG":
         deep = np.asarray(colour.convert("L")).astype(np.uint16) * 257
@@ -251,7 +257,7 @@ print(peak() - before)
     [("load", "P", 1), ("load", "LA", 4), ("load", "RGB", 4), ("check", "P", 1)],
 )
 def test_a_large_image_is_not_copied_to_be_converted_or_turned(tmp_path, work, mode, bytes_per_pixel):
-    """Pillow keeps a pixel of two channels or more in four bytes."""
+    """Peak memory stays close to the decoded image. Pillow stores a pixel with two or more channels in four bytes."""
     side, path = 5000, tmp_path / "a.png"
     image = Image.new(mode, (side, side))
     exif = image.getexif()
@@ -261,7 +267,7 @@ def test_a_large_image_is_not_copied_to_be_converted_or_turned(tmp_path, work, m
     command = [sys.executable, "-c", MEASURED, str(path), work]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     decoded = side * side * bytes_per_pixel / 1024
-    # Beside it: a band in four copies, the picture at its new width, the file's bytes.
+    # The allowance covers a band in four copies, the image at its new width and the file's bytes.
     assert int(done.stdout) < decoded + 40 * 1024, f"{int(done.stdout)} KiB for {decoded:.0f} KiB of pixels"
 
 
@@ -297,7 +303,7 @@ def test_transparency_lies_over_white():
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tiff"])
 def test_the_orientation_in_exif_is_applied(tmp_path, suffix):
-    """Each of the eight stores the same upright picture, a white corner at the upper left, in another way."""
+    """Images stored with each of the eight EXIF orientations, and an invalid one, load as the same upright picture."""
     upright = Image.fromarray(np.zeros((32, 48, 3), np.uint8))
     upright.paste("white", (0, 0, 16, 16))
     stored = {

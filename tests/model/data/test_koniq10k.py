@@ -9,7 +9,7 @@ import pytest
 from srm_model.data import SPLITS, KonIQ10k
 from srm_model.data.koniq10k import SCORES_FILE, SETS_FILE
 
-FEW = "few.csv"  # a part of the set may not bear the published name
+FEW = "few.csv"  # a subset must not have the published file name
 ROWS = [
     ("1.jpg", 80.0, "training"),
     ("2.jpg", 3.5, "validation"),
@@ -74,12 +74,15 @@ def test_a_few_under_the_published_name_are_not_the_set(koniq):
 
 
 def test_the_scale_is_that_of_the_table_with_the_split(koniq):
-    """A file on 1 to 5 beside it, in either order of names, changes nothing."""
+    """The labels come from the table with the split.
+
+    A second table on a scale of 1 to 5 changes nothing, whichever names the two files have.
+    """
     alone = {split: KonIQ10k(koniq, split).mos.tolist() for split in SPLITS}
     assert alone == {"train": [0.8, 0.04], "val": [0.035], "test": [0.555]}
     write_scores(koniq / SCORES_FILE)
     assert {split: KonIQ10k(koniq, split).mos.tolist() for split in SPLITS} == alone
-    write_scores(koniq / SETS_FILE)  # under the other's name: columns decide
+    write_scores(koniq / SETS_FILE)  # here the scores have the name of the split table; the columns decide
     (koniq / SCORES_FILE).unlink()
     assert {split: KonIQ10k(koniq, split).mos.tolist() for split in SPLITS} == alone
 
@@ -122,7 +125,7 @@ def test_lists_as_spreadsheets_write_them(koniq, separator, encoding):
     expected = {split: KonIQ10k(koniq, split).mos.tolist() for split in SPLITS}
     lines = (koniq / FEW).read_text().splitlines()
     rewritten = "\r\n".join(separator.join(line.split(",")) for line in lines)
-    if separator == ";":  # with the decimal comma of those who separate so
+    if separator == ";":  # spreadsheets that separate with semicolons use decimal commas
         rewritten = rewritten.replace(".5;", ",5;").replace(".0;", ",0;")
     (koniq / FEW).write_bytes(rewritten.encode(encoding))
     assert {split: KonIQ10k(koniq, split).mos.tolist() for split in SPLITS} == expected

@@ -59,5 +59,5 @@ def test_describe(tid, koniq):
     assert found["splits"] == {"train": 2, "val": 1, "test": 1}
     assert (found["labels"], found["label_range"], found["image_folder"]) == ("mos", [0.0, 100.0], "512x384")
     (koniq / "512x384" / "4.jpg").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"row 2: 1.jpg cannot be read"):  # all four are links to one file
+    with pytest.raises(ValueError, match=r"row 2: 1.jpg cannot be read"):  # all four names link to one file
         describe(koniq)

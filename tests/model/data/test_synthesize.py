@@ -100,26 +100,27 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path, folder):
     differ = {name for name in first if "distorted" in name and first[name] != other[name]}
     assert differ == {
         f"distorted_images/{name}" for name in NAMES if "_01_" in name
-    }  # JPEG, contrast: no chance
+    }  # JPEG and contrast changes are not random
     part = contents(synthesize(tmp_path / "d", photographs=folder, **(SMALL | {"types": [1], "levels": [5]})))
-    assert all(part[name] == first[name] for name in part if "images" in name)  # no matter what else is made
+    # whatever other images are generated
+    assert all(part[name] == first[name] for name in part if "images" in name)
 
 
 def test_given_labels_are_kept_to_the_last_digit(tmp_path, folder):
-    """Of a set made elsewhere, where the metric's last digits were others."""
+    """Labels given in a file are written unchanged, even where the last digits of the metric differ on this machine."""
     first = synthesize(tmp_path / "a", photographs=folder, **SMALL)
     lines = (first / "mos_with_names.txt").read_text().splitlines()
     label, name = lines[0].split()
     given = tmp_path / "given.txt"
     wanted = "\n".join([f"{float(label) - 4e-5:.5f} {name}", *lines[1:]])
-    given.write_text(wanted)  # its last line as some editors leave it
+    given.write_text(wanted)  # no newline at the end, as some editors leave it
     again = synthesize(tmp_path / "b", photographs=folder, labels=given, **SMALL)
     assert (again / "mos_with_names.txt").read_text() == f"{wanted}\n"
     assert describe(again)["fingerprint"] != describe(first)["fingerprint"]
-    synthesize(tmp_path / "b", photographs=folder, labels=given, **SMALL)  # whole already
+    synthesize(tmp_path / "b", photographs=folder, labels=given, **SMALL)  # already complete
     with pytest.raises(ValueError, match="holds a set with labels"):
         synthesize(tmp_path / "b", photographs=folder, labels=first / "mos_with_names.txt", **SMALL)
-    (again / "mos_with_names.txt").unlink()  # not whole: what is left would get the metric's own
+    (again / "mos_with_names.txt").unlink()  # incomplete: the missing labels would come from the metric
     with pytest.raises(ValueError, match="holds a set with labels"):
         synthesize(tmp_path / "b", photographs=folder, **SMALL)
 
@@ -166,7 +167,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, folder, monkeypat
     assert not (root / "mos_with_names.txt").exists()
     with pytest.raises(ValueError, match="an unfinished dataset"):
         open_dataset(root, "train")
-    # SIGKILL leaves more behind than SIGINT: a temporary file and an incomplete line.
+    # SIGKILL, unlike SIGINT, can leave a temporary file and an incomplete line.
     (root / "distorted_images" / ".i04_17_5.abc.partial.bmp").write_bytes(b"half")
     with (root / "mos_with_names.txt.partial").open("a") as journal:
         journal.write("4.123")
@@ -338,7 +339,7 @@ OPINIONS = {"types": [1, 10], "levels": [1, 5], "progress": False}
 
 @pytest.fixture
 def numbered(tmp_path, photograph) -> Path:
-    """Photographs whose order of names is not the order of their numbers."""
+    """Create photographs whose names sort differently from their numbers."""
     folder = tmp_path / "numbered"
     folder.mkdir()
     for name in ("10.png", "kodim02.png", "I03.BMP", "4.png"):
@@ -348,7 +349,7 @@ def numbered(tmp_path, photograph) -> Path:
 
 @pytest.fixture
 def opinions(tmp_path) -> Path:
-    """A list as TID2013 has it: the opinion of every image says which image it is of."""
+    """Write a score list in TID2013's format. Each score encodes the photograph, type and level of its image."""
     path = tmp_path / "mos_with_names.txt"
     lines = [
         f"{photo / 10 + kind / 1000 + level / 10000:.5f} {'iI'[level % 2]}{photo:02}_{kind:02}_{level}.bmp"
@@ -412,7 +413,10 @@ def test_a_set_of_opinions_says_what_they_are(tmp_path, numbered, opinions):
 
 
 def test_what_type_and_level_alone_predict_is_told(tmp_path, numbered, opinions):
-    """Opinions that differ by photograph only slightly are predicted by the others of the same type and level."""
+    """`type_level_srocc` is 1 if scores depend almost only on type and level.
+
+    It is -1 if the test scores are reversed.
+    """
     lines = [
         f"{kind + level / 10 + photo / 1000:.5f} i{photo:02}_{kind:02}_{level}.bmp"
         for photo in (2, 3, 4, 10)

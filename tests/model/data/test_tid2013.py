@@ -16,7 +16,7 @@ from srm_model.data.tid2013 import split_by_reference
 
 
 def test_the_true_list_with_its_mixed_case(tmp_path, shared, copies):
-    """3,000 names of the published list, CRLF and mixed case, against files whose case is mixed another way."""
+    """The published list (3,000 names, CRLF, mixed case) matches files whose names differ from it in case."""
     published = shared("data/tid2013/mos_with_names.txt").read_bytes()
     (tmp_path / "mos_with_names.txt").write_bytes(published)
     listed = [line.split() for line in published.decode().split("\r\n") if line]
@@ -290,7 +290,7 @@ def test_the_cache_changes_nothing_and_reads_once(pictures):
         path.unlink()
     assert cached[0][0].shape == (3, 32, 32)
     with pytest.raises(ValueError, match="no such image"):
-        pickle.loads(pickle.dumps(cached))[0]  # a copy for a worker starts with an empty cache
+        pickle.loads(pickle.dumps(cached))[0]  # each worker's copy starts with an empty cache
 
 
 def test_persistent_workers_see_the_epoch(pictures):

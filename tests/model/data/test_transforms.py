@@ -25,7 +25,11 @@ def test_the_shorter_side_is_brought_to_the_size(tmp_path, width, height, size):
     ("long", "short", "size"), [(1203, 3, 8), (2000, 40, 16), (700, 8, 8), (1001, 9, 16)]
 )
 def test_of_a_long_image_the_middle_is_resized(tmp_path, photograph, long, short, size, turned):
-    """As if all of it were, up to the rounding of coefficients (one level of 255)."""
+    """Only the middle of a long image is resized.
+
+    Its centre crop equals the crop of the whole image resized, to within one level of 255, because coefficients are
+    rounded differently.
+    """
     pixels = np.resize(photograph(96), (short, long, 3))
     image = Image.fromarray(pixels.transpose(1, 0, 2) if turned else pixels)
     image.save(tmp_path / "a.png")
@@ -57,7 +61,7 @@ def test_other_images_are_resized_whole_to_the_bit(tmp_path, photograph, width, 
 
 def test_shrinking_is_antialiased(tmp_path):
     stripes = np.zeros((128, 128, 3), np.uint8)
-    stripes[:, ::2] = 255  # every second column: its mean is all that a smaller image can show
+    stripes[:, ::2] = 255  # every second column is white; a smaller image can only show the mean
     path = tmp_path / "a.png"
     Image.fromarray(stripes).save(path)
     inner = load_resized(path, 32)[:, 2:-2]

@@ -1,4 +1,4 @@
-"""Three ways to count multiply-accumulates, and they agree."""
+"""Tests that the formula, fvcore and torch count the same multiply-accumulates."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_formula_fvcore_and_torch_agree(name: str, neck: str):
     module, inputs = make(neck, config), (pyramid(height, width),)
     traced = fvcore_macs(module, inputs)
     counted = torch_macs(*meta_copy(module, inputs))
-    # d³/3 and r³/3 are rounded in the same place: all three are the same whole number
+    # d³/3 and r³/3 are rounded at the same point, so all counts are the same integer.
     assert counted == formula
     assert traced in (formula, None)
     assert traced is not None or not _has_fvcore()
@@ -72,7 +72,7 @@ def test_a_link_is_the_articles_equation():
     config = SRMConfig(channels=64, heads=4, rank=8, landmarks="leverage")
     nq, nk, r, d = 100, 30, 8, 16
     eq30 = 2 * nq * r * d + 2 * r * nk * d + r * r * d + 2 * nk * d * d + d**3 / 3 + r**3 / 3 + r * r * d
-    # each of the two cubes is rounded down
+    # d³/3 and r³/3 are each rounded down.
     assert 4 * (eq30 - 2) <= link_macs(config, "srm", nq, nk) <= 4 * eq30
     assert link_macs(config, "quadratic", nq, nk) == 4 * 2 * nq * nk * d
     assert link_macs(config.replace(landmarks="uniform"), "srm", nq, nk) < link_macs(config, "srm", nq, nk)
@@ -82,7 +82,7 @@ def test_a_backward_pass_is_counted_too():
     config, height, width = CONFIGS["small, not square"]
     module, inputs = meta_copy(make("none", config).train(), (pyramid(height, width),))
     forward = torch_macs(module, inputs)
-    # a convolution's weight gradient alone: its input, the pyramid, asks for none
+    # Only weight gradients are computed: the input pyramid does not require a gradient.
     assert torch_macs(module, inputs, backward=True) == 2 * forward
     inputs[0][-1].requires_grad_()
     assert torch_macs(module, inputs, backward=True) == 3 * forward

@@ -1,4 +1,4 @@
-"""The instruments against operators whose cost is known: a call that sleeps, an allocation of known size."""
+"""Tests of time and memory measurements on operators of known cost, such as a sleep or an allocation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MEBI = 2**20
 
 
 class FakeTime:
-    """A clock that moves only when an operator says what it cost."""
+    """A clock that advances only when one of its operators is called."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -28,7 +28,7 @@ class FakeTime:
         return self.seconds
 
     def operator(self, *milliseconds: float):
-        """Costs these in turn, again and again."""
+        """Return an operator that takes these times in turn, repeatedly."""
         costs = list(milliseconds)
 
         def call() -> None:
@@ -41,7 +41,7 @@ class FakeTime:
 def test_percentiles_of_known_times():
     clock = FakeTime()
     times = measure(clock.operator(*range(1, 101)), CPU, Effort(0, 100, 1e9), now=clock)
-    # one call goes before the measured ones; a round of a hundred has the same hundred costs
+    # One unmeasured call comes first. Any 100 consecutive calls have the same 100 costs.
     assert times.count == 100
     assert (times.p20, times.p50, times.p80) == pytest.approx((20.8, 50.5, 80.2))
     assert (times.least, times.most) == pytest.approx((1, 100))
@@ -49,7 +49,7 @@ def test_percentiles_of_known_times():
 
 def test_a_call_that_sleeps_takes_at_least_so_long():
     times = measure(lambda: time.sleep(0.004), CPU, Effort(1, 5))
-    assert times.least >= 4  # a sleep is never shorter; a busy machine makes it longer
+    assert times.least >= 4  # a sleep never ends early, but a busy machine can prolong it
     assert times.count == 5
 
 
@@ -63,12 +63,12 @@ def test_the_processors_time_leaves_out_what_others_had(monkeypatch: pytest.Monk
     times = measure(call, CPU, Effort(1, 3))
     assert times.least >= 70
     assert times.processor is not None
-    # The sleep is none of it; the median of three calls, so that one stray does not count.
+    # Processor time excludes the sleep. It is the median of three calls, so one outlier has no effect.
     assert 20 <= times.processor < 50
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert times.typical == times.processor
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert times.typical == times.p50  # of several threads, processor time is a sum
+    assert times.typical == times.p50  # with several threads, processor time is a sum over threads
     assert Times.of([3.0]).typical == 3.0
 
 
@@ -113,11 +113,11 @@ def test_effort_is_the_devices_own_where_nothing_is_said():
 def test_an_allocation_of_known_size_is_the_peak():
     def call() -> torch.Tensor:
         first = torch.ones(8 * MEBI // 4)
-        del first  # released before the second: they do not add up
+        del first  # freed before the second allocation, so their sizes do not add up
         return torch.ones(8 * MEBI // 4)
 
     found = peak(call, CPU, held=5)
-    # torch asks for scalars beside the tensor
+    # Torch also allocates a few scalars.
     assert 8 * MEBI <= found.above <= 8 * MEBI + 4096
     assert found.allocated == found.above + 5
     assert found.reserved is None
@@ -127,7 +127,7 @@ def test_what_the_system_sees_is_the_allocation_and_little_else():
     found = peak(lambda: torch.ones(64 * MEBI // 4), CPU)
     if found.resident is None:
         pytest.skip("no high-water mark that could be reset")
-    # pages that the interpreter and the allocator use besides, a few MiB in what was seen
+    # The interpreter and the allocator also use a few MiB of pages.
     assert 60 * MEBI < found.resident_above < 80 * MEBI
     assert found.resident > found.resident_above
 

@@ -1,4 +1,7 @@
-"""What only a GPU runs, against stand-ins for the calls of torch.cuda that it makes: the bookkeeping, not the GPU."""
+"""Tests of the CUDA code paths on a CPU.
+
+Stand-ins replace the functions of torch.cuda, so these tests check the bookkeeping, not a GPU.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ CUDA = torch.device("cuda")
 
 
 class Device:
-    """Queues work: an event's time is known only after the device was waited for."""
+    """A stand-in device that queues work. Event times can be read only after `synchronize`."""
 
     def __init__(self) -> None:
         self.milliseconds, self.waits, self.queued = 0.0, 0, 0
@@ -63,7 +66,8 @@ def test_events_time_every_call_and_are_read_after_one_wait(device: Device):
     assert times["a"].p50 == pytest.approx(2)
     assert times["b"].p50 == pytest.approx(3)
     assert device.milliseconds == pytest.approx((50 + 20) * 5)
-    assert device.waits == 1 + 50 + 1  # before, after every warm-up, and once for all that was measured
+    # once before, after each warm-up call, and once after all measured calls
+    assert device.waits == 1 + 50 + 1
 
 
 def test_a_call_of_seconds_is_not_warmed_up_fifty_times(device: Device):

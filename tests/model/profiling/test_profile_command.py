@@ -1,4 +1,4 @@
-"""`srm-iqa profile` at a tiny size: every flag, and sweeps that outlast what cannot run."""
+"""Tests of `srm-iqa profile` at a tiny size: every flag, and sweeps in which some cases cannot run."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_every_direction_and_neck(tmp_path: Path, capsys: pytest.CaptureFixture[
         forward, backward, step = (by[direction, neck] for direction in directions)
         assert forward["macs"] == backward["macs"] == step["macs"]
         assert forward["work_macs"] < backward["work_macs"] == step["work_macs"]
-        # moments of AdamW: two more copies of every parameter
+        # AdamW's moments are two more copies of every parameter.
         weights = 4 * forward["parameters"]
         assert 2 * weights <= step["memory"]["held"] - backward["memory"]["held"] < 2 * weights + 4096
     printed = capsys.readouterr().out
@@ -133,7 +133,7 @@ def test_the_backend_none_follows_the_verdict_and_the_kernels_are_those_of_the_t
 
 
 def test_every_flag_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """A flag that is added is added here too: all that the help knows are given."""
+    """All flags are accepted together. The test fails if the help lists a flag that it does not use."""
     (tmp_path / "config.json").write_text(json.dumps({"rank": 8, "gain_cap": 2.0}))
     sizes = ["--resolution", "32", "--batch", "2", "--dtype", "fp16", "--direction", "step"]
     which = ["--article", "--part", "model", "--neck", "srm", "--backend", "torch", *sizes]
@@ -178,14 +178,14 @@ def test_the_articles_rows_and_traces(tmp_path: Path):
     names = {event.get("name") for event in events}
     assert {"sources", "key_sides", "query_sides", "merge", "gate"} <= names
     lines = (tmp_path / "cpu" / f"trace-{name}.txt").read_text().splitlines()
-    assert len(lines) == 12  # a heading, ten operators, all of them
+    assert len(lines) == 12  # a heading, ten operators and the total
     assert any("srm::pooled_links" in line for line in lines)
     assert not any("sides" in line for line in lines)
     shares = [float(line.split()[1].rstrip("%")) for line in lines[1:-1]]
     assert shares == sorted(shares, reverse=True)
     memory = json.loads((tmp_path / "cpu" / f"memory-{name}.json").read_text())
     assert memory["peak"]["bytes"] == max(value for _, value in memory["points"])
-    # the same call measured twice: nothing is random about what torch's allocator is asked for
+    # The same call is measured twice, and its allocations are deterministic.
     assert memory["peak"]["bytes"] == rows[0]["memory"]["above"]
     assert {"query_sides", "gate"} <= {r["name"] for r in memory["ranges"]}
     whole = "trace-model-test_convnext-srm-torch-32-4-bf16-step.json"
@@ -194,7 +194,7 @@ def test_the_articles_rows_and_traces(tmp_path: Path):
 
 
 def test_links_in_the_pooled_form_have_stages_and_ranges_of_their_steps(tmp_path: Path):
-    """They share their steps; the quadratic neck calls them one by one."""
+    """Links in the pooled form share their steps. The quadratic neck calls its links one by one."""
     steps = ["sources", "key sides", "query sides", "merge"]
     rows = profile(
         tmp_path, "--resolution", "32", "--neck", "srm", "quadratic", "--backend", "reference", "--trace"
@@ -215,7 +215,7 @@ def test_links_in_the_pooled_form_have_stages_and_ranges_of_their_steps(tmp_path
         Case("neck", "test_convnext", "srm", "reference", 32, 1, "fp32", "forward"), CONFIG, CPU
     )
     stage_times(subject.module, subject.call, CPU, Effort(1, 1, 1.0))
-    assert not any(part._forward_hooks for part in subject.module.modules())  # nothing is left watching
+    assert not any(part._forward_hooks for part in subject.module.modules())  # no hooks are left
 
 
 def test_without_narrowing_the_article_means_512_pixels():
@@ -297,7 +297,7 @@ def test_bad_arguments_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_a_training_step_moves_the_parameters():
-    """What is timed is a step that trains, down to the pyramid."""
+    """The timed step updates the parameters, and its gradients reach the pyramid."""
     subject = Subject(Case("neck", "test_convnext", "srm", "torch", 32, 2, "fp32", "step"), CONFIG, CPU)
     before = [parameter.detach().clone() for parameter in subject.module.parameters()]
     reached = set()
@@ -311,10 +311,13 @@ def test_a_training_step_moves_the_parameters():
 
 @pytest.mark.parametrize("direction", ["backward", "step"])
 def test_gradients_are_a_part_of_every_peak(direction: str):
-    """Of the fourth call's as of the first one's: what a call leaves behind would be taken from the next one's."""
+    """The peak of every call includes the gradients.
+
+    Gradients left over from one call would lower the peak of the next call.
+    """
     subject = Subject(Case("neck", "test_convnext", "none", None, 32, 1, "fp32", direction), CONFIG, CPU)
     gradients = 4 * sum(parameter.numel() for parameter in subject.module.parameters())
-    subject.call()  # a step's first call makes the optimiser's state
+    subject.call()  # the first call of a step creates the optimiser state
     peaks = [max(total for _, total in timeline(subject.call)) for _ in range(3)]
     assert min(peaks) >= gradients
     assert len(set(peaks)) == 1

@@ -1,4 +1,4 @@
-"""A run folder as the command line leaves it, made without training anything."""
+"""Fixtures that write a run folder in the format of the command line, without training."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ def make_run(
     side: int = 16,
     seed: int = 0,
 ) -> Path:
-    """Write a plausible run of `count` test images; attacks push scores away from labels, more at larger budgets."""
+    """Write a plausible run with `count` test images.
+
+    Attacks push scores away from the labels, further at larger budgets.
+    """
     rng = np.random.default_rng(seed)
     dataset = {
         "name": "synthesised in TID2013's layout",
@@ -82,7 +85,7 @@ def make_run(
 
 
 class Page(HTMLParser):
-    """What a browser would find: the text, the elements with their attributes, the tables as rows of cell texts."""
+    """A parsed HTML page: its text, its elements with their attributes, and its tables as rows of cell texts."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -108,7 +111,7 @@ class Page(HTMLParser):
         self.elements.append((tag, {key: value or "" for key, value in attrs}))
 
     def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag  # what is opened is closed, in order
+        assert self._open.pop() == tag  # elements are closed in the right order
 
     def handle_data(self, data: str) -> None:
         if "style" not in self._open:
@@ -117,19 +120,19 @@ class Page(HTMLParser):
             self.tables[-1][-1][-1] += data
 
     def rows(self, column: str) -> list[list[str]]:
-        """The rows of the first table that has a column of this heading."""
+        """Return the rows of the first table that has a column with this heading."""
         return next(table for table in self.tables if table and column in table[0])
 
 
 @pytest.fixture
 def page() -> Callable[[Path], Page]:
-    """Parse a written report."""
+    """Return a function that parses a written report."""
     return lambda path: Page(path.read_text(encoding="utf-8"))
 
 
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Callable[..., Path]:
-    """`make_run` into a fresh folder."""
+    """Return a function that calls `make_run` on a fresh folder."""
     return lambda **options: make_run(tmp_path / "run", **options)
 
 

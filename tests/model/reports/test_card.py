@@ -1,4 +1,4 @@
-"""Model cards: results and intervals of the weights in a folder."""
+"""Tests of model cards: results and confidence intervals of the weights in a folder."""
 
 from __future__ import annotations
 

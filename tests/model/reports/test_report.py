@@ -1,4 +1,4 @@
-"""The report of a run folder: its figures, its honesty, and what it does with hostile, missing and broken files."""
+"""Tests of the report of a run folder: its values, its warnings, and hostile, missing and broken files."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_a_demos_page_is_light(run_folder):
 def test_every_picture_and_chart_has_a_description(run_folder, page):
     found = page(write_report(run_folder()))
     pictures = [a for tag, a in found.elements if tag == "img"]
-    assert len(pictures) == 2 * 5  # images; clean and two for each neck
+    assert len(pictures) == 2 * 5  # 2 images, each with a clean picture and two pictures per neck
     assert all(a["alt"] for a in pictures)
     assert all(a.get("aria-label") or a.get("aria-hidden") for tag, a in found.elements if tag == "svg")
 

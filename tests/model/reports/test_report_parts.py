@@ -1,4 +1,4 @@
-"""The bootstrap against its definition, and the charts against their data."""
+"""Tests of the bootstrap against its definition, and of the charts against their data."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_interval_of_undefined_replicates_is_none():
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The axes of the charts that are made."""
+    """Collect the axes of the charts that a test draws."""
     found = []
     inline = drawing.inline
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""One process that imports srm_kernels afresh, for the tests that ask what an import alone does; and setup.py."""
+"""Fixtures: the effects of importing srm_kernels in a new process, setup.py as a module, and the C++ library."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ print(json.dumps({"operators": operators, "loaded": loaded, "backends": sorted(s
 
 @pytest.fixture(scope="session")
 def fresh_import() -> dict[str, Any]:
-    """What importing srm_kernels registers, loads and writes, with Triton blocked, no PATH and warnings as errors."""
+    """Return what importing srm_kernels in a new process registers, loads and writes to stderr.
+
+    In this process, Triton is blocked, PATH is empty, and warnings are errors.
+    """
     hidden = ("SRM_KERNELS_BACKEND", "PYTHONWARNINGS")
     env = {key: value for key, value in os.environ.items() if key not in hidden} | {"PATH": ""}
     done = subprocess.run(
@@ -44,7 +47,7 @@ def fresh_import() -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def build() -> ModuleType:
-    """setup.py as a module."""
+    """Return setup.py as a module."""
     pytest.importorskip("setuptools")
     spec = importlib.util.spec_from_file_location("srm_setup", Path(__file__).parents[2] / "setup.py")
     assert spec is not None
@@ -56,8 +59,8 @@ def build() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def core(build: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The C++ core for the CPU: the installed library, or one that is built now."""
-    from srm_kernels import native  # imports Triton, which reads TRITON_INTERPRET then
+    """Provide the C++ library for the CPU: the installed library, or one that is built now."""
+    from srm_kernels import native  # imports Triton, and Triton reads TRITON_INTERPRET at import
 
     with pytest.MonkeyPatch.context() as patch:
         if not native.BUILT:

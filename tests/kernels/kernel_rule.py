@@ -1,4 +1,4 @@
-"""What tests of Triton kernels share: the device, the numerics rule, and poisoned outputs."""
+"""Helpers for tests of Triton kernels: the device, the numerics rule, and outputs that start as NaN."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def within(
     together: list[Tensor] | None = None,
     draws: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> None:
-    """The rule of `srm_kernels.numerics`."""
+    """Assert that a result satisfies the numerics rule of `srm_kernels.numerics`."""
     assert found.shape == exact.shape
     ratio = error_ratio(found, plain, exact, together, draws)
     assert ratio <= 1, f"the error is {ratio:.3g} times the bound"
@@ -32,7 +32,10 @@ def within(
 
 @contextmanager
 def poisoned(*modules: Any) -> Iterator[None]:
-    """Outputs and workspaces of these kernels modules hold NaN, or indices that lead nowhere, until they are filled."""
+    """Fill the outputs and workspaces that these modules allocate with NaN, or with invalid indices.
+
+    A kernel that leaves an element unwritten then gives a wrong result.
+    """
 
     def poison(tensor: Tensor) -> Tensor:
         return tensor.fill_(math.nan if tensor.is_floating_point() else 2**40)
@@ -47,7 +50,7 @@ def poisoned(*modules: Any) -> Iterator[None]:
 def results_and_gradients(
     function: Callable[..., Any], tensors: list[Tensor], seed: int = 99
 ) -> list[Tensor]:
-    """What a function gives, and the gradients of its tensors for upstream gradients from a seed."""
+    """Return the results of a function, then the gradients of `tensors` for random upstream gradients."""
     leaves = [x.detach().clone().requires_grad_() for x in tensors]
     outputs = function(*leaves)
     outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
@@ -57,7 +60,11 @@ def results_and_gradients(
 
 
 def follow_the_rule(function: Callable[..., Any], tensors: list[Tensor], *, backend: str = "triton") -> None:
-    """function(*tensors, backend=…) by a backend against plain PyTorch and fp64, results and gradients."""
+    """Assert that the results and the gradients of a backend satisfy the numerics rule.
+
+    The backend runs `function(*tensors, backend=backend)`. The backend "reference" computes the same in plain PyTorch,
+    in the dtype of the tensors and in fp64.
+    """
     cpu = [x.cpu() for x in tensors]
     wide = [x.double() for x in cpu]
 

@@ -1,4 +1,4 @@
-"""Arguments of `pooled_links` for tests: one link alone, and a small schedule of three."""
+"""Arguments of `pooled_links` for tests: a single link, and a small schedule of three links."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ def inputs(
     dyt: bool = False,
     device: str = DEVICE,
 ) -> list[Tensor]:
-    """F, A, a, W_Q, K̃, X and DyT's three, of sizes that keep logits of order 1."""
+    """Return random tensors F, A, a, W_Q, K̃ and X; with `dyt`, also the three parameters of DyT.
+
+    The scales of the tensors keep the logits of order 1.
+    """
     C = heads * d
     shapes = [(b, channels, *grid), (C, channels), (C,), (C, C), (b, heads, rank, d), (b, heads, rank, d)]
     scales = [1, channels**-0.5, 0.1, 2 * C**-0.5, 1, 1]
@@ -54,7 +57,7 @@ def inputs(
 def pooled(
     f: Tensor, a: Tensor, bias: Tensor, w: Tensor, k: Tensor, *dyt: Tensor, **options: Any
 ) -> PooledLinks:
-    """One link alone."""
+    """Call `pooled_links` with a single link."""
     xs = options.pop("x", None)
     return pooled_links(
         [f],
@@ -69,7 +72,10 @@ def pooled(
 
 
 def results(size: int, **options: Any):
-    """P̄ and pool(F) as a function of everything but X, for the rule."""
+    """Return a function that computes P̄ and pool(F) of a single link, for the numerics rule.
+
+    The function takes all tensors of the link except X.
+    """
 
     def call(*tensors: Tensor, backend: str | None = None) -> tuple[Tensor, Tensor]:
         return pooled(*tensors, size=size, backend=backend, **options)[:2]
@@ -80,7 +86,11 @@ def results(size: int, **options: Any):
 def schedule(
     dtype: torch.dtype = torch.float32, *, b: int = 2, dyt: bool = True, device: str = DEVICE
 ) -> list[Tensor]:
-    """Three maps of which the last has no link, two links into the first and one into the second, ranks 5, 3 and 5."""
+    """Return the tensors of three maps and three links, as `several` takes them.
+
+    The first map is the target of two links, with ranks 5 and 3. The second map is the target of one link, with rank 5.
+    The third map is the target of no link.
+    """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     maps = [
         tokens(40 + i, b, c, *grid, dtype=dtype)

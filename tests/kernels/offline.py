@@ -1,4 +1,7 @@
-"""Compiling without a GPU, in a process of its own: kernels that were imported under TRITON_INTERPRET cannot be."""
+"""Compile kernels without a GPU, in a separate process.
+
+Kernels that were imported under TRITON_INTERPRET cannot be compiled.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,10 @@ def compiled(
     architectures: tuple[int, ...],
     kernels: tuple[str, ...] = (),
 ) -> list[dict[str, Any]]:
-    """The rows that `bench.resources` writes for some shapes of a family; of these kernels, where any are named."""
+    """Return the rows that `bench.resources` writes for some shapes of a family.
+
+    If `kernels` is not empty, only these kernels are compiled.
+    """
     out = folder / "resources.jsonl"
     numbers = ["--cases", *map(str, cases), "--architectures", *map(str, architectures)]
     if kernels:
@@ -31,7 +37,7 @@ def compiled(
 
 
 def run(*arguments: str) -> str:
-    """What Python prints, without the interpreter of Triton."""
+    """Run Python with these arguments, without Triton's interpreter, and return its standard output."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, *arguments],

@@ -1,7 +1,7 @@
-"""The operators' definitions in fp64, dense and slow, sharing nothing with the package.
+"""Definitions of the operators in fp64. They are dense and slow, and share no code with the package.
 
-Symbols are the article's: K̃ landmark keys, L, W, R the softmax blocks, X the solution, Y = L X.
-`agree` holds the one tolerance rule that tests of values state their precision by.
+Symbols are those of the article: K̃ are the landmark keys, L, W and R the softmax blocks, X the solution, and Y = L X.
+`agree` is the tolerance rule of the tests that compare values.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ FP64 = torch.float64
 
 
 def agree(actual: Tensor, exact: Tensor, plain: Tensor | None = None, *, rtol: float = 1e-10) -> None:
-    """The tolerance rule. Errors are largest absolute errors, measured in fp64.
+    """Assert that a result satisfies the tolerance rule. An error is the largest absolute error, computed in fp64.
 
-    Without `plain` (fp64 results): at most `rtol` of the largest exact value.
-    With `plain`, the same quantity by plain PyTorch in the same storage dtype with fp32 inside: at most
-    twice its error plus one rounding of the largest exact value to the dtype of `actual`.
+    - Without `plain`, for fp64 results: the error is at most `rtol` times the largest exact value.
+    - With `plain`: the error is at most twice the error of `plain`, plus half a machine epsilon of the dtype of
+      `actual` times the largest exact value. `plain` is the same quantity by plain PyTorch in the same storage dtype,
+      with intermediate results in fp32.
     """
     assert actual.shape == exact.shape, f"shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
     size = exact.abs().max().item()
@@ -37,13 +38,16 @@ def agree(actual: Tensor, exact: Tensor, plain: Tensor | None = None, *, rtol: f
 
 
 def tokens(seed: int, *shape: int, dtype: torch.dtype = FP64, scale: float = 1.0) -> Tensor:
-    """Standard normal tokens (B, H, N, d) from a seed, rounded to `dtype`."""
+    """Return standard normal tokens (B, H, N, d) from a seed, multiplied by `scale` and rounded to `dtype`."""
     generator = torch.Generator().manual_seed(seed)
     return (scale * torch.randn(*shape, generator=generator, dtype=FP64)).to(dtype)
 
 
 def landmark_family(name: str, seed: int, b: int, h: int, r: int, d: int) -> Tensor:
-    """Normalised landmark keys in fp64: `random`, `duplicated` (each twice) or `smooth` in their index."""
+    """Return normalised landmark keys in fp64.
+
+    The families are `random`, `duplicated` (each key occurs twice) and `smooth` (a smooth function of the index).
+    """
     if name == "random":
         keys = tokens(seed, b, h, r, d)
     elif name == "duplicated":
@@ -64,14 +68,14 @@ def normalise(x: Tensor) -> Tensor:
 
 
 def leverage(key: Tensor, gamma: float = 1e-3) -> Tensor:
-    """τ_i = k_iᵀ (KᵀK + γI)⁻¹ k_i by the explicit inverse."""
+    """Return τ_i = k_iᵀ (KᵀK + γI)⁻¹ k_i, computed with the explicit inverse."""
     key = key.double()
     inverse = torch.linalg.inv(key.mT @ key + gamma * torch.eye(key.shape[-1], dtype=FP64))
     return (key @ inverse * key).sum(-1)
 
 
 def top(scores: Tensor, rank: int) -> Tensor:
-    """Indices of the `rank` largest in descending order, ties to the lower index."""
+    """Return the indices of the `rank` largest scores in descending order; a tie goes to the lower index."""
     rows = scores.flatten(0, -2).tolist()
     chosen = [sorted(range(len(row)), key=lambda i: (-row[i], i))[:rank] for row in rows]
     return torch.tensor(chosen).reshape(*scores.shape[:-1], rank)
@@ -82,7 +86,10 @@ def uniform(n: int, rank: int) -> Tensor:
 
 
 def pivoted_cholesky(key: Tensor, rank: int) -> Tensor:
-    """Greedy by the explicit residual of exp(K Kᵀ s); a common factor keeps it in range."""
+    """Select landmarks greedily by the explicit residual of exp(K Kᵀ s).
+
+    The matrix is divided by its largest entry, so that it does not overflow.
+    """
     key = key.double()
     b, h, n, d = key.shape
     picks = torch.zeros(b, h, rank, dtype=torch.int64)
@@ -110,7 +117,10 @@ def softmax(logits: Tensor) -> Tensor:
 
 
 class System(NamedTuple):
-    """A Z = G with X = scale·Z: A is W_λ, or W̃ + λI where equilibrated; `ridge` is the absolute λ."""
+    """The system A Z = G, with X = scale·Z.
+
+    A is W_λ, or W̃ + λI with equilibration. `ridge` is the absolute λ.
+    """
 
     matrix: Tensor
     right: Tensor
@@ -139,7 +149,7 @@ def solve(logits: Tensor, rhs: Tensor, ridge: float = 1e-3, equilibrate: bool = 
 def pseudo_inverse_solve(
     logits: Tensor, rhs: Tensor, ridge: float, eps: float, equilibrate: bool = False
 ) -> Tensor:
-    """Minimum norm: with no ridge, singular values ≤ r·eps·σ_max are dropped."""
+    """Return the minimum-norm solution: without a ridge, singular values of at most r·eps·σ_max are dropped."""
     s = system(logits, rhs, ridge, equilibrate)
     U, sigma, Vh = torch.linalg.svd(s.matrix)
     limit = 0.0 if ridge > 0 else sigma.shape[-1] * eps * sigma[..., :1]
@@ -150,7 +160,7 @@ def pseudo_inverse_solve(
 def neumann(
     logits: Tensor, rhs: Tensor, ridge: float = 1e-3, order: int = 3, equilibrate: bool = False
 ) -> Tensor:
-    """α Σ_{k=0..m} (I − αA)^k G with α = 1/(1 + λ)."""
+    """Return X by the series Z = α Σ_{k=0..m} (I − αA)^k G with α = 1/(1 + λ)."""
     s = system(logits, rhs, ridge, equilibrate)
     alpha = 1 / (1 + s.ridge)[..., None, None]
     step = torch.eye(s.matrix.shape[-1], dtype=FP64) - alpha * s.matrix
@@ -170,7 +180,7 @@ def frobenius(x: Tensor) -> Tensor:
 def plain_solve(
     logits: Tensor, rhs: Tensor, ridge: float, equilibrate: bool = False, solver: str = "lu"
 ) -> Tensor:
-    """The same in plain fp32 PyTorch: what a careful user would write with `torch.linalg`."""
+    """Solve the landmark system in plain fp32 PyTorch, as a careful user would with `torch.linalg`."""
     W = torch.softmax(logits.float(), -1)
     rhs = rhs.float()
     rows = cols = torch.ones_like(W[..., 0])
@@ -245,7 +255,7 @@ def plain_nystrom(
     scale: float | None = None,
     solver: str = "lu",
 ) -> Tensor:
-    """Plain PyTorch: storage dtype outside, fp32 inside."""
+    """Compute Nyström attention in plain PyTorch, in the storage dtype with intermediate results in fp32."""
     dtype = query.dtype
     query, key, value = query.float(), key.float(), value.float()
     if qk_norm is not None:
@@ -263,7 +273,7 @@ def plain_nystrom(
 
 
 def rms(y: Tensor) -> tuple[Tensor, Tensor]:
-    """μ (H, d) and σ (H,), head by head over batch and tokens."""
+    """Return μ (H, d) and σ (H,) of each head, over the batch and the tokens."""
     y = y.double()
     mean = torch.stack(
         [y[:, h].reshape(-1, y.shape[-1]).sum(0) / (y.shape[0] * y.shape[2]) for h in range(y.shape[1])]
@@ -281,7 +291,7 @@ def fusion(
     eps: float = 1e-6,
     unit: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(γM, a, γ, ‖M‖_F); `unit` is the unit roundoff u of a half-precision output, else 0."""
+    """Return (γM, a, γ, ‖M‖_F). `unit` is the unit roundoff u of a half-precision output, otherwise 0."""
     maps = maps.double()
     weights = softmax(logits.double() / temperature)
     M = torch.zeros_like(maps[:, 0])

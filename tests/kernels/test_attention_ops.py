@@ -1,4 +1,4 @@
-"""Nyström attention and its quadratic baseline. Tolerances: `oracle.agree`."""
+"""Tests of Nyström attention and of full attention, its quadratic baseline. Tolerances: `oracle.agree`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from srm_kernels.landmarks import LANDMARK_METHODS
 DIRECT = ("cholesky", "lu", "svd", "auto")
 LOW = (torch.float32, torch.bfloat16, torch.float16)
 QK_NORMS = (None, "keys", "both")
-RANK = 20  # torch's fused attention serves from 16 landmarks on; SMALL is written out
+RANK = 20  # torch's fused attention is used from 16 landmarks on; SMALL uses the reference
 SMALL = 8
 
 
@@ -113,7 +113,7 @@ def test_scale_replaces_the_default(scale):
 @pytest.mark.parametrize("solver", ["lu", "svd", "auto"])
 @pytest.mark.parametrize("qk_norm", QK_NORMS)
 def test_every_key_a_landmark_and_no_ridge_is_full_attention(solver, qk_norm, nk):
-    """κ(W) is under 1000 here, so that 1e-10 of rule `agree` stands."""
+    """κ(W) is below 1000 here, so rounding errors stay below the tolerance of `oracle.agree`, 1e-10."""
     q, k, v = inputs(5, nk=nk)
     y = nystrom_attention(q, k, v, nk, ridge=0.0, solver=solver, qk_norm=qk_norm)
     oracle.agree(y, oracle.full(q, k, v, qk_norm=qk_norm))
@@ -202,7 +202,7 @@ def test_diagnostics_are_those_of_the_solve():
 
 
 def test_normalised_keys_bound_condition_and_output_whatever_the_keys():
-    """One key a thousand times the others: κ(W_λ) ≤ r (1 + λ)/λ ≤ r (1 + r/λ0)."""
+    """One key is multiplied by 1000. The bound κ(W_λ) ≤ r (1 + λ)/λ ≤ r (1 + r/λ0) still holds."""
     q, k, v = inputs(14, nk=40)
     k[:, :, 3] *= 1000
     _, found = nystrom_attention(q, k, v, 16, qk_norm="keys", diagnostics=True)
@@ -213,7 +213,10 @@ def test_normalised_keys_bound_condition_and_output_whatever_the_keys():
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("qk_norm", QK_NORMS)
 def test_full_attention_in_lower_dtypes(qk_norm, dtype, backend):
-    """scaled_dot_product_attention takes its inputs in one dtype, so normalised tokens are rounded to it: 8 eps."""
+    """Normalised tokens in half precision have a tolerance of 8 eps.
+
+    scaled_dot_product_attention takes its inputs in one dtype, so normalised tokens are rounded to this dtype.
+    """
     q, k, v = inputs(15, dtype=dtype)
     y = full_attention(q, k, v, qk_norm=qk_norm, backend=backend)
     assert y.dtype == dtype
@@ -233,8 +236,10 @@ def test_full_attention_in_fp64(qk_norm):
 @pytest.mark.parametrize("rank", [SMALL, RANK])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_storage_only(dtype, rank):
-    """Blocks and X stay in fp32: up to 1 % of entries that fp32 rounding moves over a tie, the result is the
-    fp32 result of the same numbers, rounded once."""
+    """Blocks and X are fp32, so the result equals the fp32 result of the same inputs, rounded once.
+
+    Less than 1 % of the elements may differ: rounding errors in fp32 can change how an element is rounded to the dtype.
+    """
     q, k, v = inputs(28, dtype=dtype)
     landmarks = select_landmarks(k, rank)
     y = nystrom_attention(q, k, v, rank, landmarks=landmarks, qk_norm="both")
@@ -244,8 +249,11 @@ def test_half_precision_is_storage_only(dtype, rank):
 
 @pytest.mark.parametrize("dtype", LOW)
 def test_model_solve_dtype_forms_the_blocks_in_the_models_dtype(dtype):
-    """The ablation row. In fp32 it is the default to rounding; in half precision its error is that of blocks
-    rounded to the dtype, above the default's and within twice plain PyTorch's in that dtype throughout."""
+    """`solve_dtype="model"` is an ablation. With fp32 inputs, its result satisfies the same rule as the default.
+
+    In half precision, the blocks are rounded to the dtype. The error is then larger than the error of the default. The
+    error is at most twice that of plain PyTorch with blocks in that dtype, plus 2 eps of the largest value.
+    """
     q, k, v = inputs(17, dtype=dtype, nk=64)
     landmarks = select_landmarks(k, 12)
     exact = oracle.nystrom(q, k, v, landmarks, qk_norm="keys")
@@ -270,7 +278,7 @@ def test_model_solve_dtype_forms_the_blocks_in_the_models_dtype(dtype):
 @pytest.mark.parametrize("rank", [SMALL, RANK])
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_logits_accumulate_in_fp32(backend, rank):
-    """Products over fp16's range: q·k near 3e5, brought back by the scale."""
+    """The products q·k reach about 3e5, beyond the range of fp16. The scale makes the logits small again."""
     q, k, v = inputs(18, dtype=torch.float16)
     q, k = q * 90, k * 90
     assert (q.double() @ k.double().mT).abs().max() > 65504
@@ -334,7 +342,7 @@ def test_nan_in_a_query_token_stays_in_that_token():
 @pytest.mark.parametrize("nk", [3, 8, 21, 64])
 @pytest.mark.parametrize("dtype", [torch.float64, *LOW])
 def test_nan_is_never_laundered_into_a_number(nk, dtype):
-    """torch's fused attention returns zeros for such a row at some sizes."""
+    """At some sizes, torch's fused attention returns zeros for a query that contains NaN."""
     q, k, v = inputs(25, b=1, h=1, nk=nk, dtype=dtype)
     q[0, 0, 2] = math.nan
     assert nystrom_attention(q, k, v, nk)[0, 0, 2].isnan().all()
@@ -360,7 +368,7 @@ def test_full_attention_under_autocast_keeps_the_querys_dtype(backend):
 
 
 def test_autocast_does_not_reach_inside():
-    """fp32 in, fp32 inside: an enclosing bf16 autocast must not round the blocks."""
+    """With fp32 inputs, an enclosing bf16 autocast does not round the blocks."""
     q, k, v = inputs(23, dtype=torch.float32)
     expected = nystrom_attention(q, k, v, RANK)
     with torch.autocast("cpu", torch.bfloat16):
@@ -371,7 +379,7 @@ def test_autocast_does_not_reach_inside():
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_no_tensor_of_queries_by_keys_is_ever_held(backward):
-    """No operator sees an input of N_q × N_k numbers; the largest legitimate one has N_q × max(r, d)."""
+    """No operator has an input of N_q × N_k elements. The largest input that is needed has N_q × max(r, d) elements."""
     nq, nk, r, d = 1024, 512, 16, 8
     q, k, v = (
         x.requires_grad_(backward) for x in inputs(24, b=1, h=1, nq=nq, nk=nk, d=d, dtype=torch.float32)

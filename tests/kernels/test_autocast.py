@@ -1,4 +1,8 @@
-"""Tensors of different dtypes: cast under autocast, as torch does for its own attention, and refused without it."""
+"""Tests of operators whose arguments have different dtypes.
+
+Under autocast, the arguments are cast, as torch casts those of its own attention. Without autocast, or if one of
+the dtypes is fp64, a TypeError is raised.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +20,9 @@ from srm_kernels import full_attention, landmark_side, landmark_solve, nystrom_a
 
 F32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 MIXES = [mix for mix in itertools.product((F32, BF16, FP16), repeat=3) if len(set(mix)) > 1]
-DEVICE = "cpu"  # of AutocastCUDA `test_rules_are_registered_for_both_devices` knows
+DEVICE = "cpu"  # `test_rules_are_registered_for_both_devices` tests AutocastCUDA
 SEVERAL = [name for name, (_, make) in CALLS.items() if len(make()) > 1]
-# Parameters may be wider than what they act on; a mix is narrower somewhere.
+# Attention takes Q, K and V in one dtype. Other operators accept parameters with a wider dtype than their input.
 ATTENTION = {
     "nystrom_attention": lambda q, k, v: nystrom_attention(q, k, v, 4),
     "full_attention": full_attention,
@@ -32,7 +36,7 @@ def mixed(name: str, mix: tuple[torch.dtype, ...]) -> list[Tensor]:
 
 @pytest.mark.parametrize("name", SEVERAL)
 def test_every_public_function_takes_every_mix_under_autocast(name):
-    """Gradients come back in each argument's own dtype."""
+    """Each gradient has the dtype of its argument."""
     function, make = CALLS[name]
     expected = leaves_of(function(*make(F32)))
     for mix in MIXES:
@@ -94,7 +98,7 @@ def test_without_autocast_and_in_fp64_a_mix_is_a_type_error(call):
 
 
 def test_rules_are_registered_for_both_devices():
-    """Of every operator that takes several tensors of one dtype."""
+    """Every operator that takes several tensors of one dtype has casting rules for the CPU and for CUDA."""
     for name in SEVERAL:
         with Recorder() as recorder:
             CALLS[name][0](*CALLS[name][1]())
@@ -106,7 +110,7 @@ def test_rules_are_registered_for_both_devices():
 
 
 def called(name: str) -> Any:
-    """The first operator that a public function calls, and its arguments in fp32."""
+    """Return the first operator except `select_landmarks` that a public function calls, and its fp32 arguments."""
     with Recorder() as recorder:
         CALLS[name][0](*CALLS[name][1](F32))
     operator, calls = next((o, c) for o, c in recorder.calls.items() if o._opname != "select_landmarks")
@@ -115,7 +119,10 @@ def called(name: str) -> Any:
 
 @pytest.mark.parametrize("name", [n for n in SEVERAL if n not in ("full_attention",)])
 def test_the_operators_themselves_are_cast_too(name):
-    """As an exported program calls them, whose other steps autocast has changed."""
+    """Operators cast their arguments even if they are called directly, as in an exported program.
+
+    In an exported program, autocast can change the dtypes of the other steps.
+    """
     operator, args = called(name)
     dtypes = itertools.cycle((BF16, F32, F32, BF16))
 

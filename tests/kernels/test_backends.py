@@ -1,4 +1,4 @@
-"""Which implementation runs, and what happens when the one asked for cannot."""
+"""Tests of which backend runs, and of the error if the requested backend cannot run."""
 
 from __future__ import annotations
 
@@ -136,7 +136,10 @@ def test_an_argument_overrules_the_environment_variable(monkeypatch):
 
 
 def test_imports_without_triton_compiler_or_warnings(fresh_import):
-    """Triton blocked, no PATH, warnings turned into errors: nothing written, no heavier package pulled in."""
+    """The import writes nothing to stderr and loads no large optional package.
+
+    Triton is blocked, PATH is empty, and warnings are errors.
+    """
     assert fresh_import["stderr"] == ""
     assert fresh_import["backends"] == sorted(NAMES)
     heavy = {"timm", "scipy", "matplotlib", "srm_model", "torchvision", "hypothesis"}
@@ -145,7 +148,10 @@ def test_imports_without_triton_compiler_or_warnings(fresh_import):
 
 @pytest.mark.parametrize(("keys", "expected"), [(64, 1), (2**16 + 1, 2)])
 def test_small_work_of_the_key_side_stays_on_one_thread(keys, expected):
-    """32-wide keys of one head; an error sets the number of threads back too."""
+    """Few keys use one thread; many keys use both threads.
+
+    The number of threads is restored afterwards, also after an error.
+    """
     seen = []
 
     def work(key: torch.Tensor, fail: bool) -> None:
@@ -194,7 +200,10 @@ def test_the_name_of_the_last_release_is_taken_with_one_warning(monkeypatch):
 
 
 def test_a_program_that_the_last_release_exported_runs():
-    """Its operators carry the backend's name as a constant."""
+    """An exported program contains the name of the backend as a constant.
+
+    The former name "sdpa" gives the same results and gradients as "torch".
+    """
     x, ones = tokens(0, 1, 2, 5, 4).requires_grad_(), torch.ones(4, dtype=torch.float64)
     results = [torch.ops.srm.dyt(x, ones[0], ones, ones, name) for name in ("sdpa", "torch")]
     grads = [torch.autograd.grad(result.square().sum(), x)[0] for result in results]
@@ -203,7 +212,7 @@ def test_a_program_that_the_last_release_exported_runs():
 
 
 def test_an_amd_build_of_torch_is_refused_in_a_sentence(monkeypatch):
-    """Its tensors are on "cuda" devices too, and their capability would pass."""
+    """Such a build also names its devices "cuda", and its compute capability would be accepted."""
     monkeypatch.setattr(torch.version, "hip", "6.4")
     reason = "its kernels are written for NVIDIA GPUs, and this torch is built for AMD GPUs"
     assert backends()["triton"] == (False, reason)

@@ -1,9 +1,9 @@
-"""Sample i's output and gradient do not depend on the samples beside it.
+"""Tests that the output and the gradients of a sample do not depend on the other samples of its batch.
 
-Own operators: bit-equal is not promised by BLAS, whose kernels may round differently for other batch
-sizes, so outputs alone and in a batch agree to 16 units in the last place of the largest value; that
-the neighbours' *content* does not matter is exact: with the batch size kept and every other sample
-replaced, results are bit-equal, and gradients with respect to other samples are exactly zero.
+- If all other samples are replaced and the batch size stays the same, the results are bit-equal.
+- Gradients with respect to other samples are exactly zero.
+- Alone and in a batch, the results of a sample differ by at most 16 eps of the largest value. They need not be
+  bit-equal, because BLAS kernels can round differently for another batch size.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ CASES: dict[str, Case] = {
 
 
 def run(name: str, tensors: list[Tensor], sample: int) -> list[Tensor]:
-    """Output of one sample and the gradients of its sum of squares in every input."""
+    """Return the output of one sample, and the gradients of its sum of squares with respect to every input."""
     leaves = [x.detach().clone().requires_grad_() for x in tensors]
     out = CASES[name][0](*leaves)[sample]
     return [

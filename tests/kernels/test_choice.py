@@ -1,4 +1,7 @@
-"""What `backend=None` takes by a verdict. CPU tensors pretend to be on a verified device; kernels are interpreted."""
+"""Tests of the implementation that `backend=None` chooses by a verdict.
+
+In these tests, CPU tensors pretend to be on a verified device, and the kernels are interpreted.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,10 @@ def pretended() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def fresh(pretended: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pretend first, so that it ends after what a test has patched is put back."""
+    """Use an empty folder for verdicts, and reset which warnings were logged.
+
+    The fixture requests `pretended` first. `pretended` then ends last, after the patches of a test are undone.
+    """
     monkeypatch.setenv("SRM_KERNELS_CACHE", str(tmp_path))
     monkeypatch.setattr(choice, "_logged", False)
     verdicts._warned.clear()
@@ -93,7 +99,10 @@ def test_the_cpu_has_no_verdict_and_no_line(monkeypatch, caplog):
 
 
 def test_kernels_that_are_interpreted_are_taken_by_no_verdict(monkeypatch):
-    """A CUDA device: CPU tensors that pretend to be on one are interpreted in these tests."""
+    """On a CUDA device, verdicts are followed only if the kernels are compiled.
+
+    The other tests use verdicts with interpreted kernels, but only for CPU tensors that pretend to be on a device.
+    """
     verified(row("dyt", [64, 24], FAST))
     monkeypatch.setattr(verdicts, "key_of_cuda", lambda index: KEY)
     monkeypatch.setattr(devices, "interpreting", lambda: False)
@@ -319,7 +328,10 @@ def test_a_file_that_cannot_be_used_is_one_line_in_the_log(
 def test_a_stale_verdict_is_said_and_what_it_found_wrong_is_not_lost(
     status: str, changed: str, tmp_path: Path, monkeypatch, caplog
 ):
-    """A shipped verdict serves in its place, where driver and patch versions do not count."""
+    """The shipped verdict replaces a stale verdict: it holds for all drivers and patch versions.
+
+    The statuses "wrong" and "refused" of the stale verdict still count, unless the kernel sources changed.
+    """
     monkeypatch.setattr(verdicts, "SHIPPED", tmp_path / "shipped")
     rows = row("dyt", [64, 24], FAST), row("rms_scale", [64, 24], FAST)
     verdicts.export(verdicts.Verdict(KEY, rows), verdicts.SHIPPED / "card.jsonl")
@@ -339,7 +351,7 @@ def test_a_stale_verdict_is_said_and_what_it_found_wrong_is_not_lost(
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Which calls of DyT ran as kernels: their numbers of rows."""
+    """Return a list that records the number of tokens of each DyT call that runs as a kernel."""
     from srm_kernels.scale import kernels
 
     made: list[int] = []
@@ -434,7 +446,10 @@ def test_explain_refuses_what_is_no_operator():
 
 @pytest.mark.parametrize("where", ["decided", "undecided", "the CPU"])
 def test_a_choice_that_was_made_before_costs_less_than_two_microseconds(where: str, monkeypatch):
-    """Where a call of an empty Python function takes 25 ns; a slower machine has more of both."""
+    """The limit is 80 times the time of an empty Python function, so it follows the speed of the machine.
+
+    If the empty function takes 25 ns, the limit is 2 µs.
+    """
     verified(
         *[row("rms_scale", [130, 24], FAST), row("landmark_solve (svd)", [9, 24], FAST)][
             : 2 * (where == "decided")
@@ -461,7 +476,7 @@ def test_a_choice_that_was_made_before_costs_less_than_two_microseconds(where: s
 
     of_attention()
     with monkeypatch.context() as patch:
-        patch.setattr(dispatch, "choose_backend", None)  # which a cached choice does not reach
+        patch.setattr(dispatch, "choose_backend", None)  # a cached choice does not call it
         assert of_attention() in ("torch", "reference")
     assert [by_kernels(), by_backend()] == ["triton"] * 2 if where == "decided" else ["reference", "torch"]
 

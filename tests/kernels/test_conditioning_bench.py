@@ -1,4 +1,7 @@
-"""The benchmark of the solvers times what it says: equal systems, every size, and a committed table that is whole."""
+"""Tests of the benchmark of the solvers.
+
+All timed methods solve the same system. The committed table contains every solver at every size.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,10 @@ def test_an_aim_that_is_missed_is_told():
 
 
 def test_what_is_slow_is_called_seldom_and_never_in_a_queue(monkeypatch):
-    """From its first call on: on a GPU, ten SVDs of many matrices would outlast the step."""
+    """After its first call, a slow call is timed only twice, with one launch for each measurement.
+
+    On a GPU, a queue of ten SVDs of many matrices would take too long.
+    """
     taken: dict[str, list[int]] = {"slow": [], "fast": [], "compiled": []}
 
     def milliseconds(name: str, device: torch.device, queued: int) -> float:
@@ -65,7 +71,7 @@ def test_what_is_slow_is_called_seldom_and_never_in_a_queue(monkeypatch):
 
 
 def test_the_solve_takes_less_than_its_share_of_the_attention():
-    """Of the committed run."""
+    """The committed results satisfy the limit `LARGEST_SHARE`."""
     rows = [json.loads(line) for line in COMMITTED.read_text("utf-8").splitlines()]
     (part,) = (row["share_of_attention"] for row in rows if "share_of_attention" in row)
     assert part <= conditioning.LARGEST_SHARE

@@ -1,6 +1,7 @@
-"""κ₂(S + λI) ≤ (1 + λ)/λ, κ₂(W_λ) ≤ ϱ(1 + λ)/λ, and ϱ ≤ r for keys of one norm (docs/CONDITIONING.md).
+"""Tests of the bounds of docs/CONDITIONING.md.
 
-κ in fp64 carries r·eps·κ relative, below 1e-6 for all that is asserted here.
+The bounds are κ₂(S + λI) ≤ (1 + λ)/λ and κ₂(W_λ) ≤ ϱ(1 + λ)/λ, with ϱ ≤ r for keys of equal norm. The relative rounding
+error of κ in fp64 is r·eps·κ. It is below 1e-6 in all assertions of this file.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def test_no_drawn_or_optimised_keys_exceed_a_bound(normalised):
 
 
 def test_the_ascent_climbs():
-    """Optimised keys are worse than where they started: the search does look for trouble."""
+    """Gradient ascent increases the mean of log κ by more than 1."""
     case = bounds.Case(8, 4, 1e-3, "random", "kappa")
     keys = bounds.draw_keys(case, 20, torch.Generator().manual_seed(0))
 
@@ -73,7 +74,10 @@ def test_keys_as_they_are_obey_the_certificate(seed, r, d, ridge, spread):
 
 
 def test_duplicated_landmarks_attain_both_bounds_but_for_r():
-    """Two equal landmarks give the eigenvalue 0 to W and λ to S + λI, and the ones vector gives 1 + λ."""
+    """With two equal landmarks, κ₂ is (1 + λ)/λ: all bounds are attained, except for the factor r.
+
+    W has the eigenvalues 0 and 1, so S + λI has the eigenvalues λ and 1 + λ.
+    """
     keys = oracle.normalise(tokens(0, 1, 8)).expand(2, 8)
     logits = keys @ keys.mT / math.sqrt(8)
     lam = oracle.system(logits, keys, 1e-3).ridge
@@ -82,7 +86,10 @@ def test_duplicated_landmarks_attain_both_bounds_but_for_r():
 
 
 def test_keys_that_vanish_are_not_of_one_norm():
-    """‖k‖ + 1e-6 in the normalisation leaves keys of norm 1e-6 short: r(1 + λ)/λ fails, ϱ(1 + λ)/λ does not."""
+    """With keys of very small norm, κ₂ exceeds the bound r(1 + λ)/λ, but not the bound ϱ(1 + λ)/λ.
+
+    Normalisation divides by ‖k‖ + 1e-6, so the norms of such keys differ from √d afterwards.
+    """
     r, d = 4, 1024
     key = torch.zeros(1, 1, r, d, dtype=torch.float64)
     key[0, 0, :, 0] = torch.tensor([1.66e-4, 7.6e-5, 1.96e-6, 3.8e-7], dtype=torch.float64)
@@ -94,7 +101,7 @@ def test_keys_that_vanish_are_not_of_one_norm():
     ratio = (rows.amax() - rows.amin()).exp()
     assert found.kappa > 50 * r * (1 + lam) / lam
     assert found.kappa <= ROUNDING * ratio * (1 + lam) / lam
-    longer = oracle.normalise(1e3 * key)  # the same keys, no longer near 1e-6
+    longer = oracle.normalise(1e3 * key)  # the same directions, with norms far above 1e-6
     logits = longer @ longer.mT / math.sqrt(d)
     lam = oracle.system(logits, key, 1e-3).ridge
     assert oracle.condition(oracle.system(logits, key, 1e-3).matrix) <= r * (1 + lam) / lam

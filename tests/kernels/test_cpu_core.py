@@ -1,7 +1,11 @@
-"""The C++ core of the default solve on the CPU, installed or built here: against fp64, and the reference's routing.
+"""Tests of the C++ library for the default solve on the CPU: its accuracy, and which matrices the reference solves.
 
-The rule is that of test_solve_grid.py: the normwise backward error by 8 eps whatever κ, X where κ < 1e3 by what this
-implies, L·X of normalised landmarks by twice the error of plain `torch.linalg`; in fp64 `oracle.agree` at 1e-10.
+The library is installed, or the fixture `core` builds it. The tolerances are those of test_solve_grid.py:
+
+- The normwise backward error is at most 8 eps for every κ.
+- If κ < 1e3, the error of X is at most 2·8·κ·eps, which follows from the backward error.
+- For normalised landmarks, the error of L·X is at most twice the error of plain `torch.linalg`, plus 32 eps.
+- In fp64, `oracle.agree` with 1e-10 applies.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("core")
 
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The core serves, or the test fails."""
+    """Make the test fail if the reference is called."""
 
     def refuse(*_: Any) -> None:
         raise AssertionError("the reference was asked")
@@ -76,7 +80,10 @@ def test_normalised_landmarks_in_fp64(alone, r, family):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_what_it_does_not_serve_goes_to_the_reference_and_disturbs_no_one(dtype):
-    """To the last bit what each matrix gives alone."""
+    """The reference solves the matrices that the C++ library cannot solve.
+
+    The result of each matrix is bit-equal to its result alone.
+    """
     r = 16
     logits, rhs = problem(r, 9, dtype)
     untouched, _ = solve(logits, rhs)
@@ -106,7 +113,10 @@ def test_what_it_does_not_serve_goes_to_the_reference_and_disturbs_no_one(dtype)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("share", "by"), [(0.9, Solver.CHOLESKY), (1.1, Solver.LU)])
 def test_it_ends_where_the_reference_ends(share, by, dtype):
-    """Asymmetry, and the spread of the rows' logsumexp, a tenth below and above what is served."""
+    """The C++ library and the reference have the same limits.
+
+    The asymmetry of the logits and the spread of the rows' logsumexp are 10 % below or above the limit.
+    """
     logits, rhs = problem(8, 2, dtype)
     limit = 1e-3 * (1 + float(logits.abs().max()))
     skewed = logits.clone()
@@ -127,7 +137,10 @@ def test_it_ends_where_the_reference_ends(share, by, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_entries_that_underflow_are_zero(alone, dtype):
-    """Logits g·I, so that W is I but for e^−g: also where the exponential leaves the range of the dtype."""
+    """The logits are g·I, so W differs from I only by terms of the order of e^−g.
+
+    For large g, e^−g underflows.
+    """
     gaps = torch.tensor([60, 86, 87, 88, 90, 104, 130, 400, 700, 708, 750, 2000], dtype=dtype)
     logits, rhs = gaps[:, None, None] * torch.eye(8, dtype=dtype), problem(8, len(gaps), dtype)[1]
     x, used = solve(logits, rhs)
@@ -162,7 +175,8 @@ def test_strides_leading_axes_and_an_empty_batch(alone):
 
 
 def test_one_thread_and_two_give_the_same_bits(alone):
-    logits, rhs = (t.repeat(50, 1, 1) for t in problem(32, 40, torch.float32))  # 20 ms, so that the two meet
+    # The solve takes 20 ms, long enough for two threads to overlap.
+    logits, rhs = (t.repeat(50, 1, 1) for t in problem(32, 40, torch.float32))
     threads = torch.get_num_threads()
     found = []
     try:
@@ -175,7 +189,7 @@ def test_one_thread_and_two_give_the_same_bits(alone):
 
 
 def test_gradients_are_the_references():
-    """The core serves the forward pass, also where a gradient is wanted; the derivative recomputes."""
+    """The C++ library computes the forward pass even if gradients are needed. The gradients are the reference's."""
     logits, rhs = (t.requires_grad_() for t in problem(6, 3, torch.float64, d=2))
     upstream = tokens(9, 3, 6, 2)
     results = [landmark_solve(logits, rhs, backend=name).x for name in ("torch", "reference")]
@@ -198,7 +212,7 @@ def test_the_operators_pass_opcheck():
     leaves = logits.clone().requires_grad_(), rhs.clone().requires_grad_()
     arguments = (*leaves, *SolveOptions().flat(), "torch")
     library.opcheck(torch.ops.srm.landmark_solve, arguments)
-    solve(logits, rhs)  # loads it
+    solve(logits, rhs)  # loads the library
     served = torch.empty(2, dtype=torch.bool)
     core = torch.ops.srm_cpu.symmetric_solve.default
     library.opcheck(core, (logits, rhs.clone(), served, 1e-3), test_utils="test_schema")

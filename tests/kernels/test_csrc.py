@@ -1,6 +1,7 @@
-"""How setup.py builds csrc: the library loads, a missing compiler is one line, a rebuild replaces the file.
+"""Tests of how setup.py builds csrc.
 
-What the library computes: test_cpu_core.py and test_tiled_links.py.
+The library loads, a missing compiler is reported in one line, and a rebuild replaces the file. test_cpu_core.py and
+test_tiled_links.py test what the library computes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ assert served and torch.allclose(x, torch.tensor(1 / (1 + 0.5 / 3)))
 
 
 def test_the_library_builds_and_this_torch_loads_it(build, tmp_path):
-    """In a process of its own, the operator is there."""
+    """A new process loads the library and calls its operator."""
     if shutil.which(build.CXX) is None or build.torch_folder() is None:
         pytest.skip("no C++ compiler, or no headers of torch")
     library = tmp_path / "library.so"
@@ -60,7 +61,7 @@ def test_an_install_without_a_compiler_says_so_in_one_line(
 
 
 def test_a_library_that_is_built_again_leaves_the_loaded_one_as_it_was(build, monkeypatch, tmp_path):
-    """A process maps the file that it loaded: another one takes its name."""
+    """A process maps the library that it loaded. A rebuild therefore replaces the file instead of overwriting it."""
     from setuptools import Distribution, Extension
 
     target = tmp_path / "srm_kernels" / "_cpu.so"

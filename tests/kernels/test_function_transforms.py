@@ -1,4 +1,4 @@
-"""Every operator under torch.func and in forward mode: the derivatives are those of the tape."""
+"""Tests of all operators under torch.func and in forward mode: the derivatives equal those of `torch.autograd.grad`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated
 
 
 def scalar(function: Callable[..., Any]) -> Callable[..., Tensor]:
-    """A number to which every floating-point result contributes by each of its entries."""
+    """Return a function that sums the weighted squares of all elements of the floating-point results."""
 
     def total(*inputs: Tensor) -> Tensor:
         outs = [out for out in leaves_of(function(*inputs)) if out.is_floating_point()]
@@ -69,7 +69,7 @@ def test_first_derivatives(name):
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_gradients_of_every_sample(name):
-    """vmap over grad; the operator itself sees no batch, as in `test_vmap_is_the_loop`."""
+    """vmap over grad gives the gradients of each sample, as if the operator were called for each sample alone."""
     function, inputs, _ = case(name)
     numbers = tuple(range(len(inputs)))
     others = tuple(0.5 * x.flip(0) if x.dim() else 0.5 * x for x in inputs)
@@ -83,7 +83,7 @@ def test_gradients_of_every_sample(name):
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_second_derivatives_forward_over_reverse(name):
-    """Of torch's own second derivative on the tape, which goes through the reference."""
+    """The result equals the second derivative of `torch.autograd.grad`, which uses the reference."""
     function, inputs, directions = case(name)
     found = jvp(grad(function, tuple(range(len(inputs)))), inputs, tuple(directions))[1]
     leaves = [x.clone().requires_grad_() for x in inputs]
@@ -94,7 +94,7 @@ def test_second_derivatives_forward_over_reverse(name):
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_a_dual_cotangent_goes_through_a_tape_that_was_recorded_before(name):
-    """The backward pass is linear in what it is given."""
+    """The backward pass is linear in the upstream gradient, so a tangent of 3 gives 3 times the gradient."""
     function, inputs, _ = case(name)
     leaves = [x.clone().requires_grad_() for x in inputs]
     loss = function(*leaves)
@@ -145,7 +145,10 @@ def test_values_under_a_transform_are_the_operators():
 
 
 def test_exact_attention_in_forward_mode():
-    """torch's fused kernel on the CPU has no forward derivative, nor a second one; None then takes the reference."""
+    """`backend=None` uses the reference in forward mode and for second derivatives.
+
+    torch's fused kernel for the CPU supports neither.
+    """
     q, k, v = (tokens(i, 1, 2, 20, 8) for i in range(3))
     d = tokens(4, 1, 2, 20, 8)
 

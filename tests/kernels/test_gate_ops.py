@@ -1,4 +1,4 @@
-"""Gain-capped fusion and the gate's losses. Tolerances: `oracle.agree`, and where stated."""
+"""Tests of gain-capped fusion, and of the gate's logits and losses. Tolerances: `oracle.agree`, or as stated."""
 
 from __future__ import annotations
 
@@ -28,14 +28,17 @@ def inputs(
 
 
 def by_definition(m: Tensor, b: Tensor) -> Tensor:
-    """x Φ(x) of m + b."""
+    """Return GELU by its definition: x Φ(x) with x = m + b."""
     x = m + b[:, None, None]
     return x * (1 + torch.special.erf(x / math.sqrt(2))) / 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_the_gates_logits_by_definition(dtype):
-    """In half precision the mean and the readout round nothing: their error is that of the rounded activations."""
+    """In half precision, the tolerance of the logits allows only for rounding of the activations.
+
+    The mean and the linear layer do not round to half precision.
+    """
     maps, biases = [3 * tokens(i, 2, 5, 3, 4) for i in range(3)], [tokens(i, 5) for i in range(3)]
     weights, offsets = [tokens(10 + i, 1, 5) for i in range(3)], [tokens(20 + i, 1) for i in range(3)]
     maps, biases, weights, offsets = ([t.to(dtype) for t in g] for g in (maps, biases, weights, offsets))
@@ -114,8 +117,11 @@ def test_the_cap_leaves_small_maps_alone_and_bounds_large_ones():
     constant=st.booleans(),
 )
 def test_the_fused_norm_never_exceeds_the_cap(seed, dtype, exponent, ratio, constant):
-    """Strictly for bf16 and fp16, whose margin 1 − 2u is for rounding; to 1e-6 in fp32 and 1e-12 in fp64, whose
-    own rounding the cap does not allow for. fp16 is kept to its normal numbers."""
+    """In bf16 and fp16, the norm never exceeds the cap: the factor 1 − 2u leaves room for rounding.
+
+    In fp32 and fp64, there is no such factor. The relative excess is at most 1e-6 in fp32 and 1e-12 in fp64.
+    The scale of fp16 maps is at least 0.1, to avoid subnormal numbers.
+    """
     scale = 10.0 ** (max(exponent, -1) if dtype == torch.float16 else exponent)
     maps = scale * tokens(seed, 2, 3, 8, 4, 4)
     if constant:  # every entry rounds the same way
@@ -200,7 +206,10 @@ def test_losses_by_definition(floor):
 
 
 def test_losses_by_hand():
-    """Natural logarithm; the floor is in nats, not a share of ln S; the hinge is per image, the balance of the mean."""
+    """The logarithm is natural, and the floor is in nats, not a fraction of ln S.
+
+    The entropy loss applies the floor to each image. The balance loss uses the mean over the images.
+    """
     weights = torch.tensor([[1.0, 0.0], [0.5, 0.5]], dtype=torch.float64)
     entropy, balance = gate_losses(weights, entropy_floor=0.6)
     assert entropy.item() == pytest.approx(
@@ -226,7 +235,7 @@ def test_one_hot_weights_have_finite_gradients(dtype):
 
 
 def test_one_dead_stage_of_three_breaks_the_default_floor():
-    """0.7 ln 3 lies above ln 2."""
+    """With one weight of zero, the entropy is at most ln 2. The default floor, 0.7 ln 3, is larger."""
     weights = torch.tensor([[0.5, 0.5, 0.0]], dtype=torch.float64)
     entropy, _ = gate_losses(weights, entropy_floor=0.7 * math.log(3))
     assert entropy.item() == pytest.approx(0.7 * math.log(3) - math.log(2), rel=1e-10)
@@ -242,7 +251,7 @@ def test_losses_of_half_precision_weights_are_taken_in_fp32(dtype):
 
 
 def gradients(maps: Tensor, logits: Tensor, **options) -> tuple[Tensor, ...]:
-    """Of a sum that weighs every element of the fused map, gain and norm differently."""
+    """Return the gradients of a sum over the fused map, the gain and the norm, in which every element has a weight."""
     maps, logits = (x.detach().clone().requires_grad_() for x in (maps, logits))
     found = gated_fusion(maps, logits, **options)
     weighed = [
@@ -260,7 +269,7 @@ def gradients(maps: Tensor, logits: Tensor, **options) -> tuple[Tensor, ...]:
 )
 def test_a_cap_out_of_reach_has_the_gradients_of_none(cap, factor, dtype, backend):
     maps, logits = inputs(7, dtype=dtype)
-    maps[0] = 0  # of norm 0, which any cap is far above
+    maps[0] = 0  # its norm is 0, below every cap
     found = gradients(maps, logits, cap=cap, cap_factor=factor, backend=backend)
     for grad, expected in zip(found, gradients(maps, logits, cap=None, backend=backend), strict=True):
         assert grad.abs().max() > 0

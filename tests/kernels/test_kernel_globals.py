@@ -1,6 +1,7 @@
-"""Triton refuses a launch where a global that a kernel reads differs from its copy, which is taken at compilation.
+"""Test that no kernel reads a global for which Triton would refuse the launch.
 
-A NaN differs from its own copy. The interpreter and ahead-of-time compilation skip that comparison.
+At compilation, Triton copies every global that a kernel reads. It refuses a launch if a global differs from its copy. A
+NaN always differs from its copy. The interpreter and ahead-of-time compilation do not compare.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ def modules() -> list[ModuleType]:
 
 
 def is_kernel(value: Any) -> bool:
-    """True for JITFunction and for the interpreter's InterpretedFunction: both wrap a Python function as `fn`."""
+    """Return whether a value is Triton's JITFunction, or InterpretedFunction under the interpreter.
+
+    Both wrap a Python function as `fn`.
+    """
     return type(value).__module__.startswith("triton.") and hasattr(value, "fn")
 
 
@@ -37,7 +41,10 @@ def names_of(code: CodeType) -> Iterator[str]:
 
 
 def globals_read(kernels: list[Any]) -> dict[str, Any]:
-    """Every value, by the kernel and the name that read it, of these kernels and of all that they call."""
+    """Return the values of all globals that these kernels and the functions that they call read.
+
+    Each key states which function reads which name.
+    """
     found, seen = {}, set()
     while kernels:
         function = kernels.pop().fn

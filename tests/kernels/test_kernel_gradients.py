@@ -1,4 +1,4 @@
-"""First derivatives by `gradcheck` in fp64, second ones by `gradgradcheck` through the reference."""
+"""Tests of first derivatives by `gradcheck` in fp64, and of the reference's second derivatives by `gradgradcheck`."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def solve_inputs(family: str = "random") -> tuple[Tensor, ...]:
 
 
 def fusion_inputs() -> tuple[Tensor, ...]:
-    """Two images, one under a cap of 3, one over it."""
+    """Return the inputs of two images: the norm of the first is below a cap of 3, the norm of the second is above."""
     maps = tokens(5, 2, 3, 2, 2, 2) * torch.tensor([0.2, 4.0], dtype=torch.float64)[:, None, None, None, None]
     return leaves(maps, tokens(6, 2, 3))
 
@@ -56,7 +56,7 @@ def fusion_inputs() -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("family", ["random", "duplicated"])
 @pytest.mark.parametrize(("solver", "gate"), [*((s, True) for s in SOLVERS), ("neumann", False)])
 def test_landmark_solve(solver, gate, family, equilibrate):
-    """The neumann gate lets `random` through and sends `duplicated` to the default solve."""
+    """With the gate, `neumann` uses the series for `random` and the default solver for `duplicated`."""
 
     def x(logits: Tensor, rhs: Tensor) -> Tensor:
         return landmark_solve(
@@ -68,7 +68,10 @@ def test_landmark_solve(solver, gate, family, equilibrate):
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_landmark_solve_with_asymmetric_logits(solver):
-    """Past the tolerance of symmetry `cholesky` hands over to LU, whose derivative is in each logit alone."""
+    """If the logits are not symmetric within the tolerance of `cholesky`, LU solves the matrix.
+
+    The derivative of LU treats every logit as a separate variable.
+    """
     logits, rhs = solve_inputs()
     with torch.no_grad():
         logits[0, 0, 0, 1] += 0.3
@@ -81,7 +84,7 @@ def test_landmark_solve_with_asymmetric_logits(solver):
 
 @pytest.mark.parametrize("solver", ["lu", "auto"])
 def test_landmark_solve_without_a_ridge(solver):
-    """A regular matrix; of `svd` only λ0 > 0 is asked to be differentiable."""
+    """The matrix is regular. `svd` is left out, because it must be differentiable for λ0 > 0 only."""
     assert gradcheck(lambda a, b: landmark_solve(a, b, ridge=0.0, solver=solver).x, solve_inputs())
 
 
@@ -125,7 +128,7 @@ def test_nystrom_attention_with_one_landmark_every_landmark_and_a_scale():
 
 @pytest.mark.parametrize(("solver", "qk_norm"), [("cholesky", "keys"), ("lu", None), ("svd", "both")])
 def test_nystrom_attention_through_fused_attention(solver, qk_norm):
-    """From 16 landmarks on torch's own attention serves the blocks."""
+    """With 16 or more landmarks, torch's fused attention computes R V and L X."""
     tensors, _ = attention_inputs(nq=3, nk=18, d=2)
     assert gradcheck(
         lambda q, k, v: nystrom_attention(q, k, v, 16, ridge=0.1, solver=solver, qk_norm=qk_norm), tensors
@@ -166,7 +169,7 @@ def test_gated_fusion(cap):
 
 
 def test_gate_losses():
-    """One image under the floor, one over it; neither near the kink."""
+    """One image has an entropy below the floor, the other above. Neither is near the kink of the loss."""
     weights = torch.tensor([[0.9, 0.05, 0.05], [0.3, 0.3, 0.4]], dtype=torch.float64, requires_grad=True)
     assert gradcheck(lambda a: gate_losses(a, entropy_floor=0.7), (weights,))
 
@@ -177,7 +180,10 @@ def test_gate_losses():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("solver", ["cholesky", "lu", "svd"])
 def test_attention_gradients_in_lower_dtypes(solver, dtype):
-    """Rule `agree`, against autograd through plain PyTorch in the same dtype with fp32 inside."""
+    """The gradients satisfy `oracle.agree`.
+
+    `plain` is autograd through plain PyTorch in the same dtype, with intermediate results in fp32.
+    """
     tensors = [tokens(seed, 2, 2, n, 16, dtype=dtype) for seed, n in ((20, 40), (21, 30), (22, 30))]
     weight = tokens(23, 2, 2, 40, 16, dtype=dtype)
     landmarks = select_landmarks(oracle.normalise(tensors[1].float()), 16)
@@ -226,7 +232,7 @@ def test_expanded_inputs_receive_the_sum():
 
 
 def test_the_gradient_flows_through_the_landmark_keys():
-    """Perturbing the key that is the only landmark, and whose value is zero, still moves Y."""
+    """The gradient of the keys equals that of the oracle, which also differentiates through the landmark keys."""
     (q, k, v), _ = attention_inputs()
     landmarks = torch.zeros(1, 2, 2, dtype=torch.int64) + torch.tensor([0, 1])
     y = nystrom_attention(q, k, v, 2, landmarks=landmarks)
@@ -312,7 +318,7 @@ def test_second_derivatives_of_the_chosen_backend_are_the_references(name):
 
 @pytest.mark.parametrize("backend", [None, "torch"])
 def test_torchs_own_attention_says_that_it_has_no_second_derivative(backend):
-    """With the 16 keys from which on its fused kernel serves."""
+    """The test uses 16 keys, the smallest number for which torch's fused kernel is used."""
     inputs, _ = attention_inputs(nk=16)
     (first,) = torch.autograd.grad(
         full_attention(*inputs, backend=backend).sum(), inputs[:1], create_graph=True

@@ -6,7 +6,7 @@ import torch
 
 
 def test_fp32_is_fp32_and_algorithms_are_fixed_wherever_tests_run():
-    """Check TF32 and cuDNN's settings.
+    """Check that TF32 is off and that cuDNN is deterministic.
 
     torch enables TF32 convolutions by default. Without the fixture of `conftest`, the test fails on a CPU too.
     """

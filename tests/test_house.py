@@ -86,7 +86,7 @@ def test_packages_read_nothing_beside_the_checkout():
 
 
 def test_a_module_that_runs_kernels_on_a_gpu_is_marked_so(pytestconfig: pytest.Config):
-    """Check that forking tests run first, and that only modules with DEVICE = "cuda" get the mark `gpu`."""
+    """Check that forking tests run first, and that only tests of modules with DEVICE = "cuda" get the mark `gpu`."""
     hooks = pytestconfig.pluginmanager.get_plugin(str(ROOT / "tests" / "conftest.py"))
     marks: dict[str, list[str]] = {"cuda": [], "cpu": [], "none": []}
     items = []

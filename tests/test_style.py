@@ -1,4 +1,4 @@
-"""Test that documentation, comments and messages contain none of the phrases below; suggest other words."""
+"""Test that documentation, comments and messages contain none of the phrases below."""
 
 from __future__ import annotations
 

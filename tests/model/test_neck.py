@@ -471,7 +471,7 @@ def test_an_average_begun_before_calibration_scores_and_has_gradients(kind, firs
     copy = average.module.eval()
     assert all(buffer.isfinite().all() for buffer in copy.buffers())
     assert copy(pyramid).fused.isfinite().all()
-    assert (copy(pyramid).gain == 1).all()  # the initial cap is too large to act and then falls to M₀
+    assert (copy(pyramid).gain == 1).all()  # the averaged M₀ starts so large that the cap does not act
     assert all(g.isfinite().all() and g.abs().max() > 0 for g in gradients_of(copy, pyramid))
     for name, link in copy.diagnose(pyramid)["links"].items():
         assert link["sigma_before_tau"] == pytest.approx(

@@ -107,7 +107,7 @@ def test_training_takes_the_model_itself(tmp_path):
 
 
 def test_attributes_are_read_through_wrappers():
-    """Check attributes of a wrapped model. Without them, an attack would treat a stochastic model as deterministic."""
+    """Without these attributes, an attack would treat a stochastic model as deterministic."""
     model = made(config=CONFIG.replace(kv_pool_prob=0.5, kv_pool_eval=True))
     for wrapper in ("torch.compile", "DataParallel", "AveragedModel"):
         wrapped = WRAPPERS[wrapper](model)
@@ -185,7 +185,7 @@ def test_a_model_built_on_meta_is_whole_once_its_weights_are_loaded(backbone, in
 
 
 class LoRA(nn.Module):
-    """An adapter in the style of PEFT: it shows the weight of the base layer and adds a term of its own."""
+    """An adapter in the style of PEFT. It has the weight of the base layer, and adds its own term to the output."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()

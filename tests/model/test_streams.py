@@ -88,7 +88,7 @@ def test_messages_that_cannot_be_written_change_no_exit_code():
 
 
 def test_a_command_in_the_middle_of_its_output(monkeypatch: pytest.MonkeyPatch, capsys):
-    """Check write errors while a command runs, when a buffer is full, and in argparse, which ignores write errors."""
+    """Check write errors of a command that flushes a full buffer as it runs, and of argparse, which ignores them."""
 
     class Full(io.StringIO):
         def write(self, text: str) -> int:
@@ -163,9 +163,9 @@ def test_json_has_no_number_that_is_not_finite():
 
 
 def test_no_writer_of_json_goes_past_it():
-    """Check that other code does not call `json.dumps` directly.
+    """Check that only known code calls `json.dumps` directly instead of `json_text`.
 
-    Calls are allowed if this program alone reads the result, or if they raise an error for such numbers.
+    Such a call is allowed if only this program reads the result, or if the call raises an error for NaN and infinity.
     """
     within = {
         "training/state.py",

@@ -49,7 +49,7 @@ def device(pretended: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def verify(**statuses: str) -> None:
-    """Save a verdict in which all kernels are fast and right, except for the operators in `statuses`."""
+    """Save a verdict in which all kernels are faster and right, except for operators with a status in `statuses`."""
     times = {"triton": 1.0, "reference": 2.0}
     rows: list[dict[str, Any]] = [
         {

@@ -39,7 +39,7 @@ def test_two_processes_train_evaluate_and_write_once(tmp_path: Path, capfd):
     on_ranks(2, main, [*command, "--out", str(tmp_path / "two")], join=False)
     assert without_figures(capfd.readouterr().out) == without_figures(output)
     kept = [path.stat().st_size for path in (tmp_path / "cache").glob("*.npy")]
-    assert kept == [32 * 32 * 3 + 128] * 6  # what fits into 20,000 bytes
+    assert kept == [32 * 32 * 3 + 128] * 6  # the limit of 20,000 bytes allows six files
     one, two = (tmp_path / name / "srm" for name in ("one", "two"))
     assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
     assert len(list((two / "tensorboard").iterdir())) == 1
@@ -95,7 +95,7 @@ def test_every_rank_ends_where_another_process_writes(tmp_path: Path, capfd):
 def without_figures(text: str) -> str:
     """Replace the decimal numbers of a text by #.
 
-    Different micro-batches have different rounding errors, and a rank correlation can jump because of them.
+    Different splits of a batch round differently, and a rank correlation can jump because of a rounding error.
     """
     return re.sub(r"−?\d+\.\d+|undefined", "#", text)
 

@@ -55,7 +55,7 @@ def test_of_a_linear_score_the_penalty_is_its_weights_norm(norm: str, order: int
     config = SRMConfig(gradient_norm=norm)
     penalty = gradient_norm(model, images, model(images), config, randomness)
     expected = torch.linalg.vector_norm(model.weight, order)
-    # The penalty is a difference of two sums near 5, divided by 0.01. In fp32, five digits are exact.
+    # The penalty is a difference of two sums near 5, divided by 0.01. In fp32, about five digits are exact.
     assert penalty.item() == pytest.approx(expected.item(), rel=1e-4)
     (gradient,) = torch.autograd.grad(penalty, model.weight)
     (exact,) = torch.autograd.grad(expected, model.weight)

@@ -56,7 +56,7 @@ def model(config: SRMConfig = CONFIG, neck: str = "srm") -> Any:
     with torch.no_grad():
         for readout in (
             made.neck.gate.readouts if neck == "srm" else ()
-        ):  # the balance loss of a uniform gate is 0
+        ):  # a uniform gate would have a balance loss of 0
             readout.weight.normal_(std=3.0)
     return made
 

@@ -270,7 +270,7 @@ def test_a_vanished_image_is_named(whole: Path, tmp_path: Path, workers: int):
         fit(tmp_path, train_set=images, workers=workers, save_every=None)
     assert (
         not multiprocessing.active_children()
-    )  # `error` still exists here and must not keep workers alive: Python's exit would wait for them
+    )  # the error still exists and must not keep workers alive: Python's exit would wait for them
     stored = state.read_state(tmp_path)
     assert stored is not None
     assert len(stored.values["history"]) == 1

@@ -48,7 +48,7 @@ def make_neck() -> SRMNeck:
     plain.calibrate(pyramid())
     neck.load_state_dict(plain.state_dict())
     with torch.no_grad():
-        for readout in neck.gate.readouts:  # the balance loss of a uniform gate is 0
+        for readout in neck.gate.readouts:  # a uniform gate would have a balance loss of 0
             readout.weight.normal_(std=3.0)
     return neck.train()
 

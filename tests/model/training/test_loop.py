@@ -46,7 +46,7 @@ def test_the_history_and_the_files_of_a_run(tmp_path: Path):
             "gate_weights": [0.5, 0.5],
             "nothing": None,
         }
-        last_step = lr_factor(5 * row["epoch"] - 1, steps=15, warmup=3)  # 18 images by 4
+        last_step = lr_factor(5 * row["epoch"] - 1, steps=15, warmup=3)  # 18 images in batches of 4
         assert row["lr"] == pytest.approx({"backbone": 1e-2 * last_step, "neck": 1e-2 * last_step})
     assert history[-1]["loss_mse"] < history[0]["loss_mse"]
     assert [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()] == history
@@ -121,9 +121,7 @@ def test_a_cut_off_training_ends_as_if_it_had_not_been(
         if moment == "before the state":
             patch.setattr(loop, "save_state", _raise_after(2, save))
         if moment == "after the state":
-            patch.setattr(
-                loop._Run, "_publish", _raise_after(3, publish)
-            )  # in the last epoch, which is also the best
+            patch.setattr(loop._Run, "_publish", _raise_after(3, publish))  # in the last and best epoch
         if moment == "in the state":
             patch.setattr(state, "save_file", _raise_after(2, state.save_file))
         with pytest.raises(KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""Tests of compiled kernels run, and fail, in any session."""
+"""Test that tests of compiled kernels run, and can fail, in any pytest session."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests rely on that no test of their own would notice: exact libraries on a GPU."""
+"""Test the settings for all tests that make libraries exact and deterministic on a GPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import torch
 
 
 def test_fp32_is_fp32_and_algorithms_are_fixed_wherever_tests_run():
-    """TF32 convolutions are torch's default; without the fixture of `conftest` this fails on a CPU too."""
+    """Check that TF32 is off and that cuDNN is deterministic.
+
+    torch enables TF32 convolutions by default. Without the fixture of `conftest`, the test fails on a CPU too.
+    """
     assert not torch.backends.cudnn.allow_tf32
     assert not torch.backends.cuda.matmul.allow_tf32
     assert torch.backends.cudnn.deterministic

@@ -1,7 +1,7 @@
-"""Docstrings of public names: sections that name the parameters exactly, and an entry in the reference.
+"""Test that the docstrings of public names explain exactly their parameters, and that the reference lists every name.
 
-Public names are those of `docs/API.md` and of the `__all__` of its modules. Ruff checks the sections of other functions
-where they have any (DOC102).
+Public names are the names in `docs/API.md` and in `__all__` of the modules listed there. For other functions, Ruff
+checks the docstring sections that exist (DOC102).
 """
 
 from __future__ import annotations
@@ -57,13 +57,14 @@ def raised(function: Any) -> set[str]:
     calls = [node.exc for node in ast.walk(tree) if isinstance(node, ast.Raise)]
     names = {call.func.id for call in calls if isinstance(call, ast.Call) and isinstance(call.func, ast.Name)}
     classes = {name for name in names if name[0].isupper()}
-    return classes - {"AssertionError"}  # a fault of the program, not of its arguments
+    return classes - {"AssertionError"}  # an error of the program, not of the arguments
 
 
 def faults(value: Any) -> list[str]:
     """Return what the docstring of a function or class lacks.
 
-    "Arguments that are not listed are those of `pgd`" may name a public function that explains the other parameters.
+    A docstring may name a public function that explains the other parameters: "Arguments that are not listed are those
+    of `pgd`".
     """
     docstring = inspect.getdoc(value) if value.__doc__ else None
     if not docstring:

@@ -1,4 +1,4 @@
-"""Arrows point down: who may import whom, as docs/ARCHITECTURE.md draws it; and which tests a GPU is asked for."""
+"""Test that modules import only lower layers (docs/ARCHITECTURE.md), and that tests for a GPU get the mark `gpu`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# Each part of srm_model stands on the floors below its own, and on parts of its own floor only where named here.
+# The layers of srm_model, top first. A part may import lower layers, and within its layer only pairs in NEIGHBOURS.
 FLOORS = (
     {"cli", "__main__"},
     {"study", "profiling"},
@@ -31,7 +31,7 @@ def modules(package: str) -> list[Path]:
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Absolute names of everything a file imports, wherever in it."""
+    """Yield the absolute names of all imports of a file, also of imports inside functions."""
     package = path.relative_to(ROOT).with_suffix("").parts[:-1]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -86,7 +86,7 @@ def test_packages_read_nothing_beside_the_checkout():
 
 
 def test_a_module_that_runs_kernels_on_a_gpu_is_marked_so(pytestconfig: pytest.Config):
-    """`-m gpu` takes every test of a module whose DEVICE is a GPU, and no other's."""
+    """Check that forking tests run first, and that only tests of modules with DEVICE = "cuda" get the mark `gpu`."""
     hooks = pytestconfig.pluginmanager.get_plugin(str(ROOT / "tests" / "conftest.py"))
     marks: dict[str, list[str]] = {"cuda": [], "cpu": [], "none": []}
     items = []

@@ -1,4 +1,4 @@
-"""Docstrings point to sections that docs/METHOD.md has."""
+"""Test that the sections of docs/METHOD.md that the code names exist."""
 
 from __future__ import annotations
 

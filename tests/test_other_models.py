@@ -1,4 +1,7 @@
-"""What the recipes leave behind, and that the first is as short as it says. `test_pages.py` runs them as scripts."""
+"""Test the recipes of docs/OTHER_MODELS.md: the models they train, and how many lines the first one changes.
+
+`test_pages.py` runs the recipes as scripts.
+"""
 
 from __future__ import annotations
 
@@ -45,6 +48,6 @@ def test_an_existing_model_is_wrapped_and_left_as_it_is():
     assert not any(p.requires_grad for p in model.base.parameters())
     assert all(p.grad is not None for p in (*model.neck.parameters(), *model.head.parameters()))
     assert not any(module.training for module in model.base.modules())
-    # The maps are the pixels' own: an attack finds its way through the frozen model.
+    # Gradients reach the pixels through the frozen model, so that an attack can change the image.
     assert (names["attacked"] - images).abs().max() > 3 / 255
     assert not torch.equal(model(names["attacked"]), model(images))

@@ -1,4 +1,4 @@
-"""Every code block of every page runs as written, in a process of its own; those tagged `slow` only have to parse."""
+"""Test that every code block of every page runs as written, each in its own process. `slow` blocks are only parsed."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ PAGES = [
         [*ROOT.glob("*.md"), *(p for folder in FOLDERS for p in (ROOT / folder).rglob("*.md"))]
     )
 ]
-LANGUAGES = {"python", "sh", "toml", "text"}  # `text` is what a command prints, or a drawing
-# Blocks tagged `slow`: they install, run the test suite, or train and measure for minutes. None else is skipped.
+LANGUAGES = {"python", "sh", "toml", "text"}  # `text` is the output of a command, or a diagram
+# Number of blocks tagged `slow`. They install packages, run the test suite, or train or measure for minutes. All other
+# blocks run.
 SLOW = {
     "README.md": 1,
     "docs/DATASETS.md": 1,
@@ -79,7 +80,7 @@ def test_every_block_is_known_and_what_is_slow_is_counted():
 def test_a_block_runs_as_written(block: Block, tmp_path: Path):
     given = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment = given | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    # Pages of bench/ are for a checkout, whose folder `bench` is not installed.
+    # Pages of bench/ need a checkout, because the folder `bench` is not installed.
     folder = ROOT if block.page.startswith("bench/") and block.language == "python" else tmp_path
     command = [sys.executable, "-"] if block.language == "python" else ["bash", "-eu"]
     done = subprocess.run(
@@ -89,7 +90,7 @@ def test_a_block_runs_as_written(block: Block, tmp_path: Path):
 
 
 def commands_of(block: Block) -> list[list[str]]:
-    """Each command's words, what it writes to left out; those of a pipe one by one."""
+    """Return the words of each command without output redirection. Each command of a pipe is a separate entry."""
     commands = []
     for line in block.text.replace("\\\n", " ").splitlines():
         for _, words in itertools.groupby(shlex.split(line, comments=True), lambda word: word == "|"):

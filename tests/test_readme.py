@@ -1,4 +1,7 @@
-"""The README and its pages name what there is, and links lead somewhere. `test_pages.py` runs the blocks."""
+"""Test that the README and its pages list all operators, commands and tables, and that every relative link works.
+
+`test_pages.py` runs the code blocks.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,11 @@ def test_every_command_is_listed_as_it_is(capsys):
 
 @pytest.mark.parametrize("page", ["docs/BENCHMARKS.md", "docs/TRAINING.md"])
 def test_measured_figures_are_those_of_the_rows(page: str):
-    """`python -m bench.report bench/results/cpu --pages docs/BENCHMARKS.md docs/TRAINING.md` writes them anew."""
+    """Check that the tables of a page match the stored results.
+
+    To update the tables, run
+    `python -m bench.report bench/results/cpu --pages docs/BENCHMARKS.md docs/TRAINING.md`.
+    """
     text = (ROOT / page).read_text(encoding="utf-8")
     assert "<!-- rows: " in text
     assert pages.filled(text, ROOT / "bench/results/cpu") == text
@@ -66,7 +73,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (RO
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors that a page's headings get."""
+    """Return the anchors of the headings of a page."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

@@ -1,4 +1,4 @@
-"""Phrases that this project's documentation, comments and messages avoid, and what to write instead."""
+"""Test that documentation, comments and messages contain none of the phrases below."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("bench", "constraints", "csrc", "docs", "experiments", "srm_kernels", "srm_model", "tests")
 SUFFIXES = {".cff", ".cpp", ".h", ".md", ".py", ".rst", ".sh", ".toml", ".txt"}
-# Regular expression of a phrase → suggestion. Add a phrase when reviews have met it twice.
+# Regular expression of a phrase → suggestion. Add a phrase if reviews find it twice.
 PHRASES = {
     "(is|are|was|were) owed": "not measured yet",
     "(is|are|was|were) aimed at": "the target is",
@@ -27,7 +27,7 @@ PHRASES = {
     "to be had": "available; remaining",
     "told (by|of|on)": "reported by; shown by",
 }
-GAP = r"(?:\s|#|//)+"  # a phrase may go on in the next line, of a comment too
+GAP = r"(?:\s|#|//)+"  # a phrase can continue on the next line, also in a comment
 BANNED = {
     re.compile(rf"\b{phrase.replace(' ', GAP)}\b", re.IGNORECASE): suggestion
     for phrase, suggestion in PHRASES.items()

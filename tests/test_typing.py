@@ -1,4 +1,4 @@
-"""Both packages carry types: mypy checks code of a user against them."""
+"""Test that mypy checks a user's code against the types of both packages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_consumer_is_checked_against_our_types(tmp_path: Path):
     done = subprocess.run(
         [sys.executable, "-m", "mypy", "--cache-dir", str(ROOT / ".mypy_cache"), "consumer.py"],
         cwd=tmp_path,
-        env=os.environ | {"MYPYPATH": str(ROOT)},  # mypy does not see an editable install
+        env=os.environ | {"MYPYPATH": str(ROOT)},  # mypy does not find an editable install
         capture_output=True,
         text=True,
         check=False,

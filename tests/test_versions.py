@@ -1,4 +1,4 @@
-"""The environments of `make test-versions` and the files of `make test-portable` are what they are said to be."""
+"""Test the pins of `make test-versions`, the files of `make test-portable`, and the version in CITATION.cff."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-OWN = {"torch", "triton", "numpy", "torchvision"}  # what the environments differ in
+OWN = {"torch", "triton", "numpy", "torchvision"}  # packages whose versions differ between environments
 FILES = {"oldest": "constraints/oldest.txt", "tested": "constraints.txt", "newest": "constraints/newest.txt"}
 
 

@@ -1,4 +1,4 @@
-"""Rounding of several tensors at once: `Tensor.to`, launched once."""
+"""Test `rounded`, which casts several tensors in one launch with the results of `Tensor.to`, and `autocast_dtype`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def tensors() -> list[Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_it_is_a_cast_of_each_to_the_bit(dtype):
-    """Values, overflow among them, strides and gradients; a second derivative; a result that is not used."""
+    """Compare values, overflow, strides, gradients and a second derivative with `Tensor.to`. One result is not used."""
     found, expected = tensors(), tensors()
     results = rounded(found, dtype), [t.to(dtype) for t in expected]
     for one, other in zip(*results, strict=True):

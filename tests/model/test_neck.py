@@ -1,6 +1,6 @@
-"""The neck: the mechanism acts, every switch does what it says, and no image sees another.
+"""Test the neck: calibration, every option of the config, and the independence of the images in a batch.
 
-Tolerance rule: two ways of computing one quantity in fp32 agree within 100 units of rounding of its largest entry.
+Tolerance: two computations of the same quantity in fp32 differ by at most 100 units of rounding of its largest entry.
 """
 
 from __future__ import annotations
@@ -199,7 +199,9 @@ def test_every_switch_trains_and_every_parameter_gets_a_gradient(changes):
         if name.startswith(tuple(idle)):
             continue
         if name.endswith("dyt_query.bias") or "gate.stages" in name:
-            continue  # zero at the start: uniform readouts, and a shift of all of a query's logits may cancel
+            # These gradients can be zero at the start: the readouts are uniform, and an equal shift of all logits of
+            # a query can cancel in the softmax.
+            continue
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
         zero_at_start = config.qk_norm is None and "theta" in name
@@ -216,7 +218,8 @@ def test_theta_receives_only_the_tau_loss_from_tau_and_the_statistic_none():
     neck.tau_loss(BatchStatistics()).backward()
     with_gradient = [name for name, p in neck.named_parameters() if p.grad is not None]
     assert with_gradient == [f"links.{name}.theta" for name in neck.links]
-    # mean over links and heads of (log(τσ̄/σ_ref))², τ = 1: derivative 2·log(σ̄/σ_ref) / (L H) each
+    # The loss is the mean of (log(τσ̄/σ_ref))² over L links and H heads. At τ = 1, its derivative with respect to
+    # each log τ is 2·log(σ̄/σ_ref) / (L H).
     link = neck.links["4to1"]
     expected = 2 * (link.sigma / math.sqrt(SMALL.head_dim)).log() / (SMALL.heads * len(neck.links))
     assert link.theta.grad.tolist() == pytest.approx(expected.tolist(), rel=1e-4)
@@ -294,7 +297,7 @@ def test_stochastic_pooling_draws_once_per_source_in_training_only():
     neck.train()
     torch.manual_seed(0)
     kinds = {tuple(neck(pyramid).fused.flatten()[:4].tolist()) for _ in range(12)}
-    assert len(kinds) == 2  # one source: pooled or not, for all three links together
+    assert len(kinds) == 2  # all three links share one source, which is pooled or not
     noisy = make_neck(config.replace(kv_pool_eval=True))
     assert noisy.stochastic
     torch.manual_seed(0)
@@ -376,7 +379,7 @@ def test_plain_neck_passes_the_deepest_stage_on():
     assert {name: float(loss) for name, loss in out.losses.items()} == {"tau": 0, "entropy": 0, "balance": 0}
 
 
-# A neck that was not calibrated, and averages of its weights
+# Uncalibrated necks, and weight averages of such necks
 
 
 def gradients_of(neck, pyramid):
@@ -401,7 +404,7 @@ def test_training_without_calibration_warns_once():
     neck, pyramid = make_neck(calibrate=False), make_pyramid()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        neck(pyramid)  # evaluation of fresh weights is nobody's mistake
+        neck(pyramid)  # evaluation of fresh weights must not warn
         make_neck().train()(pyramid)
     neck.train()
     with pytest.warns(UserWarning, match="never calibrated"):
@@ -468,7 +471,7 @@ def test_an_average_begun_before_calibration_scores_and_has_gradients(kind, firs
     copy = average.module.eval()
     assert all(buffer.isfinite().all() for buffer in copy.buffers())
     assert copy(pyramid).fused.isfinite().all()
-    assert (copy(pyramid).gain == 1).all()  # a cap that began out of reach comes down to M₀
+    assert (copy(pyramid).gain == 1).all()  # the averaged M₀ starts so large that the cap does not act
     assert all(g.isfinite().all() and g.abs().max() > 0 for g in gradients_of(copy, pyramid))
     for name, link in copy.diagnose(pyramid)["links"].items():
         assert link["sigma_before_tau"] == pytest.approx(
@@ -502,5 +505,5 @@ def test_a_state_of_earlier_versions_loads_as_not_started(stored, assign):
     neck.train()(pyramid)
     assert neck.calibrated
     median = neck(pyramid).norm.detach().median() / math.sqrt(32 * 16)
-    assert neck.median_rms == pytest.approx(float(median), rel=0.1)  # started by the first batch
+    assert neck.median_rms == pytest.approx(float(median), rel=0.1)  # the first training batch sets M₀
     assert all(link.sigma_started == 1 for link in neck.links.values())

@@ -1,7 +1,8 @@
-"""Weights of an earlier neck load, and give what they gave.
+"""Test that the weights of an earlier version of the neck load and give the same outputs and gradients as before.
 
-`fixtures/old_neck.safetensors` was written when the neck was one module. It holds a state dict of seeded weights, a
-pyramid, and for each attention, in fp32 and in fp64, the outputs and the pyramid's gradients of Σ fused·cos(fused).
+`fixtures/old_neck.safetensors` was written when the neck was one module. It holds a state dict of seeded weights and a
+pyramid. For each attention, in fp32 and in fp64, it also holds the outputs of the neck and the gradients of
+Σ fused·cos(fused) with respect to the pyramid, where cos(fused) is a constant.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ OUTPUTS = ("fused", "weights", "gain", "norm", "losses")
 
 
 def part(name: str) -> dict[str, Tensor]:
-    """Tensors of the file whose names begin with `name`, a dot following."""
+    """Return the tensors of the file whose names begin with `name` and a dot, without this prefix."""
     with safe_open(FILE, "pt") as file:
         return {
             key.removeprefix(f"{name}."): file.get_tensor(key)
@@ -49,7 +50,7 @@ def outputs(neck: SRMNeck) -> dict[str, Tensor]:
 
 
 def ratios(attention: str, neck: SRMNeck) -> dict[str, float]:
-    """Of every output and gradient, by the numerics rule."""
+    """Return the error ratio of every output and gradient; a ratio of at most 1 satisfies the numerics rule."""
     plain, exact = part(f"{attention}.float32"), part(f"{attention}.float64")
     found = outputs(neck)
     assert found.keys() == plain.keys() == exact.keys()

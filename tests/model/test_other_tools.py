@@ -1,4 +1,4 @@
-"""Models in other tools' hands: wrapped, sharded, adapted, built without memory, under torch's transforms."""
+"""Test models with wrappers, sharding, adapters, the meta device, transforms of torch.func, and torch.export."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_training_takes_the_model_itself(tmp_path):
 
 
 def test_attributes_are_read_through_wrappers():
-    """Else a stochastic model is attacked as one that is not."""
+    """Without these attributes, an attack would treat a stochastic model as deterministic."""
     model = made(config=CONFIG.replace(kv_pool_prob=0.5, kv_pool_eval=True))
     for wrapper in ("torch.compile", "DataParallel", "AveragedModel"):
         wrapped = WRAPPERS[wrapper](model)
@@ -185,7 +185,7 @@ def test_a_model_built_on_meta_is_whole_once_its_weights_are_loaded(backbone, in
 
 
 class LoRA(nn.Module):
-    """An adapter as PEFT makes them: the weight of what it stands for, and a term of its own."""
+    """An adapter in the style of PEFT. It has the weight of the base layer, and adds its own term to the output."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
@@ -272,13 +272,13 @@ def test_derivatives_of_a_model_under_transforms(neck):
 
 
 def test_rounded_parameters_have_derivatives_under_transforms():
-    """The gate rounds its weights under autocast."""
+    """Check derivatives under autocast, where the gate rounds its weights."""
     model, x = made(), images()
     with torch.autocast("cpu", torch.bfloat16):
         leaf = x.clone().requires_grad_()
         (expected,) = torch.autograd.grad(model(leaf).sum(), leaf)
         found = grad(lambda x: model(x).sum())(x)
-    # two roundings of bf16 against each other
+    # Both gradients have rounding errors of bf16.
     assert (found - expected).norm() <= 0.1 * expected.norm()
 
 

@@ -1,7 +1,8 @@
-"""Links in the pooled form and links called one by one, which the full-resolution pyramid takes, are the same.
+"""Test that links in the pooled form give the same results as links called one by one.
 
-The rule is that of `srm_kernels.numerics`: called links in fp64 are exact, and in the dtype itself plain. Cases have
-landmarks that rounding cannot choose otherwise: all keys, or every few of them.
+The neck calls its links one by one if it must return the full-resolution pyramid. The tolerance is the rule of
+`srm_kernels.numerics`: called links in fp64 are the exact result, and called links in the tested dtype are the plain
+result. The landmarks of every case are all keys or every n-th key, so that rounding cannot change them.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def make_pyramid(dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tens
 
 
 def make_neck(config: SRMConfig) -> SRMNeck:
-    """Calibrated, its gate not uniform, β and τ not 1."""
+    """Return a calibrated neck whose gate is not uniform and whose β and τ are not 1."""
     torch.manual_seed(0)
     neck = SRMNeck(CHANNELS, config)
     neck.calibrate(make_pyramid(seed=9))
@@ -55,7 +56,7 @@ def make_neck(config: SRMConfig) -> SRMNeck:
 
 
 def step(neck: SRMNeck, pyramid: list[Tensor], *, called: bool, draw: int = 0) -> tuple[Step, Step]:
-    """Values with the buffers afterwards, and gradients, of a training step whose loss has signs of its own."""
+    """Run a training step whose loss has random signs. Return values with the buffers after the step, and gradients."""
     neck = copy.deepcopy(neck)
     maps = [m.clone().requires_grad_() for m in pyramid]
     out = neck(maps, return_pyramid=called)
@@ -64,7 +65,7 @@ def step(neck: SRMNeck, pyramid: list[Tensor], *, called: bool, draw: int = 0) -
     values = {"fused": out.fused, "weights": out.weights, "gain": out.gain, "norm": out.norm}
     acting = tuple(
         f"links.{link_name(*pair)}." for pair in neck.acting
-    )  # the pyramid alone tracks the others
+    )  # only `return_pyramid` updates buffers of the other links
     values |= out.losses | {
         name: b for name, b in neck.named_buffers() if name.startswith(("median", *acting))
     }
@@ -73,13 +74,13 @@ def step(neck: SRMNeck, pyramid: list[Tensor], *, called: bool, draw: int = 0) -
 
 
 def _balance_terms(weights: Tensor) -> Tensor:
-    """Return Σ |∂(balance)/∂ā · ā|: balance is a sum of squared differences, with the rounding errors of ā."""
+    """Return Σ |∂(balance)/∂ā · ā|, the scale of the error in the balance loss that the rounding of ā causes."""
     mean = weights.mean(0)
     return 2 * ((mean - 1 / mean.numel()).abs() * mean).sum()
 
 
 def ratios(neck: SRMNeck, other: SRMNeck) -> dict[str, float]:
-    """Of every result of a step of `other` in the pooled form, against `neck` called."""
+    """Return the error ratio of every result of a step: `other` in the pooled form against called links of `neck`."""
     pyramid, wide = make_pyramid(), copy.deepcopy(neck).double()
     draws = range(DRAWS)
     exact = [step(wide, [m.double() for m in pyramid], called=True, draw=draw) for draw in draws]

@@ -1,4 +1,4 @@
-"""`srm-iqa score --map`: the map points to the damage that the model sees; its picture is where it was asked for."""
+"""Test `srm-iqa score --map`: the map shows where the damage is, and the picture is written to the given path."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ SIDE = 64
 
 
 class Contrast(nn.Module):
-    """Mean local contrast: the RMS difference of neighbours. Its `corner` sees the upper left quarter only."""
+    """Score the local contrast: the mean difference of horizontal neighbours.
+
+    With `corner`, the model scores only the upper left quarter of an image.
+    """
 
     def __init__(self, corner: bool = False) -> None:
         super().__init__()
@@ -33,7 +36,7 @@ class Contrast(nn.Module):
 
 
 class Calm(Contrast):
-    """The opposite: noise is what lowers the score."""
+    """The opposite of `Contrast`: noise lowers the score."""
 
     def forward(self, images: Tensor) -> Tensor:
         return 1 - super().forward(images)
@@ -44,7 +47,10 @@ def textured(seed: int = 0) -> Tensor:
 
 
 def damaged(flat: bool) -> tuple[Tensor, np.ndarray]:
-    """An image with one damaged part, and where: grey in noise, or noise in grey."""
+    """Return an image with one damaged part, and the mask of this part.
+
+    The part is grey in a noise image (`flat`), or noise in a grey image.
+    """
     inside = torch.zeros(SIDE, SIDE, dtype=torch.bool)
     inside[36:60, 4:28] = True
     grey = torch.full((3, SIDE, SIDE), 0.5)
@@ -58,7 +64,7 @@ def test_the_map_points_to_the_damage(model: nn.Module, flat: bool):
     assert found.change.shape == (SIDE, SIDE)
     assert inside[np.unravel_index(found.change.argmax(), inside.shape)]
     assert found.change[inside].mean() > 0
-    # Outside, damaged parts replace whole windows, so the score falls.
+    # Windows outside the damage are replaced by damaged parts, which lower the score.
     assert found.change[~inside].mean() < 0
     assert found.score == pytest.approx(float(model(image[None])))
 
@@ -120,7 +126,7 @@ def photo(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Run `srm-iqa score` with the model above."""
+    """Return a function that runs `srm-iqa score` with a model that scores local contrast."""
     (tmp_path / "contrast_model.py").write_text(
         "import torch\n"
         "class Model(torch.nn.Module):\n"

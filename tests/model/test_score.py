@@ -1,4 +1,4 @@
-"""`srm-iqa score`: every file gets its line, whatever its name and whatever is wrong with it."""
+"""Test `srm-iqa score`: file names of any bytes, lists, folders, unreadable images and the choice of checkpoint."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _saved(folder: Path, bias: float = 0.0) -> Path:
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """A folder of images with names of many kinds."""
+    """A folder of images with unusual names."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     Image.new("RGB", (40, 50), (200, 100, 50)).save(folder / "plain.png")
@@ -50,7 +50,7 @@ def pictures(tmp_path: Path) -> Path:
 
 
 def line_of(checkpoint: Path) -> str:
-    """The line on stderr that says which model scores."""
+    """Return the line on stderr that names the model."""
     digest = read_card(checkpoint)["sha256"]
     return f"scoring with the checkpoint test_convnext/none@{digest[:12]} in {checkpoint}, which is not trained\n"
 
@@ -216,7 +216,7 @@ def test_the_limit_of_pixels_is_a_sentence_and_an_option(
 
 @pytest.fixture
 def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkpoint in the place of the one that comes with the package, which is larger."""
+    """Replace the checkpoint that comes with the package by a smaller one."""
     folder = _saved(tmp_path / "shipped", bias=0.1)
     monkeypatch.setattr("srm_model.checkpoint.SHIPPED", folder)
     return folder

@@ -1,4 +1,4 @@
-"""What commands write: to full disks, closed pipes and narrow terminals, and as one of several processes."""
+"""Test the output of commands on full disks, closed pipes and narrow terminals, and in several processes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ COMMANDS = (
 
 
 def started(redirection: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`srm-iqa` as a shell starts it; `redirection` follows the arguments."""
+    """Run `srm-iqa` in a shell; `redirection` follows the arguments."""
     return subprocess.run(
         ["bash", "-c", f'"$0" -m srm_model "$@" {redirection}', sys.executable, *arguments],
         capture_output=True,
@@ -88,7 +88,7 @@ def test_messages_that_cannot_be_written_change_no_exit_code():
 
 
 def test_a_command_in_the_middle_of_its_output(monkeypatch: pytest.MonkeyPatch, capsys):
-    """A buffer that is full is written while the command runs, and argparse passes over what fails."""
+    """Check write errors of a command that flushes a full buffer as it runs, and of argparse, which ignores them."""
 
     class Full(io.StringIO):
         def write(self, text: str) -> int:
@@ -163,12 +163,15 @@ def test_json_has_no_number_that_is_not_finite():
 
 
 def test_no_writer_of_json_goes_past_it():
-    """Others write what is read back by this program alone, or say that they accept no such number."""
+    """Check that only known code calls `json.dumps` directly instead of `json_text`.
+
+    Such a call is allowed if only this program reads the result, or if the call raises an error for NaN and infinity.
+    """
     within = {
         "training/state.py",
         "attacks/records.py",
         "attacks/suite.py",
-    }  # metadata of safetensors, and hashes
+    }  # metadata of safetensors files, and hashes
     package = Path(runs.__file__).parent.parent
     found = {
         str(path.relative_to(package))
@@ -182,7 +185,7 @@ def test_no_writer_of_json_goes_past_it():
 
 @pytest.fixture
 def odd(tmp_path: Path) -> Path:
-    """A set whose folder has a name that is not UTF-8."""
+    """A dataset in a folder whose name is not UTF-8."""
     root = Path(os.fsdecode(os.fsencode(tmp_path) + b"/set\xff"))
     (root / "distorted_images").mkdir(parents=True)
     names = [f"i{reference:02}_01_{level}.bmp" for reference in range(1, 6) for level in (1, 2)]
@@ -212,7 +215,7 @@ def test_commands_take_folders_of_any_name(
     ]
     train = ["train", "--data", str(odd), "--out", str(run), "--neck", "none", "--backbone", "test_convnext"]
     train += ["--device", "cpu", "--no-progress", *(f"--set={setting}" for setting in settings)]
-    for _ in range(2):  # the second reads the state that the first has left
+    for _ in range(2):  # the second run reads the state that the first run saved
         assert main(train) == 0
     assert read_card(run / "none")["card"]["dataset"]["root"] == str(odd)
     assert str(run) in shlex.split(read_json(run / "run.json")["command"][0])

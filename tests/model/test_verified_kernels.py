@@ -1,4 +1,4 @@
-"""A neck without a named backend on a verified device, and what the commands say of the kernels that ran."""
+"""Test necks without a named backend on a verified device, and how commands report the kernels that ran."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def pretended() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def device(pretended: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pretend first, so that it ends after what a test has patched is put back."""
+    """Request `pretended` before `monkeypatch`, so that patches of a test are undone before the device ends."""
     monkeypatch.setenv("SRM_KERNELS_CACHE", str(tmp_path / "kept"))
 
 
 def verify(**statuses: str) -> None:
-    """A verdict by which kernels are right and faster everywhere, but for some operators."""
+    """Save a verdict in which all kernels are faster and right, except for operators with a status in `statuses`."""
     times = {"triton": 1.0, "reference": 2.0}
     rows: list[dict[str, Any]] = [
         {
@@ -78,7 +78,7 @@ def neck() -> SRMNeck:
 
 
 def launched(neck: SRMNeck) -> set[str]:
-    """The implementations that one forward pass asks for."""
+    """Return "operator implementation" for every operator that one forward pass calls."""
     pyramid = make_pyramid(2, GRIDS, (8, 8, 8, 8))
     seen: set[str] = set()
 
@@ -126,7 +126,7 @@ def test_a_named_backend_is_not_overruled(neck: SRMNeck):
 @pytest.mark.parametrize("name", ["srm", "quadratic"])
 @pytest.mark.parametrize("landmarks", ["leverage", "uniform", "kmeans++"])
 def test_no_step_beside_the_forward_pass_overrules_a_name(name: str, landmarks: str):
-    """Calibration and diagnosis choose landmarks and take statistics themselves."""
+    """Check calibration and diagnosis, which choose landmarks and compute statistics outside the forward pass."""
     verify()
     pyramid = make_pyramid(2, GRIDS, (8, 8, 8, 8))
     for backend in ("reference", None):

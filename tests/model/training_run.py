@@ -1,7 +1,7 @@
-"""A training run of a neck and a head on maps whose noise grows as their quality falls, and when two runs agree.
+"""Train a neck and a head on synthetic feature maps, and check that two runs agree.
 
-Rule: the mean loss of the last tenth of the steps within 2 % of the other's, and the final SROCC over images that were
-not trained on within 0.02.
+The lower the quality of an image, the more noise its maps have. Two runs agree if their mean losses over the last tenth
+of the steps differ by at most 2 % and their SROCCs on held-out images by at most 0.02.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from srm_model.model import Head
 
 
 class Run(NamedTuple):
-    """Losses of all steps, and the SROCC at the end."""
+    """Losses of all steps, and the SROCC on held-out images after the last step."""
 
     losses: list[float]
     srocc: float
 
 
 def pictures(seed: int, count: int, channels: Sequence[int], side: int) -> tuple[list[Tensor], Tensor]:
-    """Maps that share a pattern, each with noise of its own, and what is left of 1 without it."""
+    """Return maps and labels. A map is a shared pattern plus noise; its label is 1 minus the noise's amplitude."""
     shapes = [(c, max(side >> i, 2), max(side >> i, 2)) for i, c in enumerate(channels)]
     shared, own = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed + 1)
     mos = torch.rand(count, generator=own)
@@ -52,7 +52,7 @@ def training_run(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Run:
-    """Train by a backend from this seed: the same weights, pictures and order for all backends."""
+    """Train with a backend. Initial weights, images and their order depend on the seed, not on the backend."""
 
     def drawn(seed: int, count: int) -> tuple[list[Tensor], Tensor]:
         maps, mos = pictures(seed, count, channels, side)
@@ -84,7 +84,7 @@ def training_run(
 
 
 def agree(found: Run, plain: Run) -> None:
-    """The rule, for runs that learned something."""
+    """Check that two runs agree (see the module). The SROCC of the plain run must be above 0.5."""
     last = -max(len(plain.losses) // 10, 1)
     means = [sum(run.losses[last:]) for run in (found, plain)]
     assert plain.srocc > 0.5, f"nothing to compare: SROCC {plain.srocc:.3f}"

@@ -1,4 +1,4 @@
-"""Tests that need processes of their own: forked, so that none has to import torch again."""
+"""Helpers for tests that need several processes. The processes are forked, so that they need not import torch again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ _FORK = multiprocessing.get_context("fork")
 
 
 def start(function: Callable[..., Any], *arguments: Any) -> Any:
-    """A process that runs `function` and exits with what it returns, an exit code (None: 0), or with 99."""
+    """Start a process that runs `function`, and return the process.
+
+    The exit code is the result of `function` (0 for None), or 99 after an exception.
+    """
 
     def run() -> None:
         torch.set_num_threads(1)
@@ -25,7 +28,7 @@ def start(function: Callable[..., Any], *arguments: Any) -> Any:
         except BaseException:
             traceback.print_exc()
             code = 99
-        os._exit(code)  # none of pytest's own affairs at exit
+        os._exit(code)  # skips the exit handlers of pytest
 
     process = _FORK.Process(target=run)
     process.start()
@@ -33,9 +36,10 @@ def start(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def on_ranks(world: int, function: Callable[..., Any], *arguments: Any, join: bool = True) -> None:
-    """Run `function(*arguments)` on every rank; fails unless all succeed.
+    """Run `function(*arguments)` on every rank; fail unless all ranks succeed.
 
-    The environment is torchrun's. With `join` the ranks are in a Gloo group before, else `function` sees to it.
+    Every rank has the environment variables of torchrun. With `join`, the ranks first join a Gloo process group.
+    Without `join`, `function` must do so.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -53,5 +57,5 @@ def on_ranks(world: int, function: Callable[..., Any], *arguments: Any, join: bo
 
     processes = [start(one, rank) for rank in range(world)]
     for process in processes:
-        process.join(300)  # kernels in the interpreter take their time on a busy machine
+        process.join(300)  # kernels in Triton's interpreter are slow on a busy machine
     assert [process.exitcode for process in processes] == [0] * world

@@ -1,4 +1,4 @@
-"""A set in TID2013's layout on disk, small enough to train on in a second."""
+"""Write a dataset in TID2013's layout that is small enough to train on in a second."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FLAGS = (
 
 
 def write_set(folder: Path) -> Path:
-    """Five references with six images each, more or less contrast; the clearest has the best label."""
+    """Write six images for each of five references. Images with more contrast have higher labels."""
     rng = np.random.default_rng(0)
     (folder / "distorted_images").mkdir(parents=True)
     lines = []

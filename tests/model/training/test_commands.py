@@ -1,4 +1,4 @@
-"""`srm-iqa train` as a user calls it: under torchrun, stopped, and with what it must refuse."""
+"""Test `srm-iqa train` as a user calls it: under torchrun, interrupted, and with invalid arguments."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_two_processes_train_evaluate_and_write_once(tmp_path: Path, capfd):
     on_ranks(2, main, [*command, "--out", str(tmp_path / "two")], join=False)
     assert without_figures(capfd.readouterr().out) == without_figures(output)
     kept = [path.stat().st_size for path in (tmp_path / "cache").glob("*.npy")]
-    assert kept == [32 * 32 * 3 + 128] * 6  # what fits into 20,000 bytes
+    assert kept == [32 * 32 * 3 + 128] * 6  # the limit of 20,000 bytes allows six files
     one, two = (tmp_path / name / "srm" for name in ("one", "two"))
     assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
     assert len(list((two / "tensorboard").iterdir())) == 1
@@ -50,7 +50,7 @@ def test_two_processes_train_evaluate_and_write_once(tmp_path: Path, capfd):
 
 
 def test_of_two_trainings_started_together_one_trains(tmp_path: Path, capfd, monkeypatch):
-    """The other ends with a sentence. Config, weights and evaluation are of one seed."""
+    """Check that the other ends with an error message, and that config, weights and evaluation have the same seed."""
     data, out = write_set(tmp_path / "data"), tmp_path / "out"
     forking = multiprocessing.get_context("fork")
     together, refused = forking.Barrier(2), forking.Event()
@@ -58,7 +58,7 @@ def test_of_two_trainings_started_together_one_trains(tmp_path: Path, capfd, mon
     @contextmanager
     def held_until_the_other_is_refused(folder: Path, *, shared: bool = False) -> Iterator[None]:
         with held(folder, shared=shared):
-            # Six images are soon trained on: one may have ended before the other asks for the lock.
+            # A training on so few images is short. It could end before the other process asks for the lock.
             refused.wait(60)
             yield
 
@@ -93,21 +93,24 @@ def test_every_rank_ends_where_another_process_writes(tmp_path: Path, capfd):
 
 
 def without_figures(text: str) -> str:
-    """Two groupings of a batch round differently, and a rank correlation turns a rounding into a step."""
+    """Replace the decimal numbers of a text by #.
+
+    Different splits of a batch round differently, and a rank correlation can jump because of a rounding error.
+    """
     return re.sub(r"−?\d+\.\d+|undefined", "#", text)
 
 
 def check_evaluated(one: Path, other: Path) -> None:
-    """Both were evaluated on the same images; the scores are those of weights that rounding made different."""
+    """Check that two trainings were evaluated on the same images. Their scores can differ because of rounding."""
     found, expected = (read_json(folder / "evaluation.json") for folder in (other, one))
     assert (found.keys(), found["mos"]) == (expected.keys(), expected["mos"])
 
 
 def check_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    """The models of two states are equal to what rounding does to Adam.
+    """Check that the models of two states agree up to the effect of rounding on Adam.
 
-    It divides a gradient by its own size, so that where that is all rounding a step of up to the learning rate is too:
-    six steps of 1e-3, at most twice.
+    Adam divides a gradient by its own magnitude. If a gradient is only rounding error, a step can still be as large as
+    the learning rate, in either direction. Six steps of 1e-3 can therefore differ by 2 · 6 · 1e-3 = 1.2e-2.
     """
     assert one.keys() == other.keys()
     for name, value in one.items():
@@ -131,7 +134,7 @@ def test_two_nodes_meet_by_torchrun_s_rendezvous(tmp_path: Path):
     ]
     said = [node.communicate(timeout=120) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said
-    assert sorted(bool(output) for output, _ in said) == [False, True]  # the first process alone writes
+    assert sorted(bool(output) for output, _ in said) == [False, True]  # only the first process writes
     one, two = (tmp_path / name / "srm" for name in ("one", "two"))
     check_close(*(load_file(folder / "state.safetensors") for folder in (one, two)))
     check_evaluated(one, two)

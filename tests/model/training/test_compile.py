@@ -1,7 +1,7 @@
-"""Backbone and head through torch.compile, around operators that stay as they are.
+"""Test training with a backbone and a head compiled by torch.compile. The neck is not compiled.
 
-By the backend `aot_eager`: it traces forward and backward as `inductor` does, but needs no C++ compiler, which a
-machine that runs these tests may lack. What inductor makes of the graphs is not tested here.
+The tests use the backend `aot_eager`. It traces the forward and backward pass as `inductor` does, but needs no C++
+compiler, which a test machine may lack. The code that `inductor` generates is not tested here.
 """
 
 from __future__ import annotations
@@ -36,18 +36,19 @@ def plain(tmp_path_factory: pytest.TempPathFactory):
 def test_a_compiled_training_is_the_same_training(plain, tmp_path: Path):
     torch._dynamo.reset()
     frames = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    torch._dynamo.utils.counters["graph_break"].clear()  # of other tests in this process
+    torch._dynamo.utils.counters["graph_break"].clear()  # remove the counts of other tests in this process
     model, row = fit(tmp_path, compile="aot_eager")
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > frames
     assert not torch._dynamo.utils.counters["graph_break"]
-    # fp32 and other kernels for the same sums: a few units of rounding in a loss, and two steps of Adam on gradients
-    # that may be all rounding, each of at most the learning rate
+    # Compiled code uses other fp32 kernels for the same sums, so the loss differs by a few units of rounding. If a
+    # gradient is only rounding error, each of the two steps of Adam can be as large as the learning rate, in either
+    # direction.
     assert row["loss"] == pytest.approx(plain[1]["loss"], rel=1e-4)
     for one, other in zip(model.parameters(), plain[0].parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=2 * 2 * SMALL.lr_neck)
     assert model.backbone._compiled_call_impl is None
     loaded = build_model("test_convnext", config=SMALL)
-    load_weights(loaded, tmp_path)  # names are those of the model that was not compiled
+    load_weights(loaded, tmp_path)  # the names of the weights are those of the uncompiled model
 
 
 def test_what_cannot_be_asked_for_is_a_sentence(plain, tmp_path: Path):

@@ -1,4 +1,4 @@
-"""Gradient-norm regularisation and adversarial training: what they add, and that a cut-off run ends the same."""
+"""Test gradient-norm regularisation and adversarial training, and that an interrupted run gives the same result."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_of_a_linear_score_the_penalty_is_its_weights_norm(norm: str, order: int
     config = SRMConfig(gradient_norm=norm)
     penalty = gradient_norm(model, images, model(images), config, randomness)
     expected = torch.linalg.vector_norm(model.weight, order)
-    # A difference of two sums near 5 over 0.01: fp32 leaves five digits.
+    # The penalty is a difference of two sums near 5, divided by 0.01. In fp32, about five digits are exact.
     assert penalty.item() == pytest.approx(expected.item(), rel=1e-4)
     (gradient,) = torch.autograd.grad(penalty, model.weight)
     (exact,) = torch.autograd.grad(expected, model.weight)
@@ -160,11 +160,14 @@ def test_adversarial_batches_are_pgd_s_of_their_seed(monkeypatch: pytest.MonkeyP
     assert not torch.equal(adversarial(model, images, mos, config, 0, 0, 1), expected)
     far = CONFIG.replace(adversarial_eps=64.0, adversarial_norm="l2")
     moved = (adversarial(model, images, mos, far, 0) - images).flatten(1).norm(dim=1)
-    assert (moved <= 64 * 8 / 512).all()  # stated at 512²
+    assert (moved <= 64 * 8 / 512).all()  # the budget of 64 is for 512² pixels
 
 
 def test_the_budget_rises_linearly_during_its_warm_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """Five steps an epoch: the warm-up of one epoch gives 1/5 to 5/5 of the budget, the second epoch all of it."""
+    """Check the budget of every step. An epoch has five steps.
+
+    The warm-up takes one epoch, with 1/5 to 5/5 of the budget. The second epoch uses the full budget.
+    """
     config = CONFIG.replace(adversarial_eps=0.05, adversarial_steps=2, adversarial_warmup=1, epochs=2)
     largest: list[float] = []
     genuine = loop.adversarial
@@ -206,4 +209,4 @@ def test_both_defences_work_with_every_neck(neck: str, tmp_path: Path):
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
     model(images.images[:4])
     moved = {name for name, buffer in model.named_buffers() if not torch.equal(buffer, before[name])}
-    assert bool(moved) == (neck != "none")  # so that the lines above show something
+    assert bool(moved) == (neck != "none")  # buffers can change, so the check above can fail

@@ -1,4 +1,4 @@
-"""However a batch is dealt to processes and micro-batches, it is one batch."""
+"""Test that a training gives the same result if batches are split into micro-batches or across processes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from srm_model.training.state import read_state
 
 pytestmark = pytest.mark.forks
 
-# Two epochs of batches of 8, 8 and 5 images: slices of unequal sizes too.
+# Each of the two epochs has batches of 8, 8 and 5 images, so that slices of unequal sizes occur.
 CONFIG = SRMConfig(
     channels=16,
     heads=2,
@@ -56,7 +56,7 @@ def model(config: SRMConfig = CONFIG, neck: str = "srm") -> Any:
     with torch.no_grad():
         for readout in (
             made.neck.gate.readouts if neck == "srm" else ()
-        ):  # a gate that is not uniform has a balance loss
+        ):  # a uniform gate would have a balance loss of 0
             readout.weight.normal_(std=3.0)
     return made
 
@@ -76,18 +76,19 @@ def fit(folder: Path, config: SRMConfig = CONFIG, neck: str = "srm", **options: 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One process, no accumulation."""
+    """Train in one process without gradient accumulation."""
     folder = tmp_path_factory.mktemp("whole")
     fit(folder)
     return folder
 
 
 def check_equal(one: Path, other: Path) -> None:
-    """The two trainings' histories and states agree to the rounding of fp32 losses.
+    """Check that the histories and states of two trainings agree up to the rounding of scores to fp32.
 
-    Model and optimiser are fp64, so that sums in another order differ by 1e-16; but scores are rounded to fp32 before
-    the squared error, by half a unit in the last place, 6e-8. Where two scores fall to either side of a rounding
-    boundary, gradients differ by that share, and so do the six steps: 1e-6 leaves room for them to add up.
+    Model and optimiser are fp64, so that another order of summation changes a sum by about 1e-16. Scores are rounded
+    to fp32 before the squared error; the relative rounding error is at most 6e-8. Two nearly equal scores can be
+    rounded in different directions. The gradients, and then the six steps, differ by about the same ratio. The
+    tolerance of 1e-6 lets these differences add up.
     """
     histories = [
         [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
@@ -124,7 +125,7 @@ def test_two_processes_are_the_same_training(
 
 
 def test_statistics_move_on_and_losses_act(whole: Path):
-    """What the comparison above rests on: none of what it compares stands still."""
+    """Check that the compared buffers change during training and that the compared losses are not zero."""
     start, end = model().state_dict(), load_file(whole / "state.safetensors")
     for name, value in start.items():
         if name.endswith(BUFFERS):
@@ -170,7 +171,7 @@ def test_a_model_without_a_neck_is_dealt_as_well(tmp_path: Path):
 
 
 def test_parameters_that_reach_no_score_do_not_stop_several_processes(tmp_path: Path):
-    config = CONFIG.replace(fused_stages=(1, 2), epochs=1)  # the link into stage 3 then acts on nothing
+    config = CONFIG.replace(fused_stages=(1, 2), epochs=1)  # the link into stage 3 has no effect on scores
     fit(tmp_path / "one", config)
     on_ranks(2, fit, tmp_path / "two", config)
     check_equal(tmp_path / "one", tmp_path / "two")
@@ -206,7 +207,7 @@ def test_what_meets_one_process_stops_all_at_one_step(tmp_path: Path, what: str)
 
 
 def test_a_plain_loop_under_ddp_gets_the_whole_batch_too(tmp_path: Path):
-    """`SRMNeck` in anyone's loop: statistics, losses and averaged gradients on two ranks are one process's."""
+    """Check that statistics, losses and averaged gradients on two ranks equal those of one process."""
     images, mos = Images(6).images, torch.linspace(0, 1, 6).double()
 
     def step(rank: int, world: int) -> dict[str, torch.Tensor]:
@@ -231,7 +232,7 @@ def test_a_plain_loop_under_ddp_gets_the_whole_batch_too(tmp_path: Path):
         found = torch.load(tmp_path / f"{rank}.pt")
         assert found.keys() == expected.keys()
         for name, value in expected.items():
-            # sums in another order, in fp64; attention's derivative amplifies them
+            # fp64 sums in another order; the derivative of attention amplifies the rounding errors
             torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12, msg=name)
 
 
@@ -254,7 +255,7 @@ def test_moments_of_parts_combine_to_the_whole_s_whatever_their_sizes_and_means(
             statistics.add_link("4to1", part, backend=None)
             statistics.add_gate(torch.full((len(part), 3), 1 / 3), torch.ones(len(part)))
         statistics.finish()
-    # a handful of additions of fp64
+    # a few fp64 additions in another order
     torch.testing.assert_close(cut.sigma["4to1"], whole.sigma["4to1"], rtol=1e-13, atol=0)
     assert len(cut.norms) == 7
 

@@ -15,7 +15,7 @@ def test_scores_do_not_depend_on_the_batch_size():
     assert whole.shape == (11,)
     assert whole.dtype == np.float64
     for batch_size in (1, 3, 64):
-        # fp32 sums in another order: a few units in the last place
+        # fp32 sums in another order differ by a few units in the last place
         np.testing.assert_allclose(predict(model, images, batch_size=batch_size), whole, rtol=1e-5)
 
 

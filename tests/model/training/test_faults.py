@@ -1,4 +1,4 @@
-"""Whatever ends a training early, the same call goes on from there and ends as if nothing had been."""
+"""Test that the same call resumes an interrupted training and gives the result of an uninterrupted training."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def check_same(folder: Path, whole: Path) -> None:
-    """All but the times is what an uninterrupted training wrote, weights to the bit."""
+    """Check that a folder equals that of an uninterrupted training, except for times. Weights must be bitwise equal."""
     for name in ("model.safetensors", "state.safetensors"):
         a, b = load_file(whole / name), load_file(folder / name)
         assert a.keys() == b.keys()
@@ -77,9 +77,9 @@ def test_killed_at_five_random_moments(whole: Path, tmp_path: Path):
     draw = random.Random(0)
     for _ in range(5):
         process = start(lambda: fit(tmp_path, train_set=SlowSet(delay=0.005)) and None)
-        for _ in range(draw.randint(1, 4)):  # of 30 steps, so that the training does not come to its end
+        for _ in range(draw.randint(1, 4)):  # few saves, so that the training of 30 steps does not end
             wait_for_another(tmp_path / "state.safetensors")
-        time.sleep(draw.uniform(0, 0.02))  # a step takes about that
+        time.sleep(draw.uniform(0, 0.02))  # a step takes about 0.02 s
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
@@ -92,7 +92,7 @@ def test_killed_at_five_random_moments(whole: Path, tmp_path: Path):
 
 @pytest.mark.parametrize("moment", range(5))
 def test_killed_inside_a_save(whole: Path, tmp_path: Path, moment: int):
-    """At each of the moments between which a save does something to the disk."""
+    """Check that a training resumes after SIGKILL at each point between the operations of a save."""
     names = [
         (state, "plain_tensors"),
         (state, "save_file"),
@@ -122,7 +122,7 @@ def test_killed_inside_a_save(whole: Path, tmp_path: Path, moment: int):
 
 
 class SlowSet(ToySet):
-    """Seconds an image."""
+    """A dataset that waits `delay` seconds before it returns an image."""
 
     def __init__(self, count: int = 18, seed: int = 0, delay: float = 0.02) -> None:
         super().__init__(count, seed)
@@ -134,12 +134,15 @@ class SlowSet(ToySet):
 
 
 class Ending(ToySet):
-    """Sends SIGTERM when its image 5 is read for the n-th time."""
+    """A dataset that sends SIGTERM when image 5 is read for the `read`-th time.
+
+    The signal goes to the process that reads the image, or with `whole_group` to its process group.
+    """
 
     def __init__(self, *arguments: int, read: int = 2, whole_group: bool = False) -> None:
         super().__init__(*arguments)
         self.read, self.whole_group = read, whole_group
-        self.reads = torch.zeros(1).share_memory_()  # workers come and go with the epochs
+        self.reads = torch.zeros(1).share_memory_()  # shared, because every epoch starts new workers
 
     def __getitem__(self, index: int) -> Any:
         if index == 5:
@@ -153,7 +156,7 @@ class Ending(ToySet):
 def test_sigterm_saves_and_ends(whole: Path, tmp_path: Path, phase: str):
     def preempted() -> int:
         os.setpgid(0, 0)
-        # Each in the second epoch: validation reads the image twice, the second time for the diagnostics.
+        # Every signal is sent in the second epoch. Validation reads an image twice per epoch, once for the diagnostics.
         sets = {"steps": {"train_set": Ending()}, "validation": {"val_set": Ending(9, 1, read=3)}}
         sets["steps, workers too"] = {"train_set": Ending(whole_group=True), "workers": 1}
         try:
@@ -183,7 +186,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 def wait_for_another(path: Path) -> None:
-    """Until another file has taken the place of the one at `path`, or the first one has come."""
+    """Wait until the file at `path` is created or replaced."""
     before = path.stat().st_mtime_ns if path.exists() else None
     wait_for(lambda: path.exists() and path.stat().st_mtime_ns != before)
 
@@ -233,7 +236,10 @@ def test_a_write_that_fails_inside_safetensors_is_told_too(tmp_path: Path):
 
 
 class Breaking(ToySet):
-    """An image that vanishes, or a worker that is killed, in the second epoch, until the file `mended` is there."""
+    """A dataset whose image 5 cannot be read in the second epoch, until the file `mended` exists.
+
+    With `how` = "killed", reading image 5 kills the process that reads it.
+    """
 
     def __init__(self, mended: Path, how: str) -> None:
         super().__init__()
@@ -264,7 +270,7 @@ def test_a_vanished_image_is_named(whole: Path, tmp_path: Path, workers: int):
         fit(tmp_path, train_set=images, workers=workers, save_every=None)
     assert (
         not multiprocessing.active_children()
-    )  # the error is still held: what it keeps would stop Python's exit
+    )  # the error still exists and must not keep workers alive: Python's exit would wait for them
     stored = state.read_state(tmp_path)
     assert stored is not None
     assert len(stored.values["history"]) == 1
@@ -304,7 +310,7 @@ def test_a_killed_worker_is_told(whole: Path, tmp_path: Path):
 
     process = start(
         train_until_killed
-    )  # torch's handler of dead workers stays with the process that has had one
+    )  # in another process, because torch's handler for dead workers stays installed
     process.join(60)
     assert process.exitcode == 7
     images.mended.touch()
@@ -333,15 +339,15 @@ def test_a_loader_that_fails_to_start_leaves_no_workers(monkeypatch: pytest.Monk
     class Stopped:
         def __iter__(self) -> Any:
             yield from ()
-            raise KeyboardInterrupt  # when asked for the first batch, after the workers have started
+            raise KeyboardInterrupt  # at the first batch, after the workers have started
 
     loader = DataLoader(ToySet(), batch_sampler=Stopped(), num_workers=2, worker_init_fn=outlive_sigterm)  # type: ignore[arg-type]
     with pytest.raises(KeyboardInterrupt) as caught, reading(loader):
         raise AssertionError("the block was entered")
     assert not multiprocessing.active_children()
-    assert caught.tb is not None  # held until here: it keeps the iterator
+    assert caught.tb is not None  # the traceback keeps the iterator alive until here
     assert not any(thread.name == "QueueFeederThread" for thread in threading.enumerate())
-    # The garbage collector has nothing to say to its workers any more: it would close the pipes beside its threads.
+    # The garbage collector now deletes the iterator. This must not start threads that close pipes a second time.
     started: list[threading.Thread] = []
     monkeypatch.setattr(threading.Thread, "start", lambda thread: started.append(thread))
     del caught
@@ -354,7 +360,7 @@ def half(**changes: Any) -> Any:
 
 
 class Spoiling(ToyModel):
-    """The loss of some training steps is NaN."""
+    """A model whose loss is NaN in the given training steps."""
 
     def __init__(self, config: Any, steps: set[int]) -> None:
         super().__init__(config)
@@ -371,10 +377,10 @@ def test_a_loss_scaler_skips_two_bad_losses_in_a_row(tmp_path: Path):
     model = Spoiling(half(), {1, 2, 5, 6})
     history = fit(tmp_path, model, config=half())
     skipped = [row["skipped_steps"] for row in history]
-    assert skipped[0] >= 2  # the scaler's first scale may be too large as well
+    assert skipped[0] >= 2  # the scaler's initial scale can be too large as well
     assert skipped[1:] == [2, 0]
     assert model.calls.count("clamp") == 15 - sum(skipped)
-    assert all(row["loss"] > 0 for row in history)  # of the steps that were taken
+    assert all(row["loss"] > 0 for row in history)  # mean loss of the steps that were not skipped
     assert all(torch.isfinite(value).all() for value in model.state_dict().values())
 
 
@@ -390,13 +396,13 @@ def test_three_bad_losses_in_a_row_end_the_training_with_the_files_names(tmp_pat
 
 def test_gradients_that_overflow_in_fp16_lower_the_scale_until_they_do_not(tmp_path: Path):
     class Steep(ToyModel):
-        """A finite loss whose scaled gradient is beyond fp16's 65504 until the scale has come down 16-fold."""
+        """A model with a finite loss whose scaled gradient overflows in fp16 until the scale is 16 times smaller."""
 
         def forward(self, images: torch.Tensor, return_losses: bool = False) -> Any:
             output = super().forward(images, return_losses)
             if not return_losses:
                 return output
-            steep = (output[0].half() * 0.0 + 1.0) * self.tau.half()  # its gradient passes through fp16
+            steep = (output[0].half() * 0.0 + 1.0) * self.tau.half()  # the gradient of τ is computed in fp16
             return output[0], {"tau": 1600 * steep.sum().float() / len(images)}
 
     model = Steep(half())
@@ -426,7 +432,7 @@ def test_generators_are_restored_to_the_state_that_was_stored():
 
     before = random_state()
     try:
-        np.random.standard_normal()  # noqa: NPY002 — leaves half of a pair behind
+        np.random.standard_normal()  # noqa: NPY002 — draws two numbers and keeps one for the next call
         kept = random_state()
         first = draw()
         set_random_state(kept)

@@ -1,7 +1,8 @@
-"""A neck of kernels on two processes and in micro-batches is the same neck: gradients, σ̄ and M₀.
+"""Test that a neck with Triton kernels has the same gradients, σ̄ and M₀ on two processes and in micro-batches.
 
-Kernels run in Triton's interpreter where there is no GPU. Rule: whatever is dealt to processes and micro-batches is
-summed in another order, so that gradients and statistics agree to 64 units of fp32 of the largest of their kind.
+Without a GPU, the kernels run in Triton's interpreter. Processes and micro-batches change the order of summation. The
+tolerance for gradients is therefore 64 fp32 units of the largest gradient, and for buffers 64 units of the largest
+buffer.
 """
 
 from __future__ import annotations
@@ -47,13 +48,16 @@ def make_neck() -> SRMNeck:
     plain.calibrate(pyramid())
     neck.load_state_dict(plain.state_dict())
     with torch.no_grad():
-        for readout in neck.gate.readouts:  # a gate that is not uniform has a balance loss
+        for readout in neck.gate.readouts:  # a uniform gate would have a balance loss of 0
             readout.weight.normal_(std=3.0)
     return neck.train()
 
 
 class Checkpointed(nn.Module):
-    """The neck is taken a second time in the backward pass, and what is kept of after it makes that pass whole."""
+    """Gradient checkpointing of the neck: the backward pass repeats the forward pass of the neck.
+
+    The multiplication after the neck saves a tensor. The repeated pass therefore runs to the end of the neck.
+    """
 
     def __init__(self, neck: SRMNeck) -> None:
         super().__init__()
@@ -68,7 +72,10 @@ class Checkpointed(nn.Module):
 
 
 def step(world: int = 1, rank: int = 0, parts: int = 1, again: bool = False) -> dict[str, Tensor]:
-    """Gradients and buffers after this rank's share of the batch, in micro-batches."""
+    """Run a training step on this rank's share of the batch, in `parts` micro-batches; return gradients and buffers.
+
+    With `again`, the neck uses gradient checkpointing.
+    """
     neck = make_neck()
     assert neck.pools(pyramid())
     one = Checkpointed(neck) if again else neck
@@ -128,7 +135,7 @@ def test_micro_batches_are_the_same_step(whole: dict[str, Tensor]):
 
 @pytest.mark.parametrize(("parts", "again"), [(1, False), (2, False), (1, True)])
 def test_two_processes_are_the_same_step(whole: dict[str, Tensor], tmp_path: Path, parts: int, again: bool):
-    """In gradient checkpointing too (`again`), where the second pass asks no other process."""
+    """Check also gradient checkpointing (`again`), where the repeated pass does not communicate between processes."""
     on_ranks(2, write, tmp_path, parts, again)
     for rank in range(2):
         agree(torch.load(tmp_path / f"{rank}.pt"), whole)

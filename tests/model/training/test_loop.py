@@ -46,7 +46,7 @@ def test_the_history_and_the_files_of_a_run(tmp_path: Path):
             "gate_weights": [0.5, 0.5],
             "nothing": None,
         }
-        last_step = lr_factor(5 * row["epoch"] - 1, steps=15, warmup=3)  # 18 images by 4
+        last_step = lr_factor(5 * row["epoch"] - 1, steps=15, warmup=3)  # 18 images in batches of 4
         assert row["lr"] == pytest.approx({"backbone": 1e-2 * last_step, "neck": 1e-2 * last_step})
     assert history[-1]["loss_mse"] < history[0]["loss_mse"]
     assert [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()] == history
@@ -117,11 +117,11 @@ def test_a_cut_off_training_ends_as_if_it_had_not_been(
     with monkeypatch.context() as patch:
         kill = ToyModel(config)
         if moment == "in an epoch":
-            kill.clamp_ = _raise_after(13)  # in the third of four
+            kill.clamp_ = _raise_after(13)  # in the third of four epochs
         if moment == "before the state":
             patch.setattr(loop, "save_state", _raise_after(2, save))
         if moment == "after the state":
-            patch.setattr(loop._Run, "_publish", _raise_after(3, publish))  # the last epoch, and the best
+            patch.setattr(loop._Run, "_publish", _raise_after(3, publish))  # in the last and best epoch
         if moment == "in the state":
             patch.setattr(state, "save_file", _raise_after(2, state.save_file))
         with pytest.raises(KeyboardInterrupt):
@@ -130,7 +130,7 @@ def test_a_cut_off_training_ends_as_if_it_had_not_been(
 
     other = ToyModel(config)
     with torch.no_grad():
-        other.head.weight.fill_(9.0)  # what the model was before resuming must not matter
+        other.head.weight.fill_(9.0)  # the weights before resuming must have no effect
     resumed = fit(folder, other, config=config)
     assert without_times(resumed) == without_times(whole)
     assert "calibrate 4" not in other.calls
@@ -206,7 +206,7 @@ def test_divergence_names_the_images_of_the_batch(tmp_path: Path, what: str):
     if what == "image":
         images.images[7] = float("nan")
     else:
-        # finite forwards, not backwards: d sqrt(x)/dx at 0
+        # The loss is finite, but its gradient is not: the derivative of sqrt(x) at 0 is infinite.
         clean = model.forward
 
         def forward(batch: torch.Tensor, return_losses: bool = False) -> Any:
@@ -325,7 +325,7 @@ def test_the_data_set_learns_the_epoch_before_it_is_read(tmp_path: Path):
 def test_the_config_s_crop_size_reaches_the_training_set_only(tmp_path: Path):
     train_set, val_set = ToySet(), ToySet(seed=1)
     train_set.crop_size = val_set.crop_size = 8  # type: ignore[attr-defined]
-    for crop, expected in ((4, 4), (None, 4)):  # None leaves what the caller set
+    for crop, expected in ((4, 4), (None, 4)):  # None keeps the crop size of the caller
         config = CONFIG.replace(epochs=1, crop_size=crop)
         train(ToyModel(config), train_set, val_set, tmp_path / str(crop), config=config, progress=False)
         assert (train_set.crop_size, val_set.crop_size) == (expected, 8)  # type: ignore[attr-defined]

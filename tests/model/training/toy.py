@@ -1,4 +1,4 @@
-"""A stand-in with IQAModel's interface and a data set in memory: a training takes a fraction of a second."""
+"""A small model with IQAModel's interface and a dataset in memory. A training takes a fraction of a second."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CONFIG = SRMConfig(epochs=3, batch_size=4, warmup_epochs=1, lr_backbone=1e-2, lr
 
 
 class ToyModel(nn.Module):
-    """Mean colour through a small network; dropout makes it depend on the random state of training."""
+    """Score images with a small network. Dropout makes a training depend on the random state."""
 
     backbone_name, neck_name, stochastic = "toy", "srm", False
 
@@ -48,7 +48,7 @@ class ToyModel(nn.Module):
 
 
 class ToySet(torch.utils.data.Dataset[Any]):
-    """Noise whose label is its brightness."""
+    """Noise images whose brightness increases with their label."""
 
     labels, split, root = "mos", "train", Path("toy")
 

@@ -122,7 +122,7 @@ def test_pivoted_cholesky_is_greedy_on_the_residual_kernel(rank, scale):
 def test_pivoted_cholesky_survives_kernels_beyond_the_range_of_exp(dtype):
     """The landmarks are correct although exp(‖k‖² s) overflows in fp32.
 
-    It overflows for keys with a squared norm of 400. A common factor of all kernel values does not change the choice.
+    It overflows because some squared norms exceed 400. A common factor of all kernel values does not change the choice.
     """
     key = tokens(6, 1, 2, 40, 16, dtype=dtype, scale=6.0)
     picks = select_landmarks(key, 5, method="pivoted_cholesky")

@@ -148,7 +148,7 @@ def test_cholesky_needs_a_ridge():
         landmark_solve(logits, rhs, ridge=0.0)
 
 
-# Matrices that the solver cannot handle
+# Asymmetric, indefinite and non-finite matrices
 
 
 @pytest.mark.parametrize("equilibrate", [False, True])
@@ -269,7 +269,7 @@ def test_auto_takes_lu_below_kappa_max_and_svd_above():
 def test_auto_and_equilibration_judge_the_equilibrated_matrix():
     """With `equilibrate`, `auto` compares κ_max with the condition number of the equilibrated matrix.
 
-    The estimate of κ is between 0.5 κ and κ. A matrix whose κ must exceed κ_max therefore has κ > 2 κ_max here.
+    The estimate of κ is between 0.5 κ and κ. Every matrix that the SVD must solve therefore has κ > 2 κ_max.
     """
     keys = (
         oracle.normalise(tokens(7, 1, 2, 8, 24))
@@ -309,9 +309,9 @@ def test_neumann_without_its_gate_is_the_polynomial(order, equilibrate):
 
 
 def test_the_series_is_that_of_the_logits_as_they_are():
-    """The Neumann series uses the logits without making them symmetric, and so does its scaling D_c.
+    """The Neumann series and its scaling D_c are computed from the logits, not from their symmetric part.
 
-    The logits are slightly asymmetric, within the tolerance of `cholesky`. `cholesky` would use their symmetric part.
+    The logits are slightly asymmetric. `cholesky` accepts this asymmetry and uses the symmetric part.
     """
     logits, rhs = problem("random")
     logits = 6 * torch.eye(16) + 1e-4 * tokens(10, 2, 3, 16, 16)
@@ -323,8 +323,8 @@ def test_the_series_is_that_of_the_logits_as_they_are():
 def test_the_neumann_gate_judges_each_matrix():
     """Only the first two of four matrices use the series.
 
-    The spectral radii are about 0.002, 0.2, 0.8 and 0.98. The residual of the third matrix is about 0.4, which is too
-    large. The radius of the fourth matrix exceeds the limit of 0.95.
+    The spectral radii are about 0.003, 0.2, 0.8 and 0.97. The residual of the third matrix exceeds the limit of 1e-2.
+    The radius of the fourth matrix exceeds the limit of 0.95.
     """
     r = 8
     offsets = (8.0, 3.5, 1.2, 0.2)
@@ -345,9 +345,9 @@ def test_the_neumann_gate_judges_each_matrix():
 def test_the_neumann_gate_does_not_start_from_the_vector_that_is_annihilated(dtype):
     """The gate detects that the spectral radius of I − αW_λ is 0.985.
 
-    W is row-stochastic, so I − αW_λ maps the vector of ones to 0. A power iteration that starts from this vector would
-    estimate a radius of 0. With W = 11ᵀ/4, no rounding error changes this. The columns of G are vectors of ones, so the
-    residual is small, and only the estimate of the radius can reject the series.
+    W is row-stochastic, so I − αW_λ maps the vector of ones to 0. With W = 11ᵀ/4, the result is exactly 0, without
+    rounding errors. A power iteration that starts from this vector would estimate a radius of 0. The columns of G are
+    vectors of ones, so the residual is small, and only the estimate of the radius can reject the series.
     """
     logits, rhs = torch.zeros(1, 1, 4, 4, dtype=dtype), torch.ones(1, 1, 4, 3, dtype=dtype)
     options = {"ridge": 1 / 16, "solver": "neumann", "diagnostics": True}

@@ -169,7 +169,10 @@ for kinds in (("fp32", "fp32"), ("fp32", "bf16"), ("bf16", "fp32")):
 
 
 def test_a_factor_that_is_bf16_already_saves_a_pass(tmp_path: Path):
-    """A pass of a 16×16×16 product has two instructions: three passes have 6, and two passes have 4."""
+    """A product of fp32 factors needs three passes, and a product with one bf16 factor needs two.
+
+    Each pass of a 16×16×16 product has two mma.sync instructions.
+    """
     path = tmp_path / "passes.py"
     path.write_text(PASSES, "utf-8")
     assert run(str(path)).split() == ["6", "4", "4"]

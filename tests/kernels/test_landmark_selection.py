@@ -1,4 +1,8 @@
-"""Which keys become landmarks. Scores follow `oracle.agree`; index sets are compared exactly in fp64."""
+"""Test the ridge leverage scores and the methods of `select_landmarks`.
+
+Scores are compared with the definition by the rule of `oracle.agree`. In fp64, the selected indices must be equal to
+those of the definition.
+"""
 
 from __future__ import annotations
 
@@ -71,16 +75,17 @@ def test_leverage_in_lower_dtypes_takes_a_top_set_up_to_the_rounding_of_scores(d
     picks = select_landmarks(key, 16)
     scores = oracle.leverage(key).gather(-1, picks)
     rest = oracle.leverage(key).scatter(-1, picks, -1.0).amax(-1)
-    slack = 1e-5  # fp32 rounding of scores of size one
+    slack = 1e-5  # more than the fp32 rounding error of a score, which is below 1
     assert bool((scores[..., :-1] >= scores[..., 1:] - slack).all())
     assert bool((scores[..., -1] >= rest - slack).all())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF])
 def test_leverage_ties_go_to_the_lower_index(dtype):
-    """Keys along the axes, three of each length: their Gram matrix is diagonal, so equal keys tie exactly.
+    """Keys with equal scores are selected in the order of their indices.
 
-    Lengths are powers of two: dividing by a pivot and multiplying by its reciprocal then give the same bits.
+    Each axis has three equal keys. The Gram matrix is then diagonal, and equal keys have exactly equal scores. Lengths
+    of keys are powers of two. Dividing by a pivot then gives the same bits as multiplying by its reciprocal.
     """
     d = 8
     key = torch.zeros(1, 1, 3 * d, d, dtype=dtype)
@@ -115,7 +120,10 @@ def test_pivoted_cholesky_is_greedy_on_the_residual_kernel(rank, scale):
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 def test_pivoted_cholesky_survives_kernels_beyond_the_range_of_exp(dtype):
-    """Keys of squared norm over 400 put exp(‖k‖²s) past fp32; the choice is unchanged by a common factor."""
+    """The landmarks are correct although exp(‖k‖² s) overflows in fp32.
+
+    It overflows because some squared norms exceed 400. A common factor of all kernel values does not change the choice.
+    """
     key = tokens(6, 1, 2, 40, 16, dtype=dtype, scale=6.0)
     picks = select_landmarks(key, 5, method="pivoted_cholesky")
     assert torch.equal(picks, oracle.pivoted_cholesky(key, 5))
@@ -131,7 +139,11 @@ def test_pivoted_cholesky_takes_each_duplicate_only_after_every_other_key():
 
 @pytest.mark.parametrize("seed", range(6))
 def test_kmeans_finds_every_cluster(seed):
-    """Sixteen keys, all candidates at r = 8: two clusters of five, six lone keys, all far from each other."""
+    """`kmeans++` selects a landmark from each of eight clusters, and `uniform` does not.
+
+    Two clusters have five keys, and six clusters have one key. All clusters are far apart. At r = 8, the Lloyd steps
+    use 2r = 16 keys, which are all keys.
+    """
     centres = 20 * torch.eye(8, 12, dtype=torch.float64)
     cluster = torch.tensor([0] * 5 + [1] * 5 + [2, 3, 4, 5, 6, 7])
     key = (centres[cluster] + 0.1 * tokens(seed, 16, 12))[None, None]
@@ -145,7 +157,10 @@ def test_kmeans_finds_every_cluster(seed):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_kmeans_moves_its_centres_to_the_middle_of_their_cluster(seed):
-    """Three keys in a line and a lone one: whichever of the three was drawn, the middle one is the landmark."""
+    """The middle one of three keys in a line becomes a landmark, whichever of them is drawn as the first centre.
+
+    A fourth key is far from this line and is the second cluster.
+    """
     key = torch.tensor(
         [[9.0, 0.0, 1.0], [9.0, 0.0, 0.0], [9.0, 0.0, -1.1], [0.0, 30.0, 0.0]], dtype=torch.float64
     )
@@ -163,7 +178,10 @@ def test_kmeans_landmarks_are_distinct_and_all_keys_at_full_rank(rank):
 
 
 def test_leverage_sample_frequencies_follow_the_scores():
-    """One draw per generator state, 3000 states: Pearson's χ² with 7 degrees of freedom, 99.99 % quantile 30."""
+    """The frequencies of 3000 draws of one landmark agree with the scores by Pearson's χ² test.
+
+    The bound 30 is the 99.99 % quantile for 7 degrees of freedom.
+    """
     key = tokens(11, 1, 1, 8, 3) * torch.linspace(0.1, 2, 8, dtype=torch.float64)[:, None]
     scores = oracle.leverage(key, 0.5)[0, 0]
     draws, generator = 3000, seeded(3)
@@ -176,7 +194,11 @@ def test_leverage_sample_frequencies_follow_the_scores():
 
 
 def test_leverage_sample_draws_without_replacement():
-    """Two of three keys: an ordered pair (i, j) has probability p_i p_j / (1 − p_i); χ² with 2 degrees, 99.99 %."""
+    """The frequencies of 2000 draws of two from three keys agree with draws without replacement.
+
+    An ordered pair (i, j) has the probability p_i p_j / (1 − p_i). The bound of Pearson's χ² test, 18.5, is the 99.99 %
+    quantile for 2 degrees of freedom.
+    """
     key = torch.diag_embed(torch.tensor([0.3, 0.6, 1.5], dtype=torch.float64))[None, None]
     scores = oracle.leverage(key, 0.5)[0, 0]
     p = (scores / scores.sum()).tolist()
@@ -295,7 +317,10 @@ def test_a_non_finite_key_leaves_valid_indices_and_the_other_matrices_alone(meth
 
 
 def test_gamma_reaches_the_choice():
-    """A long key in a crowd of long ones loses to a short lone one only while γ is small."""
+    """With a small γ, a short key in its own direction is selected before four equal long keys.
+
+    With a large γ, a long key is selected first.
+    """
     key = torch.zeros(1, 1, 5, 2, dtype=torch.float64)
     key[0, 0, :4, 0] = 3.0
     key[0, 0, 4, 1] = 0.5
@@ -304,7 +329,7 @@ def test_gamma_reaches_the_choice():
 
 
 def test_pivoted_cholesky_leaves_equal_diagonals_to_the_index_not_to_rounding():
-    # Normalised keys: every residual diagonal starts as the same number, so the first landmark is key 0.
+    # The keys are normalised, so all residual diagonals are equal at first. The first landmark must be key 0.
     key = torch.randn(3, 4, 60, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     key = key / key.norm(dim=-1, keepdim=True) * 24**0.5
     for dtype in (torch.float64, torch.float32):

@@ -1,8 +1,10 @@
-"""X = W_λ⁻¹ (R V): every solver against an fp64 solve.
+"""Test `landmark_solve`, X = W_λ⁻¹ (R V): every solver is compared with an fp64 solve.
 
-fp64 follows `oracle.agree` at 1e-10. In fp32, X itself says little when κ is high, so L·X and the backward
-error are judged: L·X by `oracle.agree` against plain `torch.linalg` in fp32, the normwise backward error
-‖A X − G‖ / (‖A‖‖X‖ + ‖G‖) by 10 r eps.
+Results in fp64 follow `oracle.agree` with a relative tolerance of 1e-10. In fp32, the error of X can be large when κ is
+high. The tests in fp32 therefore check two other quantities:
+
+- L·X follows `oracle.agree`, compared with plain `torch.linalg` in fp32.
+- The normwise backward error ‖A X − G‖ / (‖A‖‖X‖ + ‖G‖) is at most 10 r eps.
 """
 
 from __future__ import annotations
@@ -27,18 +29,21 @@ FAMILIES = ("random", "duplicated", "smooth")
 def problem(
     family: str, r: int = 16, d: int = 24, b: int = 2, h: int = 3, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor]:
-    """Logits (b, h, r, r) of normalised landmark keys and a right-hand side (b, h, r, d)."""
+    """Return the logits (b, h, r, r) of normalised landmark keys, and a right-hand side (b, h, r, d)."""
     keys = oracle.landmark_family(family, 7, b, h, r, d)
     return (keys @ keys.mT / math.sqrt(d)).to(dtype), tokens(8, b, h, r, d, dtype=dtype)
 
 
 def uniform_logits(offset: float, r: int) -> Tensor:
-    """W = (1 − a) I + (a/r) 11ᵀ, whose I − αW_λ has the spectral radius a/(1 + λ)."""
+    """Return logits (r, r) whose softmax is W = (1 − a) I + (a/r) 11ᵀ; `spread` returns a.
+
+    The spectral radius of I − αW_λ is then a/(1 + λ).
+    """
     return torch.diag(torch.full((r,), offset, dtype=torch.float64))
 
 
 def spread(offset: float, r: int) -> float:
-    """The a of `uniform_logits`."""
+    """Return a of `uniform_logits`."""
     return r / (math.exp(offset) + r - 1)
 
 
@@ -65,7 +70,7 @@ def test_any_size(solver, r, d):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("solver", DIRECT)
 def test_solvers_in_fp32(solver, family, equilibrate):
-    """Sixty systems as attention makes them: G = R V with R over the landmarks and 64 further keys."""
+    """Solve sixty systems like those of attention: G = R V, where R covers the landmarks and 64 other keys."""
     b, h, r, d = 20, 3, 32, 24
     landmarks = oracle.landmark_family(family, 7, b, h, r, d)
     keys = torch.cat([landmarks, oracle.normalise(tokens(8, b, h, 64, d))], 2)
@@ -89,7 +94,7 @@ def test_solvers_in_fp32(solver, family, equilibrate):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("solver", DIRECT)
 def test_half_precision_input_is_solved_in_fp32(solver, dtype):
-    """bf16 and fp16 logits are symmetric after rounding, and X comes out in fp32."""
+    """Logits that are rounded to bf16 or fp16 stay symmetric, and X is in fp32."""
     logits, rhs = problem("random", dtype=dtype)
     x = landmark_solve(logits, rhs, solver=solver).x
     assert x.dtype == torch.float32
@@ -127,7 +132,7 @@ def test_no_ridge_in_fp32_drops_the_singular_values_that_are_rounding():
     logits, rhs = problem("duplicated", r=8, dtype=torch.float32)
     x = landmark_solve(logits, rhs, ridge=0.0, solver="svd").x
     exact = oracle.pseudo_inverse_solve(logits, rhs, 0.0, torch.finfo(torch.float32).eps)
-    kept = torch.linalg.svdvals(oracle.softmax(logits))[..., 3]  # half of the eight are rounding
+    kept = torch.linalg.svdvals(oracle.softmax(logits))[..., 3]  # half of the eight are rounding errors
     assert ((x.double() - exact).abs().amax((-2, -1)) <= 64 * 1.2e-7 / kept**2 * rhs.abs().max()).all()
 
 
@@ -143,7 +148,7 @@ def test_cholesky_needs_a_ridge():
         landmark_solve(logits, rhs, ridge=0.0)
 
 
-# One matrix breaks down
+# Asymmetric, indefinite and non-finite matrices
 
 
 @pytest.mark.parametrize("equilibrate", [False, True])
@@ -163,7 +168,7 @@ def test_an_asymmetric_matrix_alone_goes_to_lu(equilibrate):
 @pytest.mark.parametrize(("capturing", "made"), [(False, 0), (True, 1)])
 def test_on_a_gpu_lu_is_made_only_where_it_is_needed_or_nobody_may_ask(monkeypatch, capturing, made):
     logits, rhs = problem("random")
-    monkeypatch.setattr(checks, "may_ask", lambda _: False)  # as of a tensor on a GPU
+    monkeypatch.setattr(checks, "may_ask", lambda _: False)  # as for a tensor on a GPU
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     monkeypatch.setattr(checks, "_on_cuda", lambda _: True)
     calls = []
@@ -176,7 +181,7 @@ def test_on_a_gpu_lu_is_made_only_where_it_is_needed_or_nobody_may_ask(monkeypat
 
 
 def test_asymmetry_within_the_tolerance_is_symmetrised():
-    """|l_ij − l_ji| ≤ 1e-3 (1 + max|l|): the symmetric part is what counts."""
+    """If |l_ij − l_ji| ≤ 1e-3 (1 + max|l|), `cholesky` uses the symmetric part of the logits."""
     logits, rhs = problem("random")
     noise = 1e-4 * tokens(10, 2, 3, 16, 16)
     skew = noise - noise.mT
@@ -186,7 +191,10 @@ def test_asymmetry_within_the_tolerance_is_symmetrised():
 
 
 def test_an_indefinite_matrix_alone_goes_to_lu():
-    """Symmetric logits that are no Gram matrix: off-diagonal entries over the diagonal make S indefinite."""
+    """The logits are symmetric but not a Gram matrix.
+
+    Their off-diagonal entries are larger than the diagonal, so S is indefinite and the Cholesky factorisation fails.
+    """
     logits, rhs = problem("random", r=4)
     untouched = landmark_solve(logits, rhs)
     logits[0, 1] = torch.zeros(4, 4)
@@ -238,7 +246,7 @@ def test_gradients_beside_a_non_finite_matrix_are_untouched(solver):
         assert torch.equal(found[keep], wanted[keep])
 
 
-# Choosing per matrix
+# Choice of the solver for each matrix
 
 
 def test_auto_takes_lu_below_kappa_max_and_svd_above():
@@ -259,7 +267,10 @@ def test_auto_takes_lu_below_kappa_max_and_svd_above():
 
 
 def test_auto_and_equilibration_judge_the_equilibrated_matrix():
-    """The estimate lies in [0.5, 1] of κ; one matrix lies on either side of κ_max with W̃ and with W."""
+    """With `equilibrate`, `auto` compares κ_max with the condition number of the equilibrated matrix.
+
+    The estimate of κ is between 0.5 κ and κ. Every matrix that the SVD must solve therefore has κ > 2 κ_max.
+    """
     keys = (
         oracle.normalise(tokens(7, 1, 2, 8, 24))
         * torch.tensor([1.0, 0.2], dtype=torch.float64)[:, None, None]
@@ -298,7 +309,10 @@ def test_neumann_without_its_gate_is_the_polynomial(order, equilibrate):
 
 
 def test_the_series_is_that_of_the_logits_as_they_are():
-    """Within the tolerance of symmetry `cholesky` takes the symmetric part; the series, D_c included, does not."""
+    """The Neumann series and its scaling D_c are computed from the logits, not from their symmetric part.
+
+    The logits are slightly asymmetric. `cholesky` accepts this asymmetry and uses the symmetric part.
+    """
     logits, rhs = problem("random")
     logits = 6 * torch.eye(16) + 1e-4 * tokens(10, 2, 3, 16, 16)
     result = landmark_solve(logits, rhs, solver="neumann", equilibrate=True, diagnostics=True)
@@ -307,7 +321,11 @@ def test_the_series_is_that_of_the_logits_as_they_are():
 
 
 def test_the_neumann_gate_judges_each_matrix():
-    """Spectral radii 0.002, 0.2, 0.8 (residual 0.4) and 0.98 (over 0.95): only the first two may use the series."""
+    """Only the first two of four matrices use the series.
+
+    The spectral radii are about 0.003, 0.2, 0.8 and 0.97. The residual of the third matrix exceeds the limit of 1e-2.
+    The radius of the fourth matrix exceeds the limit of 0.95.
+    """
     r = 8
     offsets = (8.0, 3.5, 1.2, 0.2)
     radii = [spread(o, r) for o in offsets]
@@ -320,15 +338,16 @@ def test_the_neumann_gate_judges_each_matrix():
     oracle.agree(result.x[:, :2], oracle.neumann(logits, rhs)[:, :2])
     oracle.agree(result.x[:, 2:], oracle.solve(logits, rhs)[:, 2:])
     error = (result.x - oracle.solve(logits, rhs)).abs().amax((-2, -1))
-    assert error[0, 1] > 1e-4  # the series, not the solve
+    assert error[0, 1] > 1e-4  # X is the truncated series
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_the_neumann_gate_does_not_start_from_the_vector_that_is_annihilated(dtype):
-    """I − αW_λ annihilates the ones vector of a row-stochastic W; the gate must see the radius 0.985 all the same.
+    """The gate detects that the spectral radius of I − αW_λ is 0.985.
 
-    W = 11ᵀ/4 annihilates it to the last bit, so that no rounding comes to the gate's help; G is made of it, so that the
-    residual passes and the spectral estimate alone decides.
+    W is row-stochastic, so I − αW_λ maps the vector of ones to 0. With W = 11ᵀ/4, the result is exactly 0, without
+    rounding errors. A power iteration that starts from this vector would estimate a radius of 0. The columns of G are
+    vectors of ones, so the residual is small, and only the estimate of the radius can reject the series.
     """
     logits, rhs = torch.zeros(1, 1, 4, 4, dtype=dtype), torch.ones(1, 1, 4, 3, dtype=dtype)
     options = {"ridge": 1 / 16, "solver": "neumann", "diagnostics": True}
@@ -343,7 +362,11 @@ def test_the_neumann_gate_does_not_start_from_the_vector_that_is_annihilated(dty
 @pytest.mark.parametrize("equilibrate", [False, True])
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_diagnostics(solver, equilibrate, dtype):
-    """κ to r·eps·κ relative in fp32 (the smallest singular value carries r·eps·σ_max); gain to 1e-4 in fp32."""
+    """κ, gain and residual agree with their definitions in fp64.
+
+    The relative tolerance of κ is 1e-5 + r·eps·κ with the eps of fp32, because the error of the smallest singular value
+    can be r·eps·σ_max. The relative tolerance of the gain is 1e-5.
+    """
     r = 16
     logits, rhs = problem("smooth" if solver != "neumann" else "random", r=r, dtype=dtype)
     result = landmark_solve(
@@ -397,7 +420,10 @@ def test_diagnostics_do_not_change_the_solution():
     copies=st.integers(1, 4),
 )
 def test_the_condition_number_is_bounded_for_normalised_keys(seed, r, d, ridge, outlier, copies):
-    """κ₂(S + λI) ≤ (1 + λ)/λ and κ₂(W_λ) ≤ r (1 + λ)/λ with λ ≥ λ0/r, outliers and duplicates included."""
+    """For normalised keys, κ₂(S + λI) ≤ (1 + λ)/λ, κ₂(W_λ) ≤ r (1 + λ)/λ, and λ ≥ λ0/r.
+
+    The bounds also hold for keys with outliers and duplicates.
+    """
     keys = tokens(seed, 1, 1, r, d)
     keys[:, :, 0] *= outlier
     keys = oracle.normalise(keys[:, :, torch.arange(r) // copies])
@@ -416,7 +442,10 @@ def test_the_condition_number_is_bounded_for_normalised_keys(seed, r, d, ridge, 
 
 
 def test_large_logits_of_keys_that_are_not_normalised():
-    """Row maxima hundreds apart: exp is shifted, pivots stay in range, L·X follows the plain solve's error."""
+    """Row maxima of the logits differ by hundreds. L·X still agrees with the fp64 solve.
+
+    Nothing overflows, and the error of L·X follows `oracle.agree`, compared with plain `torch.linalg`.
+    """
     keys = tokens(13, 1, 2, 16, 24, scale=2.0)
     keys[0, 0, 3] *= 8
     logits = (keys @ keys.mT / math.sqrt(24)).float()

@@ -1,4 +1,4 @@
-"""The numerics rule accepts what it should and nothing more."""
+"""Test the numerics rule: which errors `error_ratio` accepts, and which errors it rejects."""
 
 from __future__ import annotations
 
@@ -65,7 +65,10 @@ def test_other_shapes_are_an_error():
 
 
 def test_draws_measure_a_sum_that_cancels():
-    """One loss leaves 1e-3 of terms of size 1; others show the size of its error."""
+    """Terms of order 1 cancel to a sum of 1e-3, whose rounding error is still that of terms of order 1.
+
+    The rule accepts this error only if `draws` has the results for other losses.
+    """
     exact = torch.tensor([1e-3], dtype=torch.float64)
     found, plain = (exact + 1e-6).float(), exact.float()
     draws = [(torch.tensor([1.0 + 1e-6]), torch.tensor([1.0], dtype=torch.float64))] * 4
@@ -75,7 +78,7 @@ def test_draws_measure_a_sum_that_cancels():
 
 
 def test_an_overflow_of_plain_pytorch_bounds_nothing_else():
-    """In half precision plain PyTorch may overflow where a kernel does not: the other numbers are still judged."""
+    """Elements that overflow only in plain PyTorch are ignored. The rule still applies to the other elements."""
     exact = torch.tensor([7e4, 1.0], dtype=torch.float64)
     plain = torch.tensor([math.inf, 1.0], dtype=torch.float16)
     assert error_ratio(torch.tensor([math.inf, 1.0], dtype=torch.float16), plain, exact) == 0

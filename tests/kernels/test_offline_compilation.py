@@ -1,11 +1,15 @@
-"""Every kernel compiles for every architecture, without a GPU, and fits.
+"""Test that every Triton kernel compiles for every architecture and fits the device. No GPU is needed.
 
-The committed table, bench/results/compiled/resources.jsonl, has a row of every launch with a digest of what it was
-compiled from. What it lacks, since a kernel or the rule has changed, is compiled here; `bench.resources --out` with
-that file brings it up to date. No spills up to r = d = 64, shared memory within what a block may ask for.
+The tests check that no kernel spills registers up to r = d = 64, and that no kernel exceeds the shared memory of a
+thread block.
 
-The digest names the version of Triton. With another one than the table's every row would be compiled anew, for an
-hour on two cores: with such a version only the article's shapes are, and only for sm_86 (mma.sync) and sm_90 (wgmma).
+The committed table, bench/results/compiled/resources.jsonl, has a row for each launch. The row contains a digest of
+everything that determines the compiled code. If a kernel or a launch rule has changed, the table lacks the new rows,
+and the tests compile these launches. `python -m bench.resources --out` with the path of the table updates it.
+
+The digest depends on the version of Triton. With a version that is not in the table, the tests would have to compile
+every launch, which takes about an hour on two cores. With such a version, the tests compile only the article's shapes,
+and only for sm_86 (mma.sync) and sm_90 (wgmma).
 """
 
 from __future__ import annotations
@@ -29,13 +33,13 @@ WHOLE = triton.__version__ in {row["machine"]["triton"] for row in read(COMPILED
 of_all_shapes = pytest.mark.skipif(not WHOLE, reason="the committed table is of another version of Triton")
 COMPILED_FOR = ARCHITECTURES if WHOLE else (86, 90)
 FAMILIES = ("attention", "solve", "landmarks", "neck")
-# Bytes that other versions spill: the launch rules are chosen by what the table's version allocates.
+# Accepted spills in bytes for other versions of Triton. The launch rules are tuned for the table's version.
 SPILLED = {"3.6.0": {("absorbed_kernel", 86): 40}}.get(triton.__version__, {})
 
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """A row of every launch as it is now: at every shape that `bench.resources` knows, or at the article's."""
+    """Return a row for each current launch, for all shapes of `bench.resources` or only the article's shapes."""
     folder = tmp_path_factory.mktemp("compiled")
 
     def rows_of(architecture: int) -> list[dict[str, Any]]:
@@ -55,7 +59,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         found = [row for row in read(out) if row["machine"]["triton"] == triton.__version__]
         return [row for row in found if row["architecture"] == architecture]
 
-    with ThreadPoolExecutor(os.cpu_count()) as processes:  # each waits for a process that compiles
+    with ThreadPoolExecutor(os.cpu_count()) as processes:  # each thread waits for a compiling process
         return [row for rows in processes.map(rows_of, COMPILED_FOR) for row in rows]
 
 
@@ -93,7 +97,7 @@ def test_every_solver_is_in_the_table_forward_and_backward(table: list[dict[str,
         assert {(row["kernel"], row["case"]["solver"]) for row in rows} == forms
 
 
-# By architecture a family, the number of its shape, and kernels that spilled once or did not fit.
+# For each architecture: a family, the index of one of its shapes, and a kernel that once spilled or did not fit.
 SAMPLE = {
     80: ("neck", 1, "merge_links_kernel"),
     86: ("attention", 2, "backward_kernel"),
@@ -120,7 +124,10 @@ def test_compiled_anew_a_kernel_asks_for_what_the_table_says(
 
 
 def test_no_kernel_of_the_package_is_left_out():
-    """Whatever a source file launches is among the launches of the article's shapes, which the committed table has."""
+    """Every kernel that a source file launches is also launched for the article's shapes.
+
+    The committed table contains all launches for the article's shapes.
+    """
     launched = {
         (path.parent.name, name.strip("_"))
         for path in (ROOT / "srm_kernels").glob("*/*kernels.py")
@@ -162,7 +169,10 @@ for kinds in (("fp32", "fp32"), ("fp32", "bf16"), ("bf16", "fp32")):
 
 
 def test_a_factor_that_is_bf16_already_saves_a_pass(tmp_path: Path):
-    """A 16×16×16 product is two instructions a pass."""
+    """A product of fp32 factors needs three passes, and a product with one bf16 factor needs two.
+
+    Each pass of a 16×16×16 product has two mma.sync instructions.
+    """
     path = tmp_path / "passes.py"
     path.write_text(PASSES, "utf-8")
     assert run(str(path)).split() == ["6", "4", "4"]

@@ -1,7 +1,7 @@
-"""The operators on a CUDA device against the fp64 reference on the CPU; skipped where there is no such device.
+"""Compare the operators on a CUDA device with the fp64 reference on the CPU. Skipped without a CUDA device.
 
-Rule: error at most twice that of the same operator in the same dtype on the CPU, plus 32 units of rounding of the
-largest entry of the result.
+The error is at most twice the error of the same operator in the same dtype on the CPU, plus 32 eps times the largest
+entry of the exact result.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-SPREAD = torch.arange(0, 40, 5).expand(2, 2, 8).contiguous()  # landmarks, the same on both devices
+SPREAD = torch.arange(0, 40, 5).expand(2, 2, 8).contiguous()  # landmarks for both devices
 
 
 def tokens(count, seed, dtype=torch.float64):
@@ -94,7 +94,7 @@ def test_solvers_that_do_not_wait_for_the_device(solver, backend):
         "backend": backend,
         "diagnostics": "estimate" if backend == "reference" else False,
     }
-    landmark_solve(logits, rhs, **options)  # libraries set themselves up
+    landmark_solve(logits, rhs, **options)  # warm-up: initialises the libraries
     torch.cuda.set_sync_debug_mode("error")
     try:
         landmark_solve(logits, rhs, **options)
@@ -105,7 +105,10 @@ def test_solvers_that_do_not_wait_for_the_device(solver, backend):
 @pytest.mark.parametrize("solver", ["cholesky", "lu", "svd", "auto", "neumann"])
 @pytest.mark.parametrize(("r", "d"), [(5, 7), (64, 32), (128, 128)])
 def test_the_triton_solve_in_a_graph(r, d, solver):
-    """Captured forward and backward, replayed on other values: L·X and gradients as the portable path has them."""
+    """Replay a CUDA graph of the forward and backward passes on other values than those of the capture.
+
+    X and the gradients agree with the reference backend.
+    """
     shape = (3, r, d)
     make = torch.Generator().manual_seed(r)
 

@@ -1,4 +1,8 @@
-"""Bad input meets one sentence that says what was given: ValueError for values and shapes, TypeError for types."""
+"""Test the argument checks of the operators.
+
+Invalid values and shapes raise ValueError, and invalid types raise TypeError. The message is one sentence that says
+what was given.
+"""
 
 from __future__ import annotations
 
@@ -199,7 +203,7 @@ def test_the_sentence_says_what_was_given_and_what_is_accepted():
 
 @pytest.mark.parametrize("name", ["rank 0", "mixed dtypes", "another width", "unknown solver"])
 def test_errors_survive_compile_time_checks(name):
-    """The same checks run under fake tensors, so that export and compile stop at the same sentence."""
+    """Arguments on the meta device are checked too, so torch.export and torch.compile raise the same errors."""
     meta = {"q": Q.to("meta"), "k": K.to("meta"), "v": K.to("meta")}
     change: dict[str, Any] = {
         "rank 0": {"rank": 0},

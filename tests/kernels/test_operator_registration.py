@@ -1,4 +1,4 @@
-"""The operators as PyTorch sees them: opcheck, compile, export, fake tensors, vmap, FLOP counter."""
+"""Test how the operators work with PyTorch: opcheck, compile, export, fake tensors, vmap and FLOP counters."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from srm_kernels import (
 )
 from srm_kernels.landmarks import LANDMARK_METHODS
 
-# Reached by backend="triton" alone, and checked in test_triton_attention.py.
+# Only backend="triton" calls this operator. test_triton_attention.py tests it.
 KERNELS_ROAD = {"srm::landmark_attention"}
 
 
@@ -71,7 +71,7 @@ def pooled(dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
 
 
 def given(like: Tensor) -> Tensor:
-    """Landmarks (2, 2, 4) on the device of `like`, made without data dependence."""
+    """Return landmarks (2, 2, 4) on the device of `like`. They do not depend on the values of `like`."""
     return torch.arange(4, device=like.device).expand(2, 2, 4)
 
 
@@ -168,7 +168,7 @@ def differentiable(out: Any) -> list[Tensor]:
 
 
 class Recorder(TorchDispatchMode):
-    """Keeps one call of each overload of each operator of this project."""
+    """Record the arguments of all calls of this project's operators, by overload."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -192,8 +192,11 @@ def record(dtype: torch.dtype) -> Recorder:
 
 
 def test_every_registered_operator_is_reached_by_the_public_functions_and_passes_opcheck(fresh_import):
-    """Schema, fake tensors, autograd registration and AOT dispatch. Backward operators are not differentiated
-    themselves, a second derivative goes through the reference; nor is what only diagnostics call."""
+    """opcheck tests the schema, fake tensors, autograd registration and AOT dispatch of every operator.
+
+    Two kinds of operators are tested without gradients: backward operators, because second derivatives use the
+    reference, and `srm::landmark_system`, because only diagnostics call it.
+    """
     recorder = record(torch.float64)
     reached = {op.name().split(".")[0] for op in recorder.calls}
     registered = {name.split(".")[0] for name in fresh_import["operators"]}
@@ -215,7 +218,7 @@ def test_every_registered_operator_is_reached_by_the_public_functions_and_passes
 
 @pytest.mark.parametrize("name", [n for n in CALLS if n != "full_attention"])
 def test_every_public_function_goes_through_a_registered_operator(name):
-    """All but the baseline, which is torch's own operator."""
+    """`full_attention` is not tested, because it is the baseline and calls an operator of torch."""
     function, make = CALLS[name]
     with Recorder() as recorder:
         function(*make())
@@ -303,13 +306,13 @@ def test_vmap_is_the_loop(name):
 
 
 def eq30(nq: int, nk: int, r: int, d: int) -> float:
-    """Multiply-accumulates of a link per image and head."""
+    """Return the multiply-accumulates of a link per image and head (article, eq. 30)."""
     return 2 * nq * r * d + 2 * r * nk * d + r * r * d + 2 * nk * d * d + d**3 / 3 + r**3 / 3 + r * r * d
 
 
 @pytest.mark.parametrize(("b", "h", "nq", "nk", "r", "d"), [(2, 3, 50, 20, 8, 16), (1, 8, 1000, 256, 64, 32)])
 def test_the_flop_counter_sees_the_cost_of_a_link(b, h, nq, nk, r, d):
-    """Two floating-point operations a multiply-accumulate, as PyTorch's own counter has it."""
+    """A multiply-accumulate counts as two floating-point operations, as in PyTorch's own formulas."""
     q, k, v = (torch.randn(b, h, n, d, device="meta") for n in (nq, nk, nk))
     with FlopCounterMode(display=False) as counter:
         nystrom_attention(q, k, v, r)
@@ -333,7 +336,7 @@ def test_fvcore_counts_multiply_accumulates():
 
 
 def test_the_flop_counter_sees_full_attention_and_the_backward():
-    """On meta tensors: torch's fused CPU kernel has no formula of its own."""
+    """The tensors are on the meta device, because torch has no FLOP formula for its fused CPU attention kernel."""
     q, k, v = (torch.randn(2, 3, n, 16, device="meta", requires_grad=True) for n in (50, 20, 20))
     with FlopCounterMode(display=False) as counter:
         full_attention(q, k, v)

@@ -1,4 +1,4 @@
-"""How deep software pipelines may be, by the version of Triton."""
+"""Test the number of pipeline stages of the kernels for different versions of Triton."""
 
 from __future__ import annotations
 

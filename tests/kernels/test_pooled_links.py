@@ -1,8 +1,11 @@
-"""The fused neck's operators, all links at once, and the key side alone: definition, kernels, what is kept.
+"""Test the fused neck's operators: `pooled_links`, `landmark_side`, `project_sources` and `merge_links`.
 
-Kernels follow the rule of `kernel_rule`. The forward pass is made of our own kernels alone: an image alone and in a
-batch is the same to the bit. Queries in the backward pass are library products, which may round differently beside
-other images: gradients then agree to 16 units of fp32 of the largest value.
+The reference is compared with the definition in fp64. The Triton kernels are compared with the reference by the rule of
+`kernel_rule`. Other tests check what is kept for the backward pass, and whether results depend on the batch.
+
+The forward pass uses only kernels of this project, so an image gives the same bits alone and in a batch. In the
+backward pass, matrix products of torch compute the queries. Their rounding can depend on the size of the batch. The
+gradients of an image alone and in a batch therefore agree within 16 eps of fp32 times the largest value.
 """
 
 from __future__ import annotations
@@ -103,8 +106,11 @@ def test_values_and_gradients(shape, qk_norm, dyt, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_the_absorbed_projection_is_not_rounded_to_the_maps_precision(dtype):
-    """Rule: P̄ is off by less than a sixteenth of one rounding in the dtype, where G rounded once costs about half of
-    one: logits are of order 1, and pooling averages no error that all positions share."""
+    """The error of P̄ is at most eps/32 of the maps' dtype, relative to the largest value.
+
+    If the absorbed projection G were rounded to the maps' dtype, the error would be about eps/4. Logits are of order 1,
+    and pooling does not average out an error that all positions share.
+    """
     f, a, bias, w, k, _ = inputs(21, dtype=dtype, channels=20)
     found = pooled(f, a, bias, w, k, size=4, qk_norm="keys", backend="triton").probabilities
     wide = (t.double() for t in (f, a, bias, w, k))
@@ -145,8 +151,11 @@ def test_links_that_share_maps_and_differ_in_rank(dyt, dtype):
 
 @pytest.mark.parametrize("dyt", [False, True])
 def test_all_links_at_once_are_each_alone(dyt):
-    """P̄, zeros beyond a link's own r, pool(F) and the statistics. Tiles are as large as the largest rank needs, so
-    that a link alone may be summed in another order."""
+    """P̄, pool(F) and the statistics of three links in one call agree with the reference for each link alone.
+
+    P̄ is 0 beyond a link's own r. Results are not compared bit by bit, because the size of the tiles, and therefore the
+    order of the sums, depends on the largest rank.
+    """
     t = schedule(dyt=dyt)
     xs = [tokens(70 + i, *k.shape, dtype=torch.float32).to(k) for i, k in enumerate(t[12:15])]
     found = several(*t, backend="triton", xs=xs)
@@ -172,7 +181,10 @@ def test_all_links_at_once_are_each_alone(dyt):
 
 
 def test_parameters_may_be_wider_than_the_maps():
-    """fp32 parameters and fp16 maps, as under autocast: rounded first, and gradients in the parameters' dtype."""
+    """With fp16 maps and fp32 parameters, as under autocast, the parameters are first rounded to fp16.
+
+    Gradients of the parameters are in the parameters' dtype.
+    """
     f, a, bias, w, k, _, *of_dyt = inputs(18, dtype=torch.float16, dyt=True)
     narrow = results_and_gradients(lambda *t: results(4)(*t, backend="triton"), [f, a, bias, w, k, *of_dyt])
     wide = results_and_gradients(
@@ -188,8 +200,11 @@ def test_parameters_may_be_wider_than_the_maps():
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
 @pytest.mark.parametrize("dyt", [False, True])
 def test_the_statistic(dyt, offset, grid):
-    """With X of mean 1000, what a difference of sums of squares would leave in fp32 is nothing; the rule there is
-    1e-3 of the spread, what rounding 1000 to fp32 makes of each of its terms."""
+    """The statistic is also accurate for an X of mean 1000.
+
+    For this X, a difference of sums of squares would lose all digits in fp32. The relative tolerance of the RMS is
+    1e-3, because each term contains the rounding error of 1000 in fp32.
+    """
     f, a, bias, w, k, x, *of_dyt = inputs(7, grid=grid, dyt=dyt)
     x += offset
     arguments = [f, a, bias, w, k, *of_dyt]
@@ -227,9 +242,9 @@ def test_an_image_alone_and_in_a_batch(dyt):
 
     together = run(f, k)
     other = run(torch.cat([f[:1], 2 * f[1:]]), torch.cat([k[:1], -k[1:]]))
-    of_first = [lambda t: t[0, 0], *[lambda t: t[0]] * 3]  # P̄ has links in front
+    of_first = [lambda t: t[0, 0], *[lambda t: t[0]] * 3]  # dimension 0 of P̄ is the link
     for one, two, first in zip(together, other, of_first, strict=True):
-        assert torch.equal(first(one), first(two))  # nor on what it holds
+        assert torch.equal(first(one), first(two))  # the values of other images have no influence
     alone = run(f[:1], k[:1])
     for number, (whole, one, first) in enumerate(zip(together, alone, of_first, strict=True)):
         if number < 2:
@@ -262,7 +277,10 @@ def test_the_same_to_the_bit_every_time(dyt):
 
 @pytest.mark.parametrize("dyt", [False, True])
 def test_what_is_kept_for_the_backward_pass_is_the_map_and_small_things(dyt):
-    """Neither tokens, nor queries, nor probabilities of every position: F itself, and less than it altogether."""
+    """The backward pass keeps F, and other tensors with at most half as many elements as F.
+
+    It does not keep the tokens, queries or probabilities of all positions.
+    """
     f, a, bias, w, k, x, *of_dyt = inputs(12, b=1, grid=(24, 32), channels=8, dyt=dyt)
     leaves = [t.requires_grad_() for t in (f, a, bias, w, k, *of_dyt)]
     kept: dict[int, Tensor] = {}
@@ -273,7 +291,11 @@ def test_what_is_kept_for_the_backward_pass_is_the_map_and_small_things(dyt):
 
 
 def test_nothing_of_full_resolution_is_written_in_the_forward_pass(monkeypatch):
-    """Every output and workspace, of both forms: far less than the map, where T and Q would each be twice as large."""
+    """All outputs and workspaces of the kernels together have less than a quarter of the map's elements.
+
+    This holds with and without DyT. torch itself creates no tensor as large as the map. T and Q would each be twice as
+    large as the map.
+    """
     sizes: list[int] = []
     plain = forward_kernels.empty
 
@@ -295,7 +317,10 @@ def test_nothing_of_full_resolution_is_written_in_the_forward_pass(monkeypatch):
 
 
 class Allocations(TorchDispatchMode):
-    """The most elements of what torch itself makes: a library product of tokens or queries would be seen."""
+    """Record the number of elements of the largest tensor that an operator of torch returns.
+
+    A matrix product of torch that computes the tokens or queries of a whole map would exceed the limit of the test.
+    """
 
     largest = 0
 
@@ -320,7 +345,10 @@ def test_opcheck():
 @pytest.mark.parametrize("positions", [16, 32, 64])
 @pytest.mark.parametrize("size", [1, 3, 8, 32])
 def test_strips_are_whole_cells_that_fit_in_their_tiles(size, positions):
-    """Of one cell where a tile is narrower than a cell; no fewer strips would do."""
+    """The number of strips is the smallest for which every strip fits in one tile.
+
+    If a cell is wider than a tile, each strip has one cell and several tiles.
+    """
     for width in (1, 2, 7, 16, 17, 31, 64, 70, 128, 300):
         strips = launch_rules.strips_of(width, size, positions)
 
@@ -337,11 +365,11 @@ def test_strips_are_whole_cells_that_fit_in_their_tiles(size, positions):
         assert all(widest(c) > positions for c in wider)
 
 
-# The two ends
+# The first and the last step: project_sources and merge_links
 
 
 def sources(seed: int, dtype: torch.dtype = torch.float32, *, links: int = 2, b: int = 2) -> list[Tensor]:
-    """T, then for every link W_K, W_V and DyT's three."""
+    """Return T, W_K of all links, W_V of all links, and α, weight and bias of DyT, each for all links."""
     C = 24
     shapes = [(C, C), (C, C), (1,), (C,), (C,)]
     made = [tokens(seed, b, 70, C, dtype=dtype)]
@@ -400,12 +428,12 @@ def test_a_source_may_have_any_strides_and_any_batch():
     whole, other = projected(*made, backend="triton"), projected(strided, *made[1:], backend="triton")
     alone = projected(made[0][:1], *made[1:], backend="triton")
     for x, y, z in zip(whole, other, alone, strict=True):
-        torch.testing.assert_close(x, y)  # other strides can be other code
+        torch.testing.assert_close(x, y)  # other strides can run other code
         assert torch.equal(x[:, :1], z)
 
 
 def merged(*t: Tensor, tau: bool = True, backend: str | None = None) -> Tensor:
-    """Two links into the second of two maps, of ranks 5 and 3."""
+    """Merge two links, of ranks 5 and 3, into the second of two maps."""
     pooled, probabilities, x0, x1, a0, a1, b0, b1, w0, w1, beta0, beta1, *thetas = t
     return merge_links(
         PooledLinks(probabilities, pooled, None), [x0, x1], [(a0, b0), (a1, b1)], [w0, w1], [1, 1],
@@ -464,7 +492,10 @@ def test_merged_maps_of_more_landmarks_than_are_read_at_once():
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_what_cancels_in_a_sum_over_landmarks_is_taken_in_fp32(dtype):
-    """Two rows of X, each many times P̄ X, in which they cancel: an X in the maps' dtype is off by a tenth of that."""
+    """Two rows of X are many times larger than P̄ X, and cancel in P̄ X.
+
+    If X were rounded to the maps' dtype, the error of P̄ X would be about a tenth of P̄ X.
+    """
     made = ends(75, dtype)
     apart = made[2][:, :, :1] / (4 * torch.finfo(dtype).eps)
     made[2][:, :, :2] += torch.cat([apart, -apart], 2)
@@ -493,7 +524,7 @@ def test_merged_maps_of_an_image_alone_and_in_a_batch():
 
 @pytest.mark.parametrize("method", ["leverage", "uniform"])
 def test_the_key_side_alone(method):
-    """K̃ is exact, X that of the attention with the same landmarks."""
+    """K̃ has the same bits as the selected keys. X agrees with the reference for the same landmarks."""
     key, value = (tokens(seed, 2, 2, 20, 8, dtype=torch.float32).to(DEVICE) for seed in (14, 15))
     options: dict[str, Any] = {"method": method, "qk_norm": "keys"}
     k, x = landmark_side(key, value, 7, backend="triton", **options)

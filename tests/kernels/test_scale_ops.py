@@ -1,4 +1,7 @@
-"""The RMS statistic and DyT. Tolerances: `oracle.agree`, and where stated."""
+"""Test the RMS statistic, DyT and the loss of τ.
+
+Tolerances are those of `oracle.agree`, unless a test states another one.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ def test_rms_statistic_is_fp32_for_lower_dtypes(dtype):
 
 
 def test_rms_is_the_norm_over_the_head_not_the_average_per_channel():
-    """Unit normal tokens of width d have σ = √d."""
+    """Standard normal tokens of width d have σ = √d."""
     _, rms = rms_scale(tokens(2, 8, 2, 500, 16))
     assert (rms / 4 - 1).abs().max() < 0.02
 
@@ -61,8 +64,11 @@ def test_each_head_has_its_own_statistic():
 
 
 def test_a_large_offset_does_not_cancel():
-    """Mean 1e4, deviation 1 in fp32: a difference of squares loses everything; the rule is 1e-4 relative,
-    what a mean known to one unit in the last place of 1e4 (1e-3) leaves with room to spare."""
+    """σ is accurate for fp32 tokens with mean 1e4 and standard deviation 1.
+
+    A difference of squares would lose all digits. The tolerance of the mean is 1e-3, about one unit in the last place
+    of 1e4. The relative tolerance of σ is 1e-4, which is more than such an error of the mean causes.
+    """
     y = tokens(4, 4, 2, 4096, 8, dtype=torch.float32) + 1e4
     mean, rms = rms_scale(y)
     exact = oracle.rms(y)
@@ -112,7 +118,7 @@ def test_dyt_in_lower_dtypes(dtype):
     exact = weight.double() * torch.tanh(alpha.double() * x.double()) + bias.double()
     plain = (weight.float() * torch.tanh(alpha.float() * x.float()) + bias.float()).to(dtype)
     oracle.agree(out, exact, plain)
-    assert (out != plain).double().mean() < 0.01  # rounded once, at the end
+    assert (out != plain).double().mean() < 0.01  # the result is rounded once, at the end
 
 
 def test_dyt_strides_do_not_matter():
@@ -127,7 +133,7 @@ def test_dyt_strides_do_not_matter():
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_dyt_of_one_vector_has_a_gradient(backend):
-    """Nothing is summed for the bias then: its gradient is the one that came in."""
+    """For a single vector, the gradient of the bias is the upstream gradient, without a sum over vectors."""
     inputs = [
         tokens(seed, *shape).requires_grad_()
         for seed, shape in ((17, (6,)), (18, (1,)), (19, (6,)), (20, (6,)))
@@ -144,7 +150,10 @@ def test_dyt_saturates_and_keeps_nan():
 
 
 def test_tau_loss_by_hand():
-    """One link and head at σ_ref: nothing; another at e times it after τ = e: 2 nats, squared, over four heads."""
+    """Three of the four heads have τ σ̄ = σ_ref and contribute 0. The other head has τ σ̄ = e² σ_ref.
+
+    The loss is therefore 2²/4 = 1, and 2²/2 = 2 for the first link alone.
+    """
     e = math.e
     thetas = [torch.tensor([0.0, 1.0]), torch.tensor([0.0, 0.0])]
     sigmas = [torch.tensor([3.0, 3.0 * e]), torch.tensor([3.0, 3.0])]

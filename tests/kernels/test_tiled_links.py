@@ -1,7 +1,7 @@
-"""`pooled_links` in tiles on the CPU: against the reference, batch independence, gradients, and what is in memory.
+"""Test the tiled CPU implementation of `pooled_links`: values, gradients, batch independence and peak memory.
 
-Results follow the rule of `srm_kernels.numerics`. Tiles are of 40 positions where not said otherwise, so that every map
-has several, and some rows are longer than a tile.
+Results follow the rule of `srm_kernels.numerics`. A tile has at most 40 positions, unless a test sets another number.
+Most maps then have several tiles, and some rows are longer than a tile.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NORMS = (None, "keys", "both")
 
 @pytest.fixture(autouse=True, params=["torch", "csrc"])
 def steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What takes the elementwise steps, in small tiles."""
+    """Compute the elementwise steps in plain PyTorch ("torch") or in C++ ("csrc"), with small tiles."""
     monkeypatch.setattr(tiled, "POSITIONS", 40)
     if request.param == "csrc":
         request.getfixturevalue("core")
@@ -60,7 +60,7 @@ def test_values_and_gradients(shape, qk_norm, dtype, dyt):
 @pytest.mark.parametrize("grid", [(9, 13), (3, 101), (2, 3), (1, 1)])
 def test_values_and_gradients_in_fp64(grid, qk_norm, dyt):
     arguments = without_x(made(2, dtype=torch.float64, dyt=dyt, grid=grid))
-    arguments[4][0, 1, 2] = 0  # a key without a direction
+    arguments[4][0, 1, 2] = 0  # a zero key has no direction
     call = results(4, qk_norm=qk_norm, scale=0.7)
     found, exact = (
         results_and_gradients(partial(call, backend=name), arguments) for name in ("torch", "reference")
@@ -79,7 +79,7 @@ def test_normalised_queries(dyt, dtype):
 @pytest.mark.parametrize("dyt", [False, True])
 @pytest.mark.parametrize("qk_norm", NORMS)
 def test_derivatives(qk_norm, dyt, monkeypatch):
-    """The first by tiles of a part of a row, the second through the reference."""
+    """First derivatives are computed in tiles shorter than a row. Second derivatives use the reference."""
     monkeypatch.setattr(tiled, "POSITIONS", 2)
     sizes: dict[str, Any] = {"b": 1, "d": 2, "channels": 2, "grid": (2, 3), "rank": 2}
     leaves = without_x(made(4, dtype=torch.float64, dyt=dyt, **sizes))
@@ -95,13 +95,13 @@ def test_links_that_share_maps_and_differ_in_rank(dyt, dtype):
     arguments = schedule(dtype, dyt=dyt, device="cpu")
     follow_the_rule(lambda *t, backend: several(*t, backend=backend)[:2], arguments, backend="torch")
     found = several(*arguments, backend="torch").probabilities
-    assert not found[1, ..., 3:].any()  # a rank of 3 beside two of 5
+    assert not found[1, ..., 3:].any()  # this link has rank 3, the others 5
 
 
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
 @pytest.mark.parametrize("dyt", [False, True])
 def test_the_statistic(dyt, offset):
-    """With X of mean 1000 the spread is within 1e-3, as in the kernels' test."""
+    """With X of mean 1000, the relative tolerance of the RMS is 1e-3, as in test_pooled_links.py."""
     f, a, bias, w, k, x, *of_dyt = made(5, dyt=dyt, grid=(9, 50))
     x += offset
     call = partial(pooled, size=4, qk_norm="keys")
@@ -137,7 +137,10 @@ def test_any_strides(dyt, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dyt", [False, True])
 def test_an_image_alone_and_in_a_batch_gives_the_same_bits(dyt, dtype, layout, grid):
-    """Images of the odd map start where no vector does. F and K̃ receive the same gradients to the bit too."""
+    """P̄, pool(F) and the gradients of F and K̃ have the same bits.
+
+    On the 9×13 grid, images of a batch do not start at multiples of the length of a SIMD vector.
+    """
     f, a, bias, w, k, _, *of_dyt = made(7, b=3, dyt=dyt, dtype=dtype, d=16, channels=5, grid=grid)
     wide = k.dtype
     upstream = tokens(90, 1, 3, 2, 16, 5).to(wide), tokens(91, 3, 16, 5).to(dtype)
@@ -171,7 +174,7 @@ def test_nan_stays_in_its_image_and_head(dyt):
 
 
 def test_parameters_may_be_wider_than_the_maps():
-    """A, a and W_Q are rounded to the maps' dtype first; gradients come in the parameters' dtype."""
+    """A, a and W_Q are first rounded to the maps' dtype. Gradients are in the parameters' dtype."""
     f, a, bias, w, k, _, *of_dyt = made(9, dtype=torch.bfloat16, dyt=True)
     call = partial(results(4), backend="torch")
     narrow = results_and_gradients(call, [f, a, bias, w, k, *of_dyt])
@@ -184,7 +187,10 @@ def test_parameters_may_be_wider_than_the_maps():
 
 @pytest.mark.parametrize("dyt", [False, True])
 def test_no_block_of_all_positions_is_ever_in_memory(dyt, monkeypatch):
-    """N×r of all heads is 6 MiB here, and the reference holds more; tiles hold a quarter of it, in backward too."""
+    """Peak memory is at most a quarter of the N×r probabilities of all heads of an image, which have 6 MiB here.
+
+    With a backward pass, the memory of the gradients is added to this limit. The reference needs more than 6 MiB.
+    """
     monkeypatch.setattr(tiled, "POSITIONS", 256)
     f, a, bias, w, k, x, *of_dyt = made(10, b=2, heads=4, d=8, channels=6, grid=(96, 128), rank=32, dyt=dyt)
     parameters = (f, a, bias, w, k, *of_dyt)
@@ -206,7 +212,10 @@ def test_no_block_of_all_positions_is_ever_in_memory(dyt, monkeypatch):
 
 
 def test_it_is_the_default_on_the_cpu_and_nowhere_else(monkeypatch):
-    """Off the CPU "torch" is the reference: there all images and positions at once are faster."""
+    """On other devices than the CPU, "torch" selects the reference.
+
+    The reference computes all images and positions at once, which is faster on those devices.
+    """
     monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
     f, *rest = without_x(made(11))
     for name, expected in ((None, "torch"), ("torch", "torch"), ("reference", "reference")):
@@ -244,14 +253,14 @@ def test_tiles_cover_every_position_once(height, width, positions):
 
 
 def test_what_is_not_compiled_is_plain_pytorch(steps):
-    """So is a grid on another device, and one by a library that was built before the neck's steps were in it."""
+    """`grid_of` uses the C++ steps only for CPU tensors, and only if the library with these steps is built."""
     assert (type(grid_of(2, 2, 1, 4, torch.ones(1))) is NativeGrid) == (steps == "csrc")
     assert type(grid_of(2, 2, 1, 4, torch.ones(1, device="meta"))) is tile_steps.Grid
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_tanh_is_accurate_relative_to_itself(dtype):
-    """To 2 units, in both forms; what is not finite stays what it is."""
+    """The relative error is at most 2 eps. For NaN, ±infinity and 0, the result is equal to that of `torch.tanh`."""
     x = torch.cat([tokens(1, 20_000, scale=4), 10 ** tokens(2, 20_000, scale=8).clamp(-30, 2)]).to(dtype)
     grid, space = grid_of(2, 2, 1, 4, x), x.clone()
     exact = x.double().tanh()
@@ -265,7 +274,10 @@ def test_tanh_is_accurate_relative_to_itself(dtype):
 
 @pytest.mark.parametrize("rank", [1, 7, 64, 70])
 def test_logits_far_apart_or_not_finite(rank):
-    """Exponentials that underflow are 0; a NaN or an infinity makes its own row NaN, and no other cell."""
+    """Probabilities and gradients agree with plain PyTorch for logits that are far apart or not finite.
+
+    Exponentials that underflow are 0. A logit of NaN or infinity makes its own row of probabilities NaN.
+    """
     logits = tokens(3, 2, 12, rank, scale=60).float()
     logits[0, 4, -1], logits[1, 7, 0] = math.nan, math.inf
     tile = tile_steps.tiles_of(3, 4, 12)[0]

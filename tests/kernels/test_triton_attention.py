@@ -290,7 +290,7 @@ def test_an_index_out_of_range_gives_nan_in_its_head_alone():
     ("split", "dtype", "solver"),
     [
         *((split, dtype, "cholesky") for split in (False, True) for dtype in DTYPES),
-        (True, torch.float32, "lu"),  # bits of torch.linalg, used by others, may depend on the batch
+        (True, torch.float32, "lu"),  # other solvers use torch.linalg; its bits may depend on the batch
     ],
 )
 def test_alone_and_in_any_batch_bit_for_bit(split, dtype, solver, monkeypatch):
@@ -380,7 +380,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("pieces", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides_do_not_matter_and_nothing_is_copied_for_them(layout, pieces, divided, monkeypatch):
-    """Inputs and the gradient of Y may have any strides. Kernels that read tokens read the caller's memory, no copy."""
+    """Inputs and the gradient of Y may have any strides. Kernels read tokens from the caller's memory, not a copy."""
     if pieces:
         take_pieces(monkeypatch)
     plain = inputs(11)

@@ -108,7 +108,7 @@ def test_a_device_that_is_not_the_current_one():
 
 
 def test_more_heads_than_a_grid_axis_holds():
-    """70,000 heads exceed 65,535, the limit of the grid axes y and z. The first and the last result are correct."""
+    """70,000 pairs (b, h) exceed 65,535, the limit of grid axes y and z. The first and the last result are correct."""
     one = inputs(b=1, h=1, nq=16, nk=16)
     many = [x.expand(70_000, 1, -1, -1) for x in one]
     y = nystrom_attention(*many, 8, backend="triton")

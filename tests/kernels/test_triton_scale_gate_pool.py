@@ -247,7 +247,7 @@ def test_a_caps_factor_is_part_of_it():
     constant=st.booleans(),
 )
 def test_the_fused_norm_never_exceeds_the_cap(seed, dtype, exponent, ratio, constant):
-    """Half precision has no tolerance. fp32 has 1e-6, because the cap leaves no margin for rounding in fp32."""
+    """In half precision the norm is at most the cap. In fp32 it may exceed the cap by a relative 1e-6 from rounding."""
     scale = 10.0 ** (max(exponent, -1) if dtype == torch.float16 else exponent)  # only normal numbers of fp16
     maps = made(seed, 2, 3, 8, 4, 4, dtype=torch.float64, scale=scale)
     if constant:  # every entry rounds the same way

@@ -116,7 +116,7 @@ def test_pivoting_finds_the_pivot():
 
 @pytest.mark.parametrize("apart", [0, 1])
 def test_no_ridge_and_duplicates_are_nan(apart):
-    """With `apart=1` the two rows differ by rounding errors, so that the last pivot is tiny instead of zero."""
+    """With `apart=1` two rows differ only by rounding errors, so that the last pivot is tiny instead of zero."""
     logits, rhs = problem(7, 12)
     logits[1, 0] += apart * 4e-6 * torch.linspace(-1, 1, 7)
     plain = landmark_solve(logits, rhs, solver="lu", ridge=0.0, backend="reference").x
@@ -223,7 +223,7 @@ def test_it_is_a_registered_operator():
 
 @pytest.mark.parametrize("kind", ["graded", "outlier"])
 def test_elimination_needs_no_range(kind):
-    """The backward error is at most 8 eps even if log row sums differ by more than 88, so that ratios overflow fp32."""
+    """Logarithms of row sums differ by more than 88, near the limit of fp32. The backward error is at most 8 eps."""
     for r in (2, 7):
         keys = tokens(100 * r, 2, r, 16) * math.sqrt(0.3)
         if kind == "graded":

@@ -1,8 +1,8 @@
-"""Nyström attention by Triton kernels: in Triton's interpreter on the CPU where there is no GPU, else on the GPU.
+"""Test Nyström attention by Triton kernels, on a GPU or in Triton's interpreter on the CPU.
 
-Values and gradients follow the rule of `srm_kernels.numerics`, where the size of the fp32 rounding is that of the
-largest among Y and its gradients: a gradient may be the small rest of a difference.
-Every output and workspace is filled with NaN, or an index out of range, before a kernel sees it.
+Values and gradients follow the rule of `srm_kernels.numerics`. A gradient can be a small difference of large terms.
+The unit of fp32 is therefore computed from the largest magnitude among Y and all gradients.
+Every output and workspace is filled with NaN, or with indices out of range, before a kernel writes to it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ attend = functools.partial(nystrom_attention, backend="triton")
 
 @pytest.fixture(autouse=True, scope="module")
 def poisoned():
-    """Memory that a kernel has yet to fill holds NaN, or indices that lead nowhere."""
+    """Fill every output and workspace with NaN, or with indices out of range, before a kernel runs."""
 
     def poison(tensor: Tensor) -> Tensor:
         return tensor.fill_(math.nan if tensor.is_floating_point() else 2**40)
@@ -53,7 +53,7 @@ def poisoned():
 
 @pytest.fixture
 def divided(monkeypatch):
-    """Work of one (b, h) is shared among programs from a few tokens on."""
+    """Lower the limits, so that several programs share one (b, h) even with few tokens."""
     divide(monkeypatch)
 
 
@@ -65,7 +65,7 @@ def divide(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def take_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where K̃ and X are too large to be held: read, or divided, 16 landmarks at a time."""
+    """Make the kernels process K̃ and X in pieces of 16 landmarks, as if they were too large for one tile."""
     monkeypatch.setattr(launch_rules, "MOST_HELD", 0)
     monkeypatch.setattr(launch_rules, "PIECE", 16)
 
@@ -93,7 +93,7 @@ def value_and_gradients(
 def check(
     tensors: list[Tensor], landmarks: Tensor, found: list[Tensor], weight: Tensor, **options: Any
 ) -> None:
-    """Y, dQ, dK and dV by the rule, for the landmarks that were used."""
+    """Check Y, dQ, dK and dV with the numerics rule, for the given landmarks."""
     tensors, landmarks, weight = [x.cpu() for x in tensors], landmarks.cpu(), weight.cpu()
     plain = value_and_gradients(lambda *x: oracle.plain_nystrom(*x, landmarks, **options), tensors, weight)
     exact = value_and_gradients(
@@ -160,7 +160,7 @@ def test_values_and_gradients(shape, rank, dtype, qk_norm, method, split, pieces
     ],
 )
 def test_other_solvers(solver, equilibrate, divided, monkeypatch):
-    """Against `landmark_solve`'s own reference; what has a kernel leaves torch.linalg alone, all else is its."""
+    """Every solver agrees with the reference backend. A solver that has a kernel does not call torch.linalg."""
     tensors = inputs(1, nk=50)
     landmarks = select_landmarks(tensors[1], 12, method="uniform")
     weight = tokens(8, *tensors[0].shape).to(DEVICE)
@@ -202,8 +202,11 @@ EXTREMES: dict[str, Callable[[Tensor, Tensor, Tensor], None]] = {
 @pytest.mark.parametrize("qk_norm", [None, "keys"])
 @pytest.mark.parametrize("name", EXTREMES)
 def test_extremes_are_finite_where_the_reference_is_and_right_there(name, qk_norm):
-    """N_k = r: every key is a landmark, whatever it holds. Where rounding decides, as with equal keys that are not
-    normalised, the reference in fp32 is no better than the rule allows."""
+    """The output is finite where the reference is finite, and correct there.
+
+    Every key is a landmark, because r = N_k. Some inputs are ill-conditioned, for instance equal keys that are not
+    normalised. Their error in the fp32 reference is large too, so that the rule allows a large error.
+    """
     tensors = inputs(2, nk=24)
     EXTREMES[name](*tensors)
     landmarks = torch.arange(24, device=DEVICE).expand(2, 2, 24).contiguous()
@@ -217,8 +220,11 @@ def test_extremes_are_finite_where_the_reference_is_and_right_there(name, qk_nor
 
 
 def test_a_matrix_that_breaks_down_is_eliminated_with_pivoting(monkeypatch):
-    """Keys so near to one another, and a ridge so far below rounding, that pivots are noise of either sign: the
-    residual is then that of partial pivoting, r units of rounding. The other matrices are solved as ever."""
+    """A matrix for which elimination without pivoting fails is eliminated with partial pivoting.
+
+    The keys are nearly equal and the ridge is far below the rounding error, so that pivots are noise of either sign.
+    With partial pivoting the residual is at most r eps. Results of the other matrices do not change.
+    """
     _, k, v = inputs(3, nk=24, d=8)
     k[0, 1] *= 0.01
     landmarks = torch.arange(24, device=DEVICE).expand(2, 2, 24).contiguous()
@@ -240,7 +246,7 @@ def test_a_matrix_that_breaks_down_is_eliminated_with_pivoting(monkeypatch):
 
 
 def test_a_gradient_through_a_matrix_that_breaks_down_is_that_of_the_transposed_solve():
-    """As above; dU with A⁻ᵀ, by its residual."""
+    """The matrix is that of the test above. The gradient dU = A⁻ᵀ dX has a small residual."""
     _, k, v = inputs(3, nk=24, d=8)
     k[0, 1] *= 0.01
     landmarks = torch.arange(24, device=DEVICE).expand(2, 2, 24).contiguous()
@@ -250,7 +256,7 @@ def test_a_gradient_through_a_matrix_that_breaks_down_is_that_of_the_transposed_
     _, dvalue = key_kernels.landmark_context_backward([torch.zeros_like(dx), dx], results, *arguments)
     logits = (k @ k.mT).double().cpu()
     matrix = oracle.system(logits, dx, 1e-12).matrix
-    # dV = Rᵀ A⁻ᵀ dX, and here R = W: (W + λI)ᵀ is nearly Wᵀ, so dV is dX but for what rounding makes of A⁻ᵀ.
+    # dV = Rᵀ A⁻ᵀ dX. Here R = W and A = W + λI with a tiny λ. Solving with Wᵀ therefore recovers A⁻ᵀ dX from dV.
     solution = torch.linalg.solve(oracle.softmax(logits).mT, dvalue.double().cpu())
     residual = oracle.frobenius(matrix.mT @ solution - dx.double().cpu())
     assert (residual / oracle.frobenius(solution)).max() <= 1e-4
@@ -284,7 +290,7 @@ def test_an_index_out_of_range_gives_nan_in_its_head_alone():
     ("split", "dtype", "solver"),
     [
         *((split, dtype, "cholesky") for split in (False, True) for dtype in DTYPES),
-        (True, torch.float32, "lu"),  # other solvers are torch.linalg's, whose bits may depend on the batch
+        (True, torch.float32, "lu"),  # other solvers use torch.linalg; its bits may depend on the batch
     ],
 )
 def test_alone_and_in_any_batch_bit_for_bit(split, dtype, solver, monkeypatch):
@@ -307,7 +313,7 @@ def test_alone_and_in_any_batch_bit_for_bit(split, dtype, solver, monkeypatch):
 
 @pytest.mark.parametrize("pieces", [False, True])
 def test_the_same_to_the_bit_every_time(pieces, divided, monkeypatch):
-    """A hundred times on a GPU; the interpreter runs one program after the other, and could not differ."""
+    """Run 100 times on a GPU. In the interpreter programs run one after the other, so one repetition is enough."""
     if pieces:
         take_pieces(monkeypatch)
     tensors = inputs(9, nq=70, nk=70)
@@ -319,9 +325,11 @@ def test_the_same_to_the_bit_every_time(pieces, divided, monkeypatch):
 
 
 def test_an_attacker_sees_the_same():
-    """PGD by 5 sign steps through a small model, by kernels and by the reference: the same losses, the same ranking
-    of the attacked scores. Rule: 1e-3 of the loss. A component of the gradient that rounding decides may step the
-    other way; it is then below 1e-6 of the largest, and so is what 2·eps of it add to the loss."""
+    """PGD with 5 sign steps gives the same losses and the same ranking through the kernels and the reference.
+
+    The tolerance is 1e-3 of the loss. Rounding can change the sign of a gradient component, which then steps the other
+    way. Such a component is below 1e-6 of the largest component, and so is its effect on the loss.
+    """
     q, k, v, readout = (0.3 * tokens(s, 8, 8, dtype=torch.float32).to(DEVICE) for s in range(30, 34))
     images = tokens(34, 3, 1, 24, 8, dtype=torch.float32).to(DEVICE)
     wanted = torch.linspace(-1, 1, 3, device=DEVICE)
@@ -347,7 +355,7 @@ def test_an_attacker_sees_the_same():
 
 
 class Watched:
-    """A kernel whose launches tell which memory they were given."""
+    """A kernel that records the address and the strides of every tensor it is launched with."""
 
     def __init__(self, kernel: Any, seen: set[tuple[int, tuple[int, ...]]]) -> None:
         self.kernel, self.seen = kernel, seen
@@ -372,7 +380,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("pieces", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides_do_not_matter_and_nothing_is_copied_for_them(layout, pieces, divided, monkeypatch):
-    """Forward and backward, the gradient of Y strided as well; every walk over tokens has the caller's own memory."""
+    """Inputs and the gradient of Y may have any strides. Kernels read tokens from the caller's memory, not a copy."""
     if pieces:
         take_pieces(monkeypatch)
     plain = inputs(11)
@@ -425,8 +433,10 @@ def test_one_memory_for_all_heads():
 
 
 def test_offsets_pass_2_to_the_31():
-    """Rows 2³⁰ elements apart, so that the third begins past 2³¹, in memory that is never touched in between: each
-    input, and the gradient of Y."""
+    """Each input, and the gradient of Y, may have offsets that do not fit in 32 bits.
+
+    Rows are 2³⁰ elements apart, so that the third row starts at offset 2³¹. The memory between rows is never used.
+    """
     memory = torch.empty(2**31 + 64, dtype=torch.float16, device=DEVICE)
     tensors = [
         *inputs(12, b=1, h=1, nq=3, nk=3, d=8, dtype=torch.float16),
@@ -453,8 +463,11 @@ def test_offsets_pass_2_to_the_31():
 
 @pytest.mark.parametrize("nq", [1, 70])
 def test_a_large_mean_cancels_nothing_in_the_statistic(nq, divided):
-    """X a thousand and a little: a difference of sums of squares would leave nothing of the spread in fp32. Rule: 1e-3
-    of the spread, what rounding 1000 to fp32 makes of each of its terms."""
+    """The spread is accurate although the mean of X is 1000.
+
+    In fp32, the difference E[Y²] − E[Y]² would lose the spread. The tolerance is 1e-3 of the spread, because each
+    term of the spread is rounded to fp32 near 1000.
+    """
     q, k, _ = inputs(13, nq=nq)
     x = 1000 + tokens(14, 2, 2, 16, 24, dtype=torch.float32).to(DEVICE)
     arguments = (q, k[:, :, :16].contiguous(), x, None, 0.2, None, True)
@@ -589,7 +602,7 @@ def test_without_the_interpreter_the_reason_names_it(monkeypatch):
         attend(*inputs(), 16)
 
 
-# As torch sees the operators
+# Operators in PyTorch: opcheck, compile, export and vmap
 
 
 def test_opcheck_of_the_kernels_road():
@@ -619,7 +632,7 @@ def test_compiles_without_graph_breaks(solver):
 
 
 class Layer(torch.nn.Module):
-    """Attention with one weight, to be called as a function of it."""
+    """Attention whose keys are multiplied by one trainable weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -632,7 +645,7 @@ class Layer(torch.nn.Module):
 
 
 def test_a_functional_call_and_its_gradient():
-    """The weight that is given counts, not the module's own, and it receives the gradient."""
+    """`functional_call` uses the given weight instead of the module's weight. The given weight gets the gradient."""
     layer, tensors = Layer(), inputs(29, b=1, h=1, nq=5, nk=9, d=8)
     given = (0.5 * layer.weight.detach()).requires_grad_()
     y = torch.func.functional_call(layer, {"weight": given}, tuple(tensors))

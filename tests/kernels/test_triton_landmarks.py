@@ -1,7 +1,7 @@
-"""Landmarks chosen by Triton kernels, in the interpreter on the CPU where there is no GPU.
+"""Test the landmark selection by Triton kernels, on a GPU or in Triton's interpreter on the CPU.
 
 Scores follow the rule of `srm_kernels.numerics`.
-Rule for choices: what is chosen is within 1e-4 of the best there was.
+The score of a selected landmark may be at most 1e-4 below the best possible score.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def keys(seed: int, n: int, d: int, dtype: torch.dtype = torch.float32) -> Tenso
     ("n", "d"), [(1, 8), (7, 24), (70, 40), (130, 59), (20, 64), (50, 64), (33, 64), (20, 32)]
 )
 def test_leverage_scores(n, d, dtype):
-    """With fewer keys than directions only γ keeps the Gram matrix positive definite."""
+    """Some cases have fewer keys than dimensions; their Gram matrix is positive definite only because of γ."""
     key = keys(n, n, d, dtype)
     found = ridge_leverage_scores(key, backend="triton").cpu()
     plain = ridge_leverage_scores(key.cpu(), backend="reference")
@@ -81,7 +81,7 @@ def test_the_largest_scores_in_descending_order(n, d, r, dtype):
     ("n", "r"), [(1, 1), (33, 9), (40, 40), (256, 64), (1000, 128), (1024, 5), (1025, 64), (2500, 17)]
 )
 def test_the_largest_are_those_of_a_stable_sort(n, r):
-    """Of scores with many ties, zeros, infinities, NaN, subnormal numbers, and of equal scores."""
+    """The scores contain many ties, zeros, infinities, NaN and subnormal numbers. One row has equal scores only."""
     make = torch.Generator().manual_seed(n)
     scores = torch.rand(6, n, generator=make)
     scores[1] = torch.randint(0, 4, (n,), generator=make) / 4
@@ -93,7 +93,7 @@ def test_the_largest_are_those_of_a_stable_sort(n, r):
     expected = (
         scores.nan_to_num(math.inf, posinf=math.inf).sort(dim=-1, descending=True, stable=True).indices[:, :r]
     )
-    found = torch.full((7, r), -1, device=DEVICE)  # the last row stays
+    found = torch.full((7, r), -1, device=DEVICE)  # the kernel must not write to the last row
     _largest_kernel[(6,)](scores.to(DEVICE), found, n, rank=r, R=padded(r), num_warps=8)
     assert torch.equal(found[:6].cpu(), expected)
     assert bool((found[6] == -1).all())
@@ -107,7 +107,7 @@ def test_uniform_landmarks_are_those_of_the_reference(n, r):
 
 
 def test_ties_go_to_the_lower_index():
-    """Every key twice: equal scores are equal to the bit, since each is computed as the other is."""
+    """Every key occurs twice. Both copies have the same score to the bit, so that the lower index comes first."""
     key = keys(4, 20, 8).repeat(1, 1, 2, 1)
     found = select_landmarks(key, 40, backend="triton").cpu()
     assert torch.equal(found[..., 1::2], found[..., ::2] + 20)
@@ -116,7 +116,7 @@ def test_ties_go_to_the_lower_index():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "d", "r"), [(30, 24, 30), (130, 8, 20)])
 def test_pivoted_cholesky_is_greedy(n, d, r, dtype):
-    """Every pick has the largest residual diagonal there is, followed in fp64."""
+    """Every selected key has the largest residual diagonal. The test computes the residual in fp64."""
     key = keys(5, n, d, dtype)
     found = select_landmarks(key, r, method="pivoted_cholesky", backend="triton").cpu()
     for row, tensor in zip(found.flatten(0, 1).tolist(), key.cpu().double().flatten(0, 1), strict=True):

@@ -1,4 +1,4 @@
-"""What only a CUDA device shows of the Triton kernels; skipped where there is none."""
+"""Test the Triton kernels on a CUDA device; all tests are skipped without one."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_nothing_waits_for_the_device(method, solver):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("rank", "d"), [(128, 128), (65, 64), (32, 128), (128, 8)])
 def test_the_largest_tiles_run_and_are_the_references(rank, d, dtype):
-    """Rule: twice the reference's error in the same dtype plus 32 units of rounding of the largest entry."""
+    """The error is at most twice that of the reference in the same dtype, plus 32 eps of the largest entry."""
     draw = torch.Generator("cuda").manual_seed(0)
     tensors = [torch.randn(1, 2, n, d, generator=draw, device="cuda").to(dtype) for n in (300, 200, 200)]
     index = select_landmarks(tensors[1], rank, method="uniform")
@@ -108,7 +108,7 @@ def test_a_device_that_is_not_the_current_one():
 
 
 def test_more_heads_than_a_grid_axis_holds():
-    """70,000 of them, past the 65,535 of the axes y and z; the last is served as the first."""
+    """70,000 pairs (b, h) exceed 65,535, the limit of grid axes y and z. The first and the last result are correct."""
     one = inputs(b=1, h=1, nq=16, nk=16)
     many = [x.expand(70_000, 1, -1, -1) for x in one]
     y = nystrom_attention(*many, 8, backend="triton")
@@ -131,7 +131,7 @@ def test_kernels_are_taken_by_name_and_by_none_not_yet(dtype):
 
 
 def test_landmarks_agree_with_the_reference_where_scores_do_not_tie():
-    """Of random keys at most one in a hundred ties within rounding."""
+    """At least 99 % of the landmarks agree. At most 1 % of random keys have scores that tie within rounding."""
     key = torch.randn(4, 8, 1000, 32, device="cuda", dtype=torch.float32)
     for method in METHODS:
         found = select_landmarks(key, 32, method=method, backend="triton")
@@ -142,7 +142,7 @@ def test_landmarks_agree_with_the_reference_where_scores_do_not_tie():
 
 
 def test_memory_beyond_the_output_does_not_grow_with_the_queries():
-    """Y plus a few r (r + d) numbers a head, at 4,096 queries and at sixteen times as many."""
+    """The extra memory is a few r (r + d) numbers per head, with 4,096 queries as with 65,536."""
     extra = []
     for nq in (4096, 65_536):
         tensors = inputs(b=1, nq=nq)

@@ -1,4 +1,4 @@
-"""RMS statistic, DyT, fusion, its losses and pooling by Triton kernels; the rule is that of `kernel_rule`."""
+"""Test the Triton kernels of the RMS statistic, DyT, the gate, its losses and pooling by the rule of `kernel_rule`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def poison():
 
 @pytest.fixture(autouse=True)
 def divided(monkeypatch):
-    """Work is shared among programs from a few items on."""
+    """Lower the block sizes, so that several programs share the work even with few items."""
     monkeypatch.setattr(scale_kernels, "TOKENS", 16)
     monkeypatch.setattr(scale_kernels, "LEAST_TOKENS_OF_A_SHARE", 32)
     monkeypatch.setattr(scale_kernels, "ROWS", 4)
@@ -64,7 +64,7 @@ def test_rms_scale(shape, dtype):
 
 
 def test_a_large_mean_cancels_nothing():
-    """Mean 1e4, deviation 1 in fp32; the rule is that of the same test of the reference."""
+    """The input has mean 1e4 and deviation 1 in fp32. The same test of the reference has the same tolerance."""
     y = made(1, 3, 2, 500, 8) + 1e4
     mean, rms = rms_scale(y, backend="triton")
     exact = oracle.rms(y.cpu())
@@ -89,7 +89,7 @@ def test_dyt(shape, dtype):
 
 
 def test_dyt_keeps_small_numbers_relatively():
-    """1 − 2/(1 + e^{2x}) would round them to units of 1: the rule is four units of fp32 of each entry itself."""
+    """The formula 1 − 2/(1 + e^{2x}) would round small x to 0. The relative error of each entry is at most 4 eps."""
     x = torch.logspace(-20, 1.2, 800, device=DEVICE).repeat(2, 1) * torch.tensor(
         [[1.0], [-1.0]], device=DEVICE
     )
@@ -124,7 +124,7 @@ def test_tau_loss(links, heads, dtype):
 
 
 def test_any_strides():
-    """Layouts follow strides on a device, so that the order of summation and the last bits may differ."""
+    """On a GPU the order of summation may depend on the strides, so that the last bits may differ."""
     x, weight, bias, alpha = made(8, 2, 24, 15), made(9, 24), made(10, 24), made(11, 1)
     follow_the_rule(dyt, [x.mT, alpha, weight, bias])
     follow_the_rule(dyt, [made(12, 2, 24, 3, 5).movedim(1, -1), alpha, weight, bias])
@@ -150,7 +150,7 @@ def test_any_strides():
 
 
 def of_gate(seed, *, b=2, stages=3, c=5, grid=(4, 7), dtype=torch.float32):
-    """Maps, biases, readouts' weights and offsets, one after the other."""
+    """Return one list: all maps, then all biases, all readout weights and all readout offsets."""
     shapes = [(b, c, *grid), (c,), (1, c), (1,)]
     return [
         made(seed + stages * i + s, *shape, dtype=dtype)
@@ -208,7 +208,7 @@ def test_the_gate_reads_any_strides_and_an_image_alone_is_the_same_to_the_bit():
 @pytest.mark.parametrize("cap", [None, 5.0])
 @pytest.mark.parametrize("stages", [1, 3, 4])
 def test_gated_fusion(stages, cap, dtype):
-    """The cap binds on some of the images, by a factor of up to ten."""
+    """The cap scales down only some of the images, by a factor of up to 10."""
     maps = (
         made(17, 3, stages, 6, 5, 4, dtype=torch.float64)
         * torch.logspace(-1, 1, 3, device=DEVICE)[:, None, None, None, None]
@@ -247,8 +247,8 @@ def test_a_caps_factor_is_part_of_it():
     constant=st.booleans(),
 )
 def test_the_fused_norm_never_exceeds_the_cap(seed, dtype, exponent, ratio, constant):
-    """Strictly in half precision; to 1e-6 in fp32, for whose own rounding the cap makes no room."""
-    scale = 10.0 ** (max(exponent, -1) if dtype == torch.float16 else exponent)  # its normal numbers
+    """In half precision the norm is at most the cap. In fp32 it may exceed the cap by a relative 1e-6 from rounding."""
+    scale = 10.0 ** (max(exponent, -1) if dtype == torch.float16 else exponent)  # only normal numbers of fp16
     maps = made(seed, 2, 3, 8, 4, 4, dtype=torch.float64, scale=scale)
     if constant:  # every entry rounds the same way
         maps = torch.full_like(maps, scale * (1 + (seed % 1000) / 1000))
@@ -337,7 +337,7 @@ def test_adaptive_pool(grid, size, dtype):
     )
 
 
-# As a whole
+# All operators
 
 
 def test_an_image_alone_and_in_a_batch_bit_for_bit():

@@ -1,7 +1,8 @@
-"""The Triton solve against the reference: forward, backward, decisions; on a GPU, else in the interpreter in fp32.
+"""Compare the Triton solve with the reference: values, gradients and the solver that was used.
 
-Values: L·X by `oracle.agree` against plain `torch.linalg` in fp32; gradients likewise against the reference's own
-in fp32. Sizes are small because the interpreter takes about a second a matrix.
+The tests run on a GPU or in Triton's interpreter. Errors of L·X and of the gradients are measured against fp64. Their
+bounds are multiples of the error of plain PyTorch in fp32. The matrices are small, because the interpreter takes about
+one second per matrix.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from srm_kernels.conditioning import SOLVERS_OF_KERNELS
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, of the interpreter: 1/0 behind a where
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy in the interpreter: 1/0 in a masked lane
     pytest.mark.skipif(not backends()["triton"].available, reason="neither a GPU nor the interpreter"),
 ]
 
 
 def problem(r: int, d: int, *, count: int = 2, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Random landmarks; two of the last matrix's are the same."""
+    """Return logits and right-hand sides for random landmarks. The last matrix has two equal landmarks."""
     keys = oracle.normalise(tokens(r + d, count, r, d)) * scale
     if r > 1:
         keys[-1, 1] = keys[-1, 0]
@@ -39,7 +40,7 @@ def problem(r: int, d: int, *, count: int = 2, scale: float = 1.0) -> tuple[Tens
 def run(
     logits: Tensor, rhs: Tensor, backend: str, grad: Tensor | None = None, **options: Any
 ) -> list[Tensor]:
-    """X, the solver and, where `grad` is given, both gradients."""
+    """Return X, the solver that was used and, if `grad` is given, both gradients."""
     device = DEVICE if backend == "triton" else "cpu"
     inputs = [t.detach().clone().to(device).requires_grad_(grad is not None) for t in (logits, rhs)]
     found = landmark_solve(*inputs, backend=backend, diagnostics=True, **options)
@@ -48,7 +49,7 @@ def run(
 
 
 def check(logits: Tensor, rhs: Tensor, **options: Any) -> Tensor:
-    """The kernel against the reference, in values and gradients; returns who served."""
+    """Compare values and gradients of the kernel with the reference; return the solver that was used."""
     grad = tokens(99, *rhs.shape, dtype=torch.float32)
     x, used, *gradients = run(logits, rhs, "triton", grad, **options)
     wide = [t.double() for t in (logits, rhs, grad)]
@@ -68,7 +69,7 @@ def check(logits: Tensor, rhs: Tensor, **options: Any) -> Tensor:
 
 @pytest.mark.parametrize("solver", SOLVERS_OF_KERNELS)
 def test_values_and_gradients(solver):
-    """Sizes that are no power of two."""
+    """The sizes are not powers of two."""
     logits, rhs = problem(11, 7)
     check(logits, rhs, solver=solver, ridge=1e-2)
 
@@ -102,7 +103,7 @@ def test_asymmetry_and_breakdown_go_to_lu_alone():
 
 
 def test_pivoting_finds_the_pivot():
-    """The leading entry of W_λ is smaller by far than those below it."""
+    """The leading entry of W_λ is much smaller than the entries below it."""
     logits = torch.full((1, 4, 4), 0.0)
     logits[0, 0, 0] = -14.0
     logits[0, 0, 2] = 3.0
@@ -115,7 +116,7 @@ def test_pivoting_finds_the_pivot():
 
 @pytest.mark.parametrize("apart", [0, 1])
 def test_no_ridge_and_duplicates_are_nan(apart):
-    """Also where the two rows' logits are roundings apart, so that the last pivot is not zero but of rounding size."""
+    """With `apart=1` two rows differ only by rounding errors, so that the last pivot is tiny instead of zero."""
     logits, rhs = problem(7, 12)
     logits[1, 0] += apart * 4e-6 * torch.linspace(-1, 1, 7)
     plain = landmark_solve(logits, rhs, solver="lu", ridge=0.0, backend="reference").x
@@ -160,7 +161,7 @@ def test_strides_leading_axes_and_half_precision():
 
 
 def test_it_is_launched_on_the_device_of_its_tensors(monkeypatch):
-    """Triton launches on the current device; forward and backward each make it the tensors'."""
+    """Triton launches on the current device. Forward and backward both switch to the device of their tensors."""
     from srm_kernels.conditioning import kernels
 
     entered = []
@@ -214,7 +215,7 @@ def test_a_matrix_that_32_bits_do_not_span_is_copied(stride, kept):
 
 
 def test_it_is_a_registered_operator():
-    """opcheck with the kernel behind it: schema, fake tensors, autograd registration."""
+    """`opcheck` tests schema, fake tensors and autograd registration of the operator with the Triton backend."""
     logits, rhs = (t.to(DEVICE).requires_grad_() for t in problem(3, 2))
     arguments = (logits, rhs, 1e-3, "cholesky", False, 1e6, 3, True, "triton")
     library.opcheck(torch.ops.srm.landmark_solve.default, arguments)
@@ -222,7 +223,7 @@ def test_it_is_a_registered_operator():
 
 @pytest.mark.parametrize("kind", ["graded", "outlier"])
 def test_elimination_needs_no_range(kind):
-    """Row sums hundreds of nats apart: the backward error stays at 8 eps, as on the portable path."""
+    """Logarithms of row sums differ by more than 88, near the limit of fp32. The backward error is at most 8 eps."""
     for r in (2, 7):
         keys = tokens(100 * r, 2, r, 16) * math.sqrt(0.3)
         if kind == "graded":

@@ -1,4 +1,4 @@
-"""The kept verdict: what it holds for, what is taken as one, and what becomes of files that are not."""
+"""Test stored verdicts: for which versions they hold, which files are read, and how broken files are handled."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_two_names_of_one_file_are_told_apart():
 
 
 def nested(levels: int) -> dict:
-    """A value that JSON reads at some depths at which Python cannot walk through it."""
+    """Return nested dictionaries. The JSON parser accepts some depths at which recursive checks fail."""
     value: dict = {}
     for _ in range(levels):
         value = {"a": value}
@@ -149,7 +149,7 @@ def test_a_symbolic_link_is_not_followed(folder: Path, tmp_path: Path):
     path.rename(tmp_path / "elsewhere.json")
     path.symlink_to(tmp_path / "elsewhere.json")
     assert "symbolic link" in str(verdicts.load(KEY)[1])
-    # Writing replaces the link and not what it points to.
+    # Saving replaces the link, and does not change the file that the link points to.
     assert verdicts.save(VERDICT.with_row(row("later"))) == path
     assert not path.is_symlink()
     assert "later" not in (tmp_path / "elsewhere.json").read_text()
@@ -162,7 +162,7 @@ def test_folders_pipes_and_large_files_are_not_read(folder: Path, monkeypatch):
         verdicts.read(path)
     path.rmdir()
     os.mkfifo(path)
-    with pytest.raises(UnusableError, match="regular file"):  # and does not wait for a writer
+    with pytest.raises(UnusableError, match="regular file"):  # does not wait for a writer
         verdicts.read(path)
     path.unlink()
     monkeypatch.setattr(verdicts, "MOST_BYTES", 10)

@@ -1,4 +1,4 @@
-"""Parts of `python -m srm_kernels verify`: cases, judging, timing, child processes, the table, and what is resumed."""
+"""Test `python -m srm_kernels verify`: cases, correctness, timing, resumed runs, child processes and tables."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ KEY = verdicts.key_of("NVIDIA Pretended", (8, 9), "580.1")
 
 
 class Pretended(Device):
-    """The CPU as a device; the calls of plain PyTorch stand for kernels."""
+    """The CPU as a device, with plain PyTorch instead of kernels."""
 
     key = KEY
     torch_device = torch.device("cpu")
@@ -96,7 +96,7 @@ def test_cases_are_what_explain_names_and_sizes_need_no_numbers():
 
 @pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.label)
 def test_every_case_has_results_and_batch_axes_that_fit(operator: Any):
-    """The reference stands for kernels: a sample of the inputs gives a sample of the results."""
+    """One sample alone gives the same results as in a batch. The reference is used instead of kernels."""
     case = Case(operator, "fp32", "tiny")
     inputs = case.inputs()
     axes = operator.inputs[: len(inputs)]
@@ -118,11 +118,11 @@ def test_every_case_has_results_and_batch_axes_that_fit(operator: Any):
             )
 
 
-# Judging
+# Correctness
 
 
 def plain_case(change: Callable[[Any], Any] = lambda x: x, name: str = "dyt") -> Case:
-    """A case in which "triton" is the reference, changed."""
+    """Return a case whose "triton" backend is the reference, with `change` applied to the result."""
     operator, *_ = [one for one in OPERATORS if one.name == name]
 
     def call(s: Any) -> Callable[..., Any]:
@@ -146,7 +146,7 @@ def raising(error: Exception) -> Callable[[Any], Any]:
 
 
 class _Drifting:
-    """Another last bit at every call."""
+    """Change the last bit of the result in every second call."""
 
     calls = 0
 
@@ -196,7 +196,7 @@ def test_what_is_wrong_is_found_and_named(name: str):
 
 
 def test_a_statistic_that_is_accurate_by_luck_is_judged_by_other_inputs_too():
-    """Ones have no error in bf16."""
+    """With an input of ones, plain PyTorch in bf16 has no error. Other inputs show its typical error."""
 
     def call(x: Tensor) -> Tensor:
         return (x if x.dtype == torch.float64 else x.bfloat16().to(x.dtype)).sum(0)
@@ -320,7 +320,7 @@ def test_a_cuda_device_is_timed_by_events_in_turns(monkeypatch):
     assert target.FEWEST <= len(rest) // 2 - 1 <= target.MOST
 
 
-# Whether anything can be measured
+# Devices that cannot run kernels
 
 
 def test_each_reason_for_not_running_is_named(monkeypatch, capsys):
@@ -368,11 +368,11 @@ def test_each_reason_for_not_running_is_named(monkeypatch, capsys):
         open_device("cuda")
 
 
-# The command, with answers in place of children
+# The command, with prepared answers instead of child processes
 
 
 class Answers:
-    """Stands in for the children: what they are asked, and what they answer."""
+    """Replace the child processes: record each request and return a prepared answer."""
 
     def __init__(
         self, monkeypatch: pytest.MonkeyPatch, answer: Callable[[dict[str, Any]], dict[str, Any]]
@@ -435,7 +435,7 @@ def test_an_interrupted_run_is_resumed_and_decides_nothing_before(monkeypatch, c
     answers.asked.clear()
     assert command.main(ONLY) == 130
     assert len([one for one in answers.asked if one["part"] == "right"]) == 8 - 3
-    # rms_scale in bf16 is finished, and nothing else.
+    # Only rms_scale in bf16 is finished.
     assert ("rms_scale", "bf16") not in kept().unfinished
     assert ("dyt", "bf16") in kept().unfinished
     answers.answer = fine
@@ -488,7 +488,7 @@ def test_a_narrower_run_after_an_interrupted_one_finishes_what_it_measures(wide:
 
 @pytest.mark.parametrize("status", ["error", "wrong"])
 def test_a_fault_at_another_shape_counts_and_is_tried_again(status: str, monkeypatch, capsys):
-    """A full run finds a fault and is interrupted; a quick one follows."""
+    """A full run finds a fault and is interrupted. A quick run follows."""
 
     def interrupted(request: dict[str, Any]) -> dict[str, Any]:
         if request["part"] == "right" and (request["operator"], request["shape"]) == ("dyt", "large"):
@@ -600,7 +600,7 @@ def test_where_no_kernel_can_run_an_earlier_verdict_stays_whole(monkeypatch, cap
 
 @pytest.fixture
 def handler(number: signal.Signals, request: pytest.FixtureRequest) -> Iterator[Any]:
-    """The handler of a signal before a command runs; nohup, which may have started the tests, ignores SIGHUP."""
+    """Set a signal's handler before the command runs, because tests that run under nohup ignore SIGHUP."""
     before = signal.signal(number, request.param)
     yield request.param
     signal.signal(number, before)
@@ -681,7 +681,7 @@ def test_the_summary_has_geometric_means_and_the_worst_status(monkeypatch, capsy
     assert table.left(0, 10, 4.0) == "0/10"
 
 
-# Children
+# Child processes
 
 
 def test_a_child_answers_until_an_error(monkeypatch, tmp_path):
@@ -701,7 +701,7 @@ SLEEPER = "import sys, time; print('{\"ready\": true}', flush=True); sys.stdin.r
 
 @pytest.fixture
 def child_code(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], workers.Worker]:
-    """A worker whose child runs some code in place of `verify.child`."""
+    """Return a function that makes a worker whose child process runs the given code."""
     started = subprocess.Popen
 
     def worker(code: str) -> workers.Worker:
@@ -722,14 +722,14 @@ def test_a_child_that_hangs_is_ended_with_those_it_started(child_code, tmp_path)
     worker = child_code(code)
     assert worker.ask({}, 1.5) == {"status": "timeout", "reason": "no answer within 1.5 s"}
     command = Path(f"/proc/{beside.read_text()}/cmdline")
-    deadline = time.monotonic() + 20  # a killed process is listed until the kernel has ended it
+    deadline = time.monotonic() + 20  # /proc lists a killed process until the kernel removes it
     while runs(command) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not runs(command)
 
 
 def runs(command: Path) -> bool:
-    """Whether a process is alive: a command line that is gone or empty (a zombie's) is of none."""
+    """Return whether a process is alive. A dead process has no command line, and that of a zombie is empty."""
     try:
         return bool(command.read_bytes())
     except (FileNotFoundError, ProcessLookupError):

@@ -19,7 +19,7 @@ class Linear(nn.Module):
 
 
 class OfFirstPixel(nn.Module):
-    """f(x) = g(x[0, 0, 0]): a function of one number, drawn at will."""
+    """f(x) = g(x[0, 0, 0]) for any function g of one number."""
 
     def __init__(self, function) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class OfFirstPixel(nn.Module):
 
 
 class Convolutional(nn.Module):
-    """A real network in small: convolution, BatchNorm, dropout, and a buffer that evaluation changes too."""
+    """A small network with convolution, BatchNorm, dropout and buffers that change in evaluation mode too."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Convolutional(nn.Module):
 
 
 class Noisy(Linear):
-    """A linear model whose weight is drawn anew in every pass, ± about its mean, from PyTorch's global generator."""
+    """A linear model that adds Gaussian noise from PyTorch's global generator to its weight in every forward pass."""
 
     stochastic = True
 
@@ -72,6 +72,6 @@ def weight(seed: int = 0, side: int = 8, dtype: torch.dtype = torch.float32) -> 
 
 
 def batch(size: int = 4, seed: int = 0, side: int = 8, low: float = 0.25, high: float = 0.75) -> Tensor:
-    """Images that stay clear of 0 and 1 by default, so that no clipping disturbs a closed form."""
+    """Return random images. The default range is far from 0 and 1, so that clipping does not affect closed forms."""
     generator = torch.Generator().manual_seed(seed)
     return low + (high - low) * torch.rand(size, 3, side, side, generator=generator)

@@ -1,4 +1,4 @@
-"""Modules as people have them: that write into their input, that have no modes, that were never calibrated."""
+"""Attack and audit modules that write into their input, refuse `eval`, were never calibrated or have no gradient."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Images:
 
 
 class InPlace(nn.Module):
-    """`model` behind a normalisation; in place, as torchvision's `normalize(inplace=True)` has it, or not."""
+    """Normalise the images, in place (as torchvision's `normalize(inplace=True)`) or not, and call `model`."""
 
     def __init__(self, model: nn.Module, *, inplace: bool) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ def test_scores_bounds_and_suites_of_a_model_that_writes_into_its_input():
 
 
 class Refusing(Convolutional):
-    """Has no modes, and says so in its own words."""
+    """A module whose `train` and `eval` raise an error, as those of an exported program do."""
 
     def train(self, mode: bool = True):
         raise RuntimeError("modes? none")
@@ -160,7 +160,7 @@ HIDING = {
 
 
 class Calling(nn.Module):
-    """Whose parts cannot be seen."""
+    """A module that calls a function, so that `modules()` does not show the model inside."""
 
     def __init__(self, function) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ def test_an_uncalibrated_neck_is_told_of_whatever_is_around_it(around):
 
 
 class Zeroing(Convolutional):
-    """Changes what its convolution has saved for the backward pass."""
+    """A model that overwrites its input, which its convolution has saved for the backward pass."""
 
     def forward(self, x):
         scores = super().forward(x)
@@ -198,7 +198,7 @@ class Zeroing(Convolutional):
 
 
 class Replacing(nn.Module):
-    """Changes another tensor than its input after it was saved."""
+    """A model that overwrites an intermediate tensor that was saved for the backward pass."""
 
     def forward(self, x):
         features = (x - 0.5).exp()

@@ -1,4 +1,4 @@
-"""APGD: PGD that sets its own step sizes."""
+"""Test APGD, a variant of PGD that adapts its step sizes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def widths(trace, images):
 
 
 def step_sizes(monkeypatch, model, images, **arguments):
-    """How far each step would go: what `per_image` is asked to spread, when it is a step size."""
+    """Return the step sizes of APGD: the floating-point values that it passes to `Problem.per_image`."""
     from srm_model.attacks.problem import Problem
 
     seen = []
@@ -38,20 +38,19 @@ def step_sizes(monkeypatch, model, images, **arguments):
 
 
 def test_the_step_starts_at_twice_eps_and_is_kept_while_the_loss_rises(monkeypatch):
-    # A long way up: every step raises the loss as long as steps are small against the ball.
     images = batch(2)
     sizes = step_sizes(
         monkeypatch, Linear(weight()), images, objective=Signed(1), eps=0.1, steps=20, restarts=1
     )
     assert torch.equal(sizes[0], torch.full((1, 2), 0.2))
-    # A linear score is at its maximum after one or two steps: nothing more to win, so η halves at every checkpoint.
+    # A linear score reaches its maximum after one or two steps. Then the loss stops rising: every checkpoint halves η.
     halvings = [step for step in range(1, 20) if (sizes[step] < sizes[step - 1]).all()]
     assert halvings == [step for step in sorted(checkpoints(20)) if step < 20]
     assert torch.equal(sizes[-1], sizes[0] / 2 ** len(halvings))
 
 
 def test_each_image_has_its_own_step_and_a_batch_objective_one(monkeypatch):
-    def two_ways(p):  # images below 0.5 see a slope, others a flat top
+    def two_ways(p):  # a slope below 0.5, constant above
         return torch.where(p < 0.5, p, 0.5 + 0 * p)
 
     images = torch.stack([torch.full((3, 2, 2), value) for value in (0.2, 0.7)])
@@ -73,14 +72,14 @@ def test_each_image_has_its_own_step_and_a_batch_objective_one(monkeypatch):
 
 
 def test_a_halved_step_starts_again_from_the_best_point():
-    # Peaks so narrow that steps of 2 ε jump over them: only smaller and smaller steps climb one.
-    # Within 0.196 of 0.5 there are three, and both ends lead back inside.
+    # The peaks are so narrow that steps of 2 ε jump over them. Only smaller and smaller steps climb a peak.
+    # Three peaks are within 0.196 of 0.5. At both ends of this interval the gradient points inside.
     model = OfFirstPixel(lambda p: torch.cos(40 * p))
     images = torch.full((32, 3, 1, 1), 0.5)
     mos = [-2.0] * 32  # the loss is (cos + 2)², at most 9
     arguments = {"eps": 0.196, "steps": 60, "restarts": 1}
     best = apgd_trace(model, images, mos, MSE(), **arguments)
-    assert best.loss.min() > 0.995 * 9  # the last steps are 0.4 / 2⁷ = 0.003, and half of one costs 0.1 %
+    assert best.loss.min() > 0.995 * 9  # last steps are 0.4 / 2⁷ = 0.003; half a step costs 0.1 %
     coarse = pgd_trace(model, images, mos, MSE(), step_size=0.3, **arguments)
     assert coarse.loss.min() < best.loss.min()
 
@@ -111,7 +110,7 @@ def test_no_forward_pass_is_wasted():
 
 
 class Rippled(torch.nn.Module):
-    """Steep ripples of many widths: steps succeed, fail and stall."""
+    """A score with steep ripples of many widths, so that steps succeed, fail and stall."""
 
     def forward(self, x):
         widths = torch.linspace(50, 400, x[0].numel(), dtype=x.dtype).view(x[0].shape)
@@ -119,7 +118,7 @@ class Rippled(torch.nn.Module):
 
 
 def one_image(model, image, start, eps, steps, checks):
-    """The losses of APGD's iterates, written from the paper for one image, L∞, without tensors of images."""
+    """Run APGD as in the paper, for one image and L∞. Return the losses of the iterates and why steps were halved."""
 
     def value_and_sign(x):
         x = x.clone().requires_grad_()
@@ -160,7 +159,7 @@ def one_image(model, image, start, eps, steps, checks):
 
 def test_every_iterate_is_that_of_the_algorithm_written_out():
     model, reasons = Rippled(), set()
-    for seed in (0, 1, 24):  # in the last one steps succeed without coming to a new best
+    for seed in (0, 1, 24):  # with seed 24, steps succeed without a new best loss
         image = batch(1, seed=seed, side=3).double()[0]
         eps, steps = 0.25, 50
         trace = apgd_trace(
@@ -181,4 +180,4 @@ def test_every_iterate_is_that_of_the_algorithm_written_out():
         )
         reasons |= why
         assert trace.losses[0, :, 0].tolist() == pytest.approx(losses, rel=1e-9)
-    assert reasons == {"few", "stalled"}  # else the images show only one rule
+    assert reasons == {"few", "stalled"}  # otherwise the images test only one rule

@@ -1,4 +1,4 @@
-"""The list of search methods: one entry is enough to run a search in a suite and to resume it safely."""
+"""Test the registry of attack methods: one entry is enough to run a method in a suite and to resume it safely."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EPS = 4 / 255
 
 
 class Images:
-    """Six images, three in a batch."""
+    """Six images with labels."""
 
     def __init__(self) -> None:
         self.images = batch(6)
@@ -38,7 +38,7 @@ class Images:
 
 
 class Brightening:
-    """A toy search: the best of several brighter copies of the images."""
+    """A toy search that returns the best of several brighter copies of the images."""
 
     def __init__(self) -> None:
         self.shades: list[int] = []
@@ -60,7 +60,7 @@ class Brightening:
 
 @pytest.fixture
 def search(monkeypatch: pytest.MonkeyPatch) -> Brightening:
-    """The toy search, registered by one entry and named in a suite."""
+    """Register the toy search with one entry, and add a suite that uses it."""
     search = Brightening()
     method = AttackMethod(
         search, {"shades": "attack_queries"}, lambda config, passes, objective: config.attack_queries
@@ -101,7 +101,7 @@ def test_a_registered_search_is_resumed_only_with_its_settings(search: Brighteni
 
 @pytest.mark.parametrize("name", ATTACK_METHODS)
 def test_an_entry_is_complete(name: str):
-    """Every keyword argument of a search is common to all searches, or a setting that its results depend on."""
+    """A keyword argument of a method is either common to all methods or a setting that is recorded for resuming."""
     method = ATTACK_METHODS[name]
     parameters = inspect.signature(method.trace).parameters
     own = {argument for argument, p in parameters.items() if p.kind is p.KEYWORD_ONLY}

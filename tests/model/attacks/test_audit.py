@@ -51,35 +51,35 @@ class Honest(nn.Module):
 
 
 class Quantising(Honest):
-    """A front end that rounds pixels to 16 levels: no gradient, and the same weakness."""
+    """A model that rounds pixels to 16 levels first. Its gradient is zero, but it is as weak as `Honest`."""
 
     def forward(self, images: Tensor) -> Tensor:
         return self.raw((images * 15).round() / 15)
 
 
 class Saturated(Honest):
-    """A sigmoid so steep that it is 0 or 1 to the last bit."""
+    """A model with a sigmoid so steep that the scores are exactly 0 or 1."""
 
     def forward(self, images: Tensor) -> Tensor:
         return torch.sigmoid(3e4 * self.raw(images))
 
 
 class Detached(Honest):
-    """Most of the score is cut off from autograd, and a decoy left in its place."""
+    """A model whose score is detached from autograd, except for a small decoy term."""
 
     def forward(self, images: Tensor) -> Tensor:
         return self.raw(images.detach()) + 0.01 * images[:, :, ::2].mean((1, 2, 3))
 
 
 class Blind(Honest):
-    """All of it is cut off."""
+    """A model whose whole score is detached from autograd."""
 
     def forward(self, images: Tensor) -> Tensor:
         return self.raw(images.detach())
 
 
 class RandomCrop(Honest):
-    """Sees the image through a crop of its own choice, and does not say so."""
+    """A model that crops images at random and does not declare itself stochastic."""
 
     def forward(self, images: Tensor) -> Tensor:
         top, left = torch.randint(0, 5, (2,)).tolist()
@@ -87,7 +87,7 @@ class RandomCrop(Honest):
 
 
 class OwnDice(Honest):
-    """Random through a generator of its own."""
+    """A model that adds noise from its own random generator."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class OwnDice(Honest):
 
 
 class Relative(Honest):
-    """Scores an image against the others of its batch."""
+    """A model that scores an image relative to the other images of its batch."""
 
     def forward(self, images: Tensor) -> Tensor:
         scores = self.raw(images)
@@ -106,7 +106,7 @@ class Relative(Honest):
 
 
 class Rugged(Honest):
-    """Ripples on the way up, each with a false top."""
+    """A model whose score has ripples, each with a local maximum."""
 
     def forward(self, images: Tensor) -> Tensor:
         score = self.raw(images)
@@ -119,7 +119,7 @@ class Broken(Honest):
 
 
 class Images:
-    """Noise of 16×16, whose labels the honest model nearly knows."""
+    """Random 16×16 images. Their labels are the scores of `Honest` plus a little noise."""
 
     def __init__(self, count: int = 12) -> None:
         self.images = batch(count, side=16)
@@ -205,7 +205,7 @@ def test_randomness_between_few_things_is_found():
 
     draws = random.Random(0)
     assert draws.random() > 0.5  # no flip
-    assert draws.random() > 0.5  # nor in a second pass
+    assert draws.random() > 0.5  # no flip in a second pass either
     assert "randomness" in run(TwoFaces(), config=QUICK).failed
 
 
@@ -223,7 +223,7 @@ def test_the_gradient_of_a_random_model_is_compared_within_one_draw():
 
 
 def cropped(base: type[Honest]) -> type[Honest]:
-    """The model behind a random crop, which it declares."""
+    """Return a subclass that crops images at random and declares itself stochastic."""
 
     class Cropped(base):
         stochastic = True
@@ -236,7 +236,10 @@ def cropped(base: type[Honest]) -> type[Honest]:
 
 
 class DeclaredDice(OwnDice):
-    """Scores of random size; what is added to both ways of an attack alike would cancel."""
+    """A model that multiplies its score by a random factor.
+
+    A random term would cancel in the mean over the attacks that raise and that lower the scores.
+    """
 
     stochastic = True
 
@@ -250,7 +253,7 @@ EOT = CONFIG.replace(attack_steps=6, attack_restarts=2, eot_samples=8, attack_qu
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("model", [cropped(Honest)(), DeclaredDice()], ids=["crop", "dice"])
 def test_the_noise_of_a_declared_random_model_is_not_taken_for_a_fall(model, norm):
-    # Eight draws at a time: what they differ by is more than all that the attack gains.
+    # Scores averaged over eight draws vary by more than the attack gains.
     assert run(model, norm=norm, eps=4 / 255 if norm == "linf" else 10.0, config=EOT, images=6).failed == []
 
 

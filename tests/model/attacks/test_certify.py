@@ -1,4 +1,4 @@
-"""Median smoothing: exact binomial bounds, closed forms for a linear score, and that the interval holds."""
+"""Test median smoothing: exact binomial bounds, closed forms for a linear score, and coverage of the interval."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from srm_model.attacks.certify import certificate, order_statistics, smoothed_sc
 
 
 class Unclipped(nn.Module):
-    """⟨w, x⟩ for weights so spread out and images so grey that clipping hardly touches the noise."""
+    """f(x) = ⟨w, x⟩. The test uses mid-grey images and little noise, so that clipping has almost no effect."""
 
     def __init__(self, weight):
         super().__init__()
@@ -34,9 +34,9 @@ def test_order_statistics_are_clopper_and_pearsons(count, shift, confidence):
     error = (1 - confidence) / 2
     p_low, p_high = norm.cdf(-shift), norm.cdf(shift)
     if low is not None:
-        # Exact tails, and no better place: the next one would be too bold.
+        # The binomial tail is at most `error`. For the next order statistic it would exceed `error`.
         assert binom.cdf(low - 1, count, p_low) <= error < binom.cdf(low, count, p_low)
-        # The same said by the upper Clopper-Pearson limit of k − 1 successes, which stays below p.
+        # Equivalently, the upper Clopper-Pearson limit of k − 1 successes is at most p.
         assert beta.ppf(1 - error, low, count - low + 1) <= p_low
     if high is not None:
         assert binom.sf(high - 1, count, p_high) <= error < binom.sf(high - 2, count, p_high)
@@ -67,15 +67,13 @@ def test_a_linear_score_s_interval_is_its_closed_form():
     reach = eps * float(w.norm())
     low, high = order_statistics(4000, eps / sigma, 0.99)
     for value, lower, upper, median in zip(exact, found.lower, found.upper, found.median, strict=True):
-        # Five standard errors of a quantile at p: sqrt(p(1−p)/n) / density.
+        # The tolerance is five standard errors of the quantile p: sqrt(p(1−p)/n) / density.
         for bound, place, side in ((lower, low, -1), (upper, high, 1)):
             p = place / 4000
             expected = float(value) + sigma * float(w.norm()) * norm.ppf(p)
             error = math.sqrt(p * (1 - p) / 4000) / norm.pdf(norm.ppf(p)) * sigma * float(w.norm())
             assert abs(bound - expected) < 5 * error
-            assert (
-                side * (bound - float(value)) > reach - 5 * error
-            )  # never tighter than what an attacker can do
+            assert side * (bound - float(value)) > reach - 5 * error  # an attacker cannot leave the interval
         assert abs(median - float(value)) < 5 * 1.2533 * sigma * float(w.norm()) / math.sqrt(4000)
 
 
@@ -94,12 +92,12 @@ def test_no_attack_within_the_budget_takes_the_median_out_of_its_interval():
 
 
 def test_the_bounds_cover_as_often_as_they_say():
-    # Of a known distribution: uniform samples, whose Φ(±s) quantiles are Φ(±s) themselves.
+    # The samples are uniform, so that their Φ(±s) quantiles are Φ(±s).
     rng = np.random.default_rng(0)
     draws = torch.tensor(np.sort(rng.uniform(size=(200, 3000)), axis=0))
     found = certificate(draws, eps=0.5, sigma=1.0, confidence=0.9)
     missed = np.mean((np.array(found.lower) > norm.cdf(-0.5)) | (np.array(found.upper) < norm.cdf(0.5)))
-    # At most 10 %, and discrete bounds are a little careful: within five standard errors.
+    # At most 10 % of the intervals miss a quantile, up to five standard errors. Discrete bounds miss fewer.
     assert 0.05 < missed < 0.1 + 5 * math.sqrt(0.1 * 0.9 / 3000)
 
 

@@ -24,7 +24,7 @@ def rise(model, attacked, images):
     return (model(attacked) - model(images)).detach()
 
 
-# Closed forms. A rise is the difference of two fp32 sums of 192 products near 10: 1e-5 of it is a few roundings.
+# Closed forms. A rise is the difference of two fp32 scores near 10. The tolerance of 1e-5 covers their rounding.
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -43,12 +43,12 @@ def test_l2_reaches_eps_times_the_l2_norm(sign):
     model = Linear(w)
     mos = model(images).detach() - sign * 100
     attacked = pgd(model, images, mos, MSE(), norm="l2", eps=eps, steps=20, step_size=4 * eps, restarts=1)
-    # What is off the gradient's direction shrinks fivefold a step; the radius leaves 1e-5 room for rounding.
+    # The component orthogonal to the gradient shrinks by a factor of 5 per step. The radius has a margin of about 1e-5.
     assert rise(model, attacked, images) == pytest.approx((sign * eps * w.norm()).expand(4), rel=5e-5)
 
 
 def test_drift_on_a_quadratic_goes_to_the_far_side():
-    # f = (x₀ − 0.4)², x₀ = 0.5: within ±0.2 the largest move of the score is at 0.7.
+    # f = (x₀ − 0.4)² at x₀ = 0.5. Within ±0.2 the score changes most at 0.7.
     model = OfFirstPixel(lambda p: (p - 0.4).square())
     images = torch.full((2, 3, 4, 4), 0.5)
     attacked = pgd(model, images, [0.5, 0.5], Drift(), eps=0.2, steps=10, restarts=5)
@@ -58,7 +58,7 @@ def test_drift_on_a_quadratic_goes_to_the_far_side():
 def test_fgsm_is_one_step():
     w, images, eps = weight(), batch(low=0, high=1), 8 / 255
     model = Linear(w)
-    mos = model(images).detach() + 1  # errors are negative, so the score goes down
+    mos = model(images).detach() + 1  # the errors are negative, so that the score decreases
     expected = (images - eps * w.sign()).clamp(0, 1)
     assert torch.allclose(fgsm(model, images, mos, MSE(), eps=eps), expected, rtol=0, atol=1e-7)
     direction = -w / w.norm()
@@ -80,10 +80,10 @@ def test_fgsm_with_drift_is_refused():
 )
 def test_the_result_is_in_the_ball_and_in_range(norm, eps, seed, step, dtype):
     images = batch(2, seed=seed, side=5, low=0, high=1).to(dtype)
-    images[0, 0] = images[0, 0].round()  # pixels at the very bounds
+    images[0, 0] = images[0, 0].round()  # some pixels are 0 or 1
     model = Linear(weight(seed, 5, dtype))
     mos = torch.zeros(2)
-    # In fp64 the distance itself is rounded: a few units in the last place of 1.
+    # In fp64 the computed distance has a rounding error of a few units in the last place of 1.
     slack = 0 if dtype == torch.float32 else 1e-15
     for attacked in (
         pgd(model, images, mos, MSE(), norm=norm, eps=eps, steps=3, step_size=step, restarts=2),
@@ -104,18 +104,18 @@ def test_eps_zero_returns_the_images(norm):
     assert torch.equal(fgsm(model, images, [0.5] * 4, MSE(), norm=norm, eps=0.0), images)
 
 
-# What is kept.
+# The iterate that is kept.
 
 
 def test_the_best_iterate_is_kept_not_the_last():
-    # Steps of 0.2 across a peak of width 0.1: the walk passes it and goes on up a gentle slope elsewhere.
+    # A step of 0.17 is longer than half a period of the score, so that a step can jump over a maximum.
     model = OfFirstPixel(lambda p: torch.cos(20 * p))
     images = torch.full((3, 3, 2, 2), 0.5)
     trace = pgd_trace(model, images, [5.0, 5.0, 5.0], MSE(), eps=0.3, steps=9, step_size=0.17, restarts=3)
     assert trace.losses.shape == (3, 10, 3)
     assert torch.equal(trace.loss, trace.losses.flatten(0, 1).amax(0))
     torch.testing.assert_close((model(trace.images) - 5).square(), trace.loss)
-    assert (trace.losses[:, -1] < trace.loss).any()  # else the test shows nothing
+    assert (trace.losses[:, -1] < trace.loss).any()  # otherwise keeping the last iterate would pass too
 
 
 def test_the_start_and_the_last_iterate_count():
@@ -143,13 +143,13 @@ def test_each_image_keeps_its_own_best_but_a_batch_objective_keeps_one():
     pairs = pgd_trace(model, images, mos, PairInversion(), **arguments)
     assert pairs.losses.shape == (3, 6)
     assert pairs.loss == pairs.losses.max()
-    # The images are those of one and the same iterate: they reproduce its loss.
+    # All returned images are from the same iterate, so that they reproduce its loss.
     again = PairInversion()(model(pairs.images), mos, mos)
     assert again == pytest.approx(pairs.loss.item(), rel=1e-6)
 
 
 def test_restarts_help_on_a_function_with_many_peaks():
-    # A small peak wherever one starts, a high one in a narrow basin around 0.8.
+    # There are small peaks everywhere, and one high and narrow peak at 0.8.
     def peaks(p):
         return 0.1 * torch.cos(60 * p) + 2 * torch.exp(-(((p - 0.8) / 0.05) ** 2))
 
@@ -172,22 +172,23 @@ def test_a_score_of_nan_is_the_best_an_attacker_can_do():
         assert model(attacked).isnan().any()
     attacked = pgd(model, images, [0.0] * 3, MSE(), eps=0.1, steps=5, restarts=1)
     assert model(attacked).isnan().all()
-    # Already at the start: still the attack's doing, as the score of the image itself is finite.
+    # The random start already gives NaN. The attack succeeds, because the score of the clean image is finite.
     broken_near = OfFirstPixel(lambda p: torch.where(p == 0.5, p, math.nan))
     assert broken_near(pgd(broken_near, images, [0.0] * 3, MSE(), eps=0.1, steps=2)).isnan().all()
 
 
 def test_starts_are_uniform_in_the_ball():
-    flat = OfFirstPixel(lambda p: 0 * p)  # no gradient: the kept iterate is the start
+    flat = OfFirstPixel(lambda p: 0 * p)  # the gradient is 0, so that the start is kept
     images = torch.full((4000, 3, 1, 1), 0.5)
     mos = torch.zeros(4000)
     linf = pgd(flat, images, mos, MSE(), eps=0.2, steps=1, restarts=1) - images
-    # Means and variances of 12000 uniform draws within five standard errors.
+    # The mean and the variance of 12000 uniform draws, within five standard errors.
     assert abs(linf.mean()) < 5 * 0.2 / math.sqrt(3 * 12000)
     assert linf.var() == pytest.approx(0.2**2 / 3, rel=5 * math.sqrt(0.8 / 12000))
     l2 = (pgd(flat, images, mos, MSE(), norm="l2", eps=0.2, steps=1, restarts=1) - images).flatten(1)
-    share = ((l2.norm(dim=1) / 0.2) ** 3).sort().values  # of the volume inside: uniform in [0, 1]
-    assert (share - torch.linspace(0, 1, 4000)).abs().max() < 1.95 / math.sqrt(4000)  # Kolmogorov, 0.1 %
+    share = ((l2.norm(dim=1) / 0.2) ** 3).sort().values  # share of the volume: uniform in [0, 1]
+    # Kolmogorov–Smirnov test at the 0.1 % level.
+    assert (share - torch.linspace(0, 1, 4000)).abs().max() < 1.95 / math.sqrt(4000)
     assert l2.mean(0).norm() < 0.01
 
 
@@ -198,7 +199,7 @@ def test_gradients_that_are_zero_or_not_finite_are_counted_and_do_no_harm():
     class Partly(Linear):
         def forward(self, x):
             scores = super().forward(x)
-            broken = (x[1, 0, 0, 0] - x[1, 0, 0, 0]).sqrt()  # 0, with gradient NaN
+            broken = (x[1, 0, 0, 0] - x[1, 0, 0, 0]).sqrt()  # the value is 0, the gradient NaN
             return scores * torch.tensor([0.0, 1.0, 1.0]) + torch.stack([broken * 0, broken, broken * 0])
 
     images = batch(3)
@@ -209,7 +210,7 @@ def test_gradients_that_are_zero_or_not_finite_are_counted_and_do_no_harm():
         assert trace.zero_gradients == pytest.approx(1 / 3)
         assert trace.nonfinite_gradients == pytest.approx(1 / 3)
         assert trace.images.isfinite().all()
-        # The rest of the broken image's gradient still serves.
+        # The finite part of the broken image's gradient is used.
         assert trace.losses[:, -1, 1].min() > trace.losses[:, 0, 1].max()
 
 
@@ -272,7 +273,7 @@ def test_channels_last_models_get_channels_last_images():
 @pytest.mark.parametrize("attack", [quick, fgsm])
 def test_works_under_no_grad_inference_mode_and_autocast(attack):
     def objective(scores, mos, clean_scores):
-        return scores * mos * clean_scores.square()  # keeps mos for its backward
+        return scores * mos * clean_scores.square()  # autograd saves mos for the backward pass
 
     model, images, mos = Convolutional(), batch(), torch.full((4,), 0.5)
     expected = attack(model, images, mos, objective, eps=0.1)
@@ -334,12 +335,12 @@ def test_eot_averages_gradients_and_losses():
         attacked = fgsm(model, images, mos, MSE(), eps=eps, eot=eot)
         assert model.passes == eot
         agreement[eot] = (((attacked - images).sign() == w.sign()).float().mean()).item()
-    # The sign of w + 3z is w's in 60 % of draws, that of the mean of 60 in over 85 %.
+    # One draw of w + 3z has the sign of w in 60 % of cases, and the mean of 60 draws in over 85 %.
     assert agreement[1] < 0.7
     assert agreement[60] > 0.8
     trace = pgd_trace(Noisy(w, 3.0), images, mos, MSE(), eps=eps, steps=2, restarts=1, eot=400)
     expected = (Linear(w)(trace.images) + 500).square().detach()
-    # One draw scatters the score by 3‖x‖ ≈ 22 on 500: 9 % of the loss, 0.5 % in the mean of 400.
+    # Scores near 500 have a deviation of 3‖x‖ ≈ 22: 9 % of the loss for one draw, 0.5 % for the mean of 400 draws.
     assert trace.loss == pytest.approx(expected, rel=0.02)
 
 
@@ -430,7 +431,7 @@ class WithMask(Linear):
             ValueError,
             r"the model fails on torch.float32 images .* scalar types",
         ),
-        # Other inputs that the signature does not tell of.
+        # The model expects other inputs, which its signature does not show.
         (
             {"model": TakingBatches()},
             ValueError,

@@ -1,7 +1,7 @@
-"""An attack through the Triton kernels is the attack through the reference.
+"""Compare an attack through the Triton kernels with the same attack through the reference.
 
-PGD from one start follows the same losses: within 1e-3 of the largest, since the sign of a gradient of rounding size
-may go either way, and ends with the same ranking of the images.
+PGD from the same start has the same losses and ends with the same ranking of the images. The tolerance is 1e-3 of the
+largest loss, because rounding decides the sign of very small gradients.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def test_nothing_is_left_on_the_model_or_the_process(run):
     model.norm.eval()  # frozen statistics in a training model
     model.convolution.weight.grad = torch.ones_like(model.convolution.weight)
     model.linear.bias.requires_grad_(False)
-    model(batch())  # buffers off their start
+    model(batch())  # the buffers leave their initial values
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     objects = {name: id(tensor) for name, tensor in model.named_buffers()}
     modes = [module.training for module in model.modules()]

@@ -1,4 +1,4 @@
-"""The norms' own promises, and that another norm needs nothing but an entry of `NORMS`."""
+"""Test the norms, and that an entry in `NORMS` is enough to add another norm."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CONFIG = SRMConfig(attack_steps=4, attack_restarts=1, attack_queries=8)
 
 
 class L1(Norm):
-    """The sum of all changes."""
+    """The L1 norm: the sum of the absolute changes of all pixels."""
 
     name = "l1"
     symbol = "L1"
@@ -59,7 +59,7 @@ class L1(Norm):
 
 
 class Images:
-    """Eight images."""
+    """Eight images with labels."""
 
     def __init__(self) -> None:
         self.images = batch(8)

@@ -26,7 +26,7 @@ def test_pair_inversion_by_hand():
     loss = PairInversion()(SCORES, MOS, CLEAN)
     assert loss.shape == ()
     assert loss.item() == pytest.approx(expected, rel=1e-5)
-    # With a smaller margin the third pair counts, with its own temperature.
+    # With a smaller margin the third pair counts too. This objective has a temperature of 0.2.
     third = [math.log1p(math.exp(-gap / 0.2)) for gap in (-0.3, -0.2, 0.1)]
     assert PairInversion(margin=0.01, temperature=0.2)(SCORES, MOS, CLEAN).item() == pytest.approx(
         sum(third) / 3, rel=1e-5

@@ -32,7 +32,10 @@ from srm_model.attacks.gradient import default_step_size
 
 
 def best_rise(w, images, norm, eps):
-    """max ⟨w, δ⟩ over ‖δ‖ ≤ eps and x + δ in [0, 1], in fp64: δ = clip(t·w) with the t that spends the budget."""
+    """Return the maximum of ⟨w, δ⟩ over ‖δ‖ ≤ eps with x + δ in [0, 1], in fp64.
+
+    For L2, δ = clip(t·w) is optimal. The number t is found by bisection so that ‖δ‖ = eps.
+    """
     w, images = w.double().expand(images.shape), images.double()
     low, high = -images, 1 - images
     if norm == "linf":
@@ -50,7 +53,7 @@ def best_rise(w, images, norm, eps):
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 8 / 255), ("linf", 0.3), ("l2", 0.5), ("l2", 2.0)])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_optimum_inside_the_box_is_reached(attack, norm, eps, sign):
-    w, images = weight(), batch(low=0, high=1)  # many pixels near the faces
+    w, images = weight(), batch(low=0, high=1)  # many pixels are near 0 or 1
     model = Linear(w)
     attacked = attack(model, images, [0.0] * 4, Signed(sign), norm=norm, eps=eps, steps=40, restarts=1)
     risen = sign * (w.double() * (attacked - images).double()).flatten(1).sum(1)
@@ -61,7 +64,7 @@ def test_the_optimum_inside_the_box_is_reached(attack, norm, eps, sign):
 
 @pytest.mark.parametrize(("attack", "share"), [(pgd, 0.98), (apgd, 0.99)])
 def test_nearly_so_where_every_pixel_lies_on_a_face(attack, share):
-    # Half of each gradient leads out of the box, so that fixed steps are half as long and end 1.5 % short.
+    # Half of each gradient points out of the box. Clipping shortens fixed steps, so that PGD ends 1.5 % short.
     w, images = weight(), batch(low=0, high=1).round()
     attacked = attack(Linear(w), images, [0.0] * 4, Signed(1), norm="l2", eps=4.0, steps=40, restarts=1)
     risen = (w.double() * (attacked - images).double()).flatten(1).sum(1)
@@ -73,7 +76,7 @@ def test_fgsm_is_the_optimum_away_from_the_faces(seed, eps):
     w, images = weight(seed, 5), batch(2, seed=seed, side=5)
     attacked = fgsm(Linear(w), images, [0.0] * 2, Signed(1), eps=eps)
     risen = (w.double() * (attacked - images).double()).flatten(1).sum(1)
-    # Each of 75 pixels is rounded by 2⁻²⁵ at most.
+    # Rounding changes each of the 75 pixels by at most 2⁻²⁵.
     room = float(w.abs().sum()) * 2.0**-24
     assert (risen >= best_rise(w, images, "linf", eps) - room).all()
 
@@ -122,11 +125,11 @@ def test_eps_zero_returns_the_images_and_a_seed_repeats(attack, norm):
     assert not torch.equal(seeded(2), first)
 
 
-# Restarts at once.
+# Restarts in one batch.
 
 
 class Curved(nn.Module):
-    """A score with many hills, of each image alone: no matrix product over the batch."""
+    """A score with many local maxima, computed without a matrix product over the batch."""
 
     def forward(self, x):
         return (torch.sin(9 * x) * torch.linspace(-1, 1, x[0].numel()).view(x[0].shape)).sum((1, 2, 3))
@@ -192,8 +195,8 @@ def test_a_model_that_computes_in_fp16_inside_keeps_its_gradient():
             self.weight = nn.Parameter(1e-3 * torch.ones(1, 192))
 
     model, images = Half(), batch()
-    # The error is about 1e-4, so the gradient of its square about 2e-7 of fp16, where steps are 6e-8 wide; the
-    # gradient of a smaller one is 0.
+    # After a random start the error is about 1e-4, so that the gradient is about 2e-7. At the clean image, where FGSM
+    # starts, the gradient is 4e-9. The smallest fp16 number is 6e-8, so that without scaling it would become 0.
     mos = model(images).detach().float() - 2e-6
     trace = pgd_trace(model, images, mos, MSE(), eps=0.01, steps=2, restarts=1)
     assert trace.zero_gradients == 0
@@ -205,7 +208,7 @@ def test_a_model_that_computes_in_fp16_inside_keeps_its_gradient():
 
 
 class TwoLogits(nn.Module):
-    """A scalar score as a classifier's logits: [z, −z], of which toolkits for classifiers know how to attack one."""
+    """Return a scalar score z as the two logits [z, −z], so that toolkits for classifiers can attack it."""
 
     def __init__(self, model):
         super().__init__()
@@ -238,7 +241,7 @@ def of_torchattacks(two, images, labels, norm, eps, steps):
     return {"linf": torchattacks.PGD, "l2": torchattacks.PGDL2}[norm](two, **step)(images, labels)
 
 
-# torchattacks' own pins exclude the versions that are tested here, so that it can be installed only beside them.
+# torchattacks pins versions that conflict with those tested here, so that it is optional.
 OTHERS = [of_secmlt, *([of_torchattacks] if find_spec("torchattacks") else [])]
 
 

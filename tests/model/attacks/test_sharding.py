@@ -1,4 +1,4 @@
-"""A suite over several ranks is the same suite."""
+"""Test that a suite gives the same results on several ranks as in one process."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CONFIG = SRMConfig(attack_steps=3, attack_restarts=2, attack_queries=20)
 
 
 class Images:
-    """Eleven images: batches of 3, 3, 3 and 2 for two ranks."""
+    """Eleven images, which two ranks process in batches of 3, 3, 3 and 2."""
 
     def __init__(self) -> None:
         self.images = batch(11)
@@ -70,7 +70,7 @@ def _rank(rank: int, world: int, port: int, job: Callable[[int], None]) -> None:
 
 
 def start(world: int, job: Callable[[int], None]) -> mp.ProcessContext:
-    """`job(rank)` on so many ranks; forked, so that they need not import torch again."""
+    """Start `job(rank)` on `world` ranks. Processes are forked, so that they need not import torch again."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -95,7 +95,7 @@ def test_two_ranks_do_the_work_of_one_to_the_bit(tmp_path):
     for found in found_by_rank:
         assert found["whole"] == plain(expected)
         assert str(foreign) in found["foreign"]
-    # Each read the images of its own two batches, the first one for its shape, and the four examples' clean images.
+    # Each rank reads its own two batches, the first image for its shape, and the clean images of four examples.
     assert [found["reads"] for found in found_by_rank] == [6 + 1 + 4, 5 + 1 + 4]
     one, two = (sorted((tmp_path / name).iterdir()) for name in ("one", "two"))
     assert [path.name for path in one] == [path.name for path in two]
@@ -103,7 +103,7 @@ def test_two_ranks_do_the_work_of_one_to_the_bit(tmp_path):
 
 
 def crafted(log: Path, wait: Callable[[int, str], bool] = lambda number, name: False):
-    """In place of `Job.craft`: logs what is crafted, and never goes on where `wait` says so."""
+    """Return a replacement of `Job.craft` that logs each call and never continues if `wait` returns True."""
 
     def craft(self: Job, number: int, attack: Attack, *arguments):
         with log.open("a") as file:
@@ -118,7 +118,7 @@ def crafted(log: Path, wait: Callable[[int, str], bool] = lambda number, name: F
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_killed_ranks_leave_all_that_each_had_finished(tmp_path, monkeypatch, world):
     names = [attack.name for attack in Suite.extended(CONFIG).attacks]
-    # Of batches 0 and 2 rank 0 gets no further than one attack; rank 1 does batch 1, and of batch 3 all but the last.
+    # Rank 0 (batches 0 and 2) finishes only one attack. Rank 1 finishes batch 1 and all but one attack of batch 3.
     stops = {(0, names[1]), (3, names[-1])}
     log, folder = tmp_path / "log", tmp_path / "attacks"
     monkeypatch.setattr(Job, "craft", crafted(log, lambda *where: where in stops))

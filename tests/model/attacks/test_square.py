@@ -1,4 +1,4 @@
-"""The black-box search: scores only, a budget of queries, and progress all the same."""
+"""Test the black-box search: it uses only scores, stays within its query budget and increases the loss."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from srm_model.norms import NORMS
 
 
 class Counting(Linear):
-    """Counts the images it is asked about, and whether anybody could differentiate."""
+    """A model that counts the images it scores and records whether any of them requires a gradient."""
 
     def __init__(self, weight):
         super().__init__(weight)
@@ -54,7 +54,7 @@ def test_losses_never_fall_and_come_near_the_optimum_of_a_linear_score():
     assert torch.equal(trace.loss, trace.losses[0, -1])
     assert torch.allclose(model(trace.images), trace.loss)
     risen = trace.loss - model(images)
-    # Random signs of 192 weights reach 0; 2,000 queries of ever smaller squares nearly sort them out.
+    # Random signs for the 192 weights give a rise of 0. 2,000 queries with ever smaller squares correct most signs.
     assert (risen > 0.9 * eps * w.abs().sum()).all()
 
 
@@ -73,7 +73,7 @@ def test_images_of_a_batch_objective_are_decided_one_by_one():
     trace = square_trace(model, images, mos, PairInversion(), eps=8 / 255, queries=300)
     assert trace.losses.shape == (1, 300)
     assert (trace.losses.diff() >= 0).all()
-    # The loss that was added up from single decisions is the loss of the images that are handed back.
+    # The search updates the loss image by image. The result is the loss of the returned images.
     again = PairInversion()(model(trace.images), mos, mos)
     assert trace.loss.item() == pytest.approx(again.item(), rel=1e-5)
     best = pgd_trace(model, images, mos, PairInversion(), eps=8 / 255, steps=20, restarts=1).loss

@@ -34,7 +34,7 @@ def test_the_session_decides_by_the_folder(interprets, request, monkeypatch):
     hooks = request.config.pluginmanager.get_plugin(str(TESTS / "conftest.py"))
     found = hooks.pytest_pycollect_makemodule(TESTS.parent / COMPILED, request.session)
     assert isinstance(found, CompiledModule) == interprets
-    assert hooks.pytest_pycollect_makemodule(TESTS / "test_house.py", request.session) is None
+    assert hooks.pytest_pycollect_makemodule(TESTS / "test_layers.py", request.session) is None
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_the_session_decides_by_the_folder(interprets, request, monkeypatch):
     [
         ([COMPILED], True),
         ([f"{COMPILED}::test_a_trap", "tests/bench/ptx"], True),
-        ([COMPILED, "tests/test_house.py"], False),
+        ([COMPILED, "tests/test_layers.py"], False),
         (["tests"], False),
         ([], False),
     ],

@@ -35,7 +35,7 @@ def problem(
 
 
 def uniform_logits(offset: float, r: int) -> Tensor:
-    """Return logits (r, r) whose softmax is W = (1 − a) I + (a/r) 11ᵀ; `spread` returns a.
+    """Return logits (r, r) whose softmax is W = (1 − a) I + (a/r) 11ᵀ. The function `spread` computes a.
 
     The spectral radius of I − αW_λ is then a/(1 + λ).
     """
@@ -43,7 +43,7 @@ def uniform_logits(offset: float, r: int) -> Tensor:
 
 
 def spread(offset: float, r: int) -> float:
-    """Return a of `uniform_logits`."""
+    """Return the coefficient a of `uniform_logits`."""
     return r / (math.exp(offset) + r - 1)
 
 

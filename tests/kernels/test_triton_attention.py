@@ -1,7 +1,7 @@
 """Test Nyström attention by Triton kernels, on a GPU or in Triton's interpreter on the CPU.
 
 Values and gradients follow the rule of `srm_kernels.numerics`. A gradient can be a small difference of large terms.
-The unit of fp32 is therefore computed from the largest magnitude among Y and all gradients.
+The rounding error of fp32 that the rule allows is therefore relative to the largest of Y and all gradients.
 Every output and workspace is filled with NaN, or with indices out of range, before a kernel writes to it.
 """
 

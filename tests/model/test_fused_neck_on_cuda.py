@@ -98,10 +98,10 @@ def test_nothing_waits_for_the_device():
 def test_forward_takes_no_memory_of_full_resolution(dyt):
     """Peak memory above the inputs is at most 1.1 times the size of the tensors that must be alive.
 
-    K̃ and X of every link are alive until the end. The other tensors are first A F of the source, K and V. Later they
-    are P̄, pool(F) and, without DyT, G: the query weights absorbed into K̃, for the target channels of every link. The
-    extra tenth is for indices, logsumexps and workspaces. It is smaller than the tokens of stage 3, the smallest map
-    at full resolution that could be written.
+    K̃ and X of every link are alive until the end. At the beginning, three more tensors are alive: K, V, and the aligned
+    map A F of the source. At the end, P̄ and pool(F) are alive. Without DyT, G is alive too. G is the product of K̃ and
+    the query weights. The extra tenth of the memory is for indices, logsumexps and workspaces. This tenth is too small
+    for any map at full resolution. The smallest such map has the tokens of stage 3.
     """
     B, L, H, r, d, P, keys = 4, 3, 8, 64, 32, 8, 16 * 16
     C, channels = H * d, sum(CHANNELS[:3])

@@ -40,9 +40,7 @@ class SRMConfig:
 
     # Nyström attention (§2)
     rank: int = 64  # r (c), number of landmarks; clamped to the number of keys
-    landmarks: str = (
-        "uniform"  # (c) a key of srm_kernels.landmarks.LANDMARK_METHODS; the article's is "leverage"
-    )
+    landmarks: str = "uniform"  # a key of srm_kernels.landmarks.LANDMARK_METHODS; the article's is "leverage"
     gamma: float = 1e-3  # γ, ridge of the leverage scores
 
     # Landmark system (§2.1)
@@ -93,7 +91,7 @@ class SRMConfig:
     seed: int = 0
 
     # Other published defences, for any neck; both are off by default
-    weight_gradient: float = 0.0  # λ of the gradient-norm penalty; the published value is 1e-3
+    weight_gradient: float = 0.0  # w, weight of the gradient-norm penalty; the published value is 1e-3
     gradient_step: float = 0.01  # h, step of the penalty's finite difference
     gradient_norm: str = "l1"  # norm of ∇f; the step is along sign(∇f) for "l1", along ∇f for "l2"
     adversarial_eps: float = 0.0  # ε of PGD adversarial training; 0 is off; for "l2" as in eps_l2
@@ -111,7 +109,7 @@ class SRMConfig:
     attack_step_l2: float = 4.0  # (c)
     attack_queries: int = 1000  # (c) queries per image of the black-box square attack
     attack_square_area: float = 0.3  # (c) area of the first squares, as a share of the image
-    eot_samples: int = 20  # K, for stochastic models
+    eot_samples: int = 20  # passes per gradient of a stochastic model
     pair_margin: float = 0.05  # (c) pair inversion uses pairs with a larger difference of normalised MOS
     pair_temperature: float = 0.1  # T of pair inversion (c)
     eps_linf: tuple[float, ...] = (0.25 / 255, 0.5 / 255, 1 / 255, 2 / 255, 4 / 255, 8 / 255)  # (c)

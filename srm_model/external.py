@@ -210,7 +210,7 @@ def _program(path: Path) -> nn.Module:
         with zipfile.ZipFile(path) as archive:
             names = [PurePosixPath(name).name for name in archive.namelist()]
     except FileNotFoundError:
-        raise ValueError(f"--model {path}: no such file") from None
+        raise ValueError(f"--model {path}: no such file; expected an exported program") from None
     except (OSError, zipfile.BadZipFile) as error:
         raise ValueError(f"--model {path}: not an exported program ({error})") from None
     pickled = sorted(name for name in names if name.startswith(_PICKLED))

@@ -147,7 +147,7 @@ def decoded(path: str | Path) -> Iterator[Picture]:
             image.load()
             yield Picture(image)
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such image") from None
+        raise ValueError(f"{path}: no such file; expected an image") from None
     except Exception as error:  # decoders raise many types of errors on broken files
         raise ValueError(f"{path}: not readable as an image ({_reason(error)})") from None
 

@@ -21,7 +21,7 @@ def read(path: str | Path) -> list[dict[str, Any]]:
     try:
         lines = Path(path).read_text("utf-8").splitlines()
     except OSError:
-        raise ValueError(f"{path}: no such file, or not readable") from None
+        raise ValueError(f"{path}: no such file, or not readable; expected JSON lines") from None
     rows = []
     for line in lines:
         try:

@@ -154,7 +154,7 @@ def read_run(folder: str | Path) -> Run:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such run folder")
+        raise ValueError(f"{folder}: no such folder; expected the folder of a run")
     found = [name for name in NECKS if (folder / name).is_dir()]
     if not found and not (folder / "run.json").is_file():
         raise ValueError(

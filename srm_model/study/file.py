@@ -200,7 +200,7 @@ def read_study(path: str | Path, roots: Mapping[str, str] | None = None) -> Stud
         text = path.read_text(encoding="utf-8")
         values = json.loads(text) if kind == "JSON" else tomllib.loads(text)
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
+        raise ValueError(f"{path}: no such file; expected a {kind} file") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"{path}: not readable as {kind} ({error})") from None
     try:

@@ -442,7 +442,7 @@ def test_score_tells_of_bad_files_and_scores_the_good_ones(
     assert said.startswith("scoring with the checkpoint ")
     assert len(errors) == 2
     assert str(text) in errors[0]
-    assert f"{absent}: no such image" in errors[1]
+    assert f"{absent}: no such file; expected an image" in errors[1]
     assert main([*arguments, "--json"]) == 2
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [sorted(row) for row in rows] == [
@@ -490,7 +490,7 @@ def test_bad_arguments_are_one_sentence(
         (["attack", run, "--norm", "l2", "--eps", "x"], "'x' is neither a number nor a fraction"),
         (["score", run, "a.png"], "has several checkpoints"),
         (["score", tmp_path, "a.png"], "has no checkpoint"),
-        (["report", tmp_path / "nowhere"], "no such run folder"),
+        (["report", tmp_path / "nowhere"], "no such folder; expected the folder of a run"),
         (["data", "check", tmp_path / "nowhere"], "no such folder"),
         (["data", "synthesize", tmp_path / "out", "--types", "25"], "types [25]"),
     ]:
@@ -545,7 +545,7 @@ def test_an_unexpected_error_keeps_its_traceback(checkpoint: Path, monkeypatch: 
 
 
 def test_a_bad_input_shows_where_it_arose_if_asked(tmp_path: Path):
-    with pytest.raises(ValueError, match="no such run folder"):
+    with pytest.raises(ValueError, match="no such folder; expected the folder of a run"):
         main(["report", str(tmp_path / "nowhere"), "--traceback"])
 
 

@@ -152,7 +152,10 @@ def test_of_several_processes_the_first_prints(
     assert main(["report", str(tmp_path / "nowhere")]) == (2 if first else 0)
     captured = capsys.readouterr()
     assert captured.out == ""
-    expected = ["srm-iqa report: runs only in the process of rank 0", "no such run folder"]
+    expected = [
+        "srm-iqa report: runs only in the process of rank 0",
+        "no such folder; expected the folder of a run",
+    ]
     assert len(captured.err.splitlines()) == (2 if first else 0)
     assert all((text in captured.err) == first for text in expected)
 

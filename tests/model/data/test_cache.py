@@ -95,7 +95,7 @@ def test_an_image_that_has_vanished_is_missed_though_it_is_kept(tmp_path, pictur
     cache = ImageCache(tmp_path / "cache", 10**6)
     cache.get(pictures[0], 24)
     pictures[0].unlink()
-    with pytest.raises(ValueError, match=r"0\.png: no such image"):
+    with pytest.raises(ValueError, match=r"0\.png: no such file; expected an image"):
         cache.get(pictures[0], 24)
 
 

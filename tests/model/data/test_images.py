@@ -350,7 +350,7 @@ def test_pixels_without_a_known_range_are_refused(tmp_path):
 
 
 def test_errors_name_the_file(tmp_path):
-    with pytest.raises(ValueError, match=r"absent\.png: no such image"):
+    with pytest.raises(ValueError, match=r"absent\.png: no such file; expected an image"):
         open_rgb(tmp_path / "absent.png")
     (tmp_path / "bad.png").write_bytes(b"bad")
     with pytest.raises(ValueError, match=r"bad\.png: not readable as an image"):

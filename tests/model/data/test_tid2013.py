@@ -289,7 +289,7 @@ def test_the_cache_changes_nothing_and_reads_once(pictures):
     for path in (pictures / "distorted_images").iterdir():
         path.unlink()
     assert cached[0][0].shape == (3, 32, 32)
-    with pytest.raises(ValueError, match="no such image"):
+    with pytest.raises(ValueError, match="no such file; expected an image"):
         pickle.loads(pickle.dumps(cached))[0]  # each worker's copy starts with an empty cache
 
 

@@ -306,7 +306,7 @@ def test_report_goes_where_it_is_told(run_folder, tmp_path):
 
 
 def test_folders_that_are_no_run(tmp_path):
-    with pytest.raises(ValueError, match="no such run folder"):
+    with pytest.raises(ValueError, match="no such folder; expected the folder of a run"):
         write_report(tmp_path / "absent")
     with pytest.raises(ValueError, match="not a run folder; expected run"):
         write_report(tmp_path)

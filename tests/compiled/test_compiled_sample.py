@@ -59,6 +59,6 @@ def test_no_result_of_the_committed_rows_depends_on_the_order_of_the_warps():
     rows = read(MATRIX)
     bits = {matrix.key_of(row): row["bits"] for row in rows if row["order"] == "together"}
     turned = [row for row in rows if row["order"] == "reversed"]
-    assert {row["case"] for row in turned} >= {"even maps", "even maps, DyT"}
+    assert {row["case"] for row in turned} >= {"even maps", "even maps, DyT", "heads of 64"}
     assert {row["dtype"] for row in turned} == {"bf16", "fp16", "fp32"}
     assert [row for row in turned if row["bits"] != bits[matrix.key_of({**row, "order": "together"})]] == []

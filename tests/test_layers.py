@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # The layers of srm_model, top first. A part may import lower layers, and within its layer only pairs in NEIGHBOURS.
-FLOORS = (
+LAYERS = (
     {"cli", "__main__"},
     {"study", "profiling"},
     {"runs", "external", "quality_map"},
@@ -43,8 +43,8 @@ def imported(path: Path) -> Iterator[str]:
             yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
-def floor(part: str) -> int:
-    return next(number for number, parts in enumerate(FLOORS) if part in parts)
+def layer(part: str) -> int:
+    return next(number for number, parts in enumerate(LAYERS) if part in parts)
 
 
 def test_kernels_know_nothing_of_models():
@@ -66,18 +66,18 @@ def test_mathematics_and_kernels_do_not_meet(one, other):
 
 
 def test_parts_of_the_model_import_downwards():
-    known = set().union(*FLOORS)
+    known = set().union(*LAYERS)
     for path in modules("srm_model"):
         here = path.relative_to(ROOT / "srm_model").parts[0].removesuffix(".py")
         if here == "__init__":
             continue
-        assert here in known, f"{path}: on which floor is it?"
+        assert here in known, f"{path}: expected it in a layer of LAYERS"
         for name in imported(path):
             package, _, rest = name.partition(".")
             part = rest.split(".")[0]
             if package != "srm_model" or part not in known or part == here:
                 continue
-            assert floor(part) > floor(here) or (here, part) in NEIGHBOURS, f"{path} imports {name}"
+            assert layer(part) > layer(here) or (here, part) in NEIGHBOURS, f"{path} imports {name}"
 
 
 def test_packages_read_nothing_beside_the_checkout():

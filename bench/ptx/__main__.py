@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness import RESULTS, parser, write_lines
+from bench.ptx.execution import ORDERS
 from bench.ptx.rates import GPUS
 from srm_model.files import write_text
 from srm_model.profiling import machine
@@ -143,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dtypes", nargs="+", default=("bf16", "fp16", "fp32"), choices=("bf16", "fp16", "fp32")
     )
     matrix.add_argument(
-        "--orders", nargs="+", default=("together",), choices=("together", "forward", "reversed"),
+        "--orders", nargs="+", default=("together",), choices=ORDERS,
         help="order of the warps of a block between barriers",
     )  # fmt: skip
     matrix.add_argument(

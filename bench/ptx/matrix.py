@@ -23,10 +23,10 @@ from srm_kernels.verify import measure
 
 from .cases import DTYPES, Case, operator_cases
 from .device import Device, emulated_device
+from .execution import ORDERS
 from .necks import NeckCase, neck_cases
 
 ARCHITECTURES = (89, 90, 120, 80, 86)
-ORDERS = ("together", "forward", "reversed")  # of the warps of a thread block between barriers
 Row = dict[str, Any]
 
 

@@ -10,7 +10,7 @@ from .accesses import AccessInstructions
 from .instructions import ScalarInstructions
 from .parse import WIDTH, Instruction, Kernel, parse
 
-MOST_PROGRAMS = 64  # kept translated; each takes about 10 MB
+MOST_PROGRAMS = 64  # kept translated; each takes about 8 MB
 
 
 class Translator(ScalarInstructions, AccessInstructions):

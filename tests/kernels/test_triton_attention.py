@@ -82,6 +82,12 @@ def inputs(
     return [tokens(seed + i, b, h, n, d, dtype=dtype).to(DEVICE) for i, n in enumerate((nq, nk, nk))]
 
 
+def chosen(query: Tensor, key: Tensor, value: Tensor, rank: int = 16) -> Tensor:
+    """Return the indices of the landmarks that the kernels choose by default."""
+    side = KeySide(key, value, None, LandmarkOptions(rank), query.shape[-1] ** -0.5, None)
+    return key_kernels.landmark_context(side, 1e-3)[3]
+
+
 def value_and_gradients(
     function: Callable[..., Tensor], tensors: list[Tensor], weight: Tensor
 ) -> list[Tensor]:
@@ -385,8 +391,7 @@ def test_strides_do_not_matter_and_nothing_is_copied_for_them(layout, pieces, di
         take_pieces(monkeypatch)
     plain = inputs(11)
     weight = tokens(12, *plain[0].shape, dtype=plain[0].dtype).to(DEVICE)
-    side = KeySide(*plain[1:], None, LandmarkOptions(16), plain[0].shape[-1] ** -0.5, None)
-    used = key_kernels.landmark_context(side, 1e-3)[3]
+    used = chosen(*plain)
     seen: dict[str, set[tuple[int, tuple[int, ...]]]] = {}
     for module in (query_kernels, key_kernels):
         for name in [n for n in vars(module) if n.startswith("_") and n.endswith("_kernel")]:
@@ -416,20 +421,16 @@ def test_keys_and_values_may_have_different_strides(split, monkeypatch):
     q, k, v = plain = inputs(11)
     k, v = LAYOUTS["heads last"](k), LAYOUTS["channels first"](v)
     weight = tokens(12, *q.shape, dtype=q.dtype).to(DEVICE)
-    side = KeySide(k, v, None, LandmarkOptions(16), q.shape[-1] ** -0.5, None)
-    used = key_kernels.landmark_context(side, 1e-3)[3]
     found = value_and_gradients(lambda *x: attend(*x, 16), [q, k, v], weight)
-    check(plain, used, found, weight)
+    check(plain, chosen(q, k, v), found, weight)
 
 
 def test_one_memory_for_all_heads():
     shared = [x[:1, :1].expand_as(x) for x in inputs(11)]
     weight = tokens(12, *shared[0].shape, dtype=shared[0].dtype).to(DEVICE)
-    side = KeySide(*shared[1:], None, LandmarkOptions(16), shared[0].shape[-1] ** -0.5, None)
-    used = key_kernels.landmark_context(side, 1e-3)[3]
     leaves = [x.detach().requires_grad_() for x in shared]
     y = attend(*leaves, 16)
-    check(shared, used, [y, *torch.autograd.grad(y, leaves, weight)], weight)
+    check(shared, chosen(*shared), [y, *torch.autograd.grad(y, leaves, weight)], weight)
 
 
 def test_offsets_pass_2_to_the_31():

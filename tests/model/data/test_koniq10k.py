@@ -61,7 +61,7 @@ def test_the_true_table(tmp_path, shared, copies):
         file.writelines(published.read_text().splitlines(keepends=True)[:-1])
     message = (
         r"koniq10k_distributions_sets.csv: has the split train 7057, val 1000, test 2015; expected the published "
-        r"split, train 7058, val 1000, test 2015, or"
+        r"split, train 7058, val 1000, test 2015; give the list of a subset another file name"
     )
     with pytest.raises(ValueError, match=message):
         KonIQ10k(tmp_path, "train", image_size=4)

@@ -165,9 +165,7 @@ def register_operator(
         wanted = present(inputs)
         inputs = recall(inputs, results)
         function = implementations["reference" if backend in OPAQUE else backend]
-        # The dispatcher disables autograd inside an operator; this operator needs it.
-        autograd = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
-        with autograd, torch.enable_grad(), no_autocast(inputs):
+        with recording(), no_autocast(inputs):
             for place in wanted:
                 _put(inputs, place, _at(inputs, place).detach().requires_grad_())
             products = _product(function, inputs, wanted, carriers, grads, create_graph=False)
@@ -237,6 +235,14 @@ def register_operator(
 
     _register_autograd(operator, _Rules(plainly, setup, backward))
     return operator
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Record operations for autograd inside an operator, where the dispatcher disables autograd."""
+    autograd = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
+    with autograd, torch.enable_grad():
+        yield
 
 
 def _kinds(arguments: str) -> list[str]:

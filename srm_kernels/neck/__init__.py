@@ -24,7 +24,7 @@ from ..landmarks import kernel_limits
 from ..options import QuerySides
 from ..registration import later, register_operator
 from ..scale import RMSScale
-from . import reference, tiled
+from . import batched, reference, tiled
 
 _FORWARD, _BACKWARD, _ENDS = (f"{__name__}.{part}_kernels" for part in ("forward", "backward", "end"))
 LARGEST_GRID = 32
@@ -103,18 +103,26 @@ def _fake_links(*flat: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
+def _by_tiles(sides: QuerySides) -> Any:
+    """Return the module that computes a call of the backend "torch"."""
+    return tiled if sides.maps[0].device.type == "cpu" else batched
+
+
 _pooled = register_operator(
     "pooled_links",
     "QuerySides sides",
     "(Tensor, Tensor, Tensor, Tensor)",
     {
         "reference": reference.pooled_links,
-        "torch": tiled.pooled_links,
+        "torch": lambda sides: _by_tiles(sides).pooled_links(sides),
         "triton": later(_FORWARD, "pooled_links"),
     },
     fake=_fake_links,
     differentiable=QuerySides.NAMES[:8],  # from the maps to the keys
-    derivatives={"torch": tiled.pooled_links_backward, "triton": later(_BACKWARD, "pooled_links_backward")},
+    derivatives={
+        "torch": lambda grads, results, sides: _by_tiles(sides).pooled_links_backward(grads, results, sides),
+        "triton": later(_BACKWARD, "pooled_links_backward"),
+    },
     constant=(2, 3),
     autocast=_cast_pooled,
 )
@@ -216,10 +224,10 @@ def pooled_links(
 
     Backends:
 
-    - "torch" is the default on CPU tensors. Both passes process one image at a time, in tiles of about 512 positions.
-      Tokens, queries and probabilities therefore never exist at full resolution. On CUDA tensors, "torch" runs the
-      reference.
-    - "reference" is the default on CUDA tensors if the kernels are not used.
+    - "torch" is the default if the kernels are not used. Both passes process tiles of positions: on a CPU about 512
+      positions of one image, on other devices about 4,096 positions of all images. Tokens, queries and probabilities
+      therefore never exist at full resolution.
+    - "reference" stores tokens, queries and probabilities at full resolution.
     - "triton": the forward pass writes nothing at full resolution, and saves F, K̃, the weights and P̄ for the backward
       pass. The backward pass writes Q and dQ at full resolution. With DyT or normalised queries, it also writes the
       input of W_Q and the gradient of T at full resolution. The kernels support float32, bfloat16 and float16, d from 8
@@ -388,18 +396,15 @@ def _choose_backend(
     Of all sizes, only d affects the choice. `serves_pooled_links` makes the same choice before the other sizes are
     known.
     """
-    tiled_here = features.device.type == "cpu"
-    chosen = choose_kernels(
+    return choose_kernels(
         requested,
         features,
         "pooled_links",
         lambda: _refusal(features, rank, d, size, channels),
-        plain=("torch", "reference") if tiled_here else ("reference", "torch"),
+        plain=("torch", "reference"),
         sizes=lambda: (d,),
         call=(rank, d, size, channels),
     )
-    # A GPU is faster with all images and positions at once, as in the reference.
-    return "reference" if chosen == "torch" and not tiled_here else chosen
 
 
 def _refusal(features: Tensor, rank: int, d: int, size: int, channels: int) -> str | None:

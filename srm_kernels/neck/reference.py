@@ -54,17 +54,11 @@ def pooled_links(sides: QuerySides) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     a target map. Both are empty if `sides.xs` is empty. T, DyT(T) and Q have the dtype of F, as in the modules of the
     unfused neck.
     """
-    most, size, qk_norm = max(k.shape[2] for k in sides.keys), sides.size, sides.qk_norm
+    most, size = max(k.shape[2] for k in sides.keys), sides.size
     probabilities, means, spreads = [], [], []
     for link, (target, K) in enumerate(zip(sides.targets, sides.keys, strict=True)):
         features = sides.maps[target]
-        parameters = sides.parameters(link)
-        align_weight, align_bias, query_weight = (t.to(features.dtype) for t in parameters[:3])
-        T = F.linear(features.flatten(2).mT, align_weight, align_bias)
-        if sides.alphas:
-            T = scaling.dyt(T, *parameters[3:])
-        Q = F.linear(T, query_weight).unflatten(-1, (K.shape[1], K.shape[3])).transpose(1, 2)
-        L = (normalised_query(Q, qk_norm) @ normalised_key(K, qk_norm).mT * sides.scale).softmax(-1)
+        L = landmark_probabilities(features.flatten(2), sides.parameters(link), K, sides)
         folded = L.mT.flatten(0, 1).unflatten(-1, features.shape[2:])  # (B·H, r, h, w)
         P = F.adaptive_avg_pool2d(folded, size).flatten(2).mT.unflatten(0, K.shape[:2])
         probabilities.append(F.pad(P, (0, most - K.shape[2])))
@@ -72,12 +66,30 @@ def pooled_links(sides: QuerySides) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             Y = L.detach() @ sides.xs[link]
             means.append(Y.mean(-2))
             spreads.append((Y - means[-1][..., None, :]).square().sum((-1, -2)))
-    pooled = torch.cat([adaptive_pool(m, size).flatten(2).mT for m in sides.maps], -1)
+    pooled = pooled_maps(sides)
     wide = wide_dtype(pooled.dtype)
     mean, spread = (
         torch.stack(parts) if parts else pooled.new_empty(0, dtype=wide) for parts in (means, spreads)
     )
     return torch.stack(probabilities), pooled, mean, spread
+
+
+def landmark_probabilities(
+    features: Tensor, parameters: Sequence[Tensor], K: Tensor, sides: QuerySides
+) -> Tensor:
+    """Return L (B, H, M, r) of the positions F (B, C_i, M), from a link's parameters and K̃ (B, H, r, d)."""
+    align_weight, align_bias, query_weight = (t.to(features.dtype) for t in parameters[:3])
+    T = F.linear(features.mT, align_weight, align_bias)
+    if len(parameters) > 3:
+        T = scaling.dyt(T, *parameters[3:])
+    Q = F.linear(T, query_weight).unflatten(-1, (K.shape[1], K.shape[3])).transpose(1, 2)
+    logits = normalised_query(Q, sides.qk_norm) @ normalised_key(K, sides.qk_norm).mT
+    return (logits * sides.scale).softmax(-1)
+
+
+def pooled_maps(sides: QuerySides) -> Tensor:
+    """Return pool(F) (B, P², ΣC_i)."""
+    return torch.cat([adaptive_pool(m, sides.size).flatten(2).mT for m in sides.maps], -1)
 
 
 def merge_links(

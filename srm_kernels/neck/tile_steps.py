@@ -133,11 +133,13 @@ def tiles_of(height: int, width: int, positions: int) -> list[Tile]:
 
 def cell_weights(length: int, size: int, like: Tensor) -> Tensor:
     """Return the (P, length) matrix that averages an axis over the cells of adaptive average pooling."""
-    weights = torch.zeros(size, length, dtype=like.dtype)
-    for cell in range(size):
-        start, stop = cell * length // size, -(-(cell + 1) * length // size)
-        weights[cell, start:stop] = 1 / (stop - start)
-    return weights.to(like.device)
+    cells, positions = (
+        torch.arange(size, device=like.device)[:, None],
+        torch.arange(length, device=like.device),
+    )
+    starts, stops = cells * length // size, -(-(cells + 1) * length // size)
+    inside = ((starts <= positions) & (positions < stops)).to(like.dtype)
+    return inside / (stops - starts)
 
 
 def fold(align: Affine, query_weight: Tensor, dyt: DyT | None) -> Folded:

@@ -457,7 +457,7 @@ OPERATORS = (
     Operator(
         "pooled_links", _pyramid, _pool_links, (0, None, None, None, 0, 0, None, None, None),
         (1, 0, *_POOLED, *_POOLED, None, None), trained=partial(_pool_links, statistics=True),
-        forms=_pool_several_links, wide=(1, 2, 3, 4, 5, 6, 7, 8),
+        forms=_pool_several_links, wide=(1, 2, 3, 4, 5, 6, 7, 8), backends=("torch", "triton"),
     ),
     Operator(
         "merge_links", _merge, _merge_links, (1, 0, 0, *[None] * 5), (0, 0),

@@ -1,4 +1,4 @@
-"""Test the tiled CPU implementation of `pooled_links`: values, gradients, batch independence and peak memory.
+"""Test the tiled implementations of `pooled_links`: values, gradients, batch independence and peak memory.
 
 Results follow the rule of `srm_kernels.numerics`. A tile has at most 40 positions, unless a test sets another number.
 Most maps then have several tiles, and some rows are longer than a tile.
@@ -7,6 +7,7 @@ Most maps then have several tiles, and some rows are longer than a tile.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,8 +21,9 @@ from torch import Tensor, library
 from torch.autograd import gradcheck, gradgradcheck
 
 from srm_kernels import adaptive_pool, dispatch, native, neck
-from srm_kernels.neck import tile_steps, tiled
+from srm_kernels.neck import batched, tile_steps, tiled
 from srm_kernels.neck.tile_native import NativeGrid, grid_of
+from srm_kernels.options import QuerySides
 from srm_model.profiling.memory import peak
 
 CPU = torch.device("cpu")
@@ -30,17 +32,24 @@ made = partial(inputs, device="cpu")
 NORMS = (None, "keys", "both")
 
 
-@pytest.fixture(autouse=True, params=["torch", "csrc"])
+@pytest.fixture(autouse=True, params=["torch", "csrc", "GPU"])
 def steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Compute the elementwise steps in plain PyTorch ("torch") or in C++ ("csrc"), with small tiles."""
-    monkeypatch.setattr(tiled, "POSITIONS", 40)
-    if request.param == "csrc":
+    """Use small tiles of one image, with steps in plain PyTorch ("torch") or C++ ("csrc"), or of all images ("GPU")."""
+    positions(monkeypatch, 40)
+    if request.param == "GPU":
+        monkeypatch.setattr(neck, "_by_tiles", lambda _: batched)
+    elif request.param == "csrc":
         request.getfixturevalue("core")
         if not isinstance(grid_of(2, 2, 1, 4, torch.ones(1)), NativeGrid):
             pytest.skip("the installed library is older than csrc: install the package again")
     else:
         monkeypatch.setattr(native, "BUILT", False)
     return str(request.param)
+
+
+def positions(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    for module in (tiled, batched):
+        monkeypatch.setattr(module, "POSITIONS", count)
 
 
 def without_x(arguments: list[Tensor]) -> list[Tensor]:
@@ -80,7 +89,7 @@ def test_normalised_queries(dyt, dtype):
 @pytest.mark.parametrize("qk_norm", NORMS)
 def test_derivatives(qk_norm, dyt, monkeypatch):
     """First derivatives are computed in tiles shorter than a row. Second derivatives use the reference."""
-    monkeypatch.setattr(tiled, "POSITIONS", 2)
+    positions(monkeypatch, 2)
     sizes: dict[str, Any] = {"b": 1, "d": 2, "channels": 2, "grid": (2, 3), "rank": 2}
     leaves = without_x(made(4, dtype=torch.float64, dyt=dyt, **sizes))
     call = partial(results(2, qk_norm=qk_norm), backend="torch")
@@ -132,12 +141,13 @@ def test_any_strides(dyt, dtype):
     assert torch.equal(expanded, call(torch.cat([f[:1], f[:1]]), *arguments[1:], backend="torch")[0])
 
 
+@pytest.mark.parametrize("steps", ["torch", "csrc"], indirect=True)
 @pytest.mark.parametrize("grid", [(9, 13), (16, 16)])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dyt", [False, True])
 def test_an_image_alone_and_in_a_batch_gives_the_same_bits(dyt, dtype, layout, grid):
-    """P̄, pool(F) and the gradients of F and K̃ have the same bits.
+    """P̄, pool(F) and the gradients of F and K̃ have the same bits on a CPU, where a tile has one image.
 
     On the 9×13 grid, images of a batch do not start at multiples of the length of a SIMD vector.
     """
@@ -191,7 +201,7 @@ def test_no_block_of_all_positions_is_ever_in_memory(dyt, monkeypatch):
 
     With a backward pass, the memory of the gradients is added to this limit. The reference needs more than 6 MiB.
     """
-    monkeypatch.setattr(tiled, "POSITIONS", 256)
+    positions(monkeypatch, 64)
     f, a, bias, w, k, x, *of_dyt = made(10, b=2, heads=4, d=8, channels=6, grid=(96, 128), rank=32, dyt=dyt)
     parameters = (f, a, bias, w, k, *of_dyt)
     leaves = [t.clone().requires_grad_() for t in parameters]
@@ -211,22 +221,24 @@ def test_no_block_of_all_positions_is_ever_in_memory(dyt, monkeypatch):
         assert peak(partial(call, "torch"), CPU).above <= block / 4 + kept
 
 
-def test_it_is_the_default_on_the_cpu_and_nowhere_else(monkeypatch):
-    """On other devices than the CPU, "torch" selects the reference.
-
-    The reference computes all images and positions at once, which is faster on those devices.
-    """
+def test_it_is_the_default(monkeypatch):
     monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
     f, *rest = without_x(made(11))
-    for name, expected in ((None, "torch"), ("torch", "torch"), ("reference", "reference")):
-        assert neck._choose_backend(name, f, 5, 8, 4, 0) == expected
-    for name in (None, "torch", "reference"):
-        assert neck._choose_backend(name, f.to("meta"), 5, 8, 4, 0) == "reference"
+    for features in (f, f.to("meta")):
+        for name, expected in ((None, "torch"), ("torch", "torch"), ("reference", "reference")):
+            assert neck._choose_backend(name, features, 5, 8, 4, 0) == expected
     default, by_name, reference = (
         results(4)(f, *rest, backend=name)[0] for name in (None, "torch", "reference")
     )
     assert torch.equal(default, by_name)
     assert not torch.equal(default, reference)
+
+
+def test_a_tile_has_all_images_unless_it_is_on_a_cpu(monkeypatch):
+    monkeypatch.undo()
+    sides = QuerySides(*[[torch.ones(1)]] * 9, [0], 4, 1.0, None)
+    assert neck._by_tiles(sides) is tiled
+    assert neck._by_tiles(replace(sides, maps=[torch.ones(1, device="meta")])) is batched
 
 
 def test_opcheck():
@@ -252,6 +264,7 @@ def test_tiles_cover_every_position_once(height, width, positions):
     assert covered == list(range(height * width))
 
 
+@pytest.mark.parametrize("steps", ["torch", "csrc"], indirect=True)
 def test_what_is_not_compiled_is_plain_pytorch(steps):
     """`grid_of` uses the C++ steps only for CPU tensors, and only if the library with these steps is built."""
     assert (type(grid_of(2, 2, 1, 4, torch.ones(1))) is NativeGrid) == (steps == "csrc")

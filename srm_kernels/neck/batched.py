@@ -1,0 +1,82 @@
+"""The query side of the fused neck in plain PyTorch on a GPU, tile by tile (docs/METHOD.md §1 and 3).
+
+A tile has the same positions of all images, so a few large operations process it. As on a CPU (`tiled.py`), tokens,
+queries and probabilities exist for one tile at a time only, and the backward pass computes each tile again. The
+formulas and dtypes are those of the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..options import QuerySides
+from ..registration import recording
+from . import reference
+from .tile_steps import Moments, Workspace, cell_weights, tiles_of
+
+POSITIONS = 4096  # approximate positions per tile; logits of 8 images, 8 heads and 64 landmarks are then 64 MiB in fp32
+
+
+def _tiles(m: Tensor, size: int, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the positions of every tile, and the weights (P², M) of these positions in the cell means."""
+    height, width = m.shape[2:]
+    rows, columns = (cell_weights(length, size, like) for length in (height, width))
+    for tile in tiles_of(height, width, POSITIONS):
+        weights = torch.kron(rows[:, tile.rows].contiguous(), columns[:, tile.columns].contiguous())
+        yield slice(tile.start, tile.stop), weights
+
+
+def pooled_links(sides: QuerySides) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return P̄, pool(F) and the moments of Y = L X, as the reference does."""
+    keys, xs, size = sides.keys, sides.xs, sides.size
+    B, H, _, d = keys[0].shape
+    most = max(k.shape[2] for k in keys)
+    probabilities = keys[0].new_zeros((len(keys), B, H, size * size, most))
+    shape = (len(keys), B, H) if xs else (0,)
+    means, spreads = keys[0].new_empty((*shape, d) if xs else shape), keys[0].new_empty(shape)
+    space = Workspace(keys[0])
+    for link, (target, K) in enumerate(zip(sides.targets, keys, strict=True)):
+        F, pooled = sides.maps[target].flatten(2), probabilities[link, ..., : K.shape[2]]
+        moments = Moments(xs[link].flatten(0, 1)) if xs else None
+        for tile, weights in _tiles(sides.maps[target], size, K):
+            L = reference.landmark_probabilities(F[..., tile], sides.parameters(link), K, sides)
+            pooled += weights @ L
+            if moments is not None:
+                moments.add(L.flatten(0, 1), space)
+        if moments is not None:
+            mean, spread = moments.results()
+            means[link], spreads[link] = mean.unflatten(0, (B, H)), spread.unflatten(0, (B, H))
+    return probabilities, reference.pooled_maps(sides), means, spreads
+
+
+def pooled_links_backward(
+    grads: Sequence[Tensor], results: Sequence[Tensor], sides: QuerySides
+) -> list[Tensor]:
+    """Return the gradients of the maps, of A, a, α, w, b and W_Q of all links, and of the keys."""
+    maps, keys, wide = sides.maps, sides.keys, sides.keys[0].dtype
+    given = [[*sides.parameters(link), K] for link, K in enumerate(keys)]
+    parameters = [[t.to(wide) for t in tensors] for tensors in given]
+    sums = [[torch.zeros_like(t) for t in tensors] for tensors in parameters]
+    dmaps = [torch.empty(m.shape, dtype=m.dtype, device=m.device) for m in maps]
+    dmeans = grads[1].split([m.shape[1] for m in maps], -1)
+    for number, (m, dmap, dmean) in enumerate(zip(maps, dmaps, dmeans, strict=True)):
+        F = m.flatten(2)
+        for tile, weights in _tiles(m, sides.size, keys[0]):
+            dF = dmean.mT.to(wide) @ weights
+            for link in (i for i, target in enumerate(sides.targets) if target == number):
+                dL = weights.mT @ grads[0][link, ..., : keys[link].shape[2]]
+                with recording():
+                    leaves = [t.detach().requires_grad_() for t in (F[..., tile], *parameters[link])]
+                    L = reference.landmark_probabilities(leaves[0], leaves[1:-1], leaves[-1], sides)
+                    found = torch.autograd.grad(L, leaves, dL)
+                for total, part in zip((dF, *sums[link]), found, strict=True):
+                    total += part
+            dmap.flatten(2)[..., tile] = dF
+    by_link = [
+        [total.to(t.dtype) for total, t in zip(*pair, strict=True)] for pair in zip(sums, given, strict=True)
+    ]
+    dalign, dbias, dquery, *dsquashing, dkeys = zip(*by_link, strict=True)
+    return [*dmaps, *dalign, *dbias, *(t for group in dsquashing for t in group), *dquery, *dkeys]

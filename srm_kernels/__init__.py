@@ -7,7 +7,7 @@ GPU, no Triton and no compiler.
 """
 
 from . import flops
-from .attention import full_attention, landmark_side, nystrom_attention
+from .attention import diagnosed_attention, full_attention, landmark_side, nystrom_attention
 from .choice import Explanation, explain
 from .conditioning import LandmarkSolution, Solver, landmark_solve
 from .dispatch import BackendStatus, backends
@@ -29,6 +29,7 @@ __all__ = [
     "adaptive_pool",
     "backends",
     "biased_gelu",
+    "diagnosed_attention",
     "dyt",
     "explain",
     "flops",

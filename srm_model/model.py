@@ -98,12 +98,22 @@ class IQAModel(nn.Module):
             ValueError: The shape or the device is wrong, or a value is outside [0, 1] or not finite. Values are checked
                 only on a CPU, because on other devices such a check would wait for the device.
         """
+        scores, losses = self.scores_and_losses(images, statistics=statistics)
+        return (scores, losses) if return_losses else scores
+
+    def scores_and_losses(
+        self, images: Tensor, *, statistics: BatchStatistics | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the scores and the losses, as `forward` with `return_losses` does.
+
+        Under DDP and FSDP, call the wrapped model with `return_losses=True` instead, because these wrappers see only
+        `forward`.
+        """
         pyramid = self.pyramid(images)
         if images.requires_grad and isinstance(self.neck, SRMNeck):
             self.neck.warn_uncalibrated()  # images that require gradients indicate an attack
         output = self.neck(pyramid, statistics=statistics)
-        scores = self.head(output.fused)
-        return (scores, output.losses) if return_losses else scores
+        return self.head(output.fused), output.losses
 
     def pyramid(self, images: Tensor) -> list[Tensor]:
         """Return the backbone's four maps of images (B, 3, H, W) in [0, 1], shallowest first."""

@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CONSUMER = """
 import torch
-from srm_kernels import nystrom_attention, rms_scale
+from srm_kernels import diagnosed_attention, nystrom_attention, rms_scale
 from srm_model import SRMConfig, build_model
 
 tokens = torch.rand(1, 2, 16, 8)
@@ -18,9 +18,12 @@ mean, rms = rms_scale(tokens)
 reveal_type(rms)
 reveal_type(SRMConfig().rank)
 model = build_model("test_convnext", neck="srm")
+y: torch.Tensor = nystrom_attention(tokens, tokens, tokens, 4, method="uniform")
+y, solution = diagnosed_attention(tokens, tokens, tokens, 4, ridge=0.1)
 rms_scale("tokens")
 nystrom_attention(tokens, tokens, tokens, "4")
 SRMConfig(no_such_field=1)
+diagnosed_attention(tokens, tokens, tokens, 4, rigde=0.1)
 """
 
 
@@ -40,7 +43,7 @@ def test_a_consumer_is_checked_against_our_types(tmp_path: Path):
         line for line in done.stdout.splitlines() if line.startswith("consumer.py") and ": error: " in line
     ]
     lines = {int(line.split(":")[1]) for line in errors}
-    assert lines == {11, 12, 13}, done.stdout
+    assert lines == {13, 14, 15, 16}, done.stdout
 
 
 def test_the_marker_of_types_is_installed_with_the_packages():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack, cast, overload
 
 import torch
 from torch import Tensor
@@ -136,6 +136,50 @@ _query_side = register_operator(
 )
 
 
+class AttentionKeywords(TypedDict, total=False):
+    """Keyword arguments of `nystrom_attention`, except `diagnostics`."""
+
+    landmarks: Tensor | None
+    method: str
+    gamma: float
+    ridge: float
+    solver: str
+    equilibrate: bool
+    kappa_max: float
+    neumann_order: int
+    neumann_gate: bool
+    qk_norm: str | None
+    scale: float | None
+    solve_dtype: str
+    generator: torch.Generator | None
+    tau: Tensor | None
+    backend: str | None
+
+
+@overload
+def nystrom_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rank: int,
+    *,
+    diagnostics: Literal[False] = False,
+    **options: Unpack[AttentionKeywords],
+) -> Tensor: ...
+
+
+@overload
+def nystrom_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rank: int,
+    *,
+    diagnostics: bool | str,
+    **options: Unpack[AttentionKeywords],
+) -> Tensor | tuple[Tensor, LandmarkSolution]: ...
+
+
 def nystrom_attention(
     query: Tensor,
     key: Tensor,
@@ -202,7 +246,8 @@ def nystrom_attention(
             of the inputs, and casts W to fp32 before the solve. The article uses "model".
         generator: As in `select_landmarks`.
         tau: τ (H,), floating point: a factor of Y for each head (docs/METHOD.md §3.3). None means 1.
-        diagnostics: True or "estimate" also returns diagnostics, as in `landmark_solve`.
+        diagnostics: True or "estimate" also returns diagnostics, as in `landmark_solve`. `diagnosed_attention` does the
+            same, and its return type does not depend on an argument.
         backend: A name of `backends()`, or None.
 
     Returns:
@@ -228,6 +273,39 @@ def nystrom_attention(
     if not diagnostics:
         return y
     return y, _diagnosed(key, value, landmarks, options, diagnostics == "estimate", chosen)
+
+
+def diagnosed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rank: int,
+    *,
+    estimate: bool = False,
+    **options: Unpack[AttentionKeywords],
+) -> tuple[Tensor, LandmarkSolution]:
+    """Compute Nyström cross-attention, and diagnostics of its landmark systems.
+
+    Args:
+        query: As in `nystrom_attention`.
+        key: As in `nystrom_attention`.
+        value: As in `nystrom_attention`.
+        rank: As in `nystrom_attention`.
+        estimate: Whether κ is estimated. The exact κ needs singular values, and waits for the device.
+        **options: Other keyword arguments of `nystrom_attention`.
+
+    Returns:
+        A pair: the output as in `nystrom_attention`, and a `LandmarkSolution` without gradient.
+
+    Raises:
+        TypeError: As in `nystrom_attention`.
+        ValueError: As in `nystrom_attention`.
+        NotImplementedError: As in `nystrom_attention`.
+    """
+    found = nystrom_attention(
+        query, key, value, rank, diagnostics="estimate" if estimate else True, **options
+    )
+    return cast("tuple[Tensor, LandmarkSolution]", found)
 
 
 def attention_with_scale(

@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from srm_kernels import LandmarkSolution, dyt, full_attention, nystrom_attention, select_landmarks
+from srm_kernels import (
+    LandmarkSolution,
+    diagnosed_attention,
+    dyt,
+    full_attention,
+    nystrom_attention,
+    select_landmarks,
+)
 from srm_kernels.attention.reference import normalised_key
 from srm_kernels.landmarks import LANDMARK_METHODS, METHODS_OF_KERNELS
 from srm_model.config import SRMConfig
@@ -79,15 +86,12 @@ class Link(nn.Module):
         c = self.config
         if self.attention == "full":
             return full_attention(q, k, v, qk_norm=c.qk_norm)
-        y: Tensor = nystrom_attention(q, k, v, c.rank, solve_dtype=c.solve_dtype, **self.key_options())  # type: ignore[assignment]
-        return y
+        return nystrom_attention(q, k, v, c.rank, solve_dtype=c.solve_dtype, **self.key_options())
 
     def diagnosed(self, q: Tensor, k: Tensor, v: Tensor, **changes: Any) -> tuple[Tensor, LandmarkSolution]:
         """Return Y of Nyström attention, and diagnostics of its landmark systems. `changes` overrides config fields."""
         c = self.config.replace(**changes) if changes else self.config
-        options = {**self.key_options(c), "solve_dtype": c.solve_dtype, "diagnostics": True}
-        y, solution = nystrom_attention(q, k, v, c.rank, **options)
-        return y, solution  # type: ignore[return-value]
+        return diagnosed_attention(q, k, v, c.rank, solve_dtype=c.solve_dtype, **self.key_options(c))
 
     def key_options(self, config: SRMConfig | None = None) -> dict[str, Any]:
         """Return the operators' keyword arguments for landmarks, solver, normalisation and backend."""

@@ -10,7 +10,13 @@ import torch
 from oracle import tokens
 from torch import Tensor
 
-from srm_kernels import full_attention, landmark_solve, nystrom_attention, select_landmarks
+from srm_kernels import (
+    diagnosed_attention,
+    full_attention,
+    landmark_solve,
+    nystrom_attention,
+    select_landmarks,
+)
 from srm_kernels.landmarks import LANDMARK_METHODS
 
 DIRECT = ("cholesky", "lu", "svd", "auto")
@@ -198,6 +204,11 @@ def test_diagnostics_are_those_of_the_solve():
     for name in ("kappa", "gain"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=0)
     assert torch.equal(found.solver, expected.solver)
+    for estimate, kind in ((False, True), (True, "estimate")):
+        again = diagnosed_attention(q, k, v, RANK, qk_norm="keys", estimate=estimate)
+        assert torch.equal(again[0], y)
+        by_flag = nystrom_attention(q, k, v, RANK, qk_norm="keys", diagnostics=kind)[1]
+        assert all(map(torch.equal, again[1], by_flag))
     assert found.kappa.shape == (2, 3)
 
 

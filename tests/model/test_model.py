@@ -47,6 +47,9 @@ def test_losses_on_request(model):
     torch.testing.assert_close(scores, model(images(2)))
     assert set(losses) == {"tau", "entropy", "balance"}
     assert all(loss.shape == () for loss in losses.values())
+    again = model.scores_and_losses(images(2))
+    assert torch.equal(again[0], scores)
+    assert again[1] == losses
 
 
 def test_normalisation_is_inside(model):

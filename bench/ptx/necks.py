@@ -36,7 +36,7 @@ def neck_cases() -> list[NeckCase]:
         NeckCase("half as wide, DyT", _HALF, _SQUARE, batch=1, sample=(("fp32", 90),)),
         NeckCase("half as wide", _HALF.replace(dyt=False), _SQUARE, batch=1, sample=(("bf16", 90),)),
         NeckCase("even maps, DyT", _SMALL, _EVEN, sample=(("fp16", 120),)),
-        NeckCase("even maps", _SMALL.replace(dyt=False), _EVEN),
+        NeckCase("even maps", _SMALL.replace(dyt=False), _EVEN, sample=(("bf16", 120), ("fp16", 89))),
         NeckCase(
             "odd maps, DyT, normalised queries", _UNIFORM.replace(heads=4, rank=17, qk_norm="both"), _ODD,
             sample=(("fp32", 89),),

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_rule import follow_the_rule
+from links import inputs, results
 
 from srm_kernels import (
     dyt,
@@ -18,6 +20,7 @@ from srm_kernels import (
     rms_scale,
     select_landmarks,
 )
+from srm_kernels.neck import batched
 
 pytestmark = [
     pytest.mark.gpu,
@@ -71,6 +74,22 @@ def test_values_and_gradients(name, dtype):
     ):
         assert found.is_cuda
         assert agree(found.detach(), plain.detach(), exact.detach(), dtype)
+
+
+@pytest.mark.parametrize("dyt", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_links_in_tiles_follow_the_rule_and_take_less_memory(dtype, dyt, monkeypatch):
+    """Peak memory is at most a quarter of the reference's, whose probabilities alone have 8 MiB in fp32."""
+    monkeypatch.setattr(batched, "POSITIONS", 256)
+    f, a, bias, w, k, _, *of_dyt = inputs(1, dtype=dtype, dyt=dyt, grid=(128, 128), rank=32, device="cuda")
+    call, peaks = results(4, qk_norm="keys"), {}
+    follow_the_rule(call, [f, a, bias, w, k, *of_dyt], backend="torch")
+    for backend in ("torch", "reference"):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call(f, a, bias, w, k, *of_dyt, backend=backend)
+        peaks[backend] = torch.cuda.max_memory_allocated() - before
+    assert peaks["torch"] <= peaks["reference"] / 4
 
 
 @pytest.mark.parametrize("solver", ["cholesky", "lu", "svd", "auto", "neumann"])

@@ -60,13 +60,13 @@ class Model:
 
     @property
     def folder(self) -> Path:
-        """The folder, relative to the study's folder. `runs.surrogate_of` depends on the arrangement of the folders."""
+        """The folder, relative to the study's folder."""
         variant = () if self.variant == FULL else (slug(self.variant),)
         return Path("runs", self.data, self.backbone, f"seed{self.seed}", *variant, self.neck)
 
     @property
     def surrogate(self) -> Model:
-        """The surrogate of the transfer attack. After training, `runs.surrogate_of` finds the same model."""
+        """The surrogate of the transfer attack. It is a model without overrides."""
         other = NECKS[self.neck].surrogate
         return Model(self.data, self.backbone, other, FULL, self.seed, self.config)
 

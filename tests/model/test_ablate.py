@@ -719,6 +719,23 @@ def test_all_tables_are_made_and_their_figures_are_the_lines(out: Path, capsys: 
     assert "| noise | test_convnext | srm | L∞ ε = 4/255 |" in capsys.readouterr().out
 
 
+def test_tables_of_a_study_are_also_json(out: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["report", str(out), "--table", "8", "11", "--json"]) == 0
+    shown = capsys.readouterr()
+    rows = [json.loads(line) for line in shown.out.splitlines()]
+    budgets = [row["budget"] for row in rows if row["table"] == 8 and row["neck"] == "srm"]
+    assert "L∞ ε = 4/255" in budgets
+    (row,) = (row for row in rows if row.get("Variant") == "no key norm")
+    (line,) = (
+        line for line in (out / "tables" / "table-11.md").read_text().splitlines() if "no key norm" in line
+    )
+    assert list(row.values()) == [11, *(cell.strip(" *") for cell in line.split("|")[1:-1])]
+    assert list(row)[:5] == ["table", "Variant", "seeds", "clean SROCC", "clean SROCC, Δ"]
+    assert "### Table 8." in shown.err
+    assert main(["report", str(out), "--json"]) == 2
+    assert "--json was given without --table" in capsys.readouterr().err
+
+
 def test_a_line_from_before_a_config_field_existed_is_still_found(tmp_path: Path):
     records = Records(tmp_path)
     config = SRMConfig(rank=5).to_dict()

@@ -33,7 +33,8 @@ TARGETS = {  # largest share of the quadratic neck's time, by direction, image s
     ("both", 512, True): 0.60,
     ("both", 512, False): 0.60,
 }
-MEMORY_TARGET = 1 / 4  # largest share of the quadratic neck's memory, in training
+# Largest share of the quadratic neck's memory, by direction and image side.
+MEMORY_TARGETS = {("both", 512): 0.25}
 
 
 def not_compiled(call: Call) -> Call:
@@ -75,7 +76,8 @@ def line_of(row: dict[str, Any]) -> str:
     target = TARGETS.get((row["direction"], row["side"], row["dyt"]))
     compared = row["neck"] != "quadratic"
     late = compared and target is not None and row["share_of_time"] > target
-    large = compared and row["direction"] == "both" and row["share_of_memory"] > MEMORY_TARGET
+    most = MEMORY_TARGETS.get((row["direction"], row["side"]))
+    large = compared and most is not None and row["share_of_memory"] > most
     return (
         f"{row['side']:5} {row['direction']:8} {'yes' if row['dyt'] else 'no':4} {row['neck']:18} "
         f"{row['ms']['processor']:9.1f} {row['share_of_time']:6.2f} {target if compared and target else '-':>6} "

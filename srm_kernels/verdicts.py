@@ -421,11 +421,18 @@ def held(key: Key) -> Iterator[bool]:
         yield True
 
 
+def with_machine(rows: Iterable[Row], key: Key) -> list[Row]:
+    """Return rows with their machine, as in `bench/results` and `SHIPPED`."""
+    machine = {**key._asdict(), "kind": "cuda", "cuda": torch.version.cuda}
+    return [{**row, "machine": machine} for row in rows]
+
+
 def export(verdict: Verdict, path: Path) -> None:
-    """Write the rows of finished groups and their machine as JSON lines, as in `bench/results` and `SHIPPED`."""
-    machine = {**verdict.key._asdict(), "kind": "cuda", "cuda": torch.version.cuda}
-    finished = [row for row in verdict.rows if group_of(row) not in verdict.unfinished]
-    lines = [json.dumps({**row, "machine": machine}, allow_nan=False, ensure_ascii=False) for row in finished]
+    """Write the rows of finished groups and their machine as JSON lines."""
+    finished = [
+        row for row in with_machine(verdict.rows, verdict.key) if group_of(row) not in verdict.unfinished
+    ]
+    lines = [json.dumps(row, allow_nan=False, ensure_ascii=False) for row in finished]
     path.parent.mkdir(parents=True, exist_ok=True)
     _write(path, "".join(f"{line}\n" for line in lines))
     with suppress(OSError):

@@ -1,4 +1,4 @@
-"""Test that modules import only lower layers (docs/ARCHITECTURE.md), and that tests for a GPU get the mark `gpu`."""
+"""Test the layers of imports (docs/ARCHITECTURE.md), the length of functions, and the mark `gpu` of tests."""
 
 from __future__ import annotations
 
@@ -24,6 +24,23 @@ LAYERS = (
     {"necks", "norms", "attack_suites"},
 )
 NEIGHBOURS = {("__main__", "cli"), ("training", "attacks"), ("graphs", "modules")}
+LONGEST = 60  # lines of a function without its docstring
+# Longer functions by the reason why they are not split.
+LONGER = {
+    "a Triton kernel: a called function would need most of its values as arguments": {
+        "srm_kernels/neck/forward_kernels.py cell_probabilities",
+    },
+    "closures: the functions of an operator share the arguments of its registration": {
+        "srm_kernels/registration.py register_operator",
+    },
+    "a list of independent options or checks": {
+        "srm_model/cli/parser.py _add_profile",
+        "srm_model/config.py _check_values",
+    },
+    "a sequence of steps that share most of the arguments": {
+        "srm_model/data/synthesize.py synthesize",
+    },
+}
 
 
 def modules(package: str) -> list[Path]:
@@ -83,6 +100,22 @@ def test_parts_of_the_model_import_downwards():
 def test_packages_read_nothing_beside_the_checkout():
     for path in [*modules("srm_kernels"), *modules("srm_model"), *modules("bench")]:
         assert "SRM_SHARED" not in path.read_text(encoding="utf-8"), path
+
+
+def lines_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Return the number of lines of a function without its decorators and its docstring."""
+    first = function.body[0]
+    docstring = 0 if ast.get_docstring(function) is None else first.end_lineno - first.lineno + 1
+    return function.end_lineno - function.lineno + 1 - docstring
+
+
+def test_functions_are_short_except_those_with_a_reason():
+    found = set()
+    for path in [*modules("srm_kernels"), *modules("srm_model"), *modules("bench")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and lines_of(node) > LONGEST:
+                found.add(f"{path.relative_to(ROOT).as_posix()} {node.name}")
+    assert found == set().union(*LONGER.values())
 
 
 def test_a_module_that_runs_kernels_on_a_gpu_is_marked_so(pytestconfig: pytest.Config):

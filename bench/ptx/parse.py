@@ -152,37 +152,11 @@ def parse(text: str) -> Kernel:
     starts = [0] + [m.end() for m in re.finditer("\n", text)]
     clean = re.sub(r"/\*.*?\*/", lambda m: re.sub(r"[^\n]", " ", m.group()), text, flags=re.S)
     clean = re.sub(r"//[^\n]*", lambda m: " " * len(m.group()), clean)
-    files = {int(n): name for n, name in re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', text, re.M)}
-    entries = list(re.finditer(r"\.entry\s+([\w$]+)\s*\(", clean))
-    if len(entries) != 1:
-        raise Unsupported(f"a module with {len(entries)} kernels; expected one")
-    if re.search(r"^\s*(\.visible\s+|\.weak\s+)?\.func\b", clean, re.M):
-        raise Unsupported("a module with a .func")
-    entry = entries[0]
-    close = clean.index(")", entry.end())
-    params = []
-    for part in clean[entry.end() : close].split(","):
-        words = part.split()
-        if words:
-            params.append((words[1].lstrip("."), words[-1].split("[")[0]))
-    body = clean.index("{", close) + 1
-    places, used = {}, 0
-    for kind, name in params:
-        used = -(-used // WIDTH[kind]) * WIDTH[kind]
-        places[name] = used
-        used += WIDTH[kind]
-    kernel = Kernel(entry.group(1), params, places, [], [Block()], {}, {}, 0, {}, 0, files, [])
-    for m in re.finditer(r"\.(shared|local)\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d*)\]", clean):
-        _place(kernel, *m.groups())
+    kernel, pos = _declarations(text, clean)
     scopes: list[dict[str, Reg]] = [{}]
     loc, chain = (0, 0), ""
-    pos = body
     stop = re.compile(r"\s*")
     label = re.compile(r"([\w$%]+):(?!:)")
-
-    def fresh() -> None:
-        if kernel.blocks[-1].instructions or kernel.blocks[-1].end:
-            kernel.blocks.append(Block())
 
     while True:
         pos = stop.match(clean, pos).end()  # type: ignore[union-attr]
@@ -199,7 +173,8 @@ def parse(text: str) -> Kernel:
             continue
         found = label.match(clean, pos)
         if found:
-            fresh()
+            if kernel.blocks[-1].instructions or kernel.blocks[-1].end:
+                kernel.blocks.append(Block())
             kernel.targets[found.group(1)] = len(kernel.blocks) - 1
             pos = found.end()
             continue
@@ -231,6 +206,33 @@ def parse(text: str) -> Kernel:
         else:
             kernel.blocks[-1].instructions.append(instruction)
     return kernel
+
+
+def _declarations(text: str, clean: str) -> tuple[Kernel, int]:
+    """Return the kernel without instructions, and the position of its body. `clean` is `text` without comments."""
+    files = {int(n): name for n, name in re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', text, re.M)}
+    entries = list(re.finditer(r"\.entry\s+([\w$]+)\s*\(", clean))
+    if len(entries) != 1:
+        raise Unsupported(f"a module with {len(entries)} kernels; expected one")
+    if re.search(r"^\s*(\.visible\s+|\.weak\s+)?\.func\b", clean, re.M):
+        raise Unsupported("a module with a .func")
+    entry = entries[0]
+    close = clean.index(")", entry.end())
+    params = []
+    for part in clean[entry.end() : close].split(","):
+        words = part.split()
+        if words:
+            params.append((words[1].lstrip("."), words[-1].split("[")[0]))
+    body = clean.index("{", close) + 1
+    places, used = {}, 0
+    for kind, name in params:
+        used = -(-used // WIDTH[kind]) * WIDTH[kind]
+        places[name] = used
+        used += WIDTH[kind]
+    kernel = Kernel(entry.group(1), params, places, [], [Block()], {}, {}, 0, {}, 0, files, [])
+    for m in re.finditer(r"\.(shared|local)\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d*)\]", clean):
+        _place(kernel, *m.groups())
+    return kernel, body
 
 
 def _place(kernel: Kernel, space: str, align: str, name: str, size: str) -> None:

@@ -180,24 +180,9 @@ class WarpgroupProducts(State):
         units = warps // together
         active = group.active(mask)
         if mask is not None:
-            whole = group.full(mask).reshape(units, -1)
-            if (whole.any(1) != whole.all(1)).any():
-                self.report(
-                    "barrier",
-                    number,
-                    "threads of a warpgroup diverge at wgmma",
-                    int((whole.any(1) != whole.all(1)).sum()),
-                )
+            self._check_divergence(group, number, mask, units)
         if self.check and group.unfenced:
-            for one in (*registers[0], *registers[1]):
-                if one in group.unfenced and (group.unfenced[one] & active).any():
-                    self.report(
-                        "wgmma registers",
-                        number,
-                        "no wgmma.fence since its registers were written",
-                        32 * int(active.sum()),
-                    )
-                    break
+            self._check_fence(group, number, active, (*registers[0], *registers[1]))
         if self.count:
             entry = self.counters.products.setdefault(number, [0, 0])
             entry[:] = [one + int(active.sum()) for one in entry]
@@ -228,13 +213,24 @@ class WarpgroupProducts(State):
         if scales[0] * scales[1] < 0:
             product = -product
         parts = np.ascontiguousarray(product.transpose(3, 1, 5, 0, 2, 4)).reshape(size // 2, group.lanes)
-        results = []
-        for part, one in zip(parts, to, strict=True):
-            if getattr(keep, "ndim", 0) == 0:
-                results.append(((part + group.full(one).view(f4)) if keep else part).view(u4))
-            else:
-                results.append((part + where(keep, group.full(one).view(f4), f4(0))).view(u4))
-        return results
+        return [_accumulated(group, part, one, keep) for part, one in zip(parts, to, strict=True)]
+
+    def _check_divergence(self, group: Group, number: int, mask: Any, units: int) -> None:
+        """Report warpgroups of which only some lanes execute wgmma."""
+        whole = group.full(mask).reshape(units, -1)
+        diverged = whole.any(1) != whole.all(1)
+        if diverged.any():
+            self.report("barrier", number, "threads of a warpgroup diverge at wgmma", int(diverged.sum()))
+
+    def _check_fence(self, group: Group, number: int, active: Any, registers: tuple[Any, ...]) -> None:
+        """Report wgmma if one of its registers was written after the last wgmma.fence."""
+        if any(one in group.unfenced and (group.unfenced[one] & active).any() for one in registers):
+            self.report(
+                "wgmma registers",
+                number,
+                "no wgmma.fence since its registers were written",
+                32 * int(active.sum()),
+            )
 
     def _taken(self, group: Group, number: int, chunks: Any, owner: Any, active: Any) -> None:
         """Look for hazards of the shared memory that a product reads. All warps of the warpgroup read this memory."""
@@ -260,3 +256,10 @@ class WarpgroupProducts(State):
             )
         self.chunks(self.read)[chunks] = (epoch << 10) | SEVERAL
         np.add.at(self.chunks(self.reading), chunks.ravel(), 1)
+
+
+def _accumulated(group: Group, part: Any, one: Any, keep: Any) -> Any:
+    """Return a part of the product, plus the old accumulator `one` where `keep` is true."""
+    if getattr(keep, "ndim", 0) == 0:
+        return ((part + group.full(one).view(f4)) if keep else part).view(u4)
+    return (part + where(keep, group.full(one).view(f4), f4(0))).view(u4)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import math
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--compile", action="store_true", help="also time the reference under torch.compile")
     add("--again", action="store_true", help="also repeat cases that the stored verdict contains")
+    add("--json", action="store_true", help="print the rows as JSON lines, and all other text on stderr")
     add("--export", type=Path, metavar="FILE", help="also write the rows as JSON lines, for bench/results")
     add(
         "--jobs", type=_positive(int), metavar="N",
@@ -88,7 +90,12 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m srm_k
         return int(stop.code or 0)
     try:
         with _interrupting(signal.SIGTERM, getattr(signal, "SIGHUP", None)):
-            return _run(options)
+            with redirect_stdout(sys.stderr if options.json else sys.stdout):
+                run, rows = _run(options)
+                code = run.report(rows)
+            for row in verdicts.with_machine(rows, run.device.key) if options.json else ():
+                print(json.dumps(row, allow_nan=False))
+            return code
     except CannotRunError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2
@@ -116,7 +123,8 @@ def _interrupting(*numbers: signal.Signals | None) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace) -> tuple[Run, list[Row]]:
+    """Measure the chosen cases; return the run and the rows that it reports."""
     device = open_device(options.device)
     shapes = options.shapes or device.shapes or (QUICK if options.quick else FAMILY)
     wanted = list(cases(options.only or NAMES, options.dtypes, shapes))
@@ -144,7 +152,7 @@ def _run(options: argparse.Namespace) -> int:
         for row in run.verdict.rows
         if _label_of(row) in labels or (verdicts.group_of(row) in groups and row["status"] in FAULTS)
     ]
-    return run.report(counted)
+    return run, counted
 
 
 class Run:

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from srm_model.attacks.guard import as_found, check_images, check_model, scores_of, to_model
 from srm_model.attacks.problem import check_count, check_number
+from srm_model.attacks.suite import spread
 from srm_model.config import SRMConfig
+from srm_model.norms import NORMS
 
 _DEFAULTS = SRMConfig()
 
@@ -140,6 +142,54 @@ def certificate(scores: Tensor, *, eps: float, sigma: float, confidence: float) 
         lower=(-infinite if low is None else ordered[low - 1]).tolist(),
         upper=(infinite if high is None else ordered[high - 1]).tolist(),
     )
+
+
+def certify_dataset(model: nn.Module, dataset: Any, config: SRMConfig, limit: int) -> list[dict[str, Any]]:
+    """Bound the median-smoothed scores of some images of a dataset.
+
+    Args:
+        model: Any module that `pgd` accepts. Its state does not change.
+        dataset: Dataset whose items are `(image, label)`.
+        config: Config with the fields `smoothing_*` and `eps_smoothing`. The budgets `eps_smoothing` are L2 budgets,
+            stated for 512×512 pixels.
+        limit: Number of images to use, evenly spaced over the dataset.
+
+    Returns:
+        A dict for each budget of `config.eps_smoothing`, with the fields of `Certificate` and two further entries.
+        "stated" is the budget of the config. "ordered" is the share of image pairs whose score intervals do not
+        overlap. The score interval of an image is [lower, upper].
+
+    Raises:
+        ValueError: A score is not finite.
+    """
+    indices = spread(len(dataset), limit)
+    images = torch.stack([torch.as_tensor(dataset[index][0]) for index in indices])
+    scores = smoothed_scores(
+        model,
+        images,
+        sigma=config.smoothing_sigma,
+        samples=config.smoothing_samples,
+        batch_size=config.attack_batch_size,
+        generator=torch.Generator().manual_seed(config.seed),
+    )
+    found = []
+    for stated in config.eps_smoothing:
+        entry = certificate(
+            scores,
+            eps=NORMS["l2"].radius(stated, images[0]),
+            sigma=config.smoothing_sigma,
+            confidence=config.smoothing_confidence,
+        )
+        found.append({"stated": stated, **entry.to_dict(), "ordered": _ordered(entry)})
+    return found
+
+
+def _ordered(found: Certificate) -> float:
+    """Return the share of image pairs whose score intervals do not overlap."""
+    lower, upper = np.array(found.lower), np.array(found.upper)
+    apart = (lower[:, None] > upper[None, :]) | (lower[None, :] > upper[:, None])
+    pairs = len(lower) * (len(lower) - 1)
+    return float(apart.sum() / pairs) if pairs else 0.0
 
 
 def order_statistics(count: int, shift: float, confidence: float) -> tuple[int | None, int | None]:

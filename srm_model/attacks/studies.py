@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from srm_model.attacks.objectives import MSE
-from srm_model.attacks.records import Records
+from srm_model.attacks.records import Batch, Records
 from srm_model.attacks.suite import (
     Attack,
     Dataset,
@@ -100,22 +100,23 @@ def transfer(
             }
             records.save(number)
     records.exchange(own)
-
-    batches = records.batches
-    labels = [value for batch in batches for value in batch.mos]
-    maps = logistics or {}
-    shares = {source: means(batches, source, ("zero_gradients", "nonfinite_gradients")) for source in models}
-    found = doubts(shares)
-    for doubt in found:
+    found = _transfer_result(records.batches, list(models), logistics or {})
+    for doubt in found["doubts"]:
         warnings.warn(doubt, stacklevel=2)
+    return {"norm": norm, "eps": first.eps, "names": first.names, **found}
+
+
+def _transfer_result(
+    batches: Sequence[Batch], models: Sequence[str], logistics: Mapping[str, LogisticMap | None]
+) -> dict[str, Any]:
+    """Return the entries of the result of `transfer` that depend on the scores."""
+    labels = [value for batch in batches for value in batch.mos]
+    shares = {source: means(batches, source, ("zero_gradients", "nonfinite_gradients")) for source in models}
     return {
-        "norm": norm,
-        "eps": first.eps,
-        "names": first.names,
         "mos": labels,
-        "doubts": found,
+        "doubts": doubts(shares),
         "clean": {
-            name: correlations([batch.clean[name] for batch in batches], labels, maps.get(name))
+            name: correlations([batch.clean[name] for batch in batches], labels, logistics.get(name))
             for name in models
         },
         "pairs": [
@@ -123,7 +124,9 @@ def transfer(
                 "source": source,
                 "target": target,
                 **correlations(
-                    [batch.attacks[source]["scores"][target] for batch in batches], labels, maps.get(target)
+                    [batch.attacks[source]["scores"][target] for batch in batches],
+                    labels,
+                    logistics.get(target),
                 ),
                 **shares[source],
             }

@@ -6,14 +6,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import nn
 
 from srm_model import runs
 from srm_model.attacks import audit
-from srm_model.attacks.certify import certificate, smoothed_scores
-from srm_model.attacks.suite import spread
+from srm_model.attacks.certify import certify_dataset
 from srm_model.checkpoint import read_card
 from srm_model.cli import external
 from srm_model.cli.options import attack_config_from, budgets_of, device_from
@@ -21,7 +18,6 @@ from srm_model.cli.streams import as_named
 from srm_model.cli.tables import Columns, print_rows, print_text
 from srm_model.config import SRMConfig
 from srm_model.files import write_json
-from srm_model.norms import NORMS
 from srm_model.reports import write_audit
 
 IMAGES = 16
@@ -97,7 +93,7 @@ def _audit(
     if args.certify:
         if not args.no_progress:
             runs.say("auditing: median smoothing")
-        result["certificates"] = certificates(model, dataset, config, args.limit)
+        result["certificates"] = certify_dataset(model, dataset, config, args.limit)
     write_json(folder / "audit.json", result)
     page = write_audit(result, folder / "audit.html")
     subject = {"model": about.get("model_name", folder.name), "norm": found.norm, "eps": found.eps}
@@ -110,45 +106,3 @@ def _audit(
     failed = f"{len(found.failed)} of {len(found.checks)} checks failed"
     print_text(f"{as_named(page)}: {failed}", as_json=args.json)
     return found.passed
-
-
-def certificates(model: nn.Module, dataset: Any, config: SRMConfig, limit: int) -> list[dict[str, Any]]:
-    """Bound the median-smoothed scores of some images.
-
-    Args:
-        model: Model under audit.
-        dataset: Dataset whose items are `(image, label)`.
-        config: Config with the fields `smoothing_*` and `eps_smoothing`. The budgets `eps_smoothing` are L2 budgets,
-            stated for 512×512 pixels.
-        limit: Number of images to use, evenly spaced over the dataset.
-
-    Returns:
-        A dict for each budget of `config.eps_smoothing`, with the fields of `Certificate` and two further entries.
-        "stated" is the budget of the config. "ordered" is the share of image pairs whose score intervals do not
-        overlap. The score interval of an image is [lower, upper].
-    """
-    indices = spread(len(dataset), limit)
-    images = torch.stack([torch.as_tensor(dataset[index][0]) for index in indices])
-    scores = smoothed_scores(
-        model,
-        images,
-        sigma=config.smoothing_sigma,
-        samples=config.smoothing_samples,
-        batch_size=config.attack_batch_size,
-        generator=torch.Generator().manual_seed(config.seed),
-    )
-    found = []
-    for stated in config.eps_smoothing:
-        entry = certificate(
-            scores,
-            eps=NORMS["l2"].radius(stated, images[0]),
-            sigma=config.smoothing_sigma,
-            confidence=config.smoothing_confidence,
-        )
-        lower, upper = np.array(entry.lower), np.array(entry.upper)
-        apart = (lower[:, None] > upper[None, :]) | (lower[None, :] > upper[:, None])
-        pairs = len(lower) * (len(lower) - 1)
-        found.append(
-            {"stated": stated, **entry.to_dict(), "ordered": float(apart.sum() / pairs) if pairs else 0.0}
-        )
-    return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from srm_model import runs
+from srm_model.cli.tables import print_json
 from srm_model.data import describe
 from srm_model.data.synthesize import synthesize as synthesize_set
 
@@ -35,7 +36,11 @@ def check(args: argparse.Namespace) -> None:
 
 
 def _print(root: str, args: argparse.Namespace) -> None:
-    for key, value in describe(root, seed=args.seed, progress=not args.no_progress).items():
+    description = describe(root, seed=args.seed, progress=not args.no_progress)
+    if args.json:
+        print_json([description])
+        return
+    for key, value in description.items():
         if isinstance(value, dict):
             value = ", ".join(
                 f"{name} {' '.join(item) if isinstance(item, list) else item}" for name, item in value.items()

@@ -41,6 +41,7 @@ _DIAGNOSE = (
 _PROFILE = """\
 Measures every combination of the options and appends each result to DIR/<device>/neck.jsonl. A combination that cannot
 run gets a line with the reason. Ctrl-C keeps the results so far."""
+_DESCRIPTION = "print the description of the dataset as one JSON object"
 _SCORE = """\
 Rotates each image according to its EXIF orientation, composites transparency on white, resizes the shorter side to the
 checkpoint's image size and scores the centre square. Prints one line per file: the score (normalised quality, about 0
@@ -204,12 +205,14 @@ def _add_synthesize(parser: argparse.ArgumentParser) -> None:
     )
     add_seed(parser, "the distortions")
     add_max_pixels(parser)
+    add_json(parser, _DESCRIPTION)
 
 
 def _add_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("root", metavar="ROOT", help="TID2013, KonIQ-10k or a synthesised dataset")
     add_seed(parser, "the split by reference")
     add_max_pixels(parser)
+    add_json(parser, _DESCRIPTION)
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
@@ -481,6 +484,7 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--device", help="cuda or cuda:NUMBER")
     add("--export", help="also write the rows as JSON lines")
+    add_json(parser, "print the rows as JSON lines")
     add("--jobs", help="number of processes that check in parallel")
     add("--limit", help="time limit of one case in seconds")
     for name in ("only", "dtypes", "shapes"):
@@ -504,6 +508,10 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--figure", type=positive, nargs="+", metavar="N", help="write only these figures of a study (3 to 6)"
+    )
+    add_json(
+        parser,
+        "with --table: print one JSON object per row, with the text of its cells, and all other text on stderr",
     )
 
 

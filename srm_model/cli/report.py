@@ -8,13 +8,16 @@ from pathlib import Path
 
 from srm_model import runs
 from srm_model.cli.streams import as_named
+from srm_model.cli.tables import print_json, print_text
 from srm_model.reports import write_report, write_study
 from srm_model.reports.records import STUDY
-from srm_model.reports.study_tables import markdown
+from srm_model.reports.study_tables import markdown, rows_of
 
 
 def run(args: argparse.Namespace) -> None:
     """Write the page of a run or study, or only the requested tables and figures of a study. Print the paths."""
+    if args.json and args.table is None:
+        raise ValueError("--json was given without --table; only tables are printed as JSON")
     folder = Path(args.folder)
     # A report can be written while jobs of a study run, because jobs append whole lines to the study's results.
     study = (folder / STUDY).is_file()
@@ -29,8 +32,10 @@ def _write(args: argparse.Namespace, study: bool) -> None:
             args.folder, table_numbers=args.table, figure_numbers=args.figure, out=args.out
         )
         for table in found if args.table is not None else []:
-            print(markdown(table))
-        print("\n".join(map(as_named, written)))
+            if args.json:
+                print_json(rows_of(table))
+            print_text(markdown(table._replace(rows=[]) if args.json else table), as_json=args.json)
+        print_text("\n".join(map(as_named, written)), as_json=args.json)
         return
     if args.table is not None or args.figure is not None:
         raise ValueError(f"{args.folder}: has no {STUDY}; --table and --figure go with a study")

@@ -1,8 +1,7 @@
 """The tables that commands print: rows of values, as plain text or, with `--json`, as one JSON object per row.
 
 `add_json` adds `--json` to a command; in `parser.py`, `table=True` calls it. Commands print their tables with
-`print_rows` or `print_json`. There are two exceptions. `report --table` prints the tables of a study as Markdown; the
-study's file `results.jsonl` has the values. `verify` belongs to `srm_kernels` and writes its rows with `--export FILE`.
+`print_rows` or `print_json`. Only `verify`, which belongs to `srm_kernels`, prints its own JSON.
 """
 
 from __future__ import annotations

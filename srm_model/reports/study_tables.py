@@ -83,8 +83,26 @@ def html(found: Table) -> Markup:
     return join(table(found.columns, rows, words=words, title=title), caption(found.note))
 
 
+def rows_of(found: Table) -> list[dict[str, Any]]:
+    """Return a dict for each row: the number of the table, then the text of each cell by its column.
+
+    Columns with the same heading, such as "Δ", are named after the column on their left too: "clean SROCC, Δ".
+    """
+    columns = found.columns
+    names = [
+        f"{columns[i - 1]}, {name}" if columns.count(name) > 1 else name for i, name in enumerate(columns)
+    ]
+    return [
+        {"table": found.number, **dict(zip(names, map(_plain, cells), strict=True))} for cells in found.rows
+    ]
+
+
+def _plain(cell: str) -> str:
+    return cell.removeprefix("**").removesuffix("**")
+
+
 def _strong(cell: str) -> str:
-    plain = cell.removeprefix("**").removesuffix("**")
+    plain = _plain(cell)
     return cell if plain == cell else element("strong", plain)
 
 

@@ -339,11 +339,7 @@ def surrogate_of(folder: Path) -> Path | None:
     """Return the folder of the surrogate for a transfer attack on the checkpoint in `folder`, or None if none exists.
 
     The surrogate has the neck `none`, or the neck `srm` if the attacked checkpoint has the neck `none`. Its folder has
-    the name of its neck and is next to `folder`. In a study, its folder can also be next to the parent of `folder`.
+    the name of its neck and is next to `folder`.
     """
-    other = NECKS[read_card(folder)["neck"]].surrogate
-    studied = any((above / STUDY).is_file() for above in folder.resolve().parents)
-    for place in (folder.parent, folder.parent.parent)[: 1 + studied]:
-        if (place / other / CONFIG).is_file() and (place / other).resolve() != folder.resolve():
-            return place / other
-    return None
+    found = folder.parent / NECKS[read_card(folder)["neck"]].surrogate
+    return found if (found / CONFIG).is_file() and found.resolve() != folder.resolve() else None

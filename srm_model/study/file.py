@@ -60,13 +60,13 @@ class Model:
 
     @property
     def folder(self) -> Path:
-        """The folder, relative to the study's folder. `runs.surrogate_of` depends on the arrangement of the folders."""
+        """The folder, relative to the study's folder."""
         variant = () if self.variant == FULL else (slug(self.variant),)
         return Path("runs", self.data, self.backbone, f"seed{self.seed}", *variant, self.neck)
 
     @property
     def surrogate(self) -> Model:
-        """The surrogate of the transfer attack. After training, `runs.surrogate_of` finds the same model."""
+        """The surrogate of the transfer attack. It is a model without overrides."""
         other = NECKS[self.neck].surrogate
         return Model(self.data, self.backbone, other, FULL, self.seed, self.config)
 
@@ -280,12 +280,46 @@ def _study(values: Any, here: Path, roots: Mapping[str, str]) -> Study:
         if not isinstance(root, str) or not slug(name):
             raise ValueError(f"data has {name} = {root!r}: expected a name and a folder")
     backbones = tuple(values["backbones"])
-    pairs = tuple(tuple(pair) for pair in values.get("transfer", ()))
+    budgets = _budgets(attacks, config)
+    ablations = _ablation_fields(values.get("ablations", []), config, seeds, budgets)
+    return Study(
+        title=values.get("title", "Study"),
+        data={name: str(here / Path(root).expanduser()) for name, root in values["data"].items()},
+        backbones=backbones,
+        necks=necks,
+        seeds=seeds,
+        config=config,
+        pretrained=values.get("pretrained", False),
+        freeze_backbone=values.get("freeze_backbone", False),
+        budgets=budgets,
+        images=images,
+        suite=suite,
+        **ablations,
+        swaps=_swaps(values.get("swaps", {}), config),
+        audit=values.get("audit", 0),
+        audit_seeds=audit_seeds,
+        audit_swaps=tuple(values.get("audit_swaps", ())),
+        stronger=tuple(
+            _stronger(group, config, suite, dict.fromkeys(necks, seeds) | ablations["ablation_seeds"])
+            for group in values.get("stronger", ())
+        ),
+        transfer=_pairs(values.get("transfer", ()), backbones),
+        sweep=values.get("sweep", False),
+    )
+
+
+def _pairs(values: Any, backbones: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    pairs = tuple(tuple(pair) for pair in values)
     for pair in pairs:
         if len(pair) != 2 or not set(pair) <= set(backbones):
             raise ValueError(f"transfer has {list(pair)}: expected two of the study's backbones")
-    budgets = _budgets(attacks, config)
-    groups = values.get("ablations", [])
+    return pairs
+
+
+def _ablation_fields(
+    groups: Any, config: SRMConfig, seeds: tuple[int, ...], budgets: tuple[tuple[str, float], ...]
+) -> dict[str, Any]:
+    """Read one group or several groups of ablations; return the fields of `Study` that describe them."""
     ablations: dict[str, dict[str, Any]] = {}
     ablation_seeds: dict[str, tuple[int, ...]] = {}
     ablation_budgets: dict[str, tuple[tuple[str, float], ...]] = {}
@@ -304,33 +338,12 @@ def _study(values: Any, here: Path, roots: Mapping[str, str]) -> Study:
             raise ValueError(
                 f"ablations {other!r} and {name!r} have the same folder {slug(name)}; rename one"
             )
-    return Study(
-        title=values.get("title", "Study"),
-        data={name: str(here / Path(root).expanduser()) for name, root in values["data"].items()},
-        backbones=backbones,
-        necks=necks,
-        seeds=seeds,
-        config=config,
-        pretrained=values.get("pretrained", False),
-        freeze_backbone=values.get("freeze_backbone", False),
-        budgets=budgets,
-        images=images,
-        suite=suite,
-        ablations=ablations,
-        ablation_seeds=ablation_seeds,
-        ablation_budgets=ablation_budgets,
-        swaps=_swaps(values.get("swaps", {}), config),
-        audit=values.get("audit", 0),
-        audit_seeds=audit_seeds,
-        audit_swaps=tuple(values.get("audit_swaps", ())),
-        audit_ablations=tuple(audited),
-        stronger=tuple(
-            _stronger(group, config, suite, dict.fromkeys(necks, seeds) | ablation_seeds)
-            for group in values.get("stronger", ())
-        ),
-        transfer=pairs,
-        sweep=values.get("sweep", False),
-    )
+    return {
+        "ablations": ablations,
+        "ablation_seeds": ablation_seeds,
+        "ablation_budgets": ablation_budgets,
+        "audit_ablations": tuple(audited),
+    }
 
 
 def _ablations(values: Mapping[str, Any], config: SRMConfig) -> dict[str, dict[str, Any]]:

@@ -14,7 +14,7 @@ import torch
 
 from srm_model import runs
 from srm_model.attacks import MSE, Attack, PairInversion, Suite, audit, sweep_steps, transfer
-from srm_model.checkpoint import read_card
+from srm_model.checkpoint import CONFIG, read_card
 from srm_model.files import read_json
 from srm_model.model import build_model
 from srm_model.neck.diagnosis import measure, quantiles
@@ -52,15 +52,14 @@ def attacked(
     c: Context, model: Model, norm: str, eps: float, stronger: Stronger | None = None
 ) -> dict[str, Any]:
     """Attack a trained model with the settings of the study or of a group of stronger attacks."""
-    folder = c.out / model.folder
     found = attack_checkpoint(
-        folder,
+        c.out / model.folder,
         c.test(model),
         norm=norm,
         eps=eps,
         config=model.config if stronger is None else model.config.replace(**stronger.config),
         device=c.device,
-        surrogate=runs.surrogate_of(folder),
+        surrogate=_surrogate(c, model),
         limit=c.study.images,
         suite=c.study.suite if stronger is None else stronger.suite,
         progress=c.progress,
@@ -112,10 +111,16 @@ def swapped(model: Any, changes: dict[str, Any]) -> Any:
     return other.to(device).to(memory_format=torch.channels_last)
 
 
+def _surrogate(c: Context, model: Model) -> Path | None:
+    """Return the folder of a model's surrogate, or None if the study does not train that model."""
+    folder = c.out / model.surrogate.folder
+    return folder if (folder / CONFIG).is_file() else None
+
+
 def audited(c: Context, model: Model, eps: float, changes: dict[str, Any]) -> dict[str, Any]:
     """Audit a trained model, after `changes` as in `swapped`."""
     loaded, _ = c.opened(model)
-    surrogate = runs.surrogate_of(c.out / model.folder)
+    surrogate = _surrogate(c, model)
     found = audit(
         swapped(loaded, changes) if changes else loaded,
         c.test(model),

@@ -327,15 +327,7 @@ class _Run:
         if begun is not None:
             at.resume(begun)
         self.train_set.epoch = epoch
-        loader = DataLoader(
-            self.train_set,
-            batch_sampler=[*chain.from_iterable(shares[at.step :])],
-            num_workers=self.workers,
-            pin_memory=self.device.type == "cuda",
-            worker_init_fn=worker_start(),
-            # Without this argument, the loader would draw a seed from the global generator after every resume.
-            generator=torch.Generator().manual_seed(config.seed),
-        )
+        loader = self._loader([*chain.from_iterable(shares[at.step :])])
         self.model.train()
         start = time.perf_counter() - at.seconds
         with (
@@ -355,13 +347,7 @@ class _Run:
                 batch = batches[index]
                 parts = self._fetch(items, len(shares[index]), at)
                 at.whole = False
-                parts = [
-                    (
-                        images.to(self.device, non_blocking=True, memory_format=torch.channels_last),
-                        mos.to(self.device, torch.float32, non_blocking=True),
-                    )
-                    for images, mos in parts
-                ]
+                parts = self._on_device(parts)
                 if epoch == 0 and index == 0:
                     self._calibrate(batch, parts)
                 step = epoch * len(batches) + index
@@ -369,12 +355,8 @@ class _Run:
                 for group in self.optimizer.param_groups:
                     group["lr"] = factor * group["base_lr"]
                 if config.adversarial_eps > 0:
-                    seed = (config.seed, epoch, index, self.rank)
                     share = warmup_share(step, config.adversarial_warmup * len(batches))
-                    parts = [
-                        (adversarial(self.model, images, mos, config, *seed, number, share=share), mos)
-                        for number, (images, mos) in enumerate(parts)
-                    ]
+                    parts = self._attacked(parts, epoch, index, share)
                 losses, outcome = self._step(parts, len(batch))
                 self._check(outcome, at, batch)
                 if outcome == STEPPED and self.average is not None:
@@ -388,13 +370,46 @@ class _Run:
                     self._save(at.to_dict())
             self._stop_if_asked(at)
         factor = lr_factor((epoch + 1) * len(batches) - 1, steps=total, warmup=warmup)
-        rates = {
+        skipped = {"skipped_steps": at.skipped} if self.scaler.is_enabled() else {}
+        return {"epoch": epoch + 1, "lr": self._rates(factor), **at.row(), **skipped}, at.to_dict()
+
+    def _rates(self, factor: float) -> dict[str, float]:
+        """Return the learning rates by group. Groups without weight decay have the same rates."""
+        return {
             group["name"]: factor * group["base_lr"]
             for group in self.optimizer.param_groups
             if not group["name"].endswith("_no_decay")
         }
-        skipped = {"skipped_steps": at.skipped} if self.scaler.is_enabled() else {}
-        return {"epoch": epoch + 1, "lr": rates, **at.row(), **skipped}, at.to_dict()
+
+    def _loader(self, batches: list[list[int]]) -> DataLoader[Any]:
+        return DataLoader(
+            self.train_set,
+            batch_sampler=batches,
+            num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=worker_start(),
+            # Without this argument, the loader would draw a seed from the global generator after every resume.
+            generator=torch.Generator().manual_seed(self.config.seed),
+        )
+
+    def _on_device(self, parts: list[Any]) -> list[tuple[Tensor, Tensor]]:
+        return [
+            (
+                images.to(self.device, non_blocking=True, memory_format=torch.channels_last),
+                mos.to(self.device, torch.float32, non_blocking=True),
+            )
+            for images, mos in parts
+        ]
+
+    def _attacked(
+        self, parts: list[tuple[Tensor, Tensor]], epoch: int, index: int, share: float
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Attack the images of a step for adversarial training, with `share` of the budget."""
+        seed = (self.config.seed, epoch, index, self.rank)
+        return [
+            (adversarial(self.model, images, mos, self.config, *seed, number, share=share), mos)
+            for number, (images, mos) in enumerate(parts)
+        ]
 
     def _fetch(self, items: Iterator[Any], count: int, at: Progress) -> list[Any]:
         """Load the micro-batches of a step. If one rank cannot read its images or gets SIGTERM, all ranks raise."""

@@ -42,6 +42,7 @@ def test_rows_and_lines(tmp_path, monkeypatch, capsys):
         ({"direction": "forward", "dyt": False}, True),
         ({"neck": "quadratic", "share_of_time": 1.0, "share_of_memory": 1.0}, False),
         ({"side": 128, "share_of_time": 3.0}, False),
+        ({"side": 256, "share_of_memory": 0.35}, False),
     ],
 )
 def test_what_misses_its_aim_is_marked(change, missed):

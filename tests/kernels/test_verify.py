@@ -598,6 +598,18 @@ def test_where_no_kernel_can_run_an_earlier_verdict_stays_whole(monkeypatch, cap
     assert kept() == before
 
 
+def test_rows_as_json_are_those_of_the_export(tmp_path: Path, monkeypatch, capsys):
+    Answers(monkeypatch, fine)
+    path = tmp_path / "rows.jsonl"
+    assert command.main([*ONLY, "--json", "--export", str(path)]) == 0
+    shown = capsys.readouterr()
+    rows = [json.loads(line) for line in shown.out.splitlines()]
+    assert len(rows) == len(kept().rows) > 0
+    assert rows == [json.loads(line) for line in path.read_text().splitlines()]
+    assert f"wrote {path}" in shown.err
+    assert "Speedup over" in shown.err
+
+
 @pytest.fixture
 def handler(number: signal.Signals, request: pytest.FixtureRequest) -> Iterator[Any]:
     """Set a signal's handler before the command runs, because tests that run under nohup ignore SIGHUP."""

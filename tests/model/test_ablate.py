@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import time
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,16 +20,17 @@ import torch
 from PIL import Image
 
 from srm_model import SRMConfig, build_model
+from srm_model.checkpoint import read_card
 from srm_model.cli import main
 from srm_model.cli.options import named_folders
 from srm_model.data.synthesize import synthesize
 from srm_model.files import claimed, read_json, write_json
+from srm_model.necks import NECKS
 from srm_model.reports import write_study
 from srm_model.reports.records import Records, StudyResults, over_seeds
 from srm_model.reports.study_figures import _BUILDERS
 from srm_model.reports.study_tables import markdown, tables
 from srm_model.reports.text import model_text, signed
-from srm_model.runs import surrogate_of
 from srm_model.study.context import Context
 from srm_model.study.file import ABLATIONS, DEFENCES, FULL, Model, Study, read_study, slug
 from srm_model.study.jobs import Job, jobs
@@ -371,9 +373,34 @@ def test_the_summary_is_also_json(place: Path, out: Path, capsys: pytest.Capture
     assert "--json was given with --list, --dry-run or --job, which print no table" in capsys.readouterr().err
 
 
-def test_one_rule_finds_the_surrogate_of_every_model(place: Path, out: Path):
+def test_every_model_is_attacked_and_audited_with_its_surrogate(place: Path, out: Path):
     for model in read_study(place / "study.toml").models():
-        assert surrogate_of(out / model.folder) == out / model.surrogate.folder
+        other = NECKS[model.neck].surrogate
+        trained = out / "runs" / model.data / model.backbone / f"seed{model.seed}" / other
+        attacks = [read_json(path) for path in (out / model.folder / "attacks").rglob("l*.json")]
+        assert attacks
+        for found in attacks:
+            assert found["settings"]["surrogate"] == read_card(trained)["sha256"]
+    for line in Records(out).of("audit"):
+        checks = {check["name"]: check["passed"] for check in line["values"]["checks"]}
+        assert checks["transfer"] is not None, line["identity"]
+
+
+def test_a_study_without_the_surrogate_leaves_out_the_transfer_attack(place: Path, tmp_path: Path):
+    values = tomllib.loads(STUDY)
+    study = {key: values[key] for key in ("backbones", "data", "config", "attacks")} | {
+        "necks": ["srm"],
+        "seeds": [0],
+    }
+    write_json(place / "alone.json", study)
+    assert (
+        main(
+            ["ablate", str(place / "alone.json"), "--out", str(tmp_path), "--device", "cpu", "--no-progress"]
+        )
+        == 0
+    )
+    (attack,) = Records(tmp_path).of("attack")
+    assert attack["values"]["incomplete"] == ["transfer"]
 
 
 def test_weights_that_are_gone_are_trained_again_where_something_needs_them(
@@ -690,6 +717,23 @@ def test_all_tables_are_made_and_their_figures_are_the_lines(out: Path, capsys: 
     assert cells["no key norm"][4].strip("*") == signed(srocc["no key norm", 1] - srocc["full", 1])
     assert main(["report", str(out), "--table", "8"]) == 0
     assert "| noise | test_convnext | srm | L∞ ε = 4/255 |" in capsys.readouterr().out
+
+
+def test_tables_of_a_study_are_also_json(out: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["report", str(out), "--table", "8", "11", "--json"]) == 0
+    shown = capsys.readouterr()
+    rows = [json.loads(line) for line in shown.out.splitlines()]
+    budgets = [row["budget"] for row in rows if row["table"] == 8 and row["neck"] == "srm"]
+    assert "L∞ ε = 4/255" in budgets
+    (row,) = (row for row in rows if row.get("Variant") == "no key norm")
+    (line,) = (
+        line for line in (out / "tables" / "table-11.md").read_text().splitlines() if "no key norm" in line
+    )
+    assert list(row.values()) == [11, *(cell.strip(" *") for cell in line.split("|")[1:-1])]
+    assert list(row)[:5] == ["table", "Variant", "seeds", "clean SROCC", "clean SROCC, Δ"]
+    assert "### Table 8." in shown.err
+    assert main(["report", str(out), "--json"]) == 2
+    assert "--json was given without --table" in capsys.readouterr().err
 
 
 def test_a_line_from_before_a_config_field_existed_is_still_found(tmp_path: Path):

@@ -12,7 +12,8 @@ from scipy.stats import beta, binom, norm
 from torch import nn
 
 from srm_model.attacks import Signed, certify, pgd
-from srm_model.attacks.certify import certificate, order_statistics, smoothed_scores
+from srm_model.attacks.certify import certificate, certify_dataset, order_statistics, smoothed_scores
+from srm_model.config import SRMConfig
 
 
 class Unclipped(nn.Module):
@@ -119,6 +120,22 @@ def test_images_stay_images_and_seeds_decide():
         Watching(weight()), batch(2), sigma=1.0, samples=70, generator=torch.Generator().manual_seed(1)
     )
     assert not torch.allclose(first, another)
+
+
+def test_certificates_of_a_dataset_count_the_pairs_that_do_not_overlap():
+    values = [0.2, 0.3, 0.2, 0.7]
+    dataset = [(torch.full((3, 8, 8), value), 0.5) for value in values for _ in range(2)]
+    settings = {"smoothing_sigma": 0.01, "smoothing_samples": 100, "eps_smoothing": (0.0, 100.0), "seed": 3}
+    model = Linear(torch.full((3, 8, 8), 1 / 192))
+    narrow, wide = certify_dataset(model, dataset, SRMConfig(**settings), 4)
+    images = torch.stack([image for image, _ in dataset[1::2]])
+    own = certify(model, images, eps=0.0, sigma=0.01, samples=100, generator=torch.Generator().manual_seed(3))
+    # The two equal images are the only pair of six whose intervals overlap at eps 0.
+    assert narrow == {"stated": 0.0, **own.to_dict(), "ordered": 5 / 6}
+    # A budget is stated for 512² pixels. This one is larger than all samples can bound.
+    assert (wide["stated"], wide["eps"], wide["ordered"]) == (100.0, 100 * 8 / 512, 0.0)
+    (alone,) = certify_dataset(model, dataset, SRMConfig(**settings | {"eps_smoothing": (0.0,)}), 1)
+    assert alone["ordered"] == 0.0
 
 
 @pytest.mark.parametrize(

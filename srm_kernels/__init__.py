@@ -7,7 +7,13 @@ GPU, no Triton and no compiler.
 """
 
 from . import flops
-from .attention import diagnosed_attention, full_attention, landmark_side, nystrom_attention
+from .attention import (
+    AttentionKeywords,
+    diagnosed_attention,
+    full_attention,
+    landmark_side,
+    nystrom_attention,
+)
 from .choice import Explanation, explain
 from .conditioning import LandmarkSolution, Solver, landmark_solve
 from .dispatch import BackendStatus, backends
@@ -18,6 +24,7 @@ from .pool import adaptive_pool
 from .scale import RMSScale, dyt, rms_scale, tau_loss
 
 __all__ = [
+    "AttentionKeywords",
     "BackendStatus",
     "Explanation",
     "GateLosses",

@@ -15,7 +15,7 @@ import textwrap
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, is_typeddict
 
 import pytest
 
@@ -72,7 +72,7 @@ def faults(value: Any) -> list[str]:
     is_class = isinstance(value, type)
     if is_class and (issubclass(value, (enum.Enum, BaseException)) or getattr(value, "_is_protocol", False)):
         return []
-    parameters = list(inspect.signature(value).parameters)
+    parameters = [] if is_typeddict(value) else list(inspect.signature(value).parameters)
     has_fields = is_class and (dataclasses.is_dataclass(value) or hasattr(value, "_fields"))
     named = section(docstring, "Attributes" if has_fields else "Args")
     if other := re.search(

@@ -147,5 +147,9 @@ class QuerySides(Written):
         groups += [self.alphas, self.weights, self.biases]
         return [group[link] for group in groups if group]
 
+    def links_to(self, number: int) -> list[int]:
+        """Return the links whose target is the map `number`."""
+        return [link for link, target in enumerate(self.targets) if target == number]
+
 
 WRITTEN: dict[str, type[Written]] = {kind.__name__: kind for kind in Written.__subclasses__()}

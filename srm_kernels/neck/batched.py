@@ -15,7 +15,7 @@ from torch import Tensor
 from ..options import QuerySides
 from ..registration import recording
 from . import reference
-from .tile_steps import Moments, Workspace, cell_weights, tiles_of
+from .tile_steps import Moments, Workspace, cell_weights, new_results, tiles_of
 
 POSITIONS = 4096  # approximate positions per tile; logits of 8 images, 8 heads and 64 landmarks are then 64 MiB in fp32
 
@@ -31,24 +31,21 @@ def _tiles(m: Tensor, size: int, like: Tensor) -> Iterator[tuple[slice, Tensor]]
 
 def pooled_links(sides: QuerySides) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return P̄, pool(F) and the moments of Y = L X, as the reference does."""
-    keys, xs, size = sides.keys, sides.xs, sides.size
-    B, H, _, d = keys[0].shape
-    most = max(k.shape[2] for k in keys)
-    probabilities = keys[0].new_zeros((len(keys), B, H, size * size, most))
-    shape = (len(keys), B, H) if xs else (0,)
-    means, spreads = keys[0].new_empty((*shape, d) if xs else shape), keys[0].new_empty(shape)
-    space = Workspace(keys[0])
-    for link, (target, K) in enumerate(zip(sides.targets, keys, strict=True)):
-        F, pooled = sides.maps[target].flatten(2), probabilities[link, ..., : K.shape[2]]
-        moments = Moments(xs[link].flatten(0, 1)) if xs else None
-        for tile, weights in _tiles(sides.maps[target], size, K):
-            L = reference.landmark_probabilities(F[..., tile], sides.parameters(link), K, sides)
-            pooled += weights @ L
-            if moments is not None:
-                moments.add(L.flatten(0, 1), space)
-        if moments is not None:
-            mean, spread = moments.results()
-            means[link], spreads[link] = mean.unflatten(0, (B, H)), spread.unflatten(0, (B, H))
+    probabilities, means, spreads = new_results(sides)
+    space = Workspace(sides.keys[0])
+    for number, m in enumerate(sides.maps):
+        links, F = sides.links_to(number), m.flatten(2)
+        moments = {link: Moments(sides.xs[link].flatten(0, 1)) for link in links if sides.xs}
+        for tile, weights in _tiles(m, sides.size, sides.keys[0]):
+            for link in links:
+                K = sides.keys[link]
+                L = reference.landmark_probabilities(F[..., tile], sides.parameters(link), K, sides)
+                probabilities[link, ..., : K.shape[2]] += weights @ L
+                if sides.xs:
+                    moments[link].add(L.flatten(0, 1), space)
+        for link, found in moments.items():
+            for into, moment in zip((means, spreads), found.results(), strict=True):
+                into[link] = moment.view_as(into[link])
     return probabilities, reference.pooled_maps(sides), means, spreads
 
 
@@ -66,7 +63,7 @@ def pooled_links_backward(
         F = m.flatten(2)
         for tile, weights in _tiles(m, sides.size, keys[0]):
             dF = dmean.mT.to(wide) @ weights
-            for link in (i for i, target in enumerate(sides.targets) if target == number):
+            for link in sides.links_to(number):
                 dL = weights.mT @ grads[0][link, ..., : keys[link].shape[2]]
                 with recording():
                     leaves = [t.detach().requires_grad_() for t in (F[..., tile], *parameters[link])]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..attention.reference import NORM_FLOOR
+from ..options import QuerySides
 from ..pool.reference import adaptive_pool
 
 DyT = tuple[Tensor, Tensor, Tensor]  # α, w and b
@@ -140,6 +141,16 @@ def cell_weights(length: int, size: int, like: Tensor) -> Tensor:
     starts, stops = cells * length // size, -(-(cells + 1) * length // size)
     inside = ((starts <= positions) & (positions < stops)).to(like.dtype)
     return inside / (stops - starts)
+
+
+def new_results(sides: QuerySides) -> tuple[Tensor, Tensor, Tensor]:
+    """Return P̄ (L, B, H, P², r) of zeros, and empty moments of Y = L X: the mean and Σ‖y − mean‖²."""
+    keys = sides.keys
+    B, H, _, d = keys[0].shape
+    most = max(k.shape[2] for k in keys)
+    shape = (len(keys), B, H) if sides.xs else (0,)
+    probabilities = keys[0].new_zeros((len(keys), B, H, sides.size * sides.size, most))
+    return probabilities, keys[0].new_empty((*shape, d) if sides.xs else shape), keys[0].new_empty(shape)
 
 
 def fold(align: Affine, query_weight: Tensor, dyt: DyT | None) -> Folded:

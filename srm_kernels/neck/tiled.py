@@ -35,6 +35,7 @@ from .tile_steps import (
     Workspace,
     fold,
     fold_backward,
+    new_results,
     normalise_backward,
     queries_of,
 )
@@ -169,11 +170,8 @@ class _Backward:
 def pooled_links(sides: QuerySides) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return P̄ (L, B, H, P², r), pool(F) (B, P², ΣC_i) and the moments of Y = L X, as the reference does."""
     keys, xs, size = sides.keys, sides.xs, sides.size
-    B, H, _, d = keys[0].shape
-    most = max(k.shape[2] for k in keys)
-    probabilities = keys[0].new_zeros((len(keys), B, H, size * size, most))
-    shape = (len(keys), B, H) if xs else (0,)
-    means, spreads = keys[0].new_empty((*shape, d) if xs else shape), keys[0].new_empty(shape)
+    B, H = keys[0].shape[:2]
+    probabilities, means, spreads = new_results(sides)
     space = Workspace(keys[0])
     for number in range(len(keys)):
         link = _Link(sides, number, space)
@@ -201,7 +199,7 @@ def pooled_links_backward(
     dmeans = grads[1].split([m.shape[1] for m in maps], -1)
     for number, dmap in enumerate(dmaps):
         grid = _grid(dmap, size, keys[0])
-        into_it = [i for i, target in enumerate(sides.targets) if target == number]
+        into_it = sides.links_to(number)
         for image, given in enumerate(dmap):
             in_place = given.dtype == wide and _is_aligned(given)
             whole = given if in_place else space("dmap", *given.shape)

@@ -445,7 +445,7 @@ def test_explain_refuses_what_is_no_operator():
 
 @pytest.mark.parametrize("where", ["decided", "undecided", "the CPU"])
 def test_a_choice_that_was_made_before_executes_few_instructions(where: str, monkeypatch):
-    """About 180 bytecode instructions take less than 2 µs; without its cache a choice executes 300 to 750 of them."""
+    """A cached choice executes at most 180 bytecode instructions; without the cache it executes 300 to 750."""
     verified(
         *[row("rms_scale", [130, 24], FAST), row("landmark_solve (svd)", [9, 24], FAST)][
             : 2 * (where == "decided")

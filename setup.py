@@ -1,9 +1,10 @@
 """Build the optional C++ library `srm_kernels/_cpu.so` from `csrc/`; pyproject.toml describes the package.
 
-The build needs a C++ compiler (g++, or the one that CXX names) and the headers of torch in this interpreter's
-site-packages. Without them the library is skipped and one line gives the reason. SRM_BUILD_EXT=0 skips the build;
-SRM_BUILD_EXT=1 turns a failure into an error. This file does not import torch, because an isolated build environment
-does not have it.
+The build needs Linux, a C++ compiler (g++, or the one that CXX names) and the headers of torch in the
+site-packages of this interpreter. If one of these is missing or the compilation fails, the package is built
+without the library, and one line on stderr gives the reason. With SRM_BUILD_EXT=1, the build of the package
+fails instead. SRM_BUILD_EXT=0 skips the build of the library. This file does not import torch, because torch
+is not installed in an isolated build environment.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ FLAGS += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
 
 
 def torch_folder() -> Path | None:
-    """Return the folder of torch in site-packages, or None without the headers of the stable ABI."""
+    """Return the folder of torch in site-packages, or None if it lacks the headers of the stable ABI."""
     for scheme in ("purelib", "platlib"):
         folder = Path(sysconfig.get_path(scheme)) / "torch"
         if (folder / "include/torch/csrc/stable/library.h").is_file():

@@ -1,15 +1,17 @@
 """Measure the throughput (images × steps per second) and the overhead of each attack: `python -m bench.attacks`.
 
-Bare passes are the forward and backward passes that an attack needs, without the other work of the attack. An attack
-and its bare passes run in turns on the same batch. No gradients of the weights are computed. Rates are computed from
-median times. On a CPU with one thread, rates use CPU time. On a CPU with several threads and on a GPU, rates use
-wall-clock time. On a GPU, the clock is read when the GPU has finished.
+Bare passes are the forward and backward passes that an attack needs, without the other work of the attack.
+The attack and its bare passes are timed in alternation on the same batch. No gradients of the weights are
+computed. The throughput is computed from the median time of a call. This is CPU time on a CPU with one
+thread, and wall-clock time on a CPU with several threads or on a GPU. On a GPU, the clock is read when the
+GPU has finished.
 
-The overhead is the shortest time of the attack divided by the shortest time of the bare passes, minus 1. On a GPU, the
-shortest time is the wall-clock time of the fastest call. On a CPU, the CPU time of each step is measured, because other
-processes disturb some steps of every call. For each step, the shortest time over all calls is taken. The sum of these
-times is the shortest time of a call. An attack also does work once per call, such as drawing the random start. The
-overhead is therefore smaller with more steps.
+The overhead is the shortest time of the attack divided by the shortest time of the bare passes, minus 1. On a
+GPU, the shortest time is the wall-clock time of the fastest call. On a CPU, other processes disturb some
+steps of every call, so even the fastest call is disturbed. Therefore the CPU time of each step is measured in
+every call, and the shortest time of each step over all calls is taken. The sum of the shortest times of all
+steps is used as the shortest time of a call. An attack also does work once per call, such as drawing the
+random start. The overhead is therefore smaller with more steps.
 
 By default an attack has 20 steps and 1 restart; the article uses 40 steps and 5 restarts. On a CPU, glibc is set to
 keep freed memory between calls, as in `srm-iqa attack`.
@@ -46,10 +48,11 @@ class Plan(NamedTuple):
     """Function that runs an attack, and the number of passes that the attack needs.
 
     Attributes:
-        attack: Function (model, tick) → result. It calls `tick()` after each step.
+        attack: Function (model, tick) → result. It calls `tick()` after each step. FGSM has only one step and
+            does not call `tick()`.
         forward: Number of forward passes without gradients.
-        backward: Number of pairs of a forward and a backward pass. The backward pass computes the gradient of the
-            images.
+        backward: Number of pairs of a forward and a backward pass. The backward pass computes the gradient of
+            the scores with respect to the images.
         units: Number of steps, or of queries for the square search.
     """
 
@@ -104,7 +107,11 @@ def bare(model: nn.Module, images: Tensor, *, forward: int, backward: int) -> Ca
 
 
 class Timed(NamedTuple):
-    """Time of one call in seconds. Rates use `whole`. Overheads use `parts`, the times between two ticks."""
+    """Time of one call in seconds: `whole` for the throughput, and `parts` for the overhead.
+
+    `parts` has the times between successive ticks. The first part begins when the call starts, and the last
+    part ends when the call returns.
+    """
 
     whole: float
     parts: list[float]
@@ -133,7 +140,7 @@ def least(calls: list[Timed]) -> float:
 
 
 def measure(plan: Plan, model: nn.Module, images: Tensor, repeats: int) -> dict[str, float]:
-    """Time the bare passes and the attack in turns, `repeats` times after one unmeasured round."""
+    """Time the bare passes and the attack in alternation, `repeats` times after one unmeasured round."""
     passes = bare(model, images, forward=plan.forward, backward=plan.backward)
     plain, taken = [], []
     for _ in range(1 + repeats):

@@ -1,4 +1,4 @@
-"""Compare the time of Nyström attention with other implementations: `python -m bench.attention`.
+"""Compare the times of several implementations of attention: `python -m bench.attention`.
 
 `default` is Nyström attention with the default backend. The other implementations are
 
@@ -8,11 +8,11 @@
 - `svd`: the same as `reference`, with `torch.linalg.svd` as the solver;
 - `torch`: Nyström attention by two calls of torch's fused attention, Y = SDPA(Q, K̃, X) and R V = SDPA(K̃, K, V), with
   torch's Cholesky;
-- with --compile, all of these under `torch.compile`.
+- with --compile, also each implementation, including `default`, under `torch.compile`.
 
-All implementations run in turns. The results are ratios of median times of one run. Do not compare times of different
-runs. A GPU is timed with CUDA events around queued calls. A CPU is timed by CPU time if torch has one thread, else by
-wall-clock time.
+All implementations are timed in alternation: each round calls every implementation once. The results are
+ratios of median times of one run. Do not compare times of different runs. A GPU is timed with CUDA events
+around queued calls. A CPU is timed by CPU time if torch has one thread, else by wall-clock time.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def times_of(calls: dict[str, Call], options: argparse.Namespace, least_repeats: int = 1) -> dict[str, Times]:
-    """Time the calls in turns."""
+    """Time the calls in alternation: each round runs every call once."""
     effort = Effort(options.warmup, max(options.repeats, least_repeats), options.seconds)
     return measure_together(calls, torch.device(options.device), effort)
 
@@ -73,9 +73,9 @@ def rivals(options: argparse.Namespace) -> dict[str, Attention]:
 
 
 def plain(function: Callable[..., Tensor], rank: int, solver: str = "cholesky") -> Attention:
-    """Return attention as plain PyTorch code, because torch.compile does not trace operators.
+    """Return attention as plain PyTorch code, because torch.compile does not trace into custom operators.
 
-    The returned function chooses the landmarks and then calls `function`, the body of an operator.
+    The returned function chooses the landmarks and then calls `function`, the body of a custom operator.
     """
 
     def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -126,8 +126,9 @@ def row_of(
 def query_side(options: argparse.Namespace) -> str:
     """Time the query side alone at N_q = 16,384, and compare its memory throughput with the throughput of a copy.
 
-    The query side and the copy run in turns. On a GPU, the host launches the query side while the copy still runs. The
-    measured time therefore includes no launch overhead. The copy also evicts Q from the caches.
+    The copy and the query side are timed in alternation. On a GPU, the host launches the query side while the
+    previous copy is still running, so the measured time includes no launch overhead. The copy also evicts Q
+    from the caches.
     """
     from srm_kernels.attention import _query_side
 

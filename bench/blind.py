@@ -79,7 +79,7 @@ class Bench:
 
 
 def key_of(row: Row) -> str:
-    """Return the entries that identify a row as text: kind, model, version, settings, budget and batch."""
+    """Return, as text, the entries that identify a row: kind, model, version, settings, budget and batch."""
     return json.dumps([row.get(name) for name in KEYS], sort_keys=True)
 
 

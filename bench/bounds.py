@@ -1,8 +1,9 @@
-"""Search for keys that exceed the bounds of docs/CONDITIONING.md.
+"""Search for sets of keys that violate the bounds of docs/CONDITIONING.md.
 
-The search covers normalised keys and keys without normalisation. A set has 2r keys. The first r keys are the landmarks
-K̃ (r, d). Let W = softmax(K̃K̃ᵀ/√d), λ = λ₀ tr(W)/r and W_λ = W + λI. D is the diagonal matrix of the row sums of
-exp(K̃K̃ᵀ/√d), and S = D^½ W D^-½ is symmetric. For every set, these figures are computed in fp64:
+The search draws sets of 2r keys. The keys of a set are either normalised or not. The first r keys of a set
+are the landmarks K̃ (r, d). Let W = softmax(K̃K̃ᵀ/√d), λ = λ₀ tr(W)/r and W_λ = W + λI. D is the diagonal
+matrix of the row sums of exp(K̃K̃ᵀ/√d), and S = D^½ W D^-½ is symmetric. For every set, these figures are
+computed in fp64:
 
 - `symmetric`: κ₂(S + λI) divided by its bound (1 + λ)/λ;
 - `certificate`: κ₂(W_λ) divided by its bound ϱ(1 + λ)/λ, where ϱ is the largest row sum divided by the smallest;

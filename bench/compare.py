@@ -4,9 +4,11 @@ The exit code is 1 if the candidate is slower. Measurements are repeated in `--s
 processes in random order: two copies of the base (A1, A2) and two of the candidate (B1, B2). All processes make the
 same inputs. Each set needs new processes, because the memory layout of a process can make an operator faster or slower.
 
-A set has several rounds. A round times each copy once, in the order ABBA or BAAB at random, so that a drift of the
-machine cancels. A CPU is timed by CPU time, which other processes barely affect. One thread is used unless
-OMP_NUM_THREADS is set. Each round gives two differences. Here A1, A2, B1 and B2 are the logarithms of the four times:
+A set has several rounds. A round times each of the four processes once, in the order ABBA or BAAB. The order
+is random. In both orders, a steady change of the machine's speed affects A and B equally. Each process uses
+one thread, and a CPU is timed by CPU time, which other processes barely affect. If OMP_NUM_THREADS sets
+several threads, a CPU is timed by wall-clock time instead. Each round gives two differences. In their
+formulas, A1, A2, B1 and B2 stand for the logarithms of the times of the four processes:
 
     change = (B1 + B2 - A1 - A2) / 2        null = (A1 + B1 - A2 - B2) / 2
 
@@ -14,11 +16,16 @@ The change and the null of a set are the medians over its rounds. The null compa
 null differs from 0 only by chance. If the candidate is as fast as the base, the distribution of the change is symmetric
 around 0. Wilcoxon's signed-rank test of the change is then exact.
 
-`ratio` is the Hodges-Lehmann estimate of the change over all sets. `low` and `high` are the ends of the signed-rank
-interval of the change. `noise` is the largest absolute value in the signed-rank interval of the null. The run cannot
-detect changes smaller than the noise. All four values are printed as ratios of times, on one line for each operator,
-family and direction. SLOWER is printed if `low` exceeds the tolerance and `ratio` exceeds the noise. The probability of
-a wrong verdict on any line of a run is at most 1 % (Bonferroni correction). Times of different runs are never compared.
+A run prints one line for each operator, family and direction. The line has four values, as ratios of times:
+
+- `ratio`: the Hodges-Lehmann estimate of the change over all sets;
+- `low` and `high`: the ends of the signed-rank interval of the change;
+- `noise`: the largest absolute value in the signed-rank interval of the null. Changes smaller than the noise
+  cannot be detected.
+
+SLOWER is printed if `low` exceeds 1 plus the tolerance (`--tolerance`) and `ratio` exceeds `noise`. The
+probability that a run wrongly prints SLOWER on any line is at most 1 % (Bonferroni correction). Times of
+different runs are never compared.
 
     python -m bench.compare --checkouts OLD NEW
     python -m bench.compare --backends reference torch
@@ -48,7 +55,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SETS = 20
 ROUNDS = 4
 TOLERANCE = 0.05  # largest accepted slowdown, relative
-ALPHA = 0.01  # probability of a wrong verdict anywhere in a run
+ALPHA = 0.01  # largest probability that any interval of the change in a run misses the true change
 COPIES = ("A1", "B1", "B2", "A2")
 _WORKER = (
     "import sys; sys.path.insert(0, sys.argv[1]); import srm_kernels; sys.path.insert(0, sys.argv[2]); "
@@ -77,7 +84,7 @@ class Verdict(NamedTuple):
 
 
 def one_set(copies: dict[str, Measure], rounds: int, random: np.random.Generator) -> Pair:
-    """Time the four copies in turns; return the change and the null of the set.
+    """Time the four copies in several rounds; return the change and the null of the set.
 
     Args:
         copies: Dictionary from each name in `COPIES` to the function that times this copy.
@@ -96,14 +103,14 @@ def one_set(copies: dict[str, Measure], rounds: int, random: np.random.Generator
 
 
 def judge(sets: Sequence[Pair], *, tolerance: float = TOLERANCE, lines: int = 1) -> Verdict:
-    """Decide from the sets of one line whether the candidate is slower.
+    """Decide whether the candidate is slower for one operator, family and direction.
 
-    The docstring of this module gives the rule. A line is one operator, family and direction.
+    The docstring of this module gives the rule.
 
     Args:
         sets: Change and null of each set.
         tolerance: Largest accepted slowdown, relative: 0.05 accepts 5 %.
-        lines: Number of lines in the run.
+        lines: Number of combinations of operator, family and direction for which the run gives a verdict.
 
     Raises:
         ValueError: There are too few sets to detect any slowdown.
@@ -128,8 +135,8 @@ def signed_rank(values: Sequence[float], level: float) -> tuple[float, float, fl
 
     Args:
         values: A sample of a symmetric distribution.
-        level: Largest probability that the centre is below the interval. The same limit applies above the interval.
-            With 0.025, the confidence is 95 %.
+        level: Largest probability that the centre is below the interval, and also the largest probability
+            that the centre is above the interval. A level of 0.025 gives a 95 % confidence interval.
     """
     means = sorted((a + b) / 2 for a, b in itertools.combinations_with_replacement(values, 2))
     ways = np.zeros(len(means) + 1)  # number of sign patterns, by the sum of the positive ranks
@@ -191,7 +198,7 @@ class Worker:
 
 
 class Line:
-    """One operator, family and direction: its finished sets, or the reason why they are not compared."""
+    """One operator, family and direction: the finished sets, or the reason why nothing is compared."""
 
     def __init__(self, operator: str, family: str, direction: str, options: argparse.Namespace) -> None:
         self.name = f"{operator:22} {family:17} {direction:9} "
@@ -215,7 +222,11 @@ class Line:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print a line per operator, family and direction; return 1 if one is slower, 2 if none could be compared."""
+    """Print a line per operator, family and direction, and return the exit code.
+
+    The exit code is 1 if the candidate is slower on at least one line, 130 after Ctrl-C, and 0 otherwise. It
+    is 2 if no operator could be compared or if an argument is not accepted.
+    """
     options = _options(arguments)
     try:
         return _run(options)

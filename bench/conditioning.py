@@ -92,11 +92,11 @@ def calls(logits: Tensor, rhs: Tensor) -> dict[str, Call]:
 
 
 def best(functions: dict[str, Call], device: torch.device, repeats: int) -> dict[str, float]:
-    """Time several calls in turns (first, second, …, first, second, …); return the shortest time of each in ms.
+    """Time calls alternately (first, second, …, first, second, …); return the shortest time of each in ms.
 
-    The shortest time is used instead of the median, because other work on the machine can only add time. On a GPU, a
-    measurement is the mean over `QUEUED` launches. A call that takes longer than 0.1 s is only timed twice, with one
-    launch for each measurement.
+    The shortest time is used instead of the median, because other work on the machine can only add time. On a
+    GPU, a measurement is the mean time of `QUEUED` calls in a row. There are two exceptions for a call that
+    takes longer than 0.1 s: it is measured only twice, and each measurement times a single call.
     """
     first = {name: milliseconds(call, device, 1) for name, call in functions.items()}
     times: dict[str, list[float]] = {name: [] for name in functions}
@@ -124,7 +124,7 @@ def missed(times: dict[str, float], device: torch.device, r: int) -> list[str]:
 
 @torch.no_grad()
 def table(options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
-    """Yield the rows of `shares`, then, for every size, the rows of all solvers."""
+    """Yield the rows of `shares` first; then, for each size, yield a list with one row for each solver."""
     device = torch.device(options.device)
     yield shares(device, options.repeats)
     shown = False
@@ -179,7 +179,11 @@ def shares(device: torch.device, repeats: int) -> list[dict[str, Any]]:
 
 
 def search(options: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
-    """Search for violated bounds; return the largest figures of each family of keys, and the number of violations."""
+    """Search for violated bounds; return rows of figures, and the number of violations.
+
+    There is one row for each combination of key family, objective of the gradient ascent, and normalisation
+    (on or off). A row has the largest value of each figure in `bounds.Figures`.
+    """
     lines: list[dict[str, Any]] = []
     exceeded = 0
     for normalised, count in ((True, options.cases), (False, max(1, options.cases // 5))):
@@ -204,7 +208,7 @@ def search(options: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
 
 
 def print_search(normalised: bool, count: int, rows: list[dict[str, Any]]) -> None:
-    """Print the largest figures of each family and of all families together."""
+    """Print the largest value of each figure, for each row and for all rows together."""
     names = bounds.Figures._fields
     print(f"{count} key sets, keys {'normalised' if normalised else 'not normalised'}; the largest of")
     print(f"{'family':12} {'ascent on':10} " + " ".join(f"{name:>12}" for name in names))
@@ -216,7 +220,7 @@ def print_search(normalised: bool, count: int, rows: list[dict[str, Any]]) -> No
 
 
 def main() -> int:
-    """Time the solvers, or search; return 1 if a bound is violated and 130 after Ctrl-C."""
+    """Time the solvers or search; return 1 if a bound is violated, 130 if Ctrl-C stops the timing, else 0."""
     made = parser("conditioning", __doc__)
     made.add_argument("--search", action="store_true", help="search for keys that exceed the bounds")
     made.add_argument(

@@ -1,4 +1,4 @@
-"""Draw the picture of the model in the README: `python -m bench.diagram docs/model.svg`."""
+"""Draw the README's picture of the model: `python -m bench.diagram docs/model.svg`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STAGES = ("stage 1, stride 4", "stage 2, stride 8", "stage 3, stride 16", "stage
 def box(
     axes: Axes, x: float, y: float, width: float, height: float, text: str, *, accent: bool = False
 ) -> None:
-    """Draw a rounded box around a text; x and y are its lower left corner."""
+    """Draw a rounded box with a text in its centre; (x, y) is the lower left corner of the box."""
     edge, face = (ACCENT, "#e3eefa") if accent else (INK, PALE)
     style = "round,pad=0.02,rounding_size=0.12"
     axes.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=style, ec=edge, fc=face, lw=1.2))
@@ -32,7 +32,7 @@ def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], *, a
 
 
 def draw() -> Figure:
-    """Return the picture: image, backbone, neck with links and gate, head, score."""
+    """Return the picture, which shows the input image, backbone, neck with links and gate, head and score."""
     figure = Figure(figsize=(9.6, 3.7))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, 19.2), ylim=(0, 7.4))

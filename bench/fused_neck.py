@@ -1,17 +1,17 @@
 """Compare the fused neck with the quadratic neck and with the unfused neck: `python -m bench.fused_neck`.
 
-The necks are measured without a backbone, on random maps of the sizes that a backbone produces. The necks take turns
-within one run. `--direction forward` times the forward pass in evaluation mode. `--direction both` times forward and
-backward together in training mode. `plain` is the Nyström neck in plain PyTorch, `unfused` calls the kernels one by
-one, and `fused` uses `pooled_links`. Memory is the peak memory that a call allocates, without the maps and the
-parameters. On a GPU, the profiler counts the launches.
+The necks are measured without a backbone, on random maps of the sizes that a backbone produces. In one run,
+the necks are called alternately. `--direction forward` times the forward pass in evaluation mode.
+`--direction both` times forward and backward together in training mode. `plain` is the Nyström neck in plain
+PyTorch, `unfused` calls the kernels one by one, and `fused` uses `pooled_links`. Memory is the peak memory
+that a call allocates, without the maps and the parameters. On a GPU, the profiler counts the launches.
 
 The floor is a lower bound of the forward time. It is the larger of two times: reading the maps once at the device's
 memory bandwidth, and computing the neck's matrix products at the device's rate of matrix products. Bandwidth and rate
 are measured first, by a large copy and a large matrix product. `--bandwidth` and `--rate` replace the measured values.
 
-On a CPU all necks run in plain PyTorch. `plain` and `fused` are then the same, and `unfused` computes its links one by
-one.
+On a CPU, all necks use the default backend and no Triton kernels. `plain` and `fused` are then the same neck,
+and `unfused` computes its links one by one.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def neck_of(
 ) -> SRMNeck:
     """Build the neck to be timed, and calibrate it.
 
-    The calibration uses the maps that `maps_of` returns for two images of 64×64 pixels. The timed maps have the same
-    distribution.
+    The neck is calibrated on the maps that `maps_of` returns for two images of 64×64 pixels. The timed maps
+    can have other sizes, but their elements have the same distribution.
 
     Args:
         backbone: A name of `WIDTHS`.
@@ -149,7 +149,8 @@ def common_columns(
 def contestants(backbone: str, maps: list[Tensor], options: argparse.Namespace) -> dict[str, Call]:
     """Return a dictionary from names to functions that run the necks.
 
-    On a CPU, the compiled quadratic neck and the CUDA graph of the fused neck are left out.
+    On a CPU, the compiled quadratic neck and the CUDA graph of the fused neck are left out. The CUDA graph is
+    also left out if the direction is "both".
     """
     cuda = options.device == "cuda"
     fused, unfused = (neck_of(backbone, options, backend="triton" if cuda else None) for _ in range(2))

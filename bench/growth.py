@@ -1,8 +1,9 @@
-"""Measure how the cost of attention grows, and where Nyström overtakes exact attention: `python -m bench.growth`.
+"""Measure how attention's cost grows, and the N_k above which Nyström is faster: `python -m bench.growth`.
 
-Each sweep changes one size: N_q, N_k, N (N_q and N_k together), r, d, H or B. The times of a sweep are fitted to the
-power law c·x^p, where x is the size. The crossover table then shows the time of Nyström attention divided by the time
-of exact attention, for several N_k and B. All points of a sweep and all implementations are timed in turns.
+Each sweep changes one size: N_q, N_k, N (N_q and N_k together), r, d, H or B. The times of a sweep are fitted
+to the power law c·x^p, where x is the size. The crossover table then shows the time of Nyström attention
+divided by the time of exact attention, for several N_k and B. The calls of all implementations at all points
+of a sweep alternate. In the crossover table, only the implementations at the same N_k and B alternate.
 """
 
 from __future__ import annotations
@@ -48,9 +49,9 @@ class Scale(NamedTuple):
     """Sizes of all sweeps and of the crossover table.
 
     Attributes:
-        base: Sizes from which a sweep starts. A sweep changes one of them.
-        values: Dictionary from the name of a sweep to the values of its size. The sweep N sets N_q and N_k to the same
-            value.
+        base: Value of each size that a sweep or the crossover table does not change.
+        values: Dictionary from the name of a sweep to the values of the size that the sweep changes. The
+            sweep N sets N_q and N_k to the same value.
         keys: Values of N_k for the crossover table.
         batches: Values of B for the crossover table.
     """
@@ -158,8 +159,9 @@ def calls(sizes: Sizes, backends: Sequence[str], options: argparse.Namespace) ->
 def measured(points: Sequence[Sizes], backends: Sequence[str], options: argparse.Namespace) -> list[Rows]:
     """Measure every implementation at every point; return a list of rows for each point.
 
-    If an implementation cannot run at a point, its row has an `error` with the reason. Points and implementations take
-    turns, so that a drift of the machine affects neither ratios nor exponents.
+    If an implementation cannot run at a point, its row has an `error` with the reason. The calls of all
+    implementations at all points alternate. A slow change of the machine's speed therefore affects neither
+    ratios nor exponents.
     """
     device, effort = torch.device(options.device), effort_of(options)
     rows: list[dict[str, dict[str, Any]]] = []
@@ -281,7 +283,7 @@ def surfaces(rows: Iterable[dict[str, Any]]) -> list[Surface]:
 
 
 def crossing(surface: Surface, batch: int) -> float | None:
-    """Return the N_k above which Nyström attention is faster at a batch size.
+    """Return the N_k above which, at one batch size, Nyström attention is faster than exact attention.
 
     The result is interpolated between the largest N_k at which Nyström attention is not faster and the next measured
     N_k. If Nyström attention is always faster, the result is the smallest measured N_k. If Nyström attention is not
@@ -328,7 +330,7 @@ def crossover_table(surface: Surface) -> tuple[list[str], list[list[str]]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, write rows and print both tables; Ctrl-C keeps the sweeps that are finished."""
+    """Measure all sweeps and the crossover table, write rows, print tables; Ctrl-C keeps finished sweeps."""
     options = _parser().parse_args(arguments)
     scale = SCALES[options.scale or ("gpu" if torch.device(options.device).type == "cuda" else "cpu")]
     backends = options.backends or available_backends()

@@ -99,7 +99,10 @@ def timing_parser(name: str, description: str | None, **defaults: Any) -> argpar
 
 
 def effort_of(options: argparse.Namespace) -> Effort:
-    """Return how many calls the options ask for. The defaults of options that are not set depend on the device."""
+    """Return the numbers of warm-up and measured calls, and the time limit, that the options set.
+
+    If the option `warmup` or `repeats` is None, the default of the device is used.
+    """
     return Effort.for_device(torch.device(options.device), options.warmup, options.repeats, options.seconds)
 
 

@@ -1,9 +1,10 @@
 """Count the launches of a forward pass of the fused neck without a GPU: `python -m bench.launches`.
 
-A launch of one of the package's own kernels is counted when Triton's interpreter starts the kernel. All other launches
-are counted in torch's CPU profile. These are matrix products and convolutions of libraries, elementwise operations,
-reductions and the like. Views and allocations are not counted, because they launch nothing. The convolutions of the
-gate are counted separately. `bench.fused_neck` counts the launches on a GPU with the profiler.
+A launch of one of this package's own kernels is counted when Triton's interpreter starts the kernel. All
+other launches, such as matrix products, convolutions, elementwise operations and reductions, are counted in
+torch's CPU profile. Views and allocations are not counted, because they launch nothing. The convolutions of
+the gate are listed separately and are not part of the total. On a GPU, `bench.fused_neck` counts the launches
+with the profiler.
 """
 
 from __future__ import annotations
@@ -40,7 +41,11 @@ WIDTHS, STRIDES = (3, 4, 5, 6), (4, 8, 16, 32)
 
 
 class Launches(NamedTuple):
-    """Launches of one call by name, in four groups: own kernels, library products, others, convolutions of the gate."""
+    """Number of launches of each kernel or operator in one call.
+
+    There are four groups: this package's own kernels; matrix products and convolutions of libraries; other
+    launches; and the convolutions of the gate.
+    """
 
     kernels: Counter[str]
     products: Counter[str]
@@ -81,7 +86,8 @@ def count_launches(call: Callable[[], object], gate: torch.nn.Module | None = No
     """Count the launches of one call.
 
     Args:
-        call: Function to call. Its Triton kernels run in the interpreter, or as stubs within `overhead.pretended()`.
+        call: Function to call. Its Triton kernels must run in Triton's interpreter, or as stubs in a block
+            `with overhead.pretended():`.
         gate: Module whose convolutions are counted separately.
     """
     hooks = []
@@ -128,9 +134,9 @@ def _add(event: Any, found: Launches, gate: bool) -> bool:
 def forward_of(*, dyt: bool, side: int = 512, batch: int = 2) -> tuple[SRMNeck, list[Tensor]]:
     """Return a neck with the backend "triton", in evaluation mode, and its maps (B, C_i, h, w).
 
-    The interpreter is slow, so the maps have few channels and few rows. This does not change the number of launches.
-    The number depends on the links of the neck, on the widths w of the maps, and on whether a source has more than 512
-    keys.
+    The interpreter is slow, so the maps have few channels and few rows. The number of launches does not
+    depend on channels and rows. It depends on the links of the neck, on the widths w of the maps, and on
+    whether a source has more than 512 keys.
 
     Args:
         dyt: Whether the neck has DyT.
@@ -153,7 +159,7 @@ def forward_of(*, dyt: bool, side: int = 512, batch: int = 2) -> tuple[SRMNeck, 
 
 
 def main() -> None:
-    """Print a line for the default schedule with DyT and without, in fp32 and under autocast."""
+    """Print the launches for the default links: with DyT and without DyT, in fp32 and under autocast."""
     if os.environ.get("TRITON_INTERPRET") != "1":  # Triton reads it when it is imported
         environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
         raise SystemExit(subprocess.call([sys.executable, "-m", "bench.launches"], env=environment))

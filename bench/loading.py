@@ -1,7 +1,9 @@
-"""Measure where the time of loading an image goes: `python -m bench.loading IMAGES` (decoding, resizing, augmentation).
+"""Measure the time of each step of loading an image: `python -m bench.loading IMAGES`.
 
-The first images of a folder are read as in training. Times are CPU time in milliseconds per image, for one worker. Each
-step is timed in several passes. The shortest time is reported, because other processes affect it least.
+The steps are decoding, resizing, reading from the image cache, augmentation and conversion to float32. The
+first images of the folder IMAGES are loaded as in training. Times are CPU time in milliseconds per image, for
+one worker. Each step is timed in several passes over the images. The shortest time is reported, because other
+processes affect it least.
 """
 
 from __future__ import annotations

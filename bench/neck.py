@@ -9,7 +9,7 @@ from srm_model.cli import main
 
 
 def run() -> int:
-    """Run `srm-iqa profile` with the arguments of the command line; an `--out` among them takes precedence."""
+    """Run `srm-iqa profile` with the arguments of the command line; `--out` defaults to bench/results."""
     return main(["profile", "--out", str(RESULTS), *sys.argv[1:]])
 
 

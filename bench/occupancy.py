@@ -9,7 +9,10 @@ from bench.resources import case_words
 
 
 class Limits(NamedTuple):
-    """Capacity of a multiprocessor. `shared` and `shared_block` are bytes of shared memory: in total, per block."""
+    """Capacity of a multiprocessor.
+
+    `shared` is its shared memory in bytes. One thread block can use at most `shared_block` bytes of it.
+    """
 
     warps: int
     blocks: int
@@ -33,7 +36,14 @@ _MOST_REGISTERS = 255  # per thread
 
 
 class Occupancy(NamedTuple):
-    """Resident thread blocks and warps, the share of resident warps among possible warps, the limiting resource."""
+    """Theoretical occupancy of a kernel on one multiprocessor.
+
+    Attributes:
+        blocks: Number of resident thread blocks.
+        warps: Number of resident warps.
+        share: `warps` divided by the largest number of warps that the multiprocessor can hold.
+        limit: What limits `blocks`: "blocks", "warps", "registers" or "shared memory".
+    """
 
     blocks: int
     warps: int
@@ -48,10 +58,10 @@ def occupancy(registers: int, shared: int, warps: int, capability: int) -> Occup
         registers: Registers per thread.
         shared: Bytes of shared memory per thread block.
         warps: Warps per thread block.
-        capability: 80, 86, 89, 90 or 120.
+        capability: Compute capability × 10: 80, 86, 89, 90 or 120.
 
     Raises:
-        ValueError: The capability is unknown, or a size is negative.
+        ValueError: The capability is unknown, `registers` or `shared` is negative, or `warps` is less than 1.
     """
     if capability not in LIMITS:
         raise ValueError(f"capability={capability}: expected one of {', '.join(map(str, LIMITS))}")

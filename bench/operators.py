@@ -49,7 +49,8 @@ class Operator(NamedTuple):
 
     Attributes:
         inputs: Function (family, generator) → inputs in float64 on the CPU.
-        run: Function (inputs, backend, family) → floating-point results.
+        run: Function (inputs, backend, family) → results. They are floating-point tensors, except for
+            `select_landmarks`, which returns indices.
         gradients: Indices of the inputs that are differentiated; empty for an operator without a derivative.
     """
 
@@ -103,7 +104,7 @@ def _first_keys(key: Tensor, rank: int) -> Tensor:
 
 
 def _link_inputs(family: Family, make: torch.Generator) -> list[Tensor]:
-    """Draw F, A, its bias a, W_Q and X of one link."""
+    """Draw F, A, a (the bias of A), W_Q and X of one link."""
     C, width, side = family.heads * family.d, 64, round(family.queries**0.5)
     made = _normal(make, (family.batch, width, side, side), (C, width), (C,), (C, C))
     made[1] /= width**0.5
@@ -119,7 +120,7 @@ def _source_inputs(family: Family, make: torch.Generator) -> list[Tensor]:
 
 
 def _merge_inputs(family: Family, make: torch.Generator) -> list[Tensor]:
-    """Draw P̄, pool(F), X, A, its bias a, W_O, β and θ of one link."""
+    """Draw P̄, pool(F), X, A, a (the bias of A), W_O, β and θ of one link."""
     B, H, r, d = family.batch, family.heads, family.rank, family.d
     C, width, cells = H * d, 64, 64
     weights = ((C, width), (C,), (C, C), (1,), (H,))
@@ -270,7 +271,7 @@ class Timed:
             raise NotImplementedError(f"{operator} has no derivative")
 
     def call(self) -> Sequence[Tensor]:
-        """Run the operator once; return its results, or its gradients."""
+        """Run the operator once; return its results ("forward") or the gradients of inputs ("backward")."""
         return self._by(self.backend, self.inputs)
 
     def _by(self, backend: str, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -313,7 +314,10 @@ class Timed:
         return worst
 
     def _verify_landmarks(self, chosen: Tensor) -> float:
-        """Check that the chosen keys are distinct, and that none scores less than the r-th best, up to rounding."""
+        """Check that chosen keys are distinct, and that each score is at least the r-th best, up to rounding.
+
+        Return how far the lowest score of a chosen key is below the r-th best score, or 0 if it is not below.
+        """
         key = self.inputs[0]
         truth = ops.ridge_leverage_scores(key.double(), backend="reference")
         rounding = (ops.ridge_leverage_scores(key, backend="reference").double() - truth).abs().max()

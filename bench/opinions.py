@@ -1,13 +1,14 @@
 """Correlate metrics of distorted Kodak photographs with the opinions of TID2013: `python -m bench.opinions`.
 
-The photographs are distorted as by `srm-iqa data synthesize --opinions`. Three full-reference metrics of piq score the
-distorted images: VSI, FSIM and SSIM. FSIM and SSIM are computed on the luminance, and SSIM without downsampling. The
-published correlations for TID2013 were computed in the same way. A row has the scores of one photograph with one
-distortion type at five levels.
+The photographs are distorted in the same way as by `srm-iqa data synthesize --opinions`. Three full-reference
+metrics of piq score the distorted images: VSI, FSIM and SSIM. FSIM and SSIM are computed on the luminance,
+and SSIM without downsampling, because the published correlations for TID2013 were computed in this way. A
+result row belongs to one photograph and one distortion type. It has the metric scores, the mean opinion
+scores and the PSNR at five levels.
 
-The summary has Spearman's correlation of each metric with the mean opinion scores of TID2013. It is computed for each
-type, for all types, and for the types that `srm-iqa data synthesize --opinions` makes by default. The last line has the
-published correlations.
+The summary has Spearman's correlation of each metric with the mean opinion scores of TID2013. The correlation
+is computed for each distortion type alone, for all types together, and for the default types of
+`srm-iqa data synthesize --opinions` together. The last line of the summary has the published correlations.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ Row = dict[str, Any]
 def rows(
     folder: Path, opinions: Path, types: Sequence[int], seed: int, known: Sequence[Row]
 ) -> Iterator[Row]:
-    """Yield a row for each pair of photograph and distortion type that `known` lacks."""
+    """Yield a row for each photograph and distortion type that have no row with this seed in `known`."""
     piq, people = import_piq(), read_opinions(opinions)
     done = {(row["photograph"], row["type"], row["seed"]) for row in known}
     for photograph in from_folder(folder, Frame(crop=CROP)):
@@ -94,8 +95,9 @@ def correlation(chosen: Sequence[Row], metric: str) -> float:
 def summary(found: Sequence[Row]) -> list[str]:
     """Return the lines of a table of correlations.
 
-    There is a line for each type, for all types, for all types except `LEFT_OUT`, and for the published correlations.
-    `!` marks a correlation over several types that differs from the published one by more than `WITHIN`.
+    The table has a line for each distortion type, a line for all types together, and a line for all types
+    except `LEFT_OUT`. The last line has the published correlations. In the two lines for several types, `!`
+    marks a correlation that differs from the published one by more than `WITHIN`.
     """
     lines = [f"{'type':56}" + "".join(f"{name:>12}" for name in METRICS)]
     for kind in sorted({row["type"] for row in found}):

@@ -1,14 +1,17 @@
 """Measure host time and launches of the fused neck without a GPU: `python -m bench.overhead`.
 
-Triton's own `JITFunction.run` binds and specialises the arguments of every launch, as on a GPU. A fake driver reports a
-GPU, and stubs replace the compiled kernels. A pass therefore takes the same host time as a pass on a GPU, except for
-the time of the C launcher and the CUDA driver (2 to 4 µs per launch). Times are CPU time of one thread in µs per pass:
+Triton's own `JITFunction.run` binds and specialises the arguments of every launch, as on a GPU. However, a
+fake driver reports the GPU, and stubs replace the compiled kernels. The host time of a launch is therefore
+the same as on a GPU, but without the time of the C launcher and the CUDA driver (2 to 4 µs per launch).
+PyTorch's own operations are computed by the CPU, on small maps. With a GPU, the host would only launch these
+operations.
+
+A pass is a forward pass or a training step. Its CPU time on one thread, in µs, has three parts:
 
 - `triton`: inside `JITFunction.run`;
-- `library`: inside the matrix products, convolutions and casts that the neck itself calls. Here the CPU computes them
-  on small maps; with a GPU, the host only launches them;
-- `package`: everything else, such as this package's Python code, the dispatch of its operators, autograd, views and
-  allocations.
+- `library`: inside the matrix products, convolutions and casts that the neck itself calls;
+- `package`: everything else, such as this package's Python code, the dispatch of its operators, autograd with
+  the backward pass of the convolutions, views and allocations.
 
 The neck is narrow (C = 16), because host time depends on the links of the neck and not on its width.
 """
@@ -102,7 +105,7 @@ def _stub(clock: Clock) -> Callable[..., Any]:
 
 @contextmanager
 def pretended() -> Iterator[Clock]:
-    """Let the `with` block launch kernels on CPU tensors as on a GPU of `CAPABILITY`; no kernel runs."""
+    """Launch kernels on CPU tensors in the `with` block, as on a GPU of `CAPABILITY`, but run only stubs."""
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
@@ -127,7 +130,10 @@ def pretended() -> Iterator[Clock]:
 
 
 def passes(*, dyt: bool, training: bool, dtype: torch.dtype) -> Call:
-    """Return a forward pass of the default schedule in evaluation mode, or a training step without an optimiser."""
+    """Return a function that runs the default schedule: a forward pass, or a training step with `training`.
+
+    The forward pass is in evaluation mode. The training step has no optimiser.
+    """
     module, maps = forward_of(dyt=dyt, side=64, batch=1)
     module, maps = module.to(dtype).train(training), [m.to(dtype).requires_grad_(training) for m in maps]
 
@@ -143,7 +149,7 @@ def passes(*, dyt: bool, training: bool, dtype: torch.dtype) -> Call:
 
 
 def measured(call: Call, clock: Clock, repeats: int) -> dict[str, Any]:
-    """Return the median CPU time of one call in µs by part, and the least total CPU time of a call."""
+    """Return the median CPU time of a call in µs, in total and by part, and the least total time."""
     for _ in range(3):
         call()
     rows = []
@@ -176,12 +182,13 @@ def calibration() -> dict[str, float]:
 
 
 def counted(call: Call) -> dict[str, int]:
-    """Count the launches of one call, and the calls of this package's operators.
+    """Count the kernel launches of a pass, and how often the pass calls operators of this package.
 
-    Launches are counted in three groups: the package's own kernels, matrix products and convolutions of libraries, and
-    all others. `bench.launches` describes how launches are counted. Here the convolutions of the gate are counted in
-    the second group. If the call has a backward pass, its launches are included. The backward pass of a convolution
-    counts as one launch, although a GPU needs two or more.
+    Launches are counted in three groups: the package's own kernels, matrix products and convolutions of
+    libraries, and all others. The method is that of `bench.launches`, but the convolutions of the gate are
+    not a separate group: they are counted in the second group. For a training step, the launches of the
+    backward pass are included. The backward pass of a convolution counts as one launch, although a GPU needs
+    two or more.
     """
     found = count_launches(call)
     with profile(activities=[ProfilerActivity.CPU]) as profiled:

@@ -1,7 +1,8 @@
-"""Write the tables of benchmark results in the pages of docs/. The tables are computed from rows.
+"""Compute the tables of benchmark results in the pages of docs/ from measured rows.
 
-A table is placed between `<!-- rows: NAME -->` and `<!-- end -->`. `python -m bench.report FOLDER --pages PAGE`
-rewrites the table. A test compares the tables with the rows.
+A table is placed between `<!-- rows: NAME -->` and `<!-- end -->`. The command
+`python -m bench.report FOLDER --pages PAGE` rewrites all tables of PAGE from the rows in FOLDER. A test
+checks that the tables in docs/ agree with the committed rows.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def rows_of(folder: Path, name: str, keys: Sequence[str]) -> Rows:
 
 
 def share(time: float, rival: float) -> str:
-    """Return a time divided by a rival's time; mark the ratio if the time is larger."""
+    """Return a time divided by a rival's time as text, with "(slower)" if the ratio is at least 1."""
     return f"{number(time / rival)}{' (slower)' if time >= rival else ''}"
 
 
@@ -112,7 +113,7 @@ def cost(folder: Path) -> str:
 
 
 def time(folder: Path) -> str:
-    """Return a table of forward times: of the `srm` neck, of its whole model, and relative to `quadratic`."""
+    """Return a table of forward times of the `srm` neck and its model, in ms and relative to `quadratic`."""
     lines = [
         [f"`{backbone}`", side, *cells]
         for backbone, side, cells in _shares(folder, "forward")
@@ -130,7 +131,7 @@ def time(folder: Path) -> str:
 
 
 def backward(folder: Path) -> str:
-    """Return a table of the `srm` neck's time, forward and backward, divided by the quadratic neck's time."""
+    """Return a table of the time of forward plus backward of the neck: `srm` divided by `quadratic`."""
     values: dict[int, list[float]] = {}
     for _, side, cells in _shares(folder, "backward"):
         values.setdefault(int(side), []).append(float(cells[1]))
@@ -157,7 +158,7 @@ def step(folder: Path) -> str:
 
 
 def grown(folder: Path) -> str:
-    """Return a table of the exponents of time when N_q and N_k grow together, and when only one of them grows."""
+    """Return a table of the exponents p in time ∝ x^p, where x is N_q, N_k or N (N_q and N_k together)."""
     fits = growth.fits(rows_of(folder, "growth", POINT))
     lines = [
         [
@@ -174,7 +175,10 @@ def grown(folder: Path) -> str:
 
 
 def crossover(folder: Path) -> str:
-    """Return a table of time ratios by N_k, as ranges over B, and the N_k above which Nyström is faster."""
+    """Return a table of Nyström time / exact time for each N_k, and the N_k above which Nyström is faster.
+
+    A cell of the table has the range of this ratio over all B.
+    """
     surfaces = growth.surfaces(rows_of(folder, "crossover", POINT))
     lines = []
     for keys in surfaces[0].keys:

@@ -1,6 +1,7 @@
 """Draw results, mostly on logarithmic axes with units.
 
-The pictures are readable without colour: series also differ by dash and marker, and bars by shade and hatching.
+The pictures are readable without colour: lines also differ by dash pattern and marker, and the segments of
+bars by shade and hatching.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ HATCHES = ("", "//", "--", "||", "\\\\", "++", "..", "xx")
 
 
 class Line(NamedTuple):
-    """A series of points. The points need not be sorted. The name may contain line breaks."""
+    """A named series of points; the name may contain line breaks.
+
+    `lines` sorts the points. `roofline` keeps their order.
+    """
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -70,7 +74,7 @@ def lines(
 
 
 def roofline(series: Sequence[Line], bandwidth: float, rate: float, *, title: str, note: str) -> Figure:
-    """Draw a roofline plot. The roof is the limit that the measured bandwidth and rate set.
+    """Draw a roofline plot, with the roof computed from the measured bandwidth and rate.
 
     Args:
         series: Lines of points (MACs per byte, MACs per second). The points of a line are joined in the given order.

@@ -1,8 +1,8 @@
 """Write results as tables and pictures: `python -m bench.report bench/results/cpu` writes report.md and SVGs there.
 
-Every table and picture shows results of one machine, one set of versions and one commit. If the rows of a file differ
-in one of these, the report fails. With `--latest`, the report uses only the rows with the same machine, versions and
-commit as the last row.
+Every table and picture shows results of one machine, one set of versions and one commit. If the rows of a
+file are from different machines, versions or commits, the report fails. With `--latest`, the report uses only
+the rows with the same machine, versions and commit as the last row of their file.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def report(folder: Path, *, last: bool = False) -> list[Path]:
     """Write `report.md` and its pictures into the folder that contains the rows.
 
     Args:
-        folder: Folder with `neck.jsonl`, `growth.jsonl`, `crossover.jsonl` or `resources.jsonl`.
+        folder: Folder with at least one of the files `neck.jsonl`, `growth.jsonl`, `crossover.jsonl` and
+            `resources.jsonl`.
         last: Whether to use only rows with the same machine, versions and commit as the last row of their file.
 
     Returns:
@@ -86,7 +87,11 @@ def report(folder: Path, *, last: bool = False) -> list[Path]:
 
 
 def neck_section(rows: Rows) -> Section:
-    """Return tables of cost and measurements, and pictures of stages, growth with resolution, and rooflines."""
+    """Return the section on necks.
+
+    Its tables show the costs and the measurements. Its pictures show the times of the stages, the growth of
+    time and memory with the resolution, and rooflines.
+    """
     good = [row for row in rows if not row["error"]]
     parts = [CONVENTION + ".", markdown(*cost_table(rows)), markdown(*measured_table(rows))]
     shares = shares_table(rows)
@@ -125,7 +130,11 @@ def growth_section(rows: Rows) -> Section:
 
 
 def crossover_section(rows: Rows) -> Section:
-    """Return tables of where Nyström attention is faster than exact attention, and a sentence on when to use it."""
+    """Return the section that compares the times of Nyström attention and exact attention.
+
+    For each implementation of Nyström attention, the section has a picture and a table of the ratio of
+    the two times by N_k and B, and a sentence on the N_k below which exact attention is faster.
+    """
     pictures: list[Picture] = []
 
     def surfaces_of(group: Rows) -> str:
@@ -180,7 +189,10 @@ SECTIONS: tuple[tuple[str, tuple[str, ...], Callable[[Rows], Section]], ...] = (
 
 
 def _stages(rows: Rows) -> list[Picture]:
-    """Draw the times of the stages of each part (neck, model) and backbone, at the largest measured resolution."""
+    """Draw a picture of the stage times for each part (neck or model), backbone, batch size and dtype.
+
+    Each picture shows the largest resolution that was measured.
+    """
     pictures = []
     staged = [row for row in rows if row["stages"]]
     for (part, backbone, batch, dtype), group in _grouped(staged, "part", "backbone", "batch", "dtype"):
@@ -199,7 +211,7 @@ def _stages(rows: Rows) -> list[Picture]:
 
 
 def _scaled_stages(row: dict[str, Any]) -> dict[str, float]:
-    """Divide the row's time among its stages, in proportion to times that separate calls measured for stages."""
+    """Divide the time of a row among its stages, in proportion to stage times measured in separate calls."""
     total = sum(row["stages"].values())
     return {name: taken / total * row["typical"] for name, taken in row["stages"].items()}
 
@@ -243,7 +255,7 @@ def _of_like_size(series: list[plots.Line]) -> tuple[list[plots.Line], list[str]
 
 
 def _merged(series: list[plots.Line]) -> list[plots.Line]:
-    """Merge lines that agree within 1 % into one line with all names, because only the upper one would be visible."""
+    """Merge lines that agree within 1 % into one line with all names, because one would hide the others."""
     found: list[plots.Line] = []
     for line in series:
         for place, other in enumerate(found):
@@ -257,7 +269,10 @@ def _merged(series: list[plots.Line]) -> list[plots.Line]:
 
 
 def _rooflines(rows: Rows) -> list[Picture]:
-    """Draw multiply-accumulates per second over multiply-accumulates per byte, under the measured ceilings."""
+    """Draw roofline plots: multiply-accumulates per second against multiply-accumulates per byte.
+
+    The roof is drawn from the measured ceilings.
+    """
     pictures = []
     known = [row for row in rows if row["work_macs"]]
     for key, group in _grouped(known, "part", "backbone", "batch", "dtype", "direction"):
@@ -320,7 +335,7 @@ def _file(*parts: Any) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the reports of folders; return 2 after an error message if a report cannot be written."""
+    """Write the report of each folder; if a report cannot be written, print an error and return 2."""
     made = parser("report", __doc__)
     made.add_argument("folders", nargs="+", type=Path, help="bench/results/<gpu or cpu>")
     made.add_argument(

@@ -1,13 +1,14 @@
 """List registers, shared memory and spills of every Triton kernel, compiled without a GPU: `python -m bench.resources`.
 
-The launches of the package for a shape and an architecture are recorded, and no kernel runs. Each recorded launch is
-compiled for the architecture, and its resources are read from the log of ptxas. The resources show whether a kernel
-fits, not how fast it is.
+For each shape and architecture, the launches of the package are recorded instead of executed. Each recorded
+launch is then compiled for the architecture. Registers and spills are read from the log of ptxas, and the
+size of shared memory from Triton's metadata. The resources show whether a kernel fits on a GPU, not how fast
+it is.
 
-`--out FILE` writes a row for each launch. The row has a digest of everything that determines the compiled code: the
-code of the kernel and of the functions that it calls, the constants and options of the launch, the architecture, and
-the version of Triton. A launch whose digest is in FILE is not compiled again. Rows of launches that no longer exist are
-dropped.
+`--out FILE` writes a row for each launch. The row has a digest of everything that determines the compiled
+code: the code of the kernel and of the functions that it calls, the constants and options of the launch, the
+architecture, and the version of Triton. A launch whose digest is in FILE is not compiled again. If the
+options select a row of FILE whose launch no longer exists, the row is dropped.
 """
 
 from __future__ import annotations
@@ -70,7 +71,12 @@ def recorded(capability: tuple[int, int]) -> Iterator[list[Launch]]:
 
 
 class Source(NamedTuple):
-    """Input of Triton's compiler: type of each argument; constants and attributes by position of the argument."""
+    """Input of Triton's compiler.
+
+    `signature` has the type of each argument by name. `constants` and `attributes` have the position of an
+    argument as the key, such as (2,), or (2, 0) for the first entry of a tuple. `options` has the launch
+    options.
+    """
 
     signature: dict[str, Any]
     constants: dict[tuple[int, ...], Any]
@@ -79,7 +85,10 @@ class Source(NamedTuple):
 
 
 def source_of(launch: Launch) -> Source:
-    """Specialise integers and aligned pointers of a launch as Triton does."""
+    """Return the input of Triton's compiler for a launch.
+
+    Integers and pointers are specialised as Triton does. All pointers are assumed to be aligned to 16 bytes.
+    """
     kernel, args, options = launch
     launch_options = {
         name: options[name] for name in ("num_warps", "num_stages", "maxnreg") if name in options
@@ -148,7 +157,7 @@ def digest(launch: Launch, architecture: int) -> str:
 
 
 def compile_launch(launch: Launch, architecture: int) -> Resources:
-    """Compile a recorded launch and return the resources in the log of ptxas."""
+    """Compile a recorded launch and return its resources, from the log of ptxas and Triton's metadata."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -264,7 +273,7 @@ class Table:
 
 
 def shape(case: Any) -> dict[str, Any]:
-    """Return a case in the form that it has in a row read from JSON."""
+    """Return a case as a dictionary without None, equal to the entry "case" of a row read from JSON."""
     found: dict[str, Any] = json.loads(json.dumps(case._asdict()))
     return {name: value for name, value in found.items() if value is not None}
 
@@ -275,7 +284,7 @@ def case_words(case: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print a line for each kernel, shape and architecture, marked if it spills or cannot be launched."""
+    """Print a line for each kernel, shape and architecture; mark kernels that spill or cannot be launched."""
     options = _options(arguments)
     if os.environ.pop("TRITON_INTERPRET", None):  # interpreted kernels cannot be compiled
         given = sys.argv[1:] if arguments is None else arguments

@@ -1,7 +1,7 @@
 """Shapes for which `bench.resources` compiles the Triton kernels of the package, and functions that launch the kernels.
 
-Each of these functions launches the forward and backward kernels in the same way as the operators. Tensors are on the
-meta device by default.
+The functions launch the forward and backward kernels in the same way as the operators. By default, the
+tensors are on the meta device, because `bench.resources` only records the launches and runs no kernel.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ class Case(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """The links of a neck: (C_i, h = w) of the maps that they read, and options that decide which kernels run."""
+    """The links of a neck, and options that decide which kernels run.
+
+    `maps` has one pair per link: the channels C_i and the side h = w of the square map that the link reads.
+    """
 
     maps: tuple[tuple[int, int], ...]
     heads: int
@@ -57,7 +60,7 @@ class System(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """A choice of r landmarks among N_k keys of width d, by a method and in a dtype given by its name."""
+    """A choice of r landmarks among N_k keys of width d: r, d, N_k, the name of the dtype, and the method."""
 
     rank: int
     d: int
@@ -128,8 +131,8 @@ CHOICES = (
 def attention(case: Case) -> None:
     """Launch Nyström attention.
 
-    With the method "pivoted_cholesky" in half precision, also launch the leverage scores and the choice of landmarks as
-    separate operators.
+    With the method "pivoted_cholesky" in half precision, also launch two separate operators: the leverage
+    scores, and the choice of landmarks by every method that has kernels.
     """
     from srm_kernels.attention import key_kernels, query_kernels
     from srm_kernels.conditioning import kernels as conditioning
@@ -160,7 +163,7 @@ def attention(case: Case) -> None:
 def neck(case: Schedule, make: Callable[..., Tensor] = without_memory, batch: int = 2) -> None:
     """Launch the kernels of a neck: projections of the sources, links, scale, gate and pooling.
 
-    The choice of landmarks and the solve are not launched. The function `attention` launches them.
+    The choice of landmarks and the solve are not launched, because the function `attention` launches both.
 
     Args:
         case: The links.
@@ -227,7 +230,7 @@ def solve(case: System) -> None:
 
 
 def choose(case: Choice) -> None:
-    """Launch the choice of landmarks alone, and the leverage scores."""
+    """Launch the operator that chooses landmarks and, for the method "leverage", the leverage scores."""
     from srm_kernels.landmarks import kernels
 
     key = without_memory(2, 4, case.keys, case.d, dtype=getattr(torch, case.dtype))

@@ -1,7 +1,8 @@
-"""Run every kernel of attention once, forward and backward, on small odd shapes: `python -m bench.small_run`.
+"""Run every kernel of attention, forward and backward, on small shapes: `python -m bench.small_run`.
 
-This command is for runs under compute-sanitizer. With its tool racecheck, a launch takes a second or more, so the whole
-test suite would take hours.
+The number of tokens, r and d are not multiples of 16, so tiles are only partly filled. `bench/gpu.sh` also
+runs this command under compute-sanitizer, instead of the test suite. Under racecheck, a tool of
+compute-sanitizer, a launch takes a second or more, so the test suite would take hours.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Time a call. This module imports only torch, because `bench.worker` uses it to time other checkouts."""
+"""Time a call.
+
+`bench.worker` uses this module to time the operators of another checkout. The module therefore imports only
+torch, and no package of this checkout.
+"""
 
 from __future__ import annotations
 

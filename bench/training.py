@@ -1,12 +1,14 @@
 """Measure training steps, and the share of time spent on data loading: `python -m bench.training`.
 
-There is a model for each backbone, neck and backend. The models of a backbone take turns in one process. The speed of
-each model is also shown relative to the first neck. On a busy machine only this ratio is meaningful. A training step
-consists of the forward pass under autocast, the losses, the backward pass, gradient clipping and AdamW. Peak memory is
-measured on a GPU only. It excludes the weights and the optimiser state.
+For each backbone, the command builds a model for every neck and backend in one process. It times one step of
+each model in turn, so changes of the machine's speed affect all models equally. The table also has the speed
+of each model relative to the first model of the backbone. On a busy machine, only this ratio is meaningful. A
+training step consists of the forward pass under autocast, the losses, the backward pass, gradient clipping
+and AdamW. Peak memory is measured on a GPU only. It excludes memory that is allocated before the step, such
+as the weights and the optimiser state.
 
-The share of time spent on data is measured twice with the first model of each backbone: with JPEG files that are
-decoded at each step, and with images from a cache.
+The share of time spent on data loading is measured twice with the first model of each backbone: with JPEG
+files that are decoded at each step, and with images from a cache.
 """
 
 from __future__ import annotations
@@ -91,7 +93,7 @@ class Files(torch.utils.data.Dataset[Any]):
 
 
 def cases(backbone: str, options: argparse.Namespace) -> list[Case]:
-    """Return a case for every neck, and for every backend if the neck uses operators."""
+    """Return one case per neck and backend, or one case per neck if the neck has no attention."""
     chosen = options.backends or [None, *available_backends()]
     return [
         Case(backbone, neck, backend, options)
@@ -125,7 +127,10 @@ def compare(found: list[Case], options: argparse.Namespace) -> Rows:
 
 
 def data_shares(case: Case, options: argparse.Namespace) -> Rows:
-    """Return the shares of time that training waits for images: for decoded images, and for cached images."""
+    """Return the share of the training time that is spent waiting for images.
+
+    One row is for JPEG files that are decoded at each step, and one row is for images from a cache.
+    """
     side = options.image_size
     rng = np.random.default_rng(0)
     about = {name: value for name, value in case.about.items() if name != "backend"}
@@ -200,7 +205,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def line_of(row: dict[str, Any]) -> str:
-    """Return the row of a step as a line of the table; `!` marks a fused neck that misses its target."""
+    """Return the row of a step as a table line; `!` marks a fused neck with a speedup below `TARGET`."""
     fused = row["neck"] == "srm" and row["backend"] == "triton" and row["peak_mib"] is not None
     missed = " !" if fused and row["speed_over_first"] < TARGET else ""
     memory = "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"

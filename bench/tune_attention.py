@@ -1,8 +1,10 @@
 """Time launch configurations of the Triton attention kernels on a GPU: `python -m bench.tune_attention`.
 
-Every rule of `srm_kernels/attention/launch_rules.py` is compared with alternative configurations at the usual sizes.
-For each configuration, the median time of a forward or backward pass is printed. The configuration that the rule
-chooses is marked. The results do not change any rule. To use a faster configuration, edit the rule by hand.
+A rule is a function of `srm_kernels/attention/launch_rules.py` that returns a configuration. For each rule
+and a few sizes r and d, the command times the configuration that the rule chooses and alternative
+configurations. It prints the median time of a forward or backward pass for each configuration, and marks the
+configuration that the rule chooses. The command does not change any rule. To use a faster configuration, edit
+the rule by hand.
 
 Several processes compile all configurations first, with a shared Triton cache. One process then times them.
 """
@@ -64,7 +66,7 @@ def trials(dtype: torch.dtype, device: torch.device) -> Iterator[Trial]:
 
 
 def call_of(trial: Trial, options: argparse.Namespace) -> Call:
-    """Return a function that runs the forward pass, or the backward pass alone if `RULES` says so."""
+    """Return a function for the backward pass alone if `RULES[trial.rule]` is True, else the forward pass."""
     shape = (options.batch, options.heads)
     inputs = attention_inputs(shape, options.queries, options.keys, trial.d, options, gradients=True)
     forward = partial(nystrom_attention, *inputs, trial.rank, qk_norm="keys", backend="triton")
@@ -88,7 +90,7 @@ def check_device(trial: Trial, error: str, options: argparse.Namespace) -> None:
 
 
 def compiled(trial: Trial, options: argparse.Namespace) -> str | None:
-    """Run a trial once, which compiles its kernels; return None, or the error as text."""
+    """Run a trial once to compile its kernels; return None, or the error as text if the trial fails."""
     try:
         with trial.in_place():
             call_of(trial, options)()
@@ -102,7 +104,10 @@ def compiled(trial: Trial, options: argparse.Namespace) -> str | None:
 
 
 def compiled_side_by_side(wanted: list[Trial], options: argparse.Namespace) -> dict[Trial, str | None]:
-    """Run `compiled` in several processes. If a trial ends its process, the result lacks this and later trials."""
+    """Run `compiled` in several processes.
+
+    If one of the processes dies, the result contains only the trials before the first unfinished trial.
+    """
     context, found = multiprocessing.get_context("spawn"), {}
     try:
         with ProcessPoolExecutor(options.processes, mp_context=context) as pool:
@@ -116,7 +121,7 @@ def compiled_side_by_side(wanted: list[Trial], options: argparse.Namespace) -> d
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print the table and write rows to OUT/<gpu>/tuning.jsonl; exit with a message without a GPU."""
+    """Print the table and write rows to OUT/<gpu>/tuning.jsonl; if there is no GPU, exit with a message."""
     made = timing_parser("tune_attention", __doc__, dtype="bf16", warmup=3, repeats=20, seconds=0.2)
     made.add_argument("--batch", type=int, default=8)
     made.add_argument("--heads", type=int, default=8)

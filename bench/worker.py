@@ -1,4 +1,7 @@
-"""Process of `bench.compare` that times the operators of one checkout: JSON lines on stdin and stdout."""
+"""Time the operators of one checkout, in a process that `bench.compare` starts.
+
+The process reads requests from stdin, and writes its answers as JSON lines to stdout.
+"""
 
 from __future__ import annotations
 

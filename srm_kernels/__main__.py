@@ -45,7 +45,7 @@ def _backends() -> list[str]:
 
 
 def _verdicts() -> list[str]:
-    """Return one line for each CUDA device: its verdicts, and how many operators use kernels."""
+    """Return one line for each CUDA device: the verdicts of `verify`, and how many operators use kernels."""
     if not torch.cuda.is_available():
         return ["no CUDA device: `backend=None` uses plain PyTorch"]
     return [f"cuda:{i}: {choice.sentence(choice.table(i))}" for i in range(torch.cuda.device_count())]

@@ -1,10 +1,12 @@
 """Cast the arguments of operators under autocast.
 
-Without autocast, arguments are not cast, and an operator raises a TypeError if their dtypes do not match. With
-autocast, an operator casts such arguments by the functions of this module. Each function documents the new dtype. As
-in torch, fp64 tensors are never cast.
+Without autocast, no argument is cast, and an operator raises a TypeError if the dtypes of its arguments do
+not match. With autocast, an operator uses the functions of this module to cast arguments whose dtypes do not
+match. The docstring of each function states the dtype after the cast. As in torch, fp64 tensors are never
+cast.
 
-Arguments that are all fp32 are not cast. Unlike in torch, autocast therefore never lowers the precision of such a call.
+If all arguments of a call are fp32, they are not cast, so the call keeps its precision. This differs from
+torch's own operators: under autocast, a matrix product casts fp32 arguments to bf16 or fp16.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ def lowered(*tensors: Tensor) -> list[Tensor]:
 
 
 def promoted(*tensors: Tensor) -> list[Tensor]:
-    """Cast tensors of different dtypes to the widest of these, as torch casts the arguments of `torch.cat`."""
+    """Cast tensors of different dtypes to their promoted dtype, as torch casts arguments of `torch.cat`."""
     if _agree(tensors):
         return list(tensors)
     dtype = tensors[0].dtype

@@ -1,4 +1,4 @@
-"""Checks of arguments that several operators share, and questions about the state of torch."""
+"""Argument checks that several operators share, and functions that query the state of torch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _warn_renamed(backend: str) -> None:
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of statistics, scores and solves: fp64 for fp64, else fp32."""
+    """Return the dtype of intermediate results, such as statistics and scores: fp64 for fp64, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -51,8 +51,8 @@ def _in_functorch() -> bool:
 def exporting() -> bool:
     """Return whether torch.export is active.
 
-    The function reads the flag behind `torch.compiler.is_exporting()`. Under torch.compile in torch 2.11,
-    `is_exporting` itself always returns True.
+    The function reads the flag behind `torch.compiler.is_exporting()`, because `is_exporting` itself always
+    returns True under torch.compile in torch 2.11.
     """
     return torch.compiler._is_exporting_flag
 
@@ -78,12 +78,13 @@ def _in_make_fx() -> bool:
 def nowhere(mask: Tensor, *, wait: bool = False) -> bool:
     """Return True if Python may read the mask and every element of the mask is False. Otherwise return False.
 
-    If the result is True, the caller can skip the work for the masked elements.
+    The mask selects the elements that need some additional work. If the result is True, no element needs this
+    work, and the caller can skip it.
 
     Args:
-        mask: A bool tensor. It is True for each element that needs the work.
+        mask: A bool tensor, True for each element that needs the additional work.
         wait: If True, a mask on a GPU is read too, except during the capture of a CUDA graph. Reading waits for the
-            device. Use True only where the work costs more than the wait.
+            device. Use True only where the additional work costs more than the wait.
     """
     asked = may_ask(mask) or (
         wait and _on_cuda(mask) and not _is_symbolic() and not torch.cuda.is_current_stream_capturing()
@@ -96,7 +97,12 @@ def _on_cuda(tensor: Tensor) -> bool:
 
 
 def check_tensors(**tensors: Tensor) -> None:
-    """Raise TypeError or ValueError unless all are non-empty floating-point tensors of one dtype and one device."""
+    """Check that all arguments are non-empty floating-point tensors of one dtype and one device.
+
+    Raises:
+        TypeError: An argument is not a tensor, its dtype is not in `DTYPES`, or the dtypes differ.
+        ValueError: A tensor is empty, or the devices differ.
+    """
     first_name, first = "", None
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):

@@ -7,8 +7,9 @@ The choice depends on the operator, the dtype and the size classes (see `class_o
 size or the number of heads, so a sample uses the same implementation alone and in any batch. Training and evaluation
 use the same implementation.
 
-Under torch.compile, the choice is made during tracing, from the same size classes. Verdicts are not used under
-torch.func. They are not used under torch.export either, because an exported program can run on another device.
+Under torch.compile, the choice is made during tracing; it depends on the same size classes as in eager mode.
+Verdicts are used neither under torch.func nor in forward-mode differentiation. They are not used under
+torch.export either, because an exported program can run on another device.
 """
 
 from __future__ import annotations
@@ -46,10 +47,11 @@ class Explanation(NamedTuple):
         reason: Why the call uses this implementation.
         origin: "this machine" if the verdict was measured here, "shipped" if the package contains the verdict, None
             without a verdict.
-        measured: Date and time of the measurement that the choice follows. If there were several measurements, the
-            first and the last date. None without a verdict.
-        milliseconds: Shape → direction → implementation → median time in milliseconds. The direction is "forward" or
-            "backward". The shapes are the measured shapes that are nearest to the shape of the call.
+        measured: Date and time of the measurements on which the choice is based: one date, or the first and
+            the last. None without a verdict.
+        milliseconds: Shape → direction → implementation → median time in milliseconds. The direction is
+            "forward", or "backward" for the forward and the backward pass together. The shapes are the
+            measured shapes that are nearest to the shape of the call.
         sizes: The sizes of the call on which the choice depends.
     """
 
@@ -81,11 +83,11 @@ class Answer(Exception):  # noqa: N818 - not an error
 
 
 class Table:
-    """The verdicts that apply to a device. A group is a pair of an operator and a dtype.
+    """The verdicts that apply to a device, by group. A group is a pair of an operator and a dtype.
 
     Attributes:
-        groups: Group → (verdict, rows). The verdict decides the group. The rows are the rows of this verdict for the
-            group.
+        groups: Group → (verdict, rows). Calls of the group's operator in the group's dtype use this verdict.
+            The rows are those rows of the verdict that count for the group.
         reason: Why `groups` is empty. It has no meaning if `groups` is not empty.
         unfinished: Groups whose measurement was interrupted.
     """
@@ -111,7 +113,7 @@ class Table:
         return [row for row in rows if distance(row) == least]
 
     def ranking(self, group: Group, classes: Sequence[int]) -> list[str]:
-        """Return the implementations that are correct at every measured shape, the fastest first.
+        """Return the implementations that have no fault at any measured shape, the fastest first.
 
         The order follows the geometric means of the times at the measured shapes that are nearest to `classes`. An
         implementation is left out if any of these times is missing.
@@ -135,7 +137,7 @@ class Table:
 
 
 def times_of(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, float]]]:
-    """Return shape → direction → implementation → milliseconds of all rows."""
+    """Return the times of all rows as a dictionary: shape → direction → implementation → milliseconds."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     for row in rows:
         for direction, times in row["milliseconds"].items():
@@ -202,12 +204,16 @@ def keep(tensor: Tensor, operator: str, variant: str, call: tuple[Any, ...], cho
 
 
 def measured(tensor: Tensor, operator: str, variant: str, sizes: Sizes, refusal: Refusal) -> str | None:
-    """Return the implementation that the verdict about the device gives for a call, or None without a verdict.
+    """Return the implementation that the device's verdict selects for a call, or None.
+
+    The result is None without a verdict, under torch.func and torch.export, in forward-mode differentiation,
+    and if no implementation that the verdict allows can run the call.
 
     Args:
         tensor: A tensor with the device and the dtype of the call.
         operator: Name of the operator.
-        variant: The options of the call that are measured separately, as text.
+        variant: Name of the variant of the operator, for example "lu, equilibrated". The variants of an
+            operator are measured separately. The name is empty if the operator has no variants.
         sizes: Function that returns the sizes on which the choice depends. They do not include batch and heads.
         refusal: Function of an implementation's name. It returns why this implementation cannot run the call, or None
             if it can.
@@ -233,12 +239,12 @@ def ranking(index: int, operator: str, variant: str, dtype: torch.dtype, classes
 
 
 def named(operator: str, variant: str) -> str:
-    """Return the name of an operator and its variant in the rows of a verdict."""
+    """Return the name that the rows of a verdict use for an operator and its variant."""
     return f"{operator} ({variant})" if variant else operator
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Return the name of a dtype in the rows of a verdict."""
+    """Return the name that the rows of a verdict use for a dtype."""
     names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
     return names.get(dtype, str(dtype).removeprefix("torch."))
 
@@ -293,7 +299,7 @@ def sentence(found: Table) -> str:
 
 
 def _by_origin(found: Table) -> dict[str, list[Group]]:
-    """Return the groups that each verdict decides, by the origin and date of the verdict."""
+    """Return a dictionary: origin and dates of a verdict, as text → groups for which the verdict is used."""
     groups: dict[str, list[Group]] = {}
     for group, (verdict, _) in found.groups.items():
         groups.setdefault(verdict.origin, []).append(group)
@@ -305,7 +311,7 @@ def _by_origin(found: Table) -> dict[str, list[Group]]:
 
 
 def ran(device: torch.device, requested: str | None, found: Mapping[str, Collection[str]]) -> str:
-    """Return a sentence that names the implementations that ran on a device and the verdict that they followed.
+    """Return a sentence: which implementations ran on a device, and which verdict or setting selected them.
 
     Args:
         device: The device of the operators.
@@ -372,7 +378,7 @@ def explained(
 
 
 def explain(operator: str, *tensors: Any, **options: Any) -> Explanation:
-    """Return which implementation a call of an operator uses, without running it.
+    """Return which implementation a call of an operator uses, without running the operator.
 
     Args:
         operator: Name of a public operator, for instance "nystrom_attention".
@@ -381,7 +387,7 @@ def explain(operator: str, *tensors: Any, **options: Any) -> Explanation:
         **options: Keyword arguments of the operator. `backend` is None or a name of `backends()`.
 
     Returns:
-        The implementation, the reason, and the measurement that the choice follows.
+        The implementation, why the call uses it, and the measurements on which this choice is based.
 
     Raises:
         ValueError: There is no such operator, or the operator does not accept a shape, device or value.

@@ -1,7 +1,8 @@
 """Devices that can run the Triton kernels, and the device properties that kernel launches depend on.
 
-Kernel launches get the device properties from this module only. A port to GPUs of another vendor begins here. It also
-needs other values of `parts.precision` and `parts.finest_precision`, and launch rules for its capabilities.
+Kernel launches get the device properties from this module only, so a port to GPUs of another vendor begins
+here. The port also needs other results of `parts.precision` and `parts.finest_precision`, and launch rules
+for the compute capabilities of these GPUs.
 """
 
 from __future__ import annotations
@@ -42,7 +43,10 @@ def _has_triton() -> bool:
 
 
 def interpreting() -> bool:
-    """Return whether Triton kernels run in Triton's interpreter, on CPU tensors: slow, and only for tests."""
+    """Return whether Triton kernels run in Triton's interpreter, on CPU tensors.
+
+    The interpreter is slow and is used for tests only.
+    """
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -54,7 +58,7 @@ class LaunchDevice(NamedTuple):
 
 
 def cpu_launch_device() -> LaunchDevice | None:
-    """Return the GPU that is assumed for Triton kernels on CPU tensors, or None if no kernel can run there.
+    """Return the GPU that is assumed for CPU tensors, or None if no Triton kernel can run on CPU tensors.
 
     In Triton's interpreter, this GPU has compute capability 8.9 and unlimited shared memory. Emulators of a GPU replace
     this function by one that returns the emulated GPU.
@@ -63,7 +67,7 @@ def cpu_launch_device() -> LaunchDevice | None:
 
 
 def launch_device(tensor: Tensor) -> LaunchDevice:
-    """Return the device that launches on this tensor are compiled for; a meta tensor counts as a CPU tensor."""
+    """Return the target of Triton kernels that process this tensor; a meta tensor counts as a CPU tensor."""
     if tensor.is_cuda:
         properties = torch.cuda.get_device_properties(tensor.device)
         shared = int(getattr(properties, "shared_memory_per_block_optin", 0))
@@ -72,17 +76,17 @@ def launch_device(tensor: Tensor) -> LaunchDevice:
 
 
 def capability(tensor: Tensor) -> tuple[int, int]:
-    """Return the compute capability that launches on the tensor are compiled for."""
+    """Return the compute capability of the tensor's `launch_device`."""
     return launch_device(tensor).capability
 
 
 def stages(tensor: Tensor) -> int:
-    """Return the stages of the software pipeline for launches on the tensor."""
+    """Return the number of stages of a kernel's software pipeline on the tensor's `launch_device`."""
     return pipeline_stages(capability(tensor))
 
 
 def pipeline_stages(capability: tuple[int, int]) -> int:
-    """Return the number of stages of a kernel's software pipeline: 2, or 1 where 2 would cause a data race.
+    """Return the number of pipeline stages of a kernel: 2, or 1 if two stages would cause a data race.
 
     The data race occurs on compute capability 9.x with Triton before 3.7.1. These versions insert no fence between a
     copy by cp.async and the wgmma instruction that reads the copied data (triton-lang/triton, pull request 10537).
@@ -97,7 +101,10 @@ def _copies_are_fenced() -> bool:
 
 
 def register_limit(registers: int | None = MOST_REGISTERS) -> dict[str, int]:
-    """Return the launch option that limits the registers of a thread; None sets no limit. Only NVIDIA GPUs have it."""
+    """Return the launch option that limits the registers of a thread, or no option if `registers` is None.
+
+    Triton has this option for NVIDIA GPUs only.
+    """
     return {} if registers is None else {"maxnreg": registers}
 
 
@@ -118,5 +125,8 @@ def triton_refusal(tensor: Tensor) -> str | None:
 
 
 def roomy(tensor: Tensor, kibibytes: int = 160) -> bool:
-    """Return whether a thread block can use this many KiB of shared memory; only data-centre GPUs have 160 KiB."""
+    """Return whether a thread block can use this many KiB of shared memory.
+
+    Consumer GPUs have less than the default of 160 KiB: at most 99 KiB.
+    """
     return launch_device(tensor).shared_memory >= kibibytes * 1024

@@ -1,4 +1,4 @@
-"""Choose the backend of an operator call, and state why another backend cannot run."""
+"""Choose the backend of an operator call, and give the reason if a backend cannot run."""
 
 from __future__ import annotations
 
@@ -47,11 +47,12 @@ def backends() -> dict[str, BackendStatus]:
 def few_threads(function: Callable[..., Any]) -> Callable[..., Any]:
     """Make `function(key, ...)` run on one thread if its CPU tensor `key` (…, N, d) is small.
 
-    The first argument of `function` can also be an object with the attribute `key`. `function` runs many small steps.
-    With several threads, the threads wait for each other after each step. On a busy machine, the waiting takes far
-    longer than the steps.
-    The number of threads is set for the calling thread only, and is restored afterwards. torch.compile traces
-    `function` without this wrapper.
+    The first argument of `function` can also be an object that has the tensor as its attribute `key`.
+
+    One thread is faster, because `function` runs many small steps: several threads would wait for each other
+    after each step, and on a busy machine this waiting takes far longer than the steps. The number of threads
+    is set for the calling thread only, and is restored afterwards. torch.compile traces `function` without
+    this wrapper.
     """
 
     @wraps(function)
@@ -81,23 +82,25 @@ def choose_backend(
     variant: str = "",
     call: tuple[Any, ...] = (),
 ) -> str:
-    """Return the backend to run. A request for a backend never falls back to another one.
+    """Return the backend to run; a requested backend is never replaced by another one.
 
     Args:
-        requested: The value of `backend=`. None means the value of SRM_KERNELS_BACKEND. If this variable is not set
-            either, the verdict about the device of `tensor` decides (see `choice`). Without a verdict, the backend is
-            the first of `implementations` that is not refused.
+        requested: The value of `backend=`. If it is None, the environment variable SRM_KERNELS_BACKEND names
+            the backend. If this variable is not set, the verdict about the device of `tensor` selects the
+            backend (see `choice`). If there is no verdict, or it selects no backend, the result is the first
+            of `implementations` that can run the call.
         implementations: Backends that have an implementation of the operator, the default first.
         operator: Name of the operator.
-        refusal: Function of a backend's name. It returns why the backend cannot run the call, or None if it can.
+        refusal: Function that takes the name of a backend, and returns why this backend cannot run the call,
+            or None if it can.
         tensor: The tensor whose device and dtype select the verdict. With None, no verdict is used.
         sizes: As in `choice.measured`.
         variant: As in `choice.measured`.
         call: Key of the cached choice. The key contains everything that `refusal`, `sizes` and `variant` depend on.
 
     Raises:
-        ValueError: The name is not in `backends()`.
-        NotImplementedError: The operator cannot run the named backend.
+        ValueError: The name of the requested backend is not in `backends()`.
+        NotImplementedError: The requested backend cannot run the call.
         choice.Answer: `requested` is a `choice.Question`. The exception contains the explanation of the choice.
     """
     given = requested.requested if isinstance(requested, choice.Question) else requested
@@ -150,7 +153,7 @@ def named_by_environment() -> str | None:
 def kept(
     requested: str | None, tensor: torch.Tensor, operator: str, variant: str, call: tuple[Any, ...]
 ) -> str | None:
-    """Return the cached choice for the key `call`, or None if there is none or if a backend was requested."""
+    """Return the choice cached for `call`, or None if nothing is cached or if a backend was requested."""
     if requested is None and named_by_environment() is None:
         return choice.cached(tensor, operator, variant, call)
     return None
@@ -169,8 +172,9 @@ def choose_kernels(
 ) -> str:
     """Return the backend to run for an operator that has Triton kernels.
 
-    `plain` contains the names of the operator's other backends, the default first. `refusal` returns why the kernels
-    cannot run the call, or None if they can. The other arguments are those of `choose_backend`.
+    `plain` contains the names of all backends of the operator except "triton", the default first. `refusal`
+    returns why the kernels cannot run the call, or None if they can. The remaining arguments are those of
+    `choose_backend`.
 
     Under torch.export, every shape that `refusal` reads adds a guard to the exported program. `refusal` is therefore
     called only if `devices.triton_refusal` returns None.

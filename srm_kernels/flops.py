@@ -1,11 +1,16 @@
 """Count the multiply-accumulates of the operators, for the FLOP counters of torch and fvcore (docs/METHOD.md §2.2).
 
-The article's equation 30 gives the count of a link per image and head:
+The article's equation 30 gives the multiply-accumulates of one link for one image and head. They are the sum
+of these terms:
 
-    2 N_q r d + 2 r N_k d + r² d (W) + 2 N_k d² (Gram matrix and scores) + d³/3 + r³/3 + r² d (solve)
+    2 N_q r d           the logits of L, and L X
+    2 r N_k d + r² d    the logits of R, R V, and the logits of W
+    2 N_k d² + d³/3     the leverage scores: Gram matrix and scores, Cholesky factorisation
+    r³/3 + r² d         X: a factorisation, and two triangular solves with d columns
 
-`import srm_kernels` registers the formulas of all operators with torch's counter. The counter reports two FLOPs for
-each multiply-accumulate. `fvcore_handles()` returns the arguments for fvcore's `FlopCountAnalysis.set_op_handle`.
+`import srm_kernels` registers the formulas of `MACS` with torch's counter. The counter reports two FLOPs for
+each multiply-accumulate. `fvcore_handles()` returns the arguments for fvcore's
+`FlopCountAnalysis.set_op_handle`.
 """
 
 from __future__ import annotations
@@ -31,7 +36,7 @@ Shape = tuple[int, ...]
 
 
 def attention_macs(queries: int, keys: int, rank: int, d: int) -> int:
-    """Count L, L X, R, R V, W and the solve of one head, without the choice of landmarks."""
+    """Count L, R, R V, W, X and L X of one head; the choice of landmarks is not counted."""
     return query_side_macs(queries, rank, d) + key_side_macs(keys, rank, d) + solve_macs(rank, d)
 
 
@@ -46,12 +51,12 @@ def key_side_macs(keys: int, rank: int, d: int) -> int:
 
 
 def solve_macs(rank: int, d: int) -> int:
-    """Count the factorisation, r³/3, and two triangular solves of d columns, r² d."""
+    """Count X of one head: r³/3 for the factorisation, and r² d for two triangular solves with d columns."""
     return rank**3 // 3 + rank**2 * d
 
 
 def link_macs(queries: int, keys: int, rank: int, d: int) -> int:
-    """Count one link per image and head, with landmarks by leverage (equation 30)."""
+    """Count one link for one image and head, with `leverage` landmarks (equation 30 of the article)."""
     return attention_macs(queries, keys, rank, d) + leverage_macs(keys, d)
 
 
@@ -73,7 +78,10 @@ def _project_op(tokens: Shape, key_weights: Sequence[Shape], *_: Any) -> int:
 
 
 def _pooled_op(*args: Any) -> int:
-    """Count T, Q and the logits at every position, as in the formula, even if a backend folds the products."""
+    """Count the products for T, Q and the logits at every position.
+
+    Some backends merge these products, and compute fewer of them.
+    """
     given = dict(zip(QuerySides.NAMES, args, strict=False))
     total = 0
     for target, align, key in zip(given["targets"], given["align_weights"], given["keys"], strict=True):
@@ -141,7 +149,7 @@ BACKWARD_FACTOR = 3
 
 @contextmanager
 def _quiet(name: str) -> Iterator[None]:
-    """Silence a module while it is imported: torch's counter warns if Triton is missing."""
+    """Silence the logger `name` and all warnings: without Triton, the import of torch's counter warns."""
     logger = logging.getLogger(name)
     disabled, logger.disabled = logger.disabled, True
     try:
@@ -174,7 +182,7 @@ def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
     """Return the handles with which fvcore counts multiply-accumulates of the operators.
 
     Returns:
-        Operator name → handle. Each pair is the arguments of one call of `FlopCountAnalysis.set_op_handle`.
+        Operator name → handle. Call `FlopCountAnalysis.set_op_handle(name, handle)` once for each operator.
     """
 
     def handle(macs: Callable[..., int]) -> Callable[[list[Any], list[Any]], int]:
@@ -187,7 +195,7 @@ def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
 
 
 def _shape_or_value(value: Any) -> Any:
-    """Return the shape of a traced tensor, the shapes of a list of tensors, or a constant."""
+    """Return the shape of a traced tensor, the shapes of a list of tensors, or the value of a constant."""
     kind = value.type()
     if value.node().kind() == "prim::ListConstruct":
         return [_shape_or_value(item) for item in value.node().inputs()]

@@ -1,24 +1,26 @@
 """The numerics rule: the largest error that the result of a kernel may have.
 
-The exact result is computed in fp64 from the definition in docs/METHOD.md. The rule compares magnitudes: the magnitude
-of a tensor is one number. The error of a result is the magnitude of its difference from the exact result. A unit of a
-dtype is its machine epsilon times the magnitude of the exact result. The error of a kernel must be at most the sum of
-three terms:
+The exact result is computed in fp64 from the definition in docs/METHOD.md. The magnitude of a tensor is one
+number that measures its size, as defined below. The error of a result is the magnitude of its difference from
+the exact result. A unit of a dtype is the machine epsilon of the dtype times the magnitude of the exact
+result. The error of a kernel must be at most the sum of three terms:
 
 - twice the error of plain PyTorch in the same dtype, with intermediate results in fp32;
 - half a unit of the dtype;
 - 8 units of fp32, because kernels sum in another order than plain PyTorch.
 
-The rule must hold for two definitions of the magnitude: the largest absolute value of the tensor, and its mean absolute
-value.
+The magnitude has two definitions: the largest absolute value of the tensor, and the mean absolute value of
+the tensor. The rule must hold with each definition.
 
 If the result is a single number, such as the gradient of α, the error of plain PyTorch can be small by chance. The rule
 then assumes that the error of plain PyTorch is at least half a unit of the dtype.
 
 Some gradients have few elements, and each element is a sum Σ tᵢ over many positions. The error of the sum is Σ tᵢ δᵢ,
-where the δᵢ are random rounding errors. This error is of the order of ε √Σ tᵢ², where ε is the machine epsilon. The sum
-itself can be much smaller than √Σ tᵢ². One loss gives only one random sample of the error. The error of plain PyTorch
-is therefore measured for several random losses, and the rule uses the largest.
+where the δᵢ are random rounding errors. This error is of the order of ε √Σ tᵢ², where ε is the machine
+epsilon. The terms can cancel, so the sum itself can be much smaller than √Σ tᵢ². The error can then be large
+relative to the sum. For one loss, the error is only one random sample, which can be small by chance.
+Therefore, the error of plain PyTorch is measured for several random losses, and the rule uses the largest of
+these errors.
 """
 
 from __future__ import annotations
@@ -47,16 +49,19 @@ def error_ratio(
         found: The result of the kernels, any shape, floating point.
         plain: The same result by plain PyTorch in the dtype of `found`.
         exact: The same result in fp64.
-        together: All exact results of the call, for instance all gradients. The bound contains 8 units of fp32. With
-            `together`, the unit is computed from the largest magnitude of these results, otherwise from `exact`.
-        draws: Pairs (plain, exact) of the same result for other losses. The bound then uses the largest error of plain
-            PyTorch over all losses. Let m be the root mean square of the magnitudes of the exact results in `draws`. If
-            m is larger than the magnitude of `exact`, the bound uses m instead.
+        together: All exact results of the call, for instance all gradients. If `together` is given, the 8
+            units of fp32 in the bound are computed from the largest magnitude of these results. Otherwise,
+            they are computed from the magnitude of `exact`.
+        draws: Pairs (plain, exact) of the same result for other losses or other inputs. The bound then uses
+            the largest error of plain PyTorch over `plain` and all pairs. Let m be the root mean square of
+            the magnitudes of the exact results in `draws`. If m is larger than the magnitude of `exact`, the
+            bound uses m instead of the magnitude of `exact`.
 
     Returns:
-        The ratio is computed once with the largest absolute value and once with the mean absolute value as magnitude.
-        The larger ratio is returned. The ratio is infinity unless `found` has NaN and ±infinity in
-        the same positions as `exact`. Elements that overflow only in `plain` are ignored.
+        The larger of two ratios: one with the largest absolute value as the magnitude, and one with the mean
+        absolute value. The result is infinity unless `found` has NaN and ±infinity at the same positions as
+        `exact`. There is one exception: elements that overflow in `plain` but not in `exact` are ignored, and
+        may overflow in `found` too.
 
     Raises:
         ValueError: The shapes differ.

@@ -1,8 +1,9 @@
 """Groups of arguments that several operators, or several implementations of one operator, share.
 
-torch does not accept a group as an argument of an operator. The `SCHEMA` of a group therefore lists its fields as
-single arguments. Before a call of an implementation, `registration` builds the group from these arguments. Public
-functions check the values.
+torch does not accept a group as an argument of an operator. The `SCHEMA` of a group therefore lists the
+fields of the group as separate arguments. `registration` builds the group from these arguments again before
+it calls an implementation. The groups do not check the values of their fields, because the public functions
+check them.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class LandmarkOptions(Written):
         rank: r, at least 1.
         method: A key of `landmarks.LANDMARK_METHODS`.
         gamma: γ of the ridge leverage scores.
-        generator: Random number generator of the random methods; None means seed 0. It is not passed to operators.
+        generator: Random number generator of the random methods; None means seed 0. Operators do not receive
+            the generator, but random numbers that were drawn from it.
     """
 
     SCHEMA: ClassVar[str] = "SymInt rank, str method, float gamma"
@@ -58,9 +60,9 @@ class SolveOptions(Written):
     Attributes:
         ridge: λ₀.
         solver: A key of `conditioning.SOLVERS`.
-        equilibrate: Whether rows and columns of W are scaled first.
-        kappa_max: "auto" uses LU for κ below this value.
-        neumann_order: m of the series of "neumann".
+        equilibrate: Whether rows and columns of W are scaled before λI is added.
+        kappa_max: "auto" uses LU for matrices whose estimate of κ is below this value.
+        neumann_order: m, the largest exponent in the series of "neumann".
         neumann_gate: Whether "neumann" uses the series only for matrices that pass the convergence checks.
     """
 
@@ -76,7 +78,10 @@ class SolveOptions(Written):
 
     @property
     def default(self) -> bool:
-        """Whether the kernels and the C++ code that fuse the solve with other steps support these options."""
+        """Whether the solver is Cholesky without equilibration.
+
+        The C++ solver, and the kernels that fuse the solve with other steps, support only this case.
+        """
         return self.solver == "cholesky" and not self.equilibrate
 
 
@@ -88,7 +93,7 @@ class AttentionOptions:
         choice: How landmarks are chosen if they are not given.
         solve: How the landmark system is solved.
         scale: s, the scale of the logits.
-        qk_norm: Which tokens are RMS-normalised: None, "keys" or "both".
+        qk_norm: Which tokens are RMS-normalised: None, "keys" or "both" (queries and keys).
         solve_dtype: "fp32" computes L, W and R in fp32. "model" computes L, W and R in the dtype of the inputs.
     """
 

@@ -1,17 +1,20 @@
 """Functions that the Triton kernels of several operators share, and helpers for their launches.
 
-This module imports Triton. Only modules of kernels may import this module.
+This module imports Triton, which is not always installed. Therefore, only modules with Triton kernels, or
+with rules for their launches, may import this module.
 
 Precision of products:
 
 - Stored tensors (queries, keys, values) are multiplied in their dtype, and the products are accumulated in fp32. A
   product of two bf16 or fp16 numbers is exact in fp32. Two fp32 tensors are multiplied in the precision "tf32x3".
-- Computed tensors (L, W, R, X and their gradients) stay in fp32. `wide_dot` multiplies them in three passes of the
-  tensor cores. Each factor is the sum of a high part and a low part, and each pass multiplies one part of each factor.
-  The precision "tf32x3" keeps 22 bits of both factors. With bf16 tokens, the precision is "bf16x3", which keeps 16
-  bits. A factor that is stored in bf16 has no low part, so two passes suffice.
-- One pass would keep only 11 bits (TF32) or 8 bits (bf16) of each factor. In the product Y = L X, the entries of X can
-  be much larger than those of Y. The rounding errors of X would then be large relative to Y.
+- Computed tensors (L, W, R, X and their gradients) stay in fp32. `wide_dot` splits each factor into a high
+  part and a low part. It multiplies the parts in three passes of the tensor cores: high × high, high × low
+  and low × high. The precision "tf32x3" keeps 22 bits of each factor. With bf16 tokens, the precision is
+  "bf16x3", which keeps 16 bits of each factor. If one factor is stored in bf16, this factor has no low part,
+  so two passes suffice.
+- A single pass would keep only 11 bits (TF32) or 8 bits (bf16) of each factor. This is too inaccurate for the
+  product Y = L X, for example: the entries of X can be much larger than those of Y, so the rounding errors of
+  X would be large relative to Y.
 - The choice of landmarks depends on the last bits of the scores. The products for the scores therefore use "tf32x3" or
   plain fp32 (`finest_precision`).
 """
@@ -45,17 +48,28 @@ def empty_like(tensor: Tensor) -> Tensor:
 
 
 def readable(tensor: Tensor) -> Tensor:
-    """Return the tensor that a kernel reads: fp32 for bf16 in Triton's interpreter, which computes wrongly in bf16."""
+    """Return the tensor that a kernel reads: in Triton's interpreter, an fp32 copy of a bf16 tensor.
+
+    The interpreter computes wrong results in bf16. In all other cases, the function returns the tensor
+    itself.
+    """
     return tensor.float() if INTERPRETED and tensor.dtype == torch.bfloat16 else tensor
 
 
 def contiguous(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Return small tensors in the form in which a kernel reads them: contiguous, and fp32 if `readable` needs it."""
+    """Return tensors contiguous and converted by `readable`, for kernels that expect contiguous tensors.
+
+    Use this function for small tensors only, because it can copy them.
+    """
     return tuple([readable(t).contiguous() for t in tensors])
 
 
 def strides(*unnamed: Tensor, axes: str = "bhnd", **named: Tensor) -> dict[str, int]:
-    """Return strides by the names of the kernels' parameters: "stride_b" (unnamed tensor), "key_stride_b" (`key=`)."""
+    """Return the strides of tensors as keyword arguments of a kernel.
+
+    The stride of axis b is named "stride_b" for a positional tensor, and "key_stride_b" for a tensor passed
+    as `key=`.
+    """
     tensors = [("", tensor) for tensor in unnamed] + [(f"{name}_", tensor) for name, tensor in named.items()]
     return {
         f"{prefix}stride_{axis}": stride
@@ -65,12 +79,19 @@ def strides(*unnamed: Tensor, axes: str = "bhnd", **named: Tensor) -> dict[str, 
 
 
 def strides_of(maps: Sequence[Tensor]) -> dict[str, tuple[int, ...]]:
-    """Return the strides of all maps: "strides_b" (image), "strides_c" (channel), "strides_h" and "strides_w"."""
+    """Return the strides of maps (B, C, h, w) as keyword arguments of a kernel.
+
+    Each of "strides_b", "strides_c", "strides_h" and "strides_w" is a tuple with the stride of every map
+    along one axis.
+    """
     return {f"strides_{axis}": tuple(m.stride(number) for m in maps) for number, axis in enumerate("bchw")}
 
 
 def precision(dtype: torch.dtype) -> str:
-    """Return the `input_precision` of products of tensors of this dtype; the interpreter always multiplies in fp32."""
+    """Return the `input_precision` of the products in a kernel whose tokens have this dtype.
+
+    In Triton's interpreter, products are always computed in fp32.
+    """
     if INTERPRETED:
         return "ieee"
     return "bf16x3" if dtype == torch.bfloat16 else "tf32x3"
@@ -86,7 +107,7 @@ def finest_precision(dtype: torch.dtype, d: int) -> str:
 
 
 def padded(size: int) -> int:
-    """Return the side of a tile that holds `size` entries: a power of two, at least 16."""
+    """Return the length of a tile along an axis with `size` entries: a power of two, at least 16."""
     return max(16, power_of_two(size))
 
 

@@ -1,9 +1,11 @@
 """Register operators with torch as `srm::<name>` and `srm::<name>_backward`, for all backends.
 
-Eager mode, torch.compile, torch.export, FLOP counters and CUDA graphs see only these two operators. Autograd cannot
-differentiate through Triton kernels. For the backend "triton", an operator therefore has its own derivative, or uses
-the derivative of the reference. A call that is differentiated under torch.func or by forward-mode differentiation does
-not run the operator. It runs the reference in plain PyTorch.
+Eager mode, torch.compile, torch.export, FLOP counters and CUDA graphs see only these two operators. Autograd
+cannot differentiate through Triton kernels. For the backend "triton", an operator therefore has a derivative
+of its own (the argument `derivatives` of `register_operator`), or uses the derivative of the reference.
+
+There is one exception: a call that is differentiated under torch.func or by forward-mode differentiation runs
+the reference in plain PyTorch, instead of a registered operator.
 """
 
 from __future__ import annotations
@@ -50,7 +52,10 @@ def running() -> Iterator[dict[str, set[str]]]:
 
 @contextmanager
 def plainly() -> Iterator[None]:
-    """Make operator calls inside the context run the reference in plain PyTorch, without the registered operators."""
+    """Make calls of differentiable operators inside the context run the reference in plain PyTorch.
+
+    The registered operators do not run. Operators without a derivative are not affected.
+    """
     global _plain
     before, _plain = _plain, True
     try:
@@ -100,13 +105,15 @@ def register_operator(
         differentiable: Names of the differentiable arguments.
         like: Name of an argument. The first result has the layout that `torch.empty_like` gives for this argument.
         derivatives: Backend → function `(grads, results, *arguments)`. The function returns a gradient for each tensor
-            among the differentiable arguments, in the order of the arguments. For a backend that is not in
-            `derivatives`, autograd differentiates the implementation of this backend. For "triton", autograd
-            differentiates the reference instead. With `derivatives` or `recalled`, the forward pass also saves the
-            results of the operator.
+            among the differentiable arguments, in the order of the arguments. If "triton" is not in
+            `derivatives`, autograd differentiates the reference. If another backend is not in `derivatives`,
+            autograd differentiates the implementation of this backend. If `derivatives` or `recalled` is
+            given, the forward pass also saves the results of the operator for the backward pass.
         constant: Indices of results without a gradient. Results that are not floating point never have a gradient.
-        recalled: Name of an argument → index of a result. The derivative of the reference uses the result instead of
-            the argument. The backward pass then does not repeat a choice of the forward pass, such as the landmarks.
+        recalled: Name of an argument → index of a result. If autograd differentiates an implementation, the
+            backward pass runs this implementation again, with the result of the forward pass in place of the
+            argument. The backward pass then does not repeat a choice that the forward pass made, such as the
+            choice of landmarks.
         autocast: Function that casts `arguments` under autocast; see `autocast.py`.
 
     Returns:
@@ -239,7 +246,7 @@ def register_operator(
 
 @contextmanager
 def recording() -> Iterator[None]:
-    """Record operations for autograd inside an operator, where the dispatcher disables autograd."""
+    """Enable autograd in the context, for use inside an operator, where the dispatcher disables autograd."""
     autograd = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
     with autograd, torch.enable_grad():
         yield
@@ -252,13 +259,14 @@ def _kinds(arguments: str) -> list[str]:
 def _packed(function: Implementation, kinds: Sequence[str], ahead: int = 0) -> Implementation:
     """Wrap `function`, which has arguments of the types in `options.WRITTEN`.
 
-    The wrapper takes the fields of such an argument instead, builds the argument from the fields, and calls `function`.
-    It passes its first `ahead` arguments on unchanged.
+    For each argument of one of these types, the wrapper takes the fields of the type as separate arguments,
+    and builds the argument from them. The wrapper then calls `function`. The first `ahead` arguments are
+    passed on unchanged.
 
     Args:
         function: The function to wrap.
         kinds: Types of the arguments of `function` after the first `ahead`, as in a torch schema.
-        ahead: Number of arguments at the start that `kinds` does not contain.
+        ahead: Number of arguments at the start of `function` whose types are not in `kinds`.
     """
     if not WRITTEN.keys() & set(kinds):
         return function
@@ -375,7 +383,10 @@ def _places(inputs: Sequence[Any]) -> list[Place]:
 
 
 def _entry(value: Any, dim: Any, i: int) -> Any:
-    """Return entry i of a value that is batched along `dim`; a list has one `dim` per entry."""
+    """Return sample i of a value that is batched along `dim`.
+
+    If the value is a list, `dim` is a list with one axis for each element, or one axis for all elements.
+    """
     if isinstance(value, list):
         dims = dim if isinstance(dim, list | tuple) else [dim] * len(value)
         return [_entry(part, d, i) for part, d in zip(value, dims, strict=True)]
@@ -424,7 +435,11 @@ def _product(
 
 
 def _apart(product: Tensor, given: set[int]) -> Tensor:
-    """Return the product contiguous and in its own memory: an operator must not return an input or a view."""
+    """Return `product` as a contiguous tensor with memory of its own.
+
+    An operator must not return an input or a view. `given` contains the memory addresses of the gradients
+    that the operator received.
+    """
     product = product.contiguous()
     memory = product.untyped_storage()
     alone = memory.nbytes() == product.numel() * product.element_size() and memory.data_ptr() not in given

@@ -80,8 +80,8 @@ class Verdict:
     Attributes:
         key: The device and the versions for which the rows hold.
         rows: One row for each operator, backend, dtype and shape; `checked_row` lists the fields.
-        unfinished: Groups (operator, dtype) whose measurement was interrupted. Of these groups, only rows with a fault
-            count.
+        unfinished: Groups (operator, dtype) whose measurement was interrupted. From these groups, only the
+            rows that have a fault are used.
         origin: "this machine" or "shipped".
     """
 
@@ -91,12 +91,15 @@ class Verdict:
     origin: str = OWN
 
     def with_row(self, row: Row) -> Verdict:
-        """Return a copy with `row` added. `row` replaces an earlier row of the same case."""
+        """Return a copy with `row` added; an earlier row with the same `identity` is removed."""
         kept = [one for one in self.rows if identity(one) != identity(row)]
         return replace(self, rows=(*kept, row))
 
     def finished(self, groups: Set[Group]) -> Verdict:
-        """Return a copy in which the groups are finished, without the rows that an interrupted run did not time."""
+        """Return a copy in which `groups` are finished, without the incomplete rows of these groups.
+
+        Rows are incomplete (see `is_done`) if an earlier run was interrupted before it timed them.
+        """
         kept = [row for row in self.rows if group_of(row) not in groups or is_done(row)]
         return replace(self, rows=tuple(kept), unfinished=self.unfinished - groups)
 
@@ -116,18 +119,21 @@ def identity(row: Row) -> tuple[str, str, str, str]:
 
 
 def is_done(row: Row) -> bool:
-    """Return whether the measurement of a row is complete. A row with the status "right" needs times."""
+    """Return whether the measurement of a row is complete: a row with the status "right" must have times."""
     return row["status"] != RIGHT or bool(row["milliseconds"])
 
 
 def group_of(row: Row) -> Group:
-    """Return the group of a row, which is its operator and dtype. All rows of a group are decided together."""
+    """Return the group of a row: its operator and dtype.
+
+    All rows that are used for a group come from one verdict (see `governing`).
+    """
     return row["operator"], row["dtype"]
 
 
 @cache
 def sources_digest() -> str:
-    """Return a digest of the sources of the operators with kernels and of `SOURCES`."""
+    """Return a digest of the source files of all operators with kernels, and of the files in `SOURCES`."""
     files = {path for kernels in PACKAGE.glob("*/*kernels.py") for path in kernels.parent.glob("*.py")}
     files |= {path for name in SOURCES if (path := PACKAGE / name).is_file()}
     digest = hashlib.sha256()
@@ -222,12 +228,12 @@ def load(key: Key) -> tuple[Verdict | None, str | None]:
 def doubts(key: Key) -> Verdict | None:
     """Return the faults that this machine measured with another driver or patch version of torch or Triton.
 
-    A shipped verdict holds for all drivers and patch versions. These faults restrict the shipped verdict: an
-    implementation with such a fault is not used, even if the shipped verdict allows it. Faults that the environment can
-    cause are left out.
+    A shipped verdict holds for all drivers and patch versions. If this machine measured a fault in a group
+    (an operator and a dtype), the shipped verdict is not used for this group. Calls of the operator in this
+    dtype then use the default backend. Faults that the environment can cause are left out.
 
     Returns:
-        An unfinished verdict with only these faults, or None if there are no such faults.
+        A verdict whose rows are the faults and whose groups are all unfinished. None if there are no faults.
     """
     try:
         kept = read(path_of(key))
@@ -422,13 +428,16 @@ def held(key: Key) -> Iterator[bool]:
 
 
 def with_machine(rows: Iterable[Row], key: Key) -> list[Row]:
-    """Return rows with their machine, as in `bench/results` and `SHIPPED`."""
+    """Return copies of rows with the device and versions in a field `machine`, as `export` writes them."""
     machine = {**key._asdict(), "kind": "cuda", "cuda": torch.version.cuda}
     return [{**row, "machine": machine} for row in rows]
 
 
 def export(verdict: Verdict, path: Path) -> None:
-    """Write the rows of finished groups and their machine as JSON lines."""
+    """Write the rows of finished groups as JSON lines, for `bench/results` or `SHIPPED`.
+
+    Each line contains a row and its field `machine`.
+    """
     finished = [
         row for row in with_machine(verdict.rows, verdict.key) if group_of(row) not in verdict.unfinished
     ]
@@ -470,11 +479,15 @@ def _minor(text: str) -> list[str]:
 
 
 def governing(own: Verdict | None, others: Verdict | None) -> dict[Group, tuple[Verdict, list[Row]]]:
-    """Return, for each group, the verdict that decides the group, and the rows of this verdict that count.
+    """Return, for each group, the verdict to use and the rows of this verdict to use.
 
-    `own` is the verdict of this machine, and `others` is the shipped verdict. `own` decides the groups that this
-    machine has measured, and `others` decides the other groups. An unfinished group of `own` counts as measured if one
-    of its rows has a fault. For such a group, only the rows with a fault count.
+    `own` is the verdict of this machine or the result of `doubts`, and `others` is the shipped verdict. For
+    each group, there are three cases:
+
+    - `own` contains the group, and the group is finished: all rows of the group in `own` are used.
+    - The group is unfinished in `own`, but at least one of its rows has a fault: only the rows with a fault
+      are used.
+    - Otherwise, the rows of `others` are used, if `others` contains the group.
     """
     found: dict[Group, tuple[Verdict, list[Row]]] = {}
     for verdict in filter(None, (others, own)):

@@ -1,6 +1,6 @@
 """Build timm backbones that return four maps at strides 4, 8, 16 and 32 (docs/METHOD.md §1).
 
-Another number of maps also needs other `STAGES` in `config.py`.
+To change the number of maps, change `STRIDES` in this file and `STAGES` in `config.py`.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class Backbone(nn.Module):
             buffer.copy_(constants[name])
 
     def train(self, mode: bool = True) -> Backbone:
-        """Set the mode as `Module.train`, but keep BatchNorm layers in evaluation mode."""
+        """Set the mode as `Module.train` does, but keep BatchNorm layers in evaluation mode."""
         super().train(mode)
         for module in self.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -144,7 +144,10 @@ def check_backbone(name: Any) -> None:
 
 @cache
 def check_size(name: str, image_size: int) -> None:
-    """Build a backbone for `image_size`; raise ValueError, with accepted sizes, if it rejects images of this size."""
+    """Raise ValueError unless the backbone accepts square images of side `image_size`.
+
+    The message names accepted sizes. The check builds the backbone.
+    """
 
     def fits(side: int) -> bool:
         try:

@@ -31,7 +31,7 @@ def save_model(model: nn.Module, folder: str | Path, *, card: dict[str, Any]) ->
     """Save a model as a checkpoint. An interrupted save leaves either the old checkpoint or the new one.
 
     Tensors keep their dtype. A tensor with several names is stored under each of its names. For a model sharded by
-    FSDP, every rank calls this function and rank 0 writes.
+    FSDP, every rank must call this function; only rank 0 writes.
 
     Args:
         model: An `IQAModel`. The model or its parts may be wrapped by torch.compile, `DataParallel`,
@@ -79,11 +79,14 @@ def _write(tensors: dict[str, Tensor], folder: Path, document: dict[str, Any]) -
 
 
 def pack(folder: str | Path, out: str | Path) -> None:
-    """Copy a checkpoint with its weight matrices in fp16. The copy has about half the size.
+    """Write a copy of a checkpoint with weight matrices in fp16.
 
-    Tensors with fewer than two dimensions keep their dtype: biases, BatchNorm statistics, θ, σ̄ and M₀. A matrix with a
-    value beyond the range of fp16 keeps its dtype too. `load_weights` loads the copy into a model in fp32. The card is
-    copied without the path of the dataset's folder.
+    The copy has about half the size of the original.
+
+    Tensors with fewer than two dimensions keep their dtype: biases, BatchNorm statistics, θ, σ̄ and M₀. A
+    matrix with a value beyond the range of fp16 keeps its dtype too. `load_weights` can load the copy into a
+    model in fp32, because it converts the weights to the dtypes of the model. The card is copied without the
+    path of the dataset's folder.
 
     Args:
         folder: Folder of the checkpoint.
@@ -104,7 +107,7 @@ def pack(folder: str | Path, out: str | Path) -> None:
 
 
 def _halved(tensor: Tensor) -> Tensor:
-    """Return a matrix in fp16 if its values are in the range of fp16; otherwise return the tensor unchanged."""
+    """Convert an fp32 or fp64 matrix to fp16 if its values fit; return every other tensor unchanged."""
     import torch
 
     if tensor.dim() < 2 or tensor.dtype not in (torch.float32, torch.float64):
@@ -129,7 +132,7 @@ def shipped() -> Path:
 
 
 def _own_tensors(model: nn.Module) -> tuple[dict[str, Tensor], bool]:
-    """Copy the model's tensors under the names of the unwrapped model; also return whether the model was sharded."""
+    """Copy the tensors, named as in a model without wrappers; also return whether the model is sharded."""
     from srm_model.modules import plain_names
 
     state, names = model.state_dict(), plain_names(model)
@@ -199,7 +202,7 @@ def read_card(folder: str | Path) -> dict[str, Any]:
 def load_weights(model: nn.Module, folder: str | Path) -> None:
     """Load the weights of a checkpoint into a model, strictly. The model keeps its dtypes.
 
-    For a model sharded by FSDP, every rank calls this function.
+    For a model sharded by FSDP, every rank must call this function.
 
     Args:
         model: A model with exactly the tensors of the checkpoint. The model may be wrapped as in `save_model`.
@@ -240,7 +243,7 @@ def with_axis(tensor: Tensor, own: Tensor) -> Tensor:
 
 
 def copy_tensors(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
-    """Load tensors strictly; raise ValueError with `source` and the names of the tensors that do not fit."""
+    """Load tensors strictly; raise ValueError with `source` and examples of tensors that do not fit."""
     from srm_model.modules import plain_names, unwrapped
 
     model = unwrapped(model)

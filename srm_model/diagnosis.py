@@ -1,6 +1,7 @@
-"""Measure how the landmark systems of a trained neck are conditioned, and the effect on attention (article, table 1).
+"""Measure the conditioning of a trained neck's landmark systems and its effect on attention (article, table 1).
 
-The measurements use the queries, keys and values of each link. Each link, head and batch is measured separately.
+The measurements use the queries, keys and values that the links compute from images. Each link, image and head has its
+own landmark matrix, which is measured separately.
 """
 
 from __future__ import annotations
@@ -51,30 +52,33 @@ def table_rows(config: SRMConfig) -> dict[str, dict[str, Any]]:
 
 @torch.no_grad()
 def diagnose(model: IQAModel, batches: Iterable[Tensor], *, pictured: int = 2) -> dict[str, Any]:
-    """Measure every link of an `srm` model. The results are JSON values.
+    """Measure every link of a model with the neck "srm".
+
+    Each link, image and head has one landmark matrix and one set of landmarks. A summary of several matrices has their
+    number and the share of them that each solver solved. It also has quantiles of κ, of ρ, of the gain (all three as in
+    `LandmarkSolution`) and of the error of Nyström attention against exact attention.
 
     Args:
-        model: The model, which may be wrapped.
-        batches: Images (B, 3, H, W) in [0, 1].
-        pictured: Number of images whose landmark positions are returned.
+        model: The model, which may be in a wrapper that `unwrapped` removes.
+        batches: Batches of images, (B, 3, H, W) in [0, 1] each.
+        pictured: Number of images of the first batch whose landmark positions are returned.
 
     Returns:
-        A dictionary with these entries:
+        A dictionary of JSON values with these entries:
 
         - "rank": r of the config;
-        - "table": for each row of table 1, a summary of all matrices. A summary has quantiles of κ, of ρ, of the gain
-          and of the error against exact attention. It also has the share of matrices that each solver solved;
-        - "links": for each link, values with the settings of the checkpoint. "all" is a summary of all matrices,
-          "heads" has a summary for each head, and "batches" has a summary for each batch. "kappas" has all values of κ,
-          and "spectrum" has quantiles of the singular values. "rank" is the number of landmarks;
+        - "table": for each row of table 1, a summary of all matrices;
+        - "links": for each link, values that are measured with the settings of the checkpoint. "rank" is the number of
+          landmarks. "all" is a summary of all matrices of the link. "heads" has a summary for each head, and "batches"
+          has a summary for each batch. "kappas" has all values of κ. "spectrum" has quantiles of the singular values;
         - "errors": for each landmark method and number of landmarks, quantiles of the error against exact attention;
-        - "changes": for each landmark method and step, the share of landmark sets that change if every pixel of the
-          first batch changes by ±step/255. Each link, image and head has one landmark set;
-        - "landmarks": for each link, each landmark method and each of the first `pictured` images, the number of heads
-          that have a landmark at each position.
+        - "changes": for each landmark method and step, the share of landmark sets that change when each pixel value
+          of the first batch changes by step/255 with a random sign;
+        - "landmarks": for each link, each landmark method that is not random, and each of the first `pictured` images,
+          a map that counts at each position the heads with a landmark there.
 
     Raises:
-        ValueError: The model has no Nyström attention, or there is no image or no link into a fused stage.
+        ValueError: The model has no Nyström attention or no link into a fused stage, or `batches` is empty.
     """
     model = cast(IQAModel, unwrapped(model))
     neck = model.neck
@@ -130,7 +134,8 @@ def diagnose(model: IQAModel, batches: Iterable[Tensor], *, pictured: int = 2) -
 def _changes(model: IQAModel, images: Tensor) -> list[dict[str, Any]]:
     """Return the share of landmark sets that change when the pixels change by a small step.
 
-    The result has an entry for each landmark method and each step of `STEPS`. Each link, image and head has one set.
+    The result has an entry for each landmark method and each step of `STEPS`. Each link, image and head has one
+    landmark set.
     """
     neck = cast(SRMNeck, model.neck)
 
@@ -163,7 +168,7 @@ def _attend(link: Link, q: Tensor, k: Tensor, v: Tensor, **changes: Any) -> tupl
 def _measured(
     link: Link, q: Tensor, k: Tensor, v: Tensor, exact: Tensor, **changes: Any
 ) -> dict[str, Tensor]:
-    """Measure κ, ρ, the gain, the solver and the error of Y against `exact`, the exact Y; (B, H) each."""
+    """Return κ, ρ, the gain, the solver and the error of Y, (B, H) each. `exact` is the Y of exact attention."""
     y, solution = _attend(link, q, k, v, **changes)
     if changes.get("qk_norm", link.config.qk_norm) != link.config.qk_norm:
         exact = full_attention(q, k, v, qk_norm=changes["qk_norm"])
@@ -223,13 +228,13 @@ def _positions(
 
 
 def _joined(measured: list[dict[str, Tensor]], head: slice | int = slice(None)) -> dict[str, Tensor]:
-    """Concatenate the values of all matrices of these batches, for all heads or for one head."""
+    """Concatenate the measured values of several batches, for all heads or for one head."""
     names = (*FIGURES, "solver")
     return {name: torch.cat([batch[name][:, head].flatten() for batch in measured]) for name in names}
 
 
 def _summary(values: dict[str, Tensor]) -> dict[str, Any]:
-    """Return quantiles, the number of matrices and the share of each solver."""
+    """Return quantiles of the values, the number of matrices, and the share of matrices that each solver solved."""
     served = values["solver"]
     shares = {solver.name.lower(): float((served == solver).double().mean()) for solver in Solver}
     return {

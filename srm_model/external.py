@@ -33,7 +33,8 @@ class Interface:
     Args:
         mean, std: Mean and standard deviation of each channel of images in [0, 1]. The model's input is peak·(image −
             mean)/std.
-        peak: Value of white in the model's input: 1 or 255.
+        peak: Scale of the pixel values that the model expects: 1 for values from 0 to 1, 255 for values from 0 to 255.
+            `mean` and `std` refer to images in [0, 1] in both cases.
         lower_is_better: Whether low scores mean high quality. None uses the model's attribute `lower_better`, which
             pyiqa's metrics have. If the model has no such attribute, None means False.
     """

@@ -68,7 +68,7 @@ def check_folder(path: str | Path) -> None:
 
 @contextmanager
 def utf8_path(path: str | Path) -> Iterator[Path]:
-    """Yield `path`, or a link to it if its name is not UTF-8. safetensors and TensorBoard require names in UTF-8."""
+    """Yield `path`, or a link to `path` if `path` is not UTF-8. safetensors and TensorBoard require names in UTF-8."""
     path = Path(path)
     try:
         str(path).encode()
@@ -84,9 +84,9 @@ def utf8_path(path: str | Path) -> Iterator[Path]:
 def write_text(path: str | Path, text: str) -> None:
     """Write a UTF-8 text file atomically.
 
-    A file name may contain bytes that are not UTF-8. Python represents each of these bytes in `text` by a surrogate
-    escape. The file gets an escape sequence from `\\udc80` to `\\udcff` for each surrogate escape. JSON readers decode
-    this sequence to the same surrogate escape.
+    `text` may contain file names that are not UTF-8. In such a name, Python represents each invalid byte by a surrogate
+    escape. Each surrogate escape is written as an escape sequence, from `\\udc80` to `\\udcff`, so a JSON reader
+    restores the same file name.
     """
     with atomic_path(path) as temporary:
         temporary.write_bytes(text.encode(errors="backslashreplace"))
@@ -141,8 +141,9 @@ def claimed(path: str | Path, name: str) -> Iterator[bool]:
 def held(folder: str | Path, *, shared: bool = False) -> Iterator[None]:
     """Lock a folder for the block, so that no other process writes to the folder.
 
-    The folder is created if it is missing, and removed if it stays empty. The operating system releases the lock when
-    the process ends. Forked processes do not inherit the lock. On a file system without locks, nothing is locked.
+    If the folder is missing, it is created; if it then stays empty, it is removed at the end of the block. The
+    operating system releases the lock when the process ends. Forked processes do not inherit the lock. On a file system
+    without locks, nothing is locked.
 
     Args:
         folder: The folder to lock.
@@ -220,7 +221,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def finite(value: Any) -> Any:
-    """Return a JSON value with None for every number that is not finite, and with keys as text."""
+    """Copy a JSON value; replace every number that is not finite by None, and convert the keys of dicts to text."""
     if isinstance(value, float):
         return value if value - value == 0 else None
     if isinstance(value, dict):

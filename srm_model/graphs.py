@@ -1,4 +1,4 @@
-"""Run a forward pass at fixed shapes as a CUDA graph, which takes a single launch."""
+"""Run a forward pass at fixed shapes as a CUDA graph, so that one launch starts all of its kernels."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ WARMUP = 3  # calls before the capture, which compile kernels and fill caches
 class Graphed:
     """Capture `module(maps)` once and replay it for maps of the same shapes, dtypes and device.
 
-    Gradients are not computed. Weights may change in place after the capture. If a weight gets new memory, for example
-    by `Module.to`, the graph still reads the old memory. The graph keeps the autocast state of the capture.
+    Gradients are not computed. After the capture, weights may change in place, and the graph uses the new values. If a
+    weight gets new memory, for example by `Module.to`, the graph still reads the old memory, so the module must be
+    captured again. Every replay uses the autocast state of the capture.
 
     Args:
         module: A deterministic module in evaluation mode, such as an `SRMNeck`.
-        maps: CUDA tensors. The graph is captured for their shapes, dtypes and strides.
+        maps: CUDA tensors. The graph is captured for their shapes, dtypes and strides. Maps of later calls may have
+            other strides, because each call copies its maps into the captured tensors.
 
     Raises:
         ValueError: The module is in training mode or stochastic, or a map is not a CUDA tensor.

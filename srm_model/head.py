@@ -1,6 +1,7 @@
 """Regression head: from the fused map to a score (docs/METHOD.md §1.7).
 
-`IQAModel` in `model.py` builds the head. To choose between several heads, it needs a field of `SRMConfig`.
+`IQAModel` in `model.py` builds the head. There is only this head, so `SRMConfig` has no field for it. If you add
+another head, add a field to `SRMConfig` that selects the head.
 """
 
 from __future__ import annotations

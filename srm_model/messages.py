@@ -17,5 +17,5 @@ def say(text: str) -> None:
 
 
 def bars(wanted: bool) -> bool:
-    """Return whether to show progress bars: if `wanted` and if stderr is a terminal."""
+    """Return whether to show progress bars: `wanted` must be True, and stderr must be a terminal."""
     return wanted and sys.stderr.isatty()

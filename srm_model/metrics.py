@@ -1,4 +1,4 @@
-"""Compute SROCC, PLCC, and the five-parameter logistic map that precedes PLCC (docs/METHOD.md §5)."""
+"""Compute SROCC and PLCC, and fit the five-parameter logistic map from scores to MOS (docs/METHOD.md §5)."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def srocc(scores: Values, mos: Values) -> float:
 def plcc(scores: Values, mos: Values) -> float:
     """Compute Pearson's linear correlation, without a logistic map. Arguments, result and errors are as in `srocc`.
 
-    The usual PLCC of the literature is computed on mapped scores: ``plcc(LogisticMap.fit(val_scores, val_mos)(scores),
-    mos)``.
+    Publications usually apply a logistic map to the scores before they compute PLCC. To do the same, call
+    ``plcc(LogisticMap.fit(val_scores, val_mos)(scores), mos)``.
     """
     x, y = _pair(scores, mos)
     return _pearson(x, y) if np.isfinite(x).all() else math.nan
@@ -54,8 +54,9 @@ class LogisticMap:
     set. Use this map for the clean and for the attacked test set. A new fit on attacked scores would hide part of the
     damage.
 
-    The map need not be monotone: if β₄ and β₁β₂ have opposite signs, f has turning points. Far from the fitted scores,
-    f approaches the line β₄ q + β₅ ± β₁/2. Therefore PLCC and SROCC can rank attacked results differently.
+    The map need not be monotone: if β₄ and β₁β₂ have opposite signs and |β₄| < |β₁β₂|/4, f has two turning points. Far
+    from the fitted scores, f approaches one of the lines β₄ q + β₅ ± β₁/2. PLCC is computed on f(q), but SROCC is
+    computed on the raw scores. The two metrics can therefore disagree about which of two attacks is stronger.
     """
 
     beta: Beta  # β₁ to β₅
@@ -68,8 +69,9 @@ class LogisticMap:
     def fit(cls, scores: Values, mos: Values) -> LogisticMap:
         """Fit by least squares (Levenberg-Marquardt), starting at β = (range of MOS, 1, 0, 0, mean of MOS).
 
-        The result is the least-squares line if the fit does not converge, or if the line has a smaller error. `reason`
-        explains why.
+        In three cases the result is the least-squares line instead: there are fewer than five items, the fit does not
+        converge, or the line has a smaller error than the fit. If all scores are equal, the result is a constant, the
+        mean of the MOS. In all these cases, `converged` is False and `reason` names the case.
 
         Args:
             scores: Predicted scores, (N,).
@@ -105,7 +107,8 @@ class LogisticMap:
         """Create a map from the result of `to_dict`.
 
         Raises:
-            ValueError: An entry is missing, unknown or not a usable number.
+            ValueError: An entry is missing or unknown, `beta` is not five finite numbers, `center` is not finite, or
+                `scale` is not finite and positive.
         """
         expected = {field.name for field in fields(cls)}
         if set(values) != expected:
@@ -206,8 +209,9 @@ def doubts(attacks: Mapping[str, Mapping[str, Any]]) -> list[str]:
     The result of such an attack may overstate robustness, because the attack makes no progress without a gradient.
 
     Args:
-        attacks: Entries by attack name with the shares `zero_gradients` and `nonfinite_gradients`, as in
-            `SuiteResult.attacks`. A share that is missing, None or NaN is ignored.
+        attacks: Dict from the name of each attack to its entry, as in `SuiteResult.attacks`. An entry has the shares of
+            gradients that are zero (`zero_gradients`) or not finite (`nonfinite_gradients`). A share that is missing,
+            None or NaN is ignored.
     """
     found = []
     for name, entry in attacks.items():

@@ -25,7 +25,7 @@ RANGE_TOLERANCE = 1e-2  # permits small finite-difference steps out of [0, 1]
 class IQAModel(nn.Module):
     """No-reference image quality model. Use `build_model` to create one.
 
-    The model takes pixels in [0, 1] and normalises them itself, so that attacks act on pixels.
+    The model takes pixels in [0, 1] and normalises them itself, so that attacks change the image before normalisation.
 
     Args:
         backbone: Name of a timm model.
@@ -34,7 +34,7 @@ class IQAModel(nn.Module):
         pretrained: Whether to load ImageNet weights of the backbone.
 
     Raises:
-        ValueError: A name is unknown, or the backbone has no maps at strides 4, 8, 16 and 32.
+        ValueError: A name is unknown, or the backbone has no map at one of the strides 4, 8, 16 and 32.
     """
 
     mean: Tensor
@@ -76,7 +76,7 @@ class IQAModel(nn.Module):
 
     @property
     def stochastic(self) -> bool:
-        """Whether two evaluations of one image may differ. Attacks then need EOT (docs/METHOD.md §6)."""
+        """Whether two evaluations of one image may differ. If so, attacks need EOT (docs/METHOD.md §6)."""
         return self.neck.stochastic
 
     def forward(
@@ -90,8 +90,8 @@ class IQAModel(nn.Module):
             statistics: Statistics of a batch that is split into micro-batches, as in `SRMNeck.forward`.
 
         Returns:
-            Scores (B,) on the scale of normalised MOS; higher is better. With `return_losses`, a tuple of the scores
-            and the unweighted scalar losses "tau", "entropy" and "balance".
+            Scores (B,) on the scale of normalised MOS; higher is better. With `return_losses`, the pair (scores,
+            losses). `losses` is a dict of the unweighted scalars "tau", "entropy" and "balance".
 
         Raises:
             TypeError: The images are not floating-point, or their dtype does not fit the model.
@@ -106,8 +106,8 @@ class IQAModel(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the scores and the losses, as `forward` with `return_losses` does.
 
-        Under DDP and FSDP, call the wrapped model with `return_losses=True` instead, because these wrappers see only
-        `forward`.
+        With DDP or FSDP, call the DDP or FSDP model with `return_losses=True` instead. DDP and FSDP act only on calls
+        of the model, so a call of this method would bypass them.
         """
         pyramid = self.pyramid(images)
         if images.requires_grad and isinstance(self.neck, SRMNeck):
@@ -141,7 +141,10 @@ class IQAModel(nn.Module):
 
 
 def _check_images(images: Tensor, like: Tensor) -> None:
-    """Raise TypeError or ValueError unless the model accepts `images`. `like` is one of the model's buffers."""
+    """Raise TypeError or ValueError unless the model accepts `images`.
+
+    The device and the dtype of `images` are compared with those of `like`, one of the model's buffers.
+    """
     if not isinstance(images, Tensor) or not images.is_floating_point():
         kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
         raise TypeError(f"images is {kind}; expected a floating-point tensor")
@@ -182,8 +185,8 @@ def build_model(
 
     Raises:
         TypeError: `config` is not an `SRMConfig`.
-        ValueError: A name is unknown, the backbone lacks a stride or does not accept images of `config.image_size`, or
-            the checkpoint does not fit.
+        ValueError: A name is unknown, the backbone has no map at one of the strides or does not accept images of
+            `config.image_size`, or the checkpoint is invalid or differs from the other arguments.
     """
     if config is not None and not isinstance(config, SRMConfig):
         raise TypeError(f"config is a {type(config).__name__}; expected an SRMConfig or None")

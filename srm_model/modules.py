@@ -19,7 +19,7 @@ _schemas: list[torch.library.Library] = []  # keeps libraries alive, and with th
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Set evaluation mode for the block, then restore the mode of every submodule."""
+    """Set evaluation mode inside the `with` statement, then restore the mode of every submodule."""
     modes = [(part, part.training) for part in module.modules() if hasattr(part, "training")]
     try:
         _evaluate(module)
@@ -40,7 +40,7 @@ def _evaluate(module: nn.Module) -> None:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Return the device of the first parameter; without parameters, of the first buffer; without both, the CPU."""
+    """Return the device of the first parameter, or of the first buffer if there are no parameters, or else the CPU."""
     tensor = next(module.parameters(), next(module.buffers(), None))
     return torch.device("cpu") if tensor is None else tensor.device
 
@@ -48,7 +48,7 @@ def device_of(module: nn.Module) -> torch.device:
 def unwrapped(module: nn.Module) -> nn.Module:
     """Remove all wrappers and return the inner module.
 
-    Wrappers are torch.compile, `DataParallel`, `DistributedDataParallel` and `AveragedModel`.
+    The wrappers are those of torch.compile, `DataParallel`, `DistributedDataParallel` and `AveragedModel`.
     """
     while (name := _wrapped(module)) is not None:
         module = module.get_submodule(name)
@@ -56,7 +56,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def _wrapped(module: nn.Module) -> str | None:
-    """Return the name of the attribute that holds a wrapper's module; None for other modules."""
+    """Return the name of the attribute in which a wrapper keeps its module, or None if `module` is not a wrapper."""
     if isinstance(module, WRAPPERS):
         return "module"
     return "_orig_mod" if type(module).__name__ == "OptimizedModule" else None  # its class is slow to import
@@ -77,7 +77,10 @@ def plain_names(module: nn.Module) -> dict[str, str]:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Return whether code may read a module's weights directly: no adapter, parametrisation, sharding or pruning."""
+    """Return whether code may read a module's weights directly instead of calling the module.
+
+    The result is False for a module with an adapter, a parametrisation, sharding or pruning.
+    """
     own = type(module).__module__.startswith(("torch.nn.modules.", "srm_model."))
     made = any(
         type(hook).__module__.startswith("torch.nn.utils") for hook in module._forward_pre_hooks.values()
@@ -91,7 +94,7 @@ def is_stochastic(model: nn.Module) -> bool:
 
 
 def in_backward() -> bool:
-    """Return whether this thread is in a backward pass, where gradient checkpointing repeats the forward pass."""
+    """Return whether this thread is in a backward pass, as when gradient checkpointing repeats a forward pass."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
@@ -102,7 +105,8 @@ def check_like(name: str, given: Tensor, own: Tensor, *, promoted: bool = False)
         name: Name of the tensor in messages.
         given: The tensor to check.
         own: A tensor of the module.
-        promoted: Whether to accept a narrower dtype too. Arithmetic with `own` converts such a tensor.
+        promoted: Whether to accept also a dtype that arithmetic with `own` converts to the dtype of `own`, such as fp16
+            if `own` is fp32.
 
     Raises:
         ValueError: The devices differ.
@@ -116,7 +120,10 @@ def check_like(name: str, given: Tensor, own: Tensor, *, promoted: bool = False)
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype:
-    """Return the dtype in which a product reads this tensor. Autocast does not change fp64 and meta tensors."""
+    """Return the dtype in which a matrix product or a convolution reads this tensor under the current autocast state.
+
+    Autocast does not cast fp64 tensors or tensors on the meta device, so the result for them is their own dtype.
+    """
     device = tensor.device.type
     own = device == "meta" or tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device)
     return tensor.dtype if own else torch.get_autocast_dtype(device)
@@ -129,7 +136,7 @@ def rounded(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     forward-mode differentiation, there is one launch per tensor.
 
     Args:
-        tensors: Tensors on one device. A tensor that already has this dtype is returned unchanged.
+        tensors: Tensors on one device. A tensor that already has the dtype `dtype` is returned unchanged.
         dtype: The dtype of the results.
     """
     if transforming():
@@ -159,10 +166,13 @@ class _Rounded(torch.autograd.Function):
 
 @cache
 def make_torchvision_importable() -> None:
-    """Make the import of torchvision succeed. Call it before importing timm or piq.
+    """Make a CUDA build of torchvision importable with a CPU build of torch.
+
+    Call this function before importing timm or piq.
 
     A torchvision that is built for CUDA cannot be imported with a CPU build of torch, because two operator schemas are
-    missing. This function defines these schemas. The package uses no operator of torchvision.
+    missing. This function defines the two schemas without implementations, because this package calls no operator of
+    torchvision.
     """
     try:
         import torchvision  # noqa: F401

@@ -22,7 +22,8 @@ _PROJECTION_ROUNDS = 2
 class Norm(ABC):
     """A norm of perturbations (B, 3, H, W), per image.
 
-    The config fields `attack_step_NAME`, `eps_NAME` and `eps_NAME_tables` override `step`, `budgets` and `tables`.
+    A config can have the fields `attack_step_NAME`, `eps_NAME` and `eps_NAME_tables`, where NAME is the norm's `name`.
+    These fields override `step`, `budgets` and `tables`.
 
     Attributes:
         name: Name in files and on the command line.
@@ -36,10 +37,10 @@ class Norm(ABC):
         stated: Note for the help of --eps: the image size for which a budget is given. Empty if budgets do not depend
             on the image size.
         axis: Label of the budget axis in charts.
-        bumps: How the square attack changes δ. True, for the Euclidean norm: the attack sets δ to zero in one square,
-            and uses the freed budget for a bump in another square. False, for the maximum norm: the attack sets δ to
-            ±ε in one square. For another norm, False makes the attack weaker, because the projection shrinks the
-            squares.
+        bumps: How the square attack changes δ. If True, as for the Euclidean norm, the attack sets δ to zero in one
+            square, and uses the freed budget for a bump in another square. If False, as for the maximum norm, the
+            attack sets δ to ±ε in one square. For a norm other than the maximum norm, False makes the attack weaker,
+            because the projection then shrinks the squares.
     """
 
     name: ClassVar[str]
@@ -74,12 +75,12 @@ class Norm(ABC):
         """Return the norm of each perturbation, (B,)."""
 
     def diameter(self, image: Tensor) -> float:
-        """Return the largest distance between two images of this size."""
+        """Return the largest possible distance between two images in [0, 1] that have the size of `image`."""
         return float(self.length(image.new_ones(1, *image.shape)))
 
     @abstractmethod
     def direction(self, gradient: Tensor) -> Tensor:
-        """Return the steepest ascent direction of unit norm. The result overwrites `gradient`."""
+        """Return the steepest ascent direction of unit norm. This method may overwrite `gradient`."""
 
     @abstractmethod
     def noise(self, shape: torch.Size, radius: float, source: dict[str, Any]) -> Tensor:
@@ -87,8 +88,9 @@ class Norm(ABC):
 
     @abstractmethod
     def projection(self, images: Tensor, radius: float) -> Callable[[Tensor], Tensor]:
-        """Return a function that projects points (n, B, 3, H, W) to the ball around `images` and to [0, 1].
+        """Return a function that projects points to the ball around their image and to [0, 1].
 
+        The points have the shape (n, B, 3, H, W): n points for each of the B images.
         Rounding never moves a result out of the ball or out of [0, 1].
         """
 
@@ -178,12 +180,14 @@ class L2(Norm):
         return noise
 
     def projection(self, images: Tensor, radius: float) -> Callable[[Tensor], Tensor]:
-        """Return the projection, as in `Norm.projection`. Its results are close to the nearest points of the ball.
+        """Return a function that projects points, as in `Norm.projection`.
+
+        A result is close to the nearest point that is in the ball and in [0, 1], but is not always equal to this point.
 
         Let δ be the difference between a point and its image x. The result is clip(x + s·δ) with a factor s of at most
-        1. At first, s is the smaller of 1 and radius/‖δ‖. Clipping shortens s·δ, so a larger s can satisfy the budget
-        too. Each of `_PROJECTION_ROUNDS` rounds increases s towards the largest such value. The distance between the
-        result and x never exceeds the radius.
+        1. At first, s is the smaller of 1 and radius/‖δ‖. Clipping shortens s·δ, so a larger s can also keep the result
+        in the ball. Each of `_PROJECTION_ROUNDS` rounds increases s towards the largest s that keeps the result in the
+        ball. The distance between the result and x never exceeds the radius.
         """
         import torch
 
@@ -195,7 +199,10 @@ class L2(Norm):
         lower, upper = -images, 1 - images  # bounds of δ, so that x + δ is in [0, 1]
 
         def share(delta: Tensor) -> Tensor:
-            """Return limit / ‖δ‖. Squares are summed along rows in the dtype of δ (fast), and over rows in fp64."""
+            """Return limit / ‖δ‖ for each point.
+
+            The squares of each row are summed in the dtype of δ, which is fast. The sums of the rows are added in fp64.
+            """
             together = (2, 4) if delta.stride(2) == 1 else 4  # axes that are contiguous in memory
             rows = torch.linalg.vector_norm(delta, dim=together, keepdim=True)
             length = torch.linalg.vector_norm(rows, dim=(2, 3, 4), keepdim=True, dtype=torch.float64)

@@ -1,8 +1,9 @@
 """Find where an image loses quality, by gradient-free occlusion.
 
-A window of the image is replaced by other parts of the same image. If the score rises, the window was worse than the
-rest of the image. A blank or blurred replacement would itself be damage. The method follows permutation importance,
-which replaces a feature by its values in other samples.
+A window of the image is replaced by other parts of the same image, one part at a time. If the score rises, the window
+was worse than the rest of the image. The window is not replaced by a blank or blurred area, because such an area would
+itself lower the quality. The method follows permutation importance, which replaces the value of a feature by the
+feature's values in other samples.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _RIM = 8  # at each edge, 1/8 of the window blends into the image
 
 
 class QualityMap(NamedTuple):
-    """Change of the score at each pixel if a window around the pixel is replaced."""
+    """For each pixel, the mean change of the image's score if a window that contains the pixel is replaced."""
 
     score: float  # score of the image
     change: NDArray[
@@ -39,7 +40,7 @@ class QualityMap(NamedTuple):
 def quality_map(
     model: nn.Module, image: Tensor, *, batch_size: int = 8, progress: bool = False
 ) -> QualityMap:
-    """Compute how the score changes if other parts of the image replace each window.
+    """Compute, for each window of an image, how the score changes if other parts of the image replace the window.
 
     The map needs `WINDOWS`² · `PARTS` + 1 forward passes and no gradient. It is deterministic. Damage that covers most
     of the image is not visible in the map, because the parts that replace a window are damaged too.
@@ -88,10 +89,10 @@ def _corners(image: Tensor, height: int, width: int, count: int) -> list[tuple[i
 
 
 def _occluded(image: Tensor, corners: list[tuple[int, int]], height: int, width: int) -> Iterator[Tensor]:
-    """Yield `PARTS` images for each window. In each of these images, another part of the image replaces the window.
+    """Yield `PARTS` copies of the image for each window. In each copy, a different part replaces the window.
 
-    The parts are cells of a grid. Cells that overlap the replaced window are left out. `PARTS` of the remaining cells
-    are used, evenly spaced in row order.
+    The parts are cells of a grid of `SHARE`×`SHARE` cells. Cells that overlap the replaced window are not used. The
+    remaining cells are listed row by row, and `PARTS` evenly spaced cells of this list are used.
     """
     mask = _rim(height)[:, None] * _rim(width)[None]
     grid = _corners(image, height, width, SHARE)

@@ -41,11 +41,17 @@ class BatchStatistics:
         self._parts = 1
 
     def add_link(self, name: str, y: Tensor, *, backend: str | None) -> None:
-        """Add a micro-batch's Y (B, H, N, d), detached, of the link `name`. `backend` is passed to `rms_scale`."""
+        """Add the mean and σ of Y (B, H, N, d), the output of the link `name`, for one micro-batch.
+
+        Y is detached from the autograd graph. `backend` is passed to `rms_scale`.
+        """
         self.add_scale(name, rms_scale(y, backend=backend), y.shape[0] * y.shape[2])
 
     def add_scale(self, name: str, scale: RMSScale, tokens: int) -> None:
-        """Add the mean and σ of the link `name` for one micro-batch. `tokens` is the number of tokens in its Y."""
+        """Add the mean and σ of the link `name` for one micro-batch.
+
+        `tokens` is the number of tokens in all images of the micro-batch.
+        """
         mean, rms = (value.detach() for value in scale)
         self._single[name] = rms
         count = rms.new_full((len(rms), 1), tokens)
@@ -53,11 +59,14 @@ class BatchStatistics:
         self._moments.setdefault(name, []).append(packed)
 
     def add_gate(self, weights: Tensor, norm: Tensor) -> None:
-        """Add one micro-batch's gate weights (B, S) and root mean squares of M (B,), detached."""
+        """Add the detached gate weights (B, S) and root mean squares of M (B,) of one micro-batch."""
         self._gates.append(torch.cat([weights, norm[:, None]], 1))
 
     def check_again(self, again: BatchStatistics) -> None:
-        """On a CPU, raise RuntimeError if gradient checkpointing repeated the forward pass of another batch."""
+        """On a CPU, raise RuntimeError if gradient checkpointing repeated the forward pass of another batch.
+
+        `again` has the statistics of the repeated pass, and `self` has those of the batch that it should repeat.
+        """
         (one,), (other,) = self._gates, again._gates
         if one.device.type == "cpu" and (
             one.shape != other.shape or not one.allclose(other, 1e-3, equal_nan=True)
@@ -68,7 +77,7 @@ class BatchStatistics:
             )
 
     def finish(self) -> None:
-        """Combine the micro-batches of all ranks. Every rank calls this."""
+        """Combine the micro-batches of all ranks. Every rank calls this method."""
         self._parts = max(len(self._gates), 1) * ranks.place()[1]
         self.finished = True
         if self._parts == 1:
@@ -89,8 +98,9 @@ class BatchStatistics:
     ) -> tuple[Tensor, Tensor]:
         """Return L_H and L_B of the whole batch (docs/METHOD.md §4).
 
-        Only the gate weights of the `current` micro-batch get gradients. The mean of these gradients over all
-        micro-batches and ranks is the gradient of the losses of the whole batch.
+        Only the gate weights of the `current` micro-batch get gradients, so the caller calls this method once for each
+        micro-batch. The mean of the resulting gradients over all micro-batches and ranks is the gradient of the losses
+        of the whole batch.
 
         Args:
             weights: Gate weights of the current micro-batch, (B, S).
@@ -107,10 +117,11 @@ class BatchStatistics:
 
 
 def _combined(packed: Tensor) -> Tensor:
-    """Combine the moments of all parts by Chan's formula; return σ, (…, H).
+    """Combine the moments of all micro-batches by Chan's formula; return σ, (…, H).
 
-    `packed` is (parts, …, H, 1 + d + 1). Along its last axis, the first element is the number of tokens, the next d
-    elements are the mean, and the last element is the sum of squared deviations.
+    `packed` is (parts, …, H, 1 + d + 1), with one part for each micro-batch of each rank. Along the last axis,
+    the first element is the number of tokens, the next d elements are the mean, and the last element is the sum of
+    squared deviations from this mean.
     """
     count, mean, squares = packed[..., 0], packed[..., 1:-1], packed[..., -1]
     share = count / count.sum(0)

@@ -1,10 +1,11 @@
 """Run compiled Triton kernels on the PTX emulator.
 
-`python -m bench.ptx --matrix` checks every kernel on five architectures and in three dtypes. The errors must satisfy
-the numerics rule of `srm_kernels/numerics.py`.
+`python -m bench.ptx --matrix` checks every kernel, on up to five architectures and in up to three dtypes. A
+check fails if the error of a result exceeds the bound of the numerics rule (`srm_kernels/numerics.py`), or if
+the emulator reports a memory fault or refuses a launch.
 
-`python -m bench.ptx --report` counts the instructions of the kernels at the article's shapes. The report shows which
-unit of a GPU limits each kernel in this simulation.
+`python -m bench.ptx --report` counts the instructions of the kernels at the article's shapes. From the
+counts, the report estimates which unit of a GPU limits each kernel.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def ftz(x: Any) -> Any:
 
 
 def pairs(group: Any, x: Any) -> Any:
-    """Return the two fp32 numbers in the 64-bit register of each lane, lane by lane."""
+    """Return the two fp32 numbers in the 64-bit register of each lane, as a flat array (2 · lanes,)."""
     return np.ascontiguousarray(group.full(x)).view(f4)
 
 
@@ -117,13 +117,13 @@ def _joined(lo: Any, hi: Any) -> Any:
 
 
 def funnel_left(lo: Any, hi: Any, n: Any, wrap: bool) -> Any:
-    """Shift hi and lo left as 64 bits and return the upper half (shf.l)."""
+    """Shift the 64-bit number (hi, lo) left and return its upper 32 bits (shf.l)."""
     both, n = _funnel(lo, hi, n, wrap)
     return ((both << n) >> u8(32)).astype(u4)
 
 
 def funnel_right(lo: Any, hi: Any, n: Any, wrap: bool) -> Any:
-    """Shift hi and lo right as 64 bits and return the lower half (shf.r)."""
+    """Shift the 64-bit number (hi, lo) right and return its lower 32 bits (shf.r)."""
     both, n = _funnel(lo, hi, n, wrap)
     return (both >> n).astype(u4)
 

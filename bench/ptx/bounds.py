@@ -1,9 +1,11 @@
 """Estimate how long a launch keeps each unit of a GPU busy, and which unit limits the launch.
 
-The emulator counts how often each PTX instruction is executed. A GPU executes SASS, into which ptxas translates the
-PTX. If the launch has a cubin, the SASS instructions of the cubin are counted instead. The number of executions of a
-SASS instruction is then estimated. The estimate is the mean number of executions of the PTX instructions of the same
-source line. Latencies and caches are not modelled. All units are assumed to work at the same time.
+The emulator counts how often each PTX instruction is executed. However, a GPU does not execute PTX: ptxas
+translates PTX to SASS, and a cubin contains this SASS. If the launch has a cubin, the instructions of each
+unit are therefore counted in the SASS, otherwise in the PTX. The emulator does not execute SASS, so it
+estimates how often a SASS instruction is executed. The estimate is the mean number of executions of the PTX
+instructions of the same source line. Latencies and caches are not modelled. All units are assumed to work at
+the same time.
 """
 
 from __future__ import annotations
@@ -50,8 +52,10 @@ def bound(launch: Launch, gpu: Gpu, *, batch: int = 1, use_sass: bool = True) ->
         - "opcodes": SASS warp instructions by opcode, for the 25 most frequent opcodes.
         - "lines": SASS warp instructions by source line, for the 25 most frequent source lines.
         - "products": fused multiply-adds of matrix products, by type.
-        - "repeated": number of matrix products divided by the number of distinct products. Every wgmma is distinct.
-        - "conflicts": wavefronts of shared memory divided by the number of wavefronts without bank conflicts.
+        - "repeated": number of matrix products divided by the number of distinct products. Every wgmma counts
+          as distinct.
+        - "conflicts": wavefronts of shared memory, divided by the number of wavefronts that would be needed
+          if there were no bank conflicts.
         - "sector_bytes": bytes of all accessed sectors of global memory.
         - "asked_bytes": bytes that the lanes request from global memory.
         - "dram_bytes": bytes of the distinct accessed sectors, but at most the bytes of all tensor arguments.

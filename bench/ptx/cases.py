@@ -1,9 +1,9 @@
 """Test cases of single operators for `python -m bench.ptx --matrix`, which runs compiled kernels on the PTX emulator.
 
-A case makes the inputs of a call and defines how its results are judged. Sizes are small, because the code of a kernel
-does not depend on the size of its grid. The cases of this module and of `necks` cover every kernel of the package. They
-also cover every number of warps, every number of pipeline stages and every register limit of the launch rules. They do
-not cover every tile size.
+A case makes the inputs of a call and defines how the results of the call are judged. The inputs are small,
+because the code of a kernel does not depend on the size of its grid. The cases of this module and of `necks`
+cover every kernel of the package. They also cover every number of warps, every number of pipeline stages and
+every register limit that the package can choose for a launch. They do not cover every tile size.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ class Case:
         make: Function dtype → (call, inputs).
         dtypes: Dtypes of the case.
         sample: (dtype, architecture) pairs that continuous integration runs.
-        shares_size: Whether the term "8 units of fp32" of the numerics rule uses the largest magnitude of all results
-            of the call. If False, the term uses the magnitude of the result that is judged.
+        shares_size: Which magnitude defines the fp32 unit in the term "8 units of fp32" of the numerics rule.
+            If True, it is the largest magnitude of all results and gradients of the call. If False, it is the
+            magnitude of the result or gradient that is judged.
     """
 
     name: str
@@ -46,20 +47,23 @@ class Case:
 
 
 def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
-    """Return normal numbers with standard deviation `scale`, the same in every dtype up to rounding."""
+    """Return normal random numbers with standard deviation `scale`, equal in all dtypes up to rounding."""
     generator = torch.Generator().manual_seed(seed)
     return (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
 
 
 def strided(tokens: Tensor, *, heads_inside: bool) -> Tensor:
-    """Return tokens (B, H, N, d) in another layout: (B, N, H, d) in memory with `heads_inside`, else (B, H, d, N)."""
+    """Return tokens (B, H, N, d) with other strides.
+
+    The order of the dimensions in memory is (B, N, H, d) with `heads_inside`, otherwise (B, H, d, N).
+    """
     if heads_inside:
         return tokens.transpose(1, 2).contiguous().transpose(1, 2)
     return tokens.mT.contiguous().mT
 
 
 class _LandmarksOfKernels:
-    """Call attention. The reference uses the landmarks that an earlier call of the kernels chose."""
+    """Compute attention; the reference uses the landmarks that the kernels chose in an earlier call."""
 
     def __init__(self, rank: int, options: dict[str, Any]) -> None:
         self.rank, self.options, self.chosen = rank, options, torch.empty(0)
@@ -119,7 +123,10 @@ def attention(
 def operator(
     name: str, shapes: list[tuple[int, ...]], call: Call, *sample: tuple[str, int], wide: tuple[int, ...] = ()
 ) -> Case:
-    """Return a case of an operator on normal random inputs. `wide` lists the indices of inputs that stay fp32."""
+    """Return a case of an operator on normally distributed inputs.
+
+    `wide` lists the indices of inputs that stay fp32.
+    """
 
     def make(dtype: torch.dtype) -> tuple[Call, list[Tensor]]:
         kinds = [torch.float32 if i in wide else dtype for i in range(len(shapes))]
@@ -144,9 +151,11 @@ def solve(r: int, d: int, solver: str, *sample: tuple[str, int]) -> Case:
 def landmarks(keys: int, d: int, rank: int, method: str, *sample: tuple[str, int]) -> Case:
     """Return a case that chooses landmarks.
 
-    With the backend "triton", the call returns 0 if it accepts the choice, otherwise 1. The chosen indices must be
-    valid and distinct. Of n indices in total, at most max(1, n/16) may differ from the exact choice, because rounding
-    changes the order of nearly equal scores. With another backend, the call returns 0.
+    With the backend "triton", the call compares the choice of the kernels with the choice of the reference in
+    fp64. It returns 0 if the choice of the kernels is acceptable, otherwise 1. The chosen indices must be
+    valid and distinct. Of n indices in total, at most max(1, ⌊n/16⌋) may differ from the choice of the
+    reference, because rounding can change the order of nearly equal scores. With another backend, the call
+    only returns 0, the expected result.
     """
 
     def call(key: Tensor, *, backend: str) -> Tensor:

@@ -30,9 +30,12 @@ class Counters:
     Attributes:
         blocks: Number of warps that executed each basic block.
         global_requests: For each instruction, [warps, sectors, bytes that the lanes request].
-        shared_requests: For each instruction, [warps, wavefronts, wavefronts without bank conflicts].
-        products: For each instruction, [all products, distinct products]. A warp that executes a matrix instruction
-            once computes one product. Products with equal operands in one thread block count as one distinct product.
+        shared_requests: For each instruction, [warps, wavefronts, wavefronts that would be needed without
+            bank conflicts].
+        products: For each instruction, [all products, distinct products]. One execution of a matrix
+            instruction by one warp is one product. If several warps of a thread block multiply equal operands
+            at the same time, their products count as one distinct product. Products of wgmma always count as
+            distinct.
         read: Sectors of 32 bytes of global memory that were read.
         written: Sectors of 32 bytes of global memory that were written.
         grid: Number of thread blocks in the grid.
@@ -73,8 +76,9 @@ class Counters:
     def count_shared(self, number: int, offsets: Any, size: int) -> None:
         """Count the wavefronts of an access to shared memory with `size` bytes per lane.
 
-        A warp accesses at most 128 bytes in one phase. For each bank, count the distinct words that the phase accesses.
-        The largest of these counts is the number of wavefronts of the phase. The offset of an inactive lane is −1.
+        `offsets` has the byte offset of each lane, or −1 for an inactive lane. A warp accesses memory in
+        phases of at most 128 bytes. A phase accesses some number of distinct words in each bank. The largest
+        of these numbers is the number of wavefronts of the phase.
         """
         phases = max(1, size // 4)
         rows = offsets.reshape(-1, 32)
@@ -130,7 +134,7 @@ def _fullest_bank(words: Any, chosen: Any) -> Any:
 
 
 def unit_of(op: list[str]) -> str:
-    """Return the unit of a PTX instruction, given the parts of its name: ["add", "f32"]."""
+    """Return the unit of a PTX instruction, given the parts of its name, such as ["add", "f32"]."""
     name, kind = op[0], op[-1]
     if name == "mma" or op[:2] == ["wgmma", "mma_async"]:
         return "mma"
@@ -188,10 +192,10 @@ def ptx_counts(launch: Launch) -> Counter[str]:
 def by_place(launch: Launch, library: tuple[str, ...] = ("standard.py",)) -> dict[str, Counter[str]]:
     """Count PTX instructions of the whole grid by call chain and by unit.
 
-    A call chain lists frames, the innermost first, as in "parts.py:120 < kernels.py:77". A frame is omitted if the name
-    of its file starts with an entry of `library`. Moves are not counted. Besides the units, a counter has two sums:
-    "all" is the number of counted instructions, and "lsu" is the number of shuffles plus the wavefronts of shared
-    memory.
+    A call chain lists frames, the innermost first, as in "parts.py:120 < kernels.py:77". A frame is omitted
+    if the name of its file starts with an entry of `library`. Each call chain has a counter. Its keys are the
+    units and the names of two sums: "all" is the number of counted instructions, and "lsu" is the number of
+    shuffles plus the number of wavefronts of shared memory. Moves are not counted.
     """
     found: dict[str, Counter[str]] = defaultdict(Counter)
     requests, scale = launch.counters.shared_requests, launch.counters.scale
@@ -208,7 +212,7 @@ def by_place(launch: Launch, library: tuple[str, ...] = ("standard.py",)) -> dic
 
 
 def by_line(launch: Launch) -> dict[tuple[str, int], list[float]]:
-    """Return (file, line) → [number of PTX instructions, how often warps executed these instructions]."""
+    """Return (file, line) → [number of PTX instructions, sum of their executions by warps], without moves."""
     lines: dict[tuple[str, int], list[float]] = defaultdict(lambda: [0, 0.0])
     files = launch.program.kernel.files
     for ins, unit, times in executed(launch):

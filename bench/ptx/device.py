@@ -1,7 +1,8 @@
 """Emulated device: Triton compiles kernels for this device and launches them as on a GPU, with CPU tensors.
 
-Triton's own `JITFunction.run` compiles the kernels. It specialises arguments and checks global variables as for a
-launch on a GPU. Only two parts are replaced: the driver, which names the device, and the launch itself.
+Triton's own `JITFunction.run` compiles the kernels. It specialises arguments and checks global variables as
+for a launch on a GPU. Only two parts of Triton are replaced: the driver, which reports the architecture of
+the device, and the launch itself.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class Launch:
 
     @property
     def reports(self) -> list[Report]:
-        """Return the faults that the execution found."""
+        """Return the reports of the execution. A report is a fault, unless its kind is "copies"."""
         return list(self.execution.reports.values())
 
 
@@ -112,7 +113,7 @@ class Device:
         self._names, self._blocks, self._keep, self._options = names, blocks, keep, options
 
     def reports(self) -> list[tuple[str, Report]]:
-        """Return the faults of all launches, each with the name of its kernel."""
+        """Return the reports of all launches, each with the name of its kernel; "copies" are not faults."""
         return [(launch.name, report) for launch in self.launches for report in launch.reports]
 
     def fault_texts(self) -> list[str]:
@@ -176,7 +177,7 @@ class Device:
 def _bound(
     program: Program, signature: dict[str, Any], values: dict[str, Any]
 ) -> tuple[dict[str, bytes], list[Allocation], list[torch.Tensor]]:
-    """Return the bytes of a kernel's parameters, the storages they point to, and the tensors."""
+    """Return the bytes of each kernel parameter, the storages of the tensor arguments, and these tensors."""
     flat: list[tuple[str, Any]] = []
     for name, kind in signature.items():
         _flatten(kind, values[name], flat)
@@ -234,18 +235,21 @@ def emulated_device(
         architecture: Compute capability times ten: 80, 86, 89, 90 or 120.
         check: Look for memory faults and races.
         count: Count memory transactions and repeated products.
-        order: "together" runs all warps of a thread block in lockstep. "forward" and "reversed" run the warps one after
-            the other between barriers.
+        order: "together" runs all warps of a thread block in lockstep. "forward" and "reversed" run the warps
+            one after the other, each up to the next barrier. "forward" starts with the first warp, "reversed"
+            with the last.
         global_checks: With `check`, look for races through global memory too.
-        poison: Fill memory that PyTorch allocates uninitialised with NaN, or with the largest integer.
-        names: Names of the kernels to execute, without leading underscores; other kernels are skipped. None: all.
+        poison: Fill new uninitialised memory of PyTorch (`torch.empty`). Floating-point memory is filled with
+            NaN, and integer memory with the largest integer.
+        names: Names of the kernels to execute, without leading underscores; other kernels are skipped. If
+            None, all kernels are executed.
         blocks: Function (name of a kernel, grid) → indices of the thread blocks to execute, or None for all. Without
             this function, all thread blocks are executed.
         keep: Keep the tensors of every launch in `Launch.tensors`.
 
     Raises:
-        RuntimeError: TRITON_INTERPRET=1 is set, which prevents compilation; or Triton or the device refuses a launch,
-            as on a GPU.
+        RuntimeError: TRITON_INTERPRET=1 is set, so that Triton compiles no kernel. Or a launch is refused, by
+            Triton or by the device, as on a GPU.
         ValueError: The architecture or the order is unknown.
         Unsupported: A kernel contains an instruction that is not modelled.
     """
@@ -292,7 +296,7 @@ def emulated_device(
 
 @contextmanager
 def _poisoned_memory() -> Iterator[None]:
-    """Switch PyTorch to deterministic mode, in which PyTorch fills memory that it allocates uninitialised."""
+    """Switch PyTorch to deterministic mode, in which it fills new uninitialised memory (`torch.empty`)."""
     kept = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -1,11 +1,13 @@
-"""Execute a launch. Many thread blocks run at once; a register is an array with one element per lane.
+"""Execute a launch with arrays: a register is an array with one element per lane.
 
-A group (`state.Group`) is a set of lanes that execute basic blocks together. If lanes diverge, the lanes whose next
-basic block has the lowest index run first. The order of an execution says how the warps of a thread block take turns:
+A group (`state.Group`) is a set of lanes that execute basic blocks together. If lanes diverge, the lanes
+whose next basic block has the lowest index run first. The order of an execution is the order in which the
+warps of a thread block run:
 
-- "together": all warps run in lockstep and do not stop at barriers.
-- "forward": the warps run one after the other, the first warp first, each up to the next barrier.
-- "reversed": the same, the last warp first.
+- "together": all warps run in lockstep and do not stop at barriers. Many thread blocks run at once.
+- "forward": the warps run one after the other, each up to the next barrier. The first warp starts. Thread
+  blocks also run one after the other.
+- "reversed": like "forward", but the last warp starts.
 """
 
 from __future__ import annotations
@@ -115,7 +117,7 @@ class Execution(GlobalMemory, LocalMemory, SharedMemory, Warps, MatrixProducts, 
             self.version += 1
 
     def _clear_shared(self, count: int) -> None:
-        """Allocate unwritten shared memory for `count` thread blocks, and clear its history."""
+        """Allocate shared memory for `count` thread blocks, and reset the records of its reads and writes."""
         size = count * self.shared_size
         raw = np.full(size + 128, 0xFF, u1)
         shift = -raw.ctypes.data % 128

@@ -29,7 +29,7 @@ class ScalarInstructions(Operands):
     """Emit arithmetic, logic and conversions. Each instruction has a method of the same name."""
 
     def _arithmetic(self, ins: Instruction, form: str) -> list[tuple[Any, str]]:
-        """Emit arithmetic; form: a Python expression of {a}, {b} and {c}."""
+        """Emit an arithmetic instruction; `form` is a Python expression of the fields {a}, {b} and {c}."""
         kind = ins.op[-1]
         operands = list(zip("abc", ins.args[1:], strict=False))
         if kind in PACKED:
@@ -90,7 +90,7 @@ class ScalarInstructions(Operands):
         return self._arithmetic(ins, "high({a}, {b})" if "hi" in ins.op else "{a} * {b}")
 
     def _wide(self, ins: Instruction) -> str:
-        """Return the product of the first two operands in twice their width."""
+        """Return an expression for the product of the first two operands, which has twice their width."""
         kind = ins.op[-1]
         wide = f"{'i' if kind[0] == 's' else 'u'}{2 * WIDTH[kind]}"
         return " * ".join(f"{self.typed(arg, kind)}.astype({wide})" for arg in ins.args[1:3])

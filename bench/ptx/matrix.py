@@ -1,8 +1,9 @@
 """Execute the compiled kernels as PTX on a CPU and judge them by the numerics rule: `python -m bench.ptx --matrix`.
 
-The rule is in `srm_kernels/numerics.py`. There is a row for each case, dtype and architecture. A row has the largest
-error divided by its bound, the reports of the memory checks, the refused launches, and a digest of the code that ran.
-If a case has the same code on two architectures, the code runs once.
+The rule is in `srm_kernels/numerics.py`. There is a row for each case, dtype, architecture and order of the
+warps. A row has the largest ratio of an error to its bound, the reports of the memory checks, the refused
+launches, and a digest of the code that ran. If a case has the same code on two architectures, the code runs
+once.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ Row = dict[str, Any]
 
 
 class Run(NamedTuple):
-    """A case in one dtype on one architecture. `order` says how the warps of a thread block take turns."""
+    """A case in one dtype on one architecture. `order` is one of `execution.ORDERS`."""
 
     case: Case | NeckCase
     dtype: str
@@ -47,7 +48,10 @@ class Run(NamedTuple):
 
 
 class Configuration(NamedTuple):
-    """A kernel with its launch options: a branch of the launch rules."""
+    """A kernel with the options of one launch.
+
+    The launch rules of the package choose the options. Every branch of these rules gives a configuration.
+    """
 
     kernel: str
     warps: int
@@ -81,7 +85,11 @@ def runs(
 
 
 def judge(run: Run) -> Row:
-    """Execute a run and return its row. `passed` is False after a fault, a refusal or too large an error."""
+    """Execute a run and return its row.
+
+    `passed` is False if the error of a result exceeds its bound, if the emulator reports a fault or refuses a
+    launch, if an exception is raised, or if no kernel is launched.
+    """
     row = run.about()
     start = time.perf_counter()
     with emulated_device(run.architecture, order=run.order, poison=True) as device:
@@ -110,7 +118,7 @@ def code_of(run: Run) -> str:
 
 
 def _step_of(run: Run) -> None:
-    """Run forward and backward by kernels and discard the results."""
+    """Run the forward and backward pass of a run with the backend "triton", and discard the results."""
     if isinstance(run.case, NeckCase):
         neck, pyramid = _neck(run.case)
         with torch.autocast("cpu", DTYPES[run.dtype], enabled=run.dtype != "fp32"):
@@ -146,7 +154,7 @@ def _observed(device: Device) -> Row:
 
 
 def _normalised(ptx: str) -> str:
-    """Return PTX without what does not change the computation: version, target, comments and debug information."""
+    """Remove the parts of PTX that do not affect results: version, target, comments and debug information."""
     ptx = re.split(r"^\s*\.section\s+\.debug", ptx, maxsplit=1, flags=re.M)[0]
     ptx = re.sub(r"//.*$", "", ptx, flags=re.M)
     ptx = re.sub(
@@ -206,9 +214,10 @@ def every_key() -> Iterator[tuple[Any, ...]]:
 def rows(wanted: Sequence[Run], known: Sequence[Row] = ()) -> Iterator[Row]:
     """Yield a row for each run.
 
-    A run is not executed if an earlier row passed with the same case, dtype, order and code. Earlier rows are the rows
-    in `known` and the rows that were already yielded. If the earlier row has the architecture of the run, it is yielded
-    unchanged. Otherwise a copy with the architecture of the run is yielded.
+    Earlier rows are the rows in `known` and the rows that were already yielded. If an earlier row with the
+    same case, dtype, order and code has passed, the run is not executed. If the architecture is also the
+    same, the earlier row is yielded unchanged. If only the architecture differs, a copy of the earlier row is
+    yielded, with the architecture of the run.
 
     Args:
         wanted: Runs in the order of their execution.

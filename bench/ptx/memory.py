@@ -42,8 +42,9 @@ class Allocation:
     def marks(self, word: int) -> tuple[np.ndarray, ...]:
         """Return four arrays, each with one entry for each word of `word` bytes.
 
-        The first two arrays have the moment and the warp of the last store to a word. The other two have the moment and
-        the warp of the last load. A moment is the index of an interval between two barriers.
+        The first two arrays have the moment of the last store to each word, and the warp that stored. The
+        other two arrays have the moment of the last load of each word, and the warp that loaded. A moment is
+        a number that identifies a thread block and one of its intervals between two barriers.
         """
         if self.shadow is None:
             size = (self.end - self.start) // word + 1
@@ -52,15 +53,15 @@ class Allocation:
 
 
 class GlobalMemory(State):
-    """Execute accesses to global memory, and check bounds, alignment, and races within a thread block."""
+    """Execute accesses to global memory; check bounds and alignment, and find races within a thread block."""
 
     def _split(
         self, group: Group, number: int, address: Any, size: int, mask: Any
     ) -> list[tuple[Allocation, Any]]:
-        """Return (allocation, indices of the lanes that access it) for each allocation that an access touches.
+        """Return a pair (allocation, indices of the lanes that access it) for each accessed allocation.
 
-        If all lanes access the allocation, None replaces the indices. Lanes whose address is misaligned or outside of
-        all allocations are reported and omitted.
+        The indices are None if all lanes of the group access this allocation. A lane is reported and left out
+        if its address is misaligned, or if the bytes that it accesses are not all inside one allocation.
         """
         address = group.full(address).view(i8)
         if mask is not None:
@@ -134,7 +135,7 @@ class GlobalMemory(State):
         return results
 
     def store_global(self, group: Group, number: int, address: Any, data: Any, width: int, mask: Any) -> None:
-        """Store the elements of `data`, each of `width` bytes per lane."""
+        """Store `len(data)` elements of `width` bytes per lane; `data[k]` has element k of every lane."""
         address = group.full(address)
         count = len(data)
         if self.count:
@@ -156,7 +157,10 @@ class GlobalMemory(State):
         return None if mask is None else group.full(mask).reshape(-1, 32)
 
     def _moment(self, group: Group, lanes: Any) -> tuple[Any, Any]:
-        """Return the moment and the warp of lanes. A moment is the index of an interval between two barriers."""
+        """Return the current moment and the warp of each of the given lanes; None means all lanes.
+
+        A moment is a number that identifies a thread block and one of its intervals between two barriers.
+        """
         block = group.block if lanes is None else group.block[lanes]
         times = (np.arange(len(self.epoch)) + (self.first + 1)) * i8(1 << 32) + self.epoch
         return times[block], group.warp if lanes is None else group.warp[lanes]
@@ -164,7 +168,7 @@ class GlobalMemory(State):
     def _loaded(
         self, group: Group, number: int, allocation: Allocation, address: Any, lanes: Any, size: int
     ) -> None:
-        """Look for hazards of a load of `size` bytes per lane, and mark the words."""
+        """Report races of a load of `size` bytes per lane, and record the load in the marks of the words."""
         word = self.program.word
         stored, storer, loaded, loader = allocation.marks(word)
         now, warp = self._moment(group, lanes)
@@ -194,7 +198,7 @@ class GlobalMemory(State):
         value: Any,
         width: int,
     ) -> None:
-        """Store, and look for hazards of the words whose value changes."""
+        """Store `value`. For words whose value changes, report races and record the store in the marks."""
         view, word = allocation.views[width], self.program.word
         changed = view[index] != value
         view[index] = value
@@ -260,7 +264,7 @@ class LocalMemory(State):
         return [view[index + k] for k in range(count)]
 
     def store_local(self, group: Group, number: int, address: Any, data: Any, width: int, mask: Any) -> None:
-        """Store the elements of `data`, each of `width` bytes per lane."""
+        """Store `len(data)` elements of `width` bytes per lane; `data[k]` has element k of every lane."""
         index = self._local(group, number, address, len(data) * width, mask) // width
         view = group.local.view(UNSIGNED[width])
         for k, one in enumerate(data):
@@ -272,7 +276,10 @@ class LocalMemory(State):
                 view[index[chosen] + k] = one[chosen]
 
     def _local(self, group: Group, number: int, address: Any, size: int, mask: Any) -> Any:
-        """Return the byte offset of each lane's access in one array with the local memory of all lanes."""
+        """Return the byte offset of each lane's access in `group.local`.
+
+        `group.local` has the local memory of all lanes. Accesses outside a lane's own part are reported.
+        """
         limit = self.program.kernel.local_bytes
         offset = group.full(address).astype(i8)
         bad = offset + size > limit

@@ -1,4 +1,4 @@
-"""Cases of the compiled matrix for training steps of the fused neck."""
+"""Test cases for `python -m bench.ptx --matrix` that run forward and backward passes of the fused neck."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from srm_model import SRMConfig
 
 
 class NeckCase(NamedTuple):
-    """A neck and its maps; `grids` has (h, w) and `channels` has C_i of the four levels."""
+    """A neck and its input maps; `grids` and `channels` have the (h, w) and the C_i of the four levels."""
 
     name: str
     config: SRMConfig

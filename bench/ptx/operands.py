@@ -39,8 +39,8 @@ class Operands:
     def block(self, block: Block, number: int, masked: bool) -> Callable[..., Any]:
         """Compile a basic block to a Python function.
 
-        The function returns which lanes take the conditional branch or exit at the end of the basic block. If the basic
-        block has no conditional end, the function returns None.
+        If the basic block ends with a conditional branch or a conditional exit, the function returns a mask
+        of the lanes that branch or exit. Otherwise, the function returns None.
 
         Args:
             block: The basic block.
@@ -74,7 +74,7 @@ class Operands:
         return self.constants[key]
 
     def bits(self, arg: Any, width: int) -> str:
-        """Return an operand as unsigned bits of a width in bytes."""
+        """Return an expression for an operand as an unsigned integer of `width` bytes (0: a predicate)."""
         if isinstance(arg, Reg):
             if width == 0 or arg.width == width:
                 return f"R[{arg.index}]"
@@ -103,7 +103,7 @@ class Operands:
         raise Unsupported(f"operand {arg}")
 
     def typed(self, arg: Any, kind: str) -> str:
-        """Return an operand as its type; half precision is widened to fp32."""
+        """Return an expression for an operand of PTX type `kind`; fp16 and bf16 are widened to fp32."""
         width = WIDTH[kind]
         if kind == "pred":
             return self.bits(arg, 0)
@@ -119,11 +119,11 @@ class Operands:
         return f"{text}.view(i{width})" if kind[0] == "s" else text
 
     def shift(self, arg: Any) -> str:
-        """Return an operand as a shift count of 32 bits."""
+        """Return an expression for an operand that is a shift count of 32 bits."""
         return self.bits(arg, 4)
 
     def _touches(self, ins: Instruction) -> list[str]:
-        """Return the code of a check if an instruction uses registers of wgmma, otherwise no code."""
+        """Return the code of a call of `touch`; for an instruction without registers of wgmma, no code."""
         if not self.accumulators or ins.op[0] == "wgmma":
             return []
         stores = ins.op[0] in ("st", "red", "stmatrix", "cp")

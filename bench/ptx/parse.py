@@ -1,4 +1,4 @@
-"""Parser of PTX as Triton emits it: basic blocks of instructions."""
+"""Parse the PTX that Triton emits into basic blocks of instructions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WIDTH = {kind: width for width, kinds in _KINDS.items() for kind in kinds.split(
 
 
 class Unsupported(Exception):  # noqa: N818  # part of the public API
-    """An instruction that the emulator does not model; the message contains its text."""
+    """An instruction or other part of PTX that the emulator does not model; the message contains its text."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Reg:
 
 @dataclass(frozen=True)
 class Imm:
-    """An immediate of kind "int", "f32" or "f64"; the value of a float is its bits."""
+    """An immediate of kind "int", "f32" or "f64". For "f32" and "f64", `value` has the bits of the number."""
 
     kind: str
     value: int
@@ -97,8 +97,8 @@ class Instruction:
 class Block:
     """A basic block.
 
-    `end` is its last instruction: a branch, a return, an exit or a barrier. If `end` is None, the next basic block
-    follows.
+    `end` is its last instruction: a branch, a return, an exit or a barrier. If `end` is None, execution
+    continues with the next basic block.
     """
 
     instructions: list[Instruction] = field(default_factory=list)

@@ -11,14 +11,14 @@ from .state import Group, State
 
 
 def halves(x: Any, kind: str) -> Any:
-    """Widen pairs of 16-bit numbers to fp32 (warps, 8, 4, registers, 2)."""
+    """Widen pairs of 16-bit numbers; return an fp32 array of shape (warps, 8, 4, registers, 2)."""
     pair = np.ascontiguousarray(x).view(u2)
     wide = pair.view(np.float16).astype(f4) if kind == "f16" else (pair.astype(u4) << u4(16)).view(f4)
     return wide.reshape(len(x), 8, 4, -1, 2)
 
 
 def rows_of(x: Any, kind: str, depth: int) -> Any:
-    """Return the matrices (warps, 16, depth) in the registers of a left operand."""
+    """Return the matrices in the registers of a left operand, as an array of shape (warps, 16, depth)."""
     if kind == "tf32":  # rows g + 8 r0, columns t + 4 r1
         wide = (x & u4(0xFFFFE000)).view(f4).reshape(len(x), 8, 4, -1, 2)
         return np.ascontiguousarray(wide.transpose(0, 4, 1, 3, 2)).reshape(len(x), 16, depth)
@@ -30,7 +30,10 @@ class MatrixProducts(State):
     """Execute products of a warp (mma.sync)."""
 
     def _fragment(self, group: Group, key: str, registers: tuple[Any, ...], make: Any) -> Any:
-        """Return the matrix in some registers. Recent matrices are cached, because products reuse their operands."""
+        """Return the matrices in the given registers, one for each warp.
+
+        Recent results are cached, because several products use the same operand.
+        """
         name = (key, *map(id, registers))
         kept = self.fragments.get(name)
         if kept is not None:

@@ -2,19 +2,23 @@
 
 Sources:
 - Arithmetic lanes: CUDA C++ Programming Guide, "Arithmetic Instructions", table "Throughput of Native Arithmetic
-  Instructions". Numbers are results per clock and SM, by compute capability (8.0 to 12.0):
-  - fp32 add, multiply and fma: 64 on 8.0, and 128 on 8.6, 8.9, 9.0 and 12.0.
-  - 32-bit integer add, compare, logic and shift: 64. 32-bit integer multiply-add: 64. Special functions: 16.
-- Tensor cores: NVIDIA's whitepapers. Numbers are dense FMA per clock and SM, with fp32 accumulation:
+  Instructions". Numbers are results per clock and SM on compute capabilities 8.0, 8.6, 8.9, 9.0 and 12.0:
+  - fp32 add, multiply and fma: 64 on 8.0, and 128 on the others.
+  - 32-bit integer add, compare, logic and shift: 64 on all.
+  - 32-bit integer multiply-add: 64 on all.
+  - Special functions: 16 on all.
+- Tensor cores: NVIDIA's whitepapers. Numbers are FMA of dense products per clock and SM, with fp32
+  accumulation:
   - A100 whitepaper, table 2: 1,024 in bf16 and 512 in tf32.
   - H100 whitepaper: 2,048 in bf16 and 1,024 in tf32 with wgmma. mma.sync reaches about half of these rates.
-  - Ampere GA102 and Ada whitepapers, appendix A: 256 in bf16 and 128 in tf32 on GeForce cards of 8.6 and 8.9. On these
-    cards, products with fp32 accumulation have half of the rate of products with fp16 accumulation. The rate in bf16 is
-    computed from the dense bf16 throughput: 71 TFLOPS for the RTX 3090 and 165.2 TFLOPS for the RTX 4090.
-  - Blackwell RTX whitepaper, appendix A: the same rates, 256 and 128, on 12.0. The dense bf16 throughput of the RTX
-    5090 is 209.5 TFLOPS.
-- SMs, boost clock and memory bandwidth: the specification tables of the same whitepapers. The A100 is the SXM card with
-  80 GB.
+  - Ampere GA102 and Ada whitepapers, appendix A: 256 in bf16 and 128 in tf32 on GeForce cards of compute
+    capability 8.6 and 8.9. On these cards, products with fp32 accumulation have half of the rate of products
+    with fp16 accumulation. The rate in bf16 is computed from the dense bf16 throughput: 71 TFLOPS for the RTX
+    3090 and 165.2 TFLOPS for the RTX 4090.
+  - Blackwell RTX whitepaper, appendix A: 256 in bf16 and 128 in tf32 on compute capability 12.0. The rate in
+    bf16 is computed from the dense bf16 throughput of the RTX 5090, which is 209.5 TFLOPS.
+- Number of SMs, boost clock and memory bandwidth: the specification tables of the same whitepapers. The A100
+  is the SXM card with 80 GB.
 """
 
 from __future__ import annotations
@@ -23,7 +27,11 @@ from typing import NamedTuple
 
 
 class Gpu(NamedTuple):
-    """A card. Rates are per clock and SM, in lanes (fp32, alu, imad, xu) or FMA (bf16, tf32); `dram` is in GB/s."""
+    """A GPU.
+
+    `fp32`, `alu`, `imad` and `xu` are results per clock and SM. `bf16` and `tf32` are FMA of the tensor cores
+    per clock and SM. `dram` is the memory bandwidth in GB/s.
+    """
 
     name: str
     capability: int

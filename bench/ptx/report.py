@@ -1,4 +1,4 @@
-"""Simulate the limits of each kernel on five GPUs from counted instructions; nothing is measured."""
+"""Estimate each kernel's time and limiting unit on five GPUs from instruction counts; nothing is measured."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ Row = dict[str, Any]
 class Target(NamedTuple):
     """Target of a kernel's simulated time.
 
-    `before` is the time in µs before the kernel was tuned. `target` is the largest accepted time in µs. If the workload
-    launches the kernel several times, both are sums over these launches. If the kernel replaced an earlier kernel with
-    another name, `replaced` is this name.
+    `before` is the time in µs before the kernel was tuned. `target` is the largest accepted time in µs. If
+    the workload launches the kernel several times, `before` and `target` are sums over these launches. If the
+    kernel replaced a kernel of another name, `replaced` is the name of the replaced kernel.
     """
 
     workload: str
@@ -56,7 +56,7 @@ def place(row: Row) -> tuple[int, int]:
 
 
 def by_architecture(gpus: Iterable[str]) -> list[tuple[str, ...]]:
-    """Return the names of the GPUs in groups; GPUs of a group have one architecture and run the same code."""
+    """Group names of GPUs by architecture, because all GPUs of one architecture run the same code."""
     groups: dict[int, list[str]] = {}
     for name in gpus:
         groups.setdefault(GPUS[name].capability, []).append(name)
@@ -109,7 +109,11 @@ def row_of(workload: Workload, launch: Any, gpu: Gpu, dtype: str) -> Row:
 
 
 def floor_of(found: Row, gpu: Gpu) -> float:
-    """Return the floor in µs: the larger of bytes / bandwidth and (FMA of distinct products) / rate."""
+    """Return the floor, a lower bound of the time of a launch in µs.
+
+    The floor is the larger of two times: DRAM bytes divided by the bandwidth, and the FMA of distinct matrix
+    products divided by the rate of the tensor cores.
+    """
     products = found["products"]
     fma = products.get("bf16", 0) / gpu.bf16 + products.get("tf32", 0) / gpu.tf32
     useful = fma / max(1.0, found["repeated"]) / (gpu.sms * gpu.ghz * 1000)

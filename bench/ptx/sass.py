@@ -50,7 +50,10 @@ def _tools() -> Path:
 
 
 def read_sass(launch: Launch) -> tuple[list[tuple[str, str, int]], int] | None:
-    """Return (opcode, file, line) of every instruction of the cubin, and registers per thread; None without a cubin."""
+    """Return (opcode, file, line) of every SASS instruction, and the number of registers per thread.
+
+    The result is None if the launch has no cubin, or if the cubin has no instructions.
+    """
     cubin = launch.compiled.asm.get("cubin")
     if cubin is None:
         return None
@@ -79,11 +82,11 @@ def _output(*command: str | Path) -> str:
 
 
 def sass_counts(launch: Launch) -> SassCounts | None:
-    """Count the SASS instructions of a launch, or return None without a cubin.
+    """Count the SASS instructions that a launch executes; return None if the launch has no cubin.
 
     The number of executions of a SASS instruction is estimated. The estimate is the mean number of executions of the
     PTX instructions of the same source line. If the source line has no PTX instructions, the estimate is the mean over
-    all PTX instructions of the kernel. Moves are left out of both means.
+    all PTX instructions of the kernel. PTX moves are left out of both means.
     """
     read = read_sass(launch)
     if read is None:

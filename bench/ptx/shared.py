@@ -11,12 +11,12 @@ from .state import IN_FLIGHT, SEVERAL, UNWRITTEN, Group, State
 
 
 def by_another_warp(mark: Any, now: Any) -> Any:
-    """Return where two marks have the same moment but different warps."""
+    """Return where two marks (see `state.py`) have the same number of barriers but different warps."""
     return ((mark ^ now) - i4(1)).view(u4) < u4(SEVERAL)
 
 
 def _mark(array: Any, index: Any, mark: Any) -> None:
-    """Write marks. If lanes of several warps access a granule, its mark has SEVERAL as the warp."""
+    """Write marks to `array`. If several warps access one granule, SEVERAL replaces the warp in its mark."""
     array[index] = mark
     lost = array[index] != mark
     if lost.any():
@@ -33,7 +33,10 @@ def _differ(kept: Any, given: Any) -> Any:
 
 
 class SharedMemory(State):
-    """Execute accesses to shared memory. Hazards are checked per granule; a lane accesses a row of granules."""
+    """Execute accesses to shared memory, and check every accessed granule for hazards.
+
+    A lane accesses one granule or several consecutive granules. These granules are called a row.
+    """
 
     def _shared_index(
         self, group: Group, number: int, address: Any, size: int, mask: Any
@@ -45,9 +48,10 @@ class SharedMemory(State):
         Returns:
             A tuple of three entries:
 
-            - the byte offsets of the valid lanes into the shared memory of all thread blocks;
+            - for each valid lane, the byte offset of its access in the shared memory of all thread blocks;
             - the indices of the valid lanes, or None if all lanes are valid;
-            - the byte offset of every lane within its thread block, −1 for lanes that are not valid.
+            - for every lane, the byte offset of its access in the shared memory of its own thread block, or
+              −1 if the lane is not valid.
         """
         offset = group.full(address).astype(i8)
         if mask is not None:
@@ -67,7 +71,16 @@ class SharedMemory(State):
         return offset[lanes] + group.base[lanes], lanes, where(mask, offset, -1)
 
     def _history(self, group: Group, offsets: Any, lanes: Any, size: int) -> tuple[Any, Any, Any, Any]:
-        """Return `wrote` and `read` in rows of `size` bytes, the row that each lane accesses, and the lanes' marks."""
+        """Return what is needed to check an access of `size` bytes per lane for hazards.
+
+        Returns:
+            A tuple of four entries:
+
+            - the array `wrote`, divided into rows of `size` bytes of shared memory;
+            - the array `read`, divided in the same way;
+            - for each lane, the index of the row that it accesses;
+            - for each lane, the mark that it would write now.
+        """
         now = self.now(group, lanes)
         count = size // self.program.granule
         if count == 1:
@@ -82,7 +95,7 @@ class SharedMemory(State):
         self.report("race", number, f"{what} (byte {byte})", int(lanes.sum()))
 
     def _reads(self, group: Group, number: int, offsets: Any, lanes: Any, size: int) -> None:
-        """Look for hazards of reads of `size` bytes at byte offsets."""
+        """Report hazards of reads of `size` bytes at byte offsets, and mark the granules as read."""
         wrote, read, index, now = self._history(group, offsets, lanes, size)
         last = wrote[index]
         missing = last < 0
@@ -100,7 +113,7 @@ class SharedMemory(State):
         _mark(read, index, mark)
 
     def _writes(self, group: Group, number: int, offsets: Any, lanes: Any, size: int, changed: Any) -> None:
-        """Look for hazards of writes; `changed` marks the granules whose value changes."""
+        """Report hazards of writes, and mark granules as written; `changed` is True where values change."""
         wrote, read, index, now = self._history(group, offsets, lanes, size)
         last = wrote[index]
         flying = last == IN_FLIGHT
@@ -117,7 +130,11 @@ class SharedMemory(State):
         _mark(wrote, index, np.broadcast_to(now, last.shape))
 
     def _proxied(self, group: Group, number: int, offsets: Any, lanes: Any, size: int, changed: Any) -> None:
-        """Look for writes to memory that a wgmma in flight reads, and record the number of proxy fences so far."""
+        """Report writes to granules that a wgmma in flight reads.
+
+        For each written granule, also record how many proxy fences its thread block has passed. A later wgmma
+        that reads the granule needs a proxy fence after the write; this is checked with the recorded number.
+        """
         count = size // self.program.granule
         index = offsets // size
         busy = (self.reading.reshape(-1, count)[index] > 0) & (
@@ -149,7 +166,7 @@ class SharedMemory(State):
         return list(np.ascontiguousarray(loaded.T))
 
     def store_shared(self, group: Group, number: int, address: Any, data: Any, width: int, mask: Any) -> None:
-        """Store the elements of `data`, each of `width` bytes per lane."""
+        """Store `len(data)` elements of `width` bytes per lane; `data[k]` has element k of every lane."""
         count, size = len(data), len(data) * width
         offsets, lanes, whole = self._shared_index(group, number, address, size, mask)
         if lanes is not None and not len(lanes):
@@ -199,7 +216,10 @@ class SharedMemory(State):
     def ldmatrix(
         self, group: Group, number: int, address: Any, count: int, transposed: bool, mask: Any
     ) -> list[Any]:
-        """Load `count` matrices of 8 × 8 elements of 16 bits; each lane gives the address of a row."""
+        """Load `count` matrices of 8 × 8 elements of 16 bits.
+
+        Lane 8·i + j of each warp gives the address of row j of matrix i.
+        """
         address = group.full(address).reshape(-1, 32)[:, : 8 * count]
         lane = np.arange(32)
         results = []
@@ -254,7 +274,10 @@ class SharedMemory(State):
     def stmatrix(
         self, group: Group, number: int, address: Any, data: Any, transposed: bool, mask: Any
     ) -> None:
-        """Store matrices of 8 × 8 elements of 16 bits; each lane gives the address of a row."""
+        """Store `len(data)` matrices of 8 × 8 elements of 16 bits.
+
+        Lane 8·i + j of each warp gives the address of row j of matrix i.
+        """
         if mask is not None:
             mask = group.full(mask)
             rows = mask.reshape(-1, 32)
@@ -274,7 +297,7 @@ class SharedMemory(State):
                 self.store_shared(group, number, place.ravel().astype(u4), (half,), 2, mask)
 
     def copy(self, group: Group, number: int, to: Any, of: Any, size: int, amount: Any, mask: Any) -> None:
-        """Start cp.async of `size` bytes per lane. `amount` bytes are read, and the other bytes become zero."""
+        """Start cp.async of `size` bytes per lane: `amount` bytes are copied, the other bytes become zero."""
         width = min(size, 4)
         count = size // width
         amount = group.full(amount)
@@ -294,7 +317,7 @@ class SharedMemory(State):
         group.copies.append([group.committed[who].copy(), who, index, kept, number])
 
     def _issue(self, group: Group, number: int, offsets: Any, lanes: Any, size: int) -> None:
-        """Look for hazards of a copy that starts, and mark the granules that it writes."""
+        """Report hazards of a cp.async that starts, and mark the granules that it will write as in flight."""
         wrote, read, index, now = self._history(group, offsets, lanes, size)
         for marks, what in ((read, "read"), (wrote, "wrote")):
             other = by_another_warp(marks[index], now)
@@ -313,7 +336,7 @@ class SharedMemory(State):
             group.committed[group.full(mask)] += 1
 
     def wait(self, group: Group, count: int, mask: Any) -> None:
-        """Complete all cp.async groups except the last `count`. With −1, complete uncommitted copies too."""
+        """Complete all cp.async groups except the last `count`; if `count` is −1, uncommitted copies too."""
         kept = []
         for entry in group.copies:
             number_of, who, index, data, number = entry

@@ -35,7 +35,8 @@ class Report:
         line: Line number in the PTX.
         source: File and line of the Triton source.
         detail: What was wrong.
-        count: Number of affected lanes, over all thread blocks.
+        count: Number of affected lanes, summed over all thread blocks. Reports on barriers, and on the shared
+            memory that a wgmma reads, do not count lanes.
     """
 
     kind: str
@@ -117,7 +118,7 @@ class Group:
 
 
 class State:
-    """Data of one execution. A granule is the smallest unit of shared memory that the kernel accesses."""
+    """Data of one execution. Shared memory is divided into granules, whose size is `Program.granule`."""
 
     program: Program
     grid: list[int]
@@ -151,7 +152,7 @@ class State:
         )
 
     def report(self, kind: str, number: int, detail: str, count: int) -> None:
-        """Record a fault of the instruction with the index `number`; the lanes of repeated faults are summed."""
+        """Record a report on an instruction. If it already has a report of this kind, add `count` to that."""
         key = (kind, number)
         if key in self.reports:
             self.reports[key].count += count
@@ -161,7 +162,7 @@ class State:
         self.reports[key] = Report(kind, ins.text, ins.line, source, detail, count)
 
     def unsupported(self, number: int, reason: str) -> Unsupported:
-        """Return the error for an instruction in a form that is not modelled."""
+        """Return the error for a use of an instruction that the emulator does not model."""
         ins = self.program.kernel.instructions[number]
         return Unsupported(f"{ins.text} (line {ins.line}): {reason}")
 

@@ -1,6 +1,7 @@
 """Emulated device for `python -m srm_kernels verify --device bench.ptx.verify:sm_89`, which then needs no GPU.
 
-Kernels are compiled, executed as PTX and judged as on a GPU. Times are constants and not measured.
+The command compiles the kernels and judges their results as on a GPU, but the emulator executes the PTX of
+the kernels. The reported times are constants, not measurements.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ class EmulatedDevice(target.Device):
 
     Args:
         architecture: Compute capability times ten.
-        plant: Function that returns a context manager. The device enters this context while it runs. A test can change
-            a kernel in this way.
+        plant: Function that returns a context manager. The context is active while the device runs kernels,
+            so a test can use it to change a kernel.
         times: Time to report for each step, in milliseconds.
     """
 
@@ -44,18 +45,24 @@ class EmulatedDevice(target.Device):
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Execute the launches of the `with` block on the emulator; uninitialised memory is filled with NaN."""
+        """Execute the launches of the `with` block on the emulator.
+
+        Memory that PyTorch allocates uninitialised is filled with NaN, or with the largest integer.
+        """
         with emulated_device(self._architecture, poison=True) as self._device, self._plant():
             yield
 
     def times(self, steps: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
-        """Run every step once; return the constant time of each step in milliseconds."""
+        """Run every step once, and return a time in milliseconds for each step.
+
+        Nothing is measured. The times are those of the argument `times` of the class.
+        """
         for step in steps.values():
             step()
         return {name: self._times[name] for name in steps}
 
     def reports(self) -> list[str]:
-        """Return the faults that the memory checks found since the last call."""
+        """Return the faults that the emulator found since the last call of this method."""
         if self._device is None:
             return []
         found = self._device.fault_texts()
@@ -63,7 +70,7 @@ class EmulatedDevice(target.Device):
         return found
 
     def refusals(self) -> list[str]:
-        """Return the reasons for which launches were refused since the last call."""
+        """Return the reasons of all launches that were refused since the last call of this method."""
         if self._device is None:
             return []
         found = sorted(set(self._device.refusals))

@@ -12,7 +12,10 @@ from .state import IN_FLIGHT, SEVERAL, UNWRITTEN, Group, State
 
 
 class WarpgroupProducts(State):
-    """Execute products of a warpgroup immediately. A product counts as in flight until a wait covers it."""
+    """Execute products of a warpgroup immediately.
+
+    For the checks, a product is nevertheless in flight until a wgmma.wait_group completes it.
+    """
 
     def proxy(self, group: Group, mask: Any) -> None:
         """Record a fence.proxy.async."""
@@ -223,7 +226,7 @@ class WarpgroupProducts(State):
             self.report("barrier", number, "threads of a warpgroup diverge at wgmma", int(diverged.sum()))
 
     def _check_fence(self, group: Group, number: int, active: Any, registers: tuple[Any, ...]) -> None:
-        """Report wgmma if one of its registers was written after the last wgmma.fence."""
+        """Report a wgmma if one of its registers was written after the last wgmma.fence."""
         if any(one in group.unfenced and (group.unfenced[one] & active).any() for one in registers):
             self.report(
                 "wgmma registers",
@@ -233,7 +236,10 @@ class WarpgroupProducts(State):
             )
 
     def _taken(self, group: Group, number: int, chunks: Any, owner: Any, active: Any) -> None:
-        """Look for hazards of the shared memory that a product reads. All warps of the warpgroup read this memory."""
+        """Report hazards of the shared memory that a product reads, and mark the memory as read.
+
+        The mark has SEVERAL in place of the warp, because all warps of the warpgroup read this memory.
+        """
         chosen = active[owner]
         chunks = chunks[chosen]
         if not len(chunks):

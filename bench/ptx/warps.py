@@ -14,7 +14,10 @@ class Warps(State):
     """Execute shuffles, reductions and votes of a warp."""
 
     def shuffle(self, group: Group, kind: str, value: Any, lane: Any, clamp: Any) -> list[Any]:
-        """Return the values of other lanes, and where those lanes are in range."""
+        """Return the value of each lane's source lane, and whether the source lane is in range.
+
+        If the source lane is out of range, the lane gets its own value.
+        """
         rows = group.full(value).reshape(-1, 32)
         own = np.arange(32)
         if getattr(lane, "ndim", 0) == 0 and getattr(clamp, "ndim", 0) == 0:
@@ -68,7 +71,7 @@ class Warps(State):
         return np.repeat(result.astype(rows.dtype), 32)
 
     def vote(self, group: Group, mode: str, value: Any, mask: Any) -> Any:
-        """Return the vote of the active lanes of each warp: "any", "all", "uni" or "ballot"."""
+        """Return the vote of the active lanes of each warp; `mode` is "any", "all", "uni" or "ballot"."""
         rows = group.full(value).reshape(-1, 32)
         active = self._members(group, mask)
         if mode == "any":

@@ -1,8 +1,9 @@
-"""Launches at the article's shapes, whose instructions are counted on an emulated GPU.
+"""Launch kernels at the article's shapes, and count their instructions on an emulated GPU.
 
-The shapes are those of one image of 512×512 pixels, with pvt_v2_b2 maps, C = 256, H = 8, r = 64 and the links 4→3, 4→2
-and 4→1. Only every n-th program of a large grid runs. If a grid has several kinds of programs, their proportions stay
-the same. `_FilledMemory` replaces the results of the other programs by valid values.
+The shapes are those of one image of 512×512 pixels, with pvt_v2_b2 maps, C = 256, H = 8, r = 64 and the links
+4→3, 4→2 and 4→1. In a large grid, only every n-th program runs. If the grid has programs of several kinds,
+their proportions stay the same. The results of programs that do not run are uninitialised; `_FilledMemory`
+fills them with valid values.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ class Workload(NamedTuple):
 
     Attributes:
         name: Name of the workload in rows.
-        call: Function that makes the launches for one image. Its argument is the dtype of tokens and maps.
-        batch: Batch size of the times. The counts for one image are multiplied by this number.
+        call: Function that launches the kernels for one image. Its argument is the dtype of tokens and maps.
+        batch: Batch size for which times are computed. The counts for one image are multiplied by it.
     """
 
     name: str
@@ -41,10 +42,10 @@ class Workload(NamedTuple):
 class _FilledMemory(TorchDispatchMode):
     """Fill memory that PyTorch allocates uninitialised, so that counts do not depend on its previous content.
 
-    Later launches read results of programs that did not run, so these results must have valid values. Floating-point
-    numbers are random and between 0.5 and 1.5. Such values can be used as sums, norms and probabilities. Equal numbers
-    are avoided, because products of equal numbers would be counted as repeated. Integers are valid and distinct indices
-    of landmarks.
+    Later launches read results of programs that did not run, so these results must have valid values.
+    Floating-point numbers are random and between 0.5 and 1.5. Such values can be used as sums, norms and
+    probabilities. The numbers differ, because matrix products with equal operands would be counted as
+    repeated. Integers are valid and distinct indices of landmarks.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -66,7 +67,7 @@ _UNINITIALISED = (
 
 
 def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return standard normal numbers, the same for the same shape."""
+    """Return standard normal random numbers; calls with the same shape return the same numbers."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
@@ -115,7 +116,10 @@ def neck(dyt: bool, statistics: bool) -> Callable[[torch.dtype], None]:
 
 
 def solve(dtype: torch.dtype) -> None:
-    """Launch the solve of the landmark systems of a link, forward and backward, in fp32 for every dtype."""
+    """Launch the kernels that solve the landmark systems of one link, forward and backward.
+
+    The systems are fp32 for every `dtype`.
+    """
     from srm_kernels.conditioning import kernels
 
     keys = random(HEADS, RANK, WIDTH, dtype=torch.float32)

@@ -57,7 +57,7 @@ _KEY_KERNELS, _QUERY_KERNELS = f"{__name__}.key_kernels", f"{__name__}.query_ker
 def _fake_key_side(
     key: Tensor, value: Tensor, landmarks: Tensor | None, rank: int, *_: object
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return empty results: K̃, X (or R V), the logsumexp of each row of K̃ Kᵀ s, and I."""
+    """Return empty tensors for K̃, X (or R V), the logsumexp of each row of K̃ Kᵀ s, and the indices I."""
     wide = wide_dtype(key.dtype)
     index = (*key.shape[:2], rank)
     return (
@@ -203,27 +203,29 @@ def nystrom_attention(
     diagnostics: bool | str = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, LandmarkSolution]:
-    """Compute Nyström cross-attention on r landmark keys, linear in N_q and N_k.
+    """Compute Nyström cross-attention with r landmark keys, at a cost linear in N_q and N_k.
 
     Source: docs/METHOD.md §2; section 3.3 of the article.
 
-    The output is τ Y with Y = L (W + λI)⁻¹ (R V). K̃ are the r landmark keys, and L = softmax(Q K̃ᵀ s),
-    W = softmax(K̃ K̃ᵀ s) and R = softmax(K̃ Kᵀ s). With r = N_k and ridge = 0, Y is exact attention. Attention masks are
-    not supported.
+    The output is τ Y with Y = L (W + λI)⁻¹ (R V), where L = softmax(Q K̃ᵀ s), W = softmax(K̃ K̃ᵀ s) and
+    R = softmax(K̃ Kᵀ s). The rows of K̃ are the r landmark keys. With r = N_k and ridge = 0, Y is exact
+    attention. Attention masks are not supported.
 
-    The operator is differentiable in query, key, value and tau. The choice of the landmarks is not differentiated.
-    The backend "reference" computes second derivatives. The output and the gradient of an image do not depend on the
-    other images of the batch. A NaN affects only the results of its own image and head.
+    The operator is differentiable in query, key, value and tau. The choice of the landmarks is not
+    differentiated. With every backend, second derivatives are computed by the code of the backend
+    "reference". The output and the gradient of an image do not depend on the other images of the batch. A NaN
+    affects only the results of its own image and head.
 
     The backend "triton" supports float32, bfloat16 and float16, d from 8 to 128, r up to 128 and solve_dtype "fp32". It
     has kernels for the solvers "cholesky" and "lu" without equilibration, and uses torch.linalg for other solvers.
 
-    With every backend, the solvers "svd" and "auto" wait for the device. `diagnostics=True` also waits for the device,
-    because it computes the exact κ.
+    On a GPU, the solvers "svd" and "auto" make the host wait for the device, with every backend.
+    `landmark_solve` describes when other solvers wait. `diagnostics=True` also makes the host wait, because
+    the exact κ is computed from singular values.
 
     Args:
-        query: Q (B, H, N_q, d); float64, float32, bfloat16 or float16, any strides. Query, key and value have one dtype
-            and device; under autocast, different dtypes are cast to autocast's dtype.
+        query: Q (B, H, N_q, d); float64, float32, bfloat16 or float16, any strides. Query, key and value must
+            have the same dtype and device. Under autocast, different dtypes are cast to autocast's dtype.
         key: K (B, H, N_k, d).
         value: V (B, H, N_k, d).
         rank: r, at least 1; clamped to N_k.
@@ -246,8 +248,9 @@ def nystrom_attention(
             of the inputs, and casts W to fp32 before the solve. The article uses "model".
         generator: As in `select_landmarks`.
         tau: τ (H,), floating point: a factor of Y for each head (docs/METHOD.md §3.3). None means 1.
-        diagnostics: True or "estimate" also returns diagnostics, as in `landmark_solve`. `diagnosed_attention` does the
-            same, and its return type does not depend on an argument.
+        diagnostics: With True or "estimate", diagnostics are also returned. True and "estimate" mean the same
+            as in `landmark_solve`. `diagnosed_attention` always returns diagnostics, so type checkers know
+            its return type.
         backend: A name of `backends()`, or None.
 
     Returns:
@@ -291,7 +294,8 @@ def diagnosed_attention(
         key: As in `nystrom_attention`.
         value: As in `nystrom_attention`.
         rank: As in `nystrom_attention`.
-        estimate: Whether κ is estimated. The exact κ needs singular values, and waits for the device.
+        estimate: If True, κ is estimated. If False, κ is computed from singular values, and on a GPU the host
+            waits for the device.
         **options: Other keyword arguments of `nystrom_attention`.
 
     Returns:
@@ -422,16 +426,16 @@ def landmark_side(
     generator: torch.Generator | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the key side of Nyström attention: the landmark keys K̃ and X.
+    """Compute the key side of Nyström attention: landmark keys K̃, and solution X of the landmark system.
 
     Source: docs/METHOD.md §2; section 3.3 of the article.
 
     From K̃ and X, attention computes Y = softmax(Q K̃ᵀ s) X. In this formula, K̃ is normalised if `qk_norm` is "keys" or
     "both", and Q is normalised if `qk_norm` is "both".
 
-    The operator is differentiable in key and value. The backend "reference" computes second derivatives. The backend
-    "torch" uses C++ for the solver "cholesky" on the CPU, if the C++ library is built. The backend "triton" has the
-    same limits as for `nystrom_attention`.
+    The operator is differentiable in key and value. With every backend, second derivatives are computed by
+    the code of the backend "reference". The backend "torch" uses C++ for the solver "cholesky" on the CPU, if
+    the C++ library is built. The backend "triton" has the same limits as in `nystrom_attention`.
 
     Args:
         key: As in `nystrom_attention`.
@@ -504,9 +508,10 @@ def _landmark_side(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return K̃, X and I.
 
-    The default solver is a part of the operator `_context`. For other solvers, the operator `_blocks` computes the
-    logits of W and R V, and the solver runs after it. With the backend "triton", both operators also choose the
-    landmarks, if there are kernels for the method. In all other cases, the landmarks are chosen before the operator.
+    With the default solver, the operator `_context` computes K̃ and X. With other solvers, the operator
+    `_blocks` computes R V and the logits of W, and the solver then runs as a separate operator. If no
+    landmarks are given, `_context` and `_blocks` also choose the landmarks with the backend "triton" and a
+    method that has kernels. With other backends or methods, the landmarks are chosen before the operator.
     """
     choice = options.choice
     if landmarks is not None:

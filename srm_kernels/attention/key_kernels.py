@@ -1,16 +1,16 @@
-"""Triton kernels of the key side of Nyström attention: K̃ and X from K and V of a (b, h), and the gradients of K and V.
+"""Triton kernels of the key side of Nyström attention: K̃ and X from K and V, and the gradients of K and V.
 
-(b, h) is one image and head. With at most 512 keys and r, d ≤ 64, the forward pass is one launch, with one program per
-(b, h). The program chooses the landmarks, gathers K̃, computes W and R V (by an online softmax) and solves
-(W + λI) X = R V.
+In this module, (b, h) is one head h of one image b. With at most 512 keys and r, d ≤ 64, the forward pass is
+one launch, with one program per (b, h). The program chooses the landmarks, gathers K̃, computes W and R V (by
+an online softmax) and solves (W + λI) X = R V.
 
-With more keys or larger r or d, the forward pass has several launches. The keys of a (b, h) are divided into parts. In
-the launches for the leverage scores and for R V, each part has its own program. If r·d is large, a part has several
-programs for R V, with `launch_rules.PIECE` rows of R V per program. Further launches choose the landmarks and solve the
-system.
+With more keys or larger r or d, the forward pass has several launches. The keys of a (b, h) are divided into
+parts. In the launches for the leverage scores and for R V, each part has its own program. If r·d is too large
+for one program, several programs compute R V of a part, each for `launch_rules.PIECE` landmarks. Further
+launches choose the landmarks and solve the system.
 
-The backward pass first computes the transposed solve and the other r×r steps. It then computes dK and dV of every tile
-of keys.
+The backward pass first solves the transposed system and computes the gradient of K̃. It then computes dK and
+dV of every tile of keys.
 
 The solve is Gauss–Jordan elimination of A = W + λI without pivoting. The matrix A is D^-½ (S + λI) D^½, where S + λI is
 symmetric positive definite and D is diagonal (docs/METHOD.md §2.1). A, Aᵀ and S + λI therefore have the same pivots. In
@@ -23,9 +23,9 @@ in this dtype. The columns of this product belong to the landmarks; each column 
 landmark. The disadvantage is that tokens above about 10¹⁸ overflow in the product and give NaN. The reference has no
 such overflow, because it normalises before the product.
 
-The kernels multiply logits by log₂ e and use exp2 in place of exp. Symbols: U = R V and dU = A⁻ᵀ dX. It follows that
-dA = −dU Xᵀ and dR = dU Vᵀ. Sums over keys have a fixed order without atomics. Results are therefore bitwise
-reproducible.
+The kernels multiply logits by log₂ e and use exp2 in place of exp. With U = R V, the system is A X = U.
+The gradients are dU = A⁻ᵀ dX, dA = −dU Xᵀ and dR = dU Vᵀ. Sums over keys are computed in a fixed order,
+without atomics, so the results are bitwise reproducible.
 """
 
 from __future__ import annotations
@@ -76,9 +76,10 @@ def gather(
     key_ptr, landmarks_ptr, first, N, n_stride, d_stride, rank: tl.constexpr, R: tl.constexpr,
     d: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Return the R rows of K̃ from row `first` on, as [R, D], in the dtype of the keys in memory.
+    """Return R rows of K̃, starting at row `first`, as [R, D], in the dtype in which the keys are stored.
 
-    A landmark index that is out of range gives a row of NaN. Python does not check the indices on a GPU.
+    Landmark indices on a GPU are not checked in Python. This function returns a row of NaN for an index that
+    is out of range.
     """
     i = first + tl.arange(0, R)
     index = tl.load(landmarks_ptr + i, mask=i < rank, other=0)
@@ -97,9 +98,10 @@ def load_matrix(ptr, rows: tl.constexpr, R: tl.constexpr, columns: tl.constexpr,
 
 @triton.jit
 def load_columns(ptr, first, rows: tl.constexpr, R: tl.constexpr, columns: tl.constexpr, CHUNK: tl.constexpr):
-    """Load CHUNK columns of a contiguous rows×columns matrix, from column `first` on, as [R, CHUNK].
+    """Load CHUNK columns of a contiguous rows×columns matrix, starting at column `first`, as [R, CHUNK].
 
-    If the factors of a product do not fit in registers, kernels compute the product chunk by chunk.
+    Kernels use this function to compute a product chunk by chunk, because the whole factors may not fit in
+    registers.
     """
     i, j = tl.arange(0, R), first + tl.arange(0, CHUNK)
     inside = (i < rows)[:, None] & (j < columns)[None, :]
@@ -108,7 +110,7 @@ def load_columns(ptr, first, rows: tl.constexpr, R: tl.constexpr, columns: tl.co
 
 @triton.jit
 def load_rows(ptr, first, rows: tl.constexpr, CHUNK: tl.constexpr, columns: tl.constexpr, D: tl.constexpr):
-    """Load CHUNK rows of a contiguous rows×columns matrix, from row `first` on, as [CHUNK, D]."""
+    """Load CHUNK rows of a contiguous rows×columns matrix, starting at row `first`, as [CHUNK, D]."""
     i, j = first + tl.arange(0, CHUNK), tl.arange(0, D)
     inside = (i < rows)[:, None] & (j < columns)[None, :]
     return tl.load(ptr + i[:, None] * columns + j[None, :], mask=inside, other=0.0)
@@ -139,7 +141,10 @@ def landmark_logits(
 
 @triton.jit
 def landmark_softmax(logits, rank: tl.constexpr, R: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """Return W [R, R], or Wᵀ with TRANSPOSED: the softmax of the symmetric logits over each column. Padding is zero."""
+    """Return W [R, R], the softmax of each row of the logits, or Wᵀ with TRANSPOSED.
+
+    The logits are symmetric, so Wᵀ is the softmax of each column. Padding is zero.
+    """
     i = tl.arange(0, R)
     inside = (i < rank)[:, None] & (i < rank)[None, :]
     logits = tl.where(inside, logits, -INFINITY)
@@ -180,10 +185,10 @@ def eliminate(matrix, rhs, rank: tl.constexpr, R: tl.constexpr):
 
 @triton.jit
 def eliminate_pivoting(matrix, rhs, rank: tl.constexpr, R: tl.constexpr):
-    """Eliminate with partial pivoting. Return the rows of matrix⁻¹ rhs in another order, and `place` [R].
+    """Return matrix⁻¹ rhs with permuted rows, by elimination with partial pivoting, and `place` [R].
 
-    Row i of the result is row place[i] of matrix⁻¹ rhs. In the search for a pivot, NaN is treated as infinity. No row
-    is therefore chosen twice, even if the matrix contains NaN.
+    `place` is the permutation: row i of the result is row place[i] of matrix⁻¹ rhs. In the search for a
+    pivot, NaN is treated as infinity. No row is therefore chosen twice, even if the matrix contains NaN.
     """
     i = tl.arange(0, R)
     place = tl.where(i < rank, -1, i)
@@ -205,7 +210,10 @@ def solve(
     solution_ptr, rhs_ptr, keys_ptr, key_ptr, factor, scale, ridge, rank: tl.constexpr, R: tl.constexpr,
     d: tl.constexpr, D: tl.constexpr, TRANSPOSED: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store A⁻¹ rhs or A⁻ᵀ rhs, [r, d], or NaN if a logit is not finite. `solution_ptr` and `rhs_ptr` can be equal."""
+    """Store A⁻¹ rhs [r, d], or A⁻ᵀ rhs with TRANSPOSED.
+
+    If a logit is not finite, all stored entries are NaN. `solution_ptr` and `rhs_ptr` can be equal.
+    """
     i = tl.arange(0, R)
     logits = landmark_logits(keys_ptr, key_ptr, factor, scale, rank, R, d, CHUNK, PRECISION)
     broken = tl.sum(tl.sum(tl.where(tl.abs(logits) < INFINITY, 0, 1), 1), 0) > 0
@@ -228,9 +236,10 @@ def mix_values(
 ):  # fmt: skip
     """Return Σ exp2(logit − top) v [R, D], top [R] and Σ exp2(logit − top) [R] over the keys from start to stop − 1.
 
-    The logits have one row for each row of `keys` [R, D]. `top` is the largest logit of each row. The key side passes
-    landmarks as `keys`, and pointers to K and V. The query side passes queries as `keys`, and pointers to K̃ and X. K̃
-    and X are fp32, and the function casts K̃ to the dtype of the queries.
+    The logits have one row for each row of `keys` [R, D]. `top` is the largest logit of each row. The key
+    side passes landmarks as `keys`, and pointers to K and V as `key_ptr` and `value_ptr`. The query side
+    passes queries as `keys`, and pointers to K̃ and X as `key_ptr` and `value_ptr`. K̃ and X are stored in
+    fp32. The function casts K̃ to the dtype of the queries.
     """
     mixed = tl.zeros([R, D], tl.float32)
     top = tl.full([R], -INFINITY, tl.float32)
@@ -333,7 +342,7 @@ def _scores_kernel(
 ):  # fmt: skip
     """Compute the leverage scores of one part of the keys.
 
-    Every program adds the Gram matrices of all parts, in the same order.
+    Every program sums the Gram matrices of all parts in the same order, so all programs use the same sum.
     """
     program = tl.program_id(0).to(tl.int64)
     head, part = program // parts, (program % parts).to(tl.int32)
@@ -364,7 +373,7 @@ def _mix_kernel(
     value_stride_d, scale, rank: tl.constexpr, R: tl.constexpr, d: tl.constexpr, D: tl.constexpr,
     NORMALISE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute what one part of the keys adds to R V, for one piece of landmarks, before the softmax is normalised."""
+    """Compute the unnormalised contribution of a part of the keys to R V, for one piece of the landmarks."""
     program = tl.program_id(0).to(tl.int64)
     first = (program % pieces).to(tl.int32) * R
     program = program // pieces
@@ -446,7 +455,7 @@ def landmark_gradient(
     value_stride_n, value_stride_d, scale, d: tl.constexpr, D: tl.constexpr, NORMALISE: tl.constexpr,
     BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add to the gradient of the normalised landmarks what the keys from start to stop − 1 contribute through R."""
+    """Add the contribution of keys start to stop − 1, through R, to the gradient of normalised K̃."""
     for first in range(start, stop, BLOCK):
         rows = first + tl.arange(0, BLOCK)
         key = load_tokens(key_ptr, rows, rows < stop, key_stride_n, key_stride_d, d, D).to(keys.dtype)

@@ -1,18 +1,20 @@
 """Launch configurations of the Triton kernels of Nyström attention: fixed rules on shape and device, no autotuning.
 
-The division of tokens among programs depends only on N_q or N_k, never on the batch. The sums of an image are therefore
-computed in the same order in every batch. The disadvantage is that small and large batches use the same division.
+The division of tokens among programs depends only on N_q or N_k, never on the batch. The sums of an image are
+therefore computed in the same order in every batch. The disadvantage is that a small batch cannot use more
+programs per image than a large batch, although a small batch needs more programs to keep a GPU busy.
 
-The PTX emulator estimated the busy time of the forward pass of the key side, for an RTX 4090 in bf16 with r = 64 and
-d = 32. The table compares one program per (b, h) with programs that share the keys in parts of 256:
+The table shows busy times of the forward pass of the key side, for an RTX 4090 in bf16, r = 64 and d = 32.
+The times are estimated from the instruction counts of the PTX emulator (`bench/ptx`). The table compares one
+program per (b, h) with several programs per (b, h), one for each part of 256 keys:
 
     keys     one program    parts, B·H = 1    parts, B·H = 64
     1,024    98 µs          44 µs             72 µs
       512    49 µs          44 µs             45 µs
 
-With 512 keys, parts would save at most 5 µs and need four more launches. One program therefore processes up to 512
-keys. `bench/results/simulated` contains only the times for this limit. To simulate another limit, change
-`MOST_KEYS_OF_ONE_PROGRAM`.
+With 512 keys, parts would save at most 5 µs and need four more launches. One program therefore processes up
+to 512 keys. The results in `bench/results/simulated` were computed with this limit, so not all times of the
+table are there. To simulate another limit, change `MOST_KEYS_OF_ONE_PROGRAM`.
 
 The other numbers of this module are based on the registers and shared memory that `python -m bench.resources` prints.
 They have not been tuned on a GPU yet. `python -m bench.tune_attention` measures alternatives on a GPU.
@@ -114,7 +116,7 @@ def key_tokens(rank: int, d: int, dtype: torch.dtype, capability: tuple[int, int
 
 
 def held(rank: int, d: int) -> bool:
-    """Return whether a program holds all of K̃ and X of a (b, h). If not, it reads or holds K̃ and X in pieces."""
+    """Return whether a program holds all of K̃ and X of a (b, h) at once; if not, it uses them in pieces."""
     return _padded(rank) * _padded(d) <= MOST_HELD
 
 
@@ -124,7 +126,7 @@ def landmarks_of_a_program(rank: int, d: int) -> int:
 
 
 def landmarks_of_a_gradient(rank: int, d: int, dtype: torch.dtype) -> int:
-    """Return how many rows a program holds at once while it sums the gradient of the landmarks in registers."""
+    """Return the number of rows of K̃ for which a program sums the gradient in registers at once."""
     rows = landmarks_of_a_program(rank, d)
     return min(PIECE, rows) if _heavy(rank, d, dtype) else rows
 
@@ -137,24 +139,29 @@ def one_launch(keys: int, rank: int, d: int) -> bool:
 def one_launch_backward(keys: int, rank: int, d: int, dtype: torch.dtype) -> bool:
     """Return whether one program loops over all keys of a (b, h) in the backward pass.
 
-    In the backward pass, the r×r steps leave fewer registers for this loop than in the forward pass. Except in bf16,
-    the largest accepted r and d are therefore smaller.
+    In the backward pass, the steps on r×r matrices leave fewer registers for this loop than in the forward
+    pass. With dtypes other than bf16, the result is therefore True only for smaller r and d than in
+    `one_launch`.
     """
     return one_launch(keys, rank, d) and not _heavy(rank, d, dtype)
 
 
 def _large(rank: int, d: int) -> bool:
-    """Return whether a tile is too large to stay in registers in all kernels."""
+    """Return whether r or d is above 64, so that some kernels cannot keep a tile in registers."""
     return _padded(rank) > 64 or _padded(d) > 64
 
 
 def _heavy(rank: int, d: int, dtype: torch.dtype) -> bool:
-    """Return whether large tiles are multiplied in tf32, where each factor is split into two 32-bit parts."""
+    """Return whether large tiles are multiplied in "tf32x3", which splits a factor into two 32-bit parts."""
     return dtype != torch.bfloat16 and _padded(rank) * _padded(d) > 64 * 32
 
 
 def divide(tokens: int, block: int, least: int) -> Division:
-    """Divide tokens among at most `MOST_PARTS` programs, in whole tiles, at least `least` tokens per program."""
+    """Divide tokens among at most `MOST_PARTS` programs.
+
+    The last program can get fewer tokens than the others. Each other program gets at least `least` tokens,
+    and a multiple of `block` tokens.
+    """
     share = max(least, -(-tokens // MOST_PARTS))
     share = -(-share // block) * block
     return Division(share, -(-tokens // share))

@@ -3,17 +3,21 @@
 A program holds K̃ and X of one image b and head h, and loops over a share of the queries in tiles. It reads each query
 once, and writes each row of Y once. The probabilities L stay in registers. X and the probabilities are fp32.
 
-The backward pass computes the probabilities again. Every program writes its own sums for dX and dK̃. A last launch adds
-the sums of all programs in order.
+The backward pass computes the probabilities again instead of reading them from memory. For its share of the
+queries, every program writes partial sums of dX and dK̃. A last launch adds the partial sums of all programs
+in a fixed order.
 
-K̃ and X can be too large to be held (see `launch_rules.held`). A program then reads K̃ and X in pieces for every tile of
-queries, with an online softmax. This is attention with the keys K̃ and the values X. The backward pass is then as in
-`key_kernels`, with the roles of queries and keys exchanged: one launch computes dQ and stores two numbers per query,
-and another launch computes the sums for dX and dK̃.
+If a program cannot hold all of K̃ and X (see `launch_rules.held`), it reads K̃ and X in pieces for every tile
+of queries, with an online softmax, as in attention with the keys K̃ and the values X. In this case, the
+backward pass has two launches before the last launch. The first launch computes dQ, and stores two numbers
+per query: the logsumexp and δ (see `_queries_backward_kernel`). The second launch computes the partial sums
+of dX and dK̃. Both launches use functions of `key_kernels`, with Q, K̃ and X in place of K̃, K and V.
 
-τ multiplies Y before rounding. The statistic is the mean and M₂ = Σ‖y − mean‖² of the rows y of L X, before τ and
-before rounding. The mean and M₂ are first computed for each tile. Chan's formula merges the results of tiles, and then
-the results of programs. For two sets of n₁ and n₂ rows, with n = n₁ + n₂:
+The stored Y is L X, multiplied by τ and then rounded to the dtype of Y. The scale statistic describes the
+rows y of L X before the multiplication and the rounding: their mean, and M₂ = Σ‖y − mean‖². A program
+computes the mean and M₂ of each tile of queries. Chan's formula merges the results of the tiles, and then the
+results of the programs. Let two sets of n₁ and n₂ rows have the means mean₁ and mean₂, and the sums M₂₁ and
+M₂₂. With n = n₁ + n₂, the union of the two sets has:
 
     mean = (n₁ mean₁ + n₂ mean₂)/n      M₂ = M₂₁ + M₂₂ + ‖mean₂ − mean₁‖² n₁n₂/n
 
@@ -157,7 +161,7 @@ def _forward_kernel(
 def _statistics_kernel(
     part_mean_ptr, part_spread_ptr, mean_ptr, spread_ptr, N, share, parts, d: tl.constexpr, D: tl.constexpr
 ):
-    """Merge the parts of one (b, h) into its mean [d] and M₂, in order."""
+    """Merge the statistics of all parts of the queries of one (b, h), in order, into the mean [d] and M₂."""
     head = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, D)
     count = 0.0

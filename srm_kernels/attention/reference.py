@@ -7,7 +7,8 @@
     X = (W + λI)⁻¹ (R V)      (r × d)
     Y = L X                   (N_q × d)
 
-Q is (B, H, N_q, d); K and V are (B, H, N_k, d); I is (B, H, r).
+The shapes are (B, H, N_q, d) for Q, (B, H, N_k, d) for K and V, and (B, H, r) for the landmark indices I. In
+λI, I is the identity matrix.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ def nystrom_attention(
     solve_dtype: str,
     solve: SolveOptions,
 ) -> Tensor:
-    """Return Y (B, H, N_q, d) in the query's dtype; intermediate results are fp32 (fp64 for fp64 inputs)."""
+    """Return Y (B, H, N_q, d) in the query's dtype; intermediate results are fp32 (fp64 for fp64 inputs).
+
+    With `solve_dtype="model"`, each softmax is computed in the query's dtype.
+    """
     Q = normalised_query(query, qk_norm)
     block_dtype = query.dtype if solve_dtype == "model" else Q.dtype
     keys, logits, rhs = _key_side(key, value, landmarks, scale, qk_norm, block_dtype)
@@ -94,7 +98,7 @@ def landmark_attention(
     qk_norm: str | None,
     statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return τ Y in the query's dtype with Y = softmax(Q K̃ᵀ s) X, and two moments of Y.
+    """Return τ Y, with Y = softmax(Q K̃ᵀ s) X, in the query's dtype, and two moments of Y.
 
     The first moment is the mean (B, H, d) of the rows of Y. The second moment is Σ‖y − mean‖² (B, H) over the rows y of
     Y. Without `statistics`, both moments are empty tensors. `keys` is K̃ without normalisation. `tau` is τ (H,), or None

@@ -36,7 +36,7 @@ def nystrom_attention(
     keys = take_landmarks(K, landmarks)
     rhs = scaled_dot_product_attention(keys, K, value.to(K.dtype), scale=scale)
     X, _ = conditioning.landmark_solve(keys @ keys.mT * scale, rhs, solve)
-    # The solve of the reference returns X in column-major order. Attention with such an X is four times slower.
+    # The reference's solver returns X in column-major order. With this order, attention is four times slower.
     return scaled_dot_product_attention(Q, keys, X.contiguous(), scale=scale).to(query.dtype)
 
 

@@ -1,4 +1,4 @@
-"""The small landmark solve and its diagnostics (docs/METHOD.md §2.1; section 3.4 of the article)."""
+"""Solve the landmark system, and compute diagnostics (docs/METHOD.md §2.1; section 3.4 of the article)."""
 
 from __future__ import annotations
 
@@ -102,9 +102,9 @@ def landmark_solve(
       are dropped, X is the minimum-norm solution, and its derivative is not defined. At large κ in fp32, "svd" is the
       least accurate solver. torch.linalg.svd waits for the device.
     - "auto": "lu" for each matrix whose estimate of κ₂(A) is below kappa_max, "svd" for the others.
-      `estimate_condition` computes the estimate from the LU factors. The estimate exceeds κ₂ only by rounding errors.
-      In all measurements, the estimate was at least 0.5 κ₂. To find the matrices that need an SVD, "auto" waits for the
-      device.
+      `estimate_condition` computes the estimate from the LU factors. Except for rounding errors, the estimate
+      is at most κ₂. In all measurements, the estimate was at least 0.5 κ₂. To find the matrices that need an
+      SVD, "auto" waits for the device.
     - "neumann": the series α Σ_{k≤m} (I − αA)^k G with α = 1/(1 + λ). A matrix uses the series if two conditions hold:
       the residual of the series is below 1e-2, and a power iteration gives a spectral radius of I − αA below 0.95.
       "cholesky" solves the other matrices ("lu" if ridge is 0).
@@ -119,8 +119,8 @@ def landmark_solve(
 
     Backends:
 
-    - "torch", the default, uses C++ for "cholesky" on the CPU if the library is built. The C++ code supports r up to
-      128 and no equilibration. In all other cases, "torch" runs the reference.
+    - "torch", the default, uses C++ for "cholesky" on the CPU if the library is built. The C++ code supports
+      only r ≤ 128 without equilibration. In all other cases, "torch" runs the reference.
     - "triton" solves all matrices in one launch. The kernels support "cholesky" and "lu" without equilibration, r and d
       up to 128, and all dtypes except float64. A singular matrix has NaN gradients.
 
@@ -185,7 +185,10 @@ def solved(
 def diagnosed(
     logits: Tensor, rhs: Tensor, options: SolveOptions, *, estimate: bool, backend: str | None
 ) -> LandmarkSolution:
-    """Return X with diagnostics; `estimate` estimates κ as "auto" does. Arguments are not checked."""
+    """Return X with diagnostics; arguments are not checked.
+
+    If `estimate` is True, κ is estimated as for the solver "auto".
+    """
     x, used, chosen = solved(logits, rhs, options, backend)
     chosen = "reference" if chosen == "triton" else chosen  # diagnostics have no kernels
     with torch.no_grad():
@@ -222,7 +225,7 @@ def solve_options(
     neumann_order: int = 3,
     neumann_gate: bool = True,
 ) -> SolveOptions:
-    """Return checked options of the solver; raise ValueError or TypeError."""
+    """Check the options of the solver, and return them; raise ValueError or TypeError if one is not valid."""
     check_choice("solver", solver, tuple(SOLVERS))
     check_number("ridge", ridge, at_least=0)
     check_number("kappa_max", kappa_max, above=0)

@@ -1,4 +1,7 @@
-"""The default landmark solve in C++ for CPU tensors. The reference runs calls that the C++ code does not support."""
+"""The default landmark solver in C++, for CPU tensors.
+
+The reference runs the calls that the C++ code does not support.
+"""
 
 from __future__ import annotations
 

@@ -1,21 +1,24 @@
 """Estimate κ₂ of a matrix A from a factorisation of A, without singular values (docs/METHOD.md §2.1).
 
-The computation does not wait for the device. The estimate is the product of two lower bounds from power iterations:
-‖A u‖/‖u‖ is at most σ_max, and ‖A⁻¹ u‖/‖u‖ is at most 1/σ_min. Except for rounding, the estimate is therefore never
-larger than κ₂. The two lower bounds can be smaller than σ_max and 1/σ_min:
+The computation does not wait for the device. The estimate is the product of two lower bounds from power
+iterations: ‖A u‖/‖u‖ is at most σ_max, and ‖A⁻¹ u‖/‖u‖ is at most 1/σ_min. Except for rounding, the estimate
+is therefore never larger than κ₂. The list states how far the two lower bounds can be below σ_max and
+1/σ_min:
 
 - σ_max: the iteration starts from the vector of ones and applies A and Aᵀ in turn, k = 8 times in all. The entries of A
   are non-negative, so the entries of its leading singular vector are non-negative too. The cosine of the angle between
   this singular vector and the vector of ones is at least 1/√r. The lower bound is therefore at least r^(−1/(2k)) σ_max
   for every matrix: 0.77 σ_max at r = 64.
-- 1/σ_min: the iteration starts from a random normal vector and applies A⁻¹ and A⁻ᵀ in turn, k = 3 times in all. The
-  lower bound is less than 1/(t σ_min) with probability at most 0.8 √r t⁻³ (Dixon 1983, SIAM J. Numer. Anal. 20). The
-  estimate uses the largest lower bound from 8 independent vectors. At r = 64, this largest lower bound is less than
-  1/(10 σ_min) with probability at most 3e-18, and less than 1/(3 σ_min) with probability at most 1e-5.
+- 1/σ_min: the iteration starts from a random normal vector and applies A⁻¹ and A⁻ᵀ in turn, k = 3 times in
+  all. For every t > 1, the lower bound is less than 1/(t σ_min) with probability at most 0.8 √r t⁻³ (Dixon
+  1983, SIAM J. Numer. Anal. 20). The estimate uses the largest lower bound from 8 independent vectors. At
+  r = 64, this largest lower bound is less than 1/(10 σ_min) with probability at most 3e-18, and less than
+  1/(3 σ_min) with probability at most 1e-5.
 
-Vectors of random signs (±1) would not be suitable as the 8 start vectors. Such vectors give each landmark 8 signs, one
-per vector. With r = 64, two landmarks probably have the same 8 signs. If these two landmarks also have equal keys,
-all start vectors are orthogonal to the singular vector of σ_min. The estimate can then be far below κ₂.
+Vectors of random signs (±1) would not be suitable as the 8 start vectors. Such vectors give each landmark 8
+signs, one per vector. There are only 2⁸ = 256 combinations of signs, so with r = 64 there are probably two
+landmarks with the same 8 signs. If these two landmarks also have equal keys, all start vectors are orthogonal
+to the singular vector of σ_min. The estimate can then be far below κ₂.
 """
 
 from __future__ import annotations
@@ -32,10 +35,12 @@ POWER_STEPS = 8
 
 
 def estimate_condition(A: Tensor, solve: Callable[[Tensor, bool], Tensor]) -> Tensor:
-    """Return a lower estimate of κ₂ (…,) of non-negative matrices.
+    """Return an estimate (…,) of κ₂ of matrices with non-negative entries.
+
+    Except for rounding, the estimate is at most κ₂.
 
     Args:
-        A: (…, r, r), non-negative.
+        A: Matrices (…, r, r) with non-negative entries.
         solve: Function `(rhs, transposed)` that returns A⁻¹ rhs, or A⁻ᵀ rhs if `transposed` is true.
 
     Returns:
@@ -49,7 +54,11 @@ def estimate_condition(A: Tensor, solve: Callable[[Tensor, bool], Tensor]) -> Te
 
 
 def _growth(apply: Callable[[Tensor, bool], Tensor], u: Tensor, steps: int) -> Tensor:
-    """Apply B and Bᵀ in turn, `steps` times in all, and return ‖B u‖/‖u‖ of each column u in the last step."""
+    """Apply a matrix B and its transpose to u in turn, `steps` times in all; return the last step's growth.
+
+    `apply(u, transposed)` returns B u, or Bᵀ u if `transposed` is true. The growth of a column of u is its
+    norm after the step, divided by its norm before the step.
+    """
     ratio = torch.ones_like(u[..., 0, :])
     for step in range(steps):
         u = u / torch.linalg.vector_norm(u, dim=-2, keepdim=True)
@@ -59,7 +68,11 @@ def _growth(apply: Callable[[Tensor, bool], Tensor], u: Tensor, steps: int) -> T
 
 
 def normal_probes(r: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return standard normal vectors (r, 8), equal on every device: Box–Muller applied to hashed counters."""
+    """Return 8 standard normal vectors of length r as the columns of a tensor (r, 8).
+
+    The Box–Muller transform computes the vectors from hashed counters. The vectors are therefore the same on
+    every device and in every call.
+    """
     counter = torch.arange(2 * r * PROBES, device=device).view(2, r, PROBES)
     uniform = (_hash(counter + 1).double() + 0.5) / 2**32
     normal = (-2 * uniform[0].log()).sqrt() * (2 * math.pi * uniform[1]).cos()
@@ -67,7 +80,7 @@ def normal_probes(r: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def _hash(x: Tensor) -> Tensor:
-    """Return 32 well-mixed bits of int64 counters, by the finaliser of MurmurHash3."""
+    """Return a 32-bit hash of each int64 counter, computed by the finaliser of MurmurHash3."""
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
     return x ^ (x >> 16)

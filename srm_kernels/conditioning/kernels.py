@@ -1,12 +1,13 @@
-"""Triton kernels for the landmark solve by elimination, one program per matrix (docs/METHOD.md §2.1).
+"""Triton kernels that solve the landmark system by elimination, one program per matrix (docs/METHOD.md §2.1).
 
 A program holds A (R×R) and its right-hand side (R×D) in registers. R and D are r and d, rounded up to powers of two and
 at least 16. A is padded with the identity, and the right-hand side is padded with zeros. Arithmetic is fp32.
 
-For the solver `cholesky`, the kernels eliminate A = W + λI without pivoting. A is similar to the symmetric matrix
-S + λI of `reference`. The pivots are the squares of the diagonal entries of the Cholesky factor of S + λI. The
-Cholesky factorisation therefore exists if all pivots are positive. If a pivot is not positive or the logits are not
-symmetric, the kernel solves the matrix as `lu` does, with partial pivoting.
+For the solver `cholesky`, the kernels apply Gaussian elimination without pivoting to A = W + λI. A is
+E⁻¹ (S + λI) E, with the symmetric matrix S + λI and the diagonal matrix E of `reference`. The factors E⁻¹ and
+E do not change the pivots. The pivots are therefore the squares of the diagonal entries of the Cholesky
+factor of S + λI, and the Cholesky factorisation exists if all pivots are positive. If a pivot is not positive
+or the logits are not symmetric, the kernel solves the matrix as `lu` does, with partial pivoting.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ def landmark_solve_backward(
 def launch_options(r: int, d: int) -> dict[str, int]:
     """Return tile sizes, the number of warps, and the largest number of registers of a thread.
 
-    Each thread holds 16 to 64 elements of a tile. If ptxas chooses the number of registers, the kernels spill.
+    Each thread holds at most 32 elements of the larger of the two tiles R×R and R×D. The largest number of
+    registers is set explicitly, because the kernels spill registers if ptxas chooses it.
     """
     R, D = (max(16, triton.next_power_of_2(n)) for n in (r, d))
     warps = min(16, max(2, R * max(R, D) // 512))
@@ -116,9 +118,10 @@ def _row(a, k, R: tl.constexpr):
 
 @triton.jit
 def _product(a, b, K: tl.constexpr):
-    """Multiply a (M×K) by the transpose of b (N×K) in plain fp32, with one rank-one update per step.
+    """Multiply `a` (M×K) by the transpose of `b` (N×K) in plain fp32, as a sum of K rank-one products.
 
-    `tl.dot` of whole tiles would spill registers. With its default precision it would also round a and b to TF32.
+    `tl.dot` of whole tiles would spill registers. With its default precision it would also round `a` and `b`
+    to TF32.
     """
     c = _column(a, 0, K)[:, None] * _column(b, 0, K)[None, :]
     for k in range(1, K):
@@ -164,7 +167,10 @@ def _softmax(logits_ptr, r, stride_row, stride_col, R: tl.constexpr, SYMMETRIC: 
 def _system(
     logits_ptr, r, stride_row, stride_col, ridge, R: tl.constexpr, SYMMETRIC: tl.constexpr, half=True
 ):
-    """Return A = W + λI, padded with the identity, whether the logits are finite, and whether they are symmetric."""
+    """Return A = W + λI, padded with the identity.
+
+    The other two results are whether the logits are finite, and whether they are symmetric (see `_softmax`).
+    """
     W, finite, symmetric = _softmax(logits_ptr, r, stride_row, stride_col, R, SYMMETRIC, half)
     i = tl.arange(0, R)
     diagonal = i[:, None] == i[None, :]
@@ -237,7 +243,7 @@ def _solve_forward_kernel(
     stride_rhs, stride_rhs_row, stride_rhs_col, RIDGED: tl.constexpr, PIVOTING: tl.constexpr, R: tl.constexpr,
     D: tl.constexpr,
 ):  # fmt: skip
-    """Compute X and the `Solver` of one matrix; x and used are contiguous.
+    """Compute X and the `Solver` of one matrix; the tensors at `x_ptr` and `used_ptr` are contiguous.
 
     Without PIVOTING, the kernel first computes A from the symmetric part of the logits, and eliminates A without
     pivoting. This attempt fails if a pivot is not positive or the logits are not symmetric. After a failure or with

@@ -1,4 +1,4 @@
-"""The landmark solve in plain PyTorch (docs/METHOD.md §2.1; section 3.4 of the article).
+"""The solvers of the landmark system in plain PyTorch (docs/METHOD.md §2.1; section 3.4 of the article).
 
 The inputs are the logits l = K̃K̃ᵀs (…, r, r) and G = R V (…, r, d):
 
@@ -53,7 +53,10 @@ SOLVERS = {
 
 
 class System(NamedTuple):
-    """The system A Z = rhs, where X = D_c Z. `left` and `right` are the diagonals of D_r and D_c, or None."""
+    """The system A Z = rhs, where X = D_c Z.
+
+    `left` and `right` are the diagonals of D_r and D_c. Without equilibration, they are None, and Z = X.
+    """
 
     matrix: Tensor  # A, (…, r, r)
     rhs: Tensor  # (…, r, d)
@@ -104,7 +107,7 @@ def landmark_diagnostics(
 
 
 def _acted_on(logits: Tensor, used: Tensor) -> Tensor:
-    """Return the logits that the solver used: their symmetric part for Cholesky."""
+    """Return the logits from which the solver computed W: for Cholesky, the symmetric part of `logits`."""
     symmetric = (used == Solver.CHOLESKY)[..., None, None]
     return torch.where(symmetric, (logits + logits.mT) / 2, logits)
 
@@ -252,7 +255,10 @@ def _lu(A: Tensor, ridge: float) -> Solve:
 
 
 def _svd(A: Tensor, ridge: float, mask: Tensor | None) -> Solve:
-    """Factorise the matrices in the mask. The solution of the other matrices is zero, or the caller discards it."""
+    """Factorise the matrices that `mask` selects; None selects all matrices.
+
+    The returned function also returns values for the other matrices. The caller does not use these values.
+    """
     if mask is not None and not transforming():
         # An SVD waits for the device in any case and costs far more than reading the mask.
         if not mask.any():

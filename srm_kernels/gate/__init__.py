@@ -1,4 +1,7 @@
-"""The gate's logits, gain-capped fusion of stages and its losses (docs/METHOD.md §4; section 3.6 of the article)."""
+"""The gate: GELU, logits, gain-capped fusion of the stages, and losses.
+
+Source: docs/METHOD.md §4; section 3.6 of the article.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,10 @@ class GatedFusion(NamedTuple):
 
 
 class GateLosses(NamedTuple):
-    """The losses L_H (`entropy`) and L_B (`balance`) of the gate, scalars without their weights in the total loss."""
+    """The losses L_H (`entropy`) and L_B (`balance`) of the gate, two scalars.
+
+    They are not multiplied by their coefficients in the total loss.
+    """
 
     entropy: Tensor
     balance: Tensor
@@ -139,7 +145,8 @@ def gate_logits(
         backend: A name of `backends()`, or None.
 
     Returns:
-        (B, S) in fp32 (fp64 for fp64 inputs). The mean over positions and all later steps are computed in this dtype.
+        g (B, S) in fp32 (fp64 for fp64 inputs). The mean over positions and all later steps are computed in
+        this dtype.
 
     Raises:
         TypeError: A dtype is not accepted.
@@ -157,7 +164,7 @@ def gate_logits(
 
 
 def _sizes(maps: Tensor) -> tuple[int, int]:
-    """Return positions and channels of maps (…, C, h, w), on which the choice of a backend depends."""
+    """Return the numbers of positions and channels of maps (…, C, h, w), for the choice of a backend."""
     *_, C, h, w = maps.shape
     return h * w, C
 
@@ -192,18 +199,19 @@ def gated_fusion(
 ) -> GatedFusion:
     """Fuse stage maps by a convex combination with a capped norm (docs/METHOD.md §4; section 3.6 of the article).
 
-    The result is γM, with a = softmax(g / T), M = Σ_s a_s P_s and γ = min(1, c(1 − 2u)/(‖M‖_F + eps)). For bfloat16 and
-    float16 maps, u is the unit roundoff of their dtype; otherwise u is 0. ‖γM‖_F ≤ c therefore holds after rounding.
-    NaN stays NaN. The operator is differentiable in maps and logits.
+    The result is γM, with a = softmax(g / T), M = Σ_s a_s P_s and γ = min(1, c(1 − 2u)/(‖M‖_F + eps)). For
+    bfloat16 and float16 maps, u is the unit roundoff of their dtype; otherwise u is 0. The factor 1 − 2u
+    keeps ‖γM‖_F ≤ c after γM is rounded to this dtype. If ‖M‖_F of an image is NaN, γ and γM of this image
+    are NaN. The operator is differentiable in maps and logits.
 
     Args:
         maps: P (B, S, C, h, w); float64, float32, bfloat16 or float16, any strides.
         logits: g (B, S), in the maps' dtype or fp32.
-        cap: A number above 0, a tensor of one element, or None for no cap; c = cap_factor · cap. `cap` receives no
-            gradient. The element of a tensor can be 0 (the result is then 0) or infinite (no cap). A tensor is not
-            copied to the CPU.
-        cap_factor: The factor of `cap` in c = cap_factor · cap, a number above 0. A caller that multiplies a tensor
-            `cap` by the factor itself needs another launch.
+        cap: A number above 0 or a tensor of one element, for c = cap_factor · cap. With None, the norm is not
+            capped. `cap` receives no gradient. The element of a tensor can also be 0, which makes γM 0, or
+            infinite, which means no cap. A tensor is not copied to the CPU.
+        cap_factor: The factor in c = cap_factor · cap, a number above 0. If `cap` is a tensor, the caller
+            saves a kernel launch by passing the factor here instead of multiplying the tensor by it.
         temperature: T, above 0.
         eps: Summand in the denominator of γ, at least 0.
         backend: A name of `backends()`, or None.
@@ -249,8 +257,8 @@ def gated_fusion(
 def gate_losses(weights: Tensor, *, entropy_floor: float, backend: str | None = None) -> GateLosses:
     """Compute the losses L_H and L_B of the gate (docs/METHOD.md §4; section 3.6 of the article, equations 27 and 28).
 
-    L_H = mean_b max(0, H_min − H(a_b)) and L_B = Σ_s (mean_b a_bs − 1/S)². In the entropy H, 0·log 0 is 0. The gradient
-    of a one-hot row is finite. The operator is differentiable in `weights`.
+    L_H = mean_b max(0, H_min − H(a_b)) and L_B = Σ_s (mean_b a_bs − 1/S)². In the entropy H, 0·log 0 is 0.
+    Gradients are finite even if a row of `weights` is one-hot. The operator is differentiable in `weights`.
 
     Args:
         weights: a (B, S), whose rows sum to 1; float64, float32, bfloat16 or float16.
@@ -258,7 +266,8 @@ def gate_losses(weights: Tensor, *, entropy_floor: float, backend: str | None = 
         backend: A name of `backends()`, or None.
 
     Returns:
-        L_H and L_B, scalars in fp32 (fp64 for fp64 inputs), without their weights in the total loss.
+        L_H and L_B, scalars in fp32 (fp64 for fp64 inputs), not multiplied by their coefficients in the total
+        loss.
 
     Raises:
         TypeError: The dtype is not accepted.

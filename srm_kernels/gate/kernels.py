@@ -6,11 +6,15 @@ use the derivative of the reference, because the maps are small.
 The forward pass of the fusion has two launches. The first launch computes partial sums of ‖M‖² of every image. The
 second launch computes γ and γM. It computes M again from the stage maps, which are small and in the cache.
 
-The backward pass of the fusion also has two launches. The first launch computes the inner products for the gradients of
-γ and the weights. The second launch computes all gradients.
+The backward pass of the fusion also has two launches. The first launch computes the inner products that the
+gradients of γ and of the stage weights need. The second launch computes the gradients of the stage maps and
+of the logits.
 
-In both passes, each image is divided into parts. The division depends only on the shape of the image, and the sums of
-the parts are added in a fixed order. The losses are computed by one program, for every batch size.
+Both passes of the fusion divide each image into parts. The division depends only on the shape of the maps,
+and the sums of the parts are added in a fixed order. The result of an image therefore does not depend on the
+batch.
+
+One program computes the losses, whatever the batch size is.
 """
 
 from __future__ import annotations
@@ -47,7 +51,7 @@ def pick(vector, index, STAGES: tl.constexpr):
 
 @triton.jit
 def element_offsets(element, h, w, stride_c, stride_h, stride_w):
-    """Return 64-bit offsets of elements that are numbered over (C, h, w)."""
+    """Return 64-bit memory offsets of elements, which are given by their flat indices in (C, h, w)."""
     c, y, x = element // (h * w), element // w % h, element % w
     return c.to(tl.int64) * stride_c + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
 
@@ -66,7 +70,7 @@ def _gelu_kernel(
     map_ptrs, bias_ptrs, out_ptr, batch, elements, h, w, parts, strides_b, strides_c, strides_h, strides_w,
     S: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Compute GELU(m + b) of one part of one image's map of a stage; `out` is (S, B, C, h, w)."""
+    """Compute GELU(m + b) for one part of the map of one stage and image; `out` is (S, B, C, h, w)."""
     program = tl.program_id(0).to(tl.int64)
     image, part = program // parts, (program % parts).to(tl.int32)
     stage, b = image // batch, image % batch
@@ -244,7 +248,7 @@ def load_images(
 
 @triton.jit
 def shortfall(weights, floor, inside):
-    """Return H_min − H(a_b) [IMAGES], and log a, which is finite for a = 0."""
+    """Return H_min − H(a_b), [IMAGES], and log(max(a, TINY)), which is finite even for a = 0."""
     logs = tl.log(tl.maximum(weights, TINY, propagate_nan=tl.PropagateNan.ALL))
     return tl.where(inside, floor + tl.sum(weights * logs, 1), 0.0), logs
 
@@ -413,5 +417,8 @@ def _shape(maps: Tensor) -> dict[str, Any]:
 
 
 def _margin(dtype: torch.dtype) -> float:
-    """Return 1 − 2u: rounding γM to half precision can increase its norm."""
+    """Return 1 − 2u, where u is the unit roundoff of a half-precision dtype, and 0 for fp32.
+
+    Rounding γM to half precision can increase its norm. The factor keeps ‖γM‖_F ≤ c.
+    """
     return 1 - torch.finfo(dtype).eps if dtype in (torch.bfloat16, torch.float16) else 1.0

@@ -1,4 +1,7 @@
-"""The gate, gain-capped fusion and its losses in plain PyTorch (docs/METHOD.md §4; section 3.6 of the article)."""
+"""The gate in plain PyTorch: GELU, logits, gain-capped fusion and losses.
+
+Source: docs/METHOD.md §4; section 3.6 of the article.
+"""
 
 from __future__ import annotations
 

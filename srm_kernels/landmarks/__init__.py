@@ -43,8 +43,8 @@ def ridge_leverage_scores(key: Tensor, *, gamma: float = 1e-3, backend: str | No
     Source: docs/METHOD.md §2.0; section 3.3 of the article.
 
     The Cholesky factorisation of KᵀK + γI can fail because of rounding. In this case, γ is increased by an estimate of
-    the rounding error, and the matrix is factorised again. The operator is differentiable. The backend
-    "reference" computes second derivatives.
+    the rounding error, and the matrix is factorised again. The operator is differentiable. With every
+    backend, second derivatives are computed by the code of the backend "reference".
 
     Args:
         key: K (B, H, N_k, d); float64, float32, bfloat16 or float16, any strides.
@@ -84,15 +84,17 @@ def select_landmarks(
 ) -> Tensor:
     """Choose the r landmark keys of every image and head, independently of the other images (docs/METHOD.md §2.0).
 
-    The indices are not differentiable. With every method except "uniform", a small change of the keys can change the
-    indices. Results that are computed from the landmarks then jump. If there are N_k ≤ d keys and they are linearly
-    independent, all leverage scores are nearly equal: they differ from 1 by amounts of the order of γ. Even a very
-    small change of these keys can then change the indices.
+    The indices are not differentiable. With every method except "uniform", a small change of the keys can
+    change the indices, and results that are computed from the landmarks then jump. If the keys are linearly
+    independent, which requires N_k ≤ d, all leverage scores are nearly equal: they differ from 1 by amounts
+    of the order of γ. In this case, even a very small change of the keys can change indices that depend on
+    these scores.
 
     Args:
         key: K (B, H, N_k, d); float64, float32, bfloat16 or float16, any strides.
         rank: r, at least 1; clamped to N_k.
-        method: A key of `LANDMARK_METHODS`; `srm_kernels.landmarks.methods` describes the methods.
+        method: A name in `LANDMARK_METHODS`. The module `srm_kernels.landmarks.methods` describes the
+            methods.
         gamma: γ of the leverage scores, above 0.
         scale: s of "pivoted_cholesky"; 1/√d by default.
         generator: Generator for the random methods. All images and heads use the same random numbers. None means seed
@@ -103,7 +105,7 @@ def select_landmarks(
         Indices (B, H, r), int64, distinct along the last axis.
 
     Raises:
-        TypeError: A dtype or type is not accepted.
+        TypeError: The dtype of `key` or the type of another argument is not accepted.
         ValueError: The shape is not (B, H, N_k, d), a number is outside its range, or the method is unknown.
         NotImplementedError: The backend cannot run.
     """
@@ -137,7 +139,7 @@ def selected(key: Tensor, options: LandmarkOptions, scale: float, backend: str |
 def landmark_options(
     rank: int, method: str, gamma: float, generator: torch.Generator | None
 ) -> LandmarkOptions:
-    """Return checked options for the choice of landmarks; raise ValueError or TypeError."""
+    """Return the options for a choice of landmarks; raise ValueError or TypeError if one is not accepted."""
     rank = check_count("rank", rank)
     check_choice("method", method, tuple(LANDMARK_METHODS))
     check_number("gamma", gamma, above=0)
@@ -149,7 +151,8 @@ def landmark_options(
 def kernel_limits(d: int, rank: int = 1) -> str | None:
     """Return the reason why no kernel supports these sizes, or None.
 
-    With supported sizes, every kernel needs at most 99 KiB of shared memory.
+    With supported sizes, the kernels for landmarks and attention fit in the shared memory of every supported
+    GPU, which is at least 99 KiB per thread block.
     """
     if not 8 <= d <= 128:
         return f"its kernels support d from 8 to 128, and d is {d}"

@@ -3,16 +3,19 @@
 One program processes one image b and head h, and loops over the keys of this (b, h) in chunks. The result of an image
 does not depend on the other images of the batch. Implementation:
 
-- Leverage: the score of a key is ‖P^-½ L⁻¹ k‖² with KᵀK + γI = L P Lᵀ. This form is never negative. The kernels apply
-  L⁻¹ to a key by a triangular solve, in chunks of 16 columns. They do not compute the matrix L⁻¹. If the keys span
-  fewer than d directions, a product with this matrix has 2 to 10 times the error of the triangular solve.
-- The r largest scores are found without sorting. If the bits of non-negative floating-point numbers are read as
-  integers, these integers have the same order as the numbers. A search finds the r-th largest score, the threshold, bit
-  by bit. The threshold starts as 0. For each bit, from the highest to the lowest, the candidate is the threshold with
-  this bit set. If r or more scores are greater than or equal to the candidate, it becomes the new threshold.
-- Ties go to the lower index. NaN counts as infinity, as in torch. The indices are therefore distinct and in range for
-  all keys, even if keys contain NaN.
-- Pivoted Cholesky stores its factor, r rows of N numbers, in global memory. The residual of a chosen key is set to −∞.
+- Leverage: the score of a key is ‖P^-½ L⁻¹ k‖² with KᵀK + γI = L P Lᵀ. This form is never negative. The
+  kernels apply L⁻¹ to a key by a triangular solve, in chunks of 16 columns. They do not compute the matrix
+  L⁻¹, because a product with L⁻¹ has 2 to 10 times the error of the triangular solve if the keys span fewer
+  than d directions.
+- The r largest scores are found without sorting all scores. If the bits of non-negative floating-point
+  numbers are read as integers, these integers have the same order as the numbers. The r-th largest score,
+  called the threshold, can therefore be found bit by bit. The threshold starts as 0. For each bit, from the
+  highest to the lowest, the candidate is the threshold with this bit set. If r or more scores are greater
+  than or equal to the candidate, the candidate becomes the new threshold.
+- Among equal scores, the lower index is chosen. NaN counts as infinity, as in torch. The indices are
+  therefore distinct and in range for all keys, even if keys contain NaN.
+- Pivoted Cholesky stores its factor, r rows of N numbers, in global memory. The residual of a chosen key is
+  set to −∞, so that the key is not chosen again.
 - Uniform landmarks need no scores. A kernel that uses them computes their indices itself, which saves launches.
 """
 
@@ -60,13 +63,13 @@ def add_gram(
 def eliminate_below(matrix, d: tl.constexpr, D: tl.constexpr):
     """Factorise a symmetric matrix as L P Lᵀ, with L unit lower triangular and P diagonal, by forward elimination.
 
-    Row operations eliminate the columns in chunks of CHUNK columns. F is the strictly lower triangular matrix of these
-    operations. Applied to a vector k, the operations of one chunk are k += F[:, chunk] k[chunk]. To compute L⁻¹ k,
-    apply the operations of all chunks, from the first to the last. F is stored in place of the entries below the
-    diagonal, which the elimination would set to zero.
+    Row operations eliminate one column after the other. The row operations of CHUNK neighbouring columns,
+    called a chunk, are combined: for a vector k, they are k += F[:, chunk] k[chunk] with a strictly lower
+    triangular matrix F. To compute L⁻¹ k, apply the operations of all chunks, from the first chunk to the
+    last. F is stored in place of the entries below the diagonal, which the elimination would set to zero.
 
-    Each step keeps the rest of the matrix bitwise symmetric. The error of the factorisation is therefore about as large
-    as the rounding error of the matrix.
+    Each step keeps the part of the matrix that is not eliminated yet bitwise symmetric. The error of the
+    factorisation is therefore about as large as the rounding error of the matrix.
 
     Returns:
         F, 1/√P [D], and whether every pivot is positive and finite.
@@ -90,9 +93,9 @@ def eliminate_below(matrix, d: tl.constexpr, D: tl.constexpr):
 def factorise(gram, gamma, d: tl.constexpr, D: tl.constexpr):
     """Apply `eliminate_below` to gram + γI.
 
-    If the keys span fewer than d directions, some pivots are as small as the rounding error, and the factorisation can
-    fail. In this case, the function increases γ by an estimate of the rounding error, d·2⁻²³·tr(gram), and factorises
-    again.
+    If the keys span fewer than d directions, some pivots are as small as the rounding error, and the
+    factorisation can fail. If it fails, the function increases γ by an estimate of the rounding error,
+    d·2⁻²³·tr(gram), and factorises again.
     """
     i = tl.arange(0, D)
     diagonal = i[:, None] == i[None, :]
@@ -274,7 +277,10 @@ def store_pivots(
 
 @triton.jit
 def _free(residual):
-    """Return a residual for comparison: −∞ for a chosen key, infinity for NaN, otherwise at least 0."""
+    """Return the number by which a key is compared with others.
+
+    The number is −∞ for a chosen key and infinity for a NaN residual, otherwise max(residual, 0).
+    """
     known = tl.where(residual == residual, tl.maximum(residual, 0.0), INFINITY)
     return tl.where(residual == -INFINITY, -INFINITY, known)
 

@@ -1,16 +1,18 @@
 """The landmark methods in plain PyTorch, for keys K (B, H, N, d) (docs/METHOD.md §2.0; section 3.3 of the article).
 
 - "leverage": the r largest ridge leverage scores, in descending order; ties go to the lower index.
-- "leverage_sample": r keys without replacement, with probability proportional to the score. Random; for training.
+- "leverage_sample": r keys drawn without replacement, with probability proportional to the ridge leverage
+  score. Random; for training.
 - "uniform": the indices ⌊(i + 0.5) N / r⌋.
-- "kmeans++": k-means++ seeding and five Lloyd steps on the 2r keys with the largest leverage give r centres. For one
-  centre after the other, the nearest key that is not a landmark yet becomes a landmark. All N keys are candidates.
-  Random.
-- "pivoted_cholesky": in each of r steps, the key with the largest residual diagonal of exp(K Kᵀ s). Ties (relative
-  differences up to 1e-5) go to the lower index. The cost is O(N r (d + r)).
+- "kmeans++": k-means++ seeding and five Lloyd steps on the 2r keys with the largest leverage give r centres.
+  One after the other, each centre takes the nearest key that no earlier centre has taken. All N keys are
+  candidates. The r keys that were taken are the landmarks. Random.
+- "pivoted_cholesky": in each of r steps, the key with the largest residual diagonal of exp(K Kᵀ s). Diagonal
+  entries whose relative difference is at most 1e-5 count as equal; among them, the lower index is chosen. The
+  cost is O(N r (d + r)).
 
-To add a method, write its function, an entry of `LANDMARK_METHODS` and a line above. Configs, the command line, reports
-and studies read `LANDMARK_METHODS`.
+To add a method, write its function, add an entry to `LANDMARK_METHODS`, and add a line to this list. Configs,
+the command line, reports and studies read the entries of `LANDMARK_METHODS`, so they need no change.
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ class LandmarkMethod(NamedTuple):
         title: Name in reports.
         macs: (r, N, d) → multiply-accumulates of one (b, h). Default: the cost of the leverage scores.
         draws: (r, N) → number of uniform numbers that the method draws.
-        evaluated: The method that replaces a sampling method in evaluation; None for other methods.
+        evaluated: The method that models use instead of this one in evaluation. None if they use this one.
         kernels: Whether there are Triton kernels for the method.
     """
 
@@ -72,7 +74,7 @@ class LandmarkMethod(NamedTuple):
 
 
 def select_landmarks(key: Tensor, random: Tensor | None, options: LandmarkOptions, scale: float) -> Tensor:
-    """Return the indices (B, H, r) of the landmark keys; with `random` None a random method uses seed 0."""
+    """Return the indices (B, H, r) of the landmark keys; if `random` is None, a random method uses seed 0."""
     method = LANDMARK_METHODS[options.method]
     count = method.draws(options.rank, key.shape[2])
     if random is None:
@@ -94,7 +96,8 @@ def _leverage(keys: Keys) -> Tensor:
 def _leverage_sample(keys: Keys) -> Tensor:
     """Draw r keys without replacement, with probability proportional to τ_i.
 
-    These are the keys with the r smallest E_i / τ_i, for independent random numbers E_i with exponential distribution.
+    The drawn keys are the keys with the r smallest E_i / τ_i. The E_i are independent random numbers with an
+    exponential distribution.
     """
     return _largest(keys.scores / -keys.random.log(), keys.options.rank)
 
@@ -122,7 +125,8 @@ def _squared_distance(x: Tensor, y: Tensor) -> Tensor:
 def _kmeans(chosen_from: Keys) -> Tensor:
     """Run k-means++ seeding and Lloyd steps on the 2r keys with the largest leverage.
 
-    Then, for one centre after the other, choose the nearest key that is not chosen yet. All N keys are candidates.
+    Then, one after the other, each centre takes the nearest key that no earlier centre has taken. All N keys
+    are candidates.
     """
     scores, random, rank = chosen_from.scores, chosen_from.random, chosen_from.options.rank
     keys = chosen_from.key.to(scores.dtype)

@@ -34,11 +34,11 @@ DyTParameters = tuple[Tensor, Tensor, Tensor]
 
 
 class PooledLinks(NamedTuple):
-    """The query side of L links, pooled to the P×P grid.
+    """The query side of all links, pooled to the P×P grid.
 
     Attributes:
-        probabilities: P̄ (L, B, H, P², r) in fp32 (fp64 for fp64 inputs), with the largest r of all links. Entries
-            beyond a link's own r are 0.
+        probabilities: P̄ (number of links, B, H, P², r) in fp32 (fp64 for fp64 inputs), with the
+            largest r of all links. Entries beyond a link's own r are 0.
         maps: pool(F) (B, P², ΣC_i), the pooled maps of all stages, concatenated along the channels.
         scales: The scale statistic of Y = L X for each link (docs/METHOD.md §3.1), or None if X was not given.
     """
@@ -59,7 +59,10 @@ def _cast_project(tokens: Tensor, *parameters: Any) -> tuple[Any, ...]:
 
 
 def _cast_pooled(maps: Sequence[Tensor], *others: Any) -> tuple[Any, ...]:
-    """Cast the arguments under autocast. `others` starts with six groups of parameters, keys and xs."""
+    """Cast the arguments under autocast.
+
+    `others` starts with six groups of parameters, followed by the keys and by xs.
+    """
     maps = autocast.lowered(*maps)
     if not maps:
         return maps, *others
@@ -104,7 +107,7 @@ def _fake_links(*flat: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _by_tiles(sides: QuerySides) -> Any:
-    """Return the module that computes a call of the backend "torch"."""
+    """Return the module that implements the backend "torch" on the device of the maps."""
     return tiled if sides.maps[0].device.type == "cpu" else batched
 
 
@@ -163,8 +166,8 @@ def project_sources(
 ) -> tuple[Tensor, Tensor]:
     """Compute K = DyT(T) W_K and V = DyT(T) W_V of all links with one source, in one launch (docs/METHOD.md §1.2).
 
-    All parameters have the dtype of T or a wider one; weights and `shift` are rounded to T's dtype. The operator is
-    twice differentiable in all tensors.
+    All parameters have the dtype of T or a wider one. W_K, W_V and `shift` are rounded to T's dtype. The
+    operator is twice differentiable in all tensors.
 
     Args:
         tokens: T (B, N, C), or A F if `shift` is given; float64, float32, bfloat16 or float16, any strides.
@@ -175,7 +178,7 @@ def project_sources(
         backend: A name of `backends()`, or None.
 
     Returns:
-        K and V, (L, B, N, C) each, in the dtype of `tokens`.
+        K and V of the L links, (L, B, N, C) each, in the dtype of `tokens`.
 
     Raises:
         TypeError: A dtype is not accepted.
@@ -216,22 +219,27 @@ def pooled_links(
 ) -> PooledLinks:
     """Compute the pooled landmark probabilities P̄ of all links, and the pooled maps (docs/METHOD.md §1.5).
 
-    P̄ = pool(L) with L = softmax(Q K̃ᵀ s) and Q = DyT(A F + a) W_Q. Pooling is linear, so pool(L X) = P̄ X. If dY
-    is the gradient of pool(L X), the gradient of X is P̄ᵀ dY. The operator is differentiable in all tensors except
-    X. The backend "reference" computes second derivatives. A NaN in F affects P̄ and pool(F) of its own image only.
-    A NaN in K̃ affects P̄ of its own image and head only. All parameters have the dtype of F or a wider one; A, a
-    and W_Q are rounded to F's dtype.
+    P̄ = pool(L) with L = softmax(Q K̃ᵀ s) and Q = DyT(A F + a) W_Q. Pooling is linear, so pool(L X) = P̄ X.
+    `merge_links` computes this product. If dY is the gradient of pool(L X), `merge_links` gives X the
+    gradient P̄ᵀ dY. `pooled_links` gives X no gradient, and is differentiable in all other tensors. With
+    every backend, second derivatives are computed by the code of the backend "reference".
+
+    A NaN in F affects only P̄ and pool(F) of the same image. A NaN in K̃ affects only P̄ of the same image
+    and head. All parameters have the dtype of F or a wider one; A, a and W_Q are rounded to F's dtype.
 
     Backends:
 
-    - "torch" is the default if the kernels are not used. Both passes process tiles of positions: on a CPU about 512
-      positions of one image, on other devices about 4,096 positions of all images. Tokens, queries and probabilities
-      therefore never exist at full resolution.
+    - "torch" is the default unless the verdict of the device selects another backend (see
+      `srm_kernels.choice`). The forward and the backward pass process tiles of positions: on a CPU about 512
+      positions of one image, on other devices about 4,096 positions of every image. Tokens, queries and
+      probabilities exist for one tile at a time, and never at full resolution.
     - "reference" stores tokens, queries and probabilities at full resolution.
-    - "triton": the forward pass writes nothing at full resolution, and saves F, K̃, the weights and P̄ for the backward
-      pass. The backward pass writes Q and dQ at full resolution. With DyT or normalised queries, it also writes the
-      input of W_Q and the gradient of T at full resolution. The kernels support float32, bfloat16 and float16, d from 8
-      to 128, r up to 128, r·d up to 8,192 and P up to 32. With `dyt` or normalised queries, they support C up to 256.
+    - "triton": the forward pass writes nothing at full resolution. For the backward pass, it saves only the
+      inputs and the results of the operator. The backward pass writes Q and dQ at full resolution. With DyT
+      or `qk_norm="both"`, it also writes the input of W_Q and the gradient of T = A F + a at full resolution.
+      The kernels support float32, bfloat16 and float16, d from 8 to 128, r up to 128, r·d up to 8,192 and P
+      up to 32. With DyT or `qk_norm="both"`, they support C up to 256. If d or r is above 64, the kernels
+      need 160 KiB of shared memory per thread block; if both are above 64, they need 200 KiB and bfloat16.
 
     Args:
         maps: F (B, C_i, h, w) of the backbone's stages, of one dtype, contiguous or channels-last; float64, float32,
@@ -294,9 +302,9 @@ def merge_links(
 ) -> Tensor:
     """Compute the pooled updated maps pool(F_t + β_t Σ τ L X W_O) from P̄ and pool(F) (docs/METHOD.md §1.3 to 1.5).
 
-    Pooling is linear. Therefore pool(L X) = P̄ X. This product is computed in fp32 (fp64 for fp64 inputs), because X can
-    be far larger than Y. All parameters have the maps' dtype or a wider one. The operator is twice differentiable in
-    all tensors.
+    Pooling is linear, so pool(L X) = P̄ X. The product P̄ X is computed in fp32 (fp64 for fp64 inputs),
+    because the entries of X can be far larger than the entries of the product. All parameters have the maps'
+    dtype or a wider one. The operator is twice differentiable in all tensors.
 
     Args:
         pooled: The result of `pooled_links`.
@@ -374,8 +382,8 @@ def serves_pooled_links(
         backend: A name of `backends()`, or None.
 
     Returns:
-        True if `pooled_links` supports these sizes. False if the backend is "triton" and `pooled_links` exceeds its
-        limits. With `backend=None`, the choice of the backend depends only on the device's verdict, the dtype and d.
+        False if the backend is "triton" and `pooled_links` exceeds the limits of its kernels. Otherwise True. With
+        `backend=None`, the choice of the backend depends only on the device's verdict, the dtype and d.
         `pooled_links` makes the same choice.
 
     Raises:
@@ -385,7 +393,7 @@ def serves_pooled_links(
     if chosen != "triton":
         return True  # before any condition on a shape, because torch.export would add a guard for it
     rank = max(min(rank, count) for count in keys)
-    return rank * d <= LARGEST_TILE and size <= LARGEST_GRID and channels <= MOST_CHANNELS
+    return _refusal(features, rank, d, size, channels) is None
 
 
 def _choose_backend(
@@ -393,8 +401,9 @@ def _choose_backend(
 ) -> str:
     """Choose the backend.
 
-    Of all sizes, only d affects the choice. `serves_pooled_links` makes the same choice before the other sizes are
-    known.
+    Of all sizes, only d decides whether the kernels are preferred. `serves_pooled_links` therefore prefers
+    the kernels in the same cases, although it chooses by d alone. The other sizes only decide whether the
+    kernels can run.
     """
     return choose_kernels(
         requested,

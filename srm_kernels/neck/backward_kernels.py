@@ -1,15 +1,17 @@
 """Triton kernels for the gradients of the pooled links.
 
-The forward pass does not save Q and L. The backward pass computes them again from F, K̃ and the parameters. Matrix
-products of torch compute Q. With DyT, `squash_kernels` computes Q instead. During the backward pass, Q and dQ of all
-links exist at full resolution. This module launches three kernels:
+The forward pass does not save Q and L. The backward pass computes them again from F, K̃ and the parameters.
+Without DyT, matrix products of torch compute Q. With DyT, `squash_kernels` computes Q. During the backward
+pass, Q and dQ of all links are in memory at full resolution. This module launches three kernels:
 
-1. The first launch computes dQ and parts of dK̃ for all links.
-2. The second launch adds the parts of dK̃.
-3. The third launch computes dF of all maps. dF is the sum of the gradient through Q and the gradient through pool(F).
+1. The first launch computes dQ of all links. Each of its programs also computes a partial sum of dK̃.
+2. The second launch adds the partial sums of dK̃.
+3. The third launch computes dF of all maps. It adds the gradient through pool(F) to the gradient through Q,
+   which is computed between the second and the third launch.
 
-Every position belongs to one program. This program reads the gradients of all cells that contain the position, and adds
-them. Partial sums of dK̃ are written to memory and added in order, without atomics.
+Each element of dQ and dF is computed by one program. This program reads and adds the gradients of all cells
+that contain the position of the element. No launch uses atomics: the first launch writes the partial sums of
+dK̃ to memory, and the second launch adds them in a fixed order.
 """
 
 from __future__ import annotations
@@ -50,10 +52,11 @@ def strip_gradients(
     d: tl.constexpr, D: tl.constexpr, NORMALISE_QUERY: tl.constexpr, NORMALISE_KEYS: tl.constexpr,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute dQ of one tile of positions of a (b, h), and the contribution of this tile to dK̃.
+    """Compute dQ of one tile of positions for one image and head, and the contribution of this tile to dK̃.
 
-    The tile contains COLUMNS columns of the map. Its rows begin where a row of cells begins, and end where the next row
-    of cells begins. `dquery_ptr` points to dQ (B, h, w, H, d) of the whole map.
+    The tile contains COLUMNS columns of the map. It contains the map rows from the top of one row of cells
+    down to the top of the next row of cells, so tiles never overlap. `dquery_ptr` points to dQ of the whole
+    map, (B, h, w, H, d).
     """
     head, i, down, column = place(program, blocks, SIZE, COLUMNS, BLOCK)
     b, head_of_image = head // HEADS, head % HEADS
@@ -121,7 +124,7 @@ def _keys_kernel(
     RANKS: tl.constexpr, HEADS: tl.constexpr, most: tl.constexpr, R: tl.constexpr, d: tl.constexpr,
     D: tl.constexpr, NORMALISE_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Add the parts of dK̃ of one (b, h) of a link, in order."""
+    """Add the partial sums of dK̃ for one image, head and link, in a fixed order."""
     program = tl.program_id(0).to(tl.int64)
     for link in tl.static_range(LINKS):
         if (program >= batch * (link * HEADS)) & (program < batch * ((link + 1) * HEADS)):
@@ -192,7 +195,7 @@ def _maps_backward_kernel(
 def pooled_links_backward(
     grads: Sequence[Tensor], results: Sequence[Tensor], sides: QuerySides
 ) -> list[Tensor]:
-    """Return the gradients of the maps, of A, a, α, w, b and W_Q of all links, and of the keys."""
+    """Return the gradients of the maps, of all links' parameters A, a, α, w, b and W_Q, and of the keys."""
     maps, keys, targets, dtype = sides.maps, sides.keys, sides.targets, sides.maps[0].dtype
     absorbed = not sides.alphas and sides.qk_norm != "both"
     links: list[_Composed | _Queries | _SquashedQueries] = []
@@ -230,13 +233,13 @@ def _attention_backward(
     scale: float,
     qk_norm: str | None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Return dQ (B·N, C) in the queries' dtype and dK̃ of every link, from dP̄ and Q (B·N, C)."""
+    """Return, for every link, dQ (B·N, C) in the queries' dtype and dK̃, from dP̄ and Q (B·N, C)."""
     dtype, L, H, d = queries[0].dtype, len(queries), sizes.heads, sizes.d
     queries = [readable(q) for q in queries]
     keys = [k.contiguous() for k in keys]
     positions, launch = launch_rules.backward_tile(sizes.most, d, queries[0].dtype)
     tiles = [launch_rules.tile_of(sizes.widths[t], positions) for t in sizes.targets]
-    parts = tuple(sizes.size * tile.blocks for tile in tiles)  # parts of one (b, h)
+    parts = tuple(sizes.size * tile.blocks for tile in tiles)  # partial sums of one image and head
     firsts = firsts_of(H * count for count in parts)
     dqueries = [empty(tuple(q.shape), q, q.dtype) for q in queries]
     part = empty((sizes.batch * firsts[-1], sizes.most, d), keys[0], torch.float32)
@@ -268,8 +271,8 @@ def _maps_backward(
 ) -> list[Tensor]:
     """Return dF of every map.
 
-    `rows` has one entry per map: the gradient dF through Q as a matrix (B·N, C_i), or None for a map without a link.
-    `dpooled` is the gradient of pool(F).
+    `rows` has one entry per map: the gradient of F through Q, as a matrix (B·N, C_i), or None if the map is
+    not the target of a link. `dpooled` is the gradient of pool(F).
     """
     dpooled = readable(dpooled).contiguous()
     through = tuple(dpooled if r is None else readable(r).contiguous() for r in rows)
@@ -309,7 +312,7 @@ class _Composed:
 
 
 class _Queries:
-    """Compute the queries of a link from T, Q = T W_Qᵀ, and backpropagate dQ to F and the parameters."""
+    """Compute a link's queries Q = T W_Qᵀ from its tokens T, and backpropagate dQ to F and the parameters."""
 
     def __init__(self, features: Tensor, align: Tensor, bias: Tensor, query: Tensor) -> None:
         self.rows, self.align, self.query = _rows(features), align, query

@@ -1,8 +1,9 @@
 """The query side of the fused neck in plain PyTorch on a GPU, tile by tile (docs/METHOD.md §1 and 3).
 
-A tile has the same positions of all images, so a few large operations process it. As on a CPU (`tiled.py`), tokens,
-queries and probabilities exist for one tile at a time only, and the backward pass computes each tile again. The
-formulas and dtypes are those of the reference.
+A tile contains the same positions of every image, so a few operations on large tensors process the whole
+batch. Like `tiled.py` on a CPU, this module keeps tokens, queries and probabilities of only one tile at a
+time in memory. The backward pass computes each tile again. The formulas and dtypes are those of
+`reference.py`.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def pooled_links(sides: QuerySides) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def pooled_links_backward(
     grads: Sequence[Tensor], results: Sequence[Tensor], sides: QuerySides
 ) -> list[Tensor]:
-    """Return the gradients of the maps, of A, a, α, w, b and W_Q of all links, and of the keys."""
+    """Return the gradients of the maps, of all links' parameters A, a, α, w, b and W_Q, and of the keys."""
     maps, keys, wide = sides.maps, sides.keys, sides.keys[0].dtype
     given = [[*sides.parameters(link), K] for link, K in enumerate(keys)]
     parameters = [[t.to(wide) for t in tensors] for tensors in given]

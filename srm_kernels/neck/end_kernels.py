@@ -1,11 +1,15 @@
 """Triton kernels of the first and the last operator of the fused neck, one launch each.
 
-`project_sources` computes K and V of all links from the tokens of their source. `merge_links` computes, from P̄ and
-pool(F), the maps that the gate reads. Products are computed in the tokens' dtype and rounded where the modules of the
-neck round. The values of X can be many times larger than those of P̄ X, so the product P̄ X is computed in fp32.
+`project_sources` computes K and V of all links from the tokens of their source. It multiplies in the tokens'
+dtype. It rounds intermediate results at the same points as the modules of the unfused neck.
 
-Both operators read only small tensors. Their derivatives therefore have no kernels. The derivatives use the reference,
-whose products are calls of torch's libraries.
+`merge_links` computes, from P̄ and pool(F), the maps that the gate reads. The product P̄ X is computed in
+fp32: X can be many times larger than P̄ X, and if X were rounded to half precision, the error of P̄ X would
+be large. The other products are computed in the dtype of pool(F). Of all results, only τ P̄ X and the final
+sum are rounded to this dtype.
+
+Both operators read only small tensors, so their backward passes have no Triton kernels. In the backward pass,
+autograd differentiates the reference, and torch's libraries compute its products.
 """
 
 from __future__ import annotations
@@ -31,7 +35,11 @@ def _project_kernel(
     N, stride_b, stride_n, stride_c, LINKS: tl.constexpr, C: tl.constexpr, SHIFT: tl.constexpr, DYT: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute one tile [ROWS, COLUMNS] of K or V (L, M, C) of one link."""
+    """Compute one tile [ROWS, COLUMNS] of K or V of one link.
+
+    `keys_ptr` and `values_ptr` point to K and V (L, M, C) of all links. M = B·N is the number of tokens in
+    the batch.
+    """
     tiles: tl.constexpr = (C + COLUMNS - 1) // COLUMNS
     dtype = tokens_ptr.dtype.element_ty
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -74,7 +82,7 @@ def aligned(
     total_channels: tl.constexpr, SQUARE: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return A pool(F) + a of some cells and channels, [ROWS, COLUMNS]."""
+    """Return A pool(F) + a [ROWS, COLUMNS] for the cells `cells` and the channels `n`."""
     dtype = pooled_ptr.dtype.element_ty
     bias = tl.load(bias_ptr + n, mask=n < C, other=0.0).to(dtype).to(tl.float32)
     total = tl.zeros([cells.shape[0], n.shape[0]], tl.float32) + bias[None, :]
@@ -92,7 +100,7 @@ def update(
     rank: tl.constexpr, most: tl.constexpr, PIECE: tl.constexpr, d: tl.constexpr, D: tl.constexpr,
     SQUARE: tl.constexpr, C: tl.constexpr, TAU: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return τ P̄ X W_O [ROWS, COLUMNS] of some cells and channels of one link and image.
+    """Return τ P̄ X W_O [ROWS, COLUMNS] of one link and image, for the cells `cells` and the channels `n`.
 
     P̄ X is computed in steps of PIECE landmarks.
     """
@@ -120,7 +128,10 @@ def _merge_links_kernel(
     D: tl.constexpr, SQUARE: tl.constexpr, C: tl.constexpr, TAU: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute one tile of the updated map of one stage and image. `out` is (S, B, C, P²)."""
+    """Compute one tile of the pooled updated map of one stage and image.
+
+    `out_ptr` points to the maps (S, B, C, P²) of all stages and images.
+    """
     b, stage = (tl.program_id(0) // MAPS).to(tl.int64), tl.program_id(0) % MAPS
     cells = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     n = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)

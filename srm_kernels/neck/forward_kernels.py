@@ -1,32 +1,41 @@
-"""Triton kernels of the pooled links: from the backbone's maps to P̄ and pool(F), all links in one launch.
+"""Triton kernels of `pooled_links`: one main launch computes P̄ of all links, and pool(F).
+
+The inputs are the backbone's maps F, and the parameters and K̃ of each link.
 
 If X is given, the kernels also compute the scale statistic of Y = L X (docs/METHOD.md §3.1): for each image and head,
 the mean of the rows y of Y, and M₂ = Σ‖y − mean‖². The neck gives X in training only.
 
 There are two ways to compute the logits. Neither writes T, Q, L or Y to memory.
 
-- Absorbed queries, if there is no DyT and no query normalisation. The logits are Q K̃ᵀ s = F·G + g, with
-  G = (W_Q A)ᵀ K̃ᵀ s (C_i×r per head) and g = (W_Q a)ᵀ K̃ᵀ s. A separate launch computes G and g of all links in fp32. In
-  half precision, G is split into a high and a low part, and F is multiplied by both. Without the low part, the relative
-  error of the result would be 4e-3, and pooling would not average out this error. A program computes P̄ of a strip,
-  which is a group of neighbouring cells in one row of cells, for one image b and head h. All tiles of the program have
-  the same shape. The program adds their probabilities elementwise. At the end, it sums over the columns of each cell.
-- Queries from tokens, otherwise. A program computes one cell of an image, tile by tile. For each tile, it computes
-  T = A F + a for all channels, and applies DyT. It then computes Q, logits and probabilities of one head after the
-  other. A and W_Q are read in pieces. From tile to tile, the program keeps only the sums of the probabilities of all
-  heads, [H, r], and the statistic. If P does not divide the height and width of the map, neighbouring cells overlap. A
-  position is then computed once for each cell that contains it.
+- Absorbed queries are used if there is neither DyT nor query normalisation. The logits are computed without
+  Q: Q K̃ᵀ s = F·G + g, with G = (W_Q A)ᵀ K̃ᵀ s (C_i×r per head) and g = (W_Q a)ᵀ K̃ᵀ s. A separate launch
+  computes G and g of all links in fp32. In half precision, G is split into a high and a low part, and F is
+  multiplied by both. Without the low part, the relative error of the result would be 4e-3, and pooling would
+  not average out this error.
+
+  A strip is a group of neighbouring cells in one row of cells. A program computes P̄ of one strip for one
+  image and head. It processes the strip in tiles of one shape, so it can add the probabilities of the tiles
+  elementwise. At the end, for each cell, it adds the sums in the columns of the cell, and divides by the
+  number of positions of the cell.
+- Queries from tokens are used otherwise. A program computes one cell of an image, tile by tile. For each
+  tile, it computes T = A F + a in groups of channels. It applies DyT, if the link has DyT, to each group. It
+  then multiplies the group by W_Q and adds the product to Q of all heads. After the last group, it computes
+  the logits and probabilities of one head after the other. A and W_Q are read in pieces. From tile to tile,
+  the program keeps only the sums of the probabilities of all heads, [H, r], and the statistic. Neighbouring
+  cells overlap unless P divides both the height and the width of the map. If several cells contain a
+  position, the position is computed once for each of these cells.
 
 Other programs of the same launch pool the maps.
 
-If X is given, a program also computes y = L X for each tile, and adds the mean and M₂ of the tile by Chan's formula.
-Another launch merges the results of the programs. The alternative, the statistic from X and the second moments LᵀL, has
-two disadvantages. X can be many times larger than Y, and large squares would then cancel. The r×r moments also need
-more products than L X.
+If X is given, a program also computes y = L X for each tile. By Chan's formula, it merges the mean and M₂ of
+the tile with those of its earlier tiles. Another launch merges the results of the programs. The statistic
+could also be computed from X and the second moments LᵀL, but this alternative has two disadvantages. First, X
+can be many times larger than Y, and large squares would then cancel. Second, the r×r moments need more
+multiplications than L X if r > d.
 
-The number of programs per image is a compile-time constant, and does not depend on the batch. Programs are ordered by
-link, then by image. The first program of a link has the index n·B, where n is the number of programs per image of all
-earlier links.
+The number of programs per image is a compile-time constant. It does not depend on the batch size, so a new
+batch size needs no compilation. Programs are ordered by link, then by image. The first program of a link has
+the index n·B, where n is the number of programs that all earlier links together need for one image.
 """
 
 from __future__ import annotations
@@ -82,7 +91,10 @@ def pick_pointer(pointers, index, COUNT: tl.constexpr):
 
 @triton.jit
 def place(program, blocks, SIZE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """Return b·H + h, the row of cells, and the row and column of each position within the tile, [BLOCK] each."""
+    """Return b·H + h, the row of cells, and two vectors [BLOCK] of the tile's positions.
+
+    The first vector has the row of each position within the tile; the second has its column in the map.
+    """
     head = program // (SIZE * blocks)
     i = (program // blocks % SIZE).to(tl.int32)
     block = (program % blocks).to(tl.int32)
@@ -92,7 +104,7 @@ def place(program, blocks, SIZE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def load_positions(ptr, offsets, inside, stride, d: tl.constexpr, D: tl.constexpr):
-    """Load the d channels of every position, [BLOCK, D]; zeros outside."""
+    """Load the d channels of every position, [BLOCK, D]; padding and positions not in `inside` get 0."""
     channels = tl.arange(0, D)
     mask = inside[:, None] & (channels < d)[None, :]
     return tl.load(ptr + offsets[:, None] + channels.to(tl.int64)[None, :] * stride, mask=mask, other=0.0)
@@ -100,14 +112,20 @@ def load_positions(ptr, offsets, inside, stride, d: tl.constexpr, D: tl.constexp
 
 @triton.jit
 def load_block(ptr, rows, row_limit, columns, column_limit, stride):
-    """Load [ROWS, COLUMNS] of a matrix whose rows are `stride` elements apart; zeros outside."""
+    """Load [ROWS, COLUMNS] of a matrix whose rows are `stride` elements apart.
+
+    Entries beyond `row_limit` and `column_limit` are 0.
+    """
     inside = (rows < row_limit)[:, None] & (columns < column_limit)[None, :]
     return tl.load(ptr + rows[:, None] * stride + columns[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
 def softmax(logits, rank: tl.constexpr, R: tl.constexpr):
-    """Return the softmax [BLOCK, R] of logits that contain the factor log₂ e, row by row. Padding is zero."""
+    """Return the row-wise softmax [BLOCK, R] of logits that contain the factor log₂ e.
+
+    Padding (the columns from `rank` on) is 0.
+    """
     logits = tl.where((tl.arange(0, R) < rank)[None, :], logits, -INFINITY)
     weights = tl.exp2(logits - tl.max(logits, 1)[:, None])
     return weights / tl.sum(weights, 1)[:, None]
@@ -125,7 +143,11 @@ def pool_rows(
     h: tl.constexpr, w: tl.constexpr, offset: tl.constexpr, total_channels: tl.constexpr, SIZE: tl.constexpr,
     GROUP: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Compute pool(F) of one row of cells and GROUP channels; store it in (B, P², ΣC) from column `offset` on."""
+    """Compute pool(F) for one row of cells and GROUP channels of a map.
+
+    `pooled_ptr` points to pool(F) (B, P², ΣC_i) of all maps. In it, the channels of this map begin at
+    `offset`.
+    """
     groups: tl.constexpr = (channels + GROUP - 1) // GROUP
     b, i = program // (groups * SIZE), (program // groups % SIZE).to(tl.int32)
     c, columns = (program % groups).to(tl.int32) * GROUP + tl.arange(0, GROUP), tl.arange(0, WIDTH)
@@ -153,7 +175,10 @@ def absorbed_probabilities(
     map_ptr, offsets, inside, stride, matrix_ptr, shift, channels: tl.constexpr, CHUNK: tl.constexpr,
     rank: tl.constexpr, R: tl.constexpr, PAIR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return L = softmax(F·G + g) [BLOCK, R] of one tile; G [r, channels] and g contain the factor log₂ e."""
+    """Return L = softmax(F·G + g) [BLOCK, R] of one tile.
+
+    G and g contain the factor log₂ e. `matrix_ptr` points to Gᵀ [r, channels].
+    """
     i = tl.arange(0, R)
     logits = tl.zeros([offsets.shape[0], R], tl.float32) + shift[None, :]
     for first in range(0, channels, CHUNK):
@@ -178,11 +203,12 @@ def strip(
     d: tl.constexpr, D: tl.constexpr, PAIR: tl.constexpr, STATISTICS: tl.constexpr, SIZE: tl.constexpr,
     CELLS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute P̄ of the cells of one strip of a (b, h), and the statistic of the positions that the strip owns.
+    """Compute P̄ of one strip for one image and head, and the statistic of the positions that the strip owns.
 
-    If P does not divide the height and width of the map, neighbouring cells and strips share positions. P̄ of a cell
-    uses all positions of the cell. The statistic (mean and M₂ of the rows of Y = L X) must count each position once. If
-    several strips contain a position, the last of these strips owns the position.
+    Neighbouring cells and strips share positions unless P divides both the height and the width of the map.
+    P̄ of a cell uses all positions of the cell. But the statistic (mean and M₂ of the rows of Y = L X) must
+    count each position once. If several strips contain a position, the last of these strips owns the
+    position.
     """
     head = program // (SIZE * strips)
     i = (program // strips % SIZE).to(tl.int32)
@@ -270,9 +296,9 @@ def queries_of(
 ):  # fmt: skip
     """Return Q of one tile, [BLOCK, HP·D], in the dtype of the map.
 
-    Each step of a loop computes TOKENS channels of DyT(A F + a), multiplies them by W_Q, and adds the product to Q.
-    Zeros pad the number of heads to HP and the channels of a head to D. Values are rounded at the same places as in the
-    modules of the neck.
+    Each step of a loop computes TOKENS channels of DyT(A F + a), multiplies them by W_Q, and adds the product
+    to Q. Q is padded with zeros to HP heads, and each head to D channels. Values are rounded at the same
+    points as in the modules of the unfused neck.
     """
     dtype = map_ptr.dtype.element_ty
     n = tl.arange(0, HP * D)
@@ -424,7 +450,10 @@ def _gather_kernel(
     TOGETHER: tl.constexpr, STRIPS: tl.constexpr, HEIGHTS: tl.constexpr, WIDTHS: tl.constexpr,
     HEADS: tl.constexpr, d: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Merge the parts (strips or cells) of one (b, h) of a link: first their common mean, then M₂ about this mean."""
+    """Merge the statistics of all strips or cells for one image, head and link.
+
+    The kernel computes first the mean, then M₂ about this mean.
+    """
     program = tl.program_id(0).to(tl.int64)
     link = (program // (batch * HEADS)).to(tl.int32)
     head = program % (batch * HEADS)
@@ -463,10 +492,10 @@ def _absorb_kernel(
     HEADS: tl.constexpr, C: tl.constexpr, R: tl.constexpr, d: tl.constexpr, D: tl.constexpr,
     NORMALISE_KEYS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute COLUMNS channels of G [r, C_i], and g [r], of one (b, h) of a link.
+    """Compute COLUMNS channels of Gᵀ [r, C_i], and g [r], for one image, head and link.
 
     G and g contain the factor log₂ e, because the softmax uses exp2. W_Q A and W_Q a are computed again for every
-    image. Another launch that computes them once for all images would cost at least as much.
+    image. A separate launch could compute them once for all images, but would take at least as much time.
     """
     program = tl.program_id(0).to(tl.int64)
     for link in tl.static_range(LINKS):
@@ -485,7 +514,10 @@ def absorb(
     d: tl.constexpr, D: tl.constexpr, NORMALISE_KEYS: tl.constexpr, COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store G of COLUMNS channels, and g. Weights are rounded to the maps' dtype, the element type of `kind_ptr`."""
+    """Store COLUMNS channels of Gᵀ, and g.
+
+    Weights are rounded to the maps' dtype, which is the element type of `kind_ptr`.
+    """
     dtype = kind_ptr.dtype.element_ty
     groups: tl.constexpr = (channels + COLUMNS - 1) // COLUMNS
     head, group = program // groups, (program % groups).to(tl.int32)
@@ -564,7 +596,10 @@ class Sizes:
         return tuple(16 if self.channels[t] <= 16 or self.most > 64 else 32 for t in self.targets)
 
     def cell_blocks(self, most: int) -> tuple[int, ...]:
-        """Return, for each link, the number of positions of a tile, at most `most`. A cell is computed in tiles."""
+        """Return, for each link, the number of positions per tile, from 16 to `most`.
+
+        A program computes a cell in one or more tiles of this size.
+        """
         areas = (
             self._longest_cell(self.heights[t]) * self._longest_cell(self.widths[t]) for t in self.targets
         )
@@ -575,7 +610,7 @@ class Sizes:
 
 
 def firsts_of(counts: Any) -> tuple[int, ...]:
-    """Return the start of each of several consecutive ranges, and the end of the last."""
+    """Return the starts of consecutive ranges whose lengths are `counts`, and the end of the last range."""
     firsts = [0]
     for count in counts:
         firsts.append(firsts[-1] + count)
@@ -668,7 +703,7 @@ def _by_cells(
 
 
 def _outputs(sizes: Sizes, kind: Tensor, parts: int, statistics: bool) -> tuple[Tensor, ...]:
-    """Allocate memory for P̄, the mean and M₂, and for the mean and M₂ of every part."""
+    """Allocate memory for P̄, for the final mean and M₂, and for the mean and M₂ of every strip or cell."""
     B, H, L, d = sizes.batch, sizes.heads, len(sizes.ranks), sizes.d
     shapes = ((L, B, H, d), (L, B, H), (parts, d), (parts,))
     probabilities = empty((L, B, H, sizes.size**2, sizes.most), kind, torch.float32)
@@ -701,7 +736,7 @@ def _absorbed(
     scale: float,
     qk_norm: str | None,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Return G (B, H, r, C_i) and g (B, H, r) of every link."""
+    """Return Gᵀ (B, H, r, C_i) and g (B, H, r) of every link."""
     B, H = sizes.batch, sizes.heads
     channels = tuple(sizes.channels[t] for t in sizes.targets)
     shapes = [(B, H, rank, c) for rank, c in zip(sizes.ranks, channels, strict=True)]

@@ -1,4 +1,7 @@
-"""Launch rules of the fused neck's Triton kernels: sizes of tiles, warps and registers by shape, dtype and device."""
+"""Launch rules of the fused neck's Triton kernels: tile sizes, numbers of warps and register limits.
+
+The rules depend on shape, dtype and device.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ class Tile(NamedTuple):
 
 
 def tile_of(width: int, positions: int) -> Tile:
-    """Return a tile that is as wide as the map, up to `positions` columns."""
+    """Return tiles as wide as the map, rounded up to a power of two, but at most `positions` columns wide."""
     columns = min(positions, power_of_two(width))
     return Tile(columns, -(-width // columns))
 
@@ -26,9 +29,9 @@ def tile_of(width: int, positions: int) -> Tile:
 class Strips(NamedTuple):
     """How a row of pooling cells is divided into strips.
 
-    A strip is a group of neighbouring cells that together are at most as wide as one tile. A cell that is wider than a
-    tile is a strip of its own, and this strip has several tiles side by side. No cell is divided among strips. One
-    strip therefore computes all pooled probabilities P̄ of a cell.
+    A strip is a group of neighbouring cells that together are at most as wide as one tile. A cell that is
+    wider than a tile is a strip of its own, and this strip has several tiles side by side. No cell is divided
+    among strips, so the program of a strip computes the complete pooled probabilities P̄ of its cells.
 
     Attributes:
         cells: Cells per strip.
@@ -95,9 +98,10 @@ def token_tile(
 ) -> TokenTile:
     """Return a tile that fits in registers.
 
-    A program has 8 warps, with one exception. If `statistics` is true, the dtype is bf16 and `heavy(rank, d)` is false,
-    some of 8 warps would repeat the work of others. A program then has 4 warps on compute capability below 9.0. From
-    9.0 on, it still has 8 warps, because 4 warps spill registers on 9.0 and 12.0.
+    A program has 8 warps, with one exception. It has 4 warps if all these conditions hold: `statistics` is
+    true, the dtype is bf16, `heavy(rank, d)` is false, and the compute capability is below 9.0. In this case,
+    8 warps are too many, because some of them would repeat the work of others. From compute capability 9.0
+    on, a program still has 8 warps, because 4 warps spill registers on 9.0 and 12.0.
     """
     large = heavy(rank, d)
     chunk = 16 if dtype == torch.float32 and not (large and capability == (9, 0)) else 32
@@ -114,8 +118,9 @@ def token_tile(
 def strip_warps(rank: int, d: int, dtype: torch.dtype, statistics: bool) -> int:
     """Return the number of warps of a program for absorbed queries.
 
-    If `statistics` is true, the dtype is bf16 and `heavy(rank, d)` is false, a tile has 32 positions, and a program has
-    2 warps. Two warps cover the 32 rows of a product. Further warps would repeat the work of these two.
+    A program has 2 warps if `statistics` is true, the dtype is bf16 and `heavy(rank, d)` is false. A tile
+    then has 32 positions, and two warps cover the 32 rows of a product. More warps would repeat the work of
+    these two. In all other cases, `warps` gives the number.
     """
     return 2 if dtype == torch.bfloat16 and statistics and not heavy(rank, d) else warps(rank, d)
 
@@ -129,15 +134,16 @@ POOLED_ELEMENTS = 2048  # elements of a tile of channels and columns for pooling
 
 
 def warps(rank: int, d: int) -> int:
-    """Return the warps of a program that holds [positions, r] and [r, d] tiles."""
+    """Return the number of warps of a program that holds [positions, r] and [r, d] tiles."""
     return 8 if heavy(rank, d) else 4
 
 
 def backward_tile(rank: int, d: int, dtype: torch.dtype) -> tuple[int, dict[str, int]]:
     """Return the number of positions of a tile, and the launch options.
 
-    If a tile has as many positions as landmarks, Triton distributes the warps along the positions. The softmax over the
-    landmarks then needs no exchange between warps.
+    In bf16, if `heavy(rank, d)` is false, a tile has 64 positions, as many as the default neck has landmarks.
+    If the two numbers are equal, Triton distributes the warps along the positions, so the softmax over the
+    landmarks needs no exchange between warps.
     """
     if dtype == torch.bfloat16 and not heavy(rank, d):
         return 64, {"num_warps": 4, "num_stages": 1, **register_limit()}
@@ -147,7 +153,7 @@ def backward_tile(rank: int, d: int, dtype: torch.dtype) -> tuple[int, dict[str,
 
 
 class SquashTile(NamedTuple):
-    """Sizes of a tile: positions, channels, and entries of the inner axis of one product."""
+    """Sizes of a tile: positions, channels, and the length of the inner axis of one product (`chunk`)."""
 
     positions: int
     channels: int
@@ -155,10 +161,16 @@ class SquashTile(NamedTuple):
 
 
 def squash_forward_tile(dtype: torch.dtype) -> SquashTile:
-    """Return the tile of the forward pass through DyT: Q of all channels, up to 256, stays in registers."""
+    """Return the tile of the forward kernel in `squash_kernels`.
+
+    The tile is so small that Q of its positions, with up to 256 channels, stays in registers.
+    """
     return SquashTile(32, 32, 16) if dtype == torch.float32 else SquashTile(64, 64, 32)
 
 
 def squash_backward_tile(dtype: torch.dtype) -> SquashTile:
-    """Return the tile of the backward pass through DyT: T and dD stay in registers."""
+    """Return the tile of the backward kernel in `squash_kernels`.
+
+    The tile is so small that its T and dD stay in registers.
+    """
     return SquashTile(64, 64, 16) if dtype == torch.float32 else SquashTile(128, 64, 32)

@@ -2,10 +2,11 @@
 
     T = A F + a   Q = DyT(T) W_Q   L = softmax(Q K̃ᵀ s)   P̄ = pool(L)
 
-F (B, C_i, h, w) is a map of the backbone and T (B, N, C) its tokens. Q is (B, H, N, d), L is (B, H, N, r), and P̄
-(B, H, P², r) holds the mean of L over every cell of a P×P grid. Pooling is linear. For a target t with the links ℓ:
+F (B, C_i, h, w) is a map of the backbone, and T (B, N, C) are its tokens. Q is (B, H, N, d).
+L is (B, H, N, r). P̄ (B, H, P², r) holds the means of L over the cells of a P×P grid. Pooling is linear, so
+the pooled updated map of a target t with the links ℓ can be computed from pool(F_t) and P̄:
 
-    pool(F_t + β_t Σ_ℓ τ_ℓ L_ℓ X_ℓ W_O,ℓ) = A_t pool(F_t) + a_t + β_t Σ_ℓ τ_ℓ P̄_ℓ X_ℓ W_O,ℓ.
+    pool(A_t F_t + a_t + β_t Σ_ℓ τ_ℓ L_ℓ X_ℓ W_O,ℓ) = A_t pool(F_t) + a_t + β_t Σ_ℓ τ_ℓ P̄_ℓ X_ℓ W_O,ℓ.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def pooled_links(sides: QuerySides) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def landmark_probabilities(
     features: Tensor, parameters: Sequence[Tensor], K: Tensor, sides: QuerySides
 ) -> Tensor:
-    """Return L (B, H, M, r) of the positions F (B, C_i, M), from a link's parameters and K̃ (B, H, r, d)."""
+    """Return L (B, H, M, r) from F (B, C_i, M) of M positions, a link's parameters and K̃ (B, H, r, d)."""
     align_weight, align_bias, query_weight = (t.to(features.dtype) for t in parameters[:3])
     T = F.linear(features.mT, align_weight, align_bias)
     if len(parameters) > 3:

@@ -36,7 +36,7 @@ def aligned_tokens(
     rows_ptr, align_ptr, bias_ptr, row, M, t, channels: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return T of some rows and channels in fp32, rounded to the dtype of the rows."""
+    """Return T for the rows `row` and the channels `t`: rounded to the dtype of F, then converted to fp32."""
     dtype = rows_ptr.dtype.element_ty
     aligned = tl.zeros([row.shape[0], t.shape[0]], tl.float32)
     for first in range(0, channels, CHUNK):

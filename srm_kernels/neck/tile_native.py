@@ -1,4 +1,4 @@
-"""The elementwise steps of a tile in C++, on CPU tensors in fp32 or fp64."""
+"""Softmax, pooling and tanh of a tile in C++, on CPU tensors in fp32 or fp64."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .tile_steps import Grid, Tile, Workspace
 
 
 class NativeGrid(Grid):
-    """A grid whose softmax, pooling and tanh run in C++, each in one pass over a tile."""
+    """A grid with C++ code: one pass over a tile computes softmax and pooling, another pass computes tanh."""
 
     def pool(self, logits: Tensor, tile: Tile, into: Tensor, space: Workspace) -> None:
         sizes = self.height, self.width, self.size, tile.start, tile.stop
@@ -40,7 +40,10 @@ def grid_of(height: int, width: int, size: int, positions: int, like: Tensor) ->
 
 
 def _is_built() -> bool:
-    """Return whether the library is built and has the steps of `NativeGrid`. Old libraries do not have these steps."""
+    """Return whether the library is built and has the operators that `NativeGrid` calls.
+
+    A library that was built from an older version of the code can lack these operators.
+    """
     if not native.BUILT:
         return False
     native.load()

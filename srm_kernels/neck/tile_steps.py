@@ -1,6 +1,7 @@
-"""The steps of one tile of the fused neck in plain PyTorch, for `tiled.py` (docs/METHOD.md §1 and 3).
+"""The steps that compute a tile of the fused neck in plain PyTorch (docs/METHOD.md §1 and 3).
 
-A tile is a range of M positions of one image. Tokens are (M, C); logits and probabilities are (H, M, r).
+`tiled.py` uses all of these steps; `batched.py` uses a few of them. In `tiled.py`, a tile is a range of M
+positions of one image. Tokens are (M, C); logits and probabilities are (H, M, r).
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Workspace:
         self.like, self.held = like, dict[str, Tensor]()
 
     def __call__(self, name: str, *shape: int) -> Tensor:
-        """Return a contiguous tensor of this shape, with undefined content."""
+        """Return a contiguous tensor of this shape in the memory `name`; its content is undefined."""
         count = math.prod(shape)
         held = self.held.get(name)
         if held is None or held.numel() < count:
@@ -144,7 +145,10 @@ def cell_weights(length: int, size: int, like: Tensor) -> Tensor:
 
 
 def new_results(sides: QuerySides) -> tuple[Tensor, Tensor, Tensor]:
-    """Return P̄ (L, B, H, P², r) of zeros, and empty moments of Y = L X: the mean and Σ‖y − mean‖²."""
+    """Allocate P̄ (L, B, H, P², r) and the moments of Y = L X, which are the mean and Σ‖y − mean‖².
+
+    P̄ is filled with zeros. The moments are not initialised.
+    """
     keys = sides.keys
     B, H, _, d = keys[0].shape
     most = max(k.shape[2] for k in keys)
@@ -154,7 +158,7 @@ def new_results(sides: QuerySides) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def fold(align: Affine, query_weight: Tensor, dyt: DyT | None) -> Folded:
-    """Fold A, a, W_Q and the parameters of DyT, all in fp32 or fp64."""
+    """Fold A, a, W_Q and, with DyT, α, w and b into the weights of `Folded`, all in fp32 or fp64."""
     if dyt is None:
         return Folded(None, Affine(query_weight @ align.weight, query_weight @ align.bias))
     alpha, weight, bias = dyt
@@ -188,7 +192,7 @@ def queries_of(tokens: Tensor, outer: Affine, heads: int, space: Workspace) -> T
 
 
 def normalise_backward(grad: Tensor, x: Tensor) -> Tensor:
-    """Return the gradient of x from `grad`, the gradient of x·√d/(‖x‖ + 1e-6), for each row."""
+    """Return the gradient of x from `grad`, the gradient of the normalised rows x·√d/(‖x‖ + 1e-6)."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     along = (x * grad).sum(-1, keepdim=True) / (norm * (norm + NORM_FLOOR))
     along = along.masked_fill(norm == 0, 0)  # the derivative of the norm at 0 is 0, as in torch
@@ -198,9 +202,10 @@ def normalise_backward(grad: Tensor, x: Tensor) -> Tensor:
 class Moments:
     """Accumulate the mean (H, d) and Σ‖y − mean‖² (H,) of Y = L X over the tiles of an image.
 
-    Two steps avoid cancellation when the mean of Y is large. First, `add` computes L (X − c), where c is the mean of X
-    over the landmarks. As each row of L sums to 1, this is Y − c, and `results` adds c to the mean. Second, `add`
-    computes Σ‖y − mean‖² of each tile with the mean of that tile.
+    Two steps avoid cancellation when the mean of Y is large. First, `add` computes L (X − c), where c is the
+    mean of X over the landmarks. Each row of L sums to 1, so L (X − c) = Y − c, and `results` adds c to the
+    mean of Y − c. Second, `add` computes Σ‖y − mean‖² of each tile about the mean of this tile, and then
+    merges the tiles.
     """
 
     def __init__(self, X: Tensor) -> None:

@@ -1,13 +1,15 @@
 """The query side of the fused neck on a CPU, tile by tile (docs/METHOD.md §1 and 3; section 3.2 of the article).
 
-    T = A F + a   Q = W_Q DyT(T)   L = softmax(Q K̃ᵀ s)   P̄ = pool(L)
+    T = A F + a   Q = DyT(T) W_Q   L = softmax(Q K̃ᵀ s)   P̄ = pool(L)
 
-A tile has about 512 positions. The tokens, queries and probabilities of a tile stay in the cache. They are never stored
-for a whole map. Consecutive linear steps are folded into one weight. The scale s and the normalisation of the keys are
-folded into K̃. Each tile adds its contribution to P̄. The backward pass computes each tile again.
+A tile has about 512 positions, so its tokens, queries and probabilities stay in the cache. These tensors are
+never stored for a whole map. Each tile adds its contribution to P̄. The backward pass computes the tensors of
+each tile again. Consecutive linear steps are folded into one weight. The scale s and the normalisation of the
+keys are folded into K̃.
 
-Images are computed one by one, so an image gives the same bits alone and in a batch. A, a and W_Q are first rounded to
-the dtype of F. All computations then use fp64 if F is fp64, else fp32. This module calls this dtype the wide dtype.
+Images are computed one by one, so the result of an image has the same bits alone and in a batch. A, a and W_Q
+are first rounded to the dtype of F. All computations then use the wide dtype, which is fp64 if F is fp64,
+else fp32.
 
 torch computes the products. The other steps are softmax, pooling and tanh. If the C++ library is built, it computes
 these steps (`tile_native.py`). Otherwise torch computes these steps (`tile_steps.py`).
@@ -45,7 +47,10 @@ ALIGNMENT = 64  # bytes; the bits of a library's product can depend on the align
 
 
 class _Link:
-    """One link and the grid of its target. Parameters are rounded to F's dtype and folded in the wide dtype."""
+    """One link and the grid of its target.
+
+    A, a and W_Q are rounded to F's dtype. All parameters are then folded in the wide dtype.
+    """
 
     def __init__(self, sides: QuerySides, number: int, space: Workspace) -> None:
         features, keys = sides.maps[sides.targets[number]], sides.keys[number]
@@ -189,7 +194,7 @@ def pooled_links(sides: QuerySides) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def pooled_links_backward(
     grads: Sequence[Tensor], results: Sequence[Tensor], sides: QuerySides
 ) -> list[Tensor]:
-    """Return the gradients of the maps, of A, a, α, w, b and W_Q of all links, and of the keys."""
+    """Return the gradients of the maps, of all links' parameters A, a, α, w, b and W_Q, and of the keys."""
     maps, keys, size = sides.maps, sides.keys, sides.size
     wide = wide_dtype(maps[0].dtype)
     space = Workspace(keys[0])
@@ -215,7 +220,10 @@ def pooled_links_backward(
 
 
 def _add(sums: Affine, grad: Tensor, inputs: Tensor) -> None:
-    """Add the gradients of an affine map to `sums`, from the gradient of its output (M, C) and its inputs (M, c)."""
+    """Add the gradients of an affine function's weight and bias to `sums`.
+
+    They are computed from `grad` (M, C), the gradient of the outputs, and from the inputs (M, c).
+    """
     sums.weight.addmm_(grad.mT, inputs)
     sums.bias.add_(grad.sum(0))
 

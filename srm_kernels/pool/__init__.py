@@ -27,7 +27,7 @@ def adaptive_pool(x: Tensor, size: int, *, backend: str | None = None) -> Tensor
     """Average a map over the cells of a P×P grid (docs/METHOD.md §1.5; section 3.6 of the article).
 
     The cells are those of `torch.nn.functional.adaptive_avg_pool2d`. Sums are computed in fp32 (fp64 for fp64 inputs).
-    The operator is differentiable. The backend "reference" computes second derivatives.
+    The operator is differentiable. For every backend, second derivatives are computed by the reference.
 
     Args:
         x: (B, C, h, w); float64, float32, bfloat16 or float16, any strides. h and w can have any size.

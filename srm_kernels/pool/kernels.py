@@ -4,9 +4,9 @@ Forward pass: a program computes one row of cells for some channels. It first ad
 contain. The result has one number for each column of the map. Then, for each cell, the program adds the numbers of the
 cell's columns. If P divides the height of the map, every map row is read once.
 
-Backward pass: the gradient of a position is a sum over the cells that contain the position. If P divides both sides of
-the map, this is one cell. Otherwise a position is in up to two cells along each axis, or in more cells if the grid is
-finer than the map.
+Backward pass: the gradient of a position is a sum over the cells that contain the position. If P divides the
+height and the width of the map, every position is in exactly one cell. Otherwise, a position is in up to two
+cells along each axis, or in more than two if the grid is finer than the map.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from ..checks import wide_dtype
 def adaptive_pool(x: Tensor, size: int) -> Tensor:
     """Return the means over the cells in the dtype of `x`.
 
-    The cells of row i contain the map rows from ⌊i h/P⌋ to ⌈(i + 1) h/P⌉ − 1. Columns are divided in the same way.
+    The cells in row i of the grid contain the map rows from ⌊i h/P⌋ to ⌈(i + 1) h/P⌉ − 1. Columns are divided
+    in the same way.
     """
     return F.adaptive_avg_pool2d(x.to(wide_dtype(x.dtype)), size).to(x.dtype)

@@ -77,8 +77,9 @@ def rms_scale(y: Tensor, *, backend: str | None = None) -> RMSScale:
 
     Source: docs/METHOD.md §3.1; section 3.5 of the article.
 
-    μ_h = mean(Y_h), σ_h = sqrt(mean ‖Y_h − μ_h‖²). Two passes over Y avoid cancellation when the mean is large. The
-    operator is differentiable where σ > 0.
+    μ_h = mean(Y_h), σ_h = sqrt(mean ‖Y_h − μ_h‖²). All backends compute σ_h from distances to means, and not
+    as mean ‖Y_h‖² − ‖μ_h‖², because this difference would be inaccurate if the mean is large. The operator is
+    differentiable where σ > 0.
 
     Args:
         y: Y (B, H, N, d); float64, float32, bfloat16 or float16, any strides.
@@ -157,7 +158,8 @@ def tau_loss(
 
     Raises:
         TypeError: A dtype is not accepted.
-        ValueError: Shapes, devices or the numbers of tensors do not match, or a number is outside its range.
+        ValueError: Shapes, devices or the lengths of the two lists do not match, the lists are empty, or
+            `reference` or `floor` is outside its range.
         NotImplementedError: The backend cannot run.
     """
     if not thetas or len(thetas) != len(sigmas):

@@ -1,12 +1,14 @@
 """Triton kernels of the scale statistic, DyT and the τ loss.
 
-Scale statistic: the tokens of each image and head are divided into shares. In the first launch, a program computes the
-mean and M₂ = Σ‖y − mean‖² of one share. The program reads the share in tiles, and adds the mean and M₂ of each tile by
-Chan's formula. In the second launch, a program computes the mean μ and σ of one head. It computes σ from the M₂ of all
-shares and from the distance of each share's mean to μ. This avoids cancellation when the mean is large.
+Scale statistic: the tokens of each image and head are divided into shares. In the first launch, a program
+computes the mean and M₂ = Σ‖y − mean‖² of one share. The program reads the share tile by tile. It combines
+the mean and M₂ of each tile with those of the previous tiles by Chan's formula. In the second launch, a
+program computes the mean μ and σ of one head. It computes σ from the M₂ of all shares and from the distance
+of each share's mean to μ. Both launches add only squared distances, so there is no cancellation when the mean
+is large.
 
-DyT: the rows are divided into shares. In the backward pass, the first launch computes dx, and the contribution of each
-share to dα, dw and db. The second launch adds the contributions of all shares.
+DyT: the backward pass divides the rows into shares and has two launches. The first launch computes dx, and
+the contribution of each share to dα, dw and db. The second launch adds the contributions of all shares.
 
 All sums have a fixed order, and the kernels use no atomics.
 """
@@ -31,7 +33,10 @@ MOST_SHARES = 128
 
 @triton.jit
 def add_tile(count, mean, spread, y, inside):
-    """Add the rows `inside` of a tile y [BLOCK, D] to a count, mean [D] and M₂; y is 0 in columns beyond d."""
+    """Update a running count, mean [D] and M₂ (`spread`) with the rows of a tile y [BLOCK, D].
+
+    Only the rows where the mask `inside` is true are used. y must be 0 in columns beyond d.
+    """
     tile_count = tl.sum(inside.to(tl.float32), 0)
     tile_mean = tl.sum(tl.where(inside[:, None], y, 0.0), 0) / tl.maximum(tile_count, 1.0)
     centred = tl.where(inside[:, None], y - tile_mean[None, :], 0.0)
@@ -47,7 +52,7 @@ def _moments_kernel(
     y_ptr, mean_ptr, spread_ptr, N, share, shares, heads, y_stride_b, y_stride_h, y_stride_n, y_stride_d,
     d: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Compute the mean [d] and M₂ of one share of the tokens of a (b, h)."""
+    """Compute the mean [d] and M₂ of one share of the tokens of an image and head."""
     program = tl.program_id(0).to(tl.int64)
     head, part = program // shares, (program % shares).to(tl.int32)
     y_ptr += head // heads * y_stride_b + head % heads * y_stride_h
@@ -181,7 +186,10 @@ def tanh(x):
 
 @triton.jit
 def row_offsets(rows, inner, outer_stride, inner_stride):
-    """Return 64-bit offsets of rows that are numbered over two axes."""
+    """Return the 64-bit offsets of rows of a tensor (outer, inner, C).
+
+    Row r has the index r // inner along the outer axis, and r % inner along the inner axis.
+    """
     return (rows // inner).to(tl.int64) * outer_stride + (rows % inner).to(tl.int64) * inner_stride
 
 
@@ -332,7 +340,10 @@ def dyt_backward(
 
 
 def _row_strides(**rows: Tensor) -> dict[str, int]:
-    """Return the strides of tensors (outer, inner, C), by the names of the kernels' parameters."""
+    """Return the strides of tensors (outer, inner, C) as keyword arguments of a kernel.
+
+    For a tensor passed as `x=`, the keywords are "x_outer", "x_inner" and "x_column".
+    """
     return {
         f"{name}_{axis}": stride
         for name, tensor in rows.items()

@@ -1,11 +1,13 @@
 """The cases to verify: every operator with kernels, at several shapes.
 
-Inputs are standard normal numbers, drawn in float64 and rounded to the dtype of the case. A "shape" means the sizes of
-one link of a neck and of the maps that this link reads. The options for normalisation and DyT select different kernels.
-These options differ between shapes, so that all kernels are checked.
+Inputs are computed from standard normal numbers in float64, and rounded to the dtype of the case. A "shape"
+means the sizes of one link of a neck and of the maps that this link reads. A shape also contains the options
+for normalisation and DyT, because these options select different kernels. The options differ between shapes,
+so that all kernels are checked.
 
-An operator can be called in several ways, for instance with other options. One verdict covers the call that is timed,
-the call in training, and the calls in `Operator.forms`. All these calls are checked at every shape.
+An operator can be called in several ways, for instance with different options. One row of a verdict covers
+several calls: the call that is timed, the call in training, and the calls in `Operator.forms`. All these
+calls are checked at every shape.
 """
 
 from __future__ import annotations
@@ -83,16 +85,20 @@ class Operator:
         forms: shape → further calls that the same verdict covers. They are checked, but not timed.
         inputs: The batch axis of each input, or None for an input without a batch axis.
         outputs: The batch axis of each result of `Case.judged`, or None for a result that mixes the samples of a batch.
-            If `outputs` itself is None, no sample is computed alone for comparison with its batch.
+            If `outputs` itself is None, `verify` does not check that a sample gives the same bits alone and
+            in a batch.
         wide: Indices of the inputs that are fp32 for every dtype of the case.
-        variant: Options that are measured separately, as in `explain`.
+        variant: Name of the variant of the operator, for example a method or a solver. The variants of an
+            operator are measured separately. `explain` shows the name in parentheses. The name is empty if
+            the operator has no variants.
         dtypes: The dtypes to measure.
         backends: The backends to check against the reference.
         shares_size: Whether all results and gradients of the call are passed to `error_ratio` as `together`.
-        reference: (shape, inputs, backend) → the call that computes exact results with the landmarks that the backend
-            chooses. None for an operator that chooses no landmarks.
-        ratio: (shape, inputs, results) → error divided by its bound, for results that are not floating point. None for
-            other results.
+        reference: (shape, inputs, backend) → the call with which the backend "reference" computes the results
+            of plain PyTorch and the exact results. The call uses the landmarks that `backend` chooses. None
+            means that `Case.judged` computes these results.
+        ratio: (shape, inputs, results) → error divided by its bound, for an operator whose results are not
+            floating point. None means that the numerics rule gives the ratio.
     """
 
     name: str
@@ -112,7 +118,7 @@ class Operator:
 
     @property
     def label(self) -> str:
-        """Return the name of the operator and its variant in the rows of a verdict."""
+        """Return the name that the rows of a verdict use for the operator and its variant."""
         return named(self.name, self.variant)
 
 
@@ -130,7 +136,7 @@ class Case(NamedTuple):
 
     @property
     def call(self) -> Call:
-        """Return the call that is timed and whose sizes the case records."""
+        """Return the call that is timed in the forward direction, and whose sizes the verdict contains."""
         return self.operator.call(self.sizes)
 
     @property
@@ -189,9 +195,9 @@ def _attend(s: Shape, **more: Any) -> Call:
 def _attend_otherwise(s: Shape, landmarks: Tensor | None = None) -> tuple[Call, ...]:
     """Return three further calls of Nyström attention, for `Operator.forms`.
 
-    The first call uses the first r keys as landmarks, other strides and no τ. The second call also computes the scale
-    statistic. It uses the argument `landmarks`, or landmarks chosen by leverage if this argument is None. The third
-    call uses uniform landmarks.
+    The first call uses the first r keys as landmarks, tokens that are not contiguous, and no τ. The second
+    call also computes the scale statistic. Its landmarks are given by the argument `landmarks`, or chosen by
+    leverage if the argument is None. The third call uses uniform landmarks.
     """
 
     def given(q: Tensor, k: Tensor, v: Tensor, tau: Tensor, *, backend: str | None) -> Any:
@@ -237,9 +243,10 @@ def _side(s: Shape, choose: Callable[[Tensor], Tensor | None], method: str = "le
 
 
 def _sides(s: Shape, index: Tensor | None = None) -> tuple[Call, ...]:
-    """Return three calls of the key side: with given landmarks, with landmarks `index`, and with uniform landmarks.
+    """Return three calls of the key side with different landmarks.
 
-    If `index` is None, the landmarks of the second call are chosen by leverage.
+    The first call uses the first r keys as landmarks, the second call uses `index`, and the third call uses
+    uniform landmarks. If `index` is None, the landmarks of the second call are chosen by leverage.
     """
     given = _side(s, lambda k: _first_keys(k, s.rank))
     return given, _side(s, lambda k: index), _side(s, lambda k: None, "uniform")
@@ -254,8 +261,8 @@ def _landmark_ratio(method: str) -> Callable[[Shape, Sequence[Tensor], Sequence[
     """Return a function that computes the error ratio of chosen landmarks.
 
     The ratio is infinite if landmarks are not distinct or not in range. The error is the number of landmarks that
-    differ from the choice of the reference in fp64. The bound is the larger of two numbers: 1/16 of all landmarks, and
-    twice the error of the reference in the dtype of the keys.
+    differ from the choice of the reference in fp64. The bound is the largest of three numbers: 1 landmark,
+    1/16 of all landmarks, and twice the error of the reference in the dtype of the keys.
 
     The bound is not zero for two reasons. Implementations can break ties differently. After one different landmark, the
     later landmarks can differ too.
@@ -301,7 +308,10 @@ def _pyramid(s: Shape, draw: Callable[..., Tensor]) -> list[Tensor]:
 
 
 def _pool_links(s: Shape, *, statistics: bool = False) -> Call:
-    """Return a call with one link; in training it also computes the statistic of Y."""
+    """Return a call with one link.
+
+    If `statistics` is True, as in training, the call also computes the scale statistic of Y.
+    """
 
     def call(m: Tensor, *weights: Tensor, backend: str | None) -> Any:
         align, shift, query, keys, x, *dyt = weights
@@ -314,7 +324,10 @@ def _pool_links(s: Shape, *, statistics: bool = False) -> Call:
 
 
 def _pool_several_links(s: Shape) -> tuple[Call]:
-    """Return a call with the statistic and two links of different r. The links read two maps; one is channels-last."""
+    """Return a call that computes the scale statistic of two links with different r.
+
+    Each link reads a map of its own, and one of the two maps is channels-last.
+    """
 
     def call(m: Tensor, *weights: Tensor, backend: str | None) -> Any:
         align, shift, query, keys, x, *dyt = weights
@@ -394,7 +407,10 @@ def _project_alone(s: Shape) -> tuple[Call]:
 
 
 def _stages(s: Shape, draw: Callable[..., Tensor]) -> list[Tensor]:
-    """Draw, for two stages, the output of a convolution of the gate, its bias and its readout."""
+    """Draw m, b, w and v of two stages of the gate (see `gate_logits`).
+
+    m is the output of a convolution, b is its bias, and w and v are the readout.
+    """
     C, P = max(s.channels // 4, 1), s.size
     return [
         *(draw(s.batch, C, P, P) for _ in range(2)), *(draw(C) for _ in range(2)),

@@ -1,7 +1,8 @@
 """The child process that runs kernels: `python -m srm_kernels.verify.child DEVICE` answers requests in JSON lines.
 
-An error of a kernel can break the CUDA context of its process. The child process therefore exits after a failure, and
-the command starts another child process.
+An error in a kernel can make the CUDA context unusable for the whole process. After an answer with the status
+"error" or "memory", the child process therefore exits. `python -m srm_kernels verify` then starts a new child
+process for the next request.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ PR_SET_PDEATHSIG = 1  # <sys/prctl.h>: sets the signal that the process gets whe
 
 
 def answer(request: dict[str, Any], device: Device) -> dict[str, Any]:
-    """Answer a request: check one implementation of a case, or time several in turns."""
+    """Answer a request: check one implementation of a case, or time several of them in alternation."""
     case = case_of(request["operator"], request["dtype"], request["shape"])
     if request["part"] == "right":
         return measure.judged(case, request["backends"][0], device)
@@ -51,7 +52,11 @@ def serve(device: Device, requests: IO[str], answers: IO[str]) -> None:
 
 
 def main(name: str) -> None:
-    """Serve on stdin and stdout; output of libraries goes to stderr. On Linux the process exits with its parent."""
+    """Read requests from stdin and write the answers to stdout.
+
+    All other output, for instance of libraries, is redirected to stderr. On Linux the process is killed when
+    its parent process exits.
+    """
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")

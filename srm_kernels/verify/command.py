@@ -124,7 +124,7 @@ def _interrupting(*numbers: signal.Signals | None) -> Iterator[None]:
 
 
 def _run(options: argparse.Namespace) -> tuple[Run, list[Row]]:
-    """Measure the chosen cases; return the run and the rows that it reports."""
+    """Measure the chosen cases; return the `Run` and the rows for its report."""
     device = open_device(options.device)
     shapes = options.shapes or device.shapes or (QUICK if options.quick else FAMILY)
     wanted = list(cases(options.only or NAMES, options.dtypes, shapes))
@@ -177,10 +177,12 @@ class Run:
     def doubted(self, wanted: Sequence[Case]) -> list[Case]:
         """Return the cases outside `wanted` that must be measured again because the verdict has a fault for them.
 
-        A fault at one shape excludes the implementation at all shapes of its group. Only cases that share a group with
-        a case of `wanted` are returned. Without `--again`, these are the cases with a fault that the environment can
-        cause, because such a fault can disappear in a new measurement. With `--again`, cases with any fault are
-        returned.
+        A group is all cases of one operator in one dtype. A fault of an implementation at one shape excludes
+        the implementation from the whole group. A fault outside `wanted` therefore also affects the cases of
+        `wanted` in the same group. The method returns only cases whose group contains a case of `wanted`.
+
+        Without `--again`, it returns only cases with a fault that the environment can cause, such as
+        "timeout", because a new measurement may succeed. With `--again`, it returns cases with any fault.
         """
         asked, groups = set(map(_label, wanted)), set(map(_group, wanted))
         faults = verdicts.faults(self.verdict.rows)
@@ -196,7 +198,11 @@ class Run:
         return found
 
     def measure(self, wanted: Sequence[Case]) -> None:
-        """Measure the cases that the verdict does not contain, and save every row immediately."""
+        """Measure the cases that have no final result in the verdict, and save every row immediately.
+
+        A result that the environment can cause, such as "memory" or "timeout", is not final. With `--again`,
+        all cases of `wanted` are measured.
+        """
         rows = [] if self.options.again else self.verdict.rows
         known = {verdicts.identity(row): row for row in rows if row["status"] not in PASSING}
         judged = {
@@ -223,7 +229,7 @@ class Run:
         self._keep(self.verdict.finished(set(map(_group, wanted))))
 
     def _judge(self, asked: Sequence[Asked], judged: dict[Asked, Row | None]) -> None:
-        """Check implementations in several processes, because most of the time is compilation."""
+        """Check implementations in several processes, because compilation takes most of the time."""
         start, done = time.monotonic(), 0
 
         def finished(index: int, answer: dict[str, Any]) -> None:
@@ -268,7 +274,12 @@ class Run:
             self.progress.show("")
 
     def _times(self, worker: Worker, case: Case, right: Sequence[str]) -> dict[str, Any]:
-        """Time the implementations and the ones to compare with. If one fails, time each in its own process."""
+        """Time the implementations `right` and their baselines.
+
+        The baselines are "reference", "eager" and, with `--compile`, "compiled" (see `measure.timed`). All of
+        them are timed in alternation in one process. If one of them fails, each one is timed in a process of
+        its own.
+        """
         names = ["reference", *right, "eager", *(["compiled"] if self.options.compile else [])]
         about = {"seconds": self.seconds}
         answer = worker.ask(_request("fast", case, names) | about, self.options.limit)
@@ -347,7 +358,7 @@ def _row(case: Case, backend: str, answer: dict[str, Any], now: str) -> Row:
 
 
 def _with_times(row: Row, answer: dict[str, Any], now: str) -> Row:
-    """Return a row with its times, or with the fault that occurred while it was timed."""
+    """Return the row of an implementation with its times, or with the fault that occurred during timing."""
     if row["status"] != RIGHT:
         return row
     failed, row = answer.get("failed", {}), row | {"measured": now}

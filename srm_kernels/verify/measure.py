@@ -1,9 +1,9 @@
 """Check whether an implementation is right, and time it.
 
 An implementation is right if the errors of its results and gradients satisfy the numerics rule
-(`srm_kernels/numerics.py`). Errors are measured against the reference computed in fp64. In addition, the device must
-report no fault and refuse no launch. For kernels there are two more conditions. Two runs must give the same bits. A
-sample must give the same bits alone and in its batch.
+(`srm_kernels/numerics.py`). Errors are measured against the reference computed in fp64. In addition, the
+device must report no fault and refuse no launch. The Triton kernels must satisfy two more conditions: two
+runs give the same bits, and a sample gives the same bits alone and in its batch.
 """
 
 from __future__ import annotations
@@ -29,14 +29,19 @@ SAMPLE = 1  # index in the batch of the sample that is also computed alone
 
 
 class Alone(NamedTuple):
-    """What a call with one sample of a batch needs: the size of the whole batch, and the batch axis of every result."""
+    """What `results` must know about a batch to compute one of its samples alone.
+
+    Attributes:
+        batch: Size of the whole batch.
+        axes: The batch axis of every result, or None for a result that mixes the samples of a batch.
+    """
 
     batch: int
     axes: tuple[int | None, ...]
 
 
 class Found(NamedTuple):
-    """The results of a call, and its gradients by the index of the input."""
+    """The results of a call, and the gradients with respect to its inputs, by the index of the input."""
 
     outputs: list[Tensor]
     gradients: dict[int, Tensor]
@@ -48,7 +53,7 @@ class Found(NamedTuple):
 
 
 def flat(outputs: Any) -> list[Tensor]:
-    """Return the tensors of an output, which can be nested, without None."""
+    """Flatten an output, for instance nested tuples of tensors and None, to the list of its tensors."""
     if isinstance(outputs, Tensor):
         return [outputs]
     return [] if outputs is None else [tensor for one in outputs for tensor in flat(one)]
@@ -76,7 +81,11 @@ def results(
 
 
 def _upstream(x: Tensor, generator: torch.Generator, axis: int | None, alone: Alone | None) -> Tensor:
-    """Return a random gradient of a result; with `alone`, the sample's part of the gradient of the batch."""
+    """Draw a random gradient of the loss with respect to the result `x`.
+
+    If `alone` is given, draw the gradient for the whole batch, and return only the part that belongs to the
+    sample.
+    """
     shape = list(x.shape)
     if alone is not None and axis is not None:
         shape[axis] = alone.batch
@@ -94,9 +103,11 @@ def ratios(
 ) -> dict[str, float]:
     """Return the ratio of error to bound for every result and gradient in `found`, by the numerics rule.
 
-    `call` is the call of the reference. For a gradient with at most `FEW` elements, the error of the reference is
-    measured for several losses. If the function `redrawn` is given, it returns new inputs for each of these losses. For
-    a result with at most `FEW` elements, the error of the reference is then also measured for these inputs.
+    `call` runs the reference. The bound depends on the error of the reference in the dtype of `inputs`. For a
+    gradient with at most `FEW` elements, this error is measured for several random losses, because it can be
+    small by chance for one loss. If the function `redrawn` is given, `redrawn(seed)` returns new inputs for
+    each of these losses. New inputs also change the results, so the error of the reference is then measured
+    several times for results with at most `FEW` elements, too.
     """
     wide = [x.double() for x in inputs]
     plain, exact = (results(call, x).named() for x in (inputs, wide))
@@ -119,7 +130,7 @@ def ratios(
 
 
 def sizes_of(case: Case) -> list[int]:
-    """Return the sizes of a case on which the choice of the backend depends, without computing anything."""
+    """Return the sizes on which the choice of a case's backend depends, without running the operator."""
     inputs = case.inputs("meta")
     try:
         case.call(*inputs, backend=Question("reference"))
@@ -143,7 +154,10 @@ def judged(case: Case, backend: str, device: Device) -> dict[str, Any]:
 
 
 def _fault_of(case: Case, backend: str, device: Device) -> tuple[str | None, float | None]:
-    """Return what is wrong, or None, and the largest error divided by its bound."""
+    """Return the fault of an implementation as text, or None, and the largest ratio of an error to its bound.
+
+    The ratio is None if the device reported a fault or refused a launch.
+    """
     operator, inputs = case.operator, case.inputs(device.torch_device)
 
     def call(*tensors: Tensor) -> Any:
@@ -224,10 +238,12 @@ def failure(error: Exception, device: Device) -> dict[str, str]:
 
 
 def timed(case: Case, names: Sequence[str], device: Device, seconds: float) -> dict[str, Any]:
-    """Return median times in milliseconds by direction and implementation, measured in turns.
+    """Return the median time of every implementation in every direction, in milliseconds.
 
-    `names` contains backends, "eager" (the reference in plain PyTorch, without the registered operator) and "compiled"
-    (the same operations under torch.compile). Errors of implementations are not caught.
+    The directions are "forward", and "backward" for the forward and the backward pass together. In each
+    direction, the implementations are timed in alternation. Each element of `names` is a backend, "eager" or
+    "compiled". "eager" is the reference in plain PyTorch, without the registered operator. "compiled" is the
+    same operations under torch.compile. Errors of implementations are not caught.
     """
     inputs = case.inputs(device.torch_device)
     times = {}
@@ -269,7 +285,10 @@ def _step(call: Call, inputs: Sequence[Tensor], backend: str, direction: str) ->
 
 
 def _compiled(call: Call, inputs: Sequence[Tensor], direction: str) -> Callable[[], Any]:
-    """Trace the operations of the reference and of its gradients below autograd, and compile these operations."""
+    """Return a compiled function that runs the reference in one direction.
+
+    The operations are traced below autograd, so the graph for "backward" contains the backward pass, too.
+    """
     from torch.fx.experimental.proxy_tensor import make_fx
 
     def traced(*tensors: Tensor) -> Any:

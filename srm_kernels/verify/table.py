@@ -36,7 +36,7 @@ def speedup(row: Row, direction: str) -> float | None:
 
 
 def result(row: Row) -> str:
-    """Return a row as one line, and its reason, if there is one, as a second line."""
+    """Format a row as one line, followed by a line with the reason if the row has one."""
     ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
     speedups = (speedup(row, direction) for direction in DIRECTIONS)
     gains = ("" if value is None else f"{value:.2f}×" for value in speedups)
@@ -51,7 +51,11 @@ def _label(operator: str, backend: str) -> str:
 
 
 def summary(rows: Iterable[Row]) -> list[str]:
-    """Return a table with a row per operator and dtype: the result, and the geometric mean speedup over shapes."""
+    """Return the lines of a table with one line per operator and backend, and one column per dtype.
+
+    A cell contains the first fault, "not supported", or "right" with the speedup in each direction. The
+    speedup is the geometric mean over shapes.
+    """
     cells: dict[tuple[str, str], dict[str, str]] = {}
     for (operator, dtype), found in grouped(rows).items():
         for backend in dict.fromkeys(row["backend"] for row in found):
@@ -78,7 +82,7 @@ def _cell(rows: Sequence[Row]) -> str:
 
 
 class Progress:
-    """A line that is overwritten on a terminal, and not printed elsewhere."""
+    """A progress line that is overwritten in place. If the stream is not a terminal, nothing is printed."""
 
     def __init__(self, stream: Any = None) -> None:
         self._stream = sys.stderr if stream is None else stream

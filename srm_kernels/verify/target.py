@@ -1,4 +1,4 @@
-"""Devices to measure, with methods to synchronise, time and identify them.
+"""Devices on which kernels are checked and timed, with methods to synchronise them and to time calls.
 
 `open_device` returns a CUDA device by its name. For tests, "module:function" names a function that returns another
 `Device`, for instance an emulated one.
@@ -29,7 +29,7 @@ class Device:
     """A device whose tensors are on `torch_device`.
 
     Attributes:
-        key: The key of verdicts about the device.
+        key: The device and the versions for which its verdict holds.
         torch_device: The torch device of its tensors.
         shapes: The shapes to measure; None means the default shapes of the command.
     """
@@ -61,18 +61,22 @@ class Device:
         """Wait for all kernels, and raise their errors."""
 
     def times(self, steps: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
-        """Return the median time of every step in milliseconds, measured in turns within about `seconds` in total."""
+        """Return the median time of every step, in milliseconds.
+
+        The steps are timed in alternation: every round runs each step once. All rounds together take about
+        `seconds`.
+        """
         raise NotImplementedError
 
     def release(self) -> None:
         """Free cached memory, which other processes could need."""
 
     def reports(self) -> list[str]:
-        """Return faults that the device detected since the last call."""
+        """Return the faults that the device has detected since the previous call of this method."""
         return []
 
     def refusals(self) -> list[str]:
-        """Return launches that the device refused since the last call."""
+        """Return the launches that the device has refused since the previous call of this method."""
         return []
 
 
@@ -97,7 +101,7 @@ class CudaDevice(Device):
         torch.cuda.empty_cache()
 
     def times(self, steps: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
-        """Return medians of times between CUDA events. Every round has the same order."""
+        """Return the median time of every step, from CUDA events; every round has the same order of steps."""
         for step in steps.values():
             for _ in range(WARMUP):
                 step()
@@ -120,10 +124,10 @@ class CudaDevice(Device):
 
 
 def open_device(name: str) -> Device:
-    """Return the device of a name: "cuda", "cuda:1", or "module:function".
+    """Return the device with a name such as "cuda", "cuda:1" or "module:function".
 
     Raises:
-        CannotRunError: Kernels cannot run on this device.
+        CannotRunError: There is no device with this name, or kernels cannot run on it.
     """
     if not name.startswith("cuda") and ":" in name:
         module, _, function = name.partition(":")
@@ -166,7 +170,7 @@ def open_device(name: str) -> Device:
 
 
 def cuda_missing() -> str | None:
-    """Return why there is no CUDA device, or None; the reason includes the errors of the driver."""
+    """Return why torch can use no CUDA device, with the errors of the driver, or None if it can use one."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA; install a build for CUDA from pytorch.org"
     with warnings.catch_warnings(record=True) as caught:

@@ -1,4 +1,7 @@
-"""Child processes that run kernels. Each request has a time limit; if a child hangs or dies, one request fails."""
+"""Child processes that run kernels.
+
+Each request has a time limit. If a child hangs or dies, only its current request fails.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ Answer = dict[str, Any]
 
 
 class Worker:
-    """A child process. It starts with the first request, and again if it has ended before a later request."""
+    """A child process. The first request starts it, and the next request after a failure starts a new one."""
 
     def __init__(self, device: str) -> None:
         self._device = device
@@ -138,7 +141,11 @@ class Worker:
 
 @cache
 def _triton_cache() -> dict[str, str]:
-    """Return settings for a temporary cache of Triton if the home folder, its default, cannot be written."""
+    """Return environment variables that give Triton a temporary cache if its default cache cannot be written.
+
+    The default cache is in the home folder. If it can be written, or if the user has set `TRITON_CACHE_DIR`
+    or `TRITON_HOME`, no variables are returned.
+    """
     if any(name in os.environ for name in ("TRITON_CACHE_DIR", "TRITON_HOME")):
         return {}
     try:
@@ -159,7 +166,7 @@ def ask_all(
     seconds: float,
     done: Callable[[int, Answer], None],
 ) -> None:
-    """Send requests to several workers; `done(index, answer)` is called by one thread at a time."""
+    """Send requests to `count` workers; call `done(index, answer)` for each answer, one call at a time."""
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
     for number in range(len(requests)):
         waiting.put(number)

@@ -37,9 +37,10 @@ def apgd_trace(
 ) -> PGDTrace:
     """Maximise an objective by PGD that adapts its step size η, which starts at 2·eps.
 
-    A step computes z = P(x + ηg), and then x ← P(x + 0.75 (z − x) + 0.25 (x − x_before)). g is the sign ("linf") or
-    the direction ("l2") of the gradient at x. P is the projection to the ball and to [0, 1]. x_before is the point
-    before x. The first step is x ← z.
+    Let x be the current point, and x_before the previous point. A step computes z = P(x + ηg), and then
+    x ← P(x + 0.75 (z − x) + 0.25 (x − x_before)). g is the sign ("linf") or the direction ("l2") of the
+    gradient at x. P is the projection to the ball and to [0, 1]. The first step has no previous point, so it
+    is x ← z.
 
     Progress is checked at checkpoints. A window is the steps between two checkpoints. The first window has 22 % of all
     steps. The next windows have 19 %, 16 %, 13 %, 10 % and 7 %, and all later windows have 6 %.

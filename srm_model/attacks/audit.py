@@ -105,8 +105,9 @@ def audit(
 ) -> Audit:
     """Check whether attacks measure this model's robustness, or only fail to find its weakness.
 
-    Each attack runs twice on each image: once to raise the score and once to lower it. The "reach" of an attack is the
-    change of the score, averaged over both directions and all images. Each check has a condition to pass:
+    Each attack runs twice on each image: once to raise the score and once to lower it. The "reach" on an
+    image is the change of its score in the wanted direction, averaged over the two runs. The "reach" of an
+    attack is the mean over all images. A check passes if its condition holds:
 
     - steps: The reach of PGD grows with the number of steps, at a fixed step size and start. It never falls by more
       than 5 % of its total rise.
@@ -117,14 +118,14 @@ def audit(
     - derivative: Gradients agree with central differences along 8 random sign directions. The differences have the
       widths ε/4, ε/32 and ε/256. For at least one width, the relative error over all images and directions is at most
       20 %.
-    - transfer: A transfer attack is not stronger than the best white-box attack (PGD or APGD). For each image, the
-      white-box reach is subtracted from the transfer reach. The 95 % bootstrap interval of the mean difference must not
-      lie above 0.
-    - black_box: As transfer, for an attack that uses only scores.
+    - transfer: A transfer attack is not stronger than the white-box attacks. For each image, the larger of
+      the reaches of PGD and APGD is subtracted from the reach of the transfer attack. The 95 % bootstrap
+      interval of the mean difference must not lie entirely above 0.
+    - black_box: The condition of "transfer", but for the square attack, which uses only scores.
     - unbounded: With a radius that allows any image, PGD on pair inversion inverts the ranking (SROCC below 0). The
       check does not run if the clean ranking is already inverted.
-    - randomness: The scores of an image in 16 passes agree within 0.1 % of the spread of clean scores. Or the model
-      declares its randomness by the attribute `stochastic`.
+    - randomness: The scores of an image in 16 passes agree within 0.1 % of the spread of clean scores. The
+      check also passes if the model declares its randomness by the attribute `stochastic`.
     - batch: The scores of an image alone and in a batch agree within 0.1 % of the spread of clean scores. The check
       does not run for a stochastic model.
 
@@ -188,7 +189,10 @@ def audit(
 
 
 class _Subject:
-    """The model, its images, and attacks on all of them. Results that several checks use are cached."""
+    """The audited model, the images, and attacks on all these images.
+
+    Results that several checks use are cached.
+    """
 
     def __init__(self, job: Job) -> None:
         self.model, self.surrogate, self.norm, self.config = job.model, job.surrogate, job.norm, job.config
@@ -249,7 +253,7 @@ class _Subject:
         return self.both_ways(self.pgd)
 
     def reach(self, found: list[tuple[int, list[PGDTrace]]]) -> Tensor:
-        """Return the change of each image's score, (images,), averaged over both directions."""
+        """Return the reach on each image (see `audit`), (images,)."""
         ways = [
             torch.cat([trace.loss.double().cpu() for trace in traces]) - sign * self.clean
             for sign, traces in found
@@ -286,7 +290,7 @@ class _Subject:
 
     @cached_property
     def best_white_box(self) -> Tensor:
-        """Return the reach of PGD or of APGD for each image, whichever is larger."""
+        """Return the larger of the reaches of PGD and APGD for each image, (images,)."""
 
         def tuned(batch: int, sign: int) -> PGDTrace:
             steps = self.config.attack_steps
@@ -296,7 +300,10 @@ class _Subject:
 
 
 class _SameDraws(nn.Module):
-    """Make EOT deterministic: a stochastic model repeats the same random numbers every `passes` passes."""
+    """Make a stochastic model repeat its random numbers: passes i and i + `passes` use the same numbers.
+
+    If `passes` is the number of EOT passes per step, every step of an attack uses the same random numbers.
+    """
 
     def __init__(self, model: nn.Module, passes: int) -> None:
         super().__init__()
@@ -431,9 +438,10 @@ def _restarts(subject: _Subject) -> Finding:
 def _derivative(subject: _Subject) -> Finding:
     """Compare ⟨∇f, d⟩ with the central difference (f(x + hd) − f(x − hd)) / 2h for sign directions d.
 
-    x is clipped so that x + hd and x − hd are in [0, 1]. A correct gradient agrees if h is small enough for the score
-    to be almost linear and large enough for fp32. A wrong gradient agrees at no h. Therefore the check uses the best of
-    three widths h.
+    x is clipped so that x + hd and x − hd are in [0, 1]. A correct gradient agrees with the central
+    difference if h is small enough for the score to be almost linear, and large enough for the rounding
+    errors of fp32 to be small. A wrong gradient agrees at no h. Therefore the check compares at three widths
+    h, and uses the best agreement.
     """
     largest = subject.radius / subject.largest  # change of a pixel along a sign direction
     widths = [min(largest / share, 0.25) for share in _WIDTHS]

@@ -47,8 +47,9 @@ def smoothed_scores(
 ) -> Tensor:
     """Score noisy copies of each image; return the scores, (samples, B), on the CPU.
 
-    Column i has the scores of image i in ascending order. The noisy copies are clipped to [0, 1]. The bounds of
-    `certify` hold for scores with this clipping. Arguments and errors are as in `certify`.
+    Column i has the scores of image i in ascending order. The noisy copies are clipped to [0, 1]. The bounds
+    of `certify` still hold, because the clipping counts as the first operation of the model. Arguments and
+    errors are as in `certify`.
     """
     check_model(model)
     check_images(images)
@@ -103,9 +104,9 @@ def certify(
         images: Images (B, 3, H, W) in [0, 1].
         eps: L2 radius on an image's 3×H×W tensor.
         sigma: Standard deviation of the Gaussian noise, per pixel value.
-        samples: Noisy copies of each image.
+        samples: Number of noisy copies of each image.
         confidence: Confidence of each image's interval.
-        batch_size: Copies that run at once.
+        batch_size: Largest number of copies that run at once.
         generator: Generator of the noise. Default: seed 0.
 
     Returns:
@@ -122,7 +123,7 @@ def certify(
 
 
 def certificate(scores: Tensor, *, eps: float, sigma: float, confidence: float) -> Certificate:
-    """Return the bounds for one radius from sorted scores (n, B), as returned by `smoothed_scores`."""
+    """Compute the bounds for one radius from the sorted scores (n, B) that `smoothed_scores` returned."""
     eps, sigma = check_number("eps", eps), check_number("sigma", sigma)
     confidence = check_number("confidence", confidence)
     if not (math.isfinite(eps) and eps >= 0):
@@ -150,14 +151,15 @@ def certify_dataset(model: nn.Module, dataset: Any, config: SRMConfig, limit: in
     Args:
         model: Any module that `pgd` accepts. Its state does not change.
         dataset: Dataset whose items are `(image, label)`.
-        config: Config with the fields `smoothing_*` and `eps_smoothing`. The budgets `eps_smoothing` are L2 budgets,
-            stated for 512×512 pixels.
+        config: The fields `smoothing_*`, `eps_smoothing`, `attack_batch_size` and `seed` are used. The
+            budgets in `eps_smoothing` are L2 budgets, stated for 512×512 pixels.
         limit: Number of images to use, evenly spaced over the dataset.
 
     Returns:
-        A dict for each budget of `config.eps_smoothing`, with the fields of `Certificate` and two further entries.
-        "stated" is the budget of the config. "ordered" is the share of image pairs whose score intervals do not
-        overlap. The score interval of an image is [lower, upper].
+        A dict for each budget of `config.eps_smoothing`, with the fields of `Certificate` and two further
+        entries. "stated" is the budget in the config; `eps` is this budget scaled to the size of the images.
+        "ordered" is the share of image pairs whose score intervals do not overlap. The score interval of an
+        image is [lower, upper].
 
     Raises:
         ValueError: A score is not finite.
@@ -199,10 +201,10 @@ def order_statistics(count: int, shift: float, confidence: float) -> tuple[int |
     upper bound of the Φ(shift)-quantile. Φ is the standard normal distribution function. A position is None if no
     sample is a bound with this confidence.
 
-    Let n = `count`. The k-th of n sorted samples is above the p-quantile with probability at most P(Bin(n, p) ≤ k − 1).
-    It is below the p-quantile with probability at most P(Bin(n, p) ≥ k). The lower position is the largest k for which
-    the first probability, at p = Φ(−shift), is at most (1 − confidence)/2. The upper position is the smallest k for
-    which the second probability, at p = Φ(shift), is at most (1 − confidence)/2.
+    Let n = `count` and α = (1 − confidence)/2. The k-th of n sorted samples is above the p-quantile with
+    probability at most P(Bin(n, p) ≤ k − 1). The lower position is therefore the largest k with
+    P(Bin(n, Φ(−shift)) ≤ k − 1) ≤ α. The k-th sample is below the p-quantile with probability at most
+    P(Bin(n, p) ≥ k). The upper position is therefore the smallest k with P(Bin(n, Φ(shift)) ≥ k) ≤ α.
     """
     from scipy.stats import binom, norm  # imported here because the import takes 0.5 s
 

@@ -18,7 +18,8 @@ _MAX_MAGNIFICATION = 1000
 def save_examples(result: SuiteResult, folder: str | Path) -> list[dict[str, Any]]:
     """Write the examples of a result as PNG files and `examples.json`.
 
-    The scores were computed on the float images. The pixels in the files are rounded to 8 bits.
+    The scores are those of the float images. The pixels in the files are rounded to 8 bits, so the files can
+    have slightly different scores.
 
     Args:
         result: Result of `Suite.run` with `keep` above 0.
@@ -30,8 +31,9 @@ def save_examples(result: SuiteResult, folder: str | Path) -> list[dict[str, Any
         - name, mos, clean_score, adversarial_score, attack and magnification;
         - clean, attacked and difference: file names, relative to the folder.
 
-        The difference file shows the change, multiplied by the magnification, on mid-grey. With this magnification,
-        99.9 % of the pixel values of the difference are in range.
+        A pixel value of the difference file is 0.5 + magnification · change, clipped to [0, 1]. Unchanged
+        pixels are therefore mid-grey. The magnification is the largest whole number up to 1000 for which
+        99.9 % of the values need no clipping. It is 1 if there is no such number, or if no pixel is changed.
     """
     folder = Path(folder)
     entries = []

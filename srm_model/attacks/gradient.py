@@ -40,7 +40,7 @@ class PGDTrace(NamedTuple):
 
 
 def images_of(trace: Callable[_P, PGDTrace]) -> Callable[_P, Tensor]:
-    """Make an attack that returns images from an attack that returns a trace. Both take the same arguments."""
+    """Convert an attack that returns a trace to one that returns only the images, with the same arguments."""
 
     @functools.wraps(trace)
     def attack(*args: _P.args, **kwargs: _P.kwargs) -> Tensor:
@@ -79,7 +79,7 @@ def fgsm(
     Arguments, result and errors are those of `pgd`.
 
     Raises:
-        ValueError: As in `pgd`, or the objective's gradient is zero at the clean images (`Drift`).
+        ValueError: As in `pgd`. Also if the objective's gradient is zero at the clean images, as for `Drift`.
     """
     check_objective(objective)
     if getattr(objective, "flat_at_clean", False):
@@ -113,8 +113,9 @@ def pgd_trace(
 ) -> PGDTrace:
     """Maximise an objective by projected gradient ascent within ‖x' − x‖ ≤ eps and [0, 1] (docs/METHOD.md §6).
 
-    The model runs on its own device, in evaluation mode and fp32. The call changes neither the state of the model nor
-    the state of a global random generator. `pgd` returns the images only; `pgd_trace` returns a `PGDTrace` with them.
+    The model runs on its own device, in evaluation mode and fp32. The call changes neither the state of the
+    model nor the state of a global random generator. `pgd` returns only the attacked images. `pgd_trace`
+    returns a `PGDTrace`, which contains these images and the losses.
 
     Args:
         model: Any module from images (B, 3, H, W) in [0, 1] to scores (B,) or (B, 1).
@@ -129,9 +130,10 @@ def pgd_trace(
         step_size: Size of a step along the sign ("linf") or the normalised gradient ("l2"). Default: 2.5·eps/steps
             ("linf") or 4·eps/steps ("l2").
         restarts: Number of restarts, each from a point drawn uniformly from the ball.
-        restart_batch: Number of restarts that run at once as one batch. None runs all restarts at once, or fewer if a
-            GPU runs out of memory. Every value gives the same starts. It also gives the same results up to rounding,
-            unless a score depends on the other images of the batch.
+        restart_batch: Number of restarts that run at once as one batch. None runs all restarts at once, or
+            fewer if a GPU runs out of memory. The starts do not depend on `restart_batch`. Up to rounding,
+            the results do not depend on it either, unless the model is stochastic or a score depends on the
+            other images of the batch.
         eot: Number of forward passes per step. Their gradients and losses are averaged. Use more than 1 for stochastic
             models.
         generator: Generator of the starts and of the model's randomness. Default: seed 0.
@@ -185,8 +187,8 @@ def run_restarts(
 
     Args:
         problem: The problem to solve.
-        climb: Function `climb(copies, best)` that runs `copies` restarts at once. It offers its points to `best` and
-            returns the losses (copies, iterates, …).
+        climb: Function `climb(copies, best)` that runs `copies` restarts at once. It passes every iterate to
+            `best.offer`, and returns the losses of all iterates, (copies, iterates, …).
         restarts: Number of restarts.
         restart_batch: As in `pgd`.
 
@@ -218,7 +220,10 @@ def run_restarts(
 
 
 def trace_of(images: Tensor, problem: Problem, kept: Best, losses: Tensor, *, gradients: int) -> PGDTrace:
-    """Return the trace of an attack. `gradients` is the number of computed gradients; with 0, their shares are NaN."""
+    """Return the trace of an attack that computed `gradients` gradients.
+
+    If `gradients` is 0, the shares `zero_gradients` and `nonfinite_gradients` of the trace are NaN.
+    """
     problem.check_losses(losses)
     zero, nonfinite = (
         float(count) / gradients if gradients else math.nan

@@ -98,7 +98,7 @@ def as_scores(output: object, batch: int) -> Tensor:
 
     Raises:
         TypeError: The output is not a tensor.
-        ValueError: The output is not floating-point of shape (B,) or (B, 1).
+        ValueError: The output does not have a floating-point dtype, or its shape is neither (B,) nor (B, 1).
     """
     if not isinstance(output, Tensor):
         raise TypeError(
@@ -159,7 +159,8 @@ def check_model(model: nn.Module) -> None:
     """Check that a model can be attacked. Warn if it contains a neck that was never calibrated.
 
     Raises:
-        TypeError: The model is not a module, needs more than images, or has fp16 or bf16 parameters.
+        TypeError: The model is not a module, its `forward` requires other arguments than the images, or it
+            has fp16 or bf16 parameters.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module")

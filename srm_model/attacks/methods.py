@@ -1,6 +1,8 @@
-"""The search methods of attacks. To add a method, add an entry of `ATTACK_METHODS`, and name it in a suite.
+"""The search methods of attacks.
 
-Suites are in `srm_model/attack_suites.py`. The loss that a method maximises is in `objectives.py`.
+To add a method, add an entry to `ATTACK_METHODS`. To use the method, give the key of the entry as the
+`method` of an attack in `srm_model/attack_suites.py`. The losses that a method can maximise are in
+`objectives.py`.
 """
 
 from __future__ import annotations
@@ -19,13 +21,15 @@ class AttackMethod(NamedTuple):
     """A search method.
 
     Attributes:
-        trace: Function that searches and returns a `PGDTrace`. Its arguments are a model, images, MOS and an objective.
-            Its keyword arguments are `norm`, `eps`, `eot`, `generator` and `on_step`, as in `pgd_trace`, and the keys
-            of `settings`.
-        settings: Further keyword arguments of `trace`, each with the field of `SRMConfig` that gives its value. The
-            fields start with `attack_`. A run cannot be resumed with other values of these fields.
-        work: (config, passes per score, objective) → number of calls of `on_step` for one batch.
-        step_size: Whether `trace` also takes `step_size`, the step size of docs/METHOD.md §6.
+        trace: Function that searches and returns a `PGDTrace`. Its positional arguments are a model, images,
+            MOS and an objective. Its keyword arguments are `norm`, `eps`, `eot`, `generator` and `on_step`,
+            as in `pgd_trace`, and the keys of `settings`.
+        settings: Further keyword arguments of `trace`: a mapping from the name of each argument to the field
+            of `SRMConfig` that has its value. The names of the fields start with `attack_`. A run can be
+            resumed only if these fields have the same values as before.
+        work: Function that maps a config, the number of passes per score and an objective to the number of
+            calls of `on_step` for one batch.
+        step_size: Whether `trace` also takes the argument `step_size`, the step size of docs/METHOD.md §6.
     """
 
     trace: Callable[..., PGDTrace]

@@ -11,9 +11,10 @@ keeps the best iterate of each image. With one loss for the batch, the attack ke
 
 An objective may have two attributes:
 
-- `flat_at_clean`: True means that the gradient is zero at the clean images. FGSM then rejects the objective.
-- `uses_clean_scores`: False means that the objective ignores `clean_scores`. The clean images are then not scored for
-  the objective, and `clean_scores` is NaN.
+- `flat_at_clean` (default: False): True means that the gradient is zero at the clean images. FGSM then
+  rejects the objective.
+- `uses_clean_scores` (default: True): False means that the objective ignores `clean_scores`. The attack then
+  passes NaN as `clean_scores`, so that it need not score the clean images.
 """
 
 from __future__ import annotations
@@ -90,8 +91,10 @@ class Signed:
 class SoftSpearman:
     """Negative correlation between soft ranks of the scores and ranks of the MOS; one loss per batch.
 
-    The correlation is a smooth form of SROCC. The soft rank of image a is Σ_b sigmoid((f(x'_a) − f(x'_b)) / T), which
-    converges to the rank of a for T → 0. The loss is in [−1, 1]. The loss is 0 if all MOS of the batch are equal.
+    The correlation is a smooth form of SROCC. The soft rank of image a is
+    Σ_b sigmoid((f(x'_a) − f(x'_b)) / T). For T → 0, the soft rank converges to the rank of a minus 1/2; the
+    correlation does not depend on this constant. The loss is in [−1, 1]. The loss is 0 if all MOS of the
+    batch are equal.
     """
 
     temperature: float = _DEFAULTS.pair_temperature  # T
@@ -115,7 +118,8 @@ class SoftSpearman:
 class PairInversion:
     """Mean of log(1 + exp(−(f(x'_a) − f(x'_b)) / T)) over pairs with y_a − y_b > margin; one loss per batch.
 
-    Maximising this loss inverts the ranking (article, eq. 32). The loss is 0 if no pair exceeds the margin.
+    Maximising this loss inverts the ranking (article, eq. 32). The loss is 0 if there is no pair with
+    y_a − y_b > margin.
     """
 
     margin: float = _DEFAULTS.pair_margin  # least difference of normalised MOS

@@ -33,7 +33,7 @@ class NoGradientError(ValueError):
 
 
 def check_budget(norm: str, eps: float) -> float:
-    """Return `eps` as a Python float; raise TypeError or ValueError if the norm does not accept this radius."""
+    """Return `eps` as a Python float; raise TypeError or ValueError if `norm` is unknown or rejects `eps`."""
     found, radius = norm_of(norm), check_number("eps", eps)
     check_radius(found, eps)
     return radius
@@ -66,7 +66,12 @@ def check_objective(objective: Objective) -> None:
 
 
 def check_count(name: str, value: int, least: int = 1) -> int:
-    """Return an integer of at least `least` as a Python int; raise TypeError or ValueError for other values."""
+    """Return `value` as a Python int.
+
+    Raises:
+        TypeError: `value` is not an integer.
+        ValueError: `value` is less than `least`.
+    """
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}={value!r}: expected an integer")
     if value < least:
@@ -85,7 +90,11 @@ def attacking(
     eot: int,
     generator: torch.Generator | None,
 ) -> Iterator[Problem]:
-    """Check the arguments of an attack and yield its `Problem`, with the model in the state of `as_found`."""
+    """Check the arguments of an attack and yield its `Problem`.
+
+    In the block, the model is in evaluation mode and fp32. Afterwards its state is restored, as in
+    `as_found`.
+    """
     check_model(model)
     check_images(images)
     check_objective(objective)
@@ -113,8 +122,9 @@ def attacking(
 class Problem:
     """One batch under attack.
 
-    n restarts run at the same time, and each restart has its own copy of the batch. Points have the shape
-    (n·B, 3, H, W). Losses have the shape (n, B), or (n,) for an objective that is defined on the batch.
+    n restarts run at the same time, and each restart has its own copy of the batch. The images that a search
+    evaluates are called points. The points of all copies are one tensor (n·B, 3, H, W). Their losses have the
+    shape (n, B), or (n,) for an objective that is defined on the batch.
     """
 
     model: nn.Module
@@ -137,7 +147,7 @@ class Problem:
             self.clean_scores = self.images.new_full((len(self.images),), math.nan)
 
     def check_losses(self, losses: Tensor) -> None:
-        """Raise ValueError if some image has neither a finite loss nor a finite clean score.
+        """Raise ValueError if an image or the batch has no finite loss, and a clean score is not finite.
 
         Args:
             losses: Losses of all iterates, (restarts, iterates, B) or (restarts, iterates).
@@ -146,7 +156,7 @@ class Problem:
             check_finite(self.scores(self.images).mean(0))
 
     def random_starts(self, copies: int = 1) -> Tensor:
-        """Draw points uniformly from the ball, copy by copy, and clip them to [0, 1]."""
+        """Draw points uniformly from the ball, one copy of the batch after another; clip them to [0, 1]."""
         starts = [self._random_start() for _ in range(copies)]
         return starts[0] if copies == 1 else torch.cat(starts)
 
@@ -170,20 +180,23 @@ class Problem:
         return torch.lerp(others, points, self.per_image(where))  # exact for weights 0 and 1
 
     def loss(self, x: Tensor) -> Tensor:
-        """Return the objective at x, averaged over `eot` passes, (n, B) or (n,)."""
+        """Return the objective at x, (n, B) or (n,), averaged over `eot` passes."""
         return self.loss_of(self.scores(x))
 
     def scores(self, x: Tensor) -> Tensor:
-        """Return the model's scores at x in `eot` passes, without gradient, (eot, n·B)."""
+        """Return the model's scores at x, (eot, n·B), from `eot` passes without gradient."""
         with torch.no_grad():
             return torch.stack([scores_of(self.model, x) for _ in range(self.eot)])
 
     def loss_of(self, scores: Tensor) -> Tensor:
-        """Return the objective at scores (eot, n·B), averaged over the passes, (n, B) or (n,)."""
+        """Return the objective, (n, B) or (n,), for scores (eot, n·B), averaged over the passes."""
         return torch.stack([self._judge(sample) for sample in scores]).mean(0)
 
     def ascend(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the objective at x and its direction of steepest ascent in the norm, averaged over `eot` passes."""
+        """Return the objective at x, averaged over `eot` passes, and the direction of its steepest ascent.
+
+        The direction is `Norm.direction` of the gradient, which is summed over the passes.
+        """
         x = x.detach().requires_grad_()
         losses: list[Tensor] = []
         gradient = None
@@ -229,7 +242,11 @@ class Problem:
 
 
 class Best:
-    """The points with the highest loss so far, per copy and image, or per copy and batch if the loss is per batch."""
+    """The points with the highest loss so far, for each copy of the batch.
+
+    For each image of a copy, the point with the highest loss is kept. If the objective is defined on the
+    batch, a copy has one loss, and the points of all its images are replaced together.
+    """
 
     points: Tensor
     loss: Tensor
@@ -239,7 +256,10 @@ class Best:
         self._empty = True
 
     def offer(self, points: Tensor, loss: Tensor) -> Tensor:
-        """Keep points whose loss is the highest so far; return their mask, in the shape of `loss`. NaN is highest."""
+        """Keep points whose loss is the highest so far; return a mask of these points, shaped like `loss`.
+
+        NaN counts as the highest loss.
+        """
         if self._empty:
             self.points, self.loss, self._empty = points, loss, False
             return torch.ones_like(loss, dtype=torch.bool)
@@ -294,7 +314,10 @@ def _gradient(loss: Tensor, scores: Tensor) -> Tensor | None:
 
 
 def _power_of_two(pull: Tensor) -> Tensor:
-    """Return the power of two that scales the largest finite element to about 2⁸, without synchronisation."""
+    """Return the power of two that scales the largest finite element of |pull| to about 2⁸.
+
+    The result stays on the device, so that the call does not synchronise with the device.
+    """
     largest = pull.abs().nan_to_num(nan=0, posinf=0, neginf=0).max()
     return torch.ldexp(
         torch.ones_like(largest), (_BACKWARD_EXPONENT - largest.frexp().exponent).clamp_max(100)

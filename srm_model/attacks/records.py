@@ -33,7 +33,7 @@ class Records:
     Each file holds the results of one batch and the settings that determine these results.
 
     Args:
-        folder: Folder of the files; None stores nothing.
+        folder: Folder of the files. With None, no files are written.
         settings: Settings of the run, as JSON values.
         count: Number of batches.
 

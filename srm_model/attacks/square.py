@@ -36,18 +36,19 @@ def square_trace(
 ) -> PGDTrace:
     """Maximise an objective by random search, with at most `queries` scores per image and without gradients.
 
-    Each round of queries proposes a change of each image. With "linf", the perturbation in a random square becomes
-    ±eps, with one sign per channel. With "l2", the perturbation in one random square becomes zero. A bump of random
-    sign is added to the normalised perturbation in a second random square. The result is then scaled, so that it uses
-    the norm that both squares had, and the unused part of the budget.
+    Each round of queries proposes a change of each image. With "linf", the perturbation in a random square
+    becomes ±eps, with one sign per channel. With "l2", the perturbation in one random square becomes zero. In
+    a second random square, the perturbation is normalised, and a bump of random sign is added to it. The
+    second square is then scaled. Its new norm consists of the norm that both squares had before the change,
+    and of the unused budget.
 
-    An image keeps the change if the change raises its loss. If the objective is defined on the batch, the changes of
-    the images are tried one after another. A change is kept if it raises the loss of the batch. The scores of the round
-    are sufficient for these trials, so they need no further query.
+    An image keeps the change if the change raises its loss. If the objective is defined on the batch, the
+    changes of the images are tried one after another, and a change is kept if it raises the loss of the
+    batch. Such a trial needs no further query, because all scores of the round are known.
 
-    The model need not be differentiable. Arguments that are not listed, the result and errors are those of `pgd`. In
-    the trace, `losses` has the losses of the kept images after each round, (1, rounds, …). The shares of zero and
-    non-finite gradients are NaN.
+    The model need not be differentiable. Arguments that are not listed, the result and errors are those of
+    `pgd`. In a trace, `losses` has the shape (1, rounds, …), with the losses of the kept images after each
+    round. `zero_gradients` and `nonfinite_gradients` are NaN, because no gradient is computed.
 
     Args:
         queries: Number of scores per image, including the clean score if the objective uses it. Each of the `eot`
@@ -113,7 +114,7 @@ def _decide(
 
 
 class _Squares:
-    """Proposals inside the ball: random squares of shrinking area."""
+    """Propose changes in random squares of shrinking area; the changed images stay in the ball."""
 
     def __init__(self, problem: Problem, area: float) -> None:
         self.problem, self.area = problem, area
@@ -121,7 +122,11 @@ class _Squares:
         self._on: dict[str, Any] = {"generator": problem.generator, "device": problem.generator.device}
 
     def start(self) -> Tensor:
-        """Return the start: vertical stripes of ±eps, or a grid of bumps with total norm eps for a norm with bumps."""
+        """Return the points where the search starts.
+
+        The perturbation of a starting point is a grid of bumps with norm eps if `Norm.bumps` is true, and
+        vertical stripes of ±eps otherwise.
+        """
         images = self.problem.images
         if not self.problem.norm.bumps:
             delta = self._signs(self.batch, self.channels, 1, self.width) * self.problem.eps
@@ -151,7 +156,11 @@ class _Squares:
         return self.problem.project(images + self._moved(x - images, max(side, min(3, shorter))))
 
     def _moved(self, delta: Tensor, side: int) -> Tensor:
-        """Set one square of a perturbation to zero and add its norm to another square as a bump of random sign."""
+        """Set a perturbation to zero in one random square and add a bump of random sign in another square.
+
+        The other square is scaled. Its new norm consists of the former norm of both squares and of the unused
+        budget.
+        """
         target, source = self._window(side), self._window(side)
         old = delta[target]  # [B, side, side, C]
         spare = (self.problem.eps**2 - delta.square().sum((1, 2, 3))).clamp_min(0) / self.channels  # [B]

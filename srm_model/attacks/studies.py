@@ -61,7 +61,7 @@ def transfer(
         - `doubts`: a warning for each source with more than 1 % zero gradients, or with a gradient that is not finite.
 
     Raises:
-        ValueError: As `Suite.run`, or there are fewer than two models.
+        ValueError: As in `Suite.run`, or there are fewer than two models.
     """
     if len(models) < 2:
         raise ValueError(f"models has {len(models)} entries; a transfer needs at least two")
@@ -109,7 +109,7 @@ def transfer(
 def _transfer_result(
     batches: Sequence[Batch], models: Sequence[str], logistics: Mapping[str, LogisticMap | None]
 ) -> dict[str, Any]:
-    """Return the entries of the result of `transfer` that depend on the scores."""
+    """Return the entries `mos`, `doubts`, `clean` and `pairs` of the result of `transfer`."""
     labels = [value for batch in batches for value in batch.mos]
     shares = {source: means(batches, source, ("zero_gradients", "nonfinite_gradients")) for source in models}
     return {
@@ -146,7 +146,9 @@ def sweep_steps(
     steps: Sequence[int] | None = None,
     **arguments: Any,
 ) -> list[dict[str, Any]]:
-    """Run a suite with different numbers of steps. Each number of steps has its step size (docs/METHOD.md §6).
+    """Run a suite with different numbers of steps.
+
+    The step size of PGD is inversely proportional to the number of steps (docs/METHOD.md §6).
 
     Arguments that are not listed are those of `Suite.run`. Each run of the suite has its own folder inside `resume`.
 

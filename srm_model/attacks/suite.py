@@ -34,7 +34,10 @@ _DEFAULTS = SRMConfig()
 
 
 class Dataset(Protocol):
-    """A dataset of pairs: an image (3, H, W), float in [0, 1], and its normalised MOS. `names` is optional."""
+    """A dataset of pairs: an image (3, H, W), float in [0, 1], and its normalised MOS.
+
+    The attribute `names`, with a name for each image, is optional.
+    """
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> tuple[Tensor, float]: ...
@@ -106,7 +109,7 @@ class Suite:
         config: Settings of the attacks. Default: `SRMConfig()`.
 
     Raises:
-        ValueError: There is no attack, or two have the same name.
+        ValueError: There is no attack, two attacks have the same name, or an attack has the name "clean".
     """
 
     def __init__(self, attacks: Sequence[Attack], config: SRMConfig | None = None) -> None:
@@ -158,15 +161,15 @@ class Suite:
     ) -> SuiteResult:
         """Attack every image of a dataset with every attack of the suite.
 
-        Scores are computed on the float images, not on images rounded to 8 bits. A model whose attribute `stochastic`
-        is true is attacked with EOT over `config.eot_samples` passes, and its scores are averaged over the same number
-        of passes. A correlation is NaN if the scores are constant or not finite, and NaN counts as the worst result. An
-        attack whose gradients are zero or not finite may overstate robustness; a warning and `worst["doubts"]` name
-        such attacks.
+        Scores are computed on the float images, not on images rounded to 8 bits. If the attribute
+        `stochastic` of a model is true, its attacks use EOT over `config.eot_samples` passes, and its scores
+        are averaged over the same number of passes. A correlation is NaN if the scores are constant or not
+        finite, and NaN counts as the worst result. An attack whose gradients are zero or not finite may
+        overstate robustness; a warning and `worst["doubts"]` name such attacks.
 
-        In a torch.distributed process group, the batches are distributed over the ranks, and all ranks use the same
-        folder `resume`. Every rank returns the whole result, bitwise equal to the result of a single process. Rank 0
-        shows its own progress.
+        In a torch.distributed process group, the batches are distributed over the ranks, and all ranks use
+        the same folder `resume`. Every rank returns the whole result, bitwise equal to the result of a single
+        process. The progress bar is shown by rank 0 and counts only the batches of rank 0.
 
         Args:
             model: Any module that `pgd` accepts.
@@ -294,7 +297,7 @@ class Job:
         return torch.stack(images), torch.tensor([mos for _, mos in items], dtype=torch.float64)
 
     def item(self, index: int) -> tuple[Tensor, float]:
-        """Return an image and its MOS; raise TypeError for an item of another form."""
+        """Return an image and its MOS; raise TypeError if the item of the dataset is not such a pair."""
         found: Any = self.dataset[index]
         if isinstance(found, tuple | list) and len(found) == 2:
             with suppress(TypeError, ValueError, RuntimeError):
@@ -307,7 +310,7 @@ class Job:
         )
 
     def score(self, number: int, images: Tensor) -> list[float]:
-        """Score a batch; clean and attacked images get the same random numbers."""
+        """Score a batch, with a seed that is the same for its clean and its attacked images."""
         seed = derived_seed(self.seed, number, 0)
         return predict(self.model, images, samples=self.samples(self.model), seed=seed).tolist()
 
@@ -401,7 +404,7 @@ def _examples(job: Job, records: Records) -> list[Example]:
 def correlations(
     parts: Iterable[list[float]], mos: list[float], logistic: LogisticMap | None
 ) -> dict[str, Any]:
-    """Concatenate a model's scores; return srocc, plcc and the scores."""
+    """Concatenate a model's scores of all batches; return a dict with srocc, plcc and these scores."""
     scores = [score for part in parts for score in part]
     mapped = scores if logistic is None else logistic(scores)
     return {"srocc": srocc(scores, mos), "plcc": plcc(mapped, mos), "scores": scores}

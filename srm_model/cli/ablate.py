@@ -19,7 +19,10 @@ from srm_model.study.sharing import check_sets, do_one, find_job, missing, share
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run one job, or all jobs whose results are missing, and print a summary. Or only list the jobs."""
+    """Run the jobs of a study whose results are missing, and print a summary.
+
+    With --job, run only this job. With --list or --dry-run, only list jobs.
+    """
     if args.json and (args.list or args.dry_run or args.job):
         raise ValueError(
             "--json was given with --list, --dry-run or --job, which print no table; expected --json without them"

@@ -51,7 +51,10 @@ def run(args: argparse.Namespace) -> None:
 def print_results(
     results: Sequence[tuple[Path, dict[str, Any]]], *, as_json: bool = False, table: str | None = None
 ) -> None:
-    """Print one row per result, as in `print_rows`. Text also has a line for each attack that may be too weak."""
+    """Print one row per result, as in `print_rows`.
+
+    Without `as_json`, also print a line for each attack that may overstate robustness.
+    """
     rows = [row(folder, result) for folder, result in results]
     print_rows(rows, COLUMNS, as_json=as_json, table=table)
     for found in [] if as_json else rows:

@@ -1,4 +1,4 @@
-"""`srm-iqa demo`: the full pipeline on photographs of installed packages, without a download."""
+"""`srm-iqa demo`: the full pipeline on photographs that installed packages contain, without a download."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def _diagnose_all(args: argparse.Namespace, folders: list[Path]) -> None:
 
 
 def _rows(found: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Return the rows of the tables that `markdown` formats, by table."""
+    """Return the tables that `markdown` formats, as a dict from the name of a table to its rows."""
     return {
         "settings": [{"setting": name, **summary} for name, summary in found["table"].items()],
         "links": [

@@ -83,12 +83,12 @@ def add_labels(group: argparse._ArgumentGroup) -> None:
 
 
 def images_of(text: str) -> int | str:
-    """Parse a number of images or a folder of images, for argparse."""
+    """Parse the value of `--images` for argparse: how many images to use, or a folder of images."""
     return positive(text) if text.isdecimal() and not Path(text).is_dir() else text
 
 
 def interface_of(args: argparse.Namespace, *, lower_is_better: bool | None) -> Interface:
-    """Return the interface that the arguments of `add_model` describe."""
+    """Return the interface of the model, as given by `lower_is_better` and the options that `add_model` adds."""
     from srm_model.external import IMAGENET, Interface
 
     given: dict[str, Any] = {name: getattr(args, name) for name in ("mean", "std", "peak")}
@@ -101,7 +101,10 @@ def interface_of(args: argparse.Namespace, *, lower_is_better: bool | None) -> I
 
 
 def check_model_options(args: argparse.Namespace) -> None:
-    """Raise ValueError if an option is given without the `--model` that it needs. Set the default of `args.size`."""
+    """Raise ValueError if an option that needs `--model` is given without `--model`.
+
+    With `--model`, set `args.size` to its default if `--size` was not given.
+    """
     if args.model is not None:
         args.size = args.size or SIZE
         return
@@ -111,7 +114,7 @@ def check_model_options(args: argparse.Namespace) -> None:
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Raise ValueError for options of `attack` and `audit` that contradict each other."""
+    """Raise ValueError if options of `attack` or `audit` contradict each other, or if a required option is missing."""
     check_model_options(args)
     if args.model is None:
         if args.folder is None:

@@ -62,7 +62,11 @@ class Maps:
         return path
 
     def _path(self, source: str) -> Path:
-        """Return the path of a map. In a folder, a map has the name of its image with the suffix .map.png."""
+        """Return the path of the map of the image `source`.
+
+        In a folder, the map of photo.jpg is photo.jpg.map.png. If images from several folders have this name, the maps
+        of the other images are photo.jpg-2.map.png, photo.jpg-3.map.png and so on.
+        """
         if not self._several and not self._out.is_dir():
             return self._out
         base, number = Path(source).name, 1

@@ -66,7 +66,10 @@ def add_config(parser: argparse.ArgumentParser, *fields: str) -> None:
 
 
 class _Registered:
-    """The accepted values of registered fields, as text for `--help`. Modules are imported only to print this text."""
+    """The accepted values of the fields in `REGISTERED`, as text for `--help`.
+
+    The text is built only when it is printed, because building the text imports torch.
+    """
 
     def __str__(self) -> str:
         return "; ".join(
@@ -82,7 +85,9 @@ def config_from(args: argparse.Namespace, base: SRMConfig | None = None) -> SRMC
         base: Config to change. Default: `SRMConfig()`.
 
     Raises:
-        ValueError: `--set` has no "=", the file of `--config` has no fields, or `SRMConfig` rejects a value.
+        ValueError: A value of `--set` has no "=", the file of `--config` is not a JSON object of fields, a field is
+            unknown, or `SRMConfig` does not accept a value.
+        TypeError: The value of a field has the wrong type.
     """
     changes: dict[str, Any] = {}
     if args.config is not None:
@@ -108,7 +113,8 @@ def attack_config_from(args: argparse.Namespace, trained: SRMConfig) -> SRMConfi
         trained: Config of the model.
 
     Raises:
-        ValueError: An argument changes a field that cannot change after training.
+        ValueError: As in `config_from`, or an argument changes a field that cannot change after training.
+        TypeError: As in `config_from`.
     """
     config = config_from(args, trained)
     followed = (*config.attack_settings(), "attack_sweep_steps", "seed", "backend")
@@ -215,11 +221,11 @@ def default_norms() -> list[str]:
 
 
 def budget_help(*, last: bool = False) -> str:
-    """Return the part of the help of `--eps` that depends on the norms: notes on budgets, and the default budgets.
+    """Return the end of the help text of `--eps`: each norm's note on its budgets, and each norm's default budgets.
 
     Args:
-        last: Whether the option has only one default budget per norm: the last budget of `Norm.tables_of`. Otherwise
-            all budgets of `Norm.tables_of` are the default.
+        last: Whether the default is only the last budget of `Norm.tables_of`, for each norm. If False, the default is
+            all budgets of `Norm.tables_of`.
     """
     config, start = SRMConfig(), -1 if last else None
     notes = [norm.stated for norm in NORMS.values() if norm.stated]
@@ -248,14 +254,14 @@ def budgets_of(norm: str, given: Sequence[float] | None, config: SRMConfig) -> t
 
 
 def device_from(name: str | None) -> torch.device:
-    """Return a device after a check that it works.
+    """Return the named device after a check that it works, or the default device.
 
     Args:
-        name: Name for `torch.device`. Default: "cuda" if CUDA is available, otherwise "cpu". Under torchrun, "cuda" is
-            the GPU of the local rank.
+        name: Name of the device, as accepted by `torch.device`. Default: a GPU if CUDA is available, otherwise "cpu".
+            Under torchrun, the default GPU is the GPU of the local rank.
 
     Raises:
-        ValueError: The device cannot be used on this machine.
+        ValueError: The named device cannot be used on this machine.
     """
     import torch
 

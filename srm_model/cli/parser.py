@@ -67,7 +67,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of all commands. `run` of the parsed arguments is "module:function" in `srm_model.cli`."""
+    """Return the parser of all commands.
+
+    In the parsed arguments, `run` names the function that runs the command. Its form is "module:function", with a
+    module of `srm_model.cli`.
+    """
     parser = _Parser(prog="srm-iqa", description="Train, attack and audit no-reference image quality models.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -129,7 +133,7 @@ def _command(
     *,
     table: bool = False,
 ) -> _Parser:
-    """Add a command with the options of every command, and `--json` if the command prints a table."""
+    """Add a command with the options `--traceback` and `--no-progress`, and with `--json` if `table` is true."""
     description = f"{summary[0].upper()}{summary[1:]}. {details}".strip()
     made = commands.add_parser(name, help=summary, description=description)
     made.add_argument("--traceback", action="store_true", help="show the traceback of an error")
@@ -480,7 +484,7 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `python -m srm_kernels verify`, whose own parser would import torch."""
+    """Repeat the options of `python -m srm_kernels verify`, because importing that command's parser imports torch."""
     add = parser.add_argument
     add("--device", help="cuda or cuda:NUMBER")
     add("--export", help="also write the rows as JSON lines")

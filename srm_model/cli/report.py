@@ -15,7 +15,7 @@ from srm_model.reports.study_tables import markdown, rows_of
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the page of a run or study, or only the requested tables and figures of a study. Print the paths."""
+    """Write the report of a run or study, or only requested tables and figures of a study; print the written paths."""
     if args.json and args.table is None:
         raise ValueError("--json was given without --table; only tables are printed as JSON")
     folder = Path(args.folder)

@@ -29,14 +29,14 @@ from srm_model.external import open_model
 
 
 class _Source(NamedTuple):
-    """A file to score, or, in `fault`, the reason why a name on the command line cannot be scored."""
+    """A file to score. If `fault` is not None, `path` cannot be scored, and `fault` is the reason."""
 
     path: str
     fault: str | None = None
 
 
 class _Result(NamedTuple):
-    """The score of a file, or, in `fault`, the reason why the file has no score."""
+    """The score of a file. If the file has no score, `score` is None and `fault` is the reason."""
 
     path: str
     score: float | None
@@ -45,7 +45,7 @@ class _Result(NamedTuple):
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print one line per scored file and return 2 if a file could not be read or scored."""
+    """Print one line per scored file; return 2 if a file could not be scored or a map could not be written, else 0."""
     check_model_options(args)
     names = list(args.images)
     chosen: Path | None = None
@@ -116,7 +116,7 @@ def _model_name(folder: Path) -> str:
 
 
 def _listed(file: str, *, null: bool) -> list[str]:
-    """Return the names in a list file ("-": stdin). Line breaks or NUL bytes separate the names."""
+    """Return the names in a list file ("-": stdin), separated by NUL bytes if `null` is true, else by line breaks."""
     try:
         data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
     except OSError as error:
@@ -193,7 +193,7 @@ def _scored(model: Any, size: int, device: torch.device, batch: list[_Source]) -
 
 
 def _scores(model: Any, device: torch.device, images: list[Tensor]) -> list[Any]:
-    """Return the score of each image, or the reason if the model fails on this image."""
+    """Return a score for each image. If the model fails on an image, return the error message instead of its score."""
     if not images:
         return []
     try:
@@ -213,7 +213,10 @@ def _load(path: str, image_size: int) -> Tensor | str:
 
 
 def _draw(maps: Maps, model: Any, result: _Result, named: str, args: argparse.Namespace) -> str | None:
-    """Write the map of a scored image and return its path. If there is no map, return None and report the reason."""
+    """Write the map of a scored image and return the path of the map.
+
+    If the file has no score, return None. If the map cannot be written, report the reason and return None.
+    """
     if result.image is None:
         return None
     try:

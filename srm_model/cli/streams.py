@@ -29,7 +29,10 @@ class Output:
         self._try(lambda stream: stream.flush())
 
     def lost(self) -> str | None:
-        """Return the reason of the first failed write, or None. After a failed write, further output is dropped."""
+        """Flush the output, and return the reason for the first failed write, or None if no write failed.
+
+        If a write failed, this method redirects standard output to the null device, so further output is dropped.
+        """
         if self._fault is None and self._stream is not None:
             with suppress(OSError):
                 self.flush()
@@ -54,11 +57,11 @@ class Output:
 
 @contextmanager
 def prepared() -> Iterator[Output]:
-    """Make standard output and standard error accept any text within the block; yield standard output.
+    """Within the `with` block, make standard output and standard error accept any text; yield standard output.
 
     A file name may contain bytes that cannot be decoded. Standard output writes these bytes unchanged. Standard error
-    writes an escape sequence such as \\udcff for each byte. Any other character that the
-    encoding of a stream cannot represent is written as an escape sequence such as \\u2192.
+    writes an escape sequence such as \\udcff for each byte. Any other character that the encoding of a stream cannot
+    represent is written as an escape sequence such as \\u2192.
     """
     _replace_closed()
     output = Output(sys.stdout)

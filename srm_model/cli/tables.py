@@ -1,7 +1,8 @@
 """The tables that commands print: rows of values, as plain text or, with `--json`, as one JSON object per row.
 
-`add_json` adds `--json` to a command; in `parser.py`, `table=True` calls it. Commands print their tables with
-`print_rows` or `print_json`. Only `verify`, which belongs to `srm_kernels`, prints its own JSON.
+`add_json` adds `--json` to a command. In `parser.py`, `_command` calls `add_json` for a command with `table=True`.
+Commands print their tables with `print_rows` or `print_json`. Only `verify`, which belongs to `srm_kernels`, prints its
+own JSON.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def print_rows(
             that `columns` selects.
         columns: Columns of the text (see `Columns`). JSON ignores them.
         as_json: Whether to print JSON.
-        table: Name of the table, which is added to each JSON object. For commands that print several tables.
+        table: Name of the table, which is added to each JSON object. Commands that print several tables need this
+            name to distinguish the tables.
     """
     if as_json:
         print_json(rows, table)
@@ -53,7 +55,7 @@ def print_json(rows: Iterable[Row], table: str | None = None) -> None:
 
 
 def print_text(text: str, *, as_json: bool = False) -> None:
-    """Print text beside a table. With JSON, print the text on stderr, so that standard output has only JSON."""
+    """Print text that is not part of a table. If `as_json` is true, use stderr, so that stdout has only JSON."""
     if as_json:
         say(text.strip("\n"))
     else:
@@ -71,7 +73,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
 
 
 def cell(value: Any) -> str:
-    """Format a value for a table. Numbers get three decimals; None and NaN become "undefined"."""
+    """Format a value for a table. Floats get three decimals; None and NaN become "undefined"."""
     if value is None or value != value:
         return "undefined"
     return f"{value:.3f}" if isinstance(value, float) else str(value)

@@ -94,7 +94,7 @@ def _evaluate_all(
 
 
 def print_clean(folders: list[Path], *, as_json: bool = False, table: str | None = None) -> None:
-    """Print the correlations of trained checkpoints on clean images, as in `print_rows`."""
+    """Print the correlations of trained checkpoints on clean test images as a table (see `print_rows`)."""
     rows = [{"neck": folder.name, **_correlations(read_json(folder / EVALUATION))} for folder in folders]
     columns = {"neck": "neck", "SROCC": "srocc", "PLCC": "plcc", "test images": "images"}
     print_rows(rows, columns, as_json=as_json, table=table)

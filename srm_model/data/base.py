@@ -25,7 +25,7 @@ SPLITS = ("train", "val", "test")
 
 
 def published_name(name: str, images: int, published: int) -> str:
-    """Return the dataset's name. For a list that differs in length from the published one, add its number of images."""
+    """Return the dataset's name. If `images` differs from `published`, the name also states both numbers."""
     return name if images == published else f"{name} ({images} of its {published} images)"
 
 
@@ -86,7 +86,8 @@ def find_images(
         verify, progress: As in `find_faults`.
 
     Raises:
-        ValueError: The folder is missing, the list is empty, or there are faults.
+        ValueError: The folder is missing, `rows` is empty, or `faults` has a fault, which the caller may have
+            added.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; expected the images that {faults.source} lists")
@@ -130,22 +131,23 @@ def parse_mos(text: str, low: float, high: float) -> float:
 
 
 class ImageQualityDataset(Dataset[tuple[Tensor, float]]):
-    """Images of one split with normalised labels. `TID2013` and `KonIQ10k` construct it from files.
+    """Images of one split of a dataset, with normalised labels. `TID2013` and `KonIQ10k` open datasets from files.
 
     An item is a pair `(image, mos)`. `image` is (3, S, S), float32, in [0, 1]. `mos` is a float in [0, 1]; higher is
     better. `DataLoader` collates `mos` to float64.
 
-    The train split uses the train transform by default. This transform takes a random crop of side `crop_size` and
-    mirrors it with probability 0.5. The crop and the mirroring depend only on seed, epoch and index. The test transform
-    takes the centre crop of side S.
+    By default, the train split uses the train transform, and the other splits use the test transform. Both transforms
+    first resize the shorter side of the image to S. The train transform then takes a random crop of side `crop_size`
+    and mirrors the crop with probability 0.5. The crop and the mirroring depend only on seed, epoch and index. The test
+    transform takes the centre crop of side S.
 
     Attributes:
         name: Name of the dataset.
         root: Folder of the dataset.
         split: "train", "val" or "test".
         labels: Source of the labels. "mos": people's scores of these images. "opinions:<dataset>": people's scores of
-            similar images in another dataset. "metric:<name>": values of a metric. In a dataset of `labelled_images`,
-            the text names the table and the column of the scores.
+            similar images in another dataset. "metric:<name>": values of a metric. "scores of <table>, column
+            <column>": scores from the table that `labelled_images` was given.
         label_range: Lowest and highest label. Normalisation maps them to 0 and 1.
         crop_size: Side in pixels of the train transform's crops, at most S. Default: S. The function `train` assigns
             `SRMConfig.crop_size` to this attribute.
@@ -194,11 +196,11 @@ class ImageQualityDataset(Dataset[tuple[Tensor, float]]):
 
     @staticmethod
     def missing(root: Path) -> str | None:
-        """Return why the folder does not hold this dataset, or None if it does."""
+        """Return why a folder does not hold a dataset of this class, or None if it does."""
         raise NotImplementedError
 
     def details(self, sets: Mapping[str, ImageQualityDataset]) -> dict[str, Any]:
-        """Return the entries of `describe` that only this dataset has.
+        """Return the entries of `describe` that only datasets of this class have.
 
         Args:
             sets: The three splits by their names.
@@ -207,7 +209,7 @@ class ImageQualityDataset(Dataset[tuple[Tensor, float]]):
 
     @property
     def epoch(self) -> int:
-        """The epoch that determines the random crops. Persistent workers also see a new value."""
+        """The epoch, which determines the random crops. A new value also reaches persistent workers of `DataLoader`."""
         return int(self._epoch)
 
     @epoch.setter

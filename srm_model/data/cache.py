@@ -24,8 +24,8 @@ class ImageCache:
 
     If the cache is full, further images are not stored and no stored image is removed. Removal would not help, because
     every image is read once per epoch, in random order. A file is decoded again if its size or modification time has
-    changed. Workers, ranks and trainings with different image sizes can share a folder. The folder may be deleted at
-    any time. If the disk is full, images are still read, but no longer stored.
+    changed. Workers, ranks and training runs can share a folder, even if the training runs have different image sizes.
+    The folder may be deleted at any time. If the disk is full, images are still read, but no longer stored.
 
     Args:
         folder: Folder of the cache, on a disk or in memory (/dev/shm). It is created when the first image is stored.

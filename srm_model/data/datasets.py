@@ -1,6 +1,6 @@
-"""List the datasets that a folder can hold, and open the dataset of a folder.
+"""Detect the type of the dataset in a folder, and open the dataset.
 
-A new dataset is a subclass of `ImageQualityDataset` in a module of its own, and an entry of `DATASETS`.
+To add a type, write a subclass of `ImageQualityDataset` in a module of its own, and add the subclass to `DATASETS`.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ def open_dataset(
 ) -> TID2013 | KonIQ10k:
     """Open a dataset whose type is detected from its files.
 
-    A folder with `mos_with_names.txt` or `labels.json` is opened as TID2013. (An unfinished synthesised dataset has
-    `labels.json` only.) A folder with a table that has KonIQ-10k's columns is opened as KonIQ-10k.
+    A folder with `mos_with_names.txt` or `labels.json` is opened as TID2013. A folder with only `labels.json` is an
+    unfinished synthesised dataset; opening it raises ValueError. A folder with a table that has KonIQ-10k's columns is
+    opened as KonIQ-10k.
 
     Args:
         root, split, seed, image_size, train, cache, verify, progress: As in `TID2013` and `KonIQ10k`.
@@ -85,7 +86,7 @@ def describe(
         - image_folder, only for KonIQ-10k: name of the folder of images.
 
     Raises:
-        ValueError: The dataset is faulty, as in `TID2013` and `KonIQ10k`.
+        ValueError: As in `open_dataset`.
     """
     sets = {
         split: open_dataset(

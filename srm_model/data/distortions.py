@@ -7,16 +7,16 @@ dB, down to the lowest PSNR that the photograph can reach. A type that cannot ch
 unchanged. Some types differ from these rules:
 
 - Blur, denoising and JPEG (types 8, 9 and 10) use fixed parameters for each level. The PSNR therefore depends on the
-  photograph. Averaged over the Kodak photographs, the PSNRs of levels 1 to 5 are the values above. With the same PSNR
-  for every photograph, photographs with much texture would be blurred less than others. The opinion scores of TID2013
-  show that its photographs with much texture are not blurred less.
+  photograph. Averaged over the Kodak photographs, the PSNRs of levels 1 to 5 are the values above. If the PSNR were the
+  same for every photograph instead, photographs with much texture would be blurred less than others. In TID2013, they
+  are not blurred less, as its opinion scores show.
 - All levels of type 15 have the same PSNR. The levels differ in the number of blocks.
-- The levels of type 17 lower and raise the contrast in turn.
+- Type 17 lowers the contrast at levels 1, 3 and 5, and raises the contrast at levels 2 and 4.
 
 The types follow the descriptions in TID2013's paper (Ponomarenko et al., "Image database TID2013: Peculiarities,
 results and perspectives", Signal Processing: Image Communication 30, 2015). TID2013's own programs are not public, so
-each type is an approximation, which its docstring describes. `python -m bench.opinions` compares the images with
-people's opinions.
+each type is an approximation, which its docstring describes. To check the approximations, `python -m bench.opinions`
+correlates metrics of the distorted images with TID2013's opinion scores.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def _at_level(reference: Planes, render: Render, level: int) -> Pixels:
 
 
 def _at_psnr(reference: Planes, render: Render, target_of: Callable[[float, float], float]) -> Pixels:
-    """Return the image whose PSNR is nearest to a target. The strength is found by false position.
+    """Search for the strength whose image has the PSNR nearest to a target (regula falsi), and return this image.
 
     Args:
         reference: The photograph.
@@ -166,7 +166,7 @@ def _pixels(image: npt.NDArray) -> Pixels:
 
 
 def _between(weakest: float, strongest: float, strength: float) -> float:
-    """Interpolate geometrically, so that the PSNR is roughly linear in the strength."""
+    """Interpolate geometrically from `weakest` to `strongest`, so that the PSNR is roughly linear in `strength`."""
     return weakest * (strongest / weakest) ** strength
 
 
@@ -267,7 +267,7 @@ def _denoising(image: Planes, level: int, rng: np.random.Generator) -> Pixels:
 
 
 def _jpeg(image: Planes, level: int, rng: np.random.Generator) -> Pixels:
-    """Compress with baseline JPEG, 4:2:0, with the same quality for every photograph."""
+    """Compress with baseline JPEG, 4:2:0. The JPEG quality depends only on the level, not on the photograph."""
     return _decode(_jpeg_bytes(_pixels(image), JPEG_QUALITY[level - 1]))
 
 
@@ -294,7 +294,8 @@ def _jpeg2000_transmission(image: Planes, level: int, rng: np.random.Generator) 
     """Write JPEG2000 of high quality, change random bytes in the packets of the middle scales, and decode.
 
     The first packets have the coarsest scales. They stay intact, because one changed byte there distorts the image more
-    than level 5. The last packets have the finest scales. They stay intact, because changes there are hardly visible.
+    than level 5 allows. The last packets have the finest scales. They stay intact, because changes there are hardly
+    visible.
     """
     data = _jpeg2000_bytes(_pixels(image), 40, codeblock_size=(16, 16))
     start = data.find(b"\xff\x93") + 2  # start of data
@@ -328,9 +329,9 @@ def _pattern_noise(image: Planes, level: int, rng: np.random.Generator) -> Rende
 def _block_distortions(image: Planes, level: int, rng: np.random.Generator) -> Pixels:
     """Replace square blocks by one colour each. Higher levels have fewer and stronger blocks, at the same PSNR.
 
-    In TID2013, the opinion scores of this type rise with the level. Few strong blocks disturb people less than many
-    weak blocks of the same PSNR. The colour of a block is the mean colour of the photograph in the block plus an
-    offset. If the mean colours alone already give a PSNR below `BLOCK_PSNR`, a block keeps some texture.
+    In TID2013, the opinion scores of this type rise with the level, because few strong blocks disturb people less than
+    many weak blocks at the same PSNR. The colour of a block is the mean colour of the photograph in the block plus an
+    offset. If the mean colours alone already give a PSNR below `BLOCK_PSNR`, the blocks keep some of the texture.
     """
     height, width = image.shape[:2]
     side = round(min(height, width) / 12)

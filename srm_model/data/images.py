@@ -61,7 +61,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def check_regular(path: str | Path) -> None:
-    """Raise OSError for a pipe, a socket or a device, because reading from such a file may block forever."""
+    """Raise OSError if a path is not a regular file, because reading a pipe, socket or device may block forever."""
     mode = Path(path).stat().st_mode
     if not stat.S_ISREG(mode):
         raise OSError("it is a folder" if stat.S_ISDIR(mode) else "it is not a regular file")
@@ -104,7 +104,8 @@ class Picture:
         """Return the part of the image inside `box` as RGB, resized to `size` with antialiased bicubic interpolation.
 
         The result equals the result of Pillow's `Image.resize` with this box on the whole RGB image. To limit memory, a
-        large image is converted in bands of rows, and each band is resized to the new width.
+        large image is converted to RGB in bands of rows. Each band is resized to the new width. The joined bands are
+        then resized to the new height.
 
         Args:
             size: Width and height of the result.
@@ -128,7 +129,13 @@ class Picture:
 
 
 def _reached(start: float, end: float, size: int, side: int) -> tuple[int, int]:
-    """Return (first, last + 1) of the pixels along one side that bicubic resizing of `start` to `end` reads."""
+    """Return the pixels of one axis that bicubic resizing may read, as the range (first, last + 1).
+
+    Args:
+        start, end: The part of the axis that is resized.
+        size: Length of the part after resizing.
+        side: Length of the whole axis before resizing.
+    """
     reach = ceil(2 * max(1, (end - start) / size)) + 1
     return max(0, floor(start) - reach), min(side, ceil(end) + reach)
 
@@ -168,8 +175,8 @@ def pixel_limit(pixels: int | None) -> Iterator[None]:
 
     The limit applies to the whole process, including other threads.
 
-    Two warnings of Pillow are suppressed: for an image with more than half of the allowed pixels, and for broken EXIF
-    data. Such images can be read.
+    Two warnings of Pillow are suppressed, because the images that cause them can be read: the warning for an image with
+    more than half of the allowed pixels, and the warning for broken EXIF data.
 
     Args:
         pixels: The limit. 0 removes the limit; None leaves it unchanged.
@@ -222,9 +229,9 @@ def find_faults(paths: Sequence[Path], *, verify: str, progress: bool = True) ->
     """Find files that cannot be read as images.
 
     Decoding takes about a second of CPU time for TID2013 (3,000 files), and half a minute for KonIQ-10k (10,073 files
-    at 1024×768). If 1,000 or more files are decoded without a fault, a record in the user's cache folder says so. Later
-    calls do not decode the same files again, unless the size or modification time of a file has changed. Without a
-    cache folder, nothing is recorded.
+    at 1024×768). If 1,000 or more files are decoded without a fault, an empty file in the user's cache folder records
+    this result for this list of files. Later calls with the same list decode nothing, unless the size or modification
+    time of a file has changed. Without a cache folder, nothing is recorded.
 
     Args:
         paths: Files to check.
@@ -232,7 +239,8 @@ def find_faults(paths: Sequence[Path], *, verify: str, progress: bool = True) ->
         progress: Whether to show a progress bar if stderr is a terminal.
 
     Returns:
-        A dict from the file's index in `paths` to the reason, for each file that cannot be read.
+        A dict with one entry for each file that cannot be read. The key is the index of the file in `paths`. The value
+        is the reason why the file cannot be read.
     """
     if verify not in VERIFY:
         raise ValueError(f"verify={verify!r}: expected one of {', '.join(map(repr, VERIFY))}")
@@ -264,7 +272,7 @@ def find_faults(paths: Sequence[Path], *, verify: str, progress: bool = True) ->
 
 
 def _seal(paths: Sequence[Path]) -> Path | None:
-    """Return the path of the record that `find_faults` creates after it has decoded all these files without a fault.
+    """Return the path of the record that `find_faults` creates after it has decoded all of `paths` without a fault.
 
     The record is an empty file. Its name depends on the path, size and modification time of every file of `paths`.
     Return None if the user has no cache folder, or if one of the files is missing. `find_faults` reports missing files.

@@ -39,15 +39,17 @@ _AGREEMENT = 0.1  # tolerance on the scale 0 to 100; rounding errors are much sm
 class KonIQ10k(ImageQualityDataset):
     """KonIQ-10k: 10,073 photographs with people's opinions, split 7058/1000/2015 into train, val and test.
 
-    The first list, `koniq10k_distributions_sets.csv`, has the split and the MOS on 0 to 100. The second list,
-    `koniq10k_scores_and_distributions.csv`, is optional. It has no split. It has the MOS on 1 to 5, and MOS_zscore on
-    0 to 100. Its MOS_zscore must agree with the MOS of the first list.
+    The first list, `koniq10k_distributions_sets.csv`, gives the split of each image, and its MOS on a scale from 0 to
+    100. The second list, `koniq10k_scores_and_distributions.csv`, is optional and has no split. It gives two scores of
+    each image: the MOS on a scale from 1 to 5, and MOS_zscore on a scale from 0 to 100. If an image is in both lists,
+    its MOS_zscore must agree with its MOS in the first list.
 
-    Both lists are recognised by their columns, not by their names. The suffix is `.csv` or `.tsv`. The separator is a
-    comma, a semicolon, a tab or a bar. The encodings are as in `srm_model.data.lists.read_list`.
+    Both lists are recognised by their columns, not by their names. Their suffix must be `.csv` or `.tsv`. The separator
+    is a comma, a semicolon, a tab or a vertical bar (|). The encodings are those of `srm_model.data.lists.read_list`.
 
-    A list named `koniq10k_distributions_sets.csv` must have the published split. This check rejects truncated lists. A
-    list of a subset needs another name.
+    A list with the name `koniq10k_distributions_sets.csv` must have the published split, 7058/1000/2015 images.
+    Otherwise the list is rejected, because it may be truncated. To use a subset of the images, give the list another
+    name.
 
     Args:
         root: Folder that contains the lists and the folder of images, `1024x768/` or `512x384/`.
@@ -102,7 +104,7 @@ class KonIQ10k(ImageQualityDataset):
 
     @staticmethod
     def missing(root: Path) -> str | None:
-        """Return why no table of the folder has KonIQ-10k's columns, or None if one has them."""
+        """Return the reason why `find_lists` rejects the folder, or None if it finds the list with the split."""
         try:
             find_lists(root)
         except ValueError as error:
@@ -115,7 +117,7 @@ class KonIQ10k(ImageQualityDataset):
 
 
 def _check_whole(entries: list[Entry], sets: Path) -> None:
-    """Raise ValueError if a list with the published name does not have the published split."""
+    """Raise ValueError unless each split has the published number of images; the message names the list `sets`."""
     counts = Counter(entry.group for entry in entries)
     if counts == PUBLISHED_SPLIT:
         return
@@ -136,12 +138,12 @@ def find_lists(root: Path) -> tuple[Path, Path | None]:
         root: Folder of the dataset.
 
     Returns:
-        The path of the list with the split, and the path of the list with the scores on both scales. The second path is
-        None if there is no such list.
+        The path of the list that has the split, and the path of the list that has MOS_zscore. The second path is None
+        if the folder has no list with MOS_zscore.
 
     Raises:
-        ValueError: The list with the split is missing, several files have the columns of one list, or one file has the
-            columns of both lists.
+        ValueError: No file has the columns of the list with the split, two or more files have the columns of the same
+            list, or one file has the columns of both lists.
     """
     sets, scores, others = [], [], []
     for path in sorted(path for path in root.iterdir() if path.suffix.lower() in _SUFFIXES):

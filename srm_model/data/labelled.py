@@ -37,8 +37,9 @@ def labelled_images(
         progress: Whether to show a progress bar while images are checked.
 
     Raises:
-        ValueError: The image or score column is not found or is ambiguous, a row has no image or no number, an image
-            cannot be read, or all scores are equal.
+        ValueError: The image column or the score column is not found or is ambiguous; the image of a row is missing,
+            ambiguous, listed twice or not readable; a score is not a finite number or is outside `label_range`; or all
+            scores are equal and `label_range` is None.
     """
     folder, table = Path(folder), Path(table)
     if not folder.is_dir():

@@ -1,4 +1,7 @@
-"""Label synthesised datasets by a full-reference metric of piq, on a documented scale. Labels are not opinions."""
+"""Label synthesised datasets by a full-reference metric of the package piq.
+
+`Scale` maps the values of the metric to labels from 0 to 9. These labels are not people's opinions.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,9 @@ LABEL_RANGE = (0.0, 9.0)  # the range of TID2013
 class Scale(NamedTuple):
     """Map the value of a metric to a label: max(0, 9·(1 − √((1 − value) / worst))). An undistorted image gets 9.
 
-    Most values of distorted photographs are close to 1. The square root enlarges the differences between these values,
-    and keeps their order. Almost no image of TID2013's five levels has a value below 1 − `worst`.
+    For most distorted photographs, the value of the metric is close to 1. The square root enlarges the differences
+    between these values and keeps their order. A value of 1 − `worst` or less gets the label 0. Almost no image that is
+    distorted at one of TID2013's five levels has a value below 1 − `worst`, so almost no label is clipped.
     """
 
     worst: float

@@ -38,7 +38,11 @@ def read_list(path: Path) -> str:
 
 
 def decode(data: bytes, *, errors: str = "strict") -> str:
-    """Decode bytes as `read_list` does. `errors` is the argument of `bytes.decode` for UTF-16 and UTF-32."""
+    """Decode bytes as `read_list` does.
+
+    For UTF-16 and UTF-32, `errors` is passed to `bytes.decode`. In UTF-8, invalid bytes always become surrogate
+    escapes.
+    """
     for mark, encoding in _MARKS:
         if data.startswith(mark):
             return data.decode(encoding, errors)
@@ -83,7 +87,7 @@ def records(path: Path) -> list[tuple[int, dict[str, str]]]:
 
 
 def number(text: str) -> float:
-    """Read a decimal number with a point or a comma; raise ValueError for anything else."""
+    """Convert text as `float` does, and also accept a decimal comma; raise ValueError for any other text."""
     return float(text.replace(",", ".") if re.fullmatch(r"\s*[+-]?\d+,\d+\s*", text) else text)
 
 

@@ -1,7 +1,8 @@
 """Label synthesised images with TID2013's opinion scores, matched by photograph, distortion type and level.
 
-The references 1 to 24 of TID2013 are photographs of the Kodak dataset. A synthesised image gets the mean opinion score
-of the image in TID2013 with the same photograph, type and level.
+The references 1 to 24 of TID2013 are crops of the photographs of the Kodak dataset. An image that is synthesised from a
+Kodak photograph therefore gets the mean opinion score of the TID2013 image with the same photograph, distortion type
+and level.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ def read_opinions(path: str | Path) -> dict[Key, float]:
     """Read TID2013's `mos_with_names.txt`; return the mean opinion score of every (photograph, type, level).
 
     Raises:
-        ValueError: A line is not a score from 0 to 9 and a name, or a name is listed twice.
+        ValueError: The file cannot be read or has no scores, a line does not consist of a score from 0 to 9 and an
+            image name, or an image is listed twice.
     """
     path = Path(path)
     found: dict[Key, float] = {}

@@ -46,15 +46,15 @@ _PACKAGED = (
 class Frame(NamedTuple):
     """The part of a photograph that is kept.
 
-    With `crop`, the centre of this width and height is kept. With `image_size` only, the central square is kept and
-    resized to this side. With neither, the whole photograph is kept.
+    If `crop` is given, the centre crop with this width and height is kept. If only `image_size` is given, the central
+    square is kept and resized to `image_size`×`image_size`. If both are None, the whole photograph is kept.
     """
 
     image_size: int | None = None
     crop: tuple[int, int] | None = None
 
     def __call__(self, path: Path) -> Pixels:
-        """Return the kept pixels, (H, W, 3) uint8; raise ValueError if the photograph is too small."""
+        """Load the kept part of a photograph, (H, W, 3) uint8; raise ValueError if the photograph is too small."""
         with decoded(path) as picture:
             width, height = picture.size
             kept = picture.size
@@ -95,7 +95,7 @@ def from_packages(frame: Frame) -> list[Photograph]:
 def from_folder(folder: Path, frame: Frame) -> list[Photograph]:
     """Return the photographs of a folder in the order of their names.
 
-    Files with other suffixes than `SUFFIXES`, hidden files and subfolders are ignored.
+    Subfolders, hidden files and files whose suffix is not in `SUFFIXES` are ignored.
 
     Raises:
         ValueError: Photographs cannot be read or are too small. The message names the first faulty photograph and says

@@ -61,14 +61,15 @@ def synthesize(
 ) -> Path:
     """Make a dataset in TID2013's layout from photographs.
 
-    The dataset has these files, with RR the reference, TT the type and L the level:
+    The dataset has these files. In their names, RR, TT and L are the numbers of the reference, the type and the level:
 
     - `reference_images/IRR.BMP` and `distorted_images/iRR_TT_L.bmp`: the images;
     - `mos_with_names.txt`: the list of labels;
     - `labels.json`: the kind of the labels, the settings and the library versions;
     - `references.json`: the origin of the photographs.
 
-    Each file is written atomically. `mos_with_names.txt` is written last. After an interruption, the same call resumes.
+    Each file is written atomically, and `mos_with_names.txt` is written last. To resume after an interruption, repeat
+    the call.
 
     Args:
         out: Folder of the dataset.
@@ -76,7 +77,7 @@ def synthesize(
             show the same scene, because datasets are split by reference.
         packaged: Whether to add the seven photographs of scikit-image and scikit-learn after the images of the folder.
             Default: True if `photographs` and `opinions` are None, otherwise False.
-        image_size: Side in pixels to which the central square of each photograph is resized. None keeps the size.
+        image_size: Side in pixels to which the central square of each photograph is resized. None: do not resize.
         crop: Width and height in pixels of the centre crop of each photograph, instead of `image_size`. With `opinions`
             and without `image_size` the default is 512×384, the size of TID2013's images.
         types: Types of distortion, 1 to 24 (see `srm_model.data.distortions`). Default: all types; with `opinions`, all
@@ -87,21 +88,21 @@ def synthesize(
             values of the metric are mapped to labels from 0 to 9; `labels.json` has the formula. The attribute `labels`
             of the opened dataset is "metric:<name>".
         opinions: Path of TID2013's `mos_with_names.txt`, instead of a metric. Each image gets the opinion score of the
-            TID2013 image with the same photograph, type and level. The number in a photograph's file name selects the
-            reference of TID2013. The distortions are computed anew, so the images are only similar to the images that
-            people saw. The attribute `labels` of the opened dataset is "opinions:TID2013".
-        labels: Path of the `mos_with_names.txt` that the same call wrote on another machine. Its labels replace the
-            computed labels, because the last digits of computed labels depend on the processor. The datasets on both
-            machines then have the same fingerprint.
+            TID2013 image with the same photograph, type and level. The number in a photograph's file name must be the
+            number of its reference in TID2013. The distorted images are computed by this package, so they are only
+            similar to the images that people rated. The attribute `labels` of the opened dataset is "opinions:TID2013".
+        labels: Path of the `mos_with_names.txt` that the same call without `labels` wrote on another machine. The last
+            digits of computed labels depend on the processor. The labels in this file therefore replace the computed
+            labels, so that the datasets on both machines have the same fingerprint. Not accepted with `opinions`.
         progress: Whether to show a progress bar on stderr.
 
     Returns:
         `out`, which `TID2013(out, split)` opens.
 
     Raises:
-        ValueError: An argument or a photograph is not accepted, or a label of `labels` differs from the computed label
-            by more than 0.001. The error is also raised if `out` contains a dataset with other settings, or an
-            unfinished dataset from other library versions.
+        ValueError: An argument or a photograph is not accepted, a required package is not installed, or a label in the
+            file `labels` differs from the computed label by more than 0.001. The error is also raised if `out` contains
+            a dataset with other settings, or an unfinished dataset that was started with other library versions.
     """
     out = Path(out)
     if types is None:
@@ -192,7 +193,7 @@ def synthesize(
 
 
 def _given_labels(path: Path) -> dict[str, float]:
-    """Return the labels of a list by image name; raise ValueError for a malformed line or a repeated name."""
+    """Read a list of labels into a dict by image name; raise ValueError for a malformed line or a repeated name."""
     given: dict[str, float] = {}
     for number, line in enumerate(read_list(path).splitlines(), 1):
         match = _LINE.fullmatch(f"{line}\n")
@@ -207,7 +208,7 @@ def _given_labels(path: Path) -> dict[str, float]:
 def _as_given(path: Path, given: dict[str, float], lines: dict[str, float]) -> dict[str, float]:
     """Replace computed labels by given labels: return a dict with the names of `lines` and the labels of `given`.
 
-    `lines` has the computed labels by image name. `path` is the file of the given labels, for messages.
+    `lines` has the computed labels by image name. Error messages name `path`, the file of the given labels.
 
     Raises:
         ValueError: A given label differs from the computed label by more than `LABEL_TOLERANCE`.
@@ -237,7 +238,7 @@ def _import_distortions() -> ModuleType:
 
 
 def _numbered(photographs: Sequence[Photograph]) -> dict[int, Photograph]:
-    """Return a dict from the number in each photograph's name to the photograph, sorted by number."""
+    """Return a dict of the photographs by the number in their file names, sorted by this number."""
     found: dict[int, Photograph] = {}
     for photo in photographs:
         number = people.number_of(photo.file)
@@ -250,7 +251,7 @@ def _numbered(photographs: Sequence[Photograph]) -> dict[int, Photograph]:
 
 
 def _opinions_of(path: Path, names: Sequence[str]) -> dict[str, float]:
-    """Return the opinion score of each image; raise ValueError if photographs, types or levels have none."""
+    """Return the opinion score of each image by name; raise ValueError if the file lacks the score of an image."""
     known = people.read_opinions(path)
     missing = [name for name in names if people.key_of(name) not in known]
     if missing:
@@ -274,7 +275,7 @@ def _spans(numbers: Iterable[int]) -> str:
 
 
 def _photographs(folder: str | Path | None, packaged: bool, frame: Frame, min_side: int) -> list[Photograph]:
-    """Load the photographs. Check how many they are, that none is too small, and that no two are equal."""
+    """Load the photographs; raise ValueError if there are too few or too many, one is too small, or two are equal."""
     if frame.image_size is not None and frame.image_size < min_side:
         raise ValueError(f"image_size {frame.image_size}: expected at least {min_side}, or None")
     if frame.crop is not None and min(frame.crop) < min_side:
@@ -322,14 +323,15 @@ def _described(metric: str | None) -> dict[str, str]:
 
 
 def _claim(out: Path, settings: dict[str, Any], metric: str | None) -> str:
-    """Write the settings to `labels.json`, or compare them with the settings in an existing file.
+    """Write the settings to `labels.json`, or compare them with the settings in an existing `labels.json`.
 
     Returns:
-        Text that lists the library versions that differ from the versions in an existing file. The text is empty if
-        no version differs.
+        A text that lists the libraries whose versions differ from those in an existing `labels.json`, with both
+        versions. The text is empty if no version differs.
 
     Raises:
-        ValueError: The folder contains other files, or a dataset with other settings.
+        ValueError: `out` is a file, a folder that contains files but no synthesised dataset, or the folder of a dataset
+            with other settings.
     """
     versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
     if not (out / LABELS).exists():
@@ -366,7 +368,7 @@ def _differences(there: dict[str, Any], here: dict[str, Any]) -> str:
 
 
 def _read_labels(out: Path) -> dict[str, float]:
-    """Read the labels of finished images from the list and the journal. An incomplete last line is skipped."""
+    """Read the labels of finished images from `mos_with_names.txt` and its journal; skip an incomplete last line."""
     labels = {}
     for path in (out / LIST, out / _JOURNAL):
         text = path.read_text(encoding="utf-8") if path.exists() else ""

@@ -57,8 +57,9 @@ class TID2013(ImageQualityDataset):
     case of file names is ignored. The reference images are not needed. The train, val and test splits have 60 %, 20 %
     and 20 % of the references (see `split_by_reference`). No two splits have images of the same reference.
 
-    Datasets of `srm_model.data.synthesize` have the same layout and an additional file, `labels.json`. It has the kind
-    and range of the labels. Without this file, the labels are people's opinions from 0 to 9.
+    Datasets of `srm_model.data.synthesize` have the same layout and an additional file, `labels.json`, which states the
+    kind and the range of the labels. In TID2013 itself, which has no `labels.json`, the labels are people's opinions
+    from 0 to 9.
 
     Args:
         root: Folder with `mos_with_names.txt` and `distorted_images/`.
@@ -70,12 +71,14 @@ class TID2013(ImageQualityDataset):
             `ImageCache`: in its folder.
         verify: "full" decodes every image of the dataset at the start; "fast" reads the headers only (see
             `find_faults`).
-        progress: Whether to show a progress bar if stderr is a terminal and checking takes seconds.
+        progress: Whether to show a progress bar while the images are checked. The bar appears only if stderr is a
+            terminal and the check takes more than two seconds.
 
     Attributes:
-        type_level_srocc: Test SROCC of a simple predictor. Its score for an image is the mean label of all training
-            images with the same distortion type and level. A model that only recognises distortions reaches this SROCC.
-            None unless the labels are "opinions:<dataset>".
+        type_level_srocc: SROCC, on the test split, of a simple predictor that knows only the distortion type and level
+            of an image. The score that it predicts is the mean label of all training images with the same type and
+            level. A model can reach this SROCC by recognising distortions, without judging quality. None if the labels
+            are not "opinions:<dataset>", or if the SROCC is undefined.
 
     Raises:
         ValueError: An image of the dataset is missing, ambiguous or cannot be decoded, a row is malformed, a score is
@@ -122,7 +125,10 @@ class TID2013(ImageQualityDataset):
 
     @staticmethod
     def missing(root: Path) -> str | None:
-        """Return None if the folder has the list, or if it has the labels of an unfinished synthesised dataset."""
+        """Return a reason if the folder has neither `mos_with_names.txt` nor `labels.json`, otherwise None.
+
+        A folder that has only `labels.json` is an unfinished synthesised dataset.
+        """
         return None if (root / LIST).exists() or (root / LABELS).exists() else f"no {LIST}"
 
     def details(self, sets: Mapping[str, ImageQualityDataset]) -> dict[str, Any]:
@@ -180,7 +186,7 @@ def _type_level_srocc(entries: Sequence[Entry], parts: dict[str, str]) -> float 
 
 
 def type_and_level(name: str) -> str:
-    """Return the part of an image's name after the reference: 02_3 of i01_02_3.bmp."""
+    """Return the distortion type and level in an image's name, such as "02_3" for i01_02_3.bmp."""
     return Path(name).stem.partition("_")[2]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from srm_model.config import SRMConfig
 from srm_model.data.images import Pixels, decoded
 
-LONGEST = 16  # `load_resized` keeps the middle of an image with a higher aspect ratio
+LONGEST = 16  # largest ratio of the longer to the shorter side; `load_resized` crops longer images
 
 
 def load_image(path: str | Path, image_size: int = SRMConfig.image_size) -> Tensor:
@@ -33,8 +33,8 @@ def load_image(path: str | Path, image_size: int = SRMConfig.image_size) -> Tens
 def load_resized(path: str | Path, image_size: int) -> Pixels:
     """Load an image and resize its shorter side to `image_size`, bicubic and antialiased.
 
-    An image with an aspect ratio above `LONGEST` is first cropped around its centre to the aspect ratio `LONGEST`. This
-    limits memory. It does not change the result of `centre_crop`.
+    If the longer side is more than `LONGEST` times the shorter side, the image is first cropped around its centre to
+    the aspect ratio `LONGEST`. The crop limits the peak memory and does not change the result of `centre_crop`.
 
     Returns:
         Pixels, (H, W, 3) uint8.
@@ -51,7 +51,7 @@ def load_resized(path: str | Path, image_size: int) -> Pixels:
 
 
 def _span(side: int, shorter: int, size: int) -> tuple[float, float, int]:
-    """Return the kept range of a side: start and end in pixels of the file, and its length after resizing."""
+    """Return the kept part of a side: its start and end in pixels of the file, and its length after resizing."""
     whole = max(size, round(side * size / shorter))
     kept = min(whole, LONGEST * size)
     start = (whole - size) // 2 - (kept - size) // 2
@@ -66,7 +66,10 @@ def centre_crop(pixels: Pixels, size: int) -> Pixels:
 
 
 def random_crop_and_flip(pixels: Pixels, size: int, rng: np.random.Generator) -> Pixels:
-    """Return a uniformly drawn `size`×`size` crop of an (H, W, 3) array, mirrored left to right half the time."""
+    """Return a `size`×`size` crop of an (H, W, 3) array, from a uniformly random position.
+
+    With probability 0.5, the crop is mirrored left to right.
+    """
     height, width = pixels.shape[:2]
     top, left = rng.integers(height - size + 1), rng.integers(width - size + 1)
     crop = pixels[top : top + size, left : left + size]

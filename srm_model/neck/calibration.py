@@ -24,7 +24,10 @@ MOST_LOGITS = 2**28
 
 @torch.no_grad()
 def calibrate(neck: SRMNeck, pyramid: Sequence[Tensor]) -> None:
-    """Scale the weights of a neck in place and initialise M₀. The mode of the neck is kept."""
+    """Scale the weights of a neck in place and initialise M₀.
+
+    The mode of the neck, training or evaluation, does not change.
+    """
     c = neck.config
     with evaluating(neck):
         for conv, m in zip(neck.align, pyramid, strict=True):
@@ -38,7 +41,10 @@ def calibrate(neck: SRMNeck, pyramid: Sequence[Tensor]) -> None:
 
 
 def scale_to_unit(conv: nn.Conv2d, m: Tensor, limit: float) -> None:
-    """Scale the weight of a convolution so that its output for `m` has RMS 1. The factor is in [1/limit, limit]."""
+    """Scale the weight of a convolution so that its output for `m` has RMS 1.
+
+    The factor is clamped to [1/limit, limit].
+    """
     rms = conv(m).square().mean().sqrt()
     conv.weight.mul_((1 / rms).clamp(1 / limit, limit))
 

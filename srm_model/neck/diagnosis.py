@@ -32,7 +32,10 @@ class Measured(NamedTuple):
 def attending(
     neck: SRMNeck, aligned: Mapping[int, Tensor]
 ) -> Iterator[tuple[tuple[int, int], tuple[Link, Tensor, Tensor, Tensor]]]:
-    """Yield (source, target) and (link, Q, K, V) for every acting link. `aligned` has maps (B, C, h, w) by stage."""
+    """Yield (source, target) and (link, Q, K, V) for every link into a fused stage.
+
+    `aligned` maps each stage to its aligned map (B, C, h, w).
+    """
     for source, target in neck.acting:
         link = neck.link(source, target)
         yield (source, target), (link, *link.project(aligned[target], aligned[source]))
@@ -74,9 +77,11 @@ def _figures(link: Link, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
 
 
 def summary(measured: Measured, stages: int) -> dict[str, Any]:
-    """Return quantiles of the measurements over images and heads, as JSON values.
+    """Summarise the measurements of one batch as JSON values.
 
-    `stages` is the number of fused stages of the neck.
+    The gate weights and the gate entropy are means over images; `gain` and `norm` are quantiles over images. For each
+    link, τ and σ̄ have one value per head, and all other measurements are quantiles over images and heads. `stages` is
+    the number of fused stages of the neck.
     """
     out = measured.output
     assert out.weights is not None
@@ -98,7 +103,10 @@ def summary(measured: Measured, stages: int) -> dict[str, Any]:
 
 
 def quantiles(values: Tensor, shares: Mapping[str, float] = SHARES) -> dict[str, float]:
-    """Return a dict from name to quantile. NaN occurs for singular matrices and counts as infinite."""
+    """Return the quantile of `values` at each share, as a dict with the keys of `shares`.
+
+    NaN, which singular matrices give, counts as infinite.
+    """
     ordered = values.double().flatten().nan_to_num(nan=math.inf, posinf=math.inf).sort().values
     last = len(ordered) - 1
     return {name: float(ordered[math.ceil(share * last)]) for name, share in shares.items()}

@@ -66,8 +66,8 @@ class Gate(nn.Module):
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Run one convolution of every stage without adding the bias; return the outputs and the biases of all stages.
 
-        `number` selects the first (0) or the second (1) convolution of a stage. `weights` has weights to use instead of
-        `conv.weight`, by module.
+        `number` selects the first (0) or the second (1) convolution of a stage. `weights` maps each convolution module
+        `conv` to the weight that is used instead of `conv.weight`.
         """
         results, biases = [], []
         for m, stage in zip(maps, cast(Iterable[nn.Sequential], self.stages), strict=True):

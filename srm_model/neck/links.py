@@ -22,7 +22,7 @@ from srm_model.config import SRMConfig
 
 
 class DyT(nn.Module):
-    """Dynamic tanh w ⊙ tanh(αx) + b of (…, C), elementwise (docs/METHOD.md §3.4)."""
+    """Dynamic tanh of x (…, C): w ⊙ tanh(αx) + b, elementwise (docs/METHOD.md §3.4)."""
 
     def __init__(self, channels: int, alpha: float, backend: str | None) -> None:
         super().__init__()
@@ -117,7 +117,11 @@ class Link(nn.Module):
         return select_landmarks(normalised_key(k, c.qk_norm), c.rank, backend=backend, **options)
 
     def _choice(self, c: SRMConfig) -> dict[str, Any]:
-        """Return the operators' keyword arguments for landmarks. Evaluation mode replaces sampling methods."""
+        """Return the operators' keyword arguments for landmarks.
+
+        In evaluation mode, a method that is meant for training only is replaced by its `LandmarkMethod.evaluated`, such
+        as "leverage_sample" by "leverage".
+        """
         method, evaluated, generator = c.landmarks, LANDMARK_METHODS[c.landmarks].evaluated, None
         if evaluated is not None:
             if self.training:
@@ -164,7 +168,10 @@ class Link(nn.Module):
 
 
 def logits(Q: Tensor, K: Tensor) -> Tensor:
-    """Return the logits Q K̃ᵀ s, (B, H, N_q, r or N_k), of queries and keys that are already normalised."""
+    """Return the logits Q Kᵀ s of queries and keys that are already normalised.
+
+    K is either the r landmarks or all N_k keys, so the result is (B, H, N_q, r) or (B, H, N_q, N_k).
+    """
     return Q @ K.mT / math.sqrt(Q.shape[-1])
 
 

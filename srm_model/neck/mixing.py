@@ -39,7 +39,7 @@ class Step(nn.Module):
 
 
 def align_sources(maps: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
-    """Compute the product A F (B, C, h, w) for each source map. `key_sides` adds the bias a of the alignment."""
+    """Compute A F (B, C, h, w), the alignment without its bias a, for each source map F. `key_sides` adds the bias."""
     products = [A.expand(m.shape[0], -1, -1) @ m.flatten(2) for m, A in zip(maps, weights, strict=True)]
     return [product.unflatten(-1, m.shape[2:]) for product, m in zip(products, maps, strict=True)]
 
@@ -49,11 +49,11 @@ def key_sides(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Compute K̃ and X (B, H, r, d) of every link.
 
-    A and a are the weight and the bias of a stage's alignment, and F is the backbone's map. `sources` maps each source
-    stage to A F (B, C, h, w). `affine` maps each stage to the pair (A, a).
+    A and a are the weight and the bias of a stage's alignment, and F is the backbone's map. `sources` contains A F
+    (B, C, h, w) for each source stage, and `affine` contains the pair (A, a) for each stage.
 
-    Links with the same source share kernel launches. If landmarks are sampled at random, every link has its own
-    launches.
+    Links with the same source share kernel launches. With `landmarks="leverage_sample"`, every link has its own
+    launches instead, because every link samples its own landmarks.
     """
     groups = [[pair for pair in links if pair[0] == source] for source in sources]
     if LANDMARK_METHODS[c.landmarks].evaluated is not None:
@@ -94,7 +94,7 @@ class Mixer(nn.Module):
 
     @property
     def acting(self) -> list[Pair]:
-        """The links into fused stages. Other links change only the pyramid."""
+        """The links into fused stages. All other links change only maps that the gate does not read."""
         return [pair for pair in self.config.links if pair[1] in self.config.fused_stages]
 
     def link(self, source: int, target: int) -> Link:
@@ -119,7 +119,7 @@ class Mixer(nn.Module):
         return m if same else F.adaptive_avg_pool2d(m, P)
 
     def pools(self, pyramid: Sequence[Tensor]) -> bool:
-        """Return whether links run in the pooled form for maps like these."""
+        """Return whether the links run in the pooled form for this pyramid."""
         c = self.config
         if self.attention != "nystrom" or c.solve_dtype != "fp32" or not self.acting:
             return False
@@ -231,5 +231,8 @@ class Mixer(nn.Module):
         return conv.weight.flatten(1), conv.bias
 
     def _beta(self, target: int) -> Tensor:
-        """Return β as a 0-d tensor, which does not promote a map's dtype. FSDP requires the shape (1,) for storage."""
+        """Return β as a 0-d tensor, which does not promote a map's dtype.
+
+        The parameter itself has the shape (1,), because FSDP does not support 0-d parameters.
+        """
         return cast(Tensor, self.beta[str(target)]).reshape(())

@@ -52,7 +52,7 @@ def _started(m0: Tensor) -> bool:
 
 
 class SRMNeck(Mixer):
-    """Spectral Robustness Mixer: cross-attention from deep to shallow maps, and a gate with a gain cap.
+    """Spectral Robustness Mixer: shallow maps attend to deep maps, and a gate with a gain cap fuses the updated maps.
 
     Source: docs/METHOD.md §1 to §4.
 
@@ -130,20 +130,22 @@ class SRMNeck(Mixer):
         the ranks. This average is the gradient of the returned losses.
 
         Gradient checkpointing of the neck repeats the forward pass during the backward pass. The repeated forward pass
-        changes no buffer, and uses the M₀ and σ̄ of the last training pass. A checkpointed neck needs finished
-        `statistics` in two cases: if several training passes precede one backward pass, and if the neck is compiled.
-        Checkpointing of the backbone alone needs no extra argument.
+        changes no buffer. It uses the same values of M₀ and σ̄ as the last training pass, which is normally the pass
+        that it repeats. In two cases, a checkpointed neck needs the argument `statistics`, after a call of
+        `statistics.finish()`: several training passes precede one backward pass, or the neck is compiled. Checkpointing
+        of the backbone alone needs no extra argument.
 
         Args:
             pyramid: Four maps (B, C_s, h_s, w_s), shallowest first.
             return_pyramid: Whether to return the updated maps at full resolution too. This takes more memory.
-            statistics: Statistics of a batch that is split into micro-batches. If they are not finished, this call adds
-                a micro-batch, and the returned losses have no meaning. If they are finished, the loss of the whole
-                batch is the mean of the returned losses over all micro-batches and ranks. With this argument, the call
-                does not update σ̄ and M₀; call `track` to update them.
+            statistics: Statistics of a batch that is split into micro-batches. Before `statistics.finish()`, each call
+                adds the statistics of its micro-batch, and the returned losses have no meaning. After
+                `statistics.finish()`, the loss of the whole batch is the mean of the returned losses over all
+                micro-batches and ranks. With this argument, a call updates neither σ̄ nor M₀; call `track` to update
+                them.
 
         Raises:
-            TypeError: A map has another dtype than the neck, without autocast.
+            TypeError: Autocast is off, and a map has another dtype than the neck.
             ValueError: The maps have wrong shapes or devices, or, on a CPU, values that are not finite.
             RuntimeError: Gradient checkpointing repeats a forward pass that is not the last training pass. This is
                 checked only on a CPU.
@@ -180,8 +182,8 @@ class SRMNeck(Mixer):
         """Check shapes, device and dtype of a pyramid, and on a CPU whether its values are finite.
 
         Raises:
-            TypeError: A map has another dtype than the neck, without autocast.
-            ValueError: The neck cannot take these maps.
+            TypeError: Autocast is off, and a map has another dtype than the neck.
+            ValueError: The maps have wrong shapes or devices, or, on a CPU, values that are not finite.
         """
         if len(pyramid) != len(STAGES):
             raise ValueError(f"pyramid has {len(pyramid)} maps; expected {len(STAGES)}")
@@ -217,7 +219,8 @@ class SRMNeck(Mixer):
             pyramid: Updated maps at full resolution, for the output.
             statistics: Statistics of the batch. If they are not finished, this micro-batch is added.
             finish: Whether to finish `statistics`.
-            earlier: If gradient checkpointing repeats a forward pass, the statistics of its first run. Otherwise None.
+            earlier: If gradient checkpointing repeats a forward pass in this call, the statistics of the original pass.
+                Otherwise None.
         """
         c = self.config
         fusion = gated_fusion(
@@ -245,7 +248,10 @@ class SRMNeck(Mixer):
         return NeckOutput(fusion.fused, fusion.weights, fusion.gain, fusion.norm, losses, pyramid)
 
     def tau_loss(self, statistics: BatchStatistics) -> Tensor:
-        """Return L_τ (docs/METHOD.md §3.3) with σ̄ updated by the σ in `statistics`. The buffer σ̄ does not change."""
+        """Return L_τ (docs/METHOD.md §3.3), computed with an updated copy of σ̄.
+
+        The copy is updated with the σ that `statistics` contains. The buffer σ̄ itself does not change.
+        """
         thetas, sigmas = [], []
         for pair in self.acting:
             link, name = self.link(*pair), link_name(*pair)
@@ -257,7 +263,10 @@ class SRMNeck(Mixer):
         return tau_loss(thetas, sigmas, reference=math.sqrt(c.head_dim), floor=TAU_FLOOR, backend=c.backend)
 
     def _cap(self, statistics: BatchStatistics | None) -> Tensor | None:
-        """Return M₀ as it was before the batch of `statistics`. `track` may already have updated the buffer."""
+        """Return M₀ as it was before the batch of `statistics`, or None if there is no gain cap.
+
+        `statistics` keeps this value, because `track` may already have updated the buffer.
+        """
         if self.config.gain_cap is None:
             return None
         if statistics is None:
@@ -272,7 +281,10 @@ class SRMNeck(Mixer):
 
     @torch.no_grad()
     def track_norms(self, rms: Tensor, *, reset: bool = False) -> None:
-        """Update M₀ with the root mean squares of M in a batch, (B,). With `reset`, set M₀ to the median of `rms`."""
+        """Update M₀ with the median of `rms` (B,), the root mean square of M for each image of a batch.
+
+        With `reset`, the median replaces M₀.
+        """
         median, old = rms.median().to(self.median_rms.dtype), self.median_rms
         old = torch.full_like(old, UNSTARTED) if reset else old
         decayed = self.config.ema * old + (1 - self.config.ema) * median
@@ -281,14 +293,16 @@ class SRMNeck(Mixer):
 
     @torch.no_grad()
     def calibrate(self, pyramid: Sequence[Tensor]) -> None:
-        """Calibrate the weights and M₀ on the first training batch (docs/METHOD.md §1.6). The neck's mode is kept.
+        """Calibrate the weights and M₀ on the first training batch (docs/METHOD.md §1.6).
+
+        The mode of the neck, training or evaluation, does not change.
 
         Args:
             pyramid: Four maps (B, C_s, h_s, w_s), shallowest first.
 
         Raises:
-            TypeError: A map has another dtype than the neck.
-            ValueError: The neck cannot take these maps.
+            TypeError: Autocast is off, and a map has another dtype than the neck.
+            ValueError: The maps have wrong shapes or devices, or, on a CPU, values that are not finite.
         """
         self.check(pyramid)
         calibration.calibrate(self, pyramid)

@@ -1,4 +1,4 @@
-"""Measure the largest bandwidth and matrix rate of a device."""
+"""Measure the highest copy bandwidth and matrix-product throughput of a device."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ MATRIX_SIDE = {"cuda": 8192, "cpu": 768}
 
 
 class Ceilings(NamedTuple):
-    """Largest bandwidth and matrix rate that were measured on a device."""
+    """Highest copy bandwidth and matrix-product throughput that were measured on a device."""
 
     bandwidth: float  # bytes that a large copy reads and writes per second
     matrix_rate: float  # multiply-accumulates per second of a large square matrix product
 
 
 def ceilings(device: torch.device, dtype: torch.dtype, *, small: bool = False) -> Ceilings:
-    """Measure the bandwidth of a copy and the rate of a matrix product. `small` sizes are faster but less accurate."""
+    """Measure the bandwidth of a large copy and the throughput of a large matrix product.
+
+    With `small`, the copy and the matrices are smaller, so the measurement is faster but less accurate.
+    """
     kind = "cuda" if device.type == "cuda" else "cpu"
     size, side = COPY_BYTES[kind] >> (4 if small else 0), MATRIX_SIDE[kind] >> (2 if small else 0)
     effort = Effort.for_device(device, warmup=3, repeats=10, seconds=1.0)
@@ -42,7 +45,7 @@ def _product(side: int, dtype: torch.dtype, device: torch.device, effort: Effort
 def _best(times: Times) -> float:
     """Return `times.least` or `times.typical`, whichever is shorter.
 
-    On a CPU with one thread, `least` is a wall-clock time and `typical` is a CPU time. Other processes lengthen
-    wall-clock times, but affect CPU times only a little.
+    `typical` can be shorter only on a CPU with one thread, because there it is a CPU time and `least` is a wall-clock
+    time. Other processes lengthen wall-clock times, but affect CPU times only a little.
     """
     return min(times.least, times.typical)

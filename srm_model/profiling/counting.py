@@ -38,7 +38,7 @@ def parameters(module: nn.Module) -> int:
 
 
 def map_sizes(height: int, width: int) -> list[tuple[int, int]]:
-    """Return the height and width, rounded up, of the four maps of an image."""
+    """Return the height and width of a backbone's four maps: the image's size divided by each stride, rounded up."""
     return [(-(-height // stride), -(-width // stride)) for stride in STRIDES]
 
 
@@ -48,9 +48,10 @@ def neck_macs(
     """Compute the MACs of each part of a neck by a closed formula (docs/METHOD.md §2.2).
 
     - "align": the alignment. In the pooled form, it is computed for every source map, for the target map of every link,
-      and for the pooled maps of the fused stages.
+      and for the pooled maps of the fused stages. In the unpooled form, it is computed once for every map that is used.
     - "projections": the products with W_Q, W_K, W_V and W_O. The product with W_O is computed on the P×P grid.
-    - "links": the attention of all links and heads. In the pooled form, the product with X is computed on the P×P grid.
+    - "links": the attention of all links and heads. In the pooled form, the product with the solution X is
+      computed on the P×P grid.
     - "gate": the convolutions and the linear layers of the gate.
     """
     C, P2 = config.channels, config.pool_size**2
@@ -93,7 +94,7 @@ def link_macs(config: SRMConfig, neck: str, queries: int, keys: int, cells: int 
 def torch_macs(module: nn.Module, inputs: Sequence[Any], *, backward: bool = False) -> int:
     """Count MACs with torch's FlopCounterMode. Module and inputs may be on the meta device.
 
-    With `backward`, the count includes the backward pass through all floating-point results.
+    With `backward`, the count includes a backward pass from the sum of all results that require a gradient.
     """
     with FlopCounterMode(display=False) as counter:
         result = module(*inputs)

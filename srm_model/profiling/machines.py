@@ -18,8 +18,8 @@ IDENTITY = ("device", "driver", "capability", "threads", "torch", "cuda", "trito
 def machine(device: torch.device | str) -> dict[str, Any]:
     """Describe a machine: device, driver, capability, memory, threads, versions, commit and clocks.
 
-    A "+" after the commit means that the checkout has uncommitted changes. Unknown values are None: a CPU has no driver
-    and no capability, and an installed wheel has no commit.
+    A "+" after the commit means that the checkout has uncommitted changes. A value is None if it is unknown or does not
+    exist. For example, a CPU has no driver and no compute capability, and an installed wheel has no commit.
     """
     device = torch.device(device)
     cuda = device.type == "cuda"

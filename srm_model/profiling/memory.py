@@ -30,12 +30,12 @@ class Peak(NamedTuple):
 def peak(call: Callable[[], object], device: torch.device, *, held: int = 0) -> Peak:
     """Measure the peak memory of a call.
 
-    On a CPU, `above` includes only memory of torch's allocator. Buffers of libraries such as oneDNN and BLAS are
-    included only in `resident`, which is measured on Linux only.
+    On a CPU, `above` covers only torch's allocator. Libraries such as oneDNN and BLAS also allocate buffers, which only
+    `resident` and `resident_above` include. These two values are measured on Linux only.
 
     Args:
-        call: The call. On a CPU it runs twice.
-        device: Device of the call.
+        call: Function to measure. It is called once on a GPU and twice on a CPU.
+        device: Device on which `call` runs.
         held: On a CPU, the number of bytes that are allocated before the call. On a GPU, torch's allocator counts these
             bytes, and this argument is ignored.
     """
@@ -67,7 +67,10 @@ def timeline(call: Callable[[], object]) -> list[tuple[float, int]]:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Disable garbage collection in the block, because the release of older tensors would lower the measured memory."""
+    """Disable garbage collection within the block.
+
+    A collection could free tensors that were allocated before the block, which would lower the measured memory.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -78,7 +81,7 @@ def undisturbed() -> Iterator[None]:
 
 
 def allocations(profiled: Any, kind: Any = torch.autograd.DeviceType.CPU) -> list[tuple[float, int]]:
-    """Return the result of `timeline` for one type of device, from a profile with `profile_memory=True`."""
+    """Extract the pairs that `timeline` returns, for one device type, from a profile with `profile_memory=True`."""
     events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     found, total = [], 0
@@ -104,12 +107,19 @@ def bytes_of(*tensors: Any) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error means that memory ran out. The CPU's RuntimeError is recognised by its message."""
+    """Return whether an error means that memory ran out.
+
+    On a CPU, torch raises a plain RuntimeError, which is recognised by its message.
+    """
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _reset_resident() -> int | None:
-    """Release free memory, reset the peak of the process, and return its resident memory. Only for Linux; else None."""
+    """Reset the process's peak resident memory, and return its current resident memory.
+
+    Free memory is returned to the operating system first, if the C library is glibc. The result is None if the peak
+    cannot be reset, for example on systems other than Linux.
+    """
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
     try:

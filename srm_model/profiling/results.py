@@ -68,7 +68,7 @@ def latest(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 def newest(rows: Iterable[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:
     """Return the last row for each combination of values of `keys`.
 
-    The combinations are in the order in which they first occur.
+    The rows are in the order in which their combinations first occur.
     """
     found: dict[tuple[str, ...], dict[str, Any]] = {}
     for row in rows:

@@ -1,4 +1,4 @@
-"""Measure the times of the named parts of a model, and add the parts to traces as ranges."""
+"""Measure the time of each named part of a model, and show the model's modules as ranges in traces."""
 
 from __future__ import annotations
 
@@ -42,7 +42,10 @@ def stages(module: nn.Module) -> dict[str, list[nn.Module]]:
 def stage_times(
     module: nn.Module, call: Callable[[], object], device: torch.device, effort: Effort
 ) -> dict[str, float]:
-    """Return the median time in ms of `REST` and of each part that `call`, a forward pass of `module`, uses."""
+    """Return the median time in ms of each named part that `call` uses, and of `REST`.
+
+    `call` must run one forward pass of `module`.
+    """
     parts = stages(module)
     marks: list[tuple[str, Any, Any]] = []
 
@@ -95,7 +98,7 @@ def named_ranges(module: nn.Module) -> Iterator[None]:
 def _hooked(
     named: Iterable[tuple[str, nn.Module]], enter: Callable[[str], Any], leave: Callable[[str, Any], object]
 ) -> Iterator[None]:
-    """Call `x = enter(name)` before each of these modules runs, and `leave(name, x)` after it has run."""
+    """Call `x = enter(name)` before each module in `named` runs, and `leave(name, x)` after the module has run."""
     open_: list[Any] = []
     handles = []
     for name, part in named:

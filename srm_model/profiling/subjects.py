@@ -1,4 +1,7 @@
-"""Cases to measure: a neck or a model at one size, for the forward pass, both passes, or a training step."""
+"""Cases to measure: a neck or a model, for images of one size.
+
+A case is a forward pass, a forward and a backward pass, or a training step.
+"""
 
 from __future__ import annotations
 
@@ -88,11 +91,12 @@ class Subject:
 
     @property
     def compulsory(self) -> int:
-        """Lower bound of the bytes that a call moves, even if all operations are fused.
+        """Lower bound of the bytes that a call must move to and from memory, even if all its operations are fused.
 
-        "forward" moves the inputs, the parameters and the result. "backward" moves twice as many bytes, because each of
-        these tensors has a gradient. "step" adds seven passes over the parameters: it reads the gradient, the weight
-        and two moments, and writes the weight and both moments.
+        "forward" moves the inputs, the parameters and the result of a neck. The scores of a model are not counted.
+        "backward" counts twice as many bytes, for the gradients of these tensors. The images of a model are counted
+        twice too, although they have no gradient. "step" adds seven passes over the parameters: it reads the gradient,
+        the weight and two moments, and writes the weight and both moments.
         """
         weights = bytes_of(*self.module.parameters())
         result = self.case.batch * self.config.channels * self.config.pool_size**2 * self.dtype.itemsize
@@ -102,9 +106,9 @@ class Subject:
         return 2 * through + (7 * weights if self.case.direction == "step" else 0)
 
     def solve(self) -> Callable[[], object] | None:
-        """Return a function that runs only the landmark solves of this case, or None for a case without such solves.
+        """Return a function that only solves the landmark systems of this case, or None if the case has none.
 
-        The function includes the backward pass unless the direction of the case is "forward".
+        The function also runs the backward pass of the solution, unless the direction of the case is "forward".
         """
         if self.case.neck != "srm":
             return None
@@ -122,7 +126,7 @@ class Subject:
         return call
 
     def _systems(self) -> Any:
-        """Yield the logits of normalised random keys, and a random right-hand side, for the solve of every link."""
+        """Yield a random landmark system for every link: logits of normalised random keys, and a right-hand side."""
         sizes = map_sizes(self.case.resolution, self.case.resolution)
         tokens = dict(zip(STAGES, (h * w for h, w in sizes), strict=True))
         make = torch.Generator(self.device).manual_seed(1)

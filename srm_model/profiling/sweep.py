@@ -1,4 +1,4 @@
-"""Measure cases, with one row for each case. A case that fails does not end the sweep."""
+"""Measure cases, and yield one row of results for each case. A case that fails does not end the sweep."""
 
 from __future__ import annotations
 
@@ -68,7 +68,11 @@ def cases(
 
 @dataclass
 class Sweep:
-    """Measure cases on one device in one run. Cases share the counts and the best ceilings measured so far."""
+    """Measure cases on one device in one run.
+
+    The counts of parameters and MACs are reused for later cases that differ only in backend, batch size or dtype. The
+    ceilings of a case are the highest that have been measured for its dtype so far.
+    """
 
     device: torch.device
     config: SRMConfig = field(default_factory=SRMConfig)
@@ -150,14 +154,17 @@ class Sweep:
         return figures
 
     def _roof(self, dtype: str) -> Ceilings:
-        """Measure again and return the largest ceilings so far. A measurement on a busy machine can be too low."""
+        """Measure the ceilings again, and return the highest values so far.
+
+        A single measurement can be too low, because the machine may be busy.
+        """
         found = ceilings(self.device, DTYPES[dtype], small=self.small)
         known = self._ceilings.get(dtype, found)
         self._ceilings[dtype] = Ceilings(*(max(pair) for pair in zip(found, known, strict=True)))
         return self._ceilings[dtype]
 
     def _count(self, case: Case) -> dict[str, Any]:
-        """Return the counts of a case, which do not depend on backend, batch and dtype."""
+        """Count the parameters and MACs of a case. The counts do not depend on backend, batch size or dtype."""
         trained = case.direction != "forward"
         key = (case.part, case.backbone, case.neck, case.resolution, trained)
         if key not in self._counts:
@@ -193,7 +200,7 @@ def _tf32() -> dict[str, bool]:
 
 
 def launches(call: Callable[[], object], device: torch.device) -> int | None:
-    """Count the kernels that a call launches, with the profiler; return None on a CPU."""
+    """Use the profiler to count the kernels that a call launches; return None on a CPU."""
     if device.type != "cuda":
         return None
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
@@ -216,9 +223,9 @@ def kernels(profiled: Any) -> list[Any]:
 def article_cases(**narrowed: Iterable[Any]) -> list[Case]:
     """Return the cases of the article's table 3 and of its training throughput.
 
-    All cases have images of 512×512 pixels and the dtype bf16. The cases of table 3 are forward passes of necks with
-    one image. The cases of the throughput are training steps of models with four images. `narrowed` contains arguments
-    of `cases` that replace the article's values.
+    In table 3, a case is the forward pass of a neck for one image. For the training throughput, a case is a training
+    step of a model with four images. Images have 512×512 pixels, and the dtype is bf16. `narrowed` contains arguments
+    of `cases` that replace these values.
     """
     table: dict[str, Iterable[Any]] = {"parts": ["neck"], "batches": [1], "directions": ["forward"]}
     throughput: dict[str, Iterable[Any]] = {"parts": ["model"], "batches": [4], "directions": ["step"]}
@@ -227,7 +234,7 @@ def article_cases(**narrowed: Iterable[Any]) -> list[Case]:
 
 
 def describe(error: BaseException) -> str:
-    """Convert an error to a one-line message, which is stored in a row."""
+    """Convert an error to a one-line message for the row of the failed case."""
     words = " ".join(str(error).split())
     if is_out_of_memory(error):
         return f"out of memory: {words[:200]}"

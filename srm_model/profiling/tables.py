@@ -1,4 +1,4 @@
-"""Format the rows of a sweep as tables of text. `sweep.py` measures the values of the rows."""
+"""Format the rows that `sweep.py` has measured as tables of strings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Table = tuple[list[str], list[list[str]]]
 def cost_table(rows: Iterable[dict[str, Any]]) -> Table:
     """Return the table of parameters and of multiply-accumulates, which are counted in three ways.
 
-    The column "of it links" is the part "links" of `neck_macs`: the attention of all links and heads.
+    The column "of it links" has the MACs of the part "links" of `neck_macs`: the attention of all links and heads.
     """
     seen: dict[tuple[Any, ...], list[str]] = {}
     for row in rows:
@@ -37,7 +37,10 @@ def cost_table(rows: Iterable[dict[str, Any]]) -> Table:
 
 
 def measured_table(rows: Iterable[dict[str, Any]]) -> Table:
-    """Return the table of times in ms, memory in MiB and shares in percent. The row of a failed case has its error."""
+    """Return the table of times in ms, memory in MiB and shares in percent.
+
+    The row of a failed case has an error message instead of these values.
+    """
     header = (
         "part,backbone,neck,px,B,dtype,direction,p20,p50,p80,processor,above inputs,peak,reserved,resident,launches,"
         "bandwidth %,matrix %,solve %"
@@ -67,8 +70,9 @@ def shares(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     - the time of the model with this neck, divided by the time of the model with the neck `quadratic`;
     - the time of the neck, divided by the time of the model with this neck.
 
-    A value is None if it was not measured. A neck without any of the three ratios has no row. For `quadratic`, only the
-    third ratio counts.
+    A time is None if it was not measured. A ratio is None if one of its two times was not measured. A neck without any
+    of the three ratios has no row. The first two ratios of `quadratic` are always 1, so `quadratic` has a row only if
+    its third ratio is known.
     """
     keys = ("backbone", "settings", "resolution", "batch", "dtype", "direction")
     groups: dict[tuple[Any, ...], dict[tuple[str, str], float]] = {}
@@ -112,7 +116,7 @@ def shares_table(rows: Iterable[dict[str, Any]]) -> Table:
 
 
 def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Return notes on how to read the tables, and on what this device cannot measure."""
+    """Return notes on how to read the tables, and on what cannot be measured on this device."""
     good = [row for row in rows if not row["error"]]
     found = [
         "times in ms (20th, 50th and 80th percentile), memory in MiB; `above inputs` is the peak minus the memory held "
@@ -150,7 +154,10 @@ def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Format a number with `digits` significant digits, but with all digits before the point. None and NaN become –."""
+    """Format a number with `digits` significant digits. None and NaN become –.
+
+    A number with more than `digits` digits before the decimal point is rounded to an integer instead.
+    """
     if value is None or value != value:
         return "–"
     return f"{value:,.0f}" if round(abs(value)) >= 10**digits else f"{value:#.{digits}g}".rstrip(".")

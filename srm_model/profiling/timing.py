@@ -56,7 +56,7 @@ class Times:
 
     @classmethod
     def of(cls, milliseconds: Sequence[float], processor: Sequence[float] = ()) -> Times:
-        """Summarise measured times and CPU times, both in milliseconds."""
+        """Summarise the elapsed times and, on a CPU, the CPU times of a call, all in milliseconds."""
         low, middle, high = np.percentile(milliseconds, [20, 50, 80])
         return cls(
             float(low),
@@ -70,7 +70,7 @@ class Times:
 
     @property
     def typical(self) -> float:
-        """The median CPU time on a CPU with one thread, otherwise the median time."""
+        """The median CPU time on a CPU with one thread, otherwise `p50`, the median elapsed time."""
         return self.processor if self.processor is not None and torch.get_num_threads() == 1 else self.p50
 
     def to_dict(self) -> dict[str, Any]:
@@ -79,7 +79,10 @@ class Times:
 
 
 def cpu_clock() -> float:
-    """Return seconds of the clock that `Times.typical` uses on a CPU."""
+    """Read the clock that `Times.typical` uses on a CPU, in seconds.
+
+    With one thread, this is the CPU time of the process; otherwise it is the wall clock.
+    """
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
@@ -92,8 +95,9 @@ def measure(
 ) -> Times:
     """Measure a call.
 
-    On a GPU, calls are queued one after another, as in a training loop. The times therefore include launch overhead
-    only if the kernels do not hide this overhead. Inputs may be in the cache. `now` returns the wall clock in seconds.
+    On a GPU, calls are queued one after another, as in a training loop. While one kernel runs, the next kernels are
+    launched, so the times include launch overhead only where the running kernels are too short to hide it. The inputs
+    may still be in the cache from the previous call. `now` is a function that returns the wall-clock time in seconds.
     """
     return measure_together({"": call}, device, effort, now=now)[""]
 

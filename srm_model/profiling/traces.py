@@ -23,7 +23,10 @@ def slug(case: Case) -> str:
 
 
 def write_trace(subject: Subject, folder: Path) -> list[Path]:
-    """Write `trace-<case>.json` for chrome://tracing or Perfetto, and `trace-<case>.txt`; return the paths."""
+    """Write a trace of one call and a list of the most expensive kernels; return the paths of both files.
+
+    The trace is `trace-<case>.json`, for chrome://tracing or Perfetto. The list is `trace-<case>.txt`.
+    """
     cuda = subject.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     subject.call()
@@ -60,7 +63,7 @@ def most_expensive(profiled: Any, *, cuda: bool) -> str:
 
 
 def write_memory(subject: Subject, folder: Path) -> list[Path]:
-    """Write the memory during a call, over time, to `memory-<case>.json`; return the paths of all files written.
+    """Write the memory use of one call over time to `memory-<case>.json`; return the paths of all written files.
 
     The file has points and ranges. A point has a time in µs and a number of bytes: the memory allocated at this time,
     minus the memory allocated before the call. A range has the times in µs at which a named part of the model starts

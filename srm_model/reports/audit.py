@@ -1,4 +1,4 @@
-"""Write the page of an audit: the verdict, and every check with its curves."""
+"""Write the page of an audit: the verdict, the checks, the curves and, if present, the certificates."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ def write_audit(document: Mapping[str, Any], path: str | Path) -> Path:
     """Write the page of an audit.
 
     Args:
-        document: `Audit.to_dict()`, optionally with `title`, `dataset` (text) and `certificates`, as in audit.json.
+        document: `Audit.to_dict()` or the contents of audit.json. The keys `title`, `dataset` (a text) and
+            `certificates`, which `Audit.to_dict()` does not have, are optional.
         path: File to write.
 
     Returns:

@@ -51,7 +51,8 @@ def table(
 ) -> Markup:
     """Return a scrollable table.
 
-    Columns whose indices are in `words` contain words and are left-aligned. The other columns are right-aligned.
+    `words` are the indices of the columns that contain words. The headings of these columns are left-aligned; the other
+    headings are right-aligned. The cells of `rows` keep their own alignment.
     """
     left = set(words)
     head = [
@@ -69,7 +70,8 @@ def table(
 def row(head: Child, *cells: Child, words: Iterable[int] = (), class_: str | None = None) -> Markup:
     """Return a table row: a heading, then cells.
 
-    Cells whose positions, counted from 1, are in `words` are left-aligned. The other cells are right-aligned.
+    `words` are the positions of the cells that contain words; the first cell after the heading has position 1. These
+    cells are left-aligned; the other cells are right-aligned.
     """
     left = set(words)
     data = [element("td", cell, class_=None if i in left else "n") for i, cell in enumerate(cells, start=1)]

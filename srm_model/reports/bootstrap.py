@@ -13,8 +13,8 @@ SEED = 0
 def resampled_srocc(mos: np.ndarray, scores: Sequence[np.ndarray]) -> np.ndarray:
     """Compute the SROCC of every score vector on the same resamples of the images.
 
-    Images are drawn independently, with replacement. Images of the same photograph are not independent, so intervals
-    may be too narrow.
+    A resample draws images independently of each other, with replacement. However, images of the same photograph are
+    not independent, so intervals may be too narrow.
 
     Args:
         mos: Labels, (n,).
@@ -32,8 +32,8 @@ def resampled_srocc(mos: np.ndarray, scores: Sequence[np.ndarray]) -> np.ndarray
 def resampled_plcc(mos: np.ndarray, scores: Sequence[np.ndarray]) -> np.ndarray:
     """Compute the PLCC of every score vector on the resamples of `resampled_srocc`.
 
-    Arguments and result are those of `resampled_srocc`. The scores must already be mapped by a logistic map
-    (docs/METHOD.md §5).
+    The arguments are those of `resampled_srocc`, but the scores must already be mapped by the logistic map
+    (docs/METHOD.md §5). The result has the same shape as that of `resampled_srocc`, and is NaN in the same cases.
     """
     counts = _counts(len(mos))
     labels = _centred(mos, counts)

@@ -38,7 +38,8 @@ def results_of(folder: str | Path) -> list[Result]:
     """Return the results in a checkpoint's folder that were measured with the checkpoint's weights.
 
     Intervals are central 95 % intervals of a bootstrap over the images (`srm_model.reports.bootstrap`). The worst
-    attack is chosen separately for each resample. An interval is None if the file of the result has no scores.
+    attack is chosen separately for each resample. An interval is None if the result's file has no scores, or if the
+    correlation is not finite in more than 5 % of the resamples.
 
     Args:
         folder: Folder of the checkpoint.
@@ -84,20 +85,20 @@ def model_card(
         notes: Further facts about the model, one line each.
         licences: Licences of the model's parts, one line each.
         use: Line of Python that loads the model.
-        program: File name of an exported program.
+        program: File name of an exported program. If given, the card says how to load the program.
     """
     document = read_card(folder)
     card, digest = document["card"], document["sha256"]
     dataset, validation = card.get("dataset") or {}, card.get("val") or {}
     side = document["config"].get("image_size")
-    trained = f"{dataset.get('name', 'unknown')}, epoch {card.get('epoch', 'unknown')}"
     lines = [
         f"# {document['backbone']} with the neck `{document['neck']}`",
         "",
         f"A no-reference image quality model. Input: pixels in [0, 1], {side}×{side}. Output: one score per image",
         "(normalised quality, about 0 to 1, higher is better).",
         "",
-        f"- trained on: {trained}{_split(dataset)}",
+        f"- dataset: {dataset.get('name', 'unknown')}{_split(dataset)}",
+        f"- weights: after epoch {card.get('epoch', 'unknown')}",
         *_labels(dataset),
         f"- validation: SROCC {cell(validation.get('srocc'))}, PLCC {cell(validation.get('plcc'))}",
         *(f"- {note}" for note in notes),
@@ -119,7 +120,7 @@ def model_card(
 
 
 def table(results: Sequence[Result]) -> list[str]:
-    """Return the lines of a Markdown table of results. Brackets are 95 % intervals."""
+    """Return the lines of a Markdown table of results, with 95 % intervals in brackets."""
     rows: list[list[Any]] = [["attack", "test images", "SROCC", "PLCC", "worst attack"], ["---"] * 5]
     for result in results:
         srocc = _with_interval(result.srocc, result.srocc_interval)
@@ -143,7 +144,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _attacks(folder: Path, digest: str) -> list[dict[str, Any]]:
-    """Return the results of attacks on these weights, by norm and budget."""
+    """Return the results of attacks on the weights with this sha256, sorted by norm and budget."""
     found = [read_json(path) for path in (folder / "attacks").glob("*.json")]
     own = [item for item in found if (item.get("settings") or {}).get("checkpoint") == digest]
     return sorted(own, key=lambda item: (item["norm"], item["eps"]))
@@ -154,7 +155,7 @@ def _budget(attacked: Mapping[str, Any]) -> str:
 
 
 def _intervals(about: Mapping[str, Any], scored: Sequence[Mapping[str, Any]]) -> tuple[Interval, Interval]:
-    """Return the intervals of the lowest SROCC and of the lowest PLCC of several score vectors."""
+    """Return the bootstrap intervals of the lowest SROCC and of the lowest PLCC among several score vectors."""
     if not scored or any(entry.get("scores") is None for entry in scored):
         return None, None
     mos = np.array(about["mos"], float)
@@ -181,12 +182,12 @@ def _labels(dataset: Mapping[str, Any]) -> list[str]:
         lines.append(f"- the labels are values of the metric {source.upper()}, not people's opinions")
     if kind == "opinions":
         lines.append(
-            f"- the labels are people's opinions of similar images: those of {source} with the same photograph, "
-            "distortion type and level. The training and test images are not images of "
-            f"{source}, and no result here is a result on {source}"
+            "- the labels are people's opinions of similar images: each label is the opinion score of the "
+            f"{source} image with the same photograph, distortion type and level. The training and test images are "
+            f"not images of {source}, and no result here is a result on {source}"
         )
         lines.append(
-            "- distortion type and level alone reach an SROCC of "
+            "- a predictor that knows only distortion type and level has an SROCC of "
             f"{cell(dataset.get('type_level_srocc'))} on the test images, so a high correlation is not evidence that "
             "the model perceives quality"
         )
@@ -194,7 +195,10 @@ def _labels(dataset: Mapping[str, Any]) -> list[str]:
 
 
 def _measured(folder: Path, digest: str) -> list[str]:
-    """Return a table of the results, on clean images and under every attack, of the weights with this sha256."""
+    """Return Markdown lines with the results of the weights that have this sha256.
+
+    A table has a row for clean images, and a row for the worst attack at each budget. Notes follow the table.
+    """
     results = results_of(folder)
     if not results:
         return ["The model has been neither evaluated nor attacked."]

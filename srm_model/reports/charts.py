@@ -1,6 +1,7 @@
-"""Draw the charts of the pages with the colours of the page's style sheet, for light and dark screens.
+"""Draw the charts of the HTML pages, in the colours of the pages' style sheet for light and dark screens.
 
-Series differ in colour, dash and marker. Readers can therefore distinguish them without seeing colours.
+Up to four series in a chart differ not only in colour, but also in dash and, if markers are drawn, in marker. Readers
+can therefore distinguish the series without seeing colours.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ STYLE = drawing.STYLE | {
 
 @dataclass(frozen=True)
 class Series:
-    """A line of a chart. `look` is the index of its colour (--s0, --s1, …), dash and marker."""
+    """A line of a chart. `look` is the index of its dash, its marker and its colour, a CSS variable (--s0, --s1, …)."""
 
     name: str
     x: Sequence[float] | np.ndarray
@@ -53,7 +54,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Fall:
-    """A row of the fall chart: the clean and the attacked value, each with a 95 % interval or None."""
+    """A row of `fall_chart`: a model's clean value and attacked value. The 95 % interval of a value may be None."""
 
     name: str
     clean: float
@@ -75,7 +76,8 @@ def line_chart(
 ) -> Markup:
     """Draw lines with a legend. A missing value leaves a gap in the line.
 
-    With `epochs`, x values are integers, the y axis includes 0, and lines have markers.
+    With `epochs`, the x axis has integer ticks, the y axis includes 0 unless `y_limits` is given, and lines of at most
+    40 points have markers.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -111,7 +113,10 @@ def scatter(
     y_label: str,
     curve: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Markup:
-    """Draw points inside the limits as dots, points outside as arrowheads on the edge, and `curve` as a line."""
+    """Draw points inside `x_limits` as dots, points outside `x_limits` as arrowheads, and `curve` as a line.
+
+    The arrowheads are on the left and right edges of the chart.
+    """
     low, high = x_limits
     with _axes(SCATTER_HEIGHT, x_label, y_label) as (figure, axes):
         finite = np.isfinite(x) & np.isfinite(y)
@@ -137,7 +142,8 @@ def fall_chart(
 ) -> Markup:
     """Draw a row for each model of each group.
 
-    A filled marker shows the clean value, a hollow marker the attacked value, and a bar the 95 % interval.
+    Filled markers show clean values, hollow markers show attacked values, and thin bars show 95 % intervals. A broad
+    pale line connects the two values of a row.
     """
     rows: list[tuple[str, Fall | None]] = []
     for name, falls in groups:
@@ -180,7 +186,7 @@ def swatch(look: int) -> Markup:
 
 
 def padded(low: float, high: float) -> tuple[float, float]:
-    """Return limits that are slightly wider than the data, and never equal."""
+    """Return axis limits slightly beyond `low` and `high`. The two limits always differ, and a `low` of 0 is kept."""
     span = (high - low) or abs(high) or 1.0
     return (low if low == 0 else low - 0.05 * span), high + 0.05 * span
 

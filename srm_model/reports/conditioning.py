@@ -1,4 +1,4 @@
-"""Write the page of `srm-iqa diagnose`, with tables, curves and maps of the conditioning."""
+"""Build the page of `srm-iqa diagnose`: tables and curves of the conditioning, and pictures of landmark positions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def render(found: Mapping[str, Any], about: Mapping[str, Any], images: Sequence[
 
     Args:
         found: Result of `diagnose`.
-        about: Name of the checkpoint ("checkpoint"), name of the dataset ("data") and number of images ("images").
+        about: A mapping with the name of the checkpoint as "checkpoint", the name of the dataset as "data", and the
+            number of images as "images".
         images: The images whose landmark positions are in `found`.
     """
     lede = (
@@ -48,7 +49,7 @@ def render(found: Mapping[str, Any], about: Mapping[str, Any], images: Sequence[
 
 
 def _landmark_count(found: Mapping[str, Any]) -> str:
-    """Describe the number of landmarks in use. A map with fewer keys than `rank` has as many landmarks as keys."""
+    """Describe the number of landmarks in use. A link with fewer keys than `rank` has as many landmarks as keys."""
     counts = sorted({link["rank"] for link in found["links"].values()})
     used = f"r = {' or '.join(map(str, counts))}"
     few = "" if counts == [found["rank"]] else f" instead of {found['rank']}, because there are no more keys"
@@ -56,7 +57,10 @@ def _landmark_count(found: Mapping[str, Any]) -> str:
 
 
 def markdown(found: Mapping[str, Any]) -> str:
-    """Format as Markdown: table 1, the links, the errors and the changes by landmark method."""
+    """Format `found` as four Markdown tables: table 1 of the article, links, errors, and changes of landmarks.
+
+    The tables of errors and changes have a row for each landmark method.
+    """
     ranks, methods = _ranks(found), _methods(found)
     links = {name: _cells(link["all"]) for name, link in found["links"].items()}
     tables = [
@@ -158,9 +162,9 @@ def _curves(found: Mapping[str, Any]) -> Child:
         values = np.log10([value for value in link["kappas"] if value is not None and value > 0])
         values = values[np.isfinite(values)]
         if len(values):
-            kappas.append(Series(name, values, np.arange(1, len(values) + 1) / len(link["kappas"]), look % 4))
+            kappas.append(Series(name, values, np.arange(1, len(values) + 1) / len(link["kappas"]), look))
         median = np.array(link["spectrum"]["median"])
-        spectra.append(Series(name, np.arange(1, len(median) + 1), np.log10(median), look % 4))
+        spectra.append(Series(name, np.arange(1, len(median) + 1), np.log10(median), look))
     charts = []
     if kappas:
         charts.append(

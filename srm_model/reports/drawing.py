@@ -59,7 +59,7 @@ def inline(figure: Figure, alt: str, style: dict[Any, Any], variables: dict[str,
         figure: The figure.
         alt: Alternative text, for readers who cannot see the chart.
         style: matplotlib settings.
-        variables: A dict from colour to the style sheet's variable that replaces the colour.
+        variables: A dict from colours in the figure to the variables of the style sheet that replace these colours.
     """
     text = svg(figure, style)
     body = text[text.index(">", text.index("<svg")) + 1 : text.rindex("</svg>")]

@@ -1,4 +1,4 @@
-"""Draw where an image loses quality: the image, the map over it, and a colour bar."""
+"""Draw a quality map: the image on the left, the map over a grey copy of the image on the right, and a colour bar."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def draw_map(
     Args:
         path: File to write.
         image: The scored image, (H, W, 3) in [0, 1].
-        change: Change of the score at each pixel, (H, W).
+        change: (H, W), for each pixel the change of the score if a window around the pixel is replaced.
         score: Score of the image.
-        caption: How the map was computed.
+        caption: Text that says how the map was computed.
         model: Name of the model.
     """
     from matplotlib import rc_context

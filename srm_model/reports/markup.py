@@ -24,7 +24,12 @@ def join(*children: Child) -> Markup:
 
 
 def element(tag: str, /, *children: Child, **attributes: str | float | bool | None) -> Markup:
-    """Return an element. `class_` and `stroke_width` become class and stroke-width; None and False are omitted."""
+    """Return an element.
+
+    In attribute names, "_" at the end is removed, and every other "_" becomes "-". For example, `class_` becomes class,
+    and `stroke_width` becomes stroke-width. An attribute is omitted if its value is None or False. If the value is
+    True, only the name is written.
+    """
     written = "".join(
         f" {key.rstrip('_').replace('_', '-')}" + ("" if value is True else f'="{escape(str(value))}"')
         for key, value in attributes.items()

@@ -169,7 +169,7 @@ def _versions(run: Run) -> Child:
 
 
 def _kernels(run: Run) -> dict[str, str]:
-    """Return, for each neck, the backends of its evaluation and attacks, and the verdict that chose them."""
+    """Return, for each neck, which backends ran in evaluation and attacks, and which verdict or setting chose them."""
     found = {}
     for neck in run.necks:
         sentences = [neck.evaluation.kernels if neck.evaluation else None]

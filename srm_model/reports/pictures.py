@@ -14,7 +14,8 @@ SIDE = 288  # pixels; larger pictures are reduced to this size
 def data_uri(path: Path) -> str:
     """Return a picture as a data URI.
 
-    A small PNG is embedded unchanged. Other files become a PNG with sides of at most SIDE pixels.
+    A PNG with sides of at most SIDE pixels is embedded unchanged. Any other image is reduced to this size if it is
+    larger, and converted to PNG.
 
     Raises:
         ValueError: The file cannot be read.

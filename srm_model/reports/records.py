@@ -25,7 +25,7 @@ FULL = "full"  # the variant without an ablation
 
 
 class Records:
-    """The lines of `results.jsonl`, each {"kind", "identity", "values", …}. An incomplete line is ignored."""
+    """The lines of `results.jsonl`. Lines that are not objects with "kind", "identity" and "values" are ignored."""
 
     def __init__(self, folder: str | Path) -> None:
         self.path = Path(folder) / RESULTS
@@ -42,7 +42,8 @@ class Records:
     def find(self, kind: str, identity: dict[str, Any]) -> dict[str, Any] | None:
         """Return the line with this kind and identity, or None if there is no such line yet.
 
-        A line can be older than a field of SRMConfig. For this line, the field has its default value.
+        A line may have been written before a field was added to SRMConfig. The field then counts as having its default
+        value.
         """
         wanted = json.loads(json.dumps(identity))  # turns tuples into lists, as in the file
         for line in self.lines:
@@ -99,7 +100,10 @@ class StudyResults:
 
 
 def _place(identity: dict[str, Any], study: dict[str, Any]) -> list[int | float]:
-    """Return a sort key for the order of the study. The order does not depend on which process finished first."""
+    """Return a sort key that puts lines in the order of the study, regardless of which process finished first.
+
+    The key consists of the places of dataset, backbone, variant and neck in the study's lists, then norm, ε and seed.
+    """
     listed = (
         ("data", list(study.get("data", ()))),
         ("backbone", study.get("backbones", ())),
@@ -114,7 +118,7 @@ def _place(identity: dict[str, Any], study: dict[str, Any]) -> list[int | float]
 
 
 def grouped(lines: Sequence[dict[str, Any]], *keys: str) -> list[list[dict[str, Any]]]:
-    """Group lines by the values of `keys` in their identity, in the order of each group's first line."""
+    """Group lines whose identities have the same values of `keys`. Groups are in the order of their first lines."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
         groups.setdefault(json.dumps([line["identity"].get(key) for key in keys]), []).append(line)
@@ -122,16 +126,19 @@ def grouped(lines: Sequence[dict[str, Any]], *keys: str) -> list[list[dict[str, 
 
 
 def numbers_of(lines: Sequence[dict[str, Any]], *keys: str | int) -> np.ndarray:
-    """Return the number at nested `keys` in the values of each line, (len(lines),) float64. null becomes NaN."""
+    """Return one number from the values of each line, (len(lines),) float64. null becomes NaN.
+
+    `keys` is the path to the number: with the keys "worst" and "srocc", the number is `values["worst"]["srocc"]`.
+    """
     found = (reduce(getitem, keys, line["values"]) for line in lines)
     return np.array([math.nan if item is None else item for item in found], dtype=np.float64)
 
 
 def over_seeds(lines: Sequence[dict[str, Any]], *keys: str | int) -> str:
-    """Return the mean ± standard deviation (n − 1) of a number over lines, as text.
+    """Return the mean ± standard deviation of a number over lines, as text. The variance is divided by n − 1.
 
-    The lines are the same measurement with different seeds. The number of a line is at `keys`, as in `numbers_of`. For
-    one line, the text is the number alone.
+    The lines are results of the same measurement with different seeds. `keys` is the path to the number in the values
+    of each line, as in `numbers_of`. If there is only one line, the text is the number alone.
     """
     mean = fixed(mean_of(lines, *keys))
     if len(lines) < 2:

@@ -1,4 +1,4 @@
-"""Show clean and attacked correlations, and their uncertainty."""
+"""Show the correlations on clean and on attacked images, and the uncertainty of these correlations."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ UNKNOWN = Correlations(math.nan, math.nan)
 
 @dataclass(frozen=True)
 class Estimate:
-    """A SROCC, its bootstrap replicates, and the names of the images."""
+    """An SROCC, its bootstrap replicates, and the names of the images on which it was measured."""
 
     srocc: float
     replicates: np.ndarray
@@ -63,7 +63,7 @@ def estimates(run: Run) -> Estimates:
 
 
 def results(run: Run, found: Estimates) -> Child:
-    """Return the summary, the fall chart and the table of every attack."""
+    """Return the summary, the chart of clean and attacked SROCC, and the table of all attacks."""
     if not found.test and not found.worst:
         return missing("No test scores and no attacks were found.")
     definitions = element(

@@ -45,7 +45,7 @@ class Evaluation:
     names: tuple[str, ...]
     labels: str
     logistic: LogisticMap | None
-    kernels: str | None  # which backends ran, and the verdict that chose them
+    kernels: str | None  # which backends ran, and which verdict or setting chose them
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Attacked:
     worst_attack: str  # the attack with the lowest SROCC
     incomplete: tuple[str, ...]  # attacks that were not run without a surrogate
     examples: tuple[Example, ...]
-    kernels: str | None = None  # which backends ran, and the verdict that chose them
+    kernels: str | None = None  # which backends ran, and which verdict or setting chose them
 
     @property
     def budget(self) -> Budget:
@@ -131,7 +131,7 @@ class Run:
         return sorted({item.budget for neck in self.necks for item in neck.attacks}, key=_budget_order)
 
     def attacked(self, budget: Budget) -> list[tuple[Neck, Attacked]]:
-        """Return the necks that were attacked at a budget, with the results."""
+        """Return the necks that were attacked at a budget, each with the result of its attack."""
         return [(neck, item) for neck in self.necks for item in neck.attacks if item.budget == budget]
 
     @property

@@ -37,7 +37,10 @@ class _View:
 
 
 def scatters(run: Run) -> Child:
-    """Draw a scatter chart for each neck: clean scores and the worst attack at each budget, with the same limits."""
+    """Draw scatter charts for each neck: a chart for the clean scores, and a chart for the worst attack at each budget.
+
+    All charts have the same axis limits.
+    """
     views = {neck.name: _views(neck) for neck in run.necks}
     everything = [view for panels in views.values() for view in panels]
     if not everything:

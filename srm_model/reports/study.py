@@ -1,4 +1,4 @@
-"""Write the page of a study, and its tables and figures as files."""
+"""Write the page of a study, and write the tables and figures of the study as separate files."""
 
 from __future__ import annotations
 
@@ -23,19 +23,20 @@ def write_study(
 ) -> tuple[list[Table], list[Path]]:
     """Write a study's tables (Markdown, HTML) and figures (SVG, PNG) to `tables/` and `figures/` in its folder.
 
-    Without `table_numbers` and `figure_numbers`, all tables and figures are written, and a page that shows all of them.
+    If neither `table_numbers` nor `figure_numbers` is given, the function writes all tables and figures, and a page
+    that shows all of them. Otherwise, it writes only the tables and figures whose numbers are given.
 
     Args:
         folder: Folder of the study.
         table_numbers: Numbers of the tables to write.
         figure_numbers: Numbers of the figures to write.
-        out: File of the page. Default: `report.html` in the study's folder.
+        out: File of the page, if the page is written. Default: `report.html` in the study's folder.
 
     Returns:
         The tables, and the paths of all written files.
 
     Raises:
-        ValueError: The folder is not the folder of a study, or a number is not the number of a table or figure.
+        ValueError: The folder is not the folder of a study, or a given number belongs to no table or figure.
     """
     folder = Path(folder)
     results = StudyResults.read(folder)

@@ -1,4 +1,4 @@
-"""Draw figures 3 to 6 from a study's results, as SVG and PNG. Figures 3 to 5 are those of the article."""
+"""Draw figures 3 to 5 of the article, and a further figure 6, from a study's results, as SVG and PNG."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def figures(results: StudyResults, folder: str | Path, numbers: Sequence[int] | 
 
     Args:
         results: Results of the study.
-        folder: Folder to write.
+        folder: Folder of the files.
         numbers: Numbers of the figures. Default: all.
 
     Returns:
         The paths that were written.
 
     Raises:
-        ValueError: A number is not the number of a figure.
+        ValueError: A given number belongs to no figure.
     """
     for number in numbers or ():
         if number not in _BUILDERS:
@@ -71,7 +71,10 @@ def _name(identity: dict[str, Any]) -> str:
 
 
 def _scale(results: StudyResults, figure: Any) -> bool:
-    """Draw figure 3: τ, and the scale before and after τ, over the epochs. Values are means over seeds."""
+    """Draw figure 3: τ by epoch, and the scale of the attention output by epoch, before and after rescaling by τ.
+
+    Values are means over seeds.
+    """
     groups = grouped(results.unablated("diagnostics"), "data", "backbone", "neck")
     if not groups:
         return False
@@ -95,9 +98,10 @@ def _scale(results: StudyResults, figure: Any) -> bool:
 
 
 def _gate(results: StudyResults, figure: Any) -> bool:
-    """Draw figure 4: entropy, mean weights, γ and ‖M‖ of the gate, for the test images of all seeds.
+    """Draw figure 4: γ, ‖M‖, and the entropy and mean of the gate weights, on the test images.
 
-    Distributions are drawn as cumulative curves, because bars of many series would overlap.
+    Values of different seeds are drawn together. Distributions are drawn as cumulative curves, because bars of many
+    series would overlap.
     """
     groups = grouped(results.unablated("diagnostics"), "data", "backbone", "neck")
     if not groups:
@@ -131,7 +135,7 @@ def _gate(results: StudyResults, figure: Any) -> bool:
 
 
 def _steps(results: StudyResults, figure: Any) -> bool:
-    """Draw figure 5: SROCC against the steps of PGD, with mean and standard deviation over seeds."""
+    """Draw figure 5: mean and standard deviation of SROCC over seeds, for each number of PGD steps."""
     groups = grouped(results.unablated("sweep"), "data", "backbone", "neck", "norm", "eps")
     if not groups:
         return False
@@ -157,9 +161,10 @@ def _steps(results: StudyResults, figure: Any) -> bool:
 
 
 def _budgets(results: StudyResults, figure: Any) -> bool:
-    """Draw figure 6: the worst SROCC of the suite against the budget, with mean and standard deviation over seeds.
+    """Draw figure 6: mean and standard deviation over seeds of the worst SROCC of the suite, for each budget.
 
-    The figure shows the models with the highest number of seeds. Table 11 has the other models.
+    The figure shows models that were attacked at several budgets in the same norm. If some of these models have fewer
+    seeds than others, only the models with the most seeds are shown. Tables 8 and 11 contain the other models.
     """
     lines = [line for line in results.records.of("attack") if len(_budgets_of(results, line)) > 1]
     groups = [
@@ -206,7 +211,7 @@ def _budgets_of(results: StudyResults, line: dict[str, Any]) -> set[float]:
 
 
 def _variant(identity: dict[str, Any], among: Sequence[dict[str, Any]]) -> str:
-    """Return neck and variant as text. Backbone and dataset are added if the lines have several of them."""
+    """Return neck and variant as text. If the lines `among` differ in backbone or dataset, add backbone and dataset."""
     places = {(line["identity"]["data"], line["identity"]["backbone"]) for line in among}
     place = f", {identity['backbone']}, {identity['data']}" if len(places) > 1 else ""
     return f"{model_text(identity['neck'], identity['variant'])}{place}"

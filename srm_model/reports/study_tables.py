@@ -33,7 +33,7 @@ Content = tuple[list[str], list[list[str]], str]  # columns, rows and note
 
 
 class Table(NamedTuple):
-    """A table of text cells. The first `words` columns contain words, the other columns numbers."""
+    """A table of text cells. The first `words` columns contain words, and the other columns contain numbers."""
 
     number: int
     title: str
@@ -47,14 +47,14 @@ _BUILDERS: dict[int, Callable[[StudyResults], Table]] = {}
 
 
 def tables(results: StudyResults, numbers: Sequence[int] | None = None) -> list[Table]:
-    """Return tables of a study. A table without results has no rows and a note that explains why.
+    """Return tables of a study. A table without results has no rows, and its note says which results it needs.
 
     Args:
         results: Results of the study.
         numbers: Numbers of the tables. Default: all.
 
     Raises:
-        ValueError: A number is not the number of a table.
+        ValueError: A given number belongs to no table.
     """
     for number in numbers or ():
         if number not in _BUILDERS:
@@ -86,7 +86,8 @@ def html(found: Table) -> Markup:
 def rows_of(found: Table) -> list[dict[str, Any]]:
     """Return a dict for each row: the number of the table, then the text of each cell by its column.
 
-    Columns with the same heading, such as "Δ", are named after the column on their left too: "clean SROCC, Δ".
+    If several columns have the same heading, such as "Δ", the name of each of them starts with the heading of the
+    column on its left: "clean SROCC, Δ".
     """
     columns = found.columns
     names = [
@@ -127,7 +128,10 @@ def _table(
 
 
 def _rows(lines: Lines, keys: Sequence[str], cells: Callable[[Lines], Iterable[str]]) -> list[list[str]]:
-    """Return a row for each group of lines with the same values of `keys` in their identity: the model, then cells."""
+    """Return a row for each group of lines whose identities have the same values of `keys`.
+
+    The first cells of a row are dataset, backbone and model. The function `cells` returns the other cells.
+    """
     return [[*_where(group[0]["identity"]), *cells(group)] for group in grouped(lines, *keys)]
 
 
@@ -369,7 +373,10 @@ def _ablations(results: StudyResults) -> Content:
 
 
 def _delta(full: Lines, lines: Lines, keys: Sequence[str]) -> float:
-    """Return the variant's mean minus the full neck's mean over their common seeds, or NaN without common seeds."""
+    """Return the mean over `lines` (a variant) minus the mean over `full` (the full neck).
+
+    Both means are over the seeds that `full` and `lines` have in common. Without common seeds, the result is NaN.
+    """
     by_seed = [{line["identity"]["seed"]: line for line in found} for found in (full, lines)]
     seeds = by_seed[0].keys() & by_seed[1].keys()
     before, after = (mean_of([found[seed] for seed in seeds], *keys) for found in by_seed)

@@ -1,4 +1,8 @@
-"""The style sheet of the pages. Series use Okabe and Ito's colours; s4 to s7 are an ordered ramp for stages."""
+"""The style sheet of the pages.
+
+The colours --s0 to --s3 of series are based on the palette of Okabe and Ito. The colours --s4 to --s7 are an ordered
+ramp, for example for stages.
+"""
 
 STYLE = """
 :root {

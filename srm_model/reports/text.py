@@ -15,7 +15,7 @@ MINUS, DASH = "−", "—"
 
 
 def fixed(value: float, digits: int = 3) -> str:
-    """Format a number with a fixed number of digits and "−" for minus; return a dash if it is not finite."""
+    """Format a number with `digits` decimals and "−" for minus; return a dash if the number is not finite."""
     return f"{value:.{digits}f}".replace("-", MINUS) if math.isfinite(value) else DASH
 
 
@@ -47,7 +47,7 @@ def drop(clean: float, attacked: float) -> str:
 
 
 def model_text(neck: str, variant: str) -> str:
-    """Return the name of a model: its neck, then its variant unless this is "full".
+    """Return the name of a model: its neck, then its variant unless the variant is "full".
 
     If the variant starts with "baseline, " or with the name of the neck, this part of the variant is omitted.
     """

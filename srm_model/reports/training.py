@@ -17,12 +17,13 @@ from srm_model.reports.text import DASH, clock, fixed, spread
 # Index of the first colour of the style sheet's ordered ramp. Loss parts and stages use the ramp; necks use the
 # colours before the ramp.
 RAMP = 4
-LOSS_PARTS = {
-    "mse": "squared error",
-    "tau": "τ loss",
-    "entropy": "gate entropy",
-    "balance": "gate balance",
-    "gradient": "gradient norm",
+LOSS_PARTS = {  # name of each part, and index of its colour; defences use colours before the ramp, which has four
+    "mse": ("squared error", RAMP),
+    "tau": ("τ loss", RAMP + 1),
+    "entropy": ("gate entropy", RAMP + 2),
+    "balance": ("gate balance", RAMP + 3),
+    "gradient": ("gradient norm", 1),
+    "consistency": ("squared change of the score under attack", 2),
 }
 # Names of logged quantities, in the order of the table. Other quantities follow under their own names.
 DIAGNOSTICS = {
@@ -42,7 +43,7 @@ DIAGNOSTICS = {
 
 
 def training(run: Run) -> Child:
-    """Return the content on training: best epochs, validation SROCC, total loss and its parts."""
+    """Return the content of the training section: best epochs, validation SROCC, total loss and its parts."""
     trained = [neck for neck in run.necks if neck.history]
     if not trained:
         return missing("No training history was found.")
@@ -58,7 +59,7 @@ def training(run: Run) -> Child:
 
 
 def mechanism(run: Run) -> Child:
-    """Return the content on the neck: gate weights, activity of the gain cap, and all other logged diagnostics."""
+    """Return the content of the diagnostics section: gate weights, share of capped images, and all other values."""
     logged = [neck for neck in run.necks if any(map(_diagnostics, neck.history))]
     if not logged:
         return missing("No diagnostics of a neck were logged.")
@@ -108,12 +109,12 @@ def _curves(necks: Sequence[Neck], key: str, title: str, y_label: str) -> Markup
 def _loss_parts(neck: Neck) -> Markup | None:
     """Draw the parts of the loss, each multiplied by its weight in the total loss."""
     series = []
-    for i, (part, label) in enumerate(LOSS_PARTS.items()):
+    for part, (label, colour) in LOSS_PARTS.items():
         weight = 1 if part == "mse" else neck.config.get(f"weight_{part}")
         values = _column(neck, f"loss_{part}")
         if weight is not None and np.isfinite(values).any():
             name = label if part == "mse" else f"{weight:g} × {label}"
-            series.append(Series(name, _epochs(neck), weight * values, RAMP + i))
+            series.append(Series(name, _epochs(neck), weight * values, colour))
     if len(series) < 2:
         return None
     return line_chart(series, title=f"Parts of the loss, {neck.name}", x_label="epoch", y_label="loss")
@@ -137,7 +138,7 @@ def _gate(neck: Neck) -> Markup | None:
 
 
 def _cap(neck: Neck) -> Markup | None:
-    """Draw the share of images with γ < 1 in each epoch, for training images and for diagnosed validation images."""
+    """Draw each epoch's share of images with γ < 1, for training images and the validation batch of the diagnostics."""
     diagnosed = [numbers(_diagnostics(entry).get("gain_active")) for entry in neck.history]
     found = {
         "training": _column(neck, "gain_active"),

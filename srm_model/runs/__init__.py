@@ -57,7 +57,8 @@ def process_group() -> Iterator[bool]:
 def keep_memory() -> None:
     """Make glibc keep freed memory. With other C libraries, do nothing.
 
-    By default, glibc returns freed memory to the system. This takes more time than the computations of a small model.
+    By default, glibc returns freed memory to the system and requests it again later. For a small model, returning and
+    requesting memory takes more time than the computations.
     """
     if platform.libc_ver()[0] != "glibc":
         return
@@ -71,13 +72,14 @@ def keep_memory() -> None:
 def writing(folder: str | Path, *, shared: bool = False) -> Iterator[None]:
     """Within the block, lock a folder against other commands that write to this folder.
 
-    If this folder is inside the folder of a run or of a study, the outer folder is locked too. A run gets a shared
-    lock, so other commands can write to other checkpoints of the run. A study gets an exclusive lock, because each
-    process of `srm-iqa ablate` may write to any folder of its study. The first rank holds the locks.
+    If this folder is inside the writable folder of a run or of a study, the outer folder is locked too. The folder of
+    a run gets a shared lock, so other commands can write to other checkpoints of the run. The folder of a study gets
+    an exclusive lock, because each process of `srm-iqa ablate` may write to any folder of its study. In a process
+    group, the first rank holds the locks.
 
     Args:
         folder: Folder to lock.
-        shared: Whether other commands with `shared` may write to the folder at the same time.
+        shared: Whether other commands that also pass `shared` may write to the folder at the same time.
 
     Raises:
         ValueError: Another process writes to the folder. Every rank raises this error.
@@ -102,7 +104,8 @@ def writing(folder: str | Path, *, shared: bool = False) -> Iterator[None]:
 def recorded(folder: Path, arguments: Sequence[str], **about: Any) -> Iterator[dict[str, Any]]:
     """Record a command and its duration in `folder/run.json`.
 
-    Earlier contents are kept: the command is added to the list of commands, and the duration to the total duration.
+    Earlier contents of the file are kept, except the versions of the software. The command is added to the list of
+    commands, and the duration is added to the total duration.
 
     If the block raises before it has written other files to the folder, the folder is restored.
 
@@ -158,7 +161,7 @@ def _files(folder: Path) -> dict[Path, tuple[int, int]]:
 
 
 def _restore(path: Path, content: bytes | None, made: Set[Path]) -> None:
-    """Restore a file's earlier content, or remove a file that is new. Remove the folders in `made`."""
+    """Restore a file's earlier content, or remove the file if `content` is None. Remove empty folders in `made`."""
     if content is None:
         path.unlink()
     else:
@@ -170,7 +173,7 @@ def _restore(path: Path, content: bytes | None, made: Set[Path]) -> None:
 
 
 def kernels_of(config: SRMConfig, device: torch.device, found: dict[str, set[str]]) -> str:
-    """Return a sentence that names the backends that ran on a device, and why these backends were chosen.
+    """Return a sentence that says which backends ran on a device, and why these backends were chosen.
 
     `found` maps each operator to the backends that ran, as `srm_kernels.registration.running` collects them.
     """
@@ -222,7 +225,7 @@ def has_checkpoint(folder: str | Path) -> bool:
 
 
 def checkpoints_of_study(folder: str) -> dict[str, Path]:
-    """Return all checkpoints of a study or a run, by the name that tables show."""
+    """Return the folders of all checkpoints of a study or a run. The keys are the names to print in tables."""
     root = Path(folder)
     if (root / STUDY).is_file():
         found = sorted(path.parent for path in (root / "runs").rglob(CONFIG))
@@ -252,7 +255,7 @@ def open_checkpoint(
     Args:
         folder: Folder of the checkpoint.
         device: Device of the model. The model is converted to channels-last format.
-        backend: Backend of the operators. Default: the backend of training.
+        backend: Backend of the operators. Default: `backend` of the checkpoint's config.
 
     Returns:
         The model and the card.
@@ -288,7 +291,7 @@ def batches(dataset: Any, indices: Sequence[int], size: int) -> Iterator[torch.T
 
 
 def dataset_card(dataset: Any) -> dict[str, Any]:
-    """Describe a dataset, given one of its splits, for cards and run.json."""
+    """Return the description of a dataset for cards and run.json. `dataset` is any split of the dataset."""
     ceiling = getattr(dataset, "type_level_srocc", None)
     return {
         "name": dataset.name,
@@ -314,7 +317,8 @@ def dataset_for(
         progress: Whether to show a progress bar while files are checked.
 
     Raises:
-        ValueError: No dataset is known, the dataset of training has changed, or the dataset is faulty.
+        ValueError: Neither `root` nor the card names a dataset, the dataset has changed since it was used for training,
+            or the dataset is faulty.
     """
     trained = card.get("dataset") or {}
     if root is None and not trained.get("root"):
@@ -338,8 +342,8 @@ def dataset_for(
 def surrogate_of(folder: Path) -> Path | None:
     """Return the folder of the surrogate for a transfer attack on the checkpoint in `folder`, or None if none exists.
 
-    The surrogate has the neck `none`, or the neck `srm` if the attacked checkpoint has the neck `none`. Its folder has
-    the name of its neck and is next to `folder`.
+    The surrogate has the neck `none`, or the neck `srm` if the attacked checkpoint has the neck `none`. The surrogate's
+    folder is next to `folder` and has the name of the surrogate's neck.
     """
     found = folder.parent / NECKS[read_card(folder)["neck"]].surrogate
     return found if (found / CONFIG).is_file() and found.resolve() != folder.resolve() else None

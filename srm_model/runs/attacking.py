@@ -1,4 +1,4 @@
-"""Run a suite of attacks on a model and keep its result in a file."""
+"""Run a suite of attacks on a model and save the result in a file."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def attack_checkpoint(
         norm, eps: Norm and budget ε of the attacks.
         config: Config with the settings of the attacks.
         device: Device of the model.
-        surrogate: Checkpoint for the transfer attack, or None to leave it out.
-        limit: Number of images, evenly spaced. Default: all.
+        surrogate: Checkpoint of the surrogate for transfer attacks, or None to skip transfer attacks.
+        limit: Number of images to attack, evenly spaced over the dataset. Default: all.
         keep: Number of attacked images to save as pictures.
         suite: Name of the suite.
         progress: Whether to report progress on stderr.
@@ -130,7 +130,7 @@ def attack_model(
         model: Model to attack.
         dataset, config, suite, progress, writes: As in `attack_checkpoint`.
         path: File of the result.
-        settings: Settings to save in the file. `known_result` compares these settings.
+        settings: Settings to save in the file. `known_result` later compares them with the settings of a new attack.
         about: Function that is called after the attack. Its result is saved in the file.
         options: Further arguments of `Suite.run`: norm, eps, surrogate, logistic, limit and keep.
 

@@ -38,9 +38,10 @@ def train_neck(
     progress: bool = True,
     **options: Any,
 ) -> None:
-    """Train a model and write `evaluation.json` for its best epoch. What is already finished is not repeated.
+    """Train a model, evaluate its best epoch on the test split, and save the result in `evaluation.json`.
 
-    In a process group, every rank calls this function, and the first rank writes.
+    With `resume`, finished epochs are not trained again. The evaluation is skipped if `evaluation.json` already belongs
+    to the same weights. In a process group, every rank calls this function, and the first rank writes the files.
 
     Args:
         model: Model to train.
@@ -93,6 +94,6 @@ def train_neck(
 
 
 def logistic_of(card: dict[str, Any]) -> LogisticMap | None:
-    """Return the logistic map in a checkpoint's card, which was fitted on the validation set."""
+    """Return the logistic map from a checkpoint's card, or None. The map was fitted on the validation set."""
     values = card.get("logistic")
     return None if values is None else LogisticMap.from_dict(values)

@@ -24,7 +24,10 @@ class Context:
     _splits: dict[Any, dict[str, Any]] = field(default_factory=dict)
 
     def splits(self, model: Model) -> dict[str, Any]:
-        """Return a model's datasets by split. Each dataset, seed and size is opened once."""
+        """Return a model's datasets by split.
+
+        The datasets are opened once for each combination of dataset name, seed and image size.
+        """
         key = model.data, model.config.seed, model.config.image_size
         if key not in self._splits:
             root = self.study.data[model.data]

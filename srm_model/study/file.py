@@ -66,7 +66,7 @@ class Model:
 
     @property
     def surrogate(self) -> Model:
-        """The surrogate of the transfer attack. It is a model without overrides."""
+        """The surrogate model of the transfer attack on this model. The surrogate never has overrides."""
         other = NECKS[self.neck].surrogate
         return Model(self.data, self.backbone, other, FULL, self.seed, self.config)
 
@@ -141,7 +141,8 @@ class Study:
     def budgets_of(self, model: Model) -> tuple[tuple[str, float], ...]:
         """Return the budgets of a model.
 
-        The model with which the ablations are compared also has the budgets of the ablations.
+        The ablations are compared with the `srm` model without overrides on the first dataset and backbone. This model
+        therefore has the budgets of the ablations too.
         """
         if model.variant != FULL:
             return self.ablation_budgets[model.variant]
@@ -188,8 +189,8 @@ def read_study(path: str | Path, roots: Mapping[str, str] | None = None) -> Stud
 
     Args:
         path: The file.
-        roots: Folders of datasets by name. They replace the file's `data`. If a table in the file's `protocols` names
-            these datasets, the other keys of this table replace the keys of the file (docs/RECIPES.md).
+        roots: Folders of datasets by name. They replace the file's `data`. If a protocol in the file lists these
+            datasets under `for`, the protocol's other keys override the keys of the file (docs/RECIPES.md).
 
     Raises:
         ValueError, TypeError: The file cannot be read, or a key or value is not accepted.
@@ -233,7 +234,10 @@ def _checked(values: Any) -> dict[str, Any]:
 
 
 def _under_protocol(values: dict[str, Any], roots: Mapping[str, str]) -> dict[str, Any]:
-    """Return the file's keys with `roots` as `data`. The keys of the datasets' protocol replace the file's keys."""
+    """Return the file's keys, with `roots` as `data`.
+
+    If a protocol in the file lists these datasets, the protocol's keys override the keys of the file.
+    """
     chosen = set()
     for root in roots:
         named = [name for name, protocol in values.get("protocols", {}).items() if root in protocol["for"]]
@@ -349,8 +353,9 @@ def _ablation_fields(
 def _ablations(values: Mapping[str, Any], config: SRMConfig) -> dict[str, dict[str, Any]]:
     """Read ablations.
 
-    `rows` is a list of names, or "all" for the names of `ABLATIONS`. "all" omits an ablation that only sets the
-    landmark method of the study, because this ablation changes nothing. `overrides` is a table of further ablations.
+    `rows` is a list of names from `ABLATIONS` and `DEFENCES`, or "all" for the names in `ABLATIONS`. If an ablation
+    only sets the landmark method, and the study already uses this method, "all" omits the ablation. `overrides` is a
+    table of further ablations.
     """
     if not isinstance(values, dict):
         raise TypeError(f"ablations has {values!r}: expected a table")
@@ -381,7 +386,10 @@ def _ablations(values: Mapping[str, Any], config: SRMConfig) -> dict[str, dict[s
 
 
 def _stronger(values: Any, config: SRMConfig, suite: str, trained: Mapping[str, tuple[int, ...]]) -> Stronger:
-    """Read one group of stronger attacks. `trained` maps each name that `models` may list to its seeds."""
+    """Read one group of stronger attacks.
+
+    `trained` has the seeds of each neck and each ablation, by name. The group's `models` must be keys of `trained`.
+    """
     if not isinstance(values, dict):
         raise TypeError(f"stronger has {values!r}: expected a table")
     _known(values, {"models", "seeds", *NORMS, "suite", "config"}, "key of stronger")
@@ -417,7 +425,7 @@ def _suite(values: Mapping[str, Any], default: str) -> str:
 
 
 def _swaps(values: Mapping[str, Any], config: SRMConfig) -> dict[str, dict[str, Any]]:
-    """Read swaps. A swap is a table of config fields, and may have `neck` and `beta` (the weight of every link)."""
+    """Read swaps: tables of config fields, with the optional keys `neck` and `beta` (one β for all links)."""
     for name, overrides in values.items():
         if not isinstance(overrides, dict):
             raise ValueError(f"swap {name!r}: expected a table of config fields, neck or beta")
@@ -445,7 +453,7 @@ def _seeds(values: Any, key: str = "seeds") -> tuple[int, ...]:
 
 
 def _budgets(values: Mapping[str, Any], config: SRMConfig) -> tuple[tuple[str, float], ...]:
-    """Read pairs of norm and ε. Without a norm, use the config's budgets for tables."""
+    """Read budgets as pairs (norm, ε). If `values` has no norm, take the budgets for tables from the config."""
     for norm in NORMS:
         if not isinstance(values.get(norm, []), list):
             raise TypeError(f"{norm} is {values[norm]!r}: expected list")

@@ -82,7 +82,7 @@ def attack_jobs(c: Context, model: Model, stronger: Stronger | None = None) -> I
 
 
 def swap_jobs(c: Context, models: Iterable[Model]) -> Iterator[Job]:
-    """Yield evaluations of trained weights with another attention, rank or link weight."""
+    """Yield evaluations of trained `srm` models after each swap, without new training."""
     for model in models:
         for name, changes in c.study.swaps.items() if model.neck == "srm" else ():
             identity = {**model.identity, "swap": name, "changes": changes}
@@ -91,7 +91,11 @@ def swap_jobs(c: Context, models: Iterable[Model]) -> Iterator[Job]:
 
 
 def audit_jobs(c: Context, models: Iterable[Model]) -> Iterator[Job]:
-    """Yield audits at the article's largest L∞ budget. Full `srm` models are also audited with each audit swap."""
+    """Yield audits at the last budget of the config's `eps_linf_tables`.
+
+    A model with the neck `srm` and without overrides is audited once as trained, and once after each swap in
+    `audit_swaps`.
+    """
     for model in filter(c.study.audited, models):
         eps = model.config.eps_linf_tables[-1]
         swappable = model.neck == "srm" and model.variant == FULL
@@ -105,7 +109,7 @@ def audit_jobs(c: Context, models: Iterable[Model]) -> Iterator[Job]:
 
 
 def stronger_jobs(c: Context, models: Iterable[Model]) -> Iterator[Job]:
-    """Yield the attacks of table 15, which use more steps, restarts or kinds of attacks than the study."""
+    """Yield the attacks of table 15, whose suite or settings differ from those of the study's own attacks."""
     models = list(models)
     for group in c.study.stronger:
         for model in models:

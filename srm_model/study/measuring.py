@@ -77,7 +77,7 @@ def attacked(
 
 
 def swap_evaluated(c: Context, model: Model, changes: dict[str, Any]) -> dict[str, Any]:
-    """Evaluate trained weights with another attention, rank or link weight, without training."""
+    """Evaluate a trained model as it is and after `changes` (see `swapped`). There is no new training."""
     loaded, card = c.opened(model)
     own, other = (
         evaluate(one, c.test(model), batch_size=model.config.batch_size, logistic=logistic_of(card))
@@ -97,7 +97,10 @@ def swap_evaluated(c: Context, model: Model, changes: dict[str, Any]) -> dict[st
 
 
 def swapped(model: Any, changes: dict[str, Any]) -> Any:
-    """Return a copy of a trained model with another config, another neck, or all link weights β set to "beta"."""
+    """Return a copy of a trained model with `changes`.
+
+    The keys of `changes` are config fields, "neck" for another neck, and "beta" for one value of β for all links.
+    """
     fields = {key: value for key, value in changes.items() if key not in ("neck", "beta")}
     other: Any = build_model(
         model.backbone_name, neck=changes.get("neck", model.neck_name), config=model.config.replace(**fields)
@@ -112,7 +115,7 @@ def swapped(model: Any, changes: dict[str, Any]) -> Any:
 
 
 def _surrogate(c: Context, model: Model) -> Path | None:
-    """Return the folder of a model's surrogate, or None if the study does not train that model."""
+    """Return the folder of a model's surrogate, or None if the study does not train the surrogate."""
     folder = c.out / model.surrogate.folder
     return folder if (folder / CONFIG).is_file() else None
 
@@ -155,7 +158,7 @@ def swept(c: Context, model: Model, norm: str, eps: float, label: str) -> dict[s
 
 
 def transferred(c: Context, models: Sequence[Model], norm: str, eps: float, label: str) -> dict[str, Any]:
-    """Attack each model and score the attacked images with the other models, for table 10."""
+    """Attack each model, and score all attacked images with every model, for table 10."""
     opened = {f"{m.backbone}/{m.neck}": c.opened(m) for m in models}
     config = models[0].config
     with _unfinished(c, label) as resume:
@@ -212,10 +215,10 @@ def diagnosed(c: Context, model: Model) -> dict[str, Any]:
 
 
 def _trajectory(path: Path) -> list[dict[str, Any]]:
-    """Return a dict for each epoch: its number, τ, two scales of Y, and the share of images with an active cap.
+    """Return a dict for each epoch: its number, τ, the scale of Y before and after τ, and the share of capped images.
 
-    The scales are σ̄ and τ·σ̄, each divided by the link's `reference_scale`. τ and the scales are medians over links and
-    heads.
+    The scale of Y is σ̄ before τ and τ·σ̄ after τ, divided by the link's `reference_scale`. τ and the two scales are
+    medians over all links and heads. An image is capped if its gain cap is active.
     """
     rows = []
     for text in path.read_text(encoding="utf-8").splitlines():

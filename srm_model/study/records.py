@@ -18,11 +18,11 @@ from srm_model.study.jobs import Job
 def record(job: Job, c: Context) -> None:
     """Measure a job and append its line to the results.
 
-    If the weights of a finished training are lost, the training runs again. The new weights must equal the lost
-    weights. No line is added, because the line of this training already exists.
+    If the line already exists, the job is a finished training whose weights were lost or changed. This training runs
+    again, but adds no line. The new weights must equal the original weights.
 
     Raises:
-        ValueError: The new weights differ from the lost weights.
+        ValueError: A repeated training gave weights that differ from the original weights.
     """
     start = time.perf_counter()
     values = job.measure()

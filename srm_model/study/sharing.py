@@ -1,4 +1,4 @@
-"""Run the missing jobs of a study: one job, or all jobs together with other processes on this machine."""
+"""Run the missing jobs of a study: one job, or all jobs, which several processes on this machine can share."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ WAIT = 2.0  # seconds between checks for results of other processes
 
 
 def missing(jobs: Sequence[Job], out: Path) -> list[Job]:
-    """Return jobs without a result, and finished trainings whose weights are lost or changed.
+    """Return jobs without a result, and finished trainings that must run again.
 
-    Such a training is returned only if a job without a result needs its weights.
+    A finished training must run again if its weights are lost or changed, and a job without a result needs them.
     """
     records = Records(out)
     without = [job for job in jobs if records.find(job.kind, job.identity) is None]
@@ -41,7 +41,7 @@ def missing(jobs: Sequence[Job], out: Path) -> list[Job]:
 
 
 def share(jobs: Sequence[Job], c: Context) -> None:
-    """Run missing jobs that no other process runs, until no job is missing."""
+    """Run missing jobs until no job is missing. Skip a job while another process runs it."""
     while left := missing(jobs, c.out):
         untrained, count, idle = _untrained(left), len(left), True
         for job in left:
@@ -78,7 +78,7 @@ def do_one(job: Job, jobs: Sequence[Job], c: Context) -> None:
 
 
 def _untrained(left: Sequence[Job]) -> dict[str, str]:
-    """Return the names of missing trainings, by the folder of the model."""
+    """Return the names of the training jobs in `left`, keyed by the model's folder."""
     return {str(job.needs[0].folder): job.name for job in left if job.kind == CLEAN}
 
 
@@ -105,7 +105,7 @@ def _attempt(job: Job, jobs: Sequence[Job], c: Context, note: str) -> bool:
 
 
 def check_sets(jobs: Sequence[Job], out: Path) -> None:
-    """Raise ValueError if results of a model were measured on another version of its dataset."""
+    """Raise ValueError if the fingerprint of a dataset has changed since a model was trained on the dataset."""
     records = Records(out)
     for job in (job for job in jobs if job.kind == CLEAN):
         line = records.elsewhere(CLEAN, job.identity, "fingerprint")

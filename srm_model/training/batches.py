@@ -12,7 +12,8 @@ def epoch_batches(
 ) -> list[list[int]]:
     """Return the image indices of each batch of an epoch, in an order that depends only on seed and epoch.
 
-    The last batch is dropped if it has only one image or fewer images than there are processes.
+    Batches with fewer images than there are processes are dropped. A last batch with only one image is also dropped,
+    unless `batch_size` is 1 or there is no other batch.
 
     Raises:
         ValueError: No batch is left.

@@ -29,12 +29,13 @@ def predict(
 ) -> np.ndarray:
     """Score every image of a dataset, in evaluation mode and fp32.
 
-    The scores of a stochastic model depend on `batch_size`, because the model draws seeded random numbers once per
-    batch. In a process group, every rank calls this function. The batches are distributed over the ranks, and every
-    rank returns all scores.
+    For a stochastic model, the random generators are seeded before each batch, so the scores depend on `batch_size`. In
+    a process group, every rank calls this function. The batches are distributed over the ranks, and every rank returns
+    all scores.
 
     Args:
-        model: Model from images (B, 3, H, W) to scores (B,). The modes of its modules are restored.
+        model: Model that maps images (B, 3, H, W) to scores (B,). Afterwards, each of its modules has its
+            original mode (training or evaluation).
         dataset: Dataset of pairs (image, label), which are read by index.
         batch_size: Images per forward pass.
         workers: Processes that load images.
@@ -98,7 +99,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Compute SROCC on raw scores and PLCC on scores after a logistic map (docs/METHOD.md §5).
 
-    Arguments that are not listed, and the errors, are those of `predict`.
+    All other arguments and the errors are as in `predict`.
 
     Args:
         dataset: Dataset as in `predict`, with the attributes `mos`, `names` and `labels`.

@@ -31,7 +31,9 @@ class Preempted(BaseException):
 
 
 class Termination:
-    """Record SIGTERM during a block instead of ending the process. Outside the main thread, do nothing.
+    """Context manager that records SIGTERM, so that the signal does not end the process.
+
+    It has no effect outside the main thread.
 
     Attributes:
         received: Whether SIGTERM arrived.
@@ -44,7 +46,7 @@ class Termination:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Raise Preempted when SIGTERM arrives in the block. Raise it at once if SIGTERM arrived before the block."""
+        """Raise Preempted as soon as SIGTERM arrives in the block, or at its start if SIGTERM arrived earlier."""
         self._at_once = True
         try:
             if self.received:
@@ -69,12 +71,16 @@ class Termination:
 
 
 def outlive_sigterm(worker: int) -> None:
-    """Ignore SIGTERM in a worker. Schedulers send SIGTERM to all processes; the training process ends the workers."""
+    """Ignore SIGTERM in a worker.
+
+    Schedulers send SIGTERM to all processes of a job. If a worker ended, torch could raise an error in the training
+    process before the training process saves its state. The training process therefore ends the workers itself.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def worker_start() -> Callable[[int], None]:
-    """Return a `worker_init_fn` that ignores SIGTERM and sets this process's limit of pixels per image."""
+    """Return a `worker_init_fn` that makes a worker ignore SIGTERM and use this process's limit of pixels per image."""
     return partial(_start, Image.MAX_IMAGE_PIXELS)
 
 
@@ -85,14 +91,15 @@ def _start(max_pixels: int | None, worker: int) -> None:
 
 @contextmanager
 def reading(loader: DataLoader[Any]) -> Iterator[Iterator[Any]]:
-    """Yield an iterator over a loader's batches. The workers end with the block, even if the loader fails to start.
+    """Yield an iterator over a loader's batches, and end the loader's workers at the end of the block.
 
-    The block ends the workers before Python would end them, for two reasons:
+    The workers are also ended if the loader fails to start. Without this function, Python would end the workers later,
+    and could fail in two ways:
 
     - A traceback can keep the iterator and its workers alive until Python exits. Python then sends SIGTERM to the
       workers and waits for them. The workers ignore SIGTERM, so Python would wait forever.
     - If the garbage collector removes the iterator, the iterator's threads can close the descriptor of a pipe twice.
-      The second time, the descriptor can belong to another file.
+      When it is closed for the second time, the descriptor can already belong to another file.
     """
     workers, threads = set(multiprocessing.active_children()), set(threading.enumerate())
     items: Any = None
@@ -133,9 +140,11 @@ def is_worker_death(error: BaseException) -> bool:
 
 
 def reading_fault(error: Exception) -> Exception:
-    """Return a WorkerError or ValueError with a short message for an error of reading; return other errors unchanged.
+    """Convert an error from reading images into an error with a short message.
 
-    The message of a worker's error is a whole traceback. Only its last line is kept.
+    If a worker was killed, return a WorkerError. For a ValueError or OSError, return a ValueError with only the last
+    line of the message, because the message of an error in a worker is a whole traceback. Return other errors
+    unchanged.
     """
     if is_worker_death(error):
         return WorkerError(

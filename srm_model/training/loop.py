@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from srm_model.modules import evaluating, unwrapped
 from srm_model.neck import SRMNeck
 from srm_model.statistics import BatchStatistics
 from srm_model.training.batches import deal, epoch_batches
-from srm_model.training.defences import Randomness, adversarial, gradient_norm
+from srm_model.training.defences import Randomness, adversarial, consistency, gradient_norm
 from srm_model.training.evaluation import predict
 from srm_model.training.faults import (
     DivergenceError,
@@ -60,6 +60,14 @@ SKIPS = 3  # with a loss scaler, training ends after this many consecutive losse
 STEPPED, SKIPPED, FAILED = "stepped", "skipped", "failed"  # outcomes of a step
 
 
+class _Part(NamedTuple):
+    """A micro-batch of one rank."""
+
+    images: Tensor  # (B, 3, H, W)
+    mos: Tensor  # (B,)
+    attacked: Tensor | None = None  # attacked copies of `images`, for the consistency term
+
+
 def train(
     model: nn.Module,
     train_set: Any,
@@ -84,8 +92,8 @@ def train(
     - `state.safetensors` and `state.previous.safetensors`: the last state and the previous state of the training;
     - `history.jsonl` and `tensorboard/`: losses, validation results and diagnostics of every epoch.
 
-    After training, the model has the weights of the last epoch. With `config.weights_ema`, the average of the weights
-    is validated and saved.
+    After training, the model has the weights of the last epoch. With `config.weights_ema` > 0, the average of the
+    weights is validated and saved in the checkpoint, instead of the current weights.
 
     A state is written after every epoch, and when SIGTERM arrives. A resumed training gives the same result as an
     uninterrupted training. Random numbers, including those of shuffling, depend only on `config.seed` and the epoch.
@@ -99,7 +107,7 @@ def train(
             `IQAModel`.
         train_set: Dataset of pairs (image, normalised MOS), which are read by index. It has the attributes of
             `ImageQualityDataset`. If `config.crop_size` is given, the dataset's `crop_size` is set to this value.
-        val_set: The validation set, in the same form.
+        val_set: Validation dataset, with the same kind of items and the same attributes as `train_set`.
         folder: Folder of the results.
         config: Settings of the training. Default: the model's config.
         workers: Processes that load images.
@@ -118,8 +126,8 @@ def train(
     Raises:
         TypeError: The model is wrapped.
         ValueError: The state in the folder belongs to another config, model or dataset, or an image cannot be read.
-        DivergenceError: The loss or a gradient is not finite. With a loss scaler, this error is raised after three such
-            steps in a row.
+        DivergenceError: The loss or a gradient is not finite. With a loss scaler, this error is raised only after three
+            failed steps in a row.
         WorkerError: A process that loads images was killed.
         OSError: The folder cannot be written to, for example because the disk is full.
         Preempted: SIGTERM arrived.
@@ -241,7 +249,10 @@ class _Run:
         )
 
     def _has_idle_parameters(self) -> bool:
-        """Return whether some parameters do not change the score, such as links into a stage that is not fused."""
+        """Return whether some parameters have no effect on the score.
+
+        Examples are the parameters of links into a stage that is not fused.
+        """
         side = self.config.image_size
         image = torch.full((1, 3, side, side), 0.5, device=self.device)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -274,7 +285,7 @@ class _Run:
             yield writer
 
     def _save(self, progress: dict[str, Any] | None) -> None:
-        """Write the state after an epoch, or, given the `progress`, within an epoch."""
+        """Write the state. `progress` is the progress of an unfinished epoch, or None between two epochs."""
         values = {
             "identity": self.identity,
             "scaler": self.scaler.state_dict(),
@@ -289,7 +300,8 @@ class _Run:
     def _publish(self, *, whole: bool = True) -> None:
         """Write the history, and also the checkpoint if the last finished epoch is the best epoch.
 
-        `whole` is False if the weights already have steps of the next epoch. The checkpoint is then not written.
+        `whole` is False if training resumes within an epoch. The checkpoint is then not written, because the weights
+        already include steps of the unfinished epoch.
         """
         # These files are derived from the state. If a write is interrupted, a resumed training writes them again.
         if self.rank > 0:
@@ -315,7 +327,10 @@ class _Run:
         return self.model if self.average is None else self.average
 
     def _train_epoch(self, epoch: int, begun: dict[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Train an epoch; return its row of the history, and its progress, which is saved if the validation fails."""
+        """Train an epoch; return its row of the history, and its progress.
+
+        If the validation of the epoch fails, the progress is saved, so that the epoch is not trained again.
+        """
         config = self.config
         batches = self._batches(epoch)
         shares = [
@@ -349,7 +364,7 @@ class _Run:
                 at.whole = False
                 parts = self._on_device(parts)
                 if epoch == 0 and index == 0:
-                    self._calibrate(batch, parts)
+                    self._calibrate(batch, parts[0].images)
                 step = epoch * len(batches) + index
                 factor = lr_factor(step, steps=total, warmup=warmup)
                 for group in self.optimizer.param_groups:
@@ -374,7 +389,10 @@ class _Run:
         return {"epoch": epoch + 1, "lr": self._rates(factor), **at.row(), **skipped}, at.to_dict()
 
     def _rates(self, factor: float) -> dict[str, float]:
-        """Return the learning rates by group. Groups without weight decay have the same rates."""
+        """Return the learning rates by group.
+
+        Weight decay does not change the learning rate, so the groups without weight decay are omitted.
+        """
         return {
             group["name"]: factor * group["base_lr"]
             for group in self.optimizer.param_groups
@@ -392,27 +410,34 @@ class _Run:
             generator=torch.Generator().manual_seed(self.config.seed),
         )
 
-    def _on_device(self, parts: list[Any]) -> list[tuple[Tensor, Tensor]]:
+    def _on_device(self, parts: list[Any]) -> list[_Part]:
         return [
-            (
+            _Part(
                 images.to(self.device, non_blocking=True, memory_format=torch.channels_last),
                 mos.to(self.device, torch.float32, non_blocking=True),
             )
             for images, mos in parts
         ]
 
-    def _attacked(
-        self, parts: list[tuple[Tensor, Tensor]], epoch: int, index: int, share: float
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Attack the images of a step for adversarial training, with `share` of the budget."""
+    def _attacked(self, parts: list[_Part], epoch: int, index: int, share: float) -> list[_Part]:
+        """Attack the images of a step for adversarial training, with the fraction `share` of the budget.
+
+        The attacked images replace the clean images. With `weight_consistency` > 0, each micro-batch keeps its
+        clean images and also gets the attacked images.
+        """
         seed = (self.config.seed, epoch, index, self.rank)
-        return [
-            (adversarial(self.model, images, mos, self.config, *seed, number, share=share), mos)
-            for number, (images, mos) in enumerate(parts)
-        ]
+        found = []
+        for number, part in enumerate(parts):
+            images = adversarial(self.model, part.images, part.mos, self.config, *seed, number, share=share)
+            name = "attacked" if self.config.weight_consistency > 0 else "images"
+            found.append(part._replace(**{name: images}))
+        return found
 
     def _fetch(self, items: Iterator[Any], count: int, at: Progress) -> list[Any]:
-        """Load the micro-batches of a step. If one rank cannot read its images or gets SIGTERM, all ranks raise."""
+        """Load the micro-batches of a step.
+
+        If any rank cannot read its images or receives SIGTERM, the progress is saved, and all ranks raise an exception.
+        """
         start = time.perf_counter()
         found, fault = [], None
         try:
@@ -441,10 +466,11 @@ class _Run:
 
     @contextmanager
     def _kept_if_a_worker_dies(self, at: Progress) -> Iterator[None]:
-        """If a worker dies, save the progress and raise a WorkerError.
+        """If a worker dies, save the progress if possible, and raise a WorkerError.
 
-        torch can raise the error of a dead worker anywhere in the block. The progress is not saved if the error is
-        raised during a step, or if there are several ranks.
+        torch can raise the error of a dead worker anywhere in the block. `_fetch` handles errors that are raised while
+        it loads images. This context manager handles all others, but cannot save the progress in two cases: during a
+        step, because the step is incomplete, and with several ranks, because saving needs all ranks.
         """
         try:
             yield
@@ -455,8 +481,7 @@ class _Run:
                 self._save(at.to_dict())
             raise reading_fault(error) from None
 
-    def _calibrate(self, batch: list[int], parts: list[tuple[Tensor, Tensor]]) -> None:
-        images = parts[0][0]
+    def _calibrate(self, batch: list[int], images: Tensor) -> None:
         if len(images) < len(batch):  # every rank calibrates on the whole batch
             whole = default_collate([self.train_set[i][0] for i in batch])
             images = whole.to(self.device, memory_format=torch.channels_last)
@@ -465,16 +490,17 @@ class _Run:
         if self.average is not None:
             self.average.load_state_dict(self.model.state_dict())
 
-    def _step(self, parts: list[tuple[Tensor, Tensor]], count: int) -> tuple[dict[str, Tensor], str]:
+    def _step(self, parts: list[_Part], count: int) -> tuple[dict[str, Tensor], str]:
         """Run an optimiser step on this rank's share of a batch of `count` images; return losses and outcome."""
         statistics = self._survey(parts) if len(parts) > 1 else None
         self.optimizer.zero_grad(set_to_none=True)
         found = []
-        for number, (images, mos) in enumerate(parts):
+        for number, part in enumerate(parts):
             if statistics is not None:
                 statistics.current = number
             with self._communicating(number + 1 == len(parts)):
-                losses = self._losses(images, mos, statistics, len(parts) * self.world * len(images) / count)
+                share = len(parts) * self.world * len(part.images) / count
+                losses = self._losses(part, statistics, share)
                 self.scaler.scale(losses["loss"] / len(parts)).backward()
             found.append({name: value.detach().float() for name, value in losses.items()})
         if statistics is not None:
@@ -484,25 +510,27 @@ class _Run:
         whole = self._mean(found)
         return whole, self._update(whole["loss"], norm)
 
-    def _losses(
-        self, images: Tensor, mos: Tensor, statistics: BatchStatistics | None, share: float
-    ) -> dict[str, Tensor]:
+    def _losses(self, part: _Part, statistics: BatchStatistics | None, share: float) -> dict[str, Tensor]:
         """Return the losses of one micro-batch of this rank.
 
-        The mean of each loss over all micro-batches and ranks is the loss of the batch. `share` is the weight of this
-        micro-batch: the number of `images`, divided by the mean number of images over all micro-batches and ranks.
+        Each loss is scaled so that its mean over all micro-batches and ranks is the loss of the whole batch. For a loss
+        that is a mean over images, the factor is `share`: the number of images in this micro-batch, divided by the mean
+        number of images per micro-batch, over all ranks.
         """
         config = self.config
-        regularised = config.weight_gradient > 0
-        randomness = Randomness(self.device) if regularised else None
+        images, regularised = part.images, config.weight_gradient > 0
+        randomness = Randomness(self.device) if regularised or part.attacked is not None else None
         images.requires_grad_(regularised)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
             options = {} if statistics is None else {"statistics": statistics}
             scores, auxiliary = self.forward(images, return_losses=True, **options)
-            if randomness is not None:
+            if randomness is not None and regularised:
                 penalty = gradient_norm(self.model, images, scores, config, randomness)
                 auxiliary = {**auxiliary, "gradient": share * penalty}
-        mse = F.mse_loss(scores.float(), mos)
+            if randomness is not None and part.attacked is not None:
+                change = consistency(self.model, part.attacked, scores, randomness)
+                auxiliary = {**auxiliary, "consistency": share * change}
+        mse = F.mse_loss(scores.float(), part.mos)
         if share != 1:
             mse = share * mse
         loss = mse
@@ -515,10 +543,11 @@ class _Run:
         }
 
     @torch.no_grad()
-    def _survey(self, parts: list[tuple[Tensor, Tensor]]) -> BatchStatistics | None:
+    def _survey(self, parts: list[_Part]) -> BatchStatistics | None:
         """Compute a batch's statistics in a first pass without gradients; return None for a neck without statistics.
 
-        The second pass, with gradients, draws the same random numbers.
+        Afterwards, the random state is restored, so that the second pass, with gradients, draws the same random numbers
+        as the first pass.
         """
         if not isinstance(self.model.neck, SRMNeck):
             return None
@@ -527,8 +556,8 @@ class _Run:
             torch.random.fork_rng([self.device] if self.device.type == "cuda" else []),
             torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None),
         ):
-            for images, _ in parts:
-                self.model(images, return_losses=True, statistics=statistics)
+            for part in parts:
+                self.model(part.images, return_losses=True, statistics=statistics)
         statistics.finish()
         return statistics
 
@@ -572,7 +601,10 @@ class _Run:
         )
 
     def _validate(self, row: dict[str, Any], done: dict[str, Any]) -> dict[str, Any]:
-        """Validate the epoch. On any error, save the training of this epoch before raising the error."""
+        """Validate the model after an epoch; return the completed `row`.
+
+        On an error or SIGTERM, save the state before raising, so that a resumed training does not repeat the epoch.
+        """
         try:
             with self.termination.at_once():
                 return self._judge(row)
@@ -617,7 +649,7 @@ class _Run:
 
 @contextmanager
 def _compiled(model: Any, backend: str | None) -> Iterator[None]:
-    """Compile backbone and head by torch.compile for the block. The neck is not compiled."""
+    """Compile backbone and head with torch.compile until the block ends. The neck is not compiled."""
     if backend is None:
         yield
         return

@@ -70,7 +70,10 @@ def average_weights(average: nn.Module, model: nn.Module, decay: float, step: in
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """Return the dtype of autocast, or None for fp32. "auto" is bf16 on GPUs that have it, fp16 on other GPUs."""
+    """Return the dtype for autocast, or None for fp32.
+
+    "auto" is fp32 on a CPU, bf16 on a GPU that supports bf16, and fp16 on other GPUs.
+    """
     if precision == "auto":
         if device.type != "cuda":
             return None

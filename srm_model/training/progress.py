@@ -14,7 +14,10 @@ _KEPT = ("step", "seen", "counted", "seconds", "waited", "skipped", "failures")
 
 
 class Progress:
-    """Progress of an epoch. Epochs count from 0, losses are losses of whole batches, and times are of this process."""
+    """Progress of an epoch.
+
+    The first epoch has the number 0. Losses are of whole batches, over all ranks. Times are of this process only.
+    """
 
     def __init__(self, epoch: int, steps: int, device: torch.device) -> None:
         self.epoch, self.steps, self.device = epoch, steps, device
@@ -50,14 +53,21 @@ class Progress:
         self.step += 1
 
     def count_capped(self, output: Any) -> None:
-        """Count the images whose gain cap is active in a neck's output. Passes without gradients are not counted."""
+        """Count the images in a neck's output, and how many of them have an active gain cap.
+
+        Passes without gradients are not counted.
+        """
         gain = getattr(output, "gain", None)
         if gain is not None and torch.is_grad_enabled():
             acted = (gain.detach() < 1).sum()
             self._capped = self._capped + torch.stack([acted, torch.full_like(acted, len(gain))])
 
     def row(self) -> dict[str, Any]:
-        """Return mean losses, the share of capped images, the throughput and the share of time spent on waiting."""
+        """Return the measurements of the epoch for its row of the history.
+
+        They are the mean losses, the share of images with an active gain cap, the time in seconds, the throughput, and
+        the share of time that was spent waiting for data.
+        """
         capped, images = ranks.total(self._capped).tolist()
         return {
             **{name: float(value) / self.counted for name, value in self.sums.items()},
@@ -68,7 +78,10 @@ class Progress:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the progress and the states of random generators as JSON values. Every rank calls this."""
+        """Return the progress and the states of random generators as JSON values.
+
+        Every rank must call this method, because the values of all ranks are combined.
+        """
         return {
             **{name: getattr(self, name) for name in _KEPT},
             "sums": {name: float(value) for name, value in self.sums.items()},
@@ -77,7 +90,10 @@ class Progress:
         }
 
     def resume(self, values: dict[str, Any]) -> None:
-        """Restore the result of `to_dict`. The number of ranks may differ."""
+        """Restore the progress and the random states from a result of `to_dict`.
+
+        The number of ranks may have changed since the call of `to_dict`.
+        """
         rank, _ = ranks.place()
         for name in _KEPT:
             setattr(self, name, values[name])

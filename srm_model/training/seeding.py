@@ -17,8 +17,9 @@ import torch.utils.deterministic
 def seeded(*entropy: int, rank: int = 0) -> Iterator[None]:
     """Seed the generators of Python, NumPy and PyTorch for the block, and restore their states afterwards.
 
-    The seeds are derived from `entropy`, which are non-negative integers. On the CPU, all ranks use the same seeds,
-    because they must agree on the random numbers of a whole batch. On the GPU, the seed also depends on `rank`.
+    The seeds are derived from the non-negative integers `entropy`. The CPU generators have the same seeds on all ranks,
+    because some random numbers are drawn once for the whole batch. The seed of the GPU generator also depends on
+    `rank`.
     """
     seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 — the global state is restored
@@ -50,7 +51,10 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Restore the result of `random_state`. Call it inside `seeded`, which restores the caller's states."""
+    """Restore states that `random_state` returned.
+
+    Call this function inside a `seeded` block, so that the caller's states are restored at the end of the block.
+    """
     version, python, gauss = state["python"]
     random.setstate((version, tuple(python), gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]
@@ -72,7 +76,7 @@ def _decoded(text: str) -> torch.Tensor:
 def deterministic(enabled: bool) -> Iterator[None]:
     """Use deterministic algorithms in the block, then restore the settings.
 
-    PyTorch warns about operations that have no deterministic algorithm.
+    Operations that have no deterministic algorithm still run, but PyTorch warns about them.
     """
     if not enabled:
         yield

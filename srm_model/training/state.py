@@ -2,7 +2,7 @@
 
 `state.safetensors` is the last state, and `state.previous.safetensors` is the previous state. A state has the tensors
 of the model and of the optimiser. With `config.weights_ema`, it also has the average of the weights. All other values
-are JSON in the metadata of the same file. A single rename therefore replaces the whole state.
+are JSON in the metadata of the same file, so that a single rename replaces the whole state.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def _flush(path: Path) -> None:
 
 
 def _rotate(folder: Path) -> None:
-    """Store the current state under the name of the previous state too, by a hard link or, if necessary, a copy."""
+    """Replace the previous state by a hard link to the current state, or by a copy if links are not supported."""
     if not (folder / STATE).exists():
         return
     with atomic_path(folder / PREVIOUS) as temporary:

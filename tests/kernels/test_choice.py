@@ -433,6 +433,16 @@ def test_pooled_links_are_served_where_what_they_take_serves_them():
     assert srm_kernels.serves_pooled_links(maps, 32, 64, [64], 33)
 
 
+def test_pooled_links_are_served_only_in_the_shared_memory_of_the_device(monkeypatch: pytest.MonkeyPatch):
+    """With 99 KiB the kernels of pooled links accept d and r up to 64; the neck must then compute link by link."""
+    verified(row("pooled_links", [32], FAST))
+    maps = torch.zeros(1, 8, 4, 4)
+    assert srm_kernels.serves_pooled_links(maps, 32, 100, [256], 8)
+    monkeypatch.setattr("srm_kernels.neck.roomy", lambda tensor, kibibytes=160: kibibytes <= 99)
+    assert not srm_kernels.serves_pooled_links(maps, 32, 100, [256], 8)
+    assert srm_kernels.serves_pooled_links(maps, 32, 100, [49], 8)  # r is at most the number of keys
+
+
 def test_explain_refuses_what_is_no_operator():
     with pytest.raises(ValueError, match=r"operator='fuses'.*nystrom_attention"):
         explain("fuses", torch.zeros(1))

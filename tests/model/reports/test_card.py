@@ -49,7 +49,7 @@ def test_intervals_are_those_of_the_worst_attack_in_each_resample(folder: Path):
     low, high = np.round(found.srocc_interval, 3)
     assert f"| linf 1/255 | 40 | {worst['srocc']:.3f} [{low:.3f}, {high:.3f}] |" in text
     for sentence in (
-        "type and level alone reach an SROCC of 0.925",
+        "distortion type and level has an SROCC of 0.925",
         "may be too narrow",
         "## Not intended for",
         "Attacks beyond the measured budgets (linf 1/255)",

@@ -10,6 +10,7 @@ import pytest
 
 from srm_model.files import read_json, write_json
 from srm_model.reports import bootstrap, write_report
+from srm_model.reports.style import STYLE
 
 LINF = "linf-0.00392157"  # 1/255
 NOTICE = "The labels come from the metric"
@@ -295,6 +296,25 @@ def test_loss_parts_are_named_with_their_weights(run_folder, page):
         a["aria-label"] for _, a in found.elements if a.get("aria-label", "").startswith("Parts of the loss")
     )
     assert "0.01 × τ loss: first 0.009, last 0.00225" in chart
+
+
+def test_every_loss_part_of_a_training_with_defences_has_a_styled_legend_entry(run_folder, page):
+    folder = run_folder(budgets=(), necks=("srm",))
+    config = json.loads((folder / "srm" / "config.json").read_text())
+    config["config"] |= {"weight_gradient": 0.001, "weight_consistency": 2.0, "adversarial_eps": 0.01}
+    (folder / "srm" / "config.json").write_text(json.dumps(config))
+    history = folder / "srm" / "history.jsonl"
+    rows = [json.loads(line) for line in history.read_text().splitlines()]
+    more = {"loss_gradient": 5.0, "loss_consistency": 0.25}
+    history.write_text("".join(json.dumps(row | more) + "\n" for row in rows))
+    found = page(write_report(folder))
+    figures = re.findall(r"<figure.*?</figure>", (folder / "report.html").read_text(), re.DOTALL)
+    (chart,) = (figure for figure in figures if "Parts of the loss, srm" in figure)
+    assert "0.001 × gradient norm: first 0.005" in found.text + chart
+    assert "2 × squared change of the score under attack: first 0.5" in chart
+    looks = re.findall(r'class="swatch (s\d)"', chart)
+    assert len(looks) == len(set(looks)) == 6
+    assert all(f".{name} {{ color" in STYLE for name in looks)
 
 
 def test_report_goes_where_it_is_told(run_folder, tmp_path):

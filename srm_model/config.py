@@ -90,7 +90,7 @@ class SRMConfig:
     deterministic: bool = True
     seed: int = 0
 
-    # Other published defences, for any neck; both are off by default
+    # Other published defences, for any neck; all are off by default
     weight_gradient: float = 0.0  # w, weight of the gradient-norm penalty; the published value is 1e-3
     gradient_step: float = 0.01  # h, step of the penalty's finite difference
     gradient_norm: str = "l1"  # norm of ∇f; the step is along sign(∇f) for "l1", along ∇f for "l2"
@@ -98,6 +98,9 @@ class SRMConfig:
     adversarial_norm: str = "linf"  # one of NORMS
     adversarial_steps: int = 3  # (c) steps of 2.5 ε/steps ("linf") or 4 ε/steps ("l2")
     adversarial_warmup: int = 0  # epochs in which ε rises linearly to `adversarial_eps`
+    weight_consistency: float = (
+        0.0  # w, weight of (f(x') − f(x))²; above 0, the other losses use clean images
+    )
 
     # Attacks (§6)
     attack_steps: int = 40
@@ -279,8 +282,8 @@ def _check_values(config: SRMConfig) -> None:
     ).split():
         require(getattr(config, name) >= 1, name, "at least 1")
     for name in (
-        "warmup_epochs weight_tau weight_entropy weight_balance weight_gradient weight_decay pair_margin ridge "
-        "adversarial_warmup seed"
+        "warmup_epochs weight_tau weight_entropy weight_balance weight_gradient weight_consistency weight_decay "
+        "pair_margin ridge adversarial_warmup seed"
     ).split():
         require(getattr(config, name) >= 0, name, "zero or more")
     for name in (
@@ -295,6 +298,11 @@ def _check_values(config: SRMConfig) -> None:
     reach = NORMS[config.adversarial_norm].largest
     accepted = f"zero or more, at most {reach:g} for norm {config.adversarial_norm!r}"
     require(0 <= config.adversarial_eps <= reach, "adversarial_eps", accepted)
+    require(
+        config.weight_consistency == 0 or config.adversarial_eps > 0,
+        "weight_consistency",
+        "0 with adversarial_eps=0, because without a budget no image is attacked",
+    )
     crop = config.crop_size
     require(
         crop is None or 1 <= crop <= config.image_size,

@@ -1,4 +1,4 @@
-"""Published defences, for comparison: gradient-norm regularisation and PGD adversarial training."""
+"""Published defences, for comparison: gradient-norm regularisation, PGD adversarial training and TRADES."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from srm_model.attacks import MSE, pgd
+from srm_model.attacks import MSE, Drift, pgd
 from srm_model.attacks.guard import derived_seed
 from srm_model.config import SRMConfig
 from srm_model.norms import norm_of, unit
@@ -66,11 +66,13 @@ def gradient_norm(
 def adversarial(
     model: nn.Module, images: Tensor, mos: Tensor, config: SRMConfig, *seed: int, share: float = 1.0
 ) -> Tensor:
-    """Return adversarial images for training, by PGD on the squared error from one random start (Madry et al., 2018).
+    """Return adversarial images for training, by PGD from one random start.
 
-    The attack runs in evaluation mode and fp32. The budget is `share` · `config.adversarial_eps`. `Norm.radius` scales
-    this budget to the image size, as in `Suite`.
+    PGD maximises the squared error (Madry et al., 2018), or with `config.weight_consistency` > 0 the squared change of
+    the score (Zhang et al., 2019). The attack runs in evaluation mode and fp32. The budget is `share` ·
+    `config.adversarial_eps`. `Norm.radius` scales this budget to the image size, as in `Suite`.
     """
+    objective = Drift() if config.weight_consistency > 0 else MSE()
     settings: dict[str, Any] = {
         "norm": config.adversarial_norm,
         "eps": norm_of(config.adversarial_norm).radius(share * config.adversarial_eps, images[0]),
@@ -78,4 +80,19 @@ def adversarial(
         "restarts": 1,
         "generator": torch.Generator().manual_seed(derived_seed(*seed)),
     }
-    return pgd(model, images, mos, MSE(), **settings).contiguous(memory_format=torch.channels_last)
+    return pgd(model, images, mos, objective, **settings).contiguous(memory_format=torch.channels_last)
+
+
+def consistency(model: nn.Module, attacked: Tensor, scores: Tensor, randomness: Randomness) -> Tensor:
+    """Return the mean over images of (f(x') − f(x))², the consistency term of TRADES (Zhang et al., ICML 2019).
+
+    TRADES is defined for classifiers and compares their class probabilities; this term compares scores. Its gradient
+    flows through both scores. The forward pass at x' draws the same random numbers as the pass at x, and updates no
+    running statistics.
+
+    Args:
+        attacked: The attacked images x' (B, 3, H, W).
+        scores: Scores f(x) (B,) of the clean images.
+        randomness: Random state before the pass that computed `scores`.
+    """
+    return (randomness.replay(model, attacked).float() - scores.float()).square().mean()

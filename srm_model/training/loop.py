@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from srm_model.modules import evaluating, unwrapped
 from srm_model.neck import SRMNeck
 from srm_model.statistics import BatchStatistics
 from srm_model.training.batches import deal, epoch_batches
-from srm_model.training.defences import Randomness, adversarial, gradient_norm
+from srm_model.training.defences import Randomness, adversarial, consistency, gradient_norm
 from srm_model.training.evaluation import predict
 from srm_model.training.faults import (
     DivergenceError,
@@ -58,6 +58,14 @@ from srm_model.training.state import Stored, load_tensors, read_state, save_stat
 HISTORY = "history.jsonl"
 SKIPS = 3  # with a loss scaler, training ends after this many consecutive losses that are not finite
 STEPPED, SKIPPED, FAILED = "stepped", "skipped", "failed"  # outcomes of a step
+
+
+class _Part(NamedTuple):
+    """A micro-batch of one rank."""
+
+    images: Tensor  # (B, 3, H, W)
+    mos: Tensor  # (B,)
+    attacked: Tensor | None = None  # attacked twins of the images, for the consistency term
 
 
 def train(
@@ -349,7 +357,7 @@ class _Run:
                 at.whole = False
                 parts = self._on_device(parts)
                 if epoch == 0 and index == 0:
-                    self._calibrate(batch, parts)
+                    self._calibrate(batch, parts[0].images)
                 step = epoch * len(batches) + index
                 factor = lr_factor(step, steps=total, warmup=warmup)
                 for group in self.optimizer.param_groups:
@@ -392,24 +400,28 @@ class _Run:
             generator=torch.Generator().manual_seed(self.config.seed),
         )
 
-    def _on_device(self, parts: list[Any]) -> list[tuple[Tensor, Tensor]]:
+    def _on_device(self, parts: list[Any]) -> list[_Part]:
         return [
-            (
+            _Part(
                 images.to(self.device, non_blocking=True, memory_format=torch.channels_last),
                 mos.to(self.device, torch.float32, non_blocking=True),
             )
             for images, mos in parts
         ]
 
-    def _attacked(
-        self, parts: list[tuple[Tensor, Tensor]], epoch: int, index: int, share: float
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Attack the images of a step for adversarial training, with `share` of the budget."""
+    def _attacked(self, parts: list[_Part], epoch: int, index: int, share: float) -> list[_Part]:
+        """Attack the images of a step for adversarial training, with `share` of the budget.
+
+        The attacked images replace the images. With `weight_consistency` > 0, the images stay, and the attacked images
+        accompany them.
+        """
         seed = (self.config.seed, epoch, index, self.rank)
-        return [
-            (adversarial(self.model, images, mos, self.config, *seed, number, share=share), mos)
-            for number, (images, mos) in enumerate(parts)
-        ]
+        found = []
+        for number, part in enumerate(parts):
+            images = adversarial(self.model, part.images, part.mos, self.config, *seed, number, share=share)
+            name = "attacked" if self.config.weight_consistency > 0 else "images"
+            found.append(part._replace(**{name: images}))
+        return found
 
     def _fetch(self, items: Iterator[Any], count: int, at: Progress) -> list[Any]:
         """Load the micro-batches of a step. If one rank cannot read its images or gets SIGTERM, all ranks raise."""
@@ -455,8 +467,7 @@ class _Run:
                 self._save(at.to_dict())
             raise reading_fault(error) from None
 
-    def _calibrate(self, batch: list[int], parts: list[tuple[Tensor, Tensor]]) -> None:
-        images = parts[0][0]
+    def _calibrate(self, batch: list[int], images: Tensor) -> None:
         if len(images) < len(batch):  # every rank calibrates on the whole batch
             whole = default_collate([self.train_set[i][0] for i in batch])
             images = whole.to(self.device, memory_format=torch.channels_last)
@@ -465,16 +476,17 @@ class _Run:
         if self.average is not None:
             self.average.load_state_dict(self.model.state_dict())
 
-    def _step(self, parts: list[tuple[Tensor, Tensor]], count: int) -> tuple[dict[str, Tensor], str]:
+    def _step(self, parts: list[_Part], count: int) -> tuple[dict[str, Tensor], str]:
         """Run an optimiser step on this rank's share of a batch of `count` images; return losses and outcome."""
         statistics = self._survey(parts) if len(parts) > 1 else None
         self.optimizer.zero_grad(set_to_none=True)
         found = []
-        for number, (images, mos) in enumerate(parts):
+        for number, part in enumerate(parts):
             if statistics is not None:
                 statistics.current = number
             with self._communicating(number + 1 == len(parts)):
-                losses = self._losses(images, mos, statistics, len(parts) * self.world * len(images) / count)
+                share = len(parts) * self.world * len(part.images) / count
+                losses = self._losses(part, statistics, share)
                 self.scaler.scale(losses["loss"] / len(parts)).backward()
             found.append({name: value.detach().float() for name, value in losses.items()})
         if statistics is not None:
@@ -484,25 +496,26 @@ class _Run:
         whole = self._mean(found)
         return whole, self._update(whole["loss"], norm)
 
-    def _losses(
-        self, images: Tensor, mos: Tensor, statistics: BatchStatistics | None, share: float
-    ) -> dict[str, Tensor]:
+    def _losses(self, part: _Part, statistics: BatchStatistics | None, share: float) -> dict[str, Tensor]:
         """Return the losses of one micro-batch of this rank.
 
         The mean of each loss over all micro-batches and ranks is the loss of the batch. `share` is the weight of this
-        micro-batch: the number of `images`, divided by the mean number of images over all micro-batches and ranks.
+        micro-batch: its number of images, divided by the mean number of images over all micro-batches and ranks.
         """
         config = self.config
-        regularised = config.weight_gradient > 0
-        randomness = Randomness(self.device) if regularised else None
+        images, regularised = part.images, config.weight_gradient > 0
+        randomness = Randomness(self.device) if regularised or part.attacked is not None else None
         images.requires_grad_(regularised)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
             options = {} if statistics is None else {"statistics": statistics}
             scores, auxiliary = self.forward(images, return_losses=True, **options)
-            if randomness is not None:
+            if randomness is not None and regularised:
                 penalty = gradient_norm(self.model, images, scores, config, randomness)
                 auxiliary = {**auxiliary, "gradient": share * penalty}
-        mse = F.mse_loss(scores.float(), mos)
+            if randomness is not None and part.attacked is not None:
+                change = consistency(self.model, part.attacked, scores, randomness)
+                auxiliary = {**auxiliary, "consistency": share * change}
+        mse = F.mse_loss(scores.float(), part.mos)
         if share != 1:
             mse = share * mse
         loss = mse
@@ -515,7 +528,7 @@ class _Run:
         }
 
     @torch.no_grad()
-    def _survey(self, parts: list[tuple[Tensor, Tensor]]) -> BatchStatistics | None:
+    def _survey(self, parts: list[_Part]) -> BatchStatistics | None:
         """Compute a batch's statistics in a first pass without gradients; return None for a neck without statistics.
 
         The second pass, with gradients, draws the same random numbers.
@@ -527,8 +540,8 @@ class _Run:
             torch.random.fork_rng([self.device] if self.device.type == "cuda" else []),
             torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None),
         ):
-            for images, _ in parts:
-                self.model(images, return_losses=True, statistics=statistics)
+            for part in parts:
+                self.model(part.images, return_losses=True, statistics=statistics)
         statistics.finish()
         return statistics
 

@@ -108,6 +108,12 @@ def test_a_landmark_method_that_is_registered_is_known_everywhere(monkeypatch, c
         ({"gradient_norm": "l3"}, ValueError, "gradient_norm='l3': expected one of 'l1', 'l2'"),
         ({"gradient_step": 0.02}, ValueError, "at most 0.01"),
         ({"weight_gradient": -1.0}, ValueError, "weight_gradient=-1.0: expected zero or more"),
+        ({"weight_consistency": -1.0}, ValueError, "weight_consistency=-1.0: expected zero or more"),
+        (
+            {"weight_consistency": 1.0},
+            ValueError,
+            "weight_consistency=1.0: expected 0 with adversarial_eps=0",
+        ),
         ({"adversarial_eps": 4.0}, ValueError, "at most 1 for norm 'linf'"),
         ({"crop_size": 513}, ValueError, "crop_size=513: expected 1 to image_size=512, or None"),
         ({"crop_size": 0}, ValueError, "crop_size=0: expected 1 to image_size=512, or None"),

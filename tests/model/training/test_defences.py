@@ -1,4 +1,4 @@
-"""Test gradient-norm regularisation and adversarial training, and that an interrupted run gives the same result."""
+"""Test the defences of training, and that an interrupted run gives the same result."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from toy import CONFIG, ToyModel, ToySet
 
 import srm_model.training.loop as loop
 from srm_model import SRMConfig, build_model
-from srm_model.attacks import MSE, pgd
+from srm_model.attacks import MSE, Drift, pgd
+from srm_model.attacks.guard import derived_seed
 from srm_model.training import train
-from srm_model.training.defences import Randomness, adversarial, gradient_norm
+from srm_model.training.defences import Randomness, adversarial, consistency, gradient_norm
 
 DEFENCES = {
     "gradient l1": {"weight_gradient": 0.1},
@@ -24,6 +25,13 @@ DEFENCES = {
     "adversarial": {"adversarial_eps": 0.05, "adversarial_steps": 2},
     "adversarial l2": {"adversarial_eps": 10.0, "adversarial_norm": "l2"},
     "both": {"weight_gradient": 0.1, "adversarial_eps": 0.05, "adversarial_steps": 1},
+    "consistency": {"weight_consistency": 2.0, "adversarial_eps": 0.05, "adversarial_steps": 1},
+    "all": {
+        "weight_consistency": 2.0,
+        "weight_gradient": 0.1,
+        "adversarial_eps": 0.05,
+        "adversarial_steps": 1,
+    },
 }
 
 
@@ -182,8 +190,63 @@ def test_the_budget_rises_linearly_during_its_warm_up(monkeypatch: pytest.Monkey
     assert largest == pytest.approx([0.01, 0.02, 0.03, 0.04, 0.05, *[0.05] * 5], abs=1e-6)
 
 
+def test_consistency_is_the_squared_change_of_the_score_with_both_gradients():
+    model = Linear()
+    generator = torch.Generator().manual_seed(1)
+    images, change = (
+        torch.rand(5, 3, 4, 4, generator=generator),
+        0.1 * torch.rand(5, 3, 4, 4, generator=generator),
+    )
+    term = consistency(model, images + change, model(images), Randomness(torch.device("cpu")))
+    expected = (change * model.weight).flatten(1).sum(1).square().mean()  # the score is linear, so x cancels
+    # The term is a difference of two sums near 5. In fp32, about five digits are exact.
+    assert term.item() == pytest.approx(expected.item(), rel=1e-3)
+    (gradient,) = torch.autograd.grad(term, model.weight)
+    (exact,) = torch.autograd.grad(expected, model.weight)
+    assert torch.allclose(gradient, exact, rtol=1e-3, atol=1e-4)
+
+
+def test_with_consistency_the_other_losses_use_clean_images(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Check which images the model scores, the objective of the attack, and the sum of the losses."""
+    config = CONFIG.replace(weight_consistency=3.0, adversarial_eps=0.05, adversarial_steps=1, epochs=1)
+    genuine, clean, twins = loop.adversarial, [], []
+
+    def spy(model: Any, images: Tensor, mos: Tensor, config: SRMConfig, *seed: int, share: float) -> Tensor:
+        found = genuine(model, images, mos, config, *seed, share=share)
+        number = torch.Generator().manual_seed(derived_seed(*seed))
+        settings = {"eps": 0.05 * share, "steps": 1, "restarts": 1, "generator": number}
+        assert torch.equal(found, pgd(model, images, mos, Drift(), **settings))
+        clean.append(images.clone())
+        twins.append(found.clone())
+        return found
+
+    scored: list[Tensor] = []
+    attacked: list[Tensor] = []
+    forward, term = ToyModel.forward, loop.consistency
+
+    def record(self: ToyModel, images: Tensor, return_losses: bool = False, **options: Any) -> Any:
+        if return_losses:
+            scored.append(images.clone())
+        return forward(self, images, return_losses, **options)
+
+    def compare(model: Any, images: Tensor, *rest: Any) -> Tensor:
+        attacked.append(images.clone())
+        return term(model, images, *rest)
+
+    monkeypatch.setattr(loop, "adversarial", spy)
+    monkeypatch.setattr(loop, "consistency", compare)
+    monkeypatch.setattr(ToyModel, "forward", record)
+    (row,) = fit(tmp_path, config)
+    assert len(clean) == len(attacked) == 5
+    assert all(torch.equal(a, b) for a, b in zip(clean, scored[-5:], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(twins, attacked, strict=True))
+    assert row["loss_consistency"] > 0
+    expected = row["loss_mse"] + config.weight_tau * row["loss_tau"] + 3 * row["loss_consistency"]
+    assert row["loss"] == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("neck", ["srm", "quadratic", "none"])
-def test_both_defences_work_with_every_neck(neck: str, tmp_path: Path):
+def test_all_defences_work_with_every_neck(neck: str, tmp_path: Path):
     config = SRMConfig(
         channels=16,
         heads=2,
@@ -195,6 +258,7 @@ def test_both_defences_work_with_every_neck(neck: str, tmp_path: Path):
         weight_gradient=1e-3,
         adversarial_eps=1 / 255,
         adversarial_steps=1,
+        weight_consistency=1.0,
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -203,6 +267,7 @@ def test_both_defences_work_with_every_neck(neck: str, tmp_path: Path):
     images.images = images.images.repeat(1, 1, 4, 4)
     (row,) = train(model, images, images, tmp_path, progress=False, device="cpu")
     assert row["loss_gradient"] > 0
+    assert row["loss_consistency"] > 0
     model.train()
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     Randomness(torch.device("cpu")).replay(model, images.images[:4])
